@@ -36,7 +36,7 @@ from tunesmith.model.merge import WeightDeltas, read_loras, read_token_rows
 from tunesmith.model.new_embeddings import init_new_rows
 from tunesmith.model.quantization import build_empty_network, roundtrip_nf4
 from tunesmith.model.save import LoraTensors, TokenRowTensors, load_adapter
-from tunesmith.recipe.load import recipe_from_plan
+from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Recipe, select_sources
 from tunesmith.session.inputs import build_renderer
 from tunesmith.session.provenance import check_provenance, hash_weight_files
@@ -150,7 +150,7 @@ def open_source_run(path: Path) -> SourceRun:
     if problem := verify_dir(saved_dir):
         message = f"the files differ from what the run wrote: {problem}"
         raise InputError(message, where=str(saved_dir), fix="restore the files")
-    recipe = recipe_from_plan(plan.recipe)
+    recipe = rebuild_recipe(plan.recipe)
     base_dir = resolve_model(recipe.model)
     renderer = build_renderer(recipe, base_dir, datetime.fromisoformat(plan.config.now))
     check_provenance(saved_dir, hash_weight_files(base_dir), renderer, plan.config.now)

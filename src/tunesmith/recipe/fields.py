@@ -41,12 +41,12 @@ UNEXPECTED_VALUE = "unexpected_value"
 # ---------------------------------------------------------------- normalizing values
 
 
-def as_list(value: Any) -> Iterable[Any]:
+def wrap_list(value: Any) -> Iterable[Any]:
     """Return a list or tuple as it is, anything else as a list of one item."""
     return cast("Iterable[Any]", value) if isinstance(value, (list, tuple)) else [value]
 
 
-def accept_names(names: Mapping[str | bool, str]) -> BeforeValidator:
+def accept_names(names: Mapping[Any, str]) -> BeforeValidator:
     """Make a validator that replaces other names of a value by ours."""
 
     def replace_name(value: Any) -> Any:
@@ -68,28 +68,28 @@ def _check_path(value: Any) -> Any:
     return value
 
 
-def _as_sources(value: Any) -> Any:
+def _parse_sources(value: Any) -> Any:
     if value is None:
         return ()
-    return [{"path": item} if isinstance(item, (str, Path)) else item for item in as_list(value)]
+    return [{"path": item} if isinstance(item, (str, Path)) else item for item in wrap_list(value)]
 
 
-def _as_rehearsal_sources(value: Any) -> Any:
+def _parse_rehearsal_sources(value: Any) -> Any:
     return SELF_GENERATED if is_self_generated(value) else value
 
 
 def is_self_generated(value: Any) -> bool:
     """Return whether rehearsal data, as written, is generated; `self` is the former name."""
-    (first, *others) = as_list(value) or [None]
+    (first, *others) = wrap_list(value) or [None]
     path = cast("Json", first).get("path") if isinstance(first, dict) else first
     return not others and path in ("self", SELF_GENERATED)
 
 
-def _as_metrics(value: Any) -> Any:
-    return value if value == "auto" else [_as_metric(item) for item in as_list(value)]
+def _parse_metrics(value: Any) -> Any:
+    return value if value == "auto" else [_parse_metric(item) for item in wrap_list(value)]
 
 
-def _as_metric(item: Any) -> Any:
+def _parse_metric(item: Any) -> Any:
     """Write `{numeric: 0.01}` as the text `numeric: 0.01`."""
     if isinstance(item, dict) and len(cast("Json", item)) == 1:
         ((name, argument),) = cast("Json", item).items()
@@ -98,11 +98,11 @@ def _as_metric(item: Any) -> Any:
     return cast("Any", item)
 
 
-def _as_constraints(value: Any) -> Any:
+def _parse_constraints(value: Any) -> Any:
     if value is None:
         return ()
     items: list[Any] = []
-    for item in as_list(value):
+    for item in wrap_list(value):
         items.append({_guess_matcher_key(item): item} if isinstance(item, str) else item)
     return items
 
@@ -122,17 +122,17 @@ def split_tokens(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-def _as_prompt_forms(value: Any) -> Any:
+def _parse_prompt_forms(value: Any) -> Any:
     if value is None:
         return ()
-    return [{"prompt": item} if isinstance(item, str) else item for item in as_list(value)]
+    return [{"prompt": item} if isinstance(item, str) else item for item in wrap_list(value)]
 
 
-def _as_pair_loss(value: Any) -> Any:
+def _parse_pair_loss(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-def _as_guard(value: Any) -> Any:
+def _parse_guard(value: Any) -> Any:
     if value in (False, "off"):
         return {"collapse": "off", "forgetting": "off"}
     return {} if value == "auto" else value
@@ -284,7 +284,7 @@ METRIC_ITEM_SCHEMA = {
 Metrics = Annotated[
     tuple[Name, ...],
     Field(min_length=1),
-    BeforeValidator(_as_metrics),
+    BeforeValidator(_parse_metrics),
     WithJsonSchema(
         {
             "type": "array",
@@ -352,7 +352,7 @@ class DataSource(BaseModel):
     prompts: Annotated[
         tuple[PromptForm, ...],
         BeforeValidator(
-            _as_prompt_forms, json_schema_input_type=str | PromptForm | list[str | PromptForm]
+            _parse_prompt_forms, json_schema_input_type=str | PromptForm | list[str | PromptForm]
         ),
     ] = Field(
         default=(),
@@ -368,7 +368,7 @@ class DataSource(BaseModel):
 Sources = Annotated[
     tuple[DataSource, ...],
     BeforeValidator(
-        _as_sources, json_schema_input_type=Path | DataSource | list[Path | DataSource]
+        _parse_sources, json_schema_input_type=Path | DataSource | list[Path | DataSource]
     ),
 ]
 
@@ -378,7 +378,7 @@ class RehearsalConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: Annotated[Sources, BeforeValidator(_as_rehearsal_sources)] = Field(
+    data: Annotated[Sources, BeforeValidator(_parse_rehearsal_sources)] = Field(
         min_length=1,
         description="General rows, as for data; or self-generated, written by the model.",
     )
@@ -481,7 +481,7 @@ def _check_distinct_names(constraints: tuple[Constraint, ...]) -> tuple[Constrai
 Constraints = Annotated[
     tuple[Constraint, ...],
     BeforeValidator(
-        _as_constraints, json_schema_input_type=str | Constraint | list[str | Constraint]
+        _parse_constraints, json_schema_input_type=str | Constraint | list[str | Constraint]
     ),
     AfterValidator(_check_distinct_names),
 ]
@@ -510,7 +510,7 @@ class PairLoss(BaseModel):
 PairLossField = Annotated[
     PairLoss,
     BeforeValidator(
-        _as_pair_loss, json_schema_input_type=Literal["auto", "dpo", "orpo", "simpo"] | PairLoss
+        _parse_pair_loss, json_schema_input_type=Literal["auto", "dpo", "orpo", "simpo"] | PairLoss
     ),
 ]
 
@@ -544,5 +544,5 @@ class GuardConfig(BaseModel):
 
 GuardField = Annotated[
     GuardConfig,
-    BeforeValidator(_as_guard, json_schema_input_type=Literal["auto", "off"] | GuardConfig),
+    BeforeValidator(_parse_guard, json_schema_input_type=Literal["auto", "off"] | GuardConfig),
 ]

@@ -30,7 +30,7 @@ from tunesmith.recipe.explain import (
     locate_error,
     normalize_key,
 )
-from tunesmith.recipe.fields import as_list, is_self_generated, parse_custom_metric
+from tunesmith.recipe.fields import is_self_generated, parse_custom_metric, wrap_list
 from tunesmith.recipe.schema import (
     ALIASES,
     FILE_KEYS,
@@ -309,7 +309,7 @@ def _resolve_paths(key: str, value: Any, folder: Path) -> Any:
     if key == "chat_template" and value not in ("auto", "none"):
         return _resolve_path(value, folder)
     if key == "metrics" and isinstance(value, (str, list)) and value != "auto":
-        return [_resolve_metric_path(item, folder) for item in as_list(cast("Any", value))]
+        return [_resolve_metric_path(item, folder) for item in wrap_list(cast("Any", value))]
     if key == "model" and isinstance(value, str) and value:
         path = _resolve_path(value, folder)
         return path if os.path.exists(path) else value
@@ -346,7 +346,7 @@ def needs_value(flag: str) -> bool:
     return field is not None and bool not in (field.annotation, *get_args(field.annotation))
 
 
-def recipe_from_plan(values: Mapping[str, Any]) -> Recipe:
+def rebuild_recipe(values: Mapping[str, Any]) -> Recipe:
     """Rebuild the recipe stored in a plan. Raises InputError if another version wrote it."""
     try:
         return Recipe.model_validate({k: v for k, v in values.items() if v is not None})

@@ -43,9 +43,9 @@ from tunesmith.recipe.fields import (
     Stage,
     Template,
     TemplateValue,
-    as_list,
     make_task_name,
     reject_bool,
+    wrap_list,
 )
 
 
@@ -313,7 +313,7 @@ def _find_stage_contradictions(settings: Mapping[str, Any]) -> Problems:
         for key, reason in UNUSED_CPT_KEYS.items():
             if settings.get(key, False) not in (False, "drop"):
                 problems.append((key, f"{key} has no effect with stage: cpt; {reason}"))
-    modes = {_to_mapping(item).get("mode") for item in as_list(settings.get("never", ()))}
+    modes = {_to_mapping(item).get("mode") for item in wrap_list(settings.get("never", ()))}
     if stage != "sft" and "ban" in modes:
         message = f"never: mode ban has no effect with stage: {stage}; use mode: filter"
         problems.append(("never", message))
@@ -355,7 +355,7 @@ def _find_task_contradictions(settings: Mapping[str, Any]) -> Problems:
     tasks: dict[str, list[str]] = {}
     named_keys: list[str] = []
     for key in SOURCE_KEYS:
-        parsed = [_parse_task(item) for item in as_list(settings.get(key, ()))]
+        parsed = [_parse_task(item) for item in wrap_list(settings.get(key, ()))]
         tasks[key] = [task for _, task in parsed]
         if any(is_named for is_named, _ in parsed):
             named_keys.append(key)
@@ -410,7 +410,7 @@ def _collect_paths(value: Any) -> set[str]:
     elif isinstance(value, dict) and "data" in value:
         value = cast("Json", value)["data"]
     paths: set[str] = set()
-    for item in as_list(value):
+    for item in wrap_list(value):
         path = item.path if isinstance(item, DataSource) else item
         if isinstance(item, dict):
             path = cast("Json", item).get("path")

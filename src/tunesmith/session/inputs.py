@@ -51,7 +51,7 @@ from tunesmith.plan.new_tokens import decide_new_tokens
 from tunesmith.plan.rules import SavedShareFn, assume_no_savings, user_value
 from tunesmith.plan.rules_cpt import choose_window
 from tunesmith.recipe.fields import DataSource
-from tunesmith.recipe.load import recipe_from_plan
+from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Recipe, select_sources
 from tunesmith.session.provenance import check_provenance, hash_weight_files, read_provenance
 from tunesmith.session.run_history import apply_past_run
@@ -504,7 +504,7 @@ def load_starting_adapter(plan: Plan, base: Path) -> AdapterFolder | None:
 
 def reload_inputs_unchecked(plan: Plan, folder: Path | None = None) -> RunInputs:
     """Open the inputs of an existing plan as they are now."""
-    recipe = recipe_from_plan(plan.recipe)
+    recipe = rebuild_recipe(plan.recipe)
     output_dir = Path(plan.config.output_dir)
     generated_rows = None
     if "rehearsal" in plan.data:

@@ -51,7 +51,7 @@ from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.oom import memory_errors
 from tunesmith.plan.build import is_compatible, normalize
 from tunesmith.plan.stages import StagedPlan, read_staged_plan
-from tunesmith.recipe.load import recipe_from_plan
+from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Stages
 from tunesmith.session import inputs
 from tunesmith.session.inputs import RunInputs
@@ -265,7 +265,7 @@ def _prepare_stage(plan: Plan, stage_dir: Path, overrides: Json) -> tuple[Plan, 
     """Plan a stage again now that the previous one is finished.
 
     Raise InputError if its rows have changed since the first plan."""
-    recipe = recipe_from_plan(plan.recipe | overrides)
+    recipe = rebuild_recipe(plan.recipe | overrides)
     now = datetime.fromisoformat(plan.config.now)
     run_inputs = inputs.load_inputs(recipe, now=now, output_dir=stage_dir)
     inputs.refuse_changed_rows(plan, run_inputs)

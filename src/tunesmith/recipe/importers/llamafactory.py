@@ -129,7 +129,7 @@ def _build_source(
     """Build the source of a data set from its entry in dataset_info.json."""
     info_file = _find_info_file(draft, folder)
     info = _read_entry(info_file, name)
-    if info is None:
+    if info_file is None or info is None:
         reason = "not in dataset_info.json: set the path of its file"
         if info_file is None:
             reason = f"no dataset_info.json in {folder}/: set the path of its file"
@@ -140,7 +140,7 @@ def _build_source(
         source: Json = {"path": f"{name}.jsonl"}
     else:
         file = str(info["file_name"])
-        source = {"path": draft.find_path(file, info_file.parent) or f"{folder}/{file}"}  # type: ignore[union-attr]
+        source = {"path": draft.find_path(file, info_file.parent) or f"{folder}/{file}"}
     source |= _parse_format(draft, name, info, stage)
     counts = [int(count) for count in (max_samples, info.get("num_samples")) if count]
     return source | ({"max_examples": min(counts)} if counts else {})
