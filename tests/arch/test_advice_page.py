@@ -8,33 +8,32 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from test_docs import build
 
 from tunesmith import api
 from tunesmith.cli.args import PIPE_WIDTH, parse_advise_args
 from tunesmith.cli.views.advice import render_advice
 
 ROOT = Path(__file__).parents[2]
-SHOWN = re.findall(
-    r"^```\n\$ tunesmith advise (.+)\n((?:.*\n)+?)```$",
+# the blocks of docs/build.py: the arguments, the lines that are shown, and the text
+BLOCKS = re.findall(
+    r"^<!-- \$ tunesmith advise (.+?)(?: \| lines ([\d, -]+))? -->\n```\n\$ .*\n((?:.*\n)+?)```$",
     (ROOT / "docs/guides/advise.md").read_text(),
     re.MULTILINE,
 )
-OUTPUTS = [
-    (words, text) for words, text in SHOWN if not text.startswith("$") and "--measure" not in words
-]
 
 
 def test_there_are_outputs() -> None:
-    assert len(OUTPUTS) == 6
+    assert len(BLOCKS) == 3
 
 
 @pytest.mark.parametrize(
-    ("words", "text"), OUTPUTS, ids=[str(number) for number in range(len(OUTPUTS))]
+    ("words", "lines", "text"), BLOCKS, ids=[str(number) for number in range(len(BLOCKS))]
 )
 def test_the_page_shows_what_is_printed(
-    words: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: str, lines: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(ROOT / "recipes")
     path, facts = parse_advise_args(shlex.split(words))
     Console(width=PIPE_WIDTH).print(render_advice(api.advise(path, **facts)))
-    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == text.splitlines()
+    output = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert list(build._select_lines(output, lines or "1-")) == text.splitlines()

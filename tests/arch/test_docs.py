@@ -1,32 +1,42 @@
-"""The pages say what the program says: the table of keys is made from the schema, every verb has a
-page."""
+"""The pages say what the program says: tables are made from the code, every verb has a page, and no
+page names a verb, an option or a file that the program lacks."""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import get_args, get_type_hints
 
 import pytest
-from pydantic import BaseModel
 
+from tunesmith.advise.rules.questionnaire import QUESTIONS
 from tunesmith.cli import app
-from tunesmith.core.types import Json
-from tunesmith.recipe.explain import describe_schema
-from tunesmith.recipe.fields import (
-    Constraint,
-    DataSource,
-    GuardConfig,
-    MixtureConfig,
-    PairLoss,
-    PromptForm,
-    RehearsalConfig,
-)
+from tunesmith.core import run_dir
+from tunesmith.evaluate.answer_cache import ANSWERS_FILE
 from tunesmith.recipe.load import load_recipe
-from tunesmith.recipe.schema import ALIASES, KEYS, build_recipe_schema
+from tunesmith.recipe.schema import ALIASES, KEYS
+from tunesmith.report.page import REPORT_FILE
+from tunesmith.train.base_reference import REFERENCE_FILE
+from tunesmith.train.synthetic_pairs import PAIRS_FILE
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+
+
+def import_build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_build", DOCS / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = import_build()
 # the guide of a verb, where it has not the verb's name
 PAGES = {
     "tune lr": "guides/tune",
@@ -48,61 +58,12 @@ PAGES = {
 
 
 def test_the_table_of_keys_is_the_schema() -> None:
-    """After a change of a key: put the lines that this compares with into the page."""
-    page = (DOCS / "reference" / "recipe.md").read_text()
-    assert tables(page)[0] == key_table()
-    assert tables(page)[1] == inner_table(DataSource)
-    assert tables(page)[2] == inner_table(RehearsalConfig)
-    assert tables(page)[3] == inner_table(Constraint)
-    assert tables(page)[4] == inner_table(MixtureConfig)
-    assert tables(page)[5] == inner_table(PromptForm)
-    assert tables(page)[6] == inner_table(PairLoss)
-    assert tables(page)[7] == inner_table(GuardConfig)
-
-
-def key_table() -> list[str]:
-    properties = build_recipe_schema()["properties"]
-    aliases = {key: [alias for alias, of in ALIASES.items() if of == key] for key in KEYS}
-    lines = ["| key | takes | if left out | what it is | also called |", "|---|---|---|---|---|"]
-    return lines + [row(key, properties[key], names(aliases[key])) for key in KEYS]
-
-
-def inner_table(model: type[BaseModel]) -> list[str]:
-    properties = model.model_json_schema()["properties"]
-    return ["| key | takes | if left out | what it is |", "|---|---|---|---|"] + [
-        row(k, v) for k, v in properties.items()
-    ]
-
-
-def row(key: str, schema: Json, *more: str) -> str:
-    default = schema.get(
-        "default", "needed" if key in ("model", "data", "path", "match", "prompt") else None
-    )
-    cells = [f"`{key}`", takes(schema), shown(default), schema["description"].rstrip("."), *more]
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def takes(schema: Json) -> str:
-    if schema.get("type") == "object":
-        return "a mapping"
-    return re.sub(r"'([a-z0-9_-]+)'", r"`\1`", describe_schema(schema)).removesuffix(" or null")
-
-
-def shown(default: object) -> str:
-    if default in (None, [], {}):
-        return "-"
-    return str(default).lower() if isinstance(default, bool) else str(default)
-
-
-def names(aliases: list[str]) -> str:
-    return ", ".join(f"`{alias}`" for alias in aliases)
-
-
-def tables(page: str) -> list[list[str]]:
-    return [
-        block.strip().splitlines()
-        for block in re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE)
-    ]
+    """After a change of a key or an option: python docs/build.py --tables."""
+    pages = [page for page in build.list_pages() if "<!-- table: " in page.read_text()]
+    assert DOCS / "reference" / "recipe.md" in pages
+    assert DOCS / "reference" / "cli.md" in pages
+    for page in pages:
+        assert build.replace_tables(page.read_text()) == page.read_text(), page.name
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/reference/recipe.md"])
@@ -154,3 +115,146 @@ def test_every_test_that_a_page_names_exists(page: str) -> None:
 def test_every_output_is_there(page: Path) -> None:
     """A line of capitals alone stands for output that is still to be put in."""
     assert not re.findall(r"^[A-Z]+(?:_[A-Z]+)+$", page.read_text(), flags=re.MULTILINE)
+
+
+# ---------------------------------------------------------------- stale words
+
+# a history of names is no description of the program
+CURRENT_PAGES = [
+    ROOT / "README.md",
+    *sorted(page for page in DOCS.rglob("*.md") if page != DOCS / "log.md"),
+]
+COMMAND = re.compile(r"(?:^|[`$|(]|&&) *tunesmith((?: [^`|;&#\n]*)?)", re.MULTILINE)
+CODE = re.compile(r"^```.*?^```|`[^`\n]+`|^<!-- \$ .*?-->", re.MULTILINE | re.DOTALL)
+FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
+DATA_FILE = re.compile(r"`([^`\s*<>]+\.(?:jsonl?|html|yaml))`")
+PLACEHOLDER = re.compile(r"[A-Z]+")
+RUN_FILES = {value for name, value in vars(run_dir).items() if name.endswith(("_FILE", "_DIR"))} | {
+    ANSWERS_FILE,
+    REPORT_FILE,
+    REFERENCE_FILE,
+    PAIRS_FILE,
+    "data.json",
+}
+COMMON_FLAGS = {"help", "version", "key"}  # --key value stands for any
+RECIPE_FLAGS = {name.replace("_", "-") for name in (*KEYS, *ALIASES)}
+FACT_FLAGS = {name.replace("_", "-") for name in QUESTIONS}
+SCRIPTS = [
+    file.read_text()
+    for folder in ("src", "benchmarks", "experiments", "docs")
+    for file in (ROOT / folder).rglob("*.py")
+]
+OTHER_FLAGS = {"enable-lora", "lora"}  # of vLLM and llama-server
+SCRIPT_FLAGS = {
+    name for text in SCRIPTS for name in re.findall(r'add_argument\(\s*"--([a-z-]+)"', text)
+}
+KNOWN_FILES = {
+    name for text in SCRIPTS for name in re.findall(r"[\w.-]+\.(?:jsonl?|html|yaml)\b", text)
+}
+
+
+def list_flags(verb: str) -> set[str]:
+    """The options of a verb, with those that its recipe or its facts give it."""
+    flags: set[str] = set()
+    hints = get_type_hints(app.VERBS[verb], include_extras=True)
+    for name in inspect.signature(app.VERBS[verb]).parameters:
+        default = get_args(hints[name])[1].default
+        has_name = isinstance(default, str) and default.startswith("--")
+        flags.add(default.removeprefix("--") if has_name else name.replace("_", "-"))
+    if "args" in hints:
+        flags |= RECIPE_FLAGS
+    return flags | FACT_FLAGS if verb == "advise" else flags
+
+
+def find_stale_commands(page: str) -> Iterator[str]:
+    """Yield each command and lone option in code that the program would refuse."""
+    all_flags = COMMON_FLAGS | OTHER_FLAGS | SCRIPT_FLAGS
+    all_flags = all_flags.union(*map(list_flags, app.VERBS))
+    for code in CODE.findall(page):
+        text = code.replace("\\\n", " ")
+        for words in COMMAND.findall(text):
+            yield from find_problems(words.split())
+        if re.fullmatch(r"`--[^`]*`", text):
+            for flag in FLAG.findall(text):
+                if flag.replace("_", "-") not in all_flags:
+                    yield f"--{flag}"
+
+
+def find_problems(words: list[str]) -> Iterator[str]:
+    if not words or words[0].startswith("-") or PLACEHOLDER.fullmatch(words[0]):
+        return
+    group = words[0] in app.GROUPS
+    if group and (len(words) == 1 or words[1].startswith("-")):
+        return
+    verb = " ".join(words[: 1 + group])
+    if verb not in app.VERBS:
+        yield f"tunesmith {verb}"
+        return
+    flags = COMMON_FLAGS | list_flags(verb)
+    for flag in FLAG.findall(" ".join(words)):
+        if flag.replace("_", "-") not in flags:
+            yield f"tunesmith {verb} --{flag}"
+
+
+def find_stale_files(page: str) -> Iterator[str]:
+    """Yield each data file that no run folder has, or that no code names and that is not there."""
+    prose = re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+    for name in DATA_FILE.findall(prose):
+        path = Path(name)
+        # RUN/FILE, RUN/FOLDER/..., runs/NAME/FILE, runs/NAME/FOLDER/...
+        in_run = path.parts[1:] if path.parts[0] == "RUN" else path.parts[2:]
+        if path.parts[0] in ("RUN", "runs") and in_run:
+            if in_run[0] not in RUN_FILES:
+                yield name
+        elif path.name not in KNOWN_FILES and not (ROOT / path).exists():
+            yield name
+
+
+@pytest.mark.parametrize("page", CURRENT_PAGES, ids=lambda page: page.stem)
+def test_no_page_names_what_the_program_lacks(page: Path) -> None:
+    text = page.read_text()
+    assert [*find_stale_commands(text), *find_stale_files(text)] == []
+
+
+def test_stale_words_are_noticed() -> None:
+    page = """
+Run `tunesmith trian recipe.yaml` or `tunesmith data review`, with `--calibrate`.
+<!-- $ tunesmith plan recipe.yaml --fit 24GB | lines 1-3 -->
+
+```
+$ tunesmith init r.yaml && tunesmith data curate r.yaml --keep 3 --to x --prove
+$ tunesmith export RUN \\
+    --target gguf --learning-rate 1
+```
+
+See `RUN/before.json`, `runs/a/results.jsonl`, `verdicts.jsonl`.
+"""
+    assert list(find_stale_commands(page)) == [
+        "tunesmith trian",
+        "tunesmith data review",
+        "--calibrate",
+        "tunesmith plan --fit",
+        "tunesmith data curate --prove",
+        "tunesmith export --target",
+        "tunesmith export --learning-rate",
+    ]
+    assert list(find_stale_files(page)) == [
+        "RUN/before.json",
+        "runs/a/results.jsonl",
+        "verdicts.jsonl",
+    ]
+
+
+def test_words_of_today_are_not_stale() -> None:
+    page = """
+Run `tunesmith --version`, `tunesmith VERB --help`, `tunesmith data`, `tunesmith tune lr r.yaml`,
+`--lr 1e-4`, `tunesmith train r.yaml --learning_rate 1e-4 --allow-code`, `tunesmith advise --need
+tone`, `tunesmith init --from x.yml`; see `RUN/checkpoints/step-1`, `record.json`,
+`runs/a/plan.json`.
+"""
+    assert [*find_stale_commands(page), *find_stale_files(page)] == []
+
+
+def test_the_page_of_the_run_folder_lists_every_file() -> None:
+    page = (DOCS / "reference" / "run-folder.md").read_text()
+    assert {name for name in RUN_FILES if f"`{name}" not in page} == set()
