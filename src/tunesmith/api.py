@@ -17,7 +17,7 @@ from tunesmith.core import run_dir
 from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Event
-from tunesmith.core.json_io import dump_json, parse_as, read_json
+from tunesmith.core.json_io import dump_json, parse_as
 from tunesmith.core.types import DataReport, Json, Plan, RunRecord
 from tunesmith.plan.stages import StagedPlan
 from tunesmith.recipe.load import RecipeLike, read_recipe
@@ -496,8 +496,7 @@ def demo(output_dir: AnyPath | None = None) -> Iterator[Event]:
 
 def read_record(path: AnyPath) -> RunRecord:
     """Read the results of a finished run. Raises InputError if it is not finished."""
-    file = Path(path) / "record.json"
-    return parse_as(RunRecord, read_json(file), where=str(file))
+    return run_dir.read_run_record(Path(path))
 
 
 def evaluate(

@@ -170,6 +170,32 @@ def test_a_folder_that_is_no_run_is_refused(function: str, tmp_path: Path) -> No
     assert str(tmp_path) in raised.value.where
 
 
+READERS = {
+    "read_plan": (),
+    "read_record": (),
+    "resume": (),
+    "evaluate": (),
+    "compare": ("base",),
+    "chat": ("hello",),
+    "export": (),
+    "write_report": (),
+}
+
+
+@pytest.mark.parametrize("function", READERS)
+def test_a_run_folder_of_an_older_format_is_refused(function: str, tmp_path: Path) -> None:
+    old_run = tmp_path / "run"
+    (old_run / "adapter").mkdir(parents=True)
+    for name in ("plan.json", "record.json", "identity.json", "before.json", "after.json"):
+        (old_run / name).write_text('{"choices": {}}')
+    call = getattr(tunesmith, function, None) or getattr(api, function)
+    keywords = {"to": "peft"} if function == "export" else {}
+    with pytest.raises(InputError, match="format 1, and this version reads format 2") as raised:
+        list(call(str(old_run), *READERS[function], **keywords))
+    assert raised.value.where == str(old_run / "plan.json")
+    assert "train again" in raised.value.fix
+
+
 # ---------------------------------------------------------------- docs/reference/python.md
 
 

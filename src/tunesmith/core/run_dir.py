@@ -31,7 +31,9 @@ from tunesmith.core.atomic import (
     atomic_dir,
     disk_errors,
     make_dirs,
+    open_unlinked,
     read_manifest,
+    refuse_links,
     remove_folder,
     remove_leftovers,
     verify_dir,
@@ -48,7 +50,7 @@ from tunesmith.core.events import (
     parse_event,
 )
 from tunesmith.core.json_io import dump_json, parse_as, read_json, to_jsonable
-from tunesmith.core.types import RUN_FORMAT, Json, Plan
+from tunesmith.core.types import RUN_FORMAT, Json, Plan, RunRecord
 
 PLAN_FILE = "plan.json"
 RECIPE_FILE = "recipe.yaml"
@@ -85,20 +87,21 @@ class RunFolder:
         self._pending = b""  # lines that the disk has not taken yet
         file = path / EVENTS_FILE
         with disk_errors(file):
-            self._events = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            self._events = open_unlinked(file, os.O_RDWR | os.O_APPEND)
             # cut off the line that a killed process left unfinished
             os.ftruncate(self._events, file.read_bytes().rfind(b"\n") + 1)
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """Start a run. Raises InputError if the folder is in use or not empty, MachineError if it
-        cannot be created."""
+        """Start a run. Raises InputError if the folder is in use, not empty or has a link,
+        MachineError if it cannot be created."""
         with disk_errors(path):
             if path.exists() and not path.is_dir():
                 raise InputError(
                     "the output folder is a file", where=str(path), fix="choose another output_dir"
                 )
             make_dirs(path)
+            refuse_links(path)
             _refuse_nonempty(path)
             lock = _acquire_lock(path)
             try:
@@ -112,9 +115,13 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open an existing run to continue it. Raises InputError if it is not a run or in use."""
+        """Open an existing run to continue it. Raises InputError if it is not a run, in use, or has
+        a link where it would be written."""
         require_run(path)
         with disk_errors(path):
+            for folder in (path, path / CHECKPOINTS_DIR, path / STAGES_DIR):
+                if folder.is_dir():
+                    refuse_links(folder)
             lock = _acquire_lock(path)
             remove_leftovers(path)
             remove_leftovers(path / CHECKPOINTS_DIR)
@@ -300,6 +307,7 @@ def _is_startup_file(entry: Path) -> bool:
 
 def _acquire_lock(path: Path) -> FileLock:
     """Lock the folder. The system drops the lock when the process ends, so it is never stale."""
+    os.close(open_unlinked(path / LOCK_FILE, os.O_RDWR))  # raises for a link
     lock = FileLock(path / LOCK_FILE, thread_local=False)
     try:
         lock.acquire(timeout=0)
@@ -308,7 +316,12 @@ def _acquire_lock(path: Path) -> FileLock:
         raise InputError(
             f"in use by process {owner}", where=str(path), fix="wait for it, or stop it"
         ) from None
-    (path / OWNER_FILE).write_text(str(os.getpid()), encoding="utf-8")
+    owner_file = open_unlinked(path / OWNER_FILE, os.O_WRONLY)
+    try:
+        os.ftruncate(owner_file, 0)
+        os.write(owner_file, str(os.getpid()).encode())
+    finally:
+        os.close(owner_file)
     return lock
 
 
@@ -361,6 +374,16 @@ def read_plan_json(file: Path) -> Json:
 def read_run_plan(path: Path) -> Plan:
     """Raises InputError when it is missing, broken, or of another format."""
     return parse_as(Plan, read_plan_json(path / PLAN_FILE), where=str(path / PLAN_FILE))
+
+
+def read_run_record(path: Path) -> RunRecord:
+    """Raises InputError when the run is not finished, or of another format."""
+    require_run(path)
+    file = path / RECORD_FILE
+    if not file.is_file():
+        fix = f"finish it: tunesmith resume {path}"
+        raise InputError("this run is not finished", where=str(path), fix=fix)
+    return parse_as(RunRecord, read_json(file), where=str(file))
 
 
 def find_weights_dir(path: Path) -> Path:
@@ -459,8 +482,13 @@ def is_free(path: Path) -> bool:
     """Whether a run could start there."""
     if not path.exists():
         return True
-    return path.is_dir() and all(_is_startup_file(entry) for entry in path.iterdir())
+    return path.is_dir() and all(
+        _is_startup_file(entry) and not entry.is_symlink() for entry in path.iterdir()
+    )
 
 
 def _has_only_rejected(path: Path) -> bool:
-    return path.is_dir() and [entry.name for entry in path.iterdir()] == [REJECTED_FILE]
+    if not path.is_dir():
+        return False
+    entries = list(path.iterdir())
+    return [entry.name for entry in entries] == [REJECTED_FILE] and not entries[0].is_symlink()

@@ -24,6 +24,7 @@ from tunesmith.core.run_dir import (
     is_run,
     is_staged,
     read_run_plan,
+    require_run,
 )
 from tunesmith.core.types import Comparison
 from tunesmith.data.readers.sources import open_source
@@ -173,6 +174,7 @@ def load_cached_results(model_ref: ModelRef, other_ref: ModelRef) -> EvalResults
 
 def load_results(run: Path, file: str) -> EvalResults:
     """Return the results in a file of a finished run."""
+    require_run(run)
     if not (run / RECORD_FILE).is_file():
         fix = f"finish it: tunesmith resume {run}"
         raise InputError("this run is not finished", where=str(run), fix=fix)

@@ -16,15 +16,15 @@ import torch
 
 from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import GateError, InputError
-from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.run_dir import (
     RECORD_FILE,
     find_weights_dir,
     read_failure,
     read_run_plan,
+    read_run_record,
     require_run,
 )
-from tunesmith.core.types import ModelSpec, Plan, RunRecord, ScalePoint
+from tunesmith.core.types import ModelSpec, Plan, ScalePoint
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.model.adapters import METHODS, find_linears, scale_adapter
@@ -93,8 +93,7 @@ class SourceRun:
     @property
     def scale_points(self) -> tuple[ScalePoint, ...]:
         """The run's measurements of its adapter at several scales."""
-        file = self.path / RECORD_FILE
-        return parse_as(RunRecord, read_json(file), where=str(file)).scales
+        return read_run_record(self.path).scales
 
     def load_base_network(self, *, is_original: bool = False) -> Network:
         """Return the stock base in fp32, with the initial embeddings of added tokens.

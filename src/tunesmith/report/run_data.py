@@ -24,6 +24,7 @@ from tunesmith.core.run_dir import (
     read_events,
     read_failure,
     read_run_plan,
+    read_run_record,
     require_run,
 )
 from tunesmith.core.types import Json, Plan, RunRecord
@@ -124,8 +125,7 @@ def _load_stage(path: Path, name: str, plan: Plan) -> StageData:
 
 
 def _load_record(path: Path) -> RunRecord | None:
-    file = path / RECORD_FILE
-    return parse_as(RunRecord, read_json(file), where=str(file)) if file.is_file() else None
+    return read_run_record(path) if (path / RECORD_FILE).is_file() else None
 
 
 def _match_samples(before: Json, after: Json) -> tuple[SamplePair, ...]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from tunesmith.core.atomic import verify_dir, write_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK, CheckResult, Event, StageStart
-from tunesmith.core.json_io import dump_json, parse_as, read_json
+from tunesmith.core.json_io import dump_json, read_json
 from tunesmith.core.run_dir import (
     EVAL_AFTER_FILE,
     EVAL_BEFORE_FILE,
@@ -37,6 +37,7 @@ from tunesmith.core.run_dir import (
     RunFolder,
     pick_run_folder,
     read_run_plan,
+    read_run_record,
 )
 from tunesmith.core.types import Comparison, Json, Plan, PlanValue, RunRecord
 from tunesmith.evaluate.items import EvalItems, build_eval_items
@@ -349,10 +350,7 @@ def _join_results(stage_results: Sequence[EvalResults]) -> EvalResults:
 
 def _build_record(path: Path, staged: StagedPlan, *, allow_code: bool) -> RunRecord:
     """Return the record of all stages: sums over them, and metrics before and after all."""
-    records: list[RunRecord] = []
-    for stage_dir in _list_stage_dirs(path, staged):
-        file = stage_dir / RECORD_FILE
-        records.append(parse_as(RunRecord, read_json(file), where=str(file)))
+    records = [read_run_record(stage_dir) for stage_dir in _list_stage_dirs(path, staged)]
     preflight: list[CheckResult] = []
     task_tokens: Counter[str] = Counter()
     input_changes: dict[str, None] = {}  # an ordered set
