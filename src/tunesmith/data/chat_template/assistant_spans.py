@@ -7,12 +7,12 @@ An answer starts where its generation prompt ends, so the prompt must be a prefi
 templates write the prompt differently once an answer follows (Mistral's put the system message in
 the last question only). Then the prompt as it is served is put in front of the answer, if the
 template starts the answer with the same generation prompt. An answer ends after the first end token
-that follows its last character."""
+that follows its last character; without one, before anything of the next turn."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import CharSpan, Example
@@ -48,14 +48,15 @@ class AssistantSpan:
     end: int  # after the end token
     has_end_token: bool  # False: the template writes no end token
     splice_start: int | None = None
+    cut_end: int | None = None  # where the next turn begins, which is not in `text`
 
     def render_plain(self, chat: Conversation) -> str:
         """Return `text` as plain Jinja renders it."""
         rendered = chat.render_plain(self.message_index + 1)
-        if self.splice_start is None:
-            return rendered
-        prompt = chat.render_plain(self.message_index, add_generation_prompt=True)
-        return prompt + rendered[self.splice_start :]
+        if self.splice_start is not None:
+            prompt = chat.render_plain(self.message_index, add_generation_prompt=True)
+            rendered = prompt + rendered[self.splice_start :]
+        return rendered[: self.cut_end]
 
 
 def find_assistant_spans(
@@ -63,13 +64,19 @@ def find_assistant_spans(
     tokenizer: ChatTokenizer,
     weights: Sequence[float],
     end_ids: Sequence[Iterable[int]],
+    answer_tail: str | None = None,
 ) -> tuple[AssistantSpan, ...]:
     """Return the span of each message with a positive weight. `end_ids` are sets of end tokens, the
-    preferred set first. Raises InputError for an answer that the template does not write."""
+    preferred set first; `answer_tail` is the text between an answer and the next turn, which the
+    template always begins. Raises InputError for an answer that the template does not write."""
     spans: list[AssistantSpan] = []
     for message_index, weight in enumerate(weights):
         if weight > 0:
-            spans.append(_find_span(chat, tokenizer, message_index, weight, end_ids))
+            span = _find_span(chat, tokenizer, message_index, weight, end_ids)
+            if not span.has_end_token and answer_tail is not None:
+                span = _cut_next_turn(chat, tokenizer, span, answer_tail)
+            _check_origins(chat, span)
+            spans.append(span)
     return tuple(spans)
 
 
@@ -84,16 +91,13 @@ def _find_span(
     rendered = chat.render(message_index + 1)
     splice_start = None
     if not get_plain_text(rendered).startswith(get_plain_text(prompt)):
-        splice_start = _find_answer_start(prompt, rendered, message_index)
+        header = _find_answer_header(chat, message_index, get_plain_text(prompt))
+        splice_start = _find_answer_start(prompt, rendered, message_index, header)
         rendered = prompt + rendered[splice_start:]
     text = TrackedText(rendered, tokenizer, chat.assistant_indices)
 
-    answer_origins = {make_origin(message_index, field) for field in FIELDS}
-    content_end = 0
-    for _, end, origin in text.origin_spans:
-        if origin in answer_origins and end > len(prompt):
-            content_end = end
-    if not content_end:
+    content_end = _find_content_end(text, message_index)
+    if content_end <= len(prompt):
         raise make_unrendered_error(chat, message_index)
 
     closing = [match for match in text.controls if match.start >= content_end]
@@ -103,7 +107,7 @@ def _find_span(
         if ends:
             answer_end = ends[0]
             break
-    span = AssistantSpan(
+    return AssistantSpan(
         message_index,
         weight,
         text,
@@ -112,8 +116,25 @@ def _find_span(
         has_end_token=answer_end is not None,
         splice_start=splice_start,
     )
-    _check_origins(chat, span)
-    return span
+
+
+def _find_content_end(text: TrackedText, message_index: int) -> int:
+    """Return the end of the last text that a message wrote, or 0."""
+    origins = {make_origin(message_index, field) for field in FIELDS}
+    return max((end for _, end, origin in text.origin_spans if origin in origins), default=0)
+
+
+def _cut_next_turn(
+    chat: Conversation, tokenizer: ChatTokenizer, span: AssistantSpan, answer_tail: str
+) -> AssistantSpan:
+    """Return a span whose text ends before the next turn."""
+    end = _find_content_end(span.text, span.message_index)
+    for tail_char in answer_tail:
+        if span.text.plain[end : end + 1] != tail_char:
+            break
+        end += 1
+    text = TrackedText(span.text.tracked[:end], tokenizer, chat.assistant_indices)
+    return replace(span, text=text, end=end, cut_end=end)
 
 
 def make_unrendered_error(chat: Conversation, message_index: int) -> InputError:
@@ -125,9 +146,12 @@ def make_unrendered_error(chat: Conversation, message_index: int) -> InputError:
     return InputError(problem, fix=TOOL_CALLS_FIX if has_calls else "")
 
 
-def _find_answer_start(prompt: TrackedStr, rendered: TrackedStr, message_index: int) -> int:
+def _find_answer_start(
+    prompt: TrackedStr, rendered: TrackedStr, message_index: int, header: str
+) -> int:
     """Return the character of `rendered` at which the answer starts: after the generation prompt
-    that follows the previous message. Raises InputError if it does not follow there."""
+    that follows the previous message, or after its part that only a generation prompt adds, the
+    `header`. Raises InputError if neither follows there."""
     message_start = len(rendered)
     for start, _, origin in iter_spans(rendered):
         if get_message_index(origin) == message_index:
@@ -137,12 +161,22 @@ def _find_answer_start(prompt: TrackedStr, rendered: TrackedStr, message_index: 
     previous_message, previous_end = _find_last_message(rendered[:message_start])
     generation_prompt = get_plain_text(prompt)[prompt_end:]
     prefix = get_plain_text(rendered)[previous_end:message_start]
-    is_same_message = prompt_message == previous_message
-    if is_same_message and generation_prompt.strip() and prefix.startswith(generation_prompt):
-        return previous_end + len(generation_prompt)
+    if prompt_message == previous_message:
+        if generation_prompt.strip() and prefix.startswith(generation_prompt):
+            return previous_end + len(generation_prompt)
+        # Hermes closes a last tool result differently; the answer's own header is the same
+        header_start = prefix.rfind(header) if header.strip() else -1
+        if header_start >= 0:
+            return previous_end + header_start + len(header)
     raise InputError(
         _describe_mismatch(get_plain_text(prompt), get_plain_text(rendered)), fix=PREFIX_FIX
     )
+
+
+def _find_answer_header(chat: Conversation, message_index: int, prompt: str) -> str:
+    """Return what a generation prompt adds to the messages before it; "" if it changes them."""
+    messages_text = get_plain_text(chat.render(message_index))
+    return prompt[len(messages_text) :] if prompt.startswith(messages_text) else ""
 
 
 def _find_last_message(text: TrackedStr) -> tuple[int, int]:

@@ -49,6 +49,7 @@ class TrackedText:
     ) -> None:
         """Locate the control tokens. `assistant_indices` are the assistant messages. Raises
         InputError for a control token whose origin is ambiguous."""
+        self.tracked = tracked
         self.plain = get_plain_text(tracked)
         self.tokenizer = tokenizer
         self.origin_spans = list(iter_spans(tracked))

@@ -320,7 +320,9 @@ class Renderer:
             return _Draft(example)
         chat, protocol = self._make_conversation(example.messages, example.tools)
         end_ids = (protocol.end_ids, self.end_ids)
-        spans = find_assistant_spans(chat, self.tokenizer, example.turn_weights, end_ids)
+        spans = find_assistant_spans(
+            chat, self.tokenizer, example.turn_weights, end_ids, protocol.answer_tail
+        )
         return _Draft(example, chat, spans, self._join_spans(chat, spans))
 
     def _join_spans(self, chat: Conversation, spans: Sequence[AssistantSpan]) -> TrackedText | None:

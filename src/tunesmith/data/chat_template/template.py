@@ -33,18 +33,6 @@ from tunesmith.data.chat_template.tracked_str import (
 
 MAX_SOURCE = 200_000  # characters; the largest real templates have 20,000
 
-# What a template itself may raise for a row that it was not written for.
-TEMPLATE_ERRORS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-)
-
-
 class ChatTemplate:
     """`literals` are all strings in the template, `undeclared_variables` the names it looks up."""
 
@@ -63,10 +51,10 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             message = f"the chat template is not valid Jinja: {error.message}"
             raise InputError(message, where=f"{name}:{error.lineno}") from error
-        except (TemplateError, RecursionError, ValueError) as error:
-            # ValueError: a number of thousands of digits
-            message = f"the chat template cannot be compiled: {error}"
-            raise InputError(message, where=name) from error
+        except Exception as error:  # Jinja and Python's compiler raise all kinds, SyntaxError too
+            message = f"the chat template cannot be compiled: {_explain_error(error)}"
+            fix = "check the template for `break` outside loops, names used twice, deep nesting"
+            raise InputError(message, where=name, fix=fix) from error
 
     def _compile(self) -> None:
         tree = self._plain_environment.parse(self.source)
@@ -102,7 +90,7 @@ class ChatTemplate:
     def _explained_errors(self, template: Template) -> Iterator[None]:
         try:
             yield
-        except TEMPLATE_ERRORS as error:
+        except Exception as error:  # a template can raise what Python can
             line = _find_template_line(error.__traceback__, template)
             location = f"{self.name}, line {line}: " if line else f"{self.name}: "
             # an f-string, since `+` refuses to mix plain text with the template's tracked message
@@ -122,6 +110,8 @@ def _compile_template(
 def _explain_error(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "infinite recursion"
+    if isinstance(error, SyntaxError):  # Python's own; its location is that of compiled code
+        return error.msg
     return str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
 
 
@@ -158,17 +148,32 @@ def find_templates(folder: Path, override: Path | None, now: datetime) -> dict[s
             sources[name] = (_read_source(path), path.name)
     else:
         config = read_json_object(folder / "tokenizer_config.json", is_optional=True)
-        entry: Any = config.get("chat_template") or []
-        entries = entry if isinstance(entry, list) else [{"name": "default", "template": entry}]
-        for entry in entries:
-            where = "chat_template of tokenizer_config.json"
-            sources[entry["name"]] = (entry["template"], where)
+        where = "chat_template of tokenizer_config.json"
+        for name, source in _read_config_templates(config.get("chat_template"), folder):
+            sources[name] = (source, where)
     templates: dict[str, ChatTemplate] = {}
     for name in ("default", "tool_use"):
         if name in sources:
             source, where = sources[name]
             templates[name] = ChatTemplate(source, now=now, name=where)
     return templates
+
+
+def _read_config_templates(entry: Any, folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield (name, source) of each template in tokenizer_config.json: one text, or a list of
+    objects with both."""
+    if isinstance(entry, str):
+        entry = [{"name": "default", "template": entry}] if entry else None
+    for item in entry if isinstance(entry, list) else [] if entry is None else [entry]:
+        name = item.get("name") if isinstance(item, dict) else None
+        source = item.get("template") if isinstance(item, dict) else None
+        if not isinstance(name, str) or not isinstance(source, str):
+            raise InputError(
+                f"chat_template is not a text or a list of name and template: {str(item)[:80]!r}",
+                where=str(folder / "tokenizer_config.json"),
+                fix="correct it, or set `chat_template` to a template file",
+            )
+        yield name, source
 
 
 def _read_source(path: Path) -> str:

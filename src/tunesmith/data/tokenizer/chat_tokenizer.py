@@ -29,6 +29,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json_object
 from tunesmith.core.types import Json, NewToken
 from tunesmith.data.tokenizer.tokenizer_json import (
+    UNUSABLE_ERRORS,
     TokenizerErrors,
     append_tokens,
     check_added_tokens,
@@ -51,6 +52,7 @@ MAX_PIECE_CHARS = 2**18
 BATCH_PIECES = 4  # pieces of a long run encoded in one batch
 MAX_CACHED_CHARS = 64  # such runs repeat in every row and are cached
 MAX_CACHED_TEXTS = 10_000
+MAX_PATTERN_DEPTH = 50  # nested groups; deeper, endings are listed
 
 _TAG = re.compile(r"<(/?)([A-Za-z][\w.:-]*)>|<(\|?)([A-Za-z][\w.:-]*)(\|?)>|\[(/?)([A-Za-z]\w*)\]")
 _HTML_TAGS = frozenset(
@@ -160,8 +162,9 @@ class ChatTokenizer:
         special_tokens = _read_special_tokens(folder, config)
         tokenizer_json = path.read_bytes()
         try:
-            tokenizer_json = append_tokens(tokenizer_json, new_tokens)
-            return cls(tokenizer_json, config, special_tokens, tuple(end_ids), new_tokens)
+            with TokenizerErrors(*UNUSABLE_ERRORS):
+                tokenizer_json = append_tokens(tokenizer_json, new_tokens)
+                return cls(tokenizer_json, config, special_tokens, tuple(end_ids), new_tokens)
         except InputError as error:
             raise InputError(error.message, where=str(path), fix=error.fix) from error
 
@@ -179,7 +182,8 @@ class ChatTokenizer:
         return 1 + max(self._start_tokenizer.get_vocab(with_added_tokens=True).values())
 
     def token_to_id(self, text: str) -> int | None:
-        return self._start_tokenizer.token_to_id(text) if text else None
+        with TokenizerErrors():
+            return self._start_tokenizer.token_to_id(text) if text else None
 
     def encode(self, text: str, *, is_start: bool) -> list[int]:
         """Return the ids of a run of plain text; `is_start` if the document starts with it. Raises
@@ -262,7 +266,8 @@ class ChatTokenizer:
         return ids
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return self._start_tokenizer.decode(list(tokens), skip_special_tokens=False)
+        with TokenizerErrors(OverflowError):  # a token id that is negative or has over 32 bits
+            return self._start_tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def can_match_control(self, control: ControlToken, following: str) -> bool:
         """Return whether the full tokenizer matches this token before `following`, which its
@@ -270,12 +275,14 @@ class ChatTokenizer:
         normalizer = self._start_tokenizer.normalizer
         if not control.normalized or normalizer is None:
             return True
-        return normalizer.normalize_str(control.text + following).startswith(control.text)
+        with TokenizerErrors():
+            return normalizer.normalize_str(control.text + following).startswith(control.text)
 
     def _find_leading_ids(self) -> tuple[int, ...]:
         """Return the ids that the post-processor puts before plain text."""
-        with_special = self._start_tokenizer.encode("a").ids
-        plain = self._start_tokenizer.encode("a", add_special_tokens=False).ids
+        with TokenizerErrors():
+            with_special = self._start_tokenizer.encode("a").ids
+            plain = self._start_tokenizer.encode("a", add_special_tokens=False).ids
         for count in range(len(with_special)):
             if with_special[count : count + len(plain)] == plain:
                 return tuple(with_special[:count])
@@ -358,7 +365,9 @@ def _make_plain_tokenizer(
         if text not in non_special:
             continue
         is_always_token = text in ordinary_texts or _get_tag_name(text) in _HTML_TAGS
-        if is_always_token or tokenizer.encode(text, add_special_tokens=False).ids == [token["id"]]:
+        with TokenizerErrors():
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if is_always_token or ids == [token["id"]]:
             vocabulary.add(text)
     if vocabulary:
         for token in data["added_tokens"]:
@@ -442,16 +451,35 @@ def _build_pattern(texts: Iterable[str]) -> str:
         for letter in text:
             node = node.setdefault(letter, {})
         node[""] = {}
-    return _build_branches(trie) if trie else "(?!)"
+    return _build_branches(trie, 0) if trie else "(?!)"
 
 
-def _build_branches(node: Json) -> str:
+def _build_branches(node: Json, depth: int) -> str:
+    if depth == MAX_PATTERN_DEPTH:
+        return f"(?:{'|'.join(map(re.escape, _list_endings(node)))})"
     prefix = ""
     while len(node) == 1 and "" not in node:  # not recursive: texts may be long
         ((letter, node),) = node.items()
         prefix += re.escape(letter)
     is_end = "" in node
-    paths = [re.escape(letter) + _build_branches(child) for letter, child in node.items() if letter]
+    paths: list[str] = []
+    for letter, child in node.items():
+        if letter:
+            paths.append(re.escape(letter) + _build_branches(child, depth + 1))
     if not paths:
         return prefix
     return f"{prefix}(?:{'|'.join(paths)})" + ("?" if is_end else "")
+
+
+def _list_endings(node: Json) -> list[str]:
+    """Return the texts below a node of a trie, longest first."""
+    endings: list[str] = []
+    todo = [("", node)]
+    while todo:
+        prefix, current = todo.pop()
+        for letter, child in current.items():
+            if letter:
+                todo.append((prefix + letter, child))
+            else:
+                endings.append(prefix)
+    return sorted(endings, key=len, reverse=True)

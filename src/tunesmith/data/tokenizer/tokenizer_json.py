@@ -14,17 +14,30 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json, NewToken
 
+# What a tokenizer.json of wrong types or depth raises while it is taken apart.
+UNUSABLE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    re.error,
+)
 MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 MAX_BYTES = 64 * 2**20
 MAX_GROWTH = 64  # characters that all steps together may write for one
 MAX_STEPS = 200
+MAX_ID = 2**31
 MAX_TOKEN_CHARS = 1024  # per added token
 MAX_WORD_CHARS = 1000  # max_input_chars_per_word of WordPiece, which takes quadratic time
 MAX_AFFIX_CHARS = 16  # prefix or suffix of subwords
@@ -70,7 +83,10 @@ class TokenizerErrors:
 
     The library raises plain Exception, and PanicException if Rust panics (such as a pattern that
     backtracks for half a minute), which is no Exception and cannot be imported. Other errors pass
-    unchanged."""
+    unchanged, except those of `kinds`."""
+
+    def __init__(self, *kinds: type[Exception]) -> None:
+        self.kinds = kinds
 
     def __enter__(self) -> None: ...
 
@@ -78,7 +94,9 @@ class TokenizerErrors:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
         is_panic = kind is not None and kind.__name__ == "PanicException"
-        if kind is Exception or isinstance(error, UnicodeError) or is_panic:
+        if isinstance(error, InputError):
+            return
+        if kind is Exception or isinstance(error, (UnicodeError, *self.kinds)) or is_panic:
             message = f"the tokenizers library cannot use this tokenizer: {str(error)[:300]}"
             raise InputError(message, fix="download the model again") from None
 
@@ -88,7 +106,8 @@ def check_added_tokens(tokens: Any) -> None:
     for token in tokens if isinstance(tokens, list) else [tokens]:
         text = token.get("content") if isinstance(token, dict) else None
         has_text = isinstance(text, str) and 0 < len(text) <= MAX_TOKEN_CHARS
-        if not has_text or type(token.get("id")) is not int:
+        token_id = token.get("id") if isinstance(token, dict) else None
+        if not has_text or type(token_id) is not int or not 0 <= token_id < MAX_ID:
             raise InputError(f"an added token has no valid text and id: {str(token)[:80]}")
         if any(not isinstance(token.get(flag, False), bool) for flag in FLAGS):
             raise InputError(f"the added token {text!r:.80} has a flag that is not a boolean")

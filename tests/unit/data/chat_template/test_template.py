@@ -1,5 +1,6 @@
 """Tracked renders against plain Jinja, and templates that mean harm."""
 
+import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -245,3 +246,62 @@ def test_templates_are_found_where_models_keep_them(tmp_path: Path) -> None:
     assert find_templates(tmp_path, template_file, NOW)["default"].source == "mine"
     with pytest.raises(InputError, match="cannot be read"):
         find_templates(tmp_path, tmp_path / "missing.jinja", NOW)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% break %}",
+        "{% continue %}",
+        "{% if true %}{% break %}{% endif %}",
+        "{{ dict(a=1, a=2) }}",
+        "{{ messages | tojson(indent=1, indent=2) }}",
+        "{% macro m(a, a) %}{% endmacro %}{{ m(1, 2) }}",
+        "{{ dict(__debug__=1) }}",
+        "{% set __debug__ = 1 %}{{ __debug__ }}",
+        "{% macro m(None) %}{% endmacro %}",
+        "{% for x in [1] %}" * 21 + "{% endfor %}" * 21,
+        "{% if true %}" * 101 + "{% endif %}" * 101,
+        "{% if true %}" * 3000 + "{% endif %}" * 3000,
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{{ " + "not " * 5000 + "1 }}",
+        "{{ " + "[" * 300 + "]" * 300 + " }}",
+        "{{ 1" + "0" * 5000 + " }}",
+        "{{ " + "-" * 3000 + "1 }}",
+        "{{ a" + ".b" * 3000 + " }}",
+        "{{ a" + "|trim" * 3000 + " }}",
+        "{% include 'x' %}",
+        "{% extends 'x' %}",
+        "{% import 'x' as y %}{{ y.z }}",
+        "{% block a %}{% endblock %}{% block a %}{% endblock %}",
+        "{% trans %}x{% endtrans %}",
+        "{{ caller() }}",
+        "{{ super() }}",
+        "{{ self.x() }}",
+        "{{ '\ud800' }}",
+        "{{ 1e999 | int }}",
+        "{{ messages | sort }}",
+    ],
+)
+def test_fault_11_no_template_is_taken_for_a_fault_of_the_program(source: str) -> None:
+    try:
+        template = ChatTemplate(source, now=NOW)
+        template.render({"messages": []})
+        template.render_plain({"messages": []})
+    except InputError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        7, 1.5, True, {"a": 1}, ["text"], [7], [None], [[]], [{}], [{"name": "default"}],
+        [{"template": "x"}], [{"name": "default", "template": 7}], [{"name": [], "template": "x"}],
+        [{"name": "default", "template": None}], {"name": "default"},
+    ],
+)  # fmt: skip
+def test_fault_11_a_malformed_chat_template_is_named(entry: Any, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": entry}))
+    with pytest.raises(InputError, match="chat_template is not a text") as error:
+        find_templates(tmp_path, None, NOW)
+    assert "tokenizer_config.json" in error.value.where
