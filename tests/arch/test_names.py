@@ -17,6 +17,8 @@ PACKAGE = Path(tunesmith.__file__).parent
 # Words without content: they name nothing, alone or as a part of a name.
 EMPTY_WORDS = set("found one told known said kept left own asked whole place given".split())  # noqa: SIM905
 
+CHARTS = {"svg_charts.py", "lr_plot.py"}  # where left is a direction
+
 VERBS = set(
     """
     accept accumulate acquire adapt add adjust admit advance advise align allocate allow answer
@@ -37,25 +39,28 @@ VERBS = set(
     match materialize measure merge migrate mix move multiply name needs normalize note observe
     offer open order overlap override pack pad pair parse partition pass patch pause permute
     persist pick pin plan plot poll pop predict prefetch prefill prepare preserve print probe
-    proceed process project propose prove prune pull push put quantize quote raise rank read
-    rebuild receive recommend recompute reconcile record recover redact reduce refill refine
-    refuse register reject release reload remap remember remove rename render reopen reorder
-    repair repeat replace replay report request require reread resample rescale reserve reset
-    reshape resolve restart restore resume retarget retry return reuse reverse revert rewrite
-    roll rotate round roundtrip run sample save scale scan schedule score scrub seal search seed
-    select send serialize serve set shift shorten should show shrink shuffle sign simulate skip
-    slice smooth snap solve sort split squeeze stack standardize start step stop store stream
-    stringify strip subsample subtract suggest sum summarize supports swap sync synthesize take
-    target tell thin throw tick tokenize track train transform translate transpose trim truncate
-    try tune undo unescape union unlink unlock unpack untie update upload use uses validate
-    verify view visit wait walk warm warn watch weigh widen wrap write yield zero
+    proceed process project propose prove prune pull push put quantize quote raise rank rate
+    read readmit rebuild receive recommend recompute reconcile record recover redact reduce
+    refill refine refuse register reject release reload remap remember remove rename render
+    reopen reorder repair repeat replace replay report request require reread resample rescale
+    reserve reset reshape resolve restart restore resume retarget retry return reuse reverse
+    revert rewrite roll rotate round roundtrip run sample save scale scan schedule score scrub
+    seal search seed select send serialize serve set share shift shorten should show shrink
+    shuffle sign simulate skip slice smooth snap solve sort split squeeze stack standardize
+    start step stop store stream stringify strip subsample subtract suggest sum summarize
+    supports swap sync synthesize take target tell thin throw tick time tokenize track train
+    transform translate transpose trim truncate try tune undo unescape union unlink unlock
+    unpack untie update upload use uses validate verify view visit wait walk warm warn watch
+    weigh widen wrap write yield zero
     """.split()  # noqa: SIM905
 )
 
 # What libraries dictate, and what has the name of a verb of the command line.
 DICTATED = {"extra_repr", "fromkeys", "getitem", "getattr", "_output_child_to_const", *dir(str)}
 COMMANDS = {"schema", "doctor", "demo"}
-CONVERSIONS = re.compile(r"_*from_|.*_to_|.*_(forward|backward)$")  # from_plan, token_to_id
+CONVERSIONS = re.compile(
+    r"_*(from|to|with)_|.*_to_|.*_(forward|backward)$"
+)  # from_plan, token_to_id
 OPERATIONS = "kernels"  # the folder of operations that have the names of torch: rms_norm
 
 
@@ -113,7 +118,9 @@ def sources() -> list[Path]:
 
 
 def test_no_name_is_an_empty_word() -> None:
-    breaches = {str(path): empty_names(path.read_text()) for path in sources()}
+    breaches = {
+        str(path): empty_names(path.read_text()) for path in sources() if path.name not in CHARTS
+    }
     assert {path: names for path, names in breaches.items() if names} == {}
 
 

@@ -38,8 +38,8 @@ from tunesmith.plan.rules import (
     RuleContext,
     SavedShareFn,
     assume_no_savings,
-    rule_value,
-    user_value,
+    make_rule_value,
+    make_user_value,
 )
 from tunesmith.plan.rules_cpt import CPT_RULES, SMALL_CORPUS_TOKENS
 from tunesmith.recipe.fields import Constraint
@@ -151,7 +151,7 @@ def _apply_rules(
         elif recipe_value == "auto":
             settings[key] = apply_rule(context)
         else:
-            settings[key] = user_value(recipe_value)
+            settings[key] = make_user_value(recipe_value)
         if key in BATCH_SETTINGS and (extended := context.extend_epochs()):
             settings["num_train_epochs"] = extended
 
@@ -183,7 +183,7 @@ def _decide_without_rules(
         decided_by = "user" if key in recipe.model_fields_set else "rule"
         value = str(value) if isinstance(value, Path) else value
         settings[key] = PlanValue(value, decided_by, REASONS[key])
-    settings["now"] = rule_value(now, "the date that chat templates see, frozen")
+    settings["now"] = make_rule_value(now, "the date that chat templates see, frozen")
     return settings
 
 
@@ -203,10 +203,11 @@ def _decide_constraints(
                 "rows without a rejected answer get the base model's answer if it breaks one"
             )
         modes = tuple(f"{constraint.name} ({constraint.mode})" for constraint in constraints)
-        settings["never"] = user_value(modes, "; ".join(effects) or "no row breaks a constraint")
+        reason = "; ".join(effects) or "no row breaks a constraint"
+        settings["never"] = make_user_value(modes, reason)
     if report.banned:
         reason = "bad tokens weigh as much as good ones on average; the gradient is bounded"
-        settings["ban_coefficient"] = rule_value(BAN_COEFFICIENT, reason, "Welleck 2019")
+        settings["ban_coefficient"] = make_rule_value(BAN_COEFFICIENT, reason, "Welleck 2019")
     return settings
 
 
@@ -362,14 +363,14 @@ CHECKPOINTING_POLICIES = {
 def _decide_checkpointing(context: RuleContext, recipe_value: str) -> PlanValue:
     """Choose the first policy that fits, since recomputing costs time."""
     if recipe_value != "auto":
-        return user_value(recipe_value)
+        return make_user_value(recipe_value)
     free = context.machine.available_bytes
     for policy, reason in CHECKPOINTING_POLICIES.items():
-        context.settings["gradient_checkpointing"] = rule_value(policy, reason)
+        context.settings["gradient_checkpointing"] = make_rule_value(policy, reason)
         needed_bytes = _estimate_step_memory(context)["peak"] * MEMORY_MARGIN
         if needed_bytes <= free or policy == "full":
             memory = f"{needed_bytes / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
-            return rule_value(policy, f"{reason}; the run then needs {memory}")
+            return make_rule_value(policy, f"{reason}; the run then needs {memory}")
     raise AssertionError("the last policy is always taken")
 
 

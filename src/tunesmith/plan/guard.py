@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from tunesmith.core.types import DataReport, Plan, PlanValue
-from tunesmith.plan.rules import RuleContext, rule_value, user_value
+from tunesmith.plan.rules import RuleContext, make_rule_value, make_user_value
 from tunesmith.recipe.fields import GuardConfig
 
 OFF = "off"
@@ -38,7 +38,7 @@ def has_guard(plan: Plan) -> bool:
 
 def decide_guard(guard: GuardConfig, context: RuleContext) -> dict[str, PlanValue]:
     def choose(value: Any, by_rule: PlanValue) -> PlanValue:
-        return by_rule if value == "auto" else user_value(value)
+        return by_rule if value == "auto" else make_user_value(value)
 
     collapse = "roll back to the last good checkpoint, then halve the rate or skip the bad rows"
     forgetting = "reported only: how much forgetting is acceptable is the user's decision"
@@ -47,12 +47,14 @@ def decide_guard(guard: GuardConfig, context: RuleContext) -> dict[str, PlanValu
     probe_steps = choose(guard.probe_steps, decide_probe_steps(context))
     num_prompts = count_prompts(context, probe_steps.value)
     return {
-        "guard_collapse": choose(guard.collapse, rule_value("rollback", collapse, "ours")),
-        "guard_forgetting": choose(guard.forgetting, rule_value("warn", forgetting, "ours")),
-        "forgetting_margin": choose(guard.margin, rule_value(FORGETTING_MARGIN, margin, "ours")),
-        "patience": choose(guard.patience, rule_value(PATIENCE, patience, "ours")),
+        "guard_collapse": choose(guard.collapse, make_rule_value("rollback", collapse, "ours")),
+        "guard_forgetting": choose(guard.forgetting, make_rule_value("warn", forgetting, "ours")),
+        "forgetting_margin": choose(
+            guard.margin, make_rule_value(FORGETTING_MARGIN, margin, "ours")
+        ),
+        "patience": choose(guard.patience, make_rule_value(PATIENCE, patience, "ours")),
         "probe_steps": probe_steps,
-        "probe_prompts": rule_value(
+        "probe_prompts": make_rule_value(
             num_prompts, f"at least {MIN_PROMPTS}; more if the time between probes allows"
         ),
     }
@@ -68,10 +70,10 @@ def decide_probe_steps(context: RuleContext) -> PlanValue:
     cost = f"{probe_cost:.2g} steps"
     reason = f"{MIN_PROMPTS} prompts, {PROBE_NEW_TOKENS} tokens each, take {cost}: 5% of the time"
     if steps <= context.steps:
-        return rule_value(steps, reason, "ours")
+        return make_rule_value(steps, reason, "ours")
     unit = "step" if context.steps == 1 else "steps"
     reason = f"{reason}: none in {context.steps} {unit}; guard: {{probe_steps: N}} turns them on"
-    return rule_value(0, reason)
+    return make_rule_value(0, reason)
 
 
 def count_prompts(context: RuleContext, steps: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tunesmith.core.types import ModelSpec, NewToken, PlanValue
-from tunesmith.plan.rules import RuleContext, rule_value
+from tunesmith.plan.rules import RuleContext, make_rule_value
 
 SOURCE = (
     "Koto 2021, IndoBERTweet; Hewitt 2021, Initializing New Word Embeddings for Pretrained "
@@ -48,7 +48,7 @@ def decide_new_rows(tokens: PlanValue | None, context: RuleContext) -> dict[str,
         f"{num_values:,} values; all other rows stay identical"
     )
     return {
-        "modules_to_save": rule_value(modules, reason, "PEFT: trainable_token_indices"),
+        "modules_to_save": make_rule_value(modules, reason, "PEFT: trainable_token_indices"),
         "new_rows_lr_factor": decide_rate_factor(context),
     }
 
@@ -61,7 +61,7 @@ def decide_rate_factor(context: RuleContext) -> PlanValue:
     factor = max(1.0, min(NEW_ROWS_FACTOR, MAX_NEW_ROWS_RATE / context["learning_rate"]))
     rate = factor * context["learning_rate"]
     reason = f"new rows learn at {rate:.2g}, since they start untrained"
-    return rule_value(round(factor, 3), reason, "measured: docs/results/methods.md")
+    return make_rule_value(round(factor, 3), reason, "measured: docs/results/methods.md")
 
 
 def count_trained_rows(plan_values: Mapping[str, PlanValue]) -> int:

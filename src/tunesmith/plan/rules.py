@@ -81,14 +81,15 @@ class RuleContext:
             epochs = self.max_steps * self["batch_tokens"] / max(1, self.data.tokens)
         else:
             epochs = self.max_steps * self["batch_size"] / max(1, self.data.rows)
-        return user_value(epochs, f"max_steps: as many epochs as {self.max_steps:,} steps take")
+        reason = f"max_steps: as many epochs as {self.max_steps:,} steps take"
+        return make_user_value(epochs, reason)
 
 
-def rule_value(value: Any, reason: str, source: str = "") -> PlanValue:
+def make_rule_value(value: Any, reason: str, source: str = "") -> PlanValue:
     return PlanValue(value, "rule", reason, source)
 
 
-def user_value(value: Any, reason: str = "set in the recipe") -> PlanValue:
+def make_user_value(value: Any, reason: str = "set in the recipe") -> PlanValue:
     return PlanValue(value, "user", reason)
 
 
@@ -97,7 +98,7 @@ def make_constant_rule(
 ) -> Callable[[RuleContext], PlanValue]:
     def return_constant(context: RuleContext) -> PlanValue:
         del context
-        return rule_value(value, reason, source)
+        return make_rule_value(value, reason, source)
 
     return return_constant
 
@@ -116,9 +117,9 @@ def method(context: RuleContext) -> PlanValue:
             f"16-bit weights take {weight_bytes / 1e9:.1f} GB of {free_bytes / 1e9:.1f} GB free: "
             "an adapter on 4-bit weights"
         )
-        return rule_value("qlora", reason, "Dettmers 2023")
+        return make_rule_value("qlora", reason, "Dettmers 2023")
     reason = "the base stays as it is, and one base serves many adapters"
-    return rule_value("lora", reason, "Hu 2021, Biderman 2024")
+    return make_rule_value("lora", reason, "Hu 2021, Biderman 2024")
 
 
 def optim(context: RuleContext) -> PlanValue:
@@ -132,8 +133,8 @@ def optim(context: RuleContext) -> PlanValue:
             f"fp32 weights, gradients and moments take {fp32_bytes / 1e9:.1f} GB of "
             f"{free_bytes / 1e9:.1f} GB free"
         )
-        return rule_value("adamw_8bit", reason, "Dettmers 2022")
-    return rule_value("adamw", "moments in fp32")
+        return make_rule_value("adamw_8bit", reason, "Dettmers 2022")
+    return make_rule_value("adamw", "moments in fp32")
 
 
 def dtype(context: RuleContext) -> PlanValue:
@@ -141,9 +142,9 @@ def dtype(context: RuleContext) -> PlanValue:
     measured."""
     if context.machine.has_bf16_matmul:
         reason = "this machine has bf16 matmuls; trained weights keep fp32 master copies"
-        return rule_value("bf16", reason)
+        return make_rule_value("bf16", reason)
     reason = "this machine has no bf16 matmuls: fp32 is faster on it, and more precise"
-    return rule_value("fp32", reason)
+    return make_rule_value("fp32", reason)
 
 
 # ---------------------------------------------------------------- lengths and batches
@@ -154,7 +155,7 @@ def max_length(context: RuleContext) -> PlanValue:
     longest = context.data.length_percentiles.get("max", 1)
     context_length = context.model.context_length
     if longest <= context_length:
-        return rule_value(longest, "the longest document of the data: nothing is cut")
+        return make_rule_value(longest, "the longest document of the data: nothing is cut")
     reason = f"the model's context length; the longest document has {longest:,} tokens"
     return PlanValue(context_length, "checkpoint", reason)
 
@@ -163,7 +164,7 @@ def pack_length(context: RuleContext) -> PlanValue:
     """4k tokens on a CPU (8% faster than 2k, whose matmuls have half the rows), 8k on a GPU."""
     target = 4096 if context.machine.device == "cpu" else 8192
     reason = "affects speed, never results: documents of a pack do not see each other"
-    return rule_value(max(target, context["max_length"]), reason)
+    return make_rule_value(max(target, context["max_length"]), reason)
 
 
 def num_train_epochs(context: RuleContext) -> PlanValue:
@@ -175,11 +176,11 @@ def num_train_epochs(context: RuleContext) -> PlanValue:
     if context.stage == "preference":
         reason = f"{rows:,} pairs: 2 below 50,000, else 1"
         source = "alignment handbook: SmolLM2 2, Zephyr 1 epochs of 61,000 pairs"
-        return rule_value(epochs, reason, source)
+        return make_rule_value(epochs, reason, source)
     if rows < 2000:
         epochs = 3
     reason = f"{rows:,} rows: 3 below 2,000, 2 below 50,000, else 1"
-    return rule_value(epochs, reason, "LIMA 15, Tulu 3 2, NEFTune table 3-5 epochs")
+    return make_rule_value(epochs, reason, "LIMA 15, Tulu 3 2, NEFTune table 3-5 epochs")
 
 
 def batch_size(context: RuleContext) -> PlanValue:
@@ -191,7 +192,7 @@ def batch_size(context: RuleContext) -> PlanValue:
     while size > 4 and rows / size < 100:
         size //= 2
     reason = "16 rows for LoRA, 32 for full fine-tuning; fewer if the run has under 100 steps"
-    return rule_value(size, reason, "Schulman 2025")
+    return make_rule_value(size, reason, "Schulman 2025")
 
 
 # ---------------------------------------------------------------- adapter
@@ -205,20 +206,20 @@ def lora_r(context: RuleContext) -> PlanValue:
     power_of_two = 1 << max(0, math.ceil(math.log2(max(1.0, needed_rank))))
     reason = f"{tokens:,} supervised tokens need rank {math.ceil(needed_rank)}; 16 is the minimum"
     source = "Schulman 2025; the usual advice is 8 for style, 64-256 for complex reasoning"
-    return rule_value(min(256, max(16, power_of_two)), reason, source)
+    return make_rule_value(min(256, max(16, power_of_two)), reason, source)
 
 
 def lora_alpha(context: RuleContext) -> PlanValue:
     """32: with scale alpha / r the best learning rate hardly depends on the rank."""
     del context
     reason = "with scale alpha / r the best learning rate is the same for any rank"
-    return rule_value(32, reason, "Schulman 2025")
+    return make_rule_value(32, reason, "Schulman 2025")
 
 
 def use_rslora(context: RuleContext) -> PlanValue:
     """Above rank 64, where alpha / r becomes small."""
     reason = "scale alpha / sqrt(r) above rank 64 only"
-    return rule_value(context["lora_r"] > 64, reason, "Kalajdzievski 2023")
+    return make_rule_value(context["lora_r"] > 64, reason, "Kalajdzievski 2023")
 
 
 # ---------------------------------------------------------------- optimization
@@ -243,7 +244,7 @@ def learning_rate(context: RuleContext) -> PlanValue:
     if hidden_size < 2000:
         reason += f"; extrapolated: fitted for hidden sizes from 2000, this one is {hidden_size}"
     source = "Schulman 2025 and the tinker cookbook's sweep"
-    return rule_value(float(f"{rate:.2g}"), reason, source)
+    return make_rule_value(float(f"{rate:.2g}"), reason, source)
 
 
 def get_width_power(family: str) -> float:
@@ -271,7 +272,7 @@ def decide_preference_rate(context: RuleContext) -> PlanValue:
     if hidden_size < 2000:
         reason += f"; extrapolated below hidden sizes of 2000, this one is {hidden_size}"
     source = "alignment handbook: DPO 5e-7 to 1e-6 full, 5e-6 QLoRA; ORPO 5e-6 to 8e-6; Meng 2024"
-    return rule_value(float(f"{full_rate * factor:.2g}"), reason, source)
+    return make_rule_value(float(f"{full_rate * factor:.2g}"), reason, source)
 
 
 def warmup_ratio(context: RuleContext) -> PlanValue:
@@ -281,10 +282,10 @@ def warmup_ratio(context: RuleContext) -> PlanValue:
     if context.steps < SHORT_RUN_STEPS:
         unit = "step" if context.steps == 1 else "steps"
         reason = f"{context.steps} {unit}: the first step of a warmup would train nothing"
-        return rule_value(0.0, reason)
+        return make_rule_value(0.0, reason)
     ratio = min(0.1, max(0.03, 10 / context.steps))
     reason = "10 steps or 3% of the run, up to a tenth"
-    return rule_value(round(ratio, 4), reason, "Tulu 3 .03, alignment handbook .1")
+    return make_rule_value(round(ratio, 4), reason, "Tulu 3 .03, alignment handbook .1")
 
 
 def step_in_backward(context: RuleContext) -> PlanValue:
@@ -293,18 +294,18 @@ def step_in_backward(context: RuleContext) -> PlanValue:
     Clipping needs the norm of all gradients first, and several packs the sum of their gradients.
     The gradients of an adapter are small anyway."""
     if context["method"] != "full":
-        return rule_value(False, "the gradients of an adapter take little memory")
+        return make_rule_value(False, "the gradients of an adapter take little memory")
     if context["max_grad_norm"]:
         reason = "clipping needs all gradients; max_grad_norm: 0 would save their memory"
-        return rule_value(False, reason)
+        return make_rule_value(False, reason)
     if context.stage == "cpt":
         step_tokens = context["batch_tokens"]
     else:
         step_tokens = context["batch_size"] * context.longest_row
     if step_tokens > context.documents_per_row * context["pack_length"]:
         reason = f"a step of up to {step_tokens:,} tokens has several packs, with summed gradients"
-        return rule_value(False, reason)
-    return rule_value(True, "no clipping: each gradient is freed once its weight is updated")
+        return make_rule_value(False, reason)
+    return make_rule_value(True, "no clipping: each gradient is freed once its weight is updated")
 
 
 # ---------------------------------------------------------------- preference pairs
@@ -313,34 +314,35 @@ def step_in_backward(context: RuleContext) -> PlanValue:
 def loss(context: RuleContext) -> PlanValue:
     del context
     reason = "compares with the model before training, which keeps it close"
-    return rule_value("dpo", reason, "Rafailov 2023")
+    return make_rule_value("dpo", reason, "Rafailov 2023")
 
 
 def beta(context: RuleContext) -> PlanValue:
     """DPO .1, .5 below 0.5B parameters; ORPO .1 (its lambda); SimPO 2."""
     if context["loss"] == "simpo":
-        return rule_value(2.0, "per nat per token", "Meng 2024: 2.0 to 2.5")
+        return make_rule_value(2.0, "per nat per token", "Meng 2024: 2.0 to 2.5")
     if context["loss"] == "orpo":
-        return rule_value(0.1, "lambda, the weight of the odds ratio", "Hong 2024: 0.1 to 0.2")
+        return make_rule_value(0.1, "lambda, the weight of the odds ratio", "Hong 2024: 0.1 to 0.2")
     if context.model.parameters < 5e8:
         reason = "per nat of the answer; higher keeps a small model closer to the reference"
-        return rule_value(0.5, reason, "SmolLM2's DPO")
-    return rule_value(0.1, "per nat of the answer", "Rafailov 2023")
+        return make_rule_value(0.5, reason, "SmolLM2's DPO")
+    return make_rule_value(0.1, "per nat of the answer", "Rafailov 2023")
 
 
 def gamma(context: RuleContext) -> PlanValue:
     if context["loss"] != "simpo":
-        return rule_value(0.0, f"{context['loss']} has no margin")
-    return rule_value(0.5 * context["beta"], "half of beta", "Meng 2024: start at gamma / beta 0.5")
+        return make_rule_value(0.0, f"{context['loss']} has no margin")
+    source = "Meng 2024: start at gamma / beta 0.5"
+    return make_rule_value(0.5 * context["beta"], "half of beta", source)
 
 
 def nll_coefficient(context: RuleContext) -> PlanValue:
     """1 in ORPO, which is the loss as published; else .2, so that chosen answers do not become less
     likely."""
     if context["loss"] == "orpo":
-        return rule_value(1.0, "part of ORPO: the NLL of the chosen answer", "Hong 2024")
+        return make_rule_value(1.0, "part of ORPO: the NLL of the chosen answer", "Hong 2024")
     reason = "keeps chosen answers from becoming less likely along with the rejected ones"
-    return rule_value(0.2, reason, "Llama 3 2024")
+    return make_rule_value(0.2, reason, "Llama 3 2024")
 
 
 # ---------------------------------------------------------------- evaluation
@@ -348,23 +350,24 @@ def nll_coefficient(context: RuleContext) -> PlanValue:
 
 def eval_steps(context: RuleContext) -> PlanValue:
     steps = max(1, math.ceil(context.steps / 4))
-    return rule_value(steps, "four evaluations on eval_data per run")
+    return make_rule_value(steps, "four evaluations on eval_data per run")
 
 
 def save_steps(context: RuleContext) -> PlanValue:
     steps = max(1, math.ceil(context.steps / 4))
-    return rule_value(steps, "four checkpoints per run; the newest two are kept")
+    return make_rule_value(steps, "four checkpoints per run; the newest two are kept")
 
 
 def metrics(context: RuleContext) -> PlanValue:
     if context.has_schema:
         names = ("json_valid", "schema_valid", "field_f1", "exact_match")
-        return rule_value(names, "response_schema: JSON first, then its fields, then exact match")
+        reason = "response_schema: JSON first, then its fields, then exact match"
+        return make_rule_value(names, reason)
     if context.stage == "preference":
         reason = "pairs are measured by likelihood: the chosen answer is not the only right one"
-        return rule_value((), reason)
+        return make_rule_value((), reason)
     reason = "no response_schema: an answer is right if it equals the expected one"
-    return rule_value(("exact_match",), reason)
+    return make_rule_value(("exact_match",), reason)
 
 
 # ---------------------------------------------------------------- speed
@@ -378,7 +381,7 @@ def attention(context: RuleContext) -> PlanValue:
     else:
         backend = "sdpa"
     reason = "the fastest backend here; preflight compares it with the reference"
-    return rule_value(backend, reason)
+    return make_rule_value(backend, reason)
 
 
 def share_prefixes(context: RuleContext) -> PlanValue:
@@ -387,13 +390,13 @@ def share_prefixes(context: RuleContext) -> PlanValue:
     Off with dropout, which draws for every document, while a shared token has a single draw."""
     if context["method"] != "full" and context["lora_dropout"]:
         reason = "lora_dropout draws for each document, and shared tokens are computed once"
-        return rule_value(False, reason)
+        return make_rule_value(False, reason)
     savings = context.prefix_savings
     reason = (
         f"saves {savings:.1%} of the tokens: common prefixes of a step are computed once; "
         f"on from {MIN_SAVED_SHARE:.0%}"
     )
-    return rule_value(savings >= MIN_SAVED_SHARE, reason)
+    return make_rule_value(savings >= MIN_SAVED_SHARE, reason)
 
 
 def weight_layout(context: RuleContext) -> PlanValue:
@@ -402,13 +405,13 @@ def weight_layout(context: RuleContext) -> PlanValue:
     Only if the second copy takes at most an eighth of the free memory."""
     is_frozen_bf16 = context["dtype"] == "bf16" and context["method"] == "lora"
     if context.machine.device != "cpu" or not is_frozen_bf16:
-        return rule_value("plain", "frozen weights as they are stored")
+        return make_rule_value("plain", "frozen weights as they are stored")
     extra_bytes = 2 * context.model.block_parameters
     extra = f"{extra_bytes / 1e9:.1f} GB more"
     if extra_bytes > context.machine.available_bytes / 8:
         reason = f"blocked layouts would take {extra}, over an eighth of the free memory"
-        return rule_value("plain", reason)
-    return rule_value("blocked", f"matmuls read blocked weights faster; takes {extra}")
+        return make_rule_value("plain", reason)
+    return make_rule_value("blocked", f"matmuls read blocked weights faster; takes {extra}")
 
 
 RULES: dict[str, Callable[[RuleContext], PlanValue]] = {

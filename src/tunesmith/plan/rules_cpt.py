@@ -10,7 +10,7 @@ from collections.abc import Callable
 from tunesmith.core.types import ModelSpec, PlanValue
 from tunesmith.plan import rules
 from tunesmith.plan.memory import estimate_activation_bytes
-from tunesmith.plan.rules import RULES, RuleContext, rule_value
+from tunesmith.plan.rules import RULES, RuleContext, make_rule_value
 
 DEFAULT_WINDOW = 2048  # tokens
 SMALL_CORPUS_TOKENS = 10**7
@@ -37,7 +37,7 @@ def method(context: RuleContext) -> PlanValue:
     fits = 1.5 * needed_bytes < context.machine.available_bytes
     if context.data.tokens >= SMALL_CORPUS_TOKENS and fits:
         reason = f"{context.data.tokens:,} tokens, and all weights fit: an adapter would learn less"
-        return rule_value("full", reason, "Biderman 2024: LoRA below full at every rank")
+        return make_rule_value("full", reason, "Biderman 2024: LoRA below full at every rank")
     return rules.method(context)
 
 
@@ -50,7 +50,7 @@ def max_length(context: RuleContext) -> PlanValue:
     """2,048 tokens or the model's context length: longer windows spend more of a step on
     attention."""
     reason = "window length: longer texts are cut into even windows that overlap by one token"
-    return rule_value(choose_window(context.model), reason)
+    return make_rule_value(choose_window(context.model), reason)
 
 
 def pack_length(context: RuleContext) -> PlanValue:
@@ -62,7 +62,7 @@ def pack_length(context: RuleContext) -> PlanValue:
         if 2 * activation_bytes < context.machine.available_bytes:
             length = 8192
     reason = "8k on a GPU with enough memory, else 4k; windows of a pack do not see each other"
-    return rule_value(max(length, context["max_length"]), reason)
+    return make_rule_value(max(length, context["max_length"]), reason)
 
 
 def num_train_epochs(context: RuleContext) -> PlanValue:
@@ -74,7 +74,7 @@ def num_train_epochs(context: RuleContext) -> PlanValue:
     elif tokens < SMALL_CORPUS_TOKENS:
         epochs = 2
     reason = f"{tokens:,} tokens: 3 below 1M, 2 below 10M, else 1"
-    return rule_value(epochs, reason, "Muennighoff 2023: up to 4 passes")
+    return make_rule_value(epochs, reason, "Muennighoff 2023: up to 4 passes")
 
 
 def batch_tokens(context: RuleContext) -> PlanValue:
@@ -84,7 +84,7 @@ def batch_tokens(context: RuleContext) -> PlanValue:
     while size // 2 >= 2 * context["max_length"] and tokens / size < 100:
         size //= 2
     reason = "32k tokens per step, fewer if the run has under 100 steps"
-    return rule_value(max(size, context["max_length"]), reason)
+    return make_rule_value(max(size, context["max_length"]), reason)
 
 
 def learning_rate(context: RuleContext) -> PlanValue:
@@ -103,14 +103,14 @@ def learning_rate(context: RuleContext) -> PlanValue:
         reason = (
             f"a tenth of the usual peak at {model.parameters / 1e9:.2g}B parameters; {UNKNOWN_PEAK}"
         )
-        return rule_value(_guess_rate(model.parameters), reason + note, "Ibrahim 2024")
+        return make_rule_value(_guess_rate(model.parameters), reason + note, "Ibrahim 2024")
     peak, source = PEAK_LEARNING_RATES[shape]
     if tokens >= LARGE_CORPUS_TOKENS:
         reason = f"{tokens:,} tokens: re-warmed to the peak of pretraining, with rehearsal"
-        return rule_value(peak, reason, f"{source}; Ibrahim 2024")
+        return make_rule_value(peak, reason, f"{source}; Ibrahim 2024")
     reason = f"a tenth of {peak:g}, the peak of its pretraining{note}"
     source = f"{source}; Ibrahim 2024: least forgetting at a tenth"
-    return rule_value(float(f"{peak / 10:.2g}"), reason, source)
+    return make_rule_value(float(f"{peak / 10:.2g}"), reason, source)
 
 
 UNKNOWN_PEAK = "the peak of this model is not published"
@@ -126,12 +126,12 @@ def warmup_ratio(context: RuleContext) -> PlanValue:
     """As in fine-tuning. Ibrahim 2024: a warmup of 0 to 2% of the run makes no difference."""
     plan_value = rules.warmup_ratio(context)
     reason = f"re-warmed: {plan_value.reason}; its length hardly matters"
-    return rule_value(plan_value.value, reason, "Ibrahim 2024")
+    return make_rule_value(plan_value.value, reason, "Ibrahim 2024")
 
 
 def metrics(context: RuleContext) -> PlanValue:
     del context
-    return rule_value((), "texts are measured in bits per byte")
+    return make_rule_value((), "texts are measured in bits per byte")
 
 
 CPT_OVERRIDES: dict[str, Callable[[RuleContext], PlanValue]] = {

@@ -62,7 +62,7 @@ def build_scales(run: ReportData) -> ScalesView | None:
     if record is None or not (record.scales or record.kl_scores):
         return None
     return ScalesView(
-        charts=(*_chart_tradeoff(record.scales), *_chart_gain(record.scales)),
+        charts=(*_build_tradeoff_chart(record.scales), *_chart_gain(record.scales)),
         recommendation=describe_recommendation(record.scales),
         commands=build_commands(record.scales, str(run.path)),
         kl_scores=tuple(
@@ -71,7 +71,7 @@ def build_scales(run: ReportData) -> ScalesView | None:
     )
 
 
-def _chart_tradeoff(scales: Sequence[ScalePoint]) -> list[LineChart]:
+def _build_tradeoff_chart(scales: Sequence[ScalePoint]) -> list[LineChart]:
     """A point for each scale: left is better on the task, down is less forgotten."""
     points: list[Point] = []
     metric = ""

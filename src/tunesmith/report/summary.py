@@ -16,12 +16,22 @@ from tunesmith.core.events import GENERAL_TASK, CheckResult
 from tunesmith.core.formatting import format_bytes, format_duration
 from tunesmith.core.types import Comparison, RunRecord
 from tunesmith.evaluate.scale_choice import describe_bargain
-from tunesmith.evaluate.statistics import NO_DIFFERENCE, describe_evidence, judge_comparisons
+from tunesmith.evaluate.statistics import (
+    NO_DIFFERENCE,
+    TOO_FEW_ITEMS,
+    describe_evidence,
+    judge_comparisons,
+)
 from tunesmith.report.run_data import ReportData, is_constraint_metric
 
 Tone = Literal["good", "bad", "mixed", "open"]
 Outcome = Literal["better", "worse", "doubtful", "same"]
-OUTCOMES: dict[str, Outcome] = {"better": "better", "worse": "worse", NO_DIFFERENCE: "same"}
+OUTCOMES: dict[str, Outcome] = {
+    "better": "better",
+    "worse": "worse",
+    NO_DIFFERENCE: "same",
+    TOO_FEW_ITEMS: "same",
+}
 MAX_CAUTIONS = 8
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats per token"}
 

@@ -20,6 +20,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Protocol, Self, cast
 
+from tunesmith.core.atomic import refuse_link
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.events import CheckResult, Event, GenerationSample, Score, StageStart, TrainStep
 from tunesmith.core.run_dir import (
@@ -107,7 +108,7 @@ TRACKERS: dict[str, tuple[type[Tracker], str]] = {
 class RunTracker:
     """Send events from a thread. After the context, `problem` is what went wrong, or empty.
 
-    Raises InputError for a tracker that does not exist.
+    Raises InputError for a tracker that does not exist, or whose folder is a link.
     """
 
     def __init__(self, run: Path, tracker_name: str) -> None:
@@ -117,6 +118,7 @@ class RunTracker:
                 where="--track",
                 fix=f"use one of {', '.join(TRACKERS)}",
             )
+        refuse_link(run / tracker_name)
         self.run = run
         self.tracker_class, package = TRACKERS[tracker_name]
         self.problem = ""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tiny_runs import measured_files, plan_of, recipe, sums, write_rows
+from tiny_runs import build_sum_rows, make_tiny_recipe, plan_recipe, write_eval_files, write_rows
 from tunesmith.core.events import CheckpointSaved
 from tunesmith.core.run_dir import RunFolder
 from tunesmith.plan.memory import count_max_checkpoints, estimate_disk_bytes
@@ -64,13 +64,13 @@ def test_a_run_folder_keeps_four_while_a_fifth_is_written(tmp_path: Path) -> Non
 def test_a_real_run_holds_no_more_than_its_plan_says(
     method: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    files = measured_files(tmp_path)
-    data = str(write_rows(tmp_path / "train.jsonl", sums(1, 16)))
+    files = write_eval_files(tmp_path)
+    data = str(write_rows(tmp_path / "train.jsonl", build_sum_rows(1, 16)))
     rank = {"lora_r": 64} if method == "lora" else {"lora_r": "auto"}
-    wish = recipe(
+    wish = make_tiny_recipe(
         tiny_folder, tmp_path, data=data, method=method, **rank, save_steps=1, eval_steps=1, **files
     )
-    plan, fullest, held = plan_of(wish), 0, 0
+    plan, fullest, held = plan_recipe(wish), 0, 0
     for event in run.train(plan):
         if isinstance(event, CheckpointSaved):
             sizes = {

@@ -19,7 +19,7 @@ from tunesmith.plan.flops import (
 )
 from tunesmith.plan.hardware_presets import HARDWARE_PRESETS, assume_bitsandbytes, choose_machine
 from tunesmith.plan.method_comparison import MethodEstimate, estimate_methods
-from tunesmith.plan.rules import RuleContext, rule_value
+from tunesmith.plan.rules import RuleContext, make_rule_value
 from tunesmith.plan.rules_cpt import UNKNOWN_PEAK
 from tunesmith.recipe.schema import Recipe
 
@@ -94,14 +94,14 @@ def test_the_usual_advice_is_compared(
 ) -> None:
     facts = make_context(**model, **decided)
     assert (
-        advice in add_evidence({key: rule_value(value, "why", "source")}, facts)[key].common_advice
+        advice in add_evidence({key: make_rule_value(value, "why", "source")}, facts)[key].common_advice
     )
 
 
 def test_rates_are_published_from_where_their_formula_was_fitted(
     make_context: Callable[..., RuleContext],
 ) -> None:
-    chosen = {"learning_rate": rule_value(3e-4, "why", "source")}
+    chosen = {"learning_rate": make_rule_value(3e-4, "why", "source")}
     assert add_evidence(chosen, make_context(**LARGE))["learning_rate"].confidence == "published"
     assert add_evidence(chosen, make_context())["learning_rate"].confidence == "extrapolated"
     texts = dataclasses.replace(make_context(), stage="cpt")
@@ -109,7 +109,7 @@ def test_rates_are_published_from_where_their_formula_was_fitted(
         (f"a tenth of the usual peak; {UNKNOWN_PEAK}", "extrapolated"),
         ("3e-3", "published"),
     ):
-        rated = add_evidence({"learning_rate": rule_value(3e-4, why, "Ibrahim 2024")}, texts)[
+        rated = add_evidence({"learning_rate": make_rule_value(3e-4, why, "Ibrahim 2024")}, texts)[
             "learning_rate"
         ]
         assert (rated.confidence, "a tenth" in rated.common_advice) == (sure, True)

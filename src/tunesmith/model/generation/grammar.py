@@ -56,7 +56,8 @@ class Grammar:
         """Return which tokens may follow [V], for request `index` with the answer `tokens`."""
         matcher, num_consumed = self._matchers.get(index, (None, 0))
         if matcher is None or num_consumed > len(tokens):  # a new answer, or a restarted one
-            matcher, num_consumed = self.initial_matcher.deep_copy(), 0
+            matcher = self.initial_matcher.deep_copy()
+        num_consumed = 0
         matcher.consume_tokens(list(tokens[num_consumed:]))
         self._matchers[index] = (matcher, len(tokens))
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)

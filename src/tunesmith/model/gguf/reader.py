@@ -111,7 +111,8 @@ def read_tensor(file: GgufFile, tensor: TensorInfo, rows: slice = slice(None)) -
     """Return one tensor, or some of its rows, dequantised to float32, in PyTorch's order."""
     block_size, type_size = GGML_QUANT_SIZES[tensor.quant_type]
     row_bytes = tensor.shape[-1] // block_size * type_size
-    first, last = 0, 1
+    first = 0
+    last = 1
     if len(tensor.shape) > 1:
         first, last, _ = rows.indices(tensor.shape[0])
     outer_bytes = prod(tensor.shape[1:-1]) * row_bytes  # of one index of the first dimension

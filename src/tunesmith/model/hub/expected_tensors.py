@@ -11,24 +11,26 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tunesmith.core.types import UNGATED_MLP_TYPES
 from tunesmith.model.hub.validate import DTYPE_BYTES, TensorHeader
 
 # Defaults of transformers where config.json is silent. Other model types: head_dim is hidden_size /
 # num_attention_heads, the head is not tied, two norms per layer, no bias.
 # fmt: off
 HEAD_DIMS = {
-    "ernie4_5": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256, "glm": 128, "glm4": 128,
-    "helium": 128, "ministral3": 128, "qwen3": 128, "seed_oss": 128,
+    "cwm": 128, "ernie4_5": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256, "glm": 128,
+    "glm4": 128, "helium": 128, "ministral3": 128, "qwen3": 128, "seed_oss": 128,
+    "vaultgemma": 256,
 }
 TIED_MODEL_TYPES = {
-    "cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "smollm3",
+    "cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "smollm3", "vaultgemma",
 }
 NORMS_PER_LAYER = {
     "cohere": 1, "cohere2": 1, "gemma2": 4, "gemma3_text": 4, "glm4": 4, "olmo": 0,
 }
 # fmt: on
 # q and k are normalised per head, or over all heads
-HEAD_QK_NORM_TYPES = {"exaone4", "gemma3_text", "hunyuan_v1_dense", "qwen3"}
+HEAD_QK_NORM_TYPES = {"apertus", "exaone4", "gemma3_text", "hunyuan_v1_dense", "qwen3"}
 FULL_QK_NORM_TYPES = {"olmo2", "olmo3"}
 QKV_BIAS_TYPES = {"glm", "glm4", "qwen2", "seed_oss"}  # unless the config turns the bias off
 FUSED_MLP_TYPES = {"glm", "glm4", "phi3"}
@@ -88,7 +90,8 @@ def _list_matrix_shapes(model_type: str, dimensions: ModelDimensions) -> dict[st
     """Return name -> shape [O, I] of the matrices of a layer."""
     hidden = dimensions.hidden_size
     mlp_width = dimensions.intermediate_size
-    q_size, kv_size = dimensions.q_size, dimensions.kv_size
+    q_size = dimensions.q_size
+    kv_size = dimensions.kv_size
     shapes: dict[str, tuple[int, int]] = {}
     if model_type in FUSED_QKV_TYPES:
         shapes["self_attn.qkv_proj"] = (q_size + 2 * kv_size, hidden)
@@ -100,7 +103,8 @@ def _list_matrix_shapes(model_type: str, dimensions: ModelDimensions) -> dict[st
     if model_type in FUSED_MLP_TYPES:
         shapes["mlp.gate_up_proj"] = (2 * mlp_width, hidden)
     else:
-        shapes["mlp.gate_proj"] = (mlp_width, hidden)
+        if model_type not in UNGATED_MLP_TYPES:
+            shapes["mlp.gate_proj"] = (mlp_width, hidden)
         shapes["mlp.up_proj"] = (mlp_width, hidden)
     shapes["mlp.down_proj"] = (hidden, mlp_width)
     return shapes
@@ -115,6 +119,10 @@ def _count_vector_values(
         count += 2 * dimensions.head_dim
     elif model_type in FULL_QK_NORM_TYPES:
         count += dimensions.q_size + dimensions.kv_size
+    if model_type == "bitnet":  # a norm before o_proj and one before down_proj
+        count += dimensions.hidden_size + dimensions.intermediate_size
+    if model_type == "apertus":  # two parameters and two constants of the activation
+        count += 4
     has_bias = config.get("attention_bias")
     if has_bias is None or model_type == "qwen2":
         has_bias = model_type in QKV_BIAS_TYPES

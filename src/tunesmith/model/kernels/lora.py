@@ -58,7 +58,8 @@ class AdapterFactor:
     def pack(self, m_WR: Tensor, blocks: slice) -> None:
         """Copy a bf16 matrix, contiguous itself or transposed, into `blocks`."""
         source = m_WR if m_WR.is_contiguous() else m_WR.t()
-        down, up = self.down[blocks], self.up[blocks]
+        down = self.down[blocks]
+        up = self.up[blocks]
         call_kernel("lora_pack", source, down, up, *m_WR.shape, *m_WR.stride())
 
     def add_product(self, y_NW: Tensor, z: Tensor, scale: float) -> None:

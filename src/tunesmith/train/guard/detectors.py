@@ -20,7 +20,7 @@ from typing import Literal
 
 from tunesmith.core.events import EXPECTED_TASK, PROBE_TASK, CheckResult, Event, Score, TrainStep
 from tunesmith.core.types import Plan
-from tunesmith.evaluate.statistics import compute_robust_sd
+from tunesmith.evaluate.statistics import compute_robust_sd, is_shown_above
 from tunesmith.train.guard.history import EMA_SPAN, MEDIAN_WINDOW, START_STEPS, GuardHistory
 
 # The kind of the verdict that closes an evaluation; other verdicts carry their detector's name.
@@ -177,7 +177,7 @@ def overfitting(history: GuardHistory) -> str:
             train_loss_then = average
             break
     limit = lowest.value * (1 + THRESHOLDS["overfitting"])
-    if current.low > limit and history.loss_averages[-1] < train_loss_then:
+    if is_shown_above(current, limit) and history.loss_averages[-1] < train_loss_then:
         return (
             f"held-out loss rose from {lowest.value:.3f} to {current.value:.3f} "
             "while the training loss fell"
@@ -373,7 +373,7 @@ def forgetting(history: GuardHistory) -> str:
         return ""
     current = scores[-1]
     margin = history.forgetting_margin
-    if current.low > margin:
+    if is_shown_above(current, margin):
         interval = f"[{current.low:.3f}, {current.high:.3f}]"
         return f"general text lost {current.value:.3f} {interval} bits per byte, margin {margin:g}"
     return ""
@@ -455,7 +455,8 @@ class TrainingGuard:
 
     @classmethod
     def from_plan(cls, plan: Plan, *, is_probing: bool) -> TrainingGuard:
-        collapse, forgetting = plan.config.guard_collapse, plan.config.guard_forgetting
+        collapse = plan.config.guard_collapse
+        forgetting = plan.config.guard_forgetting
         levels: dict[Family, str] = {"collapse": collapse, "forgetting": forgetting}
         levels["watch"] = "off" if collapse == forgetting == "off" else "warn"
         return cls(
