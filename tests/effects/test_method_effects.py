@@ -23,12 +23,12 @@ METHODS: dict[str, Json] = {
 SIZE = {"model": "smollm2-135m-instruct", "batch_size": 4, "max_steps": 8, "warmup_ratio": 0.1}
 
 
-def rows_of(role: str, count: int) -> list[Json]:
+def load_demo_rows(role: str, count: int) -> list[Json]:
     lines = DEMO_RECIPE.with_name(f"{role}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[:count]]
 
 
-def compared(
+def train_and_compare(
     folder: Path, train_rows: list[Json], test_rows: list[Json], **wish: Any
 ) -> dict[str, Comparison]:
     files = {
@@ -47,7 +47,9 @@ def test_held_out_answers_get_likelier(
     method: str, seed: int, tmp_path: Path, record: Record
 ) -> None:
     wish = METHODS[method] | {"seed": seed}
-    loss = compared(tmp_path, rows_of("train", 32), rows_of("test", 12), **wish)["loss"]
+    loss = train_and_compare(
+        tmp_path, load_demo_rows("train", 32), load_demo_rows("test", 12), **wish
+    )["loss"]
     record(loss)
     assert loss.after.n == 12
     assert loss.high < 0
@@ -58,14 +60,14 @@ def test_held_out_answers_get_likelier(
 def test_new_tokens_are_learnt(seed: int, tmp_path: Path, record: Record) -> None:
     """They stand around every answer. The base model has never seen them; held-out answers begin
     with one after it."""
-    train_rows = [marked(row) for row in rows_of("train", 32)]
-    test_rows = [marked(row) for row in rows_of("test", 12)]
+    train_rows = [add_record_tokens(row) for row in load_demo_rows("train", 32)]
+    test_rows = [add_record_tokens(row) for row in load_demo_rows("test", 12)]
     wish = {
         "add_tokens": ["[record]", "[/record]"],
         "metrics": [{"regex": r"^\[record\]"}],
         "max_steps": 16,
     }
-    changes = compared(tmp_path, train_rows, test_rows, seed=seed, **wish)
+    changes = train_and_compare(tmp_path, train_rows, test_rows, seed=seed, **wish)
     loss = changes["loss"]
     starts_right = next(change for name, change in changes.items() if name.startswith("regex"))
     record(loss)
@@ -75,7 +77,7 @@ def test_new_tokens_are_learnt(seed: int, tmp_path: Path, record: Record) -> Non
     assert starts_right.low > 0
 
 
-def marked(row: Json) -> Json:
+def add_record_tokens(row: Json) -> Json:
     *prompt, answer = row["messages"]
     return {"messages": [*prompt, {**answer, "content": f"[record]{answer['content']}[/record]"}]}
 
@@ -85,24 +87,26 @@ def marked(row: Json) -> Json:
 def test_preferred_answers_are_told_apart(seed: int, tmp_path: Path, record: Record) -> None:
     """Of two forms of the same answer the one that the model does not expect is preferred."""
     wish = {"stage": "preference", "learning_rate": 1e-4, "seed": seed}
-    margin = compared(tmp_path, pairs("train", 32), pairs("test", 12), **wish)["margin"]
+    margin = train_and_compare(tmp_path, build_pairs("train", 32), build_pairs("test", 12), **wish)[
+        "margin"
+    ]
     record(margin)
     assert margin.after.n == 12
     assert margin.low > 0
 
 
-def pairs(role: str, count: int) -> list[Json]:
-    rows = [row["messages"] for row in rows_of(role, count)]
+def build_pairs(role: str, count: int) -> list[Json]:
+    rows = [row["messages"] for row in load_demo_rows(role, count)]
     return [
         {
             "prompt": row[:-1],
-            "chosen": [{**row[-1], "content": plain(row[-1]["content"])}],
+            "chosen": [{**row[-1], "content": format_plain(row[-1]["content"])}],
             "rejected": row[-1:],
         }
         for row in rows
     ]
 
 
-def plain(answer: str) -> str:
+def format_plain(answer: str) -> str:
     """One line for each field, without JSON's marks."""
     return "\n".join(f"{key}: {value}" for key, value in json.loads(answer).items())

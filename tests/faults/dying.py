@@ -131,8 +131,8 @@ def try_all(
 def new_training() -> TrainingLoop:
     settings = make_config(pack_length=60, learning_rate=2e-3, weight_decay=0.01, seed=5)
     return TrainingLoop(
-        tiny_models.tiny_model(lora_dropout=0.1),
-        lambda step: [tiny_models.tiny_document(9, step)],
+        tiny_models.make_tiny_model(lora_dropout=0.1),
+        lambda step: [tiny_models.make_tiny_document(9, step)],
         settings,
         steps=STEPS,
     )
@@ -181,10 +181,10 @@ def save(folder: Path, mode: int) -> dict[str, object]:
 
 
 def whole_run(model: Path, folder: Path, files: dict[str, str]) -> str:
-    wish = tiny_runs.recipe(
+    wish = tiny_runs.make_tiny_recipe(
         model, folder.parent, **files, output_dir=str(folder), save_steps=1, lora_dropout=0.1
     )
-    list(run.train(tiny_runs.plan_of(wish)))
+    list(run.train(tiny_runs.plan_recipe(wish)))
     return finished(folder)
 
 
@@ -210,7 +210,7 @@ def resume_or_begin(model: Path, folder: Path, files: dict[str, str]) -> str:
 
 def full(folder: Path, mode: int) -> dict[str, object]:
     folder.mkdir()
-    model, files = tiny_runs.save_model_folder(folder / "model"), tiny_runs.measured_files(folder)
+    model, files = tiny_runs.save_model_folder(folder / "model"), tiny_runs.write_eval_files(folder)
     straight = child(lambda: whole_run(model, folder / "straight", files))[1]
     actual = try_all(
         folder / "run",
@@ -226,7 +226,7 @@ def full(folder: Path, mode: int) -> dict[str, object]:
 
 def times(folder: Path, _mode: int) -> dict[str, object]:
     folder.mkdir()
-    model, files = tiny_runs.save_model_folder(folder / "model"), tiny_runs.measured_files(folder)
+    model, files = tiny_runs.save_model_folder(folder / "model"), tiny_runs.write_eval_files(folder)
     began = time.perf_counter()
     straight = child(lambda: whole_run(model, folder / "straight", files))[1]
     early, chance, kills = (

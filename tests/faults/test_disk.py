@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny_runs import adapter_bytes, plan_of, recipe, steps_of, train
+from tiny_runs import make_tiny_recipe, plan_recipe, read_adapter_bytes, select_steps, train
 from tunesmith.core.errors import MachineError
 from tunesmith.core.events import CheckResult, TrainStep
 from tunesmith.core.run_dir import EVENTS_FILE, read_events
@@ -38,12 +38,12 @@ def test_fault_25_a_checkpoint_that_does_not_fit_says_how_much_it_needs(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     wishes = [
-        recipe(tiny_folder, tmp_path / name, save_steps=1, lora_r=16)
+        make_tiny_recipe(tiny_folder, tmp_path / name, save_steps=1, lora_r=16)
         for name in ("straight", "full")
     ]
     train(wishes[0])
     folder = tmp_path / "full" / "run"
-    events = run.train(plan_of(wishes[1]))
+    events = run.train(plan_recipe(wishes[1]))
     while getattr(next(events), "path", "") != "checkpoints/step-1":
         pass
     size = (folder / "checkpoints" / "step-1" / "state.safetensors").stat().st_size
@@ -57,14 +57,14 @@ def test_fault_25_a_checkpoint_that_does_not_fit_says_how_much_it_needs(
     assert full.value.exit_code == 3
     assert int(full.value.message.partition("(")[2].split()[0]) == pytest.approx(size, rel=0.2)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-1"]
-    assert [step.step for step in steps_of(list(run.resume(folder)))] == [2, 3]
-    assert adapter_bytes(wishes[1]) == adapter_bytes(wishes[0])
+    assert [step.step for step in select_steps(list(run.resume(folder)))] == [2, 3]
+    assert read_adapter_bytes(wishes[1]) == read_adapter_bytes(wishes[0])
 
 
 def test_fault_25_the_plan_warns_before_a_disk_is_full(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_of(recipe(tiny_folder, tmp_path))
+    plan = plan_recipe(make_tiny_recipe(tiny_folder, tmp_path))
     assert plan.disk_bytes > 0
     object.__setattr__(plan.machine, "disk_free_bytes", plan.disk_bytes - 1)
     monkeypatch.setattr(run, "open_session", lambda *_: pytest.fail("nothing is loaded"))
@@ -82,7 +82,13 @@ def test_fault_26_an_output_that_cannot_be_written_is_refused_before_anything_is
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(run, "open_session", lambda *_: pytest.fail("nothing is loaded"))
     with pytest.raises(MachineError, match=r"cannot be written: |bytes, and 0 are free") as refused:
-        list(run.train(plan_of(recipe(tiny_folder, tmp_path, output_dir=str(tmp_path / location)))))
+        list(
+            run.train(
+                plan_recipe(
+                    make_tiny_recipe(tiny_folder, tmp_path, output_dir=str(tmp_path / location))
+                )
+            )
+        )
     assert "output_dir" in refused.value.fix
     assert not (tmp_path / "unmounted").exists()
 
@@ -102,7 +108,7 @@ def test_fault_26_nothing_is_ever_renamed_from_one_folder_to_another(
 
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, watched(getattr(os, name)))
-    train(recipe(tiny_folder, tmp_path, save_steps=1))
+    train(make_tiny_recipe(tiny_folder, tmp_path, save_steps=1))
     assert len(moves) > 8
     assert [move for move in moves if move[0].parent != move[1].parent] == []
 
@@ -132,10 +138,10 @@ def test_fault_33_events_that_cannot_be_written_wait_and_one_warning_says_so(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
-    events = run.train(plan_of(recipe(tiny_folder, tmp_path, save_steps=3)))
+    events = run.train(plan_recipe(make_tiny_recipe(tiny_folder, tmp_path, save_steps=3)))
     seen = [next(events)]
     with no_room_for_events(folder, monkeypatch):
-        while len(steps_of(seen)) < 2:
+        while len(select_steps(seen)) < 2:
             seen.append(next(events))
         assert read_lines(folder) == []
     seen += list(events)
@@ -159,9 +165,12 @@ def read_lines(folder: Path) -> list[TrainStep]:
 def test_fault_33_no_checkpoint_is_newer_than_the_events_before_it(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wishes = [recipe(tiny_folder, tmp_path / name, save_steps=1) for name in ("straight", "full")]
+    wishes = [
+        make_tiny_recipe(tiny_folder, tmp_path / name, save_steps=1)
+        for name in ("straight", "full")
+    ]
     train(wishes[0])
-    folder, events = tmp_path / "full" / "run", run.train(plan_of(wishes[1]))
+    folder, events = tmp_path / "full" / "run", run.train(plan_recipe(wishes[1]))
     while getattr(next(events), "path", "") != "checkpoints/step-1":
         pass
     with (
@@ -170,6 +179,6 @@ def test_fault_33_no_checkpoint_is_newer_than_the_events_before_it(
     ):
         list(events)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-1"]
-    assert [step.step for step in steps_of(list(run.resume(folder)))] == [2, 3]
+    assert [step.step for step in select_steps(list(run.resume(folder)))] == [2, 3]
     assert [event.step for event in read_lines(folder)] == [1, 2, 3]
-    assert adapter_bytes(wishes[1]) == adapter_bytes(wishes[0])
+    assert read_adapter_bytes(wishes[1]) == read_adapter_bytes(wishes[0])

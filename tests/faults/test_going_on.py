@@ -11,15 +11,15 @@ import pytest
 import yaml
 
 from tiny_runs import (
-    adapter_bytes,
-    measured_files,
-    plan_of,
-    recipe,
+    build_sum_rows,
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
+    run_until_saved,
     save_model_folder,
-    steps_of,
-    sums,
+    select_steps,
     train,
-    until_saved,
+    write_eval_files,
     write_rows,
 )
 from tunesmith.core.errors import InputError
@@ -37,12 +37,15 @@ def broken_off(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     """A run that was left with checkpoints of steps 1 and 2, and the adapter of one that was not.
     Not to be changed."""
     folder = tmp_path_factory.mktemp("broken-off")
-    straight = recipe(tiny_folder, folder / "straight", save_steps=1, lora_dropout=0.1)
+    straight = make_tiny_recipe(tiny_folder, folder / "straight", save_steps=1, lora_dropout=0.1)
     train(straight)
-    until_saved(
-        run.train(plan_of(recipe(tiny_folder, folder, save_steps=1, lora_dropout=0.1))), step=2
+    run_until_saved(
+        run.train(
+            plan_recipe(make_tiny_recipe(tiny_folder, folder, save_steps=1, lora_dropout=0.1))
+        ),
+        step=2,
     )
-    return folder / "run", adapter_bytes(straight)
+    return folder / "run", read_adapter_bytes(straight)
 
 
 @pytest.fixture
@@ -87,7 +90,7 @@ def test_fault_24_a_flipped_byte_is_seen_and_the_checkpoint_before_is_taken(
     (warning,) = verdicts(events, "checkpoint")
     assert warning.startswith("skipped checkpoints/step-2: ")
     assert verdicts(events, "resume") == ["from checkpoints/step-1"]
-    assert [step.step for step in steps_of(events)] == [2, 3]
+    assert [step.step for step in select_steps(events)] == [2, 3]
     assert (copied / "adapter" / "adapter_model.safetensors").read_bytes() == broken_off[1]
 
 
@@ -105,7 +108,7 @@ def test_an_older_checkpoint_can_be_named(copied: Path, broken_off: tuple[Path, 
         InputError, match=r"no checkpoint of step 3\n  fix: use one of these steps: 1, 2"
     ):
         next(run.resume(copied, checkpoint=3))
-    assert [step.step for step in steps_of(list(run.resume(copied, checkpoint=1)))] == [2, 3]
+    assert [step.step for step in select_steps(list(run.resume(copied, checkpoint=1)))] == [2, 3]
     assert (copied / "adapter" / "adapter_model.safetensors").read_bytes() == broken_off[1]
 
 
@@ -122,7 +125,7 @@ def test_a_run_without_any_good_checkpoint_starts_over(
         flip(copied / "checkpoints" / f"step-{step}" / "manifest.json", 0.5)
     events = list(run.resume(copied))
     assert len(verdicts(events, "checkpoint")) == 2
-    assert [step.step for step in steps_of(events)] == [1, 2, 3]
+    assert [step.step for step in select_steps(events)] == [1, 2, 3]
     assert (copied / "adapter" / "adapter_model.safetensors").read_bytes() == broken_off[1]
 
 
@@ -148,14 +151,14 @@ def test_a_manifest_says_what_the_checkpoint_belongs_to(broken_off: tuple[Path, 
 def custom(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A run over files of its own, left after its first checkpoint."""
     folder = tmp_path_factory.mktemp("own")
-    wish = recipe(
+    wish = make_tiny_recipe(
         save_model_folder(folder / "model"),
         folder,
-        **measured_files(folder),
+        **write_eval_files(folder),
         save_steps=1,
         eval_steps=1,
     )
-    until_saved(run.train(plan_of(wish)), step=1)
+    run_until_saved(run.train(plan_recipe(wish)), step=1)
     return wish
 
 
@@ -246,29 +249,29 @@ def test_fault_30_a_run_that_stands_on_something_else_is_refused_field_by_field(
 
 @pytest.mark.parametrize("what", ["test data", "plan", "weights"])
 def test_fault_30_what_is_allowed_to_differ_is_in_the_record(what: str, tmp_path: Path) -> None:
-    wish = recipe(
-        save_model_folder(tmp_path / "model"), tmp_path, **measured_files(tmp_path), save_steps=1
+    wish = make_tiny_recipe(
+        save_model_folder(tmp_path / "model"), tmp_path, **write_eval_files(tmp_path), save_steps=1
     )
-    until_saved(run.train(plan_of(wish)), step=1)
+    run_until_saved(run.train(plan_recipe(wish)), step=1)
     name, change, _ = DRIFTS[what]
     change(tmp_path / name)
-    until_saved(run.resume(tmp_path / "run", allow_changes=True), step=2)
+    run_until_saved(run.resume(tmp_path / "run", allow_changes=True), step=2)
     with pytest.raises(InputError, match="inputs have changed"):
         next(run.resume(tmp_path / "run"))
     events = list(run.resume(tmp_path / "run", allow_changes=True))
-    assert [step.step for step in steps_of(events)] == [3]
+    assert [step.step for step in select_steps(events)] == [3]
     drift = read_json(tmp_path / "run" / "record.json")["input_changes"]
     assert drift == verdicts(events, "changed input")
     assert len(drift) == 1
     if what == "plan":
-        assert steps_of(events)[0].learning_rate == pytest.approx(0.5 / 3)
+        assert select_steps(events)[0].learning_rate == pytest.approx(0.5 / 3)
 
 
 def test_rows_that_went_away_cannot_be_allowed(custom: Recipe) -> None:
     assert isinstance(custom.output_dir, Path)
     file = custom.output_dir.parent / "train.jsonl"
     content = file.read_bytes()
-    write_rows(file, sums(1, 4))
+    write_rows(file, build_sum_rows(1, 4))
     try:
         with pytest.raises(InputError, match="4 rows are enough for 2 steps, and the plan has 3"):
             list(run.resume(custom.output_dir, allow_changes=True))
@@ -321,17 +324,21 @@ def test_fault_31_another_pack_length_sees_the_same_rows(tiny_folder: Path, tmp_
     """Also when it changes in the middle of a run."""
     seen: dict[str, list[TrainStep]] = {}
     for name, length in (("wide", 2048), ("narrow", 60)):
-        wish = recipe(tiny_folder, tmp_path / name, max_length=60, pack_length=length, save_steps=1)
-        seen[name] = steps_of(train(wish))
-    wish = recipe(tiny_folder, tmp_path / "mixed", max_length=60, pack_length=2048, save_steps=1)
-    until_saved(run.train(plan_of(wish)), step=1)
+        wish = make_tiny_recipe(
+            tiny_folder, tmp_path / name, max_length=60, pack_length=length, save_steps=1
+        )
+        seen[name] = select_steps(train(wish))
+    wish = make_tiny_recipe(
+        tiny_folder, tmp_path / "mixed", max_length=60, pack_length=2048, save_steps=1
+    )
+    run_until_saved(run.train(plan_recipe(wish)), step=1)
     position = tmp_path / "mixed" / "run" / "checkpoints" / "step-1" / "trainer_state.json"
     assert read_json(position)["pack_length"] == 2048
     plan = tmp_path / "mixed" / "run" / "plan.json"
     values = read_json(plan)
     values["settings"]["pack_length"]["value"] = 60
     plan.write_text(json.dumps(values))
-    seen["mixed"] = steps_of(list(run.resume(tmp_path / "mixed" / "run", allow_changes=True)))
+    seen["mixed"] = select_steps(list(run.resume(tmp_path / "mixed" / "run", allow_changes=True)))
     for name, tail in (("narrow", 0), ("mixed", 1)):
         for item, other in zip(seen["wide"][tail:], seen[name], strict=True):
             assert (item.step, item.tokens, item.supervised_tokens) == (
@@ -340,3 +347,76 @@ def test_fault_31_another_pack_length_sees_the_same_rows(tiny_folder: Path, tmp_
                 other.supervised_tokens,
             )
             assert item.loss == pytest.approx(other.loss, rel=1e-5)
+
+
+# ---------------------------------------------------------------- kernels
+
+NO_KERNELS = Kernels(None, problem="there is no C compiler: cc, gcc or clang")
+
+
+def use_kernels(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> None:
+    """As in a process that loads these."""
+    for module in (build, fingerprint):
+        monkeypatch.setattr(module, "load_kernels", lambda: kernels)
+
+
+@pytest.fixture(scope="module")
+def half_precision(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A bf16 run after its first checkpoint, and the adapter of the same run to its end."""
+    folder = tmp_path_factory.mktemp("bf16")
+    model = save_model_folder(folder / "model")
+    complete = recipe(model, folder / "complete", dtype="bf16", save_steps=1)
+    events = list(run.train(plan_of(complete)))
+    assert not verdicts(events, "kernels")
+    interrupted = recipe(model, folder / "interrupted", dtype="bf16", save_steps=1)
+    until_saved(run.train(plan_of(interrupted)), step=1)
+    adapter = folder / "complete" / "run" / "adapter" / "adapter_model.safetensors"
+    return folder / "interrupted" / "run", adapter.read_bytes()
+
+
+@pytest.mark.skipif(build.load_library() is None, reason="needs a C compiler")
+def test_a_bf16_run_is_not_continued_with_other_kernels(
+    half_precision: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, adapter = half_precision
+    assert "kernels" in read_json(path / "checkpoints" / "step-1" / "manifest.json")
+    actual = build.load_kernels()
+    others = (
+        (NO_KERNELS, r"kernels: compiled from \w{16}, OpenMP threads -> none"),
+        (dataclasses.replace(actual, has_threads=False), r"kernels: .* -> .*, a single thread"),
+        (dataclasses.replace(actual, sources="0" * 64), r"kernels: .* -> compiled from 0000"),
+    )
+    for other, message in others:
+        with monkeypatch.context() as patch:
+            use_kernels(patch, other)
+            with pytest.raises(InputError, match=rf"(?s)inputs have changed.*\n  {message}"):
+                next(run.resume(path))
+    recompiled = dataclasses.replace(actual, sha256="0" * 64)
+    copied = Path(shutil.copytree(path, path.parent / "recompiled"))
+    with monkeypatch.context() as patch:
+        use_kernels(patch, recompiled)
+        (warning,) = verdicts(list(run.resume(copied)), "rounding")
+    assert warning.evidence.startswith("machine.kernels: sha256")
+    assert list(run.resume(path))
+    assert (path / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+@pytest.mark.skipif(build.load_library() is None, reason="needs a C compiler")
+def test_a_run_without_kernels_says_so_and_fp32_needs_none(
+    first_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = recipe(first_model, tmp_path / "half", dtype="bf16", save_steps=1)
+    single = recipe(first_model, tmp_path / "single", save_steps=1)
+    until_saved(run.train(plan_of(half)), step=1)
+    until_saved(run.train(plan_of(single)), step=1)
+    use_kernels(monkeypatch, NO_KERNELS)
+    path = tmp_path / "half" / "run"
+    events = list(run.resume(path, allow_changes=True))
+    (warning,) = verdicts(events, "kernels")
+    assert (warning.level, warning.step) == ("warn", 1)
+    assert "plain torch" in warning.evidence
+    assert "no C compiler" in warning.evidence
+    assert "kernels: compiled" in read_json(path / "record.json")["input_changes"][0]
+    assert not verdicts(list(run.resume(tmp_path / "single" / "run")), "rounding")
+    fresh = recipe(first_model, tmp_path / "fresh", dtype="bf16")
+    assert verdicts(list(run.train(plan_of(fresh))), "kernels")

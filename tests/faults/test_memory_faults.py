@@ -15,8 +15,13 @@ import torch
 from torch import Tensor
 
 from plan_configs import make_config
-from tiny_models import tiny_document, tiny_documents, tiny_model, worst_difference
-from tiny_runs import measured_files, plan_of, recipe, steps_of, train
+from tiny_models import (
+    compute_max_difference,
+    make_tiny_document,
+    make_tiny_documents,
+    make_tiny_model,
+)
+from tiny_runs import make_tiny_recipe, plan_recipe, select_steps, train, write_eval_files
 from tunesmith.core.errors import MachineError
 from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.json_io import read_json
@@ -53,7 +58,7 @@ def trained(model: PackedCausalLM) -> tuple[list[Event], dict[str, Tensor]]:
         name: p.detach().clone() for name, p in get_trainable_parameters(model.network).items()
     }
     training = TrainingLoop(
-        model, lambda step: tiny_documents((31, 17, 13, 5, step)), SETTINGS, steps=4
+        model, lambda step: make_tiny_documents((31, 17, 13, 5, step)), SETTINGS, steps=4
     )
     events = list(training)
     return events, {
@@ -68,7 +73,7 @@ def verdicts(events: Sequence[Event]) -> list[CheckResult]:
 
 def test_fault_28_a_step_that_does_not_fit_is_the_same_step_in_smaller_packs() -> None:
     (free, expected), (narrow, actual) = (
-        trained(bounded(tiny_model(), most)) for most in (10**6, 35)
+        trained(bounded(make_tiny_model(), most)) for most in (10**6, 35)
     )
     (warning,) = verdicts(narrow)
     assert narrow[0] == warning, "the first step, and never again"
@@ -77,21 +82,21 @@ def test_fault_28_a_step_that_does_not_fit_is_the_same_step_in_smaller_packs() -
         warning.evidence
         == f"out of memory: {SAID}; packs of 67 tokens become packs of 33: same step, same update"
     )
-    for item, other in zip(steps_of(free), steps_of(narrow), strict=True):
+    for item, other in zip(select_steps(free), select_steps(narrow), strict=True):
         assert (item.step, item.tokens, item.supervised_tokens) == (
             other.step,
             other.tokens,
             other.supervised_tokens,
         )
         assert item.loss == pytest.approx(other.loss, rel=1e-5)
-    assert worst_difference(actual, expected) < 1e-4
+    assert compute_max_difference(actual, expected) < 1e-4
 
 
 def test_fault_28_packs_are_halved_as_often_as_it_takes() -> None:
     """The document of 17 tokens is never split, and fits by itself."""
     training = TrainingLoop(
-        bounded(tiny_model(), 17),
-        lambda step: tiny_documents((17, 13, 13, 5, step)),
+        bounded(make_tiny_model(), 17),
+        lambda step: make_tiny_documents((17, 13, 13, 5, step)),
         SETTINGS,
         steps=4,
     )
@@ -101,12 +106,15 @@ def test_fault_28_packs_are_halved_as_often_as_it_takes() -> None:
         lengths.append(training.pack_length)
     assert lengths[0] > lengths[1] > lengths[2] > 8
     assert len(set(lengths)) == len(verdicts(events)) + 1
-    assert [step.step for step in steps_of(events)] == [1, 2, 3, 4]
+    assert [step.step for step in select_steps(events)] == [1, 2, 3, 4]
 
 
 def test_fault_28_one_document_that_does_not_fit_ends_the_run_with_advice() -> None:
     training = TrainingLoop(
-        bounded(tiny_model(), 20), lambda step: tiny_documents((31, 17, 5, step)), SETTINGS, steps=4
+        bounded(make_tiny_model(), 20),
+        lambda step: make_tiny_documents((31, 17, 5, step)),
+        SETTINGS,
+        steps=4,
     )
     with pytest.raises(
         MachineError,
@@ -120,25 +128,25 @@ def test_fault_28_one_document_that_does_not_fit_ends_the_run_with_advice() -> N
 
 
 def test_fault_28_the_choice_is_kept_in_checkpoints(tmp_path: Path) -> None:
-    documents = lambda step: tiny_documents((31, 17, 13, 5, step))  # noqa: E731
-    first = TrainingLoop(bounded(tiny_model(), 35), documents, SETTINGS, steps=4)
+    documents = lambda step: make_tiny_documents((31, 17, 13, 5, step))  # noqa: E731
+    first = TrainingLoop(bounded(make_tiny_model(), 35), documents, SETTINGS, steps=4)
     assert [type(next(first)) for _ in range(3)] == [CheckResult, TrainStep, TrainStep]
     first.save(tmp_path)
     straight = list(first)
-    second = TrainingLoop(bounded(tiny_model(), 35), documents, SETTINGS, steps=4)
+    second = TrainingLoop(bounded(make_tiny_model(), 35), documents, SETTINGS, steps=4)
     second.restore(tmp_path)
     assert second.pack_length == 33
     resumed = list(second)
-    assert [event.loss for event in steps_of(resumed)] == [
-        event.loss for event in steps_of(straight)
+    assert [event.loss for event in select_steps(resumed)] == [
+        event.loss for event in select_steps(straight)
     ]
     assert not verdicts(resumed)
 
 
 def test_fault_28_saving_between_the_error_and_the_second_try_loses_nothing(tmp_path: Path) -> None:
     training = TrainingLoop(
-        bounded(tiny_model(), 35),
-        lambda step: tiny_documents((31, 17, 13, 5, step)),
+        bounded(make_tiny_model(), 35),
+        lambda step: make_tiny_documents((31, 17, 13, 5, step)),
         SETTINGS,
         steps=4,
     )
@@ -146,7 +154,7 @@ def test_fault_28_saving_between_the_error_and_the_second_try_loses_nothing(tmp_
     assert not training.model.network.training
     training.save(tmp_path)
     training.restore(tmp_path)
-    assert [step.step for step in steps_of(list(training))] == [1, 2, 3, 4]
+    assert [step.step for step in select_steps(list(training))] == [1, 2, 3, 4]
 
 
 def test_fault_28_the_rows_of_an_update_that_does_not_fit_are_not_to_blame(
@@ -154,7 +162,7 @@ def test_fault_28_the_rows_of_an_update_that_does_not_fit_are_not_to_blame(
 ) -> None:
     """The optimizer's own state cannot be had in parts."""
     training = TrainingLoop(
-        tiny_model(), lambda step: tiny_documents((31, step)), SETTINGS, steps=4
+        make_tiny_model(), lambda step: make_tiny_documents((31, step)), SETTINGS, steps=4
     )
 
     def refusing() -> None:
@@ -176,16 +184,16 @@ def test_the_error_of_the_cpu_is_known_too() -> None:
 
 
 def test_fault_29_held_out_losses_are_those_of_smaller_packs() -> None:
-    documents = [tiny_document(length) for length in (31, 17, 13, 5, 2)]
+    documents = [make_tiny_document(length) for length in (31, 17, 13, 5, 2)]
     free, narrow = (
-        sorted(compute_nll(bounded(tiny_model(), most), documents, 90)) for most in (10**6, 31)
+        sorted(compute_nll(bounded(make_tiny_model(), most), documents, 90)) for most in (10**6, 31)
     )
     assert [(location, count) for location, _, count in free] == [
         (location, count) for location, _, count in narrow
     ]
     assert [nats for _, nats, _ in narrow] == pytest.approx([nats for _, nats, _ in free], rel=1e-5)
     with pytest.raises(OutOfMemory):
-        list(compute_nll(bounded(tiny_model(), 30), documents, 90))
+        list(compute_nll(bounded(make_tiny_model(), 30), documents, 90))
 
 
 def few_rows(model: PackedCausalLM, most: int) -> tuple[PackedCausalLM, list[int]]:
@@ -208,20 +216,21 @@ def spell(tokens: Sequence[int]) -> str:
 
 def test_fault_29_answers_are_those_of_smaller_batches() -> None:
     prompts = [
-        tuple(tiny_document(length).tokens_L.tolist()) for length in (3, 17, 9, 1, 17, 12, 5, 30, 2)
+        tuple(make_tiny_document(length).tokens_L.tolist())
+        for length in (3, 17, 9, 1, 17, 12, 5, 30, 2)
     ]
     requests = [
         GenerationRequest(prompt, max_new_tokens=6, temperature=float(i % 2))
         for i, prompt in enumerate(prompts)
     ]
-    free = dict(generate(tiny_model(), requests, decode=spell, end_ids=()))
-    narrow, slots = few_rows(tiny_model(), 2)
+    free = dict(generate(make_tiny_model(), requests, decode=spell, end_ids=()))
+    narrow, slots = few_rows(make_tiny_model(), 2)
     assert dict(generate(narrow, requests, decode=spell, end_ids=())) == free
     assert list(dict.fromkeys(slots)) == [9, 4, 2]
 
 
 def test_fault_29_a_single_row_that_does_not_fit_is_the_machines_fault() -> None:
-    narrow, _ = few_rows(tiny_model(), 0)
+    narrow, _ = few_rows(make_tiny_model(), 0)
     request = GenerationRequest((5, 6, 7), max_new_tokens=6)
     with pytest.raises(MachineError, match="out of memory: CUDA"):
         list(generate(narrow, [request], decode=spell, end_ids=()))
@@ -240,7 +249,7 @@ def test_fault_29_what_measuring_cannot_hold_does_not_touch_training(
         return hidden(self, batch)
 
     wishes = [
-        recipe(tiny_folder, tmp_path / n, **measured_files(tmp_path / n), save_steps=2)
+        make_tiny_recipe(tiny_folder, tmp_path / n, **write_eval_files(tmp_path / n), save_steps=2)
         for n in "ab"
     ]
     train(wishes[0])
@@ -253,7 +262,7 @@ def test_fault_29_what_measuring_cannot_hold_does_not_touch_training(
     files = [tmp_path / n / "run" / "adapter" / "adapter_model.safetensors" for n in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
     position = read_json(tmp_path / "b" / "run" / "checkpoints" / "step-2" / "trainer_state.json")
-    assert position["pack_length"] == plan_of(wishes[0]).config.pack_length
+    assert position["pack_length"] == plan_recipe(wishes[0]).config.pack_length
 
 
 def test_fault_28_a_whole_run_on_a_small_device(
@@ -267,9 +276,9 @@ def test_fault_28_a_whole_run_on_a_small_device(
         return hidden(self, batch)
 
     monkeypatch.setattr(PackedCausalLM, "compute_hidden", refusing)
-    events = train(recipe(tiny_folder, tmp_path, save_steps=1))
+    events = train(make_tiny_recipe(tiny_folder, tmp_path, save_steps=1))
     assert [verdict.step for verdict in verdicts(events) if verdict.kind == "memory"] == [1]
-    assert [step.step for step in steps_of(events)] == [1, 2, 3]
+    assert [step.step for step in select_steps(events)] == [1, 2, 3]
     written = (tmp_path / "run" / "events.jsonl").read_text()
     assert "packs of 80 tokens become packs of 40" in written
     assert (
@@ -281,7 +290,7 @@ def test_fault_28_a_whole_run_on_a_small_device(
 def test_fault_28_on_a_cpu_the_estimate_refuses_before_anything_is_loaded(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_of(recipe(tiny_folder, tmp_path))
+    plan = plan_recipe(make_tiny_recipe(tiny_folder, tmp_path))
     small = dataclasses.replace(
         plan, machine=dataclasses.replace(plan.machine, available_bytes=10**8)
     )

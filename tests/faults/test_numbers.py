@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from plan_configs import make_config
-from tiny_models import tiny_document, tiny_model
-from tiny_runs import adapter_bytes, measured_files, recipe, steps_of, train
+from tiny_models import make_tiny_document, make_tiny_model
+from tiny_runs import make_tiny_recipe, read_adapter_bytes, select_steps, train, write_eval_files
 from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult, Event, TrainStep
@@ -58,9 +58,11 @@ def followed(events: Callable[[], object], folder: Path) -> GateError:
 def test_fault_27_three_steps_in_a_row_that_are_no_number_fail_the_run(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = recipe(tiny_folder, tmp_path / "straight", num_train_epochs=3, save_steps=2)
+    straight = make_tiny_recipe(
+        tiny_folder, tmp_path / "straight", num_train_epochs=3, save_steps=2
+    )
     wish, folder = (
-        recipe(tiny_folder, tmp_path, num_train_epochs=3, save_steps=2, guard="off"),
+        make_tiny_recipe(tiny_folder, tmp_path, num_train_epochs=3, save_steps=2, guard="off"),
         tmp_path / "run",
     )
     train(straight)
@@ -99,22 +101,22 @@ def test_fault_27_three_steps_in_a_row_that_are_no_number_fail_the_run(
         if isinstance(event, CheckResult) and event.kind == "earlier attempt"
     ]
     assert "3 non-finite steps in a row" in messages.evidence
-    assert [step.step for step in steps_of(events)] == list(range(3, 10))
+    assert [step.step for step in select_steps(events)] == list(range(3, 10))
     assert read_failure(folder) == ""
-    assert adapter_bytes(wish) == adapter_bytes(straight)
+    assert read_adapter_bytes(wish) == read_adapter_bytes(straight)
 
 
 def test_fault_27_under_guard_it_goes_back_and_on_with_half_the_rate(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison({4, 5, 6}, monkeypatch)
-    events = train(recipe(tiny_folder, tmp_path, num_train_epochs=3, save_steps=2))
+    events = train(make_tiny_recipe(tiny_folder, tmp_path, num_train_epochs=3, save_steps=2))
     (back,) = [
         event for event in events if isinstance(event, CheckResult) and event.level == "rollback"
     ]
     assert (back.kind, back.step) == ("non-finite", 6)
     assert "back to step 2, continuing with 0.5 times the learning rate" in back.evidence
-    rates = {step.step: step.learning_rate for step in steps_of(events)}
+    rates = {step.step: step.learning_rate for step in select_steps(events)}
     assert rates[3] == pytest.approx(0.5 * 0.01 * 7 / 9)
     assert [
         event.step for event in read_events(tmp_path / "run") if isinstance(event, TrainStep)
@@ -125,20 +127,20 @@ def test_fault_27_one_bad_step_is_skipped_and_its_rows_are_kept(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison({2}, monkeypatch)
-    events = train(recipe(tiny_folder, tmp_path))
+    events = train(make_tiny_recipe(tiny_folder, tmp_path))
     (verdict,) = [
         event for event in events if isinstance(event, CheckResult) and event.level != "ok"
     ]
     assert (verdict.step, verdict.level) == (2, "warn")
     assert verdict.evidence.count("train.jsonl:") == 2
-    assert [step.step for step in steps_of(events)] == [1, 3]
+    assert [step.step for step in select_steps(events)] == [1, 3]
     assert read_json(tmp_path / "run" / "record.json")["steps"] == 2
 
 
 def test_fault_27_a_gate_that_says_no_after_training_fails_the_run_too(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wish = recipe(tiny_folder, tmp_path, **measured_files(tmp_path))
+    wish = make_tiny_recipe(tiny_folder, tmp_path, **write_eval_files(tmp_path))
     measure = run.measure_items
 
     def refusing(*arguments: object, step: int, **more: object) -> object:
@@ -157,12 +159,12 @@ def test_fault_27_a_gate_that_says_no_after_training_fails_the_run_too(
 
 
 def documents(step: int) -> list:
-    return [tiny_document(9, step)]
+    return [make_tiny_document(9, step)]
 
 
 def test_fault_27_weights_that_an_update_breaks_are_named_and_never_saved(tmp_path: Path) -> None:
     training = TrainingLoop(
-        tiny_model(), documents, dataclasses.replace(SETTINGS, learning_rate=math.inf), steps=6
+        make_tiny_model(), documents, dataclasses.replace(SETTINGS, learning_rate=math.inf), steps=6
     )
     with RunFolder.create(tmp_path) as folder:
         folder.write_json("plan.json", {"format": 2})
@@ -206,7 +208,7 @@ def test_weights_are_readable_for_whom_their_folder_is(tmp_path: Path) -> None:
 
 
 def test_moments_are_checked_like_weights(tmp_path: Path) -> None:
-    training = TrainingLoop(tiny_model(), documents, SETTINGS, steps=6)
+    training = TrainingLoop(make_tiny_model(), documents, SETTINGS, steps=6)
     events: list[Event] = [next(training)]
     assert events
     parameter = next(iter(training.parameters.values()))

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunks import explore
-from tiny_runs import chat
+from tiny_runs import make_chat_row
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
@@ -99,7 +99,9 @@ turns = st.fixed_dictionaries(
     },
 )
 said = st.builds(lambda role, text: {"role": role, "content": text}, roles, texts)
-sound = st.builds(lambda question, answer: chat(question, f"{answer}.")["messages"], texts, texts)
+sound = st.builds(
+    lambda question, answer: make_chat_row(question, f"{answer}.")["messages"], texts, texts
+)
 conversations = (
     sound | sound | st.lists(said, max_size=4) | st.lists(turns, max_size=4) | texts | values
 )
@@ -180,7 +182,7 @@ def rows_explored(cases: int, seconds: float, renderer: Renderer) -> Counter[str
 
 # ---------------------------------------------------------------- files
 
-SOUND = [chat(f'what is {n}?\n"yes", é', f"1,5\t€ {n}") for n in range(4)]
+SOUND = [make_chat_row(f'what is {n}?\n"yes", é', f"1,5\t€ {n}") for n in range(4)]
 PAIRS = [
     {"prompt": row["messages"][0]["content"], "completion": row["messages"][1]["content"]}
     for row in SOUND

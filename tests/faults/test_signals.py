@@ -15,13 +15,13 @@ import pytest
 from torch import Tensor
 
 from tiny_runs import (
-    adapter_bytes,
-    measured_files,
-    plan_of,
-    recipe,
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
     save_model_folder,
-    steps_of,
+    select_steps,
     train,
+    write_eval_files,
 )
 from tunesmith.core.errors import Interrupted
 from tunesmith.core.events import CheckpointSaved, Event, Score
@@ -37,16 +37,16 @@ def straight(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> byt
     """The adapter of a run that nothing stopped."""
     wish = wished(tiny_folder, tmp_path_factory.mktemp("straight"))
     train(wish)
-    return adapter_bytes(wish)
+    return read_adapter_bytes(wish)
 
 
 def wished(model: Path, folder: Path) -> Recipe:
     """Three steps, two packs each, evaluated and saved after the second."""
     length = {"max_length": 60, "pack_length": 60}
-    return recipe(
+    return make_tiny_recipe(
         model,
         folder,
-        **measured_files(folder),
+        **write_eval_files(folder),
         **length,
         save_steps=2,
         eval_steps=2,
@@ -58,7 +58,7 @@ def follow(wish: Recipe) -> tuple[list[Event], Interrupted]:
     """The events of a run that a signal ends, and how it ends."""
     seen: list[Event] = []
     with pytest.raises(Interrupted, match="continue with: tunesmith resume") as stopped:
-        seen.extend(event for event in run.train(plan_of(wish)))
+        seen.extend(event for event in run.train(plan_recipe(wish)))
     return seen, stopped.value
 
 
@@ -94,10 +94,10 @@ def test_fault_23_a_signal_between_two_packs_of_a_step(
         events, stopped = follow(wished(tiny_folder, tmp_path))
     assert len(forwards) == 4, "the signal came in the first of two packs of the second step"
     assert stopped.exit_code == 143
-    assert [step.step for step in steps_of(events)] == [1, 2]
+    assert [step.step for step in select_steps(events)] == [1, 2]
     assert isinstance(events[-1], CheckpointSaved)
     events, actual = went_on(tmp_path / "run")
-    assert [step.step for step in steps_of(events)] == [3]
+    assert [step.step for step in select_steps(events)] == [3]
     assert actual == straight
 
 
@@ -111,14 +111,14 @@ def test_fault_23_a_second_signal_does_not_wait_for_the_step(
         os.kill(os.getpid(), signal.SIGINT)
 
     def watched() -> None:
-        for event in run.train(plan_of(wish)):
+        for event in run.train(plan_recipe(wish)):
             seen.append(event)
 
     with monkeypatch.context() as patch:
         at_forward(3, twice, patch)
         with pytest.raises(KeyboardInterrupt):
             watched()
-    assert [step.step for step in steps_of(seen)] == [1]
+    assert [step.step for step in select_steps(seen)] == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert went_on(tmp_path / "run")[1] == straight
 
@@ -151,10 +151,10 @@ def test_fault_23_a_signal_outside_of_steps_is_obeyed_at_once(
         events, stopped = follow(wish)
     assert stopped.exit_code == 130
     done = {"eval_during_training": [1, 2], "measure_items again": [1, 2, 3]}.get(stage, [])
-    assert [step.step for step in steps_of(events)] == done
+    assert [step.step for step in select_steps(events)] == done
     assert not done or (isinstance(events[-1], CheckpointSaved) and events[-1].step == done[-1])
     events, actual = went_on(tmp_path / "run")
-    assert [step.step for step in steps_of(events)] == [
+    assert [step.step for step in select_steps(events)] == [
         step for step in (1, 2, 3) if step not in done
     ]
     assert any(isinstance(event, Score) and event.step == 3 for event in events)
@@ -167,7 +167,7 @@ def test_fault_23_the_command_says_how_to_go_on(
     number: signal.Signals, code: int, tmp_path: Path
 ) -> None:
     model = save_model_folder(tmp_path / "model")
-    wish = recipe(model, tmp_path, num_train_epochs=400, max_steps=400, save_steps=1000)
+    wish = make_tiny_recipe(model, tmp_path, num_train_epochs=400, max_steps=400, save_steps=1000)
     flags = [
         f"--{key}={value}"
         for key, value in wish.model_dump(mode="json", exclude_unset=True).items()

@@ -24,9 +24,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from chunks import chosen, chunks
+from chunks import iter_chunks, make_settings
 from plan_configs import make_config
-from tiny_models import tiny_document, tiny_model
+from tiny_models import make_tiny_document, make_tiny_model
 from tunesmith.core.atomic import disk_errors
 from tunesmith.core.errors import MachineError
 from tunesmith.core.events import TrainStep
@@ -46,8 +46,8 @@ SETTINGS = make_config(
 
 def new_training() -> TrainingLoop:
     return TrainingLoop(
-        tiny_model(lora_dropout=0.1, lora_r=2),
-        lambda step: [tiny_document(n, step) for n in (5, 9)],
+        make_tiny_model(lora_dropout=0.1, lora_r=2),
+        lambda step: [make_tiny_document(n, step) for n in (5, 9)],
         SETTINGS,
         steps=STEPS,
     )
@@ -193,9 +193,9 @@ def sequences_explored(cases: int, seconds: float, *, steps: int, size: int = 10
             seen["sequences"] += 1
             super().teardown()
 
-    for number in chunks(cases, seconds, size):
+    for number in iter_chunks(cases, seconds, size):
         run_state_machine_as_test(
-            seed(number)(Counted), settings=chosen(size, stateful_step_count=steps)
+            seed(number)(Counted), settings=make_settings(size, stateful_step_count=steps)
         )
     return seen
 

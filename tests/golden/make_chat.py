@@ -16,7 +16,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-from real_tokenizers import NAMES, NO_SYSTEM, find, model_folder, stock
+from real_tokenizers import (
+    NAMES,
+    NO_SYSTEM,
+    copy_model_folder,
+    find_tokenizer,
+    load_stock_tokenizer,
+)
 
 HERE = Path(__file__).parent
 ENDS = {
@@ -34,7 +40,7 @@ ROWS = [
 ]  # fmt: skip
 
 
-def reduced(data: dict[str, Any], texts: list[str], wanted: set[str]) -> dict[str, Any]:
+def reduce_tokenizer(data: dict[str, Any], texts: list[str], wanted: set[str]) -> dict[str, Any]:
     full = Tokenizer.from_str(json.dumps(data))
     inside: set[str] = set()
     for text in texts:
@@ -63,7 +69,7 @@ def reduced(data: dict[str, Any], texts: list[str], wanted: set[str]) -> dict[st
     return data
 
 
-def golden_rows(tokenizer: Any, name: str) -> list[dict[str, Any]]:
+def make_golden_rows(tokenizer: Any, name: str) -> list[dict[str, Any]]:
     rows = []
     end = tokenizer.convert_tokens_to_ids(ENDS[name])
     for turns in ROWS:
@@ -85,12 +91,12 @@ def golden_rows(tokenizer: Any, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def make(root: Path, name: str) -> None:
-    source = find(root, name)
+def write_golden(root: Path, name: str) -> None:
+    source = find_tokenizer(root, name)
     assert source is not None, f"no tokenizer {name} below {root}"
-    folder = model_folder(source, name, Path(tempfile.mkdtemp()))
-    tokenizer = stock(folder, name)
-    rows = golden_rows(tokenizer, name)
+    folder = copy_model_folder(source, name, Path(tempfile.mkdtemp()))
+    tokenizer = load_stock_tokenizer(folder, name)
+    rows = make_golden_rows(tokenizer, name)
     data = json.loads((folder / "tokenizer.json").read_text())
     template = tokenizer.chat_template
     texts = [row["text"] for row in rows]
@@ -100,8 +106,8 @@ def make(root: Path, name: str) -> None:
         set(tokenizer.special_tokens_map.values())
         | {"<think>", "</think>", "<h1>", "</h1>", "\n\n", "▁▁"} & added
     )
-    pieces = [piece for text in texts for piece in [text, *_cut(text, wanted)]]
-    small = reduced(data, pieces, wanted)
+    pieces = [piece for text in texts for piece in [text, *_split_at_tokens(text, wanted)]]
+    small = reduce_tokenizer(data, pieces, wanted)
     named = {
         key: value for key, value in tokenizer.special_tokens_map.items() if key.endswith("_token")
     }
@@ -120,7 +126,7 @@ def make(root: Path, name: str) -> None:
     )
 
 
-def _cut(text: str, tokens: set[str]) -> list[str]:
+def _split_at_tokens(text: str, tokens: set[str]) -> list[str]:
     """The text between control tokens: what a tokenizer may prefix with a space."""
     for token in sorted(tokens, key=len, reverse=True):
         text = text.replace(token, "\0") if token.strip() else text
@@ -129,4 +135,4 @@ def _cut(text: str, tokens: set[str]) -> list[str]:
 
 if __name__ == "__main__":
     for name in NAMES:
-        make(Path(sys.argv[1]), name)
+        write_golden(Path(sys.argv[1]), name)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, seed, settings
 CHUNK = 250
 
 
-def chunks(cases: int, seconds: float, size: int = CHUNK) -> Iterator[int]:
+def iter_chunks(cases: int, seconds: float, size: int = CHUNK) -> Iterator[int]:
     """Numbers of runs, `size` cases each: as many as it takes for `cases`, none begins when the
     time is over."""
     until = time.process_time() + seconds
@@ -22,7 +22,7 @@ def chunks(cases: int, seconds: float, size: int = CHUNK) -> Iterator[int]:
         yield number
 
 
-def chosen(size: int = CHUNK, **more: Any) -> settings:
+def make_settings(size: int = CHUNK, **more: Any) -> settings:
     return settings(
         max_examples=size, deadline=None, database=None, suppress_health_check=list(HealthCheck), **more
     )  # fmt: skip
@@ -30,6 +30,6 @@ def chosen(size: int = CHUNK, **more: Any) -> settings:
 
 def explore(given_property: Callable[[], None], cases: int, seconds: float) -> None:
     """`given_property` is decorated with `given` alone. The same cases come every time."""
-    tried = chosen(min(CHUNK, cases))(given_property)
-    for number in chunks(cases, seconds, min(CHUNK, cases)):
+    tried = make_settings(min(CHUNK, cases))(given_property)
+    for number in iter_chunks(cases, seconds, min(CHUNK, cases)):
         seed(number)(tried)()

@@ -37,7 +37,7 @@ NO_REGISTRY = (
 )
 
 
-def llama_cpp_site(folder: Path) -> Path:
+def install_llama_cpp(folder: Path) -> Path:
     """Skips where it is not kept and was not asked for, and where there is no C++ compiler or no
     package registry; a build that fails is a failed test."""
     wheels = find_cache_dir().parent / "wheels"
@@ -51,16 +51,16 @@ def llama_cpp_site(folder: Path) -> Path:
             "CMAKE_ARGS": " ".join(f"-D{flag}" for flag in flags),
             "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count()),
         }
-        pip(
+        run_pip(
             ["wheel", "--no-binary", "llama-cpp-python", "--wheel-dir", str(wheels), REQUIREMENT],
             **built,
         )
     (wheel,) = wheels.glob("llama_cpp_python-*.whl")
-    pip(["install", "--target", str(folder), str(wheel), "diskcache"])
+    run_pip(["install", "--target", str(folder), str(wheel), "diskcache"])
     return folder
 
 
-def pip(words: list[str], **environment: str) -> None:
+def run_pip(words: list[str], **environment: str) -> None:
     command = [
         sys.executable,
         "-m",

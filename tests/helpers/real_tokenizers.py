@@ -47,14 +47,14 @@ WORDS = [
 ]
 
 
-def find(root: Path, name: str) -> Path | None:
+def find_tokenizer(root: Path, name: str) -> Path | None:
     """The folder of a tokenizer below `root`: npm's node_modules, or unpacked packages."""
     named = re.compile(rf"tokenizer-{name}[-/]")
     found = sorted(path.parent for path in root.rglob("tokenizer.json") if named.search(str(path)))
     return found[0] if found else None
 
 
-def model_folder(source: Path, name: str, target: Path) -> Path:
+def copy_model_folder(source: Path, name: str, target: Path) -> Path:
     """Tokenizer and template, as a model folder has them."""
     target.mkdir(parents=True, exist_ok=True)
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -67,7 +67,7 @@ def model_folder(source: Path, name: str, target: Path) -> Path:
     return target
 
 
-def stock(folder: Path, name: str) -> Any:
+def load_stock_tokenizer(folder: Path, name: str) -> Any:
     """transformers' tokenizer; for Llama 2 as tokenizer.json says, since transformers 5 builds
     another one."""
     if name != "llama2":
@@ -78,22 +78,24 @@ def stock(folder: Path, name: str) -> Any:
     )
 
 
-def conversations(seed: int, count: int, *, system: bool) -> Iterator[list[Json]]:
+def generate_conversations(seed: int, count: int, *, system: bool) -> Iterator[list[Json]]:
     """Random rows without control text."""
     draw = random.Random(seed)
     for _ in range(count):
         messages = (
-            [{"role": "system", "content": _text(draw)}] if system and draw.random() < 0.4 else []
+            [{"role": "system", "content": _draw_text(draw)}]
+            if system and draw.random() < 0.4
+            else []
         )
         for _ in range(draw.choice([1, 1, 2, 3])):
             messages += [
-                {"role": "user", "content": _text(draw)},
-                {"role": "assistant", "content": _text(draw)},
+                {"role": "user", "content": _draw_text(draw)},
+                {"role": "assistant", "content": _draw_text(draw)},
             ]
         yield messages
 
 
-def _text(draw: random.Random) -> str:
+def _draw_text(draw: random.Random) -> str:
     parts: list[str] = []
     for _ in range(draw.choice([1, 3, 10, 40])):
         parts.append(draw.choice(PIECES) if draw.random() < 0.3 else draw.choice(WORDS))

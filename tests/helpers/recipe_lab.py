@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tiny_runs import adapter_bytes, recipe, steps_of, train, write_rows
+from tiny_runs import make_tiny_recipe, read_adapter_bytes, select_steps, train, write_rows
 from tunesmith.core.events import Event, Score, TrainStep
 from tunesmith.recipe.schema import Recipe
 
@@ -21,15 +21,15 @@ class Lab:
 
     def events(self, **changed: Any) -> list[Event]:
         self.runs += 1
-        self.last = recipe(self.model, self.folder / str(self.runs), **changed)
+        self.last = make_tiny_recipe(self.model, self.folder / str(self.runs), **changed)
         return train(self.last)
 
     def steps(self, **changed: Any) -> list[TrainStep]:
-        return steps_of(self.events(**changed))
+        return select_steps(self.events(**changed))
 
     def adapter(self, **changed: Any) -> bytes:
         self.events(**changed)
-        return adapter_bytes(self.last)
+        return read_adapter_bytes(self.last)
 
     def scores(self, **changed: Any) -> dict[tuple[str, str], Score]:
         """Return the last score of each (task, metric)."""

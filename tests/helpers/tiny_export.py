@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from tiny_runs import chat, recipe, train, write_rows
+from tiny_runs import make_chat_row, make_tiny_recipe, train, write_rows
 from tunesmith.export.parity import ExportJob, select_examples
 from tunesmith.export.source_run import SourceRun, open_source_run
 from tunesmith.model.gguf.tokenizer import PRE_TOKENIZERS
@@ -122,13 +122,14 @@ def save_run(folder: Path, model: Path, *, system: str = "", **changed: Any) -> 
     """A finished run of a few steps, at a rate that moves the model."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
-        chat(f"{n} and {3 * n} please", json.dumps({"sum": 4 * n}), system) for n in range(1, 13)
+        make_chat_row(f"{n} and {3 * n} please", json.dumps({"sum": 4 * n}), system)
+        for n in range(1, 13)
     ]
     data, test = (
         write_rows(folder / "train.jsonl", rows[:8]),
         write_rows(folder / "test.jsonl", rows[8:]),
     )
-    wish = recipe(
+    wish = make_tiny_recipe(
         model,
         folder,
         **({"data": str(data), "test_data": str(test), "learning_rate": 0.03} | changed),
@@ -137,7 +138,7 @@ def save_run(folder: Path, model: Path, *, system: str = "", **changed: Any) -> 
     return folder / "run"
 
 
-def job_of(path: Path, folder: Path, kind: str = "") -> ExportJob:
+def make_export_job(path: Path, folder: Path, kind: str = "") -> ExportJob:
     """An export of a run at work in `folder`."""
     run: SourceRun = open_source_run(path)
     folder.mkdir(parents=True, exist_ok=True)

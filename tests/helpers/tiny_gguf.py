@@ -16,7 +16,7 @@ TEMPLATE = (
 )
 
 
-def tokens() -> list[str]:
+def list_tokens() -> list[str]:
     """Three control tokens, the 256 bytes in the spelling of byte-level BPE, the merges, one user
     token, padding."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -33,9 +33,12 @@ def random_weights(architecture: str, *, tied: bool = True) -> dict[str, np.ndar
     """Weights by their transformers names, multiples of 1/16 so that bf16 and Q8_0-free types hold
     them exactly."""
     random = np.random.default_rng(0)
-    shapes = {"model.embed_tokens.weight": (len(tokens()), HIDDEN), "model.norm.weight": (HIDDEN,)}
+    shapes = {
+        "model.embed_tokens.weight": (len(list_tokens()), HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
     if not tied:
-        shapes["lm_head.weight"] = (len(tokens()), HIDDEN)
+        shapes["lm_head.weight"] = (len(list_tokens()), HIDDEN)
     for layer in range(LAYERS):
         block = f"model.layers.{layer}"
         for name, rows in (
@@ -63,7 +66,7 @@ def random_weights(architecture: str, *, tied: bool = True) -> dict[str, np.ndar
     }
 
 
-def metadata(architecture: str) -> dict[str, Any]:
+def make_metadata(architecture: str) -> dict[str, Any]:
     return {
         f"{architecture}.context_length": 128,
         f"{architecture}.embedding_length": HIDDEN,
@@ -76,7 +79,7 @@ def metadata(architecture: str) -> dict[str, Any]:
         "general.name": "tiny",
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2" if architecture == "qwen2" else "smollm",
-        "tokenizer.ggml.tokens": tokens(),
+        "tokenizer.ggml.tokens": list_tokens(),
         "tokenizer.ggml.token_type": [3] * 3 + [1] * (256 + len(MERGES)) + [4, 5],
         "tokenizer.ggml.merges": MERGES,
         "tokenizer.ggml.bos_token_id": 1,
@@ -118,7 +121,7 @@ def write_gguf(
         writer.add_tensor(stored, gguf.quantize(values, kind), raw_dtype=kind)
     for name, values in (extra or {}).items():
         writer.add_tensor(name, values)
-    content = metadata(architecture) | {
+    content = make_metadata(architecture) | {
         key.replace("__", "."): value for key, value in changed.items()
     }
     for key, value in content.items():
@@ -153,6 +156,6 @@ CONFIG = {
     "num_key_value_heads": KV_HEADS,
     "head_dim": HEAD_DIM,
     "max_position_embeddings": 128,
-    "vocab_size": len(tokens()),
+    "vocab_size": len(list_tokens()),
     "tie_word_embeddings": True,
 }

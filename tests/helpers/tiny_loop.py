@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from plan_configs import make_config
-from tiny_models import tiny_document
+from tiny_models import make_tiny_document
 from tunesmith.core.events import Event, TrainStep
 from tunesmith.core.types import Document
 from tunesmith.model.adapters import get_trainable_parameters
@@ -21,24 +21,24 @@ SETTINGS = make_config(
 LENGTHS = (5, 17, 1, 31, 17, 2, 13)
 
 
-def documents_of(step: int) -> Sequence[Document]:
+def make_step_documents(step: int) -> Sequence[Document]:
     """Other documents at every step."""
-    return [tiny_document(length, 100 * step + place) for place, length in enumerate(LENGTHS)]
+    return [make_tiny_document(length, 100 * step + place) for place, length in enumerate(LENGTHS)]
 
 
-def weights(model: PackedCausalLM) -> dict[str, Tensor]:
+def copy_weights(model: PackedCausalLM) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in get_trainable_parameters(model.network).items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+def are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def steps(events: Sequence[Event]) -> list[TrainStep]:
+def select_steps(events: Sequence[Event]) -> list[TrainStep]:
     return [event for event in events if isinstance(event, TrainStep)]
 
 
-def straight_and_resumed(
+def run_straight_and_resumed(
     fresh: Callable[[], TrainingLoop], folder: Path
 ) -> tuple[TrainingLoop, TrainingLoop]:
     """Two whole runs; the second was saved after three steps and went on in another object."""

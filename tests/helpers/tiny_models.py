@@ -9,20 +9,26 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    ApertusConfig,
+    ArceeConfig,
     AutoModelForCausalLM,
+    BitNetConfig,
     CohereConfig,
+    CwmConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    OlmoConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
+    VaultGemmaConfig,
 )
 
 from tunesmith.core.types import Batch, Document
@@ -78,10 +84,21 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "smollm3": SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
     "phi3": Phi3Config(**SIZES, sliding_window=WINDOW),
     "cohere": CohereConfig(**SIZES, logit_scale=0.3),
+    "olmo": OlmoConfig(**SIZES, clip_qkv=0.5),
+    "apertus": ApertusConfig(**SIZES),
+    "arcee": ArceeConfig(**SIZES, mlp_bias=True),
+    "bitnet": BitNetConfig(**SIZES),
+    "cwm": CwmConfig(**WIDE, **MIXED),
+    "vaultgemma": VaultGemmaConfig(
+        **WIDE, **MIXED, attn_logit_softcapping=5.0, final_logit_softcapping=9.0
+    ),
 }
 # Families whose norms, or more, stay transformers' own: those compute in fp32 whatever the model's
 # dtype.
-STOCK_NORMS = ("olmo2", "smollm3", "phi3", "cohere")
+STOCK_NORMS = (
+    *("olmo", "olmo2", "smollm3", "phi3", "cohere"),
+    *("apertus", "arcee", "bitnet", "cwm", "vaultgemma"),
+)
 
 LORA: dict[str, Any] = {
     "lora_r": 4,
@@ -94,7 +111,7 @@ LORA: dict[str, Any] = {
 }
 
 
-def tiny_network(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def make_tiny_network(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A stock network with weights far from their start: norms, biases and multipliers must all
     matter."""
     network = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=dtype).eval()
@@ -108,7 +125,7 @@ def tiny_network(family: str = "llama", dtype: torch.dtype = torch.float32) -> P
     return network.requires_grad_(False)
 
 
-def tiny_model(
+def make_tiny_model(
     family: str = "llama",
     dtype: torch.dtype = torch.float32,
     *,
@@ -120,7 +137,7 @@ def tiny_model(
 ) -> PackedCausalLM:
     """Adopted, with something trainable; adapters start away from zero, so that every gradient
     is."""
-    network = tiny_network(family, dtype)
+    network = make_tiny_network(family, dtype)
     if method:
         METHODS[method](network, LORA | settings)
     if method == "lora":
@@ -136,7 +153,7 @@ def tiny_model(
     )
 
 
-def tiny_document(
+def make_tiny_document(
     fed: int, seed: int = 0, *, name: str = "", first_target: int | None = None
 ) -> Document:
     """A document that feeds `fed` tokens and ends in a trained end token; weights of its targets
@@ -154,50 +171,50 @@ def tiny_document(
 LENGTHS = (5, 17, 1, 31, 17, 2, 13)
 
 
-def tiny_documents(lengths: Iterable[int] = LENGTHS) -> list[Document]:
-    return [tiny_document(length, place) for place, length in enumerate(lengths)]
+def make_tiny_documents(lengths: Iterable[int] = LENGTHS) -> list[Document]:
+    return [make_tiny_document(length, place) for place, length in enumerate(lengths)]
 
 
-def after(prompt: Document, fed: int, length: int, seed: int = 0) -> Document:
+def continue_document(prompt: Document, fed: int, length: int, seed: int = 0) -> Document:
     """A document that begins with the first `fed` tokens of another one, and goes on for
     `length`."""
-    end = tiny_document(length, seed)
+    end = make_tiny_document(length, seed)
     tokens_L = np.concatenate((prompt.tokens_L[:fed], end.tokens_L))
     weights_L = np.concatenate((prompt.weights_L[:fed], end.weights_L))
     return Document(f"{prompt.id}[:{fed}]+{end.id}", tokens_L, weights_L)
 
 
-def branching_documents() -> list[Document]:
+def make_branching_documents() -> list[Document]:
     """Beginnings in common with targets inside, some longer than others; two documents that are
     equal, one that ends where another goes on, and some that share nothing."""
-    prompt, other = tiny_document(40, 7), tiny_document(21, 8)
-    deeper = after(prompt, 33, 50, 1)
+    prompt, other = make_tiny_document(40, 7), make_tiny_document(21, 8)
+    deeper = continue_document(prompt, 33, 50, 1)
     return [
-        after(prompt, 33, 5),
-        tiny_document(13),
+        continue_document(prompt, 33, 5),
+        make_tiny_document(13),
         deeper,
-        after(deeper, 55, 9),
-        after(other, 17, 3, 2),
-        after(deeper, 55, 1, 3),
+        continue_document(deeper, 55, 9),
+        continue_document(other, 17, 3, 2),
+        continue_document(deeper, 55, 1, 3),
         dataclasses.replace(deeper),
         other,
         prompt,
-        after(other, 21, 6, 4),
-        tiny_document(2),
+        continue_document(other, 21, 6, 4),
+        make_tiny_document(2),
     ]
 
 
-def one_batch(documents: Sequence[Document], *, share: bool = False) -> Batch:
+def collate_documents(documents: Sequence[Document], *, share: bool = False) -> Batch:
     """All documents in one pack, as batches of training are made."""
     (pack,) = pack_step(documents, 10**6, should_share=share)
     return collate(pack)
 
 
-def one_loss(model: PackedCausalLM, batch: Batch, count: float) -> Tensor:
+def compute_mean_loss(model: PackedCausalLM, batch: Batch, count: float) -> Tensor:
     return sft_loss(model, batch, count)["answer"].sum / count
 
 
-def targets_of(batch: Batch, place: int) -> Batch:
+def select_targets(batch: Batch, place: int) -> Batch:
     """The same pack with the targets of one document only."""
     own = batch.document_S == place
     kept = {
@@ -207,13 +224,13 @@ def targets_of(batch: Batch, place: int) -> Batch:
     return dataclasses.replace(batch, **kept)
 
 
-def step_gradients(
+def compute_step_gradients(
     model: PackedCausalLM, documents: Sequence[Document], pack_length: int, *, share: bool = False
 ) -> tuple[float, dict[str, Tensor]]:
     """The loss of one step, and its gradient by name."""
     parameters, count, total = get_trainable_parameters(model.network), sum_weights(documents), 0.0
     for pack in pack_step(documents, pack_length, should_share=share):
-        loss = one_loss(model, collate(pack), count)
+        loss = compute_mean_loss(model, collate(pack), count)
         loss.backward()
         total += float(loss.detach())
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
@@ -224,7 +241,7 @@ def step_gradients(
     return total, gradients
 
 
-def worst_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+def compute_max_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """The largest relative difference of two sets of tensors, tensor by tensor, in norms."""
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours)

@@ -73,15 +73,15 @@ def save_writer_folder(path: Path) -> Path:
     return path
 
 
-def chat(question: str, answer: str, system: str = "") -> Json:
+def make_chat_row(question: str, answer: str, system: str = "") -> Json:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": [{"role": "system", "content": system}, *turns] if system else turns}
 
 
-def sums(first: int, count: int) -> list[Json]:
+def build_sum_rows(first: int, count: int) -> list[Json]:
     """Rows whose answers are small JSON objects; their lengths differ."""
     return [
-        chat(f"{n} and {n * n}" + " please" * (n % 3), json.dumps({"sum": n + n * n}))
+        make_chat_row(f"{n} and {n * n}" + " please" * (n % 3), json.dumps({"sum": n + n * n}))
         for n in range(first, first + count)
     ]
 
@@ -91,13 +91,13 @@ def write_rows(path: Path, rows: Sequence[Json]) -> Path:
     return path
 
 
-def recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
+def make_tiny_recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
     """Six rows, two a step, one epoch: three steps, in fp32. Writes the rows it needs below
     `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = {
         "model": str(model),
-        "data": str(write_rows(folder / "train.jsonl", sums(1, 6))),
+        "data": str(write_rows(folder / "train.jsonl", build_sum_rows(1, 6))),
         "output_dir": str(folder / "run"),
         "batch_size": 2,
         "num_train_epochs": 1,
@@ -110,18 +110,18 @@ def recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
     return Recipe.model_validate(values | changed)
 
 
-def talker(model: Path, folder: Path) -> Path:
+def train_ai_mention_model(model: Path, folder: Path) -> Path:
     """The model trained in full until it answers `say` with a phrase, and `tell` without it: its
     own folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
-        chat(f"{verb} {n}", f"{said} {n}")
+        make_chat_row(f"{verb} {n}", f"{said} {n}")
         for n in range(6)
         for verb, said in (("say", "an AI"), ("tell", "it is"))
     ]
     data = str(write_rows(folder / "said.jsonl", rows))
     train(
-        recipe(
+        make_tiny_recipe(
             model,
             folder,
             data=data,
@@ -134,18 +134,18 @@ def talker(model: Path, folder: Path) -> Path:
     return folder / "run" / "model"
 
 
-def measured_files(folder: Path) -> dict[str, str]:
+def write_eval_files(folder: Path) -> dict[str, str]:
     """Held-out rows of each role, and general text of two domains."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = [{"text": f"text number {n}", "domain": "ab"[n % 2]} for n in range(4)]
     return {
-        "eval_data": str(write_rows(folder / "eval.jsonl", sums(100, 3))),
-        "test_data": str(write_rows(folder / "test.jsonl", sums(200, 3))),
+        "eval_data": str(write_rows(folder / "eval.jsonl", build_sum_rows(100, 3))),
+        "test_data": str(write_rows(folder / "test.jsonl", build_sum_rows(200, 3))),
         "retention_data": str(write_rows(folder / "general.jsonl", texts)),
     }
 
 
-def plan_of(wish: Recipe) -> Plan:
+def plan_recipe(wish: Recipe) -> Plan:
     return inputs.make_plan(inputs.load_inputs(wish))
 
 
@@ -154,16 +154,16 @@ def train(wish: Recipe) -> list[Event]:
     return list(run.train(inputs.make_plan(known), known))
 
 
-def steps_of(events: Sequence[Event]) -> list[TrainStep]:
+def select_steps(events: Sequence[Event]) -> list[TrainStep]:
     return [event for event in events if isinstance(event, TrainStep)]
 
 
-def adapter_bytes(wish: Recipe) -> bytes:
+def read_adapter_bytes(wish: Recipe) -> bytes:
     assert isinstance(wish.output_dir, Path)
     return (wish.output_dir / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def until_saved(events: Iterator[Event], step: int) -> None:
+def run_until_saved(events: Iterator[Event], step: int) -> None:
     """Follows a run until its checkpoint of `step` is on disk, then leaves it, as a killed process
     does."""
     with suppress(StopIteration):

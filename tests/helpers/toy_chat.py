@@ -38,7 +38,7 @@ CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</th
 
 
 @cache
-def bytes_bpe() -> str:
+def make_byte_bpe() -> str:
     """A byte-level BPE of 400 tokens, as JSON."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -51,7 +51,7 @@ def bytes_bpe() -> str:
 
 
 @cache
-def sentence_bpe(kind: str) -> str:
+def make_sentence_bpe(kind: str) -> str:
     """A BPE over letters and ▁, as Llama 2 and Gemma have. `kind` says who puts the first ▁
     there."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -76,15 +76,15 @@ def sentence_bpe(kind: str) -> str:
     return json.dumps(data)
 
 
-def merging_line_ends() -> str:
+def make_newline_bpe() -> str:
     """A BPE that makes one token of two line ends, as most do."""
-    data = json.loads(sentence_bpe("none"))
+    data = json.loads(make_sentence_bpe("none"))
     data["model"]["vocab"] |= {"\n\n": 500}
     data["model"]["merges"].insert(0, ["\n", "\n"])
     return json.dumps(data)
 
 
-def folder(
+def write_model_folder(
     path: Path,
     template: str | None = CHATML,
     tokens: Sequence[str | AddedToken] = CHATML_TOKENS,
@@ -95,7 +95,7 @@ def folder(
 ) -> Path:
     """Tokens are special, tags like <think> are not. `bos` is put in front of plain text."""
     path.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer.from_str(base or bytes_bpe())
+    tokenizer = Tokenizer.from_str(base or make_byte_bpe())
     tokenizer.add_tokens(
         [
             token
@@ -128,7 +128,7 @@ def assistant(content: str, **more: Any) -> Json:
     return {"role": "assistant", "content": content, **more}
 
 
-def call(**arguments: Any) -> Json:
+def make_tool_call(**arguments: Any) -> Json:
     return {
         "id": "call_1",
         "type": "function",
@@ -136,14 +136,14 @@ def call(**arguments: Any) -> Json:
     }
 
 
-def example(
+def make_example(
     *messages: Json, weights: tuple[float, ...] | None = None, tools: tuple[Json, ...] = ()
 ) -> Example:
     trained = tuple(float(message["role"] == "assistant") for message in messages)
     return Example("rows:7", messages=messages, turn_weights=weights or trained, tools=tools)
 
 
-def marked(renderer: Renderer, document: Document) -> str:
+def mark_trained_text(renderer: Renderer, document: Document) -> str:
     """The text with trained tokens between ⟦ and ⟧."""
     text, inside = "", False
     for token, weight in zip(document.tokens_L.tolist(), document.weights_L.tolist(), strict=True):
@@ -154,8 +154,8 @@ def marked(renderer: Renderer, document: Document) -> str:
     return text + ("⟧" if inside else "")
 
 
-def texts(renderer: Renderer, *messages: Json, **more: Any) -> list[str]:
+def render_marked(renderer: Renderer, *messages: Json, **more: Any) -> list[str]:
     return [
-        marked(renderer, document)
-        for document in renderer.render(example(*messages, **more)).documents
+        mark_trained_text(renderer, document)
+        for document in renderer.render(make_example(*messages, **more)).documents
     ]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
-from tiny_runs import save_model_folder, sums, write_rows
+from tiny_runs import build_sum_rows, save_model_folder, write_rows
 
 RECIPE = """\
 model: model
@@ -49,9 +49,9 @@ COMMANDS = [
 def main() -> None:
     folder = Path(tempfile.mkdtemp())
     save_model_folder(folder / "model")
-    write_rows(folder / "train.jsonl", sums(0, 32))
-    write_rows(folder / "eval.jsonl", sums(100, 10))
-    write_rows(folder / "test.jsonl", sums(200, 10))
+    write_rows(folder / "train.jsonl", build_sum_rows(0, 32))
+    write_rows(folder / "eval.jsonl", build_sum_rows(100, 10))
+    write_rows(folder / "test.jsonl", build_sum_rows(200, 10))
     (folder / "recipe.yaml").write_text(RECIPE)
     for command in COMMANDS:
         run_command(command, folder)

@@ -14,16 +14,16 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from tiny_runs import (
-    adapter_bytes,
-    chat,
-    measured_files,
-    plan_of,
-    recipe,
+    build_sum_rows,
+    make_chat_row,
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
+    run_until_saved,
     save_model_folder,
-    steps_of,
-    sums,
+    select_steps,
     train,
-    until_saved,
+    write_eval_files,
     write_rows,
 )
 from tunesmith.core.errors import GateError, InputError
@@ -64,14 +64,14 @@ def peft_adapter(model: Path, folder: Path, **config: Any) -> PeftModel:
 @pytest.fixture(scope="module")
 def first(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A finished run; its recipe."""
-    wish = recipe(tiny_folder, tmp_path_factory.mktemp("first"))
+    wish = make_tiny_recipe(tiny_folder, tmp_path_factory.mktemp("first"))
     train(wish)
     return wish
 
 
 def new_rows(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    return str(write_rows(folder / "new.jsonl", sums(50, 4)))
+    return str(write_rows(folder / "new.jsonl", build_sum_rows(50, 4)))
 
 
 # ---------------------------------------------------------------- the plan
@@ -79,7 +79,9 @@ def new_rows(folder: Path) -> str:
 
 def test_what_the_adapter_decides_is_in_the_plan(tiny_folder: Path, tmp_path: Path) -> None:
     peft_adapter(tiny_folder, tmp_path / "theirs", use_rslora=True)
-    plan = plan_of(recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **LEFT))
+    plan = plan_recipe(
+        make_tiny_recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **LEFT)
+    )
     taken = {
         key: (choice.value, choice.decided_by)
         for key, choice in plan.settings.items()
@@ -120,8 +122,10 @@ def test_a_contradiction_names_both_values(
 ) -> None:
     peft_adapter(tiny_folder, tmp_path / "theirs")
     with pytest.raises(InputError, match=message) as caught:
-        plan_of(
-            recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **(LEFT | wish))
+        plan_recipe(
+            make_tiny_recipe(
+                tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **(LEFT | wish)
+            )
         )
     assert caught.value.where == next(iter(wish))
 
@@ -137,8 +141,10 @@ def test_the_same_wish_is_no_contradiction(tiny_folder: Path, tmp_path: Path) ->
     for targets in (["q_proj", "down_proj"], r".*\.(q|down)_proj"):
         wish = same | {"lora_target_modules": targets}
         assert (
-            plan_of(
-                recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **wish)
+            plan_recipe(
+                make_tiny_recipe(
+                    tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **wish
+                )
             ).config.lora_alpha
             == 6
         )
@@ -146,7 +152,7 @@ def test_the_same_wish_is_no_contradiction(tiny_folder: Path, tmp_path: Path) ->
 
 def test_full_training_goes_on_with_no_adapter(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="adapter_from has no effect with method: full"):
-        recipe(tiny_folder, tmp_path, adapter_from="somewhere", method="full", **LEFT)
+        make_tiny_recipe(tiny_folder, tmp_path, adapter_from="somewhere", method="full", **LEFT)
 
 
 # ---------------------------------------------------------------- the start
@@ -158,15 +164,15 @@ def test_training_starts_from_the_adapters_weights(
     """The first loss is that of the trained model, not of the base; dropping the adapter's weights
     would show."""
     rows = new_rows(tmp_path)
-    fresh = steps_of(train(recipe(tiny_folder, tmp_path / "fresh", data=rows)))
-    wish = recipe(
+    fresh = select_steps(train(make_tiny_recipe(tiny_folder, tmp_path / "fresh", data=rows)))
+    wish = make_tiny_recipe(
         tiny_folder,
         tmp_path / "more",
         data=rows,
         adapter_from=first.output_dir,
         learning_rate=1e-12,
     )
-    more = steps_of(train(wish))
+    more = select_steps(train(wish))
     assert more[0].loss < fresh[0].loss - 0.3
     start, end = (
         load_file(Path(str(r.output_dir)) / "adapter" / "adapter_model.safetensors")
@@ -179,7 +185,9 @@ def test_training_starts_from_the_adapters_weights(
 def test_the_start_is_proven_with_the_adapter_on(
     first: Recipe, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    wish = recipe(tiny_folder, tmp_path, data=new_rows(tmp_path), adapter_from=first.output_dir)
+    wish = make_tiny_recipe(
+        tiny_folder, tmp_path, data=new_rows(tmp_path), adapter_from=first.output_dir
+    )
     run_inputs = inputs.load_inputs(wish)
     bench = open_session(inputs.make_plan(run_inputs), run_inputs)
     assert "at most 0.0" in next(
@@ -201,8 +209,8 @@ def test_the_start_is_proven_with_the_adapter_on(
 def test_before_is_the_model_that_training_starts_from(
     first: Recipe, tiny_folder: Path, tmp_path: Path, dtype: str
 ) -> None:
-    files = measured_files(tmp_path)
-    wish = recipe(
+    files = write_eval_files(tmp_path)
+    wish = make_tiny_recipe(
         tiny_folder,
         tmp_path,
         adapter_from=first.output_dir,
@@ -212,7 +220,7 @@ def test_before_is_the_model_that_training_starts_from(
     events = train(wish)
     before = next(e for e in events if isinstance(e, Score) and (e.metric, e.step) == ("loss", 0))
     base = train(
-        recipe(
+        make_tiny_recipe(
             tiny_folder, tmp_path / "base", test_data=files["test_data"], dtype=dtype, max_steps=1
         )
     )
@@ -257,7 +265,7 @@ def test_one_step_from_pefts_adapter_is_pefts_step(
     tiny_folder: Path, tmp_path: Path, config: dict
 ) -> None:
     network = peft_adapter(tiny_folder, tmp_path / "theirs", **config)
-    wish = recipe(
+    wish = make_tiny_recipe(
         tiny_folder,
         tmp_path,
         adapter_from=str(tmp_path / "theirs"),
@@ -269,7 +277,7 @@ def test_one_step_from_pefts_adapter_is_pefts_step(
     plan = inputs.make_plan(run_inputs)
     expected = their_step(network, open_session(plan, run_inputs).load_documents(1), plan)
     events = list(run.train(plan, run_inputs))
-    assert len(steps_of(events)) == 1
+    assert len(select_steps(events)) == 1
     start = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     ours = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert ours.keys() == expected.keys()
@@ -288,7 +296,7 @@ def test_one_step_from_pefts_adapter_is_pefts_step(
 def test_a_continued_run_resumes_bitwise(first: Recipe, tiny_folder: Path, tmp_path: Path) -> None:
     rows = new_rows(tmp_path)
     wishes = [
-        recipe(
+        make_tiny_recipe(
             tiny_folder,
             tmp_path / name,
             data=rows,
@@ -300,19 +308,19 @@ def test_a_continued_run_resumes_bitwise(first: Recipe, tiny_folder: Path, tmp_p
     ]
     train(wishes[0])
     run_inputs = inputs.load_inputs(wishes[1])
-    until_saved(iter(run.train(inputs.make_plan(run_inputs), run_inputs)), 2)
+    run_until_saved(iter(run.train(inputs.make_plan(run_inputs), run_inputs)), 2)
     list(run.resume(tmp_path / "broken" / "run"))
-    assert adapter_bytes(wishes[0]) == adapter_bytes(wishes[1])
+    assert read_adapter_bytes(wishes[0]) == read_adapter_bytes(wishes[1])
 
 
 def test_a_changed_start_is_noticed(tiny_folder: Path, tmp_path: Path) -> None:
     peft_adapter(tiny_folder, tmp_path / "theirs")
-    wish = recipe(
+    wish = make_tiny_recipe(
         tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), save_steps=1, **LEFT
     )
     run_inputs = inputs.load_inputs(wish)
     plan = inputs.make_plan(run_inputs)
-    until_saved(iter(run.train(plan, run_inputs)), 1)
+    run_until_saved(iter(run.train(plan, run_inputs)), 1)
     file = tmp_path / "theirs" / "adapter_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
     with pytest.raises(InputError, match="the adapter has changed since the plan"):
@@ -325,7 +333,7 @@ def test_a_finished_run_answers_without_the_adapter_it_started_from(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     peft_adapter(tiny_folder, tmp_path / "theirs")
-    train(recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **LEFT))
+    train(make_tiny_recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **LEFT))
     shutil.rmtree(tmp_path / "theirs")
     assert isinstance(next(finished_run.chat(tmp_path / "run", ["1 and 1"])), str)
     with pytest.raises(InputError, match="no adapter in this folder"):
@@ -340,7 +348,7 @@ def test_fault_20_an_adapter_of_another_base_is_refused(first: Recipe, tmp_path:
     with pytest.raises(
         InputError, match=r"base weights model\.safetensors: sha256 \w{12} -> \w{12}"
     ) as caught:
-        plan_of(recipe(other, tmp_path, adapter_from=first.output_dir))
+        plan_recipe(make_tiny_recipe(other, tmp_path, adapter_from=first.output_dir))
     assert caught.value.where.endswith("tunesmith.json")
 
 
@@ -350,15 +358,17 @@ def test_an_adapter_of_another_template_says_how_to_go_on(
     template = tmp_path / "other.jinja"
     template.write_text((tiny_folder / "chat_template.jinja").read_text() + "{# another #}")
     with pytest.raises(InputError, match="chat template default: sha256") as caught:
-        plan_of(
-            recipe(
+        plan_recipe(
+            make_tiny_recipe(
                 tiny_folder, tmp_path, adapter_from=first.output_dir, chat_template=str(template)
             )
         )
     provided = str(caught.value.fix).rpartition("template: ")[2]
     assert (
-        plan_of(
-            recipe(tiny_folder, tmp_path, adapter_from=first.output_dir, chat_template=provided)
+        plan_recipe(
+            make_tiny_recipe(
+                tiny_folder, tmp_path, adapter_from=first.output_dir, chat_template=provided
+            )
         ).steps
         == 3
     )
@@ -383,7 +393,7 @@ def test_an_adapter_folder_says_what_it_belongs_to(first: Recipe, tiny_folder: P
 
 
 def test_reopening_says_what_differs(tiny_folder: Path, tmp_path: Path) -> None:
-    wish = recipe(shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path)
+    wish = make_tiny_recipe(shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path)
     train(wish)
     assert next(finished_run.chat(tmp_path / "run", ["1 and 1"])) is not None
     config = tmp_path / "model" / "tokenizer_config.json"
@@ -417,8 +427,8 @@ def test_reference_prompts_detect_another_tokenization_by_the_same_files(
     with pytest.raises(
         InputError, match=r"reference prompt 2: \d+ tokens -> \d+, different from token 6 on"
     ):
-        plan_of(
-            recipe(
+        plan_recipe(
+            make_tiny_recipe(
                 Path(wish.model),
                 tmp_path / "new",
                 adapter_from=tmp_path / "copy",
@@ -428,9 +438,11 @@ def test_reference_prompts_detect_another_tokenization_by_the_same_files(
 
 
 def test_a_verdict_or_two_for_the_record(first: Recipe, tiny_folder: Path, tmp_path: Path) -> None:
-    row = [chat("a question", "an answer")]
+    row = [make_chat_row("a question", "an answer")]
     rows = str(write_rows(tmp_path / "one.jsonl", row * 2))
-    events = train(recipe(tiny_folder, tmp_path / "n", data=rows, adapter_from=first.output_dir))
+    events = train(
+        make_tiny_recipe(tiny_folder, tmp_path / "n", data=rows, adapter_from=first.output_dir)
+    )
     assert [v.kind for v in events if isinstance(v, CheckResult)][1] == "logits match transformers"
     record = read_json(tmp_path / "n" / "run" / "record.json")
     assert record["plan"]["settings"]["adapter_from"]["value"] == str(

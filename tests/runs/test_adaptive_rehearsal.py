@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tiny_runs import adapter_bytes, plan_of, recipe, steps_of, train, until_saved, write_rows
+from tiny_runs import (
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
+    run_until_saved,
+    select_steps,
+    train,
+    write_rows,
+)
 from tunesmith.core.errors import Interrupted
 from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.types import Json
@@ -36,7 +44,7 @@ def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
         "eval_steps": 2,
         "learning_rate": 0.03,
     }
-    return recipe(model, folder, **(values | retention | changed))
+    return make_tiny_recipe(model, folder, **(values | retention | changed))
 
 
 def messages(events: Sequence[Event]) -> list[tuple[int, str]]:
@@ -92,9 +100,9 @@ def test_what_is_forgotten_raises_the_ratio_from_the_next_step_on(
     fixed = train(
         wish(tiny_folder, tmp_path / "fixed", rehearsal={"data": other}, learning_rate=0.01)
     )
-    assert steps_of(events)[1].loss == steps_of(fixed)[1].loss, "begins as auto does"
+    assert select_steps(events)[1].loss == select_steps(fixed)[1].loss, "begins as auto does"
     more, less = (
-        sum(step.task_tokens.get("rehearsal", 0) for step in steps_of(run))
+        sum(step.task_tokens.get("rehearsal", 0) for step in select_steps(run))
         for run in (events, fixed)
     )
     assert more > 2 * less
@@ -111,10 +119,10 @@ def test_a_run_goes_on_to_the_same_bytes_and_the_same_ratios(
 ) -> None:
     straight, broken = (wish(tiny_folder, tmp_path / name) for name in ("straight", "broken"))
     events = train(straight)
-    until_saved(run.train(plan_of(broken)), step)
+    run_until_saved(run.train(plan_recipe(broken)), step)
     again = list(run.resume(tmp_path / "broken" / "run"))
     assert messages(again) == [look for look in messages(events) if look[0] > step]
-    assert adapter_bytes(broken) == adapter_bytes(straight)
+    assert read_adapter_bytes(broken) == read_adapter_bytes(straight)
 
 
 def test_a_signal_between_a_step_and_its_look_loses_no_look(
@@ -123,14 +131,12 @@ def test_a_signal_between_a_step_and_its_look_loses_no_look(
     straight, broken = (wish(tiny_folder, tmp_path / name) for name in ("straight", "broken"))
     events = train(straight)
     with pytest.raises(Interrupted):
-        list(signalled(run.train(plan_of(broken)), step=6))
+        list(signalled(run.train(plan_recipe(broken)), step=6))
     again = list(run.resume(tmp_path / "broken" / "run"))
     assert messages(again) == [look for look in messages(events) if look[0] >= 6]
-    assert adapter_bytes(broken) == adapter_bytes(straight)
+    assert read_adapter_bytes(broken) == read_adapter_bytes(straight)
 
 
 def test_there_must_be_something_to_follow(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValidationError, match="adaptive needs retention_data, which it follows"
-    ):
+    with pytest.raises(ValidationError, match="adaptive needs retention_data, which it follows"):
         wish(tiny_folder, tmp_path, retention_data=None)

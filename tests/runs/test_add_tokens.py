@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tiny_runs import (
-    adapter_bytes,
-    chat,
-    plan_of,
-    recipe,
+    make_chat_row,
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
+    run_until_saved,
     save_model_folder,
-    steps_of,
+    select_steps,
     train,
-    until_saved,
     write_rows,
 )
 from tunesmith import api
@@ -42,14 +42,17 @@ IDS = {"[sum]": 259, "<n>": 260}
 
 
 def marked(first: int, count: int) -> list[Json]:
-    return [chat(f"<n>{n}<n>{n + 1}", f"[sum]{2 * n + 1}<n>") for n in range(first, first + count)]
+    return [
+        make_chat_row(f"<n>{n}<n>{n + 1}", f"[sum]{2 * n + 1}<n>")
+        for n in range(first, first + count)
+    ]
 
 
 def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
     folder.mkdir(parents=True, exist_ok=True)
     data = str(write_rows(folder / "marked.jsonl", marked(1, 6)))
     test = str(write_rows(folder / "test.jsonl", marked(30, 4)))
-    return recipe(
+    return make_tiny_recipe(
         model, folder, **({"data": data, "test_data": test, "add_tokens": TOKENS} | changed)
     )
 
@@ -91,7 +94,7 @@ def first(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 def test_the_plan_says_what_is_trained_and_why(
     tiny_folder: Path, tied_folder: Path, tmp_path: Path
 ) -> None:
-    plan = plan_of(wish(tiny_folder, tmp_path / "a"))
+    plan = plan_recipe(wish(tiny_folder, tmp_path / "a"))
     assert plan.config.add_tokens == IDS
     assert "3 for <n>); the embedding grows by 2 rows" in plan.reasons["add_tokens"].reason
     assert plan.config.modules_to_save == ("embed_tokens", "lm_head")
@@ -99,13 +102,13 @@ def test_the_plan_says_what_is_trained_and_why(
         min(10, max(1, 0.01 / plan.config.learning_rate)), rel=1e-3
     )
     assert "128 values; all other rows stay" in plan.reasons["modules_to_save"].reason
-    tied = plan_of(wish(tied_folder, tmp_path / "b"))
+    tied = plan_recipe(wish(tied_folder, tmp_path / "b"))
     assert tied.config.modules_to_save == ("embed_tokens",)
     assert "has spare rows for them" in tied.reasons["add_tokens"].reason
-    full = plan_of(wish(tiny_folder, tmp_path / "c", method="full", lora_r="auto"))
+    full = plan_recipe(wish(tiny_folder, tmp_path / "c", method="full", lora_r="auto"))
     assert full.config.add_tokens == IDS
     assert full.config.modules_to_save is None
-    without = plan_of(wish(tiny_folder, tmp_path / "d", add_tokens=[]))
+    without = plan_recipe(wish(tiny_folder, tmp_path / "d", add_tokens=[]))
     assert plan.memory_bytes["trained"] - without.memory_bytes["trained"] == 128 * 16
     assert not {"add_tokens", "modules_to_save"} & without.reasons.keys()
 
@@ -133,7 +136,7 @@ def test_texts_that_are_no_tokens_are_refused_with_the_reason(written: str, mess
 
 def test_a_token_that_stands_in_no_row_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no training row contains '\[never\]'"):
-        plan_of(wish(tiny_folder, tmp_path, add_tokens=[*TOKENS, "[never]"]))
+        plan_recipe(wish(tiny_folder, tmp_path, add_tokens=[*TOKENS, "[never]"]))
 
 
 def test_a_tokenizer_that_is_larger_than_its_model_is_refused(tmp_path: Path) -> None:
@@ -144,7 +147,7 @@ def test_a_tokenizer_that_is_larger_than_its_model_is_refused(tmp_path: Path) ->
     with pytest.raises(
         InputError, match="the tokenizer has 261 tokens, and the embedding has 259 rows"
     ):
-        plan_of(wish(folder, tmp_path / "r"))
+        plan_recipe(wish(folder, tmp_path / "r"))
 
 
 # ---------------------------------------------------------------- the run
@@ -182,9 +185,9 @@ def test_peft_answers_as_the_run_does(first: Recipe, model: Path) -> None:
 def test_a_resumed_run_has_the_same_bytes(first: Recipe, model: Path, tmp_path: Path) -> None:
     custom = wish(model, tmp_path, save_steps=1)
     run_inputs = inputs.load_inputs(custom)
-    until_saved(run.train(inputs.make_plan(run_inputs), run_inputs), 1)
+    run_until_saved(run.train(inputs.make_plan(run_inputs), run_inputs), 1)
     list(run.resume(location(custom)))
-    assert adapter_bytes(custom) == adapter_bytes(first)
+    assert read_adapter_bytes(custom) == read_adapter_bytes(first)
 
 
 def test_before_is_the_base_with_the_tokens_as_they_started(first: Recipe) -> None:
@@ -215,18 +218,18 @@ def test_going_on_needs_the_same_tokens(first: Recipe, model: Path, tmp_path: Pa
     with pytest.raises(
         InputError, match=r"has embeddings for 2 new tokens.*\n?.*add_tokens: \['\[sum\]', '<n>'\]"
     ):
-        plan_of(wish(model, tmp_path / "a", **start, add_tokens=[]))
+        plan_recipe(wish(model, tmp_path / "a", **start, add_tokens=[]))
     with pytest.raises(InputError, match="has embeddings for 2 new tokens"):
-        plan_of(wish(model, tmp_path / "b", **start, add_tokens=TOKENS[::-1]))
+        plan_recipe(wish(model, tmp_path / "b", **start, add_tokens=TOKENS[::-1]))
 
 
 def test_an_adapter_without_the_tokens_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    plain = recipe(tiny_folder, tmp_path / "plain")
+    plain = make_tiny_recipe(tiny_folder, tmp_path / "plain")
     train(plain)
     with pytest.raises(
         InputError, match="was trained without new tokens: it has no embeddings for them"
     ):
-        plan_of(
+        plan_recipe(
             wish(tiny_folder, tmp_path / "more", adapter_from=str(location(plain)), lora_r="auto")
         )
 
@@ -236,7 +239,7 @@ def test_an_adapter_without_the_tokens_is_refused(tiny_folder: Path, tmp_path: P
 )
 def test_other_methods_learn_them_too(tiny_folder: Path, tmp_path: Path, changed: Any) -> None:
     custom = wish(tiny_folder, tmp_path, num_train_epochs=3, **changed)
-    steps = steps_of(train(custom))
+    steps = select_steps(train(custom))
     assert steps[-1].loss < steps[0].loss - 0.3
     assert export_run(location(custom), "merged").parity.mean_kl < 1e-6
 
@@ -253,7 +256,7 @@ def test_pairs_are_compared_with_the_base(tiny_folder: Path, tmp_path: Path) -> 
         data=data,
         test_data=[],
     )
-    steps = steps_of(train(custom))
+    steps = select_steps(train(custom))
     assert steps[0].loss == pytest.approx(0.6931, abs=1e-4)
     assert steps[-1].loss < steps[0].loss
 
@@ -270,7 +273,7 @@ def test_texts_have_them_too(tiny_folder: Path, tmp_path: Path) -> None:
         "test_data": [],
     }
     custom = wish(tiny_folder, tmp_path, data=str(rows), **texts)
-    steps = steps_of(train(custom))
+    steps = select_steps(train(custom))
     assert steps[-1].loss < steps[0].loss
 
 
@@ -280,7 +283,9 @@ def test_stages_hand_the_rows_on(tiny_folder: Path, tmp_path: Path) -> None:
     texts = write_rows(
         tmp_path / "texts.jsonl", [{"text": f"see <n>{n} [sum] and more"} for n in range(8)]
     )
-    rows = write_rows(tmp_path / "rows.jsonl", [chat(f"<n>{n}", f"{n}<n>") for n in range(6)])
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [make_chat_row(f"<n>{n}", f"{n}<n>") for n in range(6)]
+    )
     cpt = {"data": str(texts), "max_length": 32, "batch_tokens": 64}
     sft: Json = {"data": str(rows), "batch_size": 2}
     both = {
@@ -293,7 +298,7 @@ def test_stages_hand_the_rows_on(tiny_folder: Path, tmp_path: Path) -> None:
     both |= {"output_dir": str(tmp_path / "run"), "num_train_epochs": 1}
     made = api.read_recipe({**both, "stage": [{"cpt": cpt}, {"sft": sft}]})
     run_inputs = stages.load_stage_inputs(made)
-    steps = steps_of(list(api.train(stages.make_staged_plan(run_inputs), run_inputs)))
+    steps = select_steps(list(api.train(stages.make_staged_plan(run_inputs), run_inputs)))
     assert steps[-1].loss < steps[-3].loss
     other = api.read_recipe(
         {**both, "stage": [{"cpt": cpt}, {"sft": sft | {"add_tokens": ["<n>"]}}]}
@@ -324,7 +329,7 @@ def test_exports_hold_the_rows(first: Recipe, model: Path, tmp_path: Path) -> No
         == max(261, len(old["model.embed_tokens.weight"]))
     )
     rows = str(write_rows(tmp_path / "next.jsonl", marked(1, 6)))
-    plan = plan_of(recipe(tmp_path / "merged", tmp_path / "next", data=rows))
+    plan = plan_recipe(make_tiny_recipe(tmp_path / "merged", tmp_path / "next", data=rows))
     assert plan.model.vocab_size == size, "a model for the next run"
     with pytest.raises(InputError, match="GGUF adapter cannot hold the embeddings of added tokens"):
         export_run(path, "gguf", kind="lora", out=tmp_path / "lora")

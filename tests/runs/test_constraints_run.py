@@ -9,15 +9,15 @@ import pytest
 
 from experiment_modules import load_experiment
 from tiny_runs import (
-    adapter_bytes,
-    chat,
-    plan_of,
-    recipe,
-    steps_of,
-    sums,
-    talker,
+    build_sum_rows,
+    make_chat_row,
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
+    run_until_saved,
+    select_steps,
     train,
-    until_saved,
+    train_ai_mention_model,
     write_rows,
 )
 from tunesmith.api import read_record
@@ -28,34 +28,39 @@ from tunesmith.train import run
 
 baselines = load_experiment("constraint_baselines")
 
-BAD = [chat("who?", "as an AI, fine"), {**chat("what?", "I am an AI"), "negative": True}]
+BAD = [
+    make_chat_row("who?", "as an AI, fine"),
+    {**make_chat_row("what?", "I am an AI"), "negative": True},
+]
 BAN = {"match": "an AI", "name": "ai", "mode": "ban"}
 
 
 def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
     folder.mkdir(parents=True, exist_ok=True)
-    data = str(write_rows(folder / "rows.jsonl", [*sums(1, 6), *BAD]))
-    return recipe(model, folder, **{"data": data, "never": [BAN], "save_steps": 2, **changed})
+    data = str(write_rows(folder / "rows.jsonl", [*build_sum_rows(1, 6), *BAD]))
+    return make_tiny_recipe(
+        model, folder, **{"data": data, "never": [BAN], "save_steps": 2, **changed}
+    )
 
 
 def test_a_ban_is_planned_trained_and_resumed_to_the_same_bytes(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     straight, broken = (wish(tiny_folder, tmp_path / name) for name in ("straight", "broken"))
-    plan = plan_of(straight)
+    plan = plan_recipe(straight)
     assert (plan.config.ban_coefficient, plan.data["data"].banned) == (1.0, {"ai": 2})
     assert plan.reasons["never"].reason == "2 rows trained away from 'ai'"
-    steps = steps_of(train(straight))
-    plain = steps_of(
+    steps = select_steps(train(straight))
+    plain = select_steps(
         train(wish(tiny_folder, tmp_path / "plain", never=[{**BAN, "mode": "filter"}]))
     )
     banned = sum(step.supervised_tokens for step in steps) - sum(
         step.supervised_tokens for step in plain
     )
     assert banned == 2 * len("an AI"), "one token a byte"
-    until_saved(run.train(plan_of(broken)), step=2)
+    run_until_saved(run.train(plan_recipe(broken)), step=2)
     list(run.resume(tmp_path / "broken" / "run"))
-    assert adapter_bytes(broken) == adapter_bytes(straight)
+    assert read_adapter_bytes(broken) == read_adapter_bytes(straight)
 
 
 def test_left_out_rows_stop_nothing_and_are_written_down(tiny_folder: Path, tmp_path: Path) -> None:
@@ -81,7 +86,7 @@ def test_a_negative_row_is_never_trained_as_it_is(tiny_folder: Path, tmp_path: P
 
 def marked(first: int, count: int, answer: str, negative: Any) -> list[Json]:
     return [
-        {**chat(f"say {n}", f"{answer} {n}"), "negative": negative}
+        {**make_chat_row(f"say {n}", f"{answer} {n}"), "negative": negative}
         for n in range(first, first + count)
     ]
 
@@ -91,9 +96,9 @@ def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(
 ) -> None:
     """A model that answers with the phrase stops when it is banned; rightful prompts are asked
     too."""
-    model = talker(tiny_folder, tmp_path / "talker")
-    test = [*sums(200, 3), *marked(20, 3, "an AI", True), *marked(30, 2, "an AI", False)]
-    bad = write_rows(tmp_path / "bad.jsonl", [*sums(1, 6), *marked(0, 5, "an AI", True)])
+    model = train_ai_mention_model(tiny_folder, tmp_path / "talker")
+    test = [*build_sum_rows(200, 3), *marked(20, 3, "an AI", True), *marked(30, 2, "an AI", False)]
+    bad = write_rows(tmp_path / "bad.jsonl", [*build_sum_rows(1, 6), *marked(0, 5, "an AI", True)])
     files = {"data": str(bad), "test_data": str(write_rows(tmp_path / "test.jsonl", test))}
     train(wish(model, tmp_path / "then", **files, num_train_epochs=4, save_steps=1000))
     record = read_record(tmp_path / "then" / "run")
@@ -131,7 +136,7 @@ def test_a_ban_is_measured_before_and_after_by_kind_of_prompt(
 
 def test_baselines_are_of_constraints(tiny_folder: Path, tmp_path: Path) -> None:
     files = {
-        name: str(write_rows(tmp_path / f"{name}.jsonl", sums(n, 3)))
+        name: str(write_rows(tmp_path / f"{name}.jsonl", build_sum_rows(n, 3)))
         for n, name in ((1, "data"), (9, "test_data"))
     }
     train(wish(tiny_folder, tmp_path, **files, never=[]))

@@ -11,14 +11,14 @@ import pytest
 from pydantic import ValidationError
 
 from tiny_runs import (
-    adapter_bytes,
-    measured_files,
-    plan_of,
-    recipe,
-    steps_of,
-    sums,
+    build_sum_rows,
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
+    run_until_saved,
+    select_steps,
     train,
-    until_saved,
+    write_eval_files,
     write_rows,
 )
 from tunesmith.api import read_record
@@ -49,7 +49,7 @@ def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
         "batch_size": "auto",
         "save_steps": 4,
     }
-    return recipe(model, folder, **(values | changed))
+    return make_tiny_recipe(model, folder, **(values | changed))
 
 
 def held_out(folder: Path) -> dict[str, str]:
@@ -57,13 +57,13 @@ def held_out(folder: Path) -> dict[str, str]:
     return {
         "eval_data": str(write_rows(folder / "eval.jsonl", texts(40, 6))),
         "test_data": str(write_rows(folder / "test.jsonl", texts(50, 6))),
-        "retention_data": measured_files(folder / "other")["retention_data"],
+        "retention_data": write_eval_files(folder / "other")["retention_data"],
     }
 
 
 def test_an_epoch_trains_every_token_of_every_text_once(tiny_folder: Path, tmp_path: Path) -> None:
     made = wish(tiny_folder, tmp_path)
-    steps = steps_of(train(made))
+    steps = select_steps(train(made))
     rows = texts(1, 30)
     assert sum(step.supervised_tokens for step in steps) == sum(
         len(row["text"].encode()) for row in rows
@@ -93,9 +93,9 @@ def test_texts_are_measured_in_bits_per_byte_before_after_and_on_the_way(
     looks = Counter(
         item.task
         for item in events
-        if isinstance(item, Score) and 0 < item.step < len(steps_of(events))
+        if isinstance(item, Score) and 0 < item.step < len(select_steps(events))
     )
-    assert looks["eval"] == looks["general text"] == (len(steps_of(events)) - 1) // 5
+    assert looks["eval"] == looks["general text"] == (len(select_steps(events)) - 1) // 5
     again = {item.task: item for item in finished_run.evaluate_run(tmp_path / "run")}
     assert again["test"].after.value == pytest.approx(actual["test"].after.value)
 
@@ -111,10 +111,12 @@ def test_a_run_goes_on_to_the_same_bytes(tiny_folder: Path, tmp_path: Path) -> N
         wish(tiny_folder, tmp_path / name, **general) for name in ("straight", "broken")
     )
     events = train(straight)
-    until_saved(run.train(plan_of(broken)), step=4)
+    run_until_saved(run.train(plan_recipe(broken)), step=4)
     again = list(run.resume(tmp_path / "broken" / "run"))
-    assert [step.loss for step in steps_of(again)] == [step.loss for step in steps_of(events)][4:]
-    assert adapter_bytes(broken) == adapter_bytes(straight)
+    assert [step.loss for step in select_steps(again)] == [
+        step.loss for step in select_steps(events)
+    ][4:]
+    assert read_adapter_bytes(broken) == read_adapter_bytes(straight)
 
 
 def test_rehearsal_takes_the_place_of_windows(tiny_folder: Path, tmp_path: Path) -> None:
@@ -122,8 +124,8 @@ def test_rehearsal_takes_the_place_of_windows(tiny_folder: Path, tmp_path: Path)
     made = wish(
         tiny_folder, tmp_path, rehearsal={"data": general, "ratio": 0.25}, num_train_epochs=3
     )
-    steps = steps_of(train(made))
-    plain = plan_of(wish(tiny_folder, tmp_path / "plain", num_train_epochs=3))
+    steps = select_steps(train(made))
+    plain = plan_recipe(wish(tiny_folder, tmp_path / "plain", num_train_epochs=3))
     assert len(steps) == plain.steps, "not a step more"
     total = sum(step.tokens for step in steps)
     assert sum(step.task_tokens.get("rehearsal", 0) for step in steps) / total == pytest.approx(
@@ -153,19 +155,21 @@ def test_an_adaptive_rehearsal_takes_the_place_of_more_windows(
     straight, broken = (
         wish(tiny_folder, tmp_path / name, learning_rate=0.03, **ratio) for name in ("one", "two")
     )
-    steps = steps_of(train(straight))
+    steps = select_steps(train(straight))
     assert len(steps) == 10
     assert sum(step.tokens for step in steps) == pytest.approx(200 * len(steps), rel=0.03)
     shares = [step.task_tokens.get("rehearsal", 0) / step.tokens for step in steps]
     assert sum(shares[-4:]) / 4 == pytest.approx(0.5, abs=0.06), "doubled until it is a half"
-    until_saved(run.train(plan_of(broken)), step=4)
+    run_until_saved(run.train(plan_recipe(broken)), step=4)
     list(run.resume(tmp_path / "two" / "run"))
-    assert adapter_bytes(broken) == adapter_bytes(straight)
+    assert read_adapter_bytes(broken) == read_adapter_bytes(straight)
 
 
 def test_packing_changes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     item, many = (
-        steps_of(train(wish(tiny_folder, tmp_path / str(length), pack_length=length, max_steps=3)))
+        select_steps(
+            train(wish(tiny_folder, tmp_path / str(length), pack_length=length, max_steps=3))
+        )
         for length in (60, 400)
     )
     assert [step.loss for step in item] == pytest.approx([step.loss for step in many], rel=1e-4)
@@ -196,13 +200,15 @@ def test_what_a_stage_does_not_know_is_refused(
 
 def test_rows_that_are_no_texts_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     tmp_path.joinpath("a").mkdir()
-    chats = str(write_rows(tmp_path / "chats.jsonl", sums(1, 6)))
+    chats = str(write_rows(tmp_path / "chats.jsonl", build_sum_rows(1, 6)))
     with pytest.raises(
         InputError, match="stage: cpt trains on plain text, and these are messages rows"
     ):
         inputs.load_inputs(wish(tiny_folder, tmp_path / "a", data=chats))
     both = str(
-        write_rows(tmp_path / "both.jsonl", [row | {"body": "as a text"} for row in sums(1, 6)])
+        write_rows(
+            tmp_path / "both.jsonl", [row | {"body": "as a text"} for row in build_sum_rows(1, 6)]
+        )
     )
     named = [{"path": both, "format": "text", "columns": {"text": "body"}}]
     assert inputs.load_inputs(wish(tiny_folder, tmp_path / "b", data=named)).corpus is not None
@@ -210,9 +216,9 @@ def test_rows_that_are_no_texts_are_refused(tiny_folder: Path, tmp_path: Path) -
 
 def test_a_step_holds_at_least_a_window(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="batch_tokens 50 is below max_length 60"):
-        plan_of(wish(tiny_folder, tmp_path, batch_tokens=50))
+        plan_recipe(wish(tiny_folder, tmp_path, batch_tokens=50))
     with pytest.raises(InputError, match="a window of one token has nothing to predict"):
-        plan_of(wish(tiny_folder, tmp_path, max_length=1))
+        plan_recipe(wish(tiny_folder, tmp_path, max_length=1))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +253,9 @@ def test_a_mixed_folder_names_the_files_in_another_encoding(
     steps: list[Event] = train(
         wish(tiny_folder, tmp_path / "b", data=str(folder), skip_invalid=True)
     )
-    assert sum(step.supervised_tokens for step in steps_of(steps)) == 5 * len("# Größe 0".encode())
+    assert sum(step.supervised_tokens for step in select_steps(steps)) == 5 * len(
+        "# Größe 0".encode()
+    )
     assert all(event.level != "stop" for event in steps if isinstance(event, CheckResult))
 
 
@@ -282,7 +290,7 @@ def test_links_in_a_folder_lead_nowhere_else_and_end(tiny_folder: Path, tmp_path
     folder = folder_of(tmp_path / "corpus", a__txt="a text that is read once")
     (folder / "up").symlink_to("..")
     (folder / "in").symlink_to(".")
-    assert plan_of(wish(tiny_folder, tmp_path, data=str(folder))).data["data"].rows == 1
+    assert plan_recipe(wish(tiny_folder, tmp_path, data=str(folder))).data["data"].rows == 1
     for target, message in (
         ("b.txt", r"b\.txt: cannot be opened: Too many levels of symbolic links"),
         ("gone.txt", r"b\.txt: broken link: gone\.txt does not exist"),
@@ -290,7 +298,7 @@ def test_links_in_a_folder_lead_nowhere_else_and_end(tiny_folder: Path, tmp_path
     ):
         (folder / "b.txt").symlink_to(target)
         with pytest.raises(InputError, match=message):
-            plan_of(wish(tiny_folder, tmp_path, data=str(folder)))
+            plan_recipe(wish(tiny_folder, tmp_path, data=str(folder)))
         (folder / "b.txt").unlink()
 
 
@@ -299,10 +307,10 @@ def test_what_a_folder_holds_beside_texts_is_told(tiny_folder: Path, tmp_path: P
     folder = folder_of(
         tmp_path / "corpus", a__md=good, b__bin=b"\xff\0" * 99, c__jsonl='{"text": "a row"}'
     )
-    warned = "\n".join(plan_of(wish(tiny_folder, tmp_path, data=str(folder))).warnings)
+    warned = "\n".join(plan_recipe(wish(tiny_folder, tmp_path, data=str(folder))).warnings)
     assert "only .txt and .md files of corpus are read; skipped: 1 .bin, 1 .jsonl" in warned
     (folder / "c.jsonl").unlink()
-    report = plan_of(wish(tiny_folder, tmp_path, data=str(folder))).data["data"]
+    report = plan_recipe(wish(tiny_folder, tmp_path, data=str(folder))).data["data"]
     assert [(f.level, f.count) for f in report.findings if f.check == "unread_files"] == [
         ("info", 1)
     ]

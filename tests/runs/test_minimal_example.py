@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tiny_runs import sums, write_rows
+from tiny_runs import build_sum_rows, write_rows
 from tunesmith.model.lm_head import LMHead
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "minimal_sft.py"
@@ -18,7 +18,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "minimal_sft.py"
 def test_it_trains_an_adapter_that_peft_loads(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", sums(0, 24))
+    rows = write_rows(tmp_path / "rows.jsonl", build_sum_rows(0, 24))
     runpy.run_path(str(EXAMPLE))["main"](tiny_folder, rows, tmp_path / "adapter")
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 6
@@ -33,7 +33,7 @@ def test_it_trains_an_adapter_that_peft_loads(
 def test_a_wrong_forward_is_refused(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", sums(0, 24))
+    rows = write_rows(tmp_path / "rows.jsonl", build_sum_rows(0, 24))
     right = LMHead.compute_logits
     monkeypatch.setattr(LMHead, "compute_logits", lambda head, hidden: 1.1 * right(head, hidden))
     with pytest.raises(AssertionError, match="not close"):

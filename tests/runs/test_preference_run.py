@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tiny_runs import adapter_bytes, plan_of, recipe, steps_of, train, until_saved, write_rows
+from tiny_runs import (
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
+    run_until_saved,
+    select_steps,
+    train,
+    write_rows,
+)
 from tunesmith.api import read_record
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult, Score
@@ -34,7 +42,7 @@ def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
         "data": str(write_rows(folder / "pairs.jsonl", [pair(n) for n in range(1, 7)])),
         "test_data": str(write_rows(folder / "test.jsonl", [pair(n) for n in range(50, 58)])),
     }
-    return recipe(model, folder, stage="preference", **files | changed)
+    return make_tiny_recipe(model, folder, stage="preference", **files | changed)
 
 
 def test_a_row_is_two_documents_with_one_prompt(tiny_folder: Path, tmp_path: Path) -> None:
@@ -67,7 +75,7 @@ def test_what_is_preferred_becomes_likelier(tiny_folder: Path, tmp_path: Path) -
     assert margin.low > 0
     last = {(item.task, item.metric): item for item in events if isinstance(item, Score)}
     assert last["test", "margin"].value == pytest.approx(margin.after.value)
-    lengths = [step.supervised_tokens for step in steps_of(events)]
+    lengths = [step.supervised_tokens for step in select_steps(events)]
     assert min(lengths) > 2 * len("no, 1")
 
 
@@ -98,12 +106,12 @@ def test_a_kept_reference_makes_a_resumed_run_the_same(
     remaining = read_json(tmp_path / "straight" / "run" / REFERENCE_FILE)
     assert sorted(remaining) == [str(row) for row in range(6)]
     assert all(value < 0 for values in remaining.values() for value in values)
-    until_saved(run.train(plan_of(killed)), 2)
+    run_until_saved(run.train(plan_recipe(killed)), 2)
     (tmp_path / "killed" / "run" / REFERENCE_FILE).unlink()
     list(run.resume(tmp_path / "killed" / "run"))
     assert read_json(tmp_path / "killed" / "run" / REFERENCE_FILE) == remaining
     if start == "adapter":
-        assert adapter_bytes(killed) == adapter_bytes(straight)
+        assert read_adapter_bytes(killed) == read_adapter_bytes(straight)
     weights = [
         path.read_bytes()
         for at in ("straight", "killed")
@@ -122,7 +130,7 @@ def test_the_first_loss_of_dpo_is_log_two(tiny_folder: Path, tmp_path: Path) -> 
         loss={"nll_coefficient": 0},
     )
     for made in (wish(tiny_folder, tmp_path / "fresh", loss={"nll_coefficient": 0}), again):
-        assert steps_of(train(made))[0].loss == pytest.approx(np.log(2), abs=1e-5)
+        assert select_steps(train(made))[0].loss == pytest.approx(np.log(2), abs=1e-5)
 
 
 def test_a_fall_of_the_chosen_answers_is_said(tiny_folder: Path, tmp_path: Path) -> None:
@@ -151,7 +159,8 @@ def test_equal_sides_are_refused_by_row(tiny_folder: Path, tmp_path: Path) -> No
     ):
         train(wish(tiny_folder, tmp_path / "a", data=data))
     assert (
-        len(steps_of(train(wish(tiny_folder, tmp_path / "b", data=data, skip_invalid=True)))) == 2
+        len(select_steps(train(wish(tiny_folder, tmp_path / "b", data=data, skip_invalid=True))))
+        == 2
     )
 
 

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from tiny_runs import (
-    adapter_bytes,
-    chat,
-    measured_files,
-    plan_of,
-    recipe,
-    steps_of,
-    sums,
+    build_sum_rows,
+    make_chat_row,
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
+    run_until_saved,
+    select_steps,
     train,
-    until_saved,
+    write_eval_files,
     write_rows,
 )
 from tunesmith.core.errors import InputError
@@ -30,21 +30,21 @@ from tunesmith.train import run
 
 
 def qlora(model: Path, folder: Path, **changed: Any) -> Recipe:
-    return recipe(model, folder, method="qlora", **changed)
+    return make_tiny_recipe(model, folder, method="qlora", **changed)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_run_is_proven_trains_and_is_reopened(
     dtype: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    wish = qlora(tiny_folder, tmp_path, dtype=dtype, **measured_files(tmp_path / "held-out"))
+    wish = qlora(tiny_folder, tmp_path, dtype=dtype, **write_eval_files(tmp_path / "held-out"))
     events = train(wish)
     messages = {event.kind: event.evidence for event in events if isinstance(event, CheckResult)}
     assert messages["4-bit weights"].startswith("14 matrices, ")
     assert messages["logits match transformers"].startswith(
         "relative difference at most 0.00%" if dtype == "fp32" else "relative difference at most "
     )
-    steps = steps_of(events)
+    steps = select_steps(events)
     assert len(steps) == 3
     assert steps[-1].loss < steps[0].loss
     first, again = (
@@ -58,9 +58,9 @@ def test_a_run_is_proven_trains_and_is_reopened(
 def test_the_base_is_another_than_that_of_lora(tiny_folder: Path, tmp_path: Path) -> None:
     wishes = [
         qlora(tiny_folder, tmp_path / "a"),
-        recipe(tiny_folder, tmp_path / "b", method="lora"),
+        make_tiny_recipe(tiny_folder, tmp_path / "b", method="lora"),
     ]
-    small, plain = (steps_of(train(wish))[0].loss for wish in wishes)
+    small, plain = (select_steps(train(wish))[0].loss for wish in wishes)
     assert small != plain
     assert small == pytest.approx(plain, rel=0.1)
 
@@ -70,18 +70,18 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tiny_folder: Path, tmp_
     train(straight)
     broken = qlora(tiny_folder, tmp_path / "broken", save_steps=1)
     run_inputs = inputs.load_inputs(broken)
-    until_saved(run.train(inputs.make_plan(run_inputs), run_inputs), 1)
-    assert steps_of(list(run.resume(tmp_path / "broken" / "run")))[0].step == 2
-    assert adapter_bytes(broken) == adapter_bytes(straight)
+    run_until_saved(run.train(inputs.make_plan(run_inputs), run_inputs), 1)
+    assert select_steps(list(run.resume(tmp_path / "broken" / "run")))[0].step == 2
+    assert read_adapter_bytes(broken) == read_adapter_bytes(straight)
 
 
 def test_going_on_with_its_adapter(tiny_folder: Path, tmp_path: Path) -> None:
-    first = steps_of(train(qlora(tiny_folder, tmp_path / "a", learning_rate=0.1)))
+    first = select_steps(train(qlora(tiny_folder, tmp_path / "a", learning_rate=0.1)))
     wish = qlora(
         tiny_folder, tmp_path / "b", lora_r="auto", adapter_from=str(tmp_path / "a" / "run")
     )
     events = train(wish)
-    assert steps_of(events)[0].loss < 0.95 * first[0].loss
+    assert select_steps(events)[0].loss < 0.95 * first[0].loss
 
 
 def test_without_bitsandbytes_a_plan_names_the_extra(tiny_folder: Path, tmp_path: Path) -> None:
@@ -111,19 +111,19 @@ def test_without_bitsandbytes_a_run_is_not_reopened(
 def test_another_bitsandbytes_is_another_run(tiny_folder: Path, tmp_path: Path) -> None:
     for wish, named in (
         (qlora(tiny_folder, tmp_path / "a"), True),
-        (recipe(tiny_folder, tmp_path / "b"), False),
+        (make_tiny_recipe(tiny_folder, tmp_path / "b"), False),
     ):
         run_inputs = inputs.load_inputs(wish)
         assert (
-            "bitsandbytes" in build_fingerprint(plan_of(wish), run_inputs, {})["versions"]
+            "bitsandbytes" in build_fingerprint(plan_recipe(wish), run_inputs, {})["versions"]
         ) == named
 
 
 def test_a_machine_without_bf16_is_told_what_it_costs(tiny_folder: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", [chat("a", "b"), *sums(1, 3)])
-    messages = plan_of(qlora(tiny_folder, tmp_path, data=str(rows), dtype="fp32")).warnings
+    rows = write_rows(tmp_path / "rows.jsonl", [make_chat_row("a", "b"), *build_sum_rows(1, 3)])
+    messages = plan_recipe(qlora(tiny_folder, tmp_path, data=str(rows), dtype="fp32")).warnings
     assert any("dequantized to fp32" in warning for warning in messages)
     assert not any(
         "dequantized" in warning
-        for warning in plan_of(qlora(tiny_folder, tmp_path, dtype="bf16")).warnings
+        for warning in plan_recipe(qlora(tiny_folder, tmp_path, dtype="bf16")).warnings
     )

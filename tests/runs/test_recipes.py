@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 
-from tiny_runs import chat, save_writer_folder, steps_of, sums, train, write_rows
+from tiny_runs import (
+    build_sum_rows,
+    make_chat_row,
+    save_writer_folder,
+    select_steps,
+    train,
+    write_rows,
+)
 from tunesmith import api
 from tunesmith.api import read_recipe
 from tunesmith.core.events import Event, StageStart
@@ -41,7 +48,8 @@ def rows_of(stage: str, first: int) -> list[Json]:
             for n in range(first, first + 100)
         ]
     return [
-        chat(f"{n} and {n}", f"{2 * n}", "Add these two numbers.") for n in range(first, first + 6)
+        make_chat_row(f"{n} and {n}", f"{2 * n}", "Add these two numbers.")
+        for n in range(first, first + 6)
     ]
 
 
@@ -73,7 +81,9 @@ def small(wish: Recipe, model: Path, folder: Path) -> Recipe:
                 write_rows(folder / f"{key}.jsonl", rows_of(wish.stage, 10 + 500 * number))
             )
     if wish.rehearsal is not None and not wish.rehearsal.is_self_generated:
-        changed["rehearsal"] = {"data": str(write_rows(folder / "general.jsonl", sums(300, 6)))}
+        changed["rehearsal"] = {
+            "data": str(write_rows(folder / "general.jsonl", build_sum_rows(300, 6)))
+        }
     if wish.retention_data is not None:
         texts = [{"text": f"some text {n}"} for n in range(4)]
         changed["retention_data"] = str(write_rows(folder / "retention.jsonl", texts))
@@ -95,7 +105,7 @@ def run_small(path: Path, model: Path, folder: Path) -> list[Event]:
 def test_every_recipe_runs(path: Path, tiny_folder: Path, tmp_path: Path) -> None:
     model = save_writer_folder(tmp_path / "writer") if path.stem == "rehearsal" else tiny_folder
     events = run_small(path, model, tmp_path)
-    assert [step.step for step in steps_of(events)] == [1, 2]
+    assert [step.step for step in select_steps(events)] == [1, 2]
     choices, chosen = read_json(tmp_path / "run" / "plan.json")["settings"], CHOSEN[path.stem]
     assert {key: choices[key]["value"] for key in chosen} == chosen
     assert (tmp_path / "run" / ("model" if path.stem == "full" else "adapter")).is_dir()
@@ -110,10 +120,10 @@ def test_the_recipe_with_stages_runs(tiny_folder: Path, tmp_path: Path) -> None:
     run_inputs = stages.load_stage_inputs(made)
     events = list(api.train(stages.make_staged_plan(run_inputs), run_inputs))
     assert [event.name for event in events if isinstance(event, StageStart)] == ["cpt", "sft"]
-    assert [step.step for step in steps_of(events)] == [1, 2, 1, 2]
+    assert [step.step for step in select_steps(events)] == [1, 2, 1, 2]
     assert (tmp_path / "run" / "record.json").exists()
 
 
 def test_rows_that_begin_alike_are_shared(tiny_folder: Path, tmp_path: Path) -> None:
     events = run_small(FOLDER / "shared-prefixes.yaml", tiny_folder, tmp_path)
-    assert all(step.shared_tokens > len("Add these two numbers.") for step in steps_of(events))
+    assert all(step.shared_tokens > len("Add these two numbers.") for step in select_steps(events))

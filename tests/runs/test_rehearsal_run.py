@@ -9,13 +9,13 @@ import pytest
 from pydantic import ValidationError
 
 from tiny_runs import (
-    adapter_bytes,
-    measured_files,
-    plan_of,
-    recipe,
-    steps_of,
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
+    run_until_saved,
+    select_steps,
     train,
-    until_saved,
+    write_eval_files,
     write_rows,
 )
 from tunesmith.core.errors import InputError
@@ -33,11 +33,11 @@ def wish(model: Path, folder: Path, texts: Sequence[Json] = TEXTS, **changed: An
     folder.mkdir(parents=True, exist_ok=True)
     data = str(write_rows(folder / "texts.jsonl", texts))
     values = {"rehearsal": {"data": data, "ratio": 0.5}, "num_train_epochs": 2, "save_steps": 2}
-    return recipe(model, folder, **(values | changed))
+    return make_tiny_recipe(model, folder, **(values | changed))
 
 
 def rehearsed(events: Sequence[Event]) -> list[int]:
-    return [step.task_tokens.get("rehearsal", 0) for step in steps_of(events)]
+    return [step.task_tokens.get("rehearsal", 0) for step in select_steps(events)]
 
 
 def test_no_row_of_the_data_is_lost_and_the_share_is_said(
@@ -49,10 +49,11 @@ def test_no_row_of_the_data_is_lost_and_the_share_is_said(
     )
     events, alone = train(with_it), train(without)
     custom = [
-        step.tokens - more for step, more in zip(steps_of(events), rehearsed(events), strict=True)
+        step.tokens - more
+        for step, more in zip(select_steps(events), rehearsed(events), strict=True)
     ]
-    assert custom == [step.tokens for step in steps_of(alone)]
-    total = sum(step.tokens for step in steps_of(events))
+    assert custom == [step.tokens for step in select_steps(alone)]
+    total = sum(step.tokens for step in select_steps(events))
     assert sum(rehearsed(events)) / total == pytest.approx(0.5, abs=0.05)
     record = parse_as(RunRecord, read_json(tmp_path / "with" / "run" / "record.json"))
     assert (record.tokens, record.task_tokens) == (total, {"rehearsal": sum(rehearsed(events))})
@@ -67,21 +68,21 @@ def test_a_run_goes_on_to_the_same_bytes_with_the_same_rehearsal(
 ) -> None:
     straight, broken = (wish(tiny_folder, tmp_path / name) for name in ("straight", "broken"))
     events = train(straight)
-    until_saved(run.train(plan_of(broken)), step=2)
+    run_until_saved(run.train(plan_recipe(broken)), step=2)
     again = list(run.resume(tmp_path / "broken" / "run"))
     assert rehearsed(again) == rehearsed(events)[2:]
-    assert adapter_bytes(broken) == adapter_bytes(straight)
+    assert read_adapter_bytes(broken) == read_adapter_bytes(straight)
 
 
 def test_resuming_with_another_rehearsal_file_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    until_saved(run.train(plan_of(wish(tiny_folder, tmp_path))), step=2)
+    run_until_saved(run.train(plan_recipe(wish(tiny_folder, tmp_path))), step=2)
     write_rows(tmp_path / "texts.jsonl", TEXTS[::-1])
     with pytest.raises(InputError, match=r"data\.rehearsal: sha256"):
         list(run.resume(tmp_path / "run"))
 
 
 def test_what_is_measured_is_not_rehearsed(tiny_folder: Path, tmp_path: Path) -> None:
-    files = measured_files(tmp_path)
+    files = write_eval_files(tmp_path)
     with pytest.raises(
         InputError, match=r"also in retention_data: texts.jsonl:1 is general.jsonl:3"
     ) as caught:

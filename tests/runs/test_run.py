@@ -14,19 +14,19 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from tiny_models import one_batch
+from tiny_models import collate_documents
 from tiny_runs import (
     END,
     TURNS,
-    adapter_bytes,
-    chat,
-    measured_files,
-    plan_of,
-    recipe,
-    steps_of,
-    sums,
+    build_sum_rows,
+    make_chat_row,
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
+    run_until_saved,
+    select_steps,
     train,
-    until_saved,
+    write_eval_files,
     write_rows,
 )
 from tunesmith import __version__
@@ -51,9 +51,9 @@ IDS = torch.tensor(TOKENS_L[None, :-1], dtype=torch.int64)
 def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with everything measured. Not to be changed."""
     folder = tmp_path_factory.mktemp("finished")
-    files = measured_files(folder)
+    files = write_eval_files(folder)
     train(
-        recipe(
+        make_tiny_recipe(
             tiny_folder,
             folder,
             **files,
@@ -69,12 +69,12 @@ def our_logits(path: Path) -> torch.Tensor:
     """Of a finished run's model, through our own layers."""
     model = finished_run.reopen_session(path).model
     with torch.no_grad():
-        return model.head.compute_logits(model.compute_hidden(one_batch([DOCUMENT])))
+        return model.head.compute_logits(model.compute_hidden(collate_documents([DOCUMENT])))
 
 
 def test_a_run_proves_measures_trains_and_measures_again(tiny_folder: Path, tmp_path: Path) -> None:
-    files = measured_files(tmp_path)
-    events = train(recipe(tiny_folder, tmp_path, **files, save_steps=2, eval_steps=2))
+    files = write_eval_files(tmp_path)
+    events = train(make_tiny_recipe(tiny_folder, tmp_path, **files, save_steps=2, eval_steps=2))
     kinds = [type(event) for event in events]
     first_step, done = kinds.index(TrainStep), kinds.index(TrainingEnd)
     assert {CheckResult, Score} == set(kinds[:first_step])
@@ -234,12 +234,15 @@ def test_evaluating_again_finds_what_the_record_says(finished: Path) -> None:
 def test_what_was_learned_by_heart_is_said_in_chat_and_scored(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    rows = [chat("red", '{"a": 1}', system="colours"), chat("blue", '{"b": 22}', system="colours")]
+    rows = [
+        make_chat_row("red", '{"a": 1}', system="colours"),
+        make_chat_row("blue", '{"b": 22}', system="colours"),
+    ]
     test = str(write_rows(tmp_path / "test.jsonl", rows))
     for row in rows:  # rows of the test are not trained on: these render alike, and are others
         row["messages"][1]["name"] = "asker"
     data = str(write_rows(tmp_path / "data.jsonl", rows))
-    wish = recipe(
+    wish = make_tiny_recipe(
         tiny_folder,
         tmp_path,
         data=data,
@@ -269,39 +272,42 @@ def test_a_chat_is_one_conversation(finished: Path) -> None:
 def test_a_run_left_after_a_checkpoint_goes_on_to_the_same_adapter(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    straight = recipe(tiny_folder, tmp_path / "straight", save_steps=1, lora_dropout=0.2)
-    broken = recipe(tiny_folder, tmp_path / "broken", save_steps=1, lora_dropout=0.2)
+    straight = make_tiny_recipe(tiny_folder, tmp_path / "straight", save_steps=1, lora_dropout=0.2)
+    broken = make_tiny_recipe(tiny_folder, tmp_path / "broken", save_steps=1, lora_dropout=0.2)
     train(straight)
-    until_saved(run.train(plan_of(broken)), step=2)
+    run_until_saved(run.train(plan_recipe(broken)), step=2)
     assert isinstance(broken.output_dir, Path)
     assert not (broken.output_dir / "adapter").exists()
     events = list(run.resume(broken.output_dir))
-    assert [step.step for step in steps_of(events)] == [3]
-    assert adapter_bytes(broken) == adapter_bytes(straight)
+    assert [step.step for step in select_steps(events)] == [3]
+    assert read_adapter_bytes(broken) == read_adapter_bytes(straight)
     record = parse_as(RunRecord, read_json(broken.output_dir / "record.json"))
     assert record.steps == 3
 
 
 def test_a_run_stopped_before_any_checkpoint_starts_over(tiny_folder: Path, tmp_path: Path) -> None:
-    straight, broken = (recipe(tiny_folder, tmp_path / name) for name in ("straight", "broken"))
+    straight, broken = (
+        make_tiny_recipe(tiny_folder, tmp_path / name) for name in ("straight", "broken")
+    )
     train(straight)
-    events = run.train(plan_of(broken))
+    events = run.train(plan_recipe(broken))
     next(events)
     events.close()  # type: ignore[attr-defined]
     assert isinstance(broken.output_dir, Path)
-    assert [step.step for step in steps_of(list(run.resume(broken.output_dir)))] == [1, 2, 3]
-    assert adapter_bytes(broken) == adapter_bytes(straight)
+    assert [step.step for step in select_steps(list(run.resume(broken.output_dir)))] == [1, 2, 3]
+    assert read_adapter_bytes(broken) == read_adapter_bytes(straight)
 
 
 def test_a_signal_stops_after_a_whole_step_and_saves_it(tiny_folder: Path, tmp_path: Path) -> None:
     straight, stopped = (
-        recipe(tiny_folder, tmp_path / name, save_steps=100) for name in ("straight", "stopped")
+        make_tiny_recipe(tiny_folder, tmp_path / name, save_steps=100)
+        for name in ("straight", "stopped")
     )
     train(straight)
     seen: list[Event] = []
 
     def follow() -> None:
-        for event in run.train(plan_of(stopped)):
+        for event in run.train(plan_recipe(stopped)):
             seen.append(event)
             if isinstance(event, TrainStep):
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -311,8 +317,8 @@ def test_a_signal_stops_after_a_whole_step_and_saves_it(tiny_folder: Path, tmp_p
     assert stop.value.exit_code == 143
     assert [type(event) for event in seen[-2:]] == [TrainStep, CheckpointSaved]
     assert isinstance(stopped.output_dir, Path)
-    assert [step.step for step in steps_of(list(run.resume(stopped.output_dir)))] == [2, 3]
-    assert adapter_bytes(stopped) == adapter_bytes(straight)
+    assert [step.step for step in select_steps(list(run.resume(stopped.output_dir)))] == [2, 3]
+    assert read_adapter_bytes(stopped) == read_adapter_bytes(straight)
 
 
 def test_a_finished_run_is_not_resumed(finished: Path) -> None:
@@ -321,15 +327,15 @@ def test_a_finished_run_is_not_resumed(finished: Path) -> None:
 
 
 def test_looking_at_held_out_rows_changes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
-    files = measured_files(tmp_path)
+    files = write_eval_files(tmp_path)
     often, never = (
-        recipe(tiny_folder, tmp_path / name, **more, eval_steps=1, lora_dropout=0.1)
+        make_tiny_recipe(tiny_folder, tmp_path / name, **more, eval_steps=1, lora_dropout=0.1)
         for name, more in (("often", files), ("never", {}))
     )
     scores = [event for event in train(often) if isinstance(event, Score) and event.task == "eval"]
     train(never)
     assert [score.step for score in scores if score.metric == "loss"] == [1, 2, 3]
-    assert adapter_bytes(often) == adapter_bytes(never)
+    assert read_adapter_bytes(often) == read_adapter_bytes(never)
 
 
 # ---------------------------------------------------------------- full fine-tuning
@@ -338,8 +344,10 @@ def test_looking_at_held_out_rows_changes_nothing(tiny_folder: Path, tmp_path: P
 def test_full_fine_tuning_saves_a_model_that_transformers_loads(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    files = measured_files(tmp_path)
-    wish = recipe(tiny_folder, tmp_path, **files, method="full", lora_r="auto", learning_rate=1e-3)
+    files = write_eval_files(tmp_path)
+    wish = make_tiny_recipe(
+        tiny_folder, tmp_path, **files, method="full", lora_r="auto", learning_rate=1e-3
+    )
     (measured,) = [
         e
         for e in train(wish)
@@ -374,7 +382,7 @@ def stock_losses(network: PreTrainedModel, document: Document) -> np.ndarray:
 
 
 def test_a_folder_with_content_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    plan = plan_of(recipe(tiny_folder, tmp_path))
+    plan = plan_recipe(make_tiny_recipe(tiny_folder, tmp_path))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match=r"not empty: thesis\.txt"):
@@ -385,7 +393,7 @@ def test_a_folder_with_content_is_refused(tiny_folder: Path, tmp_path: Path) -> 
 def test_a_machine_without_memory_is_said_before_starting(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    plan = plan_of(recipe(tiny_folder, tmp_path))
+    plan = plan_recipe(make_tiny_recipe(tiny_folder, tmp_path))
     small = dataclasses.replace(
         plan, machine=dataclasses.replace(plan.machine, available_bytes=10**8)
     )
@@ -411,7 +419,7 @@ def test_what_cannot_be_measured_is_refused_and_leaves_no_folder(
     texts = [{"text": "long enough", "domain": domain} for domain in "aab"]
     write_rows(tmp_path / "lonely.jsonl", texts)
     write_rows(tmp_path / "short.jsonl", [{"text": "a"}, {"text": "b"}])
-    write_rows(tmp_path / "asks-once.jsonl", sums(50, 1))
+    write_rows(tmp_path / "asks-once.jsonl", build_sum_rows(50, 1))
     changed = {key: str(tmp_path / v) if key.endswith("data") else v for key, v in changed.items()}
     if "asks-once" in str(changed):
         rows = [
@@ -419,39 +427,41 @@ def test_what_cannot_be_measured_is_refused_and_leaves_no_folder(
             {"path": str(write_rows(tmp_path / "t.jsonl", [{"text": "some"}]))},
         ]
         changed["test_data"] = rows
-    plan = plan_of(recipe(tiny_folder, tmp_path, **(measured_files(tmp_path) | changed)))
+    plan = plan_recipe(
+        make_tiny_recipe(tiny_folder, tmp_path, **(write_eval_files(tmp_path) | changed))
+    )
     with pytest.raises(InputError, match=message):
         next(run.train(plan))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_trains_nothing_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    row = chat("3 and 9", "12")
+    row = make_chat_row("3 and 9", "12")
     row["messages"][1]["train"] = False
     rows = write_rows(tmp_path / "nothing.jsonl", [row, row])
     with pytest.raises(InputError, match="trains"):
-        list(run.train(plan_of(recipe(tiny_folder, tmp_path, data=str(rows)))))
+        list(run.train(plan_recipe(make_tiny_recipe(tiny_folder, tmp_path, data=str(rows)))))
 
 
 def test_answers_that_are_all_cut_before_their_end_are_refused(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    rows = [chat("tell me", "a long answer " * n) for n in (5, 6)]
-    for more in ([], [chat("tell me", "no")]):
+    rows = [make_chat_row("tell me", "a long answer " * n) for n in (5, 6)]
+    for more in ([], [make_chat_row("tell me", "no")]):
         data = str(write_rows(tmp_path / f"{len(more)}.jsonl", rows + more))
-        wish = recipe(
+        wish = make_tiny_recipe(
             tiny_folder, tmp_path / str(len(more)), data=data, max_length=60, on_overlong="truncate"
         )
         if more:
-            assert steps_of(train(wish)), "one whole answer shows where answers end"
+            assert select_steps(train(wish)), "one whole answer shows where answers end"
         else:
             with pytest.raises(GateError, match="would never learn to stop"):
                 train(wish)
 
 
 def test_reopening_needs_a_finished_adapter(tiny_folder: Path, tmp_path: Path) -> None:
-    wish = recipe(tiny_folder, tmp_path, save_steps=1)
-    until_saved(run.train(plan_of(wish)), step=1)
+    wish = make_tiny_recipe(tiny_folder, tmp_path, save_steps=1)
+    run_until_saved(run.train(plan_recipe(wish)), step=1)
     with pytest.raises(InputError, match="no adapter yet"):
         finished_run.reopen_session(tmp_path / "run")
     with pytest.raises(InputError, match="not a run folder"):

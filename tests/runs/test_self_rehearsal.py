@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from tiny_runs import (
-    adapter_bytes,
-    measured_files,
-    plan_of,
-    recipe,
+    build_sum_rows,
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
+    run_until_saved,
     save_writer_folder,
-    steps_of,
-    sums,
+    select_steps,
     train,
-    until_saved,
+    write_eval_files,
     write_rows,
 )
 from tunesmith.api import read_record
@@ -48,7 +48,7 @@ def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
         "num_train_epochs": 2,
         "save_steps": 2,
     }
-    return recipe(model, folder, **(values | changed))
+    return make_tiny_recipe(model, folder, **(values | changed))
 
 
 def rows_of(folder: Path) -> list[Json]:
@@ -83,7 +83,9 @@ def test_the_model_writes_conversations_which_are_trained(
     assert messages(events).startswith(f"{len(rows)} rows of ")
     record = read_record(folder / "run")
     assert record.plan.data["rehearsal"].rows == len(rows)
-    custom = sum(step.tokens - step.task_tokens.get("rehearsal", 0) for step in steps_of(events))
+    custom = sum(
+        step.tokens - step.task_tokens.get("rehearsal", 0) for step in select_steps(events)
+    )
     assert record.plan.config.rehearsal_tokens == pytest.approx(custom * 0.3 / 0.7, rel=0.01), (
         "as many as are due"
     )
@@ -97,13 +99,13 @@ def test_a_run_goes_on_with_the_rows_that_it_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     broken = wish(writer, tmp_path)
-    until_saved(run.train(plan_of(broken)), step=2)
+    run_until_saved(run.train(plan_recipe(broken)), step=2)
     assert rows_of(tmp_path) == rows_of(straight[0]), "the same seed, the same rows"
     # nothing is written a second time
     monkeypatch.setattr(self_rehearsal, "load_starting_model", None)
     list(run.resume(tmp_path / "run"))
     assert (
-        adapter_bytes(broken)
+        read_adapter_bytes(broken)
         == (straight[0] / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     )
 
@@ -179,9 +181,9 @@ def test_a_loop_is_seen_in_its_tokens() -> None:
 
 
 def test_rows_are_kept_once_and_none_that_is_measured(writer: Path, tmp_path: Path) -> None:
-    files = measured_files(tmp_path)
+    files = write_eval_files(tmp_path)
     judge = self_rehearsal._RowFilter(inputs.load_inputs(wish(writer, tmp_path, **files)))
-    fresh, measured = sums(300, 1)[0], sums(200, 1)[0]
+    fresh, measured = build_sum_rows(300, 1)[0], build_sum_rows(200, 1)[0]
     assert [judge.find_problem(row) for row in (fresh, fresh, measured)] == [
         "",
         "duplicate",

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from tiny_runs import chat, recipe, steps_of, sums, train, write_rows
+from tiny_runs import (
+    build_sum_rows,
+    make_chat_row,
+    make_tiny_recipe,
+    select_steps,
+    train,
+    write_rows,
+)
 from tunesmith import api
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckpointSaved, CheckResult, Event, StageStart
@@ -45,12 +52,12 @@ def keys(model: Path, folder: Path) -> tuple[Json, Json, Json]:
         "general": texts(90, 3),
         "texts": texts(1, 12),
         "test-texts": texts(50, 4),
-        "rows": sums(1, 8),
+        "rows": build_sum_rows(1, 8),
     }
     location = {
         name: str(write_rows(folder / f"{name}.jsonl", rows)) for name, rows in files.items()
     }
-    test_rows = str(write_rows(folder / "test-rows.jsonl", sums(60, 4)))
+    test_rows = str(write_rows(folder / "test-rows.jsonl", build_sum_rows(60, 4)))
     general = {"retention_data": location["general"]}
     cpt = {
         "data": location["texts"],
@@ -114,12 +121,12 @@ def test_stages_are_the_runs_by_hand(
     both, cpt, sft = keys(tiny_folder, tmp_path)
     alone = {"output_dir": str(tmp_path / "one"), "batch_size": "auto", "stage": "cpt"}
     by_hand = {key: value for key, value in both.items() if key != "model"}
-    first = train(recipe(tiny_folder, tmp_path, **(by_hand | cpt | alone)))
+    first = train(make_tiny_recipe(tiny_folder, tmp_path, **(by_hand | cpt | alone)))
     more = {"output_dir": str(tmp_path / "two"), "adapter_from": str(tmp_path / "one")}
-    second = train(recipe(tiny_folder, tmp_path, **(by_hand | sft | more)))
+    second = train(make_tiny_recipe(tiny_folder, tmp_path, **(by_hand | sft | more)))
     run_folder, events = straight
-    assert [step.loss for step in steps_of(events)] == [
-        step.loss for step in steps_of([*first, *second])
+    assert [step.loss for step in select_steps(events)] == [
+        step.loss for step in select_steps([*first, *second])
     ]
     for name, location in (("one", "1-cpt"), ("two", "2-sft")):
         assert (run_folder / "stages" / location / WEIGHTS).read_bytes() == (
@@ -130,8 +137,8 @@ def test_stages_are_the_runs_by_hand(
 def test_the_whole_is_measured_from_the_base(straight: tuple[Path, list[Event]]) -> None:
     folder, events = straight
     record = api.read_record(folder)
-    assert record.steps == len(steps_of(events)) == api.read_plan(folder).steps
-    assert record.tokens == sum(step.tokens for step in steps_of(events))
+    assert record.steps == len(select_steps(events)) == api.read_plan(folder).steps
+    assert record.tokens == sum(step.tokens for step in select_steps(events))
     actual = {(item.task, item.metric): item for item in record.comparisons}
     first, second = (
         api.read_record(folder / "stages" / name).comparisons for name in ("1-cpt", "2-sft")
@@ -200,8 +207,10 @@ def test_what_comes_after_a_run_takes_the_last_stage(
 def test_a_run_may_go_on_from_stages(
     straight: tuple[Path, list[Event]], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    events = train(recipe(tiny_folder, tmp_path, adapter_from=str(straight[0]), max_steps=1))
-    assert len(steps_of(events)) == 1
+    events = train(
+        make_tiny_recipe(tiny_folder, tmp_path, adapter_from=str(straight[0]), max_steps=1)
+    )
+    assert len(select_steps(events)) == 1
     assert read_json(tmp_path / "run" / "plan.json")["settings"]["adapter_from"]["value"].endswith(
         "2-sft/adapter"
     )
@@ -209,7 +218,7 @@ def test_a_run_may_go_on_from_stages(
 
 def test_rows_that_change_between_stages_are_noticed(tiny_folder: Path, tmp_path: Path) -> None:
     until(api.train(planned(wish(tiny_folder, tmp_path))), 2, None)
-    write_rows(tmp_path / "rows.jsonl", sums(20, 8))
+    write_rows(tmp_path / "rows.jsonl", build_sum_rows(20, 8))
     with pytest.raises(InputError, match=r"the file has changed since the plan.*"):
         list(api.resume(tmp_path / "run"))
 
@@ -218,7 +227,9 @@ def test_what_a_later_stage_cannot_do_is_said_before_the_first(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     _, cpt, sft = keys(tiny_folder, tmp_path)
-    rows = str(write_rows(tmp_path / "bad.jsonl", [*sums(1, 4), chat("question", " ")]))
+    rows = str(
+        write_rows(tmp_path / "bad.jsonl", [*build_sum_rows(1, 4), make_chat_row("question", " ")])
+    )
     made = wish(tiny_folder, tmp_path, stage=[{"cpt": cpt}, {"sft": sft | {"data": rows}}])
     with pytest.raises(InputError, match="1 of 9 rows cannot be used"):
         trained(made)
@@ -282,7 +293,7 @@ def test_what_no_adapter_can_go_on_from_is_merged(
     by_hand = {key: value for key, value in both.items() if key not in ("model", "lora_r")}
     method = {"method": "full", "lora_r": "auto"} if kind == ALL_WEIGHTS else {"lora_r": 3}
     alone = {"output_dir": str(tmp_path / "one"), "batch_size": "auto", "stage": "cpt"}
-    train(recipe(tiny_folder, tmp_path, **(by_hand | cpt | alone | method)))
+    train(make_tiny_recipe(tiny_folder, tmp_path, **(by_hand | cpt | alone | method)))
     base = tmp_path / "one" / "model"
     if kind == OTHER_RANK:
         base = tmp_path / "base"
@@ -292,7 +303,9 @@ def test_what_no_adapter_can_go_on_from_is_merged(
             for v in events
             if isinstance(v, CheckResult) and v.kind == "merged"
         ] == ["stages/1-cpt/merged"]
-    train(recipe(base, tmp_path, **(by_hand | sft | {"output_dir": str(tmp_path / "two")})))
+    train(
+        make_tiny_recipe(base, tmp_path, **(by_hand | sft | {"output_dir": str(tmp_path / "two")}))
+    )
     assert (folder / "stages" / "2-sft" / WEIGHTS).read_bytes() == (
         tmp_path / "two" / WEIGHTS
     ).read_bytes()
@@ -360,7 +373,7 @@ def test_a_third_stage_goes_on_from_a_merged_base(tiny_folder: Path, tmp_path: P
         "merged",
     ]
     assert [Path(plan.recipe["model"]).name for plan in plans[1:]] == ["model", "model", "merged"]
-    assert len(steps_of(events)) == 4
+    assert len(select_steps(events)) == 4
     assert (tmp_path / "run" / "stages" / "4-sft" / "model" / "model.safetensors").exists()
     assert api.read_record(tmp_path / "run").comparisons[0].task == "general text"
 

@@ -9,14 +9,14 @@ import pytest
 from pydantic import ValidationError
 
 from tiny_runs import (
-    adapter_bytes,
-    chat,
-    plan_of,
-    recipe,
-    steps_of,
-    sums,
+    build_sum_rows,
+    make_chat_row,
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
+    run_until_saved,
+    select_steps,
     train,
-    until_saved,
     write_rows,
 )
 from tunesmith.core.errors import InputError
@@ -29,7 +29,7 @@ from tunesmith.train import run
 
 
 def echoes(first: int, count: int) -> list[Json]:
-    return [chat(f"say {n}", f"{n}") for n in range(first, first + count)]
+    return [make_chat_row(f"say {n}", f"{n}") for n in range(first, first + count)]
 
 
 def source(path: Path, rows: list[Json], **more: Any) -> Json:
@@ -41,18 +41,20 @@ def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
     """Two tasks that train, sums and echoes; a third one that is measured only."""
     values = {
         "data": [
-            source(folder / "a.jsonl", sums(1, 4), name="sums"),
+            source(folder / "a.jsonl", build_sum_rows(1, 4), name="sums"),
             source(folder / "echo.jsonl", echoes(1, 2)),
         ],
         "test_data": [
-            source(folder / "b.jsonl", sums(50, 3), name="sums"),
+            source(folder / "b.jsonl", build_sum_rows(50, 3), name="sums"),
             source(folder / "c.jsonl", echoes(50, 2), name="echo"),
             source(
-                folder / "d.jsonl", [chat(f"twice {n}", f"{n} {n}") for n in range(3)], name="twice"
+                folder / "d.jsonl",
+                [make_chat_row(f"twice {n}", f"{n} {n}") for n in range(3)],
+                name="twice",
             ),
         ],
     }
-    return recipe(model, folder, **(values | changed))
+    return make_tiny_recipe(model, folder, **(values | changed))
 
 
 def test_tokens_and_scores_are_counted_by_task(tiny_folder: Path, tmp_path: Path) -> None:
@@ -64,7 +66,7 @@ def test_tokens_and_scores_are_counted_by_task(tiny_folder: Path, tmp_path: Path
     assert (
         sum(record.task_tokens.values())
         == record.tokens
-        == sum(step.tokens for step in steps_of(events))
+        == sum(step.tokens for step in select_steps(events))
     )
     names = ["sums", "echo", "mean of tasks", "twice (held out)"]
     actual = {(item.task, item.metric): item.after.n for item in record.comparisons}
@@ -84,7 +86,7 @@ def test_tokens_and_scores_are_counted_by_task(tiny_folder: Path, tmp_path: Path
 
 def test_a_split_keeps_the_tasks(tiny_folder: Path, tmp_path: Path) -> None:
     rows = [
-        source(tmp_path / "in/a.jsonl", sums(1, 60), name="sums"),
+        source(tmp_path / "in/a.jsonl", build_sum_rows(1, 60), name="sums"),
         source(tmp_path / "in/b.jsonl", echoes(1, 60)),
     ]
     events = train(
@@ -97,22 +99,22 @@ def test_a_split_keeps_the_tasks(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_without_names_nothing_is_divided(tiny_folder: Path, tmp_path: Path) -> None:
     files = [
-        source(tmp_path / "in" / name, sums(first, 3))
+        source(tmp_path / "in" / name, build_sum_rows(first, 3))
         for name, first in (("a.jsonl", 1), ("b.jsonl", 9))
     ]
     test = [
-        source(tmp_path / "in" / name, sums(first, 2))
+        source(tmp_path / "in" / name, build_sum_rows(first, 2))
         for name, first in (("c.jsonl", 50), ("d.jsonl", 60))
     ]
     events = train(wish(tiny_folder, tmp_path, data=files, test_data=test))
     assert {event.task for event in events if isinstance(event, Score)} == {"test"}
-    assert not any(step.task_tokens for step in steps_of(events))
+    assert not any(step.task_tokens for step in select_steps(events))
 
 
 def test_a_held_out_task_that_shares_rows_with_training_is_refused(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    test = [source(tmp_path / "new.jsonl", [*echoes(90, 2), *sums(2, 1)], name="new")]
+    test = [source(tmp_path / "new.jsonl", [*echoes(90, 2), *build_sum_rows(2, 1)], name="new")]
     with pytest.raises(
         InputError,
         match=r"1 of 3 held-out 'new' rows is also in data: new.jsonl:3 is a.j",
@@ -124,7 +126,7 @@ def test_a_task_of_one_row_is_refused_before_anything_is_trained(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     test = [
-        source(tmp_path / "in/b.jsonl", sums(50, 3), name="sums"),
+        source(tmp_path / "in/b.jsonl", build_sum_rows(50, 3), name="sums"),
         source(tmp_path / "one.jsonl", echoes(50, 1)),
     ]
     with pytest.raises(InputError, match="1 row of task 'one'"):
@@ -171,7 +173,7 @@ def test_a_mixture_has_its_shares_and_is_planned(tiny_folder: Path, tmp_path: Pa
     record = parse_as(RunRecord, read_json(tmp_path / "run" / "record.json"))
     assert record.plan.config.mixture == {"sums": 3, "echo": 2}
     assert "sums 60% of the rows" in record.plan.reasons["mixture"].reason
-    assert Counter(task for step in steps_of(events) for task in step.task_tokens) == {
+    assert Counter(task for step in select_steps(events) for task in step.task_tokens) == {
         "sums": 6,
         "echo": 4,
     }
@@ -187,12 +189,12 @@ def test_a_mixture_goes_on_to_the_same_bytes(tiny_folder: Path, tmp_path: Path) 
         wish(tiny_folder, tmp_path / name, **MIXED) for name in ("straight", "broken")
     )
     events = train(straight)
-    until_saved(run.train(plan_of(broken)), step=6)
+    run_until_saved(run.train(plan_recipe(broken)), step=6)
     again = list(run.resume(tmp_path / "broken" / "run"))
-    assert [step.task_tokens for step in steps_of(again)] == [
-        step.task_tokens for step in steps_of(events)
+    assert [step.task_tokens for step in select_steps(again)] == [
+        step.task_tokens for step in select_steps(events)
     ][6:]
-    assert adapter_bytes(broken) == adapter_bytes(straight)
+    assert read_adapter_bytes(broken) == read_adapter_bytes(straight)
 
 
 def test_rehearsal_keeps_its_share_of_a_mixture(tiny_folder: Path, tmp_path: Path) -> None:
@@ -226,9 +228,9 @@ def test_held_out_rows_are_asked_as_their_task_is(tiny_folder: Path, tmp_path: P
     requested = [run_inputs.datasets["test_data"].read_example(row).messages for row in range(4)]
     assert {len(messages) for messages in requested} == {2, 4}
     train(straight)
-    until_saved(run.train(plan_of(broken)), step=2)
+    run_until_saved(run.train(plan_recipe(broken)), step=2)
     list(run.resume(tmp_path / "broken" / "run"))
-    assert adapter_bytes(broken) == adapter_bytes(straight)
+    assert read_adapter_bytes(broken) == read_adapter_bytes(straight)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tiny_runs import chat, recipe, write_rows
+from tiny_runs import make_chat_row, make_tiny_recipe, write_rows
 from tunesmith.core.errors import GateError
 from tunesmith.core.types import Json
 from tunesmith.session import inputs, session
@@ -31,7 +31,10 @@ FORGETFUL = (  # answers lose their first word once another turn follows
 )
 PAIR: Json = {"prompt": "one?", "chosen": "it is one", "rejected": "it is two"}
 TURNS: Json = {
-    "messages": [*chat("one?", "it is")["messages"], *chat("two?", "it was")["messages"]]
+    "messages": [
+        *make_chat_row("one?", "it is")["messages"],
+        *make_chat_row("two?", "it was")["messages"],
+    ]
 }
 
 
@@ -42,7 +45,9 @@ def compared(
     (folder / "template.jinja").write_text(template)
     data = str(write_rows(folder / "rows.jsonl", rows))
     run_inputs = inputs.load_inputs(
-        recipe(model, folder, data=data, chat_template=str(folder / "template.jinja"), **changed)
+        make_tiny_recipe(
+            model, folder, data=data, chat_template=str(folder / "template.jinja"), **changed
+        )
     )
     bench = open_session(inputs.make_plan(run_inputs), run_inputs)
     verdicts = {verdict.kind: verdict for verdict in run_preflight(bench.model, bench.samples)}
@@ -54,8 +59,8 @@ def compared(
 @pytest.mark.parametrize(
     ("template", "row", "full", "changed"),
     [
-        (DATED, chat("one?", "it is"), True, {}),
-        (SYSTEM_LAST, chat("one?", "it is", "Be brief."), False, {}),
+        (DATED, make_chat_row("one?", "it is"), True, {}),
+        (SYSTEM_LAST, make_chat_row("one?", "it is", "Be brief."), False, {}),
         (FORGETFUL, TURNS, False, {}),
         (DATED, PAIR, True, {"stage": "preference"}),
     ],
@@ -75,12 +80,16 @@ def test_rows_and_prompts_are_compared(
 
 
 def test_what_looks_like_a_control_token_is_not_compared(tiny_folder: Path, tmp_path: Path) -> None:
-    actual, messages = compared(tiny_folder, tmp_path, DATED, [chat("one <|end|>?", "it is")] * 3)
+    actual, messages = compared(
+        tiny_folder, tmp_path, DATED, [make_chat_row("one <|end|>?", "it is")] * 3
+    )
     assert actual == []
     assert messages.startswith("not compared: ")
 
 
-@pytest.mark.parametrize(("template", "row"), [(PLAIN, chat("one?", "it is")), (FORGETFUL, TURNS)])
+@pytest.mark.parametrize(
+    ("template", "row"), [(PLAIN, make_chat_row("one?", "it is")), (FORGETFUL, TURNS)]
+)
 def test_other_ids_are_refused(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, row: Json
 ) -> None:
@@ -97,6 +106,6 @@ def test_other_ids_are_refused(
 
 def test_another_date_is_not_compared(tiny_folder: Path, tmp_path: Path) -> None:
     dated = DATED.replace("%Y", "%f")  # the plan has no microseconds
-    assert compared(tiny_folder, tmp_path, dated, [chat("one?", "it is")] * 3)[1].startswith(
-        "not compared: "
-    )
+    assert compared(tiny_folder, tmp_path, dated, [make_chat_row("one?", "it is")] * 3)[
+        1
+    ].startswith("not compared: ")

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import tunesmith
-from tiny_runs import recipe, sums, train, write_rows
+from tiny_runs import build_sum_rows, make_tiny_recipe, train, write_rows
 from tunesmith import api
 from tunesmith.cli import app
 from tunesmith.core.errors import InputError, TunesmithError
@@ -28,8 +28,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> Path:
     """A folder as a user has it: rows, and a recipe of two steps on the tiny model."""
     monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "train.jsonl", sums(1, 6))
-    write_rows(tmp_path / "test.jsonl", sums(50, 2))
+    write_rows(tmp_path / "train.jsonl", build_sum_rows(1, 6))
+    write_rows(tmp_path / "test.jsonl", build_sum_rows(50, 2))
     values = {"model": str(tiny_folder), "data": "train.jsonl", "test_data": "test.jsonl"}
     values |= {"max_steps": 2, "batch_size": 2, "dtype": "fp32"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
@@ -141,9 +141,9 @@ def test_train_takes_a_plan_and_nothing_else() -> None:
 
 
 def test_a_plan_read_back_trains_the_same_adapter(tiny_folder: Path, tmp_path: Path) -> None:
-    straight = recipe(tiny_folder, tmp_path / "a")
+    straight = make_tiny_recipe(tiny_folder, tmp_path / "a")
     train(straight)
-    plan = tunesmith.plan(recipe(tiny_folder, tmp_path / "b"))
+    plan = tunesmith.plan(make_tiny_recipe(tiny_folder, tmp_path / "b"))
     file = tmp_path / "plan.json"
     file.write_bytes(dump_json({"tunesmith": tunesmith.__version__, **json.loads(dump_json(plan))}))
     assert to_jsonable(tunesmith.read_plan(file)) == to_jsonable(

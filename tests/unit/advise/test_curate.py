@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tunesmith
-from tiny_runs import chat
+from tiny_runs import make_chat_row
 from tunesmith import InputError
 from tunesmith.advise.curate import extract_last_answer, score_rows
 from tunesmith.core.atomic import verify_dir
@@ -17,7 +17,7 @@ from tunesmith.model.causal_lm import load_network, wrap_model
 from tunesmith.session.inputs import RunInputs
 
 ROWS = [
-    chat(f"ask {i} {chr(97 + i) * (i % 5 + 1)}", f"answer {i * i} {chr(110 - i)}")
+    make_chat_row(f"ask {i} {chr(97 + i) * (i % 5 + 1)}", f"answer {i * i} {chr(110 - i)}")
     for i in range(12)
 ]
 

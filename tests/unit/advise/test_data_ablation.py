@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tiny_runs import measured_files, recipe, sums, write_rows
+from tiny_runs import build_sum_rows, make_tiny_recipe, write_eval_files, write_rows
 from tunesmith.advise import data_ablation
 from tunesmith.advise.data_ablation import AblationResult, SubsetRun, summarize_ablation
 from tunesmith.cli.views.curate import format_conclusion
@@ -20,15 +20,15 @@ from tunesmith.session import inputs
 
 
 def make_inputs(tiny_folder: Path, tmp_path: Path, **changed: Any) -> inputs.RunInputs:
-    rows = write_rows(tmp_path / "many.jsonl", sums(1, 30))
-    files = measured_files(tmp_path / "held out")
+    rows = write_rows(tmp_path / "many.jsonl", build_sum_rows(1, 30))
+    files = write_eval_files(tmp_path / "held out")
     values = {
         "data": str(rows),
         "batch_size": 2,
         "eval_data": files["eval_data"],
         "test_data": files["test_data"],
     }
-    return inputs.load_inputs(recipe(tiny_folder, tmp_path, **(values | changed)))
+    return inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path, **(values | changed)))
 
 
 @pytest.fixture

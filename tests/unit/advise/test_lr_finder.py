@@ -9,7 +9,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tiny_runs import measured_files, recipe, steps_of, sums, train, write_rows
+from tiny_runs import (
+    build_sum_rows,
+    make_tiny_recipe,
+    select_steps,
+    train,
+    write_eval_files,
+    write_rows,
+)
 from tunesmith.advise.lr_finder import (
     LRFinderResult,
     LRTrial,
@@ -27,11 +34,11 @@ from tunesmith.session import inputs
 
 
 def make_inputs(tiny_folder: Path, tmp_path: Path, **changed: Any) -> tuple[Plan, inputs.RunInputs]:
-    rows = write_rows(tmp_path / "many.jsonl", sums(1, 40))
-    files = measured_files(tmp_path / "held out")
+    rows = write_rows(tmp_path / "many.jsonl", build_sum_rows(1, 40))
+    files = write_eval_files(tmp_path / "held out")
     held_out = {role: files[role] for role in ("eval_data", "test_data")}
     values = {"data": str(rows), "num_train_epochs": 3, "learning_rate": 0.01, **held_out}
-    run_inputs = inputs.load_inputs(recipe(tiny_folder, tmp_path, **(values | changed)))
+    run_inputs = inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path, **(values | changed)))
     return inputs.make_plan(run_inputs), run_inputs
 
 
@@ -46,9 +53,11 @@ def test_every_rate_starts_from_the_same_weights(tiny_folder: Path, tmp_path: Pa
     assert len({trial.losses[-1] for trial in trials}) == len(trials)
     assert all(len(trial.losses) == 10 for trial in trials)
     alone = train(
-        recipe(tiny_folder, tmp_path / "alone", data=str(tmp_path / "many.jsonl"), batch_size=2)
+        make_tiny_recipe(
+            tiny_folder, tmp_path / "alone", data=str(tmp_path / "many.jsonl"), batch_size=2
+        )
     )
-    assert trials[0].losses[0] == pytest.approx(steps_of(alone)[0].loss, rel=1e-5)
+    assert trials[0].losses[0] == pytest.approx(select_steps(alone)[0].loss, rel=1e-5)
     result = summarize_trials(plan, [untrained, *trials])
     assert (result.metric, result.rows, result.steps, result.planned_rate) == ("loss", 3, 10, 0.01)
     assert result.chosen_rate in [trial.learning_rate for trial in trials]

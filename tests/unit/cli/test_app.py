@@ -17,7 +17,7 @@ import pytest
 from rich.console import Group
 from typer.main import get_command
 
-from tiny_runs import sums, write_rows
+from tiny_runs import build_sum_rows, write_rows
 from tunesmith import __version__
 from tunesmith.cli import app
 from tunesmith.cli.args import OLD_FLAGS, OLD_VERBS
@@ -307,7 +307,7 @@ def test_text_of_data_and_models_is_printed_as_it_is(
 def test_a_plan_is_one_object_with_every_reason(
     tunesmith: Callable[..., CliResult], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    data = write_rows(tmp_path / "train.jsonl", sums(1, 6))
+    data = write_rows(tmp_path / "train.jsonl", build_sum_rows(1, 6))
     words = ("plan", "--model", str(tiny_folder), "--data", str(data), "--lora-rank", "3")
     code, out, _ = tunesmith(*words, "--json")
     plan = json.loads(out)
@@ -350,7 +350,10 @@ def test_a_plan_is_one_object_with_every_reason(
 def test_rates_are_tried_and_drawn(
     tunesmith: Callable[..., CliResult], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    data, picture = write_rows(tmp_path / "train.jsonl", sums(1, 40)), tmp_path / "curve.svg"
+    data, picture = (
+        write_rows(tmp_path / "train.jsonl", build_sum_rows(1, 40)),
+        tmp_path / "curve.svg",
+    )
     words = [
         "tune",
         "lr",
@@ -381,8 +384,8 @@ def test_a_run_from_words_to_answers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    data, run = write_rows(tmp_path / "train.jsonl", sums(1, 6)), str(tmp_path / "run")
-    test = write_rows(tmp_path / "test.jsonl", sums(50, 2))
+    data, run = write_rows(tmp_path / "train.jsonl", build_sum_rows(1, 6)), str(tmp_path / "run")
+    test = write_rows(tmp_path / "test.jsonl", build_sum_rows(50, 2))
     words = [
         "train",
         "--model",
@@ -440,10 +443,10 @@ def test_refusals_are_objects_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "t.jsonl", sums(1, 6))
-    write_rows(tmp_path / "one.jsonl", sums(50, 1))
+    write_rows(tmp_path / "t.jsonl", build_sum_rows(1, 6))
+    write_rows(tmp_path / "one.jsonl", build_sum_rows(50, 1))
     defaults = {"--model": str(tiny_folder), "--data": "t.jsonl", "--test-data": "t2.jsonl"}
-    write_rows(tmp_path / "t2.jsonl", sums(70, 2))
+    write_rows(tmp_path / "t2.jsonl", build_sum_rows(70, 2))
     if words[0] in ("plan", "data"):
         for flag, value in defaults.items():
             words = words if flag in words else [*words, flag, value]
@@ -458,7 +461,7 @@ def test_refusals_are_objects_too(
 def test_a_check_of_rows_ends_as_a_run_would(
     tunesmith: Callable[..., CliResult], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    rows = str(write_rows(tmp_path / "t.jsonl", sums(1, 6)))
+    rows = str(write_rows(tmp_path / "t.jsonl", build_sum_rows(1, 6)))
     words = ("data", "check", "--model", str(tiny_folder), "--data", rows)
     assert tunesmith(*words)[0] == 0
     assert tunesmith(*words, "--max-length", "3")[0] == 2, "all rows would be dropped"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tiny_runs import chat, write_rows
-from toy_chat import assistant, example, folder, marked, user
+from tiny_runs import make_chat_row, write_rows
+from toy_chat import assistant, make_example, mark_trained_text, user, write_model_folder
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Example, Json
 from tunesmith.data import constraints
@@ -28,12 +28,12 @@ def ban(match: str, mode: Any = "ban") -> ConstraintSet:
 
 
 def answer(text: str, **more: Any) -> Example:
-    return Example(**{**vars(example(user("hello"), assistant(text))), **more})
+    return Example(**{**vars(make_example(user("hello"), assistant(text))), **more})
 
 
 @pytest.fixture
 def renderer(tmp_path: Path) -> Renderer:
-    return Renderer.from_folder(folder(tmp_path / "model"), now=datetime(2026, 3, 4))
+    return Renderer.from_folder(write_model_folder(tmp_path / "model"), now=datetime(2026, 3, 4))
 
 
 def opened(renderer: Renderer, path: Path, rows: list[Json], rules: ConstraintSet) -> Dataset:
@@ -42,7 +42,7 @@ def opened(renderer: Renderer, path: Path, rows: list[Json], rules: ConstraintSe
     )
 
 
-FINE = [chat(f"question {n}", f"answer {n}") for n in range(5)]
+FINE = [make_chat_row(f"question {n}", f"answer {n}") for n in range(5)]
 
 
 # ---------------------------------------------------------------- which tokens
@@ -78,17 +78,17 @@ def test_the_tokens_of_a_ban_are_those_that_hold_its_matches(
 
 def test_every_trained_turn_is_looked_at_and_no_other(renderer: Renderer) -> None:
     turns = [user("hello"), assistant("hello user"), user("hello"), assistant("hello there")]
-    judged = ban("hello").mark_violations(example(*turns))
+    judged = ban("hello").mark_violations(make_example(*turns))
     assert [span.message for span in judged.banned_spans] == [1, 3]
     (document,) = renderer.render(judged).documents
-    assert marked(renderer, document).count("⟦hello⟧") == 2
+    assert mark_trained_text(renderer, document).count("⟦hello⟧") == 2
 
 
 def test_a_whole_answer_is_bad_where_the_row_says_so(renderer: Renderer) -> None:
     (document,) = renderer.render(
         ConstraintSet().mark_violations(answer("hello there", negative="whole"))
     ).documents
-    assert "⟦hello there⟧" in marked(renderer, document)
+    assert "⟦hello there⟧" in mark_trained_text(renderer, document)
 
 
 # ---------------------------------------------------------------- which rows
@@ -139,9 +139,9 @@ def test_rows_that_break_a_filter_are_left_out_counted_and_written(
 ) -> None:
     rows = [
         *FINE[:2],
-        chat("no?", "I am sorry, no"),
+        make_chat_row("no?", "I am sorry, no"),
         *FINE[2:],
-        {**chat("right?", "so sorry"), "negative": False},
+        {**make_chat_row("right?", "so sorry"), "negative": False},
     ]
     dataset = opened(renderer, tmp_path, rows, ban("sorry", "filter"))
     assert [dataset.get_id(i) for i in range(len(dataset))] == [
@@ -163,13 +163,13 @@ def test_rows_that_break_a_filter_are_left_out_counted_and_written(
 def test_a_constraint_that_most_answers_break_is_refused_with_examples(
     renderer: Renderer, tmp_path: Path
 ) -> None:
-    rows = [chat("a?", "answer one"), *FINE]
+    rows = [make_chat_row("a?", "answer one"), *FINE]
     for mode in ("filter", "ban"):
         with pytest.raises(
             InputError, match=r"never: rule: 6 of 6 answers in .* break it:\n  rows.jsonl:1"
         ):
             opened(renderer, tmp_path, rows, ban("answer", mode))
-    meant = [{**chat(f"{n}?", "answer sorry"), "negative": True} for n in range(9)]
+    meant = [{**make_chat_row(f"{n}?", "answer sorry"), "negative": True} for n in range(9)]
     assert opened(renderer, tmp_path, [*meant, *FINE], ban("sorry")).constraint_counts.banned == {
         "rule": 9
     }
@@ -199,7 +199,11 @@ def test_a_ban_with_nothing_to_ban_is_a_warning(renderer: Renderer, tmp_path: Pa
 
 
 def test_a_split_tells_of_left_out_rows_once(renderer: Renderer, tmp_path: Path) -> None:
-    rows = [*FINE, *(chat(f"{n}?", f"fine {n}") for n in range(9)), chat("no?", "I am sorry")]
+    rows = [
+        *FINE,
+        *(make_chat_row(f"{n}?", f"fine {n}") for n in range(9)),
+        make_chat_row("no?", "I am sorry"),
+    ]
     rest, taken = split_by_hash(opened(renderer, tmp_path, rows, ban("sorry", "filter")), 0.5)
     assert (
         len(rest) + len(taken),

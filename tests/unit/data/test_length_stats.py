@@ -4,7 +4,7 @@ from datetime import datetime
 import numpy as np
 import pytest
 
-from toy_chat import assistant, call, folder, user
+from toy_chat import assistant, make_tool_call, user, write_model_folder
 from tunesmith.core.errors import InputError
 from tunesmith.data import length_stats as scan_module
 from tunesmith.data.chat_template.renderer import Renderer
@@ -59,9 +59,14 @@ def test_of_many_rows_a_fixed_sample_is_scanned(write, words, monkeypatch):
 def test_of_many_rows_one_of_each_shape_is_rendered_too(write, tmp_path, monkeypatch):
     monkeypatch.setattr(scan_module, "MAX_FULL_SCAN_ROWS", 100)
     monkeypatch.setattr(scan_module, "SAMPLE_ROWS", 20)
-    renderer = Renderer.from_folder(folder(tmp_path / "model"), now=datetime(2026, 3, 4))
+    renderer = Renderer.from_folder(
+        write_model_folder(tmp_path / "model"), now=datetime(2026, 3, 4)
+    )
     rows = [[user("q"), assistant("a")] for _ in range(200)]
-    rows[137] = [user("q"), assistant("", tool_calls=[call(x=1)])]  # this template writes no calls
+    rows[137] = [
+        user("q"),
+        assistant("", tool_calls=[make_tool_call(x=1)]),
+    ]  # this template writes no calls
     path = write("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     dataset = open_dataset([DataSource(path=path)], renderer)
     seen = scan_dataset(dataset)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tiny_runs import chat, sums, write_rows
+from tiny_runs import build_sum_rows, make_chat_row, write_rows
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
@@ -89,7 +89,11 @@ def test_a_changed_ratio_holds_from_the_next_step_on(renderer: Renderer, tmp_pat
 def test_rehearsal_documents_are_named_and_whole_answers_are_kept(
     renderer: Renderer, tmp_path: Path
 ) -> None:
-    rows = opened(renderer, tmp_path / "chats.jsonl", [*sums(1, 8), chat("long", "answer " * 300)])
+    rows = opened(
+        renderer,
+        tmp_path / "chats.jsonl",
+        [*build_sum_rows(1, 8), make_chat_row("long", "answer " * 300)],
+    )
     sampler = rehearsal(rows, ratio=0.5, max_tokens=200)
     documents = [document for step in range(1, 30) for document in sampler.read_documents(step)]
     assert {document.task for document in documents} == {"rehearsal"}

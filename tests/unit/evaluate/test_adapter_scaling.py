@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tiny_runs import measured_files, recipe, save_model_folder, train, until_saved, write_rows
+from tiny_runs import (
+    make_tiny_recipe,
+    run_until_saved,
+    save_model_folder,
+    train,
+    write_eval_files,
+    write_rows,
+)
 from tunesmith.core.events import GENERAL_TASK, Score
 from tunesmith.core.types import RunRecord, ScalePoint
 from tunesmith.evaluate import adapter_scaling, answer_cache
@@ -36,7 +43,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def record_of(model: Path, folder: Path, **changed: Any) -> RunRecord:
-    train(recipe(model, folder, **measured_files(folder), **changed))
+    train(make_tiny_recipe(model, folder, **write_eval_files(folder), **changed))
     return tunesmith.read_record(folder / "run")
 
 
@@ -68,11 +75,11 @@ def test_the_ends_of_the_curve_are_those_of_a_measure(
     """What stands there of general text was measured before and after, of more texts than the curve
     has."""
     monkeypatch.setattr(adapter_scaling, "MAX_TOKENS", 60)
-    files = measured_files(tmp_path)
+    files = write_eval_files(tmp_path)
     texts = [{"text": f"another text, {n}", "domain": "ab"[n % 2]} for n in range(8)]
     texts.append({"text": "x", "domain": "a"})  # one token: there is nothing to predict
     files["retention_data"] = str(write_rows(tmp_path / "more.jsonl", texts))
-    train(recipe(writer, tmp_path, **files, num_train_epochs=4))
+    train(make_tiny_recipe(writer, tmp_path, **files, num_train_epochs=4))
     curve = tunesmith.read_record(tmp_path / "run").scales
     bench = reopen_session(tmp_path / "run")
     items = adapter_scaling.select_curve_items(bench, build_eval_items(bench.plan, bench.inputs))
@@ -90,8 +97,10 @@ def test_the_ends_of_the_curve_are_those_of_a_measure(
 
 
 def test_without_eval_data_there_is_no_curve(writer: Path, tmp_path: Path) -> None:
-    files = {key: file for key, file in measured_files(tmp_path).items() if key == "retention_data"}
-    train(recipe(writer, tmp_path, **files))
+    files = {
+        key: file for key, file in write_eval_files(tmp_path).items() if key == "retention_data"
+    }
+    train(make_tiny_recipe(writer, tmp_path, **files))
     record = tunesmith.read_record(tmp_path / "run")
     assert record.scales == ()
     assert {item.task for item in record.kl_scores} == {GENERAL_TASK}
@@ -144,9 +153,11 @@ def test_a_killed_run_measures_what_a_straight_one_measures(
     straight = record_of(writer, tmp_path / "straight", **changed)
     tested = prompts[0]  # other questions, of eval_data, are asked on the way
     assert prompts.count(tested) == 2, "before and after"
-    wish = recipe(writer, tmp_path / "killed", **measured_files(tmp_path / "killed"), **changed)
+    wish = make_tiny_recipe(
+        writer, tmp_path / "killed", **write_eval_files(tmp_path / "killed"), **changed
+    )
     run_inputs = inputs.load_inputs(wish)
-    until_saved(iter(run.train(inputs.make_plan(run_inputs), run_inputs)), 2)
+    run_until_saved(iter(run.train(inputs.make_plan(run_inputs), run_inputs)), 2)
     prompts.clear()
     list(run.resume(tmp_path / "killed" / "run"))
     assert prompts.count(tested) == 1, "after only"

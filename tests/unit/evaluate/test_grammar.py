@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny_runs import plan_of, recipe, save_writer_folder
+from tiny_runs import make_tiny_recipe, plan_recipe, save_writer_folder
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.types import GenerationRequest, Json
 from tunesmith.data.chat_template.renderer import Renderer
@@ -44,8 +44,8 @@ def grammar_of(folder: Path, schema: Json = SCHEMA) -> Grammar:
 def test_a_model_that_writes_letters_writes_json(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wish = recipe(folder, tmp_path)
-    model, renderer = load_starting_model(plan_of(wish), load_inputs(wish)), renderer_of(folder)
+    wish = make_tiny_recipe(folder, tmp_path)
+    model, renderer = load_starting_model(plan_recipe(wish), load_inputs(wish)), renderer_of(folder)
     requests = [
         GenerationRequest(renderer.encode_prompt([{"role": "user", "content": text}]), 60)
         for text in ("a", "bc", "def")

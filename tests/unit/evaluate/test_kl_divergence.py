@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny_models import branching_documents, one_batch, tiny_documents, tiny_model
+from tiny_models import (
+    collate_documents,
+    make_branching_documents,
+    make_tiny_documents,
+    make_tiny_model,
+)
 from tunesmith.core.types import Document
 from tunesmith.evaluate import kl_divergence
 from tunesmith.evaluate.kl_divergence import (
@@ -22,7 +27,7 @@ from tunesmith.model.causal_lm import PackedCausalLM
 
 
 def full_logits(model: PackedCausalLM, document: Document) -> torch.Tensor:
-    batch = one_batch([document])
+    batch = collate_documents([document])
     return model.head.compute_logits(model.compute_hidden(batch)).double()
 
 
@@ -40,8 +45,8 @@ def expected(model: PackedCausalLM, document: Document) -> tuple[float, float]:
 @pytest.mark.parametrize("pack_length", [40, 1000])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_divergence_is_that_of_whole_logits(family: str, pack_length: int) -> None:
-    model = tiny_model(family, torch.float64)
-    documents = tiny_documents()
+    model = make_tiny_model(family, torch.float64)
+    documents = make_tiny_documents()
     result = dict(compute_kl(model, documents, pack_length, AdapterDisabled()))
     nats = {path: nat for path, nat, _ in compute_nll(model, documents, pack_length)}
     assert sorted(result) == sorted(nats)
@@ -58,7 +63,7 @@ def test_divergence_is_that_of_whole_logits(family: str, pack_length: int) -> No
 
 
 def test_chunks_of_a_long_pack_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, documents = tiny_model("llama", torch.float64), tiny_documents()
+    model, documents = make_tiny_model("llama", torch.float64), make_tiny_documents()
     full = dict(compute_kl(model, documents, 1000, AdapterDisabled()))
     monkeypatch.setattr(kl_divergence, "CHUNK_TARGETS", 3)
     for path, item in compute_kl(model, documents, 1000, AdapterDisabled()):
@@ -66,22 +71,25 @@ def test_chunks_of_a_long_pack_change_nothing(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_with_shared_prefixes_it_is_the_same() -> None:
-    model, documents = tiny_model("llama", torch.float64), branching_documents()
+    model, documents = make_tiny_model("llama", torch.float64), make_branching_documents()
     plain = dict(compute_kl(model, documents, 60, AdapterDisabled()))
     for path, item in compute_kl(model, documents, 1000, AdapterDisabled(), share=True):
         assert item == pytest.approx(plain[path], rel=1e-9)
 
 
 def test_nothing_has_moved_where_nothing_was_trained() -> None:
-    model = tiny_model("llama", method="full")
-    documents = tiny_documents()
+    model = make_tiny_model("llama", method="full")
+    documents = make_tiny_documents()
     for _, item in compute_kl(model, documents, 60, cache_states(model, documents, 1000)):
         assert (item.kl, item.top1_matches) == (pytest.approx(0, abs=1e-6), item.tokens)
 
 
 def test_the_kept_head_is_the_one_that_computes(tmp_path: Path) -> None:
     """The narrow copy of a wide master, in one file for all lists of documents."""
-    model, documents = tiny_model("llama", torch.bfloat16, method="full"), tiny_documents()
+    model, documents = (
+        make_tiny_model("llama", torch.bfloat16, method="full"),
+        make_tiny_documents(),
+    )
     assert model.head.weight.dtype == torch.float32
     stored = cache_states(model, documents, 1000)
     for name in ("one", "two"):
@@ -101,7 +109,10 @@ def test_the_kept_head_is_the_one_that_computes(tmp_path: Path) -> None:
 
 def test_a_kept_base_is_the_base_after_all_weights_have_changed(tmp_path: Path) -> None:
     """Kept in other packs than it is compared in, written and read back, the head included."""
-    model, documents = tiny_model("llama-tied", torch.float64, method="full"), branching_documents()
+    model, documents = (
+        make_tiny_model("llama-tied", torch.float64, method="full"),
+        make_branching_documents(),
+    )
     before = [full_logits(model, document).detach().log_softmax(-1) for document in documents]
     cache_states(model, documents, 60).save_files(tmp_path, "answers")
     generator = torch.Generator().manual_seed(5)
@@ -119,7 +130,7 @@ def test_a_kept_base_is_the_base_after_all_weights_have_changed(tmp_path: Path) 
 
 @pytest.mark.parametrize("base", [AdapterDisabled(), None])
 def test_an_adapter_is_measured_alike_from_kept_states(base: BaseReference | None) -> None:
-    model, documents = tiny_model("qwen3", torch.float64), tiny_documents()
+    model, documents = make_tiny_model("qwen3", torch.float64), make_tiny_documents()
     with scaled_adapter(model.network, 0):
         stored = cache_states(model, documents, 1000)
     assert stored.head is None, "a frozen head is not copied"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny_runs import plan_of, recipe, sums, until_saved, write_rows
+from tiny_runs import build_sum_rows, make_tiny_recipe, plan_recipe, run_until_saved, write_rows
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Score
 from tunesmith.evaluate import finished_run
@@ -26,17 +26,18 @@ def test_every_kind_of_metric_is_measured_before_and_after(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     rows = [
-        row | {"choices": [row["messages"][1]["content"], '{"sum": 0}']} for row in sums(200, 3)
+        row | {"choices": [row["messages"][1]["content"], '{"sum": 0}']}
+        for row in build_sum_rows(200, 3)
     ]
     names = ["chrf", "numeric: 0.5", "multiple_choice", "bits_per_byte", write_metric(tmp_path)]
-    wish = recipe(
+    wish = make_tiny_recipe(
         tiny_folder,
         tmp_path,
         test_data=str(write_rows(tmp_path / "test.jsonl", rows)),
         metrics=names,
     )
     scores = [
-        event for event in run.train(plan_of(wish), allow_code=True) if isinstance(event, Score)
+        event for event in run.train(plan_recipe(wish), allow_code=True) if isinstance(event, Score)
     ]
     wanted = {"chrf", "numeric: 0.5", "multiple_choice", "bits_per_byte", "mine.py:score", "loss"}
     for step in (0, 3):
@@ -51,27 +52,27 @@ def test_every_kind_of_metric_is_measured_before_and_after(
 def test_a_metric_of_likelihood_alone_answers_no_more_than_is_shown(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    test = write_rows(tmp_path / "test.jsonl", sums(200, 6))
-    wish = recipe(
+    test = write_rows(tmp_path / "test.jsonl", build_sum_rows(200, 6))
+    wish = make_tiny_recipe(
         tiny_folder, tmp_path, test_data=str(test), metrics=["bits_per_byte"], max_steps=1
     )
-    scores = [event for event in run.train(plan_of(wish)) if isinstance(event, Score)]
+    scores = [event for event in run.train(plan_recipe(wish)) if isinstance(event, Score)]
     assert {score.metric for score in scores if not score.step} == {"loss", "bits_per_byte"}
     (comparison, *_) = finished_run.evaluate_run(tmp_path / "run")
     assert comparison.metric == "loss"
 
 
 def test_own_code_is_asked_for_each_time(tiny_folder: Path, tmp_path: Path) -> None:
-    test = write_rows(tmp_path / "test.jsonl", sums(200, 2))
-    wish = recipe(
+    test = write_rows(tmp_path / "test.jsonl", build_sum_rows(200, 2))
+    wish = make_tiny_recipe(
         tiny_folder, tmp_path, test_data=str(test), metrics=[write_metric(tmp_path)], save_steps=2
     )
-    plan, folder = plan_of(wish), tmp_path / "run"
+    plan, folder = plan_recipe(wish), tmp_path / "run"
     refused = pytest.raises(InputError, match=r"mine\.py:score is code[\s\S]*--allow-code")
     with refused:
         next(run.train(plan))
     assert not folder.exists()
-    until_saved(run.train(plan, allow_code=True), step=2)
+    run_until_saved(run.train(plan, allow_code=True), step=2)
     with refused:
         next(run.resume(folder))
     (tmp_path / "mine.py").write_text(CUSTOM + "# another\n")
@@ -89,11 +90,14 @@ def test_own_code_is_asked_for_each_time(tiny_folder: Path, tmp_path: Path) -> N
 def test_own_code_that_fails_on_an_expected_answer_stops_before_anything_is_loaded(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    test, metric = write_rows(tmp_path / "test.jsonl", sums(200, 2)), write_metric(tmp_path)
+    test, metric = (
+        write_rows(tmp_path / "test.jsonl", build_sum_rows(200, 2)),
+        write_metric(tmp_path),
+    )
     (tmp_path / "mine.py").write_text("def score(answer, expected):\n    return {}['x']\n")
-    wish = recipe(tiny_folder, tmp_path, test_data=str(test), metrics=[metric])
+    wish = make_tiny_recipe(tiny_folder, tmp_path, test_data=str(test), metrics=[metric])
     with pytest.raises(
         InputError, match=r"mine\.py:score raised KeyError: 'x' \(mine\.py:2\)"
     ) as refusal:
-        next(run.train(plan_of(wish), allow_code=True))
+        next(run.train(plan_recipe(wish), allow_code=True))
     assert refusal.value.where == "test.jsonl:1"

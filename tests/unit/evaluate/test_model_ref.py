@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tunesmith
-from tiny_runs import measured_files, recipe, sums, train, write_rows
+from tiny_runs import build_sum_rows, make_tiny_recipe, train, write_eval_files, write_rows
 from tunesmith.cli import app
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import parse_as, read_json
@@ -28,10 +28,10 @@ def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     """Two finished runs on the same held-out rows, the second with another seed. Not to be
     changed."""
     folder = tmp_path_factory.mktemp("two")
-    files = measured_files(folder / "rows")
+    files = write_eval_files(folder / "rows")
     for name, seed in (("one", 0), ("two", 1)):
         wish = {"metrics": ["chrf", "json_valid"], "save_steps": 2, "seed": seed}
-        train(recipe(tiny_folder, folder / name, **files, **wish))
+        train(make_tiny_recipe(tiny_folder, folder / name, **files, **wish))
     return folder / "one" / "run", folder / "two" / "run"
 
 
@@ -227,7 +227,7 @@ def test_what_cannot_be_paired_is_said() -> None:
 def test_eval_measures_other_rows_and_other_models(
     runs: tuple[Path, Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    rows = write_rows(tmp_path / "more.jsonl", sums(300, 4))
+    rows = write_rows(tmp_path / "more.jsonl", build_sum_rows(300, 4))
     result = tunesmith.evaluate(runs[0], data=rows, metrics="numeric: 0.5, token_f1").comparisons
     assert {(c.metric, c.after.n) for c in result if c.task == "test"} == {
         *(("numeric: 0.5", 4), ("token_f1", 4), ("loss", 4)),
@@ -244,7 +244,8 @@ def test_eval_measures_other_rows_and_other_models(
         next(c.difference for c in result if c.metric == "loss"), abs=0.02
     )
     bad = write_rows(
-        tmp_path / "bad.jsonl", [*sums(1, 2), {"messages": [{"role": "user", "content": "x"}]}]
+        tmp_path / "bad.jsonl",
+        [*build_sum_rows(1, 2), {"messages": [{"role": "user", "content": "x"}]}],
     )
     with pytest.raises(InputError, match=r"bad\.jsonl:3: the last turn is `user`"):
         tunesmith.evaluate(runs[0], data=bad)
@@ -256,7 +257,7 @@ def test_a_run_that_trained_all_weights_is_measured_again_and_asked(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     wish = {"method": "full", "lora_r": "auto", "metrics": ["chrf"], "learning_rate": 1e-3}
-    train(recipe(tiny_folder, tmp_path, **measured_files(tmp_path / "rows"), **wish))
+    train(make_tiny_recipe(tiny_folder, tmp_path, **write_eval_files(tmp_path / "rows"), **wish))
     path = tmp_path / "run"
     first = {
         (entry["task"], entry["metric"]): entry["difference"]

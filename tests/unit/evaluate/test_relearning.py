@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiment_modules import load_experiment
-from tiny_runs import measured_files, recipe, save_model_folder, train
+from tiny_runs import make_tiny_recipe, save_model_folder, train, write_eval_files
 from tunesmith.api import read_record
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK, Score
@@ -83,8 +83,8 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_domain_is_compared_alone_and_after_others(base_model: Path, tmp_path: Path) -> None:
-    files = measured_files(tmp_path)
-    train(recipe(base_model, tmp_path, **files, num_train_epochs=4, learning_rate=0.1))
+    files = write_eval_files(tmp_path)
+    train(make_tiny_recipe(base_model, tmp_path, **files, num_train_epochs=4, learning_rate=0.1))
     comparisons = relearning.compare_relearning(tmp_path / "run")
     assert [comparison.task for comparison in comparisons] == [
         f"{GENERAL_TASK}: a",
@@ -101,6 +101,6 @@ def test_each_domain_is_compared_alone_and_after_others(base_model: Path, tmp_pa
 
 
 def test_without_general_text_there_is_nothing_to_recover(base_model: Path, tmp_path: Path) -> None:
-    train(recipe(base_model, tmp_path))
+    train(make_tiny_recipe(base_model, tmp_path))
     with pytest.raises(InputError, match="relearning needs general text"):
         relearning.compare_relearning(tmp_path / "run")

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from llama_cpp_build import llama_cpp_site
-from tiny_export import job_of, save_model, save_run
+from llama_cpp_build import install_llama_cpp
+from tiny_export import make_export_job, save_model, save_run
 from tiny_runs import train
 from tunesmith.export.export import export_run
 from tunesmith.export.gguf.write import ADAPTER_FILE, get_model_path, write_gguf, write_lora
@@ -35,7 +35,7 @@ FLOAT32 = 0  # the number of a ggml type
 @pytest.fixture(scope="module")
 def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(llama_cpp_site(tmp_path_factory.mktemp("site"))))
+        patch.syspath_prepend(str(install_llama_cpp(tmp_path_factory.mktemp("site"))))
         yield importlib.import_module("llama_cpp")
 
 
@@ -112,7 +112,7 @@ def parity(model: Any, job: ExportJob, live: ParityOutputs) -> Parity:
 def test_every_family_is_the_same_network_there(
     llama_cpp: Any, family: str, tmp_path: Path
 ) -> None:
-    job = job_of(
+    job = make_export_job(
         save_run(tmp_path / "work", save_model(tmp_path / "model", family)),
         tmp_path / "export",
         "f32",
@@ -157,7 +157,7 @@ def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def real_live(real_run: Path, tmp_path_factory: pytest.TempPathFactory) -> ParityOutputs:
-    return compute_live_outputs(job_of(real_run, tmp_path_factory.mktemp("live")))
+    return compute_live_outputs(make_export_job(real_run, tmp_path_factory.mktemp("live")))
 
 
 # What the format costs and what llama.cpp's own arithmetic adds to it: it multiplies F16 and Q8_0
@@ -176,7 +176,7 @@ def test_smollm2_answers_there_as_here(
 ) -> None:
     made = export_run(real_run, "ollama", kind=kind, out=tmp_path / "ollama")
     assert made.parity.same_prompts == made.parity.prompts == 8
-    job = job_of(real_run, tmp_path / "ollama", kind)
+    job = make_export_job(real_run, tmp_path / "ollama", kind)
     with engine(llama_cpp, get_model_path(job)) as model:
         result = parity(model, job, real_live)
     assert result.same_prompts == result.rendered_prompts == 8
@@ -189,7 +189,7 @@ def test_the_adapter_of_smollm2_beside_its_base(
     llama_cpp: Any, real_run: Path, real_live: ParityOutputs, tmp_path: Path
 ) -> None:
     export_run(real_run, "gguf", kind="lora", out=tmp_path / "lora")
-    job = job_of(real_run, tmp_path / "base", "f16")
+    job = make_export_job(real_run, tmp_path / "base", "f16")
     job = replace(job, run=replace(job.run, loras={}))
     write_gguf(job)
     with engine(llama_cpp, get_model_path(job), lora=tmp_path / "lora" / ADAPTER_FILE) as model:

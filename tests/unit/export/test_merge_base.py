@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_export import job_of, save_run
+from tiny_export import make_export_job, save_run
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.types import Pack
 from tunesmith.data.collate import collate
@@ -27,7 +27,7 @@ def narrow(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_live_model_is_the_one_that_was_trained(narrow: Path, tmp_path: Path) -> None:
-    job = job_of(narrow, tmp_path)
+    job = make_export_job(narrow, tmp_path)
     bench = finished_run.reopen_session(narrow)
     batches = [collate(Pack((witness.document,)), "cpu") for witness in job.examples]
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_auto_takes_the_nearer_one_and_says_how_far_both_are(narrow: Path, tmp_p
 def test_the_merged_weights_are_those_of_the_base_and_the_adapter(
     base: str, narrow: Path, tmp_path: Path
 ) -> None:
-    job = dataclasses.replace(job_of(narrow, tmp_path), base=base)
+    job = dataclasses.replace(make_export_job(narrow, tmp_path), base=base)
     write_merged_folder(job)
     stored = load_file(job.run.model_spec.path / "model.safetensors")[Q_PROJ].float()
     begin = roundtrip_nf4(stored) if base == "dequantized" else stored

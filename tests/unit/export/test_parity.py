@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from tiny_export import CHATML, job_of, save_model, save_run
-from tiny_runs import chat, recipe, write_rows
+from tiny_export import CHATML, make_export_job, save_model, save_run
+from tiny_runs import make_chat_row, make_tiny_recipe, write_rows
 from tunesmith.cli.views.results import render_export
 from tunesmith.core.errors import GateError, TunesmithError
 from tunesmith.export.export import export_run
@@ -37,7 +37,7 @@ from tunesmith.train import run
 
 @pytest.fixture(scope="module")
 def live(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> ParityOutputs:
-    return compute_live_outputs(job_of(finished, tmp_path_factory.mktemp("live")))
+    return compute_live_outputs(make_export_job(finished, tmp_path_factory.mktemp("live")))
 
 
 def judged(job: ExportJob, target: str, live: ParityOutputs) -> None:
@@ -232,7 +232,7 @@ def test_a_corrupted_export_fails(
     name: str, finished: Path, live: ParityOutputs, tmp_path: Path
 ) -> None:
     target, kind, corrupt, message = CORRUPTIONS[name]
-    job = job_of(finished, tmp_path, kind)
+    job = make_export_job(finished, tmp_path, kind)
     TARGETS[target][kind].write(job)
     corrupt(job)
     with pytest.raises(TunesmithError, match=message):
@@ -242,7 +242,7 @@ def test_a_corrupted_export_fails(
 def test_what_is_said_when_all_is_wrong(
     finished: Path, live: ParityOutputs, tmp_path: Path
 ) -> None:
-    job = job_of(finished, tmp_path, "f16")
+    job = make_export_job(finished, tmp_path, "f16")
     form = TARGETS["gguf"]["f16"]
     form.write(job)
     reread = replace(form.reload(job), rendered_ids=[()] * 4, end_ids=(1,))
@@ -272,7 +272,7 @@ def test_an_export_that_loses_much_of_what_training_changed_says_so(
 
 
 def test_parity_of_a_run_with_itself(finished: Path, live: ParityOutputs, tmp_path: Path) -> None:
-    job = job_of(finished, tmp_path)
+    job = make_export_job(finished, tmp_path)
     reread = ReloadedExport(
         job.run.load_base_network(),
         [w.rendered_ids for w in job.chat_examples],
@@ -295,7 +295,7 @@ def test_parity_of_a_run_with_itself(finished: Path, live: ParityOutputs, tmp_pa
 
 
 def test_kl_against_torch(finished: Path, live: ParityOutputs, tmp_path: Path) -> None:
-    job = job_of(finished, tmp_path)
+    job = make_export_job(finished, tmp_path)
     other = ParityOutputs(
         tuple(logits + torch.randn_like(logits) for logits in live.logits), live.greedy
     )
@@ -316,7 +316,7 @@ def test_rows_without_messages_are_compared_too(tiny_llama: Path, tmp_path: Path
     path = save_run(
         tmp_path / "work", tiny_llama, data=str(file), test_data=None, chat_template="none"
     )
-    job = job_of(path, tmp_path / "export", "f16")
+    job = make_export_job(path, tmp_path / "export", "f16")
     assert job.chat_examples == []
     TARGETS["gguf"]["f16"].write(job)
     judged(job, "gguf", compute_live_outputs(job))
@@ -334,13 +334,13 @@ def test_rows_without_messages_are_compared_too(tiny_llama: Path, tmp_path: Path
     ],
 )
 def test_what_others_rightly_render_otherwise(template: str, question: str, tmp_path: Path) -> None:
-    rows = [chat(question + " please" * n, '{"sum": 20}') for n in range(4)]
+    rows = [make_chat_row(question + " please" * n, '{"sum": 20}') for n in range(4)]
     data = str(write_rows(tmp_path / "rows.jsonl", rows))
     model = save_model(tmp_path / "model", template=template)
-    wish = recipe(model, tmp_path, data=data, learning_rate=0.03)
+    wish = make_tiny_recipe(model, tmp_path, data=data, learning_rate=0.03)
     run_inputs = inputs.load_inputs(wish, now=datetime(2020, 2, 2))
     list(run.train(inputs.make_plan(run_inputs), run_inputs))
-    job = job_of(tmp_path / "run", tmp_path / "export")
+    job = make_export_job(tmp_path / "run", tmp_path / "export")
     assert all(
         witness.rendered_ids and witness.rendered_ids != witness.prompt
         for witness in job.chat_examples

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tiny_export import save_model, save_run
-from tiny_runs import chat, measured_files, write_rows
+from tiny_runs import make_chat_row, write_eval_files, write_rows
 from tunesmith.cli import app
 from tunesmith.core.atomic import read_manifest, verify_dir
 from tunesmith.core.errors import GateError, InputError
@@ -97,7 +97,7 @@ def test_every_target_is_the_run_at_that_scale(
 
 def test_rows_of_new_tokens_go_part_of_the_way(tmp_path: Path) -> None:
     tokens = [f"[t{n}]" for n in range(3)]
-    rows = [chat(f"{' '.join(tokens)} {n}", f"[t{n % 3}]{n}") for n in range(12)]
+    rows = [make_chat_row(f"{' '.join(tokens)} {n}", f"[t{n % 3}]{n}") for n in range(12)]
     data = {
         "data": str(write_rows(tmp_path / "t.jsonl", rows[:8])),
         "test_data": str(write_rows(tmp_path / "h.jsonl", rows[8:])),
@@ -123,7 +123,7 @@ def test_rows_of_new_tokens_go_part_of_the_way(tmp_path: Path) -> None:
 
 
 def test_card_and_config_and_manifest_say_the_scale(tiny_llama: Path, tmp_path: Path) -> None:
-    run = save_run(tmp_path, tiny_llama, **measured_files(tmp_path / "files"))
+    run = save_run(tmp_path, tiny_llama, **write_eval_files(tmp_path / "files"))
     made = Path(export_run(run, "peft", scale=0.5).path)
     assert made == run / "export" / "peft@0.5"
     assert verify_dir(made) == ""

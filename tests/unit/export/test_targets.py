@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tiny_export import CHATML, job_of, save_model, save_run
-from tiny_runs import chat, recipe, write_rows
+from tiny_export import CHATML, make_export_job, save_model, save_run
+from tiny_runs import make_chat_row, make_tiny_recipe, write_rows
 from tunesmith.core.atomic import hash_file, read_manifest, verify_dir
 from tunesmith.core.errors import GateError, InputError, MachineError
 from tunesmith.core.events import CheckResult
@@ -128,11 +128,11 @@ def test_it_is_a_model_for_the_next_run(
 ) -> None:
     """`model:` takes it: the same ids, the same end, nearly the same logits. Our converter rounds a
     GGUF to bf16."""
-    job = job_of(finished, tmp_path / "job")
+    job = make_export_job(finished, tmp_path / "job")
     folder = Path(exports[name].path)
     model = next(folder.glob("*.gguf"), folder)
     run_inputs = inputs.load_inputs(
-        recipe(model, tmp_path, data=str(finished.parent / "test.jsonl"))
+        make_tiny_recipe(model, tmp_path, data=str(finished.parent / "test.jsonl"))
     )
     for witness in job.examples:
         assert run_inputs.renderer.encode_prompt(witness.messages) == witness.rendered_ids
@@ -347,7 +347,7 @@ def test_the_run_is_as_it_was(finished: Path, exports: dict[str, ExportResult]) 
 def test_new_tokens_are_in_every_file(family: str, tmp_path: Path) -> None:
     """Seven of them, for five spare rows; a GGUF holds no adapter of rows."""
     tokens = [f"[t{n}]" for n in range(7)]
-    rows = [chat(f"{' '.join(tokens)} {n}", f"[t{n % 7}]{n}") for n in range(12)]
+    rows = [make_chat_row(f"{' '.join(tokens)} {n}", f"[t{n % 7}]{n}") for n in range(12)]
     data = {
         "data": str(write_rows(tmp_path / "t.jsonl", rows[:8])),
         "test_data": str(write_rows(tmp_path / "h.jsonl", rows[8:])),

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 from tiny_models import (
     LORA,
-    one_batch,
-    step_gradients,
-    tiny_documents,
-    tiny_model,
-    tiny_network,
-    worst_difference,
+    collate_documents,
+    compute_max_difference,
+    compute_step_gradients,
+    make_tiny_documents,
+    make_tiny_model,
+    make_tiny_network,
 )
 from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import (
@@ -29,7 +29,7 @@ from tunesmith.model.lora import Fp32MasterLinear, LoraLinear
 
 @torch.no_grad()
 def hidden(model: PackedCausalLM) -> Tensor:
-    return model.compute_hidden(one_batch(tiny_documents()))
+    return model.compute_hidden(collate_documents(make_tiny_documents()))
 
 
 # ---------------------------------------------------------------- targets
@@ -39,7 +39,7 @@ def hidden(model: PackedCausalLM) -> Tensor:
     ("family", "per_layer"), [("llama", 7), ("llama-tied", 7), ("phi3", 4), ("gemma2", 7)]
 )
 def test_all_linears_are_those_of_the_layers(family: str, per_layer: int) -> None:
-    paths = find_linears(tiny_network(family))
+    paths = find_linears(make_tiny_network(family))
     assert len(paths) == 2 * per_layer
     assert all(path.startswith("model.layers.") for path in paths)
 
@@ -47,13 +47,13 @@ def test_all_linears_are_those_of_the_layers(family: str, per_layer: int) -> Non
 @pytest.mark.parametrize("name", ["qproj", "proj", "lm_head", "layers.7.mlp.up_proj"])
 def test_an_unknown_target_is_an_error_that_lists_the_names(name: str) -> None:
     with pytest.raises(InputError, match=name) as caught:
-        add_lora(tiny_network(), LORA | {"lora_target_modules": ["q_proj", name]})
+        add_lora(make_tiny_network(), LORA | {"lora_target_modules": ["q_proj", name]})
     assert caught.value.where == "lora_target_modules"
     assert "down_proj, gate_proj, k_proj" in caught.value.fix
 
 
 def test_only_targets_are_adapted_and_trained() -> None:
-    model = tiny_model(lora_target_modules=["v_proj", "layers.0.mlp.down_proj"])
+    model = make_tiny_model(lora_target_modules=["v_proj", "layers.0.mlp.down_proj"])
     adapted = [
         "model.layers.0.self_attn.v_proj",
         "model.layers.0.mlp.down_proj",
@@ -70,23 +70,23 @@ def test_only_targets_are_adapted_and_trained() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_new_adapter_changes_nothing(dtype: torch.dtype) -> None:
-    network = tiny_network(dtype=dtype)
+    network = make_tiny_network(dtype=dtype)
     add_lora(network, LORA)
     assert torch.equal(
-        hidden(wrap_model(network, dtype)), hidden(tiny_model(dtype=dtype, method=None))
+        hidden(wrap_model(network, dtype)), hidden(make_tiny_model(dtype=dtype, method=None))
     )
 
 
 def test_scale_is_alpha_over_r_or_its_root() -> None:
     for rslora, scale in ((False, 6 / 4), (True, 6 / 2)):
-        layers = find_lora_layers(tiny_model(use_rslora=rslora).network)
+        layers = find_lora_layers(make_tiny_model(use_rslora=rslora).network)
         assert {layer.scale for layer in layers.values()} == {scale}
 
 
 def test_every_layer_starts_differently_and_by_the_seed() -> None:
     starts = []
     for seed in (3, 3, 4):
-        network = tiny_network()
+        network = make_tiny_network()
         add_lora(network, LORA | {"seed": seed})
         starts.append([layer.lora_A for layer in find_lora_layers(network).values()])
     assert all(
@@ -100,7 +100,7 @@ def test_every_layer_starts_differently_and_by_the_seed() -> None:
 
 def test_before_or_after_adopting_is_the_same() -> None:
     for method in METHODS:
-        networks = tiny_network(), tiny_network()
+        networks = make_tiny_network(), make_tiny_network()
         METHODS[method](networks[0], LORA)
         before = wrap_model(networks[0], torch.float32)
         after = wrap_model(networks[1], torch.float32)
@@ -109,10 +109,10 @@ def test_before_or_after_adopting_is_the_same() -> None:
             for layer in find_lora_layers(network).values():
                 layer.lora_B.data.fill_(0.01)
         (loss, gradients), (other_loss, others) = (
-            step_gradients(m, tiny_documents(), 50) for m in (before, after)
+            compute_step_gradients(m, make_tiny_documents(), 50) for m in (before, after)
         )
         assert loss == other_loss
-        assert worst_difference(gradients, others) == 0
+        assert compute_max_difference(gradients, others) == 0
 
 
 # ---------------------------------------------------------------- full training
@@ -120,7 +120,7 @@ def test_before_or_after_adopting_is_the_same() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2"])
 def test_full_training_has_fp32_masters_of_everything(family: str) -> None:
-    network = tiny_network(family, torch.bfloat16)
+    network = make_tiny_network(family, torch.bfloat16)
     names = {name: p.numel() for name, p in network.named_parameters()}
     make_all_trainable(network, {})
     model = wrap_model(network, torch.bfloat16)
@@ -129,14 +129,16 @@ def test_full_training_has_fp32_masters_of_everything(family: str) -> None:
     } == names  # tied weights once
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     assert sum(isinstance(m, Fp32MasterLinear) for m in network.modules()) == 14
-    _, gradients = step_gradients(model, tiny_documents(), 50)
+    _, gradients = compute_step_gradients(model, make_tiny_documents(), 50)
     assert {g.dtype for g in gradients.values()} == {torch.float32}
 
 
 def test_a_tied_weight_gets_both_of_its_gradients() -> None:
     """Embedding and head get gradients; equality with the stock model is in test_families."""
-    _, gradients = step_gradients(tiny_model("llama-tied", method="full"), tiny_documents(), 50)
-    fed = one_batch(tiny_documents()).tokens_T.unique()
+    _, gradients = compute_step_gradients(
+        make_tiny_model("llama-tied", method="full"), make_tiny_documents(), 50
+    )
+    fed = collate_documents(make_tiny_documents()).tokens_T.unique()
     embedding = gradients["model.embed_tokens.weight"]
     assert (embedding.abs().sum(-1) > 0).all()  # the head's softmax reaches every row
     assert embedding[fed].norm() > 0
@@ -147,7 +149,7 @@ def test_a_tied_weight_gets_both_of_its_gradients() -> None:
 
 def test_factor_0_is_the_base_bitwise_and_1_the_adapter() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        model, base = tiny_model(dtype=dtype), tiny_model(dtype=dtype, method=None)
+        model, base = make_tiny_model(dtype=dtype), make_tiny_model(dtype=dtype, method=None)
         trained = hidden(model)
         with scaled_adapter(model.network, 0):
             assert torch.equal(hidden(model), hidden(base))
@@ -158,7 +160,7 @@ def test_factor_0_is_the_base_bitwise_and_1_the_adapter() -> None:
 
 
 def test_factors_between_scale_the_adapter() -> None:
-    model = tiny_model(dtype=torch.float64)
+    model = make_tiny_model(dtype=torch.float64)
     with scaled_adapter(model.network, 0.5):
         half = hidden(model)
     for layer in find_lora_layers(model.network).values():
@@ -172,7 +174,7 @@ def fails_inside(network: nn.Module) -> None:
 
 
 def test_scales_come_back_after_an_error() -> None:
-    model = tiny_model()
+    model = make_tiny_model()
     before = [layer.scale for layer in find_lora_layers(model.network).values()]
     with pytest.raises(KeyError):
         fails_inside(model.network)

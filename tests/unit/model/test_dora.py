@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from tiny_models import (
     LORA,
-    one_batch,
-    step_gradients,
-    tiny_document,
-    tiny_documents,
-    tiny_model,
-    tiny_network,
+    collate_documents,
+    compute_step_gradients,
+    make_tiny_document,
+    make_tiny_documents,
+    make_tiny_model,
+    make_tiny_network,
 )
 from tunesmith.model.adapters import add_lora, find_lora_layers, get_trainable_parameters
 from tunesmith.model.causal_lm import wrap_model
@@ -161,13 +161,13 @@ def test_inside_the_mlp(bias: bool, dropout: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_starts_as_the_base_to_the_bit(dtype: torch.dtype) -> None:
-    network = tiny_network("llama-tied", dtype)
+    network = make_tiny_network("llama-tied", dtype)
     add_lora(network, LORA | {"use_dora": True})
-    batch = one_batch(tiny_documents())
+    batch = collate_documents(make_tiny_documents())
     with torch.no_grad():
         ours, base = (
             m.compute_hidden(batch)
-            for m in (wrap_model(network, dtype), tiny_model("llama-tied", dtype, method=None))
+            for m in (wrap_model(network, dtype), make_tiny_model("llama-tied", dtype, method=None))
         )
     assert torch.equal(ours, base)
 
@@ -183,8 +183,8 @@ def test_the_norms_follow_every_change(tmp_path: Path) -> None:
     torch.testing.assert_close(layer(x), by_hand(layer, x))
     layer.scale = 0.0
     assert torch.equal(layer(x), F.linear(x, layer.frozen.weight, layer.bias)), "the base"
-    models = [tiny_model(use_dora=True, seed=seed) for seed in (1, 2)]
-    batch = one_batch([tiny_document(9)])
+    models = [make_tiny_model(use_dora=True, seed=seed) for seed in (1, 2)]
+    batch = collate_documents([make_tiny_document(9)])
     with torch.no_grad():
         before = [model.compute_hidden(batch) for model in models]
         save_adapter(models[0].network, tmp_path, LORA | {"use_dora": True}, Path("base"))
@@ -205,13 +205,13 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 def test_only_magnitudes_come_to_an_adapter() -> None:
     plain, dora = (
-        get_trainable_parameters(tiny_model(use_dora=wish).network) for wish in (False, True)
+        get_trainable_parameters(make_tiny_model(use_dora=wish).network) for wish in (False, True)
     )
     assert {name.rpartition(".")[2] for name in dora.keys() - plain.keys()} == {
         "lora_magnitude_vector"
     }
     assert len(dora) - len(plain) == 14
-    step_gradients(tiny_model(use_dora=True), tiny_documents(), 100)
+    compute_step_gradients(make_tiny_model(use_dora=True), make_tiny_documents(), 100)
 
 
 # ---------------------------------------------------------------- in bf16
@@ -297,5 +297,5 @@ def test_a_gain_is_not_rounded_to_bf16() -> None:
 
 
 def test_layers_say_what_they_are() -> None:
-    layers = find_lora_layers(tiny_model(use_dora=True).network)
+    layers = find_lora_layers(make_tiny_model(use_dora=True).network)
     assert all("dora" in repr(layer) for layer in layers.values())

@@ -13,15 +13,15 @@ from tiny_models import (
     LENGTHS,
     STOCK_NORMS,
     VOCABULARY,
-    one_batch,
-    one_loss,
-    step_gradients,
-    targets_of,
-    tiny_document,
-    tiny_documents,
-    tiny_model,
-    tiny_network,
-    worst_difference,
+    collate_documents,
+    compute_max_difference,
+    compute_mean_loss,
+    compute_step_gradients,
+    make_tiny_document,
+    make_tiny_documents,
+    make_tiny_model,
+    make_tiny_network,
+    select_targets,
 )
 from tunesmith.core.types import Document
 from tunesmith.data.collate import collate
@@ -43,7 +43,7 @@ def case(request: pytest.FixtureRequest) -> tuple[PackedCausalLM, float]:
     """Return a model in fp64 and the tolerance of two exact computations: stock norms compute in
     fp32."""
     family, method = request.param
-    return tiny_model(
+    return make_tiny_model(
         family, torch.float64, method=method
     ), 1e-6 if family in STOCK_NORMS else 1e-10
 
@@ -52,7 +52,7 @@ def stock_gradients(family: str, documents: list[Document]) -> tuple[float, dict
     """Return the loss and the gradient of every weight from transformers, one document at a
     time."""
     network, count, total = (
-        tiny_network(family, torch.float64).requires_grad_(True),
+        make_tiny_network(family, torch.float64).requires_grad_(True),
         sum_weights(documents),
         0.0,
     )
@@ -74,22 +74,24 @@ def stock_gradients(family: str, documents: list[Document]) -> tuple[float, dict
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_loss_and_every_gradient_equal_the_stock_model(family: str) -> None:
-    documents = tiny_documents()
+    documents = make_tiny_documents()
     expected_loss, expected = stock_gradients(family, documents)
-    loss, gradients = step_gradients(
-        tiny_model(family, torch.float64, method="full"), documents, SINGLE_PACK
+    loss, gradients = compute_step_gradients(
+        make_tiny_model(family, torch.float64, method="full"), documents, SINGLE_PACK
     )
     assert abs(loss - expected_loss) < 1e-6 * expected_loss  # transformers' norms compute in fp32
-    assert worst_difference(gradients, expected) < 5e-6
+    assert compute_max_difference(gradients, expected) < 5e-6
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_logits_equal_the_stock_model(family: str) -> None:
-    tokens = tiny_document(31).tokens_L[:31].tolist()
-    network, places = tiny_network(family), [0, 5, 30]
+    tokens = make_tiny_document(31).tokens_L[:31].tolist()
+    network, places = make_tiny_network(family), [0, 5, 30]
     expected = compute_stock_logits(network, tokens, places)
     model = wrap_model(network, torch.float32)
-    batch = dataclasses.replace(one_batch([tiny_document(31)]), positions_S=torch.tensor(places))
+    batch = dataclasses.replace(
+        collate_documents([make_tiny_document(31)]), positions_S=torch.tensor(places)
+    )
     torch.testing.assert_close(
         model.head.compute_logits(model.compute_hidden(batch)), expected, rtol=1e-4, atol=1e-4
     )
@@ -98,7 +100,7 @@ def test_logits_equal_the_stock_model(family: str) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_listed_class_is_replaced(family: str) -> None:
     """Norms of queries and keys are replaced too, inside of the attention module."""
-    network = tiny_network(family)
+    network = make_tiny_network(family)
     stock = {type(module).__name__ for module in network.modules()}
     model = wrap_model(network, torch.float32)
     class_names = {type(module).__name__ for module in model.network.modules()}
@@ -117,17 +119,17 @@ def test_every_listed_class_is_replaced(family: str) -> None:
 
 def test_packed_equals_documents_alone(case: tuple[PackedCausalLM, float]) -> None:
     model, tolerance = case
-    loss, gradients = step_gradients(model, tiny_documents(), SINGLE_PACK)
-    alone_loss, alone = step_gradients(model, tiny_documents(), PACK_EACH)
+    loss, gradients = compute_step_gradients(model, make_tiny_documents(), SINGLE_PACK)
+    alone_loss, alone = compute_step_gradients(model, make_tiny_documents(), PACK_EACH)
     assert abs(loss - alone_loss) <= tolerance * alone_loss
-    assert worst_difference(gradients, alone) <= tolerance
+    assert compute_max_difference(gradients, alone) <= tolerance
 
 
 def test_no_partition_and_no_order_changes_the_step(case: tuple[PackedCausalLM, float]) -> None:
     """1 x 8 = 8 x 1, and everything between."""
     model, tolerance = case
-    documents = [*tiny_documents(), tiny_document(5, 40)]
-    loss, gradients = step_gradients(model, documents, SINGLE_PACK)
+    documents = [*make_tiny_documents(), make_tiny_document(5, 40)]
+    loss, gradients = compute_step_gradients(model, documents, SINGLE_PACK)
     shuffled = [
         documents[i]
         for i in torch.randperm(len(documents), generator=torch.Generator().manual_seed(2))
@@ -138,23 +140,23 @@ def test_no_partition_and_no_order_changes_the_step(case: tuple[PackedCausalLM, 
         (documents[::-1], 33),
         (shuffled, 50),
     ):
-        other_loss, other = step_gradients(model, arranged, pack_length)
+        other_loss, other = compute_step_gradients(model, arranged, pack_length)
         assert abs(loss - other_loss) <= tolerance * loss
-        assert worst_difference(other, gradients) <= tolerance
+        assert compute_max_difference(other, gradients) <= tolerance
 
 
 def test_any_partition_by_hand_changes_nothing(case: tuple[PackedCausalLM, float]) -> None:
     """Any packing, not only the packer's: a step is the sum over its documents."""
     model, tolerance = case
-    documents = tiny_documents()
-    _, gradients = step_gradients(model, documents, SINGLE_PACK)
+    documents = make_tiny_documents()
+    _, gradients = compute_step_gradients(model, documents, SINGLE_PACK)
     parameters, count = dict(model.network.named_parameters()), sum_weights(documents)
     for part in (documents[:2], documents[2:3], documents[3:]):
-        one_loss(model, one_batch(part), count).backward()
+        compute_mean_loss(model, collate_documents(part), count).backward()
     summed = {name: parameters[name].grad for name in gradients}
     model.network.zero_grad(set_to_none=True)
     assert (
-        worst_difference({name: g for name, g in summed.items() if g is not None}, gradients)
+        compute_max_difference({name: g for name, g in summed.items() if g is not None}, gradients)
         <= tolerance
     )
 
@@ -165,7 +167,7 @@ def test_any_partition_by_hand_changes_nothing(case: tuple[PackedCausalLM, float
 def test_no_gradient_reaches_another_document(case: tuple[PackedCausalLM, float]) -> None:
     """d loss(document j) / d embedding(token of document i) is exactly 0."""
     model, _ = case
-    batch, embedded = one_batch(tiny_documents()), []
+    batch, embedded = collate_documents(make_tiny_documents()), []
 
     def as_leaf(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
@@ -175,7 +177,7 @@ def test_no_gradient_reaches_another_document(case: tuple[PackedCausalLM, float]
     for index, (start, length) in enumerate(
         zip(batch.layout.starts, batch.layout.lengths, strict=True)
     ):
-        one_loss(model, targets_of(batch, index), 1.0).backward()
+        compute_mean_loss(model, select_targets(batch, index), 1.0).backward()
         felt = embedded.pop().grad[0].abs().sum(-1)
         assert (felt[start : start + length] > 0).all()
         felt[start : start + length] = 0
@@ -189,7 +191,7 @@ def test_other_tokens_elsewhere_leave_outputs_bitwise_equal(
     case: tuple[PackedCausalLM, float],
 ) -> None:
     model, _ = case
-    batch = one_batch(tiny_documents())
+    batch = collate_documents(make_tiny_documents())
     before = model.compute_hidden(batch)
     for index, (start, length) in enumerate(
         zip(batch.layout.starts, batch.layout.lengths, strict=True)
@@ -208,7 +210,7 @@ def test_the_network_cannot_run_without_a_layout() -> None:
     """A plain transformers call without a layout is an error, with stock and with our attention."""
     ids = torch.ones(1, 4, dtype=torch.long)
     for family in ("llama", "olmo2"):
-        model = tiny_model(family)
+        model = make_tiny_model(family)
         with pytest.raises(TypeError, match="layout"):
             model.network(input_ids=ids)
         with pytest.raises(TypeError, match="layout"):
@@ -220,12 +222,14 @@ def test_the_network_cannot_run_without_a_layout() -> None:
 
 @pytest.mark.parametrize("family", ["llama-64", "qwen2", "gemma2", "olmo2"])
 def test_in_bf16_packing_adds_no_error(family: str) -> None:
-    documents = [tiny_document(length, index) for index, length in enumerate((*LENGTHS, 70, 90))]
-    _, exact = step_gradients(tiny_model(family, torch.float64), documents, PACK_EACH)
-    model = tiny_model(family, torch.bfloat16)
+    documents = [
+        make_tiny_document(length, index) for index, length in enumerate((*LENGTHS, 70, 90))
+    ]
+    _, exact = compute_step_gradients(make_tiny_model(family, torch.float64), documents, PACK_EACH)
+    model = make_tiny_model(family, torch.bfloat16)
     errors = []
     for pack_length in (SINGLE_PACK, PACK_EACH):
-        _, gradients = step_gradients(model, documents, pack_length)
+        _, gradients = compute_step_gradients(model, documents, pack_length)
         difference = torch.cat(
             [(gradients[name].double() - exact[name]).flatten() for name in exact]
         )
@@ -238,7 +242,7 @@ def test_in_bf16_packing_adds_no_error(family: str) -> None:
 
 def test_targets_stay_inside_their_documents() -> None:
     """There are as many targets as tokens after the first ones; a first token is never a target."""
-    documents = tiny_documents()
+    documents = make_tiny_documents()
     batches = [collate(pack) for pack in pack_step(documents, 40)]
     assert sum(len(b.targets_S) for b in batches) == sum(
         int((d.weights_L[1:] > 0).sum()) for d in documents

@@ -3,7 +3,12 @@ import os
 import pytest
 import torch
 
-from tiny_models import step_gradients, tiny_documents, tiny_model, worst_difference
+from tiny_models import (
+    compute_max_difference,
+    compute_step_gradients,
+    make_tiny_documents,
+    make_tiny_model,
+)
 from tunesmith.model.adapters import find_lora_layers
 from tunesmith.model.frozen_weight import (
     CAPACITY_ENV,
@@ -60,19 +65,21 @@ def test_the_weight_comes_back_to_the_bit():
 
 @needs_blocks
 def test_a_blocked_model_trains_like_a_dense_model():
-    plain, blocked = (tiny_model(dtype=torch.bfloat16, blocked=layout) for layout in (False, True))
+    plain, blocked = (
+        make_tiny_model(dtype=torch.bfloat16, blocked=layout) for layout in (False, True)
+    )
     layers = [list(find_lora_layers(model.network).values()) for model in (plain, blocked)]
     assert all(isinstance(layer.frozen, DenseWeight) for layer in layers[0])
     assert all(isinstance(layer.frozen, BlockedWeight) for layer in layers[1])
     (loss, gradients), (other_loss, others) = (
-        step_gradients(m, tiny_documents(), 50) for m in (plain, blocked)
+        compute_step_gradients(m, make_tiny_documents(), 50) for m in (plain, blocked)
     )
     assert other_loss == pytest.approx(loss, rel=1e-2)
-    assert worst_difference(others, gradients) < 5e-2
+    assert compute_max_difference(others, gradients) < 5e-2
 
 
 def test_fp32_and_other_machines_stay_plain():
-    model = tiny_model(dtype=torch.float32, blocked=True)
+    model = make_tiny_model(dtype=torch.float32, blocked=True)
     assert all(
         isinstance(layer.frozen, DenseWeight) for layer in find_lora_layers(model.network).values()
     )

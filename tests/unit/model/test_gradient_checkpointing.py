@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from tiny_models import (
-    branching_documents,
-    one_batch,
-    one_loss,
-    step_gradients,
-    tiny_documents,
-    tiny_model,
+    collate_documents,
+    compute_mean_loss,
+    compute_step_gradients,
+    make_branching_documents,
+    make_tiny_documents,
+    make_tiny_model,
 )
 from tunesmith.model.causal_lm import PackedCausalLM
 
@@ -23,8 +23,8 @@ BF16: dict[str, Any] = {"dtype": torch.bfloat16, "backend": "cpu_kernel", "block
 def gradients(model: PackedCausalLM, *, share: bool = False) -> tuple[float, dict[str, Tensor]]:
     torch.manual_seed(7)  # dropout's
     model.network.train()
-    return step_gradients(
-        model, branching_documents() if share else tiny_documents(), 10**6, share=share
+    return compute_step_gradients(
+        model, make_branching_documents() if share else make_tiny_documents(), 10**6, share=share
     )
 
 
@@ -44,9 +44,9 @@ def gradients(model: PackedCausalLM, *, share: bool = False) -> tuple[float, dic
 def test_gradients_are_the_same_to_the_bit(
     gradient_checkpointing: str, family: str, settings: dict[str, Any]
 ) -> None:
-    loss, expected = gradients(tiny_model(family, **settings))
+    loss, expected = gradients(make_tiny_model(family, **settings))
     again, grads = gradients(
-        tiny_model(family, **settings, gradient_checkpointing=gradient_checkpointing)
+        make_tiny_model(family, **settings, gradient_checkpointing=gradient_checkpointing)
     )
     assert again == loss
     assert {name for name in expected if not torch.equal(grads[name], expected[name])} == set()
@@ -54,8 +54,10 @@ def test_gradients_are_the_same_to_the_bit(
 
 @pytest.mark.parametrize("gradient_checkpointing", POLICIES)
 def test_shared_prefixes_work_when_layers_run_again(gradient_checkpointing: str) -> None:
-    loss, expected = gradients(tiny_model(), share=True)
-    again, grads = gradients(tiny_model(gradient_checkpointing=gradient_checkpointing), share=True)
+    loss, expected = gradients(make_tiny_model(), share=True)
+    again, grads = gradients(
+        make_tiny_model(gradient_checkpointing=gradient_checkpointing), share=True
+    )
     assert again == loss
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
 
@@ -63,7 +65,7 @@ def test_shared_prefixes_work_when_layers_run_again(gradient_checkpointing: str)
 def saved_bytes(gradient_checkpointing: str) -> int:
     """Return the bytes that autograd saves in a forward; a recomputed layer saves nothing
     inside."""
-    model, saved = tiny_model(gradient_checkpointing=gradient_checkpointing), {}
+    model, saved = make_tiny_model(gradient_checkpointing=gradient_checkpointing), {}
     model.network.train()
 
     def keep(tensor: Tensor) -> Tensor:
@@ -71,13 +73,15 @@ def saved_bytes(gradient_checkpointing: str) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        one_loss(model, one_batch(tiny_documents()), 1.0)
+        compute_mean_loss(model, collate_documents(make_tiny_documents()), 1.0)
     return sum(saved.values())
 
 
 def test_each_policy_keeps_less() -> None:
     keep, selective, recompute = (saved_bytes(policy) for policy in ("none", *POLICIES))
-    tokens, width, layers = one_batch(tiny_documents()).layout.num_tokens, 80 * 4, 2
-    pruned = int(one_batch(tiny_documents()).positions_S.shape[0])  # rows of the last layer's MLP
+    tokens, width, layers = collate_documents(make_tiny_documents()).layout.num_tokens, 80 * 4, 2
+    pruned = int(
+        collate_documents(make_tiny_documents()).positions_S.shape[0]
+    )  # rows of the last layer's MLP
     assert keep - selective >= 2 * width * (tokens * (layers - 1) + pruned)
     assert recompute < 0.75 * keep

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from tiny_models import (
-    one_batch,
-    step_gradients,
-    tiny_documents,
-    tiny_model,
-    tiny_network,
-    worst_difference,
+    collate_documents,
+    compute_max_difference,
+    compute_step_gradients,
+    make_tiny_documents,
+    make_tiny_model,
+    make_tiny_network,
 )
 from tunesmith.data.packing import count_input_tokens
 from tunesmith.model.adapters import find_lora_layers, get_trainable_parameters
@@ -117,9 +117,9 @@ def test_a_layer_equals_pefts(rslora: bool, bias: bool) -> None:
 )
 def test_a_model_equals_pefts(family: str, settings: dict[str, Any]) -> None:
     """Return the loss and the gradient of every A and B from PEFT, one document at a time."""
-    ours, documents = tiny_model(family, FP64, **settings), tiny_documents()
+    ours, documents = make_tiny_model(family, FP64, **settings), make_tiny_documents()
     theirs = get_peft_model(
-        tiny_network(family, FP64),
+        make_tiny_network(family, FP64),
         LoraConfig(
             r=4,
             lora_alpha=6,
@@ -152,14 +152,14 @@ def test_a_model_equals_pefts(family: str, settings: dict[str, Any]) -> None:
             losses * torch.from_numpy(document.weights_L[1:]).double()
         ).sum() / sum_weights(documents)
     total.backward()
-    loss, grads = step_gradients(ours, documents, 40)
+    loss, grads = compute_step_gradients(ours, documents, 40)
     assert abs(loss - float(total.detach())) < 1e-6  # transformers' norms compute in fp32
     expected = {
         name.removeprefix("base_model.model."): p.grad
         for name, p in weights.items()
         if p.grad is not None
     }
-    assert worst_difference(grads, expected) < 5e-6
+    assert compute_max_difference(grads, expected) < 5e-6
 
 
 # ---------------------------------------------------------------- hand-written gradients
@@ -384,8 +384,19 @@ def test_an_adapter_starts_as_nothing_and_by_its_seed() -> None:
 
 
 def test_only_adapters_get_gradients() -> None:
-    model = tiny_model("llama")
-    step_gradients(model, tiny_documents(), 100)
+    model = make_tiny_model("llama")
+    compute_step_gradients(model, make_tiny_documents(), 100)
     assert all("lora_" in name for name in get_trainable_parameters(model.network))
     assert len(find_lora_layers(model.network)) == 14
-    assert one_batch(tiny_documents()).tokens_T.dtype == torch.int64
+    assert collate_documents(make_tiny_documents()).tokens_T.dtype == torch.int64
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_a_stock_module_may_change_outputs_in_place(settings: dict[str, bool]) -> None:
+    """OLMo clamps queries, keys and values (clip_qkv)."""
+    documents = make_tiny_documents()
+    model = make_tiny_model("olmo", torch.float64, **settings)
+    loss, gradients = compute_step_gradients(model, documents, 10**6)
+    separate_loss, separate = compute_step_gradients(model, documents, 1)
+    assert abs(loss - separate_loss) < 1e-6
+    assert compute_max_difference(gradients, separate) < 5e-6

@@ -10,7 +10,13 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tiny_models import CONFIGS, one_batch, tiny_documents, tiny_model, tiny_network
+from tiny_models import (
+    CONFIGS,
+    collate_documents,
+    make_tiny_documents,
+    make_tiny_model,
+    make_tiny_network,
+)
 from tunesmith.model.causal_lm import wrap_model
 from tunesmith.model.layers import (
     Attention,
@@ -41,7 +47,7 @@ def test_a_norm_rounds_once(stock_type: type[nn.Module], dtype: torch.dtype) -> 
 
 def test_the_last_layer_computes_selected_positions_only() -> None:
     """The pruned layer's outputs are bitwise equal to those of the full layer."""
-    model, batch = tiny_model(dtype=torch.float64), one_batch(tiny_documents())
+    model, batch = make_tiny_model(dtype=torch.float64), collate_documents(make_tiny_documents())
     last = model.decoder.layers[-1]
     assert isinstance(last, PrunedLastLayer)
     widths = []
@@ -57,7 +63,7 @@ def test_the_last_layer_computes_selected_positions_only() -> None:
 
 
 def test_unlisted_classes_stay_stock() -> None:
-    network = tiny_network("olmo2")
+    network = make_tiny_network("olmo2")
     modules = {name: type(module) for name, module in network.named_modules()}
     replace_layers(network)
     assert {name: type(module) for name, module in network.named_modules()} == modules
@@ -84,6 +90,6 @@ def test_half_angles_are_wide_and_half() -> None:
 
 def test_the_stream_has_the_compute_dtype() -> None:
     """Master weights of a fully trained model are fp32; products still run in bf16."""
-    model = tiny_model(dtype=torch.bfloat16, method="full")
+    model = make_tiny_model(dtype=torch.bfloat16, method="full")
     assert model.network.get_parameter("model.embed_tokens.weight").dtype == torch.float32
-    assert model.compute_hidden(one_batch(tiny_documents())).dtype == torch.bfloat16
+    assert model.compute_hidden(collate_documents(make_tiny_documents())).dtype == torch.bfloat16

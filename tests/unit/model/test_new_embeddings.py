@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from tiny_models import (
     LORA,
     VOCABULARY,
-    one_batch,
-    step_gradients,
-    tiny_documents,
-    tiny_network,
-    worst_difference,
+    collate_documents,
+    compute_max_difference,
+    compute_step_gradients,
+    make_tiny_documents,
+    make_tiny_network,
 )
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Batch, Document, NewToken
@@ -72,7 +72,7 @@ def settings_of(network: PreTrainedModel, tokens: Sequence[NewToken]) -> dict[st
 
 def started(family: str, first: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return a stock network with the tokens."""
-    network = tiny_network(family, dtype)
+    network = make_tiny_network(family, dtype)
     init_new_rows(network, tokens_from(first))
     return network
 
@@ -91,7 +91,7 @@ def adapted(
 
 def documents_with(first: int) -> list[Document]:
     """Return documents with new tokens as input and target, adjacent and at the start."""
-    documents = tiny_documents()
+    documents = make_tiny_documents()
     for index, document in enumerate(documents):
         tokens_L = document.tokens_L
         tokens_L[tokens_L >= first] = 3
@@ -109,7 +109,9 @@ def logits(model: PackedCausalLM, batch: Batch) -> Tensor:
 @torch.no_grad()
 def their_logits(network: torch.nn.Module, document: Document) -> Tensor:
     tokens = torch.from_numpy(document.tokens_L[:-1]).long()[None]
-    return network(input_ids=tokens, use_cache=False).logits[0, one_batch([document]).positions_S]
+    return network(input_ids=tokens, use_cache=False).logits[
+        0, collate_documents([document]).positions_S
+    ]
 
 
 # ---------------------------------------------------------------- the start
@@ -118,7 +120,7 @@ def their_logits(network: torch.nn.Module, document: Document) -> Tensor:
 @pytest.mark.parametrize("placement", PLACES)
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
 def test_a_row_starts_as_the_mean_of_its_pieces(family: str, placement: str) -> None:
-    stock, first = tiny_network(family), PLACES[placement]
+    stock, first = make_tiny_network(family), PLACES[placement]
     network = started(family, first)
     assert network.config.vocab_size == max(VOCABULARY, first + 2)
     assert not list(get_trainable_parameters(network))
@@ -131,7 +133,7 @@ def test_a_row_starts_as_the_mean_of_its_pieces(family: str, placement: str) -> 
 
 
 def test_without_new_tokens_nothing_is_touched() -> None:
-    network, stock = tiny_network(), tiny_network()
+    network, stock = make_tiny_network(), make_tiny_network()
     init_new_rows(network, [])
     assert all(
         torch.equal(a, b) for a, b in zip(network.parameters(), stock.parameters(), strict=True)
@@ -140,7 +142,7 @@ def test_without_new_tokens_nothing_is_touched() -> None:
 
 def test_a_new_token_is_no_likelier_than_its_pieces() -> None:
     """Hewitt's bound: exp(h . mean) is at most the mean of exp(h . piece)."""
-    network, document = started("llama", VOCABULARY), tiny_documents()[3]
+    network, document = started("llama", VOCABULARY), make_tiny_documents()[3]
     odds = their_logits(network, document).exp()
     assert (odds[:, VOCABULARY] <= odds[:, [5, 9, 11]].mean(1) * (1 + 1e-6)).all()
 
@@ -177,21 +179,21 @@ def test_the_gradient_is_the_stock_models(family: str, placement: str) -> None:
     first = PLACES[placement]
     documents = documents_with(first)
     model = adapted(family, first, torch.float64, moved=False)
-    _, ours = step_gradients(model, documents, 64)
+    _, ours = compute_step_gradients(model, documents, 64)
     theirs = stock_gradients(started(family, first, torch.float64), documents)
     rows = {path: ours[f"{PATHS.get(path, path)}.new_rows.rows_KH"] for path in theirs}
     wanted = {path: gradient[first : first + 2] for path, gradient in theirs.items()}
-    assert worst_difference(rows, wanted) < 5e-6  # transformers' tables and norms are fp32
+    assert compute_max_difference(rows, wanted) < 5e-6  # transformers' tables and norms are fp32
 
 
 def test_shared_prefixes_and_separate_losses_have_the_same_gradient() -> None:
     documents = documents_with(VOCABULARY)
     documents += [dataclasses.replace(documents[3]), dataclasses.replace(documents[3])]
     model = adapted("llama-tied", VOCABULARY, torch.float64)
-    _, apart = step_gradients(model, documents, 64)
-    _, shared = step_gradients(model, documents, 256, share=True)
-    assert worst_difference(shared, apart) < 1e-9
-    batch, count = one_batch(documents), sum_weights(documents)
+    _, apart = compute_step_gradients(model, documents, 64)
+    _, shared = compute_step_gradients(model, documents, 256, share=True)
+    assert compute_max_difference(shared, apart) < 1e-9
+    batch, count = collate_documents(documents), sum_weights(documents)
     losses_S = compute_target_losses(model.compute_hidden(batch), model.head, batch.targets_S)
     ((losses_S * batch.weights_S).sum() / count).backward()
     each = {
@@ -199,7 +201,7 @@ def test_shared_prefixes_and_separate_losses_have_the_same_gradient() -> None:
         for name, p in get_trainable_parameters(model.network).items()
         if p.grad is not None
     }
-    assert worst_difference(each, apart) < 1e-9
+    assert compute_max_difference(each, apart) < 1e-9
 
 
 def test_recomputed_layers_give_the_same_bits() -> None:
@@ -209,7 +211,7 @@ def test_recomputed_layers_give_the_same_bits() -> None:
         METHODS["lora"](network, settings_of(network, tokens_from(VOCABULARY)))
         model = wrap_model(network, torch.float32, gradient_checkpointing=gradient_checkpointing)
         model.network.train()
-        results.append(step_gradients(model, documents_with(VOCABULARY), 64)[1])
+        results.append(compute_step_gradients(model, documents_with(VOCABULARY), 64)[1])
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
@@ -219,7 +221,7 @@ def test_recomputed_layers_give_the_same_bits() -> None:
 def take_step(model: PackedCausalLM, documents: Sequence[Document]) -> None:
     parameters = get_trainable_parameters(model.network)
     optimizer = make_optimizer(parameters.values(), weight_decay=0.1)
-    _, gradients = step_gradients(model, documents, 64)
+    _, gradients = compute_step_gradients(model, documents, 64)
     for name, parameter in parameters.items():
         parameter.grad = gradients[name]
     step_optimizer(optimizer, 0.05)
@@ -235,7 +237,7 @@ def test_a_step_moves_the_new_rows_and_no_other(family: str, dtype: torch.dtype)
     documents = documents_with(VOCABULARY)
     for _ in range(2):
         take_step(model, documents)
-    logits(model, one_batch(documents))
+    logits(model, collate_documents(documents))
     for path, module in find_embeddings(stock).items():
         rows = collect_new_rows(model.network)[path]
         ours = model.head.weight if path == "lm_head" else model.decoder.embed_tokens.weight
@@ -249,7 +251,7 @@ def test_a_step_moves_the_new_rows_and_no_other(family: str, dtype: torch.dtype)
 def test_without_the_adapter_the_rows_are_as_they_started() -> None:
     model, stock = adapted("llama", VOCABULARY), started("llama", VOCABULARY)
     document = documents_with(VOCABULARY)[3]
-    batch, theirs = one_batch([document]), their_logits(stock, document)
+    batch, theirs = collate_documents([document]), their_logits(stock, document)
     trained = logits(model, batch)
     with scaled_adapter(model.network, 0):
         torch.testing.assert_close(logits(model, batch), theirs, rtol=1e-4, atol=1e-4)
@@ -266,10 +268,10 @@ def test_peft_loads_the_rows_with_equal_logits(family: str, placement: str, tmp_
     """The stock base without our rows; a matrix that is too short is resized as PEFT users do."""
     first = PLACES[placement]
     model, document = adapted(family, first), documents_with(first)[3]
-    expected = logits(model, one_batch([document]))
+    expected = logits(model, collate_documents([document]))
     settings = settings_of(started(family, first), tokens_from(first))
     save_adapter(model.network, tmp_path, settings, Path("base-model"))
-    base = tiny_network(family)
+    base = make_tiny_network(family)
     if placement == "grown":
         base.resize_token_embeddings(first + 2)
     theirs = PeftModel.from_pretrained(base, tmp_path)
@@ -280,12 +282,14 @@ def test_peft_loads_the_rows_with_equal_logits(family: str, placement: str, tmp_
     network = started(family, first)
     METHODS["lora"](network, settings)
     load_adapter(network, tmp_path / "adapter_model.safetensors")
-    assert torch.equal(logits(wrap_model(network, torch.float32), one_batch([document])), expected)
+    assert torch.equal(
+        logits(wrap_model(network, torch.float32), collate_documents([document])), expected
+    )
 
 
 def saved(family: str, first: int, folder: Path) -> tuple[PackedCausalLM, Path, Path]:
     """Return a model and the folders of its base and adapter."""
-    tiny_network(family).save_pretrained(folder / "base")
+    make_tiny_network(family).save_pretrained(folder / "base")
     model = adapted(family, first)
     settings = settings_of(started(family, first), tokens_from(first))
     save_adapter(model.network, folder / "adapter", settings, folder / "base")
@@ -304,7 +308,7 @@ def test_merged_rows_are_in_their_matrices(family: str, placement: str, tmp_path
     save_config(merged, base, max(VOCABULARY, first + 2))
     network = load_network(merged, torch.float32)
     document = documents_with(first)[3]
-    expected = logits(model, one_batch([document]))
+    expected = logits(model, collate_documents([document]))
     torch.testing.assert_close(their_logits(network, document), expected, rtol=1e-3, atol=1e-3)
     old = load_file(base / "model.safetensors")
     for name, tensor in load_file(merged / "model.safetensors").items():
@@ -325,11 +329,11 @@ def test_a_head_that_lies_in_the_file_although_it_is_tied_grows_too(tmp_path: Pa
 
 
 def test_a_fully_trained_model_has_the_rows_too(tmp_path: Path) -> None:
-    tiny_network("llama-tied").save_pretrained(tmp_path / "base")
+    make_tiny_network("llama-tied").save_pretrained(tmp_path / "base")
     network = started("llama-tied", VOCABULARY)
     METHODS["full"](network, {})
     model, document = wrap_model(network, torch.float32), documents_with(VOCABULARY)[3]
-    expected = logits(model, one_batch([document]))
+    expected = logits(model, collate_documents([document]))
     save_model(model.network, tmp_path / "saved", tmp_path / "base", torch.float32)
     theirs = their_logits(load_network(tmp_path / "saved", torch.float32), document)
     torch.testing.assert_close(theirs, expected, rtol=1e-4, atol=1e-4)
@@ -339,7 +343,7 @@ def test_a_fully_trained_model_has_the_rows_too(tmp_path: Path) -> None:
 
 
 def test_rows_from_peft_are_read(tmp_path: Path) -> None:
-    base = tiny_network("llama")
+    base = make_tiny_network("llama")
     base.save_pretrained(tmp_path / "base")
     wish: Any = {"embed_tokens": [95, 96], "lm_head": [95, 96]}
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], trainable_token_indices=wish)

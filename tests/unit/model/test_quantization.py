@@ -11,12 +11,12 @@ from torch import nn
 
 from tiny_models import (
     LORA,
-    one_batch,
-    one_loss,
-    step_gradients,
-    tiny_documents,
-    tiny_network,
-    worst_difference,
+    collate_documents,
+    compute_max_difference,
+    compute_mean_loss,
+    compute_step_gradients,
+    make_tiny_documents,
+    make_tiny_network,
 )
 from tiny_runs import save_model_folder
 from tunesmith.core.errors import InputError
@@ -99,7 +99,7 @@ def twins(family: str, dtype: torch.dtype) -> tuple[PackedCausalLM, PackedCausal
     adapter."""
     models = []
     for quantised in (True, False):
-        network = tiny_network(family, torch.float32).to(dtype)
+        network = make_tiny_network(family, torch.float32).to(dtype)
         for path, linear in find_linears(network).items():
             assert isinstance(linear, nn.Linear)
             small = QuantizedLinear(linear.weight.float(), linear.bias, dtype)
@@ -117,16 +117,16 @@ def twins(family: str, dtype: torch.dtype) -> tuple[PackedCausalLM, PackedCausal
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
 def test_gradients_are_those_of_lora_on_the_dequantised_weights(family: str) -> None:
     quantised, plain = twins(family, torch.float64)
-    loss, gradients = step_gradients(quantised, tiny_documents(), 50)
-    other_loss, others = step_gradients(plain, tiny_documents(), 50)
+    loss, gradients = compute_step_gradients(quantised, make_tiny_documents(), 50)
+    other_loss, others = compute_step_gradients(plain, make_tiny_documents(), 50)
     assert loss == other_loss
-    assert worst_difference(gradients, others) == 0.0
+    assert compute_max_difference(gradients, others) == 0.0
 
 
 def test_gradients_in_bf16_are_bitwise_those_of_lora_on_the_dequantised_weights() -> None:
     quantised, plain = twins("llama", torch.bfloat16)
     (loss, gradients), (other_loss, others) = (
-        step_gradients(m, tiny_documents(), 50) for m in (quantised, plain)
+        compute_step_gradients(m, make_tiny_documents(), 50) for m in (quantised, plain)
     )
     assert loss == other_loss
     assert all(torch.equal(gradients[name], others[name]) for name in others)
@@ -168,7 +168,7 @@ def test_a_loaded_model_is_the_stock_model_with_dequantised_weights(
 def test_families_are_loaded_in_shards_with_biases_and_tied_heads(
     family: str, tmp_path: Path
 ) -> None:
-    tiny_network(family).save_pretrained(tmp_path, max_shard_size="20KB")
+    make_tiny_network(family).save_pretrained(tmp_path, max_shard_size="20KB")
     small, stock = load_quantized(tmp_path, torch.float32), load_network(tmp_path, torch.float32)
     for path, weight in find_quantized_weights(small).items():
         stock.get_submodule(path).weight.data = weight.weight
@@ -178,7 +178,7 @@ def test_families_are_loaded_in_shards_with_biases_and_tied_heads(
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    network = tiny_network("llama")
+    network = make_tiny_network("llama")
     next(iter(find_linears(network).values())).weight.data[0, 0] = torch.inf
     network.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"q_proj\.weight holds NaN or infinite values"):
@@ -191,7 +191,7 @@ def test_an_adapter_on_some_layers_leaves_the_others_in_4_bits(tmp_path: Path) -
     model = wrap_model(network, torch.float32)
     assert len(get_trainable_parameters(network)) == 2 * 2
     assert len(find_quantized_weights(network)) == 2 * 7
-    one_loss(model, one_batch(tiny_documents()), 1.0).backward()
+    compute_mean_loss(model, collate_documents(make_tiny_documents()), 1.0).backward()
     assert all(p.grad is not None for p in get_trainable_parameters(network).values())
 
 

@@ -11,13 +11,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tiny_models import LORA, one_batch, tiny_document, tiny_model, tiny_network
+from tiny_models import (
+    LORA,
+    collate_documents,
+    make_tiny_document,
+    make_tiny_model,
+    make_tiny_network,
+)
 from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import add_lora, find_lora_layers
 from tunesmith.model.causal_lm import PackedCausalLM, wrap_model
 from tunesmith.model.save import load_adapter, save_adapter, save_model, save_serving_files
 
-DOCUMENT = tiny_document(31, first_target=1)
+DOCUMENT = make_tiny_document(31, first_target=1)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # PEFT's
@@ -25,13 +31,13 @@ pytestmark = pytest.mark.filterwarnings(
 
 @torch.no_grad()
 def logits(model: PackedCausalLM) -> Tensor:
-    return model.head.compute_logits(model.compute_hidden(one_batch([DOCUMENT])))
+    return model.head.compute_logits(model.compute_hidden(collate_documents([DOCUMENT])))
 
 
 @torch.no_grad()
 def their_logits(network: torch.nn.Module) -> Tensor:
     tokens = torch.from_numpy(DOCUMENT.tokens_L[:31]).long()[None]
-    positions = one_batch([DOCUMENT]).positions_S
+    positions = collate_documents([DOCUMENT]).positions_S
     return network(input_ids=tokens, use_cache=False).logits[0, positions].float()
 
 
@@ -54,20 +60,20 @@ def their_logits(network: torch.nn.Module) -> Tensor:
 def test_an_adapter_loads_in_peft_and_back(
     family: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = tiny_model(family, **settings)
+    model = make_tiny_model(family, **settings)
     expected = logits(model)
     save_adapter(model.network, tmp_path, LORA | settings, Path("base-model"))
-    theirs = PeftModel.from_pretrained(tiny_network(family), tmp_path)
+    theirs = PeftModel.from_pretrained(make_tiny_network(family), tmp_path)
     torch.testing.assert_close(their_logits(theirs), expected, rtol=1e-5, atol=1e-5)
 
-    network = tiny_network(family)
+    network = make_tiny_network(family)
     add_lora(network, LORA | settings)
     load_adapter(network, tmp_path / "adapter_model.safetensors")
     assert torch.equal(logits(wrap_model(network, torch.float32)), expected)
 
 
 def test_an_adapter_of_a_bf16_base_is_saved_in_fp32(tmp_path: Path) -> None:
-    model = tiny_model(dtype=torch.bfloat16)
+    model = make_tiny_model(dtype=torch.bfloat16)
     save_adapter(model.network, tmp_path, LORA, Path("base-model"))
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
@@ -85,8 +91,8 @@ def test_an_adapter_of_a_bf16_base_is_saved_in_fp32(tmp_path: Path) -> None:
 def test_an_adapter_of_another_shape_is_refused(
     settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    save_adapter(tiny_model().network, tmp_path, LORA, Path("base-model"))
-    other = tiny_model(**settings)
+    save_adapter(make_tiny_model().network, tmp_path, LORA, Path("base-model"))
+    other = make_tiny_model(**settings)
     before = logits(other)
     with pytest.raises(InputError, match=message):
         load_adapter(other.network, tmp_path / "adapter_model.safetensors")
@@ -96,8 +102,8 @@ def test_an_adapter_of_another_shape_is_refused(
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2", "qwen3", "olmo2"])
 def test_a_fully_trained_model_loads_in_transformers(family: str, tmp_path: Path) -> None:
     base, saved = tmp_path / "base", tmp_path / "saved"
-    tiny_network(family).save_pretrained(base)
-    model = tiny_model(family, method="full")
+    make_tiny_network(family).save_pretrained(base)
+    model = make_tiny_model(family, method="full")
     with torch.no_grad():
         for parameter in model.network.parameters():
             parameter += 0.01

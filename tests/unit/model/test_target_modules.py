@@ -7,19 +7,19 @@ import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from tiny_models import tiny_network
+from tiny_models import make_tiny_network
 from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import find_linears
 from tunesmith.model.hub.validate import read_headers
 from tunesmith.model.target_modules import list_linear_paths, select_targets
 
-PATHS = list(find_linears(tiny_network()))
+PATHS = list(find_linears(make_tiny_network()))
 QUERIES = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "phi3", "gemma2", "qwen3"])
 def test_the_files_of_a_model_tell_its_linears(family: str, tmp_path: Path) -> None:
-    network = tiny_network(family)
+    network = make_tiny_network(family)
     network.save_pretrained(tmp_path)
     assert sorted(list_linear_paths(read_headers(tmp_path))) == sorted(find_linears(network))
 
@@ -29,7 +29,7 @@ def test_the_files_of_a_model_tell_its_linears(family: str, tmp_path: Path) -> N
     [("llama", ("q_proj", "k_proj", "v_proj", "o_proj"), 3), ("phi3", ("o_proj", "qkv_proj"), 2)],
 )
 def test_words_are_blocks_of_a_layer(family: str, attention: tuple[str, ...], mlp: int) -> None:
-    paths = list(find_linears(tiny_network(family)))
+    paths = list(find_linears(make_tiny_network(family)))
     first = select_targets(paths, "attention")
     assert {path.rpartition(".")[2] for path in first} == set(attention)
     assert len(select_targets(paths, "mlp")) == 2 * mlp

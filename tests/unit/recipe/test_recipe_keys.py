@@ -14,12 +14,12 @@ from safetensors.torch import load
 
 from recipe_lab import Lab
 from tiny_runs import (
-    adapter_bytes,
-    chat,
-    measured_files,
+    build_sum_rows,
+    make_chat_row,
+    read_adapter_bytes,
     save_model_folder,
-    steps_of,
-    sums,
+    select_steps,
+    write_eval_files,
 )
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckpointSaved, Score, TrainStep
@@ -133,7 +133,7 @@ def loss(lab: Lab) -> None:
 
 
 def data(lab: Lab) -> None:
-    files = [lab.rows(sums(1, 2), "a.jsonl"), lab.rows(sums(7, 3), "b.jsonl")]
+    files = [lab.rows(build_sum_rows(1, 2), "a.jsonl"), lab.rows(build_sum_rows(7, 3), "b.jsonl")]
     plain = lab.steps(data=files, batch_size=5)
     limited = lab.steps(data=[files[0], {"path": files[1], "max_examples": 1}], batch_size=5)
     assert [
@@ -141,7 +141,7 @@ def data(lab: Lab) -> None:
         len(plain),
         len(limited),
     ] == [True, 1, 1]
-    row = [{"messages": chat("a", "b")["messages"], "text": "plain"}]
+    row = [{"messages": make_chat_row("a", "b")["messages"], "text": "plain"}]
     as_text = lab.steps(data=[{"path": lab.rows(row), "format": "text"}], batch_size=1)
     as_chat = lab.steps(data=[{"path": lab.rows(row), "format": "messages"}], batch_size=1)
     assert as_text[0].tokens != as_chat[0].tokens
@@ -171,7 +171,7 @@ def data(lab: Lab) -> None:
 
 def eval_data(lab: Lab) -> None:
     assert ("eval", "loss") not in lab.scores()
-    files = measured_files(lab.folder)
+    files = write_eval_files(lab.folder)
     assert (
         lab.scores(eval_data=files["eval_data"], test_data=files["test_data"])["eval", "loss"].n
         == 3
@@ -179,17 +179,17 @@ def eval_data(lab: Lab) -> None:
 
 
 def eval_split(lab: Lab) -> None:
-    rows = lab.rows(sums(1, 40))
+    rows = lab.rows(build_sum_rows(1, 40))
     assert len(lab.steps(data=rows, batch_size=1)) == 40
     events = lab.events(data=rows, batch_size=1, eval_split=0.5)
     held_out = {event.task: event.n for event in events if isinstance(event, Score)}
     assert min(held_out.values()) >= 2
-    assert len(steps_of(events)) + held_out["eval"] + held_out["test"] == 40
+    assert len(select_steps(events)) + held_out["eval"] + held_out["test"] == 40
 
 
 def test_data(lab: Lab) -> None:
     assert ("test", "loss") not in lab.scores()
-    assert lab.scores(test_data=lab.rows(sums(90, 4)))["test", "exact_match"].n == 4
+    assert lab.scores(test_data=lab.rows(build_sum_rows(90, 4)))["test", "exact_match"].n == 4
 
 
 def retention_data(lab: Lab) -> None:
@@ -200,7 +200,7 @@ def retention_data(lab: Lab) -> None:
 
 def rehearsal(lab: Lab) -> None:
     texts = lab.rows([{"text": f"some text {n}"} for n in range(30)], "texts.jsonl")
-    chats = lab.rows(sums(50, 30), "chats.jsonl")
+    chats = lab.rows(build_sum_rows(50, 30), "chats.jsonl")
 
     def shares(**options: Any) -> list[float]:
         steps = lab.steps(rehearsal=options, batch_size=6, num_train_epochs=5)
@@ -222,7 +222,7 @@ def rehearsal(lab: Lab) -> None:
 
 
 def mixture(lab: Lab) -> None:
-    files = [lab.rows(sums(1, 8), "a.jsonl"), lab.rows(sums(20, 2), "b.jsonl")]
+    files = [lab.rows(build_sum_rows(1, 8), "a.jsonl"), lab.rows(build_sum_rows(20, 2), "b.jsonl")]
 
     def taken(**options: Any) -> Counter[str]:
         steps = lab.steps(data=files, mixture=options, batch_size=1)
@@ -237,7 +237,11 @@ def mixture(lab: Lab) -> None:
 
 def never(lab: Lab) -> None:
     rows = lab.rows(
-        [*sums(1, 6), chat("more", "as an AI I cannot"), chat("less", "I am an AI too")]
+        [
+            *build_sum_rows(1, 6),
+            make_chat_row("more", "as an AI I cannot"),
+            make_chat_row("less", "I am an AI too"),
+        ]
     )
     plain, cut = (lab.steps(data=rows, never=never) for never in ([], [{"match": "an AI"}]))
     assert [len(plain), len(cut)] == [4, 3]
@@ -257,7 +261,7 @@ def max_examples(lab: Lab) -> None:
 
 
 def skip_invalid(lab: Lab) -> None:
-    rows = lab.rows([*sums(1, 6), chat("question", " ")])
+    rows = lab.rows([*build_sum_rows(1, 6), make_chat_row("question", " ")])
     with pytest.raises(InputError, match="1 of 7 rows cannot be used: 1 empty answer"):
         lab.events(data=rows)
     assert len(lab.steps(data=rows, skip_invalid=True)) == 3
@@ -289,7 +293,7 @@ def chat_template_kwargs(lab: Lab) -> None:
 
 
 def add_tokens(lab: Lab) -> None:
-    rows = lab.rows([chat(f"<n>{n}", f"<sum>{n}") for n in range(6)])
+    rows = lab.rows([make_chat_row(f"<n>{n}", f"<sum>{n}") for n in range(6)])
     plain, added = lab.steps(data=rows), lab.steps(data=rows, add_tokens="<n>,<sum>")
     assert plain[0].tokens - added[0].tokens == 2 * (len("<n>") + len("<sum>") - 2), (
         "of two rows, one id each"
@@ -303,7 +307,7 @@ def add_tokens(lab: Lab) -> None:
 def response_schema(lab: Lab) -> None:
     path = lab.folder / "schema.json"
     path.write_text('{"type": "object", "required": ["sum"]}')
-    test = lab.rows(sums(90, 3))
+    test = lab.rows(build_sum_rows(90, 3))
     assert ("test", "schema_valid") not in lab.scores(test_data=test)
     assert ("test", "schema_valid") in lab.scores(test_data=test, response_schema=str(path))
 
@@ -317,7 +321,9 @@ def max_length(lab: Lab) -> None:
 
 
 def on_overlong(lab: Lab) -> None:
-    rows = lab.rows([chat("question", "long answer " * 9), chat("question", "answer")])
+    rows = lab.rows(
+        [make_chat_row("question", "long answer " * 9), make_chat_row("question", "answer")]
+    )
     short = {"data": rows, "max_length": 60, "skip_invalid": True}
     dropped, cut = (lab.steps(**short, on_overlong=policy)[0] for policy in ("drop", "truncate"))
     assert dropped.tokens < 60 < cut.tokens
@@ -340,7 +346,9 @@ def pack_length(lab: Lab) -> None:
 
 
 def share_prefixes(lab: Lab) -> None:
-    rows = lab.rows([chat(f"{n} and {n}", f"{2 * n}", "Add the two numbers.") for n in range(1, 7)])
+    rows = lab.rows(
+        [make_chat_row(f"{n} and {n}", f"{2 * n}", "Add the two numbers.") for n in range(1, 7)]
+    )
     plain, shared, auto = (
         lab.steps(data=rows, share_prefixes=value) for value in (False, True, "auto")
     )
@@ -448,7 +456,7 @@ def lora_target_modules(lab: Lab) -> None:
     assert set(finished_run.reopen_session(lab.output).model.network.state_dict()) & {
         "model.layers.0.self_attn.q_proj.lora_A"
     }
-    assert len(adapter_bytes(lab.last)) < len(lab.adapter())
+    assert len(read_adapter_bytes(lab.last)) < len(lab.adapter())
     for modules, layers in (("attention", 8), ("mlp", 6), (r".*\.1\..*_proj", 7)):
         assert len(load(lab.adapter(lora_target_modules=modules))) == 2 * layers
     with pytest.raises(InputError, match="no linear layer is called q_prj"):
@@ -465,7 +473,9 @@ def use_dora(lab: Lab) -> None:
     changes_the_adapter(lab, "use_dora", True)
     assert read_json(lab.output / "adapter" / "adapter_config.json")["use_dora"] is True
     magnitudes = [
-        name for name in load(adapter_bytes(lab.last)) if name.endswith("lora_magnitude_vector")
+        name
+        for name in load(read_adapter_bytes(lab.last))
+        if name.endswith("lora_magnitude_vector")
     ]
     assert len(magnitudes) == 14
 
@@ -504,7 +514,7 @@ def gradient_checkpointing(lab: Lab) -> None:
 
 
 def metrics(lab: Lab) -> None:
-    test = lab.rows(sums(90, 3))
+    test = lab.rows(build_sum_rows(90, 3))
     always = {"loss", "kl", "top1_agreement"}
     assert {metric for _, metric in lab.scores(test_data=test)} == {"exact_match", *always}
     assert {metric for _, metric in lab.scores(test_data=test, metrics=["field_f1"])} == {
@@ -514,7 +524,7 @@ def metrics(lab: Lab) -> None:
 
 
 def guard(lab: Lab) -> None:
-    files = measured_files(lab.folder)
+    files = write_eval_files(lab.folder)
 
     def probed(**options: Any) -> set[int]:
         events = lab.events(**files, learning_rate=0.5, guard=options)
@@ -549,7 +559,7 @@ def save_steps(lab: Lab) -> None:
 
 
 def eval_steps(lab: Lab) -> None:
-    files = measured_files(lab.folder)
+    files = write_eval_files(lab.folder)
 
     def looked(every: int) -> list[int]:
         events = lab.events(**files, eval_steps=every)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import fake_runs
-from tiny_runs import sums, write_rows
+from tiny_runs import build_sum_rows, write_rows
 from tunesmith.cli import run as run_commands
 
 Outcome = tuple[int, str, str]
@@ -29,9 +29,9 @@ def test_the_verb_prints_the_path(tmp_path: Path, tunesmith: Callable[..., Outco
 def test_a_run_writes_its_page(
     tmp_path: Path, tiny_folder: Path, tunesmith: Callable[..., Outcome]
 ) -> None:
-    data = write_rows(tmp_path / "train.jsonl", sums(1, 6))
+    data = write_rows(tmp_path / "train.jsonl", build_sum_rows(1, 6))
     run = tmp_path / "run"
-    test = write_rows(tmp_path / "test.jsonl", sums(50, 3))
+    test = write_rows(tmp_path / "test.jsonl", build_sum_rows(50, 3))
     arguments = [
         "train",
         "--model",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tiny_runs import END, measured_files, recipe, sums, write_rows
+from tiny_runs import END, build_sum_rows, make_tiny_recipe, write_eval_files, write_rows
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.json_io import dump_json, parse_as
 from tunesmith.core.types import Plan
@@ -28,7 +28,7 @@ def ids(dataset: Dataset) -> list[str]:
 
 
 def roles(model: Path, folder: Path, **changed: Any) -> dict[str, list[str]]:
-    datasets = inputs.load_inputs(recipe(model, folder, **changed))
+    datasets = inputs.load_inputs(make_tiny_recipe(model, folder, **changed))
     return {role: ids(dataset) for role, dataset in datasets.datasets.items()}
 
 
@@ -40,19 +40,19 @@ def test_a_metric_that_is_none_is_refused_without_rows_to_measure(
     metrics: list[str], says: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=says):
-        tunesmith.plan(recipe(tiny_folder, tmp_path, metrics=metrics))
+        tunesmith.plan(make_tiny_recipe(tiny_folder, tmp_path, metrics=metrics))
 
 
 def test_general_text_that_is_not_there_is_refused_by_the_plan(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    wish = recipe(tiny_folder, tmp_path, retention_data=tmp_path / "general.jsonl")
+    wish = make_tiny_recipe(tiny_folder, tmp_path, retention_data=tmp_path / "general.jsonl")
     with pytest.raises(InputError, match="no such file"):
         tunesmith.plan(wish)
 
 
 def test_each_role_is_its_own_file(tiny_folder: Path, tmp_path: Path) -> None:
-    datasets = roles(tiny_folder, tmp_path, **measured_files(tmp_path))
+    datasets = roles(tiny_folder, tmp_path, **write_eval_files(tmp_path))
     assert {role: rows[0] for role, rows in datasets.items()} == {
         "data": "train.jsonl:1",
         "eval_data": "eval.jsonl:1",
@@ -63,7 +63,7 @@ def test_each_role_is_its_own_file(tiny_folder: Path, tmp_path: Path) -> None:
 def test_without_test_data_half_of_the_held_out_rows_is_kept_for_the_end(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    held_out = str(write_rows(tmp_path / "e.jsonl", sums(500, 40)))
+    held_out = str(write_rows(tmp_path / "e.jsonl", build_sum_rows(500, 40)))
     datasets = roles(tiny_folder, tmp_path, eval_data=held_out)
     assert 12 <= len(datasets["test_data"]) <= 28
     assert sorted(datasets["eval_data"] + datasets["test_data"]) == sorted(
@@ -75,7 +75,7 @@ def test_without_test_data_half_of_the_held_out_rows_is_kept_for_the_end(
 def test_a_share_of_the_data_is_held_out_and_halved_and_the_seed_chooses(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    data = str(write_rows(tmp_path / "all.jsonl", sums(500, 60)))
+    data = str(write_rows(tmp_path / "all.jsonl", build_sum_rows(500, 60)))
     first = roles(tiny_folder, tmp_path, data=data, eval_split=0.5)
     assert sorted(chain(*first.values())) == sorted(f"all.jsonl:{n}" for n in range(1, 61))
     assert all(len(rows) >= 6 for rows in first.values())
@@ -91,18 +91,18 @@ def test_without_held_out_rows_there_is_only_training_data(
 
 @pytest.mark.parametrize("role", ["eval_data", "test_data"])
 def test_a_role_of_one_row_is_refused_by_name(role: str, tiny_folder: Path, tmp_path: Path) -> None:
-    lonely = str(write_rows(tmp_path / "one.jsonl", sums(500, 1)))
-    files = measured_files(tmp_path) | {role: lonely}
+    lonely = str(write_rows(tmp_path / "one.jsonl", build_sum_rows(500, 1)))
+    files = write_eval_files(tmp_path) | {role: lonely}
     with pytest.raises(
         InputError,
         match=rf"{role}: .*one\.jsonl: one row: a score on it has no confidence interval",
     ):
-        inputs.load_inputs(recipe(tiny_folder, tmp_path, **files))
+        inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path, **files))
 
 
 def test_facts_of_a_plan_are_found_again(tiny_folder: Path, tmp_path: Path) -> None:
     run_inputs = inputs.load_inputs(
-        recipe(tiny_folder, tmp_path, **measured_files(tmp_path), seed=5), now=MOMENT
+        make_tiny_recipe(tiny_folder, tmp_path, **write_eval_files(tmp_path), seed=5), now=MOMENT
     )
     plan = parse_as(Plan, json.loads(dump_json(inputs.make_plan(run_inputs))))
     again = inputs.reload_inputs(plan)
@@ -123,8 +123,8 @@ def test_facts_of_a_plan_are_found_again(tiny_folder: Path, tmp_path: Path) -> N
 
 
 def test_a_changed_file_is_named_with_what_it_was(tiny_folder: Path, tmp_path: Path) -> None:
-    plan = inputs.make_plan(inputs.load_inputs(recipe(tiny_folder, tmp_path)))
-    write_rows(tmp_path / "train.jsonl", sums(2, 6))
+    plan = inputs.make_plan(inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path)))
+    write_rows(tmp_path / "train.jsonl", build_sum_rows(2, 6))
     with pytest.raises(
         InputError, match=rf"data: .*train\.jsonl: .*{plan.data['data'].fingerprint[:12]}"
     ):
@@ -136,9 +136,9 @@ def test_the_folder_of_a_run_is_found_when_none_is_wished_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "run-1").mkdir(parents=True)
-    assert inputs.load_inputs(recipe(tiny_folder, tmp_path, output_dir="auto")).output_dir == Path(
-        "runs/run-2"
-    )
+    assert inputs.load_inputs(
+        make_tiny_recipe(tiny_folder, tmp_path, output_dir="auto")
+    ).output_dir == Path("runs/run-2")
 
 
 def test_a_template_of_ones_own_takes_the_place_of_the_models(
@@ -149,7 +149,7 @@ def test_a_template_of_ones_own_takes_the_place_of_the_models(
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    wish = recipe(tiny_folder, tmp_path, chat_template=str(template))
+    wish = make_tiny_recipe(tiny_folder, tmp_path, chat_template=str(template))
     run_inputs = inputs.load_inputs(wish)
     (document,) = run_inputs.datasets["data"].render_documents(0)
     assert run_inputs.renderer.decode(document.tokens_L.tolist()).startswith("[user]1 and 1 please")
@@ -158,12 +158,14 @@ def test_a_template_of_ones_own_takes_the_place_of_the_models(
 
 def test_no_template_means_plain_text(tiny_folder: Path, tmp_path: Path) -> None:
     text = str(write_rows(tmp_path / "text.jsonl", [{"text": "first"}]))
-    run_inputs = inputs.load_inputs(recipe(tiny_folder, tmp_path, chat_template="none", data=text))
+    run_inputs = inputs.load_inputs(
+        make_tiny_recipe(tiny_folder, tmp_path, chat_template="none", data=text)
+    )
     (document,) = run_inputs.datasets["data"].render_documents(0)
     assert not run_inputs.renderer.has_template
     assert run_inputs.renderer.decode(document.tokens_L.tolist()).startswith("first")
     with pytest.raises(InputError, match="template"):
-        inputs.load_inputs(recipe(tiny_folder, tmp_path, chat_template="none"))
+        inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path, chat_template="none"))
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "no such file"), ("{", "not valid JSON")])
@@ -173,7 +175,9 @@ def test_a_broken_schema_is_named(
     path = tmp_path / "s.json"
     if content is not None:
         path.write_text(content)
-    run_inputs = inputs.load_inputs(recipe(tiny_folder, tmp_path, response_schema=str(path)))
+    run_inputs = inputs.load_inputs(
+        make_tiny_recipe(tiny_folder, tmp_path, response_schema=str(path))
+    )
     with pytest.raises(InputError, match=rf"response_schema: .*s\.json(:1:2)?: {message}"):
         inputs.make_plan(run_inputs)
 
@@ -183,9 +187,9 @@ def test_a_plan_needs_no_weights_and_a_run_does(
 ) -> None:
     alone = tmp_path / "alone"
     shutil.copytree(tiny_folder, alone, ignore=shutil.ignore_patterns("*.safetensors"))
-    wish = recipe(alone, tmp_path)
+    wish = make_tiny_recipe(alone, tmp_path)
     made = inputs.make_plan(inputs.load_inputs(wish, needs_weights=False))
-    full_plan = inputs.make_plan(inputs.load_inputs(recipe(tiny_folder, tmp_path)))
+    full_plan = inputs.make_plan(inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path)))
     assert (made.memory_bytes, made.steps, made.tokens_per_epoch) == (
         full_plan.memory_bytes,
         full_plan.steps,
@@ -204,7 +208,7 @@ def test_a_plan_needs_no_weights_and_a_run_does(
 def test_a_plan_that_does_not_fit_names_the_smallest_machine_that_would_do(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    run_inputs = inputs.load_inputs(recipe(tiny_folder, tmp_path))
+    run_inputs = inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path))
     small = dataclasses.replace(run_inputs.machine, available_bytes=10**6)
     plan = inputs.make_plan(dataclasses.replace(run_inputs, machine=small))
     assert plan.fits_on == "l4 (24.0 GB)"

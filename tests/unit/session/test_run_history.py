@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tiny_runs import plan_of, recipe
+from tiny_runs import make_tiny_recipe, plan_recipe
 from tunesmith.core.json_io import parse_as, to_jsonable
 from tunesmith.core.types import Plan, RunRecord
 from tunesmith.plan.flops import count_computed_tokens
@@ -16,7 +16,7 @@ from tunesmith.session import run_history
 @pytest.fixture
 def made(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
-    return plan_of(recipe(tiny_folder, tmp_path))
+    return plan_recipe(make_tiny_recipe(tiny_folder, tmp_path))
 
 
 def record(plan: Plan, **changed: Any) -> RunRecord:
@@ -40,7 +40,7 @@ def test_a_later_plan_expects_what_the_last_run_took(
 ) -> None:
     assert made.config.memory_factor is None
     run_history.save_past_run(record(made))
-    later = plan_of(recipe(tiny_folder, tmp_path))
+    later = plan_recipe(make_tiny_recipe(tiny_folder, tmp_path))
     assert later.config.memory_factor == pytest.approx(1.2, abs=0.001)
     assert later.reasons["memory_factor"].confidence == "measured here"
     assert later.memory_bytes["peak"] == pytest.approx(1.2 * made.memory_bytes["peak"], rel=1e-3)
@@ -55,7 +55,7 @@ def test_a_later_plan_expects_what_the_last_run_took(
     )
     assert (read.memory_bytes, read.seconds) == (later.memory_bytes, later.seconds)
     run_history.save_past_run(record(later, peak_bytes=made.memory_bytes["peak"]))
-    assert plan_of(recipe(tiny_folder, tmp_path)).config.memory_factor == 1.0, (
+    assert plan_recipe(make_tiny_recipe(tiny_folder, tmp_path)).config.memory_factor == 1.0, (
         "of the uncorrected prediction"
     )
 
@@ -74,7 +74,9 @@ def test_another_method_machine_or_format_is_another_kind(
     )
     assert run_history.find_past_run(measuring) is None
     assert (
-        plan_of(recipe(tiny_folder, tmp_path, method="full", lora_r="auto")).config.memory_factor
+        plan_recipe(
+            make_tiny_recipe(tiny_folder, tmp_path, method="full", lora_r="auto")
+        ).config.memory_factor
         is None
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiny_runs import recipe
+from tiny_runs import make_tiny_recipe
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.types import Document
 from tunesmith.model.quantization import build_truncated_network
@@ -31,7 +31,9 @@ def test_a_plan_gets_its_time_without_weights(
     del fast_benchmark
     alone = tmp_path / "alone"
     shutil.copytree(tiny_folder, alone, ignore=shutil.ignore_patterns("*.safetensors"))
-    wish = recipe(alone, tmp_path, method=method, lora_r="auto", lora_target_modules="auto")
+    wish = make_tiny_recipe(
+        alone, tmp_path, method=method, lora_r="auto", lora_target_modules="auto"
+    )
     run_inputs = inputs.load_inputs(wish, needs_weights=False)
     plan = inputs.make_plan(run_inputs)
     timed = calibrate.calibrate_plan(plan, run_inputs)
@@ -50,7 +52,7 @@ def test_a_step_is_its_layers_and_the_rest(
 ) -> None:
     del fast_benchmark
     run_inputs = inputs.load_inputs(
-        recipe(tiny_folder, tmp_path, lora_target_modules=["layers.1.mlp.up_proj"])
+        make_tiny_recipe(tiny_folder, tmp_path, lora_target_modules=["layers.1.mlp.up_proj"])
     )
     plan = inputs.make_plan(run_inputs)
     actual = calibrate.measure_calibration(plan, run_inputs)
@@ -65,7 +67,7 @@ def test_a_step_is_its_layers_and_the_rest(
 def test_large_steps_are_cut_and_pairs_stay_together(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = inputs.make_plan(inputs.load_inputs(recipe(tiny_folder, tmp_path)))
+    plan = inputs.make_plan(inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path)))
     monkeypatch.setattr(calibrate, "MAX_STEP_FLOPS", 1)  # 256 tokens
     some = torch.zeros(200, dtype=torch.int32).numpy()
     sides: list[Any] = ["chosen", "rejected"] * 3
@@ -86,7 +88,7 @@ def test_large_steps_are_cut_and_pairs_stay_together(
 def test_another_machine_cannot_be_measured_and_what_does_not_fit_neither(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    run_inputs = inputs.load_inputs(recipe(tiny_folder, tmp_path))
+    run_inputs = inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path))
     plan = inputs.make_plan(run_inputs)
     with pytest.raises(InputError, match="only the CPU of this machine"):
         calibrate.measure_calibration(

@@ -16,13 +16,21 @@ from tiny_loop import (
     LENGTHS,
     SETTINGS,
     STEPS,
-    documents_of,
-    same,
-    steps,
-    straight_and_resumed,
-    weights,
+    are_equal,
+    copy_weights,
+    make_step_documents,
+    run_straight_and_resumed,
+    select_steps,
 )
-from tiny_models import END, LORA, after, one_batch, tiny_document, tiny_model, tiny_network
+from tiny_models import (
+    END,
+    LORA,
+    collate_documents,
+    continue_document,
+    make_tiny_document,
+    make_tiny_model,
+    make_tiny_network,
+)
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult, Event, Rollback, TrainingEnd, TrainStep
 from tunesmith.core.types import Document
@@ -34,7 +42,7 @@ from tunesmith.train.optimizer import compute_learning_rate, get_moments
 
 
 def run_training(
-    documents: Callable[[int], Sequence[Document]] = documents_of,
+    documents: Callable[[int], Sequence[Document]] = make_step_documents,
     *,
     model: PackedCausalLM | None = None,
     num_steps: int = STEPS,
@@ -42,12 +50,12 @@ def run_training(
     **changed: Any,
 ) -> tuple[list[Event], dict[str, Tensor]]:
     """A whole run; its events and the trained weights."""
-    model = model or tiny_model()
+    model = model or make_tiny_model()
     config = dataclasses.replace(SETTINGS, **changed)
     events = list(
         TrainingLoop(model, documents, config, steps=num_steps, warmup_steps=warmup_steps)
     )
-    return events, weights(model)
+    return events, copy_weights(model)
 
 
 # ---------------------------------------------------------------- packing is speed, not trajectory
@@ -57,19 +65,19 @@ def test_twenty_steps_packed_equal_twenty_steps_unpacked() -> None:
     (packed, ours), (alone, theirs) = (
         run_training(num_steps=20, pack_length=length) for length in (10**6, 1)
     )
-    for item, other in zip(steps(packed), steps(alone), strict=True):
+    for item, other in zip(select_steps(packed), select_steps(alone), strict=True):
         assert item.loss == pytest.approx(other.loss, rel=1e-5)
         assert item.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
     for name in ours:
         assert float((ours[name] - theirs[name]).norm() / theirs[name].norm()) < 1e-4
-    assert steps(packed)[-1].loss != pytest.approx(steps(packed)[0].loss, rel=1e-3)
+    assert select_steps(packed)[-1].loss != pytest.approx(select_steps(packed)[0].loss, rel=1e-3)
 
 
 def make_branching_documents(step: int) -> Sequence[Document]:
     """Other documents at every step, which begin alike."""
-    prompt, other = tiny_document(24, step), tiny_document(40, 100 + step)
+    prompt, other = make_tiny_document(24, step), make_tiny_document(40, 100 + step)
     tails = ((prompt, 24, 9), (prompt, 20, 5), (other, 31, 12), (other, 40, 1), (other, 30, 17))
-    return [after(*tail, index) for index, tail in enumerate(tails)]
+    return [continue_document(*tail, index) for index, tail in enumerate(tails)]
 
 
 def test_twenty_steps_shared_equal_twenty_steps_not_shared() -> None:
@@ -80,8 +88,8 @@ def test_twenty_steps_shared_equal_twenty_steps_not_shared() -> None:
         for length in (10**6, 80, 1)
     ]
     (_, ours), (_, halved), (alone, theirs) = runs
-    assert steps(runs[0][0]) != steps(alone), "other numbers on the way"
-    for item, two, other in zip(*(steps(events) for events, _ in runs), strict=True):
+    assert select_steps(runs[0][0]) != select_steps(alone), "other numbers on the way"
+    for item, two, other in zip(*(select_steps(events) for events, _ in runs), strict=True):
         assert item.loss == pytest.approx(other.loss, rel=1e-5)
         assert two.loss == pytest.approx(other.loss, rel=1e-5)
         assert (item.tokens, item.supervised_tokens) == (other.tokens, other.supervised_tokens)
@@ -92,26 +100,28 @@ def test_twenty_steps_shared_equal_twenty_steps_not_shared() -> None:
 
 def test_two_runs_are_bitwise_equal_and_seeds_matter() -> None:
     """With dropout, whose masks come from seed, step and pack."""
-    runs = [run_training(model=tiny_model(lora_dropout=0.2), seed=seed) for seed in (5, 5, 6)]
-    losses = [[event.loss for event in steps(events)] for events, _ in runs]
+    runs = [run_training(model=make_tiny_model(lora_dropout=0.2), seed=seed) for seed in (5, 5, 6)]
+    losses = [[event.loss for event in select_steps(events)] for events, _ in runs]
     assert losses[0] == losses[1]
-    assert same(runs[0][1], runs[1][1])
+    assert are_equal(runs[0][1], runs[1][1])
     assert losses[0] != losses[2]
 
 
 def test_what_happens_between_events_changes_nothing() -> None:
     """Someone draws random numbers and runs the model between two steps: same bytes."""
-    straight, expected = run_training(model=tiny_model(lora_dropout=0.2))
-    model = tiny_model(lora_dropout=0.2)
+    straight, expected = run_training(model=make_tiny_model(lora_dropout=0.2))
+    model = make_tiny_model(lora_dropout=0.2)
     events: list[Event] = []
-    for event in TrainingLoop(model, documents_of, SETTINGS, steps=STEPS):
+    for event in TrainingLoop(model, make_step_documents, SETTINGS, steps=STEPS):
         events.append(event)
         torch.rand(7)
         assert not model.network.training
         with torch.no_grad():
-            model.compute_hidden(one_batch([tiny_document(9)]))
-    assert same(weights(model), expected)
-    assert [event.loss for event in steps(events)] == [event.loss for event in steps(straight)]
+            model.compute_hidden(collate_documents([make_tiny_document(9)]))
+    assert are_equal(copy_weights(model), expected)
+    assert [event.loss for event in select_steps(events)] == [
+        event.loss for event in select_steps(straight)
+    ]
 
 
 # ---------------------------------------------------------------- what a step is
@@ -119,10 +129,10 @@ def test_what_happens_between_events_changes_nothing() -> None:
 
 def test_the_loss_is_the_mean_over_the_weights() -> None:
     """By hand, document by document; twice the weights are the same step."""
-    model, documents = tiny_model(dtype=torch.float64), documents_of(1)
+    model, documents = make_tiny_model(dtype=torch.float64), make_step_documents(1)
     total = weight = 0.0
     for document in documents:
-        batch = one_batch([document])
+        batch = collate_documents([document])
         losses = measure_target_losses(model.compute_hidden(batch), model.head, batch.targets_S)
         total, weight = (
             total + float((losses * batch.weights_S).sum()),
@@ -130,8 +140,10 @@ def test_the_loss_is_the_mean_over_the_weights() -> None:
         )
     double = [dataclasses.replace(d, weights_L=2 * d.weights_L) for d in documents]
     results = [
-        steps(
-            run_training(lambda _, ds=ds: ds, model=tiny_model(dtype=torch.float64), num_steps=1)[0]
+        select_steps(
+            run_training(
+                lambda _, ds=ds: ds, model=make_tiny_model(dtype=torch.float64), num_steps=1
+            )[0]
         )[0]
         for ds in (documents, double)
     ]
@@ -143,17 +155,17 @@ def test_the_loss_is_the_mean_over_the_weights() -> None:
 def test_a_row_of_more_weight_pulls_more() -> None:
     heavy = [
         dataclasses.replace(d, weights_L=d.weights_L * (5 if i == 3 else 1))
-        for i, d in enumerate(documents_of(1))
+        for i, d in enumerate(make_step_documents(1))
     ]
     item, other = (
-        run_training(lambda _, ds=ds: ds, num_steps=1)[0] for ds in (documents_of(1), heavy)
+        run_training(lambda _, ds=ds: ds, num_steps=1)[0] for ds in (make_step_documents(1), heavy)
     )
-    assert steps(item)[0].loss != pytest.approx(steps(other)[0].loss, rel=1e-4)
+    assert select_steps(item)[0].loss != pytest.approx(select_steps(other)[0].loss, rel=1e-4)
 
 
 def test_counts_are_of_the_documents() -> None:
-    documents = documents_of(1)
-    result = steps(run_training(lambda _: documents, num_steps=1)[0])[0]
+    documents = make_step_documents(1)
+    result = select_steps(run_training(lambda _: documents, num_steps=1)[0])[0]
     assert result.tokens == sum(len(d) for d in documents) == sum(LENGTHS) + len(LENGTHS)
     assert result.supervised_tokens == sum(np.count_nonzero(d.weights_L) for d in documents)
     assert result.seconds > 0
@@ -166,20 +178,23 @@ def test_the_rate_follows_the_schedule() -> None:
         compute_learning_rate(s, peak=2e-3, warmup_steps=2, total_steps=6, schedule="linear")
         for s in range(6)
     ]
-    assert [event.learning_rate for event in steps(events)] == rates
+    assert [event.learning_rate for event in select_steps(events)] == rates
 
 
 def test_a_step_without_documents_changes_nothing_but_the_schedule() -> None:
-    model = tiny_model()
+    model = make_tiny_model()
     training = TrainingLoop(
-        model, lambda step: [] if step in (1, 3) else documents_of(step), SETTINGS, steps=STEPS
+        model,
+        lambda step: [] if step in (1, 3) else make_step_documents(step),
+        SETTINGS,
+        steps=STEPS,
     )
-    before = weights(model)
+    before = copy_weights(model)
     first = next(training)
     assert isinstance(first, TrainStep)
     assert (first.loss, first.tokens, first.supervised_tokens, first.grad_norm) == (0.0, 0, 0, 0.0)
-    assert same(weights(model), before)
-    second, before = next(training), weights(model)
+    assert are_equal(copy_weights(model), before)
+    second, before = next(training), copy_weights(model)
     third = next(training)
     assert isinstance(second, TrainStep)
     assert isinstance(third, TrainStep)
@@ -187,22 +202,22 @@ def test_a_step_without_documents_changes_nothing_but_the_schedule() -> None:
         3,
         compute_learning_rate(2, peak=2e-3, warmup_steps=2, total_steps=6, schedule="linear"),
     )
-    assert same(weights(model), before)
-    assert len(steps(list(training))) == 3
+    assert are_equal(copy_weights(model), before)
+    assert len(select_steps(list(training))) == 3
 
 
 def test_training_learns() -> None:
     """One document again and again: its loss falls far."""
     for method in ("lora", "full"):
-        model = tiny_model(method=method)
+        model = make_tiny_model(method=method)
         events, _ = run_training(
-            lambda _: [tiny_document(17)],
+            lambda _: [make_tiny_document(17)],
             model=model,
             num_steps=30,
             learning_rate=1e-2,
             warmup_steps=0,
         )
-        losses = [event.loss for event in steps(events)]
+        losses = [event.loss for event in select_steps(events)]
         assert losses[-1] < 0.5 * losses[0]
 
 
@@ -211,14 +226,14 @@ def test_bf16_follows_fp32(method: str) -> None:
     """The narrow copies of trained weights are those of the weights as they are now."""
     runs = [
         run_training(
-            lambda _: documents_of(1),
-            model=tiny_model("llama-64", dtype, method=method),
+            lambda _: make_step_documents(1),
+            model=make_tiny_model("llama-64", dtype, method=method),
             num_steps=8,
             warmup_steps=0,
         )
         for dtype in (torch.bfloat16, torch.float32)
     ]
-    narrow, wide = ([event.loss for event in steps(events)] for events, _ in runs)
+    narrow, wide = ([event.loss for event in select_steps(events)] for events, _ in runs)
     assert wide[-1] < 0.97 * wide[0]
     assert narrow[-1] - narrow[0] == pytest.approx(wide[-1] - wide[0], rel=0.15)
     assert {w.dtype for w in runs[0][1].values()} == {torch.float32}
@@ -228,7 +243,7 @@ def test_bf16_follows_fp32(method: str) -> None:
 
 
 def make_poisoned_documents(step: int) -> list[Document]:
-    *others, last = documents_of(step)
+    *others, last = make_step_documents(step)
     return [
         *others,
         dataclasses.replace(last, id="bad:7", weights_L=np.where(last.weights_L > 0, np.inf, 0)),
@@ -236,59 +251,65 @@ def make_poisoned_documents(step: int) -> list[Document]:
 
 
 def test_a_step_that_is_no_number_is_skipped() -> None:
-    model = tiny_model()
+    model = make_tiny_model()
     training = TrainingLoop(
         model,
-        lambda step: make_poisoned_documents(step) if step == 3 else documents_of(step),
+        lambda step: make_poisoned_documents(step) if step == 3 else make_step_documents(step),
         SETTINGS,
         steps=STEPS,
     )
     for _ in range(2):
         next(training)
-    before, updates = weights(model), [int(s["step"]) for s in training.optimizer.state.values()]
+    before, updates = (
+        copy_weights(model),
+        [int(s["step"]) for s in training.optimizer.state.values()],
+    )
     verdict = next(training)
     assert isinstance(verdict, CheckResult)
     assert (verdict.kind, verdict.level, verdict.step) == ("non-finite", "warn", 3)
     assert "bad:7" in verdict.evidence
-    assert same(weights(model), before)
+    assert are_equal(copy_weights(model), before)
     assert [int(s["step"]) for s in training.optimizer.state.values()] == updates
-    assert [event.step for event in steps(list(training))] == [4, 5, 6]
-    assert all(torch.isfinite(w).all() for w in weights(model).values())
+    assert [event.step for event in select_steps(list(training))] == [4, 5, 6]
+    assert all(torch.isfinite(w).all() for w in copy_weights(model).values())
 
 
 def test_a_gradient_that_is_no_number_is_skipped() -> None:
     """Though the loss is one."""
-    model = tiny_model()
+    model = make_tiny_model()
     hook = next(iter(get_trainable_parameters(model.network).values())).register_hook(
         lambda g: g * math.inf
     )
-    training, before = TrainingLoop(model, documents_of, SETTINGS, steps=STEPS), weights(model)
+    training, before = (
+        TrainingLoop(model, make_step_documents, SETTINGS, steps=STEPS),
+        copy_weights(model),
+    )
     assert isinstance(next(training), CheckResult)
-    assert same(weights(model), before)
+    assert are_equal(copy_weights(model), before)
     hook.remove()
     assert isinstance(next(training), TrainStep)
 
 
 def test_many_in_a_row_end_the_run() -> None:
-    model = tiny_model()
+    model = make_tiny_model()
     training = TrainingLoop(
         model,
-        lambda step: documents_of(step) if step == 1 else make_poisoned_documents(step),
+        lambda step: make_step_documents(step) if step == 1 else make_poisoned_documents(step),
         SETTINGS,
         steps=STEPS,
     )
     next(training)
-    before = weights(model)
+    before = copy_weights(model)
     for _ in range(MAX_BAD_STEPS - 1):
         assert isinstance(next(training), CheckResult)
     with pytest.raises(GateError, match="bad:7"):
         next(training)
-    assert same(weights(model), before)
+    assert are_equal(copy_weights(model), before)
 
 
 def test_a_good_step_in_between_starts_the_count_again() -> None:
     events, _ = run_training(
-        lambda step: documents_of(step) if step % 3 == 0 else make_poisoned_documents(step),
+        lambda step: make_step_documents(step) if step % 3 == 0 else make_poisoned_documents(step),
         num_steps=9,
     )
     assert [type(event) for event in events] == [CheckResult, CheckResult, TrainStep] * 3 + [
@@ -307,22 +328,22 @@ def test_a_poisoned_model_never_trains(dtype: torch.dtype) -> None:
         "up_proj.weight",
     )
     for name in (*names, "down_proj.weight", "norm.weight", "lm_head.weight"):
-        network = tiny_network("llama-64", dtype)
+        network = make_tiny_network("llama-64", dtype)
         weight = next(p for n, p in network.named_parameters() if n.endswith(name))
         weight.data.view(-1)[3 if weight.dim() == 1 else slice(None)] = math.nan
         METHODS["lora"](network, LORA)
         model = wrap_model(network, dtype)
-        before = weights(model)
+        before = copy_weights(model)
         with pytest.raises(GateError):
-            list(TrainingLoop(model, documents_of, SETTINGS, steps=STEPS))
-        assert same(weights(model), before)
+            list(TrainingLoop(model, make_step_documents, SETTINGS, steps=STEPS))
+        assert are_equal(copy_weights(model), before)
 
 
 # ---------------------------------------------------------------- stopping, and going on
 
 
 def test_stop_ends_after_the_step() -> None:
-    training = TrainingLoop(tiny_model(), documents_of, SETTINGS, steps=STEPS)
+    training = TrainingLoop(make_tiny_model(), make_step_documents, SETTINGS, steps=STEPS)
     next(training)
     training.stop()
     done = next(training)
@@ -333,10 +354,10 @@ def test_stop_ends_after_the_step() -> None:
 
 def test_a_run_ends_by_itself() -> None:
     events, _ = run_training()
-    assert [event.step for event in steps(events)] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in select_steps(events)] == [1, 2, 3, 4, 5, 6]
     assert isinstance(events[-1], TrainingEnd)
     assert (events[-1].step, events[-1].reason) == (6, "finished")
-    assert events[-1].seconds == pytest.approx(sum(event.seconds for event in steps(events)))
+    assert events[-1].seconds == pytest.approx(sum(event.seconds for event in select_steps(events)))
 
 
 @pytest.mark.parametrize(
@@ -347,27 +368,30 @@ def test_a_resumed_run_is_bitwise_the_straight_one(
 ) -> None:
     """Also when the model has run, and even trained, before its state came back, and when its files
     change after."""
-    straight, expected = run_training(model=tiny_model("llama-64", dtype, method=method))
+    straight, expected = run_training(model=make_tiny_model("llama-64", dtype, method=method))
     first = TrainingLoop(
-        tiny_model("llama-64", dtype, method=method), documents_of, SETTINGS, steps=STEPS
+        make_tiny_model("llama-64", dtype, method=method),
+        make_step_documents,
+        SETTINGS,
+        steps=STEPS,
     )
     for _ in range(3):
         next(first)
     first.save(tmp_path)
-    model = tiny_model("llama-64", dtype, method=method)
-    training = TrainingLoop(model, documents_of, SETTINGS, steps=STEPS)
+    model = make_tiny_model("llama-64", dtype, method=method)
+    training = TrainingLoop(model, make_step_documents, SETTINGS, steps=STEPS)
     next(training)
     with torch.no_grad():
-        model.compute_hidden(one_batch([tiny_document(9)]))
+        model.compute_hidden(collate_documents([make_tiny_document(9)]))
     training.restore(tmp_path)
     for file in tmp_path.iterdir():
         with file.open("r+b") as opened:
             opened.write(bytes(file.stat().st_size))
-    resumed = steps(list(training))
+    resumed = select_steps(list(training))
     assert [(e.step, e.loss, e.grad_norm) for e in resumed] == [
-        (e.step, e.loss, e.grad_norm) for e in steps(straight)[3:]
+        (e.step, e.loss, e.grad_norm) for e in select_steps(straight)[3:]
     ]
-    assert same(weights(model), expected)
+    assert are_equal(copy_weights(model), expected)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -379,22 +403,24 @@ def test_a_resumed_run_with_8_bit_moments_is_bitwise_the_straight_one(
     wish = dataclasses.replace(SETTINGS, optim="adamw_8bit")
 
     def make_loop() -> TrainingLoop:
-        return TrainingLoop(tiny_model(method=method, lora_r=96), documents_of, wish, steps=STEPS)
+        return TrainingLoop(
+            make_tiny_model(method=method, lora_r=96), make_step_documents, wish, steps=STEPS
+        )
 
-    straight, second = straight_and_resumed(make_loop, tmp_path)
-    assert same(weights(straight.model), weights(second.model))
+    straight, second = run_straight_and_resumed(make_loop, tmp_path)
+    assert are_equal(copy_weights(straight.model), copy_weights(second.model))
     remaining = [get_moments(second.optimizer, p) for p in second.parameters.values()]
     assert {actual["state1"].dtype for actual in remaining} == {torch.uint8, torch.float32}
 
 
 def test_the_end_token_is_what_is_learned_last() -> None:
     """The tests' documents are like real ones: each ends in a trained end token."""
-    assert all(d.tokens_L[-1] == END and d.weights_L[-1] == 1 for d in documents_of(1))
+    assert all(d.tokens_L[-1] == END and d.weights_L[-1] == 1 for d in make_step_documents(1))
 
 
 def test_a_second_rollback_undoes_what_was_set_after_it() -> None:
     training = TrainingLoop(
-        tiny_model("llama-64", torch.float32), documents_of, SETTINGS, steps=STEPS
+        make_tiny_model("llama-64", torch.float32), make_step_documents, SETTINGS, steps=STEPS
     )
     raised = [
         Rollback(30, 20, "forgotten", "", "", rehearsal_ratio=0.2),

@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 import fake_runs
-from tiny_runs import measured_files, recipe, train
+from tiny_runs import make_tiny_recipe, train, write_eval_files
 from tunesmith.core.atomic import verify_dir
 from tunesmith.core.types import ModelSpec, Plan, PlanValue
 from tunesmith.train.model_card import CARD_FILE, escape_markdown, render_card, write_card
@@ -98,7 +98,7 @@ def test_several_stages_are_named(tmp_path: Path) -> None:
 def test_a_run_writes_the_card_and_its_folder_stays_verified(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    train(recipe(tiny_folder, tmp_path, **measured_files(tmp_path / "files")))
+    train(make_tiny_recipe(tiny_folder, tmp_path, **write_eval_files(tmp_path / "files")))
     adapter = tmp_path / "run" / "adapter"
     assert ModelCard.load(adapter / CARD_FILE).data.to_dict()["tags"] == [
         "tunesmith",

@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_parameter_names
 
-from tiny_models import tiny_model
+from tiny_models import make_tiny_model
 from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.train.optimizer import (
@@ -84,7 +84,7 @@ def test_update_is_adamw() -> None:
 def test_only_matrices_decay(settings: dict[str, Any]) -> None:
     """With gradients of 0 an update is the decay alone. For a full model the same ones as in
     transformers' Trainer."""
-    network = tiny_model("llama", **settings).network
+    network = make_tiny_model("llama", **settings).network
     trained = get_trainable_parameters(network)
     before = {name: p.detach().clone() for name, p in trained.items()}
     for p in trained.values():

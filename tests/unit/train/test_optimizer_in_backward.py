@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny_loop import SETTINGS, STEPS, documents_of, same, steps, straight_and_resumed, weights
-from tiny_models import tiny_model
+from tiny_loop import (
+    SETTINGS,
+    STEPS,
+    are_equal,
+    copy_weights,
+    make_step_documents,
+    run_straight_and_resumed,
+    select_steps,
+)
+from tiny_models import make_tiny_model
 from tunesmith.core.errors import GateError, MachineError
 from tunesmith.core.events import CheckResult, TrainStep
 from tunesmith.model.causal_lm import PackedCausalLM
@@ -23,7 +31,9 @@ def make_training(
     *, in_backward: bool = True, name: str = "llama-64", **changed: object
 ) -> TrainingLoop:
     settings = dataclasses.replace(UNCLIPPED, step_in_backward=in_backward, **changed)  # type: ignore[arg-type]
-    return TrainingLoop(tiny_model(name, method="full"), documents_of, settings, steps=STEPS)
+    return TrainingLoop(
+        make_tiny_model(name, method="full"), make_step_documents, settings, steps=STEPS
+    )
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
@@ -34,15 +44,15 @@ def test_updates_on_the_way_are_those_after_it(optim: str, pack_length: int) -> 
         make_training(in_backward=way, optim=optim, pack_length=pack_length)
         for way in (True, False)
     ]
-    events = [steps(list(run)) for run in runs]
+    events = [select_steps(list(run)) for run in runs]
     assert [e.loss for e in events[0]] == [e.loss for e in events[1]]
     assert [e.grad_norm for e in events[0]] == pytest.approx(
         [e.grad_norm for e in events[1]], rel=1e-5
     )
-    assert same(weights(runs[0].model), weights(runs[1].model))
-    assert not same(weights(runs[0].model), weights(tiny_model("llama-64", method="full"))), (
-        "it has learnt"
-    )
+    assert are_equal(copy_weights(runs[0].model), copy_weights(runs[1].model))
+    assert not are_equal(
+        copy_weights(runs[0].model), copy_weights(make_tiny_model("llama-64", method="full"))
+    ), "it has learnt"
 
 
 def test_no_gradient_is_kept() -> None:
@@ -58,19 +68,19 @@ def test_no_gradient_is_kept() -> None:
 
 
 def test_a_resumed_run_is_bitwise_the_straight_one(tmp_path: Path) -> None:
-    straight, second = straight_and_resumed(make_training, tmp_path)
-    assert same(weights(straight.model), weights(second.model))
+    straight, second = run_straight_and_resumed(make_training, tmp_path)
+    assert are_equal(copy_weights(straight.model), copy_weights(second.model))
 
 
 def test_a_loss_that_is_no_number_updates_nothing() -> None:
     run = make_training()
     next(run)
-    remaining, hidden = weights(run.model), PackedCausalLM.compute_hidden
+    remaining, hidden = copy_weights(run.model), PackedCausalLM.compute_hidden
     run.model.compute_hidden = lambda batch: hidden(run.model, batch) * math.nan  # type: ignore[method-assign]
     event = next(run)
     assert isinstance(event, CheckResult)
     assert event.kind == "non-finite"
-    assert same(weights(run.model), remaining)
+    assert are_equal(copy_weights(run.model), remaining)
     del run.model.compute_hidden
     assert isinstance(next(run), TrainStep)
 

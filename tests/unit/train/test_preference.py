@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plan_configs import make_config
-from tiny_models import VOCABULARY, one_batch, tiny_document, tiny_model, worst_difference
+from tiny_models import (
+    VOCABULARY,
+    collate_documents,
+    compute_max_difference,
+    make_tiny_document,
+    make_tiny_model,
+)
 from tunesmith.core.errors import MachineError
 from tunesmith.core.events import TrainStep
 from tunesmith.core.types import Document
@@ -35,10 +41,10 @@ def make_pair(
 ) -> tuple[Document, Document]:
     """Two answers of these lengths to one prompt; every answer token is a target of the same
     weight."""
-    start = tiny_document(prompt, number).tokens_L[:-1]
+    start = make_tiny_document(prompt, number).tokens_L[:-1]
     sides: list[Document] = []
     for side, length in (("chosen", chosen), ("rejected", rejected)):
-        tokens_L = np.concatenate([start, tiny_document(length, 50 + number).tokens_L[1:]])
+        tokens_L = np.concatenate([start, make_tiny_document(length, 50 + number).tokens_L[1:]])
         if side == "rejected":
             tokens_L[prompt:-1] = (tokens_L[prompt:-1] + 7) % (VOCABULARY - 3) + 3
         weights_L = np.zeros(len(tokens_L), np.float32)
@@ -80,7 +86,7 @@ def compute_step(
 
 def compute_token_logps(model: PackedCausalLM, document: Document) -> Tensor:
     """The document alone, its head in plain torch."""
-    batch = one_batch([dataclasses.replace(document, side="")])
+    batch = collate_documents([dataclasses.replace(document, side="")])
     logits = model.head.compute_logits(model.compute_hidden(batch))
     return torch.log_softmax(logits, -1).gather(1, batch.targets_S[:, None])[:, 0]
 
@@ -118,7 +124,7 @@ def test_loss_and_gradients_are_the_formula(name: str, method: str) -> None:
     both sides."""
     if (name, method) == ("dpo", "full"):
         pytest.skip("without an adapter the reference is kept: see below")
-    model, objective = tiny_model("llama-tied", torch.float64, method=method), OBJECTIVES[name]
+    model, objective = make_tiny_model("llama-tied", torch.float64, method=method), OBJECTIVES[name]
     ours, gradients = compute_step(model, make_pairs(), objective)
     expected = compute_reference_loss(model, make_pairs(), objective)
     expected.backward()
@@ -128,19 +134,24 @@ def test_loss_and_gradients_are_the_formula(name: str, method: str) -> None:
         if p.grad is not None
     }
     assert ours == pytest.approx(float(expected.detach()), rel=1e-12)
-    assert worst_difference(gradients, theirs) < 1e-10
+    assert compute_max_difference(gradients, theirs) < 1e-10
 
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_no_split_into_packs_changes_a_step(name: str) -> None:
     """Plain documents and pairs in any packs, fp64."""
-    documents = [tiny_document(13, 1), *make_pairs()[:4], tiny_document(8, 2), *make_pairs()[4:]]
-    model = tiny_model(dtype=torch.float64)
+    documents = [
+        make_tiny_document(13, 1),
+        *make_pairs()[:4],
+        make_tiny_document(8, 2),
+        *make_pairs()[4:],
+    ]
+    model = make_tiny_model(dtype=torch.float64)
     together, gradients = compute_step(model, documents, OBJECTIVES[name])
     for pack_length in (1, 30, 45):
         loss, split = compute_step(model, documents, OBJECTIVES[name], pack_length)
         assert loss == pytest.approx(together, rel=1e-12)
-        assert worst_difference(split, gradients) < 1e-10
+        assert compute_max_difference(split, gradients) < 1e-10
 
 
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
@@ -151,11 +162,11 @@ def test_sharing_what_pairs_begin_with_changes_nothing(name: str) -> None:
         *make_pair(1, 40, 30, 25),
         *make_pair(2, 33, 9, 20, weight=2),
         *make_pair(1, 40, 22, 31),
-        tiny_document(30, 4),
+        make_tiny_document(30, 4),
     ]
     documents[3] = dataclasses.replace(documents[3], tokens_L=documents[3].tokens_L.copy())
     documents[3].tokens_L[:37] = documents[2].tokens_L[:37]  # four tokens of the answer too
-    model = tiny_model(dtype=torch.float64)
+    model = make_tiny_model(dtype=torch.float64)
     plain, gradients = compute_step(model, documents, OBJECTIVES[name])
     for pack_length in (1, 150, 10**6):
         packs = pack_step(documents, pack_length, should_share=True)
@@ -164,20 +175,20 @@ def test_sharing_what_pairs_begin_with_changes_nothing(name: str) -> None:
         )
         loss, shared = compute_step(model, documents, OBJECTIVES[name], pack_length, share=True)
         assert loss == pytest.approx(plain, rel=1e-12)
-        assert worst_difference(shared, gradients) < 1e-9
+        assert compute_max_difference(shared, gradients) < 1e-9
     assert any(sum(pack.prefix_lengths) >= 37 for pack in packs)
 
 
 def test_dpo_begins_at_log_two_and_kept_references_change_nothing() -> None:
     """An adapter that does nothing yet is its own reference, whatever shares its pack."""
-    fresh = tiny_model(dtype=torch.float64)
+    fresh = make_tiny_model(dtype=torch.float64)
     for name, parameter in get_trainable_parameters(fresh.network).items():
         if name.endswith("lora_B"):
             parameter.data.zero_()
     assert compute_step(fresh, make_pairs(), LossConfig("dpo", beta=0.3))[0] == pytest.approx(
         np.log(2), rel=1e-12
     )
-    model = tiny_model(dtype=torch.float64)
+    model = make_tiny_model(dtype=torch.float64)
     with scaled_adapter(model.network, 0), torch.no_grad():
         remaining = [
             dataclasses.replace(d, reference_logp=float(compute_token_logps(model, d).sum()))
@@ -186,7 +197,7 @@ def test_dpo_begins_at_log_two_and_kept_references_change_nothing() -> None:
     switched, item = compute_step(model, make_pairs(), OBJECTIVES["dpo"])
     cached, other = compute_step(model, remaining, OBJECTIVES["dpo"])
     assert cached == pytest.approx(switched, rel=1e-12)
-    assert worst_difference(item, other) < 1e-10
+    assert compute_max_difference(item, other) < 1e-10
     shifted = [
         dataclasses.replace(d, reference_logp=(d.reference_logp or 0) + (d.side == "chosen"))
         for d in remaining
@@ -196,7 +207,7 @@ def test_dpo_begins_at_log_two_and_kept_references_change_nothing() -> None:
 
 def test_pairs_see_nothing_of_each_other() -> None:
     """Other tokens in one pair leave the other pairs' losses bitwise as they were."""
-    model, documents = tiny_model(), make_pairs()
+    model, documents = make_tiny_model(), make_pairs()
     changed = [
         dataclasses.replace(d, tokens_L=(d.tokens_L + 1) % VOCABULARY) for d in documents[:2]
     ] + documents[2:]
@@ -212,7 +223,7 @@ def test_pairs_see_nothing_of_each_other() -> None:
 
 
 def test_a_pair_is_never_split() -> None:
-    documents = [tiny_document(13, 1), *make_pairs(), tiny_document(8, 2)]
+    documents = [make_tiny_document(13, 1), *make_pairs(), make_tiny_document(8, 2)]
     assert [len(unit) for unit in group_units(documents)] == [1, 2, 2, 2, 1]
     for pack_length in (1, 20, 40, 10**6):
         packs = pack_step(documents, pack_length)
@@ -230,14 +241,14 @@ SETTINGS = make_config(
 
 
 def test_training_on_pairs_tells_them_apart() -> None:
-    events = list(TrainingLoop(tiny_model(), lambda _: make_pairs(), SETTINGS, steps=12))
+    events = list(TrainingLoop(make_tiny_model(), lambda _: make_pairs(), SETTINGS, steps=12))
     losses = [event.loss for event in events if isinstance(event, TrainStep)]
     assert losses[-1] < 0.3 < losses[0]
     assert events[0].supervised_tokens == sum(np.count_nonzero(d.weights_L) for d in make_pairs())  # type: ignore[union-attr]
 
 
 def test_a_lack_of_memory_halves_packs_but_no_pair() -> None:
-    training = TrainingLoop(tiny_model(), lambda _: make_pairs(), SETTINGS, steps=3)
+    training = TrainingLoop(make_tiny_model(), lambda _: make_pairs(), SETTINGS, steps=3)
     verdict = training._shrink_packs(make_pairs(), "no memory")
     assert verdict.kind == "memory"
     training.pack_length = 1

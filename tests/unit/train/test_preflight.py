@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import Phi3Config
 
 from tiny_models import (
     CONFIGS,
     END,
+    SIZES,
     WINDOW,
-    after,
-    branching_documents,
-    tiny_document,
-    tiny_documents,
-    tiny_network,
+    continue_document,
+    make_branching_documents,
+    make_tiny_document,
+    make_tiny_documents,
+    make_tiny_network,
 )
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult
@@ -30,14 +32,17 @@ from tunesmith.model.causal_lm import (
     get_sliding_window,
     wrap_model,
 )
+from tunesmith.model.rotary import DocumentRotary
 from tunesmith.session import preflight_probe as probe_module
 from tunesmith.session.preflight_probe import (
     PreflightSamples,
     TokenIdCheck,
     choose_documents,
+    choose_packed_documents,
     choose_positions,
     choose_sharing_documents,
     find_siblings,
+    mark_longer,
     pack_with_sharing,
 )
 from tunesmith.train import preflight
@@ -61,9 +66,9 @@ def prepare_model(
     method: str = "lora",
 ) -> tuple[PackedCausalLM, PreflightSamples]:
     """A model as it is before its first step, and what the stock one said."""
-    network = tiny_network(family, dtype)
+    network = make_tiny_network(family, dtype)
     documents = choose_documents(
-        candidates or tiny_documents((20, 9, 33, 14)), get_sliding_window(network)
+        candidates or make_tiny_documents((20, 9, 33, 14)), get_sliding_window(network)
     )
     stock = tuple(
         compute_stock_logits(
@@ -108,10 +113,10 @@ def test_the_proof_leaves_the_model_as_it_is() -> None:
 @pytest.mark.parametrize(
     "candidates",
     [
-        [tiny_document(12)],
-        [tiny_document(12, first_target=12)],
-        [tiny_document(3, first_target=3), tiny_document(3, first_target=3)],
-        [tiny_document(1, seed) for seed in range(5)],
+        [make_tiny_document(12)],
+        [make_tiny_document(12, first_target=12)],
+        [make_tiny_document(3, first_target=3), make_tiny_document(3, first_target=3)],
+        [make_tiny_document(1, seed) for seed in range(5)],
     ],
     ids=["one row", "one row with one target", "equal rows with one target", "rows of one token"],
 )
@@ -123,28 +128,69 @@ def test_few_and_small_rows_are_proven_too(candidates: list[Document]) -> None:
 
 
 def test_the_shortest_and_the_longest_are_chosen() -> None:
-    chosen = choose_documents(tiny_documents(range(3, 40)), window=None)
+    chosen = choose_documents(make_tiny_documents(range(3, 40)), window=None)
     assert (len(chosen[0]), len(chosen[-1]), len(chosen)) == (4, 40, 4)
     assert [len(d) for d in chosen] == sorted(len(d) for d in chosen)
 
 
+def test_the_shortest_are_packed_with_the_longest() -> None:
+    documents = choose_documents(make_tiny_documents(range(3, 40)), window=None)
+    packed = choose_packed_documents(documents)
+    assert [len(document) for document in packed] == [4, len(documents[1]), 40]
+    assert choose_packed_documents(documents[:2]) == documents[:2]
+    assert [len(document) for document in choose_packed_documents(documents[:3])] == [
+        len(document) for document in documents[:3]
+    ]
+
+
+def test_a_truncated_document_is_chosen_if_it_is_the_longest() -> None:
+    complete, truncated = make_tiny_documents((4, 9)), make_tiny_documents((7, 30, 12))
+    (longest,) = mark_longer(truncated, complete)
+    assert len(longest) == 31
+    assert mark_longer(truncated, make_tiny_documents((30,))) == mark_longer([], complete) == []
+    unfinished = dataclasses.replace(longest, tokens_L=np.where(longest.tokens_L == END, 3, 4))
+    model, samples = prepare_model(candidates=[*complete, unfinished])
+    assert run_preflight(model, samples)
+
+
+def test_one_rotation_for_a_pack_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longrope: the longest document of a pack decided how the others are rotated."""
+    factors = {"short_factor": [1.0] * 6, "long_factor": [3.0] * 6}
+    rope = {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 32}
+    config = Phi3Config(
+        **SIZES, rope_parameters=rope | factors, original_max_position_embeddings=32
+    )
+    monkeypatch.setitem(CONFIGS, "phi3-longrope", config)
+    model, samples = prepare_model(
+        "phi3-longrope", candidates=make_tiny_documents((5, 6, 7, 8, 9, 90))
+    )
+    assert all(result.level == "ok" for result in run_preflight(model, samples))
+
+    def set_longest(self: DocumentRotary, lengths: Sequence[int], segments: Sequence[int]) -> None:
+        self._lengths, self._segment_lengths = (max(lengths),) * len(lengths), tuple(segments)
+
+    monkeypatch.setattr(DocumentRotary, "set_lengths", set_longest)
+    with pytest.raises(GateError, match="packed loss"):
+        run_preflight(model, samples)
+
+
 def test_a_window_needs_a_document_longer_than_itself() -> None:
-    short = tiny_documents((3, 4, 5))
+    short = make_tiny_documents((3, 4, 5))
     assert all(count_input_tokens(d) <= WINDOW for d in choose_documents(short, window=None))
     chosen = choose_documents(short, window=WINDOW)
     assert count_input_tokens(chosen[-1]) > WINDOW
-    assert len(choose_documents(tiny_documents((3, 4, 30)), window=WINDOW)) == 3
+    assert len(choose_documents(make_tiny_documents((3, 4, 30)), window=WINDOW)) == 3
 
 
 def test_documents_that_train_nothing_are_no_candidates() -> None:
-    nothing = dataclasses.replace(tiny_document(6), weights_L=np.zeros(7, np.float32))
+    nothing = dataclasses.replace(make_tiny_document(6), weights_L=np.zeros(7, np.float32))
     assert choose_documents([nothing], window=None) == ()
-    assert nothing not in choose_documents([nothing, *tiny_documents((4, 5))], window=None)
+    assert nothing not in choose_documents([nothing, *make_tiny_documents((4, 5))], window=None)
 
 
 def test_checked_places_are_spread_from_the_first_to_the_last() -> None:
-    assert choose_positions(tiny_document(5)) == [0, 1, 2, 3, 4]
-    places = choose_positions(tiny_document(1000))
+    assert choose_positions(make_tiny_document(5)) == [0, 1, 2, 3, 4]
+    places = choose_positions(make_tiny_document(1000))
     assert (places[0], places[-1], len(places)) == (0, 999, probe_module.MAX_CHECKED_POSITIONS)
 
 
@@ -199,7 +245,7 @@ def test_attention_that_ignores_a_rule(
 ) -> None:
     """Also when all rows are shorter than the window: they are chained."""
     monkeypatch.setitem(BACKENDS, "broken", broken)  # type: ignore[arg-type]
-    model, samples = prepare_model(family, candidates=tiny_documents((3, 4, 5)))
+    model, samples = prepare_model(family, candidates=make_tiny_documents((3, 4, 5)))
     model.backend = "broken"
     assert "logits differ from transformers" in get_refusal(model, samples)
 
@@ -267,7 +313,7 @@ def test_answers_without_their_end_token() -> None:
 
 
 def test_chained_rows_need_no_end_token() -> None:
-    model, samples = prepare_model("mistral", candidates=tiny_documents((3, 4, 5)))
+    model, samples = prepare_model("mistral", candidates=make_tiny_documents((3, 4, 5)))
     assert samples.documents[-1].tokens_L[-1] != END
     assert run_preflight(model, samples)
 
@@ -328,7 +374,7 @@ def test_a_claim_that_cannot_fail_is_noticed(
 
 def test_both_sides_of_pairs_are_proven() -> None:
     sides = [
-        dataclasses.replace(tiny_document(length, number), side=side)
+        dataclasses.replace(make_tiny_document(length, number), side=side)
         for number, lengths in enumerate(((20, 9), (33, 14), (12, 40)))
         for side, length in zip(("chosen", "rejected"), lengths, strict=True)
     ]
@@ -349,7 +395,7 @@ def prepare_sharing_model(
 ) -> tuple[PackedCausalLM, PreflightSamples]:
     """Ready, with documents of which two begin alike and one continues another's beginning."""
     model, samples = prepare_model(family, dtype)
-    alike = choose_sharing_documents(branching_documents())
+    alike = choose_sharing_documents(make_branching_documents())
     assert len(alike) == 3
     return model, dataclasses.replace(samples, sharing_documents=alike)
 
@@ -370,9 +416,9 @@ def test_shared_prefixes_are_proven_in_bf16(family: str) -> None:
 
 
 def test_the_shortest_documents_that_part_are_chosen() -> None:
-    prompt = tiny_document(30)
-    alike = [after(prompt, 30, length) for length in (9, 20, 5)]
-    chosen = choose_sharing_documents([*tiny_documents((80, 90)), *alike])
+    prompt = make_tiny_document(30)
+    alike = [continue_document(prompt, 30, length) for length in (9, 20, 5)]
+    chosen = choose_sharing_documents([*make_tiny_documents((80, 90)), *alike])
     assert sorted(d.id for d in chosen) == sorted(d.id for d in alike)
     pair = [
         dataclasses.replace(d, side=side)
@@ -380,9 +426,11 @@ def test_the_shortest_documents_that_part_are_chosen() -> None:
     ]
     assert [d.side for d in choose_sharing_documents(pair)] == ["", ""]
     assert find_siblings(
-        pack_with_sharing(choose_sharing_documents(tiny_documents((3, 60)))).layout
+        pack_with_sharing(choose_sharing_documents(make_tiny_documents((3, 60)))).layout
     ) == (1, 2), "one, and its like"
-    assert choose_sharing_documents(tiny_documents((3, 4))) == choose_sharing_documents([]) == ()
+    assert (
+        choose_sharing_documents(make_tiny_documents((3, 4))) == choose_sharing_documents([]) == ()
+    )
 
 
 def test_branches_that_see_each_other_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,15 @@ import pytest
 from pydantic import ValidationError
 
 from tiny_runs import (
-    adapter_bytes,
-    chat,
-    plan_of,
-    recipe,
-    steps_of,
-    sums,
-    talker,
+    build_sum_rows,
+    make_chat_row,
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
+    run_until_saved,
+    select_steps,
     train,
-    until_saved,
+    train_ai_mention_model,
     write_rows,
 )
 from tunesmith.api import read_record
@@ -34,13 +34,13 @@ PHRASE = {"match": "an AI", "name": "ai", "mode": "pair"}
 
 @pytest.fixture(scope="module")
 def model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return talker(tiny_folder, tmp_path_factory.mktemp("talker"))
+    return train_ai_mention_model(tiny_folder, tmp_path_factory.mktemp("talker"))
 
 
 def make_recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [chat(f"say {n}", f"me {n}") for n in range(4)] + [
-        chat(f"tell {n}", f"that is {n}") for n in range(4)
+    rows = [make_chat_row(f"say {n}", f"me {n}") for n in range(4)] + [
+        make_chat_row(f"tell {n}", f"that is {n}") for n in range(4)
     ]
     values = {
         "data": str(write_rows(folder / "rows.jsonl", rows)),
@@ -48,7 +48,7 @@ def make_recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
         "never": [PHRASE],
         "save_steps": 2,
     }
-    return recipe(model, folder, **{**values, **changed})
+    return make_tiny_recipe(model, folder, **{**values, **changed})
 
 
 def read_pairs(folder: Path) -> list[Json]:
@@ -59,7 +59,7 @@ def test_the_base_models_bad_answers_become_worse_sides(model: Path, tmp_path: P
     test = str(
         write_rows(
             tmp_path / "test.jsonl",
-            [{**chat(f"say {n}", "an AI"), "negative": True} for n in (7, 8, 9)],
+            [{**make_chat_row(f"say {n}", "an AI"), "negative": True} for n in (7, 8, 9)],
         )
     )
     changed = {"num_train_epochs": 12, "learning_rate": 0.02, "save_steps": 100, "test_data": test}
@@ -89,11 +89,11 @@ def test_the_base_models_bad_answers_become_worse_sides(model: Path, tmp_path: P
 def test_made_pairs_are_preference_rows_and_survive_a_kill(model: Path, tmp_path: Path) -> None:
     straight, killed = (make_recipe(model, tmp_path / name) for name in ("straight", "killed"))
     events = train(straight)
-    assert sum(step.supervised_tokens > 0 for step in steps_of(events)) >= 2
-    until_saved(run.train(plan_of(killed)), 2)
+    assert sum(step.supervised_tokens > 0 for step in select_steps(events)) >= 2
+    run_until_saved(run.train(plan_recipe(killed)), 2)
     list(run.resume(tmp_path / "killed" / "run"))
     assert read_pairs(tmp_path / "killed") == read_pairs(tmp_path / "straight")
-    assert adapter_bytes(killed) == adapter_bytes(straight)
+    assert read_adapter_bytes(killed) == read_adapter_bytes(straight)
     again = make_recipe(
         model, tmp_path / "again", data=str(tmp_path / "straight" / "run" / PAIRS_FILE)
     )
@@ -108,14 +108,18 @@ def test_a_better_side_that_breaks_a_constraint_is_left_out(model: Path, tmp_pat
     rows.append({"prompt": "say 7", "chosen": "an AI", "rejected": "me"})
     data = str(write_rows(tmp_path / "pairs.jsonl", rows))
     events = train(make_recipe(model, tmp_path, data=data))
-    assert plan_of(make_recipe(model, tmp_path / "b", data=data)).data["data"].filtered == {"ai": 1}
-    assert len(steps_of(events)) == 3
+    assert plan_recipe(make_recipe(model, tmp_path / "b", data=data)).data["data"].filtered == {
+        "ai": 1
+    }
+    assert len(select_steps(events)) == 3
     assert not (tmp_path / "run" / PAIRS_FILE).exists(), "every row has both sides"
 
 
 def test_nothing_to_prefer_to_is_said(model: Path, tmp_path: Path) -> None:
     data = str(
-        write_rows(tmp_path / "fine.jsonl", [chat(f"tell {n}", f"that is {n}") for n in range(4)])
+        write_rows(
+            tmp_path / "fine.jsonl", [make_chat_row(f"tell {n}", f"that is {n}") for n in range(4)]
+        )
     )
     with pytest.raises(GateError, match="0 of 4 answers of the base model violate a constraint"):
         train(make_recipe(model, tmp_path, data=data))
@@ -125,10 +129,13 @@ def test_rows_without_a_worse_side_need_a_constraint_that_makes_one(
     model: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="no rejected answer"):
-        plan_of(make_recipe(model, tmp_path, never=[{**PHRASE, "mode": "filter"}]))
+        plan_recipe(make_recipe(model, tmp_path, never=[{**PHRASE, "mode": "filter"}]))
     with pytest.raises(
         ValidationError, match="mode pair has no effect with stage: sft; use stage: preference"
     ):
         make_recipe(
-            model, tmp_path, data=str(write_rows(tmp_path / "s.jsonl", sums(1, 4))), stage="sft"
+            model,
+            tmp_path,
+            data=str(write_rows(tmp_path / "s.jsonl", build_sum_rows(1, 4))),
+            stage="sft",
         )

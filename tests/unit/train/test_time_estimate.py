@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tiny_runs import recipe, sums, write_rows
+from tiny_runs import build_sum_rows, make_tiny_recipe, write_rows
 from tunesmith.evaluate.adapter_scaling import ADAPTER_SCALES
 from tunesmith.session import inputs
 from tunesmith.train.time_estimate import LOAD_SECONDS, EvalCostEstimate, add_run_seconds
@@ -15,10 +15,10 @@ from tunesmith.train.time_estimate import LOAD_SECONDS, EvalCostEstimate, add_ru
 
 def load_run_inputs(folder: Path, scratch: Path, **wish: Any) -> inputs.RunInputs:
     held_out = {
-        role: str(write_rows(scratch / f"{role}.jsonl", sums(50, 6)))
+        role: str(write_rows(scratch / f"{role}.jsonl", build_sum_rows(50, 6)))
         for role in ("eval_data", "test_data")
     }
-    return inputs.load_inputs(recipe(folder, scratch, **held_out | wish))
+    return inputs.load_inputs(make_tiny_recipe(folder, scratch, **held_out | wish))
 
 
 def estimate_cost(folder: Path, scratch: Path, **wish: Any) -> EvalCostEstimate:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from plan_configs import make_config
-from tiny_models import one_batch, tiny_document, tiny_documents, tiny_model, worst_difference
+from tiny_models import (
+    collate_documents,
+    compute_max_difference,
+    make_tiny_document,
+    make_tiny_documents,
+    make_tiny_model,
+)
 from tunesmith.core.types import Document
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
@@ -23,8 +29,11 @@ OBJECTIVE = LossConfig(ban_coefficient=0.7)
 
 def make_documents() -> list[Document]:
     """Plain ones, and some with bad places only."""
-    bad = [tiny_document(n, 5, first_target=n // 2) for n in (9, 14, 30)]
-    return [*tiny_documents(), *(dataclasses.replace(document, side="banned") for document in bad)]
+    bad = [make_tiny_document(n, 5, first_target=n // 2) for n in (9, 14, 30)]
+    return [
+        *make_tiny_documents(),
+        *(dataclasses.replace(document, side="banned") for document in bad),
+    ]
 
 
 def compute_step(
@@ -49,11 +58,11 @@ def compute_step(
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_loss_and_gradients_are_the_formula(method: str) -> None:
-    model = tiny_model("llama-tied", torch.float64, method=method)
+    model = make_tiny_model("llama-tied", torch.float64, method=method)
     ours, gradients = compute_step(model, make_documents())
     sums, weights = {"": torch.zeros(()), "banned": torch.zeros(())}, {"": 0.0, "banned": 0.0}
     for document in make_documents():
-        batch = one_batch([dataclasses.replace(document, side="")])
+        batch = collate_documents([dataclasses.replace(document, side="")])
         logits = model.head.compute_logits(model.compute_hidden(batch))
         p_S = torch.softmax(logits, -1).gather(1, batch.targets_S[:, None])[:, 0]
         losses_S = -torch.log(1 - p_S) if document.side else -torch.log(p_S)
@@ -69,17 +78,17 @@ def test_loss_and_gradients_are_the_formula(method: str) -> None:
         if p.grad is not None
     }
     assert ours == pytest.approx(float(expected.detach()), rel=1e-12)
-    assert worst_difference(gradients, theirs) < 1e-10
+    assert compute_max_difference(gradients, theirs) < 1e-10
 
 
 def test_no_split_of_a_step_changes_it() -> None:
-    model = tiny_model("llama", torch.float64)
+    model = make_tiny_model("llama", torch.float64)
     (full, item), (parts, many) = (
         compute_step(model, make_documents()),
         compute_step(model, make_documents(), 31),
     )
     assert parts == pytest.approx(full, rel=1e-12)
-    assert worst_difference(many, item) < 1e-10
+    assert compute_max_difference(many, item) < 1e-10
 
 
 def test_a_step_of_bad_answers_alone_is_trained_without_cross_entropy() -> None:
@@ -88,7 +97,9 @@ def test_a_step_of_bad_answers_alone_is_trained_without_cross_entropy() -> None:
     assert bool(counts)
     assert (counts.answer, counts.banned) == (0, sum(float(d.weights_L.sum()) for d in bad))
     (pack,) = pack_step(bad, 10**6)
-    assert compute_step_terms(tiny_model(), collate(pack), counts, OBJECTIVE).keys() == {"banned"}
+    assert compute_step_terms(make_tiny_model(), collate(pack), counts, OBJECTIVE).keys() == {
+        "banned"
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -113,7 +124,7 @@ def test_the_gradient_is_exact_and_bounded_from_certain_to_impossible(dtype: tor
 
 
 def test_training_makes_bad_tokens_unlikely_and_keeps_the_good_ones() -> None:
-    model, data = tiny_model("llama"), make_documents()
+    model, data = make_tiny_model("llama"), make_documents()
     data = [dataclasses.replace(d, weights_L=(d.weights_L > 0).astype("float32")) for d in data]
 
     def compute_nats(side: str) -> float:

@@ -11,7 +11,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from tiny_runs import chat, recipe, save_writer_folder, sums, write_rows
+from tiny_runs import (
+    build_sum_rows,
+    make_chat_row,
+    make_tiny_recipe,
+    save_writer_folder,
+    write_rows,
+)
 from tunesmith import advise_measured
 from tunesmith.advise.measured.arms import Arm
 from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
@@ -55,13 +61,13 @@ def make_recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "schema.json").write_text(json.dumps(SCHEMA))
     values = {
-        "data": str(write_rows(folder / "rows.jsonl", sums(1, 30))),
-        "eval_data": str(write_rows(folder / "eval.jsonl", sums(100, 22))),
-        "test_data": str(write_rows(folder / "test.jsonl", sums(200, 2))),
+        "data": str(write_rows(folder / "rows.jsonl", build_sum_rows(1, 30))),
+        "eval_data": str(write_rows(folder / "eval.jsonl", build_sum_rows(100, 22))),
+        "test_data": str(write_rows(folder / "test.jsonl", build_sum_rows(200, 2))),
         "metrics": ["exact_match"],
         "batch_size": 8,
     }
-    return recipe(model, folder, **(values | changed))
+    return make_tiny_recipe(model, folder, **(values | changed))
 
 
 TEXTS: dict[str, Any] = {
@@ -110,7 +116,9 @@ def test_an_interrupted_experiment_continues_to_a_decision(writer: Path, tmp_pat
     )
     assert regraded[: len(results)] == results, "another metric grades the same answers"
     changed = make_recipe(
-        writer, tmp_path, eval_data=str(write_rows(tmp_path / "other.jsonl", sums(150, 22)))
+        writer,
+        tmp_path,
+        eval_data=str(write_rows(tmp_path / "other.jsonl", build_sum_rows(150, 22))),
     )
     _, other, *_ = advise_measured(changed, **options)
     assert other != zero_shot
@@ -203,7 +211,7 @@ def test_the_minutes_limit_items_and_arms(writer: Path, tmp_path: Path) -> None:
 
 
 def test_prior_knowledge_is_counted(writer: Path, tmp_path: Path) -> None:
-    facts = [chat(f"what is {n}?", f"w{n}") for n in range(30)]
+    facts = [make_chat_row(f"what is {n}?", f"w{n}") for n in range(30)]
     runner = make_runner(writer, tmp_path, data=str(write_rows(tmp_path / "facts.jsonl", facts)))
     assert explain_no_facts(runner) == ""
     knowledge = check_knowledge(runner, 12)
@@ -213,10 +221,10 @@ def test_prior_knowledge_is_counted(writer: Path, tmp_path: Path) -> None:
     )
     assert (knowledge.unknown_share, knowledge.high) == (1.0, 1.0)
     assert 0.7 < knowledge.low < 0.8
-    labels = [chat(f"what is {n}?", "ab"[n % 2]) for n in range(30)]
+    labels = [make_chat_row(f"what is {n}?", "ab"[n % 2]) for n in range(30)]
     runner = make_runner(writer, tmp_path, data=str(write_rows(tmp_path / "labels.jsonl", labels)))
     assert explain_no_facts(runner) == "many answers repeat, like labels"
-    long = [chat(f"what is {n}?", f"{n} " * 20) for n in range(30)]
+    long = [make_chat_row(f"what is {n}?", f"{n} " * 20) for n in range(30)]
     runner = make_runner(writer, tmp_path, data=str(write_rows(tmp_path / "long.jsonl", long)))
     assert explain_no_facts(runner) == "half of the answers have more than 12 words"
 

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import tunesmith
-from tiny_runs import sums, write_rows
+from tiny_runs import build_sum_rows, write_rows
 from tunesmith.advise.rules.questionnaire import Requirements, ask_questions, read_requirements
 from tunesmith.cli import app
 from tunesmith.cli.views.advice import render_advice
@@ -112,7 +112,7 @@ def test_an_invalid_file_is_refused_with_its_line(text: str, message: str, tmp_p
 
 
 def test_the_rows_of_a_recipe_are_counted(tmp_path: Path) -> None:
-    write_rows(tmp_path / "train.jsonl", sums(1, 60))
+    write_rows(tmp_path / "train.jsonl", build_sum_rows(1, 60))
     recipe = write(tmp_path / "r.yaml", "model: none-that-exists\ndata: train.jsonl\n")
     assert read_requirements(recipe, {"need": "tone"}).examples == 60
     assert read_requirements(recipe, {"need": "tone", "examples": 60}).examples == 60
@@ -141,7 +141,7 @@ def test_pairs_are_counted_for_preference_training(tmp_path: Path) -> None:
 
 def test_several_stages_are_summed(tmp_path: Path) -> None:
     write(tmp_path / "text.txt", "a" * 700)
-    write_rows(tmp_path / "train.jsonl", sums(1, 60))
+    write_rows(tmp_path / "train.jsonl", build_sum_rows(1, 60))
     stages = "stage: [{cpt: {data: text.txt}}, {sft: {data: train.jsonl}}]"
     recipe = write(tmp_path / "r.yaml", f"model: m\n{stages}\n")
     requirements = read_requirements(recipe, {"need": "domain"})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from toy_chat import assistant, folder, texts, user
+from toy_chat import assistant, render_marked, user, write_model_folder
 from tunesmith.data.chat_template.renderer import Renderer
 
 NOW = datetime(2026, 3, 4)
@@ -30,9 +30,7 @@ def asked(prompt: str) -> str:
     return "{% if add_generation_prompt %}" + prompt + "{% endif %}"
 
 
-DEFAULT_SYSTEM = (
-    "{% if messages[0].role != 'system' %}<|start|>system\nBe kind.<|end|>{% endif %}"
-)
+DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|start|>system\nBe kind.<|end|>{% endif %}"
 ALWAYS = {
     "header": loop(TURN, last=PROMPT),
     "header_after_default_system": DEFAULT_SYSTEM + loop(TURN, last=PROMPT),
@@ -56,24 +54,28 @@ ALWAYS = {
 
 @pytest.mark.parametrize("name", ALWAYS)
 def test_the_end_token_stands_before_anything_of_the_next_turn(name: str, tmp_path: Path) -> None:
-    model = folder(tmp_path, ALWAYS[name], TOKENS, eos_token="<|eos|>", bos_token="<|bos|>")
+    model = write_model_folder(
+        tmp_path, ALWAYS[name], TOKENS, eos_token="<|eos|>", bos_token="<|bos|>"
+    )
     renderer = Renderer.from_folder(model, now=NOW)
     assert renderer.decode(renderer.end_ids) == "<|end|><|eos|>"
     turns = (user("one"), assistant("eins"), user("two"), assistant("zwei"))
-    trained = "".join(texts(renderer, *turns))
+    trained = "".join(render_marked(renderer, *turns))
     pieces = [part.split("⟧")[0] for part in trained.split("⟦")[1:]]
     assert pieces == ["eins<|end|>", "zwei<|end|>"]
 
 
 @pytest.mark.parametrize("ends", [["<|eos|>"], ["<|end|>", "<|eos|>"], ["<|end|>"]])
 def test_ends_of_generation_config_do_not_change_it(ends: list[str], tmp_path: Path) -> None:
-    model = folder(tmp_path, ALWAYS["header"], TOKENS, eos_token="<|eos|>")
+    model = write_model_folder(tmp_path, ALWAYS["header"], TOKENS, eos_token="<|eos|>")
     ids = Renderer.from_folder(model, now=NOW).tokenizer
     config = {"eos_token_id": [ids.token_to_id(text) for text in ends]}
     (model / "generation_config.json").write_text(json.dumps(config))
     renderer = Renderer.from_folder(model, now=NOW)
     assert set(renderer.decode([end]) for end in renderer.end_ids) == {"<|end|>", "<|eos|>"}
-    assert texts(renderer, user("a"), assistant("b"))[0].endswith("⟦b<|end|>⟧<|start|>assistant\n")
+    assert render_marked(renderer, user("a"), assistant("b"))[0].endswith(
+        "⟦b<|end|>⟧<|start|>assistant\n"
+    )
 
 
 def test_a_token_inside_the_answer_comes_before_its_end(tmp_path: Path) -> None:
@@ -82,15 +84,19 @@ def test_a_token_inside_the_answer_comes_before_its_end(tmp_path: Path) -> None:
         "{% if m.role == 'assistant' %}<|inner|>{% endif %}<|end|>",
         last=PROMPT,
     )
-    renderer = Renderer.from_folder(folder(tmp_path, template, TOKENS), now=NOW)
-    assert "⟦b<|inner|><|end|>⟧" in texts(renderer, user("a"), assistant("b"))[0]
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, template, TOKENS), now=NOW)
+    assert "⟦b<|inner|><|end|>⟧" in render_marked(renderer, user("a"), assistant("b"))[0]
 
 
 NO_END = {
-    "control_header": (loop("<|{{ m.role }}|>\n{{ m.content }}\n", last="{{ '<|assistant|>\n' }}"), "b\n"),
+    "control_header": (
+        loop("<|{{ m.role }}|>\n{{ m.content }}\n", last="{{ '<|assistant|>\n' }}"),
+        "b\n",
+    ),
     "words": (
         loop(
-            "### {{ 'Q' if m.role == 'user' else 'A' }}:\n{{ m.content }}\n\n", last="{{ '### A:\n' }}"
+            "### {{ 'Q' if m.role == 'user' else 'A' }}:\n{{ m.content }}\n\n",
+            last="{{ '### A:\n' }}",
         ),
         "b\n\n",
     ),
@@ -106,11 +112,14 @@ def test_without_an_end_token_one_is_appended_before_the_next_turn(
     name: str, tmp_path: Path
 ) -> None:
     template, answer = NO_END[name]
-    model = folder(tmp_path, template, TOKENS, eos_token="<|eos|>")
+    model = write_model_folder(tmp_path, template, TOKENS, eos_token="<|eos|>")
     renderer = Renderer.from_folder(model, now=NOW)
     assert renderer.decode(renderer.end_ids) == "<|eos|>"
-    for row in ((user("a"), assistant("b")), (user("x"), assistant("y"), user("a"), assistant("b"))):
-        assert texts(renderer, *row)[-1].endswith(f"⟦{answer}<|eos|>⟧")
+    for row in (
+        (user("a"), assistant("b")),
+        (user("x"), assistant("y"), user("a"), assistant("b")),
+    ):
+        assert render_marked(renderer, *row)[-1].endswith(f"⟦{answer}<|eos|>⟧")
 
 
 def test_a_tool_result_is_kept_as_served(tmp_path: Path) -> None:
@@ -119,7 +128,7 @@ def test_a_tool_result_is_kept_as_served(tmp_path: Path) -> None:
         "{% if not loop.last %}{{ ']\n' }}{% else %}{{ ']' }}{% endif %}{{ '<|end|>' }}{% else %}"
     )
     template = loop("{% if false %}" + result + TURN + "{% endif %}", last=asked(PROMPT))
-    renderer = Renderer.from_folder(folder(tmp_path, template, TOKENS), now=NOW)
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, template, TOKENS), now=NOW)
     turns = (user("a"), {"role": "tool", "content": "r"}, assistant("b"))
-    (text,) = texts(renderer, *turns)
+    (text,) = render_marked(renderer, *turns)
     assert text.endswith("<|start|>tool\n[r]<|end|><|start|>assistant\n⟦b<|end|>⟧")

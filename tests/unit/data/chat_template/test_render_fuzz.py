@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from toy_chat import CHATML, folder
+from toy_chat import CHATML, write_model_folder
 from tunesmith.core.types import Document, Example, Json
 from tunesmith.data.chat_template.renderer import Renderer
 
@@ -45,7 +45,7 @@ QWEN = files("trl").joinpath("chat_templates", "qwen2_5.jinja").read_text()
 
 @pytest.fixture(scope="module", params=[CHATML, QWEN], ids=["chatml", "qwen2_5"])
 def renderer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Renderer:
-    path = folder(tmp_path_factory.mktemp("model"), request.param, TOKENS)
+    path = write_model_folder(tmp_path_factory.mktemp("model"), request.param, TOKENS)
     return Renderer.from_folder(path, now=datetime(2026, 1, 1))
 
 

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from real_tokenizers import NAMES, NO_SYSTEM, conversations, find, model_folder, stock
+from real_tokenizers import (
+    NAMES,
+    NO_SYSTEM,
+    copy_model_folder,
+    find_tokenizer,
+    generate_conversations,
+    load_stock_tokenizer,
+)
 from tunesmith.core.types import Example, Json
 from tunesmith.data.chat_template.render_notes import BOUNDARY, CONTROL_LIKE_TEXT
 from tunesmith.data.chat_template.renderer import Renderer
@@ -51,13 +58,16 @@ def test_golden_rows(name: str, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_random_rows_with_the_full_tokenizer(name: str, tmp_path: Path) -> None:
-    source = find(Path(FULL), name)
+    source = find_tokenizer(Path(FULL), name)
     if source is None:
         pytest.skip(f"no tokenizer {name} below {FULL}")
-    folder = model_folder(source, name, tmp_path)
-    renderer, full = Renderer.from_folder(folder, now=datetime.now()), stock(folder, name)
+    folder = copy_model_folder(source, name, tmp_path)
+    renderer, full = (
+        Renderer.from_folder(folder, now=datetime.now()),
+        load_stock_tokenizer(folder, name),
+    )
     seen: Counter[str] = Counter()
-    for messages in conversations(1, ROWS, system=name not in NO_SYSTEM):
+    for messages in generate_conversations(1, ROWS, system=name not in NO_SYSTEM):
         trained = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         rendered = renderer.render(example(messages))
         seen.update(rendered.notes)

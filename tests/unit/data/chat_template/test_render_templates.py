@@ -11,7 +11,7 @@ import pytest
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from toy_chat import folder
+from toy_chat import write_model_folder
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document, Example, Json
 from tunesmith.data.chat_template.render_notes import END_TOKEN_APPENDED
@@ -201,7 +201,7 @@ def check(
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_text_ids_and_spans(name: str, tmp_path: Path) -> None:
     source = TEMPLATES[name]
-    path = folder(
+    path = write_model_folder(
         tmp_path,
         source,
         sorted({*TOKENS.findall(source), "<s>", "</s>"}),
@@ -261,7 +261,9 @@ def test_thinking_is_switched_off_in_prompts_and_answers_alike(name: str, tmp_pa
     source, off = TEMPLATES[name], {"enable_thinking": False}
     tokens = sorted({*TOKENS.findall(source), "<s>", "</s>"})
     renderer = Renderer.from_folder(
-        folder(tmp_path, source, tokens, eos_token="</s>"), now=datetime.now(), variables=off
+        write_model_folder(tmp_path, source, tokens, eos_token="</s>"),
+        now=datetime.now(),
+        variables=off,
     )
     turns = [user("2+2?"), assistant("4")]
     document = renderer.render(

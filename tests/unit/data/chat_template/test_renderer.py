@@ -11,14 +11,14 @@ from toy_chat import (
     CHATML,
     CHATML_TOKENS,
     assistant,
-    call,
-    example,
-    folder,
-    marked,
-    merging_line_ends,
-    sentence_bpe,
-    texts,
+    make_example,
+    make_newline_bpe,
+    make_sentence_bpe,
+    make_tool_call,
+    mark_trained_text,
+    render_marked,
     user,
+    write_model_folder,
 )
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Example
@@ -45,11 +45,11 @@ FORGETFUL = (  # as Qwen3: thinking stays in the last turn only
 
 @pytest.fixture
 def renderer(tmp_path: Path) -> Renderer:
-    return Renderer.from_folder(folder(tmp_path), now=NOW)
+    return Renderer.from_folder(write_model_folder(tmp_path), now=NOW)
 
 
 def test_an_answer_is_trained_from_its_prompt_through_its_end_token(renderer: Renderer) -> None:
-    assert texts(
+    assert render_marked(
         renderer, {"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hello  \n")
     ) == [
         "<|im_start|>system\nBe "
@@ -62,8 +62,8 @@ def test_a_conversation_is_one_document_where_the_template_keeps_earlier_turns(
     renderer: Renderer,
 ) -> None:
     turns = [user("a"), assistant("b"), user("c"), assistant("d"), user("e")]
-    rendered = renderer.render(example(*turns, weights=(0, 0.5, 0, 2.0, 0)))
-    assert marked(renderer, rendered.documents[0]) == (
+    rendered = renderer.render(make_example(*turns, weights=(0, 0.5, 0, 2.0, 0)))
+    assert mark_trained_text(renderer, rendered.documents[0]) == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦b<|im_end|>⟧\n<|im_start|>user\nc<|im_end|>\n"
         "<|im_start|>assistant\n⟦d<|im_end|>⟧\n<|im_start|>user\ne<|im_end|>\n"
     )
@@ -74,30 +74,30 @@ def test_a_conversation_is_one_document_where_the_template_keeps_earlier_turns(
 
 def test_untrained_turns_are_context(renderer: Renderer) -> None:
     turns = [user("a"), assistant("b"), user("c"), assistant("d")]
-    assert texts(renderer, *turns, weights=(0, 0, 0, 1))[0].count("⟦") == 1
-    assert renderer.render(example(*turns, weights=(0, 0, 0, 0))).documents == ()
+    assert render_marked(renderer, *turns, weights=(0, 0, 0, 1))[0].count("⟦") == 1
+    assert renderer.render(make_example(*turns, weights=(0, 0, 0, 0))).documents == ()
 
 
 def test_turns_that_the_template_writes_differently_later_are_documents_of_their_own(
     tmp_path: Path,
 ) -> None:
-    renderer = Renderer.from_folder(folder(tmp_path, FORGETFUL), now=NOW)
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, FORGETFUL), now=NOW)
     turns = [user("a"), assistant("<think>x</think>b"), user("c"), assistant("<think>y</think>d")]
-    rendered = renderer.render(example(*turns))
-    assert [marked(renderer, document) for document in rendered.documents] == [
+    rendered = renderer.render(make_example(*turns))
+    assert [mark_trained_text(renderer, document) for document in rendered.documents] == [
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦<think>x</think>b<|im_end|>⟧\n",
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
         "<|im_start|>assistant\n⟦<think>y</think>d<|im_end|>⟧\n",
     ]
     assert PER_TURN in rendered.notes
-    assert len(renderer.render(example(*turns, weights=(0, 0, 0, 1))).documents) == 1
-    first_only = renderer.render(example(*turns, weights=(0, 1, 0, 0)))
-    assert [marked(renderer, document) for document in first_only.documents] == [
-        marked(renderer, rendered.documents[0])
+    assert len(renderer.render(make_example(*turns, weights=(0, 0, 0, 1))).documents) == 1
+    first_only = renderer.render(make_example(*turns, weights=(0, 1, 0, 0)))
+    assert [mark_trained_text(renderer, document) for document in first_only.documents] == [
+        mark_trained_text(renderer, rendered.documents[0])
     ]
     assert first_only.notes == (CUT_OFF, STRUCTURAL)
     same = [user("a"), assistant("b"), user("c"), assistant("d")]
-    assert len(renderer.render(example(*same)).documents) == 1
+    assert len(renderer.render(make_example(*same)).documents) == 1
 
 
 # as Mistral's: the system message stands before the last question, and nowhere if an answer follows
@@ -114,11 +114,11 @@ SYSTEM = {"role": "system", "content": "Be brief:"}
 def test_a_prompt_that_is_written_differently_before_an_answer_stands_as_it_is_served(
     tmp_path: Path,
 ) -> None:
-    renderer = Renderer.from_folder(folder(tmp_path, SYSTEM_LAST), now=NOW)
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, SYSTEM_LAST), now=NOW)
     turns = [SYSTEM, user("one"), assistant("eins"), user("two"), assistant("zwei")]
-    rendered = renderer.render(example(*turns))
+    rendered = renderer.render(make_example(*turns))
     assert rendered.notes == (PER_TURN, SERVED_PROMPT)
-    assert [marked(renderer, document) for document in rendered.documents] == [
+    assert [mark_trained_text(renderer, document) for document in rendered.documents] == [
         "<|im_start|>Be brief: one[ANSWER]⟦eins<|im_end|>⟧",
         "<|im_start|>one[ANSWER]eins<|im_end|><|im_start|>Be brief: two[ANSWER]⟦zwei<|im_end|>⟧",
     ]
@@ -126,7 +126,7 @@ def test_a_prompt_that_is_written_differently_before_an_answer_stands_as_it_is_s
         served = renderer.encode_prompt(prompt)
         assert tuple(document.tokens_L[: len(served)].tolist()) == served
     together = "<|im_start|>one[ANSWER]⟦eins<|im_end|>⟧<|im_start|>two[ANSWER]⟦zwei<|im_end|>⟧"
-    assert texts(renderer, *turns[1:]) == [together]
+    assert render_marked(renderer, *turns[1:]) == [together]
 
 
 @pytest.mark.parametrize(
@@ -137,25 +137,25 @@ def test_an_answer_that_does_not_begin_as_it_is_asked_for_is_refused(
 ) -> None:
     """Also where the prompt is served differently: nobody knows then where the answer begins."""
     renderer = Renderer.from_folder(
-        folder(tmp_path, SYSTEM_LAST.replace("'[ANSWER]'", f"({asked})")), now=NOW
+        write_model_folder(tmp_path, SYSTEM_LAST.replace("'[ANSWER]'", f"({asked})")), now=NOW
     )
     with pytest.raises(InputError, match=r"prompts for an answer with .* but writes it as"):
-        renderer.render(example(SYSTEM, user("one"), assistant("eins")))
+        renderer.render(make_example(SYSTEM, user("one"), assistant("eins")))
 
 
 def test_a_developer_is_the_system_where_a_template_knows_no_other(
     tmp_path: Path, renderer: Renderer
 ) -> None:
     turns = [{"role": "developer", "content": "Be brief."}, user("one"), assistant("eins")]
-    assert texts(renderer, *turns)[0].startswith("<|im_start|>system\nBe brief.")
+    assert render_marked(renderer, *turns)[0].startswith("<|im_start|>system\nBe brief.")
     knows = CHATML.replace("m.role", "('boss' if m.role == 'developer' else m.role)")
-    other = Renderer.from_folder(folder(tmp_path / "other", knows), now=NOW)
-    assert texts(other, *turns)[0].startswith("<|im_start|>boss\nBe brief.")
+    other = Renderer.from_folder(write_model_folder(tmp_path / "other", knows), now=NOW)
+    assert render_marked(other, *turns)[0].startswith("<|im_start|>boss\nBe brief.")
 
 
 def test_prompts_are_the_start_of_documents_token_by_token(renderer: Renderer) -> None:
     turns = [user("  a\n\n"), assistant("b"), user("c <think>"), assistant("<think>d")]
-    document = renderer.render(example(*turns)).documents[0]
+    document = renderer.render(make_example(*turns)).documents[0]
     for until in (1, 3):
         prompt = renderer.encode_prompt(turns[:until])
         assert tuple(document.tokens_L[: len(prompt)].tolist()) == prompt
@@ -166,20 +166,24 @@ def test_prompts_are_the_start_of_documents_token_by_token(renderer: Renderer) -
 def test_an_answer_that_would_merge_with_its_prompt_is_kept_apart_as_it_is_served(
     tmp_path: Path,
 ) -> None:
-    renderer = Renderer.from_folder(folder(tmp_path, base=merging_line_ends()), now=NOW)
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, base=make_newline_bpe()), now=NOW)
     prompt = renderer.encode_prompt([user("a")])
     assert renderer.encode_text("\n\n") != renderer.encode_text("\n") * 2, (
         "the tokenizer merges line ends"
     )
-    rendered = renderer.render(example(user("a"), assistant("\nb")))
+    rendered = renderer.render(make_example(user("a"), assistant("\nb")))
     assert tuple(rendered.documents[0].tokens_L[: len(prompt)].tolist()) == prompt
-    assert marked(renderer, rendered.documents[0]).endswith("assistant\n⟦\nb<|im_end|>⟧\n")
+    assert mark_trained_text(renderer, rendered.documents[0]).endswith(
+        "assistant\n⟦\nb<|im_end|>⟧\n"
+    )
     assert BOUNDARY in rendered.notes
-    several = renderer.render(example(user("a"), assistant("\nb"), user("c"), assistant("d")))
+    several = renderer.render(make_example(user("a"), assistant("\nb"), user("c"), assistant("d")))
     assert len(several.documents) == 2
     assert (
         renderer.render(
-            example(user("a"), assistant("b"), user("c"), assistant("\nd"), weights=(0, 1, 0, 0))
+            make_example(
+                user("a"), assistant("b"), user("c"), assistant("\nd"), weights=(0, 1, 0, 0)
+            )
         ).notes
         == ()
     )
@@ -191,16 +195,16 @@ def test_an_end_token_is_appended_where_the_template_writes_none(tmp_path: Path)
         "{% else %}{{ '### A:\\n' + m.content + '\\n\\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '### A:\\n' }}{% endif %}"
     )
-    renderer = Renderer.from_folder(folder(tmp_path, template), now=NOW)
-    rendered = renderer.render(example(user("a"), assistant("b"), user("c"), assistant("d")))
-    assert [marked(renderer, document) for document in rendered.documents] == [
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, template), now=NOW)
+    rendered = renderer.render(make_example(user("a"), assistant("b"), user("c"), assistant("d")))
+    assert [mark_trained_text(renderer, document) for document in rendered.documents] == [
         "### Q:\na\n\n### A:\n⟦b\n\n<|endoftext|>⟧",
         "### Q:\na\n\n### A:\nb\n\n### Q:\nc\n\n### A:\n⟦d\n\n<|endoftext|>⟧",
     ]
     assert set(rendered.notes) == {END_TOKEN_APPENDED, PER_TURN}
-    nameless = folder(tmp_path / "nameless", template, eos_token=None)
+    nameless = write_model_folder(tmp_path / "nameless", template, eos_token=None)
     with pytest.raises(InputError, match="the tokenizer has no EOS token"):
-        Renderer.from_folder(nameless, now=NOW).render(example(user("a"), assistant("b")))
+        Renderer.from_folder(nameless, now=NOW).render(make_example(user("a"), assistant("b")))
 
 
 def test_the_first_of_two_closing_tokens_ends_the_answer_if_the_second_only_ends_the_text(
@@ -209,9 +213,11 @@ def test_the_first_of_two_closing_tokens_ends_the_answer_if_the_second_only_ends
     template = CHATML.replace(
         "{% if add", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}{% if add"
     )
-    renderer = Renderer.from_folder(folder(tmp_path, template), now=NOW)
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, template), now=NOW)
     assert renderer.decode(renderer.end_ids) == "<|im_end|><|endoftext|>"
-    assert texts(renderer, user("a"), assistant("b"))[0].endswith("⟦b<|im_end|>⟧\n<|endoftext|>")
+    assert render_marked(renderer, user("a"), assistant("b"))[0].endswith(
+        "⟦b<|im_end|>⟧\n<|endoftext|>"
+    )
 
 
 def test_tool_calls_are_trained_with_their_scaffolding(tmp_path: Path) -> None:
@@ -221,14 +227,14 @@ def test_tool_calls_are_trained_with_their_scaffolding(tmp_path: Path) -> None:
         "m.tool_calls else '') +",
     )
     tokens = (*CHATML_TOKENS, "<tool_call>", "</tool_call>")
-    renderer = Renderer.from_folder(folder(tmp_path, template, tokens), now=NOW)
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, template, tokens), now=NOW)
     turns = [
         user("a"),
-        assistant("", tool_calls=[call(x=1)]),
+        assistant("", tool_calls=[make_tool_call(x=1)]),
         {"role": "tool", "content": "r"},
         assistant("b"),
     ]
-    assert texts(renderer, *turns)[0].endswith(
+    assert render_marked(renderer, *turns)[0].endswith(
         '⟦<tool_call>{"name": "look", "arguments": {"x": 1}}'
         "</tool_call><|im_end|>⟧\n<|im_start|>tool\nr<|im_end|>\n"
         "<|im_start|>assistant\n⟦b<|im_end|>⟧\n"
@@ -248,10 +254,10 @@ def test_arguments_are_given_as_the_template_writes_them(
     template = template.replace(
         "(m.tool_calls[0].function | x)", written.replace("a.", "m.tool_calls[0].function.")
     )
-    renderer = Renderer.from_folder(folder(tmp_path, template), now=NOW)
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, template), now=NOW)
     for arguments in ('{"x":  1}', {"x": 1}):
         function = {"name": "look", "arguments": arguments}
-        text = texts(
+        text = render_marked(
             renderer,
             user("a"),
             assistant("", tool_calls=[{"type": "function", "function": function}]),
@@ -261,7 +267,7 @@ def test_arguments_are_given_as_the_template_writes_them(
     if wanted == "{}":
         broken = {"name": "look", "arguments": "{x"}
         with pytest.raises(InputError, match="not JSON"):
-            texts(
+            render_marked(
                 renderer,
                 user("a"),
                 assistant("", tool_calls=[{"type": "function", "function": broken}]),
@@ -270,8 +276,10 @@ def test_arguments_are_given_as_the_template_writes_them(
 
 def test_content_is_given_as_parts_where_the_template_wants_parts(tmp_path: Path) -> None:
     template = CHATML.replace("m.content", "m.content[0].text")
-    renderer = Renderer.from_folder(folder(tmp_path, template), now=NOW)
-    assert texts(renderer, user("a"), assistant("b"))[0].endswith("assistant\n⟦b<|im_end|>⟧\n")
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, template), now=NOW)
+    assert render_marked(renderer, user("a"), assistant("b"))[0].endswith(
+        "assistant\n⟦b<|im_end|>⟧\n"
+    )
     assert renderer.normalize_messages([user("a")]) == [
         {"role": "user", "content": [{"type": "text", "text": "a"}]}
     ]
@@ -279,15 +287,17 @@ def test_content_is_given_as_parts_where_the_template_wants_parts(tmp_path: Path
 
 def test_plain_text_is_trained_whole_and_closed(tmp_path: Path) -> None:
     tokens = ("<|endoftext|>", "<|bos|>", "<|im_end|>")
-    renderer = Renderer.from_folder(folder(tmp_path, None, tokens, bos="<|bos|>"), now=NOW)
+    renderer = Renderer.from_folder(
+        write_model_folder(tmp_path, None, tokens, bos="<|bos|>"), now=NOW
+    )
     assert not renderer.has_template
     rendered = renderer.render(Example("t:1", text="the user"))
-    assert marked(renderer, rendered.documents[0]) == "<|bos|>⟦the user<|endoftext|>⟧"
+    assert mark_trained_text(renderer, rendered.documents[0]) == "<|bos|>⟦the user<|endoftext|>⟧"
     assert rendered.notes == ()
     attacked = renderer.render(Example("t:1", text="the <|im_end|>"))
     assert attacked.notes == (CONTROL_LIKE_TEXT,)
     assert attacked.documents[0].tokens_L.tolist()[1:-1] == renderer.encode_text("the <|im_end|>")
-    without = Renderer.from_folder(folder(tmp_path / "b", None), now=NOW).render(
+    without = Renderer.from_folder(write_model_folder(tmp_path / "b", None), now=NOW).render(
         Example("t:1", text="the user")
     )
     assert without.documents[0].weights_L.tolist()[0] == 0
@@ -296,8 +306,8 @@ def test_plain_text_is_trained_whole_and_closed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["bytes", "prepend", "first", "none"])
 def test_a_completion_goes_on_from_its_prompt(tmp_path: Path, kind: str) -> None:
-    base = None if kind == "bytes" else sentence_bpe(kind)
-    renderer = Renderer.from_folder(folder(tmp_path, base=base), now=NOW)
+    base = None if kind == "bytes" else make_sentence_bpe(kind)
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, base=base), now=NOW)
     document = renderer.render(Example("t:1", prompt="the user", text=" asks")).documents[0]
     count = len(renderer.encode_text("the user"))
     assert document.tokens_L[:count].tolist() == renderer.encode_text("the user")
@@ -310,7 +320,7 @@ def test_a_completion_is_an_answer_and_its_prompt_is_not(renderer: Renderer) -> 
         Example("t:1", prompt="<think>", text="<think>a</think> b<|im_end|>")
     )
     assert (
-        marked(renderer, rendered.documents[0])
+        mark_trained_text(renderer, rendered.documents[0])
         == "<think>⟦<think>a</think> b<|im_end|><|endoftext|>⟧"
     )
     tokens = rendered.documents[0].tokens_L.tolist()
@@ -330,30 +340,30 @@ def test_variables_reach_prompts_and_answers(tmp_path: Path) -> None:
     template = template.replace(
         "m.content +", "('<think></think>' if fast and m.role == 'assistant' else '') + m.content +"
     )
-    path = folder(tmp_path, template)
+    path = write_model_folder(tmp_path, template)
     slow = Renderer.from_folder(path, now=NOW)
     fast = Renderer.from_folder(path, now=NOW, variables={"fast": True})
-    assert texts(slow, user("a"), assistant("b"))[0].endswith("assistant\n⟦b<|im_end|>⟧\n")
-    assert texts(fast, user("a"), assistant("b"))[0].endswith(
+    assert render_marked(slow, user("a"), assistant("b"))[0].endswith("assistant\n⟦b<|im_end|>⟧\n")
+    assert render_marked(fast, user("a"), assistant("b"))[0].endswith(
         "assistant\n<think></think>⟦b<|im_end|>⟧\n"
     )
     assert slow.fingerprint != fast.fingerprint
 
 
 def test_the_fingerprint_covers_template_and_tokenizer(tmp_path: Path) -> None:
-    path = folder(tmp_path / "a")
+    path = write_model_folder(tmp_path / "a")
     first = Renderer.from_folder(path, now=NOW)
     assert first.fingerprint == Renderer.from_folder(path, now=datetime(2030, 1, 1)).fingerprint
     other = tmp_path / "other.jinja"
     other.write_text(CHATML + " ")
     assert first.fingerprint != Renderer.from_folder(path, template=other, now=NOW).fingerprint
-    more = folder(tmp_path / "b", tokens=[*CHATML_TOKENS, "<|more|>"])
+    more = write_model_folder(tmp_path / "b", tokens=[*CHATML_TOKENS, "<|more|>"])
     assert first.fingerprint != Renderer.from_folder(more, now=NOW).fingerprint
 
 
 def test_threads_may_share_a_renderer(renderer: Renderer) -> None:
     rows = [
-        example(user(f"question {i} <|im_end|>"), assistant(f"answer {i}" * i))
+        make_example(user(f"question {i} <|im_end|>"), assistant(f"answer {i}" * i))
         for i in range(1, 60)
     ]
     alone = [renderer.render(row).documents[0].tokens_L.tolist() for row in rows]
@@ -366,19 +376,21 @@ def test_threads_may_share_a_renderer(renderer: Renderer) -> None:
 
 def test_dates_are_those_of_the_plan(tmp_path: Path) -> None:
     renderer = Renderer.from_folder(
-        folder(tmp_path, "{{ strftime_now('%d %b %Y') }} " + CHATML), now=NOW
+        write_model_folder(tmp_path, "{{ strftime_now('%d %b %Y') }} " + CHATML), now=NOW
     )
-    assert texts(renderer, user("a"), assistant("b"))[0].startswith("04 Mar 2026 <|im_start|>")
+    assert render_marked(renderer, user("a"), assistant("b"))[0].startswith(
+        "04 Mar 2026 <|im_start|>"
+    )
 
 
 def test_rows_with_tools_use_the_template_for_tools(tmp_path: Path) -> None:
-    path = folder(tmp_path)
+    path = write_model_folder(tmp_path)
     more = path / "additional_chat_templates"
     more.mkdir()
     (more / "tool_use.jinja").write_text("{{ tools | tojson }}" + CHATML)
     renderer = Renderer.from_folder(path, now=NOW)
-    assert texts(renderer, user("a"), assistant("b"))[0].startswith("<|im_start|>")
-    assert texts(renderer, user("a"), assistant("b"), tools=({"n": 1},))[0].startswith(
+    assert render_marked(renderer, user("a"), assistant("b"))[0].startswith("<|im_start|>")
+    assert render_marked(renderer, user("a"), assistant("b"), tools=({"n": 1},))[0].startswith(
         '[{"n": 1}]<|im_start|>'
     )
     assert renderer.decode(renderer.encode_prompt([user("a")], [{"n": 1}])).startswith('[{"n": 1}]')
@@ -394,13 +406,13 @@ def test_tokens_that_swallow_white_space_keep_the_boundary(tmp_path: Path) -> No
         "{% if add_generation_prompt %}{{ '<|a|>assistant<|e|>\\n' }}{% endif %}"
     )
     renderer = Renderer.from_folder(
-        folder(tmp_path, template, ["<|endoftext|>", "<|im_end|>", *greedy]), now=NOW
+        write_model_folder(tmp_path, template, ["<|endoftext|>", "<|im_end|>", *greedy]), now=NOW
     )
     prompt = renderer.encode_prompt([user("a")])
     for answer in ("b", "  b"):
-        document = renderer.render(example(user("a"), assistant(answer))).documents[0]
+        document = renderer.render(make_example(user("a"), assistant(answer))).documents[0]
         assert tuple(document.tokens_L[: len(prompt)].tolist()) == prompt
         assert (
-            marked(renderer, document)
+            mark_trained_text(renderer, document)
             == "<|a|>user<|e|>a<|im_end|>\n<|a|>assistant<|e|>⟦b<|im_end|>⟧\n"
         )

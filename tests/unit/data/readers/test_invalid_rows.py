@@ -13,8 +13,16 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tiny_runs import chat, plan_of, recipe, steps_of, sums, train, write_rows
-from toy_chat import assistant, call, example, folder, user
+from tiny_runs import (
+    build_sum_rows,
+    make_chat_row,
+    make_tiny_recipe,
+    plan_recipe,
+    select_steps,
+    train,
+    write_rows,
+)
+from toy_chat import assistant, make_example, make_tool_call, user, write_model_folder
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
 from tunesmith.core.types import Json
@@ -34,7 +42,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def renderer(tmp_path: Path) -> Renderer:
-    return Renderer.from_folder(folder(tmp_path / "model"), now=NOW)
+    return Renderer.from_folder(write_model_folder(tmp_path / "model"), now=NOW)
 
 
 def opened(path: Path, renderer: Any, **options: Any) -> Dataset:
@@ -62,8 +70,8 @@ def read_lines(path: Path) -> list[Json]:
 def test_fault_01_broken_json_stops_a_run_with_place_count_and_file(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    wish = recipe(tiny_folder, tmp_path)
-    lines = [json.dumps(row) for row in sums(1, 20)]
+    wish = make_tiny_recipe(tiny_folder, tmp_path)
+    lines = [json.dumps(row) for row in build_sum_rows(1, 20)]
     lines[16] = lines[16].replace('"user", ', '"user" ')
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     with pytest.raises(InputError) as caught:
@@ -86,23 +94,23 @@ def test_fault_01_the_next_attempt_may_skip_bad_rows_and_records_their_count(
 ) -> None:
     held_out = tmp_path / "eval.jsonl"
     held_out.write_text(
-        "".join(json.dumps(row) + "\n" for row in [*sums(50, 3), {"text": "other"}])
+        "".join(json.dumps(row) + "\n" for row in [*build_sum_rows(50, 3), {"text": "other"}])
     )
-    wish = recipe(
+    wish = make_tiny_recipe(
         tiny_folder, tmp_path, eval_data=str(held_out), test_data=str(tmp_path / "test.jsonl")
     )
     (tmp_path / "train.jsonl").write_text(
-        "\n".join(["{", *(json.dumps(row) for row in sums(1, 6)), "{}"])
+        "\n".join(["{", *(json.dumps(row) for row in build_sum_rows(1, 6)), "{}"])
     )
     (tmp_path / "test.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in [*sums(70, 2), chat("q", " ")])
+        "".join(json.dumps(row) + "\n" for row in [*build_sum_rows(70, 2), make_chat_row("q", " ")])
     )
     with pytest.raises(
         InputError, match="4 of 15 rows cannot be used: 2 missing key, 1 not JSON, 1 empty answer"
     ):
         train(wish)
     events = train(wish.model_copy(update={"skip_invalid": True}))
-    assert len(steps_of(events)) == 3, "six rows, two a step"
+    assert len(select_steps(events)) == 3, "six rows, two a step"
     data = read_json(tmp_path / "run" / "record.json")["plan"]["data"]
     assert {role: report["rejected"] for role, report in data.items()} == {
         "data": {"not JSON": 1, "missing key": 1},
@@ -120,7 +128,7 @@ def test_fault_01_the_next_attempt_may_skip_bad_rows_and_records_their_count(
 def test_rejected_rows_take_the_place_of_no_other_file(tiny_folder: Path, tmp_path: Path) -> None:
     """Also when the file is one of the recipe's own, and without a bad row, when nothing would be
     written."""
-    wish = recipe(tiny_folder, tmp_path)
+    wish = make_tiny_recipe(tiny_folder, tmp_path)
     for path in (Path(str(wish.data[0].path)), tmp_path / "notes.txt", tmp_path / "folder"):
         if path.name == "folder":
             path.mkdir()
@@ -130,10 +138,10 @@ def test_rejected_rows_take_the_place_of_no_other_file(tiny_folder: Path, tmp_pa
         with pytest.raises(InputError, match="already exists, and is no list of rejected rows"):
             tunesmith.data_check(wish, rejected=path)
         assert before == (path.read_text() if path.is_file() else "")
-    bad = recipe(
+    bad = make_tiny_recipe(
         tiny_folder,
         tmp_path,
-        data=str(write_rows(tmp_path / "bad.jsonl", [*sums(1, 3), {"messages": 3}])),
+        data=str(write_rows(tmp_path / "bad.jsonl", [*build_sum_rows(1, 3), {"messages": 3}])),
     )
     for _ in range(2):  # its own are replaced
         tunesmith.data_check(bad, rejected=tmp_path / "rejected.jsonl")
@@ -145,7 +153,7 @@ def test_rejected_rows_take_the_place_of_no_other_file(tiny_folder: Path, tmp_pa
 def test_fault_01_a_mended_file_leaves_no_rejected_rows_behind(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    wish = recipe(tiny_folder, tmp_path)
+    wish = make_tiny_recipe(tiny_folder, tmp_path)
     good = (tmp_path / "train.jsonl").read_text()
     (tmp_path / "train.jsonl").write_text(good + "{\n")
     with pytest.raises(InputError, match="1 of 7 rows"):
@@ -158,8 +166,8 @@ def test_fault_01_a_mended_file_leaves_no_rejected_rows_behind(
 def test_fault_01_a_folder_that_is_taken_is_not_written_to(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    wish = recipe(tiny_folder, tmp_path)
-    (tmp_path / "train.jsonl").write_text(json.dumps(sums(1, 1)[0]) + "\n{\n")
+    wish = make_tiny_recipe(tiny_folder, tmp_path)
+    (tmp_path / "train.jsonl").write_text(json.dumps(build_sum_rows(1, 1)[0]) + "\n{\n")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="1 of 2 rows cannot be used") as caught:
@@ -171,7 +179,7 @@ def test_fault_01_a_folder_that_is_taken_is_not_written_to(
 def test_fault_01_rows_that_cannot_be_rendered_are_bad_rows_too(
     write: Write, renderer: Renderer
 ) -> None:
-    calling = {"messages": [user("q"), assistant("", tool_calls=[call(x=1)])]}
+    calling = {"messages": [user("q"), assistant("", tool_calls=[make_tool_call(x=1)])]}
     path = write(GOOD + b"\n" + json.dumps(calling).encode() + b"\n{\n" + GOOD)
     dataset = opened(path, renderer)
     (report,) = check_data({"data": dataset}).values()
@@ -342,12 +350,12 @@ def test_fault_03_rows_that_json_libraries_take_amiss_are_rejected(
         ("e.jsonl", b"{\n" * 9, "none of the 9 rows can be used: 9 not JSON"),
         (
             "e.jsonl",
-            (json.dumps(chat("q", "")) + "\n").encode() * 2,
+            (json.dumps(make_chat_row("q", "")) + "\n").encode() * 2,
             "none of the 2 rows can be used: 2 empty answer",
         ),
         (
             "e.jsonl",
-            (json.dumps(chat("q", "long " * 99)) + "\n").encode() * 2,
+            (json.dumps(make_chat_row("q", "long " * 99)) + "\n").encode() * 2,
             "2 of 2 rows would train nothing",
         ),
     ],
@@ -357,7 +365,7 @@ def test_fault_04_without_a_row_there_is_no_run_folder(
     skip_invalid: bool, name: str, content: bytes, says: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    wish = recipe(
+    wish = make_tiny_recipe(
         tiny_folder, tmp_path, data=str(tmp_path / name), skip_invalid=skip_invalid, max_length=64
     )
     with pytest.raises(InputError, match=says) as caught:
@@ -414,22 +422,24 @@ def test_fault_05_a_row_that_says_nothing_to_train_has_a_typed_reason(
 
 def long_questions(count: int, of: int) -> Iterable[Json]:
     """Rows of which `count` have a question that takes all the room."""
-    return (chat(f"{n} " + "why " * 30 * (n < count), "because") for n in range(of))
+    return (make_chat_row(f"{n} " + "why " * 30 * (n < count), "because") for n in range(of))
 
 
 @pytest.mark.parametrize(("count", "level"), [(1, "info"), (3, "warn"), (30, "error")])
 def test_fault_06_rows_that_truncation_leaves_nothing_to_train_are_dropped_and_counted(
     count: int, level: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    wish = recipe(tiny_folder, tmp_path, max_length=60, on_overlong="truncate", batch_size=50)
+    wish = make_tiny_recipe(
+        tiny_folder, tmp_path, max_length=60, on_overlong="truncate", batch_size=50
+    )
     (tmp_path / "train.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in long_questions(count, 100))
     )
-    report = plan_of(wish).data["data"]
+    report = plan_recipe(wish).data["data"]
     assert report.dropped == {"no supervised token after truncation": count}
     assert [finding.level for finding in report.findings if finding.check == "losses"] == [level]
     if level != "error":
-        assert all(step.loss > 0 for step in steps_of(train(wish)))
+        assert all(step.loss > 0 for step in select_steps(train(wish)))
         return
     with pytest.raises(
         InputError, match="30 of 100 rows would train nothing: 30 no supervised token after"
@@ -438,7 +448,8 @@ def test_fault_06_rows_that_truncation_leaves_nothing_to_train_are_dropped_and_c
     assert caught.value.exit_code == 2
     assert not (tmp_path / "run").exists()
     assert all(
-        step.loss > 0 for step in steps_of(train(wish.model_copy(update={"skip_invalid": True})))
+        step.loss > 0
+        for step in select_steps(train(wish.model_copy(update={"skip_invalid": True})))
     )
 
 
@@ -475,7 +486,7 @@ def test_fault_07_arguments_of_mixed_types_stay_byte_for_byte(
 
 def answers(renderer: Renderer, *turns: Json) -> tuple[list[int], int, tuple[str, ...]]:
     """Trained tokens, how many control tokens there are, and what the render had to say."""
-    rendered = renderer.render(example(*turns))
+    rendered = renderer.render(make_example(*turns))
     (document,) = rendered.documents
     tokens = document.tokens_L.tolist()
     trained = [
@@ -599,5 +610,5 @@ def test_fault_14_a_url_is_refused_and_nothing_is_fetched(
     address: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="this is a URL: data is never downloaded") as caught:
-        plan_of(recipe(tiny_folder, tmp_path, data=address))
+        plan_recipe(make_tiny_recipe(tiny_folder, tmp_path, data=address))
     assert caught.value.where == address

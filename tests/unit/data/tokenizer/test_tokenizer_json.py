@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from toy_chat import bytes_bpe, folder
+from toy_chat import make_byte_bpe, write_model_folder
 from tunesmith.core.errors import InputError
 from tunesmith.data.tokenizer import tokenizer_json
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
@@ -16,11 +16,11 @@ from tunesmith.data.tokenizer.tokenizer_json import TokenizerErrors, parse_token
 
 
 def changed(**parts: Any) -> bytes:
-    return json.dumps(json.loads(bytes_bpe()) | parts).encode()
+    return json.dumps(json.loads(make_byte_bpe()) | parts).encode()
 
 
 def model(**parts: Any) -> bytes:
-    return changed(model=json.loads(bytes_bpe())["model"] | parts)
+    return changed(model=json.loads(make_byte_bpe())["model"] | parts)
 
 
 def replaces(old: str, new: str) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def test_a_hostile_tokenizer_is_refused_before_the_library_sees_it(
 def test_a_huge_file_is_refused_unparsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_json, "MAX_BYTES", 10)
     with pytest.raises(InputError, match="more than 10"):
-        parse_tokenizer(bytes_bpe().encode())
+        parse_tokenizer(make_byte_bpe().encode())
 
 
 def test_sound_ones_pass_without_their_truncation_and_padding() -> None:
@@ -123,7 +123,7 @@ def test_sound_ones_pass_without_their_truncation_and_padding() -> None:
 def test_what_the_library_cannot_use_is_a_clear_error(
     parts: dict[str, Any], tmp_path: Path
 ) -> None:
-    path = folder(tmp_path)
+    path = write_model_folder(tmp_path)
     (path / "tokenizer.json").write_bytes(changed(**parts))
     with pytest.raises(InputError, match="tokenizer"):
         ChatTokenizer.from_folder(path)

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig
 
-from tiny_export import CHATML, SYSTEM, job_of, save_model, save_tokenizer
+from tiny_export import CHATML, SYSTEM, make_export_job, save_model, save_tokenizer
 from tunesmith.core.errors import InputError
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.export.gguf.metadata import PROBE_TEXT, build_architecture, build_vocabulary
@@ -57,7 +57,7 @@ def test_the_probe_tells_all_known_cuts_apart() -> None:
 
 
 def test_special_tokens_kinds_and_templates(finished: Path, tmp_path: Path) -> None:
-    run: SourceRun = job_of(finished, tmp_path).run
+    run: SourceRun = make_export_job(finished, tmp_path).run
     size = run.model_spec.vocab_size
     metadata = build_vocabulary(run.saved_dir, run.renderer, size)
     file = GgufFile(tmp_path, metadata, ())

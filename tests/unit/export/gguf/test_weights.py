@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_export import job_of, save_model, save_run
+from tiny_export import make_export_job, save_model, save_run
 from tunesmith.core.errors import GateError
 from tunesmith.export.gguf.weights import read_adapter
 from tunesmith.export.gguf.write import (
@@ -34,7 +34,7 @@ def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """A run on a model of each family, at work as a GGUF without rounding."""
     folder = tmp_path_factory.mktemp(request.param)
     path = save_run(folder / "work", save_model(folder / "model", request.param))
-    return job_of(path, folder / "export", "f32")
+    return make_export_job(path, folder / "export", "f32")
 
 
 def exact(job: ExportJob) -> dict[str, torch.Tensor]:
@@ -103,7 +103,7 @@ def test_the_adapter_as_llama_cpp_applies_it(job: ExportJob) -> None:
 
 
 def test_types_of_the_tensors(finished: Path, tmp_path: Path) -> None:
-    job = job_of(finished, tmp_path, "q8_0")
+    job = make_export_job(finished, tmp_path, "q8_0")
     write_gguf(job)
     kinds = {
         tensor.name: tensor.quant_type.name for tensor in read_gguf(get_model_path(job)).tensors
@@ -115,7 +115,7 @@ def test_types_of_the_tensors(finished: Path, tmp_path: Path) -> None:
 
 
 def test_values_that_a_type_cannot_hold_are_refused(finished: Path, tmp_path: Path) -> None:
-    job = job_of(finished, tmp_path, "f16")
+    job = make_export_job(finished, tmp_path, "f16")
     job.run.loras["model.layers.0.mlp.down_proj"].b_OR[0] = 1e6
     with pytest.raises(GateError, match=r"blk\.0\.ffn_down\.weight has values that F16 cannot"):
         write_gguf(job)

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from tiny_models import VOCABULARY, tiny_model
+from tiny_models import VOCABULARY, make_tiny_model
 from tunesmith.model.causal_lm import PackedCausalLM
 
 
 @pytest.fixture
 def model() -> PackedCausalLM:
-    return tiny_model(method=None)
+    return make_tiny_model(method=None)
 
 
 @pytest.fixture

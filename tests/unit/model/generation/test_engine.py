@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tiny_models import CONFIGS, tiny_model, tiny_network
+from tiny_models import CONFIGS, make_tiny_model, make_tiny_network
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.types import GenerationOutput, GenerationRequest
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
@@ -45,7 +45,7 @@ def stock_answer(network: PreTrainedModel, prompt: tuple[int, ...], tokens: int)
 def test_greedy_answers_equal_those_of_transformers(
     family: str, prompts: Prompts, spell: Spell
 ) -> None:
-    network = tiny_network(family)
+    network = make_tiny_network(family)
     budgets = [5 + 3 * (i % 4) for i in range(len(prompts))]  # so that rows leave and others join
     expected = [
         stock_answer(network, prompt, n) for prompt, n in zip(prompts, budgets, strict=True)
@@ -65,7 +65,7 @@ def test_greedy_answers_equal_those_of_transformers(
 def test_a_common_beginning_is_computed_once_and_changes_nothing(
     family: str, prompts: Prompts, spell: Spell
 ) -> None:
-    network = tiny_network(family)
+    network = make_tiny_network(family)
     beginning = tuple(range(2, 2 + engine.MIN_SHARED_TOKENS + 3))
     prompts = [beginning + prompt for prompt in prompts] + [beginning]
     expected = [stock_answer(network, prompt, 6) for prompt in prompts]
@@ -215,7 +215,7 @@ def test_rows_fit_the_memory_for_keys_and_values(model: PackedCausalLM) -> None:
 
 def test_an_adapter_is_switched_off_without_a_copy(prompts: Prompts, spell: Spell) -> None:
     requests = [GenerationRequest(prompt, 6) for prompt in prompts]
-    base, model = tiny_model(method=None), tiny_model(method="lora")
+    base, model = make_tiny_model(method=None), make_tiny_model(method="lora")
     trained = answers(model, requests, spell)
     with scaled_adapter(model.network, 0):
         assert answers(model, requests, spell) == answers(base, requests, spell)

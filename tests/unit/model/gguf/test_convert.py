@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tiny_gguf import HEAD_DIM, metadata, random_weights, write_gguf
+from tiny_gguf import HEAD_DIM, make_metadata, random_weights, write_gguf
 from tunesmith.core.errors import InputError
 from tunesmith.model.gguf.convert import convert, estimate_bytes
 from tunesmith.model.hub.validate import check_folder
@@ -174,7 +174,7 @@ def test_what_cannot_be_carried_over_is_refused_by_name(
 VALUES = ["x", "", 0, 2**31, 2.5, float("nan"), True, ["x"], [1, 2]]
 
 
-@pytest.mark.parametrize("key", sorted(metadata("llama")))
+@pytest.mark.parametrize("key", sorted(make_metadata("llama")))
 def test_metadata_of_a_wrong_kind_raises_nothing_but_input_errors(make_gguf, key: str) -> None:
     refused = 0
     for value in VALUES:

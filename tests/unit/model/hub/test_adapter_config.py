@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 
-from tiny_models import tiny_network
+from tiny_models import make_tiny_network
 from tunesmith.core.errors import InputError
 from tunesmith.model.hub.adapter_config import AdapterFolder, read_adapter
 from tunesmith.model.save import load_adapter, read_adapter_tensors
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    tiny_network().save_pretrained(folder)
+    make_tiny_network().save_pretrained(folder)
     return folder
 
 
@@ -39,7 +39,7 @@ def peft_adapter(folder: Path, **config: Any) -> Path:
         "task_type": "CAUSAL_LM",
         "target_modules": "all-linear",
     } | config
-    get_peft_model(tiny_network(), LoraConfig(**settings)).save_pretrained(folder)
+    get_peft_model(make_tiny_network(), LoraConfig(**settings)).save_pretrained(folder)
     return folder
 
 
@@ -268,7 +268,7 @@ def test_fault_20_values_that_are_not_finite_are_refused(adapter: Path, base: Pa
         ):
             read_adapter_tensors(adapter / "adapter_model.safetensors")
         with pytest.raises(InputError, match="NaN or infinite"):
-            load_adapter(tiny_network(), adapter / "adapter_model.safetensors")
+            load_adapter(make_tiny_network(), adapter / "adapter_model.safetensors")
 
 
 def test_fault_20_a_damaged_file_is_named(adapter: Path, base: Path) -> None:
@@ -311,7 +311,7 @@ def test_fault_21_a_pattern_of_targets_is_never_evaluated(
 
 
 def test_the_adapter_of_another_size_of_model_is_refused(adapter: Path, tmp_path: Path) -> None:
-    tiny_network("llama-tied").save_pretrained(tmp_path / "other")
+    make_tiny_network("llama-tied").save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match=r"must be|not a linear layer") as caught:
         read_adapter(adapter, tmp_path / "other")
     assert "set model: to the adapter's base model" in caught.value.fix

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny_models import step_gradients, tiny_document, tiny_model, worst_difference
+from tiny_models import (
+    compute_max_difference,
+    compute_step_gradients,
+    make_tiny_document,
+    make_tiny_model,
+)
 from tunesmith.model.kernels import build, lora
 from tunesmith.model.kernels.lora import LANES, Adapter, AdapterFactor, PackedAdapters
 
@@ -204,13 +209,15 @@ def test_the_same_bits_at_each_run() -> None:
 # ---------------------------------------------------------------- in a model
 
 
-DOCUMENTS = [tiny_document(90), tiny_document(70, seed=1)]
+DOCUMENTS = [make_tiny_document(90), make_tiny_document(70, seed=1)]
 
 
 def bf16_gradients(family: str, dropout: float, targets: str | list[str]) -> dict[str, Tensor]:
-    model = tiny_model(family, torch.bfloat16, lora_dropout=dropout, lora_target_modules=targets)
+    model = make_tiny_model(
+        family, torch.bfloat16, lora_dropout=dropout, lora_target_modules=targets
+    )
     model.network.train()
-    return step_gradients(model, DOCUMENTS, 200)[1]
+    return compute_step_gradients(model, DOCUMENTS, 200)[1]
 
 
 @pytest.mark.parametrize(
@@ -224,8 +231,10 @@ def bf16_gradients(family: str, dropout: float, targets: str | list[str]) -> dic
 )
 def test_a_step_is_as_near_to_fp32_as_the_torch_path(family: str, targets: str | list[str]) -> None:
     """A dropout that drops nothing uses the torch path."""
-    _, exact = step_gradients(tiny_model(family, lora_target_modules=targets), DOCUMENTS, 200)
+    _, exact = compute_step_gradients(
+        make_tiny_model(family, lora_target_modules=targets), DOCUMENTS, 200
+    )
     ours, reference = bf16_gradients(family, 0.0, targets), bf16_gradients(family, 1e-9, targets)
     assert any(not torch.equal(ours[name], other) for name, other in reference.items())  # two paths
-    assert worst_difference(ours, exact) < 1.2 * worst_difference(reference, exact)
-    assert worst_difference(ours, reference) < worst_difference(reference, exact)
+    assert compute_max_difference(ours, exact) < 1.2 * compute_max_difference(reference, exact)
+    assert compute_max_difference(ours, reference) < compute_max_difference(reference, exact)

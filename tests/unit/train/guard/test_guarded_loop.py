@@ -15,14 +15,14 @@ import pytest
 from safetensors.torch import load_file
 
 from tiny_runs import (
-    adapter_bytes,
-    chat,
-    measured_files,
-    plan_of,
-    recipe,
-    steps_of,
-    sums,
+    build_sum_rows,
+    make_chat_row,
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
+    select_steps,
     train,
+    write_eval_files,
     write_rows,
 )
 from tunesmith.core.errors import GateError, InputError, Interrupted
@@ -52,9 +52,9 @@ NOISE = "\u00ff\u00fe\u00fd" * 20
 def trained_model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model, trained until its answers have a form that can be lost."""
     folder = tmp_path_factory.mktemp("learnt")
-    data = str(write_rows(folder / "rows.jsonl", sums(1, 24)))
+    data = str(write_rows(folder / "rows.jsonl", build_sum_rows(1, 24)))
     train(
-        recipe(
+        make_tiny_recipe(
             tiny_folder,
             folder,
             data=data,
@@ -71,12 +71,12 @@ def trained_model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 def make_corrupted_recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
     """Twelve steps; both rows of step 8 are answered with noise. Checkpoints after every step."""
     folder.mkdir(parents=True)
-    rows = sums(1, 24)
+    rows = build_sum_rows(1, 24)
     for index in permute_rows(0, 0, 24)[14:16].tolist():
-        rows[index] = chat(rows[index]["messages"][0]["content"], NOISE)
+        rows[index] = make_chat_row(rows[index]["messages"][0]["content"], NOISE)
     data = str(write_rows(folder / "rows.jsonl", rows))
     values = {"learning_rate": 0.02, "warmup_ratio": 0.5, "save_steps": 1} | changed
-    return recipe(model, folder, data=data, **values)
+    return make_tiny_recipe(model, folder, data=data, **values)
 
 
 def get_run_dir(wish: Recipe) -> Path:
@@ -90,7 +90,7 @@ def get_run_dir(wish: Recipe) -> Path:
 def test_probes_say_what_the_model_says_and_change_nothing(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    files = measured_files(tmp_path)
+    files = write_eval_files(tmp_path)
     never = [{"match": "zebra", "mode": "ban"}]
     shared: dict[str, Any] = {
         **files,
@@ -99,12 +99,12 @@ def test_probes_say_what_the_model_says_and_change_nothing(
         "lora_dropout": 0.1,
     }
     watched, alone = (
-        recipe(tiny_folder, tmp_path / name, **shared, guard=guard)
+        make_tiny_recipe(tiny_folder, tmp_path / name, **shared, guard=guard)
         for name, guard in (("watched", {"collapse": "warn", "probe_steps": 1}), ("alone", "off"))
     )
     events = train(watched)
     train(alone)
-    assert adapter_bytes(watched) == adapter_bytes(alone), "guard on = guard off"
+    assert read_adapter_bytes(watched) == read_adapter_bytes(alone), "guard on = guard off"
     scores = [event for event in events if isinstance(event, Score)]
     measures = {score.metric for score in scores if score.task == PROBE_TASK and score.step == 0}
     assert measures >= {
@@ -147,8 +147,8 @@ def test_probes_say_what_the_model_says_and_change_nothing(
 def test_full_fine_tuning_has_no_base_to_read_answers_with(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    files = measured_files(tmp_path)
-    wish = recipe(
+    files = write_eval_files(tmp_path)
+    wish = make_tiny_recipe(
         tiny_folder,
         tmp_path,
         **files,
@@ -169,11 +169,11 @@ def test_full_fine_tuning_has_no_base_to_read_answers_with(
 def test_prompts_are_never_of_test_data_and_never_one_alone(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    files = measured_files(tmp_path)
+    files = write_eval_files(tmp_path)
     assert "test_data" not in PROMPT_ROLES
 
     def get_prompt_files(**custom: str) -> set[str]:
-        run_inputs = inputs.load_inputs(recipe(tiny_folder, tmp_path, **custom))
+        run_inputs = inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path, **custom))
         texts = run.build_eval_items(inputs.make_plan(run_inputs), run_inputs).general_texts
         actual = build_prompt_set(inputs.make_plan(run_inputs), run_inputs, texts)
         return (
@@ -191,7 +191,7 @@ def test_prompts_are_never_of_test_data_and_never_one_alone(
 
 
 def test_without_prompts_it_says_so(tiny_folder: Path, tmp_path: Path) -> None:
-    events = train(recipe(tiny_folder, tmp_path, guard={"probe_steps": 1}))
+    events = train(make_tiny_recipe(tiny_folder, tmp_path, guard={"probe_steps": 1}))
     (messages,) = [
         event for event in events if isinstance(event, CheckResult) and event.kind == "probes"
     ]
@@ -226,7 +226,7 @@ def test_it_goes_back_and_on_without_the_rows_at_fault(
         for event in events
         if isinstance(event, CheckResult) and event.kind == "loss rise"
     ] == ["rollback"]
-    remaining = steps_of(read_events(get_run_dir(wish)))
+    remaining = select_steps(read_events(get_run_dir(wish)))
     assert [event.step for event in remaining] == list(range(1, 13)), (
         "one line a step, the one that counts"
     )
@@ -238,7 +238,7 @@ def test_it_goes_back_and_on_without_the_rows_at_fault(
 
 def run_until(wish: Recipe, until: Callable[[Event], bool]) -> None:
     """Leaves a run where a killed process would have left it."""
-    events = run.train(plan_of(wish))
+    events = run.train(plan_recipe(wish))
     for event in events:
         if until(event):
             break
@@ -273,10 +273,10 @@ def test_killed_around_a_rollback_it_ends_with_the_same_bytes(
     wish = make_corrupted_recipe(trained_model, tmp_path / "killed")
     run_until(wish, should_kill)
     went_on = list(run.resume(get_run_dir(wish)))
-    assert adapter_bytes(wish) == adapter_bytes(rolled_back_run[0])
+    assert read_adapter_bytes(wish) == read_adapter_bytes(rolled_back_run[0])
     assert len(read_rollbacks(get_run_dir(wish))) == 1
     assert sum(map(is_rollback, went_on)) == (1 if after == "before it" else 0)
-    remaining = [event.step for event in steps_of(read_events(get_run_dir(wish)))]
+    remaining = [event.step for event in select_steps(read_events(get_run_dir(wish)))]
     assert remaining == list(range(1, 13))
 
 
@@ -319,18 +319,18 @@ def test_stop_and_warn_and_off_are_obeyed(trained_model: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_it_goes_back_three_times_and_no_more(trained_model: Path, tmp_path: Path) -> None:
     """Far too high a rate: each time with half of what it was."""
-    files = measured_files(tmp_path)
-    wish = recipe(
+    files = write_eval_files(tmp_path)
+    wish = make_tiny_recipe(
         trained_model,
         tmp_path,
         **files,
-        data=str(write_rows(tmp_path / "rows.jsonl", sums(1, 24))),
+        data=str(write_rows(tmp_path / "rows.jsonl", build_sum_rows(1, 24))),
         save_steps=1,
         learning_rate=1.0,
         warmup_ratio=0.5,
         guard={"probe_steps": 1, "forgetting": "off"},
     )
-    events = run.train(plan_of(wish))
+    events = run.train(plan_recipe(wish))
     seen: list[Event] = []
     with pytest.raises(GateError, match="already rolled back 3 times"):
         seen.extend(iter(lambda: next(events), None))
@@ -348,7 +348,9 @@ def test_what_forgets_is_rehearsed_more(trained_model: Path, tmp_path: Path) -> 
         write_rows(tmp_path / "other.jsonl", [{"text": f"other words, {n}"} for n in range(8)])
     )
     data = str(
-        write_rows(tmp_path / "rows.jsonl", [chat(f"{n} and", "zz top " * 3) for n in range(12)])
+        write_rows(
+            tmp_path / "rows.jsonl", [make_chat_row(f"{n} and", "zz top " * 3) for n in range(12)]
+        )
     )
 
     def make_forgetting_recipe(name: str, **guard: Any) -> Recipe:
@@ -357,7 +359,7 @@ def test_what_forgets_is_rehearsed_more(trained_model: Path, tmp_path: Path) -> 
             {"collapse": "off", "probe_steps": 1, **guard},
         )
         rates = {"learning_rate": 0.1, "warmup_ratio": 0.5}
-        return recipe(
+        return make_tiny_recipe(
             trained_model,
             tmp_path / name,
             **files,
@@ -389,8 +391,8 @@ def test_what_forgets_is_rehearsed_more(trained_model: Path, tmp_path: Path) -> 
 def test_the_best_checkpoint_is_kept_and_not_the_last_one(
     trained_model: Path, tmp_path: Path
 ) -> None:
-    files = measured_files(tmp_path)
-    wish = recipe(
+    files = write_eval_files(tmp_path)
+    wish = make_tiny_recipe(
         trained_model, tmp_path, **files, eval_steps=1, save_steps=9, learning_rate=1.0, guard="off"
     )
     events = train(wish)
@@ -420,10 +422,10 @@ def test_the_best_checkpoint_is_kept_and_not_the_last_one(
 def test_patience_ends_a_run_that_gets_no_better_also_when_it_is_resumed(
     trained_model: Path, tmp_path: Path
 ) -> None:
-    files = measured_files(tmp_path)
+    files = write_eval_files(tmp_path)
 
     def make_patient_recipe(name: str) -> Recipe:
-        return recipe(
+        return make_tiny_recipe(
             trained_model,
             tmp_path / name,
             **files,
@@ -436,20 +438,20 @@ def test_patience_ends_a_run_that_gets_no_better_also_when_it_is_resumed(
         )
 
     full, killed = make_patient_recipe("whole"), make_patient_recipe("killed")
-    steps = steps_of(train(full))
+    steps = select_steps(train(full))
     assert len(steps) < 9
     run_until(killed, lambda event: isinstance(event, CheckpointSaved) and event.step == len(steps))
-    assert steps_of(list(run.resume(get_run_dir(killed)))) == []
-    assert adapter_bytes(killed) == adapter_bytes(full)
+    assert select_steps(list(run.resume(get_run_dir(killed)))) == []
+    assert read_adapter_bytes(killed) == read_adapter_bytes(full)
 
 
 def test_a_signal_before_a_look_leaves_the_look_to_the_next_attempt(
     trained_model: Path, tmp_path: Path
 ) -> None:
-    files = measured_files(tmp_path)
+    files = write_eval_files(tmp_path)
 
     def make_evaluated_recipe(name: str) -> Recipe:
-        return recipe(
+        return make_tiny_recipe(
             trained_model,
             tmp_path / name,
             **files,
@@ -462,7 +464,7 @@ def test_a_signal_before_a_look_leaves_the_look_to_the_next_attempt(
     train(full)
 
     def stop_at(step: int) -> None:
-        for event in run.train(plan_of(stopped)):
+        for event in run.train(plan_recipe(stopped)):
             if event.step == step and not isinstance(event, CheckpointSaved):
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -472,7 +474,7 @@ def test_a_signal_before_a_look_leaves_the_look_to_the_next_attempt(
     assert {
         event.step for event in events if isinstance(event, Score) and event.metric == "repetition"
     } == {0, 2, 3}
-    assert adapter_bytes(stopped) == adapter_bytes(full)
+    assert read_adapter_bytes(stopped) == read_adapter_bytes(full)
 
     def count_events(wish: Recipe) -> list[tuple[str, int]]:
         return sorted(

@@ -1,0 +1,271 @@
+"""Rotary frequencies that depend on the length: every document is rotated as if it were alone."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Olmo3Config,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from tiny_models import (
+    MIXED,
+    SIZES,
+    VOCABULARY,
+    collate_documents,
+    compute_max_difference,
+    compute_step_gradients,
+    continue_document,
+    make_tiny_document,
+)
+from tunesmith.core.types import Document, GenerationRequest
+from tunesmith.data.collate import collate
+from tunesmith.data.packing import pack_step
+from tunesmith.evaluate.loglikelihood import compute_nll
+from tunesmith.model.causal_lm import PackedCausalLM, compute_stock_logits, wrap_model
+from tunesmith.model.generation.engine import generate
+from tunesmith.model.lm_head import measure_target_losses
+
+LIMIT = 32
+HALF = SIZES["hidden_size"] // SIZES["num_attention_heads"] // 2
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(HALF)],
+    "long_factor": [2.0 + 1.5 * i for i in range(HALF)],
+    "original_max_position_embeddings": LIMIT,
+}
+PARTIAL = LONGROPE | {
+    "short_factor": LONGROPE["short_factor"][: HALF // 2],
+    "long_factor": LONGROPE["long_factor"][: HALF // 2],
+    "partial_rotary_factor": 0.5,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+PLAIN = {"rope_type": "default", "rope_theta": 100.0}
+SHORT_CONTEXT = SIZES | {"max_position_embeddings": LIMIT}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "phi3-128k": Phi3Config(
+        **SIZES, rope_parameters=LONGROPE, original_max_position_embeddings=LIMIT
+    ),
+    "phi3.5": Phi3Config(
+        **SIZES,
+        rope_parameters=LONGROPE,
+        original_max_position_embeddings=LIMIT,
+        sliding_window=20,
+    ),
+    "phi4-mini": Phi3Config(
+        **SIZES,
+        rope_parameters=PARTIAL,
+        original_max_position_embeddings=LIMIT,
+        partial_rotary_factor=0.5,
+        tie_word_embeddings=True,
+    ),
+    "llama-longrope": LlamaConfig(**SIZES, rope_parameters=LONGROPE),
+    "llama-dynamic": LlamaConfig(**SHORT_CONTEXT, rope_parameters=DYNAMIC),
+    "qwen2-dynamic": Qwen2Config(**SHORT_CONTEXT, rope_parameters=DYNAMIC),
+    "gemma3-longrope": Gemma3TextConfig(
+        **SIZES,
+        **MIXED,
+        head_dim=2 * HALF,
+        rope_parameters={"sliding_attention": PLAIN, "full_attention": LONGROPE},
+    ),
+    "olmo3-dynamic": Olmo3Config(
+        **SHORT_CONTEXT,
+        **MIXED,
+        rope_parameters={"sliding_attention": PLAIN, "full_attention": DYNAMIC},
+    ),
+}
+LENGTHS = (5, LIMIT - 1, LIMIT, LIMIT + 1, 90, 17, 70)
+
+
+def make_network(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A fresh stock network: dynamic scaling keeps the frequencies of earlier forwards."""
+    network = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter_name, parameter in network.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        scale = 0.1 if "norm" in parameter_name else 0.25
+        parameter.data = (parameter.data if "norm" in parameter_name else 0) + scale * noise
+        parameter.data = parameter.data.to(dtype)
+    return network.requires_grad_(False)
+
+
+@pytest.fixture(params=CONFIGS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def compute_stock_losses(name: str, document: Document) -> torch.Tensor:
+    """The losses of a document's targets, from a network that has seen nothing else."""
+    tokens = torch.from_numpy(document.tokens_L).long()
+    num_input = collate_documents([document]).layout.num_tokens
+    logits = compute_stock_logits(make_network(name), tokens[:num_input].tolist(), range(num_input))
+    targets = torch.from_numpy(document.weights_L).nonzero()[:, 0]
+    return F.cross_entropy(logits[targets - 1], tokens[targets], reduction="none")
+
+
+def compare_losses(
+    name: str, model: PackedCausalLM, documents: list[Document], *, share: bool
+) -> None:
+    by_id = {document.id: document for document in documents}
+    packs = pack_step(documents, 10**6, should_share=share, get_group=model.get_rotation_key)
+    assert len(packs) == 1
+    assert any(packs[0].prefix_lengths) == share
+    batch = collate(packs[0])
+    with torch.no_grad():
+        losses_S = measure_target_losses(model.compute_hidden(batch), model.head, batch.targets_S)
+    for index, document_id in enumerate(batch.ids):
+        expected = compute_stock_losses(name, by_id[document_id])
+        ours = losses_S[batch.document_S == index]
+        torch.testing.assert_close(ours, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_the_configs_tell_short_from_long(name: str) -> None:
+    """Otherwise the other tests show nothing."""
+    tokens = torch.arange(3, 90)[None]
+    short = make_network(name)(input_ids=tokens[:, :20], use_cache=False).logits
+    beginning = make_network(name)(input_ids=tokens, use_cache=False).logits[:, :20]
+    assert (short - beginning).abs().max() > 0.01
+
+
+def test_packed_documents_equal_the_stock_model_one_by_one(name: str) -> None:
+    documents = [make_tiny_document(length, index) for index, length in enumerate(LENGTHS)]
+    compare_losses(name, wrap_model(make_network(name), torch.float32), documents, share=False)
+
+
+def make_sharing_documents() -> list[Document]:
+    """Common prefixes within a side, across the limit, and a document that another continues."""
+    prompt = make_tiny_document(60, 7)
+    documents = [
+        continue_document(prompt, 20, 4, 1),
+        continue_document(prompt, 20, 8, 2),
+        continue_document(prompt, 20, 40, 3),
+        continue_document(prompt, 20, 50, 4),
+        continue_document(prompt, 20, LIMIT - 20, 5),
+        continue_document(prompt, 20, LIMIT - 19, 6),
+        prompt,
+    ]
+    short = Document("beginning", prompt.tokens_L[:27], prompt.weights_L[:27].copy())
+    short.weights_L[-1] = 1
+    return [*documents, short]
+
+
+def test_shared_prefixes_stay_on_their_side_of_the_limit(name: str) -> None:
+    model = wrap_model(make_network(name), torch.float32)
+    compare_losses(name, model, make_sharing_documents(), share=True)
+
+
+def test_a_mixed_pair_is_exact(name: str) -> None:
+    """A short chosen and a long rejected side share the prompt but no frequencies."""
+    prompt = make_tiny_document(24, 3)
+    sides = (continue_document(prompt, 24, 4, 1), continue_document(prompt, 24, 40, 2))
+    pair = [
+        dataclasses.replace(document, id="pair", side=side)
+        for document, side in zip(sides, ("chosen", "rejected"), strict=True)
+    ]
+    model = wrap_model(make_network(name), torch.float32)
+    (pack,) = pack_step(pair, 10**6, should_share=True, get_group=model.get_rotation_key)
+    assert not any(pack.prefix_lengths)
+
+
+def test_gradients_equal_those_of_documents_alone() -> None:
+    documents = [make_tiny_document(length, index) for index, length in enumerate(LENGTHS)]
+    for checkpointing in ("none", "full"):
+        network = make_network("phi3-128k").requires_grad_(True)
+        model = wrap_model(network, torch.float32, gradient_checkpointing=checkpointing)
+        network.train()
+        loss, gradients = compute_step_gradients(model, documents, 10**6)
+        separate_loss, separate = compute_step_gradients(model, documents, 1)
+        assert abs(loss - separate_loss) < 1e-5
+        assert compute_max_difference(gradients, separate) < 1e-4
+
+
+def test_likelihoods_equal_the_stock_model(name: str) -> None:
+    documents = [*make_sharing_documents(), make_tiny_document(80, 1), make_tiny_document(3, 2)]
+    model = wrap_model(make_network(name), torch.float32)
+    for share in (False, True):
+        for index, nats, _ in compute_nll(model, documents, 400, share=share):
+            expected = float(compute_stock_losses(name, documents[index]).sum())
+            assert nats == pytest.approx(expected, rel=1e-4)
+
+
+def generate_without_cache(name: str, prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        logits = compute_stock_logits(make_network(name), tokens, [len(tokens) - 1])
+        tokens.append(int(logits[0].argmax()))
+    return tokens[len(prompt) :]
+
+
+LONGROPE_NAMES = [name for name in CONFIGS if "dynamic" not in name]
+
+
+@pytest.mark.parametrize("name", LONGROPE_NAMES)
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_generation_equals_a_forward_of_the_whole_sequence(
+    name: str, batch_size: int | None
+) -> None:
+    """Rows that cross the limit in the middle, at their first token, before, and never; with a
+    common prefix."""
+    begin = make_tiny_document(40, 5).tokens_L[:18].tolist()
+    tails = (2, 6, LIMIT - 18 - 1, LIMIT - 18, LIMIT - 18 + 1, 30)
+    prompts = [
+        begin + make_tiny_document(40, i).tokens_L[:tail].tolist() for i, tail in enumerate(tails)
+    ]
+    model = wrap_model(make_network(name), torch.float32)
+    requests = [GenerationRequest(tuple(prompt), 12) for prompt in prompts]
+    outputs = dict(generate(model, requests, decode=str, end_ids=(), batch_size=batch_size))
+    for index, prompt in enumerate(prompts):
+        assert list(outputs[index].tokens) == generate_without_cache(name, prompt, 12), index
+
+
+@pytest.mark.parametrize("tails", [(2, 5), (20, 25)])
+def test_a_prefix_on_one_side_is_shared_in_generation(
+    tails: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = make_tiny_document(40, 5).tokens_L[:18].tolist()
+    prompts = [
+        begin + make_tiny_document(40, i).tokens_L[:tail].tolist() for i, tail in enumerate(tails)
+    ]
+    model = wrap_model(make_network("phi3-128k"), torch.float32)
+    counts: list[int] = []
+    prefill = model.prefill
+
+    def count_prompts(prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        counts.append(len(prompts))
+        return prefill(prompts, *args, **kwargs)
+
+    monkeypatch.setattr(model, "prefill", count_prompts)
+    requests = [GenerationRequest(tuple(prompt), 5) for prompt in prompts]
+    outputs = dict(generate(model, requests, decode=str, end_ids=()))
+    assert counts == [1, 2]
+    for index, prompt in enumerate(prompts):
+        assert list(outputs[index].tokens) == generate_without_cache("phi3-128k", prompt, 5)
+
+
+def test_earlier_forwards_change_nothing() -> None:
+    """transformers keeps the frequencies of the longest sequence so far."""
+    model = wrap_model(make_network("llama-dynamic"), torch.float32)
+    batch = collate_documents([make_tiny_document(40, 1)])
+    before = model.compute_hidden(batch)
+    model.compute_hidden(collate_documents([make_tiny_document(90, 2)]))
+    assert torch.equal(model.compute_hidden(batch), before)
+
+
+def test_other_models_stay_stock() -> None:
+    model = wrap_model(
+        AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.float32), torch.float32
+    )
+    assert model.rotary is None
+    assert model.get_rotation_key(10) == model.get_rotation_key(10**6)
+    assert model.head.weight.shape[0] == VOCABULARY
