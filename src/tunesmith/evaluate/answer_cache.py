@@ -23,6 +23,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunesmith.core.atomic import open_unlinked
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import dump_json, parse_as, to_jsonable
 from tunesmith.core.progress_log import log_progress
@@ -34,7 +35,10 @@ from tunesmith.session.provenance import hash_weight_files
 
 ANSWERS_FILE = "answers.jsonl"  # in a run folder
 # Keys of a run's fingerprint that decide its answers, and of the plan in it.
-MODEL_KEYS = ("tunesmith", "base_sha256", "config", "tokenizer", "renderer", "versions", "machine")
+MODEL_KEYS = (
+    *("tunesmith", "base_sha256", "config", "tokenizer", "renderer"),
+    *("versions", "machine", "kernels"),
+)
 PLAN_KEYS = ("method", "dtype", "attention")
 
 
@@ -79,8 +83,8 @@ def generate_cached(
 ) -> list[GenerationOutput]:
     """Return the answer to each request, in their order; equal requests are answered once.
 
-    Without a cache, or where its file cannot be written, nothing is stored. Raises what `generate`
-    raises.
+    Without a cache, or where its file cannot be written, nothing is stored. Raises InputError if
+    the file is a link, and what `generate` raises.
     """
     weights_hash = cache.weights_hash if cache else ""
     keys = [_compute_key(weights_hash, request, end_ids) for request in requests]
@@ -135,7 +139,7 @@ class _AppendFile:
         self._fd: int | None = None
         if file is not None:
             try:
-                self._fd = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+                self._fd = open_unlinked(file, os.O_RDWR | os.O_APPEND)
                 self._end_torn_line()
             except OSError:
                 self.close()

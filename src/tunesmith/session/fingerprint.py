@@ -4,8 +4,9 @@
     list_changes(stored, current) -> ["data.data: sha256 0c5e... -> 91d2...", ...]
 
 A resumed run is bitwise identical only with the same recipe, plan, rows, tokenizer, template,
-weights and libraries, on the same processor and threads. Another processor only rounds differently,
-so its fields have a prefix of their own. Left out: what to do about a change (train/resume.py).
+weights, kernels and libraries, on the same processor and threads. Another processor, or another
+compiler of the same kernels, only rounds differently, so these fields have a prefix of their own.
+Left out: what to do about a change (train/resume.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import yaml
 from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json, to_jsonable
-from tunesmith.core.types import Json, Plan, __version__
+from tunesmith.core.types import Json, Machine, Plan, __version__
+from tunesmith.model.kernels.build import Kernels, load_kernels
 from tunesmith.recipe.fields import parse_custom_metric
 from tunesmith.session.inputs import RunInputs
 
@@ -29,6 +31,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")  # they determine t
 QUANTIZATION_LIBRARY = "bitsandbytes"  # in runs with 4-bit weights or 8-bit moments
 ROUNDING_PREFIX = "machine."  # fields that only change the last bits
 ABSENT_TEXT = "none"
+UNUSED_KERNELS = "not used"
 
 
 def build_fingerprint(plan: Plan, inputs: RunInputs, recipe: Json) -> Json:
@@ -52,6 +55,7 @@ def build_fingerprint(plan: Plan, inputs: RunInputs, recipe: Json) -> Json:
             files[f"metrics.{parsed[0].name}"] = hash_file(parsed[0])
     if inputs.adapter is not None:
         files["adapter_from"] = inputs.adapter.sha256
+    kernels = get_kernels(plan, inputs.machine)
     weight_files = sorted(folder.glob("*.safetensors"))
     return to_jsonable(
         {
@@ -69,9 +73,19 @@ def build_fingerprint(plan: Plan, inputs: RunInputs, recipe: Json) -> Json:
             "recipe": recipe,
             "plan": plan.values | {"steps": plan.steps},
             "versions": {name: inputs.machine.versions.get(name) for name in libraries},
-            "machine": {"device": inputs.machine.device_name, "threads": torch.get_num_threads()},
+            "kernels": kernels.describe() if kernels else UNUSED_KERNELS,
+            "machine": {
+                "device": inputs.machine.device_name,
+                "threads": torch.get_num_threads(),
+                "kernels": kernels.sha256 if kernels else "",
+            },
         }
     )
+
+
+def get_kernels(plan: Plan, machine: Machine) -> Kernels | None:
+    """Return the C kernels of a run, None if it has no bf16 tensors on the CPU."""
+    return load_kernels() if plan.config.dtype == "bf16" and machine.device == "cpu" else None
 
 
 def read_recipe(file: Path) -> Json:

@@ -2,7 +2,7 @@
 
     prepare_resume(folder, plan, inputs) -> ResumeState
 
-A run depends on its recipe, plan, rows, tokenizer, chat template, weights and libraries. If one of
+A run depends on its recipe, plan, rows, tokenizer, chat template, weights, kernels and libraries. If one of
 them has changed, the run is refused with the changed fields, or continues with a warning when the
 user allows it.
 
@@ -25,9 +25,11 @@ from tunesmith.core.run_dir import (
     read_failure,
 )
 from tunesmith.core.types import Json, Plan
+from tunesmith.model.kernels.build import describe_reference
 from tunesmith.session.fingerprint import (
     ROUNDING_PREFIX,
     build_fingerprint,
+    get_kernels,
     list_changes,
     read_recipe,
 )
@@ -79,7 +81,7 @@ def prepare_resume(
     step = 0 if checkpoint_dir is None else int(checkpoint_dir.name.removeprefix("step-"))
     if checkpoint is None:
         _refuse_missing_checkpoint(folder, step)
-    events: list[CheckResult] = []
+    events = list(check_kernels(plan, inputs, step))
     if failure := read_failure(folder.path):
         events.append(CheckResult("earlier attempt", "warn", failure, step))
     for change in changes:
@@ -94,6 +96,14 @@ def prepare_resume(
         position = f"from checkpoints/{checkpoint_dir.name}"
     events.append(CheckResult("resume", "ok", position, step))
     return ResumeState(fingerprint, checkpoint_dir, bool(changes), tuple(events))
+
+
+def check_kernels(plan: Plan, inputs: RunInputs, step: int = 0) -> tuple[CheckResult, ...]:
+    """Return a warning if a run computes without its C kernels."""
+    kernels = get_kernels(plan, inputs.machine)
+    if kernels is None or kernels.library is not None:
+        return ()
+    return (CheckResult("kernels", "warn", describe_reference(kernels), step),)
 
 
 def _refuse_missing_checkpoint(folder: RunFolder, step: int) -> None:

@@ -67,7 +67,12 @@ from tunesmith.train import base_reference
 from tunesmith.train.guard.guarded_loop import GuardedTraining, RunContext
 from tunesmith.train.model_card import write_card
 from tunesmith.train.preflight import run_preflight
-from tunesmith.train.resume import ResumeState, prepare_resume, read_input_changes
+from tunesmith.train.resume import (
+    ResumeState,
+    check_kernels,
+    prepare_resume,
+    read_input_changes,
+)
 from tunesmith.train.self_rehearsal import add_self_rehearsal
 from tunesmith.train.signals import GracefulStop
 from tunesmith.train.synthetic_pairs import add_synthetic_pairs
@@ -93,6 +98,7 @@ def train(
         with stop.immediate(), memory_errors():
             plan, run_inputs, first_events = add_self_rehearsal(plan, run_inputs, folder)
             fingerprint = build_fingerprint(plan, run_inputs, plan.recipe)
+            first_events = (*check_kernels(plan, run_inputs), *first_events)
         state = ResumeState(fingerprint, first_events=first_events)
         folder.write_json(FINGERPRINT_FILE, fingerprint)
         write_rejected_rows(path / REJECTED_FILE, run_inputs.datasets, plan.data)
