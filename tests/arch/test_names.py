@@ -33,7 +33,7 @@ VERBS = set(
     examine exclude exit expand expect explain export extend extract fetch fill filter finalize
     find finish fit fix flag flatten flush fold follow forget fork format forward free freeze
     fsync fuse gather generate get go grade group grow guard guess gunzip halve handle has hash
-    hide hold identify ignore import include index infer inherit init initialize insert inspect
+    hide hold identify ignore improve import include index infer inherit init initialize insert inspect
     install interleave interpolate intersect invert is iter join judge keep label launch lay
     leak learn leave limit link list load locate lock log look lower main make map mark mask
     match materialize measure merge migrate mix move multiply name needs normalize note observe
@@ -56,7 +56,15 @@ VERBS = set(
 )
 
 # What libraries dictate, and what has the name of a verb of the command line.
-DICTATED = {"extra_repr", "fromkeys", "getitem", "getattr", "_output_child_to_const", *dir(str)}
+DICTATED = {
+    "getMessage",
+    "extra_repr",
+    "fromkeys",
+    "getitem",
+    "getattr",
+    "_output_child_to_const",
+    *dir(str),
+}
 COMMANDS = {"schema", "doctor", "demo"}
 CONVERSIONS = re.compile(
     r"_*(from|to|with)_|.*_to_|.*_(forward|backward)$"

@@ -62,7 +62,7 @@ def build_scales(run: ReportData) -> ScalesView | None:
     if record is None or not (record.scales or record.kl_scores):
         return None
     return ScalesView(
-        charts=(*_build_tradeoff_chart(record.scales), *_chart_gain(record.scales)),
+        charts=(*_build_tradeoff_chart(record.scales), *_build_gain_chart(record.scales)),
         recommendation=describe_recommendation(record.scales),
         commands=build_commands(record.scales, str(run.path)),
         kl_scores=tuple(
@@ -95,7 +95,7 @@ def _build_tradeoff_chart(scales: Sequence[ScalePoint]) -> list[LineChart]:
     return [build_line_chart("scales-tradeoff", axes, [series])]
 
 
-def _chart_gain(scales: Sequence[ScalePoint]) -> list[LineChart]:
+def _build_gain_chart(scales: Sequence[ScalePoint]) -> list[LineChart]:
     if not scales:
         return []
     points: list[Point] = []

@@ -102,7 +102,7 @@ def build_summary(run: ReportData) -> Summary:
     task_claims = [claim for claim in claims if claim not in general]
     headline_claims, is_graded = _select_headline_claims(record, task_claims)
     others = [claim for claim in task_claims if claim not in headline_claims]
-    tone, headline, sentence = _word_results(headline_claims, general, is_graded=is_graded)
+    tone, headline, sentence = _describe_results(headline_claims, general, is_graded=is_graded)
     if bargain := describe_bargain(record.scales):
         sentence += f" On eval_data, {bargain}; other metrics were not measured at that scale."
     return Summary(
@@ -130,7 +130,7 @@ def _select_headline_claims(record: RunRecord, claims: Sequence[Claim]) -> tuple
     return graded or list(claims), bool(graded)
 
 
-def _word_results(
+def _describe_results(
     claims: Sequence[Claim], general: Sequence[Claim], *, is_graded: bool
 ) -> tuple[Tone, str, str]:
     """Return tone, headline and sentence."""
@@ -138,13 +138,13 @@ def _word_results(
         reason = "The recipe names neither test_data nor retention_data, so its effect is unknown."
         return "open", "Trained, not measured", reason
     outcomes = [claim.outcome for claim in claims]
-    heads = [_word_task(outcomes, is_graded=is_graded)] if claims else []
-    heads += [_word_general(claim) for claim in general[:1]]
+    heads = [_describe_task(outcomes, is_graded=is_graded)] if claims else []
+    heads += [_describe_general(claim) for claim in general[:1]]
     tone = _choose_tone(outcomes, [claim.outcome for claim in general])
     return tone, " ".join(heads), _count_outcomes(outcomes, is_graded=is_graded)
 
 
-def _word_task(outcomes: Sequence[str], *, is_graded: bool) -> str:
+def _describe_task(outcomes: Sequence[str], *, is_graded: bool) -> str:
     subject = "The answers are" if is_graded else "Test rows are predicted"
     if {"better", "worse"} <= set(outcomes):
         return f"{subject} better on some metrics and worse on others."
@@ -155,7 +155,7 @@ def _word_task(outcomes: Sequence[str], *, is_graded: bool) -> str:
     return f"No difference shown {'in the answers' if is_graded else 'on test rows'}."
 
 
-def _word_general(claim: Claim) -> str:
+def _describe_general(claim: Claim) -> str:
     """A loss that does not survive the correction may still be one, and the headline says so."""
     if claim.outcome == "doubtful" and claim.verdict.startswith("worse"):
         return "General text may have got worse."
@@ -197,7 +197,7 @@ def _list_evidence(run: ReportData, record: RunRecord, claims: Sequence[Claim]) 
             noun = "general texts" if claim.comparison.task == GENERAL_TASK else "test rows"
             counts[f"{claim.comparison.after.n} {noun}"] = None
         lines.append(f"Compared in pairs, on the same items before and after: {', '.join(counts)}.")
-        lines.append(_word_significance(claims))
+        lines.append(_describe_significance(claims))
         if any("test_data" in stage.plan.data for stage in run.stages):
             lines.append("The test rows were used once, for this comparison.")
     seeds = sorted({str(stage.plan.config.seed) for stage in run.stages})
@@ -210,7 +210,7 @@ def _list_evidence(run: ReportData, record: RunRecord, claims: Sequence[Claim]) 
     return lines
 
 
-def _word_significance(claims: Sequence[Claim]) -> str:
+def _describe_significance(claims: Sequence[Claim]) -> str:
     count = len(claims)
     significant = sum(claim.outcome in ("better", "worse") for claim in claims)
     if count == 1:

@@ -173,13 +173,13 @@ def build_line_chart(
         id=chart_id,
         axes=axes,
         grid_ys=tuple(frame.scale_y(y) for y in frame.y_ticks),
-        ticks=_place_ticks(frame),
+        ticks=_draw_ticks(frame),
         names=(
             Label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, axes.x, "middle"),
             Label(4, 14, axes.y),
         ),
-        marks=tuple(_place_mark(frame, mark) for mark in marks),
-        series=tuple(_place_series(frame, line) for line in drawn),
+        marks=tuple(_draw_mark(frame, mark) for mark in marks),
+        series=tuple(_draw_series(frame, line) for line in drawn),
         columns=columns,
         rows=rows,
         is_thinned=is_thinned,
@@ -199,19 +199,19 @@ def thin_points(points: Sequence[Point]) -> tuple[Point, ...]:
     return tuple(points[first::stride])
 
 
-def _place_ticks(frame: Frame) -> tuple[Label, ...]:
+def _draw_ticks(frame: Frame) -> tuple[Label, ...]:
     y_labels = [Label(LEFT - 8, frame.scale_y(y) + 4, f"{y:g}", "end") for y in frame.y_ticks]
     bottom = HEIGHT - BOTTOM + 18
     x_labels = [Label(frame.scale_x(x), bottom, f"{x:g}", "middle") for x in frame.x_ticks]
     return (*y_labels, *x_labels)
 
 
-def _place_mark(frame: Frame, mark: Mark) -> MarkShape:
+def _draw_mark(frame: Frame, mark: Mark) -> MarkShape:
     title = f"step {mark.x:g}: {mark.text}"
     return MarkShape(frame.scale_x(mark.x), mark.kind, MARK_SIGNS[mark.kind], title)
 
 
-def _place_series(frame: Frame, series: Series) -> SeriesShape:
+def _draw_series(frame: Frame, series: Series) -> SeriesShape:
     """Few points get bars for their intervals; a longer series gets a band."""
     is_sparse = series.has_dots or len(series.points) == 1
     upper: list[str] = []

@@ -125,7 +125,7 @@ class RunTracker:
         # read before the run goes on, so that no event is sent twice
         self._history = read_history(run) if is_run(run) else []
         self._queue: SimpleQueue[Event | None] = SimpleQueue()  # None: no more events
-        self._thread = Thread(target=self._work, name=f"{tracker_name} export", daemon=True)
+        self._thread = Thread(target=self._export_events, name=f"{tracker_name} export", daemon=True)
         if find_spec(package) is None:
             self.problem = f"it is not installed: pip install 'tunesmith[{tracker_name}]'"
         else:
@@ -145,7 +145,7 @@ class RunTracker:
         if self._thread.is_alive():
             self.problem = f"it was still sending after {FLUSH_SECONDS:.0f} s"
 
-    def _work(self) -> None:
+    def _export_events(self) -> None:
         try:
             tracker: Tracker | None = None
             for event, steps_before in self._iter_events():

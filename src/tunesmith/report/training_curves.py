@@ -64,7 +64,10 @@ def _build_stage_curves(stage: StageData, number: int) -> CurvesView:
     kinds = dict.fromkeys(mark.kind for mark in marks)
     return CurvesView(
         stage=stage,
-        charts=(*_chart_loss(stage, number, marks), *_chart_scores(stage, number, marks)),
+        charts=(
+            *_build_chart_loss(stage, number, marks),
+            *_build_chart_scores(stage, number, marks),
+        ),
         legend=tuple((kind, f"{MARK_SIGNS[kind]} {MARK_WORDS[kind]}") for kind in kinds),
         alerts=alerts,
         passed=[check for check in checks if check.level not in ALERT_LEVELS],
@@ -72,7 +75,7 @@ def _build_stage_curves(stage: StageData, number: int) -> CurvesView:
     )
 
 
-def _chart_loss(stage: StageData, number: int, marks: Sequence[Mark]) -> list[LineChart]:
+def _build_chart_loss(stage: StageData, number: int, marks: Sequence[Mark]) -> list[LineChart]:
     steps = stage.select_events(TrainStep)
     if not steps:
         return []
@@ -92,7 +95,7 @@ def _chart_loss(stage: StageData, number: int, marks: Sequence[Mark]) -> list[Li
     return [build_line_chart(f"loss-{number}", axes, series, marks)]
 
 
-def _chart_scores(stage: StageData, number: int, marks: Sequence[Mark]) -> list[LineChart]:
+def _build_chart_scores(stage: StageData, number: int, marks: Sequence[Mark]) -> list[LineChart]:
     """Chart each metric that was measured at three steps or more: two are before and after."""
     events_by_metric: dict[tuple[str, str], list[Score]] = {}
     for event in stage.select_events(Score):
