@@ -11,7 +11,8 @@ from rich.console import Console
 from test_docs import build
 
 from tunesmith import api
-from tunesmith.cli.args import PIPE_WIDTH, parse_advise_args
+from tunesmith.cli.args import parse_advise_args
+from tunesmith.cli.output import PIPE_WIDTH
 from tunesmith.cli.views.advice import render_advice
 
 ROOT = Path(__file__).parents[2]

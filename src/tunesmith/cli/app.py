@@ -33,10 +33,10 @@ from tunesmith.cli.args import (
     RunArg,
     parse_advise_args,
     parse_recipe_args,
-    print_result,
     read_questions,
     refuse_old_words,
 )
+from tunesmith.cli.output import escape_library_output, print_result, write_stderr
 from tunesmith.core.errors import InputError, TunesmithError
 
 # click's own class, or typer's copy of it
@@ -85,9 +85,9 @@ def init(
 
     result = api.init(path, model=model, data=data, from_config=from_config)
     if from_config:
-        sys.stderr.write(f"{from_config} is a config of {result.tool}: {result.reason}\n")
+        write_stderr(f"{from_config} is a config of {result.tool}: {result.reason}\n")
     for line in format_untranslated(result.untranslated):
-        sys.stderr.write(f"{line}\n")
+        write_stderr(f"{line}\n")
     print_result(result, f"wrote {result.recipe} and {result.schema}", as_json=as_json)
 
 
@@ -323,6 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else list(arguments)
     as_json = "--json" in words
     sys.excepthook = _explain_bug
+    escape_library_output()
     try:
         refuse_old_words(words)
         sys.exit(get_command(build_app()).main(words, prog_name="tunesmith", standalone_mode=False))
@@ -346,15 +347,15 @@ def _exit_with_error(error: TunesmithError, *, as_json: bool) -> None:
             type(error).__name__, error.message, error.where, error.fix, error.exit_code
         )
         print_result({"error": output}, as_json=True)
-    sys.stderr.write(f"error: {error}\n")
+    write_stderr(f"error: {error}\n")
     sys.exit(error.exit_code)
 
 
 def _explain_bug(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    traceback.print_exception(kind, error, trace)
-    sys.stderr.write(
+    write_stderr("".join(traceback.format_exception(kind, error, trace)))
+    write_stderr(
         f"this is a bug in tunesmith {__version__}: please report it with the lines above\n"
     )
 

@@ -1,7 +1,7 @@
-"""Command-line arguments into recipes, and results into text.
+"""Command-line arguments into recipes, and lines of stdin.
 
-In: the words of the command line. Out: a Recipe or Stages, or one JSON object / `rich` views on
-stdout. Left out: the verbs themselves, and what they show (views/)."""
+In: the words of the command line. Out: a Recipe or Stages, or answers to questions. Left out: the
+verbs themselves, and what they print (output.py)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tunesmith.cli.output import write_stderr
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import dump_json, to_jsonable
-from tunesmith.core.types import __version__
 from tunesmith.recipe.load import COMMAND_LINE, is_flag_value, load_recipe, needs_value
 from tunesmith.recipe.schema import Recipe, Stages
 
@@ -55,8 +54,6 @@ OLD_VERBS: dict[tuple[str, ...], str] = {
     ("data", "review"): "tunesmith data export-reviews",
     ("data", "reviewed"): "tunesmith data import-reviews",
 }
-
-PIPE_WIDTH = 120
 
 
 def refuse_old_words(words: Sequence[str]) -> None:
@@ -115,44 +112,25 @@ def parse_advise_args(args: Sequence[str] | None) -> tuple[Path | None, dict[str
     if path or flags or not sys.stdin.isatty():
         return path, {f"--{key}": value for key, value in flags.items()}
     return None, questionnaire.ask_questions(
-        _ask_question, lambda problem: _write_stderr(f"  {problem}\n")
+        _ask_question, lambda problem: write_stderr(f"  {problem}\n")
     )
 
 
 def _ask_question(question: str) -> str:
-    _write_stderr(f"{question}\n> ")
+    write_stderr(f"{question}\n> ")
     line = sys.stdin.readline()
     if not line:
         raise typer.Abort
     return line
 
 
-def _write_stderr(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
-
-
 def read_questions() -> Iterator[str]:
     """Yield the non-empty lines of stdin, with a prompt on a terminal."""
     prompt = "you: " if sys.stdin.isatty() else ""
     while True:
-        _write_stderr(prompt)
+        write_stderr(prompt)
         line = sys.stdin.readline()
         if not line:
             return
         if line.strip():
             yield line.strip()
-
-
-def print_result(value: Any, *views: Any, as_json: bool) -> None:
-    """Print the result of a verb: one JSON object for programs, or `rich` views for people."""
-    from rich.console import Console
-    from rich.text import Text
-
-    if as_json:
-        sys.stdout.write(dump_json({"tunesmith": __version__, **to_jsonable(value)}).decode())
-        return
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
-    # A plain string may come from data or a model: it is never read as markup.
-    texts = [Text(view) if isinstance(view, str) else view for view in views]
-    console.print(*texts, sep="\n", highlight=False)

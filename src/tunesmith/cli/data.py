@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from tunesmith import api
-from tunesmith.cli.args import AsJson, RecipeArgs, parse_recipe_args, print_result
+from tunesmith.cli.args import AsJson, RecipeArgs, parse_recipe_args
+from tunesmith.cli.output import print_result
 from tunesmith.recipe.schema import Recipe
 
 OutputFolder = Annotated[

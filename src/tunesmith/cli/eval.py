@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith import api
-from tunesmith.cli.args import AllowCode, AsJson, print_result
+from tunesmith.cli.args import AllowCode, AsJson
+from tunesmith.cli.output import print_result
 from tunesmith.core.errors import GateError
 
 

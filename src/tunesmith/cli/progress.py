@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from tunesmith.cli.output import TerminalConsole
 from tunesmith.core.events import (
     EXPECTED_TASK,
     PROBE_TASK,
@@ -31,7 +32,7 @@ from tunesmith.core.events import (
     TrainingEnd,
     TrainStep,
 )
-from tunesmith.core.formatting import format_bytes
+from tunesmith.core.formatting import escape_controls, format_bytes
 from tunesmith.core.progress_log import logger
 
 SPEED_WINDOW = 20  # steps of the average
@@ -46,7 +47,7 @@ class Progress:
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
         self.steps = steps
-        self.console = console or Console(stderr=True)
+        self.console = console or TerminalConsole(stderr=True)
         self.is_live = _is_live(self.console)
         self._recent_steps: deque[TrainStep] = deque(maxlen=SPEED_WINDOW)
         self._bar = Bar(
@@ -111,7 +112,7 @@ def _is_live(console: Console) -> bool:
 
 
 class LogListener(logging.Handler):
-    """Pass messages of core/progress_log.py to `callback` until closed."""
+    """Pass messages of core/progress_log.py to `callback` until closed, as escaped rich markup."""
 
     def __init__(self, callback: Callable[[str], None]) -> None:
         super().__init__()
@@ -121,7 +122,7 @@ class LogListener(logging.Handler):
         logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.callback(record.getMessage())
+        self.callback(escape(escape_controls(record.getMessage())))
 
     def close(self) -> None:
         logger.removeHandler(self)
@@ -132,7 +133,7 @@ class LogListener(logging.Handler):
 @contextmanager
 def measuring(console: Console | None = None) -> Iterator[None]:
     """Show the progress of a long measurement on stderr."""
-    console = console or Console(stderr=True)
+    console = console or TerminalConsole(stderr=True)
     if _is_live(console):
         with console.status("measuring") as status, closing(LogListener(status.update)):
             yield
@@ -149,14 +150,15 @@ def format_event(
         case Score():
             where = f"step {event.step}" if event.step else "before"
             value = format_interval(event.value, event.low, event.high)
-            return f"{where}  {event.task} {event.metric} {value}  n={event.n}"
+            name = escape(f"{event.task} {event.metric}")
+            return f"{where}  {name} {value}  n={event.n}"
         case GenerationSample():
             return (
                 f"[dim]sample {format_single_line(event.id)}:[/] {format_single_line(event.answer)}"
             )
         case CheckResult():
             style = LEVEL_STYLES[event.level]
-            return f"[{style}]{event.level}[/]  {event.kind}: {escape(event.evidence)}"
+            return f"[{style}]{event.level}[/]  {escape(f'{event.kind}: {event.evidence}')}"
         case CheckpointSaved():
             return f"saved {escape(event.path)}"
         case TrainingEnd():

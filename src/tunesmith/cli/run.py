@@ -4,7 +4,6 @@ Each verb is a function; cli/app.py has the table. Imports are inside the functi
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -20,8 +19,8 @@ from tunesmith.cli.args import (
     RecipeArgs,
     RunArg,
     parse_recipe_args,
-    print_result,
 )
+from tunesmith.cli.output import print_result, write_stderr
 from tunesmith.core.errors import GateError, TunesmithError
 from tunesmith.core.events import Event
 from tunesmith.core.run_dir import is_run, is_staged
@@ -154,7 +153,7 @@ def _tracking(folder: Path, track: str | None) -> Iterator[Callable[[Event], Non
     finally:
         if tracker.problem:
             retry_command = f"tunesmith report {folder} --track {track}"
-            sys.stderr.write(
+            write_stderr(
                 f"warning: {track} did not get everything: {tracker.problem}\n"
                 f"  fix: {retry_command}\n"
             )
@@ -165,6 +164,6 @@ def write_page(folder: Path) -> None:
     if find_spec("tunesmith.report") is None or not is_run(folder):
         return
     try:
-        sys.stderr.write(f"report: {api.write_report(folder)}\n")
+        write_stderr(f"report: {api.write_report(folder)}\n")
     except TunesmithError as error:
-        sys.stderr.write(f"warning: no report: {error}\n")
+        write_stderr(f"warning: no report: {error}\n")

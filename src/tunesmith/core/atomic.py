@@ -1,11 +1,14 @@
 """Write files and folders atomically, also if the process is killed or the disk is full.
 
     write_file(path, bytes)     temporary file, fsync, replace, fsync of the folder
+    with atomic_file(path) as file:     the same for content that is written in parts
     with atomic_dir(path, metadata={}) as folder:   the same for a folder, with a manifest
     verify_dir(path) -> ""      the problem of a folder, by the sizes and hashes in its manifest
 
 Everything is written next to its target, so that the last step is a rename within one file system.
-An OSError becomes a MachineError that says how much disk space is needed.
+An OSError becomes a MachineError that says how much disk space is needed. Links are never followed:
+a folder of a stranger may hold one that leads to a file of the user. Temporary names are random
+and created exclusively; `open_unlinked` opens the few files that are written in place.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Generator
 from contextlib import contextmanager
-from errno import EDQUOT, EFBIG, ENOSPC
+from errno import EDQUOT, EFBIG, ELOOP, ENOSPC
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.formatting import format_bytes
@@ -35,14 +39,66 @@ TRASH_PREFIX = ".trash-"
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file atomically. Raises MachineError if the disk refuses."""
+    with atomic_file(path, len(content)) as file:
+        file.write(content)
+
+
+@contextmanager
+def atomic_file(path: Path, needed_bytes: int = 0) -> Generator[IO[bytes]]:
+    """Yield a file to fill, which then replaces `path`; a link there is replaced, not followed.
+
+    On any error the old file stays. Raises MachineError if the disk refuses."""
     temporary = path.parent / _make_temp_name(TEMP_PREFIX, path.name)
-    with disk_errors(path, len(content)):
+    with disk_errors(path, needed_bytes):
         try:
-            _write_synced(temporary, content)
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         fsync_path(path.parent)
+
+
+def open_unlinked(path: Path, flags: int) -> int:
+    """Open or create a file that is written in place, and return its descriptor.
+
+    Raises InputError for a symbolic link, a hard link and anything but a file: writing would
+    change something outside the folder."""
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if error.errno == ELOOP:
+            raise _make_link_error(path, "a symbolic link") from error
+        raise
+    status = os.fstat(descriptor)
+    problem = "" if stat.S_ISREG(status.st_mode) else "not a regular file"
+    if not problem and status.st_nlink > 1:
+        problem = "a file with several hard links"
+    if problem:
+        os.close(descriptor)
+        raise _make_link_error(path, problem)
+    return descriptor
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise InputError for a symbolic link in an output folder, by its name."""
+    for entry in sorted(folder.iterdir()):
+        refuse_link(entry)
+
+
+def refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise _make_link_error(path, "a symbolic link")
+
+
+def _make_link_error(path: Path, problem: str) -> InputError:
+    return InputError(
+        f"{problem}; writing it could change a file outside the output folder",
+        where=str(path),
+        fix="remove it, or choose another folder",
+    )
 
 
 @contextmanager
@@ -111,14 +167,22 @@ def remove_folder(folder: Path) -> None:
     """Remove a folder; it is renamed first, so that a half-removed one never has its name."""
     trash = folder.parent / _make_temp_name(TRASH_PREFIX, folder.name)
     os.rename(folder, trash)
-    shutil.rmtree(trash)
+    _remove(trash)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left. Only for the process that may write in `folder`."""
     for leftover in folder.glob(".t*"):
         if leftover.name.startswith((TEMP_PREFIX, TRASH_PREFIX)):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with its content, or a file or link by itself."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def hash_file(path: Path) -> str:
@@ -205,12 +269,12 @@ def _encode_manifest(sealed: Json) -> bytes:
 
 
 def _replace_dir(temporary: Path, path: Path) -> None:
-    if path.exists():
+    if path.exists() or path.is_symlink():
         old = path.parent / _make_temp_name(TRASH_PREFIX, path.name)
         os.rename(path, old)
         os.rename(temporary, path)
         fsync_path(path.parent)
-        shutil.rmtree(old)
+        _remove(old)
     else:
         os.rename(temporary, path)
         fsync_path(path.parent)

@@ -11,9 +11,13 @@ An error says what is wrong, where (file:line, row id or recipe key) and what to
 
 from __future__ import annotations
 
+from tunesmith.core.formatting import escape_controls
+
 
 class TunesmithError(Exception):
-    """Base class of the errors that tunesmith raises on purpose. `fix` is what to try next."""
+    """Base class of the errors that tunesmith raises on purpose. `fix` is what to try next.
+
+    As text, control characters of the quoted input are visible; the attributes hold it as it is."""
 
     exit_code = 1
 
@@ -24,9 +28,9 @@ class TunesmithError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        prefix = f"{self.where}: " if self.where else ""
+        prefix = f"{escape_controls(self.where, keep='')}: " if self.where else ""
         suffix = f"\n  fix: {self.fix}" if self.fix else ""
-        return f"{prefix}{self.message}{suffix}"
+        return prefix + escape_controls(f"{self.message}{suffix}")
 
 
 class InputError(TunesmithError):

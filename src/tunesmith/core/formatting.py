@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, cast
@@ -9,6 +10,32 @@ from typing import Any, cast
 from tunesmith.core.types import Finding, Json
 
 MAX_ROW_IDS = 5
+HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate, separators
+# line breaks and tabs, and the joiners that emoji and several scripts need
+HARMLESS = "\n\t\u200c\u200d"
+
+
+def escape_controls(text: str, *, keep: str = HARMLESS, json: bool = False) -> str:
+    """Return the text with control characters made visible: terminal escapes, C0 and C1 controls,
+    bidirectional overrides and invisible characters. With `json`, as escapes of JSON strings."""
+    if text.isprintable():
+        return text
+    escape = _escape_for_json if json else _escape_hidden
+    return "".join(
+        escape(character)
+        if character not in keep and unicodedata.category(character) in HIDDEN_CATEGORIES
+        else character
+        for character in text
+    )
+
+
+def _escape_hidden(character: str) -> str:
+    return f"\\u{{{ord(character):x}}}"
+
+
+def _escape_for_json(character: str) -> str:
+    units = character.encode("utf-16-be", errors="surrogatepass")
+    return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -9,7 +9,6 @@ hide in the text are escaped. A character of several tokens is shown once, with 
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from rich.text import Text
 
+from tunesmith.core.formatting import escape_controls
 from tunesmith.core.types import Document
 from tunesmith.data.truncation import PreparedRow
 
@@ -34,7 +34,6 @@ SIDE_LABELS = {
 }
 MAX_CHAR_TOKENS = 6  # of one character
 VISIBLE_SIGNS = {"\n": "⏎\n", "\t": "⇥"}
-HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate, separators
 
 
 class TokenPiece(NamedTuple):
@@ -50,9 +49,9 @@ def render_preview(
     prepared: PreparedRow, renderer: Renderer, *, should_show_ids: bool = False
 ) -> Iterator[Text]:
     """Yield a header and the tokens of each document of a row, or why it has none."""
-    row_id = (prepared.id, "bold")
+    row_id = (escape_controls(prepared.id, keep=""), "bold")
     if prepared.drop_reason:
-        yield Text.assemble(row_id, f"  dropped: {prepared.drop_reason}")
+        yield Text.assemble(row_id, f"  dropped: {escape_controls(prepared.drop_reason)}")
     num_documents = len(prepared.documents)
     for number, document in enumerate(prepared.documents, 1):
         label = f"  document {number} of {num_documents}" if num_documents > 1 else ""
@@ -117,5 +116,4 @@ def escape_invisible(text: str) -> str:
 def _escape_character(character: str) -> str:
     if character in VISIBLE_SIGNS:
         return VISIBLE_SIGNS[character]
-    is_hidden = unicodedata.category(character) in HIDDEN_CATEGORIES
-    return f"\\u{{{ord(character):x}}}" if is_hidden else character
+    return escape_controls(character, keep="")

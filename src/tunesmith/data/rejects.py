@@ -9,14 +9,13 @@ same error again, so any number of them takes no memory. `row` is its text, cut 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
-from tunesmith.core.atomic import TEMP_PREFIX, disk_errors
+from tunesmith.core.atomic import atomic_file, disk_errors
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import DataReport, Json
@@ -119,10 +118,8 @@ def write_rejected_rows(
             path.unlink(missing_ok=True)
             return first_lines
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{TEMP_PREFIX}{path.name}")
-        with temporary.open("wb") as file:
+        with atomic_file(path) as file:
             file.writelines(dump_json(line) for line in chain(first_lines, lines))
-        os.replace(temporary, path)
     return first_lines
 
 

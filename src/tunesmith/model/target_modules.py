@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
 from tunesmith.core.errors import InputError
@@ -78,9 +79,16 @@ def _match_regex(paths: Sequence[str], pattern: str, seconds: float) -> list[str
     command = [sys.executable, "-I", "-S", "-c", MATCHER_SCRIPT]
     payload = json.dumps([pattern, list(paths)])
     try:
-        completed = subprocess.run(
-            command, input=payload, capture_output=True, text=True, timeout=seconds, check=False
-        )
+        with tempfile.TemporaryDirectory() as scratch:
+            completed = subprocess.run(
+                command,
+                input=payload,
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+                check=False,
+                cwd=scratch,
+            )
     except subprocess.TimeoutExpired as error:
         message = (
             f"the regular expression {pattern:.200} takes more than {seconds:g} s "

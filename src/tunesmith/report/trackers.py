@@ -125,7 +125,9 @@ class RunTracker:
         # read before the run goes on, so that no event is sent twice
         self._history = read_history(run) if is_run(run) else []
         self._queue: SimpleQueue[Event | None] = SimpleQueue()  # None: no more events
-        self._thread = Thread(target=self._export_events, name=f"{tracker_name} export", daemon=True)
+        self._thread = Thread(
+            target=self._export_events, name=f"{tracker_name} export", daemon=True
+        )
         if find_spec(package) is None:
             self.problem = f"it is not installed: pip install 'tunesmith[{tracker_name}]'"
         else:

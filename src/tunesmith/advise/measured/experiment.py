@@ -53,7 +53,7 @@ from tunesmith.advise.measured.verdict import (
     choose_primary_metric,
     make_decision,
 )
-from tunesmith.core.atomic import make_dirs, remove_leftovers, write_file
+from tunesmith.core.atomic import make_dirs, refuse_links, remove_leftovers, write_file
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import Score
 from tunesmith.core.json_io import dump_json, parse_as, read_json
@@ -214,7 +214,8 @@ class ResultStore:
 
     A file's name is a hash of everything that its content depends on (model, rows, items,
     documents, arm), so an interrupted experiment continues, a repeated one is free, and no stale
-    result is used. Recipes may share a folder. Raises InputError for a folder that cannot be made.
+    result is used. Recipes may share a folder. Raises InputError for a folder that cannot be made
+    or has a link.
     """
 
     def __init__(self, folder: Path, fingerprint: Json) -> None:
@@ -223,6 +224,7 @@ class ResultStore:
         if folder.exists() and not folder.is_dir():
             raise InputError("not a folder", where=f"--out: {folder}", fix="name a folder")
         make_dirs(folder)
+        refuse_links(folder)
         remove_leftovers(folder)
 
     @property

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 
+from tunesmith.cli.output import write_stderr
 from tunesmith.cli.progress import format_interval
 from tunesmith.cli.views import make_table
 
@@ -20,12 +20,10 @@ if TYPE_CHECKING:
 VERDICT_TEXTS = {
     "better": "selection trains better",
     "worse": "selection trains worse",
-    "no difference shown": "no difference shown",
 }
 CONCLUSION_TEXTS = {
     "better": "worse than the selection",
     "worse": "better than the selection",
-    "no difference shown": "no difference shown",
 }
 
 
@@ -58,7 +56,7 @@ def report_subset_runs(results: Iterable[SubsetRun | AblationResult]) -> Ablatio
         if isinstance(result, AblationResult):
             return result
         name = f"trained on {result.name}, seed {result.seed}" if result.name else "before training"
-        sys.stderr.write(f"{name}: held-out loss {compute_score(result.held_out).value:.4f}\n")
+        write_stderr(f"{name}: held-out loss {compute_score(result.held_out).value:.4f}\n")
     raise AssertionError("the ablation result comes last")
 
 
@@ -79,7 +77,7 @@ def render_ablation(ablation: AblationResult) -> RenderableType:
             format_interval(arm.loss, arm.low, arm.high),
             _format_difference(arm),
             _format_seed_differences(arm) if ablation.seeds > 1 else "",
-            VERDICT_TEXTS.get(arm.verdict),
+            VERDICT_TEXTS.get(arm.verdict, arm.verdict),
         )
     return Group(table, escape(format_conclusion(ablation)))
 
@@ -101,7 +99,7 @@ def format_conclusion(ablation: AblationResult) -> str:
     disputed: list[str] = []
     for arm in ablation.arms:
         if arm.comparison is not None:
-            parts.append(f"{arm.name}: {CONCLUSION_TEXTS[arm.verdict]}")
+            parts.append(f"{arm.name}: {CONCLUSION_TEXTS.get(arm.verdict, arm.verdict)}")
         differences = arm.seed_differences
         if min(differences, default=0) < 0 < max(differences, default=0):
             disputed.append(arm.name)

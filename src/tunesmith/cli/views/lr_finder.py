@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -11,6 +10,7 @@ from rich.text import Text
 
 from tunesmith.advise.lr_finder import LRFinderResult, LRPoint, LRTrial
 from tunesmith.advise.lr_plot import render_bar, render_svg
+from tunesmith.cli.output import write_stderr
 from tunesmith.cli.progress import format_interval
 from tunesmith.cli.views import make_table
 from tunesmith.core.atomic import write_file
@@ -20,7 +20,7 @@ from tunesmith.evaluate.results import compute_score
 def report_lr_result(result: LRTrial | LRFinderResult, svg_path: Path) -> RenderableType | None:
     """Print a trial on stderr; for the final result write the plot and return the table."""
     if isinstance(result, LRTrial):
-        sys.stderr.write(f"{format_trial(result)}\n")
+        write_stderr(f"{format_trial(result)}\n")
         return None
     write_file(svg_path, render_svg(result).encode())
     return render_lr_table(result, svg_path)

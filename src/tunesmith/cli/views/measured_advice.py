@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
@@ -15,6 +14,7 @@ from tunesmith.advise.measured.knowledge_check import LEVELS, KnowledgeResult
 from tunesmith.advise.measured.learning_curve import LearningCurve
 from tunesmith.advise.measured.run_arm import ArmResult
 from tunesmith.advise.measured.verdict import ArmRow, Decision
+from tunesmith.cli.output import write_stderr
 from tunesmith.cli.progress import format_duration, format_interval
 from tunesmith.cli.views import make_table
 
@@ -34,9 +34,9 @@ HEADLINES = {
 def report_experiment(event: ExperimentStart | ArmResult | MeasuredAdvice) -> RenderableType | None:
     """Print progress on stderr; return the view of the final advice."""
     if isinstance(event, ExperimentStart):
-        sys.stderr.write(f"{_format_start(event)}\n")
+        write_stderr(f"{_format_start(event)}\n")
     elif isinstance(event, ArmResult):
-        sys.stderr.write(f"{_format_arm_result(event)}\n")
+        write_stderr(f"{_format_arm_result(event)}\n")
     else:
         return render_measured_advice(event)
     return None

