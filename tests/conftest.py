@@ -1,5 +1,4 @@
-"""Shared by all tests. Being here puts this folder on the path, so that tests can import `tiny` and
-`tiny_run`."""
+"""Fixtures of all tests."""
 
 import signal
 import sys
@@ -15,27 +14,26 @@ from tunesmith.cli import app
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
 
-hypothesis.settings.register_profile(
-    "no deadline", deadline=None
-)  # a busy machine is no fault of an example
+# An example may be slow because the machine is busy.
+hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder as users have them; not to be changed."""
+    """Return the folder of a tiny model; tests must not change it."""
     return save_model_folder(tmp_path_factory.mktemp("tiny-model") / "tiny")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible() -> None:
-    """A shell starts what runs in its background with SIGINT ignored."""
+    """Restore SIGINT, which shells ignore in background processes."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def _subnormal_numbers() -> Iterator[None]:
-    """A run switches them off for the whole process; the next test finds them as they were."""
+    """Turn subnormal numbers on again after a run that flushed them to zero."""
     yield
     torch.set_flush_denormal(False)
 
@@ -44,12 +42,13 @@ def _subnormal_numbers() -> Iterator[None]:
 def tunesmith(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Outcome]:
-    """The program, called with words."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main sets it: put it back
+    """Return a function that runs the command line in this process."""
+    # main() replaces the hook; monkeypatch restores it.
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
-    def call(*words: str) -> Outcome:
-        with pytest.raises(SystemExit) as ended:
-            app.main(words)
-        return (ended.value.code or 0, *capsys.readouterr())  # pyright: ignore[reportReturnType]
+    def run_cli(*args: str) -> Outcome:
+        with pytest.raises(SystemExit) as exit_info:
+            app.main(args)
+        return (exit_info.value.code or 0, *capsys.readouterr())  # pyright: ignore[reportReturnType]
 
-    return call
+    return run_cli

@@ -1,4 +1,4 @@
-"""Shared by the effect tests: every measured change goes into the test report with its interval."""
+"""Fixtures of the effect tests: measured changes go into the test report with their intervals."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from tunesmith.core.types import Comparison
 
 @pytest.fixture
 def record(record_property: Callable[[str, object], None]) -> Record:
-    """Write a comparison into the report that `make effects` makes its table of."""
+    """Write a comparison into the report from which `make effects` makes its table."""
 
     def record_comparison(comparison: Comparison) -> None:
         change = f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]"

@@ -1,5 +1,4 @@
-"""SmolLM2 speaks of itself as an AI where it is asked about itself; banned with the rows of the
-recipe, it does not."""
+"""A ban on AI self-mentions, trained with the rows of the recipe, lowers their rate in SmolLM2."""
 
 from pathlib import Path
 

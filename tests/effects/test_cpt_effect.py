@@ -1,5 +1,4 @@
-"""Continued pretraining of SmolLM2 on the Python reference, as Python ships it: held-out topics get
-likelier."""
+"""Continued pretraining of SmolLM2 on the Python reference lowers held-out bits per byte."""
 
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -16,10 +15,9 @@ from tunesmith.recipe.schema import Recipe
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_bits_per_byte_of_the_domain_fall(seed: int, tmp_path: Path, record: Record) -> None:
-    once = dict.fromkeys(
-        text[:3000] for text in topics.values() if len(text) > 500
-    )  # some topics have two names
-    texts: list[Json] = [{"text": text} for text in once]
+    # Some topics have two names.
+    unique_texts = dict.fromkeys(text[:3000] for text in topics.values() if len(text) > 500)
+    texts: list[Json] = [{"text": text} for text in unique_texts]
     test = write_rows(tmp_path / "test.jsonl", texts[::7][:10])
     data = write_rows(tmp_path / "data.jsonl", [text for n, text in enumerate(texts) if n % 7])
     values = {

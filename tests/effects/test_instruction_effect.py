@@ -1,6 +1,7 @@
-"""Instruction tuning of SmolLM2 on the shipped tasks: held-out rows of all tasks together get
-better, with an interval. What the held-out task does is measured beside it, and claimed by
-nobody."""
+"""Instruction tuning of SmolLM2 on the shipped tasks improves held-out rows of all tasks.
+
+The held-out task is measured as well, without a claim about it.
+"""
 
 from pathlib import Path
 

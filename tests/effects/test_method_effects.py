@@ -1,5 +1,4 @@
-"""What each method does to SmolLM2 in a few steps on the embedded example: held-out answers get
-likelier."""
+"""Each method lowers the loss of held-out answers in a few steps of SmolLM2 on the demo."""
 
 import json
 from pathlib import Path
@@ -29,14 +28,14 @@ def load_demo_rows(role: str, count: int) -> list[Json]:
 
 
 def train_and_compare(
-    folder: Path, train_rows: list[Json], test_rows: list[Json], **wish: Any
+    folder: Path, train_rows: list[Json], test_rows: list[Json], **settings: Any
 ) -> dict[str, Comparison]:
     files = {
         "data": str(write_rows(folder / "train.jsonl", train_rows)),
         "test_data": str(write_rows(folder / "test.jsonl", test_rows)),
         "output_dir": str(folder / "run"),
     }
-    train(Recipe.model_validate(SIZE | files | wish))
+    train(Recipe.model_validate(SIZE | files | settings))
     return {comparison.metric: comparison for comparison in read_record(folder / "run").comparisons}
 
 
@@ -46,9 +45,9 @@ def train_and_compare(
 def test_held_out_answers_get_likelier(
     method: str, seed: int, tmp_path: Path, record: Record
 ) -> None:
-    wish = METHODS[method] | {"seed": seed}
+    settings = METHODS[method] | {"seed": seed}
     loss = train_and_compare(
-        tmp_path, load_demo_rows("train", 32), load_demo_rows("test", 12), **wish
+        tmp_path, load_demo_rows("train", 32), load_demo_rows("test", 12), **settings
     )["loss"]
     record(loss)
     assert loss.after.n == 12
@@ -58,16 +57,15 @@ def test_held_out_answers_get_likelier(
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_new_tokens_are_learnt(seed: int, tmp_path: Path, record: Record) -> None:
-    """They stand around every answer. The base model has never seen them; held-out answers begin
-    with one after it."""
+    """New tokens enclose every answer; after training, held-out answers begin with one."""
     train_rows = [add_record_tokens(row) for row in load_demo_rows("train", 32)]
     test_rows = [add_record_tokens(row) for row in load_demo_rows("test", 12)]
-    wish = {
+    settings = {
         "add_tokens": ["[record]", "[/record]"],
         "metrics": [{"regex": r"^\[record\]"}],
         "max_steps": 16,
     }
-    changes = train_and_compare(tmp_path, train_rows, test_rows, seed=seed, **wish)
+    changes = train_and_compare(tmp_path, train_rows, test_rows, seed=seed, **settings)
     loss = changes["loss"]
     starts_right = next(change for name, change in changes.items() if name.startswith("regex"))
     record(loss)
@@ -85,11 +83,11 @@ def add_record_tokens(row: Json) -> Json:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_preferred_answers_are_told_apart(seed: int, tmp_path: Path, record: Record) -> None:
-    """Of two forms of the same answer the one that the model does not expect is preferred."""
-    wish = {"stage": "preference", "learning_rate": 1e-4, "seed": seed}
-    margin = train_and_compare(tmp_path, build_pairs("train", 32), build_pairs("test", 12), **wish)[
-        "margin"
-    ]
+    """Of two forms of an answer, the one that is less likely under the base model is preferred."""
+    settings = {"stage": "preference", "learning_rate": 1e-4, "seed": seed}
+    margin = train_and_compare(
+        tmp_path, build_pairs("train", 32), build_pairs("test", 12), **settings
+    )["margin"]
     record(margin)
     assert margin.after.n == 12
     assert margin.low > 0
@@ -108,5 +106,5 @@ def build_pairs(role: str, count: int) -> list[Json]:
 
 
 def format_plain(answer: str) -> str:
-    """One line for each field, without JSON's marks."""
+    """Return one line per field instead of JSON."""
     return "\n".join(f"{key}: {value}" for key, value in json.loads(answer).items())

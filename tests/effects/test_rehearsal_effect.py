@@ -1,5 +1,4 @@
-"""Rehearsal on SmolLM2: fine-tuned on changelogs at a high rate, it forgets less of general text
-with it."""
+"""Rehearsal reduces forgetting of general text in fine-tuning at a high learning rate."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""Two stages on SmolLM2: what continued pretraining taught is still there after fine-tuning,
-measured from the base."""
+"""The gain of continued pretraining over the base model remains after a fine-tuning stage."""
 
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -31,16 +30,16 @@ def test_the_domain_is_still_likelier_after_both(seed: int, tmp_path: Path, reco
         "max_steps": 3,
         "learning_rate": 3e-4,
     }
-    whole = {
+    shared = {
         "model": "smollm2-135m-instruct",
         "output_dir": str(tmp_path / "run"),
         "lora_r": 16,
         "seed": seed,
     }
-    made = read_recipe({**whole, "stage": [{"cpt": cpt}, {"sft": sft}]})
-    assert isinstance(made, Stages)
-    known = stages.load_stage_inputs(made)
-    list(api.train(stages.make_staged_plan(known), known))
+    recipe = read_recipe({**shared, "stage": [{"cpt": cpt}, {"sft": sft}]})
+    assert isinstance(recipe, Stages)
+    stage_inputs = stages.load_stage_inputs(recipe)
+    list(api.train(stages.make_staged_plan(stage_inputs), stage_inputs))
     (change,) = read_record(tmp_path / "run").comparisons
     record(change)
     assert (change.task, change.metric, change.after.n) == ("1-cpt test", "bits_per_byte", 8)

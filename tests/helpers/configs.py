@@ -1,4 +1,4 @@
-"""Configs as people have them, in the words of each tool, and what is around them on the disk."""
+"""Realistic configs of LLaMA-Factory, Axolotl and TRL, and the data files that they name."""
 
 import json
 from pathlib import Path
@@ -153,7 +153,7 @@ def write_config(folder: Path, text: str, name: str = "config.yml") -> Path:
 
 
 def write_datasets(folder: Path) -> None:
-    """The files that the LLaMA-Factory config names, below its dataset_dir."""
+    """Write the files that the LLaMA-Factory config names, below its dataset_dir."""
     (folder / "sets").mkdir()
     (folder / "sets" / "dataset_info.json").write_text(json.dumps(DATASET_INFO))
     for entry in DATASET_INFO.values():

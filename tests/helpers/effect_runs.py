@@ -1,4 +1,4 @@
-"""Shared by the effect tests: their seeds, and how a measured change is recorded."""
+"""Seeds of the effect tests, and the type of the fixture that records a measured change."""
 
 from collections.abc import Callable
 

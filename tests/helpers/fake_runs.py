@@ -1,4 +1,4 @@
-"""Run folders with chosen contents, as a run writes them; no model is trained."""
+"""Write run folders with chosen contents in the layout of real runs, without training."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -123,7 +123,7 @@ def make_comparison(
     higher_is_better: bool = True,
     **changes: Any,
 ) -> Comparison:
-    """A difference whose interval reaches `half_width` to both sides."""
+    """Return a difference with an interval of `half_width` to both sides."""
     score_before, score_after = (
         Score(task, metric, value, value - 0.1, value + 0.1, 80, 0) for value in (before, after)
     )
@@ -148,7 +148,7 @@ def make_step(number: int, loss: float = 1.0) -> TrainStep:
 
 
 def make_events(steps: int = 30) -> list[Event]:
-    """A run with evaluations, checkpoints and a warning."""
+    """Return the events of a run with evaluations, checkpoints and a warning."""
     events: list[Event] = [PASSED]
     for number in range(1, steps + 1):
         events.append(make_step(number, 2.0 / number))
@@ -178,7 +178,7 @@ SAMPLES = (
 
 
 def make_scales(losses: Sequence[float] = (2, 1.75, 1.5, 1.25, 1)) -> tuple[ScalePoint, ...]:
-    """Scales 0 to 1: the held-out loss falls, bits per byte of general text rise."""
+    """Return points for scales 0 to 1: held-out loss falls, bits per byte of general text rise."""
     points: list[ScalePoint] = []
     for scale, loss in zip((0, 0.25, 0.5, 0.75, 1), losses, strict=True):
         eval_loss = Score("eval", "loss", loss, loss - 0.1, loss + 0.1, 40, 30)
@@ -214,7 +214,7 @@ def write_run(
     events: Sequence[Event] | None = None,
     files: dict[str, Json] | None = None,
 ) -> Path:
-    """Write a run folder; without a record, of a run that is not finished."""
+    """Write a run folder; without `record` the run is unfinished."""
     with RunFolder.create(path) as folder:
         folder.write_json(FINGERPRINT_FILE, FINGERPRINT)
         folder.write_json(PLAN_FILE, plan)
@@ -229,7 +229,7 @@ def write_run(
 
 
 def write_stages(path: Path, **changes: Any) -> Path:
-    """Write a run of two stages, both finished."""
+    """Write a finished run of two stages."""
     stage_dirs = [path / STAGES_DIR / name for name in ("1-cpt", "2-sft")]
     plans: list[Plan] = []
     for stage_dir in stage_dirs:

@@ -1,4 +1,4 @@
-"""Settings of a plan for tests: those that a test is about, and plain values for the rest."""
+"""Plan settings for tests: a test passes what it is about, the rest have plain defaults."""
 
 from typing import Any
 
@@ -44,8 +44,7 @@ def make_config(**settings: Any) -> PlanConfig:
 
 
 def make_settings(**settings: PlanValue) -> tuple[PlanConfig, dict[str, PlanReason]]:
-    """Return `config` and `reasons` of a plan that gives a reason for these settings alone."""
-    config, reasons = split_settings(
-        {key: PlanValue(value, "rule", "") for key, value in DEFAULTS.items()} | settings
-    )
+    """Return the `config` and `reasons` of a plan that has reasons for these settings only."""
+    defaults = {key: PlanValue(value, "rule", "") for key, value in DEFAULTS.items()}
+    config, reasons = split_settings(defaults | settings)
     return config, {key: reasons[key] for key in settings}

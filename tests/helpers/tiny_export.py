@@ -1,5 +1,5 @@
-"""A tiny model folder of each family that a GGUF can hold, with a tokenizer that merges, and
-finished runs on it."""
+"""Tiny model folders of each family that GGUF supports, with a merging BPE tokenizer;
+finished runs on them."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ MERGES = [
 ]
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
-    "intermediate_size": 48,  # no whole block of Q8_0
+    "intermediate_size": 48,  # not a multiple of the Q8_0 block
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -72,8 +72,10 @@ CUTS = {"qwen2": "qwen2", "qwen3": "qwen2", "llama-wide": "llama-bpe"}
 
 
 def save_tokenizer(path: Path, cut: str, *, template: str = CHATML) -> int:
-    """Byte-level BPE with a few merges; texts end in another token than answers. Returns the number
-    of tokens."""
+    """Save a byte-level BPE with a few merges and return its number of tokens.
+
+    Its EOS token differs from the token that ends an answer.
+    """
     alphabet = sorted(chr(i) for i in bytes_to_unicode())
     vocabulary = {
         token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in MERGES)])
@@ -102,12 +104,11 @@ def bytes_to_unicode() -> list[int]:
 def save_model(
     path: Path, family: str = "llama", *, template: str = CHATML, **changed: Any
 ) -> Path:
-    """A random model in bf16, as most are; the embedding has rows without a token."""
+    """Save a random bf16 model; its embedding has more rows than the tokenizer has tokens."""
     tokens = save_tokenizer(path, CUTS.get(family, "smollm"), template=template)
-    kind, own = CONFIGS[family]
-    config = kind(
-        vocab_size=tokens + 5, eos_token_id=tokens - 3, bos_token_id=None, **(SIZES | own | changed)
-    )
+    config_class, family_sizes = CONFIGS[family]
+    ids = {"vocab_size": tokens + 5, "eos_token_id": tokens - 3, "bos_token_id": None}
+    config = config_class(**(ids | SIZES | family_sizes | changed))
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
@@ -119,27 +120,23 @@ def save_model(
 
 
 def save_run(folder: Path, model: Path, *, system: str = "", **changed: Any) -> Path:
-    """A finished run of a few steps, at a rate that moves the model."""
+    """Train a run of a few steps, at a learning rate that changes the model."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         make_chat_row(f"{n} and {3 * n} please", json.dumps({"sum": 4 * n}), system)
         for n in range(1, 13)
     ]
-    data, test = (
-        write_rows(folder / "train.jsonl", rows[:8]),
-        write_rows(folder / "test.jsonl", rows[8:]),
-    )
-    wish = make_tiny_recipe(
-        model,
-        folder,
-        **({"data": str(data), "test_data": str(test), "learning_rate": 0.03} | changed),
-    )
-    train(wish)
+    values = {
+        "data": str(write_rows(folder / "train.jsonl", rows[:8])),
+        "test_data": str(write_rows(folder / "test.jsonl", rows[8:])),
+        "learning_rate": 0.03,
+    }
+    train(make_tiny_recipe(model, folder, **(values | changed)))
     return folder / "run"
 
 
 def make_export_job(path: Path, folder: Path, kind: str = "") -> ExportJob:
-    """An export of a run at work in `folder`."""
+    """Return the export job of a run, with `folder` as its work folder."""
     run: SourceRun = open_source_run(path)
     folder.mkdir(parents=True, exist_ok=True)
     return ExportJob(run, folder, kind, select_examples(run))

@@ -1,5 +1,4 @@
-"""Tiny models on disk: a GGUF as llama.cpp's converter writes it, and a safetensors folder with its
-config."""
+"""Tiny GGUF files in the layout of llama.cpp's converter, and the config of the same model."""
 
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ TEMPLATE = (
 
 
 def list_tokens() -> list[str]:
-    """Three control tokens, the 256 bytes in the spelling of byte-level BPE, the merges, one user
-    token, padding."""
+    """Return control tokens, the byte-level alphabet, merges, a user token and padding."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     return [
         *SPECIALS,
@@ -30,8 +28,7 @@ def list_tokens() -> list[str]:
 
 
 def random_weights(architecture: str, *, tied: bool = True) -> dict[str, np.ndarray]:
-    """Weights by their transformers names, multiples of 1/16 so that bf16 and Q8_0-free types hold
-    them exactly."""
+    """Return weights by transformers name: multiples of 1/16, which bf16 represents exactly."""
     random = np.random.default_rng(0)
     shapes = {
         "model.embed_tokens.weight": (len(list_tokens()), HIDDEN),
@@ -101,11 +98,12 @@ def write_gguf(
     bad: str = "",
     **changed: Any,
 ) -> Path:
-    """A GGUF of `architecture` with the tensors of `random_weights` and `extra` ones by their GGUF
-    names.
+    """Write a GGUF of `architecture` and return its path.
 
-    The weight `bad` begins with NaN. `changed` replaces metadata (dots as two underscores); None
-    leaves an entry out."""
+    tensors: those of `random_weights`, and `extra` by their GGUF names
+    bad: the transformers name of a weight that begins with NaN
+    changed: metadata to replace (`__` for a dot); None omits an entry
+    """
     writer = gguf.GGUFWriter(path, architecture)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], LAYERS)
     for name, values in random_weights(architecture, tied=tied).items():

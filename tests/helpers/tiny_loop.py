@@ -1,4 +1,4 @@
-"""A run of the tests' model: its settings, its documents, and what it leaves."""
+"""Settings and documents for training loops on the tiny model, and comparisons of their weights."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,16 +22,18 @@ LENGTHS = (5, 17, 1, 31, 17, 2, 13)
 
 
 def make_step_documents(step: int) -> Sequence[Document]:
-    """Other documents at every step."""
-    return [make_tiny_document(length, 100 * step + place) for place, length in enumerate(LENGTHS)]
+    """Return the documents of a step; each step has different ones."""
+    return [make_tiny_document(length, 100 * step + i) for i, length in enumerate(LENGTHS)]
 
 
 def copy_weights(model: PackedCausalLM) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in get_trainable_parameters(model.network).items()}
 
 
-def are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def are_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    if ours.keys() != theirs.keys():
+        return False
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def select_steps(events: Sequence[Event]) -> list[TrainStep]:
@@ -39,14 +41,16 @@ def select_steps(events: Sequence[Event]) -> list[TrainStep]:
 
 
 def run_straight_and_resumed(
-    fresh: Callable[[], TrainingLoop], folder: Path
+    make_loop: Callable[[], TrainingLoop], folder: Path
 ) -> tuple[TrainingLoop, TrainingLoop]:
-    """Two whole runs; the second was saved after three steps and went on in another object."""
-    straight, first, second = fresh(), fresh(), fresh()
+    """Return two finished loops: an uninterrupted one, and one resumed after three steps."""
+    straight = make_loop()
     list(straight)
+    first = make_loop()
     for _ in range(3):
         next(first)
     first.save(folder)
+    second = make_loop()
     second.restore(folder)
     list(second)
     return straight, second

@@ -39,7 +39,7 @@ from tunesmith.model.causal_lm import PackedCausalLM, wrap_model
 from tunesmith.train.losses import sft_loss, sum_weights
 
 VOCABULARY = 97
-WINDOW = 8  # shorter than most of the documents, so that windows matter
+WINDOW = 8  # shorter than most documents, so that the window has an effect
 END = 2
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -112,8 +112,7 @@ LORA: dict[str, Any] = {
 
 
 def make_tiny_network(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A stock network with weights far from their start: norms, biases and multipliers must all
-    matter."""
+    """Return a transformers network whose norms, biases and multipliers all have an effect."""
     network = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=dtype).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
@@ -135,8 +134,10 @@ def make_tiny_model(
     gradient_checkpointing: str = "none",
     **settings: object,
 ) -> PackedCausalLM:
-    """Adopted, with something trainable; adapters start away from zero, so that every gradient
-    is."""
+    """Return a wrapped model with trainable parameters.
+
+    LoRA weights start away from zero, so that every gradient is nonzero.
+    """
     network = make_tiny_network(family, dtype)
     if method:
         METHODS[method](network, LORA | settings)
@@ -154,40 +155,44 @@ def make_tiny_model(
 
 
 def make_tiny_document(
-    fed: int, seed: int = 0, *, name: str = "", first_target: int | None = None
+    num_inputs: int, seed: int = 0, *, name: str = "", first_target: int | None = None
 ) -> Document:
-    """A document that feeds `fed` tokens and ends in a trained end token; weights of its targets
-    differ."""
-    generator = np.random.default_rng(1000 * fed + seed)
-    tokens_L = generator.integers(3, VOCABULARY, fed + 1).astype(np.int32)
+    """Return a document of `num_inputs` input tokens and a supervised end token.
+
+    Its targets have different loss weights.
+    """
+    generator = np.random.default_rng(1000 * num_inputs + seed)
+    tokens_L = generator.integers(3, VOCABULARY, num_inputs + 1).astype(np.int32)
     tokens_L[-1] = END
-    weights_L = generator.choice(np.array([0, 0.5, 1, 1.5], np.float32), fed + 1)
+    weights_L = generator.choice(np.array([0, 0.5, 1, 1.5], np.float32), num_inputs + 1)
     weights_L[: first_target or 1] = 0
     weights_L[-1] = 1
-    return Document(name or f"rows:{fed}.{seed}", tokens_L, weights_L)
+    return Document(name or f"rows:{num_inputs}.{seed}", tokens_L, weights_L)
 
 
-# 1, 2, primes, equal neighbours, longer than the windows.
+# 1, 2, primes, equal lengths in a row, longer than the window.
 LENGTHS = (5, 17, 1, 31, 17, 2, 13)
 
 
 def make_tiny_documents(lengths: Iterable[int] = LENGTHS) -> list[Document]:
-    return [make_tiny_document(length, place) for place, length in enumerate(lengths)]
+    return [make_tiny_document(length, i) for i, length in enumerate(lengths)]
 
 
-def continue_document(prompt: Document, fed: int, length: int, seed: int = 0) -> Document:
-    """A document that begins with the first `fed` tokens of another one, and goes on for
-    `length`."""
+def continue_document(prompt: Document, prefix: int, length: int, seed: int = 0) -> Document:
+    """Return a document of the first `prefix` tokens of `prompt` and `length` other inputs."""
     end = make_tiny_document(length, seed)
-    tokens_L = np.concatenate((prompt.tokens_L[:fed], end.tokens_L))
-    weights_L = np.concatenate((prompt.weights_L[:fed], end.weights_L))
-    return Document(f"{prompt.id}[:{fed}]+{end.id}", tokens_L, weights_L)
+    tokens_L = np.concatenate((prompt.tokens_L[:prefix], end.tokens_L))
+    weights_L = np.concatenate((prompt.weights_L[:prefix], end.weights_L))
+    return Document(f"{prompt.id}[:{prefix}]+{end.id}", tokens_L, weights_L)
 
 
 def make_branching_documents() -> list[Document]:
-    """Beginnings in common with targets inside, some longer than others; two documents that are
-    equal, one that ends where another goes on, and some that share nothing."""
-    prompt, other = make_tiny_document(40, 7), make_tiny_document(21, 8)
+    """Return documents with shared prefixes of different lengths, with targets inside.
+
+    Two are equal, one is a prefix of another, and some share nothing.
+    """
+    prompt = make_tiny_document(40, 7)
+    other = make_tiny_document(21, 8)
     deeper = continue_document(prompt, 33, 50, 1)
     return [
         continue_document(prompt, 33, 5),
@@ -205,7 +210,7 @@ def make_branching_documents() -> list[Document]:
 
 
 def collate_documents(documents: Sequence[Document], *, share: bool = False) -> Batch:
-    """All documents in one pack, as batches of training are made."""
+    """Return a batch with all documents in one pack, made as in training."""
     (pack,) = pack_step(documents, 10**6, should_share=share)
     return collate(pack)
 
@@ -214,21 +219,21 @@ def compute_mean_loss(model: PackedCausalLM, batch: Batch, count: float) -> Tens
     return sft_loss(model, batch, count)["answer"].sum / count
 
 
-def select_targets(batch: Batch, place: int) -> Batch:
-    """The same pack with the targets of one document only."""
-    own = batch.document_S == place
-    kept = {
-        name: getattr(batch, name)[own]
-        for name in ("positions_S", "targets_S", "weights_S", "document_S")
-    }
-    return dataclasses.replace(batch, **kept)
+def select_targets(batch: Batch, document: int) -> Batch:
+    """Return the same pack with the targets of one document only."""
+    is_selected_S = batch.document_S == document
+    names = ("positions_S", "targets_S", "weights_S", "document_S")
+    selected = {name: getattr(batch, name)[is_selected_S] for name in names}
+    return dataclasses.replace(batch, **selected)
 
 
 def compute_step_gradients(
     model: PackedCausalLM, documents: Sequence[Document], pack_length: int, *, share: bool = False
 ) -> tuple[float, dict[str, Tensor]]:
-    """The loss of one step, and its gradient by name."""
-    parameters, count, total = get_trainable_parameters(model.network), sum_weights(documents), 0.0
+    """Return the loss of one step and its gradients by parameter name."""
+    parameters = get_trainable_parameters(model.network)
+    count = sum_weights(documents)
+    total = 0.0
     for pack in pack_step(documents, pack_length, should_share=share):
         loss = compute_mean_loss(model, collate(pack), count)
         loss.backward()
@@ -242,6 +247,6 @@ def compute_step_gradients(
 
 
 def compute_max_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest relative difference of two sets of tensors, tensor by tensor, in norms."""
+    """Return the largest relative difference (in norm) over all tensors."""
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours)

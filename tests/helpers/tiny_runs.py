@@ -1,5 +1,4 @@
-"""A tiny model folder as users have them (config, weights, tokenizer, chat template), rows, and
-recipes over both."""
+"""Tiny model folders (config, weights, tokenizer, chat template), rows and recipes."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -20,14 +19,18 @@ from tunesmith.session import inputs
 from tunesmith.train import run
 
 TURNS = (
-    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
 END = 257
 
 
 def save_model_folder(path: Path, seed: int = 0) -> Path:
-    """A random Llama of two layers, one token a byte; answers end in another token than texts."""
+    """Save a random two-layer Llama with one token per byte.
+
+    Its EOS token differs from the token that ends an answer.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({character: i for i, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -57,15 +60,15 @@ def save_model_folder(path: Path, seed: int = 0) -> Path:
 
 
 def save_writer_folder(path: Path) -> Path:
-    """One that writes short words: the first number of every hidden state is the same, and there
-    the head likes a few small letters and the ends."""
+    """Save a model that generates short words.
+
+    The first component of every hidden state is constant, and the head maps it to a few lowercase
+    letters and the end tokens.
+    """
     save_model_folder(path)
     tensors = load_file(path / "model.safetensors")
-    letters = [
-        place
-        for place, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
-        if sign in "abcdefgh"
-    ]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = [alphabet.index(letter) for letter in "abcdefgh"]
     tensors["model.embed_tokens.weight"][:, 0] = 5
     tensors["lm_head.weight"][:, 0] = -4
     tensors["lm_head.weight"][[*letters, END, END + 1], 0] = 1
@@ -79,7 +82,7 @@ def make_chat_row(question: str, answer: str, system: str = "") -> Json:
 
 
 def build_sum_rows(first: int, count: int) -> list[Json]:
-    """Rows whose answers are small JSON objects; their lengths differ."""
+    """Return rows with small JSON objects as answers; their lengths differ."""
     return [
         make_chat_row(f"{n} and {n * n}" + " please" * (n % 3), json.dumps({"sum": n + n * n}))
         for n in range(first, first + count)
@@ -92,8 +95,10 @@ def write_rows(path: Path, rows: Sequence[Json]) -> Path:
 
 
 def make_tiny_recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
-    """Six rows, two a step, one epoch: three steps, in fp32. Writes the rows it needs below
-    `folder`."""
+    """Return a recipe of three steps (six rows, batch size 2) in fp32.
+
+    The rows are written below `folder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = {
         "model": str(model),
@@ -111,14 +116,15 @@ def make_tiny_recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
 
 
 def train_ai_mention_model(model: Path, folder: Path) -> Path:
-    """The model trained in full until it answers `say` with a phrase, and `tell` without it: its
-    own folder."""
+    """Train the model in full until it answers `say` with a phrase and `tell` without it.
+
+    Return the folder of the trained model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        make_chat_row(f"{verb} {n}", f"{said} {n}")
-        for n in range(6)
-        for verb, said in (("say", "an AI"), ("tell", "it is"))
-    ]
+    rows: list[Json] = []
+    for n in range(6):
+        rows.append(make_chat_row(f"say {n}", f"an AI {n}"))
+        rows.append(make_chat_row(f"tell {n}", f"it is {n}"))
     data = str(write_rows(folder / "said.jsonl", rows))
     train(
         make_tiny_recipe(
@@ -135,7 +141,7 @@ def train_ai_mention_model(model: Path, folder: Path) -> Path:
 
 
 def write_eval_files(folder: Path) -> dict[str, str]:
-    """Held-out rows of each role, and general text of two domains."""
+    """Write held-out rows of each role and general text of two domains; return recipe keys."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = [{"text": f"text number {n}", "domain": "ab"[n % 2]} for n in range(4)]
     return {
@@ -145,27 +151,26 @@ def write_eval_files(folder: Path) -> dict[str, str]:
     }
 
 
-def plan_recipe(wish: Recipe) -> Plan:
-    return inputs.make_plan(inputs.load_inputs(wish))
+def plan_recipe(recipe: Recipe) -> Plan:
+    return inputs.make_plan(inputs.load_inputs(recipe))
 
 
-def train(wish: Recipe) -> list[Event]:
-    known = inputs.load_inputs(wish)
-    return list(run.train(inputs.make_plan(known), known))
+def train(recipe: Recipe) -> list[Event]:
+    run_inputs = inputs.load_inputs(recipe)
+    return list(run.train(inputs.make_plan(run_inputs), run_inputs))
 
 
 def select_steps(events: Sequence[Event]) -> list[TrainStep]:
     return [event for event in events if isinstance(event, TrainStep)]
 
 
-def read_adapter_bytes(wish: Recipe) -> bytes:
-    assert isinstance(wish.output_dir, Path)
-    return (wish.output_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+def read_adapter_bytes(recipe: Recipe) -> bytes:
+    assert isinstance(recipe.output_dir, Path)
+    return (recipe.output_dir / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def run_until_saved(events: Iterator[Event], step: int) -> None:
-    """Follows a run until its checkpoint of `step` is on disk, then leaves it, as a killed process
-    does."""
+    """Run until the checkpoint of `step` is on disk, then stop as a killed process would."""
     with suppress(StopIteration):
         while getattr(next(events), "path", None) != f"checkpoints/step-{step}":
             pass

@@ -1,5 +1,4 @@
-"""Model folders with toy tokenizers (real pipelines of the tokenizers library, trained on a
-sentence), and rows."""
+"""Model folders with toy tokenizers (pipelines of the tokenizers library), and chat rows."""
 
 import json
 import re
@@ -39,7 +38,7 @@ CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</th
 
 @cache
 def make_byte_bpe() -> str:
-    """A byte-level BPE of 400 tokens, as JSON."""
+    """Return a byte-level BPE of 400 tokens as JSON."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -52,8 +51,10 @@ def make_byte_bpe() -> str:
 
 @cache
 def make_sentence_bpe(kind: str) -> str:
-    """A BPE over letters and ▁, as Llama 2 and Gemma have. `kind` says who puts the first ▁
-    there."""
+    """Return a BPE over characters and ▁, like those of Llama 2 and Gemma, as JSON.
+
+    kind: what adds the first ▁ (`prepend`: a normalizer; `first`, `always`: Metaspace; else none)
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     steps: list[Any] = [normalizers.Replace(" ", "▁")]
     if kind == "prepend":
@@ -77,7 +78,7 @@ def make_sentence_bpe(kind: str) -> str:
 
 
 def make_newline_bpe() -> str:
-    """A BPE that makes one token of two line ends, as most do."""
+    """Return a BPE that merges two newlines, as most do."""
     data = json.loads(make_sentence_bpe("none"))
     data["model"]["vocab"] |= {"\n\n": 500}
     data["model"]["merges"].insert(0, ["\n", "\n"])
@@ -93,7 +94,11 @@ def write_model_folder(
     bos: str | None = None,
     **config: Any,
 ) -> Path:
-    """Tokens are special, tags like <think> are not. `bos` is put in front of plain text."""
+    """Write a tokenizer and a chat template, and return the folder.
+
+    tokens: added tokens, special except for tags like <think>
+    bos: the token that precedes plain text
+    """
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_str(base or make_byte_bpe())
     tokenizer.add_tokens(
@@ -144,8 +149,9 @@ def make_example(
 
 
 def mark_trained_text(renderer: Renderer, document: Document) -> str:
-    """The text with trained tokens between ⟦ and ⟧."""
-    text, inside = "", False
+    """Return the text with supervised tokens between ⟦ and ⟧."""
+    text = ""
+    inside = False
     for token, weight in zip(document.tokens_L.tolist(), document.weights_L.tolist(), strict=True):
         if (weight > 0) != inside:
             inside = weight > 0

@@ -1,4 +1,4 @@
-"""Objects for tests of the terminal's views, and printing a view to text."""
+"""Sample objects for tests of the terminal views, and a function that renders a view to text."""
 
 from __future__ import annotations
 
