@@ -54,6 +54,9 @@ class Machine:
     versions: dict[str, str] = field(default_factory=dict[str, str])
 
 
+UNGATED_MLP_TYPES = {"apertus", "arcee"}  # up_proj and down_proj, no gate_proj
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """The shape of a model, read from config.json and the safetensors headers."""
@@ -80,7 +83,8 @@ class ModelSpec:
         """Parameters of the matrices in the decoder layers."""
         q = self.num_heads * self.head_dim
         kv = self.num_kv_heads * self.head_dim
-        return self.num_layers * self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
+        mlp = (2 if self.model_type in UNGATED_MLP_TYPES else 3) * self.intermediate_size
+        return self.num_layers * self.hidden_size * (2 * q + 2 * kv + mlp)
 
     @property
     def head_parameters(self) -> int:
@@ -470,7 +474,7 @@ class GenerationOutput:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A metric before and after on the same items: a paired difference and its bootstrap CI."""
+    """A metric before and after on the same items: a paired difference and its 95% CI."""
 
     task: str
     metric: str

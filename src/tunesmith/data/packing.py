@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
@@ -53,11 +53,16 @@ def group_units(documents: Sequence[Document]) -> list[tuple[int, ...]]:
 
 
 def pack_step(
-    documents: Sequence[Document], pack_length: int, *, should_share: bool = False
+    documents: Sequence[Document],
+    pack_length: int,
+    *,
+    should_share: bool = False,
+    get_group: Callable[[int], Hashable] | None = None,
 ) -> list[Pack]:
     """Pack every document once, the longest first within a pack.
 
-    With `should_share`, documents with a common prefix are neighbors, if that is cheaper.
+    With `should_share`, documents with a common prefix are neighbors, if that is cheaper; only
+    those share whose `get_group(input tokens)` is equal, as a model's rotary embedding may need.
     Deterministic. Raises ValueError for a document without a target, or with a target as its first
     token, which nothing predicts."""
     lengths = [count_input_tokens(document) for document in documents]
@@ -74,7 +79,7 @@ def pack_step(
         indices = [i for unit_index in unit_indices for i in units[unit_index]]
         packs.append(Pack(tuple(documents[i] for i in indices)))
     if should_share:
-        shared_packs = _pack_with_prefixes(documents, lengths, pack_length)
+        shared_packs = _pack_with_prefixes(documents, lengths, pack_length, get_group)
         return min(packs, shared_packs, key=_compute_cost)
     return packs
 
@@ -111,13 +116,17 @@ def _lay_out(lengths: Sequence[int], pack_length: int) -> list[list[int]]:
 
 
 def _pack_with_prefixes(
-    documents: Sequence[Document], lengths: Sequence[int], pack_length: int
+    documents: Sequence[Document],
+    lengths: Sequence[int],
+    pack_length: int,
+    get_group: Callable[[int], Hashable] | None,
 ) -> list[Pack]:
     """Pack documents with a common prefix as one item; an item over `pack_length` is split."""
     input_tokens: list[np.ndarray] = []
     for document, length in zip(documents, lengths, strict=True):
         input_tokens.append(document.tokens_L[:length])
-    ordered_units, shared_D = group_by_prefix(input_tokens, group_units(documents))
+    groups = [get_group(length) for length in lengths] if get_group else []
+    ordered_units, shared_D = group_by_prefix(input_tokens, group_units(documents), groups)
     shared = [shared_D[unit[0]] for unit in ordered_units]
     new_tokens: list[int] = []
     for unit in ordered_units:

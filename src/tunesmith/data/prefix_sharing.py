@@ -9,7 +9,7 @@ which documents share a pack (packing.py), tensors (collate.py)."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,20 +28,29 @@ class Segment(NamedTuple):
 
 
 def group_by_prefix(
-    input_tokens: Sequence[np.ndarray], units: Sequence[tuple[int, ...]]
+    input_tokens: Sequence[np.ndarray],
+    units: Sequence[tuple[int, ...]],
+    groups: Sequence[Hashable] = (),
 ) -> tuple[list[tuple[int, ...]], list[int]]:
     """Order units (documents that stay together) so that common prefixes are neighbors.
 
-    Returns the ordered units and, for each document, how many first tokens it shares with the
-    document before it: the common prefix, shortened where a very short segment would result."""
-    # Big-endian bytes sort like the token ids.
-    keys = [input_tokens[unit[0]].astype(">u4").tobytes() for unit in units]
+    With `groups`, one per document, documents of different groups share nothing. Returns the
+    ordered units and, for each document, how many first tokens it shares with the document before
+    it: the common prefix, shortened where a very short segment would result."""
+    groups = groups or (0,) * len(input_tokens)
+    ranks = {group: rank for rank, group in enumerate(dict.fromkeys(groups))}
+    keys: list[tuple[int, bytes]] = []
+    for unit in units:
+        # Big-endian bytes sort like the token ids.
+        keys.append((ranks[groups[unit[0]]], input_tokens[unit[0]].astype(">u4").tobytes()))
     order = sorted(range(len(units)), key=keys.__getitem__)
     ordered_units = [units[i] for i in order]
     documents = [i for unit in ordered_units for i in unit]
     common = [0] * min(1, len(documents))
     for first, second in itertools.pairwise(documents):
-        common.append(_count_common_tokens(input_tokens[first], input_tokens[second]))
+        is_same_group = groups[first] == groups[second]
+        tokens = _count_common_tokens(input_tokens[first], input_tokens[second])
+        common.append(tokens if is_same_group else 0)
     shared = [0] * len(input_tokens)
     for i, tokens in zip(documents, _drop_short_prefixes(common), strict=True):
         shared[i] = tokens

@@ -35,6 +35,7 @@ from tunesmith.model.layers import (
 )
 from tunesmith.model.lm_head import LMHead
 from tunesmith.model.new_embeddings import get_new_rows
+from tunesmith.model.rotary import RotationKey, measure_documents, wrap_rotary
 from tunesmith.model.safetensors_io import find_nonfinite
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -153,6 +154,7 @@ class PackedCausalLM:
         self.backend = backend
         self.decoder: Any = network.base_model
         network.set_attn_implementation(ATTENTION_NAME)
+        self.rotary = wrap_rotary(self.decoder)
         self.is_pruned = prune_last_layer(self.decoder.layers)
 
     @property
@@ -175,8 +177,14 @@ class PackedCausalLM:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 2 * config.num_hidden_layers * heads * size * self.dtype.itemsize
 
+    def get_rotation_key(self, length: int) -> RotationKey:
+        """Return a key that is equal for lengths of documents with equal rotary frequencies."""
+        return self.rotary.get_key(length) if self.rotary else ()
+
     def compute_hidden(self, batch: Batch) -> Tensor:
         """Return final hidden states [S, H] of the positions that predict a target."""
+        if self.rotary:
+            self._set_lengths(measure_documents(batch.layout), batch.layout)
         if not batch.layout.parents:
             return self._run_decoder(
                 batch.tokens_T, batch.positions_T, batch.layout, positions_to_keep=batch.positions_S
@@ -189,11 +197,17 @@ class PackedCausalLM:
         return hidden.index_select(0, inverse_S)
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Sequence[int]], kv_cache: RaggedKVCache) -> Tensor:
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        kv_cache: RaggedKVCache,
+        document_length: int | None = None,
+    ) -> Tensor:
         """Add prompts to the cache as new rows, computed in one pack. Returns hidden states [B, H]
         of their last tokens.
 
-        Each prompt starts with the cache's prefix and is longer."""
+        Each prompt starts with the cache's prefix and is longer. With `document_length`, they are
+        rotated as the beginning of documents of this length."""
         prefix_length = kv_cache.prefix_length
         tokens: list[int] = []
         positions: list[int] = []
@@ -209,6 +223,7 @@ class PackedCausalLM:
         positions_T = torch.tensor(positions, device=self.device)
         layout = PackLayout(tuple(starts), tuple(lengths))
         ends_B = torch.tensor(list(itertools.accumulate(lengths)), device=self.device)
+        self._set_lengths([document_length or len(prompt) for prompt in prompts], layout)
         return self._run_decoder(
             tokens_T, positions_T, layout, kv_cache, positions_to_keep=ends_B - 1
         )
@@ -219,7 +234,12 @@ class PackedCausalLM:
         positions_B = kv_cache.begin_decode(self.device)
         layout = PackLayout(tuple(range(len(tokens))), (1,) * len(tokens))
         tokens_B = torch.tensor(tokens, device=self.device)
+        self._set_lengths(kv_cache.lengths, layout)
         return self._run_decoder(tokens_B, positions_B, layout, kv_cache)
+
+    def _set_lengths(self, lengths: Sequence[int], layout: PackLayout) -> None:
+        if self.rotary:
+            self.rotary.set_lengths(lengths, layout.lengths)
 
     def _run_decoder(
         self,

@@ -81,7 +81,10 @@ class LoraLinear(nn.Module):
         self.lora_magnitude_vector = None if norms_O is None else nn.Parameter(norms_O)
 
     def forward(self, x: Tensor) -> Tensor:
-        return project(x, [self])[0]
+        (y,) = project(x, [self])
+        # a gain without a bias saves its output, which stock modules may clamp in place
+        is_saved = self.lora_magnitude_vector is not None and self.bias is None
+        return y.clone() if is_saved else y
 
     @torch.no_grad()
     def get_dora_scale(self, dtype: torch.dtype) -> DoraScale | None:
@@ -360,7 +363,7 @@ class _Project(torch.autograd.Function):
         ctx.group = group
         ctx.shape = x.shape
         ctx.save_for_backward(x_NI, *inner)
-        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -376,7 +379,10 @@ def project(x: Tensor, modules: Sequence[AnyLinear]) -> tuple[Tensor, ...]:
     """Run x [..., I] through each linear; returns one [..., O] each. It is one node of the autograd
     graph for any number of linears."""
     group = prepare_group(modules, x.dtype)
-    return _Project.apply(x, group, *group.parameters)
+    outputs = _Project.apply(x, group, *group.parameters)
+    # views are made outside: autograd refuses in-place changes of a view made in a Function, and
+    # stock modules clamp their queries in place
+    return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
 
 # first module -> key, group, and the tensors in the key: while they are alive, no other tensor can

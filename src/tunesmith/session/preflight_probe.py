@@ -7,7 +7,7 @@ In: documents of the first rows. Out: PreflightSamples, and batches. Left out: t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,10 +19,12 @@ from tunesmith.data.collate import collate
 from tunesmith.data.packing import count_input_tokens, pack_step
 from tunesmith.data.prefix_sharing import group_by_prefix
 
-MAX_PACKED_DOCUMENTS = 3  # the shortest ones: enough to see a leak or shifted labels, in seconds
+MAX_PACKED_DOCUMENTS = 3  # enough to see a leak or shifted labels, in seconds
 # tokens of each document in the isolation check; not a whole block of a kernel
 ISOLATION_TOKENS = 72
 FORK_TOKENS = 40  # tokens kept before and after the point where shared documents diverge
+CHAINED_SUFFIX = " and more"  # of the id of rows that are concatenated
+TRUNCATED_SUFFIX = ", truncated"  # of the id of a document without its end
 MAX_CHECKED_POSITIONS = 64  # per document, for which logits are compared
 
 
@@ -75,6 +77,14 @@ def choose_documents(candidates: Sequence[Document], window: int | None) -> tupl
     return tuple(chosen * 2 if len(chosen) == 1 else chosen)
 
 
+def choose_packed_documents(documents: Sequence[Document]) -> tuple[Document, ...]:
+    """Choose the shortest documents and the longest one, of documents in ascending length.
+
+    Together in one pack, since what depends on the length must not reach the others."""
+    shortest = documents[:-1][: MAX_PACKED_DOCUMENTS - 1]
+    return (*shortest, documents[-1])
+
+
 def choose_sharing_documents(candidates: Sequence[Document]) -> tuple[Document, ...]:
     """Choose the three or two shortest documents that share a prefix and diverge.
 
@@ -107,6 +117,16 @@ def _change_ending(document: Document) -> Document:
     return dataclasses.replace(document, tokens_L=tokens_L)
 
 
+def mark_longer(truncated: Sequence[Document], complete: Sequence[Document]) -> list[Document]:
+    """Return the longest truncated document if it is longer than all complete ones, with an id that
+    keeps it out of the check of its end."""
+    longest = max(truncated, key=count_input_tokens, default=None)
+    limit = max(map(count_input_tokens, complete), default=0)
+    if longest is None or count_input_tokens(longest) <= limit:
+        return []
+    return [dataclasses.replace(longest, id=f"{longest.id}{TRUNCATED_SUFFIX}")]
+
+
 def truncate_to_beginning(document: Document) -> Document:
     """Return the first tokens as a document whose last token is its target."""
     return _target_last_token(document.id, document.tokens_L[: ISOLATION_TOKENS + 1])
@@ -131,7 +151,7 @@ def _chain_documents(documents: Sequence[Document], tokens: int) -> Document:
     tokens_L = np.concatenate(repeated)[:tokens]
     weights_L = np.ones(len(tokens_L), np.float32)
     weights_L[0] = 0
-    return Document(f"{documents[0].id} and more", tokens_L, weights_L)
+    return Document(f"{documents[0].id}{CHAINED_SUFFIX}", tokens_L, weights_L)
 
 
 # ---------------------------------------------------------------- packs
@@ -150,9 +170,12 @@ def pack_documents(documents: Sequence[Document]) -> Batch:
     return collate(pack)
 
 
-def pack_with_sharing(documents: Sequence[Document]) -> Batch:
-    """Return one pack in which common prefixes are shared."""
-    (pack,) = pack_step(documents, sum(map(len, documents)), should_share=True)
+def pack_with_sharing(
+    documents: Sequence[Document], get_group: Callable[[int], Hashable] | None = None
+) -> Batch:
+    """Return one pack in which common prefixes are shared, inside of a group."""
+    num_tokens = sum(map(len, documents))
+    (pack,) = pack_step(documents, num_tokens, should_share=True, get_group=get_group)
     return collate(pack)
 
 

@@ -8,6 +8,7 @@ computed before any module is replaced; preflight compares with them. Left out: 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -52,8 +53,10 @@ from tunesmith.session.preflight_probe import (
     choose_documents,
     choose_positions,
     choose_sharing_documents,
+    mark_longer,
 )
 
+EXTREME_ROWS = 3  # shortest and longest rows of the others
 PROBE_ROWS = 200  # training rows from which the preflight documents are chosen
 SHOW_FIX = "look at them with `tunesmith data show`"
 STOCK_ID_ROWS = 20  # training rows whose token ids are compared with transformers
@@ -254,17 +257,20 @@ def _choose_samples(
         return _choose_text_samples(network, inputs.corpus)
     complete: list[Document] = []
     truncated: list[Document] = []  # used only if no document has a whole answer
+    cut: list[Document] = []  # truncated ones without a ban
     id_checks: list[TokenIdCheck] = []
-    for index in range(min(PROBE_ROWS, len(rows))):
+    for index in [*range(min(PROBE_ROWS, len(rows))), *_find_extreme_rows(rows)]:
         example, prepared = rows.render_row(index)
         if prepared.num_truncated or example.banned_spans:
             truncated += prepared.documents
+            cut += () if example.banned_spans else prepared.documents
         else:
             complete += prepared.documents
         if len(id_checks) < STOCK_ID_ROWS:
             id_check = _check_token_ids(inputs, example, prepared)
             id_checks += [] if id_check is None else [id_check]
     candidates = complete or truncated
+    candidates += mark_longer(cut, candidates)
     documents = choose_documents(candidates, get_sliding_window(network))
     if not documents:
         raise InputError("no row has a target", where=rows.path, fix=SHOW_FIX)
@@ -275,6 +281,18 @@ def _choose_samples(
         token_id_checks=tuple(id_checks),
         sharing_documents=choose_sharing_documents(candidates) if should_share else (),
     )
+
+
+def _find_extreme_rows(rows: Dataset) -> list[int]:
+    """Return the shortest and the longest rows after the first PROBE_ROWS, by their bytes: a few of
+    each that have documents, since a row over max_length may have none."""
+    sizes = {index: rows.get_row_bytes(index) for index in range(PROBE_ROWS, len(rows))}
+    ranked = sorted(sizes, key=sizes.__getitem__)
+    extremes: list[int] = []
+    for order in (ranked, ranked[::-1]):
+        usable = (index for index in order[:PROBE_ROWS] if rows.render_row(index)[1].documents)
+        extremes += itertools.islice(usable, EXTREME_ROWS)
+    return extremes
 
 
 def _check_token_ids(
@@ -327,7 +345,10 @@ def _check_token_ids(
 def _choose_text_samples(network: Network, corpus: PretrainingCorpus) -> PreflightSamples:
     """Choose documents among the first windows; and the first texts, encoded as a whole, each with
     its windows."""
-    windows = [corpus.read_window(i) for i in range(min(PROBE_ROWS, len(corpus)))]
+    lengths_W = corpus.lengths_W
+    extremes = {int(lengths_W.argmin()), int(lengths_W.argmax())} if len(corpus) else set[int]()
+    probe_windows = extremes.union(range(min(PROBE_ROWS, len(corpus))))
+    windows = [corpus.read_window(index) for index in sorted(probe_windows)]
     documents = choose_documents(windows, get_sliding_window(network))
     if not documents:
         raise InputError("no text has a target", where=corpus.dataset.path, fix=SHOW_FIX)

@@ -298,7 +298,12 @@ class TrainingLoop:
                 loss.backward()
 
     def _pack_documents(self, documents: Sequence[Document]) -> list[Pack]:
-        return pack_step(documents, self.pack_length, should_share=self.config.share_prefixes)
+        return pack_step(
+            documents,
+            self.pack_length,
+            should_share=self.config.share_prefixes,
+            get_group=self.model.get_rotation_key,
+        )
 
     def _shrink_packs(self, documents: Sequence[Document], message: str) -> CheckResult:
         """Halve pack_length and repeat the step.

@@ -29,9 +29,12 @@ from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.lm_head import measure_target_losses
 from tunesmith.model.quantization import find_quantized_weights
 from tunesmith.session.preflight_probe import (
+    CHAINED_SUFFIX,
     MAX_PACKED_DOCUMENTS,
+    TRUNCATED_SUFFIX,
     PreflightSamples,
     WindowedText,
+    choose_packed_documents,
     choose_positions,
     find_siblings,
     pack_documents,
@@ -277,8 +280,10 @@ def _refuse_leakage(model: PackedCausalLM, batch: Batch, layout: PackLayout) -> 
 
 def check_packed_loss(subject: ModelUnderTest, samples: PreflightSamples) -> CheckResult:
     """Check that every document has the same loss in a pack as alone."""
-    worst = _compare_with_unpacked(subject, samples.documents[:MAX_PACKED_DOCUMENTS])
-    evidence = f"relative difference at most {worst:.1e}"
+    documents = choose_packed_documents(samples.documents)
+    worst = _compare_with_unpacked(subject, documents)
+    lengths = ", ".join(str(count_input_tokens(document)) for document in documents)
+    evidence = f"relative difference at most {worst:.1e}; document lengths {lengths}"
     return CheckResult("packed loss = unpacked loss", "ok", evidence)
 
 
@@ -290,7 +295,8 @@ def check_prefix_sharing(
     fork = pack_with_sharing(trim_to_fork(documents))
     num_segments = _refuse_leakage(subject.model, corrupt(fork), fork.layout)
     worst = _compare_with_unpacked(subject, documents, share_prefixes=True)
-    num_computed = pack_with_sharing(documents).layout.num_tokens
+    pack = pack_with_sharing(documents, subject.model.get_rotation_key)
+    num_computed = pack.layout.num_tokens
     num_input = sum(map(count_input_tokens, documents))
     evidence = (
         f"relative difference at most {worst:.1e}, {num_segments} segments isolated bitwise; "
@@ -304,7 +310,10 @@ def _compare_with_unpacked(
 ) -> float:
     """Return the worst relative difference of a document's loss in one pack and alone."""
     model = subject.model
-    (pack,) = pack_step(documents, sum(map(len, documents)), should_share=share_prefixes)
+    num_tokens = sum(map(len, documents))
+    (pack,) = pack_step(
+        documents, num_tokens, should_share=share_prefixes, get_group=model.get_rotation_key
+    )
     packed_batch = collate(pack)
     packed_losses = _sum_document_losses(model, packed_batch, model.compute_hidden(packed_batch))
     tolerance = (SHARED_TOLERANCE if share_prefixes else LOSS_TOLERANCE)[model.dtype]
@@ -359,7 +368,8 @@ def check_supervised_tokens(subject: ModelUnderTest, samples: PreflightSamples) 
 def check_eos_supervised(subject: ModelUnderTest, samples: PreflightSamples) -> CheckResult:
     """Check that the last supervised token of every document is an end token."""
     del subject
-    documents = [d for d in samples.documents if not d.id.endswith(" and more")]
+    no_end = (CHAINED_SUFFIX, TRUNCATED_SUFFIX)
+    documents = [document for document in samples.documents if not document.id.endswith(no_end)]
     for document in documents:
         last = int(document.tokens_L[np.flatnonzero(document.weights_L)[-1]])
         if last not in samples.end_ids:

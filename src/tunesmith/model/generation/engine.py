@@ -75,9 +75,19 @@ def _generate_rows(
     rows: Sequence[_RunningRequest], batch: _DecodeBatch
 ) -> Iterator[_RunningRequest]:
     waiting = deque(rows)
-    batch.share_prefix([row.request.tokens for row in rows])
+    requests = [row.request for row in rows]
+    if _has_fixed_rotation(batch.model, requests):
+        batch.share_prefix([request.tokens for request in requests])
     while waiting or batch.rows:
         yield from batch.step(waiting)
+
+
+def _has_fixed_rotation(model: PackedCausalLM, requests: Sequence[GenerationRequest]) -> bool:
+    """Return whether all prompts and answers, however long, have the same rotary frequencies."""
+    keys = {model.get_rotation_key(len(request.tokens)) for request in requests}
+    longest = min(compute_longest_row(requests), model.context_length)
+    keys.add(model.get_rotation_key(longest))
+    return len(keys) == 1
 
 
 def stream_answer(
@@ -168,6 +178,11 @@ class _RunningRequest:
         # a token is at least a byte; the rest is for characters cut at the start of the tail
         self._tail_tokens = longest_stop + 8
 
+    @property
+    def context(self) -> tuple[int, ...]:
+        """The prompt and the answer so far."""
+        return (*self.request.tokens, *self.tokens)
+
     def add_token(
         self, token: int, decode: DecodeFn, end_ids: Collection[int], max_tokens: int
     ) -> None:
@@ -235,15 +250,27 @@ class _DecodeBatch:
             return
         prefix = find_common_prefix([prompt[:-1] for prompt in prompts])
         if len(prefix) >= MIN_SHARED_TOKENS:
-            self.model.prefill([prefix], self.cache)
+            self.model.prefill([prefix], self.cache, min(map(len, prompts)))
             self.cache.share_prefix()
+
+    def _restart_rerotated(self, waiting: deque[_RunningRequest]) -> None:
+        """Move rows whose next token changes the rotary frequencies back to `waiting`: their keys
+        must be computed again, since stored ones are rotated already."""
+        get_key = self.model.get_rotation_key
+        for index in reversed(range(len(self.rows))):
+            row = self.rows[index]
+            length = len(row.request.tokens) + len(row.tokens)
+            if get_key(length) != get_key(length - 1):
+                waiting.appendleft(row)
+                self._drop_row(index)
 
     def step(self, waiting: deque[_RunningRequest]) -> list[_RunningRequest]:
         """Compute the prompts of waiting requests if there are free slots, else one more token of
         every row. Returns the rows that finished."""
+        self._restart_rerotated(waiting)
         arriving = self._admit_waiting(waiting)
         if arriving:
-            hidden_BH = self.model.prefill([row.request.tokens for row in arriving], self.cache)
+            hidden_BH = self.model.prefill([row.context for row in arriving], self.cache)
         else:
             hidden_BH = self.model.decode_step([row.tokens[-1] for row in self.rows], self.cache)
         self.rows += arriving
@@ -258,7 +285,7 @@ class _DecodeBatch:
         arriving: list[_RunningRequest] = []
         tokens = 0
         while waiting and len(self.rows) + len(arriving) < self.cache.slots:
-            tokens += len(waiting[0].request.tokens) - self.cache.prefix_length
+            tokens += len(waiting[0].context) - self.cache.prefix_length
             if arriving and tokens > PREFILL_TOKENS:
                 break
             arriving.append(waiting.popleft())
@@ -284,8 +311,11 @@ class _DecodeBatch:
         finished = [row for row in self.rows if row.finish_reason]
         for index in reversed(range(len(self.rows))):
             if self.rows[index].finish_reason:
-                self.cache.drop_row(index)
-                last = self.rows.pop()
-                if index < len(self.rows):
-                    self.rows[index] = last
+                self._drop_row(index)
         return finished
+
+    def _drop_row(self, index: int) -> None:
+        self.cache.drop_row(index)
+        last = self.rows.pop()
+        if index < len(self.rows):
+            self.rows[index] = last

@@ -20,15 +20,16 @@ from tunesmith.model.hub.expected_tensors import HEAD_DIMS, ModelDimensions, bui
 from tunesmith.model.hub.validate import TensorHeader, has_weights, read_headers, read_model_json
 
 # fmt: off
-# Dense text decoders with gated MLPs and softmax attention, fully described by the sizes in their
-# config. Model type -> prefix of the one class that transformers loads for it.
+# Dense text decoders with softmax attention, fully described by the sizes in their config. Model
+# type -> prefix of the one class that transformers loads for it.
 SUPPORTED_CLASSES = {
-    "cohere": "Cohere", "cohere2": "Cohere2", "ernie4_5": "Ernie4_5", "exaone4": "Exaone4",
+    "apertus": "Apertus", "arcee": "Arcee", "bitnet": "BitNet", "cohere": "Cohere",
+    "cohere2": "Cohere2", "cwm": "Cwm", "ernie4_5": "Ernie4_5", "exaone4": "Exaone4",
     "gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3", "glm": "Glm", "glm4": "Glm4",
     "granite": "Granite", "helium": "Helium", "hunyuan_v1_dense": "HunYuanDenseV1",
     "llama": "Llama", "ministral": "Ministral", "ministral3": "Ministral3", "mistral": "Mistral",
     "olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "phi3": "Phi3", "qwen2": "Qwen2",
-    "qwen3": "Qwen3", "seed_oss": "SeedOss", "smollm3": "SmolLM3",
+    "qwen3": "Qwen3", "seed_oss": "SeedOss", "smollm3": "SmolLM3", "vaultgemma": "VaultGemma",
 }
 STATEFUL_TYPES = {
     "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba",

@@ -31,6 +31,10 @@ TYPES = [
     "olmo2",
     "phi3",
     "smollm3",
+    "arcee",
+    "bitnet",
+    "cwm",
+    "vaultgemma",
 ]
 
 
