@@ -1,7 +1,7 @@
-"""Print the size of each feature of the package: `make size`.
+"""Print the size of each folder of the package: `make size`.
 
 Out: files, code lines (without blank lines, comments and docstrings), statements, functions, and
-AST nodes per statement (how much one statement carries), annotations not counted.
+AST nodes per statement (its density; annotations are not counted).
 """
 
 from __future__ import annotations
@@ -13,36 +13,38 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 
 
 def main() -> None:
-    print(
-        f"{'feature':28}{'files':>6}{'code':>8}{'statements':>12}{'functions':>11}{'nodes/st':>10}"
-    )
-    rows = {feature: measure_files(paths) for feature, paths in list_features().items()}
-    for feature, row in rows.items():
-        print_row(feature, *row)
-    print_row("all", *(sum(column) for column in zip(*rows.values(), strict=True)))
+    columns = f"{'files':>6}{'code':>8}{'statements':>12}{'functions':>11}{'nodes/st':>10}"
+    print(f"{'folder':28}{columns}")
+    rows = {folder: measure_files(paths) for folder, paths in list_folders().items()}
+    for folder, row in rows.items():
+        print_row(folder, *row)
+    totals = [sum(column) for column in zip(*rows.values(), strict=True)]
+    print_row("all", *totals)
 
 
 def print_row(
-    feature: str, files: int, code: int, statements: int, functions: int, nodes: int
+    folder: str, files: int, code: int, statements: int, functions: int, nodes: int
 ) -> None:
     per_statement = nodes / max(statements, 1)
-    print(f"{feature:28}{files:6}{code:8,}{statements:12,}{functions:11,}{per_statement:10.1f}")
+    print(f"{folder:28}{files:6}{code:8,}{statements:12,}{functions:11,}{per_statement:10.1f}")
 
 
-def list_features() -> dict[str, list[Path]]:
-    """A feature is a folder of the package; a folder that has folders counts each of them."""
-    features: dict[str, list[Path]] = {}
+def list_folders() -> dict[str, list[Path]]:
+    """Return the files of each folder; a top-level file counts as a folder."""
+    folders: dict[str, list[Path]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         folder = path.parent.relative_to(PACKAGE)
         name = str(folder) if folder.parts else path.stem
-        features.setdefault(name, []).append(path)
-    return features
+        folders.setdefault(name, []).append(path)
+    return folders
 
 
 def measure_files(paths: list[Path]) -> tuple[int, int, int, int, int]:
-    """Files, code lines, statements, functions, AST nodes."""
+    """Return the numbers of files, code lines, statements, functions and AST nodes."""
     trees = [strip_tree(ast.parse(path.read_text())) for path in paths]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
+    nodes: list[ast.AST] = []
+    for tree in trees:
+        nodes += ast.walk(tree)
     code_lines = sum(len(ast.unparse(tree).splitlines()) for tree in trees)
     statements = sum(isinstance(node, ast.stmt) for node in nodes)
     functions = sum(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) for node in nodes)
@@ -50,7 +52,7 @@ def measure_files(paths: list[Path]) -> tuple[int, int, int, int, int]:
 
 
 def strip_tree(tree: ast.Module) -> ast.Module:
-    """The tree without annotations and docstrings."""
+    """Remove annotations and docstrings from the tree and return it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.arg):
             node.annotation = None

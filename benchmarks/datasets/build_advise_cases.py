@@ -1,5 +1,4 @@
-"""The cases of docs/guides/advise.md that are measured, from the package records of this Debian
-machine.
+"""Build the measured cases of docs/results/advise.md from the package records of a Debian machine.
 
     python benchmarks/datasets/build_advise_cases.py FOLDER
     tunesmith advise --measure FOLDER/link.yaml
@@ -7,14 +6,13 @@ machine.
     tunesmith advise --measure FOLDER/homepages.yaml --documents FOLDER/records
     tunesmith advise --measure FOLDER/capitals.yaml
 
-link       the homepage of a package, read off its record: the answer stands in the question,
-whatever is around it section    the section of a package, read off its record: the answer stands in
-the question, in exactly that word homepages  the homepage of a package by its name: few are known
-to a model, and the records hold them capitals   of countries, from capitals.txt: facts that a small
-model knows in part
+link       the homepage of a package, copied from its record in the question
+section    the section of a package, copied from its record in the question
+homepages  the homepage of a package by name: a model knows few, the records hold all
+capitals   capitals of countries, from capitals.txt: facts that a small model knows in part
 
-Rows are drawn by a hash of their name; held-out ones are other packages or countries. The records
-are those of all packages."""
+Rows are ordered by a hash of their name; held-out rows are about other packages or countries.
+"""
 
 from __future__ import annotations
 
@@ -24,89 +22,93 @@ import subprocess
 import sys
 from pathlib import Path
 
-TRAIN, HELD_OUT, TEST = 400, 80, 20
-CAPITALS_HELD_OUT, CAPITALS_TEST = 24, 6
-KEPT = (
-    "Package",
-    "Version",
-    "Section",
-    "Priority",
-    "Installed-Size",
-    "Maintainer",
-    "Homepage",
-    "Description",
+NUM_TRAIN = 400
+NUM_EVAL = 80
+NUM_TEST = 20
+NUM_CAPITALS_EVAL = 24
+NUM_CAPITALS_TEST = 6
+FIELDS = (
+    *("Package", "Version", "Section", "Priority", "Installed-Size", "Maintainer"),
+    *("Homepage", "Description"),
 )
-RECIPE = "model: smollm2-135m-instruct\ndata: {0}.train.jsonl\neval_data: {0}.eval.jsonl\ntest_data: {0}.test.jsonl\n"
+RECIPE = """\
+model: smollm2-135m-instruct
+data: {name}.train.jsonl
+eval_data: {name}.eval.jsonl
+test_data: {name}.test.jsonl
+metrics: [{metric}]
+"""
 
 
-def records() -> list[dict[str, str]]:
-    """Of the newest version of each package, in an order by chance."""
-    printed = subprocess.run(
-        ["apt-cache", "dumpavail"], capture_output=True, text=True, check=True
-    ).stdout
-    found: dict[str, dict[str, str]] = {}
-    for block in printed.split("\n\n"):
+def load_records() -> list[dict[str, str]]:
+    """Return the fields of the newest version of each package, in the order of a hash."""
+    command = ["apt-cache", "dumpavail"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    records: dict[str, dict[str, str]] = {}
+    for block in output.split("\n\n"):
         lines = [line.partition(": ") for line in block.splitlines() if not line.startswith(" ")]
         fields = {key: value for key, _, value in lines if value}
         if {"Package", "Homepage", "Section", "Description"} <= fields.keys():
-            found[fields["Package"]] = fields
-    return sorted(found.values(), key=lambda one: by_chance(one["Package"]))
+            records[fields["Package"]] = fields
+    return sorted(records.values(), key=lambda record: hash_name(record["Package"]))
 
 
-def by_chance(name: str) -> str:
+def hash_name(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def capitals() -> list[str]:
+def make_capital_rows() -> list[str]:
     lines = Path(__file__).with_name("capitals.txt").read_text(encoding="utf-8").splitlines()
-    pairs = sorted((line.split(": ") for line in lines), key=lambda pair: by_chance(pair[0]))
-    return [row(f"What is the capital of {country}?", capital) for country, capital in pairs]
+    pairs = sorted((line.split(": ") for line in lines), key=lambda pair: hash_name(pair[0]))
+    return [make_row(f"What is the capital of {country}?", capital) for country, capital in pairs]
 
 
-def written(record: dict[str, str]) -> str:
-    return "\n".join(f"{key}: {record[key]}" for key in KEPT if key in record)
+def format_record(record: dict[str, str]) -> str:
+    return "\n".join(f"{key}: {record[key]}" for key in FIELDS if key in record)
 
 
-def row(question: str, answer: str) -> str:
+def make_row(question: str, answer: str) -> str:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return json.dumps({"messages": turns}) + "\n"
 
 
+def write_case(
+    folder: Path, name: str, rows: list[str], *, num_eval: int, num_test: int, metric: str
+) -> None:
+    """Write the recipe of a case and its three data files."""
+    recipe = RECIPE.format(name=name, metric=metric)
+    (folder / f"{name}.yaml").write_text(recipe, encoding="utf-8")
+    num_train = len(rows) - num_eval - num_test
+    splits = {
+        "train": rows[:num_train],
+        "eval": rows[num_train : num_train + num_eval],
+        "test": rows[num_train + num_eval :],
+    }
+    for split, split_rows in splits.items():
+        (folder / f"{name}.{split}.jsonl").write_text("".join(split_rows), encoding="utf-8")
+
+
 def main(folder: Path) -> None:
-    chosen = records()[: TRAIN + HELD_OUT + TEST]
-    asked = {
-        "link": [
-            row(f"{written(one)}\n\nWhat is the homepage?", one["Homepage"]) for one in chosen
-        ],
-        "section": [row(f"{written(one)}\n\nWhich section?", one["Section"]) for one in chosen],
-        "homepages": [
-            row(f"What is the homepage of the Debian package {one['Package']}?", one["Homepage"])
-            for one in chosen
-        ],
-    }
+    links: list[str] = []
+    sections: list[str] = []
+    homepages: list[str] = []
+    records = load_records()[: NUM_TRAIN + NUM_EVAL + NUM_TEST]
+    for record in records:
+        text = format_record(record)
+        homepage = record["Homepage"]
+        links.append(make_row(f"{text}\n\nWhat is the homepage?", homepage))
+        sections.append(make_row(f"{text}\n\nWhich section?", record["Section"]))
+        question = f"What is the homepage of the Debian package {record['Package']}?"
+        homepages.append(make_row(question, homepage))
     (folder / "records").mkdir(parents=True, exist_ok=True)
-    (folder / "records" / "records.txt").write_text(
-        "\n\n".join(map(written, chosen)) + "\n", encoding="utf-8"
-    )
-    for name, rows in asked.items():
-        write(
-            folder, name, rows, HELD_OUT, TEST, "exact_match" if name == "section" else "contains"
-        )
-    write(folder, "capitals", capitals(), CAPITALS_HELD_OUT, CAPITALS_TEST, "contains")
-
-
-def write(folder: Path, name: str, rows: list[str], held_out: int, test: int, metric: str) -> None:
-    (folder / f"{name}.yaml").write_text(
-        f"{RECIPE.format(name)}metrics: [{metric}]\n", encoding="utf-8"
-    )
-    train = len(rows) - held_out - test
-    parts = {
-        "train": rows[:train],
-        "eval": rows[train : train + held_out],
-        "test": rows[train + held_out :],
-    }
-    for part, of_part in parts.items():
-        (folder / f"{name}.{part}.jsonl").write_text("".join(of_part), encoding="utf-8")
+    texts = "\n\n".join(map(format_record, records)) + "\n"
+    (folder / "records" / "records.txt").write_text(texts, encoding="utf-8")
+    sizes = {"num_eval": NUM_EVAL, "num_test": NUM_TEST}
+    write_case(folder, "link", links, **sizes, metric="contains")
+    write_case(folder, "section", sections, **sizes, metric="exact_match")
+    write_case(folder, "homepages", homepages, **sizes, metric="contains")
+    sizes = {"num_eval": NUM_CAPITALS_EVAL, "num_test": NUM_CAPITALS_TEST}
+    write_case(folder, "capitals", make_capital_rows(), **sizes, metric="contains")
 
 
 if __name__ == "__main__":

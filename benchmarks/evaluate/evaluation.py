@@ -33,9 +33,9 @@ def cut(items: EvalItems, bench: Session, count: int, tokens: int) -> EvalItems:
     rows = {question.id for question in items.prompts[:count]}
     return dataclasses.replace(
         items,
-        questions=items.prompts[:count],
+        prompts=items.prompts[:count],
         test_documents=tuple(document for document in items.test_documents if document.id in rows),
-        texts=sample_texts(items.general_texts, bench.renderer.encode_text, tokens),
+        general_texts=sample_texts(items.general_texts, bench.renderer.encode_text, tokens),
     )
 
 

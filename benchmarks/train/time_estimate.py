@@ -29,7 +29,7 @@ ROWS = {
     "data": "train.jsonl",
     "eval_data": "eval.jsonl",
     "test_data": "test.jsonl",
-    "schema": "schema.json",
+    "response_schema": "schema.json",
 }
 CHAT = {"model": "smollm2-135m-instruct"} | {key: str(DEMO / name) for key, name in ROWS.items()}
 RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 
-from benchmarks.data.rows import fitting, pairs
+from benchmarks.data.rows import make_pairs, select_rows
 from benchmarks.vs_trl.job import write_documents
 from benchmarks.vs_trl.prepare import OUR_BATCH, Bench
 from benchmarks.vs_trl.speed import (
@@ -45,8 +45,8 @@ SETTINGS = [Setting(1), Setting(8, GROUPED)]  # TRL's two fastest on rows of the
 def prefix(bench: Bench) -> Json:
     renderer = Renderer.from_folder(bench.spec.path, now=datetime(2026, 1, 1))
     rows = bench.size.rows // 4
-    _, chats = fitting(renderer, rows, system=SYSTEM, row_tokens=ROW_TOKENS)
-    both = pairs(renderer, rows // 2)
+    _, chats = select_rows(renderer, rows, system=SYSTEM, row_tokens=ROW_TOKENS)
+    both = make_pairs(renderer, rows // 2)
     return {"chat": part(bench, "chat", chats, SETTINGS), "pairs": part(bench, "pairs", both, [])}
 
 
@@ -83,7 +83,7 @@ def with_documents(bench: Bench, name: str, documents: Sequence[Document]) -> Be
     folder.mkdir()
     (folder / "adapter").symlink_to(bench.folder / "adapter")
     size = replace(bench.size, rows=len(documents), seconds=bench.size.round_seconds / 2)
-    own = replace(bench, folder=folder, documents=list(documents), count_rows=size)
+    own = replace(bench, folder=folder, documents=list(documents), size=size)
     write_documents(own.documents_file, documents)
     return own
 

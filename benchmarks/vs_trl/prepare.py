@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from benchmarks.data.rows import fitting, write_rows
+from benchmarks.data.rows import select_rows, write_rows
 from benchmarks.vs_trl.job import Job, call, write_documents
 
 from tunesmith.core.types import Document, Json, ModelSpec
@@ -109,7 +109,7 @@ def prepare(folder: Path, *, quick: bool) -> Bench:
     spec = read_spec(resolve_model(MODEL, report=note), name=MODEL)
     note("making rows from the standard library")
     renderer = Renderer.from_folder(spec.path, now=datetime(2026, 1, 1))
-    rows, documents = fitting(renderer, size.more_rows)
+    rows, documents = select_rows(renderer, size.more_rows)
     bench = Bench(spec, size, folder, rows, documents[: size.rows], quick)
     write_rows(bench.rows_file, rows)
     write_documents(bench.documents_file, bench.documents)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 
-from benchmarks.data.rows import by_length
+from benchmarks.data.rows import group_by_length
 from benchmarks.vs_trl.job import Job, Outcome, run_job, write_documents
 from benchmarks.vs_trl.prepare import Bench, note
 
@@ -88,7 +88,7 @@ def speed(bench: Bench) -> Json:
 
 def rounds(bench: Bench, finalists: list[Setting]) -> tuple[list[Json], list[list[Json]]]:
     """tunesmith and the fastest settings of TRL in turn, a few times over."""
-    bench = replace(bench, count_rows=replace(bench.size, seconds=bench.size.round_seconds))
+    bench = replace(bench, size=replace(bench.size, seconds=bench.size.round_seconds))
     ours: list[Json] = []
     theirs: list[list[Json]] = [[] for _ in finalists]
     for _ in range(bench.size.rounds):
@@ -122,7 +122,7 @@ def their_run(bench: Bench, setting: Setting) -> Json:
     documents = bench.documents_file
     if setting.layout == GROUPED:
         documents = bench.folder / f"grouped-{setting.batch}.jsonl"
-        write_documents(documents, by_length(bench.documents, setting.batch))
+        write_documents(documents, group_by_length(bench.documents, setting.batch))
     steps = bench.size.rows // setting.batch
     job = replace(
         bench.job,

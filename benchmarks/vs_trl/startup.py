@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from statistics import median
 
-from benchmarks.data.rows import example
+from benchmarks.data.rows import make_example
 
 from tunesmith.core.events import TrainStep
 from tunesmith.core.run_dir import read_all_events
@@ -70,7 +70,7 @@ def _first_step(
 
 def rows_per_second(model: str, rows: Sequence[Json]) -> float:
     """The median of a few passes, each with a new renderer, so that no cache has seen the rows."""
-    examples = [example(row, number) for number, row in enumerate(rows)]
+    examples = [make_example(row, number) for number, row in enumerate(rows)]
     warm, measured = examples[:WARM_UP_ROWS], examples[WARM_UP_ROWS:]
     passes: list[float] = []
     for _ in range(PASSES):

@@ -62,7 +62,7 @@ def plan_job(job: Job) -> PlanConfig:
         probe_steps=0,
         probe_prompts=0,
         gradient_checkpointing="none",
-        template="auto",
+        chat_template="auto",
         on_overlong="refuse",
         seed=0,
         stage="sft",
