@@ -22,6 +22,7 @@ from tunesmith.core.types import Plan, PlanValue
 from tunesmith.evaluate.items import EvalItems, build_eval_items
 from tunesmith.evaluate.measure import measure_eval_loss
 from tunesmith.evaluate.results import MetricValues, compare_measurements, compute_score
+from tunesmith.evaluate.statistics import MIN_ITEMS
 from tunesmith.model.adapters import copy_weights, restore_weights
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session, open_session
@@ -172,7 +173,9 @@ def summarize_trials(plan: Plan, trials: Sequence[LRTrial]) -> LRFinderResult:
     points = tuple(_build_point(trial, best) for trial in rate_trials)
     similar_rates: list[float] = []
     for point in points:
-        if point.difference and point.difference[1] <= 0 <= point.difference[2]:
+        if not point.difference:
+            continue
+        if base_score.n < MIN_ITEMS or point.difference[1] <= 0 <= point.difference[2]:
             similar_rates.append(point.learning_rate)
     return LRFinderResult(
         metric=untrained.held_out.metric,

@@ -1,9 +1,10 @@
 """Decide whether a model may be released: no metric worse, no more forgetting than allowed.
 
 In: comparisons, a forgetting margin. Out: EvalReport and Gates.
-General text passes if the worst end of its interval lies within the margin that the plan set before
-training (a non-inferiority test). Any other metric passes unless its interval lies on the worse
-side. KL to the base is not gated.
+A gate is a non-inferiority test: the worst end of the interval lies within a margin, and the metric
+is not significantly worse. General text has the margin that the plan set before training; grades,
+GRADE_MARGIN; other metrics, RELATIVE_MARGIN of the value before. An interval that is too wide to
+pass is a failure: too few items to tell. KL to the base is not gated.
 """
 
 from __future__ import annotations
@@ -20,20 +21,23 @@ from tunesmith.core.events import GENERAL_TASK, Score
 from tunesmith.core.run_dir import find_weights_dir, read_run_plan
 from tunesmith.core.types import Comparison
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
-from tunesmith.evaluate.statistics import judge_comparison
+from tunesmith.evaluate.statistics import MIN_ITEMS, TOO_FEW_ITEMS, judge_comparison
 from tunesmith.recipe.fields import Metrics
 from tunesmith.recipe.yaml_lines import read_flag
+
+GRADE_MARGIN = 0.1  # of metrics from 0 to 1: ten points
+RELATIVE_MARGIN = 0.1
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One gate. `bound` is the worst end of the interval of the difference, at most `margin` where
-    there is one."""
+    """One gate. `bound` is the worst end of the interval of the difference; it may lie on the worse
+    side by at most `margin`."""
 
     name: str
     passed: bool
     bound: float
-    margin: float | None
+    margin: float
     message: str
 
 
@@ -69,22 +73,41 @@ def build_gates(comparisons: Sequence[Comparison], margin: float | None) -> tupl
         is_general = comparison.task == GENERAL_TASK
         if is_general and comparison.metric != BITS_PER_BYTE:
             continue
-        name = f"{comparison.task} {comparison.metric}"
-        low = comparison.low
-        high = comparison.high
-        change = f"{comparison.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
-        if is_general and margin is not None:
-            message = f"{change} bits per byte, at most {margin:+g}"
-            gates.append(Gate(name, high <= margin, high, margin, message))
-        else:
-            verdict = judge_comparison(comparison)
-            bound = low if comparison.higher_is_better else high
-            message = f"{change}, n = {comparison.after.n}: {verdict}"
-            gates.append(Gate(name, verdict != "worse", bound, None, message))
+        limit = margin if is_general and margin is not None else _choose_margin(comparison)
+        gates.append(_judge_gate(comparison, limit))
     if not gates:
         fix = "add test_data or retention_data to the recipe"
         raise InputError("there is no metric to gate", where="--gate", fix=fix)
     return tuple(gates)
+
+
+def _choose_margin(comparison: Comparison) -> float:
+    values = (comparison.before, comparison.after)
+    is_rate = comparison.p_value is not None
+    is_within = all(0 <= score.low and score.high <= 1 for score in values)
+    if is_rate or (is_within and comparison.higher_is_better):
+        return GRADE_MARGIN
+    return RELATIVE_MARGIN * abs(comparison.before.value)
+
+
+def _judge_gate(comparison: Comparison, margin: float) -> Gate:
+    """Return the gate of a metric that may get worse by at most `margin`."""
+    low = comparison.low
+    high = comparison.high
+    bound = low if comparison.higher_is_better else high
+    worst_loss = -low if comparison.higher_is_better else high
+    least_loss = -high if comparison.higher_is_better else low
+    verdict = judge_comparison(comparison)
+    if comparison.after.n < MIN_ITEMS or (least_loss <= margin < worst_loss and verdict != "worse"):
+        verdict = TOO_FEW_ITEMS
+    elif least_loss > margin:
+        verdict = "worse"
+    is_passed = worst_loss <= margin and verdict not in ("worse", TOO_FEW_ITEMS)
+    change = f"{comparison.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
+    is_general = comparison.task == GENERAL_TASK
+    limit = f"bits per byte, at most {margin:+g}" if is_general else f"at most {margin:.2g} worse"
+    message = f"{change}, n = {comparison.after.n}, {limit}: {verdict}"
+    return Gate(f"{comparison.task} {comparison.metric}", is_passed, bound, margin, message)
 
 
 def parse_metrics(metrics: str | Sequence[str] | None) -> tuple[str, ...]:

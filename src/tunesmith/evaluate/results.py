@@ -7,6 +7,7 @@ the variance between training seeds, which one run cannot show.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,15 +18,17 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.events import GenerationSample, Score
 from tunesmith.core.types import Comparison
 from tunesmith.evaluate.statistics import (
-    bootstrap_interval,
     compute_detectable_difference,
     compute_mcnemar_p,
+    compute_mean_interval,
+    compute_padded_interval,
     compute_paired_rate_interval,
     compute_wilson_interval,
     judge_comparison,
 )
 
 RETENTION_DATA = "retention_data"
+UNBOUNDED = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class EvalResults:
             yield compute_score(measurement, step=step)
 
 
-def compute_score(measurement: MetricValues, *, step: int = 0, seed: int = 0) -> Score:
+def compute_score(measurement: MetricValues, *, step: int = 0) -> Score:
     """Return the score with its 95% interval.
 
     Raises InputError for fewer than two items in total or in a group: one item has no interval.
@@ -76,15 +79,13 @@ def compute_score(measurement: MetricValues, *, step: int = 0, seed: int = 0) ->
     if measurement.is_binary:
         low, high = compute_wilson_interval(sum(measurement.values), len(measurement.values))
     else:
-        low, high = bootstrap_interval(*_to_arrays(measurement), seed=seed)
+        low, high = _compute_interval(measurement, _find_bounds(measurement))
     value = _compute_mean(measurement)
     n = len(measurement.values)
     return Score(measurement.task, measurement.metric, value, low, high, n, step)
 
 
-def compare_measurements(
-    before: MetricValues, after: MetricValues, *, step: int = 0, seed: int = 0
-) -> Comparison:
+def compare_measurements(before: MetricValues, after: MetricValues, *, step: int = 0) -> Comparison:
     """Return `after` minus `before`, paired by item; their order may differ.
 
     step: the training step of `after`. Raises InputError unless both have the same items with the
@@ -102,12 +103,14 @@ def compare_measurements(
         p_value = compute_mcnemar_p(gains, losses)
     else:
         _refuse_single_item(change)
-        low, high = bootstrap_interval(*_to_arrays(change), seed=seed)
+        bounds = [_find_bounds(before), _find_bounds(after)]
+        is_graded = all(high == 1 for _, high in bounds)
+        low, high = _compute_interval(change, (-1.0, 1.0) if is_graded else UNBOUNDED)
     return Comparison(
         task=before.task,
         metric=before.metric,
-        before=compute_score(before, seed=seed),
-        after=compute_score(after, step=step, seed=seed),
+        before=compute_score(before),
+        after=compute_score(after, step=step),
         difference=_compute_mean(change),
         low=low,
         high=high,
@@ -212,6 +215,29 @@ def _split_tasks(
 def _compute_mean(measurement: MetricValues) -> float:
     values, weights, groups = _to_arrays(measurement)
     return float(np.mean([np.average(values[rows], weights=weights[rows]) for rows in groups]))
+
+
+def _find_bounds(measurement: MetricValues) -> tuple[float, float]:
+    """Return the range of a metric with such values: grades, losses or other numbers."""
+    if not measurement.values or min(measurement.values) < 0:
+        return UNBOUNDED
+    return 0.0, 1.0 if max(measurement.values) <= 1 else math.inf
+
+
+def _compute_interval(
+    measurement: MetricValues, bounds: tuple[float, float]
+) -> tuple[float, float]:
+    """Return the interval of the mean, within the bounds of the values.
+
+    Unweighted grades that are all right or wrong, or all equal, are treated as rates.
+    """
+    values, weights, groups = _to_arrays(measurement)
+    if bounds[1] == 1 and not measurement.weights:
+        is_constant = all(np.ptp(values[rows]) == 0 for rows in groups)
+        if is_constant or set(measurement.values) <= {-1.0, 0.0, 1.0}:
+            return compute_padded_interval(values, groups, bounds)
+    low, high = compute_mean_interval(values, weights, groups)
+    return max(bounds[0], low), min(bounds[1], high)
 
 
 def _to_arrays(measurement: MetricValues) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:

@@ -1,26 +1,31 @@
 """Intervals, tests and verdicts: whether a difference is statistically significant.
 
 In: counts, item values, or a Comparison. Out: 95% two-sided intervals, p-values, verdicts in words.
-Rates get Wilson's interval, differences of paired rates Bonett and Price's, everything else a
-bootstrap over items. Several comparisons are corrected together (Holm).
+Rates get Wilson's interval, differences of paired rates Bonett and Price's, everything else a t
+interval corrected for skewness. Fewer than MIN_ITEMS items get no verdict. Several comparisons are
+corrected together (Holm). Simulated coverage: docs/results/coverage.md.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from statistics import median
 
 import numpy as np
 
+from tunesmith.core.events import Score
 from tunesmith.core.types import Comparison
 
 Z = 1.959963984540054  # 97.5% quantile of the standard normal distribution
 Z_POWER = 0.8416212335729143  # its 80% quantile
 ALPHA = 0.05
-NUM_RESAMPLES = 10_000
-CHUNK_VALUES = 2**22  # resampled indices at once: 32 MB
+MIN_ITEMS = 5  # fewer items get an interval, but no verdict
+MAX_DEGREES = 10_000  # beyond, t and normal quantiles agree to 4 digits
 NO_DIFFERENCE = "no difference shown"
+TOO_FEW_ITEMS = "too few items to tell"
 
 
 # ---------------------------------------------------------------- intervals
@@ -50,35 +55,106 @@ def compute_paired_rate_interval(gains: int, losses: int, n: int) -> tuple[float
     return max(-1.0, gain - loss - half), min(1.0, gain - loss + half)
 
 
-def bootstrap_interval(
-    values: np.ndarray, weights: np.ndarray, groups: Sequence[np.ndarray], *, seed: int
+def compute_padded_interval(
+    values: np.ndarray, groups: Sequence[np.ndarray], bounds: tuple[float, float]
 ) -> tuple[float, float]:
-    """Return the percentile interval of the mean over groups of each group's weighted mean.
+    """Return an interval of the mean over groups of the group means of bounded values.
 
-    Items are resampled within their group (arrays of item indices). Deviations are widened by
-    sqrt(n / (n - 1)), since a resample of n items varies that much less than a new sample.
+    One more value at either bound, spread over the groups, keeps equal values from looking certain.
+    For differences of paired rates in one group, this is Bonett and Price's interval.
     """
-    rng = np.random.default_rng(seed)
-    means = np.mean([_resample_means(values[rows], weights[rows], rng) for rows in groups], axis=0)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    count = len(groups)
+    total = sum(len(rows) for rows in groups)
+    squares = bounds[0] ** 2 + bounds[1] ** 2
+    mean = variance = 0.0
+    for rows in groups:
+        share = len(rows) / total
+        size = len(rows) + 2 * share
+        group_mean = (float(values[rows].sum()) + share * sum(bounds)) / size
+        square_sum = float((values[rows] ** 2).sum()) + share * squares
+        mean += group_mean / count
+        degrees = size - (1 - 1 / count)  # of many groups, each loses one
+        variance += max(0.0, square_sum / size - group_mean**2) / degrees / count**2
+    half = Z * math.sqrt(variance)
+    return max(bounds[0], mean - half), min(bounds[1], mean + half)
 
 
-def _resample_means(
-    values: np.ndarray, weights: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Return the weighted means of NUM_RESAMPLES samples with replacement."""
-    n = len(values)
-    means: list[np.ndarray] = []
-    chunk_rows = max(1, CHUNK_VALUES // n)
-    for start in range(0, NUM_RESAMPLES, chunk_rows):
-        num_rows = min(chunk_rows, NUM_RESAMPLES - start)
-        indices = rng.integers(n, size=(num_rows, n))
-        sampled_weights = weights[indices]
-        means.append((sampled_weights * values[indices]).sum(axis=1) / sampled_weights.sum(axis=1))
-    centre = np.average(values, weights=weights)
-    widened = centre + (np.concatenate(means) - centre) * math.sqrt(n / (n - 1))
-    return np.clip(widened, values.min(), values.max())
+@dataclass(frozen=True)
+class _Moments:
+    """Estimated moments of a sample mean; `degrees` of freedom of its variance."""
+
+    mean: float
+    variance: float
+    third: float
+    degrees: float
+
+
+def compute_mean_interval(
+    values: np.ndarray, weights: np.ndarray, groups: Sequence[np.ndarray]
+) -> tuple[float, float]:
+    """Return the interval of the mean over groups of each group's weighted mean.
+
+    A t interval whose ends follow the skewness of the items: the end on the long tail's side is
+    that of Hall's transformation (1992), the other lies halfway between t's and Hall's. `groups`
+    are arrays of item indices.
+    """
+    parts = [_estimate_moments(values[rows], weights[rows]) for rows in groups]
+    count = len(parts)
+    mean = sum(part.mean for part in parts) / count
+    variance = sum(part.variance for part in parts) / count**2
+    # Rounding alone is no variance.
+    if variance <= (1e-12 * float(np.abs(values).max())) ** 2:
+        return mean, mean
+    # Welch and Satterthwaite
+    inverse = sum((part.variance / count**2) ** 2 / part.degrees for part in parts)
+    degrees = variance**2 / inverse
+    third = sum(part.third for part in parts) / count**3
+    # The sample skewness of few items is too small.
+    skewness = third / variance**1.5 * (1 + 1 / (degrees + 1))
+    quantile = compute_t_quantile(degrees)
+    error = math.sqrt(variance)
+    low = -_combine_ends(quantile, _invert_hall(quantile, skewness))
+    high = _combine_ends(quantile, -_invert_hall(-quantile, skewness))
+    return mean + error * low, mean + error * high
+
+
+def _estimate_moments(values: np.ndarray, weights: np.ndarray) -> _Moments:
+    """Return the moments of a weighted mean, of which equal weights are the plain case."""
+    shares = weights / weights.sum()
+    mean = float(shares @ values)
+    deviations = shares * (values - mean)
+    size = 1 / float(shares @ shares)  # the number of items of equal weight
+    variance = float((deviations**2 / np.maximum(1 - shares, 1e-9)).sum())
+    correction = size**2 / ((size - 1) * (size - 2)) if size >= 3 - 1e-9 else 0.0
+    third = correction * float((deviations**3).sum())
+    return _Moments(mean, variance, third, max(1.0, size - 1))
+
+
+def _invert_hall(quantile: float, skewness: float) -> float:
+    """Return the t statistic that Hall's cubic transformation takes to `quantile`."""
+    slope = skewness / 3
+    shifted = quantile - skewness / 6
+    if abs(slope) < 1e-6:
+        return shifted
+    return float((np.cbrt(1 + 3 * slope * shifted) - 1) / slope)
+
+
+def _combine_ends(t_end: float, hall_end: float) -> float:
+    """Return the farther end, or the middle of both where Hall's is nearer."""
+    return hall_end if hall_end >= t_end else (t_end + hall_end) / 2
+
+
+@lru_cache(maxsize=1024)
+def compute_t_quantile(degrees: float) -> float:
+    """Return the 97.5% quantile of Student's t; `degrees` of freedom, at least 1, may be fractional."""
+    if degrees > MAX_DEGREES:
+        return Z
+    # With x = sqrt(degrees) tan(angle), the density is cos(angle)^(degrees - 1).
+    angles = np.linspace(0, math.pi / 2, 40_001)
+    density = np.cos(angles) ** (degrees - 1)
+    areas = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    angle = float(np.interp(1 - ALPHA, areas / areas[-1], angles))
+    return math.sqrt(degrees) * math.tan(angle)
 
 
 # ---------------------------------------------------------------- tests
@@ -121,21 +197,36 @@ def compute_detectable_difference(low: float, high: float) -> float:
 
 
 def compute_p_value(comparison: Comparison) -> float:
-    """Return McNemar's exact p for 0/1 items, else a normal approximation from the interval."""
+    """Return McNemar's exact p for 0/1 items, else a normal approximation from the interval.
+
+    The end towards 0 counts: p is below 0.05 if the interval excludes 0.
+    """
     if comparison.p_value is not None:
         return comparison.p_value
-    error = compute_standard_error(comparison.low, comparison.high)
-    if not error:
-        return 1.0 if comparison.difference == 0 else 0.0
-    return math.erfc(abs(comparison.difference) / error / math.sqrt(2))
+    difference = comparison.difference
+    half = difference - comparison.low if difference > 0 else comparison.high - difference
+    if half <= 0:
+        return 1.0 if difference == 0 else 0.0
+    return math.erfc(abs(difference) / half * Z / math.sqrt(2))
 
 
 # ---------------------------------------------------------------- verdicts
 
 
+def is_shown_above(score: Score, limit: float) -> bool:
+    """Return whether a score lies above a limit with its whole interval, and on enough items."""
+    return score.n >= MIN_ITEMS and score.low > limit
+
+
 def judge_comparison(comparison: Comparison) -> str:
-    """Return better or worse if the interval excludes 0 and an exact p, if any, is below 0.05."""
-    low, high = comparison.low, comparison.high
+    """Return better or worse if the interval excludes 0 and an exact p, if any, is below 0.05.
+
+    Fewer than MIN_ITEMS items get neither.
+    """
+    if comparison.after.n < MIN_ITEMS:
+        return TOO_FEW_ITEMS
+    low = comparison.low
+    high = comparison.high
     if low <= 0 <= high or (comparison.p_value is not None and comparison.p_value >= ALPHA):
         return NO_DIFFERENCE
     return "better" if (low > 0) == comparison.higher_is_better else "worse"
@@ -147,7 +238,7 @@ def judge_comparisons(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     verdicts: list[str] = []
     for comparison, p in zip(comparisons, adjusted_p, strict=True):
         verdict = judge_comparison(comparison)
-        if verdict != NO_DIFFERENCE and p >= ALPHA:
+        if verdict in ("better", "worse") and p >= ALPHA:
             verdict += f", but not after Holm correction ({len(comparisons)} comparisons)"
         verdicts.append(verdict)
     return tuple(verdicts)
@@ -159,7 +250,10 @@ def describe_evidence(comparison: Comparison) -> str:
     if comparison.p_value is not None:
         counts = f"{comparison.improved} improved, {comparison.worsened} worsened"
         parts.append(f"{counts}; McNemar {format_p(comparison.p_value)}")
-    if judge_comparison(comparison) == NO_DIFFERENCE and comparison.min_detectable:
+    verdict = judge_comparison(comparison)
+    if verdict == TOO_FEW_ITEMS:
+        parts.append(f"{comparison.after.n} of at least {MIN_ITEMS}")
+    if verdict == NO_DIFFERENCE and comparison.min_detectable:
         parts.append(f"minimum detectable difference {comparison.min_detectable:.2g}")
     return "; ".join(parts)
 

@@ -117,7 +117,8 @@ class Parity:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The largest KL that a format may cause.
+    """The largest KL that a format may cause, and never more than MAX_LOST_SHARE of what training
+    caused.
 
     Greedy answers and top-1 agreement are reported, not gated: between two almost equally likely
     tokens, any rounding may choose.
@@ -126,6 +127,10 @@ class Tolerance:
     mean_kl: float
     max_kl: float
 
+
+# Half of an adapter, left out, is a quarter of the KL that training caused.
+MAX_LOST_SHARE = 0.25
+NUMERIC_KL = 1e-6  # of an adapter that changed no more, nothing can be lost
 
 ROUNDING_HINT = (
     "rounding weights to 16 bits loses small changes: export the adapter alone (--to peft), or use "
@@ -320,6 +325,11 @@ def refuse_mismatch(
     if parity.mean_kl > tolerance.mean_kl:
         kl = f"{parity.mean_kl:.2g}"
         problems.append(f"the mean KL to the run is {kl}, above {tolerance.mean_kl:g}")
+    if parity.trained_kl is not None and parity.mean_kl > max(
+        NUMERIC_KL, MAX_LOST_SHARE * parity.trained_kl
+    ):
+        kl = f"{parity.mean_kl:.2g} of {parity.trained_kl:.2g}"
+        problems.append(f"it loses what training changed: a mean KL of {kl}")
     if parity.max_kl > tolerance.max_kl:
         kl = f"{parity.max_kl:.2g}"
         problems.append(f"the largest KL at a position is {kl}, above {tolerance.max_kl:g}")

@@ -121,8 +121,8 @@ def test_a_collapse_shows_in_losses_and_gradients(
 
 
 def make_trial(rate: float, loss: float, collapsed: str = "") -> LRTrial:
-    values = (loss - 0.02, loss + 0.01, loss + 0.01)
-    measured = MetricValues("eval", "loss", ("a", "b", "c"), values, higher_is_better=False)
+    values = (loss - 0.02, loss + 0.01, loss + 0.01, loss - 0.01, loss + 0.01)
+    measured = MetricValues("eval", "loss", tuple("abcde"), values, higher_is_better=False)
     return LRTrial(rate, () if rate == 0 else (2.0, loss), measured, collapsed)
 
 
@@ -156,7 +156,7 @@ def test_edges_ties_and_a_total_collapse_are_caveats(plan: Plan) -> None:
         plan, [make_trial(0, 2.0), make_trial(1e-4, 1.0), make_trial(1e-3, 1.5)]
     )
     assert "a lower one may be better" in lowest.caveats[0]
-    near = MetricValues("eval", "loss", ("a", "b", "c"), (1.1, 0.9, 1.02), higher_is_better=False)
+    near = MetricValues("eval", "loss", tuple("abcde"), (1.1, 0.9, 1.02, 1.0, 0.98), higher_is_better=False)
     mixed = dataclasses.replace(make_trial(1e-3, 1.0), held_out=near)
     tied = summarize_trials(plan, [make_trial(0, 2.0), make_trial(1e-4, 1.0), mixed])
     assert tied.similar_rates == (1e-3,)

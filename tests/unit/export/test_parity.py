@@ -27,6 +27,7 @@ from tunesmith.export.parity import (
     compare_outputs,
     compute_export_outputs,
     compute_live_outputs,
+    compute_mean_kl,
     refuse_mismatch,
 )
 from tunesmith.export.targets import TARGETS
@@ -253,12 +254,57 @@ def test_what_is_said_when_all_is_wrong(
     assert refusal.value.message == (
         "the export does not behave as the run: 4 of 4 prompts are rendered to other tokens; "
         f"answers end in [1], they were trained to end in {end}; "
-        "the mean KL to the run is 2, above 0.0001; the largest KL at a position is 3, above 0.01"
+        "the mean KL to the run is 2, above 0.0001; "
+        f"it loses what training changed: a mean KL of 2 of {parity.trained_kl:.2g}; "
+        "the largest KL at a position is 3, above 0.01"
     )
     assert "please report this" in refusal.value.fix
     with pytest.raises(GateError) as refusal:
         refuse_mismatch(form.tolerance, replace(parity, same_prompts=4), job, form.reload(job))
     assert "rounding weights to 16 bits loses small changes" in refusal.value.fix
+
+
+def lose_adapter(job: ExportJob) -> None:
+    base = load_file(job.run.model_spec.path / "model.safetensors")
+    save_file(base, job.folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("step", [1.0, 0.05])
+def test_a_merge_without_its_adapter_fails_however_little_was_trained(
+    step: float, finished: Path, live: ParityOutputs, tmp_path: Path
+) -> None:
+    job = make_export_job(finished, tmp_path)
+    form = TARGETS["merged"][""]
+    form.write(job)
+    lose_adapter(job)
+    reread = form.reload(job)
+    base = compute_export_outputs(job, reread)
+    pairs = zip(base.logits, live.logits, strict=True)
+    logits = tuple(b + step * (ours - b) for b, ours in pairs)
+    short = ParityOutputs(logits, live.greedy, compute_mean_kl(logits, base.logits))
+    parity = compare_outputs(job, short, base, reread)
+    with pytest.raises(GateError, match="it loses what training changed"):
+        refuse_mismatch(form.tolerance, parity, job, reread)
+    refuse_mismatch(form.tolerance, compare_outputs(job, short, short, reread), job, reread)
+
+
+@pytest.mark.parametrize(("share", "fails"), [(0.2, False), (0.3, True), (1.0, True)])
+def test_the_tolerance_is_relative_to_what_training_changed(
+    share: float, fails: bool, finished: Path, live: ParityOutputs, tmp_path: Path
+) -> None:
+    job = make_export_job(finished, tmp_path)
+    form = TARGETS["merged"][""]
+    form.write(job)
+    reread = form.reload(job)
+    parity = compare_outputs(job, live, live, reread)
+    parity = replace(parity, mean_kl=share * 1e-4, trained_kl=1e-4)
+    if fails:
+        with pytest.raises(GateError, match="it loses what training changed"):
+            refuse_mismatch(form.tolerance, parity, job, reread)
+    else:
+        refuse_mismatch(form.tolerance, parity, job, reread)
+    untrained = replace(parity, mean_kl=5e-7, trained_kl=0.0)
+    refuse_mismatch(form.tolerance, untrained, job, reread)
 
 
 def test_an_export_that_loses_much_of_what_training_changed_says_so(

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 MIN_SIZES = 4
+MIN_CURVE_ITEMS = 20  # a percentile bootstrap of fewer is too narrow
 MAX_EXTRAPOLATION = 8
 RESAMPLES = 1000
 EXPONENTS_G = np.concatenate([np.arange(-1.0, 0.0, 0.1), [0.0], np.arange(0.05, 3.0001, 0.05)])
@@ -57,6 +58,10 @@ def fit_curve(
     fits_R3 = _fit_power_law(sizes_K, resampled_RK, _compute_weights(scores, sizes))
     low, high = (float(bound) for bound in np.quantile(fits_R3[:, 1], [0.025, 0.975]))
     curve = LearningCurve(tuple(sizes), tuple(errors_K.tolist()), a, b, c, low, high, target)
+    num_items = len(scores[sizes[0]][0])
+    if num_items < MIN_CURVE_ITEMS:
+        refusal = f"{num_items} items were measured, a curve needs {MIN_CURVE_ITEMS}"
+        return replace(curve, refusal=refusal)
     return _add_needed_examples(curve, fits_R3)
 
 

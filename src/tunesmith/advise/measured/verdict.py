@@ -25,7 +25,7 @@ from tunesmith.core.types import Json
 from tunesmith.evaluate.generate_until import EvalPrompt
 from tunesmith.evaluate.metrics import grade_answer, parse_metric_arg
 from tunesmith.evaluate.results import MetricValues, compare_measurements, compute_score
-from tunesmith.evaluate.statistics import compute_detectable_difference
+from tunesmith.evaluate.statistics import MIN_ITEMS, compute_detectable_difference
 
 FORMAT_METRICS = ("json_valid", "schema_valid")  # blind to the content of an answer
 FEW_ITEMS = 20  # fewer give a first impression only
@@ -53,7 +53,7 @@ class ArmRow:
     @property
     def may_be_best(self) -> bool:
         """Whether it is the best row, or not significantly worse."""
-        return not self.difference or self.difference[2] >= 0
+        return not self.difference or self.score.n < MIN_ITEMS or self.difference[2] >= 0
 
 
 @dataclass(frozen=True)

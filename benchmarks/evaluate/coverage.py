@@ -1,0 +1,129 @@
+"""How often the 95% intervals hold the true difference: simulated samples of many sizes.
+
+    python -m benchmarks.evaluate.coverage [--trials 4000] [--write docs/results/coverage.md]
+
+Items are drawn from distributions with a known mean, and an interval is made of each sample. `null`
+is the share of samples without a true difference that get a verdict, better or worse."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from tunesmith.evaluate.results import MetricValues, compare_measurements
+from tunesmith.evaluate.statistics import (
+    compute_mean_interval,
+    compute_paired_rate_interval,
+    compute_wilson_interval,
+    judge_comparison,
+)
+
+SIZES = (2, 3, 4, 5, 6, 8, 10, 20, 50, 100, 200, 500)
+Draw = Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
+DRAWS: dict[str, tuple[Draw, float]] = {
+    "normal": (lambda r, size: r.normal(size=size), 0.0),
+    "t, 3 degrees": (lambda r, size: r.standard_t(3, size), 0.0),
+    "uniform": (lambda r, size: r.random(size), 0.5),
+    "gamma, skewness 1.4": (lambda r, size: r.gamma(2.0, size=size), 2.0),
+    "exponential, 2": (lambda r, size: r.exponential(size=size), 1.0),
+    "lognormal, 1.75": (lambda r, size: r.lognormal(0, 0.5, size), math.exp(0.125)),
+    "lognormal, 6.2": (lambda r, size: r.lognormal(0, 1, size), math.exp(0.5)),
+}
+PAIRS = {  # shares of gained and lost items
+    "gained 20%, lost 20%": (0.2, 0.2),
+    "gained 30%, lost 10%": (0.3, 0.1),
+    "gained 45%, lost 45%": (0.45, 0.45),
+    "gained 10%, lost 0%": (0.1, 0.0),
+}
+RATES = {"rate 10%": 0.1, "rate 50%": 0.5, "rate 80%": 0.8}
+
+
+def measure_values(name: str, n: int, trials: int) -> float:
+    draw, truth = DRAWS[name]
+    hits = 0
+    for values in draw(np.random.default_rng(n), (trials, n)):
+        low, high = compute_mean_interval(values, np.ones(n), [np.arange(n)])
+        hits += low <= truth <= high
+    return hits / trials
+
+
+def measure_pairs(name: str, n: int, trials: int) -> float:
+    gained, lost = PAIRS[name]
+    shares = [gained, lost, 1 - gained - lost]
+    hits = 0
+    for gains, losses, _ in np.random.default_rng(n).multinomial(n, shares, trials).tolist():
+        low, high = compute_paired_rate_interval(gains, losses, n)
+        hits += low - 1e-9 <= gained - lost <= high + 1e-9
+    return hits / trials
+
+
+def measure_rates(name: str, n: int, trials: int) -> float:
+    hits = 0
+    for successes in np.random.default_rng(n).binomial(n, RATES[name], trials).tolist():
+        low, high = compute_wilson_interval(successes, n)
+        hits += low <= RATES[name] <= high
+    return hits / trials
+
+
+def count_null_verdicts(is_rate: bool, n: int, trials: int) -> float:
+    """Return the share of null cases with a verdict."""
+    random = np.random.default_rng(n)
+    ids = tuple(map(str, range(n)))
+    verdicts = 0
+    for _ in range(trials):
+        sides = random.integers(2, size=(2, n)) if is_rate else random.normal(size=(2, n))
+        before = MetricValues("test", "m", ids, tuple(map(float, sides[0])))
+        after = MetricValues("test", "m", ids, tuple(map(float, sides[1])))
+        verdicts += judge_comparison(compare_measurements(before, after)) in ("better", "worse")
+    return verdicts / trials
+
+
+def build_table(trials: int) -> str:
+    head = ["items", *map(str, SIZES)]
+    rows = [head, ["---"] * len(head)]
+    measures = ((DRAWS, measure_values), (PAIRS, measure_pairs), (RATES, measure_rates))
+    for names, measure in measures:
+        for name in names:
+            rows.append([name, *(f"{measure(name, n, trials):.1%}" for n in SIZES)])
+    for name, is_rate in (("null, normal", False), ("null, right or wrong", True)):
+        shares = [count_null_verdicts(is_rate, n, trials // 4) for n in SIZES]
+        rows.append([name, *(f"{share:.1%}" for share in shares)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+PAGE = """# Results: coverage of intervals
+
+How often the 95% intervals of `src/tunesmith/evaluate/statistics.py` hold the true value, in {trials:,} simulated
+samples per cell (standard error about 0.3 points). Repeat with
+`python -m benchmarks.evaluate.coverage --write docs/results/coverage.md`.
+
+{table}
+- **Differences of other values** (the first seven rows): a t interval whose ends follow the skewness of the items
+  (Hall 1992). From 5 items on, coverage is within 1.5 points of 95% for normal values and skewness up to 2, with two
+  exceptions: five exponential values (93.1% here) and 5 to 20 uniform values, which are covered by up to 2.5 points too
+  often. With the long tail of the last lognormal it is too low below 20 items: few items do not show the tail.
+- **Paired rates** (gained, lost): Bonett and Price (2012). With few items, or few that change, a discrete interval
+  cannot be exact: it is mostly wider than needed, and below 20 items up to 3.5 points too narrow where nearly all items
+  change. **Rates**: Wilson (1927).
+- **Null** rows: the share of cases without a difference that are called better or worse, 5% at most by design. Fewer
+  than 5 items get no verdict, and right-or-wrong items also need McNemar's exact p below 0.05.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--trials", type=int, default=4000)
+    parser.add_argument("--write", type=Path)
+    options = parser.parse_args()
+    table = build_table(options.trials)
+    print(table)
+    if options.write:
+        options.write.write_text(PAGE.format(trials=options.trials, table=table))
+
+
+if __name__ == "__main__":
+    main()
