@@ -38,7 +38,7 @@ VERBS = set(
     leak learn leave limit link list load locate lock log look lower main make map mark mask
     match materialize measure merge migrate mix move multiply name needs normalize note observe
     offer open order overlap override pack pad pair parse partition pass patch pause permute
-    persist pick pin plan plot poll pop predict prefetch prefill prepare preserve print probe
+    persist pick pin plan plot poll pop predict prefetch prefill prefix prepare preserve print probe
     proceed process project propose prove prune pull push put quantize quote raise rank rate
     read readmit rebuild receive recommend recompute reconcile record recover redact reduce
     refill refine refuse register reject release reload remap remember remove rename render
@@ -67,7 +67,7 @@ DICTATED = {
 }
 COMMANDS = {"schema", "doctor", "demo"}
 CONVERSIONS = re.compile(
-    r"_*(from|to|with)_|.*_to_|.*_(forward|backward)$"
+    r"_*(from|to|with)_|.*_to_|.*_(forward|backward|loss)$"
 )  # from_plan, token_to_id
 OPERATIONS = "kernels"  # the folder of operations that have the names of torch: rms_norm
 
