@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -58,6 +58,15 @@ def _get_fields(value: Any) -> Mapping[Any, Any] | None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return cast("Mapping[Any, Any]", value) if isinstance(value, Mapping) else None
+
+
+def iter_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of every leaf; a list is one leaf."""
+    if isinstance(value, Mapping):
+        for key, inner in cast("Mapping[str, Any]", value).items():
+            yield from iter_leaves(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
 
 
 def dump_json(value: Any, *, indent: int | None = None) -> bytes:

@@ -358,12 +358,15 @@ def read_plan_json(file: Path) -> Json:
     if not isinstance(content, dict):
         raise InputError("not a plan", where=str(file))
     content = cast("Json", content)
-    plans = content.get("plans") or [content]
-    file_format = plans[0].get("format", 1)
+    plans = content.get("plans")
+    first = plans[0] if isinstance(plans, list) and plans else content
+    if not isinstance(first, dict):
+        raise InputError("not a plan", where=str(file))
+    file_format = cast("Json", first).get("format", 1)
     if file_format != RUN_FORMAT:
         age = "an older" if file_format == 1 else "another"
         raise InputError(
-            f"written by {age} version of tunesmith: format {file_format}, and this version reads "
+            f"written by {age} tunesmith: format {file_format!r:.20}, and this version reads "
             f"format {RUN_FORMAT}",
             where=str(file),
             fix="use the version that wrote it, or train again from the recipe",
@@ -387,7 +390,11 @@ def read_run_record(path: Path) -> RunRecord:
 
 
 def find_weights_dir(path: Path) -> Path:
-    """Return the folder with the trained weights: in a staged run, that of the last stage."""
+    """Return the folder with the trained weights: in a staged run, that of the last stage.
+
+    Raises InputError for a run of another format."""
+    if is_run(path):
+        require_run(path)
     if not is_staged(path):
         return path
     if not (path / RECORD_FILE).is_file():

@@ -30,6 +30,7 @@ from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.session.inputs import RunInputs
+from tunesmith.session.provenance import check_checkpoint
 from tunesmith.session.reopen import load_plan_and_inputs, load_trained_model
 from tunesmith.session.session import load_starting_model, open_eval_session
 
@@ -134,6 +135,7 @@ def _load_model(model_ref: ModelRef, plan: Plan, run_inputs: RunInputs) -> Packe
     if problem := verify_dir(checkpoint_dir):
         message = f"the checkpoint was changed or damaged: {problem}"
         raise InputError(message, where=where, fix="use another checkpoint")
+    check_checkpoint(checkpoint_dir, run_inputs.model.path, run_inputs.renderer)
     model = load_starting_model(plan, run_inputs)
     load_weights(checkpoint_dir, get_trainable_parameters(model.network))
     return model

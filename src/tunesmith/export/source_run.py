@@ -39,7 +39,7 @@ from tunesmith.model.save import LoraTensors, TokenRowTensors, load_adapter
 from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Recipe, select_sources
 from tunesmith.session.inputs import build_renderer
-from tunesmith.session.provenance import check_provenance, hash_weight_files
+from tunesmith.session.provenance import check_provenance
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +152,7 @@ def open_source_run(path: Path) -> SourceRun:
     recipe = rebuild_recipe(plan.recipe)
     base_dir = resolve_model(recipe.model)
     renderer = build_renderer(recipe, base_dir, datetime.fromisoformat(plan.config.now))
-    check_provenance(saved_dir, hash_weight_files(base_dir), renderer, plan.config.now)
+    check_provenance(saved_dir, base_dir, renderer, plan.config.now)
     model_spec = read_spec(base_dir if is_adapter else saved_dir, name=recipe.model)
     token_rows = read_token_rows(saved_dir, base_dir) if is_adapter else {}
     vocab_size = model_spec.vocab_size

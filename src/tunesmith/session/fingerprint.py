@@ -12,7 +12,6 @@ Left out: what to do about a change (train/resume.py).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ import yaml
 
 from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import read_json, to_jsonable
+from tunesmith.core.json_io import iter_leaves, read_json, to_jsonable
 from tunesmith.core.types import Json, Machine, Plan, __version__
 from tunesmith.model.kernels.build import Kernels, load_kernels
 from tunesmith.recipe.fields import parse_custom_metric
@@ -104,8 +103,8 @@ def list_changes(stored: Json, current: Json) -> list[str]:
     """Return each changed field with its stored and its current value.
 
     The renderer is listed only if its tokenizer and templates are unchanged."""
-    stored_fields = dict(_flatten(stored))
-    current_fields = dict(_flatten(current))
+    stored_fields = dict(iter_leaves(stored))
+    current_fields = dict(iter_leaves(current))
     changes: dict[str, str] = {}
     for field in stored_fields | current_fields:
         before = stored_fields.get(field)
@@ -115,15 +114,6 @@ def list_changes(stored: Json, current: Json) -> list[str]:
     if any(field == "tokenizer" or field.startswith("templates.") for field in changes):
         changes.pop("renderer", None)
     return list(changes.values())
-
-
-def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of every leaf; a list is one leaf."""
-    if isinstance(value, Mapping):
-        for key, inner in cast("Mapping[str, Any]", value).items():
-            yield from _flatten(inner, f"{name}.{key}" if name else key)
-    else:
-        yield name, value
 
 
 def _format_value(value: Any) -> str:

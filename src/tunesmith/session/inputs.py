@@ -48,12 +48,12 @@ from tunesmith.plan.flops import MFU_RANGE, estimate_seconds
 from tunesmith.plan.hardware_presets import list_machines, match_preset
 from tunesmith.plan.mixture import decide_mixture
 from tunesmith.plan.new_tokens import decide_new_tokens
-from tunesmith.plan.rules import SavedShareFn, assume_no_savings, user_value
+from tunesmith.plan.rules import SavedShareFn, assume_no_savings, make_user_value
 from tunesmith.plan.rules_cpt import choose_window
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Recipe, select_sources
-from tunesmith.session.provenance import check_provenance, hash_weight_files, read_provenance
+from tunesmith.session.provenance import check_provenance, read_provenance
 from tunesmith.session.run_history import apply_past_run
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -162,7 +162,7 @@ def _load_checked_adapter(
     or was trained on another one."""
     adapter = read_adapter(path, model.path)
     refuse_other_tokens(adapter.path, adapter.new_token_ids, renderer.tokenizer.new_tokens)
-    check_provenance(adapter.path, hash_weight_files(model.path), renderer, now.isoformat())
+    check_provenance(adapter.path, model.path, renderer, now.isoformat())
     return adapter
 
 
@@ -442,7 +442,7 @@ def _fix_adapter_values(
     settings: dict[str, PlanValue] = {}
     for key, value in values.items():
         settings[key] = PlanValue(value, "checkpoint", "the adapter that training continues")
-    settings["adapter_from"] = user_value(str(adapter.path), "training starts from its weights")
+    settings["adapter_from"] = make_user_value(str(adapter.path), "training starts from its weights")
     return settings
 
 

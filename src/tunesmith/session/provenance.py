@@ -3,9 +3,10 @@ loaded.
 
 In: the base model's folder and the renderer of a run. Out: a `Provenance`, or an InputError that
 lists every field that changed. It holds the hashes of the base weights, of the tokenizer and of the
-chat template, and a few conversations with their token ids: the same files may give other ids under
-another version of a library. The conversations are invented here, because an adapter is shared and
-its training rows should not be."""
+chat template, the keys of the base's config.json that decide what it computes, and a few
+conversations with their token ids: the same files may give other ids under another version of a
+library. The conversations are invented here, because an adapter is shared and its training rows
+should not be."""
 
 from __future__ import annotations
 
@@ -14,13 +15,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.core.atomic import hash_file
+from tunesmith.core.atomic import hash_file, read_manifest
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import dump_json, parse_as, read_json
+from tunesmith.core.json_io import dump_json, parse_as, read_json_object
 from tunesmith.core.types import Json, __version__
 from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.model.hub.base_config import list_config_changes, select_forward_keys
+from tunesmith.model.hub.validate import read_model_json
 
 PROVENANCE_FILE = "tunesmith.json"
+PROVENANCE_FORMAT = 2  # raised when older files would be misread; the first had no number
 SAMPLE_TEXT = "Größe  12,345\tof the <|im_end|> 日本 🤗\n\n  no more"
 SAMPLE_TOOL = {
     "name": "look_up",
@@ -59,9 +63,11 @@ class Provenance:
     """`now` is the date that templates render. `renderer` is a hash over everything that rendering
     depends on, named special tokens included."""
 
+    format: int
     tunesmith: str
     base: str
     base_sha256: dict[str, str]
+    base_config: Json
     tokenizer_sha256: str
     template_sha256: dict[str, str]
     renderer: str
@@ -71,10 +77,10 @@ class Provenance:
 
 
 def build_provenance(
-    name: str, base_sha256: dict[str, str], renderer: Renderer, now: str
+    name: str, base_sha256: dict[str, str], config: Json, renderer: Renderer, now: str
 ) -> Provenance:
     """Build the provenance of weights trained on the base called `name`; `base_sha256` comes from
-    `hash_weight_files`."""
+    `hash_weight_files`, `config` from its config.json."""
     reference_prompts: list[ReferencePrompt] = []
     for messages in ((), *SAMPLE_PROMPTS):
         has_tool_result = bool(messages) and messages[-1]["role"] == "tool"
@@ -85,9 +91,11 @@ def build_provenance(
     for key, template in renderer.templates.items():
         template_sha256[key] = hashlib.sha256(template.source.encode()).hexdigest()
     return Provenance(
+        format=PROVENANCE_FORMAT,
         tunesmith=__version__,
         base=name,
         base_sha256=base_sha256,
+        base_config=select_forward_keys(config),
         tokenizer_sha256=renderer.tokenizer.sha256,
         template_sha256=template_sha256,
         renderer=renderer.fingerprint,
@@ -119,20 +127,33 @@ def write_provenance(folder: Path, provenance: Provenance) -> None:
 
 
 def read_provenance(folder: Path) -> Provenance | None:
-    """Return the provenance in `folder`, None for weights from other tools or older versions."""
+    """Return the provenance in `folder`, None for weights from other tools. Raises InputError for a
+    file of another format."""
     path = folder / PROVENANCE_FILE
-    return parse_as(Provenance, read_json(path), where=str(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    content = read_json_object(path)
+    file_format = content.get("format")
+    if file_format != PROVENANCE_FORMAT:
+        age = "an older tunesmith" if file_format in (None, 1) else "another tunesmith"
+        number = "it has no format number" if file_format is None else f"format {file_format!r:.20}"
+        raise InputError(
+            f"written by {age}: {number}, and this version reads format {PROVENANCE_FORMAT}",
+            where=str(path),
+            fix="train again, or use the version that wrote it; without this file, adapter_from "
+            "takes the weights and cannot verify their base",
+        )
+    return parse_as(Provenance, content, where=str(path))
 
 
-def check_provenance(
-    folder: Path, base_sha256: dict[str, str], renderer: Renderer, now: str
-) -> None:
-    """Raise InputError if the weights in `folder` belong to another base, tokenizer or template, or
-    if their reference prompts now have other ids."""
+def check_provenance(folder: Path, base: Path, renderer: Renderer, now: str) -> None:
+    """Raise InputError if the weights in `folder` belong to another base than that in the folder
+    `base`, to another tokenizer or template, or if their reference prompts now have other ids."""
     stored = read_provenance(folder)
     if stored is None:
         return
-    current = build_provenance(stored.base, base_sha256, renderer, now)
+    config = read_model_json(base / "config.json")
+    current = build_provenance(stored.base, hash_weight_files(base), config, renderer, now)
     differences = list(_iter_differences(stored, current))
     differences += _iter_changed_prompts(stored, renderer, now)
     if differences:
@@ -142,8 +163,28 @@ def check_provenance(
         raise InputError(message, where=str(folder / PROVENANCE_FILE), fix=fix)
 
 
+def check_checkpoint(checkpoint: Path, base: Path, renderer: Renderer) -> None:
+    """Raise InputError if a checkpoint belongs to another base, tokenizer or template."""
+    stored = read_manifest(checkpoint)
+    differences = list(
+        _iter_changed_hashes("base weights", stored["base_sha256"], hash_weight_files(base))
+    )
+    config = select_forward_keys(read_model_json(base / "config.json"))
+    for change in list_config_changes(select_forward_keys(stored["config"]), config):
+        differences.append(f"base config.json {change}")
+    if stored["renderer"] != renderer.fingerprint:
+        change = _describe_change("tokenizer or template", stored["renderer"], renderer.fingerprint)
+        differences.append(change)
+    if differences:
+        message = "the checkpoint was trained with other inputs:\n  " + "\n  ".join(differences)
+        fix = f"restore the base model ({stored['base']}) as it was"
+        raise InputError(message, where=str(checkpoint), fix=fix)
+
+
 def _iter_differences(stored: Provenance, current: Provenance) -> Iterator[str]:
     yield from _iter_changed_hashes("base weights", stored.base_sha256, current.base_sha256)
+    for change in list_config_changes(stored.base_config, current.base_config):
+        yield f"base config.json {change}"
     yield from _iter_changed_hashes(
         "chat template", stored.template_sha256, current.template_sha256
     )

@@ -31,7 +31,7 @@ from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
 from tunesmith.model.save import load_adapter
 from tunesmith.session import inputs
 from tunesmith.session.inputs import RunInputs
-from tunesmith.session.provenance import check_provenance, hash_weight_files
+from tunesmith.session.provenance import check_provenance
 from tunesmith.session.session import Session, load_starting_model, open_eval_session, open_session
 
 
@@ -96,9 +96,7 @@ def _find_trained_weights(path: Path, plan: Plan, inputs: RunInputs) -> Path:
     if problem := verify_dir(weights_dir):
         message = f"not as the run wrote it: {problem}"
         raise InputError(message, where=str(weights_dir), fix="restore the files")
-    check_provenance(
-        weights_dir, hash_weight_files(inputs.model.path), inputs.renderer, plan.config.now
-    )
+    check_provenance(weights_dir, inputs.model.path, inputs.renderer, plan.config.now)
     return weights_dir
 
 

@@ -2,9 +2,9 @@
 
     prepare_resume(folder, plan, inputs) -> ResumeState
 
-A run depends on its recipe, plan, rows, tokenizer, chat template, weights, kernels and libraries. If one of
-them has changed, the run is refused with the changed fields, or continues with a warning when the
-user allows it.
+A run depends on its recipe, plan, rows, tokenizer, chat template, weights, kernels and libraries.
+If one of them has changed, the run is refused with the changed fields, or continues with a warning
+when the user allows it.
 
 In: a run folder and its reloaded inputs. Out: the newest valid checkpoint and the first events.
 Left out: the fingerprint (session/fingerprint.py), restoring weights (loop.py)."""

@@ -298,7 +298,11 @@ def _save_weights(context: RunContext, session: Session) -> Path:
             tokenizer_json=tokenizer_json,
         )
         provenance = build_provenance(
-            session.inputs.model.name, fingerprint["base_sha256"], renderer, plan.config.now
+            session.inputs.model.name,
+            fingerprint["base_sha256"],
+            fingerprint["config"],
+            renderer,
+            plan.config.now,
         )
         write_provenance(scratch, provenance)
     return target

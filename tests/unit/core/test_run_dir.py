@@ -136,9 +136,9 @@ def test_only_a_run_folder_can_be_opened(tmp_path: Path) -> None:
     [
         (
             {"choices": {}},
-            "an older version of tunesmith: format 1, and this version reads format 2",
+            "an older tunesmith: format 1, and this version reads format 2",
         ),
-        ({"format": 3}, "another version of tunesmith: format 3, and this version reads format 2"),
+        ({"format": 3}, "another tunesmith: format 3, and this version reads format 2"),
         ([], "not a plan"),
     ],
 )

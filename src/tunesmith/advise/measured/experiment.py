@@ -184,6 +184,7 @@ def _build_fingerprint(plan: Plan, inputs: RunInputs, passages: PassageIndex | N
     return {
         "recipe": recipe,
         "model": hash_weight_files(inputs.model.path),
+        "config": read_json(inputs.model.path / "config.json"),
         "renderer": inputs.renderer.fingerprint,
         "day": plan.config.now[:10] if inputs.renderer.has_date else "",
         "rows": {role: inputs.datasets[role].fingerprint for role in ("data", "eval_data")},
