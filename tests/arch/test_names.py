@@ -33,14 +33,14 @@ VERBS = set(
     examine exclude exit expand expect explain export extend extract fetch fill filter finalize
     find finish fit fix flag flatten flush fold follow forget fork format forward free freeze
     fsync fuse gather generate get go grade group grow guard guess gunzip halve handle has hash
-    hide hold identify ignore improve import include index infer inherit init initialize insert inspect
-    install interleave interpolate intersect invert is iter join judge keep label launch lay
-    leak learn leave limit link list load locate lock log look lower main make map mark mask
+    hide hold identify ignore import improve include index infer inherit init initialize insert
+    inspect install interleave interpolate intersect invert is iter join judge keep label launch
+    lay leak learn leave limit link list load locate lock log look lower main make map mark mask
     match materialize measure merge migrate mix move multiply name needs normalize note observe
     offer open order overlap override pack pad pair parse partition pass patch pause permute
-    persist pick pin plan plot poll pop predict prefetch prefill prefix prepare preserve print probe
-    proceed process project propose prove prune pull push put quantize quote raise rank rate
-    read readmit rebuild receive recommend recompute reconcile record recover redact reduce
+    persist pick pin plan plot poll pop predict prefetch prefill prefix prepare preserve print
+    probe proceed process project propose prove prune pull push put quantize quote raise rank
+    rate read readmit rebuild receive recommend recompute reconcile record recover redact reduce
     refill refine refuse register reject release reload remap remember remove rename render
     reopen reorder repair repeat replace replay report request require reread resample rescale
     reserve reset reshape resolve restart restore resume retarget retry return reuse reverse

@@ -358,8 +358,8 @@ def read_plan_json(file: Path) -> Json:
     if not isinstance(content, dict):
         raise InputError("not a plan", where=str(file))
     content = cast("Json", content)
-    plans = content.get("plans")
-    first = plans[0] if isinstance(plans, list) and plans else content
+    plans: Any = content.get("plans")
+    first: Any = cast("list[Any]", plans)[0] if isinstance(plans, list) and plans else content
     if not isinstance(first, dict):
         raise InputError("not a plan", where=str(file))
     file_format = cast("Json", first).get("format", 1)

@@ -202,7 +202,7 @@ class _AttentionFunction(torch.autograd.Function):
         config: AttentionConfig,
         cos_sin: CosSin | None,
     ) -> Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q, k, v = (tensor.contiguous() for tensor in (q, k, v))
         null = q.new_empty(0)  # NULL in C
         out = torch.empty_like(q)
         logsumexp = torch.empty(q.shape[:2])
@@ -217,7 +217,8 @@ class _AttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         # read once: a recomputed layer returns them only once
         saved = ctx.saved_tensors
-        inputs, aux_inputs = saved[:5], saved[5:]
+        inputs = saved[:5]
+        aux_inputs = saved[5:]
         dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
         outputs = (gradients[0].contiguous(), dq, dk, dv)
         _call_attention("attention", *inputs, *outputs, *aux_inputs, *ctx.shape)
@@ -326,7 +327,7 @@ def run_decode_kernel(
     k and v [B, K, D] are written at `positions_B` of the buffers [slots, K, capacity, D], and
     q [B, N, D] attends to all stored tokens of its row. The first `prefix_length` tokens are the
     same in all rows. Not differentiable."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v = (tensor.contiguous() for tensor in (q, k, v))
     null = q.new_empty(0)
     out = torch.empty_like(q)
     tensors = (q, k, v, *kv_buffers, out, *(cos_sin or (null, null)), positions_B)

@@ -54,7 +54,7 @@ from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Recipe, select_sources
 from tunesmith.session.provenance import check_provenance, read_provenance
-from tunesmith.session.run_history import apply_past_run
+from tunesmith.session.run_history import apply_past_runs
 
 TOKENIZER_FILE = "tokenizer.json"
 HELD_OUT_ROLES = ("eval_data", "test_data")
@@ -334,7 +334,7 @@ def make_planner(
 
     def plan_recipe(recipe: Recipe, machine: Machine) -> Plan:
         plan = build_plan(recipe, machine=machine, **plan_kwargs)
-        plan = _add_time_estimate(apply_past_run(plan))
+        plan = _add_time_estimate(apply_past_runs(plan))
         if plan.config.lora_target_modules is not None:
             select_targets(layers, plan.config.lora_target_modules)  # refuses unknown layers
         return dataclasses.replace(
@@ -442,7 +442,8 @@ def _fix_adapter_values(
     settings: dict[str, PlanValue] = {}
     for key, value in values.items():
         settings[key] = PlanValue(value, "checkpoint", "the adapter that training continues")
-    settings["adapter_from"] = make_user_value(str(adapter.path), "training starts from its weights")
+    reason = "training starts from its weights"
+    settings["adapter_from"] = make_user_value(str(adapter.path), reason)
     return settings
 
 

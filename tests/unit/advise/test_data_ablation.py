@@ -101,7 +101,8 @@ def test_it_needs_held_out_rows_and_the_same_data(
 
 
 def make_run(name: str, seed: int, *values: float) -> SubsetRun:
-    held_out = MetricValues("eval", "loss", tuple("abcdef"[: len(values)]), values, higher_is_better=False)
+    ids = tuple("abcdef"[: len(values)])
+    held_out = MetricValues("eval", "loss", ids, values, higher_is_better=False)
     return SubsetRun(name, seed, 3, 10, held_out)
 
 

@@ -156,7 +156,8 @@ def test_edges_ties_and_a_total_collapse_are_caveats(plan: Plan) -> None:
         plan, [make_trial(0, 2.0), make_trial(1e-4, 1.0), make_trial(1e-3, 1.5)]
     )
     assert "a lower one may be better" in lowest.caveats[0]
-    near = MetricValues("eval", "loss", tuple("abcde"), (1.1, 0.9, 1.02, 1.0, 0.98), higher_is_better=False)
+    values = (1.1, 0.9, 1.02, 1.0, 0.98)
+    near = MetricValues("eval", "loss", tuple("abcde"), values, higher_is_better=False)
     mixed = dataclasses.replace(make_trial(1e-3, 1.0), held_out=near)
     tied = summarize_trials(plan, [make_trial(0, 2.0), make_trial(1e-4, 1.0), mixed])
     assert tied.similar_rates == (1e-3,)

@@ -94,7 +94,8 @@ def test_the_usual_advice_is_compared(
 ) -> None:
     facts = make_context(**model, **decided)
     assert (
-        advice in add_evidence({key: make_rule_value(value, "why", "source")}, facts)[key].common_advice
+        advice
+        in add_evidence({key: make_rule_value(value, "why", "source")}, facts)[key].common_advice
     )
 
 
