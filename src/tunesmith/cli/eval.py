@@ -33,7 +33,8 @@ def evaluate(
         typer.Option(metavar="LIST", help="Metrics instead of the run's: 'chrf, numeric: 0.1'."),
     ] = None,
     gate: Annotated[
-        bool, typer.Option("--gate", help="Exit with 4 unless shown to be no worse, within margins.")
+        bool,
+        typer.Option("--gate", help="Exit with 4 unless shown to be no worse, within margins."),
     ] = False,
     allow_code: AllowCode = False,
     as_json: AsJson = False,

@@ -146,7 +146,7 @@ def _combine_ends(t_end: float, hall_end: float) -> float:
 
 @lru_cache(maxsize=1024)
 def compute_t_quantile(degrees: float) -> float:
-    """Return the 97.5% quantile of Student's t; `degrees` of freedom, at least 1, may be fractional."""
+    """Return the 97.5% quantile of Student's t; `degrees` of freedom are at least 1."""
     if degrees > MAX_DEGREES:
         return Z
     # With x = sqrt(degrees) tan(angle), the density is cos(angle)^(degrees - 1).
