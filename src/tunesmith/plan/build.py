@@ -422,6 +422,9 @@ def refuse_if_too_large(plan: Plan) -> None:
     free = plan.machine.available_bytes
     if not has_enough_memory(plan):
         larger = f", such as {plan.fits_on}" if plan.fits_on else ""
+        if "memory_factor" in plan.reasons:
+            factor = plan.config.memory_factor
+            larger += f"; the need is corrected by {factor}: {plan.reasons['memory_factor'].reason}"
         raise MachineError(
             f"the run needs about {needed / 1e9:.1f} GB of memory with a margin of "
             f"{MEMORY_MARGIN - 1:.0%}, and {free / 1e9:.1f} GB are free",

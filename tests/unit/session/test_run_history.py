@@ -1,14 +1,18 @@
 """What earlier runs took corrects later plans, and a plan says so."""
 
 import dataclasses
+import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tiny_runs import make_tiny_recipe, plan_recipe
+from tunesmith.core.errors import MachineError
 from tunesmith.core.json_io import parse_as, to_jsonable
 from tunesmith.core.types import Plan, RunRecord
+from tunesmith.plan.build import refuse_if_too_large
 from tunesmith.plan.flops import count_computed_tokens
 from tunesmith.session import run_history
 
@@ -55,8 +59,9 @@ def test_a_later_plan_expects_what_the_last_run_took(
     )
     assert (read.memory_bytes, read.seconds) == (later.memory_bytes, later.seconds)
     run_history.save_past_run(record(later, peak_bytes=made.memory_bytes["peak"]))
-    assert plan_recipe(make_tiny_recipe(tiny_folder, tmp_path)).config.memory_factor == 1.0, (
-        "of the uncorrected prediction"
+    again = plan_recipe(make_tiny_recipe(tiny_folder, tmp_path))
+    assert again.config.memory_factor == pytest.approx(1.1, abs=0.001), (
+        "the median of 1.2 and 1, both of the uncorrected prediction"
     )
 
 
@@ -67,12 +72,12 @@ def test_another_method_machine_or_format_is_another_kind(
     other = dataclasses.replace(
         made, machine=dataclasses.replace(made.machine, device_name="another")
     )
-    assert run_history.find_past_run(made) is not None
-    assert run_history.find_past_run(other) is None
+    assert run_history.list_past_runs(made)
+    assert run_history.list_past_runs(other) == []
     measuring = dataclasses.replace(
         made, memory_bytes=made.memory_bytes | {"evaluation": 5 * 10**8}
     )
-    assert run_history.find_past_run(measuring) is None
+    assert run_history.list_past_runs(measuring) == []
     assert (
         plan_recipe(
             make_tiny_recipe(tiny_folder, tmp_path, method="full", lora_r="auto")
@@ -84,7 +89,7 @@ def test_another_method_machine_or_format_is_another_kind(
 @pytest.mark.parametrize("changed", [{"steps": 19}, {"peak_bytes": 0}])
 def test_short_runs_say_nothing(changed: dict[str, Any], made: Plan) -> None:
     run_history.save_past_run(record(made, **changed))
-    assert run_history.find_past_run(made) is None
+    assert run_history.list_past_runs(made) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"a": 1}', b"\xff"])
@@ -93,14 +98,92 @@ def test_a_broken_file_is_no_experience_and_is_replaced(
 ) -> None:
     (tmp_path / "cache").mkdir(exist_ok=True)
     (tmp_path / "cache" / run_history.HISTORY_FILE).write_bytes(content)
-    assert run_history.apply_past_run(made) == made
+    assert run_history.apply_past_runs(made) == made
     run_history.save_past_run(record(made))
-    assert run_history.find_past_run(made) is not None
+    assert run_history.list_past_runs(made)
 
 
 def test_the_factor_is_bounded_and_hardly_below_one(made: Plan) -> None:
     for times, factor in ((100, 2.0), (0.95, 0.95), (0.5, 0.9)):
-        run_history.save_past_run(record(made, peak_bytes=int(times * made.memory_bytes["peak"])))
-        assert run_history.apply_past_run(made).config.memory_factor == pytest.approx(
+        (run_history.find_cache_dir().parent / run_history.HISTORY_FILE).unlink(missing_ok=True)
+        save_peaks(made, times)
+        assert run_history.apply_past_runs(made).config.memory_factor == pytest.approx(
             factor, abs=0.001
         )
+
+
+# ---------------------------------------------------------------- unusual runs
+
+
+def save_peaks(plan: Plan, *ratios: float, seconds: float = 8.0) -> None:
+    for ratio in ratios:
+        peak_bytes = int(ratio * plan.memory_bytes["peak"])
+        run_history.save_past_run(record(plan, peak_bytes=peak_bytes, train_seconds=seconds))
+
+
+@pytest.mark.parametrize("ratios", [(2.0,), (1.0, 2.0), (2.0, 1.0), (2.0, 2.0), (5.0, 1.0, 1.0)])
+def test_one_or_two_high_peaks_do_not_refuse_the_next_run(
+    ratios: tuple[float, ...], made: Plan
+) -> None:
+    machine = dataclasses.replace(
+        made.machine, available_bytes=int(1.3 * made.memory_bytes["peak"])
+    )
+    small = dataclasses.replace(made, machine=machine)
+    refuse_if_too_large(small)
+    save_peaks(small, *ratios)
+    later = run_history.apply_past_runs(small)
+    refuse_if_too_large(later)
+    if statistics.median(ratios) > 1.3:
+        (warning,) = set(later.warnings) - set(small.warnings)
+        assert warning.startswith("memory: as ")
+        assert "it takes 3 runs to refuse one" in warning
+    else:
+        assert later.warnings == small.warnings
+
+
+def test_runs_that_agree_refuse_and_say_how_to_plan_without_them(made: Plan) -> None:
+    machine = dataclasses.replace(
+        made.machine, available_bytes=int(1.3 * made.memory_bytes["peak"])
+    )
+    small = dataclasses.replace(made, machine=machine)
+    save_peaks(small, 1.9, 2.0, 1.9)
+    with pytest.raises(MachineError, match=r"corrected by 1\.9: median of") as caught:
+        refuse_if_too_large(run_history.apply_past_runs(small))
+    file = Path(caught.value.fix.rpartition("delete ")[2].removesuffix(" to plan without them"))
+    file.unlink()
+    refuse_if_too_large(run_history.apply_past_runs(small))
+
+
+def test_a_plan_that_never_fitted_is_refused_as_before(made: Plan) -> None:
+    machine = dataclasses.replace(made.machine, available_bytes=made.memory_bytes["peak"] // 2)
+    small = dataclasses.replace(made, machine=machine)
+    save_peaks(small, 1.5)
+    with pytest.raises(MachineError, match="the run needs about"):
+        refuse_if_too_large(run_history.apply_past_runs(small))
+
+
+def test_outliers_are_named_and_only_the_last_runs_count(made: Plan) -> None:
+    save_peaks(made, 1.8, 1.8, 1.8)
+    save_peaks(made, 1.1, 1.1, 2.0, 1.1, 1.1)
+    later = run_history.apply_past_runs(made)
+    assert later.config.memory_factor == pytest.approx(1.1, abs=0.001)
+    reason = later.reasons["memory_factor"].reason
+    assert "in the last 5 runs; far from it: " in reason
+    assert reason.count("(2.00)") == 1
+    assert "(1.10)" not in reason
+
+
+def test_one_slow_run_does_not_become_the_forecast(made: Plan) -> None:
+    save_peaks(made, 1.0, 1.0, seconds=8.0)
+    save_peaks(made, 1.0, seconds=800.0)
+    later = run_history.apply_past_runs(made)
+    assert later.seconds == (pytest.approx(count_computed_tokens(made) / 500),)
+    assert later.seconds_source == "at the median speed of the last 3 runs of this kind"
+
+
+def test_a_file_of_single_runs_is_replaced(made: Plan, tmp_path: Path) -> None:
+    save_peaks(made, 1.0)
+    file = tmp_path / "cache" / run_history.HISTORY_FILE
+    older = {key: runs[0] for key, runs in json.loads(file.read_text()).items()}
+    file.write_text(json.dumps(older))
+    assert run_history.apply_past_runs(made) == made
