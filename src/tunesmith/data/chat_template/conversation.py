@@ -55,21 +55,30 @@ class TemplateVariables:
         self.tracked = track_value(self.plain, TEMPLATE)
 
 
+def list_settable_names(
+    templates: Iterable[ChatTemplate], special_token_names: Iterable[str]
+) -> list[str]:
+    """Return the variables of templates that a user may set."""
+    reserved = {*_build_context([], None, False), *special_token_names}
+    names: set[str] = set()
+    for template in templates:
+        names |= template.undeclared_variables - reserved
+    return sorted(names)
+
+
 def refuse_unused_kwargs(
     names: Iterable[str], templates: Iterable[ChatTemplate], special_token_names: Iterable[str]
 ) -> None:
     """Raise InputError for a variable in `names` that no template uses, or that is reserved."""
     reserved = {*_build_context([], None, False), *special_token_names}
-    used_names: set[str] = set()
-    for template in templates:
-        used_names |= template.undeclared_variables - reserved
+    used_names = list_settable_names(templates, special_token_names)
     for name in names:
         if name in reserved:
             message = f"{name} cannot be set: it comes from the rows or the tokenizer"
             raise InputError(message, where=TEMPLATE_KWARGS_KEY)
         if name not in used_names:
-            fix = f"the template uses: {', '.join(sorted(used_names)) or 'no variables'}"
-            fix = suggest_name(name, sorted(used_names), default=fix)
+            fix = f"the template uses: {', '.join(used_names) or 'no variables'}"
+            fix = suggest_name(name, used_names, default=fix)
             message = f"the chat template does not use {name}"
             raise InputError(message, where=TEMPLATE_KWARGS_KEY, fix=fix)
 

@@ -33,8 +33,10 @@ from tunesmith.data.chat_template.tracked_str import (
 
 MAX_SOURCE = 200_000  # characters; the largest real templates have 20,000
 
+
 class ChatTemplate:
-    """`literals` are all strings in the template, `undeclared_variables` the names it looks up."""
+    """`literals` are all strings in the template, `undeclared_variables` the names it looks up, and
+    `compared_values` the strings that it compares each name with."""
 
     def __init__(self, source: str, *, now: datetime, name: str = "chat template") -> None:
         """Compile a template. `now` is the date that it sees. Raises InputError if it is not valid
@@ -62,7 +64,9 @@ class ChatTemplate:
         literals = {value for value in constants if isinstance(value, str)}
         literals |= {node.data for node in tree.find_all(nodes.TemplateData)}
         self.literals = frozenset(literals)
-        self.undeclared_variables = frozenset(meta.find_undeclared_variables(tree))
+        self.compared_values = _find_compared_values(tree)  # first: `meta` folds constants
+        names = meta.find_undeclared_variables(tree) - set(self._plain_environment.globals)
+        self.undeclared_variables = frozenset(names)
         tracking = _TrackingTransformer(self._tracked_environment)
         self._tracked_template = _compile_template(self._tracked_environment, self.source, tracking)
         self._plain_template = _compile_template(
@@ -96,6 +100,17 @@ class ChatTemplate:
             # an f-string, since `+` refuses to mix plain text with the template's tracked message
             message = f"{location}{_explain_error(error)}"
             raise InputError(message, fix=_suggest_fix(error)) from error
+
+
+def _find_compared_values(tree: nodes.Template) -> dict[str, frozenset[str]]:
+    values: dict[str, frozenset[str]] = {}
+    for node in tree.find_all(nodes.Compare):
+        names = {name.name for name in node.find_all(nodes.Name)}
+        constants = [constant.value for constant in node.find_all(nodes.Const)]
+        texts = frozenset(value for value in constants if isinstance(value, str))
+        for name in names:
+            values[name] = values.get(name, frozenset()) | texts
+    return values
 
 
 def _compile_template(

@@ -72,7 +72,7 @@ def test_ends_of_generation_config_do_not_change_it(ends: list[str], tmp_path: P
     config = {"eos_token_id": [ids.token_to_id(text) for text in ends]}
     (model / "generation_config.json").write_text(json.dumps(config))
     renderer = Renderer.from_folder(model, now=NOW)
-    assert set(renderer.decode([end]) for end in renderer.end_ids) == {"<|end|>", "<|eos|>"}
+    assert {renderer.decode([end]) for end in renderer.end_ids} == {"<|end|>", "<|eos|>"}
     assert render_marked(renderer, user("a"), assistant("b"))[0].endswith(
         "⟦b<|end|>⟧<|start|>assistant\n"
     )

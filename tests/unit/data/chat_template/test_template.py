@@ -1,6 +1,7 @@
 """Tracked renders against plain Jinja, and templates that mean harm."""
 
 import json
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -284,12 +285,10 @@ def test_templates_are_found_where_models_keep_them(tmp_path: Path) -> None:
     ],
 )
 def test_fault_11_no_template_is_taken_for_a_fault_of_the_program(source: str) -> None:
-    try:
+    with suppress(InputError):
         template = ChatTemplate(source, now=NOW)
         template.render({"messages": []})
         template.render_plain({"messages": []})
-    except InputError as error:
-        assert str(error)
 
 
 @pytest.mark.parametrize(

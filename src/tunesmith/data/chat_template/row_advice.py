@@ -1,0 +1,117 @@
+"""Find what would make a refused conversation train, by trying it.
+
+    RowAdvisor(tokenizer, templates, variables, render).suggest_fix(example, error) -> InputError
+
+Two things are tried: a user message before a row that begins with the assistant, and
+`chat_template_kwargs`, alone and in pairs. An error keeps its own fix if neither helps. Tries are
+bounded for each renderer: what helped one row is tried first for the next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Example, Json
+from tunesmith.data.chat_template.conversation import TEMPLATE_KWARGS_KEY, list_settable_names
+from tunesmith.data.chat_template.template import ChatTemplate
+from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
+
+MAX_TRIES = 200
+MAX_VALUES = 24  # single settings that are also tried in pairs
+OPENING: Json = {"role": "user", "content": "Hello"}
+USER_FIRST_FIX = "put a user message first, or drop the row"
+
+# (tokenizer, variables, example) -> whether the example renders
+RenderTest = Callable[[ChatTokenizer, Mapping[str, Any], Example], bool]
+
+
+class RowAdvisor:
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        templates: Mapping[str, ChatTemplate],
+        variables: Mapping[str, Any],
+        can_render: RenderTest,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.templates = templates
+        self.variables = dict(variables)
+        self.can_render = can_render
+        self.helpful: list[Json] = []  # settings that made a row train, the last first
+        self.num_tries = 0
+
+    def suggest_fix(self, example: Example, error: InputError) -> InputError:
+        """Return the error with a fix that was tried, or unchanged."""
+        is_chat = example.text is None and bool(self.templates)
+        if not is_chat or error.fix.startswith("put a user message first"):
+            return error
+        if self._needs_question(example):
+            message = (
+                "the row begins with the assistant, and the chat template needs a user message"
+                " before an answer"
+            )
+            return InputError(message, where=error.where, fix=USER_FIRST_FIX)
+        for settings in [*self.helpful, *self._iter_settings()]:
+            if self._try_render(example, settings):
+                self.helpful = [settings, *(old for old in self.helpful if old != settings)]
+                fix = f"set {TEMPLATE_KWARGS_KEY}: {_format_settings(self.variables | settings)}"
+                return InputError(error.message, where=error.where, fix=fix)
+        return error
+
+    def _needs_question(self, example: Example) -> bool:
+        """Whether a row begins with the assistant and renders after a user message."""
+        index = _find_first_turn(example)
+        is_assistant_first = example.messages[index].get("role") == "assistant"
+        return is_assistant_first and self._try_render(_insert_question(example, index), {})
+
+    def _iter_settings(self) -> Iterator[Json]:
+        """Yield the settings to try: each value of each variable, then pairs of them."""
+        values: list[tuple[str, Any]] = []
+        special_tokens = self.tokenizer.special_tokens
+        for name in list_settable_names(self.templates.values(), special_tokens):
+            literals: set[str] = set()
+            for template in self.templates.values():
+                literals |= template.compared_values.get(name, frozenset())
+            candidates = [False, True, *sorted(literals)]
+            values += [(name, value) for value in candidates if self.variables.get(name) != value]
+        for name, value in values:
+            yield {name: value}
+        for first, second in combinations(values[:MAX_VALUES], 2):
+            if first[0] != second[0]:
+                yield dict((first, second))
+
+    def _try_render(self, example: Example, settings: Json) -> bool:
+        if self.num_tries >= MAX_TRIES and settings not in [{}, *self.helpful]:
+            return False
+        self.num_tries += 1
+        tokenizer = copy(self.tokenizer)
+        tokenizer.controls = dict(tokenizer.controls)  # a probe may demote some
+        try:
+            return self.can_render(tokenizer, self.variables | settings, example)
+        except InputError:
+            return False
+
+
+def _find_first_turn(example: Example) -> int:
+    """Return the index of the first message after those of the system."""
+    for i, message in enumerate(example.messages):
+        if message.get("role") not in ("system", "developer"):
+            return i
+    return 0
+
+
+def _insert_question(example: Example, index: int) -> Example:
+    messages = (*example.messages[:index], OPENING, *example.messages[index:])
+    weights = (*example.turn_weights[:index], 0.0, *example.turn_weights[index:])
+    return replace(example, messages=messages, turn_weights=weights, banned_spans=(), rejected=None)
+
+
+def _format_settings(settings: Json) -> str:
+    """Return settings as a YAML mapping on one line."""
+    pairs = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items()]
+    return "{" + ", ".join(pairs) + "}"
