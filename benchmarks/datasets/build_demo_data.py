@@ -1,11 +1,10 @@
-"""Builds the records of the embedded example: Debian changelog entries and the JSON that a reader
-would take from them.
+"""Build the rows of the demo: Debian changelog entries, and JSON with their facts.
 
 In: `usr/share/doc/<package>/{changelog.Debian.gz,copyright}` of the packages in demo_packages.txt
 (one a source), under --root: a Debian 13 machine with these packages installed or unpacked. Out:
 train.jsonl, eval.jsonl, test.jsonl and NOTICES.txt. Run once by a developer; the same packages give
-the same bytes. Left out: the general text (build_demo_general.py), and ORIGIN.md, which is written
-by hand."""
+the same bytes. Left out: the general text (build_demo_general.py), and ORIGIN.md, written by hand.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +18,18 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-# What the packaging of a source may be licensed under.
+# Licences of the packaging that are accepted.
 LICENCES = {
     "0bsd", "apache-2.0", "apache-2-llvm-exceptions", "bsd-2", "bsd-2-clause", "bsd-3-clause",
-    "bsd-3-clause or gpl-2+", "bsl-1.0", "cc0-1.0", "expat", "isc", "mit", "mit or apache-2.0", "mit/x", "mit/x11",
-    "psf", "public-domain", "x11", "zlib",
+    "bsd-3-clause or gpl-2+", "bsl-1.0", "cc0-1.0", "expat", "isc", "mit", "mit or apache-2.0",
+    "mit/x", "mit/x11", "psf", "public-domain", "x11", "zlib",
 }  # fmt: skip
 
 SYSTEM = (
-    "Read the Debian changelog entry and answer with one line of JSON: package, upstream (version without epoch and "
-    "Debian revision), revision (Debian revision or null), date (YYYY-MM-DD), new_upstream (true or false), "
-    "upload (maintainer, team or nmu), closes (closed bug numbers, ascending)."
+    "Read the Debian changelog entry and answer with one line of JSON: package, upstream (version "
+    "without epoch and Debian revision), revision (Debian revision or null), date (YYYY-MM-DD), "
+    "new_upstream (true or false), upload (maintainer, team or nmu), closes (closed bug numbers, "
+    "ascending)."
 )
 
 ROWS = {"test": 80, "eval": 60, "train": 260}
@@ -54,8 +54,7 @@ NEW_UPSTREAM = re.compile(
 
 @dataclass(frozen=True)
 class Source:
-    """A source package: where it comes from, under which licence, and its changelog, newest entry
-    first."""
+    """A source package with its licence and its changelog entries, newest first."""
 
     name: str
     package: str
@@ -73,8 +72,8 @@ class Record:
     answer: dict[str, object]
 
 
-def paragraphs(text: str) -> list[dict[str, str]]:
-    """The stanzas of a control file; a value keeps its line breaks, without the indent."""
+def parse_stanzas(text: str) -> list[dict[str, str]]:
+    """Return the stanzas of a control file; values keep line breaks, without the indent."""
     stanzas: list[dict[str, str]] = []
     for stanza in re.split(r"\n\s*\n", text):
         fields = re.findall(r"^([A-Za-z-]+):((?:.*\n?)(?:[ \t].*\n?)*)", stanza, re.MULTILINE)
@@ -87,10 +86,12 @@ def paragraphs(text: str) -> list[dict[str, str]]:
     return stanzas
 
 
-def licence_of_packaging(text: str) -> tuple[str, str, str]:
-    """(short name, copyright, licence text) that a machine-readable copyright file gives to
-    debian/changelog. Of two licences to choose from, the text is that of the first."""
-    stanzas = paragraphs(text)
+def read_packaging_licence(text: str) -> tuple[str, str, str]:
+    """Return (short name, copyright, licence text) of debian/changelog in a copyright file.
+
+    For a choice of two licences the text is that of the first.
+    """
+    stanzas = parse_stanzas(text)
     texts = [s["License"].partition("\n") for s in stanzas if "Files" not in s and "License" in s]
     for pattern in ("debian/changelog", "debian/*", "*"):
         for stanza in stanzas:
@@ -117,7 +118,7 @@ def read_source(root: Path, package: str) -> Source:
     head = HEADER.match(entries[0].partition("\n")[0]) or re.match(r"(\S+) \(([^)]+)\)", entries[0])
     if head is None:
         raise SystemExit(f"{package}: no changelog header")
-    licence, holders, body = licence_of_packaging((folder / "copyright").read_text("utf-8"))
+    licence, holders, body = read_packaging_licence((folder / "copyright").read_text("utf-8"))
     if licence.lower() not in LICENCES:
         raise SystemExit(f"{package}: licence {licence} is not on the list")
     if not body:
@@ -126,16 +127,15 @@ def read_source(root: Path, package: str) -> Source:
 
 
 def split_version(version: str) -> tuple[str, str | None]:
-    """1:2.1.5-4 -> 2.1.5, 4; a version without a Debian revision gives None."""
+    """Split 1:2.1.5-4 into 2.1.5 and 4; the revision of a native version is None."""
     upstream, dash, revision = (
         version.partition(":")[2].rpartition("-") if ":" in version else version.rpartition("-")
     )
     return (upstream, revision) if dash else (revision, None)
 
 
-def answer_of(entry: str, previous: str) -> dict[str, object] | None:
-    """What the entry says, or None where its text does not settle it: words against versions,
-    say."""
+def extract_answer(entry: str, previous: str) -> dict[str, object] | None:
+    """Return the facts of an entry, or None if they are ambiguous or contradictory."""
     head, before = HEADER.match(entry.partition("\n")[0]), re.match(r"\S+ \(([^)]+)\)", previous)
     trailer = TRAILER.search(entry)
     if head is None or before is None or trailer is None or UNCLEAR.search(entry):
@@ -161,7 +161,7 @@ def answer_of(entry: str, previous: str) -> dict[str, object] | None:
     }
 
 
-def words_of(entry: str) -> frozenset[str]:
+def make_word_triples(entry: str) -> frozenset[str]:
     """Word triples of the items, numbers masked: what near-duplicates have in common."""
     words = re.findall(
         r"[a-z]+|0", re.sub(r"\d+", "0", "\n".join(entry.splitlines()[1:-1]).lower())
@@ -169,33 +169,35 @@ def words_of(entry: str) -> frozenset[str]:
     return frozenset(" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
 
 
-def order(text: str) -> str:
+def hash_text(text: str) -> str:
     """A shuffle that stays the same for ever."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def family(name: str) -> str:
+def get_family(name: str) -> str:
     """Sources that are packaged alike stay in one split: plexus-cipher and plexus-utils2 are both
     `plexus`."""
     return re.sub(r"[\d.]+.*$", "", re.sub(r"^(lib|python-)", "", name)).split("-")[0]
 
 
-def records(sources: list[Source]) -> list[Record]:
-    """At most ROWS_PER_SOURCE entries a source, those that close bugs first, no two with nearly the
-    same items."""
+def select_records(sources: list[Source]) -> list[Record]:
+    """Return at most ROWS_PER_SOURCE entries per source without near duplicates.
+
+    Entries that close bugs come first.
+    """
     kept: list[Record] = []
     seen: list[frozenset[str]] = []
-    for source in sorted(sources, key=lambda s: order(s.name)):
+    for source in sorted(sources, key=lambda s: hash_text(s.name)):
         pairs = [
-            (EMAIL.sub("", e), answer_of(e, p))
+            (EMAIL.sub("", e), extract_answer(e, p))
             for e, p in zip(source.entries, source.entries[1:], strict=False)
         ]
         usable = [(e, a) for e, a in pairs if a and len(e) in CHARACTERS]
         taken = 0
         for entry, answer in sorted(
-            usable, key=lambda pair: (not pair[1]["closes"], order(pair[0]))
+            usable, key=lambda pair: (not pair[1]["closes"], hash_text(pair[0]))
         ):
-            words = words_of(entry)
+            words = make_word_triples(entry)
             if taken < ROWS_PER_SOURCE and all(
                 len(words & other) < SIMILAR * len(words | other) for other in seen
             ):
@@ -205,22 +207,23 @@ def records(sources: list[Source]) -> list[Record]:
     return kept
 
 
-def divide(rows: list[Record]) -> dict[str, list[Record]]:
-    """Whole families go to test until it is full, then to eval, then to train."""
+def split_records(rows: list[Record]) -> dict[str, list[Record]]:
+    """Assign families of packages to test until it is full, then to eval, then to train."""
     families: dict[str, list[Record]] = defaultdict(list)
     for row in rows:
-        families[family(row.source.name)].append(row)
+        families[get_family(row.source.name)].append(row)
     splits: dict[str, list[Record]] = {name: [] for name in ROWS}
-    for name in sorted(families, key=lambda f: order("split " + f)):
+    for name in sorted(families, key=lambda f: hash_text("split " + f)):
         target = next((split for split, size in ROWS.items() if len(splits[split]) < size), None)
         if target:
             splits[target] += families[name]
     return {
-        s: sorted(part, key=lambda row: order(row.entry))[: ROWS[s]] for s, part in splits.items()
+        s: sorted(part, key=lambda row: hash_text(row.entry))[: ROWS[s]]
+        for s, part in splits.items()
     }
 
 
-def as_line(row: Record) -> str:
+def format_row(row: Record) -> str:
     messages = [
         {"role": "system", "content": SYSTEM},
         {"role": "user", "content": row.entry},
@@ -232,9 +235,11 @@ def as_line(row: Record) -> str:
     return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
 
 
-def notices(rows: list[Record]) -> str:
-    """Who holds the copyright of what, then each licence text once. A changelog goes on from
-    earlier package names."""
+def format_notices(rows: list[Record]) -> str:
+    """Return the copyright holders of the entries, then each licence text once.
+
+    A changelog may contain entries under earlier package names.
+    """
     texts: dict[str, list[Source]] = defaultdict(list)
     names: dict[str, set[str]] = defaultdict(set)
     for row in rows:
@@ -262,15 +267,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("src/tunesmith/recipe/demo"))
     options = parser.parse_args()
     packages = Path(__file__).with_name("demo_packages.txt").read_text("utf-8").split()
-    splits = divide(records([read_source(options.root, package) for package in packages]))
+    splits = split_records(
+        select_records([read_source(options.root, package) for package in packages])
+    )
     for split, rows in splits.items():
-        text = "".join(as_line(row) for row in rows)
+        text = "".join(format_row(row) for row in rows)
         (options.out / f"{split}.jsonl").write_text(text, "utf-8")
         print(
-            split, len(rows), "rows", len({row.source.name for row in rows}), "sources", order(text)
+            split,
+            len(rows),
+            "rows",
+            len({row.source.name for row in rows}),
+            "sources",
+            hash_text(text),
         )
     (options.out / "NOTICES.txt").write_text(
-        notices([row for rows in splits.values() for row in rows]), "utf-8"
+        format_notices([row for rows in splits.values() for row in rows]), "utf-8"
     )
 
 

@@ -1,9 +1,10 @@
-"""Builds the general text of the embedded example: what a fine-tuned model must not forget.
+"""Build the general text of the demo, on which forgetting is measured.
 
 In: files of the Debian 13 packages r-cran-janeaustenr, dict-jargon and libpython3.13-stdlib,
-installed or unpacked under --root. Out: general.jsonl, rows {"text", "domain"}, PASSAGES of each of
-four domains, and the licence of the Python texts. Run once by a developer; the same packages give
-the same bytes. Left out: ORIGIN.md, written by hand."""
+installed or unpacked under --root. Out: general.jsonl, rows {"text", "domain"}, PASSAGES from
+each of four domains, and the licence of the Python texts. Run once by a developer; the same
+packages give the same bytes. Left out: ORIGIN.md, written by hand.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-PASSAGES = 20  # a domain
+PASSAGES = 20  # per domain
 CHARACTERS = range(600, 1201)
 R_STRING = re.compile(
     rb"\x00\x04\x00[\x09\x0a](....)", re.DOTALL
@@ -26,8 +27,7 @@ R_STRING = re.compile(
 
 
 def fiction(root: Path) -> Iterator[str]:
-    """Paragraphs of Jane Austen's novels: an R data file is zlib blocks, each a string a line of
-    the book."""
+    """Yield paragraphs of Jane Austen's novels (zlib blocks of strings, one per line)."""
     data = (root / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
     while data:
         block = zlib.decompressobj()
@@ -41,7 +41,7 @@ def fiction(root: Path) -> Iterator[str]:
 
 
 def dictionary(root: Path) -> Iterator[str]:
-    """Entries of the Jargon File."""
+    """Yield entries of the Jargon File."""
     text = gzip.decompress((root / "usr/share/dictd/jargon.dict.dz").read_bytes()).decode()
     for entry in re.split(r"\n\n(?=\S)", text.split("\nabbrev\n", 1)[-1]):
         head, _, body = entry.partition("\n\n")
@@ -49,7 +49,7 @@ def dictionary(root: Path) -> Iterator[str]:
 
 
 def reference(root: Path) -> Iterator[str]:
-    """Sections of the Python language reference, as pydoc carries them."""
+    """Yield sections of the Python language reference from pydoc."""
     tree = ast.parse((root / "usr/lib/python3.13/pydoc_data/topics.py").read_text("utf-8"))
     table = next(node.value for node in tree.body if isinstance(node, ast.Assign))
     for topic in ast.literal_eval(table).values():
@@ -59,8 +59,10 @@ def reference(root: Path) -> Iterator[str]:
 
 
 def code(root: Path) -> Iterator[str]:
-    """Functions and small classes of the Python standard library, modules with a copyright of their
-    own left out."""
+    """Yield functions and small classes of the standard library.
+
+    Modules with a separate copyright are skipped.
+    """
     for path in sorted((root / "usr/lib/python3.13").glob("*.py")):
         source = path.read_text("utf-8")
         if "opyright" not in source:
@@ -72,9 +74,8 @@ def code(root: Path) -> Iterator[str]:
 DOMAINS = {"fiction": fiction, "dictionary": dictionary, "reference": reference, "code": code}
 
 
-def choose(passages: Iterator[str]) -> list[str]:
-    """PASSAGES of the right length, shuffled in a way that stays; none shares a longer paragraph
-    with another."""
+def select_passages(passages: Iterator[str]) -> list[str]:
+    """Return PASSAGES texts of the right length in hash order, without shared paragraphs."""
     kept: list[str] = []
     seen: set[str] = set()
     fitting = {text for text in passages if len(text) in CHARACTERS}
@@ -94,7 +95,7 @@ def main() -> None:
     rows = [
         {"text": text, "domain": d}
         for d, read in DOMAINS.items()
-        for text in choose(read(options.root))
+        for text in select_passages(read(options.root))
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (options.out / "general.jsonl").write_text(text, "utf-8")

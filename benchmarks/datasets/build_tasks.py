@@ -1,10 +1,11 @@
-"""Builds the task files of recipes/instruction.yaml from the Python standard library.
+"""Build the task files of recipes/instruction.yaml from the Python standard library.
 
 In: the files of the Debian 13 package libpython3.13-stdlib, installed or unpacked under --root.
-Out: recipes/data/tasks/, a training and a test file a task, rows of columns and a `completion` that
-the syntax tree gives. Modules are divided by hash, so that train and test share none, and each
-function stands in one task only. Run once by a developer; the same package gives the same bytes.
-Left out: ORIGIN.md, written by hand."""
+Out: recipes/data/tasks/ with a training and a test file per task; rows have columns and a
+`completion` from the syntax tree. Modules are divided by hash, so train and test share none, and
+each function is in one task only. Run once by a developer; the same package gives the same bytes.
+Left out: ORIGIN.md, written by hand.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +26,11 @@ Function = ast.FunctionDef
 Row = dict[str, str]
 
 
-def functions(root: Path) -> Iterator[tuple[str, str, Function]]:
-    """(module, code, tree) of short functions and methods; modules with a copyright of their own
-    are left out."""
+def iter_functions(root: Path) -> Iterator[tuple[str, str, Function]]:
+    """Yield (module, code, tree) of short functions and methods.
+
+    Modules with a separate copyright are skipped.
+    """
     library = root / "usr/lib/python3.13"
     for path in sorted(library.rglob("*.py")):
         source = path.read_text("utf-8", errors="replace")
@@ -42,33 +45,40 @@ def functions(root: Path) -> Iterator[tuple[str, str, Function]]:
 
 
 def arguments(code: str, node: Function) -> Row | None:
-    """Extraction: the names of the parameters."""
-    given = node.args
-    names = [one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
-    plain = not (given.vararg or given.kwarg or given.posonlyargs or given.kwonlyargs)
+    """Make an extraction row: the names of the parameters."""
+    parameters = node.args
+    names = [
+        parameter.arg
+        for parameter in (*parameters.posonlyargs, *parameters.args, *parameters.kwonlyargs)
+    ]
+    plain = not (
+        parameters.vararg or parameters.kwarg or parameters.posonlyargs or parameters.kwonlyargs
+    )
     return (
         {"code": code, "completion": ", ".join(names)} if plain and 2 <= len(names) <= 5 else None
     )
 
 
 def returns(code: str, node: Function) -> Row | None:
-    """Classification: what a call gives."""
-    own = list(_own(node))
-    yields = any(isinstance(one, ast.Yield | ast.YieldFrom) for one in own)
-    value = any(isinstance(one, ast.Return) and one.value is not None for one in own)
+    """Make a classification row: what a call returns."""
+    body = list(_iter_body(node))
+    yields = any(isinstance(child, ast.Yield | ast.YieldFrom) for child in body)
+    value = any(isinstance(child, ast.Return) and child.value is not None for child in body)
     if yields and value:
         return None
     return {"code": code, "completion": "generator" if yields else "value" if value else "nothing"}
 
 
 def exceptions(code: str, node: Function) -> Row | None:
-    """Extraction: the one exception that is raised by name."""
-    raised = [_name(one.exc) for one in _own(node) if isinstance(one, ast.Raise)]
+    """Make an extraction row: the only exception that is raised by name."""
+    raised = [
+        _get_exception_name(child.exc) for child in _iter_body(node) if isinstance(child, ast.Raise)
+    ]
     return {"code": code, "completion": raised[0]} if len(set(raised)) == 1 and raised[0] else None
 
 
 def names(code: str, node: Function) -> Row | None:
-    """Rewriting: snake_case as CamelCase."""
+    """Make a rewriting row: snake_case as CamelCase."""
     del code
     words = node.name.split("_")
     if len(words) not in (2, 3, 4) or not all(
@@ -78,17 +88,17 @@ def names(code: str, node: Function) -> Row | None:
     return {"name": node.name, "completion": "".join(word.capitalize() for word in words)}
 
 
-def _own(node: ast.AST) -> Iterator[ast.AST]:
-    """What stands in a function, those inside it left out."""
+def _iter_body(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes of a function without nested functions and classes."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(
             child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef
         ):
             yield child
-            yield from _own(child)
+            yield from _iter_body(child)
 
 
-def _name(raised: ast.expr | None) -> str | None:
+def _get_exception_name(raised: ast.expr | None) -> str | None:
     raised = raised.func if isinstance(raised, ast.Call) else raised
     return raised.id if isinstance(raised, ast.Name) and raised.id[0].isupper() else None
 
@@ -104,15 +114,15 @@ TASKS: dict[str, Task] = {
 }
 
 
-def build(root: Path, folder: Path) -> None:
+def build_task_files(root: Path, folder: Path) -> None:
     def shuffled(item: tuple[str, str, Function]) -> str:
         return hashlib.sha256(item[1].encode()).hexdigest()
 
-    found = sorted(functions(root), key=shuffled)
+    found = sorted(iter_functions(root), key=shuffled)
     taken: set[str] = set()
     for task, (make, rows, most) in TASKS.items():
         for suffix, count in (("", rows), ("-test", TEST_ROWS)):
-            kept = choose(
+            kept = select_rows(
                 found,
                 make,
                 taken,
@@ -125,7 +135,7 @@ def build(root: Path, folder: Path) -> None:
                 (folder / f"{task}{suffix}.jsonl").write_text(text, encoding="utf-8")
 
 
-def choose(
+def select_rows(
     found: list[tuple[str, str, Function]],
     make: Callable[[str, Function], Row | None],
     taken: set[str],
@@ -134,8 +144,10 @@ def choose(
     test: bool,
     most: int,
 ) -> list[Row]:
-    """The first `count` rows whose function and columns are in no task yet, at most `most` with one
-    answer."""
+    """Return the first `count` rows whose function and columns are in no other task.
+
+    At most `most` have the same answer.
+    """
     kept: list[Row] = []
     answers: Counter[str] = Counter()
     seen: set[str] = set()
@@ -165,5 +177,5 @@ if __name__ == "__main__":
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parents[2] / "recipes/data/tasks"
     )
-    given = parser.parse_args()
-    build(given.root, given.out)
+    args = parser.parse_args()
+    build_task_files(args.root, args.out)

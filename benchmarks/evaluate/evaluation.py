@@ -1,11 +1,12 @@
-"""How long a run's before and after take on the demo: every part of it, in one process.
+"""Measure the time of the evaluations before and after training on the demo, by part.
 
     python -m benchmarks.evaluate.evaluation [--items 32] [--general 10000] [--all]
 
-The demo's own items and general text, cut to so many (`--all`: none is cut); the model has an
-adapter of small weights drawn by chance, whose answers are as long as the base model's: a trained
-one stops earlier. Before: answers, their loss, general text. After: the same beside the base, and
-the curve of scales. Nothing is taken from a cache."""
+Uses the demo's items and general text up to these sizes (`--all`: all of them). The adapter has
+small random weights, so answers are as long as the base model's; a trained one stops earlier.
+Before: answers, their loss, general text. After: the same with the base as reference, and the scale
+curve. No cache is used.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +30,13 @@ from tunesmith.session.session import Session, open_session
 from tunesmith.train.base_reference import ADAPTER_DISABLED
 
 
-def cut(items: EvalItems, bench: Session, count: int, tokens: int) -> EvalItems:
+def limit_items(items: EvalItems, session: Session, count: int, tokens: int) -> EvalItems:
     rows = {question.id for question in items.prompts[:count]}
     return dataclasses.replace(
         items,
         prompts=items.prompts[:count],
         test_documents=tuple(document for document in items.test_documents if document.id in rows),
-        general_texts=sample_texts(items.general_texts, bench.renderer.encode_text, tokens),
+        general_texts=sample_texts(items.general_texts, session.renderer.encode_text, tokens),
     )
 
 
@@ -46,23 +47,23 @@ def main() -> None:
     parser.add_argument("--all", action="store_true")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
-        known = api.load_demo_inputs(f"{folder}/run")
-        assert isinstance(known, inputs.RunInputs)
-        plan = inputs.make_plan(known)
-        bench = open_session(plan, known)
-    items = build_eval_items(plan, known)
-    items = items if options.all else cut(items, bench, options.items, options.general)
-    general = sum(len(bench.renderer.encode_text(text.text)) for text in items.general_texts)
+        run_inputs = api.load_demo_inputs(f"{folder}/run")
+        assert isinstance(run_inputs, inputs.RunInputs)
+        plan = inputs.make_plan(run_inputs)
+        session = open_session(plan, run_inputs)
+    items = build_eval_items(plan, run_inputs)
+    items = items if options.all else limit_items(items, session, options.items, options.general)
+    general = sum(len(session.renderer.encode_text(text.text)) for text in items.general_texts)
     print(json.dumps({"items": len(items.prompts), "general_tokens": general}), flush=True)
     generator, total = torch.Generator().manual_seed(0), 0.0
-    for parameter in get_trainable_parameters(bench.model.network).values():
+    for parameter in get_trainable_parameters(session.model.network).values():
         parameter.data += 0.002 * torch.randn(parameter.shape, generator=generator)
     done: dict[str, Any] = {}
     works = {
-        "before": lambda: measure_items(bench, items, step=0),
-        "after": lambda: measure_items(bench, items, step=1, base_references=ADAPTER_DISABLED),
+        "before": lambda: measure_items(session, items, step=0),
+        "after": lambda: measure_items(session, items, step=1, base_references=ADAPTER_DISABLED),
         "scales": lambda: measure_scale_curve(
-            bench, items, step=1, before=done["before"], after=done["after"]
+            session, items, step=1, before=done["before"], after=done["after"]
         ),
     }
     for name, work in works.items():

@@ -1,15 +1,15 @@
-"""Tokens a second of generation for an evaluation: ours beside `transformers` `generate` with
-padding.
+"""Compare the generation speed of evaluation with `transformers` `generate` with padding.
 
-    python -m benchmarks.evaluate.generation [--prompts 64] [--new 96] [--batch 8 16 32 64] [--rounds 2] [--adapter]
+    python -m benchmarks.evaluate.generation [--prompts 64] [--new 96] [--batch 8 16 32 64]
+        [--rounds 2] [--adapter]
 
-Both answer the first prompts of the demo's test rows greedily, in bf16, with the same end tokens,
-in one process, in turn. Ours is the model as a run measures it before training: its adapter there
-and off; with `--adapter` on, and the other side has PEFT's, of the same shape. `transformers` gets
-the prompts sorted by length and padded on the left, at each of the batch sizes; its best one
-counts. A token is one of an answer, its end token included; what comes after an end is none. Prints
-the ratio, and how many answers are the same: bf16 sums in another order decide otherwise where two
-tokens are nearly as likely. New adapters add nothing, so that both sides answer as the base does.
+Both answer the first prompts of the demo's test rows greedily in bf16 with the same end tokens, in
+turn. Our adapter is present and disabled, as in the evaluation before training; with `--adapter`
+it is enabled, and `transformers` has a PEFT adapter of the same shape. New adapters are zero, so
+both sides answer like the base model. `transformers` gets the prompts sorted by length and padded
+on the left; its best batch size counts. Answer tokens count up to and including the end token.
+Prints the ratio and the number of equal answers: bf16 sums in another order decide otherwise where
+two tokens are nearly equally likely.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from tunesmith.session.session import load_starting_model
 Answers = list[tuple[int, ...]]
 
 
-def ours(
+def generate_tunesmith(
     model: PackedCausalLM, prompts: Sequence[tuple[int, ...]], new: int, ends: Sequence[int], decode
 ) -> Answers:
-    found = dict(
+    results = dict(
         generate(
             model,
             [GenerationRequest(prompt, new) for prompt in prompts],
@@ -52,23 +52,23 @@ def ours(
             end_ids=ends,
         )
     )
-    return [found[place].tokens for place in range(len(prompts))]
+    return [results[i].tokens for i in range(len(prompts))]
 
 
 @torch.no_grad()
-def theirs(
+def generate_transformers(
     network, prompts: Sequence[tuple[int, ...]], new: int, ends: Sequence[int], batch: int
 ) -> Answers:
     answers: dict[int, tuple[int, ...]] = {}
-    places = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    for start in range(0, len(places), batch):
-        group = places[start : start + batch]
-        width = max(len(prompts[place]) for place in group)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch):
+        group = order[start : start + batch]
+        width = max(len(prompts[i]) for i in group)
         ids = torch.full((len(group), width), ends[0])
         mask = torch.zeros(len(group), width, dtype=torch.int64)
-        for row, place in enumerate(group):
-            ids[row, width - len(prompts[place]) :] = torch.tensor(prompts[place])
-            mask[row, width - len(prompts[place]) :] = 1
+        for row, i in enumerate(group):
+            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, width - len(prompts[i]) :] = 1
         out = network.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -78,18 +78,18 @@ def theirs(
             eos_token_id=list(ends),
             pad_token_id=ends[0],
         )
-        for row, place in enumerate(group):
-            answers[place] = until_end(out[row, width:].tolist(), ends)
-    return [answers[place] for place in range(len(prompts))]
+        for row, i in enumerate(group):
+            answers[i] = cut_at_end(out[row, width:].tolist(), ends)
+    return [answers[i] for i in range(len(prompts))]
 
 
-def until_end(tokens: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:
-    stop = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
+def cut_at_end(tokens: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:
+    stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
     return tuple(tokens[:stop])
 
 
-def timed(name: str, work: Callable[[], Answers]) -> tuple[Answers, float]:
-    """The answers, and tokens a second."""
+def time_answers(name: str, work: Callable[[], Answers]) -> tuple[Answers, float]:
+    """Return the answers and tokens per second."""
     started = time.perf_counter()
     answers = work()
     seconds, tokens = time.perf_counter() - started, sum(map(len, answers))
@@ -111,12 +111,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--adapter", action="store_true")
     options = parser.parse_args()
-    known = api.load_inputs(DEMO_RECIPE, output_dir="runs/unused")
-    assert isinstance(known, inputs.RunInputs)
-    renderer, plan = known.renderer, inputs.make_plan(known)
-    prompts = [one.prompt_ids for one in build_prompts(load_test_prompts(known), renderer)][
-        : options.prompts
-    ]
+    run_inputs = api.load_inputs(DEMO_RECIPE, output_dir="runs/unused")
+    assert isinstance(run_inputs, inputs.RunInputs)
+    renderer, plan = run_inputs.renderer, inputs.make_plan(run_inputs)
+    prompts = [
+        prompt.prompt_ids for prompt in build_prompts(load_test_prompts(run_inputs), renderer)
+    ][: options.prompts]
     lengths = sorted(map(len, prompts))
     print(
         json.dumps(
@@ -128,33 +128,35 @@ def main() -> None:
             }
         )
     )
-    model = load_starting_model(plan, known)
+    model = load_starting_model(plan, run_inputs)
     network: Any = AutoModelForCausalLM.from_pretrained(
-        known.model.path, dtype=torch.bfloat16, local_files_only=True
+        run_inputs.model.path, dtype=torch.bfloat16, local_files_only=True
     )
     if options.adapter:
-        settings = LoraConfig(
-            r=plan.config.lora_r, lora_alpha=plan.config.lora_alpha, target_modules="all-linear"
-        )
+        rank = int(plan.config.lora_r or 0)
+        alpha = int(plan.config.lora_alpha or 0)
+        settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
         network = get_peft_model(network, settings).to(torch.bfloat16)
     else:
         scale_adapter(model.network, 0)
     network.eval()
-    work = partial(ours, model, new=options.new, ends=renderer.end_ids, decode=renderer.decode)
-    rest = partial(theirs, network, new=options.new, ends=renderer.end_ids)
-    for either in (work, partial(rest, batch=1)):
-        either(prompts[:1])  # what the first product of a process takes counts for neither
+    work = partial(
+        generate_tunesmith, model, new=options.new, ends=renderer.end_ids, decode=renderer.decode
+    )
+    rest = partial(generate_transformers, network, new=options.new, ends=renderer.end_ids)
+    for generate_answers in (work, partial(rest, batch=1)):
+        generate_answers(prompts[:1])  # warm-up
     speeds: dict[str, list[float]] = {}
     for _ in range(options.rounds):
-        mine, speed = timed("tunesmith", partial(work, prompts))
+        mine, speed = time_answers("tunesmith", partial(work, prompts))
         speeds.setdefault("tunesmith", []).append(speed)
         for batch in options.batch:
             name = f"transformers, batch {batch}"
-            yours, speed = timed(name, partial(rest, prompts, batch=batch))
+            yours, speed = time_answers(name, partial(rest, prompts, batch=batch))
             speeds.setdefault(name, []).append(speed)
             same = sum(a == b for a, b in zip(mine, yours, strict=True))
             print(json.dumps({"same answers": same, "of": len(prompts)}))
-    middle = {name: median(found) for name, found in speeds.items()}
+    middle = {name: median(values) for name, values in speeds.items()}
     mine = middle.pop("tunesmith")
     print(
         json.dumps(

@@ -1,11 +1,11 @@
-"""What the guard says to healthy runs, and to runs with a fault: which detector, at which step,
-after how many probes.
+"""Run the guard on healthy runs and on runs with an injected fault, and list its alarms.
 
-    python -m benchmarks.train.guard [--cases CASE ...] [--seed 0] [--steps 24] [--every 6] [--values FILE]
+    python -m benchmarks.train.guard [--cases CASE ...] [--seed 0] [--steps 24] [--every 6]
 
-Short runs of SmolLM2-135M-Instruct on three tasks: JSON from changelog entries (the demo), names in
-CamelCase, one word of three about a function. No run goes back: all that would be said is listed.
-`--values` keeps every number as a line of JSON, to fix bounds on other seeds than those reported.
+Out: detector, step and number of probes until the alarm (docs/results/guard.md). Short runs of
+SmolLM2-135M-Instruct on three tasks: JSON from changelog entries (the demo), names in CamelCase, a
+three-way label of a function. No run is rolled back, so that all alarms are listed. `--values FILE`
+writes every event as a line of JSON, to calibrate thresholds on other seeds.
 """
 
 from __future__ import annotations
@@ -38,31 +38,32 @@ from tunesmith.train.guard.probes import GenerationProbe, build_prompt_set
 from tunesmith.train.loop import TrainingLoop
 
 DEMO, TASKS = DEMO_RECIPE.parent, Path(__file__).parents[2] / "recipes" / "data" / "tasks"
-BAD_STEPS = range(10, 13)  # of a corrupt block, and of a step that is no number
+BAD_STEPS = range(10, 13)  # with randomize_answers rows; the first one is the NaN step
 MODEL = "smollm2-135m-instruct"
-ASKED = {
+QUESTIONS = {
     "names": "Write the name {name} in CamelCase.",
-    "returns": "What does a call of this Python function give: a value, nothing or a generator?\n\n{code}",
+    "returns": "What does a call of this Python function give: "
+    "a value, nothing or a generator?\n\n{code}",
 }
 
 
-def lines(path: Path) -> list[Json]:
+def read_lines(path: Path) -> list[Json]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def rows_of(task: str) -> tuple[list[Json], list[Json]]:
-    """Training rows and held-out ones, as conversations."""
+def load_rows(task: str) -> tuple[list[Json], list[Json]]:
+    """Return training and held-out rows as conversations."""
     if task == "json":
-        return lines(DEMO / "train.jsonl"), lines(DEMO / "eval.jsonl")
+        return read_lines(DEMO / "train.jsonl"), read_lines(DEMO / "eval.jsonl")
     return tuple(
         [
             {
                 "messages": [
-                    {"role": "user", "content": ASKED[task].format(**row)},
+                    {"role": "user", "content": QUESTIONS[task].format(**row)},
                     {"role": "assistant", "content": row["completion"]},
                 ]
             }
-            for row in lines(TASKS / name)
+            for row in read_lines(TASKS / name)
         ]
         for name in (f"{task}.jsonl", f"{task}-test.jsonl")
     )  # type: ignore[return-value]
@@ -73,61 +74,61 @@ def rows_of(task: str) -> tuple[list[Json], list[Json]]:
 Change = Callable[[list[Json], random.Random], list[Json]]
 
 
-def answered(row: Json, answer: str) -> Json:
+def replace_answer(row: Json, answer: str) -> Json:
     return {"messages": [*row["messages"][:-1], {"role": "assistant", "content": answer}]}
 
 
-def shuffled(rows: list[Json], chance: random.Random) -> list[Json]:
-    """A fifth of the rows have each other's answers."""
+def shuffle_answers(rows: list[Json], chance: random.Random) -> list[Json]:
+    """Permute the answers of a fifth of the rows."""
     places = chance.sample(range(len(rows)), len(rows) // 5)
-    given = [rows[place]["messages"][-1]["content"] for place in places]
-    moved = dict(zip(places, given[1:] + given[:1], strict=True))
-    return [answered(row, moved[i]) if i in moved else row for i, row in enumerate(rows)]
+    answers = [rows[place]["messages"][-1]["content"] for place in places]
+    moved = dict(zip(places, answers[1:] + answers[:1], strict=True))
+    return [replace_answer(row, moved[i]) if i in moved else row for i, row in enumerate(rows)]
 
 
-def one_answer(rows: list[Json], chance: random.Random) -> list[Json]:
+def repeat_answer(rows: list[Json], chance: random.Random) -> list[Json]:
     del chance
-    return [answered(row, rows[0]["messages"][-1]["content"]) for row in rows]
+    return [replace_answer(row, rows[0]["messages"][-1]["content"]) for row in rows]
 
 
-def without_ends(documents: Sequence[Document]) -> list[Document]:
-    """The last target of each document, which ends it, is not trained."""
-    found: list[Document] = []
+def remove_ends(documents: Sequence[Document]) -> list[Document]:
+    """Remove supervision from the end token of each document."""
+    changed: list[Document] = []
     for document in documents:
         weights_L = document.weights_L.copy()
         weights_L[np.flatnonzero(weights_L)[-1]] = 0
-        found.append(dataclasses.replace(document, weights_L=weights_L))
-    return found
+        changed.append(dataclasses.replace(document, weights_L=weights_L))
+    return changed
 
 
-def corrupt(documents: Sequence[Document], vocabulary: int) -> list[Document]:
-    """Answers of random tokens."""
+def randomize_answers(documents: Sequence[Document], vocabulary: int) -> list[Document]:
+    """Replace the answers by random tokens."""
     chance = np.random.default_rng(0)
-    found: list[Document] = []
+    changed: list[Document] = []
     for document in documents:
         tokens_L = document.tokens_L.copy()
         places = np.flatnonzero(document.weights_L)[:-1]
         tokens_L[places] = chance.integers(1000, vocabulary, len(places))
-        found.append(dataclasses.replace(document, tokens_L=tokens_L))
-    return found
+        changed.append(dataclasses.replace(document, tokens_L=tokens_L))
+    return changed
 
 
-def no_number(training: TrainingLoop) -> None:
-    """Hidden states of one step are NaN."""
+def inject_nan(training: TrainingLoop) -> None:
+    """Make the hidden states of a step NaN."""
     hidden = PackedCausalLM.compute_hidden
 
-    def poisoned(model: PackedCausalLM, batch: Batch) -> Tensor:
+    def compute_nan_hidden(model: PackedCausalLM, batch: Batch) -> Tensor:
         broken = model.network.training and training.step + 1 == BAD_STEPS[0]
         return hidden(model, batch) * (math.nan if broken else 1)
 
-    training.model.compute_hidden = poisoned.__get__(training.model)  # type: ignore[method-assign]
+    training.model.compute_hidden = compute_nan_hidden.__get__(training.model)  # type: ignore[method-assign]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     task: str
     method: str = "lora"
-    times: float = 1.0  # the learning rate of the plan
+    times: float = 1.0  # factor of the planned learning rate
     fault: str = ""
 
 
@@ -148,14 +149,14 @@ FAULTS = {
     "NaN": Case("names", fault="nan"),
 }
 CASES = HEALTHY | FAULTS
-CHANGES: dict[str, Change] = {"shuffled": shuffled, "one answer": one_answer}
+CHANGES: dict[str, Change] = {"shuffled": shuffle_answers, "one answer": repeat_answer}
 
 
 # ---------------------------------------------------------------- one run
 
 
-def recipe_of(case: Case, folder: Path, seed: int, steps: int, every: int, **more: Any) -> Recipe:
-    trained, held_out = rows_of(case.task)
+def make_recipe(case: Case, folder: Path, seed: int, steps: int, every: int, **more: Any) -> Recipe:
+    trained, held_out = load_rows(case.task)
     if case.fault in CHANGES:
         trained = CHANGES[case.fault](trained, random.Random(seed))
     files = {}
@@ -181,62 +182,64 @@ def recipe_of(case: Case, folder: Path, seed: int, steps: int, every: int, **mor
     )
 
 
-def followed(
+def run_case(
     case: Case, seed: int, steps: int, every: int, keep: Callable[[Event], None]
 ) -> list[CheckResult]:
-    """All that is said in a run of so many steps."""
+    """Run a case and return all alarms."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        known = inputs.load_inputs(recipe_of(case, folder, seed, steps, every))
-        rate = min(1.0, case.times * inputs.make_plan(known).config.learning_rate)
-        known = inputs.load_inputs(recipe_of(case, folder, seed, steps, every, learning_rate=rate))
-        return said_in(case, known, every, keep)
+        run_inputs = inputs.load_inputs(make_recipe(case, folder, seed, steps, every))
+        rate = min(1.0, case.times * inputs.make_plan(run_inputs).config.learning_rate)
+        run_inputs = inputs.load_inputs(
+            make_recipe(case, folder, seed, steps, every, learning_rate=rate)
+        )
+        return collect_alarms(case, run_inputs, every, keep)
 
 
-def said_in(
-    case: Case, known: inputs.RunInputs, every: int, keep: Callable[[Event], None]
+def collect_alarms(
+    case: Case, run_inputs: inputs.RunInputs, every: int, keep: Callable[[Event], None]
 ) -> list[CheckResult]:
-    plan = inputs.make_plan(known)
-    bench = open_session(plan, known)
-    chosen = build_prompt_set(plan, known, load_general_texts(known))
+    plan = inputs.make_plan(run_inputs)
+    session = open_session(plan, run_inputs)
+    chosen = build_prompt_set(plan, run_inputs, load_general_texts(run_inputs))
     assert chosen is not None
-    guard, probes, said = (
+    guard, probes, alarms = (
         TrainingGuard.from_plan(plan, is_probing=True),
-        GenerationProbe(bench, chosen),
+        GenerationProbe(session, chosen),
         list[CheckResult](),
     )
 
-    def documents_of(step: int) -> Sequence[Document]:
-        documents = bench.load_documents(step)
+    def load_documents(step: int) -> Sequence[Document]:
+        documents = session.load_documents(step)
         if case.fault == "no ends":
-            return without_ends(documents)
+            return remove_ends(documents)
         return (
-            corrupt(documents, 40_000)
+            randomize_answers(documents, 40_000)
             if case.fault == "corrupt" and step in BAD_STEPS
             else documents
         )
 
-    training = TrainingLoop(bench.model, documents_of, plan.config, steps=plan.steps)
+    training = TrainingLoop(session.model, load_documents, plan.config, steps=plan.steps)
     if case.fault == "nan":
-        no_number(training)
+        inject_nan(training)
 
     def probe(step: int) -> None:
-        bench.model.network.eval()
+        session.model.network.eval()
         for event in (
             *(probes.measure_expected() if step == 0 else ()),
             *probes.run_probe(step, training.optimizer),
         ):
             keep(event)
             guard.observe_event(event)
-        said.extend(guard.judge_probe(step))
+        alarms.extend(guard.judge_probe(step))
 
     probe(0)
     for event in training:
         keep(event)
-        said += [event] if isinstance(event, CheckResult) else guard.observe_event(event)
+        alarms += [event] if isinstance(event, CheckResult) else guard.observe_event(event)
         if isinstance(event, TrainStep) and event.step % every == 0:
             probe(event.step)
-    return said
+    return alarms
 
 
 def main() -> None:
@@ -250,14 +253,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--every", type=int, default=6)
     parser.add_argument("--values", type=Path)
-    given = parser.parse_args()
-    print("| run | said | at step | after probes |\n|---|---|---|---|")
-    for name in given.cases:
+    args = parser.parse_args()
+    print("| run | alarm | step | probes |\n|---|---|---|---|")
+    for name in args.cases:
         began = time.perf_counter()
 
         def keep(event: Event, name: str = name) -> None:
-            if given.values:
-                with given.values.open("a") as file:
+            if args.values:
+                with args.values.open("a") as file:
                     file.write(
                         json.dumps(
                             {
@@ -269,10 +272,12 @@ def main() -> None:
                         + "\n"
                     )
 
-        said = followed(CASES[name], given.seed, given.steps, given.every, keep)
-        for one in said or [None]:
-            shown = "nothing" if one is None else f"{one.kind} ({one.level}): {one.evidence}"
-            at, after = ("", "") if one is None else (one.step, math.ceil(one.step / given.every))
+        alarms = run_case(CASES[name], args.seed, args.steps, args.every, keep)
+        for alarm in alarms or [None]:
+            shown = "none" if alarm is None else f"{alarm.kind} ({alarm.level}): {alarm.evidence}"
+            at, after = (
+                ("", "") if alarm is None else (alarm.step, math.ceil(alarm.step / args.every))
+            )
             print(f"| {name} | {shown} | {at} | {after} |", flush=True)
         print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 

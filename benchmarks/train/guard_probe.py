@@ -1,9 +1,9 @@
-"""What a probe of the guard costs, in steps of the run it watches, beside what the plan thinks.
+"""Measure the cost of a guard probe in training steps.
 
     python -m benchmarks.train.guard_probe [RECIPE] [--prompts 8 16 32] [--rounds 3]
 
-Steps and probes of one process in turn (RECIPE: the demo's own, if none is given). The median of
-each counts. The plan counts in tokens of a forward (plan/guard.py): its estimate is printed beside.
+Steps and probes run in turn in this process (default: the demo's recipe); the medians are printed.
+The plan's own estimate is in plan/guard.py.
 """
 
 from __future__ import annotations
@@ -40,26 +40,29 @@ def main() -> None:
     parser.add_argument("recipe", type=Path, nargs="?", default=DEMO_RECIPE)
     parser.add_argument("--prompts", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with TemporaryDirectory() as folder:
-        known = api.load_inputs(given.recipe, output_dir=f"{folder}/run", guard={"probe_steps": 1})
-        assert isinstance(known, inputs.RunInputs)
-        plan = inputs.make_plan(known)
-        bench = open_session(plan, known)
+        run_inputs = api.load_inputs(
+            args.recipe, output_dir=f"{folder}/run", guard={"probe_steps": 1}
+        )
+        assert isinstance(run_inputs, inputs.RunInputs)
+        plan = inputs.make_plan(run_inputs)
+        session = open_session(plan, run_inputs)
     texts, training = (
-        load_general_texts(known),
-        TrainingLoop(bench.model, bench.load_documents, plan.config, steps=plan.steps),
+        load_general_texts(run_inputs),
+        TrainingLoop(session.model, session.load_documents, plan.config, steps=plan.steps),
     )
     print(
-        "| prompts | probe, s | step, s | tokens of a step | steps a probe |\n|---|---|---|---|---|"
+        "| prompts | probe, s | step, s | tokens per step | steps per probe |\n"
+        "|---|---|---|---|---|"
     )
-    for count in given.prompts:
+    for count in args.prompts:
         config = dataclasses.replace(plan.config, probe_prompts=count)
-        chosen = build_prompt_set(dataclasses.replace(plan, config=config), known, texts)
+        chosen = build_prompt_set(dataclasses.replace(plan, config=config), run_inputs, texts)
         assert chosen is not None
-        probes, taken, steps = GenerationProbe(bench, chosen), list[float](), list[TrainStep]()
-        for _ in range(given.rounds):
-            bench.model.network.eval()
+        probes, taken, steps = GenerationProbe(session, chosen), list[float](), list[TrainStep]()
+        for _ in range(args.rounds):
+            session.model.network.eval()
             taken.append(
                 seconds(lambda p=probes: list(p.run_probe(training.step, training.optimizer)))
             )
@@ -70,7 +73,8 @@ def main() -> None:
         step, probe = median(one.seconds for one in steps), median(taken)
         tokens = median(one.tokens for one in steps)
         print(
-            f"| {len(chosen.prompts)} | {probe:.2f} | {step:.2f} | {tokens:.0f} | {probe / step:.2f} |",
+            f"| {len(chosen.prompts)} | {probe:.2f} | {step:.2f} | {tokens:.0f} "
+            f"| {probe / step:.2f} |",
             flush=True,
         )
 

@@ -1,11 +1,11 @@
-"""The memory that a plan predicts beside the peak of the run: the built-in model, and random
-weights of other shapes.
+"""Compare the planned memory with the measured peak, for the built-in model and other shapes.
 
     python -m benchmarks.train.memory_model [SHAPE ...]
 
-Each run is two steps in a process of its own, on one file of rows of one length, with nothing
-measured before; the tokenizer is the built-in model's. What earlier runs took is not asked. Prints
-predicted and measured peak, their ratio, and the predicted parts."""
+Each run is two steps in its own process, on rows of equal length, without evaluation; the other
+shapes have random weights and the built-in model's tokenizer. Corrections from earlier runs are not
+used. Prints predicted and measured peak, their ratio, and the predicted parts.
+"""
 
 from __future__ import annotations
 
@@ -40,26 +40,43 @@ SIZES: dict[str, Any] = {
 }
 SHAPES: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(
-        **SIZES, hidden_size=896, intermediate_size=4864, num_hidden_layers=12, num_attention_heads=14,
-        num_key_value_heads=2, tie_word_embeddings=True,
+        **SIZES,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=12,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
     ),
     "llama": LlamaConfig(
-        **SIZES, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,
-        num_key_value_heads=4, tie_word_embeddings=False,
+        **SIZES,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
     ),
     "gemma3": Gemma3TextConfig(
-        **SIZES, hidden_size=640, intermediate_size=2048, num_hidden_layers=14, num_attention_heads=4,
-        num_key_value_heads=1, head_dim=256,
+        **SIZES,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=14,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
     ),
-}  # fmt: skip
+}
 METHODS = ("lora", "qlora", "full")
-ROWS = ((100, 3), (700, 1))  # words of a row beside its frame, and rows of a step: one pack of each
-HEAD = 20  # times the usual start
+ROWS = ((100, 3), (700, 1))  # (words per row, rows per step); a step is one pack
+HEAD = 20  # factor of the initial head weights
 
 
-def make(shape: str, folder: Path) -> None:
-    """A model folder with random weights; those of the head are large, else the proof could not
-    tell tokens apart."""
+def write_model(shape: str, folder: Path) -> None:
+    """Write a model with random weights.
+
+    The head's are large, or preflight could not tell tokens apart.
+    """
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)
     network.get_output_embeddings().weight.data.mul_(HEAD)
@@ -69,7 +86,7 @@ def make(shape: str, folder: Path) -> None:
             shutil.copy(file, folder)
 
 
-def one(model: str, method: str, words: int, batch: int) -> None:
+def measure_run(model: str, method: str, words: int, batch: int) -> None:
     with TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.jsonl"
         text = " ".join(f"word{i % 97}" for i in range(words))
@@ -81,15 +98,15 @@ def one(model: str, method: str, words: int, batch: int) -> None:
                 ]
                 row = {"messages": [{"role": role, "content": content} for role, content in turns]}
                 file.write(json.dumps(row) + "\n")
-        wish = {
+        recipe = {
             "model": model,
             "data": str(rows),
             "method": method,
             "batch_size": batch,
             "max_steps": 2,
         }
-        wish |= {"share_prefixes": False, "output_dir": f"{scratch}/run"}
-        plan = tunesmith.plan(wish)
+        recipe |= {"share_prefixes": False, "output_dir": f"{scratch}/run"}
+        plan = tunesmith.plan(recipe)
         assert isinstance(plan, Plan), "one stage"
         peak = max(
             event.peak_bytes for event in tunesmith.train(plan) if isinstance(event, TrainStep)
@@ -99,16 +116,17 @@ def one(model: str, method: str, words: int, batch: int) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--one"]:
-        one(sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))
+    if sys.argv[1:2] == ["--measure"]:
+        measure_run(sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))
         return
     print(
-        "| model | method | tokens a row | predicted | measured | ratio | parts, MB |\n|---|---|---|---|---|---|---|"
+        "| model | method | tokens per row | predicted | measured | ratio | parts, MB |\n"
+        "|---|---|---|---|---|---|---|"
     )
     for shape in sys.argv[1:] or (BASE, *SHAPES):
         with TemporaryDirectory() as folder:
             if shape in SHAPES:
-                make(shape, Path(folder) / shape)
+                write_model(shape, Path(folder) / shape)
             model = f"{folder}/{shape}" if shape in SHAPES else shape
             for method in METHODS:
                 for words, batch in ROWS:
@@ -116,7 +134,7 @@ def main() -> None:
                         sys.executable,
                         "-m",
                         "benchmarks.train.memory_model",
-                        "--one",
+                        "--measure",
                         model,
                         method,
                     ]
@@ -125,12 +143,13 @@ def main() -> None:
                     )
                     if done.returncode:
                         raise SystemExit(done.stderr)
-                    told = json.loads(done.stdout.splitlines()[-1])
-                    parts, peak = told["parts"], told["peak"]
+                    result = json.loads(done.stdout.splitlines()[-1])
+                    parts, peak = result["parts"], result["peak"]
                     predicted = parts.pop("peak") - parts.pop("correction", 0)
                     shown = ", ".join(f"{k} {v / 1e6:.0f}" for k, v in parts.items() if v)
                     print(
-                        f"| {shape} | {method} | {told['tokens']} | {predicted / 1e9:.2f} GB | {peak / 1e9:.2f} GB "
+                        f"| {shape} | {method} | {result['tokens']} "
+                        f"| {predicted / 1e9:.2f} GB | {peak / 1e9:.2f} GB "
                         f"| {predicted / peak:.2f} | {shown} |",
                         flush=True,
                     )

@@ -1,13 +1,12 @@
-"""What methods and activation policies take: peak memory and speed of steps on one pack of random
-tokens.
+"""Measure peak memory and speed of training methods and gradient checkpointing.
 
-    python -m benchmarks.train.methods [--model NAME | --shape 1b] [--tokens 2048] [--cases CASE ...]
+    python -m benchmarks.train.methods [--model NAME | --shape 1b] [--tokens 2048] [--cases C ...]
 
-Each case runs in a process of its own, one after the other; prints a table with ratios to the
-first, whose frozen weights are in the faster layouts as in a run. Peaks are of the whole process,
-loading included. `--shape 1b` is a random Llama of the shape of Llama-3.2-1B, on whose size memory
-shows. The two last cases are PEFT's LoRA on the stock network, its weights in bf16 or in
-bitsandbytes' NF4, with torch's AdamW."""
+Each case runs steps on a pack of random tokens in its own process; the table has ratios to the
+first case. Peaks are of the process, loading included. `--shape 1b` is a random Llama with the
+shape of Llama-3.2-1B, large enough for differences in memory. The last two cases are PEFT's LoRA on
+the transformers network in bf16 or bitsandbytes' NF4, with torch's AdamW.
+"""
 
 from __future__ import annotations
 
@@ -78,22 +77,21 @@ SHAPE_1B = {
 }
 
 
-def peft_case(folder: Path, tokens: int, *, four_bits: bool) -> dict[str, float]:
-    """PEFT as its users have it: documents of 256 tokens are the rows of a batch, no padding is
-    needed."""
-    small = BitsAndBytesConfig(
+def measure_peft(folder: Path, tokens: int, *, four_bits: bool) -> dict[str, float]:
+    """Run PEFT with default settings: a batch of documents of 256 tokens, without padding."""
+    quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    more = {"quantization_config": small} if four_bits else {}
+    more = {"quantization_config": quantization} if four_bits else {}
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **more)
     network = get_peft_model(network, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     optimizer = torch.optim.AdamW(
         [p for p in network.parameters() if p.requires_grad], lr=1e-5, fused=True
     )
-    rows = documents(tokens, network.config.vocab_size)
+    rows = make_documents(tokens, network.config.vocab_size)
     ids_BL = torch.tensor(np.stack([row.tokens_L[:-1] for row in rows]), dtype=torch.long)
     labels_BL = torch.where(
         torch.tensor(np.stack([row.weights_L[:-1] for row in rows])) > 0, ids_BL, -100
@@ -115,14 +113,14 @@ def peft_case(folder: Path, tokens: int, *, four_bits: bool) -> dict[str, float]
     }
 
 
-def case(model: str, tokens: int, settings: dict[str, str | bool]) -> dict[str, float]:
-    """One warm step, then the best of a few."""
+def measure_case(model: str, tokens: int, settings: dict[str, str | bool]) -> dict[str, float]:
+    """Run a case: a warm-up step, then the best of a few."""
     method, folder = str(settings.get("method", "lora")), resolve_model(model)
     if settings.get("peft"):
-        return peft_case(folder, tokens, four_bits=method == "qlora")
+        return measure_peft(folder, tokens, four_bits=method == "qlora")
     network = (load_quantized if method == "qlora" else load_network)(folder, torch.bfloat16)
     METHODS[method](network, ADAPTER | {"seed": 0, "use_dora": settings.get("use_dora", False)})
-    adopted = wrap_model(
+    model_wrapper = wrap_model(
         network,
         torch.bfloat16,
         "cpu_kernel",
@@ -134,37 +132,39 @@ def case(model: str, tokens: int, settings: dict[str, str | bool]) -> dict[str, 
         parameters.values(), weight_decay=0, kind=str(settings.get("optim", "adamw"))
     )
     (batch,) = (
-        collate(pack) for pack in pack_step(documents(tokens, network.config.vocab_size), tokens)
+        collate(pack)
+        for pack in pack_step(make_documents(tokens, network.config.vocab_size), tokens)
     )
     network.train()
-    on_the_way = (
+    in_backward = (
         OptimizerInBackward(optimizer, parameters) if settings.get("step_in_backward") else None
     )
     seconds = []
     for step in range(STEPS):
         started = time.perf_counter()
-        loss = sft_loss(adopted, batch, float(tokens))["answer"].sum.div(tokens)
-        with on_the_way.updating(step, 1e-5) if on_the_way else nullcontext():
+        loss = sft_loss(model_wrapper, batch, float(tokens))["answer"].sum.div(tokens)
+        with in_backward.updating(step, 1e-5) if in_backward else nullcontext():
             loss.backward()
-        if on_the_way is None:
+        if in_backward is None:
             step_optimizer(optimizer, 1e-5)
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
-    small = list(find_quantized_weights(network).values())
+    quantized = list(find_quantized_weights(network).values())
     return {
         "peak": read_peak_bytes(),
         "seconds": min(seconds[1:]),
         "moments": sum(
             t.nbytes for p in parameters.values() for t in get_moments(optimizer, p).values()
         ),
-        "matrices": sum(w.nbytes for w in small) / (2 * sum(w.num_parameters for w in small))
-        if small
+        "matrices": sum(w.nbytes for w in quantized)
+        / (2 * sum(w.num_parameters for w in quantized))
+        if quantized
         else 1.0,
     }
 
 
-def documents(tokens: int, vocabulary: int) -> list[Document]:
-    """Of 256 tokens, the last quarter trained."""
+def make_documents(tokens: int, vocabulary: int) -> list[Document]:
+    """Return random documents of 256 tokens; the last quarter is supervised."""
     generator = np.random.default_rng(0)
     weights_L = (np.arange(257) >= 192).astype(np.float32)
     return [
@@ -173,8 +173,8 @@ def documents(tokens: int, vocabulary: int) -> list[Document]:
     ]
 
 
-def random_model(folder: Path) -> str:
-    """Weights of the shape of Llama-3.2-1B, written piece by piece; no tokenizer."""
+def write_random_model(folder: Path) -> str:
+    """Write random weights with the shape of Llama-3.2-1B, without a tokenizer."""
     config = LlamaConfig(**SHAPE_1B)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
@@ -198,19 +198,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--case")
-    given = parser.parse_args()
-    if given.case:
-        print(json.dumps(case(given.model, given.tokens, CASES[given.case])))
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure_case(args.model, args.tokens, CASES[args.case])))
         return
     with TemporaryDirectory() as scratch:
-        compare(
-            random_model(Path(scratch)) if given.shape else given.model, given.tokens, given.cases
+        print_comparison(
+            write_random_model(Path(scratch)) if args.shape else args.model, args.tokens, args.cases
         )
 
 
-def compare(model: str, tokens: int, cases: Sequence[str]) -> None:
+def print_comparison(model: str, tokens: int, cases: Sequence[str]) -> None:
     print(
-        "| case | tokens/s | speed | peak GB | peak | moments MB | matrices to 16 bits |\n|---|---|---|---|---|---|---|"
+        "| case | tokens/s | speed | peak GB | peak | moments MB | matrices to 16 bits |\n"
+        "|---|---|---|---|---|---|---|"
     )
     first: dict[str, float] = {}
     for name in cases:
@@ -226,12 +227,13 @@ def compare(model: str, tokens: int, cases: Sequence[str]) -> None:
         done = subprocess.run([*command, "--case", name], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)
-        one = json.loads(done.stdout.splitlines()[-1])
-        first = first or one
+        result = json.loads(done.stdout.splitlines()[-1])
+        first = first or result
         print(
-            f"| {name} | {tokens / one['seconds']:.0f} | {first['seconds'] / one['seconds']:.2f} | "
-            f"{one['peak'] / 1e9:.2f} | {one['peak'] / first['peak']:.2f} | {one['moments'] / 1e6:.0f} | "
-            f"{one['matrices']:.3f} |",
+            f"| {name} | {tokens / result['seconds']:.0f} "
+            f"| {first['seconds'] / result['seconds']:.2f} "
+            f"| {result['peak'] / 1e9:.2f} | {result['peak'] / first['peak']:.2f} "
+            f"| {result['moments'] / 1e6:.0f} | {result['matrices']:.3f} |",
             flush=True,
         )
 

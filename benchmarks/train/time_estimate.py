@@ -1,12 +1,12 @@
-"""The time that `plan --benchmark` predicts beside the time that a run takes, and the memory beside
-the peak.
+"""Compare the predictions of `plan --benchmark` with the time and memory of a run.
 
     python -m benchmarks.train.time_estimate [demo full long texts ...]
 
-Each recipe is planned and trained in a process of its own: the demo as it is, all of the weights
-and more rows a step of the same data, documents that share nothing with a large rank, and continued
-pretraining on the general texts. Prints predicted and taken: of the steps, of the whole run from
-the call to its record, and the peak of memory."""
+Each recipe is planned and trained in its own process: the demo, full fine-tuning with larger
+batches of the same data, a large rank without prefix sharing, and continued pretraining on the
+general texts. Prints predicted and measured seconds of the steps and of the run from call to
+record, and the memory peak.
+"""
 
 from __future__ import annotations
 
@@ -40,35 +40,30 @@ RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def one(name: str) -> None:
-    wish, changes = RECIPES[name]
+def measure_recipe(name: str) -> None:
+    recipe, changes = RECIPES[name]
     with TemporaryDirectory() as folder:
-        plan = tunesmith.plan(wish, benchmark=True, output_dir=f"{folder}/run", **changes)
+        plan = tunesmith.plan(recipe, benchmark=True, output_dir=f"{folder}/run", **changes)
         assert isinstance(plan, Plan)
         began = time.perf_counter()
         steps = [event for event in tunesmith.train(plan) if isinstance(event, TrainStep)]
-        whole = time.perf_counter() - began
+        total_seconds = time.perf_counter() - began
     seconds, peak = sum(step.seconds for step in steps), max(step.peak_bytes for step in steps)
     print(f"{name}: {len(steps)} steps; {plan.seconds_source}")
     for what, predicted, taken in (
         ("steps, s", plan.seconds[0], seconds),
-        ("whole run, s", plan.total_seconds, whole),
+        ("run, s", plan.total_seconds, total_seconds),
         ("peak, GB", plan.memory_bytes["peak"] / 1e9, peak / 1e9),
     ):
-        line = {"of": what, "predicted": round(predicted, 2), "taken": round(taken, 2)}
+        line = {"quantity": what, "predicted": round(predicted, 2), "measured": round(taken, 2)}
         print(json.dumps(line | {"ratio": round(predicted / taken, 2)}), flush=True)
 
 
 def main() -> None:
     for name in sys.argv[1:] or RECIPES:
-        subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                f"from benchmarks.train.time_estimate import one; one({name!r})",
-            ],
-            check=True,
-        )
+        import_line = "from benchmarks.train.time_estimate import measure_recipe"
+        code = f"{import_line}; measure_recipe({name!r})"
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 if __name__ == "__main__":

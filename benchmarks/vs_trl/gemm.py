@@ -1,7 +1,6 @@
-"""The rate at which this machine multiplies matrices of the shapes that a model has: what training
-could reach at best.
+"""Measure the matrix-product rate for the shapes of a model, the upper bound of training speed.
 
-python -m benchmarks.vs_trl.gemm MODEL_FOLDER SECONDS      seconds for each product
+python -m benchmarks.vs_trl.gemm MODEL_FOLDER SECONDS      seconds per product
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from benchmarks.vs_trl.job import threads
+from benchmarks.vs_trl.job import count_threads
 
 from tunesmith.core.types import Json, ModelSpec
 from tunesmith.model.hub.spec import read_spec
@@ -23,8 +22,8 @@ from tunesmith.model.hub.spec import read_spec
 M = 2048  # rows of the input: tokens of a pack
 
 
-def shapes(spec: ModelSpec) -> list[tuple[int, int]]:
-    """(outputs, inputs) of the model's matrices, each shape once."""
+def list_shapes(spec: ModelSpec) -> list[tuple[int, int]]:
+    """Return the distinct (outputs, inputs) of the model's matrices."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     found = [
@@ -38,7 +37,7 @@ def shapes(spec: ModelSpec) -> list[tuple[int, int]]:
     return list(dict.fromkeys(found))
 
 
-def best_seconds(product: Callable[[], object], seconds: float) -> float:
+def measure_best_seconds(product: Callable[[], object], seconds: float) -> float:
     product()
     best, end = float("inf"), time.perf_counter() + seconds
     while True:
@@ -50,11 +49,10 @@ def best_seconds(product: Callable[[], object], seconds: float) -> float:
             return best
 
 
-def rates(spec: ModelSpec, seconds: float) -> dict[str, float]:
-    """FLOP/s in bf16 of the forward and of the input gradient of every shape, the best of the
-    repetitions."""
+def measure_rates(spec: ModelSpec, seconds: float) -> dict[str, float]:
+    """Return the best bf16 FLOP/s of forward and input gradient for every shape."""
     found: dict[str, float] = {}
-    for outputs, inputs in shapes(spec):
+    for outputs, inputs in list_shapes(spec):
         weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(M, inputs).bfloat16()
         dy = torch.randn(M, outputs).bfloat16()
         products = {
@@ -63,13 +61,13 @@ def rates(spec: ModelSpec, seconds: float) -> dict[str, float]:
         }
         for name, product in products.items():
             work = 2 * M * outputs * inputs
-            found[f"{inputs} -> {outputs}, {name}"] = work / best_seconds(product, seconds)
+            found[f"{inputs} -> {outputs}, {name}"] = work / measure_best_seconds(product, seconds)
     return found
 
 
 def measure(model: str, seconds: float) -> Json:
-    torch.set_num_threads(threads())
-    found = rates(read_spec(Path(model)), seconds)
+    torch.set_num_threads(count_threads())
+    found = measure_rates(read_spec(Path(model)), seconds)
     return {"median": median(found.values()), "rates": found, "m": M}
 
 

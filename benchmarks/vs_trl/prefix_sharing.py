@@ -1,10 +1,11 @@
-"""What documents begin with alike, computed once: beside the same run without it, and beside TRL.
+"""Measure prefix sharing against the same run without it, and against TRL.
 
-    chat rows, one system prompt of 100 to 120 tokens   tunesmith with and without, and TRL's fastest settings, in turn
-    DPO, two short answers to one long prompt           tunesmith with and without, in turn
+    chat rows, a system prompt of 100 to 120 tokens   with and without sharing, TRL's fastest
+    DPO, two short answers to a long prompt           with and without sharing
 
-The ideal is the number of tokens before over that after. Left out: the settings of TRL that are
-slower than these on rows of such lengths (speed.py tries all of them)."""
+The sides run in turn. The ideal speed-up is tokens without sharing over tokens with it. Left out:
+TRL settings that are slower on rows of such lengths (speed.py tries all of them).
+"""
 
 from __future__ import annotations
 
@@ -21,9 +22,9 @@ from benchmarks.vs_trl.speed import (
     OURS,
     PACK_LENGTH,
     Setting,
-    middle,
-    their_run,
-    timed,
+    run_timed_job,
+    run_trl,
+    take_median,
     tokens_per_second,
 )
 
@@ -32,10 +33,11 @@ from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.packing import compute_saved_share
 
 SYSTEM = (
-    "You are the documentation assistant of a Python team. You are given the source of one function or class whose "
-    "docstring was taken out, and you write it again. Say what it does, what it takes, what it returns and what it "
-    "raises, as far as the code shows it; never guess at what cannot be read there. Use the present tense and plain "
-    "words, and keep the names of parameters as they are written. One to three sentences, no examples, no markdown, "
+    "You are the documentation assistant of a Python team. You are given the source of one "
+    "function or class whose docstring was taken out, and you write it again. Say what it does, "
+    "what it takes, what it returns and what it raises, as far as the code shows it; never guess "
+    "at what cannot be read there. Use the present tense and plain words, and keep the names of "
+    "parameters as they are written. One to three sentences, no examples, no markdown, "
     "no quotes. Answer with the text alone."
 )
 ROW_TOKENS = range(220, 501)  # about 330 on average
@@ -53,32 +55,32 @@ def prefix(bench: Bench) -> Json:
 def part(
     bench: Bench, name: str, documents: Sequence[Document], settings: Sequence[Setting]
 ) -> Json:
-    """tunesmith with and without sharing, and TRL, a few times over."""
-    own = with_documents(bench, name, documents)
+    """Run tunesmith with and without sharing, and TRL, in turn."""
+    own = replace_documents(bench, name, documents)
     sides: dict[str, Callable[[], Json]] = {
-        "shared": partial(our_run, own, share=True),
-        "alone": partial(our_run, own, share=False),
+        "shared": partial(run_tunesmith, own, share=True),
+        "alone": partial(run_tunesmith, own, share=False),
     }
-    sides |= {setting.name: partial(their_run, own, setting) for setting in settings}
+    sides |= {setting.name: partial(run_trl, own, setting) for setting in settings}
     runs: dict[str, list[Json]] = {side: [] for side in sides}
     for _ in range(bench.size.rounds):
         for side, run in sides.items():
             runs[side].append(run())
-    theirs = [middle(runs[setting.name]) for setting in settings]
+    theirs = [take_median(runs[setting.name]) for setting in settings]
     return {
         "saved": compute_saved_share(
             [(document,) for document in documents], OUR_BATCH, PACK_LENGTH
         ),
-        "rows": own.about_rows(),
-        "shared": middle(runs["shared"]),
-        "alone": middle(runs["alone"]),
+        "rows": own.describe_rows(),
+        "shared": take_median(runs["shared"]),
+        "alone": take_median(runs["alone"]),
         "trl": max(theirs, key=tokens_per_second, default=None),
         "runs": runs,
     }
 
 
-def with_documents(bench: Bench, name: str, documents: Sequence[Document]) -> Bench:
-    """The same with other rows, in a folder of their own."""
+def replace_documents(bench: Bench, name: str, documents: Sequence[Document]) -> Bench:
+    """Return the same benchmark with other rows, in a new folder."""
     folder = bench.folder / name
     folder.mkdir()
     (folder / "adapter").symlink_to(bench.folder / "adapter")
@@ -88,7 +90,7 @@ def with_documents(bench: Bench, name: str, documents: Sequence[Document]) -> Be
     return own
 
 
-def our_run(bench: Bench, *, share: bool) -> Json:
+def run_tunesmith(bench: Bench, *, share: bool) -> Json:
     options = {"pack_length": PACK_LENGTH, "blocked": True, "share_prefixes": share}
-    name = "tunesmith, shared prefixes" if share else "tunesmith, nothing shared"
-    return timed(OURS, replace(bench.job, options=options), name, bench.spec)
+    name = "tunesmith, shared prefixes" if share else "tunesmith, no sharing"
+    return run_timed_job(OURS, replace(bench.job, options=options), name, bench.spec)

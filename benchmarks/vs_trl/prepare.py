@@ -1,5 +1,4 @@
-"""What all parts of the benchmark work with: the model, the rows, and the files that both sides
-read."""
+"""Prepare the model, the rows and the files that both sides of the benchmark read."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from benchmarks.data.rows import select_rows, write_rows
-from benchmarks.vs_trl.job import Job, call, write_documents
+from benchmarks.vs_trl.job import Job, run_module, write_documents
 
 from tunesmith.core.types import Document, Json, ModelSpec
 from tunesmith.data.chat_template.renderer import Renderer
@@ -23,14 +22,14 @@ OUR_BATCH = 8  # rows an optimizer step
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done."""
+    """How much is measured."""
 
-    rows: int  # trained on
-    more_rows: int  # of the start and of rendering
-    seconds: float  # measured time of a setting
-    rounds: int  # in which the fastest settings and tunesmith take turns
-    round_seconds: float  # measured time of each of them in a round
-    gemm_seconds: float  # of each product
+    rows: int  # for training
+    more_rows: int  # for start-up and rendering
+    seconds: float  # measured time per setting
+    rounds: int  # in which tunesmith and the fastest settings take turns
+    round_seconds: float  # measured time per side and round
+    gemm_seconds: float  # per product
     loss_steps: int
 
 
@@ -56,7 +55,7 @@ QUICK = Size(
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What all parts work with. `quick`: fewer settings too."""
+    """The model, the rows and the scratch folder; `quick` also means fewer settings."""
 
     spec: ModelSpec
     size: Size
@@ -79,17 +78,17 @@ class Bench:
 
     @property
     def job(self) -> Job:
-        """What all jobs have in common."""
+        """The job with the values that all jobs share."""
         return Job(
             model=self.model,
             documents=str(self.documents_file),
             adapter=str(self.folder / "adapter"),
-            batch=OUR_BATCH,
+            batch_size=OUR_BATCH,
             steps=self.size.rows // OUR_BATCH,
             seconds=self.size.seconds,
         )
 
-    def about_rows(self) -> Json:
+    def describe_rows(self) -> Json:
         lengths = [len(document) for document in self.documents]
         return {
             "sha256": hashlib.sha256(self.documents_file.read_bytes()).hexdigest(),
@@ -104,18 +103,18 @@ class Bench:
 
 
 def prepare(folder: Path, *, quick: bool) -> Bench:
-    """Makes rows, token ids and the first adapter in `folder`."""
+    """Write rows, token ids and the initial adapter into `folder`."""
     size = QUICK if quick else FULL
-    spec = read_spec(resolve_model(MODEL, report=note), name=MODEL)
-    note("making rows from the standard library")
+    spec = read_spec(resolve_model(MODEL, report=log), name=MODEL)
+    log("making rows from the standard library")
     renderer = Renderer.from_folder(spec.path, now=datetime(2026, 1, 1))
     rows, documents = select_rows(renderer, size.more_rows)
     bench = Bench(spec, size, folder, rows, documents[: size.rows], quick)
     write_rows(bench.rows_file, rows)
     write_documents(bench.documents_file, bench.documents)
-    call("benchmarks.vs_trl.tunesmith_side", "start", bench.model, bench.job.adapter)
+    run_module("benchmarks.vs_trl.tunesmith_side", "start", bench.model, bench.job.adapter)
     return bench
 
 
-def note(line: str) -> None:
+def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

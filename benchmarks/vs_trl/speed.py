@@ -1,13 +1,13 @@
-"""Useful tokens a second and peak memory: every setting of TRL once, then tunesmith and its two
-fastest in turn.
+"""Measure useful tokens per second and peak memory of tunesmith and of TRL's settings.
 
-A machine's speed drifts by a tenth within minutes, so what is compared ran side by side: the median
-of a few rounds.
+Every TRL setting runs once, then tunesmith and the two fastest settings run in turn: a machine's
+speed drifts by 10% within minutes, so the medians of a few rounds are compared.
 
-Packing is not a setting of its own: on a CPU, TRL computes a pack under a dense mask over all its
-tokens, and that is what "padding-free" measures, without changing which rows make up a step. It
-counts only if the rows of a forward are blind to each other, which is tested in place. Left out:
-torch.compile, which takes longer here than all of the steps."""
+Packing is not a separate setting: on a CPU, TRL computes a pack with a dense mask over all its
+tokens, which "padding-free" measures without changing the rows of a step. It counts only if rows in
+a forward do not attend to each other, which is tested. Left out: torch.compile, which takes longer
+here than all steps.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ from statistics import median
 
 from benchmarks.data.rows import group_by_length
 from benchmarks.vs_trl.job import Job, Outcome, run_job, write_documents
-from benchmarks.vs_trl.prepare import Bench, note
+from benchmarks.vs_trl.prepare import Bench, log
 
 from tunesmith.core.types import Document, Json, ModelSpec
 from tunesmith.data.packing import compute_saved_share
 from tunesmith.plan.rules import MIN_SAVED_SHARE
 
 OURS, THEIRS = "benchmarks.vs_trl.tunesmith_side", "benchmarks.vs_trl.trl_side"
-PACK_LENGTH = 4096  # what a plan chooses on a CPU
+PACK_LENGTH = 4096  # the plan's choice on a CPU
 FINALISTS = 2
 PADDED, GROUPED, PADDING_FREE = "padded", "grouped by length", "padding-free"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run TRL. `autocast` is its bf16 flag, `fp32_adapter` PEFT's
-    autocast_adapter_dtype: both on is what users get. The base weights are bf16 in all of them."""
+    """A TRL setting; the base weights are always bf16.
+
+    `autocast` is TRL's bf16 flag, `fp32_adapter` PEFT's autocast_adapter_dtype; both are on by
+    default.
+    """
 
     batch: int
     layout: str = PADDED
@@ -41,8 +44,9 @@ class Setting:
 
     @property
     def name(self) -> str:
-        products = "autocast" if self.autocast else "no autocast"
-        return f"batch {self.batch}, {self.layout}, {products}, {'fp32' if self.fp32_adapter else 'bf16'} adapter"
+        autocast = "autocast" if self.autocast else "no autocast"
+        adapter = "fp32 adapter" if self.fp32_adapter else "bf16 adapter"
+        return f"batch {self.batch}, {self.layout}, {autocast}, {adapter}"
 
     def options(self, *, losses: bool = False) -> Json:
         return {
@@ -53,7 +57,7 @@ class Setting:
         }
 
 
-# The number formats are tried padded at batch 4; the fastest of them goes on to the other layouts.
+# Number formats are tried padded at batch 4; the fastest is used for the other layouts.
 FORMATS = [
     Setting(4, PADDED, autocast, fp32_adapter)
     for autocast in (True, False)
@@ -65,40 +69,42 @@ LAYOUTS += [(2, PADDING_FREE), (4, PADDING_FREE), (8, PADDING_FREE)]
 
 def speed(bench: Bench) -> Json:
     formats = FORMATS[-1:] if bench.quick else FORMATS
-    tried = [their_run(bench, setting) for setting in formats]
+    tried = [run_trl(bench, setting) for setting in formats]
     fastest = formats[tried.index(max(tried, key=tokens_per_second))]
     layouts = LAYOUTS[-1:] if bench.quick else LAYOUTS
     others = [replace(fastest, batch=batch, layout=layout) for batch, layout in layouts]
-    tried += [their_run(bench, setting) for setting in others]
+    tried += [run_trl(bench, setting) for setting in others]
     by_speed = sorted(
         zip(tried, [*formats, *others], strict=True), key=lambda pair: -tokens_per_second(pair[0])
     )
-    finalists = [setting for run, setting in by_speed if run["isolated"]][:FINALISTS]
-    ours, theirs = rounds(bench, finalists)
+    finalists = [setting for run, setting in by_speed if run["is_isolated"]][:FINALISTS]
+    ours, theirs = run_rounds(bench, finalists)
     return {
-        "tunesmith": middle(ours)
+        "tunesmith": take_median(ours)
         | {"peak_bytes": max(run["peak_bytes"] for run in ours), "runs": ours},
         "trl": {
-            "best": max((middle(runs) | {"runs": runs} for runs in theirs), key=tokens_per_second),
+            "best": max(
+                (take_median(runs) | {"runs": runs} for runs in theirs), key=tokens_per_second
+            ),
             "padded": min(tried[: len(formats)], key=lambda run: run["peak_bytes"]),
             "settings": tried,
         },
     }
 
 
-def rounds(bench: Bench, finalists: list[Setting]) -> tuple[list[Json], list[list[Json]]]:
-    """tunesmith and the fastest settings of TRL in turn, a few times over."""
+def run_rounds(bench: Bench, finalists: list[Setting]) -> tuple[list[Json], list[list[Json]]]:
+    """Run tunesmith and the fastest TRL settings in turn."""
     bench = replace(bench, size=replace(bench.size, seconds=bench.size.round_seconds))
     ours: list[Json] = []
     theirs: list[list[Json]] = [[] for _ in finalists]
     for _ in range(bench.size.rounds):
-        ours.append(our_run(bench))
+        ours.append(run_tunesmith(bench))
         for setting, runs in zip(finalists, theirs, strict=True):
-            runs.append(their_run(bench, setting))
+            runs.append(run_trl(bench, setting))
     return ours, theirs
 
 
-def middle(runs: list[Json]) -> Json:
+def take_median(runs: list[Json]) -> Json:
     speeds = ("tokens_per_second", "work_per_second")
     return {"name": runs[0]["name"]} | {key: median(run[key] for run in runs) for key in speeds}
 
@@ -107,18 +113,18 @@ def tokens_per_second(run: Json) -> float:
     return run["tokens_per_second"]
 
 
-def our_options(documents: Sequence[Document], batch: int) -> Json:
-    """What a plan chooses for these rows."""
+def make_tunesmith_options(documents: Sequence[Document], batch: int) -> Json:
+    """Return the plan's choices for these rows."""
     saved = compute_saved_share([(document,) for document in documents], batch, PACK_LENGTH)
     return {"pack_length": PACK_LENGTH, "blocked": True, "share_prefixes": saved >= MIN_SAVED_SHARE}
 
 
-def our_run(bench: Bench) -> Json:
-    options = our_options(bench.documents, bench.job.batch)
-    return timed(OURS, replace(bench.job, options=options), "tunesmith", bench.spec)
+def run_tunesmith(bench: Bench) -> Json:
+    options = make_tunesmith_options(bench.documents, bench.job.batch_size)
+    return run_timed_job(OURS, replace(bench.job, options=options), "tunesmith", bench.spec)
 
 
-def their_run(bench: Bench, setting: Setting) -> Json:
+def run_trl(bench: Bench, setting: Setting) -> Json:
     documents = bench.documents_file
     if setting.layout == GROUPED:
         documents = bench.folder / f"grouped-{setting.batch}.jsonl"
@@ -127,41 +133,42 @@ def their_run(bench: Bench, setting: Setting) -> Json:
     job = replace(
         bench.job,
         documents=str(documents),
-        batch=setting.batch,
+        batch_size=setting.batch,
         steps=steps,
         options=setting.options(),
     )
-    return timed(THEIRS, job, setting.name, bench.spec)
+    return run_timed_job(THEIRS, job, setting.name, bench.spec)
 
 
-def timed(side: str, job: Job, name: str, spec: ModelSpec) -> Json:
+def run_timed_job(side: str, job: Job, name: str, spec: ModelSpec) -> Json:
     outcome = run_job(side, job)
-    leak = "" if outcome.isolated else ", but rows see each other: it does not count"
-    note(
-        f"{name}: {outcome.tokens_per_second:.0f} useful tokens/s, {outcome.peak_bytes / 1e9:.2f} GB{leak}"
+    leak = "" if outcome.is_isolated else "; does not count: rows attend to each other"
+    log(
+        f"{name}: {outcome.tokens_per_second:.0f} useful tokens/s, "
+        f"{outcome.peak_bytes / 1e9:.2f} GB{leak}"
     )
-    return as_result(outcome, name, spec)
+    return make_result(outcome, name, spec)
 
 
-def as_result(outcome: Outcome, name: str, spec: ModelSpec) -> Json:
+def make_result(outcome: Outcome, name: str, spec: ModelSpec) -> Json:
     return {
         "name": name,
         "tokens_per_second": outcome.tokens_per_second,
-        "work_per_second": outcome.work(spec.block_parameters, spec.head_parameters),
+        "work_per_second": outcome.compute_flops(spec.block_parameters, spec.head_parameters),
         **asdict(outcome),
     }
 
 
-def losses(bench: Bench) -> Json:
-    """The loss of every one of some equal steps; TRL with the number formats that users get."""
+def measure_losses(bench: Bench) -> Json:
+    """Return the losses of equal steps on both sides; TRL with its default number formats."""
     setting, steps = Setting(batch=2), bench.size.loss_steps
-    job = replace(bench.job, batch=setting.batch, steps=steps, seconds=1e9)
+    job = replace(bench.job, batch_size=setting.batch, steps=steps, seconds=1e9)
     sides = {
-        "tunesmith": (OURS, our_options(bench.documents, setting.batch)),
+        "tunesmith": (OURS, make_tunesmith_options(bench.documents, setting.batch)),
         "trl": (THEIRS, setting.options(losses=True)),
     }
     found: Json = {}
     for name, (side, options) in sides.items():
-        note(f"{name}: {steps} equal steps")
+        log(f"{name}: {steps} equal steps")
         found[name] = [step.loss for step in run_job(side, replace(job, options=options)).steps]
     return found

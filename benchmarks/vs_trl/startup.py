@@ -1,8 +1,8 @@
-"""How long a user waits before the first step, and how fast rows become tokens.
+"""Measure the time to the first step, and the speed of rendering and tokenizing rows.
 
-`seconds_to_first_step` runs the command line as a user does, the model in the cache, and ends it
-after its first step; `rows_per_second` renders and tokenises rows as a plan's look at the data
-does, none of them twice."""
+`measure_startup` runs the command line with a cached model and ends it after the first step;
+`measure_rendering` renders and tokenizes distinct rows as planning does.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ WARM_UP_ROWS = 100
 PASSES = 3
 
 
-def seconds_to_first_step(model: str, rows: Path, scratch: Path) -> Json:
-    """Seconds from the start of the process until the first step begins and until it is done. No
-    held-out rows: there is no measurement before training."""
+def measure_startup(model: str, rows: Path, scratch: Path) -> Json:
+    """Return the seconds from process start to the begin and the end of the first step.
+
+    There are no held-out rows, hence no evaluation before training.
+    """
     recipe, run = scratch / "recipe.yaml", scratch / "run"
     recipe.write_text(RECIPE.format(model=model, rows=rows, run=run), encoding="utf-8")
     started = time.time()
@@ -68,8 +70,8 @@ def _first_step(
     return None
 
 
-def rows_per_second(model: str, rows: Sequence[Json]) -> float:
-    """The median of a few passes, each with a new renderer, so that no cache has seen the rows."""
+def measure_rendering(model: str, rows: Sequence[Json]) -> float:
+    """Return rows per second: the median of passes, each with a new renderer and empty caches."""
     examples = [make_example(row, number) for number, row in enumerate(rows)]
     warm, measured = examples[:WARM_UP_ROWS], examples[WARM_UP_ROWS:]
     passes: list[float] = []

@@ -1,4 +1,4 @@
-"""The one table of the benchmark, in markdown, from its results."""
+"""Format the results of the benchmark as a markdown table."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ HEAD = ("", "tunesmith", "TRL {trl} + PEFT {peft}", "ratio", "goal")
 
 
 def table(results: Json) -> str:
-    """A line for each part that was run."""
+    """Return the table, with rows for each part that ran."""
     versions = results["versions"]
     head = [cell.format(trl=versions["trl"], peft=versions["peft"]) for cell in HEAD]
     lines = [
-        line for part, lines_of in LINES.items() if part in results for line in lines_of(results)
+        line
+        for part, lines_of in FORMATTERS.items()
+        if part in results
+        for line in lines_of(results)
     ]
     cells = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
-def final_loss(losses: list[float]) -> float:
+def compute_final_loss(losses: list[float]) -> float:
     return mean(losses[-LAST_STEPS:])
 
 
-def speed_lines(results: Json) -> list[list[str]]:
+def format_speed(results: Json) -> list[list[str]]:
     ours, theirs = results["speed"]["tunesmith"], results["speed"]["trl"]
     best = theirs["best"]
     tokens = [f"{side['tokens_per_second']:.0f}" for side in (ours, best)]
@@ -60,24 +63,24 @@ def speed_lines(results: Json) -> list[list[str]]:
     return lines
 
 
-def loss_lines(results: Json) -> list[list[str]]:
+def format_loss(results: Json) -> list[list[str]]:
     losses = [results["loss"][side] for side in ("tunesmith", "trl")]
-    ours, theirs = (final_loss(side) for side in losses)
+    ours, theirs = (compute_final_loss(side) for side in losses)
     what = f"loss after {len(losses[0])} equal steps (mean of the last {LAST_STEPS})"
     return [[what, f"{ours:.4f}", f"{theirs:.4f}", f"{ours / theirs - 1:+.2%}", "within 1%"]]
 
 
-def start_lines(results: Json) -> list[list[str]]:
+def format_startup(results: Json) -> list[list[str]]:
     found = results["start"]
     taken = f"{found['begun']:.1f} s ({found['done']:.1f} s until it is done)"
     return [[f"start to first step, {found['rows']:,} rows", taken, "", "", "under 15 s"]]
 
 
-def render_lines(results: Json) -> list[list[str]]:
+def format_rendering(results: Json) -> list[list[str]]:
     rows_a_minute = 60 * results["render"]["rows_per_second"]
     return [
         [
-            "rendering and tokenising, rows a minute",
+            "rendering and tokenizing, rows per minute",
             f"{rows_a_minute:,.0f}",
             "",
             "",
@@ -86,7 +89,7 @@ def render_lines(results: Json) -> list[list[str]]:
     ]
 
 
-def prefix_lines(results: Json) -> list[list[str]]:
+def format_prefixes(results: Json) -> list[list[str]]:
     chat, pairs = results["prefix"]["chat"], results["prefix"]["pairs"]
     rows, best = (
         f"rows under one system prompt, {chat['saved']:.0%} of their tokens shared",
@@ -102,17 +105,18 @@ def prefix_lines(results: Json) -> list[list[str]]:
     ):
         speeds = [found[name]["tokens_per_second"] for name in ("shared", "alone")]
         ideal = 1 / (1 - found["saved"])
-        ratio = f"{speeds[0] / speeds[1]:.2f}x of {ideal:.2f}x, {speeds[0] / speeds[1] / ideal:.2f} of it"
+        speedup = speeds[0] / speeds[1]
+        ratio = f"{speedup:.2f}x of {ideal:.2f}x, {speedup / ideal:.2f} of it"
         lines.append(
             [f"{what}, shared and not", f"{speeds[0]:.0f} and {speeds[1]:.0f}", "", ratio, goal]
         )
     return lines
 
 
-LINES = {
-    "speed": speed_lines,
-    "loss": loss_lines,
-    "start": start_lines,
-    "render": render_lines,
-    "prefix": prefix_lines,
+FORMATTERS = {
+    "speed": format_speed,
+    "loss": format_loss,
+    "start": format_startup,
+    "render": format_rendering,
+    "prefix": format_prefixes,
 }

@@ -1,10 +1,12 @@
-"""TRL's side: `SFTTrainer` over a PEFT model, as fast as its settings make it on a CPU.
+"""Run TRL's side: `SFTTrainer` with a PEFT model, as fast as its settings allow on a CPU.
 
-    python -m benchmarks.vs_trl.trl_side JOB     a Job as JSON; options: padding_free, autocast, fp32_adapter
+    python -m benchmarks.vs_trl.trl_side JOB
 
-It gets the token ids and labels of tunesmith's documents, in their order, and tunesmith's first
-adapter. Switched off: evaluation, checkpoints, logging (but for the loss), workers, gradient
-checkpointing, preparation of the data."""
+JOB is a Job as JSON with the options padding_free, autocast, fp32_adapter and losses. The trainer
+gets the token ids and labels of tunesmith's documents in the same order, and the same initial
+adapter. Disabled: evaluation, checkpoints, logging (except losses), workers, gradient
+checkpointing, data preparation.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from benchmarks.vs_trl.job import Clock, Job, Outcome, job_of, read_documents, say, threads
+from benchmarks.vs_trl.job import (
+    Clock,
+    Job,
+    Outcome,
+    count_threads,
+    parse_job,
+    print_outcome,
+    read_documents,
+)
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
@@ -24,11 +34,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 from datasets import Dataset
 from tunesmith.core.types import Document
 
-IGNORED = -100  # the label of a token that is not trained
+IGNORED = -100  # the label of an unsupervised token
 
 
 class Timer(TrainerCallback):
-    """TRL's way to be told about steps."""
+    """Report the trainer's steps to the clock."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -39,10 +49,10 @@ class Timer(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args, state
-        control.should_training_stop |= self.clock.step_done()
+        control.should_training_stop |= self.clock.finish_step()
 
 
-def rows_of(documents: Sequence[Document]) -> Dataset:
+def make_dataset(documents: Sequence[Document]) -> Dataset:
     def labels(document: Document) -> list[int]:
         pairs = zip(document.tokens_L.tolist(), document.weights_L.tolist(), strict=True)
         return [token if weight else IGNORED for token, weight in pairs]
@@ -55,7 +65,7 @@ def rows_of(documents: Sequence[Document]) -> Dataset:
 def settings(job: Job, folder: str) -> SFTConfig:
     return SFTConfig(
         output_dir=folder,
-        per_device_train_batch_size=job.batch,
+        per_device_train_batch_size=job.batch_size,
         gradient_accumulation_steps=1,
         max_steps=job.steps,
         learning_rate=job.learning_rate,
@@ -82,9 +92,8 @@ def settings(job: Job, folder: str) -> SFTConfig:
 
 
 @torch.no_grad()
-def isolated(trainer: SFTTrainer, rows: Dataset) -> bool:
-    """Whether the second of two rows that share a forward stays the same, to the bit, when the
-    first one changes."""
+def has_isolated_rows(trainer: SFTTrainer, rows: Dataset) -> bool:
+    """Return whether a row's logits are bitwise independent of the other row in its forward."""
     collate: Any = trainer.data_collator
     model: Any = trainer.model
 
@@ -98,10 +107,10 @@ def isolated(trainer: SFTTrainer, rows: Dataset) -> bool:
 
 
 def run(job: Job, folder: str) -> Outcome:
-    torch.set_num_threads(threads())
+    torch.set_num_threads(count_threads())
     torch.set_flush_denormal(True)
     documents = read_documents(job.documents)
-    rows, clock = rows_of(documents), Clock(job, documents)
+    rows, clock = make_dataset(documents), Clock(job, documents)
     base = AutoModelForCausalLM.from_pretrained(
         job.model, dtype=torch.bfloat16, attn_implementation="sdpa"
     )
@@ -115,13 +124,13 @@ def run(job: Job, folder: str) -> Outcome:
         processing_class=AutoTokenizer.from_pretrained(job.model),
         callbacks=[Timer(clock)],
     )
-    kept_apart = not job.options["padding_free"] or isolated(trainer, rows)
+    is_isolated = not job.options["padding_free"] or has_isolated_rows(trainer, rows)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return clock.outcome(losses, isolated=kept_apart)
+    return clock.make_outcome(losses, is_isolated=is_isolated)
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     with TemporaryDirectory() as scratch:
-        say(run(job_of(sys.argv[1]), scratch))
+        print_outcome(run(parse_job(sys.argv[1]), scratch))

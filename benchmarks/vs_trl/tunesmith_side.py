@@ -1,9 +1,11 @@
-"""tunesmith's side: the same rows through `Training`, with the modules, the packs and the loop that
-every run uses.
+"""Run tunesmith's side: the same rows through the `TrainingLoop` of every run.
 
-python -m benchmarks.vs_trl.tunesmith_side JOB                   a Job as JSON; options:
-pack_length, blocked, share_prefixes python -m benchmarks.vs_trl.tunesmith_side start MODEL FOLDER
-writes the adapter that both sides begin with"""
+    python -m benchmarks.vs_trl.tunesmith_side JOB
+    python -m benchmarks.vs_trl.tunesmith_side start MODEL FOLDER
+
+JOB is a Job as JSON with the options pack_length, blocked and share_prefixes. `start` writes the
+adapter that both sides start from.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmarks.vs_trl.job import LORA, Clock, Job, Outcome, job_of, read_documents, say, threads
+from benchmarks.vs_trl.job import (
+    LORA,
+    Clock,
+    Job,
+    Outcome,
+    count_threads,
+    parse_job,
+    print_outcome,
+    read_documents,
+)
 from transformers import PreTrainedModel
 
 from tunesmith.core.events import TrainStep
@@ -23,19 +34,19 @@ from tunesmith.model.save import load_adapter, save_adapter
 from tunesmith.train.loop import TrainingLoop
 
 
-def load(model: str) -> PreTrainedModel:
+def load_lora_network(model: str) -> PreTrainedModel:
     network = load_network(Path(model), torch.bfloat16)
     add_lora(network, LORA)
     return network
 
 
-def start(model: str, folder: str) -> None:
-    save_adapter(load(model), Path(folder), LORA, Path(model))
+def save_initial_adapter(model: str, folder: str) -> None:
+    save_adapter(load_lora_network(model), Path(folder), LORA, Path(model))
     print(json.dumps(folder))
 
 
-def plan_job(job: Job) -> PlanConfig:
-    """Return the settings of the job; the training loop reads no other ones."""
+def make_config(job: Job) -> PlanConfig:
+    """Return the settings of the job; the loop reads no others."""
     return PlanConfig(
         method="lora",
         optim="adamw",
@@ -72,30 +83,30 @@ def plan_job(job: Job) -> PlanConfig:
 
 
 def run(job: Job) -> Outcome:
-    torch.set_num_threads(threads())
+    torch.set_num_threads(count_threads())
     torch.set_flush_denormal(True)  # as a run of tunesmith does
     documents = read_documents(job.documents)
-    network = load(job.model)
+    network = load_lora_network(job.model)
     load_adapter(network, Path(job.adapter) / "adapter_model.safetensors")
-    config = plan_job(job)
+    config = make_config(job)
 
-    def documents_of(step: int) -> list[Document]:
-        return documents[(step - 1) * job.batch : step * job.batch]
+    def load_documents(step: int) -> list[Document]:
+        return documents[(step - 1) * job.batch_size : step * job.batch_size]
 
     model = wrap_model(network, torch.bfloat16, should_block_weights=job.options["blocked"])
     training = TrainingLoop(
-        model, documents_of, config, steps=job.steps, warmup_steps=job.warmup_steps
+        model, load_documents, config, steps=job.steps, warmup_steps=job.warmup_steps
     )
     clock = Clock(job, documents)
     clock.start()
     for event in training:
-        if isinstance(event, TrainStep) and clock.step_done(event.loss):
+        if isinstance(event, TrainStep) and clock.finish_step(event.loss):
             training.stop()
-    return clock.outcome()
+    return clock.make_outcome()
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "start":
-        start(*sys.argv[2:])
+        save_initial_adapter(*sys.argv[2:])
     else:
-        say(run(job_of(sys.argv[1])))
+        print_outcome(run(parse_job(sys.argv[1])))
