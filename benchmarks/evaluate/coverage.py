@@ -95,23 +95,11 @@ def build_table(trials: int) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-PAGE = """# Results: coverage of intervals
-
-How often the 95% intervals of `src/tunesmith/evaluate/statistics.py` hold the true value, in {trials:,} simulated
-samples per cell (standard error about 0.3 points). Repeat with
-`python -m benchmarks.evaluate.coverage --write docs/results/coverage.md`.
-
-{table}
-- **Differences of other values** (the first seven rows): a t interval whose ends follow the skewness of the items
-  (Hall 1992). From 5 items on, coverage is within 1.5 points of 95% for normal values and skewness up to 2, with two
-  exceptions: five exponential values (93.1% here) and 5 to 20 uniform values, which are covered by up to 2.5 points too
-  often. With the long tail of the last lognormal it is too low below 20 items: few items do not show the tail.
-- **Paired rates** (gained, lost): Bonett and Price (2012). With few items, or few that change, a discrete interval
-  cannot be exact: it is mostly wider than needed, and below 20 items up to 3.5 points too narrow where nearly all items
-  change. **Rates**: Wilson (1927).
-- **Null** rows: the share of cases without a difference that are called better or worse, 5% at most by design. Fewer
-  than 5 items get no verdict, and right-or-wrong items also need McNemar's exact p below 0.05.
-"""
+def replace_table(page: str, table: str) -> str:
+    """Return the page with its only table replaced."""
+    lines = page.splitlines(keepends=True)
+    rows = [number for number, line in enumerate(lines) if line.startswith("|")]
+    return "".join([*lines[: rows[0]], table, *lines[rows[-1] + 1 :]])
 
 
 def main() -> None:
@@ -122,7 +110,7 @@ def main() -> None:
     table = build_table(options.trials)
     print(table)
     if options.write:
-        options.write.write_text(PAGE.format(trials=options.trials, table=table))
+        options.write.write_text(replace_table(options.write.read_text(), table))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def build_gates(comparisons: Sequence[Comparison], margin: float | None) -> tupl
 def _choose_margin(comparison: Comparison) -> float:
     values = (comparison.before, comparison.after)
     is_rate = comparison.p_value is not None
-    is_within = all(0 <= score.low and score.high <= 1 for score in values)
+    is_within = all(score.low >= 0 and score.high <= 1 for score in values)
     if is_rate or (is_within and comparison.higher_is_better):
         return GRADE_MARGIN
     return RELATIVE_MARGIN * abs(comparison.before.value)
