@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, cast
 
-from tunesmith.core.types import Finding, Json
+from tunesmith.core.types import Finding, Json, Plan
 
 MAX_ROW_IDS = 5
 HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate, separators
@@ -36,6 +38,45 @@ def _escape_hidden(character: str) -> str:
 def _escape_for_json(character: str) -> str:
     units = character.encode("utf-16-be", errors="surrogatepass")
     return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
+
+
+def hide_folders(text: str, paths: Iterable[str | Path], *quotes: Callable[[str], str]) -> str:
+    """Return the text without the folders above `paths`: absolute ones name the user.
+
+    `quotes` are how the text may write a path besides as it is, such as escaped HTML."""
+    writings: list[Callable[[str], str]] = [str, *quotes]
+    folders: dict[str, str] = {}  # as written -> a pattern of what follows
+    for path in map(Path, paths):
+        if not path.is_absolute() and path.parts[:1] != ("~",):
+            continue
+        for quote in writings:
+            if path.parent.name:
+                folders.setdefault(quote(f"{path.parent}/"), re.escape(quote(path.name)))
+            # a top folder such as /data is no one's, and too short to look for by itself
+            deep_folders = [parent for parent in path.parents if len(parent.parts) > 2]
+            folders.update({quote(f"{folder}/"): "" for folder in deep_folders})
+    for folder in sorted(folders, key=len, reverse=True):
+        wrapped = re.escape(folder).replace(r"\ ", r"\s+")  # YAML breaks lines at spaces
+        text = re.sub(rf"(?<![\w.-]){wrapped}(?={folders[folder]})", "", text)
+    return text
+
+
+def list_paths(plan: Plan) -> list[str]:
+    """Return the paths that a plan names: the model, the data and what else its recipe has."""
+    paths = [str(plan.model.path), plan.config.output_dir]
+    paths += [report.path for report in plan.data.values()]
+    return [*paths, *_iter_paths(plan.recipe)]
+
+
+def _iter_paths(value: Any) -> Iterator[str]:
+    if isinstance(value, str) and value.startswith(("/", "~/")):
+        yield value
+    elif isinstance(value, dict):
+        for item in cast("Json", value).values():
+            yield from _iter_paths(item)
+    elif isinstance(value, (list, tuple)):
+        for item in cast("list[Any]", value):
+            yield from _iter_paths(item)
 
 
 def format_bytes(num_bytes: float) -> str:

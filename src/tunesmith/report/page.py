@@ -15,10 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import InputError
+from tunesmith.core.formatting import hide_folders, list_paths
 from tunesmith.core.run_dir import require_run
 from tunesmith.core.types import __version__
 from tunesmith.report.details import build_cost, build_data, build_provenance, build_reproduction
@@ -73,6 +74,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 
 def render_page(run: ReportData) -> str:
+    """Return the page. Pages are shared: of paths that name the user's folders the last part
+    stays."""
     sections: list[Section] = []
     for section_id, (title, build_view) in SECTIONS.items():
         view = build_view(run)
@@ -80,7 +83,7 @@ def render_page(run: ReportData) -> str:
             sections.append(Section(section_id, title, view))
     style = (REPORT_DIR / "page.css").read_text(encoding="utf-8")
     script = (REPORT_DIR / "page.js").read_text(encoding="utf-8")
-    return render_template(
+    page = render_template(
         "page.html.jinja",
         run=run,
         summary=build_summary(run),
@@ -93,6 +96,10 @@ def render_page(run: ReportData) -> str:
         script_hash=_hash_text(script),
         version=__version__,
     )
+    paths = [run.path]
+    for stage in run.stages:
+        paths += map(Path, list_paths(stage.plan))
+    return hide_folders(page, paths, lambda path: str(escape(path)))
 
 
 def _hash_text(text: str) -> str:

@@ -5,7 +5,8 @@
 
 The manifest of the folder leaves the card out: people edit cards, and the weights stay verified.
 What is unknown is omitted, such as a base model without a name on the Hub or without a license.
-Text from users and files is escaped.
+Text from users and files is escaped, and of a path that names the user's folders the last part
+stays: cards are published.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from tunesmith.core.atomic import write_file
-from tunesmith.core.formatting import format_bytes, format_duration, format_value
+from tunesmith.core.formatting import (
+    format_bytes,
+    format_duration,
+    format_value,
+    hide_folders,
+    list_paths,
+)
 from tunesmith.core.types import Json, ModelSpec, Plan, RunRecord, ScalePoint
 from tunesmith.evaluate.scale_choice import describe_tradeoff
 from tunesmith.evaluate.statistics import judge_comparisons
@@ -107,7 +114,9 @@ def render_card(record: RunRecord, fingerprint: Json, stages: Sequence[str] = ()
         USE_ADAPTER.format(base=base or "the base model") if is_adapter else USE_FULL_MODEL,
         *_render_provenance(fingerprint),
     ]
-    return str(ModelCard("\n\n".join(blocks) + "\n"))
+    card = str(ModelCard("\n\n".join(blocks) + "\n"))
+    paths = [*list_paths(plan), record.adapter]
+    return hide_folders(card, paths, escape_markdown)
 
 
 def escape_markdown(text: str) -> str:

@@ -29,7 +29,10 @@ from tunesmith.core.events import CheckpointSaved, CheckResult, GenerationSample
 from tunesmith.core.formatting import escape_controls
 from tunesmith.core.progress_log import logger
 
-HOSTILE = "\x1b]0;PWN\x1b\\\x1b[2J\x07\x08\r\x00\x7f\x9b2J\x85\u202e\u2066\u200b\u2028\ufeff\ud800\U000e0041"
+HOSTILE = (
+    "\x1b]0;PWN\x1b\\\x1b[2J\x07\x08\r\x00\x7f\x9b2J\x85"
+    "\u202e\u2066\u200b\u2028\ufeff\ud800\U000e0041"
+)
 VISIBLE = (
     "\\u{1b}]0;PWN\\u{1b}\\\\u{1b}[2J\\u{7}\\u{8}\\u{d}\\u{0}\\u{7f}\\u{9b}2J\\u{85}\\u{202e}"
     "\\u{2066}\\u{200b}\\u{2028}\\u{feff}\\u{d800}\\u{e0041}"

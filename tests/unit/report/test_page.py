@@ -167,9 +167,9 @@ def test_a_scale_that_forgets_much_less_is_recommended_in_the_verdict(tmp_path: 
     sentence = build_summary(load_report_data(run)).sentence
     assert f"On eval_data, {tradeoff}; other metrics were not measured at that scale." in sentence
     text = read_text(run)
-    verify = f"Verify it on test_data: tunesmith compare {run}@0.25 {run}"
+    verify = "Verify it on test_data: tunesmith compare run@0.25 run"
     assert f"Recommended: {tradeoff}. {verify}" in text
-    assert f"Export it: tunesmith export {run} --to peft --scale 0.25" in text
+    assert "Export it: tunesmith export run --to peft --scale 0.25" in text
 
 
 def test_without_a_better_scale_none_is_recommended(tmp_path: Path) -> None:
