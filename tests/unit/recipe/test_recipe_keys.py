@@ -1,6 +1,4 @@
-"""Every key of the recipe matters: changing it changes what a run does.
-
-A key without a case here fails."""
+"""Every key of the recipe has a case here: changing it changes what a run does."""
 
 import inspect
 from collections import Counter
@@ -588,8 +586,6 @@ def output_dir(lab: Lab) -> None:
     lab.events(output_dir=str(lab.folder / "here" / "it is"))
     assert (lab.folder / "here" / "it is" / "record.json").exists()
 
-
-# ---------------------------------------------------------------- all of them
 
 CASES: dict[str, Callable[[Lab], None]] = {
     name: case

@@ -29,9 +29,7 @@ from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.checks.run import check_data
 from tunesmith.data.dataset import Dataset, open_dataset
-from tunesmith.data.readers import decompress
 from tunesmith.data.readers.invalid_row import InvalidRow
-from tunesmith.data.readers.sources import open_source
 from tunesmith.data.rejects import iter_rejected_rows, write_rejected_rows
 from tunesmith.recipe.fields import DataSource
 
@@ -531,84 +529,3 @@ def test_fault_09_a_role_with_markup_is_a_bad_row(
     row = {"messages": [{"role": role, "content": "q"}, assistant("a")]}
     (line,) = rejected(opened(write(with_line(json.dumps(row).encode())), renderer))
     assert line["reason"] == "unknown role"
-
-
-# ---------------------------------------------------------------- 14
-
-
-@pytest.mark.parametrize(
-    "name", ["../../etc/passwd", "/etc/passwd", "/dev/zero", "/dev/stdin", "/proc/self/environ"]
-)
-def test_fault_14_files_that_are_no_data_are_refused_before_they_are_read(
-    name: str, tmp_path: Path
-) -> None:
-    inside = tmp_path / "a" / "b"
-    inside.mkdir(parents=True)
-    with pytest.raises(
-        InputError, match=r"cannot read|not a regular file|no such file|is a folder"
-    ):
-        open_source(inside / name)
-
-
-def test_fault_14_pipes_devices_and_links_to_them_are_refused_before_they_are_opened(
-    tmp_path: Path,
-) -> None:
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
-    for name in ("pipe.jsonl", "zero.jsonl"):
-        with pytest.raises(InputError, match="not a regular file"):
-            open_source(tmp_path / name)
-
-
-@pytest.mark.parametrize("inside", ["link.txt", "deep/link.md"])
-def test_fault_14_a_link_out_of_a_folder_of_texts_is_refused(inside: str, tmp_path: Path) -> None:
-    notes = tmp_path / "notes"
-    (notes / "deep").mkdir(parents=True)
-    (notes / "a.txt").write_text("a")
-    (tmp_path / "secret.txt").write_text("secret")
-    (notes / inside).symlink_to(tmp_path / "secret.txt")
-    with pytest.raises(InputError, match="a link out of the folder"):
-        open_source(notes)
-    (notes / inside).unlink()
-    (notes / inside).symlink_to(notes / "a.txt")
-    assert len(open_source(notes)) == 2, "a link inside the folder is fine"
-
-
-def test_fault_14_links_to_folders_and_pipes_in_a_folder_of_texts(tmp_path: Path) -> None:
-    notes = tmp_path / "notes"
-    notes.mkdir()
-    (notes / "a.txt").write_text("a")
-    (notes / "loop").symlink_to(notes)
-    (notes / "out").symlink_to("/etc")
-    assert len(open_source(notes)) == 1, "they are not followed"
-    os.mkfifo(notes / "pipe.txt")
-    with pytest.raises(InputError, match="not a regular file"):
-        open_source(notes)
-
-
-def test_fault_14_a_gzip_bomb_is_refused_on_the_way(
-    write: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decompress, "UNCHECKED_BYTES", 2**20)
-    path = write(gzip.compress(bytes(30 * 2**20)), "x.jsonl.gz")
-    written: list[int] = []
-    stock = decompress.TempCopy.write
-    monkeypatch.setattr(
-        decompress.TempCopy,
-        "write",
-        lambda self, raw: (written.append(len(raw)), stock(self, raw)),
-    )
-    with pytest.raises(InputError, match="decompresses to more than 200 times its size"):
-        open_source(path)
-    assert sum(written) < 9 * 2**20
-
-
-@pytest.mark.parametrize(
-    "address", ["https://x.example/train.jsonl", "http://169.254.169.254/a.csv", "s3://b/c.jsonl"]
-)
-def test_fault_14_a_url_is_refused_and_nothing_is_fetched(
-    address: str, tiny_folder: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match="this is a URL: data is never downloaded") as caught:
-        plan_recipe(make_tiny_recipe(tiny_folder, tmp_path, data=address))
-    assert caught.value.where == address
