@@ -1,6 +1,6 @@
 """Measure the speed and memory of `data check`, near-duplicate detection included.
 
-    python -m benchmarks.data.audit TEXTS [ROWS ...]   prints the table of docs/results/data-check.md
+    python -m benchmarks.data.audit TEXTS [ROWS ...]  prints a table of docs/results/data-check.md
 
 TEXTS is a folder with texts at any depth (.txt, .pod, .dict.dz), such as /usr/share with the Debian
 packages linux-doc, python3-doc, perl-doc, dict-gcide, dict-wn and dict-foldoc. A row is a question

@@ -1,7 +1,7 @@
 """Measure memory and CPU time of continued pretraining on corpora of different sizes.
 
     python -m benchmarks.data.corpus make ROOT FOLDER --megabytes 2048
-    python -m benchmarks.data.corpus run FOLDER SMALL_FOLDER  prints the table of docs/results/cpt.md
+    python -m benchmarks.data.corpus run FOLDER SMALL_FOLDER   for docs/results/cpt.md
 
 `make` writes copies of every text, manual page, dictionary and HTML page below ROOT (unpacked
 Debian packages) until the size is reached; each copy drops other paragraphs and starts elsewhere,

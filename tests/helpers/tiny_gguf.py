@@ -115,6 +115,7 @@ def write_gguf(
                 values.reshape(heads, 2, HEAD_DIM // 2, HIDDEN).swapaxes(1, 2).reshape(values.shape)
             )
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert stored is not None
         kind = gguf.GGMLQuantizationType[quantise if values.ndim > 1 else "F32"]
         writer.add_tensor(stored, gguf.quantize(values, kind), raw_dtype=kind)
     for name, values in (extra or {}).items():
