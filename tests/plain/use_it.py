@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
-from tiny_runs import build_sum_rows, save_model_folder, write_rows
+from tiny_export import save_model
+from tiny_runs import build_sum_rows, write_rows
 
 RECIPE = """\
 model: model
@@ -48,7 +49,7 @@ COMMANDS = [
 
 def main() -> None:
     folder = Path(tempfile.mkdtemp())
-    save_model_folder(folder / "model")
+    save_model(folder / "model")
     write_rows(folder / "train.jsonl", build_sum_rows(0, 32))
     write_rows(folder / "eval.jsonl", build_sum_rows(100, 10))
     write_rows(folder / "test.jsonl", build_sum_rows(200, 10))
