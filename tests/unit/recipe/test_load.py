@@ -291,7 +291,7 @@ def test_strange_names_are_names(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, f"model: {'x' * 5000}\ndata: ~nobody-of-this-name/a\n"))
     assert recipe.model == "x" * 5000
     assert recipe.data[0].path == tmp_path / "~nobody-of-this-name/a"
-    assert "data[0].path: expected a path, found 'a\0b'" in refusal(
+    assert "data[0].path: expected a path, found 'a\\u{0}b'" in refusal(
         tmp_path, 'model: "~nobody"\ndata: "a\\0b"\n'
     )
     with pytest.raises(InputError, match="no such file"):

@@ -57,7 +57,7 @@ class Grammar:
         matcher, num_consumed = self._matchers.get(index, (None, 0))
         if matcher is None or num_consumed > len(tokens):  # a new answer, or a restarted one
             matcher = self.initial_matcher.deep_copy()
-        num_consumed = 0
+            num_consumed = 0
         matcher.consume_tokens(list(tokens[num_consumed:]))
         self._matchers[index] = (matcher, len(tokens))
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)

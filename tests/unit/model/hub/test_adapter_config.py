@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from tiny_models import make_tiny_network
 from tunesmith.core.errors import InputError
+from tunesmith.core.run_dir import RUN_FORMAT
 from tunesmith.model.hub.adapter_config import AdapterFolder, read_adapter
 from tunesmith.model.save import load_adapter, read_adapter_tensors
 
@@ -116,7 +117,7 @@ def test_selections_of_layers_are_read_from_the_weights(tmp_path: Path, base: Pa
 
 
 def test_a_run_folder_stands_for_its_adapter(adapter: Path, base: Path, tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text("{}")
+    (tmp_path / "plan.json").write_text(json.dumps({"format": RUN_FORMAT}))
     assert read_adapter(tmp_path, base).path == adapter
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(InputError, match="no adapter in this folder") as caught:
