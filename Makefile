@@ -9,7 +9,7 @@ demo: $(BIN)/tunesmith  ## the whole story on the embedded example
 	$(BIN)/tunesmith demo
 
 # One process per core, whose threads sleep while they wait.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist worksteal
 
 test: $(BIN)/pytest  ## the tests, without the real model
 	$(PYTEST)
