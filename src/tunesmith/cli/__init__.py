@@ -1,1 +1,1 @@
-"""The command line: words to recipes, results to text."""
+"""The command line: parse arguments, run verbs, print results."""

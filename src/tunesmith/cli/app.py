@@ -114,7 +114,7 @@ def advise(
         Path | None,
         typer.Option(metavar="PATH", help="Texts for retrieval.", show_default=False),
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Time limit of --measure; a rerun continues.")] = (
+    minutes: Annotated[float, typer.Option(help="Minutes for --measure; rerun to continue.")] = (
         10.0
     ),
     target: Annotated[
@@ -124,7 +124,7 @@ def advise(
         ),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="Metric that decides.", show_default=False)
+        str | None, typer.Option(help="Metric used to choose the winner.", show_default=False)
     ] = None,
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Folder for measured results.")

@@ -89,7 +89,7 @@ def data_curate(
 
 
 def data_lock(args: RecipeArgs = None, as_json: AsJson = False) -> None:
-    """Lock a reviewed file as golden set: never trained on."""
+    """Lock a reviewed file as a golden set, never trained on."""
     golden = api.data_lock(parse_recipe_args(args))
     verdicts = ", ".join(f"{rows:,} {verdict}" for verdict, rows in golden.verdicts.items())
     reviewers = ", ".join(f"{name} ({rows:,})" for name, rows in golden.reviewers.items())

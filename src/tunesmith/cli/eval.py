@@ -25,7 +25,9 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Rows to measure on instead of the run's.", show_default=False
+            metavar="FILE",
+            help="Evaluate on this file instead of the run's rows.",
+            show_default=False,
         ),
     ] = None,
     metrics: Annotated[
@@ -34,7 +36,7 @@ def evaluate(
     ] = None,
     gate: Annotated[
         bool,
-        typer.Option("--gate", help="Exit with 4 unless shown to be no worse, within margins."),
+        typer.Option("--gate", help="Exit with 4 if a metric fails its margin."),
     ] = False,
     allow_code: AllowCode = False,
     as_json: AsJson = False,
@@ -63,7 +65,7 @@ def evaluate(
 def compare(
     a: Annotated[
         str,
-        typer.Argument(metavar="A", help="Like TARGET of eval, base, or a JSONL file of answers."),
+        typer.Argument(metavar="A", help="An eval TARGET, `base`, or a JSONL file of answers."),
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="Same; differences are B minus A.")],
     allow_code: AllowCode = False,

@@ -73,12 +73,16 @@ def resume(
     folder: RunArg,
     allow_changes: Annotated[
         bool,
-        typer.Option("--allow-changes", help="Resume although data, model or libraries changed."),
+        typer.Option(
+            "--allow-changes", help="Resume even if data, model or libraries have changed."
+        ),
     ] = False,
     checkpoint: Annotated[
         int | None,
         typer.Option(
-            metavar="STEP", help="Checkpoint; by default the newest valid.", show_default=False
+            metavar="STEP",
+            help="Checkpoint step; default: the newest valid one.",
+            show_default=False,
         ),
     ] = None,
     allow_code: AllowCode = False,

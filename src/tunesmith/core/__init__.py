@@ -1,2 +1,2 @@
-"""What every layer stands on: types, events, errors, the run folder, atomic files, hardware,
+"""Shared by all layers: types, events, errors, the run folder, atomic files, hardware,
 formatting. No torch."""

@@ -57,9 +57,7 @@ def map_documents(
     index_by_id = {id(document): i for i, document in enumerate(documents)}
     assert len(index_by_id) == len(documents), "a document is in the list twice"
     supervised = [document for document in documents if document.weights_L.any()]
-    packs = pack_step(
-        supervised, pack_length, should_share=share, get_group=model.get_rotation_key
-    )
+    packs = pack_step(supervised, pack_length, should_share=share, get_group=model.get_rotation_key)
     pending = packs[::-1]
     while pending:
         pack = pending.pop()

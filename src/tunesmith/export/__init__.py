@@ -1,1 +1,1 @@
-"""A finished run in the formats of other engines, proven equal."""
+"""Write a finished run for other engines, and check it against the run's own answers."""

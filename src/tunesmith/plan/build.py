@@ -255,7 +255,7 @@ def _check_lengths(context: RuleContext) -> None:
         raise InputError(
             f"batch_tokens {context['batch_tokens']:,} is below max_length {max_length:,}",
             where="batch_tokens",
-            fix="raise batch_tokens or lower max_length: a step takes at least one window",
+            fix="raise batch_tokens or lower max_length: a step must hold at least one window",
         )
 
 

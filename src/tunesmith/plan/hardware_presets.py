@@ -116,7 +116,7 @@ def parse_size(text: str) -> int:
         )
     if match is None or not 10**6 <= size <= 10**15:
         raise InputError(
-            f"{text!r:.80} is no size of a memory",
+            f"{text!r:.80} is not a memory size",
             where="--memory",
             fix="write it as 24GB, 16GiB or 800MB",
         )

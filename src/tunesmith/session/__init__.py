@@ -1,1 +1,1 @@
-"""A recipe resolved: its inputs read and its model loaded."""
+"""A recipe resolved: inputs, loaded model, fingerprint, provenance, doctor. No server."""

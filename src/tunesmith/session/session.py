@@ -58,7 +58,7 @@ from tunesmith.session.preflight_probe import (
 
 EXTREME_ROWS = 3  # shortest and longest rows of the others
 PROBE_ROWS = 200  # training rows from which the preflight documents are chosen
-SHOW_FIX = "look at them with `tunesmith data show`"
+SHOW_FIX = "inspect the rows with `tunesmith data show`"
 STOCK_ID_ROWS = 20  # training rows whose token ids are compared with transformers
 
 

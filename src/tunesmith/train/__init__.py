@@ -1,1 +1,1 @@
-"""The run: read run.py first."""
+"""A run: loop, losses, preflight, checkpoints, resume and guard. Read run.py first."""

@@ -67,7 +67,7 @@ def prepare_resume(
         (roundings if change.startswith(ROUNDING_PREFIX) else changes).append(change)
     if changes and not allow_changes:
         raise InputError(
-            "cannot resume, these inputs have changed since the run started:\n  "
+            "cannot resume: these inputs have changed since the run started:\n  "
             + "\n  ".join(changes),
             where=str(folder.path),
             fix="restore them, or start a new run; --allow-changes continues under plan.json "

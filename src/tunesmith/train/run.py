@@ -93,7 +93,7 @@ def train(
     rejected_path = path / REJECTED_FILE if is_free(path) else None
     items = check_run(plan, run_inputs, rejected_path, allow_code=allow_code)
     is_stage = find_parent_run(path) != path
-    resume_hint = _resume_hint(path) if is_stage else "nothing is trained yet: start it again"
+    resume_hint = _resume_hint(path) if is_stage else "nothing was trained; start the run again"
     with GracefulStop(resume_hint) as stop, RunFolder.create(path) as folder:
         with stop.immediate(), memory_errors():
             plan, run_inputs, first_events = add_self_rehearsal(plan, run_inputs, folder)

@@ -40,7 +40,7 @@ def test_sizes_are_read_in_their_units(text: str, size: int) -> None:
     ["", "GB", "-24GB", "24 bananas", "24GBGB", "0GB", "1B", "1e9", "9" * 30, "nan", "24G\n1"],
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="is no size of a memory") as refusal:
+    with pytest.raises(InputError, match="is not a memory size") as refusal:
         parse_size(text)
     assert (refusal.value.where, "24GB" in refusal.value.fix) == ("--memory", True)
 

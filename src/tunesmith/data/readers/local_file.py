@@ -38,11 +38,11 @@ class FileBytes:
             handle = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             message = f"the file can no longer be read: {error.strerror}"
-            raise InputError(message, where=where, fix="restore it and start again") from None
+            raise InputError(message, where=where, fix="restore it and rerun the command") from None
         try:
             if get_stamp(os.fstat(handle)) != self.stamp:
                 raise InputError(
-                    "the file changed while it was in use", where=where, fix="start again"
+                    "the file changed while it was in use", where=where, fix="rerun the command"
                 )
             return os.pread(handle, count, start)
         finally:
