@@ -26,7 +26,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Evaluate on this file instead of the run's rows.",
+            help="Evaluate on this file, not the run's rows.",
             show_default=False,
         ),
     ] = None,

@@ -74,14 +74,14 @@ def resume(
     allow_changes: Annotated[
         bool,
         typer.Option(
-            "--allow-changes", help="Resume even if data, model or libraries have changed."
+            "--allow-changes", help="Resume with changed data, model or libraries."
         ),
     ] = False,
     checkpoint: Annotated[
         int | None,
         typer.Option(
             metavar="STEP",
-            help="Checkpoint step; default: the newest valid one.",
+            help="Checkpoint step; default: newest valid.",
             show_default=False,
         ),
     ] = None,
