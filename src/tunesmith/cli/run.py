@@ -73,9 +73,7 @@ def resume(
     folder: RunArg,
     allow_changes: Annotated[
         bool,
-        typer.Option(
-            "--allow-changes", help="Resume with changed data, model or libraries."
-        ),
+        typer.Option("--allow-changes", help="Resume with changed data, model or libraries."),
     ] = False,
     checkpoint: Annotated[
         int | None,
