@@ -186,6 +186,8 @@ def _run(command: str, folder: Path) -> str:
         timeout=TIMEOUT_SECONDS,
         check=False,
     )
+    if done.returncode == 1 and "Traceback" in done.stdout:
+        sys.exit(f"$ {command}\n{done.stdout}")
     text = done.stdout.replace(f"{folder}/", "").replace(str(Path.home()), "~")
     return "\n".join(line.rstrip() for line in text.splitlines())
 

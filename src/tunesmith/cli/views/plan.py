@@ -122,8 +122,7 @@ def _format_fit(estimate: MethodEstimate) -> str:
 def _format_seconds(estimate: MethodEstimate) -> str:
     if not estimate.seconds or not estimate.has_enough_memory:
         return "-"
-    low, high = estimate.seconds
-    return f"{format_duration(low)} to {format_duration(high)}"
+    return " to ".join(map(format_duration, estimate.seconds))  # one value after earlier runs
 
 
 ESTIMATE_ROWS: dict[str, Callable[[MethodEstimate], str]] = {

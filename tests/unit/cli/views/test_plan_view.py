@@ -80,6 +80,10 @@ def test_methods_are_shown_side_by_side() -> None:
     assert "the smallest GPU that fits: b200" in " ".join(table.split())
     fast = dataclasses.replace(estimate, seconds=(59.4, 18_420.0))
     assert "59 s to 5:07 h" in render_text(render_method_estimates([fast]))
+    forecast = dataclasses.replace(fast, seconds=(59.0,))
+    assert "59 s" in render_text(render_method_estimates([forecast])), (
+        "one value after earlier runs"
+    )
 
 
 def test_a_diagnosis_shows_what_is_missing_and_what_fits() -> None:
