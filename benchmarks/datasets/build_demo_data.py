@@ -185,7 +185,7 @@ def select_records(sources: list[Source]) -> list[Record]:
 
     Entries that close bugs come first.
     """
-    kept: list[Record] = []
+    records: list[Record] = []
     seen: list[frozenset[str]] = []
     for source in sorted(sources, key=lambda s: hash_text(s.name)):
         pairs = [
@@ -193,18 +193,18 @@ def select_records(sources: list[Source]) -> list[Record]:
             for e, p in zip(source.entries, source.entries[1:], strict=False)
         ]
         usable = [(e, a) for e, a in pairs if a and len(e) in CHARACTERS]
-        taken = 0
+        num_taken = 0
         for entry, answer in sorted(
             usable, key=lambda pair: (not pair[1]["closes"], hash_text(pair[0]))
         ):
             words = make_word_triples(entry)
-            if taken < ROWS_PER_SOURCE and all(
+            if num_taken < ROWS_PER_SOURCE and all(
                 len(words & other) < SIMILAR * len(words | other) for other in seen
             ):
-                kept.append(Record(source, entry, answer))
+                records.append(Record(source, entry, answer))
                 seen.append(words)
-                taken += 1
-    return kept
+                num_taken += 1
+    return records
 
 
 def split_records(rows: list[Record]) -> dict[str, list[Record]]:

@@ -76,15 +76,15 @@ DOMAINS = {"fiction": fiction, "dictionary": dictionary, "reference": reference,
 
 def select_passages(passages: Iterator[str]) -> list[str]:
     """Return PASSAGES texts of the right length in hash order, without shared paragraphs."""
-    kept: list[str] = []
+    selected: list[str] = []
     seen: set[str] = set()
     fitting = {text for text in passages if len(text) in CHARACTERS}
     for text in sorted(fitting, key=lambda text: hashlib.sha256(text.encode()).hexdigest()):
         paragraphs = {paragraph for paragraph in text.split("\n\n") if len(paragraph) > 80}
-        if len(kept) < PASSAGES and not paragraphs & seen:
-            kept.append(text)
+        if len(selected) < PASSAGES and not paragraphs & seen:
+            selected.append(text)
             seen |= paragraphs
-    return kept
+    return selected
 
 
 def main() -> None:

@@ -118,27 +118,27 @@ def build_task_files(root: Path, folder: Path) -> None:
     def shuffled(item: tuple[str, str, Function]) -> str:
         return hashlib.sha256(item[1].encode()).hexdigest()
 
-    found = sorted(iter_functions(root), key=shuffled)
-    taken: set[str] = set()
+    functions = sorted(iter_functions(root), key=shuffled)
+    used_texts: set[str] = set()
     for task, (make, rows, most) in TASKS.items():
         for suffix, count in (("", rows), ("-test", TEST_ROWS)):
-            kept = select_rows(
-                found,
+            task_rows = select_rows(
+                functions,
                 make,
-                taken,
+                used_texts,
                 count,
                 test=bool(suffix),
                 most=most if not suffix else max(1, 2 * most // 3),
             )
             if count:
-                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in task_rows)
                 (folder / f"{task}{suffix}.jsonl").write_text(text, encoding="utf-8")
 
 
 def select_rows(
-    found: list[tuple[str, str, Function]],
+    functions: list[tuple[str, str, Function]],
     make: Callable[[str, Function], Row | None],
-    taken: set[str],
+    used_texts: set[str],
     count: int,
     *,
     test: bool,
@@ -148,27 +148,27 @@ def select_rows(
 
     At most `most` have the same answer.
     """
-    kept: list[Row] = []
+    selected: list[Row] = []
     answers: Counter[str] = Counter()
     seen: set[str] = set()
-    for module, code, node in found:
+    for module, code, node in functions:
         held_out = int(hashlib.sha256(module.encode()).hexdigest(), 16) % TEST_SHARE == 0
-        row = make(code, node) if held_out == test and len(kept) < count else None
+        row = make(code, node) if held_out == test and len(selected) < count else None
         if (
             row is None
             or answers[row["completion"]] == most
-            or taken & {code, *row.values()} - {row["completion"]}
+            or used_texts & {code, *row.values()} - {row["completion"]}
         ):
             continue
         if make is arguments and node.name in seen:  # many classes have a method of one name
             continue
         answers[row["completion"]] += 1
-        taken |= {code, *row.values()} - {row["completion"]}
+        used_texts |= {code, *row.values()} - {row["completion"]}
         seen.add(node.name)
-        kept.append(row)
-    if len(kept) < count:
-        raise SystemExit(f"{make.__name__}: {len(kept)} rows of {count}")
-    return kept
+        selected.append(row)
+    if len(selected) < count:
+        raise SystemExit(f"{make.__name__}: {len(selected)} rows of {count}")
+    return selected
 
 
 if __name__ == "__main__":

@@ -146,11 +146,22 @@ def main() -> None:
     rest = partial(generate_transformers, network, new=options.new, ends=renderer.end_ids)
     for generate_answers in (work, partial(rest, batch=1)):
         generate_answers(prompts[:1])  # warm-up
+    compare_speeds(prompts, work, rest, options.batch, options.rounds)
+
+
+def compare_speeds(
+    prompts: Sequence[tuple[int, ...]],
+    work: Callable[..., Any],
+    rest: Callable[..., Any],
+    batch_sizes: list[int],
+    rounds: int,
+) -> None:
+    """Time tunesmith and transformers in turn, print each run and the ratio of the medians."""
     speeds: dict[str, list[float]] = {}
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         mine, speed = time_answers("tunesmith", partial(work, prompts))
         speeds.setdefault("tunesmith", []).append(speed)
-        for batch in options.batch:
+        for batch in batch_sizes:
             name = f"transformers, batch {batch}"
             yours, speed = time_answers(name, partial(rest, prompts, batch=batch))
             speeds.setdefault(name, []).append(speed)

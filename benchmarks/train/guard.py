@@ -80,9 +80,9 @@ def replace_answer(row: Json, answer: str) -> Json:
 
 def shuffle_answers(rows: list[Json], chance: random.Random) -> list[Json]:
     """Permute the answers of a fifth of the rows."""
-    places = chance.sample(range(len(rows)), len(rows) // 5)
-    answers = [rows[place]["messages"][-1]["content"] for place in places]
-    moved = dict(zip(places, answers[1:] + answers[:1], strict=True))
+    indices = chance.sample(range(len(rows)), len(rows) // 5)
+    answers = [rows[index]["messages"][-1]["content"] for index in indices]
+    moved = dict(zip(indices, answers[1:] + answers[:1], strict=True))
     return [replace_answer(row, moved[i]) if i in moved else row for i, row in enumerate(rows)]
 
 

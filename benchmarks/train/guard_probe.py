@@ -70,8 +70,8 @@ def main() -> None:
                 event = next(training)
                 if isinstance(event, TrainStep):
                     steps.append(event)
-        step, probe = median(one.seconds for one in steps), median(taken)
-        tokens = median(one.tokens for one in steps)
+        step, probe = median(train_step.seconds for train_step in steps), median(taken)
+        tokens = median(train_step.tokens for train_step in steps)
         print(
             f"| {len(chosen.prompts)} | {probe:.2f} | {step:.2f} | {tokens:.0f} "
             f"| {probe / step:.2f} |",

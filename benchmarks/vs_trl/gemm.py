@@ -26,7 +26,7 @@ def list_shapes(spec: ModelSpec) -> list[tuple[int, int]]:
     """Return the distinct (outputs, inputs) of the model's matrices."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    found = [
+    shapes = [
         (q, hidden),
         (kv, hidden),
         (hidden, q),
@@ -34,7 +34,7 @@ def list_shapes(spec: ModelSpec) -> list[tuple[int, int]]:
         (hidden, inner),
         (spec.vocab_size, hidden),
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(shapes))
 
 
 def measure_best_seconds(product: Callable[[], object], seconds: float) -> float:
@@ -51,7 +51,7 @@ def measure_best_seconds(product: Callable[[], object], seconds: float) -> float
 
 def measure_rates(spec: ModelSpec, seconds: float) -> dict[str, float]:
     """Return the best bf16 FLOP/s of forward and input gradient for every shape."""
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
     for outputs, inputs in list_shapes(spec):
         weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(M, inputs).bfloat16()
         dy = torch.randn(M, outputs).bfloat16()
@@ -61,14 +61,14 @@ def measure_rates(spec: ModelSpec, seconds: float) -> dict[str, float]:
         }
         for name, product in products.items():
             work = 2 * M * outputs * inputs
-            found[f"{inputs} -> {outputs}, {name}"] = work / measure_best_seconds(product, seconds)
-    return found
+            rates[f"{inputs} -> {outputs}, {name}"] = work / measure_best_seconds(product, seconds)
+    return rates
 
 
 def measure(model: str, seconds: float) -> Json:
     torch.set_num_threads(count_threads())
-    found = measure_rates(read_spec(Path(model)), seconds)
-    return {"median": median(found.values()), "rates": found, "m": M}
+    rates = measure_rates(read_spec(Path(model)), seconds)
+    return {"median": median(rates.values()), "rates": rates, "m": M}
 
 
 if __name__ == "__main__":

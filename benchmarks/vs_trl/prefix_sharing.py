@@ -56,12 +56,12 @@ def part(
     bench: Bench, name: str, documents: Sequence[Document], settings: Sequence[Setting]
 ) -> Json:
     """Run tunesmith with and without sharing, and TRL, in turn."""
-    own = replace_documents(bench, name, documents)
+    bench_documents = replace_documents(bench, name, documents)
     sides: dict[str, Callable[[], Json]] = {
-        "shared": partial(run_tunesmith, own, share=True),
-        "alone": partial(run_tunesmith, own, share=False),
+        "shared": partial(run_tunesmith, bench_documents, share=True),
+        "alone": partial(run_tunesmith, bench_documents, share=False),
     }
-    sides |= {setting.name: partial(run_trl, own, setting) for setting in settings}
+    sides |= {setting.name: partial(run_trl, bench_documents, setting) for setting in settings}
     runs: dict[str, list[Json]] = {side: [] for side in sides}
     for _ in range(bench.size.rounds):
         for side, run in sides.items():
@@ -71,7 +71,7 @@ def part(
         "saved": compute_saved_share(
             [(document,) for document in documents], OUR_BATCH, PACK_LENGTH
         ),
-        "rows": own.describe_rows(),
+        "rows": bench_documents.describe_rows(),
         "shared": take_median(runs["shared"]),
         "alone": take_median(runs["alone"]),
         "trl": max(theirs, key=tokens_per_second, default=None),
