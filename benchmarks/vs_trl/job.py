@@ -40,7 +40,7 @@ LORA = {
 
 @dataclass(frozen=True)
 class Job:
-    """What to train: `batch_size` rows per optimizer step, in the order of the file.
+    """The work of one side: `batch_size` rows per optimizer step, in the order of the file.
 
     Both sides use this adapter, the linear schedule and AdamW.
     """

@@ -69,7 +69,7 @@ class SubsetArm:
 
     @property
     def verdict(self) -> str:
-        """Of the selection against this subset: better, worse, or no difference shown."""
+        """Compare the selection with this subset: better, worse, or no difference shown."""
         return "" if self.comparison is None else judge_comparison(self.comparison)
 
 

@@ -41,7 +41,7 @@ Side = Literal["", "chosen", "rejected", "banned"]
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine has."""
+    """The hardware and software of this machine."""
 
     device: Literal["cpu", "cuda"]
     device_name: str
@@ -105,7 +105,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What rendering all rows of a role shows, before training. Lengths are tokens."""
+    """The counts and lengths of all rendered rows of a role, before training. Lengths are tokens."""
 
     path: str
     format: str

@@ -32,7 +32,7 @@ BATCH_BYTES = 2**20
 
 @dataclass(frozen=True, eq=False)
 class DatasetScan:
-    """What was seen in the scanned rows."""
+    """Counts and lengths of the scanned rows."""
 
     rows_R: np.ndarray  # indices of the scanned rows, ascending
     lengths_D: np.ndarray  # tokens of each document, after truncation

@@ -55,7 +55,7 @@ EVAL_SETTINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class EvalSpec:
-    """What replaces a run's own items: the rows of `data`, these metrics. Empty: nothing."""
+    """Rows of `data` and metrics that replace a run's own items; empty keeps the run's."""
 
     data: Path | None = None
     metrics: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ LOGIT_BYTES = 12  # three fp32 copies of each logit
 
 @dataclass(frozen=True)
 class GpuSoftware:
-    """What a trainer keeps in memory; the first four are bytes per weight."""
+    """The memory that a trainer needs; the first four are bytes per weight."""
 
     adapter_bytes: float = 16  # of an adapter, with gradient and two moments, in fp32
     trained_bytes: float = 16  # in full fine-tuning

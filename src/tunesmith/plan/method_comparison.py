@@ -21,7 +21,7 @@ METHODS: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora", "qlora"
 
 @dataclass(frozen=True)
 class MethodEstimate:
-    """What a method takes and yields on a machine, and what is usually said."""
+    """The cost and result of a method on a machine, with common advice."""
 
     method: str
     learning_rate: float

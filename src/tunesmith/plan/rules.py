@@ -28,7 +28,7 @@ def assume_no_savings(batch_size: int, pack_length: int) -> float:
 
 @dataclass(frozen=True)
 class RuleContext:
-    """What a rule may read."""
+    """The inputs of a rule."""
 
     machine: Machine
     model: ModelSpec

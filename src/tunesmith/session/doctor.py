@@ -43,7 +43,7 @@ class MachineCheck:
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """What training the model with a method takes, roughly, and whether that is free now."""
+    """A rough estimate of a method's memory, and whether that much is free now."""
 
     method: str
     needed_bytes: int

@@ -38,7 +38,7 @@ OUTLIER_RATIO = 1.25  # a run is named if it is further from the median
 
 @dataclass(frozen=True)
 class PastRun:
-    """What a run took."""
+    """The time and memory of an earlier run."""
 
     run: str
     predicted_bytes: int  # without correction

@@ -54,7 +54,7 @@ class Arm:
 
     @property
     def variant(self) -> str:
-        """What distinguishes it within its row."""
+        """Name the arm among those of its row."""
         return f"{self.shot_layout}, seed {self.seed}" if self.shots else f"seed {self.seed}"
 
     @property
@@ -72,7 +72,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class ArmOptions:
-    """What is available for arms."""
+    """The rows, documents and schema that arms can use."""
 
     rows: int  # training rows that can be shown or trained on
     has_documents: bool

@@ -40,7 +40,7 @@ PLATEAU_EXAMPLES = 1_000
 
 @dataclass(frozen=True)
 class RuleResult:
-    """What a rule concludes for `needs`; `concerns` are the approaches that it comments on.
+    """The conclusion of a rule for `needs`; `concerns` are the approaches that it comments on.
 
     A source marked unverified is cited from memory; the docstring of its rule has the title.
     """

@@ -54,7 +54,7 @@ ROLLBACK_FIX = "lower learning_rate, or check the rows with `tunesmith data chec
 
 @dataclass(frozen=True, eq=False)
 class RunContext:
-    """What all parts of a run share."""
+    """Shared by all parts of a run."""
 
     folder: RunFolder
     plan: Plan
