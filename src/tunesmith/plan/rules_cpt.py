@@ -123,7 +123,7 @@ def _guess_rate(parameters: int) -> float:
 
 
 def warmup_ratio(context: RuleContext) -> PlanValue:
-    """Use the warmup of fine-tuning. Ibrahim 2024: a warmup of 0 to 2% of the run makes no difference."""
+    """Warm up as in SFT. Ibrahim 2024: a warmup of 0 to 2% of the run makes no difference."""
     plan_value = rules.warmup_ratio(context)
     reason = f"re-warmed: {plan_value.reason}; its length hardly matters"
     return make_rule_value(plan_value.value, reason, "Ibrahim 2024")

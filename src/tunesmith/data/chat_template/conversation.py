@@ -39,7 +39,7 @@ _WORD = re.compile(r"[A-Za-z][\w-]*")
 
 @dataclass(frozen=True)
 class TemplateQuirks:
-    """The shapes of messages that a template expects, as probed by `template_probe.py`."""
+    """The messages that a template expects, as probed by `template_probe.py`."""
 
     needs_content_parts: bool = False  # content as [{"type": "text", "text": ...}]
     can_render_dict_args: bool = True  # tool-call arguments as an object

@@ -60,7 +60,7 @@ TOOL: Json = {
 
 @dataclass(frozen=True)
 class TemplateProtocol:
-    """The result of a probe. `answer_tail` is set for a template that writes no end token but always
+    """A probe's result. `answer_tail` is set for a template that writes no end token but always
     begins the next turn: the text between an answer and that."""
 
     quirks: TemplateQuirks
