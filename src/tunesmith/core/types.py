@@ -105,7 +105,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class DataReport:
-    """The counts and lengths of all rendered rows of a role, before training. Lengths are tokens."""
+    """Counts and lengths of all rendered rows of a role, before training. Lengths are tokens."""
 
     path: str
     format: str
