@@ -52,7 +52,7 @@ def flag_identical_answers(answers: Sequence[str]) -> list[float]:
 
 
 def compute_compression_ratio(text: str) -> float:
-    """Return zlib's compressed size over the text's size; below 0.25 the text loops (rules.md 6.1).
+    """Return zlib's compressed size over the text's size; below 0.25 the text loops.
 
     1 for a text under MIN_BYTES.
     """

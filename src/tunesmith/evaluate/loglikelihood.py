@@ -29,7 +29,7 @@ from tunesmith.model.oom import OutOfMemory, memory_errors
 
 T = TypeVar("T")
 PROGRESS_LABEL = "documents scored"
-MAX_CHOSEN_DROP = 0.10  # warn when chosen answers get this much less likely (rules.md 6.3)
+MAX_CHOSEN_DROP = 0.10  # warn when chosen answers get this much less likely
 
 
 def compute_nll(

@@ -1,10 +1,11 @@
 """Decide whether a model may be released: no metric worse, no more forgetting than allowed.
 
 In: comparisons, a forgetting margin. Out: EvalReport and Gates.
-A gate is a non-inferiority test: the worst end of the interval lies within a margin, and the metric
-is not significantly worse. General text has the margin that the plan set before training; grades,
-GRADE_MARGIN; other metrics, RELATIVE_MARGIN of the value before. An interval that is too wide to
-pass is a failure: too few items to tell. KL to the base is not gated.
+A gate is a non-inferiority test: the worst end of the interval lies within a margin. General text
+has the margin that the plan set before training, and may get worse within it; grades have
+GRADE_MARGIN, other metrics RELATIVE_MARGIN of the value before, and must not be significantly worse
+either. An interval that is too wide to pass is a failure: too few items to tell. KL to the base is
+not gated.
 """
 
 from __future__ import annotations
@@ -73,8 +74,10 @@ def build_gates(comparisons: Sequence[Comparison], margin: float | None) -> tupl
         is_general = comparison.task == GENERAL_TASK
         if is_general and comparison.metric != BITS_PER_BYTE:
             continue
-        limit = margin if is_general and margin is not None else _choose_margin(comparison)
-        gates.append(_judge_gate(comparison, limit))
+        if is_general and margin is not None:
+            gates.append(_judge_gate(comparison, margin, is_loss_allowed=True))
+        else:
+            gates.append(_judge_gate(comparison, _choose_margin(comparison)))
     if not gates:
         fix = "add test_data or retention_data to the recipe"
         raise InputError("there is no metric to gate", where="--gate", fix=fix)
@@ -90,18 +93,23 @@ def _choose_margin(comparison: Comparison) -> float:
     return RELATIVE_MARGIN * abs(comparison.before.value)
 
 
-def _judge_gate(comparison: Comparison, margin: float) -> Gate:
-    """Return the gate of a metric that may get worse by at most `margin`."""
+def _judge_gate(comparison: Comparison, margin: float, *, is_loss_allowed: bool = False) -> Gate:
+    """Return the gate of a metric that may get worse by at most `margin`.
+
+    With `is_loss_allowed`, a significant loss within the margin passes."""
     low = comparison.low
     high = comparison.high
     bound = low if comparison.higher_is_better else high
     worst_loss = -low if comparison.higher_is_better else high
     least_loss = -high if comparison.higher_is_better else low
     verdict = judge_comparison(comparison)
-    if comparison.after.n < MIN_ITEMS or (least_loss <= margin < worst_loss and verdict != "worse"):
+    is_significant = verdict == "worse" and not is_loss_allowed
+    if comparison.after.n < MIN_ITEMS or (least_loss <= margin < worst_loss and not is_significant):
         verdict = TOO_FEW_ITEMS
     elif least_loss > margin:
         verdict = "worse"
+    elif is_loss_allowed and verdict == "worse" and worst_loss <= margin:
+        verdict = "worse, within the margin"
     is_passed = worst_loss <= margin and verdict not in ("worse", TOO_FEW_ITEMS)
     change = f"{comparison.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
     is_general = comparison.task == GENERAL_TASK

@@ -218,10 +218,14 @@ def _compute_mean(measurement: MetricValues) -> float:
 
 
 def _find_bounds(measurement: MetricValues) -> tuple[float, float]:
-    """Return the range of a metric with such values: grades, losses or other numbers."""
-    if not measurement.values or min(measurement.values) < 0:
+    """Return the range of a metric with such values: grades, losses or other numbers.
+
+    A loss may lie between 0 and 1 too: only what is better higher, or 0 or 1, is a grade."""
+    values = set(measurement.values)
+    if not values or min(values) < 0:
         return UNBOUNDED
-    return 0.0, 1.0 if max(measurement.values) <= 1 else math.inf
+    is_grade = max(values) <= 1 and (measurement.higher_is_better or values <= {0.0, 1.0})
+    return 0.0, 1.0 if is_grade else math.inf
 
 
 def _compute_interval(
