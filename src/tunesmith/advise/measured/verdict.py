@@ -53,7 +53,7 @@ class ArmRow:
     @property
     def may_be_best(self) -> bool:
         """Whether it is the best row, or not significantly worse."""
-        return not self.difference or self.score.n < MIN_ITEMS or self.difference[2] >= 0
+        return not self.difference or self.difference[2] >= 0
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,12 @@ def make_decision(
 ) -> Decision:
     """Decide from the rows of build_table; `skipped` are the arms that did not fit in the time."""
     best = next(row for row in rows if not row.difference)
-    chosen = next(row for row in rows if row.may_be_best)
+    is_too_few = best.score.n < MIN_ITEMS
+    chosen = best if is_too_few else next(row for row in rows if row.may_be_best)
     detectable = _compute_detectable_difference(chosen, rows)
     conclusion = _draw_conclusion(chosen, best, target)
     untried_kinds = _find_untried_kinds(rows, skipped)
-    if untried_kinds and conclusion != "sft":
+    if is_too_few or (untried_kinds and conclusion != "sft"):
         conclusion = "undecided"
     return Decision(
         conclusion=conclusion,
@@ -236,7 +237,9 @@ def _iter_caveats(
     chosen: ArmRow, best: ArmRow, rows: Sequence[ArmRow], detectable: float
 ) -> Iterator[str]:
     num_items = best.score.n
-    if num_items < FEW_ITEMS:
+    if num_items < MIN_ITEMS:
+        yield f"{num_items} items are too few for any conclusion: measure at least {MIN_ITEMS}"
+    elif num_items < FEW_ITEMS:
         yield (
             f"{num_items} items are few: only a difference of about {detectable:.2f} or more is "
             "likely to be detected. An arm that fails on nearly all items or on none is a result; "
