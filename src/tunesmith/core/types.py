@@ -83,8 +83,13 @@ class ModelSpec:
         """Parameters of the matrices in the decoder layers."""
         q = self.num_heads * self.head_dim
         kv = self.num_kv_heads * self.head_dim
-        mlp = (2 if self.model_type in UNGATED_MLP_TYPES else 3) * self.intermediate_size
+        mlp = (self.num_mlp_inputs + 1) * self.intermediate_size
         return self.num_layers * self.hidden_size * (2 * q + 2 * kv + mlp)
+
+    @property
+    def num_mlp_inputs(self) -> int:
+        """Matrices from the hidden size to the intermediate size: gate and up, or up alone."""
+        return 1 if self.model_type in UNGATED_MLP_TYPES else 2
 
     @property
     def head_parameters(self) -> int:
@@ -307,10 +312,23 @@ class Plan:
     def _read_settings(cls, fields: Any) -> Any:
         if isinstance(fields, dict) and "settings" in fields:
             fields = cast("Json", fields)
-            settings = cast("dict[str, Json]", fields["settings"])
+            settings = _check_settings(fields["settings"])
             config = {key: setting["value"] for key, setting in settings.items()}
             return fields | {"config": config, "reasons": settings}
         return cast("Any", fields)
+
+
+def _check_settings(settings: Any) -> dict[str, Json]:
+    """Return the settings of a plan.json. Raises ValueError if they are damaged or of others."""
+    if not isinstance(settings, dict):
+        raise ValueError("settings: not a mapping")  # which pydantic reports
+    names = {field.name for field in dataclasses.fields(PlanConfig)}
+    for key, setting in cast("dict[str, Any]", settings).items():
+        if key not in names:
+            raise ValueError(f"settings: unknown setting {key!r}")
+        if not isinstance(setting, dict) or "value" not in setting:
+            raise ValueError(f"settings: {key} has no value")
+    return cast("dict[str, Json]", settings)
 
 
 def split_settings(

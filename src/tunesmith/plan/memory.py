@@ -23,11 +23,12 @@ FRAGMENTATION_SHARE = 0.2
 EVALUATION_BYTES = 60_000_000
 CHUNK_TARGETS = 128  # targets whose logits are computed at once
 OUTPUT_NORM_TYPES = ("gemma2", "gemma3")  # norms after attention and MLP
-QK_NORM_TYPES = ("qwen3", "gemma3")  # norms of q and k
+QK_NORM_TYPES = ("apertus", "qwen3", "gemma3")  # norms of q and k
+INNER_NORM_TYPES = ("bitnet",)  # norms before o_proj and down_proj
 # 4 bits per weight, one byte per block of 64, 4 bytes per 256 blocks
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 RETAINED_CHECKPOINTS = 2  # as core/run_dir.py keeps them
-GENERAL_TEXT_TOKENS = 100_000  # of retention_data that are measured, at most; rules.md 6.2
+GENERAL_TEXT_TOKENS = 100_000  # of retention_data that are measured, at most
 Method = Literal["lora", "qlora", "full"]
 
 
@@ -37,14 +38,18 @@ def count_lora_parameters(spec: ModelSpec, rank: int) -> int:
     kv = spec.num_kv_heads * spec.head_dim
     h = spec.hidden_size
     f = spec.intermediate_size
-    return spec.num_layers * rank * ((h + q) + 2 * (h + kv) + (q + h) + 3 * (h + f))
+    attention = (h + q) + 2 * (h + kv) + (q + h)
+    mlp = (spec.num_mlp_inputs + 1) * (h + f)
+    return spec.num_layers * rank * (attention + mlp)
 
 
 def count_dora_magnitudes(spec: ModelSpec) -> int:
     """Return DoRA's magnitudes on all linear layers: one per output."""
     q = spec.num_heads * spec.head_dim
     kv = spec.num_kv_heads * spec.head_dim
-    return spec.num_layers * (q + 2 * kv + 2 * spec.hidden_size + 2 * spec.intermediate_size)
+    return spec.num_layers * (
+        q + 2 * kv + 2 * spec.hidden_size + spec.num_mlp_inputs * spec.intermediate_size
+    )
 
 
 def estimate_activation_bytes(
@@ -62,10 +67,12 @@ def estimate_activation_bytes(
     q = spec.num_heads * spec.head_dim
     kv = spec.num_kv_heads * spec.head_dim
     layers = spec.num_layers
-    mlp = 2 * spec.intermediate_size
+    mlp = spec.num_mlp_inputs * spec.intermediate_size
     layer_values = (6 if use_dora else 4) * spec.hidden_size + 2 * q + 2 * kv + mlp
     layer_values += 2 * spec.hidden_size * spec.model_type.startswith(OUTPUT_NORM_TYPES)
     layer_values += (q + kv) * spec.model_type.startswith(QK_NORM_TYPES)
+    inner_values = q + spec.intermediate_size
+    layer_values += inner_values * spec.model_type.startswith(INNER_NORM_TYPES)
     saved = {
         "none": layers * layer_values,
         "selective": layers * (layer_values - mlp),

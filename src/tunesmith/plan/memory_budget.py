@@ -84,7 +84,7 @@ def estimate_cache_tokens(
     """Return the tokens in the KV cache while answers are generated.
 
     `answer_share` is the fraction of a row's tokens that are its answer; half as many more, and 16,
-    may be generated (`max_new_tokens` in evaluate/items.py)."""
+    may be generated (`compute_max_new_tokens` in evaluate/generate_until.py)."""
     token_bytes = compute_cache_bytes(spec, 1, get_dtype_bytes(dtype))
     row_tokens = int((1 + answer_share / 2) * longest + 16)
     needed_tokens = min(MAX_BATCH_ROWS[machine.device], num_prompts) * row_tokens

@@ -1,7 +1,7 @@
 """How many rows of each task an epoch has, when the recipe mixes tasks.
 
 In: `mixture` of the recipe and the report on the training rows. Out: a PlanValue, rows by task; and
-the report of one such epoch, which all other rules use. Left out: which rows (data/selection.py).
+the report of one such epoch, which all other rules use. Left out: which rows (data/sampler.py).
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def make_constant_rule(
 
 
 def method(context: RuleContext) -> PlanValue:
-    """LoRA; QLoRA if 16-bit weights leave less than a fifth of their size free (rules.md 4.3).
+    """LoRA; QLoRA if 16-bit weights leave less than a fifth of their size free (ours).
 
     Full fine-tuning only on request."""
     weight_bytes = 2 * context.model.parameters
@@ -170,7 +170,7 @@ def pack_length(context: RuleContext) -> PlanValue:
 def num_train_epochs(context: RuleContext) -> PlanValue:
     """3 below 2,000 rows, 2 below 50,000, else 1; pairs: 2 below 50,000, else 1.
 
-    rules.md 4.3: 3-5, 2-3, 1-2."""
+    Ours; common advice is 3-5, 2-3, 1-2."""
     rows = context.data.rows
     epochs = 1 if rows >= 50_000 else 2
     if context.stage == "preference":
@@ -255,7 +255,7 @@ def get_width_power(family: str) -> float:
     return 0.0775 if family.startswith("qwen") else 0.4
 
 
-# Full fine-tuning, from about 3B parameters: rules.md 4.3; SimPO's own runs used 3e-7 to 1e-6.
+# Full fine-tuning, from about 3B parameters: ours; SimPO's own runs used 3e-7 to 1e-6.
 PREFERENCE_RATES = {"dpo": 1e-6, "orpo": 8e-6, "simpo": 1e-6}
 
 
