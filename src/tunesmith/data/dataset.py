@@ -166,7 +166,7 @@ class Dataset:
 
     def get_row_bytes(self, index: int) -> int:
         """Return the length of a row in its file, in bytes."""
-        return self.get_part(index).source.read_raw(self.row_N[index], 0)[1]
+        return self.get_part(index).source.get_num_bytes(self.row_N[index])
 
     def read_row(self, index: int) -> Row:
         """Read a row with its columns renamed and its prompt built."""

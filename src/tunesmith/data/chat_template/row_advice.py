@@ -4,15 +4,17 @@
 
 Two things are tried: a user message before a row that begins with the assistant, and
 `chat_template_kwargs`, alone and in pairs. An error keeps its own fix if neither helps. Tries are
-bounded for each renderer: what helped one row is tried first for the next."""
+bounded for each renderer, in number and in seconds; what helped one row is tried first for the
+next."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
-from itertools import combinations
 from typing import Any
 
 from tunesmith.core.errors import InputError
@@ -22,6 +24,7 @@ from tunesmith.data.chat_template.template import ChatTemplate
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 
 MAX_TRIES = 200
+MAX_SECONDS = 2.0  # of all tries: one alone can take as long as a template may
 MAX_VALUES = 24  # single settings that are also tried in pairs
 OPENING: Json = {"role": "user", "content": "Hello"}
 USER_FIRST_FIX = "put a user message first, or drop the row"
@@ -43,7 +46,9 @@ class RowAdvisor:
         self.variables = dict(variables)
         self.can_render = can_render
         self.helpful: list[Json] = []  # settings that made a row train, the last first
+        self.does_question_help = False  # a user message first made a row train
         self.num_tries = 0
+        self.seconds = 0.0
 
     def suggest_fix(self, example: Example, error: InputError) -> InputError:
         """Return the error with a fix that was tried, or unchanged."""
@@ -56,7 +61,9 @@ class RowAdvisor:
                 " before an answer"
             )
             return InputError(message, where=error.where, fix=USER_FIRST_FIX)
-        for settings in [*self.helpful, *self._iter_settings()]:
+        for settings in itertools.chain(tuple(self.helpful), self._iter_settings()):
+            if self._is_exhausted:
+                break
             if self._try_render(example, settings):
                 self.helpful = [settings, *(old for old in self.helpful if old != settings)]
                 fix = f"set {TEMPLATE_KWARGS_KEY}: {_format_settings(self.variables | settings)}"
@@ -64,10 +71,13 @@ class RowAdvisor:
         return error
 
     def _needs_question(self, example: Example) -> bool:
-        """Whether a row begins with the assistant and renders after a user message."""
+        """Return whether a row begins with the assistant, and such rows need a user message."""
         index = _find_first_turn(example)
-        is_assistant_first = example.messages[index].get("role") == "assistant"
-        return is_assistant_first and self._try_render(_insert_question(example, index), {})
+        if example.messages[index].get("role") != "assistant":
+            return False
+        if not self.does_question_help:
+            self.does_question_help = self._try_render(_insert_question(example, index), {})
+        return self.does_question_help
 
     def _iter_settings(self) -> Iterator[Json]:
         """Yield the settings to try: each value of each variable, then pairs of them."""
@@ -81,20 +91,27 @@ class RowAdvisor:
             values += [(name, value) for value in candidates if self.variables.get(name) != value]
         for name, value in values:
             yield {name: value}
-        for first, second in combinations(values[:MAX_VALUES], 2):
+        for first, second in itertools.combinations(values[:MAX_VALUES], 2):
             if first[0] != second[0]:
                 yield dict((first, second))
 
     def _try_render(self, example: Example, settings: Json) -> bool:
-        if self.num_tries >= MAX_TRIES and settings not in [{}, *self.helpful]:
+        if self._is_exhausted:
             return False
         self.num_tries += 1
+        started = time.monotonic()
         tokenizer = copy(self.tokenizer)
         tokenizer.controls = dict(tokenizer.controls)  # a probe may demote some
         try:
             return self.can_render(tokenizer, self.variables | settings, example)
         except InputError:
             return False
+        finally:
+            self.seconds += time.monotonic() - started
+
+    @property
+    def _is_exhausted(self) -> bool:
+        return self.num_tries >= MAX_TRIES or self.seconds >= MAX_SECONDS
 
 
 def _find_first_turn(example: Example) -> int:

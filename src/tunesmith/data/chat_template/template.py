@@ -31,6 +31,20 @@ from tunesmith.data.chat_template.tracked_str import (
     track_str,
 )
 
+# What a template of a stranger can raise while it is compiled or rendered. Signals (Interrupted)
+# and MemoryError are none of it, and pass.
+TEMPLATE_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    SyntaxError,
+    TemplateError,
+    TypeError,
+    ValueError,
+)
 MAX_SOURCE = 200_000  # characters; the largest real templates have 20,000
 
 
@@ -53,7 +67,7 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             message = f"the chat template is not valid Jinja: {error.message}"
             raise InputError(message, where=f"{name}:{error.lineno}") from error
-        except Exception as error:  # Jinja and Python's compiler raise all kinds, SyntaxError too
+        except TEMPLATE_ERRORS as error:
             message = f"the chat template cannot be compiled: {_explain_error(error)}"
             fix = "check the template for `break` outside loops, names used twice, deep nesting"
             raise InputError(message, where=name, fix=fix) from error
@@ -94,7 +108,7 @@ class ChatTemplate:
     def _explained_errors(self, template: Template) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a template can raise what Python can
+        except TEMPLATE_ERRORS as error:
             line = _find_template_line(error.__traceback__, template)
             location = f"{self.name}, line {line}: " if line else f"{self.name}: "
             # an f-string, since `+` refuses to mix plain text with the template's tracked message
@@ -143,7 +157,8 @@ def _find_template_line(trace: TracebackType | None, template: Template) -> int:
     0."""
     line = 0
     while trace is not None:
-        if trace.tb_frame.f_globals.get("__jinja_template__") is template:
+        is_compiled_code = trace.tb_frame.f_globals.get("__jinja_template__") is template
+        if is_compiled_code and trace.tb_lineno is not None:  # None at a few instructions
             line = template.get_corresponding_lineno(trace.tb_lineno)
         trace = trace.tb_next
     return line

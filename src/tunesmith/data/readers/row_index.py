@@ -142,16 +142,19 @@ def find_elements(file: BinaryIO, name: str) -> Iterator[RowSpan]:
         raise InputError(message, where=name, fix=fix)
     # One character per byte, so positions are byte offsets; JSON's structure is ASCII.
     text = str(file.read(), "latin-1")
+    num_elements = 0
     try:
-        yield from _iter_elements(text)
+        for row_span in _iter_elements(text):
+            yield row_span
+            num_elements += 1
     except json.JSONDecodeError as error:
         raise InputError(
-            f"not a JSON array: {error.msg}",
+            f"not a JSON array: element {num_elements + 1}: {error.msg}",
             where=f"{name}:{error.lineno}:{error.colno}",
             fix="correct it here: the rows after it cannot be located",
         ) from None
     except RecursionError:
-        message = "not a JSON array of rows: an element is nested too deep"
+        message = f"not a JSON array of rows: element {num_elements + 1} is nested too deep"
         raise InputError(message, where=name, fix="flatten the rows") from None
 
 

@@ -101,9 +101,13 @@ class Source:
         raw = self.content.read(self.starts[index], num_bytes)
         return Row(self.get_id(index), self.decode(raw, location))
 
+    def get_num_bytes(self, index: int) -> int:
+        """Return the length of a row in bytes."""
+        return self.ends[index] - self.starts[index]
+
     def read_raw(self, index: int, max_bytes: int) -> tuple[bytes, int]:
         """Return (at most `max_bytes` bytes of a row, the length of the row in bytes)."""
-        num_bytes = self.ends[index] - self.starts[index]
+        num_bytes = self.get_num_bytes(index)
         return self.content.read(self.starts[index], min(max_bytes, num_bytes)), num_bytes
 
 

@@ -59,9 +59,13 @@ class TextFolder:
         location = SourceLocation(row_id, offset=len(raw) - len(text))
         return Row(row_id, decode_text(text, location))
 
+    def get_num_bytes(self, index: int) -> int:
+        """Return the length of a file in bytes."""
+        return self.files[index].stamp[0]
+
     def read_raw(self, index: int, max_bytes: int) -> tuple[bytes, int]:
         """Return (at most `max_bytes` bytes of a file, the length of the file in bytes)."""
-        num_bytes = self.files[index].stamp[0]
+        num_bytes = self.get_num_bytes(index)
         return self.files[index].read(0, min(max_bytes, num_bytes)), num_bytes
 
 

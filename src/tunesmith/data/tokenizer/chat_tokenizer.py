@@ -286,7 +286,8 @@ class ChatTokenizer:
         for count in range(len(with_special)):
             if with_special[count : count + len(plain)] == plain:
                 return tuple(with_special[:count])
-        return ()
+        message = "the post-processor changes the ids of plain text, so the leading ids are unknown"
+        raise InputError(message, where="tokenizer.json:post_processor")
 
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:

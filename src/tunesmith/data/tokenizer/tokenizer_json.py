@@ -26,7 +26,6 @@ UNUSABLE_ERRORS = (
     ArithmeticError,
     AttributeError,
     LookupError,
-    MemoryError,
     RecursionError,
     TypeError,
     ValueError,
