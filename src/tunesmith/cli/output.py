@@ -6,7 +6,7 @@
     escape_library_output()                     log records and warnings of libraries
 
 Text of a model, row, recipe or file name may hold terminal escapes: all of these make control
-characters visible (`core/formatting.py`), so that nothing else in cli/ writes to a stream.
+characters visible (`core/formatting.py`). Nothing else in cli/ writes text of a stranger.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ def write_stderr(text: str) -> None:
 class _EscapedRecord(logging.LogRecord):
     def getMessage(self) -> str:
         return escape_controls(super().getMessage())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Escape the traceback too, which a formatter stores here as text."""
+        is_traceback = name == "exc_text" and isinstance(value, str)
+        super().__setattr__(name, escape_controls(value) if is_traceback else value)
 
 
 def escape_library_output() -> None:

@@ -45,19 +45,20 @@ def hide_folders(text: str, paths: Iterable[str | Path], *quotes: Callable[[str]
 
     `quotes` are how the text may write a path besides as it is, such as escaped HTML."""
     writings: list[Callable[[str], str]] = [str, *quotes]
-    folders: dict[str, str] = {}  # as written -> a pattern of what follows
+    folders: dict[str, set[str]] = {}  # as written -> patterns of what may follow
     for path in map(Path, paths):
         if not path.is_absolute() and path.parts[:1] != ("~",):
             continue
         for quote in writings:
             if path.parent.name:
-                folders.setdefault(quote(f"{path.parent}/"), re.escape(quote(path.name)))
+                names = folders.setdefault(quote(f"{path.parent}/"), set())
+                names.add(re.escape(quote(path.name)))
             # a top folder such as /data is no one's, and too short to look for by itself
             deep_folders = [parent for parent in path.parents if len(parent.parts) > 2]
-            folders.update({quote(f"{folder}/"): "" for folder in deep_folders})
+            folders.update({quote(f"{folder}/"): {""} for folder in deep_folders})
     for folder in sorted(folders, key=len, reverse=True):
         wrapped = re.escape(folder).replace(r"\ ", r"\s+")  # YAML breaks lines at spaces
-        text = re.sub(rf"(?<![\w.-]){wrapped}(?={folders[folder]})", "", text)
+        text = re.sub(rf"(?<![\w.-]){wrapped}(?={'|'.join(folders[folder])})", "", text)
     return text
 
 

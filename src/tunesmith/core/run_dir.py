@@ -306,7 +306,8 @@ def _is_startup_file(entry: Path) -> bool:
 
 
 def _acquire_lock(path: Path) -> FileLock:
-    """Lock the folder. The system drops the lock when the process ends, so it is never stale."""
+    """Lock the folder. The system drops the lock when the process ends; only where the file system
+    has no locks, filelock uses a marker file instead, which a killed process leaves behind."""
     os.close(open_unlinked(path / LOCK_FILE, os.O_RDWR))  # raises for a link
     lock = FileLock(path / LOCK_FILE, thread_local=False)
     try:
