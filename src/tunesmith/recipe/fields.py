@@ -81,7 +81,14 @@ def _parse_rehearsal_sources(value: Any) -> Any:
 def is_self_generated(value: Any) -> bool:
     """Return whether rehearsal data, as written, is generated; `self` is the former name."""
     (first, *others) = wrap_list(value) or [None]
-    path = cast("Json", first).get("path") if isinstance(first, dict) else first
+    if isinstance(first, dict):
+        source = cast("Json", first)
+        # a stored recipe has all keys, those that were not given with their defaults
+        defaults = {key: field.default for key, field in DataSource.model_fields.items()}
+        has_more = any(defaults.get(key, value) != value for key, value in source.items())
+        path = None if has_more or set(source) - set(defaults) else source.get("path")
+    else:
+        path = first
     return not others and path in ("self", SELF_GENERATED)
 
 

@@ -18,6 +18,7 @@ from typing import Any, cast, get_args
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import to_jsonable
@@ -334,7 +335,7 @@ def _resolve_path(value: Any, folder: Path) -> Any:
 
 def is_flag_value(flag: str, word: str) -> bool:
     """Return whether the word after a flag is its value; a switch takes only true and false."""
-    field = Recipe.model_fields.get(normalize_key(flag))
+    field = _find_field(flag)
     if field is not None and field.annotation is bool:
         return word.lower() in ("true", "false")
     return not word.startswith("--")
@@ -342,8 +343,14 @@ def is_flag_value(flag: str, word: str) -> bool:
 
 def needs_value(flag: str) -> bool:
     """Return whether a flag is a key that cannot be a switch."""
-    field = Recipe.model_fields.get(normalize_key(flag))
+    field = _find_field(flag)
     return field is not None and bool not in (field.annotation, *get_args(field.annotation))
+
+
+def _find_field(flag: str) -> FieldInfo | None:
+    """Return the field that a flag sets, by its name or a former one."""
+    key = normalize_key(flag)
+    return Recipe.model_fields.get(ALIASES.get(key, key))
 
 
 def rebuild_recipe(values: Mapping[str, Any]) -> Recipe:
