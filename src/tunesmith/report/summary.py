@@ -25,12 +25,12 @@ from tunesmith.evaluate.statistics import (
 from tunesmith.report.run_data import ReportData, is_constraint_metric
 
 Tone = Literal["good", "bad", "mixed", "open"]
-Outcome = Literal["better", "worse", "doubtful", "same"]
+Outcome = Literal["better", "worse", "doubtful", "same", "unclear"]
 OUTCOMES: dict[str, Outcome] = {
     "better": "better",
     "worse": "worse",
     NO_DIFFERENCE: "same",
-    TOO_FEW_ITEMS: "same",
+    TOO_FEW_ITEMS: "unclear",
 }
 MAX_CAUTIONS = 8
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats per token"}
@@ -152,6 +152,8 @@ def _describe_task(outcomes: Sequence[str], *, is_graded: bool) -> str:
         return f"{subject} better."
     if "worse" in outcomes:
         return f"{subject} worse."
+    if set(outcomes) == {"unclear"}:
+        return f"Too few {'answers' if is_graded else 'test rows'} to tell."
     return f"No difference shown {'in the answers' if is_graded else 'on test rows'}."
 
 
@@ -161,6 +163,8 @@ def _describe_general(claim: Claim) -> str:
         return "General text may have got worse."
     if claim.outcome in ("better", "worse"):
         return f"General text got {claim.outcome}."
+    if claim.outcome == "unclear":
+        return "Too few general texts to tell."
     return "No change shown on general text."
 
 
@@ -182,8 +186,10 @@ def _count_outcomes(outcomes: Sequence[str], *, is_graded: bool) -> str:
     worse = outcomes.count("worse")
     if count > 1 and count in (better, worse):
         return f"All {count} {kind} are {outcomes[0]}."
-    unclear = count - better - worse
-    return f"{count} {kind}: {better} better, {worse} worse, {unclear} with no difference shown."
+    unclear = outcomes.count("unclear")
+    same = count - better - worse - unclear
+    counts = f"{better} better, {worse} worse, {same} with no difference shown"
+    return f"{count} {kind}: {counts}{f', {unclear} with too few items' if unclear else ''}."
 
 
 # ---------------------------------------------------------------- evidence, cost, cautions

@@ -8,7 +8,7 @@ A rollback restores the newest good checkpoint and changes something. In the end
 best checkpoint are restored.
 
 Every decision follows from events. A resumed run replays the events of its folder and judges the
-step of its checkpoint again, so it decides what an uninterrupted run decides.
+step of its checkpoint again; the size of that step's update is not known any more.
 
 In: a RunContext, an open Session, the metrics before training. Out: events, checkpoints.
 Left out: what is bad (detectors.py), what changes after a rollback (rollback.py), which checkpoint
@@ -35,6 +35,7 @@ from tunesmith.evaluate.custom_metric import format_metric_name
 from tunesmith.evaluate.items import EvalItems
 from tunesmith.evaluate.measure import eval_during_training, get_general_bits
 from tunesmith.evaluate.results import EvalResults
+from tunesmith.evaluate.statistics import MIN_ITEMS
 from tunesmith.model.oom import memory_errors
 from tunesmith.plan.guard import OFF, has_guard
 from tunesmith.plan.rehearsal import compute_next_ratio
@@ -139,6 +140,7 @@ class GuardedTraining:
                 "eval_data, rehearsal and retention_data have fewer than two prompts"
             )
             yield CheckResult("probes", "warn", evidence)
+        yield from self._warn_of_few_items()
         if self.probes:
             self.baseline_events = self._run_probes(self.probes, 0)
         if self.is_probing:
@@ -162,6 +164,19 @@ class GuardedTraining:
         )
         for rollback in rollbacks[num_recorded:]:
             yield rollback.check_result
+
+    def _warn_of_few_items(self) -> Iterator[CheckResult]:
+        """Warn of detectors that judge an interval and have too few items to do so."""
+        if not self.probes:
+            return
+        prompt_set = self.probes.prompt_set
+        for name, num_items, unit in (
+            ("forgetting", len(prompt_set.texts), "general texts"),
+            ("overfitting", len(prompt_set.prompts), "prompts"),
+        ):
+            if 0 < num_items < MIN_ITEMS:
+                evidence = f"not watched: {num_items} {unit}, and it takes {MIN_ITEMS}"
+                yield CheckResult(name, "warn", evidence)
 
     def _replay(self, events: list[Event]) -> None:
         """Rebuild history, guard and evaluations from earlier events.
