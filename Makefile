@@ -18,8 +18,8 @@ slow: $(BIN)/pytest  ## the tests that need the real SmolLM2-135M-Instruct, one 
 	$(PYTEST) -m 'slow and not more_seeds'
 
 effects: $(BIN)/pytest  ## does each strategy do what it promises? three seeds, into docs/results/effects.md
-	$(PYTEST) -m slow --junitxml=build/effects.xml tests/effects
-	$(BIN)/python -m benchmarks.effects build/effects.xml docs/results/effects.md
+	$(PYTEST) -m slow --junitxml=build/effects.xml tests/effects; status=$$?; \
+	$(BIN)/python -m benchmarks.effects build/effects.xml docs/results/effects.md && exit $$status
 
 llama: $(BIN)/pytest  ## exports in llama.cpp, compiled the first time; `make slow` has them too from then on
 	TUNESMITH_BUILD_LLAMA=1 $(BIN)/pytest -m slow tests/unit/export/test_llama_cpp.py

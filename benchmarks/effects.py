@@ -34,7 +34,10 @@ def main() -> None:
     page = Path(sys.argv[2])
     machine = measure_machine(Path())
     header = HEADER.format(date=date.today(), device=machine.device_name, cores=machine.cores)
-    page.write_text(header + "\n".join(sorted(iter_rows(report))) + "\n")
+    rows = sorted(iter_rows(report))
+    if not rows:
+        sys.exit(f"{report}: no test recorded an effect")
+    page.write_text(header + "\n".join(rows) + "\n")
 
 
 def iter_rows(report: Path) -> Iterator[str]:
@@ -48,7 +51,7 @@ def iter_rows(report: Path) -> Iterator[str]:
         title = name.removeprefix("test_").replace("_", " ") + (f" ({method})" if method else "")
         for item in case.iter("property"):
             cells = [title, *seed, item.attrib["name"], item.attrib["value"], outcome]
-            yield "| " + " | ".join(cells) + " |"
+            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Print the size of each folder of the package: `make size`.
 
-Out: files, code lines (without blank lines, comments and docstrings), statements, functions, and
+Out: files, code lines (as `ast.unparse` writes them, without comments and docstrings, so that the
+layout does not count), statements, functions, and
 AST nodes per statement (its density; annotations are not counted).
 """
 

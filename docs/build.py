@@ -44,6 +44,7 @@ WIDTH = 100
 BAR = "\\|"  # a vertical bar inside a cell of a table
 TYPE_NAMES = {str: "TEXT", int: "N", float: "NUMBER", Path: "PATH", bool: ""}
 TIMEOUT_SECONDS = 1800
+EXPECTED_CODES = {0, 2, 4}  # ok, and the refusals that pages show
 
 
 def list_pages() -> list[Path]:
@@ -186,8 +187,8 @@ def _run(command: str, folder: Path) -> str:
         timeout=TIMEOUT_SECONDS,
         check=False,
     )
-    if done.returncode == 1 and "Traceback" in done.stdout:
-        sys.exit(f"$ {command}\n{done.stdout}")
+    if done.returncode not in EXPECTED_CODES:
+        sys.exit(f"$ {command}\nexit code {done.returncode}\n{done.stdout}")
     text = done.stdout.replace(f"{folder}/", "").replace(str(Path.home()), "~")
     return "\n".join(line.rstrip() for line in text.splitlines())
 
@@ -240,8 +241,11 @@ def prepare_scratch(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(DEMO, folder, dirs_exist_ok=True)
     shutil.copytree(ROOT / "recipes", folder / "recipes", dirs_exist_ok=True)
-    if not (folder / "runs" / "demo-1" / "record.json").exists():
+    record = folder / "runs" / "demo-1" / "record.json"
+    if not record.exists():
         (folder / "demo.txt").write_text(_run("tunesmith demo", folder) + "\n")
+    if not record.exists():
+        sys.exit("the demo did not finish")
 
 
 def main() -> None:
