@@ -106,16 +106,14 @@ def choose_template(
                 raise InputError(message, fix=MODELFILE_HINT)
     stops = tuple(renderer.decode([end_id]) for end_id in renderer.end_ids)
     shared_system = _find_shared_system(conversations)
-    references = [
-        (conversation, renderer.encode_prompt(_add_system(conversation, shared_system)))
-        for conversation in [*conversations, *SAMPLE_CONVERSATIONS]
-    ]
     for text in TEMPLATES.values():
         system = shared_system or _find_default_system(text, renderer)
         template = OllamaTemplate(text, system, stops)
+        # one by one: a template that refuses system messages ends at its first mismatch
         if all(
-            encode_prompt(template.render_prompt(conversation), tokenizer_path, renderer) == ids
-            for conversation, ids in references
+            encode_prompt(template.render_prompt(conversation), tokenizer_path, renderer)
+            == renderer.encode_prompt(_add_system(conversation, shared_system))
+            for conversation in [*conversations, *SAMPLE_CONVERSATIONS]
         ):
             return template
     names = ", ".join(TEMPLATES)

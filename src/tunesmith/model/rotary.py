@@ -2,9 +2,9 @@
 
 transformers chooses the frequencies of longrope (Phi-3-128k, Phi-3.5, Phi-4-mini) and of dynamic
 NTK scaling once for a forward, from its largest position. In a pack, one long document would rotate
-all others with its frequencies. `DocumentRotary` calls the stock module once for every choice, on
-the documents that make it alone. Left out: rotary embeddings that depend on the position only,
-which stay stock. Legend: T tokens, L tokens of a document."""
+all others with its frequencies. `DocumentRotary` calls the stock module once for every choice, over
+the pack, and keeps the part of the documents that make it. Left out: rotary embeddings that depend
+on the position only, which stay stock. Legend: T tokens, L tokens of a document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read and write safetensors files: the one place that writes weights and optimizer state.
+"""Read and write safetensors files: adapters, models and optimizer state.
 
 NaN or infinite values are never written. When the disk refuses, an OSError is raised, which
 core/atomic.py turns into a message with the space that is needed; the format's own error hides the

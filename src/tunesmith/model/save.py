@@ -150,7 +150,7 @@ def load_weights(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str,
     ):
         message = "the checkpoint holds other trained weights than this model"
         raise InputError(message, where=str(folder))
-    # Not through `.data`: MasterLinear would not notice the change.
+    # Not through `.data`: Fp32MasterLinear would not notice the change.
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])

@@ -7,6 +7,7 @@ computed before any module is replaced; preflight compares with them. Left out: 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -285,14 +286,26 @@ def _choose_samples(
 
 def _find_extreme_rows(rows: Dataset) -> list[int]:
     """Return the shortest and the longest rows after the first PROBE_ROWS, by their bytes: a few of
-    each that have documents, since a row over max_length may have none."""
+    each that have documents, since a row over max_length has none."""
     sizes = {index: rows.get_row_bytes(index) for index in range(PROBE_ROWS, len(rows))}
     ranked = sorted(sizes, key=sizes.__getitem__)
     extremes: list[int] = []
     for order in (ranked, ranked[::-1]):
-        usable = (index for index in order[:PROBE_ROWS] if rows.render_row(index)[1].documents)
-        extremes += itertools.islice(usable, EXTREME_ROWS)
+        extremes += _find_usable_rows(rows, order) or _find_usable_rows(rows, order, skip=True)
     return extremes
+
+
+def _find_usable_rows(rows: Dataset, order: Sequence[int], *, skip: bool = False) -> list[int]:
+    """Return a few rows that have documents, among the first PROBE_ROWS in `order`.
+
+    With `skip`, among the first that have any: rows over max_length come first or not at all."""
+
+    def has_documents(index: int) -> bool:
+        return bool(rows.render_row(index)[1].documents)
+
+    start = bisect.bisect_left(order, True, key=has_documents) if skip else 0
+    usable = (index for index in order[start : start + PROBE_ROWS] if has_documents(index))
+    return list(itertools.islice(usable, EXTREME_ROWS))
 
 
 def _check_token_ids(

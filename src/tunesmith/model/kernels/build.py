@@ -1,8 +1,9 @@
 """Compile the C kernels, once per machine, and call them.
 
 In: kernels.c, attention.c, decode.c and lora.c. Out: the shared library in the user's cache, whose
-name is a hash of the sources, the compiler flags and the processor, with its sha256 beside it; None
-without a C compiler. Left out: which operation uses a kernel (ops.py)."""
+name is a hash of the sources, compiler, flags, threads and processor, with its sha256 in a second
+file; None without a C compiler, or if compiling or loading fails. Left out: which operation uses a
+kernel (ops.py)."""
 
 from __future__ import annotations
 
