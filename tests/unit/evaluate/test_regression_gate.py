@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from tunesmith.core.events import GENERAL_TASK
+from tunesmith.evaluate.metrics import BITS_PER_BYTE
 from tunesmith.evaluate.regression_gate import Gate, build_gates
 from tunesmith.evaluate.results import MetricValues, compare_measurements
 
@@ -57,3 +60,63 @@ def test_losses_have_a_margin_relative_to_the_value_before() -> None:
     failed = gate(before, wide, higher_is_better=False)
     assert not failed.passed
     assert failed.message.endswith("too few items to tell")
+
+
+# ---------------------------------------------------------------- general text
+
+
+def gate_general_text(
+    loss: float, *, noise: float = 0.002, count: int = 40, margin: float = 0.02
+) -> Gate:
+    """Judge texts that get `loss` bits per byte worse, each by a little more or less."""
+    random = np.random.default_rng(0)
+    before = 0.7 + 0.2 * random.random(count)
+    change = random.standard_normal(count)
+    after = before + loss + noise * (change - change.mean())
+    ids = tuple(f"general:{i}" for i in range(count))
+    first, second = (
+        MetricValues(
+            GENERAL_TASK, BITS_PER_BYTE, ids, tuple(values.tolist()), higher_is_better=False
+        )
+        for values in (before, after)
+    )
+    return build_gates([compare_measurements(first, second)], margin)[0]
+
+
+def test_general_text_may_get_significantly_worse_within_the_margin() -> None:
+    result = gate_general_text(0.0039)
+    assert result.passed
+    assert result.message.startswith("+0.0039 [+0.00")
+    assert result.message.endswith("at most +0.02: worse, within the margin")
+    assert 0.0039 < result.bound < result.margin == 0.02
+
+
+@pytest.mark.parametrize(
+    ("loss", "noise", "count", "verdict"),
+    [
+        (0.03, 0.002, 40, "worse"),
+        (0.0201, 0.0001, 40, "worse"),
+        (0.0195, 0.01, 40, "too few items to tell"),
+        (0.0, 0.2, 40, "too few items to tell"),
+        (0.0039, 0.002, 4, "too few items to tell"),
+    ],
+)
+def test_general_text_beyond_the_margin_fails(
+    loss: float, noise: float, count: int, verdict: str
+) -> None:
+    result = gate_general_text(loss, noise=noise, count=count)
+    assert not result.passed
+    assert result.message.endswith(f": {verdict}")
+
+
+def test_a_margin_of_zero_allows_no_loss() -> None:
+    assert not gate_general_text(0.0039, margin=0).passed
+    assert gate_general_text(-0.0039, margin=0).message.endswith(": better")
+
+
+def test_other_metrics_may_not_get_significantly_worse_within_their_margin() -> None:
+    before = [2.0 + 0.1 * (i % 5) for i in range(40)]
+    after = [value + 0.01 + 0.001 * (-1) ** i for i, value in enumerate(before)]
+    result = gate(before, after, higher_is_better=False)
+    assert (result.passed, result.bound < result.margin) == (False, True)
+    assert result.message.endswith(": worse")

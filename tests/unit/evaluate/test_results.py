@@ -120,6 +120,28 @@ def test_lower_can_be_better() -> None:
         assert judge_comparison(compare_measurements(before, after)) == expected
 
 
+def test_losses_between_0_and_1_are_no_grades() -> None:
+    bits = measured([0.8, 0.7, 0.9, 0.85, 0.75] * 8, higher_is_better=False)
+    same = compare_measurements(bits, bits)
+    assert (same.difference, same.low, same.high) == (0, 0, 0)
+    assert judge_comparison(same) == "no difference shown"
+    constant = compute_score(measured([0.8] * 5, higher_is_better=False))
+    assert (constant.low, constant.high) == pytest.approx((0.8, 0.8))
+    above = compute_score(measured([0.99] * 9 + [0.2], higher_is_better=False))
+    assert above.high > 1, "a loss of 1 is no upper bound"
+
+
+def test_equal_grades_stay_uncertain() -> None:
+    grades = measured([0.8, 0.7, 0.9, 0.85, 0.75])
+    same = compare_measurements(grades, grades)
+    assert same.low < 0 < same.high
+    breaks = compute_score(measured([0] * 8 + [1] * 2, higher_is_better=False))
+    assert (breaks.low, breaks.high) == compute_wilson_interval(2, 10)
+    groups = ("a",) * 5 + ("b",) * 5
+    right = compute_score(measured([0] * 10, groups=groups, higher_is_better=False))
+    assert right.low == 0 < right.high, "none of ten rows breaks it: the rate need not be 0"
+
+
 def test_a_claim_says_all_that_it_needs() -> None:
     result = compare_measurements(measured([0] * 20), measured([1] * 20), step=5)
     assert (
