@@ -78,7 +78,9 @@ def test_a_run_proves_measures_trains_and_measures_again(tiny_folder: Path, tmp_
     kinds = [type(event) for event in events]
     first_step, done = kinds.index(TrainStep), kinds.index(TrainingEnd)
     assert {CheckResult, Score} == set(kinds[:first_step])
-    assert all(event.level == "ok" for event in events if isinstance(event, CheckResult))
+    checks = [event for event in events if isinstance(event, CheckResult)]
+    # four texts and prompts are too few for these two
+    assert {check.kind for check in checks if check.level != "ok"} == {"forgetting", "overfitting"}
     look = [
         Score,
         Score,

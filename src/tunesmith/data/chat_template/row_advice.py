@@ -61,9 +61,8 @@ class RowAdvisor:
                 " before an answer"
             )
             return InputError(message, where=error.where, fix=USER_FIRST_FIX)
-        for settings in itertools.chain(tuple(self.helpful), self._iter_settings()):
-            if self._is_exhausted:
-                break
+        candidates = itertools.chain(tuple(self.helpful), self._iter_settings())
+        for settings in itertools.takewhile(self._may_try, candidates):
             if self._try_render(example, settings):
                 self.helpful = [settings, *(old for old in self.helpful if old != settings)]
                 fix = f"set {TEMPLATE_KWARGS_KEY}: {_format_settings(self.variables | settings)}"
@@ -96,7 +95,7 @@ class RowAdvisor:
                 yield dict((first, second))
 
     def _try_render(self, example: Example, settings: Json) -> bool:
-        if self._is_exhausted:
+        if not self._may_try(settings):
             return False
         self.num_tries += 1
         started = time.monotonic()
@@ -109,9 +108,10 @@ class RowAdvisor:
         finally:
             self.seconds += time.monotonic() - started
 
-    @property
-    def _is_exhausted(self) -> bool:
-        return self.num_tries >= MAX_TRIES or self.seconds >= MAX_SECONDS
+    def _may_try(self, settings: Json) -> bool:
+        """Return whether there is time for a try, and a number for one that has helped no row."""
+        is_helpful = not settings or settings in self.helpful
+        return self.seconds < MAX_SECONDS and (is_helpful or self.num_tries < MAX_TRIES)
 
 
 def _find_first_turn(example: Example) -> int:
