@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import Comparison, Example
+from tunesmith.core.types import Comparison, Example, GenerationOutput
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.evaluate.constraint_violations import find_matches
 from tunesmith.evaluate.generate_until import EvalPrompt, build_prompts
@@ -55,20 +55,22 @@ def compare_baselines(
     with starting_model(session, session.plan):
         session.model.network.eval()
         answers = _generate_baselines(session, prompts, items.eliciting_prompts)
-        baselines = {name: _grade(session, prompts, texts) for name, texts in answers.items()}
+        baselines = {name: _grade(session, prompts, outputs) for name, outputs in answers.items()}
     step = session.plan.steps
     return {
         name: compare_results(results, trained, step=step) for name, results in baselines.items()
     }
 
 
-def _grade(session: Session, prompts: Sequence[EvalPrompt], answers: Sequence[str]) -> EvalResults:
-    return EvalResults(tuple(grade_answers(session, prompts, answers)))
+def _grade(
+    session: Session, prompts: Sequence[EvalPrompt], outputs: Sequence[GenerationOutput]
+) -> EvalResults:
+    return EvalResults(tuple(grade_answers(session, prompts, outputs)))
 
 
 def _generate_baselines(
     session: Session, prompts: Sequence[EvalPrompt], eliciting_prompts: Sequence[EvalPrompt]
-) -> dict[str, list[str]]:
+) -> dict[str, list[GenerationOutput]]:
     """Return the answers of each baseline to the same prompts."""
     constraints = session.inputs.recipe.never
     renderer = session.renderer
@@ -77,7 +79,7 @@ def _generate_baselines(
     for prompt, answer in zip(prompts, base_answers, strict=True):
         # Answers to rightful prompts are supposed to match.
         if prompt.negative is not False:
-            row_answers.append((prompt.id, answer))
+            row_answers.append((prompt.id, answer.text))
     bad_strings = collect_bad_strings(constraints, row_answers)
     rules = format_rules(constraints, bad_strings)
     examples = [add_rules(example, rules) for example in load_test_prompts(session.inputs)]

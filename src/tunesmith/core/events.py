@@ -47,6 +47,7 @@ class Score:
     high: float
     n: int  # items
     step: int  # optimizer steps before it
+    truncated: int = 0  # answers that reached the limit of new tokens
 
 
 @dataclass(frozen=True)

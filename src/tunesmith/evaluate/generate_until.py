@@ -9,7 +9,6 @@ turn is the expected answer. Left out: the metrics themselves (metrics.py).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from tunesmith.evaluate.metrics import LIKELIHOODS, grade_answer, parse_metric_a
 from tunesmith.evaluate.results import MetricValues
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import AllowedTokensFn, generate
+from tunesmith.plan.memory_budget import compute_answer_limit
 from tunesmith.recipe.fields import parse_custom_metric
 
 # ---------------------------------------------------------------- prompts and answers
@@ -79,9 +79,10 @@ def _build_prompt(example: Example, renderer: Renderer) -> EvalPrompt:
     )
 
 
-def compute_max_new_tokens(prompts: Sequence[EvalPrompt]) -> int:
-    """Return 1.5 times the longest expected answer, plus 16: a longer answer is wrong anyway."""
-    return math.ceil(1.5 * max(prompt.num_expected_tokens for prompt in prompts)) + 16
+def compute_max_new_tokens(prompts: Sequence[EvalPrompt], *, needs_end: bool) -> int:
+    """Return the limit of every answer, by the longest expected one (plan/memory_budget.py)."""
+    longest = max(prompt.num_expected_tokens for prompt in prompts)
+    return compute_answer_limit(longest, needs_end=needs_end)
 
 
 def iter_answers(

@@ -7,11 +7,12 @@ Left out: which items there are (items.py).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tunesmith.core.events import GENERAL_TASK, Score
-from tunesmith.core.types import Document
+from tunesmith.core.types import Document, GenerationOutput
 from tunesmith.evaluate.answer_cache import AnswerCache, generate_cached
 from tunesmith.evaluate.constraint_violations import ELICITING, measure_bad_logp, measure_violations
 from tunesmith.evaluate.general_text import (
@@ -41,6 +42,7 @@ from tunesmith.evaluate.results import (
     compute_score,
     split_by_task,
 )
+from tunesmith.plan.memory_budget import needs_complete_answers
 from tunesmith.session.session import Session
 
 BaseReferences = Mapping[str, BaseReference]  # by task
@@ -68,9 +70,9 @@ def measure_items(
     prompts = (*items.prompts, *items.eliciting_prompts) if should_grade else tuple(shown)
     if should_grade:
         shown += items.eliciting_prompts[:1]
-    answers = generate_answers(session, prompts, cache=cache)
-    measurements = grade_answers(session, prompts, answers)
-    samples = build_samples(prompts, answers, step=step)
+    outputs = generate_answers(session, prompts, cache=cache)
+    measurements = grade_answers(session, prompts, outputs)
+    samples = build_samples(prompts, [output.text for output in outputs], step=step)
     test_base = base_references.get("test")
     measurements += _measure_likelihoods(session, items.test_documents, "test", test_base)
     measurements += _measure_plan_likelihoods(session, items, measurements)
@@ -110,13 +112,9 @@ def eval_during_training(session: Session, items: EvalItems, *, step: int) -> li
     if "eval_data" in items.held_out_texts:
         measurements.append(_measure_texts(session, items.held_out_texts["eval_data"], "eval"))
     if items.selection_prompts:
-        measurements += apply_metrics(
-            items.selection_prompts,
-            generate_answers(session, items.selection_prompts),
-            task="eval",
-            metrics=session.plan.config.metrics,
-            schema=session.inputs.response_schema,
-        )
+        outputs = generate_answers(session, items.selection_prompts)
+        graded = _apply_plan_metrics(session, items.selection_prompts, outputs, task="eval")
+        measurements += _mark_truncated(graded, items.selection_prompts, outputs)
     if items.should_track_general:
         measurements.append(measure_general_text(session, items.general_texts))
     return [compute_score(measurement, step=step) for measurement in measurements]
@@ -139,20 +137,23 @@ def generate_answers(
     bad_words_ids: tuple[tuple[int, ...], ...] = (),
     *,
     cache: AnswerCache | None = None,
-) -> list[str]:
+) -> list[GenerationOutput]:
     """Return greedy answers. `bad_words_ids`: token sequences that no answer may contain."""
     if not prompts:
         return []
     renderer = session.renderer
-    requests = build_requests(prompts, compute_max_new_tokens(prompts), bad_words_ids)
-    generations = generate_cached(
+    needs_end = needs_complete_answers(
+        session.plan.config.metrics, has_constraints=bool(session.inputs.recipe.never)
+    )
+    max_new_tokens = compute_max_new_tokens(prompts, needs_end=needs_end)
+    requests = build_requests(prompts, max_new_tokens, bad_words_ids)
+    return generate_cached(
         session.model, requests, decode=renderer.decode, end_ids=renderer.end_ids, cache=cache
     )
-    return [generation.text for generation in generations]
 
 
 def grade_answers(
-    session: Session, prompts: Sequence[EvalPrompt], answers: Sequence[str]
+    session: Session, prompts: Sequence[EvalPrompt], outputs: Sequence[GenerationOutput]
 ) -> list[MetricValues]:
     """Apply the plan's metrics and the constraints to generated answers.
 
@@ -161,15 +162,42 @@ def grade_answers(
     measurements: list[MetricValues] = []
     indices = [index for index, prompt in enumerate(prompts) if not prompt.negative]
     if indices:
-        measurements += apply_metrics(
-            [prompts[index] for index in indices],
-            [answers[index] for index in indices],
-            task="test",
-            metrics=session.plan.config.metrics,
-            schema=session.inputs.response_schema,
-        )
+        graded_prompts = [prompts[index] for index in indices]
+        graded_outputs = [outputs[index] for index in indices]
+        measurements += _apply_plan_metrics(session, graded_prompts, graded_outputs, task="test")
+    answers = [output.text for output in outputs]
     measurements += measure_violations(session.inputs.recipe.never, prompts, answers)
-    return measurements
+    return list(_mark_truncated(measurements, prompts, outputs))
+
+
+def _apply_plan_metrics(
+    session: Session,
+    prompts: Sequence[EvalPrompt],
+    outputs: Sequence[GenerationOutput],
+    *,
+    task: str,
+) -> tuple[MetricValues, ...]:
+    return apply_metrics(
+        prompts,
+        [output.text for output in outputs],
+        task=task,
+        metrics=session.plan.config.metrics,
+        schema=session.inputs.response_schema,
+    )
+
+
+def _mark_truncated(
+    measurements: Iterable[MetricValues],
+    prompts: Sequence[EvalPrompt],
+    outputs: Sequence[GenerationOutput],
+) -> Iterator[MetricValues]:
+    """Yield the measurements of answers, marked where the answer reached the limit."""
+    reasons = {
+        prompt.id: output.finish_reason for prompt, output in zip(prompts, outputs, strict=True)
+    }
+    for measurement in measurements:
+        truncated = tuple(reasons[item] == "length" for item in measurement.ids)
+        yield dataclasses.replace(measurement, truncated=truncated)
 
 
 def _split_by_task(

@@ -37,6 +37,7 @@ class MetricValues:
 
     weights: weights of the mean, such as tokens per document; empty for equal weights.
     groups: the group of each item; the result is the mean of the group means. Empty for one group.
+    truncated: whether each item's answer reached the limit of new tokens; empty without answers.
     """
 
     task: str
@@ -46,6 +47,7 @@ class MetricValues:
     weights: tuple[float, ...] = ()
     groups: tuple[str, ...] = ()
     higher_is_better: bool = True
+    truncated: tuple[bool, ...] = ()
 
     @property
     def is_binary(self) -> bool:
@@ -82,7 +84,8 @@ def compute_score(measurement: MetricValues, *, step: int = 0) -> Score:
         low, high = _compute_interval(measurement, _find_bounds(measurement))
     value = _compute_mean(measurement)
     n = len(measurement.values)
-    return Score(measurement.task, measurement.metric, value, low, high, n, step)
+    truncated = sum(measurement.truncated)
+    return Score(measurement.task, measurement.metric, value, low, high, n, step, truncated)
 
 
 def compare_measurements(before: MetricValues, after: MetricValues, *, step: int = 0) -> Comparison:
@@ -154,6 +157,21 @@ def compute_kl_scores(before: EvalResults, after: EvalResults, *, step: int) -> 
     )
 
 
+def describe_truncation(
+    comparisons: Sequence[Comparison], names: tuple[str, str] = ("before", "after")
+) -> tuple[str, ...]:
+    """Return a line per task with answers that reached the limit of new tokens."""
+    lines: dict[str, None] = {}
+    for comparison in comparisons:
+        before = comparison.before
+        after = comparison.after
+        if before.truncated or after.truncated:
+            first = f"{before.truncated} of {before.n} {names[0]}"
+            second = f"{after.truncated} of {after.n} {names[1]}"
+            lines[f"{comparison.task}: answers truncated at the limit: {first}, {second}"] = None
+    return tuple(lines)
+
+
 def format_comparison(comparison: Comparison) -> str:
     """Return one line with both values, the difference, its interval, n and the verdict."""
     c = comparison
@@ -166,12 +184,14 @@ def select_items(measurement: MetricValues, indices: Sequence[int]) -> MetricVal
     """Return the measurement of the items with these indices, in this order."""
     weights = measurement.weights
     groups = measurement.groups
+    truncated = measurement.truncated
     return replace(
         measurement,
         ids=tuple(measurement.ids[index] for index in indices),
         values=tuple(measurement.values[index] for index in indices),
         weights=tuple(weights[index] for index in indices) if weights else (),
         groups=tuple(groups[index] for index in indices) if groups else (),
+        truncated=tuple(truncated[index] for index in indices) if truncated else (),
     )
 
 

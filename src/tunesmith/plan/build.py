@@ -29,6 +29,7 @@ from tunesmith.plan.memory_budget import (
     estimate_cache_tokens,
     estimate_memory,
     estimate_phase_bytes,
+    needs_complete_answers,
 )
 from tunesmith.plan.mixture import scale_report
 from tunesmith.plan.new_tokens import count_trained_rows, decide_new_rows
@@ -102,6 +103,7 @@ def build_plan(
         saved_share=saved_share,
         num_eval_prompts=_count_eval_prompts(recipe, data),
         has_evaluation=_has_evaluation(recipe, data),
+        has_constraints=bool(recipe.never),
     )
     _apply_rules(context, recipe_values, fixed)
     settings |= {key: plan_value for key, plan_value in fixed.items() if key not in RULES}
@@ -338,6 +340,9 @@ def _estimate_answer_tokens(context: RuleContext) -> int:
         num_prompts=context.num_eval_prompts,
         longest=context.data.length_percentiles.get("max", 1),
         answer_share=context.data.supervised_tokens / max(1, context.data.tokens),
+        needs_end=needs_complete_answers(
+            context["metrics"], has_constraints=context.has_constraints
+        ),
         dtype=context["dtype"],
     )
 

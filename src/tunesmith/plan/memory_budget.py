@@ -7,12 +7,17 @@ to do if it does not fit (build.py).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.core.types import Machine, ModelSpec
 from tunesmith.plan.memory import estimate_peak_memory
 from tunesmith.plan.memory_gpu import compute_cache_bytes, estimate_gpu_memory
 
+MIN_COMPLETE_TOKENS = 256  # the default of lm-eval's max_gen_toks
+# by these, an answer longer than expected is wrong wherever it ends, or none is graded
+LENGTH_INDEPENDENT_METRICS = ("exact_match", "normalised_match", "multiple_choice", "bits_per_byte")
 # answers generated at once, and the largest KV cache, as in model/generation/engine.py
 MAX_BATCH_ROWS = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
@@ -72,6 +77,21 @@ def apply_memory_factor(parts: dict[str, int], factor: float) -> dict[str, int]:
     return parts | {"correction": correction, "peak": parts["peak"] + correction}
 
 
+def needs_complete_answers(metrics: Sequence[str], *, has_constraints: bool) -> bool:
+    """Return whether the end of an answer may change a grade when it is longer than expected.
+
+    A constraint may be violated late."""
+    return has_constraints or not set(metrics) <= set(LENGTH_INDEPENDENT_METRICS)
+
+
+def compute_answer_limit(expected_tokens: float, *, needs_end: bool) -> int:
+    """Return the new tokens that an answer may have, given those of the longest expected answer.
+
+    needs_end: answers longer than expected need room to end, or their grades say nothing."""
+    limit = math.ceil(1.5 * expected_tokens) + 16
+    return max(limit, MIN_COMPLETE_TOKENS) if needs_end else limit
+
+
 def estimate_cache_tokens(
     spec: ModelSpec,
     machine: Machine,
@@ -79,14 +99,17 @@ def estimate_cache_tokens(
     num_prompts: int,
     longest: int,
     answer_share: float,
+    needs_end: bool,
     dtype: str,
 ) -> int:
     """Return the tokens in the KV cache while answers are generated.
 
-    `answer_share` is the fraction of a row's tokens that are its answer; half as many more, and 16,
-    may be generated (`compute_max_new_tokens` in evaluate/generate_until.py)."""
+    `answer_share` is the fraction of a row's tokens that are its answer; see
+    `compute_answer_limit` for `needs_end`."""
     token_bytes = compute_cache_bytes(spec, 1, get_dtype_bytes(dtype))
-    row_tokens = int((1 + answer_share / 2) * longest + 16)
+    answer_tokens = answer_share * longest
+    limit = compute_answer_limit(answer_tokens, needs_end=needs_end)
+    row_tokens = min(int(longest - answer_tokens) + limit, max(longest, spec.context_length))
     needed_tokens = min(MAX_BATCH_ROWS[machine.device], num_prompts) * row_tokens
     return min(needed_tokens, CACHE_BYTES[machine.device] // token_bytes)
 

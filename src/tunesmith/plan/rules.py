@@ -40,6 +40,7 @@ class RuleContext:
     saved_share: SavedShareFn = assume_no_savings
     num_eval_prompts: int = 0  # prompts of test_data that are answered, in batches
     has_evaluation: bool = False  # on held-out rows or general text, before and after
+    has_constraints: bool = False  # of `never`
 
     def __getitem__(self, key: str) -> Any:
         """Return the value of a setting that is already decided."""

@@ -15,6 +15,7 @@ from typing import Literal
 from tunesmith.core.events import GENERAL_TASK, CheckResult
 from tunesmith.core.formatting import format_bytes, format_duration
 from tunesmith.core.types import Comparison, RunRecord
+from tunesmith.evaluate.results import describe_truncation
 from tunesmith.evaluate.scale_choice import describe_bargain
 from tunesmith.evaluate.statistics import (
     NO_DIFFERENCE,
@@ -247,6 +248,7 @@ def _list_cautions(run: ReportData) -> tuple[str, ...]:
     for stage in run.stages:
         cautions += stage.plan.warnings
     if run.record:
+        cautions += describe_truncation(run.record.comparisons)
         cautions += [f"resumed with changed inputs: {text}" for text in run.record.input_changes]
     for stage in run.stages:
         for check in stage.select_events(CheckResult):

@@ -81,7 +81,7 @@ def _generate_pairs(session: Session, unpaired: dict[int, Example]) -> str:
     session.model.network.eval()
     rows = list(unpaired)
     prompts = build_prompts(list(unpaired.values()), session.renderer)
-    max_new_tokens = compute_max_new_tokens(prompts)
+    max_new_tokens = compute_max_new_tokens(prompts, needs_end=False)
     outputs = iter_answers(session.model, prompts, session.renderer, max_new_tokens=max_new_tokens)
     lines: list[str] = []
     for index, output in sorted(outputs, key=lambda pair: pair[0]):

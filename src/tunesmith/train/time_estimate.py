@@ -20,6 +20,7 @@ from tunesmith.model.generation.engine import MAX_BATCH_ROWS, find_common_prefix
 from tunesmith.plan.flops import count_computed_tokens, estimate_run_flops
 from tunesmith.plan.guard import count_probe_tokens, has_guard
 from tunesmith.plan.memory import count_lora_parameters
+from tunesmith.plan.memory_budget import needs_complete_answers
 from tunesmith.recipe.fields import parse_custom_metric
 from tunesmith.session.inputs import RunInputs
 from tunesmith.train.base_reference import can_disable_adapter
@@ -52,6 +53,7 @@ class EvalCostEstimate:
         self.plan = plan
         self.encode_text = inputs.renderer.encode_text
         self.items = build_eval_items(_drop_custom_metrics(plan), inputs)
+        self.has_constraints = bool(inputs.recipe.never)
         self.can_disable_adapter = can_disable_adapter(plan, inputs)
         self.num_measured_scales = 1 if inputs.adapter else 2  # by the metrics before and after
         self.head_ratio = plan.model.head_parameters / max(1, plan.model.block_parameters)
@@ -145,7 +147,10 @@ class EvalCostEstimate:
         prompt_ids = [prompt.prompt_ids for prompt in prompts]
         shared_tokens = len(find_common_prefix(prompt_ids)) if len(prompts) > 1 else 0
         tokens: float = sum(map(len, prompt_ids)) - shared_tokens * (len(prompts) - 1)
-        num_steps = compute_max_new_tokens(prompts)
+        needs_end = needs_complete_answers(
+            self.plan.config.metrics, has_constraints=self.has_constraints
+        )
+        num_steps = compute_max_new_tokens(prompts, needs_end=needs_end)
         if is_trained:
             num_steps = max(prompt.num_expected_tokens for prompt in prompts)
         batch_rows = MAX_BATCH_ROWS[self.plan.machine.device]

@@ -99,7 +99,7 @@ def _iter_answers(
         add_shots(example, _select_shots(shot_pool, set_index, example)) for example in tested
     ]
     questions = build_prompts(prompts, runner.inputs.renderer)
-    max_answer_tokens = compute_max_new_tokens(questions)
+    max_answer_tokens = compute_max_new_tokens(questions, needs_end=True)
     requests = [GenerationRequest(question.prompt_ids, max_answer_tokens) for question in questions]
     for sample in range(NUM_SAMPLES):
         seed = 1000 * set_index + sample

@@ -45,6 +45,7 @@ from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import AllowedTokensFn
 from tunesmith.model.generation.grammar import Grammar
 from tunesmith.plan.build import build_plan
+from tunesmith.plan.memory_budget import needs_complete_answers
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import load_starting_model
 from tunesmith.train.loop import TrainingLoop
@@ -110,7 +111,9 @@ class ArmRunner:
 
     @cached_property
     def max_answer_tokens(self) -> int:
-        return compute_max_new_tokens(build_prompts(self.items, self.inputs.renderer))
+        needs_end = needs_complete_answers(self.plan.config.metrics, has_constraints=False)
+        prompts = build_prompts(self.items, self.inputs.renderer)
+        return compute_max_new_tokens(prompts, needs_end=needs_end)
 
     @cached_property
     def grammar(self) -> Grammar:

@@ -15,6 +15,7 @@ from tunesmith.cli.views import make_table
 from tunesmith.core.events import GenerationSample, Score
 from tunesmith.core.formatting import format_bytes
 from tunesmith.core.types import Comparison, RunRecord, ScalePoint
+from tunesmith.evaluate.results import describe_truncation
 from tunesmith.evaluate.scale_choice import (
     build_commands,
     compute_forgetting_share,
@@ -49,7 +50,12 @@ def render_scores(scores: Sequence[Score]) -> RenderableType:
     for score in scores:
         value = format_interval(score.value, score.low, score.high)
         table.add_row(escape(f"{score.task} {score.metric}"), str(score.n), value)
-    return table
+    counts = {
+        f"{score.task}: {score.truncated} of {score.n} answers truncated at the limit": None
+        for score in scores
+        if score.truncated
+    }
+    return Group(table, *(f"[yellow]{escape(line)}[/]" for line in counts))
 
 
 def render_comparisons(
@@ -72,7 +78,8 @@ def render_comparisons(
             format_interval(comparison.difference, comparison.low, comparison.high),
             format_verdict(comparison, verdict),
         )
-    return table
+    notes = describe_truncation(comparisons, names)
+    return Group(table, *(f"[yellow]{escape(note)}[/]" for note in notes))
 
 
 def format_verdict(comparison: Comparison, verdict: str = "") -> Text:
