@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import fake_runs
+from tunesmith.core.json_io import to_jsonable
+from tunesmith.evaluate.results import EvalResults, MetricValues
+
 HEAVY = {"torch", "transformers", "tokenizers", "numpy", "gguf", "safetensors"}
+LIBRARIES_OF_MODELS = {"torch", "transformers", "huggingface_hub", "gguf", "safetensors"}
 
 LOADED = "import sys\nprint('LOADED', *sorted({name.partition('.')[0] for name in sys.modules}))"
 
@@ -36,6 +42,43 @@ def test_help_loads_nothing_heavy(words: tuple[str, ...]) -> None:
 
 def test_importing_the_package_loads_no_torch() -> None:
     assert not loaded_by("import tunesmith") & {"torch", "transformers"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "tunesmith.cli.progress",
+        "tunesmith.cli.views.advice",
+        "tunesmith.cli.views.curate",
+        "tunesmith.cli.views.data",
+        "tunesmith.cli.views.plan",
+        "tunesmith.cli.views.results",
+        "tunesmith.evaluate.model_ref",
+        "tunesmith.evaluate.regression_gate",
+        "tunesmith.report.page",
+        "tunesmith.report.trackers",
+        "tunesmith.session.run_history",
+    ],
+)
+def test_what_shows_results_loads_no_model_library(module: str) -> None:
+    """`compare`, `report` and `eval` of finished runs read files of a run folder only."""
+    assert not loaded_by(f"import {module}") & LIBRARIES_OF_MODELS
+
+
+def test_compare_and_report_load_no_model_library(tmp_path: Path) -> None:
+    runs: list[str] = []
+    for name, values in (("a", [0, 1] * 5), ("b", [1, 1] * 5)):
+        record = fake_runs.make_record()
+        results = to_jsonable(EvalResults((make_values(values),)))
+        files = {"eval_before.json": results, "eval_after.json": results}
+        runs.append(str(fake_runs.write_run(tmp_path / name, record=record, files=files)))
+    assert not loaded_by(verb("compare", *runs)) & LIBRARIES_OF_MODELS
+    assert not loaded_by(verb("report", runs[0])) & LIBRARIES_OF_MODELS
+
+
+def make_values(values: list[int]) -> MetricValues:
+    ids = tuple(f"test.jsonl:{number}" for number in range(len(values)))
+    return MetricValues("test", "exact_match", ids, tuple(map(float, values)))
 
 
 def test_verbs_without_a_model_load_no_torch() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.model.hub.resolve import find_cache_dir
+from tunesmith.model.hub.built_in import find_cache_dir
 
 REQUIREMENT = "llama-cpp-python>=0.3.30,<0.4"
 DISABLED = (

@@ -33,7 +33,7 @@ from tunesmith.evaluate.pairing import pair_measurements
 from tunesmith.evaluate.results import EvalResults, MetricValues, compare_measurements
 from tunesmith.evaluate.scale_choice import MAX_SCALE
 from tunesmith.evaluate.statistics import adjust_p_values, compute_p_value
-from tunesmith.model.hub.resolve import BUILT_IN_MODELS, HUB_ID
+from tunesmith.model.hub.built_in import BUILT_IN_MODELS, HUB_ID
 
 BASE_NAME = "base"
 SCALE_SUFFIX = re.compile(r"@\d+(\.\d+)?$")

@@ -6,6 +6,7 @@ that is in progress, interrupted or stopped by a failed check has a page, too.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +29,7 @@ from tunesmith.core.run_dir import (
     require_run,
 )
 from tunesmith.core.types import Json, Plan, RunRecord
+from tunesmith.evaluate.custom_metric import format_metric_name
 from tunesmith.plan.stages import read_staged_plan
 
 E = TypeVar("E", bound=Event)
@@ -154,7 +156,7 @@ def collect_grades(run: ReportData) -> dict[str, Grades]:
     for measurement in run.results_before["measurements"]:
         metric = measurement["metric"]
         counterpart = after.get((measurement["task"], metric))
-        if counterpart is None or not (metric in metrics or is_constraint_metric(metric)):
+        if counterpart is None or not is_graded_metric(metric, metrics):
             continue
         values_after = dict(zip(counterpart["ids"], counterpart["values"], strict=True))
         for row, value in zip(measurement["ids"], measurement["values"], strict=True):
@@ -164,6 +166,8 @@ def collect_grades(run: ReportData) -> dict[str, Grades]:
     return grades
 
 
-def is_constraint_metric(metric: str) -> bool:
-    """Whether a metric counts answers that break a constraint of `never`, or rightly do not."""
-    return metric.startswith(("breaks ", "says "))
+def is_graded_metric(metric: str, settings: Iterable[str]) -> bool:
+    """Return whether a metric of scores grades answers: it is set in the recipe's metrics, or
+    counts answers that break a constraint of `never`, or rightly do not."""
+    is_constraint = metric.startswith(("breaks ", "says "))
+    return is_constraint or metric in map(format_metric_name, settings)

@@ -23,7 +23,7 @@ from tunesmith.evaluate.statistics import (
     describe_evidence,
     judge_comparisons,
 )
-from tunesmith.report.run_data import ReportData, is_constraint_metric
+from tunesmith.report.run_data import ReportData, is_graded_metric
 
 Tone = Literal["good", "bad", "mixed", "open"]
 Outcome = Literal["better", "worse", "doubtful", "same", "unclear"]
@@ -125,8 +125,7 @@ def _select_headline_claims(record: RunRecord, claims: Sequence[Claim]) -> tuple
     """Return the graded metrics and True; without any, the likelihoods and False."""
     graded: list[Claim] = []
     for claim in claims:
-        metric = claim.comparison.metric
-        if metric in record.plan.config.metrics or is_constraint_metric(metric):
+        if is_graded_metric(claim.comparison.metric, record.plan.config.metrics):
             graded.append(claim)
     return graded or list(claims), bool(graded)
 

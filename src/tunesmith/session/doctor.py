@@ -17,7 +17,8 @@ from tunesmith.core.errors import MachineError
 from tunesmith.core.formatting import format_bytes
 from tunesmith.core.hardware import find_existing_parent, measure_machine
 from tunesmith.core.types import Machine, ModelSpec
-from tunesmith.model.hub.resolve import find_cache_dir, resolve_model
+from tunesmith.model.hub.built_in import find_cache_dir
+from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
 from tunesmith.plan.memory import NF4_BYTES, count_lora_parameters
 

@@ -3,7 +3,9 @@
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -11,12 +13,14 @@ import fake_runs
 from tunesmith import api
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK, CheckResult, GenerationSample, Score
+from tunesmith.core.json_io import to_jsonable
 from tunesmith.core.run_dir import EVAL_AFTER_FILE, EVAL_BEFORE_FILE
 from tunesmith.core.types import Comparison, PlanValue
+from tunesmith.evaluate.results import EvalResults, MetricValues
 from tunesmith.report.page import render_page, write_report
 from tunesmith.report.run_data import load_report_data
 from tunesmith.report.samples import build_sample_diffs
-from tunesmith.report.summary import Summary, build_summary
+from tunesmith.report.summary import Outcome, Summary, build_summary
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>"
@@ -115,6 +119,84 @@ def test_a_doubtful_loss_on_general_text_is_in_the_headline(tmp_path: Path) -> N
     )
     others = [replace(fake_runs.SAME, metric=f"m{n}") for n in range(4)]
     assert "may have got worse" in summarize(tmp_path, *others, weak).headline
+
+
+FEW = Score("test", "exact_match", 0.5, 0.0, 1.0, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("comparisons", "headline", "sentence"),
+    [
+        (
+            [replace(WORSE, after=FEW)],
+            "Too few answers to tell.",
+            "1 metric of the answers: 0 better, 0 worse, 0 with no difference shown, "
+            "1 with too few items.",
+        ),
+        (
+            [replace(LOWER_LOSS, after=FEW)],
+            "Too few test rows to tell.",
+            "1 likelihood metric on test rows: 0 better, 0 worse, 0 with no difference shown, "
+            "1 with too few items.",
+        ),
+        (
+            [fake_runs.SAME, replace(fake_runs.SAME, metric="breaks x", after=FEW)],
+            "No difference shown in the answers.",
+            "2 metrics of the answers: 0 better, 0 worse, 1 with no difference shown, "
+            "1 with too few items.",
+        ),
+        (
+            [fake_runs.BETTER, replace(fake_runs.FORGOT, after=FEW)],
+            "The answers are better. Too few general texts to tell.",
+            "1 metric of the answers: 1 better, 0 worse, 0 with no difference shown.",
+        ),
+    ],
+)
+def test_too_few_items_are_neither_better_nor_the_same(
+    comparisons: list[Comparison], headline: str, sentence: str, tmp_path: Path
+) -> None:
+    summary = summarize(tmp_path, *comparisons)
+    assert (summary.headline, summary.sentence) == (headline, sentence)
+    html = render_page(load_report_data(tmp_path / "run"))
+    assert '<b class="outcome unclear">too few items to tell</b>' in html
+
+
+def test_every_outcome_has_a_color() -> None:
+    style = files("tunesmith.report").joinpath("page.css").read_text()
+    rules = re.findall(r"^(\S[^{]*)\{([^}]*)\}", style, flags=re.MULTILINE)
+    colored: set[str] = set()
+    for selectors, body in rules:
+        if "color:" in body:
+            colored.update(re.findall(r"\.outcome\.(\w+)", selectors))
+    assert colored >= set(get_args(Outcome))
+
+
+def test_a_custom_metric_of_a_folder_is_a_metric_of_the_answers(tmp_path: Path) -> None:
+    """The plan has its path, scores have its file's name alone."""
+    custom = PlanValue((f"{tmp_path}/metrics/mine.py:score", "exact_match"), "user", "")
+    plan = fake_runs.PLAN.with_settings(metrics=custom)
+    likelihood = replace(LOWER_LOSS, metric="bits_per_byte")
+    comparisons = (replace(fake_runs.BETTER, metric="mine.py:score"), likelihood)
+    record = fake_runs.make_record(plan, comparisons=comparisons, samples=())
+    rows = ("test.jsonl:1", "test.jsonl:2")
+    results: list[dict] = []
+    for values in ((0.0, 0.5), (1.0, 0.25)):
+        measurement = MetricValues("test", "mine.py:score", rows, values)
+        samples = tuple(GenerationSample(0, row, "q", "a") for row in rows)
+        results.append(to_jsonable(EvalResults((measurement,), samples)))
+    result_files = dict(zip((EVAL_BEFORE_FILE, EVAL_AFTER_FILE), results, strict=True))
+    run = load_report_data(
+        fake_runs.write_run(tmp_path / "run", plan=plan, record=record, files=result_files)
+    )
+    summary = build_summary(run)
+    assert summary.headline == "The answers are better."
+    assert summary.sentence.startswith("1 metric of the answers: 1 better")
+    assert [diff.grades for diff in build_sample_diffs(run)] == [
+        [("mine.py:score", 0, 1)],
+        [("mine.py:score", 0.5, 0.25)],
+    ]
+    other = [replace(comparisons[0], metric="other.py:score"), likelihood]
+    assert "likelihood" in summarize(tmp_path / "other", *other).sentence
 
 
 # ---------------------------------------------------------------- what it shows

@@ -17,10 +17,10 @@ from tunesmith.core.types import Plan
 from tunesmith.plan.hardware_presets import match_preset
 from tunesmith.plan.memory_budget import USUAL_MULTIPLES, compute_multiple
 from tunesmith.plan.stages import StagedPlan
-from tunesmith.session.doctor import Diagnosis, MachineCheck
 
 if TYPE_CHECKING:
     from tunesmith.plan.method_comparison import MethodEstimate
+    from tunesmith.session.doctor import Diagnosis, MachineCheck
 
 SOURCE_STYLES = {"user": "bold", "rule": "cyan", "checkpoint": "magenta"}
 SOURCE_LABELS = {"user": "user", "rule": "rule", "checkpoint": "the model's files"}

