@@ -1,0 +1,93 @@
+"""A checkpoint holds the weights, the moments and the position, and gives them back bit by bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tunesmith.core.errors import GateError, InputError
+from tunesmith.model.save import STATE_FILE
+from tunesmith.train.checkpoint import TRAINER_STATE_FILE, read_state, write_state
+from tunesmith.train.optimizer import get_moments, make_optimizer, step_optimizer
+
+POSITION = {"step": 7, "ratio_changes": [[3, 0.25]]}
+Parameters = dict[str, nn.Parameter]
+
+
+def make_parameters(seed: int = 0) -> Parameters:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "layer.a": nn.Parameter(torch.randn(4, 3, generator=generator)),
+        "layer.b": nn.Parameter(torch.randn(5, generator=generator)),
+    }
+
+
+def update(parameters: Parameters, optimizer: torch.optim.Optimizer, count: int = 3) -> None:
+    for number in range(count):
+        for parameter in parameters.values():
+            parameter.grad = torch.cos(parameter.detach() + number)
+        step_optimizer(optimizer, 0.01)
+
+
+def make_trained(count: int = 3, seed: int = 0) -> tuple[Parameters, torch.optim.Optimizer]:
+    parameters = make_parameters(seed)
+    optimizer = make_optimizer(parameters.values(), weight_decay=0.1)
+    update(parameters, optimizer, count)
+    return parameters, optimizer
+
+
+def test_a_restored_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    parameters, optimizer = make_trained()
+    write_state(tmp_path, parameters, optimizer, POSITION)
+    others, other_optimizer = make_trained(count=1, seed=1)
+    position = read_state(tmp_path, others, other_optimizer)
+    assert position == POSITION | {"updates": 3}
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, others[name])
+        moments = get_moments(optimizer, parameter)
+        restored = get_moments(other_optimizer, others[name])
+        assert moments.keys() == restored.keys() == {"exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(moments[key], restored[key]) for key in moments)
+        assert int(other_optimizer.state[others[name]]["step"]) == 3
+    update(parameters, optimizer)
+    update(others, other_optimizer)
+    assert all(torch.equal(parameters[name], others[name]) for name in parameters)
+
+
+def test_a_file_names_each_tensor(tmp_path: Path) -> None:
+    parameters, optimizer = make_trained()
+    write_state(tmp_path, parameters, optimizer, POSITION)
+    expected: set[str] = set()
+    for name in parameters:
+        expected |= {f"weight.{name}", f"exp_avg.{name}", f"exp_avg_sq.{name}"}
+    assert set(load_file(tmp_path / STATE_FILE)) == expected
+    assert json.loads((tmp_path / TRAINER_STATE_FILE).read_text()) == POSITION | {"updates": 3}
+
+
+def test_a_state_before_the_first_update_forgets_the_moments(tmp_path: Path) -> None:
+    parameters, optimizer = make_trained(count=0)
+    write_state(tmp_path, parameters, optimizer, POSITION)
+    others, other_optimizer = make_trained(count=2, seed=1)
+    assert read_state(tmp_path, others, other_optimizer)["updates"] == 0
+    for name, parameter in others.items():
+        assert torch.equal(parameter, parameters[name])
+        assert get_moments(other_optimizer, parameter) == {}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_and_moments_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> None:
+    parameters, optimizer = make_trained()
+    optimizer.state[parameters["layer.b"]]["exp_avg"][2] = bad
+    with pytest.raises(GateError):
+        write_state(tmp_path, parameters, optimizer, POSITION)
+
+
+def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    parameters, optimizer = make_trained()
+    write_state(tmp_path, parameters, optimizer, POSITION)
+    others = {"layer.c": parameters["layer.a"]}
+    with pytest.raises(InputError):
+        read_state(tmp_path, others, make_optimizer(others.values(), weight_decay=0.0))
