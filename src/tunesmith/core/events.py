@@ -63,12 +63,28 @@ class GenerationSample:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The verdict of a preflight check or a guard detector, with its evidence."""
+    """The verdict of a preflight check or a guard detector, with its evidence.
+
+    A check of nothing is no "ok": it raises ValueError."""
 
     kind: str
     level: Literal["ok", "warn", "rollback", "stop"]
     evidence: str
     step: int = 0
+    num_checked: int | None = None  # items that the check compared; None for other verdicts
+
+    def __post_init__(self) -> None:
+        if self.level == "ok" and self.num_checked == 0:
+            raise ValueError(f"{self.kind}: nothing was checked, so it is not ok")
+
+    @classmethod
+    def from_items(cls, kind: str, num_checked: int, evidence: str, *, if_none: str) -> CheckResult:
+        """Return the result of a check that passed: a warning if there was no item to check.
+
+        `if_none` says why there may be none."""
+        if num_checked:
+            return cls(kind, "ok", evidence, num_checked=num_checked)
+        return cls(kind, "warn", f"not checked: {if_none}", num_checked=0)
 
 
 @dataclass(frozen=True)

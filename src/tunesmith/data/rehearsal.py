@@ -79,6 +79,10 @@ class RehearsalSampler:
 
     def _read_row_documents(self, position: int) -> list[Document]:
         pass_index, row = self.sampler.get_item(position)
+        return self.read_row(row, pass_index)
+
+    def read_row(self, row: int, pass_index: int = 0) -> list[Document]:
+        """Return the documents of a row as one pass trains them; none if they are too long."""
         is_text = self.dataset.get_part(row).format == "text"
         documents: list[Document] = []
         for document in self.dataset.render_documents(row):

@@ -183,8 +183,7 @@ class PackedCausalLM:
 
     def compute_hidden(self, batch: Batch) -> Tensor:
         """Return final hidden states [S, H] of the positions that predict a target."""
-        if self.rotary:
-            self._set_lengths(measure_documents(batch.layout), batch.layout)
+        self.set_layout(batch.layout)
         if not batch.layout.parents:
             return self._run_decoder(
                 batch.tokens_T, batch.positions_T, batch.layout, positions_to_keep=batch.positions_S
@@ -236,6 +235,11 @@ class PackedCausalLM:
         tokens_B = torch.tensor(tokens, device=self.device)
         self._set_lengths(kv_cache.lengths, layout)
         return self._run_decoder(tokens_B, positions_B, layout, kv_cache)
+
+    def set_layout(self, layout: PackLayout) -> None:
+        """Let the rotary embedding know the documents of the next forward."""
+        if self.rotary:
+            self._set_lengths(measure_documents(layout), layout)
 
     def _set_lengths(self, lengths: Sequence[int], layout: PackLayout) -> None:
         if self.rotary:

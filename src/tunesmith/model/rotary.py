@@ -31,6 +31,11 @@ class DocumentRotary(nn.Module):
         self._lengths: tuple[int, ...] = ()  # of the document of each segment
         self._segment_lengths: tuple[int, ...] = ()
 
+    @property
+    def longest_limit(self) -> int:
+        """The length up to which no frequency depends on the length."""
+        return max(limit for _, limit in self.limits)
+
     def get_key(self, length: int) -> RotationKey:
         """Return what the frequencies of a document of `length` input tokens depend on."""
         key: list[int] = []
@@ -69,6 +74,16 @@ class DocumentRotary(nn.Module):
             cosine = torch.where(is_key_T, key_cosine, cosine)
             sine = torch.where(is_key_T, key_sine, sine)
         return cosine, sine
+
+    def list_layer_types(self) -> list[tuple[str, ...]]:
+        """Return the last arguments that `forward` is called with, per kind of layer."""
+        rope_type: Any = getattr(self.stock, "rope_type", "default")
+        return [(name,) for name in rope_type] if isinstance(rope_type, dict) else [()]
+
+    def compute_alone(self, x: Tensor, length: int, *args: Any) -> tuple[Tensor, Tensor]:
+        """Call the stock module as in the first forward of a process, on one document."""
+        _forget_earlier_lengths(self.stock)
+        return self.stock(x, torch.arange(length, device=x.device)[None], *args)
 
     def _compute(
         self, x: Tensor, position_ids: Tensor, length: int, *args: Any, **kwargs: Any

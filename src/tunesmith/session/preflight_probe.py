@@ -25,6 +25,7 @@ ISOLATION_TOKENS = 72
 FORK_TOKENS = 40  # tokens kept before and after the point where shared documents diverge
 CHAINED_SUFFIX = " and more"  # of the id of rows that are concatenated
 TRUNCATED_SUFFIX = ", truncated"  # of the id of a document without its end
+BANNED_SUFFIX = ", banned"  # of the id of a document that only trains away from its answer
 MAX_CHECKED_POSITIONS = 64  # per document, for which logits are compared
 
 
@@ -52,9 +53,10 @@ class PreflightSamples:
     reference_logits: tuple[Tensor, ...]  # [P, V] each, at its `choose_positions`
     end_ids: frozenset[int]  # of tokens that end an answer or a text
     token_id_checks: tuple[TokenIdCheck, ...] = ()
-    # two or three that share a prefix and diverge; empty without prefix sharing
-    sharing_documents: tuple[Document, ...] = ()
+    # two or three that share a prefix and diverge, empty if none do; None without prefix sharing
+    sharing_documents: tuple[Document, ...] | None = None
     texts: tuple[WindowedText, ...] | None = None  # stage: cpt
+    is_quantized: bool = False  # the plan's method keeps weights in 4 bits
 
 
 def choose_documents(candidates: Sequence[Document], window: int | None) -> tuple[Document, ...]:
@@ -127,6 +129,11 @@ def mark_longer(truncated: Sequence[Document], complete: Sequence[Document]) -> 
     return [dataclasses.replace(longest, id=f"{longest.id}{TRUNCATED_SUFFIX}")]
 
 
+def mark_banned(documents: Sequence[Document]) -> list[Document]:
+    """Return documents with ids that keep them out of the check of their ends."""
+    return [dataclasses.replace(d, id=f"{d.id}{BANNED_SUFFIX}") for d in documents]
+
+
 def truncate_to_beginning(document: Document) -> Document:
     """Return the first tokens as a document whose last token is its target."""
     return _target_last_token(document.id, document.tokens_L[: ISOLATION_TOKENS + 1])
@@ -168,6 +175,14 @@ def find_siblings(layout: PackLayout) -> tuple[int, int] | None:
 def pack_documents(documents: Sequence[Document]) -> Batch:
     (pack,) = pack_step(documents, sum(map(len, documents)))
     return collate(pack)
+
+
+def pack_beyond(documents: Sequence[Document], limit: int) -> Batch:
+    """Return one pack of documents, the last one repeated until the pack is well over `limit`."""
+    num_tokens = sum(map(count_input_tokens, documents))
+    missing = max(0, 3 * limit // 2 - num_tokens)
+    repeats = -(-missing // count_input_tokens(documents[-1]))
+    return pack_documents([*documents, *[documents[-1]] * repeats])
 
 
 def pack_with_sharing(

@@ -54,10 +54,12 @@ from tunesmith.session.preflight_probe import (
     choose_documents,
     choose_positions,
     choose_sharing_documents,
+    mark_banned,
     mark_longer,
 )
 
 EXTREME_ROWS = 3  # shortest and longest rows of the others
+MAX_CHECKED_BYTES = 2**23  # of a text whose windows are compared with it
 PROBE_ROWS = 200  # training rows from which the preflight documents are chosen
 SHOW_FIX = "inspect the rows with `tunesmith data show`"
 STOCK_ID_ROWS = 20  # training rows whose token ids are compared with transformers
@@ -114,11 +116,11 @@ def open_session(plan: Plan, inputs: RunInputs) -> Session:
     # for the rest of the process: torch's threads keep the mode that they were started with
     torch.set_flush_denormal(True)
     inputs = _apply_length_limit(plan, inputs)
-    rows = inputs.datasets["data"]
     network = _load_base_network(plan, inputs)
     adapter = inputs.adapter
+    rehearsal = build_rehearsal(plan, inputs)
     with nullcontext() if adapter is None else stock_with_adapter(network, adapter):
-        samples = _choose_samples(network, inputs, rows, should_share=plan.config.share_prefixes)
+        samples = _choose_samples(network, plan, inputs, rehearsal)
     model = _wrap_network(network, plan, inputs)
     return Session(
         plan,
@@ -126,7 +128,7 @@ def open_session(plan: Plan, inputs: RunInputs) -> Session:
         model,
         _make_sampler(plan, inputs),
         samples,
-        rehearsal=build_rehearsal(plan, inputs),
+        rehearsal=rehearsal,
     )
 
 
@@ -251,27 +253,33 @@ def _apply_length_limit(plan: Plan, inputs: RunInputs) -> RunInputs:
 
 
 def _choose_samples(
-    network: Network, inputs: RunInputs, rows: Dataset, *, should_share: bool
+    network: Network, plan: Plan, inputs: RunInputs, rehearsal: RehearsalSampler | None
 ) -> PreflightSamples:
-    """Choose documents of the first rows, and compute their stock logits."""
+    """Choose documents of the first rows and the extreme ones; compute their stock logits."""
+    is_quantized = plan.config.method == "qlora"
+    mixed_in = [] if rehearsal is None else _read_long_rehearsal(rehearsal)
     if inputs.corpus is not None:
-        return _choose_text_samples(network, inputs.corpus)
+        samples = _choose_text_samples(network, inputs.corpus, mixed_in)
+        return dataclasses.replace(samples, is_quantized=is_quantized)
+    rows = inputs.datasets["data"]
     complete: list[Document] = []
     truncated: list[Document] = []  # used only if no document has a whole answer
     cut: list[Document] = []  # truncated ones without a ban
     id_checks: list[TokenIdCheck] = []
     for index in [*range(min(PROBE_ROWS, len(rows))), *_find_extreme_rows(rows)]:
         example, prepared = rows.render_row(index)
-        if prepared.num_truncated or example.banned_spans:
+        if example.banned_spans:
+            truncated += mark_banned(prepared.documents)
+        elif prepared.num_truncated:
             truncated += prepared.documents
-            cut += () if example.banned_spans else prepared.documents
+            cut += prepared.documents
         else:
             complete += prepared.documents
         if len(id_checks) < STOCK_ID_ROWS:
             id_check = _check_token_ids(inputs, example, prepared)
             id_checks += [] if id_check is None else [id_check]
     candidates = complete or truncated
-    candidates += mark_longer(cut, candidates)
+    candidates += mark_longer([*cut, *mixed_in], candidates)
     documents = choose_documents(candidates, get_sliding_window(network))
     if not documents:
         raise InputError("no row has a target", where=rows.path, fix=SHOW_FIX)
@@ -280,7 +288,10 @@ def _choose_samples(
         _compute_reference_logits(network, documents),
         end_ids=frozenset(inputs.renderer.end_ids),
         token_id_checks=tuple(id_checks),
-        sharing_documents=choose_sharing_documents(candidates) if should_share else (),
+        sharing_documents=(
+            choose_sharing_documents(candidates) if plan.config.share_prefixes else None
+        ),
+        is_quantized=is_quantized,
     )
 
 
@@ -308,6 +319,18 @@ def _find_usable_rows(rows: Dataset, order: Sequence[int], *, skip: bool = False
     return list(itertools.islice(usable, EXTREME_ROWS))
 
 
+def _read_long_rehearsal(rehearsal: RehearsalSampler) -> list[Document]:
+    """Return documents of the longest rehearsal rows, which are packed with those of the data."""
+    rows = rehearsal.dataset
+    ranked = sorted(range(len(rows)), key=rows.get_row_bytes, reverse=True)
+    documents: list[Document] = []
+    for row in ranked[:PROBE_ROWS]:
+        documents += rehearsal.read_row(row)
+        if len(documents) >= EXTREME_ROWS:
+            break
+    return documents
+
+
 def _check_token_ids(
     inputs: RunInputs, example: Example, prepared: PreparedRow
 ) -> TokenIdCheck | None:
@@ -315,7 +338,8 @@ def _check_token_ids(
     rendered turn by turn.
 
     Returns None for rows that transformers renders differently on purpose: with control tokens in
-    their text, or with today's date in place of the plan's."""
+    their text, or with today's date in place of the plan's; and for rows with empty prompts, where
+    there is nothing to compare."""
     documents = [
         document.tokens_L for document in prepared.documents if document.side != "rejected"
     ]
@@ -328,7 +352,8 @@ def _check_token_ids(
     ):
         return None
 
-    def has_same_ids(ours_L: np.ndarray, count: int, *, is_prompt: bool) -> bool:
+    def count_equal_ids(ours_L: np.ndarray, count: int, *, is_prompt: bool) -> int | None:
+        """Return how many ids were compared; None if one differs."""
         ids = encode_stock_conversation(
             inputs.model.path,
             inputs.renderer.normalize_messages(example.messages[:count], example.tools),
@@ -340,36 +365,41 @@ def _check_token_ids(
         )
         # a document may be truncated
         num_compared = min(len(ours_L), len(ids)) if is_prompt else len(ours_L)
-        return bool(np.array_equal(ours_L[:num_compared], ids[:num_compared]))
+        is_same = np.array_equal(ours_L[:num_compared], ids[:num_compared])
+        return num_compared if is_same else None
 
     is_full_row = len(documents) == 1 and not prepared.notes
     if is_full_row:
-        is_equal = has_same_ids(documents[0], len(example.messages), is_prompt=False)
+        counts = [count_equal_ids(documents[0], len(example.messages), is_prompt=False)]
     else:
         if len(documents) == 1:
             documents = documents * len(turns)
         pairs = zip(documents, turns, strict=True)
-        is_equal = all(has_same_ids(ours_L, turn, is_prompt=True) for ours_L, turn in pairs)
+        counts = [count_equal_ids(ours_L, turn, is_prompt=True) for ours_L, turn in pairs]
+    is_equal = None not in counts
+    if not any(counts) and is_equal:
+        return None
     if not is_equal and inputs.renderer.has_date:
         return None
     return TokenIdCheck(example.id, is_equal, is_full_row)
 
 
-def _choose_text_samples(network: Network, corpus: PretrainingCorpus) -> PreflightSamples:
-    """Choose documents among the first windows; and the first texts, encoded as a whole, each with
-    its windows."""
+def _choose_text_samples(
+    network: Network, corpus: PretrainingCorpus, mixed_in: Sequence[Document]
+) -> PreflightSamples:
+    """Choose documents among the first windows; and texts, encoded as a whole, each with its
+    windows."""
     lengths_W = corpus.lengths_W
     extremes = {int(lengths_W.argmin()), int(lengths_W.argmax())} if len(corpus) else set[int]()
     probe_windows = extremes.union(range(min(PROBE_ROWS, len(corpus))))
     windows = [corpus.read_window(index) for index in sorted(probe_windows)]
+    windows += mark_longer(mixed_in, windows)
     documents = choose_documents(windows, get_sliding_window(network))
     if not documents:
         raise InputError("no text has a target", where=corpus.dataset.path, fix=SHOW_FIX)
-    rows = corpus.dataset
-    probe_rows = range(min(PROBE_ROWS, len(rows)))
-    short_rows = [row for row in probe_rows if rows.get_row_bytes(row) <= MAX_PIECE_CHARS]
+    rows = corpus.dataset.with_max_length(None, "drop")  # a text over it is cut into windows
     texts: list[WindowedText] = []
-    for row in short_rows[:STOCK_ID_ROWS]:
+    for row in _choose_text_rows(corpus):
         row_windows = tuple(corpus.read_window(index) for index in corpus.get_windows(row))
         texts += [WindowedText(document, row_windows) for document in rows.render_documents(row)]
     return PreflightSamples(
@@ -378,6 +408,20 @@ def _choose_text_samples(network: Network, corpus: PretrainingCorpus) -> Preflig
         end_ids=frozenset({rows.renderer.text_end_id}),
         texts=tuple(texts),
     )
+
+
+def _choose_text_rows(corpus: PretrainingCorpus) -> list[int]:
+    """Return the first texts that are not long, the shortest that have several windows, and if all
+    are long the shortest ones."""
+    rows = corpus.dataset
+    encoded = np.flatnonzero(corpus.tokens_N)
+    ranked = encoded[np.argsort(corpus.tokens_N[encoded], kind="stable")].tolist()
+    first = encoded[:PROBE_ROWS].tolist()
+    chosen = [row for row in first if rows.get_row_bytes(row) <= MAX_PIECE_CHARS][:STOCK_ID_ROWS]
+    several = (row for row in ranked if len(corpus.get_windows(row)) > 1)
+    chosen += itertools.islice(several, EXTREME_ROWS)
+    shortest = dict.fromkeys(chosen or ranked[:EXTREME_ROWS])
+    return [row for row in shortest if rows.get_row_bytes(row) <= MAX_CHECKED_BYTES]
 
 
 def _compute_reference_logits(

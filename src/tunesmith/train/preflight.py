@@ -4,9 +4,12 @@ In: our model, a few real documents, and the logits of the stock transformers mo
 CheckResult per check. A check that fails stops the run with GateError before the first step.
 
 The checks also run on injected faults (a leaking mask, labels shifted by one, a branch that attends
-to its sibling, a lost target) and must refuse each: a check that cannot fail proves nothing.
+to its sibling, a lost target, a pack rotated as one document) and must refuse each: a check that
+cannot fail proves nothing. Every result says how many items it compared; a check of nothing, and a
+fault that cannot be injected, are warnings.
 
-Left out: choosing the documents (session/preflight_probe.py). No weight changes here."""
+Left out: choosing the documents (session/preflight_probe.py), checks of tokens alone
+(preflight_tokens.py). No weight changes here."""
 
 from __future__ import annotations
 
@@ -28,19 +31,26 @@ from tunesmith.data.packing import count_input_tokens, pack_step
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.lm_head import measure_target_losses
 from tunesmith.model.quantization import find_quantized_weights
+from tunesmith.model.rotary import DocumentRotary
 from tunesmith.session.preflight_probe import (
-    CHAINED_SUFFIX,
     MAX_PACKED_DOCUMENTS,
-    TRUNCATED_SUFFIX,
     PreflightSamples,
     WindowedText,
     choose_packed_documents,
     choose_positions,
     find_siblings,
+    pack_beyond,
     pack_documents,
     pack_with_sharing,
     trim_to_fork,
     truncate_to_beginning,
+)
+from tunesmith.train.preflight_tokens import (
+    REPORT_FIX,
+    ROW_CHECKS,
+    TEXT_CHECKS,
+    check_supervised_tokens,
+    check_window_coverage,
 )
 
 # Largest relative RMS difference of centered logits between two correct computations.
@@ -52,8 +62,8 @@ LOSS_TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5, torch.float64: 1e-6
 # The rows of a shared prefix are rounded together with other rows than in an unshared pack.
 SHARED_TOLERANCE = LOSS_TOLERANCE | {torch.bfloat16: 0.03}
 TOKEN_TOLERANCE_NATS = {torch.bfloat16: 0.3, torch.float32: 0.0, torch.float64: 0.0}
-
-REPORT_FIX = "please report this"
+# Largest difference of two correct cosines or sines.
+ROTATION_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +95,15 @@ def run_preflight(model: PackedCausalLM, samples: PreflightSamples) -> list[Chec
     model.network.eval()
     subject = ModelUnderTest(model)
     with torch.no_grad():
-        checks = CHECKS if samples.texts is None else TEXT_CHECKS
-        results = [check(subject, samples) for check in checks]
-        if samples.sharing_documents:
+        results = [check_supervised_tokens(samples)]
+        results += [check(subject, samples) for check in FORWARD_CHECKS]
+        if model.rotary is not None:
+            results.append(check_rotation(model, model.rotary, samples))
+        token_checks = ROW_CHECKS if samples.texts is None else TEXT_CHECKS
+        results += [check(samples) for check in token_checks]
+        if samples.sharing_documents is not None:
             results.append(check_prefix_sharing(subject, samples))
-        if find_quantized_weights(model.network):
+        if samples.is_quantized or find_quantized_weights(model.network):
             results.append(_describe_quantized_weights(model))
         results.append(check_negative_controls(subject, samples))
     return results
@@ -98,9 +112,11 @@ def run_preflight(model: PackedCausalLM, samples: PreflightSamples) -> list[Chec
 def _describe_quantized_weights(model: PackedCausalLM) -> CheckResult:
     weights = find_quantized_weights(model.network).values()
     quantized_bytes = sum(weight.nbytes for weight in weights)
-    ratio = quantized_bytes / sum(2 * weight.num_parameters for weight in weights)
+    bf16_bytes = sum(2 * weight.num_parameters for weight in weights)
+    ratio = quantized_bytes / max(1, bf16_bytes)
     evidence = f"{len(weights)} matrices, {quantized_bytes:,} bytes, {ratio:.3f}x of bf16"
-    return CheckResult("4-bit weights", "ok", evidence)
+    if_none = "no matrix of the model is in 4 bits"
+    return CheckResult.from_items("4-bit weights", len(weights), evidence, if_none=if_none)
 
 
 # ---------------------------------------------------------------- injected faults
@@ -109,32 +125,84 @@ def _describe_quantized_weights(model: PackedCausalLM) -> CheckResult:
 Corruption = Callable[[Batch], Batch]
 
 
+@dataclass(frozen=True)
+class NegativeControl:
+    """An injected fault, and the check that must refuse it.
+
+    `skip_reason` says why the fault cannot be injected; empty if it can."""
+
+    fault: str
+    check: Callable[[], CheckResult]
+    skip_reason: str = ""
+
+
 def check_negative_controls(subject: ModelUnderTest, samples: PreflightSamples) -> CheckResult:
     """Check that each injected fault is detected."""
-    controls: dict[str, Callable[[], CheckResult]] = {
-        "leaking mask": lambda: check_document_isolation(subject, samples, corrupt=_leak_mask),
-        "shifted labels": lambda: check_labels(subject, samples, corrupt=_shift_labels),
-    }
-    if samples.sharing_documents:
-        controls["branch that attends to its sibling"] = lambda: check_prefix_sharing(
-            subject, samples, corrupt=_leak_sibling
-        )
-    if texts := samples.texts:
-        controls["lost target"] = lambda: check_window_coverage(
-            subject, _drop_target(samples, texts)
-        )
-    for fault, check in controls.items():
+    detected: list[str] = []
+    skipped: list[str] = []
+    for control in list_controls(subject, samples):
+        if control.skip_reason:
+            skipped.append(f"{control.fault} ({control.skip_reason})")
+            continue
         try:
-            check()
+            control.check()
         except GateError:
+            detected.append(control.fault)
             continue
         raise GateError(
-            f"preflight did not detect an injected fault ({fault}), so it proves nothing",
+            f"preflight did not detect an injected fault ({control.fault}), so it proves nothing",
             where="preflight",
             fix=REPORT_FIX,
         )
-    evidence = f"all {len(controls)} injected faults detected: {', '.join(controls)}"
-    return CheckResult("negative controls", "ok", evidence)
+    kind = "negative controls"
+    if not skipped:
+        evidence = f"all {len(detected)} injected faults detected: {', '.join(detected)}"
+        return CheckResult.from_items(kind, len(detected), evidence, if_none="there is no fault")
+    counts = f"{len(detected)} of {len(detected) + len(skipped)} injected faults detected"
+    evidence = f"{counts}: {', '.join(detected)}; not injected: {', '.join(skipped)}"
+    return CheckResult(kind, "warn", evidence, num_checked=len(detected))
+
+
+def list_controls(subject: ModelUnderTest, samples: PreflightSamples) -> list[NegativeControl]:
+    """Return the faults for these samples, those that cannot be injected included."""
+    controls = [
+        NegativeControl(
+            "leaking mask", lambda: check_document_isolation(subject, samples, corrupt=_leak_mask)
+        ),
+        NegativeControl(
+            "shifted labels", lambda: check_labels(subject, samples, corrupt=_shift_labels)
+        ),
+    ]
+    model = subject.model
+    rotary = model.rotary
+    if rotary is not None:
+        controls.append(
+            NegativeControl(
+                "pack rotated as one document",
+                lambda: check_rotation(model, rotary, samples, corrupt=_leak_mask),
+                ""
+                if is_rotated_otherwise(model, rotary, samples)
+                else "it changes no rotation here",
+            )
+        )
+    if samples.sharing_documents is not None:
+        controls.append(
+            NegativeControl(
+                "branch that attends to its sibling",
+                lambda: check_prefix_sharing(subject, samples, corrupt=_leak_sibling),
+                "" if samples.sharing_documents else "no documents share a prefix",
+            )
+        )
+    if samples.texts is not None:
+        without_target = _drop_target(samples)
+        controls.append(
+            NegativeControl(
+                "lost target",
+                lambda: check_window_coverage(without_target or samples),
+                "" if without_target else "there is no text",
+            )
+        )
+    return controls
 
 
 def _leave_unchanged(batch: Batch) -> Batch:
@@ -159,14 +227,17 @@ def _leak_sibling(batch: Batch) -> Batch:
     return dataclasses.replace(batch, layout=layout)
 
 
-def _drop_target(samples: PreflightSamples, texts: Sequence[WindowedText]) -> PreflightSamples:
-    first_text = texts[0]
-    first_window = first_text.windows[0]
+def _drop_target(samples: PreflightSamples) -> PreflightSamples | None:
+    """Remove the last target of the first window; return None without texts."""
+    if not samples.texts:
+        return None
+    first_text, *others = samples.texts
+    first_window, *windows = first_text.windows
     weights_L = first_window.weights_L.copy()
     weights_L[-1] = 0
     corrupted_window = dataclasses.replace(first_window, weights_L=weights_L)
-    corrupted = WindowedText(first_text.document, (corrupted_window, *first_text.windows[1:]))
-    return dataclasses.replace(samples, texts=(corrupted, *texts[1:]))
+    corrupted = WindowedText(first_text.document, (corrupted_window, *windows))
+    return dataclasses.replace(samples, texts=(corrupted, *others))
 
 
 # ---------------------------------------------------------------- checks of the forward
@@ -200,7 +271,9 @@ def check_logits(subject: ModelUnderTest, samples: PreflightSamples) -> CheckRes
         f"relative difference at most {worst:.2%}, "
         f"top-1 equal at {num_agreeing}/{num_positions} positions; document lengths {lengths}"
     )
-    return CheckResult("logits match transformers", "ok", evidence)
+    return CheckResult.from_items(
+        "logits match transformers", num_positions, evidence, if_none="there is no document"
+    )
 
 
 def check_labels(
@@ -239,7 +312,9 @@ def check_labels(
                 fix=REPORT_FIX,
             )
     evidence = f"{num_checked} losses, relative difference at most {worst:.2%}"
-    return CheckResult("labels match transformers", "ok", evidence)
+    return CheckResult.from_items(
+        "labels match transformers", num_checked, evidence, if_none="there is no target"
+    )
 
 
 def check_document_isolation(
@@ -252,22 +327,27 @@ def check_document_isolation(
     batch = pack_documents(documents)
     num_changed = _refuse_leakage(subject.model, corrupt(batch), batch.layout)
     evidence = f"{num_changed} documents changed in turn, the others bitwise unchanged"
-    return CheckResult("no cross-document attention", "ok", evidence)
+    return CheckResult.from_items(
+        "no cross-document attention", num_changed, evidence, if_none="there is no second document"
+    )
 
 
 def _refuse_leakage(model: PackedCausalLM, batch: Batch, layout: PackLayout) -> int:
     """Change the tokens of each segment in turn; only segments that continue it may change.
 
-    Return the number of segments; raise GateError if an unrelated one changes."""
+    Return the number of segments that others were compared for; raise GateError if an unrelated
+    one changes."""
     batch = dataclasses.replace(batch, positions_S=torch.arange(batch.layout.num_tokens))
     before = model.compute_hidden(batch)
     lengths_T = torch.tensor(layout.lengths)
+    num_compared = 0
     for segment, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
         tokens_T = batch.tokens_T.clone()
         tokens_T[start : start + length] = tokens_T[start : start + length].roll(1) + 1
         tokens_T %= model.head.weight.shape[0]
         after = model.compute_hidden(dataclasses.replace(batch, tokens_T=tokens_T))
         is_unrelated = [segment not in layout.get_path(i) for i in range(len(layout.lengths))]
+        num_compared += any(is_unrelated)
         is_unrelated_T = torch.tensor(is_unrelated).repeat_interleave(lengths_T)
         if not torch.equal(before[is_unrelated_T], after[is_unrelated_T]):
             raise GateError(
@@ -275,7 +355,7 @@ def _refuse_leakage(model: PackedCausalLM, batch: Batch, layout: PackLayout) -> 
                 where="preflight",
                 fix="use another attention backend",
             )
-    return len(layout.lengths)
+    return num_compared
 
 
 def check_packed_loss(subject: ModelUnderTest, samples: PreflightSamples) -> CheckResult:
@@ -283,15 +363,81 @@ def check_packed_loss(subject: ModelUnderTest, samples: PreflightSamples) -> Che
     documents = choose_packed_documents(samples.documents)
     worst = _compare_with_unpacked(subject, documents)
     lengths = ", ".join(str(count_input_tokens(document)) for document in documents)
-    evidence = f"relative difference at most {worst:.1e}; document lengths {lengths}"
-    return CheckResult("packed loss = unpacked loss", "ok", evidence)
+    evidence = (
+        f"{len(documents)} documents, relative difference at most {worst:.1e}; "
+        f"document lengths {lengths}"
+    )
+    return CheckResult.from_items(
+        "packed loss = unpacked loss", len(documents), evidence, if_none="there is no document"
+    )
+
+
+def check_rotation(
+    model: PackedCausalLM,
+    rotary: DocumentRotary,
+    samples: PreflightSamples,
+    *,
+    corrupt: Corruption = _leave_unchanged,
+) -> CheckResult:
+    """Check that each document of a pack is rotated as if it were alone.
+
+    For rotary embeddings that depend on the length: the shortest documents and the longest one, in
+    a pack of more tokens than the limit from which on they do."""
+    batch = pack_beyond(choose_packed_documents(samples.documents), rotary.longest_limit)
+    layout = batch.layout
+    model.set_layout(corrupt(batch).layout)
+    x = torch.empty(0, dtype=torch.float32, device=model.device)
+    worst = 0.0
+    for arguments in rotary.list_layer_types():
+        tables = rotary(x, batch.positions_T[None], *arguments)
+        alone: dict[int, tuple[Tensor, Tensor]] = {}
+        for start, length in zip(layout.starts, layout.lengths, strict=True):
+            if length not in alone:
+                alone[length] = rotary.compute_alone(x, length, *arguments)
+            for packed_1TD, alone_1LD in zip(tables, alone[length], strict=True):
+                difference = packed_1TD[:, start : start + length] - alone_1LD
+                worst = max(worst, float(difference.abs().max()))
+    if not worst <= ROTATION_TOLERANCE:
+        raise GateError(
+            f"the length of a pack changes the rotation of its documents by {worst:.2g}",
+            where="preflight",
+            fix=REPORT_FIX,
+        )
+    lengths = f"{min(layout.lengths)} to {max(layout.lengths)} tokens"
+    evidence = (
+        f"{len(layout.lengths)} documents of {lengths} in a pack of {layout.num_tokens:,}, "
+        f"difference at most {worst:.1e}"
+    )
+    return CheckResult.from_items(
+        "rotation per document", len(layout.lengths), evidence, if_none="there is no document"
+    )
+
+
+def is_rotated_otherwise(
+    model: PackedCausalLM, rotary: DocumentRotary, samples: PreflightSamples
+) -> bool:
+    """Return whether a document would be rotated otherwise by the length of its pack."""
+    layout = pack_beyond(choose_packed_documents(samples.documents), rotary.longest_limit).layout
+    x = torch.empty(0, dtype=torch.float32, device=model.device)
+    for arguments in rotary.list_layer_types():
+        as_pack = rotary.compute_alone(x, layout.num_tokens, *arguments)
+        for length in set(layout.lengths):
+            alone = rotary.compute_alone(x, length, *arguments)
+            for pack_1TD, alone_1LD in zip(as_pack, alone, strict=True):
+                if (pack_1TD[:, :length] - alone_1LD).abs().max() > ROTATION_TOLERANCE:
+                    return True
+    return False
 
 
 def check_prefix_sharing(
     subject: ModelUnderTest, samples: PreflightSamples, *, corrupt: Corruption = _leave_unchanged
 ) -> CheckResult:
     """Check that sharing a prefix changes no loss and that branches do not attend to each other."""
+    kind = "prefix-shared loss = unshared loss"
     documents = samples.sharing_documents
+    if not documents:
+        if_none = "no two documents share a prefix, and all are too short to share one"
+        return CheckResult.from_items(kind, 0, "", if_none=if_none)
     fork = pack_with_sharing(trim_to_fork(documents))
     num_segments = _refuse_leakage(subject.model, corrupt(fork), fork.layout)
     worst = _compare_with_unpacked(subject, documents, share_prefixes=True)
@@ -302,7 +448,12 @@ def check_prefix_sharing(
         f"relative difference at most {worst:.1e}, {num_segments} segments isolated bitwise; "
         f"{num_computed} tokens computed for {num_input}"
     )
-    return CheckResult("prefix-shared loss = unshared loss", "ok", evidence)
+    return CheckResult.from_items(
+        kind,
+        num_input - num_computed,
+        evidence,
+        if_none="the documents with a common prefix are rotated differently",
+    )
 
 
 def _compare_with_unpacked(
@@ -346,112 +497,5 @@ def _sum_document_losses(model: PackedCausalLM, batch: Batch, hidden_SH: Tensor)
     return sums_D.tolist()
 
 
-# ---------------------------------------------------------------- checks of the tokens
-
-
-def check_supervised_tokens(subject: ModelUnderTest, samples: PreflightSamples) -> CheckResult:
-    """Check that every document has a supervised token, and never its first."""
-    del subject
-    num_supervised = 0
-    for document in samples.documents:
-        if not document.weights_L.any() or document.weights_L[0]:
-            raise GateError(
-                "no token of this document is supervised, or its first one is",
-                where=f"preflight: {document.id}",
-                fix="look at the row with `tunesmith data show`",
-            )
-        num_supervised += int(np.count_nonzero(document.weights_L))
-    num_tokens = sum(map(len, samples.documents))
-    return CheckResult("supervised tokens", "ok", f"{num_supervised} of {num_tokens}")
-
-
-def check_eos_supervised(subject: ModelUnderTest, samples: PreflightSamples) -> CheckResult:
-    """Check that the last supervised token of every document is an end token."""
-    del subject
-    no_end = (CHAINED_SUFFIX, TRUNCATED_SUFFIX)
-    documents = [document for document in samples.documents if not document.id.endswith(no_end)]
-    for document in documents:
-        last = int(document.tokens_L[np.flatnonzero(document.weights_L)[-1]])
-        if last not in samples.end_ids:
-            raise GateError(
-                f"the last supervised token is {last}, not an end token: "
-                "the model would never learn to stop",
-                where=f"preflight: {document.id}",
-                fix="use on_overlong: drop instead of truncate, "
-                "or a chat template that closes its answers",
-            )
-    return CheckResult("EOS is supervised", "ok", f"{len(documents)} answers end with EOS")
-
-
-def check_token_ids(subject: ModelUnderTest, samples: PreflightSamples) -> CheckResult:
-    """Check that token ids, leading BOS included, equal those of apply_chat_template."""
-    del subject
-    kind = "token ids match apply_chat_template"
-    num_prompts = 0
-    for row_id, is_equal, is_full_row in samples.token_id_checks:
-        num_prompts += not is_full_row
-        if not is_equal:
-            raise GateError(
-                "token ids differ from apply_chat_template",
-                where=f"preflight: {row_id}",
-                fix="tokenizer.json and the tokenizer class disagree; if tokenizer.json is right, "
-                'set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json',
-            )
-    if not samples.token_id_checks:
-        evidence = "not compared: all rows are plain text, contain control-like text or a date"
-        return CheckResult(kind, "warn", evidence)
-    evidence = f"{len(samples.token_id_checks)} rows, leading BOS included"
-    if num_prompts:
-        evidence += f"; only the prompts of {num_prompts}"
-    return CheckResult(kind, "ok", evidence)
-
-
-def check_text_eos(subject: ModelUnderTest, samples: PreflightSamples) -> CheckResult:
-    """Check that EOS ends every text, occurs nowhere else, and is supervised."""
-    del subject
-    texts = samples.texts or ()
-    for text in texts:
-        is_eos = [token in samples.end_ids for token in text.document.tokens_L[1:].tolist()]
-        ends_once = sum(is_eos) == 1 and is_eos[-1]
-        last = text.windows[-1]
-        is_supervised = last.weights_L[-1] and int(last.tokens_L[-1]) in samples.end_ids
-        if not ends_once or not is_supervised:
-            raise GateError(
-                "EOS does not end the text, or is not supervised",
-                where=f"preflight: {text.document.id}",
-                fix="please report the model's tokenizer",
-            )
-    evidence = f"{len(texts)} texts end with a supervised EOS and contain no other"
-    return CheckResult("EOS between documents", "ok", evidence)
-
-
-def check_window_coverage(subject: ModelUnderTest, samples: PreflightSamples) -> CheckResult:
-    """Check that the windows' targets are the text's tokens in order, each once, but the first."""
-    del subject
-    texts = samples.texts or ()
-    num_windows = 0
-    num_targets = 0
-    for text in texts:
-        targets = np.concatenate([w.tokens_L[w.weights_L > 0] for w in text.windows])
-        if not np.array_equal(targets, text.document.tokens_L[1:]):
-            raise GateError(
-                f"windows have {len(targets)} targets for a text of {len(text.document)} tokens, "
-                "or other tokens than the text",
-                where=f"preflight: {text.document.id}",
-                fix=REPORT_FIX,
-            )
-        num_windows += len(text.windows)
-        num_targets += len(targets)
-    evidence = f"{num_targets:,} tokens of {len(texts)} texts in {num_windows:,} windows"
-    return CheckResult("every token is a target once", "ok", evidence)
-
-
-COMMON_CHECKS = (
-    check_supervised_tokens,
-    check_logits,
-    check_labels,
-    check_document_isolation,
-    check_packed_loss,
-)
-CHECKS = (*COMMON_CHECKS, check_eos_supervised, check_token_ids)
-TEXT_CHECKS = (*COMMON_CHECKS, check_text_eos, check_window_coverage)
+# A check that cannot pass on nothing: it says how many items it compared.
+FORWARD_CHECKS = (check_logits, check_labels, check_document_isolation, check_packed_loss)

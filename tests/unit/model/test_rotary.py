@@ -9,17 +9,12 @@ import torch
 import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
-    Gemma3TextConfig,
     LlamaConfig,
-    Olmo3Config,
-    Phi3Config,
-    PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
 )
 
+from rotary_configs import CONFIGS, LIMIT
 from tiny_models import (
-    MIXED,
     SIZES,
     VOCABULARY,
     collate_documents,
@@ -36,55 +31,6 @@ from tunesmith.model.causal_lm import PackedCausalLM, compute_stock_logits, wrap
 from tunesmith.model.generation.engine import generate
 from tunesmith.model.lm_head import measure_target_losses
 
-LIMIT = 32
-HALF = SIZES["hidden_size"] // SIZES["num_attention_heads"] // 2
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 100.0,
-    "short_factor": [1.0 + 0.1 * i for i in range(HALF)],
-    "long_factor": [2.0 + 1.5 * i for i in range(HALF)],
-    "original_max_position_embeddings": LIMIT,
-}
-PARTIAL = LONGROPE | {
-    "short_factor": LONGROPE["short_factor"][: HALF // 2],
-    "long_factor": LONGROPE["long_factor"][: HALF // 2],
-    "partial_rotary_factor": 0.5,
-}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
-PLAIN = {"rope_type": "default", "rope_theta": 100.0}
-SHORT_CONTEXT = SIZES | {"max_position_embeddings": LIMIT}
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "phi3-128k": Phi3Config(
-        **SIZES, rope_parameters=LONGROPE, original_max_position_embeddings=LIMIT
-    ),
-    "phi3.5": Phi3Config(
-        **SIZES,
-        rope_parameters=LONGROPE,
-        original_max_position_embeddings=LIMIT,
-        sliding_window=20,
-    ),
-    "phi4-mini": Phi3Config(
-        **SIZES,
-        rope_parameters=PARTIAL,
-        original_max_position_embeddings=LIMIT,
-        partial_rotary_factor=0.5,
-        tie_word_embeddings=True,
-    ),
-    "llama-longrope": LlamaConfig(**SIZES, rope_parameters=LONGROPE),
-    "llama-dynamic": LlamaConfig(**SHORT_CONTEXT, rope_parameters=DYNAMIC),
-    "qwen2-dynamic": Qwen2Config(**SHORT_CONTEXT, rope_parameters=DYNAMIC),
-    "gemma3-longrope": Gemma3TextConfig(
-        **SIZES,
-        **MIXED,
-        head_dim=2 * HALF,
-        rope_parameters={"sliding_attention": PLAIN, "full_attention": LONGROPE},
-    ),
-    "olmo3-dynamic": Olmo3Config(
-        **SHORT_CONTEXT,
-        **MIXED,
-        rope_parameters={"sliding_attention": PLAIN, "full_attention": DYNAMIC},
-    ),
-}
 LENGTHS = (5, LIMIT - 1, LIMIT, LIMIT + 1, 90, 17, 70)
 
 

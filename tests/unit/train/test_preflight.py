@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 from transformers import Phi3Config
 
+from preflight_models import get_refusal, prepare_model, prepare_sharing_model
 from tiny_models import (
     CONFIGS,
     END,
     SIZES,
     WINDOW,
     continue_document,
-    make_branching_documents,
     make_tiny_document,
     make_tiny_documents,
-    make_tiny_network,
 )
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult
@@ -26,16 +25,9 @@ from tunesmith.core.types import Batch, Document, Pack, PackLayout
 from tunesmith.data.packing import count_input_tokens
 from tunesmith.model.adapters import METHODS
 from tunesmith.model.attention import BACKENDS, AttentionConfig, reference_attention
-from tunesmith.model.causal_lm import (
-    PackedCausalLM,
-    compute_stock_logits,
-    get_sliding_window,
-    wrap_model,
-)
 from tunesmith.model.rotary import DocumentRotary
 from tunesmith.session import preflight_probe as probe_module
 from tunesmith.session.preflight_probe import (
-    PreflightSamples,
     TokenIdCheck,
     choose_documents,
     choose_packed_documents,
@@ -48,40 +40,6 @@ from tunesmith.session.preflight_probe import (
 from tunesmith.train import preflight
 from tunesmith.train.preflight import run_preflight
 
-ADAPTER = {
-    "lora_r": 4,
-    "lora_alpha": 8,
-    "lora_dropout": 0.0,
-    "use_rslora": False,
-    "use_dora": False,
-    "lora_target_modules": "all-linear",
-    "seed": 0,
-}
-
-
-def prepare_model(
-    family: str = "llama",
-    dtype: torch.dtype = torch.float32,
-    candidates: Sequence[Document] | None = None,
-    method: str = "lora",
-) -> tuple[PackedCausalLM, PreflightSamples]:
-    """A model as it is before its first step, and what the stock one said."""
-    network = make_tiny_network(family, dtype)
-    documents = choose_documents(
-        candidates or make_tiny_documents((20, 9, 33, 14)), get_sliding_window(network)
-    )
-    stock = tuple(
-        compute_stock_logits(
-            network, d.tokens_L[: count_input_tokens(d)].tolist(), choose_positions(d)
-        )
-        for d in documents
-    )
-    METHODS[method](network, ADAPTER)
-    return wrap_model(network, dtype), PreflightSamples(
-        documents, stock, frozenset({END}), (TokenIdCheck("rows:1", True),)
-    )
-
-
 # ---------------------------------------------------------------- all is well
 
 
@@ -90,7 +48,8 @@ def test_the_proof_passes_on_every_family(family: str) -> None:
     model, samples = prepare_model(family)
     verdicts = run_preflight(model, samples)
     assert all(verdict.level == "ok" for verdict in verdicts)
-    assert len(verdicts) == len(preflight.CHECKS) + 1
+    num_checks = len(preflight.FORWARD_CHECKS) + len(preflight.ROW_CHECKS)
+    assert len(verdicts) == 1 + num_checks + 1
     assert verdicts[-1].kind == "negative controls"
 
 
@@ -195,14 +154,6 @@ def test_checked_places_are_spread_from_the_first_to_the_last() -> None:
 
 
 # ---------------------------------------------------------------- each fault has its message
-
-
-def get_refusal(model: PackedCausalLM, samples: PreflightSamples) -> str:
-    with pytest.raises(GateError) as caught:
-        run_preflight(model, samples)
-    assert caught.value.where.startswith("preflight")
-    assert caught.value.exit_code == 4
-    return caught.value.message
 
 
 def leaky_attention(
@@ -388,16 +339,6 @@ def test_both_sides_of_pairs_are_proven() -> None:
 
 
 # ---------------------------------------------------------------- shared prefixes
-
-
-def prepare_sharing_model(
-    family: str = "llama", dtype: torch.dtype = torch.float32
-) -> tuple[PackedCausalLM, PreflightSamples]:
-    """Ready, with documents of which two begin alike and one continues another's beginning."""
-    model, samples = prepare_model(family, dtype)
-    alike = choose_sharing_documents(make_branching_documents())
-    assert len(alike) == 3
-    return model, dataclasses.replace(samples, sharing_documents=alike)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -1,0 +1,83 @@
+"""Tiny models as they are before the first step, with the samples that preflight compares."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from tiny_models import (
+    END,
+    make_branching_documents,
+    make_tiny_documents,
+    make_tiny_network,
+)
+from tunesmith.core.errors import GateError
+from tunesmith.core.types import Document
+from tunesmith.data.packing import count_input_tokens
+from tunesmith.model.adapters import METHODS
+from tunesmith.model.causal_lm import (
+    PackedCausalLM,
+    compute_stock_logits,
+    get_sliding_window,
+    wrap_model,
+)
+from tunesmith.session.preflight_probe import (
+    PreflightSamples,
+    TokenIdCheck,
+    choose_documents,
+    choose_positions,
+    choose_sharing_documents,
+)
+from tunesmith.train.preflight import run_preflight
+
+ADAPTER = {
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_target_modules": "all-linear",
+    "seed": 0,
+}
+
+
+def prepare_model(
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    candidates: Sequence[Document] | None = None,
+    method: str = "lora",
+) -> tuple[PackedCausalLM, PreflightSamples]:
+    """A model as it is before its first step, and what the stock one said."""
+    network = make_tiny_network(family, dtype)
+    documents = choose_documents(
+        candidates or make_tiny_documents((20, 9, 33, 14)), get_sliding_window(network)
+    )
+    stock = tuple(
+        compute_stock_logits(
+            network, d.tokens_L[: count_input_tokens(d)].tolist(), choose_positions(d)
+        )
+        for d in documents
+    )
+    METHODS[method](network, ADAPTER)
+    return wrap_model(network, dtype), PreflightSamples(
+        documents, stock, frozenset({END}), (TokenIdCheck("rows:1", True),)
+    )
+
+
+def prepare_sharing_model(
+    family: str = "llama", dtype: torch.dtype = torch.float32
+) -> tuple[PackedCausalLM, PreflightSamples]:
+    """Ready, with documents of which two begin alike and one continues another's beginning."""
+    model, samples = prepare_model(family, dtype)
+    alike = choose_sharing_documents(make_branching_documents())
+    assert len(alike) == 3
+    return model, dataclasses.replace(samples, sharing_documents=alike)
+
+
+def get_refusal(model: PackedCausalLM, samples: PreflightSamples) -> str:
+    with pytest.raises(GateError) as caught:
+        run_preflight(model, samples)
+    assert caught.value.where.startswith("preflight")
+    assert caught.value.exit_code == 4
+    return caught.value.message
