@@ -167,6 +167,8 @@ def _read_processor_flags() -> set[str]:
     return set()
 
 
+CGROUP_MEMBERSHIP = Path("/proc/self/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 # limit, bytes in use, and the key of reclaimable file cache in memory.stat: cgroup v2 and v1
 CGROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
@@ -190,11 +192,11 @@ def _read_cgroup_limits(folders: list[Path]) -> list[tuple[int, int]]:
 def _find_cgroup_folders() -> list[Path]:
     """Return the folders of this process's cgroups (versions 1 and 2) and of all their parents."""
     folders: list[Path] = []
-    for line in _read_text(Path("/proc/self/cgroup")).splitlines():
+    for line in _read_text(CGROUP_MEMBERSHIP).splitlines():
         _, controllers, cgroup_path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        root = Path("/sys/fs/cgroup") / controllers
+        root = CGROUP_ROOT / controllers
         cgroup_dir = root / cgroup_path.lstrip("/")
         # In a container the path may be the host's, which does not exist here; the root does.
         for folder in (cgroup_dir, *cgroup_dir.parents):

@@ -64,6 +64,35 @@ def test_a_cgroup_limit_counts_and_cached_files_are_free(tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.parametrize(
+    ("limit", "used", "expected"),
+    [
+        (1000, 400, (1000, 600)),
+        (1000, 1400, (1000, 0)),
+        (2**62, 0, None),
+    ],
+)
+def test_memory_is_that_of_the_container(
+    limit: int,
+    used: int,
+    expected: tuple[int, int] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "app.slice" / "job").mkdir(parents=True)
+    (tmp_path / "app.slice" / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "app.slice" / "memory.current").write_text(f"{used}\n")
+    membership = tmp_path / "membership"
+    membership.write_text("5:cpuset:/other\n0::/app.slice/job\n")
+    monkeypatch.setattr(hardware, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(hardware, "CGROUP_MEMBERSHIP", membership)
+    if expected:
+        assert read_main_memory() == expected
+    else:
+        total, available = read_main_memory()
+        assert 2**28 < available <= total < limit
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
 def test_cores_follow_the_affinity() -> None:
     before = os.sched_getaffinity(0)

@@ -18,6 +18,7 @@ from tunesmith.core.events import (
     CheckResult,
     Event,
     GenerationSample,
+    Rollback,
     Score,
     StageStart,
     TrainingEnd,
@@ -234,6 +235,26 @@ def test_readers_take_the_last_attempt_of_a_step_in_order(tmp_path: Path) -> Non
         (2, 20.0),
         (3, 13.0),
     ]
+
+
+def test_every_opening_and_every_rollback_starts_an_attempt(tmp_path: Path) -> None:
+    with started(tmp_path) as folder:
+        for number in (1, 2, 3):
+            folder.append_event(step(number, loss=10.0))
+    with RunFolder.open(tmp_path) as folder:
+        folder.append_event(step(3, loss=20.0))
+        first = folder.record_rollback(Rollback(3, 1, "spike", "", ""))
+        assert (folder.attempt, first[0].attempt) == (3, 2)
+        folder.append_event(step(2, loss=30.0))
+        second = folder.record_rollback(Rollback(2, 1, "spike", "", ""))
+        assert (folder.attempt, [rollback.attempt for rollback in second]) == (4, [2, 3])
+    logged = [(event.attempt, event.event.step) for event in read_all_events(tmp_path)]
+    assert logged == [(1, 1), (1, 2), (1, 3), (2, 3), (3, 2)]
+    with RunFolder.open(tmp_path) as folder:  # no event has the number of the last rollback
+        assert folder.attempt == 4
+        assert folder.load_events() == [step(1, loss=10.0)]
+        folder.append_event(step(2, loss=40.0))
+        assert folder.load_events() == [step(1, loss=10.0), step(2, loss=40.0)]
 
 
 def test_a_torn_last_line_is_left_out_and_stays_apart_from_what_follows(tmp_path: Path) -> None:

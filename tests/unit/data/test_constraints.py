@@ -11,7 +11,7 @@ import pytest
 from tiny_runs import make_chat_row, write_rows
 from toy_chat import assistant, make_example, mark_trained_text, user, write_model_folder
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import Example, Json
+from tunesmith.core.types import CharSpan, Example, Json
 from tunesmith.data import constraints
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.checks.run import check_data
@@ -74,6 +74,21 @@ def test_the_tokens_of_a_ban_are_those_that_hold_its_matches(
     assert not bad or text.strip() == bad.strip() or match == "sist"
     assert len(text) < len(sentence)
     assert renderer.end_ids[0] not in trained, "how an answer ends is not what is bad"
+
+
+@pytest.mark.parametrize(
+    ("match", "text", "banned"),
+    [
+        ("sorry", "I am Sorry", ()),
+        ("sorry", "I am sorry", (CharSpan(1, 5, 10),)),
+        ("(?i)sorry", "I am SORRY", (CharSpan(1, 5, 10),)),
+        ("Sorry", "I am sorry", ()),
+    ],
+)
+def test_a_pattern_has_the_case_that_it_is_written_in(
+    match: str, text: str, banned: tuple[CharSpan, ...]
+) -> None:
+    assert ban(match).mark_violations(answer(text)).banned_spans == banned
 
 
 def test_every_trained_turn_is_looked_at_and_no_other(renderer: Renderer) -> None:

@@ -430,3 +430,15 @@ def test_a_second_rollback_undoes_what_was_set_after_it() -> None:
     assert training.ratio_changes == ((20, 0.2),)
     training.set_rollbacks(raised)
     assert training.ratio_changes == ((10, 0.4),), "from step 20 on it is not lowered again"
+
+
+def test_rollbacks_scale_the_rate_from_the_step_that_they_return_to() -> None:
+    config = dataclasses.replace(SETTINGS, lr_scheduler_type="constant", warmup_ratio=0.0)
+    training = TrainingLoop(make_tiny_model(), make_step_documents, config, steps=STEPS)
+    spikes = [(3, 2, 0.5), (5, 4, 0.25)]
+    training.set_rollbacks(
+        [Rollback(step, to, "spike", "", "", lr_factor=factor) for step, to, factor in spikes]
+    )
+    rates = [event.learning_rate for event in select_steps(list(training))]
+    factors = [1, 1, 0.5, 0.5, 0.125, 0.125]
+    assert rates == pytest.approx([config.learning_rate * factor for factor in factors])

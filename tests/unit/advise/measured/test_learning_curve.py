@@ -103,3 +103,20 @@ def test_a_rising_curve_is_reported_as_not_falling() -> None:
     assert curve is not None
     assert curve.b < 0
     assert "examples: it does not fall;" in _format_learning_curve(curve, "contains")
+
+
+def test_the_interval_is_that_of_other_items_and_of_other_trainings() -> None:
+    """Few items make it wide; so do trainings that differ on the same items."""
+    curves = {items: fit(lambda n: 3 * n**-0.7, items=items) for items in (40, 4000)}
+    widths = {items: curve.b_high - curve.b_low for items, curve in curves.items()}
+    assert widths[4000] > 0.01
+    assert widths[40] > 4 * widths[4000]
+    scores = make_points(lambda n: 3 * n**-0.7, items=4000)
+    spread: dict[int, list[list[float]]] = {}
+    for size, (values,) in scores.items():
+        spread[size] = [values, [max(0.0, value - 0.3) for value in values]]
+    different = fit_curve(spread)
+    same = fit_curve({size: [np.mean(pair, axis=0).tolist()] * 2 for size, pair in spread.items()})
+    assert different is not None
+    assert same is not None
+    assert different.b_high - different.b_low > 2 * (same.b_high - same.b_low)

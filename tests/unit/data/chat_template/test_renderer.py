@@ -315,6 +315,14 @@ def test_a_completion_goes_on_from_its_prompt(tmp_path: Path, kind: str) -> None
     assert renderer.decode(document.tokens_L.tolist()).strip() == "the user asks<|endoftext|>"
 
 
+def test_a_prompt_after_a_bos_is_not_trained(tmp_path: Path) -> None:
+    tokens = ("<|endoftext|>", "<|bos|>")
+    folder = write_model_folder(tmp_path, None, tokens, bos="<|bos|>")
+    renderer = Renderer.from_folder(folder, now=NOW)
+    document = renderer.render(Example("t:1", prompt="the user", text=" asks")).documents[0]
+    assert mark_trained_text(renderer, document) == "<|bos|>the user⟦ asks<|endoftext|>⟧"
+
+
 def test_a_completion_is_an_answer_and_its_prompt_is_not(renderer: Renderer) -> None:
     rendered = renderer.render(
         Example("t:1", prompt="<think>", text="<think>a</think> b<|im_end|>")

@@ -3,11 +3,14 @@ else."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
 import pytest
 
+from fake_runs import PLAN
+from plan_configs import make_config
 from tunesmith.core.events import EXPECTED_TASK, PROBE_TASK, CheckResult, Score, TrainStep
 from tunesmith.train.guard.detectors import DETECTORS, THRESHOLDS, TrainingGuard, select_worst
 
@@ -63,6 +66,28 @@ def start_guard(**levels: str) -> TrainingGuard:
     assert run_probe(guard, 0) == []
     assert [guard.observe_event(make_step(n)) for n in range(1, 11)] == [[]] * 10
     return guard
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "margin", "fires"),
+    [
+        (0.021, 0.05, 0.02, True),
+        (0.02, 0.05, 0.02, False),  # the interval reaches the margin
+        (0.019, 0.05, 0.02, False),
+        (0.021, 0.05, 0.1, False),
+        (0.001, 0.002, 0.0, True),
+        (0.9, 1.0, math.inf, False),
+    ],
+)
+def test_forgetting_is_what_exceeds_the_margin_of_the_plan(
+    low: float, value: float, margin: float, fires: bool
+) -> None:
+    config = make_config(forgetting_margin=margin, guard_forgetting="stop")
+    guard = TrainingGuard.from_plan(dataclasses.replace(PLAN, config=config), is_probing=True)
+    run_probe(guard, 0)
+    guard.observe_event(Score(PROBE_TASK, "forgotten", value, low, value + 0.1, 8, 4))
+    kinds = [verdict.kind for verdict in guard.judge_probe(4)]
+    assert kinds == (["forgetting"] if fires else [])
 
 
 @pytest.mark.parametrize(
