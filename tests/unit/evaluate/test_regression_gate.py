@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from fake_runs import make_comparison
+from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK
+from tunesmith.core.types import Comparison
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
-from tunesmith.evaluate.regression_gate import Gate, build_gates
+from tunesmith.evaluate.regression_gate import EvalReport, Gate, build_gates, parse_metrics
 from tunesmith.evaluate.results import MetricValues, compare_measurements
 
 
@@ -56,6 +61,8 @@ def test_losses_have_a_margin_relative_to_the_value_before() -> None:
     result = gate(before, slightly, higher_is_better=False)
     assert result.passed
     assert result.margin == pytest.approx(0.22)
+    halved = gate(before, [value / 2 for value in before], higher_is_better=False)
+    assert halved.margin == pytest.approx(0.22)
     wide = [value + 3 * (-1) ** i for i, value in enumerate(before)]
     failed = gate(before, wide, higher_is_better=False)
     assert not failed.passed
@@ -120,3 +127,125 @@ def test_other_metrics_may_not_get_significantly_worse_within_their_margin() -> 
     result = gate(before, after, higher_is_better=False)
     assert (result.passed, result.bound < result.margin) == (False, True)
     assert result.message.endswith(": worse")
+
+
+# ---------------------------------------------------------------- which margin, which limits
+
+
+def judge(comparison: Comparison, margin: float | None = 0.02) -> Gate:
+    (result,) = build_gates([comparison], margin)
+    return result
+
+
+def make_bits(low: float, high: float) -> Comparison:
+    """Compare bits per byte of general text that change by the middle of an interval."""
+    middle = (low + high) / 2
+    comparison = make_comparison(
+        BITS_PER_BYTE, 1.0, 1.0 + middle, 0.0, task=GENERAL_TASK, higher_is_better=False
+    )
+    return dataclasses.replace(comparison, difference=middle, low=low, high=high)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.125, 0.25, "worse, within the margin"),
+        (-0.125, 0.25, "no difference shown"),
+        (-0.5, -0.25, "better"),
+        (0.125, 0.2501, "too few items to tell"),
+        (0.25, 0.5, "too few items to tell"),
+        (0.2501, 0.5, "worse"),
+    ],
+)
+def test_a_loss_up_to_the_margin_is_allowed_in_general_text(
+    low: float, high: float, verdict: str
+) -> None:
+    result = judge(make_bits(low, high), margin=0.25)
+    assert result.message.endswith(f": {verdict}")
+    assert result.passed == (high <= 0.25)
+    assert (result.bound, result.margin) == (high, 0.25)
+    assert result.message.startswith(f"{(low + high) / 2:+.4f} [{low:+.4f}, {high:+.4f}], n = 80, ")
+
+
+@pytest.mark.parametrize(("n", "is_enough"), [(4, False), (5, True)])
+def test_a_gate_needs_five_items(n: int, is_enough: bool) -> None:
+    comparison = make_bits(-0.01, 0.01)
+    after = dataclasses.replace(comparison.after, n=n)
+    assert judge(dataclasses.replace(comparison, after=after)).passed == is_enough
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "before", "higher_is_better", "p_value", "margin"),
+    [
+        (0.0, 1.0, 0.5, True, None, 0.1),  # a grade
+        (-0.01, 1.0, 0.5, True, None, 0.05),
+        (0.0, 1.01, 0.5, True, None, 0.05),
+        (0.0, 1.0, 0.5, False, None, 0.05),  # a loss, or an error
+        (0.0, 1.0, 0.5, False, 0.5, 0.1),  # a rate
+        (-4.0, 1.0, -3.0, True, None, 0.3),
+    ],
+)
+def test_grades_have_ten_points_and_other_values_a_tenth(
+    low: float,
+    high: float,
+    before: float,
+    higher_is_better: bool,
+    p_value: float | None,
+    margin: float,
+) -> None:
+    comparison = make_comparison(
+        "score", before, before + 7, 0.0, higher_is_better=higher_is_better, p_value=p_value
+    )
+    for side in ("before", "after"):
+        score = dataclasses.replace(comparison.before, low=low, high=high)
+        inner = dataclasses.replace(comparison.before, low=0.2, high=0.3)
+        sides = {"before": inner, "after": dataclasses.replace(inner, value=before + 7)}
+        changed = dataclasses.replace(comparison, **sides | {side: score})
+        changed = dataclasses.replace(
+            changed, before=dataclasses.replace(changed.before, value=before)
+        )
+        assert judge(changed).margin == pytest.approx(margin)
+
+
+def test_without_a_margin_general_text_has_that_of_other_metrics() -> None:
+    result = judge(make_bits(-0.01, 0.0625), margin=None)
+    assert (result.passed, result.margin) == (True, 0.1)
+    assert not judge(make_bits(0.01, 0.0625), margin=None).passed  # significantly worse
+    assert not judge(make_bits(-0.01, 0.125), margin=None).passed
+
+
+def test_kl_is_not_gated_and_something_has_to_be() -> None:
+    kl = dataclasses.replace(make_bits(0.5, 1.0), metric="kl")
+    bits = make_bits(-0.01, 0.01)
+    task_kl = dataclasses.replace(kl, task="test")
+    names = [result.name for result in build_gates([kl, bits, task_kl], 0.02)]
+    assert names == [f"{GENERAL_TASK} {BITS_PER_BYTE}", "test kl"]
+    with pytest.raises(InputError, match="there is no metric to gate"):
+        build_gates([kl], 0.02)
+    with pytest.raises(InputError, match="a base model has no before/after to gate"):
+        EvalReport((bits.after,)).check_gates()
+    assert [result.name for result in EvalReport((), (bits,), 0.02).check_gates()] == names[:1]
+    assert EvalReport((), (make_bits(0.03, 0.04),), 0.05).check_gates()[0].passed
+    assert not EvalReport((), (make_bits(0.03, 0.04),), 0.02).check_gates()[0].passed
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (None, ()),
+        ("chrf", ("chrf",)),
+        ("chrf, exact_match", ("chrf", "exact_match")),
+        ("[chrf, exact_match]", ("chrf", "exact_match")),
+        (["chrf"], ("chrf",)),
+    ],
+)
+def test_metrics_are_written_as_in_a_recipe(
+    text: str | list[str] | None, names: tuple[str, ...]
+) -> None:
+    assert parse_metrics(text) == names
+
+
+@pytest.mark.parametrize("text", ["chrf: {}", [3], [None]])
+def test_what_is_no_metric_is_refused(text: str | list[str]) -> None:
+    with pytest.raises(InputError, match="invalid list of metrics"):
+        parse_metrics(text)
