@@ -152,11 +152,16 @@ class PlanConfig:
 
     method: Literal["lora", "qlora", "full"]
     optim: Literal["adamw", "adamw_8bit"]
-    loss: Literal["dpo", "orpo", "simpo"] | None = None  # preference pairs
-    beta: int | float | None = None  # preference pairs, per nat; ORPO's lambda
+    loss: Literal["dpo", "orpo", "simpo", "kto"] | None = None  # preference rows
+    beta: int | float | None = None  # preference rows, per nat; ORPO's lambda
     gamma: int | float | None = None  # SimPO's margin, nats per token
     nll_coefficient: int | float | None = None  # of the plain loss of chosen answers
     dtype: Literal["bf16", "fp32"]
+    desirable_weight: int | float | None = None  # KTO's factors on both kinds of answers
+    undesirable_weight: int | float | None = None
+    train_on: str | tuple[str, ...] | None = None  # all, or roles; None: answers
+    label_smoothing: int | float | None = None  # share of each label
+    neftune_noise_alpha: int | float | None = None  # noise on embeddings
     max_length: int  # tokens of a document
     pack_length: int  # tokens of a pack
     num_train_epochs: int | float
@@ -170,9 +175,17 @@ class PlanConfig:
     use_dora: bool | None = None
     learning_rate: int | float  # peak
     warmup_ratio: int | float  # fraction of the steps
-    lr_scheduler_type: Literal["linear", "cosine", "constant"]
+    lr_scheduler_kwargs: dict[str, int | float | str] | None = None  # of some schedules
     weight_decay: int | float
     max_grad_norm: int | float  # 0: no clipping
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ]
     step_in_backward: bool  # update each weight as soon as its gradient is known
     attention: str  # backend
     share_prefixes: bool
@@ -364,6 +377,10 @@ class CharSpan(NamedTuple):
     """Characters start:end of the content of a message, without surrounding white space."""
 
     message: int
+class RowWeight(float):
+    """A weight that the row sets for a message, in place of that of its role."""
+
+
     start: int
     end: int
 
@@ -464,6 +481,7 @@ class Batch:
 
 # ---------------------------------------------------------------- generation and measurement
 
+    embedding_noise_TH: torch.Tensor | None = None  # added to embeddings (NEFTune)
 
 @dataclass(frozen=True)
 class GenerationRequest:

@@ -166,6 +166,10 @@ class PackedCausalLM:
         return get_lm_head(self.network)
 
     @property
+    def embedding_size(self) -> int:
+        return self.network.get_input_embeddings().weight.shape[1]
+
+    @property
     def context_length(self) -> int:
         return self.network.config.get_text_config().max_position_embeddings
 
@@ -186,7 +190,11 @@ class PackedCausalLM:
         self.set_layout(batch.layout)
         if not batch.layout.parents:
             return self._run_decoder(
-                batch.tokens_T, batch.positions_T, batch.layout, positions_to_keep=batch.positions_S
+                batch.tokens_T,
+                batch.positions_T,
+                batch.layout,
+                positions_to_keep=batch.positions_S,
+                embedding_noise_TH=batch.embedding_noise_TH,
             )
         # the last token of a shared part predicts several targets: compute it once
         positions, inverse_S = batch.positions_S.unique(return_inverse=True)
@@ -252,8 +260,14 @@ class PackedCausalLM:
         layout: PackLayout,
         kv_cache: RaggedKVCache | None = None,
         positions_to_keep: Tensor | None = None,
+        embedding_noise_TH: Tensor | None = None,
     ) -> Tensor:
         """Return final hidden states [T, H], or [len(positions_to_keep), H]."""
+        inputs = {"input_ids": tokens_T[None]}
+        if embedding_noise_TH is not None:
+            embeddings_TH = self.network.get_input_embeddings()(tokens_T)
+            noisy_TH = embeddings_TH + embedding_noise_TH.to(embeddings_TH.dtype)
+            inputs = {"inputs_embeds": noisy_TH[None]}
         out = self.decoder(
             input_ids=tokens_T[None],
             position_ids=positions_T[None],

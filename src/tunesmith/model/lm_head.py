@@ -56,7 +56,12 @@ class LMHead:
 
 
 def _iter_loss_chunks(
-    hidden: Tensor, cast_weight: Tensor, head: LMHead, targets: Tensor, weights: Tensor
+    hidden: Tensor,
+    cast_weight: Tensor,
+    head: LMHead,
+    targets: Tensor,
+    weights: Tensor,
+    label_smoothing: float = 0.0,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield, chunk by chunk, its rows, their losses, and the gradient of their logits times
     `weights`. `cast_weight` is the head's weight in the dtype of the hidden states."""
@@ -65,7 +70,7 @@ def _iter_loss_chunks(
         rows = slice(start, start + CHUNK_TARGETS)
         logits = F.linear(hidden[rows], cast_weight, bias)
         losses, dlogits = ops.cross_entropy(
-            logits, targets[rows], weights[rows], head.scale, head.softcap
+            logits, targets[rows], weights[rows], head.scale, head.softcap, label_smoothing
         )
         yield rows, losses, dlogits
 
@@ -79,12 +84,13 @@ class _SupervisedLoss(torch.autograd.Function):
         head: LMHead,
         targets: Tensor,
         weights: Tensor,
+        label_smoothing: float,
     ) -> tuple[Tensor, Tensor]:
         cast_weight = head.weight.detach().to(hidden.dtype)
         dhidden = torch.empty_like(hidden)
         dweight = torch.zeros_like(trainable_weight) if ctx.needs_input_grad[1] else None
         losses: list[Tensor] = []
-        chunks = _iter_loss_chunks(hidden, cast_weight, head, targets, weights)
+        chunks = _iter_loss_chunks(hidden, cast_weight, head, targets, weights, label_smoothing)
         for rows, chunk_losses, dlogits in chunks:
             losses.append(chunk_losses)
             torch.mm(dlogits, cast_weight, out=dhidden[rows])
@@ -97,20 +103,26 @@ class _SupervisedLoss(torch.autograd.Function):
         return (losses_S * weights.to(losses_S.dtype)).sum(), losses_S
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dloss, _ = gradients
         dhidden, dweight = ctx.saved_tensors
         if dweight is not None:
             dweight = dweight.mul(dloss)
-        return dhidden.mul(dloss), dweight, None, None, None
+        return dhidden.mul(dloss), dweight, None, None, None, None
 
 
 def compute_supervised_loss(
-    hidden_SH: Tensor, head: LMHead, targets_S: Tensor, weights_S: Tensor
+    hidden_SH: Tensor,
+    head: LMHead,
+    targets_S: Tensor,
+    weights_S: Tensor,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of weight * loss over the targets (differentiable), and the loss of each
     target [S]. A trainable bias is not supported; no supported family has one."""
-    return _SupervisedLoss.apply(hidden_SH, head.trainable_weight, head, targets_S, weights_S)
+    return _SupervisedLoss.apply(
+        hidden_SH, head.trainable_weight, head, targets_S, weights_S, label_smoothing
+    )
 
 
 class _TargetLosses(torch.autograd.Function):

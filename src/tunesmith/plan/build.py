@@ -33,6 +33,7 @@ from tunesmith.plan.memory_budget import (
 )
 from tunesmith.plan.mixture import scale_report
 from tunesmith.plan.new_tokens import count_trained_rows, decide_new_rows
+from tunesmith.plan.objective import decide_objective, decide_scheduler_kwargs
 from tunesmith.plan.rehearsal import MAX_RATIO, decide_rehearsal
 from tunesmith.plan.rules import (
     RULES,
@@ -106,11 +107,9 @@ def build_plan(
         has_constraints=bool(recipe.never),
     )
     _apply_rules(context, recipe_values, fixed)
+    settings |= decide_objective(recipe, context)
     settings |= {key: plan_value for key, plan_value in fixed.items() if key not in RULES}
-    settings |= _decide_constraints(recipe.never, data["data"])
-    settings |= decide_guard(recipe.guard, context)
-    settings |= decide_rehearsal(recipe.rehearsal, context, data.get("rehearsal"))
-    settings |= decide_new_rows(settings.get("add_tokens"), context)
+    _apply_features(context, recipe, data)
     settings["gradient_checkpointing"] = _decide_checkpointing(
         context, recipe.gradient_checkpointing
     )
@@ -159,6 +158,16 @@ def _apply_rules(
 
 
 def _collect_recipe_values(recipe: Recipe) -> dict[str, Any]:
+def _apply_features(context: RuleContext, recipe: Recipe, data: Mapping[str, DataReport]) -> None:
+    """Add the settings of features that a recipe may ask for, which read those of the rules."""
+    settings = context.settings
+    settings |= _decide_constraints(recipe.never, data["data"])
+    settings |= decide_scheduler_kwargs(recipe.lr_scheduler_kwargs, context)
+    settings |= decide_guard(recipe.guard, context)
+    settings |= decide_rehearsal(recipe.rehearsal, context, data.get("rehearsal"))
+    settings |= decide_new_rows(settings.get("add_tokens"), context)
+
+
     """Return the values of the recipe by the keys of the plan; those of `loss` are keys, too."""
     values = {key: getattr(recipe, key) for key in KEYS}
     for key, name in PREFERENCE_KEYS.items():

@@ -279,7 +279,10 @@ def decide_preference_rate(context: RuleContext) -> PlanValue:
 def warmup_ratio(context: RuleContext) -> PlanValue:
     """10 steps or 3%, whichever is more, up to a tenth of the run.
 
-    None in very short runs: the first step of a warmup has rate 0, so it trains nothing."""
+    None in very short runs: the first step of a warmup has rate 0, so it trains nothing. None with
+    a constant rate, as in transformers."""
+    if context["lr_scheduler_type"] == "constant":
+        return make_rule_value(0.0, "constant from the first step; or use constant_with_warmup")
     if context.steps < SHORT_RUN_STEPS:
         unit = "step" if context.steps == 1 else "steps"
         reason = f"{context.steps} {unit}: the first step of a warmup would train nothing"
@@ -388,7 +391,11 @@ def attention(context: RuleContext) -> PlanValue:
 def share_prefixes(context: RuleContext) -> PlanValue:
     """On from 5% of the tokens: below that, short segments cost more than they save.
 
-    Off with dropout, which draws for every document, while a shared token has a single draw."""
+    Off with dropout and noise, which draw for every document, while a shared token has a single
+    draw."""
+    if "neftune_noise_alpha" in context:
+        reason = "neftune_noise_alpha draws for each document, and shared tokens are computed once"
+        return make_rule_value(False, reason)
     if context["method"] != "full" and context["lora_dropout"]:
         reason = "lora_dropout draws for each document, and shared tokens are computed once"
         return make_rule_value(False, reason)
@@ -440,7 +447,6 @@ RULES: dict[str, Callable[[RuleContext], PlanValue]] = {
         False, "slightly better at low ranks, slower per step: on request", "Liu 2024"
     ),
     "learning_rate": learning_rate,
-    "warmup_ratio": warmup_ratio,
     "lr_scheduler_type": make_constant_rule("linear", "decays to zero over the run", "Tulu 3"),
     "weight_decay": make_constant_rule(0.0, "does not reduce forgetting", "Biderman 2024"),
     "max_grad_norm": make_constant_rule(1.0, "the common limit"),
@@ -452,3 +458,4 @@ RULES: dict[str, Callable[[RuleContext], PlanValue]] = {
     "eval_steps": eval_steps,
     "save_steps": save_steps,
 }
+    "warmup_ratio": warmup_ratio,

@@ -125,6 +125,8 @@ def _guess_rate(parameters: int) -> float:
 def warmup_ratio(context: RuleContext) -> PlanValue:
     """Warm up as in SFT. Ibrahim 2024: a warmup of 0 to 2% of the run makes no difference."""
     plan_value = rules.warmup_ratio(context)
+    if context["lr_scheduler_type"] == "constant":
+        return plan_value
     reason = f"re-warmed: {plan_value.reason}; its length hardly matters"
     return make_rule_value(plan_value.value, reason, "Ibrahim 2024")
 

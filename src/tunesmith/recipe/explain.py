@@ -19,10 +19,12 @@ from tunesmith.recipe.fields import (
     DataSource,
     GuardConfig,
     MixtureConfig,
-    PairLoss,
     PromptForm,
     RehearsalConfig,
 )
+from tunesmith.recipe.objectives import PairLoss, SchedulerKwargs
+
+MAX_SHOWN_CHARS = 80  # of a key or value
 
 # Keys of other tools -> what to do instead.
 REPLACEMENT_ROWS = (
@@ -73,6 +75,7 @@ MAPPINGS: tuple[type[BaseModel], ...] = (
     Constraint,
     DataSource,
     GuardConfig,
+    SchedulerKwargs,
     MixtureConfig,
     PairLoss,
     PromptForm,

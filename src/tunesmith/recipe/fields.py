@@ -135,10 +135,6 @@ def _parse_prompt_forms(value: Any) -> Any:
     return [{"prompt": item} if isinstance(item, str) else item for item in wrap_list(value)]
 
 
-def _parse_pair_loss(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
 def _parse_guard(value: Any) -> Any:
     if value in (False, "off"):
         return {"collapse": "off", "forgetting": "off"}
@@ -494,32 +490,7 @@ Constraints = Annotated[
 ]
 
 
-# ---------------------------------------------------------------- preference loss and guard
-
-
-class PairLoss(BaseModel):
-    """The loss of preference pairs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: Auto | Annotated[Literal["dpo", "orpo", "simpo"], accept_names({"sigmoid": "dpo"})] = (
-        Field(default="auto", description="dpo uses a reference model, orpo and simpo do not.")
-    )
-    beta: Auto | Positive = Field(
-        default="auto", description="Strength of the preference term; lambda of ORPO."
-    )
-    gamma: Auto | NotNegative = Field(default="auto", description="Target margin of SimPO.")
-    nll_coefficient: Auto | NotNegative = Field(
-        default="auto", description="Coefficient of the SFT loss on chosen answers."
-    )
-
-
-PairLossField = Annotated[
-    PairLoss,
-    BeforeValidator(
-        _parse_pair_loss, json_schema_input_type=Literal["auto", "dpo", "orpo", "simpo"] | PairLoss
-    ),
-]
+# ---------------------------------------------------------------- guard
 
 # YAML reads off as false.
 GuardAction = (

@@ -33,8 +33,6 @@ from tunesmith.recipe.fields import (
     NewTokens,
     NotNegative,
     Optimizer,
-    PairLoss,
-    PairLossField,
     Positive,
     Regex,
     RehearsalConfig,
@@ -48,6 +46,17 @@ from tunesmith.recipe.fields import (
     wrap_list,
 )
 
+from tunesmith.recipe.objectives import (
+    PairLoss,
+    PairLossField,
+    Problems,
+    ScheduleName,
+    SchedulerKwargs,
+    SchedulerKwargsField,
+    TrainOn,
+    find_loss_contradictions,
+    find_objective_contradictions,
+)
 
 class Recipe(BaseModel):
     """One fine-tuning run. Only `model` and `data` are required."""
@@ -110,6 +119,10 @@ class Recipe(BaseModel):
     )
 
     max_length: Auto | Count = Field(default="auto", description="Longest document, in tokens.")
+    train_on: TrainOn = Field(
+        default="answers",
+        description="Trained text: answers, all, or the messages of these roles.",
+    )
     on_overlong: Literal["drop", "truncate", "refuse"] = Field(
         default="drop", description="Handling of documents over max_length."
     )
@@ -131,10 +144,14 @@ class Recipe(BaseModel):
     learning_rate: Auto | Annotated[float, Field(gt=0, le=1), BeforeValidator(reject_bool)] = Field(
         default="auto", description="Peak learning rate."
     )
-    lr_scheduler_type: Auto | Literal["linear", "cosine", "constant"] = Field(
+    lr_scheduler_type: Auto | ScheduleName = Field(
         default="auto", description="Shape of the learning rate after warm-up."
     )
     warmup_ratio: Auto | Share = Field(default="auto", description="Fraction of steps in warm-up.")
+    lr_scheduler_kwargs: SchedulerKwargsField = Field(
+        default=SchedulerKwargs(),
+        description="Arguments of inverse_sqrt and warmup_stable_decay.",
+    )
     optim: Auto | Optimizer = Field(
         default="auto", description="AdamW, with moments in fp32 or in 8 bits."
     )
@@ -147,7 +164,13 @@ class Recipe(BaseModel):
 
     loss: PairLossField = Field(
         default=PairLoss(),
-        description="Preference loss: dpo, orpo, simpo, or {name, beta, gamma, ...}.",
+        description="Preference loss: dpo, orpo, simpo, kto, or {name, beta, gamma, ...}.",
+    )
+    label_smoothing: Share = Field(
+        default=0.0, description="Share of each label that goes to all tokens, or to the rejected."
+    )
+    neftune_noise_alpha: NotNegative | None = Field(
+        default=None, description="NEFTune: uniform noise on embeddings during training."
     )
 
     lora_r: Auto | Count = Field(default="auto", description="LoRA rank.")
@@ -260,8 +283,6 @@ UNUSED_CPT_KEYS = {
     "share_prefixes": "windows share no prefixes",
 }
 
-Problems = list[tuple[str, str]]  # (key, message)
-
 
 # ---------------------------------------------------------------- contradictions
 
@@ -294,6 +315,7 @@ def find_contradictions(values: Mapping[str, Any]) -> Problems:
     problems += _find_shared_files(settings)
     max_length = settings.get("max_length")
     pack_length = settings.get("pack_length")
+    problems += find_objective_contradictions(settings)
     if isinstance(max_length, int) and isinstance(pack_length, int) and max_length > pack_length:
         message = (
             f"pack_length {pack_length} is below max_length {max_length}: "
@@ -321,7 +343,10 @@ def _find_stage_contradictions(settings: Mapping[str, Any]) -> Problems:
         message = f"never: mode pair has no effect with stage: {stage}; use stage: preference"
         problems.append(("never", message))
     if stage == "preference":
-        problems += _find_loss_contradictions(settings)
+        problems += find_loss_contradictions(settings)
+        if "rehearsal" in settings:
+            message = "rehearsal has no effect with stage: preference, which trains on pairs"
+            problems.append(("rehearsal", message))
     elif _is_loss_set(settings.get("loss")):
         problems.append(("loss", "loss has no effect without stage: preference"))
     return problems
@@ -331,22 +356,6 @@ def _is_loss_set(value: Any) -> bool:
     """Return whether a loss, as written or as validated, differs from auto."""
     fields = _to_mapping(value)
     return any(field != "auto" for field in fields.values()) if fields else value is not None
-
-
-def _find_loss_contradictions(settings: Mapping[str, Any]) -> Problems:
-    problems: Problems = []
-    loss = _to_mapping(settings.get("loss"))
-    name = loss.get("name", "auto")
-    if loss.get("gamma", "auto") != "auto" and name != "simpo":
-        if name == "auto":
-            message = "loss: gamma has no effect with dpo; add name: simpo"
-        else:
-            message = f"loss: gamma has no effect with {name}, only with simpo"
-        problems.append(("loss", message))
-    if "rehearsal" in settings:
-        message = "rehearsal has no effect with stage: preference, which trains on pairs"
-        problems.append(("rehearsal", message))
-    return problems
 
 
 def _find_task_contradictions(settings: Mapping[str, Any]) -> Problems:

@@ -243,7 +243,7 @@ def _open_rows(
 ) -> Dataset:
     return open_dataset(
         sources,
-        renderer,
+        renderer.train_on(recipe.train_on),
         max_examples=max_examples,
         skip_invalid=recipe.skip_invalid,
         has_pairs=recipe.stage == "preference",

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from tunesmith.core.types import Batch, Document, PackLayout
+from tunesmith.core.types import Batch, Document, Example, PackLayout
+from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import count_input_tokens, pack_step
 from tunesmith.data.prefix_sharing import group_by_prefix
@@ -26,6 +27,7 @@ FORK_TOKENS = 40  # tokens kept before and after the point where shared document
 CHAINED_SUFFIX = " and more"  # of the id of rows that are concatenated
 TRUNCATED_SUFFIX = ", truncated"  # of the id of a document without its end
 BANNED_SUFFIX = ", banned"  # of the id of a document that only trains away from its answer
+MIN_CHECKED_CHARS = 12  # of an untrained message that must not be among the targets
 MAX_CHECKED_POSITIONS = 64  # per document, for which logits are compared
 
 
@@ -45,6 +47,26 @@ class TokenIdCheck(NamedTuple):
     is_full_row: bool = True
 
 
+@dataclass(frozen=True)
+class RoleMask:
+    """The targets of a document as text, the rest of it, and the messages of each kind."""
+
+    row_id: str
+    targets: str  # decoded, without white space
+    others: str
+    trained: tuple[str, ...]  # contents of messages, without white space
+    untrained: tuple[str, ...] = ()
+    missing_targets: int = 0  # tokens that train_on: all trains
+
+    @property
+    def has_distinct_targets(self) -> bool:
+        return any(content not in self.others for content in self.trained)
+
+    def swap(self) -> RoleMask:
+        """Return the mask with targets where there are none."""
+        return dataclasses.replace(self, targets=self.others, others=self.targets)
+
+
 @dataclass(frozen=True, eq=False)
 class PreflightSamples:
     """A few real documents, and what the stock model computes for them."""
@@ -56,7 +78,62 @@ class PreflightSamples:
     # two or three that share a prefix and diverge, empty if none do; None without prefix sharing
     sharing_documents: tuple[Document, ...] | None = None
     texts: tuple[WindowedText, ...] | None = None  # stage: cpt
+    role_masks: tuple[RoleMask, ...] | None = None  # of the first rows; None: answers are trained
+    has_trained_answers: bool = True
     is_quantized: bool = False  # the plan's method keeps weights in 4 bits
+
+
+def build_role_mask(
+    example: Example,
+    documents: Sequence[Document],
+    weights: Sequence[float],
+    renderer: Renderer,
+    *,
+    trains_all: bool,
+) -> RoleMask:
+    """Return the mask of a row as text. `weights` are those of its messages.
+
+    A message that the template changes cannot be compared. A short one that is not trained may
+    occur in other text."""
+    targets = ""
+    others = ""
+    full_text = ""
+    missing_targets = 0
+    for document in documents:
+        is_target_L = document.weights_L > 0
+        full_text += _decode_words(document.tokens_L, renderer)
+        targets += _decode_words(document.tokens_L[is_target_L], renderer)
+        others += _decode_words(document.tokens_L[~is_target_L], renderer)
+        missing_targets += len(document) - 1 - int(is_target_L.sum())
+    trained: list[str] = []
+    untrained: list[str] = []
+    for message, weight in zip(example.messages, weights, strict=True):
+        content = remove_spaces(message["content"])
+        if not content or content not in full_text:
+            continue
+        if weight:
+            trained.append(content)
+        elif len(content) >= MIN_CHECKED_CHARS:
+            untrained.append(content)
+    trained_text = "".join(trained)
+    return RoleMask(
+        example.id,
+        targets,
+        others,
+        tuple(trained),
+        tuple(content for content in untrained if content not in trained_text),
+        missing_targets if trains_all and all(weights) else 0,
+    )
+
+
+def remove_spaces(text: str) -> str:
+    return "".join(text.split())
+
+
+def _decode_words(tokens: np.ndarray, renderer: Renderer) -> str:
+    """Decode tokens without control tokens and white space."""
+    words = [token for token in tokens.tolist() if token not in renderer.control_ids]
+    return remove_spaces(renderer.decode(words))
 
 
 def choose_documents(candidates: Sequence[Document], window: int | None) -> tuple[Document, ...]:

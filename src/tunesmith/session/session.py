@@ -22,6 +22,7 @@ import torch
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import format_count
 from tunesmith.core.types import Document, Example, Plan, PlanValue, require
+from tunesmith.data.chat_template.message_spans import trains_answers, weigh_messages
 from tunesmith.data.chat_template.render_notes import CONTROL_LIKE_TEXT
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.dataset import Dataset
@@ -49,8 +50,10 @@ from tunesmith.model.target_modules import GROUPS
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.preflight_probe import (
     PreflightSamples,
+    RoleMask,
     TokenIdCheck,
     WindowedText,
+    build_role_mask,
     choose_documents,
     choose_positions,
     choose_sharing_documents,
@@ -302,8 +305,32 @@ def _find_extreme_rows(rows: Dataset) -> list[int]:
     ranked = sorted(sizes, key=sizes.__getitem__)
     extremes: list[int] = []
     for order in (ranked, ranked[::-1]):
+        role_masks=_build_role_masks(inputs, rows, plan.config.train_on),
+        has_trained_answers=trains_answers(plan.config.train_on or "answers"),
         extremes += _find_usable_rows(rows, order) or _find_usable_rows(rows, order, skip=True)
     return extremes
+
+def _build_role_masks(
+    inputs: RunInputs, rows: Dataset, train_on: str | tuple[str, ...] | None
+) -> tuple[RoleMask, ...] | None:
+    """Return what the first rows train as text, None if they train answers."""
+    if train_on is None:
+        return None
+    masks: list[RoleMask] = []
+    for index in range(min(STOCK_ID_ROWS, len(rows))):
+        example, prepared = rows.render_row(index)
+        is_comparable = example.messages and not example.banned_spans
+        if is_comparable and prepared.documents and not prepared.num_truncated:
+            mask = build_role_mask(
+                example,
+                prepared.documents,
+                weigh_messages(example, train_on),
+                inputs.renderer,
+                trains_all=train_on == "all",
+            )
+            masks.append(mask)
+    return tuple(masks)
+
 
 
 def _find_usable_rows(rows: Dataset, order: Sequence[int], *, skip: bool = False) -> list[int]:

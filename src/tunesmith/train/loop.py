@@ -27,7 +27,6 @@ from tunesmith.core.events import CheckResult, Event, Rollback, TrainingEnd, Tra
 from tunesmith.core.hardware import read_peak_bytes
 from tunesmith.core.json_io import parse_as
 from tunesmith.core.types import Document, Pack, PlanConfig
-from tunesmith.data.collate import collate
 from tunesmith.data.packing import count_computed_tokens, group_units, pack_step
 from tunesmith.data.sampler import prefetch
 from tunesmith.model.adapters import get_trainable_parameters
@@ -37,6 +36,7 @@ from tunesmith.model.oom import OutOfMemory, memory_errors
 from tunesmith.model.safetensors_io import find_nonfinite
 from tunesmith.train.checkpoint import read_state, write_state
 from tunesmith.train.losses import LossConfig, LossNormalizer, compute_step_terms
+from tunesmith.train.neftune import collate_for_training
 from tunesmith.train.optimizer import (
     clip_gradients,
     compute_learning_rate,
@@ -52,13 +52,18 @@ MAX_BAD_STEPS = 3  # consecutive non-finite steps that end a run
 
 def build_loss_config(config: PlanConfig) -> LossConfig:
     """Return the loss of preference pairs, or of rows and banned spans."""
+    label_smoothing = config.label_smoothing or 0.0
     if config.loss is not None:
         return LossConfig(
-            config.loss, config.beta or 0.0, config.gamma or 0.0, config.nll_coefficient or 0.0
+            config.loss,
+            config.beta or 0.0,
+            config.gamma or 0.0,
+            config.nll_coefficient or 0.0,
+            label_smoothing=label_smoothing,
         )
     if config.ban_coefficient is not None:
         return LossConfig(ban_coefficient=config.ban_coefficient)
-    return LossConfig()
+    return LossConfig(label_smoothing=label_smoothing)
 
 
 class TrainingLoop:
@@ -255,6 +260,7 @@ class TrainingLoop:
             warmup_steps=self.warmup_steps,
             total_steps=self.total_steps,
             schedule=self.config.lr_scheduler_type,
+            kwargs=self.config.lr_scheduler_kwargs or {},
         )
         lr_factor = 1.0
         for rollback in self.rollbacks:
@@ -270,7 +276,7 @@ class TrainingLoop:
         total: Tensor | None = None
         self.model.network.train()
         for index, pack in enumerate(packs):
-            batch = collate(pack, device=str(self.model.device))
+            batch = collate_for_training(pack, self.model, self.config, self.step)
             # The seed of dropout follows from the position, so a resumed run draws the same.
             torch.manual_seed(hash((self.config.seed, self.step, index)) & 0x7FFFFFFFFFFFFFFF)
             terms = compute_step_terms(self.model, batch, normalizer, self.loss_config)

@@ -31,6 +31,7 @@ from tunesmith.model.lm_head import (
     compute_target_losses,
     measure_target_losses,
 )
+from tunesmith.train.neftune import remove_embedding_noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +45,15 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The loss of pairs, and the coefficients of the terms `chosen` and `banned`."""
+    """The loss of pairs, the coefficients of the terms `chosen` and `banned`, and the smoothing of
+    labels: those of tokens in the term `answer`, of whole pairs in `preference`."""
 
     loss: str = "dpo"
     beta: float = 0.1
     gamma: float = 0.0
     nll_coefficient: float = 0.0
     ban_coefficient: float = 1.0
+    label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def compute_step_terms(
 ) -> dict[str, LossTerm]:
     """Return the terms of one pack, which may hold plain documents and pairs."""
     if not batch.sides:
-        return sft_loss(model, batch, normalizer.answer)
+        return sft_loss(model, batch, normalizer.answer, loss_config.label_smoothing)
     has_pairs = "chosen" in batch.sides
     reference_logps_D: Tensor | None = None
     if has_pairs and loss_config.loss in REFERENCE_LOSSES:
@@ -114,11 +117,15 @@ def compute_step_terms(
     return terms
 
 
-def sft_loss(model: PackedCausalLM, batch: Batch, step_weight: float) -> dict[str, LossTerm]:
+def sft_loss(
+    model: PackedCausalLM, batch: Batch, step_weight: float, label_smoothing: float = 0.0
+) -> dict[str, LossTerm]:
     """Return the weighted cross-entropy of the supervised tokens."""
     merged, _ = merge_shared_targets(batch)
     hidden_SH = model.compute_hidden(merged)
-    total, _ = compute_supervised_loss(hidden_SH, model.head, merged.targets_S, merged.weights_S)
+    total, _ = compute_supervised_loss(
+        hidden_SH, model.head, merged.targets_S, merged.weights_S, label_smoothing
+    )
     return {"answer": LossTerm(total, step_weight)}
 
 
@@ -226,6 +233,7 @@ def _compute_reference_logps(model: PackedCausalLM, batch: Batch) -> Tensor:
         logps.append(reference or 0.0)
     if is_stored:
         return torch.tensor(logps, dtype=torch.float64, device=batch.tokens_T.device)
+    batch = remove_embedding_noise(batch)
     with scaled_adapter(model.network, 0):
         return _sum_by_document(batch, -_compute_target_losses(model, batch, measure_target_losses))
 
@@ -237,7 +245,16 @@ def dpo_loss(pairs: PreferenceLogps, loss_config: LossConfig) -> Tensor:
     assert pairs.reference_margin_P is not None
     margin_P = pairs.chosen_logps_P - pairs.rejected_logps_P
     change_P = margin_P - pairs.reference_margin_P.to(margin_P.dtype)
-    return -F.logsigmoid(loss_config.beta * change_P)
+    return _compute_preference_nll(loss_config.beta * change_P, loss_config.label_smoothing)
+
+
+def _compute_preference_nll(logits_P: Tensor, label_smoothing: float) -> Tensor:
+    """Return -log sigmoid(logits), of which a share counts for the opposite preference (cDPO,
+    Mitchell 2023, equation 3)."""
+    losses_P = -F.logsigmoid(logits_P)
+    if not label_smoothing:
+        return losses_P
+    return (1 - label_smoothing) * losses_P - label_smoothing * F.logsigmoid(-logits_P)
 
 
 def orpo_loss(pairs: PreferenceLogps, loss_config: LossConfig) -> Tensor:
@@ -260,7 +277,8 @@ def simpo_loss(pairs: PreferenceLogps, loss_config: LossConfig) -> Tensor:
     Meng 2024, equation 6."""
     chosen_P = pairs.chosen_logps_P / pairs.chosen_tokens_P
     rejected_P = pairs.rejected_logps_P / pairs.rejected_tokens_P
-    return -F.logsigmoid(loss_config.beta * (chosen_P - rejected_P) - loss_config.gamma)
+    logits_P = loss_config.beta * (chosen_P - rejected_P) - loss_config.gamma
+    return _compute_preference_nll(logits_P, loss_config.label_smoothing)
 
 
 PREFERENCE_LOSSES: dict[str, Callable[[PreferenceLogps, LossConfig], Tensor]] = {

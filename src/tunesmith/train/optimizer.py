@@ -5,7 +5,7 @@ The learning rate is a pure function of the step, so no scheduler state is saved
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,37 +13,75 @@ from torch import Tensor, nn
 
 from tunesmith.model.frozen_weight import import_bitsandbytes
 
-
-def linear(progress: float) -> float:
-    return 1 - progress
-
-
-def cosine(progress: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))
+ScheduleKwargs = Mapping[str, Any]  # PlanConfig.lr_scheduler_kwargs
+NO_KWARGS: ScheduleKwargs = {}
 
 
-def constant(progress: float) -> float:
-    del progress
+def linear(step: int, total_steps: int, kwargs: ScheduleKwargs) -> float:
+    del kwargs
+    return 1 - step / max(1, total_steps)
+
+
+def cosine(step: int, total_steps: int, kwargs: ScheduleKwargs) -> float:
+    del kwargs
+    return 0.5 * (1 + math.cos(math.pi * (step / max(1, total_steps))))
+
+
+def constant(step: int, total_steps: int, kwargs: ScheduleKwargs) -> float:
+    del step, total_steps, kwargs
     return 1.0
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
+def inverse_sqrt(step: int, total_steps: int, kwargs: ScheduleKwargs) -> float:
+    del total_steps
+    return 1 / math.sqrt(1 + step / kwargs["timescale"])
+
+
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "1-sqrt": lambda progress: 1 - math.sqrt(progress),
+}
+
+
+def warmup_stable_decay(step: int, total_steps: int, kwargs: ScheduleKwargs) -> float:
+    """Return 1, and in the last `num_decay_steps` a decay to `min_lr_ratio`."""
+    decayed = step - (total_steps - kwargs["num_decay_steps"])
+    if decayed < 0:
+        return 1.0
+    floor = kwargs["min_lr_ratio"]
+    return DECAYS[kwargs["decay_type"]](decayed / kwargs["num_decay_steps"]) * (1 - floor) + floor
+
+
+# Takes a step after warm-up and the number of these; the names are those of transformers.
+SCHEDULES: dict[str, Callable[[int, int, ScheduleKwargs], float]] = {
     "linear": linear,
     "cosine": cosine,
     "constant": constant,
+    "constant_with_warmup": constant,
+    "inverse_sqrt": inverse_sqrt,
+    "warmup_stable_decay": warmup_stable_decay,
 }
 
 
 def compute_learning_rate(
-    step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str
+    step: int,
+    *,
+    peak: float,
+    warmup_steps: int,
+    total_steps: int,
+    schedule: str,
+    kwargs: ScheduleKwargs = NO_KWARGS,
 ) -> float:
     """Return the learning rate of optimizer step `step`, counted from 0.
 
-    A linear warmup that ends at `peak`, then the schedule down to 0 after the last step, as in
-    transformers' schedulers: step k of the warmup uses peak * k / warmup_steps."""
+    A linear warmup that ends at `peak`, then the schedule, as in transformers' schedulers: step k
+    of the warmup uses peak * k / warmup_steps, or starts at `min_lr_ratio` where there is one."""
     if step < warmup_steps:
+        if floor := kwargs.get("min_lr_ratio", 0.0):
+            return peak * (step / warmup_steps * (1 - floor) + floor)
         return peak * step / warmup_steps
-    return peak * SCHEDULES[schedule]((step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return peak * SCHEDULES[schedule](step - warmup_steps, total_steps - warmup_steps, kwargs)
 
 
 def make_optimizer(

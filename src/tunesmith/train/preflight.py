@@ -49,8 +49,10 @@ from tunesmith.train.preflight_tokens import (
     REPORT_FIX,
     ROW_CHECKS,
     TEXT_CHECKS,
+    check_role_masks,
     check_supervised_tokens,
     check_window_coverage,
+    swap_role_masks,
 )
 
 # Largest relative RMS difference of centered logits between two correct computations.
@@ -101,6 +103,8 @@ def run_preflight(model: PackedCausalLM, samples: PreflightSamples) -> list[Chec
             results.append(check_rotation(model, model.rotary, samples))
         token_checks = ROW_CHECKS if samples.texts is None else TEXT_CHECKS
         results += [check(samples) for check in token_checks]
+        if samples.role_masks is not None:
+            results.append(check_role_masks(samples))
         if samples.sharing_documents is not None:
             results.append(check_prefix_sharing(subject, samples))
         if samples.is_quantized or find_quantized_weights(model.network):
@@ -191,6 +195,16 @@ def list_controls(subject: ModelUnderTest, samples: PreflightSamples) -> list[Ne
                 "branch that attends to its sibling",
                 lambda: check_prefix_sharing(subject, samples, corrupt=_leak_sibling),
                 "" if samples.sharing_documents else "no documents share a prefix",
+            )
+        )
+    if samples.role_masks is not None:
+        controls.append(
+            NegativeControl(
+                "targets where none are trained",
+                lambda: check_role_masks(swap_role_masks(samples)),
+                ""
+                if any(mask.has_distinct_targets for mask in samples.role_masks)
+                else "no trained message differs from all other text",
             )
         )
     if samples.texts is not None:

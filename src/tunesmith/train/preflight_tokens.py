@@ -5,6 +5,7 @@ check of nothing is a warning. Left out: checks that run the model (preflight.py
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -16,9 +17,11 @@ from tunesmith.session.preflight_probe import (
     CHAINED_SUFFIX,
     TRUNCATED_SUFFIX,
     PreflightSamples,
+    RoleMask,
 )
 
 REPORT_FIX = "please report this"
+NO_ENDS = "every document with a target is truncated or a part of a text"
 NO_TEXTS = "no text of the data can be compared as a whole"
 
 
@@ -44,9 +47,16 @@ def check_eos_supervised(samples: PreflightSamples) -> CheckResult:
     """Check that the last supervised token of every document is an end token."""
     no_end = (CHAINED_SUFFIX, TRUNCATED_SUFFIX, BANNED_SUFFIX)
     documents = [document for document in samples.documents if not document.id.endswith(no_end)]
+    if not samples.has_trained_answers:
+        documents = []
     for document in documents:
-        last = int(document.tokens_L[np.flatnonzero(document.weights_L)[-1]])
-        if last not in samples.end_ids:
+        targets = document.tokens_L[np.flatnonzero(document.weights_L)].tolist()
+        last = targets[-1]
+        # text of the template may follow the last answer, if it is trained
+        is_ended = last in samples.end_ids
+        if samples.role_masks is not None:
+            is_ended = not samples.end_ids.isdisjoint(targets)
+        if not is_ended:
             raise GateError(
                 f"the last supervised token is {last}, not an end token: "
                 "the model would never learn to stop",
@@ -124,6 +134,40 @@ def check_window_coverage(samples: PreflightSamples) -> CheckResult:
     return CheckResult.from_items(
         "every token is a target once", num_targets, evidence, if_none=NO_TEXTS
     )
+
+
+def check_role_masks(samples: PreflightSamples) -> CheckResult:
+    """Check that the decoded targets hold the messages of the trained roles, and no other.
+
+    It compares the texts of the rows with the decoded tokens, and uses none of the spans of the
+    renderer."""
+    num_messages = 0
+    for mask in samples.role_masks or ():
+        if mask.missing_targets:
+            raise _make_mask_error(mask, f"{mask.missing_targets} tokens are no targets")
+        for content in mask.trained:
+            if content not in mask.targets:
+                raise _make_mask_error(mask, f"a trained message is no target: {content:.40}")
+        for content in mask.untrained:
+            if content in mask.targets:
+                raise _make_mask_error(mask, f"an untrained message is a target: {content:.40}")
+        num_messages += len(mask.trained) + len(mask.untrained)
+    return CheckResult.from_items(
+        "trained roles",
+        num_messages,
+        f"{num_messages} messages are targets or not, as train_on says",
+        if_none="the chat template writes no message as it is in the rows",
+    )
+
+
+def _make_mask_error(mask: RoleMask, message: str) -> GateError:
+    return GateError(message, where=f"preflight: {mask.row_id}", fix=REPORT_FIX)
+
+
+def swap_role_masks(samples: PreflightSamples) -> PreflightSamples:
+    """Return samples whose targets are what is not trained."""
+    masks = tuple(mask.swap() for mask in samples.role_masks or ())
+    return dataclasses.replace(samples, role_masks=masks)
 
 
 TokenCheck = Callable[[PreflightSamples], CheckResult]

@@ -72,6 +72,7 @@ def make_context() -> Callable[..., RuleContext]:
             "num_train_epochs": 1,
             "batch_size": 16,
             "dtype": "bf16",
+            "lr_scheduler_type": "linear",
         } | changed
         settings = {key: PlanValue(value, "rule", "") for key, value in decided.items()}
         return RuleContext(*parts, settings, has_schema, max_steps)

@@ -151,7 +151,7 @@ def test_other_tools_names_are_understood(tmp_path: Path) -> None:
         ),
         ("loss: {beta: 0}", "loss.beta: expected 'auto' or a number above 0, found the number 0"),
         ("loss: {bet: 1}", "loss: unknown key 'bet'; did you mean 'beta'?"),
-        ("loss: bpo", "loss.name: expected 'auto' or 'dpo' or 'orpo' or 'simpo', found 'bpo'"),
+        ("loss: bpo", "expected 'auto' or 'dpo' or 'orpo' or 'simpo' or 'kto', found 'bpo'"),
         ("pref_beta: 1", "'pref_beta' is not a key here: set loss: {beta: ...}"),
         (
             "never: [{match: '('}]",

@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 from safetensors.torch import load
 
+import objective_keys
 from recipe_lab import Lab
 from tiny_runs import (
     build_sum_rows,
@@ -26,7 +27,6 @@ from tunesmith.evaluate import finished_run
 from tunesmith.model.hub.validate import read_header
 from tunesmith.recipe.schema import KEYS
 from tunesmith.session import inputs
-from tunesmith.train.optimizer import SCHEDULES
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] + m['content'] + '<|end|>' }}"
@@ -393,17 +393,6 @@ def learning_rate(lab: Lab) -> None:
     assert rates(lab.steps(learning_rate=0.006))[0] == 0.006
 
 
-def lr_scheduler_type(lab: Lab) -> None:
-    results = {name: rates(lab.steps(lr_scheduler_type=name)) for name in SCHEDULES}
-    assert results["constant"] == [0.01, 0.01, 0.01]
-    assert results["linear"] == pytest.approx([0.01, 0.02 / 3, 0.01 / 3])
-    assert results["cosine"] == pytest.approx([0.01, 0.0075, 0.0025])
-
-
-def warmup_ratio(lab: Lab) -> None:
-    assert rates(lab.steps(warmup_ratio=0.6, lr_scheduler_type="constant")) == [0, 0.005, 0.01]
-
-
 def optim(lab: Lab) -> None:
     files = {}
     for kind in ("adamw", "adamw_8bit"):
@@ -476,6 +465,14 @@ def use_dora(lab: Lab) -> None:
         if name.endswith("lora_magnitude_vector")
     ]
     assert len(magnitudes) == 14
+
+
+def modules_to_save(lab: Lab) -> None:
+    changes_the_adapter(lab, "modules_to_save", ["model.norm"])
+    names = read_header(lab.output / "adapter" / "adapter_model.safetensors")
+    assert [name for name in names if "lora" not in name] == ["base_model.model.model.norm.weight"]
+    with pytest.raises(InputError, match="no module with weights has a path that ends in nor"):
+        lab.events(modules_to_save="nor")
 
 
 # ---------------------------------------------------------------- how it is computed and measured
@@ -589,7 +586,7 @@ def output_dir(lab: Lab) -> None:
 
 CASES: dict[str, Callable[[Lab], None]] = {
     name: case
-    for name, case in list(globals().items())
+    for name, case in (*globals().items(), *vars(objective_keys).items())
     if inspect.isfunction(case) and list(inspect.signature(case).parameters) == ["lab"]
 }
 

@@ -7,11 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    get_constant_schedule_with_warmup,
-    get_cosine_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
-)
+from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from tiny_models import make_tiny_model
@@ -19,6 +15,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.train.optimizer import (
     OPTIMIZERS,
+    SCHEDULES,
     clip_gradients,
     compute_learning_rate,
     get_moments,
@@ -36,19 +33,39 @@ def set_gradients(parameters: list[nn.Parameter], *gradients: list[float]) -> No
         parameter.grad = torch.tensor(gradient, dtype=parameter.dtype)
 
 
+SCHEDULER_KWARGS: dict[str, list[dict[str, Any]]] = {
+    "inverse_sqrt": [{"timescale": 3}, {"timescale": 10_000}],
+    "warmup_stable_decay": [
+        {"num_decay_steps": steps, "decay_type": kind, "min_lr_ratio": floor}
+        for steps in (1, 5, 9)
+        for kind in ("linear", "cosine", "1-sqrt")
+        for floor in (0.0, 0.2)
+    ],
+}
+
+
 @pytest.mark.parametrize("warmup", [0, 1, 4, 10])
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_the_rate_is_that_of_transformers(schedule: str, warmup: int) -> None:
-    total = 10
+@pytest.mark.parametrize(
+    ("schedule", "kwargs"),
+    [(name, kwargs) for name in SCHEDULES for kwargs in SCHEDULER_KWARGS.get(name, [{}])],
+)
+def test_the_rate_is_that_of_transformers(
+    schedule: str, kwargs: dict[str, Any], warmup: int
+) -> None:
+    total = warmup + 9
+    warmup *= schedule != "constant"  # which transformers never warms up
     optimizer = torch.optim.SGD(parameters([0.0]), lr=0.3)
-    theirs = {
-        "linear": lambda: get_linear_schedule_with_warmup(optimizer, warmup, total),
-        "cosine": lambda: get_cosine_schedule_with_warmup(optimizer, warmup, total),
-        "constant": lambda: get_constant_schedule_with_warmup(optimizer, warmup),
-    }[schedule]()
+    theirs = get_scheduler(
+        schedule, optimizer, warmup, total, scheduler_specific_kwargs=dict(kwargs)
+    )
     for step in range(total):
         ours = compute_learning_rate(
-            step, peak=0.3, warmup_steps=warmup, total_steps=total, schedule=schedule
+            step,
+            peak=0.3,
+            warmup_steps=warmup,
+            total_steps=total,
+            schedule=schedule,
+            kwargs=kwargs,
         )
         assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-15)
         optimizer.step()

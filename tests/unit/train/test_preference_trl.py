@@ -15,7 +15,13 @@ from tiny_runs import save_model_folder
 from tunesmith.core.types import Document
 from tunesmith.model.adapters import METHODS, get_trainable_parameters
 from tunesmith.model.causal_lm import load_network, wrap_model
-from tunesmith.train.losses import LossConfig, PreferenceLogps, orpo_loss, simpo_loss
+from tunesmith.train.losses import (
+    LossConfig,
+    PreferenceLogps,
+    dpo_loss,
+    orpo_loss,
+    simpo_loss,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -160,3 +166,27 @@ def test_simpo_is_its_loss() -> None:
     ours = simpo_loss(actual, LossConfig("simpo", beta=2.0, gamma=0.6))
     assert ours.shape == theirs.shape == (8,)
     assert_equal_loss(ours, theirs, actual)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "simpo"])
+def test_label_smoothing_is_its_conservative_loss(kind: str) -> None:
+    """TRL's DPOTrainer ignores `label_smoothing` in its sigmoid loss; CPOTrainer has the formula,
+    with a reference margin of 0."""
+    from trl.experimental.cpo import CPOTrainer
+
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = (-20 * torch.rand(8, generator=generator) for _ in range(2))
+    ones = torch.ones(8)
+    pairs = PreferenceLogps(chosen, rejected, ones, ones, ones, torch.zeros(8))
+    stand_in: Any = SimpleNamespace(
+        beta=0.3,
+        simpo_gamma=0.6,
+        alpha=0.0,
+        label_smoothing=0.15,
+        loss_type=kind,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    theirs = CPOTrainer.cpo_loss(stand_in, chosen, rejected)[0]
+    compute_loss = dpo_loss if kind == "sigmoid" else simpo_loss
+    ours = compute_loss(pairs, LossConfig(beta=0.3, gamma=0.6, label_smoothing=0.15))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

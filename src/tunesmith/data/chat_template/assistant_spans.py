@@ -239,12 +239,12 @@ def find_banned_token_spans(
         raise InputError(message, fix=fix)
     token_spans: list[tuple[int, int]] = []
     for span in spans:
-        first_token = _snap_to_token(encoded, answer_start + span.start, start, -1)
-        token_spans.append((first_token, _snap_to_token(encoded, answer_start + span.end, end, 1)))
+        first_token = snap_to_token(encoded, answer_start + span.start, start, -1)
+        token_spans.append((first_token, snap_to_token(encoded, answer_start + span.end, end, 1)))
     return token_spans
 
 
-def _snap_to_token(encoded: EncodedText, character: int, limit: int, step: int) -> int:
+def snap_to_token(encoded: EncodedText, character: int, limit: int, step: int) -> int:
     """Return the token index at the nearest token boundary from `character` towards `limit`."""
     while encoded.count_tokens_before(character) is None and character != limit:
         character += step

@@ -42,8 +42,9 @@ def check_render(chat: Conversation, text: TrackedText, plain_text: str, count: 
 def collect_render_notes(
     chat: Conversation, text: TrackedText, spans: Sequence[AssistantSpan]
 ) -> list[str]:
-    """Return the notes on a render that ends with the last of the trained turns `spans`."""
-    count = spans[-1].message_index + 1
+    """Return the notes on a render that ends with the last of the trained turns `spans`, or of the
+    full conversation without any."""
+    count = spans[-1].message_index + 1 if spans else len(chat.messages)
     omitted = {
         i for i, message in enumerate(chat.messages[:count]) if _is_omitted(i, message, text)
     }

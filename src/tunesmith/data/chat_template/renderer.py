@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import Document, Example, Json
+from tunesmith.core.types import Document, Example, Json, RowWeight
 from tunesmith.data.chat_template.assistant_spans import (
     AssistantSpan,
     TokenSpan,
@@ -38,6 +38,12 @@ from tunesmith.data.chat_template.conversation import (
     refuse_unused_kwargs,
 )
 from tunesmith.data.chat_template.encode import EncodedText, TrackedText, encode
+from tunesmith.data.chat_template.message_spans import (
+    TrainedRoles,
+    find_message_spans,
+    select_messages,
+    weigh_messages,
+)
 from tunesmith.data.chat_template.render_notes import (
     BOUNDARY,
     CONTROL_LIKE_TEXT,
@@ -69,10 +75,11 @@ class RenderedRow:
 @dataclass(frozen=True, eq=False)
 class _Draft:
     """An example as text, before encoding; one side of a pair. The text is `full_text`, or that of
-    each span where no text holds them all."""
+    each span where no text holds them all. `weights` are those of the messages."""
 
     example: Example
     chat: Conversation | None = None  # None for plain text
+    weights: tuple[float, ...] = ()
     spans: tuple[AssistantSpan, ...] = ()
     full_text: TrackedText | None = None
     error: InputError | None = None
@@ -103,6 +110,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.templates = dict(templates or {})
         self._text_end_override: int | None = None
+        self._train_on: TrainedRoles = "answers"
         refuse_unused_kwargs(variables or {}, self.templates.values(), tokenizer.special_tokens)
         self._variables = TemplateVariables({**tokenizer.special_tokens, **(variables or {})})
         self._advisor: RowAdvisor | None = RowAdvisor(
@@ -286,6 +294,8 @@ class Renderer:
         tokens = [*self.tokenizer.bos_ids, *encoded.ids, self.text_end_id]
         trained_start = num_bos + encoded.get_token_index(cut) if cut else 1
         spans: list[TokenSpan] = [(trained_start, len(tokens), 1.0)]
+        if cut and not example.banned_spans and self._train_on != "answers":
+            spans = self._weigh_completion(trained_start, len(tokens))
         if example.banned_spans:
             answer = (example.text or "").strip()
             banned = find_banned_token_spans(
@@ -303,6 +313,18 @@ class Renderer:
         renderer = copy(self)
         renderer._text_end_override = token
         return renderer
+
+    def train_on(self, trained: TrainedRoles) -> Renderer:
+        """Return a copy that trains other text than answers: all, or the messages of roles."""
+        renderer = copy(self)
+        renderer._train_on = trained
+        return renderer
+
+    def _weigh_completion(self, completion_start: int, end: int) -> list[TokenSpan]:
+        """Return the trained tokens of a prompt and its completion without a chat template."""
+        prompt_weight = float(self._train_on == "all" or "user" in self._train_on)
+        answer_weight = float(self._train_on == "all" or "assistant" in self._train_on)
+        return [(1, completion_start, prompt_weight), (completion_start, end, answer_weight)]
 
     @property
     def text_end_id(self) -> int:
@@ -330,14 +352,29 @@ class Renderer:
         return chat, protocol
 
     def _make_chat_draft(self, example: Example) -> _Draft:
-        if not any(weight > 0 for weight in example.turn_weights):
+        weights = example.turn_weights
+        if self._train_on != "answers" and not example.banned_spans:
+            weights = weigh_messages(example, self._train_on)
+        if self._train_on != "all" and not any(weight > 0 for weight in weights):
             return _Draft(example)
         chat, protocol = self._make_conversation(example.messages, example.tools)
+        answer_weights = [
+            weight if index in chat.assistant_indices else 0.0
+            for index, weight in enumerate(weights)
+        ]
+        if self._trains_all(example) or not any(answer_weights):
+            rendered = chat.render(len(chat.messages))
+            text = TrackedText(rendered, self.tokenizer, chat.assistant_indices)
+            return _Draft(example, chat, weights, full_text=text)
         end_ids = (protocol.end_ids, self.end_ids)
         spans = find_assistant_spans(
-            chat, self.tokenizer, example.turn_weights, end_ids, protocol.answer_tail
+            chat, self.tokenizer, answer_weights, end_ids, protocol.answer_tail
         )
-        return _Draft(example, chat, spans, self._join_spans(chat, spans))
+        return _Draft(example, chat, weights, spans, self._join_spans(chat, spans))
+
+    def _trains_all(self, example: Example) -> bool:
+        """Whether the text of the template is trained, too."""
+        return self._train_on == "all" and not example.banned_spans
 
     def _join_spans(self, chat: Conversation, spans: Sequence[AssistantSpan]) -> TrackedText | None:
         """Return the render of all messages, or None if it differs from what is served for any
@@ -360,7 +397,7 @@ class Renderer:
             if all(_is_token_boundary(encoded, span) for span in spans):
                 count = len(chat.messages)
                 check_render(chat, encoded.text, chat.render_plain(count), count)
-                token_spans: list[TokenSpan] = []
+                token_spans = self._find_role_spans(encoded, draft, range(count))
                 for span in spans:
                     token_spans += find_token_spans(encoded, span, example)
                 document = _make_document(example.id, encoded.ids, token_spans)
@@ -369,16 +406,40 @@ class Renderer:
         notes = [PER_TURN] if len(spans) > 1 else []
         notes += [CUT_OFF] if is_cut_off else []
         documents: list[Document] = []
+        first_message = 0
         for span in spans:
-            document, turn_notes = self._encode_turn(example, chat, span)
+            messages = range(first_message, span.message_index)
+            document, turn_notes = self._encode_turn(draft, chat, span, messages)
             documents.append(document)
             notes += turn_notes
+            first_message = span.message_index
         return documents, notes
 
+    def _find_role_spans(
+        self, encoded: EncodedText, draft: _Draft, messages: range
+    ) -> list[TokenSpan]:
+        """Return what is trained besides answers, of these messages: nothing by default."""
+        if self._train_on == "answers" or draft.example.banned_spans:
+            return []
+        weights = draft.weights
+        if self._train_on == "all":
+            set_weights = {
+                index: weight
+                for index, weight in enumerate(weights)
+                if isinstance(weight, RowWeight)
+            }
+            full_span: TokenSpan = (1, len(encoded.ids), 1.0)
+            return [full_span, *find_message_spans(encoded, set_weights, self.end_ids)]
+        roles = [message["role"] for message in draft.example.messages]
+        selected = select_messages(weights, messages, roles)
+        return find_message_spans(encoded, selected, self.end_ids)
+
     def _encode_turn(
-        self, example: Example, chat: Conversation, span: AssistantSpan
+        self, draft: _Draft, chat: Conversation, span: AssistantSpan, messages: range
     ) -> tuple[Document, list[str]]:
-        """Return the messages up to a trained turn as one document, with its notes."""
+        """Return the messages up to a trained turn as one document, with its notes. Of the
+        `messages` before it, those are trained whose role is."""
+        example = draft.example
         check_render(chat, span.text, span.render_plain(chat), span.message_index + 1)
         notes: list[str] = []
         encoded = encode(span.text)
@@ -387,7 +448,8 @@ class Renderer:
             notes.append(BOUNDARY)
         notes += collect_render_notes(chat, span.text, [span])
         tokens = encoded.ids
-        token_spans = find_token_spans(encoded, span, example)
+        token_spans = self._find_role_spans(encoded, draft, messages)
+        token_spans += find_token_spans(encoded, span, example)
         if not span.has_end_token:
             if not example.banned_spans:
                 token_spans.append((len(tokens), len(tokens) + 1, span.weight))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.core.types import Json, Row
+from tunesmith.core.types import Json, Row, RowWeight
 from tunesmith.data.readers.decode import SourceLocation, describe_type, read_json_text
 from tunesmith.data.readers.invalid_row import InvalidRow
 
@@ -175,7 +175,7 @@ def _read_weight(where: str, message: Json, key_path: str, default: float) -> fl
     if weight > 0 and message["role"] != "assistant":
         fix = "set `train: true` or a weight on assistant turns only"
         raise build_error(f"a {message['role']} turn cannot be trained", fix)
-    return float(weight)
+    return RowWeight(weight)
 
 
 def _read_content(where: str, content: Any, key_path: str) -> str:

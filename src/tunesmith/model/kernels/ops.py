@@ -168,14 +168,20 @@ def _check_targets(targets: Tensor, vocab_size: int) -> None:
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, weights: Tensor, scale: float, cap: float
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    scale: float,
+    cap: float,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return unweighted losses [S] and the gradient of sum(weights * losses) with respect to the
     raw logits [S, V].
 
-    A raw logit z means cap * tanh(scale * z / cap), or scale * z if cap is 0. The kernel overwrites
+    A raw logit z means cap * tanh(scale * z / cap), or scale * z if cap is 0. `label_smoothing` of
+    each target is spread evenly over all tokens; there is no kernel for it. The kernel overwrites
     `logits`."""
-    if is_supported(logits):
+    if is_supported(logits) and not label_smoothing:
         rows, vocab_size = logits.shape
         losses = torch.empty(rows)
         _check_targets(targets, vocab_size)
@@ -191,7 +197,10 @@ def cross_entropy(
     log_probabilities = torch.log_softmax(scaled_logits, dim=-1)
     losses = -log_probabilities.gather(1, targets[:, None])[:, 0]
     gradient = log_probabilities.exp()
-    gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
+    gradient[torch.arange(len(targets), device=targets.device), targets] -= 1 - label_smoothing
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * log_probabilities.mean(-1)
+        gradient -= label_smoothing / logits.shape[1]
     weights_S1 = weights[:, None].to(scaled_logits.dtype)
     return losses, (gradient * weights_S1 * slope).to(logits.dtype)
 

@@ -1,0 +1,211 @@
+"""Recipe values that decide what is trained and how strongly: trained text, losses, schedules.
+
+In: values as YAML holds them. Out: validated values, and the contradictions between them. Left out:
+the other keys (schema.py) and values that are "auto" (plan/)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from tunesmith.recipe.fields import (
+    Auto,
+    Count,
+    NotNegative,
+    Positive,
+    Share,
+    accept_names,
+    wrap_list,
+)
+
+Problems = list[tuple[str, str]]  # (key, message)
+
+# ---------------------------------------------------------------- trained text
+
+
+def _parse_train_on(value: Any) -> Any:
+    return value if value in ("answers", "all") else wrap_list(value)
+
+
+def _check_roles(roles: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(roles)) < len(roles):
+        raise ValueError("a role is repeated")
+    return roles
+
+
+Role = Annotated[
+    Literal["system", "user", "assistant", "tool"],
+    accept_names({"human": "user", "gpt": "assistant", "developer": "system"}),
+]
+TrainOn = Annotated[
+    Literal["answers", "all"]
+    | Annotated[tuple[Role, ...], Field(min_length=1), AfterValidator(_check_roles)],
+    BeforeValidator(_parse_train_on, json_schema_input_type=Literal["answers", "all"] | list[Role]),
+]
+
+
+# ---------------------------------------------------------------- preference losses
+
+LossName = Annotated[Literal["dpo", "orpo", "simpo", "kto"], accept_names({"sigmoid": "dpo"})]
+# field of `loss` -> the only loss that has it
+SINGLE_LOSS_FIELDS = {"gamma": "simpo", "desirable_weight": "kto", "undesirable_weight": "kto"}
+SMOOTHED_LOSSES = ("auto", "dpo", "simpo")
+
+
+class PairLoss(BaseModel):
+    """The loss of preference rows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Auto | LossName = Field(
+        default="auto",
+        description="dpo, orpo and simpo take pairs, kto single answers with a label; dpo and kto "
+        "use a reference model.",
+    )
+    beta: Auto | Positive = Field(
+        default="auto", description="Strength of the preference term; lambda of ORPO."
+    )
+    gamma: Auto | NotNegative = Field(default="auto", description="Target margin of SimPO.")
+    nll_coefficient: Auto | NotNegative = Field(
+        default="auto", description="Coefficient of the SFT loss on chosen answers."
+    )
+    desirable_weight: Auto | NotNegative = Field(
+        default="auto", description="Factor of KTO on the loss of desirable answers."
+    )
+    undesirable_weight: Auto | NotNegative = Field(
+        default="auto", description="Factor of KTO on the loss of undesirable answers."
+    )
+
+
+def _parse_pair_loss(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+PairLossField = Annotated[
+    PairLoss,
+    BeforeValidator(
+        _parse_pair_loss,
+        json_schema_input_type=Literal["auto", "dpo", "orpo", "simpo", "kto"] | PairLoss,
+    ),
+]
+
+
+# ---------------------------------------------------------------- schedules
+
+ScheduleName = Literal[
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+DecayType = Literal["linear", "cosine", "1-sqrt"]
+# schedule -> the fields of `lr_scheduler_kwargs` that it reads
+SCHEDULE_FIELDS = {
+    "inverse_sqrt": ("timescale",),
+    "warmup_stable_decay": ("num_decay_steps", "decay_type", "min_lr_ratio"),
+}
+
+
+class SchedulerKwargs(BaseModel):
+    """Arguments of single schedules, named as in transformers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_decay_steps: Auto | Count = Field(
+        default="auto", description="Last steps of warmup_stable_decay; auto: a tenth of the run."
+    )
+    decay_type: DecayType = Field(
+        default="cosine", description="Shape of the decay of warmup_stable_decay."
+    )
+    min_lr_ratio: Share = Field(
+        default=0.0,
+        description="Fraction of the peak at both ends of warmup_stable_decay.",
+    )
+    timescale: Auto | Count = Field(
+        default="auto",
+        description="Steps after which inverse_sqrt has fallen to 0.71; auto: those of the "
+        "warm-up, else 10,000.",
+    )
+
+
+def _parse_scheduler_kwargs(value: Any) -> Any:
+    return {} if value in (None, "auto") else value
+
+
+SchedulerKwargsField = Annotated[
+    SchedulerKwargs,
+    BeforeValidator(
+        _parse_scheduler_kwargs, json_schema_input_type=Literal["auto"] | SchedulerKwargs
+    ),
+]
+
+
+# ---------------------------------------------------------------- contradictions
+
+
+def to_mapping(value: Any) -> dict[str, Any]:
+    """Return the fields of a mapping, as written or as validated; {} for anything else."""
+    if isinstance(value, (PairLoss, SchedulerKwargs)):
+        return vars(value)
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def find_objective_contradictions(settings: Mapping[str, Any]) -> Problems:
+    """Return (key, message) for keys of the objective that contradict each other or have no
+    effect."""
+    problems: Problems = []
+    stage = settings.get("stage", "sft")
+    if settings.get("train_on", "answers") != "answers" and stage in ("cpt", "pt"):
+        message = "train_on has no effect with stage: cpt, which trains every token"
+        problems.append(("train_on", message))
+    if settings.get("train_on", "answers") != "answers" and stage == "preference":
+        message = "train_on has no effect with stage: preference, which compares answers"
+        problems.append(("train_on", message))
+    if settings.get("share_prefixes") is True and settings.get("neftune_noise_alpha"):
+        message = "share_prefixes contradicts neftune_noise_alpha: noise is drawn per document"
+        problems.append(("share_prefixes", message))
+    problems += _find_schedule_contradictions(settings)
+    return problems
+
+
+def _find_schedule_contradictions(settings: Mapping[str, Any]) -> Problems:
+    problems: Problems = []
+    schedule = settings.get("lr_scheduler_type")
+    if schedule == "constant" and settings.get("warmup_ratio"):
+        message = "constant has no warm-up; set lr_scheduler_type: constant_with_warmup"
+        problems.append(("warmup_ratio", message))
+    defaults = vars(SchedulerKwargs())
+    for field, value in to_mapping(settings.get("lr_scheduler_kwargs")).items():
+        if value == defaults.get(field, value) or field in SCHEDULE_FIELDS.get(str(schedule), ()):
+            continue
+        owner = next(name for name, fields in SCHEDULE_FIELDS.items() if field in fields)
+        message = f"{field} has no effect without lr_scheduler_type: {owner}"
+        problems.append(("lr_scheduler_kwargs", message))
+    return problems
+
+
+def find_loss_contradictions(settings: Mapping[str, Any]) -> Problems:
+    """Return (key, message) for settings of preference losses that have no effect."""
+    problems: Problems = []
+    loss = settings.get("loss")
+    loss_fields = {"name": loss} if isinstance(loss, str) else to_mapping(loss)
+    name = loss_fields.get("name", "auto")
+    for field, owner in SINGLE_LOSS_FIELDS.items():
+        if loss_fields.get(field, "auto") == "auto" or name == owner:
+            continue
+        if name == "auto":
+            message = f"loss: {field} has no effect with dpo; add name: {owner}"
+        else:
+            message = f"loss: {field} has no effect with {name}, only with {owner}"
+        problems.append(("loss", message))
+    if settings.get("label_smoothing") and name not in SMOOTHED_LOSSES:
+        message = f"label_smoothing has no effect with {name}, only with dpo and simpo"
+        problems.append(("label_smoothing", message))
+    if settings.get("label_smoothing", 0) >= 0.5:
+        message = "label_smoothing must be below 0.5 with pairs: half of all labels are wrong then"
+        problems.append(("label_smoothing", message))
+    return problems

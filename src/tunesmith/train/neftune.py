@@ -1,0 +1,67 @@
+"""NEFTune (Jain 2023): uniform noise on the embeddings of a training step.
+
+    Pack, alpha, seed, step -> Batch with noise [T, H] beside its tokens
+
+The noise of a document depends on the seed, the step and the document alone, so no packing and no
+resume changes it. Its scale is alpha / sqrt(L * H), with the L tokens of the document, not those of
+the pack. Left out: evaluation and reference models, whose batches have no noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from tunesmith.core.types import Batch, Document, Pack, PlanConfig
+from tunesmith.data.collate import collate
+from tunesmith.data.packing import count_input_tokens
+from tunesmith.model.causal_lm import PackedCausalLM
+
+NOISE_DTYPE = torch.float32
+
+
+def collate_for_training(pack: Pack, model: PackedCausalLM, config: PlanConfig, step: int) -> Batch:
+    """Return a pack as tensors, with noise if the plan has some. `step` counts finished steps."""
+    batch = collate(pack, device=str(model.device))
+    if not config.neftune_noise_alpha:
+        return batch
+    return add_embedding_noise(
+        batch,
+        pack,
+        hidden_size=model.embedding_size,
+        alpha=config.neftune_noise_alpha,
+        seed=config.seed,
+        step=step,
+    )
+
+
+def add_embedding_noise(
+    batch: Batch, pack: Pack, *, hidden_size: int, alpha: float, seed: int, step: int
+) -> Batch:
+    """Return the batch with noise for the embedding of each of its tokens."""
+    assert not batch.layout.parents, "a shared token belongs to several documents"
+    device = batch.tokens_T.device
+    noise: list[Tensor] = []
+    for document in pack.documents:
+        generator = torch.Generator(device).manual_seed(_make_seed(document, seed, step))
+        limit = alpha / math.sqrt(len(document) * hidden_size)
+        noise_LH = torch.empty(
+            (count_input_tokens(document), hidden_size), dtype=NOISE_DTYPE, device=device
+        )
+        noise.append(noise_LH.uniform_(-limit, limit, generator=generator))
+    return dataclasses.replace(batch, embedding_noise_TH=torch.cat(noise))
+
+
+def remove_embedding_noise(batch: Batch) -> Batch:
+    """Return the batch as a model sees it that is not trained."""
+    return dataclasses.replace(batch, embedding_noise_TH=None)
+
+
+def _make_seed(document: Document, seed: int, step: int) -> int:
+    """Return a seed of 63 bits; Python's hash of a text changes with every process."""
+    key = f"{seed} {step} {document.side} {document.id} ".encode()
+    digest = hashlib.sha256(key + document.tokens_L.tobytes()).digest()
+    return int.from_bytes(digest[:8]) >> 1
