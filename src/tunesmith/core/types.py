@@ -156,12 +156,12 @@ class PlanConfig:
     beta: int | float | None = None  # preference rows, per nat; ORPO's lambda
     gamma: int | float | None = None  # SimPO's margin, nats per token
     nll_coefficient: int | float | None = None  # of the plain loss of chosen answers
-    dtype: Literal["bf16", "fp32"]
     desirable_weight: int | float | None = None  # KTO's factors on both kinds of answers
     undesirable_weight: int | float | None = None
     train_on: str | tuple[str, ...] | None = None  # all, or roles; None: answers
     label_smoothing: int | float | None = None  # share of each label
     neftune_noise_alpha: int | float | None = None  # noise on embeddings
+    dtype: Literal["bf16", "fp32"]
     max_length: int  # tokens of a document
     pack_length: int  # tokens of a pack
     num_train_epochs: int | float
@@ -174,10 +174,6 @@ class PlanConfig:
     use_rslora: bool | None = None
     use_dora: bool | None = None
     learning_rate: int | float  # peak
-    warmup_ratio: int | float  # fraction of the steps
-    lr_scheduler_kwargs: dict[str, int | float | str] | None = None  # of some schedules
-    weight_decay: int | float
-    max_grad_norm: int | float  # 0: no clipping
     lr_scheduler_type: Literal[
         "linear",
         "cosine",
@@ -186,6 +182,10 @@ class PlanConfig:
         "inverse_sqrt",
         "warmup_stable_decay",
     ]
+    warmup_ratio: int | float  # fraction of the steps
+    lr_scheduler_kwargs: dict[str, int | float | str] | None = None  # of some schedules
+    weight_decay: int | float
+    max_grad_norm: int | float  # 0: no clipping
     step_in_backward: bool  # update each weight as soon as its gradient is known
     attention: str  # backend
     share_prefixes: bool
@@ -373,14 +373,14 @@ class NewToken:
     is_ordinary: bool = True  # else a control token: only templates and answers can produce it
 
 
-class CharSpan(NamedTuple):
-    """Characters start:end of the content of a message, without surrounding white space."""
-
-    message: int
 class RowWeight(float):
     """A weight that the row sets for a message, in place of that of its role."""
 
 
+class CharSpan(NamedTuple):
+    """Characters start:end of the content of a message, without surrounding white space."""
+
+    message: int
     start: int
     end: int
 
@@ -477,11 +477,11 @@ class Batch:
     real_tokens: int  # of the documents as rendered, as `tokens` of a step counts them
     sides: tuple[Side, ...] = ()  # of the documents; empty if none has a side
     reference_logps: tuple[float | None, ...] = ()  # of the documents, as `sides`
+    embedding_noise_TH: torch.Tensor | None = None  # added to embeddings (NEFTune)
 
 
 # ---------------------------------------------------------------- generation and measurement
 
-    embedding_noise_TH: torch.Tensor | None = None  # added to embeddings (NEFTune)
 
 @dataclass(frozen=True)
 class GenerationRequest:

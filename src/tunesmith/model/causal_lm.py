@@ -269,7 +269,7 @@ class PackedCausalLM:
             noisy_TH = embeddings_TH + embedding_noise_TH.to(embeddings_TH.dtype)
             inputs = {"inputs_embeds": noisy_TH[None]}
         out = self.decoder(
-            input_ids=tokens_T[None],
+            **inputs,
             position_ids=positions_T[None],
             use_cache=False,
             layout=layout,

@@ -106,8 +106,8 @@ def build_plan(
         has_evaluation=_has_evaluation(recipe, data),
         has_constraints=bool(recipe.never),
     )
-    _apply_rules(context, recipe_values, fixed)
     settings |= decide_objective(recipe, context)
+    _apply_rules(context, recipe_values, fixed)
     settings |= {key: plan_value for key, plan_value in fixed.items() if key not in RULES}
     _apply_features(context, recipe, data)
     settings["gradient_checkpointing"] = _decide_checkpointing(
@@ -157,7 +157,6 @@ def _apply_rules(
             settings["num_train_epochs"] = extended
 
 
-def _collect_recipe_values(recipe: Recipe) -> dict[str, Any]:
 def _apply_features(context: RuleContext, recipe: Recipe, data: Mapping[str, DataReport]) -> None:
     """Add the settings of features that a recipe may ask for, which read those of the rules."""
     settings = context.settings
@@ -168,6 +167,7 @@ def _apply_features(context: RuleContext, recipe: Recipe, data: Mapping[str, Dat
     settings |= decide_new_rows(settings.get("add_tokens"), context)
 
 
+def _collect_recipe_values(recipe: Recipe) -> dict[str, Any]:
     """Return the values of the recipe by the keys of the plan; those of `loss` are keys, too."""
     values = {key: getattr(recipe, key) for key in KEYS}
     for key, name in PREFERENCE_KEYS.items():

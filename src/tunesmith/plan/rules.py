@@ -448,6 +448,7 @@ RULES: dict[str, Callable[[RuleContext], PlanValue]] = {
     ),
     "learning_rate": learning_rate,
     "lr_scheduler_type": make_constant_rule("linear", "decays to zero over the run", "Tulu 3"),
+    "warmup_ratio": warmup_ratio,
     "weight_decay": make_constant_rule(0.0, "does not reduce forgetting", "Biderman 2024"),
     "max_grad_norm": make_constant_rule(1.0, "the common limit"),
     "step_in_backward": step_in_backward,
@@ -458,4 +459,3 @@ RULES: dict[str, Callable[[RuleContext], PlanValue]] = {
     "eval_steps": eval_steps,
     "save_steps": save_steps,
 }
-    "warmup_ratio": warmup_ratio,

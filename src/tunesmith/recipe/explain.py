@@ -75,11 +75,11 @@ MAPPINGS: tuple[type[BaseModel], ...] = (
     Constraint,
     DataSource,
     GuardConfig,
-    SchedulerKwargs,
     MixtureConfig,
     PairLoss,
     PromptForm,
     RehearsalConfig,
+    SchedulerKwargs,
 )
 TYPE_TEXTS = {
     "integer": "a whole number",

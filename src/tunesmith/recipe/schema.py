@@ -45,7 +45,6 @@ from tunesmith.recipe.fields import (
     reject_bool,
     wrap_list,
 )
-
 from tunesmith.recipe.objectives import (
     PairLoss,
     PairLossField,
@@ -57,6 +56,7 @@ from tunesmith.recipe.objectives import (
     find_loss_contradictions,
     find_objective_contradictions,
 )
+
 
 class Recipe(BaseModel):
     """One fine-tuning run. Only `model` and `data` are required."""
@@ -118,11 +118,11 @@ class Recipe(BaseModel):
         default=None, description="JSON schema of a correct answer."
     )
 
-    max_length: Auto | Count = Field(default="auto", description="Longest document, in tokens.")
     train_on: TrainOn = Field(
         default="answers",
         description="Trained text: answers, all, or the messages of these roles.",
     )
+    max_length: Auto | Count = Field(default="auto", description="Longest document, in tokens.")
     on_overlong: Literal["drop", "truncate", "refuse"] = Field(
         default="drop", description="Handling of documents over max_length."
     )
@@ -147,11 +147,11 @@ class Recipe(BaseModel):
     lr_scheduler_type: Auto | ScheduleName = Field(
         default="auto", description="Shape of the learning rate after warm-up."
     )
-    warmup_ratio: Auto | Share = Field(default="auto", description="Fraction of steps in warm-up.")
     lr_scheduler_kwargs: SchedulerKwargsField = Field(
         default=SchedulerKwargs(),
         description="Arguments of inverse_sqrt and warmup_stable_decay.",
     )
+    warmup_ratio: Auto | Share = Field(default="auto", description="Fraction of steps in warm-up.")
     optim: Auto | Optimizer = Field(
         default="auto", description="AdamW, with moments in fp32 or in 8 bits."
     )
@@ -306,6 +306,7 @@ def find_contradictions(values: Mapping[str, Any]) -> Problems:
     if settings.get("share_prefixes") is True and settings.get("lora_dropout"):
         message = "share_prefixes contradicts lora_dropout, which is drawn per document"
         problems.append(("share_prefixes", message))
+    problems += find_objective_contradictions(settings)
     problems += _find_stage_contradictions(settings)
     rehearsal = _to_mapping(settings.get("rehearsal"))
     if rehearsal.get("ratio") == "adaptive" and "retention_data" not in settings:
@@ -315,7 +316,6 @@ def find_contradictions(values: Mapping[str, Any]) -> Problems:
     problems += _find_shared_files(settings)
     max_length = settings.get("max_length")
     pack_length = settings.get("pack_length")
-    problems += find_objective_contradictions(settings)
     if isinstance(max_length, int) and isinstance(pack_length, int) and max_length > pack_length:
         message = (
             f"pack_length {pack_length} is below max_length {max_length}: "

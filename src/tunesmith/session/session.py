@@ -295,20 +295,10 @@ def _choose_samples(
             choose_sharing_documents(candidates) if plan.config.share_prefixes else None
         ),
         is_quantized=is_quantized,
-    )
-
-
-def _find_extreme_rows(rows: Dataset) -> list[int]:
-    """Return the shortest and the longest rows after the first PROBE_ROWS, by their bytes: a few of
-    each that have documents, since a row over max_length has none."""
-    sizes = {index: rows.get_row_bytes(index) for index in range(PROBE_ROWS, len(rows))}
-    ranked = sorted(sizes, key=sizes.__getitem__)
-    extremes: list[int] = []
-    for order in (ranked, ranked[::-1]):
         role_masks=_build_role_masks(inputs, rows, plan.config.train_on),
         has_trained_answers=trains_answers(plan.config.train_on or "answers"),
-        extremes += _find_usable_rows(rows, order) or _find_usable_rows(rows, order, skip=True)
-    return extremes
+    )
+
 
 def _build_role_masks(
     inputs: RunInputs, rows: Dataset, train_on: str | tuple[str, ...] | None
@@ -331,6 +321,16 @@ def _build_role_masks(
             masks.append(mask)
     return tuple(masks)
 
+
+def _find_extreme_rows(rows: Dataset) -> list[int]:
+    """Return the shortest and the longest rows after the first PROBE_ROWS, by their bytes: a few of
+    each that have documents, since a row over max_length has none."""
+    sizes = {index: rows.get_row_bytes(index) for index in range(PROBE_ROWS, len(rows))}
+    ranked = sorted(sizes, key=sizes.__getitem__)
+    extremes: list[int] = []
+    for order in (ranked, ranked[::-1]):
+        extremes += _find_usable_rows(rows, order) or _find_usable_rows(rows, order, skip=True)
+    return extremes
 
 
 def _find_usable_rows(rows: Dataset, order: Sequence[int], *, skip: bool = False) -> list[int]:
