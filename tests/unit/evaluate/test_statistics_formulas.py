@@ -1,0 +1,139 @@
+"""Moments, p-values and verdicts, compared with scipy and with formulas written another way."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tunesmith.core.events import Score
+from tunesmith.core.types import Comparison
+from tunesmith.evaluate.statistics import (
+    Z,
+    _estimate_moments,
+    compute_detectable_difference,
+    compute_mean_interval,
+    compute_p_value,
+    compute_robust_sd,
+    compute_standard_error,
+    format_p,
+    is_shown_above,
+    judge_comparison,
+    judge_comparisons,
+)
+
+
+def everything(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    return values, np.ones(len(values)), [np.arange(len(values))]
+
+
+def make_comparison_of(
+    difference: float, low: float, high: float, *, n: int = 80, **changed: Any
+) -> Comparison:
+    score = Score("task", "loss", 1.0, 0.9, 1.1, n, 0)
+    return Comparison("task", "loss", score, score, difference, low, high, True, **changed)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 11, 60])
+def test_moments_of_equal_weights_are_those_of_the_mean(n: int) -> None:
+    values = np.random.default_rng(n).gamma(2.0, size=n)
+    moments = _estimate_moments(values, np.full(n, 3.0))
+    assert moments.mean == pytest.approx(values.mean())
+    assert moments.variance == pytest.approx(values.var(ddof=1) / n)
+    third = 0.0 if n < 3 else float(stats.kstat(values, 3)) / n**2
+    assert moments.third == pytest.approx(third)
+    assert moments.degrees == pytest.approx(n - 1)
+
+
+def test_moments_of_unequal_weights() -> None:
+    values = np.array([1.0, 4.0, 2.0, 8.0])
+    weights = np.array([1.0, 2.0, 3.0, 4.0])
+    moments = _estimate_moments(values, weights)
+    shares = weights / 10
+    mean = (1 + 8 + 6 + 32) / 10
+    size = 1 / (0.01 + 0.04 + 0.09 + 0.16)
+    assert moments.mean == pytest.approx(mean)
+    expected = sum(w**2 * (v - mean) ** 2 / (1 - w) for w, v in zip(shares, values, strict=True))
+    assert moments.variance == pytest.approx(expected)
+    third = sum(w**3 * (v - mean) ** 3 for w, v in zip(shares, values, strict=True))
+    assert moments.third == pytest.approx(third * size**2 / ((size - 1) * (size - 2)))
+    assert moments.degrees == pytest.approx(size - 1)
+    alone = _estimate_moments(values[:2], np.array([1.0, 1e-15]))
+    assert (alone.mean, alone.degrees) == (pytest.approx(1.0), 1.0)
+    assert math.isfinite(alone.variance)
+
+
+def test_rounding_is_no_variance() -> None:
+    values = np.full(9, 0.1) + np.arange(9) * 1e-17
+    assert compute_mean_interval(*everything(values)) == (values.mean(), values.mean())
+    apart = np.array([1.0, 1.0 + 1e-9, 1.0, 1.0, 1.0])
+    low, high = compute_mean_interval(*everything(apart))
+    assert 1e-10 < high - low < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("difference", "low", "high"),
+    [(0.3, 0.1, 0.9), (-0.3, -0.9, -0.1), (0.3, -0.1, 0.4), (-0.2, -0.3, 0.5)],
+)
+def test_p_is_that_of_the_end_towards_zero(difference: float, low: float, high: float) -> None:
+    half = difference - low if difference > 0 else high - difference
+    expected = 2 * stats.norm.sf(abs(difference) / (half / Z))
+    p_value = compute_p_value(make_comparison_of(difference, low, high))
+    assert p_value == pytest.approx(expected)
+    assert (p_value < 0.05) == (low > 0 or high < 0)
+
+
+def test_p_of_an_empty_interval_is_certain() -> None:
+    assert compute_p_value(make_comparison_of(0.0, 0.0, 0.0)) == 1.0
+    assert compute_p_value(make_comparison_of(0.5, 0.5, 0.5)) == 0.0
+    assert compute_p_value(make_comparison_of(-0.5, -0.5, -0.5)) == 0.0
+    assert compute_p_value(make_comparison_of(-0.5, -0.5, -0.5, p_value=0.25)) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("n", "low", "is_above"),
+    [(5, 0.26, True), (4, 0.26, False), (5, 0.25, False), (80, 0.24, False), (80, 0.26, True)],
+)
+def test_a_score_is_above_a_limit_with_its_interval(n: int, low: float, is_above: bool) -> None:
+    assert is_shown_above(Score("task", "loss", 0.5, low, 0.6, n, 0), 0.25) == is_above
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p_value", "verdict"),
+    [
+        (0.0, 0.5, None, "no difference shown"),
+        (-0.5, 0.0, None, "no difference shown"),
+        (0.001, 0.5, None, "better"),
+        (-0.5, -0.001, None, "worse"),
+        (0.001, 0.5, 0.05, "no difference shown"),
+        (0.001, 0.5, 0.049, "better"),
+    ],
+)
+def test_a_verdict_needs_an_interval_without_zero(
+    low: float, high: float, p_value: float | None, verdict: str
+) -> None:
+    comparison = make_comparison_of((low + high) / 2, low, high, p_value=p_value)
+    assert judge_comparison(comparison) == verdict
+
+
+def test_holm_marks_a_p_of_exactly_five_percent() -> None:
+    sure = make_comparison_of(0.3, 0.2, 0.4, p_value=0.025)
+    assert (
+        judge_comparisons([sure, sure])
+        == ("better, but not after Holm correction (2 comparisons)",) * 2
+    )
+    assert (
+        judge_comparisons([make_comparison_of(0.3, 0.2, 0.4, p_value=0.024)] * 2) == ("better",) * 2
+    )
+
+
+def test_errors_and_spreads_have_their_constants() -> None:
+    assert compute_standard_error(-1.0, 3.0) == pytest.approx(4 / 2 / stats.norm.ppf(0.975))
+    shown = compute_detectable_difference(-1.0, 1.0)
+    quantiles = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
+    assert shown == pytest.approx(quantiles / stats.norm.ppf(0.975))
+    assert compute_robust_sd([1.0, 2.0, 4.0]) == pytest.approx(1.4826)
+    assert format_p(0.001) == "p = 0.001"
