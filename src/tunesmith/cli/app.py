@@ -38,6 +38,8 @@ from tunesmith.cli.args import (
 )
 from tunesmith.cli.output import escape_library_output, print_result, write_stderr
 from tunesmith.core.errors import InputError, TunesmithError
+from tunesmith.core.types import Plan
+from tunesmith.plan.stages import StagedPlan
 
 # click's own class, or typer's copy of it
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -190,13 +192,27 @@ def plan(
     if compare and why is not None:
         message = "--compare and --why cannot be combined"
         raise InputError(message, where="command line", fix="pass one of them")
+    inputs = api.load_inputs(recipe, needs_weights=False)
     if compare:
-        methods = api.compare_methods(recipe, target=target, memory=memory)
+        _refuse_unusable_rows(api.plan(inputs), inputs)
+        methods = api.compare_methods(inputs, target=target, memory=memory)
         print_result({"methods": methods}, render_method_estimates(methods), as_json=as_json)
         return
-    run_plan = api.plan(recipe, target=target, memory=memory, benchmark=benchmark)
+    run_plan = api.plan(inputs, target=target, memory=memory, benchmark=benchmark)
+    _refuse_unusable_rows(run_plan, inputs)
     view = render_plan(run_plan) if why is None else render_setting(run_plan, why)
     print_result(run_plan, view, as_json=as_json)
+
+
+def _refuse_unusable_rows(plan: Plan | StagedPlan, inputs: api.AnyInputs) -> None:
+    """Refuse the rows that `train` would refuse."""
+    from tunesmith.data.rejects import refuse_unusable_rows
+
+    plans = plan.plans if isinstance(plan, StagedPlan) else (plan,)
+    stages = inputs if isinstance(inputs, tuple) else (inputs,)
+    for stage_plan, stage in zip(plans, stages, strict=True):
+        skip_invalid = stage.recipe.skip_invalid
+        refuse_unusable_rows(stage.datasets, stage_plan.data, skip_invalid=skip_invalid)
 
 
 def tune_lr(

@@ -20,6 +20,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import DataReport, Json
 from tunesmith.data.dataset import NOT_RENDERED, Dataset, DataSourceReader
+from tunesmith.data.leakage import refuse_test_leakage
 from tunesmith.data.length_stats import find_rare_rows, select_scan_rows
 from tunesmith.data.readers.invalid_row import MAX_SHOWN_ROWS, InvalidRow, RejectedRows
 
@@ -27,6 +28,18 @@ MAX_RAW_BYTES = 4096
 MAX_DROPPED_SHARE = 0.20  # of the training rows
 LINE_KEYS = ("where", "id", "reason", "what", "fix", "bytes", "row")  # keys of a line
 MAX_LINE_BYTES = 2**20
+
+
+def refuse_unusable_rows(
+    datasets: Mapping[str, Dataset],
+    reports: Mapping[str, DataReport],
+    path: Path | None = None,
+    *,
+    skip_invalid: bool,
+) -> None:
+    """Raise InputError for rows that no run uses: leaked test rows, invalid ones (see below)."""
+    refuse_test_leakage(datasets)
+    refuse_invalid_rows(datasets, reports, path, skip_invalid=skip_invalid)
 
 
 def refuse_invalid_rows(

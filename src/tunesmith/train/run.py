@@ -40,8 +40,7 @@ from tunesmith.core.run_dir import (
     read_run_plan,
 )
 from tunesmith.core.types import Comparison, Plan, RunRecord, ScalePoint, __version__
-from tunesmith.data.leakage import refuse_test_leakage
-from tunesmith.data.rejects import refuse_invalid_rows, write_rejected_rows
+from tunesmith.data.rejects import refuse_unusable_rows, write_rejected_rows
 from tunesmith.data.tokenizer.tokenizer_json import append_tokens
 from tunesmith.evaluate.adapter_scaling import measure_scale_curve
 from tunesmith.evaluate.answer_cache import open_answer_cache
@@ -147,8 +146,7 @@ def check_run(
 
     `rejected_path` is a file for invalid rows. `allow_code` lets custom metrics run."""
     refuse_if_too_large(plan)
-    refuse_test_leakage(run_inputs.datasets)
-    refuse_invalid_rows(
+    refuse_unusable_rows(
         run_inputs.datasets,
         plan.data,
         rejected_path,
