@@ -1,10 +1,18 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.core.types import Document
-from tunesmith.data.packing import count_input_tokens, pack_step
+from tunesmith.data.packing import (
+    compute_saved_share,
+    count_computed_tokens,
+    count_input_tokens,
+    group_units,
+    pack_step,
+)
 
 
 def document(length, name="r"):
@@ -89,3 +97,71 @@ def test_documents_that_cannot_be_trained_are_refused():
         pack_step([Document("r", np.arange(3, dtype=np.int32), np.zeros(3, np.float32))], 8)
     with pytest.raises(ValueError, match="first token"):
         pack_step([Document("r", np.arange(3, dtype=np.int32), np.ones(3, np.float32))], 8)
+
+
+def make_side(name, side, length=4):
+    return dataclasses.replace(document(length, name), side=side)
+
+
+def test_a_pair_is_a_chosen_side_and_the_rejected_one_after_it():
+    sides = [("a", "chosen"), ("a", "rejected"), ("b", ""), ("c", "rejected"), ("d", "chosen")]
+    sides += [("e", "rejected"), ("f", "chosen"), ("f", "chosen"), ("f", "rejected")]
+    units = group_units([make_side(name, side) for name, side in sides])
+    assert units == [(0, 1), (2,), (3,), (4,), (5,), (6,), (7, 8)]
+    assert group_units([make_side("a", "rejected")]) == [(0,)]
+    assert group_units([]) == []
+
+
+# ---------------------------------------------------------------- with common prefixes
+
+
+def make_branches(prefix, *tails):
+    """Documents of `prefix` equal tokens and then as many tokens of their own as each tail has."""
+    documents = []
+    for number, tail in enumerate(tails):
+        tokens = np.concatenate([np.arange(prefix), np.full(tail + 1, 5000 + number)])
+        weights = np.zeros(len(tokens), np.float32)
+        weights[-1] = 1
+        documents.append(Document(f"p{number}", tokens.astype(np.int32), weights))
+    return documents
+
+
+@pytest.mark.parametrize(("saved", "is_shared"), [(255, False), (256, False), (257, True)])
+def test_a_prefix_is_shared_where_it_saves_more_than_another_pack_costs(saved, is_shared):
+    """Unshared, two packs are full; shared, three documents of 60% need a pack each."""
+    branches = make_branches(saved, 800 - saved, 800 - saved)
+    singles = make_branches(0, 1200, 1200)
+    packs = pack_step([*branches, *singles], 2000, should_share=True)
+    assert len(packs) == (3 if is_shared else 2)
+    assert any(any(pack.prefix_lengths) for pack in packs) == is_shared
+    assert sum(map(count_computed_tokens, packs)) == 4000 - saved * is_shared
+
+
+@pytest.mark.parametrize(
+    ("count", "parts"), [(4, [4]), (5, [3, 2]), (7, [4, 3]), (8, [4, 4]), (9, [3, 3, 3])]
+)
+def test_a_run_over_the_pack_length_is_split_evenly(count, parts):
+    packs = pack_step(make_branches(200, *[100] * count), 600, should_share=True)
+    assert sorted((len(pack.documents) for pack in packs), reverse=True) == parts
+    for pack in packs:
+        assert pack.prefix_lengths == (0, *[200] * (len(pack.documents) - 1))
+        assert count_computed_tokens(pack) == 200 + 100 * len(pack.documents)
+
+
+def test_only_documents_of_one_group_share():
+    branches = make_branches(400, 100, 200, 110, 210)
+    packs = pack_step(branches, 10**4, should_share=True, get_group=lambda length: length > 550)
+    (pack,) = packs
+    by_name = dict(zip([d.id for d in pack.documents], pack.prefix_lengths, strict=True))
+    assert sorted(by_name.values()) == [0, 0, 400, 400]
+    assert {by_name["p0"], by_name["p2"]} == {by_name["p1"], by_name["p3"]} == {0, 400}
+
+
+def test_the_saved_share_is_that_of_the_steps_of_a_run():
+    rows = [[branch] for branch in make_branches(600, 100, 200, 100, 200, 100)]
+    # two steps of two rows, in each of which 600 tokens stand once; the fifth row is in no step
+    assert compute_saved_share(rows, 2, 10**4) == 1200 / (700 + 800 + 700 + 800)
+    assert compute_saved_share(rows, 1, 10**4) == 0
+    assert compute_saved_share(rows, 5, 10**4) == 2400 / (3 * 700 + 2 * 800)
+    assert compute_saved_share(rows, 9, 10**4) == 2400 / (3 * 700 + 2 * 800)
+    assert compute_saved_share([], 2, 10**4) == 0
