@@ -23,6 +23,7 @@ from tunesmith.core.events import (
     TrainingEnd,
     TrainStep,
 )
+from tunesmith.core.sampling import SamplingParams
 from tunesmith.core.types import (
     Comparison,
     DataReport,
@@ -91,6 +92,7 @@ __all__ = [
     "PlanValue",
     "Recipe",
     "RunRecord",
+    "SamplingParams",
     "Score",
     "StageStart",
     "StagedPlan",

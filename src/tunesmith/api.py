@@ -18,6 +18,7 @@ from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Event
 from tunesmith.core.json_io import dump_json, parse_as
+from tunesmith.core.sampling import SamplingParams, check_sampling
 from tunesmith.core.types import DataReport, Json, Plan, RunRecord
 from tunesmith.plan.stages import StagedPlan
 from tunesmith.recipe.load import RecipeLike, read_recipe
@@ -564,11 +565,23 @@ def write_report(path: AnyPath, out: AnyPath | None = None) -> Path:
     return write_report(Path(path), None if out is None else Path(out))
 
 
-def chat(path: AnyPath, questions: str | Iterable[str]) -> Iterator[str]:
-    """Yield the answers of a run's adapter to one question, or to each turn of a conversation."""
+def chat(
+    path: AnyPath,
+    questions: str | Iterable[str],
+    sampling: SamplingParams | None = None,
+    *,
+    system: str | None = None,
+) -> Iterator[str]:
+    """Yield the answers of a run's adapter to one question, or to each turn of a conversation.
+
+    Decoding is greedy unless `sampling` has a temperature. `system` replaces the system message of
+    the training rows; an empty text means none."""
+    run_dir.require_run(Path(path))
+    check_sampling(sampling := sampling or SamplingParams())
     from tunesmith.evaluate import finished_run
 
-    return finished_run.chat(Path(path), [questions] if isinstance(questions, str) else questions)
+    turns = [questions] if isinstance(questions, str) else questions
+    return finished_run.chat(Path(path), turns, sampling, system=system)
 
 
 def export(

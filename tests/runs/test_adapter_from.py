@@ -95,6 +95,7 @@ def test_what_the_adapter_decides_is_in_the_plan(tiny_folder: Path, tmp_path: Pa
         "lora_target_modules": (("down_proj", "q_proj"), "checkpoint"),
         "use_rslora": (True, "checkpoint"),
         "use_dora": (False, "checkpoint"),
+        "modules_to_save": ((), "checkpoint"),
     }
     assert plan.config.adapter_from == str(tmp_path / "theirs")
     assert "there is no hash of the weights" in plan.warnings[0]
@@ -226,7 +227,7 @@ def test_before_is_the_model_that_training_starts_from(
     )
     of_base = next(e for e in base if isinstance(e, Score) and (e.metric, e.step) == ("loss", 0))
     assert before.value < of_base.value - 0.3
-    again = {c.metric: c for c in finished_run.evaluate_run(Path(str(wish.output_dir)))}
+    again = {c.metric: c for c in finished_run.evaluate_run(Path(str(wish.output_dir))).comparisons}
     assert again["loss"].before.value == pytest.approx(before.value, rel=1e-6)
 
 

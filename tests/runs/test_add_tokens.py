@@ -97,20 +97,20 @@ def test_the_plan_says_what_is_trained_and_why(
     plan = plan_recipe(wish(tiny_folder, tmp_path / "a"))
     assert plan.config.add_tokens == IDS
     assert "3 for <n>); the embedding grows by 2 rows" in plan.reasons["add_tokens"].reason
-    assert plan.config.modules_to_save == ("embed_tokens", "lm_head")
+    assert plan.config.new_rows_modules == ("embed_tokens", "lm_head")
     assert plan.config.new_rows_lr_factor == pytest.approx(
         min(10, max(1, 0.01 / plan.config.learning_rate)), rel=1e-3
     )
-    assert "128 values; all other rows stay" in plan.reasons["modules_to_save"].reason
+    assert "128 values; all other rows stay" in plan.reasons["new_rows_modules"].reason
     tied = plan_recipe(wish(tied_folder, tmp_path / "b"))
-    assert tied.config.modules_to_save == ("embed_tokens",)
+    assert tied.config.new_rows_modules == ("embed_tokens",)
     assert "has spare rows for them" in tied.reasons["add_tokens"].reason
     full = plan_recipe(wish(tiny_folder, tmp_path / "c", method="full", lora_r="auto"))
     assert full.config.add_tokens == IDS
-    assert full.config.modules_to_save is None
+    assert full.config.new_rows_modules is None
     without = plan_recipe(wish(tiny_folder, tmp_path / "d", add_tokens=[]))
     assert plan.memory_bytes["trained"] - without.memory_bytes["trained"] == 128 * 16
-    assert not {"add_tokens", "modules_to_save"} & without.reasons.keys()
+    assert not {"add_tokens", "new_rows_modules"} & without.reasons.keys()
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,11 @@ def test_the_plan_says_what_is_trained_and_why(
 def test_texts_that_are_no_tokens_are_refused_with_the_reason(written: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_recipe(None, {"model": "m", "data": "d.jsonl", "add_tokens": written})
-    with pytest.raises(
-        InputError, match="modules_to_save' is not a key here: leave it out: add_tokens trains"
-    ):
-        load_recipe(
-            None, {"model": "m", "data": "d.jsonl", "add_tokens": "<n>", "modules_to_save": "[]"}
-        )
+    values = {"model": "m", "data": "d.jsonl", "add_tokens": "<n>"}
+    for modules in ("embed_tokens", "[norm, lm_head]"):
+        with pytest.raises(InputError, match="contradict add_tokens, which trains and saves"):
+            load_recipe(None, values | {"modules_to_save": modules})
+    assert load_recipe(None, values | {"modules_to_save": "norm"})
 
 
 def test_a_token_that_stands_in_no_row_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
@@ -195,7 +194,7 @@ def test_before_is_the_base_with_the_tokens_as_they_started(first: Recipe) -> No
         json.loads(line) for line in (location(first) / "events.jsonl").read_text().splitlines()
     ]
     before = {e["metric"]: e["value"] for e in events if e["type"] == "score" and e["step"] == 0}
-    again = {item.metric: item for item in finished_run.evaluate_run(location(first))}
+    again = {item.metric: item for item in finished_run.evaluate_run(location(first)).comparisons}
     assert again["loss"].before.value == pytest.approx(before["loss"], rel=1e-6)
     assert again["loss"].after.value < again["loss"].before.value - 0.1
 

@@ -35,6 +35,7 @@ from tunesmith.core.errors import GateError, InputError, Interrupted, MachineErr
 from tunesmith.core.events import CheckpointSaved, CheckResult, Event, Score, TrainingEnd, TrainStep
 from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.types import Document, RunRecord
+from tunesmith.core.sampling import SamplingParams, check_sampling
 from tunesmith.evaluate import finished_run
 from tunesmith.evaluate.results import EvalResults, compare_results
 from tunesmith.session import inputs
@@ -269,6 +270,51 @@ def test_a_chat_is_one_conversation(finished: Path) -> None:
 
 
 # ---------------------------------------------------------------- stopping and going on
+def test_a_chat_samples_as_its_options_say(finished: Path) -> None:
+    """One seed gives one conversation, another seed another; greedy is the default."""
+
+    def answers(system: str | None = None, **options: Any) -> list[str]:
+        sampling = SamplingParams(max_new_tokens=12, **options)
+        return list(finished_run.chat(finished, ["3 and 9", "more"], sampling, system=system))
+
+    greedy = answers()
+    assert answers(temperature=0.0) == greedy
+    assert answers(temperature=3.0, top_k=1) == greedy
+    assert answers(temperature=3.0, top_p=1e-9) == greedy
+    assert answers(temperature=3.0, min_p=1.0) == greedy
+    first = answers(temperature=3.0, seed=1)
+    assert answers(temperature=3.0, seed=1) == first != greedy
+    assert answers(temperature=3.0, seed=2) != first
+    assert answers(temperature=3.0, seed=1, top_k=5) != first
+    assert answers(repetition_penalty=50.0) != greedy
+    assert len(answers()[0]) <= 12
+    assert answers(system="Answer in capitals, please.") != greedy
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1, "top_p": 0}, "top_p is 0"),
+        ({"temperature": 1, "top_p": 1.1}, "top_p is 1.1"),
+        ({"temperature": 1, "min_p": 2}, "min_p is 2"),
+        ({"temperature": 1, "top_k": -2}, "top_k is -2"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"top_p": 0.9}, "top_p has no effect at temperature 0"),
+        ({"top_k": 5}, "top_k has no effect at temperature 0"),
+        ({"min_p": 0.1}, "min_p has no effect at temperature 0"),
+        ({"seed": 3}, "seed has no effect at temperature 0"),
+    ],
+)
+def test_sampling_options_out_of_range_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        check_sampling(SamplingParams(**options))
+    assert caught.value.fix
+
+
 
 
 def test_a_run_left_after_a_checkpoint_goes_on_to_the_same_adapter(

@@ -23,6 +23,7 @@ import typer
 from typer.main import get_command
 
 from tunesmith import __version__, api
+from tunesmith.cli import chat as chat_command
 from tunesmith.cli import data as data_commands
 from tunesmith.cli import eval as eval_commands
 from tunesmith.cli import run as run_commands
@@ -33,7 +34,6 @@ from tunesmith.cli.args import (
     RunArg,
     parse_advise_args,
     parse_recipe_args,
-    read_questions,
     refuse_old_words,
 )
 from tunesmith.cli.output import escape_library_output, print_result, write_stderr
@@ -232,12 +232,6 @@ def tune_lr(
             print_result(result, view, as_json=as_json)
 
 
-def chat(folder: RunArg, as_json: AsJson = False) -> None:
-    """Chat with a trained adapter, one message per line."""
-    for answer in api.chat(folder, read_questions()):
-        print_result({"answer": answer}, answer, as_json=as_json)
-
-
 def export(
     folder: RunArg,
     to: Annotated[
@@ -288,7 +282,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": eval_commands.evaluate,
     "compare": eval_commands.compare,
     "report": run_commands.report,
-    "chat": chat,
+    "chat": chat_command.chat,
     "export": export,
     "schema": schema,
 }

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-RUN_FORMAT = 2  # of plan.json and its run folder; raised when older files would be misread
+RUN_FORMAT = 3  # of plan.json and its run folder; raised when older files would be misread
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -175,6 +175,9 @@ class PlanConfig:
     use_dora: bool | None = None
     learning_rate: int | float  # peak
     lr_scheduler_type: Literal[
+    modules_to_save: tuple[str, ...] | None = None  # trained in full beside the adapter
+    rank_pattern: dict[str, int] | None = None  # path of a layer -> rank, where it differs
+    alpha_pattern: dict[str, int | float] | None = None  # path of a layer -> lora_alpha
         "linear",
         "cosine",
         "constant",
@@ -211,7 +214,7 @@ class PlanConfig:
     rehearsal_length: int | None = None  # tokens of a rehearsal document, at most
     rehearsal_margin: int | float | None = None  # bits per byte; only with an adaptive ratio
     rehearsal_tokens: int | None = None  # tokens that the base model generates for rehearsal
-    modules_to_save: tuple[str, ...] | None = None  # matrices with trained rows of new tokens
+    new_rows_modules: tuple[str, ...] | None = None  # matrices with trained rows of new tokens
     new_rows_lr_factor: int | float | None = None  # learning rate of those rows, relative
     gradient_checkpointing: str  # kept or recomputed in the backward pass
     chat_template: str  # "auto": the model's own; "none"; or the path of a Jinja file
@@ -500,6 +503,9 @@ class GenerationRequest:
 @dataclass(frozen=True)
 class GenerationOutput:
     text: str  # without the end token or the stop string
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # of the tokens of prompt and answer, also when greedy
     tokens: tuple[int, ...]
     finish_reason: Literal["end", "stop", "length"]
     prompt_tokens: int

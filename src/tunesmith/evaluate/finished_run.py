@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tunesmith.core.types import Comparison, GenerationRequest, Json
+from tunesmith.core.sampling import MAX_SEED, SamplingParams, check_sampling
+from tunesmith.core.types import GenerationRequest, Json
 from tunesmith.evaluate.answer_cache import open_answer_cache
 from tunesmith.evaluate.items import build_eval_items
 from tunesmith.evaluate.measure import measure_items
@@ -19,7 +20,7 @@ from tunesmith.session import inputs
 from tunesmith.session.fingerprint import build_fingerprint
 from tunesmith.session.reopen import load_trained_session, reopen_session, starting_model
 
-MAX_CHAT_TOKENS = 512
+GREEDY = SamplingParams()
 
 
 def evaluate_run(path: Path, *, allow_code: bool = False) -> tuple[Comparison, ...]:
@@ -37,8 +38,19 @@ def evaluate_run(path: Path, *, allow_code: bool = False) -> tuple[Comparison, .
     return compare_results(before, after, step=plan.steps)
 
 
-def chat(path: Path, questions: Iterable[str]) -> Iterator[str]:
-    """Yield the trained model's answer to each question of one conversation."""
+def chat(
+    path: Path,
+    questions: Iterable[str],
+    sampling: SamplingParams = GREEDY,
+    *,
+    system: str | None = None,
+) -> Iterator[str]:
+    """Yield the trained model's answer to each question of one conversation.
+
+    `system` replaces the system message of the training rows; an empty text means none. Each turn
+    has its own random numbers, which follow from the seed. Raises InputError for invalid
+    `sampling`."""
+    check_sampling(sampling)
     session = load_trained_session(path)
     session.model.network.eval()
     renderer = session.renderer
@@ -50,7 +62,14 @@ def chat(path: Path, questions: Iterable[str]) -> Iterator[str]:
     for question in questions:
         messages.append({"role": "user", "content": question})
         request = GenerationRequest(
-            renderer.encode_prompt(messages), max_new_tokens=MAX_CHAT_TOKENS
+            renderer.encode_prompt(messages),
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=(sampling.seed + turn) % MAX_SEED,
         )
         pieces = stream_answer(
             session.model, request, decode=renderer.decode, end_ids=renderer.end_ids

@@ -136,6 +136,9 @@ def _refuse_unsupported(run: SourceRun, export_format: ExportFormat) -> None:
     if run.token_rows:
         message = "a GGUF adapter cannot hold the embeddings of added tokens"
         raise InputError(message, where=where, fix=fix)
+    if run.modules:
+        message = f"a GGUF adapter cannot hold modules_to_save ({', '.join(run.modules):.80})"
+        raise InputError(message, where=where, fix=fix)
     if any(lora.magnitude_O is not None for lora in run.loras.values()):
         raise InputError("a GGUF adapter cannot hold DoRA magnitudes", where=where, fix=fix)
 

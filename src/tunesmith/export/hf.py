@@ -20,6 +20,7 @@ from tunesmith.model.hub.validate import WEIGHTS_FILE, read_model_json
 from tunesmith.model.merge import (
     merge_into_network,
     read_loras,
+    read_saved_modules,
     read_token_rows,
     write_merged_weights,
 )
@@ -30,10 +31,11 @@ from tunesmith.train.model_card import CARD_FILE, note_scale
 
 
 def write_peft(job: ExportJob) -> None:
-    """Copy the adapter folder; at another scale, change its config, token rows and model card."""
+    """Copy the adapter folder; at another scale, change its config, the rows and modules
+    that are trained in full, and the model card."""
     _copy_files(job)
     if job.run.scale != 1:
-        rescale_adapter(job.folder, job.run.scale, job.run.token_rows)
+        rescale_adapter(job.folder, job.run.scale, job.run.token_rows, job.run.modules)
         note_scale(job.folder, job.run.scale, job.run.scale_points)
 
 
@@ -43,7 +45,8 @@ def reload_peft(job: ExportJob) -> ReloadedExport:
     base_dir = job.run.model_spec.path
     loras = read_loras(job.folder, base_dir)
     token_rows = read_token_rows(job.folder, base_dir)
-    merge_into_network(network, {**loras, **token_rows})
+    modules = read_saved_modules(job.folder, base_dir)
+    merge_into_network(network, {**loras, **token_rows, **modules})
     return ReloadedExport(network, _render_prompts(job), _read_end_ids(job.folder))
 
 

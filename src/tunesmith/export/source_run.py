@@ -32,10 +32,21 @@ from tunesmith.model.causal_lm import Network, PackedCausalLM, load_network, wra
 from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
-from tunesmith.model.merge import WeightDeltas, read_loras, read_token_rows
+from tunesmith.model.merge import (
+    WeightDeltas,
+    read_loras,
+    read_saved_modules,
+    read_token_rows,
+)
 from tunesmith.model.new_embeddings import init_new_rows
 from tunesmith.model.quantization import build_empty_network, roundtrip_nf4
-from tunesmith.model.save import LoraTensors, TokenRowTensors, load_adapter
+from tunesmith.model.save import (
+    LoraTensors,
+    ModuleTensor,
+    TokenRowTensors,
+    get_merge_target,
+    load_adapter,
+)
 from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Recipe, select_sources
 from tunesmith.session.inputs import build_renderer
@@ -47,7 +58,8 @@ class SourceRun:
     """A checked, finished run.
 
     model_spec: the base, with the vocabulary that added tokens give it; or the fully trained model,
-    which has no `loras`. `loras` and `token_rows` are scaled by `scale`.
+    which has no `loras`. `loras`, `token_rows` and `modules` are
+    scaled by `scale`.
     """
 
     path: Path
@@ -61,6 +73,8 @@ class SourceRun:
     quantized_paths: frozenset[str] = frozenset()
     # The adapter's embeddings of added tokens.
     token_rows: Mapping[str, TokenRowTensors] = field(default_factory=dict[str, TokenRowTensors])
+    # The modules that were trained in full beside the adapter.
+    modules: Mapping[str, ModuleTensor] = field(default_factory=dict[str, ModuleTensor])
     scale: float = 1.0
 
     @property
@@ -74,17 +88,21 @@ class SourceRun:
             return self
         loras = {path: lora.scale_by(factor) for path, lora in self.loras.items()}
         token_rows: dict[str, TokenRowTensors] = {}
-        if self.token_rows:
+        modules: dict[str, ModuleTensor] = {}
+        if self.token_rows or self.modules:
             network = self.load_base_network()
             for row_path, tensors in self.token_rows.items():
                 weight = network.get_parameter(f"{row_path}.weight")
                 token_rows[row_path] = tensors.scale_by(factor, weight)
-        return replace(self, loras=loras, token_rows=token_rows, scale=self.scale * factor)
+            for key, module_tensor in self.modules.items():
+                modules[key] = module_tensor.scale_by(factor, get_merge_target(network, key))
+        scale = self.scale * factor
+        return replace(self, loras=loras, token_rows=token_rows, modules=modules, scale=scale)
 
     @property
     def changes(self) -> WeightDeltas:
         """All changes of the adapter to the base."""
-        return {**self.loras, **self.token_rows}
+        return {**self.loras, **self.token_rows, **self.modules}
 
     @property
     def device(self) -> str:
@@ -171,4 +189,5 @@ def open_source_run(path: Path) -> SourceRun:
         renderer=renderer,
         quantized_paths=quantized_paths,
         token_rows=token_rows,
+        modules=read_saved_modules(saved_dir, base_dir) if is_adapter else {},
     )

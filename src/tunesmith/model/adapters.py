@@ -18,6 +18,7 @@ from tunesmith.model.hub.adapter_config import compute_scaling
 from tunesmith.model.lora import Fp32MasterLinear, LoraLinear, QuantizedLinear
 from tunesmith.model.new_embeddings import NewTokenRows, add_trainable_rows
 from tunesmith.model.target_modules import select_targets
+from tunesmith.model.trained_modules import TrainedModules, train_modules
 
 
 def find_linears(network: PreTrainedModel) -> dict[str, nn.Linear | QuantizedLinear]:
@@ -36,18 +37,23 @@ def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
-    """Add an adapter to every target linear, and trainable rows for new tokens.
+    """Add an adapter to every target linear, trainable rows for new tokens, and make the modules to
+    save trainable: those have no adapter.
 
     B is 0, so the output of the network is unchanged."""
-    rank = settings["lora_r"]
-    scale = compute_scaling(rank, settings["lora_alpha"], use_rslora=settings["use_rslora"])
+    ranks = settings.get("rank_pattern") or {}
+    alphas = settings.get("alpha_pattern") or {}
     generator = torch.Generator().manual_seed(settings["seed"])
+    if settings.get("modules_to_save"):
+        train_modules(network, settings["modules_to_save"])
     linears = find_linears(network)
     for path in select_targets(list(linears), settings["lora_target_modules"]):
+        rank = ranks.get(path, settings["lora_r"])
+        alpha = alphas.get(path, settings["lora_alpha"])
         layer = LoraLinear(
             linears[path],
             rank=rank,
-            scale=scale,
+            scale=compute_scaling(rank, alpha, use_rslora=settings["use_rslora"]),
             dropout=settings["lora_dropout"],
             generator=generator,
             dora=settings["use_dora"],
@@ -55,7 +61,7 @@ def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
         replace_module(network, path, layer)
     if "add_tokens" in settings:
         token_ids = list(settings["add_tokens"].values())
-        add_trainable_rows(network, token_ids, settings["modules_to_save"])
+        add_trainable_rows(network, token_ids, settings["new_rows_modules"])
 
 
 def make_all_trainable(network: PreTrainedModel, settings: dict[str, Any]) -> None:
@@ -101,13 +107,16 @@ def find_lora_layers(network: nn.Module) -> dict[str, LoraLinear]:
 
 def scale_adapter(network: nn.Module, factor: float) -> None:
     """Multiply the adapter's scale by `factor`: 0 gives the base model, 1 the trained one. Rows of
-    new tokens are interpolated from their start. Nothing is copied."""
+    new tokens and modules trained in full are interpolated from their start."""
     for layer in _find_scaled_layers(network):
         layer.scale *= factor
 
 
-def _find_scaled_layers(network: nn.Module) -> list[LoraLinear | NewTokenRows]:
-    return [module for module in network.modules() if isinstance(module, LoraLinear | NewTokenRows)]
+ScaledLayer = LoraLinear | NewTokenRows | TrainedModules
+
+
+def _find_scaled_layers(network: nn.Module) -> list[ScaledLayer]:
+    return [module for module in network.modules() if isinstance(module, ScaledLayer)]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from tunesmith.core.errors import GateError
 from tunesmith.model.causal_lm import Network
@@ -25,13 +25,17 @@ from tunesmith.model.quantization import roundtrip_nf4
 from tunesmith.model.safetensors_io import DTYPES, is_finite
 from tunesmith.model.save import (
     LoraTensors,
+    ModuleTensor,
     TokenRowTensors,
+    get_merge_target,
     parse_loras,
+    parse_module_tensors,
     parse_token_rows,
     read_adapter_tensors,
 )
 
-WeightDelta = LoraTensors | TokenRowTensors  # an adapter's change of one matrix
+# an adapter's change of one matrix, or of one tensor of a module that is trained in full
+WeightDelta = LoraTensors | TokenRowTensors | ModuleTensor
 WeightDeltas = Mapping[str, WeightDelta]
 
 
@@ -40,7 +44,14 @@ def read_loras(folder: Path, base: Path) -> dict[str, LoraTensors]:
 
     Raises the errors of `read_adapter`, and InputError for NaN or infinite values."""
     adapter = read_adapter(folder, base)
-    return parse_loras(read_adapter_tensors(adapter.weights_path), adapter.scaling)
+    return parse_loras(read_adapter_tensors(adapter.weights_path), adapter)
+
+
+def read_saved_modules(folder: Path, base: Path) -> dict[str, ModuleTensor]:
+    """Return path of a module, or the full name of its bias -> values that were trained in full."""
+    adapter = read_adapter(folder, base)
+    tensors = read_adapter_tensors(adapter.weights_path)
+    return parse_module_tensors(tensors, adapter.saved_parameters)
 
 
 def read_token_rows(folder: Path, base: Path) -> dict[str, TokenRowTensors]:
@@ -54,10 +65,9 @@ def read_token_rows(folder: Path, base: Path) -> dict[str, TokenRowTensors]:
 def merge_into_network(network: Network, deltas: WeightDeltas) -> None:
     """Merge into a loaded network, in fp32 and then cast to its dtype. Its matrices already have
     the new rows."""
-    for path, delta in deltas.items():
-        module = network.get_submodule(path)
-        assert isinstance(module, nn.Linear | nn.Embedding)
-        module.weight.data = delta.merge_into(module.weight.data.float()).to(module.weight)
+    for key, delta in deltas.items():
+        parameter = get_merge_target(network, key)
+        parameter.data = delta.merge_into(parameter.data.float()).to(parameter)
 
 
 def iter_merged_tensors(

@@ -35,6 +35,8 @@ from tunesmith.model.hub.adapter_config import (
 from tunesmith.model.hub.validate import TEMPLATES_DIR, read_header, read_model_json
 from tunesmith.model.new_embeddings import collect_new_rows
 from tunesmith.model.safetensors_io import find_nonfinite, write_tensors
+from tunesmith.model.target_modules import EMBEDDING, HEAD
+from tunesmith.model.trained_modules import get_trained_modules
 
 STATE_FILE = "state.safetensors"  # trained weights and optimizer moments of a checkpoint
 SERVING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -52,8 +54,12 @@ PEFT_NAMES = {
 def collect_adapter_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Return the fp32 tensors of the adapter under PEFT's names, on the CPU."""
     tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for key, parameter in _collect_adapter_parameters(network).items():
-        tensors[key] = parameter.detach().cpu().contiguous()
+        tensor = parameter.detach().cpu().contiguous()
+        # a file holds no tensor twice: those of a tied head are copied
+        tensors[key] = tensor.clone() if id(parameter) in seen else tensor
+        seen.add(id(parameter))
     return tensors
 
 
@@ -65,6 +71,9 @@ def _collect_adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in layer.named_parameters():
             if name in PEFT_NAMES:
                 parameters[f"{PREFIX}{path}.{PEFT_NAMES[name]}"] = parameter
+    if modules := get_trained_modules(network):
+        for name, parameter in modules.list_stored_parameters().items():
+            parameters[f"{PREFIX}{name}"] = parameter
     return parameters
 
 
@@ -92,21 +101,34 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
     if new_rows := collect_new_rows(network):
         indices = {path.rpartition(".")[2]: rows.ids for path, rows in new_rows.items()}
         config["trainable_token_indices"] = indices
+    if modules := get_trained_modules(network):
+        names = modules.list_stored_parameters()
+        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in names})
+    for key in ("rank_pattern", "alpha_pattern"):
+        if pattern := settings.get(key):
+            config[key] = pattern
     _write_json(folder / ADAPTER_CONFIG_FILE, config)
     weights_file = folder / ADAPTER_WEIGHTS_FILE
     write_tensors(collect_adapter_tensors(network), weights_file, metadata={"format": "pt"})
 
 
-def rescale_adapter(folder: Path, factor: float, rows: Mapping[str, TokenRowTensors]) -> None:
+def rescale_adapter(
+    folder: Path,
+    factor: float,
+    rows: Mapping[str, TokenRowTensors],
+    modules: Mapping[str, ModuleTensor],
+) -> None:
     """Scale a saved adapter by `factor` through its `lora_alpha`.
 
-    Its weights are unchanged except for the rows of new tokens, which are replaced by `rows` (path
-    of the matrix -> rows)."""
+    Its weights are unchanged except for the rows of new tokens and the modules trained in full,
+    which are replaced by `rows` and `modules`."""
     config = read_model_json(folder / ADAPTER_CONFIG_FILE)
-    alpha = config["lora_alpha"] * factor
-    config["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
+    config["lora_alpha"] = _scale_alpha(config["lora_alpha"], factor)
+    if alphas := config.get("alpha_pattern"):
+        scaled = {path: _scale_alpha(alpha, factor) for path, alpha in alphas.items()}
+        config["alpha_pattern"] = scaled
     _write_json(folder / ADAPTER_CONFIG_FILE, config)
-    if not rows:
+    if not rows and not modules:
         return
     weights_file = folder / ADAPTER_WEIGHTS_FILE
     tensors = read_adapter_tensors(weights_file)
@@ -114,7 +136,22 @@ def rescale_adapter(folder: Path, factor: float, rows: Mapping[str, TokenRowTens
         name = f"{PREFIX}{path}.{TOKEN_ROWS_SUFFIX}"
         if name in tensors:
             tensors[name] = matrix_rows.rows_KH.contiguous()
+    for module_tensor in modules.values():
+        tensors[module_tensor.stored_name] = module_tensor.tensor.contiguous()
+        if module_tensor.stored_name.endswith(f"{EMBEDDING}.weight") and HEAD not in modules:
+            _copy_to_tied_head(tensors, module_tensor)
     write_tensors(tensors, weights_file, metadata={"format": "pt"})
+
+
+def _copy_to_tied_head(tensors: dict[str, Tensor], embedding: ModuleTensor) -> None:
+    name = f"{PREFIX}{HEAD}.weight"
+    if name in tensors:
+        tensors[name] = embedding.tensor.clone()
+
+
+def _scale_alpha(alpha: float, factor: float) -> float:
+    scaled = alpha * factor
+    return int(scaled) if scaled == int(scaled) else scaled
 
 
 def load_adapter(network: nn.Module, file: Path) -> None:
@@ -221,6 +258,35 @@ class TokenRowTensors:
         return merged_VH
 
 
+@dataclass(frozen=True, eq=False)
+class ModuleTensor:
+    """A parameter that was trained in full, in fp32; `stored_name` is PEFT's."""
+
+    stored_name: str
+    tensor: Tensor
+
+    def scale_by(self, factor: float, start: Tensor) -> ModuleTensor:
+        """Interpolate between the base's values `start` (factor 0) and the trained ones (1)."""
+        return replace(self, tensor=torch.lerp(start.to(self.tensor), self.tensor, factor))
+
+    def merge_into(self, weight: Tensor) -> Tensor:
+        """Return the trained values on the device of an fp32 tensor."""
+        return self.tensor.to(weight)
+
+
+def parse_module_tensors(
+    tensors: Mapping[str, Tensor], names: Sequence[str]
+) -> dict[str, ModuleTensor]:
+    """Return path of the module, or the full name of a bias -> trained values, from tensors under
+    PEFT's names."""
+    parsed: dict[str, ModuleTensor] = {}
+    for name in names:
+        stored_name = f"{PREFIX}{name}"
+        key = name.removesuffix(".weight")
+        parsed[key] = ModuleTensor(stored_name, tensors[stored_name].float())
+    return parsed
+
+
 def parse_token_rows(
     tensors: Mapping[str, Tensor], ids: Sequence[int]
 ) -> dict[str, TokenRowTensors]:
@@ -233,31 +299,32 @@ def parse_token_rows(
     return rows
 
 
-def parse_loras(tensors: Mapping[str, Tensor], scale: float) -> dict[str, LoraTensors]:
+def parse_loras(tensors: Mapping[str, Tensor], adapter: AdapterFolder) -> dict[str, LoraTensors]:
     """Return path of the linear -> adapter, from tensors under PEFT's names."""
     loras: dict[str, LoraTensors] = {}
     for name in tensors:
         path = name.removeprefix(PREFIX).rpartition(".lora_")[0]
-        if name.endswith(TOKEN_ROWS_SUFFIX) or path in loras:
+        if not path or path in loras:
             continue
         a_RI = tensors[f"{PREFIX}{path}.lora_A.weight"].float()
         b_OR = tensors[f"{PREFIX}{path}.lora_B.weight"].float()
         magnitude_O = tensors.get(f"{PREFIX}{path}.{MAGNITUDE}")
         if magnitude_O is not None:
             magnitude_O = magnitude_O.float()
-        loras[path] = LoraTensors(a_RI, b_OR, scale, magnitude_O)
+        loras[path] = LoraTensors(a_RI, b_OR, adapter.compute_scaling(path), magnitude_O)
     return loras
 
 
 @contextmanager
 def stock_with_adapter(network: nn.Module, adapter: AdapterFolder) -> Iterator[None]:
     """Apply an adapter to the stock network inside the block, computed as PEFT does: W x +
-    scale * B A x in fp32, one linear at a time; DoRA's row scaling; rows of new tokens.
+    scale * B A x in fp32, one linear at a time; DoRA's row scaling; rows of new tokens; modules
+    trained in full.
 
     It is the oracle of a run that starts from an adapter."""
     tensors = read_adapter_tensors(adapter.weights_path)
     hooks: list[Any] = []
-    for path, lora in parse_loras(tensors, adapter.scaling).items():
+    for path, lora in parse_loras(tensors, adapter).items():
         hook = functools.partial(_add_adapter_output, lora=lora)
         hooks.append(network.get_submodule(path).register_forward_hook(hook))
     originals: list[tuple[Tensor, Tensor]] = []
@@ -266,13 +333,24 @@ def stock_with_adapter(network: nn.Module, adapter: AdapterFolder) -> Iterator[N
         current_KH = weight_VH[rows.first_id : rows.first_id + len(rows.rows_KH)]
         originals.append((current_KH, current_KH.clone()))
         current_KH.copy_(rows.rows_KH)
+    for key, module_tensor in parse_module_tensors(tensors, adapter.saved_parameters).items():
+        current = get_merge_target(network, key).detach()
+        originals.append((current, current.clone()))
+        current.copy_(module_tensor.tensor)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for current_KH, original_KH in originals:
-            current_KH.copy_(original_KH)
+        for current, original in reversed(originals):
+            current.copy_(original)
+
+
+def get_merge_target(network: nn.Module, key: str) -> nn.Parameter:
+    """Return the parameter that a delta changes: `key` is the path of a module with a weight, or
+    the full name of a bias."""
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    return parameters[f"{key}.weight" if f"{key}.weight" in parameters else key]
 
 
 def _add_adapter_output(

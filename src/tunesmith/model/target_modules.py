@@ -1,4 +1,5 @@
-"""Select the linear layers that `lora_target_modules` names.
+"""Select the linear layers that `lora_target_modules` names, and the parameters of the modules that
+`modules_to_save` names.
 
 In: the paths of a model's linears and the setting. Out: the selected paths. The setting is
 all-linear, attention or mlp; a list of names such as q_proj or layers.0.mlp.up_proj; or a regular
@@ -21,10 +22,17 @@ SETTING = "lora_target_modules"
 REGEX_TIMEOUT_SECONDS = 5.0  # all paths of a large model take milliseconds
 MATCHER_SCRIPT = """
 import json, re, sys
-pattern, paths = json.load(sys.stdin)
-pattern = re.compile(pattern)
-print(json.dumps([path for path in paths if pattern.fullmatch(path)]))
+patterns, paths = json.load(sys.stdin)
+patterns = [re.compile(pattern) for pattern in patterns]
+matches = {}
+for path in paths:
+    first = (index for index, pattern in enumerate(patterns) if pattern.fullmatch(path))
+    matches[path] = next(first, None)
+print(json.dumps(matches))
 """
+SAVED_MODULES_KEY = "modules_to_save"
+HEAD = "lm_head"
+EMBEDDING = "embed_tokens"
 
 
 def list_linear_paths(headers: Mapping[str, TensorHeader]) -> list[str]:
@@ -51,7 +59,7 @@ def select_targets(
         selected = [path for path in paths if is_target(path)]
         message = f"no linear layer belongs to {targets}"
     else:
-        selected = _match_regex(paths, targets, seconds)
+        selected = list(match_patterns(paths, [targets], where=SETTING, seconds=seconds))
         message = f"no linear layer has a full path that matches {targets}"
     if not selected:
         names = ", ".join(_list_module_names(paths))
@@ -75,9 +83,19 @@ def _match_names(paths: Sequence[str], names: Sequence[str]) -> list[str]:
     return [path for path in paths if path in selected]
 
 
-def _match_regex(paths: Sequence[str], pattern: str, seconds: float) -> list[str]:
+def match_patterns(
+    paths: Sequence[str],
+    patterns: Sequence[str],
+    *,
+    where: str,
+    seconds: float = REGEX_TIMEOUT_SECONDS,
+) -> dict[str, int]:
+    """Return path -> index of the first regular expression that matches all of it.
+
+    Raises InputError for an invalid expression, or if they take longer than `seconds`."""
     command = [sys.executable, "-I", "-S", "-c", MATCHER_SCRIPT]
-    payload = json.dumps([pattern, list(paths)])
+    payload = json.dumps([list(patterns), list(paths)])
+    shown = ", ".join(patterns)
     try:
         with tempfile.TemporaryDirectory() as scratch:
             completed = subprocess.run(
@@ -91,20 +109,76 @@ def _match_regex(paths: Sequence[str], pattern: str, seconds: float) -> list[str
             )
     except subprocess.TimeoutExpired as error:
         message = (
-            f"the regular expression {pattern:.200} takes more than {seconds:g} s "
+            f"the regular expression {shown:.200} takes more than {seconds:g} s "
             f"on {len(paths):,} paths"
         )
         fix = "avoid nested repetition, or write a list of names"
-        raise InputError(message, where=SETTING, fix=fix) from error
+        raise InputError(message, where=where, fix=fix) from error
     if completed.returncode:
         reason = completed.stderr.strip().rpartition("\n")[2]
-        message = f"{pattern:.200} is not a regular expression: {reason}"
-        raise InputError(message, where=SETTING, fix="correct it")
-    return json.loads(completed.stdout)
+        message = f"{shown:.200} is not a regular expression: {reason}"
+        raise InputError(message, where=where, fix="correct it")
+    matches: dict[str, int | None] = json.loads(completed.stdout)
+    return {path: index for path, index in matches.items() if index is not None}
 
 
 def _list_module_names(paths: Sequence[str]) -> list[str]:
     return sorted({path.rpartition(".")[2] for path in paths})
+
+
+# ---------------------------------------------------------------- modules_to_save
+
+
+def list_parameter_names(headers: Mapping[str, TensorHeader]) -> list[str]:
+    """Return the names of a model's parameters. Files of a decoder alone lack the prefix
+    `model.`."""
+    has_prefix = any(name.startswith("model.") for name in headers)
+    names: list[str] = []
+    for name in headers:
+        is_full = has_prefix or name.startswith(f"{HEAD}.")
+        names.append(name if is_full else f"model.{name}")
+    return names
+
+
+def match_saved_parameters(names: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Return the parameters of each module whose path ends in one of `modules`, and of the modules
+    inside it, as PEFT matches its modules_to_save."""
+    return [name for name in names if any(_is_inside(name, module) for module in modules)]
+
+
+def _is_inside(parameter_name: str, module: str) -> bool:
+    path = parameter_name.rpartition(".")[0]
+    while path:
+        if path.endswith(module):
+            return True
+        path = path.rpartition(".")[0]
+    return False
+
+
+def name_tied_modules(modules: Sequence[str]) -> list[str]:
+    """Return the names of modules for a model whose head is the embedding."""
+    return [EMBEDDING if HEAD.endswith(module) else module for module in modules]
+
+
+def select_saved_parameters(
+    names: Sequence[str], modules: Sequence[str], *, is_tied: bool
+) -> list[str]:
+    """Return the parameters that `modules_to_save` trains. A tied head is the embedding.
+
+    Raises InputError for a name without a match, and for a head with a bias."""
+    if is_tied:
+        names = [name for name in names if name != f"{HEAD}.weight"]
+        modules = name_tied_modules(modules)
+    if missing := [module for module in modules if not match_saved_parameters(names, [module])]:
+        paths = [name.rpartition(".")[0] for name in names]
+        fix = f"use names from: {', '.join(_list_module_names(paths))}"
+        message = f"no module with weights has a path that ends in {', '.join(missing)}"
+        raise InputError(message, where=SAVED_MODULES_KEY, fix=fix)
+    selected = match_saved_parameters(names, modules)
+    if f"{HEAD}.bias" in selected:
+        message = f"{HEAD} has a bias, which cannot be trained"
+        raise InputError(message, where=SAVED_MODULES_KEY, fix=f"leave {HEAD} out")
+    return selected
 
 
 def _build_block_matcher(block: str) -> Callable[[str], bool]:

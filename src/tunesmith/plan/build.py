@@ -36,7 +36,9 @@ from tunesmith.plan.new_tokens import count_trained_rows, decide_new_rows
 from tunesmith.plan.objective import decide_objective, decide_scheduler_kwargs
 from tunesmith.plan.rehearsal import MAX_RATIO, decide_rehearsal
 from tunesmith.plan.rules import (
+    NO_MEASURES,
     RULES,
+    Measures,
     RuleContext,
     SavedShareFn,
     assume_no_savings,
@@ -62,6 +64,7 @@ ADAPTER_KEYS = (
     "use_rslora",
     "use_dora",
 )
+    "modules_to_save",
 BITSANDBYTES_SETTINGS = (
     ("method", "qlora", "4-bit weights", "lora"),
     ("optim", "adamw_8bit", "8-bit moments", "adamw"),
@@ -82,13 +85,13 @@ def build_plan(
     output_dir: Path,
     now: str,
     fixed: Mapping[str, PlanValue] | None = None,
-    saved_share: SavedShareFn = assume_no_savings,
+    measures: Measures = NO_MEASURES,
 ) -> Plan:
     """Build the plan of a recipe.
 
     `fixed` are settings that a given adapter, a mixture or the tokenizer has already decided.
-    `saved_share` returns the fraction of tokens that prefix sharing saves, by batch_size and
-    pack_length. Raises InputError for settings that contradict each other or the model."""
+    `measures` looks at the rows and the model. Raises InputError for settings that contradict each
+    other or the model."""
     recipe_values = _collect_recipe_values(recipe)
     fixed = fixed or {}
     epoch_report = scale_report(data["data"], fixed.get("mixture"))
@@ -101,7 +104,7 @@ def build_plan(
         has_schema=recipe_values["response_schema"] is not None,
         max_steps=recipe.max_steps,
         stage=recipe.stage,
-        saved_share=saved_share,
+        measures=measures,
         num_eval_prompts=_count_eval_prompts(recipe, data),
         has_evaluation=_has_evaluation(recipe, data),
         has_constraints=bool(recipe.never),
@@ -425,6 +428,9 @@ def _collect_footprint(context: RuleContext) -> dict[str, Any]:
     }
 
 
+        "module_parameters": (
+            0 if is_full else context.measures.count_parameters(context["modules_to_save"])
+        ),
 def has_enough_memory(plan: Plan) -> bool:
     """Whether the run fits in the free memory of its machine, with a margin."""
     return plan.memory_bytes["peak"] * MEMORY_MARGIN <= plan.machine.available_bytes

@@ -90,6 +90,7 @@ class ModelFootprint(TypedDict):
     rank: int
     dora: NotRequired[bool]
     new_rows: NotRequired[int]  # trained rows of new tokens, in embedding and head
+    module_parameters: NotRequired[int]  # of modules trained in full beside the adapter
     optim: NotRequired[str]
     gradient_checkpointing: NotRequired[str]
     step_in_backward: NotRequired[bool]  # keeps only the gradient of the largest tensor
@@ -163,6 +164,7 @@ def count_trained_parameters(spec: ModelSpec, **footprint: Unpack[ModelFootprint
         return spec.parameters
     num_trained = count_lora_parameters(spec, footprint["rank"])
     num_trained += footprint.get("new_rows", 0) * spec.hidden_size
+    num_trained += footprint.get("module_parameters", 0)
     if footprint.get("dora"):
         num_trained += count_dora_magnitudes(spec)
     return num_trained

@@ -48,7 +48,7 @@ def decide_new_rows(tokens: PlanValue | None, context: RuleContext) -> dict[str,
         f"{num_values:,} values; all other rows stay identical"
     )
     return {
-        "modules_to_save": make_rule_value(modules, reason, "PEFT: trainable_token_indices"),
+        "new_rows_modules": make_rule_value(modules, reason, "PEFT: trainable_token_indices"),
         "new_rows_lr_factor": decide_rate_factor(context),
     }
 
@@ -66,6 +66,6 @@ def decide_rate_factor(context: RuleContext) -> PlanValue:
 
 def count_trained_rows(plan_values: Mapping[str, PlanValue]) -> int:
     """Return how many rows of embedding and head are trained along with an adapter."""
-    if "modules_to_save" not in plan_values:
+    if "new_rows_modules" not in plan_values:
         return 0
-    return len(plan_values["add_tokens"].value) * len(plan_values["modules_to_save"].value)
+    return len(plan_values["add_tokens"].value) * len(plan_values["new_rows_modules"].value)

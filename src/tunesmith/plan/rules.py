@@ -8,7 +8,7 @@ optima.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,28 @@ MIN_SAVED_SHARE = 0.05  # fraction of the tokens from which prefix sharing pays 
 SHORT_RUN_STEPS = 5  # shorter runs have no warmup
 # (batch_size, pack_length) -> fraction of the tokens of a step that prefix sharing saves
 SavedShareFn = Callable[[int, int], float]
+CountFn = Callable[[Sequence[str]], int]  # names of modules -> their parameters
 
 
 def assume_no_savings(batch_size: int, pack_length: int) -> float:
     del batch_size, pack_length
     return 0.0
+
+
+def count_nothing(modules: Sequence[str]) -> int:
+    del modules
+    return 0
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Functions that measure the rows and the model, for rules and estimates."""
+
+    saved_share: SavedShareFn = assume_no_savings
+    count_parameters: CountFn = count_nothing
+
+
+NO_MEASURES = Measures()
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,7 @@ class RuleContext:
     has_schema: bool
     max_steps: int | None
     stage: str = "sft"
-    saved_share: SavedShareFn = assume_no_savings
+    measures: Measures = NO_MEASURES
     num_eval_prompts: int = 0  # prompts of test_data that are answered, in batches
     has_evaluation: bool = False  # on held-out rows or general text, before and after
     has_constraints: bool = False  # of `never`
@@ -72,7 +89,7 @@ class RuleContext:
     @property
     def prefix_savings(self) -> float:
         """Fraction of this run's tokens that prefix sharing saves."""
-        return self.saved_share(self["batch_size"], self["pack_length"])
+        return self.measures.saved_share(self["batch_size"], self["pack_length"])
 
     def extend_epochs(self) -> PlanValue | None:
         """Return as many epochs as max_steps takes, if the run has fewer."""
@@ -455,6 +472,7 @@ RULES: dict[str, Callable[[RuleContext], PlanValue]] = {
     "attention": attention,
     "share_prefixes": share_prefixes,
     "weight_layout": weight_layout,
+    "modules_to_save": make_constant_rule((), "no module is trained in full: on request"),
     "metrics": metrics,
     "eval_steps": eval_steps,
     "save_steps": save_steps,

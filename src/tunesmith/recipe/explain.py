@@ -61,10 +61,6 @@ REPLACEMENT_ROWS = (
     ("gamma simpo_gamma", "set loss: {name: simpo, gamma: ...}"),
     ("nll_coefficient pref_ftx rpo_alpha", "set loss: {nll_coefficient: ...}"),
     ("resume_from_checkpoint", "run `tunesmith resume RUN`"),
-    (
-        "modules_to_save lora_modules_to_save additional_target",
-        "leave it out: add_tokens trains and saves the rows of new tokens",
-    ),
     ("report_to logging_steps", "leave it out: every step is in events.jsonl"),
 )
 REPLACEMENTS = {key: advice for keys, advice in REPLACEMENT_ROWS for key in keys.split()}

@@ -29,6 +29,7 @@ from tunesmith.recipe.fields import (
     GuardField,
     Metrics,
     MixtureConfig,
+    ModuleNames,
     Name,
     NewTokens,
     NotNegative,
@@ -192,6 +193,10 @@ class Recipe(BaseModel):
     use_dora: Auto | bool = Field(
         default="auto", description="DoRA: also train the magnitude of each weight row."
     )
+    modules_to_save: Auto | ModuleNames = Field(
+        default="auto",
+        description="Modules trained in full beside the adapter: embed_tokens, lm_head, norm.",
+    )
 
     dtype: Auto | Literal["bf16", "fp32"] = Field(
         default="auto", description="Number format of frozen weights and matrix products."
@@ -272,8 +277,11 @@ ALIASES = {
     "lora_target": "lora_target_modules",
     "peft_use_dora": "use_dora",
     "peft_use_rslora": "use_rslora",
+    "lora_modules_to_save": "modules_to_save",
+    "additional_target": "modules_to_save",
 }
 
+UNUSED_FULL_KEYS = ("use_rslora", "use_dora", "modules_to_save", "adapter_from")
 UNUSED_CPT_KEYS = {
     "batch_size": "set batch_tokens",
     "on_overlong": "long texts are cut into windows",
@@ -297,9 +305,10 @@ def find_contradictions(values: Mapping[str, Any]) -> Problems:
         problems.append(("eval_split", "eval_data and eval_split contradict each other: keep one"))
     if settings.get("method") == "full":
         for key in settings:
-            if key.startswith("lora_") or key in ("use_rslora", "use_dora", "adapter_from"):
+            if key.startswith("lora_") or key in UNUSED_FULL_KEYS:
                 message = f"{key} has no effect with method: full, which trains no adapter"
                 problems.append((key, message))
+    problems += _find_row_contradictions(settings)
     if settings.get("chat_template") == "none" and settings.get("chat_template_kwargs"):
         message = "chat_template_kwargs has no effect with chat_template: none"
         problems.append(("chat_template_kwargs", message))
@@ -323,6 +332,20 @@ def find_contradictions(values: Mapping[str, Any]) -> Problems:
         )
         problems.append(("pack_length", message))
     return problems
+
+
+def _find_row_contradictions(settings: Mapping[str, Any]) -> Problems:
+    """Check that the rows of new tokens and the modules to save are not the same weights."""
+    modules = [str(module) for module in wrap_list(settings.get("modules_to_save", ()))]
+    matrices = ("embed_tokens", "lm_head")
+    is_embedding = any(matrix.endswith(name) for matrix in matrices for name in modules)
+    if not settings.get("add_tokens") or not is_embedding:
+        return []
+    message = (
+        "modules_to_save: embed_tokens and lm_head contradict add_tokens, which trains and saves "
+        "the rows of the new tokens; leave them out"
+    )
+    return [("modules_to_save", message)]
 
 
 def _find_stage_contradictions(settings: Mapping[str, Any]) -> Problems:

@@ -48,11 +48,16 @@ from tunesmith.plan.flops import MFU_RANGE, estimate_seconds
 from tunesmith.plan.hardware_presets import list_machines, match_preset
 from tunesmith.plan.mixture import decide_mixture
 from tunesmith.plan.new_tokens import decide_new_tokens
-from tunesmith.plan.rules import SavedShareFn, assume_no_savings, make_user_value
+from tunesmith.plan.rules import Measures, SavedShareFn, assume_no_savings
 from tunesmith.plan.rules_cpt import choose_window
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Recipe, select_sources
+from tunesmith.session.adapter_settings import (
+    count_module_parameters,
+    fix_adapter_values,
+    refuse_contradicting_modules,
+)
 from tunesmith.session.provenance import check_provenance, read_provenance
 from tunesmith.session.run_history import apply_past_runs
 
@@ -328,7 +333,10 @@ def make_planner(
         "output_dir": inputs.output_dir,
         "now": inputs.now.isoformat(),
         "fixed": {**(inherited or {}), **fixed},
-        "saved_share": _make_saved_share(inputs, fixed.get("mixture")),
+        "measures": Measures(
+            saved_share=_make_saved_share(inputs, fixed.get("mixture")),
+            count_parameters=partial(count_module_parameters, inputs.model),
+        ),
     }
     input_warnings = _list_input_warnings(inputs)
 
@@ -344,6 +352,7 @@ def make_planner(
         )
 
     def find_preset_with_memory(recipe: Recipe) -> str:
+        refuse_contradicting_modules(plan, layers)
         for name, machine in list_machines(inputs.machine).items():
             if has_enough_memory(build_plan(recipe, machine=machine, **plan_kwargs)):
                 return f"{name} ({format_bytes(machine.memory_bytes)})"
@@ -409,7 +418,7 @@ def _collect_fixed_values(
     """Return the settings that are decided before the rules."""
     fixed: dict[str, PlanValue] = {}
     if inputs.adapter is not None:
-        fixed |= _fix_adapter_values(inputs.adapter, inputs.recipe, layers)
+        fixed |= fix_adapter_values(inputs.adapter, inputs.recipe, inputs.model, layers)
     if inputs.recipe.mixture is not None:
         fixed["mixture"] = decide_mixture(inputs.recipe.mixture, report)
     fixed |= decide_new_tokens(inputs.renderer.tokenizer.new_tokens, inputs.model)
@@ -418,33 +427,6 @@ def _collect_fixed_values(
         reason = f"ends every text: {separator.reason}"
         fixed["separator"] = PlanValue(separator.text, "checkpoint", reason)
     return fixed
-
-
-def _fix_adapter_values(
-    adapter: AdapterFolder, recipe: Recipe, layers: Sequence[str]
-) -> dict[str, PlanValue]:
-    """Return the settings that follow from continuing an adapter. The recipe may name the same
-    layers in another way."""
-    requested = recipe.lora_target_modules
-    target_modules = adapter.target_modules
-    adapter_layers = select_targets(layers, target_modules)
-    if requested != "auto" and select_targets(layers, requested) == adapter_layers:
-        target_modules = requested
-    values = {
-        "adapter_sha256": adapter.sha256,
-        "method": "qlora" if recipe.method == "qlora" else "lora",
-        "lora_r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_target_modules": target_modules,
-        "use_rslora": adapter.use_rslora,
-        "use_dora": adapter.use_dora,
-    }
-    settings: dict[str, PlanValue] = {}
-    for key, value in values.items():
-        settings[key] = PlanValue(value, "checkpoint", "the adapter that training continues")
-    reason = "training starts from its weights"
-    settings["adapter_from"] = make_user_value(str(adapter.path), reason)
-    return settings
 
 
 def has_same_layers(inputs: RunInputs, first: Any, second: Any) -> bool:

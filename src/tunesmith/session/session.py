@@ -46,7 +46,7 @@ from tunesmith.model.causal_lm import (
 from tunesmith.model.new_embeddings import init_new_rows
 from tunesmith.model.quantization import build_truncated_network, load_quantized
 from tunesmith.model.save import load_adapter, stock_with_adapter
-from tunesmith.model.target_modules import GROUPS
+from tunesmith.model.target_modules import GROUPS, match_saved_parameters
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.preflight_probe import (
     PreflightSamples,
@@ -196,10 +196,20 @@ def _make_window_sampler(plan: Plan, corpus: PretrainingCorpus) -> WindowSampler
     """Return the sampler of windows; rehearsal takes the place of some of them."""
     return WindowSampler.from_corpus(
         corpus,
+    if plan.config.modules_to_save:
+        plan = _drop_missing_modules(plan, network)
         step_tokens=require(plan.config.batch_tokens),
         epochs=plan.config.num_train_epochs,
         seed=plan.config.seed,
         rehearsal_ratio=plan.config.rehearsal_ratio or 0,
+def _drop_missing_modules(plan: Plan, network: Network) -> Plan:
+    """Return the plan without the modules to save that are in layers that were cut off."""
+    names = [name for name, _ in network.named_parameters(remove_duplicate=False)]
+    modules = require(plan.config.modules_to_save)
+    present = tuple(module for module in modules if match_saved_parameters(names, [module]))
+    return plan.with_settings(modules_to_save=PlanValue(present, "user", "those of these layers"))
+
+
     )
 
 

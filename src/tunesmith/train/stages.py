@@ -67,7 +67,10 @@ from tunesmith.train.signals import GracefulStop
 MergeFn = Callable[[Path, Path], str]
 
 TARGET_MODULES_KEY = "lora_target_modules"
-INHERITED_KEYS = ("method", "lora_r", "lora_alpha", TARGET_MODULES_KEY, "use_rslora", "use_dora")
+INHERITED_KEYS = (
+    *("method", "lora_r", "lora_alpha", TARGET_MODULES_KEY, "use_rslora", "use_dora"),
+    "modules_to_save",
+)
 BETWEEN_KEY = "between_stages"
 CONTINUE_ADAPTER = "continue adapter"
 MERGED = "merged"

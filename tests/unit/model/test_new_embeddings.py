@@ -66,7 +66,7 @@ def settings_of(network: PreTrainedModel, tokens: Sequence[NewToken]) -> dict[st
     modules = [path.rpartition(".")[2] for path in find_embeddings(network)]
     return LORA | {
         "add_tokens": {token.text: token.id for token in tokens},
-        "modules_to_save": modules,
+        "new_rows_modules": modules,
     }
 
 
@@ -149,7 +149,9 @@ def test_a_new_token_is_no_likelier_than_its_pieces() -> None:
 
 def test_rows_are_trained_in_all_matrices_or_none() -> None:
     network = started("llama", VOCABULARY)
-    settings = settings_of(network, tokens_from(VOCABULARY)) | {"modules_to_save": ["embed_tokens"]}
+    settings = settings_of(network, tokens_from(VOCABULARY)) | {
+        "new_rows_modules": ["embed_tokens"]
+    }
     with pytest.raises(AssertionError, match="trained together"):
         METHODS["lora"](network, settings)
 

@@ -11,7 +11,7 @@ from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.types import Finding, Plan
 from tunesmith.plan.build import ADAPTER_KEYS, PREFERENCE_KEYS, build_plan, refuse_if_too_large
 from tunesmith.plan.memory import EVALUATION_BYTES
-from tunesmith.plan.rules import RULES, RuleContext
+from tunesmith.plan.rules import RULES, Measures, RuleContext
 from tunesmith.recipe.schema import Recipe
 
 Planner = Callable[..., Plan]
@@ -39,7 +39,7 @@ def plan(make_context: Callable[..., RuleContext]) -> Planner:
             },
             output_dir=Path("runs/run-1"),
             now="2026-01-01T00:00:00",
-            saved_share=lambda *_: saved,
+            measures=Measures(saved_share=lambda *_: saved),
         )
 
     return make

@@ -19,7 +19,7 @@ from tunesmith.plan.flops import (
 )
 from tunesmith.plan.hardware_presets import HARDWARE_PRESETS, assume_bitsandbytes, choose_machine
 from tunesmith.plan.method_comparison import MethodEstimate, estimate_methods
-from tunesmith.plan.rules import RuleContext, make_rule_value
+from tunesmith.plan.rules import Measures, RuleContext, make_rule_value
 from tunesmith.plan.rules_cpt import UNKNOWN_PEAK
 from tunesmith.recipe.schema import Recipe
 
@@ -37,7 +37,7 @@ def plan(make_context: Callable[..., RuleContext]) -> Callable[..., Plan]:
             data={"data": facts.data, "test_data": facts.data},
             output_dir=Path("runs/run-1"),
             now="2026-01-01T00:00:00",
-            saved_share=lambda *_: saved,
+            measures=Measures(saved_share=lambda *_: saved),
         )
 
     return make

@@ -8,7 +8,7 @@ import pytest
 from tunesmith.core.types import PlanValue
 from tunesmith.data.sampler import StepSampler
 from tunesmith.plan import rules
-from tunesmith.plan.rules import RULES, RuleContext
+from tunesmith.plan.rules import RULES, Measures, RuleContext
 
 Make = Callable[..., RuleContext]
 
@@ -223,7 +223,7 @@ def test_prefixes_are_shared_where_that_saves_enough_and_nothing_is_drawn(
     def choice(saved: float, **changed: object) -> PlanValue:
         facts = replace(
             make_context(**decided | changed),
-            saved_share=lambda batch, pack: saved * (batch, pack).count(8),
+            measures=Measures(saved_share=lambda batch, pack: saved * (batch, pack).count(8)),
         )
         return rules.share_prefixes(facts)
 

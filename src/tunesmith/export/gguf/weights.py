@@ -8,6 +8,7 @@ Left out: the metadata (metadata.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing
 from itertools import chain
@@ -88,23 +89,26 @@ def write_model(
 def write_adapter(
     file: Path, model_spec: ModelSpec, loras: Mapping[str, LoraTensors], metadata: Json
 ) -> None:
-    """Write the adapter alone in fp32. llama.cpp scales it by alpha / rank, rsLoRA included."""
+    """Write the adapter alone in fp32. llama.cpp scales it by alpha / rank, rsLoRA included.
+
+    A file has a single alpha: where layers differ, B takes the rest of the scale."""
     name_map = _build_name_map(model_spec)
-    alphas = {lora.scale * lora.a_RI.shape[0] for lora in loras.values()}
-    assert len(alphas) == 1, "one rank and one scale"
+    alphas = [lora.scale * lora.a_RI.shape[0] for lora in loras.values()]
+    file_alpha = alphas[0]
     tensors: list[tuple[TensorSlot, np.ndarray]] = []
-    for path, lora in loras.items():
+    for (path, lora), alpha in zip(loras.items(), alphas, strict=True):
         name = f"{path}.weight"
         gguf_name = _map_name(name_map, name, model_spec)
         a_RI = lora.a_RI.numpy()
-        b_OR = _interleave_halves(name, lora.b_OR, model_spec)
+        scaled_OR = lora.b_OR if math.isclose(alpha, file_alpha) else lora.b_OR * alpha / file_alpha
+        b_OR = _interleave_halves(name, scaled_OR, model_spec)
         for letter, values in (("a", a_RI), ("b", b_OR)):
             slot = (f"{gguf_name}.lora_{letter}", values.shape, TENSOR_TYPES["f32"])
             tensors.append((slot, values))
     general = {
         "general.type": "adapter",
         "adapter.type": "lora",
-        "adapter.lora.alpha": float(alphas.pop()),
+        "adapter.lora.alpha": float(file_alpha),
     }
     _write_gguf(file, model_spec, general | metadata, [slot for slot, _ in tensors], tensors)
 

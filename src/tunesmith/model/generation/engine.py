@@ -19,7 +19,7 @@ from torch import Tensor
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.types import GenerationOutput, GenerationRequest
 from tunesmith.model.causal_lm import PackedCausalLM
-from tunesmith.model.generation.sampling import sample_tokens
+from tunesmith.model.generation.sampling import penalize_repetition, sample_tokens
 from tunesmith.model.kv_cache import RaggedKVCache
 from tunesmith.model.oom import OutOfMemory, memory_errors
 
@@ -298,6 +298,9 @@ class _DecodeBatch:
             fix = "lower learning_rate, or use dtype: fp32"
             raise GateError("the model's logits are NaN or infinite", fix=fix)
         for index, row in enumerate(rows):
+            if row.request.repetition_penalty != 1:
+                penalty = row.request.repetition_penalty
+                penalize_repetition(logits_BV[index], row.context, penalty)
             if banned_tokens := row.find_banned_tokens():
                 logits_BV[index, banned_tokens] = -torch.inf
             if self.allowed_tokens_fn is not None:

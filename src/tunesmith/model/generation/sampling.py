@@ -1,8 +1,9 @@
-"""Choose the next token of each row: greedy, or sampled with temperature and top-p.
+"""Choose the next token of each row: greedy, or sampled with temperature, top-k, top-p and min-p.
 
-In: logits [B, V], each row's request and generator. Out: token ids. A sampled token depends on the
-row's logits and seed alone, so an answer does not depend on the rest of the batch, up to rounding
-of the logits. Legend: B rows, V vocabulary, K candidates."""
+In: logits [B, V], each row's request and generator. Out: token ids. The distribution is that of
+transformers' logits processors, in their order. A sampled token depends on the row's logits and
+seed alone, so an answer does not depend on the rest of the batch, up to rounding of the logits.
+Legend: B rows, V vocabulary, K candidates."""
 
 from __future__ import annotations
 
@@ -25,33 +26,66 @@ def sample_tokens(
     advance their generator by one number."""
     tokens = logits_BV.argmax(dim=-1)
     rows: list[int] = []
-    parameters: list[tuple[float, float, float]] = []
+    uniforms: list[float] = []
     for row, (request, generator) in enumerate(zip(requests, generators, strict=True)):
         if request.temperature > 0:
             uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
             rows.append(row)
-            parameters.append((request.temperature, request.top_p, uniform))
+            uniforms.append(uniform)
     if rows:
-        parameters_3B = torch.tensor(parameters, dtype=torch.float64).t().to(logits_BV.device)
-        temperature_B, top_p_B, uniform_B = parameters_3B
-        tokens[rows] = sample_from_uniform(
-            logits_BV[rows].double(), temperature_B, top_p_B, uniform_B
-        )
+        p_BV = compute_probabilities(logits_BV[rows], [requests[row] for row in rows])
+        tokens[rows] = sample_from_uniform(p_BV, p_BV.new_tensor(uniforms))
     return tokens.tolist()
 
 
-def sample_from_uniform(
-    logits_BV: Tensor, temperature_B: Tensor, top_p_B: Tensor, uniform_B: Tensor
-) -> Tensor:
-    """Return the first token whose cumulative probability, in vocabulary order, exceeds `uniform_B`
-    in [0, 1). In fp64, since rounding of sums over a large vocabulary must not change the token."""
-    p_BV = torch.softmax(logits_BV / temperature_B[:, None], dim=-1)
+def penalize_repetition(logits_V: Tensor, tokens: Sequence[int], penalty: float) -> None:
+    """Make the tokens of a context less likely, in place (Keskar 2019): positive logits are divided
+    by the penalty, negative ones are multiplied."""
+    ids = torch.tensor(sorted(set(tokens)), device=logits_V.device)
+    seen = logits_V[ids]
+    logits_V[ids] = torch.where(seen < 0, seen * penalty, seen / penalty)
+
+
+def compute_probabilities(logits_BV: Tensor, requests: Sequence[GenerationRequest]) -> Tensor:
+    """Return what the next token of each request is drawn from, up to a factor, in fp64: rounding
+    of sums over a large vocabulary must not change a token."""
+
+    def collect(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits_BV.device)
+
+    temperature_B = collect([request.temperature for request in requests])
+    p_BV = torch.softmax(logits_BV.double() / temperature_B[:, None], dim=-1)
+    top_ks = [request.top_k for request in requests]
+    if any(top_k > 0 for top_k in top_ks):
+        p_BV = filter_top_k(p_BV, top_ks)
+    top_p_B = collect([request.top_p for request in requests])
     if bool((top_p_B < 1).any()):
         p_BV = filter_top_p(p_BV, top_p_B)
+    min_p_B = collect([request.min_p for request in requests])
+    if bool((min_p_B > 0).any()):
+        threshold_B1 = (min_p_B * p_BV.amax(dim=-1))[:, None]
+        p_BV = torch.where(p_BV >= threshold_B1, p_BV, 0.0)
+    return p_BV
+
+
+def sample_from_uniform(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Return the first token whose cumulative probability, in vocabulary order, exceeds `uniform_B`
+    in [0, 1)."""
     total_BV = p_BV.cumsum(dim=-1)
     threshold_B1 = (uniform_B * total_BV[:, -1])[:, None]
     tokens_B1 = torch.searchsorted(total_BV, threshold_B1, right=True)
     return tokens_B1[:, 0].clamp_(max=p_BV.shape[1] - 1)
+
+
+def filter_top_k(p_BV: Tensor, top_ks: Sequence[int]) -> Tensor:
+    """Set all but the k most likely tokens of each row to 0, and scale the rest to a sum of 1. Ties
+    with the last of them stay; 0 or less means all."""
+    vocab_size = p_BV.shape[1]
+    counts = [min(top_k, vocab_size) if top_k > 0 else vocab_size for top_k in top_ks]
+    top_BK = p_BV.topk(max(counts)).values
+    last_B1 = top_BK[torch.arange(len(counts)), torch.tensor(counts) - 1][:, None]
+    filtered_BV = torch.where(p_BV >= last_B1, p_BV, 0.0)
+    return filtered_BV / filtered_BV.sum(dim=-1, keepdim=True)
 
 
 def filter_top_p(p_BV: Tensor, top_p_B: Tensor) -> Tensor:

@@ -2,21 +2,23 @@
 allocated.
 
 In: the folder, or a run folder that holds one, and the folder of the base. Out: `AdapterFolder`.
-The adapted layers are read from the weights, so an untrusted pattern is never evaluated; a key that
-would change what those weights compute is refused by name. Left out: the weights (save.py), the
-match with the base model (session/provenance.py)."""
+The adapted layers are read from the weights; the patterns of the config, which are untrusted, run
+in a process with a time limit. A key that would change what the weights compute, and that is not
+supported, is refused by name. Left out: the weights (save.py), the match with the base model
+(session/provenance.py)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.run_dir import find_weights_dir
+from tunesmith.model.hub.expected_tensors import has_tied_head
 from tunesmith.model.hub.validate import (
     TensorHeader,
     check_files,
@@ -24,7 +26,15 @@ from tunesmith.model.hub.validate import (
     read_headers,
     read_model_json,
 )
-from tunesmith.model.target_modules import list_linear_paths
+from tunesmith.model.target_modules import (
+    EMBEDDING,
+    HEAD,
+    SAVED_MODULES_KEY,
+    list_linear_paths,
+    list_parameter_names,
+    match_patterns,
+    match_saved_parameters,
+)
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
@@ -36,7 +46,10 @@ MAGNITUDE = "lora_magnitude_vector"
 # the rows themselves, despite PEFT's name
 TOKEN_ROWS_SUFFIX = "token_adapter.trainable_tokens_delta"
 LORA_KEY = re.compile(re.escape(PREFIX) + rf"([\w.]+)\.(lora_A\.weight|lora_B\.weight|{MAGNITUDE})")
-EMBEDDING_MODULES = ("embed_tokens", "lm_head")
+EMBEDDING_MODULES = (EMBEDDING, HEAD)
+RANK_PATTERN = "rank_pattern"
+ALPHA_PATTERN = "alpha_pattern"
+MAX_PATTERNS = 10_000
 
 # Keys that do not change the result, or that the weights answer better: which layers are adapted.
 # fmt: off
@@ -44,6 +57,8 @@ IGNORED_KEYS = {
     "base_model_name_or_path", "revision", "peft_version", "inference_mode", "lora_dropout",
     "qalora_group_size", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern",
+    "fan_in_fan_out",  # PEFT ignores it for layers other than Conv1D, which no model here has
+    "ensure_weight_tying",  # of the weights of modules_to_save, which are compared
 }
 # fmt: on
 # The supported values of these keys. Any other key must be empty.
@@ -61,6 +76,9 @@ USED_KEYS = {
     "use_dora",
     "trainable_token_indices",
     "auto_mapping",
+    RANK_PATTERN,
+    ALPHA_PATTERN,
+    SAVED_MODULES_KEY,
 }
 UNSUPPORTED_FIX = "use a plain LoRA adapter, made with the defaults of PEFT's LoraConfig"
 COPY_FIX = "copy the adapter folder again"
@@ -71,7 +89,8 @@ BASE_FIX = "set model: to the adapter's base model"
 class AdapterFolder:
     """A LoRA or DoRA adapter that fits its base. `target_modules` has the form of
     `lora_target_modules`, `sha256` is the hash of the weights, `new_token_ids` are the consecutive
-    tokens that it has rows for."""
+    tokens that it has rows for. `rank_pattern` and `alpha_pattern` are path -> value of the layers
+    that differ; `saved_parameters` were trained in full."""
 
     path: Path
     rank: int
@@ -82,14 +101,20 @@ class AdapterFolder:
     base_name: str  # as written in the adapter's config
     sha256: str
     new_token_ids: tuple[int, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
+    saved_parameters: tuple[str, ...] = ()
+    saved_modules: tuple[str, ...] = ()  # their modules, in the form of `modules_to_save`
 
     @property
     def weights_path(self) -> Path:
         return self.path / ADAPTER_WEIGHTS_FILE
 
-    @property
-    def scaling(self) -> float:
-        return compute_scaling(self.rank, self.alpha, use_rslora=self.use_rslora)
+    def compute_scaling(self, path: str) -> float:
+        """Return the factor of B A x of a layer."""
+        rank = self.rank_pattern.get(path, self.rank)
+        alpha = self.alpha_pattern.get(path, self.alpha)
+        return compute_scaling(rank, alpha, use_rslora=self.use_rslora)
 
 
 def compute_scaling(rank: int, alpha: float, *, use_rslora: bool) -> float:
@@ -116,28 +141,30 @@ def read_adapter(folder: Path, base: Path) -> AdapterFolder:
         raise _make_missing_weights_error(path)
     base_headers = read_headers(base)
     use_dora = bool(config.get("use_dora"))
-    row_headers: dict[str, TensorHeader] = {}
-    lora_headers: dict[str, TensorHeader] = {}
-    for name, header in read_header(weights_file).items():
-        if name.endswith(TOKEN_ROWS_SUFFIX):
-            row_headers[name] = header
-        else:
-            lora_headers[name] = header
+    headers = _split_headers(read_header(weights_file), config, base_headers, weights_file)
     new_token_ids = _check_token_rows(
-        row_headers, base_headers, config.get("trainable_token_indices"), path
+        headers.rows, base_headers, config.get("trainable_token_indices"), path
     )
-    paths = _check_weights(lora_headers, base_headers, rank, weights_file)
-    _check_complete(lora_headers, paths, weights_file, use_dora=use_dora)
+    saved_parameters = _check_modules(headers.modules, config, base, weights_file)
+    layers = _list_lora_paths(headers.loras)
+    ranks = _read_pattern(config, RANK_PATTERN, layers, str(config_file))
+    alphas = _read_pattern(config, ALPHA_PATTERN, layers, str(config_file))
+    paths = _check_weights(headers.loras, base_headers, rank, ranks, weights_file)
+    _check_complete(headers.loras, paths, weights_file, use_dora=use_dora)
     return AdapterFolder(
         path=path,
         rank=rank,
         alpha=alpha,
         use_rslora=bool(config.get("use_rslora")),
         use_dora=use_dora,
-        target_modules=_summarize_targets(paths, base_headers),
+        target_modules=_summarize_targets(paths, base_headers, headers.modules),
         base_name=str(config.get("base_model_name_or_path") or ""),
         sha256=hash_file(weights_file),
         new_token_ids=new_token_ids,
+        rank_pattern={path: int(ranks[path]) for path in paths if ranks.get(path, rank) != rank},
+        alpha_pattern={path: alphas[path] for path in paths if alphas.get(path, alpha) != alpha},
+        saved_parameters=saved_parameters,
+        saved_modules=_summarize_modules(saved_parameters, base_headers),
     )
 
 
@@ -156,14 +183,51 @@ def _check_config(config: Mapping[str, Any], where: str) -> tuple[int, float]:
             raise _make_config_error(message, where)
     rank = config.get("r")
     alpha = config.get("lora_alpha")
-    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+    if not _is_rank(rank):
         raise _make_config_error(f"r is {rank!r:.80}, not an integer from 1 to {MAX_RANK}", where)
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < 1e6:
+    if not _is_alpha(alpha):
         raise _make_config_error(f"lora_alpha is {alpha!r:.80}, not a positive number", where)
     for key in ("use_rslora", "use_dora"):
         if not isinstance(config.get(key, False), (bool, type(None))):
             raise _make_config_error(f"{key} is {config[key]!r:.80}, not true or false", where)
-    return rank, alpha
+    return cast("int", rank), cast("float", alpha)
+
+
+def _is_alpha(alpha: Any) -> bool:
+    is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    return is_number and 0 < alpha < 1e6
+
+
+def _is_rank(rank: Any) -> bool:
+    return type(rank) is int and 1 <= rank <= MAX_RANK
+
+
+PATTERN_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    RANK_PATTERN: (_is_rank, f"an integer from 1 to {MAX_RANK}"),
+    ALPHA_PATTERN: (_is_alpha, "a positive number"),
+}
+
+
+def _read_pattern(
+    config: Mapping[str, Any], key: str, paths: Sequence[str], where: str
+) -> dict[str, Any]:
+    """Return path -> value of the first pattern that matches the end of the path, as in PEFT."""
+    patterns = config.get(key) or {}
+    is_valid, description = PATTERN_VALUES[key]
+    if not isinstance(patterns, dict) or len(patterns) > MAX_PATTERNS:
+        message = f"{key} is {patterns!r:.80}, not a mapping of layers to values"
+        raise _make_config_error(message, where)
+    for name, value in patterns.items():
+        if not is_valid(value):
+            message = f"{key} has {value!r:.80} for {name:.80}, not {description}"
+            raise _make_config_error(message, where)
+    if not patterns:
+        return {}
+    names = list(patterns)
+    match_patterns([], names, where=f"{key} in {where}")  # refuses one that is invalid by itself
+    suffixes = [rf"(.*\.)?({name})" for name in names]
+    matches = match_patterns(paths, suffixes, where=f"{key} in {where}")
+    return {path: patterns[names[index]] for path, index in matches.items()}
 
 
 def _make_config_error(message: str, where: str) -> InputError:
@@ -193,6 +257,136 @@ def _make_missing_weights_error(path: Path) -> InputError:
         return InputError(message, where=str(path), fix=fix)
     message = f"there is no {ADAPTER_WEIGHTS_FILE}"
     return InputError(message, where=str(path), fix=COPY_FIX)
+
+
+@dataclass(frozen=True)
+class _AdapterHeaders:
+    """The tensors of an adapter by name: of linears, of rows of tokens, and of whole modules, whose
+    names have no prefix."""
+
+    loras: Mapping[str, TensorHeader]
+    rows: Mapping[str, TensorHeader]
+    modules: Mapping[str, TensorHeader]
+
+
+def _split_headers(
+    headers: Mapping[str, TensorHeader],
+    config: Mapping[str, Any],
+    base: Mapping[str, TensorHeader],
+    file: Path,
+) -> _AdapterHeaders:
+    """Sort the tensors. Raises InputError for one that belongs to no layer or module."""
+    modules = _read_saved_names(config, str(file.parent / ADAPTER_CONFIG_FILE))
+    loras: dict[str, TensorHeader] = {}
+    rows: dict[str, TensorHeader] = {}
+    saved: dict[str, TensorHeader] = {}
+    for name, header in headers.items():
+        path = name.removeprefix(PREFIX)
+        if name.endswith(TOKEN_ROWS_SUFFIX):
+            rows[name] = header
+        elif LORA_KEY.fullmatch(name):
+            loras[name] = header
+        elif name.startswith(PREFIX) and match_saved_parameters([path], modules):
+            saved[path] = header
+        else:
+            raise _make_tensor_error(name, path, base, file)
+    return _AdapterHeaders(loras, rows, saved)
+
+
+def _read_saved_names(config: Mapping[str, Any], where: str) -> list[str]:
+    names = config.get(SAVED_MODULES_KEY) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        message = f"{SAVED_MODULES_KEY} is {names!r:.80}, not a list of module names"
+        raise _make_config_error(message, where)
+    return names
+
+
+def _make_tensor_error(
+    name: str, path: str, base: Mapping[str, TensorHeader], file: Path
+) -> InputError:
+    message = f"the tensor {name[:200]} is not part of a LoRA adapter"
+    fix = "use an adapter on linear layers"
+    if path in list_parameter_names(base) or path == f"{HEAD}.weight":
+        message = (
+            f"the tensor {name[:200]} replaces weights of the base model, and {SAVED_MODULES_KEY} "
+            f"in {ADAPTER_CONFIG_FILE} does not name it"
+        )
+        fix = "save it again with save_pretrained(..., save_embedding_layers=False), or merge it"
+    return InputError(message, where=str(file), fix=fix)
+
+
+def _check_modules(
+    saved: Mapping[str, TensorHeader], config: Mapping[str, Any], base: Path, file: Path
+) -> tuple[str, ...]:
+    """Return the parameters that were trained in full. Each must have the shape of the base's, and
+    none may be missing."""
+    modules = _read_saved_names(config, str(file.parent / ADAPTER_CONFIG_FILE))
+    if not modules:
+        return ()
+    headers = read_headers(base)
+    parameters = dict(zip(list_parameter_names(headers), headers.values(), strict=True))
+    base_config = read_model_json(base / "config.json")
+    is_tied = has_tied_head(base_config, str(base_config.get("model_type")))
+    embedding_name = f"model.{EMBEDDING}.weight"
+    if is_tied:
+        parameters[f"{HEAD}.weight"] = parameters[embedding_name]
+    for name in match_saved_parameters(list(parameters), modules):
+        if name not in saved:
+            message = f"{SAVED_MODULES_KEY} names {name}, which the weights lack"
+            where = str(file.parent / ADAPTER_CONFIG_FILE)
+            raise InputError(message, where=where, fix=COPY_FIX)
+    for name, tensor in saved.items():
+        expected = parameters.get(name)
+        if expected is None or tensor.shape != expected.shape or tensor.dtype not in DTYPES:
+            shape = "no such tensor" if expected is None else f"{list(expected.shape)}"
+            message = (
+                f"{name} of {SAVED_MODULES_KEY} is {tensor.dtype} {list(tensor.shape)}, and the "
+                f"base model has {shape}"
+            )
+            raise InputError(message, where=str(file), fix=BASE_FIX)
+    if is_tied:
+        _refuse_untied(saved, embedding_name, file)
+    if f"{HEAD}.bias" in saved:
+        message = f"{SAVED_MODULES_KEY} has {HEAD}.bias, which cannot be trained here"
+        raise InputError(message, where=str(file), fix="merge it with PEFT's merge_and_unload")
+    return tuple(name for name in saved if not (is_tied and name == f"{HEAD}.weight"))
+
+
+def _refuse_untied(saved: Mapping[str, TensorHeader], embedding_name: str, file: Path) -> None:
+    """Raise InputError if an adapter of a model with a tied head has another head than embedding:
+    PEFT trains a copy of each module that it saves."""
+    names = {embedding_name, f"{HEAD}.weight"} & saved.keys()
+    if not names:
+        return
+    if len(names) == 2 and _read_bytes(saved[embedding_name]) == _read_bytes(
+        saved[f"{HEAD}.weight"]
+    ):
+        return
+    message = (
+        f"the base model's {HEAD} and {EMBEDDING} are one matrix, and this adapter has a different "
+        f"one for {' and '.join(sorted(names))}"
+    )
+    fix = (
+        "merge it with PEFT's merge_and_unload and save the model with "
+        "tie_word_embeddings=False, or train it with ensure_weight_tying=True"
+    )
+    raise InputError(message, where=str(file), fix=fix)
+
+
+def _read_bytes(header: TensorHeader) -> bytes:
+    with header.file.open("rb") as file:
+        data_start = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(data_start + header.begin)
+        return file.read(header.end - header.begin)
+
+
+def _list_lora_paths(headers: Mapping[str, TensorHeader]) -> list[str]:
+    paths: dict[str, None] = {}
+    for name in headers:
+        match = LORA_KEY.fullmatch(name)
+        assert match is not None
+        paths[match.group(1)] = None
+    return list(paths)
 
 
 def _check_token_rows(
@@ -244,18 +438,20 @@ def _is_consecutive(ids: Any) -> bool:
 
 
 def _check_weights(
-    adapter: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], rank: int, file: Path
+    adapter: Mapping[str, TensorHeader],
+    base: Mapping[str, TensorHeader],
+    default_rank: int,
+    ranks: Mapping[str, int],
+    file: Path,
 ) -> list[str]:
     """Return the adapted modules. Every tensor must have the shape that its layer in the base
     requires."""
     paths: dict[str, None] = {}
     for name, tensor in adapter.items():
         match = LORA_KEY.fullmatch(name)
-        if match is None:
-            message = f"the tensor {name[:200]} is not part of a plain LoRA adapter"
-            fix = "use an adapter on linear layers only"
-            raise InputError(message, where=str(file), fix=fix)
+        assert match is not None
         path, part = match.groups()
+        rank = ranks.get(path, default_rank)
         layer = _find_base_tensor(base, path)
         if layer is None or len(layer.shape) != 2 or path == "lm_head":
             message = f"the adapter has {path}, which is not a linear layer of the base's decoder"
@@ -296,10 +492,28 @@ def _find_base_tensor(base: Mapping[str, TensorHeader], path: str) -> TensorHead
     return base.get(f"{path}.weight") or base.get(f"{path.removeprefix('model.')}.weight")
 
 
-def _summarize_targets(paths: list[str], base: Mapping[str, TensorHeader]) -> str | tuple[str, ...]:
-    """Return the shortest form: all-linear, names such as q_proj, or full paths."""
+def _summarize_modules(saved: Sequence[str], base: Mapping[str, TensorHeader]) -> tuple[str, ...]:
+    """Return the shortest form: names such as norm, or full paths where others end in the name."""
+    parameters = list_parameter_names(base)
+    modules: set[str] = set()
+    for parameter in saved:
+        path = parameter.rpartition(".")[0]
+        name = path.rpartition(".")[2]
+        is_unique = set(match_saved_parameters(parameters, [name])) <= set(saved)
+        modules.add(name if is_unique else path)
+    return tuple(sorted(modules))
+
+
+def _summarize_targets(
+    paths: list[str], base: Mapping[str, TensorHeader], modules: Mapping[str, TensorHeader]
+) -> str | tuple[str, ...]:
+    """Return the shortest form: all-linear, names such as q_proj, or full paths. Linears that are
+    trained in full have no adapter."""
     names = {path.rpartition(".")[2] for path in paths}
-    base_names = [path.rpartition(".")[2] for path in list_linear_paths(base)]
+    base_names: list[str] = []
+    for path in list_linear_paths(base):
+        is_saved = f"{path}.weight" in modules or f"model.{path}.weight" in modules
+        base_names += [] if is_saved else [path.rpartition(".")[2]]
     if sum(name in names for name in base_names) > len(paths):
         return tuple(sorted(paths))
     return "all-linear" if names == set(base_names) else tuple(sorted(names))

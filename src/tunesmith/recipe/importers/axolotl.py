@@ -67,6 +67,8 @@ def translate(draft: RecipeDraft) -> None:
     _translate_method(draft)
     _translate_overlong(draft)
     key_map.translate_new_tokens(draft, "tokens", module_keys=("lora_modules_to_save",))
+    if draft.values.get("method") != "full":
+        key_map.translate_modules_to_save(draft, "lora_modules_to_save")
     preference = draft.pop_scalar("rl")
     pretraining = draft.remaining.get("pretraining_dataset")
     for key, recipe_key in DATA_KEYS.items():

@@ -259,6 +259,14 @@ def translate_target_modules(
         draft.set_value("lora_target_modules", modules, key)
 
 
+def translate_modules_to_save(draft: RecipeDraft, key: str) -> None:
+    """Translate the modules that are trained in full beside an adapter."""
+    value = draft.pop_value(key)
+    names = value.split(",") if isinstance(value, str) else value
+    if isinstance(names, list) and names:
+        draft.set_value("modules_to_save", [str(name).strip() for name in names], key)
+
+
 def translate_chat_template(draft: RecipeDraft, key: str, default_names: tuple[str, ...]) -> None:
     """Translate a .jinja file; instead of the tool's built-in templates the model's is used."""
     value = draft.pop_scalar(key)

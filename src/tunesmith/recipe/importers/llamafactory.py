@@ -72,6 +72,8 @@ def translate(draft: RecipeDraft) -> None:
     key_map.translate_adapter(draft, "adapter_name_or_path")
     for key in ("add_tokens", "new_special_tokens"):
         key_map.translate_new_tokens(draft, key, module_keys=("additional_target",))
+    if draft.values.get("method") != "full":
+        key_map.translate_modules_to_save(draft, "additional_target")
     _translate_datasets(draft, stage)
     key_map.translate_eval_split(draft, "val_size")
     key_map.translate_chat_template(draft, "template", default_names=())

@@ -39,6 +39,8 @@ def translate(draft: RecipeDraft) -> None:
     else:
         draft.set_value("method", "full", "no use_peft")
     key_map.translate_target_modules(draft, "lora_target_modules", all_linear_names=("all-linear",))
+    if adapter:
+        key_map.translate_modules_to_save(draft, "lora_modules_to_save")
     _translate_data(draft)
     key_map.translate_chat_template(draft, "chat_template_path", default_names=())
     key_map.translate_batch_size(draft, "per_device_train_batch_size", micro_default=8)

@@ -83,7 +83,7 @@ UNSUPPORTED_KEYS = (
     ),
     (
         "lora_modules_to_save additional_target modules_to_save",
-        "only adapters are trained, no full modules",
+        "full training trains every module",
     ),
     (
         "special_tokens added_tokens_overrides add_special_tokens new_special_tokens_config "

@@ -1,12 +1,19 @@
 """Sampling a token: the right probabilities, the right nucleus, and the same token for the same
 numbers."""
 
-import torch
+from typing import Any
 
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from tiny_models import make_tiny_network
 from tunesmith.core.types import GenerationRequest
 from tunesmith.model.generation.sampling import (
     TOP_P_CANDIDATES,
+    compute_probabilities,
     filter_top_p,
+    penalize_repetition,
     sample_from_uniform,
     sample_tokens,
 )
@@ -19,9 +26,7 @@ def column(value: float, rows: int) -> torch.Tensor:
 def test_each_token_is_drawn_as_often_as_it_is_likely() -> None:
     p = torch.tensor([0.1, 0.0, 0.6, 0.3], dtype=torch.float64)
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    drawn = sample_from_uniform(
-        p.log().expand(1000, -1), column(1.0, 1000), column(1.0, 1000), uniform
-    )
+    drawn = sample_from_uniform(p.expand(1000, -1), uniform)
     assert drawn.bincount(minlength=4).tolist() == [100, 0, 600, 300]
 
 
@@ -33,8 +38,9 @@ def test_temperature_sharpens_and_flattens() -> None:
         (1.0, 0.2),
         (2.0, 0.2**0.5 / (0.2**0.5 + 0.8**0.5)),
     ):
+        request = GenerationRequest((0,), temperature=temperature)
         drawn = sample_from_uniform(
-            p.log().expand(1000, -1), column(temperature, 1000), column(1.0, 1000), uniform
+            compute_probabilities(p.log(), [request]).expand(1000, -1), uniform
         )
         assert abs(float((drawn == 0).double().mean()) - share) < 2e-3
 
@@ -68,9 +74,9 @@ def test_equal_tokens_stay_in_the_nucleus_together() -> None:
 
 
 def test_the_largest_random_number_draws_a_possible_token() -> None:
-    logits = torch.tensor([[0.0, 0.0, -torch.inf]], dtype=torch.float64)
+    p = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     below_1 = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    assert sample_from_uniform(logits, column(1.0, 1), column(1.0, 1), below_1).item() == 1
+    assert sample_from_uniform(p, below_1).item() == 1
 
 
 def test_greedy_rows_take_no_random_number() -> None:
@@ -94,8 +100,78 @@ def test_a_small_error_in_the_logits_seldom_changes_the_token() -> None:
     noise = 1e-6 * torch.randn(400, 5000, generator=generator, dtype=torch.float64)
     uniform = torch.rand(400, generator=generator, dtype=torch.float64)
     for top_p in (1.0, 0.9):
+        requests = [GenerationRequest((0,), temperature=1.0, top_p=top_p)] * 400
         first, second = (
-            sample_from_uniform(x, column(1.0, 400), column(top_p, 400), uniform)
+            sample_from_uniform(compute_probabilities(x, requests), uniform)
             for x in (logits, logits + noise)
         )
         assert int((first != second).sum()) <= 1
+
+
+# ---------------------------------------------------------------- transformers' processors
+
+
+def apply_processors(
+    logits_BV: torch.Tensor, context: torch.Tensor, request: GenerationRequest
+) -> torch.Tensor:
+    """Return the probabilities of transformers: `generate` makes the list of its processors."""
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
+        min_p=request.min_p or None,
+        repetition_penalty=request.repetition_penalty,
+    )
+    config._eos_token_tensor = None
+    processors: Any = make_tiny_network()._get_logits_processor(
+        config, input_ids_seq_length=context.shape[1]
+    )
+    return torch.softmax(processors(context, logits_BV.clone()), dim=-1)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [0, 1, 7, 40, 10**6])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.35, 1e-6])
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.7])
+def test_the_distribution_is_that_of_transformers(
+    temperature: float, top_k: int, top_p: float, min_p: float, penalty: float
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(4, 97, generator=generator, dtype=torch.float64)
+    context = torch.randint(97, (4, 12), generator=generator)
+    request = GenerationRequest(
+        (0,),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=penalty,
+    )
+    theirs = apply_processors(logits, context, request)
+    ours = logits.clone()
+    for row in range(4):
+        penalize_repetition(ours[row], context[row].tolist(), penalty)
+    ours = compute_probabilities(ours, [request] * 4)
+    ours = ours / ours.sum(dim=-1, keepdim=True)
+    assert torch.equal(ours > 0, theirs > 0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_rows_of_a_batch_have_settings_of_their_own() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(4, 97, generator=generator, dtype=torch.float64)
+    requests = [
+        GenerationRequest((0,), temperature=0.5, top_k=3),
+        GenerationRequest((0,), temperature=1.5, top_p=0.4),
+        GenerationRequest((0,), temperature=1.0, min_p=0.3),
+        GenerationRequest((0,), temperature=1.0, top_k=-1),
+    ]
+    together = compute_probabilities(logits, requests)
+    for row, request in enumerate(requests):
+        alone = compute_probabilities(logits[row : row + 1], [request])[0]
+        alone, both = alone / alone.sum(), together[row] / together[row].sum()
+        torch.testing.assert_close(both, alone)
+    assert (together > 0).sum(dim=1).tolist()[0] == 3
+    assert (together[3] > 0).all()

@@ -84,7 +84,7 @@ def test_adapters_from_peft_are_read(
         True,
         expected,
     )
-    assert adapter.scaling == 3.0
+    assert adapter.compute_scaling("model.layers.1.mlp.up_proj") == 3.0
     assert len(adapter.sha256) == 64
 
 
@@ -132,8 +132,17 @@ def test_a_run_folder_stands_for_its_adapter(adapter: Path, base: Path, tmp_path
     ("key", "value"),
     [
         ("lora_bias", True),
-        ("rank_pattern", {"q_proj": 8}),
-        ("alpha_pattern", {"q_proj": 8}),
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", {"q_proj": 2.0}),
+        ("rank_pattern", [8]),
+        ("rank_pattern", {"q_proj(": 4}),
+        ("rank_pattern", {"a)|(b": 4}),
+        ("alpha_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"q_proj": True}),
+        ("alpha_pattern", {"q_proj": "8"}),
+        ("alpha_pattern", {r"(\w+\.?)*!": 8}),
+        ("modules_to_save", "lm_head"),
+        ("modules_to_save", [1]),
         ("modules_to_save", ["lm_head"]),
         ("megatron_config", {"x": 1}),
         ("megatron_core", "os"),
@@ -143,7 +152,6 @@ def test_a_run_folder_stands_for_its_adapter(adapter: Path, base: Path, tmp_path
         ("target_parameters", ["mlp.experts"]),
         ("trainable_token_indices", [1]),
         ("alora_invocation_tokens", [1]),
-        ("fan_in_fan_out", True),
         ("bias", "lora_only"),
         ("peft_type", "IA3"),
         ("peft_type", None),
@@ -223,7 +231,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
             lambda w: w | {f"{Q}.lora_magnitude_vector": np.ones(63, np.float32)},
             r"lora_magnitude_vector is F32 \[63\]",
         ),
-        (lambda w: w | {f"{Q}.lora_E": np.ones(64, np.float32)}, "not part of a plain LoRA"),
+        (lambda w: w | {f"{Q}.lora_E": np.ones(64, np.float32)}, "not part of a LoRA"),
         (
             lambda w: w | {"base_model.model.lm_head.lora_A.weight": np.ones((4, 48), np.float32)},
             "has lm_head, which is not a linear layer",
@@ -245,7 +253,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
             ),
             "norm",
         ),
-        (lambda w: w | {"../../etc/passwd": np.ones(1)}, "not part of a plain LoRA"),
+        (lambda w: w | {"../../etc/passwd": np.ones(1)}, "not part of a LoRA"),
         (lambda _: {}, "holds no weights"),
     ],
 )

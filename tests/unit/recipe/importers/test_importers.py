@@ -502,4 +502,14 @@ def test_new_tokens_come_along() -> None:
         LLAMAFACTORY, "new_special_tokens: '<n>, [sum]'", "additional_target: q_proj"
     )
     assert translation.values["add_tokens"] == ["<n>", "[sum]"]
-    assert untranslated_by_key(translation)["additional_target"].is_important is True
+    assert translation.values["modules_to_save"] == ["q_proj"]
+
+
+def test_modules_trained_in_full_come_along() -> None:
+    write_datasets(Path.cwd())
+    for example, line in (
+        (AXOLOTL, "lora_modules_to_save: [embed_tokens, lm_head]"),
+        (LLAMAFACTORY, "additional_target: embed_tokens,lm_head"),
+    ):
+        translation = changed(example, line)
+        assert translation.values["modules_to_save"] == ["embed_tokens", "lm_head"]
