@@ -19,6 +19,7 @@ from tunesmith.model.generation.engine import stream_answer
 from tunesmith.session import inputs
 from tunesmith.session.fingerprint import build_fingerprint
 from tunesmith.session.reopen import load_trained_session, reopen_session, starting_model
+from tunesmith.session.session import Session
 
 GREEDY = SamplingParams()
 
@@ -54,12 +55,8 @@ def chat(
     session = load_trained_session(path)
     session.model.network.eval()
     renderer = session.renderer
-    messages: list[Json] = []
-    if len(session.rows):
-        # Training rows that start with a system message are served with the same one.
-        first_messages = session.rows.read_example(0).messages
-        messages += [message for message in first_messages[:1] if message["role"] == "system"]
-    for question in questions:
+    messages = _build_first_messages(session, system)
+    for turn, question in enumerate(questions):
         messages.append({"role": "user", "content": question})
         request = GenerationRequest(
             renderer.encode_prompt(messages),
@@ -77,3 +74,13 @@ def chat(
         answer = "".join(pieces)
         messages.append({"role": "assistant", "content": answer})
         yield answer
+
+
+def _build_first_messages(session: Session, system: str | None) -> list[Json]:
+    """Return the system message: `system`, or by default that of the training rows, if any."""
+    if system is not None:
+        return [{"role": "system", "content": system}] if system else []
+    if not len(session.rows):
+        return []
+    first_messages = session.rows.read_example(0).messages
+    return [message for message in first_messages[:1] if message["role"] == "system"]
