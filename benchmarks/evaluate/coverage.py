@@ -3,7 +3,8 @@
     python -m benchmarks.evaluate.coverage [--trials 4000] [--write docs/results/coverage.md]
 
 Items are drawn from distributions with a known mean, and an interval is made of each sample. `null`
-is the share of samples without a true difference that get a verdict, better or worse."""
+is the share of samples without a true difference that get a verdict, better or worse; `width` is
+that of the intervals, relative to Student's t."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from tunesmith.evaluate.results import MetricValues, compare_measurements
 from tunesmith.evaluate.statistics import (
     compute_mean_interval,
     compute_paired_rate_interval,
+    compute_t_quantile,
     compute_wilson_interval,
     judge_comparison,
 )
@@ -30,6 +32,7 @@ DRAWS: dict[str, tuple[Draw, float]] = {
     "uniform": (lambda r, size: r.random(size), 0.5),
     "gamma, skewness 1.4": (lambda r, size: r.gamma(2.0, size=size), 2.0),
     "exponential, 2": (lambda r, size: r.exponential(size=size), 1.0),
+    "gamma, 2.8": (lambda r, size: r.gamma(0.5, size=size), 0.5),
     "lognormal, 1.75": (lambda r, size: r.lognormal(0, 0.5, size), math.exp(0.125)),
     "lognormal, 6.2": (lambda r, size: r.lognormal(0, 1, size), math.exp(0.5)),
 }
@@ -37,8 +40,10 @@ PAIRS = {  # shares of gained and lost items
     "gained 20%, lost 20%": (0.2, 0.2),
     "gained 30%, lost 10%": (0.3, 0.1),
     "gained 45%, lost 45%": (0.45, 0.45),
+    "gained 50%, lost 50%": (0.5, 0.5),
     "gained 10%, lost 0%": (0.1, 0.0),
 }
+WIDTHS = ("normal", "exponential, 2", "lognormal, 6.2")
 RATES = {"rate 10%": 0.1, "rate 50%": 0.5, "rate 80%": 0.8}
 
 
@@ -51,9 +56,20 @@ def measure_values(name: str, n: int, trials: int) -> float:
     return hits / trials
 
 
+def measure_width(name: str, n: int, trials: int) -> float:
+    """Return the median width of the intervals, relative to those of Student's t."""
+    draw, _ = DRAWS[name]
+    ratios: list[float] = []
+    for values in draw(np.random.default_rng(n), (trials // 4, n)):
+        low, high = compute_mean_interval(values, np.ones(n), [np.arange(n)])
+        error = float(values.std(ddof=1)) / math.sqrt(n)
+        ratios.append((high - low) / (2 * compute_t_quantile(n - 1) * error))
+    return float(np.median(ratios))
+
+
 def measure_pairs(name: str, n: int, trials: int) -> float:
     gained, lost = PAIRS[name]
-    shares = [gained, lost, 1 - gained - lost]
+    shares = [gained, lost, max(0.0, 1 - gained - lost)]
     hits = 0
     for gains, losses, _ in np.random.default_rng(n).multinomial(n, shares, trials).tolist():
         low, high = compute_paired_rate_interval(gains, losses, n)
@@ -89,6 +105,9 @@ def build_table(trials: int) -> str:
     for names, measure in measures:
         for name in names:
             rows.append([name, *(f"{measure(name, n, trials):.1%}" for n in SIZES)])
+    for name in WIDTHS:
+        ratios = [measure_width(name, n, trials) for n in SIZES]
+        rows.append([f"width: {name}", *(f"x{ratio:.2f}" for ratio in ratios)])
     for name, is_rate in (("null, normal", False), ("null, right or wrong", True)):
         shares = [count_null_verdicts(is_rate, n, trials // 4) for n in SIZES]
         rows.append([name, *(f"{share:.1%}" for share in shares)])

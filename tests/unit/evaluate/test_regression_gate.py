@@ -26,7 +26,8 @@ def gate(before: list[float], after: list[float], **changed: bool) -> Gate:
 @pytest.mark.parametrize(
     ("lost", "n", "message"),
     [
-        (5, 5, "worse"),
+        (5, 5, "too few items to tell"),
+        (8, 8, "worse"),
         (4, 8, "too few items to tell"),
         (1, 8, "too few items to tell"),
         (0, 8, "too few items to tell"),

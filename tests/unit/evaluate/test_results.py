@@ -146,7 +146,7 @@ def test_a_claim_says_all_that_it_needs() -> None:
     result = compare_measurements(measured([0] * 20), measured([1] * 20), step=5)
     assert (
         format_comparison(result)
-        == "task, exact_match: 0.000 -> 1.000, difference +1.000 [+0.735, +1.000], n = 20: better"
+        == "task, exact_match: 0.000 -> 1.000, difference +1.000 [+0.724, +1.000], n = 20: better"
     )
     assert format_comparison(compare_measurements(measured([0, 1]), measured([1, 1]))).endswith(
         "n = 2: too few items to tell"

@@ -60,7 +60,7 @@ def test_no_violation_in_150_means_less_than_3_percent() -> None:
 def test_paired_rates_follow_the_formula() -> None:
     low, high = compute_paired_rate_interval(gains=20, losses=45, n=500)
     gain, loss = 21 / 502, 46 / 502
-    half = Z * math.sqrt((gain + loss - (gain - loss) ** 2) / 502)
+    half = stats.t.ppf(0.975, 501) * math.sqrt((gain + loss - (gain - loss) ** 2) / 502)
     assert (low, high) == pytest.approx((gain - loss - half, gain - loss + half))
     assert high < 0, "25 lost answers of 500 are a loss, paired"
 
@@ -80,11 +80,21 @@ def test_t_quantiles_equal_scipys(degrees: float) -> None:
 
 
 def test_symmetric_values_get_the_t_interval() -> None:
-    for n in (5, 11, 200):
+    for n in (51, 200):
         half = np.random.default_rng(n).random(n // 2)
         values = np.concatenate([half, -half, np.zeros(n % 2)]) + 3
         expected = stats.t.interval(0.95, n - 1, loc=values.mean(), scale=stats.sem(values))
         assert compute_mean_interval(*everything(values)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_few_symmetric_values_get_a_wider_interval() -> None:
+    """A smaller variance by chance is likelier where there is a long tail that they do not show."""
+    for n, factor in ((5, 1.2), (8, 1.001)):
+        values = np.arange(n, dtype=float)
+        low, high = compute_mean_interval(*everything(values))
+        t_low, t_high = stats.t.interval(0.95, n - 1, loc=values.mean(), scale=stats.sem(values))
+        assert (high - low) / (t_high - t_low) > factor
+        assert low + high == pytest.approx(2 * values.mean())
 
 
 def test_a_long_tail_moves_the_interval_to_its_side() -> None:
@@ -132,10 +142,11 @@ DRAWS = {
     "exponential": (lambda random, size: random.exponential(size=size), 1.0),
     "left": (lambda random, size: -random.gamma(2.0, size=size), -2.0),
     "differences": (lambda random, size: random.lognormal(0, 0.5, size) - 1, math.exp(0.125) - 1),
+    "long tail": (lambda random, size: random.lognormal(0, 1, size), math.exp(0.5)),
 }
 
 
-@pytest.mark.parametrize("n", [5, 10, 50, 200])
+@pytest.mark.parametrize("n", [5, 6, 7, 8, 10, 20, 50, 200])
 @pytest.mark.parametrize("name", DRAWS)
 def test_intervals_hold_the_truth_in_95_percent(name: str, n: int) -> None:
     """1.5 points, and three standard errors of 2,500 trials. docs/results/coverage.md has more."""
@@ -145,6 +156,22 @@ def test_intervals_hold_the_truth_in_95_percent(name: str, n: int) -> None:
         low, high = compute_mean_interval(*everything(values))
         hits += low <= truth <= high
     assert 0.935 - 0.013 <= hits / 2500 <= 0.965 + 0.013
+
+
+@pytest.mark.parametrize("n", [*range(5, 21), 30, 50])
+def test_paired_rates_hold_the_truth_in_95_percent(n: int) -> None:
+    """Exact, over a grid of rates; a discrete interval may hold it more often."""
+    factorials = [math.factorial(k) for k in range(n + 1)]
+    counts = [(gains, losses) for gains in range(n + 1) for losses in range(n + 1 - gains)]
+    intervals = [compute_paired_rate_interval(*pair, n) for pair in counts]
+    for gain, loss in ((0.5, 0.5), (0.55, 0.45), (0.7, 0.3), (0.45, 0.45), (0.2, 0), (0.3, 0.1)):
+        coverage = 0.0
+        for (gains, losses), (low, high) in zip(counts, intervals, strict=True):
+            same = n - gains - losses
+            if low - 1e-9 <= gain - loss <= high + 1e-9:
+                ways = factorials[n] / factorials[gains] / factorials[losses] / factorials[same]
+                coverage += ways * gain**gains * loss**losses * max(0.0, 1 - gain - loss) ** same
+        assert coverage >= 0.929, (gain, loss)
 
 
 @pytest.mark.parametrize("n", [5, 12, 40])
