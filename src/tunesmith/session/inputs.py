@@ -108,7 +108,8 @@ def load_inputs(
     if not needs_weights and not (folder / TOKENIZER_FILE).is_file():
         counting_model = FALLBACK_TOKENIZER
     tokenizer_dir = resolve_model(counting_model) if counting_model else folder
-    renderer = build_renderer(recipe, tokenizer_dir, timestamp)
+    embedding_rows = None if counting_model else model.vocab_size
+    renderer = build_renderer(recipe, tokenizer_dir, timestamp, embedding_rows)
     _refuse_missing_rows(renderer, model)
     adapter = None
     if recipe.adapter_from is not None:
@@ -171,16 +172,20 @@ def _load_checked_adapter(
     return adapter
 
 
-def build_renderer(recipe: Recipe, folder: Path, now: datetime) -> Renderer:
+def build_renderer(
+    recipe: Recipe, folder: Path, now: datetime, embedding_rows: int | None = None
+) -> Renderer:
     """Load the tokenizer of a model folder with the chat template of the recipe.
 
-    In continued pretraining every text ends in the separator."""
+    In continued pretraining every text ends in the separator. Tokens beyond the model's
+    `embedding_rows` are refused."""
     renderer = Renderer.from_folder(
         folder,
         template=recipe.chat_template if isinstance(recipe.chat_template, Path) else None,
         now=now,
         variables=recipe.chat_template_kwargs,
         add_tokens=recipe.add_tokens,
+        embedding_rows=embedding_rows,
     )
     if recipe.chat_template == "none":
         renderer = Renderer(renderer.tokenizer, {})

@@ -178,7 +178,9 @@ class EncodedText:
 
 def encode(text: TrackedText, *, cut: int = -1) -> EncodedText:
     """Encode a text. At character `cut`, plain text is split in two runs, the second of which
-    continues the first. Raises InputError if plain text makes a control token."""
+    continues the first. Raises InputError if plain text makes a control token, or for a token
+    without an embedding."""
+    text.tokenizer.refuse_rowless_ids([match.control.id for match in text.controls])
     runs = [
         EncodedRun(match.start, match.end, [match.control.id], match.token_end)
         for match in text.controls

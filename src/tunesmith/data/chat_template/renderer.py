@@ -136,16 +136,17 @@ class Renderer:
         now: datetime,
         variables: Mapping[str, Any] | None = None,
         add_tokens: Sequence[str] = (),
+        embedding_rows: int | None = None,
     ) -> Renderer:
         """Load the tokenizer and chat templates of a model folder.
 
-        `template` is a file that replaces the model's own, `now` the date that templates see.
-        Raises InputError."""
-        tokenizer = ChatTokenizer.from_folder(folder)
+        `template` is a file that replaces the model's own, `now` the date that templates see,
+        `embedding_rows` the model's vocab_size. Raises InputError."""
+        tokenizer = ChatTokenizer.from_folder(folder, embedding_rows=embedding_rows)
         templates = find_templates(folder, template, now)
         if add_tokens:
             new_tokens = make_new_tokens(tokenizer, add_tokens, templates.values())
-            tokenizer = ChatTokenizer.from_folder(folder, new_tokens)
+            tokenizer = ChatTokenizer.from_folder(folder, new_tokens, embedding_rows)
         return cls(tokenizer, templates, variables)
 
     @property

@@ -96,8 +96,10 @@ class ChatTokenizer:
         special_tokens: dict[str, str],
         end_ids: tuple[int, ...],
         new_tokens: Sequence[NewToken] = (),
+        embedding_rows: int | None = None,
     ) -> None:
-        """`new_tokens` are those added tokens that come from the recipe. Raises InputError."""
+        """`new_tokens` are those added tokens that come from the recipe. No text makes any other
+        token that has none of the model's `embedding_rows`. Raises InputError."""
         self.new_tokens = tuple(new_tokens)
         data = _override_added_tokens(config, parse_tokenizer(tokenizer_json))
         self.special_tokens = special_tokens
@@ -121,12 +123,14 @@ class ChatTokenizer:
         self.control_ids = frozenset(control.id for control in self.controls.values())
         unk_texts = (data["model"].get("unk_token"), special_tokens.get("unk_token"))
         unk_ids = {self.token_to_id(str(text)) for text in unk_texts if text}
+        self._embedding_rows = embedding_rows
         # ids that plain text must not make
         self._forbidden_ids = self.control_ids - unk_ids - {data["model"].get("unk_id")}
         self.eos_id = self.token_to_id(special_tokens.get("eos_token", ""))
         eos_ids = [] if self.eos_id is None else [self.eos_id]
         self.end_ids = tuple(dict.fromkeys([*end_ids, *eos_ids]))
         self.bos_ids = () if config.get("add_bos_token") is False else self._find_leading_ids()
+        self.refuse_rowless_ids([*self.end_ids, *self.bos_ids])
         self.word_encoder: WordEncoder | None = None
         if self._start_tokenizer is self._continuation_tokenizer and not vocabulary:
             encode_word = partial(self._encode, tokenizer=self._start_tokenizer)
@@ -141,7 +145,12 @@ class ChatTokenizer:
                 )
 
     @classmethod
-    def from_folder(cls, folder: Path, new_tokens: Sequence[NewToken] = ()) -> ChatTokenizer:
+    def from_folder(
+        cls,
+        folder: Path,
+        new_tokens: Sequence[NewToken] = (),
+        embedding_rows: int | None = None,
+    ) -> ChatTokenizer:
         """Load the tokenizer of a model folder and add `new_tokens`. Raises InputError."""
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -164,7 +173,14 @@ class ChatTokenizer:
         try:
             with TokenizerErrors(*UNUSABLE_ERRORS):
                 tokenizer_json = append_tokens(tokenizer_json, new_tokens)
-                return cls(tokenizer_json, config, special_tokens, tuple(end_ids), new_tokens)
+                return cls(
+                    tokenizer_json,
+                    config,
+                    special_tokens,
+                    tuple(end_ids),
+                    new_tokens,
+                    embedding_rows,
+                )
         except InputError as error:
             raise InputError(error.message, where=str(path), fix=error.fix) from error
 
@@ -258,8 +274,27 @@ class ChatTokenizer:
             ids = tokenizer.encode(text, add_special_tokens=False).ids
         return self.check_ids(ids)
 
+    def refuse_rowless_ids(self, ids: Sequence[int]) -> None:
+        """Raise InputError for a token that has no row in the model's embedding, except for the
+        recipe's new tokens, which get one."""
+        if self._embedding_rows is None or not ids or max(ids) < self._embedding_rows:
+            return
+        new_ids = {token.id for token in self.new_tokens}
+        for token_id in ids:
+            if token_id < self._embedding_rows or token_id in new_ids:
+                continue
+            texts = [text for text, control in self.controls.items() if control.id == token_id]
+            text = texts[0] if texts else self.decode([token_id])
+            raise InputError(
+                f"the token {text!r:.80} has the id {token_id:,}, and the model's embedding has "
+                f"{self._embedding_rows:,} rows",
+                fix="use the tokenizer.json that belongs to the weights, or a chat template and "
+                "rows without this token",
+            )
+
     def check_ids(self, ids: list[int]) -> list[int]:
-        """Return the same ids. Raises InputError if one is a control token."""
+        """Return the same ids. Raises InputError if one is a control token, or has no embedding."""
+        self.refuse_rowless_ids(ids)
         if not self._forbidden_ids.isdisjoint(ids):
             stray = next(self.decode([token]) for token in ids if token in self._forbidden_ids)
             raise InputError(f"the tokenizer makes the control token {stray!r} from plain text")

@@ -107,7 +107,8 @@ def check_added_tokens(tokens: Any) -> None:
         has_text = isinstance(text, str) and 0 < len(text) <= MAX_TOKEN_CHARS
         token_id = token.get("id") if isinstance(token, dict) else None
         if not has_text or type(token_id) is not int or not 0 <= token_id < MAX_ID:
-            raise InputError(f"an added token has no valid text and id: {str(token)[:80]}")
+            message = f"an added token has no valid text and id: {str(token)[:80]}"
+            raise InputError(message, fix="correct or remove it in tokenizer.json")
         if any(not isinstance(token.get(flag, False), bool) for flag in FLAGS):
             raise InputError(f"the added token {text!r:.80} has a flag that is not a boolean")
 

@@ -48,6 +48,12 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 MAX_SIZE = 2**24
 MAX_SIZE_BY_KEY = {"num_hidden_layers": 4096}
 MAX_PARAMETERS = 10**13
+SPECIAL_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+USED_SPECIAL_IDS = {
+    "config.json": ("pad_token_id",),  # by transformers' embedding
+    "generation_config.json": SPECIAL_ID_KEYS,
+}
+NO_PADDING = -1  # of old configs
 # the part of a tensor's name after the prefix that the model type adds
 TENSOR_SUFFIX = re.compile(r"(embed_tokens|layers\.\d+)\..*")
 # any config may have labels for a classifier, and transformers makes a name for each
@@ -89,6 +95,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
         origin=_read_origin(path),
     )
     _check_sizes(spec, headers, where)
+    _check_token_ids(spec)
     return spec
 
 
@@ -279,6 +286,28 @@ def _check_sizes(spec: ModelSpec, headers: dict[str, TensorHeader], where: str) 
                 f"the tensor {suffix} has shape {actual_shape}, config.json says {list(shape)}"
             )
             raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
+
+
+def _check_token_ids(spec: ModelSpec) -> None:
+    """Raise InputError for a special token that is no integer or has no row in the embedding.
+
+    Nothing uses the bos and eos of config.json, which are often those of a larger vocabulary."""
+    for name, used_keys in USED_SPECIAL_IDS.items():
+        path = spec.path / name
+        config = read_model_json(path) if path.is_file() else {}
+        for key in SPECIAL_ID_KEYS:
+            value = config.get(key)
+            for token_id in value if isinstance(value, list) else [value]:
+                if token_id is None or (type(token_id) is int and key not in used_keys):
+                    continue
+                if type(token_id) is int and NO_PADDING <= token_id < spec.vocab_size:
+                    continue
+                message = (
+                    f"{key} {token_id!r:.80} is no token of the model, whose embedding has "
+                    f"{spec.vocab_size:,} rows"
+                )
+                fix = f"correct {key}, or download {name} again"
+                raise InputError(message, where=str(path), fix=fix)
 
 
 def _find_tensor(headers: dict[str, TensorHeader], suffix: str, path: Path) -> TensorHeader:

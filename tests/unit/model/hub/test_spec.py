@@ -16,6 +16,8 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
