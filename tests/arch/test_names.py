@@ -59,6 +59,7 @@ VERBS = set(
 DICTATED = {
     "getMessage",
     "extra_repr",
+    "shell_complete",
     "fromkeys",
     "getitem",
     "getattr",

@@ -36,6 +36,13 @@ from tunesmith.cli.args import (
     parse_recipe_args,
     refuse_old_words,
 )
+from tunesmith.cli.help import (
+    RecipeCommand,
+    VerbCommand,
+    VerbGroup,
+    find_panel,
+    format_examples,
+)
 from tunesmith.cli.output import escape_library_output, print_result, write_stderr
 from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.core.types import Plan
@@ -74,11 +81,15 @@ def init(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Base model: a hub id, folder or GGUF file.", show_default=False),
+        typer.Option(
+            metavar="MODEL", help="Base model: a hub id, folder or GGUF file.", show_default=False
+        ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Training data; train.jsonl by default.", show_default=False),
+        typer.Option(
+            metavar="PATH", help="Training data; train.jsonl by default.", show_default=False
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -96,7 +107,9 @@ def init(
 def doctor(
     model: Annotated[
         str | None,
-        typer.Option(help="Fetch this model and check what fits.", show_default=False),
+        typer.Option(
+            metavar="MODEL", help="Fetch this model and check what fits.", show_default=False
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -116,9 +129,9 @@ def advise(
         Path | None,
         typer.Option(metavar="PATH", help="Texts for retrieval.", show_default=False),
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Minutes for --measure; rerun to continue.")] = (
-        10.0
-    ),
+    minutes: Annotated[
+        float, typer.Option(metavar="N", help="Minutes for --measure; rerun to continue.")
+    ] = (10.0),
     target: Annotated[
         float | None,
         typer.Option(
@@ -126,7 +139,10 @@ def advise(
         ),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="Metric used to choose the winner.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="METRIC", help="Metric used to choose the winner.", show_default=False
+        ),
     ] = None,
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Folder for measured results.")
@@ -183,9 +199,12 @@ def plan(
         str | None,
         typer.Option(metavar="KEY", help="Explain one setting.", show_default=False),
     ] = None,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show all settings, with full reasons.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show every setting with its reason, memory and time."""
+    """Show the settings with their reasons, memory and time."""
     recipe = parse_recipe_args(args)
     from tunesmith.cli.views.plan import render_method_estimates, render_plan, render_setting
 
@@ -200,7 +219,9 @@ def plan(
         return
     run_plan = api.plan(inputs, target=target, memory=memory, benchmark=benchmark)
     _refuse_unusable_rows(run_plan, inputs)
-    view = render_plan(run_plan) if why is None else render_setting(run_plan, why)
+    view = (
+        render_plan(run_plan, show_all=show_all) if why is None else render_setting(run_plan, why)
+    )
     print_result(run_plan, view, as_json=as_json)
 
 
@@ -217,7 +238,7 @@ def _refuse_unusable_rows(plan: Plan | StagedPlan, inputs: api.AnyInputs) -> Non
 
 def tune_lr(
     args: RecipeArgs = None,
-    steps: Annotated[int, typer.Option(min=10, help="Steps per learning rate.")] = 40,
+    steps: Annotated[int, typer.Option(metavar="N", min=10, help="Steps per learning rate.")] = 40,
     out: Annotated[Path, typer.Option(metavar="FILE.svg", help="Plot to write.")] = Path(
         "learning-rates.svg"
     ),
@@ -241,16 +262,22 @@ def export(
     type: Annotated[
         str | None,
         typer.Option(
-            help="GGUF type: f16, q8_0, bf16, f32; lora: adapter only.", show_default=False
+            metavar="TYPE",
+            help="GGUF type: f16, q8_0, bf16, f32; lora: adapter only.",
+            show_default=False,
         ),
     ] = None,
     base: Annotated[
-        str, typer.Option(help="QLoRA merge base: original, dequantized or auto.")
+        str, typer.Option(metavar="BASE", help="QLoRA merge base: original, dequantized or auto.")
     ] = "auto",
-    scale: Annotated[float, typer.Option(help="Adapter scale; 1 is as trained.")] = 1.0,
+    scale: Annotated[
+        float, typer.Option(metavar="X", help="Adapter scale; 1 is as trained.")
+    ] = 1.0,
     out: Annotated[
         Path | None,
-        typer.Option(help="New folder; RUN/export/TARGET by default.", show_default=False),
+        typer.Option(
+            metavar="FOLDER", help="New folder; RUN/export/TARGET by default.", show_default=False
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -279,6 +306,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "tune lr": tune_lr,
     "train": run_commands.train,
     "resume": run_commands.resume,
+    "runs": run_commands.list_runs,
     "eval": eval_commands.evaluate,
     "compare": eval_commands.compare,
     "report": run_commands.report,
@@ -298,17 +326,23 @@ GROUPS = {
 
 def build_app() -> typer.Typer:
     """Build the program from `VERBS`; the first word of a two-word verb is its group."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(cls=VerbGroup, pretty_exceptions_enable=False)
     app.callback(invoke_without_command=True)(_print_version_or_help)
-    groups = {name: typer.Typer(help=text) for name, text in GROUPS.items()}
+    groups = {name: typer.Typer(cls=VerbGroup, help=text) for name, text in GROUPS.items()}
     for name, verb in VERBS.items():
         *group, last = name.split()
+        if group and not groups[group[0]].registered_commands:
+            app.add_typer(groups[group[0]], name=group[0], rich_help_panel=find_panel(group[0]))
         has_args = "args" in inspect.signature(verb).parameters
-        parent = groups[group[0]] if group else app
-        parent.command(last, context_settings={"ignore_unknown_options": has_args})(verb)
-    for name, group in groups.items():
+        (groups[group[0]] if group else app).command(
+            last,
+            cls=RecipeCommand if has_args else VerbCommand,
+            context_settings={"ignore_unknown_options": has_args},
+            epilog=format_examples(name),
+            rich_help_panel=None if group else find_panel(name),
+        )(verb)
+    for group in groups.values():
         group.callback(invoke_without_command=True)(_print_group_help)
-        app.add_typer(group, name=name)
     return app
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tunesmith.cli.help import complete_runs
 from tunesmith.cli.output import write_stderr
 from tunesmith.core.errors import InputError
 from tunesmith.recipe.load import COMMAND_LINE, is_flag_value, load_recipe, needs_value
@@ -33,11 +34,18 @@ AdviseArgs = Annotated[
         show_default=False,
     ),
 ]
-RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
+RunArg = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN", help="Run folder.", autocompletion=complete_runs, show_default=False
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Allow metrics from Python files (FILE.py:FUNCTION).")
 ]
+
+DEFAULT_RECIPE = Path("recipe.yaml")
 
 # Former flags and verbs -> what to use instead.
 OLD_FLAGS = {
@@ -69,8 +77,14 @@ def refuse_old_words(words: Sequence[str]) -> None:
 
 
 def parse_recipe_args(args: Sequence[str] | None) -> Recipe | Stages:
-    """Load the recipe that the arguments describe."""
-    return load_recipe(*parse_flags(args))
+    """Load the recipe that the arguments describe; without a file, ./recipe.yaml if there is one.
+
+    Flags for both the model and the data are a recipe by themselves."""
+    path, flags = parse_flags(args)
+    if path is None and not {"model", "data"} <= flags.keys() and DEFAULT_RECIPE.is_file():
+        path = DEFAULT_RECIPE
+        write_stderr(f"recipe: {path}\n")
+    return load_recipe(path, flags)
 
 
 def parse_flags(

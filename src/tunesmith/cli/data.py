@@ -47,7 +47,7 @@ def data_check(
 
 def data_show(
     args: RecipeArgs = None,
-    rows: Annotated[int, typer.Option(min=1, help="Number of rows.")] = 3,
+    rows: Annotated[int, typer.Option(metavar="N", min=1, help="Number of rows.")] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="Print token ids too.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -57,17 +57,20 @@ def data_show(
 
 
 def data_curate(
-    keep: Annotated[int, typer.Option(min=1, help="Number of rows to keep.", show_default=False)],
+    keep: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of rows to keep.", show_default=False)
+    ],
     to: OutputFolder,
     args: RecipeArgs = None,
     similarity: Annotated[
-        str, typer.Option(help="Similarity for diversity: hidden `states` or `words`.")
+        str,
+        typer.Option(metavar="BY", help="Similarity for diversity: hidden `states` or `words`."),
     ] = "states",
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Train briefly on each subset and compare.")
     ] = False,
-    steps: Annotated[int, typer.Option(min=5, help="Steps per --ablate run.")] = 30,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds per --ablate subset.")] = 1,
+    steps: Annotated[int, typer.Option(metavar="N", min=5, help="Steps per --ablate run.")] = 30,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Seeds per --ablate subset.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Select the most useful rows by base-model scores."""
@@ -100,7 +103,10 @@ def data_lock(args: RecipeArgs = None, as_json: AsJson = False) -> None:
 
 def data_export_reviews(
     tool: Annotated[
-        str, typer.Option(help="Review tool: label-studio or argilla.", show_default=False)
+        str,
+        typer.Option(
+            metavar="TOOL", help="Review tool: label-studio or argilla.", show_default=False
+        ),
     ],
     to: Annotated[
         Path, typer.Option(metavar="FILE.json", help="Task file to write.", show_default=False)
@@ -121,7 +127,8 @@ def data_import_reviews(
         Path, typer.Option(metavar="FILE.jsonl", help="File to write.", show_default=False)
     ],
     date: Annotated[
-        str | None, typer.Option(help="Date for reviews without one.", show_default=False)
+        str | None,
+        typer.Option(metavar="DATE", help="Date for reviews without one.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -137,8 +144,12 @@ def data_import_reviews(
 def data_split(
     to: OutputFolder,
     args: RecipeArgs = None,
-    eval_share: Annotated[float, typer.Option(help="Fraction of rows for eval.jsonl.")] = 0.1,
-    test_share: Annotated[float, typer.Option(help="Fraction of rows for test.jsonl.")] = 0.1,
+    eval_share: Annotated[
+        float, typer.Option(metavar="X", help="Fraction of rows for eval.jsonl.")
+    ] = 0.1,
+    test_share: Annotated[
+        float, typer.Option(metavar="X", help="Fraction of rows for test.jsonl.")
+    ] = 0.1,
     group: Annotated[
         str | None,
         typer.Option(

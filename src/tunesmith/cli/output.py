@@ -12,6 +12,7 @@ characters visible (`core/formatting.py`). Nothing else in cli/ writes text of a
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable
@@ -47,10 +48,17 @@ def print_result(value: Any, *views: Any, as_json: bool) -> None:
         text = dump_json({"tunesmith": __version__, **to_jsonable(value)}).decode()
         sys.stdout.write(escape_controls(text, json=True))
         return
-    console = TerminalConsole(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    if sys.stdout.isatty():
+        console = TerminalConsole()
+    else:
+        width = os.environ.get("COLUMNS", "")
+        console = TerminalConsole(width=int(width) if width.isdecimal() else PIPE_WIDTH)
     # A plain string may come from data or a model: it is never read as markup.
     texts = [Text(escape_controls(view)) if isinstance(view, str) else view for view in views]
-    console.print(*texts, sep="\n", highlight=False)
+    with console.capture() as capture:
+        console.print(*texts, sep="\n", highlight=False)
+    lines = capture.get().split("\n")
+    sys.stdout.write("\n".join(lines if sys.stdout.isatty() else map(str.rstrip, lines)))
 
 
 def write_stderr(text: str) -> None:

@@ -20,7 +20,8 @@ import os
 import re
 import time
 from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -72,6 +73,8 @@ OWNER_FILE = ".lock.pid"  # the process that holds the lock
 
 # files that a process leaves if it is killed before it has a plan
 STARTUP_FILES = (LOCK_FILE, OWNER_FILE, FINGERPRINT_FILE, REJECTED_FILE, SELF_REHEARSAL_FILE)
+RUNS_DIR = Path("runs")  # the default parent of run folders
+MAX_SUGGESTIONS = 3
 FAILED_CHECK = "failed"  # kind of the CheckResult that ends a run which a gate has stopped
 
 
@@ -346,10 +349,32 @@ def is_staged(path: Path) -> bool:
 
 def require_run(path: Path) -> None:
     """Raise InputError if the folder is not a run, or has another format."""
+    if not path.exists():
+        raise InputError("no such run folder", where=str(path), fix=suggest_run(path))
     if not is_run(path):
-        fix = "name a run folder, as `tunesmith train` creates it"
-        raise InputError(f"not a run folder: there is no {PLAN_FILE}", where=str(path), fix=fix)
+        message = f"not a run folder: there is no {PLAN_FILE}"
+        raise InputError(message, where=str(path), fix=suggest_run(path))
     read_plan_json(path / (STAGES_FILE if is_staged(path) else PLAN_FILE))
+
+
+def suggest_run(path: Path) -> str:
+    """Return a fix for a path that is no run: the run with the closest name, or those there are."""
+    folder = next((f for f in (path, path.parent, RUNS_DIR) if f.is_dir()), RUNS_DIR)
+    siblings = sorted(folder.iterdir(), key=_read_mtime, reverse=True) if folder.is_dir() else []
+    runs = {str(sibling): sibling.name for sibling in siblings if is_run(sibling)}
+    if not runs:
+        return "name a run folder, as `tunesmith train` creates it"
+    if close := get_close_matches(path.name, runs.values(), n=1):
+        return f"did you mean {folder / close[0]}?"
+    names = ", ".join(list(runs)[:MAX_SUGGESTIONS])
+    return f"use one of the runs here: {names}" + (", ..." if len(runs) > MAX_SUGGESTIONS else "")
+
+
+def _read_mtime(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0  # removed, or a broken link
 
 
 def read_plan_json(file: Path) -> Json:
@@ -466,6 +491,23 @@ def read_all_events(path: Path) -> list[LoggedEvent]:
         except ValueError as error:
             message = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
             raise InputError(message, where=f"{file}:{line_number}") from None
+    return events
+
+
+def read_last_events(path: Path, max_bytes: int = 16_384) -> list[Event]:
+    """Return the events at the end of the log, in the order in which they were written, of all
+    attempts. Lines that are unfinished or broken are left out."""
+    file = path / EVENTS_FILE
+    if not file.exists():
+        return []
+    with file.open("rb") as stream:
+        start = max(0, stream.seek(0, os.SEEK_END) - max_bytes)
+        stream.seek(start)
+        lines = stream.read(max_bytes).split(b"\n")[:-1]
+    events: list[Event] = []
+    for line in lines[1:] if start else lines:
+        with suppress(ValueError):
+            events.append(parse_event(line).event)
     return events
 
 

@@ -50,6 +50,7 @@ BANNED_WORDS = (
     *("beside", "stands", "stand", "goes on", "go on", "whose", "a token", "gather"),
 )
 MAX_HELP_CHARS = 60
+LIBRARY_OPTIONS = ("help", "install_completion", "show_completion")
 MAX_HELP_WORDS = 12
 
 
@@ -60,7 +61,7 @@ def collect_help_lines() -> dict[str, str]:
     def collect(command: Any, name: str) -> None:
         lines[name] = command.help or ""
         for parameter in command.params:
-            if parameter.name != "help":
+            if parameter.name not in LIBRARY_OPTIONS:
                 lines[f"{name} {parameter.name}"] = parameter.help or ""
         for child_name, child in getattr(command, "commands", {}).items():
             collect(child, f"{name} {child_name}")
@@ -429,8 +430,8 @@ def test_a_run_from_words_to_answers(
         (["data", "check", "--eval-data", "one.jsonl"], "eval_data: ", "one row"),
         (["plan", "--data", "none.jsonl"], "none.jsonl", "no such file"),
         (["plan", "--model", "smolm2-135m-instruct"], "model", "there is no model"),
-        (["resume", "nowhere"], "nowhere", "not a run folder"),
-        (["chat", "nowhere"], "nowhere", "not a run folder"),
+        (["resume", "nowhere"], "nowhere", "no such run folder"),
+        (["chat", "nowhere"], "nowhere", "no such run folder"),
     ],
 )
 def test_refusals_are_objects_too(

@@ -2,47 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.table import Table
 from rich.text import Text
 
 from tunesmith.cli.progress import format_single_line
 from tunesmith.cli.views import make_table
 from tunesmith.core.errors import InputError
-from tunesmith.core.formatting import format_bytes, format_duration, format_value
-from tunesmith.core.types import Plan
+from tunesmith.core.formatting import (
+    format_bytes,
+    format_duration,
+    format_duration_range,
+    format_value,
+    suggest_name,
+)
+from tunesmith.core.types import Plan, PlanValue
 from tunesmith.plan.hardware_presets import match_preset
 from tunesmith.plan.memory_budget import USUAL_MULTIPLES, compute_multiple
 from tunesmith.plan.stages import StagedPlan
+from tunesmith.recipe.schema import ALIASES
 
 if TYPE_CHECKING:
     from tunesmith.plan.method_comparison import MethodEstimate
     from tunesmith.session.doctor import Diagnosis, MachineCheck
 
 SOURCE_STYLES = {"user": "bold", "rule": "cyan", "checkpoint": "magenta"}
+MAIN_SETTINGS = (
+    *("method", "learning_rate", "num_train_epochs", "batch_size"),
+    *("max_length", "lora_r", "beta", "rehearsal_ratio"),
+)
+USUAL_USER_SETTINGS = ("output_dir", "seed", "stage")  # shown with --all only
+MAX_MAIN_SETTINGS = 12
+MAX_VALUE_CHARS = 24
 SOURCE_LABELS = {"user": "user", "rule": "rule", "checkpoint": "the model's files"}
 
 
-def render_plan(plan: Plan | StagedPlan) -> RenderableType:
-    """Show every setting with its reason, then steps, time, memory and warnings, per stage."""
+def render_plan(plan: Plan | StagedPlan, *, show_all: bool = False) -> RenderableType:
+    """Show the settings that matter and those of the user, then steps, time, memory and warnings,
+    per stage; with `show_all` every setting, with its reason in full."""
     if isinstance(plan, StagedPlan):
         parts: list[RenderableType] = []
         for number, stage_plan in enumerate(plan.plans, start=1):
             parts.append(f"stage {number} of {len(plan.plans)}: {stage_plan.config.stage}")
-            parts.append(render_plan(stage_plan))
+            parts.append(render_plan(stage_plan, show_all=show_all))
         return Group(*parts)
-    table = make_table("Plan", "setting", "value", "source", "reason")
-    for key, setting in plan.settings.items():
-        citation = f" ({setting.source})" if setting.source else ""
-        table.add_row(
-            key,
-            format_single_line(format_value(setting.value)),
-            Text(setting.decided_by, SOURCE_STYLES[setting.decided_by]),
-            escape(setting.reason + citation),
-        )
+    settings = plan.settings if show_all else select_main_settings(plan)
+    table = _tabulate_settings(settings) if show_all else _tabulate_briefly(settings)
     rows = plan.data["data"].rows if "data" in plan.data else 0
     lines = [f"{plan.steps} steps over {rows:,} rows, {plan.tokens_per_epoch:,} tokens per epoch"]
     if plan.disk_bytes:
@@ -52,13 +62,51 @@ def render_plan(plan: Plan | StagedPlan) -> RenderableType:
     if "peak" in plan.memory_bytes:
         lines += format_memory(plan)
     lines += [f"[yellow]warning[/] {escape(warning)}" for warning in plan.warnings]
+    if num_more := len(plan.settings) - len(settings):
+        lines.append(f"[dim]{num_more} more settings: --all; the reason of one: --why KEY[/]")
     return Group(table, *lines)
 
 
+def _tabulate_settings(settings: Mapping[str, PlanValue]) -> Table:
+    table = make_table("Plan", "setting", "value", "source", "reason")
+    for key, setting in settings.items():
+        citation = f" ({setting.source})" if setting.source else ""
+        table.add_row(
+            key,
+            format_single_line(format_value(setting.value)),
+            Text(setting.decided_by, SOURCE_STYLES[setting.decided_by]),
+            escape(setting.reason + citation),
+        )
+    return table
+
+
+def _tabulate_briefly(settings: Mapping[str, PlanValue]) -> Table:
+    """Tabulate settings with one line each; a reason that does not fit is cut."""
+    table = Table(title="Plan", title_justify="left", box=None, pad_edge=False)
+    table.add_column("setting", no_wrap=True, min_width=max(map(len, settings), default=0))
+    table.add_column("value", no_wrap=True)
+    table.add_column("reason")  # the only one that gives way; its texts do not wrap
+    for key, setting in settings.items():
+        value = format_single_line(format_value(setting.value), MAX_VALUE_CHARS)
+        style = SOURCE_STYLES[setting.decided_by]
+        table.add_row(key, value, Text(setting.reason, style, overflow="ellipsis", no_wrap=True))
+    return table
+
+
+def select_main_settings(plan: Plan) -> dict[str, PlanValue]:
+    """Return the settings that decide what a run is, and those that the user has set."""
+    main = {key: plan.settings[key] for key in MAIN_SETTINGS if key in plan.settings}
+    for key, setting in plan.settings.items():
+        if setting.decided_by == "user" and key not in USUAL_USER_SETTINGS:
+            main.setdefault(key, setting)
+    return dict(itertools.islice(main.items(), MAX_MAIN_SETTINGS))
+
+
 def _format_time(plan: Plan) -> str:
-    text = f"about {' to '.join(map(format_duration, plan.seconds))} of training"
+    text = f"about {format_duration_range(plan.seconds)} of training"
     if plan.total_seconds:
-        text += f" ({format_duration(plan.total_seconds)} with preflight and evaluation)"
+        total = format_duration(plan.total_seconds)
+        text += f" ({total} with start, preflight and evaluation)"
     return f"{text}, {escape(plan.seconds_source)}"
 
 
@@ -76,7 +124,10 @@ def format_memory(plan: Plan) -> list[str]:
     if parts:
         multiple = compute_multiple(plan.model, peak)
         usual = USUAL_MULTIPLES[method]
-        lines.append(f"x{multiple:.1f} of the 16-bit weights; rule of thumb for {method}: {usual}")
+        lines.append(
+            f"that is x{multiple:.1f} of the 16-bit weights; the {usual} rule of thumb omits "
+            "activations"
+        )
     if plan.fits_on:
         lines.append(f"[bold red]does not fit[/]: the smallest GPU that fits is {plan.fits_on}")
     return lines
@@ -86,11 +137,14 @@ def render_setting(plan: Plan | StagedPlan, key: str) -> RenderableType:
     """Explain one setting, per stage. Raises InputError for a key that the plan does not have."""
     if isinstance(plan, StagedPlan):
         return Group(*(render_setting(stage_plan, key) for stage_plan in plan.plans))
-    setting = plan.settings.get(key.replace("-", "_"))
+    key = key.replace("-", "_")
+    key = ALIASES.get(key, key)
+    setting = plan.settings.get(key)
     if setting is None:
-        fix = f"use one of {', '.join(plan.settings)}"
+        names = [*plan.settings, *ALIASES]
+        fix = suggest_name(key, names, "see all settings with `tunesmith plan --all`")
         raise InputError(f"the plan has no setting {key!r:.80}", where="--why", fix=fix)
-    table = make_table(f"{key.replace('-', '_')}: {format_value(setting.value)}")
+    table = make_table(f"{key}: {format_value(setting.value)}")
     no_confidence = "n/a: set by you, measured, or a convention"
     for name, text in (
         ("source", SOURCE_LABELS[setting.decided_by]),
@@ -122,7 +176,10 @@ def _format_fit(estimate: MethodEstimate) -> str:
 def _format_seconds(estimate: MethodEstimate) -> str:
     if not estimate.seconds or not estimate.has_enough_memory:
         return "-"
-    return " to ".join(map(format_duration, estimate.seconds))  # one value after earlier runs
+    text = f"{format_duration_range(estimate.seconds)} of training"
+    if estimate.total_seconds:
+        text += f", {format_duration(estimate.total_seconds)} in all"
+    return text
 
 
 ESTIMATE_ROWS: dict[str, Callable[[MethodEstimate], str]] = {

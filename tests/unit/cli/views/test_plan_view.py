@@ -13,6 +13,7 @@ from tunesmith.cli.views.plan import (
     render_method_estimates,
     render_plan,
     render_setting,
+    select_main_settings,
 )
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import PlanValue
@@ -22,7 +23,7 @@ from view_samples import MACHINE, MODEL, PLAN, render_text
 
 
 def test_a_plan_shows_each_value_who_decided_and_why() -> None:
-    text = render_text(render_plan(PLAN))
+    text = render_text(render_plan(PLAN, show_all=True))
     lines = {line.split()[0]: " ".join(line.split()) for line in text.splitlines() if line.strip()}
     assert lines["learning_rate"] == "learning_rate 0.0001 user set in the recipe"
     assert lines["lora_r"] == "lora_r 16 rule small data [see] (LoRA Without Regret)"
@@ -32,10 +33,30 @@ def test_a_plan_shows_each_value_who_decided_and_why() -> None:
 
 
 def test_a_narrow_terminal_loses_no_word_of_the_plan() -> None:
-    text = render_text(render_plan(PLAN), width=60)
+    text = render_text(render_plan(PLAN, show_all=True), width=60)
     assert all(len(line) <= 60 for line in text.splitlines())
     for word in ("learning_rate", "0.0001", "Without", "Regret)"):
         assert word in text
+
+
+def test_a_plan_is_short_unless_all_of_it_is_asked_for() -> None:
+    values = {
+        "method": PlanValue("lora", "rule", "memory allows it"),
+        "dtype": PlanValue("bf16", "rule", "a long reason " * 20),
+        "weight_decay": PlanValue(0.1, "user", "set in the recipe"),
+        "max_length": PlanValue(512, "rule", "the longest document of the data: nothing is cut"),
+    }
+    config, reasons = make_settings(**values)
+    plan = dataclasses.replace(PLAN, config=config, reasons=reasons)
+    text = render_text(render_plan(plan), width=60)
+    shown = [line.split()[0] for line in text.splitlines() if line.strip()]
+    assert shown[2:5] == ["method", "max_length", "weight_decay"]
+    assert all(len(line.rstrip()) <= 60 for line in text.splitlines())
+    assert "…" in text
+    assert "1 more settings: --all" in text
+    assert "dtype" in render_text(render_plan(plan, show_all=True), width=60)
+    many = {f.name: PlanValue(None, "user", "") for f in dataclasses.fields(config)}
+    assert len(select_main_settings(plan.with_settings(**many))) == 12
 
 
 def test_a_setting_is_explained_in_full() -> None:
@@ -55,14 +76,18 @@ def test_a_setting_is_explained_in_full() -> None:
     assert "n/a: set by you" in render_text(render_setting(PLAN, "dtype"))
     with pytest.raises(InputError, match="the plan has no setting 'lora_z'") as refusal:
         render_setting(PLAN, "lora_z")
-    assert "lora_r" in refusal.value.fix
+    assert refusal.value.fix == "did you mean lora_r?"
+    with pytest.raises(InputError) as refusal:
+        render_setting(PLAN, "xyzzy")
+    assert "tunesmith plan --all" in refusal.value.fix
+    assert "learning_rate: 0.0001" in render_text(render_setting(plan, "lr"))
 
 
 def test_a_plan_that_does_not_fit_says_where_it_would() -> None:
     plan = dataclasses.replace(PLAN, phase_bytes={"step": 10**9}, fits_on="h100 (80.0 GB)")
     text = " ".join(render_text(render_plan(plan)).split())
     assert "memory 1.9 GB of 8.6 GB free: step 1.0 GB" in text
-    assert "x7.0 of the 16-bit weights; rule of thumb for lora: x1.5" in text
+    assert "x7.0 of the 16-bit weights; the x1.5 rule of thumb omits activations" in text
     assert "does not fit: the smallest GPU that fits is h100 (80.0 GB)" in text
 
 

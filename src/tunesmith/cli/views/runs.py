@@ -1,0 +1,84 @@
+"""View of `runs`: a line for each run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tunesmith.cli.progress import format_single_line
+from tunesmith.core.formatting import format_bytes
+
+if TYPE_CHECKING:
+    from tunesmith.session.run_list import RunSummary
+
+STATE_STYLES = {
+    "running": "bold green",
+    "finished": "green",
+    "interrupted": "yellow",
+    "stopped": "bold red",
+    "unreadable": "red",
+}
+MAX_PROBLEM_CHARS = 60
+AGE_UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"))  # seconds
+
+
+def render_runs(
+    runs: Sequence[RunSummary], now: float, max_rows: int | None = None
+) -> RenderableType:
+    """Show the runs; `now` is in seconds since the epoch. Rows beyond `max_rows` are counted."""
+    if not runs:
+        return "no runs here: start one with `tunesmith train recipe.yaml`"
+    shown = runs[:max_rows]
+    table = Table(box=None, pad_edge=False)
+    for column in ("run", "state", "model", "step", "score", "memory", "age"):
+        is_number = column in ("step", "memory", "age")
+        can_wrap = column in ("run", "model", "score")
+        table.add_column(
+            column,
+            justify="right" if is_number else "left",
+            no_wrap=not can_wrap,
+            overflow="fold" if can_wrap else "ellipsis",
+        )
+    for run in shown:
+        table.add_row(
+            format_single_line(_shorten_path(run.path)),
+            Text(run.state, STATE_STYLES[run.state]),
+            format_single_line(run.model, 30),
+            f"{run.step}/{run.steps}" if run.steps else "",
+            _format_result(run),
+            format_bytes(run.peak_bytes) if run.peak_bytes else "",
+            _format_age(now - run.modified) if run.modified else "",
+        )
+    if len(shown) < len(runs):
+        table.caption = f"and {len(runs) - len(shown)} older runs"
+    return table
+
+
+def _shorten_path(path: str) -> str:
+    """Return a path below the working folder relative to it."""
+    try:
+        return str(Path(path).absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return path
+
+
+def _format_result(run: RunSummary) -> str:
+    """Format the main score with half of its interval, or why there is none."""
+    if run.problem:
+        return format_single_line(run.problem, MAX_PROBLEM_CHARS)
+    if run.score is None:
+        return ""
+    margin = (run.score.high - run.score.low) / 2
+    return format_single_line(f"{run.score.metric} {run.score.value:.2f} ±{margin:.2f}")
+
+
+def _format_age(seconds: float) -> str:
+    for unit_seconds, unit in AGE_UNITS:
+        if seconds >= unit_seconds:
+            return f"{seconds / unit_seconds:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

@@ -1,0 +1,62 @@
+"""Examples of --help work, every verb has a heading, and the shell completes keys and runs."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from fake_runs import write_run
+from tunesmith.cli import app
+from tunesmith.cli.help import EXAMPLES, PANELS, complete_keys, complete_runs, format_examples
+from tunesmith.recipe.schema import Recipe
+
+
+def test_every_verb_has_examples_and_a_heading() -> None:
+    assert EXAMPLES.keys() == app.VERBS.keys()
+    names = [name for panel in PANELS.values() for name in panel]
+    assert sorted(names) == sorted({verb.split()[0] for verb in app.VERBS})
+
+
+@pytest.mark.parametrize(
+    ("verb", "line"), [(verb, line) for verb, lines in EXAMPLES.items() for line in lines]
+)
+def test_an_example_is_a_line_that_its_verb_accepts(verb: str, line: str) -> None:
+    assert len(line) <= 78
+    words = shlex.split(line.partition(" |")[0].partition(" >")[0])
+    assert words[: 1 + len(verb.split())] == ["tunesmith", *verb.split()]
+    command: Any = get_command(app.build_app())
+    for name in verb.split():
+        command = command.commands[name]
+    context = command.make_context(verb, words[1 + len(verb.split()) :])
+    flags = [word[2:] for word in context.params.get("args") or () if word.startswith("--")]
+    if verb != "advise":
+        assert set(flags) <= Recipe.model_fields.keys()
+
+
+def test_help_shows_examples_as_they_are(tunesmith: Any) -> None:
+    code, out, _ = tunesmith("train", "--help")
+    assert code == 0
+    for line in EXAMPLES["train"]:
+        assert line in out
+    assert "<bool>" not in out
+    assert format_examples("no such verb").count("\n") == 0
+
+
+def test_the_first_level_is_in_the_order_of_the_headings(tunesmith: Any) -> None:
+    _, out, _ = tunesmith("--help")
+    positions = [out.index(f" {panel} ") for panel in PANELS]
+    assert positions == sorted(positions)
+
+
+def test_keys_and_runs_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--learning_rate" in [word.value for word in complete_keys("--learn")]
+    assert "--learning_rate" in [word.value for word in complete_keys("--learning-r")]
+    assert not list(complete_keys("learn"))
+    write_run(tmp_path / "runs" / "first")
+    write_run(tmp_path / "elsewhere" / "second")
+    (tmp_path / "runs" / "no-run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert complete_runs("ru") == ["runs/first"]
+    assert complete_runs("elsewhere/s") == ["elsewhere/second"]

@@ -1,0 +1,94 @@
+"""The verb `runs`, ./recipe.yaml as the default recipe, and wrong names of runs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fake_runs import make_events, make_record, write_run
+from tunesmith.cli.views.runs import render_runs
+from tunesmith.core.events import Score
+from tunesmith.core.run_dir import PLAN_FILE
+
+GRADE = Score("test", "exact_match", 0.44, 0.33, 0.55, 80, 30)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_runs_lists_each_run_in_a_line(folder: Path, tunesmith: Callable[..., Any]) -> None:
+    write_run(folder / "runs/done", record=make_record(), events=[*make_events(), GRADE])
+    write_run(folder / "runs/half")
+    write_run(folder / "runs/hostile\x1b[2J")
+    damaged = write_run(folder / "runs/damaged")
+    (damaged / PLAN_FILE).write_text("{")
+    code, out, _ = tunesmith("runs")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert code == 0
+    assert "exact_match 0.44 ±0.11" in lines["runs/done"]
+    assert "finished" in lines["runs/done"]
+    assert "30/30" in lines["runs/done"]
+    assert "unreadable" in lines["runs/damaged"]
+    assert "\x1b" not in out
+    assert all(line == line.rstrip() for line in out.splitlines())
+    code, out, _ = tunesmith("runs", "--json")
+    assert {run["state"] for run in json.loads(out)["runs"]} >= {"finished", "unreadable"}
+
+
+def test_no_runs_says_how_to_start_one(folder: Path, tunesmith: Callable[..., Any]) -> None:
+    (folder / "runs").mkdir()
+    assert "tunesmith train" in tunesmith("runs")[1]
+    assert tunesmith("runs", "nowhere")[0] == 2
+    assert tunesmith("runs", "--watch", "--json")[0] == 2
+    assert "needs a terminal" in tunesmith("runs", "--watch")[2]
+
+
+def test_a_watched_list_fits_the_screen(folder: Path) -> None:
+    from tunesmith import api
+
+    for number in range(5):
+        write_run(folder / f"runs/{number}")
+    view: Any = render_runs(api.list_runs(), 0.0, max_rows=2)
+    assert view.row_count == 2
+    assert view.caption == "and 3 older runs"
+
+
+def test_recipe_yaml_is_the_default_recipe(folder: Path, tunesmith: Callable[..., Any]) -> None:
+    code, _, err = tunesmith("plan")
+    assert (code, "'model' is missing" in err) == (2, True)
+    (folder / "recipe.yaml").write_text("model: nowhere\ndata: none.jsonl\n")
+    code, _, err = tunesmith("plan", "--seed", "1")
+    assert code == 2
+    assert err.startswith("recipe: recipe.yaml\n")
+    assert "'model' is missing" not in err
+    # model and data as flags are a recipe of their own
+    code, _, err = tunesmith("plan", "--model", "elsewhere", "--data", "none.jsonl")
+    assert code == 2
+    assert "recipe: recipe.yaml" not in err
+
+
+@pytest.mark.parametrize("verb", ["chat", "resume", "report", "eval", "export"])
+def test_a_wrong_name_of_a_run_is_answered_with_the_nearest(
+    verb: str, folder: Path, tunesmith: Callable[..., Any]
+) -> None:
+    write_run(folder / "runs/invoice-1")
+    options = ("--to", "peft") if verb == "export" else ()
+    code, _, err = tunesmith(verb, "runs/invoce-1", *options)
+    assert code == 2
+    assert "did you mean runs/invoice-1?" in err
+
+
+def test_a_folder_without_a_close_name_lists_its_runs(
+    folder: Path, tunesmith: Callable[..., Any]
+) -> None:
+    for name in "abcd":
+        write_run(folder / "runs" / name)
+    err = tunesmith("chat", "runs/nosuch")[2]
+    assert "use one of the runs here: " in err
+    assert err.count("runs/") == 4  # the name itself, and three of four
+    assert "..." in err
