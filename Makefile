@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow effects llama check bench docs size format clean
+.PHONY: demo test slow effects llama mutation check bench docs size format clean
 
 demo: $(BIN)/tunesmith  ## the whole story on the embedded example
 	$(BIN)/tunesmith demo
@@ -23,6 +23,9 @@ effects: $(BIN)/pytest  ## does each strategy do what it promises? three seeds, 
 
 llama: $(BIN)/pytest  ## exports in llama.cpp, compiled the first time; `make slow` has them too from then on
 	TUNESMITH_BUILD_LLAMA=1 $(BIN)/pytest -m slow tests/unit/export/test_llama_cpp.py
+
+mutation: $(BIN)/cosmic-ray  ## would a test notice if the exactness and evidence code were wrong? docs/results/mutation.md
+	nice -n 15 $(BIN)/python -m benchmarks.mutation.run
 
 check: $(BIN)/pytest  ## style, types, layers
 	$(BIN)/ruff check
@@ -55,4 +58,8 @@ $(BIN)/tunesmith: pyproject.toml | $(BIN)/python
 
 $(BIN)/pytest: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --editable '.[dev]'
+	touch $@
+
+$(BIN)/cosmic-ray: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --editable '.[dev,mutation]'
 	touch $@

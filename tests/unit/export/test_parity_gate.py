@@ -1,0 +1,180 @@
+"""The export gate by its numbers alone: what is counted, each limit, and what the message says."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tunesmith.core.errors import GateError
+from tunesmith.core.types import Document
+from tunesmith.export.parity import (
+    ExportJob,
+    Parity,
+    ParityExample,
+    ParityOutputs,
+    ReloadedExport,
+    Tolerance,
+    compare_outputs,
+    compute_mean_kl,
+    refuse_mismatch,
+)
+
+TOLERANCE = Tolerance(mean_kl=1e-4, max_kl=1e-2)
+FINE = Parity(
+    prompts=4,
+    rendered_prompts=3,
+    same_prompts=3,
+    same_answers=4,
+    positions=20,
+    mean_kl=0.0,
+    max_kl=0.0,
+    trained_kl=None,
+    top1_agreement=1.0,
+    max_logit_difference=0.0,
+)
+
+
+def make_example(name: str, *, is_chat: bool) -> ParityExample:
+    weights_L = np.array([0, 0, 1, 1], np.float32)
+    messages = ({"role": "user", "content": name},) if is_chat else ()
+    document = Document(name, np.arange(4, dtype=np.int32), weights_L)
+    return ParityExample(document, (1, 2), messages, rendered_ids=(1, 2) if is_chat else ())
+
+
+def make_job(quantized: frozenset[str] = frozenset(), **changed: Any) -> ExportJob:
+    """A job whose run is only what the gate reads of it."""
+    run: Any = SimpleNamespace(
+        renderer=SimpleNamespace(end_ids=(7, 8)), path=Path("runs/a"), quantized_paths=quantized
+    )
+    examples = [make_example("a", is_chat=True), make_example("b", is_chat=False)]
+    return ExportJob(run, Path("out"), "", examples, **changed)
+
+
+def reload_as(*rendered: tuple[int, ...], end_ids: tuple[int, ...] = (7,)) -> ReloadedExport:
+    network: Any = None
+    return ReloadedExport(network, rendered, end_ids)
+
+
+def find_problems(parity: Parity, job: ExportJob | None = None, **changed: Any) -> list[str]:
+    with contextlib.suppress(GateError):
+        refuse_mismatch(TOLERANCE, parity, job or make_job(), reload_as(**changed))
+        return []
+    with pytest.raises(GateError) as caught:
+        refuse_mismatch(TOLERANCE, parity, job or make_job(), reload_as(**changed))
+    assert caught.value.where == "runs/a"
+    headline, _, problems = caught.value.message.partition(": ")
+    assert headline == "the export does not behave as the run"
+    return problems.split("; ")
+
+
+# ---------------------------------------------------------------- what is counted
+
+
+def test_outputs_are_compared_position_by_position() -> None:
+    logits = (torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), torch.tensor([[0.0, 0.0, 3.0]]))
+    other = (torch.tensor([[2.0, 0.0, 0.5], [1.5, 1.0, 0.0]]), torch.tensor([[0.0, -0.25, 3.0]]))
+    live = ParityOutputs(logits, ((1,), (2, 3)), trained_kl=0.5)
+    export = ParityOutputs(other, ((1,), (2, 4)))
+    parity = compare_outputs(make_job(), live, export, reload_as((1, 2)))
+    kl: list[float] = []
+    for ours, theirs in zip(torch.cat(logits), torch.cat(other), strict=True):
+        p, q = ours.double().softmax(-1), theirs.double().softmax(-1)
+        kl.append(float((p * (p / q).log()).sum()))
+    assert parity.mean_kl == pytest.approx(sum(kl) / 3)
+    assert parity.max_kl == pytest.approx(max(kl))
+    assert parity.max_logit_difference == 1.5
+    assert parity.top1_agreement == pytest.approx(2 / 3)
+    assert (parity.prompts, parity.rendered_prompts, parity.same_prompts) == (2, 1, 1)
+    assert (parity.same_answers, parity.positions, parity.trained_kl) == (1, 3, 0.5)
+    assert compute_mean_kl(logits, other) == pytest.approx(sum(kl) / 3)
+    assert compute_mean_kl(other, logits) != pytest.approx(sum(kl) / 3, rel=0.01)
+    assert compare_outputs(make_job(), live, export, reload_as((1, 3))).same_prompts == 0
+
+
+def test_rounding_makes_no_negative_kl() -> None:
+    logits = torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
+    live = ParityOutputs((logits,), ())
+    shifted = ParityOutputs((logits + 1000.0,), ())
+    parity = compare_outputs(make_job(), live, shifted, reload_as((1, 2)))
+    assert 0 <= parity.mean_kl <= parity.max_kl < 1e-6
+
+
+def test_the_positions_are_those_that_predict_a_target() -> None:
+    assert make_example("a", is_chat=True).positions == [1, 2]
+
+
+def test_an_adapter_is_merged_into_dequantized_matrices_only_where_asked() -> None:
+    quantized = frozenset({"model.layers.0.q_proj"})
+    assert make_job(quantized).dequantized_paths == frozenset()
+    assert make_job(quantized, base="dequantized").dequantized_paths == quantized
+    assert [example.document.id for example in make_job().chat_examples] == ["a"]
+
+
+# ---------------------------------------------------------------- the limits
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"mean_kl": 1e-4}, ""),
+        ({"mean_kl": 1.1e-4}, "the mean KL to the run is 0.00011, above 0.0001"),
+        ({"max_kl": 1e-2}, ""),
+        ({"max_kl": 1.1e-2}, "the largest KL at a position is 0.011, above 0.01"),
+        ({"same_prompts": 1}, "2 of 3 prompts are rendered to other tokens"),
+        ({"same_answers": 0, "top1_agreement": 0.0}, ""),
+        ({"trained_kl": 0.0, "mean_kl": 1e-6}, ""),
+        ({"trained_kl": 0.0, "mean_kl": 1.1e-6}, "it loses what training changed: a mean KL of 1."),
+        ({"trained_kl": 1e-4, "mean_kl": 2.5e-5}, ""),
+        (
+            {"trained_kl": 1e-4, "mean_kl": 2.6e-5},
+            "it loses what training changed: a mean KL of 2.6e-05 of 0.0001",
+        ),
+        ({"trained_kl": 4.0, "mean_kl": 1e-4}, ""),
+        ({"trained_kl": None, "mean_kl": 9e-5}, ""),
+    ],
+)
+def test_each_limit(changed: dict[str, Any], problem: str) -> None:
+    problems = find_problems(replace(FINE, **changed))
+    assert len(problems) == bool(problem)
+    assert not problem or problems[0].startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("end_ids", "is_fine"),
+    [((7,), True), ((8, 7), True), ((8,), False), ((7, 9), False), ((), False)],
+)
+def test_answers_end_as_they_were_trained_to(end_ids: tuple[int, ...], is_fine: bool) -> None:
+    problems = find_problems(FINE, end_ids=end_ids)
+    expected = f"answers end in {sorted(end_ids)}, they were trained to end in 7"
+    assert problems == ([] if is_fine else [expected])
+
+
+@pytest.mark.parametrize(
+    ("changed", "quantized", "base", "fix"),
+    [
+        ({"mean_kl": 1.0}, False, "original", "rounding weights to 16 bits loses small changes"),
+        ({"mean_kl": 1.0, "same_prompts": 0}, False, "original", "please report this"),
+        ({"mean_kl": 1.0}, True, "original", "use --base dequantized"),
+        ({"mean_kl": 1.0}, True, "dequantized", "rounding weights to 16 bits loses small changes"),
+    ],
+)
+def test_the_fix_is_that_of_the_problem(
+    changed: dict[str, Any], quantized: bool, base: Any, fix: str
+) -> None:
+    job = make_job(frozenset({"a"} if quantized else ()), base=base)
+    with pytest.raises(GateError) as caught:
+        refuse_mismatch(TOLERANCE, replace(FINE, **changed), job, reload_as())
+    assert caught.value.fix.startswith(f"nothing was written; {fix}")
+
+
+def test_all_problems_are_named_at_once() -> None:
+    lossy = replace(FINE, same_prompts=0, mean_kl=1.0, max_kl=math.inf, trained_kl=1.0)
+    assert len(find_problems(lossy, end_ids=(8,))) == 5
