@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from tunesmith.core.events import Score
 from tunesmith.core.types import Comparison
@@ -17,6 +18,7 @@ from tunesmith.evaluate.statistics import (
     compute_detectable_difference,
     compute_mean_interval,
     compute_p_value,
+    compute_padded_interval,
     compute_robust_sd,
     compute_standard_error,
     format_p,
@@ -64,6 +66,69 @@ def test_moments_of_unequal_weights() -> None:
     alone = _estimate_moments(values[:2], np.array([1.0, 1e-15]))
     assert (alone.mean, alone.degrees) == (pytest.approx(1.0), 1.0)
     assert math.isfinite(alone.variance)
+
+
+def solve_hall(quantile: float, skewness: float) -> float:
+    """Invert Hall's transformation numerically, without its closed form."""
+
+    def transform(t: float) -> float:
+        return t + skewness * t**2 / 3 + skewness**2 * t**3 / 27 + skewness / 6 - quantile
+
+    return float(optimize.brentq(transform, -1000, 1000, xtol=1e-12))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("sizes", [(5,), (12,), (40,), (6, 9, 30)])
+def test_the_ends_follow_hall_and_welch(sizes: tuple[int, ...], sign: int) -> None:
+    random = np.random.default_rng(len(sizes))
+    parts = [sign * random.exponential(scale=i + 1, size=n) for i, n in enumerate(sizes)]
+    count = len(parts)
+    mean = sum(part.mean() for part in parts) / count
+    variances = [part.var(ddof=1) / len(part) / count**2 for part in parts]
+    variance = sum(variances)
+    shares = [v**2 / (len(part) - 1) for v, part in zip(variances, parts, strict=True)]
+    degrees = variance**2 / sum(shares)
+    scarcity = min(1.0, 5 / (degrees + 1))
+    third = sum(float(stats.kstat(part, 3)) / len(part) ** 2 for part in parts) / count**3
+    skewness = third / variance**1.5 * (degrees + 4) / (degrees + 1)
+    quantile = float(stats.t.ppf(0.975, degrees - 1.5 * scarcity**6))
+    ends: list[float] = []
+    for side in (1, -1):
+        distance = side * solve_hall(side * quantile, skewness) - quantile
+        is_far = distance >= 0
+        factor = 1 + 2.2 * scarcity**2.5 if is_far else 0.5 + scarcity**6 / 2
+        ends.append(quantile + factor * distance)
+    error = math.sqrt(variance)
+    starts = np.cumsum([0, *sizes]).tolist()
+    groups = [np.arange(first, last) for first, last in pairwise(starts)]
+    values = np.concatenate(parts)
+    actual = compute_mean_interval(values, np.ones(len(values)), groups)
+    assert actual == pytest.approx((mean - error * ends[0], mean + error * ends[1]), rel=1e-4)
+
+
+def test_two_items_have_one_degree_of_freedom() -> None:
+    low, high = compute_mean_interval(*everything(np.array([1.0, 3.0])))
+    assert (low, high) == pytest.approx((2 - stats.t.ppf(0.975, 1), 2 + stats.t.ppf(0.975, 1)))
+
+
+@pytest.mark.parametrize("bounds", [(-1.0, 1.0), (0.0, 1.0)])
+def test_padded_intervals_have_one_more_value_at_each_bound(bounds: tuple[float, float]) -> None:
+    values = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.5] * 3)
+    groups = [np.arange(5), np.arange(5, 15), np.arange(15, 27)]
+    means: list[float] = []
+    variances: list[float] = []
+    for rows in groups:
+        share = len(rows) / len(values)
+        padded = np.concatenate([values[rows], bounds])
+        weights = np.array([1.0] * len(rows) + [share, share])
+        mean = np.average(padded, weights=weights)
+        spread = np.average((padded - mean) ** 2, weights=weights)
+        means.append(float(mean))
+        variances.append(float(spread) / (weights.sum() - 2 / 3))
+    half = float(stats.t.ppf(0.975, len(values) + 1)) * math.sqrt(sum(variances)) / 3
+    middle = sum(means) / 3
+    expected = (max(bounds[0], middle - half), min(bounds[1], middle + half))
+    assert compute_padded_interval(values, groups, bounds) == pytest.approx(expected, rel=1e-4)
 
 
 def test_rounding_is_no_variance() -> None:
