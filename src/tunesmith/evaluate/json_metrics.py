@@ -7,6 +7,7 @@ code fence or a sentence is not JSON.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,19 +42,22 @@ def schema_valid(answer: str, expected: str, schema: Any) -> float:
 def field_f1(answer: str, expected: str, schema: Any) -> float:
     """Return F1 over the (path, value) pairs of the expected and the generated JSON.
 
-    List indices are part of the path; an empty object or list is a value. 0 for an answer that is
-    not JSON, 1 only for the same JSON up to the order of keys.
+    The order of a list of plain values does not count, how often each occurs does. The indices of
+    other lists are part of the path; an empty object or list is a value. 0 for an answer that is
+    not JSON, 1 only for the same JSON up to the order of keys and of plain values.
     """
     del schema
     expected_value = _parse_json(expected)
     answer_value = _parse_json(answer)
     if expected_value is NOT_JSON or answer_value is NOT_JSON:
         return 0.0
-    expected_pairs = set(_iter_fields(expected_value))
-    answer_pairs = set(_iter_fields(answer_value))
-    return 2 * len(expected_pairs & answer_pairs) / (len(expected_pairs) + len(answer_pairs))
+    expected_pairs = Counter(_iter_fields(expected_value))
+    answer_pairs = Counter(_iter_fields(answer_value))
+    common = (expected_pairs & answer_pairs).total()
+    return 2 * common / (expected_pairs.total() + answer_pairs.total())
 
 
+ANY_INDEX = -1  # of the values of a list whose order does not count
 NOT_JSON = object()  # not None, which is the value of null
 
 
@@ -77,8 +81,9 @@ def _iter_fields(
         for key, item in value.items():
             yield from _iter_fields(item, (*path, key))
     elif isinstance(value, list) and value:
+        has_order = any(isinstance(item, dict | list) for item in value)
         for index, item in enumerate(value):
-            yield from _iter_fields(item, (*path, index))
+            yield from _iter_fields(item, (*path, index if has_order else ANY_INDEX))
     elif isinstance(value, bool | dict | list):
         yield path, type(value).__name__, str(value)
     else:
