@@ -212,3 +212,189 @@ def test_a_stop_decides_before_a_rollback() -> None:
 
 def test_every_bound_belongs_to_a_detector() -> None:
     assert set(THRESHOLDS) - {"unexpected language: answers", "learning"} <= set(DETECTORS)
+
+
+LIMITS = [
+    ("repetition", "repetition", 0.20, 1),
+    ("distinct", "low distinct-2", 0.5 * 0.6, -1),
+    ("same_answer", "identical answers", 0.1 + 0.5, 1),
+    ("length", "short answers", 0.25 * 20, -1),
+    ("compressed", "repetition (zlib)", 0.25, -1),
+    ("base_loss", "gibberish", 1.2 + 1.5, 1),
+    ("foreign", "unexpected language", 0.25, 1),
+    ("language", "unexpected language", 0.5, 1),
+    ("json", "invalid JSON", 0.0, -1),
+    ("breaks sorry", "constraint", 0.25, 1),
+    ("entropy", "entropy collapse", 0.3 * 2, -1),
+    ("entropy", "entropy blow-up", 2 + (math.log(1000) - 2) / 2, 1),
+    ("kl", "high KL", 1.0, 1),
+    ("update_ratio", "large update", 0.01, 1),
+    ("adapter_share", "adapter too large", 0.5, 1),
+    ("end_loss", "EOS likelihood drop", 0.5 + 1.0, 1),
+]
+
+
+@pytest.mark.parametrize(("metric", "detector", "limit", "sign"), LIMITS)
+def test_a_detector_speaks_beyond_its_limit(
+    metric: str, detector: str, limit: float, sign: int
+) -> None:
+    inside, beyond = ({metric: limit + sign * distance} for distance in (-1e-4, 1e-4))
+    assert run_probe(start_guard(), 10, **inside) == []
+    assert [verdict.kind for verdict in run_probe(start_guard(), 10, **beyond)] == [detector]
+
+
+def start_from(expected: dict[str, float], base: dict[str, float]) -> TrainingGuard:
+    guard = make_guard()
+    for metric, value in expected.items():
+        guard.observe_event(Score(EXPECTED_TASK, metric, value, value, value, 8, 0))
+    assert run_probe(guard, 0, **base) == []
+    return guard
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected", "base", "limit", "sign"),
+    [
+        ("repetition", None, 0.10, 0.25, 1),
+        ("compressed", None, 0.30, 0.15, -1),
+        ("end_rate", 0.8, 0.9, 0.3, -1),
+        ("end_rate", 0.9, 0.7, 0.2, -1),
+        ("end_rate", None, 0.9, 0.4, -1),
+        ("distinct", None, 0.8, 0.4, -1),
+        ("distinct", 0.9, 0.8, 0.4, -1),
+        ("same_answer", None, 0.3, 0.8, 1),
+        ("same_answer", 0.1, 0.3, 0.8, 1),
+        ("length", None, 28.0, 7.0, -1),
+        ("length", 40.0, 28.0, 7.0, -1),
+        ("base_loss", None, 2.0, 3.5, 1),
+    ],
+)
+def test_a_limit_follows_the_base_and_the_expected_answers(
+    metric: str, expected: float | None, base: float, limit: float, sign: int
+) -> None:
+    for distance, count in ((-1e-4, 0), (1e-4, 1)):
+        guard = start_from({} if expected is None else {metric: expected}, {metric: base})
+        assert len(run_probe(guard, 10, **{metric: limit + sign * distance})) == count
+
+
+def test_json_is_compared_with_the_best_so_far() -> None:
+    guard = start_guard()
+    assert run_probe(guard, 10, json=1.0) == []
+    assert run_probe(guard, 20, json=0.51) == []
+    assert [verdict.kind for verdict in run_probe(guard, 30, json=0.49)] == ["invalid JSON"]
+
+
+def test_learning_silences_from_half_the_loss_of_the_base() -> None:
+    assert run_probe(start_guard(), 10, distinct=0.2, answer_loss=0.599) == []
+    assert len(run_probe(start_guard(), 10, distinct=0.2, answer_loss=0.601)) == 1
+
+
+def test_an_eos_drop_needs_answers_that_became_likelier() -> None:
+    assert run_probe(start_guard(), 10, end_loss=2.0, answer_loss=1.201) == []
+    assert len(run_probe(start_guard(), 10, end_loss=2.0, answer_loss=1.2)) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "jump", "fires"), [(8, 2.01, True), (7, 9.0, False), (8, 1.99, False)]
+)
+def test_a_spike_is_twice_the_median_of_eight_steps(count: int, jump: float, fires: bool) -> None:
+    assert ("loss spike" in feed_losses([*[1.0] * count, jump])) == fires
+
+
+def test_a_spike_is_eight_robust_deviations_above_the_median() -> None:
+    noisy = [0.9, 1.1] * 6  # median 1, robust standard deviation 0.14826
+    limit = 1 + 8 * 0.14826
+    assert "loss spike" not in feed_losses([*noisy, limit - 0.01])
+    assert feed_losses([*noisy, limit + 0.01])["loss spike"] == 13
+
+
+@pytest.mark.parametrize(
+    ("count", "norm", "fires"), [(8, 10.1, True), (7, 99.0, False), (8, 9.9, False)]
+)
+def test_a_gradient_spike_is_ten_medians(count: int, norm: float, fires: bool) -> None:
+    fired = feed_losses([1.0] * (count + 1), [*[1.0] * count, norm])
+    assert fired == ({"gradient spike": count + 1} if fires else {})
+
+
+@pytest.mark.parametrize(
+    ("held_out", "loss", "fires"),
+    [(0.7, 1.39, False), (0.7, 1.41, True), (0.3, 0.79, False), (0.3, 0.81, True)],
+)
+def test_rows_stay_hard_at_half_a_nat_and_twice_the_held_out_loss(
+    held_out: float, loss: float, fires: bool
+) -> None:
+    guard = start_guard()
+    assert run_probe(guard, 10, answer_loss=held_out) == []
+    for number in range(11, 41):
+        guard.observe_event(make_step(number, loss))
+    kinds = [verdict.kind for verdict in run_probe(guard, 40, answer_loss=held_out)]
+    assert kinds == (["train loss above eval loss"] if fires else [])
+
+
+@pytest.mark.parametrize(("low", "fires"), [(0.624, False), (0.626, True)])
+def test_overfitting_is_a_quarter_over_the_lowest_held_out_loss(low: float, fires: bool) -> None:
+    guard = start_guard()
+    assert run_probe(guard, 10, answer_loss=0.5) == []
+    for number in range(11, 21):
+        guard.observe_event(make_step(number, 0.9))
+    guard.observe_event(Score(PROBE_TASK, "answer_loss", 0.8, low, 1.1, 8, 20))
+    kinds = [verdict.kind for verdict in guard.judge_probe(20)]
+    assert kinds == (["overfitting"] if fires else [])
+
+
+def test_overfitting_needs_a_training_loss_that_falls_and_three_probes() -> None:
+    guard = start_guard()
+    assert run_probe(guard, 10, answer_loss=0.5) == []
+    for number in range(11, 21):
+        guard.observe_event(make_step(number, 1.0))
+    assert run_probe(guard, 20, answer_loss=0.8) == []
+    guard = start_guard()
+    for number in range(11, 21):
+        guard.observe_event(make_step(number, 0.9))
+    assert run_probe(guard, 20, answer_loss=1.6) == []  # of two probes
+
+
+# ---------------------------------------------------------------- what is good
+
+
+def test_a_step_is_good_where_nothing_severe_fires() -> None:
+    guard = start_guard(forgetting="warn")
+    assert guard.last_good_step == 0
+    assert run_probe(guard, 10, forgotten=0.05)[0].level == "warn"
+    assert guard.last_good_step == 10  # a warning only reports
+    run_probe(guard, 20, repetition=0.5)
+    assert (guard.last_good_step, guard.active_detectors) == (10, ["repetition", "forgetting"][:1])
+    run_probe(guard, 30, repetition=0.5, forgotten=0.05)
+    assert set(guard.active_detectors) == {"repetition", "forgetting"}
+    run_probe(guard, 40)
+    assert (guard.last_good_step, guard.active_detectors) == (40, [])
+
+
+def test_without_probes_every_step_may_be_good() -> None:
+    guard = TrainingGuard(LEVELS, forgetting_margin=0.02, vocab_size=9, is_probing=False)  # type: ignore[arg-type]
+    assert guard.safe_step == 0
+    for number in range(1, 12):
+        guard.observe_event(make_step(number))
+        assert guard.last_good_step == number
+    guard.observe_event(make_step(12, norm=99.0))
+    assert guard.last_good_step == 12  # a warning only reports
+    assert guard.observe_event(make_step(13, 99.0))
+    assert guard.last_good_step < 12
+    assert guard.observe_event(dataclasses.replace(make_step(13, 99.0), supervised_tokens=0)) == []
+
+
+@pytest.mark.parametrize(
+    ("collapse", "forgetting", "watch"),
+    [("off", "off", "off"), ("off", "warn", "warn"), ("rollback", "off", "warn")],
+)
+def test_watching_is_off_where_all_is(collapse: str, forgetting: str, watch: str) -> None:
+    config = make_config(guard_collapse=collapse, guard_forgetting=forgetting)
+    plan = dataclasses.replace(PLAN, config=config)
+    guard = TrainingGuard.from_plan(plan, is_probing=True)
+    assert guard.levels == {"collapse": collapse, "forgetting": forgetting, "watch": watch}
+    assert guard.history.vocab_size == PLAN.model.vocab_size
+    run_probe(guard, 0)
+    fired = run_probe(guard, 10, repetition=0.9, forgotten=0.9, adapter_share=0.9)
+    off = {"collapse": collapse, "forgetting": forgetting, "watch": watch}
+    assert {DETECTORS[verdict.kind].family for verdict in fired} == {
+        family for family, level in off.items() if level != "off"
+    }
