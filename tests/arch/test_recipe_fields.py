@@ -43,6 +43,7 @@ FROZEN = [
         "attention",
         "gradient_checkpointing",
         "metrics",
+        "gates",
         "guard",
         "save_steps",
         "eval_steps",

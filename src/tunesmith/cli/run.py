@@ -122,7 +122,9 @@ def _show_run(
 ) -> None:
     """Show the events of a run as they happen, then its record and report."""
     from tunesmith.cli.progress import Progress
-    from tunesmith.cli.views.results import render_run_record
+    from tunesmith.cli.views.results import render_gates, render_run_record
+    from tunesmith.evaluate.regression_gate import build_limit_gates
+    from tunesmith.recipe.metric_limits import parse_limits
     from tunesmith.session.run_history import save_past_run
 
     with _tracking(folder, track) as send_event, Progress(steps) as progress:
@@ -136,8 +138,13 @@ def _show_run(
     record = api.read_record(folder)
     if not is_staged(folder):  # totals over stages do not predict a single plan
         save_past_run(record)
-    print_result(record, render_run_record(record), as_json=as_json)
+    limits = parse_limits(record.plan.recipe.get("gates") or {})
+    gates = build_limit_gates([comparison.after for comparison in record.comparisons], limits)
+    views = [render_gates(gates)] if gates else []
+    print_result(record, render_run_record(record), *views, as_json=as_json)
     write_page(folder)
+    if failed := [gate.name for gate in gates if not gate.passed]:
+        raise GateError(f"failed: {', '.join(failed)}", where=str(folder))
 
 
 @contextmanager

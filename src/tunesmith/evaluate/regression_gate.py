@@ -5,11 +5,12 @@ A gate is a non-inferiority test: the worst end of the interval lies within a ma
 has the margin that the plan set before training, and may get worse within it; grades have
 GRADE_MARGIN, other metrics RELATIVE_MARGIN of the value before, and must not be significantly worse
 either. An interval that is too wide to pass is a failure: too few items to tell. KL to the base is
-not gated.
+not gated. The limits of the recipe's `gates` are gates, too: they compare the value.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from tunesmith.core.types import Comparison
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
 from tunesmith.evaluate.statistics import MIN_ITEMS, TOO_FEW_ITEMS, judge_comparison
 from tunesmith.recipe.fields import Metrics
+from tunesmith.recipe.metric_limits import MetricLimit, parse_limits
 from tunesmith.recipe.yaml_lines import read_flag
 
 GRADE_MARGIN = 0.1  # of metrics from 0 to 1: ten points
@@ -33,7 +35,7 @@ RELATIVE_MARGIN = 0.1
 @dataclass(frozen=True)
 class Gate:
     """One gate. `bound` is the worst end of the interval of the difference; it may lie on the worse
-    side by at most `margin`."""
+    side by at most `margin`. For a limit of the recipe: that of the value, and the limit."""
 
     name: str
     passed: bool
@@ -50,21 +52,26 @@ class EvalReport:
     scores: tuple[Score, ...]
     comparisons: tuple[Comparison, ...] = ()
     margin: float | None = None  # forgetting that the plan allows, in bits per byte
+    limits: tuple[MetricLimit, ...] = ()  # of the recipe's `gates`
 
     @classmethod
     def from_comparisons(cls, comparisons: tuple[Comparison, ...], run: Path | None) -> Self:
         margin = None
+        limits: tuple[MetricLimit, ...] = ()
         if run is not None:
-            margin = read_run_plan(find_weights_dir(run)).config.forgetting_margin
+            plan = read_run_plan(find_weights_dir(run))
+            margin = plan.config.forgetting_margin
+            limits = parse_limits(plan.recipe.get("gates") or {})
         scores = tuple(comparison.after for comparison in comparisons)
-        return cls(scores, comparisons, margin)
+        return cls(scores, comparisons, margin, limits=limits)
 
     def check_gates(self) -> tuple[Gate, ...]:
         """Return the gates. Raises InputError for a base model, which is compared with nothing."""
         if not self.comparisons:
             fix = "name a run, a checkpoint or an adapter, or compare two models"
             raise InputError("a base model has no before/after to gate", where="--gate", fix=fix)
-        return build_gates(self.comparisons, self.margin)
+        gates = build_gates(self.comparisons, self.margin)
+        return (*gates, *build_limit_gates(self.scores, self.limits))
 
 
 def build_gates(comparisons: Sequence[Comparison], margin: float | None) -> tuple[Gate, ...]:
@@ -82,6 +89,33 @@ def build_gates(comparisons: Sequence[Comparison], margin: float | None) -> tupl
         fix = "add test_data or retention_data to the recipe"
         raise InputError("there is no metric to gate", where="--gate", fix=fix)
     return tuple(gates)
+
+
+def build_limit_gates(scores: Sequence[Score], limits: Sequence[MetricLimit]) -> tuple[Gate, ...]:
+    """Return a gate per limit of the recipe and score that it is for.
+
+    The value decides; the message says when its interval reaches beyond the limit. A limit on what
+    was not measured, or on too few items, fails."""
+    gates: list[Gate] = []
+    for limit in limits:
+        matching = [score for score in scores if limit.matches(score.task, score.metric)]
+        gates += [_judge_limit(score, limit) for score in matching]
+        if not matching:
+            gates.append(Gate(str(limit), False, math.nan, limit.limit, "not measured"))
+    return tuple(gates)
+
+
+def _judge_limit(score: Score, limit: MetricLimit) -> Gate:
+    worst = score.low if limit.comparator.startswith(">") else score.high
+    verdict = "held" if limit.holds(score.value) else "not held"
+    if score.n < MIN_ITEMS:
+        verdict = TOO_FEW_ITEMS
+    elif limit.holds(score.value) and not limit.holds(worst):
+        verdict = "held, but the interval reaches beyond the limit"
+    value = f"{score.value:.4f} [{score.low:.4f}, {score.high:.4f}]"
+    message = f"{value}, n = {score.n}, {limit.comparator} {limit.limit:g}: {verdict}"
+    is_passed = limit.holds(score.value) and score.n >= MIN_ITEMS
+    return Gate(f"{score.task} {score.metric} limit", is_passed, worst, limit.limit, message)
 
 
 def _choose_margin(comparison: Comparison) -> float:

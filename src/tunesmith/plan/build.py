@@ -47,6 +47,7 @@ from tunesmith.plan.rules import (
 )
 from tunesmith.plan.rules_cpt import CPT_RULES, SMALL_CORPUS_TOKENS
 from tunesmith.recipe.fields import Constraint
+from tunesmith.recipe.metric_limits import refuse_unmeasured_limits
 from tunesmith.recipe.schema import KEYS, Recipe
 
 # key of the plan -> field of `loss` in the recipe
@@ -111,6 +112,12 @@ def build_plan(
     )
     settings |= decide_objective(recipe, context)
     _apply_rules(context, recipe_values, fixed)
+    refuse_unmeasured_limits(
+        recipe.gates,
+        stage=recipe.stage,
+        metrics=settings["metrics"].value,
+        constraints=[constraint.name for constraint in recipe.never],
+    )
     settings |= {key: plan_value for key, plan_value in fixed.items() if key not in RULES}
     _apply_features(context, recipe, data)
     settings["gradient_checkpointing"] = _decide_checkpointing(

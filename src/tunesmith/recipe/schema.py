@@ -46,6 +46,7 @@ from tunesmith.recipe.fields import (
     reject_bool,
     wrap_list,
 )
+from tunesmith.recipe.metric_limits import GateLimits
 from tunesmith.recipe.objectives import (
     PairLoss,
     PairLossField,
@@ -211,6 +212,9 @@ class Recipe(BaseModel):
     metrics: Auto | Metrics = Field(
         default="auto",
         description="Metrics of the before/after; see docs/guides/evaluate.md.",
+    )
+    gates: GateLimits = Field(
+        default={}, description='Limits for release, by metric: {exact_match: ">= 0.8"}.'
     )
     guard: GuardField = Field(
         default=GuardConfig(),

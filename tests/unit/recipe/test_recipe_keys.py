@@ -20,6 +20,7 @@ from tiny_runs import (
     select_steps,
     write_eval_files,
 )
+from tunesmith import api
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckpointSaved, Score, TrainStep
 from tunesmith.core.json_io import read_json
@@ -516,6 +517,14 @@ def metrics(lab: Lab) -> None:
         "field_f1",
         *always,
     }
+
+
+def gates(lab: Lab) -> None:
+    test = lab.rows(build_sum_rows(90, 6))
+    for limit, is_held in (("<= 1", True), ("> 1", False)):
+        lab.events(test_data=test, gates={"exact_match": limit})
+        results = {gate.name: gate.passed for gate in api.evaluate(lab.output).check_gates()}
+        assert results["test exact_match limit"] == is_held
 
 
 def guard(lab: Lab) -> None:
