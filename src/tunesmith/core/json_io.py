@@ -107,6 +107,8 @@ def read_json(path: Path, *, key: str = "", fix: str = "") -> Any:
         raise InputError(message, where=where, fix=fix) from None
     except RecursionError:
         raise InputError("not valid JSON: too deeply nested", where=where, fix=fix) from None
+    except ValueError as error:  # a number of more than 4,300 digits; a NUL in the path
+        raise InputError(f"not valid JSON: {error}", where=where, fix=fix) from None
 
 
 def read_json_object(path: Path, *, is_optional: bool = False, fix: str = "") -> Json:

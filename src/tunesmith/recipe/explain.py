@@ -26,6 +26,8 @@ from tunesmith.recipe.objectives import PairLoss, SchedulerKwargs
 
 MAX_SHOWN_CHARS = 80  # of a key or value
 
+MAX_SHOWN_CHARS = 80  # of a key or value
+
 # Keys of other tools -> what to do instead.
 REPLACEMENT_ROWS = (
     (
@@ -99,6 +101,7 @@ Location = tuple[str | int, ...]
 def describe_unknown_key(raw_key: str, valid_keys: Iterable[str]) -> str:
     """Say what to do about an unknown key: a replacement, or the closest valid key."""
     key = normalize_key(raw_key)
+    raw_key = raw_key[:MAX_SHOWN_CHARS]
     if key in REPLACEMENTS:
         return f"'{raw_key}' is not a key here: {REPLACEMENTS[key]}"
     close_keys = difflib.get_close_matches(key, valid_keys, n=1)
@@ -201,13 +204,13 @@ def describe_value(value: Any) -> str:
     if value is None:
         return "nothing"
     if isinstance(value, str):
-        return f"'{value}'" if value else "an empty text"
+        return f"'{value[:MAX_SHOWN_CHARS]}'" if value else "an empty text"
     if isinstance(value, (int, float)):
         return f"the number {value}"
     if isinstance(value, (list, dict)):
         kind = "list" if isinstance(value, list) else "mapping"
         return f"the {kind} {reprlib.repr(cast('Any', value)):.60}"
-    return f"the {type(value).__name__} {value} (quotes make it a text)"
+    return f"the {type(value).__name__} {str(value)[:MAX_SHOWN_CHARS]} (quotes make it a text)"
 
 
 def _describe_mapping(model: type[BaseModel]) -> str:

@@ -46,6 +46,7 @@ from tunesmith.recipe.yaml_lines import YamlMapping, read_flag, read_yaml
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe | Stages | None
 
+MAX_PROBLEMS = 20  # that an error lists
 COMMAND_LINE = "command line"
 ARGUMENTS = "arguments"
 
@@ -149,7 +150,8 @@ def _index_by_key(settings: list[_RawSetting], problems: list[_Problem]) -> dict
         key = normalize_key(setting.raw_key)
         key = ALIASES.get(key, key)
         if key not in KEYS:
-            message = describe_unknown_key(setting.raw_key, (*KEYS, *ALIASES))
+            is_listed = len(problems) < MAX_PROBLEMS  # looking for a close key takes a while
+            message = describe_unknown_key(setting.raw_key, (*KEYS, *ALIASES) if is_listed else ())
             problems.append(_Problem(setting.where, message))
         elif key in by_key:
             message = f"'{setting.raw_key}' and '{by_key[key].raw_key}' are the same key: keep one"
@@ -217,8 +219,11 @@ def _combine_problems(name: str, problems: list[_Problem]) -> InputError:
     if len(problems) == 1:
         return InputError(problems[0].message, where=problems[0].where)
     lines = [f"{len(problems)} problems"]
-    for problem in sorted(problems, key=lambda problem: _parse_line(problem.where)):
+    problems = sorted(problems, key=lambda problem: _parse_line(problem.where))
+    for problem in problems[:MAX_PROBLEMS]:
         lines.append(f"  {problem.where}: {problem.message}")
+    if len(problems) > MAX_PROBLEMS:
+        lines.append(f"  and {len(problems) - MAX_PROBLEMS:,} more")
     return InputError("\n".join(lines), where=name)
 
 

@@ -2,11 +2,13 @@
 
 In: the path of a small YAML file. Out: plain values, and the line of every key and list item, so
 that errors can say `recipe.yaml:7`. Only plain data is read: no tags, no code. Repeated keys are
-reported, since YAML would silently take the last one."""
+reported, since YAML would silently take the last one. Numbers are those of YAML 1.2: `1:30` is a
+text, not 90. Size, depth and digits are bounded, since a file of a stranger may multiply them."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,12 @@ import yaml
 from tunesmith.core.errors import InputError
 
 DATA_SUFFIXES = (".jsonl", ".csv", ".txt", ".md")  # not a recipe
-MAX_BYTES = 1_000_000
+MAX_BYTES = 250_000
+MAX_NODES = 10_000  # keys, values and items, those that a merge key copies included
+MAX_DEPTH = 50
+MAX_NUMBER_CHARS = 60
+NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 YamlPath = tuple[str | int, ...]  # keys and list indices that lead to a value
 
@@ -36,11 +43,70 @@ class YamlMapping:
         return f"{self.name}:{self.lines[path]}" if path else self.name
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """PyYAML's safe loader within bounds."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.num_nodes = 0
+        self.depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._count_nodes(1)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(
+                problem=f"nested more than {MAX_DEPTH} levels deep", problem_mark=mark
+            )
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        num_pairs = len(node.value)
+        super().flatten_mapping(node)
+        self._count_nodes(2 * max(0, len(node.value) - num_pairs))
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+        """Return the tag of a node; a plain text in base 60 stays a text."""
+        tag = super().resolve(kind, value, implicit)
+        if kind is not yaml.ScalarNode or tag not in NUMBER_TAGS:
+            return tag
+        is_plain = implicit[0]
+        return "tag:yaml.org,2002:str" if is_plain and BASE_60.fullmatch(value) else tag
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        if len(node.value) > MAX_NUMBER_CHARS or ":" in node.value:
+            raise yaml.MarkedYAMLError(
+                problem=f"the number {node.value:.20}... has more than {MAX_NUMBER_CHARS} digits",
+                problem_mark=node.start_mark,
+            )
+        if node.tag == NUMBER_TAGS[0]:
+            return self.construct_yaml_int(node)
+        return self.construct_yaml_float(node)
+
+    def _count_nodes(self, count: int) -> None:
+        self.num_nodes += count
+        if self.num_nodes > MAX_NODES:
+            raise yaml.YAMLError(f"more than {MAX_NODES:,} keys and values are too many")
+
+
+for number_tag in NUMBER_TAGS:
+    _RecipeLoader.add_constructor(number_tag, _RecipeLoader.construct_number)
+
+
+def load_yaml(text: str) -> Any:
+    """Return plain data. Raises YAMLError, ValueError (a date that does not exist) or
+    RecursionError for anything else."""
+    return yaml.load(text, _RecipeLoader)
+
+
 def read_yaml(path: Path) -> YamlMapping:
     """Read a file as one mapping. Raises InputError with file:line:column if it is not one."""
     text = _read_text(path)
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _RecipeLoader(text)
         node = loader.get_single_node()
         values = loader.construct_document(node) if node else {}
     except yaml.YAMLError as error:
@@ -113,7 +179,7 @@ def read_flag(text: str) -> Any:
     if not text.startswith(("[", "{")) and text != "null":
         return text
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         fix = "quote it as in a recipe file"
         raise InputError(f"not YAML: {text:.60}", where="command line", fix=fix) from None

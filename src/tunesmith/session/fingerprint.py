@@ -24,6 +24,7 @@ from tunesmith.core.json_io import iter_leaves, read_json, to_jsonable
 from tunesmith.core.types import Json, Machine, Plan, __version__
 from tunesmith.model.kernels.build import Kernels, load_kernels
 from tunesmith.recipe.fields import parse_custom_metric
+from tunesmith.recipe.yaml_lines import load_yaml
 from tunesmith.session.inputs import RunInputs
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")  # they determine tokens or numbers
@@ -91,8 +92,8 @@ def read_recipe(file: Path) -> Json:
     """Read the recipe of a run folder. Raises InputError if it was edited and is broken."""
     fix = "restore the file as the run wrote it"
     try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        recipe = load_yaml(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"not valid YAML: {error}", where=str(file), fix=fix) from error
     if not isinstance(recipe, dict):
         raise InputError("not a recipe", where=str(file), fix=fix)

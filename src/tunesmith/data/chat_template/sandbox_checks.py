@@ -7,7 +7,7 @@ UntrackedTextError for what is not supported. All other operations are charged a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tunesmith.data.chat_template.tracked_str import (
@@ -19,11 +19,17 @@ from tunesmith.data.chat_template.tracked_str import (
 
 MAX_INTEGER_BITS = 4096
 MAX_INDENT = 64
+MAX_DIGITS = 4096  # of a text that becomes a number
+STEPS_PER_TICK = 250  # of a search or strip that takes time for each pair of characters
+# methods and filters whose time is the product of both texts: a search from the end, and a strip
+PRODUCT_METHODS = frozenset({
+    "rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip", "trim",
+})  # fmt: skip
 DIRECTIVE = re.compile(r"%(.)?", re.DOTALL)
 
 
 def check_binop(operator: str, first: Any, second: Any) -> None:
-    """Check `*`, `%` and `**`."""
+    """Check `*`, `/`, `//`, `%` and `**`."""
     if operator == "%" and isinstance(first, str):
         check_directives(first)
         return
@@ -37,6 +43,20 @@ def check_binop(operator: str, first: Any, second: Any) -> None:
             bits = first.bit_length() * abs(second)
         if bits > MAX_INTEGER_BITS:
             raise RenderLimitError("a very large number")
+
+
+def check_number(value: Any) -> None:
+    """Raise RenderLimitError for an integer that arithmetic would take long with."""
+    if isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
+        raise RenderLimitError("a very large number")
+
+
+def estimate_ticks(name: str, text: Any, args: Iterable[Any]) -> int:
+    """Return the work of a method or filter beyond the size of its arguments."""
+    if name not in PRODUCT_METHODS or not isinstance(text, str):
+        return 0
+    num_chars = sum(len(value) for value in args if isinstance(value, str))
+    return len(text) * num_chars // STEPS_PER_TICK
 
 
 def add_terms(values: list[Any]) -> Any:
@@ -82,6 +102,11 @@ def _check_chars(num_chars: int) -> None:
         raise RenderLimitError(f"a text of more than {MAX_CHARS} characters")
 
 
+def _check_int(value: Any, *_: Any, **__: Any) -> None:
+    if isinstance(value, str) and len(value) > MAX_DIGITS:
+        raise RenderLimitError("a very large number")
+
+
 def _check_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
     del text
     if not isinstance(width, int) or not 0 <= width <= MAX_INDENT:
@@ -111,5 +136,7 @@ FILTER_CHECKS: dict[str, Callable[..., None]] = {
     "indent": _check_indent,
     "format": lambda pattern, *_: check_directives(pattern),
     "tojson": _check_json,
+    "int": _check_int,
+    "float": _check_int,
     "list": _check_list,
 }

@@ -24,10 +24,17 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from tunesmith.data.chat_template.sandbox_checks import FILTER_CHECKS, check_binop, check_method
+from tunesmith.data.chat_template.sandbox_checks import (
+    FILTER_CHECKS,
+    STEPS_PER_TICK,
+    check_binop,
+    check_method,
+    check_number,
+    estimate_ticks,
+)
 from tunesmith.data.chat_template.tracked_str import MAX_CHARS, RenderLimitError, UntrackedTextError
 
-MAX_WORK = 1_000_000  # loop turns, calls, list items, and CHARS_PER_TICK characters each
+MAX_WORK = 500_000  # loop turns, calls, list items, and CHARS_PER_TICK characters each
 CHARS_PER_TICK = 100
 MAX_SECONDS = 10.0
 CHECK_INTERVAL = 100  # units of work between two checks of the limits
@@ -73,7 +80,7 @@ class NoConstantFolding(CodeGenerator):
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
     code_generator_class = NoConstantFolding
-    intercepted_binops = frozenset({"*", "%", "**"})
+    intercepted_binops = frozenset({"*", "/", "//", "%", "**"})
 
     def __init__(
         self,
@@ -170,6 +177,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
                     self.charge_contents(argument)
             if check is not None:
                 check(*args[num_skipped:], **kwargs)
+            self.tick(estimate_ticks(name, value, (*args[num_skipped + 1 :], *kwargs.values())))
             return self.charge(function(*args, **kwargs))
 
         return run_filter
@@ -178,6 +186,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         @functools.wraps(test)
         def run_test(*args: Any, **kwargs: Any) -> Any:
             for value in args:
+                check_number(value)
                 self.charge_contents(value)
             return test(*args, **kwargs)
 
@@ -210,6 +219,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             owner = getattr(__obj, "__self__", None)
             if isinstance(owner, str):
                 check_method(owner, __obj.__name__, args)
+                __self.tick(len(owner) // STEPS_PER_TICK)
+                __self.tick(estimate_ticks(__obj.__name__, owner, (*args, *kwargs.values())))
             if isinstance(owner, (list, tuple)):
                 __self.charge_contents(owner)
             for value in (*args, *kwargs.values()):

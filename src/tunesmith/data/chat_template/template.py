@@ -45,7 +45,9 @@ TEMPLATE_ERRORS = (
     TypeError,
     ValueError,
 )
-MAX_SOURCE = 200_000  # characters; the largest real templates have 20,000
+MAX_SOURCE = 100_000  # characters; the largest real templates have 20,000
+MAX_NODES = 30_000  # of the syntax tree
+MAX_PARTS = 300  # macros and blocks; branches of one condition; terms of one comparison
 
 
 class ChatTemplate:
@@ -74,6 +76,7 @@ class ChatTemplate:
 
     def _compile(self) -> None:
         tree = self._plain_environment.parse(self.source)
+        _check_size(tree)
         constants = [node.value for node in tree.find_all(nodes.Const)]
         literals = {value for value in constants if isinstance(value, str)}
         literals |= {node.data for node in tree.find_all(nodes.TemplateData)}
@@ -114,6 +117,24 @@ class ChatTemplate:
             # an f-string, since `+` refuses to mix plain text with the template's tracked message
             message = f"{location}{_explain_error(error)}"
             raise InputError(message, fix=_suggest_fix(error)) from error
+
+
+def _check_size(tree: nodes.Template) -> None:
+    """Raise RenderLimitError for a syntax tree that would take long to compile."""
+    num_nodes = num_functions = 0
+    todo: list[nodes.Node] = [tree]
+    while todo:
+        node = todo.pop()
+        num_nodes += 1
+        num_functions += isinstance(node, (nodes.Macro, nodes.Block))
+        num_branches = len(node.elif_) if isinstance(node, nodes.If) else 0
+        num_terms = len(node.ops) if isinstance(node, nodes.Compare) else 0
+        if max(num_functions, num_branches, num_terms) > MAX_PARTS:
+            parts = "macros and blocks, branches of a condition or terms of a comparison"
+            raise RenderLimitError(f"more than {MAX_PARTS} {parts}")
+        if num_nodes > MAX_NODES:
+            raise RenderLimitError(f"more than {MAX_NODES} expressions")
+        todo += node.iter_child_nodes()
 
 
 def _find_compared_values(tree: nodes.Template) -> dict[str, frozenset[str]]:

@@ -18,16 +18,23 @@ from tunesmith.data.chat_template.jinja_env import (
     get_jinja_settings,
 )
 from tunesmith.data.chat_template.sandbox_checks import DIRECTIVE, add_terms, check_directives
-from tunesmith.data.chat_template.sandbox_limits import ALLOWED_FILTERS, LimitedEnvironment
+from tunesmith.data.chat_template.sandbox_limits import (
+    ALLOWED_FILTERS,
+    CHARS_PER_TICK,
+    LimitedEnvironment,
+)
 from tunesmith.data.chat_template.tracked_str import (
     TrackedStr,
     UntrackedTextError,
     concat,
+    count_runs,
     find_shared_origin,
     remap,
     stringify,
     track_str,
 )
+
+_MISSING = object()
 
 
 class TrackedEnvironment(LimitedEnvironment):
@@ -36,6 +43,11 @@ class TrackedEnvironment(LimitedEnvironment):
         functions["strftime_now"] = lambda date_format: track_str(format_date(now, date_format))
         super().__init__(_FILTERS, functions, finalize=stringify, **get_jinja_settings())
         self.concat = self._concat
+
+    def charge(self, value: Any) -> Any:
+        if type(value) is TrackedStr:
+            self.work += count_runs(value) // CHARS_PER_TICK
+        return super().charge(value)
 
     def concat_output(self, pieces: Iterable[str]) -> TrackedStr:
         """Join output: expressions print tracked text, plain pieces are the template's text."""
@@ -60,15 +72,20 @@ class TrackedEnvironment(LimitedEnvironment):
 def _format_percent(pattern: TrackedStr, values: Any) -> TrackedStr:
     """Format %s and %%; other directives are refused."""
     check_directives(pattern)
-    arguments = list(values) if isinstance(values, tuple) else [values]
+    arguments = iter(values if isinstance(values, tuple) else (values,))
     pieces: list[str] = []
     position = 0
     for match in DIRECTIVE.finditer(pattern):
         pieces.append(pattern[position : match.start()])
-        is_string = match[1] == "s"
-        pieces.append(stringify(arguments.pop(0)) if is_string else pattern[match.end() - 1])
         position = match.end()
-    if arguments and not isinstance(values, dict):
+        if match[1] == "%":
+            pieces.append(pattern[position - 1])
+            continue
+        argument = next(arguments, _MISSING)
+        if argument is _MISSING:
+            raise TypeError("not enough arguments for format string")
+        pieces.append(stringify(argument))
+    if next(arguments, _MISSING) is not _MISSING and not isinstance(values, dict):
         raise TypeError("not all arguments converted during string formatting")
     return concat([*pieces, pattern[position:]])
 

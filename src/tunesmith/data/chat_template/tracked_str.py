@@ -10,7 +10,9 @@ An origin is a small number: TEMPLATE, VALUE (printed from a number, or of mixed
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain
 from typing import Any, SupportsIndex
 
 from jinja2 import TemplateError, Undefined
@@ -20,7 +22,8 @@ VALUE = 1
 TOOLS = 2
 FIELDS = ("content", "reasoning", "tool_calls", "other")
 MAX_CHARS = 10_000_000  # per text that a template makes
-MAX_ITEMS = 1_000_000  # per list or structure that a template makes
+MAX_ITEMS = 250_000  # per list or structure that a template makes
+MAX_RUNS = 250_000  # of different origins in one text
 
 Runs = tuple[int, ...]
 
@@ -48,13 +51,15 @@ def get_message_index(origin: int) -> int:
 
 
 class TrackedStr(str):
-    __slots__ = ("_runs",)
+    __slots__ = ("_ends", "_runs")
     # the underscore keeps it out of reach of sandboxed templates, which see only what `str` has
     _runs: Runs
+    _ends: list[int] | None  # of each run, as soon as a part of the text is cut out
 
     def __new__(cls, text: str, runs: Runs) -> TrackedStr:
         self = str.__new__(cls, text)
         self._runs = runs
+        self._ends = None
         return self
 
     def __str__(self) -> TrackedStr:
@@ -75,7 +80,11 @@ class TrackedStr(str):
         if len(self) * times > MAX_CHARS:
             raise RenderLimitError(f"a text repeated {times} times")
         runs = self._runs
-        runs = (runs[0] * times, runs[1]) if len(runs) == 2 else runs * times
+        if len(runs) == 2:
+            runs = (runs[0] * times, runs[1])
+        else:
+            _check_runs(len(runs) * times)
+            runs = runs * times
         return TrackedStr(str.__mul__(self, times), runs)
 
     def __rmul__(self, times: SupportsIndex) -> TrackedStr:
@@ -102,7 +111,18 @@ class TrackedStr(str):
             return EMPTY
         if len(self._runs) == 2:
             return TrackedStr(text, (len(text), self._runs[1]))
-        return TrackedStr(text, _cut_runs(self._runs, start, end))
+        return TrackedStr(text, self._cut_runs(start, end))
+
+    def _cut_runs(self, start: int, end: int) -> Runs:
+        """Return the runs of the characters start:end, of which there is at least one."""
+        if self._ends is None:
+            self._ends = list(accumulate(self._runs[::2]))
+        first = bisect_right(self._ends, start)
+        last = bisect_right(self._ends, end - 1)
+        runs = list(self._runs[2 * first : 2 * last + 2])
+        runs[0] = self._ends[first] - start
+        runs[-2] += end - self._ends[last]
+        return tuple(runs)
 
     def __getitem__(self, key: SupportsIndex | slice) -> TrackedStr:
         if not isinstance(key, slice):
@@ -111,7 +131,23 @@ class TrackedStr(str):
         start, end, step = key.indices(len(self))
         if step == 1:
             return self._slice(start, max(start, end))
-        return concat([self._slice(index, index + 1) for index in range(start, end, step)])
+        return self._pick(key)
+
+    def _pick(self, key: slice) -> TrackedStr:
+        """Return the characters of a slice with a step."""
+        indices = range(len(self))[key]
+        ascending = indices if indices.step > 0 else indices[::-1]
+        spans: list[Runs] = []
+        position = 0
+        for length, origin in zip(self._runs[::2], self._runs[1::2], strict=True):
+            end = position + length
+            count = bisect_left(ascending, end) - bisect_left(ascending, position)
+            if count:
+                spans.append((count, origin))
+            position = end
+        if indices.step < 0:
+            spans.reverse()
+        return TrackedStr(str.__getitem__(self, key), tuple(chain.from_iterable(spans)))
 
     def __iter__(self) -> Iterator[TrackedStr]:
         if len(self) > MAX_ITEMS:
@@ -211,6 +247,7 @@ def concat(pieces: Sequence[str]) -> TrackedStr:
                 runs[-2] += piece_runs[0]
                 piece_runs = piece_runs[2:]
             runs += piece_runs
+            _check_runs(len(runs))
         elif not _is_empty(piece):
             raise TypeError(f"expected a text, got {type(piece).__name__}")
     return TrackedStr("".join(pieces), tuple(runs))
@@ -292,17 +329,14 @@ def iter_spans(text: TrackedStr) -> Iterator[tuple[int, int, int]]:
         yield start, end, current
 
 
-def _cut_runs(runs: Runs, start: int, end: int) -> Runs:
-    cut_runs: list[int] = []
-    position = 0
-    for length, origin in zip(runs[::2], runs[1::2], strict=True):
-        overlap = min(position + length, end) - max(position, start)
-        if overlap > 0:
-            cut_runs += (overlap, origin)
-        position += length
-        if position >= end:
-            break
-    return tuple(cut_runs)
+def _check_runs(num_numbers: int) -> None:
+    """Raise RenderLimitError for too many runs, each of two numbers."""
+    if num_numbers > 2 * MAX_RUNS:
+        raise RenderLimitError(f"a text of more than {MAX_RUNS} parts of different origin")
+
+
+def count_runs(text: TrackedStr) -> int:
+    return len(text._runs) // 2
 
 
 def _is_empty(value: object) -> bool:

@@ -88,7 +88,9 @@ SECRETS = {
         "Basic ", r"\bAuthorization: Basic ([A-Za-z0-9+/]{12,}={0,2})"
     ),
     "private keys": make_pattern("-----BEGIN", r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
-    "JSON Web Tokens": make_pattern("eyJ", r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
+    "JSON Web Tokens": make_pattern(
+        "eyJ", r"(?<![\w-])eyJ[\w-]{10,2000}\.eyJ[\w-]{10,8000}\.[\w-]{10,2000}"
+    ),
     "passwords in a URL": make_pattern(
         re.compile("://[^/]*@"), r"\b\w+://[^\s:/@]{1,60}:[^\s:/@]{4,60}@[\w.-]+"
     ),

@@ -18,7 +18,7 @@ import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from tokenizers import Tokenizer
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json_object
 from tunesmith.core.types import Json, NewToken
+from tunesmith.data.tokenizer.guarded_tokenizer import GuardedTokenizer, list_unknown_patterns
 from tunesmith.data.tokenizer.tokenizer_json import (
+    MAX_LEADING,
     UNUSABLE_ERRORS,
     TokenizerErrors,
     append_tokens,
@@ -52,6 +54,10 @@ MAX_PIECE_CHARS = 2**18
 BATCH_PIECES = 4  # pieces of a long run encoded in one batch
 MAX_CACHED_CHARS = 64  # such runs repeat in every row and are cached
 MAX_CACHED_TEXTS = 10_000
+MAX_BATCH_CHARS = 2**20  # encoded in one call, which nothing can interrupt
+PATTERN_COMPONENTS = ("normalizer", "pre_tokenizer", "decoder")
+AnyTokenizer = Tokenizer | GuardedTokenizer
+MAX_PATTERN_CHARS = 500_000  # compiled in some seconds
 MAX_PATTERN_DEPTH = 50  # nested groups; deeper, endings are listed
 
 _TAG = re.compile(r"<(/?)([A-Za-z][\w.:-]*)>|<(\|?)([A-Za-z][\w.:-]*)(\|?)>|\[(/?)([A-Za-z]\w*)\]")
@@ -119,7 +125,14 @@ class ChatTokenizer:
         for token in data["added_tokens"]:
             if token["content"] not in vocabulary:
                 self.controls[token["content"]] = _make_control(token, non_special, new_texts)
-        self.pattern = re.compile(_build_pattern(self.controls))
+        pattern = _build_pattern(self.controls)
+        if len(pattern) > MAX_PATTERN_CHARS:
+            message = (
+                f"the added tokens share so little that {len(pattern):,} characters match them"
+            )
+            fix = f"no tokenizer needs more than {MAX_PATTERN_CHARS:,}; do not use this model"
+            raise InputError(message, fix=fix)
+        self.pattern = re.compile(pattern)
         self.control_ids = frozenset(control.id for control in self.controls.values())
         unk_texts = (data["model"].get("unk_token"), special_tokens.get("unk_token"))
         unk_ids = {self.token_to_id(str(text)) for text in unk_texts if text}
@@ -256,20 +269,23 @@ class ChatTokenizer:
         start_ids = self._encode_batch(list(texts[True]), self._start_tokenizer)
         self._prefetched = (rest_ids, start_ids)
 
-    def _encode_batch(self, texts: list[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
+    def _encode_batch(self, texts: list[str], tokenizer: AnyTokenizer) -> dict[str, list[int]]:
+        ids: dict[str, list[int]] = {}
         try:
-            with TokenizerErrors():
-                encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            for batch in _iter_batches(texts):
+                with TokenizerErrors():
+                    encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+                ids.update(zip(batch, (encoding.ids for encoding in encodings), strict=True))
         except InputError:
             return {}  # the text at fault raises when it is encoded alone
-        return {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+        return ids
 
     def encode_continuation(self, text: str) -> list[int]:
         """Return the ids of text that continues other text: without the space that some tokenizers
         prepend."""
         return self._encode(text, self._continuation_tokenizer)
 
-    def _encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
+    def _encode(self, text: str, tokenizer: AnyTokenizer) -> list[int]:
         with TokenizerErrors():
             ids = tokenizer.encode(text, add_special_tokens=False).ids
         return self.check_ids(ids)
@@ -320,9 +336,29 @@ class ChatTokenizer:
             plain = self._start_tokenizer.encode("a", add_special_tokens=False).ids
         for count in range(len(with_special)):
             if with_special[count : count + len(plain)] == plain:
+                if count > MAX_LEADING:
+                    break
                 return tuple(with_special[:count])
-        message = "the post-processor changes the ids of plain text, so the leading ids are unknown"
+        message = (
+            f"the post-processor puts more than {MAX_LEADING} tokens before plain text, or changes"
+            " its ids"
+        )
         raise InputError(message, where="tokenizer.json:post_processor")
+
+
+def _iter_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield the texts in batches of some MAX_BATCH_CHARS."""
+    batch: list[str] = []
+    num_chars = 0
+    for text in texts:
+        batch.append(text)
+        num_chars += len(text)
+        if num_chars >= MAX_BATCH_CHARS:
+            yield batch
+            batch = []
+            num_chars = 0
+    if batch:
+        yield batch
 
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:
@@ -388,7 +424,7 @@ def _read_special_tokens(folder: Path, config: Json) -> dict[str, str]:
 
 def _make_plain_tokenizer(
     data: Json, non_special: set[str], ordinary_texts: Container[str]
-) -> tuple[Tokenizer, set[str]]:
+) -> tuple[AnyTokenizer, set[str]]:
     """Return the tokenizer with its control tokens switched off, and the added tokens that are
     vocabulary: all `ordinary_texts`, and HTML tags and what plain text makes anyway among the
     `non_special` ones."""
@@ -412,14 +448,17 @@ def _make_plain_tokenizer(
     return tokenizer, vocabulary
 
 
-def _load_tokenizer(data: Json) -> Tokenizer:
+def _load_tokenizer(data: Json) -> AnyTokenizer:
+    """Load a tokenizer; one with unknown regular expressions encodes in another process."""
     with TokenizerErrors():
+        if list_unknown_patterns([data.get(name) for name in PATTERN_COMPONENTS]):
+            return GuardedTokenizer(data)
         tokenizer = Tokenizer.from_str(json.dumps(data))
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
-def _make_variant(data: Json, default: Tokenizer, *, should_keep_prefix: bool) -> Tokenizer:
+def _make_variant(data: Json, default: AnyTokenizer, *, should_keep_prefix: bool) -> AnyTokenizer:
     """Return the tokenizer for text inside a document: without the space that is prepended to the
     first text only or, without `should_keep_prefix`, to any text."""
     components: Json = {}
@@ -479,43 +518,27 @@ def _get_partner(text: str) -> str:
 
 
 def _build_pattern(texts: Iterable[str]) -> str:
-    """Return a pattern that matches the longest of the texts; a trie, since there may be
-    thousands."""
-    trie: Json = {}
-    for text in texts:
-        node = trie
-        for letter in text:
-            node = node.setdefault(letter, {})
-        node[""] = {}
-    return _build_branches(trie, 0) if trie else "(?!)"
+    """Return a pattern that matches the longest of the texts, which share their prefixes in it,
+    since there may be thousands."""
+    ordered = sorted(set(texts))
+    return _build_branches(ordered, 0, 0) if ordered else "(?!)"
 
 
-def _build_branches(node: Json, depth: int) -> str:
-    if depth == MAX_PATTERN_DEPTH:
-        return f"(?:{'|'.join(map(re.escape, _list_endings(node)))})"
-    prefix = ""
-    while len(node) == 1 and "" not in node:  # not recursive: texts may be long
-        ((letter, node),) = node.items()
-        prefix += re.escape(letter)
-    is_end = "" in node
-    paths: list[str] = []
-    for letter, child in node.items():
-        if letter:
-            paths.append(re.escape(letter) + _build_branches(child, depth + 1))
-    if not paths:
+def _build_branches(texts: Sequence[str], start: int, depth: int) -> str:
+    """Return a pattern for sorted texts, which are equal before character `start`."""
+    end = start
+    while texts[0][end : end + 1] == texts[-1][end : end + 1] != "":
+        end += 1
+    prefix = re.escape(texts[0][start:end])
+    is_end = len(texts[0]) == end  # the shortest comes first
+    if is_end:
+        texts = texts[1:]
+    if not texts:
         return prefix
-    return f"{prefix}(?:{'|'.join(paths)})" + ("?" if is_end else "")
-
-
-def _list_endings(node: Json) -> list[str]:
-    """Return the texts below a node of a trie, longest first."""
-    endings: list[str] = []
-    todo = [("", node)]
-    while todo:
-        prefix, current = todo.pop()
-        for letter, child in current.items():
-            if letter:
-                todo.append((prefix + letter, child))
-            else:
-                endings.append(prefix)
-    return sorted(endings, key=len, reverse=True)
+    if depth == MAX_PATTERN_DEPTH:
+        endings = sorted((text[end:] for text in texts), key=len, reverse=True)
+        branches = [re.escape(ending) for ending in endings]
+    else:
+        groups = [list(group) for _, group in groupby(texts, key=lambda text: text[end])]
+        branches = [_build_branches(group, end, depth + 1) for group in groups]
+    return f"{prefix}(?:{'|'.join(branches)})" + ("?" if is_end else "")

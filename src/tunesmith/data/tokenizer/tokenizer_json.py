@@ -38,6 +38,10 @@ MAX_GROWTH = 64  # characters that all steps together may write for one
 MAX_STEPS = 200
 MAX_ID = 2**31
 MAX_TOKEN_CHARS = 1024  # per added token
+MAX_ADDED_CHARS = 1_000_000  # of all added tokens
+MAX_LEADING = 8  # tokens before plain text
+MAX_POST_PROCESSOR_CHARS = 20_000
+MAX_UNIGRAM_CHARS = 64  # per token of a Unigram vocabulary, whose time is their product
 MAX_WORD_CHARS = 1000  # max_input_chars_per_word of WordPiece, which takes quadratic time
 MAX_AFFIX_CHARS = 16  # prefix or suffix of subwords
 
@@ -62,6 +66,11 @@ def parse_tokenizer(tokenizer_json: bytes) -> Json:
     _check_model(model)
     for name in ("normalizer", "pre_tokenizer", "decoder"):
         _check_growth(name, data.get(name))
+    num_chars = len(json.dumps(data.get("post_processor")))
+    if num_chars > MAX_POST_PROCESSOR_CHARS:
+        message = f"the tokenizer's post_processor has {num_chars:,} characters"
+        fix = f"no tokenizer needs more than {MAX_POST_PROCESSOR_CHARS:,}; do not use this model"
+        raise InputError(message, fix=fix)
     return data | {"truncation": None, "padding": None}
 
 
@@ -102,6 +111,7 @@ class TokenizerErrors:
 
 def check_added_tokens(tokens: Any) -> None:
     """Raise InputError for an added token without a valid text, id and flags."""
+    num_chars = 0
     for token in tokens if isinstance(tokens, list) else [tokens]:
         text = token.get("content") if isinstance(token, dict) else None
         has_text = isinstance(text, str) and 0 < len(text) <= MAX_TOKEN_CHARS
@@ -109,6 +119,10 @@ def check_added_tokens(tokens: Any) -> None:
         if not has_text or type(token_id) is not int or not 0 <= token_id < MAX_ID:
             message = f"an added token has no valid text and id: {str(token)[:80]}"
             raise InputError(message, fix="correct or remove it in tokenizer.json")
+        num_chars += len(str(text))
+        if num_chars > MAX_ADDED_CHARS:
+            message = f"the added tokens have more than {MAX_ADDED_CHARS:,} characters together"
+            raise InputError(message, fix="do not use this model")
         if any(not isinstance(token.get(flag, False), bool) for flag in FLAGS):
             raise InputError(f"the added token {text!r:.80} has a flag that is not a boolean")
 
@@ -120,6 +134,13 @@ def _check_model(model: Json) -> None:
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if len(str(model.get(name) or "")) > MAX_AFFIX_CHARS:
             raise InputError(f"the tokenizer's {name} is too long")
+    vocab = model.get("vocab")
+    if model.get("type") == "Unigram" and isinstance(vocab, list):
+        longest = max((len(str(entry[0])) for entry in vocab if entry), default=0)
+        if longest > MAX_UNIGRAM_CHARS:
+            message = f"the tokenizer's Unigram vocabulary has a token of {longest:,} characters"
+            fix = f"no tokenizer needs more than {MAX_UNIGRAM_CHARS}; do not use this model"
+            raise InputError(message, fix=fix)
     if model.get("dropout"):
         message = f"the tokenizer has BPE dropout ({model['dropout']!r:.80}): no text has fixed ids"
         raise InputError(message, fix="set dropout to null in tokenizer.json")

@@ -37,7 +37,9 @@ MAX_BYTES_BY_SUFFIX = {
     ".txt": 64 * 2**20,
     ".model": 64 * 2**20,
 }
-MAX_HEADER_BYTES = 16 * 2**20  # enough for a hundred thousand tensors; the format allows 100 MB
+MAX_HEADER_BYTES = 4 * 2**20  # enough for thirty thousand tensors; the format allows 100 MB
+MAX_RANK = 8  # numbers in a shape
+MAX_NAME_CHARS = 255  # of a file
 # fmt: off
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1,
@@ -51,10 +53,26 @@ CODE_KEY = re.compile(
     r"auto_map|custom_pipelines|_?(attn|experts)_implementation.*|use_kernels|kernel_config"
     r"|configuration_files|fast_tokenizer_files|init_inputs|per_layer_config|compression_config"
 )
+TRUST_KEY = "trust_remote_code"
 CODE_FIX = (
     "remove the key if transformers supports this model type natively; "
     "tunesmith never runs code from a model"
 )
+OTHER_CODE = "makes transformers load other code"
+# those of CODE_KEY that are refused for another reason -> (reason, fix)
+OTHER_REASONS = {
+    "per_layer_config": (
+        "gives layers sizes of their own, and only models whose layers are alike are supported",
+        "use a model whose layers have the same sizes",
+    ),
+    "compression_config": (
+        "describes compressed weights, which are not supported",
+        "use the uncompressed model",
+    ),
+    "init_inputs": ("passes arguments to the tokenizer's constructor", "remove the key"),
+    "configuration_files": ("makes transformers read another file", "remove the key"),
+    "fast_tokenizer_files": ("makes transformers read another file", "remove the key"),
+}
 DOWNLOAD_FILE_FIX = "download the file again"
 FILE_KEY = re.compile(r"\w+_file")
 # Classes that load tokenizer.json unchanged. Others bring rules, files or code.
@@ -174,14 +192,17 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     headers_by_file: dict[str, dict[str, TensorHeader]] = {}
     headers: dict[str, TensorHeader] = {}
     for tensor, name in weight_map.items():
-        is_name = isinstance(name, str) and Path(name).name == name
-        if not is_name or not name.endswith(".safetensors"):
-            message = f"{tensor} points to {name!r}, not to a safetensors file in the same folder"
+        is_name = isinstance(name, str) and Path(name).name == name and "\0" not in name
+        if not is_name or not name.endswith(".safetensors") or len(name) > MAX_NAME_CHARS:
+            message = (
+                f"{tensor[:200]} points to {name!r:.200}, not to a safetensors file in the same"
+                " folder"
+            )
             raise InputError(message, where=where, fix=DOWNLOAD_FILE_FIX)
         if name not in headers_by_file:
             headers_by_file[name] = read_header(folder / name)
         if tensor not in headers_by_file[name]:
-            message = f"{name} has no tensor {tensor}"
+            message = f"{name} has no tensor {tensor[:200]}"
             raise InputError(message, where=where, fix="download the model again")
         headers[tensor] = headers_by_file[name][tensor]
     return headers
@@ -209,8 +230,11 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     for name, entry in content.items():
         if name == "__metadata__":
             continue
+        if len(entry["shape"]) > MAX_RANK:
+            message = f"the tensor {name:.200} has {len(entry['shape']):,} dimensions"
+            raise InputError(message, where=str(path), fix=DOWNLOAD_FILE_FIX)
         if entry["dtype"] not in DTYPE_BYTES:
-            message = f"the tensor {name} has the unsupported type {entry['dtype']}"
+            message = f"the tensor {name:.200} has the unsupported type {entry['dtype']}"
             raise InputError(message, where=str(path), fix="use weights in BF16, F16 or F32")
         begin, end = entry["data_offsets"]
         headers[name] = TensorHeader(path, entry["dtype"], tuple(entry["shape"]), begin, end)
@@ -222,7 +246,7 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique: dict[str, Any] = {}
     for name, value in pairs:
         if name in unique:
-            raise ValueError(f"the key {name} is repeated")
+            raise ValueError(f"the key {name:.200} is repeated")
         unique[name] = value
     return unique
 
@@ -252,14 +276,15 @@ def _make_missing_weights_error(folder: Path) -> InputError:
 
 
 def _check_code(path: Path, code_reference: re.Pattern[str] | None) -> None:
-    for key_path, key, value in _walk_json(read_model_json(path)):
+    for key_path, value in _walk_json(read_model_json(path)):
+        key = key_path.key
         where = f"{path}:{key_path}"
         # Older versions of transformers wrote `_attn_implementation_autoset: true`; a boolean
         # names no code.
         if CODE_KEY.fullmatch(key) and value is not None and not isinstance(value, bool):
-            message = f"the key {key} makes transformers load other code ({str(value)[:80]})"
-            raise InputError(message, where=where, fix=CODE_FIX)
-        if key == "trust_remote_code" and value:
+            reason, fix = OTHER_REASONS.get(key, (OTHER_CODE, CODE_FIX))
+            raise InputError(f"the key {key} {reason} ({str(value)[:80]})", where=where, fix=fix)
+        if key == TRUST_KEY and value:
             raise InputError("the model requires trust_remote_code", where=where, fix=CODE_FIX)
         if not isinstance(value, str):
             continue
@@ -288,15 +313,39 @@ def _check_tokenizer_class(folder: Path) -> None:
         raise InputError(message, where=f"{path}:tokenizer_class", fix=fix)
 
 
-def _walk_json(content: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yield every (path, key, value) of nested JSON; list entries inherit the key of their list."""
-    pending: list[tuple[str, str, Any]] = [("", "", content)]
+@dataclass(frozen=True)
+class _JsonPath:
+    """The path of a value in JSON, written out only when an error names it: each item of a long
+    list under a long key would hold a copy."""
+
+    key: str = ""  # the last one; items of a list have that of their list
+    parent: _JsonPath | None = None
+    index: int | None = None
+
+    def __str__(self) -> str:
+        parts: list[str] = []
+        path = self
+        while path.parent is not None:
+            parts.append(f".{path.key[:200]}" if path.index is None else f"[{path.index}]")
+            path = path.parent
+        return "".join(reversed(parts)).lstrip(".")
+
+
+def _walk_json(content: dict[str, Any]) -> Iterator[tuple[_JsonPath, Any]]:
+    """Yield (path, value) of every mapping, list and text of nested JSON, and of every value whose
+    key may lead to code."""
+    pending: list[tuple[_JsonPath, Any]] = [(_JsonPath(), content)]
+    is_code_key: dict[str, bool] = {}
     while pending:
-        key_path, key, value = pending.pop()
-        yield key_path, key, value
+        path, value = pending.pop()
+        yield path, value
         if isinstance(value, dict):
             for name, inner in value.items():
-                pending.append((f"{key_path}.{name}".lstrip("."), name, inner))
+                if name not in is_code_key:
+                    is_code_key[name] = bool(CODE_KEY.fullmatch(name)) or name == TRUST_KEY
+                if is_code_key[name] or isinstance(inner, (str, dict, list)):
+                    pending.append((_JsonPath(name, path), inner))
         elif isinstance(value, list):
             for index, inner in enumerate(value):
-                pending.append((f"{key_path}[{index}]", key, inner))
+                if isinstance(inner, (str, dict, list)):
+                    pending.append((_JsonPath(path.key, path, index), inner))

@@ -1,0 +1,211 @@
+"""A tokenizer whose regular expressions are a stranger's: it encodes in a process with limits.
+
+    list_unknown_patterns(component) -> the regular expressions that no known tokenizer has
+    GuardedTokenizer(data)           -> what ChatTokenizer needs of tokenizers.Tokenizer
+
+A pattern can take cubic time or fill the memory, and the library cannot be interrupted. The process
+(`encode_worker.py`) tries the tokenizer first. One that is too slow once is refused from then on.
+Here a copy without patterns answers what needs none: the vocabulary and decoding."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Json
+
+MAX_SECONDS = 5.0  # per request, the first of which tries the tokenizer
+MAX_REQUEST_CHARS = 2**18
+WORKER_SCRIPT = Path(__file__).with_name("encode_worker.py")
+PATTERN_STEPS = ("normalizer", "pre_tokenizer")
+UNKNOWN_FIX = "do not use this model, or simplify the patterns in its tokenizer.json"
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+CASED_LETTERS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+)
+WORD_ENDS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+# Patterns of well-known tokenizers, which take linear time on any text.
+KNOWN_PATTERNS = frozenset({
+    # Llama 3; Qwen2; GPT-4
+    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + WORD_ENDS,
+    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + WORD_ENDS,
+    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|" + WORD_ENDS,
+    # Tekken; GPT-4o; Phi-4 mini, gpt-oss
+    CASED_LETTERS[0] + "|" + CASED_LETTERS[1]
+    + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + WORD_ENDS,
+    CASED_LETTERS[0] + CONTRACTIONS + "?|" + CASED_LETTERS[1] + CONTRACTIONS
+    + r"?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + WORD_ENDS,
+    # GPT-2, GPT-NeoX
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    # DeepSeek
+    r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}{1,3}", r"\p{N}+", r"\p{N}",
+    r"[一-龥぀-ゟ゠-ヿ]+", r"\d{1,3}", r"\s+$", r"\s+", r" {2,}", r"[0-9]", r"\d",
+    r"[0-9][0-9][0-9]",
+    # BLOOM
+    r" ?[^(\s|[.,!?…。，、।۔،])]+",
+})  # fmt: skip
+
+
+def list_unknown_patterns(component: Any) -> list[str]:
+    """Return the regular expressions of a normalizer, pre-tokenizer or decoder that are not among
+    the known ones."""
+    return [pattern for pattern in _iter_patterns(component) if pattern not in KNOWN_PATTERNS]
+
+
+def _iter_patterns(component: Any) -> Iterator[str]:
+    todo = [component]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            pattern = item.get("Regex")
+            if isinstance(pattern, str):
+                yield pattern
+            todo += item.values()
+        elif isinstance(item, list):
+            todo += item
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    ids: list[int]
+
+
+class GuardedTokenizer:
+    """The part of tokenizers.Tokenizer that ChatTokenizer uses, by a process for patterns."""
+
+    def __init__(self, data: Json) -> None:
+        """Raises InputError for a tokenizer that the library cannot use, or that is too slow."""
+        if list_unknown_patterns(data.get("decoder")):
+            message = "the tokenizer's decoder has an unknown regular expression"
+            raise InputError(message, fix=UNKNOWN_FIX)
+        plain_data = data | dict.fromkeys(PATTERN_STEPS)
+        self._plain_tokenizer = Tokenizer.from_str(json.dumps(plain_data))
+        self._problem = ""
+        with tempfile.TemporaryDirectory() as scratch:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(WORKER_SCRIPT)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=scratch,
+                start_new_session=True,  # Ctrl-C is for this process, which ends the other
+            )
+            weakref.finalize(self, _end_process, self._process)
+            try:
+                self._request(data, "when it is tried")
+            except InputError:
+                _end_process(self._process)
+                raise
+
+    # ---- what runs patterns
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> _Encoding:
+        return self.encode_batch_fast([text], add_special_tokens)[0]
+
+    def encode_batch_fast(
+        self, texts: Sequence[str], add_special_tokens: bool = True
+    ) -> list[_Encoding]:
+        encodings: list[_Encoding] = []
+        batch: list[str] = []
+        for text in [*texts, None]:
+            num_chars = sum(map(len, batch)) + len(text or "")
+            if batch and (text is None or num_chars > MAX_REQUEST_CHARS):
+                request = {"texts": batch, "special": add_special_tokens}
+                where = f"on a text of {sum(map(len, batch)):,} characters"
+                encodings += [_Encoding(ids) for ids in self._request(request, where)["ids"]]
+                batch = []
+            if text is not None:
+                batch.append(text)
+        return encodings
+
+    def normalize_str(self, text: str) -> str:
+        return self._request({"normalize": text}, f"on {len(text):,} characters")["text"]
+
+    @property
+    def normalizer(self) -> GuardedTokenizer:
+        return self
+
+    # ---- what runs none
+
+    def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]:
+        return self._plain_tokenizer.get_vocab(with_added_tokens)
+
+    def token_to_id(self, text: str) -> int | None:
+        return self._plain_tokenizer.token_to_id(text)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._plain_tokenizer.decode(ids, skip_special_tokens)
+
+    # ---- the process
+
+    def _request(self, request: Json, where: str) -> Json:
+        """Send a request and return the reply. Raises InputError if the library refuses it or takes
+        too long, and from then on."""
+        if self._problem:
+            raise InputError(self._problem, fix=UNKNOWN_FIX)
+        try:
+            line = self._exchange(json.dumps(request).encode() + b"\n")
+        except BaseException:
+            self._problem = "the tokenizer's process was interrupted"
+            _end_process(self._process)
+            raise
+        if line is None:
+            self._problem = (
+                f"a regular expression of the tokenizer takes over {MAX_SECONDS:g} seconds {where}"
+            )
+        elif not line:
+            self._problem = f"a regular expression of the tokenizer needs too much memory {where}"
+        if self._problem:
+            _end_process(self._process)
+            raise InputError(self._problem, fix=UNKNOWN_FIX)
+        reply = json.loads(line or b"")
+        if "error" in reply:
+            message = f"the tokenizers library cannot use this tokenizer: {reply['error'][:300]}"
+            raise InputError(message, fix="download the model again")
+        return reply
+
+    def _exchange(self, request: bytes) -> bytes | None:
+        """Return the reply to a request, b"" if the process ends, None if it takes too long."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + MAX_SECONDS
+        try:
+            self._process.stdin.write(request)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return b""
+        reply = bytearray()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while not reply.endswith(b"\n"):
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or not selector.select(remaining):
+                    return None
+                part = os.read(self._process.stdout.fileno(), 2**20)
+                if not part:
+                    return b""
+                reply += part
+        return bytes(reply)
+
+
+def _end_process(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()

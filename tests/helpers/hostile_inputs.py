@@ -1,0 +1,586 @@
+"""Hostile inputs by name, and what each costs in a process of its own.
+
+    python hostile_inputs.py FOLDER NAME ...    one JSON line for each: outcome, seconds, megabytes
+
+A case gets an empty folder, writes its files there, and returns the call that reads them. The call
+runs in a forked child: seconds and peak memory are its own, without Python and libraries. The cases
+are examples of their class; a new one is a line in CASES."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tiny_runs import save_model_folder
+from toy_chat import CHATML, make_byte_bpe, write_model_folder
+from tunesmith import api
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.types import Json
+from tunesmith.data.chat_template.conversation import track_value
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.chat_template.template import ChatTemplate
+from tunesmith.data.chat_template.tracked_str import make_origin
+from tunesmith.model.hub.validate import check_folder
+from tunesmith.recipe.load import load_recipe
+
+NOW = datetime(2026, 3, 4, 5, 6, 7)
+MAX_SECONDS = int(os.environ.get("HOSTILE_SECONDS", "60"))
+DOUBLE = (
+    "{% set ns = namespace(s=messages[0].content ~ 'x') %}"
+    "{% for i in range(TIMES) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
+)
+HUGE = (
+    "{% set b = ('f' * 200000)|int(0, 16) %}{% set s = 'f' * 200000 %}"
+    "{% set a = (s ~ s ~ s ~ s ~ s ~ s ~ s ~ s)|int(0, 16) %}"
+)
+Call = Callable[[], Any]
+
+
+# ---------------------------------------------------------------- templates
+
+
+def render_template(source: str, _: Path) -> Call:
+    """Render a template in both environments."""
+    messages: list[Json] = [
+        {"role": "user", "content": "a question"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    tracked = [
+        track_value(message, make_origin(i, "content")) for i, message in enumerate(messages)
+    ]
+
+    def render() -> None:
+        template = ChatTemplate(source, now=NOW)
+        template.render({"messages": tracked, "tools": None})
+        template.render_plain({"messages": messages, "tools": None})
+
+    return render
+
+
+def make_template(source: str) -> Callable[[Path], Call]:
+    return partial(render_template, source)
+
+
+def double_text(expression: str, times: int = 15) -> Callable[[Path], Call]:
+    """Make a template of an expression about `ns.s`, a text of many short runs."""
+    return make_template(DOUBLE.replace("TIMES", str(times)) + "{{ " + expression + " }}")
+
+
+TEMPLATES: dict[str, Callable[[Path], Call]] = {
+    "split a text of many runs": double_text("ns.s.split('x')|length"),
+    "reverse a text of many runs": double_text("ns.s[::-1]|length"),
+    "every second character": double_text("ns.s[::2]|length"),
+    "indent a text of many runs": double_text("(ns.s|replace('x', '\\n'))|indent|length"),
+    "lines of a text of many runs": double_text("(ns.s|replace('x', '\\n')).splitlines()|length"),
+    "characters of a text of many runs": double_text("(ns.s|list)|length"),
+    "indices of a text of many runs": double_text(
+        "'' }}{% for i in range(100000) %}{% set x = ns.s[i] %}{% endfor %}{{ ''"
+    ),
+    "partitions of a text of many runs": double_text(
+        "'' }}{% for i in range(20000) %}{% set x = ns.s.partition('qx') %}{% endfor %}{{ ''"
+    ),
+    "a text of a million runs": double_text("ns.s|length", 21),
+    "replace in a text of many runs": double_text("ns.s.replace('x', 'y')|length"),
+    "join a text of many runs": double_text("ns.s|join(messages[0].content)|length"),
+    "quotient of huge numbers": make_template(HUGE + "{{ (a // b) > 0 }}"),
+    "ratio of huge numbers": make_template(HUGE + "{{ (a / b) > 0 }}"),
+    "divisibleby of huge numbers": make_template(HUGE + "{{ a is divisibleby(b) }}"),
+    "a huge literal": make_template(
+        "{% set a = 0x" + "f" * 180_000 + " %}{% for i in range(100000) %}"
+        "{% set b = a // 0x" + "f" * 9_000 + " %}{% endfor %}"
+    ),
+    "a huge number printed": make_template(HUGE + "{{ s|int(0, 16) }}"),
+    "huge numbers in many bases": make_template(
+        "{% set s = '1' * 900000 %}{% for b in range(2, 36) %}{% set x = s|int(0, b) %}{% endfor %}"
+    ),
+    "rfind of a long text": make_template(
+        "{% set s = 'a' * 900000 %}{{ s.rfind('a' * 400000 ~ 'b' ~ 'a' * 40000) }}"
+    ),
+    "find of a long text": make_template(
+        "{% set s = 'a' * 900000 %}{{ s.find('a' * 400000 ~ 'b' ~ 'a' * 40000) }}"
+    ),
+    "rsplit by a long text": make_template(
+        "{% set s = 'a' * 900000 %}{{ s.rsplit('b' ~ 'a' * 400000)|length }}"
+    ),
+    "rpartition by a long text": make_template(
+        "{% set s = 'a' * 900000 %}{{ s.rpartition('b' ~ 'a' * 400000)|length }}"
+    ),
+    "count of a long text": make_template(
+        "{% set s = 'a' * 900000 %}{{ s.count('a' * 400000 ~ 'b' ~ 'a' * 40000) }}"
+    ),
+    "strip many characters": make_template(
+        "{% set s = 'a' * 900000 %}{{ s.strip('b' * 900000 ~ 'a')|length }}"
+    ),
+    "trim many characters": make_template(
+        "{% set s = 'a' * 900000 %}{{ s|trim('b' * 900000 ~ 'a')|length }}"
+    ),
+    "many directives": make_template(
+        "{% set t = (('a',) * 400000) %}{{ (('%s' * 400000) % t)|length }}"
+    ),
+    "word count of a long text": make_template("{{ ('a ' * 900000)|wordcount }}"),
+    "title of a long text": make_template("{{ ('a-' * 900000)|title|length }}"),
+    "sort long texts": make_template("{{ ((['a' * 900000 ~ 'b'] * 1000)|sort)|length }}"),
+    "unique long texts": make_template("{{ ((['a' * 900000 ~ 'b'] * 1000)|unique|list)|length }}"),
+    "startswith many prefixes": make_template("{{ ('a' * 900000).startswith(('b',) * 900000) }}"),
+    "translate a long text": make_template("{{ ('a' * 900000).translate({97: 'b' * 1000}) }}"),
+    "a json of a long text": make_template("{{ ('\\n' * 900000)|tojson|length }}"),
+    "a regular expression of urlize": make_template("{{ ('http://' * 100000)|urlize }}"),
+    "break outside a loop": make_template("{% break %}"),
+    "a keyword twice": make_template("{{ dict(a=1, a=2) }}"),
+    "a parameter twice": make_template("{% macro m(a, a) %}{% endmacro %}"),
+    "a dunder keyword": make_template("{{ dict(__debug__=1) }}"),
+    "21 nested loops": make_template("{% for a in [1] %}" * 21 + "{% endfor %}" * 21),
+    "101 nested conditions": make_template("{% if 1 %}" * 101 + "{% endif %}" * 101),
+    "deep parentheses": make_template("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"),
+    "many unary operators": make_template("{{ " + "- " * 50000 + "1 }}"),
+    "many filters": make_template("{{ 'a'" + "|trim" * 30000 + " }}"),
+    "many comparisons": make_template("{{ 1" + " < 1" * 30000 + " }}"),
+    "a long chain of attributes": make_template("{{ messages" + ".a" * 50000 + " }}"),
+    "many elifs": make_template("{% if 0 %}" + "{% elif 0 %}" * 15000 + "{% endif %}"),
+    "many blocks": make_template(
+        "".join(f"{{% block b{i} %}}{{% endblock %}}" for i in range(5000))
+    ),
+    "many macros": make_template(
+        "".join(f"{{% macro m{i}() %}}{{% endmacro %}}" for i in range(4000))
+    ),
+}
+
+
+def read_config_template(value: Any, folder: Path) -> Call:
+    """Load a model folder whose chat_template has another shape."""
+    model = write_model_folder(folder / "m", None)
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": value}))
+    return partial(Renderer.from_folder, model, now=NOW)
+
+
+SHAPES: list[Any] = [
+    3, 1.5, True, {}, {"default": CHATML}, {"template": CHATML}, ["x"], [3], [[]], [None],
+    [{"template": CHATML}], [{"name": "default"}], [{"name": [], "template": CHATML}],
+    [{"name": "default", "template": 3}], [{"name": "default", "template": [CHATML]}],
+    [{"name": {}, "template": {}}], [[{"name": "default", "template": CHATML}]],
+]  # fmt: skip
+CHAT_TEMPLATES = {
+    f"chat_template: {json.dumps(shape)[:60]}": partial(read_config_template, shape)
+    for shape in SHAPES
+}
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def load_tokenizer(changes: Callable[[Json], Json], text: str, folder: Path) -> Call:
+    """Load a tokenizer.json with changed parts and encode a text."""
+    model = write_model_folder(folder / "m", CHATML)
+    file = model / "tokenizer.json"
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps(data | changes(data)))
+
+    def load() -> None:
+        renderer = Renderer.from_folder(model, now=NOW)
+        renderer.encode_text(text)
+
+    return load
+
+
+def change_tokenizer(text: str = "some text", **parts: Any) -> Callable[[Path], Call]:
+    return partial(load_tokenizer, lambda _: parts, text)
+
+
+def split_by(regex: str, text: str) -> Callable[[Path], Call]:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    steps = [
+        split,
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, "trim_offsets": True},
+    ]
+    return change_tokenizer(text, pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+
+
+def replace_by(regex: str, text: str) -> Callable[[Path], Call]:
+    step = {"type": "Replace", "pattern": {"Regex": regex}, "content": "a"}
+    return change_tokenizer(text, normalizer=step)
+
+
+def add_tokens(texts: Callable[[], list[str]]) -> Callable[[Path], Call]:
+    def add(data: Json) -> Json:
+        tokens: list[Json] = [
+            {**FLAGS, "id": 500 + i, "content": text, "special": True}
+            for i, text in enumerate(texts())
+        ]
+        return {"added_tokens": data["added_tokens"] + tokens}
+
+    return partial(load_tokenizer, add, "some text")
+
+
+def make_random_texts(count: int, size: int) -> list[str]:
+    draw = random.Random(0)
+    return ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=size)) for _ in range(count)]
+
+
+def add_leading(count: int) -> Callable[[Path], Call]:
+    special = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+
+    def change(data: Json) -> Json:
+        token_id = next(
+            token["id"] for token in data["added_tokens"] if token["content"] == "<|im_start|>"
+        )
+        tokens = {"id": "<|im_start|>", "ids": [token_id], "tokens": ["<|im_start|>"]}
+        return {"post_processor": {
+            "type": "TemplateProcessing", "single": [special] * count + [sequence],
+            "pair": [sequence, sequence], "special_tokens": {"<|im_start|>": tokens},
+        }}  # fmt: skip
+
+    return partial(load_tokenizer, change, "some text")
+
+
+def add_long_leading(count: int) -> Callable[[Path], Call]:
+    """One special token of a post-processor that stands for many ids."""
+    special = {"SpecialToken": {"id": "B", "type_id": 0}}
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {"id": "B", "ids": [1] * count, "tokens": ["b"] * count}
+    return change_tokenizer(post_processor={
+        "type": "TemplateProcessing", "single": [special, sequence], "pair": [sequence, sequence],
+        "special_tokens": {"B": tokens},
+    })  # fmt: skip
+
+
+def make_unigram(length: int) -> Json:
+    vocab = [["<unk>", 0.0], *(["a" * i, -1.0] for i in range(1, length))]
+    return {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": False}
+
+
+def make_wordpiece(length: int) -> Json:
+    vocab = {"[UNK]": 0, "##b": 1, **{"a" * i: i + 1 for i in range(1, length)}}
+    return {
+        "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": length, "vocab": vocab,
+    }  # fmt: skip
+
+
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+CUBIC = r"[\s\S]+?[\s\S]+?(?<![\s\S])"
+TOKENIZERS: dict[str, Callable[[Path], Call]] = {
+    "a cubic pattern": split_by(CUBIC, "x" * 2000),
+    "nested repeats": split_by(r"(x+x+)+y", "x" * 50),
+    "a back-reference": split_by(r"(x*)*\1y", "x" * 3000),
+    "a quadratic pattern": split_by(r"x+y", "x" * 200_000),
+    "a huge repetition": split_by("(?:(?:(?:x{1,1000}){1,1000}){1,1000}){1,1000}", "x" * 5000),
+    "a long alternation": split_by("|".join(make_random_texts(20_000, 20)), "x" * 5000),
+    "deep groups": split_by("(" * 20_000 + "x" + ")" * 20_000, "xxx"),
+    "a subroutine call": split_by(r"(?<a>x\g<a>?\g<a>?)y", "x" * 60),
+    "a cubic normalizer": replace_by(CUBIC, "x" * 2000),
+    "nested repeats in a normalizer": replace_by(r"(x+x+)+y", "x" * 50),
+    "random added tokens, 2000 of 1000": add_tokens(lambda: make_random_texts(2000, 1000)),
+    "random added tokens, 5000 of 1000": add_tokens(lambda: make_random_texts(5000, 1000)),
+    "random added tokens, 50000 of 18": add_tokens(lambda: make_random_texts(50_000, 18)),
+    "nested added tokens": add_tokens(lambda: ["<" + "a" * i for i in range(1, 1000)]),
+    "200000 leading tokens": add_leading(200_000),
+    "20 leading tokens": add_leading(20),
+    "a leading token of 200000 ids": add_long_leading(200_000),
+    "a token id of two billion": change_tokenizer(
+        added_tokens=[{**FLAGS, "id": 2_000_000_000, "content": "<|im_start|>", "special": True}]
+    ),
+    "nested unigram tokens": change_tokenizer("a" * 200_000, model=make_unigram(5000)),
+    "nested unigram tokens, short": change_tokenizer("a" * 200_000, model=make_unigram(60)),
+    "long words of wordpiece": change_tokenizer(
+        ("a" * 999 + " ") * 200, model=make_wordpiece(1000), pre_tokenizer={"type": "Whitespace"}
+    ),
+    "words of wordpiece": change_tokenizer(
+        ("a" * 199 + " ") * 1000, model=make_wordpiece(200), pre_tokenizer={"type": "Whitespace"}
+    ),
+    "a long word of bpe": change_tokenizer("ab" * 130_000),
+    "deep normalizers": change_tokenizer(
+        normalizer=json.loads('{"type": "Sequence", "normalizers": [' * 300 + "]}" * 300)
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- model folders
+
+
+def read_model(config: str, folder: Path) -> Call:
+    """Check a folder with the text of a config.json."""
+    model = folder / "m"
+    model.mkdir()
+    (model / "config.json").write_text(config)
+    return partial(check_folder, model, needs_weights=False)
+
+
+def read_weights(header: Callable[[], bytes], folder: Path) -> Call:
+    """Check a folder with a safetensors header."""
+    model = folder / "m"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    content = header()
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(content)) + content)
+    return partial(check_folder, model)
+
+
+def make_tensor(shape: str = "[0]") -> str:
+    return f'{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}'
+
+
+def make_header(names: list[str]) -> bytes:
+    return ("{" + ",".join(f'"{name}":{make_tensor()}' for name in names) + "}").encode()
+
+
+def make_shape_header(shape: str) -> bytes:
+    return f'{{"a":{make_tensor(shape)}}}'.encode()
+
+
+def make_index(content: Callable[[], str]) -> Callable[[Path], Call]:
+    def write(folder: Path) -> Call:
+        model = folder / "m"
+        model.mkdir()
+        (model / "config.json").write_text("{}")
+        (model / "model.safetensors.index.json").write_text(content())
+        return partial(check_folder, model)
+
+    return write
+
+
+LONG_KEY = "k" * 20_000
+MODELS: dict[str, Callable[[Path], Call]] = {
+    "a long key with a long list": partial(
+        read_model, json.dumps({LONG_KEY: [0] * 20_000})
+    ),
+    "a long key with many keys": partial(
+        read_model, json.dumps({LONG_KEY: {str(i): 0 for i in range(20_000)}})
+    ),
+    "long nested keys": partial(
+        read_model, '{"' + '":{"'.join(["k" * 2000] * 900) + '":0' + "}" * 900
+    ),
+    "a deep config": partial(read_model, '{"a":' * 100_000 + "0" + "}" * 100_000),
+    "a deep list": partial(read_model, '{"a":' + "[" * 900 + "0" + "]" * 900 + "}"),
+    "a config of a million zeros": partial(read_model, json.dumps({"a": [0] * 1_000_000})),
+    "a number of 10000 digits": partial(read_model, '{"a": ' + "9" * 10_000 + "}"),
+    "a late repeated tensor": partial(
+        read_weights, lambda: make_header([*map(str, range(200_000)), "7"])
+    ),
+    "many tensors": partial(read_weights, lambda: make_header([*map(str, range(60_000))])),
+    "a shape of huge numbers": partial(
+        read_weights, lambda: make_shape_header("[" + ",".join(["9" * 4000] * 1000) + "]")
+    ),
+    "a shape of many numbers": partial(
+        read_weights, lambda: make_shape_header("[" + ",".join(["9"] * 2_000_000) + "]")
+    ),
+    "a shape with a zero": partial(
+        read_weights,
+        lambda: make_shape_header("[0," + ",".join(["9" * 18] * 200_000) + "]"),
+    ),
+    "a long tensor name": partial(read_weights, lambda: make_header(["n" * 5_000_000])),
+    "long metadata": partial(
+        read_weights, lambda: b'{"__metadata__":{"a":"' + b"x" * 15_000_000 + b'"}}'
+    ),
+    "a deep header": partial(read_weights, lambda: b'{"a":' * 100_000),
+    "an index with a long name": make_index(
+        lambda: json.dumps({"weight_map": {"a": "n" * 300 + ".safetensors"}})
+    ),
+    "an index of many files": make_index(
+        lambda: json.dumps({"weight_map": {str(i): f"{i}.safetensors" for i in range(200_000)}})
+    ),
+    "an index with a NUL": make_index(
+        lambda: json.dumps({"weight_map": {"a": "n\0.safetensors"}})
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def read_recipe_file(text: str, folder: Path) -> Call:
+    (folder / "recipe.yaml").write_text(text)
+    return partial(load_recipe, folder / "recipe.yaml")
+
+
+def import_config(text: str, folder: Path) -> Call:
+    (folder / "axolotl.yaml").write_text("base_model: a\ndatasets:\n- path: a.jsonl\n" + text)
+    return partial(api.init, folder / "recipe.yaml", from_config=folder / "axolotl.yaml")
+
+
+RECIPE_VALUES = {
+    "seed in base 60": "seed: 1" + ":59" * 80_000,
+    "learning rate in base 60": "learning_rate: 1" + ":59" * 80_000 + ".5",
+    "seed of 20000 hex digits": "seed: 0x" + "f" * 20_000,
+    "learning rate of 20000 hex digits": "learning_rate: 0x" + "f" * 20_000,
+    "seed of 900000 binary digits": "seed: 0b" + "1" * 240_000,
+    "seed of 20000 digits": "seed: " + "9" * 20_000,
+    "seed of 6000 octal digits": "seed: 0" + "7" * 6_000,
+    "a list of huge numbers": "data: [" + ", ".join(["0x" + "f" * 6000] * 40) + "]",
+    "an unknown key with a huge number": "rubbish: 0x" + "f" * 6_000,
+    "a huge number as a key": "0x" + "f" * 6_000 + ": 1",
+    "a huge float": "learning_rate: 1" + "0" * 240_000 + ".0",
+    "deep lists": "data: " + "[" * 50_000 + "]" * 50_000,
+    "deep mappings": "data: " + "{a: " * 40_000 + "}" * 40_000,
+    "deep blocks": "".join(" " * i + "a:\n" for i in range(600)),
+    "an anchor bomb": "a0: &a0 [x, x]\n"
+    + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)),
+    "many merge keys": "a: &a {b: 1}\n"
+    + "".join(f"c{i}: {{<<: [{', '.join(['*a'] * 100)}]}}\n" for i in range(600)),
+    "merge keys that double": "a0: &a0 {x: 1}\n"
+    + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40)),
+    "many keys": "".join(f"k{i}: 1\n" for i in range(25_000)),
+    "many repeated keys": "model: a\n" * 27_000,
+    "many flow keys": "data: {" + ", ".join(f"k{i}: 1" for i in range(20_000)) + "}",
+    "a timestamp of many digits": "seed: 2001-12-14t21:59:43." + "1" * 240_000,
+    "binary data": "seed: !!binary " + "A" * 240_000,
+    "a pattern that calls itself": 'never: "(?R)?(?R)?a"',
+    "a pattern with a huge repetition": 'never: "(?:(?:a{1,1000}){1,1000}){1,1000}b"',
+    "a pattern of many groups": "never: '" + "(" * 5000 + "a" + ")" * 5000 + "'",
+    "a metric pattern that calls itself": 'metrics: ["regex_match:(?R)?(?R)?a"]',
+    "many list items": "data: [" + ", ".join(["a"] * 80_000) + "]",
+    "a long comment": "#" * 240_000,
+    "a long key": "k" * 240_000 + ": 1",
+    "5000 stages": "stage: [" + ", ".join(["sft"] * 5000) + "]",
+    "5000 files": "data: [" + ", ".join(["a"] * 5000) + "]",
+    "4000 keys": "".join(f"k{i}: 1\n" for i in range(4000)),
+    "4000 bad values": "data: [" + ", ".join(["{path: 3}"] * 3000) + "]",
+    "many stages": "stage: [" + ", ".join(["sft"] * 40_000) + "]",
+}
+BASE = "model: m\ndata: d.jsonl\n"
+RECIPES: dict[str, Callable[[Path], Call]] = {
+    name: partial(read_recipe_file, BASE + text) for name, text in RECIPE_VALUES.items()
+}
+CONFIGS: dict[str, Callable[[Path], Call]] = {
+    "a config's hex number of 6000 digits": partial(import_config, "seed: 0x" + "f" * 6_000),
+    "a config's base 60": partial(import_config, "seed: 1" + ":59" * 80_000),
+    "a config's rate of 6000 hex digits": partial(
+        import_config, "learning_rate: 0x" + "f" * 6_000
+    ),
+    "a config's unknown key of 6000 hex digits": partial(
+        import_config, "rubbish: 0x" + "f" * 6_000
+    ),
+    "a config's rank of 6000 hex digits": partial(
+        import_config, "adapter: lora\nlora_r: 0x" + "f" * 6_000
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- rows
+
+
+def check_rows(rows: Callable[[], list[Json]], folder: Path) -> Call:
+    """Check a data file with `data check`."""
+    model = Path(os.environ["HOSTILE_TINY"])
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    return partial(api.data_check, model=str(model), data=str(folder / "train.jsonl"))
+
+
+def make_row(text: str, **keys: Any) -> Json:
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]
+    return {"messages": turns, **keys}
+
+
+def check_text(text: str, times: int = 1) -> Callable[[Path], Call]:
+    return partial(check_rows, lambda: [make_row(text * times)])
+
+
+def make_turns(count: int) -> list[Json]:
+    pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return [{"messages": pair * (count // 2)}]
+
+
+ROWS: dict[str, Callable[[Path], Call]] = {
+    "eyJ- 60000 times": check_text("eyJ-", 60_000),
+    "eyJa.eyJ 60000 times": check_text("eyJaaaaaaaaaa.", 20_000),
+    "a row of 500 messages": partial(check_rows, lambda: make_turns(500)),
+    "a row of 1000 messages": partial(check_rows, lambda: make_turns(1000)),
+    "a row of 4000 messages": partial(check_rows, lambda: make_turns(4000)),
+    "a row of 100000 messages": partial(check_rows, lambda: make_turns(100_000)),
+    "100000 unused keys": partial(
+        check_rows, lambda: [make_row("a", **{f"key{i}": 1 for i in range(100_000)})]
+    ),
+    "10 unused keys of 100000 letters": partial(
+        check_rows, lambda: [make_row("a", **{f"{i}" + "k" * 100_000: 1 for i in range(10)})]
+    ),
+    "a role of 100000 letters": partial(
+        check_rows, lambda: [{"messages": [{"role": "r" * 100_000, "content": "a"}]}]
+    ),
+    "unknown keys alone": partial(
+        check_rows, lambda: [{f"key{i}" + "k" * 1000: 1 for i in range(10_000)}]
+    ),
+    "a text of a million letters": check_text("a", 1_000_000),
+    "a text of a million line ends": check_text("\n", 1_000_000),
+    "a text of a million spaces": check_text(" ", 1_000_000),
+    "a text of a million digits": check_text("1", 1_000_000),
+    "a text of open braces": check_text("{", 300_000),
+    "a text of open tags": check_text("<a", 300_000),
+    "control tokens by the thousand": check_text("<|start|>", 100_000),
+}  # fmt: skip
+
+CASES: dict[str, Callable[[Path], Call]] = {
+    **TEMPLATES, **CHAT_TEMPLATES, **TOKENIZERS, **MODELS, **RECIPES, **CONFIGS, **ROWS,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def measure_case(name: str, folder: Path) -> Json:
+    """Run a case in a forked child: what it ends in, seconds and megabytes."""
+    folder.mkdir()
+    call = CASES[name](folder)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reader)
+        signal.alarm(MAX_SECONDS)
+        os.write(writer, json.dumps(run_call(call)).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stream:
+        content = stream.read()
+    _, status = os.waitpid(child, 0)
+    shutil.rmtree(folder)
+    result = json.loads(content) if content else {"outcome": f"status {status}"}
+    return {"name": name, **result}
+
+
+def run_call(call: Call) -> Json:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = read_peak()
+    start = time.perf_counter()
+    try:
+        call()
+        outcome = "ok"
+    except TunesmithError as error:
+        outcome = f"{error.exit_code}: {error}"
+    except BaseException as error:  # noqa: BLE001 - a bug, whose kind the test names
+        outcome = f"{type(error).__name__}: {error}"
+    seconds = time.perf_counter() - start
+    return {"outcome": outcome[:2000], "chars": len(outcome), "seconds": round(seconds, 2),
+            "megabytes": round((read_peak() - before) / 1e6)}  # fmt: skip
+
+
+def read_peak() -> int:
+    """Return the peak resident memory of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no VmHWM")
+
+
+def main(folder: Path, names: list[str]) -> None:
+    tiny = save_model_folder(folder / "tiny")
+    os.environ["HOSTILE_TINY"] = str(tiny)
+    make_byte_bpe()
+    for name in names or CASES:
+        sys.stdout.write(json.dumps(measure_case(name, folder / "case")) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
