@@ -15,7 +15,13 @@ import typer
 from tunesmith.cli.help import complete_runs
 from tunesmith.cli.output import write_stderr
 from tunesmith.core.errors import InputError
-from tunesmith.recipe.load import COMMAND_LINE, is_flag_value, load_recipe, needs_value
+from tunesmith.recipe.load import (
+    COMMAND_LINE,
+    is_flag_value,
+    list_choices,
+    load_recipe,
+    needs_value,
+)
 from tunesmith.recipe.schema import Recipe, Stages
 
 RecipeArgs = Annotated[
@@ -108,7 +114,7 @@ def parse_flags(
         if not has_value:
             value = words.pop(0) if words and is_flag_value(key, words[0]) else ""
             if not value and needs_value(key):
-                fix = f"write --{key} VALUE"
+                fix = f"write --{key} VALUE{_format_choices(list_choices(key))}"
                 raise InputError(f"--{key} has no value", where=COMMAND_LINE, fix=fix)
             value = value or "true"
         if key.replace("-", "_") in {flag.replace("-", "_") for flag in flags}:
@@ -116,6 +122,10 @@ def parse_flags(
             raise InputError(f"--{key} is repeated", where=COMMAND_LINE, fix=fix)
         flags[key] = value
     return path, flags
+
+
+def _format_choices(choices: Sequence[str]) -> str:
+    return f": {', '.join(choices[:-1])} or {choices[-1]}" if choices else ""
 
 
 def parse_advise_args(args: Sequence[str] | None) -> tuple[Path | None, dict[str, Any]]:

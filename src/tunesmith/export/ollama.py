@@ -5,7 +5,8 @@ weights are read back from the GGUF.
 
 Ollama does not run the Jinja template of a GGUF. TEMPLATES holds common chat templates in Go; one
 is used only if it gives the same tokens as the model's own template, on the run's prompts and on
-sample conversations. They need little of Go: a loop over the messages, role and content.
+the sample conversations that it accepts. The Go templates need a loop over the messages, role and
+content only.
 Left out: tool calls.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,14 +108,20 @@ def choose_template(
                 raise InputError(message, fix=MODELFILE_HINT)
     stops = tuple(renderer.decode([end_id]) for end_id in renderer.end_ids)
     shared_system = _find_shared_system(conversations)
+    references = [
+        (conversation, renderer.encode_prompt(_add_system(conversation, shared_system)))
+        for conversation in conversations
+    ]
+    for conversation in SAMPLE_CONVERSATIONS:
+        with suppress(InputError):  # such as a system message, which some templates refuse
+            ids = renderer.encode_prompt(_add_system(conversation, shared_system))
+            references.append((conversation, ids))
     for text in TEMPLATES.values():
         system = shared_system or _find_default_system(text, renderer)
         template = OllamaTemplate(text, system, stops)
-        # one by one: a template that refuses system messages ends at its first mismatch
         if all(
-            encode_prompt(template.render_prompt(conversation), tokenizer_path, renderer)
-            == renderer.encode_prompt(_add_system(conversation, shared_system))
-            for conversation in [*conversations, *SAMPLE_CONVERSATIONS]
+            encode_prompt(template.render_prompt(conversation), tokenizer_path, renderer) == ids
+            for conversation, ids in references
         ):
             return template
     names = ", ".join(TEMPLATES)

@@ -84,9 +84,13 @@ def is_self_generated(value: Any) -> bool:
     if isinstance(first, dict):
         source = cast("Json", first)
         # a stored recipe has all keys, those that were not given with their defaults
-        defaults = {key: field.default for key, field in DataSource.model_fields.items()}
-        has_more = any(defaults.get(key, value) != value for key, value in source.items())
-        path = None if has_more or set(source) - set(defaults) else source.get("path")
+        defaults = DataSource(path=Path(SELF_GENERATED)).model_dump(mode="json")
+        has_more = any(
+            key not in defaults or defaults[key] != (list(value) if value == () else value)
+            for key, value in source.items()
+            if key != "path"
+        )
+        path = None if has_more else source.get("path")
     else:
         path = first
     return not others and path in ("self", SELF_GENERATED)

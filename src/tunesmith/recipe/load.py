@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -350,6 +350,24 @@ def needs_value(flag: str) -> bool:
     """Return whether a flag is a key that cannot be a switch."""
     field = _find_field(flag)
     return field is not None and bool not in (field.annotation, *get_args(field.annotation))
+
+
+def list_choices(flag: str) -> tuple[str, ...]:
+    """Return the words that a flag accepts, if it accepts nothing else."""
+    field = _find_field(flag)
+    choices: list[str] = []
+    parts = [] if field is None else [field.annotation]
+    while parts:
+        part = parts.pop(0)
+        if get_origin(part) is Literal:
+            choices += get_args(part)
+        elif get_origin(part) is Annotated:
+            parts.insert(0, get_args(part)[0])
+        elif get_args(part):
+            parts = [*get_args(part), *parts]
+        else:  # a number, a text or a path
+            return ()
+    return tuple(map(str, choices))
 
 
 def _find_field(flag: str) -> FieldInfo | None:

@@ -207,7 +207,7 @@ class Recipe(BaseModel):
     )
     gradient_checkpointing: Auto | GradientCheckpointing = Field(
         default="auto",
-        description="Recompute activations in the backward pass; true is full, false none.",
+        description="Activations recomputed in backward: none, selective or full; true is full.",
     )
     metrics: Auto | Metrics = Field(
         default="auto",

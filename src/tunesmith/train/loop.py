@@ -41,6 +41,7 @@ from tunesmith.train.optimizer import (
     clip_gradients,
     compute_learning_rate,
     make_optimizer,
+    set_learning_rate,
     step_optimizer,
 )
 from tunesmith.train.optimizer_in_backward import OptimizerInBackward
@@ -166,6 +167,8 @@ class TrainingLoop:
             setattr(self, name, position[name])
         self.ratios = tuple((step, ratio) for step, ratio in position["ratios"])
         self.rollbacks = parse_as(tuple[Rollback, ...], position["rollbacks"])
+        if self.step:  # so that a probe of this step measures its update
+            set_learning_rate(self.optimizer, self._compute_learning_rate(self.step - 1))
         self._drop_prefetched()
         self._is_stopped = False
         self._is_done = False
@@ -223,11 +226,12 @@ class TrainingLoop:
         supervised_tokens: int,
     ) -> Event:
         grad_norm = self._clip_gradients(packs) if supervised_tokens else 0.0
-        learning_rate = self._compute_learning_rate()
+        learning_rate = self._compute_learning_rate(self.step)
         self.step += 1
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             return self._refuse_step(documents, loss, grad_norm)
         self.bad_steps = 0
+        set_learning_rate(self.optimizer, learning_rate)  # of a step without an update, too
         if supervised_tokens and not self._updates_in_backward(packs):
             with memory_errors():
                 step_optimizer(self.optimizer, learning_rate)
@@ -253,9 +257,10 @@ class TrainingLoop:
             return self.optimizer_in_backward.grad_norm
         return clip_gradients(self.parameters.values(), self.config.max_grad_norm)
 
-    def _compute_learning_rate(self) -> float:
+    def _compute_learning_rate(self, step: int) -> float:
+        """Return the rate of the step after `step` finished ones."""
         learning_rate = compute_learning_rate(
-            self.step,
+            step,
             peak=self.config.learning_rate,
             warmup_steps=self.warmup_steps,
             total_steps=self.total_steps,
@@ -264,7 +269,7 @@ class TrainingLoop:
         )
         lr_factor = 1.0
         for rollback in self.rollbacks:
-            if rollback.to <= self.step:
+            if rollback.to <= step:
                 lr_factor *= rollback.lr_factor
         return lr_factor * learning_rate
 
@@ -300,7 +305,8 @@ class TrainingLoop:
         """Update weights in backward if the loss is finite; _apply_update refuses other steps."""
         self.optimizer_in_backward.grad_norm = math.nan
         if math.isfinite(float(loss.detach())):
-            with self.optimizer_in_backward.updating(self.step + 1, self._compute_learning_rate()):
+            learning_rate = self._compute_learning_rate(self.step)
+            with self.optimizer_in_backward.updating(self.step + 1, learning_rate):
                 loss.backward()
 
     def _pack_documents(self, documents: Sequence[Document]) -> list[Pack]:

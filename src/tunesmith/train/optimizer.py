@@ -184,10 +184,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     return float(torch.nn.utils.clip_grad_norm_(list(parameters), max_norm or math.inf))
 
 
-def step_optimizer(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Update all parameters that have a gradient with this learning rate."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the rate of each group, from which `compute_last_update` derives the update."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_factor"]
+
+
+def step_optimizer(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Update all parameters that have a gradient with this learning rate."""
+    set_learning_rate(optimizer, learning_rate)
     updated = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     optimizer.step()
     # The fused step writes without telling autograd, but values that are cached per weight version

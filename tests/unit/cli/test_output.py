@@ -145,6 +145,10 @@ def test_libraries_do_not_control_the_terminal(
         library = logging.getLogger("some.library")
         library.addHandler(handler)
         library.warning("unknown key %s", HOSTILE)
+        try:
+            raise ValueError(HOSTILE)
+        except ValueError:
+            library.exception("cannot read")
         library.removeHandler(handler)
         require_harmless(warnings.formatwarning(HOSTILE, UserWarning, HOSTILE, 1))
     finally:
@@ -152,6 +156,7 @@ def test_libraries_do_not_control_the_terminal(
     output = capsys.readouterr().err
     require_harmless(output)
     assert f"unknown key {VISIBLE}" in output
+    assert f"\nValueError: {VISIBLE}" in output, "the traceback is shown, and is harmless"
 
 
 @pytest.mark.parametrize("as_json", [False, True])

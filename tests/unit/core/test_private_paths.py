@@ -35,6 +35,17 @@ def test_the_folders_of_the_user_are_hidden(text: str, expected: str) -> None:
     assert hide_folders(text, paths) == expected
 
 
+def test_every_path_of_a_folder_is_hidden_whatever_comes_first() -> None:
+    names = ("run", "model", "rows.jsonl")
+    text = " ".join(f"/data/{name}" for name in (*names, "else"))
+    for paths in (names, names[::-1]):
+        assert hide_folders(text, [f"/data/{name}" for name in paths]) == (
+            "run model rows.jsonl /data/else"
+        )
+    deep = [f"/home/ann/work/{name}" for name in names]
+    assert hide_folders(" ".join(deep), deep) == "run model rows.jsonl"
+
+
 def test_folders_are_hidden_as_the_text_writes_them() -> None:
     path = "/home/ann & bob/x"
     text = f"<b>{html.escape(path)}</b>"

@@ -69,6 +69,33 @@ def test_a_template_that_renders_otherwise_is_refused(tmp_path: Path, template: 
         served_for(tmp_path, template, [USER])
 
 
+REFUSES_SYSTEM = (
+    "{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_template_that_refuses_system_messages_is_compared_without_them(tmp_path: Path) -> None:
+    served = served_for(tmp_path, REFUSES_SYSTEM, [USER])
+    assert served == OllamaTemplate(TEMPLATES["ChatML"], "", ("<|im_end|>", "<|text|>"))
+
+
+@pytest.mark.parametrize("turn", ["'<|text|>' + m.role", "'<|im_start|>' + m.role | upper"])
+def test_a_template_that_refuses_system_messages_and_renders_otherwise_is_refused(
+    turn: str, tmp_path: Path
+) -> None:
+    template = REFUSES_SYSTEM.replace("'<|im_start|>' + m.role", turn)
+    with pytest.raises(InputError, match="no Ollama template"):
+        served_for(tmp_path, template, [USER])
+
+
+def test_a_row_that_the_template_refuses_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no system role"):
+        served_for(tmp_path, REFUSES_SYSTEM, [CUSTOM, USER], [USER])
+
+
 def test_rows_with_tools_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the rows contain tool calls"):
         served_for(tmp_path, CHATML, [USER, {"role": "tool", "content": "3"}])

@@ -11,9 +11,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunesmith.cli.args import parse_flags
 from tunesmith.core.errors import InputError
+from tunesmith.data.readers.sources import open_source
 from tunesmith.recipe.explain import REPLACEMENTS
-from tunesmith.recipe.load import dump_recipe, load_recipe
+from tunesmith.recipe.fields import is_self_generated
+from tunesmith.recipe.load import dump_recipe, is_flag_value, load_recipe
 from tunesmith.recipe.schema import ALIASES, KEYS
 
 
@@ -118,6 +121,62 @@ def test_self_generated_rehearsal_has_a_former_name(tmp_path: Path, data: str) -
     assert recipe.rehearsal is not None
     assert recipe.rehearsal.is_self_generated
     assert str(recipe.rehearsal.data[0].path) == "self-generated"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{path: self-generated, max_examples: 20}",
+        "{path: self-generated, format: text}",
+        "{path: self, weight: 2}",
+        "{path: self-generated, unknown: 1}",
+        "[{path: self-generated}, {path: other.jsonl}]",
+        "[self-generated, other.jsonl]",
+    ],
+)
+def test_generated_rehearsal_has_no_other_keys_and_no_company(source: str, tmp_path: Path) -> None:
+    """Such an entry names a file, which does not exist; its keys are not dropped without a word."""
+    value = yaml.safe_load(source)
+    assert not is_self_generated(value)
+    text = f"{GOOD}rehearsal: {{data: {source}}}\n"
+    if "unknown" in source:
+        assert "unknown" in refusal(tmp_path, text)
+        return
+    first = load_recipe(write(tmp_path, text), {}).rehearsal.data[0]
+    assert first.path.parent == tmp_path
+    with pytest.raises(InputError, match="no such file"):
+        open_source(first.path)
+
+
+def test_generated_rehearsal_is_recognized_as_a_plan_stores_it(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD + "rehearsal: {data: {path: self-generated}}\n"), {})
+    stored = recipe.model_dump(mode="json")["rehearsal"]["data"]
+    assert is_self_generated(stored)
+    assert is_self_generated("self-generated")
+    assert is_self_generated([{"path": "self"}])
+
+
+@pytest.mark.parametrize("key", ["skip-bad", "skip_bad", "skip-invalid"])
+def test_a_former_name_of_a_switch_takes_no_file_for_its_value(key: str) -> None:
+    assert not is_flag_value(key, "recipe.yaml")
+    assert is_flag_value(key, "false")
+    assert parse_flags([f"--{key}", "recipe.yaml"]) == (Path("recipe.yaml"), {key: "true"})
+
+
+@pytest.mark.parametrize("key", ["lr", "learning-rate", "cutoff_len", "activations"])
+def test_former_names_of_keys_that_are_no_switch_need_a_value(key: str) -> None:
+    with pytest.raises(InputError, match=f"--{key} has no value"):
+        parse_flags([f"--{key}"])
+
+
+@pytest.mark.parametrize("key", ["gradient-checkpointing", "activations"])
+def test_a_missing_value_names_the_values(key: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_flags([f"--{key}"])
+    assert caught.value.fix == f"write --{key} VALUE: auto, none, selective or full"
+    with pytest.raises(InputError) as caught:
+        parse_flags(["--batch-size", "--seed", "1"])
+    assert caught.value.fix == "write --batch-size VALUE"
 
 
 def test_other_tools_names_are_understood(tmp_path: Path) -> None:

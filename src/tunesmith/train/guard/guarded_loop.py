@@ -8,7 +8,7 @@ A rollback restores the newest good checkpoint and changes something. In the end
 best checkpoint are restored.
 
 Every decision follows from events. A resumed run replays the events of its folder and judges the
-step of its checkpoint again; the size of that step's update is not known any more.
+step of its checkpoint again, so it decides what an uninterrupted run decides.
 
 In: a RunContext, an open Session, the metrics before training. Out: events, checkpoints.
 Left out: what is bad (detectors.py), what changes after a rollback (rollback.py), which checkpoint

@@ -339,6 +339,7 @@ class GenerationProbe:
             "forgotten",
             text_ids,
             tuple(lost_bits),
+            weights=(1.0,) * len(texts),  # before training all are 0, which is no rate
             groups=tuple(text.domain for text in texts),
             higher_is_better=False,
         )

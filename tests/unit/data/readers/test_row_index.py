@@ -79,6 +79,20 @@ def test_a_broken_array_is_the_files_error(raw, where, says):
     assert caught.value.where == where
 
 
+@pytest.mark.parametrize(
+    ("raw", "element"),
+    [
+        (b'[{"a": }, {"b": 1}]', 1),
+        (b'[{"a": 1},\n {"b": "x}]', 2),
+        (b"[" + b"{}," * 41 + b'{"a" 1}]', 42),
+        (b"[{}, " + b"[" * 100_000 + b"]" * 100_000 + b"]", 2),
+    ],
+)
+def test_a_broken_array_names_its_element(raw, element):
+    with pytest.raises(InputError, match=rf"element {element}\b"):
+        elements(raw)
+
+
 def test_an_element_that_only_the_strict_decoder_refuses_is_no_reason_to_stop():
     raw = b'[{"a": NaN}, {"b": "\x00"}, {"c": 1, "c": 2}, {"d": "\xe9"}, {"e": 1e999}, 5]'
     assert elements(raw) == [

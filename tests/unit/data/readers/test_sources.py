@@ -28,6 +28,26 @@ def test_rows_have_the_name_and_line_of_their_file_and_can_be_read_in_any_order(
     ]
 
 
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_the_length_of_a_row_is_known_without_reading(is_folder, write, tmp_path):
+    """The rows of a run are ranked by it, so a file must not be opened once for every row."""
+    if is_folder:
+        texts = ["one", "a longer text"]
+        for number, text in enumerate(texts):
+            (tmp_path / f"{number}.txt").write_text(text)
+        source = open_source(tmp_path)
+        files = sorted(tmp_path.glob("*.txt"))
+    else:
+        texts = ['{"a": 1}', '{"a": "longer"}']
+        files = [write("\n".join(texts))]
+        source = open_source(files[0])
+    lengths = [source.read_raw(index, 0)[1] for index in range(2)]
+    for file in files:
+        file.unlink()
+    assert [source.get_num_bytes(index) for index in range(2)] == lengths
+    assert lengths[0] < lengths[1]
+
+
 def test_byte_order_mark_and_crlf_are_fine(write):
     rows = rows_of(write(b'\xef\xbb\xbf{"text": "a\\r\\nb"}\r\n{"text": "c"}\r\n\r\n'))
     assert [row.data for row in rows] == [{"text": "a\r\nb"}, {"text": "c"}]

@@ -135,6 +135,8 @@ def test_probes_say_what_the_model_says_and_change_nothing(
     }
     by_step = {(s.metric, s.step): s.value for s in scores if s.task == PROBE_TASK}
     assert by_step["kl", 0] == by_step["forgotten", 0] == by_step["adapter_share", 0] == 0
+    (unchanged,) = (s for s in scores if (s.metric, s.step) == ("forgotten", 0))
+    assert unchanged.low == unchanged.high == 0, "equal to the base, with nothing uncertain"
     assert by_step["kl", 3] > 0
     assert by_step["adapter_share", 3] > 0
     assert by_step["update_ratio", 3] > 0
@@ -197,6 +199,43 @@ def test_without_prompts_it_says_so(tiny_folder: Path, tmp_path: Path) -> None:
     ]
     assert messages.level == "warn"
     assert "two prompts" in messages.evidence
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "num_texts", "unwatched"),
+    [
+        (4, 4, {"forgetting: 4 general texts", "overfitting: 4 prompts"}),
+        (5, 4, {"forgetting: 4 general texts"}),
+        (4, 5, {"overfitting: 4 prompts"}),
+        (5, 5, set()),
+        (5, 0, set()),
+    ],
+)
+def test_what_few_items_leave_unwatched_is_a_warning(
+    num_prompts: int, num_texts: int, unwatched: set[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    texts = [{"text": f"text number {n}"} for n in range(num_texts)]
+    # unlike each other, so that none is dropped as a near-duplicate
+    rows = [make_chat_row(letter * 9, letter.upper() * 7) for letter in "abcdefg"]
+    files = {
+        "eval_data": write_rows(tmp_path / "eval.jsonl", rows[:num_prompts]),
+        "test_data": write_rows(tmp_path / "test.jsonl", rows[5:]),
+    }
+    if texts:
+        files["retention_data"] = write_rows(tmp_path / "general.jsonl", texts)
+    roles = {role: str(path) for role, path in files.items()}
+    events = run.train(plan_recipe(make_tiny_recipe(tiny_folder, tmp_path, **roles)))
+    warnings: set[str] = set()
+    for event in events:
+        if isinstance(event, CheckResult) and event.kind in ("forgetting", "overfitting"):
+            assert (event.level, event.step) == ("warn", 0)
+            items, _, reason = event.evidence.removeprefix("not watched: ").partition(", ")
+            assert reason == "and it takes 5"
+            warnings.add(f"{event.kind}: {items}")
+        if isinstance(event, TrainStep):
+            break
+    events.close()  # type: ignore[attr-defined]
+    assert warnings == unwatched
 
 
 # ---------------------------------------------------------------- back and on
@@ -278,6 +317,35 @@ def test_killed_around_a_rollback_it_ends_with_the_same_bytes(
     assert sum(map(is_rollback, went_on)) == (1 if after == "before it" else 0)
     remaining = [event.step for event in select_steps(read_events(get_run_dir(wish)))]
     assert remaining == list(range(1, 13))
+
+
+def test_a_step_that_is_judged_again_has_the_same_update_ratio(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    files = write_eval_files(tmp_path)
+
+    def read_ratios(wish: Recipe) -> dict[int, float]:
+        scores = [e for e in read_events(get_run_dir(wish)) if isinstance(e, Score)]
+        return {score.step: score.value for score in scores if score.metric == "update_ratio"}
+
+    straight, killed = (
+        make_tiny_recipe(
+            tiny_folder, tmp_path / name, **files, save_steps=1, guard={"probe_steps": 1}
+        )
+        for name in ("straight", "killed")
+    )
+    train(straight)
+    run_until(killed, lambda event: getattr(event, "path", "") == "checkpoints/step-2")
+    assert set(read_ratios(killed)) == {1, 2}
+    again = list(run.resume(get_run_dir(killed)))
+    ratios = read_ratios(straight)
+    assert min(ratios.values()) > 0
+    assert read_ratios(killed) == ratios
+    assert {
+        event.step: event.value
+        for event in again
+        if isinstance(event, Score) and event.metric == "update_ratio"
+    } == {step: ratios[step] for step in (2, 3)}
 
 
 def test_resumed_without_the_checkpoint_that_it_went_back_to(
