@@ -33,8 +33,9 @@ RUN_FORMAT = 3  # of plan.json and its run folder; raised when older files would
 
 Json = dict[str, Any]
 T = TypeVar("T")
-# of a document: "" is trained on, a banned one is trained away from
-Side = Literal["", "chosen", "rejected", "banned"]
+# of a document: "" is trained on, a banned one is trained away from; of a mismatched one only the
+# log-probability is measured
+Side = Literal["", "chosen", "rejected", "banned", "desirable", "undesirable", "mismatched"]
 
 # ---------------------------------------------------------------- facts
 
@@ -404,6 +405,12 @@ class Example:
     banned_spans: tuple[CharSpan, ...] = ()  # bad parts; nothing else of the row is trained
     violations: tuple[str, ...] = ()  # names of the constraints that it breaks
     choices: tuple[str, ...] = ()  # answers to choose from
+    label: bool | None = None  # whether the answer is desirable, for KTO
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the row says that its answer is wrong."""
+        return bool(self.negative) or self.label is False
 
 
 @dataclass(frozen=True, eq=False)
@@ -419,8 +426,8 @@ class Document:
 
     @property
     def is_correct(self) -> bool:
-        """Whether its answer is neither rejected nor banned."""
-        return self.side not in ("rejected", "banned")
+        """Whether its answer is one to learn."""
+        return self.side in ("", "chosen", "desirable")
 
     def __len__(self) -> int:
         return len(self.tokens_L)

@@ -14,9 +14,9 @@ import dataclasses
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from tunesmith.data.formats.parse import (
     check_columns,
     detect_format,
     get_note,
+    parse_labelled,
     parse_pair,
     parse_row,
     rename_columns,
@@ -50,6 +51,12 @@ MAX_SHAPES = 2**16 - 1
 PAIR_TOO_LONG = "one side of the pair is longer than max_length"
 NO_VIOLATION = "the base model's answer breaks no constraint"
 NOT_RENDERED: Reason = "cannot be rendered"
+RowKind = Literal["answer", "pair", "labelled"]
+ROW_PARSERS: dict[RowKind, Callable[[Row, str, bool], Example]] = {
+    "answer": parse_row,
+    "pair": parse_pair,
+    "labelled": parse_labelled,
+}
 NO_CONSTRAINTS = ConstraintSet()
 
 
@@ -62,10 +69,14 @@ class DataSourceReader:
     format_reason: str
     columns: Mapping[str, str]  # our name -> column of the file
     weight: float
-    has_pairs: bool  # both sides of preference rows are parsed
+    row_kind: RowKind  # what a row holds
     constraint_set: ConstraintSet
     task: str = ""
     prompt_formatter: PromptFormatter | None = None  # for rows of columns without a prompt
+
+    @property
+    def has_pairs(self) -> bool:
+        return self.row_kind == "pair"
 
     def read_mapped_row(self, index: int) -> Row:
         """Read a row and rename its columns."""
@@ -88,7 +99,7 @@ class DataSourceReader:
         row = self.read_row(index)
         # With pair constraints a row may lack a rejected side: the base model will generate it.
         is_pair = self.format in SIDE_READERS or not self.constraint_set.has_pair_constraints
-        parse = parse_pair if self.has_pairs and is_pair else parse_row
+        parse = ROW_PARSERS[self.row_kind] if is_pair else parse_row
         example = parse(row, self.format, has_template)
         return self.constraint_set.mark_violations(example)
 
@@ -119,6 +130,10 @@ class Dataset:
     @property
     def has_pairs(self) -> bool:
         return any(part.has_pairs for part in self.parts)
+
+    @property
+    def has_labels(self) -> bool:
+        return any(part.row_kind == "labelled" for part in self.parts)
 
     @property
     def is_trained(self) -> bool:
@@ -241,13 +256,13 @@ def open_dataset(
     on_overlong: OverlongPolicy = "drop",
     max_examples: int | None = None,
     skip_invalid: bool = False,
-    has_pairs: bool = False,
+    row_kind: RowKind = "answer",
     constraint_set: ConstraintSet = NO_CONSTRAINTS,
 ) -> Dataset:
     """Parse every row once and store where it is.
 
-    `max_examples` takes the first rows of all files together. With `has_pairs` a row is a chosen
-    and a rejected answer, otherwise the chosen one alone. Raises InputError for an unreadable file,
+    `max_examples` takes the first rows of all files together. A row is an answer, a pair (a chosen
+    and a rejected one), or a labelled answer. Raises InputError for an unreadable file,
     if no row is valid, and for a constraint that most answers break."""
     name_counts = Counter(file.path.name for file in files)
     scanner = _DatasetScanner(renderer.has_template)
@@ -264,7 +279,7 @@ def open_dataset(
             num_rows = min(num_rows, remaining)
             remaining -= num_rows
         rows = range(num_rows)
-        part = _build_part(file, source, rows, renderer.has_template, has_pairs, constraint_set)
+        part = _build_part(file, source, rows, renderer.has_template, row_kind, constraint_set)
         scanner.scan(part, rows)
     path = ", ".join(str(file.path) for file in files)
     scanner.constraint_counts.refuse_broad_constraints(path)
@@ -332,10 +347,11 @@ def _build_part(
     source: Source | TextFolder,
     rows: range,
     has_template: bool,
-    has_pairs: bool,
+    row_kind: RowKind,
     constraint_set: ConstraintSet,
 ) -> DataSourceReader:
     """Decide how the rows of a file are parsed. Raises InputError for an unknown format."""
+    has_pairs = row_kind != "answer"
     format = file.format
     reason = "set in the recipe"
     prompt_formatter = None
@@ -359,7 +375,7 @@ def _build_part(
         format_reason=reason,
         columns=file.columns,
         weight=file.weight,
-        has_pairs=has_pairs,
+        row_kind=row_kind,
         constraint_set=constraint_set,
         task=file.name,
         prompt_formatter=prompt_formatter,

@@ -31,6 +31,8 @@ SIDE_LABELS = {
     "chosen": "trained (chosen)",
     "rejected": "trained (rejected)",
     "banned": "trained away from",
+    "desirable": "trained (desirable)",
+    "undesirable": "trained (undesirable)",
 }
 MAX_CHAR_TOKENS = 6  # of one character
 VISIBLE_SIGNS = {"\n": "⏎\n", "\t": "⇥"}

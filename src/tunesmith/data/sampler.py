@@ -10,6 +10,7 @@ and how many rows of a task an epoch has (plan/mixture.py)."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from bisect import bisect_left
 from collections import deque
@@ -22,12 +23,14 @@ from typing import TypeVar
 import numpy as np
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.types import Document
 from tunesmith.data.dataset import Dataset
 
 # Changes of the rehearsal ratio: (completed steps at the change, new ratio).
 RatioChanges = Sequence[tuple[int, float]]
 # Offset of a task's pass numbers, times the task number from 1: no two tasks share an order.
 PASS_OFFSET = 2**40
+LABELLED_SIDES = ("desirable", "undesirable")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -200,3 +203,30 @@ def prefetch(
                 yield futures.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ---------------------------------------------------------------- KTO
+
+
+def mismatch_answers(documents: Sequence[Document], max_length: int) -> list[Document]:
+    """Return each prompt of a step with the answer of the labelled document before it, up to
+    `max_length` tokens; the first one gets the last answer. KTO's KL term is measured on them."""
+    labelled = [document for document in documents if document.side in LABELLED_SIDES]
+    mismatched: list[Document] = []
+    for index, document in enumerate(labelled):
+        other = labelled[index - 1]
+        prompt_end = int(np.flatnonzero(document.weights_L)[0])
+        answer_start = int(np.flatnonzero(other.weights_L)[0])
+        no_weights_L = np.zeros(prompt_end, np.float32)
+        weights_L = np.concatenate([no_weights_L, other.weights_L[answer_start:]])
+        tokens_L = np.concatenate([document.tokens_L[:prompt_end], other.tokens_L[answer_start:]])
+        mismatched.append(
+            dataclasses.replace(
+                document,
+                tokens_L=tokens_L[:max_length],
+                weights_L=weights_L[:max_length],
+                side="mismatched",
+                reference_logp=None,
+            )
+        )
+    return mismatched

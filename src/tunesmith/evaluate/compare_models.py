@@ -29,7 +29,7 @@ from tunesmith.model.save import load_weights
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
-from tunesmith.session.inputs import RunInputs
+from tunesmith.session.inputs import RunInputs, get_row_kind
 from tunesmith.session.provenance import check_checkpoint
 from tunesmith.session.reopen import load_plan_and_inputs, load_trained_model
 from tunesmith.session.session import load_starting_model, open_eval_session
@@ -176,7 +176,7 @@ def _apply_spec(plan: Plan, run_inputs: RunInputs, spec: EvalSpec) -> tuple[Plan
     rows = open_dataset(
         [DataSource(path=spec.data)],
         run_inputs.renderer,
-        has_pairs=plan.config.stage == "preference",
+        row_kind=get_row_kind(run_inputs.recipe),
         constraint_set=ConstraintSet(run_inputs.recipe.never, is_held_out=True),
     )
     for problems in rows.rejected_rows.examples.values():

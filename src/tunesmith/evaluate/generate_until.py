@@ -75,7 +75,7 @@ def _build_prompt(example: Example, renderer: Renderer) -> EvalPrompt:
         prompt_text=prompt_text,
         expected=renderer.decode(answer),
         num_expected_tokens=end - start,
-        negative=example.negative,
+        negative=True if example.label is False else example.negative,
     )
 
 

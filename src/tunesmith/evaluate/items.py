@@ -136,7 +136,7 @@ def load_test_prompts(inputs: RunInputs) -> list[Example]:
         # A row that cannot be rendered has no documents.
         if prepared.documents and (example.messages or example.prompt):
             examples.append(example)
-    return sorted(examples, key=lambda example: bool(example.negative))
+    return sorted(examples, key=lambda example: example.is_bad)
 
 
 def load_general_texts(inputs: RunInputs) -> tuple[GeneralText, ...]:
@@ -188,7 +188,7 @@ def _build_selection_prompts(plan: Plan, inputs: RunInputs) -> tuple[EvalPrompt,
     examples: list[Example] = []
     for row in permute_rows(0, 0, len(rows)).tolist():
         example, prepared = rows.render_row(row)
-        if prepared.documents and (example.messages or example.prompt) and not example.negative:
+        if prepared.documents and (example.messages or example.prompt) and not example.is_bad:
             examples.append(example)
         if len(examples) == MAX_SELECTION_PROMPTS:
             break

@@ -17,7 +17,7 @@ import torch
 
 from tunesmith.core.events import CheckResult
 from tunesmith.core.progress_log import log_progress
-from tunesmith.core.types import Batch, Comparison, Document, Pack
+from tunesmith.core.types import Batch, Comparison, Document, Pack, Side
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
@@ -200,6 +200,26 @@ def measure_preference(
         MetricValues(task, "margin", rows, tuple(margins)),
         MetricValues(task, "chosen_logp", rows, tuple(chosen)),
         MetricValues(task, "rejected_logp", rows, tuple(rejected), higher_is_better=False),
+    )
+
+
+def measure_side_logp(
+    model: PackedCausalLM,
+    documents: Sequence[Document],
+    side: Side,
+    *,
+    task: str,
+    pack_length: int,
+    share: bool = False,
+) -> MetricValues:
+    """Return the log-probability of each desirable or undesirable answer, as KTO sums it."""
+    nlls = sorted(compute_nll(model, documents, pack_length, share=share))
+    return MetricValues(
+        task,
+        f"{side}_logp",
+        tuple(documents[index].id for index, _, _ in nlls),
+        tuple(-nats for _, nats, _ in nlls),
+        higher_is_better=side == "desirable",
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tunesmith.core.events import GENERAL_TASK, Score
 from tunesmith.core.types import Document, GenerationOutput
+from tunesmith.data.sampler import LABELLED_SIDES
 from tunesmith.evaluate.answer_cache import AnswerCache, generate_cached
 from tunesmith.evaluate.constraint_violations import ELICITING, measure_bad_logp, measure_violations
 from tunesmith.evaluate.general_text import (
@@ -32,6 +33,7 @@ from tunesmith.evaluate.kl_divergence import BaseReference, measure_loss_and_kl
 from tunesmith.evaluate.loglikelihood import (
     measure_loss,
     measure_preference,
+    measure_side_logp,
     to_bits_per_byte,
 )
 from tunesmith.evaluate.metrics import BITS_PER_BYTE, LIKELIHOODS
@@ -263,6 +265,10 @@ def _measure_likelihoods(
         yield from measure_preference(
             session.model, pairs, task=task, should_sum=should_sum, **packing
         )
+    for side in LABELLED_SIDES:
+        labelled = [document for document in documents if document.side == side]
+        if len({document.id for document in labelled}) > 1:
+            yield measure_side_logp(session.model, labelled, side, task=task, **packing)
 
 
 def _measure_plan_likelihoods(

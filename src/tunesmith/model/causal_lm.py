@@ -167,7 +167,8 @@ class PackedCausalLM:
 
     @property
     def embedding_size(self) -> int:
-        return self.network.get_input_embeddings().weight.shape[1]
+        embedding: Any = self.network.get_input_embeddings()
+        return embedding.weight.shape[1]
 
     @property
     def context_length(self) -> int:

@@ -56,7 +56,10 @@ PREFERENCE_KEYS = {
     "beta": "beta",
     "gamma": "gamma",
     "nll_coefficient": "nll_coefficient",
+    "desirable_weight": "desirable_weight",
+    "undesirable_weight": "undesirable_weight",
 }
+KTO_KEYS = ("desirable_weight", "undesirable_weight")
 ADAPTER_KEYS = (
     "lora_r",
     "lora_alpha",
@@ -154,6 +157,8 @@ def _apply_rules(
         if key in ADAPTER_KEYS and context["method"] == "full":
             continue
         if key in PREFERENCE_KEYS and context.stage != "preference":
+            continue
+        if key in KTO_KEYS and context["loss"] != "kto":
             continue
         # settings that only change speed are not keys of the recipe
         recipe_value = recipe_values.get(key, "auto")

@@ -274,11 +274,11 @@ def get_width_power(family: str) -> float:
 
 
 # Full fine-tuning, from about 3B parameters: ours; SimPO's own runs used 3e-7 to 1e-6.
-PREFERENCE_RATES = {"dpo": 1e-6, "orpo": 8e-6, "simpo": 1e-6}
+PREFERENCE_RATES = {"dpo": 1e-6, "orpo": 8e-6, "simpo": 1e-6, "kto": 1e-6}
 
 
 def decide_preference_rate(context: RuleContext) -> PlanValue:
-    """1e-6 for DPO and SimPO, 8e-6 for ORPO, times 10 for an adapter.
+    """1e-6 for DPO, SimPO and KTO, 8e-6 for ORPO, times 10 for an adapter.
 
     Times (2000 / h)^p below a hidden size of 2000, as in `learning_rate`: an extrapolation."""
     hidden_size = context.model.hidden_size
@@ -339,7 +339,9 @@ def loss(context: RuleContext) -> PlanValue:
 
 
 def beta(context: RuleContext) -> PlanValue:
-    """DPO .1, .5 below 0.5B parameters; ORPO .1 (its lambda); SimPO 2."""
+    """DPO .1, .5 below 0.5B parameters; KTO .1; ORPO .1 (its lambda); SimPO 2."""
+    if context["loss"] == "kto":
+        return make_rule_value(0.1, "per nat of the answer", "Ethayarajh 2024")
     if context["loss"] == "simpo":
         return make_rule_value(2.0, "per nat per token", "Meng 2024: 2.0 to 2.5")
     if context["loss"] == "orpo":
@@ -350,6 +352,9 @@ def beta(context: RuleContext) -> PlanValue:
     return make_rule_value(0.1, "per nat of the answer", "Rafailov 2023")
 
 
+KTO_WEIGHT_REASON = "both kinds of answers count alike; the data check says if one is rare"
+
+
 def gamma(context: RuleContext) -> PlanValue:
     if context["loss"] != "simpo":
         return make_rule_value(0.0, f"{context['loss']} has no margin")
@@ -358,10 +363,12 @@ def gamma(context: RuleContext) -> PlanValue:
 
 
 def nll_coefficient(context: RuleContext) -> PlanValue:
-    """1 in ORPO, which is the loss as published; else .2, so that chosen answers do not become less
+    """1 in ORPO, which is the loss as published; 0 in KTO; else .2, so that chosen answers do not become less
     likely."""
     if context["loss"] == "orpo":
         return make_rule_value(1.0, "part of ORPO: the NLL of the chosen answer", "Hong 2024")
+    if context["loss"] == "kto":
+        return make_rule_value(0.0, "no pairs: desirable answers rise on their own")
     reason = "keeps chosen answers from becoming less likely along with the rejected ones"
     return make_rule_value(0.2, reason, "Llama 3 2024")
 
@@ -446,6 +453,8 @@ RULES: dict[str, Callable[[RuleContext], PlanValue]] = {
     "beta": beta,
     "gamma": gamma,
     "nll_coefficient": nll_coefficient,
+    "desirable_weight": make_constant_rule(1.0, KTO_WEIGHT_REASON, "Ethayarajh 2024"),
+    "undesirable_weight": make_constant_rule(1.0, KTO_WEIGHT_REASON, "Ethayarajh 2024"),
     "dtype": dtype,
     "max_length": max_length,
     "pack_length": pack_length,

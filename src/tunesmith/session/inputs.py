@@ -26,7 +26,7 @@ from tunesmith.core.types import DataReport, Document, Json, Machine, ModelSpec,
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.checks.run import check_data
 from tunesmith.data.constraints import ConstraintSet
-from tunesmith.data.dataset import Dataset, open_dataset
+from tunesmith.data.dataset import Dataset, RowKind, open_dataset
 from tunesmith.data.formats.few_shot import add_shots
 from tunesmith.data.golden_set import refuse_locked_rows
 from tunesmith.data.leakage import refuse_rehearsal_leakage, refuse_task_leakage
@@ -256,9 +256,16 @@ def _open_rows(
         renderer.train_on(recipe.train_on),
         max_examples=max_examples,
         skip_invalid=recipe.skip_invalid,
-        has_pairs=recipe.stage == "preference",
+        row_kind=get_row_kind(recipe),
         constraint_set=constraints,
     )
+
+
+def get_row_kind(recipe: Recipe) -> RowKind:
+    """Return what the rows of a recipe hold."""
+    if recipe.stage != "preference":
+        return "answer"
+    return "labelled" if recipe.loss.name == "kto" else "pair"
 
 
 def _select_rehearsal_sources(

@@ -24,6 +24,7 @@ MAX_PACKED_DOCUMENTS = 3  # enough to see a leak or shifted labels, in seconds
 # tokens of each document in the isolation check; not a whole block of a kernel
 ISOLATION_TOKENS = 72
 FORK_TOKENS = 40  # tokens kept before and after the point where shared documents diverge
+WORSE_SIDES = ("rejected", "undesirable")
 CHAINED_SUFFIX = " and more"  # of the id of rows that are concatenated
 TRUNCATED_SUFFIX = ", truncated"  # of the id of a document without its end
 BANNED_SUFFIX = ", banned"  # of the id of a document that only trains away from its answer
@@ -143,8 +144,8 @@ def choose_documents(candidates: Sequence[Document], window: int | None) -> tupl
     With a sliding window, at least one is longer than it (rows are concatenated if needed). A
     single document is returned twice, since the isolation check needs two."""
     ranked = sorted((document for document in candidates if count_input_tokens(document)), key=len)
-    rejected = [document for document in ranked if document.side == "rejected"]
-    others = [document for document in ranked if document.side != "rejected"]
+    rejected = [document for document in ranked if document.side in WORSE_SIDES]
+    others = [document for document in ranked if document.side not in WORSE_SIDES]
     indices = sorted({0, len(others) // 4, len(others) // 2, len(others) - 1}) if others else []
     chosen = [others[index] for index in indices]
     if rejected:

@@ -4,7 +4,8 @@
     base_states/      its final hidden states on the measured texts and answers, where nothing
                       brings the base model back later: full fine-tuning, continuing
                       an adapter; deleted when the run ends
-    reference.json    log-probabilities of preference pairs, for DPO, in the same cases
+    reference.json    log-probabilities of preference rows, for DPO and KTO, in the same cases;
+                      for KTO also mismatched.json, those of the KL term
 
 In: a run folder and an open Session. Out: metrics, references for KL and DPO.
 Left out: what is measured (evaluate/items.py), the KL divergence (evaluate/kl_divergence.py)."""
@@ -34,9 +35,11 @@ from tunesmith.evaluate.measure import (
 from tunesmith.evaluate.results import EvalResults
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session
+from tunesmith.train.kto import measure_logps, split_mismatched
 from tunesmith.train.losses import REFERENCE_LOSSES
 
 REFERENCE_FILE = "reference.json"  # row -> log-probabilities of its documents before training
+MISMATCHED_FILE = "mismatched.json"  # step -> those of KTO's mismatched documents
 BATCH_ROWS = 64
 STATES_DIR = "base_states"
 STATE_NAMES = {GENERAL_TASK: "general", "test": "answers"}
@@ -96,11 +99,11 @@ def _cache_base_states(states_dir: Path, session: Session, items: EvalItems) -> 
         states.save_files(scratch, STATE_NAMES["test"])
 
 
-# ---------------------------------------------------------------- DPO
+# ---------------------------------------------------------------- DPO and KTO
 
 
 def add_references(session: Session, folder: RunFolder) -> Session:
-    """Return the session with the log-probabilities that DPO compares with.
+    """Return the session with the log-probabilities that DPO and KTO compare with.
 
     They are computed once, before any weight changes, and every later attempt reads them from the
     run folder. A fresh adapter needs none: switched off, it leaves the base model.
@@ -113,7 +116,23 @@ def add_references(session: Session, folder: RunFolder) -> Session:
         folder.write_json(REFERENCE_FILE, _compute_reference_logps(session))
     references = read_json(folder.path / REFERENCE_FILE)
     logps = {int(row): values for row, values in references.items()}
-    return dataclasses.replace(session, reference_logps=logps)
+    session = dataclasses.replace(session, reference_logps=logps)
+    return _add_mismatched(session, folder) if plan.config.loss == "kto" else session
+
+
+def _add_mismatched(session: Session, folder: RunFolder) -> Session:
+    """Return the session with the log-probabilities of the mismatched documents of each step."""
+    if not (folder.path / MISMATCHED_FILE).exists():
+        session.model.network.eval()
+        computed: dict[int, list[float]] = {}
+        for step in range(1, session.plan.steps + 1):
+            _, mismatched = split_mismatched(session.load_documents(step))
+            pack_length = session.plan.config.pack_length
+            computed[step] = measure_logps(session.model, mismatched, pack_length)
+        folder.write_json(MISMATCHED_FILE, computed)
+    stored = read_json(folder.path / MISMATCHED_FILE)
+    mismatched_logps = {int(step): values for step, values in stored.items()}
+    return dataclasses.replace(session, mismatched_logps=mismatched_logps)
 
 
 def _compute_reference_logps(session: Session) -> dict[int, list[float]]:

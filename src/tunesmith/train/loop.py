@@ -35,6 +35,7 @@ from tunesmith.model.new_embeddings import collect_new_rows
 from tunesmith.model.oom import OutOfMemory, memory_errors
 from tunesmith.model.safetensors_io import find_nonfinite
 from tunesmith.train.checkpoint import read_state, write_state
+from tunesmith.train.kto import measure_kl, split_mismatched
 from tunesmith.train.losses import LossConfig, LossNormalizer, compute_step_terms
 from tunesmith.train.neftune import collate_for_training
 from tunesmith.train.optimizer import (
@@ -61,6 +62,10 @@ def build_loss_config(config: PlanConfig) -> LossConfig:
             config.gamma or 0.0,
             config.nll_coefficient or 0.0,
             label_smoothing=label_smoothing,
+            desirable_weight=1.0 if config.desirable_weight is None else config.desirable_weight,
+            undesirable_weight=(
+                1.0 if config.undesirable_weight is None else config.undesirable_weight
+            ),
         )
     if config.ban_coefficient is not None:
         return LossConfig(ban_coefficient=config.ban_coefficient)
@@ -203,19 +208,24 @@ class TrainingLoop:
     # ------------------------------------------------------------ one step
 
     def _take_step(self) -> Event:
-        documents = self._load_next_documents()
+        loaded = self._load_next_documents()
         started = time.perf_counter()
+        documents, mismatched = split_mismatched(loaded)
         normalizer = LossNormalizer.from_documents(documents)
         packs = self._pack_documents(documents) if normalizer else []
         try:
             with memory_errors():
+                kl = measure_kl(self.model, mismatched, self.pack_length)
+                self.loss_config = dataclasses.replace(self.loss_config, kl=kl)
                 loss, supervised_tokens = self._forward_backward(packs, normalizer)
         except OutOfMemory as error:
             message = error.message
         else:
             return self._apply_update(documents, packs, started, loss, supervised_tokens)
         # Outside the except block, where the traceback no longer holds the tensors of the step.
-        return self._shrink_packs(documents, message)
+        event = self._shrink_packs(documents, message)
+        self._retry_documents = loaded
+        return event
 
     def _apply_update(
         self,

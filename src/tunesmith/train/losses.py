@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.core.types import Batch, Document
+from tunesmith.data.sampler import LABELLED_SIDES
 from tunesmith.model.adapters import scaled_adapter
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.lm_head import (
@@ -31,7 +32,11 @@ from tunesmith.model.lm_head import (
     compute_target_losses,
     measure_target_losses,
 )
+from tunesmith.train.kto import LabelledLogps, kto_loss
 from tunesmith.train.neftune import remove_embedding_noise
+
+CHOSEN_SIDES = ("chosen", "desirable")
+COUNTED_SIDES = ("chosen", *LABELLED_SIDES)  # a pair counts once, by its chosen side
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +50,8 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The loss of pairs, the coefficients of the terms `chosen` and `banned`, and the smoothing of
-    labels: those of tokens in the term `answer`, of whole pairs in `preference`."""
+    """The loss of preference rows, the coefficients of the terms `chosen` and `banned`, and the
+    smoothing of labels: those of tokens in the term `answer`, of whole pairs in `preference`."""
 
     loss: str = "dpo"
     beta: float = 0.1
@@ -54,11 +59,15 @@ class LossConfig:
     nll_coefficient: float = 0.0
     ban_coefficient: float = 1.0
     label_smoothing: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    kl: float = 0.0  # of the step, in KTO
 
 
 @dataclass(frozen=True)
 class LossNormalizer:
-    """The counts of a step's terms: sums of target weights, and of the weights of pairs."""
+    """The counts of a step's terms: sums of target weights, and of the weights of pairs or of
+    labelled answers."""
 
     answer: float = 0.0
     chosen: float = 0.0
@@ -68,9 +77,10 @@ class LossNormalizer:
     @classmethod
     def from_documents(cls, documents: Sequence[Document]) -> LossNormalizer:
         plain = [document for document in documents if not document.side]
-        chosen = [document for document in documents if document.side == "chosen"]
+        chosen = [document for document in documents if document.side in CHOSEN_SIDES]
+        preferred = [document for document in documents if document.side in COUNTED_SIDES]
         banned = [document for document in documents if document.side == "banned"]
-        pair_weights = [sum_weights([d]) / np.count_nonzero(d.weights_L) for d in chosen]
+        pair_weights = [sum_weights([d]) / np.count_nonzero(d.weights_L) for d in preferred]
         return cls(
             answer=sum_weights(plain),
             chosen=sum_weights(chosen),
@@ -94,8 +104,9 @@ def compute_step_terms(
     if not batch.sides:
         return sft_loss(model, batch, normalizer.answer, loss_config.label_smoothing)
     has_pairs = "chosen" in batch.sides
+    has_labels = any(side in LABELLED_SIDES for side in batch.sides)
     reference_logps_D: Tensor | None = None
-    if has_pairs and loss_config.loss in REFERENCE_LOSSES:
+    if (has_pairs or has_labels) and loss_config.loss in REFERENCE_LOSSES:
         reference_logps_D = _compute_reference_logps(model, batch)
     losses_S = _compute_target_losses(model, batch, compute_target_losses)
     weights_S = batch.weights_S.to(losses_S.dtype)
@@ -105,12 +116,17 @@ def compute_step_terms(
         pairs = _collect_pair_logps(batch, _sum_by_document(batch, -losses_S), reference_logps_D)
         total_P = pairs.weight_P * PREFERENCE_LOSSES[loss_config.loss](pairs, loss_config)
         terms["preference"] = LossTerm(total_P.sum(), normalizer.pairs)
+    if has_labels:
+        assert reference_logps_D is not None
+        terms["preference"] = _compute_kto_term(
+            batch, -losses_S, reference_logps_D, normalizer, loss_config
+        )
     if "banned" in batch.sides:
         is_banned_S = _mask_side(batch, "banned")
         banned_S = unlikelihood_loss(losses_S[is_banned_S]) * weights_S[is_banned_S]
         terms["banned"] = LossTerm(banned_S.sum(), normalizer.banned, loss_config.ban_coefficient)
-    if has_pairs and loss_config.nll_coefficient:
-        chosen_S = weighted_S[_mask_side(batch, "chosen")]
+    if normalizer.chosen and loss_config.nll_coefficient:
+        chosen_S = weighted_S[_mask_side(batch, *CHOSEN_SIDES)]
         terms["chosen"] = LossTerm(chosen_S.sum(), normalizer.chosen, loss_config.nll_coefficient)
     if "" in batch.sides:
         terms["answer"] = LossTerm(weighted_S[_mask_side(batch, "")].sum(), normalizer.answer)
@@ -215,10 +231,37 @@ def _sum_by_document(batch: Batch, values_S: Tensor) -> Tensor:
     return values_S.new_zeros(len(batch.sides)).index_add(0, batch.document_S, values_S)
 
 
-def _mask_side(batch: Batch, side: str) -> Tensor:
-    """Return which targets [S] belong to documents of this side."""
-    is_side = [document_side == side for document_side in batch.sides]
+def _mask_side(batch: Batch, *sides: str) -> Tensor:
+    """Return which targets [S] belong to documents of these sides."""
+    is_side = [document_side in sides for document_side in batch.sides]
     return torch.tensor(is_side, device=batch.document_S.device)[batch.document_S]
+
+
+def _compute_kto_term(
+    batch: Batch,
+    logps_S: Tensor,
+    reference_logps_D: Tensor,
+    normalizer: LossNormalizer,
+    loss_config: LossConfig,
+) -> LossTerm:
+    """Return the mean KTO loss of the labelled documents; a row's weight scales its share."""
+    labelled = [index for index, side in enumerate(batch.sides) if side in LABELLED_SIDES]
+    index_D = torch.tensor(labelled, device=logps_S.device)
+    is_desirable = [batch.sides[index] == "desirable" for index in labelled]
+    tokens_D = _sum_by_document(batch, torch.ones_like(logps_S))[index_D]
+    weights_D = _sum_by_document(batch, batch.weights_S.to(logps_S.dtype))[index_D]
+    losses_D = kto_loss(
+        LabelledLogps(
+            _sum_by_document(batch, logps_S)[index_D],
+            reference_logps_D[index_D],
+            torch.tensor(is_desirable, device=logps_S.device),
+        ),
+        beta=loss_config.beta,
+        kl=loss_config.kl,
+        desirable_weight=loss_config.desirable_weight,
+        undesirable_weight=loss_config.undesirable_weight,
+    )
+    return LossTerm((losses_D * weights_D / tokens_D).sum(), normalizer.pairs)
 
 
 @torch.no_grad()
@@ -286,4 +329,4 @@ PREFERENCE_LOSSES: dict[str, Callable[[PreferenceLogps, LossConfig], Tensor]] = 
     "orpo": orpo_loss,
     "simpo": simpo_loss,
 }
-REFERENCE_LOSSES = frozenset({"dpo"})  # losses that compare with the model before training
+REFERENCE_LOSSES = frozenset({"dpo", "kto"})  # losses that compare with the model before training

@@ -244,6 +244,8 @@ class Renderer:
             if self._advisor is not None:
                 located = self._advisor.suggest_fix(draft.example, located)
             return RenderedRow(example, error=located)
+        if example.label is not None:
+            return _label_sides(example, sides, notes)
         if len(sides) == 1:
             return RenderedRow(example, sides[0], tuple(notes))
         try:
@@ -473,6 +475,25 @@ def _make_document(row_id: str, tokens: Sequence[int], spans: Sequence[TokenSpan
             raise InputError("the answer has no prompt before it", fix=fix)
         weights_L[start:end] = weight
     return Document(row_id, np.array(tokens, dtype=np.int32), weights_L)
+
+
+def _label_sides(
+    example: Example, sides: Sequence[tuple[Document, ...]], notes: Sequence[str]
+) -> RenderedRow:
+    """Return a row with a desirable or an undesirable answer, or with one of each."""
+    documents: list[Document] = []
+    for is_first, side_documents in zip((True, False), sides, strict=False):
+        if len(side_documents) != 1:
+            error = InputError(
+                "the row has several trained answers, which the chat template renders as several"
+                " documents, or none: its label belongs to a single one",
+                where=example.id,
+                fix="set `train: false` on the earlier answers",
+            )
+            return RenderedRow(example, error=error)
+        side = "desirable" if example.label and is_first else "undesirable"
+        documents.append(replace(side_documents[0], side=side))
+    return RenderedRow(example, tuple(documents), tuple(notes))
 
 
 def _make_pair(

@@ -36,6 +36,7 @@ OUTLIER_SDS = 6
 MIN_LOG_SD = 0.35
 MAD_TO_SD = 1.4826  # for a normal distribution
 MIN_SHARE_ROWS = 20  # shares of fewer rows mean little
+MAX_LABEL_RATIO = 4 / 3  # of desirable to undesirable (Ethayarajh 2024, equation 9)
 MAX_SIDE_SHARE = 0.8
 MAX_OPENING_SHARE = 0.5
 MIN_OPENING_CHARS = 40  # shorter answers are labels
@@ -156,6 +157,29 @@ def check_openings(context: CheckContext) -> Iterator[Finding]:
         message = f"{len(same_rows):,} of {len(rows):,} answers start with {words!r}"
         fix = "unless this form is intended, rewrite some: the model will always start this way"
         yield make_row_finding(context, "openings", "warn", message, same_rows, fix)
+
+
+def check_label_balance(context: CheckContext) -> Iterator[Finding]:
+    """Labels of which one kind weighs more than KTO's paper advises, at equal weights."""
+    dataset = context.dataset
+    rows = context.scan.rows_R.tolist()
+    if not dataset.has_labels or len(rows) < MIN_SHARE_ROWS:
+        return
+    labels = [dataset.read_example(row) for row in rows]
+    num_desirable = sum(example.label is True for example in labels)
+    num_undesirable = sum(
+        example.label is False or example.rejected is not None for example in labels
+    )
+    ratio = num_desirable / max(1, num_undesirable)
+    if 1 <= ratio <= MAX_LABEL_RATIO:
+        return
+    if ratio < 1:
+        advice = f"desirable_weight: {min(1000.0, 1 / max(ratio, 1e-3)):.3g}"
+    else:
+        advice = f"undesirable_weight: {ratio / MAX_LABEL_RATIO:.3g}"
+    message = f"{num_desirable:,} desirable and {num_undesirable:,} undesirable answers"
+    fix = f"set loss: {{name: kto, {advice}}}, so that both kinds weigh about the same"
+    yield Finding("label_balance", "info", message, len(rows), fix=fix)
 
 
 def check_length_bias(context: CheckContext) -> Iterator[Finding]:

@@ -43,7 +43,7 @@ def check_conflicts(context: CheckContext) -> Iterator[Finding]:
     """Prompts with several answers, case and closing punctuation aside. Checks all rows; several
     pairs with one prompt are no conflict."""
     dataset = context.dataset
-    if context.text_stats is None or dataset.has_pairs:
+    if context.text_stats is None or dataset.has_pairs or dataset.has_labels:
         return
     _, first_K, prompt_N = np.unique(dataset.prompts_N, return_index=True, return_inverse=True)
     is_different_N = dataset.contents_N != dataset.contents_N[first_K][prompt_N]

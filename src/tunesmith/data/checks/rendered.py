@@ -100,7 +100,8 @@ def check_constraints(context: CheckContext) -> Iterator[Finding]:
 def check_chosen_only(context: CheckContext) -> Iterator[Finding]:
     """Preference rows in a stage that does not use preferences."""
     for name in dict.fromkeys(part.format for part in context.dataset.parts):
-        if "preference" in name and not context.dataset.has_pairs:
+        is_used = context.dataset.has_pairs or context.dataset.has_labels
+        if "preference" in name and not is_used:
             message = f"{name} rows: {FORMATS[name].note}"
             yield Finding("chosen_only", "warn", message, len(context.dataset))
 
@@ -215,7 +216,9 @@ def check_unused_keys(context: CheckContext) -> Iterator[Finding]:
     negative_ids: list[str] = []
     for row in context.scan.rows_R[:MAX_DETECTION_ROWS].tolist():
         row_data = dataset.read_row(row)
-        for key in find_unused_keys(row_data, dataset.get_part(row).format):
+        for key in find_unused_keys(
+            row_data, dataset.get_part(row).format, has_labels=dataset.has_labels
+        ):
             keys.setdefault(key, dataset.get_id(row))
             if key == "label" and row_data.data[key] is False:
                 negative_ids.append(dataset.get_id(row))

@@ -148,6 +148,7 @@ DATASET_CHECKS = {
     "languages": distribution.check_languages,
     "openings": distribution.check_openings,
     "length_bias": distribution.check_length_bias,
+    "label_balance": distribution.check_label_balance,
     "classes": labels.check_classes,
     "label_in_prompt": labels.check_label_in_prompt,
     "trigger_phrases": labels.check_trigger_phrases,

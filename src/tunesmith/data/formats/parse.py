@@ -28,6 +28,7 @@ Side = Literal["chosen", "rejected"]
 NEGATIVE_KEY = "negative"
 REVIEW_KEY = "review"
 CHOICES_KEY = "choices"
+LABEL_KEY = "label"  # of a single answer, with loss: kto
 
 PROMPT_KEYS = ("prompt", "conversations", "messages")  # the context of a preference row
 _TOOL_KEYS = {"tools", "functions"}
@@ -92,9 +93,11 @@ def get_note(format: str, has_pairs: bool) -> str:
     return "" if has_pairs and format in SIDE_READERS else FORMATS[format].note
 
 
-def find_unused_keys(row: Row, format: str) -> list[str]:
+def find_unused_keys(row: Row, format: str, *, has_labels: bool = False) -> list[str]:
     """Return the keys of a row that nothing reads."""
     used_keys = FORMATS[format].used_keys | {NEGATIVE_KEY, REVIEW_KEY, CHOICES_KEY}
+    if has_labels:
+        used_keys |= {LABEL_KEY}
     return [key for key in row.data if key not in used_keys]
 
 
@@ -155,6 +158,7 @@ def check_columns(
     """Raise InputError for a name that no format reads, or a column that no first row has."""
     formats = FORMATS.values() if format == "auto" else [FORMATS[format]]
     format_keys = sorted({key for row_format in formats for key in row_format.used_keys})
+    format_keys.append(LABEL_KEY)
     file_columns = list(dict.fromkeys(key for row in first_rows for key in row.data))
     for name, column in columns.items():
         if name not in format_keys:
@@ -228,6 +232,24 @@ def parse_pair(row: Row, format: str, has_template: bool) -> Example:
         fix = "correct one of them, or remove the row"
         raise InvalidRow("equal sides", message, where=row.id, fix=fix)
     return dataclasses.replace(chosen, rejected=rejected)
+
+
+def parse_labelled(row: Row, format: str, has_template: bool) -> Example:
+    """Parse a row with a `label`: true if its answer is desirable, else false. A preference row is
+    a desirable and an undesirable answer.
+
+    Raises InvalidRow for a row without a label."""
+    if format in SIDE_READERS:
+        return dataclasses.replace(parse_pair(row, format, has_template), label=True)
+    example = parse_row(row, format, has_template)
+    label = row.data.get(LABEL_KEY)
+    if label not in (True, False):  # also 1 and 0
+        problem = (
+            f"`{LABEL_KEY}` is {label!r:.40}" if LABEL_KEY in row.data else "there is no label"
+        )
+        fix = "set `label` to true for a desirable answer and to false for an undesirable one"
+        raise InvalidRow("no label", problem, where=row.id, fix=fix)
+    return dataclasses.replace(example, label=bool(label))
 
 
 def _normalize_answer(example: Example) -> object:

@@ -31,11 +31,12 @@ def report(write, words):
     """Roles of rows -> the findings of the last role by name of the check, the reports beside
     it."""
 
-    def of(*, schema=None, pairs=False, **roles):
+    def of(*, schema=None, pairs=False, labels=False, **roles):
+        row_kind = "pair" if pairs else "labelled" if labels else "answer"
         opened = {}
         for role, rows in roles.items():
             path = write("".join(json.dumps(row) + "\n" for row in rows), f"{role}.jsonl")
-            opened[role] = open_dataset([DataSource(path=path)], words, has_pairs=pairs)
+            opened[role] = open_dataset([DataSource(path=path)], words, row_kind=row_kind)
         reports = check_data(opened, schema=schema, should_read_all=True)
         return {finding.check: finding for finding in list(reports.values())[-1].findings}
 
@@ -330,3 +331,15 @@ def test_near_leaks_are_found_in_every_earlier_role(report):
     near_copy = chat(prose(2 * 103), prose(2 * 103 + 1) + " so")
     findings = report(data=rows(40), eval_data=eval_rows, test_data=[*rows(20, 200), near_copy])
     assert findings["near_leaks"].rows == ("test_data.jsonl:21 = eval_data.jsonl:4",)
+
+
+def test_many_more_answers_of_one_label_are_said(report):
+    def label(count):
+        return [{**row, "label": index < count} for index, row in enumerate(rows(60))]
+
+    assert "label_balance" not in report(data=label(32), labels=True)
+    few = report(data=label(10), labels=True)["label_balance"]
+    assert few.message == "10 desirable and 50 undesirable answers"
+    assert "desirable_weight: 5" in few.fix
+    assert "undesirable_weight: 3.75" in report(data=label(50), labels=True)["label_balance"].fix
+    assert "label_balance" not in report(data=label(10))
