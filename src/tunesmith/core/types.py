@@ -174,11 +174,11 @@ class PlanConfig:
     lora_target_modules: str | tuple[str, ...] | None = None  # a group, or names of layers
     use_rslora: bool | None = None
     use_dora: bool | None = None
-    learning_rate: int | float  # peak
-    lr_scheduler_type: Literal[
     modules_to_save: tuple[str, ...] | None = None  # trained in full beside the adapter
     rank_pattern: dict[str, int] | None = None  # path of a layer -> rank, where it differs
     alpha_pattern: dict[str, int | float] | None = None  # path of a layer -> lora_alpha
+    learning_rate: int | float  # peak
+    lr_scheduler_type: Literal[
         "linear",
         "cosine",
         "constant",
@@ -502,6 +502,9 @@ class GenerationRequest:
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # of the tokens of prompt and answer, also when greedy
     seed: int = 0
     stop: tuple[str, ...] = ()
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
@@ -510,9 +513,6 @@ class GenerationRequest:
 @dataclass(frozen=True)
 class GenerationOutput:
     text: str  # without the end token or the stop string
-    top_k: int = 0  # 0: all
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0  # of the tokens of prompt and answer, also when greedy
     tokens: tuple[int, ...]
     finish_reason: Literal["end", "stop", "length"]
     prompt_tokens: int

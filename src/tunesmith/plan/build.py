@@ -40,8 +40,6 @@ from tunesmith.plan.rules import (
     RULES,
     Measures,
     RuleContext,
-    SavedShareFn,
-    assume_no_savings,
     make_rule_value,
     make_user_value,
 )
@@ -67,8 +65,8 @@ ADAPTER_KEYS = (
     "lora_target_modules",
     "use_rslora",
     "use_dora",
-)
     "modules_to_save",
+)
 BITSANDBYTES_SETTINGS = (
     ("method", "qlora", "4-bit weights", "lora"),
     ("optim", "adamw_8bit", "8-bit moments", "adamw"),
@@ -437,12 +435,12 @@ def _collect_footprint(context: RuleContext) -> dict[str, Any]:
         "rank": 0 if is_full else context["lora_r"],
         "dora": False if is_full else context["use_dora"],
         "new_rows": count_trained_rows(context.settings),
-    }
-
-
         "module_parameters": (
             0 if is_full else context.measures.count_parameters(context["modules_to_save"])
         ),
+    }
+
+
 def has_enough_memory(plan: Plan) -> bool:
     """Whether the run fits in the free memory of its machine, with a margin."""
     return plan.memory_bytes["peak"] * MEMORY_MARGIN <= plan.machine.available_bytes

@@ -301,14 +301,14 @@ Metrics = Annotated[
         }
     ),
 ]
-NewTokens = Annotated[
-    tuple[Annotated[str, AfterValidator(_check_token)], ...],
-    AfterValidator(_check_distinct),
 ModuleNames = Annotated[
     tuple[Name, ...],
     AfterValidator(_check_distinct),
     BeforeValidator(split_tokens, json_schema_input_type=str | list[str]),
 ]
+NewTokens = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_token)], ...],
+    AfterValidator(_check_distinct),
     BeforeValidator(split_tokens, json_schema_input_type=str | list[str]),
 ]
 

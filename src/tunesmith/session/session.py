@@ -196,8 +196,18 @@ def open_truncated_session(plan: Plan, inputs: RunInputs, layers: int) -> Sessio
     if targets is not None and targets not in GROUPS:
         all_linear = PlanValue("all-linear", "rule", "the named layers may have been cut off")
         plan = plan.with_settings(lora_target_modules=all_linear)
+    if plan.config.modules_to_save:
+        plan = _drop_missing_modules(plan, network)
     session = open_eval_session(plan, inputs, _wrap_network(network, plan, inputs))
     return dataclasses.replace(session, rehearsal=build_rehearsal(plan, inputs))
+
+
+def _drop_missing_modules(plan: Plan, network: Network) -> Plan:
+    """Return the plan without the modules to save that are in layers that were cut off."""
+    names = [name for name, _ in network.named_parameters(remove_duplicate=False)]
+    modules = require(plan.config.modules_to_save)
+    present = tuple(module for module in modules if match_saved_parameters(names, [module]))
+    return plan.with_settings(modules_to_save=PlanValue(present, "user", "those of these layers"))
 
 
 def _make_sampler(plan: Plan, inputs: RunInputs) -> StepSampler | WindowSampler:
@@ -210,20 +220,10 @@ def _make_window_sampler(plan: Plan, corpus: PretrainingCorpus) -> WindowSampler
     """Return the sampler of windows; rehearsal takes the place of some of them."""
     return WindowSampler.from_corpus(
         corpus,
-    if plan.config.modules_to_save:
-        plan = _drop_missing_modules(plan, network)
         step_tokens=require(plan.config.batch_tokens),
         epochs=plan.config.num_train_epochs,
         seed=plan.config.seed,
         rehearsal_ratio=plan.config.rehearsal_ratio or 0,
-def _drop_missing_modules(plan: Plan, network: Network) -> Plan:
-    """Return the plan without the modules to save that are in layers that were cut off."""
-    names = [name for name, _ in network.named_parameters(remove_duplicate=False)]
-    modules = require(plan.config.modules_to_save)
-    present = tuple(module for module in modules if match_saved_parameters(names, [module]))
-    return plan.with_settings(modules_to_save=PlanValue(present, "user", "those of these layers"))
-
-
     )
 
 
