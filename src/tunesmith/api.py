@@ -322,15 +322,17 @@ def data_curate(
     similarity: str = "states",
     **changes: Any,
 ) -> CurationResult:
+    allow_personal: bool = False,
     """Select `keep` rows of `data` by the base model's scores: quality first, then diversity.
 
     Writes them to a new folder `to`, with a random and a longest subset of the same size for
     comparison, and a reason for every other row. `similarity` for diversity: "states" (hidden
-    states of the questions) or "words"."""
+    states of the questions) or "words". Rows with personal data are excluded unless
+    `allow_personal`."""
     from tunesmith.advise.curate import curate
 
     inputs = require_single_stage(load_inputs(recipe, **changes))
-    return curate(inputs, keep, Path(to), similarity)
+    return curate(inputs, keep, Path(to), similarity, allow_personal=allow_personal)
 
 
 def data_ablate(

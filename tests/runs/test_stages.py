@@ -153,9 +153,9 @@ def test_the_whole_is_measured_from_the_base(straight: tuple[Path, list[Event]])
     assert (general.before.value, general.after.value) == pytest.approx(
         (base["general text", "bits_per_byte"], end["general text", "bits_per_byte"]), rel=1e-4
     )
-    assert [item.difference for item in stages.evaluate_stages(folder)] == pytest.approx(
-        [item.difference for item in record.comparisons]
-    )
+    assert [
+        item.difference for item in stages.evaluate_stages(folder).comparisons
+    ] == pytest.approx([item.difference for item in record.comparisons])
 
 
 @pytest.mark.parametrize(("stage", "saved"), [(1, None), (1, 2), (2, None), (2, 2)])
@@ -398,9 +398,11 @@ def test_a_merged_model_that_was_changed_is_refused(tiny_folder: Path, tmp_path:
     [
         ("stage: []", "an empty list trains nothing"),
         (
-            "stage: [sft, rlhf]",
-            r"stage\[1\]: expected 'sft' or 'cpt' or 'preference', found 'rlhf'",
+            "stage: [sft, distill]",
+            r"stage\[1\]: expected 'sft' or 'cpt' or 'preference', found 'distill'",
         ),
+        ("stage: [sft, rlhf]", r"'rlhf' is not a value here: reward models and reinforcement"),
+        ("stage: [sft, dpo]", r"'dpo' is not a value here: set stage: preference and loss: dpo"),
         (
             "stage: [7]",
             r"stage\[0\]: expected a stage or a mapping \{stage: keys\}, found the number 7",
@@ -423,9 +425,11 @@ def test_a_merged_model_that_was_changed_is_refused(tiny_folder: Path, tmp_path:
         ),
         ("stage: [{sft: {}, cpt: {}}]", r"stage\[0\]: expected a stage or a mapping"),
         (
-            "batch_size: 4\nstage: [sft, cpt, cpt]",
+            "batch_size: 4\nstage: [cpt, cpt]",
             r"yaml:3: batch_size has no effect with stage: cpt",
         ),
+        ("batch_tokens: 64\nstage: [sft, preference]", "yaml:3: batch_tokens has no effect"),
+        ("loss: dpo\nstage: [cpt, sft]", "yaml:3: loss has no effect"),
     ],
 )
 def test_wrong_stages_are_named_with_their_line(lines: str, message: str, tmp_path: Path) -> None:
@@ -433,6 +437,19 @@ def test_wrong_stages_are_named_with_their_line(lines: str, message: str, tmp_pa
     with pytest.raises(InputError, match=message) as caught:
         api.read_recipe(tmp_path / "recipe.yaml")
     assert "problems" not in caught.value.message, "one problem, reported once"
+
+
+def test_keys_beside_the_list_hold_for_the_stages_that_use_them(tmp_path: Path) -> None:
+    lines = "batch_size: 4\nbatch_tokens: 64\nloss: dpo\nmetrics: [exact_match]"
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: m\ndata: rows.jsonl\n{lines}\nstage: [cpt, sft, preference]\n"
+    )
+    made = api.read_recipe(tmp_path / "recipe.yaml")
+    assert isinstance(made, Stages)
+    assert [item.batch_size for item in made.recipes] == ["auto", 4, 4]
+    assert [item.batch_tokens for item in made.recipes] == [64, "auto", "auto"]
+    assert [item.loss.name for item in made.recipes] == ["auto", "auto", "dpo"]
+    assert [item.metrics for item in made.recipes] == ["auto", ("exact_match",), ("exact_match",)]
 
 
 def test_flags_win_over_the_keys_of_a_stage(tmp_path: Path) -> None:

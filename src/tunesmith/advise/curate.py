@@ -26,6 +26,7 @@ from tunesmith.data.dataset import Dataset
 from tunesmith.data.length_stats import iter_batches
 from tunesmith.data.neighbors import build_word_vectors, find_neighbors, normalize_rows
 from tunesmith.data.selection import (
+    PERSONAL_CHECK,
     ROLE,
     SelectionScores,
     find_faults,
@@ -65,15 +66,24 @@ class CurationResult:
     reasons: dict[str, int]  # kind of reason -> rows that are not selected
 
 
-def curate(inputs: RunInputs, keep: int, path: Path, similarity: str = "states") -> CurationResult:
+def curate(
+    inputs: RunInputs,
+    keep: int,
+    path: Path,
+    similarity: str = "states",
+    *,
+    allow_personal: bool = False,
+) -> CurationResult:
     """Score all rows, select `keep` of them, and write the folder atomically.
+
+    Rows with personal data are excluded unless `allow_personal`.
 
     Raises InputError for an existing folder, rows without answers, and when no row is good enough.
     """
     data = inputs.datasets[ROLE]
     _check_arguments(inputs, keep, path, similarity)
     held_out = {role: rows for role, rows in inputs.datasets.items() if role != ROLE}
-    excluded = find_faults(data, held_out)
+    excluded = find_faults(data, held_out, allow_personal=allow_personal)
     dtype = DTYPES["bf16" if inputs.machine.has_bf16_matmul else "fp32"]
     model = wrap_model(load_network(inputs.model.path, dtype, inputs.machine.device), dtype)
     scores = score_rows(model, data, similarity)
@@ -82,7 +92,10 @@ def curate(inputs: RunInputs, keep: int, path: Path, similarity: str = "states")
     if not len(selected):
         counts = [f"{count:,} {kind}" for kind, count in reason_counts[:MAX_REASONS]]
         message = f"no row is good enough: {', '.join(counts)}"
-        raise InputError(message, where=data.path, fix="inspect them with `tunesmith data check`")
+        fix = "inspect them with `tunesmith data check`"
+        if any(reason.startswith(f"{PERSONAL_CHECK}:") for reason in excluded.values()):
+            fix += "; where personal data belongs in the answers, add --allow-personal"
+        raise InputError(message, where=data.path, fix=fix)
     subsets = {SELECTED: selected, **select_baselines(scores, len(selected), inputs.recipe.seed)}
     metadata = {
         "source": data.fingerprint,

@@ -56,7 +56,7 @@ def data_show(
     print_result({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
 
 
-def data_curate(
+def data_curate(  # noqa: PLR0913 - every option is a flag
     keep: Annotated[
         int, typer.Option(metavar="N", min=1, help="Number of rows to keep.", show_default=False)
     ],
@@ -66,6 +66,9 @@ def data_curate(
         str,
         typer.Option(metavar="BY", help="Similarity for diversity: hidden `states` or `words`."),
     ] = "states",
+    allow_personal: Annotated[
+        bool, typer.Option("--allow-personal", help="Also select rows with personal data.")
+    ] = False,
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Train briefly on each subset and compare.")
     ] = False,
@@ -80,7 +83,9 @@ def data_curate(
 
     if ablate:
         api.plan_ablation(inputs)
-    curated = api.data_curate(inputs, keep=keep, to=to, similarity=similarity)
+    curated = api.data_curate(
+        inputs, keep=keep, to=to, similarity=similarity, allow_personal=allow_personal
+    )
     if not ablate:
         print_result(curated, render_curation(curated), as_json=as_json)
         return

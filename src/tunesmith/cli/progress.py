@@ -162,7 +162,8 @@ def format_event(
         case CheckpointSaved():
             return f"saved {escape(event.path)}"
         case TrainingEnd():
-            return f"{event.reason} after {event.step} steps in {format_duration(event.seconds)}"
+            duration = format_duration(event.seconds)
+            return f"{event.reason} after {event.step} steps, {duration} of training"
         case StageStart():
             head = f"[bold]stage {event.step} of {event.num_stages}[/] {escape(event.name)}"
             return f"{head}: {event.steps} steps, in {escape(event.path)}"

@@ -23,7 +23,11 @@ from tunesmith.cli.args import (
 from tunesmith.cli.output import print_result, write_stderr
 from tunesmith.core.errors import GateError, TunesmithError
 from tunesmith.core.events import Event
-from tunesmith.core.run_dir import is_run, is_staged
+from tunesmith.core.run_dir import RUNS_DIR, is_run, is_staged
+from tunesmith.core.types import Plan
+from tunesmith.plan.stages import StagedPlan
+
+WATCH_SECONDS = 1.0  # between two readings of the folders
 
 TrackOption = Annotated[
     str | None,
@@ -67,6 +71,7 @@ def train(
     events = api.train(run_plan, inputs, allow_code=allow_code)
     run_dir = Path(run_plan.config.output_dir)
     _show_run(events, run_dir, run_plan.steps, track=track, as_json=as_json)
+    _warn_of_plan(run_plan)
 
 
 def resume(
@@ -162,6 +167,15 @@ def _tracking(folder: Path, track: str | None) -> Iterator[Callable[[Event], Non
     finally:
         if tracker.problem:
             retry_command = f"tunesmith report {folder} --track {track}"
+def _warn_of_plan(plan: Plan | StagedPlan) -> None:
+    """Print the warnings of a plan, each once, with its stage if there are several."""
+    plans = plan.plans if isinstance(plan, StagedPlan) else (plan,)
+    for number, stage_plan in enumerate(plans, start=1):
+        stage = f"stage {number}, {stage_plan.config.stage}: " if len(plans) > 1 else ""
+        for warning in stage_plan.warnings:
+            write_stderr(f"warning: {stage}{warning}\n")
+
+
             write_stderr(
                 f"warning: {track} did not get everything: {tracker.problem}\n"
                 f"  fix: {retry_command}\n"

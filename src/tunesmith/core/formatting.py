@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -102,6 +102,11 @@ def format_duration(seconds: float) -> str:
         return f"{minutes}:{rest:02d} min"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours}:{minutes:02d} h"
+
+
+def format_duration_range(seconds: Sequence[float]) -> str:
+    """Format a range of times, "4 s to 7 s"; one value if both ends look the same."""
+    return " to ".join(dict.fromkeys(map(format_duration, seconds)))
 
 
 def suggest_name(name: str, names: Iterable[str], default: str = "", *, quote: str = "") -> str:

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from tunesmith.data.checks.minhash import UnionFind
-from tunesmith.data.checks.row_checks import ROW_CHECKS
+from tunesmith.data.checks.row_checks import ROW_CHECKS, RowCheck
 from tunesmith.data.checks.text_stats import compute_text_stats, extract_row_texts
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.neighbors import Neighbors
 from tunesmith.data.sampler import permute_rows
 
 OVERSAMPLING = 3
+PERSONAL_CHECK = "personal"  # of ROW_CHECKS
 MAX_PERPLEXITY_QUANTILE = 0.95  # above it, an answer is noise more often than new information
 MAX_SHOWN_NEIGHBORS = 3
 ROLE = "data"
@@ -49,8 +50,15 @@ class SelectionScores:
         return np.array(rows, dtype=np.int64)
 
 
-def find_faults(dataset: Dataset, held_out: Mapping[str, Dataset]) -> dict[int, str]:
-    """Return row -> reason for rows that are excluded whatever a model says."""
+def find_faults(
+    dataset: Dataset, held_out: Mapping[str, Dataset], *, allow_personal: bool = False
+) -> dict[int, str]:
+    """Return row -> reason for rows that are excluded whatever a model says.
+
+    With `allow_personal`, addresses, phone numbers and the like are no fault."""
+    checks = {name: check for name, check in ROW_CHECKS.items() if name != PERSONAL_CHECK}
+    if not allow_personal:
+        checks = ROW_CHECKS
     faults: dict[int, str] = {}
     for role, held_out_rows in held_out.items():
         is_shared_N = np.isin(dataset.contents_N, held_out_rows.contents_N)
@@ -66,15 +74,15 @@ def find_faults(dataset: Dataset, held_out: Mapping[str, Dataset]) -> dict[int, 
         if first != row:
             faults.setdefault(row, f"duplicate of {dataset.get_id(first)}")
     for row in range(len(dataset)):
-        if row not in faults and (fault := _find_fault(dataset, row)):
+        if row not in faults and (fault := _find_fault(dataset, row, checks)):
             faults[row] = fault
     return faults
 
 
-def _find_fault(dataset: Dataset, row: int) -> str:
+def _find_fault(dataset: Dataset, row: int, checks: Mapping[str, RowCheck]) -> str:
     """Return the first finding of the row checks, "" if there is none."""
     row_texts = extract_row_texts(dataset.read_example(row))
-    for name, check in ROW_CHECKS.items():
+    for name, check in checks.items():
         for kind, _ in check.find(row_texts):
             return f"{name}: {kind}"
     return ""

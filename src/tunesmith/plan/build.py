@@ -514,6 +514,10 @@ def _collect_data_warnings(data: Mapping[str, DataReport]) -> list[str]:
         for finding in report.findings:
             if finding.level != "info":
                 warnings.append(f"{role}: {finding.message}")
+        for name, count in report.filtered.items():
+            if count:
+                rows = format_count(count, "row")
+                warnings.append(f"{role}: {rows} left out by never: {name!r}; see rejected.jsonl")
         if num_dropped := sum(report.dropped.values()):
             warnings.append(
                 f"{role}: {num_dropped:,} of {report.rows:,} rows lose all their documents and "

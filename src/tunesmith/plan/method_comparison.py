@@ -34,6 +34,7 @@ class MethodEstimate:
     usual_multiple: str
     flops: float
     seconds: tuple[float, ...]  # a range; empty when the speed of the machine is unknown
+    total_seconds: float  # with start, preflight and evaluation; 0 when unknown
     speed: str
     usual_speed: str
     disk_bytes: int
@@ -72,6 +73,7 @@ def estimate_method(plan: Plan) -> MethodEstimate:
         usual_multiple=USUAL_MULTIPLES[config.method],
         flops=estimate_run_flops(plan),
         seconds=plan.seconds,
+        total_seconds=plan.total_seconds,
         disk_bytes=plan.disk_bytes,
         result_bytes=num_trained * (2 if is_bf16_model else 4),
         **METHOD_NOTES[config.method],

@@ -472,6 +472,7 @@ RULES: dict[str, Callable[[RuleContext], PlanValue]] = {
     "use_dora": make_constant_rule(
         False, "slightly better at low ranks, slower per step: on request", "Liu 2024"
     ),
+    "modules_to_save": make_constant_rule((), "no module is trained in full: on request"),
     "learning_rate": learning_rate,
     "lr_scheduler_type": make_constant_rule("linear", "decays to zero over the run", "Tulu 3"),
     "warmup_ratio": warmup_ratio,
@@ -481,7 +482,6 @@ RULES: dict[str, Callable[[RuleContext], PlanValue]] = {
     "attention": attention,
     "share_prefixes": share_prefixes,
     "weight_layout": weight_layout,
-    "modules_to_save": make_constant_rule((), "no module is trained in full: on request"),
     "metrics": metrics,
     "eval_steps": eval_steps,
     "save_steps": save_steps,

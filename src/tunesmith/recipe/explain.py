@@ -66,7 +66,20 @@ REPLACEMENT_ROWS = (
     ("report_to logging_steps", "leave it out: every step is in events.jsonl"),
 )
 REPLACEMENTS = {key: advice for keys, advice in REPLACEMENT_ROWS for key in keys.split()}
-VALUE_REPLACEMENTS = {("method", "dora"): "set use_dora: true, which works with lora and qlora"}
+PREFERENCE_STAGES = ("dpo", "orpo", "simpo", "kto")
+REINFORCEMENT_STAGES = ("grpo", "ppo", "rlhf", "rloo", "reward", "rm")
+VALUE_REPLACEMENTS = {
+    ("method", "dora"): "set use_dora: true, which works with lora and qlora",
+    ("stage", "pretrain"): "set stage: cpt",
+    ("stage", "finetune"): "set stage: sft",
+}
+for _name in PREFERENCE_STAGES:
+    VALUE_REPLACEMENTS["stage", _name] = f"set stage: preference and loss: {_name}"
+for _name in REINFORCEMENT_STAGES:
+    VALUE_REPLACEMENTS["stage", _name] = (
+        "reward models and reinforcement learning are not supported; for pairs of answers set "
+        "stage: preference"
+    )
 
 MAX_NAMED_FIELDS = 5
 MAPPINGS: tuple[type[BaseModel], ...] = (

@@ -37,6 +37,7 @@ from tunesmith.recipe.schema import (
     FILE_KEYS,
     KEYS,
     RUN_LEVEL_KEYS,
+    UNUSED_CPT_KEYS,
     Recipe,
     Stages,
     build_recipe_schema,
@@ -47,6 +48,7 @@ from tunesmith.recipe.yaml_lines import YamlMapping, read_flag, read_yaml
 RecipeLike = str | Path | Mapping[str, Any] | Recipe | Stages | None
 
 MAX_PROBLEMS = 20  # that an error lists
+STAGE_KEYS = (*UNUSED_CPT_KEYS, "batch_tokens", "loss")  # without effect in some stages
 COMMAND_LINE = "command line"
 ARGUMENTS = "arguments"
 
@@ -259,7 +261,29 @@ def _split_stages(
         if index:  # later stages continue the adapter of the first
             merged.pop("adapter_from", None)
         stage_settings.append(merged)
-    return stage_settings
+    return _drop_unused_keys(stage_settings)
+
+
+def _drop_unused_keys(
+    stage_settings: Sequence[dict[str, _RawSetting]],
+) -> list[dict[str, _RawSetting]]:
+    """Remove from each stage the keys beside the list that have no effect in it, if they have an
+    effect in another one: batch_size is of sft, batch_tokens of cpt."""
+    unused_keys: list[set[str]] = []
+    for settings in stage_settings:
+        values = {key: setting.value for key, setting in settings.items()}
+        problems = find_contradictions(values)
+        unused_keys.append({key for key, _ in problems if key in STAGE_KEYS})
+    unused_anywhere = set.intersection(*unused_keys) if unused_keys else set[str]()
+    used_settings: list[dict[str, _RawSetting]] = []
+    for settings, unused in zip(stage_settings, unused_keys, strict=True):
+        used: dict[str, _RawSetting] = {}
+        for key, setting in settings.items():
+            is_shared = not setting.parent_path
+            if not (is_shared and key in unused - unused_anywhere):
+                used[key] = setting
+        used_settings.append(used)
+    return used_settings
 
 
 def _parse_stage(

@@ -108,7 +108,8 @@ TRACKERS: dict[str, tuple[type[Tracker], str]] = {
 class RunTracker:
     """Send events from a thread. After the context, `problem` is what went wrong, or empty.
 
-    Raises InputError for a tracker that does not exist, or whose folder is a link.
+    Raises InputError for a tracker that does not exist or is not installed, or whose folder is a
+    link.
     """
 
     def __init__(self, run: Path, tracker_name: str) -> None:
@@ -121,6 +122,13 @@ class RunTracker:
         refuse_link(run / tracker_name)
         self.run = run
         self.tracker_class, package = TRACKERS[tracker_name]
+        if find_spec(package) is None:
+            raise InputError(
+                f"{tracker_name} needs {package}, which is not installed",
+                where="--track",
+                fix=f"pip install 'tunesmith[{tracker_name}]', or leave --track out and export "
+                "the finished run with `tunesmith report RUN --track`",
+            )
         self.problem = ""
         # read before the run goes on, so that no event is sent twice
         self._history = read_history(run) if is_run(run) else []
@@ -128,10 +136,7 @@ class RunTracker:
         self._thread = Thread(
             target=self._export_events, name=f"{tracker_name} export", daemon=True
         )
-        if find_spec(package) is None:
-            self.problem = f"it is not installed: pip install 'tunesmith[{tracker_name}]'"
-        else:
-            self._thread.start()
+        self._thread.start()
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from tunesmith.core.atomic import write_file
@@ -25,6 +26,15 @@ from tunesmith.plan.memory import NF4_BYTES, count_lora_parameters
 # in older versions, loading a model can run code from it: CVE-2026-4372 (transformers),
 # CVE-2025-32434 (torch)
 MIN_VERSIONS = {"python": "3.11", "torch": "2.6", "transformers": "5.3"}
+# extra -> (its packages, what needs them)
+EXTRAS = {
+    "qlora": (("bitsandbytes",), "method: qlora, optim: adamw_8bit"),
+    "audit": (("datasketch", "py3langid"), "near duplicates and languages in data check"),
+    "parquet": (("pyarrow",), "Parquet files"),
+    "constrained": (("llguidance",), "answers that follow a JSON schema"),
+    "tensorboard": (("tensorboardX",), "--track tensorboard"),
+    "wandb": (("wandb",), "--track wandb"),
+}
 MIN_FREE_DISK_BYTES = 2 * 10**9
 PACK_TOKENS = 2048
 RUNTIME_BYTES = 700 * 10**6  # of Python, torch and transformers
@@ -49,6 +59,7 @@ class MemoryFit:
     method: str
     needed_bytes: int
     has_enough_memory: bool
+    missing: str = ""  # a package that the method needs
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,7 @@ def diagnose(
         _check_compiler(machine),
         _check_disk(machine),
         _check_writable(folder),
+        *_check_extras(),
     ]
     if model is None:
         return Diagnosis(machine, tuple(checks), find_cache_dir())
@@ -95,6 +107,17 @@ def _check_versions(machine: Machine) -> list[MachineCheck]:
         is_ok = installed != "missing" and _parse_version(installed) >= _parse_version(min_version)
         fix = "" if is_ok else f"install {package} {min_version} or newer"
         checks.append(MachineCheck(package, is_ok, installed, fix=fix))
+    return checks
+
+
+def _check_extras() -> list[MachineCheck]:
+    """Check the optional packages; nothing is imported."""
+    checks: list[MachineCheck] = []
+    for extra, (packages, purpose) in EXTRAS.items():
+        missing = [package for package in packages if find_spec(package) is None]
+        value = f"{', '.join(missing)} not installed" if missing else ", ".join(packages)
+        fix = f"pip install 'tunesmith[{extra}]' for {purpose}" if missing else ""
+        checks.append(MachineCheck(f"extra {extra}", not missing, value, False, fix))
     return checks
 
 
@@ -146,7 +169,9 @@ def _check_chat_template(spec: ModelSpec) -> MachineCheck:
 
 
 def _estimate_fit(machine: Machine, method: str, needed_bytes: int) -> MemoryFit:
-    return MemoryFit(method, needed_bytes, needed_bytes <= machine.available_bytes)
+    is_missing = method == "qlora" and find_spec("bitsandbytes") is None
+    missing = "bitsandbytes" if is_missing else ""
+    return MemoryFit(method, needed_bytes, needed_bytes <= machine.available_bytes, missing)
 
 
 def _estimate_activation_bytes(spec: ModelSpec) -> int:

@@ -44,7 +44,7 @@ from tunesmith.model.hub.spec import read_model_headers, read_spec
 from tunesmith.model.hub.validate import has_weights
 from tunesmith.model.target_modules import list_linear_paths, select_targets
 from tunesmith.plan.build import build_plan, has_enough_memory
-from tunesmith.plan.flops import MFU_RANGE, estimate_seconds
+from tunesmith.plan.gpu_time import estimate_gpu_time
 from tunesmith.plan.hardware_presets import list_machines, match_preset
 from tunesmith.plan.mixture import decide_mixture
 from tunesmith.plan.new_tokens import decide_new_tokens
@@ -65,6 +65,7 @@ TOKENIZER_FILE = "tokenizer.json"
 HELD_OUT_ROLES = ("eval_data", "test_data")
 FALLBACK_TOKENIZER = "smollm2-135m-instruct"  # counts tokens for a model without a tokenizer
 NO_PRESET = "none of the presets"
+MAX_SPLIT_DEVIATION = 0.3  # of the number of held-out rows, without a warning
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,6 +358,7 @@ def make_planner(
         plan = _add_time_estimate(apply_past_runs(plan))
         if plan.config.lora_target_modules is not None:
             select_targets(layers, plan.config.lora_target_modules)  # refuses unknown layers
+        refuse_contradicting_modules(plan, layers)
         return dataclasses.replace(
             plan,
             warnings=(*input_warnings, *plan.warnings),
@@ -364,7 +366,6 @@ def make_planner(
         )
 
     def find_preset_with_memory(recipe: Recipe) -> str:
-        refuse_contradicting_modules(plan, layers)
         for name, machine in list_machines(inputs.machine).items():
             if has_enough_memory(build_plan(recipe, machine=machine, **plan_kwargs)):
                 return f"{name} ({format_bytes(machine.memory_bytes)})"
@@ -376,13 +377,7 @@ def make_planner(
 def _add_time_estimate(plan: Plan) -> Plan:
     """Add the published training time of a preset; the speed of this machine is not known yet."""
     preset = match_preset(plan.machine)
-    if preset is None:
-        return plan
-    shares = " to ".join(f"{100 * share:.0f}%" for share in MFU_RANGE)
-    speed_source = f"at {shares} of its bf16 rate, published for well-tuned runs"
-    return dataclasses.replace(
-        plan, seconds=estimate_seconds(plan, preset.flops), seconds_source=speed_source
-    )
+    return plan if preset is None else estimate_gpu_time(plan, preset)
 
 
 def _list_input_warnings(inputs: RunInputs) -> tuple[str, ...]:
@@ -396,6 +391,8 @@ def _list_input_warnings(inputs: RunInputs) -> tuple[str, ...]:
             f"as {adapter.base_name or 'unknown'}; there is no hash of the weights that it was "
             "trained on"
         )
+    if inputs.recipe.eval_split and (warning := _check_split(inputs)):
+        warnings.append(warning)
     if not has_weights(model.path):
         warnings.append(
             f"model: {model.path} has no weights: the plan is made from config.json, and cannot be "
@@ -407,6 +404,24 @@ def _list_input_warnings(inputs: RunInputs) -> tuple[str, ...]:
             f"{inputs.counting_model}"
         )
     return tuple(warnings)
+
+
+def _check_split(inputs: RunInputs) -> str:
+    """Return a warning if eval_split holds out far more or fewer rows than it says: each row is
+    held out by its hash, so that it stays where it is when rows are added."""
+    fraction = inputs.recipe.eval_split or 0.0
+    num_held_out = len(inputs.datasets["eval_data"])
+    if not inputs.recipe.test_data:
+        num_held_out += len(inputs.datasets["test_data"])
+    num_rows = num_held_out + len(inputs.datasets["data"])
+    expected = fraction * num_rows
+    if abs(num_held_out - expected) <= max(1.0, MAX_SPLIT_DEVIATION * expected):
+        return ""
+    rows = format_count(num_rows, "row")
+    return (
+        f"eval_split: {fraction:g} of {rows} are {expected:.0f}, and the hashes of these rows hold "
+        f"out {num_held_out}; name the rows yourself with eval_data and test_data"
+    )
 
 
 def _make_saved_share(inputs: RunInputs, mixture: PlanValue | None) -> SavedShareFn:

@@ -102,7 +102,7 @@ def apply_past_runs(plan: Plan) -> Plan:
     plan = dataclasses.replace(
         plan,
         seconds=(count_computed_tokens(plan) / speed,),
-        seconds_source=f"at the {'' if len(runs) == 1 else 'median '}speed of {names}",
+        seconds_source=_explain_speed(runs, names, speed),
     )
     corrected = _correct_memory(plan, runs)
     if len(runs) >= MIN_RUNS or has_enough_memory(corrected) or not has_enough_memory(plan):
@@ -114,6 +114,25 @@ def apply_past_runs(plan: Plan) -> Plan:
         f"without that, since it takes {MIN_RUNS} runs to refuse one"
     )
     return dataclasses.replace(plan, warnings=(*plan.warnings, warning))
+
+
+def _explain_speed(runs: Sequence[PastRun], names: str, speed: float) -> str:
+    """Name the runs that the forecast comes from, and those that were much faster or slower."""
+    if len(runs) < MIN_RUNS:
+        how = "" if len(runs) == 1 else "mean "
+        return f"at the {how}speed of {names} (few: another load changes the forecast)"
+    text = f"at the median speed of {names}"
+    if outliers := _list_outliers(runs, [run.tokens_per_second for run in runs], speed):
+        text += f"; far from it, and without weight: {', '.join(outliers)} tokens/s"
+    return text
+
+
+def _list_outliers(runs: Sequence[PastRun], values: Sequence[float], median: float) -> list[str]:
+    outliers: list[str] = []
+    for run, value in zip(runs, values, strict=True):
+        if not median / OUTLIER_RATIO <= value <= median * OUTLIER_RATIO:
+            outliers.append(f"{run.run} ({value:.2f})")
+    return outliers
 
 
 def _correct_memory(plan: Plan, runs: Sequence[PastRun]) -> Plan:
@@ -138,11 +157,7 @@ def _explain_factor(runs: Sequence[PastRun], median: float) -> str:
     )
     if len(runs) > 1:
         measured = f"median of measured to predicted memory in the last {len(runs)} runs"
-    outliers = [
-        f"{run.run} ({run.ratio:.2f})"
-        for run in runs
-        if not median / OUTLIER_RATIO <= run.ratio <= median * OUTLIER_RATIO
-    ]
+    outliers = _list_outliers(runs, [run.ratio for run in runs], median)
     if outliers:
         measured += f"; far from it: {', '.join(outliers)}"
     return f"{measured}; delete {_get_history_path()} to plan without them"

@@ -104,6 +104,21 @@ def test_the_files_hold_unchanged_rows_and_a_score_for_every_row(
     assert sum(curated.reasons.values()) == 12 - len(selected)
 
 
+def test_rows_with_personal_data_are_selected_where_they_belong(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    rows = [make_chat_row(f"who {i} is", f"jo{i}@debian.org {i * i}") for i in range(8)]
+    data = tmp_path / "mail.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {"model": str(tiny_folder), "data": str(data)}
+    with pytest.raises(InputError, match=r"no row is good enough: .*personal") as caught:
+        tunesmith.data_curate(recipe, keep=2, to=tmp_path / "golden")
+    assert "--allow-personal" in caught.value.fix
+    curated = tunesmith.data_curate(recipe, keep=2, to=tmp_path / "golden", allow_personal=True)
+    assert "personal" not in curated.reasons
+    assert len((tmp_path / "golden" / "selected.jsonl").read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "keep", "message"),
     [

@@ -44,7 +44,7 @@ def shown(steps: int, count: int, *, terminal: bool = False) -> str:
 def test_a_plain_line_says_everything_about_a_step() -> None:
     lines = shown(120, 10).splitlines()
     assert lines[-2] == "step 9/120  loss 1.2346  lr 1.00e-03  420 tok/s  1.9 GB  eta 0:56"
-    assert lines[-1] == "finished after 10 steps in 3:10"
+    assert lines[-1] == "finished after 10 steps, 3:10 of training"
 
 
 def test_a_log_stays_short_and_has_the_first_and_last_step() -> None:
@@ -79,7 +79,7 @@ def test_the_live_line_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch) ->
         ),
         (CheckResult("leak", "ok", "[max] 0.0"), "ok  leak: [max] 0.0"),
         (CheckpointSaved(20, "checkpoints/step-20"), "saved checkpoints/step-20"),
-        (TrainingEnd(9, "stopped", 3700.0), "stopped after 9 steps in 1:01:40"),
+        (TrainingEnd(9, "stopped", 3700.0), "stopped after 9 steps, 1:01:40 of training"),
         (GenerationSample(1, "a:1", "Hi", "[red]x[/]\n\x1b[2Jy"), "sample a:1: [red]x[/] [2Jy"),
     ],
 )

@@ -17,6 +17,7 @@ from tunesmith.plan.flops import (
     estimate_run_flops,
     estimate_seconds,
 )
+from tunesmith.plan.gpu_time import estimate_gpu_time
 from tunesmith.plan.hardware_presets import HARDWARE_PRESETS, assume_bitsandbytes, choose_machine
 from tunesmith.plan.method_comparison import MethodEstimate, estimate_methods
 from tunesmith.plan.rules import Measures, RuleContext, make_rule_value
@@ -144,6 +145,18 @@ def test_a_target_takes_the_published_share_of_its_rate(plan: Callable[..., Plan
     low, high = estimate_seconds(plan(), HARDWARE_PRESETS["h100"].flops)
     assert low < high
     assert estimate_run_flops(plan()) / high == pytest.approx(0.29 * 989e12)
+
+
+@pytest.mark.parametrize("target", sorted(HARDWARE_PRESETS))
+def test_the_time_on_a_gpu_is_never_nothing(plan: Callable[..., Plan], target: str) -> None:
+    """The least time of a step is that of its launches, and a run starts, proves and measures."""
+    preset = HARDWARE_PRESETS[target]
+    made = plan(max_steps=10, retention_data="general.jsonl")
+    timed = estimate_gpu_time(made, preset)
+    assert timed.seconds[0] > 10 * 3 * made.model.num_layers * 40 * 8e-6
+    assert timed.total_seconds > timed.seconds[1] + 12
+    assert timed.total_seconds > estimate_gpu_time(plan(max_steps=10), preset).total_seconds
+    assert estimate_gpu_time(plan(), preset).seconds > timed.seconds, "more steps"
 
 
 def test_methods_side_by_side(plan: Callable[..., Plan]) -> None:

@@ -100,17 +100,21 @@ def test_a_tracker_that_fails_is_one_warning(
 
 
 def test_a_failing_run_is_not_hidden_by_its_tracker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trackers, "find_spec", lambda _: None)
-    with (
-        pytest.raises(MachineError, match="the disk"),
-        run_commands._tracking(tmp_path, "tensorboard"),
-    ):
-        raise MachineError("the disk is full")
-    assert "did not get everything: it is not installed" in capsys.readouterr().err
-    with pytest.raises(MachineError, match="tensorboard: it is not installed"):
-        export_run(fake_runs.write_run(tmp_path / "run"), "tensorboard")
+    run = fake_runs.write_run(tmp_path / "run")
+    (run / "tensorboard").write_text("in the way")
+
+    def fail() -> None:
+        with run_commands._tracking(run, "tensorboard") as send_event:
+            send_event(fake_runs.make_step(31))
+            raise MachineError("the disk is full")
+
+    with pytest.raises(MachineError, match="the disk"):
+        fail()
+    assert "did not get everything: " in capsys.readouterr().err
+    with pytest.raises(MachineError, match="tensorboard: "):
+        export_run(run, "tensorboard")
 
 
 def test_a_tracker_that_hangs_is_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,9 +140,11 @@ def test_missing_and_unknown_trackers(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(InputError, match="use one of tensorboard, wandb"):
         RunTracker(run, "mlflow")
     monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == "wandb" else name)
-    with RunTracker(run, "wandb") as tracker:
-        pass
-    assert tracker.problem == "it is not installed: pip install 'tunesmith[wandb]'"
+    with pytest.raises(InputError, match="wandb needs wandb, which is not installed") as caught:
+        RunTracker(run, "wandb")
+    assert "pip install 'tunesmith[wandb]'" in caught.value.fix
+    with pytest.raises(InputError, match="not installed"):
+        export_run(run, "wandb")
     with pytest.raises(InputError, match="not a run folder"):
         export_run(tmp_path, "tensorboard")
 

@@ -1,4 +1,7 @@
 import json
+import re
+import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +66,8 @@ def test_a_model_is_looked_at(tmp_path: Path) -> None:
         ("qlora", True),
         ("full", True),
     ]
-    assert {check.name for check in diagnosis.checks if not check.is_ok} == {
+    failed = {check.name for check in diagnosis.checks if not check.is_ok}
+    assert {name for name in failed if not name.startswith("extra")} == {
         "tokenizer",
         "chat template",
     }
@@ -87,3 +91,26 @@ def test_a_refused_model_says_why(tmp_path: Path) -> None:
 def test_floors_are_compared_as_numbers() -> None:
     assert doctor._parse_version("2.13.0+cpu") > doctor._parse_version("2.6")
     assert doctor._parse_version("5.3.0rc1") == doctor._parse_version("5.3")
+
+
+def test_extras_that_are_missing_are_named_with_what_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extras = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    declared = extras["project"]["optional-dependencies"]
+    for extra, (packages, _) in doctor.EXTRAS.items():
+        assert [re.split(r"[>=]", text)[0] for text in declared[extra]] == list(packages)
+    assert set(declared) - set(doctor.EXTRAS) == {"dev", "mutation"}
+    for package in ("bitsandbytes", "pyarrow"):
+        monkeypatch.setitem(sys.modules, package, None)
+    diagnosis = diagnose(str(tiny_llama(tmp_path)), folder=tmp_path)
+    failed = {check.name: check for check in diagnosis.checks if check.name.startswith("extra")}
+    assert failed["extra qlora"].value == "bitsandbytes not installed"
+    assert "pip install 'tunesmith[qlora]' for method: qlora" in failed["extra qlora"].fix
+    assert not failed["extra parquet"].is_ok
+    assert failed["extra audit"].is_ok
+    assert {fit.method: fit.missing for fit in diagnosis.memory_fits} == {
+        "lora": "",
+        "qlora": "bitsandbytes",
+        "full": "",
+    }

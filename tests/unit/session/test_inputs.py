@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 import tunesmith
-from tiny_runs import END, build_sum_rows, make_tiny_recipe, write_eval_files, write_rows
+from tiny_runs import (
+    END,
+    build_sum_rows,
+    make_tiny_recipe,
+    plan_recipe,
+    write_eval_files,
+    write_rows,
+)
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.json_io import dump_json, parse_as
 from tunesmith.core.types import Plan
@@ -81,6 +88,29 @@ def test_a_share_of_the_data_is_held_out_and_halved_and_the_seed_chooses(
     assert all(len(rows) >= 6 for rows in first.values())
     assert roles(tiny_folder, tmp_path, data=data, eval_split=0.5) == first
     assert roles(tiny_folder, tmp_path, data=data, eval_split=0.5, seed=1) != first
+
+
+def test_a_split_far_from_its_share_is_a_warning(tiny_folder: Path, tmp_path: Path) -> None:
+    """A row is held out by its hash alone, so few rows may fall on one side."""
+
+    def list_warnings(rows: int, seed: int) -> list[str]:
+        test = str(write_rows(tmp_path / "test.jsonl", build_sum_rows(900, 4)))
+        data = str(write_rows(tmp_path / f"{rows}.jsonl", build_sum_rows(500, rows)))
+        recipe = make_tiny_recipe(
+            tiny_folder, tmp_path, data=data, test_data=test, eval_split=0.4, seed=seed
+        )
+        plan = plan_recipe(recipe)
+        num_held_out = plan.data["eval_data"].rows
+        warnings = [warning for warning in plan.warnings if warning.startswith("eval_split")]
+        is_far = abs(num_held_out - 0.4 * rows) > max(1, 0.12 * rows)
+        assert len(warnings) == is_far, (num_held_out, warnings)
+        return warnings
+
+    few = [warning for seed in range(12) for warning in list_warnings(20, seed)]
+    assert any(
+        "0.4 of 20 rows are 8, and the hashes of these rows hold out" in each for each in few
+    )
+    assert not list_warnings(200, 0)
 
 
 def test_without_held_out_rows_there_is_only_training_data(

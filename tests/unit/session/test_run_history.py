@@ -178,7 +178,19 @@ def test_one_slow_run_does_not_become_the_forecast(made: Plan) -> None:
     save_peaks(made, 1.0, seconds=800.0)
     later = run_history.apply_past_runs(made)
     assert later.seconds == (pytest.approx(count_computed_tokens(made) / 500),)
-    assert later.seconds_source == "at the median speed of the last 3 runs of this kind"
+    median = "at the median speed of the last 3 runs of this kind; far from it, and without weight"
+    assert later.seconds_source.startswith(f"{median}: ")
+    assert later.seconds_source.endswith(" (5.00) tokens/s")
+
+
+def test_a_forecast_from_few_runs_says_so(made: Plan) -> None:
+    for _ in range(2):
+        save_peaks(made, 1.0)
+        source = run_history.apply_past_runs(made).seconds_source
+        assert source.endswith("(few: another load changes the forecast)")
+    save_peaks(made, 1.0)
+    source = run_history.apply_past_runs(made).seconds_source
+    assert source == "at the median speed of the last 3 runs of this kind"
 
 
 def test_a_file_of_single_runs_is_replaced(made: Plan, tmp_path: Path) -> None:

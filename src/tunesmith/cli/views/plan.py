@@ -216,7 +216,10 @@ def render_diagnosis(diagnosis: Diagnosis) -> RenderableType:
         parts.append(escape(f"model {model.name}: {size} in {model.path}"))
     for fit in diagnosis.memory_fits:
         verdict = "[green]fits[/]" if fit.has_enough_memory else "[red]does not fit[/]"
-        parts.append(f"{fit.method}: about {format_bytes(fit.needed_bytes)}, {verdict}")
+        line = f"{fit.method}: about {format_bytes(fit.needed_bytes)}, {verdict}"
+        if fit.missing:
+            line += f"; [yellow]needs {fit.missing}, which is not installed[/]"
+        parts.append(line)
     return Group(*parts)
 
 

@@ -94,7 +94,17 @@ def test_fault_16_remote_code_is_refused_and_never_runs(
         ),
         ("tokenizer_config.json", {"tokenizer_class": ["os", "system"]}, "tokenizer_class is"),
         ("tokenizer_config.json", {"init_inputs": ["x"]}, "init_inputs"),
-        ("config.json", {"per_layer_config": {"0": {"hidden_size": 9}}}, "per_layer_config"),
+        (
+            "config.json",
+            {"per_layer_config": {"0": {"hidden_size": 9}}},
+            "the key per_layer_config gives layers sizes of their own",
+        ),
+        (
+            "config.json",
+            {"compression_config": {"format": "x"}},
+            "the key compression_config describes compressed weights",
+        ),
+        ("config.json", {"auto_map": {"AutoModel": "x.y"}}, "auto_map makes transformers load"),
     ],
 )
 def test_keys_that_lead_elsewhere_are_refused(
