@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -99,3 +101,28 @@ def test_every_target_is_predicted_by_the_token_before_it_in_its_own_document(dr
             seen.append((batch.ids[owner], *seen_by))
     assert sorted(seen) == sorted(expected)
     assert real_tokens == sum(len(d) for d in named)
+
+
+def test_a_layout_has_parents_where_a_prefix_is_shared():
+    first, second = (document([1, 2, 3, tail, 9], [0, 0, 0, 0, 1]) for tail in (4, 5))
+    shared = collate(Pack((first, second), (0, 3)))
+    assert shared.layout.parents == (-1, 0, 0)
+    assert (shared.layout.starts, shared.layout.lengths) == ((0, 3, 4), (3, 1, 1))
+    assert shared.positions_S.tolist() == [3, 4]
+    assert shared.real_tokens == 10
+    for prefix_lengths in ((), (0, 0)):
+        apart = collate(Pack((first, second), prefix_lengths))
+        assert (apart.layout.parents, apart.layout.lengths) == ((), (4, 4))
+        assert apart.positions_S.tolist() == [3, 7]
+
+
+def test_sides_and_references_are_those_of_the_documents():
+    plain = document([1, 2], [0, 1])
+    chosen, rejected = (
+        dataclasses.replace(plain, side=side, reference_logp=logp)
+        for side, logp in (("chosen", -1.5), ("rejected", None))
+    )
+    batch = collate(Pack((plain, chosen, rejected)))
+    assert batch.sides == ("", "chosen", "rejected")
+    assert batch.reference_logps == (None, -1.5, None)
+    assert (collate(Pack((plain,))).sides, collate(Pack((plain,))).reference_logps) == ((), ())

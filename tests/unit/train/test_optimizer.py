@@ -17,6 +17,7 @@ from tunesmith.train.optimizer import (
     OPTIMIZERS,
     SCHEDULES,
     clip_gradients,
+    compute_last_update,
     compute_learning_rate,
     get_moments,
     make_optimizer,
@@ -187,3 +188,36 @@ def test_a_norm_that_is_no_number_is_returned_as_such(bad: float) -> None:
     ps = parameters([0.0], [0.0])
     set_gradients(ps, [1.0], [bad])
     assert not math.isfinite(clip_gradients(ps, 1.0))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_the_last_update_is_what_the_last_step_added(decay: float) -> None:
+    matrix, vector, row, still = (
+        nn.Parameter(torch.tensor(values, dtype=torch.float64))
+        for values in ([[1.0, -2.0]], [0.5, 3.0], [[4.0, 1.0]], [[7.0]])
+    )
+    everything = [matrix, vector, row, still]
+    optimizer = make_optimizer(everything, weight_decay=decay, rows=[row], rows_lr_factor=4.0)
+    assert compute_last_update(optimizer, matrix) is None
+    for number, rate in enumerate((0.1, 0.05, 0.2), start=1):
+        before = [p.detach().clone() for p in everything]
+        set_gradients([matrix, vector, row], [[0.3 * number, -0.1]], [2.0, -number], [[0.5, 0.1]])
+        step_optimizer(optimizer, rate)
+        for parameter, old in zip(everything[:3], before, strict=False):
+            factor = 4.0 if parameter is row else 1.0
+            decayed = rate * factor * (decay if parameter.ndim > 1 else 0.0)
+            change = parameter.detach() - old * (1 - decayed)
+            update = compute_last_update(optimizer, parameter)
+            torch.testing.assert_close(update, change, rtol=1e-9, atol=1e-12)
+    assert compute_last_update(optimizer, still) is None
+
+
+def test_vectors_and_matrices_have_the_same_rate() -> None:
+    """Adam's first step moves every value by the rate."""
+    matrix, vector = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3))
+    optimizer = make_optimizer([matrix, vector], weight_decay=0.0)
+    matrix.grad, vector.grad = torch.ones(2, 3), torch.ones(3)
+    step_optimizer(optimizer, 0.01)
+    for parameter in (matrix, vector):
+        expected = torch.full_like(parameter, 0.01)
+        torch.testing.assert_close(1 - parameter.detach(), expected, rtol=1e-5, atol=0)
