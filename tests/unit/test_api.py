@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import json
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -140,12 +141,30 @@ def test_train_takes_a_plan_and_nothing_else() -> None:
         assert "tunesmith.plan" in raised.value.fix
 
 
+def read_floats(value: object) -> list[str]:
+    """Return every float below a value with all of its bits, without `to_jsonable`."""
+    if isinstance(value, float):
+        return [value.hex()]
+    if dataclasses.is_dataclass(value):
+        items: Iterable[object] = [
+            getattr(value, field.name) for field in dataclasses.fields(value)
+        ]
+    elif isinstance(value, dict):
+        items = value.values()
+    else:
+        items = value if isinstance(value, list | tuple) else ()
+    return [number for item in items for number in read_floats(item)]
+
+
 def test_a_plan_read_back_trains_the_same_adapter(tiny_folder: Path, tmp_path: Path) -> None:
-    straight = make_tiny_recipe(tiny_folder, tmp_path / "a")
+    digits = {"learning_rate": 0.010123456789012345, "warmup_ratio": 1 / 3}
+    straight = make_tiny_recipe(tiny_folder, tmp_path / "a", **digits)
     train(straight)
-    plan = tunesmith.plan(make_tiny_recipe(tiny_folder, tmp_path / "b"))
+    plan = tunesmith.plan(make_tiny_recipe(tiny_folder, tmp_path / "b", **digits))
+    assert plan.config.learning_rate == digits["learning_rate"]
     file = tmp_path / "plan.json"
     file.write_bytes(dump_json({"tunesmith": tunesmith.__version__, **json.loads(dump_json(plan))}))
+    assert read_floats(tunesmith.read_plan(file)) == read_floats(plan)
     assert to_jsonable(tunesmith.read_plan(file)) == to_jsonable(
         plan
     )  # a tuple comes back as a list

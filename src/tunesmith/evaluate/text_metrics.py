@@ -23,8 +23,10 @@ from tunesmith.data.constraints import MAX_MATCH_SECONDS
 DEFAULT_TOLERANCE = 1e-6  # relative
 CHRF_ORDER = 6  # characters of the longest n-gram
 CHRF_BETA = 2  # weight of recall
+# a sign after a word or a number is a dash: the last number of "10-12" is 12
+SIGN = r"(?:(?<![\w.,)\]}%])[-+\u2212])?"
 NUMBER_PATTERN = re.compile(
-    r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+"
+    rf"{SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?(?:[eE][-+\u2212]?\d+)?|\.\d+)"
 )
 
 
@@ -78,7 +80,8 @@ def regex_match(answer: str, expected: str, arg: Any) -> float:
 def numeric(answer: str, expected: str, arg: Any) -> float:
     """Return 1 if the last numbers agree within a relative tolerance (absolute for an expected 0).
 
-    Thousands separators and exponents are read; 0 where either text has no number.
+    Thousands separators, exponents and signs are read, a hyphen between numbers is none; 0 where
+    either text has no number.
     """
     answer_number = _find_last_number(answer)
     expected_number = _find_last_number(expected)
@@ -131,7 +134,7 @@ def chrf(answer: str, expected: str, arg: Any) -> float:
 
 def _find_last_number(text: str) -> float | None:
     matches = NUMBER_PATTERN.findall(text)
-    number = float(matches[-1].replace(",", "")) if matches else None
+    number = float(matches[-1].replace(",", "").replace("\u2212", "-")) if matches else None
     return number if number is not None and math.isfinite(number) else None
 
 

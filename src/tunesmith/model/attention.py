@@ -205,7 +205,7 @@ class _AttentionFunction(torch.autograd.Function):
         q, k, v = (tensor.contiguous() for tensor in (q, k, v))
         null = q.new_empty(0)  # NULL in C
         out = torch.empty_like(q)
-        logsumexp = torch.empty(q.shape[:2])
+        logsumexp = torch.empty(q.shape[:2], dtype=torch.float32)
         inputs = (q, k, v, out, logsumexp)
         aux_inputs = (*(cos_sin or (null, null)), *_build_segment_tensors(layout))
         ctx.shape = _get_kernel_shape(len(layout.lengths), q, k, config)
@@ -304,7 +304,7 @@ def run_prefix_kernel(
     k = torch.cat((prefix_keys, k))
     v = torch.cat((prefix_values, v))
     out = torch.empty_like(q)
-    logsumexp = torch.empty(q.shape[:2])
+    logsumexp = torch.empty(q.shape[:2], dtype=torch.float32)
     nulls = (q.new_empty(0),) * 6
     segments = _build_segment_tensors(full_layout, num_prefixes=1)
     shape = _get_kernel_shape(count, q, k, config)

@@ -138,7 +138,7 @@ class _TargetLosses(torch.autograd.Function):
         dhidden = torch.empty_like(hidden)
         losses = [hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
         cast_weight = head.weight.detach().to(hidden.dtype)
-        ones = torch.ones(len(hidden), device=hidden.device)
+        ones = torch.ones(len(hidden), dtype=torch.float32, device=hidden.device)
         chunks = _iter_loss_chunks(hidden, cast_weight, head, targets, ones)
         for rows, chunk_losses, dlogits in chunks:
             losses.append(chunk_losses)
@@ -174,7 +174,7 @@ def compute_target_losses(hidden_SH: Tensor, head: LMHead, targets_S: Tensor) ->
 def measure_target_losses(hidden_SH: Tensor, head: LMHead, targets_S: Tensor) -> Tensor:
     """Return the loss of each target [S] without a gradient."""
     losses = [hidden_SH.new_zeros(0, dtype=torch.float32)]
-    ones = torch.ones(len(hidden_SH), device=hidden_SH.device)
+    ones = torch.ones(len(hidden_SH), dtype=torch.float32, device=hidden_SH.device)
     cast_weight = head.weight.to(hidden_SH.dtype)
     for _, chunk_losses, _ in _iter_loss_chunks(hidden_SH, cast_weight, head, targets_S, ones):
         losses.append(chunk_losses)

@@ -71,7 +71,8 @@ class LoraLinear(nn.Module):
         weight = self.frozen.weight
         device = weight.device
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        uniform_RI = torch.rand(rank, base.in_features, generator=generator) * 2 - 1
+        shape = (rank, base.in_features)
+        uniform_RI = torch.rand(shape, generator=generator, dtype=torch.float32) * 2 - 1
         init_RI = uniform_RI / math.sqrt(base.in_features)
         self.lora_A = nn.Parameter(init_RI.to(device, dtype))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=dtype))

@@ -206,6 +206,11 @@ def _list_evidence(run: ReportData, record: RunRecord, claims: Sequence[Claim]) 
         lines.append(_describe_significance(claims))
         if any("test_data" in stage.plan.data for stage in run.stages):
             lines.append("The test rows were used once, for this comparison.")
+        if any(claim.comparison.task == GENERAL_TASK for claim in claims) and _is_selected_on(run):
+            lines.append(
+                "The general texts were not used once only: during training, the beginnings of a "
+                "few of them limited which checkpoint could be chosen."
+            )
     seeds = sorted({str(stage.plan.config.seed) for stage in run.stages})
     lines.append(
         f"One run (seed {', '.join(seeds)}): the intervals do not cover seed-to-seed variation."
@@ -214,6 +219,14 @@ def _list_evidence(run: ReportData, record: RunRecord, claims: Sequence[Claim]) 
     total = len(record.preflight)
     lines.append(f"{passed} of {total} preflight checks passed on the real model and data.")
     return lines
+
+
+def _is_selected_on(run: ReportData) -> bool:
+    """Return whether forgetting of general text limited the choice of a checkpoint."""
+    return any(
+        "eval_data" in stage.plan.data and stage.plan.config.guard_forgetting != "off"
+        for stage in run.stages
+    )
 
 
 def _describe_significance(claims: Sequence[Claim]) -> str:

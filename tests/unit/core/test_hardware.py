@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from tunesmith.core import hardware
@@ -31,7 +32,13 @@ def test_the_machine_is_measured(tmp_path: Path) -> None:
 
 def test_memory_is_that_of_the_system_or_less() -> None:
     total, available = read_main_memory()
-    assert 2**28 < available <= total <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 2**28 < available < total <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    fields = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines}
+    assert total <= fields["MemTotal"]
+    assert available <= 1.1 * fields["MemAvailable"]
+    resident = psutil.Process().memory_info().rss
+    assert available <= total - resident / 2, "what this process holds is not free"
 
 
 def test_a_cgroup_limit_counts_and_cached_files_are_free(tmp_path: Path) -> None:

@@ -135,6 +135,24 @@ def test_a_pattern_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatc
         ("no number", "3", None, 0),
         ("9" * 400, "9", None, 0),  # no finite number
         ("3", "none", None, 0),
+        ("10-12", "12", None, 1),  # a range, no negative number
+        ("10-12", "-12", None, 0),
+        ("from 3.5-4", "4", None, 1),
+        ("2026-11-27", "27", None, 1),
+        ("step-12", "12", None, 1),
+        ("(a)-12", "12", None, 1),
+        ("50%-60%", "60", None, 1),
+        ("1,000-2,000", "2000", None, 1),
+        ("10 - 12", "12", None, 1),
+        ("10 -12", "-12", None, 1),
+        ("x=-12", "-12", None, 1),
+        ("$-12", "-12", None, 1),
+        ("(-12)", "-12", None, 1),
+        ("\u221212", "-12", None, 1),  # the minus sign of typeset text
+        ("+12", "12", None, 1),
+        ("1e-3", "0.001", None, 1),
+        ("-1.5e3", "-1500", None, 1),
+        ("-.5", "-0.5", None, 1),
     ],
 )
 def test_numbers_are_read_and_compared(

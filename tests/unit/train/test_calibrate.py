@@ -11,6 +11,7 @@ import torch
 from tiny_runs import make_tiny_recipe
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.types import Document
+from tunesmith.model.causal_lm import load_network
 from tunesmith.model.quantization import build_truncated_network
 from tunesmith.plan.flops import count_computed_tokens
 from tunesmith.session import inputs
@@ -106,6 +107,14 @@ def test_made_up_weights_are_the_stock_shapes(tiny_folder: Path) -> None:
     network = build_truncated_network(tiny_folder, torch.float32, 1, is_quantized=False)
     names = {name for name, _ in network.named_parameters()}
     assert not any(".layers.1." in name for name in names)
+    stock = load_network(tiny_folder, torch.float32)
+    expected = {
+        name: parameter.shape
+        for name, parameter in stock.named_parameters()
+        if ".layers.1." not in name
+    }
+    assert {name: parameter.shape for name, parameter in network.named_parameters()} == expected
+    assert any(len(shape) == 2 and shape[0] != shape[1] for shape in expected.values())
     assert all(float(parameter.min()) > 0 for parameter in network.parameters())
     assert not any(
         parameter.is_meta or parameter.requires_grad for parameter in network.parameters()

@@ -74,7 +74,7 @@ class AdapterFactor:
         dz = scale * x m if `dz` is passed."""
         threads = torch.get_num_threads()
         shape = (len(x_NW), self.width, self.blocks, threads)
-        sums = torch.empty(threads, self.blocks * LANES, self.padded_width)
+        sums = torch.empty(threads, self.blocks * LANES, self.padded_width, dtype=torch.float32)
         null = z.new_empty(0)  # a null pointer in C
         outputs = (null, null) if dz is None else (self.down, dz)
         call_kernel("lora_gradient", x_NW, z, *outputs, sums, *shape, float(scale))

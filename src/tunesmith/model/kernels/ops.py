@@ -41,7 +41,7 @@ class _RmsNorm(torch.autograd.Function):
         width = x.shape[-1]
         rows = x.numel() // width
         y = torch.empty_like(x)
-        inverse_rms = torch.empty(rows)
+        inverse_rms = torch.empty(rows, dtype=torch.float32)
         call_kernel("rms_norm", x, weight, y, inverse_rms, rows, width, float(eps))
         ctx.save_for_backward(x, weight, inverse_rms)
         return y
@@ -121,7 +121,7 @@ def scale_columns_backward(dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor) -> tuple
     threads = torch.get_num_threads()
     dy_NO = dy_NO.contiguous()
     dx_NO = torch.empty_like(y_NO)
-    sums = torch.empty(threads, y_NO.shape[1])
+    sums = torch.empty(threads, y_NO.shape[1], dtype=torch.float32)
     call_kernel("scale_columns_backward", dy_NO, y_NO, gain_O, dx_NO, sums, *y_NO.shape, threads)
     return dx_NO, sums.sum(0)
 
@@ -183,7 +183,7 @@ def cross_entropy(
     `logits`."""
     if is_supported(logits) and not label_smoothing:
         rows, vocab_size = logits.shape
-        losses = torch.empty(rows)
+        losses = torch.empty(rows, dtype=torch.float32)
         _check_targets(targets, vocab_size)
         arguments = (logits, targets, weights, losses, rows, vocab_size, float(scale), float(cap))
         call_kernel("cross_entropy", *arguments)
@@ -215,7 +215,7 @@ def kl_divergence(
     if is_supported(base, tuned):
         rows, vocab_size = base.shape
         _check_targets(targets, vocab_size)
-        losses, kl, top1_agreement = torch.empty(3, rows)
+        losses, kl, top1_agreement = torch.empty(3, rows, dtype=torch.float32)
         outputs = (losses, kl, top1_agreement)
         sizes = (rows, vocab_size, float(scale), float(cap))
         call_kernel("divergence", base, tuned, targets, *outputs, *sizes)
