@@ -113,12 +113,7 @@ def build_plan(
     )
     settings |= decide_objective(recipe, context)
     _apply_rules(context, recipe_values, fixed)
-    refuse_unmeasured_limits(
-        recipe.gates,
-        stage=recipe.stage,
-        metrics=settings["metrics"].value,
-        constraints=[constraint.name for constraint in recipe.never],
-    )
+    _check_gates(context, recipe)
     settings |= {key: plan_value for key, plan_value in fixed.items() if key not in RULES}
     _apply_features(context, recipe, data)
     settings["gradient_checkpointing"] = _decide_checkpointing(
@@ -281,6 +276,15 @@ def _check_lengths(context: RuleContext) -> None:
             where="batch_tokens",
             fix="raise batch_tokens or lower max_length: a step must hold at least one window",
         )
+
+
+def _check_gates(context: RuleContext, recipe: Recipe) -> None:
+    refuse_unmeasured_limits(
+        recipe.gates,
+        stage=recipe.stage,
+        metrics=context["metrics"],
+        constraints=[constraint.name for constraint in recipe.never],
+    )
 
 
 def _check_libraries(context: RuleContext) -> None:

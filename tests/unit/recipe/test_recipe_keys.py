@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 from safetensors.torch import load
 
+import evaluation_keys
 import objective_keys
 from recipe_lab import Lab
 from tiny_runs import (
@@ -20,7 +21,6 @@ from tiny_runs import (
     select_steps,
     write_eval_files,
 )
-from tunesmith import api
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckpointSaved, Score, TrainStep
 from tunesmith.core.json_io import read_json
@@ -509,24 +509,6 @@ def gradient_checkpointing(lab: Lab) -> None:
     )
 
 
-def metrics(lab: Lab) -> None:
-    test = lab.rows(build_sum_rows(90, 3))
-    always = {"loss", "kl", "top1_agreement"}
-    assert {metric for _, metric in lab.scores(test_data=test)} == {"exact_match", *always}
-    assert {metric for _, metric in lab.scores(test_data=test, metrics=["field_f1"])} == {
-        "field_f1",
-        *always,
-    }
-
-
-def gates(lab: Lab) -> None:
-    test = lab.rows(build_sum_rows(90, 6))
-    for limit, is_held in (("<= 1", True), ("> 1", False)):
-        lab.events(test_data=test, gates={"exact_match": limit})
-        results = {gate.name: gate.passed for gate in api.evaluate(lab.output).check_gates()}
-        assert results["test exact_match limit"] == is_held
-
-
 def guard(lab: Lab) -> None:
     files = write_eval_files(lab.folder)
 
@@ -595,7 +577,11 @@ def output_dir(lab: Lab) -> None:
 
 CASES: dict[str, Callable[[Lab], None]] = {
     name: case
-    for name, case in (*globals().items(), *vars(objective_keys).items())
+    for name, case in (
+        *globals().items(),
+        *vars(evaluation_keys).items(),
+        *vars(objective_keys).items(),
+    )
     if inspect.isfunction(case) and list(inspect.signature(case).parameters) == ["lab"]
 }
 
