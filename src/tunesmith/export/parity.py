@@ -11,6 +11,7 @@ time. Legend: S supervised positions, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -320,6 +321,8 @@ def refuse_mismatch(
     if trained_end_ids[0] not in end_ids or not end_ids <= set(trained_end_ids):
         trained = f"they were trained to end in {trained_end_ids[0]}"
         problems.append(f"answers end in {sorted(end_ids)}, {trained}")
+    if not parity.positions or math.isnan(parity.mean_kl) or math.isnan(parity.max_kl):
+        problems.append(f"logits cannot be compared at {parity.positions} positions")
     if not problems:
         fix = ROUNDING_HINT
     if parity.mean_kl > tolerance.mean_kl:

@@ -178,3 +178,18 @@ def test_the_fix_is_that_of_the_problem(
 def test_all_problems_are_named_at_once() -> None:
     lossy = replace(FINE, same_prompts=0, mean_kl=1.0, max_kl=math.inf, trained_kl=1.0)
     assert len(find_problems(lossy, end_ids=(8,))) == 5
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"mean_kl": math.nan, "max_kl": math.nan},
+        {"max_kl": math.nan},
+        {"positions": 0},
+        {"mean_kl": math.nan, "max_kl": math.nan, "trained_kl": math.nan},
+    ],
+)
+def test_nothing_or_no_number_compared_is_refused(changed: dict[str, Any]) -> None:
+    assert not find_problems(FINE)
+    (problem,) = find_problems(replace(FINE, **changed))
+    assert "logits cannot be compared at" in problem
