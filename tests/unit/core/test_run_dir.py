@@ -28,6 +28,7 @@ from tunesmith.core.json_io import dump_json, read_json
 from tunesmith.core.run_dir import (
     FAILED_CHECK,
     RunFolder,
+    find_parent_run,
     pick_run_folder,
     read_all_events,
     read_events,
@@ -41,8 +42,9 @@ HOLDS = """
 import sys, time
 from pathlib import Path
 from tunesmith.core.run_dir import RunFolder
+from tunesmith.core.types import RUN_FORMAT
 folder = RunFolder.create(Path(sys.argv[1]))
-folder.write_json("plan.json", {"format": 2})
+folder.write_json("plan.json", {"format": RUN_FORMAT})
 print("ready", flush=True)
 time.sleep(60)
 """
@@ -137,10 +139,17 @@ def test_only_a_run_folder_can_be_opened(tmp_path: Path) -> None:
     [
         (
             {"choices": {}},
-            "an older tunesmith: format 1, and this version reads format 2",
+            f"an older tunesmith: format 1, and this version reads format {RUN_FORMAT}",
         ),
-        ({"format": 3}, "another tunesmith: format 3, and this version reads format 2"),
+        (
+            {"format": RUN_FORMAT + 1},
+            f"another tunesmith: format {RUN_FORMAT + 1}, and this version reads",
+        ),
         ([], "not a plan"),
+        ({"plans": []}, "an older tunesmith: format 1"),
+        ({"plans": {"format": RUN_FORMAT}}, "an older tunesmith: format 1"),
+        ({"plans": [3]}, "not a plan"),
+        ({"plans": [{"format": 1}]}, "an older tunesmith: format 1"),
     ],
 )
 def test_a_folder_of_another_format_is_refused(
@@ -255,6 +264,16 @@ def test_every_opening_and_every_rollback_starts_an_attempt(tmp_path: Path) -> N
         assert folder.load_events() == [step(1, loss=10.0)]
         folder.append_event(step(2, loss=40.0))
         assert folder.load_events() == [step(1, loss=10.0), step(2, loss=40.0)]
+
+
+@pytest.mark.parametrize("folder", ["stages", "other"])
+def test_a_stage_belongs_to_the_run_whose_stages_it_is_in(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "stages.json").write_text("{}")
+    stage = tmp_path / folder / "1-sft"
+    stage.mkdir(parents=True)
+    assert find_parent_run(stage) == (tmp_path if folder == "stages" else stage)
+    (tmp_path / "stages.json").unlink()
+    assert find_parent_run(stage) == stage
 
 
 def test_a_torn_last_line_is_left_out_and_stays_apart_from_what_follows(tmp_path: Path) -> None:
