@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
     from tunesmith.advise.measured.run_arm import ArmResult
     from tunesmith.advise.rules.advice import Advice
+    from tunesmith.core.evidence import RunVerdict
     from tunesmith.data.annotation import ReviewImport
     from tunesmith.data.dataset import Dataset
     from tunesmith.data.golden_set import GoldenLock
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from tunesmith.recipe.template import InitResult
     from tunesmith.session.doctor import Diagnosis
     from tunesmith.session.inputs import RunInputs
+    from tunesmith.session.run_list import RunSummary
 
     AnyInputs = RunInputs | tuple[RunInputs, ...]  # one per stage
 
@@ -320,9 +322,9 @@ def data_curate(
     keep: int,
     to: AnyPath,
     similarity: str = "states",
+    allow_personal: bool = False,
     **changes: Any,
 ) -> CurationResult:
-    allow_personal: bool = False,
     """Select `keep` rows of `data` by the base model's scores: quality first, then diversity.
 
     Writes them to a new folder `to`, with a random and a longest subset of the same size for
@@ -467,6 +469,7 @@ def resume(
     """Resume an interrupted run from its newest valid checkpoint, or from step `checkpoint`.
 
     Raises InputError if it is finished or, unless `allow_changes`, if its inputs have changed."""
+    run_dir.require_run(Path(path))
     from tunesmith.train import run, stages
 
     options: Any = {
@@ -497,6 +500,15 @@ def demo(output_dir: AnyPath | None = None) -> Iterator[Event]:
 # ---------------------------------------------------------------- after a run
 
 
+def list_runs(roots: Iterable[AnyPath] = ("runs",)) -> list[RunSummary]:
+    """Return the runs at or below folders, the last changed first, without locking any.
+
+    Raises InputError for a folder that is missing."""
+    from tunesmith.session import run_list
+
+    return run_list.list_runs([Path(root) for root in roots])
+
+
 def read_record(path: AnyPath) -> RunRecord:
     """Read the results of a finished run. Raises InputError if it is not finished."""
     return run_dir.read_run_record(Path(path))
@@ -513,28 +525,29 @@ def evaluate(
 
     `target` is a run, RUN@0.5 (adapter scale), RUN/checkpoints/step-N, an adapter, or a model,
     which has scores only. `metrics` replace the run's. Raises InputError for an invalid row."""
-    from tunesmith.evaluate import compare_models, finished_run
     from tunesmith.evaluate.model_ref import parse_model_ref
+
+    ref = parse_model_ref(str(target))  # a wrong name is refused before torch is loaded
+    from tunesmith.evaluate import compare_models, finished_run
     from tunesmith.evaluate.regression_gate import EvalReport, parse_metrics
     from tunesmith.train import stages
 
-    ref = parse_model_ref(str(target))
     data_path = None if data is None else Path(data)
     spec = compare_models.EvalSpec(data_path, parse_metrics(metrics), allow_code)
     is_default = spec.data is None and not spec.metrics
     if is_default and ref.results_file == run_dir.EVAL_AFTER_FILE and ref.run_dir is not None:
         if run_dir.is_staged(ref.run_dir):
-            comparisons = stages.evaluate_stages(ref.run_dir, allow_code=allow_code)
-            return EvalReport.from_comparisons(comparisons, ref.run_dir)
+            evaluation = stages.evaluate_stages(ref.run_dir, allow_code=allow_code)
+            return EvalReport.from_evaluation(evaluation, ref.run_dir)
         # A full fine-tune loads the base and the tuned model one after the other, further below.
         if run_dir.read_run_plan(ref.run_dir).config.method != "full":
-            comparisons = finished_run.evaluate_run(ref.run_dir, allow_code=allow_code)
-            return EvalReport.from_comparisons(comparisons, ref.run_dir)
+            evaluation = finished_run.evaluate_run(ref.run_dir, allow_code=allow_code)
+            return EvalReport.from_evaluation(evaluation, ref.run_dir)
     if ref.run_dir is None and not compare_models.is_adapter_dir(Path(ref.name)):
         results = compare_models.evaluate_model(ref, ref, spec)
-        return EvalReport(tuple(results.iter_scores(step=0)))
-    comparisons = compare_models.evaluate_before_after(ref, spec)
-    return EvalReport.from_comparisons(comparisons, ref.run_dir)
+        return EvalReport.from_results(results, spec.metrics)
+    evaluation = compare_models.evaluate_before_after(ref, spec)
+    return EvalReport.from_evaluation(evaluation, ref.run_dir)
 
 
 def compare(a: AnyPath, b: AnyPath, *, allow_code: bool = False) -> ModelComparison:
@@ -555,7 +568,15 @@ def compare(a: AnyPath, b: AnyPath, *, allow_code: bool = False) -> ModelCompari
         spec = EvalSpec(allow_code=allow_code)
         first_results = first_results or evaluate_model(first, second, spec)
         second_results = second_results or evaluate_model(second, first, spec)
-    return compare_models([first.name, second.name], [first_results, second_results])
+    run = second.run_dir or first.run_dir
+    return compare_models([first.name, second.name], [first_results, second_results], run)
+
+
+def read_verdict(path: AnyPath) -> RunVerdict:
+    """Return whether the model of a run, finished or not, may be used, and what to do next."""
+    from tunesmith.evaluate.run_verdict import read_verdict
+
+    return read_verdict(Path(path))
 
 
 def write_report(path: AnyPath, out: AnyPath | None = None) -> Path:
@@ -601,6 +622,7 @@ def export(
     a QLoRA adapter into: "original", "dequantized" or "auto". `scale` multiplies the adapter.
     `out` is a new folder, RUN/export/TO by default. Raises GateError, and leaves no files, if the
     export does not answer as the run does."""
+    run_dir.require_run(Path(path))
     from tunesmith.export.export import export_run
 
     out = None if out is None else Path(out)

@@ -96,7 +96,7 @@ def test_texts_are_measured_in_bits_per_byte_before_after_and_on_the_way(
         if isinstance(item, Score) and 0 < item.step < len(select_steps(events))
     )
     assert looks["eval"] == looks["general text"] == (len(select_steps(events)) - 1) // 5
-    again = {item.task: item for item in finished_run.evaluate_run(tmp_path / "run")}
+    again = {item.task: item for item in finished_run.evaluate_run(tmp_path / "run").comparisons}
     assert again["test"].after.value == pytest.approx(actual["test"].after.value)
 
 

@@ -49,7 +49,7 @@ def test_a_run_is_proven_trains_and_is_reopened(
     assert steps[-1].loss < steps[0].loss
     first, again = (
         read_json(tmp_path / "run" / "record.json")["comparisons"],
-        finished_run.evaluate_run(tmp_path / "run"),
+        finished_run.evaluate_run(tmp_path / "run").comparisons,
     )
     assert [c["after"]["value"] for c in first] == [c.after.value for c in again]
     assert len(list(finished_run.chat(tmp_path / "run", ["1 and 1"]))) == 1

@@ -35,8 +35,8 @@ from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError
 from tunesmith.core.events import CheckpointSaved, CheckResult, Event, Score, TrainingEnd, TrainStep
 from tunesmith.core.json_io import parse_as, read_json
-from tunesmith.core.types import Document, RunRecord
 from tunesmith.core.sampling import SamplingParams, check_sampling
+from tunesmith.core.types import Document, RunRecord
 from tunesmith.evaluate import finished_run
 from tunesmith.evaluate.results import EvalResults, compare_results
 from tunesmith.session import inputs
@@ -228,7 +228,7 @@ def test_the_adapter_says_how_it_is_served_and_what_it_belongs_to(
 
 def test_evaluating_again_finds_what_the_record_says(finished: Path) -> None:
     record = parse_as(RunRecord, read_json(finished / "record.json"))
-    again = finished_run.evaluate_run(finished)
+    again = finished_run.evaluate_run(finished).comparisons
     for then, now in zip(record.comparisons, again, strict=True):
         assert (then.task, then.metric) == (now.task, now.metric)
         assert now.before.value == pytest.approx(then.before.value, abs=1e-6)
@@ -270,7 +270,6 @@ def test_a_chat_is_one_conversation(finished: Path) -> None:
         next(chatting)
 
 
-# ---------------------------------------------------------------- stopping and going on
 def test_a_chat_samples_as_its_options_say(finished: Path) -> None:
     """One seed gives one conversation, another seed another; greedy is the default."""
 
@@ -316,6 +315,7 @@ def test_sampling_options_out_of_range_are_refused(options: Any, message: str) -
     assert caught.value.fix
 
 
+# ---------------------------------------------------------------- stopping and going on
 
 
 def test_a_run_left_after_a_checkpoint_goes_on_to_the_same_adapter(
@@ -513,5 +513,5 @@ def test_reopening_needs_a_finished_adapter(tiny_folder: Path, tmp_path: Path) -
     run_until_saved(run.train(plan_recipe(wish)), step=1)
     with pytest.raises(InputError, match="no adapter yet"):
         finished_run.reopen_session(tmp_path / "run")
-    with pytest.raises(InputError, match="not a run folder"):
+    with pytest.raises(InputError, match="no such run folder"):
         finished_run.evaluate_run(tmp_path / "nowhere")

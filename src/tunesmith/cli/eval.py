@@ -9,6 +9,7 @@ import typer
 
 from tunesmith import api
 from tunesmith.cli.args import AllowCode, AsJson
+from tunesmith.cli.help import complete_runs
 from tunesmith.cli.output import print_result
 from tunesmith.core.errors import GateError
 
@@ -18,6 +19,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="TARGET",
+            autocompletion=complete_runs,
             help="RUN, RUN@0.5, RUN/checkpoints/step-N, adapter or model.",
             show_default=False,
         ),
@@ -44,15 +46,22 @@ def evaluate(
     """Measure a model before and after training, item by item."""
     from tunesmith.cli.progress import measuring
     from tunesmith.cli.views.results import render_comparisons, render_gates, render_scores
+    from tunesmith.cli.views.verdict import render_errors
 
     with measuring():
         report = api.evaluate(target, data=data, metrics=metrics, allow_code=allow_code)
-    output: dict[str, Any] = {"scores": report.scores, "comparisons": report.comparisons}
+    output: dict[str, Any] = {
+        "scores": report.scores,
+        "comparisons": report.comparisons,
+        "errors": report.errors,
+    }
     views = [
         render_comparisons(report.comparisons)
         if report.comparisons
         else render_scores(report.scores)
     ]
+    if report.errors is not None:
+        views.append(render_errors(report.errors))
     gates = report.check_gates() if gate else ()
     if gate:
         output["gates"] = gates

@@ -1,9 +1,10 @@
-"""Verbs that train: `demo`, `train`, `resume`, and `report`, which writes the page of a run.
+"""Verbs on runs: `demo`, `train`, `resume`, `report` and `runs`, which lists them.
 
 Each verb is a function; cli/app.py has the table. Imports are inside the functions."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -20,8 +21,8 @@ from tunesmith.cli.args import (
     RunArg,
     parse_recipe_args,
 )
-from tunesmith.cli.output import print_result, write_stderr
-from tunesmith.core.errors import GateError, TunesmithError
+from tunesmith.cli.output import TerminalConsole, print_result, write_stderr
+from tunesmith.core.errors import GateError, InputError, TunesmithError
 from tunesmith.core.events import Event
 from tunesmith.core.run_dir import RUNS_DIR, is_run, is_staged
 from tunesmith.core.types import Plan
@@ -38,7 +39,9 @@ TrackOption = Annotated[
 def demo(
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="Run folder; runs/demo-N by default.", show_default=False),
+        typer.Option(
+            metavar="FOLDER", help="Run folder; runs/demo-N by default.", show_default=False
+        ),
     ] = None,
     track: TrackOption = None,
     as_json: AsJson = False,
@@ -68,10 +71,10 @@ def train(
     """Plan, check, train and measure a recipe in one run folder."""
     inputs = api.load_inputs(parse_recipe_args(args))
     run_plan = api.plan(inputs)
+    _warn_of_plan(run_plan)
     events = api.train(run_plan, inputs, allow_code=allow_code)
     run_dir = Path(run_plan.config.output_dir)
     _show_run(events, run_dir, run_plan.steps, track=track, as_json=as_json)
-    _warn_of_plan(run_plan)
 
 
 def resume(
@@ -110,16 +113,67 @@ def report(
     track: TrackOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the HTML report of a run, finished or not."""
+    """Write the HTML report of a run and print its verdict."""
+    from tunesmith.cli.views.verdict import render_verdict
+
     report_path = api.write_report(folder, out=out)
     if track is not None:
         from tunesmith.report.trackers import export_run
 
         export_run(folder, track)
-    print_result({"report": str(report_path)}, str(report_path), as_json=as_json)
+    verdict = api.read_verdict(folder)
+    output = {"report": str(report_path), "verdict": verdict}
+    print_result(output, render_verdict(verdict), str(report_path), as_json=as_json)
+
+
+def list_runs(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FOLDER", help="Where to look; runs/ by default."),
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Update until Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List runs with state, score, memory and age."""
+    from tunesmith.cli.views.runs import render_runs
+
+    roots = folders or [RUNS_DIR]
+    if watch and as_json:
+        message = "--watch and --json cannot be combined"
+        raise InputError(message, where="command line", fix="pass one of them")
+    if watch:
+        _watch_runs(roots)
+        return
+    run_list = api.list_runs(roots)
+    print_result({"runs": run_list}, render_runs(run_list, time.time()), as_json=as_json)
+
+
+def _watch_runs(roots: list[Path]) -> None:
+    from rich.live import Live
+
+    from tunesmith.cli.views.runs import render_runs
+
+    console = TerminalConsole()
+    if not console.is_terminal:
+        message = "--watch needs a terminal"
+        raise InputError(message, where="command line", fix="leave it out, or use --json")
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            view = render_runs(api.list_runs(roots), time.time(), max_rows=console.height - 3)
+            live.update(view, refresh=True)
+            time.sleep(WATCH_SECONDS)
 
 
 # ---------------------------------------------------------------- shared
+
+
+def _warn_of_plan(plan: Plan | StagedPlan) -> None:
+    """Print the warnings of a plan, each once, with its stage if there are several."""
+    plans = plan.plans if isinstance(plan, StagedPlan) else (plan,)
+    for number, stage_plan in enumerate(plans, start=1):
+        stage = f"stage {number}, {stage_plan.config.stage}: " if len(plans) > 1 else ""
+        for warning in stage_plan.warnings:
+            write_stderr(f"warning: {stage}{warning}\n")
 
 
 def _show_run(
@@ -167,15 +221,6 @@ def _tracking(folder: Path, track: str | None) -> Iterator[Callable[[Event], Non
     finally:
         if tracker.problem:
             retry_command = f"tunesmith report {folder} --track {track}"
-def _warn_of_plan(plan: Plan | StagedPlan) -> None:
-    """Print the warnings of a plan, each once, with its stage if there are several."""
-    plans = plan.plans if isinstance(plan, StagedPlan) else (plan,)
-    for number, stage_plan in enumerate(plans, start=1):
-        stage = f"stage {number}, {stage_plan.config.stage}: " if len(plans) > 1 else ""
-        for warning in stage_plan.warnings:
-            write_stderr(f"warning: {stage}{warning}\n")
-
-
             write_stderr(
                 f"warning: {track} did not get everything: {tracker.problem}\n"
                 f"  fix: {retry_command}\n"

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 GENERAL_TASK = "general text"  # the task of scores on retention_data
 PROBE_TASK = "probes"  # of the answers generated during training
 EXPECTED_TASK = "expected answers"  # of the expected answers to the same prompts
+EVAL_TASK = "eval"  # of answers to rows of eval_data
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class GenerationSample:
     prompt: str
     answer: str
     expected: str = ""
+    task: str = ""  # "eval" for complete answers to rows of eval_data during training
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tunesmith.core.events import (
     Rollback,
     Score,
 )
+from tunesmith.core.evidence import ErrorAnalysis, RunVerdict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -572,3 +573,8 @@ class RunRecord:
     rollbacks: tuple[Rollback, ...] = ()
     # step of the final weights: the best on eval_data, else the last
     selected_step: int | None = None
+    # of all attempts, with loading, preflight and evaluation; 0 in records of earlier versions
+    total_seconds: float = 0.0
+    train_peak_bytes: int = 0  # of the steps; `peak_bytes` covers evaluation, too
+    errors: ErrorAnalysis | None = None  # None without answers to test rows
+    verdict: RunVerdict | None = None

@@ -15,9 +15,10 @@ from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import find_weights_dir, read_run_plan
-from tunesmith.core.types import Comparison, Plan, PlanValue
+from tunesmith.core.types import Plan, PlanValue
 from tunesmith.data.constraints import ConstraintSet
 from tunesmith.data.dataset import open_dataset
+from tunesmith.evaluate.error_analysis import Evaluation, analyze_errors, evaluate_results
 from tunesmith.evaluate.items import build_eval_items
 from tunesmith.evaluate.measure import measure_items
 from tunesmith.evaluate.model_ref import ModelRef
@@ -72,7 +73,7 @@ def evaluate_model(model_ref: ModelRef, other_ref: ModelRef, spec: EvalSpec) -> 
     return _evaluate(eval_plan, eval_inputs, load_starting_model(plan, run_inputs), spec)
 
 
-def evaluate_before_after(model_ref: ModelRef, spec: EvalSpec) -> tuple[Comparison, ...]:
+def evaluate_before_after(model_ref: ModelRef, spec: EvalSpec) -> Evaluation:
     """Compare a run, a checkpoint, a scale or an adapter with the model that it started from.
 
     Raises InputError for a base model, which has no before.
@@ -86,7 +87,7 @@ def evaluate_before_after(model_ref: ModelRef, spec: EvalSpec) -> tuple[Comparis
         # One model in memory at a time.
         del base_model
         after = _evaluate_trained(model_ref, plan, run_inputs, spec)
-        return compare_results(before, after, step=plan.steps)
+        return evaluate_results(before, after, eval_plan, run_inputs)
     if not is_adapter_dir(Path(model_ref.name)):
         fix = "compare it with another model: tunesmith compare A B"
         raise InputError("a base model has no before/after", where=model_ref.name, fix=fix)
@@ -96,7 +97,8 @@ def evaluate_before_after(model_ref: ModelRef, spec: EvalSpec) -> tuple[Comparis
     after = _evaluate(eval_plan, eval_inputs, model, spec)
     with scaled_adapter(model.network, 0):
         before = _evaluate(eval_plan, eval_inputs, model, spec)
-    return compare_results(before, after, step=0)
+    errors = analyze_errors(before, after, graded_metrics=eval_plan.config.metrics)
+    return Evaluation(compare_results(before, after, step=0), errors)
 
 
 def is_adapter_dir(path: Path) -> bool:

@@ -12,9 +12,9 @@ from pathlib import Path
 from tunesmith.core.sampling import MAX_SEED, SamplingParams, check_sampling
 from tunesmith.core.types import GenerationRequest, Json
 from tunesmith.evaluate.answer_cache import open_answer_cache
+from tunesmith.evaluate.error_analysis import Evaluation, evaluate_results
 from tunesmith.evaluate.items import build_eval_items
 from tunesmith.evaluate.measure import measure_items
-from tunesmith.evaluate.results import compare_results
 from tunesmith.model.generation.engine import stream_answer
 from tunesmith.session import inputs
 from tunesmith.session.fingerprint import build_fingerprint
@@ -24,7 +24,7 @@ from tunesmith.session.session import Session
 GREEDY = SamplingParams()
 
 
-def evaluate_run(path: Path, *, allow_code: bool = False) -> tuple[Comparison, ...]:
+def evaluate_run(path: Path, *, allow_code: bool = False) -> Evaluation:
     """Measure a finished adapter run and its starting model again, on the run's own items."""
     session = reopen_session(path)
     plan = session.plan
@@ -36,7 +36,7 @@ def evaluate_run(path: Path, *, allow_code: bool = False) -> tuple[Comparison, .
     before_cache = open_answer_cache(path, fingerprint, starting_adapter)
     with starting_model(session, plan):
         before = measure_items(session, items, step=0, cache=before_cache)
-    return compare_results(before, after, step=plan.steps)
+    return evaluate_results(before, after, plan, session.inputs)
 
 
 def chat(

@@ -26,6 +26,8 @@ from tunesmith.session.inputs import RunInputs
 
 # Generating 16 answers during training takes about as long as the held-out loss of 60 rows.
 MAX_SELECTION_PROMPTS = 16
+# Answered too where a field of those 16 seems to be constant: they are too few to show it.
+MAX_CONFIRMATION_PROMPTS = 48
 MAX_HELD_OUT_CHARS = 300_000  # per held-out file of a pretraining corpus, about 75,000 tokens
 MAX_TEXT_CHARS = 30_000  # per text; longer ones are truncated
 MAX_SAMPLES = 3  # answers that the record shows
@@ -46,6 +48,8 @@ class EvalItems:
     )
     # A few rows of eval_data, answered during training.
     selection_prompts: tuple[EvalPrompt, ...] = ()
+    # Further ones, answered where the answers to those seem to have a constant.
+    confirmation_prompts: tuple[EvalPrompt, ...] = ()
     # Their answers are checked against the constraints, and not graded.
     eliciting_prompts: tuple[EvalPrompt, ...] = ()
     # Whether the general texts are evaluated during training, too.
@@ -97,6 +101,7 @@ def build_eval_items(plan: Plan, inputs: RunInputs, *, allow_code: bool = False)
             should_track_general=is_adaptive or has_both,
             digests=digests,
         )
+    eval_prompts = _build_eval_prompts(plan, inputs)
     examples = load_test_prompts(inputs)
     all_prompts = build_prompts(examples, inputs.renderer)
     prompts = tuple(prompt for prompt in all_prompts if not prompt.negative)
@@ -116,7 +121,8 @@ def build_eval_items(plan: Plan, inputs: RunInputs, *, allow_code: bool = False)
         test_documents=documents["test_data"],
         eval_documents=documents["eval_data"],
         general_texts=general_texts,
-        selection_prompts=_build_selection_prompts(plan, inputs),
+        selection_prompts=eval_prompts[:MAX_SELECTION_PROMPTS],
+        confirmation_prompts=eval_prompts[MAX_SELECTION_PROMPTS:],
         eliciting_prompts=all_prompts[len(prompts) :] if inputs.recipe.never else (),
         should_track_general=is_adaptive,
         row_tasks={role: _map_row_tasks(inputs, role, documents[role]) for role in documents},
@@ -179,7 +185,7 @@ def _load_held_out_texts(inputs: RunInputs) -> dict[str, tuple[GeneralText, ...]
     return texts_by_role
 
 
-def _build_selection_prompts(plan: Plan, inputs: RunInputs) -> tuple[EvalPrompt, ...]:
+def _build_eval_prompts(plan: Plan, inputs: RunInputs) -> tuple[EvalPrompt, ...]:
     """Return a few random rows of `eval_data` as prompts; none without a metric to grade them, or
     with named tasks, which would have too few each."""
     rows = inputs.datasets.get("eval_data")
@@ -190,7 +196,7 @@ def _build_selection_prompts(plan: Plan, inputs: RunInputs) -> tuple[EvalPrompt,
         example, prepared = rows.render_row(row)
         if prepared.documents and (example.messages or example.prompt) and not example.is_bad:
             examples.append(example)
-        if len(examples) == MAX_SELECTION_PROMPTS:
+        if len(examples) == MAX_SELECTION_PROMPTS + MAX_CONFIRMATION_PROMPTS:
             break
     return build_prompts(examples, inputs.renderer) if len(examples) > 1 else ()
 

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tunesmith.core.events import GENERAL_TASK, Score
+from tunesmith.core.events import EVAL_TASK, GENERAL_TASK, GenerationSample, Score
 from tunesmith.core.types import Document, GenerationOutput
 from tunesmith.data.sampler import LABELLED_SIDES
 from tunesmith.evaluate.answer_cache import AnswerCache, generate_cached
@@ -28,7 +28,7 @@ from tunesmith.evaluate.generate_until import (
     build_samples,
     compute_max_new_tokens,
 )
-from tunesmith.evaluate.items import EvalItems
+from tunesmith.evaluate.items import MAX_SELECTION_PROMPTS, EvalItems
 from tunesmith.evaluate.kl_divergence import BaseReference, measure_loss_and_kl
 from tunesmith.evaluate.loglikelihood import (
     measure_loss,
@@ -44,11 +44,13 @@ from tunesmith.evaluate.results import (
     compute_score,
     split_by_task,
 )
+from tunesmith.evaluate.shortcuts import SUSPECT_P, build_answer_items, find_constants
 from tunesmith.plan.memory_budget import needs_complete_answers
 from tunesmith.session.session import Session
 
 BaseReferences = Mapping[str, BaseReference]  # by task
 NO_BASE_REFERENCES: BaseReferences = {}
+MAX_SAMPLE_CHARS = 2_000  # of the prompt of an answer during training
 
 
 def measure_items(
@@ -106,20 +108,50 @@ def measure_eval_loss(session: Session, items: EvalItems) -> MetricValues:
     return next(_measure_likelihoods(session, items.eval_documents, "eval"))
 
 
-def eval_during_training(session: Session, items: EvalItems, *, step: int) -> list[Score]:
-    """Score the likelihoods on `eval_data`, a few generated answers, and tracked general texts."""
+def eval_during_training(
+    session: Session, items: EvalItems, *, step: int, should_confirm: bool = False
+) -> list[Score | GenerationSample]:
+    """Score the likelihoods on `eval_data`, a few generated answers, and tracked general texts;
+    also return the answers.
+
+    should_confirm: answer further rows if the answers seem to have a constant; they get no score.
+    """
     session.model.network.eval()
     likelihoods = _measure_likelihoods(session, items.eval_documents, "eval")
     measurements = _split_by_task(session, items, "eval_data", likelihoods)
     if "eval_data" in items.held_out_texts:
         measurements.append(_measure_texts(session, items.held_out_texts["eval_data"], "eval"))
+    samples: tuple[GenerationSample, ...] = ()
     if items.selection_prompts:
         outputs = generate_answers(session, items.selection_prompts)
         graded = _apply_plan_metrics(session, items.selection_prompts, outputs, task="eval")
         measurements += _mark_truncated(graded, items.selection_prompts, outputs)
+        samples = _build_eval_samples(items.selection_prompts, outputs, step)
+        is_suspect = find_constants(build_answer_items(samples), SUSPECT_P)
+        if should_confirm and is_suspect and items.confirmation_prompts:
+            further = _generate_in_parts(session, items.confirmation_prompts)
+            samples += _build_eval_samples(items.confirmation_prompts, further, step)
     if items.should_track_general:
         measurements.append(measure_general_text(session, items.general_texts))
-    return [compute_score(measurement, step=step) for measurement in measurements]
+    return [*(compute_score(measurement, step=step) for measurement in measurements), *samples]
+
+
+def _build_eval_samples(
+    prompts: Sequence[EvalPrompt], outputs: Sequence[GenerationOutput], step: int
+) -> tuple[GenerationSample, ...]:
+    samples = build_samples(prompts, [output.text for output in outputs], step=step)
+    return tuple(
+        dataclasses.replace(sample, task=EVAL_TASK, prompt=sample.prompt[:MAX_SAMPLE_CHARS])
+        for sample in samples
+    )
+
+
+def _generate_in_parts(session: Session, prompts: Sequence[EvalPrompt]) -> list[GenerationOutput]:
+    """Generate as many answers at once as an evaluation does, so that no more memory is needed."""
+    outputs: list[GenerationOutput] = []
+    for start in range(0, len(prompts), MAX_SELECTION_PROMPTS):
+        outputs += generate_answers(session, prompts[start : start + MAX_SELECTION_PROMPTS])
+    return outputs
 
 
 def get_general_bits(scores: Iterable[Score]) -> float:

@@ -10,35 +10,40 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import GenerationSample
+from tunesmith.core.evidence import ErrorAnalysis
 from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.run_dir import (
     EVAL_AFTER_FILE,
     EVAL_BEFORE_FILE,
+    MAX_SUGGESTIONS,
     RECORD_FILE,
+    RUNS_DIR,
+    find_weights_dir,
     is_run,
     is_staged,
     read_run_plan,
+    read_run_record,
     require_run,
 )
 from tunesmith.core.types import Comparison
 from tunesmith.data.readers.sources import open_source
+from tunesmith.evaluate.error_analysis import analyze_errors
 from tunesmith.evaluate.metrics import METRICS, grade_answer, parse_metric_arg, split_metric
 from tunesmith.evaluate.pairing import pair_measurements
 from tunesmith.evaluate.results import EvalResults, MetricValues, compare_measurements
 from tunesmith.evaluate.scale_choice import MAX_SCALE
 from tunesmith.evaluate.statistics import adjust_p_values, compute_p_value
+from tunesmith.evaluate.training_answers import TrainingAnswers
 from tunesmith.model.hub.built_in import BUILT_IN_MODELS, HUB_ID
 
 BASE_NAME = "base"
 SCALE_SUFFIX = re.compile(r"@\d+(\.\d+)?$")
-RUNS_DIR = Path("runs")  # the default parent of run folders
-MAX_SUGGESTIONS = 3
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class ModelComparison:
     comparisons: tuple[Comparison, ...]
     adjusted_p: tuple[float, ...]
     notes: tuple[str, ...] = ()
+    errors: ErrorAnalysis | None = None  # of the second model's answers; "before" is the first
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,9 @@ def load_answers(path: Path, run: Path) -> EvalResults:
     plan = read_run_plan(run)
     schema_path = plan.recipe.get("response_schema")
     schema = read_json(Path(schema_path)) if schema_path else None
+    samples = [
+        replace(samples_by_id[item_id], answer=answer) for item_id, answer in answers.items()
+    ]
     measurements: list[MetricValues] = []
     for metric in plan.config.metrics:
         if split_metric(metric)[0] not in METRICS:
@@ -212,7 +221,7 @@ def load_answers(path: Path, run: Path) -> EvalResults:
     if not measurements:
         fix = "compare it with another run"
         raise InputError("the run has no metric that grades answers", where=str(run), fix=fix)
-    return EvalResults(tuple(measurements), digests=run_results.digests)
+    return EvalResults(tuple(measurements), tuple(samples), run_results.digests)
 
 
 def _read_answers(path: Path, samples_by_id: dict[str, GenerationSample]) -> dict[str, str]:
@@ -239,8 +248,14 @@ def _read_answers(path: Path, samples_by_id: dict[str, GenerationSample]) -> dic
 # ---------------------------------------------------------------- comparing
 
 
-def compare_models(names: Sequence[str], results: Sequence[EvalResults]) -> ModelComparison:
-    """Compare the second model with the first. Raises InputError without a common metric."""
+def compare_models(
+    names: Sequence[str], results: Sequence[EvalResults], run: Path | None = None
+) -> ModelComparison:
+    """Compare the second model with the first, and analyze its errors.
+
+    run: a folder of either model, for its metrics and the values of its training rows. Raises
+    InputError without a common metric.
+    """
     pairs, notes = pair_measurements(*results)
     if not pairs:
         message = "the models have no metric in common:\n  " + "\n  ".join(notes)
@@ -249,4 +264,17 @@ def compare_models(names: Sequence[str], results: Sequence[EvalResults]) -> Mode
     comparisons = tuple(compare_measurements(first, second) for first, second in pairs)
     p_values = [compute_p_value(comparison) for comparison in comparisons]
     first, second = names
-    return ModelComparison(first, second, comparisons, adjust_p_values(p_values), tuple(notes))
+    errors = None if run is None else _analyze_second(results, run)
+    adjusted_p = adjust_p_values(p_values)
+    return ModelComparison(first, second, comparisons, adjusted_p, tuple(notes), errors)
+
+
+def _analyze_second(results: Sequence[EvalResults], run: Path) -> ErrorAnalysis | None:
+    training = None
+    if (run / RECORD_FILE).is_file():
+        stored = read_run_record(run).errors
+        if stored is not None and stored.training is not None:
+            training = TrainingAnswers(stored.training, is_complete=False)
+    first, second = results
+    metrics = read_run_plan(find_weights_dir(run)).config.metrics
+    return analyze_errors(first, second, training, graded_metrics=metrics)

@@ -56,6 +56,34 @@ def pair_measurements(
     return pairs, notes
 
 
+def map_shared_samples(first: EvalResults, second: EvalResults) -> dict[str, str]:
+    """Return the id in `first` of each test row of `second` that both have."""
+    has_digests = bool(first.digests and second.digests)
+    first_keys = _index_rows(first, has_digests)
+    second_keys = _index_rows(second, has_digests)
+    first_ids = {key: row for row, key in first_keys.items()}
+    return {row: first_ids[key] for row, key in second_keys.items() if key in first_ids}
+
+
+def _index_rows(results: EvalResults, has_digests: bool) -> dict[str, tuple[str, int]]:
+    """Return id of a test row -> (content digest or id, number of earlier rows with the same)."""
+    digests: dict[str, str] = {}
+    for role, rows in results.digests.items():
+        if has_digests and role.endswith("test_data"):
+            digests |= rows
+    ids: dict[str, None] = {}  # an ordered set
+    for measurement in results.measurements:
+        if measurement.task != GENERAL_TASK:
+            ids |= dict.fromkeys(measurement.ids)
+    counts: Counter[str] = Counter()
+    keys: dict[str, tuple[str, int]] = {}
+    for row in ids:
+        digest = digests.get(row, row)
+        keys[row] = (digest, counts[digest])
+        counts[digest] += 1
+    return keys
+
+
 def _find_problem(first: MetricValues, second: MetricValues) -> str:
     group_sizes = Counter(first.groups or ("",) * len(first.ids))
     if min(group_sizes.values(), default=0) < 2:

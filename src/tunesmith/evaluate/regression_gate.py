@@ -20,9 +20,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK, Score
+from tunesmith.core.evidence import ErrorAnalysis
 from tunesmith.core.run_dir import find_weights_dir, read_run_plan
 from tunesmith.core.types import Comparison
+from tunesmith.evaluate.error_analysis import Evaluation, analyze_errors
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
+from tunesmith.evaluate.results import EvalResults
 from tunesmith.evaluate.statistics import MIN_ITEMS, TOO_FEW_ITEMS, judge_comparison
 from tunesmith.recipe.fields import Metrics
 from tunesmith.recipe.metric_limits import MetricLimit, parse_limits
@@ -52,18 +55,25 @@ class EvalReport:
     scores: tuple[Score, ...]
     comparisons: tuple[Comparison, ...] = ()
     margin: float | None = None  # forgetting that the plan allows, in bits per byte
+    errors: ErrorAnalysis | None = None
     limits: tuple[MetricLimit, ...] = ()  # of the recipe's `gates`
 
     @classmethod
-    def from_comparisons(cls, comparisons: tuple[Comparison, ...], run: Path | None) -> Self:
+    def from_evaluation(cls, evaluation: Evaluation, run: Path | None) -> Self:
         margin = None
         limits: tuple[MetricLimit, ...] = ()
         if run is not None:
             plan = read_run_plan(find_weights_dir(run))
             margin = plan.config.forgetting_margin
             limits = parse_limits(plan.recipe.get("gates") or {})
-        scores = tuple(comparison.after for comparison in comparisons)
-        return cls(scores, comparisons, margin, limits=limits)
+        scores = tuple(comparison.after for comparison in evaluation.comparisons)
+        return cls(scores, evaluation.comparisons, margin, evaluation.errors, limits)
+
+    @classmethod
+    def from_results(cls, results: EvalResults, metrics: Sequence[str]) -> Self:
+        """Report on a model that is compared with no other; `metrics` may be functions in files."""
+        errors = analyze_errors(None, results, graded_metrics=metrics)
+        return cls(tuple(results.iter_scores(step=0)), errors=errors)
 
     def check_gates(self) -> tuple[Gate, ...]:
         """Return the gates. Raises InputError for a base model, which is compared with nothing."""

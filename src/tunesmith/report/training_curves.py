@@ -71,7 +71,7 @@ def _build_stage_curves(stage: StageData, number: int) -> CurvesView:
         legend=tuple((kind, f"{MARK_SIGNS[kind]} {MARK_WORDS[kind]}") for kind in kinds),
         alerts=alerts,
         passed=[check for check in checks if check.level not in ALERT_LEVELS],
-        samples=stage.select_events(GenerationSample),
+        samples=[sample for sample in stage.select_events(GenerationSample) if not sample.task],
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from tunesmith.core.atomic import write_file
+from tunesmith.core.evidence import RunVerdict
 from tunesmith.core.formatting import (
     format_bytes,
     format_duration,
@@ -102,6 +103,7 @@ def render_card(record: RunRecord, fingerprint: Json, stages: Sequence[str] = ()
         f"---\n{metadata.to_yaml()}\n---",
         _render_title(record),
         *_render_stages(stages),
+        *_render_verdict(record.verdict),
         "## Results",
         *_render_results(record),
         "## Data",
@@ -168,6 +170,26 @@ def _render_stages(names: Sequence[str]) -> list[str]:
     return [f"Trained in stages: {stage_names}. {scope}"]
 
 
+def _render_verdict(verdict: RunVerdict | None) -> list[str]:
+    if verdict is None:
+        return []
+    facts = [verdict.level, verdict.change, verdict.cost, *verdict.reasons]
+    lines = [f"- {escape_markdown(fact)}" for fact in facts if fact]
+    lines += [
+        f"- Next: {escape_markdown(step.reason)}: {format_code(step.command)}"
+        for step in verdict.next_steps
+    ]
+    return [f"## Verdict: {verdict.name}", "\n".join(lines)]
+
+
+def format_code(text: str) -> str:
+    """Return the text as a code span, which its own backticks cannot end."""
+    printable = "".join(char if char.isprintable() else " " for char in text)
+    longest = max(map(len, re.findall("`+", printable)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {printable} {fence}" if longest else f"`{printable}`"
+
+
 def _render_results(record: RunRecord) -> list[str]:
     if not record.comparisons:
         return ["Nothing was measured: the recipe names neither `test_data` nor `retention_data`."]
@@ -209,11 +231,19 @@ def _render_training(record: RunRecord) -> str:
             rows.append((f"`{key}`", f"`{format_value(values[key])}`"))
     rows += [
         ("steps", f"{record.steps:,} over {record.tokens:,} tokens"),
-        ("training time", format_duration(record.train_seconds)),
+        ("training time", _format_time(record)),
         ("peak memory", format_bytes(record.peak_bytes)),
         ("machine", f"{escape_markdown(machine.device_name)}, {machine.cores} cores"),
     ]
     return _render_table(("setting", "value"), rows)
+
+
+def _format_time(record: RunRecord) -> str:
+    training = format_duration(record.train_seconds)
+    if not record.total_seconds:
+        return training
+    total = format_duration(record.total_seconds)
+    return f"{training}; {total} with loading, preflight and evaluation"
 
 
 def _render_limits(record: RunRecord) -> str:

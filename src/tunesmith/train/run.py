@@ -13,6 +13,8 @@ Left out: several stages in one recipe (stages.py), deciding values (plan/)."""
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -23,6 +25,7 @@ import yaml
 from tunesmith.core.atomic import atomic_dir
 from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError
 from tunesmith.core.events import CheckResult, Event, TrainStep
+from tunesmith.core.hardware import read_peak_bytes
 from tunesmith.core.run_dir import (
     ADAPTER_DIR,
     EVAL_AFTER_FILE,
@@ -37,6 +40,7 @@ from tunesmith.core.run_dir import (
     RunFolder,
     find_parent_run,
     is_free,
+    read_all_events,
     read_run_plan,
 )
 from tunesmith.core.types import Comparison, Plan, RunRecord, ScalePoint, __version__
@@ -44,6 +48,7 @@ from tunesmith.data.rejects import refuse_unusable_rows, write_rejected_rows
 from tunesmith.data.tokenizer.tokenizer_json import append_tokens
 from tunesmith.evaluate.adapter_scaling import measure_scale_curve
 from tunesmith.evaluate.answer_cache import open_answer_cache
+from tunesmith.evaluate.error_analysis import analyze_run_errors
 from tunesmith.evaluate.items import EvalItems, build_eval_items
 from tunesmith.evaluate.loglikelihood import check_displacement
 from tunesmith.evaluate.measure import measure_items
@@ -53,6 +58,7 @@ from tunesmith.evaluate.results import (
     compute_kl_scores,
     select_sample_pairs,
 )
+from tunesmith.evaluate.run_verdict import judge_run
 from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.model.oom import memory_errors
 from tunesmith.model.save import save_adapter, save_model, save_serving_files
@@ -170,6 +176,7 @@ def _resume_hint(path: Path) -> str:
 
 
 def _run_events(context: RunContext) -> Generator[Event]:
+    started = time.time()
     folder = context.folder
     items = context.items
     fingerprint = context.resume_state.fingerprint
@@ -225,6 +232,9 @@ def _run_events(context: RunContext) -> Generator[Event]:
         weights_dir=weights_dir,
         training=training,
     )
+    total_seconds = _sum_earlier_seconds(folder.path, started) + time.time() - started
+    record = dataclasses.replace(record, total_seconds=total_seconds)
+    record = dataclasses.replace(record, verdict=judge_run(record, folder.path))
     write_card(record, fingerprint)
     folder.write_json(RECORD_FILE, record)
     base_reference.delete_base_states(folder)
@@ -320,6 +330,7 @@ def _build_record(
     """Return the record of a finished run."""
     folder = context.folder
     steps = [event for event in folder.load_events() if isinstance(event, TrainStep)]
+    train_peak_bytes = max((event.peak_bytes for event in steps), default=0)
     task_tokens: Counter[str] = Counter()
     for event in steps:
         task_tokens.update(event.task_tokens)
@@ -331,7 +342,7 @@ def _build_record(
         steps=len(steps),
         tokens=sum(event.tokens for event in steps),
         train_seconds=sum(event.seconds for event in steps),
-        peak_bytes=max((event.peak_bytes for event in steps), default=0),
+        peak_bytes=max(train_peak_bytes, read_peak_bytes()),
         task_tokens=dict(task_tokens),
         adapter=str(weights_dir),
         samples=select_sample_pairs(before, after),
@@ -341,4 +352,15 @@ def _build_record(
         rollbacks=folder.load_rollbacks(),
         scales=scales,
         selected_step=training.training.step,
+        train_peak_bytes=train_peak_bytes,
+        errors=analyze_run_errors(before, after, context.plan, context.inputs),
     )
+
+
+def _sum_earlier_seconds(path: Path, started: float) -> float:
+    """Return how long the attempts before this process took, from their first event to the last."""
+    times: dict[int, list[float]] = {}
+    for logged in read_all_events(path):
+        if logged.time < started:
+            times.setdefault(logged.attempt, []).append(logged.time)
+    return sum(max(attempt_times) - min(attempt_times) for attempt_times in times.values())

@@ -24,6 +24,7 @@ from pathlib import Path
 from tunesmith.core.atomic import verify_dir, write_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK, CheckResult, Event, StageStart
+from tunesmith.core.evidence import ErrorAnalysis
 from tunesmith.core.json_io import dump_json, read_json
 from tunesmith.core.run_dir import (
     EVAL_AFTER_FILE,
@@ -39,7 +40,8 @@ from tunesmith.core.run_dir import (
     read_run_plan,
     read_run_record,
 )
-from tunesmith.core.types import Comparison, Json, Plan, PlanValue, RunRecord
+from tunesmith.core.types import Json, Plan, PlanValue, RunRecord
+from tunesmith.evaluate.error_analysis import Evaluation, analyze_errors
 from tunesmith.evaluate.items import EvalItems, build_eval_items
 from tunesmith.evaluate.measure import measure_items
 from tunesmith.evaluate.results import (
@@ -48,6 +50,8 @@ from tunesmith.evaluate.results import (
     compare_results,
     select_sample_pairs,
 )
+from tunesmith.evaluate.run_verdict import judge_run
+from tunesmith.evaluate.training_answers import TrainingAnswers, merge_values
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.oom import memory_errors
 from tunesmith.plan.build import is_compatible, normalize
@@ -280,11 +284,24 @@ def _prepare_stage(plan: Plan, stage_dir: Path, overrides: Json) -> tuple[Plan, 
 # ---------------------------------------------------------------- after a run
 
 
-def evaluate_stages(path: Path, *, allow_code: bool = False) -> tuple[Comparison, ...]:
+def evaluate_stages(path: Path, *, allow_code: bool = False) -> Evaluation:
     """Measure the first stage's starting model and the last stage's result again."""
     staged = read_staged_plan(path)
     before, after = _measure_stages(path, staged, allow_code=allow_code)
-    return compare_results(before, after, step=staged.steps)
+    records = [read_run_record(stage_dir) for stage_dir in _list_stage_dirs(path, staged)]
+    errors = _analyze_errors(before, after, staged, records)
+    return Evaluation(compare_results(before, after, step=staged.steps), errors)
+
+
+def _analyze_errors(
+    before: EvalResults, after: EvalResults, staged: StagedPlan, records: Sequence[RunRecord]
+) -> ErrorAnalysis | None:
+    """Analyze the errors on the test rows of all stages, with the values of all training rows."""
+    values = [record.errors.training for record in records if record.errors]
+    merged = merge_values([each for each in values if each is not None])
+    training = TrainingAnswers(merged, is_complete=False)
+    metrics = [metric for plan in staged.plans for metric in plan.config.metrics]
+    return analyze_errors(before, after, training, graded_metrics=metrics)
 
 
 def _measure_stages(
@@ -364,7 +381,7 @@ def _build_record(path: Path, staged: StagedPlan, *, allow_code: bool) -> RunRec
     before, after = _measure_stages(path, staged, allow_code=allow_code)
     write_file(path / EVAL_BEFORE_FILE, dump_json(before, indent=2))
     write_file(path / EVAL_AFTER_FILE, dump_json(after, indent=2))
-    return dataclasses.replace(
+    record = dataclasses.replace(
         records[-1],
         kl_scores=(),  # the last stage's, relative to its own start, as are its scales
         scales=(),
@@ -374,8 +391,12 @@ def _build_record(path: Path, staged: StagedPlan, *, allow_code: bool) -> RunRec
         steps=sum(record.steps for record in records),
         tokens=sum(record.tokens for record in records),
         train_seconds=sum(record.train_seconds for record in records),
+        total_seconds=sum(record.total_seconds for record in records),
         peak_bytes=max(record.peak_bytes for record in records),
+        train_peak_bytes=max(record.train_peak_bytes for record in records),
         task_tokens=dict(task_tokens),
         shared_tokens=sum(record.shared_tokens for record in records),
         input_changes=tuple(input_changes),
+        errors=_analyze_errors(before, after, staged, records),
     )
+    return dataclasses.replace(record, verdict=judge_run(record, path))

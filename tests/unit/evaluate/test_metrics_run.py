@@ -58,7 +58,7 @@ def test_a_metric_of_likelihood_alone_answers_no_more_than_is_shown(
     )
     scores = [event for event in run.train(plan_recipe(wish)) if isinstance(event, Score)]
     assert {score.metric for score in scores if not score.step} == {"loss", "bits_per_byte"}
-    (comparison, *_) = finished_run.evaluate_run(tmp_path / "run")
+    (comparison, *_) = finished_run.evaluate_run(tmp_path / "run").comparisons
     assert comparison.metric == "loss"
 
 
@@ -83,7 +83,7 @@ def test_own_code_is_asked_for_each_time(tiny_folder: Path, tmp_path: Path) -> N
     with refused:
         finished_run.evaluate_run(folder)
     assert "mine.py:score" in {
-        item.metric for item in finished_run.evaluate_run(folder, allow_code=True)
+        item.metric for item in finished_run.evaluate_run(folder, allow_code=True).comparisons
     }
 
 

@@ -17,9 +17,12 @@ Outcome = tuple[int, str, str]
 def test_the_verb_prints_the_path(tmp_path: Path, tunesmith: Callable[..., Outcome]) -> None:
     run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record())
     other = tmp_path / "other.html"
-    assert tunesmith("report", str(run)) == (0, f"{run / 'report.html'}\n", "")
+    code, out, err = tunesmith("report", str(run))
+    assert (code, out.splitlines()[-1], err) == (0, str(run / "report.html"), "")
+    assert out.startswith("Verdict: ")
     code, out, _ = tunesmith("report", str(run), "--out", str(other), "--json")
     assert (code, json.loads(out)["report"]) == (0, str(other))
+    assert json.loads(out)["verdict"]["name"] == "useful, not ready"
     assert other.read_text() == (run / "report.html").read_text()
     code, out, err = tunesmith("report", str(tmp_path))
     assert (code, out) == (2, "")

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from tunesmith.cli.progress import format_interval, format_single_line
 from tunesmith.cli.views import make_table
+from tunesmith.cli.views.verdict import render_errors, render_verdict
 from tunesmith.core.events import GenerationSample, Score
-from tunesmith.core.formatting import format_bytes
+from tunesmith.core.formatting import format_bytes, format_duration
 from tunesmith.core.types import Comparison, RunRecord, ScalePoint
 from tunesmith.evaluate.results import describe_truncation
 from tunesmith.evaluate.scale_choice import (
@@ -95,7 +96,8 @@ def render_model_comparison(comparison: ModelComparison) -> RenderableType:
     table = render_comparisons(comparison.comparisons, names=("A", "B"))
     heads = [escape(f"A: {comparison.first}"), escape(f"B: {comparison.second}")]
     notes = [f"[yellow]{escape(note)}[/]" for note in comparison.notes]
-    return Group(*heads, table, *notes)
+    errors = [render_errors(comparison.errors, ("A", "B"))] if comparison.errors else []
+    return Group(*heads, table, *notes, *errors)
 
 
 def render_gates(gates: Sequence[Gate]) -> RenderableType:
@@ -127,14 +129,29 @@ def render_run_record(record: RunRecord) -> RenderableType:
     if record.shared_tokens:
         parts.append(format_shared_prefixes(record))
     speed = record.tokens / max(record.train_seconds, 1e-9)
-    predicted = record.plan.memory_bytes["peak"] / 1e9
-    memory = f"peak {format_bytes(record.peak_bytes)} ({predicted:.1f} predicted)"
-    parts.append(f"{record.steps} steps, {speed:,.0f} tokens/s, {memory}")
-    parts.append(f"adapter: {escape(record.adapter)}")
+    duration = format_duration(record.train_seconds)
+    parts.append(f"{record.steps} steps, {speed:,.0f} tokens/s: {duration} of training")
+    if record.total_seconds:
+        total = format_duration(record.total_seconds)
+        parts[-1] = f"{parts[-1]}, {total} with loading, preflight and evaluation"
+    parts.append(_format_peak(record))
+    label = "model" if record.plan.config.method == "full" else "adapter"
+    parts.append(f"{label}: {escape(record.adapter)}")
     commands = build_commands(record.scales, str(Path(record.adapter).parent))
     for label, command in zip(SCALE_COMMAND_LABELS, commands, strict=False):
         parts.append(f"{label}: {escape(command)}")
+    if record.verdict is not None:
+        parts.append(render_verdict(record.verdict))
     return Group(*parts)
+
+
+def _format_peak(record: RunRecord) -> str:
+    """Format the peak memory of the run and of its steps, next to the plan's prediction."""
+    predicted = format_bytes(record.plan.memory_bytes["peak"])
+    text = f"peak memory {format_bytes(record.peak_bytes)} ({predicted} predicted)"
+    if 0 < record.train_peak_bytes < record.peak_bytes:
+        text += f"; {format_bytes(record.train_peak_bytes)} in training, the rest in evaluation"
+    return text
 
 
 def _render_sample(before: GenerationSample, after: GenerationSample) -> RenderableType:

@@ -19,7 +19,14 @@ from referencing import Registry
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import MAX_ROW_IDS
 from tunesmith.core.types import DataReport, Finding, Json
-from tunesmith.data.checks import distribution, duplicates, labels, rendered, row_checks
+from tunesmith.data.checks import (
+    distribution,
+    duplicates,
+    labels,
+    lopsided_fields,
+    rendered,
+    row_checks,
+)
 from tunesmith.data.checks.context import CheckContext
 from tunesmith.data.checks.pii import mask_secrets
 from tunesmith.data.checks.text_stats import compute_text_stats
@@ -150,6 +157,7 @@ DATASET_CHECKS = {
     "length_bias": distribution.check_length_bias,
     "label_balance": distribution.check_label_balance,
     "classes": labels.check_classes,
+    "lopsided": lopsided_fields.check_lopsided_fields,
     "label_in_prompt": labels.check_label_in_prompt,
     "trigger_phrases": labels.check_trigger_phrases,
     "unused": rendered.check_unused_keys,

@@ -2,6 +2,7 @@
 
     guard.observe_event(event) -> verdicts    after a step: loss and gradient norm
     guard.judge_probe(step) -> verdicts       after a probe: its scores against those of step 0
+    guard.judge_answers(step) -> verdicts     after answers to eval_data: do they vary as expected?
 
 A detector takes the GuardHistory and returns evidence, or "" when all is well. To add one, write a
 function and a line in DETECTORS. All thresholds are in THRESHOLDS and in docs/guides/guard.md. The
@@ -18,8 +19,18 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Literal
 
-from tunesmith.core.events import EXPECTED_TASK, PROBE_TASK, CheckResult, Event, Score, TrainStep
+from tunesmith.core.events import (
+    EVAL_TASK,
+    EXPECTED_TASK,
+    PROBE_TASK,
+    CheckResult,
+    Event,
+    GenerationSample,
+    Score,
+    TrainStep,
+)
 from tunesmith.core.types import Plan
+from tunesmith.evaluate.shortcuts import build_answer_items, find_constants
 from tunesmith.evaluate.statistics import compute_robust_sd, is_shown_above
 from tunesmith.train.guard.history import EMA_SPAN, MEDIAN_WINDOW, START_STEPS, GuardHistory
 
@@ -78,11 +89,15 @@ THRESHOLDS: dict[str, float] = {
     "large update": 0.01,
     # ||scale B A|| / ||W||
     "adapter too large": 0.50,
+    # share of the planned steps before which no answer is called constant: a label is learned by
+    # answering its most frequent value first; the test is that of evaluate/shortcuts.py
+    "constant answer": 0.33,
 }
 MIN_REPETITION = 0.20
 ONSET_DETECTORS = {"loss rise", "loss above start"}
 # A loss average must move by so many standard deviations of the step losses around it.
 NOISE_SDS = 2.0
+MAX_NAMED_CONSTANTS = 3
 MIN_STEPS = 8  # steps before the step detectors speak
 
 
@@ -395,11 +410,30 @@ def adapter_too_large(history: GuardHistory) -> str:
     return ""
 
 
+# ---------------------------------------------------------------- after answers to eval_data
+
+
+def constant_answers(history: GuardHistory) -> str:
+    """Detect fields, or answers, that hardly vary although the expected ones do."""
+    samples = history.eval_samples
+    if not samples or not can_judge_answers(history, samples[0].step):
+        return ""
+    constants = find_constants(build_answer_items(samples))
+    more = len(constants) - MAX_NAMED_CONSTANTS
+    texts = [constant.description for constant in constants[:MAX_NAMED_CONSTANTS]]
+    return "; ".join(texts + [f"and {more} more fields"] * (more > 0))
+
+
+def can_judge_answers(history: GuardHistory, step: int) -> bool:
+    """Return whether the run is far enough for answers to vary."""
+    return step >= THRESHOLDS["constant answer"] * history.planned_steps
+
+
 @dataclass(frozen=True)
 class Detector:
     detect: DetectFn
     family: Family
-    trigger: Literal["step", "probe"] = "probe"
+    trigger: Literal["step", "probe", "answers"] = "probe"
 
 
 DETECTORS: dict[str, Detector] = {
@@ -426,6 +460,7 @@ DETECTORS: dict[str, Detector] = {
     "forgetting": Detector(forgetting, "forgetting"),
     "large update": Detector(large_update, "watch"),
     "adapter too large": Detector(adapter_too_large, "watch"),
+    "constant answer": Detector(constant_answers, "watch", "answers"),
 }
 
 
@@ -445,11 +480,16 @@ class TrainingGuard:
         forgetting_margin: float,
         vocab_size: int,
         is_probing: bool,
+        planned_steps: int = 0,
     ) -> None:
         """`levels` gives the level of each family; "off" disables it."""
         self.levels = levels
         self.is_probing = is_probing
-        self.history = GuardHistory(vocab_size=vocab_size, forgetting_margin=forgetting_margin)
+        self.history = GuardHistory(
+            vocab_size=vocab_size,
+            forgetting_margin=forgetting_margin,
+            planned_steps=planned_steps,
+        )
         self.last_good_step = 0
         self._active: set[str] = set()
 
@@ -464,6 +504,7 @@ class TrainingGuard:
             forgetting_margin=plan.config.forgetting_margin,
             vocab_size=plan.model.vocab_size,
             is_probing=is_probing,
+            planned_steps=plan.steps,
         )
 
     def observe_event(self, event: Event) -> list[CheckResult]:
@@ -472,6 +513,8 @@ class TrainingGuard:
             self.history.probe_scores.setdefault(event.metric, []).append(event)
         elif isinstance(event, Score) and event.task == EXPECTED_TASK:
             self.history.expected_scores[event.metric] = event.value
+        elif isinstance(event, GenerationSample) and event.task == EVAL_TASK:
+            self.history.add_sample(event)
         elif isinstance(event, TrainStep) and event.supervised_tokens:
             # A step without supervised tokens (all of its rows are skipped) has no loss to judge.
             self.history.add_step(event)
@@ -481,6 +524,15 @@ class TrainingGuard:
     def judge_probe(self, step: int) -> list[CheckResult]:
         """Return the verdicts on a probe whose scores were observed."""
         return self._run_detectors("probe", step, can_mark_good=True)
+
+    def judge_answers(self, step: int) -> list[CheckResult]:
+        """Return the verdicts on complete answers to eval_data that were observed."""
+        return self._run_detectors("answers", step, can_mark_good=False)
+
+    def should_confirm(self, step: int) -> bool:
+        """Return whether more answers are worth generating to show that some are constant."""
+        is_watched = self.levels["watch"] != "off" and "constant answer" not in self._active
+        return is_watched and can_judge_answers(self.history, step)
 
     @property
     def safe_step(self) -> int:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import (
+    EVAL_TASK,
     PROBE_TASK,
     CheckpointSaved,
     CheckResult,
@@ -228,16 +229,22 @@ class GuardedTraining:
     def _evaluate(self) -> Iterator[Event]:
         """Measure what is due and yield its scores and samples; adapt the rehearsal ratio."""
         step = self.training.step
-        scores: list[Score] = []
+        eval_events: list[Score | GenerationSample] = []
         if self._is_eval_due():
             with self.context.stop.immediate(), memory_errors():
-                scores = eval_during_training(self.session, self.context.items, step=step)
+                eval_events = eval_during_training(
+                    self.session,
+                    self.context.items,
+                    step=step,
+                    should_confirm=self.guard.should_confirm(step),
+                )
         probe_events = self._run_probes(self.probes, step) if self.probes else []
-        for event in (*scores, *probe_events):
-            if not isinstance(event, GenerationSample):
+        for event in (*eval_events, *probe_events):
+            if not isinstance(event, GenerationSample) or event.task == EVAL_TASK:
                 self.history.append(event)
                 self.guard.observe_event(event)
             yield event
+        scores = [event for event in eval_events if isinstance(event, Score)]
         if scores and self.plan.config.rehearsal_margin is not None:
             yield from self._adapt_rehearsal(scores, self.plan.config.rehearsal_margin)
 
@@ -258,7 +265,11 @@ class GuardedTraining:
         if eval_point is not None:
             self.eval_points.append(eval_point)
         has_probe = any(score.task == PROBE_TASK for score in scores)
-        return self.guard.judge_probe(step) if has_probe else []
+        verdicts = self.guard.judge_probe(step) if has_probe else []
+        has_answers = any(
+            isinstance(event, GenerationSample) and event.step == step for event in self.history
+        )
+        return verdicts + (self.guard.judge_answers(step) if has_answers else [])
 
     def _summarize_evaluation(self) -> CheckResult:
         """Return the verdict that closes an evaluation which the run passed."""
@@ -402,6 +413,8 @@ def _select_events(events: Sequence[Event], last_step: int) -> list[Event]:
     selected: list[Event] = []
     for event in events:
         is_verdict = isinstance(event, CheckResult) and event.kind == GUARD_KIND
-        if 0 < event.step <= last_step and (is_verdict or isinstance(event, TrainStep | Score)):
+        is_answer = isinstance(event, GenerationSample) and event.task == EVAL_TASK
+        is_needed = is_verdict or is_answer or isinstance(event, TrainStep | Score)
+        if 0 < event.step <= last_step and is_needed:
             selected.append(event)
     return selected

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from tunesmith.core.events import Score, TrainStep
+from tunesmith.core.events import GenerationSample, Score, TrainStep
 from tunesmith.evaluate.statistics import compute_robust_sd
 
 EMA_SPAN = 10  # steps of the exponential moving average of the loss
@@ -26,6 +26,14 @@ class GuardHistory:
     expected_scores: dict[str, float] = field(default_factory=dict[str, float])
     vocab_size: int = 0
     forgetting_margin: float = math.inf  # bits per byte
+    planned_steps: int = 0
+    eval_samples: list[GenerationSample] = field(default_factory=list[GenerationSample])
+
+    def add_sample(self, sample: GenerationSample) -> None:
+        """Append a complete answer to a row of eval_data; only those of the last step stay."""
+        if self.eval_samples and self.eval_samples[0].step != sample.step:
+            self.eval_samples = []
+        self.eval_samples.append(sample)
 
     def add_step(self, step: TrainStep) -> None:
         """Append a step and the moving average of the loss after it."""

@@ -1,0 +1,145 @@
+"""Views of what a run's answers show: its verdict, and what is still wrong.
+
+In: a RunVerdict, an ErrorAnalysis. Out: what `rich` can print, at most MAX_ROWS rows a table;
+`--json` has all. Names and values are strangers' texts: they are put on one line and escaped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from tunesmith.cli.progress import format_single_line
+from tunesmith.cli.views import make_table
+from tunesmith.core.evidence import Confusion, ErrorAnalysis, ErrorTable, RunVerdict
+from tunesmith.core.formatting import escape_controls
+
+MAX_ROWS = 8
+MAX_ROW_IDS = 2
+MAX_NAME_CHARS = 40
+MAX_LINE_CHARS = 400
+COMMAND_WIDTH = 72
+STYLES = {
+    "ready": "bold green",
+    "useful, not ready": "bold yellow",
+    "no effect": "bold",
+    "harmful": "bold red",
+    "not measured": "bold",
+}
+TITLES = {
+    "format": "Errors of format",
+    "field": "Errors by field",
+    "expected_value": "Errors by expected value",
+    "task": "Errors by task",
+    "prompt_length": "Errors by prompt length",
+    "answer_length": "Errors by length of the expected answer",
+    "rarity": "Errors by share of training rows with the expected value",
+}
+
+
+def render_verdict(verdict: RunVerdict) -> RenderableType:
+    """Show the verdict, the level, the change, the cost, and what to do next."""
+    head = Text.assemble("Verdict: ", (verdict.name, STYLES[verdict.name]))
+    lines: list[RenderableType] = [head]
+    for line in filter(None, (verdict.level, verdict.change, verdict.cost)):
+        lines.append(_indent(line, 2))
+    lines += [_indent(f"- {reason}", 2, "yellow") for reason in verdict.reasons]
+    if verdict.next_steps:
+        lines.append(Text("Next steps"))
+    for number, step in enumerate(verdict.next_steps, 1):
+        lines.append(_indent(f"{number}. {step.reason}", 2))
+        lines.append(Text(_break_command(step.command), "cyan", overflow="fold"))
+    return Group(*lines)
+
+
+def _break_command(command: str) -> str:
+    """Return a command broken before options by backslashes, so that it can be copied."""
+    lines = [""]
+    for part in re.split(r" (?=--)", escape_controls(command, keep="")):
+        if lines[-1] and len(lines[-1]) + len(part) >= COMMAND_WIDTH:
+            lines.append(part)
+        else:
+            lines[-1] = f"{lines[-1]} {part}".strip()
+    return "     " + " \\\n       ".join(lines)
+
+
+def _indent(text: str, columns: int, style: str = "") -> RenderableType:
+    line = Text.from_markup(format_single_line(text, MAX_LINE_CHARS), style=style)
+    return Padding.indent(line, columns)
+
+
+def render_errors(
+    errors: ErrorAnalysis, names: tuple[str, str] = ("before", "after")
+) -> RenderableType:
+    """Show what is wrong with the answers, table by table, and shortcuts first."""
+    parts: list[RenderableType] = [Text(_describe_counts(errors, names))]
+    for shortcut in errors.shortcuts:
+        label = "constant" if shortcut.kind == "constant" else "copied"
+        line = f"{label}: {shortcut.description} ({', '.join(shortcut.rows[:MAX_ROW_IDS])})"
+        parts.append(_indent(line, 0, "bold yellow"))
+    parts += [_render_table(table, names) for table in errors.tables if _has_errors(table)]
+    if errors.confusions:
+        parts.append(_render_confusions(errors.confusions))
+    return Group(*parts)
+
+
+def _describe_counts(errors: ErrorAnalysis, names: tuple[str, str]) -> str:
+    text = f"By {errors.metric}: {errors.n - errors.right} of {errors.n} answers are below 1"
+    if errors.is_binary:
+        text = f"By {errors.metric}: {errors.n - errors.right} of {errors.n} answers are wrong"
+    if errors.right_before is None:
+        return text
+    before = f"{names[0]} {errors.n - errors.right_before}"
+    return f"{text} ({before}; {errors.fixed} fixed, {errors.broken} broken)"
+
+
+def _has_errors(table: ErrorTable) -> bool:
+    return any(group.wrong for group in table.groups)
+
+
+def _render_table(table: ErrorTable, names: tuple[str, str]) -> RenderableType:
+    """Show the groups of a table; of those by the number of errors, only groups that have some."""
+    is_ordered = table.by in ("prompt_length", "answer_length", "rarity")
+    groups = [group for group in table.groups if is_ordered or group.wrong]
+    columns = ["", "wrong", "of", "error", "95% CI"]
+    has_before = any(group.wrong_before is not None for group in groups)
+    has_alone = any(group.only_here for group in groups)
+    has_training = any(group.training_rows is not None for group in groups)
+    columns += [names[0]] * has_before + ["alone"] * has_alone
+    columns += ["trained"] * has_training
+    numbers = tuple(columns[1:])
+    columns.append("first row")
+    result = make_table(TITLES.get(table.by, table.label), *columns, numbers=numbers)
+    for group in groups[:MAX_ROWS]:
+        cells = [
+            format_single_line(group.name, MAX_NAME_CHARS),
+            str(group.wrong),
+            str(group.n),
+            f"{group.error:.0%}",
+            f"{100 * group.low:.0f}-{group.high:.0%}",
+        ]
+        cells += [_format_count(group.wrong_before)] * has_before
+        cells += [str(group.only_here)] * has_alone
+        cells += [_format_count(group.training_rows)] * has_training
+        result.add_row(*cells, format_single_line(next(iter(group.rows), ""), MAX_NAME_CHARS))
+    hidden = len(groups) - MAX_ROWS + table.omitted
+    return Group(result, f"... and {hidden} more: --json") if hidden > 0 else result
+
+
+def _format_count(count: int | None) -> str:
+    return "-" if count is None else f"{count:,}"
+
+
+def _render_confusions(confusions: Sequence[Confusion]) -> RenderableType:
+    columns = ("field", "expected", "answered", "times")
+    has_fields = any(confusion.field for confusion in confusions)
+    shown = columns if has_fields else columns[1:]
+    table = make_table("Confusions", *shown, numbers=("times",))
+    for confusion in confusions[:MAX_ROWS]:
+        cells = [confusion.field, confusion.expected, confusion.answered]
+        texts = [format_single_line(cell, MAX_NAME_CHARS) or "(empty)" for cell in cells]
+        table.add_row(*texts[0 if has_fields else 1 :], str(confusion.n))
+    return table

@@ -1,0 +1,146 @@
+"""What a run's answers show: where they are wrong, shortcuts that they take, and the verdict.
+
+In: nothing; these are the plain values that evaluate/ computes and that record.json, the terminal,
+the model card and the page read. All are bounded: a table has at most MAX_GROUPS groups, a group at
+most MAX_GROUP_ROWS row ids, and names and values of strangers are shortened. Left out: computing
+them (evaluate/error_analysis.py, shortcuts.py, run_verdict.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+MAX_GROUPS = 30  # of a table; the worst ones
+MAX_GROUP_ROWS = 20  # row ids of a group or a shortcut
+
+VerdictName = Literal["ready", "useful, not ready", "no effect", "harmful", "not measured"]
+ShortcutKind = Literal["constant", "copied from the prompt", "copied from training rows"]
+
+
+@dataclass(frozen=True)
+class ErrorGroup:
+    """Answers that have something in common, such as the expected value of a field.
+
+    `error` is the share of wrong answers; for a metric between 0 and 1, 1 minus its mean."""
+
+    name: str
+    n: int
+    wrong: int  # answers below 1
+    error: float
+    low: float  # of the 95% CI of `error`
+    high: float
+    wrong_before: int | None = None  # of the same answers before training
+    only_here: int = 0  # wrong answers that are right in every other field
+    training_rows: int | None = None  # training rows with this value
+    rows: tuple[str, ...] = ()  # ids of the first wrong answers
+
+
+@dataclass(frozen=True)
+class ErrorTable:
+    """Errors by field, value, task or another property of the items."""
+
+    by: str
+    groups: tuple[ErrorGroup, ...]
+    omitted: int = 0  # groups that are not shown
+
+    @property
+    def label(self) -> str:
+        return self.by.replace("_", " ")
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often each wrong value was answered; `field` is empty for the answer itself."""
+
+    field: str
+    expected: str
+    answered: str
+    n: int
+
+
+@dataclass(frozen=True)
+class TrainingValues:
+    """How often each value occurs in training rows, for fields with few values."""
+
+    rows: int  # that were read
+    total_rows: int
+    # field ("" for the answer itself) -> value -> rows
+    counts: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """A field or answer that follows something else than the question.
+
+    `count` of `n` answers do; `expected` of the expected answers do. `field` is empty for the
+    answer itself."""
+
+    kind: ShortcutKind
+    field: str
+    value: str  # that a constant has
+    n: int
+    count: int
+    expected: int
+    p_value: float  # after Holm correction over the fields
+    training_rows: int | None = None  # training rows with another value
+    total_rows: int | None = None  # training rows that were read
+    rows: tuple[str, ...] = ()
+
+    @property
+    def description(self) -> str:
+        """What the answers do, what is expected, and what the training rows have."""
+        subject = f"{self.field} is" if self.field else "the answer is"
+        value = self.kind
+        if self.kind == "constant":
+            value = self.value or "empty"
+        text = f"{subject} {value} in {self.count} of {self.n} answers, expected in {self.expected}"
+        if self.training_rows is None or self.total_rows is None:
+            return text
+        have = "has" if self.training_rows == 1 else "have"
+        rows = f"{self.training_rows:,} of {self.total_rows:,} training rows"
+        return f"{text}; {rows} {have} another value"
+
+
+@dataclass(frozen=True)
+class ErrorAnalysis:
+    """What is still wrong with the answers to the test rows, by one metric."""
+
+    metric: str  # that decides what is wrong
+    is_binary: bool  # its values are 0 or 1
+    n: int
+    right: int  # answers of value 1
+    right_before: int | None  # on the same items
+    fixed: int | None  # wrong before, right now
+    broken: int | None
+    mean: float  # of the metric
+    low: float
+    high: float
+    mean_before: float | None
+    tables: tuple[ErrorTable, ...] = ()
+    confusions: tuple[Confusion, ...] = ()
+    shortcuts: tuple[Shortcut, ...] = ()
+    checked: tuple[ShortcutKind, ...] = ()  # shortcuts that were looked for
+    training: TrainingValues | None = None
+
+    def get_table(self, by: str) -> ErrorTable | None:
+        return next((table for table in self.tables if table.by == by), None)
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """What to do next, why, and the command that does it."""
+
+    reason: str
+    command: str
+
+
+@dataclass(frozen=True)
+class RunVerdict:
+    """Whether a run's model may be used, by the rules of evaluate/run_verdict.py."""
+
+    name: VerdictName
+    level: str  # how many answers are right
+    change: str = ""
+    cost: str = ""
+    reasons: tuple[str, ...] = ()  # why it is not better
+    next_steps: tuple[NextStep, ...] = ()

@@ -1,0 +1,445 @@
+"""What is still wrong: errors by field, value, task, length and rarity.
+
+    analyze_errors(before, after, training) -> ErrorAnalysis
+
+One metric decides what is wrong: the strictest that was measured (STRICTNESS). Every group has its
+n and a 95% CI, and the ids of its first wrong rows. Tables hold the worst groups only, so that an
+analysis stays small whatever the answers are.
+
+In: EvalResults of a model, and of the model before training on the same items. Out: ErrorAnalysis,
+or None where no answer was graded. Left out: what to conclude (run_verdict.py), shortcuts
+(shortcuts.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tunesmith.core.evidence import (
+    MAX_GROUP_ROWS,
+    MAX_GROUPS,
+    Confusion,
+    ErrorAnalysis,
+    ErrorGroup,
+    ErrorTable,
+    TrainingValues,
+)
+from tunesmith.core.types import Comparison, Plan
+from tunesmith.data.answer_values import ANSWER, MAX_NAME_CHARS, shorten
+from tunesmith.evaluate.custom_metric import format_metric_name
+from tunesmith.evaluate.metrics import METRICS, split_metric
+from tunesmith.evaluate.pairing import map_shared_samples
+from tunesmith.evaluate.results import (
+    EvalResults,
+    MetricValues,
+    compare_results,
+    compute_score,
+)
+from tunesmith.evaluate.shortcuts import AnswerItem, build_answer_items, find_shortcuts
+from tunesmith.evaluate.statistics import compute_wilson_interval
+from tunesmith.evaluate.training_answers import (
+    MAX_CATEGORIES,
+    TrainingAnswers,
+    read_training_answers,
+)
+
+if TYPE_CHECKING:
+    from tunesmith.session.inputs import RunInputs
+
+# The first of these that was measured decides what is wrong; another metric with values from 0 to 1
+# does if none of them was.
+STRICTNESS = (
+    "exact_match",
+    "normalised_match",
+    "numeric",
+    "multiple_choice",
+    "field_f1",
+    "regex",
+    "contains",
+    "token_f1",
+    "rouge_l",
+    "chrf",
+    "schema_valid",
+    "json_valid",
+)
+NUM_BINS = 4  # of lengths: quartiles
+MIN_BIN_ITEMS = 5
+ITEMS_PER_CATEGORY = 8  # expected of a field with few values, on average at least
+# Upper ends of the bins of rarity: share of the training rows with the expected value.
+RARITY_BINS = ((0.0, "in no training row"), (0.01, "up to 1%"), (0.1, "1% to 10%"))
+COMMON_BIN = "over 10%"
+NOT_AN_OBJECT = "not a JSON object"
+
+
+@dataclass(frozen=True, eq=False)
+class _Item:
+    """An item with its values of the metric; `answers` is None where no answer was stored."""
+
+    id: str
+    value: float
+    value_before: float | None
+    task: str
+    answers: AnswerItem | None
+    answers_before: AnswerItem | None
+
+    def is_right_before(self, name: str, value: str | None) -> float | None:
+        """Return whether the model before answered a field so; None without its answer."""
+        if self.answers_before is None:
+            return None
+        answered = self.answers_before.answered_values
+        return float(answered is not None and answered.get(name) == value)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Two models on the same items, and what is wrong with the answers of the second."""
+
+    comparisons: tuple[Comparison, ...]
+    errors: ErrorAnalysis | None
+
+
+def evaluate_results(
+    before: EvalResults, after: EvalResults, plan: Plan, inputs: RunInputs
+) -> Evaluation:
+    """Compare the results of a run's model with those before training, and analyze its errors."""
+    comparisons = compare_results(before, after, step=plan.steps)
+    return Evaluation(comparisons, analyze_run_errors(before, after, plan, inputs))
+
+
+def analyze_run_errors(
+    before: EvalResults | None, after: EvalResults, plan: Plan, inputs: RunInputs
+) -> ErrorAnalysis | None:
+    """Analyze the answers of a run's model with what its training rows answer."""
+    training = None
+    if after.samples and "data" in inputs.datasets:
+        training = read_training_answers(inputs.datasets["data"])
+    return analyze_errors(before, after, training, graded_metrics=plan.config.metrics)
+
+
+def analyze_errors(
+    before: EvalResults | None,
+    after: EvalResults,
+    training: TrainingAnswers | None = None,
+    *,
+    graded_metrics: Iterable[str] = (),
+) -> ErrorAnalysis | None:
+    """Return what is wrong in `after`; `before` is matched by the content of the items, else by id.
+
+    graded_metrics: the metrics of the recipe, such as functions in a file. None if there is no
+    graded item."""
+    measured = _select_metric(after, map(format_metric_name, graded_metrics))
+    if measured is None:
+        return None
+    metric, parts = measured
+    items = _build_items(metric, parts, before, after)
+    answer_items = [item.answers for item in items if item.answers is not None]
+    shortcuts, checked = find_shortcuts(answer_items, training)
+    values = training.values if training else None
+    values_before = [item.value_before for item in items]
+    pairs = [(item.value_before, item.value) for item in items if item.value_before is not None]
+    has_before = bool(items) and None not in values_before
+    mean, low, high = _summarize_values([item.value for item in items])
+    return ErrorAnalysis(
+        metric=metric,
+        is_binary={item.value for item in items} <= {0.0, 1.0},
+        n=len(items),
+        right=sum(item.value >= 1 for item in items),
+        right_before=sum(value >= 1 for value, _ in pairs) if has_before else None,
+        fixed=sum(value < 1 <= now for value, now in pairs) if has_before else None,
+        broken=sum(now < 1 <= value for value, now in pairs) if has_before else None,
+        mean=mean,
+        low=low,
+        high=high,
+        mean_before=sum(value for value, _ in pairs) / len(pairs) if has_before else None,
+        tables=tuple(table for table in _build_tables(items, values) if table.groups),
+        confusions=_count_confusions(answer_items, values),
+        shortcuts=shortcuts,
+        checked=checked,
+        training=values,
+    )
+
+
+def _select_metric(
+    results: EvalResults, graded_metrics: Iterable[str]
+) -> tuple[str, list[MetricValues]] | None:
+    """Return the strictest metric of the answers to test rows, with its values by task."""
+    by_metric: dict[str, list[MetricValues]] = {}
+    for measurement in results.measurements:
+        # A mean of tasks has the items of the tasks again.
+        if measurement.ids and not measurement.groups and _is_test(measurement.task):
+            by_metric.setdefault(measurement.metric, []).append(measurement)
+    for name in STRICTNESS:
+        for metric, parts in by_metric.items():
+            if split_metric(metric)[0] == name:
+                return metric, parts
+    for metric in graded_metrics:
+        if metric in by_metric and split_metric(metric)[0] not in METRICS:
+            values = [value for part in by_metric[metric] for value in part.values]
+            if all(0 <= value <= 1 for value in values):
+                return metric, by_metric[metric]
+    return None
+
+
+def _is_test(task: str) -> bool:
+    """Return whether a task is that of test rows; a stage's name comes before, a task's after."""
+    head = task.partition(":")[0]
+    return head == "test" or head.endswith(" test")
+
+
+def _build_items(
+    metric: str, parts: Sequence[MetricValues], before: EvalResults | None, after: EvalResults
+) -> list[_Item]:
+    ids_before = map_shared_samples(before, after) if before else {}
+    values_before: dict[str, float] = {}
+    for measurement in before.measurements if before else ():
+        if measurement.metric == metric and not measurement.groups and _is_test(measurement.task):
+            values_before |= dict(zip(measurement.ids, measurement.values, strict=True))
+    answers = {item.sample.id: item for item in build_answer_items(after.samples)}
+    answers_before: dict[str, AnswerItem] = {}
+    if before is not None:
+        answers_before = {item.sample.id: item for item in build_answer_items(before.samples)}
+    items: list[_Item] = []
+    for part in parts:
+        _, _, task = part.task.partition(": ")
+        for row, value in zip(part.ids, part.values, strict=True):
+            row_before = ids_before.get(row, "")
+            value_before = values_before.get(row_before)
+            answer_before = answers_before.get(row_before)
+            items.append(_Item(row, value, value_before, task, answers.get(row), answer_before))
+    return items
+
+
+# ---------------------------------------------------------------- groups
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One item in one group: it may be right there although its answer is wrong."""
+
+    id: str
+    value: float
+    value_before: float | None = None
+    is_only_error: bool = False
+
+
+def _summarize_values(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean with its 95% interval: Wilson's for 0 and 1, all of 0 to 1 for one item."""
+    mean = sum(values) / len(values)
+    if set(values) <= {0.0, 1.0}:
+        return mean, *compute_wilson_interval(sum(values), len(values))
+    if len(values) < 2:
+        return mean, 0.0, 1.0
+    ids = tuple(map(str, range(len(values))))
+    score = compute_score(MetricValues("", "", ids, tuple(values)))
+    return mean, score.low, score.high
+
+
+def _build_group(
+    name: str, members: Sequence[_Member], training_rows: int | None = None
+) -> ErrorGroup:
+    mean, low, high = _summarize_values([member.value for member in members])
+    wrong_rows = [member.id for member in members if member.value < 1]
+    values_before = [member.value_before for member in members]
+    wrong_before = None
+    if None not in values_before:
+        wrong_before = sum(value is not None and value < 1 for value in values_before)
+    return ErrorGroup(
+        name=shorten(name, 2 * MAX_NAME_CHARS),
+        n=len(members),
+        wrong=len(wrong_rows),
+        error=1 - mean,
+        low=1 - high,
+        high=1 - low,
+        wrong_before=wrong_before,
+        only_here=sum(member.is_only_error for member in members),
+        training_rows=training_rows,
+        rows=tuple(wrong_rows[:MAX_GROUP_ROWS]),
+    )
+
+
+def _build_table(by: str, groups: Iterable[ErrorGroup], *, is_ordered: bool = False) -> ErrorTable:
+    """Return a table, the most errors first unless the groups have an order of their own."""
+    rows = list(groups)
+    if not is_ordered:
+        rows.sort(key=lambda group: (-group.wrong, -group.error, group.name))
+    return ErrorTable(by, tuple(rows[:MAX_GROUPS]), max(0, len(rows) - MAX_GROUPS))
+
+
+def _build_tables(items: Sequence[_Item], values: TrainingValues | None) -> list[ErrorTable]:
+    answered = [item for item in items if item.answers is not None]
+    is_structured = any(item.answers is not None and item.answers.is_structured for item in items)
+    tables: list[ErrorTable] = []
+    if is_structured:
+        tables.append(_tabulate_format(answered))
+        tables.append(_tabulate_fields(answered))
+    tables.append(_tabulate_values(answered, values))
+    tables.append(_tabulate_tasks(items))
+    for by, measure in (("prompt_length", _measure_prompt), ("answer_length", _measure_answer)):
+        tables.append(_tabulate_lengths(by, answered, measure))
+    if values is not None:
+        tables.append(_tabulate_rarity(answered, values))
+    return tables
+
+
+def _require_answers(item: _Item) -> AnswerItem:
+    assert item.answers is not None, "only items with an answer are analyzed by it"
+    return item.answers
+
+
+def _tabulate_format(items: Sequence[_Item]) -> ErrorTable:
+    members: list[_Member] = []
+    for item in items:
+        is_object = _require_answers(item).answered_values is not None
+        before = item.answers_before
+        was_object = None if before is None else float(before.answered_values is not None)
+        members.append(_Member(item.id, float(is_object), was_object))
+    group = _build_group(NOT_AN_OBJECT, members)
+    return _build_table("format", [group] if group.wrong else [])
+
+
+def _tabulate_fields(items: Sequence[_Item]) -> ErrorTable:
+    """Errors by field, of the answers that are JSON objects."""
+    members: dict[str, list[_Member]] = {}
+    for item in items:
+        answers = _require_answers(item)
+        answered = answers.answered_values
+        if answered is None:
+            continue
+        expected = answers.expected_values
+        names = list(dict.fromkeys((*expected, *answered)))
+        wrong = [name for name in names if expected.get(name) != answered.get(name)]
+        for name in names:
+            is_wrong = expected.get(name) != answered.get(name)
+            is_alone = is_wrong and len(wrong) == 1
+            before = item.is_right_before(name, expected.get(name))
+            member = _Member(item.id, float(not is_wrong), before, is_alone)
+            members.setdefault(name, []).append(member)
+    return _build_table("field", [_build_group(name, group) for name, group in members.items()])
+
+
+def _list_categories(items: Iterable[AnswerItem], training: TrainingValues | None) -> set[str]:
+    """Return the fields with few values, such as labels, enums and flags: in the training rows, or
+    in the expected answers if those are unknown."""
+    counts: dict[str, Counter[str]] = {}
+    for item in items:
+        for name, value in item.expected_values.items():
+            counts.setdefault(name, Counter())[value] += 1
+    if training is not None:
+        return counts.keys() & training.counts.keys()
+    categories: set[str] = set()
+    for name, values in counts.items():
+        max_values = max(2, values.total() // ITEMS_PER_CATEGORY)
+        if len(values) <= min(MAX_CATEGORIES, max_values) and values.most_common(1)[0][1] > 1:
+            categories.add(name)
+    return categories
+
+
+def _tabulate_values(items: Sequence[_Item], training: TrainingValues | None) -> ErrorTable:
+    """Errors by expected value, of fields with few values and of labels."""
+    categories = _list_categories((_require_answers(item) for item in items), training)
+    members: dict[tuple[str, str], list[_Member]] = {}
+    for item in items:
+        answers = _require_answers(item)
+        answered = answers.answered_values or {}
+        for name, value in answers.expected_values.items():
+            if name in categories:
+                is_right = answered.get(name) == value
+                group = members.setdefault((name, value), [])
+                before = item.is_right_before(name, value)
+                group.append(_Member(item.id, float(is_right), before))
+    groups: list[ErrorGroup] = []
+    for (name, value), group in members.items():
+        title = f"{name} = {value}" if name != ANSWER else value or "(empty)"
+        count = None
+        if training is not None and name in training.counts:
+            count = training.counts[name].get(value, 0)
+        groups.append(_build_group(title, group, count))
+    return _build_table("expected_value", groups)
+
+
+def _tabulate_tasks(items: Sequence[_Item]) -> ErrorTable:
+    members: dict[str, list[_Member]] = {}
+    for item in items:
+        if item.task:
+            member = _Member(item.id, item.value, item.value_before)
+            members.setdefault(item.task, []).append(member)
+    groups = [_build_group(task, group) for task, group in members.items()]
+    return _build_table("task", groups if len(groups) > 1 else [])
+
+
+def _measure_prompt(item: AnswerItem) -> int:
+    return len(item.sample.prompt)
+
+
+def _measure_answer(item: AnswerItem) -> int:
+    return len(item.sample.expected)
+
+
+def _tabulate_lengths(
+    by: str, items: Sequence[_Item], measure: Callable[[AnswerItem], int]
+) -> ErrorTable:
+    """Errors by quartiles of a length in characters; none if the bins were too small."""
+    if len(items) < NUM_BINS * MIN_BIN_ITEMS:
+        return ErrorTable(by, ())
+    lengths = np.array([measure(_require_answers(item)) for item in items])
+    ends = np.unique(np.quantile(lengths, np.arange(1, NUM_BINS) / NUM_BINS))
+    bins = np.searchsorted(ends, lengths, side="left")
+    groups: list[ErrorGroup] = []
+    for index in np.unique(bins).tolist():
+        is_inside = bins == index
+        low = int(lengths[is_inside].min())
+        high = int(lengths[is_inside].max())
+        members: list[_Member] = []
+        for item, is_member in zip(items, is_inside.tolist(), strict=True):
+            if is_member:
+                members.append(_Member(item.id, item.value, item.value_before))
+        name = f"{low:,} to {high:,} characters" if low < high else f"{low:,} characters"
+        groups.append(_build_group(name, members))
+    return _build_table(by, groups if len(groups) > 1 else [], is_ordered=True)
+
+
+def _tabulate_rarity(items: Sequence[_Item], training: TrainingValues) -> ErrorTable:
+    """Errors by how rare the expected answer is: the share of training rows with its rarest value
+    among the fields with few values."""
+    members: dict[str, list[_Member]] = {}
+    for item in items:
+        shares: list[float] = []
+        for name, value in _require_answers(item).expected_values.items():
+            counts = training.counts.get(name)
+            if counts:
+                shares.append(counts.get(value, 0) / sum(counts.values()))
+        if shares:
+            member = _Member(item.id, item.value, item.value_before)
+            members.setdefault(_name_rarity(min(shares)), []).append(member)
+    names = [name for _, name in RARITY_BINS] + [COMMON_BIN]
+    groups = [_build_group(name, members[name]) for name in names if name in members]
+    return _build_table("rarity", groups if len(groups) > 1 else [], is_ordered=True)
+
+
+def _name_rarity(share: float) -> str:
+    for limit, name in RARITY_BINS:
+        if share <= limit:
+            return name
+    return COMMON_BIN
+
+
+def _count_confusions(
+    items: Sequence[AnswerItem], training: TrainingValues | None
+) -> tuple[Confusion, ...]:
+    """Return the most frequent wrong values of fields with few values, and of labels."""
+    categories = _list_categories(items, training)
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for item in items:
+        answered = item.answered_values
+        if answered is None:
+            continue
+        for name, value in item.expected_values.items():
+            if name in categories and answered.get(name) != value:
+                counts[name, value, answered.get(name, "(missing)")] += 1
+    ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    return tuple(Confusion(*key, count) for key, count in ordered[:MAX_GROUPS])

@@ -1,0 +1,206 @@
+"""What to do after a run: up to three commands that follow from what was measured.
+
+    list_next_steps(record, run, verdict_name) -> NextSteps
+
+A step is a function of the facts of a run that returns a NextStep or None; the first MAX_STEPS of
+STEPS that apply are listed. In: a RunRecord, its folder, the name of its verdict. Out: NextSteps.
+Left out: the verdict (run_verdict.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from shlex import quote
+
+from tunesmith.core.events import GENERAL_TASK
+from tunesmith.core.evidence import NextStep, Shortcut, VerdictName
+from tunesmith.core.run_dir import RECIPE_FILE
+from tunesmith.core.types import RunRecord
+from tunesmith.evaluate.scale_choice import build_commands, describe_recommendation
+
+MAX_STEPS = 3
+FURTHER_EPOCHS = 2
+FEW_TEST_ROWS = 30  # a rate of so many has an interval of at most 0.36 in width
+WIDE_INTERVAL = 0.2  # of the share of right answers
+MAX_NAME_CHARS = 60
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A finished run as the steps see it."""
+
+    record: RunRecord
+    run: Path
+    verdict: VerdictName
+
+    @property
+    def recipe(self) -> str:
+        return quote(str(self.run / RECIPE_FILE))
+
+    @cached_property
+    def num_test_items(self) -> int:
+        tests = [each.after.n for each in self.record.comparisons if each.task != GENERAL_TASK]
+        return max(tests, default=0)
+
+    @property
+    def constants(self) -> list[Shortcut]:
+        errors = self.record.errors
+        return [] if errors is None else [s for s in errors.shortcuts if s.kind == "constant"]
+
+    @property
+    def is_single_stage(self) -> bool:
+        """A run of several stages has no recipe of its own to change."""
+        return (self.run / RECIPE_FILE).is_file() or not (self.run / "stages").is_dir()
+
+    def format_training(self, flags: str, suffix: str) -> str:
+        """Return the command that trains the same recipe with other settings."""
+        output_dir = quote(f"{self.run}-{suffix}")
+        return f"tunesmith train {self.recipe} {flags} --output-dir {output_dir}"
+
+
+def list_next_steps(record: RunRecord, run: Path, verdict: VerdictName) -> tuple[NextStep, ...]:
+    facts = RunFacts(record, run, verdict)
+    steps: list[NextStep] = []
+    for suggest_step in STEPS:
+        step = suggest_step(facts)
+        if step is not None and step.command not in [other.command for other in steps]:
+            steps.append(step)
+    return tuple(steps[:MAX_STEPS])
+
+
+def list_steps_of_unfinished(run: Path) -> tuple[NextStep, ...]:
+    return (NextStep("finish the run", f"tunesmith resume {quote(str(run))}"),)
+
+
+# ---------------------------------------------------------------- steps
+
+
+def suggest_test_rows(facts: RunFacts) -> NextStep | None:
+    """More test rows where there are too few to tell."""
+    if facts.verdict != "not measured" or not facts.is_single_stage:
+        return None
+    count = facts.num_test_items
+    reason = "hold out test rows: the recipe has none"
+    if count:
+        reason = f"hold out more test rows: {count} are too few to tell"
+    folder = quote(f"{facts.run}-split")
+    command = f"tunesmith data split {facts.recipe} --to {folder} --test-share 0.2"
+    return NextStep(reason, command)
+
+
+def suggest_balance(facts: RunFacts) -> NextStep | None:
+    """Rows with other values for a field that is answered by a constant."""
+    if not facts.constants or not facts.is_single_stage:
+        return None
+    constant = facts.constants[0]
+    name = shorten_name(constant.field) or "the answer"
+    value = shorten_name(constant.value) or "empty"
+    if constant.training_rows is None or constant.total_rows is None:
+        reason = f"{name} is nearly always {value}: count its values in the training rows"
+    else:
+        share = f"{constant.training_rows:,} of {constant.total_rows:,}"
+        reason = f"add training rows where {name} is not {value}: {share} now"
+    return NextStep(reason, f"tunesmith data check {facts.recipe}")
+
+
+def suggest_scale(facts: RunFacts) -> NextStep | None:
+    """A smaller scale of the adapter where general text lost more than the limit."""
+    limit = facts.record.plan.config.forgetting_margin
+    losses = [
+        comparison.difference
+        for comparison in facts.record.comparisons
+        if (comparison.task, comparison.metric) == (GENERAL_TASK, "bits_per_byte")
+    ]
+    if not losses or max(losses) <= limit:
+        return None
+    commands = build_commands(facts.record.scales, str(facts.run))
+    if not commands:
+        return None
+    reason = f"on eval_data, {describe_recommendation(facts.record.scales)}: verify it"
+    return NextStep(reason, commands[0])
+
+
+def suggest_epochs(facts: RunFacts) -> NextStep | None:
+    """More epochs where eval_data was still best at the last step."""
+    record = facts.record
+    config = record.plan.config
+    is_improving = "eval_data" in record.plan.data and record.selected_step == record.steps
+    is_short = record.plan.recipe.get("max_steps") is None
+    if not (is_improving and is_short and facts.is_single_stage) or facts.verdict not in (
+        "useful, not ready",
+        "no effect",
+    ):
+        return None
+    epochs = config.num_train_epochs + FURTHER_EPOCHS
+    reason = (
+        f"train longer: eval_data was best at the last step, after {config.num_train_epochs:g} "
+        f"epoch{'' if config.num_train_epochs == 1 else 's'}"
+    )
+    flags = f"--num-train-epochs {epochs:g}"
+    return NextStep(reason, facts.format_training(flags, f"{epochs:g}-epochs"))
+
+
+def suggest_learning_rate(facts: RunFacts) -> NextStep | None:
+    """A test of learning rates where the answers are not good enough."""
+    poor: tuple[VerdictName, ...] = ("useful, not ready", "no effect", "harmful")
+    can_tune = "eval_data" in facts.record.plan.data and facts.record.plan.config.loss is None
+    if facts.verdict not in poor or not can_tune or not facts.is_single_stage:
+        return None
+    rate = facts.record.plan.config.learning_rate
+    return NextStep(
+        f"measure five learning rates around {rate:g}", f"tunesmith tune lr {facts.recipe}"
+    )
+
+
+def suggest_smaller_rate(facts: RunFacts) -> NextStep | None:
+    """Half the learning rate where the run did harm."""
+    if facts.verdict != "harmful" or not facts.is_single_stage:
+        return None
+    rate = facts.record.plan.config.learning_rate / 2
+    command = facts.format_training(f"--learning-rate {rate:g}", "half-rate")
+    return NextStep(f"train with half the learning rate, {rate:g}", command)
+
+
+def suggest_export(facts: RunFacts) -> NextStep | None:
+    if facts.verdict != "ready":
+        return None
+    return NextStep("export it", f"tunesmith export {quote(str(facts.run))} --to peft")
+
+
+def suggest_second_seed(facts: RunFacts) -> NextStep | None:
+    """Another seed where the verdict hangs on one."""
+    if facts.verdict not in ("ready", "useful, not ready") or not facts.is_single_stage:
+        return None
+    seed = facts.record.plan.config.seed + 1
+    command = facts.format_training(f"--seed {seed}", f"seed-{seed}")
+    return NextStep("train with another seed: the intervals do not cover its effect", command)
+
+
+def suggest_wrong_rows(facts: RunFacts) -> NextStep | None:
+    """The wrong answers, where nothing else helps."""
+    if facts.verdict in ("ready", "not measured"):
+        return None
+    return NextStep("read the wrong answers", f"tunesmith report {quote(str(facts.run))}")
+
+
+def shorten_name(text: str) -> str:
+    """Return a name of a stranger on one short line."""
+    line = re.sub(r"\s+", " ", text)
+    return line if len(line) <= MAX_NAME_CHARS else f"{line[: MAX_NAME_CHARS - 1]}…"
+
+
+STEPS: tuple[Callable[[RunFacts], NextStep | None], ...] = (
+    suggest_test_rows,
+    suggest_smaller_rate,
+    suggest_balance,
+    suggest_epochs,
+    suggest_scale,
+    suggest_learning_rate,
+    suggest_export,
+    suggest_second_seed,
+    suggest_wrong_rows,
+)

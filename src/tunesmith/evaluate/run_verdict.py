@@ -1,0 +1,299 @@
+"""Say whether the model of a run may be used: one of five verdicts, the level first, with its cost.
+
+    judge_run(record, run) -> RunVerdict
+
+    not measured        no test rows, or fewer than MIN_ITEMS
+    harmful             answers got worse; or general text lost more than the limit for no gain, or
+                        more than "harmful: times the limit" in any case
+    no effect           no significant difference in the deciding metric
+    useful, not ready   better, but something speaks against using it: see `reasons`
+    ready               better, right often enough, within the limit, no shortcut, nothing worse
+
+"Right often enough" is VERDICT_LIMITS, or the recipe's `gates` if they name the deciding metric.
+The deciding metric is that of the error analysis, else a likelihood of the test rows. All numbers
+are in VERDICT_LIMITS. In: a RunRecord. Out: RunVerdict. Left out: next steps (next_steps.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tunesmith.core.events import GENERAL_TASK, TrainStep
+from tunesmith.core.evidence import ErrorAnalysis, RunVerdict, VerdictName
+from tunesmith.core.run_dir import (
+    RECORD_FILE,
+    STAGES_DIR,
+    is_staged,
+    read_events,
+    read_failure,
+    read_run_plan,
+    read_run_record,
+    require_run,
+)
+from tunesmith.core.types import Comparison, Plan, RunRecord
+from tunesmith.evaluate.custom_metric import format_metric_name
+from tunesmith.evaluate.metrics import BITS_PER_BYTE, split_metric
+from tunesmith.evaluate.next_steps import list_next_steps, list_steps_of_unfinished
+from tunesmith.evaluate.statistics import (
+    MIN_ITEMS,
+    NO_DIFFERENCE,
+    TOO_FEW_ITEMS,
+    compute_p_value,
+    compute_wilson_interval,
+    format_p,
+    judge_comparisons,
+)
+from tunesmith.plan.stages import read_staged_plan
+from tunesmith.recipe.metric_limits import MetricLimit, parse_limits
+
+JudgedComparison = tuple[Comparison, str]  # with its verdict, after Holm correction
+
+VERDICT_LIMITS: dict[str, float] = {
+    # share of right answers, and the lower end of its 95% CI
+    "ready: right answers": 0.90,
+    "ready: lower end": 0.80,
+    # general text lost, in limits of the plan, with the whole interval
+    "harmful: times the limit": 10.0,
+    # the upper end of the interval of what general text lost, in limits of the plan
+    "ready: times the limit": 1.0,
+}
+MAX_REASONS = 6
+MEAN_OF_TASKS = re.compile(r"test: mean of (held-out )?tasks$")
+RIGHT_WORDS = {
+    "exact_match": "exactly right",
+    "normalised_match": "right up to case and punctuation",
+    "numeric": "the right number",
+    "multiple_choice": "the right choice",
+    "field_f1": "right in every field",
+    "contains": "right: they contain the expected text",
+    "regex": "right: they match the pattern",
+    "schema_valid": "valid by the schema; whether they are right was not measured",
+    "json_valid": "valid JSON; whether they are right was not measured",
+}
+# Metrics that show the form of an answer and not whether it is right.
+FORM_METRICS = ("schema_valid", "json_valid")
+
+
+def judge_run(record: RunRecord, run: Path) -> RunVerdict:
+    """Return the verdict on a finished run; `run` is the folder that commands name."""
+    judged = list(zip(record.comparisons, judge_comparisons(record.comparisons), strict=True))
+    tests = [pair for pair in judged if pair[0].task != GENERAL_TASK]
+    deciding = _select_deciding(tests, record.errors)
+    reasons = _list_reasons(record, judged, deciding)
+    name = _choose_name(judged, deciding, reasons, record.plan)
+    return RunVerdict(
+        name=name,
+        level=describe_level(record.errors, deciding),
+        change=_describe_change(record.errors, deciding),
+        cost=describe_cost(record.comparisons, record.plan),
+        reasons=() if name == "ready" else tuple(reasons[:MAX_REASONS]),
+        next_steps=list_next_steps(record, run, name),
+    )
+
+
+def read_verdict(run: Path) -> RunVerdict:
+    """Return the verdict on a run folder; that of its record, if there is one.
+
+    Raises InputError for a folder that is no run, and for a damaged file."""
+    require_run(run)
+    if (run / RECORD_FILE).is_file():
+        record = read_run_record(run)
+        return record.verdict or judge_run(record, run)
+    stages = {run: read_run_plan(run)} if not is_staged(run) else {}
+    if is_staged(run):
+        for plan in read_staged_plan(run).plans:
+            stages[run / STAGES_DIR / Path(plan.config.output_dir).name] = plan
+    steps = 0
+    for folder in stages:
+        trained = [event.step for event in read_events(folder) if isinstance(event, TrainStep)]
+        steps += max(trained, default=0)
+    failure = next(filter(None, map(read_failure, stages)), "")
+    return judge_unfinished(run, steps, sum(plan.steps for plan in stages.values()), failure)
+
+
+def judge_unfinished(run: Path, steps: int, planned_steps: int, failure: str) -> RunVerdict:
+    """Return the verdict on a run that is in progress, interrupted or stopped by a check."""
+    level = f"{steps:,} of {planned_steps:,} steps are done; nothing is measured after training yet"
+    reasons = (failure.splitlines()[0],) if failure else ()
+    steps_to_go = () if failure else list_steps_of_unfinished(run)
+    return RunVerdict("not measured", level, reasons=reasons, next_steps=steps_to_go)
+
+
+# ---------------------------------------------------------------- rules
+
+
+def _select_deciding(
+    tests: Sequence[JudgedComparison], errors: ErrorAnalysis | None
+) -> list[JudgedComparison]:
+    """Return the comparisons of the metric that decides: of several tasks, their means."""
+    if not tests:
+        return []
+    metric = errors.metric if errors else tests[0][0].metric
+    selected = [pair for pair in tests if pair[0].metric == metric]
+    means = [pair for pair in selected if MEAN_OF_TASKS.search(pair[0].task)]
+    return means or selected
+
+
+def _choose_name(
+    judged: Sequence[JudgedComparison],
+    deciding: Sequence[JudgedComparison],
+    reasons: Sequence[str],
+    plan: Plan,
+) -> VerdictName:
+    outcomes = {verdict for _, verdict in deciding}
+    if outcomes <= {TOO_FEW_ITEMS}:
+        return "not measured"
+    has_gain = "better" in outcomes
+    general = get_general(comparison for comparison, _ in judged)
+    if general is not None and general.after.n >= MIN_ITEMS and plan.config.forgetting_margin:
+        limits = general.low / plan.config.forgetting_margin
+        if limits > VERDICT_LIMITS["harmful: times the limit"] or (limits > 1 and not has_gain):
+            return "harmful"
+    if "worse" in outcomes and not has_gain:
+        return "harmful"
+    if not has_gain:
+        return "no effect"
+    return "useful, not ready" if reasons else "ready"
+
+
+def _list_reasons(
+    record: RunRecord, judged: Sequence[JudgedComparison], deciding: Sequence[JudgedComparison]
+) -> list[str]:
+    """Return what speaks against using the model, the worst first."""
+    errors = record.errors
+    reasons: list[str] = []
+    if errors is not None:
+        for shortcut in errors.shortcuts:
+            label = "constant" if shortcut.kind == "constant" else "copied"
+            reasons.append(f"{label}: {shortcut.description}")
+    for comparison, verdict in judged:
+        if verdict == "worse" and comparison.task != GENERAL_TASK:
+            values = f"{comparison.before.value:.3f} -> {comparison.after.value:.3f}"
+            reasons.append(f"{comparison.task} {comparison.metric} got worse: {values}")
+    limits = parse_limits(record.plan.recipe.get("gates") or {})
+    reasons += _list_missed_gates(record.comparisons, limits)
+    if not any(_is_limited(comparison, limits) for comparison, _ in deciding):
+        level_problem = _find_level_problem(errors, deciding, record.plan)
+        reasons += [level_problem] if level_problem else []
+    general = get_general(record.comparisons)
+    margin = record.plan.config.forgetting_margin
+    if general is not None and general.after.n < MIN_ITEMS:
+        reasons.append(f"{general.after.n} general texts are too few to tell what was forgotten")
+    elif general is not None and general.high > VERDICT_LIMITS["ready: times the limit"] * margin:
+        may = "lost" if general.low > margin else "may have lost"
+        reasons.append(f"general text {may} more than the limit of {margin:g} bits per byte")
+    return reasons
+
+
+def _is_limited(comparison: Comparison, limits: Sequence[MetricLimit]) -> bool:
+    """Return whether the recipe's gates say at which value a metric is good enough."""
+    return any(limit.matches(comparison.task, comparison.metric) for limit in limits)
+
+
+def _list_missed_gates(
+    comparisons: Sequence[Comparison], limits: Sequence[MetricLimit]
+) -> list[str]:
+    reasons: list[str] = []
+    for limit in limits:
+        for comparison in comparisons:
+            value = comparison.after.value
+            if limit.matches(comparison.task, comparison.metric) and not limit.holds(value):
+                name = f"{comparison.task} {comparison.metric}"
+                reasons.append(f"{name} is {value:.3f}; your gate is {limit}")
+    return reasons
+
+
+def _find_level_problem(
+    errors: ErrorAnalysis | None, deciding: Sequence[JudgedComparison], plan: Plan
+) -> str:
+    """Return why the level is not that of a model which is ready; empty if it is."""
+    if errors is None:
+        if not deciding:
+            return ""
+        is_graded = deciding[0][0].metric in map(format_metric_name, plan.config.metrics)
+        return "right answers were not counted" if is_graded else "no metric grades the answers"
+    name = split_metric(errors.metric)[0]
+    if name in FORM_METRICS:
+        return f"{name} shows the form of the answers, not whether they are right"
+    if not _counts_right(errors):
+        return f"{errors.metric} has no value above which an answer is right"
+    low, _ = compute_wilson_interval(errors.right, errors.n)
+    share = errors.right / errors.n
+    min_share = VERDICT_LIMITS["ready: right answers"]
+    min_low = VERDICT_LIMITS["ready: lower end"]
+    if share < min_share:
+        return f"{share:.0%} of the answers are right; {min_share:.0%} are ready"
+    if low < min_low:
+        return (
+            f"with {errors.n} answers, the share of right ones may be {low:.0%}; "
+            f"{min_low:.0%} is ready"
+        )
+    return ""
+
+
+def _counts_right(errors: ErrorAnalysis) -> bool:
+    """Return whether an answer is right or wrong by the metric, and not better or worse."""
+    return errors.is_binary or split_metric(errors.metric)[0] in RIGHT_WORDS
+
+
+# ---------------------------------------------------------------- words
+
+
+def describe_level(errors: ErrorAnalysis | None, deciding: Sequence[JudgedComparison] = ()) -> str:
+    """Return how many answers are right, and how many were before."""
+    if errors is None:
+        if not deciding:
+            return "No answers to test rows were measured"
+        comparison = deciding[0][0]
+        change = f"{comparison.before.value:.3f} -> {comparison.after.value:.3f}"
+        return f"{comparison.metric} on {comparison.after.n} test rows: {change}"
+    if not _counts_right(errors):
+        before = "" if errors.mean_before is None else f", {errors.mean_before:.2f} before"
+        return f"Mean {errors.metric} {errors.mean:.2f} of {errors.n} answers{before}"
+    name = split_metric(errors.metric)[0]
+    words = RIGHT_WORDS.get(name, f"right by {errors.metric}")
+    before = "" if errors.right_before is None else f", {errors.right_before} before"
+    head, separator, note = words.partition(";")
+    verb = "answer is" if errors.n == 1 else "answers are"
+    return f"{errors.right} of {errors.n} {verb} {head}{before}{separator}{note}"
+
+
+def _describe_change(errors: ErrorAnalysis | None, deciding: Sequence[JudgedComparison]) -> str:
+    """Return how many answers were fixed and broken, or the difference, with its significance."""
+    if not deciding:
+        return ""
+    comparison, verdict = deciding[0]
+    evidence = f"{verdict}, {format_p(compute_p_value(comparison))}"
+    if verdict in (TOO_FEW_ITEMS, NO_DIFFERENCE) or len(deciding) > 1:
+        evidence = verdict
+    if errors is not None and _counts_right(errors) and errors.fixed is not None:
+        return f"{errors.fixed} fixed, {errors.broken} broken: {evidence}"
+    interval = f"[{comparison.low:+.3f}, {comparison.high:+.3f}]"
+    return f"{comparison.metric} {comparison.difference:+.3f} {interval}: {evidence}"
+
+
+def describe_cost(comparisons: Sequence[Comparison], plan: Plan) -> str:
+    """Return what general text lost, in times of the plan's limit."""
+    general = get_general(comparisons)
+    if general is None:
+        return "Forgetting is not measured: the recipe has no retention_data"
+    margin = plan.config.forgetting_margin
+    reason = plan.reasons.get("forgetting_margin")
+    owner = "your limit" if reason is not None and reason.decided_by == "user" else "the limit"
+    values = f"{general.before.value:.3f} -> {general.after.value:.3f} bits per byte"
+    if general.difference <= 0:
+        return f"General text did not get worse ({values})"
+    loss = f"General text got {general.difference / general.before.value:.1%} worse ({values})"
+    if not margin:
+        return f"{loss}; {owner} is 0"
+    return f"{loss}: {general.difference / margin:.1f} times {owner} of {margin:g}"
+
+
+def get_general(comparisons: Iterable[Comparison]) -> Comparison | None:
+    """Return the comparison of bits per byte on general text."""
+    for comparison in comparisons:
+        if (comparison.task, comparison.metric) == (GENERAL_TASK, BITS_PER_BYTE):
+            return comparison
+    return None

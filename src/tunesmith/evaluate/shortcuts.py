@@ -1,0 +1,299 @@
+"""Detect answers that follow something else than the question: constants and copies.
+
+    find_shortcuts(items, training) -> Shortcuts
+
+An item has an expected and an answered value for each field (of JSON) or for the answer. A detector
+compares how often answers have a property with how often the expected answers have it, item by item
+(exact one-sided McNemar test, Holm-corrected over the fields): what expected answers do as well is
+no shortcut, whatever the task. All thresholds are in SHORTCUT_LIMITS.
+
+In: AnswerItems, TrainingAnswers. Out: Shortcuts. Left out: why an answer is wrong otherwise
+(error_analysis.py), when to look (error_analysis.py, train/guard/detectors.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from tunesmith.core.events import GenerationSample
+from tunesmith.core.evidence import MAX_GROUP_ROWS, Shortcut, ShortcutKind
+from tunesmith.data.answer_values import ANSWER, normalize_answer, split_fields
+from tunesmith.data.checks.ngrams import hash_unique_ngrams, hash_words
+from tunesmith.evaluate.statistics import adjust_p_values
+from tunesmith.evaluate.training_answers import PHRASE_WORDS, TrainingAnswers
+
+SHORTCUT_LIMITS: dict[str, float] = {
+    # one-sided p of all detectors, after Holm correction
+    "p-value": 0.01,
+    # share of the answers that have the constant value: "hardly varies"
+    "constant: answered share": 0.90,
+    # share of the constant among answers to items that expect something else
+    "constant: wrong share": 0.80,
+    # share of the answers that are copied where the expected answer is not
+    "copied: share": 0.10,
+    # share of an answer's phrases of 8 words that are in the other text
+    "copied: phrase share": 0.80,
+    # characters of a prompt that an answer may repeat, and of an answer that may be a copy
+    "copied: characters": 4,
+}
+SUSPECT_P = 0.5  # of a constant in a few answers that makes more of them worth generating
+MAX_SHORTCUTS = 20
+MAX_COMPARED_CHARS = 20_000  # of a text
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerItem:
+    """An item with its expected answer and the model's, as fields if both may have some."""
+
+    sample: GenerationSample
+    is_structured: bool  # the expected answers of the items are JSON objects
+
+    @cached_property
+    def expected_values(self) -> Mapping[str, str]:
+        return self._get_values(self.sample.expected) or {}
+
+    @cached_property
+    def answered_values(self) -> Mapping[str, str] | None:
+        """None if an object is expected and the answer is none."""
+        return self._get_values(self.sample.answer)
+
+    def _get_values(self, text: str) -> Mapping[str, str] | None:
+        if self.is_structured:
+            return split_fields(text)
+        return {ANSWER: normalize_answer(text)}
+
+
+def build_answer_items(samples: Sequence[GenerationSample]) -> list[AnswerItem]:
+    """Return the samples with an expected answer. They are structured if all of those are JSON
+    objects."""
+    graded = [sample for sample in samples if sample.expected]
+    is_structured = bool(graded) and all(split_fields(sample.expected) for sample in graded)
+    return [AnswerItem(sample, is_structured) for sample in graded]
+
+
+def find_shortcuts(
+    items: Sequence[AnswerItem], training: TrainingAnswers | None
+) -> tuple[tuple[Shortcut, ...], tuple[ShortcutKind, ...]]:
+    """Return the shortcuts, and the kinds that were looked for."""
+    if not items:
+        return (), ()
+    checked: list[ShortcutKind] = ["constant", "copied from the prompt"]
+    constants = find_constants(items)
+    copies = _find_prompt_copies(items)
+    if training is not None:
+        constants = [_add_training_rows(shortcut, training) for shortcut in constants]
+    if training is not None and training.is_complete:
+        checked.append("copied from training rows")
+        copies += _find_training_copies(items, training)
+    names = {(shortcut.field, "constant") for shortcut in constants}
+    # An answer that is always the same is not copied from each prompt.
+    copies = [copy for copy in copies if (copy.field, "constant") not in names]
+    return (*constants, *copies)[:MAX_SHORTCUTS], tuple(checked)
+
+
+# ---------------------------------------------------------------- constants
+
+
+def find_constants(items: Sequence[AnswerItem], limit: float | None = None) -> list[Shortcut]:
+    """Return the fields whose answer hardly varies although the expected one does.
+
+    limit: the p-value below which a field is one; by default that of SHORTCUT_LIMITS."""
+    candidates = [_count_constant(items, name) for name in _list_fields(items)]
+    return _select_significant([each for each in candidates if each is not None], limit)
+
+
+def _count_constant(items: Sequence[AnswerItem], name: str) -> tuple[Shortcut, float] | None:
+    """Return the most frequent answer as a constant with its p-value; None if the field cannot
+    show one: its expected values do not vary."""
+    pairs: list[tuple[str, str, str]] = []
+    for item in items:
+        answered = item.answered_values
+        if answered is not None and name in item.expected_values and name in answered:
+            pairs.append((item.sample.id, item.expected_values[name], answered[name]))
+    if not pairs or len({expected for _, expected, _ in pairs}) < 2:
+        return None
+    (value, count), *_ = Counter(answer for _, _, answer in pairs).most_common(1)
+    num_expected = sum(expected == value for _, expected, _ in pairs)
+    wrong_rows = [row for row, expected, answer in pairs if answer == value != expected]
+    missed = sum(expected == value != answer for _, expected, answer in pairs)
+    num_others = len(pairs) - num_expected
+    has_few_values = count >= SHORTCUT_LIMITS["constant: answered share"] * len(pairs)
+    is_ignoring = len(wrong_rows) >= SHORTCUT_LIMITS["constant: wrong share"] * num_others
+    p_value = compute_excess_p(len(wrong_rows), missed) if has_few_values and is_ignoring else 1.0
+    rows = tuple(wrong_rows[:MAX_GROUP_ROWS])
+    shortcut = Shortcut("constant", name, value, len(pairs), count, num_expected, 1.0, rows=rows)
+    return shortcut, p_value
+
+
+def _add_training_rows(shortcut: Shortcut, training: TrainingAnswers) -> Shortcut:
+    values = training.values.counts.get(shortcut.field)
+    if values is None:
+        return shortcut
+    total = sum(values.values())
+    others = total - values.get(shortcut.value, 0)
+    return replace(shortcut, training_rows=others, total_rows=total)
+
+
+# ---------------------------------------------------------------- copies
+
+
+def _find_prompt_copies(items: Sequence[AnswerItem]) -> list[Shortcut]:
+    """Return the fields whose answers are taken from the prompt more often than expected ones."""
+    prompts = [_fold(item.sample.prompt) for item in items]
+    phrases = [_hash_phrases(prompt) for prompt in prompts]
+    candidates: list[tuple[Shortcut, float] | None] = []
+    if not items[0].is_structured:
+
+        def is_copied(index: int, text: str) -> bool:
+            return _is_copied(text, prompts[index], phrases[index])
+
+        candidates.append(_count_copies(items, ANSWER, "copied from the prompt", is_copied))
+    else:
+
+        def is_contained(index: int, text: str) -> bool:
+            return _contains_value(prompts[index], text)
+
+        for name in _list_fields(items):
+            counted = _count_copies(items, name, "copied from the prompt", is_contained)
+            candidates.append(counted)
+    return _select_significant([each for each in candidates if each is not None])
+
+
+def _find_training_copies(items: Sequence[AnswerItem], training: TrainingAnswers) -> list[Shortcut]:
+    """Return whether answers repeat training rows more often than expected answers do."""
+
+    def is_copied(_: int, text: str) -> bool:
+        if normalize_answer(text) in training.answers:
+            return True
+        if items[0].is_structured:  # objects share their keys, and often more
+            return False
+        return (
+            _measure_phrase_share(_hash_phrases(_fold(text)), training.phrases)
+            >= (SHORTCUT_LIMITS["copied: phrase share"])
+        )
+
+    counted = _count_copies(items, ANSWER, "copied from training rows", is_copied)
+    return _select_significant([counted] if counted is not None else [])
+
+
+def _count_copies(
+    items: Sequence[AnswerItem],
+    name: str,
+    kind: ShortcutKind,
+    is_copied: Callable[[int, str], bool],
+) -> tuple[Shortcut, float] | None:
+    """Return the copied answers with the p-value of their excess over expected ones."""
+    n = count = num_expected = missed = 0
+    wrong_rows: list[str] = []
+    wrong_texts: set[str] = set()
+    for index, item in enumerate(items):
+        texts = _get_texts(item, name)
+        if texts is None:
+            continue
+        n += 1
+        is_expected_copied = is_copied(index, texts[0])
+        is_answer_copied = is_copied(index, texts[1])
+        num_expected += is_expected_copied
+        count += is_answer_copied
+        missed += is_expected_copied and not is_answer_copied
+        if is_answer_copied and not is_expected_copied:
+            wrong_rows.append(item.sample.id)
+            wrong_texts.add(normalize_answer(texts[1]))
+    if not n:
+        return None
+    # One training answer again and again is a frequent answer, and no copy of rows.
+    num_copies = len(wrong_rows if kind == "copied from the prompt" else wrong_texts)
+    has_enough = num_copies >= SHORTCUT_LIMITS["copied: share"] * n
+    p_value = compute_excess_p(len(wrong_rows), missed) if has_enough else 1.0
+    rows = tuple(wrong_rows[:MAX_GROUP_ROWS])
+    return Shortcut(kind, name, "", n, count, num_expected, 1.0, rows=rows), p_value
+
+
+def _get_texts(item: AnswerItem, name: str) -> tuple[str, str] | None:
+    """Return the expected and the answered text; None if either lacks the field."""
+    if name == ANSWER:
+        return item.sample.expected, item.sample.answer
+    answered = item.answered_values
+    if answered is None or name not in answered or name not in item.expected_values:
+        return None
+    return item.expected_values[name], answered[name]
+
+
+def _fold(text: str) -> str:
+    return " ".join(text[:MAX_COMPARED_CHARS].split()).casefold()
+
+
+def _contains_value(folded_prompt: str, value: str) -> bool:
+    """Return whether a prompt has a string or number of some length."""
+    text = _fold(value.strip('"'))
+    is_value = value[:1] == '"' or value[:1].isdigit()
+    return is_value and len(text) >= SHORTCUT_LIMITS["copied: characters"] and text in folded_prompt
+
+
+def _is_copied(text: str, folded_prompt: str, prompt_phrases: np.ndarray) -> bool:
+    """Return whether an answer is a part of the prompt, repeats it, or shares most phrases."""
+    answer = _fold(text)
+    min_chars = SHORTCUT_LIMITS["copied: characters"]
+    if len(answer) >= min_chars and answer in folded_prompt:
+        return True
+    if len(folded_prompt) >= min_chars and folded_prompt in answer:
+        return True
+    share = _measure_phrase_share(_hash_phrases(answer), prompt_phrases)
+    return share >= SHORTCUT_LIMITS["copied: phrase share"]
+
+
+def _hash_phrases(text: str) -> np.ndarray:
+    """Return the phrases of a text, none for one of fewer words."""
+    words_W = hash_words(text)
+    if len(words_W) < PHRASE_WORDS:
+        return np.empty(0, dtype=np.uint64)
+    return hash_unique_ngrams([words_W], PHRASE_WORDS)
+
+
+def _measure_phrase_share(phrases: np.ndarray, sorted_phrases: np.ndarray) -> float:
+    if not len(phrases) or not len(sorted_phrases):
+        return 0.0
+    places = np.searchsorted(sorted_phrases, phrases).clip(max=len(sorted_phrases) - 1)
+    return float((sorted_phrases[places] == phrases).mean())
+
+
+# ---------------------------------------------------------------- test
+
+
+def compute_excess_p(gains: int, losses: int) -> float:
+    """Return the one-sided exact p of McNemar's test: that of so many `gains` or more, if gains and
+    losses were equally likely."""
+    changed = gains + losses
+    if not changed:
+        return 1.0
+    if changed > 1000:  # a normal approximation: the sum has too many terms
+        z = (gains - losses - 1) / math.sqrt(changed)
+        return 0.5 * math.erfc(z / math.sqrt(2))
+    tail = sum(math.comb(changed, k) for k in range(gains, changed + 1))
+    return tail / 2**changed
+
+
+def _list_fields(items: Sequence[AnswerItem]) -> list[str]:
+    """Return the fields of the expected answers, in their order."""
+    names: dict[str, None] = {}
+    for item in items:
+        names |= dict.fromkeys(item.expected_values)
+    return list(names)
+
+
+def _select_significant(
+    candidates: Sequence[tuple[Shortcut, float]], limit: float | None = None
+) -> list[Shortcut]:
+    adjusted = adjust_p_values([p_value for _, p_value in candidates])
+    limit = SHORTCUT_LIMITS["p-value"] if limit is None else limit
+    shortcuts: list[Shortcut] = []
+    for (shortcut, _), p_value in zip(candidates, adjusted, strict=True):
+        if p_value < limit:
+            shortcuts.append(replace(shortcut, p_value=p_value))
+    return sorted(shortcuts, key=lambda shortcut: (shortcut.p_value, shortcut.field))

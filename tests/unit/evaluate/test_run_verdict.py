@@ -1,0 +1,257 @@
+"""The verdict on a run: each by its rule, the level first, and next steps that are commands."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fake_runs
+from tunesmith.cli.args import parse_recipe_args
+from tunesmith.core.errors import InputError
+from tunesmith.core.evidence import ErrorAnalysis, RunVerdict, Shortcut
+from tunesmith.core.json_io import dump_json, parse_as, read_json
+from tunesmith.core.types import Comparison, RunRecord
+from tunesmith.evaluate.run_verdict import judge_run, judge_unfinished, read_verdict
+from tunesmith.train.model_card import render_card
+
+CONSTANT = Shortcut("constant", "flag", "false", 80, 80, 50, 1e-6, 30, 90, ("t:1",))
+
+
+def make_errors(right: int, n: int = 80, before: int = 0, **changes: Any) -> ErrorAnalysis:
+    analysis = ErrorAnalysis(
+        metric="exact_match",
+        is_binary=True,
+        n=n,
+        right=right,
+        right_before=before,
+        fixed=max(0, right - before),
+        broken=max(0, before - right),
+        mean=right / n,
+        low=0.0,
+        high=1.0,
+        mean_before=before / n,
+    )
+    return replace(analysis, **changes)
+
+
+def make_general(lost: float, half: float = 0.005, n: int = 80) -> Comparison:
+    comparison = fake_runs.make_comparison(
+        "bits_per_byte", 1.0, 1.0 + lost, half, task="general text", higher_is_better=False
+    )
+    return replace(comparison, after=replace(comparison.after, n=n))
+
+
+def make_change(difference: float, half: float = 0.1, **changes: Any) -> Comparison:
+    return fake_runs.make_comparison("exact_match", 0.3, 0.3 + difference, half, **changes)
+
+
+def judge(errors: ErrorAnalysis | None, *comparisons: Comparison, **changes: Any) -> RunVerdict:
+    record = replace(
+        fake_runs.make_record(), comparisons=comparisons, errors=errors, scales=(), **changes
+    )
+    return judge_run(record, Path("runs/a b"))
+
+
+@pytest.mark.parametrize(
+    ("errors", "comparisons", "name"),
+    [
+        (None, (), "not measured"),
+        (None, (make_general(0.001),), "not measured"),
+        (make_errors(80), (make_change(0.6), make_general(0.01)), "ready"),
+        (make_errors(80), (make_change(0.6),), "ready"),
+        (make_errors(72), (make_change(0.6), make_general(0.01)), "ready"),
+        (make_errors(71), (make_change(0.6), make_general(0.01)), "useful, not ready"),
+        (make_errors(10, 10), (make_change(0.6),), "useful, not ready"),
+        (make_errors(80), (make_change(0.6), make_general(0.05)), "useful, not ready"),
+        (make_errors(80), (make_change(0.6), make_general(0.018)), "useful, not ready"),
+        (make_errors(80), (make_change(0.6), make_general(0.001, n=4)), "useful, not ready"),
+        (make_errors(80, shortcuts=(CONSTANT,)), (make_change(0.6),), "useful, not ready"),
+        (
+            make_errors(80, metric="json_valid"),
+            (replace(make_change(0.6), metric="json_valid"),),
+            "useful, not ready",
+        ),
+        (make_errors(40), (make_change(0.05), make_general(0.001)), "no effect"),
+        (make_errors(0), (make_change(0.0, 0.0),), "no effect"),
+        (make_errors(10, before=40), (make_change(-0.3), make_general(0.001)), "harmful"),
+        (make_errors(40), (make_change(0.05), make_general(0.05)), "harmful"),
+        (make_errors(80), (make_change(0.6), make_general(0.3)), "harmful"),
+    ],
+)
+def test_each_verdict_has_its_rule(
+    errors: ErrorAnalysis | None, comparisons: tuple[Comparison, ...], name: str
+) -> None:
+    verdict = judge(errors, *comparisons)
+    assert verdict.name == name
+    assert bool(verdict.reasons) or name in ("ready", "not measured", "no effect", "harmful")
+    assert len(verdict.next_steps) <= 3
+
+
+def test_the_level_comes_first_then_the_change_and_the_cost() -> None:
+    verdict = judge(make_errors(35), make_change(0.4375), make_general(0.051))
+    assert verdict.level == "35 of 80 answers are exactly right, 0 before"
+    assert verdict.change == "35 fixed, 0 broken: better, p < 0.001"
+    assert verdict.cost == (
+        "General text got 5.1% worse (1.000 -> 1.051 bits per byte): 2.5 times the limit of 0.02"
+    )
+    assert "44% of the answers are right; 90% are ready" in verdict.reasons
+
+
+def test_a_limit_that_the_user_set_is_theirs() -> None:
+    record = fake_runs.make_record()
+    limit = replace(record.plan.settings["seed"], value=0.04, decided_by="user")
+    plan = record.plan.with_settings(forgetting_margin=limit)
+    verdict = judge(make_errors(80), make_change(0.6), make_general(0.1), plan=plan)
+    assert verdict.cost.endswith("2.5 times your limit of 0.04")
+
+
+def test_gates_of_the_recipe_replace_the_level_that_is_ready() -> None:
+    record = fake_runs.make_record()
+    half = replace(make_change(0.3), after=replace(make_change(0.3).after, value=0.6))
+    for gate, name in ((">= 0.5", "ready"), (">= 0.8", "useful, not ready")):
+        plan = replace(record.plan, recipe=record.plan.recipe | {"gates": {"exact_match": gate}})
+        verdict = judge(make_errors(48), half, plan=plan)
+        assert verdict.name == name
+    assert verdict.reasons == ("test exact_match is 0.600; your gate is exact_match >= 0.8",)
+
+
+def test_a_metric_without_right_and_wrong_is_never_ready() -> None:
+    errors = make_errors(80, metric="chrf", is_binary=False, mean=0.93, mean_before=0.2)
+    chrf = replace(make_change(0.6), metric="chrf")
+    verdict = judge(errors, chrf)
+    assert verdict.name == "useful, not ready"
+    assert verdict.level == "Mean chrf 0.93 of 80 answers, 0.20 before"
+    assert verdict.reasons == ("chrf has no value above which an answer is right",)
+    assert judge(None, replace(chrf, metric="loss", higher_is_better=False)).name == "harmful"
+
+
+def test_what_got_worse_is_a_reason() -> None:
+    worse = replace(make_change(-0.2), metric="json_valid")
+    verdict = judge(make_errors(80), make_change(0.6), worse)
+    assert verdict.name == "useful, not ready"
+    assert verdict.reasons == ("test json_valid got worse: 0.300 -> 0.100",)
+
+
+def test_of_several_tasks_their_mean_decides() -> None:
+    mean = replace(make_change(0.5), task="test: mean of tasks")
+    part = replace(make_change(0.0), task="test: a")
+    assert judge(make_errors(80), part, mean).name == "ready"
+
+
+def test_two_items_are_not_measured() -> None:
+    change = make_change(0.6)
+    few = replace(change, after=replace(change.after, n=2))
+    verdict = judge(make_errors(2, 2), few)
+    assert (verdict.name, verdict.level) == (
+        "not measured",
+        "2 of 2 answers are exactly right, 0 before",
+    )
+    assert verdict.next_steps[0].reason == "hold out more test rows: 2 are too few to tell"
+
+
+def test_next_steps_follow_from_what_was_measured() -> None:
+    record = fake_runs.make_record()
+    plan = replace(record.plan, data=record.plan.data | {"eval_data": record.plan.data["data"]})
+    errors = make_errors(35, shortcuts=(CONSTANT,))
+    improving = judge(errors, make_change(0.4), plan=plan, selected_step=record.steps)
+    epochs = plan.config.num_train_epochs + 2
+    assert [step.command for step in improving.next_steps] == [
+        "tunesmith data check 'runs/a b/recipe.yaml'",
+        f"tunesmith train 'runs/a b/recipe.yaml' --num-train-epochs {epochs:g} "
+        f"--output-dir 'runs/a b-{epochs:g}-epochs'",
+        "tunesmith tune lr 'runs/a b/recipe.yaml'",
+    ]
+    assert improving.next_steps[0].reason == (
+        "add training rows where flag is not false: 30 of 90 now"
+    )
+    overfit = judge(make_errors(35), make_change(0.4), plan=plan, selected_step=1)
+    assert not any("epochs" in step.command for step in overfit.next_steps)
+    harmful = judge(make_errors(1, before=9), make_change(-0.4), plan=plan)
+    assert "--learning-rate" in harmful.next_steps[0].command
+    ready = judge(make_errors(80), make_change(0.6), plan=plan)
+    assert ready.next_steps[0].command == "tunesmith export 'runs/a b' --to peft"
+    scaled = judge(make_errors(80), make_change(0.6), make_general(0.05))
+    assert scaled.next_steps[0].command.startswith("tunesmith train ")
+    record = replace(
+        record,
+        comparisons=(make_change(0.6), make_general(0.05)),
+        errors=make_errors(80),
+        scales=fake_runs.make_scales(fake_runs.CHEAPER),
+    )
+    first = judge_run(record, Path("runs/x")).next_steps[0]
+    assert first.command == "tunesmith compare runs/x@0.25 runs/x"
+
+
+def test_next_steps_are_commands_that_parse(tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "recipe.yaml").write_text("model: m\ndata: d.jsonl\n")
+    record = fake_runs.make_record()
+    plan = replace(record.plan, data=record.plan.data | {"eval_data": record.plan.data["data"]})
+    for errors, change in ((make_errors(35), 0.4), (make_errors(1, before=9), -0.4), (None, 0.0)):
+        comparisons = (make_change(change),) if errors else ()
+        verdict = judge(errors, *comparisons, plan=plan, selected_step=record.steps)
+        for step in verdict.next_steps:
+            program, verb, *arguments = shlex.split(step.command)
+            assert program == "tunesmith"
+            if verb == "train":
+                arguments[0] = arguments[0].replace("runs", str(tmp_path))
+                assert parse_recipe_args(arguments)
+
+
+HOSTILE = "\x1b[2J[red]`<b>\u202e$(rm -rf ~)\n# title"
+
+
+def test_hostile_names_stay_text() -> None:
+    shortcut = replace(CONSTANT, field=HOSTILE * 100, value=HOSTILE * 100)
+    verdict = judge(make_errors(35, shortcuts=(shortcut,)), make_change(0.4))
+    record = replace(fake_runs.make_record(), verdict=verdict)
+    card = render_card(record, {})
+    assert "\x1b" not in card
+    assert "\n# title" not in card
+    assert "<b>" not in card.replace("\\<b\\>", "")
+    for step in verdict.next_steps:
+        assert "\x1b" not in step.command
+        assert "rm -rf" not in step.command
+
+
+def test_the_card_and_the_record_have_the_verdict() -> None:
+    verdict = judge(make_errors(35, shortcuts=(CONSTANT,)), make_change(0.4))
+    record = replace(fake_runs.make_record(), verdict=verdict, errors=make_errors(35))
+    card = render_card(record, {})
+    assert card.index("## Verdict: useful, not ready") < card.index("## Results")
+    assert "35 of 80 answers are exactly right, 0 before" in card
+    assert "`tunesmith data check 'a b/recipe.yaml'`" in card.replace("runs/", "")
+    again = parse_as(RunRecord, read_back(record))
+    assert (again.verdict, again.errors) == (verdict, record.errors)
+
+
+def read_back(record: RunRecord) -> Any:
+    return json.loads(dump_json(record))
+
+
+def test_unfinished_and_failed_runs_are_not_measured(tmp_path: Path) -> None:
+    verdict = judge_unfinished(Path("runs/x"), 30, 65, "")
+    assert (verdict.name, verdict.next_steps[0].command) == (
+        "not measured",
+        "tunesmith resume runs/x",
+    )
+    assert verdict.level.startswith("30 of 65 steps are done")
+    failed = judge_unfinished(Path("runs/x"), 0, 65, "preflight refused\nbecause")
+    assert (failed.reasons, failed.next_steps) == (("preflight refused",), ())
+    run = fake_runs.write_run(tmp_path / "open", record=None)
+    assert read_verdict(run).name == "not measured"
+    with pytest.raises(InputError, match="not a run folder"):
+        read_verdict(tmp_path)
+
+
+def test_a_finished_run_is_read_from_its_record(tmp_path: Path) -> None:
+    verdict = judge(make_errors(35), make_change(0.4))
+    record = replace(fake_runs.make_record(), verdict=verdict)
+    run = fake_runs.write_run(tmp_path / "run", record=record)
+    assert read_verdict(run) == verdict
+    assert read_json(run / "record.json")["verdict"]["name"] == "useful, not ready"

@@ -1,0 +1,199 @@
+"""Constants and copies: what expected answers do as well is none, injected ones are detected."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from tunesmith.core.events import GenerationSample
+from tunesmith.core.evidence import Shortcut
+from tunesmith.data.answer_values import MAX_FIELDS, split_fields
+from tunesmith.evaluate.shortcuts import (
+    SHORTCUT_LIMITS,
+    build_answer_items,
+    compute_excess_p,
+    find_constants,
+    find_shortcuts,
+)
+from tunesmith.evaluate.training_answers import TrainingAnswers, build_training_answers
+
+
+def make_samples(
+    count: int, expect: Callable[[int], object], answer: Callable[[int], object]
+) -> list[GenerationSample]:
+    """Return samples whose texts are values as JSON, or texts as they are."""
+    texts = []
+    for index in range(count):
+        pair = [
+            value if isinstance(value, str) else json.dumps(value)
+            for value in (expect(index), answer(index))
+        ]
+        texts.append(pair)
+    return [
+        GenerationSample(1, f"t:{index}", f"question number {index}", answered, expected)
+        for index, (expected, answered) in enumerate(texts)
+    ]
+
+
+def detect(
+    samples: Sequence[GenerationSample], training: TrainingAnswers | None = None
+) -> list[Shortcut]:
+    return list(find_shortcuts(build_answer_items(samples), training)[0])
+
+
+def make_row(index: int) -> dict[str, object]:
+    return {"id": f"row {index}", "urgent": index % 3 == 0}
+
+
+def test_a_field_that_is_always_answered_the_same_is_a_constant() -> None:
+    samples = make_samples(80, make_row, lambda index: make_row(index) | {"urgent": False})
+    training = build_training_answers((json.dumps(make_row(index)) for index in range(90)), 90)
+    (constant,) = detect(samples, training)
+    assert (constant.kind, constant.field, constant.value) == ("constant", "urgent", "false")
+    assert (constant.n, constant.count, constant.expected) == (80, 80, 53)
+    assert (constant.training_rows, constant.total_rows) == (30, 90)
+    assert constant.p_value < 1e-6
+    assert constant.rows[0] == "t:0"
+    assert constant.description == (
+        "urgent is false in 80 of 80 answers, expected in 53; "
+        "30 of 90 training rows have another value"
+    )
+
+
+def test_nearly_constant_is_constant_and_a_field_that_is_right_is_not() -> None:
+    nearly = make_samples(80, make_row, lambda index: make_row(index) | {"urgent": index % 40 == 0})
+    assert [shortcut.field for shortcut in detect(nearly)] == ["urgent"]
+    assert detect(make_samples(80, make_row, make_row)) == []
+    weak = make_samples(80, make_row, lambda index: make_row(index) | {"urgent": index % 6 == 0})
+    assert detect(weak) == [], "half of the urgent rows are recognised"
+
+
+def test_a_constant_that_is_expected_is_none() -> None:
+    samples = make_samples(
+        80, lambda index: {"kind": "a", "id": index}, lambda index: {"kind": "a", "id": index}
+    )
+    assert detect(samples) == []
+
+
+def test_a_few_answers_prove_no_constant() -> None:
+    samples = make_samples(16, make_row, lambda index: make_row(index) | {"urgent": False})
+    assert detect(samples) == []
+    assert [each.field for each in find_constants(build_answer_items(samples), 0.5)] == ["urgent"]
+    assert detect(samples[:2]) == []
+    assert detect(samples[:1]) == []
+    assert detect([]) == []
+
+
+@pytest.mark.parametrize("constant", ["a", "", "I do not know."])
+def test_a_label_or_text_that_is_always_the_same_is_a_constant(constant: str) -> None:
+    samples = make_samples(60, lambda index: "abc"[index % 3], lambda _: constant)
+    (shortcut,) = detect(samples)
+    assert (shortcut.kind, shortcut.field, shortcut.value) == ("constant", "", constant)
+    assert shortcut.description.startswith(f"the answer is {constant or 'empty'} in 60 of 60")
+
+
+def test_answers_that_are_no_objects_do_not_hide_a_constant() -> None:
+    samples = make_samples(
+        80,
+        make_row,
+        lambda index: "[[[" if index % 4 == 3 else make_row(index) | {"urgent": False},
+    )
+    (shortcut,) = detect(samples)
+    assert (shortcut.field, shortcut.n) == ("urgent", 60)
+
+
+def test_answers_copied_from_the_prompt() -> None:
+    samples = make_samples(
+        40, lambda index: f"the answer {index * 7}", lambda index: f"number {index}"
+    )
+    (shortcut,) = detect(samples)
+    assert (shortcut.kind, shortcut.count, shortcut.expected) == ("copied from the prompt", 40, 0)
+    echo = make_samples(
+        40, lambda index: f"{index * 7}", lambda index: f"question number {index} is hard"
+    )
+    assert [each.kind for each in detect(echo)] == ["copied from the prompt"]
+
+
+def test_an_extract_of_the_prompt_is_no_shortcut_where_it_is_expected() -> None:
+    samples = make_samples(40, lambda index: f"number {index}", lambda _: "question number")
+    assert [each.kind for each in detect(samples)] == ["constant"]
+    right = make_samples(40, lambda index: f"number {index}", lambda index: f"number {index}")
+    assert detect(right) == []
+
+
+def test_a_field_that_is_copied_from_the_prompt() -> None:
+    samples = make_samples(
+        40,
+        lambda index: {"date": f"2020-01-{index:02}", "id": index},
+        lambda index: {"date": f"number {index}", "id": index},
+    )
+    (shortcut,) = detect(samples)
+    assert (shortcut.kind, shortcut.field) == ("copied from the prompt", "date")
+
+
+def test_answers_copied_from_training_rows() -> None:
+    rows = [f"training answer number {index} of many" for index in range(100)]
+    training = build_training_answers(rows, 100)
+    copied = make_samples(40, lambda index: f"a new answer {index}", lambda index: rows[index])
+    (shortcut,) = detect(copied, training)
+    assert (shortcut.kind, shortcut.count, shortcut.expected) == (
+        "copied from training rows",
+        40,
+        0,
+    )
+    assert detect(copied) == []
+    assert "copied from training rows" not in find_shortcuts(build_answer_items(copied), None)[1]
+    healthy = make_samples(
+        40, lambda index: f"a new answer {index}", lambda index: f"a new answer {index % 20}"
+    )
+    assert detect(healthy, training) == []
+
+
+def test_labels_of_the_training_rows_are_no_copies() -> None:
+    training = build_training_answers(["yes", "no"] * 50, 100)
+    samples = make_samples(
+        80, lambda index: ["yes", "no"][index % 2], lambda index: ["yes", "no"][index % 3 % 2]
+    )
+    assert detect(samples, training) == []
+
+
+def test_hostile_names_and_values_are_bounded() -> None:
+    escape = "\x1b[2J\u202e"
+    row = {f"{escape}{'x' * 500}{index}": escape * 50 for index in range(3_000)}
+    fields = split_fields(json.dumps(row))
+    assert fields is not None
+    assert len(fields) == MAX_FIELDS + 1
+    assert all(len(name) <= 70 and len(value) <= 70 for name, value in fields.items())
+    assert len(set(fields)) == len(fields)
+    samples = make_samples(10, lambda _: row, lambda _: row)
+    assert detect(samples) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"a":' * 100_000, '{"a": NaN}', "{}", '{"a": ' + "9" * 5_000 + "}", "", "1"],
+)
+def test_what_is_no_object_with_fields_has_none(text: str) -> None:
+    assert split_fields(text) is None
+
+
+def test_names_with_dots_are_no_paths() -> None:
+    assert split_fields('{"a.b": 1, "a": {"b": 2}, "c": [1, {"d": 3}]}') == {
+        '"a.b"': "1",
+        "a.b": "2",
+        "c": '[1, {"d": 3}]',
+    }
+
+
+@pytest.mark.parametrize(
+    ("gains", "losses", "p_value"), [(0, 0, 1.0), (5, 0, 1 / 32), (3, 1, 5 / 16), (0, 5, 1.0)]
+)
+def test_the_test_is_the_binomial_tail(gains: int, losses: int, p_value: float) -> None:
+    assert compute_excess_p(gains, losses) == pytest.approx(p_value)
+
+
+def test_the_test_of_many_items_continues_the_exact_one() -> None:
+    assert compute_excess_p(540, 461) == pytest.approx(compute_excess_p(539, 461), rel=0.15)
+    assert compute_excess_p(3_000, 0) < SHORTCUT_LIMITS["p-value"]
