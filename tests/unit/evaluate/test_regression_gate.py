@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fake_runs import make_comparison
+from fake_runs import PLAN, make_comparison, write_run
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.types import Comparison
+from tunesmith.evaluate.error_analysis import Evaluation
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
 from tunesmith.evaluate.regression_gate import EvalReport, Gate, build_gates, parse_metrics
 from tunesmith.evaluate.results import MetricValues, compare_measurements
@@ -213,6 +215,17 @@ def test_without_a_margin_general_text_has_that_of_other_metrics() -> None:
     assert (result.passed, result.margin) == (True, 0.1)
     assert not judge(make_bits(0.01, 0.0625), margin=None).passed  # significantly worse
     assert not judge(make_bits(-0.01, 0.125), margin=None).passed
+
+
+def test_the_margin_is_that_of_the_run(tmp_path: Path) -> None:
+    config = dataclasses.replace(PLAN.config, forgetting_margin=0.0625)
+    run = write_run(tmp_path / "run", plan=dataclasses.replace(PLAN, config=config))
+    evaluation = Evaluation((make_bits(0.05, 0.06),), None)
+    report = EvalReport.from_evaluation(evaluation, run)
+    assert (report.margin, report.comparisons) == (0.0625, evaluation.comparisons)
+    assert report.scores == (evaluation.comparisons[0].after,)
+    assert report.check_gates()[0].passed
+    assert EvalReport.from_evaluation(evaluation, None).margin is None
 
 
 def test_kl_is_not_gated_and_something_has_to_be() -> None:
