@@ -44,7 +44,13 @@ from tunesmith.cli.help import (
     format_examples,
 )
 from tunesmith.cli.output import escape_library_output, print_result, write_stderr
-from tunesmith.core.errors import InputError, TunesmithError
+from tunesmith.core.errors import (
+    DISK_FIX,
+    MACHINE_ERRNOS,
+    InputError,
+    MachineError,
+    TunesmithError,
+)
 from tunesmith.core.types import Plan
 from tunesmith.plan.stages import StagedPlan
 
@@ -375,6 +381,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _exit_with_error(error, as_json=as_json)
     except USAGE_ERROR as error:
         _exit_with_error(_to_input_error(error), as_json=as_json)
+    except OSError as error:
+        if error.errno not in MACHINE_ERRNOS:
+            raise
+        _exit_with_error(_to_machine_error(error), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
 
@@ -383,6 +393,12 @@ def _to_input_error(usage: Any) -> InputError:
     """Convert click's usage error, so that it prints like every other error."""
     verb = usage.ctx.command_path if usage.ctx else "tunesmith"
     return InputError(usage.format_message(), where="command line", fix=f"see `{verb} --help`")
+
+
+def _to_machine_error(error: OSError) -> MachineError:
+    """Convert an error of a disk or of the memory, wherever it was met."""
+    message = f"a file cannot be read: {error.strerror}"
+    return MachineError(message, where=str(error.filename or ""), fix=DISK_FIX)
 
 
 def _exit_with_error(error: TunesmithError, *, as_json: bool) -> None:

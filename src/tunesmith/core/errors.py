@@ -11,7 +11,13 @@ An error says what is wrong, where (file:line, row id or recipe key) and what to
 
 from __future__ import annotations
 
+from errno import EDQUOT, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, ENXIO, EROFS, ESTALE, ETIMEDOUT
+
 from tunesmith.core.formatting import escape_controls
+
+# errno of a failing disk or mount, or of a machine without memory: not the fault of the input
+MACHINE_ERRNOS = (EIO, ENXIO, ESTALE, ETIMEDOUT, ENOMEM, ENOSPC, EDQUOT, EROFS, EMFILE, ENFILE)
+DISK_FIX = "check the disk and its connection, then run the command again or resume the run"
 
 
 class TunesmithError(Exception):

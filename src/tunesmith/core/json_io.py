@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import DISK_FIX, MACHINE_ERRNOS, InputError, MachineError
 from tunesmith.core.types import Json, Plan
 
 T = TypeVar("T")
@@ -98,7 +98,10 @@ def read_json(path: Path, *, key: str = "", fix: str = "") -> Any:
     except FileNotFoundError:
         raise InputError("no such file", where=where, fix=fix or "check the path") from None
     except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=where, fix=fix) from None
+        message = f"cannot be read: {error.strerror}"
+        if error.errno in MACHINE_ERRNOS:
+            raise MachineError(message, where=where, fix=DISK_FIX) from error
+        raise InputError(message, where=where, fix=fix) from None
     except json.JSONDecodeError as error:
         where = f"{where}:{error.lineno}:{error.colno}"
         raise InputError(f"not valid JSON: {error.msg}", where=where, fix=fix) from None

@@ -143,6 +143,10 @@ def find_spans(constraint: Constraint, text: str, where: str) -> list[tuple[int,
         )
         fix = "do not nest repeats: `(a+)+` tries every way to split a text, `a+` only one"
         raise InputError(message, where=f"never: {constraint.name}", fix=fix) from None
+    except MemoryError:
+        message = f"the pattern needs too much memory on {where}"
+        fix = "do not let the pattern call itself, nor nest repeats"
+        raise InputError(message, where=f"never: {constraint.name}", fix=fix) from None
     return [(start, end) for start, end in spans if start < end]
 
 

@@ -3,12 +3,14 @@
 In: "my_metrics.py:score" and pairs of texts. Out: a finite number per pair.
 The function runs in its own process (custom_metric_worker.py), which is killed afterwards, and only
 with --allow-code. An exception, a timeout or anything but a finite number is an InputError that
-names the item. There is no sandbox: the code may do whatever the user may do.
+names the item. There is no sandbox: the code may do whatever the user may do, and a daemon that it
+starts in a session of its own goes on; nothing waits for it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import signal
@@ -26,6 +28,8 @@ from tunesmith.recipe.fields import parse_custom_metric
 
 ANSWER_SECONDS = 10.0  # per answer
 LOADING_SECONDS = 60.0  # for the file and its imports
+CLOSING_SECONDS = 0.5  # for the pipe
+MAX_LINE_BYTES = 2**16
 WORKER_SCRIPT = Path(__file__).with_name("custom_metric_worker.py")
 
 
@@ -79,21 +83,24 @@ def _run_worker(command: Sequence[str]) -> Generator[Iterator[dict[str, Any]]]:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    with process:
-        assert process.stdout is not None
-        reader = threading.Thread(target=_enqueue_lines, args=(process.stdout, lines), daemon=True)
-        reader.start()
-        try:
-            yield _iter_replies(lines)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            reader.join(timeout=ANSWER_SECONDS)
+    assert process.stdout is not None
+    # The thread closes the pipe, at its end: a daemon of the metric may hold it open for long.
+    reader = threading.Thread(target=_enqueue_lines, args=(process.stdout, lines), daemon=True)
+    reader.start()
+    try:
+        yield _iter_replies(lines)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join(timeout=CLOSING_SECONDS)
 
 
 def _enqueue_lines(stream: IO[bytes], lines: queue.SimpleQueue[bytes]) -> None:
-    for line in stream:
-        lines.put(line)
+    """Pass lines on until the pipe is closed, each cut at MAX_LINE_BYTES."""
+    with stream:
+        while line := stream.readline(MAX_LINE_BYTES):
+            lines.put(line)
     lines.put(b"")
 
 
@@ -106,8 +113,22 @@ def _iter_replies(lines: queue.SimpleQueue[bytes]) -> Iterator[dict[str, Any]]:
         except queue.Empty:
             yield {"error": f"takes over {seconds:g} seconds"}
             return
-        yield json.loads(line) if line else {"error": "ended its process"}
+        yield _read_reply(line) if line else {"error": "ended its process"}
         seconds = ANSWER_SECONDS
+
+
+def _read_reply(line: bytes) -> dict[str, Any]:
+    """Return a reply of the worker; an error for a line that the metric's own code wrote there."""
+    try:
+        reply = json.loads(line)
+    except (ValueError, RecursionError):
+        reply = None
+    is_reply = isinstance(reply, dict) and len(reply) == 1
+    if is_reply and isinstance(reply.get("error"), str):
+        return reply
+    if is_reply and type(reply.get("value")) in (int, float) and math.isfinite(reply["value"]):
+        return reply
+    return {"error": f"writes lines of its own where the values go: {line[:80]!r}"}
 
 
 def _parse_reply(reply: dict[str, Any], name: str, where: str) -> float:

@@ -24,14 +24,13 @@ from tunesmith.evaluate.text_metrics import (
     exact_match,
     normalised_match,
     numeric,
-    parse_pattern,
     parse_text,
     parse_tolerance,
     regex_match,
     rouge_l,
     token_f1,
 )
-from tunesmith.recipe.fields import parse_custom_metric
+from tunesmith.recipe.fields import compile_pattern, parse_custom_metric
 
 if TYPE_CHECKING:
     from tunesmith.session.inputs import RunInputs
@@ -114,6 +113,6 @@ BITS_PER_BYTE = "bits_per_byte"
 LIKELIHOODS = (MULTIPLE_CHOICE, BITS_PER_BYTE)
 ARG_PARSERS: dict[str, Callable[[str], Any]] = {
     "contains": parse_text,
-    "regex": parse_pattern,
+    "regex": compile_pattern,
     "numeric": parse_tolerance,
 }

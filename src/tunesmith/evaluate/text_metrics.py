@@ -15,8 +15,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import regex
-
 from tunesmith.core.errors import InputError
 from tunesmith.data.constraints import MAX_MATCH_SECONDS
 
@@ -73,6 +71,10 @@ def regex_match(answer: str, expected: str, arg: Any) -> float:
     except TimeoutError:
         length = f"{len(answer):,} characters"
         message = f"the pattern takes over {MAX_MATCH_SECONDS:g} seconds on a text of {length}"
+        fix = "avoid nested repeats: `(a+)+` backtracks exponentially, `a+` does not"
+        raise InputError(message, where=f"metrics: regex: {arg.pattern:.80}", fix=fix) from None
+    except MemoryError:
+        message = f"the pattern needs too much memory on a text of {len(answer):,} characters"
         fix = "avoid nested repeats: `(a+)+` backtracks exponentially, `a+` does not"
         raise InputError(message, where=f"metrics: regex: {arg.pattern:.80}", fix=fix) from None
 
@@ -168,13 +170,6 @@ def parse_text(text: str) -> str:
     if not text.strip():
         raise ValueError("the text is empty")
     return text
-
-
-def parse_pattern(pattern: str) -> regex.Pattern[str]:
-    try:
-        return regex.compile(pattern)
-    except regex.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
 
 
 def parse_tolerance(text: str) -> float:

@@ -8,6 +8,8 @@ of a run predicts its own. Left out: printing (cli/views/plan.py).
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -127,9 +129,23 @@ def _parse_version(version: str) -> tuple[int, ...]:
 
 
 def _check_compiler(machine: Machine) -> MachineCheck:
-    is_ok = machine.compiler is not None
-    fix = "" if is_ok else "install a C compiler (gcc or clang) for the faster CPU kernels"
-    return MachineCheck("C compiler", is_ok, machine.compiler or "none", is_required=False, fix=fix)
+    problem = "none" if machine.compiler is None else _try_compiler(machine.compiler)
+    fix = "install a C compiler (gcc or clang) for the faster CPU kernels" if problem else ""
+    value = problem or str(machine.compiler)
+    return MachineCheck("C compiler", not problem, value, is_required=False, fix=fix)
+
+
+def _try_compiler(compiler: str) -> str:
+    """Compile a small library, and return the problem, "" if there is none."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "sample.c"
+        source.write_text("#include <math.h>\nfloat f(float x) { return sqrtf(x); }\n")
+        library = Path(scratch) / "sample.so"
+        command = [compiler, "-shared", "-fPIC", str(source), "-lm", "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, check=False, cwd=scratch)
+        if done.returncode == 0 and library.is_file():
+            return ""
+    return f"{compiler} cannot compile: exit code {done.returncode}"
 
 
 def _check_disk(machine: Machine) -> MachineCheck:

@@ -3,6 +3,7 @@ is named."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,23 @@ def test_a_name_is_a_file_and_a_function() -> None:
         "mine.py:score",
         "chrf",
     )
+
+
+WRITE_TO_ALL = "[os.write(fd, TEXT) for fd in range(3, 9) if os.path.exists(f'/proc/self/fd/{fd}')]"
+
+
+@pytest.mark.parametrize("text", ["b'abc\\n'", "b'7\\n'", "b'[]\\n'", "b'x' * 100_000"])
+def test_lines_of_its_own_among_the_values_are_refused(tmp_path: Path, text: str) -> None:
+    body = f"{WRITE_TO_ALL.replace('TEXT', text)}; return 1"
+    with pytest.raises(InputError, match="writes lines of its own"):
+        score_answers(write(tmp_path, body), PAIRS, IDS)
+
+
+def test_nothing_waits_for_a_daemon_of_the_metric(tmp_path: Path) -> None:
+    body = (
+        "if os.fork() == 0:\n        os.setsid()\n"
+        "        if os.fork() == 0: time.sleep(30)\n        os._exit(0)\n    return 1"
+    )
+    start = time.monotonic()
+    assert score_answers(write(tmp_path, body), PAIRS[:1], IDS[:1]) == (1.0,)
+    assert time.monotonic() - start < 10

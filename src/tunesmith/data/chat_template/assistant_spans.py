@@ -30,6 +30,7 @@ from tunesmith.data.chat_template.tracked_str import (
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 
 TokenSpan = tuple[int, int, float]  # first token, one past the last, loss weight
+MAX_MESSAGE_RENDERS = 50_000  # trained turns x messages of a row
 TOOL_CALLS_FIX = "set a `chat_template` that writes tool calls, or drop such rows"
 PREFIX_FIX = "set a `chat_template` that starts each answer with its generation prompt"
 
@@ -69,6 +70,13 @@ def find_assistant_spans(
     """Return the span of each message with a positive weight. `end_ids` are sets of end tokens, the
     preferred set first; `answer_tail` is the text between an answer and the next turn, which the
     template always begins. Raises InputError for an answer that the template does not write."""
+    num_trained = sum(weight > 0 for weight in weights)
+    if num_trained * len(chat.messages) > MAX_MESSAGE_RENDERS:
+        message = (
+            f"{num_trained:,} trained turns of {len(chat.messages):,} messages: each is rendered"
+            f" with all messages before it, and their product is over {MAX_MESSAGE_RENDERS:,}"
+        )
+        raise InputError(message, fix="split the row, or set `train: false` on some answers")
     spans: list[AssistantSpan] = []
     for message_index, weight in enumerate(weights):
         if weight > 0:

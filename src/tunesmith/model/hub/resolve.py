@@ -25,9 +25,11 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from tunesmith.core.atomic import atomic_dir, hash_file, require_disk_space, verify_dir
 from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.json_io import read_json_object
 from tunesmith.model.gguf import convert
 from tunesmith.model.hub.built_in import (
     BUILT_IN_MODELS,
@@ -39,7 +41,7 @@ from tunesmith.model.hub.built_in import (
     BuiltInModel,
     find_cache_dir,
 )
-from tunesmith.model.hub.validate import check_folder
+from tunesmith.model.hub.validate import INDEX_FILE, WEIGHTS_FILE, check_folder
 
 ProgressCallback = Callable[[str], None]
 
@@ -58,16 +60,16 @@ def resolve_model(
     InputError for an unknown model or a folder that is unsafe or incomplete, MachineError without
     network or disk space."""
     notify = report or _ignore_message
-    path = Path(name).expanduser()
+    path = _find_path(name)
     if name in BUILT_IN_MODELS:
         folder = _fetch_built_in(name, notify)
-    elif path.is_dir():
+    elif path is not None and path.is_dir():
         folder = path
-    elif path.name == "config.json" and path.is_file():
+    elif path is not None and path.name == "config.json":
         folder = path.parent
-    elif path.is_file():
+    elif path is not None:
         folder = _convert_local_gguf(path, notify)
-    elif HUB_ID.fullmatch(name):
+    elif _is_hub_id(name):
         folder = _download_from_hub(name, notify, HUB_FILES if needs_weights else SMALL_HUB_FILES)
     else:
         fix = (
@@ -76,9 +78,26 @@ def resolve_model(
         )
         if matches := difflib.get_close_matches(name.lower(), BUILT_IN_MODELS, n=1, cutoff=0.4):
             fix = f"did you mean {matches[0]}? {fix}"
-        raise InputError(f"there is no model {name!r}", where="model", fix=fix)
+        raise InputError(f"there is no model {name!r:.200}", where="model", fix=fix)
     check_folder(folder, needs_weights=needs_weights)
     return folder.resolve()
+
+
+def _find_path(name: str) -> Path | None:
+    """Return the existing file or folder that a name is, None if it is none."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_dir() or path.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # a name too long, ~nobody, a NUL
+        return None
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return HUB_ID.fullmatch(name) is not None
 
 
 def _ignore_message(_: str) -> None:
@@ -201,7 +220,7 @@ def _check_sha256(path: Path, expected: str) -> None:
 def _download_from_hub(name: str, notify: ProgressCallback, files: list[str]) -> Path:
     try:
         folder = _download_snapshot(name, files, local_files_only=True)
-        if any(folder.glob("*.safetensors")) or files == SMALL_HUB_FILES:
+        if files == SMALL_HUB_FILES or _has_all_weights(folder):
             return folder
     except LocalEntryNotFoundError:
         pass
@@ -219,6 +238,18 @@ def _download_from_hub(name: str, notify: ProgressCallback, files: list[str]) ->
             "and set model: to its folder"
         )
         raise MachineError(message, where="model", fix=fix) from error
+
+
+def _has_all_weights(folder: Path) -> bool:
+    """Return whether a cached model is complete: an interrupted download leaves some shards."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return True
+    index_file = folder / INDEX_FILE
+    if not index_file.is_file():
+        return False
+    weight_map = read_json_object(index_file).get("weight_map")
+    names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set[str]()
+    return bool(names) and all((folder / Path(name).name).is_file() for name in names)
 
 
 def _download_snapshot(name: str, files: list[str], *, local_files_only: bool) -> Path:
