@@ -43,9 +43,17 @@ REPLACEMENT_ROWS = (
         "leave it out: documents are always packed, without cross-document attention",
     ),
     (
-        "assistant_only_loss completion_only_loss train_on_inputs train_on_prompt mask_history "
-        "roles_to_train",
-        'leave it out: answers are trained, except messages with "train": false',
+        "assistant_only_loss completion_only_loss train_on_inputs train_on_prompt",
+        "set train_on: answers, all, or a list of roles",
+    ),
+    (
+        "mask_history",
+        'set "train": false on the messages that are not trained',
+    ),
+    (
+        "desirable_weight undesirable_weight kto_desirable_weight kto_undesirable_weight "
+        "kto_chosen_weight kto_rejected_weight",
+        "set loss: {name: kto, desirable_weight: ..., undesirable_weight: ...}",
     ),
     ("bf16 fp16 tf32 torch_dtype", "set dtype: bf16 or fp32"),
     ("attn_implementation flash_attn flash_attention", "leave it out, or set attention"),
@@ -58,7 +66,8 @@ REPLACEMENT_ROWS = (
     ("load_in_8bit", "8-bit weights are not supported; set method: qlora for 4 bits"),
     ("lora_target_linear", "set lora_target_modules: all-linear"),
     ("trust_remote_code", "leave it out: code from a model folder is never run"),
-    ("rl", "set stage: preference and loss: dpo, orpo or simpo"),
+    ("rl", "set stage: preference and loss: dpo, orpo, simpo or kto"),
+    ("dpo_label_smoothing", "set label_smoothing, with stage: preference"),
     ("beta pref_beta rl_beta", "set loss: {beta: ...}"),
     ("gamma simpo_gamma", "set loss: {name: simpo, gamma: ...}"),
     ("nll_coefficient pref_ftx rpo_alpha", "set loss: {nll_coefficient: ...}"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.types import Json
+from tunesmith.recipe.fields import wrap_list
 from tunesmith.recipe.importers import key_map
 from tunesmith.recipe.importers.draft import RecipeDraft, describe_format
 
@@ -39,12 +40,19 @@ UNSUPPORTED_STAGES = ("reward_model", "process_reward_model")
 OVERLONG_VALUES = {"drop": "drop", "truncate": "truncate", "raise": "refuse"}
 
 WORDING_REASON = "the model's chat template formats the prompt, not Axolotl's sentences"
+ROLE_NAMES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+}
 SUPPORTED_ROLES = {"system", "user", "human", "assistant", "gpt", "tool"}
 # Keys of a data set that change nothing with these values; None: with any value.
 DEFAULT_VALUES = {
     "ds_type": None,
     "split": "train",
-    "roles_to_train": ["assistant"],
     "train_on_eos": "turn",
     "field_tools": "tools",
     "chat_template": "tokenizer_default",
@@ -73,7 +81,8 @@ def translate(draft: RecipeDraft) -> None:
     pretraining = draft.remaining.get("pretraining_dataset")
     for key, recipe_key in DATA_KEYS.items():
         if entries := draft.pop_value(key):
-            sources = _build_sources(draft, key, entries, pairs=bool(preference))
+            has_pairs = bool(preference) and preference != "kto"
+            sources = _build_sources(draft, key, entries, pairs=has_pairs)
             draft.set_value(recipe_key, sources, key)
     key_map.translate_eval_split(draft, "val_set_size")
     _translate_template(draft)
@@ -87,10 +96,19 @@ def translate(draft: RecipeDraft) -> None:
     if preference:
         beta = "orpo_alpha" if preference == "orpo" else "rl_beta"
         key_map.translate_preference(
-            draft, preference, "rl", beta=beta, gamma="simpo_gamma", nll_coefficient="rpo_alpha"
+            draft,
+            preference,
+            "rl",
+            beta=beta,
+            gamma="simpo_gamma",
+            nll_coefficient="rpo_alpha",
+            desirable_weight="kto_desirable_weight",
+            undesirable_weight="kto_undesirable_weight",
         )
     elif pretraining:
         key_map.translate_pretraining(draft, "pretraining_dataset")
+    key_map.translate_trained_text(draft, "train_on_inputs")
+    key_map.translate_objective(draft)
     tokens = draft.remaining.get("special_tokens")
     if isinstance(tokens, dict) and tokens.keys() == {"pad_token"}:
         value = draft.pop_value("special_tokens")
@@ -173,12 +191,26 @@ def _report_unsupported(draft: RecipeDraft, name: str, entry: Json) -> None:
         if not role_names <= SUPPORTED_ROLES:
             reason = f"supported roles: {', '.join(sorted(SUPPORTED_ROLES))}"
             draft.skip_key(f"{name}.roles", roles, reason)
+    _translate_roles(draft, f"{name}.roles_to_train", entry.pop("roles_to_train", None))
     for key, value in entry.items():
         if value not in (None, False) and DEFAULT_VALUES.get(key, "") not in (None, value):
             reason = "a source has no such key"
             if key == "split":
                 reason = "set max_examples, a number of rows"
             draft.skip_key(f"{name}.{key}", value, reason)
+
+
+def _translate_roles(draft: RecipeDraft, key: str, roles: Any) -> None:
+    """Translate the trained roles of an entry; a recipe has the same for all of them."""
+    if roles is None or roles == ["assistant"]:
+        return
+    names = {ROLE_NAMES.get(str(role), str(role)) for role in wrap_list(roles)}
+    if not names or not names <= set(ROLE_NAMES.values()):
+        draft.skip_key(key, roles, f"supported roles: {', '.join(sorted(ROLE_NAMES.values()))}")
+    elif draft.values.get("train_on", sorted(names)) != sorted(names):
+        draft.skip_key(key, roles, "a recipe trains the same roles of all data: set train_on")
+    else:
+        draft.set_value("train_on", sorted(names), key)
 
 
 def _parse_format(draft: RecipeDraft, name: str, entry: Json) -> Json:

@@ -15,6 +15,11 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.recipe.importers import axolotl, llamafactory, trl
 from tunesmith.recipe.importers.draft import RecipeDraft, UntranslatedKey
+from tunesmith.recipe.importers.tool_defaults import (
+    ON_BY_DEFAULT,
+    report_silent_defaults,
+    report_unused_keys,
+)
 from tunesmith.recipe.importers.unsupported import skip_remaining_keys
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import KEYS
@@ -49,11 +54,13 @@ def translate(config: Path, recipe: Path, overrides: Json | None = None) -> Tran
         for key in DATA_KEYS:
             draft.pop_value(key)
     TOOLS[tool][1](draft)
-    skip_remaining_keys(draft)
+    skip_remaining_keys(draft, ON_BY_DEFAULT[tool])
+    report_unused_keys(draft, tool, DATA_KEYS if "data" in overrides else ())
     for key, value in overrides.items():
         draft.values[key] = value
         draft.notes[key] = "set by you"
     _drop_adapter_keys(draft)
+    report_silent_defaults(draft, tool)
     _validate_recipe(draft, tool)
     untranslated = sorted(draft.untranslated, key=lambda entry: not entry.is_important)
     return Translation(tool, reason, draft.values, draft.notes, tuple(untranslated))

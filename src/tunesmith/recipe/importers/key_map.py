@@ -5,9 +5,10 @@ reason. Keys of a single tool are in that tool's file."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from tunesmith.recipe.importers.draft import RecipeDraft
+from tunesmith.recipe.objectives import SCHEDULE_FIELDS, ScheduleName
 
 SHARED_KEYS = (
     *("learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "seed"),
@@ -15,13 +16,16 @@ SHARED_KEYS = (
 )
 SAME_KEYS = dict(zip(SHARED_KEYS, SHARED_KEYS, strict=True))
 HUB_DATASET_REASON = "not a local file: save its rows in the file that the recipe names"
-SCHEDULES = {
-    "linear": "linear",
-    "cosine": "cosine",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
+SCHEDULES = get_args(ScheduleName)
+LOSS_NAMES = {"sigmoid": "dpo", "dpo": "dpo", "orpo": "orpo", "simpo": "simpo", "kto": "kto"}
+# loss -> the fields of our `loss` that it reads besides name and beta
+LOSS_FIELDS = {
+    "dpo": ("nll_coefficient",),
+    "orpo": ("nll_coefficient",),
+    "simpo": ("gamma", "nll_coefficient"),
+    "kto": ("desirable_weight", "undesirable_weight"),
 }
-LOSS_NAMES = {"sigmoid": "dpo", "dpo": "dpo", "orpo": "orpo", "simpo": "simpo"}
+ORPO_REASON = "the NLL term of ORPO covers the answer; in TRL it covers the prompt, too"
 DTYPE_REASON = "supported number formats: bf16 and fp32"
 DTYPES = {"bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32", "float32": "fp32", "float": "fp32"}
 
@@ -38,6 +42,8 @@ def translate_lora(draft: RecipeDraft, source: str, *, is_4bit: bool = False) ->
     """Translate LoRA; 4-bit weights of any kind become NF4 with double quantization."""
     if draft.remaining.get("load_in_4bit") or draft.remaining.get("quantization_bit") == 4:
         is_4bit = True
+        key = "load_in_4bit" if draft.remaining.get("load_in_4bit") else "quantization_bit"
+        source = f"{source}, {key}"
         draft.pop_value("quantization_bit")
     if is_4bit:
         draft.pop_value("load_in_4bit")
@@ -54,22 +60,33 @@ def translate_lora(draft: RecipeDraft, source: str, *, is_4bit: bool = False) ->
 def translate_preference(draft: RecipeDraft, loss: Any, source: str, **loss_keys: str) -> None:
     """Translate preference training; `loss_keys` map the keys of our `loss` to theirs."""
     if loss not in LOSS_NAMES:
-        message = f"{source}: {loss} is not supported: use dpo, orpo or simpo"
+        message = f"{source}: {loss} is not supported: use dpo, orpo, simpo or kto"
         raise draft.make_error(source, message)
     draft.set_value("stage", "preference", source)
-    loss_config = {"name": LOSS_NAMES[loss]}
+    name = LOSS_NAMES[loss]
+    loss_config: dict[str, Any] = {"name": name}
     sources = [source]
     for recipe_key, config_key in loss_keys.items():
         value = draft.pop_value(config_key)
         if value is None:
             continue
-        if recipe_key == "gamma" and loss != "simpo":
-            draft.skip_key(config_key, value, "only SimPO has a target margin", is_important=False)
+        if recipe_key != "beta" and recipe_key not in LOSS_FIELDS[name]:
+            draft.skip_key(config_key, value, f"{name} does not read it", is_important=False)
             continue
         loss_config[recipe_key] = value
         sources.append(config_key)
-    value = loss_config if len(loss_config) > 1 else loss_config["name"]
+    if name in ("dpo", "simpo") and "nll_coefficient" not in loss_config:
+        loss_config["nll_coefficient"] = 0.0
+        sources.append(f"no {loss_keys['nll_coefficient']}")
+    if name == "orpo":
+        draft.skip_key(f"{source} orpo", None, ORPO_REASON)
+    value = loss_config if len(loss_config) > 1 else name
     draft.set_value("loss", value, ", ".join(sources))
+    smoothing = draft.pop_number("dpo_label_smoothing")
+    if smoothing and name in ("dpo", "simpo"):
+        draft.set_value("label_smoothing", smoothing, "dpo_label_smoothing")
+    elif smoothing:
+        draft.skip_key("dpo_label_smoothing", smoothing, f"{name} does not read it")
 
 
 def translate_pretraining(draft: RecipeDraft, source: str) -> None:
@@ -162,11 +179,46 @@ def translate_steps(draft: RecipeDraft) -> None:
 
 
 def translate_schedule(draft: RecipeDraft, key: str) -> None:
+    """Translate the schedule and its arguments, after the warm-up."""
     value = draft.pop_scalar(key)
     if value in SCHEDULES:
-        draft.set_value("lr_scheduler_type", SCHEDULES[value], key)
+        draft.set_value("lr_scheduler_type", value, key)
     elif value is not None:
-        draft.skip_key(key, value, "supported schedules: linear, cosine, constant")
+        draft.skip_key(key, value, f"supported schedules: {', '.join(SCHEDULES)}")
+    if value == "constant" and (warmup := draft.values.pop("warmup_ratio", None)):
+        draft.skip_key(draft.notes.pop("warmup_ratio"), warmup, "a constant rate has no warm-up")
+    kwargs = draft.pop_value("lr_scheduler_kwargs")
+    if not isinstance(kwargs, dict):
+        if kwargs:
+            draft.skip_key("lr_scheduler_kwargs", kwargs, "expected a mapping")
+        return
+    fields = SCHEDULE_FIELDS.get(str(value), ())
+    known = {name: argument for name, argument in kwargs.items() if name in fields}
+    if known:
+        draft.set_value("lr_scheduler_kwargs", known, "lr_scheduler_kwargs")
+    for name, argument in kwargs.items():
+        if name not in known:
+            reason = f"supported with {value}: {', '.join(fields) or 'none'}"
+            draft.skip_key(f"lr_scheduler_kwargs.{name}", argument, reason)
+
+
+def translate_objective(draft: RecipeDraft) -> None:
+    """Translate label smoothing and noise on embeddings."""
+    for key in ("label_smoothing_factor", "label_smoothing"):
+        if (value := draft.pop_number(key)) and draft.values.get("stage", "sft") != "preference":
+            draft.set_value("label_smoothing", value, key)
+        elif value:
+            draft.skip_key(key, value, "pairs are smoothed by dpo_label_smoothing")
+    for key in ("neftune_noise_alpha", "noisy_embedding_alpha"):
+        if value := draft.pop_number(key):
+            draft.set_value("neftune_noise_alpha", value, key)
+
+
+def translate_trained_text(draft: RecipeDraft, key: str) -> None:
+    """Translate a switch that trains prompts, too."""
+    value = draft.pop_value(key)
+    if value:
+        draft.set_value("train_on", "all", key)
 
 
 def translate_optimizer(draft: RecipeDraft, key: str) -> None:

@@ -57,8 +57,9 @@ OPENAI_TAGS = {
 
 def translate(draft: RecipeDraft) -> None:
     stage = draft.pop_scalar("stage") or "sft"
-    if stage not in ("sft", "dpo", "pt"):
-        raise draft.make_error("stage", f"stage: {stage} is not supported: use sft, dpo or pt")
+    if stage not in ("sft", "dpo", "kto", "pt"):
+        message = f"stage: {stage} is not supported: use sft, dpo, kto or pt"
+        raise draft.make_error("stage", message)
     if draft.remaining.get("val_size") and draft.remaining.get("eval_dataset"):
         raise draft.make_error(
             "val_size", "val_size and eval_dataset contradict each other: keep one"
@@ -94,8 +95,19 @@ def translate(draft: RecipeDraft) -> None:
             gamma="simpo_gamma",
             nll_coefficient="pref_ftx",
         )
+    elif stage == "kto":
+        key_map.translate_preference(
+            draft,
+            "kto",
+            "stage",
+            beta="pref_beta",
+            desirable_weight="kto_chosen_weight",
+            undesirable_weight="kto_rejected_weight",
+        )
     elif stage == "pt":
         key_map.translate_pretraining(draft, "stage")
+    key_map.translate_trained_text(draft, "train_on_prompt")
+    key_map.translate_objective(draft)
 
 
 def _translate_method(draft: RecipeDraft) -> None:
@@ -122,7 +134,8 @@ def _translate_datasets(draft: RecipeDraft, stage: str) -> None:
         sources: list[Json] = []
         for name in names:
             sources.append(_build_source(draft, str(name).strip(), folder, max_samples, stage))
-        draft.set_value(recipe_key, sources, key)
+        note = f"{key}, max_samples" if max_samples else key
+        draft.set_value(recipe_key, sources, note)
 
 
 def _build_source(
@@ -136,10 +149,11 @@ def _build_source(
         if info_file is None:
             reason = f"no dataset_info.json in {folder}/: set the path of its file"
         draft.skip_key(f"dataset {name}", name, reason)
-        return {"path": name if Path(name).suffix else f"{name}.jsonl"}
+        source: Json = {"path": name if Path(name).suffix else f"{name}.jsonl"}
+        return source | ({"max_examples": int(max_samples)} if max_samples else {})
     if "file_name" not in info:
         draft.skip_key(f"dataset {name}", _get_hub_name(info), key_map.HUB_DATASET_REASON)
-        source: Json = {"path": f"{name}.jsonl"}
+        source = {"path": f"{name}.jsonl"}
     else:
         file = str(info["file_name"])
         source = {"path": draft.find_path(file, info_file.parent) or f"{folder}/{file}"}
@@ -180,13 +194,14 @@ def _parse_format(draft: RecipeDraft, name: str, info: Json, stage: str) -> Json
     _refuse_wrong_stage(draft, name, info, stage)
     if stage == "pt":
         return describe_format("text", {"text": columns.get("prompt", "instruction")})
-    if stage == "dpo":
+    if info.get("ranking"):
         return _parse_pairs(draft, name, info, columns)
     for kind in ("images", "videos", "audios"):
         if kind in columns:
             draft.skip_key(f"dataset {name}: {kind}", columns[kind], "only text is trained")
     if info.get("formatting", "alpaca") == "alpaca":
         alpaca = {ours: columns.get(theirs) for theirs, ours in ALPACA_COLUMNS.items()}
+        alpaca["label"] = columns.get("kto_tag")
         return describe_format("alpaca", alpaca)
     tags = SHAREGPT_TAGS | (info.get("tags") or {})
     messages = columns.get("messages", "conversations")
@@ -194,6 +209,7 @@ def _parse_format(draft: RecipeDraft, name: str, info: Json, stage: str) -> Json
     system = columns.get("system")
     if SHAREGPT_TAGS.items() <= tags.items():
         sharegpt = {"conversations": messages, "tools": tools, "system": system}
+        sharegpt["label"] = columns.get("kto_tag")
         return describe_format("sharegpt", sharegpt)
     if not OPENAI_TAGS.items() <= tags.items():
         reason = "a message must have role and content, or from and value"
@@ -201,16 +217,19 @@ def _parse_format(draft: RecipeDraft, name: str, info: Json, stage: str) -> Json
     if system:
         reason = "the system prompt must be the first message"
         draft.skip_key(f"dataset {name}: system", system, reason)
-    return describe_format("messages", {"messages": messages, "tools": tools})
+    label = columns.get("kto_tag")
+    return describe_format("messages", {"messages": messages, "tools": tools, "label": label})
 
 
 def _refuse_wrong_stage(draft: RecipeDraft, name: str, info: Json, stage: str) -> None:
     is_paired = bool(info.get("ranking"))
-    if is_paired and stage != "dpo":
+    if is_paired and stage not in ("dpo", "kto"):
         message = f"{name} has preference pairs, which need stage: dpo, not {stage}"
         raise draft.make_error("dataset", message)
     is_kto = "kto_tag" in (info.get("columns") or {})
-    if is_kto or (stage == "dpo" and not is_paired):
+    if stage == "kto" and not (is_kto or is_paired):
+        raise draft.make_error("dataset", f"{name} has no labels (columns: kto_tag)")
+    if (is_kto and stage != "kto") or (stage == "dpo" and not is_paired):
         raise draft.make_error("dataset", f"{name} has no preference pairs (ranking: true)")
 
 

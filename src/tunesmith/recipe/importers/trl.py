@@ -50,6 +50,24 @@ def translate(draft: RecipeDraft) -> None:
     key_map.translate_precision(draft, "dtype", "torch_dtype")
     key_map.translate_saving(draft)
     key_map.translate_output_dir(draft)
+    _translate_trained_text(draft)
+    key_map.translate_objective(draft)
+
+
+def _translate_trained_text(draft: RecipeDraft) -> None:
+    """Translate the two switches of the mask; with assistant_only_loss, completion_only_loss has
+    nothing left to decide."""
+    switches = {
+        key: draft.pop_value(key) for key in ("assistant_only_loss", "completion_only_loss")
+    }
+    if switches["assistant_only_loss"]:
+        draft.set_value("train_on", "answers", "assistant_only_loss")
+        return
+    for key, value in switches.items():
+        if value is False and "train_on" not in draft.values:
+            draft.set_value("train_on", "all", key)
+    if switches["completion_only_loss"] and "train_on" not in draft.values:
+        draft.set_value("train_on", "answers", "completion_only_loss")
 
 
 def _translate_data(draft: RecipeDraft) -> None:

@@ -5,6 +5,7 @@ whether it fits. Empty and false keys are skipped silently, since they ask for n
 
 from __future__ import annotations
 
+from collections.abc import Container
 from fnmatch import fnmatchcase
 
 from tunesmith.recipe.importers.draft import RecipeDraft
@@ -17,7 +18,7 @@ UNNEEDED_KEYS = (
     (
         "wandb_* mlflow_* comet_* swanlab_* use_swanlab trackio_* otel_* report_to run_name log* "
         "plot_loss project use_tensorboard include_* disable_tqdm",
-        "every step is in the run's events.jsonl; nothing is sent anywhere",
+        "every step is in the run's events.jsonl; `tunesmith report RUN --track NAME` sends it",
     ),
     ("hub_* push_to_hub* hf_* *_hub_token push_dataset_to_hub", "nothing is uploaded"),
     (
@@ -50,7 +51,6 @@ UNNEEDED_KEYS = (
         "processor_type model_name",
         "read from the model's files",
     ),
-    ("assistant_only_loss completion_only_loss", "always on: only answers are trained"),
     ("*eval_batch_size", "follows from the memory"),
     (
         "do_train do_eval do_predict predict_with_generate eval_on_start metric_for_best_model "
@@ -90,12 +90,14 @@ UNSUPPORTED_KEYS = (
         "resize_* added_tokens eot_tokens eos_token",
         "set add_tokens for new tokens; end tokens come from the chat template",
     ),
-    ("train_on_inputs train_on_prompt", "answers are trained, prompts are not"),
     ("mask_history", 'put "train": false on answers that should not be trained'),
-    ("early_stopping_* load_best_model_at_end loss_watchdog_*", "set guard: {patience: ...}"),
-    ("neftune_* noisy_embedding_alpha", "noise on embeddings is not supported"),
     (
-        "adam_* optim_* lr_scheduler_kwargs cosine_* embedding_lr* lr_groups",
+        "early_stopping_* load_best_model_at_end",
+        "the best checkpoint is chosen on eval_data; set guard: {patience: ...} to stop early",
+    ),
+    ("loss_watchdog_*", "set guard: {collapse: stop}, which acts on collapsing answers"),
+    (
+        "adam_* optim_* cosine_* embedding_lr* lr_groups",
         "AdamW with its usual betas, and a plain schedule",
     ),
     ("plugins custom_* trainer_cls", "external code is not run"),
@@ -106,11 +108,13 @@ UNSUPPORTED_KEYS = (
 SECRET_PATTERNS = "*token *api_key *secret* *password*"
 
 
-def skip_remaining_keys(draft: RecipeDraft) -> None:
-    """Record a reason for every key that no importer has taken; secrets are not repeated."""
+def skip_remaining_keys(draft: RecipeDraft, on_by_default: Container[str]) -> None:
+    """Record a reason for every key that no importer has taken; secrets are not repeated.
+
+    A key that is off asks for nothing, unless it is on by default."""
     for key, value in list(draft.remaining.items()):
         draft.pop_value(key)
-        if value in (None, False, "", 0, [], {}):
+        if value in (None, False, "", 0, [], {}) and key not in on_by_default:
             continue
         if _is_match(key, SECRET_PATTERNS):
             value = "..."

@@ -79,9 +79,10 @@ def test_llamafactory() -> None:
         "save_steps": 200,
         "eval_steps": 100,
         "output_dir": "saves/tickets",
+        "neftune_noise_alpha": 5,
     }
     lost = [entry.key for entry in translation.untranslated if entry.is_important]
-    assert lost == ["template", "deepspeed", "neftune_noise_alpha"]
+    assert lost == ["template", "deepspeed"]
     assert (
         untranslated_by_key(translation)["hf_hub_token"].value == "..."
     )  # a secret is not copied into a recipe
@@ -166,7 +167,7 @@ def test_overrides_win() -> None:
             {"warmup_ratio": 0.2, "max_steps": 100},
         ),
         (["max_steps: -1", "warmup_ratio: 0"], {"warmup_ratio": 0}),
-        (["lr_scheduler: constant_with_warmup"], {"lr_scheduler_type": "constant"}),
+        (["lr_scheduler: constant_with_warmup"], {"lr_scheduler_type": "constant_with_warmup"}),
         (["lr_scheduler: rex"], {}),
         (["bf16: true"], {"dtype": "bf16"}),
         (["float32: true"], {"dtype": "fp32"}),
@@ -209,7 +210,7 @@ def test_without_an_adapter_all_weights_are_trained() -> None:
     assert "trains no adapter" in untranslated_by_key(translation)["lora_r"].reason
 
 
-@pytest.mark.parametrize("key", ["train_on_inputs", "relora", "neftune_noise_alpha", "frobnicate"])
+@pytest.mark.parametrize("key", ["relora", "frobnicate"])
 def test_keys_that_may_change_the_training_come_first(key: str) -> None:
     assert untranslated_by_key(changed(AXOLOTL, f"{key}: true"))[key].is_important
     assert key not in untranslated_by_key(changed(AXOLOTL, f"{key}: false"))
@@ -352,10 +353,10 @@ def test_without_dataset_info_the_names_stay_to_be_filled_in() -> None:
         (
             "base_model: a\ndatasets: [{path: a}]\nrl: grpo\n",
             "config.yml:3",
-            "use dpo, orpo or simpo",
+            "use dpo, orpo, simpo or kto",
         ),
         ("base_model: a\ndatasets: []\nreward_model: true\n", "config.yml:3", "is not supported"),
-        ("stage: kto\ndataset: a\n", "config.yml:1", "use sft, dpo or pt"),
+        ("stage: ppo\ndataset: a\n", "config.yml:1", "use sft, dpo, kto or pt"),
         (
             "model_name_or_path: a\nval_size: 0.1\neval_dataset: b\n",
             "config.yml:2",

@@ -32,6 +32,7 @@ lora_on_cpu: "a text\\nof two lines"
 
 BATCH_NOTE = "micro_batch_size 2 x gradient_accumulation_steps 4, on one device"
 PACKING_REASON = "always on: documents are packed without cross-document attention"
+DEFAULTS_REASON = "defaults of Axolotl that the config leaves out; here a rule decides"
 WRITTEN = """\
 # yaml-language-server: $schema=recipe.schema.json
 # Translated from old.yml of Axolotl. `tunesmith plan` shows missing keys.
@@ -59,6 +60,7 @@ learning_rate: 0.0002
 
 # Not needed here:
 #   sample_packing, eval_sample_packing -> {PACKING_REASON}
+#   num_epochs 1, lr_scheduler cosine -> {DEFAULTS_REASON}
 """
 
 
@@ -74,7 +76,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_recipe_has_what_the_config_sets_and_comments_for_the_rest(config: Path) -> None:
     written = write_translated(Path("new/recipe.yaml"), config)
     assert written.recipe.read_text() == (
-        WRITTEN.replace("{BATCH_NOTE}", BATCH_NOTE).replace("{PACKING_REASON}", PACKING_REASON)
+        WRITTEN.replace("{BATCH_NOTE}", BATCH_NOTE)
+        .replace("{PACKING_REASON}", PACKING_REASON)
+        .replace("{DEFAULTS_REASON}", DEFAULTS_REASON)
     )
     assert (written.tool, written.reason) == (
         "Axolotl",

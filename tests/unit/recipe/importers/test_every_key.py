@@ -1,0 +1,274 @@
+"""No key of another tool is passed over: set to another value than its default, it changes the
+recipe, or a line names it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tunesmith.core.errors import InputError
+from tunesmith.recipe.importers.convert import Translation, translate
+from tunesmith.recipe.importers.tool_defaults import ON_BY_DEFAULT, SILENT_DEFAULTS
+
+Config = dict[str, Any]
+TRL: Config = {
+    "model_name_or_path": "org/base",
+    "dataset_name": "rows.jsonl",
+    "use_peft": True,
+    "learning_rate": 1e-4,
+}
+AXOLOTL: Config = {
+    "base_model": "org/base",
+    "datasets": [{"path": "rows.jsonl", "type": "chat_template"}],
+    "adapter": "lora",
+    "micro_batch_size": 2,
+}
+LLAMAFACTORY: Config = {
+    "model_name_or_path": "org/base",
+    "dataset": "rows.jsonl",
+    "finetuning_type": "lora",
+    "cutoff_len": 512,
+}
+# Axolotl and LLaMA-Factory are not installed with the tests: keys that matter, with a value that is
+# not their default.
+AXOLOTL_KEYS: Config = {
+    "train_on_inputs": True,
+    "sequence_len": 777,
+    "sample_packing": True,
+    "num_epochs": 7,
+    "gradient_accumulation_steps": 5,
+    "lr_scheduler": "inverse_sqrt",
+    "optimizer": "adafactor",
+    "warmup_ratio": 0.2,
+    "warmup_steps": 20,
+    "weight_decay": 0.3,
+    "max_grad_norm": 0.5,
+    "neftune_noise_alpha": 5,
+    "noisy_embedding_alpha": 5,
+    "label_smoothing_factor": 0.1,
+    "lora_dropout": 0.2,
+    "lora_r": 77,
+    "lora_alpha": 7,
+    "lora_target_linear": True,
+    "peft_use_dora": True,
+    "peft_use_rslora": True,
+    "lora_modules_to_save": ["lm_head"],
+    "loraplus_lr_ratio": 16,
+    "relora_steps": 5,
+    "seed": 7,
+    "bf16": False,
+    "fp16": True,
+    "load_in_8bit": True,
+    "load_in_4bit": True,
+    "early_stopping_patience": 3,
+    "loss_watchdog_threshold": 5.0,
+    "save_strategy": "no",
+    "eval_strategy": "steps",
+    "saves_per_epoch": 2,
+    "cosine_min_lr_ratio": 0.1,
+    "lr_scheduler_kwargs": {"num_cycles": 2},
+    "adam_beta2": 0.95,
+    "shuffle_merged_datasets": False,
+    "dataset_exact_deduplication": True,
+    "excess_length_strategy": "truncate",
+    "special_tokens": {"bos_token": "<x>"},
+    "chat_template": "chatml",
+    "report_to": "wandb",
+    "group_by_length": True,
+    "gradient_checkpointing": True,
+    "rl": "dpo",
+    "deepspeed": "zero2.json",
+}
+LLAMAFACTORY_KEYS: Config = {
+    "train_on_prompt": True,
+    "mask_history": True,
+    "max_samples": 500,
+    "cutoff_len": 777,
+    "packing": True,
+    "neat_packing": True,
+    "num_train_epochs": 7,
+    "per_device_train_batch_size": 3,
+    "lr_scheduler_type": "warmup_stable_decay",
+    "warmup_ratio": 0.2,
+    "warmup_steps": 20,
+    "learning_rate": 3e-4,
+    "max_grad_norm": 0.5,
+    "optim": "adamw_torch",
+    "neftune_noise_alpha": 5,
+    "label_smoothing_factor": 0.1,
+    "lora_rank": 77,
+    "lora_alpha": 7,
+    "lora_dropout": 0.2,
+    "lora_target": "q_proj",
+    "use_dora": True,
+    "use_rslora": True,
+    "loraplus_lr_ratio": 16,
+    "pissa_init": True,
+    "additional_target": "lm_head",
+    "quantization_bit": 4,
+    "double_quantization": False,
+    "template": "qwen",
+    "seed": 7,
+    "bf16": True,
+    "fp16": True,
+    "pure_bf16": True,
+    "save_strategy": "no",
+    "eval_strategy": "steps",
+    "val_size": 0.2,
+    "report_to": "wandb",
+    "early_stopping_steps": 3,
+    "use_cache": False,
+    "low_cpu_mem_usage": False,
+    "stage": "kto",
+    "pref_beta": 0.3,
+    "kto_chosen_weight": 2.0,
+    "dpo_label_smoothing": 0.1,
+    "flash_attn": "fa2",
+    "rope_scaling": "linear",
+    "freeze_trainable_layers": 3,
+}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+
+
+def translate_config(config: Config) -> Translation:
+    file = Path.cwd() / "config.yml"
+    file.write_text(yaml.safe_dump(config))
+    return translate(file, Path.cwd() / "recipe.yaml")
+
+
+def is_silent(config: Config, key: str, value: Any) -> bool:
+    """Return whether a changed key changes no value of the recipe and is in no line."""
+    base = translate_config({name: old for name, old in config.items() if name != key} | config)
+    try:
+        changed = translate_config(config | {key: value})
+    except InputError:
+        return False
+    is_named = any(key in entry.key for entry in changed.untranslated)
+    return changed.values == base.values and not is_named
+
+
+def change_value(default: Any) -> Any:
+    """Return another value than a default of TRL."""
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, (int, float)) and default:
+        return 0 if default > 0 else 9
+    return {None: 9, 0: 9}.get(default, "other") if not isinstance(default, list) else ["other"]
+
+
+def list_trl_fields() -> dict[str, Any]:
+    from trl import ModelConfig, ScriptArguments, SFTConfig
+
+    defaults: dict[str, Any] = {}
+    for config_class in (ScriptArguments, SFTConfig, ModelConfig):
+        for field in dataclasses.fields(config_class):
+            defaults[field.name] = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                defaults[field.name] = field.default_factory()
+    return defaults
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_no_key_of_trl_is_silent() -> None:
+    fields = list_trl_fields()
+    silent = []
+    for key, default in (fields | {"use_peft": True}).items():
+        # an empty value turns off what is on by default
+        values = [change_value(default), None] if default else [change_value(default)]
+        silent += [(key, default, value) for value in values if is_silent(TRL, key, value)]
+    assert silent == []
+    on = {key for key, default in fields.items() if default and key not in TRL}
+    assert on - {"learning_rate"} <= ON_BY_DEFAULT["TRL"]
+
+
+@pytest.mark.parametrize("key", AXOLOTL_KEYS)
+def test_no_key_of_axolotl_is_silent(key: str) -> None:
+    assert not is_silent(AXOLOTL, key, AXOLOTL_KEYS[key])
+
+
+@pytest.mark.parametrize("key", LLAMAFACTORY_KEYS)
+def test_no_key_of_llamafactory_is_silent(key: str) -> None:
+    assert not is_silent(LLAMAFACTORY, key, LLAMAFACTORY_KEYS[key])
+
+
+@pytest.mark.parametrize(
+    ("config", "tool"), [(TRL, "TRL"), (AXOLOTL, "Axolotl"), (LLAMAFACTORY, "LLaMA-Factory")]
+)
+def test_defaults_that_a_config_leaves_out_are_said(config: Config, tool: str) -> None:
+    translation = translate_config(config)
+    lines = {entry.key for entry in translation.untranslated}
+    for key, text in SILENT_DEFAULTS[tool].items():
+        assert (text in lines) == (key not in translation.values), key
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize(
+    ("config", "keys", "expected"),
+    [
+        (TRL, {"completion_only_loss": False}, "all"),
+        (TRL, {"assistant_only_loss": False}, "all"),
+        (TRL, {"assistant_only_loss": True}, "answers"),
+        (TRL, {"assistant_only_loss": True, "completion_only_loss": False}, "answers"),
+        (TRL, {"completion_only_loss": True}, "answers"),
+        (AXOLOTL, {"train_on_inputs": True}, "all"),
+        (LLAMAFACTORY, {"train_on_prompt": True}, "all"),
+    ],
+)
+def test_trained_text(config: Config, keys: Config, expected: str) -> None:
+    assert translate_config(config | keys).values["train_on"] == expected
+
+
+def test_roles_of_axolotl() -> None:
+    datasets = [{"path": "rows.jsonl", "type": "chat_template", "roles_to_train": ["gpt", "human"]}]
+    translation = translate_config(AXOLOTL | {"datasets": datasets})
+    assert translation.values["train_on"] == ["assistant", "user"]
+    datasets[0]["roles_to_train"] = ["narrator"]
+    translation = translate_config(AXOLOTL | {"datasets": datasets})
+    assert "train_on" not in translation.values
+    assert any("roles_to_train" in entry.key for entry in translation.untranslated)
+
+
+def test_a_coefficient_that_the_tool_does_not_have_is_zero() -> None:
+    loss = translate_config(AXOLOTL | {"rl": "dpo", "rl_beta": 0.05}).values["loss"]
+    assert loss == {"name": "dpo", "beta": 0.05, "nll_coefficient": 0.0}
+    translation = translate_config(AXOLOTL | {"rl": "orpo"})
+    assert any("covers the prompt, too" in entry.reason for entry in translation.untranslated)
+
+
+def test_kto() -> None:
+    keys = {"rl": "kto", "rl_beta": 0.2, "kto_desirable_weight": 2.0}
+    loss = translate_config(AXOLOTL | keys).values["loss"]
+    assert loss == {"name": "kto", "beta": 0.2, "desirable_weight": 2.0}
+    keys = {"stage": "kto", "kto_rejected_weight": 3.0}
+    loss = translate_config(LLAMAFACTORY | keys).values["loss"]
+    assert loss == {"name": "kto", "undesirable_weight": 3.0}
+
+
+def test_a_limit_of_rows_survives_a_missing_dataset_info() -> None:
+    data = translate_config(LLAMAFACTORY | {"max_samples": 500}).values["data"]
+    assert data[0]["max_examples"] == 500
+
+
+def test_a_constant_rate_has_no_warm_up() -> None:
+    keys = {"lr_scheduler": "constant", "warmup_ratio": 0.1}
+    translation = translate_config(AXOLOTL | keys)
+    assert translation.values["lr_scheduler_type"] == "constant"
+    assert "warmup_ratio" not in translation.values
+    assert any(entry.key == "warmup_ratio" for entry in translation.untranslated)
+
+
+def test_label_smoothing_of_pairs() -> None:
+    values = translate_config(AXOLOTL | {"rl": "dpo", "dpo_label_smoothing": 0.1}).values
+    assert values["label_smoothing"] == 0.1
