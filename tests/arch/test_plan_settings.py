@@ -41,7 +41,13 @@ def test_every_setting_is_read_by_the_run() -> None:
 
 
 def test_every_setting_is_decided() -> None:
-    files = ("plan/*.py", "session/inputs.py", "session/run_history.py", "train/stages.py")
+    files = (
+        "plan/*.py",
+        "session/inputs.py",
+        "session/adapter_settings.py",
+        "session/run_history.py",
+        "train/stages.py",
+    )
     decided: set[str] = set()
     for node in parse_files(*files):
         if isinstance(node, ast.Constant):

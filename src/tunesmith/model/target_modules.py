@@ -143,13 +143,13 @@ def list_parameter_names(headers: Mapping[str, TensorHeader]) -> list[str]:
 def match_saved_parameters(names: Sequence[str], modules: Sequence[str]) -> list[str]:
     """Return the parameters of each module whose path ends in one of `modules`, and of the modules
     inside it, as PEFT matches its modules_to_save."""
-    return [name for name in names if any(_is_inside(name, module) for module in modules)]
+    return [name for name in names if _is_inside(name, tuple(modules))]
 
 
-def _is_inside(parameter_name: str, module: str) -> bool:
+def _is_inside(parameter_name: str, modules: tuple[str, ...]) -> bool:
     path = parameter_name.rpartition(".")[0]
     while path:
-        if path.endswith(module):
+        if path.endswith(modules):
             return True
         path = path.rpartition(".")[0]
     return False

@@ -345,7 +345,7 @@ def _find_row_contradictions(settings: Mapping[str, Any]) -> Problems:
     """Check that the rows of new tokens and the modules to save are not the same weights."""
     modules = [str(module) for module in wrap_list(settings.get("modules_to_save", ()))]
     matrices = ("embed_tokens", "lm_head")
-    is_embedding = any(matrix.endswith(name) for matrix in matrices for name in modules)
+    is_embedding = any(matrix.endswith(tuple(modules)) for matrix in matrices)
     if not settings.get("add_tokens") or not is_embedding:
         return []
     message = (
