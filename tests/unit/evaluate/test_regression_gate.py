@@ -217,6 +217,15 @@ def test_without_a_margin_general_text_has_that_of_other_metrics() -> None:
     assert not judge(make_bits(-0.01, 0.125), margin=None).passed
 
 
+@pytest.mark.parametrize("task", ["eval", "test"])  # before and after "general text"
+def test_a_metric_of_any_task_is_gated_and_described_as_one(task: str) -> None:
+    result = judge(make_comparison("chrf", 0.5, 0.51, 0.02, task=task), margin=0.25)
+    assert (result.name, result.margin) == (f"{task} chrf", 0.1)
+    assert ", at most 0.1 worse: " in result.message
+    bits = make_bits(-0.01, 0.01)
+    assert ", bits per byte, at most +0.25: " in judge(bits, margin=0.25).message
+
+
 def test_the_margin_is_that_of_the_run(tmp_path: Path) -> None:
     config = dataclasses.replace(PLAN.config, forgetting_margin=0.0625)
     run = write_run(tmp_path / "run", plan=dataclasses.replace(PLAN, config=config))

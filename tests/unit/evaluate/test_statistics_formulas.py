@@ -113,7 +113,7 @@ def test_two_items_have_one_degree_of_freedom() -> None:
     assert (low, high) == pytest.approx((2 - stats.t.ppf(0.975, 1), 2 + stats.t.ppf(0.975, 1)))
 
 
-@pytest.mark.parametrize("bounds", [(-1.0, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize("bounds", [(-1.0, 1.0), (0.0, 1.0), (-3.0, 2.0)])
 def test_padded_intervals_have_one_more_value_at_each_bound(bounds: tuple[float, float]) -> None:
     values = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.5] * 3)
     groups = [np.arange(5), np.arange(5, 15), np.arange(15, 27)]
