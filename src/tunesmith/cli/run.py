@@ -196,7 +196,7 @@ def _show_run(
             raise
     record = api.read_record(folder)
     if not is_staged(folder):  # totals over stages do not predict a single plan
-        save_past_run(record)
+        save_past_run(record, is_peak_own=track is None)
     limits = parse_limits(record.plan.recipe.get("gates") or {})
     gates = build_limit_gates([comparison.after for comparison in record.comparisons], limits)
     views = [render_gates(gates)] if gates else []

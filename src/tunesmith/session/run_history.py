@@ -42,7 +42,7 @@ class PastRun:
 
     run: str
     predicted_bytes: int  # without correction
-    peak_bytes: int
+    peak_bytes: int  # 0: not of the run alone
     tokens_per_second: float  # shared prefixes count once
 
     @property
@@ -50,8 +50,11 @@ class PastRun:
         return self.peak_bytes / self.predicted_bytes
 
 
-def save_past_run(record: RunRecord) -> None:
-    """Save what a run took; a file that cannot be written is skipped."""
+def save_past_run(record: RunRecord, *, is_peak_own: bool = True) -> None:
+    """Save what a run took; a file that cannot be written is skipped.
+
+    Without `is_peak_own`, the memory of the process was not the run's alone, such as beside a
+    tracker: only its speed counts."""
     if record.steps < MIN_STEPS or record.peak_bytes <= 0:
         return
     plan = record.plan
@@ -59,7 +62,7 @@ def save_past_run(record: RunRecord) -> None:
     past_run = PastRun(
         run=str(Path(plan.config.output_dir).absolute()),
         predicted_bytes=plan.memory_bytes["peak"] - plan.memory_bytes.get("correction", 0),
-        peak_bytes=record.peak_bytes,
+        peak_bytes=record.peak_bytes if is_peak_own else 0,
         tokens_per_second=computed_tokens / max(record.train_seconds, 1e-9),
     )
     history = _read_history()
@@ -104,6 +107,9 @@ def apply_past_runs(plan: Plan) -> Plan:
         seconds=(count_computed_tokens(plan) / speed,),
         seconds_source=_explain_speed(runs, names, speed),
     )
+    runs = [run for run in runs if run.peak_bytes]
+    if not runs:
+        return plan
     corrected = _correct_memory(plan, runs)
     if len(runs) >= MIN_RUNS or has_enough_memory(corrected) or not has_enough_memory(plan):
         return corrected

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import fake_runs
+from tunesmith.cli import app
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.events import (
     EVENT_TYPES,
@@ -160,6 +162,36 @@ def test_a_folder_of_another_format_is_refused(
         with pytest.raises(InputError, match=message):
             read(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([], "settings: not a mapping"),
+        (None, "settings: not a mapping"),
+        ("lora", "settings: not a mapping"),
+        ({"other_tool": {"value": 1}}, "settings: unknown setting 'other_tool'"),
+        ({"seed": 3}, "settings: seed has no value"),
+        ({"seed": {"source": "rule"}}, "settings: seed has no value"),
+        ({"seed": None}, "settings: seed has no value"),
+        ({"seed": {"value": "many"}}, "seed"),
+    ],
+)
+def test_a_damaged_setting_is_the_users_error_in_every_verb(
+    settings: object, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record())
+    file = run / "plan.json"
+    plan = json.loads(file.read_bytes())
+    merged = plan["settings"] | settings if isinstance(settings, dict) else settings
+    file.write_text(json.dumps(plan | {"settings": merged}))
+    with pytest.raises(InputError, match=message):
+        read_run_plan(run)
+    for words in (["report"], ["resume"], ["eval"], ["export", "--to", "peft"], ["chat"]):
+        with pytest.raises(SystemExit) as ended:
+            app.main([words[0], str(run), *words[1:]])
+        assert ended.value.code == 2, words
+        assert "plan.json" in capsys.readouterr().err, words
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from tiny_models import CONFIGS, LORA
 from tunesmith.core.types import ModelSpec
+from tunesmith.model.adapters import METHODS, find_lora_layers
 from tunesmith.plan.memory import count_lora_parameters, estimate_peak_memory
 from tunesmith.plan.memory_budget import estimate_memory
 from tunesmith.plan.memory_gpu import compute_cache_bytes
@@ -97,6 +101,57 @@ def test_a_family_with_more_norms_keeps_their_inputs(spec: ModelSpec) -> None:
     plain, heads, outputs = 0, 576 + 192, 2 * 576
     more = {"llama": plain, "qwen3": heads, "gemma2": outputs, "gemma3_text": heads + outputs}
     assert {family: round(values(family) - values("llama")) for family in more} == more
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "arcee", "apertus", "bitnet"])
+def test_adapters_have_the_parameters_that_are_counted(family: str) -> None:
+    config = CONFIGS[family]
+    network = AutoModelForCausalLM.from_config(config)
+    METHODS["lora"](network, LORA | {"lora_r": 3})
+    layers = find_lora_layers(network).values()
+    actual = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers)
+    assert count_lora_parameters(make_spec(config), 3) == actual
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "arcee", "apertus", "bitnet"])
+def test_block_parameters_are_those_of_the_layers(family: str) -> None:
+    network = AutoModelForCausalLM.from_config(CONFIGS[family])
+    layers = network.model.layers
+    actual = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
+    assert make_spec(CONFIGS[family]).block_parameters == actual
+
+
+def make_spec(config: PreTrainedConfig) -> ModelSpec:
+    heads = config.num_attention_heads
+    return ModelSpec(
+        "tiny",
+        Path("/m"),
+        "",
+        config.model_type,
+        config.num_hidden_layers,
+        config.hidden_size,
+        heads,
+        config.num_key_value_heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+        config.intermediate_size,
+        config.vocab_size,
+        256,
+        False,
+        1,
+        "fp32",
+    )
+
+
+def test_ungated_mlps_and_inner_norms_keep_other_inputs(spec: ModelSpec) -> None:
+    def values(model_type: str) -> int:
+        changed = dataclasses.replace(spec, model_type=model_type)
+        return estimate_peak_memory(changed, **SETTINGS)["activations"]
+
+    size = 2048 * 2 * 30
+    llama, arcee, apertus, bitnet = map(values, ("llama", "arcee", "apertus", "bitnet"))
+    assert (apertus - arcee) / size == 576 + 192, "norms of q and k"
+    assert (bitnet - llama) / size == 576 + 1536, "norms before o_proj and down_proj"
+    assert (llama - arcee) / size >= 1536, "no gate"
 
 
 def test_each_size_of_a_pack_leaves_code_up_to_a_bound(spec: ModelSpec) -> None:

@@ -92,6 +92,17 @@ def test_short_runs_say_nothing(changed: dict[str, Any], made: Plan) -> None:
     assert run_history.list_past_runs(made) == []
 
 
+def test_memory_beside_a_tracker_is_no_forecast_and_the_speed_is(made: Plan) -> None:
+    run_history.save_past_run(record(made, peak_bytes=10**12), is_peak_own=False)
+    later = run_history.apply_past_runs(made)
+    assert later.memory_bytes == made.memory_bytes
+    assert later.config.memory_factor is None
+    assert later.seconds == (pytest.approx(count_computed_tokens(made) / 500),)
+    save_peaks(made, 1.1)
+    later = run_history.apply_past_runs(made)
+    assert later.config.memory_factor == pytest.approx(1.1, abs=0.001)
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"a": 1}', b"\xff"])
 def test_a_broken_file_is_no_experience_and_is_replaced(
     content: bytes, made: Plan, tmp_path: Path

@@ -334,8 +334,10 @@ class ChatTokenizer:
         with TokenizerErrors():
             with_special = self._start_tokenizer.encode("a").ids
             plain = self._start_tokenizer.encode("a", add_special_tokens=False).ids
+        if not with_special:
+            return ()
         for count in range(len(with_special)):
-            if with_special[count : count + len(plain)] == plain:
+            if plain and with_special[count : count + len(plain)] == plain:
                 if count > MAX_LEADING:
                     break
                 return tuple(with_special[:count])

@@ -1,5 +1,6 @@
 """Refusals of conversations name what would make them train, found by trying."""
 
+import time
 from dataclasses import replace
 from datetime import datetime
 from importlib.resources import files
@@ -114,3 +115,29 @@ def test_real_templates_name_their_setting(name: str, tmp_path: Path) -> None:
     fix = refusal(renderer, user("a"), assistant("b", **thoughts)).fix
     value = "false" if name.startswith("nemotron") else "true"
     assert fix == f"set chat_template_kwargs: {{enable_thinking: {value}}}"
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MAX_TRIES", 7), ("MAX_SECONDS", 0.05)])
+def test_tries_are_bounded_for_all_rows_together(
+    limit: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_advice, limit, value)
+    condition = "brief or not brief or a or b or c or d or e"
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, thinking(condition)), now=NOW)
+    tries: list[float] = []
+    advisor_class = row_advice.RowAdvisor
+    original = advisor_class._try_render
+
+    def count(self: row_advice.RowAdvisor, *args: object) -> bool:
+        started = self.num_tries
+        result = original(self, *args)  # type: ignore[arg-type]
+        tries.append(self.num_tries - started)
+        return result
+
+    monkeypatch.setattr(advisor_class, "_try_render", count)
+    if limit == "MAX_SECONDS":
+        ticks = iter(range(10**9))
+        monkeypatch.setattr(time, "monotonic", lambda: next(ticks) * 0.03)
+    rows = [replace(make_example(user("a"), assistant("b")), id=f"rows:{i}") for i in range(30)]
+    assert all(row.error for row in renderer.render_rows(rows))
+    assert sum(tries) <= (7 if limit == "MAX_TRIES" else 2)

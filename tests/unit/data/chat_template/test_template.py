@@ -1,16 +1,23 @@
 """Tracked renders against plain Jinja, and templates that mean harm."""
 
 import json
+import signal
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import InputError, Interrupted
 from tunesmith.data.chat_template.conversation import track_value
-from tunesmith.data.chat_template.template import MAX_SOURCE, ChatTemplate, find_templates
+from tunesmith.data.chat_template.template import (
+    MAX_SOURCE,
+    ChatTemplate,
+    _find_template_line,
+    find_templates,
+)
 from tunesmith.data.chat_template.tracked_str import (
     TEMPLATE,
     TOOLS,
@@ -304,3 +311,64 @@ def test_fault_11_a_malformed_chat_template_is_named(entry: Any, tmp_path: Path)
     with pytest.raises(InputError, match="chat_template is not a text") as error:
         find_templates(tmp_path, None, NOW)
     assert "tokenizer_config.json" in error.value.where
+
+
+# ---------------------------------------------------------------- what passes through
+
+
+class Raising(dict[str, Any]):
+    """A row whose lookup raises, as a signal handler or an allocation in it would."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(role="user")
+        self.error = error
+
+    def __getitem__(self, key: str) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [Interrupted("stopped by SIGINT"), MemoryError(), KeyboardInterrupt()]
+)
+@pytest.mark.parametrize("method", ["render", "render_plain"])
+def test_signals_and_memory_errors_are_no_fault_of_a_template(
+    error: BaseException, method: str
+) -> None:
+    template = ChatTemplate("{{ messages[0]['content'] }}", now=NOW)
+    with pytest.raises(type(error)) as caught:
+        getattr(template, method)({"messages": [Raising(error)]})
+    assert caught.value is error
+    assert template.render_plain({"messages": MESSAGES}), "the next render is not locked out"
+
+
+def render_without_end(template: ChatTemplate) -> None:
+    while True:
+        with suppress(InputError):
+            template.render({"messages": MESSAGES})
+
+
+def test_a_signal_during_a_render_stops_it() -> None:
+    def stop(_number: int, _frame: object) -> None:
+        raise Interrupted("stopped by SIGALRM")
+
+    template = ChatTemplate(
+        "{% for i in range(90000) %}{{ messages[0].role }}{% endfor %}", now=NOW
+    )
+    previous = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with pytest.raises(Interrupted):
+            render_without_end(template)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_a_traceback_without_a_line_has_no_template_line() -> None:
+    """Python gives a few instructions no line."""
+    template = ChatTemplate("{{ messages[0] }}", now=NOW)
+    compiled = template._plain_template
+    frame = SimpleNamespace(f_globals={"__jinja_template__": compiled})
+    trace: Any = SimpleNamespace(tb_frame=frame, tb_lineno=None, tb_next=None)
+    assert _find_template_line(trace, compiled) == 0
+    assert _find_template_line(None, compiled) == 0

@@ -188,6 +188,24 @@ def test_what_stands_in_front_of_plain_text(tmp_path: Path) -> None:
     assert ChatTokenizer.from_folder(off).bos_ids == ()
 
 
+def test_a_post_processor_that_changes_plain_text_is_refused(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path)
+    file = folder / "tokenizer.json"
+    data = json.loads(file.read_text())
+    token = {"id": "<|endoftext|>", "ids": [400], "tokens": ["<|endoftext|>"]}
+    only = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}]
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": only,
+        "pair": only,
+        "special_tokens": {"<|endoftext|>": token},
+    }
+    file.write_text(json.dumps(data))
+    with pytest.raises(InputError, match="before plain text, or changes its ids") as caught:
+        ChatTokenizer.from_folder(folder)
+    assert caught.value.where.endswith("tokenizer.json")
+
+
 def test_names_and_end_tokens_come_from_the_config_files(tmp_path: Path) -> None:
     path = write_model_folder(
         tmp_path,

@@ -135,3 +135,9 @@ def test_a_panic_of_rust_is_a_clear_error_and_an_interrupt_is_none() -> None:
         raise panic("no more")
     with pytest.raises(KeyboardInterrupt), TokenizerErrors():
         raise KeyboardInterrupt
+
+
+def test_a_memory_error_is_no_fault_of_a_tokenizer() -> None:
+    assert not any(issubclass(MemoryError, kind) for kind in tokenizer_json.UNUSABLE_ERRORS)
+    with pytest.raises(MemoryError), TokenizerErrors(*tokenizer_json.UNUSABLE_ERRORS):
+        raise MemoryError
