@@ -31,6 +31,8 @@ from tunesmith.recipe.checkers import CHECKERS, Spans
 
 MIN_NAME_SIMILARITY = 0.8  # a word this close to a checker's name is taken for it
 MAX_TOKEN_CHARS = 200
+MAX_PATTERN_CHARS = 10_000
+SELF_CALL = re.compile(r"\(\?(?:R|[+-]?\d+|&\w+|P>\w+)\)")
 SELF_GENERATED = "self-generated"  # in place of a path: rehearsal rows that the model writes
 MATCHER_KEYS = ("match", "text", "check")
 
@@ -168,14 +170,21 @@ def _check_name(name: str) -> str:
     return name
 
 
-def _check_pattern(pattern: str) -> str:
-    if not pattern:
-        return pattern
+def compile_pattern(pattern: str) -> regex.Pattern[str]:
+    """Return a compiled pattern. Raises ValueError unless it is one that ends: a pattern that calls
+    itself fills the memory."""
+    if len(pattern) > MAX_PATTERN_CHARS:
+        raise ValueError(f"a pattern of more than {MAX_PATTERN_CHARS:,} characters")
+    if SELF_CALL.search(pattern):
+        raise ValueError("patterns that call themselves, as (?R) or (?1), are not supported")
     try:
-        compiled = regex.compile(pattern)
-    except regex.error as error:
+        return regex.compile(pattern)
+    except (regex.error, RecursionError, MemoryError, OverflowError) as error:
         raise ValueError(f"not a regular expression: {error}") from None
-    if compiled.search("", timeout=1):
+
+
+def _check_pattern(pattern: str) -> str:
+    if pattern and compile_pattern(pattern).search("", timeout=1):
         raise ValueError("the pattern matches an empty answer, so it matches every answer")
     return pattern
 

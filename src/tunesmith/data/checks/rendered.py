@@ -11,6 +11,7 @@ from jsonschema.protocols import Validator
 from referencing.exceptions import Unresolvable
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.formatting import format_count
 from tunesmith.core.types import Finding
 from tunesmith.data.chat_template.render_notes import BOUNDARY, PER_TURN, STRUCTURAL
 from tunesmith.data.checks.context import (
@@ -33,6 +34,7 @@ from tunesmith.data.readers.text_folder import TextFolder
 EXPECTED_NOTES = (STRUCTURAL, PER_TURN, BOUNDARY)
 READABLE_SUFFIXES = {*CONTAINERS, ".gz", ".parquet"}
 SHOWN_KINDS = 3
+MAX_NAMED_KEYS = 5
 LENGTH_CUTS = (256, 512, 1024, 2048, 4096, 8192, 16384)  # usual values of max_length
 
 
@@ -236,8 +238,10 @@ def check_unused_keys(context: CheckContext) -> Iterator[Finding]:
         yield Finding("unused", "warn", message, len(weighted), (keys[weighted[0]],), fix)
         keys = {key: row_id for key, row_id in keys.items() if key not in weighted}
     if keys:
-        key_names = ", ".join(f"`{key}`" for key in keys)
-        message = f"not used: {key_names}"
+        key_names = ", ".join(f"`{key:.40}`" for key in list(keys)[:MAX_NAMED_KEYS])
+        remaining = len(keys) - MAX_NAMED_KEYS
+        more = f" and {format_count(remaining, 'more key')}" if remaining > 0 else ""
+        message = f"not used: {key_names}{more}"
         yield Finding("unused", "info", message, len(keys), tuple(keys.values())[:MAX_NAMED_ROWS])
 
 
