@@ -8,8 +8,7 @@ loads before a verb needs it. Left out: parsing arguments and printing (cli/).""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from tunesmith.core.events import Event
 from tunesmith.core.json_io import dump_json, parse_as
 from tunesmith.core.sampling import SamplingParams, check_sampling
 from tunesmith.core.types import DataReport, Json, Plan, RunRecord
-from tunesmith.plan.stages import StagedPlan
+from tunesmith.plan.stages import StagedPlan, require_single_stage
 from tunesmith.recipe.load import RecipeLike, read_recipe
 from tunesmith.recipe.schema import Recipe, Stages, build_recipe_schema
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
     from tunesmith.advise.measured.run_arm import ArmResult
     from tunesmith.advise.rules.advice import Advice
-    from tunesmith.core.evidence import RunVerdict
     from tunesmith.data.annotation import ReviewImport
     from tunesmith.data.dataset import Dataset
     from tunesmith.data.golden_set import GoldenLock
@@ -50,8 +48,6 @@ if TYPE_CHECKING:
     AnyInputs = RunInputs | tuple[RunInputs, ...]  # one per stage
 
 AnyPath = str | Path
-STAGE_MESSAGE = "this command works on a single stage, but the recipe has several"
-STAGE_FIX = "name one of them, with the keys that it needs: --stage sft"
 
 
 def load_inputs(
@@ -91,20 +87,6 @@ def split_by_stage(inputs: AnyInputs) -> dict[str, RunInputs]:
     if isinstance(inputs, tuple):
         return {stage_inputs.output_dir.name: stage_inputs for stage_inputs in inputs}
     return {"": inputs}
-
-
-def require_single_stage(inputs: AnyInputs) -> RunInputs:
-    """Raise InputError if the inputs are those of several stages."""
-    if isinstance(inputs, tuple):
-        raise InputError(STAGE_MESSAGE, where="stage", fix=STAGE_FIX)
-    return inputs
-
-
-def _read_single_stage(recipe: RecipeLike, changes: Mapping[str, Any]) -> Recipe:
-    loaded_recipe = read_recipe(recipe, **changes)
-    if isinstance(loaded_recipe, Stages):
-        raise InputError(STAGE_MESSAGE, where="stage", fix=STAGE_FIX)
-    return loaded_recipe
 
 
 # ---------------------------------------------------------------- before a run
@@ -203,8 +185,8 @@ def plan(
     if isinstance(inputs, tuple) and not benchmark:
         from tunesmith.train import stages
 
-        return stages.make_staged_plan([_retarget_inputs(item, target, memory) for item in inputs])
-    single_inputs = _retarget_inputs(require_single_stage(inputs), target, memory)
+        return stages.make_staged_plan([item.with_machine(target, memory) for item in inputs])
+    single_inputs = require_single_stage(inputs).with_machine(target, memory)
     run_plan = make_plan(single_inputs)
     if not benchmark:
         return run_plan
@@ -214,12 +196,6 @@ def plan(
     # Built first, so that a setup that cannot be measured is refused before anything is timed.
     eval_cost = EvalCostEstimate(run_plan, single_inputs)
     return add_run_seconds(calibrate_plan(run_plan, single_inputs), eval_cost)
-
-
-def _retarget_inputs(inputs: RunInputs, target: str | None, memory: str | None) -> RunInputs:
-    from tunesmith.plan.hardware_presets import choose_machine
-
-    return dataclasses.replace(inputs, machine=choose_machine(inputs.machine, target, memory))
 
 
 def compare_methods(
@@ -232,17 +208,19 @@ def compare_methods(
     """Estimate memory, compute, time and risk of full fine-tuning, LoRA and QLoRA."""
     from tunesmith.plan.hardware_presets import assume_bitsandbytes
     from tunesmith.plan.method_comparison import estimate_methods
+    from tunesmith.session.adapter_settings import count_module_parameters
     from tunesmith.session.inputs import make_planner
 
     inputs = require_single_stage(load_inputs(recipe, needs_weights=False, **changes))
-    inputs = _retarget_inputs(inputs, target, memory)
+    inputs = inputs.with_machine(target, memory)
     if inputs.adapter is not None:
         message = "methods cannot be compared when training continues an adapter"
         raise InputError(message, where="adapter_from", fix="leave it out")
     make_plan = make_planner(inputs)
     machine = assume_bitsandbytes(inputs.machine)
     return estimate_methods(
-        lambda method: make_plan(inputs.recipe.model_copy(update={"method": method}), machine)
+        lambda method: make_plan(inputs.recipe.model_copy(update={"method": method}), machine),
+        lambda modules: count_module_parameters(inputs.model, modules),
     )
 
 
@@ -382,7 +360,7 @@ def data_lock(recipe: RecipeLike = None, **changes: Any) -> GoldenLock:
     from tunesmith.data.golden_set import write_lock
     from tunesmith.session.inputs import open_training_rows
 
-    return write_lock(open_training_rows(_read_single_stage(recipe, changes)))
+    return write_lock(open_training_rows(require_single_stage(read_recipe(recipe, **changes))))
 
 
 def data_export_reviews(
@@ -394,7 +372,9 @@ def data_export_reviews(
     from tunesmith.data.annotation import write_tasks
     from tunesmith.session.inputs import open_training_rows
 
-    return write_tasks(open_training_rows(_read_single_stage(recipe, changes)), tool, Path(to))
+    return write_tasks(
+        open_training_rows(require_single_stage(read_recipe(recipe, **changes))), tool, Path(to)
+    )
 
 
 def data_import_reviews(path: AnyPath, *, to: AnyPath, date: str | None = None) -> ReviewImport:
@@ -423,7 +403,7 @@ def data_split(
     from tunesmith.data.split import split_by_group
     from tunesmith.session.inputs import open_training_rows
 
-    loaded_recipe = _read_single_stage(recipe, changes)
+    loaded_recipe = require_single_stage(read_recipe(recipe, **changes))
     return split_by_group(
         open_training_rows(loaded_recipe),
         Path(to),
@@ -446,10 +426,11 @@ def train(
     `inputs` saves reading the data again. `allow_code` permits metrics that are Python files.
     Raises MachineError if it does not fit in memory, GateError if the preflight fails."""
     if isinstance(plan, StagedPlan):
+        from tunesmith.export.export import merge_stage
         from tunesmith.train import stages
 
         stage_inputs = inputs if isinstance(inputs, tuple) else None
-        return stages.train(plan, stage_inputs, merge_model=_export_merged, allow_code=allow_code)
+        return stages.train(plan, stage_inputs, merge_model=merge_stage, allow_code=allow_code)
     if not isinstance(plan, Plan):
         message = f"train takes a Plan, not a {type(plan).__name__}"
         fix = 'make one: plan = tunesmith.plan("recipe.yaml")'
@@ -478,17 +459,10 @@ def resume(
         "allow_code": allow_code,
     }
     if run_dir.is_staged(Path(path)):
-        return stages.resume(Path(path), merge_model=_export_merged, **options)
+        from tunesmith.export.export import merge_stage
+
+        return stages.resume(Path(path), merge_model=merge_stage, **options)
     return run.resume(Path(path), **options)
-
-
-def _export_merged(stage_dir: Path, model_dir: Path) -> str:
-    """Merge a finished stage's adapter into a model folder; return the evidence of parity."""
-    from tunesmith.export.export import export_run
-
-    parity = export_run(stage_dir, "merged", out=model_dir).parity
-    same = f"{parity.same_answers} of {parity.prompts} answers identical to the run's"
-    return f"{same}, mean KL {parity.mean_kl:.1e} nats/token"
 
 
 def demo(output_dir: AnyPath | None = None) -> Iterator[Event]:
@@ -570,13 +544,6 @@ def compare(a: AnyPath, b: AnyPath, *, allow_code: bool = False) -> ModelCompari
         second_results = second_results or evaluate_model(second, first, spec)
     run = second.run_dir or first.run_dir
     return compare_models([first.name, second.name], [first_results, second_results], run)
-
-
-def read_verdict(path: AnyPath) -> RunVerdict:
-    """Return whether the model of a run, finished or not, may be used, and what to do next."""
-    from tunesmith.evaluate.run_verdict import read_verdict
-
-    return read_verdict(Path(path))
 
 
 def write_report(path: AnyPath, out: AnyPath | None = None) -> Path:

@@ -98,6 +98,13 @@ def export_run(
     return ExportResult(target, kind, str(output_path), files, parity, merge_base, run.scale)
 
 
+def merge_stage(path: Path, model_dir: Path) -> str:
+    """Merge the adapter of a finished stage into a new model folder; return the evidence."""
+    parity = export_run(path, "merged", out=model_dir).parity
+    same = f"{parity.same_answers} of {parity.prompts} answers identical to the run's"
+    return f"{same}, mean KL {parity.mean_kl:.1e} nats/token"
+
+
 def _scale_run(run: SourceRun, scale: float) -> SourceRun:
     """Return the run with its adapter scaled. Raises InputError for a scale that does not apply."""
     where = "--scale"

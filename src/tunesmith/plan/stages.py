@@ -1,14 +1,19 @@
-"""The plans of several stages as one object: what stages.py makes, trains and keeps."""
+"""The plans of several stages as one object, and verbs that take a single stage only."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import parse_as
 from tunesmith.core.run_dir import STAGES_FILE, read_plan_json
 from tunesmith.core.types import DataReport, Plan, PlanConfig
+from tunesmith.recipe.schema import Stages
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,3 +48,12 @@ def read_staged_plan(run: Path) -> StagedPlan:
     format."""
     file = run / STAGES_FILE
     return parse_as(StagedPlan, read_plan_json(file), where=str(file))
+
+
+def require_single_stage(value: T | tuple[T, ...] | Stages) -> T:
+    """Return a recipe or its inputs. Raises InputError for those of several stages."""
+    if isinstance(value, (tuple, Stages)):
+        message = "this command works on a single stage, but the recipe has several"
+        fix = "name one of them, with the keys that it needs: --stage sft"
+        raise InputError(message, where="stage", fix=fix)
+    return value

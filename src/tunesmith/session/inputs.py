@@ -45,7 +45,7 @@ from tunesmith.model.hub.validate import has_weights
 from tunesmith.model.target_modules import list_linear_paths, select_targets
 from tunesmith.plan.build import build_plan, has_enough_memory
 from tunesmith.plan.gpu_time import estimate_gpu_time
-from tunesmith.plan.hardware_presets import list_machines, match_preset
+from tunesmith.plan.hardware_presets import choose_machine, list_machines, match_preset
 from tunesmith.plan.mixture import decide_mixture
 from tunesmith.plan.new_tokens import decide_new_tokens
 from tunesmith.plan.rules import Measures, SavedShareFn, assume_no_savings
@@ -84,6 +84,10 @@ class RunInputs:
     @property
     def response_schema(self) -> Json | None:
         return read_response_schema(self.recipe.response_schema)
+
+    def with_machine(self, target: str | None, memory: str | None) -> RunInputs:
+        """Return a copy for another GPU or amount of memory; None keeps this machine's."""
+        return dataclasses.replace(self, machine=choose_machine(self.machine, target, memory))
 
 
 def load_inputs(
