@@ -294,7 +294,7 @@ def test_an_eos_drop_needs_answers_that_became_likelier() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "jump", "fires"), [(8, 2.01, True), (7, 9.0, False), (8, 1.99, False)]
+    ("count", "jump", "fires"), [(8, 2.01, True), (7, 9.0, False), (8, 2.0, False)]
 )
 def test_a_spike_is_twice_the_median_of_eight_steps(count: int, jump: float, fires: bool) -> None:
     assert ("loss spike" in feed_losses([*[1.0] * count, jump])) == fires
@@ -308,7 +308,7 @@ def test_a_spike_is_eight_robust_deviations_above_the_median() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "norm", "fires"), [(8, 10.1, True), (7, 99.0, False), (8, 9.9, False)]
+    ("count", "norm", "fires"), [(8, 10.1, True), (7, 99.0, False), (8, 10.0, False)]
 )
 def test_a_gradient_spike_is_ten_medians(count: int, norm: float, fires: bool) -> None:
     fired = feed_losses([1.0] * (count + 1), [*[1.0] * count, norm])
@@ -317,7 +317,14 @@ def test_a_gradient_spike_is_ten_medians(count: int, norm: float, fires: bool) -
 
 @pytest.mark.parametrize(
     ("held_out", "loss", "fires"),
-    [(0.7, 1.39, False), (0.7, 1.41, True), (0.3, 0.79, False), (0.3, 0.81, True)],
+    [
+        (0.7, 1.39, False),
+        (0.7, 1.41, True),
+        (0.3, 0.79, False),
+        (0.3, 0.81, True),
+        (0.25, 0.75, False),
+        (0.75, 1.5, False),
+    ],
 )
 def test_rows_stay_hard_at_half_a_nat_and_twice_the_held_out_loss(
     held_out: float, loss: float, fires: bool
@@ -339,6 +346,35 @@ def test_overfitting_is_a_quarter_over_the_lowest_held_out_loss(low: float, fire
     guard.observe_event(Score(PROBE_TASK, "answer_loss", 0.8, low, 1.1, 8, 20))
     kinds = [verdict.kind for verdict in guard.judge_probe(20)]
     assert kinds == (["overfitting"] if fires else [])
+
+
+def test_overfitting_is_judged_from_the_step_of_the_lowest_held_out_loss() -> None:
+    """The training loss had fallen before it, and has risen since."""
+    guard = make_guard()
+    run_probe(guard, 0)
+    for number in range(1, 31):
+        guard.observe_event(make_step(number, 2.0 if number <= 10 else 0.5))
+    run_probe(guard, 30, answer_loss=0.5)
+    for number in range(31, 61):
+        guard.observe_event(make_step(number, 0.6))
+    run_probe(guard, 60, answer_loss=0.5)
+    assert "overfitting" not in [item.kind for item in run_probe(guard, 61, answer_loss=0.9)]
+
+
+def test_a_loss_average_speaks_after_eight_steps() -> None:
+    """Each loss is 2 over the average before it: no noise, and an average well above the start."""
+    losses = [1.0, 3.0, 4.0, 4.667, 5.167, 5.567, 5.93, 6.294, 6.657]
+    assert feed_losses(losses[:8]) == {}
+    assert feed_losses(losses) == {"loss rise": 9, "loss above start": 9}
+
+
+def test_evidence_shows_the_numbers() -> None:
+    guard = start_guard()
+    (drop,) = run_probe(guard, 10, end_loss=2.0)
+    assert drop.evidence.endswith("0.50 -> 2.00 nats")
+    run_probe(guard, 20, end_loss=0.25)
+    (drop,) = run_probe(guard, 30, end_loss=1.75)
+    assert drop.evidence.endswith("0.25 -> 1.75 nats")
 
 
 def test_overfitting_needs_a_training_loss_that_falls_and_three_probes() -> None:
