@@ -48,8 +48,8 @@ def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
         train_modules(network, settings["modules_to_save"])
     linears = find_linears(network)
     for path in select_targets(list(linears), settings["lora_target_modules"]):
-        rank = ranks.get(path, settings["lora_r"])
-        alpha = alphas.get(path, settings["lora_alpha"])
+        rank: int = ranks[path] if path in ranks else settings["lora_r"]
+        alpha: float = alphas[path] if path in alphas else settings["lora_alpha"]
         layer = LoraLinear(
             linears[path],
             rank=rank,

@@ -15,6 +15,7 @@ from tunesmith.plan.build import has_enough_memory
 from tunesmith.plan.flops import estimate_run_flops
 from tunesmith.plan.memory import count_trained_parameters
 from tunesmith.plan.memory_budget import USUAL_MULTIPLES, compute_multiple
+from tunesmith.plan.rules import CountFn, count_nothing
 
 METHODS: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora", "qlora")
 
@@ -45,12 +46,15 @@ class MethodEstimate:
     usual_deployment: str
 
 
-def estimate_methods(make_plan: Callable[[str], Plan]) -> tuple[MethodEstimate, ...]:
-    """Estimate each method; `make_plan` returns the plan for one."""
-    return tuple(estimate_method(make_plan(method)) for method in METHODS)
+def estimate_methods(
+    make_plan: Callable[[str], Plan], count_parameters: CountFn = count_nothing
+) -> tuple[MethodEstimate, ...]:
+    """Estimate each method; `make_plan` returns the plan for one, `count_parameters` counts those
+    of modules that are trained in full."""
+    return tuple(estimate_method(make_plan(method), count_parameters) for method in METHODS)
 
 
-def estimate_method(plan: Plan) -> MethodEstimate:
+def estimate_method(plan: Plan, count_parameters: CountFn = count_nothing) -> MethodEstimate:
     config = plan.config
     peak = plan.memory_bytes["peak"]
     num_trained = count_trained_parameters(
@@ -59,6 +63,7 @@ def estimate_method(plan: Plan) -> MethodEstimate:
         dtype=config.dtype,
         rank=config.lora_r or 0,
         dora=config.use_dora or False,
+        module_parameters=count_parameters(config.modules_to_save or ()),
     )
     is_bf16_model = config.method == "full" and config.dtype == "bf16"
     return MethodEstimate(

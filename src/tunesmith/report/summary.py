@@ -245,7 +245,12 @@ def _list_costs(record: RunRecord, *, has_general: bool) -> list[str]:
     if not has_general:
         lines.append("Forgetting was not measured: the recipe names no retention_data.")
     duration = format_duration(record.train_seconds)
-    lines.append(f"{duration} of training: {record.steps:,} steps, {record.tokens:,} tokens.")
+    steps = f"{record.steps:,} steps, {record.tokens:,} tokens"
+    line = f"{duration} of training: {steps}."
+    if record.total_seconds:
+        total = format_duration(record.total_seconds)
+        line = f"{duration} of training: {steps}; {total} with loading, preflight and evaluation."
+    lines.append(line)
     machine = record.plan.machine
     peak = format_bytes(record.peak_bytes)
     lines.append(f"Peak memory {peak}, on {machine.device_name} ({machine.cores} cores).")

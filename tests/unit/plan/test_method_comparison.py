@@ -170,3 +170,12 @@ def test_methods_side_by_side(plan: Callable[..., Plan]) -> None:
     assert lora.multiple == pytest.approx(lora.peak_bytes / 269_030_016)
     assert {estimate.usual_multiple for estimate in (lora, qlora)} == {"x1.5"}
     assert parse_as(MethodEstimate, to_jsonable(lora)) == lora
+
+
+def test_modules_trained_in_full_count_as_trained(plan: Callable[..., Plan]) -> None:
+    def make_plan(method: str) -> Plan:
+        modules = {} if method == "full" else {"modules_to_save": ["embed_tokens"]}
+        return plan(method=method, **modules)
+
+    full, lora, _ = estimate_methods(make_plan, lambda modules: 1000 * len(modules))
+    assert (full.trained_parameters, lora.trained_parameters) == (134_515_008, 16 * 305_280 + 1000)

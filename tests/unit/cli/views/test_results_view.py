@@ -61,7 +61,12 @@ def test_a_record_shows_answers_side_by_side_and_the_adapter() -> None:
     text = render_text(render_run_record(record))
     assert "before    I am an [AI]" in text
     assert 'after     {"a": 1}' in text
-    assert "75 steps, 900 tokens/s, peak 1.0 GB (1.9 predicted)" in text
+    assert "75 steps, 900 tokens/s: 10 s of training\n" in text
+    assert "peak memory 1.0 GB (1.9 GB predicted)\n" in text
+    measured = replace(record, total_seconds=200.0, train_peak_bytes=8 * 10**8)
+    measured_text = render_text(render_run_record(measured))
+    assert "10 s of training, 3:20 min with loading, preflight and evaluation" in measured_text
+    assert "1.0 GB (1.9 GB predicted); 800.0 MB in training, the rest in evaluation" in measured_text
     assert "prefix sharing" not in text
     assert "adapter: runs/x/adapter" in text
     shared = render_text(render_run_record(replace(record, shared_tokens=1800)))
