@@ -15,7 +15,6 @@ import shutil
 import signal
 import struct
 import sys
-import time
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
@@ -439,7 +438,7 @@ RECIPE_VALUES = {
     "a pattern that calls itself": 'never: "(?R)?(?R)?a"',
     "a pattern with a huge repetition": 'never: "(?:(?:a{1,1000}){1,1000}){1,1000}b"',
     "a pattern of many groups": "never: '" + "(" * 5000 + "a" + ")" * 5000 + "'",
-    "a metric pattern that calls itself": 'metrics: ["regex_match:(?R)?(?R)?a"]',
+    "a metric pattern that calls itself": 'metrics: ["regex: (?R)?(?R)?a"]',
     "many list items": "data: [" + ", ".join(["a"] * 80_000) + "]",
     "a long comment": "#" * 240_000,
     "a long key": "k" * 240_000 + ": 1",
@@ -552,7 +551,7 @@ def run_call(call: Call) -> Json:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = read_peak()
-    start = time.perf_counter()
+    start = read_cpu_seconds()
     try:
         call()
         outcome = "ok"
@@ -560,9 +559,15 @@ def run_call(call: Call) -> Json:
         outcome = f"{error.exit_code}: {error}"
     except BaseException as error:  # noqa: BLE001 - a bug, whose kind the test names
         outcome = f"{type(error).__name__}: {error}"
-    seconds = time.perf_counter() - start
+    seconds = read_cpu_seconds() - start
     return {"outcome": outcome[:2000], "chars": len(outcome), "seconds": round(seconds, 2),
             "megabytes": round((read_peak() - before) / 1e6)}  # fmt: skip
+
+
+def read_cpu_seconds() -> float:
+    """Return the processor time of this process and of those that it waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def read_peak() -> int:
@@ -577,6 +582,9 @@ def main(folder: Path, names: list[str]) -> None:
     tiny = save_model_folder(folder / "tiny")
     os.environ["HOSTILE_TINY"] = str(tiny)
     make_byte_bpe()
+    warm_folder = folder / "warm"  # so that no case pays for imports
+    warm_folder.mkdir()
+    check_rows(lambda: [make_row("a")], warm_folder)()
     for name in names or CASES:
         sys.stdout.write(json.dumps(measure_case(name, folder / "case")) + "\n")
         sys.stdout.flush()

@@ -25,6 +25,7 @@ ROLE_ALIASES = {
     **dict.fromkeys(("observation", "function_response"), "tool"),
 }
 MAX_WEIGHT = 1000  # a larger weight is a mistake
+MAX_MESSAGES = 4000  # of a row
 WEIGHT_KEYS = ("train", "weight", "loss_weight")
 
 
@@ -39,6 +40,9 @@ def read_turns(
         problem = f"`{key}` is empty" if messages == [] else f"`{key}` is not a list of messages"
         fix = 'write [{"role": ..., "content": ...}, ...]'
         raise InvalidRow("not messages", problem, where=where, fix=fix)
+    if len(messages) > MAX_MESSAGES:
+        problem = f"`{key}` has {len(messages):,} messages, more than {MAX_MESSAGES:,}"
+        raise InvalidRow("too many messages", problem, where=where, fix="split the row")
     turns: list[tuple[Json, float]] = []
     for i, message in enumerate(messages):
         turns.append(_read_turn(where, message, f"{key}[{i}]", is_trained))
