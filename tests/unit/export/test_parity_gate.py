@@ -22,6 +22,7 @@ from tunesmith.export.parity import (
     ParityOutputs,
     ReloadedExport,
     Tolerance,
+    _build_example,
     compare_outputs,
     compute_mean_kl,
     refuse_mismatch,
@@ -52,7 +53,9 @@ def make_example(name: str, *, is_chat: bool) -> ParityExample:
 def make_job(quantized: frozenset[str] = frozenset(), **changed: Any) -> ExportJob:
     """A job whose run is only what the gate reads of it."""
     run: Any = SimpleNamespace(
-        renderer=SimpleNamespace(end_ids=(7, 8)), path=Path("runs/a"), quantized_paths=quantized
+        renderer=SimpleNamespace(end_ids=(7, 8), has_date=False),
+        path=Path("runs/a"),
+        quantized_paths=quantized,
     )
     examples = [make_example("a", is_chat=True), make_example("b", is_chat=False)]
     return ExportJob(run, Path("out"), "", examples, **changed)
@@ -116,6 +119,61 @@ def test_an_adapter_is_merged_into_dequantized_matrices_only_where_asked() -> No
     assert make_job(quantized).dequantized_paths == frozenset()
     assert make_job(quantized, base="dequantized").dequantized_paths == quantized
     assert [example.document.id for example in make_job().chat_examples] == ["a"]
+
+
+# ---------------------------------------------------------------- examples
+
+
+def make_rows(
+    *documents: Document, messages: tuple[Any, ...] = (), turn_weights: tuple[float, ...] = ()
+) -> Any:
+    """A data set of one row, as far as an example reads it."""
+    example = SimpleNamespace(messages=messages, turn_weights=turn_weights, tools=())
+    prepared = SimpleNamespace(documents=documents, notes=())
+    return SimpleNamespace(render_row=lambda _: (example, prepared))
+
+
+def make_document(weights: list[float]) -> Document:
+    tokens_L = np.arange(100, 100 + len(weights), dtype=np.int32)
+    return Document("row:1", tokens_L, np.array(weights, np.float32))
+
+
+def test_an_example_is_the_last_answer_of_the_last_document() -> None:
+    first = make_document([0, 1, 1, 1])
+    last = make_document([0, 0, 1, 0.5, 0, 0, 2, 1])
+    example = _build_example(make_job().run, make_rows(first, last), 0)
+    assert example is not None
+    assert example.prompt == (100, 101, 102, 103, 104, 105)
+    assert example.document.tokens_L.tolist() == last.tokens_L.tolist()
+    assert example.document.weights_L.tolist() == [0, 0, 1, 0.5, 0, 0, 2, 1]
+    assert (example.messages, example.rendered_ids) == ((), ())
+    assert _build_example(make_job().run, make_rows(), 0) is None
+
+
+@pytest.mark.parametrize(("count", "kept"), [(31, 31), (32, 32), (33, 32), (80, 32)])
+def test_logits_are_compared_at_the_first_32_targets(count: int, kept: int) -> None:
+    document = make_document([0, 0, *[1] * count])
+    example = _build_example(make_job().run, make_rows(document), 0)
+    assert example is not None
+    assert example.positions == list(range(1, kept + 1))
+    assert document.weights_L.tolist() == [0, 0, *[1] * count]  # of the row itself
+
+
+@pytest.mark.parametrize("has_date", [False, True])
+def test_the_prompt_of_a_chat_is_what_precedes_the_last_trained_turn(has_date: bool) -> None:
+    turns = tuple({"role": role, "content": str(number)} for number, role in enumerate("uauaua"))
+    rows = make_rows(
+        make_document([0, 0, 1, 0, 1]), messages=turns, turn_weights=(0, 1, 0, 1, 0, 0)
+    )
+    job = make_job()
+    job.run.renderer.has_date = has_date
+    job.run.renderer.normalize_messages = lambda messages, _: list(messages)
+    example = _build_example(job.run, rows, 0)
+    assert example is not None
+    assert example.messages == turns[:3]
+    assert example.prompt == (100, 101, 102, 103)
+    # where a date is printed, other programs rightly render another one
+    assert example.rendered_ids == (() if has_date else example.prompt)
 
 
 # ---------------------------------------------------------------- the limits
