@@ -41,8 +41,12 @@ def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
     save trainable: those have no adapter.
 
     B is 0, so the output of the network is unchanged."""
-    ranks: dict[str, int] = settings["rank_pattern"] if "rank_pattern" in settings else {}
-    alphas: dict[str, float] = settings["alpha_pattern"] if "alpha_pattern" in settings else {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    if "rank_pattern" in settings:
+        ranks |= settings["rank_pattern"]
+    if "alpha_pattern" in settings:
+        alphas |= settings["alpha_pattern"]
     generator = torch.Generator().manual_seed(settings["seed"])
     if settings.get("modules_to_save"):
         train_modules(network, settings["modules_to_save"])
