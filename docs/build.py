@@ -33,7 +33,7 @@ from typer.models import ArgumentInfo
 
 from tunesmith.cli.app import VERBS
 from tunesmith.core.types import Json
-from tunesmith.recipe import fields, schema
+from tunesmith.recipe import fields, objectives, schema
 from tunesmith.recipe.explain import describe_schema
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +152,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "recipe": build_key_table,
     **{
         name: partial(build_mapping_table, model)
-        for name, model in vars(fields).items()
+        for name, model in (*vars(fields).items(), *vars(objectives).items())
         if inspect.isclass(model) and issubclass(model, BaseModel)
     },
     "verbs": build_verb_table,

@@ -22,7 +22,7 @@ import torch
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import format_count
 from tunesmith.core.types import Document, Example, Plan, PlanValue, require
-from tunesmith.data.chat_template.message_spans import trains_answers, weigh_messages
+from tunesmith.data.chat_template.message_spans import is_training_answers, weigh_messages
 from tunesmith.data.chat_template.render_notes import CONTROL_LIKE_TEXT
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.dataset import Dataset
@@ -320,7 +320,7 @@ def _choose_samples(
         ),
         is_quantized=is_quantized,
         role_masks=_build_role_masks(inputs, rows, plan.config.train_on),
-        has_trained_answers=trains_answers(plan.config.train_on or "answers"),
+        has_trained_answers=is_training_answers(plan.config.train_on or "answers"),
     )
 
 

@@ -21,7 +21,7 @@ TrainedRoles = str | tuple[str, ...]  # "answers", "all" or roles
 ROLE_NAMES = {"developer": "system"}
 
 
-def trains_answers(train_on: TrainedRoles) -> bool:
+def is_training_answers(train_on: TrainedRoles) -> bool:
     """Whether the answers of the assistant are among the trained text."""
     return train_on in ("answers", "all") or "assistant" in train_on
 

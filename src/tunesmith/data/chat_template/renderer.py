@@ -365,7 +365,7 @@ class Renderer:
             weight if index in chat.assistant_indices else 0.0
             for index, weight in enumerate(weights)
         ]
-        if self._trains_all(example) or not any(answer_weights):
+        if self._is_all_trained(example) or not any(answer_weights):
             rendered = chat.render(len(chat.messages))
             text = TrackedText(rendered, self.tokenizer, chat.assistant_indices)
             return _Draft(example, chat, weights, full_text=text)
@@ -375,7 +375,7 @@ class Renderer:
         )
         return _Draft(example, chat, weights, spans, self._join_spans(chat, spans))
 
-    def _trains_all(self, example: Example) -> bool:
+    def _is_all_trained(self, example: Example) -> bool:
         """Whether the text of the template is trained, too."""
         return self._train_on == "all" and not example.banned_spans
 

@@ -193,11 +193,11 @@ def translate_schedule(draft: RecipeDraft, key: str) -> None:
             draft.skip_key("lr_scheduler_kwargs", kwargs, "expected a mapping")
         return
     fields = SCHEDULE_FIELDS.get(str(value), ())
-    known = {name: argument for name, argument in kwargs.items() if name in fields}
-    if known:
-        draft.set_value("lr_scheduler_kwargs", known, "lr_scheduler_kwargs")
+    supported = {name: argument for name, argument in kwargs.items() if name in fields}
+    if supported:
+        draft.set_value("lr_scheduler_kwargs", supported, "lr_scheduler_kwargs")
     for name, argument in kwargs.items():
-        if name not in known:
+        if name not in supported:
             reason = f"supported with {value}: {', '.join(fields) or 'none'}"
             draft.skip_key(f"lr_scheduler_kwargs.{name}", argument, reason)
 
