@@ -52,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--files", default="", help="only targets whose path holds one of these")
+    parser.add_argument("--report", action="store_true", help="only write the page")
     parser.add_argument("--trust-tests", action="store_true", help="do not run them unchanged")
     parser.add_argument("--fresh", action="store_true", help="try killed mutants again")
     options = parser.parse_args()
@@ -70,13 +71,15 @@ def main() -> None:
         mutants += sample
         print(f"{target.path}: {len(sample)} of {totals[target.path]} mutants", flush=True)
     pending = [mutant for mutant in mutants if not is_settled(mutant, results)]
+    if options.report:
+        pending = []
     print(f"{len(mutants)} mutants, {len(pending)} to try", flush=True)
     for number, row in enumerate(try_mutants(pending, options), start=1):
         results[make_key(row)] = row
         print(f"{number}/{len(pending)} {describe(row)}", flush=True)
         write_results(results.values())
     if words == [""]:
-        current = [results[mutant.key] for mutant in mutants]
+        current = [results[mutant.key] for mutant in mutants if mutant.key in results]
         write_page(PAGE, current, totals, SEED)
 
 

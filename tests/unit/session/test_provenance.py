@@ -134,6 +134,15 @@ def test_each_change_is_named(
     assert problems[0].startswith(problem)
 
 
+def test_a_change_shows_twelve_digits_of_both_hashes(
+    base: Path, renderer: Renderer, tmp_path: Path
+) -> None:
+    provenance = build(base, renderer)
+    folder = store(tmp_path / "adapter", provenance, tokenizer_sha256="0" * 64)
+    current = renderer.tokenizer.sha256[:12]
+    assert list_problems(folder, base, renderer) == [f"tokenizer: sha256 {'0' * 12} -> {current}"]
+
+
 @pytest.mark.parametrize("other", ["tokenizer_sha256", "template_sha256"])
 def test_special_tokens_are_named_only_where_nothing_else_explains_them(
     other: str, base: Path, renderer: Renderer, tmp_path: Path
@@ -209,6 +218,7 @@ def test_files_of_another_format_are_refused(
         ({"config": CONFIG | {"rope_theta": 5.0}}, "base config.json rope"),
         ({"config": CONFIG | {"use_cache": False}}, ""),
         ({"renderer": "0" * 64}, "tokenizer or template: sha256 000000000000 -> "),
+        ({"renderer": "g" * 64}, "tokenizer or template: sha256 gggggggggggg -> "),
     ],
 )
 def test_a_checkpoint_names_what_has_changed(
