@@ -10,12 +10,19 @@ import pytest
 
 from fake_runs import PLAN, make_comparison, write_run
 from tunesmith.core.errors import InputError
-from tunesmith.core.events import GENERAL_TASK
+from tunesmith.core.events import GENERAL_TASK, Score
 from tunesmith.core.types import Comparison
 from tunesmith.evaluate.error_analysis import Evaluation
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
-from tunesmith.evaluate.regression_gate import EvalReport, Gate, build_gates, parse_metrics
+from tunesmith.evaluate.regression_gate import (
+    EvalReport,
+    Gate,
+    build_gates,
+    build_limit_gates,
+    parse_metrics,
+)
 from tunesmith.evaluate.results import MetricValues, compare_measurements
+from tunesmith.recipe.metric_limits import parse_limits
 
 
 def gate(before: list[float], after: list[float], **changed: bool) -> Gate:
@@ -224,6 +231,17 @@ def test_a_metric_of_any_task_is_gated_and_described_as_one(task: str) -> None:
     assert ", at most 0.1 worse: " in result.message
     bits = make_bits(-0.01, 0.01)
     assert ", bits per byte, at most +0.25: " in judge(bits, margin=0.25).message
+
+
+@pytest.mark.parametrize(
+    ("n", "passed", "verdict"),
+    [(4, False, "too few items to tell"), (5, True, "held"), (6, True, "held")],
+)
+def test_a_limit_needs_five_items(n: int, passed: bool, verdict: str) -> None:
+    score = Score("test", "chrf", 0.9, 0.85, 0.95, n, 3)
+    (result,) = build_limit_gates([score], parse_limits({"chrf": ">= 0.8"}))
+    assert (result.passed, result.bound) == (passed, 0.85)
+    assert result.message.endswith(f": {verdict}")
 
 
 def test_the_margin_is_that_of_the_run(tmp_path: Path) -> None:
