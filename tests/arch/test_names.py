@@ -21,8 +21,9 @@ CHARTS = {"svg_charts.py", "lr_plot.py"}  # where left is a direction
 
 VERBS = set(
     """
-    accept accumulate acquire adapt add adjust admit advance advise align allocate allow answer
-    append apply archive ask assert assign assume attach attend average backward balance begin
+    accept accumulate acquire adapt add adjust admit advance advise align allocate allow analyze
+    answer append apply archive ask assert assign assume attach attend average backward balance
+    begin
     bind block bootstrap bound break build bundle cache calibrate call can cast cat chain change
     charge chat check choose clamp classify clean clear clip close collapse collate collect
     combine compare compile complete compress compute concat confirm connect consume continue

@@ -52,7 +52,7 @@ def _collect_fields(value: dict[str, Any], prefix: str, depth: int, into: dict[s
             into[name] = shorten(text, MAX_VALUE_CHARS)
         else:
             rest = f"{into.get(OTHER_FIELDS, '')}{name}={text};"
-            into[OTHER_FIELDS] = _digest(rest)
+            into[OTHER_FIELDS] = _hash_text(rest)
 
 
 def format_field_name(key: str) -> str:
@@ -70,10 +70,10 @@ def shorten(text: str, max_chars: int) -> str:
     """Return the text, or its beginning with a digest, so that long texts still differ."""
     if len(text) <= max_chars:
         return text
-    return f"{text[: max_chars - 10]}… {_digest(text)}"
+    return f"{text[: max_chars - 10]}… {_hash_text(text)}"
 
 
-def _digest(text: str) -> str:
+def _hash_text(text: str) -> str:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=4).hexdigest()
 
 

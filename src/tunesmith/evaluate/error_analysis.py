@@ -275,14 +275,14 @@ def _build_tables(items: Sequence[_Item], values: TrainingValues | None) -> list
     is_structured = any(item.answers is not None and item.answers.is_structured for item in items)
     tables: list[ErrorTable] = []
     if is_structured:
-        tables.append(_tabulate_format(answered))
-        tables.append(_tabulate_fields(answered))
-    tables.append(_tabulate_values(answered, values))
-    tables.append(_tabulate_tasks(items))
+        tables.append(_group_by_format(answered))
+        tables.append(_group_by_field(answered))
+    tables.append(_group_by_value(answered, values))
+    tables.append(_group_by_task(items))
     for by, measure in (("prompt_length", _measure_prompt), ("answer_length", _measure_answer)):
-        tables.append(_tabulate_lengths(by, answered, measure))
+        tables.append(_group_by_length(by, answered, measure))
     if values is not None:
-        tables.append(_tabulate_rarity(answered, values))
+        tables.append(_group_by_rarity(answered, values))
     return tables
 
 
@@ -291,7 +291,7 @@ def _require_answers(item: _Item) -> AnswerItem:
     return item.answers
 
 
-def _tabulate_format(items: Sequence[_Item]) -> ErrorTable:
+def _group_by_format(items: Sequence[_Item]) -> ErrorTable:
     members: list[_Member] = []
     for item in items:
         is_object = _require_answers(item).answered_values is not None
@@ -302,7 +302,7 @@ def _tabulate_format(items: Sequence[_Item]) -> ErrorTable:
     return _build_table("format", [group] if group.wrong else [])
 
 
-def _tabulate_fields(items: Sequence[_Item]) -> ErrorTable:
+def _group_by_field(items: Sequence[_Item]) -> ErrorTable:
     """Errors by field, of the answers that are JSON objects."""
     members: dict[str, list[_Member]] = {}
     for item in items:
@@ -339,7 +339,7 @@ def _list_categories(items: Iterable[AnswerItem], training: TrainingValues | Non
     return categories
 
 
-def _tabulate_values(items: Sequence[_Item], training: TrainingValues | None) -> ErrorTable:
+def _group_by_value(items: Sequence[_Item], training: TrainingValues | None) -> ErrorTable:
     """Errors by expected value, of fields with few values and of labels."""
     categories = _list_categories((_require_answers(item) for item in items), training)
     members: dict[tuple[str, str], list[_Member]] = {}
@@ -362,7 +362,7 @@ def _tabulate_values(items: Sequence[_Item], training: TrainingValues | None) ->
     return _build_table("expected_value", groups)
 
 
-def _tabulate_tasks(items: Sequence[_Item]) -> ErrorTable:
+def _group_by_task(items: Sequence[_Item]) -> ErrorTable:
     members: dict[str, list[_Member]] = {}
     for item in items:
         if item.task:
@@ -380,7 +380,7 @@ def _measure_answer(item: AnswerItem) -> int:
     return len(item.sample.expected)
 
 
-def _tabulate_lengths(
+def _group_by_length(
     by: str, items: Sequence[_Item], measure: Callable[[AnswerItem], int]
 ) -> ErrorTable:
     """Errors by quartiles of a length in characters; none if the bins were too small."""
@@ -403,7 +403,7 @@ def _tabulate_lengths(
     return _build_table(by, groups if len(groups) > 1 else [], is_ordered=True)
 
 
-def _tabulate_rarity(items: Sequence[_Item], training: TrainingValues) -> ErrorTable:
+def _group_by_rarity(items: Sequence[_Item], training: TrainingValues) -> ErrorTable:
     """Errors by how rare the expected answer is: the share of training rows with its rarest value
     among the fields with few values."""
     members: dict[str, list[_Member]] = {}

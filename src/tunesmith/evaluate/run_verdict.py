@@ -217,7 +217,7 @@ def _find_level_problem(
     name = split_metric(errors.metric)[0]
     if name in FORM_METRICS:
         return f"{name} shows the form of the answers, not whether they are right"
-    if not _counts_right(errors):
+    if not _can_be_right(errors):
         return f"{errors.metric} has no value above which an answer is right"
     low, _ = compute_wilson_interval(errors.right, errors.n)
     share = errors.right / errors.n
@@ -233,7 +233,7 @@ def _find_level_problem(
     return ""
 
 
-def _counts_right(errors: ErrorAnalysis) -> bool:
+def _can_be_right(errors: ErrorAnalysis) -> bool:
     """Return whether an answer is right or wrong by the metric, and not better or worse."""
     return errors.is_binary or split_metric(errors.metric)[0] in RIGHT_WORDS
 
@@ -249,7 +249,7 @@ def describe_level(errors: ErrorAnalysis | None, deciding: Sequence[JudgedCompar
         comparison = deciding[0][0]
         change = f"{comparison.before.value:.3f} -> {comparison.after.value:.3f}"
         return f"{comparison.metric} on {comparison.after.n} test rows: {change}"
-    if not _counts_right(errors):
+    if not _can_be_right(errors):
         before = "" if errors.mean_before is None else f", {errors.mean_before:.2f} before"
         return f"Mean {errors.metric} {errors.mean:.2f} of {errors.n} answers{before}"
     name = split_metric(errors.metric)[0]
@@ -268,7 +268,7 @@ def _describe_change(errors: ErrorAnalysis | None, deciding: Sequence[JudgedComp
     evidence = f"{verdict}, {format_p(compute_p_value(comparison))}"
     if verdict in (TOO_FEW_ITEMS, NO_DIFFERENCE) or len(deciding) > 1:
         evidence = verdict
-    if errors is not None and _counts_right(errors) and errors.fixed is not None:
+    if errors is not None and _can_be_right(errors) and errors.fixed is not None:
         return f"{errors.fixed} fixed, {errors.broken} broken: {evidence}"
     interval = f"[{comparison.low:+.3f}, {comparison.high:+.3f}]"
     return f"{comparison.metric} {comparison.difference:+.3f} {interval}: {evidence}"

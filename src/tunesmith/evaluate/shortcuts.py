@@ -34,9 +34,12 @@ SHORTCUT_LIMITS: dict[str, float] = {
     # share of the answers that have the constant value: "hardly varies"
     "constant: answered share": 0.90,
     # share of the constant among answers to items that expect something else
-    "constant: wrong share": 0.80,
+    "constant: wrong share": 0.90,
     # share of the answers that are copied where the expected answer is not
     "copied: share": 0.10,
+    # share of the expected answers that are in training rows, above which copies mean nothing:
+    # the answers are few
+    "copied from training rows: expected share": 0.05,
     # share of an answer's phrases of 8 words that are in the other text
     "copied: phrase share": 0.80,
     # characters of a prompt that an answer may repeat, and of an answer that may be a copy
@@ -157,7 +160,7 @@ def _find_prompt_copies(items: Sequence[AnswerItem]) -> list[Shortcut]:
     else:
 
         def is_contained(index: int, text: str) -> bool:
-            return _contains_value(prompts[index], text)
+            return _has_value(prompts[index], text)
 
         for name in _list_fields(items):
             counted = _count_copies(items, name, "copied from the prompt", is_contained)
@@ -179,7 +182,10 @@ def _find_training_copies(items: Sequence[AnswerItem], training: TrainingAnswers
         )
 
     counted = _count_copies(items, ANSWER, "copied from training rows", is_copied)
-    return _select_significant([counted] if counted is not None else [])
+    limit = SHORTCUT_LIMITS["copied from training rows: expected share"]
+    if counted is None or counted[0].expected > limit * counted[0].n:
+        return []
+    return _select_significant([counted])
 
 
 def _count_copies(
@@ -229,7 +235,7 @@ def _fold(text: str) -> str:
     return " ".join(text[:MAX_COMPARED_CHARS].split()).casefold()
 
 
-def _contains_value(folded_prompt: str, value: str) -> bool:
+def _has_value(folded_prompt: str, value: str) -> bool:
     """Return whether a prompt has a string or number of some length."""
     text = _fold(value.strip('"'))
     is_value = value[:1] == '"' or value[:1].isdigit()

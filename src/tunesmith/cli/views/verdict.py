@@ -45,12 +45,12 @@ def render_verdict(verdict: RunVerdict) -> RenderableType:
     head = Text.assemble("Verdict: ", (verdict.name, STYLES[verdict.name]))
     lines: list[RenderableType] = [head]
     for line in filter(None, (verdict.level, verdict.change, verdict.cost)):
-        lines.append(_indent(line, 2))
-    lines += [_indent(f"- {reason}", 2, "yellow") for reason in verdict.reasons]
+        lines.append(_pad_line(line, 2))
+    lines += [_pad_line(f"- {reason}", 2, "yellow") for reason in verdict.reasons]
     if verdict.next_steps:
         lines.append(Text("Next steps"))
     for number, step in enumerate(verdict.next_steps, 1):
-        lines.append(_indent(f"{number}. {step.reason}", 2))
+        lines.append(_pad_line(f"{number}. {step.reason}", 2))
         lines.append(Text(_break_command(step.command), "cyan", overflow="fold"))
     return Group(*lines)
 
@@ -66,7 +66,7 @@ def _break_command(command: str) -> str:
     return "     " + " \\\n       ".join(lines)
 
 
-def _indent(text: str, columns: int, style: str = "") -> RenderableType:
+def _pad_line(text: str, columns: int, style: str = "") -> RenderableType:
     line = Text.from_markup(format_single_line(text, MAX_LINE_CHARS), style=style)
     return Padding.indent(line, columns)
 
@@ -79,7 +79,7 @@ def render_errors(
     for shortcut in errors.shortcuts:
         label = "constant" if shortcut.kind == "constant" else "copied"
         line = f"{label}: {shortcut.description} ({', '.join(shortcut.rows[:MAX_ROW_IDS])})"
-        parts.append(_indent(line, 0, "bold yellow"))
+        parts.append(_pad_line(line, 0, "bold yellow"))
     parts += [_render_table(table, names) for table in errors.tables if _has_errors(table)]
     if errors.confusions:
         parts.append(_render_confusions(errors.confusions))
