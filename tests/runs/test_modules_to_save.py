@@ -343,3 +343,24 @@ def test_it_is_evaluated_as_peft_computes_it(
         losses.append(float((nats * weights).sum() / weights.sum()))
     expected = sum(losses) / len(losses)
     assert before_after["loss"].after.value == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([97, 98], "of tokens that the base already has: 'a', 'b'"),
+        ([97, 99], "not consecutive token ids"),
+    ],
+)
+def test_rows_of_tokens_that_the_base_has_are_refused_with_a_way_out(
+    tiny_folder: Path, tmp_path: Path, indices: list[int], message: str
+) -> None:
+    config = {"target_modules": ["q_proj"], "trainable_token_indices": indices}
+    letters = [token - 97 for token in indices]
+    ids = inputs.load_inputs(wish(tiny_folder, tmp_path / "w")).renderer.tokenizer
+    config["trainable_token_indices"] = [ids.token_to_id(chr(97 + n)) for n in letters]
+    save_peft_adapter(tiny_folder, tmp_path / "theirs", config)
+    start = {"adapter_from": str(tmp_path / "theirs"), "lora_r": "auto"}
+    with pytest.raises(InputError, match=message) as caught:
+        plan_recipe(wish(tiny_folder, tmp_path, **start, modules_to_save="auto"))
+    assert "merge_and_unload" in caught.value.fix

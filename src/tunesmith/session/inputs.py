@@ -36,7 +36,11 @@ from tunesmith.data.pretraining import PretrainingCorpus, open_corpus
 from tunesmith.data.preview import render_preview
 from tunesmith.data.sampler import TaskMixture, permute_rows
 from tunesmith.data.split import split_by_hash
-from tunesmith.data.tokenizer.added_tokens import refuse_other_tokens, refuse_unused_tokens
+from tunesmith.data.tokenizer.added_tokens import (
+    refuse_existing_tokens,
+    refuse_other_tokens,
+    refuse_unused_tokens,
+)
 from tunesmith.data.tokenizer.eos import find_separator
 from tunesmith.model.hub.adapter_config import AdapterFolder, read_adapter
 from tunesmith.model.hub.resolve import resolve_model
@@ -172,6 +176,7 @@ def _load_checked_adapter(
     """Read the adapter that training starts from. Raises InputError if it does not fit the model,
     or was trained on another one."""
     adapter = read_adapter(path, model.path)
+    refuse_existing_tokens(adapter.path, adapter.new_token_ids, renderer.tokenizer)
     refuse_other_tokens(adapter.path, adapter.new_token_ids, renderer.tokenizer.new_tokens)
     check_provenance(adapter.path, model.path, renderer, now.isoformat())
     return adapter

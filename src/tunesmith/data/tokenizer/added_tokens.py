@@ -18,6 +18,8 @@ from tunesmith.data.chat_template.template import ChatTemplate
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 
 ADD_TOKENS_KEY = "add_tokens"
+MERGE_FIX = "merge it with PEFT's merge_and_unload, save the model, and set model: to its folder"
+MAX_SHOWN = 3  # tokens that an error names
 
 
 def make_new_tokens(
@@ -62,6 +64,22 @@ def refuse_unused_tokens(documents: Iterable[Document], tokens: Sequence[NewToke
     )
 
 
+def refuse_existing_tokens(adapter: Path, ids: Sequence[int], tokenizer: ChatTokenizer) -> None:
+    """Raise InputError for an adapter with embeddings of tokens that the base already has."""
+    new_tokens = tokenizer.new_tokens
+    first_new_id = new_tokens[0].id if new_tokens else tokenizer.size
+    existing = [token_id for token_id in ids if token_id < first_new_id]
+    if not existing:
+        return
+    texts = [f"{tokenizer.decode([token_id])!r:.40}" for token_id in existing[:MAX_SHOWN]]
+    more = f" and {len(existing) - MAX_SHOWN:,} more" if len(existing) > MAX_SHOWN else ""
+    message = (
+        f"the adapter trains embeddings of tokens that the base already has: {', '.join(texts)}"
+        f"{more} (trainable_token_indices); only those of new tokens can be continued"
+    )
+    raise InputError(message, where=str(adapter), fix=MERGE_FIX)
+
+
 def refuse_other_tokens(adapter: Path, ids: Sequence[int], tokens: Sequence[NewToken]) -> None:
     """Raise InputError unless the tokens are those of an adapter folder, which has embeddings for
     `ids`."""
@@ -73,9 +91,15 @@ def refuse_other_tokens(adapter: Path, ids: Sequence[int], tokens: Sequence[NewT
         message = "the adapter was trained without new tokens: it has no embeddings for them"
         fix = "merge it (tunesmith export RUN --to merged), then add tokens to the merged model"
         raise InputError(message, where=ADD_TOKENS_KEY, fix=fix)
-    names = [texts.get(token_id, f"token {token_id}") for token_id in ids]
     message = f"the adapter has embeddings for {len(ids)} new tokens, and the recipe differs"
-    fix = f"set add_tokens: [{', '.join(map(repr, names))}]"
+    if any(token_id not in texts for token_id in ids):
+        message = (
+            f"the adapter has embeddings for {len(ids)} new tokens, and no tokenizer.json beside "
+            "it says which"
+        )
+        fix = f"copy the tokenizer.json of its training into its folder, or {MERGE_FIX}"
+        raise InputError(message, where=ADD_TOKENS_KEY, fix=fix)
+    fix = f"set add_tokens: [{', '.join(repr(texts[token_id]) for token_id in ids)}]"
     raise InputError(message, where=ADD_TOKENS_KEY, fix=fix)
 
 

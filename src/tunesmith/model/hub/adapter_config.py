@@ -82,6 +82,7 @@ USED_KEYS = {
 }
 UNSUPPORTED_FIX = "use a plain LoRA adapter, made with the defaults of PEFT's LoraConfig"
 COPY_FIX = "copy the adapter folder again"
+MERGE_FIX = "merge it with PEFT's merge_and_unload, save the model, and set model: to its folder"
 BASE_FIX = "set model: to the adapter's base model"
 
 
@@ -348,7 +349,7 @@ def _check_modules(
         _refuse_untied(saved, embedding_name, file)
     if f"{HEAD}.bias" in saved:
         message = f"{SAVED_MODULES_KEY} has {HEAD}.bias, which cannot be trained here"
-        raise InputError(message, where=str(file), fix="merge it with PEFT's merge_and_unload")
+        raise InputError(message, where=str(file), fix=MERGE_FIX)
     return tuple(name for name in saved if not (is_tied and name == f"{HEAD}.weight"))
 
 
@@ -404,7 +405,11 @@ def _check_token_rows(
     ids = next(iter(ids_by_module.values()), ())
     if not _is_consecutive(ids) or set(ids_by_module) - {*EMBEDDING_MODULES}:
         message = f"trainable_token_indices is {token_indices!r:.80}, not consecutive token ids"
-        raise InputError(message, where=where, fix="use an adapter whose new tokens were appended")
+        raise InputError(
+            message,
+            where=where,
+            fix=MERGE_FIX,
+        )
     tensors_by_path: dict[str, TensorHeader] = {}
     for name, tensor in row_headers.items():
         path = name.removeprefix(PREFIX).removesuffix(f".{TOKEN_ROWS_SUFFIX}")
