@@ -53,7 +53,8 @@ class GracefulStop:
         """Raise Interrupted if a signal has arrived; exit code 130 for SIGINT, 143 for SIGTERM."""
         if self.signal_number:
             name = signal.Signals(self.signal_number).name
-            error = Interrupted(f"stopped by {name}", fix=self.resume_hint)
+            key = " (Ctrl-C)" if self.signal_number == signal.SIGINT else ""
+            error = Interrupted(f"stopped by {name}{key}", fix=self.resume_hint)
             error.exit_code = 128 + self.signal_number
             raise error
 
