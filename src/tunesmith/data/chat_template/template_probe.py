@@ -266,9 +266,11 @@ class _QuirkProber(_Prober):
 
 
 def _find_ids(rendered: TrackedText, first_text: str, last_text: str) -> set[int]:
-    """Return the ids of the control tokens between two texts."""
+    """Return the ids of the control tokens between two texts, none if a text is missing."""
+    if first_text not in rendered.plain or last_text not in rendered.plain:
+        return set()
     start = rendered.plain.index(first_text)
-    end = rendered.plain.index(last_text) if last_text in rendered.plain else start
+    end = rendered.plain.index(last_text)
     return {match.control.id for match in rendered.controls if start < match.start < end}
 
 

@@ -424,3 +424,38 @@ def test_tokens_that_swallow_white_space_keep_the_boundary(tmp_path: Path) -> No
             mark_trained_text(renderer, document)
             == "<|a|>user<|e|>a<|im_end|>\n<|a|>assistant<|e|>⟦b<|im_end|>⟧\n"
         )
+
+
+BARE = (
+    "{% for m in messages %}{{ ('Q: ' if m.role == 'user' else 'A: ') + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+)
+
+
+def test_an_answer_may_be_all_that_stands_behind_its_prompt(tmp_path: Path) -> None:
+    """Nothing of the template is in the answer, not even an end token."""
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, BARE), now=NOW)
+    rendered = renderer.render(make_example(user("one"), assistant("eins")))
+    assert mark_trained_text(renderer, rendered.documents[0]).startswith("Q: oneA: ⟦eins")
+
+
+def test_an_answer_in_place_of_its_prompt_is_refused(tmp_path: Path) -> None:
+    """Its text looks like the generation prompt, and nothing of it would be trained."""
+    merged = BARE.replace("'A: ') + m.content", "'') + m.content + '<|im_end|>'")
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, merged), now=NOW)
+    with pytest.raises(InputError, match="does not write message 2"):
+        renderer.render(make_example(user("one"), assistant("A: ")))
+
+
+def test_a_question_that_an_answer_removes_is_refused_with_both_texts(tmp_path: Path) -> None:
+    head = "A conversation of two people who know each other: "
+    dropped = head + BARE.replace("+ m.content", "+ (m.content if loop.last else '')")
+    dropped = dropped.replace("('Q: ' if m.role == 'user'", "('' if m.role == 'user'")
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, dropped), now=NOW)
+    with pytest.raises(InputError) as caught:
+        renderer.render(make_example(user("x" * 99), assistant("eins")))
+    shown = head[-20:]
+    assert caught.value.message == (
+        f"the chat template prompts for an answer with '{shown}{'x' * 40}', "
+        f"but writes it as '{shown}A: eins'"
+    )
