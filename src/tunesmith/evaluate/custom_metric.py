@@ -120,13 +120,13 @@ def _iter_replies(lines: queue.SimpleQueue[bytes]) -> Iterator[dict[str, Any]]:
 def _read_reply(line: bytes) -> dict[str, Any]:
     """Return a reply of the worker; an error for a line that the metric's own code wrote there."""
     try:
-        reply = json.loads(line)
+        content: Any = json.loads(line)
     except (ValueError, RecursionError):
-        reply = None
-    is_reply = isinstance(reply, dict) and len(reply) == 1
-    if is_reply and isinstance(reply.get("error"), str):
-        return reply
-    if is_reply and type(reply.get("value")) in (int, float) and math.isfinite(reply["value"]):
+        content = None
+    reply: dict[str, Any] = content if isinstance(content, dict) and len(content) == 1 else {}
+    value = reply.get("value")
+    has_value = type(value) in (int, float) and math.isfinite(value)
+    if has_value or isinstance(reply.get("error"), str):
         return reply
     return {"error": f"writes lines of its own where the values go: {line[:80]!r}"}
 
