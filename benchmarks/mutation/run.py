@@ -31,6 +31,7 @@ from benchmarks.mutation.mutants import (
     Target,
     list_mutants,
     load_by_hand,
+    load_explained,
     load_targets,
 )
 from benchmarks.mutation.page import write_page
@@ -88,9 +89,10 @@ def make_key(row: dict[str, object]) -> tuple[str, str, str]:
 
 
 def is_settled(mutant: Mutant, results: dict[tuple[str, str, str], dict[str, object]]) -> bool:
-    """Whether a mutant of the same file was killed before."""
+    """Whether a mutant of the same file was killed before, or its survival is explained."""
     row = results.get(mutant.key, {})
-    return row.get("outcome") == "killed" and row.get("sha256") == hash_text(mutant.source)
+    is_same = row.get("sha256") == hash_text(mutant.source)
+    return is_same and (row["outcome"] != "survived" or mutant.key in load_explained())
 
 
 def hash_text(text: str) -> str:
