@@ -124,8 +124,8 @@ def _read_reply(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         content = None
     reply: dict[str, Any] = content if isinstance(content, dict) and len(content) == 1 else {}
-    value = reply.get("value")
-    has_value = type(value) in (int, float) and math.isfinite(value)
+    value: Any = reply.get("value")
+    has_value = isinstance(value, (int, float)) and math.isfinite(value)
     if has_value or isinstance(reply.get("error"), str):
         return reply
     return {"error": f"writes lines of its own where the values go: {line[:80]!r}"}

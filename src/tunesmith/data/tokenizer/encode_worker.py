@@ -6,6 +6,7 @@ of tunesmith."""
 import json
 import resource
 import sys
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -44,7 +45,7 @@ def load_tokenizer(tokenizer_json: str) -> Tokenizer:
     return tokenizer
 
 
-def answer_request(tokenizer: Tokenizer, request: dict[str, object]) -> dict[str, object]:
+def answer_request(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
     text = request.get("normalize")
     if isinstance(text, str):
         normalizer = tokenizer.normalizer
