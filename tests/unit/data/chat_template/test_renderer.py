@@ -453,9 +453,9 @@ def test_a_question_that_an_answer_removes_is_refused_with_both_texts(tmp_path: 
     dropped = dropped.replace("('Q: ' if m.role == 'user'", "('' if m.role == 'user'")
     renderer = Renderer.from_folder(write_model_folder(tmp_path, dropped), now=NOW)
     with pytest.raises(InputError) as caught:
-        renderer.render(make_example(user("x" * 99), assistant("eins")))
+        renderer.render(make_example(user("x" * 99), assistant("y" * 99)))
     shown = head[-20:]
     assert caught.value.message == (
         f"the chat template prompts for an answer with '{shown}{'x' * 40}', "
-        f"but writes it as '{shown}A: eins'"
+        f"but writes it as '{shown}A: {'y' * 37}'"
     )
