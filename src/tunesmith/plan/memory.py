@@ -183,9 +183,13 @@ def compute_moment_bytes(**footprint: Unpack[ModelFootprint]) -> float:
 
 
 def _estimate_update_bytes(spec: ModelSpec, **footprint: Unpack[ModelFootprint]) -> int:
-    """Return the bytes of dequantized moments and temporaries of the largest tensor."""
+    """Return the bytes of dequantized moments and temporaries of the largest tensors."""
     largest = spec.vocab_size * spec.hidden_size if footprint["method"] == "full" else 0
-    return 4 * 4 * largest if footprint.get("optim") == "adamw_8bit" else 0
+    update = 4 * 4 * largest if footprint.get("optim") == "adamw_8bit" else 0
+    matrix = spec.vocab_size * spec.hidden_size
+    has_trained_matrix = footprint.get("module_parameters", 0) >= matrix
+    # measured: the gradient of an embedding or a head is summed through three fp32 copies
+    return update + (3 * 4 * matrix if has_trained_matrix else 0)
 
 
 # ---------------------------------------------------------------- disk
