@@ -70,6 +70,13 @@ def label_smoothing(lab: Lab) -> None:
     with pytest.raises(ValidationError, match=r"below 0\.5"):
         lab.events(**preference, label_smoothing=0.5)
 
+    rows = [
+        {"prompt": f"{n} and {n}", "completion": f"no {n}", "negative": "whole"} for n in range(6)
+    ]
+    good = [{"prompt": f"{n} and {n}", "completion": f"{2 * n}"} for n in range(6)]
+    with pytest.raises(InputError, match="contradicts rows that are trained away from"):
+        lab.events(data=lab.rows([*rows, *good], "bad.jsonl"), label_smoothing=0.1)
+
 
 def neftune_noise_alpha(lab: Lab) -> None:
     plain = lab.steps()

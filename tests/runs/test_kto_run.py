@@ -113,6 +113,11 @@ def test_the_plan_has_its_rules(tiny_folder: Path, tmp_path: Path) -> None:
     assert dpo.config.desirable_weight is None
 
 
+def test_one_row_per_step_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a step has one"):
+        plan_recipe(wish(tiny_folder, tmp_path, batch_size=1))
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_resumed_run_is_the_same(method: str, tiny_folder: Path, tmp_path: Path) -> None:
     more = {"method": method, "save_steps": 1} | ({"lora_r": "auto"} if method == "full" else {})

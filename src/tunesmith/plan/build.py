@@ -33,7 +33,11 @@ from tunesmith.plan.memory_budget import (
 )
 from tunesmith.plan.mixture import scale_report
 from tunesmith.plan.new_tokens import count_trained_rows, decide_new_rows
-from tunesmith.plan.objective import decide_objective, decide_scheduler_kwargs
+from tunesmith.plan.objective import (
+    decide_objective,
+    decide_scheduler_kwargs,
+    refuse_single_answers,
+)
 from tunesmith.plan.rehearsal import MAX_RATIO, decide_rehearsal
 from tunesmith.plan.rules import (
     NO_MEASURES,
@@ -122,6 +126,7 @@ def build_plan(
     settings |= _decide_without_rules(recipe, recipe_values, output_dir, now)
     _check_lengths(context)
     _check_libraries(context)
+    refuse_single_answers(context)
     config, reasons = split_settings(add_evidence(settings, context))
     return Plan(
         recipe=recipe.model_dump(mode="json"),

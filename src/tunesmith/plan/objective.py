@@ -52,6 +52,17 @@ def _describe_smoothing(recipe: Recipe, context: RuleContext) -> PlanValue:
     return make_user_value(recipe.label_smoothing, f"{recipe.label_smoothing:.0%} {reason}")
 
 
+def refuse_single_answers(context: RuleContext) -> None:
+    """Raise InputError for KTO with one row per step: its KL term pairs a prompt with the answer of
+    another row."""
+    if context.stage == "preference" and context["loss"] == "kto" and context["batch_size"] < 2:
+        raise InputError(
+            "KTO measures its KL term on the answers of other rows of a step, and a step has one",
+            where="batch_size",
+            fix="set batch_size to at least 2, better 8",
+        )
+
+
 def decide_scheduler_kwargs(kwargs: SchedulerKwargs, context: RuleContext) -> dict[str, PlanValue]:
     """Return the arguments of the schedule, if it takes any. Raises InputError for a decay that
     does not fit in the run."""

@@ -363,8 +363,8 @@ def gamma(context: RuleContext) -> PlanValue:
 
 
 def nll_coefficient(context: RuleContext) -> PlanValue:
-    """1 in ORPO, which is the loss as published; 0 in KTO; else .2, so that chosen answers do not become less
-    likely."""
+    """1 in ORPO, which is the loss as published; 0 in KTO; else .2, so that chosen answers do not
+    become less likely."""
     if context["loss"] == "orpo":
         return make_rule_value(1.0, "part of ORPO: the NLL of the chosen answer", "Hong 2024")
     if context["loss"] == "kto":
