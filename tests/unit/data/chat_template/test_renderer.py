@@ -1,5 +1,6 @@
 """Masks and boundaries on small templates, with toy tokenizers."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ from toy_chat import (
     CHATML,
     CHATML_TOKENS,
     assistant,
+    make_byte_bpe,
     make_example,
     make_newline_bpe,
     make_sentence_bpe,
@@ -459,3 +461,18 @@ def test_a_question_that_an_answer_removes_is_refused_with_both_texts(tmp_path: 
         f"the chat template prompts for an answer with '{shown}{'x' * 40}', "
         f"but writes it as '{shown}A: {'y' * 37}'"
     )
+
+
+def test_a_control_token_that_normalization_merges_with_its_text_is_refused(tmp_path: Path) -> None:
+    """NFC makes one character of > and a combining stroke."""
+    base = json.loads(make_byte_bpe()) | {"normalizer": {"type": "NFC"}}
+    template = "{% for m in messages %}{{ '<end>' + m.content + '<|im_end|>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<end>{% endif %}"
+    tokens = (AddedToken("<end>", special=True, normalized=True), "<|im_end|>")
+    folder = write_model_folder(tmp_path, template, tokens, base=json.dumps(base))
+    renderer = Renderer.from_folder(folder, now=NOW)
+    fine = renderer.render(make_example(user("one"), assistant("eins")))
+    trained = mark_trained_text(renderer, fine.documents[0])
+    assert trained == "<end>one<|im_end|><end>⟦eins<|im_end|>⟧"
+    with pytest.raises(InputError, match="normalization changes the added token '<end>'"):
+        renderer.render(make_example(user("\u0338one"), assistant("eins")))
