@@ -114,7 +114,8 @@ def test_single_words_count_only_alone(tmp_path: Path) -> None:
         ChatTokenizer.from_folder(path),
         Tokenizer.from_file(str(path / "tokenizer.json")),
     )
-    for text in ("end", "the end.", "endless", "bend", "_end", " end\nend", "éend", "end-end"):
+    texts = ["end", "the end.", "endless", "bend", "_end", " end\nend", "éend", "end-end"]
+    for text in [*texts, "{end}", "`end", "end_", "e end x"]:
         assert encode(TrackedText(track_str(text), tokenizer, ())).ids == full.encode(text).ids, (
             text
         )
