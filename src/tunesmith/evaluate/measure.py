@@ -44,7 +44,7 @@ from tunesmith.evaluate.results import (
     compute_score,
     split_by_task,
 )
-from tunesmith.evaluate.shortcuts import SUSPECT_P, build_answer_items, find_constants
+from tunesmith.evaluate.shortcuts import build_answer_items, has_suspect
 from tunesmith.plan.memory_budget import needs_complete_answers
 from tunesmith.session.session import Session
 
@@ -127,8 +127,8 @@ def eval_during_training(
         graded = _apply_plan_metrics(session, items.selection_prompts, outputs, task="eval")
         measurements += _mark_truncated(graded, items.selection_prompts, outputs)
         samples = _build_eval_samples(items.selection_prompts, outputs, step)
-        is_suspect = find_constants(build_answer_items(samples), SUSPECT_P)
-        if should_confirm and is_suspect and items.confirmation_prompts:
+        is_suspect = should_confirm and has_suspect(build_answer_items(samples))
+        if is_suspect and items.confirmation_prompts:
             further = _generate_in_parts(session, items.confirmation_prompts)
             samples += _build_eval_samples(items.confirmation_prompts, further, step)
     if items.should_track_general:

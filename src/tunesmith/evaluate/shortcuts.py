@@ -45,7 +45,7 @@ SHORTCUT_LIMITS: dict[str, float] = {
     # characters of a prompt that an answer may repeat, and of an answer that may be a copy
     "copied: characters": 4,
 }
-SUSPECT_P = 0.5  # of a constant in a few answers that makes more of them worth generating
+SUSPECT_P = 0.25  # uncorrected: two rows that expect another value; more answers are worth it
 MAX_SHORTCUTS = 20
 MAX_COMPARED_CHARS = 20_000  # of a text
 
@@ -103,12 +103,19 @@ def find_shortcuts(
 # ---------------------------------------------------------------- constants
 
 
-def find_constants(items: Sequence[AnswerItem], limit: float | None = None) -> list[Shortcut]:
-    """Return the fields whose answer hardly varies although the expected one does.
+def find_constants(items: Sequence[AnswerItem]) -> list[Shortcut]:
+    """Return the fields whose answer hardly varies although the expected one does."""
+    return _select_significant(_list_candidates(items))
 
-    limit: the p-value below which a field is one; by default that of SHORTCUT_LIMITS."""
+
+def has_suspect(items: Sequence[AnswerItem]) -> bool:
+    """Return whether a field may be constant, so that more answers could show it."""
+    return any(p_value <= SUSPECT_P for _, p_value in _list_candidates(items))
+
+
+def _list_candidates(items: Sequence[AnswerItem]) -> list[tuple[Shortcut, float]]:
     candidates = [_count_constant(items, name) for name in _list_fields(items)]
-    return _select_significant([each for each in candidates if each is not None], limit)
+    return [candidate for candidate in candidates if candidate is not None]
 
 
 def _count_constant(items: Sequence[AnswerItem], name: str) -> tuple[Shortcut, float] | None:
@@ -293,13 +300,10 @@ def _list_fields(items: Sequence[AnswerItem]) -> list[str]:
     return list(names)
 
 
-def _select_significant(
-    candidates: Sequence[tuple[Shortcut, float]], limit: float | None = None
-) -> list[Shortcut]:
+def _select_significant(candidates: Sequence[tuple[Shortcut, float]]) -> list[Shortcut]:
     adjusted = adjust_p_values([p_value for _, p_value in candidates])
-    limit = SHORTCUT_LIMITS["p-value"] if limit is None else limit
     shortcuts: list[Shortcut] = []
     for (shortcut, _), p_value in zip(candidates, adjusted, strict=True):
-        if p_value < limit:
+        if p_value < SHORTCUT_LIMITS["p-value"]:
             shortcuts.append(replace(shortcut, p_value=p_value))
     return sorted(shortcuts, key=lambda shortcut: (shortcut.p_value, shortcut.field))
