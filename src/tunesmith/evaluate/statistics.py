@@ -263,7 +263,7 @@ def describe_evidence(comparison: Comparison) -> str:
     """Return the counts and p behind a verdict, and what a null result could have shown."""
     parts: list[str] = []
     if comparison.p_value is not None:
-        counts = f"{comparison.improved} improved, {comparison.worsened} worsened"
+        counts = f"{comparison.improved} fixed, {comparison.worsened} broken"
         parts.append(f"{counts}; McNemar {format_p(comparison.p_value)}")
     verdict = judge_comparison(comparison)
     if verdict == TOO_FEW_ITEMS:

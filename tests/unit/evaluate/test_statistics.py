@@ -281,11 +281,11 @@ def test_a_comparison_says_what_it_would_have_shown() -> None:
     assert few.min_detectable is not None
     assert many.min_detectable == pytest.approx(few.min_detectable / 50**0.5, rel=0.05)
     assert describe_evidence(few) == (
-        "10 improved, 10 worsened; McNemar p = 1; "
+        "10 fixed, 10 broken; McNemar p = 1; "
         f"minimum detectable difference {few.min_detectable:.2g}"
     )
     clear = compare_measurements(*rates(40, 0, 50))
-    assert describe_evidence(clear) == "40 improved, 0 worsened; McNemar p < 0.001"
+    assert describe_evidence(clear) == "40 fixed, 0 broken; McNemar p < 0.001"
     assert clear.p_value == pytest.approx(1.8e-12, rel=0.02)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.markup import escape
+from rich.table import Table
 from rich.text import Text
 
 from tunesmith.cli.progress import format_interval, format_single_line
@@ -24,7 +26,7 @@ from tunesmith.evaluate.scale_choice import (
     describe_recommendation,
     recommend_scale,
 )
-from tunesmith.evaluate.statistics import describe_evidence, judge_comparison, judge_comparisons
+from tunesmith.evaluate.statistics import describe_evidence, judge_comparisons
 
 if TYPE_CHECKING:
     from tunesmith.evaluate.model_ref import ModelComparison
@@ -37,6 +39,9 @@ METRIC_NAMES = {
     "kl": "KL(base ‖ tuned), nats/token",
     "top1_agreement": "top-1 agreement with base",
 }
+VERDICT_STYLES = {"better": "bold green", "worse": "bold red"}
+LOWER_IS_BETTER = "↓"
+MIN_EVIDENCE_WIDTH = 120  # columns of the terminal
 MAX_ANSWER_CHARS = 400
 MAX_ROUNDING_SHARE = 0.1  # of the KL that training caused
 ROUNDING_WARNING = (
@@ -62,33 +67,49 @@ def render_scores(scores: Sequence[Score]) -> RenderableType:
 def render_comparisons(
     comparisons: Sequence[Comparison], names: tuple[str, str] = ("before", "after")
 ) -> RenderableType:
-    """Show two models on the same items; the last column is the verdict."""
-    columns = ("metric", "n", *names, "change", "")
-    title = f"{names[0].capitalize()} and {names[1]} (95% CI)"
-    table = make_table(title, *columns, numbers=columns[1:5])
-    verdicts = judge_comparisons(comparisons)
-    for comparison, verdict in zip(comparisons, verdicts, strict=True):
-        before = comparison.before
-        after = comparison.after
-        name = escape(f"{comparison.task} {comparison.metric}")
-        table.add_row(
-            name if comparison.higher_is_better else f"{name} (lower is better)",
-            str(after.n),
-            format_interval(before.value, before.low, before.high),
-            format_interval(after.value, after.low, after.high),
-            format_interval(comparison.difference, comparison.low, comparison.high),
-            format_verdict(comparison, verdict),
-        )
+    """Show two models on the same items, then how many answers were truncated."""
     notes = describe_truncation(comparisons, names)
+    table = ComparisonTable(tuple(comparisons), names)
     return Group(table, *(f"[yellow]{escape(note)}[/]" for note in notes))
 
 
-def format_verdict(comparison: Comparison, verdict: str = "") -> Text:
-    """Format the verdict with its evidence; by default that of the comparison alone."""
-    verdict = verdict or judge_comparison(comparison)
-    style = {"better": "bold green", "worse": "bold red"}.get(verdict, "dim")
-    evidence = describe_evidence(comparison)
-    return Text.assemble((verdict, style), f" ({evidence})" if evidence else "")
+@dataclass(frozen=True)
+class ComparisonTable:
+    """A line for each metric, whose interval is never broken: a narrow terminal has no column for
+    the evidence of the verdict. --json and the report have the intervals of both levels."""
+
+    comparisons: tuple[Comparison, ...]
+    names: tuple[str, str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._build_table(has_evidence=options.max_width >= MIN_EVIDENCE_WIDTH)
+
+    def _build_table(self, *, has_evidence: bool) -> Table:
+        title = f"{self.names[0].capitalize()} and {self.names[1]} (95% CI)"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        table.add_column("metric", overflow="fold")
+        for column in ("n", *self.names, "change"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        if has_evidence:
+            table.add_column("", style="dim")
+        verdicts = judge_comparisons(self.comparisons)
+        for comparison, verdict in zip(self.comparisons, verdicts, strict=True):
+            arrow = "" if comparison.higher_is_better else f" {LOWER_IS_BETTER}"
+            cells: list[RenderableType] = [
+                escape(f"{comparison.task} {comparison.metric}{arrow}"),
+                str(comparison.after.n),
+                f"{comparison.before.value:.3f}",
+                f"{comparison.after.value:.3f}",
+                format_interval(comparison.difference, comparison.low, comparison.high),
+                Text(verdict, VERDICT_STYLES.get(verdict, "dim")),
+            ]
+            evidence = [escape(describe_evidence(comparison))] if has_evidence else []
+            table.add_row(*cells, *evidence)
+        if not all(comparison.higher_is_better for comparison in self.comparisons):
+            table.caption = f"{LOWER_IS_BETTER} lower is better"
+            table.caption_justify = "left"
+        return table
 
 
 def render_model_comparison(comparison: ModelComparison) -> RenderableType:

@@ -10,7 +10,6 @@ from rich.text import Text
 import fake_runs
 from tunesmith.cli.views.results import (
     format_kl_scores,
-    format_verdict,
     render_comparisons,
     render_run_record,
     render_scales,
@@ -39,15 +38,27 @@ def test_only_an_interval_without_zero_is_a_result(
     comparison = replace(
         BETTER, difference=difference, low=low, high=high, higher_is_better=higher_is_better
     )
-    assert format_verdict(comparison).plain == text
+    line = render_text(render_comparisons([comparison])).splitlines()[2].rstrip()
+    assert line.endswith(f"]  {text}")
 
 
-def test_before_and_after_carry_their_intervals() -> None:
+def test_a_metric_is_a_line_with_the_interval_of_its_change() -> None:
     line = " ".join(render_text(render_comparisons([BETTER])).splitlines()[2].split())
-    assert (
-        line
-        == "test field_f1 200 0.200 [0.150, 0.250] 0.800 [0.750, 0.850] 0.600 [0.500, 0.700] better"
+    assert line == "test field_f1 200 0.200 0.800 0.600 [0.500, 0.700] better"
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 119, 120, 160])
+def test_no_interval_is_broken_and_evidence_needs_room(width: int) -> None:
+    binary = replace(BETTER, metric="exact_match", improved=80, worsened=0, p_value=1e-9)
+    forgot = replace(
+        BETTER, task="general text", metric="bits_per_byte", higher_is_better=False, low=-1.1
     )
+    text = render_text(render_comparisons([binary, forgot]), width=width)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "0.600 [0.500, 0.700]  better" in text
+    assert "0.600 [-1.100, 0.700]" in text
+    assert ("80 fixed, 0 broken" in text) == (width >= 120)
+    assert "↓ lower is better" in text
 
 
 def test_a_record_shows_answers_side_by_side_and_the_adapter() -> None:
@@ -66,7 +77,9 @@ def test_a_record_shows_answers_side_by_side_and_the_adapter() -> None:
     measured = replace(record, total_seconds=200.0, train_peak_bytes=8 * 10**8)
     measured_text = render_text(render_run_record(measured))
     assert "10 s of training, 3:20 min with loading, preflight and evaluation" in measured_text
-    assert "1.0 GB (1.9 GB predicted); 800.0 MB in training, the rest in evaluation" in measured_text
+    assert (
+        "1.0 GB (1.9 GB predicted); 800.0 MB in training, the rest in" in measured_text
+    )
     assert "prefix sharing" not in text
     assert "adapter: runs/x/adapter" in text
     shared = render_text(render_run_record(replace(record, shared_tokens=1800)))
