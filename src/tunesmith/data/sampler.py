@@ -208,7 +208,7 @@ def prefetch(
 # ---------------------------------------------------------------- KTO
 
 
-def mismatch_answers(documents: Sequence[Document], max_length: int) -> list[Document]:
+def build_mismatched(documents: Sequence[Document], max_length: int) -> list[Document]:
     """Return each prompt of a step with the answer of the labelled document before it, up to
     `max_length` tokens; the first one gets the last answer. KTO's KL term is measured on them."""
     labelled = [document for document in documents if document.side in LABELLED_SIDES]

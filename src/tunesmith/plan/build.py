@@ -126,7 +126,6 @@ def build_plan(
     settings |= _decide_without_rules(recipe, recipe_values, output_dir, now)
     _check_lengths(context)
     _check_libraries(context)
-    refuse_single_answers(context)
     config, reasons = split_settings(add_evidence(settings, context))
     return Plan(
         recipe=recipe.model_dump(mode="json"),
@@ -281,6 +280,7 @@ def _check_lengths(context: RuleContext) -> None:
             where="batch_tokens",
             fix="raise batch_tokens or lower max_length: a step must hold at least one window",
         )
+    refuse_single_answers(context)
 
 
 def _check_gates(context: RuleContext, recipe: Recipe) -> None:

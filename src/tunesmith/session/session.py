@@ -29,7 +29,7 @@ from tunesmith.data.dataset import Dataset
 from tunesmith.data.packing import count_input_tokens
 from tunesmith.data.pretraining import PretrainingCorpus, WindowSampler
 from tunesmith.data.rehearsal import RehearsalSampler
-from tunesmith.data.sampler import RatioChanges, StepSampler, TaskMixture, mismatch_answers
+from tunesmith.data.sampler import RatioChanges, StepSampler, TaskMixture, build_mismatched
 from tunesmith.data.tokenizer.chat_tokenizer import MAX_PIECE_CHARS
 from tunesmith.data.truncation import PreparedRow
 from tunesmith.model.adapters import METHODS
@@ -103,14 +103,14 @@ class Session:
             for row in self.sampler.get_rows(step):
                 documents += self._load_row_documents(row)
             if self.plan.config.loss == "kto":
-                documents += self._mismatch_answers(documents, step)
+                documents += self._build_mismatched(documents, step)
         if self.rehearsal is None:
             return documents
         return documents + self.rehearsal.read_documents(step, changes)
 
-    def _mismatch_answers(self, documents: Sequence[Document], step: int) -> Sequence[Document]:
+    def _build_mismatched(self, documents: Sequence[Document], step: int) -> Sequence[Document]:
         """Return the documents that KTO's KL term of a step is measured on."""
-        mismatched = mismatch_answers(documents, self.plan.config.max_length)
+        mismatched = build_mismatched(documents, self.plan.config.max_length)
         if not self.mismatched_logps:
             return mismatched
         pairs = zip(mismatched, self.mismatched_logps[step], strict=True)

@@ -13,7 +13,7 @@ from tiny_models import compute_max_difference, make_tiny_model
 from tunesmith.core.types import Document
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
-from tunesmith.data.sampler import mismatch_answers
+from tunesmith.data.sampler import build_mismatched
 from tunesmith.model.adapters import get_trainable_parameters, scaled_adapter
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.train.kto import measure_kl, split_mismatched
@@ -59,7 +59,7 @@ def compute_ratio(model: PackedCausalLM, document: Document) -> Tensor:
 
 def test_mismatched_documents_have_the_answer_before() -> None:
     documents = make_labelled()
-    mismatched = mismatch_answers(documents, 10**6)
+    mismatched = build_mismatched(documents, 10**6)
     for index, (document, other) in enumerate(zip(documents, mismatched, strict=True)):
         before = documents[index - 1]
         prompt = document.tokens_L[document.weights_L == 0]
@@ -67,7 +67,7 @@ def test_mismatched_documents_have_the_answer_before() -> None:
         assert other.tokens_L.tolist() == [*prompt.tolist(), *answer.tolist()]
         assert np.flatnonzero(other.weights_L)[0] == len(prompt)
         assert (other.id, other.side) == (document.id, "mismatched")
-    assert max(map(len, mismatch_answers(documents, 18))) == 18
+    assert max(map(len, build_mismatched(documents, 18))) == 18
     trained, measured = split_mismatched([*documents, *mismatched])
     assert (list(trained), list(measured)) == (documents, mismatched)
 
@@ -75,7 +75,7 @@ def test_mismatched_documents_have_the_answer_before() -> None:
 def test_the_loss_is_that_of_the_paper_for_every_packing() -> None:
     model = make_tiny_model(dtype=torch.float64)
     documents = make_labelled()
-    mismatched = mismatch_answers(documents, 10**6)
+    mismatched = build_mismatched(documents, 10**6)
     ratios = [float(compute_ratio(model, document).detach()) for document in mismatched]
     expected_kl = max(0.0, sum(ratios) / len(ratios))
     kl = measure_kl(model, mismatched, 20)
@@ -98,7 +98,7 @@ def test_the_loss_is_that_of_the_paper_for_every_packing() -> None:
 
 def test_kl_is_at_least_zero_and_zero_without_documents() -> None:
     model = make_tiny_model(dtype=torch.float64)
-    mismatched = mismatch_answers(make_labelled(), 10**6)
+    mismatched = build_mismatched(make_labelled(), 10**6)
     assert measure_kl(model, (), 100) == 0
     above = [dataclasses.replace(document, reference_logp=1e3) for document in mismatched]
     below = [dataclasses.replace(document, reference_logp=-1e3) for document in mismatched]
@@ -111,7 +111,7 @@ def test_a_step_measures_its_own_kl() -> None:
     documents = make_labelled()
     stored = [
         dataclasses.replace(document, reference_logp=-200.0)
-        for document in mismatch_answers(documents, 10**6)
+        for document in build_mismatched(documents, 10**6)
     ]
     config = make_config(loss="kto", beta=0.3, stage="preference", max_grad_norm=0)
     losses = []

@@ -9,7 +9,7 @@ from test_kto import compute_step  # type: ignore[import-not-found]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny_runs import make_tiny_recipe, save_model_folder, write_rows
-from tunesmith.data.sampler import mismatch_answers
+from tunesmith.data.sampler import build_mismatched
 from tunesmith.model.adapters import METHODS, get_trainable_parameters
 from tunesmith.model.causal_lm import load_network, wrap_model
 from tunesmith.session import inputs
@@ -85,7 +85,7 @@ def test_kto_is_that_of_its_trainer(tmp_path: Path) -> None:
     network = load_network(folder, torch.float64)
     METHODS["full"](network, {})
     model = wrap_model(network, torch.float64)
-    mismatched = mismatch_answers(documents, 10**6)
+    mismatched = build_mismatched(documents, 10**6)
     documents = add_references(model, documents)
     mismatched = add_references(model, mismatched)
     shake(list(network.parameters()), list(trainer.model.parameters()))
