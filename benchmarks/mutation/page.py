@@ -2,7 +2,7 @@
 
 In: a row per mutant, the number of mutants of each file. Out: the page, with a table per question:
 the score of each file, the mutants made by hand, the survivors that are explained, and those that
-are not. A timeout counts as killed: the test run did not end.
+are not.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ HEADER = """# Results: mutation run
 
 Would a test notice if the exactness and evidence code were wrong? `make mutation` changes one place
 at a time (operators, numbers, conditions, loops, exceptions, decorators; cosmic-ray {version}) and
-runs the unit tests of that file. {date}; a random sample per file, seed {seed}. Explained survivors
-behave as the original, for the reason in a table below. Score: (killed + explained) / tried.
+runs the unit tests of that file. {date}; a random sample per file, seed {seed}. A mutant is killed
+if a test fails or does not end ({timeouts} did not). Explained survivors behave as the original, for
+the reason in a table below. Score: (killed + explained) / tried.
 
 | file | mutants in all | tried | killed | survived | explained | score |
 |---|---|---|---|---|---|---|
@@ -51,7 +52,10 @@ Row = dict[str, object]
 def write_page(page: Path, rows: Sequence[Row], totals: dict[str, int], seed: int) -> None:
     explained = load_explained()
     sampled = [row for row in rows if not row["by_hand"]]
-    text = HEADER.format(version=version("cosmic-ray"), date=date.today(), seed=seed)
+    timeouts = sum(row["outcome"] == "timeout" for row in sampled)
+    text = HEADER.format(
+        version=version("cosmic-ray"), date=date.today(), seed=seed, timeouts=timeouts
+    )
     text += "".join(_iter_scores(sampled, totals, explained))
     text += BY_HAND_HEADER
     for row in rows:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -41,7 +42,8 @@ PACKAGE = ROOT / "src/tunesmith"
 RESULTS = ROOT / "build/mutation.jsonl"
 PAGE = ROOT / "docs/results/mutation.md"
 SEED = 0
-TIMEOUT_SECONDS = 100
+CPU_SECONDS = 20  # of one mutant: an endless loop
+TIMEOUT_SECONDS = 200  # a deadlock
 PYTEST_FLAGS = (
     *("-x", "-qq", "--no-header", "--tb=no"),
     *("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "benchmarks.mutation.no_shrink"),
@@ -80,7 +82,11 @@ def main() -> None:
         print(f"{number}/{len(pending)} {describe(row)}", flush=True)
         write_results(results.values())
     if words == [""]:
-        current = [results[mutant.key] for mutant in mutants if mutant.key in results]
+        current: list[dict[str, object]] = []
+        for mutant in mutants:
+            row = results.get(mutant.key, {})
+            if row.get("sha256") == hash_text(mutant.source):
+                current.append(row)
         write_page(PAGE, current, totals, SEED)
 
 
@@ -194,6 +200,7 @@ def run_in_fork(tests: Sequence[str], mutant: Mutant | None = None) -> str:
     process = os.fork()
     if not process:
         os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
         status = 1
         try:
             if mutant is not None:
@@ -205,6 +212,8 @@ def run_in_fork(tests: Sequence[str], mutant: Mutant | None = None) -> str:
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         finished, status = os.waitpid(process, os.WNOHANG)
+        if finished and os.WIFSIGNALED(status):
+            return "timeout"
         if finished:
             return "killed" if status else "survived"
         time.sleep(0.05)
