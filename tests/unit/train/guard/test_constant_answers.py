@@ -64,6 +64,20 @@ def test_it_is_silent_where_it_cannot_know() -> None:
     assert not make_guard(watch="off").should_confirm(45)
 
 
+@pytest.mark.parametrize(("fields", "more"), [(3, ""), (4, "; and 1 more fields")])
+def test_three_constant_fields_are_named(fields: int, more: str) -> None:
+    guard = make_guard()
+    names = [f"flag_{number}" for number in range(fields)]
+    for index in range(64):
+        expected = {"id": index} | dict.fromkeys(names, index % 3 == 0)
+        answer = {"id": index} | dict.fromkeys(names, False)
+        texts = (json.dumps(answer), json.dumps(expected))
+        guard.observe_event(GenerationSample(45, f"e:{index}", "prompt", *texts, EVAL_TASK))
+    (verdict,) = guard.judge_answers(45)
+    named = [f"{name} is false in 64 of 64 answers, expected in 42" for name in names[:3]]
+    assert verdict.evidence == "; ".join(named) + more
+
+
 def test_only_the_answers_of_the_last_evaluation_count() -> None:
     guard = make_guard()
     judge(guard, 30, is_constant=True, count=16)

@@ -366,6 +366,8 @@ def test_a_loss_average_speaks_after_eight_steps() -> None:
     losses = [1.0, 3.0, 4.0, 4.667, 5.167, 5.567, 5.93, 6.294, 6.657]
     assert feed_losses(losses[:8]) == {}
     assert feed_losses(losses) == {"loss rise": 9, "loss above start": 9}
+    small = [loss / 5 for loss in losses]
+    assert feed_losses(small) == {"loss rise": 9, "loss above start": 9}
 
 
 def test_evidence_shows_the_numbers() -> None:
