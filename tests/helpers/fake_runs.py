@@ -183,7 +183,16 @@ def make_scales(losses: Sequence[float] = (2, 1.75, 1.5, 1.25, 1)) -> tuple[Scal
     for scale, loss in zip((0, 0.25, 0.5, 0.75, 1), losses, strict=True):
         eval_loss = Score("eval", "loss", loss, loss - 0.1, loss + 0.1, 40, 30)
         general = Score("general text", "bits_per_byte", 0.9 + scale / 10, 0.8, 1.1, 40, 30)
-        points.append(ScalePoint(scale, eval_loss, general))
+        lost = Score(
+            "general text",
+            "bits_per_byte_lost",
+            scale / 10,
+            0.9 * scale / 10,
+            1.1 * scale / 10,
+            40,
+            30,
+        )
+        points.append(ScalePoint(scale, eval_loss, general, lost))
     return tuple(points)
 
 

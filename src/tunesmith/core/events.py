@@ -61,6 +61,7 @@ class GenerationSample:
     answer: str
     expected: str = ""
     task: str = ""  # "eval" for complete answers to rows of eval_data during training
+    context: str = ""  # messages before the prompt, such as the system message
 
 
 @dataclass(frozen=True)

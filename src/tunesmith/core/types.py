@@ -547,6 +547,8 @@ class ScalePoint:
     scale: float
     eval_loss: Score  # on eval_data
     general_text: Score | None = None  # bits per byte
+    # bits per byte lost against scale 0, in pairs; None in records of earlier versions
+    general_lost: Score | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from tunesmith.core.events import GENERAL_TASK
+from tunesmith.core.events import GENERAL_TASK, Score
 from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Document, ScalePoint
 from tunesmith.data.sampler import permute_rows
@@ -19,7 +19,13 @@ from tunesmith.evaluate.general_text import sample_texts
 from tunesmith.evaluate.items import EvalItems
 from tunesmith.evaluate.measure import measure_eval_loss, measure_general_text
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
-from tunesmith.evaluate.results import EvalResults, MetricValues, compute_score, select_items
+from tunesmith.evaluate.results import (
+    EvalResults,
+    MetricValues,
+    compare_measurements,
+    compute_score,
+    select_items,
+)
 from tunesmith.model.adapters import scaled_adapter
 from tunesmith.session.session import Session
 
@@ -42,15 +48,25 @@ def measure_scale_curve(
     items = select_curve_items(session, items)
     end_results = {1.0: after} if session.inputs.adapter else {0.0: before, 1.0: after}
     points: list[ScalePoint] = []
+    base: MetricValues | None = None
     for scale in log_progress(ADAPTER_SCALES, len(ADAPTER_SCALES), "adapter scales"):
-        general_score = None
+        general_score = lost = None
         with scaled_adapter(session.model.network, scale):
             eval_score = compute_score(measure_eval_loss(session, items), step=step)
             if items.general_texts:
                 general = _get_general(session, items, end_results.get(scale))
                 general_score = compute_score(general, step=step)
-        points.append(ScalePoint(scale, eval_score, general_score))
+                base = base or general
+                lost = _compare_to_base(base, general, step)
+        points.append(ScalePoint(scale, eval_score, general_score, lost))
     return tuple(points)
+
+
+def _compare_to_base(base: MetricValues, general: MetricValues, step: int) -> Score:
+    """Return the paired difference in bits per byte, with its interval."""
+    lost = compare_measurements(base, general, step=step)
+    n = len(general.ids)
+    return Score(GENERAL_TASK, "bits_per_byte_lost", lost.difference, lost.low, lost.high, n, step)
 
 
 def _get_general(session: Session, items: EvalItems, results: EvalResults | None) -> MetricValues:

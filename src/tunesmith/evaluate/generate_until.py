@@ -29,6 +29,8 @@ from tunesmith.model.generation.engine import AllowedTokensFn, generate
 from tunesmith.plan.memory_budget import compute_answer_limit
 from tunesmith.recipe.fields import parse_custom_metric
 
+MAX_CONTEXT_CHARS = 4_000
+
 # ---------------------------------------------------------------- prompts and answers
 
 
@@ -46,6 +48,7 @@ class EvalPrompt:
     expected: str
     num_expected_tokens: int
     negative: bool | Literal["whole"] | None = None
+    context: str = ""  # messages before the last one, for the reader
 
 
 def build_prompts(examples: Sequence[Example], renderer: Renderer) -> tuple[EvalPrompt, ...]:
@@ -66,9 +69,12 @@ def _build_prompt(example: Example, renderer: Renderer) -> EvalPrompt:
     start = int(np.flatnonzero(weights_L[:end] == 0)[-1]) + 1
     answer = [token for token in tokens_L[start:end].tolist() if token not in renderer.end_ids]
     prompt_text = example.prompt or ""
+    context = ""
     if example.messages:
         trained_turns = [i for i, weight in enumerate(example.turn_weights) if weight > 0]
-        prompt_text = example.messages[max(trained_turns, default=0) - 1]["content"]
+        last = max(trained_turns, default=0) - 1
+        prompt_text = example.messages[last]["content"]
+        context = _format_messages(example.messages[:last])
     return EvalPrompt(
         id=example.id,
         prompt_ids=tuple(tokens_L[:start].tolist()),
@@ -76,7 +82,15 @@ def _build_prompt(example: Example, renderer: Renderer) -> EvalPrompt:
         expected=renderer.decode(answer),
         num_expected_tokens=end - start,
         negative=True if example.label is False else example.negative,
+        context=context,
     )
+
+
+def _format_messages(messages: Sequence[Json]) -> str:
+    """Return messages as text, each after its role; cut, as every answer keeps it."""
+    parts = [f"{message['role']}: {message.get('content') or ''}" for message in messages]
+    text = "\n\n".join(parts)
+    return text if len(text) <= MAX_CONTEXT_CHARS else f"{text[:MAX_CONTEXT_CHARS]} …"
 
 
 def compute_max_new_tokens(prompts: Sequence[EvalPrompt], *, needs_end: bool) -> int:
@@ -188,5 +202,8 @@ def build_samples(
     samples: list[GenerationSample] = []
     for prompt, answer in zip(prompts, answers, strict=True):
         expected = "" if prompt.negative else prompt.expected
-        samples.append(GenerationSample(step, prompt.id, prompt.prompt_text, answer, expected))
+        sample = GenerationSample(
+            step, prompt.id, prompt.prompt_text, answer, expected, context=prompt.context
+        )
+        samples.append(sample)
     return tuple(samples)

@@ -15,6 +15,7 @@ from tunesmith.core.formatting import format_bytes, format_duration
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import RECIPE_FILE
 from tunesmith.core.types import DataReport, Finding, Json, Plan
+from tunesmith.report.data_checks import CheckView, list_checks
 from tunesmith.report.run_data import ReportData, StageData
 from tunesmith.report.summary import find_weights_file
 
@@ -38,6 +39,16 @@ class DataView:
     stage: StageData
     roles: tuple[RoleView, ...]
     findings: tuple[tuple[str, Finding], ...]  # role, finding
+    checks: tuple[CheckView, ...]
+    command: str  # that runs the checks which did not run
+
+    @property
+    def not_run(self) -> list[CheckView]:
+        return [check for check in self.checks if check.state == "not run"]
+
+    @property
+    def ran(self) -> list[CheckView]:
+        return [check for check in self.checks if check.state != "not run"]
 
 
 def build_data(run: ReportData) -> list[DataView]:
@@ -47,7 +58,10 @@ def build_data(run: ReportData) -> list[DataView]:
         findings: list[tuple[str, Finding]] = []
         for role, report in stage.plan.data.items():
             findings += [(role, finding) for finding in report.findings]
-        views.append(DataView(stage, roles, tuple(findings)))
+        checks = tuple(list_checks(stage.plan.data))
+        recipe = shlex.quote(str(stage.path / RECIPE_FILE))
+        command = f"tunesmith data check {recipe}"
+        views.append(DataView(stage, roles, tuple(findings), checks, command))
     return views
 
 
@@ -110,7 +124,8 @@ def _build_cost_rows(stage: StageData) -> list[CostRow]:
     if plan.seconds and len(steps) >= plan.steps:
         predicted_seconds = (min(plan.seconds) + max(plan.seconds)) / 2
         time_ratio = f"{seconds / predicted_seconds:.2f}" if predicted_seconds else "-"
-    predicted_time = " to ".join(format_duration(bound) for bound in plan.seconds) or "-"
+    predicted_time = " to ".join(format_duration(bound) for bound in plan.seconds)
+    predicted_time = predicted_time or "not predicted: this machine was not measured"
     speed = f"{tokens / max(seconds, 1e-9):,.0f}"
     return [
         CostRow("Peak memory", stage.name, predicted_memory, format_bytes(peak), memory_ratio),
@@ -145,10 +160,15 @@ def build_reproduction(run: ReportData) -> list[str]:
 class ProvenanceView:
     stage: StageData
     rows: tuple[tuple[str, str], ...]  # item, value
+    hashes: tuple[tuple[str, str], ...]  # file, sha256
 
 
 def build_provenance(run: ReportData) -> list[ProvenanceView]:
-    return [ProvenanceView(stage, tuple(_list_provenance(stage))) for stage in run.stages]
+    views: list[ProvenanceView] = []
+    for stage in run.stages:
+        hashes = (*_list_input_hashes(stage.fingerprint), *_list_weight_hashes(stage))
+        views.append(ProvenanceView(stage, tuple(_list_provenance(stage)), hashes))
+    return views
 
 
 def _list_provenance(stage: StageData) -> list[tuple[str, str]]:
@@ -158,8 +178,6 @@ def _list_provenance(stage: StageData) -> list[tuple[str, str]]:
     return [
         ("run folder", str(stage.path)),
         ("model", _describe_model(plan)),
-        *_list_input_hashes(stage.fingerprint),
-        *_list_weight_hashes(stage),
         ("machine", f"{machine.device} {machine.device_name}, {machine.cores} cores, {memory}"),
         *machine.versions.items(),
         ("seed", str(plan.config.seed)),

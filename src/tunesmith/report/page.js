@@ -1,17 +1,60 @@
 "use strict";
-// Filter and search the answers, and show a few dozen at a time. Texts become text nodes, never HTML.
+// Texts become text nodes, never HTML.
+// ---------------------------------------------------------------- panes, commands, sections
+(() => {
+  // Only what scrolls is a stop of the Tab key.
+  const update = (pane) => {
+    const scrolls = pane.scrollWidth > pane.clientWidth + 1 || pane.scrollHeight > pane.clientHeight + 1;
+    if (scrolls) pane.tabIndex = 0;
+    else pane.removeAttribute("tabindex");
+  };
+  const sizes = new ResizeObserver((entries) => entries.forEach((entry) => update(entry.target)));
+  window.watchPane = (pane) => sizes.observe(pane);
+  document.querySelectorAll(".scroll, .pane pre").forEach(window.watchPane);
+
+  const copy = async (button) => {
+    const code = button.previousElementSibling;
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+      button.textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(code);
+      button.textContent = "Selected";
+    }
+    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  };
+  document.querySelectorAll("button.copy").forEach((button) => {
+    button.hidden = false;
+    button.addEventListener("click", () => copy(button));
+  });
+
+  // The section that is being read is marked in the navigation.
+  const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+  const visible = new Set();
+  const seen = new IntersectionObserver((entries) => {
+    entries.forEach((entry) => (entry.isIntersecting ? visible.add(entry.target.id) : visible.delete(entry.target.id)));
+    const current = [...links.keys()].find((id) => visible.has(id));
+    links.forEach((link, id) => (id === current ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current")));
+  }, { rootMargin: "-10% 0px -70% 0px" });
+  links.forEach((_, id) => seen.observe(document.getElementById(id)));
+})();
+
+// ---------------------------------------------------------------- answers
 (() => {
   const block = document.getElementById("sample-data");
   if (!block) return;
+  const FIRST = 10;
   const PAGE = 40;
-  const STATES = { better: "better", worse: "worse", mixed: "better and worse", same: "same grade" };
   const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffc\ufffe\uffff]|[\u{d800}-\u{dfff}\u{e0000}-\u{e0fff}]/gu;
-  const samples = JSON.parse(block.textContent);
+  const { samples, messages, fields } = JSON.parse(block.textContent);
   const list = document.getElementById("sample-list");
   const search = document.getElementById("sample-search");
   const status = document.getElementById("sample-status");
   const buttons = [...document.querySelectorAll("[data-show]")];
+  const chips = [...document.querySelectorAll("[data-chip]")];
   let filter = "all";
+  let field = null;
+  let rows = null;
   let matches = [];
   let shown = 0;
 
@@ -43,57 +86,122 @@
 
   const pane = (name, pieces) => {
     const text = quoted("pre", pieces);
-    text.tabIndex = 0;
     text.setAttribute("aria-label", name);
     text.setAttribute("role", "group");
-    return element("div", "pane " + name.toLowerCase(), element("h4", "", name), text);
+    window.watchPane(text);
+    return element("div", "pane " + name.toLowerCase(), element("p", "pane-title", name), text);
   };
 
-  const article = (sample) => {
-    const state = element("b", "outcome " + sample.state, STATES[sample.state]);
-    const node = element("article", "sample", element("h3", "sample-head", quoted("bdi", [sample.id]), " ", state));
-    const grades = sample.grades.map(([metric, before, after]) => element("span", "grade", `${metric} ${+before.toPrecision(3)} → ${+after.toPrecision(3)}`));
+  const fieldTable = (sample) => {
+    const head = element("tr");
+    for (const name of ["Field", "Expected", "Before", "After", "Result"]) {
+      const cell = element("th", "", name);
+      cell.scope = "col";
+      head.append(cell);
+    }
+    const body = element("tbody");
+    for (const [name, expected, before, after, isRight] of sample.fields) {
+      const title = element("th", "", quoted("bdi", [name]));
+      title.scope = "row";
+      const line = element("tr", isRight ? "right" : "wrong", title);
+      for (const [label, value] of [["expected", expected], ["before", before], ["after", after]]) {
+        const cell = element("td", "", value === null ? element("span", "soft", "–") : quoted("code", [value]));
+        cell.dataset.label = label;
+        line.append(cell);
+      }
+      line.append(element("td", "sign", isRight ? "✓ right" : "✗ wrong"));
+      body.append(line);
+    }
+    return element("table", "fields", element("thead", "", head), body);
+  };
+
+  const fill = (node, sample) => {
+    const grades = sample.grades.map(([metric, before, after]) => element("span", "grade", `${metric.replaceAll("_", " ")} ${+before.toPrecision(3)} → ${+after.toPrecision(3)}`));
     if (grades.length) node.append(element("p", "grades", ...grades));
     const prompt = pane("Prompt", [sample.prompt]);
     prompt.classList.add("prompt");
-    const panes = [["Expected", sample.expected], ["Before", sample.before], ["After", sample.after]].filter(([, pieces]) => pieces.length);
-    node.append(prompt, element("div", "panes", ...panes.map(([title, pieces]) => pane(title, pieces))));
+    node.append(prompt);
+    if (sample.context) node.append(element("details", "context", element("summary", "", "Messages before the prompt"), quoted("pre", [sample.context])));
+    if (sample.fields.length) node.append(fieldTable(sample));
+    if (sample.panes.length) node.append(element("div", "panes", ...sample.panes.map(([title, pieces]) => pane(title, pieces))));
+  };
+
+  const row = (sample) => {
+    const hint = sample.wrongFields.length ? sample.wrongFields.join(", ") : sample.prompt.slice(0, 120);
+    const summary = element("summary", "", element("span", "sample-id", quoted("bdi", [sample.id])), " ", element("b", "outcome " + sample.outcome, sample.label), " ", element("span", "sample-hint", quoted("bdi", [hint])));
+    const node = element("details", "sample", summary);
+    node.addEventListener("toggle", () => fill(node, sample), { once: true });
     return node;
   };
 
-  const searchText = (sample) => (sample.searchText ??= [sample.id, sample.prompt, ...sample.expected, "\n", ...sample.before, "\n", ...sample.after].join("").toLowerCase());
+  const searchText = (sample) => (sample.searchText ??= [sample.id, sample.prompt, ...sample.fields.flat(), ...sample.panes.flatMap(([, pieces]) => ["\n", ...pieces])].join("").toLowerCase());
   const FILTERS = {
-    all: () => true,
-    changed: (sample) => sample.changed,
-    unchanged: (sample) => !sample.changed,
-    better: (sample) => sample.state === "better",
-    worse: (sample) => sample.state === "worse",
+    "all": () => true,
+    "wrong-now": (sample) => sample.state === "wrong" || sample.state === "broken",
+    "right-now": (sample) => sample.state === "right" || sample.state === "fixed",
+    "fixed": (sample) => sample.state === "fixed",
+    "broken": (sample) => sample.state === "broken",
+    "better": (sample) => sample.state === "better",
+    "worse": (sample) => sample.state === "worse",
+    "changed": (sample) => sample.changed,
   };
 
   const more = element("button", "", "Show more");
   more.type = "button";
   more.id = "sample-more";
 
-  const extend = () => {
-    list.append(...matches.slice(shown, shown + PAGE).map(article));
-    shown = Math.min(matches.length, shown + PAGE);
+  const extend = (count) => {
+    list.append(...matches.slice(shown, shown + count).map(row));
+    shown = Math.min(matches.length, shown + count);
     more.hidden = shown >= matches.length;
     status.textContent = `${matches.length.toLocaleString("en")} of ${samples.length.toLocaleString("en")} answers, ${shown.toLocaleString("en")} shown`;
   };
 
   const restart = () => {
     const text = search.value.trim().toLowerCase();
-    matches = samples.filter((sample) => FILTERS[filter](sample) && (!text || searchText(sample).includes(text)));
+    const passes = (sample) => FILTERS[filter](sample) && (field === null || sample.wrongFields.includes(field)) && (!rows || rows.has(sample.id));
+    matches = samples.filter((sample) => passes(sample) && (!text || searchText(sample).includes(text)));
     shown = 0;
     list.replaceChildren();
-    extend();
+    extend(FIRST);
+    if (matches.length) return;
+    const isPlain = !text && field === null && !rows;
+    list.append(element("p", "empty", isPlain ? messages[filter] : "No answer passes all filters."));
+  };
+
+  const press = () => {
+    buttons.forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.show === filter && !rows)));
+    chips.forEach((chip) => chip.setAttribute("aria-pressed", String(field !== null && fields[chip.dataset.chip] === field)));
+    restart();
   };
 
   buttons.forEach((button) => button.addEventListener("click", () => {
     filter = button.dataset.show;
-    buttons.forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
-    restart();
+    rows = null;
+    if (filter === "all") field = null;
+    press();
   }));
+  chips.forEach((chip) => chip.addEventListener("click", () => {
+    const name = fields[chip.dataset.chip];
+    field = field === name ? null : name;
+    rows = null;
+    press();
+  }));
+  document.querySelectorAll("a[data-rows]").forEach((link) => link.addEventListener("click", () => {
+    filter = "all";
+    const name = JSON.parse(link.dataset.field);
+    field = samples.some((sample) => sample.wrongFields.includes(name)) ? name : null;
+    rows = field === null ? new Set(JSON.parse(link.dataset.rows)) : null;
+    search.value = "";
+    press();
+    list.querySelector("summary")?.focus({ preventScroll: true });
+  }));
+  list.addEventListener("keydown", (event) => {
+    if ((event.key !== "j" && event.key !== "k") || event.ctrlKey || event.metaKey || event.altKey) return;
+    const current = event.target.closest(".sample");
+    const next = event.key === "j" ? current?.nextElementSibling : current?.previousElementSibling;
+    next?.querySelector("summary")?.focus();
+  });
   let timer;
   search.addEventListener("input", () => {
     clearTimeout(timer);
@@ -101,8 +209,8 @@
   });
   more.addEventListener("click", () => {
     const next = shown;
-    extend();
-    list.children[next]?.querySelector("pre")?.focus();
+    extend(PAGE);
+    list.children[next]?.querySelector("summary")?.focus();
   });
   document.querySelector("#samples-here > .note")?.remove();
   document.getElementById("samples-here").append(more);

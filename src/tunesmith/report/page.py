@@ -23,10 +23,11 @@ from tunesmith.core.formatting import hide_folders, list_paths
 from tunesmith.core.run_dir import require_run
 from tunesmith.core.types import __version__
 from tunesmith.report.details import build_cost, build_data, build_provenance, build_reproduction
+from tunesmith.report.error_tables import build_errors
 from tunesmith.report.html import render_template
 from tunesmith.report.results import build_results, build_scales
 from tunesmith.report.run_data import ReportData, load_report_data
-from tunesmith.report.samples import STATE_LABELS, build_samples
+from tunesmith.report.samples import build_samples
 from tunesmith.report.summary import build_summary
 from tunesmith.report.training_curves import build_curves
 
@@ -44,9 +45,10 @@ class Section:
 
 
 SECTIONS: dict[str, tuple[str, Callable[[ReportData], object | None]]] = {
+    "errors": ("What is still wrong", build_errors),
     "results": ("Before and after", build_results),
     "curves": ("Training curves", build_curves),
-    "scales": ("Adapter-scale trade-off", build_scales),
+    "scales": ("Gain and forgetting", build_scales),
     "samples": ("Answers", build_samples),
     "data": ("Data", build_data),
     "plan": ("Plan", lambda run: run.stages),
@@ -88,8 +90,8 @@ def render_page(run: ReportData) -> str:
         run=run,
         summary=build_summary(run),
         sections=sections,
+        errors=build_errors(run),
         facts=_list_facts(run),
-        state_labels=STATE_LABELS,
         style=Markup(style),
         style_hash=_hash_text(style),
         script=Markup(script),

@@ -9,8 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunesmith.core.events import Score
-from tunesmith.core.types import ScalePoint
-from tunesmith.evaluate.scale_choice import build_commands, describe_recommendation
+from tunesmith.core.types import Comparison, Plan, ScalePoint
+from tunesmith.evaluate.scale_choice import (
+    build_commands,
+    compute_gain_share,
+    describe_recommendation,
+    recommend_scale,
+)
 from tunesmith.report.run_data import ReportData
 from tunesmith.report.summary import UNITS, Claim, build_claims
 from tunesmith.report.svg_charts import (
@@ -33,6 +38,7 @@ KL_LABELS = {
 class ResultRow:
     claim: Claim
     strip: Strip
+    change: str  # of a loss: in % of the value before
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,29 @@ class ScalesView:
 def build_results(run: ReportData) -> list[ResultRow] | None:
     if run.record is None or not run.record.comparisons:
         return None
-    return [ResultRow(claim, _build_strip(claim)) for claim in build_claims(run.record)]
+    return [_build_row(claim) for claim in build_claims(run.record)]
 
 
-def _build_strip(claim: Claim) -> Strip:
+def _build_row(claim: Claim) -> ResultRow:
+    """Draw rates as they are and other metrics in shares of the value before, all on one axis."""
+    comparison = claim.comparison
+    before = comparison.before.value
+    if _is_rate(comparison) or not before:
+        return ResultRow(claim, _build_strip(claim, 1.0), "")
+    unit = abs(before)
+    change = f"{comparison.difference / unit:+.1%}".replace("-", "−")
+    return ResultRow(claim, _build_strip(claim, unit), change)
+
+
+def _is_rate(comparison: Comparison) -> bool:
+    values = (comparison.before.value, comparison.after.value)
+    return comparison.metric not in UNITS and all(0 <= value <= 1 for value in values)
+
+
+def _build_strip(claim: Claim, unit: float) -> Strip:
     """Mirror metrics where lower is better, so that better is always to the right."""
     comparison = claim.comparison
-    sign = 1 if comparison.higher_is_better else -1
+    sign = 1 / unit if comparison.higher_is_better else -1 / unit
     low, high = sorted((sign * comparison.low, sign * comparison.high))
     return build_strip(low, sign * comparison.difference, high)
 
@@ -62,7 +84,10 @@ def build_scales(run: ReportData) -> ScalesView | None:
     if record is None or not (record.scales or record.kl_scores):
         return None
     return ScalesView(
-        charts=(*_build_tradeoff_chart(record.scales), *_build_gain_chart(record.scales)),
+        charts=(
+            *_build_tradeoff_chart(record.scales, record.plan),
+            *_build_gain_chart(record.scales),
+        ),
         recommendation=describe_recommendation(record.scales),
         commands=build_commands(record.scales, str(run.path)),
         kl_scores=tuple(
@@ -71,27 +96,42 @@ def build_scales(run: ReportData) -> ScalesView | None:
     )
 
 
-def _build_tradeoff_chart(scales: Sequence[ScalePoint]) -> list[LineChart]:
-    """A point for each scale: left is better on the task, down is less forgotten."""
+def _build_tradeoff_chart(scales: Sequence[ScalePoint], plan: Plan) -> list[LineChart]:
+    """A point for each scale: right is more of the gain, down is less forgotten."""
+    base = scales[0].general_text if scales else None
+    if base is None or compute_gain_share(scales, scales[-1]) is None:
+        return []
     points: list[Point] = []
-    metric = ""
+    is_paired = True
     for scale_point in scales:
         general = scale_point.general_text
-        if general is not None:
-            metric = scale_point.eval_loss.metric
-            loss = scale_point.eval_loss.value
-            note = f"× {scale_point.scale:g}"
-            points.append(Point(loss, general.value, general.low, general.high, note))
-    if not points:
-        return []
+        gain = compute_gain_share(scales, scale_point)
+        if general is None or gain is None:
+            continue
+        note = f"× {scale_point.scale:g}"
+        lost = scale_point.general_lost
+        if lost is None:
+            is_paired = False
+            points.append(Point(gain * 100, general.value - base.value, note=note))
+        else:
+            points.append(Point(gain * 100, lost.value, lost.low, lost.high, note))
+    bars = "Bars are 95% intervals of the paired difference from the base."
+    if not is_paired:
+        bars = "Intervals of the paired difference were not recorded."
+    margin = plan.config.forgetting_margin
+    best = recommend_scale(scales)
+    chosen = tuple(index for index, point in enumerate(scales) if point is best)
     axes = Axes(
-        "Held-out loss and general text, by adapter scale",
-        "Held-out loss to the right, bits per byte of general text upward; lower is better on "
-        "both axes. Bars are 95% intervals.",
-        f"held-out loss, {UNITS.get(metric, metric)}",
-        "general text, bits per byte",
+        f"General text lost against gain kept, by adapter scale (n = {base.n})",
+        f"Share of the gain in held-out loss to the right, bits per byte of general text lost "
+        f"upward: right and down is better. {bars} The filled point is the recommended scale, "
+        f"the red line the limit of {margin:g}.",
+        "gain in held-out loss kept, %  (more is better →)",
+        "bits per byte lost (less is better ↓)",
+        span=(0, 100),
+        limit=margin or None,
     )
-    series = Series("bits per byte of general text", tuple(points), has_dots=True)
+    series = Series("bits per byte lost", tuple(points), has_dots=True, filled=chosen)
     return [build_line_chart("scales-tradeoff", axes, [series])]
 
 
@@ -107,8 +147,7 @@ def _build_gain_chart(scales: Sequence[ScalePoint]) -> list[LineChart]:
         f"From {points[0].y:.3f} without the adapter to {points[-1].y:.3f} with all of it; "
         "the band is the 95% interval."
     )
-    axes = Axes(
-        "Held-out loss, by adapter scale", description, "adapter scale", UNITS.get(metric, metric)
-    )
+    title = f"Held-out loss, by adapter scale (n = {scales[0].eval_loss.n})"
+    axes = Axes(title, description, "adapter scale", UNITS.get(metric, metric))
     series = Series(metric.replace("_", " "), tuple(points))
     return [build_line_chart("scales-gain", axes, [series])]

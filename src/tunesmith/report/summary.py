@@ -1,8 +1,9 @@
-"""The verdict at the top of the page: what changed, whether it is real, what it cost.
+"""The first screen of the page: the verdict, what changed, whether it is real, what it cost.
 
-In: ReportData. Out: Summary, which verdict.html.jinja draws. It claims no more than the intervals
-show: a metric is better or worse by the rule of the terminal (evaluate/statistics.py), and a
-change that does not survive the correction for several comparisons is marked and not counted.
+In: ReportData. Out: Summary, which verdict.html.jinja draws. The verdict and the next steps are
+those of evaluate/run_verdict.py. A metric is better or worse by the rule of the terminal
+(evaluate/statistics.py), and a change that does not survive the correction for several comparisons
+is marked.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.core.events import GENERAL_TASK, CheckResult
+from tunesmith.core.evidence import RunVerdict, VerdictName
 from tunesmith.core.formatting import format_bytes, format_duration
 from tunesmith.core.types import Comparison, RunRecord
 from tunesmith.evaluate.results import describe_truncation
+from tunesmith.evaluate.run_verdict import judge_run, judge_unfinished
 from tunesmith.evaluate.scale_choice import describe_bargain
 from tunesmith.evaluate.statistics import (
     NO_DIFFERENCE,
     TOO_FEW_ITEMS,
     describe_evidence,
+    format_p,
     judge_comparisons,
 )
 from tunesmith.report.run_data import ReportData, is_graded_metric
@@ -34,6 +38,13 @@ OUTCOMES: dict[str, Outcome] = {
     TOO_FEW_ITEMS: "unclear",
 }
 MAX_CAUTIONS = 8
+TONES: dict[VerdictName, Tone] = {
+    "ready": "good",
+    "useful, not ready": "mixed",
+    "no effect": "open",
+    "harmful": "bad",
+    "not measured": "open",
+}
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats per token"}
 
 
@@ -67,7 +78,8 @@ class Claim:
 class Summary:
     tone: Tone
     headline: str
-    sentence: str
+    verdict: RunVerdict
+    sentence: str = ""  # about a run without results, or about a better scale
     changes: tuple[Claim, ...] = ()  # graded metrics first, in the order of the recipe
     evidence: tuple[str, ...] = ()
     general: tuple[Claim, ...] = ()  # on general text
@@ -84,33 +96,41 @@ def build_claims(record: RunRecord) -> tuple[Claim, ...]:
     verdicts = judge_comparisons(record.comparisons)
     for comparison, verdict in zip(record.comparisons, verdicts, strict=True):
         outcome = OUTCOMES.get(verdict, "doubtful")
-        claims.append(Claim(comparison, outcome, verdict, describe_evidence(comparison)))
+        claims.append(Claim(comparison, outcome, verdict, _describe_evidence(comparison)))
     return tuple(claims)
+
+
+def _describe_evidence(comparison: Comparison) -> str:
+    """Return how many answers were fixed and broken; for other metrics, as the terminal does."""
+    if comparison.p_value is None:
+        return describe_evidence(comparison)
+    counts = f"{comparison.improved} fixed, {comparison.worsened} broken"
+    rest = describe_evidence(comparison).partition("; ")[2].partition("; ")[2]
+    return "; ".join(filter(None, [f"{counts}, {format_p(comparison.p_value)}", rest]))
 
 
 def build_summary(run: ReportData) -> Summary:
     record = run.record
     cautions = _list_cautions(run)
-    if run.failure:
-        sentence = f"{run.failure.splitlines()[0]} Nothing here may be used as a result."
-        return Summary("bad", "A check stopped this run", sentence, cautions=cautions)
     if record is None:
-        progress = f"{run.steps_done:,} of {run.steps_planned:,} steps are done"
-        sentence = f"{progress}; nothing has been measured after training yet."
-        return Summary("open", "Not finished", sentence, cautions=cautions)
+        verdict = judge_unfinished(run.path, run.steps_done, run.steps_planned, run.failure)
+        if run.failure:
+            sentence = "Nothing here may be used as a result."
+            return Summary("bad", "A check stopped this run", verdict, sentence, cautions=cautions)
+        return Summary("open", "Not finished", verdict, cautions=cautions)
+    verdict = record.verdict or judge_run(record, run.path)
     claims = build_claims(record)
     general = tuple(claim for claim in claims if claim.comparison.task == GENERAL_TASK)
     task_claims = [claim for claim in claims if claim not in general]
-    headline_claims, is_graded = _select_headline_claims(record, task_claims)
-    others = [claim for claim in task_claims if claim not in headline_claims]
-    tone, headline, sentence = _describe_results(headline_claims, general, is_graded=is_graded)
-    if bargain := describe_bargain(record.scales):
-        sentence += f" On eval_data, {bargain}; other metrics were not measured at that scale."
+    changes = _sort_claims(record, task_claims)
+    bargain = describe_bargain(record.scales)
+    sentence = f"On eval_data, {bargain}; not yet checked on the graded metrics." if bargain else ""
     return Summary(
-        tone=tone,
-        headline=headline,
+        tone=TONES[verdict.name],
+        headline=verdict.name.capitalize(),
+        verdict=verdict,
         sentence=sentence,
-        changes=(*headline_claims, *others),
+        changes=changes,
         evidence=tuple(_list_evidence(run, record, claims)),
         general=general,
         costs=tuple(_list_costs(record, has_general=bool(general))),
@@ -118,78 +138,11 @@ def build_summary(run: ReportData) -> Summary:
     )
 
 
-# ---------------------------------------------------------------- headline
-
-
-def _select_headline_claims(record: RunRecord, claims: Sequence[Claim]) -> tuple[list[Claim], bool]:
-    """Return the graded metrics and True; without any, the likelihoods and False."""
-    graded: list[Claim] = []
-    for claim in claims:
-        if is_graded_metric(claim.comparison.metric, record.plan.config.metrics):
-            graded.append(claim)
-    return graded or list(claims), bool(graded)
-
-
-def _describe_results(
-    claims: Sequence[Claim], general: Sequence[Claim], *, is_graded: bool
-) -> tuple[Tone, str, str]:
-    """Return tone, headline and sentence."""
-    if not claims and not general:
-        reason = "The recipe names neither test_data nor retention_data, so its effect is unknown."
-        return "open", "Trained, not measured", reason
-    outcomes = [claim.outcome for claim in claims]
-    heads = [_describe_task(outcomes, is_graded=is_graded)] if claims else []
-    heads += [_describe_general(claim) for claim in general[:1]]
-    tone = _choose_tone(outcomes, [claim.outcome for claim in general])
-    return tone, " ".join(heads), _count_outcomes(outcomes, is_graded=is_graded)
-
-
-def _describe_task(outcomes: Sequence[str], *, is_graded: bool) -> str:
-    subject = "The answers are" if is_graded else "Test rows are predicted"
-    if {"better", "worse"} <= set(outcomes):
-        return f"{subject} better on some metrics and worse on others."
-    if "better" in outcomes:
-        return f"{subject} better."
-    if "worse" in outcomes:
-        return f"{subject} worse."
-    if set(outcomes) == {"unclear"}:
-        return f"Too few {'answers' if is_graded else 'test rows'} to tell."
-    return f"No difference shown {'in the answers' if is_graded else 'on test rows'}."
-
-
-def _describe_general(claim: Claim) -> str:
-    """A loss that does not survive the correction may still be one, and the headline says so."""
-    if claim.outcome == "doubtful" and claim.verdict.startswith("worse"):
-        return "General text may have got worse."
-    if claim.outcome in ("better", "worse"):
-        return f"General text got {claim.outcome}."
-    if claim.outcome == "unclear":
-        return "Too few general texts to tell."
-    return "No change shown on general text."
-
-
-def _choose_tone(outcomes: Sequence[str], general: Sequence[str]) -> Tone:
-    if "worse" in outcomes:
-        return "mixed" if "better" in outcomes else "bad"
-    if "better" in outcomes:
-        return "mixed" if "worse" in general else "good"
-    return "bad" if "worse" in general else "open"
-
-
-def _count_outcomes(outcomes: Sequence[str], *, is_graded: bool) -> str:
-    count = len(outcomes)
-    if not count:
-        return "Only general text was measured: the recipe names no test_data."
-    noun = "metric" if count == 1 else "metrics"
-    kind = f"{noun} of the answers" if is_graded else f"likelihood {noun} on test rows"
-    better = outcomes.count("better")
-    worse = outcomes.count("worse")
-    if count > 1 and count in (better, worse):
-        return f"All {count} {kind} are {outcomes[0]}."
-    unclear = outcomes.count("unclear")
-    same = count - better - worse - unclear
-    counts = f"{better} better, {worse} worse, {same} with no difference shown"
-    return f"{count} {kind}: {counts}{f', {unclear} with too few items' if unclear else ''}."
+def _sort_claims(record: RunRecord, claims: Sequence[Claim]) -> tuple[Claim, ...]:
+    """Return graded metrics first, then likelihoods."""
+    settings = record.plan.config.metrics
+    graded = [claim for claim in claims if is_graded_metric(claim.comparison.metric, settings)]
+    return (*graded, *(claim for claim in claims if claim not in graded))
 
 
 # ---------------------------------------------------------------- evidence, cost, cautions
@@ -213,7 +166,7 @@ def _list_evidence(run: ReportData, record: RunRecord, claims: Sequence[Claim]) 
             )
     seeds = sorted({str(stage.plan.config.seed) for stage in run.stages})
     lines.append(
-        f"One run (seed {', '.join(seeds)}): the intervals do not cover seed-to-seed variation."
+        f"One seed only ({', '.join(seeds)}): the intervals do not cover seed-to-seed variation."
     )
     passed = sum(check.level == "ok" for check in record.preflight)
     total = len(record.preflight)

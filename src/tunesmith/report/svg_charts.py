@@ -13,15 +13,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-WIDTH = 460  # pixels
-HEIGHT = 270
+WIDTH = 340  # pixels: about that of a phone, so that text keeps its size
+HEIGHT = 220
 # margins
 LEFT = 54
 RIGHT = 14
-TOP = 26
-BOTTOM = 44
+TOP = 32
+BOTTOM = 42
 MAX_POINTS = 200
-MARK_SIGNS = {"saved": "▾", "warn": "◆", "rollback": "↺", "stop": "■"}
+MARK_SIGNS = {"saved": "▾", "warn": "◆", "rollback": "↺", "stop": "■", "kept": "★"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Series:
     points: tuple[Point, ...]
     style: str = "main"  # main | faint | base: the classes of page.css
     has_dots: bool = False
+    filled: tuple[int, ...] | None = None  # indices of the filled dots; None: all
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class Axes:
     x: str
     y: str
     span: tuple[float, ...] = ()  # values of x that the axis always covers
+    y_ticks: tuple[float, ...] = ()  # of a fixed axis; empty: as the values need it
+    is_log: bool = False  # of y; only for values above 0
+    limit: float | None = None  # a red line
+    limit_name: str = "limit"
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Frame:
 
     x_range: tuple[float, float]
     y_ticks: tuple[float, ...]
+    is_log: bool = False
 
     @property
     def x_ticks(self) -> tuple[float, ...]:
@@ -78,7 +84,13 @@ class Frame:
         return round(LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT), 2)
 
     def scale_y(self, value: float) -> float:
-        fraction = (value - self.y_ticks[0]) / (self.y_ticks[-1] - self.y_ticks[0])
+        low = self.y_ticks[0]
+        high = self.y_ticks[-1]
+        if self.is_log:
+            value = max(value, low)
+            fraction = math.log(value / low) / math.log(high / low)
+        else:
+            fraction = (value - low) / (high - low)
         return round(HEIGHT - BOTTOM - fraction * (HEIGHT - TOP - BOTTOM), 2)
 
 
@@ -97,6 +109,16 @@ def compute_ticks(low: float, high: float, max_ticks: int = 6) -> tuple[float, .
     return tuple(round(index * step, 12) for index in range(first, last + 1))
 
 
+def compute_log_ticks(low: float, high: float) -> tuple[float, ...]:
+    """Return 1, 2 and 5 times powers of ten that cover `low` to `high`; of many, powers alone."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(decades) <= 3 else (1,)
+    values = [round(factor * 10.0**power, 12) for power in decades for factor in factors]
+    first = max(index for index, value in enumerate(values) if value <= low or index == 0)
+    last = min((i for i, value in enumerate(values) if value >= high), default=len(values) - 1)
+    return tuple(values[first : max(last, first + 1) + 1])
+
+
 @dataclass(frozen=True)
 class Label:
     """Text in a drawing; `anchor` is SVG's text-anchor."""
@@ -108,6 +130,14 @@ class Label:
 
 
 @dataclass(frozen=True)
+class DotShape:
+    x: float
+    y: float
+    title: str  # that the pointer shows
+    is_filled: bool = True
+
+
+@dataclass(frozen=True)
 class SeriesShape:
     """A series in pixels: `band` and `line` are lists of SVG points, `bars` are paths."""
 
@@ -116,7 +146,7 @@ class SeriesShape:
     band: str
     bars: tuple[str, ...]
     line: str
-    dots: tuple[tuple[float, float], ...]
+    dots: tuple[DotShape, ...]
     dot_radius: float
     notes: tuple[Label, ...]
 
@@ -143,6 +173,7 @@ class LineChart:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     is_thinned: bool
+    limit: Label | None = None  # at the left end of the red line
     width: int = WIDTH
     height: int = HEIGHT
     top: int = TOP
@@ -167,7 +198,10 @@ def build_line_chart(
     for point in points:
         y_values += [value for value in (point.y, point.low, point.high) if value is not None]
     x_values = [*axes.span, *(point.x for point in points), *(mark.x for mark in marks)]
-    frame = Frame(_find_range(x_values), compute_ticks(min(y_values), max(y_values)))
+    if axes.limit is not None:
+        y_values.append(axes.limit)
+    is_log = axes.is_log and min(y_values) > 0
+    frame = Frame(_find_range(x_values), _choose_ticks(axes, y_values, is_log), is_log)
     columns, rows = _build_table(axes, drawn)
     return LineChart(
         id=chart_id,
@@ -183,7 +217,23 @@ def build_line_chart(
         columns=columns,
         rows=rows,
         is_thinned=is_thinned,
+        limit=_draw_limit(frame, axes),
     )
+
+
+def _choose_ticks(axes: Axes, y_values: Sequence[float], is_log: bool) -> tuple[float, ...]:
+    low = min(y_values)
+    high = max(y_values)
+    if axes.y_ticks and axes.y_ticks[0] <= low and high <= axes.y_ticks[-1]:
+        return axes.y_ticks
+    return compute_log_ticks(low, high) if is_log else compute_ticks(low, high, 5)
+
+
+def _draw_limit(frame: Frame, axes: Axes) -> Label | None:
+    if axes.limit is None:
+        return None
+    name = f"{axes.limit_name} {axes.limit:g}"
+    return Label(LEFT + 4, frame.scale_y(axes.limit), name)
 
 
 def _find_range(values: Sequence[float]) -> tuple[float, float]:
@@ -226,23 +276,36 @@ def _draw_series(frame: Frame, series: Series) -> SeriesShape:
         bars.append(f"M{x} {low}V{high}")
         upper.append(f"{x},{high}")
         lower.append(f"{x},{low}")
-    dots = tuple((frame.scale_x(point.x), frame.scale_y(point.y)) for point in series.points)
-    notes: list[Label] = []
+    dots: list[DotShape] = []
     for index, point in enumerate(series.points):
-        if point.note:
-            # below and above in turn, since neighbours may be close
-            offset = 18 if index % 2 == 0 else -9
-            notes.append(Label(dots[index][0] + 6, dots[index][1] + offset, point.note))
+        is_filled = series.filled is None or index in series.filled
+        title = f"{point.note or f'{point.x:g}'}: {', '.join(_format_cells(point, True))}"
+        dots.append(DotShape(frame.scale_x(point.x), frame.scale_y(point.y), title, is_filled))
     return SeriesShape(
         name=series.name,
         style=series.style,
         band="" if is_sparse else " ".join([*upper, *reversed(lower)]),
         bars=tuple(bars) if is_sparse else (),
-        line=" ".join(f"{x},{y}" for x, y in dots),
-        dots=dots if is_sparse or len(dots) <= 30 else (),
-        dot_radius=3.5 if is_sparse else 2.5,
-        notes=tuple(notes),
+        line=" ".join(f"{dot.x},{dot.y}" for dot in dots),
+        dots=tuple(dots) if is_sparse or len(dots) <= 30 else (),
+        dot_radius=4 if is_sparse else 2.5,
+        notes=_draw_notes(series, dots),
     )
+
+
+def _draw_notes(series: Series, dots: Sequence[DotShape]) -> tuple[Label, ...]:
+    """Return labels that stay inside of the drawing and do not overlap their neighbours."""
+    notes: list[Label] = []
+    for point, dot in zip(series.points, dots, strict=True):
+        if not point.note:
+            continue
+        is_right = dot.x > WIDTH - RIGHT - 60
+        y = max(TOP, dot.y - 9)
+        if any(abs(dot.x - note.x) < 60 and abs(y - note.y) < 13 for note in notes):
+            y = dot.y + 18
+        anchor = "end" if is_right else "start"
+        notes.append(Label(dot.x - 6 if is_right else dot.x + 6, y, point.note, anchor))
+    return tuple(notes)
 
 
 def _build_table(
@@ -282,12 +345,14 @@ def _format_cells(point: Point | None, has_interval: bool) -> list[str]:
 
 STRIP_WIDTH = 160  # pixels
 STRIP_HEIGHT = 20
+STRIP_TICKS = (-1, -0.5, 0, 0.5, 1)
 
 
 @dataclass(frozen=True)
 class Strip:
-    """A difference and its interval in pixels, with zero in the middle."""
+    """A difference and its interval in pixels, with zero in the middle of -1 to 1."""
 
+    ticks: tuple[float, ...]
     zero: float
     low: float
     value: float
@@ -297,9 +362,12 @@ class Strip:
 
 
 def build_strip(low: float, value: float, high: float) -> Strip:
-    """Scale so that the farther end of the interval nearly reaches the edge."""
-    reach = max(abs(low), abs(high), 1e-12) * 1.08
-    low_x, value_x, high_x = (
-        round(STRIP_WIDTH / 2 * (1 + number / reach), 2) for number in (low, value, high)
-    )
-    return Strip(STRIP_WIDTH / 2, low_x, value_x, high_x)
+    """Draw on the axis that all strips share; what is beyond -1 or 1 is drawn at its end."""
+    edge = 6  # of a dot at the end
+
+    def scale(number: float) -> float:
+        bounded = min(1.0, max(-1.0, number))
+        return round(STRIP_WIDTH / 2 + bounded * (STRIP_WIDTH / 2 - edge), 2)
+
+    ticks = tuple(map(scale, STRIP_TICKS))
+    return Strip(ticks, scale(0), scale(low), scale(value), scale(high))

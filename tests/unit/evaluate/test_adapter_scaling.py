@@ -63,6 +63,13 @@ def test_a_record_has_the_curve_from_the_base_to_the_whole_adapter(
     (compared,) = [item for item in record.comparisons if item.task == GENERAL_TASK]
     assert general[0] == pytest.approx(compared.before.value, rel=1e-6)
     assert general[-1] == pytest.approx(compared.after.value, rel=1e-5)
+    lost = [point.general_lost for point in record.scales if point.general_lost]
+    assert (lost[0].value, lost[0].low, lost[0].high) == (0, 0, 0)
+    for score, value in zip(lost, general, strict=True):
+        assert score.value == pytest.approx(value - general[0], abs=1e-9)
+    unpaired = record.scales[-1].general_text
+    assert unpaired is not None
+    assert lost[-1].high - lost[-1].low < unpaired.high - unpaired.low, "texts differ more"
     assert {point.eval_loss.task for point in record.scales} == {"eval"}
     moved = values(record)
     assert moved["test", "kl"] > 0

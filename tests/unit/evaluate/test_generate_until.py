@@ -138,6 +138,8 @@ def test_a_question_is_the_prompt_as_it_is_served(renderer: Renderer) -> None:
     (question,) = build_prompts([example], renderer)
     assert question.prompt_ids == renderer.encode_prompt(example.messages[:3])
     assert (question.id, question.prompt_text, question.expected) == ("test:1", "who?", GOLD)
+    assert question.context == "user: hi\n\nassistant: hello"
+    assert build_samples([question], ["x"], step=3)[0].context == question.context
     assert question.num_expected_tokens == len(GOLD) + 1
     limit = compute_max_new_tokens([question], needs_end=False)
     assert 1.4 * len(GOLD) < limit < compute_max_new_tokens([question], needs_end=True)

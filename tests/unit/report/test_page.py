@@ -1,9 +1,12 @@
 """The page of a run folder: what it shows for each kind of run, and that no content breaks it."""
 
+import json
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from importlib.resources import files
+from inspect import getsource
 from pathlib import Path
 from typing import get_args
 
@@ -12,15 +15,39 @@ import pytest
 import fake_runs
 from tunesmith import api
 from tunesmith.core.errors import InputError
-from tunesmith.core.events import GENERAL_TASK, CheckResult, GenerationSample, Score
+from tunesmith.core.events import CheckResult, GenerationSample, Score
+from tunesmith.core.evidence import (
+    MAX_GROUP_ROWS,
+    Confusion,
+    ErrorAnalysis,
+    ErrorGroup,
+    ErrorTable,
+    NextStep,
+    RunVerdict,
+    Shortcut,
+    VerdictName,
+)
 from tunesmith.core.json_io import to_jsonable
 from tunesmith.core.run_dir import EVAL_AFTER_FILE, EVAL_BEFORE_FILE
-from tunesmith.core.types import Comparison, PlanValue
-from tunesmith.evaluate.results import EvalResults, MetricValues
+from tunesmith.core.types import Comparison, DataReport, Finding, PlanValue
+from tunesmith.data.checks.row_checks import ROW_CHECKS
+from tunesmith.data.checks.run import DATASET_CHECKS
+from tunesmith.evaluate.error_analysis import analyze_errors
+from tunesmith.evaluate.results import EvalResults, MetricValues, compare_results
+from tunesmith.report.data_checks import CHECK_GROUPS, list_checks
+from tunesmith.report.error_tables import build_errors
 from tunesmith.report.page import render_page, write_report
 from tunesmith.report.run_data import load_report_data
-from tunesmith.report.samples import build_sample_diffs
-from tunesmith.report.summary import Outcome, Summary, build_summary
+from tunesmith.report.samples import (
+    FILTERS,
+    build_sample_diffs,
+    build_samples,
+    indent_json,
+    mark_similar,
+)
+from tunesmith.report.summary import TONES, Outcome, Summary, build_summary
+from tunesmith.report.svg_charts import LineChart
+from tunesmith.report.training_curves import build_curves
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>"
@@ -83,80 +110,42 @@ def summarize(tmp_path: Path, *comparisons: Comparison) -> Summary:
 @pytest.mark.parametrize(
     ("comparisons", "headline", "tone"),
     [
-        (
-            [fake_runs.BETTER, fake_runs.FORGOT],
-            "The answers are better. General text got worse.",
-            "mixed",
-        ),
-        ([fake_runs.BETTER], "The answers are better.", "good"),
-        ([fake_runs.SAME], "No difference shown in the answers.", "open"),
-        ([WORSE], "The answers are worse.", "bad"),
-        ([LOWER_LOSS], "Test rows are predicted better.", "good"),
-        ([fake_runs.SAME, LOWER_LOSS], "No difference shown in the answers.", "open"),
-        ([fake_runs.FORGOT], "General text got worse.", "bad"),
-        ([], "Trained, not measured", "open"),
+        ([fake_runs.BETTER], "Useful, not ready", "mixed"),
+        ([fake_runs.BETTER, fake_runs.FORGOT], "Useful, not ready", "mixed"),
+        ([fake_runs.SAME], "No effect", "open"),
+        ([WORSE], "Harmful", "bad"),
+        ([fake_runs.FORGOT], "Not measured", "open"),
+        ([], "Not measured", "open"),
     ],
 )
-def test_the_headline_follows_the_intervals(
+def test_the_headline_is_the_verdict(
     comparisons: list[Comparison], headline: str, tone: str, tmp_path: Path
 ) -> None:
     summary = summarize(tmp_path, *comparisons)
     assert (summary.headline, summary.tone) == (headline, tone)
-    assert read_text(tmp_path / "run").count(headline) >= 1
+    html = render_page(load_report_data(tmp_path / "run"))
+    assert f'<h1 id="verdict-title">{headline}</h1>' in html
+    assert f"<title>run: {headline}</title>" in html
 
 
-def test_a_change_that_does_not_survive_holm_correction_does_not_count(tmp_path: Path) -> None:
+def test_every_verdict_has_a_tone() -> None:
+    assert set(TONES) == set(get_args(VerdictName))
+
+
+def test_a_change_that_does_not_survive_holm_correction_is_marked(tmp_path: Path) -> None:
     weak = fake_runs.make_comparison("exact_match", 0.1, 0.2, 0.09)
     five = [weak, *(replace(fake_runs.SAME, metric=f"m{n}") for n in range(4))]
-    assert summarize(tmp_path, *five).headline == "No difference shown in the answers."
+    assert summarize(tmp_path, *five).headline == "No effect"
     text = read_text(tmp_path / "run")
     assert "better, but not after Holm correction (5 comparisons)" in text
-
-
-def test_a_doubtful_loss_on_general_text_is_in_the_headline(tmp_path: Path) -> None:
-    weak = fake_runs.make_comparison(
-        "bits_per_byte", 0.9, 1.0, 0.09, task=GENERAL_TASK, higher_is_better=False
-    )
-    others = [replace(fake_runs.SAME, metric=f"m{n}") for n in range(4)]
-    assert "may have got worse" in summarize(tmp_path, *others, weak).headline
 
 
 FEW = Score("test", "exact_match", 0.5, 0.0, 1.0, 4, 0)
 
 
-@pytest.mark.parametrize(
-    ("comparisons", "headline", "sentence"),
-    [
-        (
-            [replace(WORSE, after=FEW)],
-            "Too few answers to tell.",
-            "1 metric of the answers: 0 better, 0 worse, 0 with no difference shown, "
-            "1 with too few items.",
-        ),
-        (
-            [replace(LOWER_LOSS, after=FEW)],
-            "Too few test rows to tell.",
-            "1 likelihood metric on test rows: 0 better, 0 worse, 0 with no difference shown, "
-            "1 with too few items.",
-        ),
-        (
-            [fake_runs.SAME, replace(fake_runs.SAME, metric="breaks x", after=FEW)],
-            "No difference shown in the answers.",
-            "2 metrics of the answers: 0 better, 0 worse, 1 with no difference shown, "
-            "1 with too few items.",
-        ),
-        (
-            [fake_runs.BETTER, replace(fake_runs.FORGOT, after=FEW)],
-            "The answers are better. Too few general texts to tell.",
-            "1 metric of the answers: 1 better, 0 worse, 0 with no difference shown.",
-        ),
-    ],
-)
-def test_too_few_items_are_neither_better_nor_the_same(
-    comparisons: list[Comparison], headline: str, sentence: str, tmp_path: Path
-) -> None:
-    summary = summarize(tmp_path, *comparisons)
-    assert (summary.headline, summary.sentence) == (headline, sentence)
+def test_too_few_items_are_neither_better_nor_the_same(tmp_path: Path) -> None:
+    summary = summarize(tmp_path, replace(WORSE, after=FEW))
+    assert summary.headline == "Not measured"
     html = render_page(load_report_data(tmp_path / "run"))
     assert '<b class="outcome unclear">too few items to tell</b>' in html
 
@@ -188,15 +177,12 @@ def test_a_custom_metric_of_a_folder_is_a_metric_of_the_answers(tmp_path: Path) 
     run = load_report_data(
         fake_runs.write_run(tmp_path / "run", plan=plan, record=record, files=result_files)
     )
-    summary = build_summary(run)
-    assert summary.headline == "The answers are better."
-    assert summary.sentence.startswith("1 metric of the answers: 1 better")
+    changes = build_summary(run).changes
+    assert [claim.comparison.metric for claim in changes] == ["mine.py:score", "bits_per_byte"]
     assert [diff.grades for diff in build_sample_diffs(run)] == [
         [("mine.py:score", 0, 1)],
         [("mine.py:score", 0.5, 0.25)],
     ]
-    other = [replace(comparisons[0], metric="other.py:score"), likelihood]
-    assert "likelihood" in summarize(tmp_path / "other", *other).sentence
 
 
 # ---------------------------------------------------------------- what it shows
@@ -220,7 +206,7 @@ def test_everything_about_a_run_is_on_its_page(tmp_path: Path) -> None:
         "tunesmith train",
         "ab" * 32,
         "torch 2.9",
-        "3 answers: 2 changed, 1 better, 1 worse.",
+        "3 answers, wrong ones first.",
         "Peak memory 2.0 GB",
         "set in the recipe",
     ):
@@ -233,13 +219,13 @@ def test_scales_trade_gain_for_forgetting(tmp_path: Path) -> None:
     kl_scores = (Score("test", "kl", 0.31, 0.2, 0.4, 40, 30),)
     record = fake_runs.make_record(scales=fake_runs.make_scales(), kl_scores=kl_scores)
     text = read_text(fake_runs.write_run(tmp_path / "run", record=record))
-    assert "Adapter-scale trade-off" in text
-    assert "2, × 0 0.9 0.8 to 1.1" in text  # held-out loss, scale, bits per byte
-    assert "1, × 1 1 0.8 to 1.1" in text
+    assert "Gain and forgetting" in text
+    assert "0, × 0 0 0 to 0" in text  # % of the gain, scale, bits per byte lost in pairs
+    assert "100, × 1 0.1 0.09 to 0.11" in text
     assert "From 2.000 without the adapter to 1.000 with all of it" in text
     assert "KL(base ‖ tuned), nats per token 40 0.310 0.200 to 0.400" in text
     plain = fake_runs.write_run(tmp_path / "plain", record=fake_runs.make_record())
-    assert "Adapter-scale trade-off" not in read_text(plain)
+    assert "Gain and forgetting" not in read_text(plain)
 
 
 def test_a_scale_that_forgets_much_less_is_recommended_in_the_verdict(tmp_path: Path) -> None:
@@ -247,11 +233,11 @@ def test_a_scale_that_forgets_much_less_is_recommended_in_the_verdict(tmp_path: 
     run = fake_runs.write_run(tmp_path / "run", record=record)
     tradeoff = "scale 0.25 keeps 96% of the gain in loss at 25% of the forgetting"
     sentence = build_summary(load_report_data(run)).sentence
-    assert f"On eval_data, {tradeoff}; other metrics were not measured at that scale." in sentence
+    assert f"On eval_data, {tradeoff}; not yet checked on the graded metrics." in sentence
     text = read_text(run)
-    verify = "Verify it on test_data: tunesmith compare run@0.25 run"
-    assert f"Recommended: {tradeoff}. {verify}" in text
-    assert "Export it: tunesmith export run --to peft --scale 0.25" in text
+    assert f"Recommended: {tradeoff}. Verify it on test_data, then export it:" in text
+    assert "tunesmith compare run@0.25 run Copy" in text
+    assert "tunesmith export run --to peft --scale 0.25 Copy" in text
 
 
 def test_without_a_better_scale_none_is_recommended(tmp_path: Path) -> None:
@@ -271,7 +257,7 @@ def test_the_guard_is_on_the_curves(tmp_path: Path) -> None:
     ]
     events = [*fake_runs.make_events(), *probes, *guard_events]
     html = render_page(load_report_data(fake_runs.write_run(tmp_path / "run", events=events)))
-    assert "probes: repetition" in html
+    assert "probes: repetition (n = 8)" in html
     assert html.count('class="mark rollback"') == 3  # on the loss, the held-out loss and the probes
     text = read_text(tmp_path / "run")
     assert "seq-rep-4 0.9; back to step 10" in text
@@ -302,7 +288,7 @@ def test_several_stages_are_one_page(tmp_path: Path) -> None:
     assert "60 steps" in text
 
 
-def test_grades_decide_better_and_worse(tmp_path: Path) -> None:
+def test_grades_decide_right_and_wrong(tmp_path: Path) -> None:
     rows = [f"test.jsonl:{number}" for number in (1, 2, 3)]
 
     def make_results(values: list[float], answers: list[str]) -> dict:
@@ -326,11 +312,21 @@ def test_grades_decide_better_and_worse(tmp_path: Path) -> None:
     run = fake_runs.write_run(tmp_path / "run", record=record, files=files)
     diffs = build_sample_diffs(load_report_data(run))
     assert [(diff.state, diff.changed) for diff in diffs] == [
-        ("better", True),
-        ("worse", False),
-        ("same", True),
+        ("fixed", True),
+        ("broken", False),
+        ("wrong", True),
     ]
     assert diffs[0].grades == [("exact_match", 0, 1)]
+    view = build_samples(load_report_data(run))
+    assert view is not None
+    assert [diff.state for diff in view.diffs] == ["broken", "wrong", "fixed"]
+    assert [(label, count) for _, label, count in view.filters] == [
+        ("All", 3),
+        ("Wrong now", 2),
+        ("Right now", 1),
+        ("Fixed", 1),
+        ("Broken", 1),
+    ]
 
 
 def test_marks_are_against_the_expected_answer(tmp_path: Path) -> None:
@@ -348,13 +344,280 @@ def test_marks_are_against_the_expected_answer(tmp_path: Path) -> None:
     assert (diff.before, diff.after, diff.expected) == (["a ", "b"], ["a ", "c"], [])
 
 
+# ---------------------------------------------------------------- what is still wrong
+
+
+def write_graded_run(path: Path, answers: list[tuple[str, str]]) -> Path:
+    """Write a run with these expected and answered texts; before training, all were "?"."""
+    results: dict[str, EvalResults] = {}
+    for name in (EVAL_BEFORE_FILE, EVAL_AFTER_FILE):
+        samples: list[GenerationSample] = []
+        for index, (expected, answered) in enumerate(answers):
+            answer = answered if name == EVAL_AFTER_FILE else "?"
+            samples.append(GenerationSample(0, f"t:{index}", f"q{index}", answer, expected))
+        grades = tuple(float(sample.answer == sample.expected) for sample in samples)
+        ids = tuple(sample.id for sample in samples)
+        measurement = MetricValues("test", "exact_match", ids, grades)
+        results[name] = EvalResults((measurement,), tuple(samples))
+    before, after = results.values()
+    comparisons = compare_results(before, after, step=30)
+    record = fake_runs.make_record(
+        comparisons=comparisons, errors=analyze_errors(before, after), samples=()
+    )
+    files = {name: to_jsonable(each) for name, each in results.items()}
+    return fake_runs.write_run(path, record=record, files=files)
+
+
+def make_answers() -> list[tuple[str, str]]:
+    """Return 40 answers of which the field `flag` is a constant, and of 13 wrong."""
+    answers: list[tuple[str, str]] = []
+    for index in range(40):
+        flag = index % 3 == 0
+        expected = json.dumps({"name": f"n{index}", "flag": flag})
+        answers.append((expected, json.dumps({"name": f"n{index}", "flag": False})))
+    return answers
+
+
+def test_the_first_screen_says_the_level_the_cost_and_what_next(tmp_path: Path) -> None:
+    run = write_graded_run(tmp_path / "run", make_answers())
+    html = render_page(load_report_data(run))
+    first = html[html.index('<section id="verdict"') : html.index('<section id="errors"')]
+    assert "26 of 40 answers are exactly right, 0 before</bdi>." in first
+    assert "Forgetting is not measured" in first
+    assert "constant: flag is false in 40 of 40 answers, expected in 26" in first
+    assert "Still wrong: 14 of 40" in first
+    commands = re.findall(r'<div class="command"><code dir="auto">([^<]+)</code><button', first)
+    assert 1 <= len(commands) <= 3
+    assert all(command.startswith("tunesmith ") for command in commands)
+
+
+def test_errors_are_counted_by_field_with_links_to_their_rows(tmp_path: Path) -> None:
+    run = write_graded_run(tmp_path / "run", make_answers())
+    view = build_errors(load_report_data(run))
+    assert view is not None
+    assert view.open_table is not None
+    first = view.open_table.groups[0]
+    assert (first.group.name, first.group.wrong, first.link) == ("flag", 14, "14 wrong")
+    assert first.interval == f"{first.group.low:.0%} to {first.group.high:.0%}"
+    html = render_page(load_report_data(run))
+    links = re.findall(r'data-rows="([^"]*)" data-field="([^"]*)"', html)
+    rows, field = (json.loads(unescape(value)) for value in links[0])
+    assert (rows[0], field) == ("t:0", "flag")
+    assert set(rows) <= {f"t:{index}" for index in range(0, 40, 3)}
+    text = read_text(run)
+    assert "14 of 40 answers are wrong by exact match . 26 fixed, 0 broken." in text
+    assert "By expected value" in text
+    assert "Wrong values that were answered" in text
+
+
+def test_where_nothing_is_wrong_the_section_says_so(tmp_path: Path) -> None:
+    right = [(expected, expected) for expected, _ in make_answers()]
+    text = read_text(write_graded_run(tmp_path / "run", right))
+    assert "No answer is wrong by exact match : all 40 are right." in text
+    assert "Still wrong" not in text
+    plain = read_text(fake_runs.write_run(tmp_path / "plain", record=fake_runs.make_record()))
+    assert "What is still wrong" not in plain
+
+
+def test_all_wrong_and_very_few_answers_have_a_page(tmp_path: Path) -> None:
+    for count in (2, 7):
+        wrong = [("yes", "no")] * count
+        text = read_text(write_graded_run(tmp_path / str(count), wrong))
+        assert f"{count} of {count} answers are wrong" in text
+    assert "Not measured" in read_text(tmp_path / "2")
+
+
+def test_only_the_first_rows_of_a_group_are_known(tmp_path: Path) -> None:
+    wrong = [("yes" if index % 2 else "no", "maybe") for index in range(80)]
+    run = write_graded_run(tmp_path / "run", wrong)
+    assert f"first {MAX_GROUP_ROWS} of 40" in read_text(run)
+
+
+# ---------------------------------------------------------------- answers
+
+
+def test_an_object_is_compared_by_its_fields(tmp_path: Path) -> None:
+    run = write_graded_run(tmp_path / "run", make_answers())
+    diffs = {diff.id: diff for diff in build_sample_diffs(load_report_data(run))}
+    assert diffs["t:0"].wrong_fields == ["flag"]
+    assert diffs["t:1"].wrong_fields == []
+    name, flag = diffs["t:0"].fields
+    assert (name.name, name.expected, name.before, name.after) == ("name", '"n0"', None, '"n0"')
+    assert (flag.expected, flag.after, flag.is_right) == ("true", "false", False)
+    assert [title for title, _ in diffs["t:0"].panes] == ["Before"], "which is no object"
+
+
+def test_a_list_is_broken_into_lines_and_a_key_twice_is_left_alone() -> None:
+    assert indent_json('[1,{"a":2}]') == '[\n  1,\n  {\n    "a": 2\n  }\n]'
+    for text in ('{"a":1,"a":2}', "[1e999]", "[" * 50_000, "{no", "plain"):
+        assert indent_json(text) == text
+
+
+def test_texts_with_little_in_common_are_not_marked() -> None:
+    assert mark_similar("the sum is five", "the sum is 5") == ["the sum is ", "five"]
+    text = "one two three four five six"
+    assert mark_similar(text, "seven eight nine six") == [text]
+    assert mark_similar("", "x") == [""]
+
+
+def test_the_messages_before_the_prompt_are_folded(tmp_path: Path) -> None:
+    pair = fake_runs.make_pair(1, "a", "b", "b")
+    samples = (tuple(replace(each, context="system: be brief") for each in pair),)
+    record = fake_runs.make_record(samples=samples)
+    html = render_page(load_report_data(fake_runs.write_run(tmp_path / "run", record=record)))
+    assert '<details class="context"><summary>Messages before the prompt</summary>' in html
+    assert "system: be brief" in html
+
+
+def test_every_filter_has_a_word_for_its_emptiness() -> None:
+    script = files("tunesmith.report").joinpath("page.js").read_text()
+    keys = re.findall(r'^    "([\w-]+)": \(', script, flags=re.MULTILINE)
+    assert keys == list(FILTERS)
+    assert all(message.endswith(".") for _, message in FILTERS.values())
+
+
+def test_without_a_grade_of_right_and_wrong_filters_follow_the_grades(tmp_path: Path) -> None:
+    samples = (fake_runs.make_pair(1, "a", "b"), fake_runs.make_pair(2, "a", "a"))
+    record = fake_runs.make_record(samples=samples)
+    view = build_samples(load_report_data(fake_runs.write_run(tmp_path / "run", record=record)))
+    assert view is not None
+    assert [key for key, _, _ in view.filters] == ["all", "better", "worse", "changed"]
+
+
+def test_few_answers_are_printed(tmp_path: Path) -> None:
+    run = write_graded_run(tmp_path / "run", make_answers())
+    view = build_samples(load_report_data(run))
+    assert view is not None
+    assert [diff.state for diff in view.printed] == ["wrong"] * 3 + ["fixed"] * 2
+
+
+# ---------------------------------------------------------------- data
+
+
+def list_results(*findings: Finding, **reports: DataReport) -> dict[str, tuple[str, str]]:
+    report = replace(fake_runs.REPORT, findings=findings)
+    roles = reports or {"data": fake_runs.REPORT, "test_data": report}
+    return {check.title: (check.state, check.result) for check in list_checks(roles)}
+
+
+def test_checks_that_did_not_run_are_not_clean(tmp_path: Path) -> None:
+    text = read_text(fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record()))
+    plan = replace(fake_runs.PLAN, data={"data": replace(fake_runs.REPORT, findings=())})
+    quick = read_text(fake_runs.write_run(tmp_path / "quick", plan=plan))
+    assert "Only the quick checks ran. Not run: " in quick
+    assert "Secrets not run" in quick
+    assert "Equal rows nothing found" in quick
+    assert "tunesmith data check quick/recipe.yaml Copy" in quick
+    assert "few rows" in text
+
+
+def test_overlap_of_training_and_held_out_rows_is_shown() -> None:
+    leak = Finding("leaks", "error", "2 of 80 rows are also in data", 2, ("t:1", "t:2"))
+    results = list_results(leak)
+    assert results["Held-out rows that are also training rows"] == (
+        "found",
+        "found: 2 in test_data",
+    )
+    near = "Passages that held-out rows share with training rows"
+    assert results[near] == ("not run", "not run")
+    overlap = Finding("ngram_overlap", "info", "1 of 80 rows shares a 13-gram", 1)
+    assert list_results(overlap)[near] == ("found", "found: 1 in test_data")
+    alone = list_results(data=replace(fake_runs.REPORT, findings=()))
+    assert alone[near][0] == "not applicable"
+
+
+def test_a_check_without_its_extra_did_not_run() -> None:
+    missing = Finding("languages", "info", "languages are not checked: py3langid is not installed")
+    assert list_results(missing)["Languages"][0] == "not run"
+    assert list_results(missing)["Secrets"] == ("clean", "nothing found")
+
+
+def test_every_check_of_the_data_is_in_one_group() -> None:
+    names = [name for group in CHECK_GROUPS for name in group.checks]
+    assert sorted(names) == sorted({*DATASET_CHECKS, *ROW_CHECKS} - {"row_checks"})
+    row_checks = set(ROW_CHECKS)
+    for group in CHECK_GROUPS:
+        if group.reads_all:
+            continue
+        assert not row_checks & set(group.checks)
+        for name in group.checks:
+            assert "text_stats" not in getsource(DATASET_CHECKS[name]), name
+
+
+# ---------------------------------------------------------------- curves
+
+
+def find_charts(path: Path) -> dict[str, LineChart]:
+    views = build_curves(load_report_data(path))
+    assert views is not None
+    return {chart.axes.title: chart for view in views for chart in view.charts}
+
+
+def test_curves_begin_before_training_and_show_limit_and_n(tmp_path: Path) -> None:
+    events = fake_runs.make_events()
+    events += [Score("probes", "forgotten", 0.05, 0.01, 0.1, 8, step) for step in (10, 20, 30)]
+    events += [Score("eval", "exact_match", 0.5, 0.2, 0.8, 16, step) for step in (10, 20, 30)]
+    record = fake_runs.make_record(scales=fake_runs.make_scales(), selected_step=20)
+    charts = find_charts(fake_runs.write_run(tmp_path / "run", record=record, events=events))
+    lost = charts["General text lost, bits per byte (limit 0.02, n = 8)"]
+    assert lost.limit is not None
+    assert lost.rows[0] == ("0", "0", "0 to 0")
+    assert charts["eval: loss (n = 40)"].rows[0][:2] == ("0", "2"), "of the base model"
+    accuracy = charts["eval: exact match (n = 16)"]
+    assert [label.text for label in accuracy.ticks if label.anchor == "end"] == [
+        "0", "0.25", "0.5", "0.75", "1",
+    ]  # fmt: skip
+    assert "Not measured before training." in accuracy.axes.description
+    for chart in charts.values():
+        assert [mark.title for mark in chart.marks if mark.kind == "kept"]
+    assert {
+        "Training loss (log scale)",
+        "Learning rate",
+        "Gradient norm before clipping",
+        "Tokens per second",
+        "Peak memory so far",
+    } <= set(charts)
+
+
+def test_steps_without_time_or_gradient_break_no_chart(tmp_path: Path) -> None:
+    steps = [replace(fake_runs.make_step(n, 0.0), grad_norm=0.0, seconds=0.0) for n in (1, 2)]
+    charts = find_charts(fake_runs.write_run(tmp_path / "run", events=steps))
+    assert "Training loss" in charts, "zero has no logarithm"
+    assert "Tokens per second" in charts
+
+
 # ---------------------------------------------------------------- safety
 
 
 def write_hostile_run(path: Path) -> Path:
+    fields = json.dumps({HOSTILE: HOSTILE, "b": [HOSTILE]})
     samples = (
         fake_runs.make_pair(1, HOSTILE, HOSTILE + "x" * 50_000, HOSTILE),
+        fake_runs.make_pair(2, json.dumps({HOSTILE: 1, "__proto__": HOSTILE}), fields, fields),
+        (replace(fake_runs.SAMPLES[0][0], context=HOSTILE, prompt="</details>"),) * 2,
         (GenerationSample(0, HOSTILE, HOSTILE, "a"),) * 2,
+    )
+    errors = ErrorAnalysis(
+        metric=HOSTILE,
+        is_binary=True,
+        n=9,
+        right=1,
+        right_before=0,
+        fixed=1,
+        broken=0,
+        mean=0.1,
+        low=0.0,
+        high=0.4,
+        mean_before=0.0,
+        tables=tuple(
+            ErrorTable(by, (ErrorGroup(HOSTILE, 9, 8, 0.9, 0.5, 1.0, rows=(HOSTILE,)),))
+            for by in ("field", "task", HOSTILE)
+        ),
+        confusions=(Confusion(HOSTILE, HOSTILE, HOSTILE, 3),),
+        shortcuts=(Shortcut("constant", HOSTILE, HOSTILE, 9, 9, 4, 0.001, rows=(HOSTILE,)),),
+    )
+    verdict = RunVerdict(
+        "harmful", HOSTILE, HOSTILE, HOSTILE, (HOSTILE,), (NextStep(HOSTILE, HOSTILE),)
     )
     finding = replace(
         fake_runs.FINDING, message=HOSTILE, rows=(HOSTILE,), check=HOSTILE, fix=HOSTILE
@@ -377,7 +640,12 @@ def write_hostile_run(path: Path) -> Path:
     ]
     events += [Score(HOSTILE, HOSTILE, 1.0, 0.5, 2.0, 3, step) for step in (1, 2, 3)]
     record = fake_runs.make_record(
-        plan, comparisons=(comparison,), samples=samples, input_changes=(HOSTILE,)
+        plan,
+        comparisons=(comparison,),
+        samples=samples,
+        input_changes=(HOSTILE,),
+        errors=errors,
+        verdict=verdict,
     )
     return fake_runs.write_run(path, plan=plan, record=record, events=events)
 

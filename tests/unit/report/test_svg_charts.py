@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -10,6 +11,7 @@ import pytest
 from tunesmith.report.html import render_template
 from tunesmith.report.svg_charts import (
     MAX_POINTS,
+    WIDTH,
     Axes,
     Frame,
     Mark,
@@ -17,6 +19,7 @@ from tunesmith.report.svg_charts import (
     Series,
     build_line_chart,
     build_strip,
+    compute_log_ticks,
     compute_ticks,
     thin_points,
 )
@@ -46,8 +49,10 @@ def test_scales_are_linear() -> None:
 
 
 def draw(name: str, series: Sequence[Series], marks: Sequence[Mark] = ()) -> str:
+    """Return a chart with its numbers, as a section of the page has them."""
     chart = build_line_chart(name, AXES, series, marks)
-    return render_template("chart.html.jinja", chart=chart)
+    numbers = render_template("chart_numbers.html.jinja", charts=[chart])
+    return f"<div>{render_template('chart.html.jinja', chart=chart)}{numbers}</div>"
 
 
 def list_rows(chart: ElementTree.Element) -> list[list[str]]:
@@ -61,7 +66,7 @@ def test_a_chart_is_well_formed_and_named_and_has_its_numbers() -> None:
     points = tuple(Point(x, 2 / x, 1.8 / x, 2.2 / x) for x in (1, 2, 4))
     marks = [Mark(2, "rollback", "<why>")]
     chart = ElementTree.fromstring(draw("loss", [Series("loss", points)], marks))
-    svg = chart.find("svg")
+    svg = chart.find("figure/svg")
     assert svg is not None
     assert svg.get("aria-labelledby") == "loss-title loss-desc"
     assert svg.findtext("title") == "Loss & <more>"
@@ -106,7 +111,51 @@ def test_a_long_series_is_thinned_and_says_so() -> None:
     assert thin_points(points[:50]) == points[:50]
 
 
-def test_zero_is_in_the_middle_of_a_strip() -> None:
+def test_strips_share_one_axis_from_minus_one_to_one() -> None:
     strip = build_strip(0.1, 0.2, 0.3)
     assert strip.zero == 80
-    assert 80 < strip.low < strip.value < strip.high <= 160
+    assert 80 < strip.low < strip.value < strip.high < strip.ticks[-1] < 160
+    half = build_strip(0, 0.5, 1)
+    assert (half.value, half.high) == strip.ticks[-2:] == half.ticks[-2:]
+    assert build_strip(-9, -5, 9).low == strip.ticks[0], "what is beyond the axis is at its end"
+
+
+def test_a_logarithmic_axis_has_the_same_distance_for_the_same_ratio() -> None:
+    frame = Frame((0, 10), compute_log_ticks(0.003, 2), is_log=True)
+    assert frame.y_ticks == (0.001, 0.01, 0.1, 1, 10)
+    distances = {round(a - b) for a, b in pairwise(map(frame.scale_y, frame.y_ticks))}
+    assert len(distances) == 1
+    assert compute_log_ticks(0.4, 4) == (0.2, 0.5, 1, 2, 5)
+    for low, high in [(1, 1), (1e-9, 1e9), (0.999, 1.001), (3, 3.1)]:
+        ticks = compute_log_ticks(low, high)
+        assert len(ticks) >= 2
+        assert ticks[0] <= low <= high <= ticks[-1]
+
+
+def test_a_value_of_zero_has_no_logarithm() -> None:
+    points = (Point(1, 1), Point(2, 0))
+    chart = build_line_chart("zero", replace(AXES, is_log=True), [Series("loss", points)])
+    assert next(label.text for label in chart.ticks if label.anchor == "end") == "0"
+
+
+def test_a_limit_is_a_line_within_the_drawing() -> None:
+    axes = replace(AXES, limit=0.5, y_ticks=(0, 1))
+    chart = build_line_chart("limit", axes, [Series("lost", (Point(0, 0), Point(1, 0.1)))])
+    html = render_template("chart.html.jinja", chart=chart)
+    assert "limit 0.5" in html
+    assert chart.limit is not None
+    assert chart.limit.y == (chart.top + chart.plot_bottom) / 2
+    beyond = build_line_chart("beyond", replace(axes, limit=7), [Series("lost", (Point(0, 0),))])
+    assert beyond.limit is not None
+    assert beyond.top <= beyond.limit.y <= beyond.plot_bottom
+
+
+def test_notes_stay_inside_and_apart() -> None:
+    points = tuple(Point(99 + n / 100, n / 50, note=f"× {n}") for n in range(3))
+    series = Series("lost", (Point(0, 0, note="× 0"), *points), has_dots=True, filled=(1,))
+    (shape,) = build_line_chart("notes", AXES, [series]).series
+    assert [dot.is_filled for dot in shape.dots] == [False, True, False, False]
+    for note in shape.notes:
+        width = 8 * len(note.text)
+        left = note.x - width if note.anchor == "end" else note.x
+        assert 0 <= left <= left + width <= WIDTH

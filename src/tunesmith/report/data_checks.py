@@ -1,0 +1,100 @@
+"""Which checks of the data ran before training, and which did not.
+
+In: a plan's DataReports. Out: CheckView for each group of checks. A run checks what it reads
+anyway; `tunesmith data check` also reads all texts. A plan has findings and no list of what ran:
+that all texts were read shows by a finding of a check that needs it. Left out: the checks
+(data/checks/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from tunesmith.core.types import DataReport, Finding
+
+CheckState = Literal["found", "clean", "not run", "not applicable"]
+OVERLAP_CHECKS = ("leaks", "near_leaks", "ngram_overlap")
+HELD_OUT = ("eval_data", "test_data")
+
+
+@dataclass(frozen=True)
+class CheckGroup:
+    title: str
+    checks: tuple[str, ...]  # as findings name them
+    reads_all: bool = False  # runs in `tunesmith data check` only
+
+
+CHECK_GROUPS = (
+    CheckGroup("Held-out rows that are also training rows", ("leaks",)),
+    CheckGroup("Held-out rows that nearly repeat training rows", ("near_leaks",), True),
+    CheckGroup("Passages that held-out rows share with training rows", ("ngram_overlap",), True),
+    CheckGroup("Rows that cannot be used", ("rejected", "unread_files", "empty_prompts")),
+    CheckGroup("Rows lost or cut by length", ("losses", "long_answers", "sampled")),
+    CheckGroup("Rendering with the chat template", ("render", "system_turns", "dense")),
+    CheckGroup("Answers that break the schema", ("answers",)),
+    CheckGroup("Constraints of never", ("never",)),
+    CheckGroup("Preference rows and labels", ("chosen_only", "label_balance")),
+    CheckGroup("Keys of rows without effect", ("unused",)),
+    CheckGroup("Equal rows", ("duplicates",)),
+    CheckGroup("Nearly equal rows", ("near_duplicates",), True),
+    CheckGroup("Prompts with several answers", ("conflicts",), True),
+    CheckGroup("Secrets", ("secrets",), True),
+    CheckGroup("Personal data", ("personal",), True),
+    CheckGroup("Languages", ("languages",), True),
+    CheckGroup("Broken or cut answers", ("broken_json", "cut_off", "unfinished"), True),
+    CheckGroup("Empty answers, refusals and loops", (
+        "empty_answers", "refusals", "apologies", "disclaimers", "loops", "echoes_prompt",
+    ), True),
+    CheckGroup("Markers, placeholders and invisible characters", (
+        "chat_markers", "placeholders", "invisible_chars",
+    ), True),
+    CheckGroup("Balance of labels and fields", ("classes", "lopsided"), True),
+    CheckGroup("Answers that the prompt gives away", ("label_in_prompt", "trigger_phrases"), True),
+    CheckGroup("Lengths and wording of answers", (
+        "lengths", "outliers", "openings", "length_bias",
+    ), True),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CheckView:
+    title: str
+    state: CheckState
+    result: str
+
+
+def list_checks(reports: Mapping[str, DataReport]) -> list[CheckView]:
+    """Return what each group of checks found in the rows of all roles."""
+    findings: list[tuple[str, Finding]] = []
+    for role, report in reports.items():
+        findings += [(role, finding) for finding in report.findings]
+    full_checks = {name for group in CHECK_GROUPS if group.reads_all for name in group.checks}
+    read_all = any(finding.check in full_checks for _, finding in findings)
+    is_compared = "data" in reports and any(role in reports for role in HELD_OUT)
+    views: list[CheckView] = []
+    for group in CHECK_GROUPS:
+        matches = [(role, finding) for role, finding in findings if finding.check in group.checks]
+        if group.checks[0] in OVERLAP_CHECKS and not is_compared:
+            reason = "no held-out rows to compare"
+            views.append(CheckView(group.title, "not applicable", reason))
+        elif group.reads_all and not read_all:
+            views.append(CheckView(group.title, "not run", "not run"))
+        else:
+            views.append(_describe_group(group, matches))
+    return views
+
+
+def _describe_group(group: CheckGroup, matches: list[tuple[str, Finding]]) -> CheckView:
+    """Say how many rows of each role a group found; a check without its extra did not run."""
+    skipped = [finding for _, finding in matches if "not checked" in finding.message]
+    if skipped and len(skipped) == len(matches):
+        return CheckView(group.title, "not run", f"not run: {skipped[0].message}")
+    if not matches:
+        return CheckView(group.title, "clean", "nothing found")
+    counts: dict[str, int] = {}
+    for role, finding in matches:
+        counts[role] = counts.get(role, 0) + finding.count
+    parts = [f"{count:,} in {role}" if count else role for role, count in counts.items()]
+    return CheckView(group.title, "found", f"found: {', '.join(parts)}")

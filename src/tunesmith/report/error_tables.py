@@ -1,0 +1,134 @@
+"""What is still wrong with the answers of a run: tables of errors, confusions and shortcuts.
+
+In: ReportData. Out: ErrorsView, which errors.html.jinja draws, or None where no answer was graded.
+Left out: counting the errors (evaluate/error_analysis.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tunesmith.core.evidence import Confusion, ErrorAnalysis, ErrorGroup, ErrorTable
+from tunesmith.report.run_data import ReportData
+
+MAX_OPEN_GROUPS = 8  # of the table that is always shown
+TITLES = {
+    "field": "By field",
+    "expected_value": "By expected value",
+    "task": "By task",
+    "prompt_length": "By length of the prompt",
+    "answer_length": "By length of the expected answer",
+    "rarity": "By how often the training rows have the expected value",
+    "format": "By form of the answer",
+}
+# The first of these with a wrong answer is shown open.
+OPEN_TABLES = ("field", "expected_value", "task", "rarity", "prompt_length", "answer_length")
+BAR_WIDTH = 120  # pixels
+
+
+@dataclass(frozen=True)
+class GroupView:
+    group: ErrorGroup
+    bar: float  # pixels
+    field: str  # that the link selects; empty: the rows of the group
+
+    @property
+    def interval(self) -> str:
+        return f"{self.group.low:.0%} to {self.group.high:.0%}"
+
+    @property
+    def link(self) -> str:
+        """The text of the link to the wrong answers; only the first ones have their ids."""
+        count = len(self.group.rows)
+        if self.field or count == self.group.wrong:
+            return f"{self.group.wrong:,} wrong"
+        return f"first {count} of {self.group.wrong:,}"
+
+
+@dataclass(frozen=True)
+class TableView:
+    by: str
+    title: str
+    name: str  # of the column of groups
+    groups: tuple[GroupView, ...]
+    omitted: int
+    has_before: bool
+    has_only_here: bool
+    has_training: bool
+
+
+@dataclass(frozen=True)
+class ErrorsView:
+    analysis: ErrorAnalysis
+    open_table: TableView | None
+    tables: tuple[TableView, ...]
+    confusions: tuple[Confusion, ...]
+    red_lines: tuple[str, ...]  # constants and copied answers
+
+    @property
+    def wrong(self) -> int:
+        return self.analysis.n - self.analysis.right
+
+    @property
+    def metric(self) -> str:
+        return self.analysis.metric.replace("_", " ")
+
+    @property
+    def absent(self) -> str:
+        """The shortcuts that were looked for and are not there."""
+        kinds = {shortcut.kind for shortcut in self.analysis.shortcuts}
+        return ", ".join(
+            "constant answers" if kind == "constant" else f"answers {kind}"
+            for kind in self.analysis.checked
+            if kind not in kinds
+        )
+
+
+def build_errors(run: ReportData) -> ErrorsView | None:
+    analysis = run.record.errors if run.record else None
+    if analysis is None:
+        return None
+    open_table = None
+    for by in OPEN_TABLES:
+        table = analysis.get_table(by)
+        if table is not None and any(group.wrong for group in table.groups):
+            open_table = _build_table(table, is_open=True)
+            break
+    tables: list[TableView] = []
+    for table in analysis.tables:
+        if (
+            open_table is None
+            or len(table.groups) > len(open_table.groups)
+            or (open_table.by != table.by)
+        ):
+            tables.append(_build_table(table))
+    return ErrorsView(
+        analysis=analysis,
+        open_table=open_table,
+        tables=tuple(tables),
+        confusions=analysis.confusions,
+        red_lines=tuple(shortcut.description for shortcut in analysis.shortcuts),
+    )
+
+
+def _build_table(table: ErrorTable, *, is_open: bool = False) -> TableView:
+    groups = table.groups
+    omitted = table.omitted
+    if is_open:
+        groups = groups[:MAX_OPEN_GROUPS]
+        omitted += len(table.groups) - len(groups)
+    is_field = table.by == "field"
+    views: list[GroupView] = []
+    for group in groups:
+        bar = round(BAR_WIDTH * min(1.0, max(0.0, group.error)), 1)
+        views.append(GroupView(group, bar, group.name if is_field else ""))
+    return TableView(
+        by=table.by,
+        title=TITLES.get(table.by, f"By {table.label}"),
+        name=table.label,
+        groups=tuple(views),
+        omitted=omitted,
+        has_before=any(group.wrong_before is not None for group in groups),
+        has_only_here=any(group.only_here for group in groups),
+        has_training=any(group.training_rows is not None for group in groups),
+    )
