@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from tunesmith.core.errors import GateError
+from toy_chat import write_model_folder
+from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.types import Document
 from tunesmith.export.parity import (
     ExportJob,
@@ -26,6 +27,7 @@ from tunesmith.export.parity import (
     compare_outputs,
     compute_mean_kl,
     refuse_mismatch,
+    select_examples,
 )
 
 TOLERANCE = Tolerance(mean_kl=1e-4, max_kl=1e-2)
@@ -157,6 +159,48 @@ def test_logits_are_compared_at_the_first_32_targets(count: int, kept: int) -> N
     assert example is not None
     assert example.positions == list(range(1, kept + 1))
     assert document.weights_L.tolist() == [0, 0, *[1] * count]  # of the row itself
+
+
+class RowsOfLengths:
+    """A data set of plain texts of these lengths, as far as examples read it."""
+
+    path = "rows.jsonl"
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def render_row(self, index: int) -> Any:
+        weights = [0.0] * (self.lengths[index] - 1) + [1.0]
+        return make_rows(make_document(weights)).render_row(0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "chosen"),
+    [
+        ([1025, 1024, 5], [1024, 5]),
+        ([2000, 1025, 1026], [1025, 1026, 2000]),  # if all are longer
+        ([9, 8, 7] * 8, [9, 8, 7] * 5 + [9]),
+    ],
+)
+def test_examples_are_the_first_rows_that_are_short(
+    lengths: list[int], chosen: list[int], tmp_path: Path
+) -> None:
+    job = make_job()
+    job.run.open_held_out_rows = lambda _: RowsOfLengths(lengths)
+    job.run.saved_dir = write_model_folder(tmp_path)
+    job.run.recipe = SimpleNamespace(chat_template_kwargs={})
+    examples = select_examples(job.run)
+    assert [len(example.document) for example in examples] == chosen
+
+
+def test_a_run_without_rows_is_refused() -> None:
+    job = make_job()
+    job.run.open_held_out_rows = lambda _: RowsOfLengths([])
+    with pytest.raises(InputError, match="no row to compare the export on"):
+        select_examples(job.run)
 
 
 @pytest.mark.parametrize("has_date", [False, True])
