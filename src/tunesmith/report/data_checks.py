@@ -86,6 +86,16 @@ def list_checks(reports: Mapping[str, DataReport]) -> list[CheckView]:
     return views
 
 
+def list_overlaps(reports: Mapping[str, DataReport]) -> list[str]:
+    """Return what held-out rows share with training rows, as far as it is known."""
+    lines: list[str] = []
+    for role, report in reports.items():
+        for finding in report.findings:
+            if finding.check in OVERLAP_CHECKS:
+                lines.append(f"{role}: {finding.message}")
+    return lines
+
+
 def _describe_group(group: CheckGroup, matches: list[tuple[str, Finding]]) -> CheckView:
     """Say how many rows of each role a group found; a check without its extra did not run."""
     skipped = [finding for _, finding in matches if "not checked" in finding.message]

@@ -27,6 +27,7 @@ from tunesmith.evaluate.statistics import (
     format_p,
     judge_comparisons,
 )
+from tunesmith.report.data_checks import list_overlaps
 from tunesmith.report.run_data import ReportData, is_graded_metric
 
 Tone = Literal["good", "bad", "mixed", "open"]
@@ -217,6 +218,7 @@ def _list_cautions(run: ReportData) -> tuple[str, ...]:
     cautions: list[str] = []
     for stage in run.stages:
         cautions += stage.plan.warnings
+        cautions += list_overlaps(stage.plan.data)
     if run.record:
         cautions += describe_truncation(run.record.comparisons)
         cautions += [f"resumed with changed inputs: {text}" for text in run.record.input_changes]

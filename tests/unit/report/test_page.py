@@ -511,7 +511,7 @@ def test_checks_that_did_not_run_are_not_clean(tmp_path: Path) -> None:
     assert "few rows" in text
 
 
-def test_overlap_of_training_and_held_out_rows_is_shown() -> None:
+def test_overlap_of_training_and_held_out_rows_is_shown(tmp_path: Path) -> None:
     leak = Finding("leaks", "error", "2 of 80 rows are also in data", 2, ("t:1", "t:2"))
     results = list_results(leak)
     assert results["Held-out rows that are also training rows"] == (
@@ -522,6 +522,12 @@ def test_overlap_of_training_and_held_out_rows_is_shown() -> None:
     assert results[near] == ("not run", "not run")
     overlap = Finding("ngram_overlap", "info", "1 of 80 rows shares a 13-gram", 1)
     assert list_results(overlap)[near] == ("found", "found: 1 in test_data")
+    shared = replace(fake_runs.REPORT, findings=(leak, overlap))
+    plan = replace(fake_runs.PLAN, data={"data": fake_runs.REPORT, "test_data": shared})
+    run = fake_runs.write_run(tmp_path / "run", plan=plan, record=fake_runs.make_record(plan))
+    cautions = build_summary(load_report_data(run)).cautions
+    assert "test_data: 2 of 80 rows are also in data" in cautions
+    assert "test_data: 1 of 80 rows shares a 13-gram" in cautions
     alone = list_results(data=replace(fake_runs.REPORT, findings=()))
     assert alone[near][0] == "not applicable"
 

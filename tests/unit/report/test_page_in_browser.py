@@ -4,17 +4,27 @@ Needs Debian's chromium, playwright and axe (the extra `dev` has the last two)."
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_page import write_hostile_run
+from test_page import make_answers, write_graded_run, write_hostile_run
 
 import fake_runs
-from tunesmith.core.events import GenerationSample
+from tunesmith.core.events import GenerationSample, Score
+from tunesmith.core.json_io import read_json
+from tunesmith.core.run_dir import (
+    EVAL_AFTER_FILE,
+    EVAL_BEFORE_FILE,
+    read_events,
+    read_run_record,
+)
 from tunesmith.report.page import write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -66,16 +76,44 @@ def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(scope="module")
+def graded_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run with everything that a page can have, and 80 answers with 5 fields."""
+    answers = [
+        (add_fields(expected), add_fields(answered)) for expected, answered in make_answers()
+    ]
+    folder = tmp_path_factory.mktemp("graded") / "run"
+    write_graded_run(folder, answers * 2)
+    record = read_run_record(folder)
+    events = list(read_events(folder))
+    for step in (10, 20, 30):
+        events.append(Score("probes", "forgotten", 0.05, 0.01, 0.1, 8, step))
+        for metric in ("json_valid", "schema_valid", "field_f1", "exact_match"):
+            events.append(Score("eval", metric, 0.5, 0.2, 0.8, 16, step))
+    scales = fake_runs.make_scales(fake_runs.CHEAPER)
+    comparisons = (*record.comparisons, fake_runs.FORGOT)
+    record = replace(record, scales=scales, comparisons=comparisons, verdict=None, selected_step=30)
+    files = {name: read_json(folder / name) for name in (EVAL_BEFORE_FILE, EVAL_AFTER_FILE)}
+    other = folder.parent / "other"
+    return write_report(fake_runs.write_run(other, record=record, events=events, files=files))
+
+
+def add_fields(text: str) -> str:
+    return json.dumps(json.loads(text) | {"upload": "team", "closes": [1, 2], "date": "2026-01-01"})
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
-def test_the_page_is_accessible(browser: Any, report_file: Path, scheme: str, width: int) -> None:
+def test_the_page_is_accessible(browser: Any, graded_file: Path, scheme: str, width: int) -> None:
     page = open_page(
-        browser, report_file, color_scheme=scheme, viewport={"width": width, "height": 800}
+        browser, graded_file, color_scheme=scheme, viewport={"width": width, "height": 800}
     )
     assert page.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out
     page.evaluate("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
     result = axe.Axe().run(page)
     assert result.violations_count == 0, result.generate_report()
+    page.get_by_role("button", name="Broken").click()
+    assert axe.Axe().run(page).violations_count == 0
 
 
 def test_staged_and_unfinished_runs_are_accessible(browser: Any, tmp_path: Path) -> None:
@@ -87,36 +125,117 @@ def test_staged_and_unfinished_runs_are_accessible(browser: Any, tmp_path: Path)
         assert axe.Axe().run(open_page(browser, write_report(run))).violations_count == 0
 
 
-def test_filters_and_search_by_keyboard(browser: Any, report_file: Path) -> None:
-    page = open_page(browser, report_file)
+def count_stops(page: Any) -> int:
+    """Press Tab through the page; return how many elements had the focus."""
+    page.evaluate("document.body.focus()")
+    stops = 0
+    while stops < 200:
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement === document.body"):
+            break
+        stops += 1
+    return stops
+
+
+@pytest.mark.parametrize("width", [360, 768, 1440])
+def test_the_page_is_short_and_has_few_stops(browser: Any, graded_file: Path, width: int) -> None:
+    page = open_page(browser, graded_file, viewport={"width": width, "height": 900})
+    page.wait_for_timeout(200)
+    height = page.evaluate("document.documentElement.scrollHeight")
+    assert height <= (12_000 if width == 1440 else 25_000)
+    assert count_stops(page) <= 60
+
+
+def test_text_in_charts_is_readable_on_a_phone(browser: Any, graded_file: Path) -> None:
+    page = open_page(browser, graded_file, viewport={"width": 360, "height": 800})
+    sizes = page.evaluate("""() => [...document.querySelectorAll(".chart svg")].map((svg) => {
+        const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+        return scale * parseFloat(getComputedStyle(svg.querySelector("text")).fontSize);
+    })""")
+    assert sizes
+    assert min(sizes) >= 11.5
+
+
+def test_filters_and_search_by_keyboard(browser: Any, graded_file: Path) -> None:
+    page = open_page(browser, graded_file)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
-    assert page.locator("article").count() == 40
-    page.get_by_role("button", name="Better").focus()
+    rows = page.locator("#sample-list details.sample")
+    status = page.locator("#sample-status")
+    assert rows.count() == 10
+    assert set(rows.locator(".outcome").all_inner_texts()) == {"still wrong"}, "they come first"
+    page.get_by_role("button", name="Right now").focus()
     page.keyboard.press("Enter")
-    assert page.get_by_role("button", name="Better").get_attribute("aria-pressed") == "true"
-    assert "100 of 200 answers" in page.locator("#sample-status").inner_text()
-    assert set(page.locator("article .outcome").all_inner_texts()) == {"better"}
-    page.get_by_label("Search").focus()
-    page.keyboard.type("question 78")
-    playwright.expect(page.locator("article")).to_have_count(0)
-    assert page.locator("#sample-status").inner_text().startswith("0 of 200")
-    page.get_by_role("button", name="All").press("Space")
-    assert page.locator("article h3 bdi").all_inner_texts() == ["test.jsonl:78"]
+    assert page.get_by_role("button", name="Right now").get_attribute("aria-pressed") == "true"
+    assert status.inner_text().startswith("52 of 80 answers")
+    page.get_by_label("Search").fill("t:7")
+    playwright.expect(rows).to_have_count(7)  # t:7, and right ones of t:70 to t:79
     page.get_by_label("Search").fill("")
-    playwright.expect(page.locator("article")).to_have_count(40)
+    playwright.expect(rows).to_have_count(10)
     page.get_by_role("button", name="Show more").press("Enter")
-    assert page.locator("article").count() == 80
+    assert rows.count() == 50
     assert page.evaluate(
-        "document.activeElement.closest('article') === document.querySelectorAll('article')[40]"
+        "document.activeElement === document.querySelectorAll('#sample-list summary')[10]"
     )
+    page.keyboard.press("j")
+    assert page.evaluate(
+        "document.activeElement === document.querySelectorAll('#sample-list summary')[11]"
+    )
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("#sample-list .fields tr.right")).to_have_count(5)
+    page.keyboard.press("k")
+    assert page.locator("#sample-list [open]").count() == 1
+
+
+def test_an_empty_filter_says_what_that_means(browser: Any, graded_file: Path) -> None:
+    page = open_page(browser, graded_file)
+    page.get_by_role("button", name="Broken 0").click()
+    assert "broke no answer" in page.locator("#sample-list .empty").inner_text()
+    page.get_by_label("Search").fill("nowhere")
+    playwright.expect(page.locator("#sample-list .empty")).to_have_text(
+        "No answer passes all filters."
+    )
+
+
+def test_a_field_leads_to_its_rows(browser: Any, graded_file: Path) -> None:
+    page = open_page(browser, graded_file)
+    page.locator("#errors a", has_text="28 wrong").first.click()
+    assert page.locator("#sample-status").inner_text().startswith("28 of 80")
+    assert page.get_by_role("button", name="flag 28").get_attribute("aria-pressed") == "true"
+    hints = page.locator("#sample-list .sample-hint").all_inner_texts()
+    assert set(hints) == {"flag"}
+    page.get_by_role("button", name="flag 28").click()
+    assert page.locator("#sample-status").inner_text().startswith("80 of 80")
+    page.locator("#errors summary", has_text="By expected value").click()
+    page.locator("#errors details a").first.click()
+    assert page.locator("#sample-status").inner_text().startswith("20 of 80"), "the known ids"
+    page.get_by_role("button", name="All").click()
+    assert page.locator("#sample-status").inner_text().startswith("80 of 80")
+
+
+def test_a_command_is_copied_or_selected(browser: Any, graded_file: Path) -> None:
+    page = open_page(browser, graded_file)
+    button = page.locator("button.copy").first
+    button.click()
+    playwright.expect(button).to_have_text(re.compile("Copied|Selected"))
+    if button.inner_text() == "Selected":
+        command = page.locator(".command code").first.inner_text()
+        assert page.evaluate("getSelection().toString()").strip() == command.strip()
 
 
 def test_hostile_text_runs_nothing(browser: Any, tmp_path: Path) -> None:
     page = open_page(browser, write_report(write_hostile_run(tmp_path / "run")))
     assert "owned" not in page.title()
     assert page.locator("img").count() == 0
-    assert page.locator("article").count() == 2
+    assert page.locator("#sample-list details.sample").count() == 4
+    page.evaluate("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
+    page.wait_for_timeout(200)
+    assert page.locator("#sample-list .fields tbody tr").count() >= 3
+    for link in page.locator("#errors a").all():
+        link.click()
+    page.get_by_role("button", name="All").click()
+    page.evaluate("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
+    page.wait_for_timeout(200)
     text = page.locator("#sample-list").inner_text()
     assert "U+202E" in text
     assert "U+0000" in text
@@ -136,10 +255,13 @@ def test_hostile_text_runs_nothing(browser: Any, tmp_path: Path) -> None:
 
 def test_it_is_readable_without_javascript(browser: Any, report_file: Path) -> None:
     page = open_page(browser, report_file, java_script_enabled=False)
-    assert page.locator("h1").inner_text() == "The answers are better. General text got worse."
+    assert page.locator("h1").inner_text() == "Useful, not ready"
     assert page.locator("#results tbody tr").count() == 2
     assert page.locator("svg[role=img]").count() >= 4
-    assert page.locator("article").count() == 5
+    assert page.locator("#sample-list details.sample").count() == 10
+    page.locator("#sample-list summary").first.click()
+    assert page.locator("#sample-list .pane").first.is_visible()
+    assert not page.locator("button.copy").first.is_visible()
     assert not page.locator("#sample-filters").is_visible()
 
 
@@ -157,18 +279,30 @@ def test_ten_thousand_answers_stay_usable(browser: Any, tmp_path: Path) -> None:
     )
     start = time.perf_counter()
     page = open_page(browser, file)
-    playwright.expect(page.locator("article")).to_have_count(40)
+    playwright.expect(page.locator("details.sample")).to_have_count(10)
     assert time.perf_counter() - start < 8  # on two busy cores; about 1 s on idle ones
     start = time.perf_counter()
     page.get_by_label("Search").fill("t:9999")
-    playwright.expect(page.locator("article")).to_have_count(1)
+    playwright.expect(page.locator("details.sample")).to_have_count(1)
     assert time.perf_counter() - start < 3
 
 
-def test_it_prints(browser: Any, report_file: Path, tmp_path: Path) -> None:
-    page = open_page(browser, report_file, color_scheme="dark")
+def test_it_prints(browser: Any, graded_file: Path, tmp_path: Path) -> None:
+    page = open_page(browser, graded_file, color_scheme="dark")
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not page.locator("nav").is_visible()
+    assert not page.locator("#sample-list").is_visible()
+    assert page.locator(".print-only .sample").count() == 5
     page.pdf(path=str(tmp_path / "page.pdf"), format="A4")
-    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+    pdf = (tmp_path / "page.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF")
+    assert 3 <= len(re.findall(rb"/Type\s*/Page[^s]", pdf)) <= 10
+
+
+def test_the_page_is_small_and_soon_there(browser: Any, graded_file: Path) -> None:
+    assert graded_file.stat().st_size < 2_000_000
+    page = open_page(browser, graded_file)
+    paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
+    page.wait_for_timeout(300)
+    assert page.evaluate(paint) < 3_000  # milliseconds; about 200 on an idle machine
