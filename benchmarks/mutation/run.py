@@ -55,6 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--files", default="", help="only targets whose path holds one of these")
+    parser.add_argument("--seed", type=int, default=SEED, help="another sample; writes no page")
+    parser.add_argument("--limit", type=int, default=1000, help="mutants per file")
     parser.add_argument("--report", action="store_true", help="only write the page")
     parser.add_argument("--trust-tests", action="store_true", help="do not run them unchanged")
     parser.add_argument("--fresh", action="store_true", help="try killed mutants again")
@@ -70,8 +72,8 @@ def main() -> None:
     mutants: list[Mutant] = list(by_hand)
     totals: dict[str, int] = {}
     for target in targets:
-        sample, totals[target.path] = list_mutants(target, PACKAGE, SEED)
-        mutants += sample
+        sample, totals[target.path] = list_mutants(target, PACKAGE, options.seed)
+        mutants += sample[: options.limit]
         print(f"{target.path}: {len(sample)} of {totals[target.path]} mutants", flush=True)
     pending = [mutant for mutant in mutants if not is_settled(mutant, results)]
     if options.report:
@@ -81,7 +83,7 @@ def main() -> None:
         results[make_key(row)] = row
         print(f"{number}/{len(pending)} {describe(row)}", flush=True)
         write_results(results.values())
-    if words == [""]:
+    if words == [""] and options.seed == SEED:
         current: list[dict[str, object]] = []
         for mutant in mutants:
             row = results.get(mutant.key, {})
