@@ -71,15 +71,15 @@ def _build_stage_curves(stage: StageData, number: int) -> CurvesView:
         marks.append(Mark(event.step, "saved", event.path))
     for check in alerts:
         marks.append(Mark(check.step, check.level, f"{check.kind}: {check.evidence}"))
-    kept = _mark_kept_step(stage)
-    marks += kept
+    selection = _mark_selected_step(stage)
+    marks += selection
     kinds = dict.fromkeys(mark.kind for mark in marks)
     return CurvesView(
         stage=stage,
         charts=(
             *_build_chart_loss(stage, number, marks),
             *_build_chart_scores(stage, number, marks),
-            *_build_chart_steps(stage, number, kept),
+            *_build_chart_steps(stage, number, selection),
         ),
         legend=tuple((kind, f"{MARK_SIGNS[kind]} {MARK_WORDS[kind]}") for kind in kinds),
         alerts=alerts,
@@ -88,7 +88,7 @@ def _build_stage_curves(stage: StageData, number: int) -> CurvesView:
     )
 
 
-def _mark_kept_step(stage: StageData) -> list[Mark]:
+def _mark_selected_step(stage: StageData) -> list[Mark]:
     step = stage.record.selected_step if stage.record else None
     return [] if step is None else [Mark(step, "kept", "the weights of this step are kept")]
 

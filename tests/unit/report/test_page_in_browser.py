@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_page import make_answers, write_graded_run, write_hostile_run
+from test_page import write_hostile_run
+from test_page_sections import make_answers, write_graded_run
 
 import fake_runs
 from tunesmith.core.events import GenerationSample, Score

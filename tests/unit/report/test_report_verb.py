@@ -1,7 +1,6 @@
 """`tunesmith report`, and the page at the end of a run."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,7 +49,9 @@ def test_a_run_writes_its_page(
     assert code == 0, err
     assert json.loads(out)["steps"] == 2
     assert f"report: {run / 'report.html'}" in err
-    assert re.search(r"\d metrics? of the answers: \d better", (run / "report.html").read_text())
+    page = (run / "report.html").read_text()
+    assert '<h1 id="verdict-title">Not measured</h1>' in page, "three test rows are too few"
+    assert '<section id="errors"' in page
 
 
 def test_a_failing_page_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
