@@ -19,8 +19,8 @@ HEADER = """# Results: mutation run
 Would a test notice if the exactness and evidence code were wrong? `make mutation` changes one place
 at a time (operators, numbers, conditions, loops, exceptions, decorators; cosmic-ray {version}) and
 runs the unit tests of that file. {date}; a random sample per file, seed {seed}. A mutant is killed
-if a test fails or does not end ({timeouts} did not). Explained survivors behave as the original,
-for the reason in a table below. Score: (killed + explained) / tried.
+if a test fails or does not end ({timeouts} did not). Explained survivors change
+nothing that is promised, for the reason in a table below. Score: (killed + explained) / tried.
 
 | file | mutants in all | tried | killed | survived | explained | score |
 |---|---|---|---|---|---|---|

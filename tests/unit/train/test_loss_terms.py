@@ -67,3 +67,20 @@ def test_answers_are_trained_without_label_smoothing_by_default() -> None:
     assert not torch.equal(plain.sum, sft_loss(model, batch, 3.0, 0.1)["answer"].sum)
     assert (plain.count, plain.coefficient) == (3.0, 1.0)
     assert LossConfig() == dataclasses.replace(LossConfig(), label_smoothing=0.0)
+
+
+def test_smoothed_labels_mix_both_orders_of_a_pair() -> None:
+    ones = torch.ones(2, dtype=torch.float64)
+    margins = torch.tensor([0.7, -2.0], dtype=torch.float64)
+    pairs = PreferenceLogps(margins, ones * 0, ones, ones, ones, reference_margin_P=ones * 0.5)
+    logits = 0.3 * (margins - 0.5)
+    right, wrong = torch.nn.functional.softplus(-logits), torch.nn.functional.softplus(logits)
+    loss = PREFERENCE_LOSSES["dpo"](pairs, LossConfig("dpo", beta=0.3, label_smoothing=0.2))
+    torch.testing.assert_close(loss, 0.8 * right + 0.2 * wrong, rtol=1e-12, atol=0)
+
+
+def test_simpo_has_no_margin_by_default() -> None:
+    ones = torch.ones(1, dtype=torch.float64)
+    pairs = PreferenceLogps(ones * -1.0, ones * -1.0, ones, ones, ones)
+    loss = PREFERENCE_LOSSES["simpo"](pairs, LossConfig("simpo"))
+    assert float(loss) == pytest.approx(np.log(2))

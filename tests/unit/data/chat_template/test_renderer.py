@@ -24,6 +24,7 @@ from toy_chat import (
 )
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Example
+from tunesmith.data.chat_template.encode import TrackedText
 from tunesmith.data.chat_template.render_notes import (
     BOUNDARY,
     CONTROL_LIKE_TEXT,
@@ -34,6 +35,7 @@ from tunesmith.data.chat_template.render_notes import (
     STRUCTURAL,
 )
 from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.chat_template.tracked_str import track_str
 
 NOW = datetime(2026, 3, 4)
 FORGETFUL = (  # as Qwen3: thinking stays in the last turn only
@@ -476,3 +478,9 @@ def test_a_control_token_that_normalization_merges_with_its_text_is_refused(tmp_
     assert trained == "<end>one<|im_end|><end>⟦eins<|im_end|>⟧"
     with pytest.raises(InputError, match="normalization changes the added token '<end>'"):
         renderer.render(make_example(user("\u0338one"), assistant("eins")))
+
+
+def test_a_run_that_starts_its_document_is_marked_for_the_batch(renderer: Renderer) -> None:
+    text = TrackedText(track_str("the user<|im_end|>asks"), renderer.tokenizer, ())
+    assert list(text.iter_runs()) == [("the user", True), ("asks", False)]
+    assert list(text.iter_runs(cut=4)) == [("the ", True), ("asks", False)]
