@@ -24,6 +24,7 @@ from tunesmith.train.base_reference import REFERENCE_FILE
 from tunesmith.train.synthetic_pairs import PAIRS_FILE
 
 ROOT = Path(__file__).parents[2]
+OPTION_FLAGS = {"show_all": "--all"}  # where a flag has not the name of its parameter
 DOCS = ROOT / "docs"
 
 
@@ -39,6 +40,7 @@ def import_build() -> ModuleType:
 build = import_build()
 # the guide of a verb, where it has not the verb's name
 PAGES = {
+    "runs": "guides/train",
     "tune lr": "guides/tune",
     "eval": "guides/evaluate",
     "compare": "guides/evaluate",
@@ -84,11 +86,20 @@ def test_every_verb_has_a_page_with_its_options() -> None:
     for name, verb in app.VERBS.items():
         page = (DOCS / f"{PAGES.get(name, f'guides/{name}')}.md").read_text()
         assert f"tunesmith {name}" in page, name
-        positional = {"args", "folder", "path", "as_json", "from_config", "target", "a", "b"}
+        positional = {
+            "args",
+            "folder",
+            "folders",
+            "path",
+            "as_json",
+            "from_config",
+            "target",
+            "a",
+            "b",
+        }
         options = set(inspect.signature(verb).parameters) - positional
-        assert {
-            option for option in options if f"--{option.replace('_', '-')}" not in page
-        } == set(), name
+        flags = {OPTION_FLAGS.get(option, f"--{option.replace('_', '-')}") for option in options}
+        assert {flag for flag in flags if flag not in page} == set(), name
 
 
 def test_every_page_is_in_the_index_and_every_link_leads_somewhere() -> None:

@@ -13,14 +13,18 @@ MAX_FILE_LINES = 600
 MIN_FILE_LINES = 60
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
+MAX_FLAGS = 10
 
 # Small on purpose: many import it and it has no neighbor, or it stands for an optional library.
 SMALL_FILES = {
+    "core/sampling.py",  # for verbs that load no torch
+    "core/working_directory.py",  # before any other import
     "core/errors.py",
     "core/progress_log.py",
     "data/checks/language_id.py",
     "data/tokenizer/eos.py",
     "model/oom.py",
+    "train/neftune.py",  # on or off as a whole
     "plan/stages.py",
 }
 
@@ -55,7 +59,9 @@ def test_no_function_is_long_or_takes_many_parameters() -> None:
             num_lines = (function.end_lineno or function.lineno) - function.lineno + 1
             arguments = function.args.args + function.args.kwonlyargs
             parameters = {argument.arg for argument in arguments} - {"self", "cls"}
-            if num_lines > MAX_FUNCTION_LINES or len(parameters) > MAX_PARAMETERS:
+            is_verb = path.parent == PACKAGE / "cli"  # each of its flags is a parameter
+            max_parameters = MAX_FLAGS if is_verb else MAX_PARAMETERS
+            if num_lines > MAX_FUNCTION_LINES or len(parameters) > max_parameters:
                 breaches.append(f"{path.name}:{function.lineno} {function.name}")
     assert breaches == []
 

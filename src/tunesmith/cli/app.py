@@ -23,7 +23,6 @@ import typer
 from typer.main import get_command
 
 from tunesmith import __version__, api
-from tunesmith.cli import chat as chat_command
 from tunesmith.cli import data as data_commands
 from tunesmith.cli import eval as eval_commands
 from tunesmith.cli import run as run_commands
@@ -316,7 +315,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": eval_commands.evaluate,
     "compare": eval_commands.compare,
     "report": run_commands.report,
-    "chat": chat_command.chat,
+    "chat": eval_commands.chat,
     "export": export,
     "schema": schema,
 }

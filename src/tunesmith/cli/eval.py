@@ -1,4 +1,4 @@
-"""Verbs that measure models: `eval` and `compare`."""
+"""Verbs that use models: `eval`, `compare` and `chat`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith import api
-from tunesmith.cli.args import AllowCode, AsJson
+from tunesmith.cli.args import AllowCode, AsJson, RunArg, read_questions
 from tunesmith.cli.help import complete_runs
 from tunesmith.cli.output import print_result
 from tunesmith.core.errors import GateError
+from tunesmith.core.sampling import SamplingParams
+
+GREEDY = SamplingParams()
 
 
 def evaluate(
@@ -87,3 +90,48 @@ def compare(
     with measuring():
         comparison = api.compare(a, b, allow_code=allow_code)
     print_result(comparison, render_model_comparison(comparison), as_json=as_json)
+
+
+def chat(  # noqa: PLR0913 - every option of sampling is a flag
+    folder: RunArg,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="System message; that of the rows by default.", show_default=False
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(metavar="X", help="Sample at this temperature; 0 is greedy.")
+    ] = GREEDY.temperature,
+    top_p: Annotated[
+        float, typer.Option(metavar="X", help="Sample from tokens with this total probability.")
+    ] = GREEDY.top_p,
+    top_k: Annotated[
+        int, typer.Option(metavar="N", help="Sample from the N likeliest tokens; 0: all.")
+    ] = GREEDY.top_k,
+    min_p: Annotated[
+        float, typer.Option(metavar="X", help="Least probability, relative to the likeliest token.")
+    ] = GREEDY.min_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Penalize tokens of the conversation; 1: none.")
+    ] = GREEDY.repetition_penalty,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Seed of the sampling; same seed, same answers.")
+    ] = GREEDY.seed,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Longest answer, in tokens.")
+    ] = GREEDY.max_new_tokens,
+    as_json: AsJson = False,
+) -> None:
+    """Chat with a trained adapter, one message per line."""
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+    )
+    for answer in api.chat(folder, read_questions(), sampling, system=system):
+        print_result({"answer": answer}, answer, as_json=as_json)

@@ -11,7 +11,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from tunesmith.core.run_dir import RUNS_DIR, is_run
+from tunesmith.core.run_dir import RUNS_ROOT, is_run
 
 # Verbs and groups of verbs under the headings of --help, in this order.
 PANELS = {
@@ -152,7 +152,7 @@ def complete_keys(incomplete: str) -> Iterator[CompletedWord]:
 
 def complete_runs(incomplete: str) -> list[str]:
     """Return the run folders in runs/, and below the path that was begun."""
-    folders = [RUNS_DIR, Path(incomplete), Path(incomplete).parent]
+    folders = [RUNS_ROOT, Path(incomplete), Path(incomplete).parent]
     runs: dict[str, None] = {}  # ordered, without duplicates
     for folder in folders:
         entries = sorted(folder.iterdir()) if folder.is_dir() else []

@@ -24,7 +24,7 @@ from tunesmith.cli.args import (
 from tunesmith.cli.output import TerminalConsole, print_result, write_stderr
 from tunesmith.core.errors import GateError, InputError, TunesmithError
 from tunesmith.core.events import Event
-from tunesmith.core.run_dir import RUNS_DIR, is_run, is_staged
+from tunesmith.core.run_dir import RUNS_ROOT, is_run, is_staged
 from tunesmith.core.types import Plan
 from tunesmith.plan.stages import StagedPlan
 
@@ -138,7 +138,7 @@ def list_runs(
     """List runs with state, score, memory and age."""
     from tunesmith.cli.views.runs import render_runs
 
-    roots = folders or [RUNS_DIR]
+    roots = folders or [RUNS_ROOT]
     if watch and as_json:
         message = "--watch and --json cannot be combined"
         raise InputError(message, where="command line", fix="pass one of them")
@@ -197,7 +197,7 @@ def _show_run(
             raise
     record = api.read_record(folder)
     if not is_staged(folder):  # totals over stages do not predict a single plan
-        save_past_run(record, is_peak_own=track is None)
+        save_past_run(record, is_peak_exclusive=track is None)
     limits = parse_limits(record.plan.recipe.get("gates") or {})
     gates = build_limit_gates([comparison.after for comparison in record.comparisons], limits)
     views = [render_gates(gates)] if gates else []

@@ -73,7 +73,7 @@ OWNER_FILE = ".lock.pid"  # the process that holds the lock
 
 # files that a process leaves if it is killed before it has a plan
 STARTUP_FILES = (LOCK_FILE, OWNER_FILE, FINGERPRINT_FILE, REJECTED_FILE, SELF_REHEARSAL_FILE)
-RUNS_DIR = Path("runs")  # the default parent of run folders
+RUNS_ROOT = Path("runs")  # the default parent of run folders
 MAX_SUGGESTIONS = 3
 FAILED_CHECK = "failed"  # kind of the CheckResult that ends a run which a gate has stopped
 
@@ -359,7 +359,7 @@ def require_run(path: Path) -> None:
 
 def suggest_run(path: Path) -> str:
     """Return a fix for a path that is no run: the run with the closest name, or those there are."""
-    folder = next((f for f in (path, path.parent, RUNS_DIR) if f.is_dir()), RUNS_DIR)
+    folder = next((f for f in (path, path.parent, RUNS_ROOT) if f.is_dir()), RUNS_ROOT)
     siblings = sorted(folder.iterdir(), key=_read_mtime, reverse=True) if folder.is_dir() else []
     runs = {str(sibling): sibling.name for sibling in siblings if is_run(sibling)}
     if not runs:

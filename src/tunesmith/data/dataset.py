@@ -101,6 +101,8 @@ class DataSourceReader:
         is_pair = self.format in SIDE_READERS or not self.constraint_set.has_pair_constraints
         parse = ROW_PARSERS[self.row_kind] if is_pair else parse_row
         example = parse(row, self.format, has_template)
+        if not self.constraint_set.constraints and not example.negative:
+            return example
         return self.constraint_set.mark_violations(example)
 
 

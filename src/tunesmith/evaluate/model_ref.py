@@ -23,7 +23,7 @@ from tunesmith.core.run_dir import (
     EVAL_BEFORE_FILE,
     MAX_SUGGESTIONS,
     RECORD_FILE,
-    RUNS_DIR,
+    RUNS_ROOT,
     find_weights_dir,
     is_run,
     is_staged,
@@ -123,7 +123,7 @@ def _refuse_unknown(name: str) -> None:
         return
     suggestions = [str(folder) for folder in nearest]
     if len(path.parts) == 1:
-        suggestions += [str(folder) for folder in _find_nearest(RUNS_DIR / path)]
+        suggestions += [str(folder) for folder in _find_nearest(RUNS_ROOT / path)]
         suggestions += get_close_matches(name.lower(), BUILT_IN_MODELS, n=1, cutoff=0.5)
     fix = f"built-in models: {', '.join(BUILT_IN_MODELS)}"
     if suggestions:

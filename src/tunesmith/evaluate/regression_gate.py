@@ -108,7 +108,7 @@ def build_limit_gates(scores: Sequence[Score], limits: Sequence[MetricLimit]) ->
     was not measured, or on too few items, fails."""
     gates: list[Gate] = []
     for limit in limits:
-        matching = [score for score in scores if limit.matches(score.task, score.metric)]
+        matching = [score for score in scores if limit.is_limit_of(score.task, score.metric)]
         gates += [_judge_limit(score, limit) for score in matching]
         if not matching:
             gates.append(Gate(str(limit), False, math.nan, limit.limit, "not measured"))
@@ -117,14 +117,14 @@ def build_limit_gates(scores: Sequence[Score], limits: Sequence[MetricLimit]) ->
 
 def _judge_limit(score: Score, limit: MetricLimit) -> Gate:
     worst = score.low if limit.comparator.startswith(">") else score.high
-    verdict = "held" if limit.holds(score.value) else "not held"
+    verdict = "held" if limit.is_met_by(score.value) else "not held"
     if score.n < MIN_ITEMS:
         verdict = TOO_FEW_ITEMS
-    elif limit.holds(score.value) and not limit.holds(worst):
+    elif limit.is_met_by(score.value) and not limit.is_met_by(worst):
         verdict = "held, but the interval reaches beyond the limit"
     value = f"{score.value:.4f} [{score.low:.4f}, {score.high:.4f}]"
     message = f"{value}, n = {score.n}, {limit.comparator} {limit.limit:g}: {verdict}"
-    is_passed = limit.holds(score.value) and score.n >= MIN_ITEMS
+    is_passed = limit.is_met_by(score.value) and score.n >= MIN_ITEMS
     return Gate(f"{score.task} {score.metric} limit", is_passed, worst, limit.limit, message)
 
 

@@ -189,7 +189,7 @@ def _list_reasons(
 
 def _is_limited(comparison: Comparison, limits: Sequence[MetricLimit]) -> bool:
     """Return whether the recipe's gates say at which value a metric is good enough."""
-    return any(limit.matches(comparison.task, comparison.metric) for limit in limits)
+    return any(limit.is_limit_of(comparison.task, comparison.metric) for limit in limits)
 
 
 def _list_missed_gates(
@@ -199,7 +199,7 @@ def _list_missed_gates(
     for limit in limits:
         for comparison in comparisons:
             value = comparison.after.value
-            if limit.matches(comparison.task, comparison.metric) and not limit.holds(value):
+            if limit.is_limit_of(comparison.task, comparison.metric) and not limit.is_met_by(value):
                 name = f"{comparison.task} {comparison.metric}"
                 reasons.append(f"{name} is {value:.3f}; your gate is {limit}")
     return reasons

@@ -26,8 +26,6 @@ from tunesmith.recipe.objectives import PairLoss, SchedulerKwargs
 
 MAX_SHOWN_CHARS = 80  # of a key or value
 
-MAX_SHOWN_CHARS = 80  # of a key or value
-
 # Keys of other tools -> what to do instead.
 REPLACEMENT_ROWS = (
     (

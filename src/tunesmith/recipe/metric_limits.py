@@ -52,10 +52,10 @@ class MetricLimit:
     def __str__(self) -> str:
         return f"{self.name} {self.comparator} {self.limit:g}"
 
-    def holds(self, value: float) -> bool:
+    def is_met_by(self, value: float) -> bool:
         return COMPARATORS[self.comparator](value, self.limit)
 
-    def matches(self, task: str, metric: str) -> bool:
+    def is_limit_of(self, task: str, metric: str) -> bool:
         """Return whether a score of this task and metric must hold the limit.
 
         The task of a stage begins with the name of the stage."""

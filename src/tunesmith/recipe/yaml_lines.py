@@ -99,7 +99,11 @@ for number_tag in NUMBER_TAGS:
 def load_yaml(text: str) -> Any:
     """Return plain data. Raises YAMLError, ValueError (a date that does not exist) or
     RecursionError for anything else."""
-    return yaml.load(text, _RecipeLoader)
+    loader = _RecipeLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def read_yaml(path: Path) -> YamlMapping:

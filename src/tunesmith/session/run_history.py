@@ -50,10 +50,10 @@ class PastRun:
         return self.peak_bytes / self.predicted_bytes
 
 
-def save_past_run(record: RunRecord, *, is_peak_own: bool = True) -> None:
+def save_past_run(record: RunRecord, *, is_peak_exclusive: bool = True) -> None:
     """Save what a run took; a file that cannot be written is skipped.
 
-    Without `is_peak_own`, the memory of the process was not the run's alone, such as beside a
+    Without `is_peak_exclusive`, the memory of the process was not the run's alone, such as beside a
     tracker: only its speed counts."""
     if record.steps < MIN_STEPS or record.peak_bytes <= 0:
         return
@@ -62,7 +62,7 @@ def save_past_run(record: RunRecord, *, is_peak_own: bool = True) -> None:
     past_run = PastRun(
         run=str(Path(plan.config.output_dir).absolute()),
         predicted_bytes=plan.memory_bytes["peak"] - plan.memory_bytes.get("correction", 0),
-        peak_bytes=record.peak_bytes if is_peak_own else 0,
+        peak_bytes=record.peak_bytes if is_peak_exclusive else 0,
         tokens_per_second=computed_tokens / max(record.train_seconds, 1e-9),
     )
     history = _read_history()

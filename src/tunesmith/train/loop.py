@@ -27,6 +27,7 @@ from tunesmith.core.events import CheckResult, Event, Rollback, TrainingEnd, Tra
 from tunesmith.core.hardware import read_peak_bytes
 from tunesmith.core.json_io import parse_as
 from tunesmith.core.types import Document, Pack, PlanConfig
+from tunesmith.data.collate import collate
 from tunesmith.data.packing import count_computed_tokens, group_units, pack_step
 from tunesmith.data.sampler import prefetch
 from tunesmith.model.adapters import get_trainable_parameters
@@ -37,7 +38,7 @@ from tunesmith.model.safetensors_io import find_nonfinite
 from tunesmith.train.checkpoint import read_state, write_state
 from tunesmith.train.kto import measure_kl, split_mismatched
 from tunesmith.train.losses import LossConfig, LossNormalizer, compute_step_terms
-from tunesmith.train.neftune import collate_for_training
+from tunesmith.train.neftune import add_embedding_noise
 from tunesmith.train.optimizer import (
     clip_gradients,
     compute_learning_rate,
@@ -208,15 +209,19 @@ class TrainingLoop:
     # ------------------------------------------------------------ one step
 
     def _take_step(self) -> Event:
-        loaded = self._load_next_documents()
+        loaded = documents = self._load_next_documents()
         started = time.perf_counter()
-        documents, mismatched = split_mismatched(loaded)
+        mismatched: Sequence[Document] = ()
+        is_kto = self.loss_config.loss == "kto"
+        if is_kto:
+            documents, mismatched = split_mismatched(loaded)
         normalizer = LossNormalizer.from_documents(documents)
         packs = self._pack_documents(documents) if normalizer else []
         try:
             with memory_errors():
-                kl = measure_kl(self.model, mismatched, self.pack_length)
-                self.loss_config = dataclasses.replace(self.loss_config, kl=kl)
+                if is_kto:
+                    kl = measure_kl(self.model, mismatched, self.pack_length)
+                    self.loss_config = dataclasses.replace(self.loss_config, kl=kl)
                 loss, supervised_tokens = self._forward_backward(packs, normalizer)
         except OutOfMemory as error:
             message = error.message
@@ -291,7 +296,10 @@ class TrainingLoop:
         total: Tensor | None = None
         self.model.network.train()
         for index, pack in enumerate(packs):
-            batch = collate_for_training(pack, self.model, self.config, self.step)
+            batch = collate(pack, device=str(self.model.device))
+            if self.config.neftune_noise_alpha:
+                size = self.model.embedding_size
+                batch = add_embedding_noise(batch, pack, size, self.config, self.step)
             # The seed of dropout follows from the position, so a resumed run draws the same.
             torch.manual_seed(hash((self.config.seed, self.step, index)) & 0x7FFFFFFFFFFFFFFF)
             terms = compute_step_terms(self.model, batch, normalizer, self.loss_config)

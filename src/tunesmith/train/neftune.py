@@ -16,38 +16,23 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.types import Batch, Document, Pack, PlanConfig
-from tunesmith.data.collate import collate
 from tunesmith.data.packing import count_input_tokens
-from tunesmith.model.causal_lm import PackedCausalLM
 
 NOISE_DTYPE = torch.float32
 
 
-def collate_for_training(pack: Pack, model: PackedCausalLM, config: PlanConfig, step: int) -> Batch:
-    """Return a pack as tensors, with noise if the plan has some. `step` counts finished steps."""
-    batch = collate(pack, device=str(model.device))
-    if not config.neftune_noise_alpha:
-        return batch
-    return add_embedding_noise(
-        batch,
-        pack,
-        hidden_size=model.embedding_size,
-        alpha=config.neftune_noise_alpha,
-        seed=config.seed,
-        step=step,
-    )
-
-
 def add_embedding_noise(
-    batch: Batch, pack: Pack, *, hidden_size: int, alpha: float, seed: int, step: int
+    batch: Batch, pack: Pack, hidden_size: int, config: PlanConfig, step: int
 ) -> Batch:
-    """Return the batch with noise for the embedding of each of its tokens."""
+    """Return the batch with noise for the embedding of each of its tokens. `step` counts finished
+    steps."""
+    assert config.neftune_noise_alpha
     assert not batch.layout.parents, "a shared token belongs to several documents"
     device = batch.tokens_T.device
     noise: list[Tensor] = []
     for document in pack.documents:
-        generator = torch.Generator(device).manual_seed(_make_seed(document, seed, step))
-        limit = alpha / math.sqrt(len(document) * hidden_size)
+        generator = torch.Generator(device).manual_seed(_make_seed(document, config.seed, step))
+        limit = config.neftune_noise_alpha / math.sqrt(len(document) * hidden_size)
         noise_LH = torch.empty(
             (count_input_tokens(document), hidden_size), dtype=NOISE_DTYPE, device=device
         )

@@ -171,5 +171,7 @@ def swap_role_masks(samples: PreflightSamples) -> PreflightSamples:
 
 
 TokenCheck = Callable[[PreflightSamples], CheckResult]
+
+
 ROW_CHECKS: tuple[TokenCheck, ...] = (check_eos_supervised, check_token_ids)
 TEXT_CHECKS: tuple[TokenCheck, ...] = (check_text_eos, check_window_coverage)

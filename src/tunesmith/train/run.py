@@ -43,7 +43,7 @@ from tunesmith.core.run_dir import (
     read_all_events,
     read_run_plan,
 )
-from tunesmith.core.types import Comparison, Plan, RunRecord, ScalePoint, __version__
+from tunesmith.core.types import Comparison, Json, Plan, RunRecord, ScalePoint, __version__
 from tunesmith.data.rejects import refuse_unusable_rows, write_rejected_rows
 from tunesmith.data.tokenizer.tokenizer_json import append_tokens
 from tunesmith.evaluate.adapter_scaling import measure_scale_curve
@@ -232,12 +232,17 @@ def _run_events(context: RunContext) -> Generator[Event]:
         weights_dir=weights_dir,
         training=training,
     )
+    _write_record(folder, record, fingerprint, started)
+    base_reference.delete_base_states(folder)
+
+
+def _write_record(folder: RunFolder, record: RunRecord, fingerprint: Json, started: float) -> None:
+    """Write the record with the whole time and the verdict, and the model card before it."""
     total_seconds = _sum_earlier_seconds(folder.path, started) + time.time() - started
     record = dataclasses.replace(record, total_seconds=total_seconds)
     record = dataclasses.replace(record, verdict=judge_run(record, folder.path))
     write_card(record, fingerprint)
     folder.write_json(RECORD_FILE, record)
-    base_reference.delete_base_states(folder)
 
 
 def _persist_events(folder: RunFolder, events: Generator[Event]) -> Iterator[Event]:

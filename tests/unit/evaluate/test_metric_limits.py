@@ -92,7 +92,7 @@ def test_too_few_items_and_what_is_not_measured_fail() -> None:
 def test_a_name_selects_tasks(name: str, tasks: list[str]) -> None:
     (limit,) = parse_limits({name: ">= 0.8"})
     all_tasks = ["test", "test: french", "sft test"]
-    assert [task for task in all_tasks if limit.matches(task, "exact_match")] == tasks
+    assert [task for task in all_tasks if limit.is_limit_of(task, "exact_match")] == tasks
 
 
 @pytest.mark.parametrize(

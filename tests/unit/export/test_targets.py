@@ -258,7 +258,7 @@ def test_unknown_words(finished: Path, target: str, kind: str | None, message: s
 
 
 def test_no_run(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="not a run folder"):
+    with pytest.raises(InputError, match="no such run folder"):
         export_run(tmp_path / "nowhere", "peft")
 
 

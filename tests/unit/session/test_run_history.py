@@ -93,7 +93,7 @@ def test_short_runs_say_nothing(changed: dict[str, Any], made: Plan) -> None:
 
 
 def test_memory_beside_a_tracker_is_no_forecast_and_the_speed_is(made: Plan) -> None:
-    run_history.save_past_run(record(made, peak_bytes=10**12), is_peak_own=False)
+    run_history.save_past_run(record(made, peak_bytes=10**12), is_peak_exclusive=False)
     later = run_history.apply_past_runs(made)
     assert later.memory_bytes == made.memory_bytes
     assert later.config.memory_factor is None

@@ -24,12 +24,13 @@ from tiny_loop import (
 )
 from tiny_models import make_tiny_document, make_tiny_model, make_tiny_network
 from tunesmith.core.types import Batch, Document, PlanConfig
+from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
 from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.model.adapters import scaled_adapter
 from tunesmith.train.loop import TrainingLoop
 from tunesmith.train.losses import LossConfig, LossNormalizer, compute_step_terms
-from tunesmith.train.neftune import collate_for_training
+from tunesmith.train.neftune import add_embedding_noise
 
 ALPHA = 5.0
 NOISY = dataclasses.replace(SETTINGS, neftune_noise_alpha=ALPHA)
@@ -39,7 +40,8 @@ LENGTHS = (5, 90, 17)
 def make_noisy_batch(documents: list[Document], step: int = 0, seed: int = 0) -> Batch:
     (pack,) = pack_step(documents, 10**6)
     config = make_config(neftune_noise_alpha=ALPHA, seed=seed)
-    return collate_for_training(pack, make_tiny_model(), config, step)
+    hidden_size = make_tiny_model().embedding_size
+    return add_embedding_noise(collate(pack), pack, hidden_size, config, step)
 
 
 def split_noise(batch: Batch) -> list[Tensor]:
@@ -126,7 +128,7 @@ def test_the_reference_of_dpo_sees_no_noise() -> None:
     for pair_documents in (documents, stored):
         (pack,) = pack_step(pair_documents, 10**6)
         config = make_config(neftune_noise_alpha=ALPHA)
-        batch = collate_for_training(pack, model, config, 0)
+        batch = add_embedding_noise(collate(pack), pack, model.embedding_size, config, 0)
         normalizer = LossNormalizer.from_documents(pair_documents)
         terms = compute_step_terms(model, batch, normalizer, LossConfig("dpo"))
         losses.append(terms["preference"].sum.detach())

@@ -52,7 +52,7 @@ def render_plan(plan: Plan | StagedPlan, *, show_all: bool = False) -> Renderabl
             parts.append(render_plan(stage_plan, show_all=show_all))
         return Group(*parts)
     settings = plan.settings if show_all else select_main_settings(plan)
-    table = _tabulate_settings(settings) if show_all else _tabulate_briefly(settings)
+    table = _build_table(settings) if show_all else _build_brief_table(settings)
     rows = plan.data["data"].rows if "data" in plan.data else 0
     lines = [f"{plan.steps} steps over {rows:,} rows, {plan.tokens_per_epoch:,} tokens per epoch"]
     if plan.disk_bytes:
@@ -67,7 +67,7 @@ def render_plan(plan: Plan | StagedPlan, *, show_all: bool = False) -> Renderabl
     return Group(table, *lines)
 
 
-def _tabulate_settings(settings: Mapping[str, PlanValue]) -> Table:
+def _build_table(settings: Mapping[str, PlanValue]) -> Table:
     table = make_table("Plan", "setting", "value", "source", "reason")
     for key, setting in settings.items():
         citation = f" ({setting.source})" if setting.source else ""
@@ -80,7 +80,7 @@ def _tabulate_settings(settings: Mapping[str, PlanValue]) -> Table:
     return table
 
 
-def _tabulate_briefly(settings: Mapping[str, PlanValue]) -> Table:
+def _build_brief_table(settings: Mapping[str, PlanValue]) -> Table:
     """Tabulate settings with one line each; a reason that does not fit is cut."""
     table = Table(title="Plan", title_justify="left", box=None, pad_edge=False)
     table.add_column("setting", no_wrap=True, min_width=max(map(len, settings), default=0))

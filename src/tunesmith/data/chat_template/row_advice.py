@@ -62,7 +62,7 @@ class RowAdvisor:
             )
             return InputError(message, where=error.where, fix=USER_FIRST_FIX)
         candidates = itertools.chain(tuple(self.helpful), self._iter_settings())
-        for settings in itertools.takewhile(self._may_try, candidates):
+        for settings in itertools.takewhile(self._is_try_allowed, candidates):
             if self._try_render(example, settings):
                 self.helpful = [settings, *(old for old in self.helpful if old != settings)]
                 fix = f"set {TEMPLATE_KWARGS_KEY}: {_format_settings(self.variables | settings)}"
@@ -95,7 +95,7 @@ class RowAdvisor:
                 yield dict((first, second))
 
     def _try_render(self, example: Example, settings: Json) -> bool:
-        if not self._may_try(settings):
+        if not self._is_try_allowed(settings):
             return False
         self.num_tries += 1
         started = time.monotonic()
@@ -108,7 +108,7 @@ class RowAdvisor:
         finally:
             self.seconds += time.monotonic() - started
 
-    def _may_try(self, settings: Json) -> bool:
+    def _is_try_allowed(self, settings: Json) -> bool:
         """Return whether there is time for a try, and a number for one that has helped no row."""
         is_helpful = not settings or settings in self.helpful
         return self.seconds < MAX_SECONDS and (is_helpful or self.num_tries < MAX_TRIES)

@@ -151,7 +151,10 @@ class ChatTokenizer:
         # [is_start] -> text -> ids: short runs, and the runs of the last batch
         self._cache: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
         self._prefetched: tuple[dict[str, list[int]], dict[str, list[int]]] = ({}, {})
-        for token in new_tokens:
+        self._refuse_gaps()
+
+    def _refuse_gaps(self) -> None:
+        for token in self.new_tokens:
             if self.token_to_id(token.text) != token.id:
                 raise InputError(
                     f"the tokenizer's ids are not consecutive: {token.text!r} does not get the next"

@@ -39,7 +39,7 @@ CASED_LETTERS = (
 )
 WORD_ENDS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 # Patterns of well-known tokenizers, which take linear time on any text.
-KNOWN_PATTERNS = frozenset({
+COMMON_PATTERNS = frozenset({
     # Llama 3; Qwen2; GPT-4
     CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + WORD_ENDS,
     CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + WORD_ENDS,
@@ -64,7 +64,7 @@ KNOWN_PATTERNS = frozenset({
 def list_unknown_patterns(component: Any) -> list[str]:
     """Return the regular expressions of a normalizer, pre-tokenizer or decoder that are not among
     the known ones."""
-    return [pattern for pattern in _iter_patterns(component) if pattern not in KNOWN_PATTERNS]
+    return [pattern for pattern in _iter_patterns(component) if pattern not in COMMON_PATTERNS]
 
 
 def _iter_patterns(component: Any) -> Iterator[str]:
@@ -159,7 +159,7 @@ class GuardedTokenizer:
         if self._problem:
             raise InputError(self._problem, fix=UNKNOWN_FIX)
         try:
-            line = self._exchange(json.dumps(request).encode() + b"\n")
+            line = self._send_request(json.dumps(request).encode() + b"\n")
         except BaseException:
             self._problem = "the tokenizer's process was interrupted"
             _end_process(self._process)
@@ -179,7 +179,7 @@ class GuardedTokenizer:
             raise InputError(message, fix="download the model again")
         return reply
 
-    def _exchange(self, request: bytes) -> bytes | None:
+    def _send_request(self, request: bytes) -> bytes | None:
         """Return the reply to a request, b"" if the process ends, None if it takes too long."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
