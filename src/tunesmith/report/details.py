@@ -10,7 +10,7 @@ import shlex
 from dataclasses import dataclass
 
 from tunesmith.core.atomic import MANIFEST
-from tunesmith.core.events import TrainStep
+from tunesmith.core.events import GENERAL_TASK, TrainStep
 from tunesmith.core.formatting import format_bytes, format_duration
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import RECIPE_FILE
@@ -41,6 +41,7 @@ class DataView:
     findings: tuple[tuple[str, Finding], ...]  # role, finding
     checks: tuple[CheckView, ...]
     command: str  # that runs the checks which did not run
+    retention: str  # the texts of retention_data, which are no rows of a role
 
     @property
     def not_run(self) -> list[CheckView]:
@@ -61,8 +62,21 @@ def build_data(run: ReportData) -> list[DataView]:
         checks = tuple(list_checks(stage.plan.data))
         recipe = shlex.quote(str(stage.path / RECIPE_FILE))
         command = f"tunesmith data check {recipe}"
-        views.append(DataView(stage, roles, tuple(findings), checks, command))
+        retention = _describe_retention(stage)
+        views.append(DataView(stage, roles, tuple(findings), checks, command, retention))
     return views
+
+
+def _describe_retention(stage: StageData) -> str:
+    """Return the file of the general texts and how many were measured; empty without any."""
+    source = stage.plan.recipe.get("retention_data")
+    if not source:
+        return ""
+    name = str(source).rpartition("/")[2]
+    comparisons = stage.record.comparisons if stage.record else ()
+    counts = [each.after.n for each in comparisons if each.task == GENERAL_TASK]
+    measured = f", {counts[0]:,} texts measured" if counts else ""
+    return f"{name}{measured}; only measured, never trained on, and not checked"
 
 
 def _build_role(role: str, report: DataReport) -> RoleView:

@@ -144,7 +144,11 @@ def test_the_page_is_short_and_has_few_stops(browser: Any, graded_file: Path, wi
     page.wait_for_timeout(200)
     height = page.evaluate("document.documentElement.scrollHeight")
     assert height <= (12_000 if width == 1440 else 25_000)
-    assert count_stops(page) <= 60
+    assert 30 < count_stops(page) <= 60
+    still = """() => [...document.querySelectorAll("[tabindex='0']")].filter((pane) =>
+        pane.checkVisibility() && pane.scrollWidth <= pane.clientWidth
+        && pane.scrollHeight <= pane.clientHeight).length"""
+    assert page.evaluate(still) == 0, "only what scrolls is a stop"
 
 
 def test_text_in_charts_is_readable_on_a_phone(browser: Any, graded_file: Path) -> None:

@@ -12,12 +12,10 @@ from test_page import read_text
 
 import fake_runs
 from tunesmith.core.events import GenerationSample, Score
-from tunesmith.core.evidence import (
-    MAX_GROUP_ROWS,
-)
+from tunesmith.core.evidence import MAX_GROUP_ROWS, NextStep, RunVerdict
 from tunesmith.core.json_io import to_jsonable
 from tunesmith.core.run_dir import EVAL_AFTER_FILE, EVAL_BEFORE_FILE
-from tunesmith.core.types import DataReport, Finding
+from tunesmith.core.types import DataReport, Finding, PlanValue
 from tunesmith.data.checks.row_checks import ROW_CHECKS
 from tunesmith.data.checks.run import DATASET_CHECKS
 from tunesmith.evaluate.error_analysis import analyze_errors
@@ -223,6 +221,30 @@ def test_overlap_of_training_and_held_out_rows_is_shown(tmp_path: Path) -> None:
     assert "test_data: 1 of 80 rows shares a 13-gram" in cautions
     alone = list_results(data=replace(fake_runs.REPORT, findings=()))
     assert alone[near][0] == "not applicable"
+
+
+def test_general_texts_are_named_with_the_data(tmp_path: Path) -> None:
+    plan = replace(fake_runs.PLAN, recipe={"model": "tiny", "retention_data": "d/general.jsonl"})
+    record = fake_runs.make_record(plan)
+    text = read_text(fake_runs.write_run(tmp_path / "run", plan=plan, record=record))
+    assert "retention_data: general.jsonl, 80 texts measured; only measured" in text
+    plain = read_text(fake_runs.write_run(tmp_path / "plain", record=fake_runs.make_record()))
+    assert "retention_data: " not in plain
+
+
+def test_next_steps_name_no_folder_of_the_user(tmp_path: Path) -> None:
+    run = tmp_path / "alice" / "run"
+    run.parent.mkdir()
+    output_dir = PlanValue(str(run), "user", "")
+    plan = fake_runs.PLAN.with_settings(output_dir=output_dir)
+    step = NextStep(f"look into {run}", f"tunesmith resume {run}")
+    verdict = RunVerdict("no effect", "nothing", next_steps=(step,))
+    record = fake_runs.make_record(plan, verdict=verdict)
+    text = read_text(fake_runs.write_run(run, plan=plan, record=record))
+    assert "tunesmith resume run Copy" in text
+    assert "alice" not in text
+    run.rename(tmp_path / "moved")
+    assert "alice" not in read_text(tmp_path / "moved")
 
 
 def test_a_check_without_its_extra_did_not_run() -> None:
