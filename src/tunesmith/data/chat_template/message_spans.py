@@ -23,16 +23,21 @@ ROLE_NAMES = {"developer": "system"}
 
 def is_training_answers(train_on: TrainedRoles) -> bool:
     """Whether the answers of the assistant are among the trained text."""
-    return train_on in ("answers", "all") or "assistant" in train_on
+    return train_on in ("answers", "all") or "assistant" in _list_roles(train_on)
+
+
+def _list_roles(train_on: TrainedRoles) -> tuple[str, ...]:
+    return (train_on,) if isinstance(train_on, str) else train_on
 
 
 def weigh_messages(example: Example, train_on: TrainedRoles) -> tuple[float, ...]:
     """Return the weight of each message: that of the row if it sets one, else 1 if its role is
     trained."""
     weights: list[float] = []
+    trained_roles = _list_roles(train_on)
     for message, weight in zip(example.messages, example.turn_weights, strict=True):
-        role = ROLE_NAMES.get(message["role"], message["role"])
-        is_trained = train_on == "all" or role in train_on
+        role = str(message["role"])
+        is_trained = train_on == "all" or ROLE_NAMES.get(role, role) in trained_roles
         is_set = isinstance(weight, RowWeight)
         weights.append(weight if is_trained and is_set else float(is_trained))
     return tuple(weights)

@@ -22,9 +22,9 @@ Reason = Literal[
     "not JSON", "not CSV", "not an object", "duplicate key", "NaN or infinity",
     "number too large", "nested too deep", "wrong number of fields",
     # content of the row
-    "missing key", "not messages", "unknown role", "null content", "not text", "empty text",
-    "empty answer", "no answer at the end", "nothing trained", "wrong weight", "wrong tool call",
-    "wrong tools", "contradiction", "equal sides", "no label", "wrong mark", "nothing bad",
+    "missing key", "not messages", "too many messages", "unknown role", "null content", "not text",
+    "empty text", "empty answer", "no answer at the end", "nothing trained", "wrong weight",
+    "wrong tool call", "wrong tools", "contradiction", "equal sides", "no label", "wrong mark", "nothing bad",
     # a constraint of the recipe: the row is excluded, which is not an error
     "never",
     # the chat template
