@@ -40,7 +40,7 @@ CHECK_GROUPS = (
     CheckGroup("Equal rows", ("duplicates",)),
     CheckGroup("Nearly equal rows", ("near_duplicates",), True),
     CheckGroup("Prompts with several answers", ("conflicts",), True),
-    CheckGroup("Secrets", ("secrets",), True),
+    CheckGroup("Keys and passwords", ("secrets",), True),
     CheckGroup("Personal data", ("personal",), True),
     CheckGroup("Languages", ("languages",), True),
     CheckGroup("Broken or cut answers", ("broken_json", "cut_off", "unfinished"), True),

@@ -227,7 +227,7 @@ def _list_cautions(run: ReportData) -> tuple[str, ...]:
             if check.level != "ok":
                 evidence = check.evidence.partition("\n")[0]
                 cautions.append(f"step {check.step}: {check.kind}: {evidence}")
-    return tuple(cautions)
+    return tuple(dict.fromkeys(cautions))  # stages may repeat them
 
 
 def find_weights_file(record: RunRecord) -> Path | None:

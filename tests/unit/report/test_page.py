@@ -273,6 +273,7 @@ def test_several_stages_are_one_page(tmp_path: Path) -> None:
     assert text.count("Stage 1-cpt") == text.count("Stage 2-sft") > 3
     assert "--adapter-from runs/again/1-cpt" in text
     assert "60 steps" in text
+    assert build_summary(load_report_data(tmp_path / "run")).cautions.count("few rows") == 1
 
 
 def test_grades_decide_right_and_wrong(tmp_path: Path) -> None:

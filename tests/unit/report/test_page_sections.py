@@ -196,7 +196,7 @@ def test_checks_that_did_not_run_are_not_clean(tmp_path: Path) -> None:
     plan = replace(fake_runs.PLAN, data={"data": replace(fake_runs.REPORT, findings=())})
     quick = read_text(fake_runs.write_run(tmp_path / "quick", plan=plan))
     assert "Only the quick checks ran. Not run: " in quick
-    assert "Secrets not run" in quick
+    assert "Keys and passwords not run" in quick
     assert "Equal rows nothing found" in quick
     assert "tunesmith data check quick/recipe.yaml Copy" in quick
     assert "few rows" in text
@@ -250,7 +250,7 @@ def test_next_steps_name_no_folder_of_the_user(tmp_path: Path) -> None:
 def test_a_check_without_its_extra_did_not_run() -> None:
     missing = Finding("languages", "info", "languages are not checked: py3langid is not installed")
     assert list_results(missing)["Languages"][0] == "not run"
-    assert list_results(missing)["Secrets"] == ("clean", "nothing found")
+    assert list_results(missing)["Keys and passwords"] == ("clean", "nothing found")
 
 
 def test_every_check_of_the_data_is_in_one_group() -> None:
