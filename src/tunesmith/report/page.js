@@ -159,7 +159,7 @@
 
   const restart = () => {
     const text = search.value.trim().toLowerCase();
-    const passes = (sample) => FILTERS[filter](sample) && (field === null || sample.wrongFields.includes(field)) && (!rows || rows.has(sample.id));
+    const passes = (sample) => FILTERS[filter](sample) && (field === null || sample.faults.includes(field)) && (!rows || rows.has(sample.id));
     matches = samples.filter((sample) => passes(sample) && (!text || searchText(sample).includes(text)));
     shown = 0;
     list.replaceChildren();
@@ -190,7 +190,7 @@
   document.querySelectorAll("a[data-rows]").forEach((link) => link.addEventListener("click", () => {
     filter = "all";
     const name = JSON.parse(link.dataset.field);
-    field = samples.some((sample) => sample.wrongFields.includes(name)) ? name : null;
+    field = samples.some((sample) => sample.faults.includes(name)) ? name : null;
     rows = field === null ? new Set(JSON.parse(link.dataset.rows)) : null;
     search.value = "";
     press();

@@ -89,6 +89,7 @@ class SampleDiff:
     state: SampleState
     grades: list[tuple[str, float, float]]  # metric, before, after
     grade: float  # of the answer after training: mean of the grades from 0 to 1
+    poor_metrics: list[str]  # by which the answer after training is below 1
 
     @property
     def label(self) -> str:
@@ -101,6 +102,11 @@ class SampleDiff:
     @property
     def wrong_fields(self) -> list[str]:
         return [field.name for field in self.fields if not field.is_right]
+
+    @property
+    def faults(self) -> list[str]:
+        """What the chips select by: fields that are wrong; of answers without fields, metrics."""
+        return self.wrong_fields if self.fields else self.poor_metrics
 
     @property
     def panes(self) -> list[tuple[str, list[str]]]:
@@ -122,6 +128,7 @@ class SampleDiff:
             "context": self.context,
             "fields": [list(vars(field).values()) for field in self.fields],
             "wrongFields": self.wrong_fields,
+            "faults": self.faults,
             "panes": self.panes,
             "changed": self.changed,
             "state": self.state,
@@ -183,10 +190,10 @@ class SamplesView:
 
     @property
     def chips(self) -> list[tuple[str, int]]:
-        """Fields with wrong answers, the worst first."""
+        """Fields with wrong answers, or metrics below 1, the worst first."""
         counts: Counter[str] = Counter()
         for diff in self.diffs:
-            counts.update(diff.wrong_fields)
+            counts.update(diff.faults)
         return counts.most_common(MAX_CHIPS)
 
 
@@ -248,6 +255,9 @@ def _diff_pair(
         state=_classify_answer(graded, metric or "exact match"),
         grades=[(name, grade[0], grade[1]) for name, grade in grades.items()],
         grade=sum(after_grades) / len(after_grades) if after_grades else 0.0,
+        poor_metrics=[
+            name for name, (_, value, is_better) in grades.items() if is_better and value < 1
+        ],
     )
 
 

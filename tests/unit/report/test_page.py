@@ -315,6 +315,7 @@ def test_grades_decide_right_and_wrong(tmp_path: Path) -> None:
         ("Fixed", 1),
         ("Broken", 1),
     ]
+    assert view.chips == [("exact_match", 2)], "without fields, a chip per metric"
 
 
 def test_marks_are_against_the_expected_answer(tmp_path: Path) -> None:

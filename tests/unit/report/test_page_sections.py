@@ -132,6 +132,9 @@ def test_an_object_is_compared_by_its_fields(tmp_path: Path) -> None:
     diffs = {diff.id: diff for diff in build_sample_diffs(load_report_data(run))}
     assert diffs["t:0"].wrong_fields == ["flag"]
     assert diffs["t:1"].wrong_fields == []
+    view = build_samples(load_report_data(run))
+    assert view is not None
+    assert view.chips == [("flag", 14)]
     name, flag = diffs["t:0"].fields
     assert (name.name, name.expected, name.before, name.after) == ("name", '"n0"', None, '"n0"')
     assert (flag.expected, flag.after, flag.is_right) == ("true", "false", False)
