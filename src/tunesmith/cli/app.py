@@ -396,7 +396,7 @@ def _to_input_error(usage: Any) -> InputError:
 
 def _to_machine_error(error: OSError) -> MachineError:
     """Convert an error of a disk or of the memory, wherever it was met."""
-    message = f"a file cannot be read: {error.strerror}"
+    message = f"cannot access a file: {error.strerror}"
     return MachineError(message, where=str(error.filename or ""), fix=DISK_FIX)
 
 

@@ -135,7 +135,7 @@ def measuring(console: Console | None = None) -> Iterator[None]:
     """Show the progress of a long measurement on stderr."""
     console = console or TerminalConsole(stderr=True)
     if _is_live(console):
-        with console.status("measuring") as status, closing(LogListener(status.update)):
+        with console.status("loading the model") as status, closing(LogListener(status.update)):
             yield
     else:
         with closing(LogListener(lambda line: console.print(line, highlight=False))):

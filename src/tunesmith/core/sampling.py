@@ -35,7 +35,7 @@ RANGES = {
     "top_k": (-1, math.inf, "0 for all tokens, or a number of tokens"),
     "min_p": (0.0, 1.0, "from 0 to 1"),
     "repetition_penalty": (1e-6, 100.0, "above 0; 1 is none"),
-    "seed": (0, MAX_SEED, "a whole number from 0 on"),
+    "seed": (0, MAX_SEED, "an integer of at least 0"),
     "max_new_tokens": (1, math.inf, "at least 1"),
 }
 

@@ -224,11 +224,11 @@ def _find_level_problem(
     min_share = VERDICT_LIMITS["ready: right answers"]
     min_low = VERDICT_LIMITS["ready: lower end"]
     if share < min_share:
-        return f"{share:.0%} of the answers are right; {min_share:.0%} are ready"
+        return f"{share:.0%} of the answers are right; ready needs {min_share:.0%}"
     if low < min_low:
         return (
-            f"with {errors.n} answers, the share of right ones may be {low:.0%}; "
-            f"{min_low:.0%} is ready"
+            f"with {errors.n} answers, the true share may be as low as {low:.0%}; "
+            f"ready needs {min_low:.0%}"
         )
     return ""
 

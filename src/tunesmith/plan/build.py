@@ -482,7 +482,8 @@ def refuse_if_too_large(plan: Plan) -> None:
 
 def _collect_warnings(context: RuleContext, data: Mapping[str, DataReport]) -> list[str]:
     warnings: list[str] = []
-    if context.model.parameters < 1e9 and context["method"] != "full":
+    is_rate_by_rule = context.settings["learning_rate"].decided_by != "user"
+    if is_rate_by_rule and context.model.parameters < 1e9 and context["method"] != "full":
         advice = "`tunesmith tune lr` tries five"
         if context.stage == "preference":
             advice = "compare two or three"

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.formatting import suggest_name
 
 DATA_SUFFIXES = (".jsonl", ".csv", ".txt", ".md")  # not a recipe
 MAX_BYTES = 250_000
@@ -134,7 +135,9 @@ def read_yaml(path: Path) -> YamlMapping:
 
 def _read_text(path: Path) -> str:
     if not os.path.exists(path):
-        raise InputError("no such file", where=str(path))
+        fix = "check the path, or write one with `tunesmith init`"
+        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+        raise InputError("no such file", where=str(path), fix=suggest_name(path.name, siblings, fix))
     if not os.path.isfile(path):
         raise InputError("expected a file, found a folder or a device", where=str(path))
     size = path.stat().st_size

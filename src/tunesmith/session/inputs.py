@@ -428,8 +428,8 @@ def _check_split(inputs: RunInputs) -> str:
         return ""
     rows = format_count(num_rows, "row")
     return (
-        f"eval_split: {fraction:g} of {rows} are {expected:.0f}, and the hashes of these rows hold "
-        f"out {num_held_out}; name the rows yourself with eval_data and test_data"
+        f"eval_split: {fraction:g} of {rows} are {expected:.0f}, but the hash split holds out "
+        f"{num_held_out}; set eval_data and test_data instead"
     )
 
 

@@ -22,7 +22,7 @@ def test_a_failing_disk_is_exit_code_3(
     monkeypatch.setattr(api, "doctor", fail)
     code, _, stderr = tunesmith("doctor")
     assert code == 3
-    assert "weights: a file cannot be read: it broke" in stderr
+    assert "weights: cannot access a file: it broke" in stderr
 
 
 def test_a_json_file_on_a_failing_disk_is_exit_code_3(

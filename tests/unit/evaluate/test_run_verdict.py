@@ -99,7 +99,7 @@ def test_the_level_comes_first_then_the_change_and_the_cost() -> None:
     assert verdict.cost == (
         "General text got 5.1% worse (1.000 -> 1.051 bits per byte): 2.5 times the limit of 0.02"
     )
-    assert "44% of the answers are right; 90% are ready" in verdict.reasons
+    assert "44% of the answers are right; ready needs 90%" in verdict.reasons
 
 
 def test_a_limit_that_the_user_set_is_theirs() -> None:

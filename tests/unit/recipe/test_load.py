@@ -257,7 +257,7 @@ def test_other_tools_names_are_understood(tmp_path: Path) -> None:
             "chat_template: chatml",
             "expected 'auto' or 'none' or the path of a .jinja file, found 'chatml'",
         ),
-        ("output_dir: 2026-01-01", "found the date 2026-01-01 (quotes make it a text)"),
+        ("output_dir: 2026-01-01", "found the date 2026-01-01 (quote it to make it a string)"),
         (
             "metrics: {a: [1]}",
             "expected 'auto' or a list of names, or of {name: value}, found the mapping {'a': [1]}",
@@ -308,7 +308,7 @@ def test_mistakes_in_flags_name_the_flag(tmp_path: Path) -> None:
         (b"model: \x07\n", "not YAML: unacceptable character #x0007"),
         (b"output_dir: 2026-99-99\n", "invalid value: month must be in 1..12"),
         (b"a: &a [x, *a]\n", "unknown key 'a'"),
-        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 100_000, "nested more than 50 levels deep"),
         (b"#" * 1_000_001, "too many for a recipe"),
         (b"model: a\n---\nmodel: b\n", "recipe.yaml:2:1: not YAML: but found another document"),
     ],
@@ -358,10 +358,9 @@ def test_strange_names_are_names(tmp_path: Path) -> None:
 
 
 def test_a_bomb_of_anchors_ends(tmp_path: Path) -> None:
-    levels = "".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 9)}]\n" for n in range(1, 30))
-    message = refusal(
-        tmp_path, GOOD + "k0: &k0 x\n" + levels + "metrics: *k29\neval_data: *k29\nseed: *k29\n"
-    )
+    levels = "".join(f"  k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 9)}]\n" for n in range(1, 30))
+    bomb = f"levels:\n  k0: &k0 x\n{levels}"
+    message = refusal(tmp_path, GOOD + bomb + "metrics: *k29\neval_data: *k29\nseed: *k29\n")
     assert (
         "metrics: expected 'auto' or a list of names, or of {name: value}, found the list ["
         in message

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from tunesmith.cli.progress import format_single_line
 from tunesmith.cli.views import make_table
@@ -16,49 +18,67 @@ from tunesmith.core.types import DataReport, Finding
 if TYPE_CHECKING:
     from tunesmith.data.split import SplitResult
 
+LEVEL_MARKS = {"info": "·", "warn": "!", "error": "✗"}
 LEVEL_STYLES = {"info": "dim", "warn": "yellow", "error": "bold red"}
-COUNT_COLUMNS = (
-    *("rows", "documents", "tokens", "supervised"),
-    *("dropped", "truncated", "median", "longest"),
-)
 MAX_STRATA = 20
 MAX_NAME_CHARS = 40
 
 
 def render_data(reports: Mapping[str, DataReport]) -> RenderableType:
-    """Show the counts of each data role, then tasks, formats and findings."""
-    table = make_table("Data", "role", "format", *COUNT_COLUMNS, numbers=COUNT_COLUMNS)
-    tasks: list[str] = []
+    """Show the counts of each data role, then tasks, formats, and the findings by role."""
     formats: dict[str, None] = {}  # ordered, without duplicates
-    findings: list[str] = []
+    tasks: list[str] = []
+    findings: list[RenderableType] = []
     for role, report in reports.items():
-        counts = (
-            report.rows,
-            report.documents,
-            report.tokens,
-            report.supervised_tokens,
-            sum(report.dropped.values()),
-            report.truncated,
-            report.length_percentiles.get("p50", 0),
-            report.length_percentiles.get("max", 0),
-        )
-        table.add_row(role, report.format, *(f"{count:,}" for count in counts))
         for task, rows in report.task_rows.items():
             tokens = report.task_tokens.get(task, 0)
             tasks.append(f"{role} {task}: {rows:,} rows, {tokens:,} tokens")
         formats[f"[dim]{report.format}: {escape(report.format_reason)}[/]"] = None
-        findings += [_format_finding(role, finding) for finding in report.findings]
-    return Group(table, *tasks, *formats, *findings)
+        if report.findings:
+            findings += [Text(role, "bold"), _build_findings_table(report.findings)]
+    return Group(_build_counts_table(reports), *tasks, *formats, *findings)
 
 
-def _format_finding(role: str, finding: Finding) -> str:
-    level = f"[{LEVEL_STYLES[finding.level]}]{finding.level}[/]"
-    text = f"{level} {role} {finding.check}: {escape(finding.message)}"
-    if finding.rows:
-        text += f" [dim]{escape(format_rows(finding))}[/]"
-    if finding.fix:
-        text += f"\n     {escape(finding.fix)}"
-    return text
+def _build_counts_table(reports: Mapping[str, DataReport]) -> Table:
+    """Build the table of counts; a column without any count is left out."""
+    counts: dict[str, list[int]] = {}
+    for report in reports.values():
+        values = {
+            "rows": report.rows,
+            "documents": report.documents if report.documents != report.rows else 0,
+            "tokens": report.tokens,
+            "supervised": report.supervised_tokens,
+            "dropped": sum(report.dropped.values()),
+            "truncated": report.truncated,
+            "median": report.length_percentiles.get("p50", 0),
+            "longest": report.length_percentiles.get("max", 0),
+        }
+        for name, value in values.items():
+            counts.setdefault(name, []).append(value)
+    columns = [name for name, values in counts.items() if any(values) or name == "rows"]
+    table = make_table("Data", "role", *columns, numbers=columns)
+    for column in table.columns:
+        column.no_wrap = True
+    for index, role in enumerate(reports):
+        table.add_row(role, *(f"{counts[name][index]:,}" for name in columns))
+    return table
+
+
+def _build_findings_table(findings: Sequence[Finding]) -> Table:
+    """Build a line for each finding, its first rows, and below it what to do."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for _ in range(2):
+        table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        text = Text(finding.message)
+        if finding.rows:
+            text.append(f" ({format_rows(finding)})", "dim")
+        if finding.fix:
+            text.append(f"\n{finding.fix}")
+        style = LEVEL_STYLES[finding.level]
+        table.add_row(Text(f"  {LEVEL_MARKS[finding.level]}", style), finding.check, text)
+    return table
 
 
 def render_split(split: SplitResult) -> RenderableType:

@@ -114,7 +114,7 @@ def format_memory(plan: Plan) -> list[str]:
     """Format the peak memory, its parts, the rule of thumb, and the smallest GPU that fits."""
     peak = plan.memory_bytes["peak"]
     method = plan.config.method or "lora"
-    text = f"memory {format_bytes(peak)} of {format_bytes(plan.machine.available_bytes)} free"
+    text = f"peak memory {format_bytes(peak)} of {format_bytes(plan.machine.available_bytes)} free"
     if match_preset(plan.machine) is not None:
         text += f" on {plan.machine.device_name}"
     parts = [f"{name} {format_bytes(num_bytes)}" for name, num_bytes in plan.phase_bytes.items()]
@@ -125,8 +125,8 @@ def format_memory(plan: Plan) -> list[str]:
         multiple = compute_multiple(plan.model, peak)
         usual = USUAL_MULTIPLES[method]
         lines.append(
-            f"that is x{multiple:.1f} of the 16-bit weights; the {usual} rule of thumb omits "
-            "activations"
+            f"{multiple:.1f}x the 16-bit weights (rule of thumb for {method}: {usual}, "
+            "without activations)"
         )
     if plan.fits_on:
         lines.append(f"[bold red]does not fit[/]: the smallest GPU that fits is {plan.fits_on}")

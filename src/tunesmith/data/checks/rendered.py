@@ -153,7 +153,7 @@ def check_lengths(context: CheckContext) -> Iterator[Finding]:
             cuts.append(f"{count:,} ({count / len(lengths_D):.1%}) above {max_length:,}")
     if cuts:
         message = f"tokens of {len(lengths_D):,} documents: {', '.join(cuts)}; maximum {longest:,}"
-        fix = "choose max_length by these, or leave it to the plan"
+        fix = "set max_length from this, or leave it at auto"
         yield Finding("lengths", "info", message, fix=fix)
 
 

@@ -176,7 +176,7 @@ class GuardedTraining:
             ("overfitting", len(prompt_set.prompts), "prompts"),
         ):
             if 0 < num_items < MIN_ITEMS:
-                evidence = f"not watched: {num_items} {unit}, and it takes {MIN_ITEMS}"
+                evidence = f"not watched: {num_items} {unit}, needs {MIN_ITEMS}"
                 yield CheckResult(name, "warn", evidence)
 
     def _replay(self, events: list[Event]) -> None:

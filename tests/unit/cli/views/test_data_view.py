@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tunesmith.cli.views.data import render_data, render_split
 from tunesmith.data.split import SplitResult
 from view_samples import REPORT, render_text
@@ -10,7 +12,22 @@ from view_samples import REPORT, render_text
 def test_data_shows_counts_and_findings() -> None:
     text = render_text(render_data({"data": REPORT}))
     assert "1,200" in text
-    assert "warn data empty_answer: answers are [empty] a.jsonl:7" in text
+    assert "  !  empty_answer  answers are [empty] (a.jsonl:7)" in text
+    assert text.splitlines()[-2].rstrip() == "data"
+
+
+def test_counts_of_nothing_have_no_column_and_no_header_is_broken() -> None:
+    lengths = {"p50": 200, "max": 900}
+    report = replace(
+        REPORT, dropped={}, truncated=0, documents=REPORT.rows, length_percentiles=lengths
+    )
+    text = render_text(render_data({"data": report, "retention_data": report}), width=80)
+    head = text.splitlines()[1].split()
+    assert head == ["role", "rows", "tokens", "supervised", "median", "longest"]
+    dropped = replace(report, dropped={"too long": 3}, truncated=2)
+    text = render_text(render_data({"data": report, "test_data": dropped}), width=80)
+    assert text.splitlines()[1].split()[4:6] == ["dropped", "truncated"]
+    assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
 
 
 def test_a_split_shows_files_strata_and_what_was_not_done() -> None:

@@ -28,7 +28,7 @@ def test_a_plan_shows_each_value_who_decided_and_why() -> None:
     assert lines["learning_rate"] == "learning_rate 0.0001 user set in the recipe"
     assert lines["lora_r"] == "lora_r 16 rule small data [see] (LoRA Without Regret)"
     assert lines["75"] == "75 steps over 1,200 rows, 90,000 tokens per epoch"
-    assert lines["memory"] == "memory 1.9 GB of 8.6 GB free"
+    assert lines["peak"] == "peak memory 1.9 GB of 8.6 GB free"
     assert lines["warning"] == "warning few rows"
 
 
@@ -87,7 +87,7 @@ def test_a_plan_that_does_not_fit_says_where_it_would() -> None:
     plan = dataclasses.replace(PLAN, phase_bytes={"step": 10**9}, fits_on="h100 (80.0 GB)")
     text = " ".join(render_text(render_plan(plan)).split())
     assert "memory 1.9 GB of 8.6 GB free: step 1.0 GB" in text
-    assert "x7.0 of the 16-bit weights; the x1.5 rule of thumb omits activations" in text
+    assert "7.0x the 16-bit weights (rule of thumb for lora: x1.5, without activations)" in text
     assert "does not fit: the smallest GPU that fits is h100 (80.0 GB)" in text
 
 

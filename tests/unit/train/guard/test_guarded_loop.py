@@ -230,7 +230,7 @@ def test_what_few_items_leave_unwatched_is_a_warning(
         if isinstance(event, CheckResult) and event.kind in ("forgetting", "overfitting"):
             assert (event.level, event.step) == ("warn", 0)
             items, _, reason = event.evidence.removeprefix("not watched: ").partition(", ")
-            assert reason == "and it takes 5"
+            assert reason == "needs 5"
             warnings.add(f"{event.kind}: {items}")
         if isinstance(event, TrainStep):
             break
