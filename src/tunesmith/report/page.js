@@ -10,7 +10,7 @@
   };
   const sizes = new ResizeObserver((entries) => entries.forEach((entry) => update(entry.target)));
   window.watchPane = (pane) => sizes.observe(pane);
-  document.querySelectorAll(".scroll, .pane pre").forEach(window.watchPane);
+  document.querySelectorAll(".scroll, .pane pre, .context pre").forEach(window.watchPane);
 
   const copy = async (button) => {
     const code = button.previousElementSibling;
@@ -84,11 +84,17 @@
     return node;
   };
 
-  const pane = (name, pieces) => {
+  const scrollText = (name, pieces) => {
     const text = quoted("pre", pieces);
+    text.tabIndex = 0; // until its size is known
     text.setAttribute("aria-label", name);
     text.setAttribute("role", "group");
     window.watchPane(text);
+    return text;
+  };
+
+  const pane = (name, pieces) => {
+    const text = scrollText(name, pieces);
     return element("div", "pane " + name.toLowerCase(), element("p", "pane-title", name), text);
   };
 
@@ -121,7 +127,7 @@
     const prompt = pane("Prompt", [sample.prompt]);
     prompt.classList.add("prompt");
     node.append(prompt);
-    if (sample.context) node.append(element("details", "context", element("summary", "", "Messages before the prompt"), quoted("pre", [sample.context])));
+    if (sample.context) node.append(element("details", "context", element("summary", "", "Messages before the prompt"), scrollText("Messages before the prompt", [sample.context])));
     if (sample.fields.length) node.append(fieldTable(sample));
     if (sample.panes.length) node.append(element("div", "panes", ...sample.panes.map(([title, pieces]) => pane(title, pieces))));
   };
