@@ -209,24 +209,42 @@ def prefetch(
 
 
 def build_mismatched(documents: Sequence[Document], max_length: int) -> list[Document]:
-    """Return each prompt of a step with the answer of the labelled document before it, up to
-    `max_length` tokens; the first one gets the last answer. KTO's KL term is measured on them."""
-    labelled = [document for document in documents if document.side in LABELLED_SIDES]
+    """Return the prompts of a step with answers to other prompts, up to `max_length` tokens each.
+    KTO's KL term is measured on them.
+
+    Documents are ordered by prompt, and each gets the answer `shift` documents before it, the first
+    ones those of the last. `shift` is the largest number of answers to a prompt, so every answer
+    is used once, as in the loss. A prompt with more than half of the answers leaves some of them
+    without another prompt; these are left out."""
+    by_prompt: dict[bytes, list[Document]] = {}
+    for document in documents:
+        if document.side in LABELLED_SIDES:
+            prompt_L = document.tokens_L[: _find_answer_start(document)]
+            by_prompt.setdefault(prompt_L.tobytes(), []).append(document)
+    labelled = [(prompt, document) for prompt, group in by_prompt.items() for document in group]
+    shift = max(map(len, by_prompt.values()), default=0)
     mismatched: list[Document] = []
-    for index, document in enumerate(labelled):
-        other = labelled[index - 1]
-        prompt_end = int(np.flatnonzero(document.weights_L)[0])
-        answer_start = int(np.flatnonzero(other.weights_L)[0])
-        no_weights_L = np.zeros(prompt_end, np.float32)
-        weights_L = np.concatenate([no_weights_L, other.weights_L[answer_start:]])
-        tokens_L = np.concatenate([document.tokens_L[:prompt_end], other.tokens_L[answer_start:]])
-        mismatched.append(
-            dataclasses.replace(
-                document,
-                tokens_L=tokens_L[:max_length],
-                weights_L=weights_L[:max_length],
-                side="mismatched",
-                reference_logp=None,
-            )
-        )
+    for index, (prompt, document) in enumerate(labelled):
+        other_prompt, other = labelled[(index - shift) % len(labelled)]
+        if prompt != other_prompt:
+            mismatched.append(_replace_answer(document, other, max_length))
     return mismatched
+
+
+def _find_answer_start(document: Document) -> int:
+    return int(np.flatnonzero(document.weights_L)[0])
+
+
+def _replace_answer(document: Document, other: Document, max_length: int) -> Document:
+    prompt_end = _find_answer_start(document)
+    answer_start = _find_answer_start(other)
+    no_weights_L = np.zeros(prompt_end, np.float32)
+    weights_L = np.concatenate([no_weights_L, other.weights_L[answer_start:]])
+    tokens_L = np.concatenate([document.tokens_L[:prompt_end], other.tokens_L[answer_start:]])
+    return dataclasses.replace(
+        document,
+        tokens_L=tokens_L[:max_length],
+        weights_L=weights_L[:max_length],
+        side="mismatched",
+        reference_logp=None,
+    )

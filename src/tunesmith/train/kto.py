@@ -4,9 +4,9 @@
     mismatched documents -> measure_kl      -> KL(model || reference) of the step, at least 0
     LabelledLogps, LossConfig -> kto_loss   -> the loss of each document
 
-The KL term is estimated on mismatched documents: each prompt of the step with the answer of the row
-before it, as in TRL. It is measured once per step, before the first backward, so no split of the
-step into packs changes it."""
+The KL term is estimated on mismatched documents: each prompt of the step with the answer to another
+prompt; for rows of a single answer, with that of the row before it, as in TRL. It is measured once
+per step, before the first backward, so no split of the step into packs changes it."""
 
 from __future__ import annotations
 

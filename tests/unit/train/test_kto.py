@@ -57,11 +57,11 @@ def compute_ratio(model: PackedCausalLM, document: Document) -> Tensor:
     return logp - reference
 
 
-def test_mismatched_documents_have_the_answer_before() -> None:
+def test_mismatched_documents_have_an_answer_to_another_prompt() -> None:
     documents = make_labelled()
     mismatched = build_mismatched(documents, 10**6)
     for index, (document, other) in enumerate(zip(documents, mismatched, strict=True)):
-        before = documents[index - 1]
+        before = documents[index - 2]  # two answers to each prompt
         prompt = document.tokens_L[document.weights_L == 0]
         answer = before.tokens_L[before.weights_L > 0]
         assert other.tokens_L.tolist() == [*prompt.tolist(), *answer.tolist()]
@@ -70,6 +70,52 @@ def test_mismatched_documents_have_the_answer_before() -> None:
     assert max(map(len, build_mismatched(documents, 18))) == 18
     trained, measured = split_mismatched([*documents, *mismatched])
     assert (list(trained), list(measured)) == (documents, mismatched)
+
+
+def make_answers(*names: str) -> list[Document]:
+    """Documents named by their prompt and label: A+ answers the prompt A."""
+    documents: list[Document] = []
+    for number, name in enumerate(names):
+        prompt_L = np.full(3, ord(name[0]), np.int32)
+        answer_L = np.array([100 + number, 100 + number], np.int32)
+        documents.append(
+            Document(
+                f"rows:{number}",
+                np.concatenate([prompt_L, answer_L]),
+                np.array([0, 0, 0, 1, 1], np.float32),
+                side="desirable" if name[1] == "+" else "undesirable",
+            )
+        )
+    return documents
+
+
+def list_mismatched(*names: str) -> list[str]:
+    """Return the prompt of each mismatched document with the name of its answer."""
+    documents = build_mismatched(make_answers(*names), 10**6)
+    return [f"{chr(d.tokens_L[0])} {names[d.tokens_L[-1] - 100]}" for d in documents]
+
+
+def test_no_prompt_is_measured_with_an_answer_of_its_pair() -> None:
+    pairs = ("A+", "A-", "B+", "B-", "C+", "C-")
+    assert list_mismatched(*pairs) == ["A C+", "A C-", "B A+", "B A-", "C B+", "C B-"]
+    # rows of a single answer: the row before, and a prompt that comes again later in the step
+    assert list_mismatched("A+", "B+", "C-") == ["A C-", "B A+", "C B+"]
+    assert list_mismatched("A+", "B+", "A-", "C-") == ["A B+", "A C-", "B A+", "C A-"]
+    assert list_mismatched("A+", "B+", "A-") == ["A B+", "B A+"]
+
+
+def test_every_answer_is_measured_once_where_prompts_allow_it() -> None:
+    names = ("A+", "B+", "B-", "C-", "A-", "D+", "B+", "E-")
+    measured = list_mismatched(*names)
+    assert all(pair[0] != pair[2] for pair in measured)
+    assert sorted(pair[2:] for pair in measured) == sorted(names)
+
+
+@pytest.mark.parametrize("names", [(), ("A+",), ("A+", "A-"), ("A+", "A-", "A+")])
+def test_a_step_with_a_single_prompt_measures_nothing(names: tuple[str, ...]) -> None:
+    documents = make_answers(*names)
+    assert build_mismatched(documents, 10**6) == []
+    assert split_mismatched(documents) == (documents, ())
 
 
 def test_the_loss_is_that_of_the_paper_for_every_packing() -> None:

@@ -106,6 +106,46 @@ def test_kto_is_that_of_its_trainer(tmp_path: Path) -> None:
         assert float((gradient - other).norm() / other.norm()) < 1e-5
 
 
+def test_pairs_are_mismatched_as_by_its_trainer(tmp_path: Path) -> None:
+    """TRL takes the chosen answers of all rows, then the rejected ones, and mismatches them within
+    a device batch. With as many rows as the batch, its pairs of prompt and answer are ours."""
+    from trl import KTOConfig, KTOTrainer
+
+    from datasets import Dataset
+
+    folder = save_model_folder(tmp_path / "model")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{n} and {n}"}],
+            "chosen": [{"role": "assistant", "content": f"it is {2 * n}"}],
+            "rejected": [{"role": "assistant", "content": f"no {n}"}],
+        }
+        for n in range(1, 5)
+    ]
+    trainer = KTOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder),
+        args=KTOConfig(
+            str(tmp_path / "out"), report_to=[], use_cpu=True, bf16=False,
+            gradient_checkpointing=False, per_device_train_batch_size=len(rows),
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder, pad_token="<|text|>"),
+    )  # fmt: skip
+    recipe = make_tiny_recipe(
+        folder,
+        tmp_path,
+        stage="preference",
+        loss="kto",
+        data=str(write_rows(tmp_path / "rows.jsonl", rows)),
+    )
+    ours = inputs.load_inputs(recipe).datasets["data"]
+    documents = [document for row in range(len(rows)) for document in ours.render_documents(row)]
+    measured = [document.tokens_L.tolist() for document in build_mismatched(documents, 10**6)]
+    theirs = [[*row["prompt_ids"], *row["KL_completion_ids"]] for row in trainer.train_dataset]
+    assert len(measured) == 2 * len(rows)
+    assert sorted(measured) == sorted(theirs)
+
+
 def trl_weights(row: Any) -> Any:
     import numpy as np
 
