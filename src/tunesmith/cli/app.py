@@ -87,7 +87,9 @@ def init(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="Base model: a hub id, folder or GGUF file.", show_default=False
+            metavar="MODEL",
+            help="Base model: hub id, folder, GGUF file or built-in name.",
+            show_default=False,
         ),
     ] = None,
     data: Annotated[

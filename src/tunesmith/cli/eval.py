@@ -97,7 +97,9 @@ def chat(  # noqa: PLR0913 - every option of sampling is a flag
     system: Annotated[
         str | None,
         typer.Option(
-            metavar="TEXT", help="System message; that of the rows by default.", show_default=False
+            metavar="TEXT",
+            help="System message; that of the training rows by default.",
+            show_default=False,
         ),
     ] = None,
     temperature: Annotated[
@@ -110,10 +112,10 @@ def chat(  # noqa: PLR0913 - every option of sampling is a flag
         int, typer.Option(metavar="N", help="Sample from the N likeliest tokens; 0: all.")
     ] = GREEDY.top_k,
     min_p: Annotated[
-        float, typer.Option(metavar="X", help="Least probability, relative to the likeliest token.")
+        float, typer.Option(metavar="X", help="Minimum probability relative to the top token.")
     ] = GREEDY.min_p,
     repetition_penalty: Annotated[
-        float, typer.Option(metavar="X", help="Penalize tokens of the conversation; 1: none.")
+        float, typer.Option(metavar="X", help="Penalty on repeated tokens; 1 is off.")
     ] = GREEDY.repetition_penalty,
     seed: Annotated[
         int, typer.Option(metavar="N", help="Seed of the sampling; same seed, same answers.")
@@ -123,7 +125,7 @@ def chat(  # noqa: PLR0913 - every option of sampling is a flag
     ] = GREEDY.max_new_tokens,
     as_json: AsJson = False,
 ) -> None:
-    """Chat with a trained adapter, one message per line."""
+    """Chat with a trained model, one message per line."""
     sampling = SamplingParams(
         temperature=temperature,
         top_p=top_p,
