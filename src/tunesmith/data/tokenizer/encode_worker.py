@@ -1,15 +1,24 @@
 """The process that encodes for `guarded_tokenizer.py`, run as a script with limits on memory.
 
-In: a tokenizer.json on one line, then requests, one a line. Out: a reply to each. Imports nothing
-of tunesmith."""
+    python -I encode_worker.py LIBRARY_FOLDER LOAD_SECONDS REQUEST_SECONDS
+
+In: a tokenizer.json on one line, then requests, one a line. Out: READY when the library is there,
+then a reply to each line. A reply that takes longer than the seconds ends the process, even if its
+parent was killed and nobody waits for it. Imports nothing of tunesmith."""
 
 import json
+import os
 import resource
+import signal
 import sys
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path.append(sys.argv[1])  # last, so that nothing there replaces the standard library
+
 from tokenizers import Tokenizer
 
+READY = "ready"
 MAX_BYTES = 2**30  # beside what the file itself needs
 BYTES_PER_CHAR = 20  # of tokenizer.json, in memory
 PROBES = ("x", " ", "\n", "1", "x ", "x\n", "x1", ".", "é", "x.")
@@ -17,35 +26,45 @@ PROBE_REPEATS = 500
 
 
 def main() -> None:
+    load_seconds, request_seconds = map(float, sys.argv[2:])
+    write_line(READY)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # panics would fill the file
     line = sys.stdin.readline()
     limit = MAX_BYTES + BYTES_PER_CHAR * len(line)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     tokenizer = None
-    request = line
-    while request:
+    seconds = load_seconds
+    while line:
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends even a search that is stuck
         try:
             if tokenizer is None:
-                tokenizer = load_tokenizer(request)
+                tokenizer = load_tokenizer(line)
                 reply = {}
             else:
-                reply = answer_request(tokenizer, json.loads(request))
+                reply = answer_request(tokenizer, json.loads(line))
         except BaseException as error:  # noqa: BLE001 - a panic of Rust is no Exception
             reply = {"error": str(error)}
-        sys.stdout.write(json.dumps(reply) + "\n")
-        sys.stdout.flush()
-        request = sys.stdin.readline()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        write_line(json.dumps(reply))
+        seconds = request_seconds
+        line = sys.stdin.readline()
+
+
+def write_line(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def load_tokenizer(tokenizer_json: str) -> Tokenizer:
-    """Load a tokenizer and try it with texts on which bad patterns are slow."""
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.encode_special_tokens = True
-    for probe in PROBES:
-        tokenizer.encode(probe * PROBE_REPEATS)
     return tokenizer
 
 
 def answer_request(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:
+    if request.get("probe"):
+        probe_tokenizer(tokenizer)
+        return {}
     text = request.get("normalize")
     if isinstance(text, str):
         normalizer = tokenizer.normalizer
@@ -54,6 +73,11 @@ def answer_request(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, A
         request["texts"], add_special_tokens=bool(request["special"])
     )
     return {"ids": [encoding.ids for encoding in encodings]}
+
+
+def probe_tokenizer(tokenizer: Tokenizer) -> None:
+    """Encode texts on which bad patterns are slow, in a batch, which starts the threads."""
+    tokenizer.encode_batch_fast([probe * PROBE_REPEATS for probe in PROBES])
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     GuardedTokenizer(data)           -> what ChatTokenizer needs of tokenizers.Tokenizer
 
 A pattern can take cubic time or fill the memory, and the library cannot be interrupted. The process
-(`encode_worker.py`) tries the tokenizer first. One that is too slow once is refused from then on.
-Here a copy without patterns answers what needs none: the vocabulary and decoding."""
+(`encode_worker.py`) tries the tokenizer first. One that is too slow once is refused from then on;
+its clock starts when the process has loaded the file. Threads take turns. Here a copy without
+patterns answers what needs none: the vocabulary and decoding."""
 
 from __future__ import annotations
 
@@ -15,22 +16,32 @@ import selectors
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import tokenizers
 from tokenizers import Tokenizer
 
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.types import Json
 
 MAX_SECONDS = 5.0  # per request, the first of which tries the tokenizer
+MAX_START_SECONDS = 60.0  # until the interpreter has imported the library
+MIN_LOAD_SPEED = 2**19  # bytes of tokenizer.json per second, on a busy machine
+GRACE_SECONDS = 3.0  # after which a process without a parent ends itself
+MAX_THREADS = 8  # each thread of the library takes address space, which is limited
+MAX_STDERR_CHARS = 500
+READY_LINE = b"ready\n"
 MAX_REQUEST_CHARS = 2**18
 WORKER_SCRIPT = Path(__file__).with_name("encode_worker.py")
 PATTERN_STEPS = ("normalizer", "pre_tokenizer")
+LIBRARY_FOLDER = str(Path(str(tokenizers.__file__)).parent.parent)
+START_FIX = "run tunesmith by a Python interpreter that can import tokenizers"
 UNKNOWN_FIX = "do not use this model, or simplify the patterns in its tokenizer.json"
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 CASED_LETTERS = (
@@ -96,21 +107,19 @@ class GuardedTokenizer:
         plain_data = data | dict.fromkeys(PATTERN_STEPS)
         self._plain_tokenizer = Tokenizer.from_str(json.dumps(plain_data))
         self._problem = ""
-        with tempfile.TemporaryDirectory() as scratch:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", str(WORKER_SCRIPT)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                cwd=scratch,
-                start_new_session=True,  # Ctrl-C is for this process, which ends the other
-            )
-            weakref.finalize(self, _end_process, self._process)
-            try:
-                self._request(data, "when it is tried")
-            except InputError:
-                _end_process(self._process)
-                raise
+        self._subject = "the tokenizer"
+        self._lock = threading.Lock()
+        tokenizer_json = json.dumps(data).encode() + b"\n"
+        load_seconds = MAX_SECONDS + len(tokenizer_json) / MIN_LOAD_SPEED
+        self._process = _start_process(load_seconds)
+        weakref.finalize(self, _end_process, self._process)
+        try:
+            self._request(tokenizer_json, "when it is loaded", load_seconds)
+            self._subject = "a regular expression of the tokenizer"
+            self._request(_make_line({"probe": True}), "when it is tried", MAX_SECONDS)
+        except InputError:
+            _end_process(self._process)
+            raise
 
     # ---- what runs patterns
 
@@ -127,14 +136,16 @@ class GuardedTokenizer:
             if batch and (text is None or num_chars > MAX_REQUEST_CHARS):
                 request = {"texts": batch, "special": add_special_tokens}
                 where = f"on a text of {sum(map(len, batch)):,} characters"
-                encodings += [_Encoding(ids) for ids in self._request(request, where)["ids"]]
+                reply = self._request(_make_line(request), where, MAX_SECONDS)
+                encodings += [_Encoding(ids) for ids in reply["ids"]]
                 batch = []
             if text is not None:
                 batch.append(text)
         return encodings
 
     def normalize_str(self, text: str) -> str:
-        return self._request({"normalize": text}, f"on {len(text):,} characters")["text"]
+        request = _make_line({"normalize": text})
+        return self._request(request, f"on {len(text):,} characters", MAX_SECONDS)["text"]
 
     @property
     def normalizer(self) -> GuardedTokenizer:
@@ -153,54 +164,106 @@ class GuardedTokenizer:
 
     # ---- the process
 
-    def _request(self, request: Json, where: str) -> Json:
+    def _request(self, request: bytes, where: str, seconds: float) -> Json:
         """Send a request and return the reply. Raises InputError if the library refuses it or takes
         too long, and from then on."""
-        if self._problem:
-            raise InputError(self._problem, fix=UNKNOWN_FIX)
-        try:
-            line = self._send_request(json.dumps(request).encode() + b"\n")
-        except BaseException:
-            self._problem = "the tokenizer's process was interrupted"
-            _end_process(self._process)
-            raise
-        if line is None:
-            self._problem = (
-                f"a regular expression of the tokenizer takes over {MAX_SECONDS:g} seconds {where}"
-            )
-        elif not line:
-            self._problem = f"a regular expression of the tokenizer needs too much memory {where}"
-        if self._problem:
-            _end_process(self._process)
-            raise InputError(self._problem, fix=UNKNOWN_FIX)
+        with self._lock:  # a reply belongs to the request before it
+            if self._problem:
+                raise InputError(self._problem, fix=UNKNOWN_FIX)
+            try:
+                line = self._send_request(request, seconds)
+            except BaseException:
+                self._problem = "the tokenizer's process was interrupted"
+                _end_process(self._process)
+                raise
+            if line is None:
+                self._problem = f"{self._subject} takes over {seconds:.3g} seconds {where}"
+            elif not line:
+                self._problem = f"{self._subject} needs too much memory {where}"
+            if self._problem:
+                _end_process(self._process)
+                raise InputError(self._problem, fix=UNKNOWN_FIX)
         reply = json.loads(line or b"")
         if "error" in reply:
             message = f"the tokenizers library cannot use this tokenizer: {reply['error'][:300]}"
             raise InputError(message, fix="download the model again")
         return reply
 
-    def _send_request(self, request: bytes) -> bytes | None:
+    def _send_request(self, request: bytes, seconds: float) -> bytes | None:
         """Return the reply to a request, b"" if the process ends, None if it takes too long."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        deadline = time.monotonic() + MAX_SECONDS
+        deadline = time.monotonic() + seconds
         try:
             self._process.stdin.write(request)
             self._process.stdin.flush()
         except BrokenPipeError:
             return b""
-        reply = bytearray()
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while not reply.endswith(b"\n"):
-                remaining = deadline - time.monotonic()
-                if remaining <= 0 or not selector.select(remaining):
-                    return None
-                part = os.read(self._process.stdout.fileno(), 2**20)
-                if not part:
-                    return b""
-                reply += part
-        return bytes(reply)
+        return _read_line(self._process, deadline)
+
+
+# ---------------------------------------------------------------- the process
+
+
+def _make_line(request: Json) -> bytes:
+    return json.dumps(request).encode() + b"\n"
+
+
+def _start_process(load_seconds: float) -> subprocess.Popen[bytes]:
+    """Start the process and wait until it has imported the library. Raises MachineError."""
+    seconds = [str(limit + GRACE_SECONDS) for limit in (load_seconds, MAX_SECONDS)]
+    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as stderr:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", str(WORKER_SCRIPT), LIBRARY_FOLDER, *seconds],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                cwd=scratch,
+                env={**os.environ, "RAYON_NUM_THREADS": str(num_threads)},
+                start_new_session=True,  # Ctrl-C is for this process, which ends the other
+            )
+        except OSError as error:
+            message = f"the tokenizer's process cannot start: {error}"
+            raise MachineError(message, fix=START_FIX) from error
+        try:
+            line = _read_line(process, time.monotonic() + MAX_START_SECONDS)
+        except BaseException:
+            _end_process(process)
+            raise
+        if line == READY_LINE:
+            return process
+        _end_process(process)
+        raise MachineError(_describe_start(process, line, stderr), fix=START_FIX)
+
+
+def _describe_start(process: subprocess.Popen[bytes], line: bytes | None, stderr: BinaryIO) -> str:
+    """Return why a process did not become ready, with the end of what it wrote."""
+    reason = f"it ended with status {process.returncode}"
+    if line is None:
+        reason = f"it was not ready within {MAX_START_SECONDS:g} seconds"
+    elif line:
+        reason = "sys.executable is no Python interpreter"
+    stderr.seek(0)
+    written = stderr.read().decode(errors="replace").strip()[-MAX_STDERR_CHARS:]
+    return f"the tokenizer's process did not start: {reason}" + (f": {written}" if written else "")
+
+
+def _read_line(process: subprocess.Popen[bytes], deadline: float) -> bytes | None:
+    """Return the next line of a process, b"" if it ends, None if it takes too long."""
+    assert process.stdout is not None
+    reply = bytearray()
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while not reply.endswith(b"\n"):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not selector.select(remaining):
+                return None
+            part = os.read(process.stdout.fileno(), 2**20)
+            if not part:
+                return b""
+            reply += part
+    return bytes(reply)
 
 
 def _end_process(process: subprocess.Popen[bytes]) -> None:

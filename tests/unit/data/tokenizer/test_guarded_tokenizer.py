@@ -1,0 +1,176 @@
+"""A tokenizer in a process of its own: threads, many cores, how it starts, and how it ends."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from toy_chat import write_model_folder
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.types import Json
+from tunesmith.data.tokenizer import guarded_tokenizer
+from tunesmith.data.tokenizer.guarded_tokenizer import GuardedTokenizer
+
+UNSEEN = r"\S+\n?|\s+"
+SLOW = r"q+(?=y)"  # quadratic
+
+
+def make_data(folder: Path, pattern: str = UNSEEN) -> Json:
+    """Return a tokenizer.json whose pattern no known tokenizer has."""
+    data = json.loads((write_model_folder(folder) / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    steps = [split | {"invert": False}, byte_level | {"trim_offsets": True}]
+    return data | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# ---------------------------------------------------------------- threads
+
+
+def test_two_threads_get_the_ids_of_their_texts(tmp_path: Path) -> None:
+    data = make_data(tmp_path)
+    single = Tokenizer.from_str(json.dumps(data))
+    guarded = GuardedTokenizer(data)
+    texts = [[f"{name} {number * 7919}\n" * 3 for number in range(400)] for name in ("aaa", "b")]
+
+    def encode_all(thread_texts: list[str]) -> list[list[int]]:
+        return [guarded.encode(text).ids for text in thread_texts]
+
+    with ThreadPoolExecutor(2) as pool:
+        ids = list(pool.map(encode_all, texts))
+    assert ids == [[single.encode(text).ids for text in part] for part in texts]
+
+
+def test_a_refusal_reaches_every_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guarded = GuardedTokenizer(make_data(tmp_path, SLOW))
+    monkeypatch.setattr(guarded_tokenizer, "MAX_SECONDS", 0.2)
+
+    def encode(text: str) -> str:
+        with pytest.raises(InputError) as refusal:
+            guarded.encode(text)
+        return refusal.value.message
+
+    with ThreadPoolExecutor(3) as pool:
+        messages = set(pool.map(encode, ["q" * 200_000] * 6))
+    assert len(messages) == 1
+    assert "takes over 0.2 seconds" in messages.pop()
+
+
+# ---------------------------------------------------------------- machines
+
+
+def test_a_machine_with_many_cores_encodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYON_NUM_THREADS", "256")
+    guarded = GuardedTokenizer(make_data(tmp_path))
+    texts = [f"text {number}" for number in range(300)]
+    assert len(guarded.encode_batch_fast(texts)) == 300
+
+
+@pytest.mark.parametrize(
+    ("app", "problem"),
+    [
+        ("", "Permission|No such file"),
+        ("/nowhere/python", "No such file"),
+        ("#!/bin/sh\necho usage: app VERB >&2\nexit 2\n", "usage: app VERB"),
+        ("#!/bin/sh\necho broken >&2\necho starting\ncat > /dev/null\n", "broken"),
+    ],
+)
+def test_an_interpreter_that_does_not_start_is_a_problem_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, app: str, problem: str
+) -> None:
+    executable = app
+    if app.startswith("#!"):
+        executable = str(tmp_path / "app")
+        Path(executable).write_text(app)
+        Path(executable).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", executable)
+    with pytest.raises(MachineError, match=problem) as refusal:
+        GuardedTokenizer(make_data(tmp_path))
+    assert "regular expression" not in str(refusal.value)
+    assert refusal.value.fix
+
+
+def test_the_library_is_that_of_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interpreter without site packages, as where only PYTHONPATH names them."""
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    bare.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(bare))
+    assert GuardedTokenizer(make_data(tmp_path)).encode("some text").ids
+
+
+def test_starting_and_loading_are_no_part_of_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "python"
+    slow.write_text(f'#!/bin/sh\nsleep 1.5\nexec "{sys.executable}" "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    monkeypatch.setattr(guarded_tokenizer, "MAX_SECONDS", 1.0)
+    assert GuardedTokenizer(make_data(tmp_path)).encode("some text").ids
+
+
+def test_a_large_file_has_longer_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial of the patterns keeps its limit."""
+    data = make_data(tmp_path)
+    start = len(data["model"]["vocab"])
+    data["model"]["vocab"] |= {f"token{number:x}": start + number for number in range(400_000)}
+    monkeypatch.setattr(guarded_tokenizer, "MAX_SECONDS", 0.2)
+    assert GuardedTokenizer(data).encode("some text").ids
+
+
+def test_a_slow_pattern_is_refused_when_it_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guarded_tokenizer, "MAX_SECONDS", 0.5)
+    with pytest.raises(InputError, match=r"takes over 0\.5 seconds when it is tried"):
+        GuardedTokenizer(make_data(tmp_path, r"(x+){2}[yz]"))
+
+
+# ---------------------------------------------------------------- the end
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_a_process_without_its_parent_ends(tmp_path: Path) -> None:
+    """The parent is killed while a pattern runs: nobody is there to end the process."""
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(make_data(tmp_path, SLOW)))
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from tunesmith.data.tokenizer import guarded_tokenizer\n"
+        "guarded_tokenizer.MAX_SECONDS = 2.0\n"
+        "data = json.loads(Path(sys.argv[1]).read_text())\n"
+        "guarded = guarded_tokenizer.GuardedTokenizer(data)\n"
+        "print(guarded._process.pid, flush=True)\n"
+        "guarded.encode('q' * 200_000)\n"
+    )
+    with subprocess.Popen([sys.executable, str(script), str(data)], stdout=subprocess.PIPE) as done:
+        assert done.stdout is not None
+        pid = int(done.stdout.readline())
+        time.sleep(0.5)
+        done.kill()
+    assert is_alive(pid)
+    deadline = time.monotonic() + 30
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if was_alive := is_alive(pid):
+        os.kill(pid, 9)
+    assert not was_alive
