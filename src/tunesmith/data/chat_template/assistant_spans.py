@@ -30,7 +30,9 @@ from tunesmith.data.chat_template.tracked_str import (
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 
 TokenSpan = tuple[int, int, float]  # first token, one past the last, loss weight
-MAX_MESSAGE_RENDERS = 50_000  # trained turns x messages of a row
+MAX_MESSAGE_RENDERS = 500_000  # trained turns x messages of a row: 1,000 messages that alternate
+MAX_RENDERED_CHARS = 200_000_000  # of a row, each trained turn with all before it
+SPLIT_FIX = "split the row, or set `train: false` on some answers"
 TOOL_CALLS_FIX = "set a `chat_template` that writes tool calls, or drop such rows"
 PREFIX_FIX = "set a `chat_template` that starts each answer with its generation prompt"
 
@@ -76,8 +78,9 @@ def find_assistant_spans(
             f"{num_trained:,} trained turns of {len(chat.messages):,} messages: each is rendered"
             f" with all messages before it, and their product is over {MAX_MESSAGE_RENDERS:,}"
         )
-        raise InputError(message, fix="split the row, or set `train: false` on some answers")
+        raise InputError(message, fix=SPLIT_FIX)
     spans: list[AssistantSpan] = []
+    num_chars = 0
     for message_index, weight in enumerate(weights):
         if weight > 0:
             span = _find_span(chat, tokenizer, message_index, weight, end_ids)
@@ -85,6 +88,13 @@ def find_assistant_spans(
                 span = _cut_next_turn(chat, tokenizer, span, answer_tail)
             _check_origins(chat, span)
             spans.append(span)
+            num_chars += len(span.text.plain)
+            if num_chars > MAX_RENDERED_CHARS:
+                message = (
+                    f"{len(spans):,} of {num_trained:,} trained turns, each with all messages"
+                    f" before it, have over {MAX_RENDERED_CHARS:,} characters"
+                )
+                raise InputError(message, fix=SPLIT_FIX)
     return tuple(spans)
 
 

@@ -405,9 +405,10 @@ class Renderer:
                     token_spans += find_token_spans(encoded, span, example)
                 document = _make_document(example.id, encoded.ids, token_spans)
                 return [document], collect_render_notes(chat, encoded.text, spans)
-        is_cut_off = spans[-1].message_index < len(chat.messages) - 1
+        rest = range(spans[-1].message_index + 1, len(chat.messages))
+        rest_documents, rest_notes = self._encode_rest(draft, chat, rest)
         notes = [PER_TURN] if len(spans) > 1 else []
-        notes += [CUT_OFF] if is_cut_off else []
+        notes += rest_notes
         documents: list[Document] = []
         first_message = 0
         for span in spans:
@@ -416,7 +417,29 @@ class Renderer:
             documents.append(document)
             notes += turn_notes
             first_message = span.message_index
-        return documents, notes
+        return [*documents, *rest_documents], notes
+
+    def _encode_rest(
+        self, draft: _Draft, chat: Conversation, rest: range
+    ) -> tuple[list[Document], list[str]]:
+        """Return the conversation as a document in which the messages after the last trained answer
+        are trained whose role is, with its notes; without such messages, no document."""
+        if not self._select_roles(draft, rest):
+            return [], [CUT_OFF] if rest else []
+        count = len(chat.messages)
+        text = TrackedText(chat.render(count), self.tokenizer, chat.assistant_indices)
+        check_render(chat, text, chat.render_plain(count), count)
+        encoded = encode(text)
+        token_spans = self._find_role_spans(encoded, draft, rest)
+        document = _make_document(draft.example.id, encoded.ids, token_spans)
+        return [document], collect_render_notes(chat, text, [])
+
+    def _select_roles(self, draft: _Draft, messages: range) -> dict[int, float]:
+        """Return the weights of those of these messages that are trained besides answers."""
+        if self._train_on == "answers" or draft.example.banned_spans:
+            return {}
+        roles = [message["role"] for message in draft.example.messages]
+        return select_messages(draft.weights, messages, roles)
 
     def _find_role_spans(
         self, encoded: EncodedText, draft: _Draft, messages: range
@@ -433,8 +456,7 @@ class Renderer:
             }
             full_span: TokenSpan = (1, len(encoded.ids), 1.0)
             return [full_span, *find_message_spans(encoded, set_weights, self.end_ids)]
-        roles = [message["role"] for message in draft.example.messages]
-        selected = select_messages(weights, messages, roles)
+        selected = self._select_roles(draft, messages)
         return find_message_spans(encoded, selected, self.end_ids)
 
     def _encode_turn(

@@ -24,6 +24,7 @@ from toy_chat import (
 )
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Example
+from tunesmith.data.chat_template import assistant_spans
 from tunesmith.data.chat_template.encode import TrackedText
 from tunesmith.data.chat_template.render_notes import (
     BOUNDARY,
@@ -484,3 +485,24 @@ def test_a_run_that_starts_its_document_is_marked_for_the_batch(renderer: Render
     text = TrackedText(track_str("the user<|im_end|>asks"), renderer.tokenizer, ())
     assert list(text.iter_runs()) == [("the user", True), ("asks", False)]
     assert list(text.iter_runs(cut=4)) == [("the ", True), ("asks", False)]
+
+
+def test_a_trace_of_400_messages_renders(tmp_path: Path) -> None:
+    renderer = Renderer.from_folder(write_model_folder(tmp_path), now=NOW)
+    turns = [turn for i in range(200) for turn in (user(f"do {i}"), assistant(f"did {i}"))]
+    (document,) = renderer.render(make_example(*turns)).documents
+    trained = mark_trained_text(renderer, document)
+    assert trained.count("⟦did") == 200
+
+
+def test_the_characters_of_all_turns_are_limited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few turns of long messages are as much work as many short ones."""
+    monkeypatch.setattr(assistant_spans, "MAX_RENDERED_CHARS", 100_000)
+    renderer = Renderer.from_folder(write_model_folder(tmp_path), now=NOW)
+    turns = [turn for _ in range(10) for turn in (user("a" * 1_000), assistant("b" * 1_000))]
+    assert renderer.render(make_example(*turns[:16])).documents
+    with pytest.raises(InputError, match="over 100,000 characters") as refusal:
+        renderer.render(make_example(*turns))
+    assert refusal.value.fix

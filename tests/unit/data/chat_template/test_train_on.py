@@ -16,6 +16,7 @@ from toy_chat import (
     write_model_folder,
 )
 from tunesmith.core.types import Example, Json, Row
+from tunesmith.data.chat_template.render_notes import CUT_OFF
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.formats.parse import parse_row
 
@@ -162,3 +163,45 @@ def test_completions_without_a_template(tmp_path: Path, train_on: Any, expected:
 
 def test_the_template_is_that_of_the_test() -> None:
     assert "add_generation_prompt" in CHATML
+
+
+# Earlier answers have no end token, and each turn is a document.
+OPEN_ENDED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [FORGETFUL, OPEN_ENDED])
+@pytest.mark.parametrize(
+    ("roles", "trained"),
+    [
+        (("user", "assistant"), ["thanks", "bye"]),
+        (("tool", "assistant"), ["it is 7"]),
+        (("user", "tool", "assistant"), ["thanks", "it is 7", "bye"]),
+        (("system", "assistant"), []),
+        (("assistant",), []),
+    ],
+)
+def test_messages_after_the_last_answer_are_trained_where_turns_are_documents(
+    tmp_path: Path, template: str, roles: tuple[str, ...], trained: list[str]
+) -> None:
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, template), now=NOW)
+    answers = (user("a"), assistant("<think>x</think>b"), user("c"), assistant("<think>y</think>d"))
+    example = make_example(*answers, user("thanks"), TOOL, user("bye"))
+    texts = mark(renderer, example, roles)
+    assert len(texts) == 2 + bool(trained)
+    if trained:
+        pieces = [piece.partition("⟧")[0] for piece in texts[-1].split("⟦")[1:]]
+        assert [piece.strip().removesuffix("<|im_end|>") for piece in pieces] == trained
+    notes = renderer.train_on(roles).render(example).notes
+    assert (CUT_OFF in notes) == (not trained)
+
+
+def test_a_last_answer_that_is_not_trained_stays_so(tmp_path: Path) -> None:
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, FORGETFUL), now=NOW)
+    first = [user("a"), assistant("<think>x</think>b"), user("c"), assistant("<think>y</think>d")]
+    untrained = [{**assistant(text), "train": False} for text in ("f", "h")]
+    example = read([*first, user("e"), untrained[0], user("g"), untrained[1]])
+    last = mark(renderer, example, ("user", "assistant"))[-1]
+    assert [piece.partition("<")[0] for piece in last.split("⟦")[1:]] == ["e", "g"]
