@@ -142,7 +142,7 @@ def _parse_prompt_forms(value: Any) -> Any:
 
 
 def _parse_guard(value: Any) -> Any:
-    if value in (False, "off"):
+    if value in (False, "false", "off"):
         return {"collapse": "off", "forgetting": "off"}
     return {} if value == "auto" else value
 
@@ -512,7 +512,10 @@ Constraints = Annotated[
 
 # YAML reads off as false.
 GuardAction = (
-    Auto | Annotated[Literal["off", "warn", "rollback", "stop"], accept_names({False: "off"})]
+    Auto
+    | Annotated[
+        Literal["off", "warn", "rollback", "stop"], accept_names({False: "off", "false": "off"})
+    ]
 )
 
 

@@ -42,6 +42,7 @@ from tunesmith.recipe.schema import (
     Stages,
     build_recipe_schema,
     find_contradictions,
+    validate_keys,
 )
 from tunesmith.recipe.yaml_lines import YamlMapping, read_flag, read_yaml
 
@@ -178,8 +179,11 @@ def _build(
     values: Json = {}
     for key, setting in settings.items():
         values[key] = _resolve_paths(key, setting.value, setting.folder)
-    for key, message in find_contradictions(values):
-        problems.append(_Problem(settings[key].where, message))
+    valid = validate_keys(values)
+    invalid_keys = [key for key in values if key not in valid]
+    if "stage" not in invalid_keys:  # most contradictions depend on it
+        for key, message in find_contradictions(valid, invalid_keys):
+            problems.append(_Problem(settings[key].where, message))
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -272,7 +276,7 @@ def _drop_unused_keys(
     unused_keys: list[set[str]] = []
     for settings in stage_settings:
         values = {key: setting.value for key, setting in settings.items()}
-        problems = find_contradictions(values)
+        problems = find_contradictions(validate_keys(values))
         unused_keys.append({key for key, _ in problems if key in STAGE_KEYS})
     unused_anywhere = set.intersection(*unused_keys) if unused_keys else set[str]()
     used_settings: list[dict[str, _RawSetting]] = []

@@ -1,12 +1,12 @@
 """Recipe values that decide what is trained and how strongly: trained text, losses, schedules.
 
-In: values as YAML holds them. Out: validated values, and the contradictions between them. Left out:
-the other keys (schema.py) and values that are "auto" (plan/)."""
+In: values as YAML holds them. Out: validated values, and the contradictions between them, once
+they are. Left out: the other keys (schema.py) and values that are "auto" (plan/)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -147,19 +147,12 @@ SchedulerKwargsField = Annotated[
 # ---------------------------------------------------------------- contradictions
 
 
-def to_mapping(value: Any) -> dict[str, Any]:
-    """Return the fields of a mapping, as written or as validated; {} for anything else."""
-    if isinstance(value, (PairLoss, SchedulerKwargs)):
-        return vars(value)
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-
-
 def find_objective_contradictions(settings: Mapping[str, Any]) -> Problems:
     """Return (key, message) for keys of the objective that contradict each other or have no
-    effect."""
+    effect. Takes validated values."""
     problems: Problems = []
     stage = settings.get("stage", "sft")
-    if settings.get("train_on", "answers") != "answers" and stage in ("cpt", "pt"):
+    if settings.get("train_on", "answers") != "answers" and stage == "cpt":
         message = "train_on has no effect with stage: cpt, which trains every token"
         problems.append(("train_on", message))
     if settings.get("train_on", "answers") != "answers" and stage == "preference":
@@ -178,9 +171,9 @@ def _find_schedule_contradictions(settings: Mapping[str, Any]) -> Problems:
     if schedule == "constant" and settings.get("warmup_ratio"):
         message = "constant has no warm-up; set lr_scheduler_type: constant_with_warmup"
         problems.append(("warmup_ratio", message))
-    defaults = vars(SchedulerKwargs())
-    for field, value in to_mapping(settings.get("lr_scheduler_kwargs")).items():
-        if value == defaults.get(field, value) or field in SCHEDULE_FIELDS.get(str(schedule), ()):
+    defaults = SchedulerKwargs()
+    for field, value in vars(settings.get("lr_scheduler_kwargs", defaults)).items():
+        if value == getattr(defaults, field) or field in SCHEDULE_FIELDS.get(str(schedule), ()):
             continue
         owner = next(name for name, fields in SCHEDULE_FIELDS.items() if field in fields)
         message = f"{field} has no effect without lr_scheduler_type: {owner}"
@@ -191,11 +184,10 @@ def _find_schedule_contradictions(settings: Mapping[str, Any]) -> Problems:
 def find_loss_contradictions(settings: Mapping[str, Any]) -> Problems:
     """Return (key, message) for settings of preference losses that have no effect."""
     problems: Problems = []
-    loss = settings.get("loss")
-    loss_fields = {"name": loss} if isinstance(loss, str) else to_mapping(loss)
-    name = loss_fields.get("name", "auto")
+    loss: PairLoss = settings.get("loss", PairLoss())
+    name = loss.name
     for field, owner in SINGLE_LOSS_FIELDS.items():
-        if loss_fields.get(field, "auto") == "auto" or name == owner:
+        if getattr(loss, field) == "auto" or name == owner:
             continue
         if name == "auto":
             message = f"loss: {field} has no effect with dpo; add name: {owner}"

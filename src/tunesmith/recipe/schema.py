@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from tunesmith.core.types import Json
 from tunesmith.recipe.fields import (
     Attention,
     Auto,
-    Constraint,
     Constraints,
     Count,
     DataSource,
@@ -42,9 +50,7 @@ from tunesmith.recipe.fields import (
     Stage,
     Template,
     TemplateValue,
-    make_task_name,
     reject_bool,
-    wrap_list,
 )
 from tunesmith.recipe.metric_limits import GateLimits
 from tunesmith.recipe.objectives import (
@@ -302,16 +308,38 @@ UNUSED_CPT_KEYS = {
 # ---------------------------------------------------------------- contradictions
 
 
-def find_contradictions(values: Mapping[str, Any]) -> Problems:
+def validate_keys(values: Mapping[str, Any]) -> Json:
+    """Return the validated values of the keys whose value is valid, contradictions aside."""
+    valid: Json = {}
+    for key, value in values.items():
+        try:
+            valid[key] = _make_key_validator(key).validate_python(value)
+        except ValidationError:
+            continue
+    return valid
+
+
+@cache
+def _make_key_validator(key: str) -> TypeAdapter[Any]:
+    field = Recipe.model_fields[key]
+    annotation: Any = field.annotation
+    for constraint in field.metadata:
+        annotation = Annotated[annotation, constraint]
+    return TypeAdapter(annotation)
+
+
+def find_contradictions(values: Mapping[str, Any], invalid_keys: Sequence[str] = ()) -> Problems:
     """Return (key, message) for keys that contradict each other.
 
-    Takes values as written or as validated, with absolute paths."""
+    Takes validated values, with absolute paths, and the keys whose value is invalid: a rule may
+    depend on the presence of these."""
     settings = {key: value for key, value in values.items() if value not in (None, "auto", (), [])}
+    keys = (*settings, *invalid_keys)
     problems: Problems = []
-    if "eval_data" in settings and "eval_split" in settings:
+    if "eval_data" in keys and "eval_split" in keys:
         problems.append(("eval_split", "eval_data and eval_split contradict each other: keep one"))
     if settings.get("method") == "full":
-        for key in settings:
+        for key in keys:
             if key.startswith("lora_") or key in UNUSED_FULL_KEYS:
                 message = f"{key} has no effect with method: full, which trains no adapter"
                 problems.append((key, message))
@@ -324,15 +352,16 @@ def find_contradictions(values: Mapping[str, Any]) -> Problems:
         problems.append(("share_prefixes", message))
     problems += find_objective_contradictions(settings)
     problems += _find_stage_contradictions(settings)
-    rehearsal = _to_mapping(settings.get("rehearsal"))
-    if rehearsal.get("ratio") == "adaptive" and "retention_data" not in settings:
+    rehearsal: RehearsalConfig | None = settings.get("rehearsal")
+    is_adaptive = rehearsal is not None and rehearsal.ratio == "adaptive"
+    if is_adaptive and "retention_data" not in keys:
         message = "rehearsal: ratio: adaptive needs retention_data, which it follows"
         problems.append(("rehearsal", message))
     problems += _find_task_contradictions(settings)
     problems += _find_shared_files(settings)
     max_length = settings.get("max_length")
     pack_length = settings.get("pack_length")
-    if isinstance(max_length, int) and isinstance(pack_length, int) and max_length > pack_length:
+    if max_length and pack_length and max_length > pack_length:
         message = (
             f"pack_length {pack_length} is below max_length {max_length}: "
             "a document must fit in a pack"
@@ -343,9 +372,9 @@ def find_contradictions(values: Mapping[str, Any]) -> Problems:
 
 def _find_row_contradictions(settings: Mapping[str, Any]) -> Problems:
     """Check that the rows of new tokens and the modules to save are not the same weights."""
-    modules = [str(module) for module in wrap_list(settings.get("modules_to_save", ()))]
+    modules: tuple[str, ...] = settings.get("modules_to_save", ())
     matrices = ("embed_tokens", "lm_head")
-    is_embedding = any(matrix.endswith(tuple(modules)) for matrix in matrices)
+    is_embedding = any(matrix.endswith(modules) for matrix in matrices)
     if not settings.get("add_tokens") or not is_embedding:
         return []
     message = (
@@ -361,11 +390,11 @@ def _find_stage_contradictions(settings: Mapping[str, Any]) -> Problems:
     if stage != "cpt" and "batch_tokens" in settings:
         message = "batch_tokens has no effect without stage: cpt; set batch_size"
         problems.append(("batch_tokens", message))
-    if stage in ("cpt", "pt"):
+    if stage == "cpt":
         for key, reason in UNUSED_CPT_KEYS.items():
             if settings.get(key, False) not in (False, "drop"):
                 problems.append((key, f"{key} has no effect with stage: cpt; {reason}"))
-    modes = {_to_mapping(item).get("mode") for item in wrap_list(settings.get("never", ()))}
+    modes = {constraint.mode for constraint in settings.get("never", ())}
     if stage != "sft" and "ban" in modes:
         message = f"never: mode ban has no effect with stage: {stage}; use mode: filter"
         problems.append(("never", message))
@@ -377,15 +406,9 @@ def _find_stage_contradictions(settings: Mapping[str, Any]) -> Problems:
         if "rehearsal" in settings:
             message = "rehearsal has no effect with stage: preference, which trains on pairs"
             problems.append(("rehearsal", message))
-    elif _is_loss_set(settings.get("loss")):
+    elif settings.get("loss", PairLoss()) != PairLoss():
         problems.append(("loss", "loss has no effect without stage: preference"))
     return problems
-
-
-def _is_loss_set(value: Any) -> bool:
-    """Return whether a loss, as written or as validated, differs from auto."""
-    fields = _to_mapping(value)
-    return any(field != "auto" for field in fields.values()) if fields else value is not None
 
 
 def _find_task_contradictions(settings: Mapping[str, Any]) -> Problems:
@@ -394,11 +417,11 @@ def _find_task_contradictions(settings: Mapping[str, Any]) -> Problems:
     tasks: dict[str, list[str]] = {}
     named_keys: list[str] = []
     for key in SOURCE_KEYS:
-        parsed = [_parse_task(item) for item in wrap_list(settings.get(key, ()))]
-        tasks[key] = [task for _, task in parsed]
-        if any(is_named for is_named, _ in parsed):
+        sources: tuple[DataSource, ...] = settings.get(key, ())
+        tasks[key] = [source.task for source in sources]
+        if any(source.name or source.prompts for source in sources):
             named_keys.append(key)
-    if named_keys and settings.get("stage") in ("cpt", "pt"):
+    if named_keys and settings.get("stage") == "cpt":
         message = f"{named_keys[0]}: name and prompts have no effect with stage: cpt"
         problems.append((named_keys[0], message))
     if not named_keys and "mixture" not in settings:
@@ -412,19 +435,6 @@ def _find_task_contradictions(settings: Mapping[str, Any]) -> Problems:
             message = f"{key}: the name 'rehearsal' is reserved for rehearsal rows: use another"
             problems.append((key, message))
     return problems
-
-
-def _parse_task(item: Any) -> tuple[bool, str]:
-    """Return (whether a source is named or has prompts, its task), as written or as validated."""
-    if isinstance(item, DataSource):
-        return bool(item.name or item.prompts), item.task
-    source = cast("Json", item) if isinstance(item, dict) else {"path": item}
-    name = source.get("name")
-    path = source.get("path")
-    is_named = bool(name if isinstance(name, str) else "") or bool(source.get("prompts"))
-    if isinstance(name, str) and name:
-        return is_named, name
-    return is_named, make_task_name(Path(path)) if isinstance(path, (str, Path)) else ""
 
 
 def _find_shared_files(settings: Mapping[str, Any]) -> Problems:
@@ -443,26 +453,10 @@ def _find_shared_files(settings: Mapping[str, Any]) -> Problems:
     return problems
 
 
-def _collect_paths(value: Any) -> set[str]:
-    if isinstance(value, RehearsalConfig):
-        value = value.data
-    elif isinstance(value, dict) and "data" in value:
-        value = cast("Json", value)["data"]
-    paths: set[str] = set()
-    for item in wrap_list(value):
-        path = item.path if isinstance(item, DataSource) else item
-        if isinstance(item, dict):
-            path = cast("Json", item).get("path")
-        if isinstance(path, (str, Path)):
-            paths.add(os.path.normpath(path))
-    return paths
-
-
-def _to_mapping(value: Any) -> Json:
-    """Return the keys of a mapping, as written or as validated; {} for anything else."""
-    if isinstance(value, (Constraint, GuardConfig, PairLoss, RehearsalConfig)):
-        return vars(value)
-    return cast("Json", value) if isinstance(value, dict) else {}
+def _collect_paths(value: RehearsalConfig | tuple[DataSource, ...] | Path) -> set[str]:
+    sources = value.data if isinstance(value, RehearsalConfig) else value
+    items = [sources] if isinstance(sources, Path) else [source.path for source in sources]
+    return {os.path.normpath(path) for path in items}
 
 
 # ---------------------------------------------------------------- sources
