@@ -45,6 +45,9 @@ def warmup_ratio(lab: Lab) -> None:
 def lr_scheduler_kwargs(lab: Lab) -> None:
     stable = {"lr_scheduler_type": "warmup_stable_decay"}
     assert read_rates(lab, **stable) == pytest.approx([0.01, 0.01, 0.01])
+    long_warmup = read_rates(lab, **stable, warmup_ratio=0.95)  # no step is left for a decay
+    assert long_warmup == pytest.approx([0, 0.01 / 3, 0.02 / 3])
+    assert read_rates(lab, **stable, warmup_ratio=0.03, max_steps=1) == [0]
     decay = {"num_decay_steps": 2, "decay_type": "linear", "min_lr_ratio": 0.5}
     rates = read_rates(lab, **stable, lr_scheduler_kwargs=decay)
     assert rates == pytest.approx([0.01, 0.01, 0.0075])

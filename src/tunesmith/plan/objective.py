@@ -77,12 +77,13 @@ def decide_scheduler_kwargs(kwargs: SchedulerKwargs, context: RuleContext) -> di
         return {"lr_scheduler_kwargs": value}
     if schedule != "warmup_stable_decay":
         return {}
+    steps_after_warmup = max(0, context.steps - warmup_steps)
     decay_steps = kwargs.num_decay_steps
     if decay_steps == "auto":
-        decay_steps = math.ceil(DECAY_SHARE * context.steps)
-    if decay_steps > context.steps - warmup_steps:
+        decay_steps = min(math.ceil(DECAY_SHARE * context.steps), steps_after_warmup)
+    if decay_steps > steps_after_warmup:
         raise InputError(
-            f"num_decay_steps {decay_steps:,} is more than the {context.steps - warmup_steps:,} "
+            f"num_decay_steps {decay_steps:,} is more than the {steps_after_warmup:,} "
             "steps after warm-up",
             where="lr_scheduler_kwargs",
             fix="lower num_decay_steps or warmup_ratio",
@@ -93,5 +94,7 @@ def decide_scheduler_kwargs(kwargs: SchedulerKwargs, context: RuleContext) -> di
         "min_lr_ratio": kwargs.min_lr_ratio,
     }
     reason = f"constant until the last {decay_steps:,} of {context.steps:,} steps"
+    if not decay_steps:
+        reason = f"no decay: all {context.steps:,} steps are warm-up"
     value = make_rule_value(values, reason, "Hu 2024 (MiniCPM): a tenth of the run decays")
     return {"lr_scheduler_kwargs": value}

@@ -47,7 +47,7 @@ DECAYS: dict[str, Callable[[float], float]] = {
 def warmup_stable_decay(step: int, total_steps: int, kwargs: ScheduleKwargs) -> float:
     """Return 1, and in the last `num_decay_steps` a decay to `min_lr_ratio`."""
     decayed = step - (total_steps - kwargs["num_decay_steps"])
-    if decayed < 0:
+    if decayed < 0 or not kwargs["num_decay_steps"]:
         return 1.0
     floor = kwargs["min_lr_ratio"]
     return DECAYS[kwargs["decay_type"]](decayed / kwargs["num_decay_steps"]) * (1 - floor) + floor
