@@ -63,10 +63,22 @@ COMMON_PATTERNS = frozenset({
     # GPT-2, GPT-NeoX
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    # DeepSeek
+    # DeepSeek, without its `\s+$`, which is quadratic on spaces before a word
     r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}{1,3}", r"\p{N}+", r"\p{N}",
-    r"[一-龥぀-ゟ゠-ヿ]+", r"\d{1,3}", r"\s+$", r"\s+", r" {2,}", r"[0-9]", r"\d",
+    r"[一-龥぀-ゟ゠-ヿ]+", r"\d{1,3}", r"\s+", r" {2,}", r"[0-9]", r"\d",
     r"[0-9][0-9][0-9]",
+    # DeepSeek-V3, with line ends as they are in the file
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+    "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|"
+    "\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    # Qwen3.5
+    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|"
+    + WORD_ENDS,
+    # GPT-4 in tiktoken, of two versions
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|"
+    r"\s*[\r\n]|\s+(?!\S)|\s+",
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"
+    r"\s++$|\s*[\r\n]|\s+(?!\S)|\s",
     # BLOOM
     r" ?[^(\s|[.,!?…。，、।۔،])]+",
 })  # fmt: skip

@@ -9,13 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.pre_tokenizers import Split
 
 from toy_chat import write_model_folder
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.types import Json
 from tunesmith.data.tokenizer import guarded_tokenizer
-from tunesmith.data.tokenizer.guarded_tokenizer import GuardedTokenizer
+from tunesmith.data.tokenizer.guarded_tokenizer import (
+    COMMON_PATTERNS,
+    GuardedTokenizer,
+    list_unknown_patterns,
+)
 
 UNSEEN = r"\S+\n?|\s+"
 SLOW = r"q+(?=y)"  # quadratic
@@ -36,6 +41,45 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+# ---------------------------------------------------------------- patterns
+
+
+@pytest.mark.parametrize("pattern", sorted(COMMON_PATTERNS))
+def test_a_pattern_that_runs_in_the_process_itself_is_linear(pattern: str) -> None:
+    """A quadratic one takes over a second on some text."""
+    splitter = Split(Regex(pattern), "isolated")
+    for unit in ("x", "X", "xX", " ", "\n", " \n", "1", ".", " .", "'s", "\u0301", "中"):
+        start = time.process_time()
+        for tail in ("x", "\n"):
+            splitter.pre_tokenize_str(unit * (20_000 // len(unit)) + tail)
+        assert time.process_time() - start < 0.5, unit
+
+
+DEEPSEEK_V3_WORDS = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+    "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|"
+    "\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
+QWEN3_5 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"
+    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("pattern", [DEEPSEEK_V3_WORDS, QWEN3_5, CL100K])
+def test_well_known_patterns_need_no_process(pattern: str) -> None:
+    assert not list_unknown_patterns({"type": "Split", "pattern": {"Regex": pattern}})
+
+
+@pytest.mark.parametrize("pattern", [r"\s+$", QWEN3_5 + "+", CL100K.lower()])
+def test_patterns_beside_them_do(pattern: str) -> None:
+    assert list_unknown_patterns({"type": "Split", "pattern": {"Regex": pattern}}) == [pattern]
 
 
 # ---------------------------------------------------------------- threads
