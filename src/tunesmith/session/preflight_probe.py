@@ -7,9 +7,10 @@ In: documents of the first rows. Out: PreflightSamples, and batches. Left out: t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from torch import Tensor
@@ -58,6 +59,7 @@ class RoleMask:
     trained: tuple[str, ...]  # contents of messages, without white space
     untrained: tuple[str, ...] = ()
     missing_targets: int = 0  # tokens that train_on: all trains
+    skipped: int = 0  # messages that cannot be compared
 
     @property
     def has_distinct_targets(self) -> bool:
@@ -94,8 +96,9 @@ def build_role_mask(
 ) -> RoleMask:
     """Return the mask of a row as text. `weights` are those of its messages.
 
-    A message that the template changes cannot be compared. A short one that is not trained may
-    occur in other text."""
+    A message that the template changes cannot be compared, and neither can a trained one that is
+    not written more often than untrained text has it. An untrained one may occur in other text if
+    it is short, and in trained text: an answer, its reasoning, or the arguments of a tool call."""
     targets = ""
     others = ""
     full_text = ""
@@ -106,25 +109,50 @@ def build_role_mask(
         targets += _decode_words(document.tokens_L[is_target_L], renderer)
         others += _decode_words(document.tokens_L[~is_target_L], renderer)
         missing_targets += len(document) - 1 - int(is_target_L.sum())
+    trained_text = ""
+    untrained_text = ""
+    for message, weight in zip(example.messages, weights, strict=True):
+        if weight:
+            trained_text += _join_strings(message)
+        else:
+            untrained_text += _join_strings(message)
+    # templates write tools into the system message, which may be trained
+    trained_words = _select_words(trained_text + _join_strings(example.tools))
     trained: list[str] = []
     untrained: list[str] = []
-    for message, weight in zip(example.messages, weights, strict=True):
-        content = remove_spaces(message["content"])
+    contents = [remove_spaces(message["content"]) for message in example.messages]
+    for content, weight in zip(contents, weights, strict=True):
         if not content or content not in full_text:
             continue
         if weight:
-            trained.append(content)
-        elif len(content) >= MIN_CHECKED_CHARS:
+            if full_text.count(content) > untrained_text.count(content):
+                trained.append(content)
+        elif len(content) >= MIN_CHECKED_CHARS and _select_words(content) not in trained_words:
             untrained.append(content)
-    trained_text = "".join(trained)
     return RoleMask(
         example.id,
         targets,
         others,
         tuple(trained),
-        tuple(content for content in untrained if content not in trained_text),
+        tuple(untrained),
         missing_targets if trains_all and all(weights) else 0,
+        sum(map(bool, contents)) - len(trained) - len(untrained),
     )
+
+
+def _join_strings(value: Any) -> str:
+    """Return the keys and values of a JSON value in their order, without white space."""
+    if isinstance(value, Mapping):
+        pairs = cast("Mapping[str, Any]", value).items()
+        return "".join(key + _join_strings(item) for key, item in pairs)
+    if isinstance(value, (list, tuple)):
+        return "".join(map(_join_strings, cast("Sequence[Any]", value)))
+    return remove_spaces(value if isinstance(value, str) else json.dumps(value))
+
+
+def _select_words(text: str) -> str:
+    """Return the letters and digits of a text, which templates keep where they quote it."""
+    return "".join(letter for letter in text.casefold() if letter.isalnum())
 
 
 def remove_spaces(text: str) -> str:

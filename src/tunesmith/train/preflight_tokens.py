@@ -142,6 +142,7 @@ def check_role_masks(samples: PreflightSamples) -> CheckResult:
     It compares the texts of the rows with the decoded tokens, and uses none of the spans of the
     renderer."""
     num_messages = 0
+    num_skipped = 0
     for mask in samples.role_masks or ():
         if mask.missing_targets:
             raise _make_mask_error(mask, f"{mask.missing_targets} tokens are no targets")
@@ -152,10 +153,14 @@ def check_role_masks(samples: PreflightSamples) -> CheckResult:
             if content in mask.targets:
                 raise _make_mask_error(mask, f"an untrained message is a target: {content:.40}")
         num_messages += len(mask.trained) + len(mask.untrained)
+        num_skipped += mask.skipped
+    evidence = f"{num_messages} messages are targets or not, as train_on says"
+    if num_skipped:
+        evidence += f"; {num_skipped} cannot be compared"
     return CheckResult.from_items(
         "trained roles",
         num_messages,
-        f"{num_messages} messages are targets or not, as train_on says",
+        evidence,
         if_none="the chat template writes no message as it is in the rows",
     )
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from recipe_lab import Lab
-from toy_chat import assistant, make_example, user, write_model_folder
+from toy_chat import assistant, make_example, make_tool_call, user, write_model_folder
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult
-from tunesmith.core.types import Document, Example
+from tunesmith.core.types import Document, Example, Json
 from tunesmith.data.chat_template.message_spans import weigh_messages
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.session.preflight_probe import PreflightSamples, RoleMask, build_role_mask
@@ -82,6 +82,64 @@ def test_masks_of_the_renderer_pass_and_others_do_not(renderer: Renderer, train_
         check_role_masks(swapped)
     with pytest.raises(GateError, match=r"no target"):
         check_role_masks(make_samples(build_mask(renderer, train_on, drop_half)))
+
+
+QUESTION = "weather in Paris tomorrow"
+TOOL_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['reasoning_content'] %}<think>{{ m['reasoning_content'] }}</think>{% endif %}"
+    "{{ m['content']|replace('**', '') if m['role'] == 'assistant' else m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}{{ call.function.arguments | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QUOTES: dict[str, tuple[Json, ...]] = {
+    "tool call": (
+        user(QUESTION),
+        assistant("", tool_calls=[make_tool_call(query=QUESTION)]),
+    ),
+    "nested arguments": (
+        user('{"city": "Paris", "days": [1, 2], "metric": true}'),
+        assistant("", tool_calls=[make_tool_call(city="Paris", days=[1, 2], metric=True)]),
+    ),
+    "reasoning": (user(QUESTION), assistant("rain", reasoning_content=f"they ask: {QUESTION}")),
+    "altered answer": (user(QUESTION), assistant(f"you asked **for** the {QUESTION}, it rains")),
+    "case": (user("the capital of France"), assistant("**It** is the capital of France")),
+    "altered answer in the question": (user("is **this** it"), assistant("**this**")),
+    "tool result": (
+        user("which day"),
+        assistant("", tool_calls=[make_tool_call(day="Friday the 13th")]),
+        {"role": "tool", "content": "Friday the 13th"},
+        assistant("it is a Friday"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUOTES)
+def test_answers_that_quote_untrained_messages_pass(name: str, tmp_path: Path) -> None:
+    renderer = Renderer.from_folder(
+        write_model_folder(tmp_path, TOOL_TEMPLATE), now=datetime(2026, 3, 4)
+    )
+    example = make_example(*QUOTES[name])
+    mask = build_mask(renderer, ("assistant",), keep, example)
+    check_role_masks(make_samples(mask))
+    assert mask.skipped >= 1
+    evidence = check_role_masks(make_samples(mask, build_mask(renderer, "all", keep))).evidence
+    assert f"{mask.skipped} cannot be compared" in evidence
+
+
+def test_rows_with_tool_calls_are_still_compared(tmp_path: Path) -> None:
+    renderer = Renderer.from_folder(
+        write_model_folder(tmp_path, TOOL_TEMPLATE), now=datetime(2026, 3, 4)
+    )
+    call = assistant("", tool_calls=[make_tool_call(query="Paris")])
+    example = make_example(user(QUESTION), call, user("and the day after?"), assistant("it rains"))
+    mask = build_mask(renderer, ("assistant",), keep, example)
+    assert check_role_masks(make_samples(mask)).level == "ok"
+    assert mask.untrained == ("weatherinParistomorrow", "andthedayafter?")
+    leaked = build_mask(renderer, ("assistant",), train_everything, example)
+    with pytest.raises(GateError, match="an untrained message is a target"):
+        check_role_masks(make_samples(leaked))
 
 
 def test_text_of_other_roles_is_refused(renderer: Renderer) -> None:
