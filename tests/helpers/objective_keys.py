@@ -77,7 +77,7 @@ def label_smoothing(lab: Lab) -> None:
         {"prompt": f"{n} and {n}", "completion": f"no {n}", "negative": "whole"} for n in range(6)
     ]
     good = [{"prompt": f"{n} and {n}", "completion": f"{2 * n}"} for n in range(6)]
-    with pytest.raises(InputError, match="contradicts rows that are trained away from"):
+    with pytest.raises(InputError, match="cannot be combined with `never`"):
         lab.events(data=lab.rows([*rows, *good], "bad.jsonl"), label_smoothing=0.1)
 
 

@@ -41,8 +41,8 @@ def _describe_trained_text(recipe: Recipe) -> PlanValue:
 def _describe_smoothing(recipe: Recipe, context: RuleContext) -> PlanValue:
     if context.data.banned:
         raise InputError(
-            "label_smoothing contradicts rows that are trained away from: what is smoothed over "
-            "all tokens reaches the banned ones, too",
+            "label_smoothing cannot be combined with `never`: it also raises the probability of "
+            "the banned tokens",
             where="label_smoothing",
             fix="leave it out, or use `never` with mode: filter",
         )

@@ -450,7 +450,7 @@ def check_prefix_sharing(
     kind = "prefix-shared loss = unshared loss"
     documents = samples.sharing_documents
     if not documents:
-        if_none = "no two documents share a prefix, and all are too short to share one"
+        if_none = "no two documents share a prefix; all are too short"
         return CheckResult.from_items(kind, 0, "", if_none=if_none)
     fork = pack_with_sharing(trim_to_fork(documents))
     num_segments = _refuse_leakage(subject.model, corrupt(fork), fork.layout)
