@@ -35,6 +35,7 @@ import tiny_runs
 from plan_configs import make_config
 from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.core.run_dir import RunFolder
+from tunesmith.core.types import RUN_FORMAT
 from tunesmith.train import run
 from tunesmith.train.loop import TrainingLoop
 
@@ -158,7 +159,7 @@ def go_on_training(folder: Path) -> str:
 def save(folder: Path, mode: int) -> dict[str, object]:
     first, training = folder / "run", new_training()
     with RunFolder.create(first) as opened:
-        opened.write_json("plan.json", {"format": 2})
+        opened.write_json("plan.json", {"format": RUN_FORMAT})
         for step in (1, 2):
             next(training)
             with opened.checkpoint(step, metadata={}, needed_bytes=1000) as target:

@@ -21,7 +21,7 @@ from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import RunFolder, read_all_events, read_events, read_failure
-from tunesmith.core.types import Batch
+from tunesmith.core.types import RUN_FORMAT, Batch
 from tunesmith.evaluate import finished_run
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.safetensors_io import find_nonfinite, write_tensors
@@ -167,7 +167,7 @@ def test_fault_27_weights_that_an_update_breaks_are_named_and_never_saved(tmp_pa
         make_tiny_model(), documents, dataclasses.replace(SETTINGS, learning_rate=math.inf), steps=6
     )
     with RunFolder.create(tmp_path) as folder:
-        folder.write_json("plan.json", {"format": 2})
+        folder.write_json("plan.json", {"format": RUN_FORMAT})
         with folder.checkpoint(0, metadata={}) as target:
             training.save(target)
         assert isinstance(next(training), TrainStep), "the loss and the gradient were finite"

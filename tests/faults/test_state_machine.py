@@ -31,6 +31,7 @@ from tunesmith.core.atomic import disk_errors
 from tunesmith.core.errors import MachineError
 from tunesmith.core.events import TrainStep
 from tunesmith.core.run_dir import RunFolder
+from tunesmith.core.types import RUN_FORMAT
 from tunesmith.train.loop import TrainingLoop
 
 STEPS = 8
@@ -84,7 +85,7 @@ class CrashingRun(RuleBasedStateMachine):
         self.parent = Path(tempfile.mkdtemp())
         self.path, self.good = self.parent / "run", set[int]()
         self.folder: RunFolder | None = RunFolder.create(self.path)
-        self.folder.write_json("plan.json", {"format": 2})
+        self.folder.write_json("plan.json", {"format": RUN_FORMAT})
         self.training: TrainingLoop | None = new_training()
 
     def teardown(self) -> None:

@@ -107,9 +107,7 @@ def test_a_split_far_from_its_share_is_a_warning(tiny_folder: Path, tmp_path: Pa
         return warnings
 
     few = [warning for seed in range(12) for warning in list_warnings(20, seed)]
-    assert any(
-        "0.4 of 20 rows are 8, but the hash split holds out" in each for each in few
-    )
+    assert any("0.4 of 20 rows are 8, but the hash split holds out" in each for each in few)
     assert not list_warnings(200, 0)
 
 

@@ -140,7 +140,7 @@ def test_a_run_folder_stands_for_its_adapter(adapter: Path, base: Path, tmp_path
         ("alpha_pattern", {"q_proj": 0}),
         ("alpha_pattern", {"q_proj": True}),
         ("alpha_pattern", {"q_proj": "8"}),
-        ("alpha_pattern", {r"(\w+\.?)*!": 8}),
+        ("alpha_pattern", {r"((\w+\.?)*\w*)*!": 8}),
         ("modules_to_save", "lm_head"),
         ("modules_to_save", [1]),
         ("modules_to_save", ["lm_head"]),

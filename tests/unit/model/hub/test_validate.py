@@ -238,7 +238,7 @@ def test_fault_19_a_header_of_100_mb_is_refused_unread(tmp_path: Path) -> None:
         file.truncate(200 * 10**6)
     tracemalloc.start()
     with pytest.raises(
-        InputError, match="a header of 100,000,000 bytes is over the limit of 16,777,216"
+        InputError, match="a header of 100,000,000 bytes is over the limit of 4,194,304"
     ):
         read_header(path)
     peak = tracemalloc.get_traced_memory()[1]
