@@ -162,7 +162,11 @@ class _RowGenerator:
         requests: list[GenerationRequest] = []
         for prompt, number in zip(prompts, numbers, strict=True):
             seed = (self.seed << 31) + 2 * number + is_answer
-            requests.append(GenerationRequest(prompt, max_new_tokens, TEMPERATURE, TOP_P, seed))
+            requests.append(
+                GenerationRequest(
+                    prompt, max_new_tokens, temperature=TEMPERATURE, top_p=TOP_P, seed=seed
+                )
+            )
         end_ids = {*self.renderer.end_ids, self.separator}
         outputs = generate(self.model, requests, decode=self.renderer.decode, end_ids=end_ids)
         return [output for _, output in sorted(outputs, key=lambda pair: pair[0])]
