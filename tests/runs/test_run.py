@@ -33,7 +33,15 @@ from tiny_runs import (
 from tunesmith import __version__
 from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError
-from tunesmith.core.events import CheckpointSaved, CheckResult, Event, Score, TrainingEnd, TrainStep
+from tunesmith.core.events import (
+    CheckpointSaved,
+    CheckResult,
+    Event,
+    GenerationSample,
+    Score,
+    TrainingEnd,
+    TrainStep,
+)
 from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.sampling import SamplingParams, check_sampling
 from tunesmith.core.types import Document, RunRecord
@@ -76,7 +84,11 @@ def our_logits(path: Path) -> torch.Tensor:
 
 def test_a_run_proves_measures_trains_and_measures_again(tiny_folder: Path, tmp_path: Path) -> None:
     files = write_eval_files(tmp_path)
-    events = train(make_tiny_recipe(tiny_folder, tmp_path, **files, save_steps=2, eval_steps=2))
+    all_events = train(make_tiny_recipe(tiny_folder, tmp_path, **files, save_steps=2, eval_steps=2))
+    # the graded answers of each look, from which a resumed run knows what was said
+    samples = [event for event in all_events if isinstance(event, GenerationSample)]
+    assert {sample.step for sample in samples} == {2, 3}
+    events = [event for event in all_events if not isinstance(event, GenerationSample)]
     kinds = [type(event) for event in events]
     first_step, done = kinds.index(TrainStep), kinds.index(TrainingEnd)
     assert {CheckResult, Score} == set(kinds[:first_step])
@@ -143,6 +155,7 @@ def test_events_are_lines_with_the_fields_that_others_rely_on(finished: Path) ->
     assert Counter(event["type"] for event in events).keys() == {
         "verdict",
         "score",
+        "sample",
         "step",
         "saved",
         "done",

@@ -84,7 +84,7 @@ def test_what_looks_like_a_control_token_is_not_compared(tiny_folder: Path, tmp_
         tiny_folder, tmp_path, DATED, [make_chat_row("one <|end|>?", "it is")] * 3
     )
     assert actual == []
-    assert messages.startswith("not compared: ")
+    assert messages.startswith("not checked: ")
 
 
 @pytest.mark.parametrize(
@@ -108,4 +108,4 @@ def test_another_date_is_not_compared(tiny_folder: Path, tmp_path: Path) -> None
     dated = DATED.replace("%Y", "%f")  # the plan has no microseconds
     assert compared(tiny_folder, tmp_path, dated, [make_chat_row("one?", "it is")] * 3)[
         1
-    ].startswith("not compared: ")
+    ].startswith("not checked: ")
