@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
     from tunesmith.advise.measured.run_arm import ArmResult
     from tunesmith.advise.rules.advice import Advice
+    from tunesmith.core.evidence import RunVerdict
     from tunesmith.data.annotation import ReviewImport
     from tunesmith.data.dataset import Dataset
     from tunesmith.data.golden_set import GoldenLock
@@ -84,9 +85,7 @@ def load_demo_inputs(output_dir: AnyPath | None = None) -> AnyInputs:
 
 def split_by_stage(inputs: AnyInputs) -> dict[str, RunInputs]:
     """Map the name of each stage's folder to its inputs; a single stage has the name ""."""
-    if isinstance(inputs, tuple):
-        return {stage_inputs.output_dir.name: stage_inputs for stage_inputs in inputs}
-    return {"": inputs}
+    return {s.output_dir.name: s for s in inputs} if isinstance(inputs, tuple) else {"": inputs}
 
 
 # ---------------------------------------------------------------- before a run
@@ -475,9 +474,7 @@ def demo(output_dir: AnyPath | None = None) -> Iterator[Event]:
 
 
 def list_runs(roots: Iterable[AnyPath] = ("runs",)) -> list[RunSummary]:
-    """Return the runs at or below folders, the last changed first, without locking any.
-
-    Raises InputError for a folder that is missing."""
+    """Return the runs at or below folders, newest first. Raises InputError for a missing one."""
     from tunesmith.session import run_list
 
     return run_list.list_runs([Path(root) for root in roots])
@@ -544,6 +541,13 @@ def compare(a: AnyPath, b: AnyPath, *, allow_code: bool = False) -> ModelCompari
         second_results = second_results or evaluate_model(second, first, spec)
     run = second.run_dir or first.run_dir
     return compare_models([first.name, second.name], [first_results, second_results], run)
+
+
+def read_verdict(path: AnyPath) -> RunVerdict:
+    """Return whether a run's model may be used, and what to do next; also of an unfinished run."""
+    from tunesmith.evaluate import run_verdict
+
+    return run_verdict.read_verdict(Path(path))
 
 
 def write_report(path: AnyPath, out: AnyPath | None = None) -> Path:

@@ -52,7 +52,9 @@ def test_public_names_survive_importing_every_module() -> None:
 def test_every_verb_is_a_function_of_its_name() -> None:
     for name in app.VERBS:
         default = name.replace(" ", "_").replace("-", "_")
-        function = {"eval": "evaluate", "report": "write_report"}.get(name, default)
+        function = {"eval": "evaluate", "report": "write_report", "runs": "list_runs"}.get(
+            name, default
+        )
         assert getattr(api, function) is getattr(tunesmith, function)
         assert function in tunesmith.__all__
 

@@ -115,14 +115,13 @@ def report(
 ) -> None:
     """Write the HTML report of a run and print its verdict."""
     from tunesmith.cli.views.verdict import render_verdict
-    from tunesmith.evaluate.run_verdict import read_verdict
 
     report_path = api.write_report(folder, out=out)
     if track is not None:
         from tunesmith.report.trackers import export_run
 
         export_run(folder, track)
-    verdict = read_verdict(folder)
+    verdict = api.read_verdict(folder)
     output = {"report": str(report_path), "verdict": verdict}
     print_result(output, render_verdict(verdict), str(report_path), as_json=as_json)
 

@@ -68,11 +68,15 @@ def decide_probe_steps(context: RuleContext) -> PlanValue:
     probe_cost = probe_tokens / estimate_step_tokens(context) / FORWARDS_PER_STEP  # in steps
     steps = math.ceil(probe_cost / MAX_PROBE_SHARE)
     cost = f"{probe_cost:.2g} steps"
-    reason = f"{MIN_PROMPTS} prompts of {PROBE_NEW_TOKENS} tokens take {cost}; at most 5% of the time"
+    reason = (
+        f"{MIN_PROMPTS} prompts of {PROBE_NEW_TOKENS} tokens take {cost}; at most 5% of the time"
+    )
     if steps <= context.steps:
         return make_rule_value(steps, reason, "ours")
     unit = "step" if context.steps == 1 else "steps"
-    reason = f"{reason} allows none in {context.steps} {unit}; set guard: {{probe_steps: N}} to probe"
+    reason = (
+        f"{reason} allows none in {context.steps} {unit}; set guard: {{probe_steps: N}} to probe"
+    )
     return make_rule_value(0, reason)
 
 

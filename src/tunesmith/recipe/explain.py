@@ -230,7 +230,9 @@ def describe_value(value: Any) -> str:
     if isinstance(value, (list, dict)):
         kind = "list" if isinstance(value, list) else "mapping"
         return f"the {kind} {reprlib.repr(cast('Any', value)):.60}"
-    return f"the {type(value).__name__} {str(value)[:MAX_SHOWN_CHARS]} (quote it to make it a string)"
+    return (
+        f"the {type(value).__name__} {str(value)[:MAX_SHOWN_CHARS]} (quote it to make it a string)"
+    )
 
 
 def _describe_mapping(model: type[BaseModel]) -> str:

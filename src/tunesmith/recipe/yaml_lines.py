@@ -137,7 +137,9 @@ def _read_text(path: Path) -> str:
     if not os.path.exists(path):
         fix = "check the path, or write one with `tunesmith init`"
         siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-        raise InputError("no such file", where=str(path), fix=suggest_name(path.name, siblings, fix))
+        raise InputError(
+            "no such file", where=str(path), fix=suggest_name(path.name, siblings, fix)
+        )
     if not os.path.isfile(path):
         raise InputError("expected a file, found a folder or a device", where=str(path))
     size = path.stat().st_size

@@ -88,6 +88,9 @@ def test_one_request_given_twice_is_answered_once(
         {"max_new_tokens": 7},
         {"temperature": 0.5},
         {"top_p": 0.5},
+        {"top_k": 3},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.2},
         {"seed": 1},
         {"stop": ("a",)},
         {"bad_words_ids": ((9,),)},
@@ -110,6 +113,7 @@ def test_no_answer_is_served_to_another_request(
 
 def test_every_field_of_a_request_was_changed_above() -> None:
     fields = {"tokens", "max_new_tokens", "temperature", "top_p", "seed", "stop", "bad_words_ids"}
+    fields |= {"top_k", "min_p", "repetition_penalty"}
     assert {field.name for field in dataclasses.fields(GenerationRequest)} == fields
 
 

@@ -552,7 +552,7 @@ def eval_steps(lab: Lab) -> None:
         return [
             event.step
             for event in events
-            if getattr(event, "task", "") == "eval" and event.metric == "loss"
+            if isinstance(event, Score) and (event.task, event.metric) == ("eval", "loss")
         ]
 
     assert (looked(1), looked(2), looked(9)) == ([1, 2, 3], [2, 3], [])
