@@ -56,7 +56,10 @@ def print_result(value: Any, *views: Any, as_json: bool) -> None:
     # A plain string may come from data or a model: it is never read as markup.
     texts = [Text(escape_controls(view)) if isinstance(view, str) else view for view in views]
     with console.capture() as capture:
-        console.print(*texts, sep="\n", highlight=False)
+        for text in texts:
+            # in a pipe, a path or an answer stays one line
+            is_plain = isinstance(text, Text) and not sys.stdout.isatty()
+            console.print(text, soft_wrap=is_plain, highlight=False)
     lines = capture.get().split("\n")
     sys.stdout.write("\n".join(lines if sys.stdout.isatty() else map(str.rstrip, lines)))
 
