@@ -94,9 +94,9 @@ def _format_score(name: str, counts: Sequence[int]) -> str:
 
 
 def _format_row(row: Row, *cells: str) -> str:
-    place = f"`{row['path']}:{row['line']}`"
+    location = f"`{row['path']}:{row['line']}`"
     code = [f"`` {str(row[side]).replace('|', '&#124;')} ``" for side in ("before", "after")]
-    return "| " + " | ".join([place, *code, *cells]) + " |\n"
+    return "| " + " | ".join([location, *code, *cells]) + " |\n"
 
 
 def _get_key(row: Row) -> tuple[str, str, str]:

@@ -85,9 +85,9 @@ def replace_documents(bench: Bench, name: str, documents: Sequence[Document]) ->
     folder.mkdir()
     (folder / "adapter").symlink_to(bench.folder / "adapter")
     size = replace(bench.size, rows=len(documents), seconds=bench.size.round_seconds / 2)
-    own = replace(bench, folder=folder, documents=list(documents), size=size)
-    write_documents(own.documents_file, documents)
-    return own
+    other = replace(bench, folder=folder, documents=list(documents), size=size)
+    write_documents(other.documents_file, documents)
+    return other
 
 
 def run_tunesmith(bench: Bench, *, share: bool) -> Json:

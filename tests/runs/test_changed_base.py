@@ -79,7 +79,7 @@ def test_the_same_config_in_other_words_is_accepted(trained: Recipe) -> None:
     config.write_text(json.dumps(changed | {"transformers_version": "4.50.0"}))
     try:
         for reader in ("chat", "adapter_from"):
-            READERS[reader](run)
+            READERS[reader](run)  # raises InputError for another config
     finally:
         config.write_text(before)
 

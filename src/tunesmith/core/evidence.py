@@ -88,7 +88,7 @@ class Shortcut:
 
     @property
     def description(self) -> str:
-        """What the answers do, what is expected, and what the training rows have."""
+        """Describe the answers, the expected ones, and the training rows."""
         subject = f"{self.field} is" if self.field else "the answer is"
         value = self.kind
         if self.kind == "constant":
@@ -103,7 +103,7 @@ class Shortcut:
 
 @dataclass(frozen=True)
 class ErrorAnalysis:
-    """What is still wrong with the answers to the test rows, by one metric."""
+    """The errors that are left in the answers to the test rows, by one metric."""
 
     metric: str  # that decides what is wrong
     is_binary: bool  # its values are 0 or 1
@@ -128,7 +128,7 @@ class ErrorAnalysis:
 
 @dataclass(frozen=True)
 class NextStep:
-    """What to do next, why, and the command that does it."""
+    """A command to run next, and why."""
 
     reason: str
     command: str

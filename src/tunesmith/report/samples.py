@@ -105,7 +105,7 @@ class SampleDiff:
 
     @property
     def faults(self) -> list[str]:
-        """What the chips select by: fields that are wrong; of answers without fields, metrics."""
+        """Return what chips select by: wrong fields, or poor metrics of answers without fields."""
         return self.wrong_fields if self.fields else self.poor_metrics
 
     @property

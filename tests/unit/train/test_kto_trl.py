@@ -1,5 +1,6 @@
 """The same loss and gradients as TRL's KTOTrainer on the same rows, its KL term included."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,14 @@ def shake(*parameter_lists: Any) -> None:
             parameter.add_(noise.view_as(parameter))
 
 
-def test_kto_is_that_of_its_trainer(tmp_path: Path) -> None:
-    import dataclasses
-
+def make_trainer(folder: Path, out: Path, weights: dict[str, float]) -> Any:
+    """Return TRL's trainer of the rows, in fp64."""
     from trl import KTOConfig, KTOTrainer
 
     from datasets import Dataset
 
-    folder = save_model_folder(tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder, pad_token="<|text|>")
-    weights = {"desirable_weight": 1.3, "undesirable_weight": 0.7}
     config = KTOConfig(
-        str(tmp_path / "out"),
+        str(out),
         report_to=[],
         use_cpu=True,
         bf16=False,
@@ -56,15 +53,19 @@ def test_kto_is_that_of_its_trainer(tmp_path: Path) -> None:
         beta=0.3,
         **weights,
     )
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    trainer = KTOTrainer(
-        model=stock,
-        ref_model=reference,
+    return KTOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64),
+        ref_model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64),
         args=config,
         train_dataset=Dataset.from_list(ROWS),
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(folder, pad_token="<|text|>"),
     )
+
+
+def test_kto_is_that_of_its_trainer(tmp_path: Path) -> None:
+    folder = save_model_folder(tmp_path / "model")
+    weights = {"desirable_weight": 1.3, "undesirable_weight": 0.7}
+    trainer = make_trainer(folder, tmp_path / "out", weights)
     recipe = make_tiny_recipe(
         folder,
         tmp_path,
