@@ -340,16 +340,17 @@ def _read_owner(path: Path) -> str:
 
 
 def is_run(path: Path) -> bool:
-    return (path / PLAN_FILE).is_file() or is_staged(path)
+    # not Path.is_file, which raises OSError for a name that is too long
+    return os.path.isfile(path / PLAN_FILE) or is_staged(path)
 
 
 def is_staged(path: Path) -> bool:
-    return (path / STAGES_FILE).is_file()
+    return os.path.isfile(path / STAGES_FILE)
 
 
 def require_run(path: Path) -> None:
     """Raise InputError if the folder is not a run, or has another format."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError("no such run folder", where=str(path), fix=suggest_run(path))
     if not is_run(path):
         message = f"not a run folder: there is no {PLAN_FILE}"
@@ -359,8 +360,10 @@ def require_run(path: Path) -> None:
 
 def suggest_run(path: Path) -> str:
     """Return a fix for a path that is no run: the run with the closest name, or those there are."""
-    folder = next((f for f in (path, path.parent, RUNS_ROOT) if f.is_dir()), RUNS_ROOT)
-    siblings = sorted(folder.iterdir(), key=_read_mtime, reverse=True) if folder.is_dir() else []
+    folder = next(filter(os.path.isdir, (path, path.parent, RUNS_ROOT)), RUNS_ROOT)
+    siblings: list[Path] = []
+    with suppress(OSError):  # none if the folder cannot be read
+        siblings = sorted(folder.iterdir(), key=_read_mtime, reverse=True)
     runs = {str(sibling): sibling.name for sibling in siblings if is_run(sibling)}
     if not runs:
         return "name a run folder, as `tunesmith train` creates it"

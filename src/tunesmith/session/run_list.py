@@ -60,8 +60,9 @@ def list_runs(roots: Sequence[Path]) -> list[RunSummary]:
     """Return the runs at or below the folders. Raises InputError for a folder that is missing."""
     folders: dict[Path, None] = {}  # ordered, without duplicates
     for root in roots:
-        if not root.is_dir():
-            raise InputError("no such folder", where=str(root), fix="name a folder with runs in it")
+        if not os.path.isdir(root):
+            fix = "name a folder with runs in it, or start one: `tunesmith train recipe.yaml`"
+            raise InputError("no such folder", where=str(root), fix=fix)
         folders.update(dict.fromkeys(_find_runs(root, MAX_DEPTH)))
     runs = [summarize_run(folder) for folder in folders]
     return sorted(runs, key=lambda run: (-run.modified, run.path))

@@ -92,3 +92,15 @@ def test_a_folder_without_a_close_name_lists_its_runs(
     assert "use one of the runs here: " in err
     assert err.count("runs/") == 4  # the name itself, and three of four
     assert "..." in err
+
+
+@pytest.mark.parametrize("verb", ["chat", "resume", "report", "eval", "export", "runs"])
+@pytest.mark.parametrize("name", ["a" * 300, "runs/" + "b" * 300 + "/c", "a/../" * 1000, "\x1b[2J"])
+def test_an_impossible_name_is_the_users_input(
+    verb: str, name: str, folder: Path, tunesmith: Callable[..., Any]
+) -> None:
+    options = ("--to", "peft") if verb == "export" else ()
+    code, out, err = tunesmith(verb, name, *options)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert "\x1b" not in err
