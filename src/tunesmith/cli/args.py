@@ -15,6 +15,7 @@ import typer
 from tunesmith.cli.help import complete_runs
 from tunesmith.cli.output import write_stderr
 from tunesmith.core.errors import InputError
+from tunesmith.recipe.explain import normalize_key
 from tunesmith.recipe.load import (
     COMMAND_LINE,
     is_flag_value,
@@ -22,7 +23,7 @@ from tunesmith.recipe.load import (
     load_recipe,
     needs_value,
 )
-from tunesmith.recipe.schema import Recipe, Stages
+from tunesmith.recipe.schema import ALIASES, Recipe, Stages
 
 RecipeArgs = Annotated[
     list[str] | None,
@@ -85,9 +86,11 @@ def refuse_old_words(words: Sequence[str]) -> None:
 def parse_recipe_args(args: Sequence[str] | None) -> Recipe | Stages:
     """Load the recipe that the arguments describe; without a file, ./recipe.yaml if there is one.
 
-    Flags for both the model and the data are a recipe by themselves."""
+    Flags that name a model are a recipe by themselves."""
     path, flags = parse_flags(args)
-    if path is None and not {"model", "data"} <= flags.keys() and DEFAULT_RECIPE.is_file():
+    keys = [normalize_key(flag) for flag in flags]
+    names_model = "model" in [ALIASES.get(key, key) for key in keys]
+    if path is None and not names_model and DEFAULT_RECIPE.is_file():
         path = DEFAULT_RECIPE
         write_stderr(f"recipe: {path}\n")
     return load_recipe(path, flags)

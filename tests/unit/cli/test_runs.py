@@ -66,10 +66,11 @@ def test_recipe_yaml_is_the_default_recipe(folder: Path, tunesmith: Callable[...
     assert code == 2
     assert err.startswith("recipe: recipe.yaml\n")
     assert "'model' is missing" not in err
-    # model and data as flags are a recipe of their own
-    code, _, err = tunesmith("plan", "--model", "elsewhere", "--data", "none.jsonl")
-    assert code == 2
-    assert "recipe: recipe.yaml" not in err
+    # a model as a flag begins another recipe, whose data may stand in its stages
+    for flag in ("--model", "--model-name-or-path"):
+        code, _, err = tunesmith("plan", flag, "elsewhere", "--stage", "[{sft: {data: n.jsonl}}]")
+        assert code == 2
+        assert "recipe: recipe.yaml" not in err
 
 
 @pytest.mark.parametrize("verb", ["chat", "resume", "report", "eval", "export"])
@@ -97,7 +98,7 @@ def test_a_folder_without_a_close_name_lists_its_runs(
 @pytest.mark.parametrize("verb", ["chat", "resume", "report", "eval", "export", "runs"])
 @pytest.mark.parametrize("name", ["a" * 300, "runs/" + "b" * 300 + "/c", "a/../" * 1000, "\x1b[2J"])
 def test_an_impossible_name_is_the_users_input(
-    verb: str, name: str, folder: Path, tunesmith: Callable[..., Any]
+    verb: str, name: str, tunesmith: Callable[..., Any]
 ) -> None:
     options = ("--to", "peft") if verb == "export" else ()
     code, out, err = tunesmith(verb, name, *options)
