@@ -32,6 +32,7 @@ from pydantic import BaseModel
 from typer.models import ArgumentInfo
 
 from tunesmith.cli.app import VERBS
+from tunesmith.cli.output import PIPE_WIDTH
 from tunesmith.core.types import Json
 from tunesmith.recipe import fields, objectives, schema
 from tunesmith.recipe.explain import describe_schema
@@ -40,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 DEMO = Path(fields.__file__).parent / "demo"
 BLOCK = re.compile(r"(<!-- (\$|table:) (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 LINES = re.compile(r" \| lines ([\d, -]+)$")
-WIDTH = 100
+WIDTH = PIPE_WIDTH
 BAR = "\\|"  # a vertical bar inside a cell of a table
 TYPE_NAMES = {str: "TEXT", int: "N", float: "NUMBER", Path: "PATH", bool: ""}
 TIMEOUT_SECONDS = 1800

@@ -389,9 +389,15 @@ def read_plan_json(file: Path) -> Json:
     content = cast("Json", content)
     plans: Any = content.get("plans")
     first: Any = cast("list[Any]", plans)[0] if isinstance(plans, list) and plans else content
-    if not isinstance(first, dict):
+    refuse_other_format(first, file)
+    return content
+
+
+def refuse_other_format(plan: Any, file: Path) -> None:
+    """Raise InputError for a plan, as read from JSON, that is none or has another format."""
+    if not isinstance(plan, dict):
         raise InputError("not a plan", where=str(file))
-    file_format = cast("Json", first).get("format", 1)
+    file_format = cast("Json", plan).get("format", 1)
     if file_format != RUN_FORMAT:
         age = "an older" if file_format == 1 else "another"
         raise InputError(
@@ -400,7 +406,6 @@ def read_plan_json(file: Path) -> Json:
             where=str(file),
             fix="use the version that wrote it, or train again from the recipe",
         )
-    return content
 
 
 def read_run_plan(path: Path) -> Plan:

@@ -2,20 +2,22 @@
 
     list_runs([Path("runs")]) -> [RunSummary, ...], the last changed first
 
-Reads plans and the ends of events.jsonl only, so that a thousand runs take a fraction of a second,
-and takes no lock, so that it never disturbs a run that is starting. A folder that cannot be read is
-listed with its problem. Left out: results in full (`tunesmith report`)."""
+Reads the record of a finished run, else its plan and the end of events.jsonl, so that a thousand
+runs take a fraction of a second, and takes no lock, so that it never disturbs a run that starts. A
+folder that cannot be read is listed with its problem. Left out: results in full (`tunesmith
+report`)."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import psutil
+from pydantic_core import from_json
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult, Event, Score, TrainStep
@@ -31,6 +33,7 @@ from tunesmith.core.run_dir import (
     is_staged,
     read_last_events,
     read_plan_json,
+    refuse_other_format,
 )
 from tunesmith.core.types import Json
 
@@ -87,6 +90,8 @@ def _find_runs(folder: Path, depth: int) -> Iterator[Path]:
 def summarize_run(folder: Path) -> RunSummary:
     """Summarize a run folder; the state of one that cannot be read is "unreadable"."""
     try:
+        if os.path.isfile(folder / RECORD_FILE):
+            return _summarize_finished(folder)
         plans = _read_plans(folder)
         parts = [read_last_events(path) for path in _list_parts(folder)]
         steps = [int(plan["steps"]) for plan in plans]
@@ -94,7 +99,7 @@ def summarize_run(folder: Path) -> RunSummary:
     except InputError as error:
         return RunSummary(str(folder), "unreadable", problem=error.message)
     except (OSError, LookupError, TypeError, ValueError):
-        return RunSummary(str(folder), "unreadable", problem="its plan is damaged")
+        return RunSummary(str(folder), "unreadable", problem="its plan or record is damaged")
     events = list(itertools.chain.from_iterable(parts))
     state, problem = _find_state(folder, parts[-1])
     done = sum(map(_find_last_step, parts))
@@ -102,12 +107,29 @@ def summarize_run(folder: Path) -> RunSummary:
         path=str(folder),
         state=state,
         model=Path(model).name,
-        step=sum(steps) if state == "finished" else min(done, sum(steps)),
+        step=min(done, sum(steps)),
         steps=sum(steps),
-        score=_choose_score(events),
+        score=_choose_score(event for event in events if isinstance(event, Score)),
         peak_bytes=_find_peak_bytes(events),
         modified=max(_read_mtime(path) for path in _list_parts(folder)),
         problem=problem,
+    )
+
+
+def _summarize_finished(folder: Path) -> RunSummary:
+    file = folder / RECORD_FILE
+    record: Json = from_json(file.read_bytes())
+    refuse_other_format(record["plan"], file)
+    scores = [Score(**comparison["after"]) for comparison in record["comparisons"]]
+    return RunSummary(
+        path=str(folder),
+        state="finished",
+        model=Path(record["plan"]["recipe"]["model"]).name,
+        step=int(record["steps"]),
+        steps=int(record["steps"]),
+        score=_choose_score(scores),
+        peak_bytes=int(record["peak_bytes"]),
+        modified=file.stat().st_mtime,
     )
 
 
@@ -139,9 +161,7 @@ def _read_mtime(folder: Path) -> float:
 
 
 def _find_state(folder: Path, events: Sequence[Event]) -> tuple[State, str]:
-    """Return the state, and why a gate stopped the run."""
-    if (folder / RECORD_FILE).is_file():
-        return "finished", ""
+    """Return the state of an unfinished run, and why a gate stopped it."""
     if _is_owner_alive(folder):
         return "running", ""
     last = events[-1] if events else None
@@ -161,11 +181,8 @@ def _is_owner_alive(folder: Path) -> bool:
         return False
 
 
-def _choose_score(events: Sequence[Event]) -> Score | None:
+def _choose_score(scores: Iterable[Score]) -> Score | None:
     """Return the newest score of the main metric: a grade if there is one, else the loss."""
-    newest: dict[str, Score] = {}
-    for event in events:
-        if isinstance(event, Score):
-            newest[event.metric] = event
-    names: list[Any] = [*MAIN_METRICS, *(n for n in newest if n not in UNGRADED_METRICS), "loss"]
+    newest = {score.metric: score for score in scores}
+    names = [*MAIN_METRICS, *(name for name in newest if name not in UNGRADED_METRICS), "loss"]
     return next((newest[name] for name in names if name in newest), None)

@@ -7,12 +7,9 @@ from typing import Any
 
 import pytest
 
-from fake_runs import make_events, make_record, write_run
+from fake_runs import make_record, write_run
 from tunesmith.cli.views.runs import render_runs
-from tunesmith.core.events import Score
 from tunesmith.core.run_dir import PLAN_FILE
-
-GRADE = Score("test", "exact_match", 0.44, 0.33, 0.55, 80, 30)
 
 
 @pytest.fixture
@@ -22,7 +19,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_runs_lists_each_run_in_a_line(folder: Path, tunesmith: Callable[..., Any]) -> None:
-    write_run(folder / "runs/done", record=make_record(), events=[*make_events(), GRADE])
+    write_run(folder / "runs/done", record=make_record())
     write_run(folder / "runs/half")
     write_run(folder / "runs/hostile\x1b[2J")
     damaged = write_run(folder / "runs/damaged")
@@ -30,7 +27,7 @@ def test_runs_lists_each_run_in_a_line(folder: Path, tunesmith: Callable[..., An
     code, out, _ = tunesmith("runs")
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert code == 0
-    assert "exact_match 0.44 ±0.11" in lines["runs/done"]
+    assert "exact_match 0.80 ±0.10" in lines["runs/done"]
     assert "finished" in lines["runs/done"]
     assert "30/30" in lines["runs/done"]
     assert "unreadable" in lines["runs/damaged"]

@@ -18,11 +18,21 @@ LOSS = Score("test", "loss", 0.02, 0.01, 0.03, 80, 30)
 
 
 def test_a_finished_run_has_all_its_steps_and_its_grade(tmp_path: Path) -> None:
-    events = [*make_events(), GRADE, LOSS]
-    run = summarize_run(write_run(tmp_path / "a", record=make_record(), events=events))
+    record = make_record()
+    run = summarize_run(write_run(tmp_path / "a", record=record))
     assert (run.state, run.step, run.steps) == ("finished", 30, 30)
-    assert run.score == GRADE
-    assert run.peak_bytes == max(e.peak_bytes for e in events if hasattr(e, "peak_bytes"))
+    assert run.score == record.comparisons[0].after
+    assert run.peak_bytes == record.peak_bytes
+    graded = summarize_run(write_run(tmp_path / "b", events=[*make_events(), GRADE, LOSS]))
+    assert graded.score == GRADE
+    assert graded.peak_bytes == make_step(1).peak_bytes
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"plan": {}}', b'{"plan": {"format": 1}}'])
+def test_a_damaged_record_is_listed_with_its_problem(content: bytes, tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", record=make_record())
+    (path / "record.json").write_bytes(content)
+    assert summarize_run(path).state == "unreadable"
 
 
 def test_without_a_grade_the_score_is_the_loss_and_never_forgetting(tmp_path: Path) -> None:
@@ -57,7 +67,7 @@ def test_a_gate_that_stopped_a_run_is_named(tmp_path: Path) -> None:
 
 
 def test_stages_are_one_run(tmp_path: Path) -> None:
-    path = write_stages(tmp_path / "a")
+    path = write_stages(tmp_path / "a", steps=60)
     (run,) = list_runs([tmp_path])
     assert (run.path, run.state, run.steps) == (str(path), "finished", 60)
     assert list_runs([path]) == [run]
