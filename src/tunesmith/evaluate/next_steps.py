@@ -18,7 +18,7 @@ from shlex import quote
 
 from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.evidence import NextStep, Shortcut, VerdictName
-from tunesmith.core.run_dir import RECIPE_FILE
+from tunesmith.core.run_dir import RECIPE_FILE, is_staged
 from tunesmith.core.types import RunRecord
 from tunesmith.evaluate.scale_choice import build_commands, describe_recommendation
 
@@ -54,7 +54,7 @@ class RunFacts:
     @property
     def is_single_stage(self) -> bool:
         """A run of several stages has no recipe of its own to change."""
-        return (self.run / RECIPE_FILE).is_file() or not (self.run / "stages").is_dir()
+        return (self.run / RECIPE_FILE).is_file() or not is_staged(self.run)
 
     def format_training(self, flags: str, suffix: str) -> str:
         """Return the command that trains the same recipe with other settings."""
