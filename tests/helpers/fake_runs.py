@@ -65,6 +65,9 @@ MODEL = ModelSpec(
     True,
     135 * 10**6,
     "bf16",
+    block_parameters=73_728,
+    active_parameters=73_728,
+    layer_mixers=("attention", "attention"),
 )
 FINDING = Finding("empty_answer", "warn", "answers are empty", 1, ("a.jsonl:7",), "fill them")
 REPORT = DataReport(

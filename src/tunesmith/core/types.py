@@ -79,14 +79,17 @@ class ModelSpec:
     parameters: int
     dtype: str
     origin: str = ""  # where the weights come from
-
-    @property
-    def block_parameters(self) -> int:
-        """Parameters of the matrices in the decoder layers."""
-        q = self.num_heads * self.head_dim
-        kv = self.num_kv_heads * self.head_dim
-        mlp = (self.num_mlp_inputs + 1) * self.intermediate_size
-        return self.num_layers * self.hidden_size * (2 * q + 2 * kv + mlp)
+    # of the matrices in the decoder layers, counted from the headers: all, and those that a token
+    # meets, which are fewer with experts
+    block_parameters: int = 0
+    active_parameters: int = 0
+    # of each layer: attention, delta, mamba2, conv, attention+mamba2, or "" without one
+    layer_mixers: tuple[str, ...] = ()
+    num_experts: int = 0  # routed ones of a layer
+    num_experts_per_token: int = 0
+    # of the text part's tensors on a multimodal model, and the bytes of its other parts
+    tensor_prefix: str = ""
+    left_out_bytes: int = 0
 
     @property
     def num_mlp_inputs(self) -> int:

@@ -50,6 +50,9 @@ MODEL = ModelSpec(
     True,
     10**5,
     "bf16",
+    block_parameters=73_728,
+    active_parameters=73_728,
+    layer_mixers=("attention", "attention"),
 )
 REPORT = DataReport(
     "a.jsonl",

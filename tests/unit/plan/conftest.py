@@ -37,6 +37,9 @@ SMOLLM2 = ModelSpec(
     tie_word_embeddings=True,
     parameters=134_515_008,
     dtype="bfloat16",
+    block_parameters=106_168_320,
+    active_parameters=106_168_320,
+    layer_mixers=("attention",) * 30,
 )
 REPORT = DataReport(
     path="train.jsonl",

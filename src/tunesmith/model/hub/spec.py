@@ -17,20 +17,16 @@ from typing import Any
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import ModelSpec
 from tunesmith.model.hub.expected_tensors import HEAD_DIMS, ModelDimensions, build_expected_headers
+from tunesmith.model.hub.families import (
+    ATTENTION_WORDS,
+    EXPERT_KEYS,
+    FAMILIES,
+    FAMILY_FIX,
+    find_layer_mixers,
+)
 from tunesmith.model.hub.validate import TensorHeader, has_weights, read_headers, read_model_json
 
 # fmt: off
-# Dense text decoders with softmax attention, fully described by the sizes in their config. Model
-# type -> prefix of the one class that transformers loads for it.
-SUPPORTED_CLASSES = {
-    "apertus": "Apertus", "arcee": "Arcee", "bitnet": "BitNet", "cohere": "Cohere",
-    "cohere2": "Cohere2", "cwm": "Cwm", "ernie4_5": "Ernie4_5", "exaone4": "Exaone4",
-    "gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3", "glm": "Glm", "glm4": "Glm4",
-    "granite": "Granite", "helium": "Helium", "hunyuan_v1_dense": "HunYuanDenseV1",
-    "llama": "Llama", "ministral": "Ministral", "ministral3": "Ministral3", "mistral": "Mistral",
-    "olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "phi3": "Phi3", "qwen2": "Qwen2",
-    "qwen3": "Qwen3", "seed_oss": "SeedOss", "smollm3": "SmolLM3", "vaultgemma": "VaultGemma",
-}
 STATEFUL_TYPES = {
     "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba",
     "kimi_linear", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h",
@@ -42,8 +38,6 @@ OTHER_INPUTS = (
     "audio_token_id",
 )
 # fmt: on
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
-EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 MAX_SIZE = 2**24
 MAX_SIZE_BY_KEY = {"num_hidden_layers": 4096}
@@ -74,6 +68,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
     heads = sizes.require("num_attention_heads")
     hidden_size = sizes.require("hidden_size")
     headers = _load_headers(config, model_type, path)
+    block_parameters = _count_block_parameters(headers)
     # transformers' default differs between model types
     default_head_dim = _find_tensor(headers, "self_attn.o_proj.weight", path).shape[-1] // heads
     spec = ModelSpec(
@@ -93,6 +88,9 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
         parameters=_count_parameters(headers),
         dtype=_find_dtype(headers, path),
         origin=_read_origin(path),
+        block_parameters=block_parameters,
+        active_parameters=block_parameters,
+        layer_mixers=find_layer_mixers(config, FAMILIES[model_type], where),
     )
     _check_sizes(spec, headers, where)
     _check_token_ids(spec)
@@ -141,6 +139,15 @@ def _count_parameters(headers: dict[str, TensorHeader]) -> int:
     return sum(prod(tensor.shape) for tensor in headers.values())
 
 
+def _count_block_parameters(headers: dict[str, TensorHeader]) -> int:
+    """Count the parameters of the matrices in the layers."""
+    total = 0
+    for name, tensor in headers.items():
+        is_matrix = len(tensor.shape) >= 2 and ".layers." in f".{name}"
+        total += prod(tensor.shape) if is_matrix else 0
+    return total
+
+
 class _ConfigSizes:
     """Reads positive integers of config.json, and raises InputError for one that is missing or
     implausible."""
@@ -173,11 +180,10 @@ def _check_model_type(config: dict[str, Any], where: str) -> str:
     if not isinstance(model_type, str) or not model_type:
         raise InputError("config.json has no model_type", where=where, fix=DOWNLOAD_CONFIG_FIX)
     reason = _find_unsupported_feature(config, model_type)
-    if reason is None and model_type not in SUPPORTED_CLASSES:
+    if reason is None and not (model_type in FAMILIES and FAMILIES[model_type].is_uniform):
         reason = f"the model type {model_type!r} is not supported"
     if reason is not None:
-        fix = f"choose a dense text model; supported types: {', '.join(SUPPORTED_CLASSES)}"
-        raise InputError(reason, where=where, fix=fix)
+        raise InputError(reason, where=where, fix=FAMILY_FIX)
     labels = config.get("num_labels")
     if labels is not None and not (isinstance(labels, int) and 0 <= labels <= MAX_LABELS):
         message = f"num_labels is {labels!r:.80}, not a number up to {MAX_LABELS:,}"
@@ -193,7 +199,7 @@ def _find_unsupported_feature(config: dict[str, Any], model_type: str) -> str | 
     layers = config.get("layer_types") or []
     unsupported = [str(layers)]
     if isinstance(layers, list):
-        unsupported = sorted({str(layer) for layer in layers} - ATTENTION_LAYERS)
+        unsupported = sorted({str(layer) for layer in layers} - ATTENTION_WORDS)
     if model_type in STATEFUL_TYPES or unsupported:
         layer = "layers that carry state from token to token"
         if unsupported:
@@ -218,7 +224,7 @@ def _check_architecture(config: dict[str, Any], model_type: str, where: str) -> 
     if not names[0].endswith("ForCausalLM"):
         fix = "use a causal language model: a class whose name ends in ForCausalLM"
         raise InputError(f"{names[0]} is not a causal language model", where=where, fix=fix)
-    expected = f"{SUPPORTED_CLASSES[model_type]}ForCausalLM"
+    expected = FAMILIES[model_type].causal_class
     if names[0] != expected:
         message = (
             f"architectures says {names[0][:80]}, but a model of type {model_type} is a {expected}"

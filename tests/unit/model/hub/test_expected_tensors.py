@@ -9,8 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunesmith.core.errors import InputError
+from tunesmith.model.hub.families import UNIFORM_CLASSES
 from tunesmith.model.hub.resolve import resolve_model
-from tunesmith.model.hub.spec import SUPPORTED_CLASSES, read_model_headers, read_spec
+from tunesmith.model.hub.spec import read_model_headers, read_spec
 from tunesmith.model.target_modules import list_linear_paths
 
 LLAMA_70B = {
@@ -61,7 +62,7 @@ def test_a_70b_model_is_described_without_its_weights(tmp_path: Path) -> None:
         resolve_model(str(folder))
 
 
-@pytest.mark.parametrize("model_type", SUPPORTED_CLASSES)
+@pytest.mark.parametrize("model_type", UNIFORM_CLASSES)
 def test_the_promise_is_what_transformers_makes(model_type: str, tmp_path: Path) -> None:
     """Linear layers are equal by name and shape, the parameter count within a thousandth."""
     config = AutoConfig.for_model(model_type, **SIZES)
