@@ -84,14 +84,17 @@ SAFE_TOKENIZER_CLASSES = re.compile(
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Header of one tensor in a safetensors file. `begin` and `end` count from the first data
-    byte."""
+    """Header of one tensor in a safetensors file. `begin` and `end` count from the first data byte.
+
+    A packed matrix has `scales`, each of a `block` of rows and columns (packed_tensors.py)."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    scales: TensorHeader | None = None
+    block: tuple[int, int] | None = None
 
 
 def check_folder(folder: Path, *, needs_weights: bool = True) -> None:

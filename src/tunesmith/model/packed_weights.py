@@ -1,0 +1,60 @@
+"""Read the packed weights of a checkpoint, and measure what FP8 loses.
+
+    read_mxfp4_experts(header, dtype)       experts that stay packed
+    measure_rounding(headers, dtype)        what FP8 weights lose where they are computed in bf16
+
+In: headers of `hub/packed_tensors.attach_scales`. FP8 matrices are read like others, in fp32
+(safetensors_io.py), and rounded to the dtype of the model; the loss is measured on a few of them,
+for preflight to report. MXFP4 loses nothing (packed_formats.py). Left out: which tensors a network
+needs (text_network.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from tunesmith.model.hub.packed_tensors import FP8_DTYPE, MXFP4_DTYPE
+from tunesmith.model.hub.validate import TensorHeader
+from tunesmith.model.packed_formats import Mxfp4ExpertWeight
+from tunesmith.model.safetensors_io import read_tensor
+
+MAX_MEASURED = 8  # matrices whose rounding is measured
+
+
+def read_mxfp4_experts(header: TensorHeader, dtype: torch.dtype, device: str) -> Mxfp4ExpertWeight:
+    """Read experts that are widened to `dtype` when they are used."""
+    assert header.dtype == MXFP4_DTYPE
+    assert header.scales is not None
+    blocks = replace(header, dtype="U8", shape=(*header.scales.shape, -1), scales=None)
+    tensors = (read_tensor(blocks).to(device), read_tensor(header.scales).to(device))
+    return Mxfp4ExpertWeight(*tensors, dtype)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What FP8 weights lose in another dtype: the mean relative error of the values that are not 0,
+    in `num_measured` of `num_matrices` matrices."""
+
+    mean_relative_error: float
+    num_measured: int
+    num_matrices: int
+
+
+def measure_rounding(headers: Iterable[TensorHeader], dtype: torch.dtype) -> Rounding | None:
+    """Measure a few FP8 matrices, evenly spaced in the order of `headers`. Return None if there are
+    none."""
+    packed = [header for header in headers if header.dtype == FP8_DTYPE]
+    if not packed:
+        return None
+    measured = packed[:: -(-len(packed) // MAX_MEASURED)]
+    total = 0.0
+    num_values = 0
+    for header in measured:
+        exact = read_tensor(header)
+        exact = exact[exact != 0].double()
+        errors = (exact.to(dtype).double() - exact).abs() / exact.abs()
+        total += float(errors.sum())
+        num_values += len(errors)
+    return Rounding(total / max(1, num_values), len(measured), len(packed))
