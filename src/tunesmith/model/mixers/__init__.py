@@ -1,0 +1,1 @@
+"""Token mixers whose state runs along the tokens, over a PackLayout: see docs/design/mixers.md."""

@@ -1,0 +1,156 @@
+"""A pack cut for mixers that carry a state from token to token.
+
+In: a PackLayout. Out: chunks of equal length that never cross a segment, in waves (`cut_chunks`);
+the tokens before the first ones of a segment (`find_edges`, `find_tails`). A segment starts with
+the state at the end of its parent, a root with none, so nothing runs from document to document.
+Left out: what the state is. Legend: T tokens, S segments, N chunks, L tokens of a chunk, K taps of
+a convolution, E edge tokens."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tunesmith.core.types import PackLayout
+
+CACHED_LAYOUTS = 16  # packs whose indices are kept: all layers and the backward need them
+
+
+@dataclass(frozen=True, eq=False)
+class Wave:
+    """Neighboring chunks that are computed at once, since all that precede them have been."""
+
+    chunks: slice
+    # the chunk before each one on its path, as an index into the wave before; None: there is none
+    previous: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkedLayout:
+    """The chunks of a pack, sorted by wave."""
+
+    tokens_NL: Tensor  # T in the padding at the end of a segment
+    slots_T: Tensor  # of each token in the flattened chunks [N * L]
+    waves: tuple[Wave, ...]
+    roots: Tensor  # segment of each chunk of the first wave
+    last_chunks_S: Tensor
+
+    def split(self, x: Tensor) -> Tensor:
+        """Return the tokens [T, ...] in chunks [N, L, ...], with zeros as padding."""
+        padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+        flat = padded.index_select(0, self.tokens_NL.flatten())
+        return flat.unflatten(0, self.tokens_NL.shape)
+
+    def join(self, x: Tensor) -> Tensor:
+        """Return the chunks [N, L, ...] as tokens [T, ...]."""
+        return x.flatten(0, 1).index_select(0, self.slots_T)
+
+
+@functools.lru_cache(maxsize=CACHED_LAYOUTS)
+def cut_chunks(layout: PackLayout, chunk_size: int, device: torch.device) -> ChunkedLayout:
+    """Cut every segment into chunks of `chunk_size` tokens, and sort them into waves: a chunk's
+    depth is the number of chunks before it on its path."""
+    spans: list[tuple[int, int]] = []  # first token and length of each chunk
+    previous: list[int] = []
+    depths: list[int] = []
+    last_chunks: list[int] = []  # of each segment
+    segments: list[int] = []
+    for segment, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
+        parent = layout.parents[segment] if layout.parents else -1
+        before = last_chunks[parent] if parent >= 0 else -1
+        for offset in range(0, length, chunk_size):
+            spans.append((start + offset, min(chunk_size, length - offset)))
+            previous.append(before)
+            depths.append(depths[before] + 1 if before >= 0 else 0)
+            segments.append(segment)
+            before = len(spans) - 1
+        last_chunks.append(before)
+    order = sorted(range(len(spans)), key=depths.__getitem__)
+    ranks = {chunk: rank for rank, chunk in enumerate(order)}
+    waves = _list_waves(order, depths, previous, device)
+    starts_N, lengths_N = torch.tensor([spans[chunk] for chunk in order]).unbind(1)
+    offsets_L = torch.arange(chunk_size)
+    tokens_NL = starts_N[:, None] + offsets_L
+    is_token_NL = offsets_L < lengths_N[:, None]
+    tokens_NL[~is_token_NL] = layout.num_tokens
+    slots_T = torch.empty(layout.num_tokens, dtype=torch.long)
+    slots_T[tokens_NL[is_token_NL]] = is_token_NL.flatten().nonzero()[:, 0]
+    num_roots = waves[0].chunks.stop
+    return ChunkedLayout(
+        tokens_NL=tokens_NL.to(device),
+        slots_T=slots_T.to(device),
+        waves=waves,
+        roots=torch.tensor([segments[chunk] for chunk in order[:num_roots]], device=device),
+        last_chunks_S=torch.tensor([ranks[chunk] for chunk in last_chunks], device=device),
+    )
+
+
+def _list_waves(
+    order: list[int], depths: list[int], previous: list[int], device: torch.device
+) -> tuple[Wave, ...]:
+    waves: list[Wave] = []
+    ranks: dict[int, int] = {}  # of the chunks of the wave before
+    start = 0
+    while start < len(order):
+        depth = depths[order[start]]
+        end = start
+        while end < len(order) and depths[order[end]] == depth:
+            end += 1
+        chunks = order[start:end]
+        indices = None
+        if depth:
+            indices = torch.tensor([ranks[previous[chunk]] for chunk in chunks], device=device)
+        waves.append(Wave(slice(start, end), indices))
+        ranks = {chunk: rank for rank, chunk in enumerate(chunks)}
+        start = end
+    return tuple(waves)
+
+
+# ---------------------------------------------------------------- short convolutions
+
+
+@dataclass(frozen=True, eq=False)
+class Edges:
+    """The tokens of a pack whose K taps are not simply the K tokens up to them."""
+
+    tokens_E: Tensor
+    taps_KE: Tensor  # the token that stands k before on the path; T if there is none
+
+
+@functools.lru_cache(maxsize=CACHED_LAYOUTS)
+def find_edges(layout: PackLayout, num_taps: int, device: torch.device) -> Edges:
+    """Return the first `num_taps` - 1 tokens of every segment, with their taps."""
+    reach = num_taps - 1
+    tokens: list[int] = []
+    taps: list[list[int]] = []
+    for segment, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
+        parent = layout.parents[segment] if layout.parents else -1
+        first_tokens = list(range(start, start + min(length, reach)))
+        line = [*_list_last_tokens(layout, parent, reach), *first_tokens]
+        for offset, token in enumerate(first_tokens):
+            tokens.append(token)
+            taps.append(line[offset : offset + num_taps][::-1])
+    taps_EK = torch.tensor(taps, dtype=torch.long, device=device).view(-1, num_taps)
+    return Edges(torch.tensor(tokens, dtype=torch.long, device=device), taps_EK.t().contiguous())
+
+
+@functools.lru_cache(maxsize=CACHED_LAYOUTS)
+def find_tails(layout: PackLayout, count: int, device: torch.device) -> Tensor:
+    """Return the last `count` tokens [S, count] on the path of each segment, T if there is none."""
+    tails = [_list_last_tokens(layout, segment, count) for segment in range(len(layout.lengths))]
+    return torch.tensor(tails, dtype=torch.long, device=device).view(-1, count)
+
+
+def _list_last_tokens(layout: PackLayout, segment: int, count: int) -> list[int]:
+    """Return the last `count` tokens of the path that ends with this segment, T where the path is
+    shorter. Segment -1 is an empty path."""
+    tokens: list[int] = []
+    while segment >= 0 and len(tokens) < count:
+        end = layout.starts[segment] + layout.lengths[segment]
+        start = max(layout.starts[segment], end - (count - len(tokens)))
+        tokens = [*range(start, end), *tokens]
+        segment = layout.parents[segment] if layout.parents else -1
+    return [layout.num_tokens] * (count - len(tokens)) + tokens
