@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
@@ -55,13 +55,24 @@ def print_result(value: Any, *views: Any, as_json: bool) -> None:
         console = TerminalConsole(width=int(width) if width.isdecimal() else PIPE_WIDTH)
     # A plain string may come from data or a model: it is never read as markup.
     texts = [Text(escape_controls(view)) if isinstance(view, str) else view for view in views]
-    with console.capture() as capture:
+    if sys.stdout.isatty():
         for text in texts:
+            console.print(text, highlight=False)
+        return
+    with console.capture() as capture:
+        for part in _list_parts(texts):
             # in a pipe, a path or an answer stays one line
-            is_plain = isinstance(text, Text) and not sys.stdout.isatty()
-            console.print(text, soft_wrap=is_plain, highlight=False)
-    lines = capture.get().split("\n")
-    sys.stdout.write("\n".join(lines if sys.stdout.isatty() else map(str.rstrip, lines)))
+            console.print(part, soft_wrap=isinstance(part, str | Text), highlight=False)
+    sys.stdout.write("\n".join(map(str.rstrip, capture.get().split("\n"))))
+
+
+def _list_parts(views: Iterable[Any]) -> Iterable[Any]:
+    """Return the views with the parts of a group one by one."""
+    for view in views:
+        if isinstance(view, Group):
+            yield from _list_parts(view.renderables)
+        else:
+            yield view
 
 
 def write_stderr(text: str) -> None:
