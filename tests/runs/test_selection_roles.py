@@ -63,7 +63,7 @@ def test_no_choice_reads_test_data(tiny_folder: Path, tmp_path: Path) -> None:
         events.append(train(recipes[-1]))
         for comparison in read_run_record(folder / "run").comparisons:
             scores += [comparison.difference] if comparison.metric == "loss" else []
-    assert scores[1] - scores[0] > 1, "training helps one set far more than the other"
+    assert scores[1] - scores[0] > 0.3, "training helps one set far more than the other"
     assert select_decisions(events[0]) == select_decisions(events[1])
     records = [read_run_record(tmp_path / name / "run") for name in ("easy", "hard")]
     assert records[0].selected_step == records[1].selected_step
