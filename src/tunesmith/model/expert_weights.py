@@ -1,0 +1,200 @@
+"""The frozen matrices of a layer's experts, and products of rows that are sorted by expert.
+
+    ExpertGroups.from_choices(choices_TK, num_experts)     the rows of each expert
+    DenseExpertWeight, NF4ExpertWeight, StackedMatrices    one matrix [O, I] per expert
+    multiply_groups(x_RI, matrices, groups)                each row times the matrix of its expert
+
+A 4-bit expert is dequantised where it is used, once in the forward and once in the backward, and no
+wide copy is kept. Experts that no token chose cost nothing. Left out: which expert computes which
+token, which the stock router decides; adapters and activations (experts.py). Legend: T tokens, K
+experts per token, R = T K rows, E experts, I inputs, O outputs, H hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.model.frozen_weight import NF4Weight
+from tunesmith.model.packed_formats import Mxfp4ExpertWeight
+
+GROUPED_ALIGNMENT = 8  # bf16 values: the grouped product reads rows of 16 bytes
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertGroups:
+    """The R = T K pairs of a token and an expert, sorted by expert.
+
+    `order_R` are places in the pairs [T, K] as one list, `tokens_R` their tokens, `experts_R` their
+    experts, `ends_E` the ends of the experts' rows. `ranges` are (expert, begin, end) of those that
+    have rows."""
+
+    shape: tuple[int, int]  # T, K
+    order_R: Tensor
+    tokens_R: Tensor
+    experts_R: Tensor
+    ends_E: Tensor
+    ranges: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def from_choices(cls, choices_TK: Tensor, num_experts: int) -> ExpertGroups:
+        """Sort the choices of a router."""
+        num_tokens, num_choices = choices_TK.shape
+        chosen_R = choices_TK.flatten()
+        order_R = chosen_R.argsort(stable=True)
+        counts_E = torch.bincount(chosen_R, minlength=num_experts)
+        ranges: list[tuple[int, int, int]] = []
+        begin = 0
+        for expert, count in enumerate(counts_E.tolist()):
+            if count:
+                ranges.append((expert, begin, begin + count))
+            begin += count
+        return cls(
+            shape=(num_tokens, num_choices),
+            order_R=order_R,
+            tokens_R=order_R // num_choices,
+            experts_R=chosen_R[order_R],
+            ends_E=counts_E.cumsum(0).to(torch.int32),
+            ranges=tuple(ranges),
+        )
+
+    def sum_by_token(self, rows_RH: Tensor) -> Tensor:
+        """Return [T, H]: the sum of the rows of each token, always in the same order."""
+        pairs_RH = torch.empty_like(rows_RH)
+        pairs_RH[self.order_R] = rows_RH
+        return pairs_RH.view(*self.shape, rows_RH.shape[1]).sum(1)
+
+    def unsort(self, values_R: Tensor) -> Tensor:
+        """Return one value per pair as [T, K]."""
+        pairs_R = torch.empty_like(values_R)
+        pairs_R[self.order_R] = values_R
+        return pairs_R.view(self.shape)
+
+
+class ExpertMatrices(Protocol):
+    """One matrix [O, I] per expert."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """E, O, I."""
+        ...
+
+    @property
+    def stacked(self) -> Tensor | None:
+        """All matrices [E, O, I], None if only one at a time is in the dtype of the products."""
+        ...
+
+    def get_matrix(self, expert: int) -> Tensor:
+        """Return the matrix [O, I] of an expert in the dtype of the products."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class StackedMatrices:
+    """Matrices in one tensor [E, O, I]."""
+
+    stacked: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        num_experts, num_outputs, num_inputs = self.stacked.shape
+        return num_experts, num_outputs, num_inputs
+
+    def get_matrix(self, expert: int) -> Tensor:
+        return self.stacked[expert]
+
+
+class DenseExpertWeight:
+    """Matrices as transformers stores them: [E, O, I], or [E, I, O] if `is_transposed`."""
+
+    def __init__(self, parameter: nn.Parameter, *, is_transposed: bool = False) -> None:
+        self.parameter = parameter
+        self.is_transposed = is_transposed
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        num_experts, num_outputs, num_inputs = self.stacked.shape
+        return num_experts, num_outputs, num_inputs
+
+    @property
+    def stacked(self) -> Tensor:
+        weight = self.parameter.detach()
+        return weight.transpose(1, 2) if self.is_transposed else weight
+
+    def get_matrix(self, expert: int) -> Tensor:
+        return self.stacked[expert]
+
+
+class NF4ExpertWeight:
+    """Each expert in 4 bits, as in NF4Weight.
+
+    A matrix is quantised in `num_parts` equal parts of its rows: gate and up apart, as most files
+    hold them, so that quantising the tensors of a file gives the same values."""
+
+    stacked = None
+
+    def __init__(
+        self, matrices_OI: Iterable[Tensor], dtype: torch.dtype, *, num_parts: int
+    ) -> None:
+        """Quantise one expert after another; they need not be in memory together."""
+        self.dtype = dtype
+        self.parts: list[list[NF4Weight]] = []
+        num_outputs = 0
+        num_inputs = 0
+        for matrix_OI in matrices_OI:
+            num_outputs, num_inputs = matrix_OI.shape
+            parts = matrix_OI.chunk(num_parts)
+            self.parts.append([NF4Weight(part.contiguous(), dtype) for part in parts])
+        self.shape = (len(self.parts), num_outputs, num_inputs)
+
+    def get_matrix(self, expert: int) -> Tensor:
+        parts = [part.weight for part in self.parts[expert]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+FrozenExperts = DenseExpertWeight | NF4ExpertWeight | Mxfp4ExpertWeight
+
+
+# ---------------------------------------------------------------- products
+
+
+def multiply_groups(x_RI: Tensor, matrices: ExpertMatrices, groups: ExpertGroups) -> Tensor:
+    """Return [R, O]: each row times the transposed matrix of its expert."""
+    if can_group(x_RI, matrices) and matrices.stacked is not None:
+        return F.grouped_mm(x_RI, matrices.stacked.transpose(1, 2), offs=groups.ends_E)
+    y_RO = x_RI.new_empty(len(x_RI), matrices.shape[1])
+    for expert, begin, end in groups.ranges:
+        torch.mm(x_RI[begin:end], matrices.get_matrix(expert).t(), out=y_RO[begin:end])
+    return y_RO
+
+
+def multiply_groups_backward(
+    dy_RO: Tensor, matrices: ExpertMatrices, groups: ExpertGroups
+) -> Tensor:
+    """Return [R, I]: each row of an output gradient times the matrix of its expert."""
+    if can_group(dy_RO, matrices) and matrices.stacked is not None:
+        return F.grouped_mm(dy_RO, matrices.stacked, offs=groups.ends_E)
+    dx_RI = dy_RO.new_empty(len(dy_RO), matrices.shape[2])
+    for expert, begin, end in groups.ranges:
+        torch.mm(dy_RO[begin:end], matrices.get_matrix(expert), out=dx_RI[begin:end])
+    return dx_RI
+
+
+def sum_outer_products(left_RO: Tensor, right_RI: Tensor, groups: ExpertGroups) -> Tensor:
+    """Return [E, O, I]: the sum of left^T right over the rows of each expert, 0 without rows."""
+    num_experts = len(groups.ends_E)
+    sums_EOI = left_RO.new_zeros(num_experts, left_RO.shape[1], right_RI.shape[1])
+    for expert, begin, end in groups.ranges:
+        torch.mm(left_RO[begin:end].t(), right_RI[begin:end], out=sums_EOI[expert])
+    return sums_EOI
+
+
+def can_group(x: Tensor, matrices: ExpertMatrices) -> bool:
+    """Return whether torch's grouped product takes these: bf16 on CUDA, in rows of 16 bytes. On a
+    CPU it is a loop over the experts too."""
+    is_aligned = all(size % GROUPED_ALIGNMENT == 0 for size in matrices.shape[1:])
+    return x.is_cuda and x.dtype == torch.bfloat16 and is_aligned
