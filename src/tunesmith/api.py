@@ -326,7 +326,7 @@ def data_ablate(
 
     Yields each SubsetRun as it ends, then the AblationResult, which is also written to the folder.
     Raises InputError without held-out rows."""
-    from tunesmith.advise.data_ablation import summarize_ablation, train_subsets
+    from tunesmith.advise.data_ablation import plan_ablation, summarize_ablation, train_subsets
 
     inputs = require_single_stage(load_inputs(recipe, **changes))
     plan = plan_ablation(inputs)
@@ -337,19 +337,6 @@ def data_ablate(
     ablation = summarize_ablation(plan, runs, steps)
     write_file(Path(folder) / "ablation.json", dump_json(ablation, indent=1))
     yield ablation
-
-
-def plan_ablation(inputs: AnyInputs) -> Plan:
-    """Plan the short runs of `data_ablate`, raising what it would before any row is scored."""
-    from tunesmith.advise.data_ablation import select_held_out_items
-    from tunesmith.plan.build import refuse_if_too_large
-    from tunesmith.session.inputs import make_plan
-
-    single_inputs = require_single_stage(inputs)
-    plan = make_plan(single_inputs)
-    select_held_out_items(plan, single_inputs)
-    refuse_if_too_large(plan)
-    return plan
 
 
 def data_lock(recipe: RecipeLike = None, **changes: Any) -> GoldenLock:
@@ -598,3 +585,16 @@ def export(
 
     out = None if out is None else Path(out)
     return export_run(Path(path), to, kind=type, base=base, scale=scale, out=out)
+
+
+def push_to_hub(
+    path: AnyPath, repo: str, *, public: bool = False, scale: float = 1.0
+) -> ExportResult:
+    """Export the adapter of a finished run and commit it with its card to `repo` on the hub.
+
+    A new repository is private unless `public`. Raises what `export` raises, and InputError
+    without a token or the right to write."""
+    run_dir.require_run(Path(path))
+    from tunesmith.export.hub import check_target, export_to_hub
+
+    return export_to_hub(Path(path), check_target(repo, is_public=public), scale=scale)

@@ -34,7 +34,8 @@ from tunesmith.evaluate.measure import measure_eval_loss
 from tunesmith.evaluate.results import MetricValues, compare_measurements, compute_score
 from tunesmith.evaluate.statistics import judge_comparison
 from tunesmith.model.adapters import copy_weights, restore_weights
-from tunesmith.session.inputs import RunInputs
+from tunesmith.plan.build import refuse_if_too_large
+from tunesmith.session.inputs import RunInputs, make_plan
 from tunesmith.session.session import Session, open_session
 from tunesmith.train.loop import TrainingLoop
 
@@ -110,6 +111,14 @@ def train_subsets(
             )
             tokens = _train_subset(training, name)
             yield SubsetRun(name, seed, len(rows), tokens, measure_eval_loss(session, items))
+
+
+def plan_ablation(inputs: RunInputs) -> Plan:
+    """Plan the short runs, raising what they would before any row is scored."""
+    plan = make_plan(inputs)
+    select_held_out_items(plan, inputs)
+    refuse_if_too_large(plan)
+    return plan
 
 
 def select_held_out_items(plan: Plan, inputs: RunInputs) -> EvalItems:

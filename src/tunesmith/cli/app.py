@@ -50,6 +50,7 @@ from tunesmith.core.errors import (
     MachineError,
     TunesmithError,
 )
+from tunesmith.core.run_dir import require_run
 from tunesmith.core.types import Plan
 from tunesmith.plan.stages import StagedPlan
 
@@ -260,11 +261,13 @@ def tune_lr(
             print_result(result, view, as_json=as_json)
 
 
-def export(
+def export(  # noqa: PLR0913 - every option is a flag
     folder: RunArg,
     to: Annotated[
         str,
-        typer.Option(metavar="TARGET", help="peft, merged, gguf or ollama.", show_default=False),
+        typer.Option(
+            metavar="TARGET", help="peft, merged, gguf, ollama or hub.", show_default=False
+        ),
     ],
     type: Annotated[
         str | None,
@@ -286,13 +289,50 @@ def export(
             metavar="FOLDER", help="New folder; RUN/export/TARGET by default.", show_default=False
         ),
     ] = None,
+    repo: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="With --to hub: repository.", show_default=False),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --to hub: not private, but public.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --to hub: upload unasked.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Export a finished run, checked against the run's answers."""
     from tunesmith.cli.views.results import render_export
 
-    result = api.export(folder, to, type=type, base=base, scale=scale, out=out)
+    if to == "hub":
+        merge_base = None if base == "auto" else base
+        _refuse_unused({"--type": type, "--out": out, "--base": merge_base}, "with --to hub")
+        _confirm_upload(folder, repo, is_public=public, is_confirmed=yes)
+        result = api.push_to_hub(folder, repo or "", public=public, scale=scale)
+    else:
+        flags = {"--repo": repo, "--public": public or None, "--yes": yes or None}
+        _refuse_unused(flags, f"with --to {to}")
+        result = api.export(folder, to, type=type, base=base, scale=scale, out=out)
     print_result(result, render_export(result), as_json=as_json)
+
+
+def _refuse_unused(flags: dict[str, object], condition: str) -> None:
+    for flag, value in flags.items():
+        if value is not None:
+            message = f"{flag} has no effect {condition}"
+            raise InputError(message, where="command line", fix="leave it out")
+
+
+def _confirm_upload(folder: Path, repo: str | None, *, is_public: bool, is_confirmed: bool) -> None:
+    """Ask before an adapter leaves the machine. Raises InputError where nobody can be asked."""
+    require_run(folder)
+    from tunesmith.export.hub import check_target
+
+    if not is_confirmed and not sys.stdin.isatty():
+        message = "the upload has to be confirmed, and this is no terminal"
+        raise InputError(message, where="command line", fix="add --yes")
+    target = check_target(repo, is_public=is_public)
+    question = f"Upload the adapter and its card to {target.description}?"
+    if not is_confirmed and not typer.confirm(question, err=True):
+        raise typer.Abort
 
 
 def schema(as_json: AsJson = False) -> None:
@@ -345,7 +385,7 @@ def build_app() -> typer.Typer:
             last,
             cls=RecipeCommand if has_args else VerbCommand,
             context_settings={"ignore_unknown_options": has_args},
-            epilog=format_examples(name),
+            epilog=format_examples(name, has_recipe=has_args and name != "advise"),
             rich_help_panel=None if group else find_panel(name),
         )(verb)
     for group in groups.values():

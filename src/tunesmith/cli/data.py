@@ -14,10 +14,15 @@ import typer
 from tunesmith import api
 from tunesmith.cli.args import AsJson, RecipeArgs, parse_recipe_args
 from tunesmith.cli.output import print_result
+from tunesmith.plan.stages import require_single_stage
 from tunesmith.recipe.schema import Recipe
 
+# --to is the former name of --out.
 OutputFolder = Annotated[
-    Path, typer.Option(metavar="FOLDER", help="Output folder; must be new.", show_default=False)
+    Path,
+    typer.Option(
+        "--out", "--to", metavar="FOLDER", help="Output folder; must be new.", show_default=False
+    ),
 ]
 
 
@@ -60,7 +65,7 @@ def data_curate(  # noqa: PLR0913 - every option is a flag
     keep: Annotated[
         int, typer.Option(metavar="N", min=1, help="Number of rows to keep.", show_default=False)
     ],
-    to: OutputFolder,
+    out: OutputFolder,
     args: RecipeArgs = None,
     similarity: Annotated[
         str,
@@ -82,16 +87,18 @@ def data_curate(  # noqa: PLR0913 - every option is a flag
     from tunesmith.core.json_io import to_jsonable
 
     if ablate:
-        api.plan_ablation(inputs)
+        from tunesmith.advise.data_ablation import plan_ablation
+
+        plan_ablation(require_single_stage(inputs))
     curated = api.data_curate(
-        inputs, keep=keep, to=to, similarity=similarity, allow_personal=allow_personal
+        inputs, keep=keep, to=out, similarity=similarity, allow_personal=allow_personal
     )
     if not ablate:
         print_result(curated, render_curation(curated), as_json=as_json)
         return
     if not as_json:
         print_result(curated, render_curation(curated), as_json=False)
-    ablation = report_subset_runs(api.data_ablate(inputs, folder=to, steps=steps, seeds=seeds))
+    ablation = report_subset_runs(api.data_ablate(inputs, folder=out, steps=steps, seeds=seeds))
     output = {**to_jsonable(curated), "ablation": ablation}
     print_result(output, render_ablation(ablation), as_json=as_json)
 
@@ -113,23 +120,29 @@ def data_export_reviews(
             metavar="TOOL", help="Review tool: label-studio or argilla.", show_default=False
         ),
     ],
-    to: Annotated[
-        Path, typer.Option(metavar="FILE.json", help="Task file to write.", show_default=False)
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "--to", metavar="FILE.json", help="Task file to write.", show_default=False
+        ),
     ],
     args: RecipeArgs = None,
     as_json: AsJson = False,
 ) -> None:
     """Write rows as review tasks for Label Studio or Argilla."""
-    rows = api.data_export_reviews(parse_recipe_args(args), tool=tool, to=to)
-    print_result({"rows": rows, "path": str(to)}, f"{rows:,} rows in {to}", as_json=as_json)
+    rows = api.data_export_reviews(parse_recipe_args(args), tool=tool, to=out)
+    print_result({"rows": rows, "path": str(out)}, f"{rows:,} rows in {out}", as_json=as_json)
 
 
 def data_import_reviews(
     path: Annotated[
         Path, typer.Argument(metavar="EXPORT.json", help="JSON export of the review tool.")
     ],
-    to: Annotated[
-        Path, typer.Option(metavar="FILE.jsonl", help="File to write.", show_default=False)
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "--to", metavar="FILE.jsonl", help="File to write.", show_default=False
+        ),
     ],
     date: Annotated[
         str | None,
@@ -138,7 +151,7 @@ def data_import_reviews(
     as_json: AsJson = False,
 ) -> None:
     """Read reviews from a Label Studio or Argilla export."""
-    reviewed = api.data_import_reviews(path, to=to, date=date)
+    reviewed = api.data_import_reviews(path, to=out, date=date)
     verdicts = ", ".join(f"{rows:,} {verdict}" for verdict, rows in reviewed.verdicts.items())
     text = f"{reviewed.rows:,} reviewed rows from {reviewed.tool} in {reviewed.path}: {verdicts}"
     if reviewed.unanswered_rows:
@@ -147,7 +160,7 @@ def data_import_reviews(
 
 
 def data_split(
-    to: OutputFolder,
+    out: OutputFolder,
     args: RecipeArgs = None,
     eval_share: Annotated[
         float, typer.Option(metavar="X", help="Fraction of rows for eval.jsonl.")
@@ -175,7 +188,7 @@ def data_split(
 
     split = api.data_split(
         recipe,
-        to=to,
+        to=out,
         eval_share=eval_share,
         test_share=test_share,
         group=group,

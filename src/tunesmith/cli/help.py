@@ -13,6 +13,13 @@ from typer.core import TyperCommand, TyperGroup
 
 from tunesmith.core.run_dir import RUNS_ROOT, is_run
 
+# What a first run sets; each is a flag of every verb that takes a recipe.
+COMMON_KEYS = (
+    "  --model NAME --data FILE --eval-data FILE --test-data FILE",
+    "  --method lora --learning-rate X --num-train-epochs N",
+    "  --batch-size N --max-length N --lora-r N --output-dir RUN",
+)
+
 # Verbs and groups of verbs under the headings of --help, in this order.
 PANELS = {
     "Start": ("demo", "init", "doctor", "advise"),
@@ -43,17 +50,17 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "tunesmith data show recipe.yaml --rows 1 --ids",
     ),
     "data curate": (
-        "tunesmith data curate recipe.yaml --keep 1000 --to curated",
-        "tunesmith data curate recipe.yaml --keep 1000 --to curated --ablate",
+        "tunesmith data curate recipe.yaml --keep 1000 --out curated",
+        "tunesmith data curate recipe.yaml --keep 1000 --out curated --ablate",
     ),
     "data lock": ("tunesmith data lock recipe.yaml",),
     "data export-reviews": (
-        "tunesmith data export-reviews recipe.yaml --tool argilla --to tasks.json",
+        "tunesmith data export-reviews recipe.yaml --tool argilla --out tasks.json",
     ),
-    "data import-reviews": ("tunesmith data import-reviews export.json --to golden.jsonl",),
+    "data import-reviews": ("tunesmith data import-reviews export.json --out golden.jsonl",),
     "data split": (
-        "tunesmith data split recipe.yaml --to parts",
-        "tunesmith data split recipe.yaml --to parts --group customer",
+        "tunesmith data split recipe.yaml --out parts",
+        "tunesmith data split recipe.yaml --out parts --group customer",
     ),
     "plan": (
         "tunesmith plan recipe.yaml",
@@ -79,7 +86,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "export": (
         "tunesmith export runs/run-1 --to merged",
         "tunesmith export runs/run-1 --to gguf --type q8_0",
-        "tunesmith export runs/run-1 --to ollama",
+        "tunesmith export runs/run-1 --to hub --repo me/my-adapter",
     ),
     "schema": ("tunesmith schema > recipe.schema.json",),
 }
@@ -90,9 +97,11 @@ def find_panel(name: str) -> str | None:
     return next((panel for panel, names in PANELS.items() if name in names), None)
 
 
-def format_examples(verb: str) -> str:
-    """Return the examples of a verb as the end of its help, in rich markup."""
-    return "\n".join(["[bold]Examples[/]", *(f"  {line}" for line in EXAMPLES.get(verb, ()))])
+def format_examples(verb: str, *, has_recipe: bool) -> str:
+    """Return the end of a verb's help, in rich markup: recipe keys that it takes, and examples."""
+    lines = ["[bold]Examples[/]", *(f"  {line}" for line in EXAMPLES.get(verb, ()))]
+    keys = ["[bold]Recipe keys[/] (all: docs/reference/recipe.md)", *COMMON_KEYS]
+    return "\n".join([*keys, "", *lines] if has_recipe else lines)
 
 
 @dataclass(frozen=True)

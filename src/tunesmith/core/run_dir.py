@@ -75,6 +75,7 @@ OWNER_FILE = ".lock.pid"  # the process that holds the lock
 STARTUP_FILES = (LOCK_FILE, OWNER_FILE, FINGERPRINT_FILE, REJECTED_FILE, SELF_REHEARSAL_FILE)
 RUNS_ROOT = Path("runs")  # the default parent of run folders
 MAX_SUGGESTIONS = 3
+MAX_PATH_PARTS = 50  # of a path whose nearest name is looked for
 FAILED_CHECK = "failed"  # kind of the CheckResult that ends a run which a gate has stopped
 
 
@@ -360,17 +361,42 @@ def require_run(path: Path) -> None:
 
 def suggest_run(path: Path) -> str:
     """Return a fix for a path that is no run: the run with the closest name, or those there are."""
+    nearest = find_nearest_folders(path)
+    if len(path.parts) == 1:
+        nearest += find_nearest_folders(RUNS_ROOT / path)
+    if close := next(filter(is_run, nearest), None):
+        return f"did you mean {close}?"
     folder = next(filter(os.path.isdir, (path, path.parent, RUNS_ROOT)), RUNS_ROOT)
-    siblings: list[Path] = []
-    with suppress(OSError):  # none if the folder cannot be read
-        siblings = sorted(folder.iterdir(), key=_read_mtime, reverse=True)
-    runs = {str(sibling): sibling.name for sibling in siblings if is_run(sibling)}
+    siblings = sorted(list_folders(folder), key=_read_mtime, reverse=True)
+    runs = [str(sibling) for sibling in siblings if is_run(sibling)]
     if not runs:
         return "name a run folder, as `tunesmith train` creates it"
-    if close := get_close_matches(path.name, runs.values(), n=1):
-        return f"did you mean {folder / close[0]}?"
-    names = ", ".join(list(runs)[:MAX_SUGGESTIONS])
+    names = ", ".join(runs[:MAX_SUGGESTIONS])
     return f"use one of the runs here: {names}" + (", ..." if len(runs) > MAX_SUGGESTIONS else "")
+
+
+def find_nearest_folders(path: Path) -> list[Path]:
+    """Return the folders with a similar path, part by part; the folder itself if it exists."""
+    if os.path.isdir(path):  # unlike Path.is_dir, it accepts names that no file can have
+        return [path]
+    if path == path.parent or len(path.parts) > MAX_PATH_PARTS:
+        return []
+    matches: list[Path] = []
+    for parent in find_nearest_folders(path.parent):
+        folders_by_name = {folder.name: folder for folder in list_folders(parent)}
+        names = [path.name]
+        if path.name not in folders_by_name:
+            names = get_close_matches(path.name, folders_by_name, n=MAX_SUGGESTIONS)
+        matches += [folders_by_name[name] for name in names]
+    return matches
+
+
+def list_folders(path: Path) -> list[Path]:
+    """Return the subfolders; none if the folder cannot be read."""
+    try:
+        return [child for child in path.iterdir() if child.is_dir()]
+    except OSError:
+        return []
 
 
 def _read_mtime(path: Path) -> float:

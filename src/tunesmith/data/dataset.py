@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.hub_names import format_path
 from tunesmith.core.types import Document, Example, Row
 from tunesmith.data.constraints import ConstraintCounts, ConstraintSet, Violation
 from tunesmith.data.formats.parse import (
@@ -163,7 +165,7 @@ class Dataset:
 
     @property
     def path(self) -> str:
-        return ", ".join(str(part.source.path) for part in self.parts)
+        return ", ".join(format_path(part.source.path) for part in self.parts)
 
     @property
     def fingerprint(self) -> str:
@@ -266,24 +268,11 @@ def open_dataset(
     `max_examples` takes the first rows of all files together. A row is an answer, a pair (a chosen
     and a rejected one), or a labelled answer. Raises InputError for an unreadable file,
     if no row is valid, and for a constraint that most answers break."""
-    name_counts = Counter(file.path.name for file in files)
     scanner = _DatasetScanner(renderer.has_template)
-    remaining = max_examples
-    for file in files:
-        if remaining == 0:
-            break
-        is_unique_name = name_counts[file.path.name] == 1
-        source = open_source(file.path, name=file.path.name if is_unique_name else str(file.path))
-        num_rows = len(source)
-        if file.max_examples is not None:
-            num_rows = min(num_rows, file.max_examples)
-        if remaining is not None:
-            num_rows = min(num_rows, remaining)
-            remaining -= num_rows
-        rows = range(num_rows)
+    for file, source, rows in _open_sources(files, max_examples):
         part = _build_part(file, source, rows, renderer.has_template, row_kind, constraint_set)
         scanner.scan(part, rows)
-    path = ", ".join(str(file.path) for file in files)
+    path = ", ".join(format_path(file.path) for file in files)
     scanner.constraint_counts.refuse_broad_constraints(path)
     if not scanner.row_N:
         raise scanner.rejected_rows.build_empty_error(path)
@@ -302,6 +291,26 @@ def open_dataset(
         on_overlong=on_overlong,
         skip_invalid=skip_invalid,
     )
+
+
+def _open_sources(
+    files: Sequence[DataSource], max_examples: int | None
+) -> Iterator[tuple[DataSource, Source | TextFolder, range]]:
+    """Yield each file with the rows to read; all files of a source share its max_examples."""
+    all_paths = [path for file in files for path in file.files]
+    name_counts = Counter(path.name for path in all_paths)
+    remaining = math.inf if max_examples is None else max_examples
+    for file in files:
+        file_remaining = math.inf if file.max_examples is None else file.max_examples
+        for path in file.files:
+            if not min(remaining, file_remaining):
+                break
+            is_unique_name = name_counts[path.name] == 1
+            source = open_source(path, name=path.name if is_unique_name else format_path(path))
+            num_rows = int(min(len(source), remaining, file_remaining))
+            remaining -= num_rows
+            file_remaining -= num_rows
+            yield file, source, range(num_rows)
 
 
 class _DatasetScanner:
@@ -359,7 +368,7 @@ def _build_part(
     prompt_formatter = None
     first_rows = _read_first_rows(source, rows)
     if first_rows and file.columns:
-        check_columns(file.columns, first_rows, format, str(file.path))
+        check_columns(file.columns, first_rows, format, format_path(source.path))
         first_rows = [rename_columns(row, file.columns) for row in first_rows]
     if file.prompts:
         prompt_formatter, reason = make_prompt_formatter(file, first_rows, has_template)

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 # does if none of them was.
 STRICTNESS = (
     "exact_match",
-    "normalised_match",
+    "normalized_match",
     "numeric",
     "multiple_choice",
     "field_f1",

@@ -22,7 +22,7 @@ from tunesmith.evaluate.text_metrics import (
     chrf,
     contains,
     exact_match,
-    normalised_match,
+    normalized_match,
     numeric,
     parse_text,
     parse_tolerance,
@@ -97,7 +97,7 @@ def grade_answer(metric: str, answer: str, expected: str, arg: Any) -> float:
 Metric = Callable[[str, str, Any], float]
 METRICS: dict[str, Metric] = {
     "exact_match": exact_match,
-    "normalised_match": normalised_match,
+    "normalized_match": normalized_match,
     "contains": contains,
     "regex": regex_match,
     "numeric": numeric,

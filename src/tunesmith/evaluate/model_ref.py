@@ -17,6 +17,7 @@ from pathlib import Path
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import GenerationSample
 from tunesmith.core.evidence import ErrorAnalysis
+from tunesmith.core.hub_names import is_hub_id
 from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.run_dir import (
     EVAL_AFTER_FILE,
@@ -24,9 +25,11 @@ from tunesmith.core.run_dir import (
     MAX_SUGGESTIONS,
     RECORD_FILE,
     RUNS_ROOT,
+    find_nearest_folders,
     find_weights_dir,
     is_run,
     is_staged,
+    list_folders,
     read_run_plan,
     read_run_record,
     require_run,
@@ -40,7 +43,7 @@ from tunesmith.evaluate.results import EvalResults, MetricValues, compare_measur
 from tunesmith.evaluate.scale_choice import MAX_SCALE
 from tunesmith.evaluate.statistics import adjust_p_values, compute_p_value
 from tunesmith.evaluate.training_answers import TrainingAnswers
-from tunesmith.model.hub.built_in import BUILT_IN_MODELS, HUB_ID
+from tunesmith.model.hub.built_in import BUILT_IN_MODELS
 
 BASE_NAME = "base"
 SCALE_SUFFIX = re.compile(r"@\d+(\.\d+)?$")
@@ -117,42 +120,18 @@ def _refuse_unknown(name: str) -> None:
     path = Path(SCALE_SUFFIX.sub("", name)).expanduser()
     if path.exists() or name in BUILT_IN_MODELS:
         return
-    nearest = _find_nearest(path)
-    folders = [*nearest, *_list_folders(path.parent)]
-    if HUB_ID.fullmatch(name) and not any(is_run(folder) for folder in folders):
+    nearest = find_nearest_folders(path)
+    folders = [*nearest, *list_folders(path.parent)]
+    if is_hub_id(name) and not any(is_run(folder) for folder in folders):
         return
     suggestions = [str(folder) for folder in nearest]
     if len(path.parts) == 1:
-        suggestions += [str(folder) for folder in _find_nearest(RUNS_ROOT / path)]
+        suggestions += [str(folder) for folder in find_nearest_folders(RUNS_ROOT / path)]
         suggestions += get_close_matches(name.lower(), BUILT_IN_MODELS, n=1, cutoff=0.5)
     fix = f"built-in models: {', '.join(BUILT_IN_MODELS)}"
     if suggestions:
         fix = f"did you mean {' or '.join(suggestions[:MAX_SUGGESTIONS])}?"
     raise InputError("no such run folder, model folder or built-in model", where=name, fix=fix)
-
-
-def _find_nearest(path: Path) -> list[Path]:
-    """Return the folders with a similar path, part by part; the folder itself if it exists."""
-    if path.is_dir():
-        return [path]
-    if path == path.parent:
-        return []
-    matches: list[Path] = []
-    for parent in _find_nearest(path.parent):
-        folders_by_name = {folder.name: folder for folder in _list_folders(parent)}
-        names = [path.name]
-        if path.name not in folders_by_name:
-            names = get_close_matches(path.name, folders_by_name, n=MAX_SUGGESTIONS)
-        matches += [folders_by_name[name] for name in names]
-    return matches
-
-
-def _list_folders(path: Path) -> list[Path]:
-    """Return the subfolders; none if the folder cannot be read."""
-    try:
-        return [child for child in path.iterdir() if child.is_dir()]
-    except OSError:
-        return []
 
 
 # ---------------------------------------------------------------- stored results

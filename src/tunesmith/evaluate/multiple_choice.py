@@ -3,7 +3,7 @@
     Examples -> Documents, one per choice, the correct one first -> MetricValues of 0 and 1
 
 Nothing is generated. A choice is rendered like the answer, EOS included, so its likelihood is
-that of exactly this answer; lengths are not normalised. A row has `"choices": ["yes", "no"]`; where
+that of exactly this answer; lengths are not normalized. A row has `"choices": ["yes", "no"]`; where
 no row has, the choices are the distinct answers of all rows, as for labels. A tie counts as wrong.
 """
 

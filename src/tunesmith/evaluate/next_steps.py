@@ -88,7 +88,7 @@ def suggest_test_rows(facts: RunFacts) -> NextStep | None:
     if count:
         reason = f"hold out more test rows: {count} are too few to tell"
     folder = quote(f"{facts.run}-split")
-    command = f"tunesmith data split {facts.recipe} --to {folder} --test-share 0.2"
+    command = f"tunesmith data split {facts.recipe} --out {folder} --test-share 0.2"
     return NextStep(reason, command)
 
 

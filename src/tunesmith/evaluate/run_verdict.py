@@ -9,6 +9,9 @@
     useful, not ready   better, but something speaks against using it: see `reasons`
     ready               better, right often enough, within the limit, no shortcut, nothing worse
 
+What was not measured is not within the limit: without retention_data a run is never ready, unless
+the recipe says that forgetting does not matter, `guard: {forgetting: off}`.
+
 "Right often enough" is VERDICT_LIMITS, or the recipe's `gates` if they name the deciding metric.
 The deciding metric is that of the error analysis, else a likelihood of the test rows. All numbers
 are in VERDICT_LIMITS. In: a RunRecord. Out: RunVerdict. Left out: next steps (next_steps.py).
@@ -45,6 +48,7 @@ from tunesmith.evaluate.statistics import (
     format_p,
     judge_comparisons,
 )
+from tunesmith.plan.guard import OFF
 from tunesmith.plan.stages import read_staged_plan
 from tunesmith.recipe.metric_limits import MetricLimit, parse_limits
 
@@ -60,10 +64,14 @@ VERDICT_LIMITS: dict[str, float] = {
     "ready: times the limit": 1.0,
 }
 MAX_REASONS = 6
+FORGETTING_UNKNOWN = (
+    "forgetting was not measured: set retention_data, or guard: {forgetting: off} if it does not "
+    "matter"
+)
 MEAN_OF_TASKS = re.compile(r"test: mean of (held-out )?tasks$")
 RIGHT_WORDS = {
     "exact_match": "exactly right",
-    "normalised_match": "right up to case and punctuation",
+    "normalized_match": "right up to case and punctuation",
     "numeric": "the right number",
     "multiple_choice": "the right choice",
     "field_f1": "right in every field",
@@ -179,7 +187,9 @@ def _list_reasons(
         reasons += [level_problem] if level_problem else []
     general = get_general(record.comparisons)
     margin = record.plan.config.forgetting_margin
-    if general is not None and general.after.n < MIN_ITEMS:
+    if general is None and record.plan.config.guard_forgetting != OFF:
+        reasons.append(FORGETTING_UNKNOWN)
+    elif general is not None and general.after.n < MIN_ITEMS:
         reasons.append(f"{general.after.n} general texts are too few to tell what was forgotten")
     elif general is not None and general.high > VERDICT_LIMITS["ready: times the limit"] * margin:
         may = "lost" if general.low > margin else "may have lost"

@@ -29,7 +29,7 @@ NUMBER_PATTERN = re.compile(
 
 
 def split_words(text: str) -> list[str]:
-    """Return the runs of letters and digits, Unicode-normalised and case-folded."""
+    """Return the runs of letters and digits, Unicode-normalized and case-folded."""
     return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
 
 
@@ -39,7 +39,7 @@ def exact_match(answer: str, expected: str, arg: Any) -> float:
     return float(answer.strip() == expected.strip())
 
 
-def normalised_match(answer: str, expected: str, arg: Any) -> float:
+def normalized_match(answer: str, expected: str, arg: Any) -> float:
     """Return 1 for the same words in the same order, up to case, punctuation and white space."""
     del arg
     return float(split_words(answer) == split_words(expected))

@@ -32,7 +32,7 @@ class TrainingAnswers:
     """Values, answers and phrases of the training rows."""
 
     values: TrainingValues
-    # normalised, of a single row each: what many rows answer is a value and no copy
+    # normalized, of a single row each: what many rows answer is a value and no copy
     answers: frozenset[str] = frozenset()
     # uint64, ascending: hashes of phrases of PHRASE_WORDS words
     phrases: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))

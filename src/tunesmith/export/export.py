@@ -41,6 +41,16 @@ class ExportedFile:
 
 
 @dataclass(frozen=True)
+class Upload:
+    """A commit on the hub, whose files were compared with those on this machine."""
+
+    url: str
+    commit: str
+    is_public: bool
+    files: int
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """An export and its parity with the run. `type` is empty for a target with a single form."""
 
@@ -51,6 +61,7 @@ class ExportResult:
     parity: Parity
     base: MergeBase
     scale: float = 1.0  # factor on the adapter
+    upload: Upload | None = None  # of target hub
 
 
 def export_run(

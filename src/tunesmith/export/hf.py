@@ -13,7 +13,11 @@ from pathlib import Path
 import torch
 
 from tunesmith.core.atomic import MANIFEST
+from tunesmith.core.formatting import hide_folders, list_paths
+from tunesmith.core.hub_names import COMMIT, split_revision
+from tunesmith.core.json_io import dump_json, read_json_object
 from tunesmith.export.parity import ExportJob, ReloadedExport
+from tunesmith.export.source_run import SourceRun
 from tunesmith.model.causal_lm import load_network
 from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from tunesmith.model.hub.validate import WEIGHTS_FILE, read_model_json
@@ -27,7 +31,7 @@ from tunesmith.model.merge import (
 from tunesmith.model.reference_load import encode_stock_prompts
 from tunesmith.model.save import rescale_adapter, save_config
 from tunesmith.session.provenance import PROVENANCE_FILE as PROVENANCE
-from tunesmith.train.model_card import CARD_FILE, note_scale
+from tunesmith.train.model_card import CARD_FILE, find_hub_name, note_scale
 
 
 def write_peft(job: ExportJob) -> None:
@@ -37,6 +41,29 @@ def write_peft(job: ExportJob) -> None:
     if job.run.scale != 1:
         rescale_adapter(job.folder, job.run.scale, job.run.token_rows, job.run.modules)
         note_scale(job.folder, job.run.scale, job.run.scale_points)
+
+
+def write_hub(job: ExportJob) -> None:
+    """Write the adapter as for PEFT, without the names of folders of this machine."""
+    write_peft(job)
+    config_file = job.folder / ADAPTER_CONFIG_FILE
+    config = read_json_object(config_file)
+    config_file.write_bytes(dump_json({**config, **_name_base(job.run)}, indent=2))
+    paths = list_paths(job.run.plan)
+    for name in (ADAPTER_CONFIG_FILE, PROVENANCE, CARD_FILE):
+        file = job.folder / name
+        if file.is_file():
+            file.write_text(hide_folders(file.read_text("utf-8"), paths), encoding="utf-8")
+
+
+def _name_base(run: SourceRun) -> dict[str, str]:
+    """Return the base in the words of PEFT: its name on the hub and its commit, if it has them."""
+    name = find_hub_name(run.model_spec)
+    if not name:
+        return {"base_model_name_or_path": Path(run.model_spec.name).name}
+    commit = split_revision(run.recipe.model)[1] or run.model_spec.path.name
+    revision = {"revision": commit} if COMMIT.fullmatch(commit) else {}
+    return {"base_model_name_or_path": name, **revision}
 
 
 def reload_peft(job: ExportJob) -> ReloadedExport:
@@ -54,14 +81,14 @@ def write_merged_folder(job: ExportJob) -> None:
     """Write the base's config, its weights merged in fp32 and cast once, and the serving files."""
     run = job.run
     _copy_files(job, ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, PROVENANCE, WEIGHTS_FILE, CARD_FILE)
-    save_config(job.folder, run.model_spec.path, run.model_spec.vocab_size)
+    save_config(job.folder, run.model_spec.path, run.model_spec.vocab_size, is_packed=True)
     write_merged_weights(
         run.model_spec.path, run.changes, job.folder / WEIGHTS_FILE, job.dequantized_paths
     )
 
 
 def reload_merged(job: ExportJob) -> ReloadedExport:
-    network = load_network(job.folder, torch.float32, job.run.device)
+    network = load_network(job.folder, torch.float32)
     return ReloadedExport(network, _render_prompts(job), _read_end_ids(job.folder))
 
 

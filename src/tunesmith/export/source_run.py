@@ -16,6 +16,7 @@ import torch
 
 from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.hub_names import remove_commit
 from tunesmith.core.run_dir import (
     RECORD_FILE,
     find_weights_dir,
@@ -49,6 +50,7 @@ from tunesmith.model.save import (
 )
 from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Recipe, select_sources
+from tunesmith.session.hub_data import fetch_sources
 from tunesmith.session.inputs import build_renderer
 from tunesmith.session.provenance import check_provenance
 
@@ -141,7 +143,7 @@ class SourceRun:
         recipe = self.recipe
         role = next(key for key in ("test_data", "eval_data", "data") if getattr(recipe, key))
         return open_dataset(
-            select_sources(recipe, role),
+            fetch_sources(select_sources(recipe, role)),
             self.renderer,
             max_examples=count,
             skip_invalid=recipe.skip_invalid,
@@ -171,7 +173,7 @@ def open_source_run(path: Path) -> SourceRun:
     base_dir = resolve_model(recipe.model)
     renderer = build_renderer(recipe, base_dir, datetime.fromisoformat(plan.config.now))
     check_provenance(saved_dir, base_dir, renderer, plan.config.now)
-    model_spec = read_spec(base_dir if is_adapter else saved_dir, name=recipe.model)
+    model_spec = read_spec(base_dir if is_adapter else saved_dir, name=remove_commit(recipe.model))
     token_rows = read_token_rows(saved_dir, base_dir) if is_adapter else {}
     vocab_size = model_spec.vocab_size
     if token_rows:

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import suggest_name
 from tunesmith.export.gguf.write import reload_gguf, reload_lora, write_gguf, write_lora
-from tunesmith.export.hf import reload_merged, reload_peft, write_merged_folder, write_peft
+from tunesmith.export.hf import (
+    reload_merged,
+    reload_peft,
+    write_hub,
+    write_merged_folder,
+    write_peft,
+)
 from tunesmith.export.ollama import reload_ollama, write_ollama
 from tunesmith.export.parity import ExportJob, ReloadedExport, Tolerance
 
@@ -69,6 +75,7 @@ TARGETS: dict[str, dict[str, ExportFormat]] = {
         for kind, (tolerance, width) in GGUF_TYPES.items()
     }
     | {"lora": ExportFormat(write_lora, reload_lora, EXACT_TOLERANCE)},
+    "hub": {"": ExportFormat(write_hub, reload_peft, EXACT_TOLERANCE)},
     "ollama": {
         kind: ExportFormat(write_ollama, reload_ollama, tolerance, width)
         for kind, (tolerance, width) in GGUF_TYPES.items()

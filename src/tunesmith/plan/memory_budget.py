@@ -17,7 +17,7 @@ from tunesmith.plan.memory_gpu import compute_cache_bytes, estimate_gpu_memory
 
 MIN_COMPLETE_TOKENS = 256  # the default of lm-eval's max_gen_toks
 # by these, an answer longer than expected is wrong wherever it ends, or none is graded
-LENGTH_INDEPENDENT_METRICS = ("exact_match", "normalised_match", "multiple_choice", "bits_per_byte")
+LENGTH_INDEPENDENT_METRICS = ("exact_match", "normalized_match", "multiple_choice", "bits_per_byte")
 # answers generated at once, and the largest KV cache, as in model/generation/engine.py
 MAX_BATCH_ROWS = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}

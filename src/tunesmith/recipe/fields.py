@@ -20,12 +20,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from tunesmith.core.formatting import suggest_name
+from tunesmith.core.hub_names import format_path, is_hub_path, split_hub_path
 from tunesmith.core.types import Json
 from tunesmith.recipe.checkers import CHECKERS, Spans
 
@@ -35,6 +37,8 @@ MAX_PATTERN_CHARS = 10_000
 SELF_CALL = re.compile(r"\(\?(?:R|[+-]?\d+|&\w+|P>\w+)\)")
 SELF_GENERATED = "self-generated"  # in place of a path: rehearsal rows that the model writes
 MATCHER_KEYS = ("match", "text", "check")
+FORMER_METRICS = {"normalised_match": "normalized_match"}
+HUB_SOURCE_KEYS = ("revision", "config", "split", "data_files")
 
 # Errors of this type are reported as "expected ..., found ..."; a ValueError is reported as it is.
 UNEXPECTED_VALUE = "unexpected_value"
@@ -108,7 +112,7 @@ def _parse_metric(item: Any) -> Any:
         ((name, argument),) = cast("Json", item).items()
         if type(argument) in (str, int, float):
             return f"{name}: {argument}"
-    return cast("Any", item)
+    return FORMER_METRICS.get(item, item) if isinstance(item, str) else cast("Any", item)
 
 
 def _parse_constraints(value: Any) -> Any:
@@ -254,6 +258,11 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(re
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(reject_bool)]
 Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(reject_bool)]
 FilePath = Annotated[Path, BeforeValidator(_check_path)]
+SourcePath = Annotated[
+    Path,
+    BeforeValidator(_check_path),
+    PlainSerializer(format_path, return_type=str, when_used="json"),
+]
 Template = Annotated[
     Path,
     AfterValidator(_check_template),
@@ -344,11 +353,13 @@ def make_task_name(path: Path) -> str:
 
 
 class DataSource(BaseModel):
-    """One data file of the recipe."""
+    """One data file of the recipe, or one data set of the hub."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: FilePath = Field(description="The file, or a folder of .txt and .md files.")
+    path: SourcePath = Field(
+        description="The file, a folder of .txt and .md files, or hf://org/name of the hub."
+    )
     format: Literal[
         "auto",
         "messages",
@@ -379,11 +390,51 @@ class DataSource(BaseModel):
         default=(),
         description="Ways to ask for a row's `completion`; a hash of the row picks one.",
     )
+    revision: Name | None = Field(
+        default=None, description="Branch, tag or commit of a data set of the hub."
+    )
+    config: Name | None = Field(default=None, description="Config (subset) of it.")
+    split: Name | None = Field(
+        default=None, description="Split of it; by default train, validation or test by the key."
+    )
+    data_files: Annotated[
+        tuple[Name, ...],
+        BeforeValidator(split_tokens, json_schema_input_type=str | list[str]),
+    ] = Field(default=(), description="Files or patterns of it, instead of config and split.")
+
+    @model_validator(mode="after")
+    def _check_hub_keys(self) -> DataSource:
+        hub_keys = [key for key in HUB_SOURCE_KEYS if getattr(self, key)]
+        if not self.is_on_hub and hub_keys:
+            raise ValueError(
+                f"{hub_keys[0]} is for data sets of the hub, and {self.path} is on this machine; "
+                "write hf://org/name for the hub"
+            )
+        if self.is_on_hub and split_hub_path(self.path)[1] and self.revision:
+            raise ValueError("the revision is set twice: in path and in revision")
+        if self.data_files and (self.split or self.config):
+            raise ValueError("data_files names the files: leave config and split out")
+        return self
 
     @property
     def task(self) -> str:
         """The name of the task that its rows belong to."""
-        return self.name or make_task_name(self.path)
+        return self.name or make_task_name(Path(self.repo_id) if self.is_on_hub else self.path)
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the rows are in a data set of the hub."""
+        return is_hub_path(self.path)
+
+    @property
+    def repo_id(self) -> str:
+        """The repository of a data set of the hub."""
+        return split_hub_path(self.path)[0]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files to read, of a data set of the hub in its snapshot."""
+        return tuple(self.path / name for name in self.data_files) or (self.path,)
 
 
 Sources = Annotated[

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.hub_names import make_hub_path
 from tunesmith.core.json_io import to_jsonable
 from tunesmith.core.types import Json
 from tunesmith.recipe.explain import (
@@ -34,9 +35,9 @@ from tunesmith.recipe.explain import (
 from tunesmith.recipe.fields import is_self_generated, parse_custom_metric, wrap_list
 from tunesmith.recipe.schema import (
     ALIASES,
-    FILE_KEYS,
     KEYS,
     RUN_LEVEL_KEYS,
+    SOURCE_KEYS,
     UNUSED_CPT_KEYS,
     Recipe,
     Stages,
@@ -336,9 +337,11 @@ def _resolve_paths(key: str, value: Any, folder: Path) -> Any:
         if is_self_generated(data):
             return cast("Any", value)
         return {**cast("Json", value), "data": _resolve_paths("data", data, folder)}
-    if key in FILE_KEYS and isinstance(value, list):
-        return [_resolve_path(item, folder) for item in cast("list[Any]", value)]
-    if key in (*FILE_KEYS, "response_schema", "adapter_from"):
+    if key in SOURCE_KEYS:
+        items = wrap_list(cast("Any", value))
+        sources = [_resolve_source(item, folder) for item in items]
+        return sources if isinstance(value, list) else sources[0]
+    if key in ("retention_data", "response_schema", "adapter_from"):
         return _resolve_path(value, folder)
     if key == "chat_template" and value not in ("auto", "none"):
         return _resolve_path(value, folder)
@@ -356,10 +359,16 @@ def _resolve_metric_path(value: Any, folder: Path) -> Any:
     return _resolve_path(value, folder) if is_custom else value
 
 
-def _resolve_path(value: Any, folder: Path) -> Any:
+def _resolve_source(value: Any, folder: Path) -> Any:
+    """Make the path of a data source absolute; one that is on the hub becomes hf://org/name."""
     if isinstance(value, dict) and "path" in value:
         source = cast("Json", value)
-        return {**source, "path": _resolve_path(source["path"], folder)}
+        return {**source, "path": _resolve_source(source["path"], folder)}
+    hub_path = make_hub_path(value, folder) if isinstance(value, str) else ""
+    return hub_path or _resolve_path(value, folder)
+
+
+def _resolve_path(value: Any, folder: Path) -> Any:
     return str(folder / os.path.expanduser(value)) if isinstance(value, str) and value else value
 
 

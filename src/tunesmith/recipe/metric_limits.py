@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import suggest_name
-from tunesmith.recipe.fields import parse_custom_metric
+from tunesmith.recipe.fields import FORMER_METRICS, parse_custom_metric
 
 SETTING = "gates"
 COMPARATORS: dict[str, Callable[[float, float], bool]] = {
@@ -113,7 +113,11 @@ def _refuse_numbers(value: Any) -> Any:
 
 def _check_limits(gates: dict[str, str]) -> dict[str, str]:
     parse_limits(gates)
-    return gates
+    renamed: dict[str, str] = {}
+    for name, text in gates.items():
+        task, separator, metric = name.rpartition("/")
+        renamed[f"{task}{separator}{FORMER_METRICS.get(metric, metric)}"] = text
+    return renamed
 
 
 GateLimits = Annotated[

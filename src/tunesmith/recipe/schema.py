@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from tunesmith.core.hub_names import format_path
 from tunesmith.core.types import Json
 from tunesmith.recipe.fields import (
     Attention,
@@ -454,9 +455,15 @@ def _find_shared_files(settings: Mapping[str, Any]) -> Problems:
 
 
 def _collect_paths(value: RehearsalConfig | tuple[DataSource, ...] | Path) -> set[str]:
+    """Return the files of a key. Those of the hub are known once a plan has named them."""
     sources = value.data if isinstance(value, RehearsalConfig) else value
-    items = [sources] if isinstance(sources, Path) else [source.path for source in sources]
-    return {os.path.normpath(path) for path in items}
+    if isinstance(sources, Path):
+        return {os.path.normpath(sources)}
+    paths: set[str] = set()
+    for source in sources:
+        if not source.is_on_hub or source.data_files:
+            paths |= {format_path(Path(os.path.normpath(file))) for file in source.files}
+    return paths
 
 
 # ---------------------------------------------------------------- sources

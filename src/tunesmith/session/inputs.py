@@ -20,6 +20,7 @@ from rich.text import Text
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import format_bytes, format_count
 from tunesmith.core.hardware import measure_machine
+from tunesmith.core.hub_names import pin_model_name, remove_commit
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import SELF_REHEARSAL_FILE, pick_run_folder
 from tunesmith.core.types import DataReport, Document, Json, Machine, ModelSpec, Plan, PlanValue
@@ -63,6 +64,7 @@ from tunesmith.session.adapter_settings import (
     refuse_contradicting_modules,
 )
 from tunesmith.session.provenance import check_provenance, read_provenance
+from tunesmith.session.hub_data import fetch_sources, pin_hub_data
 from tunesmith.session.run_history import apply_past_runs
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -86,6 +88,7 @@ class RunInputs:
     counting_model: str = ""  # the model whose tokenizer counts, if this one has none
 
     @property
+    notes: tuple[str, ...] = ()  # about data of the hub
     def response_schema(self) -> Json | None:
         return read_response_schema(self.recipe.response_schema)
 
@@ -109,10 +112,12 @@ def load_inputs(
     InputError for unusable data or an unusable model, MachineError if it cannot be downloaded."""
     timestamp = (now or datetime.now()).replace(microsecond=0)
     if output_dir is None and isinstance(recipe.output_dir, Path):
+    recipe, notes = pin_hub_data(recipe)
         output_dir = recipe.output_dir
     output_dir = output_dir or pick_run_folder(Path("runs"), "run")
     folder = resolve_model(recipe.model, needs_weights=needs_weights)
-    model = read_spec(folder, name=recipe.model)
+    recipe = recipe.model_copy(update={"model": pin_model_name(recipe.model, folder)})
+    model = read_spec(folder, name=remove_commit(recipe.model))
     counting_model = ""
     if not needs_weights and not (folder / TOKENIZER_FILE).is_file():
         counting_model = FALLBACK_TOKENIZER
@@ -140,6 +145,7 @@ def load_inputs(
         counting_model=counting_model,
     )
 
+        notes=notes,
 
 def _open_pretraining_corpus(recipe: Recipe, rows: Dataset, model: ModelSpec) -> PretrainingCorpus:
     """Raises InputError for rows that are not plain text, and for windows without a target."""
@@ -254,6 +260,7 @@ def open_training_rows(recipe: Recipe, renderer: Renderer | None = None) -> Data
 
 
 def _open_rows(
+    recipe, _ = pin_hub_data(recipe)
     recipe: Recipe,
     renderer: Renderer,
     sources: Sequence[DataSource],
@@ -262,7 +269,7 @@ def _open_rows(
     max_examples: int | None = None,
 ) -> Dataset:
     return open_dataset(
-        sources,
+        fetch_sources(sources),
         renderer.train_on(recipe.train_on),
         max_examples=max_examples,
         skip_invalid=recipe.skip_invalid,
@@ -391,7 +398,7 @@ def _add_time_estimate(plan: Plan) -> Plan:
 
 def _list_input_warnings(inputs: RunInputs) -> tuple[str, ...]:
     """Return what is unknown about the adapter, and what is missing in the model folder."""
-    warnings: list[str] = []
+    warnings = list(inputs.notes)
     adapter = inputs.adapter
     model = inputs.model
     if adapter is not None and read_provenance(adapter.path) is None:

@@ -21,6 +21,7 @@ from pydantic_core import from_json
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult, Event, Score, TrainStep
+from tunesmith.core.hub_names import remove_commit
 from tunesmith.core.run_dir import (
     EVENTS_FILE,
     FAILED_CHECK,
@@ -106,7 +107,7 @@ def summarize_run(folder: Path) -> RunSummary:
     return RunSummary(
         path=str(folder),
         state=state,
-        model=Path(model).name,
+        model=Path(remove_commit(model)).name,
         step=min(done, sum(steps)),
         steps=sum(steps),
         score=_choose_score(event for event in events if isinstance(event, Score)),
@@ -124,7 +125,7 @@ def _summarize_finished(folder: Path) -> RunSummary:
     return RunSummary(
         path=str(folder),
         state="finished",
-        model=Path(record["plan"]["recipe"]["model"]).name,
+        model=Path(remove_commit(record["plan"]["recipe"]["model"])).name,
         step=int(record["steps"]),
         steps=int(record["steps"]),
         score=_choose_score(scores),

@@ -19,7 +19,7 @@ from tunesmith.core.types import Comparison, RunRecord
 from tunesmith.evaluate.run_verdict import judge_run, judge_unfinished, read_verdict
 from tunesmith.train.model_card import render_card
 
-CONSTANT = Shortcut("constant", "flag", "false", 80, 80, 50, 1e-6, 30, 90, ("t:1",))
+CONSTANT = Shortcut("constant", "flag", "false", 80, 80, 50, 1e-6, 9, 90, ("t:1",))
 
 
 def make_errors(right: int, n: int = 80, before: int = 0, **changes: Any) -> ErrorAnalysis:
@@ -63,7 +63,7 @@ def judge(errors: ErrorAnalysis | None, *comparisons: Comparison, **changes: Any
         (None, (), "not measured"),
         (None, (make_general(0.001),), "not measured"),
         (make_errors(80), (make_change(0.6), make_general(0.01)), "ready"),
-        (make_errors(80), (make_change(0.6),), "ready"),
+        (make_errors(80), (make_change(0.6),), "useful, not ready"),
         (make_errors(72), (make_change(0.6), make_general(0.01)), "ready"),
         (make_errors(71), (make_change(0.6), make_general(0.01)), "useful, not ready"),
         (make_errors(10, 10), (make_change(0.6),), "useful, not ready"),
@@ -110,12 +110,27 @@ def test_a_limit_that_the_user_set_is_theirs() -> None:
     assert verdict.cost.endswith("2.5 times your limit of 0.04")
 
 
+def test_what_was_not_measured_is_not_ready_unless_the_user_does_not_care() -> None:
+    verdict = judge(make_errors(80), make_change(0.6))
+    assert verdict.name == "useful, not ready"
+    assert verdict.reasons[0].startswith("forgetting was not measured: set retention_data")
+    plan = fake_runs.make_record().plan
+    off = replace(plan.settings["guard_forgetting"], value="off", decided_by="user")
+    unconcerned = judge(
+        make_errors(80), make_change(0.6), plan=plan.with_settings(guard_forgetting=off)
+    )
+    assert unconcerned.name == "ready"
+    assert unconcerned.cost == "Forgetting is not measured: the recipe has no retention_data"
+    measured = judge(make_errors(80), make_change(0.6), make_general(0.05), plan=plan)
+    assert measured.name == "useful, not ready"
+
+
 def test_gates_of_the_recipe_replace_the_level_that_is_ready() -> None:
     record = fake_runs.make_record()
     half = replace(make_change(0.3), after=replace(make_change(0.3).after, value=0.6))
     for gate, name in ((">= 0.5", "ready"), (">= 0.8", "useful, not ready")):
         plan = replace(record.plan, recipe=record.plan.recipe | {"gates": {"exact_match": gate}})
-        verdict = judge(make_errors(48), half, plan=plan)
+        verdict = judge(make_errors(48), half, make_general(0.01), plan=plan)
         assert verdict.name == name
     assert verdict.reasons == ("test exact_match is 0.600; your gate is exact_match >= 0.8",)
 
@@ -123,7 +138,7 @@ def test_gates_of_the_recipe_replace_the_level_that_is_ready() -> None:
 def test_a_metric_without_right_and_wrong_is_never_ready() -> None:
     errors = make_errors(80, metric="chrf", is_binary=False, mean=0.93, mean_before=0.2)
     chrf = replace(make_change(0.6), metric="chrf")
-    verdict = judge(errors, chrf)
+    verdict = judge(errors, chrf, make_general(0.01))
     assert verdict.name == "useful, not ready"
     assert verdict.level == "Mean chrf 0.93 of 80 answers, 0.20 before"
     assert verdict.reasons == ("chrf has no value above which an answer is right",)
@@ -132,7 +147,7 @@ def test_a_metric_without_right_and_wrong_is_never_ready() -> None:
 
 def test_what_got_worse_is_a_reason() -> None:
     worse = replace(make_change(-0.2), metric="json_valid")
-    verdict = judge(make_errors(80), make_change(0.6), worse)
+    verdict = judge(make_errors(80), make_change(0.6), worse, make_general(0.01))
     assert verdict.name == "useful, not ready"
     assert verdict.reasons == ("test json_valid got worse: 0.300 -> 0.100",)
 
@@ -140,7 +155,7 @@ def test_what_got_worse_is_a_reason() -> None:
 def test_of_several_tasks_their_mean_decides() -> None:
     mean = replace(make_change(0.5), task="test: mean of tasks")
     part = replace(make_change(0.0), task="test: a")
-    assert judge(make_errors(80), part, mean).name == "ready"
+    assert judge(make_errors(80), part, mean, make_general(0.01)).name == "ready"
 
 
 def test_two_items_are_not_measured() -> None:
@@ -167,13 +182,13 @@ def test_next_steps_follow_from_what_was_measured() -> None:
         "tunesmith tune lr 'runs/a b/recipe.yaml'",
     ]
     assert improving.next_steps[0].reason == (
-        "add training rows where flag is not false: 30 of 90 now"
+        "add training rows where flag is not false: 9 of 90 now"
     )
     overfit = judge(make_errors(35), make_change(0.4), plan=plan, selected_step=1)
     assert not any("epochs" in step.command for step in overfit.next_steps)
     harmful = judge(make_errors(1, before=9), make_change(-0.4), plan=plan)
     assert "--learning-rate" in harmful.next_steps[0].command
-    ready = judge(make_errors(80), make_change(0.6), plan=plan)
+    ready = judge(make_errors(80), make_change(0.6), make_general(0.01), plan=plan)
     assert ready.next_steps[0].command == "tunesmith export 'runs/a b' --to peft"
     scaled = judge(make_errors(80), make_change(0.6), make_general(0.05))
     assert scaled.next_steps[0].command.startswith("tunesmith train ")
@@ -185,6 +200,30 @@ def test_next_steps_follow_from_what_was_measured() -> None:
     )
     first = judge_run(record, Path("runs/x")).next_steps[0]
     assert first.command == "tunesmith compare runs/x@0.25 runs/x"
+
+
+def test_a_constant_with_enough_other_rows_needs_training_not_rows() -> None:
+    record = fake_runs.make_record()
+    plan = replace(record.plan, data=record.plan.data | {"eval_data": record.plan.data["data"]})
+
+    def list_reasons(constant: Shortcut, selected_step: int) -> list[str]:
+        errors = make_errors(35, shortcuts=(constant,))
+        verdict = judge(errors, make_change(0.4), plan=plan, selected_step=selected_step)
+        return [step.reason for step in verdict.next_steps]
+
+    enough = replace(CONSTANT, training_rows=18, total_rows=90)
+    first = list_reasons(enough, record.steps)[0]
+    assert first.startswith("train longer: eval_data was best at the last step")
+    assert first.endswith("; flag is not learned yet")
+    assert not any("add training rows" in reason for reason in list_reasons(enough, 1))
+    # `data check` names a field whose most frequent value has more than 80% of the rows
+    few = replace(enough, training_rows=17)
+    assert list_reasons(few, record.steps)[0] == (
+        "add training rows where flag is not false: 17 of 90 now"
+    )
+    assert "not learned" not in list_reasons(few, record.steps)[1]
+    unknown = replace(enough, training_rows=None, total_rows=None)
+    assert list_reasons(unknown, 1)[0].endswith("count its values in the training rows")
 
 
 def test_next_steps_are_commands_that_parse(tmp_path: Path) -> None:

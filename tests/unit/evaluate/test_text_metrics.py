@@ -15,7 +15,7 @@ from tunesmith.evaluate.text_metrics import (
     chrf,
     contains,
     exact_match,
-    normalised_match,
+    normalized_match,
     numeric,
     regex_match,
     rouge_l,
@@ -56,7 +56,7 @@ def test_token_f1_counts_words_wherever_they_stand() -> None:
 
 
 @pytest.mark.parametrize(
-    "metric", [chrf, rouge_l, token_f1, exact_match, normalised_match, contains]
+    "metric", [chrf, rouge_l, token_f1, exact_match, normalized_match, contains]
 )
 def test_the_expected_answer_is_right_even_if_it_holds_no_word(metric) -> None:
     for text in ("a b", "", "…", "三つ", "word " * 3000):
@@ -79,10 +79,10 @@ def test_exact_match_forgives_space_at_the_ends_only() -> None:
         ("-5", "5", 1),
     ],
 )
-def test_normalised_match_forgives_case_punctuation_and_space(
+def test_normalized_match_forgives_case_punctuation_and_space(
     answer: str, expected: str, equal: int
 ) -> None:
-    assert normalised_match(answer, expected, None) == equal
+    assert normalized_match(answer, expected, None) == equal
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,12 @@ from typing import Any, Literal, cast, get_args
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import suggest_name
-from tunesmith.data.readers.sources import open_source
+from tunesmith.data.readers.sources import Source, open_source
+from tunesmith.data.readers.text_folder import TextFolder
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import Recipe, Stages, select_sources
 from tunesmith.recipe.yaml_lines import read_yaml
+from tunesmith.session.hub_data import fetch_sources
 
 Need = Literal["facts", "format", "tone", "latency", "domain", "skill"]
 ChangeFrequency = Literal["never", "yearly", "monthly", "weekly", "daily"]
@@ -117,7 +119,9 @@ def count_rows(path: Path) -> dict[str, int]:
 
 def _count_stage_rows(recipe: Recipe) -> dict[str, int]:
     """Return bytes for continued pretraining; chosen answers of pairs count as examples too."""
-    sources = [open_source(source.path) for source in select_sources(recipe, "data")]
+    sources: list[Source | TextFolder] = []
+    for source in fetch_sources(select_sources(recipe, "data")):
+        sources += map(open_source, source.files)
     if recipe.stage == "cpt":
         num_bytes = 0
         for source in sources:

@@ -3,7 +3,8 @@
     path -> check_path -> FileBytes
 
 Pipes and devices are refused before they are opened, because they could block or never end. URLs
-are refused: nothing is downloaded on behalf of a data file."""
+are refused: data is downloaded from the hub alone, which names each file by its hash
+(session/hub_data.py)."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.hub_names import is_hub_path
 
 _URL = re.compile(r"(?:^|/)([a-z][a-z0-9+]+):/+(.+)")  # pathlib collapses the second slash
 
@@ -77,11 +79,13 @@ def _build_missing_error(path: Path) -> InputError:
         fix = "restore that file, or remove the link"
         return InputError(message, where=str(path), fix=fix)
     if url := _URL.search(str(path)):
-        return InputError(
-            "this is a URL: data is never downloaded",
-            where=f"{url[1]}://{url[2]}",
-            fix="download it yourself, check it, and pass the file",
-        )
+        where = f"{url[1]}://{url[2]}"
+        if is_hub_path(path):
+            message = "data sets of the hub are read as data, eval_data and test_data of a recipe"
+            return InputError(message, where=where, fix="name a file here")
+        message = "this is a URL: data is downloaded from the hub only (hf://org/name)"
+        fix = "download it yourself, check it, and pass the file"
+        return InputError(message, where=where, fix=fix)
     siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1)
     fix = f"did you mean {path.parent / close[0]}?" if close else "check the path"

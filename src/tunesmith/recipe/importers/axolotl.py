@@ -166,10 +166,33 @@ def _build_entry_sources(draft: RecipeDraft, name: str, entry: Json, pairs: bool
     """Build a source for each file of one entry."""
     path = str(entry.pop("path", None) or "")
     files = entry.pop("data_files", None)
+    hub_source = None if draft.find_path(path) else _make_hub_source(path, files, entry)
+    if hub_source is not None:
+        row_format = (
+            _parse_pairs(draft, name, entry) if pairs else _parse_format(draft, name, entry)
+        )
+        _report_unsupported(draft, name, entry)
+        return [{**hub_source, **row_format}]
     files = [str(file) for file in files] if isinstance(files, list) else [str(files or path)]
     row_format = _parse_pairs(draft, name, entry) if pairs else _parse_format(draft, name, entry)
     _report_unsupported(draft, name, entry)
     return [{"path": _resolve_file(draft, name, file, Path(path)), **row_format} for file in files]
+
+
+def _make_hub_source(path: str, files: Any, entry: Json) -> Json | None:
+    """Return the source of a data set of the hub; a slice of a split stays to be reported."""
+    split = entry.get("split")
+    source = key_map.make_hub_source(
+        path,
+        revision=entry.get("revision"),
+        config=None if files else entry.get("name"),
+        split=None if files or "[" in str(split) else split,
+        data_files=files,
+    )
+    if source is not None:
+        for key in ("revision", "name", *(["split"] if "split" in source else [])):
+            entry.pop(key, None)
+    return source
 
 
 def _resolve_file(draft: RecipeDraft, name: str, file: str, folder: Path) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from tunesmith.core.hub_names import FILE_SUFFIXES, is_hub_id
+from tunesmith.core.types import Json
 from tunesmith.recipe.importers.draft import RecipeDraft
 from tunesmith.recipe.objectives import SCHEDULE_FIELDS, ScheduleName
 
@@ -28,6 +30,15 @@ LOSS_FIELDS = {
 ORPO_REASON = "the NLL term of ORPO covers the answer; in TRL it covers the prompt, too"
 DTYPE_REASON = "supported number formats: bf16 and fp32"
 DTYPES = {"bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32", "float32": "fp32", "float": "fp32"}
+
+
+def make_hub_source(name: str, **keys: Any) -> Json | None:
+    """Return the source of a data set of the hub, None for a name that is none.
+
+    `keys` are revision, config, split and data_files; those that are not set are left out."""
+    if not is_hub_id(name) or name.endswith(FILE_SUFFIXES):
+        return None
+    return {"path": f"hf://{name}"} | {key: value for key, value in keys.items() if value}
 
 
 def translate_model(draft: RecipeDraft, key: str) -> None:

@@ -151,7 +151,12 @@ def _build_source(
         draft.skip_key(f"dataset {name}", name, reason)
         source: Json = {"path": name if Path(name).suffix else f"{name}.jsonl"}
         return source | ({"max_examples": int(max_samples)} if max_samples else {})
-    if "file_name" not in info:
+    hub_source = key_map.make_hub_source(
+        str(info.get("hf_hub_url", "")), config=info.get("subset"), split=info.get("split")
+    )
+    if "file_name" not in info and hub_source is not None:
+        source = hub_source
+    elif "file_name" not in info:
         draft.skip_key(f"dataset {name}", _get_hub_name(info), key_map.HUB_DATASET_REASON)
         source = {"path": f"{name}.jsonl"}
     else:

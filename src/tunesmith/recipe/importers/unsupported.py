@@ -20,7 +20,10 @@ UNNEEDED_KEYS = (
         "plot_loss project use_tensorboard include_* disable_tqdm",
         "every step is in the run's events.jsonl; `tunesmith report RUN --track NAME` sends it",
     ),
-    ("hub_* push_to_hub* hf_* *_hub_token push_dataset_to_hub", "nothing is uploaded"),
+    (
+        "hub_* push_to_hub* hf_* *_hub_token push_dataset_to_hub",
+        "upload a finished run: tunesmith export RUN --to hub",
+    ),
     (
         "gradient_checkpointing* *_gradient_checkpointing use_reentrant_gc use_unsloth_gc "
         "activation_offloading low_cpu_mem_usage max_memory gpu_memory_limit gc_* "

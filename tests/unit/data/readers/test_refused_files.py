@@ -88,6 +88,7 @@ def test_fault_14_a_gzip_bomb_is_refused_on_the_way(
 def test_fault_14_a_url_is_refused_and_nothing_is_fetched(
     address: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="this is a URL: data is never downloaded") as caught:
+    message = "this is a URL: data is downloaded from the hub only"
+    with pytest.raises(InputError, match=message) as caught:
         plan_recipe(make_tiny_recipe(tiny_folder, tmp_path, data=address))
     assert caught.value.where == address

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.hub_repo import HubRef
 from tunesmith.model.hub import resolve
 
 
@@ -30,22 +31,16 @@ def test_a_name_that_no_model_can_have_is_refused(name: str) -> None:
         resolve.resolve_model(name)
 
 
-def test_an_interrupted_download_is_asked_for_again(
+def test_a_snapshot_of_another_program_is_complete_with_all_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     shards = ("model-1.safetensors", "model-2.safetensors")
     index = {"weight_map": dict(zip("ab", shards, strict=True))}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / shards[0]).touch()
-    is_local: list[bool] = []
-
-    def download(*_: object, local_files_only: bool) -> Path:
-        is_local.append(local_files_only)
-        return tmp_path
-
-    monkeypatch.setattr(resolve, "_download_snapshot", download)
-    resolve._download_from_hub("a/b", lambda _: None, resolve.HUB_FILES)
-    assert is_local == [True, False]
+    ref = HubRef("model", "a/b")
+    assert not resolve._is_complete(tmp_path, ref, resolve.HUB_FILES)
+    assert resolve._is_complete(tmp_path, ref, resolve.SMALL_HUB_FILES)
     (tmp_path / shards[1]).touch()
-    resolve._download_from_hub("a/b", lambda _: None, resolve.HUB_FILES)
-    assert is_local == [True, False, True]
+    assert resolve._is_complete(tmp_path, ref, resolve.HUB_FILES)

@@ -122,8 +122,8 @@ def test_a_hub_id_without_network(tmp_path: Path, setting: dict) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    assert "'owner/name' is not a local folder, and the hub cannot be reached" in done.stdout
-    assert "set model: to its folder" in done.stdout
+    assert "the hub cannot be reached, and model 'owner/name' is not in its cache" in done.stdout
+    assert "download it elsewhere and give the path" in done.stdout
 
 
 def tiny_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> BuiltInModel:

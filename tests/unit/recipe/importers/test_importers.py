@@ -107,7 +107,7 @@ def test_axolotl() -> None:
         "on_overlong": "truncate",
         "data": [
             {"path": "data/chats.jsonl", "format": "sharegpt"},
-            {"path": "instructions.jsonl", "format": "alpaca"},
+            {"path": "hf://org/instructions", "format": "alpaca"},
         ],
         "eval_split": 0.05,
         "batch_size": 8,
@@ -119,7 +119,7 @@ def test_axolotl() -> None:
     lost = {entry.key for entry in translation.untranslated if entry.is_important}
     assert lost == {
         "fsdp",
-        *("datasets[1].path", "datasets[1].type", "datasets[1].split"),
+        *("datasets[1].type", "datasets[1].split"),
     }
     assert "always on" in untranslated_by_key(translation)["sample_packing"].reason
     assert (
@@ -139,13 +139,20 @@ def test_trl() -> None:
         "on_overlong": "truncate",
         "method": "lora",
         "lora_target_modules": ["q_proj", "v_proj"],
-        "data": [{"path": "capybara.jsonl"}],
+        "data": [{"path": "hf://org/capybara"}],
         "batch_size": 16,
         "dtype": "bf16",
     }
-    assert {entry.key for entry in translation.untranslated if entry.is_important} == {
-        "dataset_name"
-    }
+    assert [entry.key for entry in translation.untranslated if entry.is_important] == []
+
+
+def test_trl_splits_of_a_data_set_of_the_hub() -> None:
+    lines = "dataset_config: en\ndataset_train_split: train_sft\ndataset_test_split: test_sft"
+    values = changed(TRL, lines).values
+    assert values["data"] == [{"path": "hf://org/capybara", "config": "en", "split": "train_sft"}]
+    assert values["eval_data"] == [
+        {"path": "hf://org/capybara", "config": "en", "split": "test_sft"}
+    ]
 
 
 def test_overrides_win() -> None:
@@ -280,7 +287,21 @@ def test_paths_are_relative_to_the_recipe() -> None:
             "{path: deep, data_files: [b.jsonl], type: completion}",
             {"path": "deep/b.jsonl", "format": "text"},
         ),
-        ("{path: org/set, type: oasst}", {"path": "set.jsonl"}),
+        ("{path: org/set, type: oasst}", {"path": "hf://org/set"}),
+        (
+            "{path: org/set, name: en, split: train_sft, revision: v1, type: alpaca}",
+            {
+                "path": "hf://org/set",
+                "revision": "v1",
+                "config": "en",
+                "split": "train_sft",
+                "format": "alpaca",
+            },
+        ),
+        (
+            "{path: org/set, data_files: [x.jsonl], type: alpaca}",
+            {"path": "hf://org/set", "data_files": ["x.jsonl"], "format": "alpaca"},
+        ),
         ("{path: ./gone.csv}", {"path": "./gone.csv"}),
         (
             "{path: a.jsonl, type: "
@@ -307,7 +328,7 @@ def test_axolotl_data_sets(entry: str, source: dict[str, Any]) -> None:
     ("name", "source", "untranslated_value"),
     [
         ("openai", {"path": "sets/openai.jsonl", "format": "messages"}, ""),
-        ("remote", {"path": "remote.jsonl", "format": "alpaca"}, "org/rows"),
+        ("remote", {"path": "hf://org/rows", "format": "alpaca"}, ""),
         ("pictures", {"path": "sets/p.json", "format": "sharegpt"}, "images"),
         ("nothing", {"path": "nothing.jsonl"}, "nothing"),
     ],

@@ -44,7 +44,7 @@ method: lora                          # adapter
 # Data
 data:                                 # datasets
   - {path: ../rows.jsonl, format: text, columns: {text: body}}
-  - {path: chats.jsonl, format: messages}
+  - {path: 'hf://org/chats', format: messages}
 
 # Lengths and steps
 max_length: 2048                      # sequence_len
@@ -54,7 +54,6 @@ batch_size: 8                         # {BATCH_NOTE}
 learning_rate: 0.0002
 
 # Not translated, and may matter:
-#   datasets[1].path: org/chats -> not a local file: save its rows in the file that the recipe names
 #   load_in_8bit: true -> frozen weights are in 16 bits, or in NF4 with method: qlora
 #   lora_on_cpu: 'a text of two lines' -> a recipe has no such key
 
@@ -85,7 +84,7 @@ def test_the_recipe_has_what_the_config_sets_and_comments_for_the_rest(config: P
         "it has base_model, datasets, adapter, sequence_len",
     )
     recipe = load_recipe(written.recipe)
-    assert [source.path.resolve().name for source in recipe.data] == ["rows.jsonl", "chats.jsonl"]
+    assert [source.path.resolve().name for source in recipe.data] == ["rows.jsonl", "chats"]
     assert recipe.data[0].path.exists()
     assert (recipe.batch_size, recipe.learning_rate, recipe.data[0].columns) == (
         8,
