@@ -8,6 +8,8 @@ import torch
 
 from tiny_models import (
     END,
+    EXPERT_FAMILIES,
+    HYBRID_CONFIGS,
     make_branching_documents,
     make_tiny_documents,
     make_tiny_network,
@@ -22,12 +24,14 @@ from tunesmith.model.causal_lm import (
     get_sliding_window,
     wrap_model,
 )
+from tunesmith.model.layer_outputs import record_block_outputs
 from tunesmith.session.preflight_probe import (
     PreflightSamples,
     TokenIdCheck,
     choose_documents,
     choose_positions,
     choose_sharing_documents,
+    compute_oracle_logits,
 )
 from tunesmith.train.preflight import run_preflight
 
@@ -59,9 +63,20 @@ def prepare_model(
         )
         for d in documents
     )
+    oracle = compute_oracle_logits(network, documents)
+    blocks = [
+        record_block_outputs(network, d.tokens_L[: count_input_tokens(d)].tolist())
+        for d in documents
+        if family in HYBRID_CONFIGS or family in EXPERT_FAMILIES
+    ]
     METHODS[method](network, ADAPTER)
     return wrap_model(network, dtype), PreflightSamples(
-        documents, stock, frozenset({END}), (TokenIdCheck("rows:1", True),)
+        documents,
+        stock,
+        frozenset({END}),
+        (TokenIdCheck("rows:1", True),),
+        oracle=oracle,
+        block_outputs=tuple(blocks),
     )
 
 

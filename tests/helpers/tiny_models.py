@@ -31,6 +31,10 @@ from transformers import (
     VaultGemmaConfig,
 )
 
+from attention_configs import make_attention_configs
+from expert_configs import EXPERT_TOLERANCES, make_expert_configs
+from hybrid_configs import HYBRID_TOLERANCES, make_hybrid_configs
+from text_part_configs import make_text_part_configs
 from tunesmith.core.types import Batch, Document
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
@@ -93,11 +97,24 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **WIDE, **MIXED, attn_logit_softcapping=5.0, final_logit_softcapping=9.0
     ),
 }
+HYBRID_CONFIGS = make_hybrid_configs(SIZES, WIDE)
+TEXT_PART_CONFIGS = make_text_part_configs()
+CONFIGS |= HYBRID_CONFIGS | TEXT_PART_CONFIGS
+EXPERT_CONFIGS = make_expert_configs(SIZES, WIDE)
+ATTENTION_CONFIGS = make_attention_configs(SIZES, WIDE, WINDOW)
+EXPERT_FAMILIES = (*EXPERT_CONFIGS, "gpt_oss")
+CONFIGS |= EXPERT_CONFIGS | ATTENTION_CONFIGS
+# Largest relative difference from the stock gradients, by family; others: STOCK_TOLERANCE.
+STOCK_TOLERANCE = 5e-6
+STOCK_TOLERANCES = HYBRID_TOLERANCES | EXPERT_TOLERANCES
 # Families whose norms, or more, stay transformers' own: those compute in fp32 whatever the model's
 # dtype.
 STOCK_NORMS = (
     *("olmo", "olmo2", "smollm3", "phi3", "cohere"),
     *("apertus", "arcee", "bitnet", "cwm", "vaultgemma"),
+    *HYBRID_CONFIGS,
+    *TEXT_PART_CONFIGS,
+    *EXPERT_CONFIGS,
 )
 
 LORA: dict[str, Any] = {
@@ -119,8 +136,17 @@ def make_tiny_network(family: str = "llama", dtype: torch.dtype = torch.float32)
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
         if "norm" in name:
             parameter.data += 0.3 * noise
+        elif name.endswith("A_log"):
+            parameter.data = 0.5 * noise - 3  # states that last: a leak would show
         else:
             parameter.data = 0.2 * noise
+    for name, buffer in network.named_buffers():
+        if name.endswith(("e_score_correction_bias", "expert_bias")):
+            buffer += 0.2 * torch.randn(buffer.shape, generator=generator)
+        elif name.endswith("layer_scalar"):
+            buffer.fill_(0.7)
+    if dtype == torch.float64 and family in EXPERT_FAMILIES:
+        network.set_experts_implementation("eager")  # torch's grouped product has no fp64
     return network.requires_grad_(False)
 
 

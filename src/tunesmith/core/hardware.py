@@ -1,4 +1,4 @@
-"""What the machine has (`measure_machine`), and the peak memory of this process.
+"""What the machine has (`measure_machine`), and the memory of this process.
 
 In: the folder in which a run would write. Out: plain numbers. Memory, cores and disk are psutil's,
 cut by the cgroup limits of a container, which psutil ignores. torch is imported only where device
@@ -8,6 +8,7 @@ Windows outside WSL.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -31,7 +32,11 @@ PACKAGES = (
     "peft",
     "bitsandbytes",
 )
-GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # the last is WSL's
+NVIDIA_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # the last is WSL's
+AMD_FILE = "/dev/kfd"
+# blocks of memory of a GPU that grow: packs of ever new sizes leave fewer gaps
+ALLOCATOR_ENV = "PYTORCH_ALLOC_CONF"
+ALLOCATOR_SETTING = "expandable_segments:True"
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, ARM
 COMPILERS = ("cc", "gcc", "clang")
 
@@ -55,6 +60,7 @@ def measure_machine(folder: Path) -> Machine:
         has_bf16_matmul=bool(BF16_FLAGS & _read_processor_flags()),
         compiler=find_compiler(),
         versions=collect_versions(),
+        unused_gpu=_explain_unused_gpu(),
     )
 
 
@@ -114,8 +120,15 @@ def collect_versions() -> dict[str, str]:
     return versions
 
 
-def read_peak_bytes() -> int:
-    """Return the peak main memory of this process in bytes, since its start or `reset_peak`."""
+def read_peak_bytes(device: str = "cpu") -> int:
+    """Return the peak memory of this process in bytes, since its start or `reset_peak`.
+
+    On "cuda", that is the memory of the GPU that torch has reserved; the CUDA context comes on
+    top."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_reserved()
     peak = _read_key_values(Path("/proc/self/status")).get("VmHWM")
     if peak is not None:
         return peak * 1024
@@ -132,6 +145,28 @@ def reset_peak() -> bool:
     return True
 
 
+def release_memory() -> None:
+    """Return freed memory to the system.
+
+    glibc keeps what small blocks were freed for later small ones, and large buffers do not reuse
+    it: after training, the KV cache of an evaluation came on top of the activations. Other C
+    libraries do this themselves. torch keeps freed memory of a GPU in blocks of the sizes that were
+    asked for."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def read_free_gpu_bytes() -> int:
+    """Return the bytes of the GPU that this process can still take."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0]
+
+
 def find_existing_parent(folder: Path) -> Path:
     """Return `folder`, or its nearest parent that exists."""
     folder = folder.absolute()
@@ -140,12 +175,15 @@ def find_existing_parent(folder: Path) -> Path:
 
 def _measure_gpu(folder: Path) -> Machine | None:
     """Measure the machine with its first CUDA device, if it has one."""
-    if not any(os.path.exists(path) for path in GPU_FILES):
+    if not any(map(os.path.exists, (*NVIDIA_FILES, AMD_FILE))):
         return None
     import torch
 
     if not torch.cuda.is_available():
         return None
+    os.environ.setdefault(ALLOCATOR_ENV, ALLOCATOR_SETTING)
+    hip_version = torch.version.hip
+    major, minor = torch.cuda.get_device_capability(0)
     free, total = torch.cuda.mem_get_info(0)
     return Machine(
         device="cuda",
@@ -157,7 +195,33 @@ def _measure_gpu(folder: Path) -> Machine | None:
         has_bf16_matmul=torch.cuda.is_bf16_supported(including_emulation=False),
         compiler=find_compiler(),
         versions=collect_versions(),
+        num_gpus=torch.cuda.device_count(),
+        gpu_software=f"ROCm {hip_version}" if hip_version else f"CUDA {torch.version.cuda}",
+        compute_capability="" if hip_version else f"{major}.{minor}",
     )
+
+
+def _explain_unused_gpu() -> str:
+    """Say why a GPU that this machine seems to have is not used; empty if it seems to have none."""
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return "Apple GPUs (MPS) are not supported: training runs on the CPU"
+    if any(map(os.path.exists, NVIDIA_FILES)):
+        kind, library = "NVIDIA", "CUDA"
+    elif os.path.exists(AMD_FILE):
+        kind, library = "AMD", "ROCm"
+    else:
+        return ""
+    import torch
+
+    version = torch.version.cuda if library == "CUDA" else torch.version.hip
+    if version is None:
+        return f"there is an {kind} GPU, and the installed torch is built without {library}"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # no driver, or one that is too old
+        problem = str(error).strip().partition("\n")[0]
+        return f"there is an {kind} GPU, and torch cannot use it: {problem}"
+    return f"there are files of an {kind} GPU, and torch finds no device"
 
 
 def _read_processor_flags() -> set[str]:

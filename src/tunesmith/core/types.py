@@ -54,9 +54,63 @@ class Machine:
     has_bf16_matmul: bool  # in hardware
     compiler: str | None  # path of a C compiler, for the CPU kernels
     versions: dict[str, str] = field(default_factory=dict[str, str])
+    num_gpus: int = 0  # that torch sees; training uses the first
+    gpu_software: str = ""  # CUDA 12.8, ROCm 6.4
+    compute_capability: str = ""  # of an NVIDIA GPU: 9.0
+    unused_gpu: str = ""  # why a GPU of this machine is not used
+
+    @property
+    def has_flash_attention(self) -> bool:
+        """Whether torch's flash attention runs on the GPU; on AMD's that is not known."""
+        is_cuda = self.device == "cuda" and not self.gpu_software.startswith("ROCm")
+        return is_cuda and self.has_bf16_matmul
 
 
 UNGATED_MLP_TYPES = {"apertus", "arcee"}  # up_proj and down_proj, no gate_proj
+
+
+@dataclass(frozen=True)
+class PartShape:
+    """The linears of one part of the layers, summed over all layers; each reads the hidden states
+    or writes into them."""
+
+    layers: int  # that have this part
+    inputs: int  # widths of all of them: an adapter of rank 1 has inputs + outputs parameters
+    outputs: int
+    # values per token inside: outputs of those that read, inputs of those that write; of the
+    # experts that a token meets
+    inner_outputs: int
+    inner_inputs: int
+
+
+STATE_BYTES = 4  # of a value of a recurrent state: fp32, in fp64 runs more
+
+
+@dataclass(frozen=True)
+class RecurrentShape:
+    """One recurrent layer. Heads and their sizes are 0 for a short convolution alone."""
+
+    num_channels: int  # of the convolution
+    num_taps: int
+    num_heads: int = 0  # of the values
+    key_size: int = 0
+    value_size: int = 0
+
+    def compute_state_bytes(self, dtype_bytes: int) -> int:
+        """Return the bytes that a row of generation keeps, whatever its length."""
+        history_bytes = (self.num_taps - 1) * self.num_channels * dtype_bytes
+        state_values = self.num_heads * self.key_size * self.value_size
+        return history_bytes + state_values * max(STATE_BYTES, dtype_bytes)
+
+    def compute_saved_bytes(self, dtype_bytes: int) -> int:
+        """Return the bytes per token that the mixer saves between forward and backward, without the
+        inputs of its linears: what the projections give (inputs of the convolution, gate), what is
+        read from the state, and the decays in fp32. A short convolution saves its projection."""
+        if not self.num_heads:
+            return 3 * self.num_channels * dtype_bytes
+        values = 2 * self.num_heads * self.value_size
+        decays = 8 * self.num_heads * max(STATE_BYTES, dtype_bytes)
+        return (self.num_channels + values) * dtype_bytes + decays
 
 
 @dataclass(frozen=True)
@@ -83,6 +137,7 @@ class ModelSpec:
     # meets, which are fewer with experts
     block_parameters: int = 0
     active_parameters: int = 0
+    packed_parameters: int = 0  # of them, those that stay in MXFP4
     # of each layer: attention, delta, mamba2, conv, attention+mamba2, or "" without one
     layer_mixers: tuple[str, ...] = ()
     num_experts: int = 0  # routed ones of a layer
@@ -90,11 +145,22 @@ class ModelSpec:
     # of the text part's tensors on a multimodal model, and the bytes of its other parts
     tensor_prefix: str = ""
     left_out_bytes: int = 0
+    # attention, recurrent, mlp, experts -> its linears
+    parts: dict[str, PartShape] = field(default_factory=dict[str, PartShape])
+    recurrent: RecurrentShape | None = None  # of each layer that is not attention alone
 
     @property
-    def num_mlp_inputs(self) -> int:
-        """Matrices from the hidden size to the intermediate size: gate and up, or up alone."""
-        return 1 if self.model_type in UNGATED_MLP_TYPES else 2
+    def expert_parameters(self) -> int:
+        """Parameters of the routed experts' matrices, of which a token meets few."""
+        rest = self.num_experts - self.num_experts_per_token
+        if rest <= 0:
+            return 0
+        return (self.block_parameters - self.active_parameters) * self.num_experts // rest
+
+    @property
+    def num_attention_layers(self) -> int:
+        """Layers with keys and values."""
+        return sum("attention" in mixer for mixer in self.layer_mixers)
 
     @property
     def head_parameters(self) -> int:
@@ -132,6 +198,7 @@ class DataReport:
     length_percentiles: dict[str, int] = field(default_factory=dict[str, int])  # p50, p90, p99, max
     fingerprint: str = ""  # sha256 of the file
     findings: tuple[Finding, ...] = ()
+    is_fully_checked: bool = False  # all texts were read, as `tunesmith data check` does
     # constraint -> rows that break it and are left out
     filtered: dict[str, int] = field(default_factory=dict[str, int])
     # constraint -> rows that are trained away from
@@ -475,6 +542,25 @@ class PackLayout:
 
 
 @dataclass(frozen=True, eq=False)
+class SharedTargets:
+    """The targets of a pack whose documents share tokens: M different ones, at P positions.
+
+    They are found on the host when the pack is made, because a GPU would have to wait for their
+    number. They hold for a batch with the same `positions_S` and `targets_S`."""
+
+    positions_S: torch.Tensor
+    targets_S: torch.Tensor
+    positions_P: torch.Tensor  # ascending
+    position_S: torch.Tensor  # index of the position of each target
+    target_S: torch.Tensor  # index of the different target of each target
+    targets_M: torch.Tensor
+    position_M: torch.Tensor  # index of the position of each different target
+
+    def holds_for(self, batch: Batch) -> bool:
+        return self.positions_S is batch.positions_S and self.targets_S is batch.targets_S
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """A pack as tensors. Hidden state `positions_S[k]` predicts `targets_S[k]`.
 
@@ -491,6 +577,8 @@ class Batch:
     real_tokens: int  # of the documents as rendered, as `tokens` of a step counts them
     sides: tuple[Side, ...] = ()  # of the documents; empty if none has a side
     reference_logps: tuple[float | None, ...] = ()  # of the documents, as `sides`
+    num_targets: tuple[int, ...] = ()  # of the documents, whose targets follow each other in S
+    shared_targets: SharedTargets | None = None  # if documents share tokens
     embedding_noise_TH: torch.Tensor | None = None  # added to embeddings (NEFTune)
 
 

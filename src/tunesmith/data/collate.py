@@ -10,12 +10,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tunesmith.core.types import Batch, Pack, PackLayout, Side
+from tunesmith.core.types import Batch, Pack, PackLayout, SharedTargets, Side
 from tunesmith.data.packing import count_input_tokens
 from tunesmith.data.prefix_sharing import build_segments
 
+Device = torch.device | str
 
-def collate(pack: Pack, device: torch.device | str = "cpu") -> Batch:
+
+def collate(pack: Pack, device: Device = "cpu") -> Batch:
     """Concatenate the documents of a pack.
 
     T input tokens, S targets: the hidden state at `positions_S[k]` predicts `targets_S[k]`."""
@@ -50,19 +52,46 @@ def collate(pack: Pack, device: torch.device | str = "cpu") -> Batch:
     if any(document.side for document in pack.documents):
         sides = tuple(document.side for document in pack.documents)
         reference_logps = tuple(document.reference_logp for document in pack.documents)
+    positions_S = _to_tensor(positions, np.int64, device)
+    targets_S = _to_tensor(targets, np.int64, device)
+    shared_targets = None
+    if has_shared:
+        indices = _find_different(np.concatenate(positions), np.concatenate(targets))
+        tensors = [torch.from_numpy(index).to(device) for index in indices]
+        shared_targets = SharedTargets(positions_S, targets_S, *tensors)
     return Batch(
         tokens_T=_to_tensor(segment_tokens, np.int64, device),
         positions_T=_to_tensor(segment_positions, np.int64, device),
         layout=layout,
-        positions_S=_to_tensor(positions, np.int64, device),
-        targets_S=_to_tensor(targets, np.int64, device),
+        positions_S=positions_S,
+        targets_S=targets_S,
         weights_S=_to_tensor(weights, np.float32, device),
         document_S=_to_tensor(document_indices, np.int64, device),
         ids=tuple(document.id for document in pack.documents),
         real_tokens=sum(len(document) for document in pack.documents),
         sides=sides,
         reference_logps=reference_logps,
+        num_targets=tuple(map(len, targets)),
+        shared_targets=shared_targets,
     )
+
+
+def share_targets(batch: Batch) -> SharedTargets:
+    """Return the different targets of a batch whose targets are not those of its pack."""
+    device = batch.positions_S.device
+    indices = _find_different(batch.positions_S.cpu().numpy(), batch.targets_S.cpu().numpy())
+    tensors = [torch.from_numpy(index).to(device) for index in indices]
+    return SharedTargets(batch.positions_S, batch.targets_S, *tensors)
+
+
+def _find_different(positions_S: np.ndarray, targets_S: np.ndarray) -> list[np.ndarray]:
+    """Return the arrays of SharedTargets, in their order."""
+    positions_P, position_S = np.unique(positions_S, return_inverse=True)
+    keys_S = positions_S.astype(np.int64) << 32 | targets_S
+    keys_M, target_S = np.unique(keys_S, return_inverse=True)
+    targets_M = keys_M & (1 << 32) - 1
+    position_M = np.searchsorted(positions_P, keys_M >> 32)
+    return [positions_P, position_S, target_S, targets_M, position_M]
 
 
 def _find_positions(layout: PackLayout, last_segment: int) -> np.ndarray:
@@ -73,6 +102,6 @@ def _find_positions(layout: PackLayout, last_segment: int) -> np.ndarray:
 
 
 def _to_tensor(
-    arrays: list[np.ndarray], dtype: type[np.generic], device: torch.device | str
+    arrays: list[np.ndarray], dtype: type[np.generic], device: Device
 ) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(arrays).astype(dtype)).to(device)

@@ -7,6 +7,7 @@ Left out: exporting it (export/export.py), comparing other models (compare_model
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tunesmith.core.sampling import MAX_SEED, SamplingParams, check_sampling
@@ -58,16 +59,8 @@ def chat(
     messages = _build_first_messages(session, system)
     for turn, question in enumerate(questions):
         messages.append({"role": "user", "content": question})
-        request = GenerationRequest(
-            renderer.encode_prompt(messages),
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=(sampling.seed + turn) % MAX_SEED,
-        )
+        options = asdict(replace(sampling, seed=(sampling.seed + turn) % MAX_SEED))
+        request = GenerationRequest(renderer.encode_prompt(messages), **options)
         pieces = stream_answer(
             session.model, request, decode=renderer.decode, end_ids=renderer.end_ids
         )

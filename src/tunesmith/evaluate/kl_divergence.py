@@ -136,8 +136,9 @@ def cache_states(
 def _compute_states(
     model: PackedCausalLM, batch: Batch, indices: Sequence[int]
 ) -> Sequence[Tensor]:
-    counts = batch.document_S.bincount(minlength=len(indices)).tolist()
-    return [state.clone() for state in model.compute_hidden(batch).cpu().split(counts)]
+    del indices
+    states_SH = model.compute_hidden(batch).cpu()
+    return [state.clone() for state in states_SH.split(batch.num_targets)]
 
 
 def compute_kl(
@@ -172,7 +173,7 @@ def _compute_pack_kl(
     nats = sum_by_document(nats_S, batch)
     kls = sum_by_document(kl_S, batch)
     matches = sum_by_document(matches_S, batch)
-    counts = batch.document_S.bincount(minlength=len(indices)).tolist()
+    counts = batch.num_targets
     # Rounding can make a divergence of 0 negative.
     return [
         KLResult(nats[i], counts[i], 0.0 if kls[i] < 0 else kls[i], matches[i])

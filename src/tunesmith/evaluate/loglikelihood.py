@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from tunesmith.core.events import CheckResult
+from tunesmith.core.hardware import release_memory
 from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Batch, Comparison, Document, Pack, Side
 from tunesmith.data.chat_template.renderer import Renderer
@@ -66,17 +67,20 @@ def map_documents(
             with memory_errors():
                 results = compute(model, collate(pack, model.device), indices)
         except OutOfMemory:
-            half = len(pack.documents) // 2
-            if not half:
+            if len(pack.documents) == 1:
                 raise
-            # The first document of the second half has nothing before it to share.
-            second_shared = pack.prefix_lengths and (0, *pack.prefix_lengths[half + 1 :])
-            pending += [
-                Pack(pack.documents[half:], second_shared),
-                Pack(pack.documents[:half], pack.prefix_lengths[:half]),
-            ]
+        else:
+            yield from zip(indices, results, strict=True)
             continue
-        yield from zip(indices, results, strict=True)
+        # outside the except block, where the traceback no longer holds the tensors
+        release_memory()
+        half = len(pack.documents) // 2
+        # The first document of the second half has nothing before it to share.
+        second_shared = pack.prefix_lengths and (0, *pack.prefix_lengths[half + 1 :])
+        pending += [
+            Pack(pack.documents[half:], second_shared),
+            Pack(pack.documents[:half], pack.prefix_lengths[:half]),
+        ]
 
 
 @torch.no_grad()
@@ -85,8 +89,8 @@ def _compute_pack_nll(
 ) -> list[tuple[float, int]]:
     """Return nats and tokens of each document of a pack."""
     losses_S = measure_target_losses(model.compute_hidden(batch), model.head, batch.targets_S)
-    counts = batch.document_S.bincount(minlength=len(indices)).tolist()
-    return list(zip(sum_by_document(losses_S, batch), counts, strict=True))
+    del indices
+    return list(zip(sum_by_document(losses_S, batch), batch.num_targets, strict=True))
 
 
 def compute_mean_states(
@@ -103,7 +107,7 @@ def _compute_pack_means(
     hidden_SH = model.compute_hidden(batch).float()
     sums_DH = hidden_SH.new_zeros((len(indices), hidden_SH.shape[1]))
     sums_DH.index_add_(0, batch.document_S, hidden_SH)
-    counts_D = batch.document_S.bincount(minlength=len(indices))
+    counts_D = sums_DH.new_tensor(batch.num_targets)
     return (sums_DH / counts_D[:, None]).tolist()
 
 

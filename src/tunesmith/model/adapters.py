@@ -6,7 +6,7 @@ quantising the base (quantization.py), the maths of the layers (lora.py, dora.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,21 +14,40 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tunesmith.core.errors import InputError
+from tunesmith.model.experts import ExpertLora, Experts, is_stock_experts
 from tunesmith.model.hub.adapter_config import compute_scaling
+from tunesmith.model.hub.expert_names import is_target_parameter
 from tunesmith.model.lora import Fp32MasterLinear, LoraLinear, QuantizedLinear
 from tunesmith.model.new_embeddings import NewTokenRows, add_trainable_rows
-from tunesmith.model.target_modules import select_targets
+from tunesmith.model.target_modules import (
+    ROUTER,
+    SETTING,
+    find_part,
+    select_targets,
+)
 from tunesmith.model.trained_modules import TrainedModules, train_modules
 
 
 def find_linears(network: PreTrainedModel) -> dict[str, nn.Linear | QuantizedLinear]:
-    """Return path -> linear layer of everything but the head."""
+    """Return path -> linear layer of everything but the head and routers, which stay as they
+    are."""
     head = network.get_output_embeddings()
     linears: dict[str, nn.Linear | QuantizedLinear] = {}
     for path, module in network.named_modules():
-        if isinstance(module, nn.Linear | QuantizedLinear) and module is not head:
+        is_linear = isinstance(module, nn.Linear | QuantizedLinear) and module is not head
+        if is_linear and find_part(path) != ROUTER:
             linears[path] = module
     return linears
+
+
+def find_expert_modules(network: nn.Module) -> dict[str, nn.Module]:
+    """Return path -> module of all experts of a layer, transformers' or ours."""
+    modules: dict[str, nn.Module] = {}
+    for path, module in network.named_modules():
+        if isinstance(module, Experts) or is_stock_experts(module):
+            modules[path] = module
+    return modules
 
 
 def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:
@@ -51,13 +70,22 @@ def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
     if settings.get("modules_to_save"):
         train_modules(network, settings["modules_to_save"])
     linears = find_linears(network)
-    for path in select_targets(list(linears), settings["lora_target_modules"]):
+    stacks = find_expert_modules(network)
+    model_type = network.config.get_text_config().model_type
+    targets = select_targets([*linears, *stacks], settings["lora_target_modules"], model_type)
+    if stacks:
+        _check_expert_targets(targets, settings)
+    for path in targets:
         rank: int = ranks[path] if path in ranks else settings["lora_r"]
         alpha: float = alphas[path] if path in alphas else settings["lora_alpha"]
+        scale = compute_scaling(rank, alpha, use_rslora=settings["use_rslora"])
+        if path not in linears:
+            adopt_experts(network, path).add_lora(rank=rank, scale=scale, generator=generator)
+            continue
         layer = LoraLinear(
             linears[path],
             rank=rank,
-            scale=compute_scaling(rank, alpha, use_rslora=settings["use_rslora"]),
+            scale=scale,
             dropout=settings["lora_dropout"],
             generator=generator,
             dora=settings["use_dora"],
@@ -68,10 +96,36 @@ def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
         add_trainable_rows(network, token_ids, settings["new_rows_modules"])
 
 
+def _check_expert_targets(targets: Sequence[str], settings: dict[str, Any]) -> None:
+    """Raise InputError for what PEFT's `target_parameters` cannot do: it changes weights, so there
+    is no input to drop, and it has no DoRA."""
+    parameters = [path for path in targets if is_target_parameter(path)]
+    for key in ("lora_dropout", "use_dora"):
+        if settings[key] and parameters:
+            message = f"{key} is {settings[key]}, and an adapter of {parameters[0]} has none"
+            fix = f"leave {key} out, or set {SETTING}: attention"
+            raise InputError(message, where=key, fix=fix)
+
+
+def adopt_experts(network: nn.Module, path: str) -> Experts:
+    """Return our module of experts at a path, which replaces that of transformers."""
+    module = network.get_submodule(path)
+    if not isinstance(module, Experts):
+        module = Experts(module)
+        replace_module(network, path, module)
+    return module
+
+
 def make_all_trainable(network: PreTrainedModel, settings: dict[str, Any]) -> None:
     """Turn every weight into a trainable master of at least fp32; products still run in the compute
-    dtype."""
+    dtype.
+
+    Raises InputError for a model with experts, which have no gradient of their own here."""
     del settings
+    if find_expert_modules(network):
+        message = f"method: full does not train the experts of {type(network).__name__}"
+        fix = f"use method: lora; {SETTING}: [attention, experts] adapts the experts too"
+        raise InputError(message, where="method", fix=fix)
     for parameter in network.parameters():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
@@ -116,7 +170,7 @@ def scale_adapter(network: nn.Module, factor: float) -> None:
         layer.scale *= factor
 
 
-ScaledLayer = LoraLinear | NewTokenRows | TrainedModules
+ScaledLayer = LoraLinear | ExpertLora | NewTokenRows | TrainedModules
 
 
 def _find_scaled_layers(network: nn.Module) -> list[ScaledLayer]:

@@ -1,23 +1,34 @@
 """Attention over a PackLayout: `attend(q, k, v, layout)`, several backends, one reference.
 
 A token attends to the earlier tokens of its segment, itself included, and to the segments that its
-segment continues, at most `window` tokens back. Every backend computes exactly that; the tests
-compare each with `reference`. Left out: the keys and values that generation stores (kv_cache.py).
-Legend: T tokens, N query heads, K key/value heads, D head size, L tokens of a segment, B segments
-of one length, P tokens of a segment and of all that it continues."""
+segment continues, at most `window` tokens back. Sinks (gpt-oss) are one more score of each head
+that has no value: some of its attention goes nowhere. Every backend computes exactly that; the
+tests compare each with `reference`. Left out: the keys and values that generation stores
+(kv_cache.py). Legend: T tokens, N query heads, K key/value heads, D head size, L tokens of a
+segment, B segments of one length, P tokens of a segment and of all that it continues."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from tunesmith.core.errors import InputError
 from tunesmith.core.types import PackLayout
+from tunesmith.model.flash_attention import (
+    FLASH_DTYPES,
+    flash_attention,
+    has_flash_kernels,
+    is_flash_shape,
+)
 from tunesmith.model.kernels import ops
 from tunesmith.model.kernels.build import call_kernel
 from tunesmith.model.oom import OutOfMemory
@@ -26,13 +37,16 @@ from tunesmith.model.oom import OutOfMemory
 @dataclass(frozen=True)
 class AttentionConfig:
     """How a layer computes scores: the factor before the softmax, how many tokens it looks back
-    (None: all), the soft cap of the logits."""
+    (None: all), the soft cap of the logits, and the sinks."""
 
     scale: float
     window: int | None = None
     softcap: float | None = None
+    sinks_N: Tensor | None = field(default=None, compare=False)
 
 
+LOG2_E = 1 / math.log(2)
+MAX_SCORES = 2**26  # in memory at once on a GPU, where they are stored: 256 MB in fp32
 CosSin = tuple[Tensor, Tensor]  # cosine and sine [T, D/2] of the rotary embedding, fp32 or wider
 
 
@@ -69,8 +83,7 @@ def choose_backend(backend: str, q: Tensor) -> str:
         return backend
     if q.device.type == "cpu":
         return "cpu_kernel"
-    has_varlen = _import_varlen_attn() and q.dtype in (torch.bfloat16, torch.float16)
-    return "varlen" if has_varlen else "dense_mask"
+    return "varlen" if has_flash_kernels(q) else "sdpa"
 
 
 # ---------------------------------------------------------------- reference
@@ -106,8 +119,18 @@ def _attend_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, config: Attenti
     scores = q.to(accum_dtype) @ k.transpose(-1, -2) * config.scale
     if config.softcap:
         scores = config.softcap * torch.tanh(scores / config.softcap)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    return (weights @ v).to(q.dtype)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    sinks = None if config.sinks_N is None else config.sinks_N[:, None, None]
+    return (compute_weights(scores, sinks) @ v).to(q.dtype)
+
+
+def compute_weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the softmax of scores [.., P] over the last dimension. Sinks [.., 1], broadcast over
+    the others, take part and are left out."""
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    sinks = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def reference_attention(
@@ -140,9 +163,11 @@ def sdpa_attention(
     """Attend per document with torch's fused causal attention, one call for neighbours of equal
     length.
 
-    There is no T x T mask, so the work is the sum of the L^2 / 2. bf16 inputs are widened to fp32:
-    on the CPU that is faster for short documents, and more precise."""
-    accum_dtype = torch.promote_types(q.dtype, torch.float32)
+    There is no T x T mask, so the work is the sum of the L^2 / 2. On the CPU, bf16 inputs are
+    widened to fp32: that is faster for short documents, and more precise."""
+    accum_dtype = q.dtype
+    if q.device.type == "cpu":
+        accum_dtype = torch.promote_types(q.dtype, torch.float32)
     q_wide, k_wide, v_wide = (x.to(accum_dtype) for x in (q, k, v))
     outputs: list[Tensor] = []
     if layout.parents:
@@ -163,15 +188,25 @@ def sdpa_attention(
 def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Tensor:
     """Attend with q [B, L, N, D], the last queries of keys and values [B, P, K, D]; returns
     [B * L, N, D]."""
+    on_gpu = q.device.type != "cpu"
+    if on_gpu:  # torch stores all scores if keys have fewer heads, except in flash attention
+        groups = q.shape[2] // k.shape[2]
+        k = k.repeat_interleave(groups, dim=2)
+        v = v.repeat_interleave(groups, dim=2)
     q_BNLD, k_BKPD, v_BKPD = (x.transpose(1, 2) for x in (q, k, v))
     length = q.shape[1]
     prefix_length = k.shape[1] - length
+    if config.softcap and on_gpu:
+        out = attend_in_blocks(q_BNLD, k_BKPD, v_BKPD, config)
+        return out.transpose(1, 2).flatten(0, 1)
     is_windowed = config.window is not None and config.window < length
     mask = None
-    if config.softcap or prefix_length or is_windowed:
+    if config.softcap or prefix_length or is_windowed or config.sinks_N is not None:
         mask = build_causal_mask(length, config.window, q.device, prefix_length)
     if config.softcap and mask is not None:
         out = _attend_eager(q_BNLD, k_BKPD, v_BKPD, mask, config)
+    elif config.sinks_N is not None and mask is not None:
+        out = _attend_with_sinks(q_BNLD, k_BKPD, v_BKPD, mask, config.scale, config.sinks_N)
     else:
         out = F.scaled_dot_product_attention(
             q_BNLD,
@@ -185,12 +220,50 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Te
     return out.transpose(1, 2).flatten(0, 1)
 
 
+def attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, max_scores: int = MAX_SCORES
+) -> Tensor:
+    """Attend with q [B, N, L, D], the last queries of k and v [B, K, P, D]: explicit scores of a
+    block of queries at a time, at most `max_scores`, which the backward computes again."""
+    batch_size, num_heads, length, _ = q.shape
+    prefix_length = k.shape[2] - length
+    block_length = max(1, max_scores // (batch_size * num_heads * k.shape[2]))
+    outputs: list[Tensor] = []
+    for start in range(0, length, block_length):
+        end = min(start + block_length, length)
+        context = prefix_length + end
+        mask = build_causal_mask(end - start, config.window, q.device, prefix_length + start)
+        block = (q[:, :, start:end], k[:, :, :context], v[:, :, :context], mask, config)
+        outputs.append(checkpoint(_attend_eager, *block, use_reentrant=False))
+    return torch.cat(outputs, dim=2)
+
+
+def _attend_with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, mask_LP: Tensor, scale: float, sinks_N: Tensor
+) -> Tensor:
+    """Attend with q [B, N, L, D], k and v [B, K, P, D] in torch's fused attention.
+
+    It has no sinks: one more key, of value 0, is 0 but for one more dimension, in which the
+    queries of each head hold its sink."""
+    sinks_N11 = (sinks_N.to(q.dtype) / scale)[:, None, None]
+    q = torch.cat((q, sinks_N11.expand(*q.shape[:-1], 1)), dim=-1)
+    sink_key = F.pad(torch.zeros_like(k[..., :1, :]), (0, 1), value=1.0)
+    k = torch.cat((F.pad(k, (0, 1)), sink_key), dim=-2)
+    v = F.pad(v, (0, 1, 0, 1))
+    mask = F.pad(mask_LP, (0, 1), value=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    return out[..., :-1]
+
+
 # ---------------------------------------------------------------- CPU: attention.c, in bf16
 
 
 class _AttentionFunction(torch.autograd.Function):
     """Saves q, k, v, the output and one number per row; the backward recomputes the scores. q and k
-    are rotated when they are read, and their gradients rotated back when they are written."""
+    are rotated when they are read, and their gradients rotated back when they are written.
+
+    Sinks need no code in C: the kernel's backward takes the weights of a row from its log-sum-exp
+    and its output, and is exact once both count the sink."""
 
     @staticmethod
     def forward(
@@ -201,6 +274,7 @@ class _AttentionFunction(torch.autograd.Function):
         layout: PackLayout,
         config: AttentionConfig,
         cos_sin: CosSin | None,
+        sinks_N: Tensor | None,
     ) -> Tensor:
         q, k, v = (tensor.contiguous() for tensor in (q, k, v))
         null = q.new_empty(0)  # NULL in C
@@ -210,19 +284,42 @@ class _AttentionFunction(torch.autograd.Function):
         aux_inputs = (*(cos_sin or (null, null)), *_build_segment_tensors(layout))
         ctx.shape = _get_kernel_shape(len(layout.lengths), q, k, config)
         _call_attention("attention", *inputs, *(null,) * 4, *aux_inputs, *ctx.shape)
-        ctx.save_for_backward(*inputs, *aux_inputs)
+        if sinks_N is not None:
+            _count_sinks(out, logsumexp, sinks_N)
+        ctx.save_for_backward(*inputs, *aux_inputs, sinks_N)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # read once: a recomputed layer returns them only once
-        saved = ctx.saved_tensors
+        *saved, sinks_N = ctx.saved_tensors
         inputs = saved[:5]
         aux_inputs = saved[5:]
         dq, dk, dv = (torch.empty_like(x) for x in inputs[:3])
         outputs = (gradients[0].contiguous(), dq, dk, dv)
         _call_attention("attention", *inputs, *outputs, *aux_inputs, *ctx.shape)
-        return dq, dk, dv, None, None, None
+        dsinks_N = None
+        if sinks_N is not None and ctx.needs_input_grad[-1]:
+            out, logsumexp = inputs[3:]
+            dsinks_N = _compute_sink_grads(gradients[0], out, logsumexp, sinks_N)
+        return dq, dk, dv, None, None, None, dsinks_N
+
+
+def _count_sinks(out_TND: Tensor, logsumexp_TN: Tensor, sinks_N: Tensor) -> None:
+    """Count the sinks in an output and in its log-sum-exp, to base 2, in place."""
+    with_sinks_TN = torch.logaddexp2(logsumexp_TN, sinks_N.float() * LOG2_E)
+    out_TND.mul_((logsumexp_TN - with_sinks_TN).exp2()[..., None])
+    logsumexp_TN.copy_(with_sinks_TN)
+
+
+def _compute_sink_grads(
+    dout_TND: Tensor, out_TND: Tensor, logsumexp_TN: Tensor, sinks_N: Tensor
+) -> Tensor:
+    """Return the gradient of the sinks [N]: a sink of weight w scales its row's output by 1 - w, so
+    it gets -w dout . out of each row."""
+    weights_TN = (sinks_N.float() * LOG2_E - logsumexp_TN).exp2()
+    products_TN = (dout_TND.float() * out_TND.float()).sum(-1)
+    return -(weights_TN * products_TN).sum(0).to(sinks_N.dtype)
 
 
 def _get_kernel_shape(
@@ -280,7 +377,7 @@ def cpu_kernel_attention(
     """Attend with attention.c: bf16 products, only over the keys that a query sees. Falls back to
     `sdpa_attention`."""
     if has_kernel(q, config):
-        return _AttentionFunction.apply(q, k, v, layout, config, cos_sin)
+        return _AttentionFunction.apply(q, k, v, layout, config, cos_sin, config.sinks_N)
     q, k = apply_rotary_qk(q, k, cos_sin)
     return sdpa_attention(q, k, v, layout, config)
 
@@ -309,7 +406,10 @@ def run_prefix_kernel(
     segments = _build_segment_tensors(full_layout, num_prefixes=1)
     shape = _get_kernel_shape(count, q, k, config)
     _call_attention("attention", q, k, v, out, logsumexp, *nulls, *segments, *shape)
-    return out[prefix_length:]
+    out = out[prefix_length:]
+    if config.sinks_N is not None:
+        _count_sinks(out, logsumexp[prefix_length:], config.sinks_N)
+    return out
 
 
 def run_decode_kernel(
@@ -330,7 +430,8 @@ def run_decode_kernel(
     q, k, v = (tensor.contiguous() for tensor in (q, k, v))
     null = q.new_empty(0)
     out = torch.empty_like(q)
-    tensors = (q, k, v, *kv_buffers, out, *(cos_sin or (null, null)), positions_B)
+    sinks = null if config.sinks_N is None else config.sinks_N.float().contiguous()
+    tensors = (q, k, v, *kv_buffers, out, *(cos_sin or (null, null)), sinks, positions_B)
     num_rows, num_heads, head_dim = q.shape
     capacity = kv_buffers[0].shape[2]
     sizes = (num_rows, num_heads, k.shape[1], head_dim, capacity, prefix_length)
@@ -341,87 +442,61 @@ def run_decode_kernel(
 # ---------------------------------------------------------------- CUDA
 
 
-def _import_varlen_attn():
-    """Return torch's variable-length flash attention (torch 2.10 and later), else None."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
-
-
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, config: AttentionConfig
 ) -> Tensor:
-    """Attend in one fused call for the whole pack. Soft-capped layers have no such kernel and use
-    the dense mask.
+    """Attend in one call of flash attention for the whole pack.
 
-    The keys of shared prefixes are gathered for each segment; the last query of a segment is
-    aligned with its last key."""
-    varlen_attn = _import_varlen_attn()
-    if config.softcap or varlen_attn is None:
-        return dense_mask_attention(q, k, v, layout, config)
-    cu_seqlens_q = _compute_cu_seqlens(layout.lengths, q.device)
-    cu_seqlens_k = cu_seqlens_q
-    max_seqlen_q = max(layout.lengths)
-    max_seqlen_k = max_seqlen_q
-    if layout.parents:
-        indices = torch.arange(len(k))
-        contexts = [gather_context(indices, layout, i) for i in range(len(layout.lengths))]
-        key_lengths = [len(context) for context in contexts]
-        cu_seqlens_k = _compute_cu_seqlens(key_lengths, q.device)
-        max_seqlen_k = max(key_lengths)
-        key_indices = torch.cat(contexts).to(q.device, non_blocking=True)
-        k = k[key_indices]
-        v = v[key_indices]
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        scale=config.scale,
-        window_size=(-1, 0) if config.window is None else (config.window - 1, 0),
-        enable_gqa=k.shape[1] != q.shape[1],
+    It has no soft cap, and few head sizes: other layers attend per document. Raise InputError for
+    other dtypes than bf16 and fp16."""
+    if q.dtype not in FLASH_DTYPES:
+        dtype = str(q.dtype).removeprefix("torch.")
+        message = f"attention: varlen runs in 16 bits, and the model's dtype is {dtype}"
+        raise InputError(message, where="attention", fix="use attention: sdpa, or dtype: bf16")
+    if config.softcap or not is_flash_shape(q.shape[-1]):
+        return sdpa_attention(q, k, v, layout, config)
+    return flash_attention(
+        q, k, v, layout, scale=config.scale, window=config.window, sinks_N=config.sinks_N
     )
-    assert isinstance(out, Tensor)  # a tuple only if the log-sum-exp is requested
-    return out
-
-
-def _compute_cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
-    cu_seqlens = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
-    return cu_seqlens.to(device, non_blocking=True)
 
 
 def dense_mask_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, config: AttentionConfig
 ) -> Tensor:
     """Attend in one call with a T x T mask: always correct, never fast."""
-    mask = build_dense_mask(layout, config.window).to(q.device)
+    mask = build_dense_mask(layout, config.window, q.device)
     q_NTD, k_KTD, v_KTD = (x.transpose(0, 1) for x in (q, k, v))
     if config.softcap:
         return _attend_eager(q_NTD, k_KTD, v_KTD, mask, config).transpose(0, 1)
+    if config.sinks_N is not None:
+        batch = (q_NTD[None], k_KTD[None], v_KTD[None])
+        out = _attend_with_sinks(*batch, mask, config.scale, config.sinks_N)
+        return out[0].transpose(0, 1)
     out = F.scaled_dot_product_attention(
         q_NTD[None], k_KTD[None], v_KTD[None], attn_mask=mask, scale=config.scale, enable_gqa=True
     )
     return out[0].transpose(0, 1)
 
 
-def build_dense_mask(layout: PackLayout, window: int | None) -> Tensor:
-    """Return a boolean mask [T, T]: whether the row's token sees the column's."""
+# of the layers with and without a window
+@functools.lru_cache(maxsize=2)
+def build_dense_mask(layout: PackLayout, window: int | None, device: torch.device) -> Tensor:
+    """Return a boolean mask [T, T] on the device: whether the row's token sees the column's."""
     count = len(layout.lengths)
     segment_mask = torch.eye(count, dtype=torch.bool)
     offsets: list[int] = []
     for segment, start in enumerate(layout.starts):
         segment_mask[segment, list(layout.get_path(segment))] = True
         offsets.append(start - layout.count_prefix_tokens(segment))
-    segment_T = torch.repeat_interleave(torch.arange(count), torch.tensor(layout.lengths))
-    position_T = torch.arange(layout.num_tokens) - torch.tensor(offsets)[segment_T]
+    segments: list[int] = []
+    for segment, length in enumerate(layout.lengths):
+        segments += [segment] * length
+    segment_T = torch.tensor(segments, device=device)
+    position_T = torch.arange(layout.num_tokens, device=device)
+    position_T = position_T - torch.tensor(offsets, device=device)[segment_T]
     distance = position_T[:, None] - position_T
     is_in_window = (distance >= 0) & (distance < (window or layout.num_tokens + 1))
-    return segment_mask[segment_T][:, segment_T] & is_in_window
+    return segment_mask.to(device)[segment_T][:, segment_T] & is_in_window
 
 
 BACKENDS = {

@@ -9,12 +9,14 @@ N query heads, D head size."""
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -24,10 +26,13 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import Batch, Json, PackLayout
 from tunesmith.model.adapters import find_lora_layers
 from tunesmith.model.attention import AttentionConfig, attend
+from tunesmith.model.experts import freeze_routing
 from tunesmith.model.frozen_weight import BlockedWeight, has_onednn_bf16, limit_onednn_cache
-from tunesmith.model.hub.check_weights import check_weight_shapes, transformers_errors
+from tunesmith.model.hub.stored_tensors import has_uniform_layers
+from tunesmith.model.hub.text_class import transformers_errors
 from tunesmith.model.kv_cache import RaggedKVCache
 from tunesmith.model.layers import (
+    MIXERS,
     Embedding,
     apply_gradient_checkpointing,
     prune_last_layer,
@@ -37,8 +42,10 @@ from tunesmith.model.lm_head import LMHead
 from tunesmith.model.new_embeddings import get_new_rows
 from tunesmith.model.rotary import RotationKey, measure_documents, wrap_rotary
 from tunesmith.model.safetensors_io import find_nonfinite
+from tunesmith.model.text_network import check_weight_shapes, load_text_network
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+STOCK_DROPOUTS = ("residual_dropout", "embedding_dropout")  # numbers in modules
 Network = PreTrainedModel  # for other packages, which do not import transformers
 # our attention; transformers builds no mask for a name without a mask function
 ATTENTION_NAME = "tunesmith"
@@ -49,10 +56,12 @@ ATTENTION_NAME = "tunesmith"
 
 def load_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
     """Load the stock network with weights in `dtype`, in evaluation mode, with nothing trainable
-    and remote code refused.
+    and remote code refused. Of a multimodal checkpoint only the text part is loaded.
 
     Raises InputError for weights that do not match the config, and for NaN or infinite values."""
     check_weight_shapes(folder)
+    if not has_uniform_layers(folder):
+        return load_text_network(folder, dtype, device)
     disable_progress_bar()  # stderr belongs to the command line
     with transformers_errors(folder):
         network: Any = AutoModelForCausalLM.from_pretrained(
@@ -79,6 +88,19 @@ def compute_stock_logits(
         logits_to_keep=torch.tensor(list(positions), device=network.device),
     )
     return out.logits[0].float()
+
+
+@torch.no_grad()
+def compute_cached_logits(network: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
+    """Return fp32 logits [2, V] of the last two tokens of one document, computed by transformers
+    with its cache: the last one from the cache of all others."""
+    ids = torch.tensor([list(tokens)], device=network.device)
+    # its name before transformers 5.24
+    names = inspect.signature(network.forward).parameters
+    name = "cache" if "cache" in names else "past_key_values"
+    begin = network(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1)
+    last = network(input_ids=ids[:, -1:], use_cache=True, **{name: getattr(begin, name)})
+    return torch.cat((begin.logits[0], last.logits[0])).float()
 
 
 def encode_stock_conversation(
@@ -127,11 +149,12 @@ def get_sliding_window(network: PreTrainedModel) -> int | None:
 def get_lm_head(network: PreTrainedModel) -> LMHead:
     """Return the head with the scale and the soft cap of the config; rows of new tokens are written
     into its weight."""
-    config = network.config
+    config = network.config.get_text_config()
     output = network.get_output_embeddings()
     assert output is not None, "a causal language model has a head"
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0
     new_rows = get_new_rows(output)
     if new_rows is not None:
         new_rows.write_into(output.weight)
@@ -176,11 +199,20 @@ class PackedCausalLM:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Bytes of the keys and values of all layers for one token."""
+        """Bytes of the keys and values of all attention layers for one token."""
         config = self.network.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * size * self.dtype.itemsize
+        if getattr(config, "qk_nope_head_dim", None):  # multi-head latent attention
+            size = config.qk_nope_head_dim + config.qk_rope_head_dim
+        num_layers = sum(map(_has_attention, self.decoder.layers))
+        return 2 * num_layers * heads * size * self.dtype.itemsize
+
+    @property
+    def state_bytes_per_row(self) -> int:
+        """Bytes of the states of all recurrent layers for one row, whatever its length."""
+        mixers = [module for module in self.decoder.modules() if isinstance(module, MIXERS)]
+        return sum(mixer.count_state_bytes(self.dtype) for mixer in mixers)
 
     def get_rotation_key(self, length: int) -> RotationKey:
         """Return a key that is equal for lengths of documents with equal rotary frequencies."""
@@ -189,7 +221,8 @@ class PackedCausalLM:
     def compute_hidden(self, batch: Batch) -> Tensor:
         """Return final hidden states [S, H] of the positions that predict a target."""
         self.set_layout(batch.layout)
-        if not batch.layout.parents:
+        shared = batch.shared_targets
+        if shared is None or not shared.holds_for(batch):
             return self._run_decoder(
                 batch.tokens_T,
                 batch.positions_T,
@@ -198,11 +231,10 @@ class PackedCausalLM:
                 embedding_noise_TH=batch.embedding_noise_TH,
             )
         # the last token of a shared part predicts several targets: compute it once
-        positions, inverse_S = batch.positions_S.unique(return_inverse=True)
-        hidden = self._run_decoder(
-            batch.tokens_T, batch.positions_T, batch.layout, positions_to_keep=positions
+        hidden_PH = self._run_decoder(
+            batch.tokens_T, batch.positions_T, batch.layout, positions_to_keep=shared.positions_P
         )
-        return hidden.index_select(0, inverse_S)
+        return hidden_PH.index_select(0, shared.position_S)
 
     @torch.no_grad()
     def prefill(
@@ -268,7 +300,12 @@ class PackedCausalLM:
         if embedding_noise_TH is not None:
             embeddings_TH = self.network.get_input_embeddings()(tokens_T)
             noisy_TH = embeddings_TH + embedding_noise_TH.to(embeddings_TH.dtype)
+            if type(self.decoder).__name__ == "FalconH1Model":  # scales only what it looks up
+                noisy_TH = noisy_TH * self.decoder.embedding_multiplier
             inputs = {"inputs_embeds": noisy_TH[None]}
+            if getattr(self.decoder, "hidden_size_per_layer_input", 0):
+                per_layer_inputs = self.decoder.get_per_layer_inputs(tokens_T[None])
+                inputs["per_layer_inputs"] = per_layer_inputs
         out = self.decoder(
             **inputs,
             position_ids=positions_T[None],
@@ -302,9 +339,22 @@ def wrap_model(
         _block_weights(network)
     network.set_input_embeddings(Embedding(network.get_input_embeddings(), dtype))
     replace_layers(network)
+    _switch_off_dropout(network)
+    freeze_routing(network)
     model = PackedCausalLM(network, dtype, backend)
     apply_gradient_checkpointing(list(model.decoder.layers), gradient_checkpointing)
     return model
+
+
+def _switch_off_dropout(network: nn.Module) -> None:
+    """Switch off the dropout of the base, which older families have: its mask would be drawn for a
+    pack, so that a document's loss depended on the others. The adapter's own is a setting."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in STOCK_DROPOUTS:
+            if hasattr(module, name):
+                setattr(module, name, 0.0)
 
 
 def _block_weights(network: PreTrainedModel) -> None:
@@ -316,6 +366,11 @@ def _block_weights(network: PreTrainedModel) -> None:
     for parameter in network.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.clone()
+
+
+def _has_attention(layer: nn.Module) -> bool:
+    """Return whether a decoder layer has softmax attention, stock or ours."""
+    return any(type(module).__name__.endswith("Attention") for module in layer.modules())
 
 
 # ---------------------------------------------------------------- inside stock attention modules
@@ -337,7 +392,7 @@ def packed_attention_forward(
     [1, N, T, D] in, [1, T, N, D] out.
 
     Raises InputError for an argument that it would have to ignore."""
-    unsupported = [k for k in ("head_mask", "position_bias", "s_aux") if kwargs.get(k) is not None]
+    unsupported = [k for k in ("head_mask", "position_bias") if kwargs.get(k) is not None]
     if attention_mask is not None:
         unsupported.append("a mask")
     if unsupported:
@@ -350,15 +405,22 @@ def packed_attention_forward(
     scaling = kwargs.get("scaling")
     window = kwargs.get("sliding_window")
     softcap = kwargs.get("softcap")
+    sinks = kwargs.get("s_aux")
     config = AttentionConfig(
         scale=float(scaling) if isinstance(scaling, int | float) else query.shape[-1] ** -0.5,
         window=window if isinstance(window, int) else None,
         softcap=float(softcap) if isinstance(softcap, int | float) else None,
+        sinks_N=sinks if isinstance(sinks, Tensor) else None,
     )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if kv_cache is not None:
-        return kv_cache.attend(module, q, k, v, layout, config, backend)[None], None
-    return attend(q, k, v, layout, config, backend)[None], None
+    value_size = v.shape[-1]
+    if value_size < k.shape[-1]:  # multi-head latent attention
+        v = F.pad(v, (0, k.shape[-1] - value_size))
+    if kv_cache is None:
+        out = attend(q, k, v, layout, config, backend)
+    else:
+        out = kv_cache.attend(module, q, k, v, layout, config, backend)
+    return out[None, ..., :value_size], None
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention_forward)

@@ -2,7 +2,7 @@
 
 In: q [T, N, D], k and v [T, K, D] in 16 bits, and a PackLayout. Out: [T, N, D]. The two operators
 below torch's own functions are called directly: those functions take other arguments in each
-release from 2.10 to 2.13, and these are the same since 2.7. Nothing is copied from the host in a
+release from 2.10 to 2.13, and these are the same from 2.8 on. Nothing is copied from the host in a
 layer: the offsets of a pack go to the GPU once. Left out: other dtypes, soft caps and head sizes,
 which attention.py attends document by document. Legend: T tokens, N query heads, K key/value heads,
 D head size, P rows of the keys of all segments."""
@@ -144,8 +144,9 @@ class _FlashAttention(torch.autograd.Function):
         dv = _sum_rows(dv, len(v), offsets)
         dsinks_N = None
         if sinks_N is not None and ctx.needs_input_grad[-1]:
-            weights_NT = (sinks_N.float()[:, None] - logsumexp_NT).exp()
-            products_TN = (dout.float() * out.float()).sum(-1)
+            accum_dtype = logsumexp_NT.dtype
+            weights_NT = (sinks_N.to(accum_dtype)[:, None] - logsumexp_NT).exp()
+            products_TN = (dout.to(accum_dtype) * out.to(accum_dtype)).sum(-1)
             dsinks_N = -(weights_NT * products_TN.t()).sum(1).to(sinks_N.dtype)
         return dq, dk, dv, None, None, None, dsinks_N
 
@@ -186,6 +187,6 @@ def _sum_rows(dx: Tensor, num_rows: int, offsets: SegmentOffsets) -> Tensor:
 def _count_sinks(out_TND: Tensor, logsumexp_NT: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]:
     """Return the output and the log-sum-exp with the sinks."""
     assert logsumexp_NT.shape == out_TND.shape[1::-1], "one log-sum-exp per head and row"
-    with_sinks_NT = torch.logaddexp(logsumexp_NT, sinks_N.float()[:, None])
+    with_sinks_NT = torch.logaddexp(logsumexp_NT, sinks_N.to(logsumexp_NT.dtype)[:, None])
     shares_TN = (logsumexp_NT - with_sinks_NT).exp().t()
     return (out_TND * shares_TN[..., None]).to(out_TND.dtype), with_sinks_NT

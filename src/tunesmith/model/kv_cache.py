@@ -1,10 +1,12 @@
-"""Keys and values of the rows that generation extends, and attention over them.
+"""What the rows that generation extends keep: keys and values, attention over them, and the states
+of recurrent layers.
 
-In: each layer's new q, k and v. Rows have different lengths without padding; a new row may join at
-any time and a finished one leaves at once. Prompts run through the same packed attention as
-training, and a prefix that all prompts share is computed once. A decode step attends to what its
-row has stored. Left out: which tokens (generation/engine.py). Legend: T new tokens, B rows, N query
-heads, K key/value heads, G = N / K, D head size, L stored tokens, n tokens of a prompt."""
+In: each layer's new q, k and v, or its new states. Rows have different lengths without padding; a
+new row may join at any time and a finished one leaves at once. Prompts run through the same packed
+attention as training, and a prefix that all prompts share is computed once. A decode step attends
+to what its row has stored. Left out: which tokens (generation/engine.py). Legend: T new tokens, B
+rows, N query heads, K key/value heads, G = N / K, D head size, L stored tokens, n tokens of a
+prompt."""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ from tunesmith.model.attention import (
     apply_rotary_qk,
     attend,
     choose_backend,
+    compute_weights,
     has_kernel,
     run_decode_kernel,
     run_prefix_kernel,
@@ -28,16 +31,17 @@ from tunesmith.model.attention import (
 
 BLOCK_TOKENS = 64  # buffers grow to a multiple of this many tokens
 KeysValues = tuple[Tensor, Tensor]
+States = tuple[Tensor, ...]  # of a recurrent layer, each [rows, ...]
 
 
 class RaggedKVCache:
-    """Keys and values of up to `slots` rows; row b has `lengths[b]` tokens.
+    """Keys, values and states of up to `slots` rows; row b has `lengths[b]` tokens.
 
     `begin_prefill` or `begin_decode` must precede the forward that fills the new positions."""
 
     def __init__(self, slots: int, max_length: int = 0) -> None:
-        """Reserve `slots` rows. Room for tokens grows on demand, up to `max_length` if it is not
-        0."""
+        """Reserve `slots` rows of `max_length` tokens; if it is 0, room grows on demand. Growing
+        copies every layer, and leaves gaps in the heap that the larger buffers do not fit in."""
         self.slots = slots
         self.max_length = max_length
         self.lengths: list[int] = []
@@ -46,6 +50,9 @@ class RaggedKVCache:
         self._prefix_kv: dict[nn.Module, KeysValues] = {}
         # layer -> keys, values [slots, K, capacity, D]
         self._kv_buffers: dict[nn.Module, KeysValues] = {}
+        # recurrent layer -> states at the end of the prefix [1, ...], of the rows [slots, ...]
+        self._prefix_states: dict[nn.Module, States] = {}
+        self._state_buffers: dict[nn.Module, States] = {}
         # the first row of a prompt forward; None while rows are extended
         self._first_new_row: int | None = None
         self._rows_B = torch.empty(0)
@@ -78,6 +85,8 @@ class RaggedKVCache:
             prefix_keys = keys[0, :, : self.prefix_length].transpose(0, 1).contiguous()
             prefix_values = values[0, :, : self.prefix_length].transpose(0, 1).contiguous()
             self._prefix_kv[layer] = (prefix_keys, prefix_values)
+        for layer, states in self._state_buffers.items():
+            self._prefix_states[layer] = tuple(state[:1].clone() for state in states)
         self.drop_row(0)
 
     def drop_row(self, row: int) -> None:
@@ -90,6 +99,30 @@ class RaggedKVCache:
         for buffers in self._kv_buffers.values():
             for x in buffers:
                 x[row, :, :length] = x[last, :, :length]
+        for states in self._state_buffers.values():
+            for state in states:
+                state[row] = state[last]
+
+    def get_states(self, layer: nn.Module) -> States | None:
+        """Return the states in which the rows of this forward start, None if they start from
+        nothing. Those of a decode step may be changed in place."""
+        if self._first_new_row is None:
+            return tuple(state[: len(self.lengths)] for state in self._state_buffers[layer])
+        states = self._prefix_states.get(layer)
+        if states is None:
+            return None
+        num_new_rows = len(self.lengths) - self._first_new_row
+        return tuple(torch.cat([state] * num_new_rows) for state in states)
+
+    def put_states(self, layer: nn.Module, states: States) -> None:
+        """Store the states in which the rows of this forward end."""
+        if layer not in self._state_buffers:
+            buffers = tuple(state.new_zeros(self.slots, *state.shape[1:]) for state in states)
+            self._state_buffers[layer] = buffers
+        rows = slice(self._first_new_row or 0, len(self.lengths))
+        for buffer, state in zip(self._state_buffers[layer], states, strict=True):
+            if buffer[rows].data_ptr() != state.data_ptr():  # else changed in place
+                buffer[rows] = state
 
     def attend(
         self,
@@ -167,10 +200,7 @@ class RaggedKVCache:
         old_capacity = buffers[0].shape[2] if buffers else 0
         if buffers and old_capacity >= min_capacity:
             return buffers
-        capacity = old_capacity * 3 // 2
-        if self.max_length:
-            capacity = min(capacity, self.max_length)
-        capacity = max(capacity, min_capacity)
+        capacity = max(self.max_length or old_capacity * 3 // 2, min_capacity)
         capacity = -(-capacity // BLOCK_TOKENS) * BLOCK_TOKENS
         # zeros, because masked values must still be finite
         keys = k.new_zeros(self.slots, k.shape[1], capacity, k.shape[2])
@@ -241,12 +271,20 @@ def attend_after_prefix(
 def _attend_grouped(
     q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, config: AttentionConfig
 ) -> Tensor:
-    """Attend with q [B, K, M, D], keys and values [B, K, L, D]; returns [B, K, M, D]."""
-    if not config.softcap:
+    """Attend with q [B, K, M, D], keys and values [B, K, L, D]; returns [B, K, M, D].
+
+    The M queries are those of N / K heads, one head after the other."""
+    if not config.softcap and config.sinks_N is None:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=config.scale)
     accum_dtype = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(accum_dtype) @ keys.to(accum_dtype).transpose(-1, -2) * config.scale
-    scores = config.softcap * torch.tanh(scores / config.softcap)
+    if config.softcap:
+        scores = config.softcap * torch.tanh(scores / config.softcap)
     if mask is not None:
         scores = scores + mask
-    return (scores.softmax(dim=-1) @ values.to(accum_dtype)).to(q.dtype)
+    sinks_KM1 = None
+    if config.sinks_N is not None:
+        sinks_KG = config.sinks_N.unflatten(0, (keys.shape[1], -1))
+        queries_per_head = q.shape[2] // sinks_KG.shape[1]
+        sinks_KM1 = sinks_KG.repeat_interleave(queries_per_head, dim=1)[..., None]
+    return (compute_weights(scores, sinks_KM1) @ values.to(accum_dtype)).to(q.dtype)

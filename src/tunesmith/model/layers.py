@@ -17,9 +17,17 @@ from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.types import PackLayout
 from tunesmith.model.attention import AttentionConfig, attend
+from tunesmith.model.experts import Experts, is_stock_experts
 from tunesmith.model.kernels import ops
 from tunesmith.model.kv_cache import RaggedKVCache
 from tunesmith.model.lora import LinearGroup, prepare_group, project
+from tunesmith.model.mixers.convolution import ShortConvolution
+from tunesmith.model.mixers.gated_delta import (
+    GatedDeltaNet,
+    OlmoHybridDeltaNet,
+    Qwen3NextDeltaNet,
+)
+from tunesmith.model.mixers.mamba2 import Mamba2Mixer
 from tunesmith.model.new_embeddings import get_new_rows
 
 
@@ -58,7 +66,9 @@ class Attention(nn.Module):
         self.head_dim: int = stock.head_dim
         window = getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None))
         softcap = getattr(stock, "attn_logit_softcapping", None)
-        self.attention_config = AttentionConfig(float(stock.scaling), window, softcap)
+        self.sinks: nn.Parameter | None = getattr(stock, "sinks", None)
+        scale = float(stock.scaling)
+        self.attention_config = AttentionConfig(scale, window, softcap, self.sinks)
         # set in the last layer, which computes its output at `positions_to_keep` only
         self.should_prune = False
 
@@ -78,7 +88,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)
-        cos_sin = halve_cos_sin(*position_embeddings)
+        cos_sin = halve_cos_sin(*position_embeddings, self.head_dim)
         config = self.attention_config
         if kv_cache is None:
             out_TND = attend(q, k, v, layout, config, backend, cos_sin)
@@ -90,9 +100,10 @@ class Attention(nn.Module):
         return y_TH[None], None
 
 
-def halve_cos_sin(cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
-    """Convert the stock tables [1, T, D], which repeat each half, to [T, D/2] in fp32 or wider."""
-    half = cosine.shape[-1] // 2
+def halve_cos_sin(cosine: Tensor, sine: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Convert the stock tables [1, T, D], which repeat each half, to [T, D/2] in fp32 or wider.
+    Those of gpt-oss have one half."""
+    half = head_dim // 2
     accum_dtype = torch.promote_types(cosine.dtype, torch.float32)
     cosine_half = cosine[0, :, :half].to(accum_dtype).contiguous()
     sine_half = sine[0, :, :half].to(accum_dtype).contiguous()
@@ -208,14 +219,14 @@ def prune_last_layer(layers: nn.ModuleList) -> bool:
 def apply_gradient_checkpointing(layers: Sequence[Any], mode: str) -> None:
     """Choose the activations that the forward keeps for the backward.
 
-    none: all. selective: all but gate and up of the MLPs, which are recomputed. full: the inputs of
-    the layers, each of which runs again with the same PackLayout. The last layer is not
+    none: all. selective: all but gate and up of MLPs and experts, which are recomputed. full: the
+    inputs of the layers, each of which runs again with the same PackLayout. The last layer is not
     recomputed: its backward comes first, so its activations are freed before others need memory."""
     if mode == "selective":
         for layer in layers:
-            mlp = getattr(layer, "mlp", None)
-            if isinstance(mlp, Mlp):
-                mlp.should_recompute = True
+            for module in layer.modules():
+                if isinstance(module, Mlp | Experts):
+                    module.should_recompute = True
     if mode == "full":
         for layer in layers[:-1]:
             # transformers' own switch; active in training mode only
@@ -246,17 +257,37 @@ class Embedding(nn.Module):
 
 # ---------------------------------------------------------------- which stock modules are replaced
 
-PRE_NORM_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Granite")
+PRE_NORM_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Granite", "Qwen3Moe", "Mixtral")
 OFFSET_NORM_FAMILIES = ("Gemma", "Gemma2", "Gemma3")
+# their norms and MLPs only
+EXPERT_FAMILIES = ("DeepseekV3", "Glm4Moe", "Glm4MoeLite", "Olmoe")
 FAMILIES = (*PRE_NORM_FAMILIES, *OFFSET_NORM_FAMILIES)
 NORM_OFFSETS = {
     **{f"{family}RMSNorm": 0.0 for family in PRE_NORM_FAMILIES},
     **{f"{family}RMSNorm": 1.0 for family in OFFSET_NORM_FAMILIES},
+    **{f"{family}RMSNorm": 0.0 for family in EXPERT_FAMILIES},
+    "GptOssRMSNorm": 0.0,
 }
 PRUNABLE_LAYERS = tuple(f"{family}DecoderLayer" for family in PRE_NORM_FAMILIES)
-ATTENTION_CLASSES = tuple(f"{family}Attention" for family in FAMILIES)
-MLP_CLASSES = tuple(f"{family}MLP" for family in FAMILIES)
+ATTENTION_CLASSES = (*(f"{family}Attention" for family in FAMILIES), "GptOssAttention")
+MLP_CLASSES = (
+    *(f"{family}MLP" for family in (*FAMILIES, *EXPERT_FAMILIES)),
+    *("Qwen3NextMLP", "Qwen3_5MoeMLP"),  # shared experts
+)
 IS_GELU = {"silu": False, "gelu_pytorch_tanh": True}
+MIXERS = (GatedDeltaNet, Mamba2Mixer, ShortConvolution)  # all that carry a state
+MIXER_CLASSES = {
+    "Qwen3_5GatedDeltaNet": GatedDeltaNet,
+    "Qwen3_5MoeGatedDeltaNet": GatedDeltaNet,
+    "Qwen3NextGatedDeltaNet": Qwen3NextDeltaNet,
+    "OlmoHybridGatedDeltaNet": OlmoHybridDeltaNet,
+    "GraniteMoeHybridMambaLayer": Mamba2Mixer,
+    "FalconH1Mixer": Mamba2Mixer,
+    "NemotronHMamba2Mixer": Mamba2Mixer,
+    "Lfm2ShortConv": ShortConvolution,
+    "Lfm2MoeShortConv": ShortConvolution,
+    "Lfm3ShortConv": ShortConvolution,
+}
 
 
 def build_replacement(stock: Any) -> nn.Module | None:
@@ -270,6 +301,10 @@ def build_replacement(stock: Any) -> nn.Module | None:
         config = stock.config
         activation = getattr(config, "hidden_activation", None) or config.hidden_act
         return Mlp(stock, is_gelu=IS_GELU[activation]) if activation in IS_GELU else None
+    if is_stock_experts(stock):
+        return Experts(stock)
+    if name in MIXER_CLASSES:
+        return MIXER_CLASSES[name](stock)
     return None
 
 

@@ -81,6 +81,7 @@ class _SupervisedLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         trainable_weight: Tensor,
+        bias: Tensor | None,
         head: LMHead,
         targets: Tensor,
         weights: Tensor,
@@ -89,6 +90,9 @@ class _SupervisedLoss(torch.autograd.Function):
         cast_weight = head.weight.detach().to(hidden.dtype)
         dhidden = torch.empty_like(hidden)
         dweight = torch.zeros_like(trainable_weight) if ctx.needs_input_grad[1] else None
+        dbias = None
+        if bias is not None and ctx.needs_input_grad[2]:
+            dbias = torch.zeros_like(bias)
         losses: list[Tensor] = []
         chunks = _iter_loss_chunks(hidden, cast_weight, head, targets, weights, label_smoothing)
         for rows, chunk_losses, dlogits in chunks:
@@ -97,18 +101,22 @@ class _SupervisedLoss(torch.autograd.Function):
             if dweight is not None:
                 dchunk = dlogits[:, head.trainable_slice].t() @ hidden[rows]
                 dweight += dchunk.to(dweight.dtype)
+            if dbias is not None:
+                dbias += dlogits.sum(0, dtype=dbias.dtype)
         losses_S = torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
-        ctx.save_for_backward(dhidden, dweight)
+        ctx.save_for_backward(dhidden, dweight, dbias)
         ctx.mark_non_differentiable(losses_S)
         return (losses_S * weights.to(losses_S.dtype)).sum(), losses_S
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dloss, _ = gradients
-        dhidden, dweight = ctx.saved_tensors
+        dhidden, dweight, dbias = ctx.saved_tensors
         if dweight is not None:
             dweight = dweight.mul(dloss)
-        return dhidden.mul(dloss), dweight, None, None, None, None
+        if dbias is not None:
+            dbias = dbias.mul(dloss)
+        return dhidden.mul(dloss), dweight, dbias, None, None, None, None
 
 
 def compute_supervised_loss(
@@ -119,9 +127,10 @@ def compute_supervised_loss(
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of weight * loss over the targets (differentiable), and the loss of each
-    target [S]. A trainable bias is not supported; no supported family has one."""
+    target [S]."""
+    parameters = (head.trainable_weight, head.bias)
     return _SupervisedLoss.apply(
-        hidden_SH, head.trainable_weight, head, targets_S, weights_S, label_smoothing
+        hidden_SH, *parameters, head, targets_S, weights_S, label_smoothing
     )
 
 
@@ -133,7 +142,12 @@ class _TargetLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, trainable_weight: Tensor, head: LMHead, targets: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        trainable_weight: Tensor,
+        bias: Tensor | None,
+        head: LMHead,
+        targets: Tensor,
     ) -> Tensor:
         dhidden = torch.empty_like(hidden)
         losses = [hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
@@ -145,14 +159,16 @@ class _TargetLosses(torch.autograd.Function):
             torch.mm(dlogits, cast_weight, out=dhidden[rows])
         ctx.head = head
         saved_hidden = hidden if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(saved_hidden, trainable_weight, targets, dhidden)
+        trained_bias = bias if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(saved_hidden, trainable_weight, trained_bias, targets, dhidden)
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        hidden, trainable_weight, targets, dhidden = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, trainable_weight, bias, targets, dhidden = ctx.saved_tensors
         dlosses_S = gradients[0]
         dweight = None
+        dbias = None if bias is None else torch.zeros_like(bias)
         if hidden is not None:
             dweight = torch.zeros_like(trainable_weight)
             head: LMHead = ctx.head
@@ -161,13 +177,16 @@ class _TargetLosses(torch.autograd.Function):
             for rows, _, dlogits in _iter_loss_chunks(hidden, cast_weight, head, targets, weights):
                 dchunk = dlogits[:, head.trainable_slice].t() @ hidden[rows]
                 dweight += dchunk.to(dweight.dtype)
-        return dhidden * dlosses_S[:, None].to(dhidden.dtype), dweight, None, None
+                if dbias is not None:
+                    dbias += dlogits.sum(0, dtype=dbias.dtype)
+        dhidden = dhidden * dlosses_S[:, None].to(dhidden.dtype)
+        return dhidden, dweight, dbias, None, None
 
 
 def compute_target_losses(hidden_SH: Tensor, head: LMHead, targets_S: Tensor) -> Tensor:
     """Return the loss of each target [S], differentiable one by one: for losses that are not a
     weighted sum of them."""
-    return _TargetLosses.apply(hidden_SH, head.trainable_weight, head, targets_S)
+    return _TargetLosses.apply(hidden_SH, head.trainable_weight, head.bias, head, targets_S)
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """Merge an adapter into its base model, one tensor at a time.
 
 In: the folders of the base and of the adapter. Out: every tensor of the base under its name, in
-fp32, with the adapter added; safetensors are written in the base's dtype, rounded once. Only one
-tensor is in memory at a time. Left out: other formats (export), and whether the adapter belongs to
-this base (the caller checks)."""
+fp32, with the adapter added; safetensors are written in the base's dtype, rounded once. What text
+training leaves out of a multimodal checkpoint is copied byte for byte. Only one tensor is in memory
+at a time. Left out: other formats (export), and whether the adapter belongs to this base (the
+caller checks)."""
 
 from __future__ import annotations
 
@@ -17,13 +18,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tunesmith.core.errors import GateError
+from tunesmith.core.errors import GateError, InputError
 from tunesmith.model.causal_lm import Network
+from tunesmith.model.expert_adapters import ExpertLoraTensors, find_expert_delta
 from tunesmith.model.hub.adapter_config import read_adapter
-from tunesmith.model.hub.validate import TensorHeader, read_headers
-from tunesmith.model.quantization import roundtrip_nf4
-from tunesmith.model.safetensors_io import DTYPES, is_finite
+from tunesmith.model.hub.expert_names import is_expert_matrix
+from tunesmith.model.hub.packed_tensors import MXFP4, find_packing
+from tunesmith.model.hub.stored_tensors import PLAIN_NAMING, TensorNaming, read_naming
+from tunesmith.model.hub.validate import DTYPE_BYTES, TensorHeader, read_headers, read_model_json
+from tunesmith.model.quantization import roundtrip_experts, roundtrip_nf4
+from tunesmith.model.safetensors_io import DTYPES, is_finite, read_bytes
 from tunesmith.model.save import (
+    AnyLora,
     LoraTensors,
     ModuleTensor,
     TokenRowTensors,
@@ -34,13 +40,14 @@ from tunesmith.model.save import (
     read_adapter_tensors,
 )
 
+PACKED_DTYPE = "U8"  # of MXFP4
 # an adapter's change of one matrix, or of one tensor of a module that is trained in full
-WeightDelta = LoraTensors | TokenRowTensors | ModuleTensor
+WeightDelta = LoraTensors | ExpertLoraTensors | TokenRowTensors | ModuleTensor
 WeightDeltas = Mapping[str, WeightDelta]
 
 
-def read_loras(folder: Path, base: Path) -> dict[str, LoraTensors]:
-    """Return path of a linear -> its adapter, from `folder`.
+def read_loras(folder: Path, base: Path) -> dict[str, AnyLora]:
+    """Return PEFT's path of a linear, or stack of experts, -> its adapter, from `folder`.
 
     Raises the errors of `read_adapter`, and InputError for NaN or infinite values."""
     adapter = read_adapter(folder, base)
@@ -71,36 +78,51 @@ def merge_into_network(network: Network, deltas: WeightDeltas) -> None:
 
 
 def iter_merged_tensors(
-    headers: Mapping[str, TensorHeader], deltas: WeightDeltas, quantized_paths: Collection[str] = ()
+    headers: Mapping[str, TensorHeader],
+    deltas: WeightDeltas,
+    quantized_paths: Collection[str] = (),
+    naming: TensorNaming = PLAIN_NAMING,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, merged fp32 weights) in the order of `headers`. Linears in `quantized_paths` are
-    rounded to 4 bits first. Raises GateError for a NaN or infinite value."""
-    for name, header in headers.items():
+    rounded to 4 bits first. A tensor that `naming` leaves out, or that is packed, is yielded as its
+    bytes. Raises GateError for a NaN or infinite value."""
+    for stored_name, header in headers.items():
+        name = naming.name_parameter(stored_name)
+        if name is None or header.dtype == PACKED_DTYPE:
+            yield stored_name, read_bytes(header)
+            continue
         with safe_open(header.file, "pt") as file:
-            tensor = file.get_tensor(name).float()
+            tensor = file.get_tensor(stored_name).float()
         path = name.removesuffix(".weight")
         if path in quantized_paths or f"model.{path}" in quantized_paths:
             tensor = roundtrip_nf4(tensor)
-        if (delta := _find_delta(name, deltas)) is not None:
+        elif quantized_paths and is_expert_matrix(name):
+            tensor = roundtrip_experts(name, tensor)
+        if (delta := _find_delta(name, header, deltas)) is not None:
             tensor = delta.merge_into(tensor)
-        yield name, require_finite(name, tensor)
+        yield stored_name, require_finite(stored_name, tensor)
 
 
 def merge_headers(
-    headers: Mapping[str, TensorHeader], deltas: WeightDeltas
+    headers: Mapping[str, TensorHeader],
+    deltas: WeightDeltas,
+    naming: TensorNaming = PLAIN_NAMING,
 ) -> dict[str, TensorHeader]:
     """Return the headers after the merge: matrices with new rows may be longer."""
     merged = dict(headers)
     for name, header in headers.items():
-        rows = _find_delta(name, deltas)
+        parameter = naming.name_parameter(name)
+        rows = _find_delta(parameter, header, deltas) if parameter else None
         if isinstance(rows, TokenRowTensors):
             shape = (rows.count_rows(header.shape[0]), *header.shape[1:])
             merged[name] = replace(header, shape=shape)
     return merged
 
 
-def _find_delta(name: str, deltas: WeightDeltas) -> WeightDelta | None:
+def _find_delta(name: str, header: TensorHeader, deltas: WeightDeltas) -> WeightDelta | None:
     """Return the change of a tensor. Files of a decoder alone lack the prefix `model.`."""
+    if is_expert_matrix(name):
+        return find_expert_delta(name, header.shape[0], deltas)
     path = name.removesuffix(".weight")
     return deltas.get(path) or deltas.get(f"model.{path}")
 
@@ -118,21 +140,41 @@ def write_merged_weights(
 ) -> None:
     """Write the merged weights under the base's names and in its dtypes, as one safetensors
     file."""
+    refuse_packed_merge(base, deltas)
     headers = read_headers(base)
-    merged = iter_merged_tensors(headers, deltas, quantized_paths)
-    write_weights(merge_headers(headers, deltas), (tensor for _, tensor in merged), file)
+    naming = read_naming(read_model_json(base / "config.json"))
+    merged = iter_merged_tensors(headers, deltas, quantized_paths, naming)
+    merged_headers = merge_headers(headers, deltas, naming)
+    write_weights(merged_headers, (tensor for _, tensor in merged), file)
+
+
+def refuse_packed_merge(base: Path, deltas: WeightDeltas) -> None:
+    """Raise InputError for a change of packed weights: the sum would have to be rounded to their
+    format again. gpt-oss packs its experts only."""
+    config_file = base / "config.json"
+    config = read_model_json(config_file)
+    packing = find_packing(config, str(config.get("model_type")), str(config_file))
+    if packing is None or (packing.method == MXFP4 and not any(map(_is_of_experts, deltas))):
+        return
+    message = f"the base's weights are in {packing.method}, and merged ones would be rounded again"
+    fix = "export the adapter alone, with --to peft"
+    raise InputError(message, where=str(base), fix=fix)
+
+
+def _is_of_experts(path: str) -> bool:
+    return ".experts" in path
 
 
 def write_weights(
     headers: Mapping[str, TensorHeader], tensors: Iterable[Tensor], file: Path
 ) -> None:
-    """Stream a safetensors file with the names, shapes and dtypes of `headers`; fp32 tensors come
-    in the same order."""
+    """Stream a safetensors file with the names, shapes and dtypes of `headers`; fp32 tensors, or
+    their bytes, come in the same order."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, header in headers.items():
         begin = end
-        end += prod(header.shape) * DTYPES[header.dtype].itemsize
+        end += prod(header.shape) * DTYPE_BYTES[header.dtype]
         table[name] = {
             "dtype": header.dtype,
             "shape": list(header.shape),
@@ -143,5 +185,6 @@ def write_weights(
     with file.open("wb") as output:
         output.write(len(text).to_bytes(8, "little") + text)
         for (name, header), tensor in zip(headers.items(), tensors, strict=True):
-            cast_tensor = require_finite(name, tensor.to(DTYPES[header.dtype])).contiguous()
-            output.write(cast_tensor.flatten().view(torch.uint8).numpy().data)
+            if tensor.dtype != torch.uint8:
+                tensor = require_finite(name, tensor.to(DTYPES[header.dtype])).contiguous()
+            output.write(tensor.flatten().view(torch.uint8).numpy().data)

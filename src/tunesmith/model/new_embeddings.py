@@ -56,8 +56,9 @@ class NewTokenRows(nn.Module):
         """Replace the embeddings `out` [.., H] of new tokens by the trainable rows times `factor`,
         so that they receive gradients."""
         is_new = (ids >= self.span.start) & (ids < self.span.stop)
-        rows = F.embedding(ids[is_new] - self.span.start, self.rows_KH)
-        return out.index_put((is_new,), rows.to(out.dtype) * factor)
+        # a lookup of every token, since a GPU would have to wait for the number of new ones
+        rows = F.embedding((ids - self.span.start).clamp(0, len(self.rows_KH) - 1), self.rows_KH)
+        return torch.where(is_new[..., None], rows.to(out.dtype) * factor, out)
 
 
 def get_new_rows(module: nn.Module) -> NewTokenRows | None:

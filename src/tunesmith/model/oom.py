@@ -15,7 +15,14 @@ import torch
 
 from tunesmith.core.errors import MachineError
 
-CPU_ALLOCATOR = "DefaultCPUAllocator"  # its error is a plain RuntimeError
+# of plain RuntimeErrors: torch's CPU allocator, cuBLAS, the CUDA driver, NCCL
+MEMORY_WORDS = (
+    "DefaultCPUAllocator",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "Cuda failure 'out of memory'",
+    "Cuda failure 2 'out of memory'",
+)
 
 
 class OutOfMemory(MachineError):
@@ -29,8 +36,8 @@ def memory_errors() -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        is_cpu_error = CPU_ALLOCATOR in str(error)
-        if not (is_cpu_error or isinstance(error, torch.OutOfMemoryError | MemoryError)):
+        has_words = any(words in str(error) for words in MEMORY_WORDS)
+        if not (has_words or isinstance(error, torch.OutOfMemoryError | MemoryError)):
             raise
         detail = str(error).strip().partition("\n")[0]
         message = f"out of memory: {detail}" if detail else "out of memory"

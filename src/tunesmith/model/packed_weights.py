@@ -1,22 +1,28 @@
 """Read the packed weights of a checkpoint, and measure what FP8 loses.
 
     read_mxfp4_experts(header, dtype)       experts that stay packed
-    measure_rounding(headers, dtype)        what FP8 weights lose where they are computed in bf16
+    measure_rounding(folder, dtype)         what FP8 weights lose where they are computed in bf16
 
-In: headers of `hub/packed_tensors.attach_scales`. FP8 matrices are read like others, in fp32
-(safetensors_io.py), and rounded to the dtype of the model; the loss is measured on a few of them,
-for preflight to report. MXFP4 loses nothing (packed_formats.py). Left out: which tensors a network
-needs (text_network.py)."""
+In: a model folder, or headers of `hub/packed_tensors.attach_scales`. FP8 matrices are read like
+others, in fp32 (safetensors_io.py), and rounded to the dtype of the model; the loss is measured on
+a few of them, for preflight to report. MXFP4 loses nothing (packed_formats.py). Left out: which
+tensors a network needs (text_network.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from tunesmith.model.hub.packed_tensors import FP8_DTYPE, MXFP4_DTYPE
-from tunesmith.model.hub.validate import TensorHeader
+from tunesmith.model.hub.packed_tensors import (
+    FP8,
+    FP8_DTYPE,
+    MXFP4_DTYPE,
+    attach_scales,
+    find_packing,
+)
+from tunesmith.model.hub.validate import TensorHeader, read_headers, read_model_json
 from tunesmith.model.packed_formats import Mxfp4ExpertWeight
 from tunesmith.model.safetensors_io import read_tensor
 
@@ -37,14 +43,21 @@ class Rounding:
     """What FP8 weights lose in another dtype: the mean relative error of the values that are not 0,
     in `num_measured` of `num_matrices` matrices."""
 
+    dtype_name: str
     mean_relative_error: float
     num_measured: int
     num_matrices: int
 
 
-def measure_rounding(headers: Iterable[TensorHeader], dtype: torch.dtype) -> Rounding | None:
-    """Measure a few FP8 matrices, evenly spaced in the order of `headers`. Return None if there are
-    none."""
+def measure_rounding(folder: Path, dtype: torch.dtype) -> Rounding | None:
+    """Measure a few FP8 matrices of a model folder, evenly spaced in the order of its files. Return
+    None if there are none."""
+    where = str(folder / "config.json")
+    config = read_model_json(folder / "config.json")
+    packing = find_packing(config, str(config.get("model_type")), where)
+    if packing is None or packing.method != FP8:
+        return None
+    headers = attach_scales(read_headers(folder), packing, str(folder)).values()
     packed = [header for header in headers if header.dtype == FP8_DTYPE]
     if not packed:
         return None
@@ -57,4 +70,5 @@ def measure_rounding(headers: Iterable[TensorHeader], dtype: torch.dtype) -> Rou
         errors = (exact.to(dtype).double() - exact).abs() / exact.abs()
         total += float(errors.sum())
         num_values += len(errors)
-    return Rounding(total / max(1, num_values), len(measured), len(packed))
+    dtype_name = str(dtype).removeprefix("torch.")
+    return Rounding(dtype_name, total / max(1, num_values), len(measured), len(packed))

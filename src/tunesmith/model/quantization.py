@@ -1,57 +1,45 @@
 """Networks that are built without weights and then filled: 4-bit models and truncated ones.
 
 In: a model folder that `hub/resolve.py` has checked. `load_quantized` returns the stock network
-with a QuantizedLinear for each linear but the head, loaded one tensor at a time, so the model is
-never in memory in full precision; embeddings, head and norms are in `dtype`. It holds the
-dequantised weights, so it is the oracle of a quantised run. Weights are quantised from the values
-in the file, for any `dtype`. `build_truncated_network` returns the first layers with dummy weights,
-to measure how long a step takes. Left out: the 4-bit format (frozen_weight.py), adapters."""
+with a QuantizedLinear for each linear but the head and routers, and 4-bit experts, loaded one
+tensor at a time, so the model is never in memory in full precision; embeddings, head, routers and
+norms are in `dtype`. It holds the dequantised weights, so it is the oracle of a quantised run.
+Weights are quantised from the values in the file, for any `dtype`. `build_truncated_network`
+returns the first layers with dummy weights, to measure how long a step takes. Left out: the 4-bit
+format (frozen_weight.py), adapters."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from tunesmith.core.errors import InputError
-from tunesmith.model.adapters import find_linears, replace_module
+from tunesmith.model.adapters import find_expert_modules, find_linears, replace_module
+from tunesmith.model.expert_weights import NF4ExpertWeight
+from tunesmith.model.experts import Experts, list_stacks
 from tunesmith.model.frozen_weight import NF4Weight, import_bitsandbytes
-from tunesmith.model.hub.check_weights import check_weight_shapes, find_header, transformers_errors
-from tunesmith.model.hub.validate import TensorHeader, read_headers
+from tunesmith.model.hub.packed_tensors import MXFP4_DTYPE
+from tunesmith.model.hub.stored_tensors import StoredParameter
 from tunesmith.model.lora import LoraLinear, QuantizedLinear
-from tunesmith.model.safetensors_io import find_nonfinite, read_tensor
+from tunesmith.model.text_network import (
+    build_empty_network,
+    check_weight_shapes,
+    finish_network,
+    list_stored_parameters,
+    pick_dtype,
+    place_packed_experts,
+    place_tensor,
+    read_finite_parameter,
+)
 
 # of dummy weights: neither zero nor subnormal, which some processors multiply at another speed
 FILL_VALUE = 0.01
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """Creates the tensors of torch.empty, which are weights, without memory. Computed tables stay
-    real."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        kwargs = kwargs or {}
-        if func is torch.empty:
-            kwargs = kwargs | {"device": "meta"}
-        return func(*args, **kwargs)
-
-
-def build_empty_network(
-    folder: Path, dtype: torch.dtype, num_layers: int | None = None
-) -> PreTrainedModel:
-    """Build the stock network, or its first `num_layers`, without memory for weights."""
-    with transformers_errors(folder), _EmptyOnMeta():
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        if num_layers is not None:
-            config.num_hidden_layers = num_layers
-            if getattr(config, "layer_types", None):
-                config.layer_types = config.layer_types[:num_layers]
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+STACK_NAMES = ("gate_up_proj", "up_proj", "down_proj")  # of the matrices of a layer's experts
 
 
 def load_quantized(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
@@ -63,34 +51,67 @@ def load_quantized(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Pre
     check_weight_shapes(folder)
     network = build_empty_network(folder, dtype)
     linears = find_linears(network)
-    for name, header in _list_parameters(network, folder):
-        tensor = read_tensor(header).to(device)
-        if find_nonfinite({name: tensor}):
-            message = f"the tensor {name} holds NaN or infinite values"
-            raise InputError(message, where=str(folder), fix="download the model again")
+    experts = QuantizedExperts(network, dtype)
+    for name, stored in list_stored_parameters(network, folder):
+        if stored.headers[0].dtype == MXFP4_DTYPE:  # in 4 bits already
+            place_packed_experts(network, name, stored, dtype, device)
+            continue
+        if experts.has_stack(name):
+            experts.quantize(name, _iter_matrices(name, stored, folder, device))
+            continue
+        tensor = read_finite_parameter(name, stored, folder).to(device)
         path, _, tensor_name = name.rpartition(".")
         if tensor_name == "weight" and path in linears:
             layer = QuantizedLinear(tensor, linears[path].bias, dtype)
             replace_module(network, path, layer)
         else:
-            setattr(network.get_submodule(path), tensor_name, nn.Parameter(tensor.to(dtype)))
-    network.tie_weights()
-    model: Any = network
-    return model.to(device).eval().requires_grad_(False)
+            place_tensor(network, name, tensor.to(pick_dtype(network, name, dtype)))
+    experts.replace_modules()
+    return finish_network(network, folder, device)
 
 
-def _list_parameters(network: PreTrainedModel, folder: Path) -> list[tuple[str, TensorHeader]]:
-    """Return every stored parameter and its header, file by file; a tied head is not stored.
+class QuantizedExperts:
+    """The experts of a network that is being loaded: matrices in 4 bits until all are there."""
 
-    Biases come before weights, because a QuantizedLinear takes its bias along."""
-    headers = read_headers(folder)
-    stored: list[tuple[str, TensorHeader]] = []
-    for name, _ in network.named_parameters():
-        header = find_header(headers, name)
-        if header is not None:
-            stored.append((name, header))
-    stored.sort(key=lambda entry: (entry[1].file, entry[0].endswith(".weight"), entry[1].begin))
-    return stored
+    def __init__(self, network: PreTrainedModel, dtype: torch.dtype) -> None:
+        self.network = network
+        self.dtype = dtype
+        self.modules: dict[str, Any] = dict(find_expert_modules(network))
+        self.weights: dict[str, NF4ExpertWeight] = {}
+
+    def has_stack(self, name: str) -> bool:
+        """Return whether a parameter is a stack of matrices; biases of experts are none."""
+        path, _, tensor_name = name.rpartition(".")
+        return path in self.modules and tensor_name in STACK_NAMES
+
+    def quantize(self, name: str, matrices: Iterable[Tensor]) -> None:
+        """Quantise a stack, one expert after another, each as transformers stores it."""
+        path, _, tensor_name = name.rpartition(".")
+        module = self.modules[path]
+        if module.is_transposed:
+            matrices = (matrix.t() for matrix in matrices)
+        has_halves = tensor_name == "gate_up_proj" and module.is_concatenated
+        num_parts = 2 if has_halves else 1
+        self.weights[name] = NF4ExpertWeight(matrices, self.dtype, num_parts=num_parts)
+
+    def replace_modules(self) -> None:
+        """Put our modules in the place of transformers'."""
+        for path, stock in self.modules.items():
+            if f"{path}.{STACK_NAMES[-1]}" not in self.weights:
+                continue  # packed by the file
+            stacks = [self.weights[f"{path}.{name}"] for name in list_stacks(stock)]
+            replace_module(self.network, path, Experts(stock, weights=(stacks[0], stacks[1])))
+
+
+def _iter_matrices(
+    name: str, stored: StoredParameter, folder: Path, device: str
+) -> Iterator[Tensor]:
+    """Read a stack expert by expert if the file holds it so."""
+    if not stored.num_experts:
+        yield from read_finite_parameter(name, stored, folder).to(device)
+    for expert in range(stored.num_experts):
+        matrix = StoredParameter(stored.get_expert(expert))
+        yield read_finite_parameter(name, matrix, folder).to(device)
 
 
 def build_truncated_network(
@@ -99,29 +120,63 @@ def build_truncated_network(
     """Build the first `num_layers` with dummy weights. Only config.json is needed."""
     network = build_empty_network(folder, dtype, num_layers)
     quantized_linears = find_linears(network) if is_quantized else {}
+    experts = QuantizedExperts(network, dtype)
     for name, parameter in list(network.named_parameters()):
+        if is_quantized and experts.has_stack(name):
+            matrix = torch.full(parameter.shape[1:], FILL_VALUE, dtype=dtype)
+            experts.quantize(name, itertools.repeat(matrix, len(parameter)))
+            continue
         path, _, tensor_name = name.rpartition(".")
         weight = torch.full(parameter.shape, FILL_VALUE, dtype=dtype)
         if path not in quantized_linears:
             setattr(network.get_submodule(path), tensor_name, nn.Parameter(weight))
         elif tensor_name == "weight":
             replace_module(network, path, QuantizedLinear(weight, None, dtype))
+    if is_quantized:
+        experts.replace_modules()
     network.tie_weights()
     model: Any = network
     return model.eval().requires_grad_(False)
 
 
 def find_quantized_weights(network: nn.Module) -> dict[str, NF4Weight]:
-    """Return path -> 4-bit weight, with or without an adapter."""
+    """Return path -> 4-bit weight, with or without an adapter; each matrix of each expert."""
     weights: dict[str, NF4Weight] = {}
     for path, module in network.named_modules():
         if isinstance(module, LoraLinear | QuantizedLinear) and isinstance(
             module.frozen, NF4Weight
         ):
             weights[path] = module.frozen
+        elif isinstance(module, Experts):
+            for name, parts in module.list_quantized().items():
+                weights[f"{path}.{name}"] = parts
     return weights
 
 
 def roundtrip_nf4(weight_OI: Tensor) -> Tensor:
     """Quantise a weight to 4 bits and return its dequantised values in fp32."""
     return NF4Weight(weight_OI, torch.float32).weight
+
+
+def roundtrip_experts(name: str, weight: Tensor) -> Tensor:
+    """Quantise a stack of experts [E, O, I], or a matrix of one expert, in the parts in which
+    `load_quantized` quantises it, and return its dequantised values in fp32."""
+    if weight.ndim == 2:
+        return roundtrip_nf4(weight)
+    num_parts = 2 if name.endswith("gate_up_proj") else 1
+    matrices: list[Tensor] = []
+    for matrix_OI in weight.detach():
+        parts = [roundtrip_nf4(part.contiguous()) for part in matrix_OI.chunk(num_parts)]
+        matrices.append(torch.cat(parts))
+    return torch.stack(matrices)
+
+
+def roundtrip_network(network: PreTrainedModel) -> None:
+    """Give a stock network the weights that `load_quantized` computes with."""
+    for linear in find_linears(network).values():
+        assert isinstance(linear, nn.Linear), "the network is not quantised"
+        linear.weight.data = roundtrip_nf4(linear.weight.detach()).to(linear.weight.dtype)
+    for module in find_expert_modules(network).values():
+        for name in list_stacks(module):
+            parameter = module.get_parameter(name)
+            parameter.data = roundtrip_experts(name, parameter).to(parameter.dtype)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.core.types import Json
 from tunesmith.model.causal_lm import Network
-from tunesmith.model.hub.check_weights import transformers_errors
+from tunesmith.model.hub.text_class import transformers_errors
 
 
 def encode_stock_prompts(

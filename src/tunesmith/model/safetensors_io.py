@@ -18,9 +18,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tunesmith.core.errors import GateError
+from tunesmith.model.hub.stored_tensors import StoredParameter
 from tunesmith.model.hub.validate import TensorHeader
+from tunesmith.model.packed_formats import widen_fp8
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+}
 
 
 def write_tensors(
@@ -44,12 +53,36 @@ def write_tensors(
 
 
 def read_tensor(header: TensorHeader) -> Tensor:
-    """Read one floating-point tensor without mapping the file: mapped pages would count as our
-    memory until it is closed."""
+    """Read one tensor without mapping the file: mapped pages would count as our memory until it is
+    closed. An FP8 matrix is returned in fp32, times its scales."""
+    tensor = read_bytes(header).view(DTYPES[header.dtype]).reshape(header.shape)
+    if header.scales is None:
+        return tensor
+    return widen_fp8(tensor, read_tensor(header.scales), header.block)
+
+
+def read_bytes(header: TensorHeader) -> Tensor:
+    """Return the bytes of a tensor as they are in the file."""
     with header.file.open("rb") as file:
         begin = 8 + int.from_bytes(file.read(8), "little") + header.begin
     raw = np.fromfile(header.file, np.uint8, header.end - header.begin, offset=begin)
-    return torch.from_numpy(raw).view(DTYPES[header.dtype]).reshape(header.shape)
+    return torch.from_numpy(raw)
+
+
+def read_parameter(parameter: StoredParameter) -> Tensor:
+    """Read a parameter in the dtype of its file. Experts are read one after another, so that they
+    are in memory once."""
+    if parameter.num_experts:
+        stacked = torch.empty(0)
+        for index in range(parameter.num_experts):
+            matrix = torch.cat([read_tensor(header) for header in parameter.get_expert(index)])
+            if index == 0:
+                stacked = matrix.new_empty(parameter.shape)
+            stacked[index] = matrix
+        return stacked
+    tensors = [read_tensor(header) for header in parameter.headers]
+    whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return whole.transpose(-1, -2).contiguous() if parameter.is_transposed else whole
 
 
 def find_nonfinite(tensors: Mapping[str, Tensor]) -> str:

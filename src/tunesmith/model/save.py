@@ -19,11 +19,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import find_lora_layers
+from tunesmith.model.expert_adapters import (
+    ExpertLoraTensors,
+    adapted_experts,
+    find_expert_loras,
+    list_target_parameters,
+)
+from tunesmith.model.experts import find_experts
 from tunesmith.model.hub.adapter_config import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
@@ -32,14 +40,27 @@ from tunesmith.model.hub.adapter_config import (
     TOKEN_ROWS_SUFFIX,
     AdapterFolder,
 )
-from tunesmith.model.hub.validate import TEMPLATES_DIR, read_header, read_model_json
+from tunesmith.model.hub.adapter_names import name_in_text_class, name_on_checkpoint
+from tunesmith.model.hub.expert_names import (
+    is_expert_path,
+    is_target_parameter,
+    list_stack_names,
+)
+from tunesmith.model.hub.families import get_tensor_prefix
+from tunesmith.model.hub.stored_tensors import read_naming, read_text_tensors
+from tunesmith.model.hub.text_class import find_tensor_prefix
+from tunesmith.model.hub.validate import TEMPLATES_DIR, read_header, read_headers, read_model_json
 from tunesmith.model.new_embeddings import collect_new_rows
 from tunesmith.model.safetensors_io import find_nonfinite, write_tensors
 from tunesmith.model.target_modules import EMBEDDING, HEAD
 from tunesmith.model.trained_modules import get_trained_modules
 
 STATE_FILE = "state.safetensors"  # trained weights and optimizer moments of a checkpoint
-SERVING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+SERVING_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    # of the towers of a multimodal base
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+)
 # parameter of a LoraLinear -> PEFT's name
 PEFT_NAMES = {
     "lora_A": "lora_A.weight",
@@ -67,7 +88,8 @@ def _collect_adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     parameters: dict[str, nn.Parameter] = {}
     for path, rows in collect_new_rows(network).items():
         parameters[f"{PREFIX}{path}.{TOKEN_ROWS_SUFFIX}"] = rows.rows_KH
-    for path, layer in find_lora_layers(network).items():
+    layers = find_lora_layers(network) | find_expert_loras(network)
+    for path, layer in layers.items():
         for name, parameter in layer.named_parameters():
             if name in PEFT_NAMES:
                 parameters[f"{PREFIX}{path}.{PEFT_NAMES[name]}"] = parameter
@@ -80,10 +102,8 @@ def _collect_adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], base: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json in PEFT's format."""
     folder.mkdir(parents=True, exist_ok=True)
-    target_modules = sorted(find_lora_layers(network))
-    if settings["lora_target_modules"] == "all-linear":
-        target_modules = sorted({path.rpartition(".")[2] for path in target_modules})
-    config = {
+    target_modules, target_parameters = _list_targets(network, settings["lora_target_modules"])
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
@@ -98,6 +118,9 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
         "inference_mode": True,
         "init_lora_weights": True,
     }
+    if target_parameters:
+        # PEFT refuses dropout there; it has no effect on a trained adapter
+        config |= {"target_parameters": target_parameters, "lora_dropout": 0.0}
     if new_rows := collect_new_rows(network):
         indices = {path.rpartition(".")[2]: rows.ids for path, rows in new_rows.items()}
         config["trainable_token_indices"] = indices
@@ -107,9 +130,52 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
     for key in ("rank_pattern", "alpha_pattern"):
         if pattern := settings.get(key):
             config[key] = pattern
+    tensor_prefix = find_tensor_prefix(network)
+    tensors = collect_adapter_tensors(network)
+    if tensor_prefix:
+        config |= _place_targets(network, config, tensor_prefix)
+        tensors = {_place_name(name, tensor_prefix): tensor for name, tensor in tensors.items()}
     _write_json(folder / ADAPTER_CONFIG_FILE, config)
-    weights_file = folder / ADAPTER_WEIGHTS_FILE
-    write_tensors(collect_adapter_tensors(network), weights_file, metadata={"format": "pt"})
+    write_tensors(tensors, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _place_name(name: str, tensor_prefix: str) -> str:
+    """Return PEFT's name of an adapter tensor on the whole multimodal model."""
+    return PREFIX + name_on_checkpoint(name.removeprefix(PREFIX), tensor_prefix)
+
+
+def _place_targets(
+    network: nn.Module, config: Mapping[str, Any], tensor_prefix: str
+) -> dict[str, Any]:
+    """Return the keys of PEFT's config that name layers, for the whole multimodal model. Names such
+    as q_proj would add an adapter to its towers, too."""
+    layers = sorted(find_lora_layers(network))
+    parameters = config.get("target_parameters", [])
+    modules = [path for path in layers if f"{path}.weight" not in parameters]
+    placed: dict[str, Any] = {"target_modules": modules}
+    for key in ("target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        if key in config:
+            placed[key] = config[key]
+    for key, names in placed.items():
+        if isinstance(names, Mapping):
+            placed[key] = {name_on_checkpoint(n, tensor_prefix): v for n, v in names.items()}
+        else:
+            placed[key] = [name_on_checkpoint(name, tensor_prefix) for name in names]
+    return placed
+
+
+def _list_targets(network: nn.Module, targets: Any) -> tuple[list[str], list[str]]:
+    """Return PEFT's `target_modules` and `target_parameters`."""
+    parameters = list_target_parameters(network)
+    modules: list[str] = []
+    for path in sorted(find_lora_layers(network)):
+        if find_experts(network) and is_target_parameter(path):
+            parameters.append(f"{path}.weight")
+        else:
+            modules.append(path)
+    if targets == "all-linear":
+        modules = sorted({path.rpartition(".")[2] for path in modules})
+    return modules, parameters
 
 
 def rescale_adapter(
@@ -132,6 +198,7 @@ def rescale_adapter(
         return
     weights_file = folder / ADAPTER_WEIGHTS_FILE
     tensors = read_adapter_tensors(weights_file)
+    stored_names = dict(zip(tensors, read_header(weights_file), strict=True))
     for path, matrix_rows in rows.items():
         name = f"{PREFIX}{path}.{TOKEN_ROWS_SUFFIX}"
         if name in tensors:
@@ -140,7 +207,8 @@ def rescale_adapter(
         tensors[module_tensor.stored_name] = module_tensor.tensor.contiguous()
         if module_tensor.stored_name.endswith(f"{EMBEDDING}.weight") and HEAD not in modules:
             _copy_to_tied_head(tensors, module_tensor)
-    write_tensors(tensors, weights_file, metadata={"format": "pt"})
+    stored_tensors = {stored_names[name]: tensor for name, tensor in tensors.items()}
+    write_tensors(stored_tensors, weights_file, metadata={"format": "pt"})
 
 
 def _copy_to_tied_head(tensors: dict[str, Tensor], embedding: ModuleTensor) -> None:
@@ -195,13 +263,15 @@ def load_weights(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str,
 
 
 def read_adapter_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of an adapter under PEFT's names. Raise InputError for a damaged file and
-    for NaN or infinite values."""
-    read_header(file)
-    tensors = load_file(file)
-    if name := find_nonfinite(tensors):
+    """Return the tensors of an adapter under PEFT's names on the text class, in the order of the
+    file's header. Raise InputError for a damaged file and for NaN or infinite values."""
+    stored = load_file(file)
+    if name := find_nonfinite(stored):
         message = f"the tensor {name} holds NaN or infinite values"
         raise InputError(message, where=str(file), fix="train the adapter again")
+    tensors: dict[str, Tensor] = {}
+    for name in read_header(file):
+        tensors[PREFIX + name_in_text_class(name.removeprefix(PREFIX))] = stored[name]
     return tensors
 
 
@@ -299,19 +369,30 @@ def parse_token_rows(
     return rows
 
 
-def parse_loras(tensors: Mapping[str, Tensor], adapter: AdapterFolder) -> dict[str, LoraTensors]:
-    """Return path of the linear -> adapter, from tensors under PEFT's names."""
-    loras: dict[str, LoraTensors] = {}
+AnyLora = LoraTensors | ExpertLoraTensors
+
+
+def parse_loras(tensors: Mapping[str, Tensor], adapter: AdapterFolder) -> dict[str, AnyLora]:
+    """Return PEFT's path of the linear, or stack of experts, -> adapter, from tensors under PEFT's
+    names."""
+    loras: dict[str, AnyLora] = {}
     for name in tensors:
         path = name.removeprefix(PREFIX).rpartition(".lora_")[0]
         if not path or path in loras:
             continue
         a_RI = tensors[f"{PREFIX}{path}.lora_A.weight"].float()
         b_OR = tensors[f"{PREFIX}{path}.lora_B.weight"].float()
+        scale = adapter.compute_scaling(path)
+        if is_expert_path(path):
+            num_experts = len(a_RI) // adapter.rank_pattern.get(path, adapter.rank)
+            loras[path] = ExpertLoraTensors.from_peft(
+                a_RI, b_OR, num_experts=num_experts, scale=scale
+            )
+            continue
         magnitude_O = tensors.get(f"{PREFIX}{path}.{MAGNITUDE}")
         if magnitude_O is not None:
             magnitude_O = magnitude_O.float()
-        loras[path] = LoraTensors(a_RI, b_OR, adapter.compute_scaling(path), magnitude_O)
+        loras[path] = LoraTensors(a_RI, b_OR, scale, magnitude_O)
     return loras
 
 
@@ -324,9 +405,11 @@ def stock_with_adapter(network: nn.Module, adapter: AdapterFolder) -> Iterator[N
     It is the oracle of a run that starts from an adapter."""
     tensors = read_adapter_tensors(adapter.weights_path)
     hooks: list[Any] = []
-    for path, lora in parse_loras(tensors, adapter).items():
-        hook = functools.partial(_add_adapter_output, lora=lora)
-        hooks.append(network.get_submodule(path).register_forward_hook(hook))
+    loras = parse_loras(tensors, adapter)
+    for path, lora in loras.items():
+        if isinstance(lora, LoraTensors):
+            hook = functools.partial(_add_adapter_output, lora=lora)
+            hooks.append(network.get_submodule(path).register_forward_hook(hook))
     originals: list[tuple[Tensor, Tensor]] = []
     for path, rows in parse_token_rows(tensors, adapter.new_token_ids).items():
         weight_VH = network.get_parameter(f"{path}.weight").detach()
@@ -338,7 +421,8 @@ def stock_with_adapter(network: nn.Module, adapter: AdapterFolder) -> Iterator[N
         originals.append((current, current.clone()))
         current.copy_(module_tensor.tensor)
     try:
-        yield
+        with adapted_experts(network, loras):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -347,9 +431,11 @@ def stock_with_adapter(network: nn.Module, adapter: AdapterFolder) -> Iterator[N
 
 
 def get_merge_target(network: nn.Module, key: str) -> nn.Parameter:
-    """Return the parameter that a delta changes: `key` is the path of a module with a weight, or
-    the full name of a bias."""
+    """Return the parameter that a delta changes: `key` is the path of a module with a weight, the
+    full name of a bias, or PEFT's path of a stack of experts."""
     parameters = dict(network.named_parameters(remove_duplicate=False))
+    if is_expert_path(key):
+        return parameters[next(name for name in list_stack_names(key) if name in parameters)]
     return parameters[f"{key}.weight" if f"{key}.weight" in parameters else key]
 
 
@@ -371,22 +457,48 @@ def _add_adapter_output(
 
 
 def save_model(network: nn.Module, folder: Path, base: Path, dtype: torch.dtype) -> None:
-    """Write all weights in `dtype` under their stock names, and the base's config.json."""
+    """Write all weights in `dtype` under their stock names, and the base's config.json. Those of a
+    multimodal base that were not loaded are copied."""
     folder.mkdir(parents=True, exist_ok=True)
+    stored_names = _list_stored_names(base) if find_tensor_prefix(network) else {}
     tensors: dict[str, Tensor] = {}
     for name, parameter in network.named_parameters():
-        tensors[name] = parameter.detach().to("cpu", dtype).contiguous()
+        stored_name = stored_names.get(name, name)
+        tensors[stored_name] = parameter.detach().to("cpu", dtype).contiguous()
+    state = network.state_dict()
+    for name, buffer in network.named_buffers():
+        if name in state:
+            tensors[stored_names.get(name, name)] = buffer.cpu().contiguous()
+    if stored_names:
+        for name, header in read_text_tensors(base).left_out.items():
+            with safe_open(header.file, "pt") as file:
+                tensors[name] = file.get_tensor(name)
     write_tensors(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    save_config(folder, base, len(network.get_input_embeddings().weight))  # type: ignore[operator]
+    vocab_size = len(network.get_input_embeddings().weight)  # type: ignore[operator]
+    save_config(folder, base, vocab_size, is_packed=False)
 
 
-def save_config(folder: Path, base: Path, vocab_size: int) -> None:
-    """Write the base's config.json for an embedding of `vocab_size` rows."""
+def _list_stored_names(base: Path) -> dict[str, str]:
+    """Return parameter of the text part -> name in the files of a multimodal base."""
+    naming = read_naming(read_model_json(base / "config.json"))
+    names: dict[str, str] = {}
+    for stored_name in read_headers(base):
+        if parameter := naming.name_parameter(stored_name):
+            names[parameter] = stored_name
+    return names
+
+
+def save_config(folder: Path, base: Path, vocab_size: int, *, is_packed: bool) -> None:
+    """Write the base's config.json for an embedding of `vocab_size` rows. `is_packed`: the weights
+    are packed where the base's are."""
     config = read_model_json(base / "config.json")
-    if config["vocab_size"] == vocab_size:
+    text = config["text_config"] if get_tensor_prefix(config) else config
+    is_widened = not is_packed and config.pop("quantization_config", None) is not None
+    if text.get("vocab_size") == vocab_size and not is_widened:
         shutil.copyfile(base / "config.json", folder / "config.json")
-    else:
-        _write_json(folder / "config.json", config | {"vocab_size": vocab_size})
+        return
+    text["vocab_size"] = vocab_size
+    _write_json(folder / "config.json", config)
 
 
 def save_serving_files(

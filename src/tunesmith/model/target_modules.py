@@ -2,18 +2,21 @@
 `modules_to_save` names.
 
 In: the paths of a model's linears and the setting. Out: the selected paths. The setting is
-all-linear, attention or mlp; a list of names such as q_proj or layers.0.mlp.up_proj; or a regular
-expression for full paths, as in PEFT. A regular expression is untrusted and Python's `re`, which
-PEFT uses, has no time limit, so it runs in a process that can be killed. Loads no torch."""
+all-linear; a word for a part of the layers (attention, recurrent, mlp, experts); a list of such
+words and of names such as q_proj or layers.0.mlp.up_proj; or a regular expression for full paths,
+as in PEFT. Routers never have an adapter, and experts only where the setting names them. A regular
+expression is untrusted and Python's `re`, which PEFT uses, has no time limit, so it runs in a
+process that can be killed. Loads no torch. Left out: adapters of experts that are stored as one
+tensor (experts.py)."""
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from tunesmith.core.errors import InputError
 from tunesmith.model.hub.validate import TensorHeader
@@ -30,57 +33,136 @@ for path in paths:
     matches[path] = next(first, None)
 print(json.dumps(matches))
 """
+ALL_LINEAR = "all-linear"
+ATTENTION = "attention"  # softmax attention
+RECURRENT = "recurrent"  # linear attention, state space models, short convolutions
+MLP = "mlp"  # of dense layers, and shared experts
+EXPERTS = "experts"  # routed ones
+ROUTER = "router"
+PARTS = (ATTENTION, RECURRENT, MLP, EXPERTS)  # words of the setting
+# module of a layer -> part; the innermost decides
+PART_BY_MODULE = {
+    **dict.fromkeys(("self_attn", "attn", "attention"), ATTENTION),
+    **dict.fromkeys(("linear_attn", "mamba", "conv"), RECURRENT),
+    **dict.fromkeys(("mlp", "feed_forward", "block_sparse_moe"), MLP),
+    **dict.fromkeys(("shared_mlp", "shared_expert", "shared_experts"), MLP),
+    "experts": EXPERTS,
+    **dict.fromkeys(("router", "gate", "shared_expert_gate"), ROUTER),
+}
+# linears of nemotron_h, where every block is called mixer -> part; the others are MLPs
+PART_BY_MIXER_LINEAR = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), ATTENTION),
+    **dict.fromkeys(("in_proj", "out_proj"), RECURRENT),
+}
+# PEFT 0.21 refuses to load an adapter of these types on out_proj: mamba-ssm reads its weight past
+# the adapter
+PEFT_MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 SAVED_MODULES_KEY = "modules_to_save"
 HEAD = "lm_head"
 EMBEDDING = "embed_tokens"
 
 
 def list_linear_paths(headers: Mapping[str, TensorHeader]) -> list[str]:
-    """Return the paths of the decoder's linears, from the names and shapes of a model's tensors."""
-    paths: list[str] = []
+    """Return the paths of the decoder's linears, from the names and shapes of a model's tensors.
+
+    All experts of a layer are one path, however they are stored."""
+    paths: dict[str, None] = {}
     for name, tensor in headers.items():
-        is_matrix = ".layers." in f".{name}" and len(tensor.shape) == 2
-        if is_matrix and name.endswith(".weight"):
-            paths.append(name.removesuffix(".weight"))
-    return paths
+        if ".layers." not in f".{name}":
+            continue
+        before, experts, _ = name.partition(f".{EXPERTS}.")
+        if experts:
+            paths[f"{before}.{EXPERTS}"] = None
+        elif len(tensor.shape) == 2 and name.endswith(".weight"):
+            paths[name.removesuffix(".weight")] = None
+    return [path for path in paths if find_part(path) != ROUTER]
+
+
+def find_part(path: str) -> str:
+    """Return which part of its layer a linear belongs to: one of PARTS, ROUTER, or "" for others
+    (the gates of per-layer embeddings)."""
+    *modules, name = path.split(".")
+    for module in (name, *reversed(modules)):
+        if module == "mixer":
+            return PART_BY_MIXER_LINEAR.get(name, MLP)
+        if module in PART_BY_MODULE:
+            return PART_BY_MODULE[module]
+    return ""
+
+
+def has_adapter_format(path: str, model_type: str) -> bool:
+    """Return whether PEFT can load an adapter of this linear."""
+    is_mamba_output = path.endswith(".out_proj") and find_part(path) == RECURRENT
+    return not (model_type in PEFT_MAMBA_TYPES and is_mamba_output)
+
+
+def list_words(targets: str | Sequence[str]) -> list[str]:
+    """Return the words of the setting for parts of a layer, without names and expressions."""
+    words = [targets] if isinstance(targets, str) else targets
+    return [word for word in words if word == ALL_LINEAR or word in PARTS]
+
+
+def has_only_words(targets: str | Sequence[str]) -> bool:
+    """Return whether the setting names no single layer."""
+    return len(list_words(targets)) == (1 if isinstance(targets, str) else len(targets))
 
 
 def select_targets(
-    paths: Sequence[str], targets: str | Sequence[str], *, seconds: float = REGEX_TIMEOUT_SECONDS
+    paths: Sequence[str],
+    targets: str | Sequence[str],
+    model_type: str = "",
+    *,
+    seconds: float = REGEX_TIMEOUT_SECONDS,
 ) -> list[str]:
     """Return the paths that `targets` selects, in their order.
 
-    Raises InputError for a name without a match, an invalid regular expression, or one that takes
-    longer than `seconds`."""
-    if not isinstance(targets, str):
-        return _match_names(paths, targets)
-    if targets in GROUPS:
-        is_target = GROUPS[targets]
-        selected = [path for path in paths if is_target(path)]
-        message = f"no linear layer belongs to {targets}"
-    else:
-        selected = list(match_patterns(paths, [targets], where=SETTING, seconds=seconds))
-        message = f"no linear layer has a full path that matches {targets}"
-    if not selected:
-        names = ", ".join(_list_module_names(paths))
-        fix = f"paths look like {paths[0]}; for names write a list: [{names}]"
-        raise InputError(message, where=SETTING, fix=fix)
-    return selected
-
-
-def _match_names(paths: Sequence[str], names: Sequence[str]) -> list[str]:
-    selected: set[str] = set()
-    missing: list[str] = []
-    for name in names:
-        matches = [path for path in paths if path == name or path.endswith(f".{name}")]
-        selected.update(matches)
+    `model_type` says what PEFT could not load. Raises InputError for a word or name without a
+    match, an invalid regular expression, or one that takes longer than `seconds`."""
+    usable: list[str] = []
+    for path in paths:
+        if find_part(path) != ROUTER and has_adapter_format(path, model_type):
+            usable.append(path)
+    if isinstance(targets, str) and not list_words(targets):
+        matches = match_patterns(usable, [targets], where=SETTING, seconds=seconds)
         if not matches:
-            missing.append(name)
-    if missing:
-        message = f"no linear layer is called {', '.join(missing)}"
-        fix = f"use {', '.join(GROUPS)}, or names from: {', '.join(_list_module_names(paths))}"
-        raise InputError(message, where=SETTING, fix=fix)
-    return [path for path in paths if path in selected]
+            _refuse_unmatched(
+                f"no linear layer has a full path that matches {targets}", paths, usable
+            )
+        return list(matches)
+    return _match_names(paths, usable, [targets] if isinstance(targets, str) else targets)
+
+
+def _match_names(paths: Sequence[str], usable: Sequence[str], names: Sequence[str]) -> list[str]:
+    selected: set[str] = set()
+    for name in names:
+        matches = _match_name(usable, name)
+        selected.update(matches)
+        if matches:
+            continue
+        excluded = [path for path in _match_name(paths, name) if find_part(path) != ROUTER]
+        if excluded:
+            message = f"PEFT could not load an adapter of {excluded[0]}: mamba-ssm reads past it"
+        elif name in PARTS:
+            message = f"no linear layer belongs to {name}"
+        else:
+            message = f"no linear layer is called {name}"
+        _refuse_unmatched(message, paths, usable)
+    return [path for path in usable if path in selected]
+
+
+def _match_name(paths: Sequence[str], name: str) -> list[str]:
+    if name == ALL_LINEAR:
+        return [path for path in paths if find_part(path) != EXPERTS]
+    if name in PARTS:
+        return [path for path in paths if find_part(path) == name]
+    return [path for path in paths if path == name or path.endswith(f".{name}")]
+
+
+def _refuse_unmatched(message: str, paths: Sequence[str], usable: Sequence[str]) -> NoReturn:
+    names = ", ".join(_list_module_names(usable))
+    words = ", ".join((ALL_LINEAR, *PARTS))
+    fix = f"use {words}; or names in a list: [{names}]; paths look like {paths[0]}"
+    raise InputError(message, where=SETTING, fix=fix)
 
 
 def match_patterns(
@@ -132,7 +214,7 @@ def _list_module_names(paths: Sequence[str]) -> list[str]:
 def list_parameter_names(headers: Mapping[str, TensorHeader]) -> list[str]:
     """Return the names of a model's parameters. Files of a decoder alone lack the prefix
     `model.`."""
-    has_prefix = any(name.startswith("model.") for name in headers)
+    has_prefix = any(name.startswith(("model.", "gpt_neox.")) for name in headers)
     names: list[str] = []
     for name in headers:
         is_full = has_prefix or name.startswith(f"{HEAD}.")
@@ -165,7 +247,8 @@ def select_saved_parameters(
 ) -> list[str]:
     """Return the parameters that `modules_to_save` trains. A tied head is the embedding.
 
-    Raises InputError for a name without a match, and for a head with a bias."""
+    Raises InputError for a name without a match, for experts and routers, and for a head with a
+    bias."""
     if is_tied:
         names = [name for name in names if name != f"{HEAD}.weight"]
         modules = name_tied_modules(modules)
@@ -175,19 +258,12 @@ def select_saved_parameters(
         message = f"no module with weights has a path that ends in {', '.join(missing)}"
         raise InputError(message, where=SAVED_MODULES_KEY, fix=fix)
     selected = match_saved_parameters(names, modules)
+    for name in selected:
+        if find_part(name.rpartition(".")[0]) in (EXPERTS, ROUTER):
+            message = f"{name} belongs to experts or to a router, which stay frozen"
+            fix = f"{SETTING}: [attention, experts] adapts the experts"
+            raise InputError(message, where=SAVED_MODULES_KEY, fix=fix)
     if f"{HEAD}.bias" in selected:
         message = f"{HEAD} has a bias, which cannot be trained"
         raise InputError(message, where=SAVED_MODULES_KEY, fix=f"leave {HEAD} out")
     return selected
-
-
-def _build_block_matcher(block: str) -> Callable[[str], bool]:
-    parent = re.compile(rf"(.*\.)?[a-z_]*{block}\.[^.]+")
-    return lambda path: parent.fullmatch(path) is not None
-
-
-GROUPS: dict[str, Callable[[str], bool]] = {
-    "all-linear": lambda _path: True,
-    "attention": _build_block_matcher("attn"),
-    "mlp": _build_block_matcher("mlp"),
-}

@@ -24,9 +24,15 @@ from tunesmith.core.types import (
 )
 from tunesmith.plan.confidence import add_evidence
 from tunesmith.plan.guard import decide_guard
-from tunesmith.plan.memory import GENERAL_TEXT_TOKENS, count_max_checkpoints, estimate_disk_bytes
+from tunesmith.plan.memory import (
+    ALL_LINEAR,
+    GENERAL_TEXT_TOKENS,
+    CacheSize,
+    count_max_checkpoints,
+    estimate_disk_bytes,
+)
 from tunesmith.plan.memory_budget import (
-    estimate_cache_tokens,
+    estimate_cache,
     estimate_memory,
     estimate_phase_bytes,
     needs_complete_answers,
@@ -359,13 +365,13 @@ def _estimate_pack_memory(context: RuleContext, pack_tokens: int, packs: int) ->
         pack_tokens=pack_tokens,
         packs=packs,
         layouts=2 if context["weight_layout"] == "blocked" else 1,
-        cache_tokens=_estimate_answer_tokens(context),
+        cache=_estimate_answer_cache(context),
         **_collect_footprint(context),
     )
 
 
-def _estimate_answer_tokens(context: RuleContext) -> int:
-    return estimate_cache_tokens(
+def _estimate_answer_cache(context: RuleContext) -> CacheSize:
+    return estimate_cache(
         context.model,
         context.machine,
         num_prompts=context.num_eval_prompts,
@@ -384,7 +390,7 @@ def _estimate_phases(context: RuleContext) -> dict[str, int]:
         _estimate_pack_memory(context, sizes.step, sizes.packs),
         _estimate_pack_memory(context, sizes.longest_row, sizes.packs),
         context.model,
-        cache_tokens=_estimate_answer_tokens(context),
+        cache=_estimate_answer_cache(context),
         dtype=context["dtype"],
     )
 
@@ -442,6 +448,7 @@ def _collect_footprint(context: RuleContext) -> dict[str, Any]:
         "gradient_checkpointing": context["gradient_checkpointing"],
         "step_in_backward": context["step_in_backward"],
         "rank": 0 if is_full else context["lora_r"],
+        "targets": ALL_LINEAR if is_full else context["lora_target_modules"],
         "dora": False if is_full else context["use_dora"],
         "new_rows": count_trained_rows(context.settings),
         "module_parameters": (
@@ -496,6 +503,9 @@ def _collect_warnings(context: RuleContext, data: Mapping[str, DataReport]) -> l
             "4-bit weights are dequantized to fp32 for matmuls, and embeddings and head take 4 "
             "bytes per value"
         )
+    warnings += _collect_gpu_warnings(context)
+    if context.machine.device == "cpu" and context.model.num_experts:
+        warnings.append(_describe_experts_on_cpu(context.model))
     if context.steps < MIN_STEPS:
         warnings.append(
             f"only {format_count(context.steps, 'step')}: results depend on the learning rate and "
@@ -508,6 +518,37 @@ def _collect_warnings(context: RuleContext, data: Mapping[str, DataReport]) -> l
         )
     warnings += _collect_data_warnings(data)
     return list(dict.fromkeys(warnings))
+
+
+def _collect_gpu_warnings(context: RuleContext) -> list[str]:
+    """Say when a GPU is not used, or is used in a way that it does not support."""
+    machine = context.machine
+    warnings: list[str] = []
+    if machine.unused_gpu:
+        warnings.append(f"{machine.unused_gpu} (`tunesmith doctor` says what to do)")
+    if machine.device != "cuda":
+        return warnings
+    if machine.gpu_software.startswith("ROCm"):
+        warnings.append(f"{machine.gpu_software}: tunesmith has not been tried on AMD GPUs")
+    if context["dtype"] == "bf16" and not machine.has_bf16_matmul:
+        warnings.append(f"{machine.device_name} has no bf16: torch emulates it, slower than fp32")
+    if context["attention"] == "varlen" and context["dtype"] == "fp32":
+        raise InputError(
+            "attention: varlen runs in bf16 only, and dtype is fp32",
+            where="attention",
+            fix="leave attention at auto, or use sdpa",
+        )
+    return warnings
+
+
+def _describe_experts_on_cpu(model: ModelSpec) -> str:
+    """Say what a CPU does with experts."""
+    share = model.active_parameters / model.block_parameters
+    return (
+        f"a token meets {model.num_experts_per_token} of {model.num_experts} experts ({share:.0%} "
+        "of the layers' parameters), but those of a pack meet them all: on a CPU a step is correct "
+        "and slow"
+    )
 
 
 def _collect_data_warnings(data: Mapping[str, DataReport]) -> list[str]:

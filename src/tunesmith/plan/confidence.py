@@ -95,7 +95,8 @@ def _lora_r(context: RuleContext, plan_value: PlanValue) -> str:
         return f"{usual}: followed"
     model = context.model
     tokens = context.data.supervised_tokens
-    extra_parameters = count_lora_parameters(model, 64) - count_lora_parameters(model, rank)
+    targets = context["lora_target_modules"]
+    extra_parameters = (64 - rank) * count_lora_parameters(model, 1, targets)
     effect = "these rows may be worth it"
     if tokens < REASONING_TOKENS:
         effect = f"{tokens:,} supervised tokens do not need it"

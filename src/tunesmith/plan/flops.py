@@ -8,7 +8,13 @@ this machine `--benchmark` measures instead (train/calibrate.py).
 from __future__ import annotations
 
 from tunesmith.core.types import ModelSpec, Plan, require
-from tunesmith.plan.memory import count_lora_parameters
+from tunesmith.plan.memory import (
+    ALL_LINEAR,
+    EXPERTS,
+    Targets,
+    count_lora_parameters,
+    count_recomputed_values,
+)
 
 # model FLOPs utilization: LoRA of an 8B model on an H100 with Unsloth, full 7B with FSDP on H100s
 # (speed notes)
@@ -34,25 +40,42 @@ def estimate_run_flops(plan: Plan) -> float:
     supervised_tokens = tokens * data.supervised_tokens / data_tokens
     config = plan.config
     token_flops = compute_token_flops(
-        plan.model, config.method, config.gradient_checkpointing, config.lora_r or 0
+        plan.model,
+        config.method,
+        config.gradient_checkpointing,
+        config.lora_r or 0,
+        config.lora_target_modules or ALL_LINEAR,
     )
     target_flops = compute_target_flops(plan.model, config.method)
     return token_flops * tokens + target_flops * supervised_tokens
 
 
 def compute_token_flops(
-    spec: ModelSpec, method: str, gradient_checkpointing: str, rank: int
+    spec: ModelSpec,
+    method: str,
+    gradient_checkpointing: str,
+    rank: int,
+    targets: Targets = ALL_LINEAR,
 ) -> float:
     """Return the operations per token in the layers, forward and backward. Frozen weights have no
-    gradients."""
-    weights = spec.block_parameters
+    gradients, and experts that a token does not meet no work."""
+    weights = spec.active_parameters
     recompute_flops = {
         "none": 0.0,
-        "selective": 4.0 * spec.num_layers * spec.hidden_size * spec.intermediate_size,
+        "selective": 2.0 * spec.hidden_size * count_recomputed_values(spec),
         "full": 2.0 * weights,
     }[gradient_checkpointing]
-    adapter = 0 if method == "full" else 6 * count_lora_parameters(spec, rank)
+    adapter = 0 if method == "full" else 6 * count_active_lora_parameters(spec, rank, targets)
     return (6 if method == "full" else 4) * weights + adapter + recompute_flops
+
+
+def count_active_lora_parameters(spec: ModelSpec, rank: int, targets: Targets) -> float:
+    """Return the parameters of an adapter that a token meets: those of few experts."""
+    total = count_lora_parameters(spec, rank, targets)
+    if EXPERTS not in targets or not spec.num_experts:
+        return total
+    of_experts = count_lora_parameters(spec, rank, EXPERTS)
+    return total - of_experts * (1 - spec.num_experts_per_token / spec.num_experts)
 
 
 def compute_target_flops(spec: ModelSpec, method: str) -> float:

@@ -102,6 +102,10 @@ def _make_machine(local_machine: Machine, preset: HardwarePreset) -> Machine:
         memory_bytes=preset.memory_bytes,
         available_bytes=preset.memory_bytes,
         has_bf16_matmul=True,
+        num_gpus=1,
+        gpu_software="",
+        compute_capability="",
+        unused_gpu="",
     )
 
 

@@ -8,9 +8,10 @@ norms. Left out: a correction from earlier runs (session/run_history.py).
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired, TypedDict, Unpack
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, NotRequired, TypedDict, Unpack
 
-from tunesmith.core.types import ModelSpec
+from tunesmith.core.types import ModelSpec, PartShape
 
 # python, torch and transformers imported (480 MB), and what the first matmuls leave
 PROCESS_BYTES = 560_000_000
@@ -27,29 +28,34 @@ QK_NORM_TYPES = ("apertus", "qwen3", "gemma3")  # norms of q and k
 INNER_NORM_TYPES = ("bitnet",)  # norms before o_proj and down_proj
 # 4 bits per weight, one byte per block of 64, 4 bytes per 256 blocks
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
+MXFP4_BYTES = 0.5 + 1 / 32  # 4 bits per weight, one byte per group of 32
 RETAINED_CHECKPOINTS = 2  # as core/run_dir.py keeps them
 GENERAL_TEXT_TOKENS = 100_000  # of retention_data that are measured, at most
+ALL_LINEAR = "all-linear"
+EXPERTS = "experts"
+NO_PART = PartShape(0, 0, 0, 0, 0)
 Method = Literal["lora", "qlora", "full"]
+Targets = str | Sequence[str]  # a value of lora_target_modules
 
 
-def count_lora_parameters(spec: ModelSpec, rank: int) -> int:
-    """Return the parameters of adapters on all linear layers: rank * (inputs + outputs) of each."""
-    q = spec.num_heads * spec.head_dim
-    kv = spec.num_kv_heads * spec.head_dim
-    h = spec.hidden_size
-    f = spec.intermediate_size
-    attention = (h + q) + 2 * (h + kv) + (q + h)
-    mlp = (spec.num_mlp_inputs + 1) * (h + f)
-    return spec.num_layers * rank * (attention + mlp)
+def count_lora_parameters(spec: ModelSpec, rank: int, targets: Targets = ALL_LINEAR) -> int:
+    """Return the parameters of adapters: rank * (inputs + outputs) of each linear.
+
+    Names and expressions count as all linears but those of experts."""
+    return rank * sum(part.inputs + part.outputs for part in _list_parts(spec, targets))
 
 
-def count_dora_magnitudes(spec: ModelSpec) -> int:
-    """Return DoRA's magnitudes on all linear layers: one per output."""
-    q = spec.num_heads * spec.head_dim
-    kv = spec.num_kv_heads * spec.head_dim
-    return spec.num_layers * (
-        q + 2 * kv + 2 * spec.hidden_size + spec.num_mlp_inputs * spec.intermediate_size
-    )
+def count_dora_magnitudes(spec: ModelSpec, targets: Targets = ALL_LINEAR) -> int:
+    """Return DoRA's magnitudes: one per output of each linear."""
+    return sum(part.outputs for part in _list_parts(spec, targets))
+
+
+def _list_parts(spec: ModelSpec, targets: Targets) -> list[PartShape]:
+    """Return the parts of the layers that `lora_target_modules` names."""
+    words = {targets} if isinstance(targets, str) else set(targets)
+    if not words <= spec.parts.keys():  # all-linear, or names of layers
+        words |= spec.parts.keys() - {EXPERTS}
+    return [part for word, part in spec.parts.items() if word in words]
 
 
 def estimate_activation_bytes(
@@ -64,22 +70,73 @@ def estimate_activation_bytes(
 
     DoRA also saves the outputs of attention and MLP. Checkpointing `selective` recomputes gate and
     up; `full` saves only the inputs of all layers but one."""
+    saved = compute_saved_bytes(spec, dtype_bytes, use_dora=use_dora)
+    if checkpointing == "selective":
+        saved -= count_recomputed_values(spec) * dtype_bytes
+    if checkpointing == "full":
+        saved = spec.num_layers * spec.hidden_size * dtype_bytes + saved // spec.num_layers
+    return tokens * (saved + compute_temporary_bytes(spec, dtype_bytes))
+
+
+def compute_saved_bytes(spec: ModelSpec, dtype_bytes: int, *, use_dora: bool = False) -> int:
+    """Return the bytes per token that all layers save for the backward pass.
+
+    Inputs and outputs of the norms; of attention, what lies between its linears; of recurrent
+    layers, the input of their last linear and what core/types.py counts; gate and up of
+    MLPs and of the experts that a token meets."""
     q = spec.num_heads * spec.head_dim
     kv = spec.num_kv_heads * spec.head_dim
-    layers = spec.num_layers
-    mlp = spec.num_mlp_inputs * spec.intermediate_size
-    layer_values = (6 if use_dora else 4) * spec.hidden_size + 2 * q + 2 * kv + mlp
-    layer_values += 2 * spec.hidden_size * spec.model_type.startswith(OUTPUT_NORM_TYPES)
+    hidden_states = 6 if use_dora else 4
+    hidden_states += 2 * spec.model_type.startswith(OUTPUT_NORM_TYPES)
+    layer_values = hidden_states * spec.hidden_size
     layer_values += (q + kv) * spec.model_type.startswith(QK_NORM_TYPES)
-    inner_values = q + spec.intermediate_size
-    layer_values += inner_values * spec.model_type.startswith(INNER_NORM_TYPES)
-    saved = {
-        "none": layers * layer_values,
-        "selective": layers * (layer_values - mlp),
-        "full": layers * spec.hidden_size + layer_values,
-    }[checkpointing]
-    temporary = 6 * spec.intermediate_size
-    return tokens * (saved + temporary) * dtype_bytes
+    layer_values += (q + spec.intermediate_size) * spec.model_type.startswith(INNER_NORM_TYPES)
+    attention = spec.parts.get("attention", NO_PART)
+    recurrent = spec.parts.get("recurrent", NO_PART)
+    values = spec.num_layers * layer_values + count_recomputed_values(spec)
+    values += attention.inner_outputs + attention.inner_inputs + recurrent.inner_inputs
+    saved_bytes = values * dtype_bytes
+    if spec.recurrent is not None:
+        saved_bytes += recurrent.layers * spec.recurrent.compute_saved_bytes(dtype_bytes)
+    router_bytes = (dtype_bytes + 4) * spec.num_experts + 32 * spec.num_experts_per_token
+    return saved_bytes + spec.parts.get(EXPERTS, NO_PART).layers * router_bytes
+
+
+def count_recomputed_values(spec: ModelSpec) -> int:
+    """Return the values per token that `gradient_checkpointing: selective` does not save."""
+    parts = [spec.parts.get(word, NO_PART) for word in ("mlp", EXPERTS)]
+    return sum(part.inner_outputs for part in parts)
+
+
+def compute_temporary_bytes(spec: ModelSpec, dtype_bytes: int) -> int:
+    """Return the bytes per token that the widest layer computes with in its backward pass: its
+    MLP, or the copies of a token for its experts."""
+    experts = spec.parts.get(EXPERTS, NO_PART)
+    if not experts.layers:
+        return 6 * spec.intermediate_size * dtype_bytes
+    copies = spec.num_experts_per_token * 2 * spec.hidden_size
+    return (copies + 3 * experts.inner_outputs // experts.layers) * dtype_bytes
+
+
+class CacheSize(NamedTuple):
+    """The rows that are generated side by side, and the tokens that they have room for."""
+
+    rows: int
+    tokens: int
+
+
+NO_CACHE = CacheSize(0, 0)
+
+
+def compute_cache_bytes(spec: ModelSpec, cache: CacheSize, dtype_bytes: int) -> int:
+    """Return the bytes of keys and values, and of the states of recurrent layers."""
+    layers = spec.num_attention_layers
+    token_bytes = 2 * layers * spec.num_kv_heads * spec.head_dim * dtype_bytes
+    row_bytes = 0
+    if spec.recurrent is not None:
+        layers = spec.parts["recurrent"].layers
+        row_bytes = layers * spec.recurrent.compute_state_bytes(dtype_bytes)
+    return cache.tokens * token_bytes + cache.rows * row_bytes
 
 
 class ModelFootprint(TypedDict):
@@ -88,6 +145,7 @@ class ModelFootprint(TypedDict):
     method: Method
     dtype: str
     rank: int
+    targets: NotRequired[Targets]  # of the adapter; all linears
     dora: NotRequired[bool]
     new_rows: NotRequired[int]  # trained rows of new tokens, in embedding and head
     module_parameters: NotRequired[int]  # of modules trained in full beside the adapter
@@ -140,33 +198,43 @@ def estimate_fixed_memory(
     """Return the bytes by component that do not depend on the packs."""
     method = footprint["method"]
     dtype_bytes = 2 if footprint["dtype"] == "bf16" else 4
-    block_bytes = spec.block_parameters * dtype_bytes
+    # adapted layers alone have a second copy, and experts are not among them
+    block_bytes = (spec.block_parameters - spec.expert_parameters) * dtype_bytes
     weight_bytes = (layouts - 1) * block_bytes
-    if method == "full":
-        if dtype_bytes == 2:  # bf16 copies of the fp32 master weights
-            weight_bytes += block_bytes
-    else:
-        weight_bytes += (spec.parameters - spec.block_parameters) * dtype_bytes
-        weight_bytes += int(spec.block_parameters * NF4_BYTES) if method == "qlora" else block_bytes
+    if method != "full":
+        weight_bytes += compute_frozen_bytes(spec, method, dtype_bytes)
+    elif dtype_bytes == 2:  # bf16 copies of the fp32 master weights
+        weight_bytes += block_bytes
     dequantized_bytes = 2 * spec.hidden_size * spec.intermediate_size * dtype_bytes
     state_bytes = 4 + compute_moment_bytes(**footprint)  # master weight and moments
     trained_bytes = int(count_trained_parameters(spec, **footprint) * state_bytes)
     return {
         "weights": weight_bytes,
-        "widened": dequantized_bytes if method == "qlora" else 0,
+        "widened": dequantized_bytes if method == "qlora" or spec.packed_parameters else 0,
         "trained": trained_bytes + _estimate_gradient_bytes(spec, **footprint),
         "update": _estimate_update_bytes(spec, **footprint),
     }
 
 
+def compute_frozen_bytes(spec: ModelSpec, method: str, dtype_bytes: int) -> int:
+    """Return the bytes of the weights below an adapter: experts in MXFP4 stay so, and QLoRA holds
+    the other matrices of the layers in 4 bits."""
+    wide_parameters = spec.block_parameters - spec.packed_parameters
+    rest_bytes = (spec.parameters - spec.block_parameters) * dtype_bytes
+    weight_bytes = NF4_BYTES if method == "qlora" else dtype_bytes
+    packed_bytes = spec.packed_parameters * MXFP4_BYTES
+    return rest_bytes + int(wide_parameters * weight_bytes + packed_bytes)
+
+
 def count_trained_parameters(spec: ModelSpec, **footprint: Unpack[ModelFootprint]) -> int:
     if footprint["method"] == "full":
         return spec.parameters
-    num_trained = count_lora_parameters(spec, footprint["rank"])
+    targets = footprint.get("targets", ALL_LINEAR)
+    num_trained = count_lora_parameters(spec, footprint["rank"], targets)
     num_trained += footprint.get("new_rows", 0) * spec.hidden_size
     num_trained += footprint.get("module_parameters", 0)
     if footprint.get("dora"):
-        num_trained += count_dora_magnitudes(spec)
+        num_trained += count_dora_magnitudes(spec, targets)
     return num_trained
 
 

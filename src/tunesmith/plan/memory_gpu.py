@@ -15,6 +15,11 @@ from tunesmith.core.types import ModelSpec
 from tunesmith.plan.memory import (
     CHUNK_TARGETS,
     NF4_BYTES,
+    NO_CACHE,
+    NO_PART,
+    CacheSize,
+    compute_cache_bytes,
+    count_recomputed_values,
     count_trained_parameters,
     estimate_fixed_memory,
 )
@@ -41,12 +46,12 @@ def estimate_gpu_memory(
     *,
     pack_tokens: int,
     software: GpuSoftware | None = None,
-    cache_tokens: int = 0,
+    cache: CacheSize = NO_CACHE,
     **footprint: Any,
 ) -> dict[str, int]:
     """Return bytes by component.
 
-    `cache_tokens` are in the KV cache while answers are generated, between steps. `software`
+    `cache` is there while answers are generated, between steps. `software`
     describes another trainer, which has no low-precision copies of what it trains."""
     if software is None:
         software = GpuSoftware()
@@ -64,21 +69,26 @@ def estimate_gpu_memory(
     parts["fragments"] = int(software.fragmentation_share * (parts["activations"] + head))
     step_bytes = parts["activations"] + parts["head"] + parts["fragments"]
     # memory holds either the activations of a step or the KV cache of the answers
-    parts["answers"] = max(0, compute_cache_bytes(spec, cache_tokens, dtype_bytes) - step_bytes)
+    parts["answers"] = max(0, compute_cache_bytes(spec, cache, dtype_bytes) - step_bytes)
     return parts | {"peak": sum(parts.values())}
 
 
-def compute_cache_bytes(spec: ModelSpec, tokens: int, dtype_bytes: int) -> int:
-    """Return the bytes of the KV cache."""
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype_bytes * tokens
-
-
 def count_saved_elements(spec: ModelSpec) -> int:
-    """Return the values that the stock modules of a layer save per token: 12 h + 3 q + kv + 3 f
-    (gated MLP, attention without stored scores)."""
-    q = spec.num_heads * spec.head_dim
-    kv = spec.num_kv_heads * spec.head_dim
-    return 12 * spec.hidden_size + 3 * q + kv + 3 * spec.intermediate_size
+    """Return the values per token that the stock modules of all layers save: 12 h + 3 q + kv + 3 f
+    in a dense layer (gated MLP, attention without stored scores).
+
+    Recurrent layers and experts save as much of their inner values, relative to their widths."""
+    attention = spec.parts.get("attention", NO_PART)
+    recurrent = spec.parts.get("recurrent", NO_PART)
+    kv = attention.layers * spec.num_kv_heads * spec.head_dim
+    q = (attention.inner_outputs + attention.inner_inputs) // 2 - kv
+    inner = 3 * q + kv + 3 * (recurrent.inner_outputs + recurrent.inner_inputs) // 2
+    return 12 * spec.num_layers * spec.hidden_size + inner + _count_mlp_elements(spec)
+
+
+def _count_mlp_elements(spec: ModelSpec) -> int:
+    """Return the values per token that all MLPs and the experts of a token save."""
+    return 3 * count_recomputed_values(spec) // 2
 
 
 def _estimate_activations(
@@ -86,13 +96,15 @@ def _estimate_activations(
 ) -> tuple[int, int]:
     """Return the bytes saved for the backward pass, and the most that is recomputed at once (when
     the logits are gone)."""
-    layer = tokens * count_saved_elements(spec) * dtype_bytes * software.saved_share
+    value_bytes = tokens * dtype_bytes * software.saved_share
+    saved = value_bytes * count_saved_elements(spec)
     if policy == "full":
-        return spec.num_layers * tokens * spec.hidden_size * dtype_bytes, int(layer)
+        inputs = spec.num_layers * tokens * spec.hidden_size * dtype_bytes
+        return inputs, int(saved / spec.num_layers)
     if policy == "selective":
-        mlp = tokens * 3 * spec.intermediate_size * dtype_bytes * software.saved_share
-        return int(spec.num_layers * (layer - mlp)), int(mlp)
-    return int(spec.num_layers * layer), 0
+        mlps = value_bytes * _count_mlp_elements(spec)
+        return int(saved - mlps), int(mlps / spec.num_layers)
+    return int(saved), 0
 
 
 def _estimate_other_trainer(

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from tunesmith.core.types import Plan
 from tunesmith.plan.build import has_enough_memory
 from tunesmith.plan.flops import estimate_run_flops
-from tunesmith.plan.memory import count_trained_parameters
+from tunesmith.plan.memory import ALL_LINEAR, count_trained_parameters
 from tunesmith.plan.memory_budget import USUAL_MULTIPLES, compute_multiple
 from tunesmith.plan.rules import CountFn, count_nothing
-
-METHODS: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora", "qlora")
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,14 @@ class MethodEstimate:
 def estimate_methods(
     make_plan: Callable[[str], Plan], count_parameters: CountFn = count_nothing
 ) -> tuple[MethodEstimate, ...]:
-    """Estimate each method; `make_plan` returns the plan for one, `count_parameters` counts those
-    of modules that are trained in full."""
-    return tuple(estimate_method(make_plan(method), count_parameters) for method in METHODS)
+    """Estimate each method that the model can be trained with: experts have adapters only.
+
+    `make_plan` returns the plan for one, `count_parameters` counts the parameters of modules that
+    are trained in full."""
+    plans = [make_plan("lora"), make_plan("qlora")]
+    if not plans[0].model.num_experts:
+        plans.insert(0, make_plan("full"))
+    return tuple(estimate_method(plan, count_parameters) for plan in plans)
 
 
 def estimate_method(plan: Plan, count_parameters: CountFn = count_nothing) -> MethodEstimate:
@@ -62,6 +64,7 @@ def estimate_method(plan: Plan, count_parameters: CountFn = count_nothing) -> Me
         method=config.method,
         dtype=config.dtype,
         rank=config.lora_r or 0,
+        targets=config.lora_target_modules or ALL_LINEAR,
         dora=config.use_dora or False,
         module_parameters=count_parameters(config.modules_to_save or ()),
     )

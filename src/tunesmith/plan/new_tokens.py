@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from tunesmith.core.errors import InputError
 from tunesmith.core.types import ModelSpec, NewToken, PlanValue
 from tunesmith.plan.rules import RuleContext, make_rule_value
 
@@ -16,6 +17,7 @@ SOURCE = (
     "Language Models; unverified"
 )
 MAX_SHOWN = 5  # tokens named in a reason
+OTHER_EMBEDDINGS = {"gpt_neox"}  # model types whose embedding is not called embed_tokens
 NEW_ROWS_FACTOR = 10.0  # learning rate of new rows relative to the adapter's, at most
 MAX_NEW_ROWS_RATE = 0.01
 
@@ -40,6 +42,9 @@ def decide_new_rows(tokens: PlanValue | None, context: RuleContext) -> dict[str,
     if tokens is None or context["method"] == "full":
         return {}
     model = context.model
+    if model.model_type in OTHER_EMBEDDINGS:
+        message = f"new tokens are not supported for {model.model_type}"
+        raise InputError(message, where="add_tokens", fix="leave add_tokens out")
     modules = ("embed_tokens",) if model.tie_word_embeddings else ("embed_tokens", "lm_head")
     num_values = len(tokens.value) * len(modules) * model.hidden_size
     tied = " (tied to the head)" if model.tie_word_embeddings else ""

@@ -1,9 +1,8 @@
 """Which checks of the data ran before training, and which did not.
 
 In: a plan's DataReports. Out: CheckView for each group of checks. A run checks what it reads
-anyway; `tunesmith data check` also reads all texts. A plan has findings and no list of what ran:
-that all texts were read shows by a finding of a check that needs it. Left out: the checks
-(data/checks/).
+anyway; it reads all texts, as `tunesmith data check` does, if that takes little of its time. Left
+out: the checks (data/checks/).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ HELD_OUT = ("eval_data", "test_data")
 class CheckGroup:
     title: str
     checks: tuple[str, ...]  # as findings name them
-    reads_all: bool = False  # runs in `tunesmith data check` only
+    reads_all: bool = False  # runs only where all texts are read
 
 
 CHECK_GROUPS = (
@@ -70,8 +69,7 @@ def list_checks(reports: Mapping[str, DataReport]) -> list[CheckView]:
     findings: list[tuple[str, Finding]] = []
     for role, report in reports.items():
         findings += [(role, finding) for finding in report.findings]
-    full_checks = {name for group in CHECK_GROUPS if group.reads_all for name in group.checks}
-    read_all = any(finding.check in full_checks for _, finding in findings)
+    read_all = any(report.is_fully_checked for report in reports.values())
     is_compared = "data" in reports and any(role in reports for role in HELD_OUT)
     views: list[CheckView] = []
     for group in CHECK_GROUPS:

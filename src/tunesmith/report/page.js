@@ -52,6 +52,8 @@
   const status = document.getElementById("sample-status");
   const buttons = [...document.querySelectorAll("[data-show]")];
   const chips = [...document.querySelectorAll("[data-chip]")];
+  // The answers are then a list with the open one beside it, as page.css says.
+  const isWide = matchMedia("(min-width: 1100px)");
   let filter = "all";
   let field = null;
   let rows = null;
@@ -135,8 +137,11 @@
   const row = (sample) => {
     const hint = sample.wrongFields.length ? sample.wrongFields.join(", ") : sample.prompt.slice(0, 120);
     const summary = element("summary", "", element("span", "sample-id", quoted("bdi", [sample.id])), " ", element("b", "outcome " + sample.outcome, sample.label), " ", element("span", "sample-hint", quoted("bdi", [hint])));
-    const node = element("details", "sample", summary);
-    node.addEventListener("toggle", () => fill(node, sample), { once: true });
+    const body = element("div", "sample-body");
+    const node = element("details", "sample", summary, element("div", "sample-column", body));
+    node.name = "sample"; // one at a time
+    node.addEventListener("toggle", () => fill(body, sample), { once: true });
+    window.watchPane(body);
     return node;
   };
 
@@ -170,7 +175,10 @@
     shown = 0;
     list.replaceChildren();
     extend(FIRST);
-    if (matches.length) return;
+    if (matches.length) {
+      list.firstElementChild.open = isWide.matches;
+      return;
+    }
     const isPlain = !text && field === null && !rows;
     list.append(element("p", "empty", isPlain ? messages[filter] : "No answer passes all filters."));
   };
@@ -207,6 +215,7 @@
     const current = event.target.closest(".sample");
     const next = event.key === "j" ? current?.nextElementSibling : current?.previousElementSibling;
     next?.querySelector("summary")?.focus();
+    if (next && isWide.matches) next.open = true;
   });
   let timer;
   search.addEventListener("input", () => {

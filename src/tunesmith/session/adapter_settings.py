@@ -12,10 +12,11 @@ from typing import Any
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import ModelSpec, Plan, PlanValue, require
 from tunesmith.model.hub.adapter_config import AdapterFolder
+from tunesmith.model.hub.expert_names import is_target_parameter
 from tunesmith.model.hub.spec import read_model_headers
 from tunesmith.model.target_modules import (
-    GROUPS,
     SAVED_MODULES_KEY,
+    has_only_words,
     list_parameter_names,
     match_saved_parameters,
     select_saved_parameters,
@@ -32,9 +33,10 @@ def fix_adapter_values(
     layers in another way."""
     requested = recipe.lora_target_modules
     target_modules = adapter.target_modules
-    adapter_layers = select_targets(layers, target_modules)
-    if requested != "auto" and select_targets(layers, requested) == adapter_layers:
-        target_modules = requested
+    adapter_layers = select_targets(layers, target_modules, model.model_type)
+    if requested != "auto":
+        requested_layers = select_targets(layers, requested, model.model_type)
+        target_modules = requested if requested_layers == adapter_layers else target_modules
     values: dict[str, Any] = {
         "adapter_sha256": adapter.sha256,
         "method": "qlora" if recipe.method == "qlora" else "lora",
@@ -88,6 +90,25 @@ def count_module_parameters(model: ModelSpec, modules: Sequence[str]) -> int:
     return sum(sizes[name] for name in selected)
 
 
+def refuse_expert_settings(plan: Plan, layers: Sequence[str]) -> None:
+    """Raise InputError for what a model with experts does not do: full fine-tuning, and dropout or
+    DoRA where PEFT adapts weights instead of modules."""
+    if not plan.model.num_experts:
+        return
+    config = plan.config
+    if config.method == "full":
+        message = f"method: full does not train the experts of {plan.model.model_type}"
+        fix = "use method: lora; lora_target_modules: [attention, experts] adapts the experts too"
+        raise InputError(message, where="method", fix=fix)
+    targets = select_targets(layers, require(config.lora_target_modules), plan.model.model_type)
+    parameters = [path for path in targets if is_target_parameter(path)]
+    for key in ("lora_dropout", "use_dora"):
+        if getattr(config, key) and parameters:
+            message = f"an adapter of {parameters[0]} has no {key}: PEFT adapts its weight"
+            fix = f"leave {key} out, or set lora_target_modules: attention"
+            raise InputError(message, where=key, fix=fix)
+
+
 def refuse_contradicting_modules(plan: Plan, layers: Sequence[str]) -> None:
     """Raise InputError if a linear layer is to be trained in full that the plan quantizes, or that
     lora_target_modules names as well."""
@@ -100,11 +121,11 @@ def refuse_contradicting_modules(plan: Plan, layers: Sequence[str]) -> None:
         message = f"method: qlora keeps {layer} in 4 bits, which cannot be trained in full"
         fix = "use method: lora, or leave linear layers of the decoder out of modules_to_save"
         raise InputError(message, where=SAVED_MODULES_KEY, fix=fix)
-    targets = select_targets(layers, require(plan.config.lora_target_modules))
+    setting = require(plan.config.lora_target_modules)
+    targets = select_targets(layers, setting, plan.model.model_type)
     adapted = {f"{path}.weight" for path in targets}
-    is_group = plan.config.lora_target_modules in GROUPS
     both = [name for name in saved if name in adapted]
-    if both and not is_group:
+    if both and not has_only_words(setting):
         message = f"{layer} is in lora_target_modules and in modules_to_save"
         fix = "train it in full or with an adapter: take it out of one of them"
         raise InputError(message, where=SAVED_MODULES_KEY, fix=fix)

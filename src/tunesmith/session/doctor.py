@@ -23,7 +23,11 @@ from tunesmith.core.types import Machine, ModelSpec
 from tunesmith.model.hub.built_in import find_cache_dir
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
-from tunesmith.plan.memory import NF4_BYTES, count_lora_parameters
+from tunesmith.plan.memory import (
+    compute_frozen_bytes,
+    count_lora_parameters,
+    estimate_activation_bytes,
+)
 
 # in older versions, loading a model can run code from it: CVE-2026-4372 (transformers),
 # CVE-2025-32434 (torch)
@@ -87,6 +91,7 @@ def diagnose(
     machine = measure_machine(folder)
     checks = [
         *_check_versions(machine),
+        *_check_gpu(machine),
         _check_compiler(machine),
         _check_disk(machine),
         _check_writable(folder),
@@ -98,6 +103,8 @@ def diagnose(
     checks += [_check_tokenizer(spec), _check_chat_template(spec)]
     fits: list[MemoryFit] = []
     for method, estimate_bytes in MEMORY_ESTIMATORS.items():
+        if method == "full" and spec.num_experts:
+            continue  # refused: the experts of a layer stay frozen
         fits.append(_estimate_fit(machine, method, estimate_bytes(spec)))
     return Diagnosis(machine, tuple(checks), find_cache_dir(), spec, tuple(fits))
 
@@ -110,6 +117,27 @@ def _check_versions(machine: Machine) -> list[MachineCheck]:
         fix = "" if is_ok else f"install {package} {min_version} or newer"
         checks.append(MachineCheck(package, is_ok, installed, fix=fix))
     return checks
+
+
+def _check_gpu(machine: Machine) -> list[MachineCheck]:
+    """Check the GPU that training would use; nothing on a machine that seems to have none."""
+    if machine.unused_gpu:
+        fix = "see docs/guides/gpu.md; until then, training runs on the CPU"
+        return [MachineCheck("GPU", False, machine.unused_gpu, is_required=False, fix=fix)]
+    if machine.device != "cuda":
+        return []
+    capability = machine.compute_capability
+    parts = [
+        machine.gpu_software,
+        f"compute capability {capability}" if capability else "tunesmith has not been tried on it",
+        f"{format_bytes(machine.available_bytes)} free",
+        "bf16" if machine.has_bf16_matmul else "no bf16",
+    ]
+    if machine.num_gpus > 1:
+        parts.append(f"the first of {machine.num_gpus}, training uses one")
+    fix = "" if machine.has_bf16_matmul else "runs are planned in fp32; fp16 is not supported"
+    is_ok = machine.has_bf16_matmul
+    return [MachineCheck("GPU", is_ok, ", ".join(parts), is_required=False, fix=fix)]
 
 
 def _check_extras() -> list[MachineCheck]:
@@ -191,25 +219,24 @@ def _estimate_fit(machine: Machine, method: str, needed_bytes: int) -> MemoryFit
 
 
 def _estimate_activation_bytes(spec: ModelSpec) -> int:
-    """Return the bytes saved for the backward pass: bf16, about 10 times the hidden size and 4
-    times the intermediate size per token and layer; and one chunk of logits."""
-    layer_values = 10 * spec.hidden_size + 4 * spec.intermediate_size
+    """Return the bytes saved for the backward pass in bf16, and one chunk of logits."""
     logit_bytes = 512 * spec.vocab_size * 4 * 2  # with their gradient
-    return PACK_TOKENS * spec.num_layers * layer_values * 2 + logit_bytes
+    return estimate_activation_bytes(spec, PACK_TOKENS, 2) + logit_bytes
 
 
 def _estimate_lora_bytes(spec: ModelSpec) -> int:
     """Return the bytes of bf16 weights, and of rank-16 adapters on all linear layers with fp32
     gradients and two moments."""
     adapter_bytes = 16 * count_lora_parameters(spec, LORA_RANK)
-    return RUNTIME_BYTES + 2 * spec.parameters + adapter_bytes + _estimate_activation_bytes(spec)
+    weight_bytes = compute_frozen_bytes(spec, "lora", 2)
+    return RUNTIME_BYTES + weight_bytes + adapter_bytes + _estimate_activation_bytes(spec)
 
 
 def _estimate_qlora_bytes(spec: ModelSpec) -> int:
     """Return the bytes of LoRA with 4-bit decoder matrices, one of them dequantized."""
     dequantized_bytes = 2 * spec.hidden_size * spec.intermediate_size
-    saved_bytes = (2 - NF4_BYTES) * spec.block_parameters - dequantized_bytes
-    return _estimate_lora_bytes(spec) - int(saved_bytes)
+    saved_bytes = compute_frozen_bytes(spec, "lora", 2) - compute_frozen_bytes(spec, "qlora", 2)
+    return _estimate_lora_bytes(spec) - saved_bytes + dequantized_bytes
 
 
 def _estimate_full_bytes(spec: ModelSpec) -> int:

@@ -62,12 +62,14 @@ from tunesmith.session.adapter_settings import (
     count_module_parameters,
     fix_adapter_values,
     refuse_contradicting_modules,
+    refuse_expert_settings,
 )
-from tunesmith.session.provenance import check_provenance, read_provenance
 from tunesmith.session.hub_data import fetch_sources, pin_hub_data
+from tunesmith.session.provenance import check_provenance, read_provenance
 from tunesmith.session.run_history import apply_past_runs
 
 TOKENIZER_FILE = "tokenizer.json"
+LAYER_EMBEDDING = "embed_tokens_per_layer"  # of Gemma 4
 HELD_OUT_ROLES = ("eval_data", "test_data")
 FALLBACK_TOKENIZER = "smollm2-135m-instruct"  # counts tokens for a model without a tokenizer
 NO_PRESET = "none of the presets"
@@ -86,9 +88,9 @@ class RunInputs:
     adapter: AdapterFolder | None = None  # where training starts
     corpus: PretrainingCorpus | None = None  # the texts of `data`; stage: cpt
     counting_model: str = ""  # the model whose tokenizer counts, if this one has none
+    notes: tuple[str, ...] = ()  # about data of the hub
 
     @property
-    notes: tuple[str, ...] = ()  # about data of the hub
     def response_schema(self) -> Json | None:
         return read_response_schema(self.recipe.response_schema)
 
@@ -110,9 +112,9 @@ def load_inputs(
     Without `needs_weights`, config.json is enough of a model: it can be planned for, not trained.
     `generated_rows` is the file of rehearsal rows that the base model has generated. Raises
     InputError for unusable data or an unusable model, MachineError if it cannot be downloaded."""
+    recipe, notes = pin_hub_data(recipe)
     timestamp = (now or datetime.now()).replace(microsecond=0)
     if output_dir is None and isinstance(recipe.output_dir, Path):
-    recipe, notes = pin_hub_data(recipe)
         output_dir = recipe.output_dir
     output_dir = output_dir or pick_run_folder(Path("runs"), "run")
     folder = resolve_model(recipe.model, needs_weights=needs_weights)
@@ -143,9 +145,9 @@ def load_inputs(
         adapter=adapter,
         corpus=corpus,
         counting_model=counting_model,
+        notes=notes,
     )
 
-        notes=notes,
 
 def _open_pretraining_corpus(recipe: Recipe, rows: Dataset, model: ModelSpec) -> PretrainingCorpus:
     """Raises InputError for rows that are not plain text, and for windows without a target."""
@@ -173,6 +175,12 @@ def _refuse_missing_rows(renderer: Renderer, model: ModelSpec) -> None:
             f"{model.vocab_size:,} rows",
             where="add_tokens",
             fix="use a model whose tokenizer.json belongs to its weights",
+        )
+    if new_tokens and any(LAYER_EMBEDDING in name for name in read_model_headers(model.path)):
+        raise InputError(
+            "this model has a second table of tokens, which would have no rows for new ones",
+            where="add_tokens",
+            fix="leave add_tokens out; the model spells such texts with its own tokens",
         )
 
 
@@ -252,6 +260,7 @@ def open_datasets(
 
 def open_training_rows(recipe: Recipe, renderer: Renderer | None = None) -> Dataset:
     """Open the rows of `data`, with none of them held out."""
+    recipe, _ = pin_hub_data(recipe)
     if renderer is None:
         renderer = build_renderer(recipe, resolve_model(recipe.model), datetime.now())
     constraints = ConstraintSet(recipe.never, can_ban=recipe.stage == "sft")
@@ -260,7 +269,6 @@ def open_training_rows(recipe: Recipe, renderer: Renderer | None = None) -> Data
 
 
 def _open_rows(
-    recipe, _ = pin_hub_data(recipe)
     recipe: Recipe,
     renderer: Renderer,
     sources: Sequence[DataSource],
@@ -373,8 +381,10 @@ def make_planner(
         plan = build_plan(recipe, machine=machine, **plan_kwargs)
         plan = _add_time_estimate(apply_past_runs(plan))
         if plan.config.lora_target_modules is not None:
-            select_targets(layers, plan.config.lora_target_modules)  # refuses unknown layers
+            targets = plan.config.lora_target_modules
+            select_targets(layers, targets, inputs.model.model_type)  # refuses unknown layers
         refuse_contradicting_modules(plan, layers)
+        refuse_expert_settings(plan, layers)
         return dataclasses.replace(
             plan,
             warnings=(*input_warnings, *plan.warnings),
@@ -475,7 +485,9 @@ def _collect_fixed_values(
 def has_same_layers(inputs: RunInputs, first: Any, second: Any) -> bool:
     """Whether two values of lora_target_modules name the same layers."""
     layers = list_linear_paths(read_model_headers(inputs.model.path))
-    return select_targets(layers, first) == select_targets(layers, second)
+    model_type = inputs.model.model_type
+    selected = select_targets(layers, first, model_type)
+    return selected == select_targets(layers, second, model_type)
 
 
 def show_rows(inputs: RunInputs, *, rows: int, should_show_ids: bool) -> Iterator[Text]:

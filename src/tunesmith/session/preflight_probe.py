@@ -15,11 +15,14 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from torch import Tensor
 
-from tunesmith.core.types import Batch, Document, Example, PackLayout
+from tunesmith.core.types import Batch, Document, Example, ModelSpec, PackLayout
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.collate import collate
+from tunesmith.data.collate import Device, collate
 from tunesmith.data.packing import count_input_tokens, pack_step
 from tunesmith.data.prefix_sharing import group_by_prefix
+from tunesmith.model.causal_lm import Network, compute_cached_logits, compute_stock_logits
+from tunesmith.model.layer_outputs import BlockOutputs, record_block_outputs
+from tunesmith.model.packed_weights import Rounding
 
 MAX_PACKED_DOCUMENTS = 3  # enough to see a leak or shifted labels, in seconds
 # tokens of each document in the isolation check; not a whole block of a kernel
@@ -31,6 +34,8 @@ TRUNCATED_SUFFIX = ", truncated"  # of the id of a document without its end
 BANNED_SUFFIX = ", banned"  # of the id of a document that only trains away from its answer
 MIN_CHECKED_CHARS = 12  # of an untrained message that must not be among the targets
 MAX_CHECKED_POSITIONS = 64  # per document, for which logits are compared
+MAX_RECORDED_TOKENS = 256  # of a document whose blocks are recorded: two hidden states per layer
+ORACLE_TOKENS = 32  # of the document on which the stock model is compared with itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +76,17 @@ class RoleMask:
 
 
 @dataclass(frozen=True, eq=False)
+class OracleLogits:
+    """The stock model's logits [2, V] of the last two tokens of a short document, computed without
+    and with its cache."""
+
+    document_id: str
+    num_tokens: int
+    plain_PV: Tensor
+    cached_PV: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class PreflightSamples:
     """A few real documents, and what the stock model computes for them."""
 
@@ -84,6 +100,11 @@ class PreflightSamples:
     role_masks: tuple[RoleMask, ...] | None = None  # of the first rows; None: answers are trained
     has_trained_answers: bool = True
     is_quantized: bool = False  # the plan's method keeps weights in 4 bits
+    # of the stock model, in the order of the documents, where rounding may change logits a lot:
+    # with experts, and with layers that carry state; None for long documents
+    block_outputs: tuple[BlockOutputs | None, ...] = ()
+    oracle: OracleLogits | None = None  # None: every document has one token
+    rounding: Rounding | None = None  # of FP8 weights
 
 
 def build_role_mask(
@@ -267,6 +288,40 @@ def _chain_documents(documents: Sequence[Document], tokens: int) -> Document:
     return Document(f"{documents[0].id}{CHAINED_SUFFIX}", tokens_L, weights_L)
 
 
+def compute_oracle_logits(network: Network, documents: Sequence[Document]) -> OracleLogits | None:
+    """Compute the last tokens of the shortest document, or of its beginning, in two ways. Return
+    None if every document has one token."""
+    for document in documents:
+        num_tokens = min(count_input_tokens(document), ORACLE_TOKENS)
+        if num_tokens < 2:
+            continue
+        tokens = document.tokens_L[:num_tokens].tolist()
+        return OracleLogits(
+            document.id,
+            num_tokens,
+            compute_stock_logits(network, tokens, [num_tokens - 2, num_tokens - 1]),
+            compute_cached_logits(network, tokens),
+        )
+    return None
+
+
+def record_blocks(
+    network: Network, model: ModelSpec, documents: Sequence[Document]
+) -> tuple[BlockOutputs | None, ...]:
+    """Record the blocks of the stock network on short documents, for a model that amplifies
+    rounding: with experts, or with layers that carry state."""
+    has_state = any(mixer not in ("attention", "") for mixer in model.layer_mixers)
+    if not model.num_experts and not has_state:
+        return ()
+    recorded: list[BlockOutputs | None] = []
+    for document in documents:
+        num_tokens = count_input_tokens(document)
+        tokens = document.tokens_L[:num_tokens].tolist()
+        is_short = num_tokens <= MAX_RECORDED_TOKENS
+        recorded.append(record_block_outputs(network, tokens) if is_short else None)
+    return tuple(recorded)
+
+
 # ---------------------------------------------------------------- packs
 
 
@@ -278,26 +333,28 @@ def find_siblings(layout: PackLayout) -> tuple[int, int] | None:
     return None
 
 
-def pack_documents(documents: Sequence[Document]) -> Batch:
+def pack_documents(documents: Sequence[Document], device: Device = "cpu") -> Batch:
     (pack,) = pack_step(documents, sum(map(len, documents)))
-    return collate(pack)
+    return collate(pack, device)
 
 
-def pack_beyond(documents: Sequence[Document], limit: int) -> Batch:
+def pack_beyond(documents: Sequence[Document], limit: int, device: Device = "cpu") -> Batch:
     """Return one pack of documents, the last one repeated until the pack is well over `limit`."""
     num_tokens = sum(map(count_input_tokens, documents))
     missing = max(0, 3 * limit // 2 - num_tokens)
     repeats = -(-missing // count_input_tokens(documents[-1]))
-    return pack_documents([*documents, *[documents[-1]] * repeats])
+    return pack_documents([*documents, *[documents[-1]] * repeats], device)
 
 
 def pack_with_sharing(
-    documents: Sequence[Document], get_group: Callable[[int], Hashable] | None = None
+    documents: Sequence[Document],
+    get_group: Callable[[int], Hashable] | None = None,
+    device: Device = "cpu",
 ) -> Batch:
     """Return one pack in which common prefixes are shared, inside of a group."""
     num_tokens = sum(map(len, documents))
     (pack,) = pack_step(documents, num_tokens, should_share=True, get_group=get_group)
-    return collate(pack)
+    return collate(pack, device)
 
 
 def trim_to_fork(documents: Sequence[Document]) -> list[Document]:

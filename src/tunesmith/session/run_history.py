@@ -3,9 +3,9 @@
     save_past_run(record)       after a run whose peak memory is its own process's
     apply_past_runs(plan)       corrects the memory, and adds the time at the measured speed
 
-Runs are alike if they had the same processor, model shape, method, dtype, evaluation and version of
-tunesmith. The median of the last few counts, so that one unusual run is not the forecast. The
-correction is a setting of the plan.
+Runs are alike if they had the same processor or GPU, model shape, method, dtype, evaluation and
+version of tunesmith. The median of the last few counts, so that one unusual run is not the
+forecast. The correction is a setting of the plan.
 """
 
 from __future__ import annotations
@@ -89,7 +89,10 @@ def make_run_key(plan: Plan) -> str:
     settings = f"{plan.config.method} {plan.config.dtype}" + (
         ", measured" if plan.memory_bytes.get("evaluation") else ""
     )
-    return f"{machine.device_name}, {machine.cores} cores; {shape}; {settings}; {__version__}"
+    hardware = f"{machine.device_name}, {machine.cores} cores"
+    if machine.device == "cuda":
+        hardware = f"cuda {machine.device_name}, {format_bytes(machine.memory_bytes)}"
+    return f"{hardware}; {shape}; {settings}; {__version__}"
 
 
 def apply_past_runs(plan: Plan) -> Plan:

@@ -44,9 +44,10 @@ from tunesmith.model.causal_lm import (
     wrap_model,
 )
 from tunesmith.model.new_embeddings import init_new_rows
+from tunesmith.model.packed_weights import measure_rounding
 from tunesmith.model.quantization import build_truncated_network, load_quantized
 from tunesmith.model.save import load_adapter, stock_with_adapter
-from tunesmith.model.target_modules import GROUPS, match_saved_parameters
+from tunesmith.model.target_modules import has_only_words, match_saved_parameters
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.preflight_probe import (
     PreflightSamples,
@@ -57,8 +58,10 @@ from tunesmith.session.preflight_probe import (
     choose_documents,
     choose_positions,
     choose_sharing_documents,
+    compute_oracle_logits,
     mark_banned,
     mark_longer,
+    record_blocks,
 )
 
 EXTREME_ROWS = 3  # shortest and longest rows of the others
@@ -132,12 +135,20 @@ def open_session(plan: Plan, inputs: RunInputs) -> Session:
     tokens."""
     # for the rest of the process: torch's threads keep the mode that they were started with
     torch.set_flush_denormal(True)
+    # a sum over the tokens of a pack, such as the gradient of an adapter, is not rounded on its way
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     inputs = _apply_length_limit(plan, inputs)
     network = _load_base_network(plan, inputs)
     adapter = inputs.adapter
     rehearsal = build_rehearsal(plan, inputs)
     with nullcontext() if adapter is None else stock_with_adapter(network, adapter):
         samples = _choose_samples(network, plan, inputs, rehearsal)
+        samples = dataclasses.replace(
+            samples,
+            oracle=compute_oracle_logits(network, samples.documents),
+            rounding=measure_rounding(inputs.model.path, DTYPES[plan.config.dtype]),
+            block_outputs=record_blocks(network, inputs.model, samples.documents),
+        )
     model = _wrap_network(network, plan, inputs)
     return Session(
         plan,
@@ -193,7 +204,7 @@ def open_truncated_session(plan: Plan, inputs: RunInputs, layers: int) -> Sessio
     )
     init_new_rows(network, inputs.renderer.tokenizer.new_tokens)
     targets = plan.config.lora_target_modules
-    if targets is not None and targets not in GROUPS:
+    if targets is not None and not has_only_words(targets):
         all_linear = PlanValue("all-linear", "rule", "the named layers may have been cut off")
         plan = plan.with_settings(lora_target_modules=all_linear)
     if plan.config.modules_to_save:

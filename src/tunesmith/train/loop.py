@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import GateError, MachineError
 from tunesmith.core.events import CheckResult, Event, Rollback, TrainingEnd, TrainStep
-from tunesmith.core.hardware import read_peak_bytes
+from tunesmith.core.hardware import read_peak_bytes, release_memory
 from tunesmith.core.json_io import parse_as
 from tunesmith.core.types import Document, Pack, PlanConfig
 from tunesmith.data.collate import collate
@@ -237,10 +237,10 @@ class TrainingLoop:
         documents: Sequence[Document],
         packs: Sequence[Pack],
         started: float,
-        loss: float,
+        loss_sum: Tensor | None,
         supervised_tokens: int,
     ) -> Event:
-        grad_norm = self._clip_gradients(packs) if supervised_tokens else 0.0
+        loss, grad_norm = self._clip_gradients(packs, loss_sum, supervised_tokens)
         learning_rate = self._compute_learning_rate(self.step)
         self.step += 1
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -261,16 +261,25 @@ class TrainingLoop:
             seconds=seconds,
             learning_rate=learning_rate,
             grad_norm=grad_norm,
-            peak_bytes=read_peak_bytes(),
+            peak_bytes=read_peak_bytes(self.model.device.type),
             task_tokens=_count_task_tokens(documents),
             shared_tokens=sum(sum(pack.prefix_lengths) for pack in packs),
         )
 
-    def _clip_gradients(self, packs: Sequence[Pack]) -> float:
-        """Clip the gradients unless they are already applied; return their norm before."""
+    def _clip_gradients(
+        self, packs: Sequence[Pack], loss_sum: Tensor | None, supervised_tokens: int
+    ) -> tuple[float, float]:
+        """Clip the gradients unless they are already applied. Return the loss, and their norm
+        before: together, since a GPU has to finish its work for every read."""
+        if loss_sum is None:
+            return 0.0, 0.0
+        if not supervised_tokens:
+            return float(loss_sum), 0.0
         if self._updates_in_backward(packs):
-            return self.optimizer_in_backward.grad_norm
-        return clip_gradients(self.parameters.values(), self.config.max_grad_norm)
+            return float(loss_sum), self.optimizer_in_backward.grad_norm
+        norm = clip_gradients(self.parameters.values(), self.config.max_grad_norm)
+        loss, grad_norm = torch.stack((loss_sum.double(), norm.double())).tolist()
+        return loss, grad_norm
 
     def _compute_learning_rate(self, step: int) -> float:
         """Return the rate of the step after `step` finished ones."""
@@ -290,8 +299,9 @@ class TrainingLoop:
 
     def _forward_backward(
         self, packs: Sequence[Pack], normalizer: LossNormalizer
-    ) -> tuple[float, int]:
-        """Compute the gradients of the step's mean loss; return it and the supervised tokens."""
+    ) -> tuple[Tensor | None, int]:
+        """Compute the gradients of the step's mean loss; return it, None without packs, and the
+        supervised tokens."""
         supervised_tokens = 0
         total: Tensor | None = None
         self.model.network.train()
@@ -311,7 +321,7 @@ class TrainingLoop:
             else:
                 loss.backward()
         self.model.network.eval()
-        return 0.0 if total is None else float(total), supervised_tokens
+        return total, supervised_tokens
 
     def _updates_in_backward(self, packs: Sequence[Pack]) -> bool:
         """Return whether the step updates weights in backward: only steps of a single pack do.
@@ -340,6 +350,7 @@ class TrainingLoop:
 
         A document or a pair is never split: raise MachineError if one alone does not fit."""
         self.optimizer.zero_grad(set_to_none=True)
+        release_memory()  # the smaller packs need blocks of other sizes
         self.model.network.eval()
         packs = self._pack_documents(documents)
         divisible_packs = [pack for pack in packs if len(group_units(pack.documents)) > 1]

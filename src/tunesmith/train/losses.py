@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.core.types import Batch, Document
+from tunesmith.data.collate import share_targets
 from tunesmith.data.sampler import LABELLED_SIDES
 from tunesmith.model.adapters import scaled_adapter
 from tunesmith.model.causal_lm import PackedCausalLM
@@ -122,14 +123,14 @@ def compute_step_terms(
             batch, -losses_S, reference_logps_D, normalizer, loss_config
         )
     if "banned" in batch.sides:
-        is_banned_S = _mask_side(batch, "banned")
-        banned_S = unlikelihood_loss(losses_S[is_banned_S]) * weights_S[is_banned_S]
+        index_S = _find_targets(batch, "banned")
+        banned_S = unlikelihood_loss(losses_S[index_S]) * weights_S[index_S]
         terms["banned"] = LossTerm(banned_S.sum(), normalizer.banned, loss_config.ban_coefficient)
     if normalizer.chosen and loss_config.nll_coefficient:
-        chosen_S = weighted_S[_mask_side(batch, *CHOSEN_SIDES)]
+        chosen_S = weighted_S[_find_targets(batch, *CHOSEN_SIDES)]
         terms["chosen"] = LossTerm(chosen_S.sum(), normalizer.chosen, loss_config.nll_coefficient)
     if "" in batch.sides:
-        terms["answer"] = LossTerm(weighted_S[_mask_side(batch, "")].sum(), normalizer.answer)
+        terms["answer"] = LossTerm(weighted_S[_find_targets(batch, "")].sum(), normalizer.answer)
     return terms
 
 
@@ -152,17 +153,28 @@ def merge_shared_targets(batch: Batch) -> tuple[Batch, Tensor | None]:
     when no prefix is shared."""
     if not batch.layout.parents:
         return batch, None
-    keys_S, inverse_S = (batch.positions_S << 32 | batch.targets_S).unique(return_inverse=True)
-    weights_S = batch.weights_S.new_zeros(len(keys_S)).index_add_(0, inverse_S, batch.weights_S)
-    targets_S = keys_S & (1 << 32) - 1
+    shared = batch.shared_targets
+    if shared is None or not shared.holds_for(batch):
+        shared = share_targets(batch)
+    weights_M = batch.weights_S.new_zeros(len(shared.targets_M))
+    weights_M.index_add_(0, shared.target_S, batch.weights_S)
+    positions_M = shared.positions_P[shared.position_M]
     merged = dataclasses.replace(
         batch,
-        positions_S=keys_S >> 32,
-        targets_S=targets_S,
-        weights_S=weights_S,
-        document_S=torch.full_like(targets_S, -1),
+        positions_S=positions_M,
+        targets_S=shared.targets_M,
+        weights_S=weights_M,
+        document_S=torch.full_like(shared.targets_M, -1),
+        num_targets=(),
+        shared_targets=dataclasses.replace(
+            shared,
+            positions_S=positions_M,
+            targets_S=shared.targets_M,
+            position_S=shared.position_M,
+            target_S=torch.arange(len(positions_M), device=positions_M.device),
+        ),
     )
-    return merged, inverse_S
+    return merged, shared.target_S
 
 
 def _compute_target_losses(
@@ -231,10 +243,16 @@ def _sum_by_document(batch: Batch, values_S: Tensor) -> Tensor:
     return values_S.new_zeros(len(batch.sides)).index_add(0, batch.document_S, values_S)
 
 
-def _mask_side(batch: Batch, *sides: str) -> Tensor:
-    """Return which targets [S] belong to documents of these sides."""
-    is_side = [document_side in sides for document_side in batch.sides]
-    return torch.tensor(is_side, device=batch.document_S.device)[batch.document_S]
+def _find_targets(batch: Batch, *sides: str) -> Tensor:
+    """Return the indices into S of the targets of documents of these sides."""
+    index_S: list[int] = []
+    start = 0
+    for side, count in zip(batch.sides, batch.num_targets, strict=True):
+        if side in sides:
+            index_S += range(start, start + count)
+        start += count
+    assert start == len(batch.targets_S), "the targets are those of the documents"
+    return torch.tensor(index_S, device=batch.document_S.device)
 
 
 def _compute_kto_term(

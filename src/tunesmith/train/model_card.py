@@ -42,17 +42,19 @@ CARD_SETTINGS = (
     "seed",
 )
 MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&^])")
+TEXT_MODEL_CLASS = "AutoModelForCausalLM"
+WHOLE_MODEL_CLASS = "AutoModelForImageTextToText"
 USE_FULL_MODEL = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {model_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("this folder")
+model = {model_class}.from_pretrained("this folder")
 tokenizer = AutoTokenizer.from_pretrained("this folder")  # with its chat template
 ```"""
 USE_ADAPTER = """```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {model_class}, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = {model_class}.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "this folder")
 tokenizer = AutoTokenizer.from_pretrained("this folder")  # with its chat template
 ```
@@ -113,12 +115,19 @@ def render_card(record: RunRecord, fingerprint: Json, stages: Sequence[str] = ()
         "## Limits",
         _render_limits(record),
         "## Use",
-        USE_ADAPTER.format(base=base or "the base model") if is_adapter else USE_FULL_MODEL,
+        _render_use(plan, base),
         *_render_provenance(fingerprint),
     ]
     card = str(ModelCard("\n\n".join(blocks) + "\n"))
     paths = [*list_paths(plan), record.adapter]
     return hide_folders(card, paths, escape_markdown)
+
+
+def _render_use(plan: Plan, base: str) -> str:
+    """Show how to load the result. The text part of a multimodal model is loaded in its whole."""
+    model_class = WHOLE_MODEL_CLASS if plan.model.tensor_prefix else TEXT_MODEL_CLASS
+    template = USE_FULL_MODEL if plan.config.method == "full" else USE_ADAPTER
+    return template.format(base=base or "the base model", model_class=model_class)
 
 
 def escape_markdown(text: str) -> str:

@@ -167,7 +167,9 @@ def restore_moments(
     if isinstance(optimizer, torch.optim.AdamW):
         # Copies: the tensors may be mapped from the checkpoint file, which would change with them.
         copies = {name: tensor.to(parameter.device, copy=True) for name, tensor in tensors.items()}
-        optimizer.state[parameter] = {"step": torch.tensor(float(updates)), **copies}
+        # where torch puts it: the fused step refuses a mixture of devices
+        updates_made = torch.tensor(float(updates), device=parameter.device)
+        optimizer.state[parameter] = {"step": updates_made, **copies}
         return
     bnb_optimizer: Any = optimizer  # bitsandbytes makes its tables with the first state
     for group_index, group in enumerate(bnb_optimizer.param_groups):
@@ -179,9 +181,10 @@ def restore_moments(
     bnb_optimizer.state[parameter]["step"] = updates
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Clip the global gradient norm to `max_norm` (0: do not clip); return the norm before."""
-    return float(torch.nn.utils.clip_grad_norm_(list(parameters), max_norm or math.inf))
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Clip the global gradient norm to `max_norm` (0: do not clip); return the norm before, which
+    stays on its device."""
+    return torch.nn.utils.clip_grad_norm_(list(parameters), max_norm or math.inf)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

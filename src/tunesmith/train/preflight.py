@@ -29,6 +29,8 @@ from tunesmith.core.types import Batch, Document, PackLayout
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import count_input_tokens, pack_step
 from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.expert_weights import DenseExpertWeight
+from tunesmith.model.experts import find_experts
 from tunesmith.model.lm_head import measure_target_losses
 from tunesmith.model.quantization import find_quantized_weights
 from tunesmith.model.rotary import DocumentRotary
@@ -45,6 +47,15 @@ from tunesmith.session.preflight_probe import (
     trim_to_fork,
     truncate_to_beginning,
 )
+from tunesmith.train.preflight_base import (
+    break_oracle,
+    check_oracle,
+    compare_logits,
+    describe_rounding,
+    explain_unbreakable,
+)
+from tunesmith.train.preflight_blocks import BLOCK_FIX, compare_with_stock_blocks
+from tunesmith.train.preflight_isolation import refuse_leakage
 from tunesmith.train.preflight_tokens import (
     REPORT_FIX,
     ROW_CHECKS,
@@ -83,9 +94,11 @@ class ModelUnderTest:
         `positions_S` must be targets or checked positions of the document."""
         key = document.tokens_L.tobytes() + document.weights_L.tobytes()
         if key not in self.hidden_cache:
-            batch = pack_documents([document])
-            checked_P = torch.tensor(choose_positions(document))
-            positions_P = torch.cat([batch.positions_S, checked_P]).unique()
+            device = self.model.device
+            batch = pack_documents([document], device)
+            target_positions = np.flatnonzero(document.weights_L) - 1
+            positions = np.union1d(target_positions, choose_positions(document))
+            positions_P = torch.from_numpy(positions).to(device)
             batch = dataclasses.replace(batch, positions_S=positions_P)
             self.hidden_cache[key] = (positions_P, self.model.compute_hidden(batch))
         positions_P, hidden_PH = self.hidden_cache[key]
@@ -97,7 +110,9 @@ def run_preflight(model: PackedCausalLM, samples: PreflightSamples) -> list[Chec
     model.network.eval()
     subject = ModelUnderTest(model)
     with torch.no_grad():
-        results = [check_supervised_tokens(samples)]
+        results = [check_supervised_tokens(samples), check_oracle(samples, model.dtype)]
+        if samples.rounding is not None:
+            results.append(describe_rounding(samples))
         results += [check(subject, samples) for check in FORWARD_CHECKS]
         if model.rotary is not None:
             results.append(check_rotation(model, model.rotary, samples))
@@ -114,6 +129,10 @@ def run_preflight(model: PackedCausalLM, samples: PreflightSamples) -> list[Chec
 
 
 def _describe_quantized_weights(model: PackedCausalLM) -> CheckResult:
+    for path, experts in find_experts(model.network).items():
+        if isinstance(experts.inputs, DenseExpertWeight):
+            message = f"the weights are in 4 bits, but not those of {path}"
+            raise GateError(message, where="preflight", fix=REPORT_FIX)
     weights = find_quantized_weights(model.network).values()
     quantized_bytes = sum(weight.nbytes for weight in weights)
     bf16_bytes = sum(2 * weight.num_parameters for weight in weights)
@@ -178,6 +197,13 @@ def list_controls(subject: ModelUnderTest, samples: PreflightSamples) -> list[Ne
         ),
     ]
     model = subject.model
+    controls.append(
+        NegativeControl(
+            "cache that loses a token",
+            lambda: check_oracle(break_oracle(samples), model.dtype),
+            explain_unbreakable(samples.oracle, model.dtype),
+        )
+    )
     rotary = model.rotary
     if rotary is not None:
         controls.append(
@@ -263,27 +289,33 @@ def check_logits(subject: ModelUnderTest, samples: PreflightSamples) -> CheckRes
     num_agreeing = 0
     num_positions = 0
     head = subject.model.head
+    block_evidence = ""
     tolerance = LOGIT_TOLERANCE[subject.model.dtype]
-    for document, stock_PV in zip(samples.documents, samples.reference_logits, strict=True):
-        positions_P = torch.tensor(choose_positions(document))
+    pairs = zip(samples.documents, samples.reference_logits, strict=True)
+    for index, (document, stock_PV) in enumerate(pairs):
+        positions_P = torch.tensor(choose_positions(document), device=subject.model.device)
         ours_PV = head.compute_logits(subject.compute_unpacked(document, positions_P)).float()
-        centered_PV = stock_PV - stock_PV.mean(-1, keepdim=True)
-        difference_PV = ours_PV - ours_PV.mean(-1, keepdim=True) - centered_PV
-        error = float(difference_PV.norm() / centered_PV.norm())
+        error = compare_logits(ours_PV, stock_PV)
         worst = max(worst, error)
         num_agreeing += int((ours_PV.argmax(-1) == stock_PV.argmax(-1)).sum())
         num_positions += len(stock_PV)
-        if not error <= tolerance:  # also refuses NaN
+        if error <= tolerance:
+            continue
+        recorded = samples.block_outputs[index] if samples.block_outputs else None
+        if recorded is None or not math.isfinite(error):
             raise GateError(
                 f"logits differ from transformers by {error:.1%} of their norm, "
                 f"more than {tolerance:.1%}",
                 where=f"preflight: {document.id}",
-                fix="this model family is not supported yet; please report it",
+                fix=BLOCK_FIX,
             )
+        blocks = compare_with_stock_blocks(subject.model, document, recorded, stock_PV)
+        block_evidence = f"; {blocks}"
     lengths = ", ".join(str(count_input_tokens(document)) for document in samples.documents)
     evidence = (
         f"relative difference at most {worst:.2%}, "
         f"top-1 equal at {num_agreeing}/{num_positions} positions; document lengths {lengths}"
+        f"{block_evidence}"
     )
     return CheckResult.from_items(
         "logits match transformers", num_positions, evidence, if_none="there is no document"
@@ -302,7 +334,7 @@ def check_labels(
     head = subject.model.head
     pairs = list(zip(samples.documents, samples.reference_logits, strict=True))
     for document, stock_PV in pairs[:MAX_PACKED_DOCUMENTS]:
-        batch = corrupt(pack_documents([document]))
+        batch = corrupt(pack_documents([document], subject.model.device))
         hidden_SH = subject.compute_unpacked(document, batch.positions_S)
         losses_S = measure_target_losses(hidden_SH, head, batch.targets_S)
         loss_by_position = dict(zip(batch.positions_S.tolist(), losses_S.tolist(), strict=True))
@@ -334,42 +366,18 @@ def check_labels(
 def check_document_isolation(
     subject: ModelUnderTest, samples: PreflightSamples, *, corrupt: Corruption = _leave_unchanged
 ) -> CheckResult:
-    """Check that changing one document of a pack leaves the others' outputs bitwise unchanged."""
+    """Check that changing one document of a pack leaves the others' outputs bitwise unchanged, with
+    experts up to rounding."""
     documents = [
         truncate_to_beginning(document) for document in samples.documents[:MAX_PACKED_DOCUMENTS]
     ]
-    batch = pack_documents(documents)
-    num_changed = _refuse_leakage(subject.model, corrupt(batch), batch.layout)
-    evidence = f"{num_changed} documents changed in turn, the others bitwise unchanged"
+    batch = pack_documents(documents, subject.model.device)
+    isolation = refuse_leakage(subject.model, corrupt(batch), batch.layout)
+    num_changed = isolation.num_segments
+    evidence = f"{num_changed} documents changed in turn, the others unchanged {isolation.extent}"
     return CheckResult.from_items(
         "no cross-document attention", num_changed, evidence, if_none="there is no second document"
     )
-
-
-def _refuse_leakage(model: PackedCausalLM, batch: Batch, layout: PackLayout) -> int:
-    """Change the tokens of each segment in turn; only segments that continue it may change.
-
-    Return the number of segments that others were compared for; raise GateError if an unrelated
-    one changes."""
-    batch = dataclasses.replace(batch, positions_S=torch.arange(batch.layout.num_tokens))
-    before = model.compute_hidden(batch)
-    lengths_T = torch.tensor(layout.lengths)
-    num_compared = 0
-    for segment, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
-        tokens_T = batch.tokens_T.clone()
-        tokens_T[start : start + length] = tokens_T[start : start + length].roll(1) + 1
-        tokens_T %= model.head.weight.shape[0]
-        after = model.compute_hidden(dataclasses.replace(batch, tokens_T=tokens_T))
-        is_unrelated = [segment not in layout.get_path(i) for i in range(len(layout.lengths))]
-        num_compared += any(is_unrelated)
-        is_unrelated_T = torch.tensor(is_unrelated).repeat_interleave(lengths_T)
-        if not torch.equal(before[is_unrelated_T], after[is_unrelated_T]):
-            raise GateError(
-                "documents in a pack attend to each other",
-                where="preflight",
-                fix="use another attention backend",
-            )
-    return num_compared
 
 
 def check_packed_loss(subject: ModelUnderTest, samples: PreflightSamples) -> CheckResult:
@@ -397,7 +405,8 @@ def check_rotation(
 
     For rotary embeddings that depend on the length: the shortest documents and the longest one, in
     a pack of more tokens than the limit from which on they do."""
-    batch = pack_beyond(choose_packed_documents(samples.documents), rotary.longest_limit)
+    documents = choose_packed_documents(samples.documents)
+    batch = pack_beyond(documents, rotary.longest_limit, model.device)
     layout = batch.layout
     model.set_layout(corrupt(batch).layout)
     x = torch.empty(0, dtype=torch.float32, device=model.device)
@@ -431,7 +440,8 @@ def is_rotated_otherwise(
     model: PackedCausalLM, rotary: DocumentRotary, samples: PreflightSamples
 ) -> bool:
     """Return whether a document would be rotated otherwise by the length of its pack."""
-    layout = pack_beyond(choose_packed_documents(samples.documents), rotary.longest_limit).layout
+    documents = choose_packed_documents(samples.documents)
+    layout = pack_beyond(documents, rotary.longest_limit).layout
     x = torch.empty(0, dtype=torch.float32, device=model.device)
     for arguments in rotary.list_layer_types():
         as_pack = rotary.compute_alone(x, layout.num_tokens, *arguments)
@@ -452,15 +462,16 @@ def check_prefix_sharing(
     if not documents:
         if_none = "no two documents share a prefix; all are too short"
         return CheckResult.from_items(kind, 0, "", if_none=if_none)
-    fork = pack_with_sharing(trim_to_fork(documents))
-    num_segments = _refuse_leakage(subject.model, corrupt(fork), fork.layout)
+    model = subject.model
+    fork = pack_with_sharing(trim_to_fork(documents), device=model.device)
+    isolation = refuse_leakage(model, corrupt(fork), fork.layout)
     worst = _compare_with_unpacked(subject, documents, share_prefixes=True)
-    pack = pack_with_sharing(documents, subject.model.get_rotation_key)
+    pack = pack_with_sharing(documents, model.get_rotation_key)
     num_computed = pack.layout.num_tokens
     num_input = sum(map(count_input_tokens, documents))
     evidence = (
-        f"relative difference at most {worst:.1e}, {num_segments} segments isolated bitwise; "
-        f"{num_computed} tokens computed for {num_input}"
+        f"relative difference at most {worst:.1e}; {isolation.num_segments} segments isolated "
+        f"{isolation.extent}; {num_computed} tokens computed for {num_input}"
     )
     return CheckResult.from_items(
         kind,
@@ -479,12 +490,12 @@ def _compare_with_unpacked(
     (pack,) = pack_step(
         documents, num_tokens, should_share=share_prefixes, get_group=model.get_rotation_key
     )
-    packed_batch = collate(pack)
+    packed_batch = collate(pack, model.device)
     packed_losses = _sum_document_losses(model, packed_batch, model.compute_hidden(packed_batch))
     tolerance = (SHARED_TOLERANCE if share_prefixes else LOSS_TOLERANCE)[model.dtype]
     worst = 0.0
     for document, packed_loss in zip(pack.documents, packed_losses, strict=True):
-        batch = pack_documents([document])
+        batch = pack_documents([document], model.device)
         hidden_SH = subject.compute_unpacked(document, batch.positions_S)
         (unpacked_loss,) = _sum_document_losses(model, batch, hidden_SH)
         num_targets = np.count_nonzero(document.weights_L)

@@ -69,6 +69,7 @@ from tunesmith.session.inputs import RunInputs
 from tunesmith.session.provenance import build_provenance, write_provenance
 from tunesmith.session.session import Session, open_session
 from tunesmith.train import base_reference
+from tunesmith.train.full_data_check import check_all_texts
 from tunesmith.train.guard.guarded_loop import GuardedTraining, RunContext
 from tunesmith.train.model_card import write_card
 from tunesmith.train.preflight import run_preflight
@@ -101,9 +102,10 @@ def train(
     resume_hint = _resume_hint(path) if is_stage else "nothing was trained; start the run again"
     with GracefulStop(resume_hint) as stop, RunFolder.create(path) as folder:
         with stop.immediate(), memory_errors():
+            plan, data_results = check_all_texts(plan, run_inputs)
             plan, run_inputs, first_events = add_self_rehearsal(plan, run_inputs, folder)
             fingerprint = build_fingerprint(plan, run_inputs, plan.recipe)
-            first_events = (*check_kernels(plan, run_inputs), *first_events)
+            first_events = (*check_kernels(plan, run_inputs), *data_results, *first_events)
         state = ResumeState(fingerprint, first_events=first_events)
         folder.write_json(FINGERPRINT_FILE, fingerprint)
         write_rejected_rows(path / REJECTED_FILE, run_inputs.datasets, plan.data)
@@ -347,7 +349,7 @@ def _build_record(
         steps=len(steps),
         tokens=sum(event.tokens for event in steps),
         train_seconds=sum(event.seconds for event in steps),
-        peak_bytes=max(train_peak_bytes, read_peak_bytes()),
+        peak_bytes=max(train_peak_bytes, read_peak_bytes(context.plan.machine.device)),
         task_tokens=dict(task_tokens),
         adapter=str(weights_dir),
         samples=select_sample_pairs(before, after),

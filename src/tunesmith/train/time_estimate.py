@@ -17,9 +17,13 @@ from tunesmith.evaluate.general_text import GeneralText
 from tunesmith.evaluate.generate_until import EvalPrompt, compute_max_new_tokens
 from tunesmith.evaluate.items import build_eval_items
 from tunesmith.model.generation.engine import MAX_BATCH_ROWS, find_common_prefix
-from tunesmith.plan.flops import count_computed_tokens, estimate_run_flops
+from tunesmith.plan.flops import (
+    count_active_lora_parameters,
+    count_computed_tokens,
+    estimate_run_flops,
+)
 from tunesmith.plan.guard import count_probe_tokens, has_guard
-from tunesmith.plan.memory import count_lora_parameters
+from tunesmith.plan.memory import ALL_LINEAR
 from tunesmith.plan.memory_budget import needs_complete_answers
 from tunesmith.recipe.fields import parse_custom_metric
 from tunesmith.session.inputs import RunInputs
@@ -37,8 +41,9 @@ def add_run_seconds(plan: Plan, eval_cost: EvalCostEstimate) -> Plan:
     """Return the plan with the time of the run, given that of its steps."""
     (train_seconds,) = plan.seconds
     num_tokens = count_computed_tokens(plan)
-    num_parameters = plan.model.block_parameters
-    num_parameters += count_lora_parameters(plan.model, plan.config.lora_r or 0)
+    num_parameters = plan.model.active_parameters
+    targets = plan.config.lora_target_modules or ALL_LINEAR
+    num_parameters += count_active_lora_parameters(plan.model, plan.config.lora_r or 0, targets)
     step_flops_per_token = estimate_run_flops(plan) / num_tokens
     forward_share = 2 * num_parameters / step_flops_per_token
     overhead = eval_cost.count_tokens() / num_tokens * forward_share
@@ -56,7 +61,7 @@ class EvalCostEstimate:
         self.has_constraints = bool(inputs.recipe.never)
         self.can_disable_adapter = can_disable_adapter(plan, inputs)
         self.num_measured_scales = 1 if inputs.adapter else 2  # by the metrics before and after
-        self.head_ratio = plan.model.head_parameters / max(1, plan.model.block_parameters)
+        self.head_ratio = plan.model.head_parameters / max(1, plan.model.active_parameters)
         texts = self.items.held_out_texts
         self.general_tokens = self._count_text_tokens(self.items.general_texts)
         self.eval_tokens = sum(map(len, self.items.eval_documents)) + self._count_text_tokens(

@@ -21,7 +21,7 @@ from tunesmith.core.formatting import (
     format_value,
     suggest_name,
 )
-from tunesmith.core.types import Plan, PlanValue
+from tunesmith.core.types import ModelSpec, Plan, PlanValue
 from tunesmith.plan.hardware_presets import match_preset
 from tunesmith.plan.memory_budget import USUAL_MULTIPLES, compute_multiple
 from tunesmith.plan.stages import StagedPlan
@@ -61,10 +61,17 @@ def render_plan(plan: Plan | StagedPlan, *, show_all: bool = False) -> Renderabl
         lines.append(_format_time(plan))
     if "peak" in plan.memory_bytes:
         lines += format_memory(plan)
+    if plan.model.left_out_bytes:
+        lines.append(describe_text_part(plan.model))
     lines += [f"[yellow]warning[/] {escape(warning)}" for warning in plan.warnings]
     if num_more := len(plan.settings) - len(settings):
         lines.append(f"[dim]{num_more} more settings: --all; the reason of one: --why KEY[/]")
     return Group(table, *lines)
+
+
+def describe_text_part(model: ModelSpec) -> str:
+    """Say how much of a multimodal checkpoint is not loaded."""
+    return f"text part only: {format_bytes(model.left_out_bytes)} of other weights are not loaded"
 
 
 def _build_table(settings: Mapping[str, PlanValue]) -> Table:
@@ -214,6 +221,8 @@ def render_diagnosis(diagnosis: Diagnosis) -> RenderableType:
     if model := diagnosis.model:
         size = f"{model.parameters / 1e6:.0f}M parameters"
         parts.append(escape(f"model {model.name}: {size} in {model.path}"))
+        if model.left_out_bytes:
+            parts.append(describe_text_part(model))
     for fit in diagnosis.memory_fits:
         verdict = "[green]fits[/]" if fit.has_enough_memory else "[red]does not fit[/]"
         line = f"{fit.method}: about {format_bytes(fit.needed_bytes)}, {verdict}"

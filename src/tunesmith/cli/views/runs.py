@@ -23,7 +23,7 @@ STATE_STYLES = {
     "stopped": "bold red",
     "unreadable": "red",
 }
-MAX_PROBLEM_CHARS = 60
+MAX_PROBLEM_CHARS = 1_000  # long ones are wrapped
 AGE_UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"))  # seconds
 
 

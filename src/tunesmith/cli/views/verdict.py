@@ -106,9 +106,9 @@ def _render_table(table: ErrorTable, names: tuple[str, str]) -> RenderableType:
     groups = [group for group in table.groups if is_ordered or group.wrong]
     columns = ["", "wrong", "of", "error", "95% CI"]
     has_before = any(group.wrong_before is not None for group in groups)
-    has_alone = any(group.only_here for group in groups)
+    has_only_here = any(group.only_here for group in groups)
     has_training = any(group.training_rows is not None for group in groups)
-    columns += [names[0]] * has_before + ["alone"] * has_alone
+    columns += [names[0]] * has_before + ["only here"] * has_only_here
     columns += ["trained"] * has_training
     numbers = tuple(columns[1:])
     columns.append("first row")
@@ -122,7 +122,7 @@ def _render_table(table: ErrorTable, names: tuple[str, str]) -> RenderableType:
             f"{100 * group.low:.0f}-{group.high:.0%}",
         ]
         cells += [_format_count(group.wrong_before)] * has_before
-        cells += [str(group.only_here)] * has_alone
+        cells += [str(group.only_here)] * has_only_here
         cells += [_format_count(group.training_rows)] * has_training
         result.add_row(*cells, format_single_line(next(iter(group.rows), ""), MAX_NAME_CHARS))
     hidden = len(groups) - MAX_ROWS + table.omitted

@@ -63,7 +63,8 @@ def check_data(
         for data_check in DATASET_CHECKS.values():
             for finding in data_check(context):
                 findings.append(_mask_finding(finding, should_read_all))
-        reports[role] = make_report(dataset, scan, findings)
+        report = make_report(dataset, scan, findings)
+        reports[role] = dataclasses.replace(report, is_fully_checked=should_read_all)
     return reports
 
 

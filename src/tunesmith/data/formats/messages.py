@@ -24,6 +24,11 @@ ROLE_ALIASES = {
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
     **dict.fromkeys(("observation", "function_response"), "tool"),
 }
+MEDIA_PARTS = {
+    **dict.fromkeys(("image", "image_url", "input_image"), "an image"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), "a recording"),
+    **dict.fromkeys(("video", "video_url"), "a video"),
+}
 MAX_WEIGHT = 1000  # a larger weight is a mistake
 MAX_MESSAGES = 4000  # of a row
 WEIGHT_KEYS = ("train", "weight", "loss_weight")
@@ -131,6 +136,12 @@ def _get_part_type(part: Any) -> Any:
     return part.get("type") if isinstance(part, dict) else None
 
 
+def _find_medium(part: Any) -> str:
+    """Return what a part that is not text holds, in words; empty for an unknown type."""
+    kind = _get_part_type(part)
+    return MEDIA_PARTS.get(kind, "") if isinstance(kind, str) else ""
+
+
 def _wrap_function(value: Any) -> Any:
     """Wrap a bare {name, ...}, as ShareGPT has it for calls and tools, as the OpenAI API does."""
     is_bare = isinstance(value, dict) and "name" in value and "function" not in value
@@ -205,6 +216,10 @@ def _read_text_part(where: str, part: Any, key_path: str) -> str:
         if isinstance(text, str):
             return text
         problem = f"{key_path} has no `text`"
+    elif medium := _find_medium(part):
+        problem = f"the row has {medium}: {key_path} is {_get_part_type(part)!r}"
+        fix = "remove the row, or the part if its answer needs only the text: only text is trained"
+        raise InvalidRow("not text", problem, where=where, fix=fix)
     else:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         problem = f"{key_path} is {kind!r:.60}, not text"

@@ -32,7 +32,7 @@ LABEL_KEY = "label"  # of a single answer, with loss: kto
 
 PROMPT_KEYS = ("prompt", "conversations", "messages")  # the context of a preference row
 _TOOL_KEYS = {"tools", "functions"}
-_MEDIA_KEYS = ("images", "videos", "audios")
+_MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
 
 # Column names of other tools, for a hint about `columns:`.
 _PROMPT_COLUMNS = ("prompt", "question", "query", "instruction", "input", "user")
@@ -194,7 +194,8 @@ def parse_row(row: Row, format: str, has_template: bool) -> Example:
     for key in _MEDIA_KEYS:
         if row.data.get(key):
             message = f"the row has `{key}`: only text is trained, and nothing is downloaded"
-            raise InvalidRow("not text", message, where=row.id, fix="remove the row")
+            fix = "remove the row, or the column if its answer needs only the text"
+            raise InvalidRow("not text", message, where=row.id, fix=fix)
     example = row_format.read(row, has_template)
     negative = row.data.get(NEGATIVE_KEY)
     if not (negative is None or isinstance(negative, bool) or negative == "whole"):

@@ -58,6 +58,9 @@ def build_architecture(config: Json, spec: ModelSpec) -> tuple[Json, np.ndarray 
         message = f"cannot write a GGUF of {name}; supported: {', '.join(ARCHITECTURES)}"
         raise InputError(message, where=str(spec.path), fix=FALLBACK_HINT)
     where = str(spec.path / "config.json")
+    if spec.tensor_prefix:
+        message = "cannot write a GGUF of the text part of a multimodal model"
+        raise InputError(message, where=where, fix=FALLBACK_HINT)
     if config.get("hidden_act") != "silu":
         message = f"a GGUF of {name} cannot express this model's hidden_act"
         raise InputError(message, where=where, fix=FALLBACK_HINT)

@@ -35,7 +35,12 @@ from tunesmith.core.types import Json, ModelSpec
 from tunesmith.model.gguf.convert import ARCHITECTURES, ROPE_FACTORS, reverse_permute
 from tunesmith.model.gguf.reader import read_gguf, read_tensor
 from tunesmith.model.hub.validate import read_headers
-from tunesmith.model.merge import WeightDeltas, iter_merged_tensors, merge_headers
+from tunesmith.model.merge import (
+    WeightDeltas,
+    iter_merged_tensors,
+    merge_headers,
+    refuse_packed_merge,
+)
 from tunesmith.model.save import LoraTensors
 
 TENSOR_TYPES = {name.lower(): GGMLQuantizationType[name] for name in ("F16", "Q8_0", "BF16", "F32")}
@@ -57,6 +62,7 @@ def write_model(
     dequantized_paths: matrices that are quantized to 4 bits and back before merging. Raises
     GateError for values that the type cannot represent.
     """
+    refuse_packed_merge(model_spec.path, changes)
     headers = dict(read_headers(model_spec.path))
     if model_spec.tie_word_embeddings:
         headers.pop("lm_head.weight", None)

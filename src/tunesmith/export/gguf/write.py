@@ -59,7 +59,7 @@ def reload_gguf(job: ExportJob) -> ReloadedExport:
         )
         special_ids = [find_special_id(gguf_file, name) for name in ("eos", "eot", "eom")]
         end_ids = tuple(dict.fromkeys(index for index in special_ids if index is not None))
-        return ReloadedExport(load_gguf(file, settings_dir, job.run.device), rendered_ids, end_ids)
+        return ReloadedExport(load_gguf(file, settings_dir), rendered_ids, end_ids)
 
 
 def write_lora(job: ExportJob) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.hardware import read_free_gpu_bytes, release_memory
 from tunesmith.core.types import GenerationOutput, GenerationRequest
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.sampling import penalize_repetition, sample_tokens
@@ -56,6 +57,7 @@ def generate(
     slots = min(batch_size or compute_max_batch_rows(model, requests), max(1, len(pending)))
     longest_tokens = compute_longest_row(requests)
     while pending:
+        release_memory()  # of activations, or of a larger cache: the cache needs large buffers
         try:
             with memory_errors():
                 batch = _DecodeBatch(
@@ -139,10 +141,16 @@ def check_requests(model: PackedCausalLM, requests: Sequence[GenerationRequest])
 
 
 def compute_max_batch_rows(model: PackedCausalLM, requests: Sequence[GenerationRequest]) -> int:
-    """Return the largest useful number of rows whose keys and values fit in CACHE_BYTES."""
+    """Return the largest useful number of rows whose keys, values and states fit in CACHE_BYTES,
+    and in half of the free memory of a GPU."""
     device = model.device.type
     row_bytes = compute_longest_row(requests) * model.cache_bytes_per_token
-    return max(1, min(MAX_BATCH_ROWS[device], CACHE_BYTES[device] // row_bytes))
+    row_bytes += model.state_bytes_per_row
+    cache_bytes = CACHE_BYTES[device]
+    if device == "cuda":
+        release_memory()
+        cache_bytes = min(cache_bytes, read_free_gpu_bytes() // 2)
+    return max(1, min(MAX_BATCH_ROWS[device], cache_bytes // row_bytes))
 
 
 def compute_longest_row(requests: Sequence[GenerationRequest]) -> int:

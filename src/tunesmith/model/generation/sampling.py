@@ -83,7 +83,7 @@ def filter_top_k(p_BV: Tensor, top_ks: Sequence[int]) -> Tensor:
     vocab_size = p_BV.shape[1]
     counts = [min(top_k, vocab_size) if top_k > 0 else vocab_size for top_k in top_ks]
     top_BK = p_BV.topk(max(counts)).values
-    last_B1 = top_BK[torch.arange(len(counts)), torch.tensor(counts) - 1][:, None]
+    last_B1 = top_BK.gather(1, torch.tensor(counts, device=p_BV.device)[:, None] - 1)
     filtered_BV = torch.where(p_BV >= last_B1, p_BV, 0.0)
     return filtered_BV / filtered_BV.sum(dim=-1, keepdim=True)
 

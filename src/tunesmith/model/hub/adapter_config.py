@@ -18,18 +18,24 @@ from typing import Any, cast
 from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.run_dir import find_weights_dir
+from tunesmith.model.hub.adapter_names import PREFIX, name_in_text_class, rename_tensors
 from tunesmith.model.hub.expected_tensors import has_tied_head
-from tunesmith.model.hub.validate import (
-    TensorHeader,
-    check_files,
-    read_header,
-    read_headers,
-    read_model_json,
+from tunesmith.model.hub.expert_names import (
+    INNER,
+    is_expert_path,
+    list_expert_modules,
+    list_stack_names,
 )
+from tunesmith.model.hub.families import get_tensor_prefix
+from tunesmith.model.hub.stored_tensors import read_parameter_headers
+from tunesmith.model.hub.validate import TensorHeader, check_files, read_header, read_model_json
 from tunesmith.model.target_modules import (
     EMBEDDING,
+    EXPERTS,
     HEAD,
+    ROUTER,
     SAVED_MODULES_KEY,
+    find_part,
     list_linear_paths,
     list_parameter_names,
     match_patterns,
@@ -39,7 +45,6 @@ from tunesmith.model.target_modules import (
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_PICKLE_FILE = "adapter_model.bin"
-PREFIX = "base_model.model."
 MAX_RANK = 4096
 DTYPES = ("F32", "F16", "BF16")
 MAGNITUDE = "lora_magnitude_vector"
@@ -56,7 +61,7 @@ MAX_PATTERNS = 10_000
 IGNORED_KEYS = {
     "base_model_name_or_path", "revision", "peft_version", "inference_mode", "lora_dropout",
     "qalora_group_size", "target_modules", "exclude_modules", "layers_to_transform",
-    "layers_pattern",
+    "layers_pattern", "target_parameters",
     "fan_in_fan_out",  # PEFT ignores it for layers other than Conv1D, which no model here has
     "ensure_weight_tying",  # of the weights of modules_to_save, which are compared
 }
@@ -140,14 +145,18 @@ def read_adapter(folder: Path, base: Path) -> AdapterFolder:
     rank, alpha = _check_config(config, str(config_file))
     if not weights_file.is_file():
         raise _make_missing_weights_error(path)
-    base_headers = read_headers(base)
+    base_headers = read_parameter_headers(base)
+    tensor_prefix = get_tensor_prefix(read_model_json(base / "config.json"))
     use_dora = bool(config.get("use_dora"))
-    headers = _split_headers(read_header(weights_file), config, base_headers, weights_file)
+    stored_headers = read_header(weights_file)
+    named_headers = rename_tensors(stored_headers, tensor_prefix, weights_file)
+    headers = _split_headers(named_headers, config, base_headers, weights_file)
     new_token_ids = _check_token_rows(
         headers.rows, base_headers, config.get("trainable_token_indices"), path
     )
     saved_parameters = _check_modules(headers.modules, config, base, weights_file)
-    layers = _list_lora_paths(headers.loras)
+    # the patterns are those of PEFT, for the names in the file
+    layers = _list_lora_paths(stored_headers)
     ranks = _read_pattern(config, RANK_PATTERN, layers, str(config_file))
     alphas = _read_pattern(config, ALPHA_PATTERN, layers, str(config_file))
     paths = _check_weights(headers.loras, base_headers, rank, ranks, weights_file)
@@ -228,7 +237,7 @@ def _read_pattern(
     match_patterns([], names, where=f"{key} in {where}")  # refuses one that is invalid by itself
     suffixes = [rf"(.*\.)?({name})" for name in names]
     matches = match_patterns(paths, suffixes, where=f"{key} in {where}")
-    return {path: patterns[names[index]] for path, index in matches.items()}
+    return {name_in_text_class(path): patterns[names[i]] for path, i in matches.items()}
 
 
 def _make_config_error(message: str, where: str) -> InputError:
@@ -299,7 +308,7 @@ def _read_saved_names(config: Mapping[str, Any], where: str) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         message = f"{SAVED_MODULES_KEY} is {names!r:.80}, not a list of module names"
         raise _make_config_error(message, where)
-    return names
+    return [name_in_text_class(name) for name in names]
 
 
 def _make_tensor_error(
@@ -324,7 +333,7 @@ def _check_modules(
     modules = _read_saved_names(config, str(file.parent / ADAPTER_CONFIG_FILE))
     if not modules:
         return ()
-    headers = read_headers(base)
+    headers = read_parameter_headers(base)
     parameters = dict(zip(list_parameter_names(headers), headers.values(), strict=True))
     base_config = read_model_json(base / "config.json")
     is_tied = has_tied_head(base_config, str(base_config.get("model_type")))
@@ -384,9 +393,8 @@ def _read_bytes(header: TensorHeader) -> bytes:
 def _list_lora_paths(headers: Mapping[str, TensorHeader]) -> list[str]:
     paths: dict[str, None] = {}
     for name in headers:
-        match = LORA_KEY.fullmatch(name)
-        assert match is not None
-        paths[match.group(1)] = None
+        if match := LORA_KEY.fullmatch(name):
+            paths[match.group(1)] = None
     return list(paths)
 
 
@@ -457,13 +465,14 @@ def _check_weights(
         assert match is not None
         path, part = match.groups()
         rank = ranks.get(path, default_rank)
-        layer = _find_base_tensor(base, path)
-        if layer is None or len(layer.shape) != 2 or path == "lm_head":
+        shapes = _find_shapes(base, path, rank)
+        if shapes is None or part not in shapes:
             message = f"the adapter has {path}, which is not a linear layer of the base's decoder"
             raise InputError(message, where=str(file), fix=BASE_FIX)
-        outputs, inputs = layer.shape
-        shapes = {"lora_A.weight": (rank, inputs), "lora_B.weight": (outputs, rank)}
-        expected_shape = shapes.get(part, (outputs,))
+        if find_part(path) == ROUTER:
+            message = f"the adapter changes the router {path}, which stays frozen here"
+            raise InputError(message, where=str(file), fix=MERGE_FIX)
+        expected_shape = shapes[part]
         if tensor.shape != expected_shape or tensor.dtype not in DTYPES:
             message = (
                 f"the tensor {name} is {tensor.dtype} {list(tensor.shape)}; with r {rank} on this "
@@ -476,11 +485,42 @@ def _check_weights(
     return list(paths)
 
 
+def _find_shapes(
+    base: Mapping[str, TensorHeader], path: str, rank: int
+) -> dict[str, tuple[int, ...]] | None:
+    """Return part -> shape of an adapter of a linear, or of a stack of experts at PEFT's path."""
+    if is_expert_path(path):
+        stacks = [base[name] for name in list_stack_names(path) if name in base]
+        if not stacks or len(stacks[0].shape) != 3:
+            return None
+        num_experts, outputs, inputs = stacks[0].shape
+        bias = base.get(f"{list_stack_names(path)[0]}_bias")
+        if bias is not None and bias.shape[1] != outputs:  # gpt-oss stores [E, I, O]
+            outputs, inputs = inputs, outputs
+        ranks = num_experts * rank
+        return {"lora_A.weight": (ranks, inputs), "lora_B.weight": (outputs, ranks)}
+    layer = _find_base_tensor(base, path)
+    if layer is None or len(layer.shape) != 2 or path == HEAD:
+        return None
+    outputs, inputs = layer.shape
+    return {
+        "lora_A.weight": (rank, inputs),
+        "lora_B.weight": (outputs, rank),
+        MAGNITUDE: (outputs,),
+    }
+
+
 def _check_complete(
     adapter: Mapping[str, TensorHeader], paths: list[str], file: Path, *, use_dora: bool
 ) -> None:
-    """Check that each module has both halves, and a magnitude exactly if the config says DoRA."""
+    """Check that each module has both halves, and a magnitude exactly if the config says DoRA; and
+    that both stacks of experts have an adapter, or none."""
     for path in paths:
+        if is_expert_path(path):
+            module = path.removesuffix(f".{INNER}")
+            if not {module, f"{module}.{INNER}"} <= set(paths):
+                message = f"{module} has an adapter of one of its two stacks"
+                raise InputError(message, where=str(file), fix=MERGE_FIX)
         for part in ("lora_A", "lora_B"):
             if f"{PREFIX}{path}.{part}.weight" not in adapter:
                 raise InputError(f"{path} has no {part}", where=str(file), fix=COPY_FIX)
@@ -514,11 +554,14 @@ def _summarize_targets(
 ) -> str | tuple[str, ...]:
     """Return the shortest form: all-linear, names such as q_proj, or full paths. Linears that are
     trained in full have no adapter."""
+    paths = list_expert_modules(paths)
     names = {path.rpartition(".")[2] for path in paths}
     base_names: list[str] = []
     for path in list_linear_paths(base):
         is_saved = f"{path}.weight" in modules or f"model.{path}.weight" in modules
-        base_names += [] if is_saved else [path.rpartition(".")[2]]
+        is_omitted = find_part(path) == EXPERTS and EXPERTS not in names
+        base_names += [] if is_saved or is_omitted else [path.rpartition(".")[2]]
     if sum(name in names for name in base_names) > len(paths):
         return tuple(sorted(paths))
-    return "all-linear" if names == set(base_names) else tuple(sorted(names))
+    is_all_linear = names == set(base_names) and EXPERTS not in names
+    return "all-linear" if is_all_linear else tuple(sorted(names))

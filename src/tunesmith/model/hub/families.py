@@ -18,9 +18,10 @@ from tunesmith.core.errors import InputError
 
 ATTENTION = "attention"
 PARALLEL = "attention+mamba2"  # both in one layer, on the same input
+EXPERTS = "experts"
 NO_MIXER = ""  # of a layer that is only an MLP or only experts
-# what the code of this version trains: token mixers, and "experts"
-READY = frozenset({ATTENTION})
+# what the code of this version trains: token mixers, and EXPERTS
+READY = frozenset({ATTENTION, EXPERTS})
 
 # Words of `layer_types`. Which mixer the recurrent ones mean depends on the family.
 ATTENTION_WORDS = {"full_attention", "sliding_attention", "attention"}
@@ -77,6 +78,7 @@ TEXT_FAMILIES = {
     "gemma4_unified_text": Family("Gemma4Unified"),
     "glm4_moe": Family("Glm4Moe", has_experts=True),
     "glm4_moe_lite": Family("Glm4MoeLite", has_experts=True),
+    "gpt_neox": Family("GPTNeoX"),
     "gpt_oss": Family("GptOss", has_experts=True),
     "granitemoehybrid": Family("GraniteMoeHybrid", MAMBA2, has_experts=True),
     "lfm2": Family("Lfm2", CONV),
@@ -86,10 +88,39 @@ TEXT_FAMILIES = {
     "nemotron_h": Family("NemotronH", MAMBA2, has_experts=True),
     "olmo_hybrid": Family("OlmoHybrid", DELTA),
     "olmoe": Family("Olmoe", has_experts=True),
+    "phi": Family("Phi"),
     "qwen3_5_moe_text": Family("Qwen3_5Moe", DELTA, has_experts=True),
     "qwen3_5_text": Family("Qwen3_5", DELTA),
     "qwen3_moe": Family("Qwen3Moe", has_experts=True),
     "qwen3_next": Family("Qwen3Next", DELTA, has_experts=True),
+    "starcoder2": Family("Starcoder2"),
+}
+# Types that are refused for a reason of their own, which follows their name in the message.
+STATE_REASON = (
+    "has layers that carry state from token to token: packed documents would leak through them"
+)
+STATEFUL_TYPES = (
+    *("bailing_hybrid", "bamba", "falcon_mamba", "jamba", "kimi_linear", "mamba", "mamba2"),
+    *("minimax", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2", "zaya"),
+)
+INDEXER_REASON = "chooses the keys of its attention by an indexer, which is not computed exactly"
+CAPACITY_REASON = (
+    "gives its experts a limited capacity: what a token computes would depend on the other "
+    "documents of its pack"
+)
+# of config.json, in any model type
+CAPACITY_KEYS = ("expert_capacity", "moe_expert_capacity", "capacity_factor", "expert_choice")
+REFUSED_TYPES = {
+    **dict.fromkeys(STATEFUL_TYPES, STATE_REASON),
+    "deepseek_v32": INDEXER_REASON,
+    "deepseek_v4": INDEXER_REASON,
+    "glm_moe_dsa": INDEXER_REASON,
+    "qwen4_exp": INDEXER_REASON,
+    **dict.fromkeys(("nllb_moe", "switch_transformers"), CAPACITY_REASON),
+    "jetmoe": "chooses experts inside its attention, which is not supported",
+    "gpt2": "stores its linears transposed, and adapters of such layers are not supported",
+    "llama4": "attends within chunks of the sequence, which is not supported",
+    "llama4_text": "attends within chunks of the sequence, which is not supported",
 }
 # Multimodal checkpoints -> the model type of their text part where text_config does not say it.
 TEXT_TYPES = {
@@ -120,6 +151,25 @@ FAMILIES: dict[str, Family] = {
 FAMILY_FIX = f"choose a model of a supported type: {', '.join(FAMILIES)}"
 
 
+def find_text_type(config: Mapping[str, Any]) -> str:
+    """Return the model type of what is trained: that of the config, or of its text part."""
+    model_type = str(config.get("model_type"))
+    family = FAMILIES.get(model_type)
+    if family is None or not family.tensor_prefix:
+        return model_type
+    text = config.get("text_config")
+    named = text.get("model_type") if isinstance(text, dict) else None
+    text_type = str(named or family.text_type)
+    return EQUAL_TYPES.get(text_type, text_type)
+
+
+def get_tensor_prefix(config: Mapping[str, Any]) -> str:
+    """Return what stands before the text part's names on the whole model, empty for a text
+    model."""
+    model_type = config.get("model_type")
+    return FAMILIES[model_type].tensor_prefix if model_type in FAMILIES else ""
+
+
 def find_layer_mixers(config: Mapping[str, Any], family: Family, where: str) -> tuple[str, ...]:
     """Return the token mixer of each layer: attention, delta, mamba2, conv, `PARALLEL` or
     `NO_MIXER`. Raise InputError for layers that no mixer of this family knows, or that `READY`
@@ -139,11 +189,16 @@ def find_layer_mixers(config: Mapping[str, Any], family: Family, where: str) -> 
             "packed documents would leak through them"
         )
         raise InputError(message, where=where, fix=FAMILY_FIX)
+    if len(words) != config["num_hidden_layers"]:
+        message = f"{config['num_hidden_layers']} layers, but {len(words)} layer_types"
+        raise InputError(message, where=where, fix="download config.json again")
     return tuple(meanings[word] for word in words)
 
 
 def count_experts(config: Mapping[str, Any]) -> int:
     """Return how many routed experts a layer has, 0 for a dense model."""
+    if config.get("enable_moe_block") is False:
+        return 0
     counts = [config[key] for key in EXPERT_KEYS if isinstance(config.get(key), int)]
     return counts[0] if counts and counts[0] > 1 else 0
 

@@ -1,38 +1,46 @@
 """Read a `ModelSpec` from a model folder.
 
 In: a folder that passed `validate.check_folder`. Out: the spec, from config.json and the
-safetensors headers, or from config.json alone if there are no weights. No weight is read and
-transformers is not imported. A model that tunesmith cannot train exactly is refused by name: layers
-that carry state from token to token (packing would leak it), mixtures of experts, inputs other than
-text, and model types without a proven equivalence."""
+safetensors headers, or from config.json alone if there are no weights. No weight is read.
+transformers is imported only for families whose layers differ from each other, since their shapes
+and defaults are in its code. A model that tunesmith cannot train exactly is refused by name: layers
+that carry state from token to token (packing would leak it), inputs other than text without a text
+part, and model types without a proven equivalence."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import ModelSpec
+from tunesmith.core.types import Json, ModelSpec
 from tunesmith.model.hub.expected_tensors import HEAD_DIMS, ModelDimensions, build_expected_headers
 from tunesmith.model.hub.families import (
-    ATTENTION_WORDS,
-    EXPERT_KEYS,
+    CAPACITY_KEYS,
+    CAPACITY_REASON,
+    EXPERTS,
     FAMILIES,
     FAMILY_FIX,
+    READY,
+    REFUSED_TYPES,
+    TEXT_FAMILIES,
+    Family,
+    count_experts,
+    count_experts_per_token,
     find_layer_mixers,
+    find_text_type,
 )
+from tunesmith.model.hub.packed_tensors import MXFP4_DTYPE, find_packing
+from tunesmith.model.hub.part_shapes import find_recurrent_shape, measure_parts
+from tunesmith.model.hub.stored_tensors import has_uniform_layers, read_text_tensors
 from tunesmith.model.hub.validate import TensorHeader, has_weights, read_headers, read_model_json
 
 # fmt: off
-STATEFUL_TYPES = {
-    "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba",
-    "kimi_linear", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h",
-    "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
-    "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2", "zaya",
-}
 OTHER_INPUTS = (
     "vision_config", "audio_config", "video_config", "speech_config", "image_token_id",
     "audio_token_id",
@@ -48,12 +56,39 @@ USED_SPECIAL_IDS = {
     "generation_config.json": SPECIAL_ID_KEYS,
 }
 NO_PADDING = -1  # of old configs
+FULL_CLASS = "ForConditionalGeneration"  # of a multimodal checkpoint
+MLP_OUTPUTS = (
+    *(".down_proj.weight", ".w2.weight", ".output_linear.weight"),
+    *(".mlp.fc2.weight", ".mlp.c_proj.weight", ".mlp.dense_4h_to_h.weight"),
+)
+EMBEDDINGS = {"gpt_neox": "embed_in"}  # of other types: embed_tokens
 # the part of a tensor's name after the prefix that the model type adds
-TENSOR_SUFFIX = re.compile(r"(embed_tokens|layers\.\d+)\..*")
+TENSOR_SUFFIX = re.compile(r"(embed_tokens|embed_in|layers\.\d+)\..*")
 # any config may have labels for a classifier, and transformers makes a name for each
 MAX_LABELS = 10_000
+# of what transformers makes a list when it reads a config, or a module for each
+MAX_COUNTS = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "depth", "n_layers"), 512),
+    "num_labels": MAX_LABELS,
+}
 DOWNLOAD_CONFIG_FIX = "download config.json again"
 DOWNLOAD_MODEL_FIX = "download the model again"
+
+
+@dataclass(frozen=True)
+class _ModelConfig:
+    """A config.json of a supported kind: `content` as it is written, `text` what describes the text
+    part, with transformers' defaults unless the family is uniform."""
+
+    path: Path
+    content: Json
+    family: Family
+    text_type: str
+    text: Json
+
+    @property
+    def where(self) -> str:
+        return str(self.path / "config.json")
 
 
 def read_spec(path: Path, *, name: str = "") -> ModelSpec:
@@ -61,57 +96,117 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
 
     Raises InputError for a missing or implausible field, weights that do not match the config, or
     an unsupported kind of model."""
-    config = read_model_json(path / "config.json")
-    where = str(path / "config.json")
-    model_type = _check_model_type(config, where)
-    sizes = _ConfigSizes(config, where)
+    config = _read_config(path)
+    sizes = _ConfigSizes(config.text, config.where)
     heads = sizes.require("num_attention_heads")
     hidden_size = sizes.require("hidden_size")
-    headers = _load_headers(config, model_type, path)
-    block_parameters = _count_block_parameters(headers)
-    # transformers' default differs between model types
-    default_head_dim = _find_tensor(headers, "self_attn.o_proj.weight", path).shape[-1] // heads
+    num_layers = sizes.require("num_hidden_layers")
+    headers, left_out_bytes = _load_headers(config)
+    default_head_dim = hidden_size // heads
+    if config.family.is_uniform:  # transformers' default differs between model types
+        o_proj = _find_tensor(headers, "self_attn.o_proj.weight", path)
+        default_head_dim = o_proj.shape[-1] // heads
+    num_experts = count_experts(config.text)
+    num_experts_per_token = count_experts_per_token(config.text) if num_experts else 0
+    blocks = _count_block_parameters(headers)
+    experts = _count_expert_parameters(headers)
+    layer_mixers = find_layer_mixers(config.text, config.family, config.where)
     spec = ModelSpec(
         name=name or path.name,
         path=path,
-        architecture=_check_architecture(config, model_type, where),
-        model_type=model_type,
-        num_layers=sizes.require("num_hidden_layers"),
+        architecture=_check_architecture(config),
+        model_type=config.text_type,
+        num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=heads,
         num_kv_heads=sizes.get("num_key_value_heads", heads),
         head_dim=sizes.get("head_dim", default_head_dim),
-        intermediate_size=sizes.require("intermediate_size"),
+        intermediate_size=_find_intermediate_size(config, headers, sizes),
         vocab_size=sizes.require("vocab_size"),
         context_length=sizes.require("max_position_embeddings"),
-        tie_word_embeddings=_has_tied_head(config, headers, where),
+        tie_word_embeddings=_has_tied_head(config.text, headers, config.where),
         parameters=_count_parameters(headers),
         dtype=_find_dtype(headers, path),
         origin=_read_origin(path),
-        block_parameters=block_parameters,
-        active_parameters=block_parameters,
-        layer_mixers=find_layer_mixers(config, FAMILIES[model_type], where),
+        block_parameters=blocks,
+        packed_parameters=_count_packed_parameters(headers),
+        active_parameters=blocks - experts + experts * num_experts_per_token // (num_experts or 1),
+        layer_mixers=layer_mixers,
+        num_experts=num_experts,
+        num_experts_per_token=num_experts_per_token,
+        tensor_prefix=config.family.tensor_prefix,
+        left_out_bytes=left_out_bytes,
+        parts=measure_parts(headers, config.text_type, hidden_size, num_experts_per_token),
+        recurrent=find_recurrent_shape(config.text, layer_mixers, config.where),
     )
-    _check_sizes(spec, headers, where)
-    _check_token_ids(spec)
+    _check_sizes(spec, headers, config)
+    _check_token_ids(spec, config.text)
     return spec
 
 
 def read_model_headers(path: Path) -> dict[str, TensorHeader]:
-    """Return the headers of a model folder's weights, or those that its config.json implies if
-    there are none."""
-    config = read_model_json(path / "config.json")
-    return _load_headers(config, _check_model_type(config, str(path / "config.json")), path)
+    """Return one header for each parameter of the text class, from the weights of a model folder,
+    or those that its config.json implies if there are none."""
+    return _load_headers(_read_config(path))[0]
 
 
-def _load_headers(config: dict[str, Any], model_type: str, path: Path) -> dict[str, TensorHeader]:
-    if has_weights(path):
-        return read_headers(path)
+def _read_config(path: Path) -> _ModelConfig:
+    """Read config.json. Raise InputError for an unsupported kind of model."""
+    content = read_model_json(path / "config.json")
     where = str(path / "config.json")
-    sizes = _ConfigSizes(config, where)
+    family = _check_model_type(content, where)
+    text_type = find_text_type(content)
+    text = content
+    if not family.is_uniform:
+        _check_nested_counts(content, where)
+        from tunesmith.model.hub.text_class import read_text_config
+
+        text = read_text_config(path)
+    return _ModelConfig(path, content, family, text_type, text)
+
+
+def _check_nested_counts(content: Json, where: str) -> None:
+    """Raise InputError for too many layers or labels in any part of a config."""
+    pending: list[Any] = [content]
+    while pending:
+        part = pending.pop()
+        for key, value in part.items():
+            if isinstance(value, dict):
+                pending.append(value)
+                continue
+            limit = MAX_COUNTS.get(key)
+            if limit is not None and type(value) is int and value > limit:
+                message = f"{key} is {str(value)[:80]}, more than {limit:,}"
+                raise InputError(message, where=where, fix=f"correct {key}")
+
+
+def _load_headers(config: _ModelConfig) -> tuple[dict[str, TensorHeader], int]:
+    """Return the header of each parameter, and the bytes of the tensors that are left out."""
+    path = config.path
+    if has_weights(path) and has_uniform_layers(path):
+        return read_headers(path), 0
+    if has_weights(path):
+        tensors = read_text_tensors(path)
+        headers = {name: stored.get_header() for name, stored in tensors.parameters.items()}
+        left_out_bytes = sum(tensor.end - tensor.begin for tensor in tensors.left_out.values())
+        return headers, left_out_bytes
+    if config.family.is_uniform:
+        return _build_uniform_headers(config), 0
+    from tunesmith.model.hub.text_class import list_expected_headers
+
+    headers = list_expected_headers(path)
+    _refuse_absurd_size(headers, config)
+    return headers, 0
+
+
+def _build_uniform_headers(config: _ModelConfig) -> dict[str, TensorHeader]:
+    content = config.content
+    model_type = config.text_type
+    where = config.where
+    sizes = _ConfigSizes(content, where)
     hidden_size = sizes.require("hidden_size")
     heads = sizes.require("num_attention_heads")
-    has_head_dim = config.get("head_dim") is not None or model_type in HEAD_DIMS
+    has_head_dim = content.get("head_dim") is not None or model_type in HEAD_DIMS
     if not has_head_dim and hidden_size % heads:
         message = (
             f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}, "
@@ -127,32 +222,70 @@ def _load_headers(config: dict[str, Any], model_type: str, path: Path) -> dict[s
         intermediate_size=sizes.require("intermediate_size"),
         vocab_size=sizes.require("vocab_size"),
     )
-    headers = build_expected_headers(config, model_type, dimensions, path / "config.json")
-    parameters = _count_parameters(headers)
-    if parameters > MAX_PARAMETERS:
-        message = f"a model of these sizes has {parameters:,} parameters: {dimensions}"
-        raise InputError(message, where=where, fix="correct the size that is too large")
+    headers = build_expected_headers(content, model_type, dimensions, config.path / "config.json")
+    _refuse_absurd_size(headers, config)
     return headers
 
 
-def _count_parameters(headers: dict[str, TensorHeader]) -> int:
+def _refuse_absurd_size(headers: Mapping[str, TensorHeader], config: _ModelConfig) -> None:
+    parameters = _count_parameters(headers)
+    if parameters > MAX_PARAMETERS:
+        message = f"a model of these sizes has {parameters:,} parameters"
+        raise InputError(message, where=config.where, fix="correct the size that is too large")
+
+
+def _count_parameters(headers: Mapping[str, TensorHeader]) -> int:
     return sum(prod(tensor.shape) for tensor in headers.values())
 
 
-def _count_block_parameters(headers: dict[str, TensorHeader]) -> int:
+def _count_block_parameters(headers: Mapping[str, TensorHeader]) -> int:
     """Count the parameters of the matrices in the layers."""
+    return sum(prod(tensor.shape) for name, tensor in headers.items() if _is_block(name, tensor))
+
+
+def _count_expert_parameters(headers: Mapping[str, TensorHeader]) -> int:
+    """Count those of the matrices of routed experts."""
     total = 0
     for name, tensor in headers.items():
-        is_matrix = len(tensor.shape) >= 2 and ".layers." in f".{name}"
-        total += prod(tensor.shape) if is_matrix else 0
+        if _is_block(name, tensor) and ".experts." in name:
+            total += prod(tensor.shape)
     return total
+
+
+def _count_packed_parameters(headers: Mapping[str, TensorHeader]) -> int:
+    return sum(prod(tensor.shape) for tensor in headers.values() if tensor.dtype == MXFP4_DTYPE)
+
+
+def _is_block(name: str, tensor: TensorHeader) -> bool:
+    """Whether a tensor is a matrix of a layer, or a stack of matrices: a short convolution, whose
+    middle dimension is 1, is not."""
+    is_matrix = len(tensor.shape) >= 2 and 1 not in tensor.shape[1:-1]
+    return is_matrix and ".layers." in f".{name}"
+
+
+def _find_intermediate_size(
+    config: _ModelConfig, headers: Mapping[str, TensorHeader], sizes: _ConfigSizes
+) -> int:
+    """Return the width of the widest MLP, or of one expert in a model of experts only."""
+    if config.family.is_uniform:
+        return sizes.require("intermediate_size")
+    widths: list[int] = []
+    expert_widths: list[int] = []
+    for name, tensor in headers.items():
+        if name.endswith(".experts.down_proj"):
+            expert_widths += [
+                size for size in tensor.shape[1:] if size != config.text["hidden_size"]
+            ]
+        elif _is_block(name, tensor) and name.endswith(MLP_OUTPUTS):
+            widths.append(tensor.shape[-1])
+    return max(widths or expert_widths or [config.text["hidden_size"]])
 
 
 class _ConfigSizes:
     """Reads positive integers of config.json, and raises InputError for one that is missing or
     implausible."""
 
-    def __init__(self, config: dict[str, Any], where: str) -> None:
+    def __init__(self, config: Json, where: str) -> None:
         self.config = config
         self.where = where
 
@@ -174,66 +307,83 @@ class _ConfigSizes:
         return value
 
 
-def _check_model_type(config: dict[str, Any], where: str) -> str:
-    """Return the model type. Raise InputError for an unsupported kind of model."""
+def _check_model_type(config: Json, where: str) -> Family:
+    """Return the family. Raise InputError for an unsupported kind of model."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise InputError("config.json has no model_type", where=where, fix=DOWNLOAD_CONFIG_FIX)
-    reason = _find_unsupported_feature(config, model_type)
-    if reason is None and not (model_type in FAMILIES and FAMILIES[model_type].is_uniform):
-        reason = f"the model type {model_type!r} is not supported"
-    if reason is not None:
+    if model_type in REFUSED_TYPES:
+        message = f"{model_type} {REFUSED_TYPES[model_type]}"
+        raise InputError(message, where=where, fix=FAMILY_FIX)
+    family = FAMILIES.get(model_type)
+    reason = _find_unsupported_feature(config, model_type, family)
+    if family is None or reason is not None:
+        reason = reason or f"the model type {model_type!r} is not supported"
         raise InputError(reason, where=where, fix=FAMILY_FIX)
     labels = config.get("num_labels")
     if labels is not None and not (isinstance(labels, int) and 0 <= labels <= MAX_LABELS):
         message = f"num_labels is {labels!r:.80}, not a number up to {MAX_LABELS:,}"
         raise InputError(message, where=where, fix="remove it")
-    if config.get("quantization_config"):
-        method = str(config["quantization_config"])[:80]
-        fix = "use the unquantised model; QLoRA quantises it while loading"
-        raise InputError(f"the weights are already quantised ({method})", where=where, fix=fix)
-    return model_type
+    find_packing(config, model_type, where)
+    return family
 
 
-def _find_unsupported_feature(config: dict[str, Any], model_type: str) -> str | None:
-    layers = config.get("layer_types") or []
-    unsupported = [str(layers)]
-    if isinstance(layers, list):
-        unsupported = sorted({str(layer) for layer in layers} - ATTENTION_WORDS)
-    if model_type in STATEFUL_TYPES or unsupported:
-        layer = "layers that carry state from token to token"
-        if unsupported:
-            layer = f"layers of type {', '.join(unsupported)}"
-        return f"{model_type} has {layer}: packed documents would leak through them"
+def _find_unsupported_feature(config: Json, model_type: str, family: Family | None) -> str | None:
+    """Return why a config is refused, as far as its own words say it."""
+    if family is not None and family.tensor_prefix:
+        text = config.get("text_config")
+        if not isinstance(text, dict):
+            return f"{model_type} has no text part: config.json has no text_config"
+        text_type = find_text_type(config)
+        if text_type not in TEXT_FAMILIES:
+            return f"the text part of {model_type} is of type {text_type!r}, which is not supported"
+        return _find_unsupported_layer(text, model_type, TEXT_FAMILIES[text_type])
     for key in OTHER_INPUTS:
         if config.get(key):
             return f"{model_type} has inputs other than text ({key})"
     if config.get("is_encoder_decoder") or "t5" in model_type:
         return f"{model_type} is an encoder-decoder; only decoders can be trained"
-    experts = [key for key in EXPERT_KEYS if isinstance(config.get(key), int) and config[key] > 1]
-    if experts or "moe" in model_type:
+    return _find_unsupported_layer(config, model_type, family)
+
+
+def _find_unsupported_layer(text: Json, model_type: str, family: Family | None) -> str | None:
+    """Return why the layers of a text config are refused."""
+    if family is not None and family.is_uniform and text.get("per_layer_config"):
+        return f"{model_type} has layers of different sizes (per_layer_config)"
+    if text.get("use_bidirectional_attention") in (True, "all"):
+        return f"{model_type} attends in both directions"
+    if any(text.get(key) for key in CAPACITY_KEYS):
+        return f"{model_type} {CAPACITY_REASON}"
+    can_have_experts = family is not None and family.has_experts and EXPERTS in READY
+    has_experts = count_experts(text) > 0 or (family is None and "moe" in model_type)
+    if has_experts and not can_have_experts:
         return f"{model_type} is a mixture of experts, which is not supported yet"
     return None
 
 
-def _check_architecture(config: dict[str, Any], model_type: str, where: str) -> str:
-    names = config.get("architectures")
+def _check_architecture(config: _ModelConfig) -> str:
+    """Return transformers' class of what is trained. Raise InputError unless config.json names it,
+    or the class of the whole multimodal model."""
+    names = config.content.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         message = f"architectures is {names!r:.80}, not one class name"
-        raise InputError(message, where=where, fix=DOWNLOAD_CONFIG_FIX)
+        raise InputError(message, where=config.where, fix=DOWNLOAD_CONFIG_FIX)
+    text_class = TEXT_FAMILIES[config.text_type].causal_class
+    is_full = bool(config.family.tensor_prefix) and names[0].endswith(FULL_CLASS)
+    if is_full or names[0] == text_class:
+        return text_class
     if not names[0].endswith("ForCausalLM"):
         fix = "use a causal language model: a class whose name ends in ForCausalLM"
-        raise InputError(f"{names[0]} is not a causal language model", where=where, fix=fix)
-    expected = FAMILIES[model_type].causal_class
-    if names[0] != expected:
-        message = (
-            f"architectures says {names[0][:80]}, but a model of type {model_type} is a {expected}"
-        )
-        raise InputError(message, where=where, fix=DOWNLOAD_CONFIG_FIX)
-    return expected
+        message = f"{names[0][:80]} is not a causal language model"
+        raise InputError(message, where=config.where, fix=fix)
+    message = (
+        f"architectures says {names[0][:80]}, but a model of type {config.text_type} is a "
+        f"{text_class}"
+    )
+    raise InputError(message, where=config.where, fix=DOWNLOAD_CONFIG_FIX)
 
 
-def _has_tied_head(config: dict[str, Any], headers: dict[str, TensorHeader], where: str) -> bool:
+def _has_tied_head(config: Json, headers: Mapping[str, TensorHeader], where: str) -> bool:
     has_lm_head = "lm_head.weight" in headers
     configured = config.get("tie_word_embeddings")
     if configured is False and not has_lm_head:
@@ -242,10 +392,13 @@ def _has_tied_head(config: dict[str, Any], headers: dict[str, TensorHeader], whe
     return not has_lm_head if configured is None else bool(configured)
 
 
-def _find_dtype(headers: dict[str, TensorHeader], path: Path) -> str:
-    """Return the dtype of most of the bytes."""
+def _find_dtype(headers: Mapping[str, TensorHeader], path: Path) -> str:
+    """Return the dtype of most of the bytes; packed matrices are computed in bf16."""
     bytes_by_dtype = Counter[str]()
     for name, tensor in headers.items():
+        if tensor.scales is not None:
+            bytes_by_dtype["BF16"] += tensor.end - tensor.begin
+            continue
         if tensor.dtype not in DTYPES:
             message = f"the tensor {name} is {tensor.dtype}; weights must be BF16, F16 or F32"
             raise InputError(message, where=str(path), fix="use the unquantised model")
@@ -262,7 +415,12 @@ def _read_origin(path: Path) -> str:
     return str(read_model_json(manifest).get("origin", "")) if manifest.is_file() else ""
 
 
-def _check_sizes(spec: ModelSpec, headers: dict[str, TensorHeader], where: str) -> None:
+def _check_sizes(
+    spec: ModelSpec, headers: Mapping[str, TensorHeader], config: _ModelConfig
+) -> None:
+    """Raise InputError for weights that do not have the sizes of the config. The shapes of other
+    layers than uniform ones are compared when the weights are loaded (text_network.py)."""
+    where = config.where
     if spec.num_heads % spec.num_kv_heads:
         message = f"{spec.num_heads} heads cannot share {spec.num_kv_heads} key and value heads"
         raise InputError(message, where=where, fix=DOWNLOAD_CONFIG_FIX)
@@ -271,12 +429,14 @@ def _check_sizes(spec: ModelSpec, headers: dict[str, TensorHeader], where: str) 
             f"config.json has {spec.num_layers:,} layers, the weights {len(headers):,} tensors"
         )
         raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
-    expected = {"embed_tokens.weight": (spec.vocab_size, spec.hidden_size)}
-    o_proj_shape = (spec.hidden_size, spec.num_heads * spec.head_dim)
-    down_proj_shape = (spec.hidden_size, spec.intermediate_size)
-    for layer in range(spec.num_layers):
-        expected[f"layers.{layer}.self_attn.o_proj.weight"] = o_proj_shape
-        expected[f"layers.{layer}.mlp.down_proj.weight"] = down_proj_shape
+    embedding = EMBEDDINGS.get(config.text_type, "embed_tokens")
+    expected = {f"{embedding}.weight": (spec.vocab_size, spec.hidden_size)}
+    if config.family.is_uniform:
+        o_proj_shape = (spec.hidden_size, spec.num_heads * spec.head_dim)
+        down_proj_shape = (spec.hidden_size, spec.intermediate_size)
+        for layer in range(spec.num_layers):
+            expected[f"layers.{layer}.self_attn.o_proj.weight"] = o_proj_shape
+            expected[f"layers.{layer}.mlp.down_proj.weight"] = down_proj_shape
     by_suffix: dict[str, TensorHeader] = {}
     for name, tensor in headers.items():
         if f"layers.{spec.num_layers}." in name:
@@ -294,13 +454,15 @@ def _check_sizes(spec: ModelSpec, headers: dict[str, TensorHeader], where: str) 
             raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
 
 
-def _check_token_ids(spec: ModelSpec) -> None:
+def _check_token_ids(spec: ModelSpec, text: Json) -> None:
     """Raise InputError for a special token that is no integer or has no row in the embedding.
 
     Nothing uses the bos and eos of config.json, which are often those of a larger vocabulary."""
     for name, used_keys in USED_SPECIAL_IDS.items():
         path = spec.path / name
-        config = read_model_json(path) if path.is_file() else {}
+        config = text
+        if name != "config.json":
+            config = read_model_json(path) if path.is_file() else {}
         for key in SPECIAL_ID_KEYS:
             value = config.get(key)
             for token_id in value if isinstance(value, list) else [value]:
@@ -316,7 +478,7 @@ def _check_token_ids(spec: ModelSpec) -> None:
                 raise InputError(message, where=str(path), fix=fix)
 
 
-def _find_tensor(headers: dict[str, TensorHeader], suffix: str, path: Path) -> TensorHeader:
+def _find_tensor(headers: Mapping[str, TensorHeader], suffix: str, path: Path) -> TensorHeader:
     """Return the first tensor whose name ends in `suffix`, whatever prefix the model type adds."""
     for name, tensor in headers.items():
         if name == suffix or name.endswith(f".{suffix}"):

@@ -73,11 +73,13 @@ OTHER_REASONS = {
     "configuration_files": ("makes transformers read another file", "remove the key"),
     "fast_tokenizer_files": ("makes transformers read another file", "remove the key"),
 }
+LAYER_SIZES_KEY = "per_layer_config"
+HEAD_SIZE_KEYS = {"head_dim", "num_key_value_heads"}
 DOWNLOAD_FILE_FIX = "download the file again"
 FILE_KEY = re.compile(r"\w+_file")
 # Classes that load tokenizer.json unchanged. Others bring rules, files or code.
 SAFE_TOKENIZER_CLASSES = re.compile(
-    r"(PreTrained|Llama|Gemma|GPT2|GPTNeoX|Qwen2|Cohere|CodeLlama|Granite|HunYuan|HY)?"
+    r"(PreTrained|Llama|Gemma|GPT2|GPTNeoX|Qwen2|Qwen3_5|Cohere|CodeLlama|Granite|HunYuan|HY)?"
     r"Tokenizer(Fast)?|TokenizersBackend|MistralCommon(Backend|Tokenizer)"
 )
 
@@ -282,6 +284,8 @@ def _check_code(path: Path, code_reference: re.Pattern[str] | None) -> None:
     for key_path, value in _walk_json(read_model_json(path)):
         key = key_path.key
         where = f"{path}:{key_path}"
+        if key == LAYER_SIZES_KEY and _is_head_sizes(value):
+            continue
         # Older versions of transformers wrote `_attn_implementation_autoset: true`; a boolean
         # names no code.
         if CODE_KEY.fullmatch(key) and value is not None and not isinstance(value, bool):
@@ -298,6 +302,17 @@ def _check_code(path: Path, code_reference: re.Pattern[str] | None) -> None:
             message = f"the key {key} names a file outside of the folder"
             fix = "remove the key; a model's files belong in its folder"
             raise InputError(message, where=where, fix=fix)
+
+
+def _is_head_sizes(value: Any) -> bool:
+    """Whether layers differ only in their attention heads, as those of Gemma 4 do. The weights are
+    compared with what transformers builds from it."""
+    if not isinstance(value, dict):
+        return False
+    for sizes in value.values():
+        if not isinstance(sizes, dict) or sizes.keys() - HEAD_SIZE_KEYS:
+            return False
+    return True
 
 
 def _is_outside(folder: Path, value: str) -> bool:

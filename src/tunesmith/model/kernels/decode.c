@@ -7,7 +7,8 @@
  *
  * Shapes: q, out [rows, heads, width]; k, v [rows, kv_heads, width]; keys, values [slots, kv_heads, capacity, width];
  * places [rows], the position of each row's new token; cosine, sine [rows, width / 2], or NULL if q and k are already
- * rotated. width and capacity are multiples of 64. scale > 0.
+ * rotated; sinks [heads], a score of each head that has no value, or NULL. width and capacity are multiples of 64.
+ * scale > 0.
  */
 #include "vectors.h"
 
@@ -21,6 +22,7 @@ typedef struct {
     const bf16 *q, *k, *v;
     bf16 *keys, *values, *out;
     Angles angles;
+    const float *sinks;
     const int64_t *places;
     long rows, heads, kv_heads, width, capacity, shared, window;
     float scale;
@@ -54,8 +56,9 @@ INLINE __m512 score(const bf16 *query, const bf16 *keys, long width) {
     return sum_each(sums);
 }
 
-/* Turn raw scores of keys begin..end, of which first..length are visible, into weights; returns their normaliser. */
-static float weigh(float *scores, long begin, long first, long length, float scale) {
+/* Turn raw scores of keys begin..end, of which first..length are visible, into weights; returns their normaliser, in
+ * which the sink (to base 2) takes its share. */
+static float weigh(float *scores, long begin, long first, long length, float scale, float sink) {
     __m512 top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale * (float)M_LOG2E);
     for (long key = begin; key < length; key += LANES) {
         __mmask16 seen = (__mmask16)(0xffffu << (first > key ? first - key : 0));
@@ -64,13 +67,14 @@ static float weigh(float *scores, long begin, long first, long length, float sca
         top = _mm512_max_ps(top, value);
         _mm512_storeu_ps(scores + key, value);
     }
-    __m512 highest = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+    float peak = fmaxf(_mm512_reduce_max_ps(top), sink);
+    __m512 highest = _mm512_set1_ps(peak);
     for (long key = begin; key < length; key += LANES) {
         __m512 value = exp2_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + key), highest));
         total = _mm512_add_ps(total, value);
         _mm512_storeu_ps(scores + key, value);
     }
-    return 1.0f / _mm512_reduce_add_ps(total);
+    return 1.0f / (_mm512_reduce_add_ps(total) + exp2f(sink - peak));
 }
 
 /* Addresses of the stored tokens of a row's head: those before `shared` are in `common`. */
@@ -116,7 +120,10 @@ static void step_task(const Step *s, long row, long kv_head, char *memory, long 
     for (long key = begin; key < length; key += LANES)
         for (long g = 0; g < group; g++)
             _mm512_storeu_ps(scores + g * stride + key, score(queries + g * width, at(keys, key, key + LANES - 1, s->shared, width), width));
-    for (long g = 0; g < group; g++) factors[g] = weigh(scores + g * stride, begin, first, length, s->scale);
+    for (long g = 0; g < group; g++) {
+        float sink = s->sinks ? s->sinks[kv_head * group + g] * (float)M_LOG2E : -INFINITY;
+        factors[g] = weigh(scores + g * stride, begin, first, length, s->scale, sink);
+    }
     for (long g = 0; g < group; g += HEADS)
         for (long d = 0; d < width; d += STRIP) {
             Stored strip = {values.common + d, values.own + d};
@@ -132,9 +139,9 @@ static void step_task(const Step *s, long row, long kv_head, char *memory, long 
 
 /* Returns 0, or 1 without memory for the scratch space. */
 int attend_rows(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *keys, bf16 *values, bf16 *out, const float *cosine,
-                const float *sine, const int64_t *places, long rows, long heads, long kv_heads, long width,
+                const float *sine, const float *sinks, const int64_t *places, long rows, long heads, long kv_heads, long width,
                 long capacity, long shared, long window, float scale) {
-    Step step = {q, k, v, keys, values, out, {cosine, sine}, places, rows, heads, kv_heads, width, capacity, shared,
+    Step step = {q, k, v, keys, values, out, {cosine, sine}, sinks, places, rows, heads, kv_heads, width, capacity, shared,
                  window, scale};
     long stride = capacity + LANES, group = heads / kv_heads; /* so that heads do not share cache sets */
     int failed = 0;

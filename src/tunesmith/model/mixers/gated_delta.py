@@ -31,8 +31,9 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(self, stock: Any) -> None:
         super().__init__()
-        for name in (*self.input_names, "conv1d", self.norm_name, self.output_name):
+        for name in (*self.input_names, self.norm_name, self.output_name):
             setattr(self, name, getattr(stock, name))
+        self.conv1d: nn.Conv1d = stock.conv1d
         self.A_log: nn.Parameter = stock.A_log
         self.dt_bias: nn.Parameter = stock.dt_bias
         self.shape = ScanShape(

@@ -26,6 +26,8 @@ from tunesmith.model.mixers.scan import ScanInputs, ScanShape
 class Mamba2Mixer(nn.Module):
     """Falcon-H1 multiplies the input and the parts of the projection, and may have no norm."""
 
+    mup_vector: Tensor | None  # [1, 1, P]
+
     def __init__(self, stock: Any) -> None:
         super().__init__()
         self.in_proj = stock.in_proj

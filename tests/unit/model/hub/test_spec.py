@@ -76,7 +76,7 @@ def test_dtype_and_origin(model_folder: Path) -> None:
     ("changed", "message"),
     [
         ({"model_type": "mamba"}, "mamba has layers that carry state"),
-        ({"model_type": "lfm2"}, "lfm2 has layers that carry state"),
+        ({"model_type": "lfm2"}, "LlamaForCausalLM, but a model of type lfm2 is a Lfm2ForCausalLM"),
         (
             {"layer_types": ["full_attention", "linear_attention"]},
             "layers of type linear_attention",
@@ -84,8 +84,17 @@ def test_dtype_and_origin(model_folder: Path) -> None:
         ({"layer_types": ["conv", "full_attention"]}, "layers of type conv"),
         ({"layer_types": "mamba"}, "layers of type mamba"),
         (
-            {"model_type": "gemma3", "vision_config": {"a": 1}},
+            {"model_type": "llava", "vision_config": {"a": 1}},
             r"inputs other than text \(vision_config\)",
+        ),
+        ({"vision_config": {"a": 1}}, r"llama has inputs other than text \(vision_config\)"),
+        (
+            {"per_layer_config": {"0": {"head_dim": 8}}},
+            r"llama has layers of different sizes \(per_layer_config\)",
+        ),
+        (
+            {"layer_types": ["full_attention"]},
+            "2 layers, but 1 layer_types",
         ),
         (
             {"model_type": "qwen2_audio", "audio_config": {"a": 1}},
@@ -93,8 +102,8 @@ def test_dtype_and_origin(model_folder: Path) -> None:
         ),
         ({"model_type": "t5"}, "is an encoder-decoder"),
         ({"model_type": "bart", "is_encoder_decoder": True}, "is an encoder-decoder"),
-        ({"model_type": "mixtral", "num_local_experts": 8}, "mixtral is a mixture of experts"),
-        ({"model_type": "qwen3_moe"}, "qwen3_moe is a mixture of experts"),
+        ({"num_local_experts": 8}, "llama is a mixture of experts"),
+        ({"model_type": "dbrx_moe"}, "dbrx_moe is a mixture of experts"),
         ({"model_type": "martian"}, "the model type 'martian' is not supported"),
         ({"model_type": None}, "no model_type"),
         ({"model_type": ["llama"]}, "no model_type"),

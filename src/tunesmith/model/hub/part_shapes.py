@@ -1,0 +1,143 @@
+"""The sizes of the parts of a model's layers, from which memory and time are predicted.
+
+In: one header per parameter, and the text part of config.json. Out: PartShapes by the words of
+`lora_target_modules` (target_modules.py), and the RecurrentShape of layers that carry a state; the
+modules in model/mixers read the same numbers from the weights (a test compares both). Left out:
+what is made of them (plan/memory.py)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import PartShape, RecurrentShape
+from tunesmith.model.hub.validate import TensorHeader
+from tunesmith.model.target_modules import EXPERTS, ROUTER, find_part, has_adapter_format
+
+# linears and stacked experts whose output has the hidden size; the others read the hidden states
+OUTPUT_LINEARS = {
+    *("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2"),
+    *("w2", "output_linear", "dense_4h_to_h"),
+}
+
+# mixer -> size -> the names that it has in configs
+RECURRENT_SIZES = {
+    "delta": {
+        "num_groups": ("linear_num_key_heads",),
+        "num_heads": ("linear_num_value_heads",),
+        "key_size": ("linear_key_head_dim",),
+        "value_size": ("linear_value_head_dim",),
+        "num_taps": ("linear_conv_kernel_dim",),
+    },
+    "mamba2": {
+        "num_groups": ("mamba_n_groups", "n_groups"),
+        "num_heads": ("mamba_n_heads", "mamba_num_heads"),
+        "key_size": ("mamba_d_state", "ssm_state_size"),
+        "value_size": ("mamba_d_head", "mamba_head_dim"),
+        "num_taps": ("mamba_d_conv", "conv_kernel"),
+    },
+    "conv": {"num_channels": ("hidden_size",), "num_taps": ("conv_L_cache",)},
+}
+
+
+def measure_parts(
+    headers: Mapping[str, TensorHeader],
+    model_type: str,
+    hidden_size: int,
+    num_experts_per_token: int = 0,
+) -> dict[str, PartShape]:
+    """Return part of the layers -> its shape. Routers belong to none; linears that PEFT could not
+    adapt have no inputs and outputs."""
+    shapes: dict[str, list[PartShape]] = defaultdict(list)
+    layers: dict[str, set[str]] = defaultdict(set)
+    for name, tensor in headers.items():
+        path = name.removesuffix(".weight")
+        part = find_part(path)
+        _, is_layer, rest = f".{name}".partition(".layers.")
+        is_linear = name.endswith(".weight") and len(tensor.shape) == 2
+        is_stack = part == EXPERTS and len(tensor.shape) == 3
+        if not is_layer or part == ROUTER or not (is_linear or is_stack):
+            continue
+        layers[part].add(rest.partition(".")[0])
+        if is_stack:
+            shape = _measure_experts(path, tensor.shape, hidden_size, num_experts_per_token)
+        else:
+            shape = _measure_linear(path, tensor.shape, model_type)
+        shapes[part].append(shape)
+    return {part: _sum_shapes(shapes[part], len(layers[part])) for part in shapes}
+
+
+def _sum_shapes(shapes: Sequence[PartShape], layers: int) -> PartShape:
+    return PartShape(
+        layers=layers,
+        inputs=sum(shape.inputs for shape in shapes),
+        outputs=sum(shape.outputs for shape in shapes),
+        inner_outputs=sum(shape.inner_outputs for shape in shapes),
+        inner_inputs=sum(shape.inner_inputs for shape in shapes),
+    )
+
+
+def _measure_linear(path: str, shape: tuple[int, ...], model_type: str) -> PartShape:
+    outputs, inputs = shape
+    is_output = path.rpartition(".")[2] in OUTPUT_LINEARS
+    can_adapt = has_adapter_format(path, model_type)
+    return PartShape(
+        layers=1,
+        inputs=inputs if can_adapt else 0,
+        outputs=outputs if can_adapt else 0,
+        inner_outputs=0 if is_output else outputs,
+        inner_inputs=inputs if is_output else 0,
+    )
+
+
+def _measure_experts(
+    path: str, shape: tuple[int, ...], hidden_size: int, num_experts_per_token: int
+) -> PartShape:
+    """Measure the stacked experts of a layer, [E, O, I] or [E, I, O]."""
+    num_experts = shape[0]
+    expert_width = prod(shape[1:]) // hidden_size
+    width = num_experts * expert_width
+    token_width = num_experts_per_token * expert_width
+    if path.rpartition(".")[2] in OUTPUT_LINEARS:
+        return PartShape(1, width, num_experts * hidden_size, 0, token_width)
+    return PartShape(1, num_experts * hidden_size, width, token_width, 0)
+
+
+# ---------------------------------------------------------------- recurrent layers
+
+
+def find_recurrent_shape(
+    config: Mapping[str, Any], mixers: Sequence[str], where: str
+) -> RecurrentShape | None:
+    """Return the shape of the layers that carry a state, None if there are none. `mixers` are the
+    words of the layers."""
+    for mixer in RECURRENT_SIZES:
+        if any(mixer in word for word in mixers):
+            return read_recurrent_shape(config, mixer, where)
+    return None
+
+
+def read_recurrent_shape(config: Mapping[str, Any], mixer: str, where: str) -> RecurrentShape:
+    """Return the shape of the layers with this mixer: delta, mamba2 or conv.
+
+    Raises InputError for a size that the config lacks."""
+    sizes = {
+        size: _require(config, names, where=where) for size, names in RECURRENT_SIZES[mixer].items()
+    }
+    if mixer == "conv":
+        return RecurrentShape(**sizes)
+    keys = 2 * sizes.pop("num_groups") * sizes["key_size"]
+    num_channels = keys + sizes["num_heads"] * sizes["value_size"]
+    return RecurrentShape(num_channels=num_channels, **sizes)
+
+
+def _require(config: Mapping[str, Any], names: tuple[str, ...], *, where: str) -> int:
+    for name in names:
+        value = config.get(name)
+        if type(value) is int and value > 0:
+            return value
+    message = f"config.json has no positive integer {' or '.join(names)}"
+    raise InputError(message, where=where, fix="download config.json again")

@@ -1,0 +1,274 @@
+"""Where the parameters of the text part lie in the weight files.
+
+    read_text_tensors(folder) -> TextTensors(parameters, left_out)
+
+In: a folder that `validate.check_folder` has checked. Out: the name of each parameter of
+transformers' text class -> the tensors that hold it, and the tensors that text training does not
+load: vision and audio towers, projectors, and layers for multi-token prediction. Files name the
+same parameter in several ways: a multimodal checkpoint has prefixes, older checkpoints other words,
+and experts are one tensor or one per expert. Left out: whether a parameter is missing
+(text_network.py), reading values (safetensors_io.py)."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Json
+from tunesmith.model.hub.families import FAMILIES, TEXT_PREFIX, find_text_type
+from tunesmith.model.hub.packed_tensors import MXFP4_DTYPE, attach_scales, find_packing
+from tunesmith.model.hub.validate import TensorHeader, read_headers, read_model_json
+
+# The text part's prefixes in files -> those of the text class. The first that fits is taken; the
+# second was written by transformers 5.10 to 5.23, the last three by versions before 4.52.
+PREFIXES = (
+    (f"{TEXT_PREFIX}model.", "model."),
+    (TEXT_PREFIX, "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model."),
+    ("language_model.", "model."),
+    ("lm_head.", "lm_head."),
+)
+# Words in files -> those of the text class, by its model type.
+WORDS = {
+    "gpt_neox": (("embed_out.", "lm_head."),),
+    "granitemoehybrid": (
+        (".input_linear.weight", ".experts.gate_up_proj"),
+        (".output_linear.weight", ".experts.down_proj"),
+        (".router.layer.weight", ".router.weight"),
+    ),
+    "lfm3": ((".self_attn.gate_proj.", ".self_attn.g_proj."),),
+    "mixtral": ((".block_sparse_moe.", ".mlp."),),
+    "nemotron_h": (("backbone.", "model."),),
+    "olmo_hybrid": (
+        (".attention_layer_norm.", ".input_layernorm."),
+        (".feedforward_layer_norm.", ".post_attention_layernorm."),
+    ),
+}
+# One matrix of one expert. `w1` and `w3` are the gate and the other input, `w2` the output.
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)\.weight")
+INPUT_PAIRS = (("gate_proj", "up_proj"), ("w1", "w3"))
+SINGLE_MATRICES = {"up_proj": "up_proj", "down_proj": "down_proj", "w2": "down_proj"}
+# Parts of one parameter, one after another along its first dimension.
+CONVOLUTION = re.compile(r"(.*\.)[qkv](_conv1d\.weight)")
+# Tables that are computed today, in checkpoints of the first families.
+OLD_BUFFER = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+TRANSPOSED_TYPES = {"qwen3_vl_moe"}  # their fused experts are stored [E, I, O]
+# their layers beyond the last one predict further tokens
+PREDICTING_TYPES = {"deepseek_v3", "glm4_moe", "glm4_moe_lite"}
+DOWNLOAD_FIX = "download the model again"
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """The tensors of one parameter, each [O, I] or [E, O, I].
+
+    Several are concatenated along O. With `num_experts` they belong to the experts one after
+    another, the same number to each, and the experts are stacked. `is_transposed`: the file has
+    [E, I, O]."""
+
+    headers: tuple[TensorHeader, ...]
+    num_experts: int = 0
+    is_transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the parameter."""
+        first = self.headers[0].shape
+        if self.is_transposed:
+            return (*first[:-2], first[-1], first[-2])
+        if self.num_experts:
+            return (self.num_experts, *_concatenate_shapes(self.get_expert(0)))
+        return _concatenate_shapes(self.headers)
+
+    def get_expert(self, index: int) -> tuple[TensorHeader, ...]:
+        """Return the tensors of one of the experts that are stored one by one."""
+        count = len(self.headers) // self.num_experts
+        return self.headers[index * count : (index + 1) * count]
+
+    def get_header(self) -> TensorHeader:
+        """Return one header for the whole parameter, for what only counts and names."""
+        num_bytes = sum(header.end - header.begin for header in self.headers)
+        first = self.headers[0]
+        return replace(first, shape=self.shape, begin=0, end=num_bytes)
+
+
+def _concatenate_shapes(headers: tuple[TensorHeader, ...]) -> tuple[int, ...]:
+    shape = headers[0].shape
+    if len(headers) == 1:
+        return shape
+    return (sum(header.shape[0] for header in headers), *shape[1:])
+
+
+@dataclass(frozen=True)
+class TextTensors:
+    """The tensors of a model folder: `parameters` by the name in the text class, `left_out` by the
+    name in the files."""
+
+    parameters: Mapping[str, StoredParameter]
+    left_out: Mapping[str, TensorHeader]
+
+
+@dataclass(frozen=True)
+class TensorNaming:
+    """How a checkpoint names its tensors."""
+
+    is_multimodal: bool = False
+    text_type: str = ""
+    num_layers: int | None = None  # config.json leaves it to transformers' default
+    hidden_size: int | None = None
+    is_transposed: bool = False
+
+    def name_parameter(self, name: str) -> str | None:
+        """Return the parameter that a tensor belongs to, or None for one that is left out."""
+        if self.is_multimodal:
+            prefixes = [pair for pair in PREFIXES if name.startswith(pair[0])]
+            if not prefixes:
+                return None
+            prefix, replacement = prefixes[0]
+            name = replacement + name.removeprefix(prefix)
+        elif name.startswith("mtp.") or OLD_BUFFER.fullmatch(name):
+            return None
+        for word, replacement in WORDS.get(self.text_type, ()):
+            name = name.replace(word, replacement)
+        layer = LAYER.match(name)
+        if layer is None or self.num_layers is None or self.text_type not in PREDICTING_TYPES:
+            return name
+        return None if int(layer[1]) >= self.num_layers else name
+
+
+PLAIN_NAMING = TensorNaming()  # as in the text class
+
+
+def read_naming(config: Json) -> TensorNaming:
+    """Return how the checkpoint of this config.json names its tensors."""
+    model_type = str(config.get("model_type"))
+    is_multimodal = model_type in FAMILIES and bool(FAMILIES[model_type].tensor_prefix)
+    text: dict[str, Any] = config
+    if is_multimodal and isinstance(config.get("text_config"), dict):
+        text = config["text_config"]
+    sizes: dict[str, int | None] = {}
+    for key in ("num_hidden_layers", "hidden_size"):
+        sizes[key] = text[key] if type(text.get(key)) is int else None
+    return TensorNaming(
+        is_multimodal=is_multimodal,
+        text_type=find_text_type(config),
+        num_layers=sizes["num_hidden_layers"],
+        is_transposed=model_type in TRANSPOSED_TYPES,
+        hidden_size=sizes["hidden_size"],
+    )
+
+
+def read_text_tensors(folder: Path) -> TextTensors:
+    """Sort the tensors of a folder. Raises InputError for a folder without a text part, and for
+    experts that are missing or of different shapes."""
+    config_file = folder / "config.json"
+    config = read_model_json(config_file)
+    naming = read_naming(config)
+    packing = find_packing(config, naming.text_type, str(config_file))
+    headers = attach_scales(read_headers(folder), packing, str(folder))
+    single: dict[str, TensorHeader] = {}
+    left_out: dict[str, TensorHeader] = {}
+    for file_name, header in headers.items():
+        name = naming.name_parameter(file_name)
+        if name is None:
+            left_out[file_name] = header
+        elif name in single:
+            message = f"the weights hold {name} twice, once as {file_name}"
+            raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
+        else:
+            single[name] = header
+    if not single:
+        message = f"the weights have no text part: no tensor's name starts with {TEXT_PREFIX}"
+        raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
+    return TextTensors(_group_tensors(single, naming, folder), left_out)
+
+
+def has_uniform_layers(folder: Path) -> bool:
+    """Return whether all layers are alike and the files hold parameters as transformers does: under
+    their names, and not packed."""
+    config = read_model_json(folder / "config.json")
+    if config.get("quantization_config"):
+        return False
+    model_type = config.get("model_type")
+    return model_type not in FAMILIES or FAMILIES[model_type].is_uniform
+
+
+def read_parameter_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Return one header for each parameter in the weights of a folder."""
+    if has_uniform_layers(folder):
+        return read_headers(folder)
+    parameters = read_text_tensors(folder).parameters
+    return {name: stored.get_header() for name, stored in parameters.items()}
+
+
+def _group_tensors(
+    single: Mapping[str, TensorHeader], naming: TensorNaming, folder: Path
+) -> dict[str, StoredParameter]:
+    """Return the parameters. Experts and parts of a convolution are collected."""
+    parameters: dict[str, StoredParameter] = {}
+    experts: defaultdict[str, dict[tuple[int, str], TensorHeader]] = defaultdict(dict)
+    for name, header in single.items():
+        if match := EXPERT.fullmatch(name):
+            experts[match[1]][int(match[2]), match[3]] = header
+        elif match := CONVOLUTION.fullmatch(name):
+            parts = [single.get(f"{match[1]}{part}{match[2]}") for part in "qkv"]
+            headers = tuple(part for part in parts if part is not None)
+            parameters[f"{match[1]}conv1d.weight"] = StoredParameter(headers)
+        else:
+            is_transposed = _is_transposed(name, header, naming)
+            parameters[name] = StoredParameter((header,), is_transposed=is_transposed)
+    for path, matrices in experts.items():
+        parameters |= _stack_experts(path, matrices, folder)
+    return parameters
+
+
+def _is_transposed(name: str, header: TensorHeader, naming: TensorNaming) -> bool:
+    """Whether a file holds fused experts [E, I, O] where the class has [E, O, I], or the other way
+    round in MXFP4."""
+    if header.dtype == MXFP4_DTYPE:
+        return True
+    dimension = {"gate_up_proj": -1, "down_proj": -2}.get(name.rpartition(".")[2])
+    if not naming.is_transposed or dimension is None or len(header.shape) != 3:
+        return False
+    # as in transformers, what has the shape of the parameter is the parameter
+    return header.shape[dimension] != naming.hidden_size
+
+
+def _stack_experts(
+    path: str, matrices: Mapping[tuple[int, str], TensorHeader], folder: Path
+) -> dict[str, StoredParameter]:
+    """Return the stacked parameters of experts that are stored one by one."""
+    words = {word for _, word in matrices}
+    groups: dict[str, tuple[str, ...]] = {}
+    for pair in INPUT_PAIRS:
+        if pair[0] in words or (pair[1] in words and pair[1] not in SINGLE_MATRICES):
+            groups["gate_up_proj"] = pair
+            words -= {*pair}
+    for word in sorted(words):
+        groups[SINGLE_MATRICES[word]] = (word,)
+    num_experts = 1 + max(index for index, _ in matrices)
+    parameters: dict[str, StoredParameter] = {}
+    for parameter, pieces in groups.items():
+        headers: list[TensorHeader] = []
+        for expert in range(num_experts):
+            for piece in pieces:
+                header = matrices.get((expert, piece))
+                if header is None:
+                    message = f"the weights have no {path}.{expert}.{piece}.weight"
+                    raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
+                if headers and header.shape != headers[0].shape:
+                    message = (
+                        f"the experts have two shapes: {path}.{expert}.{piece} is "
+                        f"{list(header.shape)}, the first one {list(headers[0].shape)}"
+                    )
+                    raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
+                headers.append(header)
+        parameters[f"{path}.{parameter}"] = StoredParameter(tuple(headers), num_experts)
+    return parameters

@@ -1,0 +1,186 @@
+"""Build the text class of a model folder without weights, and fill it from the files.
+
+    check_weight_shapes(folder)          every parameter against the safetensors headers
+    load_text_network(folder, dtype)     the stock network, in evaluation mode
+    build_empty_network(folder, dtype)   the same without memory for weights
+
+In: a folder that `hub/resolve.py` has checked. Towers of a multimodal checkpoint are not loaded.
+Every parameter comes from a tensor of the files; transformers itself would start missing ones at
+random and only print a table. The shapes are compared on the meta device, so no config.json can
+fill the memory. Left out: 4-bit weights (quantization.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tunesmith.core.errors import InputError
+from tunesmith.model.hub.packed_tensors import MXFP4_DTYPE
+from tunesmith.model.hub.stored_tensors import StoredParameter, read_text_tensors
+from tunesmith.model.hub.text_class import (
+    build_meta_network,
+    load_text_config,
+    transformers_errors,
+)
+from tunesmith.model.packed_weights import read_mxfp4_experts
+from tunesmith.model.safetensors_io import find_nonfinite, read_parameter
+
+MAX_BUFFER_VALUES = 2**24  # of a table that is no weight, such as rotary frequencies
+DOWNLOAD_FIX = "download the model again"
+NARROW_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def check_weight_shapes(folder: Path) -> None:
+    """Raise InputError naming the first tensor that is missing, or whose shape differs from
+    config.json."""
+    network: Any = build_meta_network(folder)
+    stored = read_text_tensors(folder).parameters
+    embedding = network.get_input_embeddings().weight
+    has_embedding = False
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        parameter = find_stored(stored, name)
+        if parameter is None:
+            if tensor is embedding and has_embedding:  # a head that is the embedding
+                continue
+            message = f"the weights have no {name}, which config.json requires"
+            raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
+        has_embedding |= tensor is embedding
+        if parameter.shape != tuple(tensor.shape):
+            message = (
+                f"the tensor {name} has shape {list(parameter.shape)}, "
+                f"config.json says {list(tensor.shape)}"
+            )
+            raise InputError(message, where=str(parameter.headers[0].file), fix=DOWNLOAD_FIX)
+    for name, buffer in network.named_buffers():
+        if buffer.numel() > MAX_BUFFER_VALUES:
+            message = f"config.json requires a table {name} of {buffer.numel():,} values"
+            raise InputError(message, where=str(folder), fix="download config.json again")
+
+
+def find_stored(parameters: Mapping[str, StoredParameter], name: str) -> StoredParameter | None:
+    """Return the tensors of a parameter. Files of a decoder alone lack the prefix `model.`."""
+    return parameters.get(name) or parameters.get(name.partition(".")[2])
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Creates the tensors of torch.empty, which are weights, without memory. Computed tables stay
+    real."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
+
+
+def build_empty_network(
+    folder: Path, dtype: torch.dtype, num_layers: int | None = None
+) -> PreTrainedModel:
+    """Build the stock network, or its first `num_layers`, without memory for weights."""
+    config: Any = load_text_config(folder)
+    with transformers_errors(folder), _EmptyOnMeta():
+        if num_layers is not None:
+            config.num_hidden_layers = num_layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:num_layers]
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def load_text_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+    """Load the text class in `dtype`. Raises InputError for NaN or infinite values, and for two
+    different weights of a head that is the embedding."""
+    network = build_empty_network(folder, dtype)
+    for name, stored in list_stored_parameters(network, folder):
+        if stored.headers[0].dtype == MXFP4_DTYPE:
+            place_packed_experts(network, name, stored, dtype, device)
+            continue
+        tensor = read_finite_parameter(name, stored, folder)
+        place_tensor(network, name, tensor.to(device, pick_dtype(network, name, dtype)))
+    return finish_network(network, folder, device)
+
+
+def place_packed_experts(
+    network: PreTrainedModel,
+    name: str,
+    stored: StoredParameter,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    """Put experts that stay packed in the place of a parameter. transformers' own module computes
+    with them, one expert at a time."""
+    path, _, tensor_name = name.rpartition(".")
+    module = network.get_submodule(path)
+    delattr(module, tensor_name)  # a parameter can only be followed by a parameter
+    setattr(module, tensor_name, read_mxfp4_experts(stored.headers[0], dtype, device))
+    network.set_experts_implementation("eager")
+
+
+def list_stored_parameters(
+    network: PreTrainedModel, folder: Path
+) -> list[tuple[str, StoredParameter]]:
+    """Return every stored parameter and its tensors, file by file; a tied head is not stored.
+
+    Biases come before weights, because a QuantizedLinear takes its bias along."""
+    parameters = read_text_tensors(folder).parameters
+    listed: list[tuple[str, StoredParameter]] = []
+    for name in network.state_dict():
+        stored = find_stored(parameters, name)
+        if stored is not None:
+            listed.append((name, stored))
+    listed.sort(key=_sort_by_place)
+    return listed
+
+
+def _sort_by_place(entry: tuple[str, StoredParameter]) -> tuple[Path, bool, int]:
+    header = entry[1].headers[0]
+    return header.file, entry[0].endswith(".weight"), header.begin
+
+
+def read_finite_parameter(name: str, stored: StoredParameter, folder: Path) -> Tensor:
+    """Read a parameter. Raises InputError if it has a NaN or infinite value."""
+    tensor = read_parameter(stored)
+    if find_nonfinite({name: tensor}):
+        message = f"the tensor {name} holds NaN or infinite values"
+        raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
+    return tensor
+
+
+def pick_dtype(network: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a parameter: transformers keeps a few in fp32, such as the biases of
+    routers."""
+    wide = network._keep_in_fp32_modules_strict or ()
+    is_wide = any(f".{part}." in f".{name}." for part in wide)
+    return torch.float32 if is_wide and dtype in NARROW_DTYPES else dtype
+
+
+def place_tensor(network: PreTrainedModel, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer."""
+    path, _, tensor_name = name.rpartition(".")
+    module = network.get_submodule(path)
+    is_parameter = tensor_name in dict(module.named_parameters(recurse=False))
+    value = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+    setattr(module, tensor_name, value)
+
+
+def finish_network(network: PreTrainedModel, folder: Path, device: str) -> PreTrainedModel:
+    """Tie the head and return the network in evaluation mode, with nothing trainable."""
+    model: Any = network
+    is_tied = bool(model.config.tie_word_embeddings)
+    head = model.get_output_embeddings().weight
+    if is_tied and not head.is_meta and not torch.equal(head, model.get_input_embeddings().weight):
+        message = "config.json says that the head is the embedding, and the weights hold two"
+        fix = "write tie_word_embeddings: false into config.json"
+        raise InputError(message, where=str(folder), fix=fix)
+    model.tie_weights()
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if missing:
+        message = f"the weights have no {missing[0]}, which config.json requires"
+        raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,131 @@
+"""Preflight: no document of a pack reaches another.
+
+In: our model and a pack. Out: how many segments others were compared for, or GateError. The tokens
+of each segment are changed in turn, and the hidden states of all segments that do not continue it
+must stay bitwise equal.
+
+With experts they may be rounded otherwise, since a matrix product of other rows may round a row
+otherwise. Two claims stand in for equality there: no gradient of the others' hidden states reaches
+the changed tokens, exactly, which a leak through the mask breaks; and they differ by no more than
+rounding, which experts with a limited capacity break, whose choices have no gradient. Left out: the
+choice of the documents, and what the pack is compared with (preflight.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tunesmith.core.errors import GateError
+from tunesmith.core.types import Batch, PackLayout
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.experts import find_experts
+
+# Largest change of a row of hidden states, relative to its norm, that is rounding.
+ROUNDING_TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-10}
+BACKEND_FIX = "use another attention backend"
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How many segments were changed, and by how much the others did: None if they are bitwise
+    equal."""
+
+    num_segments: int
+    rounding: float | None = None
+
+    @property
+    def extent(self) -> str:
+        """How far the others are unchanged."""
+        if not self.rounding:
+            return "bitwise"
+        return f"up to rounding (no gradient, {self.rounding:.1e} of their norm at most)"
+
+
+def refuse_leakage(model: PackedCausalLM, batch: Batch, layout: PackLayout) -> Isolation:
+    """Change the tokens of each segment in turn; only segments that continue it may change.
+
+    `layout` says which do; the batch's own may be corrupted. Raises GateError if an unrelated
+    segment changes."""
+    all_positions_S = torch.arange(batch.layout.num_tokens, device=model.device)
+    batch = dataclasses.replace(batch, positions_S=all_positions_S)
+    has_experts = bool(find_experts(model.network))
+    before = model.compute_hidden(batch)
+    num_segments = 0
+    worst = 0.0
+    for segment, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
+        unrelated_U = _find_unrelated(layout, segment).to(model.device)
+        if not len(unrelated_U):
+            continue
+        num_segments += 1
+        if has_experts:
+            _refuse_gradient(model, batch, slice(start, start + length), unrelated_U)
+        tokens_T = batch.tokens_T.clone()
+        tokens_T[start : start + length] = tokens_T[start : start + length].roll(1) + 1
+        tokens_T %= model.head.weight.shape[0]
+        after = model.compute_hidden(dataclasses.replace(batch, tokens_T=tokens_T))
+        if torch.equal(before[unrelated_U], after[unrelated_U]):
+            continue
+        if not has_experts:
+            raise GateError(
+                "documents in a pack attend to each other", where="preflight", fix=BACKEND_FIX
+            )
+        change = _measure_change(before[unrelated_U], after[unrelated_U])
+        worst = max(worst, change)
+        _refuse_change(change, ROUNDING_TOLERANCE[model.dtype])
+    return Isolation(num_segments, worst if has_experts else None)
+
+
+def _find_unrelated(layout: PackLayout, segment: int) -> Tensor:
+    """Return the indices [U] of the tokens of segments that do not continue this one."""
+    is_unrelated = [segment not in layout.get_path(i) for i in range(len(layout.lengths))]
+    (indices,) = np.nonzero(np.repeat(is_unrelated, layout.lengths))
+    return torch.from_numpy(indices)
+
+
+def _measure_change(before: Tensor, after: Tensor) -> float:
+    """Return the largest change of a row relative to its norm."""
+    before = before.double()
+    return float(((after.double() - before).norm(dim=1) / before.norm(dim=1)).max())
+
+
+def _refuse_change(change: float, tolerance: float) -> None:
+    if not change <= tolerance:  # also refuses NaN
+        raise GateError(
+            f"other documents in a pack change a document's hidden states by {change:.1e} of their "
+            f"norm, more than {tolerance:.0e}: the experts do not compute token by token",
+            where="preflight",
+            fix="use a model whose router chooses experts for each token, without a capacity",
+        )
+
+
+def _refuse_gradient(
+    model: PackedCausalLM, batch: Batch, changed: slice, unrelated_U: Tensor
+) -> None:
+    """Raise GateError if unrelated hidden states have a gradient at the embeddings of the `changed`
+    tokens, or none at their own."""
+    embeddings: list[Tensor] = []
+
+    def make_leaf(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    hook = model.network.get_input_embeddings().register_forward_hook(make_leaf)
+    try:
+        with torch.enable_grad():
+            hidden_UH = model.compute_hidden(batch)[unrelated_U]
+            generator = torch.Generator().manual_seed(0)
+            direction_UH = torch.randn(hidden_UH.shape, generator=generator).to(hidden_UH)
+            (gradient,) = torch.autograd.grad((hidden_UH * direction_UH).sum(), embeddings)
+    finally:
+        hook.remove()
+    felt_T = gradient.reshape(batch.layout.num_tokens, -1).abs().sum(1)
+    if felt_T[changed].any() or not felt_T[unrelated_U].any():
+        message = "documents in a pack attend to each other"
+        if not felt_T[changed].any():
+            message = "hidden states have no gradient at their own tokens, so none means nothing"
+        raise GateError(message, where="preflight", fix=BACKEND_FIX)

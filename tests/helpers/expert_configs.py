@@ -1,0 +1,111 @@
+"""Tiny configs of families with experts. Their routers choose 2 of 6 to 8 experts."""
+
+from typing import Any
+
+from transformers import (
+    DeepseekV3Config,
+    Gemma4TextConfig,
+    Glm4MoeConfig,
+    Glm4MoeLiteConfig,
+    Lfm2MoeConfig,
+    MixtralConfig,
+    NemotronHConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
+from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
+
+CHOICES: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2}
+SHARED: dict[str, Any] = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "routed_scaling_factor": 1.5,
+}
+# queries and keys of 20 values, values of 16
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 16,
+}
+# Largest relative difference from the stock gradients of families whose recurrence or router
+# computes in fp32; the others: those of their norms.
+EXPERT_TOLERANCES = {"qwen3_5_moe": 1e-4, "nemotron_h-experts": 1e-5}
+
+
+def make_expert_configs(sizes: dict[str, Any], wide: dict[str, Any]) -> dict[str, PreTrainedConfig]:
+    """Return family -> config."""
+    others = {key: value for key, value in wide.items() if key != "num_hidden_layers"}
+    no_mlp = {key: value for key, value in others.items() if key != "intermediate_size"}
+    narrow = {key: value for key, value in others.items() if key != "head_dim"}
+    return {
+        "qwen3_moe": Qwen3MoeConfig(
+            **wide, **CHOICES, moe_intermediate_size=24, norm_topk_prob=True
+        ),
+        "olmoe": OlmoeConfig(**(sizes | {"intermediate_size": 24}), **CHOICES, clip_qkv=0.5),
+        "mixtral": MixtralConfig(
+            **(sizes | {"intermediate_size": 24}),
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            router_jitter_noise=0.1,
+        ),
+        "glm4_moe": Glm4MoeConfig(
+            **wide, **SHARED, n_group=1, topk_group=1, use_qk_norm=True, attention_bias=True
+        ),
+        "glm4_moe_lite": Glm4MoeLiteConfig(**(sizes | SHARED | LATENT), n_group=1, topk_group=1),
+        "deepseek_v3": DeepseekV3Config(**(sizes | SHARED | LATENT), n_group=2, topk_group=1),
+        "qwen3_5_moe": Qwen3_5MoeTextConfig(
+            **no_mlp,
+            **CHOICES,
+            num_hidden_layers=2,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=12,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=24,
+        ),
+        "lfm2_moe-experts": Lfm2MoeConfig(
+            **narrow,
+            **CHOICES,
+            num_hidden_layers=3,
+            layer_types=["conv", "full_attention", "conv"],
+            moe_intermediate_size=24,
+            num_dense_layers=1,
+            use_expert_bias=True,
+        ),
+        "nemotron_h-experts": NemotronHConfig(
+            **others,
+            layers_block_type=["mamba", "attention", "moe"],
+            mamba_num_heads=4,
+            mamba_head_dim=16,
+            ssm_state_size=8,
+            n_groups=2,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            moe_shared_expert_intermediate_size=24,
+            n_group=1,
+            topk_group=1,
+        ),
+        "gemma4-experts": Gemma4TextConfig(
+            **wide,
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=8,
+            global_head_dim=32,
+            hidden_size_per_layer_input=0,
+            attention_k_eq_v=True,
+            num_global_key_value_heads=1,
+            enable_moe_block=True,
+            num_experts=6,
+            top_k_experts=2,
+            moe_intermediate_size=16,
+        ),
+    }

@@ -1,0 +1,45 @@
+"""The linears of a model as the plan sees them: of a dense model's sizes, and of a network."""
+
+import dataclasses
+from pathlib import Path
+
+from torch import nn
+
+from tunesmith.core.types import ModelSpec, PartShape
+from tunesmith.model.hub.validate import TensorHeader
+
+
+def make_headers(network: nn.Module) -> dict[str, TensorHeader]:
+    """Return the headers of the files that the network would be saved to."""
+    headers: dict[str, TensorHeader] = {}
+    for name, parameter in network.named_parameters():
+        headers[name] = TensorHeader(Path("m"), "F32", tuple(parameter.shape), 0, 0)
+    return headers
+
+
+def describe_layers(spec: ModelSpec, *, mlp_inputs: int = 2) -> ModelSpec:
+    """Return the spec with what follows from the sizes of a dense model."""
+    hidden, layers, mlp = spec.hidden_size, spec.num_layers, spec.intermediate_size
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    attention = PartShape(
+        layers=layers,
+        inputs=layers * (3 * hidden + q),
+        outputs=layers * (q + 2 * kv + hidden),
+        inner_outputs=layers * (q + 2 * kv),
+        inner_inputs=layers * q,
+    )
+    gated = PartShape(
+        layers=layers,
+        inputs=layers * (mlp_inputs * hidden + mlp),
+        outputs=layers * (mlp_inputs * mlp + hidden),
+        inner_outputs=layers * mlp_inputs * mlp,
+        inner_inputs=layers * mlp,
+    )
+    parameters = layers * hidden * (2 * q + 2 * kv + (mlp_inputs + 1) * mlp)
+    return dataclasses.replace(
+        spec,
+        parts={"attention": attention, "mlp": gated},
+        layer_mixers=("attention",) * layers,
+        block_parameters=parameters,
+        active_parameters=parameters,
+    )

@@ -1,0 +1,64 @@
+"""The widths that the plan computes with are those of the networks."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from layer_shapes import make_headers
+from tiny_models import CONFIGS, LORA, make_tiny_network
+from tunesmith.core.types import PartShape
+from tunesmith.model.adapters import METHODS, get_trainable_parameters
+from tunesmith.model.hub.families import count_experts, count_experts_per_token
+from tunesmith.model.hub.part_shapes import measure_parts
+from tunesmith.model.target_modules import PARTS
+
+
+def measure_network(network: PreTrainedModel) -> dict[str, PartShape]:
+    config = network.config
+    sizes = config.to_dict()
+    num_chosen = count_experts_per_token(sizes) if count_experts(sizes) else 0
+    return measure_parts(make_headers(network), config.model_type, config.hidden_size, num_chosen)
+
+
+def list_cases() -> list[tuple[str, str]]:
+    cases: list[tuple[str, str]] = []
+    for family, config in CONFIGS.items():
+        with torch.device("meta"):
+            parts = measure_network(AutoModelForCausalLM.from_config(config))
+        cases += [(family, part) for part in parts if part in PARTS]
+    return cases
+
+
+@pytest.mark.parametrize(("family", "part"), list_cases())
+def test_an_adapter_of_a_part_has_the_parameters_that_are_counted(family: str, part: str) -> None:
+    network = make_tiny_network(family)
+    shape = measure_network(network)[part]
+    METHODS["lora"](network, LORA | {"lora_r": 3, "lora_target_modules": part})
+    trained = get_trainable_parameters(network)
+    assert trained
+    assert sum(p.numel() for p in trained.values()) == 3 * (shape.inputs + shape.outputs)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_linear_of_a_layer_is_counted_once(family: str) -> None:
+    network = make_tiny_network(family)
+    parts = measure_network(network)
+    widths = 0
+    for path, module in network.named_modules():
+        if isinstance(module, nn.Linear) and ".layers." in path:
+            widths += module.in_features + module.out_features
+    counted = sum(
+        shape.inputs + shape.outputs for part, shape in parts.items() if part != "experts"
+    )
+    # routers, and what PEFT could not load
+    assert counted <= widths
+    assert counted >= 0.8 * widths
+
+
+def test_a_token_meets_few_experts() -> None:
+    shapes = {"up_proj": (8, 24, 48), "down_proj": (8, 48, 24), "gate_up_proj": (8, 48, 48)}
+    layer = nn.ParameterDict({name: torch.zeros(shape) for name, shape in shapes.items()})
+    network = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"experts": layer})])})
+    part = measure_parts(make_headers(network), "qwen3_moe", 48, 2)["experts"]
+    assert part == PartShape(1, 8 * (48 + 24 + 48), 8 * (24 + 48 + 48), 2 * (24 + 48), 2 * 24)
