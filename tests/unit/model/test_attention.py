@@ -135,6 +135,26 @@ def test_equals_reference_in_fp64(
             torch.testing.assert_close(actual, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("heads", "value_size", "dtype", "tolerance"),
+    [((4, 4, 20), 16, torch.float64, 1e-12), ((2, 2, 192), 128, torch.bfloat16, 6e-3)],
+    ids=["fp64", "kernel"],
+)
+def test_values_may_be_shorter_than_keys(
+    heads: tuple[int, int, int], value_size: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Multi-head latent attention, inside of stock modules."""
+    for layout in LAYOUTS[-4:]:
+        q, k, v, dout = random_inputs(layout.num_tokens, heads, dtype)
+        inputs = (q, k, v[..., :value_size], dout[..., :value_size])
+        rule = AttentionConfig(scale=0.1, window=48)
+        ours = run(inside_stock_module, inputs, layout, rule)
+        exact = run(reference_attention, tuple(x.double() for x in inputs), layout, rule)
+        for actual, truth in zip(ours, exact, strict=True):
+            assert actual.shape == truth.shape
+            assert relative_error(actual, truth) < tolerance
+
+
 def test_reference_is_softmax_written_out() -> None:
     q, k, v, _ = random_inputs(5, (2, 1, 4))
     out = reference_attention(
@@ -358,7 +378,9 @@ def test_a_layout_of_another_length_is_an_error() -> None:
         attend(q, k, v, layout_of((6,)), RULES["plain"])
 
 
-@pytest.mark.parametrize(("extra", "named"), [({"s_aux": torch.zeros(2)}, "s_aux"), ({}, "a mask")])
+@pytest.mark.parametrize(
+    ("extra", "named"), [({"head_mask": torch.zeros(2)}, "head_mask"), ({}, "a mask")]
+)
 def test_stock_modules_may_not_pass_what_packs_ignore(extra: dict[str, Tensor], named: str) -> None:
     q = torch.zeros(1, 2, 3, 8)
     mask = None if extra else torch.zeros(1, 1, 3, 3)

@@ -16,6 +16,7 @@ CONFIGS = {
     "wide window": AttentionConfig(scale=0.3, window=500),
     "soft cap": AttentionConfig(scale=0.3, softcap=2.0),
     "both": AttentionConfig(scale=0.3, window=5, softcap=2.0),
+    "sinks": AttentionConfig(scale=0.3, window=5, sinks_N=torch.linspace(-1, 2, HEADS)),
 }
 
 
@@ -136,19 +137,21 @@ NEAR = {"rtol": 0.02, "atol": 0.01}  # a few roundings to bf16 of numbers of abo
 
 
 @needs_kernel
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("shared", [False, True], ids=["alone", "after a shared beginning"])
 @pytest.mark.parametrize("window", [None, 7, 40])
 @pytest.mark.parametrize(
     ("heads", "groups", "size"), [(3, 1, 64), (4, 4, 64), (10, 2, 128), (2, 1, 256)]
 )
 def test_the_kernels_equal_plain_attention(
-    heads: int, groups: int, size: int, window: int | None, shared: bool
+    heads: int, groups: int, size: int, window: int | None, shared: bool, has_sinks: bool
 ) -> None:
+    sinks = torch.linspace(-2, 3, heads) if has_sinks else None
     rows, layer, cache, config = (
         narrow_rows(heads, groups, size),
         nn.Module(),
         RaggedKVCache(3),
-        AttentionConfig(size**-0.5, window),
+        AttentionConfig(size**-0.5, window, sinks_N=sinks),
     )
     begin = SHARED if shared else 0
 

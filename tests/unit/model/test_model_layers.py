@@ -82,10 +82,10 @@ def test_an_unlisted_activation_stays_stock() -> None:
 
 def test_half_angles_are_wide_and_half() -> None:
     table = torch.rand(1, 5, 8).bfloat16()
-    cosine, sine = halve_cos_sin(table, table)
+    cosine, sine = halve_cos_sin(table, table, head_dim=8)
     assert cosine.shape == sine.shape == (5, 4)
     assert cosine.dtype == torch.float32
-    assert halve_cos_sin(table.double(), table.double())[0].dtype == torch.float64
+    assert halve_cos_sin(table.double(), table.double(), head_dim=8)[0].dtype == torch.float64
 
 
 def test_the_stream_has_the_compute_dtype() -> None:

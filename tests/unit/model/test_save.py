@@ -51,6 +51,11 @@ def their_logits(network: torch.nn.Module) -> Tensor:
         ("granite", {"lora_target_modules": "attention"}),
         ("phi3", {"lora_target_modules": r".*\.1\.\w+\.(o|down)_proj"}),
         ("qwen2", {"use_dora": True}),
+        ("gpt_oss", {"lora_target_modules": "attention"}),
+        ("deepseek_v3", {"lora_target_modules": "attention"}),
+        ("phi", {}),
+        ("starcoder2", {}),
+        ("gpt_neox", {}),
         (
             "llama-tied",
             {"use_dora": True, "use_rslora": True, "lora_target_modules": ["v_proj", "down_proj"]},

@@ -69,7 +69,7 @@ def test_every_check_says_how_many_items_it_compared(
         if result.kind != "prefix-shared loss = unshared loss":  # there, input minus computed
             assert str(result.num_checked) in result.evidence.replace(",", ""), result
     checks = preflight_tokens.ROW_CHECKS if texts is None else preflight_tokens.TEXT_CHECKS
-    assert len(results) == 1 + len(preflight.FORWARD_CHECKS) + len(checks) + 2
+    assert len(results) == 2 + len(preflight.FORWARD_CHECKS) + len(checks) + 2
 
 
 def rename(documents: tuple[Document, ...], suffix: str) -> tuple[Document, ...]:
@@ -89,6 +89,7 @@ def empty_samples() -> list[tuple[str, dict[str, Any], str, int]]:
         ("EOS between documents", {"texts": ()}, "no text of the data", 1),
         ("every token is a target once", {"texts": ()}, "no text of the data", 1),
         ("4-bit weights", {"is_quantized": True}, "no matrix", 0),
+        ("transformers with its cache = without", {"oracle": None}, "one token", 1),
     ]
 
 

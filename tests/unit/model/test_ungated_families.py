@@ -1,0 +1,125 @@
+"""Decoders without a gated MLP (Phi-2, StarCoder2, GPT-NeoX): what is particular to them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tiny_models import (
+    CONFIGS,
+    LORA,
+    collate_documents,
+    make_tiny_document,
+    make_tiny_documents,
+    make_tiny_model,
+    make_tiny_network,
+)
+from tunesmith.core.errors import InputError
+from tunesmith.model.adapters import find_linears, find_lora_layers
+from tunesmith.model.causal_lm import compute_stock_logits, load_network
+from tunesmith.model.hub.spec import read_spec
+from tunesmith.model.merge import read_loras, write_merged_weights
+from tunesmith.model.save import save_adapter
+
+FAMILIES = ("phi", "starcoder2", "gpt_neox", "gpt_neox-sequential")
+
+
+def write_folder(folder: Path, network: Any, **renamed: str) -> Path:
+    """Write a network as a model folder; `renamed` are words in the names of tensors."""
+    config = network.config.to_dict() | {"architectures": [type(network).__name__]}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in network.named_parameters():
+        for word, replacement in renamed.items():
+            name = name.replace(word, replacement)
+        tensors[name] = parameter.detach().contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_dropout_of_the_base_is_off(family: str) -> None:
+    """A mask over a pack would let documents change each other's loss."""
+    stock = make_tiny_network(family).train()
+    tokens = torch.arange(3, 40)[None]
+    differs = not torch.equal(stock(input_ids=tokens).logits, stock(input_ids=tokens).logits)
+    assert differs == (family != "gpt_neox-sequential"), "the configs of the others have some"
+    model = make_tiny_model(family)
+    batch = collate_documents(make_tiny_documents())
+    with torch.no_grad():
+        evaluated = model.compute_hidden(batch)
+        model.network.train()
+        assert torch.equal(model.compute_hidden(batch), evaluated)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_is_read_and_loaded(family: str, tmp_path: Path) -> None:
+    network = make_tiny_network(family)
+    folder = write_folder(tmp_path, network)
+    spec = read_spec(folder)
+    assert spec.parameters == sum(parameter.numel() for parameter in network.parameters())
+    assert spec.intermediate_size == CONFIGS[family].intermediate_size
+    assert spec.parts.keys() == {"attention", "mlp"}
+    tokens = [5, 6, 7, 8]
+    logits = compute_stock_logits(load_network(folder, torch.float32), tokens, [0, 3])
+    torch.testing.assert_close(logits, compute_stock_logits(network, tokens, [0, 3]))
+
+
+def test_old_pythia_files_are_read(tmp_path: Path) -> None:
+    """The head had another name, and tables that are computed today were stored."""
+    network = make_tiny_network("gpt_neox")
+    folder = write_folder(tmp_path, network, lm_head="embed_out")
+    tensors = {
+        "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+        "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
+        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(3),
+    }
+    for name, parameter in network.named_parameters():
+        tensors[name.replace("lm_head", "embed_out")] = parameter.detach().contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert read_spec(folder).parameters == sum(p.numel() for p in network.parameters())
+    tokens = [5, 6, 7, 8]
+    logits = compute_stock_logits(load_network(folder, torch.float32), tokens, [3])
+    torch.testing.assert_close(logits, compute_stock_logits(network, tokens, [3]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_has_an_adapter_and_they_can_be_merged(family: str, tmp_path: Path) -> None:
+    for name in ("base", "adapter", "merged"):
+        (tmp_path / name).mkdir()
+    base = write_folder(tmp_path / "base", make_tiny_network(family))
+    model = make_tiny_model(family)
+    linears = find_linears(make_tiny_network(family))
+    assert find_lora_layers(model.network).keys() == linears.keys()
+    save_adapter(model.network, tmp_path / "adapter", LORA, base)
+    shutil.copy(base / "config.json", tmp_path / "merged")
+    deltas = read_loras(tmp_path / "adapter", base)
+    write_merged_weights(base, deltas, tmp_path / "merged" / "model.safetensors")
+    document = make_tiny_document(31)
+    batch = collate_documents([document])
+    with torch.no_grad():
+        ours = model.head.compute_logits(model.compute_hidden(batch))
+    merged = load_network(tmp_path / "merged", torch.float32)
+    positions = batch.positions_S.tolist()
+    theirs = compute_stock_logits(merged, document.tokens_L[:31].tolist(), positions)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gpt2", "stores its linears transposed"),
+        ("deepseek_v32", "chooses the keys of its attention by an indexer"),
+        ("glm_moe_dsa", "chooses the keys of its attention by an indexer"),
+        ("llama4", "attends within chunks"),
+        ("mamba", "carry state from token to token"),
+    ],
+)
+def test_others_are_refused_by_name(model_type: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(InputError, match=f"{model_type} .*{reason}"):
+        read_spec(tmp_path)
