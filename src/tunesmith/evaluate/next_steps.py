@@ -20,6 +20,7 @@ from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.evidence import NextStep, Shortcut, VerdictName
 from tunesmith.core.run_dir import RECIPE_FILE, is_staged
 from tunesmith.core.types import RunRecord
+from tunesmith.data.checks.lopsided_fields import LOPSIDED_SHARE
 from tunesmith.evaluate.scale_choice import build_commands, describe_recommendation
 
 MAX_STEPS = 3
@@ -93,10 +94,13 @@ def suggest_test_rows(facts: RunFacts) -> NextStep | None:
 
 
 def suggest_balance(facts: RunFacts) -> NextStep | None:
-    """Rows with other values for a field that is answered by a constant."""
-    if not facts.constants or not facts.is_single_stage:
+    """Rows with other values for a field that is answered by a constant, where rows have few.
+
+    Few by the limit of `data check`, so that the command shows them. Where rows have enough, the
+    field is not learned yet: see suggest_epochs and suggest_learning_rate."""
+    constant = next((each for each in facts.constants if not has_other_rows(each)), None)
+    if constant is None or not facts.is_single_stage:
         return None
-    constant = facts.constants[0]
     name = shorten_name(constant.field) or "the answer"
     value = shorten_name(constant.value) or "empty"
     if constant.training_rows is None or constant.total_rows is None:
@@ -105,6 +109,13 @@ def suggest_balance(facts: RunFacts) -> NextStep | None:
         share = f"{constant.training_rows:,} of {constant.total_rows:,}"
         reason = f"add training rows where {name} is not {value}: {share} now"
     return NextStep(reason, f"tunesmith data check {facts.recipe}")
+
+
+def has_other_rows(constant: Shortcut) -> bool:
+    """Return whether enough training rows have another value than the constant."""
+    if constant.training_rows is None or not constant.total_rows:
+        return False
+    return constant.training_rows / constant.total_rows >= 1 - LOPSIDED_SHARE
 
 
 def suggest_scale(facts: RunFacts) -> NextStep | None:
@@ -140,6 +151,9 @@ def suggest_epochs(facts: RunFacts) -> NextStep | None:
         f"train longer: eval_data was best at the last step, after {config.num_train_epochs:g} "
         f"epoch{'' if config.num_train_epochs == 1 else 's'}"
     )
+    constant = next(filter(has_other_rows, facts.constants), None)
+    if constant is not None:
+        reason += f"; {shorten_name(constant.field) or 'the answer'} is not learned yet"
     flags = f"--num-train-epochs {epochs:g}"
     return NextStep(reason, facts.format_training(flags, f"{epochs:g}-epochs"))
 

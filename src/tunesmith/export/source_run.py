@@ -40,9 +40,9 @@ from tunesmith.model.merge import (
     read_token_rows,
 )
 from tunesmith.model.new_embeddings import init_new_rows
-from tunesmith.model.quantization import build_empty_network, roundtrip_nf4
+from tunesmith.model.quantization import build_empty_network, roundtrip_network
 from tunesmith.model.save import (
-    LoraTensors,
+    AnyLora,
     ModuleTensor,
     TokenRowTensors,
     get_merge_target,
@@ -69,7 +69,7 @@ class SourceRun:
     recipe: Recipe
     model_spec: ModelSpec
     saved_dir: Path  # adapter/ or model/, with the files that serving needs
-    loras: Mapping[str, LoraTensors]
+    loras: Mapping[str, AnyLora]
     renderer: Renderer
     # Paths of the matrices that were quantized to 4 bits in training.
     quantized_paths: frozenset[str] = frozenset()
@@ -107,10 +107,6 @@ class SourceRun:
         return {**self.loras, **self.token_rows, **self.modules}
 
     @property
-    def device(self) -> str:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-
-    @property
     def scale_points(self) -> tuple[ScalePoint, ...]:
         """The run's measurements of its adapter at several scales."""
         return read_run_record(self.path).scales
@@ -120,12 +116,10 @@ class SourceRun:
 
         Matrices that were quantized in training are dequantized again, unless `is_original`.
         """
-        network = load_network(self.model_spec.path, torch.float32, self.device)
-        if not is_original:
-            for path in self.quantized_paths:
-                weight = network.get_submodule(path).weight
-                assert isinstance(weight, torch.Tensor)
-                weight.data = roundtrip_nf4(weight)
+        # on the CPU, whose memory is larger: in fp32 a model takes twice the memory of its training
+        network = load_network(self.model_spec.path, torch.float32)
+        if self.quantized_paths and not is_original:
+            roundtrip_network(network)
         init_new_rows(network, self.renderer.tokenizer.new_tokens if self.token_rows else ())
         return network
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.core.types import Machine, ModelSpec
-from tunesmith.plan.memory import estimate_peak_memory
-from tunesmith.plan.memory_gpu import compute_cache_bytes, estimate_gpu_memory
+from tunesmith.plan.memory import CacheSize, compute_cache_bytes, estimate_peak_memory
+from tunesmith.plan.memory_gpu import estimate_gpu_memory
 
 MIN_COMPLETE_TOKENS = 256  # the default of lm-eval's max_gen_toks
 # by these, an answer longer than expected is wrong wherever it ends, or none is graded
@@ -21,6 +21,7 @@ LENGTH_INDEPENDENT_METRICS = ("exact_match", "normalized_match", "multiple_choic
 # answers generated at once, and the largest KV cache, as in model/generation/engine.py
 MAX_BATCH_ROWS = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
+BLOCK_TOKENS = 64  # rows of the cache grow to a multiple of this, as in model/kv_cache.py
 FIXED_PARTS = (
     "process",
     "context",
@@ -42,15 +43,13 @@ def estimate_memory(
     pack_tokens: int,
     packs: int,
     layouts: int,
-    cache_tokens: int,
+    cache: CacheSize,
     has_evaluation: bool,
     **footprint: Any,
 ) -> dict[str, int]:
     """Return bytes by component, with "peak"."""
     if machine.device == "cuda":
-        return estimate_gpu_memory(
-            spec, pack_tokens=pack_tokens, cache_tokens=cache_tokens, **footprint
-        )
+        return estimate_gpu_memory(spec, pack_tokens=pack_tokens, cache=cache, **footprint)
     parts = estimate_peak_memory(
         spec,
         pack_tokens=pack_tokens,
@@ -60,8 +59,9 @@ def estimate_memory(
         **footprint,
     )
     # memory holds either the activations of a step or the KV cache of the answers
-    cache_bytes = compute_cache_bytes(spec, cache_tokens, get_dtype_bytes(footprint["dtype"]))
-    answer_bytes = max(0, cache_bytes - parts["activations"] - parts["head"])
+    cache_bytes = compute_cache_bytes(spec, cache, get_dtype_bytes(footprint["dtype"]))
+    step_bytes = parts["activations"] + parts["head"] + parts["fragments"]
+    answer_bytes = max(0, cache_bytes - step_bytes)
     return parts | {"answers": answer_bytes, "peak": parts["peak"] + answer_bytes}
 
 
@@ -92,7 +92,7 @@ def compute_answer_limit(expected_tokens: float, *, needs_end: bool) -> int:
     return max(limit, MIN_COMPLETE_TOKENS) if needs_end else limit
 
 
-def estimate_cache_tokens(
+def estimate_cache(
     spec: ModelSpec,
     machine: Machine,
     *,
@@ -101,17 +101,18 @@ def estimate_cache_tokens(
     answer_share: float,
     needs_end: bool,
     dtype: str,
-) -> int:
-    """Return the tokens in the KV cache while answers are generated.
+) -> CacheSize:
+    """Return what the KV cache has room for while answers are generated.
 
     `answer_share` is the fraction of a row's tokens that are its answer; see
-    `compute_answer_limit` for `needs_end`."""
-    token_bytes = compute_cache_bytes(spec, 1, get_dtype_bytes(dtype))
+    `compute_answer_limit` for `needs_end`. All rows have the room of the longest one."""
     answer_tokens = answer_share * longest
     limit = compute_answer_limit(answer_tokens, needs_end=needs_end)
     row_tokens = min(int(longest - answer_tokens) + limit, max(longest, spec.context_length))
-    needed_tokens = min(MAX_BATCH_ROWS[machine.device], num_prompts) * row_tokens
-    return min(needed_tokens, CACHE_BYTES[machine.device] // token_bytes)
+    row_bytes = compute_cache_bytes(spec, CacheSize(1, row_tokens), get_dtype_bytes(dtype))
+    fitting_rows = max(1, CACHE_BYTES[machine.device] // max(1, row_bytes))
+    rows = min(MAX_BATCH_ROWS[machine.device], num_prompts, fitting_rows)
+    return CacheSize(rows, rows * math.ceil(row_tokens / BLOCK_TOKENS) * BLOCK_TOKENS)
 
 
 def estimate_phase_bytes(
@@ -119,7 +120,7 @@ def estimate_phase_bytes(
     longest_row_parts: dict[str, int],
     spec: ModelSpec,
     *,
-    cache_tokens: int,
+    cache: CacheSize,
     dtype: str,
 ) -> dict[str, int]:
     """Return the peak memory of a step, of the longest row alone, and of generating answers.
@@ -129,9 +130,9 @@ def estimate_phase_bytes(
         "step": parts["peak"] - parts.get("answers", 0),
         "longest row": longest_row_parts["peak"] - longest_row_parts.get("answers", 0),
     }
-    if cache_tokens:
+    if cache.rows:
         fixed_bytes = sum(parts.get(name, 0) for name in FIXED_PARTS)
-        cache_bytes = compute_cache_bytes(spec, cache_tokens, get_dtype_bytes(dtype))
+        cache_bytes = compute_cache_bytes(spec, cache, get_dtype_bytes(dtype))
         phase_bytes["answers"] = fixed_bytes + cache_bytes
     return phase_bytes
 

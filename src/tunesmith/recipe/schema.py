@@ -191,7 +191,7 @@ class Recipe(BaseModel):
     )
     lora_target_modules: (
         Auto
-        | Literal["all-linear", "attention", "mlp"]
+        | Literal["all-linear", "attention", "mlp", "recurrent", "experts"]
         | Regex
         | Annotated[tuple[Name, ...], Field(min_length=1)]
     ) = Field(default="auto", description="Layers with an adapter; names such as q_proj.")

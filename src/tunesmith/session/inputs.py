@@ -62,12 +62,14 @@ from tunesmith.session.adapter_settings import (
     count_module_parameters,
     fix_adapter_values,
     refuse_contradicting_modules,
+    refuse_expert_settings,
 )
 from tunesmith.session.hub_data import fetch_sources, pin_hub_data
 from tunesmith.session.provenance import check_provenance, read_provenance
 from tunesmith.session.run_history import apply_past_runs
 
 TOKENIZER_FILE = "tokenizer.json"
+LAYER_EMBEDDING = "embed_tokens_per_layer"  # of Gemma 4
 HELD_OUT_ROLES = ("eval_data", "test_data")
 FALLBACK_TOKENIZER = "smollm2-135m-instruct"  # counts tokens for a model without a tokenizer
 NO_PRESET = "none of the presets"
@@ -173,6 +175,12 @@ def _refuse_missing_rows(renderer: Renderer, model: ModelSpec) -> None:
             f"{model.vocab_size:,} rows",
             where="add_tokens",
             fix="use a model whose tokenizer.json belongs to its weights",
+        )
+    if new_tokens and any(LAYER_EMBEDDING in name for name in read_model_headers(model.path)):
+        raise InputError(
+            "this model has a second table of tokens, which would have no rows for new ones",
+            where="add_tokens",
+            fix="leave add_tokens out; the model spells such texts with its own tokens",
         )
 
 
@@ -373,8 +381,10 @@ def make_planner(
         plan = build_plan(recipe, machine=machine, **plan_kwargs)
         plan = _add_time_estimate(apply_past_runs(plan))
         if plan.config.lora_target_modules is not None:
-            select_targets(layers, plan.config.lora_target_modules)  # refuses unknown layers
+            targets = plan.config.lora_target_modules
+            select_targets(layers, targets, inputs.model.model_type)  # refuses unknown layers
         refuse_contradicting_modules(plan, layers)
+        refuse_expert_settings(plan, layers)
         return dataclasses.replace(
             plan,
             warnings=(*input_warnings, *plan.warnings),
@@ -475,7 +485,9 @@ def _collect_fixed_values(
 def has_same_layers(inputs: RunInputs, first: Any, second: Any) -> bool:
     """Whether two values of lora_target_modules name the same layers."""
     layers = list_linear_paths(read_model_headers(inputs.model.path))
-    return select_targets(layers, first) == select_targets(layers, second)
+    model_type = inputs.model.model_type
+    selected = select_targets(layers, first, model_type)
+    return selected == select_targets(layers, second, model_type)
 
 
 def show_rows(inputs: RunInputs, *, rows: int, should_show_ids: bool) -> Iterator[Text]:
