@@ -28,7 +28,8 @@ VERBS = set(
     bind block bootstrap bound break build bundle cache calibrate call can cast cat chain change
     charge chat check choose clamp classify clean clear clip close collapse collate collect
     combine compare compile complete compress compute concat confirm connect consume continue
-    convert copy correct count cover create curate cut data decide declare decode decompress
+    convert convolve
+    copy correct count cover create curate cut data decide declare decode decompress
     dedent dedupe deduplicate define delete demote dequantize derive describe detach detect
     detokenize diagnose diff disable disallow discard divide download draw drop dump embed emit
     enable encode end enqueue ensure enter enumerate error escape estimate eval evaluate evict

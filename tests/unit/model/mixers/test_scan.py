@@ -1,0 +1,273 @@
+"""The chunked scan and the convolution equal the recurrence token by token, along every path of any
+forest of segments."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tunesmith.core.types import PackLayout
+from tunesmith.model.mixers import scan
+from tunesmith.model.mixers.chunks import cut_chunks, find_edges, find_tails
+from tunesmith.model.mixers.convolution import continue_convolution, convolve_pack
+from tunesmith.model.mixers.scan import ScanInputs, ScanShape, continue_rows, scan_pack
+
+DELTA = ScanShape(2, 3, key_size=4, value_size=5, is_delta_rule=True, chunk_size=4)
+MAMBA2 = ScanShape(2, 3, key_size=4, value_size=5, is_delta_rule=False, chunk_size=4)
+SHAPES = pytest.mark.parametrize("shape", [DELTA, MAMBA2], ids=["delta", "mamba2"])
+NUM_TAPS = 4
+CPU = torch.device("cpu")
+
+
+def make_layout(segments: list[tuple[int, int]]) -> PackLayout:
+    """Return a layout of segments with a parent (-1, or the index of an earlier one) and a
+    length."""
+    lengths = tuple(length for _, length in segments)
+    starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
+    parents = tuple(min(parent, i - 1) for i, (parent, _) in enumerate(segments))
+    return PackLayout(starts, lengths, parents if max(parents) >= 0 else ())
+
+
+def list_path(layout: PackLayout, segment: int) -> list[int]:
+    tokens: list[int] = []
+    for index in layout.get_path(segment):
+        tokens += range(layout.starts[index], layout.starts[index] + layout.lengths[index])
+    return tokens
+
+
+def make_inputs(num_tokens: int, shape: ScanShape, seed: int = 0) -> ScanInputs:
+    generator = torch.Generator().manual_seed(seed)
+    channels = 2 * shape.num_groups * shape.key_size + shape.num_heads * shape.value_size
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
+
+    return ScanInputs(
+        mixed_TC=draw(num_tokens, channels),
+        weight_CK=draw(channels, NUM_TAPS),
+        bias_C=draw(channels),
+        decay_TH=-0.3 * draw(num_tokens, shape.num_heads).abs(),
+        beta_TH=draw(num_tokens, shape.num_heads).sigmoid(),
+        skip_H=draw(shape.num_heads),
+    )
+
+
+def convolve_path(inputs: ScanInputs, path: list[int]) -> Tensor:
+    x = inputs.mixed_TC[path].t()[None]
+    padded = F.pad(x, (NUM_TAPS - 1, 0))
+    y = F.conv1d(padded, inputs.weight_CK[:, None], inputs.bias_C, groups=x.shape[1])
+    return F.silu(y[0].t())
+
+
+def run_path(inputs: ScanInputs, shape: ScanShape, path: list[int]) -> Tensor:
+    """Return the outputs of the tokens of a path, one token after the other."""
+    q, k, v = shape.split_channels(convolve_path(inputs, path))
+    if shape.is_delta_rule:
+        q, k = scan.normalize_qk(q, k)
+    g = shape.split_heads(inputs.decay_TH[path])
+    beta = shape.split_heads(inputs.beta_TH[path])
+    assert inputs.skip_H is not None
+    skip = shape.split_heads(inputs.skip_H)
+    state = q.new_zeros(*v.shape[1:3], shape.key_size, shape.value_size)
+    outputs = []
+    for t in range(len(path)):
+        state = state * g[t].exp()[..., None, None]
+        update = v[t]
+        if shape.is_delta_rule:
+            update = update - torch.einsum("gd,grde->gre", k[t], state)
+        update = beta[t][..., None] * update
+        state = state + torch.einsum("gd,gre->grde", k[t], update)
+        outputs.append(torch.einsum("gd,grde->gre", q[t], state) + skip[..., None] * v[t])
+    return torch.stack(outputs).flatten(1)
+
+
+def run_reference(inputs: ScanInputs, shape: ScanShape, layout: PackLayout) -> Tensor:
+    pieces = []
+    for segment, length in enumerate(layout.lengths):
+        pieces.append(run_path(inputs, shape, list_path(layout, segment))[-length:])
+    return torch.cat(pieces)
+
+
+def list_leaves(inputs: ScanInputs) -> list[Tensor]:
+    return [x.requires_grad_() for x in vars(inputs).values() if x is not None]
+
+
+def compare(inputs: ScanInputs, shape: ScanShape, layout: PackLayout) -> None:
+    """Compare outputs and every gradient with the reference."""
+    leaves = list_leaves(inputs)
+    expected = run_reference(inputs, shape, layout)
+    out = scan_pack(inputs, shape, layout)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).double()
+    theirs = torch.autograd.grad(expected, leaves, direction)
+    ours = torch.autograd.grad(out, leaves, direction)
+    for actual, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-8, atol=1e-8)
+
+
+forests = st.lists(st.tuples(st.integers(-1, 6), st.integers(1, 13)), min_size=1, max_size=7)
+
+
+@SHAPES
+@settings(max_examples=15, deadline=None)
+@given(forests)
+def test_any_forest_equals_the_recurrence(
+    shape: ScanShape, segments: list[tuple[int, int]]
+) -> None:
+    layout = make_layout(segments)
+    compare(make_inputs(layout.num_tokens, shape), shape, layout)
+
+
+@SHAPES
+def test_the_edges_of_chunks(shape: ScanShape) -> None:
+    lengths = (130, 70, 64, 65, 3, 128, 1)
+    layout = make_layout([(-1, length) for length in lengths])
+    shape = dataclasses.replace(shape, chunk_size=64)
+    compare(make_inputs(layout.num_tokens, shape), shape, layout)
+
+
+@SHAPES
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_heads_at_a_time_change_nothing(
+    shape: ScanShape, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = make_layout([(-1, 9), (0, 5), (0, 2), (-1, 6)])
+    inputs = make_inputs(layout.num_tokens, shape)
+    if not bias:
+        inputs = dataclasses.replace(inputs, bias_C=None, skip_H=None)
+    leaves = list_leaves(inputs)
+    expected = scan_pack(inputs, shape, layout)
+    grads = torch.autograd.grad(expected.sum(), leaves)
+    for scan_bytes in (0, 2 * 4 * 105 * layout.num_tokens):  # 1 and 2 of 6 heads
+        monkeypatch.setattr(scan, "SCAN_BYTES", scan_bytes)
+        pieces = list(shape.iter_pieces(layout.num_tokens))
+        assert len(pieces) == (4 if scan_bytes else 6)
+        out = scan_pack(inputs, shape, layout)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        for actual, wanted in zip(torch.autograd.grad(out.sum(), leaves), grads, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+
+
+@contextmanager
+def counted_storages() -> Iterator[dict[int, int]]:
+    """Collect the storages that autograd saves."""
+    storages: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        yield storages
+
+
+@SHAPES
+def test_nothing_but_the_inputs_is_saved(shape: ScanShape) -> None:
+    layout = make_layout([(-1, 9), (0, 5)])
+    inputs = make_inputs(layout.num_tokens, shape)
+    leaves = list_leaves(inputs)
+    with counted_storages() as storages:
+        scan_pack(inputs, shape, layout)
+    assert storages.keys() == {x.untyped_storage().data_ptr() for x in leaves}
+
+
+# ---------------------------------------------------------------- rows of generation
+
+
+@SHAPES
+@pytest.mark.parametrize("steps", [(1, 1, 1), (3, 1, 6, 1)])
+def test_rows_go_on_from_their_states(shape: ScanShape, steps: tuple[int, ...]) -> None:
+    """Rows of 9, 1 and 5 tokens, then some more at a time."""
+    lengths = (9, 1, 5)
+    rows = [make_inputs(length + sum(steps), shape, seed) for seed, length in enumerate(lengths)]
+    shared = {name: getattr(rows[0], name) for name in ("weight_CK", "bias_C", "skip_H")}
+    rows = [dataclasses.replace(row, **shared) for row in rows]
+    expected = [run_path(row, shape, list(range(len(row.mixed_TC)))) for row in rows]
+    starts, counts, states = [0, 0, 0], list(lengths), None
+    for step in (0, *steps):
+        if step:
+            starts = [start + count for start, count in zip(starts, counts, strict=True)]
+            counts = [step] * len(rows)
+        spans = [slice(s, s + n) for s, n in zip(starts, counts, strict=True)]
+        new = {}
+        for name in ("mixed_TC", "decay_TH", "beta_TH"):
+            pieces = [getattr(row, name)[span] for row, span in zip(rows, spans, strict=True)]
+            new[name] = torch.cat(pieces)
+        layout = make_layout([(-1, count) for count in counts])
+        out, states = continue_rows(dataclasses.replace(rows[0], **new), shape, layout, states)
+        wanted = torch.cat([y[span] for y, span in zip(expected, spans, strict=True)])
+        torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_the_history_of_a_row_may_be_shorter_than_the_taps() -> None:
+    inputs = make_inputs(3, MAMBA2)
+    layout = make_layout([(-1, 1)])
+    y, history = None, None
+    for t in range(3):
+        y, history = continue_convolution(
+            inputs.mixed_TC[t : t + 1], inputs.weight_CK, inputs.bias_C, layout, history
+        )
+    whole = convolve_pack(inputs.mixed_TC, inputs.weight_CK, inputs.bias_C, make_layout([(-1, 3)]))
+    torch.testing.assert_close(y, whole[-1:])
+    assert history is not None
+    assert torch.equal(history[0], inputs.mixed_TC)
+
+
+# ---------------------------------------------------------------- indices
+
+
+def test_chunks_never_cross_a_segment_and_follow_their_parents() -> None:
+    layout = make_layout([(-1, 6), (0, 5), (0, 2), (-1, 4), (1, 1)])
+    chunks = cut_chunks(layout, 4, CPU)
+    spans = [sorted(t for t in row if t < 18) for row in chunks.tokens_NL.tolist()]
+    assert sorted(spans) == [
+        *([0, 1, 2, 3], [4, 5], [6, 7, 8, 9], [10], [11, 12], [13, 14, 15, 16], [17])
+    ]
+    before = {}
+    previous: list[list[int]] = []
+    for wave in chunks.waves:
+        here = spans[wave.chunks]
+        if wave.previous is not None:
+            before |= {
+                min(span): previous[index]
+                for span, index in zip(here, wave.previous.tolist(), strict=True)
+            }
+        previous = here
+    assert before == {4: [0, 1, 2, 3], 6: [4, 5], 10: [6, 7, 8, 9], 11: [4, 5], 17: [10]}
+    assert [spans[i][-1] for i in chunks.last_chunks_S.tolist()] == [5, 10, 12, 16, 17]
+
+
+def test_edges_read_along_their_path() -> None:
+    layout = make_layout([(-1, 2), (0, 1), (1, 4), (-1, 1)])
+    edges = find_edges(layout, 3, CPU)
+    taps = dict(zip(edges.tokens_E.tolist(), edges.taps_KE.t().tolist(), strict=True))
+    none = layout.num_tokens
+    assert taps == {
+        0: [0, none, none],
+        1: [1, 0, none],
+        2: [2, 1, 0],
+        3: [3, 2, 1],
+        4: [4, 3, 2],
+        7: [7, none, none],
+    }
+    assert find_tails(layout, 2, CPU).tolist() == [[0, 1], [1, 2], [5, 6], [none, 7]]
+
+
+def test_what_stands_in_another_document_is_not_even_read() -> None:
+    """NaN in one document: the others are finite."""
+    layout = make_layout([(-1, 5), (-1, 5), (1, 3)])
+    for shape in (DELTA, MAMBA2):
+        inputs = make_inputs(layout.num_tokens, shape)
+        inputs.mixed_TC[:5] = float("nan")
+        inputs.mixed_TC.requires_grad_()
+        out = scan_pack(inputs, shape, layout)
+        assert out[5:].isfinite().all()
+        out[5:].sum().backward()
+        assert inputs.mixed_TC.grad is not None
+        assert inputs.mixed_TC.grad[5:].isfinite().all()
