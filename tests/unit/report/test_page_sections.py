@@ -188,8 +188,10 @@ def test_few_answers_are_printed(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- data
 
 
-def list_results(*findings: Finding, **reports: DataReport) -> dict[str, tuple[str, str]]:
-    report = replace(fake_runs.REPORT, findings=findings)
+def list_results(
+    *findings: Finding, is_full: bool = False, **reports: DataReport
+) -> dict[str, tuple[str, str]]:
+    report = replace(fake_runs.REPORT, findings=findings, is_fully_checked=is_full)
     roles = reports or {"data": fake_runs.REPORT, "test_data": report}
     return {check.title: (check.state, check.result) for check in list_checks(roles)}
 
@@ -215,7 +217,7 @@ def test_overlap_of_training_and_held_out_rows_is_shown(tmp_path: Path) -> None:
     near = "Passages that held-out rows share with training rows"
     assert results[near] == ("not run", "not run")
     overlap = Finding("ngram_overlap", "info", "1 of 80 rows shares a 13-gram", 1)
-    assert list_results(overlap)[near] == ("found", "found: 1 in test_data")
+    assert list_results(overlap, is_full=True)[near] == ("found", "found: 1 in test_data")
     shared = replace(fake_runs.REPORT, findings=(leak, overlap))
     plan = replace(fake_runs.PLAN, data={"data": fake_runs.REPORT, "test_data": shared})
     run = fake_runs.write_run(tmp_path / "run", plan=plan, record=fake_runs.make_record(plan))
@@ -252,8 +254,10 @@ def test_next_steps_name_no_folder_of_the_user(tmp_path: Path) -> None:
 
 def test_a_check_without_its_extra_did_not_run() -> None:
     missing = Finding("languages", "info", "languages are not checked: py3langid is not installed")
-    assert list_results(missing)["Languages"][0] == "not run"
-    assert list_results(missing)["Keys and passwords"] == ("clean", "nothing found")
+    results = list_results(missing, is_full=True)
+    assert results["Languages"][0] == "not run"
+    assert results["Keys and passwords"] == ("clean", "nothing found")
+    assert list_results(is_full=True)["Nearly equal rows"] == ("clean", "nothing found")
 
 
 def test_every_check_of_the_data_is_in_one_group() -> None:
