@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -67,6 +68,48 @@ SHAPES: dict[str, PreTrainedConfig] = {
         head_dim=256,
     ),
 }
+# layers of other kinds, 4 of 512: (model type, sizes)
+SMALL: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "delta": (
+        "qwen3_5_text",
+        {
+            "layer_types": [*["linear_attention"] * 3, "full_attention"],
+            "linear_num_key_heads": 8,
+            "linear_num_value_heads": 8,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+        },
+    ),
+    "conv": ("lfm2", {"layer_types": ["conv", "conv", "full_attention", "conv"]}),
+    "mamba2": (
+        "granitemoehybrid",
+        {
+            "layer_types": ["mamba", "mamba", "attention", "mamba"],
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 1536,
+            "mamba_n_heads": 16,
+            "mamba_d_head": 64,
+            "mamba_d_state": 64,
+            "mamba_n_groups": 1,
+        },
+    ),
+    "experts": (
+        "qwen3_moe",
+        {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 384},
+    ),
+}
+for name, (model_type, sizes) in HYBRIDS.items():
+    SHAPES[name] = AutoConfig.for_model(model_type, **SIZES, **SMALL, **sizes)
 METHODS = ("lora", "qlora", "full")
 ROWS = ((100, 3), (700, 1))  # (words per row, rows per step); a step is one pack
 HEAD = 20  # factor of the initial head weights
@@ -129,6 +172,8 @@ def main() -> None:
                 write_model(shape, Path(folder) / shape)
             model = f"{folder}/{shape}" if shape in SHAPES else shape
             for method in METHODS:
+                if method == "full" and shape == "experts":
+                    continue  # refused
                 for words, batch in ROWS:
                     command = [
                         sys.executable,

@@ -13,6 +13,7 @@ from tunesmith.core.hardware import (
     measure_machine,
     read_main_memory,
     read_peak_bytes,
+    release_memory,
     reset_peak,
 )
 
@@ -126,3 +127,15 @@ def test_measuring_imports_no_torch_without_a_gpu() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     device, torch_loaded = done.stdout.split()
     assert device == "cuda" or torch_loaded == "False"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_freed_memory_between_blocks_in_use_is_returned() -> None:
+    process = psutil.Process()
+    blocks = [bytearray(b"x") * 100_000 for _ in range(1000)]
+    kept = blocks[::50]
+    del blocks
+    before = process.memory_info().rss
+    release_memory()
+    assert before - process.memory_info().rss > 50_000_000
+    assert all(len(block) == 100_000 for block in kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from tunesmith.evaluate.results import (
 from tunesmith.plan.memory_budget import (
     LENGTH_INDEPENDENT_METRICS,
     compute_answer_limit,
-    estimate_cache_tokens,
+    estimate_cache,
     needs_complete_answers,
 )
 from tunesmith.train import run
@@ -93,7 +94,7 @@ def test_the_plan_reserves_the_cache_of_the_longest_answers(
 ) -> None:
     plan = plan_recipe(make_tiny_recipe(tiny_folder, tmp_path))
     spec = dataclasses.replace(plan.model, context_length=1000)
-    tokens = estimate_cache_tokens(
+    cache = estimate_cache(
         spec,
         plan.machine,
         num_prompts=10,
@@ -102,8 +103,9 @@ def test_the_plan_reserves_the_cache_of_the_longest_answers(
         needs_end=needs_end,
         dtype="fp32",
     )
-    assert tokens == 10 * (80 + compute_answer_limit(20, needs_end=needs_end))
-    bounded = estimate_cache_tokens(
+    row_tokens = 80 + compute_answer_limit(20, needs_end=needs_end)
+    assert cache == (10, 10 * math.ceil(row_tokens / 64) * 64)
+    bounded = estimate_cache(
         dataclasses.replace(spec, context_length=150),
         plan.machine,
         num_prompts=10,
@@ -112,7 +114,7 @@ def test_the_plan_reserves_the_cache_of_the_longest_answers(
         needs_end=True,
         dtype="fp32",
     )
-    assert bounded == 1500, "no answer goes beyond the context"
+    assert bounded.tokens == 10 * 192, "no answer goes beyond the context"
 
 
 def test_plans_of_both_kinds_of_metrics_differ(tiny_folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from layer_shapes import describe_layers
 from tunesmith.core.types import DataReport, Machine, ModelSpec, PlanValue
 from tunesmith.plan.rules import RuleContext
 
@@ -37,10 +38,9 @@ SMOLLM2 = ModelSpec(
     tie_word_embeddings=True,
     parameters=134_515_008,
     dtype="bfloat16",
-    block_parameters=106_168_320,
-    active_parameters=106_168_320,
-    layer_mixers=("attention",) * 30,
 )
+LAYER_FIELDS = {"num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim"}
+LAYER_FIELDS |= {"intermediate_size"}
 REPORT = DataReport(
     path="train.jsonl",
     format="messages",
@@ -61,12 +61,14 @@ def make_context() -> Callable[..., RuleContext]:
     def make(
         *, max_steps: int | None = None, has_schema: bool = False, **changed: Any
     ) -> RuleContext:
-        parts = []
-        for default in (CPU, SMOLLM2, REPORT):
+        facts = []
+        sizes = {name: changed.pop(name) for name in LAYER_FIELDS & changed.keys()}
+        model = describe_layers(dataclasses.replace(SMOLLM2, **sizes))
+        for default in (CPU, model, REPORT):
             names = {field.name for field in dataclasses.fields(default)} & (
                 changed.keys() - {"dtype"}
             )
-            parts.append(
+            facts.append(
                 dataclasses.replace(default, **{name: changed.pop(name) for name in names})
             )
         decided = {
@@ -76,8 +78,9 @@ def make_context() -> Callable[..., RuleContext]:
             "batch_size": 16,
             "dtype": "bf16",
             "lr_scheduler_type": "linear",
+            "lora_target_modules": "all-linear",
         } | changed
         settings = {key: PlanValue(value, "rule", "") for key, value in decided.items()}
-        return RuleContext(*parts, settings, has_schema, max_steps)
+        return RuleContext(*facts, settings, has_schema, max_steps)
 
     return make

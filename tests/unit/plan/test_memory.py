@@ -9,12 +9,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from layer_shapes import describe_layers, make_headers
 from tiny_models import CONFIGS, LORA
 from tunesmith.core.types import ModelSpec
 from tunesmith.model.adapters import METHODS, find_lora_layers
-from tunesmith.plan.memory import count_lora_parameters, estimate_peak_memory
+from tunesmith.model.hub.part_shapes import measure_parts
+from tunesmith.plan.memory import (
+    CacheSize,
+    compute_cache_bytes,
+    count_dora_magnitudes,
+    count_lora_parameters,
+    estimate_peak_memory,
+)
 from tunesmith.plan.memory_budget import estimate_memory
-from tunesmith.plan.memory_gpu import compute_cache_bytes
 from tunesmith.plan.rules import RuleContext
 
 SETTINGS: dict[str, Any] = {"method": "lora", "dtype": "bf16", "rank": 16, "pack_tokens": 2048}
@@ -114,11 +121,25 @@ def test_adapters_have_the_parameters_that_are_counted(family: str) -> None:
     assert count_lora_parameters(make_spec(config), 3) == actual
 
 
+def test_an_adapter_of_some_parts_has_their_parameters(spec: ModelSpec) -> None:
+    attention, mlp, both = (
+        count_lora_parameters(spec, 2, targets)
+        for targets in ("attention", ["mlp"], ("mlp", "attention"))
+    )
+    assert attention == 2 * 30 * (3 * 576 + 576 + 576 + 2 * 192 + 576)
+    assert both == attention + mlp == count_lora_parameters(spec, 2)
+    assert count_lora_parameters(spec, 2, ["q_proj"]) == both, "names count as all linears"
+    assert count_dora_magnitudes(spec, "attention") == 30 * (576 + 2 * 192 + 576)
+    settings = SETTINGS | {"targets": "attention"}
+    assert estimate_peak_memory(spec, **settings)["trained"] == 16 * 8 * attention
+
+
 def make_spec(config: PreTrainedConfig) -> ModelSpec:
     heads = config.num_attention_heads
     with torch.device("meta"):
-        layers = AutoModelForCausalLM.from_config(config).model.layers
-    block_parameters = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
+        network = AutoModelForCausalLM.from_config(config)
+    parameters = network.model.layers.parameters()
+    block_parameters = sum(p.numel() for p in parameters if p.ndim == 2)
     return ModelSpec(
         "tiny",
         Path("/m"),
@@ -138,6 +159,7 @@ def make_spec(config: PreTrainedConfig) -> ModelSpec:
         block_parameters=block_parameters,
         active_parameters=block_parameters,
         layer_mixers=("attention",) * config.num_hidden_layers,
+        parts=measure_parts(make_headers(network), config.model_type, config.hidden_size),
     )
 
 
@@ -147,10 +169,11 @@ def test_ungated_mlps_and_inner_norms_keep_other_inputs(spec: ModelSpec) -> None
         return estimate_peak_memory(changed, **SETTINGS)["activations"]
 
     size = 2048 * 2 * 30
-    llama, arcee, apertus, bitnet = map(values, ("llama", "arcee", "apertus", "bitnet"))
-    assert (apertus - arcee) / size == 576 + 192, "norms of q and k"
+    llama, apertus, bitnet = map(values, ("llama", "apertus", "bitnet"))
+    assert (apertus - llama) / size == 576 + 192, "norms of q and k"
     assert (bitnet - llama) / size == 576 + 1536, "norms before o_proj and down_proj"
-    assert (llama - arcee) / size >= 1536, "no gate"
+    ungated = describe_layers(spec, mlp_inputs=1)
+    assert (llama - estimate_peak_memory(ungated, **SETTINGS)["activations"]) / size == 1536
 
 
 def test_each_size_of_a_pack_leaves_code_up_to_a_bound(spec: ModelSpec) -> None:
@@ -204,12 +227,10 @@ def test_answers_written_side_by_side_count_where_they_take_more_than_a_step(
     spec, machine = make_context().model, make_context().machine
     held = {**SETTINGS, "packs": 1, "layouts": 1, "has_evaluation": False}
     few, many = (
-        estimate_memory(spec, machine, **held, cache_tokens=tokens) for tokens in (1000, 100_000)
+        estimate_memory(spec, machine, **held, cache=CacheSize(1, tokens))
+        for tokens in (1000, 100_000)
     )
     assert few["answers"] == 0
-    assert (
-        many["answers"]
-        == compute_cache_bytes(spec, 100_000, 2) - many["activations"] - many["head"]
-        > 0
-    )
+    step_bytes = sum(many[part] for part in ("activations", "head", "fragments"))
+    assert many["answers"] == compute_cache_bytes(spec, CacheSize(1, 100_000), 2) - step_bytes > 0
     assert many["peak"] - few["peak"] == many["answers"]

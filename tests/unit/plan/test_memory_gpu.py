@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from layer_shapes import describe_layers
 from tunesmith.core.types import ModelSpec
-from tunesmith.plan.memory import estimate_peak_memory
+from tunesmith.plan.memory import CacheSize, compute_cache_bytes, estimate_peak_memory
 from tunesmith.plan.memory_gpu import (
     GpuSoftware,
-    compute_cache_bytes,
     count_saved_elements,
     estimate_gpu_memory,
 )
@@ -92,7 +92,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], GpuSoftware, str, int, str, floa
 
 @pytest.fixture
 def spec_of(make_context: Callable[..., RuleContext]) -> Callable[[dict[str, Any]], ModelSpec]:
-    return lambda sizes: dataclasses.replace(make_context().model, **sizes)
+    return lambda sizes: describe_layers(dataclasses.replace(make_context().model, **sizes))
 
 
 @pytest.mark.parametrize("what", PUBLISHED)
@@ -163,12 +163,14 @@ def test_answers_count_only_where_they_take_more_than_a_step(
     spec_of: Callable[..., ModelSpec],
 ) -> None:
     spec = spec_of(LLAMA_8B)
-    assert count_saved_elements(spec) == 105_472, (
+    assert count_saved_elements(spec) == 32 * 105_472, (
         "199 KB a token and layer in bf16 for a model of this width"
     )
-    assert compute_cache_bytes(spec, 1, 2) == 2 * 32 * 1024 * 2
+    assert compute_cache_bytes(spec, CacheSize(1, 1), 2) == 2 * 32 * 1024 * 2
     few, many = (
-        estimate_gpu_memory(spec, **(SETTINGS | {"gradient_checkpointing": "full"}), cache_tokens=n)
+        estimate_gpu_memory(
+            spec, **(SETTINGS | {"gradient_checkpointing": "full"}), cache=CacheSize(1, n)
+        )
         for n in (1000, 200_000)
     )
     assert few["answers"] == 0
@@ -176,7 +178,7 @@ def test_answers_count_only_where_they_take_more_than_a_step(
     assert (
         many["peak"] - few["peak"]
         == many["answers"]
-        == compute_cache_bytes(spec, 200_000, 2) - step
+        == compute_cache_bytes(spec, CacheSize(1, 200_000), 2) - step
     )
 
 

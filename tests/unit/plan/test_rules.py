@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tunesmith.core.types import PlanValue
+from tunesmith.core.types import PartShape, PlanValue
 from tunesmith.data.sampler import StepSampler
 from tunesmith.plan import rules
 from tunesmith.plan.rules import RULES, Measures, RuleContext
@@ -233,3 +233,42 @@ def test_prefixes_are_shared_where_that_saves_enough_and_nothing_is_drawn(
     assert not choice(0.6, lora_dropout=0.1).value
     assert "lora_dropout" in choice(0.6, lora_dropout=0.1).reason
     assert choice(0.6, lora_dropout=0.1, method="full").value, "no adapter, no dropout"
+
+
+DENSE = {"attention": PartShape(2, 8, 8, 4, 4), "mlp": PartShape(4, 8, 8, 8, 4)}
+RECURRENT = {"recurrent": PartShape(2, 8, 8, 4, 4)}
+EXPERTS = {"experts": PartShape(4, 80, 80, 8, 4)}
+
+
+@pytest.mark.parametrize(
+    ("parts", "mixers", "num_experts", "targets", "source"),
+    [
+        (DENSE, ("attention",) * 4, 0, "all-linear", "Schulman 2025"),
+        (DENSE | RECURRENT, ("delta", "attention") * 2, 0, ("attention", "mlp"), "2604.22127"),
+        (DENSE | RECURRENT, ("attention+mamba2",) * 4, 0, "all-linear", "Schulman 2025"),
+        (DENSE | RECURRENT | EXPERTS, ("conv", "attention"), 8, ("attention", "mlp"), "2604.22127"),
+        (DENSE | EXPERTS, ("attention",) * 4, 8, ("attention", "mlp"), "ours"),
+        ({"attention": DENSE["attention"]} | EXPERTS, ("attention",), 8, ("attention",), "ours"),
+    ],
+)
+def test_recurrent_layers_and_experts_have_no_adapter_by_default(
+    parts: dict[str, PartShape],
+    mixers: tuple[str, ...],
+    num_experts: int,
+    targets: str | tuple[str, ...],
+    source: str,
+    make_context: Make,
+) -> None:
+    context = make_context(parts=parts, layer_mixers=mixers, num_experts=num_experts)
+    decided = rules.lora_target_modules(context)
+    assert decided.value == targets
+    assert source in decided.source
+    assert decided.reason
+
+
+def test_the_rank_holds_the_tokens_in_the_adapted_layers_alone(make_context: Make) -> None:
+    ranks = [
+        rules.lora_r(make_context(lora_target_modules=targets, supervised_tokens=10_000_000)).value
+        for targets in ("all-linear", ("attention", "mlp"), "attention")
+    ]
+    assert ranks[0] == ranks[1] < ranks[2]
