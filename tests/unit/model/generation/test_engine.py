@@ -16,6 +16,7 @@ from tunesmith.model.causal_lm import PackedCausalLM, load_network, wrap_model
 from tunesmith.model.generation import engine
 from tunesmith.model.generation.engine import generate, stream_answer
 from tunesmith.model.hub.resolve import resolve_model
+from tunesmith.model.kv_cache import RaggedKVCache
 
 Spell = Callable[[Sequence[int]], str]
 Prompts = list[tuple[int, ...]]
@@ -211,6 +212,14 @@ def test_rows_fit_the_memory_for_keys_and_values(model: PackedCausalLM) -> None:
     most = engine.CACHE_BYTES["cpu"] // model.cache_bytes_per_token
     assert engine.compute_max_batch_rows(model, [GenerationRequest((1,), most // 3)]) == 2
     assert engine.compute_max_batch_rows(model, [GenerationRequest((1,), most * 2)]) == 1
+
+
+def test_every_row_has_the_room_of_the_longest_in_blocks(model: PackedCausalLM) -> None:
+    """As the plan counts it: estimate_cache."""
+    cache = RaggedKVCache(slots=3, max_length=130)
+    model.prefill([(1,) * 20, (1,) * 5], cache)
+    stored = [x.nbytes for buffers in cache._kv_buffers.values() for x in buffers]
+    assert sum(stored) == 3 * 192 * model.cache_bytes_per_token
 
 
 def test_an_adapter_is_switched_off_without_a_copy(prompts: Prompts, spell: Spell) -> None:
