@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from tiny_models import (
     CONFIGS,
+    EXPERT_FAMILIES,
     LENGTHS,
     STOCK_NORMS,
+    STOCK_TOLERANCE,
+    STOCK_TOLERANCES,
     VOCABULARY,
+    assert_unchanged,
     collate_documents,
     compute_max_difference,
     compute_mean_loss,
@@ -27,25 +31,41 @@ from tunesmith.core.types import Document
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
 from tunesmith.model.causal_lm import PackedCausalLM, compute_stock_logits, wrap_model
-from tunesmith.model.layers import FAMILIES, RMSNorm
+from tunesmith.model.layers import ATTENTION_CLASSES, MLP_CLASSES, NORM_OFFSETS, RMSNorm
 from tunesmith.train.losses import sum_weights
 
 SINGLE_PACK, PACK_EACH = 10**6, 1
 METHODS = ("lora", "full")
+PRUNED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "qwen3_moe", "mixtral")
+# experts are frozen, or have an adapter
+EXPERT_METHODS = ("lora", "experts")
+CASES = [
+    (family, method)
+    for family in CONFIGS
+    for method in (EXPERT_METHODS if family in EXPERT_FAMILIES else METHODS)
+]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(family, method) for family in CONFIGS for method in METHODS],
-    ids="-".join,
-)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(request: pytest.FixtureRequest) -> tuple[PackedCausalLM, float]:
     """Return a model in fp64 and the tolerance of two exact computations: stock norms compute in
     fp32."""
     family, method = request.param
-    return make_tiny_model(
-        family, torch.float64, method=method
-    ), 1e-6 if family in STOCK_NORMS else 1e-10
+    tolerance = 1e-6 if family in STOCK_NORMS else 1e-10
+    if method == "experts":
+        targets = ["attention", "experts"]
+        return make_tiny_model(family, torch.float64, lora_target_modules=targets), tolerance
+    return make_tiny_model(family, torch.float64, method=method), tolerance
+
+
+def make_trained_model(family: str) -> PackedCausalLM:
+    """Return a model in fp64 of which everything is trained but experts, which never are."""
+    if family not in EXPERT_FAMILIES:
+        return make_tiny_model(family, torch.float64, method="full")
+    model = make_tiny_model(family, torch.float64, method=None)
+    for name, parameter in model.network.named_parameters():
+        parameter.requires_grad_(".experts." not in name)
+    return model
 
 
 def stock_gradients(family: str, documents: list[Document]) -> tuple[float, dict[str, Tensor]]:
@@ -76,11 +96,12 @@ def stock_gradients(family: str, documents: list[Document]) -> tuple[float, dict
 def test_loss_and_every_gradient_equal_the_stock_model(family: str) -> None:
     documents = make_tiny_documents()
     expected_loss, expected = stock_gradients(family, documents)
-    loss, gradients = compute_step_gradients(
-        make_tiny_model(family, torch.float64, method="full"), documents, SINGLE_PACK
-    )
-    assert abs(loss - expected_loss) < 1e-6 * expected_loss  # transformers' norms compute in fp32
-    assert compute_max_difference(gradients, expected) < 5e-6
+    loss, gradients = compute_step_gradients(make_trained_model(family), documents, SINGLE_PACK)
+    if family in EXPERT_FAMILIES:
+        expected = {name: expected[name] for name in gradients}
+    tolerance = STOCK_TOLERANCES.get(family, STOCK_TOLERANCE)  # transformers' norms are fp32
+    assert abs(loss - expected_loss) < 0.2 * tolerance * expected_loss
+    assert compute_max_difference(gradients, expected) < tolerance
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -104,14 +125,11 @@ def test_every_listed_class_is_replaced(family: str) -> None:
     stock = {type(module).__name__ for module in network.modules()}
     model = wrap_model(network, torch.float32)
     class_names = {type(module).__name__ for module in model.network.modules()}
-    stock_names = {name for f in FAMILIES for name in (f"{f}RMSNorm", f"{f}Attention", f"{f}MLP")}
-    assert not class_names & stock_names
-    assert bool(stock & stock_names) == any(
+    assert not class_names & {*NORM_OFFSETS, *ATTENTION_CLASSES, *MLP_CLASSES}
+    assert bool(stock & NORM_OFFSETS.keys()) == any(
         isinstance(module, RMSNorm) for module in model.network.modules()
     )
-    assert model.is_pruned == (
-        family.split("-")[0] in ("llama", "mistral", "qwen2", "qwen3", "granite")
-    )
+    assert model.is_pruned == (family.split("-")[0] in PRUNED_FAMILIES)
 
 
 # ---------------------------------------------------------------- packed = alone
@@ -190,6 +208,7 @@ def test_no_gradient_reaches_another_document(case: tuple[PackedCausalLM, float]
 def test_other_tokens_elsewhere_leave_outputs_bitwise_equal(
     case: tuple[PackedCausalLM, float],
 ) -> None:
+    """With experts equal up to rounding: a product of other rows may round a row otherwise."""
     model, _ = case
     batch = collate_documents(make_tiny_documents())
     before = model.compute_hidden(batch)
@@ -202,14 +221,14 @@ def test_other_tokens_elsewhere_leave_outputs_bitwise_equal(
             model.compute_hidden(dataclasses.replace(batch, tokens_T=tokens)),
             batch.document_S == index,
         )
-        assert torch.equal(after[~alone], before[~alone])
+        assert_unchanged(model, after[~alone], before[~alone])
         assert (after[alone] != before[alone]).any(-1).all()
 
 
 def test_the_network_cannot_run_without_a_layout() -> None:
-    """A plain transformers call without a layout is an error, with stock and with our attention."""
+    """A plain transformers call without a layout is an error, with stock and with our modules."""
     ids = torch.ones(1, 4, dtype=torch.long)
-    for family in ("llama", "olmo2"):
+    for family in ("llama", "olmo2", "qwen3_5", "lfm2", "falcon_h1"):
         model = make_tiny_model(family)
         with pytest.raises(TypeError, match="layout"):
             model.network(input_ids=ids)

@@ -1,0 +1,178 @@
+"""Preflight of models with experts: what is rounding passes, a leak and a wrong block are
+refused."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from preflight_models import get_refusal, prepare_model, prepare_sharing_model
+from tiny_models import EXPERT_FAMILIES, HYBRID_CONFIGS, make_tiny_documents
+from tunesmith.core.errors import GateError
+from tunesmith.core.types import PackLayout
+from tunesmith.model.attention import BACKENDS, AttentionConfig, reference_attention
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.experts import Experts, find_experts
+from tunesmith.session.preflight_probe import PreflightSamples, pack_documents
+from tunesmith.train import preflight
+from tunesmith.train.preflight import run_preflight
+from tunesmith.train.preflight_isolation import refuse_leakage
+
+RECURRENT = ("granitemoehybrid", "qwen3_5", "falcon_h1")
+
+
+def run_checks(model: PackedCausalLM, samples: PreflightSamples) -> dict[str, str]:
+    results = run_preflight(model, samples)
+    assert all(result.level == "ok" for result in results), results
+    return {result.kind: result.evidence for result in results}
+
+
+# ---------------------------------------------------------------- all is well
+
+
+@pytest.mark.parametrize("family", [*EXPERT_FAMILIES, *RECURRENT])
+def test_the_proof_passes_in_bf16(family: str) -> None:
+    assert run_checks(*prepare_model(family, torch.bfloat16))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_isolation_is_proven_by_gradients_and_rounding(family: str) -> None:
+    evidence = run_checks(*prepare_sharing_model(family))
+    for kind in ("no cross-document attention", "prefix-shared loss = unshared loss"):
+        assert "up to rounding (no gradient, " in evidence[kind]
+
+
+def test_a_dense_model_is_isolated_bitwise() -> None:
+    evidence = run_checks(*prepare_model("llama"))
+    assert evidence["no cross-document attention"].endswith("the others unchanged bitwise")
+
+
+# ---------------------------------------------------------------- leaks
+
+
+def forget_tokens(self: Experts, x_TH: Tensor, choices: Tensor, p: Tensor) -> Tensor:
+    """Experts with a capacity: each computes its first rows of a pack only."""
+    capacity = -(-choices.numel() // self.num_experts)
+    place_TK = torch.zeros_like(choices)
+    for expert in range(self.num_experts):
+        is_expert = choices == expert
+        place_TK[is_expert] = torch.arange(int(is_expert.sum()))
+    return run_experts(self, x_TH, choices, p * (place_TK < capacity))
+
+
+run_experts = Experts.forward
+
+
+def test_experts_with_a_capacity_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice has no gradient, so only the change of the others shows it."""
+    monkeypatch.setattr(Experts, "forward", forget_tokens)
+    model, samples = prepare_model("qwen3_moe")
+    batch = pack_documents(samples.documents)
+    with torch.no_grad(), pytest.raises(GateError, match="do not compute token by token"):
+        refuse_leakage(model, batch, batch.layout)
+
+
+def attend_across_a_little(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
+) -> Tensor:
+    """Attention with a leak that is smaller than rounding."""
+    leaky = reference_attention(q, k, v, PackLayout((0,), (layout.num_tokens,)), rule)
+    return reference_attention(q, k, v, layout, rule) + 1e-12 * leaky
+
+
+def attend_across(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, rule: AttentionConfig
+) -> Tensor:
+    return reference_attention(q, k, v, PackLayout((0,), (layout.num_tokens,)), rule)
+
+
+@pytest.mark.parametrize("broken", [attend_across, attend_across_a_little])
+def test_attention_across_documents_is_refused(
+    broken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small the leak is: its gradient is not zero."""
+    monkeypatch.setitem(BACKENDS, "broken", broken)
+    model, samples = prepare_model("qwen3_moe")
+    model.backend = "broken"
+    batch = pack_documents(samples.documents)
+    with torch.no_grad(), pytest.raises(GateError, match="attend to each other"):
+        refuse_leakage(model, batch, batch.layout)
+
+
+def test_hidden_states_without_a_gradient_prove_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, samples = prepare_model("qwen3_moe")
+    right = model.compute_hidden
+    monkeypatch.setattr(model, "compute_hidden", lambda batch: detach_rows(right(batch)))
+    batch = pack_documents(samples.documents)
+    with torch.no_grad(), pytest.raises(GateError, match="no gradient at their own tokens"):
+        refuse_leakage(model, batch, batch.layout)
+
+
+def detach_rows(hidden: Tensor) -> Tensor:
+    return hidden * 0.0 + hidden.detach()
+
+
+# ---------------------------------------------------------------- block by block
+
+
+def test_rounding_of_logits_is_explained_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(preflight.LOGIT_TOLERANCE, torch.float32, -1.0)
+    model, samples = prepare_model("qwen3_moe")
+    with torch.no_grad():
+        evidence = preflight.check_logits(preflight.ModelUnderTest(model), samples).evidence
+    assert "8 blocks on transformers' inputs differ by " in evidence
+    equal, total = evidence.rpartition("router decisions equal at ")[2].split("/")
+    assert equal == total
+    assert int(total) > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [("qwen3_moe", "layers.1.self_attn"), ("gemma4-experts", "layers.1.self_attn")],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_wrong_mixer_is_named(family: str, path: str, dtype: torch.dtype) -> None:
+    model, samples = prepare_model(family, dtype)
+    wrong: Any = model.decoder.get_submodule(path)
+    weight = wrong.o_proj.frozen.weight
+    weight.copy_(weight.roll(1, dims=0))
+    refusal = get_refusal(model, samples)
+    assert refusal.startswith(f"{path} is off by ")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wrong_experts_are_named(dtype: torch.dtype) -> None:
+    model, samples = prepare_model("qwen3_moe", dtype)
+    experts = find_experts(model.network)["model.layers.0.mlp.experts"]
+    experts.activate = lambda hidden_RG: hidden_RG.chunk(2, dim=-1)[1]  # without the gate
+    assert get_refusal(model, samples).startswith("layers.0.mlp is off by ")
+
+
+def test_wrong_sums_between_the_blocks_are_named() -> None:
+    model, samples = prepare_model("qwen3_moe")
+    model.decoder.layers[1].residual_multiplier = 0.5
+    assert get_refusal(model, samples).startswith("layers.1.post_attention_layernorm is off")
+
+
+def test_a_wrong_head_is_named() -> None:
+    model, samples = prepare_model("qwen3_moe")
+    model.network.config.logits_scaling = 2.0  # type: ignore[attr-defined]
+    assert get_refusal(model, samples).startswith("the head is off by ")
+
+
+def test_logits_of_a_document_that_was_not_recorded_are_refused() -> None:
+    model, samples = prepare_model("qwen3_moe")
+    model.decoder.layers[1].residual_multiplier = 0.5
+    nothing = dataclasses.replace(samples, block_outputs=(None,) * len(samples.documents))
+    assert "logits differ from transformers" in get_refusal(model, nothing)
+
+
+def test_hybrids_without_experts_stay_bitwise() -> None:
+    for family in ("lfm2", *RECURRENT):
+        assert family in HYBRID_CONFIGS
+        model, samples = prepare_model(family, candidates=make_tiny_documents((9, 20, 14)))
+        batch = pack_documents(samples.documents)
+        with torch.no_grad():
+            assert refuse_leakage(model, batch, batch.layout).rounding is None
