@@ -21,7 +21,7 @@ PARALLEL = "attention+mamba2"  # both in one layer, on the same input
 EXPERTS = "experts"
 NO_MIXER = ""  # of a layer that is only an MLP or only experts
 # what the code of this version trains: token mixers, and EXPERTS
-READY = frozenset({ATTENTION, EXPERTS})
+READY = frozenset({ATTENTION, "delta", "mamba2", "conv", EXPERTS})
 
 # Words of `layer_types`. Which mixer the recurrent ones mean depends on the family.
 ATTENTION_WORDS = {"full_attention", "sliding_attention", "attention"}

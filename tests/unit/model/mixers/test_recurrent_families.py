@@ -22,7 +22,8 @@ from tiny_models import (
     make_tiny_network,
 )
 from tunesmith.core.types import PackLayout
-from tunesmith.model.causal_lm import PackedCausalLM, wrap_model
+from tunesmith.model.causal_lm import PackedCausalLM, load_network, wrap_model
+from tunesmith.model.hub.spec import read_spec
 from tunesmith.model.kv_cache import RaggedKVCache
 from tunesmith.model.layers import MIXER_CLASSES, MIXERS
 from tunesmith.model.mixers import convolution, gated_delta
@@ -307,3 +308,32 @@ def test_a_layer_of_a_step_saves_what_the_formula_says(family: str) -> None:
     # input, convolution, gate, read, normed; adapters' inner activations; decays and strengths
     expected = 48 + channels + 3 * values
     assert expected <= per_token <= 1.3 * expected + 16 * shape.num_heads + 40
+
+
+# ---------------------------------------------------------------- the loader
+
+DELTA_LAYERS = ("delta", "attention", "delta")
+MAMBA2_LAYERS = ("mamba2", "attention", "mamba2")
+LAYER_MIXERS = {
+    **dict.fromkeys(("qwen3_5", "qwen3_next", "olmo_hybrid"), DELTA_LAYERS),
+    "granitemoehybrid": MAMBA2_LAYERS,
+    "falcon_h1": ("attention+mamba2", "attention+mamba2"),
+    "nemotron_h": ("mamba2", "attention", ""),
+    **dict.fromkeys(CONV_FAMILIES, ("conv", "attention", "conv")),
+}
+
+
+@FAMILIES
+def test_a_saved_model_is_read_and_loaded(family: str, tmp_path: Path) -> None:
+    """The plan knows the mixer of each layer, and the bytes that a row keeps."""
+    network = make_tiny_network(family, torch.bfloat16)
+    network.save_pretrained(tmp_path)
+    spec = read_spec(tmp_path)
+    assert spec.layer_mixers == LAYER_MIXERS[family]
+    assert spec.recurrent is not None
+    model = wrap_model(load_network(tmp_path, torch.bfloat16), torch.bfloat16)
+    num_layers = sum(bool(set(mixer.split("+")) - {"attention", ""}) for mixer in spec.layer_mixers)
+    assert num_layers * spec.recurrent.compute_state_bytes(2) == model.state_bytes_per_row
+    parameters = dict(model.network.named_parameters())
+    for name, parameter in make_tiny_network(family, torch.bfloat16).named_parameters():
+        assert torch.equal(parameters[name], parameter)
