@@ -84,6 +84,15 @@ def test_the_plan_says_that_the_hub_was_not_reached(
     assert hub.requests
 
 
+def test_a_plan_needs_no_weights_and_says_that_a_run_downloads_them(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    recipe = make_tiny_recipe(Path("org/tiny"), tmp_path, data="hf://org/rows")
+    plan = inputs.make_plan(inputs.load_inputs(recipe, needs_weights=False))
+    assert "model: the weights of org/tiny are downloaded when a run starts" in plan.warnings
+    assert not any("model.safetensors" in request for request in hub.requests)
+
+
 def test_one_limit_for_all_files_of_a_source(
     hub: HubServer, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -62,7 +62,7 @@ def estimate_memory(
     cache_bytes = compute_cache_bytes(spec, cache, get_dtype_bytes(footprint["dtype"]))
     step_bytes = parts["activations"] + parts["head"] + parts["fragments"]
     answer_bytes = max(0, cache_bytes - step_bytes)
-    return parts | {"answers": answer_bytes, "peak": parts["peak"] + answer_bytes}
+    return parts | {"KV cache": answer_bytes, "peak": parts["peak"] + answer_bytes}
 
 
 def get_dtype_bytes(dtype: str) -> int:
@@ -127,13 +127,13 @@ def estimate_phase_bytes(
 
     `parts` and `longest_row_parts` are the components of the two packs."""
     phase_bytes = {
-        "step": parts["peak"] - parts.get("answers", 0),
-        "longest row": longest_row_parts["peak"] - longest_row_parts.get("answers", 0),
+        "step": parts["peak"] - parts.get("KV cache", 0),
+        "longest row": longest_row_parts["peak"] - longest_row_parts.get("KV cache", 0),
     }
     if cache.rows:
         fixed_bytes = sum(parts.get(name, 0) for name in FIXED_PARTS)
         cache_bytes = compute_cache_bytes(spec, cache, get_dtype_bytes(dtype))
-        phase_bytes["answers"] = fixed_bytes + cache_bytes
+        phase_bytes["generation"] = fixed_bytes + cache_bytes
     return phase_bytes
 
 

@@ -69,7 +69,7 @@ def estimate_gpu_memory(
     parts["fragments"] = int(software.fragmentation_share * (parts["activations"] + head))
     step_bytes = parts["activations"] + parts["head"] + parts["fragments"]
     # memory holds either the activations of a step or the KV cache of the answers
-    parts["answers"] = max(0, compute_cache_bytes(spec, cache, dtype_bytes) - step_bytes)
+    parts["KV cache"] = max(0, compute_cache_bytes(spec, cache, dtype_bytes) - step_bytes)
     return parts | {"peak": sum(parts.values())}
 
 

@@ -20,7 +20,7 @@ from rich.text import Text
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import format_bytes, format_count
 from tunesmith.core.hardware import measure_machine
-from tunesmith.core.hub_names import pin_model_name, remove_commit
+from tunesmith.core.hub_names import COMMIT, pin_model_name, remove_commit, split_revision
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import SELF_REHEARSAL_FILE, pick_run_folder
 from tunesmith.core.types import DataReport, Document, Json, Machine, ModelSpec, Plan, PlanValue
@@ -419,7 +419,9 @@ def _list_input_warnings(inputs: RunInputs) -> tuple[str, ...]:
         )
     if inputs.recipe.eval_split and (warning := _check_split(inputs)):
         warnings.append(warning)
-    if not has_weights(model.path):
+    if not has_weights(model.path) and COMMIT.fullmatch(split_revision(inputs.recipe.model)[1]):
+        warnings.append(f"model: the weights of {model.name} are downloaded when a run starts")
+    elif not has_weights(model.path):
         warnings.append(
             f"model: {model.path} has no weights: the plan is made from config.json, and cannot be "
             "run yet"

@@ -122,7 +122,7 @@ def test_plans_of_both_kinds_of_metrics_differ(tiny_folder: Path, tmp_path: Path
 
     def predict_answers(**settings: object) -> int:
         recipe = make_tiny_recipe(tiny_folder, tmp_path, test_data=str(test), **settings)
-        return plan_recipe(recipe).phase_bytes["answers"]
+        return plan_recipe(recipe).phase_bytes["generation"]
 
     exact = predict_answers(metrics=["exact_match"])
     assert predict_answers(metrics=["contains"]) > exact
