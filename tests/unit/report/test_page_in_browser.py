@@ -162,7 +162,7 @@ def test_text_in_charts_is_readable_on_a_phone(browser: Any, graded_file: Path) 
 
 
 def test_filters_and_search_by_keyboard(browser: Any, graded_file: Path) -> None:
-    page = open_page(browser, graded_file)
+    page = open_page(browser, graded_file, viewport={"width": 1000, "height": 800})
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     rows = page.locator("#sample-list details.sample")
@@ -190,6 +190,40 @@ def test_filters_and_search_by_keyboard(browser: Any, graded_file: Path) -> None
     playwright.expect(page.locator("#sample-list .fields tr.right")).to_have_count(5)
     page.keyboard.press("k")
     assert page.locator("#sample-list [open]").count() == 1
+
+
+def test_a_wide_page_shows_the_open_answer_beside_the_list(browser: Any, graded_file: Path) -> None:
+    page = open_page(browser, graded_file, viewport={"width": 1440, "height": 900})
+    rows = page.locator("#sample-list details.sample")
+    opened = page.locator("#sample-list details.sample[open]")
+    assert opened.count() == 1, "the first one"
+    list_box = page.locator("#sample-list").bounding_box()
+    for n in (1, 2):
+        rows.nth(n - 1).locator("summary").press("j")
+        playwright.expect(opened).to_have_count(1)
+        playwright.expect(opened.locator(".fields tr")).to_have_count(6)
+        assert rows.nth(n).get_attribute("open") is not None
+        box = opened.locator(".sample-body").bounding_box()
+        assert box["x"] > list_box["x"] + list_box["width"]
+        assert box["height"] > 100
+        page.wait_for_function("""() => {
+            const top = document.querySelector("[open] .sample-body").getBoundingClientRect().top;
+            return top >= 0 && top < innerHeight;
+        }""")
+    narrow = open_page(browser, graded_file, viewport={"width": 1000, "height": 900})
+    assert narrow.locator("#sample-list details.sample[open]").count() == 0
+
+
+def test_each_section_can_be_skipped(browser: Any, graded_file: Path) -> None:
+    page = open_page(browser, graded_file)
+    sections = page.locator("main > section[id]").evaluate_all("all => all.map((one) => one.id)")
+    links = page.locator("main > section > a.skip")
+    hashes = links.evaluate_all("all => all.map((link) => link.hash.slice(1))")
+    assert len(hashes) > 5
+    assert hashes == sections[-len(hashes) :]
+    links.first.focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("location.hash") == f"#{hashes[0]}"
 
 
 def test_an_empty_filter_says_what_that_means(browser: Any, graded_file: Path) -> None:
@@ -236,7 +270,7 @@ def test_hostile_text_runs_nothing(browser: Any, tmp_path: Path) -> None:
     page.evaluate("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
     page.wait_for_timeout(200)
     assert page.locator("#sample-list .fields tbody tr").count() >= 3
-    for link in page.locator("#errors a").all():
+    for link in page.locator("#errors a[data-rows]").all():
         link.click()
     page.get_by_role("button", name="All").click()
     page.evaluate("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
