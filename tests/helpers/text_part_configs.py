@@ -67,6 +67,17 @@ TOWER: dict[str, Any] = {
     "patch_size": 4,
 }
 
+TOWER_QWEN: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 48,
+    "patch_size": 4,
+    "deepstack_visual_indexes": [0],
+    "num_position_embeddings": 16,
+}
+
 
 def make_text_part_configs() -> dict[str, PreTrainedConfig]:
     """Return family -> config of text classes whose layers differ from each other."""
@@ -119,16 +130,7 @@ def make_multimodal_configs() -> dict[str, PreTrainedConfig]:
         ),
         "qwen3_vl": Qwen3VLConfig(
             text_config=QWEN3_VL,
-            vision_config={
-                "depth": 1,
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_heads": 2,
-                "out_hidden_size": 48,
-                "patch_size": 4,
-                "deepstack_visual_indexes": [0],
-                "num_position_embeddings": 16,
-            },
+            vision_config=TOWER_QWEN,
             image_token_id=90,
             video_token_id=91,
             vision_start_token_id=92,

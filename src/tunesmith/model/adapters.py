@@ -30,12 +30,10 @@ from tunesmith.model.trained_modules import TrainedModules, train_modules
 
 
 def find_linears(network: PreTrainedModel) -> dict[str, nn.Linear | QuantizedLinear]:
-    """Return path -> linear layer of everything but the head and routers, which stay as they
-    are."""
-    head = network.get_output_embeddings()
+    """Return path -> linear of the decoder layers, without routers, which stay as they are."""
     linears: dict[str, nn.Linear | QuantizedLinear] = {}
     for path, module in network.named_modules():
-        is_linear = isinstance(module, nn.Linear | QuantizedLinear) and module is not head
+        is_linear = isinstance(module, nn.Linear | QuantizedLinear) and ".layers." in path
         if is_linear and find_part(path) != ROUTER:
             linears[path] = module
     return linears

@@ -60,7 +60,7 @@ def load_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTr
 
     Raises InputError for weights that do not match the config, and for NaN or infinite values."""
     check_weight_shapes(folder)
-    if not has_uniform_layers(folder):
+    if device != "cpu" or not has_uniform_layers(folder):  # tensor by tensor to the device
         return load_text_network(folder, dtype, device)
     disable_progress_bar()  # stderr belongs to the command line
     with transformers_errors(folder):

@@ -101,8 +101,8 @@ def load_text_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> 
         if stored.headers[0].dtype == MXFP4_DTYPE:
             place_packed_experts(network, name, stored, dtype, device)
             continue
-        tensor = read_finite_parameter(name, stored, folder)
-        place_tensor(network, name, tensor.to(device, pick_dtype(network, name, dtype)))
+        tensor = read_finite_parameter(name, stored, folder, device)
+        place_tensor(network, name, tensor.to(pick_dtype(network, name, dtype)))
     return finish_network(network, folder, device)
 
 
@@ -143,9 +143,12 @@ def _sort_by_place(entry: tuple[str, StoredParameter]) -> tuple[Path, bool, int]
     return header.file, entry[0].endswith(".weight"), header.begin
 
 
-def read_finite_parameter(name: str, stored: StoredParameter, folder: Path) -> Tensor:
-    """Read a parameter. Raises InputError if it has a NaN or infinite value."""
-    tensor = read_parameter(stored)
+def read_finite_parameter(
+    name: str, stored: StoredParameter, folder: Path, device: str = "cpu"
+) -> Tensor:
+    """Read a parameter and check it on the device. Raises InputError if it has a NaN or infinite
+    value."""
+    tensor = read_parameter(stored).to(device)
     if find_nonfinite({name: tensor}):
         message = f"the tensor {name} holds NaN or infinite values"
         raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
@@ -154,9 +157,10 @@ def read_finite_parameter(name: str, stored: StoredParameter, folder: Path) -> T
 
 def pick_dtype(network: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a parameter: transformers keeps a few in fp32, such as the biases of
-    routers."""
+    routers and some decays."""
     wide = network._keep_in_fp32_modules_strict or ()
     is_wide = any(f".{part}." in f".{name}." for part in wide)
+    is_wide |= network.get_parameter_or_buffer(name).dtype == torch.float32
     return torch.float32 if is_wide and dtype in NARROW_DTYPES else dtype
 
 

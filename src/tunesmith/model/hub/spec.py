@@ -61,9 +61,9 @@ MLP_OUTPUTS = (
     *(".down_proj.weight", ".w2.weight", ".output_linear.weight"),
     *(".mlp.fc2.weight", ".mlp.c_proj.weight", ".mlp.dense_4h_to_h.weight"),
 )
-EMBEDDINGS = {"gpt_neox": "embed_in"}  # of other types: embed_tokens
+EMBEDDINGS = {"gpt_neox": "embed_in", "nemotron_h": "embeddings"}  # of other types: embed_tokens
 # the part of a tensor's name after the prefix that the model type adds
-TENSOR_SUFFIX = re.compile(r"(embed_tokens|embed_in|layers\.\d+)\..*")
+TENSOR_SUFFIX = re.compile(r"(embed_tokens|embed_in|embeddings|layers\.\d+)\..*")
 # any config may have labels for a classifier, and transformers makes a name for each
 MAX_LABELS = 10_000
 # of what transformers makes a list when it reads a config, or a module for each

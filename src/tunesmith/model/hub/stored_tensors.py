@@ -38,9 +38,9 @@ PREFIXES = (
 WORDS = {
     "gpt_neox": (("embed_out.", "lm_head."),),
     "granitemoehybrid": (
-        (".input_linear.weight", ".experts.gate_up_proj"),
-        (".output_linear.weight", ".experts.down_proj"),
-        (".router.layer.weight", ".router.weight"),
+        (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+        (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+        (".block_sparse_moe.router.layer.weight", ".block_sparse_moe.router.weight"),
     ),
     "lfm3": ((".self_attn.gate_proj.", ".self_attn.g_proj."),),
     "mixtral": ((".block_sparse_moe.", ".mlp."),),

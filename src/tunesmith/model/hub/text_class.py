@@ -29,6 +29,8 @@ from tunesmith.model.hub.validate import DTYPE_BYTES, TensorHeader
 
 # of the positions of images, which text does not have
 IMAGE_ROTATION_KEYS = ("mrope_section", "mrope_interleaved")
+# what a text part always does, and the type that computes the same can be set to
+FIXED_VALUES = {"qwen3_moe": {"norm_topk_prob": True}}
 PREFIX_ATTRIBUTE = "tensor_prefix"  # of the config of a text part
 STORED_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # fmt: off
@@ -81,7 +83,7 @@ def _convert_config(text: PreTrainedConfig, text_type: str) -> PreTrainedConfig:
         kept = {key: value for key, value in rotation.items() if key not in IMAGE_ROTATION_KEYS}
         values["rope_parameters"] = kept
     del values["model_type"]
-    return AutoConfig.for_model(text_type, **values)
+    return AutoConfig.for_model(text_type, **values | FIXED_VALUES.get(text_type, {}))
 
 
 def read_text_config(folder: Path) -> Json:

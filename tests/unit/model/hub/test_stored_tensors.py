@@ -1,0 +1,192 @@
+"""Files that name or divide parameters otherwise than the network: each is read to the bit, on
+every family whose layers differ."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeConfig
+
+from text_part_configs import QWEN3_VL, TOWER_QWEN
+from tiny_models import CONFIGS, make_tiny_network
+from tunesmith.core.errors import InputError
+from tunesmith.model.adapters import find_linears
+from tunesmith.model.causal_lm import load_network
+from tunesmith.model.hub.families import TEXT_FAMILIES
+from tunesmith.model.hub.spec import read_model_headers, read_spec
+from tunesmith.model.hub.stored_tensors import read_text_tensors
+from tunesmith.model.target_modules import list_linear_paths
+from tunesmith.model.text_network import check_weight_shapes
+
+FAMILIES = [
+    name for name, config in CONFIGS.items() if not TEXT_FAMILIES[config.model_type].is_uniform
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stored") / family
+    make_tiny_network(family).save_pretrained(folder)
+    return folder
+
+
+def test_every_tensor_is_the_one_that_transformers_loads(folder: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    ours = load_network(folder, torch.float32).state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_dtypes_in_bf16_are_those_of_transformers(folder: Path) -> None:
+    """Biases of routers stay in fp32."""
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    ours = load_network(folder, torch.bfloat16).state_dict()
+    assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in theirs.items()}
+
+
+def test_a_config_alone_promises_what_is_stored(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    promised = {name: header.shape for name, header in read_model_headers(tmp_path).items()}
+    stored = {name: header.shape for name, header in read_model_headers(folder).items()}
+    assert promised == stored
+    spec = read_spec(folder)
+    assert read_spec(tmp_path).block_parameters == spec.block_parameters
+    assert spec.active_parameters <= spec.block_parameters
+    has_experts = any(".experts." in name for name in stored)
+    assert has_experts == (spec.active_parameters < spec.block_parameters)
+
+
+def test_linears_are_those_of_the_network(folder: Path) -> None:
+    network = load_network(folder, torch.float32)
+    paths = [
+        path for path in list_linear_paths(read_model_headers(folder)) if ".experts" not in path
+    ]
+    linears = [path for path in find_linears(network) if ".experts" not in path]
+    assert sorted(paths) == sorted(linears)
+
+
+# ---------------------------------------------------------------- other forms of experts
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def qwen3_moe(tmp_path: Path) -> Path:
+    make_tiny_network("qwen3_moe").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_experts_in_one_tensor_are_read_as_well(qwen3_moe: Path) -> None:
+    expected: Any = load_network(qwen3_moe, torch.float32)
+    experts = {
+        name: parameter.clone()
+        for name, parameter in expected.named_parameters()
+        if ".experts." in name
+    }
+    stored = read_text_tensors(qwen3_moe).parameters
+    assert stored[next(iter(experts))].num_experts == 8
+
+    def stack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        rest = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+        return rest | experts
+
+    change_tensors(qwen3_moe, stack)
+    fused = load_network(qwen3_moe, torch.float32).state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(fused[name], tensor)
+
+
+def test_transposed_experts_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    config = Qwen3VLMoeConfig(
+        text_config=QWEN3_VL | experts,
+        vision_config=TOWER_QWEN,
+        image_token_id=90,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    )
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    for parameter in whole.parameters():
+        parameter.data.normal_(0, 0.2)
+    whole.save_pretrained(tmp_path)
+    spec = read_spec(tmp_path)
+    assert (spec.model_type, spec.num_experts, spec.num_experts_per_token) == ("qwen3_moe", 4, 2)
+    ids = torch.randint(3, 80, (1, 21), generator=torch.Generator().manual_seed(5))
+    network: Any = load_network(tmp_path, torch.float32)
+    with torch.no_grad():
+        expected = whole(input_ids=ids, use_cache=False).logits
+        logits = network(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: {n: v for n, v in t.items() if "layers.1.mlp.experts.5.up_proj" not in n},
+            r"no model\.layers\.1\.mlp\.experts\.5\.up_proj\.weight",
+        ),
+        (
+            lambda t: {n: v for n, v in t.items() if ".experts.7." not in n},
+            r"gate_up_proj has shape \[7, 48, 48\], config.json says \[8, 48, 48\]",
+        ),
+        (
+            lambda t: {n: v[:20].clone() if "experts.3.gate" in n else v for n, v in t.items()},
+            r"two shapes: model\.layers\.0\.mlp\.experts\.3\.gate_proj is \[20, 48\]",
+        ),
+        (
+            lambda t: {n: v for n, v in t.items() if "layers.0.mlp.gate." not in n},
+            r"no model\.layers\.0\.mlp\.gate\.weight",
+        ),
+    ],
+)
+def test_missing_experts_are_refused_by_name(
+    qwen3_moe: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
+) -> None:
+    change_tensors(qwen3_moe, change)
+    with pytest.raises(InputError, match=message) as caught:
+        check_weight_shapes(qwen3_moe)
+    assert caught.value.fix
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    make_tiny_network("glm4_moe").save_pretrained(tmp_path)
+    before = read_spec(tmp_path)
+    extra = torch.ones(7, 5)
+    change_tensors(tmp_path, lambda t: t | {"model.layers.2.eh_proj.weight": extra})
+    after = read_spec(tmp_path)
+    assert after.parameters == before.parameters
+    assert (before.left_out_bytes, after.left_out_bytes) == (0, 4 * 35)
+    check_weight_shapes(tmp_path)
+
+
+def test_a_head_that_is_not_the_embedding_is_named(tmp_path: Path) -> None:
+    make_tiny_network("lfm2").save_pretrained(tmp_path)
+    head = torch.ones(97, 48)
+    change_tensors(tmp_path, lambda t: t | {"lm_head.weight": head})
+    with pytest.raises(InputError, match="the head is the embedding, and the weights hold two"):
+        load_network(tmp_path, torch.float32)
+
+
+def test_nan_in_a_tensor_is_named(tmp_path: Path) -> None:
+    make_tiny_network("lfm2").save_pretrained(tmp_path)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    change_tensors(tmp_path, lambda t: t | {name: t[name] * float("nan")})
+    with pytest.raises(InputError, match=rf"{name} holds NaN"):
+        load_network(tmp_path, torch.float32)
