@@ -273,6 +273,7 @@ ATTENTION_CLASSES = (*(f"{family}Attention" for family in FAMILIES), "GptOssAtte
 MLP_CLASSES = (
     *(f"{family}MLP" for family in (*FAMILIES, *EXPERT_FAMILIES)),
     *("Qwen3NextMLP", "Qwen3_5MoeMLP"),  # shared experts
+    *("Qwen3_5MLP", "OlmoHybridMLP"),
 )
 IS_GELU = {"silu": False, "gelu_pytorch_tanh": True}
 MIXERS = (GatedDeltaNet, Mamba2Mixer, ShortConvolution)  # all that carry a state

@@ -23,8 +23,22 @@ FRAGMENTATION_SHARE = 0.2
 # what evaluation keeps through the run and leaves in the heap
 EVALUATION_BYTES = 60_000_000
 CHUNK_TARGETS = 128  # targets whose logits are computed at once
-OUTPUT_NORM_TYPES = ("gemma2", "gemma3")  # norms after attention and MLP
-QK_NORM_TYPES = ("apertus", "qwen3", "gemma3")  # norms of q and k
+OUTPUT_NORM_TYPES = ("gemma2", "gemma3", "gemma4")  # norms after attention and MLP
+# norms of q and k
+QK_NORM_TYPES = (
+    *("apertus", "exaone4", "gemma3", "gemma4", "hunyuan", "lfm", "olmo2", "olmo3", "olmo_hybrid"),
+    *("olmoe", "qwen3"),
+)
+# with norms of ours (model/layers.py): those of transformers save their inputs in fp32
+OWN_NORM_TYPES = {
+    *("llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2", "gemma3_text"),
+    *("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "olmoe", "gpt_oss"),
+}
+# with MLPs of ours: those of transformers save the activation and the product too
+OWN_MLP_TYPES = {
+    *(OWN_NORM_TYPES - {"gpt_oss"}),
+    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"),
+}
 INNER_NORM_TYPES = ("bitnet",)  # norms before o_proj and down_proj
 # 4 bits per weight, one byte per block of 64, 4 bytes per 256 blocks
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
@@ -86,16 +100,22 @@ def compute_saved_bytes(spec: ModelSpec, dtype_bytes: int, *, use_dora: bool = F
     MLPs and of the experts that a token meets."""
     q = spec.num_heads * spec.head_dim
     kv = spec.num_kv_heads * spec.head_dim
-    hidden_states = 6 if use_dora else 4
-    hidden_states += 2 * spec.model_type.startswith(OUTPUT_NORM_TYPES)
-    layer_values = hidden_states * spec.hidden_size
-    layer_values += (q + kv) * spec.model_type.startswith(QK_NORM_TYPES)
-    layer_values += (q + spec.intermediate_size) * spec.model_type.startswith(INNER_NORM_TYPES)
     attention = spec.parts.get("attention", NO_PART)
     recurrent = spec.parts.get("recurrent", NO_PART)
-    values = spec.num_layers * layer_values + count_recomputed_values(spec)
+    mlp = spec.parts.get("mlp", NO_PART)
+    # layers that are only a mixer or only an MLP have one norm
+    num_norms = spec.num_layers * (1 if "" in spec.layer_mixers else 2)
+    norm_inputs = num_norms * spec.hidden_size
+    norm_inputs += attention.layers * (q + kv) * spec.model_type.startswith(QK_NORM_TYPES)
+    input_bytes = dtype_bytes if spec.model_type in OWN_NORM_TYPES else 4
+    layer_values = 2 * spec.hidden_size * use_dora
+    layer_values += 2 * spec.hidden_size * spec.model_type.startswith(OUTPUT_NORM_TYPES)
+    layer_values += (q + spec.intermediate_size) * spec.model_type.startswith(INNER_NORM_TYPES)
+    values = num_norms * spec.hidden_size + spec.num_layers * layer_values
     values += attention.inner_outputs + attention.inner_inputs + recurrent.inner_inputs
-    saved_bytes = values * dtype_bytes
+    values += mlp.inner_outputs + spec.parts.get(EXPERTS, NO_PART).inner_outputs
+    values += 2 * mlp.inner_inputs * (spec.model_type not in OWN_MLP_TYPES)
+    saved_bytes = norm_inputs * input_bytes + values * dtype_bytes
     if spec.recurrent is not None:
         saved_bytes += recurrent.layers * spec.recurrent.compute_saved_bytes(dtype_bytes)
     router_bytes = (dtype_bytes + 4) * spec.num_experts + 32 * spec.num_experts_per_token
@@ -103,9 +123,10 @@ def compute_saved_bytes(spec: ModelSpec, dtype_bytes: int, *, use_dora: bool = F
 
 
 def count_recomputed_values(spec: ModelSpec) -> int:
-    """Return the values per token that `gradient_checkpointing: selective` does not save."""
-    parts = [spec.parts.get(word, NO_PART) for word in ("mlp", EXPERTS)]
-    return sum(part.inner_outputs for part in parts)
+    """Return the values per token that `gradient_checkpointing: selective` does not save: gate and
+    up of our MLPs and of the experts that a token meets."""
+    words = ["mlp", EXPERTS] if spec.model_type in OWN_MLP_TYPES else [EXPERTS]
+    return sum(spec.parts.get(word, NO_PART).inner_outputs for word in words)
 
 
 def compute_temporary_bytes(spec: ModelSpec, dtype_bytes: int) -> int:

@@ -14,12 +14,12 @@ from typing import Any
 from tunesmith.core.types import ModelSpec
 from tunesmith.plan.memory import (
     CHUNK_TARGETS,
+    EXPERTS,
     NF4_BYTES,
     NO_CACHE,
     NO_PART,
     CacheSize,
     compute_cache_bytes,
-    count_recomputed_values,
     count_trained_parameters,
     estimate_fixed_memory,
 )
@@ -88,7 +88,7 @@ def count_saved_elements(spec: ModelSpec) -> int:
 
 def _count_mlp_elements(spec: ModelSpec) -> int:
     """Return the values per token that all MLPs and the experts of a token save."""
-    return 3 * count_recomputed_values(spec) // 2
+    return 3 * sum(spec.parts.get(word, NO_PART).inner_outputs for word in ("mlp", EXPERTS)) // 2
 
 
 def _estimate_activations(

@@ -10,11 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from layer_shapes import describe_layers, make_headers
-from tiny_models import CONFIGS, LORA
+from tiny_models import CONFIGS, LORA, make_tiny_network
 from tunesmith.core.types import ModelSpec
-from tunesmith.model.adapters import METHODS, find_lora_layers
+from tunesmith.model.adapters import METHODS, find_linears, find_lora_layers
+from tunesmith.model.causal_lm import wrap_model
 from tunesmith.model.hub.part_shapes import measure_parts
+from tunesmith.model.layers import Mlp, RMSNorm
+from tunesmith.model.target_modules import find_part
 from tunesmith.plan.memory import (
+    OWN_MLP_TYPES,
+    OWN_NORM_TYPES,
     CacheSize,
     compute_cache_bytes,
     count_dora_magnitudes,
@@ -169,11 +174,23 @@ def test_ungated_mlps_and_inner_norms_keep_other_inputs(spec: ModelSpec) -> None
         return estimate_peak_memory(changed, **SETTINGS)["activations"]
 
     size = 2048 * 2 * 30
-    llama, apertus, bitnet = map(values, ("llama", "apertus", "bitnet"))
-    assert (apertus - llama) / size == 576 + 192, "norms of q and k"
-    assert (bitnet - llama) / size == 576 + 1536, "norms before o_proj and down_proj"
+    llama, olmo, apertus, bitnet = map(values, ("llama", "olmo", "apertus", "bitnet"))
+    assert (apertus - olmo) / size == 2 * (576 + 192), "norms of q and k, in fp32"
+    assert (bitnet - olmo) / size == 576 + 1536, "norms before o_proj and down_proj"
+    assert (olmo - llama) / size == 2 * 576 + 2 * 1536, "modules of transformers"
     ungated = describe_layers(spec, mlp_inputs=1)
     assert (llama - estimate_peak_memory(ungated, **SETTINGS)["activations"]) / size == 1536
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_plan_knows_which_modules_are_ours(family: str) -> None:
+    model = wrap_model(make_tiny_network(family), torch.float32)
+    model_type = CONFIGS[family].model_type
+    modules = [type(module) for module in model.network.modules()]
+    assert (RMSNorm in modules) == (model_type in OWN_NORM_TYPES)
+    has_dense_mlp = any(find_part(path) == "mlp" for path in find_linears(model.network))
+    if has_dense_mlp:
+        assert (Mlp in modules) == (model_type in OWN_MLP_TYPES)
 
 
 def test_each_size_of_a_pack_leaves_code_up_to_a_bound(spec: ModelSpec) -> None:
@@ -230,7 +247,7 @@ def test_answers_written_side_by_side_count_where_they_take_more_than_a_step(
         estimate_memory(spec, machine, **held, cache=CacheSize(1, tokens))
         for tokens in (1000, 100_000)
     )
-    assert few["answers"] == 0
+    assert few["KV cache"] == 0
     step_bytes = sum(many[part] for part in ("activations", "head", "fragments"))
-    assert many["answers"] == compute_cache_bytes(spec, CacheSize(1, 100_000), 2) - step_bytes > 0
-    assert many["peak"] - few["peak"] == many["answers"]
+    assert many["KV cache"] == compute_cache_bytes(spec, CacheSize(1, 100_000), 2) - step_bytes > 0
+    assert many["peak"] - few["peak"] == many["KV cache"]

@@ -173,11 +173,11 @@ def test_answers_count_only_where_they_take_more_than_a_step(
         )
         for n in (1000, 200_000)
     )
-    assert few["answers"] == 0
+    assert few["KV cache"] == 0
     step = sum(few[name] for name in ("activations", "head", "fragments"))
     assert (
         many["peak"] - few["peak"]
-        == many["answers"]
+        == many["KV cache"]
         == compute_cache_bytes(spec, CacheSize(1, 200_000), 2) - step
     )
 
