@@ -180,6 +180,21 @@ def test_the_error_of_the_cpu_is_known_too() -> None:
         torch.ones(2) + torch.ones(3)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_the_errors_of_cuda_libraries_are_known_too(message: str) -> None:
+    with pytest.raises(OutOfMemory, match=r"NCCL|CUDA"), memory_errors():
+        raise RuntimeError(message)
+    with pytest.raises(RuntimeError, match="illegal"), memory_errors():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
 # ---------------------------------------------------------------- measuring
 
 

@@ -46,7 +46,9 @@ class ExpertGroups:
         num_tokens, num_choices = choices_TK.shape
         chosen_R = choices_TK.flatten()
         order_R = chosen_R.argsort(stable=True)
-        counts_E = torch.bincount(chosen_R, minlength=num_experts)
+        # not bincount, whose result has as many entries as the largest choice asks for
+        counts_E = chosen_R.new_zeros(num_experts)
+        counts_E.index_add_(0, chosen_R, torch.ones_like(chosen_R))
         ranges: list[tuple[int, int, int]] = []
         begin = 0
         for expert, count in enumerate(counts_E.tolist()):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,17 +72,17 @@ def cut_chunks(layout: PackLayout, chunk_size: int, device: torch.device) -> Chu
     order = sorted(range(len(spans)), key=depths.__getitem__)
     ranks = {chunk: rank for rank, chunk in enumerate(order)}
     waves = _list_waves(order, depths, previous, device)
-    starts_N, lengths_N = torch.tensor([spans[chunk] for chunk in order]).unbind(1)
-    offsets_L = torch.arange(chunk_size)
-    tokens_NL = starts_N[:, None] + offsets_L
+    # on the host, with numpy: a GPU would have to wait for the number of tokens
+    starts_N, lengths_N = np.array([spans[chunk] for chunk in order]).T
+    offsets_L = np.arange(chunk_size)
     is_token_NL = offsets_L < lengths_N[:, None]
-    tokens_NL[~is_token_NL] = layout.num_tokens
-    slots_T = torch.empty(layout.num_tokens, dtype=torch.long)
-    slots_T[tokens_NL[is_token_NL]] = is_token_NL.flatten().nonzero()[:, 0]
+    tokens_NL = np.where(is_token_NL, starts_N[:, None] + offsets_L, layout.num_tokens)
+    slots_T = np.empty(layout.num_tokens, np.int64)
+    slots_T[tokens_NL[is_token_NL]] = np.flatnonzero(is_token_NL)
     num_roots = waves[0].chunks.stop
     return ChunkedLayout(
-        tokens_NL=tokens_NL.to(device),
-        slots_T=slots_T.to(device),
+        tokens_NL=torch.from_numpy(tokens_NL).to(device),
+        slots_T=torch.from_numpy(slots_T).to(device),
         waves=waves,
         roots=torch.tensor([segments[chunk] for chunk in order[:num_roots]], device=device),
         last_chunks_S=torch.tensor([ranks[chunk] for chunk in last_chunks], device=device),

@@ -1,0 +1,405 @@
+"""What runs on a GPU that is not there: each case is a function that returns what it recorded.
+
+    python cases.py FOLDER     builds the shim in FOLDER, runs all cases, writes FOLDER/results.json
+
+The real code runs: training loop, losses, optimizer, checkpoints, preflight, generation,
+likelihoods. The models are tiny, but for the shapes of an 8B model."""
+
+import copy
+import dataclasses
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    from shim import build_shim, load_shim
+
+    problem = build_shim(Path(sys.argv[1]))
+    if problem:
+        (Path(sys.argv[1]) / "results.json").write_text(json.dumps({"problem": problem}))
+        sys.exit()
+    load_shim(Path(sys.argv[1]))
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from plan_configs import make_config
+from recorder import Record, fake_gpu, recording
+from tiny_models import (
+    CONFIGS,
+    LORA,
+    SIZES,
+    make_branching_documents,
+    make_tiny_documents,
+)
+from tunesmith.core.errors import GateError, TunesmithError
+from tunesmith.core.events import TrainStep
+from tunesmith.core.types import Document, GenerationRequest, NewToken
+from tunesmith.evaluate.loglikelihood import compute_mean_states, compute_nll
+from tunesmith.model.adapters import METHODS
+from tunesmith.model.causal_lm import PackedCausalLM, compute_stock_logits, wrap_model
+from tunesmith.model.generation.engine import generate
+from tunesmith.model.new_embeddings import init_new_rows
+from tunesmith.session.preflight_probe import (
+    PreflightSamples,
+    choose_documents,
+    choose_positions,
+    choose_sharing_documents,
+)
+from tunesmith.train.checkpoint import STATE_FILE
+from tunesmith.train.kto import measure_kl
+from tunesmith.train.loop import TrainingLoop
+from tunesmith.train.optimizer import restore_moments
+from tunesmith.train.preflight import run_preflight
+
+PLAIN = LlamaConfig(**SIZES | {"head_dim": 64})
+BF16 = torch.bfloat16
+
+
+def make_model(
+    config: PreTrainedConfig = PLAIN,
+    *,
+    dtype: torch.dtype = BF16,
+    method: str = "lora",
+    backend: str = "varlen",
+    gradient_checkpointing: str = "none",
+    **settings: Any,
+) -> PackedCausalLM:
+    """Return a wrapped model on the fake GPU."""
+    with torch.device("cuda"):
+        network: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    network.eval().requires_grad_(False)
+    if "add_tokens" in settings:
+        tokens = [NewToken(text, id, (5, 6)) for text, id in settings["add_tokens"].items()]
+        init_new_rows(network, tokens)
+    if method == "qlora":
+        quantize(network, dtype)
+    METHODS[method](network, LORA | settings)
+    return wrap_model(network, dtype, backend, gradient_checkpointing=gradient_checkpointing)
+
+
+def quantize(network: Any, dtype: torch.dtype) -> None:
+    """Keep the linears in 4 bits, as `load_quantized` does."""
+    from tunesmith.model.adapters import find_linears, replace_module
+    from tunesmith.model.lora import QuantizedLinear
+
+    for path, linear in find_linears(network).items():
+        replace_module(network, path, QuantizedLinear(linear.weight, linear.bias, dtype))
+
+
+def make_loop(
+    model: PackedCausalLM, documents: Sequence[Document] = (), **settings: Any
+) -> TrainingLoop:
+    documents = documents or make_tiny_documents()
+
+    def load_documents(step: int) -> list[Document]:
+        del step
+        return [dataclasses.replace(document) for document in documents]
+
+    return TrainingLoop(model, load_documents, make_config(**settings), steps=3)
+
+
+def take_step(loop: TrainingLoop) -> None:
+    event = next(loop)
+    assert isinstance(event, TrainStep), event
+
+
+def train(
+    config: PreTrainedConfig = PLAIN,
+    documents: Sequence[Document] = (),
+    plan: dict[str, Any] | None = None,
+    **model_settings: Any,
+) -> Record:
+    """Record a step."""
+    with recording():
+        loop = make_loop(make_model(config, **model_settings), documents, **(plan or {}))
+    return record_step(loop)
+
+
+def record_step(loop: TrainingLoop) -> Record:
+    with recording() as record:
+        take_step(loop)
+    record.step_kernels = record.num_kernels
+    return record
+
+
+def make_sides(*sides: str, reference: float | None = None) -> list[Document]:
+    """Return the documents with these sides, in turn."""
+    documents: list[Document] = []
+    for index, document in enumerate(make_tiny_documents((9, 17, 5, 21))):
+        side: Any = sides[index % len(sides)]
+        weights_L = np.ones_like(document.weights_L)
+        weights_L[:3] = 0
+        # both answers of a pair belong to one row
+        name = f"rows:{index // 2}"
+        documents.append(
+            dataclasses.replace(
+                document, id=name, side=side, weights_L=weights_L, reference_logp=reference
+            )
+        )
+    return documents
+
+
+def train_kto(*, stored: bool) -> Record:
+    reference = -9.0 if stored else None
+    documents = make_sides("desirable", "undesirable", reference=reference)
+    mismatched = make_sides("mismatched", reference=reference)
+    plan = {"loss": "kto", "beta": 0.1}
+    return train(documents=[*documents, *mismatched], plan=plan)
+
+
+def train_pairs(loss: str, reference: float | None = None, **plan: Any) -> Record:
+    pairs = make_sides("chosen", "rejected", reference=reference)
+    settings = {"loss": loss, "beta": 0.1, "gamma": 0.1, "nll_coefficient": 0.2}
+    return train(documents=pairs, plan=settings | plan)
+
+
+def train_banned() -> Record:
+    documents = make_sides("banned", "")
+    return train(documents=documents, plan={"ban_coefficient": 1.0})
+
+
+def train_several_packs() -> Record:
+    return train(plan={"pack_length": 40})
+
+
+def prove(config: PreTrainedConfig = PLAIN) -> Record:
+    """Run preflight. Its controls cannot be detected with stand-ins, and come last."""
+    with torch.device("cuda"):
+        network: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=BF16)
+    network.eval().requires_grad_(False)
+    documents = choose_documents(make_tiny_documents((20, 9, 33, 14)), None)
+    logits = []
+    for document in documents:
+        tokens = document.tokens_L[:-1].tolist()
+        logits.append(compute_stock_logits(network, tokens, choose_positions(document)))
+    METHODS["lora"](network, LORA)
+    model = wrap_model(network, BF16, "varlen")
+    sharing = choose_sharing_documents(make_branching_documents())
+    samples = PreflightSamples(documents, tuple(logits), frozenset({2}), sharing_documents=sharing)
+    refusal = pytest.raises(GateError, match="did not detect an injected fault")
+    with recording() as record, refusal:
+        run_preflight(model, samples)
+    return record
+
+
+def answer(
+    num_prompts: int, *, shared: int = 0, config: PreTrainedConfig = PLAIN, **settings: Any
+) -> Record:
+    """Generate answers to prompts that begin with the same `shared` tokens."""
+    model = make_model(config)
+    model.network.eval()
+    start = tuple(range(3, 3 + shared))
+    requests = []
+    for index in range(num_prompts):
+        prompt = (*start, *(10 + index,) * (5 + index))
+        requests.append(GenerationRequest(prompt, max_new_tokens=4, **settings))
+    with recording() as record:
+        outputs = list(generate(model, requests, decode=str, end_ids=(2,), batch_size=2))
+    assert len(outputs) == num_prompts
+    return record
+
+
+def measure(share: bool) -> Record:
+    """Measure likelihoods, hidden states and divergences."""
+    model = make_model()
+    model.network.eval()
+    documents = make_branching_documents()
+    with recording() as record:
+        results = list(compute_nll(model, documents, 4096, share=share))
+        list(compute_mean_states(model, documents, 4096))
+    assert len(results) == len(documents)
+    return record
+
+
+def measure_mismatched() -> Record:
+    model = make_model()
+    with recording() as record:
+        measure_kl(model, make_sides("mismatched"), 4096)
+    return record
+
+
+def resume(saved: dict[str, Tensor], *, steps_before: int) -> Record:
+    """Restore the moments that a run on a CPU saved, into a run that has taken so many steps."""
+    loop = make_loop(make_model())
+    with recording():
+        for _ in range(steps_before):
+            take_step(loop)
+    for name, parameter in loop.parameters.items():
+        moments = {moment: saved[f"{moment}.{name}"] for moment in ("exp_avg", "exp_avg_sq")}
+        restore_moments(loop.optimizer, parameter, moments, updates=1)
+    record = record_step(loop)
+    for parameter in loop.parameters.values():
+        state = loop.optimizer.state[parameter]
+        assert {tensor.device.type for tensor in state.values()} == {"cuda"}, state
+    return record
+
+
+def save_on_cpu(folder: Path) -> dict[str, Tensor]:
+    """Return the checkpoint of a run of real tensors."""
+    network: Any = AutoModelForCausalLM.from_config(copy.deepcopy(PLAIN), dtype=BF16)
+    network.eval().requires_grad_(False)
+    METHODS["lora"](network, LORA)
+    loop = make_loop(wrap_model(network, BF16, "sdpa"))
+    take_step(loop)
+    folder.mkdir()
+    loop.save(folder)
+    return load_file(folder / STATE_FILE)
+
+
+# of a case, which the others go on without
+ERRORS = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TunesmithError,
+    TypeError,
+    ValueError,
+)
+# Qwen3-8B with fewer layers: shapes cost nothing
+LARGE: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+}
+LARGE_TOKENS = 23 * 350
+POLICIES = ("none", "selective", "full")
+
+
+def train_large(num_layers: int, **settings: Any) -> Record:
+    """Record a run of one step on chats of 350 tokens, a third of them trained, from the start."""
+    documents: list[Document] = []
+    for index in range(LARGE_TOKENS // 350):
+        tokens_L = np.random.default_rng(index).integers(5, 1000, 351)
+        weights_L = np.zeros(351, np.float32)
+        weights_L[-120:] = 1
+        documents.append(Document(f"rows:{index}", tokens_L, weights_L))
+    config = Qwen3Config(**LARGE, num_hidden_layers=num_layers)
+    with recording() as record:
+        model = make_model(config, lora_r=16, **settings)
+        num_kernels, num_uploads = record.num_kernels, record.uploads
+        loop = make_loop(model, documents, pack_length=LARGE_TOKENS)
+        keep_saved(model, record)
+        take_step(loop)
+        record.step_kernels = record.num_kernels - num_kernels
+        record.uploads -= num_uploads
+    return record
+
+
+def keep_saved(model: PackedCausalLM, record: Record) -> None:
+    """Record the bytes that are in memory when the decoder is through, beside those before."""
+    start_bytes = record.live_bytes
+
+    def read(*_arguments: Any) -> None:
+        record.saved_bytes = record.live_bytes - start_bytes
+
+    model.decoder.register_forward_hook(read)
+
+
+FULL = {"method": "full"}
+NEW_TOKENS = {
+    "add_tokens": {"<a>": 97, "<b>": 98},
+    "new_rows_modules": ("embed_tokens", "lm_head"),
+}
+BRANCHING = make_branching_documents()
+SHARED = {"share_prefixes": True}
+
+CASES: dict[str, Callable[[], Record]] = {
+    "sft": train,
+    "sft in several packs": train_several_packs,
+    "cpt": partial(train, documents=make_sides("")),
+    "label smoothing": partial(train, plan={"label_smoothing": 0.1}),
+    "dpo with stored references": partial(train_pairs, "dpo", -9.0),
+    "dpo with the adapter off": partial(train_pairs, "dpo"),
+    "orpo": partial(train_pairs, "orpo"),
+    "simpo": partial(train_pairs, "simpo"),
+    "dpo with shared prefixes": partial(train_pairs, "dpo", share_prefixes=True),
+    "kto": partial(train_kto, stored=True),
+    "banned answers": train_banned,
+    "shared prefixes": partial(train, documents=BRANCHING, plan=SHARED),
+    "dora": partial(train, use_dora=True),
+    "rslora with dropout": partial(train, use_rslora=True, lora_dropout=0.1),
+    "qlora": partial(train, method="qlora"),
+    "full": partial(train, **FULL),
+    "new tokens": partial(train, **NEW_TOKENS),
+    "new tokens with a tied head": partial(
+        train,
+        LlamaConfig(**SIZES | {"head_dim": 64}, tie_word_embeddings=True),
+        **NEW_TOKENS | {"new_rows_modules": ("embed_tokens",)},
+    ),
+    "recomputed MLPs": partial(train, gradient_checkpointing="selective"),
+    "recomputed layers": partial(train, gradient_checkpointing="full"),
+    "recomputed layers with dropout": partial(
+        train, gradient_checkpointing="full", lora_dropout=0.1
+    ),
+    "recomputed layers, full": partial(train, gradient_checkpointing="full", **FULL),
+    "fp32": partial(train, dtype=torch.float32, backend="sdpa"),
+    "fp32 with shared prefixes": partial(
+        train, documents=BRANCHING, plan=SHARED, dtype=torch.float32, backend="sdpa"
+    ),
+    "dense mask": partial(train, backend="dense_mask"),
+    "preflight": prove,
+    "answers": partial(answer, 3),
+    "answers after a shared prefix": partial(answer, 3, shared=20),
+    "sampled answers": partial(answer, 3, temperature=0.7, top_p=0.9, top_k=20, min_p=0.05),
+    "likelihoods": partial(measure, share=False),
+    "likelihoods with shared prefixes": partial(measure, share=True),
+    "mismatched answers": measure_mismatched,
+}
+for policy in POLICIES:
+    for num_layers in (2, 3):
+        CASES[f"8B, {num_layers} layers, {policy}"] = partial(
+            train_large, num_layers, gradient_checkpointing=policy
+        )
+for family, family_config in CONFIGS.items():
+    CASES[f"family {family}"] = partial(train, family_config)
+
+
+def run_case(case: Callable[[], Record]) -> dict[str, Any]:
+    """Return the record, with the error and its place in the package if there is one."""
+    try:
+        record = case()
+    except Exception as error:  # noqa: BLE001 (reported per case)
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [f"{f.filename}:{f.lineno}" for f in frames if "/tunesmith/" in f.filename]
+        message = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return {
+            "error": f"{message} at {places[-1].partition('/tunesmith/')[2] if places else '?'}"
+        }
+    return {
+        "error": "",
+        "reads": record.reads,
+        "uploads": record.uploads,
+        "step_kernels": record.step_kernels,
+        "saved_bytes": record.saved_bytes,
+        "peak_bytes": record.peak_bytes,
+        "kernels": dict(record.kernels.most_common()),
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    saved = save_on_cpu(folder / "checkpoint")
+    CASES["resume"] = partial(resume, saved, steps_before=0)
+    CASES["rollback"] = partial(resume, saved, steps_before=2)
+    with fake_gpu():
+        results = {name: run_case(case) for name, case in CASES.items()}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

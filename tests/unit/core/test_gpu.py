@@ -1,0 +1,165 @@
+"""What is known of a GPU, and why one is not used. No GPU is needed: torch's answers are given."""
+
+import dataclasses
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tunesmith.core import hardware
+from tunesmith.core.hardware import measure_machine, read_peak_bytes
+from tunesmith.core.types import Machine
+from tunesmith.session.doctor import _check_gpu
+from tunesmith.session.run_history import make_run_key
+
+GB = 10**9
+
+
+def give_files(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    exists = os.path.exists
+    files = (*hardware.NVIDIA_FILES, hardware.AMD_FILE)
+    monkeypatch.setattr(
+        os.path, "exists", lambda path: path in names if path in files else exists(path)
+    )
+
+
+def give_gpu(
+    monkeypatch: pytest.MonkeyPatch, *, bf16: bool = True, hip: str | None = None, count: int = 1
+) -> None:
+    """Let torch see GPUs."""
+    give_files(monkeypatch, hardware.AMD_FILE if hip else hardware.NVIDIA_FILES[0])
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "mem_get_info": lambda _index: (70 * GB, 80 * GB),
+        "get_device_name": lambda _index: "NVIDIA H100 80GB HBM3",
+        "get_device_capability": lambda _index: (9, 0) if bf16 else (7, 5),
+        "is_bf16_supported": lambda including_emulation: bf16 or including_emulation,
+        "device_count": lambda: count,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch.version, "cuda", None if hip else "12.8")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.delenv(hardware.ALLOCATOR_ENV, raising=False)
+
+
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    give_gpu(monkeypatch, count=8)
+    machine = measure_machine(tmp_path)
+    assert (machine.device, machine.num_gpus) == ("cuda", 8)
+    assert (machine.memory_bytes, machine.available_bytes) == (80 * GB, 70 * GB)
+    assert (machine.gpu_software, machine.compute_capability) == ("CUDA 12.8", "9.0")
+    assert machine.has_flash_attention
+    assert machine.unused_gpu == ""
+    assert os.environ[hardware.ALLOCATOR_ENV] == "expandable_segments:True"
+    (check,) = _check_gpu(machine)
+    assert check.is_ok
+    for part in ("CUDA 12.8", "compute capability 9.0", "70.0 GB free", "first of 8"):
+        assert part in check.value
+
+
+def test_a_setting_of_the_allocator_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    give_gpu(monkeypatch)
+    monkeypatch.setenv(hardware.ALLOCATOR_ENV, "backend:native")
+    measure_machine(tmp_path)
+    assert os.environ[hardware.ALLOCATOR_ENV] == "backend:native"
+
+
+def test_a_gpu_without_bf16_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    give_gpu(monkeypatch, bf16=False)
+    machine = measure_machine(tmp_path)
+    assert not machine.has_flash_attention
+    (check,) = _check_gpu(machine)
+    assert (check.is_ok, check.is_required) == (False, False)
+    assert "no bf16" in check.value
+    assert "fp16" in check.fix
+
+
+def test_an_amd_gpu_is_called_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    give_gpu(monkeypatch, hip="6.4")
+    machine = measure_machine(tmp_path)
+    assert (machine.device, machine.gpu_software) == ("cuda", "ROCm 6.4")
+    assert machine.compute_capability == ""
+    assert not machine.has_flash_attention
+    assert "not been tried" in _check_gpu(machine)[0].value
+
+
+def explain(folder: Path) -> str:
+    """Return why the GPU is not used, and what doctor and plan do with it."""
+    machine = measure_machine(folder)
+    assert machine.device == "cpu"
+    checks = _check_gpu(machine)
+    assert [check.value for check in checks] == ([machine.unused_gpu] if machine.unused_gpu else [])
+    return machine.unused_gpu
+
+
+def test_a_torch_without_cuda_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    give_files(monkeypatch, hardware.NVIDIA_FILES[0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "torch is built without CUDA" in explain(tmp_path)
+
+
+def test_an_old_driver_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    give_files(monkeypatch, hardware.NVIDIA_FILES[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def refuse() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nX")
+
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    problem = explain(tmp_path)
+    assert problem.endswith("driver on your system is too old (found version 12020).")
+
+
+def test_an_amd_gpu_needs_another_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    give_files(monkeypatch, hardware.AMD_FILE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert "torch is built without ROCm" in explain(tmp_path)
+
+
+def test_apple_gpus_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    give_files(monkeypatch)
+    assert explain(tmp_path) == ""
+    monkeypatch.setattr(hardware, "sys", SimpleNamespace(platform="darwin", modules={}))
+    monkeypatch.setattr(hardware.platform, "machine", lambda: "arm64")
+    assert "MPS" in explain(tmp_path)
+
+
+def test_the_peak_of_a_gpu_is_that_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 123)
+    assert read_peak_bytes("cuda") == 123
+    assert read_peak_bytes("cpu") > 10**7
+
+
+def test_freed_memory_of_a_gpu_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+    hardware.release_memory()
+    assert calls == [], "no CUDA is started for it"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    hardware.release_memory()
+    assert calls == ["emptied"]
+
+
+def test_runs_on_a_cpu_and_on_a_gpu_are_not_alike() -> None:
+    machine = Machine("cpu", "a name", 2, 2**34, 2**33, 2**36, has_bf16_matmul=True, compiler=None)
+    model = SimpleNamespace(model_type="llama", num_layers=2, hidden_size=8)
+    config = SimpleNamespace(method="lora", dtype="bf16")
+    keys: set[str] = set()
+    for changes in ({}, {"device": "cuda"}, {"device": "cuda", "memory_bytes": 2**35}):
+        plan: Any = SimpleNamespace(
+            machine=dataclasses.replace(machine, **changes),
+            model=model,
+            config=config,
+            memory_bytes={},
+        )
+        keys.add(make_run_key(plan))
+    assert len(keys) == 3

@@ -1,0 +1,64 @@
+"""What a plan decides on a GPU: precision, attention, sharing; and what it says of GPUs."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tunesmith.core.errors import InputError
+from tunesmith.plan import rules
+from tunesmith.plan.build import _collect_gpu_warnings
+from tunesmith.plan.rules import RuleContext
+
+Make = Callable[..., RuleContext]
+OLD_GPU = {"device": "cuda", "device_name": "Tesla T4", "has_bf16_matmul": False}
+
+
+def test_flash_attention_needs_bf16_and_a_gpu_that_has_it(make_context: Make) -> None:
+    assert rules.attention(make_context(device="cuda")).value == "varlen"
+    for changes in (
+        {"device": "cuda", "dtype": "fp32"},
+        OLD_GPU,
+        OLD_GPU | {"dtype": "fp32"},
+        {"device": "cuda", "gpu_software": "ROCm 6.4"},
+    ):
+        assert rules.attention(make_context(**changes)).value == "sdpa", changes
+
+
+def test_without_bf16_the_plan_says_that_there_is_no_fp16(make_context: Make) -> None:
+    value = rules.dtype(make_context(**OLD_GPU))
+    assert value.value == "fp32"
+    assert "Tesla T4 has no bf16" in value.reason
+    assert "fp16 is not supported" in value.reason
+
+
+@pytest.mark.parametrize(
+    ("device", "savings", "expected"),
+    [("cpu", 0.04, False), ("cpu", 0.06, True), ("cuda", 0.2, False), ("cuda", 0.3, True)],
+)
+def test_sharing_pays_later_on_a_gpu(
+    make_context: Make, monkeypatch: pytest.MonkeyPatch, device: str, savings: float, expected: bool
+) -> None:
+    monkeypatch.setattr(RuleContext, "prefix_savings", property(lambda _context: savings))
+    context = make_context(device=device, lora_dropout=0.0, pack_length=4096)
+    assert rules.share_prefixes(context).value is expected
+
+
+def test_a_gpu_that_is_not_used_is_a_warning(make_context: Make) -> None:
+    assert _collect_gpu_warnings(make_context(attention="sdpa")) == []
+    (warning,) = _collect_gpu_warnings(make_context(unused_gpu="no driver", attention="sdpa"))
+    assert "no driver" in warning
+    assert "doctor" in warning
+
+
+def test_what_a_gpu_cannot_do_is_a_warning(make_context: Make) -> None:
+    (emulated,) = _collect_gpu_warnings(make_context(**OLD_GPU, attention="sdpa"))
+    assert "emulates" in emulated
+    rocm = make_context(device="cuda", gpu_software="ROCm 6.4", attention="sdpa")
+    assert "AMD" in _collect_gpu_warnings(rocm)[0]
+    assert _collect_gpu_warnings(make_context(device="cuda", attention="varlen")) == []
+
+
+def test_varlen_in_fp32_is_refused(make_context: Make) -> None:
+    with pytest.raises(InputError, match="bf16 only") as caught:
+        _collect_gpu_warnings(make_context(device="cuda", attention="varlen", dtype="fp32"))
+    assert "auto" in caught.value.fix
