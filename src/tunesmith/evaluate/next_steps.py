@@ -24,7 +24,7 @@ from tunesmith.data.checks.lopsided_fields import LOPSIDED_SHARE
 from tunesmith.evaluate.scale_choice import build_commands, describe_recommendation
 
 MAX_STEPS = 3
-FURTHER_EPOCHS = 2
+EPOCHS_FACTOR = 2  # of a run that was still improving at its end
 FEW_TEST_ROWS = 30  # a rate of so many has an interval of at most 0.36 in width
 WIDE_INTERVAL = 0.2  # of the share of right answers
 MAX_NAME_CHARS = 60
@@ -146,7 +146,7 @@ def suggest_epochs(facts: RunFacts) -> NextStep | None:
         "no effect",
     ):
         return None
-    epochs = config.num_train_epochs + FURTHER_EPOCHS
+    epochs = config.num_train_epochs * EPOCHS_FACTOR
     reason = (
         f"train longer: eval_data was best at the last step, after {config.num_train_epochs:g} "
         f"epoch{'' if config.num_train_epochs == 1 else 's'}"

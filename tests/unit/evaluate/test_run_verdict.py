@@ -174,7 +174,7 @@ def test_next_steps_follow_from_what_was_measured() -> None:
     plan = replace(record.plan, data=record.plan.data | {"eval_data": record.plan.data["data"]})
     errors = make_errors(35, shortcuts=(CONSTANT,))
     improving = judge(errors, make_change(0.4), plan=plan, selected_step=record.steps)
-    epochs = plan.config.num_train_epochs + 2
+    epochs = plan.config.num_train_epochs * 2
     assert [step.command for step in improving.next_steps] == [
         "tunesmith data check 'runs/a b/recipe.yaml'",
         f"tunesmith train 'runs/a b/recipe.yaml' --num-train-epochs {epochs:g} "
