@@ -34,6 +34,7 @@ from typer.models import ArgumentInfo
 from tunesmith.cli.app import VERBS
 from tunesmith.cli.output import PIPE_WIDTH
 from tunesmith.core.types import Json
+from tunesmith.model.hub.families import FAMILIES
 from tunesmith.recipe import fields, objectives, schema
 from tunesmith.recipe.explain import describe_schema
 
@@ -42,6 +43,13 @@ DEMO = Path(fields.__file__).parent / "demo"
 BLOCK = re.compile(r"(<!-- (\$|table:) (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 LINES = re.compile(r" \| lines ([\d, -]+)$")
 WIDTH = PIPE_WIDTH
+FAMILIES_PAGE = ROOT / "docs" / "results" / "families.md"
+LAYER_NAMES = {
+    "attention": "attention",
+    "delta": "gated delta rule",
+    "mamba2": "Mamba2",
+    "conv": "short convolution",
+}
 BAR = "\\|"  # a vertical bar inside a cell of a table
 TYPE_NAMES = {str: "TEXT", int: "N", float: "NUMBER", Path: "PATH", bool: ""}
 TIMEOUT_SECONDS = 1800
@@ -143,6 +151,38 @@ def _build_help_page(name: str, verb: Callable[..., None]) -> list[str]:
     return [summary, "", "```", " ".join([*usage, "[OPTIONS]"]), "```", "", *head, *rows]
 
 
+def build_family_table() -> list[str]:
+    """Every model type, the token mixers of its layers, and what `benchmarks.train.families`
+    measured for its text part."""
+    measured = _read_measured_families()
+    lines = [
+        "| `model_type` | class in transformers | layers | gradients | packed | generation |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model_type, family in FAMILIES.items():
+        layers = [LAYER_NAMES[mixer] for mixer in sorted(family.mixers)]
+        if family.has_experts:
+            layers.append("experts")
+        name = f"{family.causal_class}, text part" if family.tensor_prefix else family.causal_class
+        errors = measured.get(family.text_type or model_type, ["preflight only", "", ""])
+        lines.append(f"| `{model_type}` | {name} | {', '.join(layers)} | {' | '.join(errors)} |")
+    return lines
+
+
+def _read_measured_families() -> dict[str, list[str]]:
+    """The errors of each model type in docs/results/families.md; of several configs, the largest of
+    each."""
+    measured: dict[str, list[str]] = {}
+    for line in FAMILIES_PAGE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 5 or not re.fullmatch(r"\de[+-]\d\d", cells[-1]):
+            continue
+        model_type, _, *errors = cells
+        others = measured.get(model_type, errors)
+        measured[model_type] = [max(pair, key=float) for pair in zip(errors, others, strict=True)]
+    return measured
+
+
 def _format_type(hint: Any) -> str:
     """The name of a type, without the None of an optional one."""
     (kind,) = [part for part in get_args(hint) or (hint,) if part is not type(None)]
@@ -158,6 +198,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     },
     "verbs": build_verb_table,
     "help": build_help_pages,
+    "families": build_family_table,
 }
 
 
@@ -238,10 +279,11 @@ def replace_commands(page: str, folder: Path) -> str:
 
 
 def prepare_scratch(folder: Path) -> None:
-    """The demo's files, the recipes, and one run of the demo."""
+    """The demo's files, the recipes, the examples, and one run of the demo."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(DEMO, folder, dirs_exist_ok=True)
-    shutil.copytree(ROOT / "recipes", folder / "recipes", dirs_exist_ok=True)
+    for name in ("recipes", "examples"):
+        shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
     record = folder / "runs" / "demo-1" / "record.json"
     if not record.exists():
         (folder / "demo.txt").write_text(_run("tunesmith demo", folder) + "\n")
