@@ -144,7 +144,7 @@ class ModelSpec:
     num_experts_per_token: int = 0
     # of the text part's tensors on a multimodal model, and the bytes of its other parts
     tensor_prefix: str = ""
-    left_out_bytes: int = 0
+    omitted_bytes: int = 0
     # attention, recurrent, mlp, experts -> its linears
     parts: dict[str, PartShape] = field(default_factory=dict[str, PartShape])
     recurrent: RecurrentShape | None = None  # of each layer that is not attention alone
@@ -180,6 +180,14 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class WeightedText:
+    """Text of a document whose tokens have one weight in the loss: 0 where they are not trained."""
+
+    text: str
+    weight: float
+
+
+@dataclass(frozen=True)
 class DataReport:
     """Counts and lengths of all rendered rows of a role, before training. Lengths are tokens."""
 
@@ -196,6 +204,10 @@ class DataReport:
     rejected: dict[str, int] = field(default_factory=dict[str, int])
     truncated: int = 0
     length_percentiles: dict[str, int] = field(default_factory=dict[str, int])  # p50, p90, p99, max
+    # longest length of the bin -> documents
+    length_counts: dict[str, int] = field(default_factory=dict[str, int])
+    # beginning of the first training row as the model sees it: runs of text with equal weight
+    first_row: tuple[WeightedText, ...] = ()
     fingerprint: str = ""  # sha256 of the file
     findings: tuple[Finding, ...] = ()
     is_fully_checked: bool = False  # all texts were read, as `tunesmith data check` does

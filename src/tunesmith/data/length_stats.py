@@ -27,6 +27,7 @@ MAX_FULL_SCAN_ROWS = 20_000
 SAMPLE_ROWS = 2_000
 # Rows and bytes of text that are encoded together.
 BATCH_ROWS = 256
+NUM_LENGTH_BINS = 12
 BATCH_BYTES = 2**20
 
 
@@ -167,6 +168,16 @@ def _iter_flags(example: Example, prepared: PreparedRow) -> Iterable[str]:
     user_texts = [each["content"] for each in example.messages if each["role"] == "user"]
     if not all(text.strip() for text in user_texts):
         yield "empty prompt"
+
+
+def count_lengths(lengths_D: np.ndarray) -> dict[str, int]:
+    """Return the documents of each of at most NUM_LENGTH_BINS bins of equal width, by the longest
+    length of the bin; {} without documents."""
+    if not len(lengths_D):
+        return {}
+    width = -(-int(lengths_D.max()) // NUM_LENGTH_BINS)
+    counts = np.bincount((lengths_D - 1).clip(0) // width)
+    return {str((n + 1) * width): int(count) for n, count in enumerate(counts)}
 
 
 def compute_percentiles(lengths_D: np.ndarray) -> dict[str, int]:

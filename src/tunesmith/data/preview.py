@@ -17,7 +17,7 @@ import numpy as np
 from rich.text import Text
 
 from tunesmith.core.formatting import escape_controls
-from tunesmith.core.types import Document
+from tunesmith.core.types import Document, WeightedText
 from tunesmith.data.truncation import PreparedRow
 
 if TYPE_CHECKING:
@@ -86,6 +86,20 @@ def _render_tokens(document: Document, renderer: Renderer, should_show_ids: bool
             text.append("⟧", style)
     text.rstrip()
     return text
+
+
+def split_by_weight(document: Document, renderer: Renderer, limit: int) -> list[WeightedText]:
+    """Return the text of the first `limit` tokens, a part for each run of equal weights."""
+    parts: list[WeightedText] = []
+    begin = 0
+    weights = document.weights_L[:limit].tolist()
+    for weight, run in groupby(weights):
+        end = begin + len(list(run))
+        previous = document.tokens_L[:begin].tolist()
+        text = renderer.decode(document.tokens_L[:end].tolist())[len(renderer.decode(previous)) :]
+        parts.append(WeightedText(text, float(weight)))
+        begin = end
+    return parts
 
 
 def iter_pieces(document: Document, renderer: Renderer) -> Iterator[TokenPiece]:

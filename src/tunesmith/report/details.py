@@ -33,6 +33,19 @@ class RoleView:
     def file_name(self) -> str:
         return self.report.path.rpartition("/")[2]
 
+    @property
+    def lengths(self) -> list[tuple[int, int, int, float]]:
+        """The documents by length: shortest and longest of the bin, how many, and their percentage
+        of the fullest bin."""
+        counts = self.report.length_counts
+        most = max(counts.values())
+        shortest = 1
+        bins: list[tuple[int, int, int, float]] = []
+        for longest, count in counts.items():
+            bins.append((shortest, int(longest), count, 100 * count / most))
+            shortest = int(longest) + 1
+        return bins
+
 
 @dataclass(frozen=True)
 class DataView:

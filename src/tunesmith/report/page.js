@@ -10,7 +10,7 @@
   };
   const sizes = new ResizeObserver((entries) => entries.forEach((entry) => update(entry.target)));
   window.watchPane = (pane) => sizes.observe(pane);
-  document.querySelectorAll(".scroll, .pane pre, .context pre").forEach(window.watchPane);
+  document.querySelectorAll(".scroll, .pane pre, .context pre, pre.trained").forEach(window.watchPane);
 
   const copy = async (button) => {
     const code = button.previousElementSibling;

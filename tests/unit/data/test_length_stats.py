@@ -10,7 +10,12 @@ from tunesmith.data import length_stats as scan_module
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.checks.run import check_data
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.length_stats import compute_percentiles, render_first_documents, scan_dataset
+from tunesmith.data.length_stats import (
+    compute_percentiles,
+    count_lengths,
+    render_first_documents,
+    scan_dataset,
+)
 from tunesmith.data.rejects import iter_rejected_rows
 from tunesmith.data.sampler import StepSampler, permute_rows
 from tunesmith.recipe.fields import DataSource
@@ -94,6 +99,14 @@ def test_rows_that_the_policy_refuses_are_reported_together(write, words):
 def test_percentiles_are_lengths_of_real_documents():
     assert compute_percentiles(np.array([5, 1, 3])) == {"p50": 3, "p90": 5, "p99": 5, "max": 5}
     assert compute_percentiles(np.array([], np.int64)) == {}
+
+
+def test_lengths_are_counted_in_bins_of_equal_width():
+    lengths = np.array([1, 2, 3, 24, 24, 13])
+    counts = count_lengths(lengths)
+    assert counts == {str(2 * n): {1: 2, 2: 1, 7: 1, 12: 2}.get(n, 0) for n in range(1, 13)}
+    assert count_lengths(np.array([5, 5])) == {"1": 0, "2": 0, "3": 0, "4": 0, "5": 2}
+    assert count_lengths(np.array([], np.int64)) == {}
 
 
 def test_long_rows_are_encoded_a_few_at_a_time(write, words, monkeypatch):

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from tunesmith.core.types import Document
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.preview import escape_invisible, iter_pieces, render_preview
+from tunesmith.data.preview import escape_invisible, iter_pieces, render_preview, split_by_weight
 from tunesmith.data.truncation import PreparedRow
 from tunesmith.recipe.fields import DataSource
 
@@ -40,6 +40,16 @@ def test_trained_runs_are_green_and_control_tokens_stand_out(write, words):
     with console.capture() as captured:
         console.print(text)
     assert "\x1b[1;32m" in captured.get()
+
+
+def test_a_document_is_split_where_the_weight_changes(write, words):
+    prepared = prepare(write, words, ("user", "2 + 2?", {}), ("assistant", "it is 4", {}))
+    (document,) = prepared.documents
+    parts = split_by_weight(document, words, 100)
+    assert [part.weight for part in parts] == [0, 1]
+    assert parts[1].text == "it is 4</s>"
+    assert "".join(part.text for part in parts) == words.decode(document.tokens_L.tolist())
+    assert split_by_weight(document, words, len(document) - 1)[1].text == "it is 4"
 
 
 def test_other_weights_and_ids_are_said(write, words):

@@ -15,7 +15,7 @@ from tunesmith.core.events import GenerationSample, Score
 from tunesmith.core.evidence import MAX_GROUP_ROWS, NextStep, RunVerdict
 from tunesmith.core.json_io import to_jsonable
 from tunesmith.core.run_dir import EVAL_AFTER_FILE, EVAL_BEFORE_FILE
-from tunesmith.core.types import DataReport, Finding, PlanValue
+from tunesmith.core.types import DataReport, Finding, PlanValue, WeightedText
 from tunesmith.data.checks.row_checks import ROW_CHECKS
 from tunesmith.data.checks.run import DATASET_CHECKS
 from tunesmith.evaluate.error_analysis import analyze_errors
@@ -226,6 +226,20 @@ def test_overlap_of_training_and_held_out_rows_is_shown(tmp_path: Path) -> None:
     assert "test_data: 1 of 80 rows shares a 13-gram" in cautions
     alone = list_results(data=replace(fake_runs.REPORT, findings=()))
     assert alone[near][0] == "not applicable"
+
+
+def test_lengths_and_the_first_row_are_shown(tmp_path: Path) -> None:
+    parts = (WeightedText("<user>4 & 4?", 0.0), WeightedText("it is <8>", 1.0))
+    report = replace(fake_runs.REPORT, length_counts={"32": 5, "64": 10}, first_row=parts)
+    plan = replace(fake_runs.PLAN, data={"data": report})
+    page = render_page(load_report_data(fake_runs.write_run(tmp_path / "run", plan=plan)))
+    assert "&lt;user&gt;4 &amp; 4?<mark>it is &lt;8&gt;</mark>" in page
+    text = read_text(tmp_path / "run")
+    assert "1 to 32 5" in text
+    assert "33 to 64 10" in text
+    assert page.count('<rect class="all" width="50.0"') == 1
+    plain = read_text(fake_runs.write_run(tmp_path / "plain", plan=fake_runs.PLAN))
+    assert "as the model sees it" not in plain
 
 
 def test_general_texts_are_named_with_the_data(tmp_path: Path) -> None:

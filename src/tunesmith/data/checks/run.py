@@ -18,7 +18,7 @@ from referencing import Registry
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import MAX_ROW_IDS
-from tunesmith.core.types import DataReport, Finding, Json
+from tunesmith.core.types import DataReport, Finding, Json, WeightedText
 from tunesmith.data.checks import (
     distribution,
     duplicates,
@@ -32,9 +32,18 @@ from tunesmith.data.checks.pii import mask_secrets
 from tunesmith.data.checks.text_stats import compute_text_stats
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.formats.few_shot import remove_shots
-from tunesmith.data.length_stats import DatasetScan, compute_percentiles, scan_dataset
+from tunesmith.data.length_stats import (
+    DatasetScan,
+    compute_percentiles,
+    count_lengths,
+    scan_dataset,
+)
 from tunesmith.data.pretraining import PretrainingCorpus
+from tunesmith.data.preview import split_by_weight
 from tunesmith.data.rehearsal import REHEARSAL_ROLE as REHEARSAL
+
+MAX_ROWS_WITHOUT_DOCUMENT = 20  # at the beginning of a data set, before its first row is shown
+MAX_SHOWN_TOKENS = 1500
 
 
 def check_data(
@@ -64,7 +73,10 @@ def check_data(
             for finding in data_check(context):
                 findings.append(_mask_finding(finding, should_read_all))
         report = make_report(dataset, scan, findings)
-        reports[role] = dataclasses.replace(report, is_fully_checked=should_read_all)
+        first_row = _read_first_row(dataset) if role == "data" and corpus is None else ()
+        reports[role] = dataclasses.replace(
+            report, is_fully_checked=should_read_all, first_row=first_row
+        )
     return reports
 
 
@@ -95,6 +107,10 @@ def make_report(
         rejected=_count_rejected(dataset, dataset_scan),
         truncated=dataset_scan.estimate_total(dataset_scan.num_truncated),
         length_percentiles=compute_percentiles(dataset_scan.lengths_D),
+        length_counts={
+            longest: dataset_scan.estimate_total(count)
+            for longest, count in count_lengths(dataset_scan.lengths_D).items()
+        },
         fingerprint=dataset.fingerprint,
         findings=tuple(findings),
         filtered=dict(dataset.constraint_counts.filtered),
@@ -106,6 +122,18 @@ def make_report(
             if task
         },
     )
+
+
+def _read_first_row(dataset: Dataset) -> tuple[WeightedText, ...]:
+    """Return the beginning of the first row that has a document, secrets masked."""
+    for index in range(min(len(dataset), MAX_ROWS_WITHOUT_DOCUMENT)):
+        documents = dataset.render_row(index)[1].documents
+        if documents:
+            return tuple(
+                WeightedText(mask_secrets(part.text), part.weight)
+                for part in split_by_weight(documents[0], dataset.renderer, MAX_SHOWN_TOKENS)
+            )
+    return ()
 
 
 def _count_rejected(dataset: Dataset, dataset_scan: DatasetScan) -> dict[str, int]:

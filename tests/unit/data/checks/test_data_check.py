@@ -325,6 +325,22 @@ def test_a_run_looks_only_at_what_it_needs(write, words):
     assert check_data({"data": open_dataset([DataSource(path=path)], words)})["data"].findings == ()
 
 
+def test_the_first_row_with_a_document_is_kept_for_the_report(write, words):
+    secret = "ghp_" + "a1B2" * 9
+    lines = [{"messages": []}, chat(f"my key is {secret}", "noted"), chat("q", "no")]
+    path = write("".join(json.dumps(row) + "\n" for row in lines))
+    datasets = {
+        role: open_dataset([DataSource(path=path)], words) for role in ("data", "eval_data")
+    }
+    reports = check_data(datasets)
+    parts = reports["data"].first_row
+    assert [part.weight for part in parts] == [0, 1]
+    assert parts[1].text.startswith("noted")
+    assert "my key is " in parts[0].text
+    assert secret not in parts[0].text
+    assert reports["eval_data"].first_row == ()
+
+
 def test_near_leaks_are_found_in_every_earlier_role(report):
     """A held-out row may be nearly equal to one of the second role before it."""
     eval_rows = rows(20, start=100)
