@@ -33,8 +33,8 @@ def find_linears(network: PreTrainedModel) -> dict[str, nn.Linear | QuantizedLin
     """Return path -> linear of the decoder layers, without routers, which stay as they are."""
     linears: dict[str, nn.Linear | QuantizedLinear] = {}
     for path, module in network.named_modules():
-        is_linear = isinstance(module, nn.Linear | QuantizedLinear) and ".layers." in path
-        if is_linear and find_part(path) != ROUTER:
+        is_target = ".layers." in path and find_part(path) != ROUTER
+        if is_target and isinstance(module, nn.Linear | QuantizedLinear):
             linears[path] = module
     return linears
 
@@ -78,7 +78,7 @@ def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
         alpha: float = alphas[path] if path in alphas else settings["lora_alpha"]
         scale = compute_scaling(rank, alpha, use_rslora=settings["use_rslora"])
         if path not in linears:
-            adopt_experts(network, path).add_lora(rank=rank, scale=scale, generator=generator)
+            replace_experts(network, path).add_lora(rank=rank, scale=scale, generator=generator)
             continue
         layer = LoraLinear(
             linears[path],
@@ -105,7 +105,7 @@ def _check_expert_targets(targets: Sequence[str], settings: dict[str, Any]) -> N
             raise InputError(message, where=key, fix=fix)
 
 
-def adopt_experts(network: nn.Module, path: str) -> Experts:
+def replace_experts(network: nn.Module, path: str) -> Experts:
     """Return our module of experts at a path, which replaces that of transformers."""
     module = network.get_submodule(path)
     if not isinstance(module, Experts):

@@ -76,8 +76,8 @@ class ExpertLoraTensors:
 
     def get_expert(self, expert: int, rows: slice) -> ExpertLoraTensors:
         """Return the adapter of some rows of one expert's matrix."""
-        one = slice(expert, expert + 1)
-        return replace(self, a_ERI=self.a_ERI[one], b_EOR=self.b_EOR[one, rows])
+        stack = slice(expert, expert + 1)
+        return replace(self, a_ERI=self.a_ERI[stack], b_EOR=self.b_EOR[stack, rows])
 
 
 def find_expert_delta(

@@ -70,7 +70,7 @@ class ExpertGroups:
         pairs_RH[self.order_R] = rows_RH
         return pairs_RH.view(*self.shape, rows_RH.shape[1]).sum(1)
 
-    def unsort(self, values_R: Tensor) -> Tensor:
+    def restore_order(self, values_R: Tensor) -> Tensor:
         """Return one value per pair as [T, K]."""
         pairs_R = torch.empty_like(values_R)
         pairs_R[self.order_R] = values_R
@@ -186,12 +186,12 @@ def multiply_groups_backward(
     return dx_RI
 
 
-def sum_outer_products(left_RO: Tensor, right_RI: Tensor, groups: ExpertGroups) -> Tensor:
-    """Return [E, O, I]: the sum of left^T right over the rows of each expert, 0 without rows."""
+def sum_outer_products(outer_RO: Tensor, inner_RI: Tensor, groups: ExpertGroups) -> Tensor:
+    """Return [E, O, I]: the sum of outer^T inner over the rows of each expert, 0 without rows."""
     num_experts = len(groups.ends_E)
-    sums_EOI = left_RO.new_zeros(num_experts, left_RO.shape[1], right_RI.shape[1])
+    sums_EOI = outer_RO.new_zeros(num_experts, outer_RO.shape[1], inner_RI.shape[1])
     for expert, begin, end in groups.ranges:
-        torch.mm(left_RO[begin:end].t(), right_RI[begin:end], out=sums_EOI[expert])
+        torch.mm(outer_RO[begin:end].t(), inner_RI[begin:end], out=sums_EOI[expert])
     return sums_EOI
 
 

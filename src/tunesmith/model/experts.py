@@ -161,12 +161,16 @@ class _RunExperts(torch.autograd.Function):
         *_parameters: Tensor,
     ) -> Tensor:
         hidden_RG, z_in = inputs.forward(x_TH[groups.tokens_R], groups)
-        y_RH, z_out = outputs.forward(experts.activate(hidden_RG), groups)
+        y_RH, z_out = outputs.forward(experts.apply_activation(hidden_RG), groups)
         p_R1 = probabilities_TK.flatten()[groups.order_R, None]
         ctx.prepared = (experts, groups, inputs, outputs)
-        is_kept = not experts.should_recompute
+        should_save = not experts.should_recompute
         ctx.save_for_backward(
-            x_TH, probabilities_TK, hidden_RG if is_kept else None, z_in if is_kept else None, z_out
+            x_TH,
+            probabilities_TK,
+            hidden_RG if should_save else None,
+            z_in if should_save else None,
+            z_out,
         )
         return groups.sum_by_token(y_RH * p_R1).to(x_TH.dtype)
 
@@ -181,7 +185,7 @@ class _RunExperts(torch.autograd.Function):
         dy_RH = gradients[0].to(x_TH.dtype)[groups.tokens_R]
         with torch.enable_grad():
             hidden_RG = hidden_RG.detach().requires_grad_()
-            product_RF = experts.activate(hidden_RG)
+            product_RF = experts.apply_activation(hidden_RG)
         # of the outputs before they are weighted: dp is <dy, D act> = <D' dy, act>, and D act is
         # neither saved nor computed again
         dproduct_RF, dz_out = outputs.backward(dy_RH, groups)
@@ -197,7 +201,7 @@ class _RunExperts(torch.autograd.Function):
         dx_RH, dz_in = inputs.backward(dhidden_RG, groups)
         input_grads = inputs.compute_parameter_grads(x_RH, dhidden_RG, z_in, dz_in, groups)
         dx_TH = groups.sum_by_token(dx_RH).to(x_TH.dtype)
-        dp_TK = groups.unsort(dp_R).to(probabilities_TK.dtype)
+        dp_TK = groups.restore_order(dp_R).to(probabilities_TK.dtype)
         return (dx_TH, dp_TK, None, None, None, None, *input_grads, *output_grads)
 
 
@@ -223,14 +227,14 @@ class Experts(nn.Module):
         for name in (self.input_name, self.output_name):
             setattr(self, f"{name}_bias", getattr(stock, f"{name}_bias", None))
         if weights is None:
-            weights = self._adopt_parameters(stock)
+            weights = self._take_parameters(stock)
         self.inputs, self.outputs = weights
         self.num_experts = self.inputs.shape[0]
         self.input_lora: ExpertLora | None = None
         self.output_lora: ExpertLora | None = None
         self.should_recompute = False
 
-    def _adopt_parameters(self, stock: Any) -> tuple[FrozenExperts, FrozenExperts]:
+    def _take_parameters(self, stock: Any) -> tuple[FrozenExperts, FrozenExperts]:
         weights: list[FrozenExperts] = []
         for name in (self.input_name, self.output_name):
             parameter = getattr(stock, name)
@@ -266,7 +270,7 @@ class Experts(nn.Module):
                 named |= {f"{name}.{index}": part for index, part in enumerate(parts)}
         return named
 
-    def activate(self, hidden_RG: Tensor) -> Tensor:
+    def apply_activation(self, hidden_RG: Tensor) -> Tensor:
         """Return act(gate) * up, or act(up) without a gate [R, F]."""
         if self.clamp is not None:
             alpha, limit = self.clamp

@@ -146,7 +146,7 @@ def test_a_wrong_mixer_is_named(family: str, path: str, dtype: torch.dtype) -> N
 def test_wrong_experts_are_named(dtype: torch.dtype) -> None:
     model, samples = prepare_model("qwen3_moe", dtype)
     experts = find_experts(model.network)["model.layers.0.mlp.experts"]
-    experts.activate = lambda hidden_RG: hidden_RG.chunk(2, dim=-1)[1]  # without the gate
+    experts.apply_activation = lambda hidden_RG: hidden_RG.chunk(2, dim=-1)[1]  # without the gate
     assert get_refusal(model, samples).startswith("layers.0.mlp is off by ")
 
 
