@@ -127,7 +127,7 @@ def advise(path: AnyPath | None = None, **answers: Any) -> Advice:
     `path` is a YAML file of facts, or a recipe, in which case its rows are counted. `answers`
     override it: need="tone", examples=300. Raises InputError for an impossible answer."""
     from tunesmith.advise.rules.advice import advise
-    from tunesmith.advise.rules.questionnaire import is_recipe, read_requirements
+    from tunesmith.advise.rules.requirements import is_recipe, read_requirements
 
     file = None if path is None else Path(path)
     requirements = read_requirements(file, answers)

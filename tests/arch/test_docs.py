@@ -237,7 +237,7 @@ Run `tunesmith trian recipe.yaml` or `tunesmith data review`, with `--calibrate`
 <!-- $ tunesmith plan recipe.yaml --fit 24GB | lines 1-3 -->
 
 ```
-$ tunesmith init r.yaml && tunesmith data curate r.yaml --keep 3 --to x --prove
+$ tunesmith init r.yaml && tunesmith data curate r.yaml --keep 3 --out x --prove
 $ tunesmith export RUN \\
     --target gguf --learning-rate 1
 ```

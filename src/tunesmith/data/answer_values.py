@@ -20,6 +20,7 @@ MAX_COUNTED_VALUES = 2_000  # different values of a field that are counted one b
 MAX_VALUE_CHARS = 60
 MAX_NAME_CHARS = 60
 OTHER_FIELDS = "(further fields)"
+LOPSIDED_SHARE = 0.8  # of the most frequent value: above it, a constant would score well
 ANSWER = ""  # the name of the answer as one value
 
 

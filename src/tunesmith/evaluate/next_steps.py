@@ -20,7 +20,7 @@ from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.evidence import NextStep, Shortcut, VerdictName
 from tunesmith.core.run_dir import RECIPE_FILE, is_staged
 from tunesmith.core.types import RunRecord
-from tunesmith.data.checks.lopsided_fields import LOPSIDED_SHARE
+from tunesmith.data.answer_values import LOPSIDED_SHARE
 from tunesmith.evaluate.scale_choice import build_commands, describe_recommendation
 
 MAX_STEPS = 3

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tunesmith.core.types import Finding
-from tunesmith.data.answer_values import ANSWER, ValueCounts, split_fields
+from tunesmith.data.answer_values import ANSWER, LOPSIDED_SHARE, ValueCounts, split_fields
 from tunesmith.data.checks.context import MAX_NAMED_ROWS, CheckContext, get_answer
 from tunesmith.data.rehearsal import REHEARSAL_ROLE
 from tunesmith.data.sampler import permute_rows
@@ -19,7 +19,6 @@ from tunesmith.data.sampler import permute_rows
 MAX_ROWS = 20_000  # that are read, drawn at random
 MIN_OBJECTS = 20  # answers that are JSON objects
 MIN_OBJECT_SHARE = 0.5
-LOPSIDED_SHARE = 0.8  # of the most frequent value
 MAX_FINDINGS = 5  # fields that are named
 FIX = (
     "add rows with other values or drop some with this one; read errors by expected value, "

@@ -14,7 +14,8 @@ from rich.console import Console
 
 import tunesmith
 from tiny_runs import build_sum_rows, write_rows
-from tunesmith.advise.rules.questionnaire import Requirements, ask_questions, read_requirements
+from tunesmith.advise.rules.questionnaire import Requirements, ask_questions
+from tunesmith.advise.rules.requirements import read_requirements
 from tunesmith.cli import app
 from tunesmith.cli.views.advice import render_advice
 from tunesmith.core.errors import InputError
