@@ -42,7 +42,8 @@ class RoleView:
         shortest = 1
         bins: list[tuple[int, int, int, float]] = []
         for longest, count in counts.items():
-            bins.append((shortest, int(longest), count, 100 * count / most))
+            if count or bins:
+                bins.append((shortest, int(longest), count, 100 * count / most))
             shortest = int(longest) + 1
         return bins
 

@@ -230,12 +230,13 @@ def test_overlap_of_training_and_held_out_rows_is_shown(tmp_path: Path) -> None:
 
 def test_lengths_and_the_first_row_are_shown(tmp_path: Path) -> None:
     parts = (WeightedText("<user>4 & 4?", 0.0), WeightedText("it is <8>", 1.0))
-    report = replace(fake_runs.REPORT, length_counts={"32": 5, "64": 10}, first_row=parts)
+    report = replace(fake_runs.REPORT, length_counts={"16": 0, "32": 5, "64": 10}, first_row=parts)
     plan = replace(fake_runs.PLAN, data={"data": report})
     page = render_page(load_report_data(fake_runs.write_run(tmp_path / "run", plan=plan)))
     assert "&lt;user&gt;4 &amp; 4?<mark>it is &lt;8&gt;</mark>" in page
     text = read_text(tmp_path / "run")
-    assert "1 to 32 5" in text
+    assert "17 to 32 5" in text
+    assert "1 to 16" not in text, "no bin before the first document"
     assert "33 to 64 10" in text
     assert page.count('<rect class="all" width="50.0"') == 1
     plain = read_text(fake_runs.write_run(tmp_path / "plain", plan=fake_runs.PLAN))
