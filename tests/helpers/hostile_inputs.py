@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hostile_text_parts
 from tiny_runs import save_model_folder
 from toy_chat import CHATML, make_byte_bpe, write_model_folder
 from tunesmith import api
@@ -30,8 +31,6 @@ from tunesmith.data.chat_template.conversation import track_value
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.chat_template.template import ChatTemplate
 from tunesmith.data.chat_template.tracked_str import make_origin
-from tunesmith.model.hub import text_class  # noqa: F401 - imported here, not measured
-from tunesmith.model.hub.spec import read_spec
 from tunesmith.model.hub.validate import check_folder
 from tunesmith.recipe.load import load_recipe
 
@@ -352,18 +351,6 @@ def make_index(content: Callable[[], str]) -> Callable[[Path], Call]:
     return write
 
 
-def change_text_part(text: Json, tower: Json, folder: Path) -> Call:
-    """Describe a multimodal model whose config.json has other values."""
-    config = {
-        "architectures": ["Gemma3ForConditionalGeneration"],
-        "model_type": "gemma3",
-        "text_config": {"num_hidden_layers": 2, "hidden_size": 32, **text},
-        "vision_config": {"num_hidden_layers": 1, "hidden_size": 16, **tower},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return partial(read_spec, folder)
-
-
 LONG_KEY = "k" * 20_000
 MODELS: dict[str, Callable[[Path], Call]] = {
     "a long key with a long list": partial(
@@ -375,17 +362,7 @@ MODELS: dict[str, Callable[[Path], Call]] = {
     "long nested keys": partial(
         read_model, '{"' + '":{"'.join(["k" * 2000] * 900) + '":0' + "}" * 900
     ),
-    "a text part of a billion layers": partial(change_text_part, {"num_hidden_layers": 10**9}, {}),
-    "a tower of a billion layers": partial(change_text_part, {}, {"num_hidden_layers": 10**9}),
-    "a tower of a billion labels": partial(change_text_part, {}, {"num_labels": 10**9}),
-    "a text part of a million layer types": partial(
-        change_text_part, {"layer_types": ["full_attention"] * 1_000_000}, {}
-    ),
-    "a text part of huge sizes": partial(
-        change_text_part,
-        dict.fromkeys(("hidden_size", "vocab_size", "intermediate_size"), 2**24),
-        {},
-    ),
+    **hostile_text_parts.CASES,
     "a deep config": partial(read_model, '{"a":' * 100_000 + "0" + "}" * 100_000),
     "a deep list": partial(read_model, '{"a":' + "[" * 900 + "0" + "]" * 900 + "}"),
     "a config of a million zeros": partial(read_model, json.dumps({"a": [0] * 1_000_000})),

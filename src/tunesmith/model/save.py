@@ -470,7 +470,7 @@ def save_model(network: nn.Module, folder: Path, base: Path, dtype: torch.dtype)
         if name in state:
             tensors[stored_names.get(name, name)] = buffer.cpu().contiguous()
     if stored_names:
-        for name, header in read_text_tensors(base).left_out.items():
+        for name, header in read_text_tensors(base).omitted.items():
             with safe_open(header.file, "pt") as file:
                 tensors[name] = file.get_tensor(name)
     write_tensors(tensors, folder / "model.safetensors", metadata={"format": "pt"})

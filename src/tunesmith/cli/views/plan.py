@@ -61,7 +61,7 @@ def render_plan(plan: Plan | StagedPlan, *, show_all: bool = False) -> Renderabl
         lines.append(_format_time(plan))
     if "peak" in plan.memory_bytes:
         lines += format_memory(plan)
-    if plan.model.left_out_bytes:
+    if plan.model.omitted_bytes:
         lines.append(describe_text_part(plan.model))
     lines += [f"[yellow]warning[/] {escape(warning)}" for warning in plan.warnings]
     if num_more := len(plan.settings) - len(settings):
@@ -71,7 +71,7 @@ def render_plan(plan: Plan | StagedPlan, *, show_all: bool = False) -> Renderabl
 
 def describe_text_part(model: ModelSpec) -> str:
     """Say how much of a multimodal checkpoint is not loaded."""
-    return f"text part only: {format_bytes(model.left_out_bytes)} of other weights are not loaded"
+    return f"text part only: {format_bytes(model.omitted_bytes)} of other weights are not loaded"
 
 
 def _build_table(settings: Mapping[str, PlanValue]) -> Table:
@@ -221,7 +221,7 @@ def render_diagnosis(diagnosis: Diagnosis) -> RenderableType:
     if model := diagnosis.model:
         size = f"{model.parameters / 1e6:.0f}M parameters"
         parts.append(escape(f"model {model.name}: {size} in {model.path}"))
-        if model.left_out_bytes:
+        if model.omitted_bytes:
             parts.append(describe_text_part(model))
     for fit in diagnosis.memory_fits:
         verdict = "[green]fits[/]" if fit.has_enough_memory else "[red]does not fit[/]"

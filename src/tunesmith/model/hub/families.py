@@ -138,7 +138,7 @@ TEXT_TYPES = {
 EQUAL_TYPES = {"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe"}
 
 
-def _place_in_checkpoint(text_type: str) -> Family:
+def _make_multimodal(text_type: str) -> Family:
     text_type = EQUAL_TYPES.get(text_type, text_type)
     family = TEXT_FAMILIES[text_type]
     return replace(family, is_uniform=False, tensor_prefix=TEXT_PREFIX, text_type=text_type)
@@ -146,7 +146,7 @@ def _place_in_checkpoint(text_type: str) -> Family:
 
 FAMILIES: dict[str, Family] = {
     **TEXT_FAMILIES,
-    **{name: _place_in_checkpoint(text_type) for name, text_type in TEXT_TYPES.items()},
+    **{name: _make_multimodal(text_type) for name, text_type in TEXT_TYPES.items()},
 }
 FAMILY_FIX = f"choose a model of a supported type: {', '.join(FAMILIES)}"
 

@@ -132,8 +132,8 @@ def _attach_mxfp4(name: str, headers: Mapping[str, TensorHeader], where: str) ->
         and header.shape == (*scales.shape, BYTES_PER_GROUP)
     )
     if not is_fitting:
-        found = "missing" if scales is None else f"{scales.dtype} {list(scales.shape)}"
-        message = f"the scales of {name} {header.dtype} {list(header.shape)} are {found}"
+        stored = "missing" if scales is None else f"{scales.dtype} {list(scales.shape)}"
+        message = f"the scales of {name} {header.dtype} {list(header.shape)} are {stored}"
         raise InputError(message, where=where, fix=DOWNLOAD_FIX)
     num_experts, num_outputs, num_groups, _ = header.shape
     shape = (num_experts, num_outputs, 2 * BYTES_PER_GROUP * num_groups)

@@ -101,7 +101,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
     heads = sizes.require("num_attention_heads")
     hidden_size = sizes.require("hidden_size")
     num_layers = sizes.require("num_hidden_layers")
-    headers, left_out_bytes = _load_headers(config)
+    headers, omitted_bytes = _load_headers(config)
     default_head_dim = hidden_size // heads
     if config.family.is_uniform:  # transformers' default differs between model types
         o_proj = _find_tensor(headers, "self_attn.o_proj.weight", path)
@@ -135,7 +135,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
         num_experts=num_experts,
         num_experts_per_token=num_experts_per_token,
         tensor_prefix=config.family.tensor_prefix,
-        left_out_bytes=left_out_bytes,
+        omitted_bytes=omitted_bytes,
         parts=measure_parts(headers, config.text_type, hidden_size, num_experts_per_token),
         recurrent=find_recurrent_shape(config.text, layer_mixers, config.where),
     )
@@ -188,8 +188,8 @@ def _load_headers(config: _ModelConfig) -> tuple[dict[str, TensorHeader], int]:
     if has_weights(path):
         tensors = read_text_tensors(path)
         headers = {name: stored.get_header() for name, stored in tensors.parameters.items()}
-        left_out_bytes = sum(tensor.end - tensor.begin for tensor in tensors.left_out.values())
-        return headers, left_out_bytes
+        omitted_bytes = sum(tensor.end - tensor.begin for tensor in tensors.omitted.values())
+        return headers, omitted_bytes
     if config.family.is_uniform:
         return _build_uniform_headers(config), 0
     from tunesmith.model.hub.text_class import list_expected_headers

@@ -1,6 +1,6 @@
 """Where the parameters of the text part lie in the weight files.
 
-    read_text_tensors(folder) -> TextTensors(parameters, left_out)
+    read_text_tensors(folder) -> TextTensors(parameters, omitted)
 
 In: a folder that `validate.check_folder` has checked. Out: the name of each parameter of
 transformers' text class -> the tensors that hold it, and the tensors that text training does not
@@ -84,8 +84,8 @@ class StoredParameter:
         if self.is_transposed:
             return (*first[:-2], first[-1], first[-2])
         if self.num_experts:
-            return (self.num_experts, *_concatenate_shapes(self.get_expert(0)))
-        return _concatenate_shapes(self.headers)
+            return (self.num_experts, *_concat_shapes(self.get_expert(0)))
+        return _concat_shapes(self.headers)
 
     def get_expert(self, index: int) -> tuple[TensorHeader, ...]:
         """Return the tensors of one of the experts that are stored one by one."""
@@ -99,7 +99,7 @@ class StoredParameter:
         return replace(first, shape=self.shape, begin=0, end=num_bytes)
 
 
-def _concatenate_shapes(headers: tuple[TensorHeader, ...]) -> tuple[int, ...]:
+def _concat_shapes(headers: tuple[TensorHeader, ...]) -> tuple[int, ...]:
     shape = headers[0].shape
     if len(headers) == 1:
         return shape
@@ -108,11 +108,11 @@ def _concatenate_shapes(headers: tuple[TensorHeader, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class TextTensors:
-    """The tensors of a model folder: `parameters` by the name in the text class, `left_out` by the
+    """The tensors of a model folder: `parameters` by the name in the text class, `omitted` by the
     name in the files."""
 
     parameters: Mapping[str, StoredParameter]
-    left_out: Mapping[str, TensorHeader]
+    omitted: Mapping[str, TensorHeader]
 
 
 @dataclass(frozen=True)
@@ -174,11 +174,11 @@ def read_text_tensors(folder: Path) -> TextTensors:
     packing = find_packing(config, naming.text_type, str(config_file))
     headers = attach_scales(read_headers(folder), packing, str(folder))
     single: dict[str, TensorHeader] = {}
-    left_out: dict[str, TensorHeader] = {}
+    omitted: dict[str, TensorHeader] = {}
     for file_name, header in headers.items():
         name = naming.name_parameter(file_name)
         if name is None:
-            left_out[file_name] = header
+            omitted[file_name] = header
         elif name in single:
             message = f"the weights hold {name} twice, once as {file_name}"
             raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
@@ -187,7 +187,7 @@ def read_text_tensors(folder: Path) -> TextTensors:
     if not single:
         message = f"the weights have no text part: no tensor's name starts with {TEXT_PREFIX}"
         raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
-    return TextTensors(_group_tensors(single, naming, folder), left_out)
+    return TextTensors(_group_tensors(single, naming, folder), omitted)
 
 
 def has_uniform_layers(folder: Path) -> bool:

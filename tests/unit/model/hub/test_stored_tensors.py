@@ -172,7 +172,7 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     change_tensors(tmp_path, lambda t: t | {"model.layers.2.eh_proj.weight": extra})
     after = read_spec(tmp_path)
     assert after.parameters == before.parameters
-    assert (before.left_out_bytes, after.left_out_bytes) == (0, 4 * 35)
+    assert (before.omitted_bytes, after.omitted_bytes) == (0, 4 * 35)
     check_weight_shapes(tmp_path)
 
 

@@ -120,7 +120,7 @@ def test_the_spec_describes_the_text_part(folder: Path, model_type: str) -> None
     )
     stored = load_file(folder / "model.safetensors")
     left_out = [tensor for name, tensor in stored.items() if not strip_prefix(name)]
-    assert spec.left_out_bytes == sum(4 * tensor.numel() for tensor in left_out)
+    assert spec.omitted_bytes == sum(4 * tensor.numel() for tensor in left_out)
     assert left_out
 
 
