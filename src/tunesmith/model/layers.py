@@ -261,11 +261,17 @@ PRE_NORM_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Granite", "Qwen3Moe"
 OFFSET_NORM_FAMILIES = ("Gemma", "Gemma2", "Gemma3")
 # their norms and MLPs only
 EXPERT_FAMILIES = ("DeepseekV3", "Glm4Moe", "Glm4MoeLite", "Olmoe")
+HYBRID_FAMILIES = (
+    *("Lfm2", "Lfm2Moe", "Lfm3", "OlmoHybrid"),
+    *("GraniteMoeHybrid", "FalconH1", "NemotronH"),
+)
+OFFSET_HYBRID_FAMILIES = ("Qwen3_5", "Qwen3_5Moe", "Qwen3Next")
 FAMILIES = (*PRE_NORM_FAMILIES, *OFFSET_NORM_FAMILIES)
 NORM_OFFSETS = {
     **{f"{family}RMSNorm": 0.0 for family in PRE_NORM_FAMILIES},
     **{f"{family}RMSNorm": 1.0 for family in OFFSET_NORM_FAMILIES},
-    **{f"{family}RMSNorm": 0.0 for family in EXPERT_FAMILIES},
+    **{f"{family}RMSNorm": 0.0 for family in (*EXPERT_FAMILIES, *HYBRID_FAMILIES)},
+    **{f"{family}RMSNorm": 1.0 for family in OFFSET_HYBRID_FAMILIES},
     "GptOssRMSNorm": 0.0,
 }
 PRUNABLE_LAYERS = tuple(f"{family}DecoderLayer" for family in PRE_NORM_FAMILIES)
