@@ -339,15 +339,15 @@ def wrap_model(
         _block_weights(network)
     network.set_input_embeddings(Embedding(network.get_input_embeddings(), dtype))
     replace_layers(network)
-    _switch_off_dropout(network)
+    _disable_dropout(network)
     freeze_routing(network)
     model = PackedCausalLM(network, dtype, backend)
     apply_gradient_checkpointing(list(model.decoder.layers), gradient_checkpointing)
     return model
 
 
-def _switch_off_dropout(network: nn.Module) -> None:
-    """Switch off the dropout of the base, which older families have: its mask would be drawn for a
+def _disable_dropout(network: nn.Module) -> None:
+    """Disable the dropout of the base, which older families have: its mask would be drawn for a
     pack, so that a document's loss depended on the others. The adapter's own is a setting."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):

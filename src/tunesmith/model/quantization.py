@@ -32,9 +32,9 @@ from tunesmith.model.text_network import (
     finish_network,
     list_stored_parameters,
     pick_dtype,
-    place_packed_experts,
     place_tensor,
     read_finite_parameter,
+    set_packed_experts,
 )
 
 # of dummy weights: neither zero nor subnormal, which some processors multiply at another speed
@@ -54,7 +54,7 @@ def load_quantized(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Pre
     experts = QuantizedExperts(network, dtype)
     for name, stored in list_stored_parameters(network, folder):
         if stored.headers[0].dtype == MXFP4_DTYPE:  # in 4 bits already
-            place_packed_experts(network, name, stored, dtype, device)
+            set_packed_experts(network, name, stored, dtype, device)
             continue
         if experts.has_stack(name):
             experts.quantize(name, _iter_matrices(name, stored, folder, device))

@@ -99,14 +99,14 @@ def load_text_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> 
     network = build_empty_network(folder, dtype)
     for name, stored in list_stored_parameters(network, folder):
         if stored.headers[0].dtype == MXFP4_DTYPE:
-            place_packed_experts(network, name, stored, dtype, device)
+            set_packed_experts(network, name, stored, dtype, device)
             continue
         tensor = read_finite_parameter(name, stored, folder, device)
         place_tensor(network, name, tensor.to(pick_dtype(network, name, dtype)))
     return finish_network(network, folder, device)
 
 
-def place_packed_experts(
+def set_packed_experts(
     network: PreTrainedModel,
     name: str,
     stored: StoredParameter,
