@@ -1,0 +1,92 @@
+"""The reference of preflight is checked too, and what FP8 weights lose is said."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import preflight_models
+from preflight_models import get_refusal, prepare_model
+from tiny_models import make_tiny_document, make_tiny_network
+from tunesmith.core.errors import GateError
+from tunesmith.model.packed_weights import Rounding
+from tunesmith.session.preflight_probe import ORACLE_TOKENS, compute_oracle_logits
+from tunesmith.train.preflight import run_preflight
+from tunesmith.train.preflight_base import (
+    ORACLE_TOLERANCE,
+    break_oracle,
+    check_oracle,
+    compare_logits,
+    explain_unbreakable,
+)
+
+
+def forget_a_layer_without_cache(family: str, dtype: torch.dtype) -> Any:
+    """Return a network whose last layer does nothing unless there is a cache."""
+    network: Any = make_tiny_network(family, dtype)
+    layer = network.model.layers[-1]
+    compute = layer.forward
+
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        return hidden_states if cache is None else compute(hidden_states, *args, **kwargs)
+
+    layer.forward = forward
+    return network
+
+
+def test_a_reference_that_is_wrong_without_a_cache_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Our forward uses the same modules without a cache, so it agrees: nothing else notices."""
+    monkeypatch.setattr(preflight_models, "make_tiny_network", forget_a_layer_without_cache)
+    model, samples = prepare_model("olmo2")
+    assert "transformers disagrees with itself" in get_refusal(model, samples)
+    unchecked = run_preflight(model, dataclasses.replace(samples, oracle=None))
+    assert not [result for result in unchecked if result.level == "error"]
+    monkeypatch.undo()
+    assert run_preflight(*prepare_model("olmo2"))
+
+
+@pytest.mark.parametrize("dtype", ORACLE_TOLERANCE, ids=str)
+def test_a_lost_token_is_noticed(dtype: torch.dtype) -> None:
+    _, samples = prepare_model("llama-64", dtype)
+    assert check_oracle(samples, dtype).level == "ok"
+    assert explain_unbreakable(samples.oracle, dtype) == ""
+    with pytest.raises(GateError, match="disagrees with itself"):
+        check_oracle(break_oracle(samples), dtype)
+    assert samples.oracle is not None
+    not_a_number = samples.oracle.cached_PV * float("nan")
+    broken = dataclasses.replace(samples.oracle, cached_PV=not_a_number)
+    with pytest.raises(GateError, match="nan"):
+        check_oracle(dataclasses.replace(samples, oracle=broken), dtype)
+
+
+def test_equal_logits_cannot_be_told_apart() -> None:
+    _, samples = prepare_model()
+    assert samples.oracle is not None
+    first = samples.oracle.plain_PV[:1].expand(2, -1)
+    alike = dataclasses.replace(samples.oracle, plain_PV=first, cached_PV=first)
+    assert "equal logits" in explain_unbreakable(alike, torch.float32)
+
+
+def test_the_shortest_document_of_two_tokens_is_compared_up_to_a_limit() -> None:
+    network = make_tiny_network("llama")
+    documents = [make_tiny_document(1), make_tiny_document(1, 1), make_tiny_document(90)]
+    oracle = compute_oracle_logits(network, documents)
+    assert oracle is not None
+    assert (oracle.document_id, oracle.num_tokens) == (documents[2].id, ORACLE_TOKENS)
+    assert compare_logits(oracle.cached_PV, oracle.plain_PV) < 1e-5
+    assert oracle.plain_PV.shape == oracle.cached_PV.shape == (2, 97)
+    assert compute_oracle_logits(network, documents[:2]) is None
+
+
+def test_what_fp8_loses_is_said() -> None:
+    model, samples = prepare_model()
+    rounding = Rounding("bfloat16", 0.00171, 8, 224)
+    results = run_preflight(model, dataclasses.replace(samples, rounding=rounding))
+    (said,) = [result for result in results if result.kind == "FP8 weights"]
+    assert said.evidence == (
+        "rounded to bfloat16, mean relative error 0.17%; measured on 8 of 224 matrices"
+    )
