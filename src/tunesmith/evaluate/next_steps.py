@@ -22,6 +22,7 @@ from tunesmith.core.run_dir import RECIPE_FILE, is_staged
 from tunesmith.core.types import RunRecord
 from tunesmith.data.answer_values import LOPSIDED_SHARE
 from tunesmith.evaluate.scale_choice import build_commands, describe_recommendation
+from tunesmith.plan.build import MIN_STEPS
 
 MAX_STEPS = 3
 EPOCHS_FACTOR = 2  # of a run that was still improving at its end
@@ -56,6 +57,21 @@ class RunFacts:
     def is_single_stage(self) -> bool:
         """A run of several stages has no recipe of its own to change."""
         return (self.run / RECIPE_FILE).is_file() or not is_staged(self.run)
+
+    @property
+    def can_train_longer(self) -> bool:
+        """Whether eval_data was still best at the last step of a run that should be better."""
+        record = self.record
+        is_improving = "eval_data" in record.plan.data and record.selected_step == record.steps
+        has_epochs = record.plan.recipe.get("max_steps") is None and self.is_single_stage
+        return is_improving and has_epochs and self.verdict in ("useful, not ready", "no effect")
+
+    def describe_unlearned(self) -> str:
+        """Name a field that is answered by a constant although rows have enough other values."""
+        constant = next(filter(has_other_rows, self.constants), None)
+        if constant is None:
+            return ""
+        return f"; {shorten_name(constant.field) or 'the answer'} is not learned yet"
 
     def format_training(self, flags: str, suffix: str) -> str:
         """Return the command that trains the same recipe with other settings."""
@@ -97,7 +113,7 @@ def suggest_balance(facts: RunFacts) -> NextStep | None:
     """Rows with other values for a field that is answered by a constant, where rows have few.
 
     Few by the limit of `data check`, so that the command shows them. Where rows have enough, the
-    field is not learned yet: see suggest_epochs and suggest_learning_rate."""
+    field is not learned yet: see suggest_smaller_batch and suggest_epochs."""
     constant = next((each for each in facts.constants if not has_other_rows(each)), None)
     if constant is None or not facts.is_single_stage:
         return None
@@ -135,25 +151,33 @@ def suggest_scale(facts: RunFacts) -> NextStep | None:
     return NextStep(reason, commands[0])
 
 
+def suggest_smaller_batch(facts: RunFacts) -> NextStep | None:
+    """Half the batch where a run had few steps: twice as many of the same rows.
+
+    On the demo it is worth more than its time; docs/guides/first-run.md has the numbers."""
+    batch_size = facts.record.plan.config.batch_size or 0
+    if not facts.can_train_longer or facts.record.steps >= MIN_STEPS or batch_size < 2:
+        return None
+    reason = (
+        f"take smaller steps: {facts.record.steps} are few, and eval_data was best at the last"
+        f"{facts.describe_unlearned()}"
+    )
+    half = batch_size // 2
+    return NextStep(reason, facts.format_training(f"--batch-size {half}", f"batch-{half}"))
+
+
 def suggest_epochs(facts: RunFacts) -> NextStep | None:
     """More epochs where eval_data was still best at the last step."""
-    record = facts.record
-    config = record.plan.config
-    is_improving = "eval_data" in record.plan.data and record.selected_step == record.steps
-    is_short = record.plan.recipe.get("max_steps") is None
-    if not (is_improving and is_short and facts.is_single_stage) or facts.verdict not in (
-        "useful, not ready",
-        "no effect",
-    ):
+    if not facts.can_train_longer:
         return None
-    epochs = config.num_train_epochs * EPOCHS_FACTOR
+    config = facts.record.plan.config
     reason = (
         f"train longer: eval_data was best at the last step, after {config.num_train_epochs:g} "
         f"epoch{'' if config.num_train_epochs == 1 else 's'}"
     )
-    constant = next(filter(has_other_rows, facts.constants), None)
-    if constant is not None:
-        reason += f"; {shorten_name(constant.field) or 'the answer'} is not learned yet"
+    if suggest_smaller_batch(facts) is None:
+        reason += facts.describe_unlearned()
+    epochs = config.num_train_epochs * EPOCHS_FACTOR
     flags = f"--num-train-epochs {epochs:g}"
     return NextStep(reason, facts.format_training(flags, f"{epochs:g}-epochs"))
 
@@ -211,6 +235,7 @@ STEPS: tuple[Callable[[RunFacts], NextStep | None], ...] = (
     suggest_test_rows,
     suggest_smaller_rate,
     suggest_balance,
+    suggest_smaller_batch,
     suggest_epochs,
     suggest_scale,
     suggest_learning_rate,

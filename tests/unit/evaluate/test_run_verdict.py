@@ -13,7 +13,7 @@ import pytest
 import fake_runs
 from tunesmith.cli.args import parse_recipe_args
 from tunesmith.core.errors import InputError
-from tunesmith.core.evidence import ErrorAnalysis, RunVerdict, Shortcut
+from tunesmith.core.evidence import ErrorAnalysis, NextStep, RunVerdict, Shortcut
 from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.types import Comparison, RunRecord
 from tunesmith.evaluate.run_verdict import judge_run, judge_unfinished, read_verdict
@@ -224,6 +224,42 @@ def test_a_constant_with_enough_other_rows_needs_training_not_rows() -> None:
     assert "not learned" not in list_reasons(few, record.steps)[1]
     unknown = replace(enough, training_rows=None, total_rows=None)
     assert list_reasons(unknown, 1)[0].endswith("count its values in the training rows")
+
+
+def test_smaller_steps_are_for_short_runs_of_batches_that_still_improve() -> None:
+    record = fake_runs.make_record()
+    plan = replace(record.plan, data=record.plan.data | {"eval_data": record.plan.data["data"]})
+    errors = make_errors(35, shortcuts=(replace(CONSTANT, training_rows=30),))
+
+    def list_steps(steps: int, batch_size: int | None, selected_step: int) -> list[NextStep]:
+        size = replace(record.plan.settings["seed"], value=batch_size)
+        verdict = judge(
+            errors,
+            make_change(0.4),
+            plan=plan.with_settings(batch_size=size),
+            steps=steps,
+            selected_step=selected_step,
+        )
+        return list(verdict.next_steps)
+
+    smaller, longer = list_steps(99, 5, 99)[:2]
+    assert smaller.reason == (
+        "take smaller steps: 99 are few, and eval_data was best at the last; "
+        "flag is not learned yet"
+    )
+    assert smaller.command == (
+        "tunesmith train 'runs/a b/recipe.yaml' --batch-size 2 --output-dir 'runs/a b-batch-2'"
+    )
+    assert longer.reason == "train longer: eval_data was best at the last step, after 1 epoch"
+    for steps, batch_size, selected_step in (
+        (100, 2, 100),
+        (99, 1, 99),
+        (99, None, 99),
+        (99, 2, 50),
+    ):
+        others = list_steps(steps, batch_size, selected_step)
+        assert others
+        assert not any("--batch-size" in step.command for step in others)
 
 
 def test_next_steps_are_commands_that_parse(tmp_path: Path) -> None:
