@@ -114,13 +114,13 @@ def continue_convolution(
     num_taps = weight_CK.shape[1]
     if history is not None:
         x_TC = torch.cat([history.flatten(0, 1).to(x_TC.dtype), x_TC])
-        layout = _prepend_history(layout, num_taps - 1)
+        layout = _add_history(layout, num_taps - 1)
     y_TC = convolve(x_TC, weight_CK, bias_C, find_edges(layout, num_taps, x_TC.device))
     tails = find_tails(layout, num_taps - 1, x_TC.device)[-num_rows:]
     return y_TC[len(x_TC) - num_tokens :], gather_rows(x_TC, tails)
 
 
-def _prepend_history(layout: PackLayout, length: int) -> PackLayout:
+def _add_history(layout: PackLayout, length: int) -> PackLayout:
     """Return a layout in which every segment continues `length` tokens of its own."""
     assert not layout.parents, "rows of generation are roots"
     count = len(layout.lengths)

@@ -123,7 +123,7 @@ def run_chunks(
     log_decay = decay.cumsum(-1)
     since_start = log_decay.exp()
     until_end = (log_decay[..., -1:] - log_decay).exp()
-    scores, solution = _relate_tokens(q, k, log_decay, beta if is_delta_rule else None)
+    scores, solution = _compare_tokens(q, k, log_decay, beta if is_delta_rule else None)
     updates = beta[..., None] * v if solution is None else (solution * beta[..., None, :]) @ v
     from_state = None
     if solution is not None:
@@ -154,7 +154,7 @@ def run_chunks(
     return chunks.join(torch.cat(outputs).permute(0, 3, 1, 2, 4)), states
 
 
-def _relate_tokens(
+def _compare_tokens(
     q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return how much each token of a chunk reads from the update of each earlier one
