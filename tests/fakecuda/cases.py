@@ -310,6 +310,50 @@ def keep_saved(model: PackedCausalLM, record: Record) -> None:
     model.decoder.register_forward_hook(read)
 
 
+def mix_devices() -> Record:
+    with recording() as record:
+        torch.zeros(3, device="cuda") + torch.zeros(3)
+    return record
+
+
+def index_from_host() -> Record:
+    with recording() as record:
+        torch.zeros(3, device="cuda")[torch.tensor([0, 2])]
+    return record
+
+
+def select_by_values() -> Record:
+    with recording() as record:
+        values = torch.zeros(3, device="cuda")
+        values[values > 0]
+    return record
+
+
+def read_twice() -> Record:
+    with recording() as record:
+        values = torch.zeros(3, device="cuda")
+        values.tolist()
+        float(values.sum())
+    return record
+
+
+def count_one_add() -> Record:
+    """One kernel of 12 bytes, beside the input, which is from before."""
+    values = torch.zeros(3, device="cuda")
+    with recording() as record:
+        record.saved_bytes = (values + 1).untyped_storage().nbytes()
+        record.step_kernels = record.num_kernels
+    return record
+
+
+# faults that the recorder must see, and counts that are known
+CONTROLS: dict[str, Callable[[], Record]] = {
+    "mixed devices": mix_devices,
+    "an index on the host": index_from_host,
+    "a shape that depends on values": select_by_values,
+    "two reads": read_twice,
+    "one kernel": count_one_add,
+}
 FULL = {"method": "full"}
 NEW_TOKENS = {
     "add_tokens": {"<a>": 97, "<b>": 98},
@@ -366,7 +410,7 @@ for policy in POLICIES:
             train_large, num_layers, gradient_checkpointing=policy
         )
 for family, family_config in CONFIGS.items():
-    CASES[f"family {family}"] = partial(train, family_config)
+    CASES[f"family {family}"] = partial(train, family_config, make_tiny_documents((17, 17, 5)))
 
 
 def run_case(case: Callable[[], Record]) -> dict[str, Any]:
@@ -397,7 +441,7 @@ def main(folder: Path) -> None:
     CASES["resume"] = partial(resume, saved, steps_before=0)
     CASES["rollback"] = partial(resume, saved, steps_before=2)
     with fake_gpu():
-        results = {name: run_case(case) for name, case in CASES.items()}
+        results = {name: run_case(case) for name, case in (CASES | CONTROLS).items()}
     (folder / "results.json").write_text(json.dumps(results))
 
 

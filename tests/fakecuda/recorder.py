@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense.default, aten.equal.default)
@@ -57,12 +56,12 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         del types
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = list(_iter_tensors((args, kwargs)))
         if func in READS:
             return self._read(func, inputs, args)
         self._refuse_mixture(func, inputs)
         out = func(*args, **(kwargs or {}))
-        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        outputs = list(_iter_tensors(out))
         on_gpu = [tensor for tensor in outputs if tensor.device.type == "cuda"]
         if func in COPIES and inputs[-1].device.type != outputs[0].device.type:
             if on_gpu:
@@ -116,6 +115,16 @@ class Recorder(TorchDispatchMode):
             record.live_bytes -= size
 
         weakref.finalize(storage, forget)
+
+
+def _iter_tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _iter_tensors(item)
+    elif isinstance(value, dict):
+        yield from _iter_tensors(list(value.values()))
 
 
 def _stand_in(dtype: torch.dtype) -> float | int | bool:

@@ -61,6 +61,24 @@ def run_cases(folder: Path) -> None:
     assert (folder / "results.json").exists(), done.stderr[-2000:]
 
 
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("mixed devices", "aten::add of tensors on"),
+        ("an index on the host", "aten::index of tensors on"),
+        ("a shape that depends on values", "DynamicOutputShape"),
+    ],
+)
+def test_faults_are_seen(results: Results, name: str, error: str) -> None:
+    assert error in results[name]["error"]
+
+
+def test_reads_kernels_and_bytes_are_counted(results: Results) -> None:
+    assert results["two reads"]["reads"] == 2
+    one_kernel = results["one kernel"]
+    assert (one_kernel["step_kernels"], one_kernel["peak_bytes"]) == (1, 12)
+
+
 @pytest.mark.parametrize("name", [*CASES, *CHECKPOINT_CASES])
 def test_it_runs(results: Results, name: str) -> None:
     assert results[name]["error"] == ""
