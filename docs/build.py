@@ -34,7 +34,7 @@ from typer.models import ArgumentInfo
 from tunesmith.cli.app import VERBS
 from tunesmith.cli.output import PIPE_WIDTH
 from tunesmith.core.types import Json
-from tunesmith.model.hub.families import FAMILIES
+from tunesmith.model.hub.families import FAMILIES, REFUSED_TYPES
 from tunesmith.recipe import fields, objectives, schema
 from tunesmith.recipe.explain import describe_schema
 
@@ -169,6 +169,15 @@ def build_family_table() -> list[str]:
     return lines
 
 
+def build_refused_table() -> list[str]:
+    """Model types that are refused for a reason of their own, by reason."""
+    types: dict[str, list[str]] = {}
+    for model_type, reason in REFUSED_TYPES.items():
+        types.setdefault(reason, []).append(f"`{model_type}`")
+    lines = ["| `model_type` | why: it |", "|---|---|"]
+    return lines + [f"| {', '.join(names)} | {reason} |" for reason, names in types.items()]
+
+
 def _read_measured_families() -> dict[str, list[str]]:
     """The errors of each model type in docs/results/families.md; of several configs, the largest of
     each."""
@@ -199,6 +208,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "verbs": build_verb_table,
     "help": build_help_pages,
     "families": build_family_table,
+    "refused": build_refused_table,
 }
 
 
