@@ -20,6 +20,8 @@ from tunesmith.core.errors import InputError
 GROUP = 32  # weights that share a scale in MXFP4
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SCALE_BIAS = 127
+# bytes of a value -> type as wide as two of them
+PAIR_DTYPES = {2: torch.int32, 4: torch.int64, 8: torch.complex128}
 # with larger scales a weight may be infinite in fp32 and in bf16; 255 means NaN
 MAX_SCALE = 252
 
@@ -38,13 +40,17 @@ def widen_fp8(weight_OI: Tensor, scales: Tensor, block: tuple[int, int] | None) 
 
 
 def widen_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weights [.., 32 G] of bytes [.., G, 16] and of scales [.., G], uint8 both."""
+    """Return the weights [.., 32 G] of bytes [.., G, 16] and of scales [.., G], uint8 both.
+
+    The two values of a byte are looked up as one word, which is several times as fast."""
     values = torch.tensor((*MAGNITUDES, *(-value for value in MAGNITUDES)), dtype=dtype)
     codes = torch.arange(256)
     pairs_by_byte = torch.stack((values[codes & 15], values[codes >> 4]), dim=-1)
-    scale_by_byte = (codes.double() - SCALE_BIAS).exp2().to(dtype)
-    groups = pairs_by_byte.to(blocks.device)[blocks.int()].flatten(-2)
-    return groups.mul_(scale_by_byte.to(scales.device)[scales.int(), None]).flatten(-2)
+    word_by_byte = pairs_by_byte.view(PAIR_DTYPES[dtype.itemsize]).flatten().to(blocks.device)
+    scale_by_byte = (codes.double() - SCALE_BIAS).exp2().to(scales.device, dtype)
+    words = word_by_byte.index_select(0, blocks.flatten().int())
+    groups = words.view(dtype).view(*scales.shape, GROUP)
+    return groups.mul_(scale_by_byte[scales.int(), None]).flatten(-2)
 
 
 class Mxfp4ExpertWeight:
