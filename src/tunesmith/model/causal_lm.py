@@ -200,13 +200,12 @@ class PackedCausalLM:
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes of the keys and values of all attention layers for one token."""
-        config = self.network.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        if getattr(config, "qk_nope_head_dim", None):  # multi-head latent attention
-            size = config.qk_nope_head_dim + config.qk_rope_head_dim
-        num_layers = sum(map(_has_attention, self.decoder.layers))
-        return 2 * num_layers * heads * size * self.dtype.itemsize
+        configs = self.network.config.get_text_config().per_layer_config
+        num_values = 0
+        for index, layer in enumerate(self.decoder.layers):
+            if _has_attention(layer):
+                num_values += 2 * _count_key_values(configs[index])
+        return num_values * self.dtype.itemsize
 
     @property
     def state_bytes_per_row(self) -> int:
@@ -366,6 +365,15 @@ def _block_weights(network: PreTrainedModel) -> None:
     for parameter in network.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.clone()
+
+
+def _count_key_values(config: Any) -> int:
+    """Return how many values the keys of a layer have for one token, and its values at most."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if getattr(config, "qk_nope_head_dim", None):  # multi-head latent attention
+        size = config.qk_nope_head_dim + config.qk_rope_head_dim
+    return heads * size
 
 
 def _has_attention(layer: nn.Module) -> bool:
