@@ -25,8 +25,10 @@ class Wave:
     """Neighboring chunks that are computed at once, since all that precede them have been."""
 
     chunks: slice
-    # the chunk before each one on its path, as an index into the wave before; None: there is none
-    previous: Tensor | None
+    # the chunk before each one on its path, as an index into the wave before, a slice if they are
+    # its first ones in this order; None: there is none
+    previous: Tensor | slice | None
+    first_previous: int  # first chunk of the wave before
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +71,7 @@ def cut_chunks(layout: PackLayout, chunk_size: int, device: torch.device) -> Chu
             segments.append(segment)
             before = len(spans) - 1
         last_chunks.append(before)
-    order = sorted(range(len(spans)), key=depths.__getitem__)
+    order = _sort_by_depth(depths, previous)
     ranks = {chunk: rank for rank, chunk in enumerate(order)}
     waves = _list_waves(order, depths, previous, device)
     # on the host, with numpy: a GPU would have to wait for the number of tokens
@@ -89,6 +91,16 @@ def cut_chunks(layout: PackLayout, chunk_size: int, device: torch.device) -> Chu
     )
 
 
+def _sort_by_depth(depths: list[int], previous: list[int]) -> list[int]:
+    """Return the chunks by depth. Of one depth, those that most chunks follow come first: in a
+    plain pack, the chunks of a depth then follow the first ones of the depth before."""
+    heights = [0] * len(depths)  # longest path that continues a chunk
+    for chunk in reversed(range(len(depths))):
+        if previous[chunk] >= 0:
+            heights[previous[chunk]] = max(heights[previous[chunk]], heights[chunk] + 1)
+    return sorted(range(len(depths)), key=lambda chunk: (depths[chunk], -heights[chunk]))
+
+
 def _list_waves(
     order: list[int], depths: list[int], previous: list[int], device: torch.device
 ) -> tuple[Wave, ...]:
@@ -101,10 +113,13 @@ def _list_waves(
         while end < len(order) and depths[order[end]] == depth:
             end += 1
         chunks = order[start:end]
-        indices = None
+        first_previous = waves[-1].chunks.start if waves else 0
+        waves.append(Wave(slice(start, end), None, first_previous))
         if depth:
-            indices = torch.tensor([ranks[previous[chunk]] for chunk in chunks], device=device)
-        waves.append(Wave(slice(start, end), indices))
+            indices = [ranks[previous[chunk]] for chunk in chunks]
+            is_first = indices == list(range(len(chunks)))
+            index = slice(len(chunks)) if is_first else torch.tensor(indices, device=device)
+            waves[-1] = Wave(slice(start, end), index, first_previous)
         ranks = {chunk: rank for rank, chunk in enumerate(chunks)}
         start = end
     return tuple(waves)

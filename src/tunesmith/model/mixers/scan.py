@@ -1,21 +1,13 @@
-"""The recurrence of Gated DeltaNet and Mamba2 along every path of a pack, in chunks.
+"""The short convolution and the recurrence of Gated DeltaNet and Mamba2 as one node of autograd.
 
-    S_t = exp(g_t) S_(t-1) + k_t u_t        o_t = q_t S_t
-    u_t = beta_t (v_t - exp(g_t) k_t S_(t-1))   delta rule (Gated DeltaNet)
-    u_t = beta_t v_t                            otherwise (Mamba2)
+In: what a mixer projects from the hidden states of a pack. Out: what it reads from its state, per
+token: silu of the convolution (convolution.py), divided into q, k and v, then the recurrence
+(recurrence.py) in fp32 or wider. The forward saves its inputs only; the backward runs both again,
+some heads at a time. `continue_rows` does the same for rows of generation. Left out: projections,
+gates and norms (gated_delta.py, mamba2.py).
 
-In: the inputs of the convolution before it, decays and strengths of a pack. Out: what the mixer
-reads from its state, per token. A segment starts with the state at the end of its parent, a root
-with zeros. Inside a chunk the recurrence is a product of triangular matrices; from chunk to chunk
-it runs in waves (chunks.py). Sums are fp32 or wider.
-
-The forward saves its inputs only; the backward runs convolution and recurrence again, some heads at
-a time. Left out: projections, gates and norms (gated_delta.py, mamba2.py).
-
-Source: Yang et al., Gated Delta Networks, arXiv 2412.06464, section 3.3; Dao and Gu, Mamba2, arXiv
-2405.21060, section 6. Legend: T tokens, C channels of the convolution, K its taps, G heads of q and
-k, R heads of v for each of them, D key size, E value size, N chunks, L tokens of a chunk, B rows of
-generation, S segments."""
+Legend: T tokens, C channels of the convolution, K its taps, G heads of q and k, R heads of v for
+each of them, H = G * R, D key size, E value size, B rows of generation."""
 
 from __future__ import annotations
 
@@ -35,6 +27,7 @@ from tunesmith.model.mixers.convolution import (
     convolve,
     convolve_backward,
 )
+from tunesmith.model.mixers.recurrence import run_chunks, run_chunks_backward, step_rows
 
 CHUNK_SIZE = 32
 # of what the backward recomputes at once: fewer heads for more tokens
@@ -101,87 +94,7 @@ class ScanInputs:
     skip_H: Tensor | None  # factor of v that is added to the output
 
 
-# ---------------------------------------------------------------- the recurrence
-
-
-def run_chunks(
-    qkv: tuple[Tensor, Tensor, Tensor],
-    decay_TGR: Tensor,
-    beta_TGR: Tensor,
-    chunks: ChunkedLayout,
-    is_delta_rule: bool,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the outputs [T, G, R, E] and the states [n, G, D, R * E] at the ends of the n chunks
-    of each wave.
-
-    q, k [T, G, D] and v [T, G, R, E] are fp32 or wider. `initial_state` [S, G, D, R * E] is where
-    the roots start; zeros by default."""
-    q, k = (chunks.split(x).transpose(1, 2) for x in qkv[:2])  # N G L D
-    v = chunks.split(qkv[2]).permute(0, 2, 3, 1, 4)  # N G R L E
-    decay, beta = (chunks.split(x).permute(0, 2, 3, 1) for x in (decay_TGR, beta_TGR))  # N G R L
-    log_decay = decay.cumsum(-1)
-    since_start = log_decay.exp()
-    until_end = (log_decay[..., -1:] - log_decay).exp()
-    scores, solution = _compare_tokens(q, k, log_decay, beta if is_delta_rule else None)
-    updates = beta[..., None] * v if solution is None else (solution * beta[..., None, :]) @ v
-    from_state = None
-    if solution is not None:
-        from_state = solution * (beta * since_start)[..., None, :]
-    outputs: list[Tensor] = []
-    states: list[Tensor] = []
-    for wave in chunks.waves:
-        here = wave.chunks
-        u = updates[here]
-        before = None
-        if wave.previous is not None:
-            before = states[-1].index_select(0, wave.previous)
-        elif initial_state is not None:
-            before = initial_state.index_select(0, chunks.roots)
-        if before is not None and from_state is not None:
-            u = u - from_state[here] @ _split_values(k[here] @ before, u)
-        out = scores[here] @ u
-        added = k[here].transpose(-1, -2) @ _join_values(u * until_end[here, ..., None])
-        if before is None:
-            states.append(added)
-        else:
-            read = _split_values(q[here] @ before, u)
-            out = out + read * since_start[here, ..., None]
-            remaining = since_start[here, :, None, :, -1:]  # n G 1 R 1
-            faded = (before.unflatten(-1, v.shape[2::2]) * remaining).flatten(-2)
-            states.append(faded + added)
-        outputs.append(out)
-    return chunks.join(torch.cat(outputs).permute(0, 3, 1, 2, 4)), states
-
-
-def _compare_tokens(
-    q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return how much each token of a chunk reads from the update of each earlier one
-    [N, G, R, L, L], and with `beta` the inverse of the system that the delta rule solves: the
-    update of a token depends on those of the tokens before it."""
-    chunk_size = q.shape[2]
-    ones = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device)
-    difference = log_decay[..., :, None] - log_decay[..., None, :]
-    fading = difference.masked_fill(ones.triu(1), float("-inf")).exp()
-    scores = (q @ k.transpose(-1, -2))[:, :, None] * fading
-    if beta is None:
-        return scores, None
-    system = (k @ k.transpose(-1, -2))[:, :, None] * fading * beta[..., None]
-    identity = torch.eye(chunk_size, dtype=q.dtype, device=q.device)
-    # reads below the diagonal only
-    solution = torch.linalg.solve_triangular(system, identity, upper=False, unitriangular=True)
-    return scores, solution
-
-
-def _split_values(x: Tensor, like: Tensor) -> Tensor:
-    """Turn [n, G, L, R * E] into [n, G, R, L, E], the shape of `like`."""
-    return x.unflatten(-1, like.shape[2::2]).transpose(2, 3)
-
-
-def _join_values(x: Tensor) -> Tensor:
-    """Turn [n, G, R, L, E] into [n, G, L, R * E]."""
-    return x.transpose(2, 3).flatten(-2)
+# ---------------------------------------------------------------- some heads
 
 
 def _run_heads(
@@ -192,7 +105,7 @@ def _run_heads(
     chunks: ChunkedLayout,
     is_delta_rule: bool,
 ) -> Tensor:
-    """Return the outputs [T, G, R, E] of some heads, in fp32 or wider; differentiable."""
+    """Return the outputs [T, G, R, E] of some heads, in fp32 or wider."""
     q, k, v = (x.to(decay_TGR.dtype) for x in qkv)
     if is_delta_rule:
         q, k = normalize_qk(q, k)
@@ -277,16 +190,27 @@ class _Piece:
     chunks: ChunkedLayout
 
     def compute_grads(self, dout_TGRE: Tensor, is_delta_rule: bool) -> tuple[Tensor, ...]:
-        """Run the recurrence again, and return the gradients of q, k, v, decay, beta and skip."""
+        """Run the recurrence again, and return the gradients of q, k, v, decay, beta and, if there
+        is one, of skip."""
         qkv, decay, beta, skip = self.tensors
-        wide = [x.to(decay.dtype) for x in qkv]  # so that gradients are not rounded, either
-        leaves = [x.detach().requires_grad_() for x in (*wide, decay, beta)]
-        if skip is not None:
-            skip = skip.detach().requires_grad_()
-            leaves.append(skip)
-        with torch.enable_grad():
-            out = _run_heads(leaves[:3], leaves[3], leaves[4], skip, self.chunks, is_delta_rule)
-        return torch.autograd.grad(out, leaves, dout_TGRE[:, *self.heads].to(out.dtype))
+        dout = dout_TGRE[:, *self.heads].to(decay.dtype)
+        q, k, v = (x.detach().to(decay.dtype) for x in qkv)
+        normed = (q, k)
+        if is_delta_rule:
+            with torch.enable_grad():
+                q.requires_grad_()
+                k.requires_grad_()
+                normed = normalize_qk(q, k)
+        inputs = (normed[0].detach(), normed[1].detach(), v)
+        dq, dk, dv, ddecay, dbeta = run_chunks_backward(
+            dout, inputs, decay, beta, self.chunks, is_delta_rule
+        )
+        if is_delta_rule:
+            dq, dk = torch.autograd.grad(normed, (q, k), (dq, dk))
+        if skip is None:
+            return dq, dk, dv, ddecay, dbeta
+        dskip = (dout * v).sum((0, 3))
+        return dq, dk, dv + skip[..., None] * dout, ddecay, dbeta, dskip
 
 
 def _iter_inputs(
@@ -340,7 +264,7 @@ def continue_rows(
     if shape.is_delta_rule:
         q, k = normalize_qk(q, k)
     if state is not None and len(mixed_TC) == len(layout.lengths):
-        out = _step_rows((q, k, v), decay_TGR, beta_TGR, state, shape.is_delta_rule)
+        out = step_rows((q, k, v), decay_TGR, beta_TGR, state, shape.is_delta_rule)
     else:
         chunks = cut_chunks(layout, shape.chunk_size, mixed_TC.device)
         out, wave_states = run_chunks(
@@ -350,20 +274,3 @@ def continue_rows(
     if inputs.skip_H is not None:
         out = out + shape.split_heads(inputs.skip_H)[..., None] * v
     return out.to(mixed_TC.dtype).flatten(1), (history, state)
-
-
-def _step_rows(
-    qkv: tuple[Tensor, Tensor, Tensor],
-    decay_BGR: Tensor,
-    beta_BGR: Tensor,
-    state: Tensor,
-    is_delta_rule: bool,
-) -> Tensor:
-    """Apply the recurrence to one token per row; returns [B, G, R, E] and updates the state."""
-    q, k, v = qkv
-    state.unflatten(-1, v.shape[2:]).mul_(decay_BGR.exp()[:, :, None, :, None])
-    if is_delta_rule:
-        v = v - (k[:, :, None] @ state).view(v.shape)
-    update = (beta_BGR[..., None] * v).flatten(-2)
-    state.add_(k[..., None] * update[:, :, None])
-    return (q[:, :, None] @ state).view(v.shape)

@@ -234,10 +234,9 @@ def test_chunks_never_cross_a_segment_and_follow_their_parents() -> None:
     for wave in chunks.waves:
         here = spans[wave.chunks]
         if wave.previous is not None:
-            before |= {
-                min(span): previous[index]
-                for span, index in zip(here, wave.previous.tolist(), strict=True)
-            }
+            indices = torch.arange(len(previous))[wave.previous].tolist()
+            for span, index in zip(here, indices, strict=True):
+                before[min(span)] = previous[index]
         previous = here
     assert before == {4: [0, 1, 2, 3], 6: [4, 5], 10: [6, 7, 8, 9], 11: [4, 5], 17: [10]}
     assert [spans[i][-1] for i in chunks.last_chunks_S.tolist()] == [5, 10, 12, 16, 17]
