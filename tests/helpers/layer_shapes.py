@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tunesmith.core.types import ModelSpec, PartShape
+from tunesmith.core.model_spec import ModelSpec, PartShape
 from tunesmith.model.hub.validate import TensorHeader
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, NotRequired, TypedDict, Unpack
 
-from tunesmith.core.types import ModelSpec, PartShape
+from tunesmith.core.model_spec import ModelSpec, PartShape
 
 # python, torch and transformers imported (480 MB), and what the first matmuls leave
 PROCESS_BYTES = 560_000_000
@@ -120,6 +120,17 @@ def compute_saved_bytes(spec: ModelSpec, dtype_bytes: int, *, use_dora: bool = F
         saved_bytes += recurrent.layers * spec.recurrent.compute_saved_bytes(dtype_bytes)
     router_bytes = (dtype_bytes + 4) * spec.num_experts + 32 * spec.num_experts_per_token
     return saved_bytes + spec.parts.get(EXPERTS, NO_PART).layers * router_bytes
+
+
+def count_norm_inputs(spec: ModelSpec) -> int:
+    """Return the values per token that the norms of all layers read."""
+    q = spec.num_heads * spec.head_dim
+    kv = spec.num_kv_heads * spec.head_dim
+    values = 2 * spec.hidden_size
+    values += 2 * spec.hidden_size * spec.model_type.startswith(OUTPUT_NORM_TYPES)
+    values += (q + kv) * spec.model_type.startswith(QK_NORM_TYPES)
+    values += (q + spec.intermediate_size) * spec.model_type.startswith(INNER_NORM_TYPES)
+    return spec.num_layers * values
 
 
 def count_recomputed_values(spec: ModelSpec) -> int:

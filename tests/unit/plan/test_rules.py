@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from tunesmith.core.types import PartShape, PlanValue
+from tunesmith.core.model_spec import PartShape
+from tunesmith.core.types import PlanValue
 from tunesmith.data.sampler import StepSampler
 from tunesmith.plan import rules
 from tunesmith.plan.rules import RULES, Measures, RuleContext

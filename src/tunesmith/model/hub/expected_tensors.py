@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunesmith.core.types import UNGATED_MLP_TYPES
 from tunesmith.model.hub.validate import DTYPE_BYTES, TensorHeader
 
 # Defaults of transformers where config.json is silent. Other model types: head_dim is hidden_size /
@@ -35,6 +34,7 @@ NORMS_PER_LAYER = {
 HEAD_QK_NORM_TYPES = {"apertus", "exaone4", "gemma3_text", "hunyuan_v1_dense", "qwen3"}
 FULL_QK_NORM_TYPES = {"olmo2", "olmo3"}
 QKV_BIAS_TYPES = {"glm", "glm4", "qwen2", "seed_oss"}  # unless the config turns the bias off
+UNGATED_MLP_TYPES = {"apertus", "arcee"}  # up_proj and down_proj, no gate_proj
 FUSED_MLP_TYPES = {"glm", "glm4", "phi3"}
 FUSED_QKV_TYPES = {"phi3"}
 STORED_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

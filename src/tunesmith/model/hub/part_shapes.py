@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import PartShape, RecurrentShape
+from tunesmith.core.model_spec import PartShape, RecurrentShape
 from tunesmith.model.hub.validate import TensorHeader
 from tunesmith.model.target_modules import EXPERTS, ROUTER, find_part, has_adapter_format
 

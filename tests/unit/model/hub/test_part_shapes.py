@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layer_shapes import make_headers
 from tiny_models import CONFIGS, LORA, make_tiny_network
-from tunesmith.core.types import PartShape
+from tunesmith.core.model_spec import PartShape
 from tunesmith.model.adapters import METHODS, get_trainable_parameters
 from tunesmith.model.hub.families import count_experts, count_experts_per_token
 from tunesmith.model.hub.part_shapes import measure_parts
