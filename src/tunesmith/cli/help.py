@@ -100,7 +100,7 @@ def find_panel(name: str) -> str | None:
 def format_examples(verb: str, *, has_recipe: bool) -> str:
     """Return the end of a verb's help, in rich markup: recipe keys that it takes, and examples."""
     lines = ["[bold]Examples[/]", *(f"  {line}" for line in EXAMPLES.get(verb, ()))]
-    keys = ["[bold]Recipe keys[/] (all: docs/reference/recipe.md)", *COMMON_KEYS]
+    keys = ["[bold]Recipe keys[/] (all: tunesmith schema)", *COMMON_KEYS]
     return "\n".join([*keys, "", *lines] if has_recipe else lines)
 
 

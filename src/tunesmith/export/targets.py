@@ -75,9 +75,9 @@ TARGETS: dict[str, dict[str, ExportFormat]] = {
         for kind, (tolerance, width) in GGUF_TYPES.items()
     }
     | {"lora": ExportFormat(write_lora, reload_lora, EXACT_TOLERANCE)},
-    "hub": {"": ExportFormat(write_hub, reload_peft, EXACT_TOLERANCE)},
     "ollama": {
         kind: ExportFormat(write_ollama, reload_ollama, tolerance, width)
         for kind, (tolerance, width) in GGUF_TYPES.items()
     },
+    "hub": {"": ExportFormat(write_hub, reload_peft, EXACT_TOLERANCE)},
 }

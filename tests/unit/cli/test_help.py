@@ -1,5 +1,6 @@
 """Examples of --help work, every verb has a heading, and the shell completes keys and runs."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,15 @@ from typer.main import get_command
 
 from fake_runs import write_run
 from tunesmith.cli import app
-from tunesmith.cli.help import EXAMPLES, PANELS, complete_keys, complete_runs, format_examples
-from tunesmith.recipe.schema import Recipe
+from tunesmith.cli.help import (
+    COMMON_KEYS,
+    EXAMPLES,
+    PANELS,
+    complete_keys,
+    complete_runs,
+    format_examples,
+)
+from tunesmith.recipe.schema import KEYS, Recipe
 
 
 def test_every_verb_has_examples_and_a_heading() -> None:
@@ -41,7 +49,16 @@ def test_help_shows_examples_as_they_are(tunesmith: Any) -> None:
     for line in EXAMPLES["train"]:
         assert line in out
     assert "<bool>" not in out
-    assert format_examples("no such verb").count("\n") == 0
+    assert format_examples("no such verb", has_recipe=False).count("\n") == 0
+
+
+def test_help_of_verbs_with_a_recipe_names_common_keys_that_exist(tunesmith: Any) -> None:
+    _, out, _ = tunesmith("train", "--help")
+    for line in COMMON_KEYS:
+        assert line.strip() in out
+    flags = re.findall(r"--[a-z-]+", " ".join(COMMON_KEYS))
+    assert {flag.removeprefix("--").replace("-", "_") for flag in flags} <= set(KEYS)
+    assert "Recipe keys" not in tunesmith("report", "--help")[1]
 
 
 def test_the_first_level_is_in_the_order_of_the_headings(tunesmith: Any) -> None:
