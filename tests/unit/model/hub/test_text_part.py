@@ -21,8 +21,14 @@ from tunesmith.model.causal_lm import get_lm_head, load_network, wrap_model
 from tunesmith.model.hub.adapter_config import read_adapter
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_model_headers, read_spec
-from tunesmith.model.merge import read_loras, write_merged_weights
-from tunesmith.model.save import load_adapter, save_adapter, save_config, save_model
+from tunesmith.model.merge import read_loras, read_saved_modules, write_merged_weights
+from tunesmith.model.save import (
+    load_adapter,
+    rescale_adapter,
+    save_adapter,
+    save_config,
+    save_model,
+)
 from tunesmith.model.target_modules import list_linear_paths
 
 CONFIGS = make_multimodal_configs()
@@ -253,6 +259,35 @@ def test_a_trained_model_is_saved_whole(folder: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = network(input_ids=IDS, use_cache=False).logits
     assert torch.equal(compute_whole_logits(tmp_path), expected)
+
+
+def test_patterns_and_modules_have_names_of_the_whole_model(gemma3: Path, tmp_path: Path) -> None:
+    """Ranks and alphas of single layers, modules trained in full, and another scale."""
+    settings = SETTINGS | {
+        "rank_pattern": {"model.layers.1.self_attn.q_proj": 2},
+        "alpha_pattern": {"model.layers.0.self_attn.q_proj": 3},
+        "modules_to_save": ["model.norm"],
+    }
+    network: Any = load_network(gemma3, torch.float32)
+    METHODS["lora"](network, settings)
+    for parameter in get_trainable_parameters(network).values():
+        parameter.data += 0.1
+    folder = tmp_path / "adapter"
+    save_adapter(network, folder, settings, gemma3)
+    adapter = read_adapter(folder, gemma3)
+    assert adapter.rank_pattern == {"model.layers.1.self_attn.q_proj": 2}
+    assert adapter.alpha_pattern == {"model.layers.0.self_attn.q_proj": 3}
+    assert adapter.saved_parameters == ("model.norm.weight",)
+    with torch.no_grad():
+        expected = network(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(compute_whole_logits(gemma3, folder), expected, rtol=1e-5, atol=1e-5)
+    before = load_file(folder / "adapter_model.safetensors")
+    modules = read_saved_modules(folder, gemma3)
+    rescale_adapter(folder, 0.5, {}, modules)
+    after = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert after.keys() == before.keys()
+    assert read_adapter(folder, gemma3).alpha == SETTINGS["lora_alpha"] / 2
 
 
 # ---------------------------------------------------------------- what is refused
