@@ -23,6 +23,7 @@ from tunesmith.model.frozen_weight import NF4Weight
 from tunesmith.model.packed_formats import Mxfp4ExpertWeight
 
 GROUPED_ALIGNMENT = 8  # bf16 values: the grouped product reads rows of 16 bytes
+SMALLEST_STEP = 16  # between numbers of rows of products that are compiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +87,11 @@ class ExpertMatrices(Protocol):
         ...
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        ...
+
+    @property
     def stacked(self) -> Tensor | None:
         """All matrices [E, O, I], None if only one at a time is in the dtype of the products."""
         ...
@@ -102,6 +108,10 @@ class StackedMatrices:
     stacked: Tensor
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.stacked.dtype
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         num_experts, num_outputs, num_inputs = self.stacked.shape
         return num_experts, num_outputs, num_inputs
@@ -116,6 +126,10 @@ class DenseExpertWeight:
     def __init__(self, parameter: nn.Parameter, *, is_transposed: bool = False) -> None:
         self.parameter = parameter
         self.is_transposed = is_transposed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -165,38 +179,62 @@ FrozenExperts = DenseExpertWeight | NF4ExpertWeight | Mxfp4ExpertWeight
 
 
 def multiply_groups(x_RI: Tensor, matrices: ExpertMatrices, groups: ExpertGroups) -> Tensor:
-    """Return [R, O]: each row times the transposed matrix of its expert."""
-    if can_group(x_RI, matrices) and matrices.stacked is not None:
+    """Return [R, O]: each row times the transposed matrix of its expert, in the matrices' dtype."""
+    if matrices.stacked is not None and can_group(x_RI, matrices.stacked):
         return F.grouped_mm(x_RI, matrices.stacked.transpose(1, 2), offs=groups.ends_E)
-    y_RO = x_RI.new_empty(len(x_RI), matrices.shape[1])
+    y_RO = x_RI.new_empty(len(x_RI), matrices.shape[1], dtype=matrices.dtype)
     for expert, begin, end in groups.ranges:
-        torch.mm(x_RI[begin:end], matrices.get_matrix(expert).t(), out=y_RO[begin:end])
+        matrix_IO = matrices.get_matrix(expert).t()
+        y_RO[begin:end] = _multiply_rows(x_RI, matrix_IO, begin, end)
     return y_RO
 
 
 def multiply_groups_backward(
     dy_RO: Tensor, matrices: ExpertMatrices, groups: ExpertGroups
 ) -> Tensor:
-    """Return [R, I]: each row of an output gradient times the matrix of its expert."""
-    if can_group(dy_RO, matrices) and matrices.stacked is not None:
+    """Return [R, I]: each row of an output gradient times the matrix of its expert, in the
+    matrices' dtype."""
+    if matrices.stacked is not None and can_group(dy_RO, matrices.stacked):
         return F.grouped_mm(dy_RO, matrices.stacked, offs=groups.ends_E)
-    dx_RI = dy_RO.new_empty(len(dy_RO), matrices.shape[2])
+    dx_RI = dy_RO.new_empty(len(dy_RO), matrices.shape[2], dtype=matrices.dtype)
     for expert, begin, end in groups.ranges:
-        torch.mm(dy_RO[begin:end], matrices.get_matrix(expert), out=dx_RI[begin:end])
+        dx_RI[begin:end] = _multiply_rows(dy_RO, matrices.get_matrix(expert), begin, end)
     return dx_RI
 
 
 def sum_outer_products(outer_RO: Tensor, inner_RI: Tensor, groups: ExpertGroups) -> Tensor:
-    """Return [E, O, I]: the sum of outer^T inner over the rows of each expert, 0 without rows."""
-    num_experts = len(groups.ends_E)
-    sums_EOI = outer_RO.new_zeros(num_experts, outer_RO.shape[1], inner_RI.shape[1])
+    """Return [E, O, I]: the sum of outer^T inner over the rows of each expert, 0 without rows; in
+    the wider of both dtypes."""
+    dtype = torch.promote_types(outer_RO.dtype, inner_RI.dtype)
+    shape = (len(groups.ends_E), outer_RO.shape[1], inner_RI.shape[1])
+    sums_EOI = outer_RO.new_zeros(shape, dtype=dtype)
     for expert, begin, end in groups.ranges:
-        torch.mm(outer_RO[begin:end].t(), inner_RI[begin:end], out=sums_EOI[expert])
+        outer_OR = outer_RO[begin:end].to(dtype).t()
+        torch.mm(outer_OR, inner_RI[begin:end].to(dtype), out=sums_EOI[expert])
     return sums_EOI
 
 
-def can_group(x: Tensor, matrices: ExpertMatrices) -> bool:
+def _multiply_rows(x_RI: Tensor, matrix_IO: Tensor, begin: int, end: int) -> Tensor:
+    window, rows = choose_window(x_RI, begin, end)
+    return (x_RI[window].to(matrix_IO.dtype) @ matrix_IO)[rows]
+
+
+def can_group(x: Tensor, stacked: Tensor) -> bool:
     """Return whether torch's grouped product takes these: bf16 on CUDA, in rows of 16 bytes. On a
     CPU it is a loop over the experts too."""
-    is_aligned = all(size % GROUPED_ALIGNMENT == 0 for size in matrices.shape[1:])
-    return x.is_cuda and x.dtype == torch.bfloat16 and is_aligned
+    is_aligned = all(size % GROUPED_ALIGNMENT == 0 for size in stacked.shape[1:])
+    return x.is_cuda and x.dtype == stacked.dtype == torch.bfloat16 and is_aligned
+
+
+def choose_window(x_RI: Tensor, begin: int, end: int) -> tuple[slice, slice]:
+    """Return the rows to multiply for those from `begin` to `end`, and where these are in them.
+
+    oneDNN compiles a bf16 product for each number of rows, which takes 2 ms and memory that is not
+    returned. So on a CPU the rows of neighbours fill it up to one of a few numbers."""
+    count = end - begin
+    if x_RI.dtype != torch.bfloat16 or x_RI.device.type != "cpu":
+        return slice(begin, end), slice(0, count)
+    step = max(SMALLEST_STEP, 2 ** (count - 1).bit_length() // 8)
+    size = min(len(x_RI), -(-count // step) * step)
+    start = min(begin, len(x_RI) - size)
+    return slice(start, start + size), slice(begin - start, end - start)

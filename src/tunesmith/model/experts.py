@@ -71,7 +71,7 @@ class ExpertLora(nn.Module):
         self._cast_cache: tuple[tuple[object, ...], StackedMatrices, StackedMatrices] | None = None
 
     def cast(self, dtype: torch.dtype) -> tuple[StackedMatrices, StackedMatrices]:
-        """Return A [E, r, I] and B [E, O, r] in `dtype`.
+        """Return A [E, r, I] and B [E, O, r] in `dtype`, laid out for products.
 
         While nothing trains they are cached by their versions, as in `prepare_group`: generation
         casts them once, not at every token."""
@@ -108,7 +108,9 @@ class PreparedExperts:
         self.parameters: tuple[Tensor, ...] = ()
         if lora is not None and lora.scale != 0:
             self.scale = lora.scale
-            self.a, self.b = lora.cast(x.dtype)
+            # on a CPU oneDNN would compile each of the many small products of bf16
+            dtype = x.dtype if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
+            self.a, self.b = lora.cast(dtype)
             self.parameters = (lora.lora_A, lora.lora_B)
 
     def forward(self, x_RI: Tensor, groups: ExpertGroups) -> tuple[Tensor, Tensor | None]:

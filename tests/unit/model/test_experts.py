@@ -43,6 +43,7 @@ from tunesmith.model.expert_weights import (
     ExpertGroups,
     NF4ExpertWeight,
     StackedMatrices,
+    choose_window,
     multiply_groups,
     multiply_groups_backward,
 )
@@ -115,6 +116,38 @@ def test_the_grouped_product_of_torch_equals_the_loop(dtype: torch.dtype) -> Non
     backward = F.grouped_mm(y_RO, matrices.stacked, offs=groups.ends_E)
     dx_RI = multiply_groups_backward(y_RO, matrices, groups)
     torch.testing.assert_close(dx_RI, backward, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 63, 130, 200])
+def test_products_of_bf16_have_few_numbers_of_rows(count: int) -> None:
+    """Each number is compiled. The rows of neighbours that fill it up are computed for nothing."""
+    x_RI = torch.zeros(200, 8, dtype=torch.bfloat16)
+    for begin in {0, (200 - count) // 2, 200 - count}:
+        window, rows = choose_window(x_RI, begin, begin + count)
+        indices = torch.arange(200)[window][rows]
+        assert indices.tolist() == list(range(begin, begin + count))
+        size = window.stop - window.start
+        assert size == 200 or size % 16 == 0
+        assert size < 1.15 * count + 16
+    assert choose_window(x_RI.float(), 3, 20) == (slice(3, 20), slice(0, 17))
+
+
+def test_experts_in_bf16_equal_those_in_fp64() -> None:
+    stock: Any = make_stock_experts("qwen3_moe")
+    exact = Experts(stock)
+    exact.add_lora(rank=4, scale=1.5, generator=torch.Generator().manual_seed(2))
+    for lora in (exact.input_lora, exact.output_lora):
+        assert lora is not None
+        lora.lora_B.data += 0.1
+    rounded = copy.deepcopy(exact)
+    for parameter in (rounded.gate_up_proj, rounded.down_proj):
+        parameter.data = parameter.data.bfloat16()
+    x, choices, p = make_inputs(stock.num_experts)
+    expected = run_backward(exact, x, choices, p)
+    narrow = [tensor.detach().bfloat16().requires_grad_() for tensor in (x, p)]
+    actual = run_backward(rounded, narrow[0], choices, narrow[1])
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours.double() - theirs).norm() < 0.02 * theirs.norm()
 
 
 def test_experts_save_what_the_plan_counts() -> None:
