@@ -81,6 +81,16 @@ def test_a_wrong_name_of_a_run_is_answered_with_the_nearest(
     assert "did you mean runs/invoice-1?" in err
 
 
+def test_why_a_run_is_unreadable_is_not_cut(folder: Path, tunesmith: Callable[..., Any]) -> None:
+    run = write_run(folder / "runs/old")
+    content = json.loads((run / PLAN_FILE).read_text())
+    (run / PLAN_FILE).write_text(json.dumps(content | {"format": 1}))
+    problem = tunesmith("runs", "--json")[1]
+    message = json.loads(problem)["runs"][0]["problem"]
+    assert len(message) > 60
+    assert "".join(message.split()) in "".join(tunesmith("runs")[1].split())
+
+
 def test_a_folder_without_a_close_name_lists_its_runs(
     folder: Path, tunesmith: Callable[..., Any]
 ) -> None:

@@ -13,7 +13,8 @@ import yaml
 from tiny_runs import make_tiny_recipe
 from tunesmith.cli.app import main
 from tunesmith.core.errors import InputError
-from tunesmith.recipe.load import load_recipe
+from tunesmith.evaluate.regression_gate import parse_metrics
+from tunesmith.recipe.load import load_recipe, read_recipe
 from tunesmith.recipe.schema import ALIASES, KEYS, Recipe
 
 PREFERENCE = {"stage": "preference"}
@@ -191,3 +192,17 @@ def test_plan_reads_flags_as_it_reads_numbers(
     streams = capsys.readouterr()
     assert (caught.value.code or 0) == (2 if message else 0), streams.err
     assert message in " ".join(streams.err.split())
+
+
+def test_the_former_spelling_of_a_metric_is_accepted() -> None:
+    recipe = read_recipe(
+        None,
+        model="m",
+        data="rows.jsonl",
+        metrics=["normalised_match", "exact_match"],
+        gates={"normalised_match": ">= 0.5", "test/normalised_match": ">= 0.6"},
+    )
+    assert isinstance(recipe, Recipe)
+    assert recipe.metrics == ("normalized_match", "exact_match")
+    assert recipe.gates == {"normalized_match": ">= 0.5", "test/normalized_match": ">= 0.6"}
+    assert parse_metrics("normalised_match") == ("normalized_match",)
