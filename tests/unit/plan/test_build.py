@@ -16,6 +16,7 @@ from tunesmith.plan.build import (
     build_plan,
     refuse_if_too_large,
 )
+from tunesmith.plan.flops import estimate_run_flops
 from tunesmith.plan.memory import EVALUATION_BYTES
 from tunesmith.plan.rules import RULES, Measures, RuleContext
 from tunesmith.recipe.schema import Recipe
@@ -228,3 +229,26 @@ def test_the_user_is_warned_of_what_weakens_the_result(plan: Planner) -> None:
 
 def test_a_large_model_with_enough_rows_needs_no_warning(plan: Planner) -> None:
     assert plan(roles={"test_data": {"rows": 200}}, parameters=8 * 10**9).warnings == ()
+
+
+def test_a_cpu_is_said_to_meet_all_experts(plan: Planner) -> None:
+    sparse = {
+        "num_experts": 128,
+        "num_experts_per_token": 8,
+        "active_parameters": 3 * 10**9,
+        "block_parameters": 30 * 10**9,
+        "parameters": 31 * 10**9,
+        "available_bytes": 200 * 10**9,
+    }
+    (warning,) = (text for text in plan(**sparse).warnings if "experts" in text)
+    assert "a token meets 8 of 128 experts (10% of the layers' parameters)" in warning
+    assert "correct and slow" in warning
+    assert not any("experts" in text for text in plan(**sparse, device="cuda").warnings)
+
+
+def test_experts_cost_what_a_token_meets(plan: Planner) -> None:
+    sizes = {"block_parameters": 30 * 10**9, "parameters": 31 * 10**9}
+    dense = plan(**sizes, active_parameters=30 * 10**9)
+    sparse = plan(**sizes, active_parameters=3 * 10**9, num_experts=128, num_experts_per_token=8)
+    assert estimate_run_flops(sparse) < 0.2 * estimate_run_flops(dense)
+    assert sparse.memory_bytes["weights"] <= dense.memory_bytes["weights"]
