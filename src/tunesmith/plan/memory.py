@@ -210,7 +210,9 @@ def estimate_peak_memory(
         use_dora=footprint.get("dora", False),
     )
     # fp32 matmuls are not oneDNN's, and their loss has temporaries
-    kernel_bytes = KERNEL_BYTES * min(packs, MAX_KERNEL_SIZES) if is_bf16 else 0
+    # each expert gets another number of tokens in every pack
+    num_sizes = MAX_KERNEL_SIZES if spec.num_experts else min(packs, MAX_KERNEL_SIZES)
+    kernel_bytes = KERNEL_BYTES * num_sizes if is_bf16 else 0
     logit_bytes = CHUNK_TARGETS * spec.vocab_size * dtype_bytes
     parts = {
         "process": PROCESS_BYTES,

@@ -199,6 +199,8 @@ def test_each_size_of_a_pack_leaves_code_up_to_a_bound(spec: ModelSpec) -> None:
         estimate_peak_memory(spec, **SETTINGS, packs=packs)["kernels"] for packs in (2, 100, 10_000)
     )
     assert (many, more) == (50 * few, many)
+    sparse = dataclasses.replace(spec, num_experts=8)
+    assert estimate_peak_memory(sparse, **SETTINGS, packs=2)["kernels"] == many
     assert estimate_peak_memory(spec, **(SETTINGS | {"dtype": "fp32"}), packs=100)["kernels"] == 0
 
 

@@ -1,4 +1,4 @@
-"""The bytes that a forward keeps for its backward are those that the plan counts."""
+"""What a forward keeps for its backward, and generation for a row, are the bytes of the plan."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tiny_models import LORA, collate_documents, make_tiny_documents
+from tiny_models import LORA, collate_documents, make_tiny_documents, make_tiny_network
 from tunesmith.model.adapters import METHODS, get_trainable_parameters
 from tunesmith.model.causal_lm import PackedCausalLM, load_network, wrap_model
 from tunesmith.model.hub.spec import read_spec
-from tunesmith.plan.memory import compute_saved_bytes
+from tunesmith.plan.memory import CacheSize, compute_cache_bytes, compute_saved_bytes
 
 LENGTHS = (100, 70, 64, 22)
 SIZES: dict[str, Any] = {
@@ -54,6 +54,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", FULL] * 2, "block_auto_adjust_ff_dim": False},
     "qwen3_moe": EXPERTS,
 }
+CACHED_FAMILIES = (
+    *("qwen3", "qwen3_5", "qwen3_next", "olmo_hybrid", "lfm2", "granitemoehybrid", "falcon_h1"),
+    *("nemotron_h", "deepseek_v3", "glm4_moe_lite", "gpt_oss"),
+)
 
 
 def write_model(model_type: str, folder: Path) -> None:
@@ -98,3 +102,15 @@ def test_saved_bytes_are_those_of_the_formula(
     counted = sum(LENGTHS) * compute_saved_bytes(spec, dtype.itemsize)
     measured = measure_saved_bytes(load_model(tmp_path, dtype))
     assert measured == pytest.approx(counted, rel=0.15)
+
+
+@pytest.mark.parametrize("family", CACHED_FAMILIES)
+def test_a_row_of_generation_keeps_what_the_plan_counts(family: str, tmp_path: Path) -> None:
+    network = make_tiny_network(family)
+    network.save_pretrained(tmp_path)
+    model = wrap_model(network, torch.float32)
+    spec = read_spec(tmp_path)
+    assert compute_cache_bytes(spec, CacheSize(0, 1), 4) == model.cache_bytes_per_token > 0
+    state_bytes = compute_cache_bytes(spec, CacheSize(1, 0), 4)
+    assert state_bytes == model.state_bytes_per_row
+    assert bool(state_bytes) == (spec.recurrent is not None)

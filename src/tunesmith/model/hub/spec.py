@@ -120,7 +120,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
         hidden_size=hidden_size,
         num_heads=heads,
         num_kv_heads=sizes.get("num_key_value_heads", heads),
-        head_dim=sizes.get("head_dim", default_head_dim),
+        head_dim=_find_head_dim(config.text) or sizes.get("head_dim", default_head_dim),
         intermediate_size=_find_intermediate_size(config, headers, sizes),
         vocab_size=sizes.require("vocab_size"),
         context_length=sizes.require("max_position_embeddings"),
@@ -178,6 +178,13 @@ def _check_nested_counts(content: Json, where: str) -> None:
             if limit is not None and type(value) is int and value > limit:
                 message = f"{key} is {str(value)[:80]}, more than {limit:,}"
                 raise InputError(message, where=where, fix=f"correct {key}")
+
+
+def _find_head_dim(config: Json) -> int:
+    """Return the size of a head of multi-head latent attention, 0 for other attention."""
+    rotated = config.get("qk_rope_head_dim")
+    plain = config.get("qk_nope_head_dim")
+    return rotated + plain if isinstance(rotated, int) and isinstance(plain, int) else 0
 
 
 def _load_headers(config: _ModelConfig) -> tuple[dict[str, TensorHeader], int]:
