@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 from pydantic import TypeAdapter, ValidationError
 
 GENERAL_TASK = "general text"  # the task of scores on retention_data
+DATA_CHECK = "data check"  # the kind of results that are about rows, not about steps
 PROBE_TASK = "probes"  # of the answers generated during training
 EXPECTED_TASK = "expected answers"  # of the expected answers to the same prompts
 EVAL_TASK = "eval"  # of answers to rows of eval_data

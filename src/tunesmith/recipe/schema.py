@@ -85,7 +85,7 @@ class Recipe(BaseModel):
 
     data: Sources = Field(
         min_length=1,
-        description="Training rows: a path, or a list of {path, format, columns, ...}.",
+        description="Training rows: a path, hf://org/name, or a list of {path, format, ...}.",
     )
     eval_data: Sources = Field(
         default=(), description="Held-out rows that select checkpoints and settings."

@@ -224,8 +224,8 @@ def _list_cautions(run: ReportData) -> tuple[str, ...]:
         cautions += [f"resumed with changed inputs: {text}" for text in run.record.input_changes]
     for stage in run.stages:
         for check in stage.select_events(CheckResult):
-            if check.level != "ok":
-                evidence = check.evidence.partition("\n")[0]
+            evidence = check.evidence.partition("\n")[0]
+            if check.level != "ok" and evidence not in cautions:  # an overlap of rows is in both
                 cautions.append(f"step {check.step}: {check.kind}: {evidence}")
     return tuple(dict.fromkeys(cautions))  # stages may repeat them
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from tunesmith.core.events import (
+    DATA_CHECK,
     EVAL_TASK,
     PROBE_TASK,
     CheckpointSaved,
@@ -64,7 +65,7 @@ def build_curves(run: ReportData) -> list[CurvesView] | None:
 
 
 def _build_stage_curves(stage: StageData, number: int) -> CurvesView:
-    checks = stage.select_events(CheckResult)
+    checks = [each for each in stage.select_events(CheckResult) if each.kind != DATA_CHECK]
     alerts = [check for check in checks if check.level in ALERT_LEVELS]
     marks: list[Mark] = []
     for event in stage.select_events(CheckpointSaved):

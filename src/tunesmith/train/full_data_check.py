@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from tunesmith.core.events import CheckResult
+from tunesmith.core.events import DATA_CHECK, CheckResult
 from tunesmith.core.formatting import MAX_ROW_IDS, format_count, format_duration
 from tunesmith.core.types import DataReport, Plan
 from tunesmith.data.dataset import Dataset
@@ -25,7 +25,6 @@ BYTES_PER_SECOND = 1.2e6  # 20,000 rows of 2.2 kB took 36.1 s of one core
 # to be longer than it is. The demo reaches 1.1e11 on each of two Zen 4 cores.
 FASTEST_FLOPS = {"cpu": 2.5e11, "cuda": 1e15}
 MAX_FINDINGS = 5
-KIND = "data check"
 
 
 def check_all_texts(plan: Plan, inputs: RunInputs) -> tuple[Plan, tuple[CheckResult, ...]]:
@@ -86,9 +85,9 @@ def _list_results(reports: dict[str, DataReport]) -> list[CheckResult]:
                 lines.append(f"{role}: {finding.message}")
     if not lines:
         evidence = f"nothing to look at in {format_count(rows, 'row')}"
-        return [CheckResult(KIND, "ok", evidence, num_checked=rows)]
-    results = [CheckResult(KIND, "warn", line) for line in lines[:MAX_FINDINGS]]
+        return [CheckResult(DATA_CHECK, "ok", evidence, num_checked=rows)]
+    results = [CheckResult(DATA_CHECK, "warn", line) for line in lines[:MAX_FINDINGS]]
     if len(lines) > MAX_FINDINGS:
         more = format_count(len(lines) - MAX_FINDINGS, "finding")
-        results.append(CheckResult(KIND, "warn", f"{more} more: tunesmith data check"))
+        results.append(CheckResult(DATA_CHECK, "warn", f"{more} more: tunesmith data check"))
     return results

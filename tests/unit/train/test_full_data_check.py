@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 
 from tiny_runs import build_sum_rows, make_chat_row, make_tiny_recipe, write_rows
-from tunesmith.core.events import CheckResult
+from tunesmith.core.events import DATA_CHECK, CheckResult
 from tunesmith.core.run_dir import read_run_plan
 from tunesmith.core.types import Plan
 from tunesmith.report.data_checks import list_checks
+from tunesmith.report.run_data import load_report_data
+from tunesmith.report.summary import build_summary
+from tunesmith.report.training_curves import build_curves
 from tunesmith.session import inputs
 from tunesmith.session.inputs import RunInputs
 from tunesmith.train import full_data_check, run
@@ -39,7 +42,7 @@ def test_a_long_run_reads_all_texts_and_tells_what_it_finds(
     assert explain_skipped_check(plan, run_inputs) == ""
     events = list(run.train(plan, run_inputs))
     results = [
-        event for event in events if isinstance(event, CheckResult) and event.kind == "data check"
+        event for event in events if isinstance(event, CheckResult) and event.kind == DATA_CHECK
     ]
     assert any("data: 1 of 6 rows" in result.evidence for result in results)
     assert {result.level for result in results} == {"warn"}
@@ -52,6 +55,11 @@ def test_a_long_run_reads_all_texts_and_tells_what_it_finds(
     states = {view.title: view.state for view in list_checks(stored.data)}
     assert states["Keys and passwords"] == "found"
     assert states["Nearly equal rows"] == "clean"
+    page_data = load_report_data(Path(plan.config.output_dir))
+    views = build_curves(page_data)
+    assert views is not None
+    assert not any(each.kind == DATA_CHECK for each in (*views[0].alerts, *views[0].passed))
+    assert any(results[0].evidence in caution for caution in build_summary(page_data).cautions)
 
 
 def test_a_short_run_does_not_and_says_so(tiny_folder: Path, tmp_path: Path) -> None:
