@@ -5,6 +5,7 @@ A case fails on tensors of different devices in one operation, and on operations
 on values. Numbers are those of one step, counted. Where the shim does not compile, as with another
 torch, the tests are skipped and say why."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,8 +16,11 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from cases import CASES, LARGE_TOKENS, POLICIES
+from cases import CASES, LARGE, LARGE_TOKENS, POLICIES
+from layer_shapes import describe_layers
 from tiny_models import EXPERT_FAMILIES
+from tunesmith.core.types import ModelSpec
+from tunesmith.plan.memory_gpu import estimate_gpu_memory
 
 FOLDER = Path(__file__).parent
 CHECKPOINT_CASES = ("resume", "rollback")
@@ -131,3 +135,58 @@ def test_a_layer_launches_no_more_kernels(results: Results, policy: str) -> None
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_layer_saves_no_more_bytes(results: Results, policy: str) -> None:
     assert count_layer(results, policy, "saved_bytes") / LARGE_TOKENS <= BUDGETS[policy][1]
+
+
+# ---------------------------------------------------------------- what a plan predicts
+
+
+def describe_large(num_layers: int) -> ModelSpec:
+    """Return the model of the 8B cases as a plan sees it."""
+    hidden_size = LARGE["hidden_size"]
+    spec = ModelSpec(
+        name="8B",
+        path=Path("8B"),
+        architecture="Qwen3ForCausalLM",
+        model_type="qwen3",
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=LARGE["num_attention_heads"],
+        num_kv_heads=LARGE["num_key_value_heads"],
+        head_dim=LARGE["head_dim"],
+        intermediate_size=LARGE["intermediate_size"],
+        vocab_size=LARGE["vocab_size"],
+        context_length=LARGE["max_position_embeddings"],
+        tie_word_embeddings=False,
+        parameters=0,
+        dtype="bfloat16",
+    )
+    spec = describe_layers(spec)
+    matrices = 2 * LARGE["vocab_size"] * hidden_size
+    return dataclasses.replace(spec, parameters=spec.block_parameters + matrices)
+
+
+@pytest.mark.parametrize("num_layers", [2, 3])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_plan_predicts_the_peak(results: Results, policy: str, num_layers: int) -> None:
+    """Without the CUDA context and the fragments, which nothing here has."""
+    parts = estimate_gpu_memory(
+        describe_large(num_layers),
+        pack_tokens=LARGE_TOKENS,
+        method="lora",
+        dtype="bf16",
+        rank=16,
+        gradient_checkpointing=policy,
+    )
+    predicted = parts["peak"] - parts["context"] - parts["fragments"]
+    counted = results[f"8B, {num_layers} layers, {policy}"]["peak_bytes"]
+    assert counted <= predicted <= 1.1 * counted
+
+
+def test_the_plan_counts_what_a_layer_saves(results: Results) -> None:
+    fewer, more = (
+        estimate_gpu_memory(
+            describe_large(n), pack_tokens=LARGE_TOKENS, method="lora", dtype="bf16", rank=16
+        )["activations"]
+        for n in (2, 3)
+    )
+    assert more - fewer == pytest.approx(count_layer(results, "none", "saved_bytes"), rel=0.02)

@@ -206,16 +206,17 @@ def _explain_unused_gpu() -> str:
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return "Apple GPUs (MPS) are not supported: training runs on the CPU"
     if any(map(os.path.exists, NVIDIA_FILES)):
-        kind, library = "NVIDIA", "CUDA"
+        kind = "NVIDIA"
     elif os.path.exists(AMD_FILE):
-        kind, library = "AMD", "ROCm"
+        kind = "AMD"
     else:
         return ""
     import torch
 
-    version = torch.version.cuda if library == "CUDA" else torch.version.hip
-    if version is None:
-        return f"there is an {kind} GPU, and the installed torch is built without {library}"
+    if kind == "NVIDIA" and torch.version.cuda is None:
+        return "there is an NVIDIA GPU, and the installed torch is built without CUDA"
+    if kind == "AMD" and torch.version.hip is None:
+        return "there is an AMD GPU, and the installed torch is built without ROCm"
     try:
         torch.cuda.init()
     except RuntimeError as error:  # no driver, or one that is too old

@@ -467,7 +467,7 @@ class SharedTargets:
     targets_M: torch.Tensor
     position_M: torch.Tensor  # index of the position of each different target
 
-    def holds_for(self, batch: Batch) -> bool:
+    def is_for(self, batch: Batch) -> bool:
         return self.positions_S is batch.positions_S and self.targets_S is batch.targets_S
 
 

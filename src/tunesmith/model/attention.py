@@ -25,7 +25,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import PackLayout
 from tunesmith.model.flash_attention import (
     FLASH_DTYPES,
-    flash_attention,
+    attend_flash,
     has_flash_kernels,
     is_flash_shape,
 )
@@ -455,7 +455,7 @@ def varlen_attention(
         raise InputError(message, where="attention", fix="use attention: sdpa, or dtype: bf16")
     if config.softcap or not is_flash_shape(q.shape[-1]):
         return sdpa_attention(q, k, v, layout, config)
-    return flash_attention(
+    return attend_flash(
         q, k, v, layout, scale=config.scale, window=config.window, sinks_N=config.sinks_N
     )
 

@@ -223,7 +223,7 @@ class PackedCausalLM:
         """Return final hidden states [S, H] of the positions that predict a target."""
         self.set_layout(batch.layout)
         shared = batch.shared_targets
-        if shared is None or not shared.holds_for(batch):
+        if shared is None or not shared.is_for(batch):
             return self._run_decoder(
                 batch.tokens_T,
                 batch.positions_T,

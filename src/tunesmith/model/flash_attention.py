@@ -151,7 +151,7 @@ class _FlashAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, dsinks_N
 
 
-def flash_attention(
+def attend_flash(
     q: Tensor,
     k: Tensor,
     v: Tensor,

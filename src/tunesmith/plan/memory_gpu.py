@@ -2,8 +2,9 @@
 
 In: the shape of the model and the settings of the plan. Out: bytes by component, with "peak". The
 formulas are those of published component models, checked against published peaks of other trainers
-(tests/unit/plan/test_memory_gpu.py), each with its own GpuSoftware. Our activations count as those
-of the stock modules, which save more. Left out: several GPUs, offloading, paged optimizers.
+(tests/unit/plan/test_memory_gpu.py), each with its own GpuSoftware. Our own activations are those
+of plan/memory.py, and counted on a GPU that is not there (tests/fakecuda). Left out: several GPUs,
+offloading, paged optimizers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from tunesmith.plan.memory import (
     NO_PART,
     CacheSize,
     compute_cache_bytes,
+    compute_saved_bytes,
+    compute_temporary_bytes,
+    count_norm_inputs,
+    count_recomputed_values,
     count_trained_parameters,
     estimate_fixed_memory,
 )
@@ -53,24 +58,49 @@ def estimate_gpu_memory(
 
     `cache` is there while answers are generated, between steps. `software`
     describes another trainer, which has no low-precision copies of what it trains."""
+    dtype_bytes = 2 if footprint["dtype"] == "bf16" else 4
+    policy = footprint.get("gradient_checkpointing", "none")
     if software is None:
         software = GpuSoftware()
         fixed_parts = estimate_fixed_memory(spec, layouts=1, **footprint)
+        saved, temporary = _estimate_our_activations(
+            spec, dtype_bytes, policy, use_dora=footprint.get("dora", False)
+        )
+        activations = pack_tokens * saved
+        temporary_bytes = pack_tokens * temporary
     else:
         fixed_parts = _estimate_other_trainer(spec, software, **footprint)
-    dtype_bytes = 2 if footprint["dtype"] == "bf16" else 4
+        activations, temporary_bytes = _estimate_activations(
+            spec, pack_tokens, dtype_bytes, software, policy
+        )
     parts = {"context": software.context_bytes, **fixed_parts}
     head = LOGIT_BYTES * min(pack_tokens, software.logit_tokens) * spec.vocab_size
-    activations, recomputed_bytes = _estimate_activations(
-        spec, pack_tokens, dtype_bytes, software, footprint.get("gradient_checkpointing", "none")
-    )
-    parts["activations"] = activations + max(recomputed_bytes - head, 0)
+    # the backward of the head is over before that of the layers begins
+    parts["activations"] = activations + max(temporary_bytes - head, 0)
     parts["head"] = head
     parts["fragments"] = int(software.fragmentation_share * (parts["activations"] + head))
     step_bytes = parts["activations"] + parts["head"] + parts["fragments"]
     # memory holds either the activations of a step or the KV cache of the answers
     parts["KV cache"] = max(0, compute_cache_bytes(spec, cache, dtype_bytes) - step_bytes)
     return parts | {"peak": sum(parts.values())}
+
+
+def _estimate_our_activations(
+    spec: ModelSpec, dtype_bytes: int, policy: str, *, use_dora: bool
+) -> tuple[int, int]:
+    """Return the bytes per token that our layers save for the backward pass, and the most that one
+    of them computes with. On a GPU, the norms save their inputs in fp32. Of recomputed layers, the
+    activations of one and of the last are in memory, which is not recomputed."""
+    saved = compute_saved_bytes(spec, dtype_bytes, use_dora=use_dora)
+    saved += (4 - dtype_bytes) * count_norm_inputs(spec)
+    temporary = compute_temporary_bytes(spec, dtype_bytes)
+    if policy == "full":
+        layer = saved // spec.num_layers
+        return spec.num_layers * spec.hidden_size * dtype_bytes + layer, layer + temporary
+    if policy == "selective":
+        recomputed = count_recomputed_values(spec) * dtype_bytes
+        return saved - recomputed, recomputed // spec.num_layers + temporary
+    return saved, temporary
 
 
 def count_saved_elements(spec: ModelSpec) -> int:

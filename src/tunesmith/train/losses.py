@@ -154,7 +154,7 @@ def merge_shared_targets(batch: Batch) -> tuple[Batch, Tensor | None]:
     if not batch.layout.parents:
         return batch, None
     shared = batch.shared_targets
-    if shared is None or not shared.holds_for(batch):
+    if shared is None or not shared.is_for(batch):
         shared = share_targets(batch)
     weights_M = batch.weights_S.new_zeros(len(shared.targets_M))
     weights_M.index_add_(0, shared.target_S, batch.weights_S)

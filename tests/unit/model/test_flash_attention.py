@@ -19,7 +19,7 @@ from tunesmith.model.attention import (
     attend_in_blocks,
     reference_attention,
 )
-from tunesmith.model.flash_attention import build_offsets, flash_attention
+from tunesmith.model.flash_attention import attend_flash, build_offsets
 
 
 def layout_of(lengths: tuple[int, ...], parents: tuple[int, ...] = ()) -> PackLayout:
@@ -144,7 +144,7 @@ def test_equals_the_reference_in_fp64(
         config = dataclasses.replace(config, sinks_N=sinks)
     else:
         leaves = (q, k, v)
-    out = flash_attention(q, k, v, layout, scale=0.3, window=window, sinks_N=config.sinks_N)
+    out = attend_flash(q, k, v, layout, scale=0.3, window=window, sinks_N=config.sinks_N)
     ours = differentiate(out, leaves, dout)
     expected = differentiate(reference_attention(q, k, v, layout, config), leaves, dout)
     for name, actual, other in zip(NAMES, ours, expected, strict=False):
@@ -169,7 +169,7 @@ def test_gradients_of_shared_rows_are_summed_in_fp32() -> None:
     v = torch.zeros_like(q).requires_grad_()
     dout = torch.full_like(q, 2.0)
     dout[0] = 0
-    out = flash_attention(q, q, v, layout, scale=1.0)
+    out = attend_flash(q, q, v, layout, scale=1.0)
     (dv,) = torch.autograd.grad(out, v, dout)
     assert dv[0].tolist() == [[300.0] * 8]
 
