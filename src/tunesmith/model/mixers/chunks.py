@@ -35,7 +35,8 @@ class Wave:
 class ChunkedLayout:
     """The chunks of a pack, sorted by wave."""
 
-    tokens_NL: Tensor  # T in the padding at the end of a segment
+    tokens_NL: Tensor  # 0 in the padding at the end of a segment
+    padding: Tensor  # where that is, in the flattened chunks [N * L]
     slots_T: Tensor  # of each token in the flattened chunks [N * L]
     waves: tuple[Wave, ...]
     roots: Tensor  # segment of each chunk of the first wave
@@ -43,8 +44,8 @@ class ChunkedLayout:
 
     def split(self, x: Tensor) -> Tensor:
         """Return the tokens [T, ...] in chunks [N, L, ...], with zeros as padding."""
-        padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-        flat = padded.index_select(0, self.tokens_NL.flatten())
+        flat = x.index_select(0, self.tokens_NL.flatten())
+        flat.index_fill_(0, self.padding, 0)
         return flat.unflatten(0, self.tokens_NL.shape)
 
     def join(self, x: Tensor) -> Tensor:
@@ -78,12 +79,13 @@ def cut_chunks(layout: PackLayout, chunk_size: int, device: torch.device) -> Chu
     starts_N, lengths_N = np.array([spans[chunk] for chunk in order]).T
     offsets_L = np.arange(chunk_size)
     is_token_NL = offsets_L < lengths_N[:, None]
-    tokens_NL = np.where(is_token_NL, starts_N[:, None] + offsets_L, layout.num_tokens)
+    tokens_NL = np.where(is_token_NL, starts_N[:, None] + offsets_L, 0)
     slots_T = np.empty(layout.num_tokens, np.int64)
     slots_T[tokens_NL[is_token_NL]] = np.flatnonzero(is_token_NL)
     num_roots = waves[0].chunks.stop
     return ChunkedLayout(
         tokens_NL=torch.from_numpy(tokens_NL).to(device),
+        padding=torch.from_numpy(np.flatnonzero(~is_token_NL)).to(device),
         slots_T=torch.from_numpy(slots_T).to(device),
         waves=waves,
         roots=torch.tensor([segments[chunk] for chunk in order[:num_roots]], device=device),

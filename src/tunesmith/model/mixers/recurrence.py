@@ -65,6 +65,11 @@ class _Chunks:
         return self.fade_state(before, chunks).add_(keys @ updates)
 
 
+def _split_values(x_TGRE: Tensor, chunks: ChunkedLayout) -> Tensor:
+    """Return tokens in chunks [N, G, R, L, E], contiguous for the products."""
+    return chunks.split(x_TGRE).permute(0, 2, 3, 1, 4).contiguous()
+
+
 def _join_values(x: Tensor) -> Tensor:
     """Turn [n, G, R, L, E] into [n, G, L, R * E]."""
     return x.transpose(2, 3).flatten(-2)
@@ -73,8 +78,8 @@ def _join_values(x: Tensor) -> Tensor:
 def _prepare_chunks(
     qkv: QKV, decay_TGR: Tensor, beta_TGR: Tensor, chunks: ChunkedLayout, is_delta_rule: bool
 ) -> _Chunks:
-    q, k = (chunks.split(x).transpose(1, 2) for x in qkv[:2])
-    v = chunks.split(qkv[2]).permute(0, 2, 3, 1, 4)
+    q, k = (chunks.split(x).transpose(1, 2).contiguous() for x in qkv[:2])
+    v = _split_values(qkv[2], chunks)
     decay, beta = (chunks.split(x).permute(0, 2, 3, 1) for x in (decay_TGR, beta_TGR))
     log_decay = decay.cumsum(-1)
     chunk_size = q.shape[2]
@@ -170,7 +175,7 @@ def _trace_waves(
     """Run the recurrence again without its outputs. Returns a trace per wave, and for all chunks
     the residuals and u [N, G, R, L, E]."""
     traces: list[_WaveTrace] = []
-    residuals = x.v.contiguous() if is_delta_rule else x.v
+    residuals = x.v.clone() if is_delta_rule else x.v
     u = torch.empty_like(x.v)
     state = None
     for index, wave in enumerate(chunks.waves):
@@ -202,8 +207,7 @@ def run_chunks_backward(
     """Return the gradients of q, k, v, decay and beta from that of the outputs."""
     x = _prepare_chunks(qkv, decay_TGR, beta_TGR, chunks, is_delta_rule)
     traces, residuals, u = _trace_waves(x, chunks, is_delta_rule)
-    dout = chunks.split(dout_TGRE).permute(0, 2, 3, 1, 4)
-    grads = _ChunkGrads(x, u, dout)
+    grads = _ChunkGrads(x, u, _split_values(dout_TGRE, chunks))
     dafter = None  # of the states at the ends of a wave's chunks
     for wave, trace in zip(reversed(chunks.waves), reversed(traces), strict=True):
         dbefore = grads.add_wave(wave.chunks, trace, dafter)
