@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import (
+    DeepseekV2Config,
     DeepseekV3Config,
     Gemma4TextConfig,
     Glm4MoeConfig,
@@ -59,6 +60,12 @@ def make_expert_configs(sizes: dict[str, Any], wide: dict[str, Any]) -> dict[str
             **wide, **SHARED, n_group=1, topk_group=1, use_qk_norm=True, attention_bias=True
         ),
         "glm4_moe_lite": Glm4MoeLiteConfig(**(sizes | SHARED | LATENT), n_group=1, topk_group=1),
+        "deepseek_v2": DeepseekV2Config(
+            **(sizes | SHARED | LATENT | {"q_lora_rank": None}),
+            n_group=2,
+            topk_group=1,
+            topk_method="group_limited_greedy",
+        ),
         "deepseek_v3": DeepseekV3Config(**(sizes | SHARED | LATENT), n_group=2, topk_group=1),
         "qwen3_5_moe": Qwen3_5MoeTextConfig(
             **no_mlp,

@@ -37,8 +37,9 @@ from tunesmith.model.frozen_weight import NF4Weight
 from tunesmith.model.packed_formats import Mxfp4ExpertWeight
 
 EXPERT_FAMILIES = (
-    *("DeepseekV3", "Gemma4Text", "Glm4Moe", "Glm4MoeLite", "GptOss", "GraniteMoeHybrid"),
-    *("Lfm2Moe", "Mixtral", "NemotronH", "Olmoe", "Qwen3Moe", "Qwen3Next", "Qwen3_5Moe"),
+    *("DeepseekV2", "DeepseekV3", "Gemma4Text", "Glm4Moe", "Glm4MoeLite", "GptOss"),
+    *("GraniteMoeHybrid", "Lfm2Moe", "Mixtral", "NemotronH", "Olmoe", "Qwen3Moe", "Qwen3Next"),
+    "Qwen3_5Moe",
 )
 EXPERT_CLASSES = tuple(f"{family}Experts" for family in EXPERT_FAMILIES)
 

@@ -72,6 +72,7 @@ MAMBA2 = frozenset({ATTENTION, "mamba2"})
 CONV = frozenset({ATTENTION, "conv"})
 TEXT_FAMILIES = {
     **{name: Family(text_class, is_uniform=True) for name, text_class in UNIFORM_CLASSES.items()},
+    "deepseek_v2": Family("DeepseekV2", has_experts=True),
     "deepseek_v3": Family("DeepseekV3", has_experts=True),
     "falcon_h1": Family("FalconH1", MAMBA2),
     "gemma4_text": Family("Gemma4", has_experts=True),
