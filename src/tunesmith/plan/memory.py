@@ -18,6 +18,8 @@ PROCESS_BYTES = 560_000_000
 # code that oneDNN compiles for each new pack size, and caches up to this many sizes
 KERNEL_BYTES = 3_000_000
 MAX_KERNEL_SIZES = 100
+# the same of experts: each gets another number of tokens in every pack; measured with 16
+EXPERT_KERNEL_BYTES = 100_000_000
 # unusable free heap, relative to the activations; measured, docs/guides/plan.md
 FRAGMENTATION_SHARE = 0.2
 # what evaluation keeps through the run and leaves in the heap
@@ -210,16 +212,15 @@ def estimate_peak_memory(
         use_dora=footprint.get("dora", False),
     )
     # fp32 matmuls are not oneDNN's, and their loss has temporaries
-    # each expert gets another number of tokens in every pack
-    num_sizes = MAX_KERNEL_SIZES if spec.num_experts else min(packs, MAX_KERNEL_SIZES)
-    kernel_bytes = KERNEL_BYTES * num_sizes if is_bf16 else 0
+    kernel_bytes = KERNEL_BYTES * min(packs, MAX_KERNEL_SIZES)
+    kernel_bytes += EXPERT_KERNEL_BYTES * bool(spec.num_experts)
     logit_bytes = CHUNK_TARGETS * spec.vocab_size * dtype_bytes
     parts = {
         "process": PROCESS_BYTES,
         **estimate_fixed_memory(spec, layouts=layouts, **footprint),
         "activations": saved,
         "fragments": int(saved * FRAGMENTATION_SHARE),
-        "kernels": kernel_bytes,
+        "kernels": kernel_bytes if is_bf16 else 0,
         "evaluation": EVALUATION_BYTES if has_evaluation else 0,
         "head": logit_bytes if is_bf16 else 4 * logit_bytes,
     }
