@@ -32,7 +32,7 @@ from tunesmith.model.text_network import (
     finish_network,
     list_stored_parameters,
     pick_dtype,
-    place_tensor,
+    put_tensor,
     read_finite_parameter,
     set_packed_experts,
 )
@@ -65,7 +65,7 @@ def load_quantized(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Pre
             layer = QuantizedLinear(tensor, linears[path].bias, dtype)
             replace_module(network, path, layer)
         else:
-            place_tensor(network, name, tensor.to(pick_dtype(network, name, dtype)))
+            put_tensor(network, name, tensor.to(pick_dtype(network, name, dtype)))
     experts.replace_modules()
     return finish_network(network, folder, device)
 

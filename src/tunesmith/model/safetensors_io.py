@@ -81,8 +81,8 @@ def read_parameter(parameter: StoredParameter) -> Tensor:
             stacked[index] = matrix
         return stacked
     tensors = [read_tensor(header) for header in parameter.headers]
-    whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    return whole.transpose(-1, -2).contiguous() if parameter.is_transposed else whole
+    matrix = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return matrix.transpose(-1, -2).contiguous() if parameter.is_transposed else matrix
 
 
 def find_nonfinite(tensors: Mapping[str, Tensor]) -> str:

@@ -133,18 +133,18 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
     tensor_prefix = find_tensor_prefix(network)
     tensors = collect_adapter_tensors(network)
     if tensor_prefix:
-        config |= _place_targets(network, config, tensor_prefix)
-        tensors = {_place_name(name, tensor_prefix): tensor for name, tensor in tensors.items()}
+        config |= _prefix_targets(network, config, tensor_prefix)
+        tensors = {_prefix_name(name, tensor_prefix): tensor for name, tensor in tensors.items()}
     _write_json(folder / ADAPTER_CONFIG_FILE, config)
     write_tensors(tensors, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def _place_name(name: str, tensor_prefix: str) -> str:
+def _prefix_name(name: str, tensor_prefix: str) -> str:
     """Return PEFT's name of an adapter tensor on the whole multimodal model."""
     return PREFIX + name_on_checkpoint(name.removeprefix(PREFIX), tensor_prefix)
 
 
-def _place_targets(
+def _prefix_targets(
     network: nn.Module, config: Mapping[str, Any], tensor_prefix: str
 ) -> dict[str, Any]:
     """Return the keys of PEFT's config that name layers, for the whole multimodal model. Names such
@@ -152,16 +152,16 @@ def _place_targets(
     layers = sorted(find_lora_layers(network))
     parameters = config.get("target_parameters", [])
     modules = [path for path in layers if f"{path}.weight" not in parameters]
-    placed: dict[str, Any] = {"target_modules": modules}
+    prefixed: dict[str, Any] = {"target_modules": modules}
     for key in ("target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern"):
         if key in config:
-            placed[key] = config[key]
-    for key, names in placed.items():
+            prefixed[key] = config[key]
+    for key, names in prefixed.items():
         if isinstance(names, Mapping):
-            placed[key] = {name_on_checkpoint(n, tensor_prefix): v for n, v in names.items()}
+            prefixed[key] = {name_on_checkpoint(n, tensor_prefix): v for n, v in names.items()}
         else:
-            placed[key] = [name_on_checkpoint(name, tensor_prefix) for name in names]
-    return placed
+            prefixed[key] = [name_on_checkpoint(name, tensor_prefix) for name in names]
+    return prefixed
 
 
 def _list_targets(network: nn.Module, targets: Any) -> tuple[list[str], list[str]]:

@@ -102,7 +102,7 @@ def load_text_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> 
             set_packed_experts(network, name, stored, dtype, device)
             continue
         tensor = read_finite_parameter(name, stored, folder, device)
-        place_tensor(network, name, tensor.to(pick_dtype(network, name, dtype)))
+        put_tensor(network, name, tensor.to(pick_dtype(network, name, dtype)))
     return finish_network(network, folder, device)
 
 
@@ -134,11 +134,11 @@ def list_stored_parameters(
         stored = find_stored(parameters, name)
         if stored is not None:
             listed.append((name, stored))
-    listed.sort(key=_sort_by_place)
+    listed.sort(key=_order_by_file)
     return listed
 
 
-def _sort_by_place(entry: tuple[str, StoredParameter]) -> tuple[Path, bool, int]:
+def _order_by_file(entry: tuple[str, StoredParameter]) -> tuple[Path, bool, int]:
     header = entry[1].headers[0]
     return header.file, entry[0].endswith(".weight"), header.begin
 
@@ -164,7 +164,7 @@ def pick_dtype(network: PreTrainedModel, name: str, dtype: torch.dtype) -> torch
     return torch.float32 if is_wide and dtype in NARROW_DTYPES else dtype
 
 
-def place_tensor(network: PreTrainedModel, name: str, tensor: Tensor) -> None:
+def put_tensor(network: PreTrainedModel, name: str, tensor: Tensor) -> None:
     """Put a tensor in the place of a parameter or buffer."""
     path, _, tensor_name = name.rpartition(".")
     module = network.get_submodule(path)

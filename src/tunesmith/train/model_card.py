@@ -43,7 +43,7 @@ CARD_SETTINGS = (
 )
 MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&^])")
 TEXT_MODEL_CLASS = "AutoModelForCausalLM"
-WHOLE_MODEL_CLASS = "AutoModelForImageTextToText"
+MULTIMODAL_CLASS = "AutoModelForImageTextToText"
 USE_FULL_MODEL = """```python
 from transformers import {model_class}, AutoTokenizer
 
@@ -125,7 +125,7 @@ def render_card(record: RunRecord, fingerprint: Json, stages: Sequence[str] = ()
 
 def _render_use(plan: Plan, base: str) -> str:
     """Show how to load the result. The text part of a multimodal model is loaded in its whole."""
-    model_class = WHOLE_MODEL_CLASS if plan.model.tensor_prefix else TEXT_MODEL_CLASS
+    model_class = MULTIMODAL_CLASS if plan.model.tensor_prefix else TEXT_MODEL_CLASS
     template = USE_FULL_MODEL if plan.config.method == "full" else USE_ADAPTER
     return template.format(base=base or "the base model", model_class=model_class)
 

@@ -80,8 +80,8 @@ def _convert_config(text: PreTrainedConfig, text_type: str) -> PreTrainedConfig:
     values = text.to_dict()
     rotation = values.get("rope_parameters")
     if isinstance(rotation, dict):
-        kept = {key: value for key, value in rotation.items() if key not in IMAGE_ROTATION_KEYS}
-        values["rope_parameters"] = kept
+        for key in IMAGE_ROTATION_KEYS:
+            rotation.pop(key, None)
     del values["model_type"]
     return AutoConfig.for_model(text_type, **values | FIXED_VALUES.get(text_type, {}))
 

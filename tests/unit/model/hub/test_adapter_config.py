@@ -149,7 +149,6 @@ def test_a_run_folder_stands_for_its_adapter(adapter: Path, base: Path, tmp_path
         ("auto_mapping", {"parent_library": "os", "base_model_class": "system"}),
         ("auto_mapping", "os"),
         ("layer_replication", [[0, 2], [1, 2]]),
-        ("target_parameters", ["mlp.experts"]),
         ("trainable_token_indices", [1]),
         ("alora_invocation_tokens", [1]),
         ("bias", "lora_only"),

@@ -7,22 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeConfig
 
 from text_part_configs import QWEN3_VL, TOWER_QWEN
-from tiny_models import CONFIGS, make_tiny_network
+from tiny_models import CONFIGS, LORA, make_tiny_network
 from tunesmith.core.errors import InputError
-from tunesmith.model.adapters import find_linears
+from tunesmith.model.adapters import METHODS, find_linears, get_trainable_parameters
 from tunesmith.model.causal_lm import load_network
 from tunesmith.model.hub.families import TEXT_FAMILIES
 from tunesmith.model.hub.spec import read_model_headers, read_spec
 from tunesmith.model.hub.stored_tensors import read_text_tensors
+from tunesmith.model.save import save_adapter
 from tunesmith.model.target_modules import list_linear_paths
 from tunesmith.model.text_network import check_weight_shapes
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # PEFT's
 FAMILIES = [
     name for name, config in CONFIGS.items() if not TEXT_FAMILIES[config.model_type].is_uniform
 ]
@@ -110,7 +115,9 @@ def test_experts_in_one_tensor_are_read_as_well(qwen3_moe: Path) -> None:
         assert torch.equal(fused[name], tensor)
 
 
-def test_transposed_experts_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
+@pytest.fixture
+def qwen3_vl_moe(tmp_path: Path) -> Path:
+    """Return a multimodal checkpoint, whose files hold the experts transposed."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     config = Qwen3VLMoeConfig(
         text_config=QWEN3_VL | experts,
@@ -121,18 +128,46 @@ def test_transposed_experts_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
         vision_end_token_id=93,
     )
     torch.manual_seed(0)
-    whole = AutoModelForImageTextToText.from_config(config).eval()
+    whole = AutoModelForImageTextToText.from_config(config)
     for parameter in whole.parameters():
         parameter.data.normal_(0, 0.2)
-    whole.save_pretrained(tmp_path)
-    spec = read_spec(tmp_path)
+    whole.save_pretrained(tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+IDS = torch.randint(3, 80, (1, 21), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def compute_logits(network: Any) -> Tensor:
+    return network(input_ids=IDS, use_cache=False).logits
+
+
+def test_transposed_experts_of_a_multimodal_checkpoint(qwen3_vl_moe: Path) -> None:
+    spec = read_spec(qwen3_vl_moe)
     assert (spec.model_type, spec.num_experts, spec.num_experts_per_token) == ("qwen3_moe", 4, 2)
-    ids = torch.randint(3, 80, (1, 21), generator=torch.Generator().manual_seed(5))
-    network: Any = load_network(tmp_path, torch.float32)
-    with torch.no_grad():
-        expected = whole(input_ids=ids, use_cache=False).logits
-        logits = network(input_ids=ids, use_cache=False).logits
+    expected = compute_logits(AutoModelForImageTextToText.from_pretrained(qwen3_vl_moe).eval())
+    logits = compute_logits(load_network(qwen3_vl_moe, torch.float32))
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+
+
+def test_peft_loads_adapters_of_experts_on_the_whole_model(
+    qwen3_vl_moe: Path, tmp_path: Path
+) -> None:
+    settings = LORA | {"lora_target_modules": ["attention", "experts"]}
+    network = load_network(qwen3_vl_moe, torch.float32)
+    METHODS["lora"](network, settings)
+    parameters = get_trainable_parameters(network)
+    for parameter in parameters.values():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    save_adapter(network, tmp_path / "adapter", settings, qwen3_vl_moe)
+    whole: Any = AutoModelForImageTextToText.from_pretrained(qwen3_vl_moe).eval()
+    before = compute_logits(whole)
+    theirs = PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
+    assert sum(".lora_" in name for name, _ in theirs.named_parameters()) == len(parameters)
+    logits = compute_logits(theirs)
+    torch.testing.assert_close(logits, compute_logits(network), rtol=1e-4, atol=1e-4)
+    assert (logits - before).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(
