@@ -121,7 +121,7 @@ def make_all_trainable(network: PreTrainedModel, settings: dict[str, Any]) -> No
     Raises InputError for a model with experts, which have no gradient of their own here."""
     del settings
     if find_expert_modules(network):
-        message = f"method: full does not train the experts of {type(network).__name__}"
+        message = f"full does not train the experts of {type(network).__name__}"
         fix = f"use method: lora; {SETTING}: [attention, experts] adapts the experts too"
         raise InputError(message, where="method", fix=fix)
     for parameter in network.parameters():

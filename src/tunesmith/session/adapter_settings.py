@@ -97,7 +97,7 @@ def refuse_expert_settings(plan: Plan, layers: Sequence[str]) -> None:
         return
     config = plan.config
     if config.method == "full":
-        message = f"method: full does not train the experts of {plan.model.model_type}"
+        message = f"full does not train the experts of {plan.model.model_type}"
         fix = "use method: lora; lora_target_modules: [attention, experts] adapts the experts too"
         raise InputError(message, where="method", fix=fix)
     targets = select_targets(layers, require(config.lora_target_modules), plan.model.model_type)
