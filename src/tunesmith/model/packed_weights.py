@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from tunesmith.core.errors import InputError
 from tunesmith.model.hub.packed_tensors import (
     FP8,
     FP8_DTYPE,
@@ -23,19 +24,23 @@ from tunesmith.model.hub.packed_tensors import (
     find_packing,
 )
 from tunesmith.model.hub.validate import TensorHeader, read_headers, read_model_json
-from tunesmith.model.packed_formats import Mxfp4ExpertWeight
+from tunesmith.model.packed_formats import MAX_SCALE, Mxfp4ExpertWeight
 from tunesmith.model.safetensors_io import read_tensor
 
 MAX_MEASURED = 8  # matrices whose rounding is measured
 
 
 def read_mxfp4_experts(header: TensorHeader, dtype: torch.dtype, device: str) -> Mxfp4ExpertWeight:
-    """Read experts that are widened to `dtype` when they are used."""
+    """Read experts that are widened to `dtype` when they are used. Raises InputError for a scale
+    that means NaN, or that makes weights infinite."""
     assert header.dtype == MXFP4_DTYPE
     assert header.scales is not None
     blocks = replace(header, dtype="U8", shape=(*header.scales.shape, -1), scales=None)
-    tensors = (read_tensor(blocks).to(device), read_tensor(header.scales).to(device))
-    return Mxfp4ExpertWeight(*tensors, dtype)
+    scales = read_tensor(header.scales)
+    if int(scales.max()) > MAX_SCALE:
+        message = f"an MXFP4 scale is {int(scales.max())}: its weights are NaN or infinite"
+        raise InputError(message, where=str(header.file), fix="download the model again")
+    return Mxfp4ExpertWeight(read_tensor(blocks).to(device), scales.to(device), dtype)
 
 
 @dataclass(frozen=True)

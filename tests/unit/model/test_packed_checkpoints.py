@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +22,12 @@ from tunesmith.core.errors import InputError
 from tunesmith.model.causal_lm import compute_stock_logits, load_network
 from tunesmith.model.hub.packed_tensors import find_packing
 from tunesmith.model.hub.spec import read_spec
-from tunesmith.model.packed_formats import Mxfp4ExpertWeight, widen_fp8, widen_mxfp4
+from tunesmith.model.packed_formats import (
+    MAX_SCALE,
+    Mxfp4ExpertWeight,
+    widen_fp8,
+    widen_mxfp4,
+)
 from tunesmith.model.packed_weights import measure_rounding
 
 BLOCK = [16, 16]
@@ -99,6 +104,21 @@ def test_a_gpt_oss_checkpoint_stays_packed_and_computes_the_wide_model(tmp_path:
     assert spec.parameters == sum(parameter.numel() for parameter in wide.parameters())
     assert (spec.num_experts, spec.dtype) == (4, "bfloat16")
     assert measure_rounding(folder, torch.bfloat16) is None
+    (folder / "model.safetensors").unlink()
+    expected = read_spec(folder)  # a plan before the download
+    assert expected.packed_parameters == spec.packed_parameters > 0
+    assert (expected.parameters, expected.dtype) == (spec.parameters, spec.dtype)
+
+
+@pytest.mark.parametrize("scale", [MAX_SCALE + 1, 255])
+def test_infinite_mxfp4_weights_are_refused(scale: int, tmp_path: Path) -> None:
+    folder, _ = write_mxfp4(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    tensors[name][2, 1, 0] = scale
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"scale is {scale}: its weights are NaN or infinite"):
+        load_network(folder, torch.bfloat16)
 
 
 def test_missing_or_short_mxfp4_scales_are_refused(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ FP8_DTYPE = "F8_E4M3"
 MXFP4_DTYPE = "MXFP4"  # of headers that attach_scales makes
 MXFP4_TYPES = ("gpt_oss",)
 BYTES_PER_GROUP = 16  # of MXFP4: 32 weights
+EXPERT_STACKS = (".experts.gate_up_proj", ".experts.down_proj")
 FP8_SCALE = "_scale_inv"
 ACTIVATION_SCALES = (".activation_scale", ".input_scale", ".k_scale", ".v_scale")
 MAX_BLOCK = 2**16
@@ -86,6 +87,20 @@ def attach_scales(
         elif not _is_scale(name, headers):
             attached[name] = header
     return attached
+
+
+def pack_expected_headers(
+    headers: Mapping[str, TensorHeader], packing: Packing | None
+) -> dict[str, TensorHeader]:
+    """Return the headers of weights that do not exist yet, with experts that will be packed. FP8
+    matrices are wide once they are loaded."""
+    packed = dict(headers)
+    if packing is not None and packing.method == MXFP4:
+        for name, header in headers.items():
+            if name.endswith(EXPERT_STACKS):
+                scales = replace(header, dtype="U8")
+                packed[name] = replace(header, dtype=MXFP4_DTYPE, scales=scales)
+    return packed
 
 
 def _is_scale(name: str, headers: Mapping[str, TensorHeader]) -> bool:

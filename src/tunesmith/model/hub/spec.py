@@ -35,7 +35,11 @@ from tunesmith.model.hub.families import (
     find_layer_mixers,
     find_text_type,
 )
-from tunesmith.model.hub.packed_tensors import MXFP4_DTYPE, find_packing
+from tunesmith.model.hub.packed_tensors import (
+    MXFP4_DTYPE,
+    find_packing,
+    pack_expected_headers,
+)
 from tunesmith.model.hub.part_shapes import find_recurrent_shape, measure_parts
 from tunesmith.model.hub.stored_tensors import has_uniform_layers, read_text_tensors
 from tunesmith.model.hub.validate import TensorHeader, has_weights, read_headers, read_model_json
@@ -201,7 +205,8 @@ def _load_headers(config: _ModelConfig) -> tuple[dict[str, TensorHeader], int]:
         return _build_uniform_headers(config), 0
     from tunesmith.model.hub.text_class import list_expected_headers
 
-    headers = list_expected_headers(path)
+    packing = find_packing(config.content, config.text_type, config.where)
+    headers = pack_expected_headers(list_expected_headers(path), packing)
     _refuse_absurd_size(headers, config)
     return headers, 0
 
