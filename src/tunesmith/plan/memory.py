@@ -31,16 +31,18 @@ QK_NORM_TYPES = (
     *("apertus", "exaone4", "gemma3", "gemma4", "hunyuan", "lfm", "olmo2", "olmo3", "olmo_hybrid"),
     *("olmoe", "qwen3"),
 )
-# with norms of ours (model/layers.py): those of transformers save their inputs in fp32
-OWN_NORM_TYPES = {
-    *("llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2", "gemma3_text"),
-    *("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "olmoe", "gpt_oss"),
+HYBRID_TYPES = {
+    *("lfm2", "lfm2_moe", "lfm3", "olmo_hybrid", "granitemoehybrid", "falcon_h1", "nemotron_h"),
+    *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
 }
-# with MLPs of ours: those of transformers save the activation and the product too
+# with MLPs of ours (model/layers.py): those of transformers save the activation and the product too
 OWN_MLP_TYPES = {
-    *(OWN_NORM_TYPES - {"gpt_oss"}),
+    *("llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2", "gemma3_text"),
+    *("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "olmoe"),
     *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"),
 }
+# with norms of ours: those of transformers save their inputs in fp32
+OWN_NORM_TYPES = {*OWN_MLP_TYPES, *HYBRID_TYPES, "gpt_oss"}
 INNER_NORM_TYPES = ("bitnet",)  # norms before o_proj and down_proj
 # 4 bits per weight, one byte per block of 64, 4 bytes per 256 blocks
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
