@@ -95,17 +95,24 @@ def test_a_pinned_recipe_reads_the_same_rows_after_a_push_and_without_network(
     assert len(read_fetched(pin_hub_data(make_recipe())[0])) == 3
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"), [("ENDPOINT", "http://127.0.0.1:9"), ("HF_HUB_OFFLINE", True)]
+)
 def test_without_network_the_last_commit_is_used_and_said(
-    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, setting: str, value: object
 ) -> None:
     commit = add_rows(hub).refs["main"]
     recipe = make_recipe()
     expected = read_fetched(pin_hub_data(recipe)[0])
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    requests = len(hub.requests)
+    monkeypatch.setattr(constants, setting, value)
     pinned, notes = pin_hub_data(recipe)
     assert read_fetched(pinned) == expected
+    assert len(hub.requests) == requests
     assert len(notes) == 1
     assert f"commit {commit[:12]}, the last one seen" in notes[0]
+    with pytest.raises(MachineError, match="the hub cannot be reached"):
+        pin_hub_data(make_recipe(data={"path": "org/rows", "revision": "never-seen"}))
 
 
 def test_branches_tags_and_files(hub: HubServer) -> None:
