@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tiny_models import make_tiny_model
 from tunesmith.core.types import PackLayout
 from tunesmith.model.attention import AttentionConfig, apply_rotary_qk, reference_attention
 from tunesmith.model.kernels import ops
@@ -225,3 +226,14 @@ def test_the_decode_kernel_writes_a_single_position_per_row() -> None:
     for was, now in zip(before, cache._kv_buffers[layer], strict=True):
         changed = (was != now).any(dim=-1).nonzero().tolist()
         assert changed == [[0, 0, 30], [1, 0, 5]]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "deepseek_v2", "deepseek_v3", "gpt_neox"])
+def test_the_bytes_of_a_token_are_those_of_the_buffers(family: str) -> None:
+    """Generation reserves memory by this number; keys may be longer than `head_dim` says."""
+    model = make_tiny_model(family, method=None)
+    cache = RaggedKVCache(slots=2)
+    model.prefill([(5, 6, 7), (8, 9)], cache)
+    num_tokens = 2 * BLOCK_TOKENS
+    num_bytes = sum(x.nbytes for buffers in cache._kv_buffers.values() for x in buffers)
+    assert num_bytes == num_tokens * model.cache_bytes_per_token
