@@ -16,6 +16,8 @@ from tiny_runs import (
     run_until_saved,
     train,
 )
+from tunesmith import api
+from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import read_run_record
 from tunesmith.recipe.load import load_recipe
@@ -91,6 +93,12 @@ def test_a_plan_needs_no_weights_and_says_that_a_run_downloads_them(
     plan = inputs.make_plan(inputs.load_inputs(recipe, needs_weights=False))
     assert "model: the weights of org/tiny are downloaded when a run starts" in plan.warnings
     assert not any("model.safetensors" in request for request in hub.requests)
+
+
+def test_nothing_is_written_into_the_cache_of_the_hub(hub: HubServer, tiny_folder: Path) -> None:
+    with pytest.raises(InputError, match="a data set of the hub cannot be locked"):
+        api.data_lock(model=str(tiny_folder), data="hf://org/rows")
+    assert hub.requests
 
 
 def test_one_limit_for_all_files_of_a_source(

@@ -101,6 +101,11 @@ def split_hub_path(path: Path) -> tuple[str, str]:
     return repo_id, revision
 
 
+def is_cached_file(path: Path) -> bool:
+    """Return whether a file belongs to a data set in the hub's cache, where nothing is written."""
+    return _CACHED_FILE.search(path.as_posix()) is not None
+
+
 def format_path(path: Path) -> str:
     """Return a path as text; a data set of the hub, and a file of it in the cache, by its name."""
     text = path.as_posix()

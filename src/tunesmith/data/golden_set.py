@@ -21,6 +21,7 @@ import numpy as np
 
 from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import InputError
+from tunesmith.core.hub_names import is_cached_file
 from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.formats.parse import REVIEW_KEY
@@ -57,8 +58,8 @@ def get_lock_path(path: Path) -> Path:
 def write_lock(dataset: Dataset) -> GoldenLock:
     """Write the lock of a file.
 
-    Raises InputError for a row without a complete review, invalid rows, several files, and an
-    existing lock."""
+    Raises InputError for a row without a complete review, invalid rows, several files, a file of
+    the hub, and an existing lock."""
     if len(dataset.parts) != 1:
         fix = "lock each file separately"
         raise InputError("cannot lock several files", where=dataset.path, fix=fix)
@@ -66,6 +67,9 @@ def write_lock(dataset: Dataset) -> GoldenLock:
         message = f"rows cannot be used: {dataset.rejected_rows.summarize()}"
         raise InputError(message, where=dataset.path, fix="correct them")
     path = dataset.parts[0].source.path
+    if is_cached_file(path):
+        message = "a data set of the hub cannot be locked: its file is in the hub's cache"
+        raise InputError(message, where=dataset.path, fix="copy its rows into a file of yours")
     lock_path = get_lock_path(path)
     if lock_path.exists():
         fix = "remove the lock to review the rows again"
