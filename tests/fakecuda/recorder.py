@@ -50,7 +50,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.record = Record()
         self._storages: set[int] = set()
-        self._last_read = -1
+        self._last_read: torch.UntypedStorage | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -86,9 +86,10 @@ class Recorder(TorchDispatchMode):
     def _count_read(self, tensor: Tensor) -> None:
         """Count a read. The elements of a fake tensor's list are read one by one; together they are
         one read."""
-        storage = tensor.untyped_storage()._cdata
-        self.record.reads += storage != self._last_read
-        self._last_read = storage
+        storage = tensor.untyped_storage()
+        last = self._last_read
+        self.record.reads += last is None or storage._cdata != last._cdata
+        self._last_read = storage  # while it is there, no other gets its address
 
     def _refuse_mixture(self, func: Any, inputs: list[Tensor]) -> None:
         """torch takes some mixtures, and waits for the copy of what is on the host."""
