@@ -87,10 +87,19 @@ def build_empty_network(
     config: Any = load_text_config(folder)
     with transformers_errors(folder), _EmptyOnMeta():
         if num_layers is not None:
-            config.num_hidden_layers = num_layers
-            if getattr(config, "layer_types", None):
-                config.layer_types = config.layer_types[:num_layers]
+            _truncate_config(config, num_layers)
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _truncate_config(config: Any, num_layers: int) -> None:
+    """Let a config describe its first layers. None of them takes its keys and values from another
+    one, as later layers of Gemma 4 do."""
+    config.num_hidden_layers = num_layers
+    words = getattr(config, "layer_types", None)
+    if words and len(words) != num_layers:
+        config.layer_types = words[:num_layers]
+    if getattr(config, "num_kv_shared_layers", 0):
+        config.num_kv_shared_layers = 0
 
 
 def load_text_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:

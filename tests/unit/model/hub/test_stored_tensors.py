@@ -21,6 +21,7 @@ from tunesmith.model.causal_lm import load_network
 from tunesmith.model.hub.families import TEXT_FAMILIES
 from tunesmith.model.hub.spec import read_model_headers, read_spec
 from tunesmith.model.hub.stored_tensors import read_text_tensors
+from tunesmith.model.quantization import build_truncated_network
 from tunesmith.model.save import save_adapter
 from tunesmith.model.target_modules import list_linear_paths
 from tunesmith.model.text_network import check_weight_shapes
@@ -79,6 +80,12 @@ def test_linears_are_those_of_the_network(folder: Path) -> None:
     ]
     linears = [path for path in find_linears(network) if ".experts" not in path]
     assert sorted(paths) == sorted(linears)
+
+
+def test_the_first_layers_alone_run(folder: Path) -> None:
+    network: Any = build_truncated_network(folder, torch.float32, 2, is_quantized=False)
+    assert len(network.base_model.layers) == 2
+    assert compute_logits(network).isfinite().all()
 
 
 # ---------------------------------------------------------------- other forms of experts
