@@ -35,14 +35,14 @@ HYBRID_TYPES = {
     *("lfm2", "lfm2_moe", "lfm3", "olmo_hybrid", "granitemoehybrid", "falcon_h1", "nemotron_h"),
     *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
 }
-# with MLPs of ours (model/layers.py): those of transformers save the activation and the product too
-OWN_MLP_TYPES = {
+# with MLPs of ours (model/layers.py); those of transformers save the activation and the product too
+REPLACED_MLP_TYPES = {
     *("llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2", "gemma3_text"),
     *("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "olmoe"),
     *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"),
 }
-# with norms of ours: those of transformers save their inputs in fp32
-OWN_NORM_TYPES = {*OWN_MLP_TYPES, *HYBRID_TYPES, "gpt_oss"}
+# with norms of ours; those of transformers save their inputs in fp32
+REPLACED_NORM_TYPES = {*REPLACED_MLP_TYPES, *HYBRID_TYPES, "gpt_oss"}
 INNER_NORM_TYPES = ("bitnet",)  # norms before o_proj and down_proj
 # 4 bits per weight, one byte per block of 64, 4 bytes per 256 blocks
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
@@ -111,14 +111,14 @@ def compute_saved_bytes(spec: ModelSpec, dtype_bytes: int, *, use_dora: bool = F
     num_norms = spec.num_layers * (1 if "" in spec.layer_mixers else 2)
     norm_inputs = num_norms * spec.hidden_size
     norm_inputs += attention.layers * (q + kv) * spec.model_type.startswith(QK_NORM_TYPES)
-    input_bytes = dtype_bytes if spec.model_type in OWN_NORM_TYPES else 4
+    input_bytes = dtype_bytes if spec.model_type in REPLACED_NORM_TYPES else 4
     layer_values = 2 * spec.hidden_size * use_dora
     layer_values += 2 * spec.hidden_size * spec.model_type.startswith(OUTPUT_NORM_TYPES)
     layer_values += (q + spec.intermediate_size) * spec.model_type.startswith(INNER_NORM_TYPES)
     values = num_norms * spec.hidden_size + spec.num_layers * layer_values
     values += attention.inner_outputs + attention.inner_inputs + recurrent.inner_inputs
     values += mlp.inner_outputs + spec.parts.get(EXPERTS, NO_PART).inner_outputs
-    values += 2 * mlp.inner_inputs * (spec.model_type not in OWN_MLP_TYPES)
+    values += 2 * mlp.inner_inputs * (spec.model_type not in REPLACED_MLP_TYPES)
     saved_bytes = norm_inputs * input_bytes + values * dtype_bytes
     if spec.recurrent is not None:
         saved_bytes += recurrent.layers * spec.recurrent.compute_saved_bytes(dtype_bytes)
@@ -140,7 +140,7 @@ def count_norm_inputs(spec: ModelSpec) -> int:
 def count_recomputed_values(spec: ModelSpec) -> int:
     """Return the values per token that `gradient_checkpointing: selective` does not save: gate and
     up of our MLPs and of the experts that a token meets."""
-    words = ["mlp", EXPERTS] if spec.model_type in OWN_MLP_TYPES else [EXPERTS]
+    words = ["mlp", EXPERTS] if spec.model_type in REPLACED_MLP_TYPES else [EXPERTS]
     return sum(spec.parts.get(word, NO_PART).inner_outputs for word in words)
 
 

@@ -19,8 +19,8 @@ from tunesmith.model.layers import Mlp, RMSNorm
 from tunesmith.model.target_modules import find_part
 from tunesmith.plan.memory import (
     EXPERT_KERNEL_BYTES,
-    OWN_MLP_TYPES,
-    OWN_NORM_TYPES,
+    REPLACED_MLP_TYPES,
+    REPLACED_NORM_TYPES,
     CacheSize,
     compute_cache_bytes,
     count_dora_magnitudes,
@@ -188,10 +188,10 @@ def test_the_plan_knows_which_modules_are_ours(family: str) -> None:
     model = wrap_model(make_tiny_network(family), torch.float32)
     model_type = CONFIGS[family].model_type
     modules = [type(module) for module in model.network.modules()]
-    assert (RMSNorm in modules) == (model_type in OWN_NORM_TYPES)
+    assert (RMSNorm in modules) == (model_type in REPLACED_NORM_TYPES)
     has_dense_mlp = any(find_part(path) == "mlp" for path in find_linears(model.network))
     if has_dense_mlp:
-        assert (Mlp in modules) == (model_type in OWN_MLP_TYPES)
+        assert (Mlp in modules) == (model_type in REPLACED_MLP_TYPES)
 
 
 def test_each_size_of_a_pack_leaves_code_up_to_a_bound(spec: ModelSpec) -> None:
