@@ -26,13 +26,14 @@ from tunesmith.core.errors import MachineError
 from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.json_io import read_json
 from tunesmith.core.types import Batch, GenerationRequest
+from tunesmith.evaluate import loglikelihood
 from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import generate, stream_answer
 from tunesmith.model.kv_cache import RaggedKVCache
 from tunesmith.model.oom import OutOfMemory, memory_errors
-from tunesmith.train import run
+from tunesmith.train import loop, run
 from tunesmith.train.loop import TrainingLoop
 
 SETTINGS = make_config(pack_length=90, learning_rate=2e-3, weight_decay=0.01, seed=5)
@@ -193,6 +194,18 @@ def test_the_errors_of_cuda_libraries_are_known_too(message: str) -> None:
         raise RuntimeError(message)
     with pytest.raises(RuntimeError, match="illegal"), memory_errors():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_freed_blocks_are_returned_before_a_step_is_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch keeps them in the sizes of the larger packs."""
+    calls: list[str] = []
+    monkeypatch.setattr(loop, "release_memory", lambda: calls.append("training"))
+    monkeypatch.setattr(loglikelihood, "release_memory", lambda: calls.append("measuring"))
+    trained(bounded(make_tiny_model(), 50))
+    list(compute_nll(bounded(make_tiny_model(), 31), make_tiny_documents((31, 17, 13)), 90))
+    assert calls == ["training", "measuring"]
 
 
 # ---------------------------------------------------------------- measuring
