@@ -70,11 +70,16 @@ class ScanShape:
     def count_state_values(self) -> int:
         return self.num_heads * self.key_size * self.value_size
 
+    def count_scan_values(self) -> int:
+        """Return the values per token and head that exist at once in the backward: vectors of the
+        token, its row in matrices of its chunk, its part of the state before it."""
+        vectors = 16 * max(self.key_size, self.value_size)
+        return vectors + 6 * self.chunk_size + self.key_size * self.value_size // self.chunk_size
+
     def iter_pieces(self, num_tokens: int) -> Iterator[tuple[slice, slice]]:
         """Yield slices of G and of R that together hold every head, each small enough for
         SCAN_BYTES."""
-        values_per_head = 5 * self.chunk_size + 17 * max(self.key_size, self.value_size)
-        max_heads = max(1, SCAN_BYTES // (4 * values_per_head * num_tokens))
+        max_heads = max(1, SCAN_BYTES // (4 * self.count_scan_values() * num_tokens))
         max_groups = max(1, max_heads // self.heads_per_group)
         for group in range(0, self.num_groups, max_groups):
             groups = slice(group, group + max_groups)
@@ -166,9 +171,7 @@ class _ConvolutionScan(torch.autograd.Function):
             shape.split_heads(dbeta_TH)[:, *piece.heads] = grads[4]
             if dskip_H is not None:
                 shape.split_heads(dskip_H)[piece.heads] = grads[5]
-        sigmoid_TC = convolved_TC.sigmoid()
-        dsilu_TC = sigmoid_TC * (1 + convolved_TC * (1 - sigmoid_TC))
-        dconvolved_TC = dactive_TC.mul_(dsilu_TC)
+        dconvolved_TC = torch.ops.aten.silu_backward(dactive_TC, convolved_TC)
         dmixed_TC = convolve_backward(dconvolved_TC, inputs.weight_CK, edges).to(mixed_TC.dtype)
         dweight_CK = None
         if ctx.needs_input_grad[3]:

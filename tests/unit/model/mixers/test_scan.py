@@ -144,7 +144,8 @@ def test_few_heads_at_a_time_change_nothing(
     leaves = list_leaves(inputs)
     expected = scan_pack(inputs, shape, layout)
     grads = torch.autograd.grad(expected.sum(), leaves)
-    for scan_bytes in (0, 2 * 4 * 105 * layout.num_tokens):  # 1 and 2 of 6 heads
+    two_heads = 2 * 4 * shape.count_scan_values() * layout.num_tokens
+    for scan_bytes in (0, two_heads):  # 1 and 2 of 6 heads
         monkeypatch.setattr(scan, "SCAN_BYTES", scan_bytes)
         pieces = list(shape.iter_pieces(layout.num_tokens))
         assert len(pieces) == (4 if scan_bytes else 6)
