@@ -135,8 +135,6 @@ def open_session(plan: Plan, inputs: RunInputs) -> Session:
     tokens."""
     # for the rest of the process: torch's threads keep the mode that they were started with
     torch.set_flush_denormal(True)
-    # a sum over the tokens of a pack, such as the gradient of an adapter, is not rounded on its way
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     inputs = _apply_length_limit(plan, inputs)
     network = _load_base_network(plan, inputs)
     adapter = inputs.adapter

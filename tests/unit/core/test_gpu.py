@@ -12,6 +12,7 @@ import torch
 from tunesmith.core import hardware
 from tunesmith.core.hardware import measure_machine, read_peak_bytes
 from tunesmith.core.types import Machine
+from tunesmith.model import causal_lm
 from tunesmith.session.doctor import _check_gpu
 from tunesmith.session.run_history import make_run_key
 
@@ -147,6 +148,12 @@ def test_freed_memory_of_a_gpu_is_returned(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     hardware.release_memory()
     assert calls == ["emptied"]
+
+
+def test_sums_on_a_gpu_are_not_rounded_on_their_way() -> None:
+    """torch rounds the parts of a sum to bf16 unless it is told not to."""
+    assert causal_lm.DTYPES["bf16"] == torch.bfloat16
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
 def test_runs_on_a_cpu_and_on_a_gpu_are_not_alike() -> None:
