@@ -40,6 +40,7 @@ def describe_layers(spec: ModelSpec, *, mlp_inputs: int = 2) -> ModelSpec:
         spec,
         parts={"attention": attention, "mlp": gated},
         layer_mixers=("attention",) * layers,
+        cache_values=2 * layers * kv,
         block_parameters=parameters,
         active_parameters=parameters,
     )

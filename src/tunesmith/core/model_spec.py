@@ -91,6 +91,7 @@ class ModelSpec:
     omitted_bytes: int = 0
     # attention, recurrent, mlp, experts -> its linears
     parts: dict[str, PartShape] = field(default_factory=dict[str, PartShape])
+    cache_values: int = 0  # keys and values of all attention layers for one token
     recurrent: RecurrentShape | None = None  # of each layer that is not attention alone
 
     @property
@@ -100,11 +101,6 @@ class ModelSpec:
         if rest <= 0:
             return 0
         return (self.block_parameters - self.active_parameters) * self.num_experts // rest
-
-    @property
-    def num_attention_layers(self) -> int:
-        """Layers with keys and values."""
-        return sum("attention" in mixer for mixer in self.layer_mixers)
 
     @property
     def head_parameters(self) -> int:

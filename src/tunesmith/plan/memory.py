@@ -166,8 +166,7 @@ NO_CACHE = CacheSize(0, 0)
 
 def compute_cache_bytes(spec: ModelSpec, cache: CacheSize, dtype_bytes: int) -> int:
     """Return the bytes of keys and values, and of the states of recurrent layers."""
-    layers = spec.num_attention_layers
-    token_bytes = 2 * layers * spec.num_kv_heads * spec.head_dim * dtype_bytes
+    token_bytes = spec.cache_values * dtype_bytes
     row_bytes = 0
     if spec.recurrent is not None:
         layers = spec.parts["recurrent"].layers

@@ -56,7 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 CACHED_FAMILIES = (
     *("qwen3", "qwen3_5", "qwen3_next", "olmo_hybrid", "lfm2", "granitemoehybrid", "falcon_h1"),
-    *("nemotron_h", "deepseek_v3", "glm4_moe_lite", "gpt_oss"),
+    *("nemotron_h", "gemma4", "gemma4-experts", "phi3", "deepseek_v3", "glm4_moe_lite", "gpt_oss"),
 )
 
 

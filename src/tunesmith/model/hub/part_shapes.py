@@ -15,7 +15,7 @@ from typing import Any
 from tunesmith.core.errors import InputError
 from tunesmith.core.model_spec import PartShape, RecurrentShape
 from tunesmith.model.hub.validate import TensorHeader
-from tunesmith.model.target_modules import EXPERTS, ROUTER, find_part, has_adapter_format
+from tunesmith.model.target_modules import ATTENTION, EXPERTS, ROUTER, find_part, has_adapter_format
 
 # linears and stacked experts whose output has the hidden size; the others read the hidden states
 OUTPUT_LINEARS = {
@@ -104,6 +104,27 @@ def _measure_experts(
     if path.rpartition(".")[2] in OUTPUT_LINEARS:
         return PartShape(1, width, num_experts * hidden_size, 0, token_width)
     return PartShape(1, num_experts * hidden_size, width, token_width, 0)
+
+
+def count_cache_values(
+    headers: Mapping[str, TensorHeader], num_attention_layers: int, kv_size: int
+) -> int:
+    """Return the values of the keys and values of all attention layers for one token.
+
+    A layer without keys of its own stores those of another with queries as wide (Gemma 4); one
+    whose projections have other names (fused, latent) has `kv_size` values each."""
+    queries: dict[str, int] = {}
+    keys: dict[str, int] = {}
+    for name, tensor in headers.items():
+        module, _, linear = name.removesuffix(".weight").rpartition(".")
+        if find_part(f"{module}.{linear}") == ATTENTION and len(tensor.shape) == 2:
+            if linear == "q_proj":
+                queries[module] = tensor.shape[0]
+            elif linear == "k_proj":
+                keys[module] = tensor.shape[0]
+    keys_by_query = {queries[module]: size for module, size in keys.items()}
+    sizes = [keys.get(module) or keys_by_query.get(queries[module], kv_size) for module in queries]
+    return 2 * (sum(sizes) + (num_attention_layers - len(sizes)) * kv_size)
 
 
 # ---------------------------------------------------------------- recurrent layers

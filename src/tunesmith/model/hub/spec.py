@@ -40,7 +40,11 @@ from tunesmith.model.hub.packed_tensors import (
     find_packing,
     pack_expected_headers,
 )
-from tunesmith.model.hub.part_shapes import find_recurrent_shape, measure_parts
+from tunesmith.model.hub.part_shapes import (
+    count_cache_values,
+    find_recurrent_shape,
+    measure_parts,
+)
 from tunesmith.model.hub.stored_tensors import has_uniform_layers, read_text_tensors
 from tunesmith.model.hub.validate import TensorHeader, has_weights, read_headers, read_model_json
 
@@ -115,6 +119,9 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
     blocks = _count_block_parameters(headers)
     experts = _count_expert_parameters(headers)
     layer_mixers = find_layer_mixers(config.text, config.family, config.where)
+    num_kv_heads = sizes.get("num_key_value_heads", heads)
+    head_dim = _find_head_dim(config.text) or sizes.get("head_dim", default_head_dim)
+    num_attention_layers = sum("attention" in mixer for mixer in layer_mixers)
     spec = ModelSpec(
         name=name or path.name,
         path=path,
@@ -123,8 +130,8 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=heads,
-        num_kv_heads=sizes.get("num_key_value_heads", heads),
-        head_dim=_find_head_dim(config.text) or sizes.get("head_dim", default_head_dim),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         intermediate_size=_find_intermediate_size(config, headers, sizes),
         vocab_size=sizes.require("vocab_size"),
         context_length=sizes.require("max_position_embeddings"),
@@ -141,6 +148,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
         tensor_prefix=config.family.tensor_prefix,
         omitted_bytes=omitted_bytes,
         parts=measure_parts(headers, config.text_type, hidden_size, num_experts_per_token),
+        cache_values=count_cache_values(headers, num_attention_layers, num_kv_heads * head_dim),
         recurrent=find_recurrent_shape(config.text, layer_mixers, config.where),
     )
     _check_sizes(spec, headers, config)
