@@ -15,6 +15,7 @@ from transformers.models.gemma4_unified.configuration_gemma4_unified import (
     Gemma4UnifiedConfig,
     Gemma4UnifiedTextConfig,
 )
+from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {
@@ -56,6 +57,20 @@ QWEN3_VL: dict[str, Any] = SIZES | {
         "rope_theta": 5000.0,
         "mrope_section": [4, 2, 2],
         "mrope_interleaved": True,
+    },
+}
+QWEN3_5: dict[str, Any] = SIZES | {
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 5000.0,
+        "mrope_section": [1, 1, 0],
+        "partial_rotary_factor": 0.25,
     },
 }
 MINISTRAL3: dict[str, Any] = SIZES | {"num_hidden_layers": 2, "model_type": "ministral3"}
@@ -135,6 +150,17 @@ def make_multimodal_configs() -> dict[str, PreTrainedConfig]:
             video_token_id=91,
             vision_start_token_id=92,
             vision_end_token_id=93,
+        ),
+        "qwen3_5": Qwen3_5Config(
+            text_config=QWEN3_5,
+            vision_config={
+                key: value for key, value in TOWER_QWEN.items() if key != "deepstack_visual_indexes"
+            },
+            image_token_id=90,
+            video_token_id=91,
+            vision_start_token_id=92,
+            vision_end_token_id=93,
+            tie_word_embeddings=True,
         ),
         "mistral3": Mistral3Config(
             text_config=MINISTRAL3,

@@ -37,6 +37,7 @@ TEXT_CLASSES = {
     "gemma4": ("gemma4_text", "Gemma4ForCausalLM"),
     "gemma4_unified": ("gemma4_unified_text", "Gemma4UnifiedForCausalLM"),
     "mistral3": ("ministral3", "Ministral3ForCausalLM"),
+    "qwen3_5": ("qwen3_5_text", "Qwen3_5ForCausalLM"),
     "qwen3_vl": ("qwen3", "Qwen3ForCausalLM"),
 }
 IDS = torch.randint(3, 80, (1, 21), generator=torch.Generator().manual_seed(5))
@@ -115,7 +116,8 @@ def test_the_spec_describes_the_text_part(folder: Path, model_type: str) -> None
     unique = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}
     assert spec.parameters == sum(tensor.numel() for tensor in unique.values())
     assert spec.tensor_prefix == "model.language_model."
-    assert spec.layer_mixers == ("attention",) * spec.num_layers
+    mixers = ("delta", "attention") if model_type == "qwen3_5" else ("attention",) * spec.num_layers
+    assert spec.layer_mixers == mixers
     assert spec.vocab_size == VOCABULARY
     assert spec.tie_word_embeddings == (model_type != "mistral3" and model_type != "qwen3_vl")
     linears = [p for p, m in network.named_modules() if isinstance(m, torch.nn.Linear)]
@@ -245,6 +247,23 @@ def test_merged_weights_keep_the_towers_byte_for_byte(folder: Path, tmp_path: Pa
     with torch.no_grad():
         expected = network(input_ids=IDS, use_cache=False).logits
     torch.testing.assert_close(compute_whole_logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_for_further_tokens_come_back_in_any_dtype(copied: Path, tmp_path: Path) -> None:
+    extra = {
+        "mtp.fc.weight": torch.randn(3, 5).bfloat16(),
+        "mtp.position_ids": torch.arange(7),
+    }
+    before_bytes = read_spec(copied).omitted_bytes
+    rewrite(copied, lambda tensors: tensors | extra)
+    assert read_spec(copied).omitted_bytes == before_bytes + 30 + 56
+    write_merged_weights(copied, {}, tmp_path / "merged.safetensors")
+    save_model(load_network(copied, torch.float32), tmp_path, copied, torch.float32)
+    for name in ("merged.safetensors", "model.safetensors"):
+        after = load_file(tmp_path / name)
+        for key, tensor in extra.items():
+            assert after[key].dtype == tensor.dtype
+            assert torch.equal(after[key], tensor)
 
 
 def test_a_trained_model_is_saved_whole(folder: Path, tmp_path: Path) -> None:
