@@ -8,6 +8,7 @@ from transformers import (
     Gemma4TextConfig,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
+    GraniteMoeHybridConfig,
     Lfm2MoeConfig,
     MixtralConfig,
     NemotronHConfig,
@@ -37,7 +38,11 @@ LATENT: dict[str, Any] = {
 }
 # Largest relative difference from the stock gradients of families whose recurrence or router
 # computes in fp32; the others: those of their norms.
-EXPERT_TOLERANCES = {"qwen3_5_moe": 1e-4, "nemotron_h-experts": 1e-5}
+EXPERT_TOLERANCES = {
+    "qwen3_5_moe": 1e-4,
+    "nemotron_h-experts": 1e-5,
+    "granitemoehybrid-experts": 1e-5,
+}
 
 
 def make_expert_configs(sizes: dict[str, Any], wide: dict[str, Any]) -> dict[str, PreTrainedConfig]:
@@ -101,6 +106,18 @@ def make_expert_configs(sizes: dict[str, Any], wide: dict[str, Any]) -> dict[str
             moe_shared_expert_intermediate_size=24,
             n_group=1,
             topk_group=1,
+        ),
+        "granitemoehybrid-experts": GraniteMoeHybridConfig(
+            **(sizes | {"num_hidden_layers": 2, "intermediate_size": 24}),
+            layer_types=["mamba", "attention"],
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            shared_intermediate_size=24,
+            mamba_n_heads=6,
+            mamba_d_head=16,
+            mamba_d_state=8,
+            mamba_n_groups=2,
+            residual_multiplier=0.4,
         ),
         "gemma4-experts": Gemma4TextConfig(
             **wide,

@@ -149,27 +149,35 @@ class NF4ExpertWeight:
     """Each expert in 4 bits, as in NF4Weight.
 
     A matrix is quantised in `num_parts` equal parts of its rows: gate and up apart, as most files
-    hold them, so that quantising the tensors of a file gives the same values."""
+    hold them, so that quantising the tensors of a file gives the same values. Matrices of
+    transposed stacks [E, I, O] are quantised as they are stored."""
 
     stacked = None
 
     def __init__(
-        self, matrices_OI: Iterable[Tensor], dtype: torch.dtype, *, num_parts: int
+        self,
+        matrices: Iterable[Tensor],
+        dtype: torch.dtype,
+        *,
+        num_parts: int,
+        is_transposed: bool = False,
     ) -> None:
         """Quantise one expert after another; they need not be in memory together."""
         self.dtype = dtype
+        self.is_transposed = is_transposed
         self.parts: list[list[NF4Weight]] = []
-        num_outputs = 0
-        num_inputs = 0
-        for matrix_OI in matrices_OI:
-            num_outputs, num_inputs = matrix_OI.shape
-            parts = matrix_OI.chunk(num_parts)
+        sizes = (0, 0)
+        for matrix in matrices:
+            sizes = (matrix.shape[0], matrix.shape[1])
+            parts = matrix.chunk(num_parts)
             self.parts.append([NF4Weight(part.contiguous(), dtype) for part in parts])
+        num_outputs, num_inputs = reversed(sizes) if is_transposed else sizes
         self.shape = (len(self.parts), num_outputs, num_inputs)
 
     def get_matrix(self, expert: int) -> Tensor:
         parts = [part.weight for part in self.parts[expert]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        matrix = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return matrix.t() if self.is_transposed else matrix
 
 
 FrozenExperts = DenseExpertWeight | NF4ExpertWeight | Mxfp4ExpertWeight

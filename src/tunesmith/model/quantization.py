@@ -87,12 +87,12 @@ class QuantizedExperts:
     def quantize(self, name: str, matrices: Iterable[Tensor]) -> None:
         """Quantise a stack, one expert after another, each as transformers stores it."""
         path, _, tensor_name = name.rpartition(".")
-        module = self.modules[path]
-        if module.is_transposed:
-            matrices = (matrix.t() for matrix in matrices)
-        has_halves = tensor_name == "gate_up_proj" and module.is_concatenated
-        num_parts = 2 if has_halves else 1
-        self.weights[name] = NF4ExpertWeight(matrices, self.dtype, num_parts=num_parts)
+        self.weights[name] = NF4ExpertWeight(
+            matrices,
+            self.dtype,
+            num_parts=count_parts(tensor_name),
+            is_transposed=self.modules[path].is_transposed,
+        )
 
     def replace_modules(self) -> None:
         """Put our modules in the place of transformers'."""
@@ -158,12 +158,17 @@ def roundtrip_nf4(weight_OI: Tensor) -> Tensor:
     return NF4Weight(weight_OI, torch.float32).weight
 
 
+def count_parts(name: str) -> int:
+    """Return in how many parts a matrix of an expert is quantised: gate and up apart."""
+    return 2 if name.endswith("gate_up_proj") else 1
+
+
 def roundtrip_experts(name: str, weight: Tensor) -> Tensor:
     """Quantise a stack of experts [E, O, I], or a matrix of one expert, in the parts in which
     `load_quantized` quantises it, and return its dequantised values in fp32."""
     if weight.ndim == 2:
         return roundtrip_nf4(weight)
-    num_parts = 2 if name.endswith("gate_up_proj") else 1
+    num_parts = count_parts(name)
     matrices: list[Tensor] = []
     for matrix_OI in weight.detach():
         parts = [roundtrip_nf4(part.contiguous()) for part in matrix_OI.chunk(num_parts)]
