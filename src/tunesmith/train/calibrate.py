@@ -72,7 +72,10 @@ def measure_calibration(plan: Plan, inputs: RunInputs) -> Calibration:
             fix="omit --target",
         )
     shallow = 1
-    deep = max(2, min(MAX_LAYERS, plan.model.num_layers, _count_fitting_layers(plan)))
+    deep = choose_depth(
+        plan.model.layer_mixers,
+        max(2, min(MAX_LAYERS, plan.model.num_layers, _count_fitting_layers(plan))),
+    )
     truncate = _make_truncator(plan, deep)
     shallow_seconds, shallow_steps = _measure_token_seconds(plan, inputs, shallow, truncate)
     deep_seconds, deep_steps = _measure_token_seconds(plan, inputs, deep, truncate)
@@ -84,6 +87,17 @@ def measure_calibration(plan: Plan, inputs: RunInputs) -> Calibration:
         steps=shallow_steps + deep_steps,
         gemm_flops=_measure_gemm_flops(plan),
     )
+
+
+def choose_depth(layer_mixers: Sequence[str], max_layers: int) -> int:
+    """Return how many layers the deeper model has: after the first, entire repetitions of the
+    pattern of mixers, so that the difference is that of an average layer; `max_layers` if the
+    pattern does not repeat within them."""
+    for period in range(1, max_layers):
+        repeated = zip(layer_mixers, layer_mixers[period:], strict=False)
+        if all(mixer == later for mixer, later in repeated):
+            return 1 + (max_layers - 1) // period * period
+    return max_layers
 
 
 def _count_fitting_layers(plan: Plan) -> int:

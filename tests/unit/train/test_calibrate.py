@@ -16,6 +16,7 @@ from tunesmith.model.quantization import build_truncated_network
 from tunesmith.plan.flops import count_computed_tokens
 from tunesmith.session import inputs
 from tunesmith.train import calibrate
+from tunesmith.train.calibrate import choose_depth
 from tunesmith.train.time_estimate import EvalCostEstimate, add_run_seconds
 
 
@@ -119,3 +120,20 @@ def test_made_up_weights_are_the_stock_shapes(tiny_folder: Path) -> None:
     assert not any(
         parameter.is_meta or parameter.requires_grad for parameter in network.parameters()
     )
+
+
+@pytest.mark.parametrize(
+    ("mixers", "max_layers", "depth"),
+    [
+        (("attention",) * 30, 6, 6),
+        (("delta", "delta", "delta", "attention") * 6, 6, 5),
+        (("delta", "delta", "delta", "attention") * 6, 3, 3),
+        (("mamba2", "attention") * 9, 6, 5),
+        (("conv", "conv", "attention", "conv", "attention", "conv", "conv", "attention"), 6, 6),
+        (("attention", "attention"), 2, 2),
+    ],
+)
+def test_the_deeper_model_adds_entire_patterns_of_layers(
+    mixers: tuple[str, ...], max_layers: int, depth: int
+) -> None:
+    assert choose_depth(mixers, max_layers) == depth
