@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from tiny_models import (
     CONFIGS,
@@ -18,10 +20,13 @@ from tiny_models import (
     make_tiny_model,
     make_tiny_network,
 )
+from toy_chat import CHATML, CHATML_TOKENS
+from toy_chat import write_model_folder as write_tokenizer_folder
 from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import find_linears, find_lora_layers
 from tunesmith.model.causal_lm import compute_stock_logits, load_network
 from tunesmith.model.hub.spec import read_spec
+from tunesmith.model.hub.validate import check_folder
 from tunesmith.model.merge import read_loras, write_merged_weights
 from tunesmith.model.save import save_adapter
 
@@ -123,3 +128,19 @@ def test_others_are_refused_by_name(model_type: str, reason: str, tmp_path: Path
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(InputError, match=f"{model_type} .*{reason}"):
         read_spec(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["CodeGenTokenizer", "GPTNeoXTokenizer", "GPT2Tokenizer"])
+def test_their_tokenizers_are_those_of_the_file(name: str, tmp_path: Path) -> None:
+    """Phi-2, Pythia and StarCoder2 name a class: it must encode as tokenizer.json does."""
+    folder = write_tokenizer_folder(tmp_path, CHATML, list(CHATML_TOKENS), eos_token="<|im_end|>")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": name}))
+    (folder / "config.json").write_text("{}")
+    check_folder(folder, needs_weights=False)
+    stock = AutoTokenizer.from_pretrained(folder)
+    assert type(stock).__name__ == name
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ("the user  asks 12 345<|im_end|>\n\n x", "Größe don't 日本語 🤗", "  a   b"):
+        expected = plain.encode(text, add_special_tokens=False).ids
+        assert stock(text, add_special_tokens=False)["input_ids"] == expected

@@ -79,8 +79,8 @@ DOWNLOAD_FILE_FIX = "download the file again"
 FILE_KEY = re.compile(r"\w+_file")
 # Classes that load tokenizer.json unchanged. Others bring rules, files or code.
 SAFE_TOKENIZER_CLASSES = re.compile(
-    r"(PreTrained|Llama|Gemma|GPT2|GPTNeoX|Qwen2|Qwen3_5|Cohere|CodeLlama|Granite|HunYuan|HY)?"
-    r"Tokenizer(Fast)?|TokenizersBackend|MistralCommon(Backend|Tokenizer)"
+    r"(PreTrained|Llama|Gemma|GPT2|GPTNeoX|CodeGen|Qwen2|Qwen3_5|Cohere|CodeLlama|Granite|HunYuan"
+    r"|HY)?Tokenizer(Fast)?|TokenizersBackend|MistralCommon(Backend|Tokenizer)"
 )
 
 
