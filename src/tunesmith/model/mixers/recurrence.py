@@ -46,7 +46,7 @@ class _Chunks:
         """Return x S [n, G, R, L, E] of x [n, G, L, D] and states [n, G, D, R * E]."""
         return (x @ state).unflatten(-1, self.v.shape[2::2]).transpose(2, 3)
 
-    def fade_state(self, state: Tensor, chunks: slice) -> Tensor:
+    def scale_state(self, state: Tensor, chunks: slice) -> Tensor:
         """Return states times the decay of whole chunks."""
         factors = self.since_start[chunks, :, None, :, -1:]  # n G 1 R 1
         return (state.unflatten(-1, self.v.shape[2::2]) * factors).flatten(-2)
@@ -62,7 +62,7 @@ class _Chunks:
         updates = _join_values(u * self.until_end[chunks, ..., None])
         if before is None:
             return keys @ updates
-        return self.fade_state(before, chunks).add_(keys @ updates)
+        return self.scale_state(before, chunks).add_(keys @ updates)
 
 
 def _split_values(x_TGRE: Tensor, chunks: ChunkedLayout) -> Tensor:
@@ -169,7 +169,7 @@ class _WaveTrace:
     predicted: Tensor | None
 
 
-def _trace_waves(
+def _recompute_waves(
     x: _Chunks, chunks: ChunkedLayout, is_delta_rule: bool
 ) -> tuple[list[_WaveTrace], Tensor, Tensor]:
     """Run the recurrence again without its outputs. Returns a trace per wave, and for all chunks
@@ -206,7 +206,7 @@ def run_chunks_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, decay and beta from that of the outputs."""
     x = _prepare_chunks(qkv, decay_TGR, beta_TGR, chunks, is_delta_rule)
-    traces, residuals, u = _trace_waves(x, chunks, is_delta_rule)
+    traces, residuals, u = _recompute_waves(x, chunks, is_delta_rule)
     grads = _ChunkGrads(x, u, _split_values(dout_TGRE, chunks))
     dafter = None  # of the states at the ends of a wave's chunks
     for wave, trace in zip(reversed(chunks.waves), reversed(traces), strict=True):
@@ -265,7 +265,7 @@ class _ChunkGrads:
             dpredicted = _join_values(dpredicted)
             self.dk[here] += dpredicted @ states_DE
             dbefore += x.k[here].transpose(-1, -2) @ dpredicted
-        return dbefore if dafter is None else dbefore.add_(x.fade_state(dafter, here))
+        return dbefore if dafter is None else dbefore.add_(x.scale_state(dafter, here))
 
     def _add_end_state(self, here: slice, trace: _WaveTrace, dafter: Tensor) -> None:
         x = self.x
