@@ -61,6 +61,7 @@ class ExpertLora(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
+        self.frozen = frozen
         self.num_experts, num_outputs, num_inputs = frozen.shape
         self.rank = rank
         self.scale = scale

@@ -6,31 +6,55 @@ a weight is made. Without an adapter: the last update of each trained matrix ove
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from tunesmith.model.adapters import find_lora_layers, get_trainable_parameters
+from tunesmith.model.expert_adapters import find_expert_loras
+from tunesmith.model.experts import ExpertLora, split_experts
+from tunesmith.model.lora import LoraLinear
 from tunesmith.train.optimizer import compute_last_update
 
 MIN_NORM = 1e-12
 
 
+AdaptedLayer = LoraLinear | ExpertLora
+
+
 def compute_weight_norms(network: nn.Module) -> dict[str, float]:
     """Return the Frobenius norm of the frozen weight of each adapted layer, which never changes."""
-    return {
-        path: float(layer.frozen.weight.float().norm())
-        for path, layer in find_lora_layers(network).items()
-    }
+    norms: dict[str, float] = {}
+    for path, layer in find_lora_layers(network).items():
+        norms[path] = float(layer.frozen.weight.float().norm())
+    for path, lora in find_expert_loras(network).items():
+        matrices = (lora.frozen.get_matrix(expert) for expert in range(lora.num_experts))
+        norms[path] = math.hypot(*(float(matrix.float().norm()) for matrix in matrices))
+    return norms
 
 
 @torch.no_grad()
 def compute_adapter_ratios(network: nn.Module, base_norms: dict[str, float]) -> dict[str, float]:
     """Return ||scale B A|| / ||W|| of each adapted layer."""
     ratios: dict[str, float] = {}
-    for path, layer in find_lora_layers(network).items():
-        norm = abs(layer.scale) * compute_product_norm(layer.lora_B, layer.lora_A)
+    for path, layer in _find_layers(network).items():
+        factor_B, factor_A = _split_factors(layer, layer.lora_B, layer.lora_A)
+        norm = abs(layer.scale) * compute_product_norm(factor_B, factor_A)
         ratios[path] = norm / max(base_norms[path], MIN_NORM)
     return ratios
+
+
+def _find_layers(network: nn.Module) -> dict[str, AdaptedLayer]:
+    return {**find_lora_layers(network), **find_expert_loras(network)}
+
+
+def _split_factors(layer: AdaptedLayer, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return B and A of a layer, of a stack of experts one pair per expert."""
+    if isinstance(layer, LoraLinear):
+        return b, a
+    factor_A, factor_B = split_experts(a, b, layer.num_experts)
+    return factor_B, factor_A
 
 
 @torch.no_grad()
@@ -41,14 +65,16 @@ def compute_update_ratios(
 
     The update is scale (dB A + B dA), or dW without an adapter. Empty before the first step, and
     with 8-bit moments."""
-    layers = find_lora_layers(network)
+    layers = _find_layers(network)
     ratios: dict[str, float] = {}
     for path, layer in layers.items():
         step_A = compute_last_update(optimizer, layer.lora_A)
         step_B = compute_last_update(optimizer, layer.lora_B)
         if step_A is not None and step_B is not None:
-            stacked_B = torch.cat([step_B, layer.lora_B], dim=1)
-            stacked_A = torch.cat([layer.lora_A, step_A])
+            current_B, current_A = _split_factors(layer, layer.lora_B, layer.lora_A)
+            step_B, step_A = _split_factors(layer, step_B, step_A)
+            stacked_B = torch.cat([step_B, current_B], dim=-1)
+            stacked_A = torch.cat([current_A, step_A], dim=-2)
             norm = abs(layer.scale) * compute_product_norm(stacked_B, stacked_A)
             ratios[path] = norm / max(base_norms[path], MIN_NORM)
     if layers:
@@ -61,8 +87,9 @@ def compute_update_ratios(
 
 
 def compute_product_norm(factor_OR: Tensor, factor_RI: Tensor) -> float:
-    """Return the Frobenius norm of factor_OR [O, R] @ factor_RI [R, I]."""
+    """Return the Frobenius norm of factor_OR [O, R] @ factor_RI [R, I], of a stack of pairs that of
+    all products together."""
     factor_OR = factor_OR.double()
     factor_RI = factor_RI.double()
-    squared = ((factor_OR.t() @ factor_OR) * (factor_RI @ factor_RI.t())).sum()
+    squared = ((factor_OR.mT @ factor_OR) * (factor_RI @ factor_RI.mT)).sum()
     return float(squared.clamp(min=0).sqrt())
