@@ -116,7 +116,11 @@ def tokens_per_second(run: Json) -> float:
 def make_tunesmith_options(documents: Sequence[Document], batch: int) -> Json:
     """Return the plan's choices for these rows."""
     saved = compute_saved_share([(document,) for document in documents], batch, PACK_LENGTH)
-    return {"pack_length": PACK_LENGTH, "blocked": True, "share_prefixes": saved >= MIN_SAVED_SHARE}
+    return {
+        "pack_length": PACK_LENGTH,
+        "blocked": True,
+        "share_prefixes": saved >= MIN_SAVED_SHARE["cpu"],
+    }
 
 
 def run_tunesmith(bench: Bench) -> Json:
