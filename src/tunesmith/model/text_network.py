@@ -103,8 +103,7 @@ def _truncate_config(config: Any, num_layers: int) -> None:
 
 
 def load_text_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-    """Load the text class in `dtype`. Raises InputError for NaN or infinite values, and for two
-    different weights of a head that is the embedding."""
+    """Load the text class in `dtype`. Raises InputError for NaN or infinite values."""
     network = build_empty_network(folder, dtype)
     for name, stored in list_stored_parameters(network, folder):
         if stored.headers[0].dtype == MXFP4_DTYPE:
@@ -183,14 +182,12 @@ def put_tensor(network: PreTrainedModel, name: str, tensor: Tensor) -> None:
 
 
 def finish_network(network: PreTrainedModel, folder: Path, device: str) -> PreTrainedModel:
-    """Tie the head and return the network in evaluation mode, with nothing trainable."""
+    """Tie the head and return the network in evaluation mode, with nothing trainable. As in
+    transformers, two weights that are stored with different values are not tied."""
     model: Any = network
-    is_tied = bool(model.config.tie_word_embeddings)
     head = model.get_output_embeddings().weight
-    if is_tied and not head.is_meta and not torch.equal(head, model.get_input_embeddings().weight):
-        message = "config.json says that the head is the embedding, and the weights hold two"
-        fix = "write tie_word_embeddings: false into config.json"
-        raise InputError(message, where=str(folder), fix=fix)
+    if not head.is_meta and not torch.equal(head, model.get_input_embeddings().weight):
+        model.config.tie_word_embeddings = False
     model.tie_weights()
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:

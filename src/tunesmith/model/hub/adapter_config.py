@@ -27,7 +27,7 @@ from tunesmith.model.hub.expert_names import (
     list_stack_names,
 )
 from tunesmith.model.hub.families import get_tensor_prefix
-from tunesmith.model.hub.stored_tensors import read_parameter_headers
+from tunesmith.model.hub.stored_tensors import has_equal_values, read_parameter_headers
 from tunesmith.model.hub.validate import TensorHeader, check_files, read_header, read_model_json
 from tunesmith.model.target_modules import (
     EMBEDDING,
@@ -336,8 +336,11 @@ def _check_modules(
     headers = read_parameter_headers(base)
     parameters = dict(zip(list_parameter_names(headers), headers.values(), strict=True))
     base_config = read_model_json(base / "config.json")
-    is_tied = has_tied_head(base_config, str(base_config.get("model_type")))
     embedding_name = f"model.{EMBEDDING}.weight"
+    head = parameters.get(f"{HEAD}.weight")
+    is_tied = has_tied_head(base_config, str(base_config.get("model_type")))
+    if is_tied and head is not None:
+        is_tied = has_equal_values(head, parameters[embedding_name])
     if is_tied:
         parameters[f"{HEAD}.weight"] = parameters[embedding_name]
     for name in match_saved_parameters(list(parameters), modules):

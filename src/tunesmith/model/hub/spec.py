@@ -45,7 +45,11 @@ from tunesmith.model.hub.part_shapes import (
     find_recurrent_shape,
     measure_parts,
 )
-from tunesmith.model.hub.stored_tensors import has_uniform_layers, read_text_tensors
+from tunesmith.model.hub.stored_tensors import (
+    has_equal_values,
+    has_uniform_layers,
+    read_text_tensors,
+)
 from tunesmith.model.hub.validate import TensorHeader, has_weights, read_headers, read_model_json
 
 # fmt: off
@@ -135,7 +139,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
         intermediate_size=_find_intermediate_size(config, headers, sizes),
         vocab_size=sizes.require("vocab_size"),
         context_length=sizes.require("max_position_embeddings"),
-        tie_word_embeddings=_has_tied_head(config.text, headers, config.where),
+        tie_word_embeddings=_has_tied_head(config, headers),
         parameters=_count_parameters(headers),
         dtype=_find_dtype(headers, path),
         origin=_read_origin(path),
@@ -403,12 +407,17 @@ def _check_architecture(config: _ModelConfig) -> str:
     raise InputError(message, where=config.where, fix=DOWNLOAD_CONFIG_FIX)
 
 
-def _has_tied_head(config: Json, headers: Mapping[str, TensorHeader], where: str) -> bool:
+def _has_tied_head(config: _ModelConfig, headers: Mapping[str, TensorHeader]) -> bool:
+    """Return whether head and embedding are one. As in transformers, two that are stored with
+    different values are two, whatever a config says by its default."""
     has_lm_head = "lm_head.weight" in headers
-    configured = config.get("tie_word_embeddings")
+    configured = config.text.get("tie_word_embeddings")
+    embedding = headers.get("model.embed_tokens.weight")
+    if configured and has_lm_head and embedding and has_weights(config.path):
+        return has_equal_values(headers["lm_head.weight"], embedding)
     if configured is False and not has_lm_head:
         message = "config.json says the head is not tied, but there is no lm_head.weight"
-        raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
+        raise InputError(message, where=config.where, fix=DOWNLOAD_MODEL_FIX)
     return not has_lm_head if configured is None else bool(configured)
 
 

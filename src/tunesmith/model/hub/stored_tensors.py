@@ -62,6 +62,7 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.")
 TRANSPOSED_TYPES = {"qwen3_vl_moe"}  # their fused experts are stored [E, I, O]
 # their layers beyond the last one predict further tokens
 PREDICTING_TYPES = {"deepseek_v3", "glm4_moe", "glm4_moe_lite"}
+SAMPLE_BYTES = 2**16
 DOWNLOAD_FIX = "download the model again"
 
 
@@ -94,6 +95,8 @@ class StoredParameter:
 
     def get_header(self) -> TensorHeader:
         """Return one header for the whole parameter, for what only counts and names."""
+        if len(self.headers) == 1 and not self.is_transposed:
+            return self.headers[0]
         num_bytes = sum(header.end - header.begin for header in self.headers)
         first = self.headers[0]
         return replace(first, shape=self.shape, begin=0, end=num_bytes)
@@ -206,6 +209,23 @@ def read_parameter_headers(folder: Path) -> dict[str, TensorHeader]:
         return read_headers(folder)
     parameters = read_text_tensors(folder).parameters
     return {name: stored.get_header() for name, stored in parameters.items()}
+
+
+def has_equal_values(first: TensorHeader, second: TensorHeader) -> bool:
+    """Return whether two tensors are equal, as far as their first and last bytes say it: a head
+    that is stored beside the embedding it is equal to."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return _read_ends(first) == _read_ends(second)
+
+
+def _read_ends(header: TensorHeader) -> bytes:
+    with header.file.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(start + header.begin)
+        begin = file.read(min(SAMPLE_BYTES, header.end - header.begin))
+        file.seek(start + max(header.begin, header.end - SAMPLE_BYTES))
+        return begin + file.read(min(SAMPLE_BYTES, header.end - header.begin))
 
 
 def _group_tensors(

@@ -218,12 +218,18 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     check_weight_shapes(tmp_path)
 
 
-def test_a_head_that_is_not_the_embedding_is_named(tmp_path: Path) -> None:
+def test_a_head_that_is_stored_beside_its_embedding(tmp_path: Path) -> None:
+    """Mistral Small 3.1 has a head of its own, and a config whose default says otherwise."""
     make_tiny_network("lfm2").save_pretrained(tmp_path)
-    head = torch.ones(97, 48)
-    change_tensors(tmp_path, lambda t: t | {"lm_head.weight": head})
-    with pytest.raises(InputError, match="the head is the embedding, and the weights hold two"):
-        load_network(tmp_path, torch.float32)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    for is_tied, head in ((True, embedding), (False, embedding + 1)):
+        change_tensors(tmp_path, lambda t, head=head: t | {"lm_head.weight": head.clone()})
+        assert read_spec(tmp_path).tie_word_embeddings == is_tied
+        network = load_network(tmp_path, torch.float32)
+        parameters = dict(network.named_parameters())
+        assert ("lm_head.weight" in parameters) != is_tied
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(compute_logits(network), compute_logits(expected.eval()))
 
 
 def test_nan_in_a_tensor_is_named(tmp_path: Path) -> None:
