@@ -45,9 +45,15 @@ from tunesmith.core.events import TrainStep
 from tunesmith.core.types import Document, GenerationRequest, NewToken
 from tunesmith.evaluate.loglikelihood import compute_mean_states, compute_nll
 from tunesmith.model.adapters import METHODS
-from tunesmith.model.causal_lm import PackedCausalLM, compute_stock_logits, wrap_model
+from tunesmith.model.causal_lm import (
+    PackedCausalLM,
+    compute_stock_logits,
+    load_network,
+    wrap_model,
+)
 from tunesmith.model.generation.engine import generate
 from tunesmith.model.new_embeddings import init_new_rows
+from tunesmith.model.quantization import load_quantized
 from tunesmith.session.preflight_probe import (
     PreflightSamples,
     choose_documents,
@@ -354,6 +360,23 @@ CONTROLS: dict[str, Callable[[], Record]] = {
     "two reads": read_twice,
     "one kernel": count_one_add,
 }
+
+
+def load(folder: Path, load: Callable[..., Any]) -> Record:
+    """Load a model folder onto the device."""
+    with recording() as record:
+        network = load(folder, BF16, "cuda")
+    tensors = [*network.parameters(), *network.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"cuda"}
+    return record
+
+
+def save_model(folder: Path) -> Path:
+    network: Any = AutoModelForCausalLM.from_config(copy.deepcopy(PLAIN), dtype=BF16)
+    network.save_pretrained(folder)
+    return folder
+
+
 FULL = {"method": "full"}
 NEW_TOKENS = {
     "add_tokens": {"<a>": 97, "<b>": 98},
@@ -440,6 +463,9 @@ def main(folder: Path) -> None:
     saved = save_on_cpu(folder / "checkpoint")
     CASES["resume"] = partial(resume, saved, steps_before=0)
     CASES["rollback"] = partial(resume, saved, steps_before=2)
+    model = save_model(folder / "model")
+    CASES["weights"] = partial(load, model, load_network)
+    CASES["4-bit weights"] = partial(load, model, load_quantized)
     with fake_gpu():
         results = {name: run_case(case) for name, case in (CASES | CONTROLS).items()}
     (folder / "results.json").write_text(json.dumps(results))

@@ -83,7 +83,7 @@ def test_reads_kernels_and_bytes_are_counted(results: Results) -> None:
     assert (one_kernel["step_kernels"], one_kernel["peak_bytes"]) == (1, 12)
 
 
-@pytest.mark.parametrize("name", [*CASES, *CHECKPOINT_CASES])
+@pytest.mark.parametrize("name", [*CASES, *CHECKPOINT_CASES, "weights", "4-bit weights"])
 def test_it_runs(results: Results, name: str) -> None:
     assert results[name]["error"] == ""
 
@@ -105,6 +105,13 @@ def test_kto_also_reads_the_likelihoods_of_its_kl_term(results: Results) -> None
 def test_a_token_is_read_with_the_check_of_its_logits(results: Results) -> None:
     """Three answers of at most four tokens, two at a time: at most seven forwards."""
     assert results["answers"]["reads"] <= 14
+
+
+def test_weights_are_copied_and_checked_one_by_one(results: Results) -> None:
+    """21 tensors, and two tables; the check of a tensor reads once."""
+    for name in ("weights", "4-bit weights"):
+        assert 21 <= results[name]["reads"] <= 23
+    assert results["weights"]["uploads"] == 23
 
 
 def test_a_layer_copies_nothing_from_the_host(results: Results) -> None:

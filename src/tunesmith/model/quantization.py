@@ -59,7 +59,7 @@ def load_quantized(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Pre
         if experts.has_stack(name):
             experts.quantize(name, _iter_matrices(name, stored, folder, device))
             continue
-        tensor = read_finite_parameter(name, stored, folder).to(device)
+        tensor = read_finite_parameter(name, stored, folder, device)
         path, _, tensor_name = name.rpartition(".")
         if tensor_name == "weight" and path in linears:
             layer = QuantizedLinear(tensor, linears[path].bias, dtype)
@@ -108,10 +108,10 @@ def _iter_matrices(
 ) -> Iterator[Tensor]:
     """Read a stack expert by expert if the file holds it so."""
     if not stored.num_experts:
-        yield from read_finite_parameter(name, stored, folder).to(device)
+        yield from read_finite_parameter(name, stored, folder, device)
     for expert in range(stored.num_experts):
         matrix = StoredParameter(stored.get_expert(expert))
-        yield read_finite_parameter(name, matrix, folder).to(device)
+        yield read_finite_parameter(name, matrix, folder, device)
 
 
 def build_truncated_network(

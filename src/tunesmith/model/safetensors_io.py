@@ -96,4 +96,4 @@ def find_nonfinite(tensors: Mapping[str, Tensor]) -> str:
 def is_finite(tensor: Tensor) -> bool:
     """Return whether a non-empty tensor has no NaN or infinite value."""
     low, high = tensor.detach().aminmax()  # both are NaN if a value is
-    return bool(low.isfinite()) and bool(high.isfinite())
+    return bool(low.isfinite() & high.isfinite())  # one read of a GPU
