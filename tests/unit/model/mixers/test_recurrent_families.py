@@ -62,6 +62,22 @@ def test_every_stock_mixer_is_replaced(family: str) -> None:
     assert sum(isinstance(module, MIXERS) for module in network.modules()) == num_stock > 0
 
 
+@pytest.mark.parametrize("family", CONV_FAMILIES)
+def test_a_short_convolution_is_the_stock_one(family: str) -> None:
+    """The whole network compares to 5e-6 only, because stock norms compute in fp32."""
+    network = make_tiny_network(family, torch.float64).requires_grad_(True)
+    stock = next(m for m in network.modules() if MIXER_CLASSES.get(type(m).__name__))
+    x = torch.randn(1, 31, 48, generator=torch.Generator().manual_seed(0)).double()
+    leaves = [x.requires_grad_(), *stock.parameters()]
+    out = MIXER_CLASSES[type(stock).__name__](stock)(x, layout=PackLayout((0,), (31,)))
+    expected = stock(x)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).double()
+    theirs = torch.autograd.grad(expected, leaves, direction)
+    for actual, wanted in zip(torch.autograd.grad(out, leaves, direction), theirs, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+
+
 @FAMILIES
 def test_documents_at_the_edges_of_chunks(family: str) -> None:
     documents = make_tiny_documents(EDGES)
