@@ -92,14 +92,14 @@ def compare_blocks(model: PackedCausalLM, batch: Batch, recorded: BlockOutputs) 
         model.compute_hidden(batch)
     errors: dict[str, float] = {}
 
-    def force_output(path: str, output: Any) -> Any:
+    def replace_output(path: str, output: Any) -> Any:
         stock = recorded.outputs[path].to(model.device)
         errors[path] = _compare(_get_rows(output), stock)
         if isinstance(output, tuple):
             return (stock.view_as(output[0]), *output[1:])
         return stock.view_as(output)
 
-    with _hooked(find_blocks(model.decoder), force_output):
+    with _hooked(find_blocks(model.decoder), replace_output):
         hidden = model.compute_hidden(batch)
     if errors.keys() != recorded.outputs.keys():
         missing = sorted(errors.keys() ^ recorded.outputs.keys())

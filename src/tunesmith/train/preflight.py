@@ -310,7 +310,7 @@ def check_logits(subject: ModelUnderTest, samples: PreflightSamples) -> CheckRes
                 fix=BLOCK_FIX,
             )
         blocks = compare_with_stock_blocks(subject.model, document, recorded, stock_PV)
-        block_evidence = f"; {blocks}"
+        block_evidence += f"; of {count_input_tokens(document)} tokens, {blocks}"
     lengths = ", ".join(str(count_input_tokens(document)) for document in samples.documents)
     evidence = (
         f"relative difference at most {worst:.2%}, "
