@@ -30,8 +30,8 @@ from tunesmith.plan.memory import (
 )
 
 # in older versions, loading a model can run code from it: CVE-2026-4372 (transformers),
-# CVE-2025-32434 (torch)
-MIN_VERSIONS = {"python": "3.11", "torch": "2.6", "transformers": "5.3"}
+# CVE-2025-32434 (torch); the classes of model/hub/families.py are those of transformers 5.24
+MIN_VERSIONS = {"python": "3.11", "torch": "2.6", "transformers": "5.24"}
 # extra -> (its packages, what needs them)
 EXTRAS = {
     "qlora": (("bitsandbytes",), "method: qlora, optim: adamw_8bit"),
