@@ -400,7 +400,7 @@ def test_integers_are_caps_and_scales_too() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["varlen", "dense_mask"])
+@pytest.mark.parametrize("name", ["varlen", "sdpa", "dense_mask"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_cuda_backends_are_near_the_truth(name: str, rule: AttentionConfig) -> None:
     for layout in LAYOUTS:
