@@ -101,7 +101,5 @@ def _find_positions(layout: PackLayout, last_segment: int) -> np.ndarray:
     return np.concatenate(ranges)
 
 
-def _to_tensor(
-    arrays: list[np.ndarray], dtype: type[np.generic], device: Device
-) -> torch.Tensor:
+def _to_tensor(arrays: list[np.ndarray], dtype: type[np.generic], device: Device) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(arrays).astype(dtype)).to(device)
