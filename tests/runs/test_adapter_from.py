@@ -444,7 +444,8 @@ def test_a_verdict_or_two_for_the_record(first: Recipe, tiny_folder: Path, tmp_p
     events = train(
         make_tiny_recipe(tiny_folder, tmp_path / "n", data=rows, adapter_from=first.output_dir)
     )
-    assert [v.kind for v in events if isinstance(v, CheckResult)][1] == "logits match transformers"
+    kinds = [v.kind for v in events if isinstance(v, CheckResult)]
+    assert "logits match transformers" in kinds
     record = read_json(tmp_path / "n" / "run" / "record.json")
     assert record["plan"]["settings"]["adapter_from"]["value"] == str(
         Path(str(first.output_dir)) / "adapter"

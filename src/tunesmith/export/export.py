@@ -29,6 +29,8 @@ from tunesmith.export.parity import (
 )
 from tunesmith.export.source_run import SourceRun, open_source_run
 from tunesmith.export.targets import ExportFormat, find_format
+from tunesmith.model.expert_adapters import ExpertLoraTensors
+from tunesmith.model.save import select_linear_loras
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -157,7 +159,9 @@ def _refuse_unsupported(run: SourceRun, export_format: ExportFormat) -> None:
     if run.modules:
         message = f"a GGUF adapter cannot hold modules_to_save ({', '.join(run.modules):.80})"
         raise InputError(message, where=where, fix=fix)
-    if any(lora.magnitude_O is not None for lora in run.loras.values()):
+    if any(isinstance(lora, ExpertLoraTensors) for lora in run.loras.values()):
+        raise InputError("a GGUF adapter cannot hold adapters of experts", where=where, fix=fix)
+    if any(lora.magnitude_O is not None for lora in select_linear_loras(run.loras).values()):
         raise InputError("a GGUF adapter cannot hold DoRA magnitudes", where=where, fix=fix)
 
 

@@ -372,6 +372,11 @@ def parse_token_rows(
 AnyLora = LoraTensors | ExpertLoraTensors
 
 
+def select_linear_loras(loras: Mapping[str, AnyLora]) -> dict[str, LoraTensors]:
+    """Return the adapters of linears, without those of experts."""
+    return {path: lora for path, lora in loras.items() if isinstance(lora, LoraTensors)}
+
+
 def parse_loras(tensors: Mapping[str, Tensor], adapter: AdapterFolder) -> dict[str, AnyLora]:
     """Return PEFT's path of the linear, or stack of experts, -> adapter, from tensors under PEFT's
     names."""

@@ -17,11 +17,13 @@ from tunesmith.core.atomic import hash_file, read_manifest, verify_dir
 from tunesmith.core.errors import GateError, InputError, MachineError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.run_dir import RunFolder
-from tunesmith.export.export import ExportResult, export_run
+from tunesmith.export.export import ExportResult, _refuse_unsupported, export_run
 from tunesmith.export.hf import write_merged_folder
 from tunesmith.export.parity import ExportJob, Tolerance, compute_live_outputs
-from tunesmith.export.targets import TARGETS
+from tunesmith.export.source_run import open_source_run
+from tunesmith.export.targets import TARGETS, find_format
 from tunesmith.model.causal_lm import compute_stock_logits, load_network
+from tunesmith.model.expert_adapters import ExpertLoraTensors
 from tunesmith.model.gguf.reader import read_gguf
 from tunesmith.session import inputs
 
@@ -156,6 +158,15 @@ def test_dora_is_in_the_weights_or_beside_them(tiny_llama: Path, tmp_path: Path)
         export_run(path, "gguf", kind="lora")
     assert "merged" in refusal.value.fix
     assert not (path / "export" / "gguf-lora").exists()
+
+
+def test_no_gguf_adapter_holds_experts(tiny_llama: Path, tmp_path: Path) -> None:
+    run = open_source_run(save_run(tmp_path, tiny_llama))
+    loras = {"experts": ExpertLoraTensors(torch.ones(2, 1, 3), torch.ones(2, 4, 1), 1.0)}
+    _, gguf = find_format("gguf", "lora")
+    _refuse_unsupported(run, gguf)
+    with pytest.raises(InputError, match="cannot hold adapters of experts"):
+        _refuse_unsupported(dataclasses.replace(run, loras=loras), gguf)
 
 
 def test_the_gguf_says_what_it_is(exports: dict[str, ExportResult]) -> None:

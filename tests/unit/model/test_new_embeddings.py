@@ -307,7 +307,7 @@ def test_merged_rows_are_in_their_matrices(family: str, placement: str, tmp_path
     merged = tmp_path / "merged"
     merged.mkdir()
     write_merged_weights(base, changes, merged / "model.safetensors")
-    save_config(merged, base, max(VOCABULARY, first + 2))
+    save_config(merged, base, max(VOCABULARY, first + 2), is_packed=True)
     network = load_network(merged, torch.float32)
     document = documents_with(first)[3]
     expected = logits(model, collate_documents([document]))

@@ -17,6 +17,7 @@ from tunesmith.model.gguf.reader import read_gguf
 from tunesmith.model.gguf.tokenizer import find_special_id
 from tunesmith.model.merge import merge_into_network
 from tunesmith.model.reference_load import encode_stock_prompts, load_config_dict, load_gguf
+from tunesmith.model.save import select_linear_loras
 
 ADAPTER_FILE = "adapter.gguf"
 BASE_NAME_KEY = "general.base_model.0.name"
@@ -71,7 +72,9 @@ def write_lora(job: ExportJob) -> None:
         "general.base_model.count": 1,
         BASE_NAME_KEY: run.model_spec.name,
     }
-    write_adapter(job.folder / ADAPTER_FILE, run.model_spec, run.loras, metadata)
+    write_adapter(
+        job.folder / ADAPTER_FILE, run.model_spec, select_linear_loras(run.loras), metadata
+    )
 
 
 def reload_lora(job: ExportJob) -> ReloadedExport:
