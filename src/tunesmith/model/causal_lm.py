@@ -148,6 +148,11 @@ def get_sliding_window(network: PreTrainedModel) -> int | None:
     return window if isinstance(window, int) and is_used else None
 
 
+def has_attention_layer(network: PreTrainedModel) -> bool:
+    layers: Any = network.base_model.layers
+    return any(_has_attention(layer) for layer in layers)
+
+
 def get_lm_head(network: PreTrainedModel) -> LMHead:
     """Return the head with the scale and the soft cap of the config; rows of new tokens are written
     into its weight."""

@@ -110,6 +110,14 @@ def wrap_rotary(decoder: Any) -> DocumentRotary | None:
     return decoder.rotary_emb
 
 
+def get_shortest_limit(network: Any) -> int | None:
+    """Return the length up to which no frequency of a stock network depends on the length, None if
+    none does at any length."""
+    stock = getattr(network.base_model, "rotary_emb", None)
+    limits = _read_limits(stock) if stock is not None else []
+    return min((limit for _, limit in limits), default=None)
+
+
 def measure_documents(layout: PackLayout) -> list[int]:
     """Return the length of the longest document through each segment.
 

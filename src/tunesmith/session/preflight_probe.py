@@ -20,9 +20,15 @@ from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.collate import Device, collate
 from tunesmith.data.packing import count_input_tokens, pack_step
 from tunesmith.data.prefix_sharing import group_by_prefix
-from tunesmith.model.causal_lm import Network, compute_cached_logits, compute_stock_logits
+from tunesmith.model.causal_lm import (
+    Network,
+    compute_cached_logits,
+    compute_stock_logits,
+    has_attention_layer,
+)
 from tunesmith.model.layer_outputs import BlockOutputs, record_block_outputs
 from tunesmith.model.packed_weights import Rounding
+from tunesmith.model.rotary import get_shortest_limit
 
 MAX_PACKED_DOCUMENTS = 3  # enough to see a leak or shifted labels, in seconds
 # tokens of each document in the isolation check; not a whole block of a kernel
@@ -36,6 +42,7 @@ MIN_CHECKED_CHARS = 12  # of an untrained message that must not be among the tar
 MAX_CHECKED_POSITIONS = 64  # per document, for which logits are compared
 MAX_RECORDED_TOKENS = 256  # of a document whose blocks are recorded: two hidden states per layer
 ORACLE_TOKENS = 32  # of the document on which the stock model is compared with itself
+NO_ORACLE = "every document has one token"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +110,7 @@ class PreflightSamples:
     # of the stock model, in the order of the documents, where rounding may change logits a lot:
     # with experts, and with layers that carry state; None for long documents
     block_outputs: tuple[BlockOutputs | None, ...] = ()
-    oracle: OracleLogits | None = None  # None: every document has one token
+    oracle: OracleLogits | str = NO_ORACLE  # or why nothing was compared
     rounding: Rounding | None = None  # of FP8 weights
 
 
@@ -288,11 +295,23 @@ def _chain_documents(documents: Sequence[Document], tokens: int) -> Document:
     return Document(f"{documents[0].id}{CHAINED_SUFFIX}", tokens_L, weights_L)
 
 
-def compute_oracle_logits(network: Network, documents: Sequence[Document]) -> OracleLogits | None:
+def compute_oracle_logits(network: Network, documents: Sequence[Document]) -> OracleLogits | str:
     """Compute the last tokens of the shortest document, or of its beginning, in two ways. Return
-    None if every document has one token."""
+    the reason if there is nothing to compare.
+
+    The beginning is shorter than any length from which on the rotation depends on the length: keys
+    in the cache would be rotated for another one. The stock rotary embedding also keeps the
+    frequencies of an earlier, longer document unless this one is shorter than its limit."""
+    if not has_attention_layer(network):
+        return "transformers' cache needs an attention layer, and the model has none"
+    limit = ORACLE_TOKENS
+    rotation_limit = get_shortest_limit(network)
+    if rotation_limit is not None:
+        limit = min(limit, rotation_limit - 1)
+        if limit < 2:
+            return "the rotation of two tokens depends on their number"
     for document in documents:
-        num_tokens = min(count_input_tokens(document), ORACLE_TOKENS)
+        num_tokens = min(count_input_tokens(document), limit)
         if num_tokens < 2:
             continue
         tokens = document.tokens_L[:num_tokens].tolist()
@@ -302,7 +321,7 @@ def compute_oracle_logits(network: Network, documents: Sequence[Document]) -> Or
             compute_stock_logits(network, tokens, [num_tokens - 2, num_tokens - 1]),
             compute_cached_logits(network, tokens),
         )
-    return None
+    return NO_ORACLE
 
 
 def record_blocks(

@@ -1,5 +1,6 @@
 """The reference of preflight is checked too, and what FP8 weights lose is said."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -7,13 +8,17 @@ import pytest
 import torch
 
 import preflight_models
+import rotary_configs
+import tiny_models
 from preflight_models import get_refusal, prepare_model
 from tiny_models import make_tiny_document, make_tiny_network
 from tunesmith.core.errors import GateError
+from tunesmith.model.causal_lm import compute_stock_logits
 from tunesmith.model.packed_weights import Rounding
-from tunesmith.session.preflight_probe import ORACLE_TOKENS, compute_oracle_logits
+from tunesmith.session.preflight_probe import NO_ORACLE, ORACLE_TOKENS, compute_oracle_logits
 from tunesmith.train.preflight import run_preflight
 from tunesmith.train.preflight_base import (
+    KIND,
     ORACLE_TOLERANCE,
     break_oracle,
     check_oracle,
@@ -43,7 +48,7 @@ def test_a_reference_that_is_wrong_without_a_cache_is_refused(
     monkeypatch.setattr(preflight_models, "make_tiny_network", forget_a_layer_without_cache)
     model, samples = prepare_model("olmo2")
     assert "transformers disagrees with itself" in get_refusal(model, samples)
-    unchecked = run_preflight(model, dataclasses.replace(samples, oracle=None))
+    unchecked = run_preflight(model, dataclasses.replace(samples, oracle="left out"))
     assert not [result for result in unchecked if result.level == "error"]
     monkeypatch.undo()
     assert run_preflight(*prepare_model("olmo2"))
@@ -56,7 +61,7 @@ def test_a_lost_token_is_noticed(dtype: torch.dtype) -> None:
     assert explain_unbreakable(samples.oracle, dtype) == ""
     with pytest.raises(GateError, match="disagrees with itself"):
         check_oracle(break_oracle(samples), dtype)
-    assert samples.oracle is not None
+    assert not isinstance(samples.oracle, str)
     not_a_number = samples.oracle.cached_PV * float("nan")
     broken = dataclasses.replace(samples.oracle, cached_PV=not_a_number)
     with pytest.raises(GateError, match="nan"):
@@ -65,21 +70,61 @@ def test_a_lost_token_is_noticed(dtype: torch.dtype) -> None:
 
 def test_equal_logits_cannot_be_told_apart() -> None:
     _, samples = prepare_model()
-    assert samples.oracle is not None
+    assert not isinstance(samples.oracle, str)
     first = samples.oracle.plain_PV[:1].expand(2, -1)
     alike = dataclasses.replace(samples.oracle, plain_PV=first, cached_PV=first)
-    assert "equal logits" in explain_unbreakable(alike, torch.float32)
+    assert "similar logits" in explain_unbreakable(alike, torch.float32)
 
 
 def test_the_shortest_document_of_two_tokens_is_compared_up_to_a_limit() -> None:
     network = make_tiny_network("llama")
     documents = [make_tiny_document(1), make_tiny_document(1, 1), make_tiny_document(90)]
     oracle = compute_oracle_logits(network, documents)
-    assert oracle is not None
+    assert not isinstance(oracle, str)
     assert (oracle.document_id, oracle.num_tokens) == (documents[2].id, ORACLE_TOKENS)
     assert compare_logits(oracle.cached_PV, oracle.plain_PV) < 1e-5
     assert oracle.plain_PV.shape == oracle.cached_PV.shape == (2, 97)
-    assert compute_oracle_logits(network, documents[:2]) is None
+    assert compute_oracle_logits(network, documents[:2]) == NO_ORACLE
+
+
+def test_keys_in_the_cache_have_the_rotation_of_the_document(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From 32 tokens on, dynamic scaling rotates each length otherwise, so a cache has other keys
+    by design; a longer document before leaves its frequencies behind."""
+    config = rotary_configs.CONFIGS["llama-dynamic"]
+    monkeypatch.setitem(tiny_models.CONFIGS, "llama-dynamic", config)
+    network = make_tiny_network("llama-dynamic")
+    compute_stock_logits(network, make_tiny_document(90).tokens_L.tolist(), [0])
+    oracle = compute_oracle_logits(network, [make_tiny_document(90)])
+    assert not isinstance(oracle, str)
+    assert oracle.num_tokens == rotary_configs.LIMIT - 1
+    assert compare_logits(oracle.cached_PV, oracle.plain_PV) < 1e-5
+
+
+WITHOUT_ATTENTION = {
+    "lfm2": "conv",
+    "nemotron_h": "linear_attention",
+    "granitemoehybrid": "linear_attention",
+    "qwen3_5": "linear_attention",
+    "qwen3_next": "linear_attention",
+}
+
+
+@pytest.mark.parametrize("family", WITHOUT_ATTENTION)
+def test_a_model_without_attention_is_not_compared(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' cache cannot count its tokens without an attention layer."""
+    config = copy.deepcopy(tiny_models.CONFIGS[family])
+    config.layer_types = [WITHOUT_ATTENTION[family]] * config.num_hidden_layers
+    monkeypatch.setitem(tiny_models.CONFIGS, family, config)
+    model, samples = prepare_model(family)
+    results = run_preflight(model, samples)
+    (oracle,) = [result for result in results if result.kind == KIND]
+    assert (oracle.level, oracle.num_checked) == ("warn", 0)
+    assert "needs an attention layer" in oracle.evidence
+    assert "not injected: cache that loses a token" in results[-1].evidence
 
 
 def test_what_fp8_loses_is_said() -> None:
