@@ -24,7 +24,6 @@ from tunesmith.model.causal_lm import (
     get_sliding_window,
     wrap_model,
 )
-from tunesmith.model.layer_outputs import record_block_outputs
 from tunesmith.session.preflight_probe import (
     PreflightSamples,
     TokenIdCheck,
@@ -32,6 +31,7 @@ from tunesmith.session.preflight_probe import (
     choose_positions,
     choose_sharing_documents,
     compute_oracle_logits,
+    record_beginning,
 )
 from tunesmith.train.preflight import run_preflight
 
@@ -65,7 +65,7 @@ def prepare_model(
     )
     oracle = compute_oracle_logits(network, documents)
     blocks = [
-        record_block_outputs(network, d.tokens_L[: count_input_tokens(d)].tolist())
+        record_beginning(network, d)
         for d in documents
         if family in HYBRID_CONFIGS or family in EXPERT_FAMILIES
     ]

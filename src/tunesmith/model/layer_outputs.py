@@ -1,6 +1,6 @@
 """What the blocks of each layer compute: recorded on the stock network, compared on ours.
 
-    record_block_outputs(network, tokens) -> BlockOutputs     before `wrap_model`
+    record_block_outputs(network, tokens, positions) -> BlockOutputs     before `wrap_model`
     compare_blocks(model, batch, recorded) -> BlockComparison
 
 Two correct computations of a deep network may differ by more than a mistake: each layer amplifies
@@ -31,12 +31,14 @@ BLOCK_NAMES = {name for name, part in PART_BY_MODULE.items() if part != ROUTER} 
 @dataclass(frozen=True, eq=False)
 class BlockOutputs:
     """Outputs [T, H] of the blocks (attention, other mixers, MLPs, experts, norms), by path in the
-    decoder; the choices [T, K] of its routers, each row in ascending order; and the final hidden
-    states [T, H]. On the CPU."""
+    decoder; the choices [T, K] of its routers, each row in ascending order; the final hidden states
+    [T, H]; and the fp32 logits [P, V] at some positions. On the CPU."""
 
     outputs: dict[str, Tensor]
     choices: dict[str, Tensor]
     hidden: Tensor
+    logits_PV: Tensor
+    positions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,17 @@ class BlockComparison:
 
 
 @torch.no_grad()
-def record_block_outputs(network: PreTrainedModel, tokens: Sequence[int]) -> BlockOutputs:
-    """Run the stock network on one document and record its blocks."""
+def record_block_outputs(
+    network: PreTrainedModel, tokens: Sequence[int], positions: Sequence[int]
+) -> BlockOutputs:
+    """Run the stock network on one document and record its blocks, and the logits at positions."""
     decoder: Any = network.base_model
     outputs: dict[str, Tensor] = {}
     choices: dict[str, Tensor] = {}
+    hidden: list[Tensor] = []
+
+    def store_hidden(_path: str, output: Any) -> None:
+        hidden.append(_get_rows(output.last_hidden_state).cpu())
 
     def store_output(path: str, output: Any) -> None:
         outputs[path] = _get_rows(output).cpu()
@@ -70,9 +78,11 @@ def record_block_outputs(network: PreTrainedModel, tokens: Sequence[int]) -> Blo
     with (
         _hooked(find_blocks(decoder), store_output),
         _hooked(find_routers(decoder), store_choices),
+        _hooked({"": decoder}, store_hidden),
     ):
-        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-    return BlockOutputs(outputs, choices, _get_rows(hidden).cpu())
+        kept = torch.tensor(list(positions), device=network.device)
+        out: Any = network(input_ids=input_ids, use_cache=False, logits_to_keep=kept)
+    return BlockOutputs(outputs, choices, hidden[0], out.logits[0].float().cpu(), tuple(positions))
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ TRUNCATED_SUFFIX = ", truncated"  # of the id of a document without its end
 BANNED_SUFFIX = ", banned"  # of the id of a document that only trains away from its answer
 MIN_CHECKED_CHARS = 12  # of an untrained message that must not be among the targets
 MAX_CHECKED_POSITIONS = 64  # per document, for which logits are compared
-MAX_RECORDED_TOKENS = 256  # of a document whose blocks are recorded: two hidden states per layer
+MAX_RECORDED_TOKENS = 256  # of a document, from its beginning: two hidden states per layer
 ORACLE_TOKENS = 32  # of the document on which the stock model is compared with itself
 NO_ORACLE = "every document has one token"
 
@@ -108,8 +108,8 @@ class PreflightSamples:
     has_trained_answers: bool = True
     is_quantized: bool = False  # the plan's method keeps weights in 4 bits
     # of the stock model, in the order of the documents, where rounding may change logits a lot:
-    # with experts, and with layers that carry state; None for long documents
-    block_outputs: tuple[BlockOutputs | None, ...] = ()
+    # with experts, and with layers that carry state
+    block_outputs: tuple[BlockOutputs, ...] = ()
     oracle: OracleLogits | str = NO_ORACLE  # or why nothing was compared
     rounding: Rounding | None = None  # of FP8 weights
 
@@ -268,9 +268,10 @@ def mark_banned(documents: Sequence[Document]) -> list[Document]:
     return [dataclasses.replace(d, id=f"{d.id}{BANNED_SUFFIX}") for d in documents]
 
 
-def truncate_to_beginning(document: Document) -> Document:
-    """Return the first tokens as a document whose last token is its target."""
-    return _target_last_token(document.id, document.tokens_L[: ISOLATION_TOKENS + 1])
+def truncate(document: Document, num_tokens: int) -> Document:
+    """Return the first input tokens as a document whose last token is its target."""
+    num_tokens = min(num_tokens, count_input_tokens(document))
+    return _target_last_token(document.id, document.tokens_L[: num_tokens + 1])
 
 
 def _target_last_token(id: str, tokens_L: np.ndarray) -> Document:
@@ -326,19 +327,20 @@ def compute_oracle_logits(network: Network, documents: Sequence[Document]) -> Or
 
 def record_blocks(
     network: Network, model: ModelSpec, documents: Sequence[Document]
-) -> tuple[BlockOutputs | None, ...]:
-    """Record the blocks of the stock network on short documents, for a model that amplifies
-    rounding: with experts, or with layers that carry state."""
+) -> tuple[BlockOutputs, ...]:
+    """Record the blocks of the stock network, for a model that amplifies rounding: with experts, or
+    with layers that carry state."""
     has_state = any(mixer not in ("attention", "") for mixer in model.layer_mixers)
     if not model.num_experts and not has_state:
         return ()
-    recorded: list[BlockOutputs | None] = []
-    for document in documents:
-        num_tokens = count_input_tokens(document)
-        tokens = document.tokens_L[:num_tokens].tolist()
-        is_short = num_tokens <= MAX_RECORDED_TOKENS
-        recorded.append(record_block_outputs(network, tokens) if is_short else None)
-    return tuple(recorded)
+    return tuple(record_beginning(network, document) for document in documents)
+
+
+def record_beginning(network: Network, document: Document) -> BlockOutputs:
+    """Record the blocks of the stock network on the first tokens of a document."""
+    beginning = truncate(document, MAX_RECORDED_TOKENS)
+    tokens = beginning.tokens_L[: count_input_tokens(beginning)].tolist()
+    return record_block_outputs(network, tokens, choose_positions(beginning))
 
 
 # ---------------------------------------------------------------- packs

@@ -35,6 +35,7 @@ from tunesmith.model.lm_head import measure_target_losses
 from tunesmith.model.quantization import find_quantized_weights
 from tunesmith.model.rotary import DocumentRotary
 from tunesmith.session.preflight_probe import (
+    ISOLATION_TOKENS,
     MAX_PACKED_DOCUMENTS,
     PreflightSamples,
     WindowedText,
@@ -45,7 +46,7 @@ from tunesmith.session.preflight_probe import (
     pack_documents,
     pack_with_sharing,
     trim_to_fork,
-    truncate_to_beginning,
+    truncate,
 )
 from tunesmith.train.preflight_base import (
     break_oracle,
@@ -309,7 +310,7 @@ def check_logits(subject: ModelUnderTest, samples: PreflightSamples) -> CheckRes
                 where=f"preflight: {document.id}",
                 fix=BLOCK_FIX,
             )
-        blocks = compare_with_stock_blocks(subject.model, document, recorded, stock_PV)
+        blocks = compare_with_stock_blocks(subject.model, document, recorded)
         block_evidence += f"; of {count_input_tokens(document)} tokens, {blocks}"
     lengths = ", ".join(str(count_input_tokens(document)) for document in samples.documents)
     evidence = (
@@ -369,7 +370,8 @@ def check_document_isolation(
     """Check that changing one document of a pack leaves the others' outputs bitwise unchanged, with
     experts up to rounding."""
     documents = [
-        truncate_to_beginning(document) for document in samples.documents[:MAX_PACKED_DOCUMENTS]
+        truncate(document, ISOLATION_TOKENS)
+        for document in samples.documents[:MAX_PACKED_DOCUMENTS]
     ]
     batch = pack_documents(documents, subject.model.device)
     isolation = refuse_leakage(subject.model, corrupt(batch), batch.layout)

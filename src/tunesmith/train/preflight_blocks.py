@@ -12,14 +12,13 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor
 
 from tunesmith.core.errors import GateError
 from tunesmith.core.types import Document
 from tunesmith.data.packing import count_input_tokens
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.layer_outputs import BlockOutputs, compare_blocks
-from tunesmith.session.preflight_probe import choose_positions, pack_documents
+from tunesmith.session.preflight_probe import pack_documents, truncate
 from tunesmith.train.preflight_base import compare_logits
 
 # Largest difference of a correct block, relative to the norm of its output; the worst of six
@@ -32,22 +31,22 @@ def compare_with_stock_blocks(
     model: PackedCausalLM,
     document: Document,
     recorded: BlockOutputs,
-    stock_PV: Tensor,
 ) -> str:
     """Compare each block with the stock's on the stock's inputs, and the head on its final hidden
-    states. `stock_PV` are the stock's logits at the checked positions.
+    states, for the recorded first tokens of the document.
 
     Raises GateError for the part that differs most, if it is over the tolerance."""
-    batch = pack_documents([document], model.device)
-    all_positions_S = torch.arange(count_input_tokens(document), device=model.device)
+    num_tokens = len(recorded.hidden)
+    batch = pack_documents([truncate(document, num_tokens)], model.device)
+    all_positions_S = torch.arange(num_tokens, device=model.device)
     batch = dataclasses.replace(batch, positions_S=all_positions_S)
     comparison = compare_blocks(model, batch, recorded)
-    hidden_PH = recorded.hidden.to(model.device)[choose_positions(document)]
+    hidden_PH = recorded.hidden.to(model.device)[list(recorded.positions)]
     logits_PV = model.head.compute_logits(hidden_PH).float()
     errors = {
         comparison.worst_path: comparison.worst,
         "the sum of the blocks": comparison.hidden,
-        "the head": compare_logits(logits_PV, stock_PV),
+        "the head": compare_logits(logits_PV, recorded.logits_PV.to(model.device)),
     }
     tolerance = BLOCK_TOLERANCE[model.dtype]
     for part, error in errors.items():
@@ -65,4 +64,6 @@ def compare_with_stock_blocks(
     if comparison.num_choices:
         counts = f"{comparison.num_equal_choices:,}/{comparison.num_choices:,}"
         text += f", router decisions equal at {counts}"
+    if num_tokens < count_input_tokens(document):
+        text += f" in its first {num_tokens}"
     return text

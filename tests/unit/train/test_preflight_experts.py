@@ -15,7 +15,11 @@ from tunesmith.core.types import PackLayout
 from tunesmith.model.attention import BACKENDS, AttentionConfig, reference_attention
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.experts import Experts, find_experts
-from tunesmith.session.preflight_probe import PreflightSamples, pack_documents
+from tunesmith.session.preflight_probe import (
+    MAX_RECORDED_TOKENS,
+    PreflightSamples,
+    pack_documents,
+)
 from tunesmith.train import preflight
 from tunesmith.train.preflight import run_preflight
 from tunesmith.train.preflight_isolation import refuse_leakage
@@ -162,11 +166,32 @@ def test_a_wrong_head_is_named() -> None:
     assert get_refusal(model, samples).startswith("the head is off by ")
 
 
-def test_logits_of_a_document_that_was_not_recorded_are_refused() -> None:
+def test_logits_of_a_model_that_was_not_recorded_are_refused() -> None:
     model, samples = prepare_model("qwen3_moe")
     model.decoder.layers[1].residual_multiplier = 0.5
-    nothing = dataclasses.replace(samples, block_outputs=(None,) * len(samples.documents))
+    nothing = dataclasses.replace(samples, block_outputs=())
     assert "logits differ from transformers" in get_refusal(model, nothing)
+
+
+LONG_ROWS = (9, 20, MAX_RECORDED_TOKENS + 40)
+
+
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_long_documents_with_experts_pass_in_bf16(family: str) -> None:
+    evidence = run_checks(
+        *prepare_model(family, torch.bfloat16, candidates=make_tiny_documents(LONG_ROWS))
+    )
+    logits = evidence["logits match transformers"]
+    was_long_compared = f"of {LONG_ROWS[-1]} tokens, " in logits
+    assert (f"in its first {MAX_RECORDED_TOKENS}" in logits) == was_long_compared
+
+
+def test_a_wrong_block_is_named_in_a_long_document() -> None:
+    documents = make_tiny_documents(LONG_ROWS)[-1:]
+    model, samples = prepare_model("qwen3_moe", candidates=documents)
+    assert len(samples.block_outputs[0].hidden) == MAX_RECORDED_TOKENS
+    model.decoder.layers[1].residual_multiplier = 0.5
+    assert get_refusal(model, samples).startswith("layers.1.post_attention_layernorm is off")
 
 
 def test_hybrids_without_experts_stay_bitwise() -> None:
