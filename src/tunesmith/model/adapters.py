@@ -71,8 +71,10 @@ def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
     stacks = find_expert_modules(network)
     model_type = network.config.get_text_config().model_type
     targets = select_targets([*linears, *stacks], settings["lora_target_modules"], model_type)
-    if stacks:
-        _check_expert_targets(targets, settings)
+    parameters = [
+        path for path in targets if is_target_parameter(path, model_type, has_experts=bool(stacks))
+    ]
+    _check_target_parameters(parameters, settings)
     for path in targets:
         rank: int = ranks[path] if path in ranks else settings["lora_r"]
         alpha: float = alphas[path] if path in alphas else settings["lora_alpha"]
@@ -94,10 +96,9 @@ def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
         add_trainable_rows(network, token_ids, settings["new_rows_modules"])
 
 
-def _check_expert_targets(targets: Sequence[str], settings: dict[str, Any]) -> None:
+def _check_target_parameters(parameters: Sequence[str], settings: dict[str, Any]) -> None:
     """Raise InputError for what PEFT's `target_parameters` cannot do: it changes weights, so there
     is no input to drop, and it has no DoRA."""
-    parameters = [path for path in targets if is_target_parameter(path)]
     for key in ("lora_dropout", "use_dora"):
         if settings[key] and parameters:
             message = f"{key} is {settings[key]}, and an adapter of {parameters[0]} has none"

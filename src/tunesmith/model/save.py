@@ -168,8 +168,10 @@ def _list_targets(network: nn.Module, targets: Any) -> tuple[list[str], list[str
     """Return PEFT's `target_modules` and `target_parameters`."""
     parameters = list_target_parameters(network)
     modules: list[str] = []
+    model_type = network.config.get_text_config().model_type  # type: ignore[union-attr, operator]
+    has_experts = bool(find_experts(network))
     for path in sorted(find_lora_layers(network)):
-        if find_experts(network) and is_target_parameter(path):
+        if is_target_parameter(path, model_type, has_experts=has_experts):
             parameters.append(f"{path}.weight")
         else:
             modules.append(path)

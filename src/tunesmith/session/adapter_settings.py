@@ -92,16 +92,20 @@ def count_module_parameters(model: ModelSpec, modules: Sequence[str]) -> int:
 
 def refuse_expert_settings(plan: Plan, layers: Sequence[str]) -> None:
     """Raise InputError for what a model with experts does not do: full fine-tuning, and dropout or
-    DoRA where PEFT adapts weights instead of modules."""
-    if not plan.model.num_experts:
-        return
+    DoRA where PEFT adapts weights instead of modules. That can be so without experts, too."""
     config = plan.config
+    has_experts = plan.model.num_experts > 0
     if config.method == "full":
+        if not has_experts:
+            return
         message = f"full does not train the experts of {plan.model.model_type}"
         fix = "use method: lora; lora_target_modules: [attention, experts] adapts the experts too"
         raise InputError(message, where="method", fix=fix)
-    targets = select_targets(layers, require(config.lora_target_modules), plan.model.model_type)
-    parameters = [path for path in targets if is_target_parameter(path)]
+    model_type = plan.model.model_type
+    targets = select_targets(layers, require(config.lora_target_modules), model_type)
+    parameters = [
+        path for path in targets if is_target_parameter(path, model_type, has_experts=has_experts)
+    ]
     for key in ("lora_dropout", "use_dora"):
         if getattr(config, key) and parameters:
             message = f"an adapter of {parameters[0]} has no {key}: PEFT adapts its weight"

@@ -17,8 +17,13 @@ from collections.abc import Sequence
 INNER = "base_layer"  # PEFT's word for what a wrapper wraps
 OUTPUT_STACK = "down_proj"
 INPUT_STACKS = ("gate_up_proj", "up_proj")
-# PEFT 0.21 takes these names in `target_modules` for the experts of a model that has some
+# PEFT 0.21 takes these names in `target_modules` for experts, in models of the types below
 MATRIX_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+# it asks the model type alone, whether or not a layer has experts
+PEFT_EXPERT_TYPES = {
+    *("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "mixtral", "olmoe"),
+    *("qwen3_moe", "qwen3_next"),
+}
 
 
 def is_expert_path(path: str) -> bool:
@@ -51,10 +56,13 @@ def list_expert_modules(paths: Sequence[str]) -> list[str]:
     return list(modules)
 
 
-def is_target_parameter(path: str) -> bool:
-    """Return whether PEFT has to be given the weights of a module in a model with experts.
+def is_target_parameter(path: str, model_type: str, *, has_experts: bool) -> bool:
+    """Return whether PEFT has to be given the weight of a module.
 
-    That is so for stacks of experts, and for linears that have the name of a matrix of an expert:
-    named in `target_modules`, PEFT would adapt the experts and leave out the dense MLPs and shared
-    experts that are meant."""
-    return is_expert_path(path) or path.rpartition(".")[2] in MATRIX_NAMES
+    That is so for stacks of experts, and for linears that have the name of a matrix of an expert in
+    a model that has experts, or whose type can have some: named in `target_modules`, PEFT would
+    look for experts and leave out the dense MLPs and shared experts that are meant."""
+    if is_expert_path(path):
+        return True
+    is_matrix = path.rpartition(".")[2] in MATRIX_NAMES
+    return is_matrix and (has_experts or model_type in PEFT_EXPERT_TYPES)
