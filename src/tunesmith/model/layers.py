@@ -65,7 +65,7 @@ class Attention(nn.Module):
         self.k_norm = getattr(stock, "k_norm", None)
         self.head_dim: int = stock.head_dim
         window = getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None))
-        softcap = getattr(stock, "attn_logit_softcapping", None)
+        softcap = stock.attn_logit_softcapping if type(stock).__name__ in CAPPED_CLASSES else None
         self.sinks: nn.Parameter | None = getattr(stock, "sinks", None)
         scale = float(stock.scaling)
         self.attention_config = AttentionConfig(scale, window, softcap, self.sinks)
@@ -256,6 +256,9 @@ class Embedding(nn.Module):
 
 
 # ---------------------------------------------------------------- which stock modules are replaced
+
+# Gemma3Attention of transformers 5.24 takes the cap from the config, too, and does not apply it
+CAPPED_CLASSES = ("Gemma2Attention",)
 
 PRE_NORM_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Granite", "Qwen3Moe", "Mixtral")
 OFFSET_NORM_FAMILIES = ("Gemma", "Gemma2", "Gemma3")

@@ -1,6 +1,7 @@
 """Replacement modules, where the equality of full models (test_families) would not show an
 error."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -13,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from tiny_models import (
     CONFIGS,
     collate_documents,
+    make_tiny_document,
     make_tiny_documents,
     make_tiny_model,
     make_tiny_network,
@@ -93,3 +95,22 @@ def test_the_stream_has_the_compute_dtype() -> None:
     model = make_tiny_model(dtype=torch.bfloat16, method="full")
     assert model.network.get_parameter("model.embed_tokens.weight").dtype == torch.float32
     assert model.compute_hidden(collate_documents(make_tiny_documents())).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_scores_are_capped_where_transformers_caps_them(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 3 has the key and does not apply it."""
+    capped = copy.deepcopy(CONFIGS[family])
+    capped.attn_logit_softcapping = 0.5
+    monkeypatch.setitem(CONFIGS, "capped", capped)
+    document = make_tiny_document(31, first_target=1)
+    batch = collate_documents([document])
+    model = make_tiny_model("capped", torch.float64, method=None)
+    with torch.no_grad():
+        ours = model.head.compute_logits(model.compute_hidden(batch))
+        stock = make_tiny_network("capped", torch.float64)
+        theirs = stock(input_ids=batch.tokens_T[None], use_cache=False).logits[0]
+    # norms in fp32
+    torch.testing.assert_close(ours, theirs[batch.positions_S], rtol=1e-5, atol=1e-5)
