@@ -56,7 +56,12 @@ from tunesmith.train.preflight_base import (
     explain_unbreakable,
 )
 from tunesmith.train.preflight_blocks import BLOCK_FIX, compare_with_stock_blocks
-from tunesmith.train.preflight_isolation import refuse_leakage
+from tunesmith.train.preflight_isolation import (
+    HIDDEN_TOLERANCE,
+    ROUTED_TOLERANCE,
+    compare_hidden,
+    refuse_leakage,
+)
 from tunesmith.train.preflight_tokens import (
     REPORT_FIX,
     ROW_CHECKS,
@@ -82,12 +87,15 @@ ROTATION_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class ModelUnderTest:
-    """The model, with a cache of its hidden states: several checks need the same documents."""
+    """The model, with a cache of its hidden states: several checks need the same documents.
+
+    `logit_errors` are the differences from transformers that `check_logits` accepted."""
 
     model: PackedCausalLM
     hidden_cache: dict[bytes, tuple[Tensor, Tensor]] = field(
         default_factory=dict[bytes, tuple[Tensor, Tensor]]
     )
+    logit_errors: list[float] = field(default_factory=list[float])
 
     def compute_unpacked(self, document: Document, positions_S: Tensor) -> Tensor:
         """Return hidden states [S, H] of a document that is alone in its pack.
@@ -312,6 +320,7 @@ def check_logits(subject: ModelUnderTest, samples: PreflightSamples) -> CheckRes
             )
         blocks = compare_with_stock_blocks(subject.model, document, recorded)
         block_evidence += f"; of {count_input_tokens(document)} tokens, {blocks}"
+    subject.logit_errors.append(worst)
     lengths = ", ".join(str(count_input_tokens(document)) for document in samples.documents)
     evidence = (
         f"relative difference at most {worst:.2%}, "
@@ -383,12 +392,14 @@ def check_document_isolation(
 
 
 def check_packed_loss(subject: ModelUnderTest, samples: PreflightSamples) -> CheckResult:
-    """Check that every document has the same loss in a pack as alone."""
+    """Check that every document has the same loss in a pack as alone, and the same hidden states
+    token by token."""
     documents = choose_packed_documents(samples.documents)
-    worst = _compare_with_unpacked(subject, documents)
+    worst, worst_hidden = _compare_with_unpacked(subject, documents)
     lengths = ", ".join(str(count_input_tokens(document)) for document in documents)
     evidence = (
-        f"{len(documents)} documents, relative difference at most {worst:.1e}; "
+        f"{len(documents)} documents, relative difference at most {worst:.1e}, of hidden states "
+        f"at most {worst_hidden:.1e}; "
         f"document lengths {lengths}"
     )
     return CheckResult.from_items(
@@ -467,12 +478,13 @@ def check_prefix_sharing(
     model = subject.model
     fork = pack_with_sharing(trim_to_fork(documents), device=model.device)
     isolation = refuse_leakage(model, corrupt(fork), fork.layout)
-    worst = _compare_with_unpacked(subject, documents, share_prefixes=True)
+    worst, worst_hidden = _compare_with_unpacked(subject, documents, share_prefixes=True)
     pack = pack_with_sharing(documents, model.get_rotation_key)
     num_computed = pack.layout.num_tokens
     num_input = sum(map(count_input_tokens, documents))
     evidence = (
-        f"relative difference at most {worst:.1e}; {isolation.num_segments} segments isolated "
+        f"relative difference at most {worst:.1e}, of hidden states at most {worst_hidden:.1e}; "
+        f"{isolation.num_segments} segments isolated "
         f"{isolation.extent}; {num_computed} tokens computed for {num_input}"
     )
     return CheckResult.from_items(
@@ -485,18 +497,25 @@ def check_prefix_sharing(
 
 def _compare_with_unpacked(
     subject: ModelUnderTest, documents: Sequence[Document], *, share_prefixes: bool = False
-) -> float:
-    """Return the worst relative difference of a document's loss in one pack and alone."""
+) -> tuple[float, float]:
+    """Return the worst relative differences of a document in one pack and alone: of its summed
+    loss, and of its hidden states.
+
+    Differences of tokens cancel in the sum, and in bf16 its tolerance is wide."""
     model = subject.model
     num_tokens = sum(map(len, documents))
     (pack,) = pack_step(
         documents, num_tokens, should_share=share_prefixes, get_group=model.get_rotation_key
     )
     packed_batch = collate(pack, model.device)
-    packed_losses = _sum_document_losses(model, packed_batch, model.compute_hidden(packed_batch))
+    packed_SH = model.compute_hidden(packed_batch)
+    packed_losses = _sum_document_losses(model, packed_batch, packed_SH)
     tolerance = (SHARED_TOLERANCE if share_prefixes else LOSS_TOLERANCE)[model.dtype]
     worst = 0.0
-    for document, packed_loss in zip(pack.documents, packed_losses, strict=True):
+    worst_hidden = 0.0
+    for index, (document, packed_loss) in enumerate(
+        zip(pack.documents, packed_losses, strict=True)
+    ):
         batch = pack_documents([document], model.device)
         hidden_SH = subject.compute_unpacked(document, batch.positions_S)
         (unpacked_loss,) = _sum_document_losses(model, batch, hidden_SH)
@@ -513,7 +532,29 @@ def _compare_with_unpacked(
                 where=f"preflight: {document.id}",
                 fix=f"use {setting}; {REPORT_FIX}",
             )
-    return worst
+        own_SH = packed_SH[packed_batch.document_S == index]
+        worst_hidden = max(worst_hidden, _compare_states(subject, document, own_SH, hidden_SH))
+    return worst, worst_hidden
+
+
+def _compare_states(
+    subject: ModelUnderTest, document: Document, packed_SH: Tensor, alone_SH: Tensor
+) -> float:
+    """Return by how much the hidden states of a document in a pack differ from those alone. A model
+    whose logits differ more from transformers, block by block from rounding, may differ more."""
+    model = subject.model
+    has_experts = bool(find_experts(model.network))
+    tolerance = (ROUTED_TOLERANCE if has_experts else HIDDEN_TOLERANCE)[model.dtype]
+    tolerance = max([tolerance, *(2 * error for error in subject.logit_errors)])
+    error = compare_hidden(packed_SH, alone_SH, has_experts=has_experts)
+    if not error <= tolerance:  # also refuses NaN
+        raise GateError(
+            f"hidden states in a pack differ from those alone by {error:.1%} of their norm, "
+            f"more than {tolerance:.1%}",
+            where=f"preflight: {document.id}",
+            fix=f"use another attention backend; {REPORT_FIX}",
+        )
+    return error
 
 
 def _sum_document_losses(model: PackedCausalLM, batch: Batch, hidden_SH: Tensor) -> list[float]:

@@ -15,6 +15,7 @@ from tunesmith.core.types import Document
 from tunesmith.data.pretraining import count_windows, cut_window
 from tunesmith.session.preflight_probe import (
     CHAINED_SUFFIX,
+    NO_ORACLE,
     TRUNCATED_SUFFIX,
     PreflightSamples,
     TokenIdCheck,
@@ -89,7 +90,7 @@ def empty_samples() -> list[tuple[str, dict[str, Any], str, int]]:
         ("EOS between documents", {"texts": ()}, "no text of the data", 1),
         ("every token is a target once", {"texts": ()}, "no text of the data", 1),
         ("4-bit weights", {"is_quantized": True}, "no matrix", 0),
-        ("transformers with its cache = without", {"oracle": None}, "one token", 1),
+        ("transformers with its cache = without", {"oracle": NO_ORACLE}, "one token", 1),
     ]
 
 
