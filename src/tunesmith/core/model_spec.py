@@ -89,6 +89,7 @@ class ModelSpec:
     # of the text part's tensors on a multimodal model, and the bytes of its other parts
     tensor_prefix: str = ""
     omitted_bytes: int = 0
+    per_layer_rows: int = 0  # of Gemma 4's second embedding, 0 without one
     # attention, recurrent, mlp, experts -> its linears
     parts: dict[str, PartShape] = field(default_factory=dict[str, PartShape])
     cache_values: int = 0  # keys and values of all attention layers for one token
@@ -101,6 +102,11 @@ class ModelSpec:
         if rest <= 0:
             return 0
         return (self.block_parameters - self.active_parameters) * self.num_experts // rest
+
+    @property
+    def token_rows(self) -> int:
+        """How many token ids every embedding has a row for."""
+        return min(self.vocab_size, self.per_layer_rows or self.vocab_size)
 
     @property
     def head_parameters(self) -> int:

@@ -69,7 +69,6 @@ from tunesmith.session.provenance import check_provenance, read_provenance
 from tunesmith.session.run_history import apply_past_runs
 
 TOKENIZER_FILE = "tokenizer.json"
-LAYER_EMBEDDING = "embed_tokens_per_layer"  # of Gemma 4
 HELD_OUT_ROLES = ("eval_data", "test_data")
 FALLBACK_TOKENIZER = "smollm2-135m-instruct"  # counts tokens for a model without a tokenizer
 NO_PRESET = "none of the presets"
@@ -124,7 +123,7 @@ def load_inputs(
     if not needs_weights and not (folder / TOKENIZER_FILE).is_file():
         counting_model = FALLBACK_TOKENIZER
     tokenizer_dir = resolve_model(counting_model) if counting_model else folder
-    embedding_rows = None if counting_model else model.vocab_size
+    embedding_rows = None if counting_model else model.token_rows
     renderer = build_renderer(recipe, tokenizer_dir, timestamp, embedding_rows)
     _refuse_missing_rows(renderer, model)
     adapter = None
@@ -176,7 +175,7 @@ def _refuse_missing_rows(renderer: Renderer, model: ModelSpec) -> None:
             where="add_tokens",
             fix="use a model whose tokenizer.json belongs to its weights",
         )
-    if new_tokens and any(LAYER_EMBEDDING in name for name in read_model_headers(model.path)):
+    if new_tokens and model.per_layer_rows:
         raise InputError(
             "this model has a second table of tokens, which would have no rows for new ones",
             where="add_tokens",

@@ -21,11 +21,13 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json, ModelSpec
 from tunesmith.model.hub.expected_tensors import HEAD_DIMS, ModelDimensions, build_expected_headers
 from tunesmith.model.hub.families import (
+    ATTENTION,
     CAPACITY_KEYS,
     CAPACITY_REASON,
     EXPERTS,
     FAMILIES,
     FAMILY_FIX,
+    NO_MIXER,
     READY,
     REFUSED_TYPES,
     TEXT_FAMILIES,
@@ -51,6 +53,7 @@ from tunesmith.model.hub.stored_tensors import (
     read_text_tensors,
 )
 from tunesmith.model.hub.validate import TensorHeader, has_weights, read_headers, read_model_json
+from tunesmith.model.target_modules import RECURRENT
 
 # fmt: off
 OTHER_INPUTS = (
@@ -74,6 +77,8 @@ MLP_OUTPUTS = (
     *(".mlp.fc2.weight", ".mlp.c_proj.weight", ".mlp.dense_4h_to_h.weight"),
 )
 EMBEDDINGS = {"gpt_neox": "embed_in", "nemotron_h": "embeddings"}  # of other types: embed_tokens
+PER_LAYER_EMBEDDING = "embed_tokens_per_layer"  # of Gemma 4
+PER_LAYER_TYPES = ("gemma4", "gemma4_text")
 # the part of a tensor's name after the prefix that the model type adds
 TENSOR_SUFFIX = re.compile(r"(embed_tokens|embed_in|embeddings|layers\.\d+)\..*")
 # any config may have labels for a classifier, and transformers makes a name for each
@@ -118,10 +123,11 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
     if config.family.is_uniform:  # transformers' default differs between model types
         o_proj = _find_tensor(headers, "self_attn.o_proj.weight", path)
         default_head_dim = o_proj.shape[-1] // heads
-    num_experts = count_experts(config.text)
-    num_experts_per_token = count_experts_per_token(config.text) if num_experts else 0
     blocks = _count_block_parameters(headers)
     experts = _count_expert_parameters(headers)
+    # a config can have a number of experts though all layers are dense
+    num_experts = count_experts(config.text) if experts else 0
+    num_experts_per_token = count_experts_per_token(config.text) if num_experts else 0
     layer_mixers = find_layer_mixers(config.text, config.family, config.where)
     num_kv_heads = sizes.get("num_key_value_heads", heads)
     head_dim = _find_head_dim(config.text) or sizes.get("head_dim", default_head_dim)
@@ -138,6 +144,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
         head_dim=head_dim,
         intermediate_size=_find_intermediate_size(config, headers, sizes),
         vocab_size=sizes.require("vocab_size"),
+        per_layer_rows=_find_per_layer_rows(headers),
         context_length=sizes.require("max_position_embeddings"),
         tie_word_embeddings=_has_tied_head(config, headers),
         parameters=_count_parameters(headers),
@@ -155,7 +162,9 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
         cache_values=count_cache_values(headers, num_attention_layers, num_kv_heads * head_dim),
         recurrent=find_recurrent_shape(config.text, layer_mixers, config.where),
     )
+    _refuse_empty_matrices(headers, config.where)
     _check_sizes(spec, headers, config)
+    _check_layer_words(spec, config.where)
     _check_token_ids(spec, config.text)
     return spec
 
@@ -276,6 +285,12 @@ def _count_expert_parameters(headers: Mapping[str, TensorHeader]) -> int:
     return total
 
 
+def _find_per_layer_rows(headers: Mapping[str, TensorHeader]) -> int:
+    """Return the rows of the embedding that all layers read beside their inputs, 0 without one."""
+    tables = [tensor for name, tensor in headers.items() if PER_LAYER_EMBEDDING in name]
+    return tables[0].shape[0] if tables else 0
+
+
 def _count_packed_parameters(headers: Mapping[str, TensorHeader]) -> int:
     return sum(prod(tensor.shape) for tensor in headers.values() if tensor.dtype == MXFP4_DTYPE)
 
@@ -376,6 +391,10 @@ def _find_unsupported_layer(text: Json, model_type: str, family: Family | None) 
         return f"{model_type} has layers of different sizes (per_layer_config)"
     if text.get("use_bidirectional_attention") in (True, "all"):
         return f"{model_type} attends in both directions"
+    # transformers 5.24 fails on it: it slices the embeddings of layers that share keys
+    has_no_embeddings = text.get("hidden_size_per_layer_input", 1) in (0, None)
+    if model_type in PER_LAYER_TYPES and has_no_embeddings and text.get("num_kv_shared_layers"):
+        return f"{model_type} has num_kv_shared_layers and hidden_size_per_layer_input 0"
     if any(text.get(key) for key in CAPACITY_KEYS):
         return f"{model_type} {CAPACITY_REASON}"
     can_have_experts = family is not None and family.has_experts and EXPERTS in READY
@@ -483,6 +502,28 @@ def _check_sizes(
             raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
 
 
+def _refuse_empty_matrices(headers: Mapping[str, TensorHeader], where: str) -> None:
+    for name, tensor in headers.items():
+        if len(tensor.shape) > 1 and 0 in tensor.shape:
+            message = f"the tensor {name} holds no values: its shape is {list(tensor.shape)}"
+            raise InputError(message, where=where, fix="choose a model without sizes of 0")
+
+
+def _check_layer_words(spec: ModelSpec, where: str) -> None:
+    """Raise InputError unless as many layers have the weights of a mixer as config.json says.
+    Without layer_types it may say nothing, and transformers' default is for another model."""
+    counts = {
+        ATTENTION: sum(ATTENTION in mixer for mixer in spec.layer_mixers),
+        RECURRENT: sum(mixer not in (ATTENTION, NO_MIXER) for mixer in spec.layer_mixers),
+    }
+    for part, expected in counts.items():
+        actual = spec.parts[part].layers if part in spec.parts else 0
+        if actual != expected:
+            message = f"config.json says {expected} {part} layers, the weights have {actual}"
+            fix = "add layer_types to config.json, or download it again"
+            raise InputError(message, where=where, fix=fix)
+
+
 def _check_token_ids(spec: ModelSpec, text: Json) -> None:
     """Raise InputError for a special token that is no integer or has no row in the embedding.
 
@@ -497,11 +538,11 @@ def _check_token_ids(spec: ModelSpec, text: Json) -> None:
             for token_id in value if isinstance(value, list) else [value]:
                 if token_id is None or (type(token_id) is int and key not in used_keys):
                     continue
-                if type(token_id) is int and NO_PADDING <= token_id < spec.vocab_size:
+                if type(token_id) is int and NO_PADDING <= token_id < spec.token_rows:
                     continue
                 message = (
                     f"{key} {token_id!r:.80} is no token of the model, whose embedding has "
-                    f"{spec.vocab_size:,} rows"
+                    f"{spec.token_rows:,} rows"
                 )
                 fix = f"correct {key}, or download {name} again"
                 raise InputError(message, where=str(path), fix=fix)

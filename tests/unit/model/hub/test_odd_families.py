@@ -1,0 +1,79 @@
+"""Configs of the newer families that are legal and rare: read for what the weights are, or refused
+by name."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tiny_models import CONFIGS
+from tunesmith.core.errors import InputError
+from tunesmith.model.hub.spec import read_spec
+
+
+def save_changed(family: str, folder: Path, **changes: Any) -> Path:
+    """Save random weights of a family with some values of its config changed."""
+    config = copy.deepcopy(CONFIGS[family])
+    for key, value in changes.items():
+        setattr(config, key, value)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def edit_config(folder: Path, *removed: str, **changed: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in removed}
+    path.write_text(json.dumps(kept | changed), encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_words_of_the_layers_are_those_of_the_weights(family: str, tmp_path: Path) -> None:
+    spec = read_spec(save_changed(family, tmp_path))
+    assert spec.num_layers == len(spec.layer_mixers)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "lfm2_moe", "nemotron_h", "gemma4"])
+def test_a_model_without_a_layer_of_experts_has_none(family: str, tmp_path: Path) -> None:
+    spec = read_spec(save_changed(family, tmp_path))
+    assert (spec.num_experts, spec.num_experts_per_token) == (0, 0)
+    assert spec.active_parameters == spec.block_parameters
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_a_shared_mlp_of_no_width_is_refused(tmp_path: Path) -> None:
+    folder = save_changed("granitemoehybrid-experts", tmp_path, shared_intermediate_size=0)
+    with pytest.raises(InputError, match=r"shared_mlp\.\w+\.weight holds no values"):
+        read_spec(folder)
+
+
+@pytest.mark.parametrize("family", ["granitemoehybrid", "granitemoehybrid-experts"])
+def test_layers_that_the_config_calls_otherwise_are_refused(family: str, tmp_path: Path) -> None:
+    """Without layer_types, transformers takes all layers of this type for recurrent ones."""
+    folder = save_changed(family, tmp_path)
+    edit_config(folder, "layer_types", "layers_block_type")
+    with pytest.raises(InputError, match="says 0 attention layers, the weights have 1"):
+        read_spec(folder)
+
+
+def test_shared_keys_without_embeddings_per_layer_are_refused(tmp_path: Path) -> None:
+    """transformers 5.24 fails on such a model: it slices the embeddings that are not there."""
+    folder = save_changed("gemma4", tmp_path, hidden_size_per_layer_input=0)
+    with pytest.raises(InputError, match=r"num_kv_shared_layers .* hidden_size_per_layer_input 0"):
+        read_spec(folder)
+
+
+def test_shared_keys_need_no_embeddings_in_a_model_without_them(tmp_path: Path) -> None:
+    changes = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    read_spec(save_changed("gemma4", tmp_path, **changes))
+
+
+def test_tokens_end_where_the_smaller_table_ends(tmp_path: Path) -> None:
+    spec = read_spec(save_changed("gemma4", tmp_path, vocab_size_per_layer_input=90))
+    assert (spec.vocab_size, spec.token_rows) == (97, 90)
+    edit_config(tmp_path, pad_token_id=90)
+    with pytest.raises(InputError, match="pad_token_id 90 is no token of the model"):
+        read_spec(tmp_path)
