@@ -1,13 +1,16 @@
 """No check of nothing says ok, and no negative control disappears silently."""
 
 import ast
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import tiny_models
 from preflight_models import prepare_model, prepare_sharing_model
 from tiny_models import END, make_tiny_document
 from tunesmith.core.events import CheckResult
@@ -134,3 +137,16 @@ def test_no_check_states_ok_by_itself(module: Any) -> None:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CheckResult":
             levels += [arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)]
     assert set(levels) <= {"warn"}
+
+
+def test_flat_logits_cannot_show_shifted_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 their losses differ by no more than rounding; in fp32 they still do."""
+    config = copy.deepcopy(tiny_models.CONFIGS["granitemoehybrid"])
+    config.logits_scaling = 20.0
+    monkeypatch.setitem(tiny_models.CONFIGS, "granitemoehybrid", config)
+    controls = run_preflight(*prepare_model("granitemoehybrid", torch.bfloat16))[-1]
+    assert controls.level == "warn"
+    assert "not injected: shifted labels (the next tokens have nearly" in controls.evidence
+    controls = run_preflight(*prepare_model("granitemoehybrid", torch.float32))[-1]
+    assert controls.level == "ok"
+    assert "shifted labels" in controls.evidence
