@@ -80,8 +80,8 @@ def record_block_outputs(
         _hooked(find_routers(decoder), store_choices),
         _hooked({"": decoder}, store_hidden),
     ):
-        kept = torch.tensor(list(positions), device=network.device)
-        out: Any = network(input_ids=input_ids, use_cache=False, logits_to_keep=kept)
+        positions_P = torch.tensor(list(positions), device=network.device)
+        out: Any = network(input_ids=input_ids, use_cache=False, logits_to_keep=positions_P)
     return BlockOutputs(outputs, choices, hidden[0], out.logits[0].float().cpu(), tuple(positions))
 
 

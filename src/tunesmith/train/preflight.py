@@ -554,8 +554,8 @@ def _compare_with_unpacked(
                 where=f"preflight: {document.id}",
                 fix=f"use {setting}; {REPORT_FIX}",
             )
-        own_SH = packed_SH[packed_batch.document_S == index]
-        worst_hidden = max(worst_hidden, _compare_states(subject, document, own_SH, hidden_SH))
+        document_SH = packed_SH[packed_batch.document_S == index]
+        worst_hidden = max(worst_hidden, _compare_states(subject, document, document_SH, hidden_SH))
     return worst, worst_hidden
 
 
