@@ -7,7 +7,9 @@ must stay bitwise equal.
 With experts they may be rounded otherwise, since a matrix product of other rows may round a row
 otherwise. Two claims stand in for equality there: no gradient of the others' hidden states reaches
 the changed tokens, exactly, which a leak through the mask breaks; and they differ by no more than
-rounding, which experts with a limited capacity break, whose choices have no gradient.
+rounding, which experts with a limited capacity break, whose choices have no gradient. Layers that
+carry state have a backward of their own, which may cross documents where the forward does not:
+their gradient is computed too, once.
 
 The tokens that are changed are few; a leak of later ones is one of `compare_hidden`: the states of
 whole documents in a pack and alone. Left out: the choice of the documents, and the losses
@@ -28,6 +30,7 @@ from tunesmith.core.errors import GateError
 from tunesmith.core.types import Batch, PackLayout
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.experts import find_experts
+from tunesmith.model.layers import MIXERS
 
 # Largest change of a row of hidden states, relative to its norm, that is rounding.
 ROUNDING_TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-10}
@@ -65,6 +68,7 @@ def refuse_leakage(model: PackedCausalLM, batch: Batch, layout: PackLayout) -> I
     all_positions_S = torch.arange(batch.layout.num_tokens, device=model.device)
     batch = dataclasses.replace(batch, positions_S=all_positions_S)
     has_experts = bool(find_experts(model.network))
+    has_state = any(isinstance(module, MIXERS) for module in model.network.modules())
     before = model.compute_hidden(batch)
     num_segments = 0
     worst = 0.0
@@ -73,7 +77,7 @@ def refuse_leakage(model: PackedCausalLM, batch: Batch, layout: PackLayout) -> I
         if not len(unrelated_U):
             continue
         num_segments += 1
-        if has_experts:
+        if has_experts or (has_state and num_segments == 1):
             _refuse_gradient(model, batch, slice(start, start + length), unrelated_U)
         tokens_T = batch.tokens_T.clone()
         tokens_T[start : start + length] = tokens_T[start : start + length].roll(1) + 1

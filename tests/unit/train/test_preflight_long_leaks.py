@@ -11,7 +11,7 @@ from preflight_models import get_refusal, prepare_model
 from tiny_models import make_tiny_documents
 from tunesmith.core.types import PackLayout
 from tunesmith.model import layers
-from tunesmith.model.mixers import convolution, gated_delta
+from tunesmith.model.mixers import chunks, convolution, gated_delta, scan
 from tunesmith.session.preflight_probe import ISOLATION_TOKENS
 from tunesmith.train.preflight import run_preflight
 from tunesmith.train.preflight_isolation import FEW_TOKENS, GROUP_TOKENS, compare_hidden
@@ -73,3 +73,27 @@ def test_the_worst_group_of_tokens_counts() -> None:
     assert compare_hidden(*one, has_experts=True) == pytest.approx(GROUP_TOKENS**-0.5)
     packed_SH[0] = torch.nan
     assert compare_hidden(packed_SH, alone_SH, has_experts=True) != pytest.approx(error)
+
+
+def run_backward_across(gradient: Tensor, weight: Tensor, _edges: object) -> Tensor:
+    """The gradient of a convolution as if the pack were one document."""
+    whole = PackLayout((0,), (len(gradient),))
+    whole_edges = chunks.find_edges(whole, weight.shape[1], gradient.device)
+    return convolve_backward(gradient, weight, whole_edges)
+
+
+convolve_backward = convolution.convolve_backward
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("family", ["lfm2", "granitemoehybrid", "qwen3_5"])
+def test_a_gradient_that_crosses_documents_is_refused(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward is right, so no loss and no hidden state shows it."""
+    model, samples = prepare_model(family, dtype)
+    for module in (convolution, scan):
+        monkeypatch.setattr(module, "convolve_backward", run_backward_across)
+    assert "attend to each other" in get_refusal(model, samples)
+    monkeypatch.undo()
+    assert run_preflight(model, samples)
