@@ -129,7 +129,7 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
         config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in names})
     for key in ("rank_pattern", "alpha_pattern"):
         if pattern := settings.get(key):
-            config[key] = pattern
+            config[key] = _name_targets(pattern, target_parameters)
     tensor_prefix = find_tensor_prefix(network)
     tensors = collect_adapter_tensors(network)
     if tensor_prefix:
@@ -137,6 +137,16 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
         tensors = {_prefix_name(name, tensor_prefix): tensor for name, tensor in tensors.items()}
     _write_json(folder / ADAPTER_CONFIG_FILE, config)
     write_tensors(tensors, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _name_targets(pattern: Mapping[str, Any], target_parameters: list[str]) -> dict[str, Any]:
+    """Return a mapping of layers to values under the names that PEFT looks for: those of the
+    parameters where it adapts these."""
+    named: dict[str, Any] = {}
+    for path, value in pattern.items():
+        weight = f"{path}.weight"
+        named[weight if weight in target_parameters else path] = value
+    return named
 
 
 def _prefix_name(name: str, tensor_prefix: str) -> str:

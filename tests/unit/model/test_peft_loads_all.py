@@ -22,6 +22,7 @@ from tiny_models import (
     make_tiny_network,
 )
 from tunesmith.core.errors import InputError
+from tunesmith.model.hub.adapter_config import read_adapter
 from tunesmith.model.hub.expert_names import PEFT_EXPERT_TYPES
 from tunesmith.model.hub.families import FAMILIES
 from tunesmith.model.save import save_adapter
@@ -49,13 +50,13 @@ DENSE_CONFIGS = {
 }
 
 
-def compare_with_peft(family: str, folder: Path, targets: Any) -> dict[str, Any]:
+def compare_with_peft(family: str, folder: Path, targets: Any, **changed: Any) -> dict[str, Any]:
     """Assert that PEFT loads all tensors and computes our logits. Return the adapter's config."""
-    model = make_tiny_model(family, lora_target_modules=targets)
+    model = make_tiny_model(family, lora_target_modules=targets, **changed)
     batch = collate_documents([make_tiny_document(31, first_target=1)])
     with torch.no_grad():
         ours = model.head.compute_logits(model.compute_hidden(batch)).float()
-    settings = LORA | {"lora_target_modules": targets}
+    settings = LORA | {"lora_target_modules": targets} | changed
     save_adapter(model.network, folder, settings, Path("base"))
     stock = make_tiny_network(family)
     with torch.no_grad():
@@ -103,6 +104,24 @@ def test_what_peft_cannot_do_with_such_a_layer_is_refused(
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.gate_proj has none"):
         make_tiny_model(family, **setting)
     make_tiny_model(family, **setting, lora_target_modules="attention")
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not:RuntimeWarning")
+@pytest.mark.parametrize("family", ["glm4_moe", "qwen3_moe-dense"])
+def test_a_layer_with_a_rank_of_its_own(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT names a layer by its weight where it adapts that."""
+    if family in DENSE_CONFIGS:
+        monkeypatch.setitem(CONFIGS, family, DENSE_CONFIGS[family])
+    base = tmp_path / "base"
+    make_tiny_network(family).save_pretrained(base)
+    ranks = {"model.layers.0.mlp.up_proj": 2, "model.layers.1.self_attn.q_proj": 3}
+    alphas = {"model.layers.0.mlp.up_proj": 9.0}
+    changed = {"rank_pattern": ranks, "alpha_pattern": alphas}
+    compare_with_peft(family, tmp_path, "all-linear", **changed)
+    adapter = read_adapter(tmp_path, base)
+    assert (adapter.rank_pattern, adapter.alpha_pattern) == (ranks, alphas)
 
 
 def test_the_types_that_peft_rewrites() -> None:

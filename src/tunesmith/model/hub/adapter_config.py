@@ -221,7 +221,8 @@ PATTERN_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 def _read_pattern(
     config: Mapping[str, Any], key: str, paths: Sequence[str], where: str
 ) -> dict[str, Any]:
-    """Return path -> value of the first pattern that matches the end of the path, as in PEFT."""
+    """Return path -> value of the first pattern that matches the end of the path, as in PEFT. Of
+    layers in `target_parameters` it is the path of the weight."""
     patterns = config.get(key) or {}
     is_valid, description = PATTERN_VALUES[key]
     if not isinstance(patterns, dict) or len(patterns) > MAX_PATTERNS:
@@ -236,8 +237,18 @@ def _read_pattern(
     names = list(patterns)
     match_patterns([], names, where=f"{key} in {where}")  # refuses one that is invalid by itself
     suffixes = [rf"(.*\.)?({name})" for name in names]
-    matches = match_patterns(paths, suffixes, where=f"{key} in {where}")
-    return {name_in_text_class(path): patterns[names[i]] for path, i in matches.items()}
+    targets = {_name_target(path, config): path for path in paths}
+    matches = match_patterns(list(targets), suffixes, where=f"{key} in {where}")
+    return {name_in_text_class(targets[name]): patterns[names[i]] for name, i in matches.items()}
+
+
+def _name_target(path: str, config: Mapping[str, Any]) -> str:
+    """Return the name of an adapted layer in PEFT's patterns."""
+    weight = f"{path}.weight"
+    parameters = config.get("target_parameters")
+    names = parameters if isinstance(parameters, list) else []
+    is_parameter = any(f".{weight}".endswith(f".{name}") for name in names if name)
+    return weight if is_parameter else path
 
 
 def _make_config_error(message: str, where: str) -> InputError:
