@@ -554,7 +554,10 @@ def _compare_with_unpacked(
                 where=f"preflight: {document.id}",
                 fix=f"use {setting}; {REPORT_FIX}",
             )
-        document_SH = packed_SH[packed_batch.document_S == index]
+        # A mask would have a shape by its values, for which a GPU has to wait.
+        is_other_S = packed_batch.document_S != index
+        rows_S = torch.argsort(is_other_S.int(), stable=True)[: len(hidden_SH)]
+        document_SH = packed_SH[rows_S]
         worst_hidden = max(worst_hidden, _compare_states(subject, document, document_SH, hidden_SH))
     return worst, worst_hidden
 

@@ -44,6 +44,7 @@ from tunesmith.data.rehearsal import REHEARSAL_ROLE as REHEARSAL
 
 MAX_ROWS_WITHOUT_DOCUMENT = 20  # at the beginning of a data set, before its first row is shown
 MAX_SHOWN_TOKENS = 1500
+MAX_SHOWN_MESSAGES = 100
 
 
 def check_data(
@@ -125,8 +126,10 @@ def make_report(
 
 
 def _read_first_row(dataset: Dataset) -> tuple[WeightedText, ...]:
-    """Return the beginning of the first row that has a document, secrets masked."""
+    """Return the beginning of the first row of few messages that has a document, secrets masked."""
     for index in range(min(len(dataset), MAX_ROWS_WITHOUT_DOCUMENT)):
+        if len(dataset.read_example(index).messages) > MAX_SHOWN_MESSAGES:
+            continue  # rendering it a second time would take seconds
         documents = dataset.render_row(index)[1].documents
         if documents:
             return tuple(
