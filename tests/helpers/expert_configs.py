@@ -47,31 +47,67 @@ EXPERT_TOLERANCES = {
 
 def make_expert_configs(sizes: dict[str, Any], wide: dict[str, Any]) -> dict[str, PreTrainedConfig]:
     """Return family -> config."""
-    others = {key: value for key, value in wide.items() if key != "num_hidden_layers"}
-    no_mlp = {key: value for key, value in others.items() if key != "intermediate_size"}
-    narrow = {key: value for key, value in others.items() if key != "head_dim"}
+    return {
+        **_make_attention_configs(sizes, wide),
+        **_make_latent_configs(sizes),
+        **_make_hybrid_configs(sizes, wide),
+    }
+
+
+def _make_attention_configs(
+    sizes: dict[str, Any], wide: dict[str, Any]
+) -> dict[str, PreTrainedConfig]:
+    narrow = sizes | {"intermediate_size": 24}
     return {
         "qwen3_moe": Qwen3MoeConfig(
             **wide, **CHOICES, moe_intermediate_size=24, norm_topk_prob=True
         ),
-        "olmoe": OlmoeConfig(**(sizes | {"intermediate_size": 24}), **CHOICES, clip_qkv=0.5),
+        "olmoe": OlmoeConfig(**narrow, **CHOICES, clip_qkv=0.5),
         "mixtral": MixtralConfig(
-            **(sizes | {"intermediate_size": 24}),
-            num_local_experts=6,
-            num_experts_per_tok=2,
-            router_jitter_noise=0.1,
+            **narrow, num_local_experts=6, num_experts_per_tok=2, router_jitter_noise=0.1
         ),
         "glm4_moe": Glm4MoeConfig(
             **wide, **SHARED, n_group=1, topk_group=1, use_qk_norm=True, attention_bias=True
         ),
-        "glm4_moe_lite": Glm4MoeLiteConfig(**(sizes | SHARED | LATENT), n_group=1, topk_group=1),
+        "gemma4-experts": Gemma4TextConfig(
+            **wide,
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=8,
+            global_head_dim=32,
+            hidden_size_per_layer_input=0,
+            attention_k_eq_v=True,
+            num_global_key_value_heads=1,
+            enable_moe_block=True,
+            num_experts=6,
+            top_k_experts=2,
+            moe_intermediate_size=16,
+        ),
+    }
+
+
+def _make_latent_configs(sizes: dict[str, Any]) -> dict[str, PreTrainedConfig]:
+    """Return those with multi-head latent attention."""
+    latent = sizes | SHARED | LATENT
+    return {
+        "glm4_moe_lite": Glm4MoeLiteConfig(**latent, n_group=1, topk_group=1),
         "deepseek_v2": DeepseekV2Config(
-            **(sizes | SHARED | LATENT | {"q_lora_rank": None}),
+            **(latent | {"q_lora_rank": None}),
             n_group=2,
             topk_group=1,
             topk_method="group_limited_greedy",
         ),
-        "deepseek_v3": DeepseekV3Config(**(sizes | SHARED | LATENT), n_group=2, topk_group=1),
+        "deepseek_v3": DeepseekV3Config(**latent, n_group=2, topk_group=1),
+    }
+
+
+def _make_hybrid_configs(
+    sizes: dict[str, Any], wide: dict[str, Any]
+) -> dict[str, PreTrainedConfig]:
+    """Return those with layers that carry state."""
+    others = {key: value for key, value in wide.items() if key != "num_hidden_layers"}
+    no_mlp = {key: value for key, value in others.items() if key != "intermediate_size"}
+    narrow = {key: value for key, value in others.items() if key != "head_dim"}
+    return {
         "qwen3_5_moe": Qwen3_5MoeTextConfig(
             **no_mlp,
             **CHOICES,
@@ -118,18 +154,5 @@ def make_expert_configs(sizes: dict[str, Any], wide: dict[str, Any]) -> dict[str
             mamba_d_state=8,
             mamba_n_groups=2,
             residual_multiplier=0.4,
-        ),
-        "gemma4-experts": Gemma4TextConfig(
-            **wide,
-            layer_types=["sliding_attention", "full_attention"],
-            sliding_window=8,
-            global_head_dim=32,
-            hidden_size_per_layer_input=0,
-            attention_k_eq_v=True,
-            num_global_key_value_heads=1,
-            enable_moe_block=True,
-            num_experts=6,
-            top_k_experts=2,
-            moe_intermediate_size=16,
         ),
     }

@@ -60,9 +60,10 @@ def compute_stock_losses(name: str, document: Document) -> torch.Tensor:
     return F.cross_entropy(logits[targets - 1], tokens[targets], reduction="none")
 
 
-def compare_losses(
+def compute_both_losses(
     name: str, model: PackedCausalLM, documents: list[Document], *, share: bool
-) -> None:
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the losses of each document in one pack, and those of the stock network."""
     by_id = {document.id: document for document in documents}
     packs = pack_step(documents, 10**6, should_share=share, get_group=model.get_rotation_key)
     assert len(packs) == 1
@@ -70,10 +71,8 @@ def compare_losses(
     batch = collate(packs[0])
     with torch.no_grad():
         losses_S = measure_target_losses(model.compute_hidden(batch), model.head, batch.targets_S)
-    for index, document_id in enumerate(batch.ids):
-        expected = compute_stock_losses(name, by_id[document_id])
-        ours = losses_S[batch.document_S == index]
-        torch.testing.assert_close(ours, expected, rtol=2e-4, atol=2e-4)
+    ours = [losses_S[batch.document_S == index] for index in range(len(batch.ids))]
+    return ours, [compute_stock_losses(name, by_id[id]) for id in batch.ids]
 
 
 def test_the_configs_tell_short_from_long(name: str) -> None:
@@ -86,7 +85,10 @@ def test_the_configs_tell_short_from_long(name: str) -> None:
 
 def test_packed_documents_equal_the_stock_model_one_by_one(name: str) -> None:
     documents = [make_tiny_document(length, index) for index, length in enumerate(LENGTHS)]
-    compare_losses(name, wrap_model(make_network(name), torch.float32), documents, share=False)
+    model = wrap_model(make_network(name), torch.float32)
+    ours, expected = compute_both_losses(name, model, documents, share=False)
+    assert len(ours) == len(documents)
+    torch.testing.assert_close(ours, expected, rtol=2e-4, atol=2e-4)
 
 
 def make_sharing_documents() -> list[Document]:
@@ -108,7 +110,10 @@ def make_sharing_documents() -> list[Document]:
 
 def test_shared_prefixes_stay_on_their_side_of_the_limit(name: str) -> None:
     model = wrap_model(make_network(name), torch.float32)
-    compare_losses(name, model, make_sharing_documents(), share=True)
+    documents = make_sharing_documents()
+    ours, expected = compute_both_losses(name, model, documents, share=True)
+    assert len(ours) == len(documents)
+    torch.testing.assert_close(ours, expected, rtol=2e-4, atol=2e-4)
 
 
 def test_a_mixed_pair_is_exact(name: str) -> None:

@@ -24,7 +24,7 @@ from tunesmith.session.preflight_probe import (
     TokenIdCheck,
     WindowedText,
 )
-from tunesmith.train import preflight, preflight_tokens
+from tunesmith.train import preflight, preflight_base, preflight_tokens
 from tunesmith.train.preflight import run_preflight
 
 MAX_TARGETS = 7
@@ -128,7 +128,7 @@ def test_one_document_has_no_other_to_attend_to() -> None:
     assert preflight_tokens.check_supervised_tokens(nothing).level == "warn"
 
 
-@pytest.mark.parametrize("module", [preflight, preflight_tokens])
+@pytest.mark.parametrize("module", [preflight, preflight_base, preflight_tokens])
 def test_no_check_states_ok_by_itself(module: Any) -> None:
     """A check builds its result from the number of its items."""
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))

@@ -107,7 +107,7 @@ def test_lengths_of_segments_in_place_of_documents_are_refused(
 
     model, samples = prepare_rotary_model("llama-dynamic", ROWS["mixed"], monkeypatch)
     monkeypatch.setattr(causal_lm, "measure_documents", measure_packs)
-    get_refusal(model, samples)
+    assert "packed loss" in get_refusal(model, samples)
 
 
 def test_a_rotation_check_that_cannot_fail_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
