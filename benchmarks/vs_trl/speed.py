@@ -171,8 +171,9 @@ def measure_losses(bench: Bench) -> Json:
         "tunesmith": (OURS, make_tunesmith_options(bench.documents, setting.batch)),
         "trl": (THEIRS, setting.options(losses=True)),
     }
-    found: Json = {}
+    losses: Json = {}
     for name, (side, options) in sides.items():
         log(f"{name}: {steps} equal steps")
-        found[name] = [step.loss for step in run_job(side, replace(job, options=options)).steps]
-    return found
+        outcome = run_job(side, replace(job, options=options))
+        losses[name] = [step.loss for step in outcome.steps]
+    return losses

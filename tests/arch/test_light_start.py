@@ -82,8 +82,8 @@ def make_values(values: list[int]) -> MetricValues:
 
 
 def test_verbs_without_a_model_load_no_torch() -> None:
-    assert not loaded_by(verb("schema")) & {"torch", "transformers"}
-    assert not loaded_by(verb("advise", "--need", "tone")) & {"torch", "transformers"}
+    assert not loaded_by(verb("schema")) & LIBRARIES_OF_MODELS
+    assert not loaded_by(verb("advise", "--need", "tone")) & LIBRARIES_OF_MODELS
     assert not loaded_by(
         "import tunesmith.recipe.load, tunesmith.core.run_dir, tunesmith.core.json_io"
     ) & {

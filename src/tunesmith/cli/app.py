@@ -294,9 +294,11 @@ def export(  # noqa: PLR0913 - every option is a flag
         typer.Option(metavar="OWNER/NAME", help="With --to hub: repository.", show_default=False),
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="With --to hub: not private, but public.")
+        bool, typer.Option("--public", help="With --to hub: publish it; private by default.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="With --to hub: upload unasked.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="With --to hub: upload without asking.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Export a finished run, checked against the run's answers."""

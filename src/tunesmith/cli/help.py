@@ -70,8 +70,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "tune lr": ("tunesmith tune lr recipe.yaml", "tunesmith tune lr recipe.yaml --steps 80"),
     "train": (
         "tunesmith train recipe.yaml",
-        "tunesmith train recipe.yaml --learning_rate 2e-4 --seed 1",
-        "tunesmith train --model MODEL --data train.jsonl --eval_split 0.1",
+        "tunesmith train recipe.yaml --learning-rate 2e-4 --seed 1",
+        "tunesmith train --model MODEL --data train.jsonl --eval-split 0.1",
     ),
     "resume": ("tunesmith resume runs/run-1", "tunesmith resume runs/run-1 --checkpoint 200"),
     "runs": ("tunesmith runs", "tunesmith runs --watch", "tunesmith runs --json | jq .runs"),

@@ -84,8 +84,9 @@ class HubFile:
 
 @dataclass(frozen=True)
 class HubRepo:
-    """What a repository holds at a commit. `is_stored`: as it was when last seen, since the hub
-    could not be reached."""
+    """The files of a repository at a commit.
+
+    With `is_stored`, the hub could not be reached, and this is the stored list of the last time."""
 
     ref: HubRef
     commit: str
@@ -213,8 +214,6 @@ def hub_errors(ref: HubRef, *, is_upload: bool = False) -> Iterator[None]:
     """Turn errors of the hub into InputError and MachineError."""
     try:
         yield
-    except TunesmithError:
-        raise
     except (*HUB_ERRORS, RuntimeError) as error:  # an upload wraps its errors in RuntimeError
         raise make_hub_error(error, ref, is_upload=is_upload) from error
 

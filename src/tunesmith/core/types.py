@@ -105,7 +105,7 @@ class DataReport:
     length_percentiles: dict[str, int] = field(default_factory=dict[str, int])  # p50, p90, p99, max
     # longest length of the bin -> documents
     length_counts: dict[str, int] = field(default_factory=dict[str, int])
-    # beginning of the first training row as the model sees it: runs of text with equal weight
+    # beginning of the first scanned training row as the model sees it: texts of equal weight
     first_row: tuple[WeightedText, ...] = ()
     fingerprint: str = ""  # sha256 of the file
     findings: tuple[Finding, ...] = ()

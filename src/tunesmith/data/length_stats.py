@@ -47,6 +47,7 @@ class DatasetScan:
     scanned_share: float  # scanned rows over all rows
     # Tokens by task of the documents, "" for no task.
     task_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
+    first_document: Document | None = None  # of the first scanned row that has one
 
     def estimate_total(self, count: int) -> int:
         """Extrapolate a count from the scanned rows to all rows."""
@@ -62,6 +63,7 @@ def scan_dataset(dataset: Dataset) -> DatasetScan:
     num_supervised = 0
     num_truncated = 0
     task_tokens: Counter[str] = Counter()
+    first_document: Document | None = None
     dropped: defaultdict[str, list[str]] = defaultdict(list)
     flagged: defaultdict[str, list[str]] = defaultdict(list)
     notes: defaultdict[str, list[str]] = defaultdict(list)
@@ -79,6 +81,7 @@ def scan_dataset(dataset: Dataset) -> DatasetScan:
         for document in prepared.documents:
             lengths.append(len(document))
             task_tokens[document.task] += len(document)
+            first_document = first_document or document
             num_supervised += int(np.count_nonzero(document.weights_L))
         num_truncated += prepared.num_truncated
         if prepared.drop_reason:
@@ -104,6 +107,7 @@ def scan_dataset(dataset: Dataset) -> DatasetScan:
         rare_rejected_rows=rare_rejected_rows,
         scanned_share=len(rows_R) / max(1, len(dataset)),
         task_tokens=task_tokens,
+        first_document=first_document,
     )
 
 

@@ -10,6 +10,7 @@ hide in the text are escaped. A character of several tokens is shown once, with 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -90,15 +91,12 @@ def _render_tokens(document: Document, renderer: Renderer, should_show_ids: bool
 
 def split_by_weight(document: Document, renderer: Renderer, limit: int) -> list[WeightedText]:
     """Return the text of the first `limit` tokens, a part for each run of equal weights."""
+    beginning = replace(
+        document, tokens_L=document.tokens_L[:limit], weights_L=document.weights_L[:limit]
+    )
     parts: list[WeightedText] = []
-    begin = 0
-    weights = document.weights_L[:limit].tolist()
-    for weight, run in groupby(weights):
-        end = begin + len(list(run))
-        previous = document.tokens_L[:begin].tolist()
-        text = renderer.decode(document.tokens_L[:end].tolist())[len(renderer.decode(previous)) :]
-        parts.append(WeightedText(text, float(weight)))
-        begin = end
+    for weight, run in groupby(iter_pieces(beginning, renderer), key=lambda piece: piece.weight):
+        parts.append(WeightedText("".join(piece.text for piece in run), weight))
     return parts
 
 

@@ -152,14 +152,14 @@ def suggest_scale(facts: RunFacts) -> NextStep | None:
 
 
 def suggest_smaller_batch(facts: RunFacts) -> NextStep | None:
-    """Half the batch where a run had few steps: twice as many of the same rows.
+    """Half the batch where a run had few steps: the same rows make twice as many.
 
     On the demo it is worth more than its time; docs/guides/first-run.md has the numbers."""
     batch_size = facts.record.plan.config.batch_size or 0
     if not facts.can_train_longer or facts.record.steps >= MIN_STEPS or batch_size < 2:
         return None
     reason = (
-        f"take smaller steps: {facts.record.steps} are few, and eval_data was best at the last"
+        f"halve the batch: {facts.record.steps} steps are few, and eval_data was best at the last"
         f"{facts.describe_unlearned()}"
     )
     half = batch_size // 2

@@ -19,7 +19,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from tunesmith.core.atomic import MANIFEST
 from tunesmith.core.errors import InputError, MachineError
-from tunesmith.core.hub_names import is_hub_id
+from tunesmith.core.hub_names import SHOWN_COMMIT_CHARS, is_hub_id
 from tunesmith.core.hub_repo import HubRef, hub_errors, request_files
 from tunesmith.core.types import __version__
 from tunesmith.export.export import ExportResult, Upload, export_run
@@ -29,7 +29,7 @@ WHERE = "--repo"
 
 @dataclass(frozen=True)
 class HubTarget:
-    """A repository to upload to. `num_files` are there already."""
+    """A repository to upload to, and how many files it holds already."""
 
     repo: str
     is_public: bool
@@ -76,18 +76,16 @@ def check_target(repo: str | None, *, is_public: bool = False) -> HubTarget:
     return HubTarget(repo, is_public, is_new=False, num_files=len(info.siblings or ()))
 
 
-def export_to_hub(
-    run: Path, target: HubTarget, *, scale: float = 1.0, out: Path | None = None
-) -> ExportResult:
-    """Export the adapter of a run, verify it as any export, and upload it.
+def export_to_hub(run: Path, target: HubTarget, *, scale: float = 1.0) -> ExportResult:
+    """Export the adapter of a run to a temporary folder, verify it as any export, and upload it.
 
-    The folder is temporary unless `out` names one. Raises what `export_run` raises; InputError for
-    a token without the right to write, MachineError for an upload that fails."""
+    Raises what `export_run` raises; InputError for a token without the right to write, MachineError
+    for an upload that fails."""
     with TemporaryDirectory(prefix="tunesmith-hub-") as scratch:
-        folder = out or Path(scratch) / "adapter"
+        folder = Path(scratch) / "adapter"
         result = export_run(run, "hub", scale=scale, out=folder)
         upload = _upload_folder(folder, target)
-    return dataclasses.replace(result, path=str(out or ""), upload=upload)
+    return dataclasses.replace(result, path="", upload=upload)
 
 
 def _upload_folder(folder: Path, target: HubTarget) -> Upload:
@@ -112,6 +110,6 @@ def _upload_folder(folder: Path, target: HubTarget) -> Upload:
         if name in uploaded_by_name and uploaded_by_name[name].has_content_of(path):
             continue
         message = f"the hub does not hold {name} as it was uploaded"
-        fix = f"check commit {commit.oid[:12]} of {target.repo}, and export again"
+        fix = f"check commit {commit.oid[:SHOWN_COMMIT_CHARS]} of {target.repo}, and export again"
         raise MachineError(message, where=WHERE, fix=fix)
     return Upload(str(commit.commit_url), commit.oid, target.is_public, len(files))

@@ -83,12 +83,12 @@ class ExpertMatrices(Protocol):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """E, O, I."""
+        """The sizes E, O and I."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the products."""
+        """The dtype in which the products are computed."""
         ...
 
     @property

@@ -224,10 +224,10 @@ class Experts(nn.Module):
         super().__init__()
         assert not stock.has_post_expert_norm, "no listed family has one"
         self.has_gate: bool = stock.has_gate
-        self.is_interleaved = not stock.is_concatenated
+        is_interleaved = not stock.is_concatenated
         self.input_name, self.output_name = list_stacks(stock)
-        self.act_fn = None if self.is_interleaved else stock.act_fn
-        self.clamp = (float(stock.alpha), float(stock.limit)) if self.is_interleaved else None
+        self.act_fn = None if is_interleaved else stock.act_fn
+        self.clamp = (float(stock.alpha), float(stock.limit)) if is_interleaved else None
         for name in (self.input_name, self.output_name):
             setattr(self, f"{name}_bias", getattr(stock, f"{name}_bias", None))
         if weights is None:

@@ -45,8 +45,8 @@ def read_mxfp4_experts(header: TensorHeader, dtype: torch.dtype, device: str) ->
 
 @dataclass(frozen=True)
 class Rounding:
-    """What FP8 weights lose in another dtype: the mean relative error of the values that are not 0,
-    in `num_measured` of `num_matrices` matrices."""
+    """The loss of precision of FP8 weights in another dtype: the mean relative error of the values
+    that are not 0, in `num_measured` of `num_matrices` matrices."""
 
     dtype_name: str
     mean_relative_error: float

@@ -141,7 +141,7 @@ def _match_names(paths: Sequence[str], usable: Sequence[str], names: Sequence[st
             continue
         excluded = [path for path in _match_name(paths, name) if find_part(path) != ROUTER]
         if excluded:
-            message = f"PEFT could not load an adapter of {excluded[0]}: mamba-ssm reads past it"
+            message = f"PEFT could not load an adapter of {excluded[0]}: mamba-ssm would ignore it"
         elif name in PARTS:
             message = f"no linear layer belongs to {name}"
         else:

@@ -100,7 +100,7 @@ def compute_saved_bytes(spec: ModelSpec, dtype_bytes: int, *, use_dora: bool = F
     """Return the bytes per token that all layers save for the backward pass.
 
     Inputs and outputs of the norms; of attention, what lies between its linears; of recurrent
-    layers, the input of their last linear and what core/types.py counts; gate and up of
+    layers, the input of their last linear and what core/model_spec.py counts; gate and up of
     MLPs and of the experts that a token meets."""
     q = spec.num_heads * spec.head_dim
     kv = spec.num_kv_heads * spec.head_dim

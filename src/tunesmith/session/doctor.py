@@ -135,8 +135,8 @@ def _check_gpu(machine: Machine) -> list[MachineCheck]:
     ]
     if machine.num_gpus > 1:
         parts.append(f"the first of {machine.num_gpus}, training uses one")
-    fix = "" if machine.has_bf16_matmul else "runs are planned in fp32; fp16 is not supported"
     is_ok = machine.has_bf16_matmul
+    fix = "" if is_ok else "runs are planned in fp32; fp16 is not supported"
     return [MachineCheck("GPU", is_ok, ", ".join(parts), is_required=False, fix=fix)]
 
 

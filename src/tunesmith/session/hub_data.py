@@ -13,7 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.hub_names import COMMIT, format_path, make_data_path, split_hub_path
+from tunesmith.core.hub_names import (
+    COMMIT,
+    SHOWN_COMMIT_CHARS,
+    format_path,
+    make_data_path,
+    split_hub_path,
+)
 from tunesmith.core.hub_repo import (
     DEFAULT_REVISION,
     HubRef,
@@ -88,9 +94,10 @@ def _pin_source(source: DataSource, key: str, notes: list[str]) -> DataSource:
         default_split=SPLITS_BY_KEY.get(key, DEFAULT_SPLIT),
     )
     if repo.is_stored:
+        commit = repo.commit[:SHOWN_COMMIT_CHARS]
         notes.append(
-            f"{repo.ref.where}: the hub cannot be reached; commit {repo.commit[:12]}, the last one "
-            "seen, is used"
+            f"{repo.ref.where}: the hub cannot be reached; commit {commit}, the last one seen, "
+            "is used"
         )
     changes = {"path": make_data_path(repo.ref.id), "revision": repo.commit, "data_files": files}
     return source.model_copy(update={**changes, "config": None, "split": None})

@@ -30,7 +30,8 @@ MAX_FINDINGS = 5
 def check_all_texts(plan: Plan, inputs: RunInputs) -> tuple[Plan, tuple[CheckResult, ...]]:
     """Return the plan with the findings of the full check, and the results to tell.
 
-    Both are unchanged and empty if the check would take too long: see `explain_skipped_check`."""
+    If the check would take too long (`explain_skipped_check`), the plan is unchanged and there are
+    no results."""
     if explain_skipped_check(plan, inputs):
         return plan, ()
     reports = build_data_reports(inputs, needs_all_texts=True)

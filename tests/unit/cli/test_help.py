@@ -38,7 +38,11 @@ def test_an_example_is_a_line_that_its_verb_accepts(verb: str, line: str) -> Non
     for name in verb.split():
         command = command.commands[name]
     context = command.make_context(verb, words[1 + len(verb.split()) :])
-    flags = [word[2:] for word in context.params.get("args") or () if word.startswith("--")]
+    flags = [
+        word[2:].replace("-", "_")
+        for word in context.params.get("args") or ()
+        if word.startswith("--")
+    ]
     if verb != "advise":
         assert set(flags) <= Recipe.model_fields.keys()
 

@@ -39,13 +39,13 @@ VISIBLE = (
 )
 
 
-def require_harmless(text: str) -> None:
-    hidden = [
+def find_hidden(text: str) -> list[str]:
+    """Return the characters that control the terminal or cannot be seen."""
+    return [
         character
         for character in text
         if character != "\n" and unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
     ]
-    assert not hidden
 
 
 def test_every_control_character_is_visible() -> None:
@@ -57,7 +57,7 @@ def test_every_character_of_unicode_is_shown_or_escaped() -> None:
     for code in range(sys.maxunicode + 1):
         character = chr(code)
         if character not in "\n\t\u200c\u200d":
-            require_harmless(escape_controls(character))
+            assert not find_hidden(escape_controls(character))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_no_view_controls_the_terminal(
 ) -> None:
     print_result(None, view, as_json=False)
     output = capsys.readouterr().out
-    require_harmless(output)
+    assert not find_hidden(output)
     assert "\\u{1b}]0;PWN" in output.replace("\n", "")
 
 
@@ -93,7 +93,7 @@ def test_json_is_escaped_and_means_the_same(capsys: pytest.CaptureFixture[str]) 
     text = HOSTILE.replace("\ud800", "")
     print_result({text: text}, as_json=True)
     output = capsys.readouterr().out
-    require_harmless(output)
+    assert not find_hidden(output)
     assert json.loads(output)[text] == text
 
 
@@ -130,7 +130,7 @@ def test_no_event_controls_the_terminal(is_terminal: bool) -> None:
     assert "\x1b]0" not in stream.getvalue()
     assert "\x1b[2J" not in stream.getvalue()
     if not is_terminal:
-        require_harmless(stream.getvalue())
+        assert not find_hidden(stream.getvalue())
         assert stream.getvalue().count("[/x][bold]: 1 of 2") == 2
 
 
@@ -150,11 +150,11 @@ def test_libraries_do_not_control_the_terminal(
         except ValueError:
             library.exception("cannot read")
         library.removeHandler(handler)
-        require_harmless(warnings.formatwarning(HOSTILE, UserWarning, HOSTILE, 1))
+        assert not find_hidden(warnings.formatwarning(HOSTILE, UserWarning, HOSTILE, 1))
     finally:
         logging.setLogRecordFactory(factory)
     output = capsys.readouterr().err
-    require_harmless(output)
+    assert not find_hidden(output)
     assert f"unknown key {VISIBLE}" in output
     assert f"\nValueError: {VISIBLE}" in output, "the traceback is shown, and is harmless"
 
@@ -186,7 +186,7 @@ def test_no_error_controls_the_terminal(
         app.main([*words, *(["--json"] if as_json else [])])
     assert ended.value.code == 2
     captured = capsys.readouterr()
-    require_harmless(captured.out + captured.err)
+    assert not find_hidden(captured.out + captured.err)
 
 
 def test_a_traceback_does_not_control_the_terminal() -> None:
@@ -195,5 +195,5 @@ def test_a_traceback_does_not_control_the_terminal() -> None:
         "sys.excepthook = app._explain_bug\nraise ValueError(chr(27) + '[2J')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    require_harmless(done.stderr)
+    assert not find_hidden(done.stderr)
     assert "ValueError: \\u{1b}[2J" in done.stderr

@@ -116,12 +116,11 @@ def test_metrics_that_are_not_measured_are_refused(name: str, hint: str) -> None
 def test_metrics_that_are_measured_are_accepted() -> None:
     names = ["exact_match", "test/exact_match", "loss", "general text/bits_per_byte"]
     names += ["m.py:score", "breaks ai", "eliciting prompts/breaks ai"]
-    refuse_unmeasured_limits(
-        dict.fromkeys(names, "> 0"),
-        stage="sft",
-        metrics=["exact_match", "a/m.py:score"],
-        constraints=["ai"],
-    )
+    metrics = ["exact_match", "a/m.py:score"]
+    limits = dict.fromkeys(names, "> 0")
+    refuse_unmeasured_limits(limits, stage="sft", metrics=metrics, constraints=["ai"])
+    with pytest.raises(InputError, match="'breaks ai' is not measured"):
+        refuse_unmeasured_limits(limits, stage="sft", metrics=metrics, constraints=[])
 
 
 def test_the_plan_refuses_what_is_not_measured(tiny_folder: Path, tmp_path: Path) -> None:

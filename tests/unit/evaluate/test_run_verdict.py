@@ -244,7 +244,7 @@ def test_smaller_steps_are_for_short_runs_of_batches_that_still_improve() -> Non
 
     smaller, longer = list_steps(99, 5, 99)[:2]
     assert smaller.reason == (
-        "take smaller steps: 99 are few, and eval_data was best at the last; "
+        "halve the batch: 99 steps are few, and eval_data was best at the last; "
         "flag is not learned yet"
     )
     assert smaller.command == (

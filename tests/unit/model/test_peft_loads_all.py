@@ -82,7 +82,9 @@ def test_every_tensor_finds_its_module(
 ) -> None:
     if family in DENSE_CONFIGS:
         monkeypatch.setitem(CONFIGS, family, DENSE_CONFIGS[family])
-    compare_with_peft(family, tmp_path, "all-linear")
+    config = compare_with_peft(family, tmp_path, "all-linear")
+    assert config["target_modules"], "token mixers are adapted as modules"
+    assert not any("." in name for name in config["target_modules"])
 
 
 @pytest.mark.parametrize("family", DENSE_CONFIGS)

@@ -20,7 +20,6 @@ from tunesmith.data.readers.text_folder import TextFolder
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import Recipe, Stages, select_sources
 from tunesmith.recipe.yaml_lines import read_yaml
-from tunesmith.session.hub_data import fetch_sources
 
 
 def read_requirements(path: Path | None, arguments: Mapping[str, Any]) -> Requirements:
@@ -76,6 +75,8 @@ def count_rows(path: Path) -> dict[str, int]:
 
 def _count_stage_rows(recipe: Recipe) -> dict[str, int]:
     """Return bytes for continued pretraining; chosen answers of pairs count as examples too."""
+    from tunesmith.session.hub_data import fetch_sources  # loads huggingface_hub
+
     sources: list[Source | TextFolder] = []
     for source in fetch_sources(select_sources(recipe, "data")):
         sources += map(open_source, source.files)

@@ -18,7 +18,7 @@ from referencing import Registry
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import MAX_ROW_IDS
-from tunesmith.core.types import DataReport, Finding, Json, WeightedText
+from tunesmith.core.types import DataReport, Document, Finding, Json, WeightedText
 from tunesmith.data.checks import (
     distribution,
     duplicates,
@@ -42,9 +42,7 @@ from tunesmith.data.pretraining import PretrainingCorpus
 from tunesmith.data.preview import split_by_weight
 from tunesmith.data.rehearsal import REHEARSAL_ROLE as REHEARSAL
 
-MAX_ROWS_WITHOUT_DOCUMENT = 20  # at the beginning of a data set, before its first row is shown
-MAX_SHOWN_TOKENS = 1500
-MAX_SHOWN_MESSAGES = 100
+MAX_SHOWN_TOKENS = 1500  # of the row that the report shows
 
 
 def check_data(
@@ -74,7 +72,7 @@ def check_data(
             for finding in data_check(context):
                 findings.append(_mask_finding(finding, should_read_all))
         report = make_report(dataset, scan, findings)
-        first_row = _read_first_row(dataset) if role == "data" and corpus is None else ()
+        first_row = _show_beginning(dataset, scan.first_document) if role == "data" else ()
         reports[role] = dataclasses.replace(
             report, is_fully_checked=should_read_all, first_row=first_row
         )
@@ -125,18 +123,14 @@ def make_report(
     )
 
 
-def _read_first_row(dataset: Dataset) -> tuple[WeightedText, ...]:
-    """Return the beginning of the first row of few messages that has a document, secrets masked."""
-    for index in range(min(len(dataset), MAX_ROWS_WITHOUT_DOCUMENT)):
-        if len(dataset.read_example(index).messages) > MAX_SHOWN_MESSAGES:
-            continue  # rendering it a second time would take seconds
-        documents = dataset.render_row(index)[1].documents
-        if documents:
-            return tuple(
-                WeightedText(mask_secrets(part.text), part.weight)
-                for part in split_by_weight(documents[0], dataset.renderer, MAX_SHOWN_TOKENS)
-            )
-    return ()
+def _show_beginning(dataset: Dataset, document: Document | None) -> tuple[WeightedText, ...]:
+    """Return the first tokens of a document as text, secrets masked; () without one."""
+    if document is None:
+        return ()
+    return tuple(
+        WeightedText(mask_secrets(part.text), part.weight)
+        for part in split_by_weight(document, dataset.renderer, MAX_SHOWN_TOKENS)
+    )
 
 
 def _count_rejected(dataset: Dataset, dataset_scan: DatasetScan) -> dict[str, int]:

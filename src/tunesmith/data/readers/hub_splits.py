@@ -43,7 +43,7 @@ _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", re.
 
 @dataclass(frozen=True)
 class HubChoice:
-    """What a recipe says about the files; empty is not said."""
+    """The keys of a recipe that choose files. An empty one is not set."""
 
     config: str = ""
     split: str = ""

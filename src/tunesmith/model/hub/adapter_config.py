@@ -146,7 +146,8 @@ def read_adapter(folder: Path, base: Path) -> AdapterFolder:
     if not weights_file.is_file():
         raise _make_missing_weights_error(path)
     base_headers = read_parameter_headers(base)
-    tensor_prefix = get_tensor_prefix(read_model_json(base / "config.json"))
+    base_config = read_model_json(base / "config.json")
+    tensor_prefix = get_tensor_prefix(base_config)
     use_dora = bool(config.get("use_dora"))
     stored_headers = read_header(weights_file)
     named_headers = rename_tensors(stored_headers, tensor_prefix, weights_file)
@@ -154,7 +155,9 @@ def read_adapter(folder: Path, base: Path) -> AdapterFolder:
     new_token_ids = _check_token_rows(
         headers.rows, base_headers, config.get("trainable_token_indices"), path
     )
-    saved_parameters = _check_modules(headers.modules, config, base, weights_file)
+    saved_parameters = _check_modules(
+        headers.modules, config, base_headers, base_config, weights_file
+    )
     # the patterns are those of PEFT, for the names in the file
     layers = _list_lora_paths(stored_headers)
     ranks = _read_pattern(config, RANK_PATTERN, layers, str(config_file))
@@ -337,16 +340,18 @@ def _make_tensor_error(
 
 
 def _check_modules(
-    saved: Mapping[str, TensorHeader], config: Mapping[str, Any], base: Path, file: Path
+    saved: Mapping[str, TensorHeader],
+    config: Mapping[str, Any],
+    base: Mapping[str, TensorHeader],
+    base_config: dict[str, Any],
+    file: Path,
 ) -> tuple[str, ...]:
     """Return the parameters that were trained in full. Each must have the shape of the base's, and
     none may be missing."""
     modules = _read_saved_names(config, str(file.parent / ADAPTER_CONFIG_FILE))
     if not modules:
         return ()
-    headers = read_parameter_headers(base)
-    parameters = dict(zip(list_parameter_names(headers), headers.values(), strict=True))
-    base_config = read_model_json(base / "config.json")
+    parameters = dict(zip(list_parameter_names(base), base.values(), strict=True))
     embedding_name = f"model.{EMBEDDING}.weight"
     head = parameters.get(f"{HEAD}.weight")
     is_tied = has_tied_head(base_config, str(base_config.get("model_type")))

@@ -134,6 +134,12 @@ def _add_history(layout: PackLayout, length: int) -> PackLayout:
     )
 
 
+def count_history_bytes(convolution: nn.Conv1d, dtype: torch.dtype) -> int:
+    """Return the bytes of the last K - 1 inputs, which a row of generation keeps."""
+    num_channels, _, num_taps = convolution.weight.shape
+    return num_channels * (num_taps - 1) * dtype.itemsize
+
+
 class ShortConvolution(nn.Module):
     """The mixer of LFM2: out_proj(c * convolution(b * x)), where b, c and x come from one
     projection.
@@ -148,8 +154,7 @@ class ShortConvolution(nn.Module):
 
     def count_state_bytes(self, dtype: torch.dtype) -> int:
         """Return the bytes that a row of generation keeps."""
-        num_channels, _, num_taps = self.conv.weight.shape
-        return num_channels * (num_taps - 1) * dtype.itemsize
+        return count_history_bytes(self.conv, dtype)
 
     def forward(
         self,

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tunesmith.core.types import PackLayout
 from tunesmith.model.kv_cache import RaggedKVCache
 from tunesmith.model.lora import project
+from tunesmith.model.mixers.convolution import count_history_bytes
 from tunesmith.model.mixers.scan import ScanInputs, ScanShape, continue_rows, scan_pack
 
 
@@ -135,7 +136,6 @@ def run_norm(norm: nn.Module, x: Tensor, gate: Tensor) -> Tensor:
 
 def count_state_bytes(convolution: nn.Conv1d, shape: ScanShape, dtype: torch.dtype) -> int:
     """Return the bytes of the last inputs of a convolution, in `dtype`, and of a state."""
-    num_channels, _, num_taps = convolution.weight.shape
     state_size = torch.promote_types(dtype, torch.float32).itemsize
-    history_bytes = num_channels * (num_taps - 1) * dtype.itemsize
+    history_bytes = count_history_bytes(convolution, dtype)
     return history_bytes + shape.count_state_values() * state_size

@@ -162,7 +162,7 @@ def step_rows(
 
 @dataclass(frozen=True, eq=False)
 class _WaveTrace:
-    """What a wave computed: the states before its chunks, and what q and k read from them."""
+    """The states before the chunks of a wave, and what q and k read from them; None for roots."""
 
     before: Tensor | None
     read: Tensor | None  # n G R L E

@@ -89,7 +89,7 @@ class ScanShape:
 
 @dataclass(frozen=True, eq=False)
 class ScanInputs:
-    """What a layer's recurrence reads."""
+    """The inputs of a layer's convolution and recurrence, of a pack or of new tokens of rows."""
 
     mixed_TC: Tensor  # before the convolution
     weight_CK: Tensor

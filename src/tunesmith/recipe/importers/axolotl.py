@@ -167,15 +167,11 @@ def _build_entry_sources(draft: RecipeDraft, name: str, entry: Json, pairs: bool
     path = str(entry.pop("path", None) or "")
     files = entry.pop("data_files", None)
     hub_source = None if draft.find_path(path) else _make_hub_source(path, files, entry)
-    if hub_source is not None:
-        row_format = (
-            _parse_pairs(draft, name, entry) if pairs else _parse_format(draft, name, entry)
-        )
-        _report_unsupported(draft, name, entry)
-        return [{**hub_source, **row_format}]
-    files = [str(file) for file in files] if isinstance(files, list) else [str(files or path)]
     row_format = _parse_pairs(draft, name, entry) if pairs else _parse_format(draft, name, entry)
     _report_unsupported(draft, name, entry)
+    if hub_source is not None:
+        return [{**hub_source, **row_format}]
+    files = [str(file) for file in files] if isinstance(files, list) else [str(files or path)]
     return [{"path": _resolve_file(draft, name, file, Path(path)), **row_format} for file in files]
 
 

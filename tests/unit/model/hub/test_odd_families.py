@@ -68,7 +68,8 @@ def test_shared_keys_without_embeddings_per_layer_are_refused(tmp_path: Path) ->
 
 def test_shared_keys_need_no_embeddings_in_a_model_without_them(tmp_path: Path) -> None:
     changes = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
-    read_spec(save_changed("gemma4", tmp_path, **changes))
+    spec = read_spec(save_changed("gemma4", tmp_path, **changes))
+    assert spec.per_layer_rows == 0
 
 
 def test_tokens_end_where_the_smaller_table_ends(tmp_path: Path) -> None:
