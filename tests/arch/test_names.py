@@ -25,8 +25,8 @@ VERBS = set(
     accept accumulate acquire adapt add adjust admit advance advise align allocate allow analyze
     answer append apply archive ask assert assign assume attach attend average backward balance
     begin
-    bind block bootstrap bound break build bundle cache calibrate call can cast cat chain change
-    charge chat check choose clamp classify clean clear clip close collapse collate collect
+    bind block bootstrap bound break build bundle cache calibrate call can cancel cast cat chain
+    change charge chat check choose clamp classify clean clear clip close collapse collate collect
     combine compare compile complete compress compute concat confirm connect consume continue
     convert convolve
     copy correct count cover create curate cut data decide declare decode decompress

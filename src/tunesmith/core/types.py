@@ -15,12 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import model_validator
 
-from tunesmith.core.events import (
-    CheckResult,
-    GenerationSample,
-    Rollback,
-    Score,
-)
+from tunesmith.core.events import CheckResult, GenerationSample, Rollback, Score
 from tunesmith.core.evidence import ErrorAnalysis, RunVerdict
 from tunesmith.core.model_spec import ModelSpec
 
@@ -511,6 +506,22 @@ class GenerationRequest:
     seed: int = 0
     stop: tuple[str, ...] = ()
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    presence_penalty: float = 0.0  # of the tokens of the answer, also when greedy
+    frequency_penalty: float = 0.0  # the same, for each time that a token occurs
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token, what is added to its logit
+    num_logprobs: int = -1  # -1: none; 0: of the answer's tokens; n: of the n most likely, too
+    end_ids: tuple[int, ...] = ()  # tokens that end the answer; empty: those of the batch
+    adapter: str = ""  # key of an adapter of the bank, which stands for its content; "": none
+    adapter_scale: float = 1.0
+    cache_salt: str = ""  # prompts share stored keys and values only if it is equal
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities before temperature, penalties and masks."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the most likely tokens, in order
 
 
 @dataclass(frozen=True)
@@ -519,6 +530,7 @@ class GenerationOutput:
     tokens: tuple[int, ...]
     finish_reason: Literal["end", "stop", "length"]
     prompt_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of `tokens`, if the request has num_logprobs
 
 
 # ---------------------------------------------------------------- results

@@ -25,7 +25,8 @@ from tunesmith.evaluate.json_metrics import check_schema
 from tunesmith.evaluate.metrics import LIKELIHOODS, grade_answer, parse_metric_arg
 from tunesmith.evaluate.results import MetricValues
 from tunesmith.model.causal_lm import PackedCausalLM
-from tunesmith.model.generation.engine import AllowedTokensFn, generate
+from tunesmith.model.generation.engine import generate
+from tunesmith.model.generation.grammar import Grammar
 from tunesmith.plan.memory_budget import compute_answer_limit
 from tunesmith.recipe.fields import parse_custom_metric
 
@@ -106,12 +107,11 @@ def iter_answers(
     *,
     max_new_tokens: int,
     bad_words_ids: tuple[tuple[int, ...], ...] = (),
-    allowed_tokens_fn: AllowedTokensFn | None = None,
+    grammar: Grammar | None = None,
 ) -> Iterator[tuple[int, GenerationOutput]]:
     """Yield (prompt index, greedy answer) as they finish.
 
-    bad_words_ids: token sequences that no answer may contain. allowed_tokens_fn: a grammar that
-    every answer follows.
+    bad_words_ids: token sequences that no answer may contain. Every answer follows `grammar`.
     """
     requests = build_requests(prompts, max_new_tokens, bad_words_ids)
     return generate(
@@ -119,7 +119,7 @@ def iter_answers(
         requests,
         decode=renderer.decode,
         end_ids=renderer.end_ids,
-        allowed_tokens_fn=allowed_tokens_fn,
+        grammar=grammar,
     )
 
 

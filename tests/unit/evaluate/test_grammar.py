@@ -53,32 +53,32 @@ def test_a_model_that_writes_letters_writes_json(
     options = {"decode": renderer.decode, "end_ids": renderer.end_ids}
     free = [result.text for _, result in sorted(generate(model, requests, **options))]
     assert not any(METRICS["json_valid"](text, "", None) for text in free)
-    held = sorted(generate(model, requests, **options, allowed_tokens_fn=grammar_of(folder)))
+    held = sorted(generate(model, requests, **options, grammar=grammar_of(folder)))
     assert [result.finish_reason for _, result in held] == ["end"] * 3
     for _, result in held:
         assert METRICS["schema_valid"](result.text, "", SCHEMA) == 1, result.text
     alone = [
-        next(generate(model, [item], **options, allowed_tokens_fn=grammar_of(folder)))[1]
-        for item in requests
+        next(generate(model, [item], **options, grammar=grammar_of(folder)))[1] for item in requests
     ]
     assert alone == [result for _, result in held], (
         "an answer does not depend on what runs beside it"
     )
     monkeypatch.setattr(engine, "MAX_BATCH_ROWS", {"cpu": 1})
     again = grammar_of(folder)
-    assert sorted(generate(model, requests, **options, allowed_tokens_fn=again)) == held
-    assert sorted(generate(model, requests, **options, allowed_tokens_fn=again)) == held, (
+    assert sorted(generate(model, requests, **options, grammar=again)) == held
+    assert sorted(generate(model, requests, **options, grammar=again)) == held, (
         "the next answers start anew"
     )
 
 
 def test_expected_answers_with_or_without_blanks_are_allowed(folder: Path) -> None:
     renderer, row = renderer_of(folder), {"kind": "dog", "old": True}
-    for number, text in enumerate((json.dumps(row), json.dumps(row, separators=(",", ":")))):
-        grammar, tokens = grammar_of(folder), renderer.encode_text(text)
+    grammar = grammar_of(folder)
+    for text in (json.dumps(row), json.dumps(row, separators=(",", ":"))):
+        answer, tokens = grammar.start_answer(), renderer.encode_text(text)
         for path in range(len(tokens)):
-            assert grammar(number, tokens[:path])[tokens[path]]
-        assert grammar(number, tokens).nonzero().flatten().tolist() == sorted(renderer.end_ids)
+            assert answer.find_allowed(tokens[:path])[tokens[path]]
+        assert answer.find_allowed(tokens).nonzero().flatten().tolist() == sorted(renderer.end_ids)
 
 
 def test_what_the_grammar_leaves_to_the_model_is_told(folder: Path) -> None:

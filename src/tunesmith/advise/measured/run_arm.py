@@ -42,7 +42,6 @@ from tunesmith.evaluate.generate_until import (
 )
 from tunesmith.model.adapters import copy_weights, restore_weights
 from tunesmith.model.causal_lm import PackedCausalLM
-from tunesmith.model.generation.engine import AllowedTokensFn
 from tunesmith.model.generation.grammar import Grammar
 from tunesmith.plan.build import build_plan
 from tunesmith.plan.memory_budget import needs_complete_answers
@@ -192,10 +191,10 @@ def run_arm(runner: ArmRunner, arm: Arm) -> ArmResult:
     questions = runner.build_questions(arm)
     _check_context(runner, questions)
     runner.start_weights  # noqa: B018 - copied before anything is trained
-    allowed = runner.grammar if arm.is_constrained else None
+    grammar = runner.grammar if arm.is_constrained else None
     try:
         train_seconds = _train_arm(runner, arm) if arm.examples else 0.0
-        seconds = _time_single_requests(runner, questions, allowed)
+        seconds = _time_single_requests(runner, questions, grammar)
         answers = _generate_answers(runner, questions, arm)
     finally:
         if arm.examples:
@@ -223,27 +222,27 @@ def _check_context(runner: ArmRunner, questions: Sequence[EvalPrompt]) -> None:
 
 
 def _time_single_requests(
-    runner: ArmRunner, questions: Sequence[EvalPrompt], allowed: AllowedTokensFn | None
+    runner: ArmRunner, questions: Sequence[EvalPrompt], grammar: Grammar | None
 ) -> float:
     """Return the median seconds of a single request."""
     timings: list[float] = []
     runner.model.network.eval()
     for question in questions[:TIMED_REQUESTS]:
         start = time.perf_counter()
-        list(_iter_answers(runner, [question], allowed))
+        list(_iter_answers(runner, [question], grammar))
         timings.append(time.perf_counter() - start)
     return statistics.median(timings)
 
 
 def _iter_answers(
-    runner: ArmRunner, questions: Sequence[EvalPrompt], allowed: AllowedTokensFn | None
+    runner: ArmRunner, questions: Sequence[EvalPrompt], grammar: Grammar | None
 ) -> Iterator[tuple[int, GenerationOutput]]:
     return iter_answers(
         runner.model,
         questions,
         runner.inputs.renderer,
         max_new_tokens=runner.max_answer_tokens,
-        allowed_tokens_fn=allowed,
+        grammar=grammar,
     )
 
 

@@ -1,6 +1,6 @@
 """Answers that follow a JSON schema: a grammar decides after every token which ones may follow.
 
-    Grammar(schema, folder, ...)(index, tokens) -> allowed tokens [V], for `engine.generate`
+    Grammar(schema, folder, ...).start_answer().find_allowed(tokens) -> allowed tokens [V]
 
 The grammar engine is llguidance (Rust; the extra `constrained`). The form of complete answers is
 guaranteed; the content of the fields is the model's. Left out: answers cut off by their length."""
@@ -42,24 +42,31 @@ class Grammar:
         tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
         tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(end_ids))
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=GRAMMAR_OPTIONS)
-        self.initial_matcher = LLMatcher(tokenizer, grammar, log_level=0)
-        self.vocab_size = vocab_size
-        # request -> its matcher and how many tokens it has consumed
-        self._matchers: dict[int, tuple[LLMatcher, int]] = {}
-        if self.initial_matcher.is_error():
-            message = f"the schema has no grammar: {self.initial_matcher.get_error():.300}"
+        self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        self._vocab_size = vocab_size
+        if self._matcher.is_error():
+            message = f"the schema has no grammar: {self._matcher.get_error():.300}"
             raise InputError(message, where="response_schema")
         # what is left to the model
-        self.warnings = tuple(self.initial_matcher.get_grammar_warnings())
+        self.warnings = tuple(self._matcher.get_grammar_warnings())
 
-    def __call__(self, index: int, tokens: Sequence[int]) -> Tensor:
-        """Return which tokens may follow [V], for request `index` with the answer `tokens`."""
-        matcher, num_consumed = self._matchers.get(index, (None, 0))
-        if matcher is None or num_consumed > len(tokens):  # a new answer, or a restarted one
-            matcher = self.initial_matcher.deep_copy()
-            num_consumed = 0
-        matcher.consume_tokens(list(tokens[num_consumed:]))
-        self._matchers[index] = (matcher, len(tokens))
-        mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    def start_answer(self) -> SchemaAnswer:
+        """Return the grammar of one answer."""
+        return SchemaAnswer(self._matcher.deep_copy(), self._vocab_size)
+
+
+class SchemaAnswer:
+    """The state of a grammar in one answer."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._num_consumed = 0
+
+    def find_allowed(self, tokens: Sequence[int]) -> Tensor:
+        """Return which tokens may follow `tokens` [V], which continue those of the last call."""
+        self._matcher.consume_tokens(list(tokens[self._num_consumed :]))
+        self._num_consumed = len(tokens)
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         bits = np.unpackbits(mask, bitorder="little")
-        return torch.from_numpy(bits[: self.vocab_size].astype(bool))
+        return torch.from_numpy(bits[: self._vocab_size].astype(bool))

@@ -7,13 +7,14 @@ Legend: B rows, V vocabulary, K candidates."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.core.types import GenerationRequest
+from tunesmith.core.types import GenerationRequest, TokenLogprobs
 
 # top-p usually needs fewer tokens than this; sorting the vocabulary is far slower
 TOP_P_CANDIDATES = 256
@@ -44,6 +45,31 @@ def penalize_repetition(logits_V: Tensor, tokens: Sequence[int], penalty: float)
     ids = torch.tensor(sorted(set(tokens)), device=logits_V.device)
     seen = logits_V[ids]
     logits_V[ids] = torch.where(seen < 0, seen * penalty, seen / penalty)
+
+
+def penalize_answer_tokens(
+    logits_V: Tensor, tokens: Sequence[int], request: GenerationRequest
+) -> None:
+    """Make the tokens of an answer less likely, in place: by presence_penalty once, and by
+    frequency_penalty each time that they occur."""
+    counts = Counter(tokens)
+    ids = torch.tensor(list(counts), dtype=torch.int64, device=logits_V.device)
+    times = torch.tensor(list(counts.values()), dtype=logits_V.dtype, device=logits_V.device)
+    logits_V[ids] -= request.presence_penalty + request.frequency_penalty * times
+
+
+def measure_logprobs(
+    logits_BV: Tensor, tokens: Sequence[int], counts: Sequence[int]
+) -> list[TokenLogprobs]:
+    """Return the log-probabilities of a token per row, and of its `counts` most likely tokens."""
+    vocab_size = logits_BV.shape[1]
+    logprobs_BV = logits_BV.double().log_softmax(dim=-1)
+    top_BK, top_ids_BK = logprobs_BV.topk(min(max(counts), vocab_size), dim=-1)
+    results: list[TokenLogprobs] = []
+    for row, (token, count) in enumerate(zip(tokens, counts, strict=True)):
+        top = zip(top_ids_BK[row, :count].tolist(), top_BK[row, :count].tolist(), strict=True)
+        results.append(TokenLogprobs(token, float(logprobs_BV[row, token]), tuple(top)))
+    return results
 
 
 def compute_probabilities(logits_BV: Tensor, requests: Sequence[GenerationRequest]) -> Tensor:
