@@ -12,7 +12,7 @@ Every verb of the command line is a function of the same name here and returns t
 
 from importlib import import_module
 
-import tunesmith.core.working_directory  # noqa: F401  (first: it shortens the search path)
+import tunesmith.core.program_start  # noqa: F401  (first: search path and signals)
 from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError, TunesmithError
 from tunesmith.core.events import (
     CheckpointSaved,

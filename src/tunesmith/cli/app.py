@@ -9,14 +9,19 @@ Imports are inside the functions so that --help loads no model library. Left out
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import json
+import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -56,6 +61,7 @@ from tunesmith.plan.stages import StagedPlan
 
 # click's own class, or typer's copy of it
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+INTERRUPTED_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -414,9 +420,19 @@ def _print_group_help(context: typer.Context) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit with its code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    as_json = "--json" in words
     sys.excepthook = _explain_bug
     escape_library_output()
+    with _unwind_on_signals():
+        try:
+            _run_verb(words)
+        except SystemExit as ended:
+            if arguments is None and ended.code in INTERRUPTED_CODES:
+                _leave(ended.code)
+            raise
+
+
+def _run_verb(words: list[str]) -> None:
+    as_json = "--json" in words
     try:
         refuse_old_words(words)
         sys.exit(get_command(build_app()).main(words, prog_name="tunesmith", standalone_mode=False))
@@ -430,6 +446,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _exit_with_error(_to_machine_error(error), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+
+
+@contextmanager
+def _unwind_on_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM pass through every `finally`, so that nothing temporary stays.
+
+    Training has handlers of its own (train/signals.py). Python allows them in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _exit_on_sigterm}
+    previous = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        if previous[number] is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _exit_on_sigterm(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _leave(code: int) -> None:
+    """End the process without the interpreter's own end, which takes long after torch is loaded,
+    and waits for threads."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a closed pipe
+            stream.flush()
+    os._exit(code)
 
 
 def _to_input_error(usage: Any) -> InputError:

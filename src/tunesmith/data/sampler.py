@@ -193,16 +193,16 @@ def prefetch(
 
     An error of `compute` is raised in the place of its result. Close the iterator to stop early."""
     futures: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-        try:
-            for item in items:
-                futures.append(pool.submit(compute, item))
-                if len(futures) > max_ahead:
-                    yield futures.popleft().result()
-            while futures:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    try:
+        for item in items:
+            futures.append(pool.submit(compute, item))
+            if len(futures) > max_ahead:
                 yield futures.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a slow row delays no Ctrl-C
 
 
 # ---------------------------------------------------------------- KTO

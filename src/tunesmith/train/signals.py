@@ -4,19 +4,21 @@
         with stop.immediate(): ...                            a signal stops this at once
         for event in training: stop.raise_if_requested()      elsewhere the request waits
 
-Either way the run ends with Interrupted. A second signal has its default effect. Outside the main
-thread no signal is caught: Python allows handlers there only."""
+Either way the run ends with Interrupted. A request that waits is answered by a line of progress. A
+second signal has its default effect. Outside the main thread no signal is caught: Python allows
+handlers there only."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
 from tunesmith.core.errors import Interrupted
+from tunesmith.core.progress_log import logger
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -48,6 +50,8 @@ class GracefulStop:
         self.signal_number = number
         if self._is_immediate:
             self.raise_if_requested()
+        with suppress(RuntimeError):  # the signal arrived while a line was being written
+            logger.info("finishing this step before stopping; a second signal stops at once")
 
     def raise_if_requested(self) -> None:
         """Raise Interrupted if a signal has arrived; exit code 130 for SIGINT, 143 for SIGTERM."""

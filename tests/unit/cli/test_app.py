@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -230,6 +231,49 @@ def test_ctrl_c_exits_with_130(
 ) -> None:
     monkeypatch.setitem(app.VERBS, "fail", failing(KeyboardInterrupt()))
     assert tunesmith("fail")[0] == 130
+
+
+INTERRUPTED = """\
+import os, signal, sys, threading, time, weakref
+from tunesmith.cli import app
+
+class Worker: ...
+
+def verb(as_json: app.AsJson = False) -> None:
+    worker = Worker()
+    weakref.finalize(worker, print, "worker ended")
+    globals()["kept"] = worker
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    try:
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(30)
+    finally:
+        print("unwound")
+
+app.VERBS["wait"] = verb
+sys.argv = ["tunesmith", "wait"]
+app.main()
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_unwinds_and_waits_for_nothing(name: str, code: int) -> None:
+    """Temporary files and processes go; threads and the interpreter's end are not waited for."""
+    program = INTERRUPTED.format(name=name)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+    assert done.stdout == "unwound\nworker ended\n"
+
+
+def test_the_signals_of_the_caller_come_back(
+    tunesmith: Callable[..., CliResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setitem(app.VERBS, "fail", failing(KeyboardInterrupt()))
+    tunesmith("fail")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_bug_says_so_with_its_traceback() -> None:

@@ -27,6 +27,13 @@ def test_a_signal_is_noted_until_it_is_obeyed(number: signal.Signals, code: int)
     assert stopped.value.exit_code == code
 
 
+def test_a_signal_that_has_to_wait_is_answered(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "tunesmith.core.progress_log")
+    with GracefulStop():
+        send_signal(signal.SIGINT)
+        assert "finishing this step before stopping" in caplog.text
+
+
 def test_where_nothing_is_lost_it_is_obeyed_at_once() -> None:
     done: list[str] = []
 

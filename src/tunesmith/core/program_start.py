@@ -1,0 +1,58 @@
+"""What comes before any other import when tunesmith is the program, not a library.
+
+The working directory leaves Python's path: `python -m tunesmith` puts it first, so that a file
+`yaml.py` in a folder of a stranger would run in place of the package. Only modules that Python
+loads at its start can come earlier. The `tunesmith` command and `python -P -m tunesmith` never have
+it there.
+
+SIGINT and SIGTERM end the process at once: nothing has begun that could be lost, and a traceback of
+half an import helps nobody. From its first line on, `cli/app.py` handles them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def is_module_run(argv: list[str], program: list[str]) -> bool:
+    """Return whether Python is about to run tunesmith with -m; `argv` is then not set yet."""
+    if argv[:1] != ["-m"] or "-m" not in program:
+        return False
+    module = program[program.index("-m") + 1 :][:1]
+    return bool(module) and module[0].partition(".")[0] == "tunesmith"
+
+
+def is_command_run(argv: list[str]) -> bool:
+    """Return whether this process is the `tunesmith` command."""
+    name = os.path.basename(argv[0]) if argv else ""
+    return name in ("tunesmith", "tunesmith.exe")
+
+
+def drop_working_directory(path: list[str], cwd: str, package_parent: str) -> list[str]:
+    """Return a search path without the working directory, unless tunesmith itself is there."""
+    if os.path.realpath(cwd) == os.path.realpath(package_parent):
+        return path
+    return [entry for entry in path if entry and os.path.realpath(entry) != os.path.realpath(cwd)]
+
+
+def end_at_once(number: int, _frame: object) -> None:
+    """End as a shell expects it of a process that a signal ended: 130 or 143."""
+    os._exit(128 + number)
+
+
+def end_at_once_on_signals() -> None:
+    """Install `end_at_once`, except for a signal that the caller of the process ignores."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end_at_once)
+
+
+if is_module_run(sys.argv, sys.orig_argv):
+    sys.path[:] = drop_working_directory(
+        sys.path, os.getcwd(), os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    )
+if is_module_run(sys.argv, sys.orig_argv) or is_command_run(sys.argv):
+    end_at_once_on_signals()

@@ -1,0 +1,90 @@
+"""`python -m tunesmith` runs nothing of the folder in which it is called, and ends without a
+traceback while it imports."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunesmith.core.program_start import (
+    drop_working_directory,
+    is_command_run,
+    is_module_run,
+)
+
+
+@pytest.mark.parametrize(
+    ("argv", "program", "is_run"),
+    [
+        (["-m"], ["python", "-m", "tunesmith", "doctor"], True),
+        (["-m"], ["python", "-X", "dev", "-m", "tunesmith.report.trackers"], True),
+        (["-m"], ["python", "-m", "pytest", "tunesmith"], False),
+        (["-m"], ["python", "-m", "tunesmithy"], False),
+        (["script.py"], ["python", "script.py", "-m", "tunesmith"], False),
+        ([], ["python"], False),
+    ],
+)
+def test_other_programs_keep_their_path(argv: list[str], program: list[str], is_run: bool) -> None:
+    assert is_module_run(argv, program) is is_run
+
+
+def test_a_checkout_keeps_its_folder(tmp_path: Path) -> None:
+    here = str(tmp_path)
+    assert drop_working_directory([here, "", "/lib"], here, here) == [here, "", "/lib"]
+    assert drop_working_directory([here, "", "/lib"], here, "/lib") == ["/lib"]
+
+
+def test_a_file_named_as_a_library_does_not_run(tmp_path: Path) -> None:
+    for name in ("yaml", "pydantic", "json", "wandb", "torch"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w').close()\n")
+    command = [sys.executable, "-m", "tunesmith", "schema"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "is_run"),
+    [
+        (["/usr/bin/tunesmith", "plan"], True),
+        (["tunesmith.exe"], True),
+        (["/home/me/tunesmith/train.py"], False),
+        (["pytest", "tunesmith"], False),
+        ([], False),
+    ],
+)
+def test_only_the_command_takes_the_signals(argv: list[str], is_run: bool) -> None:
+    assert is_command_run(argv) is is_run
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("imported", ["tunesmith.core.errors", "typer.core"])
+def test_a_signal_while_it_imports_leaves_no_traceback(
+    imported: str, number: signal.Signals, code: int
+) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "tunesmith", "schema"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        line = ""
+        while line.rpartition("|")[2].strip() != imported:
+            line = process.stderr.readline()
+            assert line, "the process ended before it imported that"
+        process.send_signal(number)
+        rest = process.stderr.read()
+    assert process.returncode == code
+    assert "Traceback" not in rest
+
+
+def test_a_library_leaves_the_signals_alone() -> None:
+    program = (
+        "import signal, tunesmith\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
