@@ -9,7 +9,8 @@ import pytest
 
 from effect_runs import SEEDS, Record
 from tiny_runs import train
-from tunesmith.api import read_recipe, read_record
+from tunesmith.api import read_record
+from tunesmith.recipe.load import read_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "instruction.yaml"
 

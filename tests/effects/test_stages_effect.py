@@ -9,8 +9,9 @@ import tunesmith
 from effect_runs import SEEDS, Record
 from tiny_runs import write_rows
 from tunesmith import api
-from tunesmith.api import read_recipe, read_record
+from tunesmith.api import read_record
 from tunesmith.core.types import Json
+from tunesmith.recipe.load import read_recipe
 from tunesmith.recipe.schema import Stages
 from tunesmith.train import stages
 

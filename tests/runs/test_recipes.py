@@ -14,10 +14,10 @@ from tiny_runs import (
     write_rows,
 )
 from tunesmith import api
-from tunesmith.api import read_recipe
 from tunesmith.core.events import Event, StageStart
 from tunesmith.core.json_io import read_json
 from tunesmith.core.types import Json
+from tunesmith.recipe.load import read_recipe
 from tunesmith.recipe.schema import Recipe, Stages
 from tunesmith.train import stages
 

@@ -20,6 +20,7 @@ from tunesmith import api
 from tunesmith.cli import app
 from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.core.json_io import dump_json, to_jsonable
+from tunesmith.recipe.load import read_recipe
 from tunesmith.recipe.schema import Recipe
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -87,15 +88,15 @@ def test_a_plan_can_be_made_of(form: str, here: Path) -> None:
 
 
 def test_paths_and_tuples_are_values_too(here: Path) -> None:
-    loaded_recipe = api.read_recipe(
+    loaded_recipe = read_recipe(
         {"model": "tiny", "data": here / "a.jsonl"},
         lora_target_modules=("q_proj",),
         output_dir=Path("out"),
     )
     assert loaded_recipe.data[0].path == here / "a.jsonl"
     assert loaded_recipe.lora_target_modules == ("q_proj",)
-    assert api.read_recipe(loaded_recipe) is loaded_recipe
-    changed = api.read_recipe(loaded_recipe, seed=3)
+    assert read_recipe(loaded_recipe) is loaded_recipe
+    changed = read_recipe(loaded_recipe, seed=3)
     assert changed.model_dump() == loaded_recipe.model_dump() | {"seed": 3}
 
 

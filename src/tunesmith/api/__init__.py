@@ -4,7 +4,8 @@
 
 In: paths, plain values and the objects of core/types.py. Out: the objects that --json prints.
 Expected failures raise a TunesmithError. Imports are inside the functions so that nothing heavy
-loads before a verb needs it. Left out: parsing arguments and printing (cli/)."""
+loads before a verb needs it. Verbs on data are in data.py. Left out: parsing arguments and printing
+(cli/)."""
 
 from __future__ import annotations
 
@@ -12,81 +13,82 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.api.data import (
+    data_ablate,
+    data_check,
+    data_curate,
+    data_export_reviews,
+    data_import_reviews,
+    data_lock,
+    data_show,
+    data_split,
+)
+from tunesmith.api.inputs import (
+    AnyPath,
+    load_demo_inputs,
+    load_inputs,
+    read_plan,
+    split_by_stage,
+)
 from tunesmith.core import run_dir
-from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Event
-from tunesmith.core.json_io import dump_json, parse_as
 from tunesmith.core.sampling import SamplingParams, check_sampling
-from tunesmith.core.types import DataReport, Json, Plan, RunRecord
+from tunesmith.core.types import Json, Plan, RunRecord
 from tunesmith.plan.stages import StagedPlan, require_single_stage
-from tunesmith.recipe.load import RecipeLike, read_recipe
-from tunesmith.recipe.schema import Recipe, Stages, build_recipe_schema
+from tunesmith.recipe.load import RecipeLike
+from tunesmith.recipe.schema import build_recipe_schema
+
+__all__ = [
+    "AnyInputs",
+    "advise",
+    "advise_measured",
+    "chat",
+    "compare",
+    "compare_methods",
+    "data_ablate",
+    "data_check",
+    "data_curate",
+    "data_export_reviews",
+    "data_import_reviews",
+    "data_lock",
+    "data_show",
+    "data_split",
+    "demo",
+    "doctor",
+    "evaluate",
+    "export",
+    "init",
+    "list_runs",
+    "load_demo_inputs",
+    "load_inputs",
+    "plan",
+    "push_to_hub",
+    "read_plan",
+    "read_record",
+    "read_verdict",
+    "resume",
+    "schema",
+    "split_by_stage",
+    "train",
+    "tune_lr",
+    "write_report",
+]
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
-    from tunesmith.advise.curate import CurationResult
-    from tunesmith.advise.data_ablation import AblationResult, SubsetRun
     from tunesmith.advise.lr_finder import LRFinderResult, LRTrial
     from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
     from tunesmith.advise.measured.run_arm import ArmResult
     from tunesmith.advise.rules.advice import Advice
+    from tunesmith.api.inputs import AnyInputs
     from tunesmith.core.evidence import RunVerdict
-    from tunesmith.data.annotation import ReviewImport
-    from tunesmith.data.dataset import Dataset
-    from tunesmith.data.golden_set import GoldenLock
-    from tunesmith.data.split import SplitResult
     from tunesmith.evaluate.model_ref import ModelComparison
     from tunesmith.evaluate.regression_gate import EvalReport
     from tunesmith.export.export import ExportResult
     from tunesmith.plan.method_comparison import MethodEstimate
     from tunesmith.recipe.template import InitResult
     from tunesmith.session.doctor import Diagnosis
-    from tunesmith.session.inputs import RunInputs
     from tunesmith.session.run_list import RunSummary
-
-    AnyInputs = RunInputs | tuple[RunInputs, ...]  # one per stage
-
-AnyPath = str | Path
-
-
-def load_inputs(
-    recipe: RecipeLike | AnyInputs = None, *, needs_weights: bool = True, **changes: Any
-) -> AnyInputs:
-    """Load the model spec, machine and data sets of a recipe, once per stage.
-
-    The result can be passed to the functions below instead of a recipe, which saves reading the
-    data again. Without `needs_weights` a folder with only a config.json is accepted as the model,
-    which is enough to plan."""
-    from tunesmith.session import inputs
-
-    if isinstance(recipe, (inputs.RunInputs, tuple)) and not changes:
-        return recipe
-    if isinstance(recipe, inputs.RunInputs):
-        recipe = recipe.recipe
-    elif isinstance(recipe, tuple):
-        recipe = Stages(tuple(stage_inputs.recipe for stage_inputs in recipe))
-    loaded_recipe = read_recipe(recipe, **changes)
-    if isinstance(loaded_recipe, Recipe):
-        return inputs.load_inputs(loaded_recipe, needs_weights=needs_weights)
-    from tunesmith.train import stages
-
-    return stages.load_stage_inputs(loaded_recipe, weights=needs_weights)
-
-
-def load_demo_inputs(output_dir: AnyPath | None = None) -> AnyInputs:
-    """Load the inputs of the embedded example."""
-    from tunesmith.recipe.demo import DEMO_RECIPE
-
-    output_dir = output_dir or run_dir.pick_run_folder(Path("runs"), "demo")
-    return load_inputs(DEMO_RECIPE, output_dir=str(output_dir))
-
-
-def split_by_stage(inputs: AnyInputs) -> dict[str, RunInputs]:
-    """Map the name of each stage's folder to its inputs; a single stage has the name ""."""
-    return {s.output_dir.name: s for s in inputs} if isinstance(inputs, tuple) else {"": inputs}
-
 
 # ---------------------------------------------------------------- before a run
 
@@ -223,16 +225,6 @@ def compare_methods(
     )
 
 
-def read_plan(path: AnyPath) -> Plan | StagedPlan:
-    """Read the plan of a run folder, or a file written by `tunesmith plan --json`."""
-    file = Path(path)
-    if not file.is_file():
-        run_dir.require_run(file)
-        file = file / (run_dir.STAGES_FILE if run_dir.is_staged(file) else run_dir.PLAN_FILE)
-    content = run_dir.read_plan_json(file)
-    return parse_as(StagedPlan if "plans" in content else Plan, content, where=str(file))
-
-
 def tune_lr(
     recipe: RecipeLike | AnyInputs = None, *, steps: int = 40, **changes: Any
 ) -> Iterator[LRTrial | LRFinderResult]:
@@ -252,153 +244,6 @@ def tune_lr(
         trials.append(trial)
         yield trial
     yield summarize_trials(base_plan, trials)
-
-
-# ---------------------------------------------------------------- data
-
-
-def data_check(
-    recipe: RecipeLike | AnyInputs = None, *, rejected: AnyPath | None = None, **changes: Any
-) -> dict[str, DataReport]:
-    """Read all rows once and report statistics and findings for each data role.
-
-    Invalid rows are counted, and written to `rejected`, a new file or one written by an earlier
-    check. Raises InputError if no row is valid."""
-    from tunesmith.data.rejects import refuse_foreign_file, write_rejected_rows
-    from tunesmith.session.inputs import build_data_reports
-
-    if rejected is not None:
-        refuse_foreign_file(Path(rejected))
-    reports: dict[str, DataReport] = {}
-    datasets: dict[str, Dataset] = {}
-    for stage, inputs in split_by_stage(load_inputs(recipe, **changes)).items():
-        for role, report in build_data_reports(inputs, needs_all_texts=True).items():
-            name = f"{stage} {role}".strip()
-            reports[name] = report
-            datasets[name] = inputs.datasets[role]
-    if rejected is not None:
-        write_rejected_rows(Path(rejected), datasets, reports)
-    return reports
-
-
-def data_show(
-    recipe: RecipeLike | AnyInputs = None, *, rows: int = 3, ids: bool = False, **changes: Any
-) -> list[Text]:
-    """Return the first training rows as the model sees them, supervised tokens highlighted."""
-    from tunesmith.session.inputs import show_rows
-
-    texts: list[Text] = []
-    for inputs in split_by_stage(load_inputs(recipe, **changes)).values():
-        texts += show_rows(inputs, rows=rows, should_show_ids=ids)
-    return texts
-
-
-def data_curate(
-    recipe: RecipeLike | AnyInputs = None,
-    *,
-    keep: int,
-    to: AnyPath,
-    similarity: str = "states",
-    allow_personal: bool = False,
-    **changes: Any,
-) -> CurationResult:
-    """Select `keep` rows of `data` by the base model's scores: quality first, then diversity.
-
-    Writes them to a new folder `to`, with a random and a longest subset of the same size for
-    comparison, and a reason for every other row. `similarity` for diversity: "states" (hidden
-    states of the questions) or "words". Rows with personal data are excluded unless
-    `allow_personal`."""
-    from tunesmith.advise.curate import curate
-
-    inputs = require_single_stage(load_inputs(recipe, **changes))
-    return curate(inputs, keep, Path(to), similarity, allow_personal=allow_personal)
-
-
-def data_ablate(
-    recipe: RecipeLike | AnyInputs = None,
-    *,
-    folder: AnyPath,
-    steps: int = 30,
-    seeds: int = 1,
-    **changes: Any,
-) -> Iterator[SubsetRun | AblationResult]:
-    """Train briefly on each subset in a folder of `data_curate`, and on all rows.
-
-    Yields each SubsetRun as it ends, then the AblationResult, which is also written to the folder.
-    Raises InputError without held-out rows."""
-    from tunesmith.advise.data_ablation import plan_ablation, summarize_ablation, train_subsets
-
-    inputs = require_single_stage(load_inputs(recipe, **changes))
-    plan = plan_ablation(inputs)
-    runs: list[SubsetRun] = []
-    for run in train_subsets(plan, inputs, Path(folder), steps=steps, seeds=seeds):
-        runs.append(run)
-        yield run
-    ablation = summarize_ablation(plan, runs, steps)
-    write_file(Path(folder) / "ablation.json", dump_json(ablation, indent=1))
-    yield ablation
-
-
-def data_lock(recipe: RecipeLike = None, **changes: Any) -> GoldenLock:
-    """Lock the file of `data` as a golden set; every row needs a `review`.
-
-    From then on no run trains on its rows, and none measures with it after it has changed."""
-    from tunesmith.data.golden_set import write_lock
-    from tunesmith.session.inputs import open_training_rows
-
-    return write_lock(open_training_rows(require_single_stage(read_recipe(recipe, **changes))))
-
-
-def data_export_reviews(
-    recipe: RecipeLike = None, *, tool: str, to: AnyPath, **changes: Any
-) -> int:
-    """Write the rows of `data` as tasks for human review; return their number.
-
-    `tool` is "label-studio" or "argilla"; `to` is the file to import there."""
-    from tunesmith.data.annotation import write_tasks
-    from tunesmith.session.inputs import open_training_rows
-
-    return write_tasks(
-        open_training_rows(require_single_stage(read_recipe(recipe, **changes))), tool, Path(to)
-    )
-
-
-def data_import_reviews(path: AnyPath, *, to: AnyPath, date: str | None = None) -> ReviewImport:
-    """Read a JSON export of Label Studio or Argilla into a file of reviewed rows for `data_lock`.
-
-    `date` is used for reviews without one, such as Argilla's."""
-    from tunesmith.data.annotation import import_reviews
-
-    return import_reviews(Path(path), Path(to), date)
-
-
-def data_split(
-    recipe: RecipeLike = None,
-    *,
-    to: AnyPath,
-    eval_share: float = 0.1,
-    test_share: float = 0.1,
-    group: str | None = None,
-    stratify: str | None = None,
-    **changes: Any,
-) -> SplitResult:
-    """Split the rows of `data` into train.jsonl, eval.jsonl and test.jsonl in a new folder `to`.
-
-    Near duplicates, rows with the same prompt and rows with the same value of the key `group` stay
-    together. Labels, or values of the key `stratify`, are split in equal shares."""
-    from tunesmith.data.split import split_by_group
-    from tunesmith.session.inputs import open_training_rows
-
-    loaded_recipe = require_single_stage(read_recipe(recipe, **changes))
-    return split_by_group(
-        open_training_rows(loaded_recipe),
-        Path(to),
-        eval_share=eval_share,
-        test_share=test_share,
-        group=group,
-        stratify=stratify,
-        seed=loaded_recipe.seed,
-    )
 
 
 # ---------------------------------------------------------------- runs

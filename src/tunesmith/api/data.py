@@ -1,0 +1,169 @@
+"""The Python API on data: check, show, select, review and split rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.api.inputs import AnyPath, load_inputs, split_by_stage
+from tunesmith.core.atomic import write_file
+from tunesmith.core.json_io import dump_json
+from tunesmith.core.types import DataReport
+from tunesmith.plan.stages import require_single_stage
+from tunesmith.recipe.load import RecipeLike, read_recipe
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from tunesmith.advise.curate import CurationResult
+    from tunesmith.advise.data_ablation import AblationResult, SubsetRun
+    from tunesmith.api.inputs import AnyInputs
+    from tunesmith.data.annotation import ReviewImport
+    from tunesmith.data.dataset import Dataset
+    from tunesmith.data.golden_set import GoldenLock
+    from tunesmith.data.split import SplitResult
+
+
+def data_check(
+    recipe: RecipeLike | AnyInputs = None, *, rejected: AnyPath | None = None, **changes: Any
+) -> dict[str, DataReport]:
+    """Read all rows once and report statistics and findings for each data role.
+
+    Invalid rows are counted, and written to `rejected`, a new file or one written by an earlier
+    check. Raises InputError if no row is valid."""
+    from tunesmith.data.rejects import refuse_foreign_file, write_rejected_rows
+    from tunesmith.session.inputs import build_data_reports
+
+    if rejected is not None:
+        refuse_foreign_file(Path(rejected))
+    reports: dict[str, DataReport] = {}
+    datasets: dict[str, Dataset] = {}
+    for stage, inputs in split_by_stage(load_inputs(recipe, **changes)).items():
+        for role, report in build_data_reports(inputs, needs_all_texts=True).items():
+            name = f"{stage} {role}".strip()
+            reports[name] = report
+            datasets[name] = inputs.datasets[role]
+    if rejected is not None:
+        write_rejected_rows(Path(rejected), datasets, reports)
+    return reports
+
+
+def data_show(
+    recipe: RecipeLike | AnyInputs = None, *, rows: int = 3, ids: bool = False, **changes: Any
+) -> list[Text]:
+    """Return the first training rows as the model sees them, supervised tokens highlighted."""
+    from tunesmith.session.inputs import show_rows
+
+    texts: list[Text] = []
+    for inputs in split_by_stage(load_inputs(recipe, **changes)).values():
+        texts += show_rows(inputs, rows=rows, should_show_ids=ids)
+    return texts
+
+
+def data_curate(
+    recipe: RecipeLike | AnyInputs = None,
+    *,
+    keep: int,
+    to: AnyPath,
+    similarity: str = "states",
+    allow_personal: bool = False,
+    **changes: Any,
+) -> CurationResult:
+    """Select `keep` rows of `data` by the base model's scores: quality first, then diversity.
+
+    Writes them to a new folder `to`, with a random and a longest subset of the same size for
+    comparison, and a reason for every other row. `similarity` for diversity: "states" (hidden
+    states of the questions) or "words". Rows with personal data are excluded unless
+    `allow_personal`."""
+    from tunesmith.advise.curate import curate
+
+    inputs = require_single_stage(load_inputs(recipe, **changes))
+    return curate(inputs, keep, Path(to), similarity, allow_personal=allow_personal)
+
+
+def data_ablate(
+    recipe: RecipeLike | AnyInputs = None,
+    *,
+    folder: AnyPath,
+    steps: int = 30,
+    seeds: int = 1,
+    **changes: Any,
+) -> Iterator[SubsetRun | AblationResult]:
+    """Train briefly on each subset in a folder of `data_curate`, and on all rows.
+
+    Yields each SubsetRun as it ends, then the AblationResult, which is also written to the folder.
+    Raises InputError without held-out rows."""
+    from tunesmith.advise.data_ablation import plan_ablation, summarize_ablation, train_subsets
+
+    inputs = require_single_stage(load_inputs(recipe, **changes))
+    plan = plan_ablation(inputs)
+    runs: list[SubsetRun] = []
+    for run in train_subsets(plan, inputs, Path(folder), steps=steps, seeds=seeds):
+        runs.append(run)
+        yield run
+    ablation = summarize_ablation(plan, runs, steps)
+    write_file(Path(folder) / "ablation.json", dump_json(ablation, indent=1))
+    yield ablation
+
+
+def data_lock(recipe: RecipeLike = None, **changes: Any) -> GoldenLock:
+    """Lock the file of `data` as a golden set; every row needs a `review`.
+
+    From then on no run trains on its rows, and none measures with it after it has changed."""
+    from tunesmith.data.golden_set import write_lock
+    from tunesmith.session.inputs import open_training_rows
+
+    return write_lock(open_training_rows(require_single_stage(read_recipe(recipe, **changes))))
+
+
+def data_export_reviews(
+    recipe: RecipeLike = None, *, tool: str, to: AnyPath, **changes: Any
+) -> int:
+    """Write the rows of `data` as tasks for human review; return their number.
+
+    `tool` is "label-studio" or "argilla"; `to` is the file to import there."""
+    from tunesmith.data.annotation import write_tasks
+    from tunesmith.session.inputs import open_training_rows
+
+    return write_tasks(
+        open_training_rows(require_single_stage(read_recipe(recipe, **changes))), tool, Path(to)
+    )
+
+
+def data_import_reviews(path: AnyPath, *, to: AnyPath, date: str | None = None) -> ReviewImport:
+    """Read a JSON export of Label Studio or Argilla into a file of reviewed rows for `data_lock`.
+
+    `date` is used for reviews without one, such as Argilla's."""
+    from tunesmith.data.annotation import import_reviews
+
+    return import_reviews(Path(path), Path(to), date)
+
+
+def data_split(
+    recipe: RecipeLike = None,
+    *,
+    to: AnyPath,
+    eval_share: float = 0.1,
+    test_share: float = 0.1,
+    group: str | None = None,
+    stratify: str | None = None,
+    **changes: Any,
+) -> SplitResult:
+    """Split the rows of `data` into train.jsonl, eval.jsonl and test.jsonl in a new folder `to`.
+
+    Near duplicates, rows with the same prompt and rows with the same value of the key `group` stay
+    together. Labels, or values of the key `stratify`, are split in equal shares."""
+    from tunesmith.data.split import split_by_group
+    from tunesmith.session.inputs import open_training_rows
+
+    loaded_recipe = require_single_stage(read_recipe(recipe, **changes))
+    return split_by_group(
+        open_training_rows(loaded_recipe),
+        Path(to),
+        eval_share=eval_share,
+        test_share=test_share,
+        group=group,
+        stratify=stratify,
+        seed=loaded_recipe.seed,
+    )
