@@ -46,6 +46,10 @@ class PastRun:
     tokens_per_second: float  # shared prefixes count once
 
     @property
+    def name(self) -> str:
+        return Path(self.run).name
+
+    @property
     def ratio(self) -> float:
         return self.peak_bytes / self.predicted_bytes
 
@@ -103,7 +107,7 @@ def apply_past_runs(plan: Plan) -> Plan:
     runs = list_past_runs(plan)
     if not runs:
         return plan
-    names = runs[0].run if len(runs) == 1 else f"the last {len(runs)} runs of this kind"
+    names = runs[0].name if len(runs) == 1 else f"the last {len(runs)} runs of this kind"
     speed = statistics.median(run.tokens_per_second for run in runs)
     plan = dataclasses.replace(
         plan,
@@ -132,7 +136,7 @@ def _explain_speed(runs: Sequence[PastRun], names: str, speed: float) -> str:
         return f"at the {how}speed of {names} (few: another load changes the forecast)"
     text = f"at the median speed of {names}"
     if outliers := _list_outliers(runs, [run.tokens_per_second for run in runs], speed):
-        text += f"; far from it, and without weight: {', '.join(outliers)} tokens/s"
+        text += f" (outliers, in tokens/s: {', '.join(outliers)})"
     return text
 
 
@@ -140,7 +144,7 @@ def _list_outliers(runs: Sequence[PastRun], values: Sequence[float], median: flo
     outliers: list[str] = []
     for run, value in zip(runs, values, strict=True):
         if not median / OUTLIER_RATIO <= value <= median * OUTLIER_RATIO:
-            outliers.append(f"{run.run} ({value:.2f})")
+            outliers.append(f"{run.name} {value:.3g}")
     return outliers
 
 
@@ -161,14 +165,14 @@ def _explain_factor(runs: Sequence[PastRun], median: float) -> str:
     """Name what was measured, the outliers, and how to plan without it."""
     last = runs[-1]
     measured = (
-        f"{last.run} took {last.peak_bytes / 1e9:.2f} GB, and "
+        f"{last.name} took {last.peak_bytes / 1e9:.2f} GB, and "
         f"{last.predicted_bytes / 1e9:.2f} GB were predicted"
     )
     if len(runs) > 1:
         measured = f"median of measured to predicted memory in the last {len(runs)} runs"
     outliers = _list_outliers(runs, [run.ratio for run in runs], median)
     if outliers:
-        measured += f"; far from it: {', '.join(outliers)}"
+        measured += f" (outliers: {', '.join(outliers)})"
     return f"{measured}; delete {_get_history_path()} to plan without them"
 
 

@@ -24,6 +24,7 @@ STATE_STYLES = {
     "unreadable": "red",
 }
 MAX_PROBLEM_CHARS = 1_000  # long ones are wrapped
+MAX_UNBROKEN_CHARS = 30  # of a path
 AGE_UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"))  # seconds
 
 
@@ -34,23 +35,31 @@ def render_runs(
     if not runs:
         return "no runs here: start one with `tunesmith train recipe.yaml`"
     shown = runs[:max_rows]
+    paths = [format_single_line(_shorten_path(run.path)) for run in shown]
+    # a narrow terminal shortens models before it breaks names and scores
+    wrapped = {"model"}
+    if any(run.problem for run in shown):
+        wrapped.add("metric")
+    if max(map(len, paths)) > MAX_UNBROKEN_CHARS:
+        wrapped.add("run")
     table = Table(box=None, pad_edge=False)
-    for column in ("run", "state", "model", "step", "score", "memory", "age"):
-        is_number = column in ("step", "memory", "age")
-        can_wrap = column in ("run", "model", "score")
+    for column in ("run", "state", "model", "step", "metric", "score", "memory", "age"):
+        is_number = column in ("step", "score", "memory", "age")
+        can_wrap = column in wrapped
         table.add_column(
             column,
             justify="right" if is_number else "left",
             no_wrap=not can_wrap,
             overflow="fold" if can_wrap else "ellipsis",
         )
-    for run in shown:
+    for run, path in zip(shown, paths, strict=True):
         table.add_row(
-            format_single_line(_shorten_path(run.path)),
+            path,
             Text(run.state, STATE_STYLES[run.state]),
-            format_single_line(run.model, 30),
+            Text(format_single_line(run.model, 30), no_wrap=True, overflow="ellipsis"),
             f"{run.step}/{run.steps}" if run.steps else "",
-            _format_result(run),
+            _format_metric(run),
+            _format_score(run),
             format_bytes(run.peak_bytes) if run.peak_bytes else "",
             _format_age(now - run.modified) if run.modified else "",
         )
@@ -67,14 +76,18 @@ def _shorten_path(path: str) -> str:
         return path
 
 
-def _format_result(run: RunSummary) -> str:
-    """Format the main score with half of its interval, or why there is none."""
+def _format_metric(run: RunSummary) -> str:
+    """Name the metric of the main score, or say why there is none."""
     if run.problem:
         return format_single_line(run.problem, MAX_PROBLEM_CHARS)
-    if run.score is None:
+    return format_single_line(run.score.metric) if run.score else ""
+
+
+def _format_score(run: RunSummary) -> str:
+    """Format the main score with half of its interval."""
+    if run.problem or run.score is None:
         return ""
-    margin = (run.score.high - run.score.low) / 2
-    return format_single_line(f"{run.score.metric} {run.score.value:.2f} ±{margin:.2f}")
+    return f"{run.score.value:.2f} ±{(run.score.high - run.score.low) / 2:.2f}"
 
 
 def _format_age(seconds: float) -> str:

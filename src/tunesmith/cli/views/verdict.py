@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from tunesmith.cli.progress import format_single_line
@@ -46,11 +47,11 @@ def render_verdict(verdict: RunVerdict) -> RenderableType:
     lines: list[RenderableType] = [head]
     for line in filter(None, (verdict.level, verdict.change, verdict.cost)):
         lines.append(_pad_line(line, 2))
-    lines += [_pad_line(f"- {reason}", 2, "yellow") for reason in verdict.reasons]
+    lines += [_itemize("-", reason, "yellow") for reason in verdict.reasons]
     if verdict.next_steps:
         lines.append(Text("Next steps"))
     for number, step in enumerate(verdict.next_steps, 1):
-        lines.append(_pad_line(f"{number}. {step.reason}", 2))
+        lines.append(_itemize(f"{number}.", step.reason))
         lines.append(Text(_break_command(step.command), "cyan", overflow="fold"))
     return Group(*lines)
 
@@ -64,6 +65,13 @@ def _break_command(command: str) -> str:
         else:
             lines[-1] = f"{lines[-1]} {part}".strip()
     return "     " + " \\\n       ".join(lines)
+
+
+def _itemize(marker: str, text: str, style: str = "") -> RenderableType:
+    """Show an item of a list; its further lines begin below its first word."""
+    item = Table.grid(padding=(0, 1, 0, 0))
+    item.add_row(marker, Text.from_markup(format_single_line(text, MAX_LINE_CHARS)), style=style)
+    return Padding.indent(item, 2)
 
 
 def _pad_line(text: str, columns: int, style: str = "") -> RenderableType:
