@@ -1,7 +1,7 @@
 """A transformers causal language model, loaded safely and run on packs.
 
 In: a model folder that `hub/resolve.py` has checked. Out: PackedCausalLM, whose `compute_hidden`
-runs a packed Batch and whose `prefill` and `decode_step` run generation over a RaggedKVCache. The
+runs a packed Batch and whose `prefill` and `decode_step` run generation over a PagedKVCache. The
 stock network is the oracle: take `compute_stock_logits` before `wrap_model`. Left out: adapters
 (adapters.py), the loss (lm_head.py). Legend: T tokens, S targets, B rows, H hidden, V vocabulary,
 N query heads, D head size."""
@@ -26,11 +26,11 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import Batch, Json, PackLayout
 from tunesmith.model.adapters import find_lora_layers
 from tunesmith.model.attention import AttentionConfig, attend
+from tunesmith.model.bank_linear import RowAdapters
 from tunesmith.model.experts import freeze_routing
 from tunesmith.model.frozen_weight import BlockedWeight, has_onednn_bf16, limit_onednn_cache
 from tunesmith.model.hub.stored_tensors import has_uniform_layers
 from tunesmith.model.hub.text_class import transformers_errors
-from tunesmith.model.kv_cache import RaggedKVCache
 from tunesmith.model.layers import (
     MIXERS,
     Embedding,
@@ -40,6 +40,7 @@ from tunesmith.model.layers import (
 )
 from tunesmith.model.lm_head import LMHead
 from tunesmith.model.new_embeddings import get_new_rows
+from tunesmith.model.paged_cache import CacheRow, PagedKVCache
 from tunesmith.model.rotary import RotationKey, measure_documents, wrap_rotary
 from tunesmith.model.safetensors_io import find_nonfinite
 from tunesmith.model.text_network import check_weight_shapes, load_text_network
@@ -176,13 +177,14 @@ class PackedCausalLM:
     """A network after `wrap_model`: its decoder takes a PackLayout, its head is called separately.
 
     Training, likelihoods and generation run the same packed forward; generation adds a
-    RaggedKVCache."""
+    PagedKVCache."""
 
     def __init__(self, network: PreTrainedModel, dtype: torch.dtype, backend: str = "auto") -> None:
         self.network = network
         self.dtype = dtype
         self.backend = backend
         self.decoder: Any = network.base_model
+        self.row_adapters: RowAdapters | None = None  # of an AdapterBank
         network.set_attn_implementation(ATTENTION_NAME)
         self.rotary = wrap_rotary(self.decoder)
         self.is_pruned = prune_last_layer(self.decoder.layers)
@@ -245,42 +247,37 @@ class PackedCausalLM:
     @torch.no_grad()
     def prefill(
         self,
-        prompts: Sequence[Sequence[int]],
-        kv_cache: RaggedKVCache,
-        document_length: int | None = None,
+        rows: Sequence[CacheRow],
+        tokens_by_row: Sequence[Sequence[int]],
+        kv_cache: PagedKVCache,
+        document_lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """Add prompts to the cache as new rows, computed in one pack. Returns hidden states [B, H]
-        of their last tokens.
+        """Run new tokens of each row after those that it has stored, in one pack. Returns hidden
+        states [B, H] of the last ones.
 
-        Each prompt starts with the cache's prefix and is longer. With `document_length`, they are
-        rotated as the beginning of documents of this length."""
-        prefix_length = kv_cache.prefix_length
-        tokens: list[int] = []
-        positions: list[int] = []
-        lengths: list[int] = []
-        starts: list[int] = []
-        for prompt in prompts:
-            starts.append(len(tokens))
-            lengths.append(len(prompt) - prefix_length)
-            tokens += prompt[prefix_length:]
-            positions += range(prefix_length, len(prompt))
-        kv_cache.begin_prefill(lengths)
-        tokens_T = torch.tensor(tokens, device=self.device)
-        positions_T = torch.tensor(positions, device=self.device)
-        layout = PackLayout(tuple(starts), tuple(lengths))
-        ends_B = torch.tensor(list(itertools.accumulate(lengths)), device=self.device)
-        self._set_lengths([document_length or len(prompt) for prompt in prompts], layout)
+        A row that gets more tokens later is rotated as the beginning of a document of its entry in
+        `document_lengths`."""
+        lengths = [len(tokens) for tokens in tokens_by_row]
+        positions_T = kv_cache.begin_forward(rows, lengths, self.device)
+        tokens_T = torch.tensor([*itertools.chain(*tokens_by_row)], device=self.device)
+        ends = list(itertools.accumulate(lengths))
+        starts = tuple(end - length for end, length in zip(ends, lengths, strict=True))
+        layout = PackLayout(starts, tuple(lengths))
+        self._set_lengths(document_lengths or [row.length for row in rows], layout)
+        ends_B = torch.tensor(ends, device=self.device)
         return self._run_decoder(
             tokens_T, positions_T, layout, kv_cache, positions_to_keep=ends_B - 1
         )
 
     @torch.no_grad()
-    def decode_step(self, tokens: Sequence[int], kv_cache: RaggedKVCache) -> Tensor:
-        """Run one more token for every row of the cache. Returns hidden states [B, H]."""
-        positions_B = kv_cache.begin_decode(self.device)
+    def decode_step(
+        self, rows: Sequence[CacheRow], tokens: Sequence[int], kv_cache: PagedKVCache
+    ) -> Tensor:
+        """Run one more token for every row. Returns hidden states [B, H]."""
+        positions_B = kv_cache.begin_forward(rows, (1,) * len(rows), self.device)
         layout = PackLayout(tuple(range(len(tokens))), (1,) * len(tokens))
         tokens_B = torch.tensor(tokens, device=self.device)
-        self._set_lengths(kv_cache.lengths, layout)
+        self._set_lengths([row.length for row in rows], layout)
         return self._run_decoder(tokens_B, positions_B, layout, kv_cache)
 
     def set_layout(self, layout: PackLayout) -> None:
@@ -297,11 +294,13 @@ class PackedCausalLM:
         tokens_T: Tensor,
         positions_T: Tensor,
         layout: PackLayout,
-        kv_cache: RaggedKVCache | None = None,
+        kv_cache: PagedKVCache | None = None,
         positions_to_keep: Tensor | None = None,
         embedding_noise_TH: Tensor | None = None,
     ) -> Tensor:
         """Return final hidden states [T, H], or [len(positions_to_keep), H]."""
+        if self.row_adapters is not None:
+            self.row_adapters.keep_positions(positions_to_keep)
         inputs = {"input_ids": tokens_T[None]}
         if embedding_noise_TH is not None:
             embeddings_TH = self.network.get_input_embeddings()(tokens_T)
@@ -400,7 +399,7 @@ def packed_attention_forward(
     *,
     layout: PackLayout,
     backend: str = "auto",
-    kv_cache: RaggedKVCache | None = None,
+    kv_cache: PagedKVCache | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Compute attention for stock modules, as transformers' AttentionInterface calls it:

@@ -19,8 +19,8 @@ from tunesmith.core.types import PackLayout
 from tunesmith.model.attention import AttentionConfig, attend
 from tunesmith.model.experts import Experts, is_stock_experts
 from tunesmith.model.kernels import ops
-from tunesmith.model.kv_cache import RaggedKVCache
-from tunesmith.model.lora import LinearGroup, prepare_group, project
+from tunesmith.model.paged_cache import PagedKVCache
+from tunesmith.model.lora import AnyGroup, LinearGroup, prepare_group, project
 from tunesmith.model.mixers.convolution import ShortConvolution
 from tunesmith.model.mixers.gated_delta import (
     GatedDeltaNet,
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         layout: PackLayout,
         backend: str = "auto",
-        kv_cache: RaggedKVCache | None = None,
+        kv_cache: PagedKVCache | None = None,
         positions_to_keep: Tensor | None = None,
         **_others: object,
     ) -> tuple[Tensor, None]:
@@ -119,8 +119,8 @@ class _GatedMlp(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        gate_up: LinearGroup,
-        down: LinearGroup,
+        gate_up: AnyGroup,
+        down: AnyGroup,
         is_gelu: bool,
         should_recompute: bool,
         *_parameters: Tensor | None,

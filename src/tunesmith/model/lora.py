@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.model.bank_linear import BankLinear, BankLinearGroup
 from tunesmith.model.dora import DoraScale, compute_row_norms, compute_squared_norms
 from tunesmith.model.frozen_weight import DenseWeight, FrozenWeight, NF4Weight
 from tunesmith.model.kernels import lora
@@ -143,7 +144,7 @@ class Fp32MasterLinear(nn.Module):
         return cast_weight
 
 
-AnyLinear = nn.Linear | LoraLinear | Fp32MasterLinear | QuantizedLinear
+AnyLinear = nn.Linear | LoraLinear | Fp32MasterLinear | QuantizedLinear | BankLinear
 OuterGrads = tuple[Tensor | None, Tensor | None]  # of B and of the magnitudes
 
 
@@ -354,10 +355,13 @@ class LinearGroup:
         return grads
 
 
+AnyGroup = LinearGroup | BankLinearGroup
+
+
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, group: LinearGroup, *_parameters: Tensor | None
+        ctx: Any, x: Tensor, group: AnyGroup, *_parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
         x_NI = x.reshape(-1, x.shape[-1])
         outputs, inner = group.forward(x_NI)
@@ -393,13 +397,15 @@ _group_cache: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], LinearGroup
 )
 
 
-def prepare_group(modules: Sequence[AnyLinear], dtype: torch.dtype) -> LinearGroup:
-    """Prepare linears that share one input.
+def prepare_group(modules: Sequence[AnyLinear], dtype: torch.dtype) -> AnyGroup:
+    """Prepare linears that share one input; a bank holds all linears of a network, or none.
 
     While nothing trains, a group is cached: casting and packing A and B takes longer than the
     products of a few rows. The key holds the address and version of every tensor, so code that
     changes one behind autograd's back, as through `.data`, has to increment its version."""
     first_module = modules[0]
+    if isinstance(first_module, BankLinear):
+        return BankLinearGroup([module for module in modules if isinstance(module, BankLinear)])
     if torch.is_grad_enabled() or first_module.training or not isinstance(first_module, LoraLinear):
         _group_cache.pop(first_module, None)
         return LinearGroup(modules, dtype)

@@ -1,0 +1,197 @@
+"""Adapters side by side on one base: each row of a forward has its own, or none.
+
+    bank = AdapterBank(model)
+    bank.load("json", read_adapter(folder, base))
+    with bank.use_rows([("json", 1.0, 3), ("", 1.0, 1)]):      # key, scale, tokens
+        model.decode_step(...)
+
+In: a model without an adapter, adapter folders that `read_adapter` has checked. Ranks, scales,
+targets, LoRA, rsLoRA and DoRA mix in one forward. Refused by name: adapters with experts, with
+rows of new tokens, or with modules trained in full, which change more than linears. Left out: the
+products (bank_linear.py), whether an adapter belongs to this base (session/provenance.py)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from tunesmith.core.errors import InputError
+from tunesmith.model.adapters import find_linears, find_lora_layers, replace_module
+from tunesmith.model.bank_linear import (
+    BankLinear,
+    LinearAdapter,
+    LinearAdapters,
+    RowAdapters,
+)
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.dora import DoraScale, compute_row_norms, compute_squared_norms
+from tunesmith.model.hub.adapter_config import AdapterFolder
+from tunesmith.model.layers import PrunedLastLayer
+from tunesmith.model.save import LoraTensors, parse_loras, read_adapter_tensors
+
+MERGE_FIX = "serve a merged model: tunesmith export RUN --to merged"
+RowRange = tuple[str, float, int]  # key of an adapter ("": the base), scale, number of tokens
+
+
+class BankAdapter:
+    """One adapter, prepared for the linears of a base; scales other than 1 on demand."""
+
+    def __init__(
+        self,
+        loras: Mapping[str, LoraTensors],
+        linears: Mapping[str, BankLinear],
+        dtype: torch.dtype,
+    ) -> None:
+        self._loras = loras
+        self._linears = linears
+        self._dtype = dtype
+        self._by_scale: dict[float, LinearAdapters] = {}
+        self.num_bytes = sum(_count_bytes(adapter) for adapter in self.scale_by(1.0).values())
+
+    def scale_by(self, factor: float) -> LinearAdapters:
+        """Return path -> adapter times `factor`; 0 is the base, also for DoRA."""
+        if not factor:
+            return {}
+        if factor not in self._by_scale:
+            scaled: dict[str, LinearAdapter] = {}
+            for path, lora in self._loras.items():
+                linear = self._linears[path]
+                scaled[path] = _prepare_adapter(lora.scale_by(factor), linear, self._dtype)
+            self._by_scale[factor] = scaled
+        return self._by_scale[factor]
+
+
+class AdapterBank:
+    """The adapters of a model, which has no other. Without `use_rows` the model is the base.
+
+    Forwards run on one thread; `load` and `remove` may run on others, and take effect at the next
+    `use_rows`."""
+
+    def __init__(self, model: PackedCausalLM) -> None:
+        """Replace the decoder's linears in place; they keep their frozen weights."""
+        assert model.row_adapters is None, "a model has one bank"
+        assert not find_lora_layers(model.network), "the model has an adapter of its own"
+        self._model = model
+        self._rows = RowAdapters(model.device)
+        model.row_adapters = self._rows
+        pruned = _find_pruned_paths(model)
+        self._linears: dict[str, BankLinear] = {}
+        for path, linear in find_linears(model.network).items():
+            bank_linear = BankLinear(linear, path, self._rows, is_pruned=path in pruned)
+            replace_module(model.network, path, bank_linear)
+            self._linears[path] = bank_linear
+        self._adapters: dict[str, BankAdapter] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self._adapters)
+
+    def load(self, key: str, folder: AdapterFolder) -> int:
+        """Add an adapter under a key, or replace that key's, and return its bytes. Forwards that
+        run see the old one to their end.
+
+        Raises InputError for what a bank cannot hold, for a layer that the base lacks, and for NaN
+        or infinite values."""
+        assert key, "the empty key is the base"
+        _refuse_unmixable(folder)
+        loras: dict[str, LoraTensors] = {}
+        for path, lora in parse_loras(read_adapter_tensors(folder.weights_path), folder).items():
+            if not isinstance(lora, LoraTensors):
+                raise _make_unmixable_error(f"an adapter of experts ({path})", folder)
+            if path not in self._linears:
+                message = f"the adapter has {path}, which is not a linear layer of the base"
+                raise InputError(message, where=str(folder.path), fix="use the adapter's base")
+            loras[path] = lora
+        adapter = BankAdapter(loras, self._linears, self._model.dtype)
+        with self._lock:
+            self._adapters = self._adapters | {key: adapter}
+        return adapter.num_bytes
+
+    def remove(self, key: str) -> None:
+        """Forget an adapter. Raises KeyError for a key that is not there."""
+        with self._lock:
+            adapters = dict(self._adapters)
+            del adapters[key]
+            self._adapters = adapters
+
+    @contextmanager
+    def use_rows(self, rows: Sequence[RowRange]) -> Iterator[None]:
+        """Give the tokens of the forwards inside the block their adapters, in order. Raises
+        InputError for a key that is not there."""
+        variants: dict[tuple[str, float], int] = {}
+        indices: list[int] = []
+        lengths: list[int] = []
+        for key, scale, num_tokens in rows:
+            is_base = not key or not scale
+            indices.append(-1 if is_base else variants.setdefault((key, scale), len(variants)))
+            lengths.append(num_tokens)
+        adapters = [self._get(key).scale_by(scale) for key, scale in variants]
+        adapter_T = torch.tensor(indices).repeat_interleave(torch.tensor(lengths))
+        self._rows.assign(adapters, adapter_T)
+        try:
+            yield
+        finally:
+            self._rows.clear()
+
+    def _get(self, key: str) -> BankAdapter:
+        adapter = self._adapters.get(key)
+        if adapter is None:
+            loaded = ", ".join(self._adapters) or "none"
+            raise InputError(f"no adapter {key} is loaded", fix=f"loaded adapters: {loaded}")
+        return adapter
+
+
+def _refuse_unmixable(folder: AdapterFolder) -> None:
+    """Raise InputError for an adapter that changes more than linears: its rows could not share a
+    forward with others."""
+    if folder.new_token_ids:
+        raise _make_unmixable_error(f"rows of {len(folder.new_token_ids)} new tokens", folder)
+    if folder.saved_parameters:
+        name = folder.saved_parameters[0]
+        raise _make_unmixable_error(f"modules trained in full ({name})", folder)
+
+
+def _make_unmixable_error(part: str, folder: AdapterFolder) -> InputError:
+    message = f"the adapter has {part}, which cannot be served beside other adapters"
+    return InputError(message, where=str(folder.path), fix=MERGE_FIX)
+
+
+def _find_pruned_paths(model: PackedCausalLM) -> set[str]:
+    """Return the linears of the last layer that run on the kept positions only."""
+    paths: set[str] = set()
+    for layer_path, layer in model.network.named_modules():
+        if isinstance(layer, PrunedLastLayer):
+            for path in find_linears(model.network):
+                inner = path.removeprefix(f"{layer_path}.")
+                if inner != path and (inner == "self_attn.o_proj" or inner.startswith("mlp.")):
+                    paths.add(path)
+    return paths
+
+
+@torch.no_grad()
+def _prepare_adapter(lora: LoraTensors, linear: BankLinear, dtype: torch.dtype) -> LinearAdapter:
+    weight = linear.frozen.weight
+    a_RI = lora.a_RI.to(weight.device)
+    b_OR = lora.b_OR.to(weight.device)
+    gain_O = None
+    offset_O = None
+    if lora.magnitude_O is not None:
+        squares_O = compute_squared_norms(weight)
+        norms_O = compute_row_norms(
+            linear.frozen, squares_O, a_RI, b_OR, scale=lora.scale, dtype=dtype
+        )
+        gain_O = DoraScale(lora.magnitude_O.to(weight.device), norms_O).scale_O
+        if linear.bias is not None:
+            bias_O = linear.bias.detach().to(gain_O.dtype)
+            offset_O = bias_O - gain_O * bias_O
+    return LinearAdapter(a_RI.to(dtype), b_OR.to(dtype), lora.scale, gain_O, offset_O)
+
+
+def _count_bytes(adapter: LinearAdapter) -> int:
+    tensors: list[Tensor | None] = [adapter.a_RI, adapter.b_OR, adapter.gain_O, adapter.offset_O]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
