@@ -21,11 +21,11 @@ import shutil
 import stat
 from collections.abc import Generator
 from contextlib import contextmanager
-from errno import EDQUOT, EFBIG, ELOOP, ENOSPC
+from errno import EDQUOT, EFBIG, ELOOP, ENOLCK, ENOSPC, ENOSYS, EOPNOTSUPP
 from pathlib import Path
 from typing import IO, Any
 
-from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.errors import MACHINE_ERRNOS, InputError, MachineError
 from tunesmith.core.formatting import format_bytes
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import Json
@@ -144,13 +144,16 @@ def verify_dir(folder: Path, *, should_hash: bool = True) -> str:
 
 def read_manifest(folder: Path) -> Json:
     """Return the metadata and files of a sealed folder. Raises InputError unless the manifest is
-    exactly as written."""
+    exactly as written, OSError if the disk fails."""
     try:
         content = (folder / MANIFEST).read_bytes()
         sealed = {key: value for key, value in json.loads(content).items() if key != HASH_KEY}
         if _encode_manifest(sealed) == content:
             return sealed
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except OSError as error:
+        if error.errno in MACHINE_ERRNOS:  # the disk fails now; the file may be whole
+            raise
+    except (ValueError, AttributeError, RecursionError):
         pass
     raise InputError("missing or broken", where=str(folder / MANIFEST))
 
@@ -219,9 +222,21 @@ def disk_errors(path: Path, needed_bytes: int = 0, key: str = "output_dir") -> G
             raise _make_disk_full_error(
                 path, needed_bytes, shutil.disk_usage(nearest).free, key
             ) from error
+        raise_if_lockless(error, path, key)
         fix = f"choose another {key}, or make it writable"
         raise MachineError(
             f"cannot be written: {error.strerror or error}", where=str(path), fix=fix
+        ) from error
+
+
+def raise_if_lockless(error: OSError, path: Path, key: str) -> None:
+    """Raise MachineError if a lock was refused because the file system has none, as some mounts of
+    NFS. Without it, two processes could write the same files."""
+    if error.errno in (ENOLCK, ENOSYS, EOPNOTSUPP):
+        raise MachineError(
+            f"this file system has no file locks: {error.strerror}",
+            where=str(path),
+            fix=f"set {key} to a local disk, or mount it with locks (NFS: local_lock=flock)",
         ) from error
 
 

@@ -310,10 +310,10 @@ def _is_startup_file(entry: Path) -> bool:
 
 
 def _acquire_lock(path: Path) -> FileLock:
-    """Lock the folder. The system drops the lock when the process ends; only where the file system
-    has no locks, filelock uses a marker file instead, which a killed process leaves behind."""
+    """Lock the folder. The system drops the lock when the process ends. A file system without locks
+    raises OSError: a killed process would leave a marker file behind."""
     os.close(open_unlinked(path / LOCK_FILE, os.O_RDWR))  # raises for a link
-    lock = FileLock(path / LOCK_FILE, thread_local=False)
+    lock = FileLock(path / LOCK_FILE, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:

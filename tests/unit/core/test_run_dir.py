@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -433,3 +435,24 @@ def test_the_next_free_name(tmp_path: Path) -> None:
     assert pick_run_folder(tmp_path, "demo") == tmp_path / "demo-1"
     (tmp_path / "demo-1").mkdir()
     assert pick_run_folder(tmp_path, "demo") == tmp_path / "demo-2"
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_refused_with_what_helps(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No marker file in its place: a killed process would leave it, and block the run for good."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    started(tmp_path / "old").close()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for name, use in (("new", RunFolder.create), ("old", RunFolder.open)):
+        with pytest.raises(MachineError, match="this file system has no file locks: ") as refused:
+            use(tmp_path / name)
+        assert refused.value.exit_code == 3
+        assert "output_dir to a local disk" in refused.value.fix
+    monkeypatch.undo()
+    RunFolder.create(tmp_path / "new").close()
+    RunFolder.open(tmp_path / "old").close()

@@ -23,7 +23,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
-from tunesmith.core.atomic import atomic_dir, hash_file, require_disk_space, verify_dir
+from tunesmith.core.atomic import (
+    atomic_dir,
+    hash_file,
+    raise_if_lockless,
+    require_disk_space,
+    verify_dir,
+)
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.hub_names import is_hub_id, split_revision
 from tunesmith.core.hub_repo import (
@@ -141,6 +147,7 @@ def _load_or_convert(
             if verify_dir(folder, should_hash=False):
                 _convert_to_cache(folder, fetch, origin=origin, notify=notify)
     except OSError as error:
+        raise_if_lockless(error, cache, "TUNESMITH_CACHE")
         message = f"cannot be written: {error.strerror or error}"
         raise MachineError(message, where=str(cache), fix=CACHE_FIX) from error
     return folder
@@ -160,7 +167,7 @@ def _convert_to_cache(
 
 def _make_lock(path: Path, notify: ProgressCallback) -> FileLock:
     """Return a lock, and report if another process holds it."""
-    lock = FileLock(path)
+    lock = FileLock(path, fallback_to_soft=False)
     try:
         with lock.acquire(blocking=False):
             pass

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -221,6 +223,17 @@ def test_a_cache_that_cannot_be_written(
     with pytest.raises(MachineError, match="cannot be written") as caught:
         resolve_model(str(path))
     assert "TUNESMITH_CACHE" in caught.value.fix
+
+
+def test_a_cache_without_file_locks(make_gguf, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    path = make_gguf()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(MachineError, match="has no file locks: No locks available") as caught:
+        resolve_model(str(path))
+    assert "TUNESMITH_CACHE to a local disk" in caught.value.fix
 
 
 @pytest.mark.slow
