@@ -1,12 +1,17 @@
-"""Operations with a C kernel for bf16 on the CPU and a plain torch reference for everything else.
+"""Operations with a C kernel for bf16 on the CPU, a Triton kernel for NVIDIA GPUs, and plain torch,
+the reference, for everything else.
 
-In: tensors; out: tensors. A kernel is used for bf16 CPU tensors if a C compiler exists; fp32, fp64,
-CUDA or no compiler take the reference, which autograd differentiates. Left out: matrix products,
-which oneDNN and cuBLAS do better."""
+In: tensors; out: tensors. The C kernel is used for bf16 CPU tensors if a C compiler exists, the
+Triton kernel for CUDA tensors of at most 32 bits if triton is installed. All others take the
+reference, which autograd differentiates. Left out: matrix products, which oneDNN and cuBLAS do
+better."""
 
 from __future__ import annotations
 
 import functools
+import os
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.model.kernels.build import call_kernel, load_library
+
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @functools.cache
@@ -29,6 +36,34 @@ def is_supported(*tensors: Tensor) -> bool:
         if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu":
             return False
     return load_library() is not None
+
+
+def find_triton(*tensors: Tensor) -> ModuleType | None:
+    """Return triton_ops if its kernels take these tensors. Triton is imported for the first CUDA
+    tensor, or CPU tensor where it interprets (TRITON_INTERPRET=1)."""
+    for tensor in tensors:
+        if tensor.device.type != _get_triton_device() or tensor.dtype not in TRITON_DTYPES:
+            return None
+    return _load_triton()
+
+
+def has_triton() -> bool:
+    """Return whether this torch and its packages have what the kernels for GPUs need."""
+    return find_spec("triton") is not None and torch.version.hip is None
+
+
+@functools.cache
+def _get_triton_device() -> str:
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+@functools.cache
+def _load_triton() -> ModuleType | None:
+    if not has_triton():
+        return None
+    from tunesmith.model.kernels import triton_ops
+
+    return triton_ops
 
 
 # ---------------------------------------------------------------- RMSNorm
@@ -62,11 +97,24 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale x [..., H] to unit root mean square, times weight [H] in fp32, rounded once."""
+    if triton := find_triton(x):
+        return triton.rms_norm(x, weight, eps)
     if is_supported(x):
         return _RmsNorm.apply(x, weight.float(), eps)
     x_wide = x if x.dtype == torch.float64 else x.float()
     normed = x_wide * torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + eps)
     return (normed * weight.to(x_wide.dtype)).to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the norm of residual + x, or of x, and what it is the norm of. A kernel also adds the
+    gradients of the two."""
+    if triton := find_triton(x):
+        return triton.add_rms_norm(x, residual, weight, eps)
+    total = x if residual is None else residual + x
+    return rms_norm(total, weight, eps), total
 
 
 # ---------------------------------------------------------------- rotary embedding
@@ -93,6 +141,8 @@ def _call_rotary(x: Tensor, cosine: Tensor, sine: Tensor, direction: float) -> T
 
 def apply_rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotate x [T, heads, D] by cosine and sine [T, D/2] in fp32 (fp64 for fp64 x)."""
+    if triton := find_triton(x):
+        return triton.apply_rotary(x, cosine, sine)
     if is_supported(x):
         return _Rotary.apply(x, cosine, sine)
     first, second = x.chunk(2, dim=-1)
@@ -107,6 +157,8 @@ def apply_rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def scale_columns(y_NO: Tensor, gain_O: Tensor) -> Tensor:
     """Return gain * y, in place if there is a kernel. `gain_O` is fp32 (fp64 for fp64 y). Not
     differentiable by autograd."""
+    if triton := find_triton(y_NO):
+        return triton.scale_columns(y_NO, gain_O)
     if not is_supported(y_NO):
         return (y_NO * gain_O).to(y_NO.dtype)
     call_kernel("scale_columns", y_NO, gain_O, *y_NO.shape)
@@ -116,6 +168,8 @@ def scale_columns(y_NO: Tensor, gain_O: Tensor) -> Tensor:
 def scale_columns_backward(dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor) -> tuple[Tensor, Tensor]:
     """Return, for y = gain * x, dx and the sum over rows of dy * y [O], which is gain times the
     gradient of `gain`."""
+    if triton := find_triton(dy_NO, y_NO):
+        return triton.scale_columns_backward(dy_NO, y_NO, gain_O)
     if not is_supported(dy_NO, y_NO):
         return (dy_NO * gain_O).to(dy_NO.dtype), (dy_NO.to(gain_O.dtype) * y_NO).sum(0)
     threads = torch.get_num_threads()
@@ -130,8 +184,10 @@ def scale_columns_backward(dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor) -> tuple
 
 
 def gated_activation(gate: Tensor, up: Tensor, is_gelu: bool) -> Tensor:
-    """Return silu(gate) * up, or gelu-tanh(gate) * up. The kernel is not differentiable by
+    """Return silu(gate) * up, or gelu-tanh(gate) * up. The kernels are not differentiable by
     autograd; see layers.Mlp."""
+    if triton := find_triton(gate, up):
+        return triton.gated_activation(gate, up, is_gelu)
     if not is_supported(gate, up):
         activated = F.gelu(gate, approximate="tanh") if is_gelu else F.silu(gate)
         return activated * up
@@ -144,6 +200,8 @@ def gated_activation_backward(
     gate: Tensor, up: Tensor, dy: Tensor, is_gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return d gate, d up and the recomputed forward product, from the gradient of that product."""
+    if triton := find_triton(gate, up, dy):
+        return triton.gated_activation_backward(gate, up, dy, is_gelu)
     if not is_supported(gate, up, dy):
         with torch.enable_grad():
             leaves = gate.detach().requires_grad_(), up.detach().requires_grad_()
@@ -179,8 +237,11 @@ def cross_entropy(
     raw logits [S, V].
 
     A raw logit z means cap * tanh(scale * z / cap), or scale * z if cap is 0. `label_smoothing` of
-    each target is spread evenly over all tokens; there is no kernel for it. The kernel overwrites
-    `logits`."""
+    each target is spread evenly over all tokens; there is no C kernel for it. A kernel overwrites
+    `logits`. On a GPU, a target outside the vocabulary has the loss NaN: reading it to raise an
+    error would wait for the device."""
+    if triton := find_triton(logits):
+        return triton.cross_entropy(logits, targets, weights, scale, cap, label_smoothing)
     if is_supported(logits) and not label_smoothing:
         rows, vocab_size = logits.shape
         losses = torch.empty(rows, dtype=torch.float32)
@@ -212,6 +273,8 @@ def kl_divergence(
 
     Returns the losses of `tuned` [S], KL(base || tuned) [S] in nats, and 1 where both have the same
     most likely token [S]. Rounding may leave a KL slightly below 0."""
+    if triton := find_triton(base, tuned):
+        return triton.kl_divergence(base, tuned, targets, scale, cap)
     if is_supported(base, tuned):
         rows, vocab_size = base.shape
         _check_targets(targets, vocab_size)

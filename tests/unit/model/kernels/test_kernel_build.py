@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,20 @@ import pytest
 from tunesmith.core.atomic import hash_file
 from tunesmith.model.kernels import build
 
+QUICK_FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in build.FLAGS)
 needs_kernels = pytest.mark.skipif(build.load_library() is None, reason="needs a C compiler")
 
 
 def load() -> build.Kernels:
     return build.load_kernels.__wrapped__()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compiler() -> Iterator[None]:
+    """Compile without optimization: these tests are of the files, not of what they compute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "FLAGS", QUICK_FLAGS)
+        yield
 
 
 @pytest.fixture(scope="module")

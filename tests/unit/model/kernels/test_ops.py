@@ -1,4 +1,6 @@
-"""Each C kernel equals its torch reference, propagates NaN, and is optional."""
+"""Each kernel equals its torch reference, propagates NaN, and is optional.
+
+The C kernels are tested here; test_triton_ops.py runs the same tests on those in Triton."""
 
 import os
 import subprocess
@@ -13,8 +15,13 @@ from torch import Tensor
 
 from tunesmith.model.kernels import build, ops
 
-needs_kernels = pytest.mark.skipif(build.load_library() is None, reason="needs a C compiler")
-BF16_ROUNDING = 2.0**-8  # of a result in bf16, with something to spare for the fp32 behind it
+# Triton's interpreter, which truncates to bf16
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_kernels = pytest.mark.skipif(
+    build.load_library() is None and not IS_INTERPRETED, reason="needs a C compiler"
+)
+# of a result in bf16, with something to spare for the fp32 behind it
+BF16_ROUNDING = 2.0**-7 if IS_INTERPRETED else 2.0**-8
 NAN, INF = float("nan"), float("inf")
 
 
@@ -120,6 +127,7 @@ def test_cross_entropy_of_extreme_logits() -> None:
     assert_rounded(gradient, exact)
 
 
+@pytest.mark.skipif(IS_INTERPRETED, reason="on a GPU, the loss is NaN: test_triton_ops.py")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("target", [-1, 5])
 def test_a_target_outside_the_vocabulary_is_an_error(dtype: torch.dtype, target: int) -> None:
@@ -269,6 +277,7 @@ def test_a_compiler_that_fails_is_as_good_as_none(
 def test_two_may_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads stand in for processes: the folder sees no difference."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", ("-O0", *build.FLAGS[1:]))
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda _: build.load_kernels.__wrapped__(), range(2)))
     assert None not in [kernels.library for kernels in results]
