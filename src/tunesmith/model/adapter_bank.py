@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,22 +24,25 @@ from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import find_linears, find_lora_layers, replace_module
 from tunesmith.model.bank_linear import (
     BankLinear,
-    LinearAdapter,
-    LinearAdapters,
+    Factors,
     RowAdapters,
+    ScaledAdapter,
+    TorchFactors,
 )
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.dora import DoraScale, compute_row_norms, compute_squared_norms
 from tunesmith.model.hub.adapter_config import AdapterFolder
+from tunesmith.model.kernels.lora import pack_factors
 from tunesmith.model.layers import PrunedLastLayer
-from tunesmith.model.save import LoraTensors, parse_loras, read_adapter_tensors
+from tunesmith.model.save import LoraTensors, copy_adapter_tensors, parse_loras
 
 MERGE_FIX = "serve a merged model: tunesmith export RUN --to merged"
+MAX_SCALES = 8  # scales of an adapter that stay prepared
 RowRange = tuple[str, float, int]  # key of an adapter ("": the base), scale, number of tokens
 
 
 class BankAdapter:
-    """One adapter, prepared for the linears of a base; scales other than 1 on demand."""
+    """One adapter, prepared for the linears of a base."""
 
     def __init__(
         self,
@@ -46,23 +50,38 @@ class BankAdapter:
         linears: Mapping[str, BankLinear],
         dtype: torch.dtype,
     ) -> None:
-        self._loras = loras
         self._linears = linears
         self._dtype = dtype
-        self._by_scale: dict[float, LinearAdapters] = {}
-        self.num_bytes = sum(_count_bytes(adapter) for adapter in self.scale_by(1.0).values())
+        # only the gains of DoRA need the tensors again, for another scale
+        self._dora_tensors = {p: lora for p, lora in loras.items() if lora.magnitude_O is not None}
+        self._factors: dict[str, Factors] = {}
+        for path, lora in loras.items():
+            self._factors[path] = _prepare_factors(lora, linears[path], dtype)
+        self.num_bytes = sum(factors.nbytes for factors in self._factors.values())
+        for lora in self._dora_tensors.values():
+            self.num_bytes += lora.a_RI.nbytes + lora.b_OR.nbytes
+        self._by_scale = {1.0: self._scale_by(1.0)}
 
-    def scale_by(self, factor: float) -> LinearAdapters:
-        """Return path -> adapter times `factor`; 0 is the base, also for DoRA."""
-        if not factor:
-            return {}
-        if factor not in self._by_scale:
-            scaled: dict[str, LinearAdapter] = {}
-            for path, lora in self._loras.items():
-                linear = self._linears[path]
-                scaled[path] = _prepare_adapter(lora.scale_by(factor), linear, self._dtype)
+    def get_scaled(self, factor: float) -> ScaledAdapter:
+        """Return the adapter times `factor`. The last few are cached."""
+        scaled = self._by_scale.get(factor)
+        if scaled is None:
+            scaled = self._scale_by(factor)
+            self._by_scale = dict(list(self._by_scale.items())[-MAX_SCALES + 1 :])
             self._by_scale[factor] = scaled
-        return self._by_scale[factor]
+        return scaled
+
+    def _scale_by(self, factor: float) -> ScaledAdapter:
+        scaled: list[Factors | None] = []
+        for path, linear in self._linears.items():
+            factors = self._factors.get(path)
+            if factors is not None and factor != 1:
+                factors = replace(factors, scale=factors.scale * factor)
+                if lora := self._dora_tensors.get(path):
+                    gains = _compute_gains(lora.scale_by(factor), linear, self._dtype)
+                    factors = replace(factors, gain_O=gains[0], offset_O=gains[1])
+            scaled.append(factors)
+        return ScaledAdapter(scaled)
 
 
 class AdapterBank:
@@ -80,8 +99,9 @@ class AdapterBank:
         model.row_adapters = self._rows
         pruned = _find_pruned_paths(model)
         self._linears: dict[str, BankLinear] = {}
-        for path, linear in find_linears(model.network).items():
-            bank_linear = BankLinear(linear, path, self._rows, is_pruned=path in pruned)
+        for index, (path, linear) in enumerate(find_linears(model.network).items()):
+            is_pruned = path in pruned
+            bank_linear = BankLinear(linear, index, self._rows, model.dtype, is_pruned=is_pruned)
             replace_module(model.network, path, bank_linear)
             self._linears[path] = bank_linear
         self._adapters: dict[str, BankAdapter] = {}
@@ -95,12 +115,12 @@ class AdapterBank:
         """Add an adapter under a key, or replace that key's, and return its bytes. Forwards that
         run see the old one to their end.
 
-        Raises InputError for what a bank cannot hold, for a layer that the base lacks, and for NaN
-        or infinite values."""
+        Raises InputError for what a bank cannot hold, for a layer that the base lacks, for NaN or
+        infinite values, and for weights that have changed since `read_adapter`."""
         assert key, "the empty key is the base"
         _refuse_unmixable(folder)
         loras: dict[str, LoraTensors] = {}
-        for path, lora in parse_loras(read_adapter_tensors(folder.weights_path), folder).items():
+        for path, lora in parse_loras(copy_adapter_tensors(folder), folder).items():
             if not isinstance(lora, LoraTensors):
                 raise _make_unmixable_error(f"an adapter of experts ({path})", folder)
             if path not in self._linears:
@@ -130,7 +150,7 @@ class AdapterBank:
             is_base = not key or not scale
             indices.append(-1 if is_base else variants.setdefault((key, scale), len(variants)))
             lengths.append(num_tokens)
-        adapters = [self._get(key).scale_by(scale) for key, scale in variants]
+        adapters = [self._get(key).get_scaled(scale) for key, scale in variants]
         adapter_T = torch.tensor(indices).repeat_interleave(torch.tensor(lengths))
         self._rows.assign(adapters, adapter_T)
         try:
@@ -174,24 +194,28 @@ def _find_pruned_paths(model: PackedCausalLM) -> set[str]:
 
 
 @torch.no_grad()
-def _prepare_adapter(lora: LoraTensors, linear: BankLinear, dtype: torch.dtype) -> LinearAdapter:
-    weight = linear.frozen.weight
-    a_RI = lora.a_RI.to(weight.device)
-    b_OR = lora.b_OR.to(weight.device)
-    gain_O = None
-    offset_O = None
-    if lora.magnitude_O is not None:
-        squares_O = compute_squared_norms(weight)
-        norms_O = compute_row_norms(
-            linear.frozen, squares_O, a_RI, b_OR, scale=lora.scale, dtype=dtype
-        )
-        gain_O = DoraScale(lora.magnitude_O.to(weight.device), norms_O).scale_O
-        if linear.bias is not None:
-            bias_O = linear.bias.detach().to(gain_O.dtype)
-            offset_O = bias_O - gain_O * bias_O
-    return LinearAdapter(a_RI.to(dtype), b_OR.to(dtype), lora.scale, gain_O, offset_O)
+def _prepare_factors(lora: LoraTensors, linear: BankLinear, dtype: torch.dtype) -> Factors:
+    device = linear.row_adapters.device
+    a_RI = lora.a_RI.to(device, dtype)
+    b_OR = lora.b_OR.to(device, dtype)
+    gain_O, offset_O = _compute_gains(lora, linear, dtype)
+    build_factors = pack_factors if linear.has_kernel else TorchFactors
+    return build_factors(a_RI, b_OR, lora.scale, gain_O, offset_O)
 
 
-def _count_bytes(adapter: LinearAdapter) -> int:
-    tensors: list[Tensor | None] = [adapter.a_RI, adapter.b_OR, adapter.gain_O, adapter.offset_O]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+@torch.no_grad()
+def _compute_gains(
+    lora: LoraTensors, linear: BankLinear, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return DoRA's gain g and, for a linear with a bias, b - g * b, in fp32 or wider."""
+    if lora.magnitude_O is None:
+        return None, None
+    device = linear.row_adapters.device
+    squares_O = compute_squared_norms(linear.frozen.weight)
+    tensors = (lora.a_RI.to(device), lora.b_OR.to(device))
+    norms_O = compute_row_norms(linear.frozen, squares_O, *tensors, scale=lora.scale, dtype=dtype)
+    gain_O = DoraScale(lora.magnitude_O.to(device), norms_O).scale_O
+    if linear.bias is None:
+        return gain_O, None
+    bias_O = linear.bias.detach().to(gain_O.dtype)
+    return gain_O, bias_O - gain_O * bias_O

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from tunesmith.model.bank_linear import BankLinear, BankLinearGroup
 from tunesmith.model.dora import DoraScale, compute_row_norms, compute_squared_norms
 from tunesmith.model.frozen_weight import DenseWeight, FrozenWeight, NF4Weight
-from tunesmith.model.kernels import lora
+from tunesmith.model.kernels import lora, ops
 from tunesmith.model.kernels.lora import MIN_ROWS, Adapter, PackedAdapters
+from tunesmith.model.stacked_adapters import AdapterBuffer, StackedAdapters
 
 
 class QuantizedLinear(nn.Module):
@@ -81,12 +82,19 @@ class LoraLinear(nn.Module):
         self._dora_scale: tuple[tuple[object, ...], DoraScale] | None = None
         norms_O = self._compute_norms(weight.dtype)
         self.lora_magnitude_vector = None if norms_O is None else nn.Parameter(norms_O)
+        self.buffer: AdapterBuffer | None = None  # of the network, on a GPU
 
     def forward(self, x: Tensor) -> Tensor:
         (y,) = project(x, [self])
         # a gain without a bias saves its output, which stock modules may clamp in place
         is_saved = self.lora_magnitude_vector is not None and self.bias is None
         return y.clone() if is_saved else y
+
+    def cast_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return A and B for products in `dtype`."""
+        if self.buffer is not None and self.buffer.dtype == dtype:
+            return self.buffer.cast(self.lora_A), self.buffer.cast(self.lora_B)
+        return self.lora_A.detach().to(dtype), self.lora_B.detach().to(dtype)
 
     @torch.no_grad()
     def get_dora_scale(self, dtype: torch.dtype) -> DoraScale | None:
@@ -173,8 +181,7 @@ class PreparedLinear:
         if isinstance(module, LoraLinear) and module.scale != 0:
             self.scale = module.scale
             self.dropout = module.dropout if module.training else 0.0
-            self.a = module.lora_A.detach().to(dtype)
-            self.b = module.lora_B.detach().to(dtype)
+            self.a, self.b = module.cast_factors(dtype)
             self.dora_scale = module.get_dora_scale(dtype)
             self.grad_dtype = module.lora_A.dtype
             adapter = (module.lora_A, module.lora_B, module.lora_magnitude_vector)
@@ -243,7 +250,7 @@ class LinearGroup:
 
     The backward has three steps, because the MLP recomputes the input of its last linear between
     the second and the third. `inner` and `dz` are passed from step to step: z and dz of each
-    linear, or of all together if lora.c ran; `inner` also has the output of each linear with a
+    linear, or of all together if they are packed; `inner` also has the output of each linear with a
     DoRA gain, before its bias."""
 
     def __init__(
@@ -253,7 +260,7 @@ class LinearGroup:
         self.linears = [PreparedLinear(module, dtype) for module in modules]
         self.parameters = tuple(p for linear in self.linears for p in linear.parameters)
         self.masks: list[Tensor | None] = []
-        self.packed: PackedAdapters | None = None
+        self.packed: PackedAdapters | StackedAdapters | None = None
         self.min_rows = min_rows
 
     def forward(self, x_NI: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -281,12 +288,16 @@ class LinearGroup:
                 inner.append(u)
         return outputs, inner
 
-    def _pack(self, x_NI: Tensor) -> PackedAdapters | None:
-        """Return the adapters packed for lora.c, None if torch has to run them."""
-        if len(x_NI) < self.min_rows or any(mask is not None for mask in self.masks):
-            return None
+    def _pack(self, x_NI: Tensor) -> PackedAdapters | StackedAdapters | None:
+        """Return the adapters packed for lora.c, or stacked for a GPU; None if torch has to run
+        them one by one."""
         adapters = [linear.adapter for linear in self.linears]
-        if not any(adapters) or not lora.is_supported(x_NI, adapters):
+        if not any(adapters) or any(mask is not None for mask in self.masks):
+            return None
+        if ops.is_on_gpu(x_NI):
+            grad_dtype = next(linear.grad_dtype for linear in self.linears if linear.adapter)
+            return self.packed or StackedAdapters(adapters, grad_dtype)
+        if len(x_NI) < self.min_rows or not lora.is_supported(x_NI, adapters):
             return None
         return self.packed or PackedAdapters(adapters)
 
@@ -405,7 +416,7 @@ def prepare_group(modules: Sequence[AnyLinear], dtype: torch.dtype) -> AnyGroup:
     changes one behind autograd's back, as through `.data`, has to increment its version."""
     first_module = modules[0]
     if isinstance(first_module, BankLinear):
-        return BankLinearGroup([module for module in modules if isinstance(module, BankLinear)])
+        return first_module.get_group(modules)
     if torch.is_grad_enabled() or first_module.training or not isinstance(first_module, LoraLinear):
         _group_cache.pop(first_module, None)
         return LinearGroup(modules, dtype)

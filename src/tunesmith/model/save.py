@@ -9,6 +9,7 @@ R rank, K new tokens, V vocabulary, H hidden."""
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from tunesmith.core.errors import InputError
@@ -276,13 +277,30 @@ def load_weights(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str,
 
 def read_adapter_tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of an adapter under PEFT's names on the text class, in the order of the
-    file's header. Raise InputError for a damaged file and for NaN or infinite values."""
-    stored = load_file(file)
+    file's header. They are mapped from the file. Raise InputError for NaN or infinite values."""
+    return _name_tensors(load_file(file), list(read_header(file)), file)
+
+
+def copy_adapter_tensors(adapter: AdapterFolder) -> dict[str, Tensor]:
+    """Return what `read_adapter_tensors` does, in memory of their own: a later change of the file
+    does not reach them. Raise InputError if it has changed since `read_adapter`."""
+    file = adapter.weights_path
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != adapter.sha256:
+        message = "the weights have changed since their header was read"
+        raise InputError(message, where=str(file), fix="load the adapter again")
+    stored = load(content)
+    return _name_tensors(stored, list(stored), file)
+
+
+def _name_tensors(
+    stored: Mapping[str, Tensor], names: Sequence[str], file: Path
+) -> dict[str, Tensor]:
     if name := find_nonfinite(stored):
         message = f"the tensor {name} holds NaN or infinite values"
         raise InputError(message, where=str(file), fix="train the adapter again")
     tensors: dict[str, Tensor] = {}
-    for name in read_header(file):
+    for name in names:
         tensors[PREFIX + name_in_text_class(name.removeprefix(PREFIX))] = stored[name]
     return tensors
 

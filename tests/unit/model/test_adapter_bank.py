@@ -1,5 +1,6 @@
 """Rows of different adapters in one forward equal each adapter alone, and PEFT."""
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from tunesmith.model.adapter_bank import AdapterBank, RowRange
 from tunesmith.model.adapters import scaled_adapter
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.hub.adapter_config import AdapterFolder, read_adapter
-from tunesmith.model.kv_cache import RaggedKVCache
+from tunesmith.model.paged_cache import CacheRow, PagedKVCache
 from tunesmith.model.save import load_adapter, save_adapter
 
 pytestmark = pytest.mark.filterwarnings(
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 # heads with and without bias, clamps in place, stock layers, states, shared experts
 FAMILIES = ("llama", "qwen2", "gemma3", "olmo", "phi3", "lfm2", "qwen3_5", "deepseek_v3")
+NUM_BLOCKS = 16
 SETTINGS: dict[str, dict[str, Any]] = {
     "r4": {},
     "r8": {"lora_r": 8, "lora_alpha": 20, "seed": 4},
@@ -86,7 +88,8 @@ def generate_greedily(
     variants: Sequence[tuple[str, float]] = (),
 ) -> tuple[list[list[int]], Tensor]:
     """Return five tokens of each row, and the logits [rows, 5, V] they were chosen from."""
-    cache = RaggedKVCache(len(prompts))
+    cache = PagedKVCache(len(prompts), NUM_BLOCKS)
+    cache_rows = [cache.add_row() for _ in prompts]
     tokens: list[list[int]] = [[] for _ in prompts]
     all_logits: list[Tensor] = []
     for step in range(5):
@@ -94,11 +97,8 @@ def generate_greedily(
         rows: list[RowRange] = []
         for (key, scale), length in zip(variants, lengths, strict=bool(variants)):
             rows.append((key, scale, length))
-        if bank is not None:
-            with bank.use_rows(rows):
-                hidden_BH = run_step(model, prompts, tokens, cache)
-        else:
-            hidden_BH = run_step(model, prompts, tokens, cache)
+        with bank.use_rows(rows) if bank else contextlib.nullcontext():
+            hidden_BH = run_step(model, prompts, tokens, cache, cache_rows)
         with torch.no_grad():
             logits_BV = model.head.compute_logits(hidden_BH)
         all_logits.append(logits_BV)
@@ -111,11 +111,17 @@ def run_step(
     model: PackedCausalLM,
     prompts: Sequence[Sequence[int]],
     tokens: list[list[int]],
-    cache: RaggedKVCache,
+    cache: PagedKVCache,
+    rows: list[CacheRow],
 ) -> Tensor:
     if not tokens[0]:
-        return model.prefill(prompts, cache)
-    return model.decode_step([row[-1] for row in tokens], cache)
+        return model.prefill(rows, prompts, cache)
+    return model.decode_step(rows, [row[-1] for row in tokens], cache)
+
+
+def prefill(model: PackedCausalLM, prompts: Sequence[Sequence[int]]) -> Tensor:
+    cache = PagedKVCache(len(prompts), NUM_BLOCKS)
+    return model.prefill([cache.add_row() for _ in prompts], prompts, cache)
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -248,12 +254,11 @@ def test_a_replaced_adapter_answers_from_the_next_rows_on(tmp_path: Path) -> Non
     prompt = make_prompts(1)
     _, old_logits = generate_greedily(model, prompt, bank, [("a", 1.0)])
     _, new_logits = generate_greedily(model, prompt, bank, [("b", 1.0)])
-    cache = RaggedKVCache(1)
     with bank.use_rows([("a", 1.0, len(prompt[0]))]), torch.no_grad():
         loader = threading.Thread(target=bank.load, args=("a", new))
         loader.start()
         loader.join()
-        during = model.head.compute_logits(model.prefill(prompt, cache))
+        during = model.head.compute_logits(prefill(model, prompt))
     _, after = generate_greedily(model, prompt, bank, [("a", 1.0)])
     assert torch.equal(during, old_logits[:, 0])
     assert torch.equal(after, new_logits)
@@ -272,7 +277,7 @@ def test_an_error_inside_leaves_the_base(tmp_path: Path) -> None:
     _, before = generate_greedily(model, prompts)
     rows = [("r4", 1.0, len(prompt)) for prompt in [*prompts, prompts[0]]]
     with pytest.raises(AssertionError, match="other rows"), bank.use_rows(rows):
-        model.prefill(prompts, RaggedKVCache(2))
+        prefill(model, prompts)
     assert torch.equal(generate_greedily(model, prompts)[1], before)
 
 
@@ -294,9 +299,26 @@ def test_adapters_that_change_more_than_linears_are_refused(tmp_path: Path) -> N
 
 def test_nan_is_refused(tmp_path: Path) -> None:
     base = save_base("llama", tmp_path / "base")
-    folder = save_tiny_adapter("llama", tmp_path / "r4", base)
-    content = bytearray(folder.weights_path.read_bytes())
+    path = save_tiny_adapter("llama", tmp_path / "r4", base).weights_path
+    content = bytearray(path.read_bytes())
     content[-4:] = b"\x00\x00\xc0\x7f"
-    folder.weights_path.write_bytes(content)
+    path.write_bytes(content)
     with pytest.raises(InputError, match="NaN"):
-        AdapterBank(make_tiny_model(method=None)).load("r4", folder)
+        AdapterBank(make_tiny_model(method=None)).load("r4", read_adapter(path.parent, base))
+
+
+def test_a_file_that_changes_is_refused_or_not_seen(tmp_path: Path) -> None:
+    """Written over in place, as a copy does it: the bank has mapped nothing."""
+    base = save_base("llama", tmp_path / "base")
+    model = make_tiny_model(method=None)
+    bank = AdapterBank(model)
+    folder = save_tiny_adapter("llama", tmp_path / "r4", base)
+    other = save_tiny_adapter("llama", tmp_path / "other", base, seed=9)
+    bank.load("r4", folder)
+    prompts = make_prompts(1)
+    _, before = generate_greedily(model, prompts, bank, [("r4", 1.0)])
+    folder.weights_path.write_bytes(other.weights_path.read_bytes())
+    _, after = generate_greedily(model, prompts, bank, [("r4", 1.0)])
+    assert torch.equal(after, before)
+    with pytest.raises(InputError, match="changed since"):
+        bank.load("r4", folder)

@@ -51,40 +51,61 @@ void lora_pack(const bf16 *m, pair *down, pair *up, long width, long rank, long 
         }
 }
 
-/* z[row, i] = scale * sum over c of x[row, c] m[c, i], of ROWS rows and `blocks` (a constant, at most 3) blocks. */
+/* z[row, i] = scale * sum over c of x[row, c] m[c, i], of `count` rows (a constant, at most ROWS) and `blocks` (a
+ * constant, at most 3) blocks. The sums of a row are the same for any `count` and `blocks`. */
 INLINE void narrow_rows(const pair *const x[ROWS], const pair *down, bf16 *z, long row, long last, long rows, long half,
-                        int blocks, float scale) {
+                        int count, int blocks, float scale) {
     __m512 sums[ROWS][3];
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < count; r++)
         for (int v = 0; v < blocks; v++) sums[r][v] = _mm512_setzero_ps();
     for (long p = 0; p < half; p++) {
         __m512bh right[3];
         for (int v = 0; v < blocks; v++) right[v] = load(down + (v * half + p) * LANES);
-        for (int r = 0; r < ROWS; r++) {
+        for (int r = 0; r < count; r++) {
             __m512bh left = repeat(x[r] + p);
             for (int v = 0; v < blocks; v++) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], left, right[v]);
         }
     }
-    for (int r = 0; r < ROWS && row + r < last; r++)
+    for (int r = 0; r < count && row + r < last; r++)
         for (int v = 0; v < blocks; v++)
             _mm256_storeu_si256((__m256i *)(z + (v * rows + row + r) * LANES),
                                 (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(sums[r][v], _mm512_set1_ps(scale))));
 }
 
+INLINE void narrow_blocks(const pair *const from[ROWS], const pair *down, bf16 *z, long row, long last, long rows,
+                          long half, long blocks, int count, float scale) {
+    for (long v = 0, step; v < blocks; v += step) {
+        long left = blocks - v;
+        const pair *m = down + v * half * LANES;
+        bf16 *out = z + v * rows * LANES;
+        step = left == 4 ? 2 : lower(left, 3);
+        if (step == 3) narrow_rows(from, m, out, row, last, rows, half, count, 3, scale);
+        if (step == 2) narrow_rows(from, m, out, row, last, rows, half, count, 2, scale);
+        if (step == 1) narrow_rows(from, m, out, row, last, rows, half, count, 1, scale);
+    }
+}
+
 static void narrow(const bf16 *x, const pair *down, bf16 *z, long first, long last, long rows, long width, long blocks,
                    float scale) {
-    long half = width / 2;
     for (long row = first; row < last; row += ROWS) {
         const pair *from[ROWS]; /* repeats the last row after the end; not stored */
         for (int r = 0; r < ROWS; r++) from[r] = (const pair *)(x + lower(row + r, last - 1) * width);
-        for (long v = 0, step; v < blocks; v += step) {
-            long left = blocks - v;
-            const pair *m = down + v * half * LANES;
-            bf16 *out = z + v * rows * LANES;
-            step = left == 4 ? 2 : lower(left, 3);
-            if (step == 3) narrow_rows(from, m, out, row, last, rows, half, 3, scale);
-            if (step == 2) narrow_rows(from, m, out, row, last, rows, half, 2, scale);
-            if (step == 1) narrow_rows(from, m, out, row, last, rows, half, 1, scale);
+        narrow_blocks(from, down, z, row, last, rows, width / 2, blocks, ROWS, scale);
+    }
+}
+
+/* sums[r] = sum over i of z[row + r, i] m[c.., i], of STRIP columns and `count` rows (a constant, at most ROWS). */
+INLINE void widen_rows(__m512 sums[ROWS][2], const bf16 *z, const pair *up, long row, long last, long rows, long padded,
+                       long blocks, int count) {
+    for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    for (long v = 0; v < blocks; v++) {
+        const pair *left[ROWS];
+        for (int r = 0; r < count; r++) left[r] = (const pair *)(z + (v * rows + lower(row + r, last - 1)) * LANES);
+        for (int p = 0; p < LANES / 2; p++) {
+            const pair *right = up + (v * LANES / 2 + p) * padded;
+            for (int r = 0; r < count; r++)
+                for (int h = 0; h < 2; h++)
+                    sums[r][h] = _mm512_dpbf16_ps(sums[r][h], repeat(left[r] + p), load(right + h * LANES));
         }
     }
 }
@@ -96,18 +117,7 @@ static void add_wide(bf16 *y, const bf16 *z, const pair *up, long first, long la
     for (long row = first; row < last; row += ROWS)
         for (long c = 0; c < width; c += STRIP) {
             __m512 sums[ROWS][2];
-            for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-            for (long v = 0; v < blocks; v++) {
-                const pair *left[ROWS];
-                for (int r = 0; r < ROWS; r++)
-                    left[r] = (const pair *)(z + (v * rows + lower(row + r, last - 1)) * LANES);
-                for (int p = 0; p < LANES / 2; p++) {
-                    const pair *right = up + (v * LANES / 2 + p) * padded + c;
-                    for (int r = 0; r < ROWS; r++)
-                        for (int h = 0; h < 2; h++)
-                            sums[r][h] = _mm512_dpbf16_ps(sums[r][h], repeat(left[r] + p), load(right + h * LANES));
-                }
-            }
+            widen_rows(sums, z, up + c, row, last, rows, padded, blocks, ROWS);
             __mmask32 inside = columns(width - c);
             for (int r = 0; r < ROWS && row + r < last; r++) {
                 bf16 *to = y + (row + r) * width + c;
@@ -198,6 +208,80 @@ void lora_gradient(const bf16 *x, const bf16 *z, const pair *down, bf16 *dz, flo
             if (down) narrow(x, down, dz, first, last, rows, width, blocks, scale);
             add_outer(x, z, gradient + part * size, first, last, rows, width, blocks, scale);
         }
+    }
+}
+
+/* ---- rows of different adapters ---- */
+
+enum { MAX_BLOCKS = 256 };
+
+/* What an adapter does to a linear: y = gain * (y + scale * B A x) + offset; no gain without DoRA, no offset without a
+ * bias. blocks is 0 for a linear without adapter. */
+typedef struct {
+    const pair *down, *up;
+    const float *gain, *offset;
+    long blocks;
+    float scale;
+} Factors;
+/* At most ROWS rows of one adapter: order[first .. first + count]. */
+typedef struct {
+    const Factors *adapter; /* an entry for each linear of the bank */
+    long first, count;
+} Tile;
+/* A linear of the group: its entry in an adapter, and its outputs. */
+typedef struct {
+    long entry, width;
+} Linear;
+
+INLINE __m512 finish(__m512 sum, __m512 old, const Factors *f, long c, __mmask16 inside) {
+    __m512 y = _mm512_fmadd_ps(sum, _mm512_set1_ps(f->scale), old);
+    if (!f->gain) return y;
+    __m512 offset = f->offset ? _mm512_maskz_loadu_ps(inside, f->offset + c) : _mm512_setzero_ps();
+    return _mm512_fmadd_ps(y, _mm512_maskz_loadu_ps(inside, f->gain + c), offset);
+}
+
+/* One tile through one linear, for `count` rows (a constant); rows after the tile's last repeat it, not stored. */
+INLINE void adapt_tile(const bf16 *x, bf16 *y, const long *rows, long last, long inputs, long width, const Factors *f,
+                       int count) {
+    bf16 z[MAX_BLOCKS * ROWS * LANES];
+    const pair *from[ROWS];
+    bf16 *to[ROWS];
+    for (int r = 0; r < count; r++) {
+        long row = rows[lower(r, last - 1)];
+        from[r] = (const pair *)(x + row * inputs);
+        to[r] = y + row * width;
+    }
+    narrow_blocks(from, f->down, z, 0, last, ROWS, inputs / 2, f->blocks, count, 1.0f);
+    for (long c = 0; c < width; c += STRIP) {
+        __m512 sums[ROWS][2];
+        widen_rows(sums, z, f->up + c, 0, last, ROWS, padded_width(width), f->blocks, count);
+        __mmask32 inside = columns(width - c);
+        for (int r = 0; r < count && r < last; r++) {
+            __m512i old = _mm512_maskz_loadu_epi16(inside, to[r] + c);
+            __m512 low = widen(_mm512_castsi512_si256(old)), high = widen(_mm512_extracti64x4_epi64(old, 1));
+            low = finish(sums[r][0], low, f, c, (__mmask16)inside);
+            high = finish(sums[r][1], high, f, c + LANES, (__mmask16)(inside >> LANES));
+            _mm512_mask_storeu_epi16(to[r] + c, inside, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
+    }
+}
+
+/* Adds its adapter's outputs to each row of y[0..linears], which hold W x + b, from one x. A row's result does not
+ * depend on the others. */
+void lora_rows(const bf16 *x, bf16 *const *y, const Tile *tiles, const long *order, const Linear *linears, long num_tiles,
+               long num_linears, long inputs) {
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (long item = 0; item < num_tiles * num_linears; item++) {
+        const Tile *tile = tiles + item / num_linears;
+        const Linear *linear = linears + item % num_linears;
+        const Factors *f = tile->adapter + linear->entry;
+        const long *rows = order + tile->first;
+        bf16 *out = y[item % num_linears];
+        if (!f->blocks) continue;
+        if (tile->count == 1) adapt_tile(x, out, rows, 1, inputs, linear->width, f, 1);
+        else if (tile->count == 2) adapt_tile(x, out, rows, 2, inputs, linear->width, f, 2);
+        else if (tile->count <= 4) adapt_tile(x, out, rows, tile->count, inputs, linear->width, f, 4);
+        else adapt_tile(x, out, rows, tile->count, inputs, linear->width, f, ROWS);
     }
 }
 

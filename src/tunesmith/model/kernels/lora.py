@@ -5,11 +5,16 @@ In: the adapters of linears that share one input. Out: their inner activations, 
 gradients. Sums are fp32 and rounded once; the same number of threads gives the same bits. Left out:
 dropout, other dtypes and processors (the torch path in model/lora.py, which is the reference).
 Legend: N rows, I inputs, O outputs, R rank, W inputs or outputs, V blocks of 16 ranks;
-z [V, N, 16] = A x, block by block."""
+z [V, N, 16] = A x, block by block.
+
+`PackedRows` is the same for rows of different adapters (model/bank_linear.py): one call for all
+linears of an input, whatever the number of adapters."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,6 +28,8 @@ from tunesmith.model.kernels.build import call_kernel, load_library
 # of lora.c
 LANES = 16
 STRIP = 32
+TILE_ROWS = 8  # rows of one adapter that are computed together
+MAX_RANK = 256 * LANES
 # rows of a forward; for the few rows of a generation step packing takes longer than it saves
 MIN_ROWS = 64
 Adapter = tuple[Tensor, Tensor, float]  # A [R, I], B [O, R], scale
@@ -154,3 +161,106 @@ class PackedAdapters:
             start = slot.rows.start * LANES
             das.append(sums[:, start : start + slot.rank].sum(0))
         return das
+
+
+# ---------------------------------------------------------------- rows of different adapters
+
+
+@dataclass(frozen=True, eq=False)
+class PackedFactors:
+    """The adapter of one linear in the layouts of lora.c: y = g * (y + s B A x) + offset."""
+
+    down: Tensor  # A
+    up: Tensor  # B
+    scale: float
+    gain_O: Tensor | None = None  # fp32
+    offset_O: Tensor | None = None  # fp32
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [self.down, self.up, self.gain_O, self.offset_O]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def pack_factors(
+    a_RI: Tensor, b_OR: Tensor, scale: float, gain_O: Tensor | None, offset_O: Tensor | None
+) -> PackedFactors:
+    """Pack an adapter, A and B in bf16. Only the layouts of a forward stay in memory."""
+    rank, in_features = a_RI.shape
+    assert rank <= MAX_RANK, "lora.c has room for so many ranks"
+    blocks = -(-rank // LANES)
+    a = AdapterFactor(blocks, in_features)
+    a.pack(a_RI.contiguous().t(), slice(None))
+    b = AdapterFactor(blocks, len(b_OR))
+    b.pack(b_OR.contiguous(), slice(None))
+    gain_O = None if gain_O is None else gain_O.float().contiguous()
+    offset_O = None if offset_O is None else offset_O.float().contiguous()
+    return PackedFactors(a.down, b.up, scale, gain_O, offset_O)
+
+
+class FactorsTable:
+    """The factors of an adapter for each linear of a bank, None for those without, as lora.c reads
+    them."""
+
+    ENTRY = struct.Struct("@PPPPlf4x")  # Factors of lora.c
+
+    def __init__(self, factors: Sequence[PackedFactors | None]) -> None:
+        self.factors = factors  # keeps the tensors alive
+        self._entries = ctypes.create_string_buffer(b"".join(map(self._encode, factors)))
+        self.address = ctypes.addressof(self._entries)
+
+    def _encode(self, factors: PackedFactors | None) -> bytes:
+        if factors is None:
+            return self.ENTRY.pack(0, 0, 0, 0, 0, 0.0)
+        pointers = [factors.down.data_ptr(), factors.up.data_ptr()]
+        for tensor in (factors.gain_O, factors.offset_O):
+            pointers.append(0 if tensor is None else tensor.data_ptr())
+        return self.ENTRY.pack(*pointers, len(factors.down), factors.scale)
+
+
+class PackedRows:
+    """The rows of a forward in tiles of one adapter each."""
+
+    def __init__(self, groups: Sequence[tuple[FactorsTable, Tensor]]) -> None:
+        """Take the table of each adapter and the indices of its rows."""
+        self.tables = [table for table, _ in groups]  # keeps them alive
+        tiles: list[int] = []
+        order: list[int] = []
+        for table, rows_n in groups:
+            rows = rows_n.tolist()
+            for first in range(0, len(rows), TILE_ROWS):
+                count = min(TILE_ROWS, len(rows) - first)
+                tiles += (table.address, len(order) + first, count)
+            order += rows
+        self.num_tiles = len(tiles) // 3
+        self.tiles = (ctypes.c_long * len(tiles))(*tiles)
+        self.order = (ctypes.c_long * len(order))(*order)
+
+
+class PackedGroup:
+    """The linears that share an input: where each is in a table, and its number of outputs."""
+
+    def __init__(self, entries: Sequence[int], widths: Sequence[int]) -> None:
+        self.num_linears = len(entries)
+        pairs: list[int] = []
+        for entry, width in zip(entries, widths, strict=True):
+            pairs += (entry, width)
+        self.linears = (ctypes.c_long * len(pairs))(*pairs)
+
+    def add_outputs(self, outputs: Sequence[Tensor], x_NI: Tensor, rows: PackedRows) -> None:
+        """Change W x + b of each row and linear to the outputs with the row's adapter, in place.
+
+        It is called for each input of a step, so it converts nothing that is known before."""
+        pointers = (ctypes.c_void_p * self.num_linears)(*[y.data_ptr() for y in outputs])
+        library = load_library()
+        assert library is not None
+        library.lora_rows(
+            ctypes.c_void_p(x_NI.data_ptr()),
+            pointers,
+            rows.tiles,
+            rows.order,
+            self.linears,
+            ctypes.c_long(rows.num_tiles),
+            ctypes.c_long(self.num_linears),
+            ctypes.c_long(x_NI.shape[1]),
+        )
