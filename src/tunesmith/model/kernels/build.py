@@ -1,9 +1,9 @@
 """Compile the C kernels, once per machine, and call them.
 
-In: kernels.c, attention.c, decode.c and lora.c. Out: the shared library in the user's cache, whose
-name is a hash of the sources, compiler, flags, threads and processor, with its sha256 in a second
-file; None without a C compiler, or if compiling or loading fails. Left out: which operation uses a
-kernel (ops.py)."""
+In: the C files beside it. Out: the shared library in the user's cache, whose name is a hash of the
+sources, compiler, flags, threads and processor, with its sha256 in a second file; None without a C
+compiler, or if compiling or loading fails. Left out: which operation uses a kernel (ops.py,
+lora.py, scan.py)."""
 
 from __future__ import annotations
 
@@ -29,9 +29,16 @@ from tunesmith.core.hardware import find_compiler
 
 logger = logging.getLogger("tunesmith.model.kernels")
 
-SOURCE_NAMES = ("kernels.c", "attention.c", "decode.c", "lora.c")
+SOURCE_NAMES = (
+    "kernels.c",
+    "attention.c",
+    "decode.c",
+    "lora.c",
+    "convolution.c",
+    "recurrence.c",
+)
 SOURCES = tuple(Path(__file__).with_name(name) for name in SOURCE_NAMES)
-HEADER = Path(__file__).with_name("vectors.h")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "products.h"))
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 # Reassociation lets the compiler vectorise sums. -ffast-math itself would break NaN detection and
 # flush denormals in the whole process.
@@ -98,7 +105,7 @@ def _load_or_compile() -> Kernels:
     if compiler is None:
         return Kernels(None, problem="there is no C compiler: cc, gcc or clang")
     _share_torch_openmp()
-    sources = _hash_texts([*(file.read_text() for file in (*SOURCES, HEADER)), *FLAGS])
+    sources = _hash_texts([*(file.read_text() for file in (*SOURCES, *HEADERS)), *FLAGS])
     problem = ""
     with ExitStack() as stack:
         folder = _open_cache_dir(stack)

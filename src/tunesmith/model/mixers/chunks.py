@@ -156,6 +156,16 @@ def find_edges(layout: PackLayout, num_taps: int, device: torch.device) -> Edges
 
 
 @functools.lru_cache(maxsize=CACHED_LAYOUTS)
+def list_taps(layout: PackLayout, num_taps: int) -> Tensor:
+    """Return the token that stands k before each one on its path [T, K], -1 if there is none."""
+    edges = find_edges(layout, num_taps, torch.device("cpu"))
+    tokens_T = torch.arange(layout.num_tokens)
+    taps_TK = tokens_T[:, None] - torch.arange(num_taps)
+    taps_TK[edges.tokens_E] = edges.taps_KE.t()
+    return taps_TK.masked_fill_(taps_TK == layout.num_tokens, -1)
+
+
+@functools.lru_cache(maxsize=CACHED_LAYOUTS)
 def find_tails(layout: PackLayout, count: int, device: torch.device) -> Tensor:
     """Return the last `count` tokens [S, count] on the path of each segment, T if there is none."""
     tails = [_list_last_tokens(layout, segment, count) for segment in range(len(layout.lengths))]

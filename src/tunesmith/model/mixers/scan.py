@@ -3,7 +3,8 @@
 In: what a mixer projects from the hidden states of a pack. Out: what it reads from its state, per
 token: silu of the convolution (convolution.py), divided into q, k and v, then the recurrence
 (recurrence.py) in fp32 or wider. The forward saves its inputs only; the backward runs both again,
-some heads at a time. `continue_rows` does the same for rows of generation. Left out: projections,
+some heads at a time. bf16 on the CPU runs through C kernels (model/kernels/scan.py), of which the
+torch path here is the reference. `continue_rows` is for rows of generation. Left out: projections,
 gates and norms (gated_delta.py, mamba2.py).
 
 Legend: T tokens, C channels of the convolution, K its taps, G heads of q and k, R heads of v for
@@ -20,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.core.types import PackLayout
-from tunesmith.model.mixers.chunks import ChunkedLayout, cut_chunks, find_edges
+from tunesmith.model.kernels import scan as kernels
+from tunesmith.model.kernels.scan import ScanHeads
+from tunesmith.model.mixers.chunks import ChunkedLayout, cut_chunks, find_edges, list_taps
 from tunesmith.model.mixers.convolution import (
     compute_weight_grad,
     continue_convolution,
@@ -36,20 +39,10 @@ NORM_EPS = 1e-6  # of q and k under the delta rule
 
 
 @dataclass(frozen=True)
-class ScanShape:
-    """The heads of a mixer, and how its convolved channels are divided among them."""
+class ScanShape(ScanHeads):
+    """The heads of a mixer, and how many of them the torch path computes at once."""
 
-    num_groups: int  # G
-    heads_per_group: int  # R
-    key_size: int  # D
-    value_size: int  # E
-    # q, k, v with q and k normalized, or v, k, q
-    is_delta_rule: bool
     chunk_size: int = CHUNK_SIZE
-
-    @property
-    def num_heads(self) -> int:
-        return self.num_groups * self.heads_per_group
 
     def split_channels(self, x_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return views of q, k [T, G, D] and v [T, G, R, E]."""
@@ -136,52 +129,113 @@ class _ConvolutionScan(torch.autograd.Function):
         ctx.shape = shape
         ctx.layout = layout
         inputs = ScanInputs(*operands)  # pyright: ignore[reportArgumentType]
-        mixed_TC = inputs.mixed_TC
-        edges = find_edges(layout, inputs.weight_CK.shape[1], mixed_TC.device)
-        convolved_TC = convolve(mixed_TC, inputs.weight_CK, inputs.bias_C, edges)
-        active_TC = F.silu(convolved_TC).to(mixed_TC.dtype)
-        values = (shape.num_groups, shape.heads_per_group, shape.value_size)
-        out = active_TC.new_empty(len(mixed_TC), *values)
-        for piece in _iter_inputs(shape, layout, active_TC, inputs):
-            out[:, *piece.heads] = _run_heads(*piece.tensors, piece.chunks, shape.is_delta_rule)
-        return out.flatten(1)
+        if kernels.is_supported(inputs.mixed_TC, shape):
+            return _run_kernels(inputs, shape, layout)
+        return _run_reference(inputs, shape, layout)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        shape: ScanShape = ctx.shape
-        layout: PackLayout = ctx.layout
         inputs = ScanInputs(*ctx.saved_tensors)
-        mixed_TC = inputs.mixed_TC
-        edges = find_edges(layout, inputs.weight_CK.shape[1], mixed_TC.device)
-        convolved_TC = convolve(mixed_TC, inputs.weight_CK, inputs.bias_C, edges)
-        active_TC = F.silu(convolved_TC).to(mixed_TC.dtype)
-        dout = gradients[0].unflatten(-1, (shape.num_groups, shape.heads_per_group, -1))
-        dactive_TC = torch.zeros_like(convolved_TC)
-        dq, dk, dv = shape.split_channels(dactive_TC)
-        ddecay_TH = torch.empty_like(inputs.decay_TH)
-        dbeta_TH = torch.empty_like(inputs.beta_TH)
-        dskip_H = None if inputs.skip_H is None else torch.empty_like(inputs.skip_H)
-        for piece in _iter_inputs(shape, layout, active_TC, inputs):
-            groups = piece.heads[0]
-            grads = piece.compute_grads(dout, shape.is_delta_rule)
-            dq[:, groups] += grads[0]
-            dk[:, groups] += grads[1]
-            dv[:, *piece.heads] = grads[2]
-            shape.split_heads(ddecay_TH)[:, *piece.heads] = grads[3]
-            shape.split_heads(dbeta_TH)[:, *piece.heads] = grads[4]
-            if dskip_H is not None:
-                shape.split_heads(dskip_H)[piece.heads] = grads[5]
-        dconvolved_TC = torch.ops.aten.silu_backward(dactive_TC, convolved_TC)
-        dmixed_TC = convolve_backward(dconvolved_TC, inputs.weight_CK, edges).to(mixed_TC.dtype)
-        dweight_CK = None
-        if ctx.needs_input_grad[3]:
-            num_taps = inputs.weight_CK.shape[1]
-            dweight_CK = compute_weight_grad(dconvolved_TC, mixed_TC, num_taps, edges)
-            dweight_CK = dweight_CK.to(inputs.weight_CK.dtype)
-        dbias_C = None
-        if inputs.bias_C is not None and ctx.needs_input_grad[4]:
+        are_weights_trained = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        has_kernels = kernels.is_supported(inputs.mixed_TC, ctx.shape)
+        run = _run_kernels_backward if has_kernels else _run_reference_backward
+        grads = run(gradients[0], inputs, ctx.shape, ctx.layout, are_weights_trained)
+        return None, None, *grads
+
+
+def _run_kernels(inputs: ScanInputs, shape: ScanShape, layout: PackLayout) -> Tensor:
+    active_TC = _make_taps(inputs, layout).convolve(inputs.mixed_TC.contiguous())
+    scalars = (inputs.decay_TH.contiguous(), inputs.beta_TH.contiguous(), inputs.skip_H)
+    return kernels.run_recurrence(active_TC, *scalars, layout, shape)
+
+
+def _run_kernels_backward(
+    dout_TV: Tensor,
+    inputs: ScanInputs,
+    shape: ScanShape,
+    layout: PackLayout,
+    are_weights_trained: bool,
+) -> tuple[Tensor | None, ...]:
+    taps = _make_taps(inputs, layout)
+    mixed_TC = inputs.mixed_TC.contiguous()
+    active_TC = taps.convolve(mixed_TC)
+    scalars = (inputs.decay_TH.contiguous(), inputs.beta_TH.contiguous(), inputs.skip_H)
+    dout_TV = dout_TV.contiguous()
+    dactive_TC, ddecay_TH, dbeta_TH = kernels.run_recurrence_backward(
+        dout_TV, active_TC, *scalars, layout, shape
+    )
+    dskip_H = None
+    if inputs.skip_H is not None:
+        v = shape.split_channels(active_TC)[2].flatten(1, 2)
+        dskip_H = (dout_TV.view(v.shape) * v.float()).sum((0, 2))
+    dmixed_TC, dweight_KC, dbias_C = taps.backward(
+        mixed_TC, dactive_TC, should_add_weights=are_weights_trained
+    )
+    dweight_CK = None
+    if dweight_KC is not None:
+        dweight_CK = dweight_KC.flip(0).t().to(inputs.weight_CK.dtype)
+    if dbias_C is not None and inputs.bias_C is not None:
+        dbias_C = dbias_C.to(inputs.bias_C.dtype)
+    return dmixed_TC, dweight_CK, dbias_C, ddecay_TH, dbeta_TH, dskip_H
+
+
+def _make_taps(inputs: ScanInputs, layout: PackLayout) -> kernels.Taps:
+    back_TK = list_taps(layout, inputs.weight_CK.shape[1])
+    weight_KC = inputs.weight_CK.float().flip(1).t().contiguous()
+    bias_C = None if inputs.bias_C is None else inputs.bias_C.float()
+    return kernels.Taps(back_TK, weight_KC, bias_C)
+
+
+def _run_reference(inputs: ScanInputs, shape: ScanShape, layout: PackLayout) -> Tensor:
+    mixed_TC = inputs.mixed_TC
+    edges = find_edges(layout, inputs.weight_CK.shape[1], mixed_TC.device)
+    convolved_TC = convolve(mixed_TC, inputs.weight_CK, inputs.bias_C, edges)
+    active_TC = F.silu(convolved_TC).to(mixed_TC.dtype)
+    values = (shape.num_groups, shape.heads_per_group, shape.value_size)
+    out = active_TC.new_empty(len(mixed_TC), *values)
+    for piece in _iter_inputs(shape, layout, active_TC, inputs):
+        out[:, *piece.heads] = _run_heads(*piece.tensors, piece.chunks, shape.is_delta_rule)
+    return out.flatten(1)
+
+
+def _run_reference_backward(
+    dout_TV: Tensor,
+    inputs: ScanInputs,
+    shape: ScanShape,
+    layout: PackLayout,
+    are_weights_trained: bool,
+) -> tuple[Tensor | None, ...]:
+    mixed_TC = inputs.mixed_TC
+    num_taps = inputs.weight_CK.shape[1]
+    edges = find_edges(layout, num_taps, mixed_TC.device)
+    convolved_TC = convolve(mixed_TC, inputs.weight_CK, inputs.bias_C, edges)
+    active_TC = F.silu(convolved_TC).to(mixed_TC.dtype)
+    dout = dout_TV.unflatten(-1, (shape.num_groups, shape.heads_per_group, -1))
+    dactive_TC = torch.zeros_like(convolved_TC)
+    dq, dk, dv = shape.split_channels(dactive_TC)
+    ddecay_TH = torch.empty_like(inputs.decay_TH)
+    dbeta_TH = torch.empty_like(inputs.beta_TH)
+    dskip_H = None if inputs.skip_H is None else torch.empty_like(inputs.skip_H)
+    for piece in _iter_inputs(shape, layout, active_TC, inputs):
+        groups = piece.heads[0]
+        grads = piece.compute_grads(dout, shape.is_delta_rule)
+        dq[:, groups] += grads[0]
+        dk[:, groups] += grads[1]
+        dv[:, *piece.heads] = grads[2]
+        shape.split_heads(ddecay_TH)[:, *piece.heads] = grads[3]
+        shape.split_heads(dbeta_TH)[:, *piece.heads] = grads[4]
+        if dskip_H is not None:
+            shape.split_heads(dskip_H)[piece.heads] = grads[5]
+    dconvolved_TC = torch.ops.aten.silu_backward(dactive_TC, convolved_TC)
+    dmixed_TC = convolve_backward(dconvolved_TC, inputs.weight_CK, edges).to(mixed_TC.dtype)
+    dweight_CK = None
+    dbias_C = None
+    if are_weights_trained:
+        dweight_CK = compute_weight_grad(dconvolved_TC, mixed_TC, num_taps, edges)
+        dweight_CK = dweight_CK.to(inputs.weight_CK.dtype)
+        if inputs.bias_C is not None:
             dbias_C = dconvolved_TC.sum(0).to(inputs.bias_C.dtype)
-        return None, None, dmixed_TC, dweight_CK, dbias_C, ddecay_TH, dbeta_TH, dskip_H
+    return dmixed_TC, dweight_CK, dbias_C, ddecay_TH, dbeta_TH, dskip_H
 
 
 @dataclass(frozen=True, eq=False)
