@@ -74,6 +74,7 @@ from tunesmith.api import (  # noqa: E402
     schema,
     train,
     tune_lr,
+    verify,
     write_report,
 )
 
@@ -133,5 +134,6 @@ __all__ = [
     "schema",
     "train",
     "tune_lr",
+    "verify",
     "write_report",
 ]

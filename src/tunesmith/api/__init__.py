@@ -72,6 +72,7 @@ __all__ = [
     "split_by_stage",
     "train",
     "tune_lr",
+    "verify",
     "write_report",
 ]
 
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from tunesmith.advise.rules.advice import Advice
     from tunesmith.api.inputs import AnyInputs
     from tunesmith.core.evidence import RunVerdict
+    from tunesmith.evaluate.live import LiveVerification
     from tunesmith.evaluate.model_ref import ModelComparison
     from tunesmith.evaluate.regression_gate import EvalReport
     from tunesmith.export.export import ExportResult
@@ -408,6 +410,22 @@ def chat(
 
     turns = [questions] if isinstance(questions, str) else questions
     return finished_run.chat(Path(path), turns, sampling, system=system)
+
+
+def verify(
+    path: AnyPath, url: str, *, model: str | None = None, key: str = "", items: int = 64
+) -> LiveVerification:
+    """Ask a server the test rows of a finished run; return whether it answers as the run did.
+
+    `url` is that of an OpenAI-compatible API, such as http://localhost:8000/v1. `model` may be left
+    out for a server with one. `key` is sent as a bearer token. Raises InputError for a run without
+    recorded answers, and MachineError for a server that cannot be reached or fails."""
+    from tunesmith.evaluate.live import verify_run
+    from tunesmith.evaluate.live_client import LiveClient, choose_model
+
+    run_dir.require_run(Path(path))
+    client = LiveClient(url, key)
+    return verify_run(Path(path), client, choose_model(client, model), num_items=items)
 
 
 def export(

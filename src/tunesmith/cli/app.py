@@ -367,6 +367,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "report": run_commands.report,
     "chat": eval_commands.chat,
     "export": export,
+    "verify": eval_commands.verify,
     "schema": schema,
 }
 

@@ -1,7 +1,8 @@
-"""Verbs that use models: `eval`, `compare` and `chat`."""
+"""Verbs that use models: `eval`, `compare`, `chat` and `verify`."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from tunesmith import api
 from tunesmith.cli.args import AllowCode, AsJson, RunArg, read_questions
 from tunesmith.cli.help import complete_runs
 from tunesmith.cli.output import print_result
-from tunesmith.core.errors import GateError
+from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.sampling import SamplingParams
 
 GREEDY = SamplingParams()
@@ -137,3 +138,51 @@ def chat(  # noqa: PLR0913 - every option of sampling is a flag
     )
     for answer in api.chat(folder, read_questions(), sampling, system=system):
         print_result({"answer": answer}, answer, as_json=as_json)
+
+
+def verify(
+    folder: RunArg,
+    url: Annotated[
+        str,
+        typer.Option(
+            metavar="URL",
+            help="OpenAI-compatible API: http://localhost:8000/v1.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Model to ask; the only one by default.", show_default=False
+        ),
+    ] = None,
+    key_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VARIABLE",
+            help="Environment variable that holds the API key.",
+            show_default=False,
+        ),
+    ] = None,
+    items: Annotated[int, typer.Option(metavar="N", help="Test rows to ask, at most.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Verify that a server answers as a run did; exit 4 if not."""
+    from tunesmith.cli.progress import measuring
+    from tunesmith.cli.views.live import render_verification
+
+    with measuring():
+        result = api.verify(folder, url, model=model, key=_read_key(key_env), items=items)
+    print_result(result, render_verification(result), as_json=as_json)
+    if not result.is_run:
+        raise GateError(result.problem, where=url)
+
+
+def _read_key(variable: str | None) -> str:
+    """Return the key in an environment variable. Raises InputError for one that is not set."""
+    if variable is None:
+        return ""
+    if not os.environ.get(variable):
+        message = f"the environment variable {variable!r:.80} is not set"
+        raise InputError(message, where="--key-env", fix="set it to the key")
+    return os.environ[variable]

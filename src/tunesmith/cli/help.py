@@ -26,7 +26,7 @@ PANELS = {
     "Data": ("data",),
     "Train": ("plan", "tune", "train", "resume", "runs"),
     "Measure": ("eval", "compare", "report", "chat"),
-    "Ship": ("export", "schema"),
+    "Ship": ("export", "verify", "schema"),
 }
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -87,6 +87,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "tunesmith export runs/run-1 --to merged",
         "tunesmith export runs/run-1 --to gguf --type q8_0",
         "tunesmith export runs/run-1 --to hub --repo me/my-adapter",
+    ),
+    "verify": (
+        "tunesmith verify runs/run-1 --url http://localhost:8000/v1",
+        "tunesmith verify runs/run-1 --url https://HOST/v1 --model NAME --key-env KEY",
     ),
     "schema": ("tunesmith schema > recipe.schema.json",),
 }

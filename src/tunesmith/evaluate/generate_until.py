@@ -12,7 +12,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -24,11 +24,12 @@ from tunesmith.evaluate.custom_metric import format_metric_name, score_answers
 from tunesmith.evaluate.json_metrics import check_schema
 from tunesmith.evaluate.metrics import LIKELIHOODS, grade_answer, parse_metric_arg
 from tunesmith.evaluate.results import MetricValues
-from tunesmith.model.causal_lm import PackedCausalLM
-from tunesmith.model.generation.engine import generate
-from tunesmith.model.generation.grammar import Grammar
 from tunesmith.plan.memory_budget import compute_answer_limit
 from tunesmith.recipe.fields import parse_custom_metric
+
+if TYPE_CHECKING:
+    from tunesmith.model.causal_lm import PackedCausalLM
+    from tunesmith.model.generation.grammar import Grammar
 
 MAX_CONTEXT_CHARS = 4_000
 
@@ -113,6 +114,8 @@ def iter_answers(
 
     bad_words_ids: token sequences that no answer may contain. Every answer follows `grammar`.
     """
+    from tunesmith.model.generation.engine import generate  # loads torch, which `verify` does not
+
     requests = build_requests(prompts, max_new_tokens, bad_words_ids)
     return generate(
         model,

@@ -1,0 +1,287 @@
+"""Ask an OpenAI-compatible server: requests over HTTP, and its replies checked.
+
+    client = LiveClient("http://localhost:8000/v1", key)
+    client.list_models()                              names, None where it does not list them
+    client.request_json("/chat/completions", {...})           a JSON object
+
+Nothing that a server sends is trusted: replies have a limit in bytes and seconds, redirects are
+refused, proxies are not used, and every field that is read is validated. The key is sent and
+appears nowhere else. Left out: what is asked, and what the answers mean (live.py)."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from typing import Any, cast
+from urllib.parse import SplitResult, urlsplit
+
+from tunesmith.core.errors import InputError, MachineError, TunesmithError
+from tunesmith.core.json_io import dump_json, parse_as
+from tunesmith.core.types import Json, __version__
+
+REQUEST_SECONDS = 120.0  # for one reply, all of it
+MAX_REPLY_BYTES = 64 * 2**20  # log-probabilities of a long prompt take a few
+READ_BYTES = 2**16
+MAX_RETRIES = 3  # of a request that a busy server puts off
+MAX_WAIT_SECONDS = 30.0
+BUSY_STATUSES = (429, 503)
+MAX_QUOTED_CHARS = 300
+MAX_LISTED_MODELS = 5
+OPENAI_FIX = "name the address that ends in /v1 of an OpenAI-compatible server"
+
+
+class RefusedRequest(InputError):
+    """The server answered 400, 404, 405, 415, 422 or 501: it does not know what was asked."""
+
+
+@dataclass(frozen=True)
+class _Model:
+    id: str
+
+
+@dataclass(frozen=True)
+class _ModelList:
+    data: tuple[_Model, ...]
+
+
+class LiveClient:
+    """One server. May be used by several threads: each request has a connection of its own."""
+
+    def __init__(self, url: str, key: str = "", *, timeout_seconds: float = REQUEST_SECONDS):
+        """Raises InputError for a URL or key that cannot be one."""
+        self._parts = _split_url(url)
+        self.url = url.rstrip("/")
+        self._key = _check_key(key)
+        self._timeout_seconds = timeout_seconds
+
+    def list_models(self) -> tuple[str, ...] | None:
+        """Return the names of the models, None for a server without a list. Raises what
+        `request_json` raises."""
+        try:
+            reply = self._request("GET", "/models")
+        except RefusedRequest:
+            return None
+        models = parse_as(_ModelList, reply, where=f"{self.url}/models").data
+        return tuple(model.id for model in models)
+
+    def request_json(self, path: str, body: Json, *, is_below_url: bool = True) -> Json:
+        """Send a JSON object to URL/path, or to /path of the host; return the one that comes back.
+
+        Raises RefusedRequest for a request that the server does not take, InputError for a wrong
+        key or a server of another kind, MachineError for one that cannot be reached or fails."""
+        return self._request("POST", path, body, is_below_url=is_below_url)
+
+    def _request(
+        self, method: str, path: str, body: Json | None = None, *, is_below_url: bool = True
+    ) -> Json:
+        prefix = self._parts.path.rstrip("/") if is_below_url else ""
+        where = self.url + path if is_below_url else path
+        status, wait_seconds, content = self._send(method, prefix + path, body, where)
+        for attempt in range(MAX_RETRIES):
+            if status not in BUSY_STATUSES:
+                break
+            time.sleep(min(MAX_WAIT_SECONDS, 2**attempt if wait_seconds is None else wait_seconds))
+            status, wait_seconds, content = self._send(method, prefix + path, body, where)
+        if status != 200:
+            raise self._make_error(status, content, where)
+        return _parse_object(content, where)
+
+    def _send(
+        self, method: str, target: str, body: Json | None, where: str
+    ) -> tuple[int, float | None, bytes]:
+        """Return the status, the seconds that a busy server asks to wait, and the content."""
+        headers = {"Accept": "application/json", "User-Agent": f"tunesmith/{__version__}"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        data = None
+        if body is not None:
+            data = dump_json(body)
+            headers["Content-Type"] = "application/json"
+        connection = self._connect()
+        seconds = self._timeout_seconds
+        with self._transport_errors(where), _deadline(connection, seconds):
+            connection.request(method, target, data, headers)
+            response = connection.getresponse()
+            content = _read_content(response, where)
+            return response.status, _read_wait(response), content
+
+    def _connect(self) -> HTTPConnection:
+        host = self._parts.hostname or ""
+        port = self._parts.port
+        if self._parts.scheme == "https":
+            context = ssl.create_default_context()
+            return HTTPSConnection(host, port, timeout=self._timeout_seconds, context=context)
+        return HTTPConnection(host, port, timeout=self._timeout_seconds)
+
+    @contextmanager
+    def _transport_errors(self, where: str) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError:
+            message = f"no complete reply within {self._timeout_seconds:g} s"
+            fix = "see what the server is doing, and whether it is overloaded"
+            raise MachineError(message, where=where, fix=fix) from None
+        except ssl.SSLCertVerificationError as error:
+            message = f"its certificate is not trusted: {error.verify_message}"
+            fix = "name the host of the certificate; SSL_CERT_FILE adds an authority"
+            raise InputError(message, where=where, fix=fix) from None
+        except ConnectionRefusedError:
+            fix = "start the server, or correct the URL"
+            raise MachineError("nothing answers there", where=where, fix=fix) from None
+        except socket.gaierror:
+            message = f"there is no host {self._parts.hostname!r:.80}"
+            raise MachineError(message, where=where, fix="correct the URL") from None
+        except HTTPException as error:
+            message = f"the reply is no HTTP, or ends early ({type(error).__name__})"
+            raise MachineError(message, where=where, fix="see the log of the server") from None
+        except OSError as error:
+            message = f"the connection failed: {error.strerror or type(error).__name__}"
+            raise MachineError(message, where=where, fix="see the log of the server") from None
+
+    def _make_error(self, status: int, content: bytes, where: str) -> TunesmithError:
+        """Return the error of a status that is not 200."""
+        quoted = _quote_error(content)
+        if self._key:
+            quoted = quoted.replace(self._key, "***")
+        message = f"status {status}: {quoted}" if quoted else f"status {status}"
+        if 300 <= status < 400:
+            message = f"status {status}: redirects are not followed"
+            fix = "name the address that it redirects to"
+            return InputError(message, where=where, fix=fix)
+        if status in (401, 403):
+            fix = "name the environment variable that holds a valid key: --key-env NAME"
+            return InputError(message, where=where, fix=fix)
+        if status in (400, 404, 405, 415, 422, 501):
+            return RefusedRequest(message, where=where, fix=OPENAI_FIX)
+        if status == 429 or status >= 500:
+            return MachineError(
+                message, where=where, fix="see the log of the server, and try again"
+            )
+        return InputError(message, where=where, fix=OPENAI_FIX)
+
+
+def _split_url(url: str) -> SplitResult:
+    """Return the parts of a URL. Raises InputError; a URL with a password is never quoted."""
+    where = "--url"
+    fix = "write it as http://localhost:8000/v1"
+    try:
+        parts = urlsplit(url)
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        raise InputError("not a URL", where=where, fix=fix) from None
+    if "@" in parts.netloc:
+        fix = "leave it out; --key-env names the variable that holds a key"
+        raise InputError("the URL holds a user or password", where=where, fix=fix)
+    is_plain = url.isascii() and url.isprintable() and " " not in url
+    if not is_valid or not is_plain or parts.query or parts.fragment:
+        raise InputError(f"not the URL of a server: {url!r:.100}", where=where, fix=fix)
+    return parts
+
+
+def _check_key(key: str) -> str:
+    """Raise InputError for a key that no header can hold; the error does not quote it."""
+    if not key.isascii() or not key.isprintable() or " " in key:
+        message = "the key has white space, control characters or characters beyond ASCII"
+        raise InputError(message, where="--key-env", fix="set the variable to the key alone")
+    return key
+
+
+@contextmanager
+def _deadline(connection: HTTPConnection, seconds: float) -> Iterator[None]:
+    """End an exchange after some seconds, however slowly its bytes come: a socket's own timeout
+    starts again with each of them. Raises TimeoutError."""
+    expired = threading.Event()
+
+    def cut() -> None:
+        expired.set()
+        with suppress(OSError, AttributeError):  # not connected yet, or closed already
+            connection.sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, HTTPException):
+        if expired.is_set():
+            raise TimeoutError from None
+        raise
+    finally:
+        timer.cancel()
+        connection.close()
+
+
+def _read_content(response: HTTPResponse, where: str) -> bytes:
+    """Return the content. Raises MachineError if it is too long or ends early."""
+    parts: list[bytes] = []
+    size = 0
+    while part := response.read1(READ_BYTES):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_REPLY_BYTES:
+            message = f"the reply is longer than {MAX_REPLY_BYTES // 2**20} MiB"
+            raise MachineError(message, where=where, fix=OPENAI_FIX)
+    announced = response.getheader("Content-Length", "")
+    if announced.isdecimal() and size < int(announced):
+        message = f"the reply ends after {size} of {announced:.20} bytes"
+        raise MachineError(message, where=where, fix="see the log of the server")
+    return b"".join(parts)
+
+
+def _read_wait(response: HTTPResponse) -> float | None:
+    seconds = response.getheader("Retry-After", "")
+    return float(seconds) if seconds.isdecimal() else None
+
+
+def _parse_object(content: bytes, where: str) -> Json:
+    """Raises InputError for anything but a JSON object. A number that is not finite is null."""
+    try:
+        value = json.loads(content, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        message = "the reply is not JSON"
+        raise InputError(message, where=where, fix=OPENAI_FIX) from None
+    if not isinstance(value, dict):
+        raise InputError("the reply is not a JSON object", where=where, fix=OPENAI_FIX)
+    return cast("Json", value)
+
+
+def _quote_error(content: bytes) -> str:
+    """Return what a server says about an error, cut: as OpenAI words it, or as it is."""
+    text = content[: 4 * MAX_QUOTED_CHARS].decode(errors="replace").strip()
+    with suppress(ValueError, RecursionError):
+        value: Any = json.loads(content)
+        for key in ("error", "message", "detail"):
+            value = value.get(key, value) if isinstance(value, dict) else value
+        text = value if isinstance(value, str) else text
+    if text.startswith("<"):  # a page of HTML says nothing
+        return ""
+    return " ".join(text.split())[:MAX_QUOTED_CHARS]
+
+
+def choose_model(client: LiveClient, name: str | None) -> str:
+    """Return the model to ask: the named one, or the only one that the server lists.
+
+    Raises InputError if the server lists others."""
+    listed = client.list_models()
+    if listed is None:
+        if name is None:
+            message = "the server does not list its models"
+            raise InputError(message, where=client.url, fix="name the one to verify: --model NAME")
+        return name
+    names = ", ".join(listed[:MAX_LISTED_MODELS])
+    names += ", ..." if len(listed) > MAX_LISTED_MODELS else ""
+    if name is None and len(listed) == 1:
+        return listed[0]
+    if name is None or name not in listed:
+        message = "no model is named, and the server has several"
+        if name is not None or not listed:
+            message = f"the server has no model {name!r:.80}"
+        raise InputError(message, where=client.url, fix=f"--model takes one of: {names or 'none'}")
+    return name
