@@ -27,8 +27,9 @@ sys.path.append(str(ROOT / "tests" / "helpers"))
 
 import tiny_models  # noqa: E402
 from tunesmith.core.types import Document  # noqa: E402
+from tunesmith.model.cache_blocks import count_blocks  # noqa: E402
 from tunesmith.model.causal_lm import compute_stock_logits, wrap_model  # noqa: E402
-from tunesmith.model.kv_cache import RaggedKVCache  # noqa: E402
+from tunesmith.model.paged_cache import PagedKVCache  # noqa: E402
 from tunesmith.train.losses import sum_weights  # noqa: E402
 
 PAGE = ROOT / "docs" / "results" / "families.md"
@@ -138,10 +139,11 @@ def measure_generation(family: str) -> float:
     positions = range(PROMPT_TOKENS - 1, length)
     expected = compute_stock_logits(network, tokens, list(positions))
     model = wrap_model(network, torch.float32)
-    cache = RaggedKVCache(slots=1, max_length=length)
-    rows = [model.prefill([tokens[:PROMPT_TOKENS]], cache)]
-    rows += [model.decode_step([token], cache) for token in tokens[PROMPT_TOKENS:]]
-    logits = model.head.compute_logits(torch.cat(rows))
+    cache = PagedKVCache(slots=1, num_blocks=count_blocks(length))
+    row = cache.add_row()
+    hidden = [model.prefill([row], [tokens[:PROMPT_TOKENS]], cache)]
+    hidden += [model.decode_step([row], [token], cache) for token in tokens[PROMPT_TOKENS:]]
+    logits = model.head.compute_logits(torch.cat(hidden))
     return float((logits - expected).norm() / expected.norm())
 
 

@@ -31,8 +31,8 @@ from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import generate, stream_answer
-from tunesmith.model.kv_cache import RaggedKVCache
 from tunesmith.model.oom import OutOfMemory, memory_errors
+from tunesmith.model.paged_cache import CacheRow, PagedKVCache
 from tunesmith.train import loop, run
 from tunesmith.train.loop import TrainingLoop
 
@@ -228,11 +228,11 @@ def few_rows(model: PackedCausalLM, most: int) -> tuple[PackedCausalLM, list[int
     """The model on a device with memory for so many rows at once; and the rows of its forwards."""
     extend, seen = model.decode_step, list[int]()
 
-    def refusing(tokens: Sequence[int], rows: RaggedKVCache) -> Tensor:
-        seen.append(rows.slots)
+    def refusing(rows: Sequence[CacheRow], tokens: Sequence[int], kv_cache: PagedKVCache) -> Tensor:
+        seen.append(kv_cache.slots)
         if len(tokens) > most:
             raise torch.OutOfMemoryError(SAID)
-        return extend(tokens, rows)
+        return extend(rows, tokens, kv_cache)
 
     model.decode_step = refusing  # type: ignore[method-assign]
     return model, seen

@@ -4,7 +4,7 @@ A token attends to the earlier tokens of its segment, itself included, and to th
 segment continues, at most `window` tokens back. Sinks (gpt-oss) are one more score of each head
 that has no value: some of its attention goes nowhere. Every backend computes exactly that; the
 tests compare each with `reference`. Left out: the keys and values that generation stores
-(kv_cache.py). Legend: T tokens, N query heads, K key/value heads, D head size, L tokens of a
+(paged_cache.py). Legend: T tokens, N query heads, K key/value heads, D head size, L tokens of a
 segment, B segments of one length, P tokens of a segment and of all that it continues."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -386,29 +386,34 @@ def run_prefix_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    prefix_kv: tuple[Tensor, Tensor],
+    prefixes: Sequence[tuple[Tensor, Tensor]],
+    parents: Sequence[int],
     layout: PackLayout,
     config: AttentionConfig,
 ) -> Tensor:
-    """Attend with documents that all continue a prefix, of which only keys and values [P, K, D] are
-    stored. Not differentiable."""
-    prefix_keys, prefix_values = prefix_kv
-    prefix_length = len(prefix_keys)
-    count = len(layout.lengths)
-    starts = (0, *(prefix_length + start for start in layout.starts))
-    full_layout = PackLayout(starts, (prefix_length, *layout.lengths), (-1, *(0,) * count))
-    q = torch.cat((q.new_empty(prefix_length, *q.shape[1:]), q))
-    k = torch.cat((prefix_keys, k))
-    v = torch.cat((prefix_values, v))
+    """Attend with documents that continue prefixes, of which only keys and values [P, K, D] are
+    stored: document i continues prefix parents[i], or nothing if that is -1. Not
+    differentiable."""
+    prefix_lengths = [len(keys) for keys, _ in prefixes]
+    num_tokens = sum(prefix_lengths)
+    prefix_starts = tuple(itertools.accumulate(prefix_lengths, initial=0))[:-1]
+    full_layout = PackLayout(
+        starts=(*prefix_starts, *(num_tokens + start for start in layout.starts)),
+        lengths=(*prefix_lengths, *layout.lengths),
+        parents=(*(-1,) * len(prefixes), *parents),
+    )
+    q = torch.cat((q.new_empty(num_tokens, *q.shape[1:]), q))
+    k = torch.cat((*(keys for keys, _ in prefixes), k))
+    v = torch.cat((*(values for _, values in prefixes), v))
     out = torch.empty_like(q)
     logsumexp = torch.empty(q.shape[:2], dtype=torch.float32)
     nulls = (q.new_empty(0),) * 6
-    segments = _build_segment_tensors(full_layout, num_prefixes=1)
-    shape = _get_kernel_shape(count, q, k, config)
+    segments = _build_segment_tensors(full_layout, num_prefixes=len(prefixes))
+    shape = _get_kernel_shape(len(layout.lengths), q, k, config)
     _call_attention("attention", q, k, v, out, logsumexp, *nulls, *segments, *shape)
-    out = out[prefix_length:]
+    out = out[num_tokens:]
     if config.sinks_N is not None:
-        _count_sinks(out, logsumexp[prefix_length:], config.sinks_N)
+        _count_sinks(out, logsumexp[num_tokens:], config.sinks_N)
     return out
 
 
@@ -417,24 +422,23 @@ def run_decode_kernel(
     k: Tensor,
     v: Tensor,
     kv_buffers: tuple[Tensor, Tensor],
+    tables_BM: Tensor,
     positions_B: Tensor,
-    prefix_length: int,
     config: AttentionConfig,
     cos_sin: CosSin | None,
 ) -> Tensor:
     """Attend with one more token per row, which decode.c also stores.
 
-    k and v [B, K, D] are written at `positions_B` of the buffers [slots, K, capacity, D], and
-    q [B, N, D] attends to all stored tokens of its row. The first `prefix_length` tokens are the
-    same in all rows. Not differentiable."""
+    k and v [B, K, D] are written at `positions_B` of the rows, whose blocks of the buffers
+    [blocks, K, 64, D] are in `tables_BM`, and q [B, N, D] attends to all stored tokens of its row.
+    Not differentiable."""
     q, k, v = (tensor.contiguous() for tensor in (q, k, v))
     null = q.new_empty(0)
     out = torch.empty_like(q)
     sinks = null if config.sinks_N is None else config.sinks_N.float().contiguous()
-    tensors = (q, k, v, *kv_buffers, out, *(cos_sin or (null, null)), sinks, positions_B)
+    tensors = (q, k, v, *kv_buffers, out, *(cos_sin or (null, null)), sinks, positions_B, tables_BM)
     num_rows, num_heads, head_dim = q.shape
-    capacity = kv_buffers[0].shape[2]
-    sizes = (num_rows, num_heads, k.shape[1], head_dim, capacity, prefix_length)
+    sizes = (num_rows, num_heads, k.shape[1], head_dim, tables_BM.shape[1])
     _call_attention("attend_rows", *tensors, *sizes, config.window or 0, config.scale)
     return out
 

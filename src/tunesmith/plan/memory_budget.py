@@ -21,7 +21,7 @@ LENGTH_INDEPENDENT_METRICS = ("exact_match", "normalized_match", "multiple_choic
 # answers generated at once, and the largest KV cache, as in model/generation/engine.py
 MAX_BATCH_ROWS = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
-BLOCK_TOKENS = 64  # rows of the cache grow to a multiple of this, as in model/kv_cache.py
+BLOCK_TOKENS = 64  # rows of the cache grow to a multiple of this, as in model/cache_blocks.py
 FIXED_PARTS = (
     "process",
     "context",

@@ -16,6 +16,7 @@ from tunesmith.evaluate.adapter_scaling import ADAPTER_SCALES, MAX_TOKENS
 from tunesmith.evaluate.general_text import GeneralText
 from tunesmith.evaluate.generate_until import EvalPrompt, compute_max_new_tokens
 from tunesmith.evaluate.items import build_eval_items
+from tunesmith.model.cache_blocks import BLOCK_TOKENS
 from tunesmith.model.generation.engine import MAX_BATCH_ROWS, find_common_prefix
 from tunesmith.plan.flops import (
     count_active_lora_parameters,
@@ -151,6 +152,7 @@ class EvalCostEstimate:
             return 0.0
         prompt_ids = [prompt.prompt_ids for prompt in prompts]
         shared_tokens = len(find_common_prefix(prompt_ids)) if len(prompts) > 1 else 0
+        shared_tokens -= shared_tokens % BLOCK_TOKENS
         tokens: float = sum(map(len, prompt_ids)) - shared_tokens * (len(prompts) - 1)
         needs_end = needs_complete_answers(
             self.plan.config.metrics, has_constraints=self.has_constraints

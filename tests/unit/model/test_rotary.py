@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    Phi3Config,
     PreTrainedModel,
 )
 
-from rotary_configs import CONFIGS, LIMIT
+from rotary_configs import CONFIGS, LIMIT, LONGROPE
 from tiny_models import (
     SIZES,
     VOCABULARY,
@@ -27,6 +28,7 @@ from tunesmith.core.types import Document, GenerationRequest
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
 from tunesmith.evaluate.loglikelihood import compute_nll
+from tunesmith.model.cache_blocks import BLOCK_TOKENS
 from tunesmith.model.causal_lm import PackedCausalLM, compute_stock_logits, wrap_model
 from tunesmith.model.generation.engine import generate
 from tunesmith.model.lm_head import measure_target_losses
@@ -180,28 +182,32 @@ def test_generation_equals_a_forward_of_the_whole_sequence(
         assert list(outputs[index].tokens) == generate_without_cache(name, prompt, 12), index
 
 
-@pytest.mark.parametrize("tails", [(2, 5), (20, 25)])
-def test_a_prefix_on_one_side_is_shared_in_generation(
-    tails: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("tails", "shared"), [((4, 7), True), ((40, 45), True), ((4, 40), False)])
+def test_blocks_are_shared_on_one_side_of_the_limit(
+    tails: tuple[int, int], shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = make_tiny_document(40, 5).tokens_L[:18].tolist()
+    begin = make_tiny_document(BLOCK_TOKENS, 5).tokens_L[:BLOCK_TOKENS].tolist()
     prompts = [
-        begin + make_tiny_document(40, i).tokens_L[:tail].tolist() for i, tail in enumerate(tails)
+        begin + make_tiny_document(50, i).tokens_L[:tail].tolist() for i, tail in enumerate(tails)
     ]
-    model = wrap_model(make_network("phi3-128k"), torch.float32)
-    counts: list[int] = []
+    limit = {"original_max_position_embeddings": BLOCK_TOKENS + 20}
+    config = Phi3Config(**SIZES, rope_parameters=LONGROPE | limit, **limit)
+    monkeypatch.setitem(CONFIGS, "far limit", config)
+    model = wrap_model(make_network("far limit"), torch.float32)
+    counts: list[list[int]] = []
     prefill = model.prefill
 
-    def count_prompts(prompts: Any, *args: Any, **kwargs: Any) -> Any:
-        counts.append(len(prompts))
-        return prefill(prompts, *args, **kwargs)
+    def count_tokens(rows: Any, prompts: Any, *args: Any) -> Any:
+        counts.append([len(prompt) for prompt in prompts])
+        return prefill(rows, prompts, *args)
 
-    monkeypatch.setattr(model, "prefill", count_prompts)
+    monkeypatch.setattr(model, "prefill", count_tokens)
     requests = [GenerationRequest(tuple(prompt), 5) for prompt in prompts]
     outputs = dict(generate(model, requests, decode=str, end_ids=()))
-    assert counts == [1, 2]
+    short, long = (BLOCK_TOKENS + tail for tail in tails)
+    assert counts == ([[long], [tails[0]]] if shared else [[long, short]])
     for index, prompt in enumerate(prompts):
-        assert list(outputs[index].tokens) == generate_without_cache("phi3-128k", prompt, 5)
+        assert list(outputs[index].tokens) == generate_without_cache("far limit", prompt, 5)
 
 
 def test_earlier_forwards_change_nothing() -> None:

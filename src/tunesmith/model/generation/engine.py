@@ -6,14 +6,16 @@
 
 In: a PackedCausalLM, requests of token ids, a `decode` function from ids to text, the ids that end
 an answer. Rows of different lengths run without padding; a finished row leaves at once and the next
-request takes its slot. A prefix that all prompts share is computed once. Left out: prompts as text
-(data/chat_template), which adapter is active (the model's state). Rounding may depend on the rest
-of the batch."""
+request takes its slot. What prompts have in common is computed once, in blocks of 64 tokens. Left
+out: prompts as text (data/chat_template), and without a bank, which adapter is active (the model's
+state). Rounding may depend on the rest of the batch, and on what was stored already."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from torch import Tensor
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.hardware import read_free_gpu_bytes, release_memory
 from tunesmith.core.types import GenerationOutput, GenerationRequest
+from tunesmith.model.cache_blocks import BLOCK_TOKENS, count_blocks
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.grammar import Grammar
 from tunesmith.model.generation.running_request import AnswerGrammar, DecodeFn, RunningRequest
@@ -30,14 +33,21 @@ from tunesmith.model.generation.sampling import (
     penalize_repetition,
     sample_tokens,
 )
-from tunesmith.model.kv_cache import RaggedKVCache
 from tunesmith.model.oom import OutOfMemory, memory_errors
+from tunesmith.model.paged_cache import PagedKVCache
+
+if TYPE_CHECKING:
+    from tunesmith.model.adapter_bank import AdapterBank
 
 # more rows gain little: the matrix products already use the whole machine
 MAX_BATCH_ROWS = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
-PREFILL_TOKENS = 4096  # prompts computed in one forward
-MIN_SHARED_TOKENS = 16  # a shorter prefix is not worth a forward
+# prompts computed in one forward: before anything else, between two tokens of answers, and when
+# nothing is being answered
+PREFILL_TOKENS = 4096
+CHUNK_TOKENS = 128
+IDLE_CHUNK_TOKENS = 1024
+LOGITS_FIX = "lower learning_rate, or use dtype: fp32"
 
 
 def generate(
@@ -48,6 +58,7 @@ def generate(
     end_ids: Collection[int],
     batch_size: int | None = None,
     grammar: Grammar | None = None,
+    bank: AdapterBank | None = None,
 ) -> Iterator[tuple[int, GenerationOutput]]:
     """Yield (index of the request, its output) in the order in which they finish.
 
@@ -61,16 +72,19 @@ def generate(
     # longest prompts first
     pending = sorted(range(len(requests)), key=lambda index: (-len(requests[index].tokens), index))
     slots = min(batch_size or compute_max_batch_rows(model, requests), max(1, len(pending)))
-    longest_tokens = compute_longest_row(requests)
-    cache_bytes = max(CACHE_BYTES[model.device.type], longest_tokens * model.cache_bytes_per_token)
     while pending:
         release_memory()  # of activations, or of a larger cache: the cache needs large buffers
         try:
             with memory_errors():
                 batch = DecodeBatch(
-                    model, slots=slots, decode=decode, end_ids=end_ids, cache_bytes=cache_bytes
+                    model,
+                    slots=slots,
+                    decode=decode,
+                    end_ids=end_ids,
+                    cache_bytes=compute_cache_bytes(model, requests, slots),
+                    bank=bank,
+                    chunk_tokens=None,
                 )
-                batch.reserve_rows([requests[index] for index in pending])
                 index_by_row: dict[RunningRequest, int] = {}
                 for index in pending:
                     row_grammar = grammar.start_answer() if grammar else None
@@ -99,11 +113,9 @@ def stream_answer(
 ) -> Iterator[str]:
     """Yield one answer in pieces, each as soon as no later token can change it. Raises the errors
     of `generate`."""
-    cache_bytes = max(
-        CACHE_BYTES[model.device.type], compute_longest_row([request]) * model.cache_bytes_per_token
-    )
+    check_request(model, request)
+    cache_bytes = compute_cache_bytes(model, [request], slots=1)
     batch = DecodeBatch(model, slots=1, decode=decode, end_ids=end_ids, cache_bytes=cache_bytes)
-    batch.reserve_rows([request])
     row = batch.submit(request)
     while not row.finish_reason:
         with memory_errors():
@@ -129,7 +141,7 @@ def check_request(
             f"and fills the context of {model.context_length}"
         )
         raise InputError(message, where=where, fix="shorten the prompt")
-    vocab_size = model.network.get_output_embeddings().weight.shape[0]
+    vocab_size = model.head.weight.shape[0] if request.logit_bias else 0
     for token, _ in request.logit_bias:
         if not 0 <= token < vocab_size:
             message = f"logit_bias: token {token} is not one of the model's {vocab_size}"
@@ -149,6 +161,16 @@ def compute_max_batch_rows(model: PackedCausalLM, requests: Sequence[GenerationR
     return max(1, min(MAX_BATCH_ROWS[device], cache_bytes // row_bytes))
 
 
+def compute_cache_bytes(
+    model: PackedCausalLM, requests: Sequence[GenerationRequest], slots: int
+) -> int:
+    """Return the bytes of the keys and values of the `slots` longest rows, in whole blocks."""
+    lengths = [len(request.tokens) + request.max_new_tokens for request in requests]
+    blocks = [count_blocks(min(length, model.context_length)) for length in lengths]
+    num_blocks = sum(sorted(blocks, reverse=True)[:slots])
+    return num_blocks * BLOCK_TOKENS * model.cache_bytes_per_token
+
+
 def compute_longest_row(requests: Sequence[GenerationRequest]) -> int:
     """Return the most tokens that a prompt and its answer may have."""
     lengths = [len(request.tokens) + request.max_new_tokens for request in requests]
@@ -166,18 +188,10 @@ def find_common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return first[: len(last)]
 
 
-def _has_fixed_rotation(model: PackedCausalLM, requests: Sequence[GenerationRequest]) -> bool:
-    """Return whether all prompts and answers, however long, have the same rotary frequencies."""
-    keys = {model.get_rotation_key(len(request.tokens)) for request in requests}
-    longest = min(compute_longest_row(requests), model.context_length)
-    keys.add(model.get_rotation_key(longest))
-    return len(keys) == 1
-
-
 class DecodeBatch:
     """Requests that are answered together, and the model's cache. Owned by one thread.
 
-    Row i of the cache is row i of `rows`; `waiting` requests get a slot in their order."""
+    `waiting` requests get a slot in their order; `rows` have one, the oldest first."""
 
     def __init__(
         self,
@@ -187,14 +201,25 @@ class DecodeBatch:
         decode: DecodeFn,
         end_ids: Collection[int],
         cache_bytes: int,
+        bank: AdapterBank | None = None,
+        chunk_tokens: int | None = CHUNK_TOKENS,
     ) -> None:
-        """Answer up to `slots` requests at a time. No row has more keys and values than
-        `cache_bytes`."""
+        """Answer up to `slots` requests at a time, with keys and values of at most `cache_bytes`.
+
+        While rows are answered, a step computes `chunk_tokens` tokens of prompts at most, so that
+        no answer waits for a long prompt; with None, prompts go first."""
         self.model = model
         self.decode = decode
         self.end_ids = frozenset(end_ids)
-        self.cache_bytes = cache_bytes
-        self.cache = RaggedKVCache(slots)
+        self.bank = bank
+        self.chunk_tokens = chunk_tokens
+        block_bytes = model.cache_bytes_per_token * BLOCK_TOKENS
+        num_blocks = slots * count_blocks(model.context_length)
+        if block_bytes:
+            num_blocks = cache_bytes // block_bytes
+        self.cache = PagedKVCache(slots, num_blocks)
+        # a state belongs to the end of its row: it is not stored at the ends of blocks
+        self.can_share = model.state_bytes_per_row == 0
         self.waiting: deque[RunningRequest] = deque()
         self.rows: list[RunningRequest] = []
 
@@ -202,24 +227,18 @@ class DecodeBatch:
     def has_work(self) -> bool:
         return bool(self.waiting or self.rows)
 
-    def reserve_rows(self, requests: Sequence[GenerationRequest]) -> None:
-        """Make room for rows as long as these, and compute what all their prompts begin with."""
-        self.cache.max_length = compute_longest_row(requests)
-        if _has_fixed_rotation(self.model, requests):
-            self._share_prefix([request.tokens for request in requests])
-
     def submit(
         self, request: GenerationRequest, grammar: AnswerGrammar | None = None
     ) -> RunningRequest:
         """Let a request wait for a slot. Raises InputError for a prompt that is empty or fills the
-        context, and for a row that the cache has no room for."""
+        context, for a row that the cache has no room for, and for an adapter that is not in the
+        bank."""
         check_request(self.model, request)
-        if request.adapter:
-            raise InputError(f"there is no adapter {request.adapter!r}", where="request")
+        self._check_adapter(request)
         max_tokens = self.model.context_length - len(request.tokens)
         max_tokens = min(max_tokens, request.max_new_tokens)
         row_tokens = len(request.tokens) + max_tokens
-        if row_tokens * self.model.cache_bytes_per_token > self.cache_bytes:
+        if count_blocks(row_tokens) > self.cache.pool.num_blocks:
             message = (
                 f"prompt and answer have {row_tokens} tokens, more than the cache has room for"
             )
@@ -230,80 +249,199 @@ class DecodeBatch:
         self.waiting.append(row)
         return row
 
+    def _check_adapter(self, request: GenerationRequest) -> None:
+        keys = self.bank.keys if self.bank else ()
+        if request.adapter and request.adapter not in keys:
+            raise InputError(f"there is no adapter {request.adapter!r}", where="request")
+
     def cancel(self, row: RunningRequest) -> None:
-        """End a row that waits or runs, and free its slot at once."""
+        """End a row that waits or runs, and free its slot and its blocks at once."""
         if row in self.waiting:
             self.waiting.remove(row)
         elif row in self.rows:
-            self._drop_row(self.rows.index(row))
+            self._drop_row(row)
         else:
             return
         row.finish_reason = "cancelled"
 
     def step(self) -> list[RunningRequest]:
-        """Compute the prompts of waiting requests if there are free slots, else one more token of
-        every row. Returns the rows that advanced or ended."""
-        if not self.has_work:
-            return []
-        self._restart_rerotated()
-        arriving = self._admit_waiting()
-        if arriving:
-            hidden_BH = self.model.prefill([row.context for row in arriving], self.cache)
-        else:
-            hidden_BH = self.model.decode_step([row.tokens[-1] for row in self.rows], self.cache)
-        self.rows += arriving
-        stepped = arriving or list(self.rows)
-        self._add_next_tokens(hidden_BH, stepped)
-        for index in reversed(range(len(self.rows))):
-            if self.rows[index].finish_reason:
-                self._drop_row(index)
-        return stepped
+        """Compute prompts, at most a chunk of them if rows are being answered, then one more token
+        of those rows. Returns the rows that got a token or ended."""
+        stepped = self._fail_orphans()
+        self._put_back_rerotated()
+        self._admit_waiting()
+        answering = [row for row in self.rows if not _needs_prompt(row)]
+        started = self._compute_prompts(is_answering=bool(answering))
+        if started and self.chunk_tokens is None:
+            return stepped + started
+        return stepped + started + self._extend_answers(answering)
 
-    def _share_prefix(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Compute the prefix of all prompts once. Each prompt keeps at least its last token, which
-        predicts the answer."""
-        if len(prompts) < 2:
-            return
-        prefix = find_common_prefix([prompt[:-1] for prompt in prompts])
-        if len(prefix) >= MIN_SHARED_TOKENS:
-            self.model.prefill([prefix], self.cache, min(map(len, prompts)))
-            self.cache.share_prefix()
+    def _fail_orphans(self) -> list[RunningRequest]:
+        """End the rows whose adapter has left the bank, and return them."""
+        orphans: list[RunningRequest] = []
+        for row in (*self.rows, *self.waiting):
+            try:
+                self._check_adapter(row.request)
+            except InputError as error:
+                self.cancel(row)
+                row.fail(error)
+                orphans.append(row)
+        return orphans
 
-    def _restart_rerotated(self) -> None:
+    def _put_back_rerotated(self) -> None:
         """Move rows whose next token changes the rotary frequencies back to `waiting`: their keys
         must be computed again, since stored ones are rotated already."""
-        get_key = self.model.get_rotation_key
-        for index in reversed(range(len(self.rows))):
-            row = self.rows[index]
-            length = len(row.context)
-            if get_key(length) != get_key(length - 1):
-                self.waiting.appendleft(row)
-                self._drop_row(index)
+        for row in reversed(self.rows):
+            if self.model.get_rotation_key(row.num_tokens) != row.rotation_key:
+                self._put_back(row)
 
-    def _admit_waiting(self) -> list[RunningRequest]:
-        arriving: list[RunningRequest] = []
-        tokens = 0
-        while self.waiting and len(self.rows) + len(arriving) < self.cache.slots:
-            tokens += len(self.waiting[0].context) - self.cache.prefix_length
-            if arriving and tokens > PREFILL_TOKENS:
+    def _put_back(self, row: RunningRequest) -> None:
+        """Let a row wait again. It keeps its tokens, its text and its random numbers."""
+        self._drop_row(row)
+        self.waiting.appendleft(row)
+
+    # ---------------------------------------------------------------- prompts
+
+    def _admit_waiting(self) -> None:
+        """Give slots and blocks to waiting rows, in their order, as long as there are some.
+
+        A row waits for blocks that another one computes now, instead of computing them, too."""
+        blocks_to_come = self._list_blocks_to_come()
+        for row in list(self.waiting):
+            if len(self.rows) == self.cache.slots:
+                return
+            self._set_block_keys(row)
+            # the last token predicts the next one: it is always computed
+            usable_keys = row.block_keys[: (row.num_tokens - 1) // BLOCK_TOKENS]
+            cache_row = self.cache.add_row()
+            self.cache.start_with_prefix(cache_row, usable_keys)
+            num_shared = len(cache_row.blocks)
+            if not blocks_to_come.isdisjoint(usable_keys[num_shared : num_shared + 1]):
+                self.cache.drop_row(cache_row)
+                continue
+            if not self.cache.reserve(cache_row, row.num_tokens):
+                self.cache.drop_row(cache_row)
+                return
+            self.waiting.remove(row)
+            self.rows.append(row)
+            row.cache_row = cache_row
+            if not row.tokens:
+                row.cached_tokens = cache_row.length
+            blocks_to_come.update(row.block_keys[num_shared:])
+
+    def _set_block_keys(self, row: RunningRequest) -> None:
+        """Compute what the blocks of a row are found by, for its rotation."""
+        row.rotation_key = self.model.get_rotation_key(row.num_tokens)
+        if self.can_share:
+            row.extend_block_keys()
+
+    def _list_blocks_to_come(self) -> set[bytes]:
+        """Return the keys of the blocks that the prompts of `rows` still lack."""
+        keys: set[bytes] = set()
+        for row in self.rows:
+            if _needs_prompt(row):
+                keys.update(row.block_keys[row.stored.length // BLOCK_TOKENS :])
+        return keys
+
+    def _compute_prompts(self, *, is_answering: bool) -> list[RunningRequest]:
+        """Compute prompts in the order of their rows, up to a number of tokens, and the first
+        token of those that are complete."""
+        budget = PREFILL_TOKENS
+        if self.chunk_tokens is not None:
+            budget = self.chunk_tokens if is_answering else IDLE_CHUNK_TOKENS
+        chunks: dict[RunningRequest, int] = {}
+        for row in self.rows:
+            if not _needs_prompt(row):
+                continue
+            missing = row.num_tokens - row.stored.length
+            is_whole = self.chunk_tokens is None
+            if chunks and (budget <= 0 or (is_whole and missing > budget)):
                 break
-            arriving.append(self.waiting.popleft())
-        return arriving
+            chunks[row] = missing if is_whole else min(missing, budget)
+            budget -= chunks[row]
+        if not chunks:
+            return []
+        rows = self._sort_rows(chunks)
+        tokens_by_row = [
+            row.context[row.stored.length : row.stored.length + chunks[row]] for row in rows
+        ]
+        with self._use_adapters(rows, [chunks[row] for row in rows]):
+            hidden_BH = self.model.prefill(
+                [row.stored for row in rows],
+                tokens_by_row,
+                self.cache,
+                [row.num_tokens for row in rows],
+            )
+        is_complete = [row.stored.length == row.num_tokens for row in rows]
+        complete = [row for row, done in zip(rows, is_complete, strict=True) if done]
+        if complete:
+            hidden_BH = hidden_BH[torch.tensor(is_complete, device=hidden_BH.device)]
+            self._add_next_tokens(hidden_BH, complete)
+        return complete
+
+    # ---------------------------------------------------------------- answers
+
+    def _extend_answers(self, answering: Sequence[RunningRequest]) -> list[RunningRequest]:
+        """Compute one more token of each row. If there are not enough blocks, the youngest rows
+        are put back."""
+        for row in answering:
+            while row in self.rows and not self.cache.reserve(row.stored, row.num_tokens):
+                self._put_back(self.rows[-1])
+        rows = self._sort_rows([row for row in answering if row in self.rows])
+        if not rows:
+            return []
+        with self._use_adapters(rows, [1] * len(rows)):
+            hidden_BH = self.model.decode_step(
+                [row.stored for row in rows], [row.last_token for row in rows], self.cache
+            )
+        self._add_next_tokens(hidden_BH, rows)
+        return rows
+
+    def _sort_rows(self, rows: Iterable[RunningRequest]) -> list[RunningRequest]:
+        """Put rows of one adapter beside each other, and else in the order of their slots."""
+        return sorted(
+            rows, key=lambda row: (row.request.adapter, row.request.adapter_scale, row.stored.slot)
+        )
+
+    def _use_adapters(
+        self, rows: Sequence[RunningRequest], lengths: Sequence[int]
+    ) -> AbstractContextManager[None]:
+        if self.bank is None:
+            return nullcontext()
+        ranges: list[tuple[str, float, int]] = []
+        for row, length in zip(rows, lengths, strict=True):
+            ranges.append((row.request.adapter, row.request.adapter_scale, length))
+        return self.bank.use_rows(ranges)
+
+    def _publish_blocks(self, row: RunningRequest) -> None:
+        """Let later rows find the blocks that this one has filled."""
+        num_full = row.stored.length // BLOCK_TOKENS
+        if self.can_share and num_full > row.num_published:
+            row.extend_block_keys()
+            for index in range(row.num_published, num_full):
+                self.cache.pool.publish(row.stored.blocks[index], row.block_keys[index])
+            row.num_published = num_full
 
     @torch.no_grad()
     def _add_next_tokens(self, hidden_BH: Tensor, rows: Sequence[RunningRequest]) -> None:
-        """Choose the next token of each row. A row without finite logits ends with an error."""
+        """Choose the next token of each row, and drop the rows that end with it. A row without
+        finite logits ends with an error."""
         logits_BV = self.model.head.compute_logits(hidden_BH)
         is_finite_B = logits_BV.amax(dim=-1).isfinite()
         if not bool(is_finite_B.all()):
-            fix = "lower learning_rate, or use dtype: fp32"
             for row, is_finite in zip(rows, is_finite_B.tolist(), strict=True):
                 if not is_finite:
-                    row.fail(GateError("the model's logits are NaN or infinite", fix=fix))
-            rows = [row for row in rows if row.error is None]
-            logits_BV = logits_BV[is_finite_B]
-        if not rows:
-            return
+                    row.fail(GateError("the model's logits are NaN or infinite", fix=LOGITS_FIX))
+        answered = [row for row in rows if row.error is None]
+        if answered:
+            self._sample_tokens(logits_BV[is_finite_B], answered)
+        for row in rows:
+            if row.error is None:
+                self._publish_blocks(row)
+            if row.finish_reason:
+                self._drop_row(row)
+
+    def _sample_tokens(self, logits_BV: Tensor, rows: Sequence[RunningRequest]) -> None:
         raw_BV = logits_BV.clone() if any(_has_logprobs(row) for row in rows) else logits_BV
         for logits_V, row in zip(logits_BV, rows, strict=True):
             _adjust_logits(logits_V, row)
@@ -313,12 +451,16 @@ class DecodeBatch:
         for row, token in zip(rows, tokens, strict=True):
             row.add_token(token)
 
-    def _drop_row(self, index: int) -> None:
-        """Drop a row as the cache does: the last row moves to the freed index."""
-        self.cache.drop_row(index)
-        last = self.rows.pop()
-        if index < len(self.rows):
-            self.rows[index] = last
+    def _drop_row(self, row: RunningRequest) -> None:
+        self.rows.remove(row)
+        self.cache.drop_row(row.stored)
+        row.cache_row = None
+        row.num_published = 0
+
+
+def _needs_prompt(row: RunningRequest) -> bool:
+    """Return whether more than the last token of a row is not stored yet."""
+    return row.stored.length == 0 or row.num_tokens - row.stored.length > 1
 
 
 def _has_logprobs(row: RunningRequest) -> bool:

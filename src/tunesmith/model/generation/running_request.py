@@ -6,14 +6,17 @@ the answer ended. Left out: which token is next (sampling.py), and the stored ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from tunesmith.core.errors import GateError
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.types import GenerationOutput, GenerationRequest, TokenLogprobs
+from tunesmith.model.cache_blocks import extend_block_keys
+from tunesmith.model.paged_cache import CacheRow
+from tunesmith.model.rotary import RotationKey
 
 DecodeFn = Callable[[Sequence[int]], str]
 FinishReason = Literal["", "end", "stop", "length", "cancelled", "error"]
@@ -112,8 +115,14 @@ class RunningRequest:
         self.logprobs: list[TokenLogprobs] = []  # of `tokens`, if the request wants them
         self.new_text = ""  # what the last token added to `text`
         self.finish_reason: FinishReason = ""
-        self.error: GateError | None = None  # why there is no answer
+        self.error: TunesmithError | None = None  # why there is no answer
         self.cached_tokens = 0  # of the prompt, whose keys and values were stored already
+        # what the cache stores of it, while it has a slot
+        self.cache_row: CacheRow | None = None
+        self.rotation_key: RotationKey = ()
+        self.block_keys: list[bytes] = []  # of its full blocks
+        self.num_published = 0  # blocks that other rows can find
+        self._origin: Hashable = None
         # on the CPU, for the same numbers on every device
         self.generator = torch.Generator().manual_seed(request.seed)
         self._end_ids = frozenset(request.end_ids or end_ids)
@@ -130,6 +139,34 @@ class RunningRequest:
         """The prompt and the answer so far."""
         return (*self.request.tokens, *self.tokens)
 
+    @property
+    def num_tokens(self) -> int:
+        """The length of the context."""
+        return len(self.request.tokens) + len(self.tokens)
+
+    @property
+    def last_token(self) -> int:
+        return self.tokens[-1] if self.tokens else self.request.tokens[-1]
+
+    @property
+    def stored(self) -> CacheRow:
+        """Its row of the cache."""
+        assert self.cache_row is not None, "the request waits"
+        return self.cache_row
+
+    def extend_block_keys(self) -> None:
+        """Compute the keys of the full blocks of the context, for `rotation_key`. Blocks are shared
+        within one adapter, scale and salt only."""
+        request = self.request
+        adapter = (request.adapter, request.adapter_scale)
+        if not request.adapter or not request.adapter_scale:
+            adapter = ("", 1.0)  # the base
+        origin = (*adapter, request.cache_salt, self.rotation_key)
+        if origin != self._origin:
+            self.block_keys.clear()
+            self._origin = origin
+        extend_block_keys(self.block_keys, origin, self.context)
+
     def add_token(self, token: int) -> None:
         """Append the next token and check whether the answer ends with it."""
         old_chars = len(self.text)
@@ -144,7 +181,7 @@ class RunningRequest:
             self._text.finish(self.tokens)
         self.new_text = self.text[old_chars:]
 
-    def fail(self, error: GateError) -> None:
+    def fail(self, error: TunesmithError) -> None:
         """End without an answer."""
         self.finish_reason = "error"
         self.error = error

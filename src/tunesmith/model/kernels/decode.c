@@ -1,14 +1,15 @@
 /* One more token per row of a generation: store its key and value, and attend with its queries to everything stored.
  * For CPUs with AVX512-BF16, forward only, with rotary embedding.
  *
- * One task is one row and one key/value head with the query heads that share it. It is bound by reading the buffers, so
- * the first `shared` tokens, which are the same in all rows, are read from row 0: they stay in the cache. Scores take
- * bf16 pairs and sum in fp32; softmax (in powers of two) and the sum of the values are fp32.
+ * One task is one row and one key/value head with the query heads that share it. It is bound by reading the stored
+ * tokens, which lie in blocks; rows that begin with the same tokens have the same blocks, which then stay in the
+ * processor's cache. Scores take bf16 pairs and sum in fp32; softmax (in powers of two) and the sum of the values are
+ * fp32.
  *
- * Shapes: q, out [rows, heads, width]; k, v [rows, kv_heads, width]; keys, values [slots, kv_heads, capacity, width];
- * places [rows], the position of each row's new token; cosine, sine [rows, width / 2], or NULL if q and k are already
- * rotated; sinks [heads], a score of each head that has no value, or NULL. width and capacity are multiples of 64.
- * scale > 0.
+ * Shapes: q, out [rows, heads, width]; k, v [rows, kv_heads, width]; keys, values [blocks, kv_heads, BLOCK, width];
+ * places [rows], the position of each row's new token; tables [rows, columns], the blocks of each row in order; cosine,
+ * sine [rows, width / 2], or NULL if q and k are already rotated; sinks [heads], a score of each head that has no value,
+ * or NULL. width is a multiple of 64. scale > 0.
  */
 #include "vectors.h"
 
@@ -16,15 +17,15 @@
 
 #ifdef VECTORS
 
-enum { COLUMNS = 4, STRIP = COLUMNS * LANES, HEADS = 4 };
+enum { COLUMNS = 4, STRIP = COLUMNS * LANES, HEADS = 4, BLOCK = 64 /* tokens: a multiple of LANES */ };
 
 typedef struct {
     const bf16 *q, *k, *v;
     bf16 *keys, *values, *out;
     Angles angles;
     const float *sinks;
-    const int64_t *places;
-    long rows, heads, kv_heads, width, capacity, shared, window;
+    const int64_t *places, *tables;
+    long rows, heads, kv_heads, width, columns, window;
     float scale;
 } Step;
 
@@ -77,26 +78,33 @@ static float weigh(float *scores, long begin, long first, long length, float sca
     return 1.0f / (_mm512_reduce_add_ps(total) + exp2f(sink - peak));
 }
 
-/* Addresses of the stored tokens of a row's head: those before `shared` are in `common`. */
-typedef struct { const bf16 *common, *own; } Stored;
+/* The stored tokens of one head of a row. */
+typedef struct {
+    const bf16 *stored;
+    const int64_t *table;
+    long kv_head;
+} Stored;
 
-INLINE const bf16 *at(Stored stored, long key, long last, long shared, long width) {
-    return (last < shared ? stored.common : stored.own) + key * width;
+INLINE const bf16 *at(const Step *s, Stored x, long key) {
+    return x.stored + ((x.table[key / BLOCK] * s->kv_heads + x.kv_head) * BLOCK + key % BLOCK) * s->width;
 }
 
-/* The weighted sum of STRIP columns of the values, for several heads at once. */
-INLINE void add_values(const Step *s, Stored values, const float *weights, long stride, const float *factors, long first,
-                       long length, bf16 *out, const int heads) {
+/* The weighted sum of STRIP columns of the values from `column` on, for several heads at once. */
+INLINE void add_values(const Step *s, Stored values, long column, const float *weights, long stride, const float *factors,
+                       long first, long length, bf16 *out, const int heads) {
     __m512 sums[HEADS][COLUMNS];
     for (int h = 0; h < heads; h++)
         for (int c = 0; c < COLUMNS; c++) sums[h][c] = _mm512_setzero_ps();
-    for (long key = first; key < length; key++) {
-        const bf16 *value = at(values, key, key, s->shared, s->width);
-        __m512 parts[COLUMNS];
-        for (int c = 0; c < COLUMNS; c++) parts[c] = load_wide(value + c * LANES);
-        for (int h = 0; h < heads; h++) {
-            __m512 weight = _mm512_set1_ps(weights[h * stride + key]);
-            for (int c = 0; c < COLUMNS; c++) sums[h][c] = _mm512_fmadd_ps(parts[c], weight, sums[h][c]);
+    for (long key = first; key < length;) {
+        const bf16 *value = at(s, values, key) + column;
+        long end = least(length, (key / BLOCK + 1) * BLOCK);
+        for (; key < end; key++, value += s->width) {
+            __m512 parts[COLUMNS];
+            for (int c = 0; c < COLUMNS; c++) parts[c] = load_wide(value + c * LANES);
+            for (int h = 0; h < heads; h++) {
+                __m512 weight = _mm512_set1_ps(weights[h * stride + key]);
+                for (int c = 0; c < COLUMNS; c++) sums[h][c] = _mm512_fmadd_ps(parts[c], weight, sums[h][c]);
+            }
         }
     }
     for (int h = 0; h < heads; h++)
@@ -107,43 +115,43 @@ INLINE void add_values(const Step *s, Stored values, const float *weights, long 
 static void step_task(const Step *s, long row, long kv_head, char *memory, long stride) {
     long width = s->width, half = width / 2, group = s->heads / s->kv_heads, place = s->places[row];
     long length = place + 1, first = s->window && length > s->window ? length - s->window : 0;
-    long begin = first / LANES * LANES, head = kv_head * s->capacity * width;
-    long own = row * s->kv_heads * s->capacity * width + head;
+    long begin = first / LANES * LANES;
+    const int64_t *table = s->tables + row * s->columns;
+    Stored keys = {s->keys, table, kv_head}, values = {s->values, table, kv_head};
+    long new_token = at(s, keys, place) - s->keys;
     Angles angles = s->angles.cosine ? (Angles){s->angles.cosine + row * half, s->angles.sine + row * half} : s->angles;
     float *scores = (float *)memory, *factors = scores + group * stride;
     bf16 *queries = (bf16 *)(factors + round_up(group, LANES)), *out = s->out + (row * s->heads + kv_head * group) * width;
-    copy_rows(s->k + (row * s->kv_heads + kv_head) * width, width, 1, width, angles, s->keys + own + place * width);
-    memcpy(s->values + own + place * width, s->v + (row * s->kv_heads + kv_head) * width, (size_t)width * sizeof(bf16));
+    copy_rows(s->k + (row * s->kv_heads + kv_head) * width, width, 1, width, angles, s->keys + new_token);
+    memcpy(s->values + new_token, s->v + (row * s->kv_heads + kv_head) * width, (size_t)width * sizeof(bf16));
     for (long g = 0; g < group; g++)
         copy_rows(s->q + (row * s->heads + kv_head * group + g) * width, width, 1, width, angles, queries + g * width);
-    Stored keys = {s->keys + head, s->keys + own}, values = {s->values + head, s->values + own};
     for (long key = begin; key < length; key += LANES)
         for (long g = 0; g < group; g++)
-            _mm512_storeu_ps(scores + g * stride + key, score(queries + g * width, at(keys, key, key + LANES - 1, s->shared, width), width));
+            _mm512_storeu_ps(scores + g * stride + key, score(queries + g * width, at(s, keys, key), width));
     for (long g = 0; g < group; g++) {
         float sink = s->sinks ? s->sinks[kv_head * group + g] * (float)M_LOG2E : -INFINITY;
         factors[g] = weigh(scores + g * stride, begin, first, length, s->scale, sink);
     }
     for (long g = 0; g < group; g += HEADS)
         for (long d = 0; d < width; d += STRIP) {
-            Stored strip = {values.common + d, values.own + d};
             const float *weights = scores + g * stride;
             switch (least(group - g, HEADS)) { /* a compile-time constant */
-                case 1: add_values(s, strip, weights, stride, factors + g, first, length, out + g * width + d, 1); break;
-                case 2: add_values(s, strip, weights, stride, factors + g, first, length, out + g * width + d, 2); break;
-                case 3: add_values(s, strip, weights, stride, factors + g, first, length, out + g * width + d, 3); break;
-                default: add_values(s, strip, weights, stride, factors + g, first, length, out + g * width + d, HEADS);
+                case 1: add_values(s, values, d, weights, stride, factors + g, first, length, out + g * width + d, 1); break;
+                case 2: add_values(s, values, d, weights, stride, factors + g, first, length, out + g * width + d, 2); break;
+                case 3: add_values(s, values, d, weights, stride, factors + g, first, length, out + g * width + d, 3); break;
+                default: add_values(s, values, d, weights, stride, factors + g, first, length, out + g * width + d, HEADS);
             }
         }
 }
 
 /* Returns 0, or 1 without memory for the scratch space. */
 int attend_rows(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *keys, bf16 *values, bf16 *out, const float *cosine,
-                const float *sine, const float *sinks, const int64_t *places, long rows, long heads, long kv_heads, long width,
-                long capacity, long shared, long window, float scale) {
-    Step step = {q, k, v, keys, values, out, {cosine, sine}, sinks, places, rows, heads, kv_heads, width, capacity, shared,
+                const float *sine, const float *sinks, const int64_t *places, const int64_t *tables, long rows, long heads,
+                long kv_heads, long width, long columns, long window, float scale) {
+    Step step = {q, k, v, keys, values, out, {cosine, sine}, sinks, places, tables, rows, heads, kv_heads, width, columns,
                  window, scale};
-    long stride = capacity + LANES, group = heads / kv_heads; /* so that heads do not share cache sets */
+    long stride = columns * BLOCK + LANES, group = heads / kv_heads; /* so that heads do not share cache sets */
     int failed = 0;
     #pragma omp parallel
     {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.types import PackLayout
-from tunesmith.model.kv_cache import RaggedKVCache
+from tunesmith.model.paged_cache import PagedKVCache
 from tunesmith.model.lora import project
 from tunesmith.model.mixers.chunks import Edges, find_edges, find_tails
 
@@ -161,7 +161,7 @@ class ShortConvolution(nn.Module):
         hidden_states: Tensor,
         *,
         layout: PackLayout,
-        kv_cache: RaggedKVCache | None = None,
+        kv_cache: PagedKVCache | None = None,
         **_others: object,
     ) -> Tensor:
         (bcx,) = project(hidden_states[0], [self.in_proj])
@@ -175,7 +175,7 @@ class ShortConvolution(nn.Module):
         b, c, x = bcx.chunk(3, dim=-1)
         return c * convolve_pack(b * x, self.conv.weight[:, 0], self.conv.bias, layout)
 
-    def _continue_rows(self, bcx: Tensor, layout: PackLayout, kv_cache: RaggedKVCache) -> Tensor:
+    def _continue_rows(self, bcx: Tensor, layout: PackLayout, kv_cache: PagedKVCache) -> Tensor:
         b, c, x = bcx.chunk(3, dim=-1)
         states = kv_cache.get_states(self)
         history = states[0] if states else None

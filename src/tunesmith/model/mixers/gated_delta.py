@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.types import PackLayout
-from tunesmith.model.kv_cache import RaggedKVCache
+from tunesmith.model.paged_cache import PagedKVCache
 from tunesmith.model.lora import project
 from tunesmith.model.mixers.convolution import count_history_bytes
 from tunesmith.model.mixers.scan import ScanInputs, ScanShape, continue_rows, scan_pack
@@ -56,7 +56,7 @@ class GatedDeltaNet(nn.Module):
         hidden_states: Tensor,
         *,
         layout: PackLayout,
-        kv_cache: RaggedKVCache | None = None,
+        kv_cache: PagedKVCache | None = None,
         **_others: object,
     ) -> Tensor:
         mixed_TC, gate, b_TH, a_TH = self.project_inputs(hidden_states[0])
@@ -119,7 +119,7 @@ def run_scan(
     inputs: ScanInputs,
     shape: ScanShape,
     layout: PackLayout,
-    kv_cache: RaggedKVCache | None,
+    kv_cache: PagedKVCache | None,
 ) -> Tensor:
     """Return the outputs [T, H * E] of a pack, or of the rows that the cache extends."""
     if kv_cache is None:

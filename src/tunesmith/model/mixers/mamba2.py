@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.core.types import PackLayout
-from tunesmith.model.kv_cache import RaggedKVCache
+from tunesmith.model.paged_cache import PagedKVCache
 from tunesmith.model.lora import project
 from tunesmith.model.mixers.gated_delta import count_state_bytes, run_norm, run_scan
 from tunesmith.model.mixers.scan import ScanInputs, ScanShape
@@ -59,7 +59,7 @@ class Mamba2Mixer(nn.Module):
         hidden_states: Tensor,
         *,
         layout: PackLayout,
-        kv_cache: RaggedKVCache | None = None,
+        kv_cache: PagedKVCache | None = None,
         **_others: object,
     ) -> Tensor:
         x_TH = hidden_states[0]

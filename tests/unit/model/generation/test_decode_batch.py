@@ -12,6 +12,7 @@ from tunesmith.core.types import GenerationRequest
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import DecodeBatch, generate
 from tunesmith.model.generation.running_request import RunningRequest
+from tunesmith.model.paged_cache import CacheRow, PagedKVCache
 
 Spell = Callable[[Sequence[int]], str]
 Prompts = list[tuple[int, ...]]
@@ -86,13 +87,14 @@ def test_a_cancelled_row_leaves_and_the_others_stay(
 class PoisonedRow:
     """A head whose logits are NaN for the row that starts with one token."""
 
-    def __init__(self, model: PackedCausalLM, batch: DecodeBatch, token: int) -> None:
-        self.prefill, self.decode_step, self.token = model.prefill, model.decode_step, token
-        self.batch = batch
+    def __init__(self, model: PackedCausalLM, token: int) -> None:
+        self.prefill, self.token = model.prefill, token
         model.prefill = self.poisoned_prefill  # type: ignore[method-assign]
 
-    def poisoned_prefill(self, prompts: Sequence[Sequence[int]], *args: Any) -> torch.Tensor:
-        hidden_BH = self.prefill(prompts, *args)
+    def poisoned_prefill(
+        self, rows: Sequence[CacheRow], prompts: Sequence[Sequence[int]], *args: Any
+    ) -> torch.Tensor:
+        hidden_BH = self.prefill(rows, prompts, *args)
         for row, prompt in enumerate(prompts):
             if prompt[0] == self.token:
                 hidden_BH[row] = torch.nan
@@ -106,7 +108,7 @@ def test_a_row_without_finite_logits_ends_alone(
     requests[2] = replace(requests[2], tokens=(1, *requests[2].tokens))
     alone = [answer(model, spell, request).tokens for request in requests]
     batch = make_batch(model, spell)
-    PoisonedRow(model, batch, token=1)
+    PoisonedRow(model, token=1)
     rows = [batch.submit(request) for request in requests]
     finish(batch)
     assert isinstance(rows[2].error, GateError)
@@ -152,9 +154,9 @@ def test_what_cannot_be_answered_is_refused_when_it_is_submitted(
 
 
 def compute_logits(model: PackedCausalLM, tokens: Sequence[int]) -> torch.Tensor:
-    """The stock network's logits after `tokens`, for models that are not adapted."""
-    batch = make_batch(model, lambda _: "")
-    hidden = batch.model.prefill([tokens], batch.cache)
+    """Return the logits [V] after `tokens`."""
+    cache = PagedKVCache(slots=1, num_blocks=4)
+    hidden = model.prefill([cache.add_row()], [tokens], cache)
     return model.head.compute_logits(hidden)[0].double()
 
 

@@ -12,11 +12,11 @@ from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.types import GenerationOutput, GenerationRequest
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 from tunesmith.model.adapters import scaled_adapter
+from tunesmith.model.cache_blocks import BLOCK_TOKENS
 from tunesmith.model.causal_lm import PackedCausalLM, load_network, wrap_model
 from tunesmith.model.generation import engine
 from tunesmith.model.generation.engine import generate, stream_answer
 from tunesmith.model.hub.resolve import resolve_model
-from tunesmith.model.kv_cache import RaggedKVCache
 
 Spell = Callable[[Sequence[int]], str]
 Prompts = list[tuple[int, ...]]
@@ -67,7 +67,7 @@ def test_a_common_beginning_is_computed_once_and_changes_nothing(
     family: str, prompts: Prompts, spell: Spell
 ) -> None:
     network = make_tiny_network(family)
-    beginning = tuple(range(2, 2 + engine.MIN_SHARED_TOKENS + 3))
+    beginning = tuple(2 + token % 50 for token in range(BLOCK_TOKENS + 3))
     prompts = [beginning + prompt for prompt in prompts] + [beginning]
     expected = [stock_answer(network, prompt, 6) for prompt in prompts]
     model = wrap_model(network, torch.float32)
@@ -214,12 +214,12 @@ def test_rows_fit_the_memory_for_keys_and_values(model: PackedCausalLM) -> None:
     assert engine.compute_max_batch_rows(model, [GenerationRequest((1,), most * 2)]) == 1
 
 
-def test_every_row_has_the_room_of_the_longest_in_blocks(model: PackedCausalLM) -> None:
-    """As the plan counts it: estimate_cache."""
-    cache = RaggedKVCache(slots=3, max_length=130)
-    model.prefill([(1,) * 20, (1,) * 5], cache)
-    stored = [x.nbytes for buffers in cache._kv_buffers.values() for x in buffers]
-    assert sum(stored) == 3 * 192 * model.cache_bytes_per_token
+def test_the_cache_has_room_for_the_longest_rows_in_blocks(model: PackedCausalLM) -> None:
+    """At most what the plan counts, where every row has the room of the longest."""
+    block_bytes = BLOCK_TOKENS * model.cache_bytes_per_token
+    requests = [GenerationRequest((1,) * n, 60) for n in (1, 4, 5, 68, 69, 250)]
+    blocks = [engine.compute_cache_bytes(model, requests, n) / block_bytes for n in (1, 2, 3, 6)]
+    assert blocks == [4, 4 + 3, 4 + 3 + 2, 4 + 3 + 2 + 2 + 1 + 1]
 
 
 def test_an_adapter_is_switched_off_without_a_copy(prompts: Prompts, spell: Spell) -> None:

@@ -22,12 +22,13 @@ from tiny_models import (
     make_tiny_network,
 )
 from tunesmith.core.types import PackLayout
+from tunesmith.model.cache_blocks import BLOCK_TOKENS
 from tunesmith.model.causal_lm import PackedCausalLM, load_network, wrap_model
 from tunesmith.model.hub.spec import read_spec
-from tunesmith.model.kv_cache import RaggedKVCache
 from tunesmith.model.layers import MIXER_CLASSES, MIXERS
 from tunesmith.model.mixers import convolution, gated_delta
 from tunesmith.model.mixers.scan import ScanInputs, ScanShape
+from tunesmith.model.paged_cache import CacheRow, PagedKVCache
 from tunesmith.model.save import save_adapter
 from tunesmith.train.preflight import run_preflight
 
@@ -230,50 +231,52 @@ def test_token_by_token_equals_one_forward(family: str) -> None:
     model.network.eval()
     rows = [make_tiny_document(n + 14, n).tokens_L[: n + 14].tolist() for n in (75, 1, 64)]
     lengths = [75, 1, 64]
-    cache = RaggedKVCache(4)
-    hidden = model.prefill([row[:n] for row, n in zip(rows, lengths, strict=True)], cache)
+    cache = PagedKVCache(4, num_blocks=8)
+    cache_rows = [cache.add_row() for _ in rows]
+    prompts = [row[:n] for row, n in zip(rows, lengths, strict=True)]
+    hidden = model.prefill(cache_rows, prompts, cache)
     expected = [compute_whole(model, row) for row in rows]
     for step in range(14):
         wanted = torch.stack([y[n + step - 1] for y, n in zip(expected, lengths, strict=True)])
         assert_near(hidden, wanted)
         tokens = [row[n + step] for row, n in zip(rows, lengths, strict=True)]
-        hidden = model.decode_step(tokens, cache)
+        hidden = model.decode_step(cache_rows, tokens, cache)
 
 
 @FAMILIES
 def test_states_follow_their_rows(family: str) -> None:
-    """A shared prefix, rows that leave and join, and prompts of one token after the prefix."""
+    """Prompts in chunks, also of one token, rows that leave and join, and rows in any order."""
     model = make_tiny_model(family, torch.float32)
     model.network.eval()
-    prefix = make_tiny_document(70, 9).tokens_L[:70].tolist()
-    rows = [prefix + make_tiny_document(n + 9, n).tokens_L[: n + 9].tolist() for n in (5, 1, 3)]
+    rows = [make_tiny_document(n, n).tokens_L[:n].tolist() for n in (84, 30, 77, 9)]
     expected = [compute_whole(model, row) for row in rows]
-    cache = RaggedKVCache(3)
-    model.prefill([prefix], cache)
-    cache.share_prefix()
-    ends = [75, 71, 73]
+    cache = PagedKVCache(3, num_blocks=8)
+    cache_rows: dict[int, CacheRow] = {}
 
-    def check(hidden: Tensor, order: list[int]) -> None:
-        wanted = torch.stack([expected[row][ends[row] - 1] for row in order])
+    def extend(**lengths: int) -> None:
+        """Run the next tokens of some rows and compare the last hidden states."""
+        order = [int(name[1:]) for name in lengths]
+        for row in order:
+            if row not in cache_rows:
+                cache_rows[row] = cache.add_row()
+        parts: list[list[int]] = []
+        for row, length in zip(order, lengths.values(), strict=True):
+            start = cache_rows[row].length
+            parts.append(rows[row][start : start + length])
+        hidden = model.prefill([cache_rows[row] for row in order], parts, cache)
+        wanted = torch.stack([expected[row][cache_rows[row].length - 1] for row in order])
         assert_near(hidden, wanted)
 
-    def step(order: list[int]) -> None:
-        hidden = model.decode_step([rows[row][ends[row]] for row in order], cache)
-        for row in order:
-            ends[row] += 1
-        check(hidden, order)
-
-    check(model.prefill([rows[1][:71]], cache), [1])  # one token: its state is not the prefix's
-    step([1])
-    check(model.prefill([rows[0][:75], rows[2][:73]], cache), [0, 2])
-    step([1, 0, 2])
-    cache.drop_row(0)
-    step([2, 0])
-    ends[1] = 71
-    check(model.prefill([rows[1][:71]], cache), [1])
-    step([2, 0, 1])
-    cache.drop_row(2)
-    step([2, 0])
+    extend(_0=70, _1=1)
+    extend(_1=1, _0=5)
+    extend(_2=3, _1=20)
+    extend(_0=1, _1=1, _2=1)
+    extend(_2=1, _0=1)
+    cache.drop_row(cache_rows[0])
+    extend(_2=66, _1=1)
+    extend(_3=1, _1=3)  # in the slot of row 0, whose state it does not see
+    extend(_1=1, _3=1)
+    extend(_2=1, _1=1, _3=1)
 
 
 @FAMILIES
@@ -281,13 +284,12 @@ def test_states_follow_their_rows(family: str) -> None:
 def test_a_row_needs_the_state_bytes_that_are_predicted(family: str, dtype: torch.dtype) -> None:
     model = make_tiny_model(family, dtype, method=None)
     slots = 3
-    cache = RaggedKVCache(slots)
-    model.prefill([(5, 6, 7)], cache)
+    cache = PagedKVCache(slots, num_blocks=2)
+    model.prefill([cache.add_row()], [(5, 6, 7)], cache)
     states = [state for layer in cache._state_buffers.values() for state in layer]
     assert sum(state.nbytes for state in states) == slots * model.state_bytes_per_row > 0
-    tokens = {keys.shape[2] for keys, _ in cache._kv_buffers.values()}
     kv_bytes = sum(x.nbytes for layer in cache._kv_buffers.values() for x in layer)
-    assert kv_bytes == slots * tokens.pop() * model.cache_bytes_per_token > 0
+    assert kv_bytes == 2 * BLOCK_TOKENS * model.cache_bytes_per_token > 0
 
 
 def test_dense_families_have_no_state() -> None:
