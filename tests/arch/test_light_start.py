@@ -53,6 +53,7 @@ def test_importing_the_package_loads_no_torch() -> None:
         "tunesmith.cli.views.data",
         "tunesmith.cli.views.plan",
         "tunesmith.cli.views.results",
+        "tunesmith.evaluate.live",
         "tunesmith.evaluate.model_ref",
         "tunesmith.evaluate.regression_gate",
         "tunesmith.report.page",
