@@ -43,6 +43,8 @@ from tiny_models import (
 from tunesmith.core.errors import GateError, TunesmithError
 from tunesmith.core.events import TrainStep
 from tunesmith.core.types import Document, GenerationRequest, NewToken
+from tunesmith.data.collate import collate
+from tunesmith.data.packing import pack_step
 from tunesmith.evaluate.loglikelihood import compute_mean_states, compute_nll
 from tunesmith.model.adapters import METHODS
 from tunesmith.model.causal_lm import (
@@ -63,6 +65,7 @@ from tunesmith.session.preflight_probe import (
 from tunesmith.train.checkpoint import STATE_FILE
 from tunesmith.train.kto import measure_kl
 from tunesmith.train.loop import TrainingLoop
+from tunesmith.train.losses import LossNormalizer, compute_step_terms
 from tunesmith.train.optimizer import restore_moments
 from tunesmith.train.preflight import run_preflight
 
@@ -287,7 +290,8 @@ POLICIES = ("none", "selective", "full")
 
 
 def train_large(num_layers: int, **settings: Any) -> Record:
-    """Record a run of one step on chats of 350 tokens, a third of them trained, from the start."""
+    """Record a run on chats of 350 tokens, a third of them trained, from the start. Kernels and
+    bytes are those of one pack, forward and backward, after the first update."""
     documents: list[Document] = []
     for index in range(LARGE_TOKENS // 350):
         tokens_L = np.random.default_rng(index).integers(5, 1000, 351)
@@ -297,13 +301,29 @@ def train_large(num_layers: int, **settings: Any) -> Record:
     config = Qwen3Config(**LARGE, num_hidden_layers=num_layers)
     with recording() as record:
         model = make_model(config, lora_r=16, **settings)
-        num_kernels, num_uploads = record.num_kernels, record.uploads
+        num_uploads = record.uploads
         loop = make_loop(model, documents, pack_length=LARGE_TOKENS)
         keep_saved(model, record)
         take_step(loop)
-        record.step_kernels = record.num_kernels - num_kernels
         record.uploads -= num_uploads
+        num_kernels, num_bytes = record.num_kernels, record.moved_bytes
+        run_pack(loop, documents)
+        record.step_kernels = record.num_kernels - num_kernels
+        record.step_bytes = record.moved_bytes - num_bytes
     return record
+
+
+def run_pack(loop: TrainingLoop, documents: Sequence[Document]) -> None:
+    """Run a pack forward and backward, as a step of several packs does with its first."""
+    model = loop.model
+    model.network.train()
+    (pack,) = pack_step(documents, LARGE_TOKENS)
+    normalizer = LossNormalizer.from_documents(documents)
+    batch = collate(pack, model.device)
+    terms = compute_step_terms(model, batch, normalizer, loop.loss_config)
+    torch.stack(
+        [term.coefficient * term.sum / term.count for term in terms.values()]
+    ).sum().backward()
 
 
 def keep_saved(model: PackedCausalLM, record: Record) -> None:
@@ -452,6 +472,7 @@ def run_case(case: Callable[[], Record]) -> dict[str, Any]:
         "reads": record.reads,
         "uploads": record.uploads,
         "step_kernels": record.step_kernels,
+        "step_bytes": record.step_bytes,
         "saved_bytes": record.saved_bytes,
         "peak_bytes": record.peak_bytes,
         "kernels": dict(record.kernels.most_common()),

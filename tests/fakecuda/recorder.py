@@ -27,6 +27,9 @@ FREE = {
     *("aten::is_same_size", "aten::sym_size", "prim::device"),
 }
 
+ROW_CHOICES = {"aten::embedding", "aten::index_select"}
+FILLS = {"aten::zeros", "aten::ones", "aten::zeros_like", "aten::fill_", "aten::zero_"}
+
 
 @dataclass
 class Record:
@@ -35,10 +38,12 @@ class Record:
     kernels: Counter[str] = field(default_factory=Counter[str])
     reads: int = 0
     uploads: int = 0  # copies from the host
+    moved_bytes: int = 0  # that kernels read and write, each tensor once
     live_bytes: int = 0
     peak_bytes: int = 0
     saved_bytes: int = 0  # set by a case: after the forward of the decoder
     step_kernels: int = 0  # set by a case
+    step_bytes: int = 0  # set by a case
 
     @property
     def num_kernels(self) -> int:
@@ -62,6 +67,8 @@ class Recorder(TorchDispatchMode):
         self._refuse_mixture(func, inputs)
         out = func(*args, **(kwargs or {}))
         outputs = list(_iter_tensors(out))
+        if func.namespace == "tunesmith":
+            outputs = inputs  # a kernel of ours fills what it is given
         on_gpu = [tensor for tensor in outputs if tensor.device.type == "cuda"]
         if func in COPIES and inputs[-1].device.type != outputs[0].device.type:
             if on_gpu:
@@ -70,6 +77,7 @@ class Recorder(TorchDispatchMode):
                 self._count_read(inputs[-1])
         elif on_gpu and not func.is_view and func._schema.name not in FREE:
             self.record.kernels[func._schema.name] += 1
+            self.record.moved_bytes += _count_moved_bytes(func, inputs, outputs)
         for tensor in on_gpu:
             self._track(tensor)
         return out
@@ -116,6 +124,21 @@ class Recorder(TorchDispatchMode):
             record.live_bytes -= size
 
         weakref.finalize(storage, forget)
+
+
+def _count_moved_bytes(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Return the bytes of all tensors of a kernel. Rows that an index chooses count as what comes
+    out, and what is filled is not read."""
+    name = func._schema.name
+    if name in ROW_CHOICES:
+        return 2 * sum(tensor.nbytes for tensor in outputs)
+    if name in FILLS:
+        return sum(tensor.nbytes for tensor in outputs)
+    tensors = {id(tensor): tensor for tensor in (*inputs, *outputs)}
+    moved = sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type == "cuda")
+    if func.namespace == "aten" and func._schema.is_mutable:
+        moved += sum(tensor.nbytes for tensor in outputs if id(tensor) in set(map(id, inputs)))
+    return moved
 
 
 def _iter_tensors(value: Any) -> Iterator[Tensor]:

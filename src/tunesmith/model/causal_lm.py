@@ -31,9 +31,11 @@ from tunesmith.model.experts import freeze_routing
 from tunesmith.model.frozen_weight import BlockedWeight, has_onednn_bf16, limit_onednn_cache
 from tunesmith.model.hub.stored_tensors import has_uniform_layers
 from tunesmith.model.hub.text_class import transformers_errors
+from tunesmith.model.kernels import ops
 from tunesmith.model.layers import (
     MIXERS,
     Embedding,
+    add_residuals_in_norms,
     apply_gradient_checkpointing,
     prune_last_layer,
     replace_layers,
@@ -43,6 +45,7 @@ from tunesmith.model.new_embeddings import get_new_rows
 from tunesmith.model.paged_cache import CacheRow, PagedKVCache
 from tunesmith.model.rotary import RotationKey, measure_documents, wrap_rotary
 from tunesmith.model.safetensors_io import find_nonfinite
+from tunesmith.model.stacked_adapters import buffer_adapters
 from tunesmith.model.text_network import check_weight_shapes, load_text_network
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -347,6 +350,9 @@ def wrap_model(
     _disable_dropout(network)
     freeze_routing(network)
     model = PackedCausalLM(network, dtype, backend)
+    if ops.is_gpu(network.device):
+        add_residuals_in_norms(model.decoder.layers)
+        buffer_adapters(list(find_lora_layers(network).values()), dtype)
     apply_gradient_checkpointing(list(model.decoder.layers), gradient_checkpointing)
     return model
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunesmith.core.types import PackLayout
 from tunesmith.model.attention import AttentionConfig, attend
 from tunesmith.model.experts import Experts, is_stock_experts
 from tunesmith.model.kernels import ops
-from tunesmith.model.paged_cache import PagedKVCache
 from tunesmith.model.lora import AnyGroup, LinearGroup, prepare_group, project
 from tunesmith.model.mixers.convolution import ShortConvolution
 from tunesmith.model.mixers.gated_delta import (
@@ -29,6 +29,7 @@ from tunesmith.model.mixers.gated_delta import (
 )
 from tunesmith.model.mixers.mamba2 import Mamba2Mixer
 from tunesmith.model.new_embeddings import get_new_rows
+from tunesmith.model.paged_cache import PagedKVCache
 
 
 class RMSNorm(nn.Module):
@@ -41,12 +42,21 @@ class RMSNorm(nn.Module):
         self.eps = float(eps)
         self.offset = offset
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, *, returns_sum: bool = False
+    ) -> Any:
+        """Return the norm of x; with `returns_sum`, the norm of residual + x, or of x, and what it
+        is the norm of."""
+        if returns_sum:
+            return ops.add_rms_norm(x, residual, self._get_factors(), self.eps)
+        return ops.rms_norm(x, self._get_factors(), self.eps)
+
+    def _get_factors(self) -> Tensor:
         if not self.offset:
-            return ops.rms_norm(x, self.weight, self.eps)
+            return self.weight
         # the sum would be rounded in bf16
         accum_dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return ops.rms_norm(x, self.weight.to(accum_dtype) + self.offset, self.eps)
+        return self.weight.to(accum_dtype) + self.offset
 
 
 class Attention(nn.Module):
@@ -83,7 +93,7 @@ class Attention(nn.Module):
         positions_to_keep: Tensor | None = None,
         **_others: object,
     ) -> tuple[Tensor, None]:
-        projected = project(hidden_states[0], [self.q_proj, self.k_proj, self.v_proj])
+        projected = project(hidden_states.squeeze(0), [self.q_proj, self.k_proj, self.v_proj])
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q)
@@ -100,6 +110,8 @@ class Attention(nn.Module):
         return y_TH[None], None
 
 
+# the tables of the forward in work, one for each kind of layer
+@functools.lru_cache(maxsize=2)
 def halve_cos_sin(cosine: Tensor, sine: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Convert the stock tables [1, T, D], which repeat each half, to [T, D/2] in fp32 or wider.
     Those of gpt-oss have one half."""
@@ -178,6 +190,32 @@ class Mlp(nn.Module):
         down = prepare_group([self.down_proj], x.dtype)
         parameters = (*gate_up.parameters, *down.parameters)
         return _GatedMlp.apply(x, gate_up, down, self.is_gelu, self.should_recompute, *parameters)
+
+
+class PreNormLayer(GradientCheckpointingLayer):
+    """A pre-norm decoder layer that adds its residuals in the kernels of its norms."""
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        self.self_attn = stock.self_attn
+        self.mlp = stock.mlp
+        self.input_layernorm = stock.input_layernorm
+        self.post_attention_layernorm = stock.post_attention_layernorm
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        normed, residual = self.input_layernorm(hidden_states, returns_sum=True)
+        out, _ = self.self_attn(hidden_states=normed, **kwargs)
+        normed, residual = self.post_attention_layernorm(out, residual, returns_sum=True)
+        return residual + self.mlp(normed)
+
+
+def add_residuals_in_norms(layers: nn.ModuleList) -> None:
+    """Replace plain pre-norm layers by PreNormLayers, in place."""
+    for index, layer in enumerate(layers):
+        has_multiplier = getattr(layer, "residual_multiplier", 1.0) != 1.0
+        is_plain = type(layer).__name__ in PRUNABLE_LAYERS and not has_multiplier
+        if is_plain and isinstance(layer.input_layernorm, RMSNorm):
+            layers[index] = PreNormLayer(layer)
 
 
 class PrunedLastLayer(nn.Module):

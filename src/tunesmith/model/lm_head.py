@@ -19,6 +19,8 @@ from tunesmith.model.kernels import ops
 from tunesmith.model.new_embeddings import NewTokenRows
 
 CHUNK_TARGETS = 128  # logits of a chunk: 128 x 49k bf16 = 12.6 MB, inside a common last-level cache
+# enough for a GPU to compute longer than it reads the weight; the reference has 14 bytes per logit
+TRITON_CHUNK_TARGETS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +68,9 @@ def _iter_loss_chunks(
     """Yield, chunk by chunk, its rows, their losses, and the gradient of their logits times
     `weights`. `cast_weight` is the head's weight in the dtype of the hidden states."""
     bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
-    for start in range(0, len(hidden), CHUNK_TARGETS):
-        rows = slice(start, start + CHUNK_TARGETS)
+    chunk_targets = TRITON_CHUNK_TARGETS if ops.find_triton(hidden) else CHUNK_TARGETS
+    for start in range(0, len(hidden), chunk_targets):
+        rows = slice(start, start + chunk_targets)
         logits = F.linear(hidden[rows], cast_weight, bias)
         losses, dlogits = ops.cross_entropy(
             logits, targets[rows], weights[rows], head.scale, head.softcap, label_smoothing

@@ -294,7 +294,7 @@ class LinearGroup:
         adapters = [linear.adapter for linear in self.linears]
         if not any(adapters) or any(mask is not None for mask in self.masks):
             return None
-        if ops.is_on_gpu(x_NI):
+        if ops.is_gpu(x_NI.device):
             grad_dtype = next(linear.grad_dtype for linear in self.linears if linear.adapter)
             return self.packed or StackedAdapters(adapters, grad_dtype)
         if len(x_NI) < self.min_rows or not lora.is_supported(x_NI, adapters):

@@ -30,6 +30,7 @@ from tunesmith.plan.memory import (
 )
 
 LOGIT_BYTES = 12  # three fp32 copies of each logit
+TRITON_CHUNK_TARGETS = 2048  # as in model/lm_head.py
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class GpuSoftware:
     rest_bytes: float = 2  # of embeddings, head and norms, with 4-bit weights
     saved_share: float = 1  # of what the modules of a layer save; .58 with torch.compile
     logit_tokens: int = CHUNK_TARGETS  # tokens whose logits are in memory at once
+    logit_bytes: int = LOGIT_BYTES
     context_bytes: int = 2**29  # CUDA and its libraries: .14 GiB on a T4, .5 on large cards
     fragmentation_share: float = 0.1  # of a step's temporary memory; 5 to 15% published
 
@@ -52,19 +54,27 @@ def estimate_gpu_memory(
     pack_tokens: int,
     software: GpuSoftware | None = None,
     cache: CacheSize = NO_CACHE,
+    has_triton: bool = True,
     **footprint: Any,
 ) -> dict[str, int]:
     """Return bytes by component.
 
-    `cache` is there while answers are generated, between steps. `software`
-    describes another trainer, which has no low-precision copies of what it trains."""
+    `cache` is there while answers are generated, between steps. `has_triton` says whether our
+    kernels run, or plain torch. `software` describes another trainer, which has no low-precision
+    copies of what it trains."""
     dtype_bytes = 2 if footprint["dtype"] == "bf16" else 4
     policy = footprint.get("gradient_checkpointing", "none")
     if software is None:
         software = GpuSoftware()
+        if has_triton:  # which writes the gradients of the logits in their place
+            software = GpuSoftware(logit_tokens=TRITON_CHUNK_TARGETS, logit_bytes=dtype_bytes)
         fixed_parts = estimate_fixed_memory(spec, layouts=1, **footprint)
         saved, temporary = _estimate_our_activations(
-            spec, dtype_bytes, policy, use_dora=footprint.get("dora", False)
+            spec,
+            dtype_bytes,
+            policy,
+            use_dora=footprint.get("dora", False),
+            norm_bytes=dtype_bytes if has_triton else 4,
         )
         activations = pack_tokens * saved
         temporary_bytes = pack_tokens * temporary
@@ -74,7 +84,7 @@ def estimate_gpu_memory(
             spec, pack_tokens, dtype_bytes, software, policy
         )
     parts = {"context": software.context_bytes, **fixed_parts}
-    head = LOGIT_BYTES * min(pack_tokens, software.logit_tokens) * spec.vocab_size
+    head = software.logit_bytes * min(pack_tokens, software.logit_tokens) * spec.vocab_size
     # the backward of the head is over before that of the layers begins
     parts["activations"] = activations + max(temporary_bytes - head, 0)
     parts["head"] = head
@@ -86,13 +96,13 @@ def estimate_gpu_memory(
 
 
 def _estimate_our_activations(
-    spec: ModelSpec, dtype_bytes: int, policy: str, *, use_dora: bool
+    spec: ModelSpec, dtype_bytes: int, policy: str, *, use_dora: bool, norm_bytes: int
 ) -> tuple[int, int]:
     """Return the bytes per token that our layers save for the backward pass, and the most that one
-    of them computes with. On a GPU, the norms save their inputs in fp32. Of recomputed layers, the
+    of them computes with. Plain torch saves the inputs of norms in fp32. Of recomputed layers, the
     activations of one and of the last are in memory, which is not recomputed."""
     saved = compute_saved_bytes(spec, dtype_bytes, use_dora=use_dora)
-    saved += (4 - dtype_bytes) * count_norm_inputs(spec)
+    saved += (norm_bytes - dtype_bytes) * count_norm_inputs(spec)
     temporary = compute_temporary_bytes(spec, dtype_bytes)
     if policy == "full":
         layer = saved // spec.num_layers

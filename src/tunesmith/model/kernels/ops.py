@@ -38,11 +38,17 @@ def is_supported(*tensors: Tensor) -> bool:
     return load_library() is not None
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Return whether a device is a GPU, or the CPU that stands in for one: where Triton interprets
+    (TRITON_INTERPRET=1), the code of a GPU runs on CPU tensors."""
+    return device.type == _get_triton_device()
+
+
 def find_triton(*tensors: Tensor) -> ModuleType | None:
-    """Return triton_ops if its kernels take these tensors. Triton is imported for the first CUDA
-    tensor, or CPU tensor where it interprets (TRITON_INTERPRET=1)."""
+    """Return triton_ops if its kernels take these tensors. Triton is imported for the first one on
+    a GPU."""
     for tensor in tensors:
-        if tensor.device.type != _get_triton_device() or tensor.dtype not in TRITON_DTYPES:
+        if not is_gpu(tensor.device) or tensor.dtype not in TRITON_DTYPES:
             return None
     return _load_triton()
 

@@ -1,0 +1,72 @@
+"""Run models on the path of a GPU, or of a CPU, and write what comes out.
+
+    python gpu_path.py FILE     with TRITON_INTERPRET=1, CPU tensors take the path of a GPU
+
+FILE holds the losses, gradients and updated weights of each case. In fp32 both paths compute the
+same up to the order of sums; no case is in bf16, to which the interpreter truncates."""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tiny_models import (
+    collate_documents,
+    compute_mean_loss,
+    make_tiny_documents,
+    make_tiny_model,
+)
+from tunesmith.model.adapters import find_lora_layers, get_trainable_parameters
+from tunesmith.train.optimizer import make_optimizer, step_optimizer
+
+
+def train(family: str, *, steps: int = 1, **settings: Any) -> dict[str, Tensor]:
+    """Return the losses, the first gradients and the weights after an update."""
+    model = make_tiny_model(family, backend="sdpa", **settings)
+    is_gpu_path = os.environ.get("TRITON_INTERPRET") == "1"
+    for layer in find_lora_layers(model.network).values():
+        assert (layer.buffer is not None) == is_gpu_path
+    model.network.train()
+    batch = collate_documents(make_tiny_documents((5, 17, 9)))
+    parameters = get_trainable_parameters(model.network)
+    optimizer = make_optimizer(parameters.values(), weight_decay=0.01)
+    found: dict[str, Tensor] = {}
+    for step in range(steps):
+        loss = compute_mean_loss(model, batch, 20.0)
+        loss.backward()
+        found[f"loss {step}"] = loss.detach()
+        for name, parameter in parameters.items():
+            if step == 0 and parameter.grad is not None:
+                found[f"gradient {name}"] = parameter.grad.clone()
+        step_optimizer(optimizer, 1e-3)
+        optimizer.zero_grad()
+    return found | {name: value.detach().clone() for name, value in parameters.items()}
+
+
+CASES: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "llama": partial(train, "llama"),
+    "qwen3": partial(train, "qwen3", gradient_checkpointing="full"),
+    "granite": partial(train, "granite"),
+    "gemma2": partial(train, "gemma2", gradient_checkpointing="selective"),
+    "dora": partial(train, "llama", use_dora=True),
+    "full": partial(train, "qwen3", method="full"),
+}
+
+
+def main(file: Path) -> None:
+    torch.set_num_threads(1)
+    found: dict[str, Tensor] = {}
+    for name, case in CASES.items():
+        for key, tensor in case().items():
+            found[f"{name}: {key}"] = tensor.contiguous()
+    save_file(found, file)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
