@@ -53,7 +53,6 @@ def test_importing_the_package_loads_no_torch() -> None:
         "tunesmith.cli.views.data",
         "tunesmith.cli.views.plan",
         "tunesmith.cli.views.results",
-        "tunesmith.evaluate.live",
         "tunesmith.evaluate.model_ref",
         "tunesmith.evaluate.regression_gate",
         "tunesmith.report.page",
@@ -80,6 +79,11 @@ def test_compare_and_report_load_no_model_library(tmp_path: Path) -> None:
 def make_values(values: list[int]) -> MetricValues:
     ids = tuple(f"test.jsonl:{number}" for number in range(len(values)))
     return MetricValues("test", "exact_match", ids, tuple(map(float, values)))
+
+
+def test_asking_a_server_loads_no_torch() -> None:
+    """The tokenizer and the rows of a run are on this side, its model is on the other."""
+    assert not loaded_by("import tunesmith.evaluate.live") & {"torch", "transformers"}
 
 
 def test_verbs_without_a_model_load_no_torch() -> None:
