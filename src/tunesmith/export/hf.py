@@ -31,6 +31,7 @@ from tunesmith.model.merge import (
 from tunesmith.model.reference_load import encode_stock_prompts
 from tunesmith.model.save import rescale_adapter, save_config
 from tunesmith.session.provenance import PROVENANCE_FILE as PROVENANCE
+from tunesmith.session.provenance import drop_golden_answers
 from tunesmith.train.model_card import CARD_FILE, find_hub_name, note_scale
 
 
@@ -40,6 +41,7 @@ def write_peft(job: ExportJob) -> None:
     _copy_files(job)
     if job.run.scale != 1:
         rescale_adapter(job.folder, job.run.scale, job.run.token_rows, job.run.modules)
+        drop_golden_answers(job.folder)  # they are of scale 1
         note_scale(job.folder, job.run.scale, job.run.scale_points)
 
 

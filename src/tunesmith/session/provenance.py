@@ -3,16 +3,18 @@ loaded.
 
 In: the base model's folder and the renderer of a run. Out: a `Provenance`, or an InputError that
 lists every field that changed. It holds the hashes of the base weights, of the tokenizer and of the
-chat template, the keys of the base's config.json that decide what it computes, and a few
-conversations with their token ids: the same files may give other ids under another version of a
-library. The conversations are invented here, because an adapter is shared and its training rows
-should not be."""
+chat template, the template's variables, the keys of the base's config.json that decide what it
+computes, and a few conversations with their token ids: the same files may give other ids under
+another version of a library. Of an adapter it also holds a few answers with their
+log-probabilities, which show that it is applied (witness.py), and the schema of its answers. The
+conversations are invented here, because an adapter is shared and its training rows should not
+be."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.core.atomic import hash_file, read_manifest
@@ -59,9 +61,23 @@ class ReferencePrompt:
 
 
 @dataclass(frozen=True)
+class GoldenAnswer:
+    """The greedy answer of an adapter to an invented prompt, and the log-probability of each of its
+    tokens with the adapter and without it, in nats."""
+
+    messages: tuple[Json, ...]
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    base_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Provenance:
     """`now` is the date that templates render. `renderer` is a hash over everything that rendering
-    depends on, named special tokens included."""
+    depends on, named special tokens included. `variables` are chat_template_kwargs, None in a file
+    that was written without them; `schema` is response_schema, `weights_sha256` the hash of the
+    adapter's weights that gave the golden answers."""
 
     format: int
     tunesmith: str
@@ -74,13 +90,26 @@ class Provenance:
     end_ids: tuple[int, ...]
     now: str
     reference_prompts: tuple[ReferencePrompt, ...]
+    variables: Json | None = None
+    schema: Json | None = None
+    weights_sha256: str = ""
+    golden_answers: tuple[GoldenAnswer, ...] = ()
 
 
 def build_provenance(
-    name: str, base_sha256: dict[str, str], config: Json, renderer: Renderer, now: str
+    name: str,
+    base_sha256: dict[str, str],
+    config: Json,
+    renderer: Renderer,
+    now: str,
+    *,
+    schema: Json | None = None,
+    weights_sha256: str = "",
+    golden_answers: tuple[GoldenAnswer, ...] = (),
 ) -> Provenance:
     """Build the provenance of weights trained on the base called `name`; `base_sha256` comes from
-    `hash_weight_files`, `config` from its config.json."""
+    `hash_weight_files`, `config` from its config.json, `golden_answers` of an adapter from
+    `record_answers`."""
     reference_prompts: list[ReferencePrompt] = []
     for messages in ((), *SAMPLE_PROMPTS):
         has_tool_result = bool(messages) and messages[-1]["role"] == "tool"
@@ -102,6 +131,10 @@ def build_provenance(
         end_ids=renderer.end_ids,
         now=now,
         reference_prompts=tuple(reference_prompts),
+        variables=renderer.variables,
+        schema=schema,
+        weights_sha256=weights_sha256,
+        golden_answers=golden_answers,
     )
 
 
@@ -124,6 +157,13 @@ def _render_ids(
 
 def write_provenance(folder: Path, provenance: Provenance) -> None:
     (folder / PROVENANCE_FILE).write_bytes(dump_json(provenance, indent=2))
+
+
+def drop_golden_answers(folder: Path) -> None:
+    """Remove the recorded answers of an adapter whose weights are about to change."""
+    provenance = read_provenance(folder)
+    if provenance is not None and provenance.golden_answers:
+        write_provenance(folder, replace(provenance, weights_sha256="", golden_answers=()))
 
 
 def read_provenance(folder: Path) -> Provenance | None:
@@ -192,7 +232,11 @@ def _iter_differences(stored: Provenance, current: Provenance) -> Iterator[str]:
     if not is_same_tokenizer:
         yield _describe_change("tokenizer", stored.tokenizer_sha256, current.tokenizer_sha256)
     is_same_template = stored.template_sha256 == current.template_sha256
-    if is_same_tokenizer and is_same_template and stored.renderer != current.renderer:
+    has_changed_variables = stored.variables not in (None, current.variables)
+    if has_changed_variables:
+        yield f"chat_template_kwargs: {stored.variables} -> {current.variables}"
+    is_same_input = is_same_tokenizer and is_same_template and not has_changed_variables
+    if is_same_input and stored.renderer != current.renderer:
         yield _describe_change("names of special tokens", stored.renderer, current.renderer)
     if stored.end_ids != current.end_ids:
         yield f"end tokens: {list(stored.end_ids)} -> {list(current.end_ids)}"

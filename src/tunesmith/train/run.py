@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from tunesmith.core.atomic import atomic_dir
+from tunesmith.core.atomic import atomic_dir, hash_file
 from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError
 from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.hardware import read_peak_bytes
@@ -60,14 +60,16 @@ from tunesmith.evaluate.results import (
 )
 from tunesmith.evaluate.run_verdict import judge_run
 from tunesmith.model.adapters import get_trainable_parameters
+from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
 from tunesmith.model.oom import memory_errors
 from tunesmith.model.save import save_adapter, save_model, save_serving_files
 from tunesmith.plan.build import refuse_if_too_large
 from tunesmith.session import inputs
 from tunesmith.session.fingerprint import build_fingerprint
 from tunesmith.session.inputs import RunInputs
-from tunesmith.session.provenance import build_provenance, write_provenance
+from tunesmith.session.provenance import GoldenAnswer, build_provenance, write_provenance
 from tunesmith.session.session import Session, open_session
+from tunesmith.session.witness import record_answers
 from tunesmith.train import base_reference
 from tunesmith.train.full_data_check import check_all_texts
 from tunesmith.train.guard.guarded_loop import GuardedTraining, RunContext
@@ -293,12 +295,18 @@ def _save_weights(context: RunContext, session: Session) -> Path:
     renderer = session.renderer
     fingerprint = context.resume_state.fingerprint
     has_adapter = plan.config.method != "full"
+    weights_sha256 = ""
+    golden_answers: tuple[GoldenAnswer, ...] = ()
+    if has_adapter:
+        with context.stop.immediate(), memory_errors():
+            golden_answers = record_answers(session.model, renderer)
     target = context.folder.path / (ADAPTER_DIR if has_adapter else MODEL_DIR)
     trained = get_trainable_parameters(network).values()
     needed_bytes = sum(p.numel() * p.element_size() for p in trained)
     with atomic_dir(target, metadata=fingerprint, needed_bytes=needed_bytes) as scratch:
         if has_adapter:
             save_adapter(network, scratch, plan.values, base_dir)
+            weights_sha256 = hash_file(scratch / ADAPTER_WEIGHTS_FILE)
         else:
             save_model(network, scratch, base_dir, session.model.dtype)
         tokenizer_json = None
@@ -318,6 +326,9 @@ def _save_weights(context: RunContext, session: Session) -> Path:
             fingerprint["config"],
             renderer,
             plan.config.now,
+            schema=session.inputs.response_schema,
+            weights_sha256=weights_sha256,
+            golden_answers=golden_answers,
         )
         write_provenance(scratch, provenance)
     return target

@@ -112,6 +112,7 @@ class Renderer:
         self._text_end_override: int | None = None
         self._train_on: TrainedRoles = "answers"
         refuse_unused_kwargs(variables or {}, self.templates.values(), tokenizer.special_tokens)
+        self.variables = dict(variables or {})
         self._variables = TemplateVariables({**tokenizer.special_tokens, **(variables or {})})
         self._advisor: RowAdvisor | None = RowAdvisor(
             tokenizer, self.templates, variables or {}, self._can_render
