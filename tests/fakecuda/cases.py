@@ -305,11 +305,12 @@ def train_large(num_layers: int, **settings: Any) -> Record:
         loop = make_loop(model, documents, pack_length=LARGE_TOKENS)
         keep_saved(model, record)
         take_step(loop)
-        record.uploads -= num_uploads
+        num_uploads = record.uploads - num_uploads
         num_kernels, num_bytes = record.num_kernels, record.moved_bytes
         run_pack(loop, documents)
         record.step_kernels = record.num_kernels - num_kernels
         record.step_bytes = record.moved_bytes - num_bytes
+        record.uploads = num_uploads
     return record
 
 
@@ -327,11 +328,12 @@ def run_pack(loop: TrainingLoop, documents: Sequence[Document]) -> None:
 
 
 def keep_saved(model: PackedCausalLM, record: Record) -> None:
-    """Record the bytes that are in memory when the decoder is through, beside those before."""
+    """Record the bytes that are in memory when the decoder is through its first pack, beside those
+    before."""
     start_bytes = record.live_bytes
 
     def read(*_arguments: Any) -> None:
-        record.saved_bytes = record.live_bytes - start_bytes
+        record.saved_bytes = record.saved_bytes or record.live_bytes - start_bytes
 
     model.decoder.register_forward_hook(read)
 
