@@ -8,8 +8,6 @@ import torch
 
 from tiny_models import (
     END,
-    EXPERT_FAMILIES,
-    HYBRID_CONFIGS,
     make_branching_documents,
     make_tiny_documents,
     make_tiny_network,
@@ -24,6 +22,7 @@ from tunesmith.model.causal_lm import (
     get_sliding_window,
     wrap_model,
 )
+from tunesmith.model.stock_network import StockNetwork
 from tunesmith.session.preflight_probe import (
     PreflightSamples,
     TokenIdCheck,
@@ -31,7 +30,6 @@ from tunesmith.session.preflight_probe import (
     choose_positions,
     choose_sharing_documents,
     compute_oracle_logits,
-    record_beginning,
 )
 from tunesmith.train.preflight import run_preflight
 
@@ -64,11 +62,7 @@ def prepare_model(
         for d in documents
     )
     oracle = compute_oracle_logits(network, documents)
-    blocks = [
-        record_beginning(network, d)
-        for d in documents
-        if family in HYBRID_CONFIGS or family in EXPERT_FAMILIES
-    ]
+    stock_network = StockNetwork(network)
     METHODS[method](network, ADAPTER)
     return wrap_model(network, dtype), PreflightSamples(
         documents,
@@ -76,7 +70,7 @@ def prepare_model(
         frozenset({END}),
         (TokenIdCheck("rows:1", True),),
         oracle=oracle,
-        block_outputs=tuple(blocks),
+        stock=stock_network,
     )
 
 

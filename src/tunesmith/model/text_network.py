@@ -68,7 +68,7 @@ def find_stored(parameters: Mapping[str, StoredParameter], name: str) -> StoredP
     return parameters.get(name) or parameters.get(name.partition(".")[2])
 
 
-class _EmptyOnMeta(TorchFunctionMode):
+class EmptyOnMeta(TorchFunctionMode):
     """Creates the tensors of torch.empty, which are weights, without memory. Computed tables stay
     real."""
 
@@ -85,7 +85,7 @@ def build_empty_network(
 ) -> PreTrainedModel:
     """Build the stock network, or its first `num_layers`, without memory for weights."""
     config: Any = load_text_config(folder)
-    with transformers_errors(folder), _EmptyOnMeta():
+    with transformers_errors(folder), EmptyOnMeta():
         if num_layers is not None:
             _truncate_config(config, num_layers)
         return AutoModelForCausalLM.from_config(config, dtype=dtype)

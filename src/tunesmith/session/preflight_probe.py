@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from torch import Tensor
 
-from tunesmith.core.types import Batch, Document, Example, ModelSpec, PackLayout
+from tunesmith.core.types import Batch, Document, Example, PackLayout
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.collate import Device, collate
 from tunesmith.data.packing import count_input_tokens, pack_step
@@ -26,9 +26,9 @@ from tunesmith.model.causal_lm import (
     compute_stock_logits,
     has_attention_layer,
 )
-from tunesmith.model.layer_outputs import BlockOutputs, record_block_outputs
 from tunesmith.model.packed_weights import Rounding
 from tunesmith.model.rotary import get_shortest_limit
+from tunesmith.model.stock_network import StockNetwork
 
 MAX_PACKED_DOCUMENTS = 3  # enough to see a leak or shifted labels, in seconds
 # tokens of each document in the isolation check; not a whole block of a kernel
@@ -40,7 +40,6 @@ TRUNCATED_SUFFIX = ", truncated"  # of the id of a document without its end
 BANNED_SUFFIX = ", banned"  # of the id of a document that only trains away from its answer
 MIN_CHECKED_CHARS = 12  # of an untrained message that must not be among the targets
 MAX_CHECKED_POSITIONS = 64  # per document, for which logits are compared
-MAX_RECORDED_TOKENS = 256  # of a document, from its beginning: two hidden states per layer
 ORACLE_TOKENS = 32  # of the document on which the stock model is compared with itself
 NO_ORACLE = "every document has one token"
 
@@ -107,9 +106,8 @@ class PreflightSamples:
     role_masks: tuple[RoleMask, ...] | None = None  # of the first rows; None: answers are trained
     has_trained_answers: bool = True
     is_quantized: bool = False  # the plan's method keeps weights in 4 bits
-    # of the stock model, in the order of the documents, where rounding may change logits a lot:
-    # with experts, and with layers that carry state
-    block_outputs: tuple[BlockOutputs, ...] = ()
+    stock: StockNetwork | None = None  # to compare blocks with
+    is_adapted: bool = False  # training starts from an adapter
     oracle: OracleLogits | str = NO_ORACLE  # or why nothing was compared
     rounding: Rounding | None = None  # of FP8 weights
 
@@ -323,24 +321,6 @@ def compute_oracle_logits(network: Network, documents: Sequence[Document]) -> Or
             compute_cached_logits(network, tokens),
         )
     return NO_ORACLE
-
-
-def record_blocks(
-    network: Network, model: ModelSpec, documents: Sequence[Document]
-) -> tuple[BlockOutputs, ...]:
-    """Record the blocks of the stock network, for a model that amplifies rounding: with experts, or
-    with layers that carry state."""
-    has_state = any(mixer not in ("attention", "") for mixer in model.layer_mixers)
-    if not model.num_experts and not has_state:
-        return ()
-    return tuple(record_beginning(network, document) for document in documents)
-
-
-def record_beginning(network: Network, document: Document) -> BlockOutputs:
-    """Record the blocks of the stock network on the first tokens of a document."""
-    beginning = truncate(document, MAX_RECORDED_TOKENS)
-    tokens = beginning.tokens_L[: count_input_tokens(beginning)].tolist()
-    return record_block_outputs(network, tokens, choose_positions(beginning))
 
 
 # ---------------------------------------------------------------- packs

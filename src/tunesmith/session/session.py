@@ -47,6 +47,7 @@ from tunesmith.model.new_embeddings import init_new_rows
 from tunesmith.model.packed_weights import measure_rounding
 from tunesmith.model.quantization import build_truncated_network, load_quantized
 from tunesmith.model.save import load_adapter, stock_with_adapter
+from tunesmith.model.stock_network import StockNetwork
 from tunesmith.model.target_modules import has_only_words, match_saved_parameters
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.preflight_probe import (
@@ -61,7 +62,6 @@ from tunesmith.session.preflight_probe import (
     compute_oracle_logits,
     mark_banned,
     mark_longer,
-    record_blocks,
 )
 
 EXTREME_ROWS = 3  # shortest and longest rows of the others
@@ -145,8 +145,10 @@ def open_session(plan: Plan, inputs: RunInputs) -> Session:
             samples,
             oracle=compute_oracle_logits(network, samples.documents),
             rounding=measure_rounding(inputs.model.path, DTYPES[plan.config.dtype]),
-            block_outputs=record_blocks(network, inputs.model, samples.documents),
         )
+    samples = dataclasses.replace(
+        samples, stock=StockNetwork(network), is_adapted=adapter is not None
+    )
     model = _wrap_network(network, plan, inputs)
     return Session(
         plan,

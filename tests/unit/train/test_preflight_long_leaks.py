@@ -17,6 +17,7 @@ from tunesmith.train.preflight import run_preflight
 from tunesmith.train.preflight_isolation import FEW_TOKENS, GROUP_TOKENS, compare_hidden
 
 ROWS = (100, 130, 160, 250)
+REFUSALS = ("hidden states in a pack differ", "packed loss", "is off by")
 
 
 def continue_long_documents(layout: PackLayout) -> PackLayout:
@@ -48,7 +49,7 @@ def test_a_state_that_continues_in_the_next_document_is_refused(
     monkeypatch.setattr(gated_delta, "scan_pack", leak_layout(gated_delta.scan_pack, 2))
     monkeypatch.setattr(convolution, "convolve_pack", leak_layout(convolution.convolve_pack, 3))
     refusal = get_refusal(model, samples)
-    assert "hidden states in a pack differ" in refusal or "packed loss" in refusal
+    assert any(text in refusal for text in REFUSALS)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "granite", "qwen3_moe"])
@@ -59,7 +60,7 @@ def test_attention_to_the_document_before_is_refused(
     assert run_preflight(model, samples)
     monkeypatch.setattr(layers, "attend", leak_layout(layers.attend, 3))
     refusal = get_refusal(model, samples)
-    assert "hidden states in a pack differ" in refusal or "packed loss" in refusal
+    assert any(text in refusal for text in REFUSALS)
 
 
 def test_the_worst_group_of_tokens_counts() -> None:

@@ -1,0 +1,291 @@
+"""Compare our network with the stock one block by block, each on the stock's own inputs.
+
+    for difference in compare_layers(model, stock, packs, dtype): ...
+
+In: our model, the stock's modules, and packs of documents. Out: the difference of every block
+(attention, other mixers, MLPs, experts, norms, routers), of each layer, of the embeddings, of the
+final norm and of the head. Transformers computes each document alone, one layer after another; our
+layer gets the same inputs, packed. After a block of ours has run, its output is replaced by the
+stock's: a difference is a block's own, however deep the network is, and a router that meets a tie
+does not change what follows. With `dtype` wider than the model's, copies of the layers compute in
+it, one at a time: what remains is no rounding of bf16. Left out: tolerances and errors (train/)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.core.types import Batch
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.stock_network import (
+    StockNetwork,
+    choose_head_rows,
+    fill_layer,
+    widen_layer,
+    widen_model,
+)
+from tunesmith.model.target_modules import PART_BY_MODULE, ROUTER
+
+# children of a layer that are blocks, beside norms; the others are activations
+BLOCK_NAMES = {name for name, part in PART_BY_MODULE.items() if part != ROUTER} | {"mixer"}
+TUPLE_LAYERS = ("FalconH1DecoderLayer",)  # layers that return their output in a tuple
+SMALL_ROW = 0.1  # of the mean norm of a block's rows: smaller rows are as precise as this
+
+
+@dataclass(frozen=True, eq=False)
+class ComparedPack:
+    """A pack for our network. `index_T` says which token of `documents`, one after another, each of
+    its tokens is."""
+
+    documents: tuple[Tensor, ...]  # of token ids
+    batch: Batch
+    index_T: Tensor
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much a part of ours differs from the stock's: of the token that differs most, relative
+    to the norm of its output, and of all tokens. Routers also say how many tokens they send to the
+    same experts."""
+
+    path: str
+    worst_token: float
+    mean: float
+    num_equal_choices: int = 0
+    num_choices: int = 0
+
+
+Outputs = dict[str, tuple[Tensor, ...]]  # path of a block -> its outputs, a row for each token
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """The hidden states [1, T, H] that a decoder passes to a layer, and what else."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@torch.no_grad()
+def compare_layers(
+    model: PackedCausalLM, stock: StockNetwork, packs: Sequence[ComparedPack], dtype: torch.dtype
+) -> Iterator[Difference]:
+    """Yield the differences of the network's parts on each pack, from the bottom to the top."""
+    is_wide = dtype != model.dtype
+    shell = stock.build_shell(model.network, dtype)
+    ours = widen_model(model, dtype) if is_wide else model
+    runs = [_PackRun(pack, shell, stock, ours) for pack in packs]
+    for run in runs:
+        yield run.compare_embeddings()
+    for index, layer in enumerate(model.decoder.layers):
+        stock_layer = fill_layer(stock.layers[index], layer, dtype)
+        our_layer = widen_layer(layer, dtype) if is_wide else layer
+        for run in runs:
+            yield from run.compare_layer(index, stock_layer, our_layer)
+    for run in runs:
+        yield from run.compare_head(shell, stock, ours)
+
+
+class _PackRun:
+    """One pack on its way through both networks."""
+
+    def __init__(
+        self, pack: ComparedPack, shell: Any, stock: StockNetwork, ours: PackedCausalLM
+    ) -> None:
+        self.pack = pack
+        num_tokens = len(pack.batch.tokens_T)
+        all_positions_S = torch.arange(num_tokens, device=ours.device)
+        self.batch = dataclasses.replace(pack.batch, positions_S=all_positions_S)
+        self.stock_calls: list[list[_Call]] = [[] for _ in pack.documents]
+        # shortest first: a stock rotary embedding that depends on the length keeps the longest
+        for document in sorted(range(len(pack.documents)), key=lambda d: len(pack.documents[d])):
+            with _skipped(stock.layers, self.stock_calls[document]):
+                shell(input_ids=pack.documents[document][None], use_cache=False)
+        self.our_calls: list[_Call] = []
+        with _skipped(ours.decoder.layers, self.our_calls):
+            ours.compute_hidden(self.batch)
+        self.states = [calls[0].hidden for calls in self.stock_calls]
+
+    def compare_embeddings(self) -> Difference:
+        return _measure("the embedding", self.our_calls[0].hidden, self._pack_rows(self.states))
+
+    def compare_layer(
+        self, index: int, stock_layer: nn.Module, our_layer: nn.Module
+    ) -> Iterator[Difference]:
+        """Compare a layer and its blocks, and go on with the stock's output."""
+        recorded: list[Outputs] = []
+        inputs_TH = self._pack_rows(self.states)
+        for document, calls in enumerate(self.stock_calls):
+            outputs: Outputs = {}
+            call = calls[index]
+            with _hooked(stock_layer, lambda path, rows, out=outputs: out.update({path: rows})):
+                out = stock_layer(self.states[document], *call.args, **call.kwargs)
+            self.states[document] = _get_first(out)
+            recorded.append(outputs)
+        differences: list[Difference] = []
+
+        def replace_output(path: str, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            parts = zip(*(outputs[path] for outputs in recorded), strict=True)
+            expected = tuple(self._pack_rows(part) for part in parts)
+            name = f"layers.{index}.{path}"
+            is_router = len(expected) > 1
+            choices = (rows[-1], expected[-1]) if is_router else None
+            differences.append(_measure(name, rows[0], expected[0], choices))
+            return expected
+
+        call = self.our_calls[index]
+        with _hooked(our_layer, replace_output):
+            out = our_layer(inputs_TH[None], *call.args, **call.kwargs)
+        if len(differences) != len(recorded[0]):
+            raise KeyError(f"the blocks of layer {index} differ: {', '.join(recorded[0])}")
+        yield from differences
+        expected_TH = self._pack_rows(self.states)
+        yield _measure(f"layers.{index} (the sum of its blocks)", _get_first(out), expected_TH)
+
+    def compare_head(
+        self, shell: Any, stock: StockNetwork, ours: PackedCausalLM
+    ) -> Iterator[Difference]:
+        """Compare the final norm and a part of the logits."""
+        normed: list[Tensor] = []
+        logits: list[Tensor] = []
+        for tokens_L, state in zip(self.pack.documents, self.states, strict=True):
+            with _skipped(stock.layers, [], state), _last_hidden(shell.base_model, normed):
+                logits.append(shell(input_ids=tokens_L[None], use_cache=False).logits[0])
+        with _skipped(ours.decoder.layers, [], self._pack_rows(self.states)[None]):
+            hidden_TH = ours.compute_hidden(self.batch)
+        expected_TH = self._pack_rows(normed)
+        yield _measure("the final norm", hidden_TH, expected_TH)
+        head = ours.head
+        rows = choose_head_rows(len(head.weight))
+        bias = None if head.bias is None else head.bias[rows]
+        weight = head.weight[rows].to(expected_TH.dtype)
+        head = dataclasses.replace(head, weight=weight, bias=bias, new_rows=None)
+        yield _measure("the head", head.compute_logits(expected_TH), self._pack_rows(logits))
+
+    def _pack_rows(self, documents: Sequence[Tensor]) -> Tensor:
+        """Return the rows of the pack's tokens, of outputs [1, T, H] or [T, H] by document."""
+        return torch.cat([_get_rows(rows) for rows in documents])[self.pack.index_T]
+
+
+# ---------------------------------------------------------------- differences
+
+
+def _measure(
+    path: str, ours: Tensor, stock: Tensor, choices: tuple[Tensor, Tensor] | None = None
+) -> Difference:
+    """Compare rows. A row of zeros in both is equal, NaN is not."""
+    accum_dtype = torch.promote_types(stock.dtype, torch.float32)
+    ours_TH = _get_rows(ours).to(accum_dtype)
+    stock_TH = stock.to(accum_dtype)
+    errors_T = (ours_TH - stock_TH).norm(dim=1)
+    norms_T = stock_TH.norm(dim=1)
+    mean_norm = norms_T.square().mean().sqrt()
+    sizes_T = norms_T.clamp(min=SMALL_ROW * mean_norm)
+    ratios_T = torch.where(errors_T == 0, errors_T, errors_T / sizes_T)
+    mean = errors_T.square().mean().sqrt()
+    mean = mean if mean == 0 else mean / mean_norm
+    num_equal = 0
+    if choices is not None:
+        ours_TK, stock_TK = (rows.sort(-1).values for rows in choices)
+        num_equal = int((ours_TK == stock_TK).all(-1).sum())
+    num_choices = 0 if choices is None else len(stock_TH)
+    return Difference(path, float(ratios_T.max()), float(mean), num_equal, num_choices)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def find_blocks(layer: nn.Module) -> dict[str, nn.Module]:
+    """Return path in the layer -> block or norm."""
+    return {
+        name: child
+        for name, child in layer.named_children()
+        if name in BLOCK_NAMES or "norm" in name
+    }
+
+
+def find_routers(layer: nn.Module) -> dict[str, nn.Module]:
+    """Return path in the layer -> router, whose last output are the chosen experts [T, K]."""
+    return {p: m for p, m in layer.named_modules() if type(m).__name__.endswith("Router")}
+
+
+@contextmanager
+def _hooked(
+    layer: nn.Module, handle: Callable[[str, tuple[Tensor, ...]], tuple[Tensor, ...] | None]
+) -> Iterator[None]:
+    """Call `handle` with the path and the output rows of each block and router, inside the block.
+    What it returns takes the place of the output."""
+    hooks: list[Any] = []
+    routers = find_routers(layer)
+    for path, module in (find_blocks(layer) | routers).items():
+
+        def run(_module: nn.Module, _inputs: Any, output: Any, path: str = path) -> Any:
+            parts = output if path in routers else (_get_first(output),)
+            replaced = handle(path, tuple(map(_get_rows, parts)))
+            if replaced is None:
+                return None
+            shaped = tuple(r.view_as(p) for r, p in zip(replaced, parts, strict=True))
+            if path in routers:
+                return shaped
+            return (*shaped, *output[1:]) if isinstance(output, tuple) else shaped[0]
+
+        hooks.append(module.register_forward_hook(run))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _skipped(
+    layers: nn.ModuleList, calls: list[_Call], output: Tensor | None = None
+) -> Iterator[None]:
+    """Inside the block the layers compute nothing: they store how they are called, and return
+    `output`, or their input."""
+    for layer in layers:
+
+        def skip(
+            hidden_states: Tensor,
+            *args: Any,
+            is_tuple: bool = type(layer).__name__ in TUPLE_LAYERS,
+            **kwargs: Any,
+        ) -> Any:
+            calls.append(_Call(hidden_states, args, kwargs))
+            out = hidden_states if output is None else output
+            return (out,) if is_tuple else out
+
+        layer.forward = skip
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextmanager
+def _last_hidden(decoder: nn.Module, states: list[Tensor]) -> Iterator[None]:
+    """Store the final hidden states that the decoder returns inside the block."""
+    hook = decoder.register_forward_hook(
+        lambda _module, _inputs, output: states.append(output.last_hidden_state)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _get_first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _get_rows(rows: Tensor) -> Tensor:
+    """Return [T, H] of [1, T, H] or [T, H]."""
+    return rows.reshape(-1, rows.shape[-1])
