@@ -1,6 +1,7 @@
 """The kernels of the convolution and the recurrence equal both token by token in fp64, on forests
 of segments, up to the rounding of what they return in bf16."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from preflight_models import prepare_model
 from scan_reference import (
     NUM_TAPS,
     convolve_path,
@@ -18,11 +20,13 @@ from scan_reference import (
     make_layout,
     run_recurrence,
 )
+from tiny_models import CONFIGS
 from tunesmith.core.types import PackLayout
 from tunesmith.model.kernels import scan as kernels
 from tunesmith.model.mixers import scan
 from tunesmith.model.mixers.chunks import list_taps
 from tunesmith.model.mixers.scan import ScanInputs, ScanShape, scan_pack
+from tunesmith.train.preflight import run_preflight
 
 pytestmark = pytest.mark.skipif(
     not kernels.is_available(), reason="needs a C compiler and AVX512-BF16"
@@ -210,3 +214,25 @@ def test_parts_of_a_group() -> None:
         shape = dataclasses.replace(DELTA, num_groups=groups, heads_per_group=heads_per_group)
         counts.append(shape.count_parts())
     assert counts == [1, 3, 8, 10, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("qwen3_5", {"linear_key_head_dim": 16, "linear_value_head_dim": 32}),
+        ("granitemoehybrid", {"mamba_d_state": 16}),
+    ],
+)
+def test_preflight_proves_a_network_that_runs_the_kernels(
+    family: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = copy.deepcopy(CONFIGS[family])
+    for name, size in sizes.items():
+        setattr(config, name, size)
+    monkeypatch.setitem(CONFIGS, family, config)
+    model, samples = prepare_model(family, torch.bfloat16)
+    shapes = [mixer.shape for mixer in model.network.modules() if hasattr(mixer, "shape")]
+    assert len(shapes) == 2
+    for shape in shapes:
+        assert kernels.is_supported(torch.zeros(1, 1, dtype=torch.bfloat16), shape)
+    assert run_preflight(model, samples)
