@@ -359,8 +359,8 @@ def test_a_run_left_after_a_checkpoint_goes_on_to_the_same_adapter(
     assert [step.step for step in select_steps(events)] == [3]
     assert read_adapter_bytes(broken) == read_adapter_bytes(straight)
     assert isinstance(straight.output_dir, Path)
-    provenance = read_provenance(straight.output_dir / "adapter")
-    assert read_provenance(broken.output_dir / "adapter") == provenance
+    provenances = [read_provenance(r.output_dir / "adapter") for r in (straight, broken)]
+    assert provenances[0].golden_answers == provenances[1].golden_answers != ()
     record = parse_as(RunRecord, read_json(broken.output_dir / "record.json"))
     assert record.steps == 3
 
