@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tunesmith.core.types import GenerationRequest, Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.evaluate.metrics import METRICS
 from tunesmith.model.generation import engine
-from tunesmith.model.generation.engine import generate
+from tunesmith.model.generation.engine import DecodeBatch, generate
 from tunesmith.model.generation.grammar import Grammar
 from tunesmith.session.inputs import load_inputs
 from tunesmith.session.session import load_starting_model
@@ -37,8 +38,9 @@ def renderer_of(folder: Path) -> Renderer:
     return Renderer.from_folder(folder, now=datetime(2026, 1, 1))
 
 
-def grammar_of(folder: Path, schema: Json = SCHEMA) -> Grammar:
-    return Grammar(schema, folder, vocab_size=259, end_ids=renderer_of(folder).end_ids)
+def grammar_of(folder: Path, schema: Json = SCHEMA, *, is_strict: bool = False) -> Grammar:
+    end_ids = renderer_of(folder).end_ids
+    return Grammar(schema, folder, vocab_size=259, end_ids=end_ids, is_strict=is_strict)
 
 
 def test_a_model_that_writes_letters_writes_json(
@@ -87,6 +89,41 @@ def test_what_the_grammar_leaves_to_the_model_is_told(folder: Path) -> None:
         folder, {"type": "array", "uniqueItems": True, "items": {"type": "integer"}}
     ).warnings
     assert "uniqueItems" in warning
+
+
+@pytest.mark.parametrize(
+    ("schema", "name"),
+    [
+        ({"type": "array", "uniqueItems": True, "items": {"type": "integer"}}, "uniqueItems"),
+        ({"type": "object", "properties": {"a": {"not": {"type": "null"}}}}, "not"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
+        ({"type": "string", "x-guidance": {"lenient": True}}, "x-guidance"),
+    ],
+)
+def test_a_strict_grammar_refuses_by_name_what_it_cannot_enforce(
+    folder: Path, schema: Json, name: str
+) -> None:
+    with pytest.raises(InputError, match=name):
+        grammar_of(folder, schema, is_strict=True)
+    assert grammar_of(folder, SCHEMA, is_strict=True).warnings == ()
+
+
+def test_a_grammar_without_a_next_token_ends_its_row_only(folder: Path, tmp_path: Path) -> None:
+    wish = make_tiny_recipe(folder, tmp_path)
+    model, renderer = load_starting_model(plan_recipe(wish), load_inputs(wish)), renderer_of(folder)
+    model.network.eval()
+    batch = DecodeBatch(
+        model, slots=2, decode=renderer.decode, end_ids=renderer.end_ids, cache_bytes=2**24
+    )
+    request = GenerationRequest(renderer.encode_prompt([{"role": "user", "content": "a"}]), 60)
+    brackets = tuple((token,) for token in range(259) if "{" in renderer.decode([token]))
+    grammar = grammar_of(folder, is_strict=True)
+    stuck = batch.submit(replace(request, bad_words_ids=brackets), grammar.start_answer())
+    held = batch.submit(request, grammar.start_answer())
+    while batch.has_work:
+        batch.step()
+    assert isinstance(stuck.error, InputError)
+    assert (held.finish_reason, METRICS["schema_valid"](held.text, "", SCHEMA)) == ("end", 1)
 
 
 def test_no_grammar_and_no_library_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

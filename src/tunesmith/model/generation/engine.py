@@ -375,7 +375,8 @@ class DecodeBatch:
         is_complete = [row.stored.length == row.num_tokens for row in rows]
         complete = [row for row, done in zip(rows, is_complete, strict=True) if done]
         if complete:
-            hidden_BH = hidden_BH[torch.tensor(is_complete, device=hidden_BH.device)]
+            places = [place for place, done in enumerate(is_complete) if done]
+            hidden_BH = hidden_BH.index_select(0, torch.tensor(places, device=hidden_BH.device))
             self._add_next_tokens(hidden_BH, complete)
         return complete
 
@@ -442,9 +443,21 @@ class DecodeBatch:
                 self._drop_row(row)
 
     def _sample_tokens(self, logits_BV: Tensor, rows: Sequence[RunningRequest]) -> None:
+        """Choose the next token of each row from finite logits. A row whose grammar or bans leave
+        no token ends with an error."""
         raw_BV = logits_BV.clone() if any(_has_logprobs(row) for row in rows) else logits_BV
         for logits_V, row in zip(logits_BV, rows, strict=True):
-            _adjust_logits(logits_V, row)
+            try:
+                _adjust_logits(logits_V, row)
+            except InputError as error:
+                row.fail(error)
+        possible = [index for index, row in enumerate(rows) if row.error is None]
+        if not possible:
+            return
+        if len(possible) < len(rows):
+            rows = [rows[index] for index in possible]
+            logits_BV = logits_BV[possible]
+            raw_BV = raw_BV[possible]
         requests = [row.request for row in rows]
         tokens = sample_tokens(logits_BV, requests, [row.generator for row in rows])
         _add_logprobs(raw_BV, tokens, rows)
@@ -479,7 +492,8 @@ def _add_logprobs(raw_BV: Tensor, tokens: Sequence[int], rows: Sequence[RunningR
 
 
 def _adjust_logits(logits_V: Tensor, row: RunningRequest) -> None:
-    """Apply the penalties, the biases, the bans and the grammar of a row, in place."""
+    """Apply the penalties, the biases, the bans and the grammar of a row, in place. Raises
+    InputError if they leave no token."""
     request = row.request
     if request.repetition_penalty != 1:
         penalize_repetition(logits_V, row.context, request.repetition_penalty)
@@ -487,8 +501,12 @@ def _adjust_logits(logits_V: Tensor, row: RunningRequest) -> None:
         penalize_answer_tokens(logits_V, row.tokens, request)
     for token, bias in request.logit_bias:
         logits_V[token] += bias
-    if banned_tokens := row.find_banned_tokens():
+    banned_tokens = row.find_banned_tokens()
+    if banned_tokens:
         logits_V[banned_tokens] = -torch.inf
     if row.grammar is not None:
         is_allowed_V = row.grammar.find_allowed(row.tokens).to(logits_V.device)
         logits_V.masked_fill_(~is_allowed_V, -torch.inf)
+    is_masked = bool(banned_tokens) or row.grammar is not None
+    if is_masked and not bool(logits_V.amax().isfinite()):
+        raise InputError("the grammar and the banned tokens leave no next token", where="request")
