@@ -35,7 +35,7 @@ from tunesmith.model.oom import OutOfMemory
 
 KeysValues = tuple[Tensor, Tensor]
 States = tuple[Tensor, ...]  # of a recurrent layer, each [rows, ...]
-MaskKey = tuple[int, int, int | None]  # first and last position, window
+MaskKey = tuple[int, int, int, int | None]  # new tokens, first and last stored position, window
 
 
 @dataclass(eq=False)
@@ -277,12 +277,14 @@ class PagedKVCache:
         self, positions_n1: Tensor, start: int, end: int, window: int | None, q: Tensor
     ) -> Tensor:
         """Return the mask of stored positions from `start` to `end` for new tokens [n, end -
-        start], built once for all layers. Prompts that end at different places have their own."""
+        start], built once for all layers. Prompts that begin or end at different places have their
+        own."""
         masks = self._current.masks
-        if (start, end, window) not in masks:
+        key = (len(positions_n1), start, end, window)
+        if key not in masks:
             distance = positions_n1 - torch.arange(start, end, device=q.device)
-            masks[start, end, window] = _build_score_mask(distance, window, q.dtype)
-        return masks[start, end, window]
+            masks[key] = _build_score_mask(distance, window, q.dtype)
+        return masks[key]
 
     def _gather_prefixes(self, kv_buffers: KeysValues) -> tuple[list[KeysValues], list[int]]:
         """Return the different beginnings that the rows have stored, as keys and values [L, K, D],
