@@ -56,6 +56,9 @@ PAGES = {
     "data lock": "guides/data",
     "data split": "guides/data",
     "schema": "reference/recipe",
+    "keys add": "guides/serve",
+    "keys list": "guides/serve",
+    "keys remove": "guides/serve",
 }
 
 
@@ -96,6 +99,8 @@ def test_every_verb_has_a_page_with_its_options() -> None:
             "target",
             "a",
             "b",
+            "sources",
+            "name",
         }
         options = set(inspect.signature(verb).parameters) - positional
         flags = {OPTION_FLAGS.get(option, f"--{option.replace('_', '-')}") for option in options}

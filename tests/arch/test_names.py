@@ -50,7 +50,7 @@ VERBS = set(
     revert rewrite roll rotate round roundtrip run sample save scale scan schedule score scrub
     seal search seed select send serialize serve set share shift shorten should show shrink
     shuffle sign simulate skip slice smooth snap solve sort split squeeze stack standardize
-    start step stop store stream stringify strip subsample subtract suggest sum summarize
+    start step stop store stream stringify strip submit subsample subtract suggest sum summarize
     supports swap sync synthesize take target tell thin throw tick time tokenize track train
     transform translate transpose trim truncate try tune undo unescape union unlink unlock
     unpack untie update upload use uses validate verify view visit wait walk warm warn watch
@@ -67,6 +67,7 @@ DICTATED = {
     "getitem",
     "getattr",
     "_output_child_to_const",
+    "capture_signals",
     *dir(str),
 }
 COMMANDS = {"schema", "doctor", "demo"}

@@ -23,6 +23,7 @@ from tunesmith.train import stages
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 STAGES = FOLDER / "stages.yaml"
+SERVE = FOLDER / "serve.yaml"  # of tests/unit/serve/test_settings.py
 CHOSEN: dict[str, Json] = {
     "qlora": {"method": "qlora", "optim": "adamw", "gradient_checkpointing": "none"},
     "dora": {"method": "lora", "use_dora": True, "lora_r": 8},
@@ -100,7 +101,7 @@ def run_small(path: Path, model: Path, folder: Path) -> list[Event]:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(FOLDER.glob("*.yaml")) - {STAGES}), ids=lambda path: path.stem
+    "path", sorted(set(FOLDER.glob("*.yaml")) - {STAGES, SERVE}), ids=lambda path: path.stem
 )
 def test_every_recipe_runs(path: Path, tiny_folder: Path, tmp_path: Path) -> None:
     model = save_writer_folder(tmp_path / "writer") if path.stem == "rehearsal" else tiny_folder

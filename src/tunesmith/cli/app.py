@@ -31,6 +31,7 @@ from tunesmith import __version__, api
 from tunesmith.cli import data as data_commands
 from tunesmith.cli import eval as eval_commands
 from tunesmith.cli import run as run_commands
+from tunesmith.cli import serve as serve_commands
 from tunesmith.cli.args import (
     AdviseArgs,
     AsJson,
@@ -367,6 +368,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "report": run_commands.report,
     "chat": eval_commands.chat,
     "export": export,
+    **serve_commands.VERBS,
     "verify": eval_commands.verify,
     "schema": schema,
 }
@@ -374,6 +376,7 @@ VERBS: dict[str, Callable[..., None]] = {
 GROUPS = {
     "data": "Check, view, select, review and split data.",
     "tune": "Find good recipe values with short runs.",
+    "keys": "Make, list and remove API keys of the server.",
 }
 
 

@@ -26,7 +26,7 @@ PANELS = {
     "Data": ("data",),
     "Train": ("plan", "tune", "train", "resume", "runs"),
     "Measure": ("eval", "compare", "report", "chat"),
-    "Ship": ("export", "verify", "schema"),
+    "Ship": ("export", "serve", "keys", "verify", "schema"),
 }
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -87,11 +87,20 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "tunesmith export runs/run-1 --to merged",
         "tunesmith export runs/run-1 --to gguf --type q8_0",
         "tunesmith export runs/run-1 --to hub --repo me/my-adapter",
+        "tunesmith export runs/run-1 runs/run-2 --to vllm --out served",
     ),
     "verify": (
         "tunesmith verify runs/run-1 --url http://localhost:8000/v1",
         "tunesmith verify runs/run-1 --url https://HOST/v1 --model NAME --key-env KEY",
     ),
+    "serve": (
+        "tunesmith serve runs/run-1",
+        "tunesmith serve runs/run-1@0.5 runs/run-2 --port 9000",
+        "tunesmith serve serve.yaml",
+    ),
+    "keys add": ("tunesmith keys add ci", "tunesmith keys add ops --scope metrics,admin"),
+    "keys list": ("tunesmith keys list",),
+    "keys remove": ("tunesmith keys remove ci",),
     "schema": ("tunesmith schema > recipe.schema.json",),
 }
 

@@ -1,0 +1,182 @@
+"""Verbs of the server: `serve`, and `keys` for its API keys.
+
+Each verb is a function; cli/app.py has the table. Imports are inside the functions, so that --help
+loads no web server. Left out: what a request does (serve/)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tunesmith.cli.args import AsJson
+from tunesmith.cli.help import complete_runs
+from tunesmith.cli.output import print_result, write_stderr
+from tunesmith.core.errors import MachineError
+
+KeysFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Key file; ~/.config/tunesmith/keys.json.",
+        show_default=False,
+    ),
+]
+
+SourcesArg = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RUN | serve.yaml",
+        autocompletion=complete_runs,
+        help="RUN, RUN@0.5, adapter folders, or a settings file.",
+        show_default=False,
+    ),
+]
+
+
+def serve(  # noqa: PLR0913 - every option is a flag
+    sources: SourcesArg = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Base model; that of the runs by default.", show_default=False
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="HOST", help="Address; 127.0.0.1 by default.", show_default=False),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(metavar="N", help="Port; 8000 by default.", show_default=False)
+    ] = None,
+    models_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Where PUT /admin/models finds runs.", show_default=False
+        ),
+    ] = None,
+    keys: KeysFile = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Serve without keys, on this machine only.")
+    ] = False,
+    open_metrics: Annotated[
+        bool, typer.Option("--open-metrics", help="/metrics and /ready need no key.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE", help="bf16 or fp32; the run's by default.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Serve runs behind OpenAI's API, many adapters on one base."""
+    settings_flags: dict[str, Any] = {
+        "base": base,
+        "host": host,
+        "port": port,
+        "models_dir": models_dir,
+        "keys": keys,
+        "auth": False if no_auth else None,
+        "open_metrics": open_metrics or None,
+        "dtype": dtype,
+    }
+    _require_extra()
+    from tunesmith.serve.server import prepare_server, run_server
+    from tunesmith.serve.settings import read_settings
+
+    settings = read_settings(sources or (), **settings_flags)
+    _log_to_stderr()
+    prepared = prepare_server(settings)
+    if prepared.new_key:
+        write_stderr(f"API key, shown once: {prepared.new_key}\n")
+    sys.exit(asyncio.run(run_server(prepared)))
+
+
+def _require_extra() -> None:
+    """Raise MachineError without the libraries of the extra."""
+    for library in ("starlette", "uvicorn", "prometheus_client"):
+        if find_spec(library) is None:
+            fix = "pip install 'tunesmith[serve]'"
+            raise MachineError(f"serving needs {library}", where="serve", fix=fix)
+
+
+def _log_to_stderr() -> None:
+    """Send the access log and messages of the server to stderr, a line each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("tunesmith", "uvicorn.error"):
+        logging.getLogger(name).addHandler(handler)
+    logging.getLogger("tunesmith").setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+
+# ---------------------------------------------------------------- keys
+
+
+def add_key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the key, for the log.")],
+    scope: Annotated[
+        str, typer.Option(metavar="SCOPE", help="infer, metrics or admin; several with commas.")
+    ] = "infer",
+    models: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Only these models, with commas.", show_default=False),
+    ] = None,
+    keys: KeysFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an API key of the server and show it once."""
+    from tunesmith.serve import keys as key_files
+
+    scopes: Any = _split_words(scope)
+    path = keys or key_files.find_keys_file()
+    secret, key = key_files.add_key(path, name, scopes=scopes, models=_split_words(models or ""))
+    output = {"key": secret, "name": key.name, "scopes": key.scopes, "models": key.models}
+    print_result(output, secret, as_json=as_json)
+
+
+def _split_words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def list_keys(keys: KeysFile = None, as_json: AsJson = False) -> None:
+    """List the API keys: names, scopes and models."""
+    from tunesmith.serve import keys as key_files
+
+    path = keys or key_files.find_keys_file()
+    entries = key_files.read_keys(path)
+    lines: list[str] = []
+    for key in entries:
+        models = ", ".join(key.models) or "all models"
+        lines.append(f"{key.name}  {', '.join(key.scopes)}  {models}  {key.created}")
+    output = [
+        {"name": key.name, "scopes": key.scopes, "models": key.models, "created": key.created}
+        for key in entries
+    ]
+    print_result({"keys": output}, "\n".join(lines) or f"no keys in {path}", as_json=as_json)
+
+
+def remove_key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the key.")],
+    keys: KeysFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove an API key; running servers refuse it at once."""
+    from tunesmith.serve import keys as key_files
+
+    path = keys or key_files.find_keys_file()
+    key_files.remove_key(path, name)
+    print_result({"removed": name}, f"removed {name}", as_json=as_json)
+
+
+VERBS = {
+    "serve": serve,
+    "keys add": add_key,
+    "keys list": list_keys,
+    "keys remove": remove_key,
+}

@@ -1,0 +1,124 @@
+"""The application: the table of routes, and what is around them.
+
+    app = build_app(server, settings, key_ring)
+
+A route is a line in `ROUTES`: path, method, handler, the scope that a key needs, the class of its
+body. The guard, the OpenAPI document and the tests read the same table, so that a route that is not
+in it does not exist. Left out: starting and stopping (server.py)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from tunesmith.serve import admin, handlers
+from tunesmith.serve.bodies import ChatBody, CompletionBody, ModelBody
+from tunesmith.serve.errors import NO_STORE, RequestError, make_error_body
+from tunesmith.serve.guard import Guard, GuardRules, list_hosts
+from tunesmith.serve.keys import KeyRing, Scope
+from tunesmith.serve.openapi import build_openapi
+from tunesmith.serve.settings import ServeSettings
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A route. `scope` None is open to everyone."""
+
+    method: str
+    path: str
+    handler: Callable[[Request], Awaitable[ASGIApp]]
+    scope: Scope | None
+    body: type[BaseModel] | None = None
+    success: int = 200
+
+
+async def get_openapi(_request: Request) -> JSONResponse:
+    """Return the OpenAPI document of this API."""
+    return JSONResponse(build_openapi(ROUTES), headers=NO_STORE)
+
+
+ROUTES: tuple[Endpoint, ...] = (
+    Endpoint("GET", "/health", handlers.get_health, None),
+    Endpoint("GET", "/ready", handlers.get_readiness, "metrics"),
+    Endpoint("GET", "/metrics", handlers.get_metrics, "metrics"),
+    Endpoint("GET", "/openapi.json", get_openapi, "infer"),
+    Endpoint("GET", "/v1/models", handlers.list_models, "infer"),
+    Endpoint("GET", "/v1/models/{model}", handlers.get_model, "infer"),
+    Endpoint("POST", "/v1/chat/completions", handlers.create_chat_completion, "infer", ChatBody),
+    Endpoint("POST", "/v1/completions", handlers.create_completion, "infer", CompletionBody),
+    Endpoint("POST", "/v1/embeddings", handlers.refuse_embeddings, "infer", success=404),
+    Endpoint("GET", "/admin/models/{model}", admin.get_admin_model, "admin"),
+    Endpoint("PUT", "/admin/models/{model}", admin.put_model, "admin", ModelBody),
+    Endpoint("DELETE", "/admin/models/{model}", admin.delete_model, "admin", success=204),
+    Endpoint("POST", "/admin/drain", admin.start_drain, "admin"),
+)
+OPEN_METRICS = ("/ready", "/metrics")
+
+
+def find_scope(path: str) -> Scope | None:
+    """Return the scope that a path needs. A path that is not there needs a key all the same."""
+    for endpoint in ROUTES:
+        pattern = re.sub(r"\{\w+\}", "[^/]+", endpoint.path)
+        if re.fullmatch(pattern, path):
+            return endpoint.scope
+    return "infer"
+
+
+def build_app(server: handlers.Server, settings: ServeSettings, keys: KeyRing) -> ASGIApp:
+    """Return the guarded application."""
+    app = Starlette(
+        routes=_list_routes(),
+        exception_handlers={
+            RequestError: _answer_refusal,
+            HTTPException: _answer_http_error,
+            500: _answer_bug,
+        },
+    )
+    app.state.server = server
+
+    def find_needed_scope(path: str) -> Scope | None:
+        is_open = settings.open_metrics and path in OPEN_METRICS
+        return None if is_open else find_scope(path)
+
+    rules = GuardRules(
+        keys=keys,
+        hosts=list_hosts(settings.host, settings.port, settings.hosts),
+        body_bytes=settings.limits.body,
+        find_scope=find_needed_scope,
+    )
+    return Guard(app, rules, server.engine.metrics)
+
+
+def _list_routes() -> list[Route]:
+    """Return Starlette's routes; methods of one path are routes of their own, and 405 names all."""
+    routes: list[Route] = []
+    for endpoint in ROUTES:
+        routes.append(Route(endpoint.path, endpoint.handler, methods=[endpoint.method]))
+    return routes
+
+
+async def _answer_refusal(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error.to_response()
+
+
+async def _answer_http_error(_request: Request, error: Exception) -> Response:
+    """Answer 404 and 405 of the router in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    body = make_error_body(error.status_code, error.detail.lower())
+    return JSONResponse(body, error.status_code, {**NO_STORE, **(error.headers or {})})
+
+
+async def _answer_bug(_request: Request, _error: Exception) -> Response:
+    """Answer without the text of the error, which may hold content."""
+    body = make_error_body(500, "a bug in the server; its log has the lines to report")
+    return JSONResponse(body, 500, NO_STORE)

@@ -1,0 +1,276 @@
+"""The bodies of requests, checked field by field.
+
+    read_body(raw, ChatBody) -> ChatBody, or RequestError 400 with the name of the field
+
+Strict: an unknown or unsupported field, a duplicate key, NaN and a number written as text are
+refused, since a field that is silently ignored changes answers. The OpenAPI document is made from
+the same classes (openapi.py). Left out: what a request becomes (answers.py)."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tunesmith.core.sampling import MAX_SEED
+from tunesmith.core.types import Json
+from tunesmith.serve.errors import RequestError
+
+MAX_MESSAGES = 1000
+MAX_CHOICES = 4
+MAX_STOPS = 4
+MAX_STOP_CHARS = 256
+MAX_BIASES = 1024
+MAX_TOP_LOGPROBS = 20
+MAX_PROMPTS = 64
+MAX_TOKENS = 1_000_000  # of an answer, before it is compared with the context
+DEFAULT_COMPLETION_TOKENS = 16  # of OpenAI's /v1/completions
+
+ModelName = Annotated[str, Field(min_length=1, max_length=80)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenPrompt = Annotated[list[TokenId], Field(min_length=1)]
+
+B = TypeVar("B", bound=BaseModel)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    """A message. The fields that are null occur in answers, which clients send back."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart]
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+    reasoning_content: None = None
+
+    def get_text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+
+
+class JsonSchemaFormat(_Body):
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
+    description: str | None = None
+    schema_: Annotated[Json, Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """`json_schema` is always enforced, with or without `strict`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type json_schema, and only with it")
+        return self
+
+
+class SamplingBody(_Body):
+    """What both kinds of generation have. The defaults are OpenAI's: temperature 1."""
+
+    model: ModelName
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=MAX_SEED)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    response_format: ResponseFormat | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
+    return_token_ids: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> SamplingBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def should_send_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def list_biases(self) -> tuple[tuple[int, float], ...]:
+        """Return (token, bias). Raises RequestError for a key that is no token id."""
+        biases: list[tuple[int, float]] = []
+        for key, bias in (self.logit_bias or {}).items():
+            if not key.isascii() or not key.isdecimal() or len(key) > 9:
+                raise RequestError(400, "a key is not a token id", param="logit_bias")
+            biases.append((int(key), bias))
+        return tuple(biases)
+
+
+class ChatBody(SamplingBody):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: TokenCount | None = None
+    max_completion_tokens: TokenCount | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.max_tokens and self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens are the same; send one of them")
+        return self
+
+    @property
+    def answer_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int:
+        return (self.top_logprobs or 0) if self.logprobs else -1
+
+
+class CompletionBody(SamplingBody):
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenPrompt
+        | Annotated[list[TokenPrompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: TokenCount | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> CompletionBody:
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo with logprobs, of the prompt too, is not supported")
+        return self
+
+    @property
+    def answer_tokens(self) -> int:
+        return self.max_tokens or DEFAULT_COMPLETION_TOKENS
+
+    @property
+    def num_logprobs(self) -> int:
+        return -1 if self.logprobs is None else self.logprobs
+
+    @property
+    def prompts(self) -> tuple[str | list[int], ...]:
+        """The prompts one by one, as text or token ids."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            return (prompt,)
+        return tuple(prompt)
+
+
+class ModelBody(_Body):
+    """An adapter to publish under the name in the path. `from` is an id below --models-dir."""
+
+    source: Annotated[str, Field(alias="from", min_length=1, max_length=400)]
+    scale: Annotated[float, Field(ge=0, le=2)] = 1.0
+    constrain: bool = False  # the run's schema is the default response_format
+    pin: bool = False  # stays in memory
+    scales: bool = False  # NAME@SCALE is allowed
+    unproven: bool = False  # serve weights that hold nothing to check them by
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_body(raw: bytes, kind: type[B]) -> B:
+    """Parse and check a body. Raises RequestError 400 with the name of the first wrong field."""
+    content = _parse_json(raw)
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False)
+    names = _list_field_names(kind)
+    # of a union, the branch that got furthest says most
+    detail = max(details, key=lambda problem: len(_find_path(problem, names)))
+    param = _format_path(_find_path(detail, names))
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        message = "unknown or unsupported field"
+    raise RequestError(400, f"{param}: {message}" if param else message, param=param)
+
+
+def _parse_json(raw: bytes) -> Any:
+    try:
+        return json.loads(raw, object_pairs_hook=_build_object, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise RequestError(400, "not valid JSON: too deeply nested") from None
+    except UnicodeDecodeError:
+        raise RequestError(400, "not valid JSON: not UTF-8") from None
+    except json.JSONDecodeError as error:
+        message = f"not valid JSON: {error.msg} at character {error.pos}"
+        raise RequestError(400, message) from None
+    except ValueError as error:  # a duplicate key, NaN, a number of 5,000 digits
+        raise RequestError(400, f"not valid JSON: {error!s:.200}") from None
+
+
+def _build_object(pairs: list[tuple[str, Any]]) -> Json:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return content
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _list_field_names(kind: type[BaseModel]) -> set[str]:
+    """Return the names of all fields of a body and of what it holds."""
+    schema = kind.model_json_schema(by_alias=True)
+    names = set(schema["properties"])
+    for inner in schema.get("$defs", {}).values():
+        names |= set(inner.get("properties", ()))
+    return names
+
+
+def _find_path(detail: Any, names: set[str]) -> tuple[str | int, ...]:
+    """Return the fields and indices that lead to a value, without pydantic's names of types."""
+    location = detail["loc"]
+    path = [part for part in location if isinstance(part, int) or part in names]
+    if detail["type"] == "extra_forbidden":
+        path = [*path[: len(path) - (location[-1] in names)], str(location[-1])[:80]]
+    return tuple(path)
+
+
+def _format_path(path: tuple[str | int, ...]) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.removeprefix(".")

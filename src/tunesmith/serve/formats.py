@@ -1,0 +1,215 @@
+"""Answers as bodies and chunks, in the shapes of OpenAI's chat and text completions.
+
+    ChatFormat(head, ...).format_body(answers, usage) -> Json
+    ChatFormat(head, ...).format_update(answer, update) -> Json, one chunk
+
+In: answers of the engine. Out: JSON. Token ids are added only for `return_token_ids`, under vLLM's
+names. A token whose bytes are a part of a character has no bytes of its own. Left out: events and
+bytes (streams.py)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tunesmith.core.types import Json, TokenLogprobs
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.serve.scheduler import AnswerUpdate
+
+FINISH_REASONS = {"end": "stop", "stop": "stop", "length": "length"}
+REPLACEMENT_CHAR = "\ufffd"
+
+
+class FinishedAnswer(Protocol):
+    """What a format needs of an answer."""
+
+    prompt_tokens: tuple[int, ...]
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]
+    finish_reason: str
+
+
+class AnswerFormat(Protocol):
+    """How answers are written."""
+
+    def format_body(self, answers: Sequence[FinishedAnswer], usage: Json) -> Json: ...
+    def format_start(self, answers: Sequence[FinishedAnswer]) -> Iterator[Json]: ...
+    def format_update(self, answer: FinishedAnswer, update: AnswerUpdate) -> Json: ...
+    def format_last(self, usage: Json) -> Json: ...
+
+
+def format_usage(prompt_tokens: int, answer_tokens: int, cached_tokens: int) -> Json:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": answer_tokens,
+        "total_tokens": prompt_tokens + answer_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerHead:
+    """What all bodies and chunks of a response have."""
+
+    id: str
+    model: str  # as the request names it
+    fingerprint: str
+    renderer: Renderer
+    has_logprobs: bool
+    has_token_ids: bool
+    has_usage: bool  # a stream that ends with usage has a null before
+    created: int = 0
+
+    def make_body(self, kind: str, choices: list[Json], **more: object) -> Json:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created or int(time.time()),
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+            **more,
+        }
+
+    def make_chunk(self, kind: str, choices: list[Json], **more: object) -> Json:
+        usage = {"usage": None} if self.has_usage else {}
+        return self.make_body(kind, choices, **{**usage, **more})
+
+    def add_ids(self, choice: Json, tokens: Iterable[int]) -> Json:
+        return {**choice, "token_ids": list(tokens)} if self.has_token_ids else choice
+
+    def add_prompt_ids(self, answers: Sequence[FinishedAnswer]) -> Json:
+        """Return the ids of the prompt, where the request wants them."""
+        return {"prompt_token_ids": list(answers[0].prompt_tokens)} if self.has_token_ids else {}
+
+    def get_bytes(self, token: int) -> tuple[str, list[int] | None]:
+        """Return a token as text and as bytes."""
+        text = self.renderer.decode([token])
+        return text, None if REPLACEMENT_CHAR in text else list(text.encode())
+
+
+class ChatFormat:
+    """/v1/chat/completions."""
+
+    def __init__(self, head: AnswerHead) -> None:
+        self._head = head
+
+    def format_body(self, answers: Sequence[FinishedAnswer], usage: Json) -> Json:
+        """Return the whole body."""
+        choices: list[Json] = []
+        for index, answer in enumerate(answers):
+            message = {"role": "assistant", "content": answer.text, "refusal": None}
+            choice = {
+                "index": index,
+                "message": message,
+                "logprobs": self._format_logprobs(answer.logprobs),
+                "finish_reason": FINISH_REASONS[answer.finish_reason],
+            }
+            choices.append(self._head.add_ids(choice, answer.tokens))
+        prompt_ids = self._head.add_prompt_ids(answers)
+        return self._head.make_body("chat.completion", choices, usage=usage, **prompt_ids)
+
+    def format_start(self, answers: Sequence[FinishedAnswer]) -> Iterator[Json]:
+        """Yield a first chunk with the role for each answer."""
+        for index in range(len(answers)):
+            delta = {"role": "assistant", "content": ""}
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            prompt_ids = {} if index else self._head.add_prompt_ids(answers)
+            yield self._head.make_chunk("chat.completion.chunk", [choice], **prompt_ids)
+
+    def format_update(self, answer: FinishedAnswer, update: AnswerUpdate) -> Json:
+        """Return the chunk of one step."""
+        del answer
+        choice = {
+            "index": update.index,
+            "delta": {"content": update.text} if update.text else {},
+            "logprobs": self._format_logprobs(update.logprobs),
+            "finish_reason": FINISH_REASONS.get(update.finish_reason),
+        }
+        choice = self._head.add_ids(choice, update.tokens)
+        return self._head.make_chunk("chat.completion.chunk", [choice])
+
+    def format_last(self, usage: Json) -> Json:
+        return self._head.make_chunk("chat.completion.chunk", [], usage=usage)
+
+    def _format_logprobs(self, logprobs: Sequence[TokenLogprobs]) -> Json | None:
+        if not self._head.has_logprobs:
+            return None
+        content: list[Json] = []
+        for entry in logprobs:
+            top = [self._format_token(token, logprob) for token, logprob in entry.top]
+            chosen = self._format_token(entry.token, entry.logprob)
+            content.append({**chosen, "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def _format_token(self, token: int, logprob: float) -> Json:
+        text, token_bytes = self._head.get_bytes(token)
+        return {"token": text, "logprob": logprob, "bytes": token_bytes}
+
+
+class CompletionFormat:
+    """/v1/completions. With `echo`, the text starts with the prompt."""
+
+    def __init__(self, head: AnswerHead, *, should_echo: bool) -> None:
+        self._head = head
+        self._should_echo = should_echo
+
+    def format_body(self, answers: Sequence[FinishedAnswer], usage: Json) -> Json:
+        """Return the whole body."""
+        choices: list[Json] = []
+        for index, answer in enumerate(answers):
+            echo = self._decode_prompt(answer)
+            choice = {
+                "index": index,
+                "text": echo + answer.text,
+                "logprobs": self._format_logprobs(answer.logprobs, len(echo)),
+                "finish_reason": FINISH_REASONS[answer.finish_reason],
+            }
+            if self._head.has_token_ids:
+                choice["prompt_token_ids"] = list(answer.prompt_tokens)
+            choices.append(self._head.add_ids(choice, answer.tokens))
+        return self._head.make_body("text_completion", choices, usage=usage)
+
+    def format_start(self, answers: Sequence[FinishedAnswer]) -> Iterator[Json]:
+        """Yield the prompts, if they are to be echoed."""
+        for index, answer in enumerate(answers):
+            if echo := self._decode_prompt(answer):
+                choice = {"index": index, "text": echo, "logprobs": None, "finish_reason": None}
+                yield self._head.make_chunk("text_completion", [choice])
+
+    def format_update(self, answer: FinishedAnswer, update: AnswerUpdate) -> Json:
+        """Return the chunk of one step."""
+        start = len(answer.text) - len(update.text)
+        choice = {
+            "index": update.index,
+            "text": update.text,
+            "logprobs": self._format_logprobs(update.logprobs, start),
+            "finish_reason": FINISH_REASONS.get(update.finish_reason),
+        }
+        return self._head.make_chunk("text_completion", [self._head.add_ids(choice, update.tokens)])
+
+    def format_last(self, usage: Json) -> Json:
+        return self._head.make_chunk("text_completion", [], usage=usage)
+
+    def _decode_prompt(self, answer: FinishedAnswer) -> str:
+        return self._head.renderer.decode(answer.prompt_tokens) if self._should_echo else ""
+
+    def _format_logprobs(self, logprobs: Sequence[TokenLogprobs], start: int) -> Json | None:
+        if not self._head.has_logprobs:
+            return None
+        texts = [self._head.get_bytes(entry.token)[0] for entry in logprobs]
+        offsets: list[int] = []
+        tops: list[Json] = []
+        for entry, text in zip(logprobs, texts, strict=True):
+            offsets.append(start)
+            start += len(text)
+            tops.append({self._head.get_bytes(token)[0]: logprob for token, logprob in entry.top})
+        return {
+            "tokens": texts,
+            "token_logprobs": [entry.logprob for entry in logprobs],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }

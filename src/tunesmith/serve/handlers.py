@@ -1,0 +1,208 @@
+"""What each route does: a function from a request to a response.
+
+In: a request that the guard has let in, with its key and body in the scope. Out: a response in
+OpenAI's shape. `Server` is what all of them share. Left out: the table of routes (app.py), changes
+of models (admin.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from tunesmith.core.types import Json, __version__
+from tunesmith.serve.access_log import RECORD_FIELD, AccessRecord
+from tunesmith.serve.bodies import ChatBody, CompletionBody, SamplingBody, read_body
+from tunesmith.serve.errors import NO_STORE, RequestError
+from tunesmith.serve.formats import AnswerFormat, AnswerHead, ChatFormat, CompletionFormat
+from tunesmith.serve.generation import AnswerEngine, Generation
+from tunesmith.serve.grammars import GrammarCache
+from tunesmith.serve.guard import BODY_FIELD, KEY_FIELD
+from tunesmith.serve.keys import ApiKey
+from tunesmith.serve.registry import ServedModel
+from tunesmith.serve.requests import Prompt, make_jobs, render_chat, render_completions
+from tunesmith.serve.streams import EventStream, run_until_disconnect
+
+CLIENT_DISCONNECTED = 499  # in the log only: nobody reads the response
+
+
+@dataclass(eq=False)
+class Server:
+    """What the handlers share."""
+
+    engine: AnswerEngine
+    grammars: GrammarCache
+    numerics: str  # dtype and kernels, which round differently
+    models_dir: Path | None = None
+
+
+def get_server(request: Request) -> Server:
+    return request.app.state.server
+
+
+def get_key(request: Request) -> ApiKey:
+    return request.scope[KEY_FIELD]
+
+
+def get_record(request: Request) -> AccessRecord:
+    return request.scope[RECORD_FIELD]
+
+
+# ---------------------------------------------------------------- answers
+
+
+async def create_chat_completion(request: Request) -> ASGIApp:
+    """Answer a conversation."""
+    body = read_body(request.scope[BODY_FIELD], ChatBody)
+    model = find_model(request, body.model)
+    prompt = await asyncio.to_thread(render_chat, body, model)
+    head = make_head(request, body, model, "chatcmpl", has_logprobs=bool(body.logprobs))
+    return await answer(request, body, [prompt], model, ChatFormat(head))
+
+
+async def create_completion(request: Request) -> ASGIApp:
+    """Continue a text or token ids."""
+    body = read_body(request.scope[BODY_FIELD], CompletionBody)
+    model = find_model(request, body.model)
+    prompts = await asyncio.to_thread(render_completions, body, model)
+    head = make_head(request, body, model, "cmpl", has_logprobs=body.logprobs is not None)
+    answer_format = CompletionFormat(head, should_echo=bool(body.echo))
+    return await answer(request, body, prompts, model, answer_format)
+
+
+def find_model(request: Request, name: str) -> ServedModel:
+    """Return the model that a body names, and note it in the access log."""
+    server = get_server(request)
+    model = server.engine.registry.find(name, get_key(request))
+    record = get_record(request)
+    record.model = model.name
+    record.version = model.version
+    if model.source is not None and not model.source.is_proven:
+        server.engine.metrics.unproven.labels(model.name).inc()
+    return model
+
+
+def make_head(
+    request: Request, body: SamplingBody, model: ServedModel, prefix: str, *, has_logprobs: bool
+) -> AnswerHead:
+    return AnswerHead(
+        id=f"{prefix}-{get_record(request).id.removeprefix('req-')}",
+        model=body.model,
+        fingerprint=compute_fingerprint(model, get_server(request).numerics),
+        renderer=model.renderer,
+        has_logprobs=has_logprobs,
+        has_token_ids=bool(body.return_token_ids),
+        has_usage=body.should_send_usage,
+    )
+
+
+async def answer(
+    request: Request,
+    body: SamplingBody,
+    prompts: Sequence[Prompt],
+    model: ServedModel,
+    answer_format: AnswerFormat,
+) -> ASGIApp:
+    """Queue the answers to some prompts and return the response that waits for them."""
+    server = get_server(request)
+    num_answers = len(prompts) * (body.n or 1)
+    server.engine.scheduler.check_capacity(num_answers)
+    jobs = await make_jobs(body, prompts, model, get_key(request), server.grammars)
+    lease = await server.engine.registry.acquire(model)
+    record = get_record(request)
+    generation = Generation(server.engine, model, lease, jobs, answer_format, record)
+    generation.submit()
+    headers = {"x-tunesmith-model": model.version}
+    if body.stream:
+        events = generation.events(should_send_usage=body.should_send_usage)
+        return EventStream(events, headers)
+    content = await run_until_disconnect(request.receive, generation.run())
+    if content is None:
+        record.has_disconnected = True
+        return Response(status_code=CLIENT_DISCONNECTED)
+    has_schema = jobs[0].grammar is not None
+    if has_schema:
+        is_complete = "length" not in record.finish_reasons
+        record.is_schema_valid = is_complete
+        headers["x-tunesmith-schema"] = "complete" if is_complete else "open"
+    return JSONResponse(content, headers={**NO_STORE, **headers})
+
+
+def compute_fingerprint(model: ServedModel, numerics: str) -> str:
+    """Return 12 hex digits of all that decides an answer besides the request."""
+    identity = [model.base.sha256, model.digest, f"{model.scale:g}", numerics, __version__]
+    identity.append(model.renderer.fingerprint)
+    return f"fp_{hashlib.sha256('|'.join(identity).encode()).hexdigest()[:12]}"
+
+
+# ---------------------------------------------------------------- models and state
+
+
+def describe_model(request: Request, model: ServedModel) -> Json:
+    """Return a model as /v1/models shows it; no path is part of it."""
+    source = model.source
+    registry = get_server(request).engine.registry
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "tunesmith",
+        "parent": None if source is None else "base",
+        "root": model.digest,
+        "max_model_len": model.base.context_length,
+        "tunesmith": {
+            "digest": model.digest,
+            "scale": model.scale,
+            "run": None if source is None else source.label,
+            "proven": source is None or source.is_proven,
+            "resident": registry.is_resident(model),
+            "schema": model.schema is not None,
+        },
+    }
+
+
+async def list_models(request: Request) -> JSONResponse:
+    """List the base and the adapters that the key may use."""
+    registry = get_server(request).engine.registry
+    models = [describe_model(request, model) for model in registry.list_models(get_key(request))]
+    return JSONResponse({"object": "list", "data": models}, headers=NO_STORE)
+
+
+async def get_model(request: Request) -> JSONResponse:
+    """Return one model."""
+    registry = get_server(request).engine.registry
+    model = registry.find(request.path_params["model"], get_key(request))
+    return JSONResponse(describe_model(request, model), headers=NO_STORE)
+
+
+async def get_health(request: Request) -> JSONResponse:
+    """Say whether the process works, and nothing else."""
+    is_alive = get_server(request).engine.scheduler.is_alive
+    return JSONResponse({}, 200 if is_alive else 500, NO_STORE)
+
+
+async def get_readiness(request: Request) -> JSONResponse:
+    """Say whether requests are taken."""
+    scheduler = get_server(request).engine.scheduler
+    state = "draining" if scheduler.is_draining else "ready"
+    if not scheduler.is_alive:
+        state = "stopped"
+    return JSONResponse({"state": state}, 200 if state == "ready" else 503, NO_STORE)
+
+
+async def get_metrics(request: Request) -> Response:
+    """Return the metrics in Prometheus' text format."""
+    content = get_server(request).engine.metrics.render()
+    return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def refuse_embeddings(_request: Request) -> Response:
+    """Say why there are no embeddings."""
+    message = "a causal model that was trained to answer is no embedding model"
+    return RequestError(404, message, code="not_supported").to_response()

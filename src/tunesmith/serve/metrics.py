@@ -1,0 +1,84 @@
+"""Prometheus metrics of a server.
+
+    metrics = ServerMetrics();  metrics.note_end("json", 200);  metrics.render() -> text
+
+In: what the scheduler and the handlers report. Out: the text of /metrics. Counters carry the name
+of the model; histograms the names of the first MAX_HISTOGRAM_MODELS, "other" beyond, so that a
+thousand adapters do not make thirty thousand series. Left out: content of any request."""
+
+from __future__ import annotations
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+
+MAX_HISTOGRAM_MODELS = 50
+OTHER_MODELS = "other"
+FIRST_TOKEN_BUCKETS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30, 60)
+TOKEN_BUCKETS = (0.01, 0.02, 0.04, 0.06, 0.09, 0.13, 0.25, 0.5, 1, 3)
+REQUEST_BUCKETS = (0.1, 0.3, 1, 3, 6, 12, 30, 60, 120, 300)
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class ServerMetrics:
+    """All metrics of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # a second series for each counter
+        self.registry = CollectorRegistry()
+        self._histogram_models: set[str] = set()
+
+        def add_counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(f"tunesmith_{name}", text, labels, registry=self.registry)
+
+        def add_gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+            return Gauge(f"tunesmith_{name}", text, labels, registry=self.registry)
+
+        def add_histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            label = ("model",)
+            return Histogram(
+                f"tunesmith_{name}", text, label, registry=self.registry, buckets=buckets
+            )
+
+        self.requests = add_counter("requests", "Requests that ended.", ("model", "code"))
+        self.tokens = add_counter("tokens", "Tokens: prompt, cached, answer.", ("model", "kind"))
+        self.refused = add_counter("refused", "Requests refused before a model saw them.", ("why",))
+        self.cut_answers = add_counter("cut_answers", "Answers not completed.", ("model",))
+        self.running = add_gauge("running", "Answers being made.")
+        self.waiting = add_gauge("waiting", "Answers waiting for a row.")
+        self.is_resident = add_gauge("adapter_resident", "1: in memory.", ("model",))
+        self.adapter_bytes = add_gauge("adapter_bytes", "Bytes of all resident adapters.")
+        self.adapter_loads = add_counter("adapter_loads", "Adapters loaded.", ("result",))
+        self.adapter_evictions = add_counter("evictions", "Adapters dropped from memory.")
+        self.unproven = add_counter("unproven_requests", "Requests to unproven models.", ("model",))
+        self.first_token = add_histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN_BUCKETS
+        )
+        self.token_gap = add_histogram(
+            "inter_token_seconds", "Mean time per later token.", TOKEN_BUCKETS
+        )
+        self.request_time = add_histogram(
+            "request_seconds", "From arrival to the last token.", REQUEST_BUCKETS
+        )
+        self.step_time = Histogram(
+            "tunesmith_step_seconds", "One step.", registry=self.registry, buckets=TOKEN_BUCKETS
+        )
+        self.step_rows = Histogram(
+            "tunesmith_step_rows", "Rows of a step.", registry=self.registry, buckets=ROW_BUCKETS
+        )
+
+    def name_histogram(self, model: str) -> str:
+        """Return the label of a model in histograms."""
+        if model not in self._histogram_models:
+            if len(self._histogram_models) >= MAX_HISTOGRAM_MODELS:
+                return OTHER_MODELS
+            self._histogram_models.add(model)
+        return model
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,322 @@
+"""The engine thread: it owns the batch, and nothing else touches rows, stored keys or the bank.
+
+    scheduler = Scheduler(batch, slots=32, limits=..., metrics=...);  scheduler.start(loop)
+    scheduler.submit(jobs);  update = await jobs[0].outbox.get()
+
+In: jobs from the event loop, by a queue of commands that are run between two steps. Out: after each
+step one call into the event loop with what all rows gained. Nothing is locked. A job waits in a
+FairQueue until the batch has a row for it. If the thread dies, every job gets an error and
+`has_died` is set. Left out: HTTP (app.py), which adapters are loaded (registry.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import GenerationRequest, TokenLogprobs
+from tunesmith.model.generation.engine import DecodeBatch
+from tunesmith.model.generation.running_request import AnswerGrammar, RunningRequest
+from tunesmith.serve.errors import RequestError
+from tunesmith.serve.fairness import Backlog, Client, FairQueue
+from tunesmith.serve.metrics import ServerMetrics
+from tunesmith.serve.settings import Limits
+
+T = TypeVar("T")
+FIRST_ANSWER_TOKENS = 128.0  # expected of an answer before any has ended
+ANSWER_SHARE = 0.05  # of each answer in the mean length of answers
+
+
+@dataclass(frozen=True)
+class AnswerUpdate:
+    """What an answer gained in a step. `finish_reason` is end, stop, length or error at its end."""
+
+    index: int
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str = ""
+    error: str = ""
+    error_code: str = ""
+    cached_tokens: int = 0
+
+
+@dataclass(eq=False)
+class AnswerJob:
+    """An answer to make; `index` tells the answers of one request apart."""
+
+    request: GenerationRequest
+    client: Client
+    outbox: asyncio.Queue[AnswerUpdate]
+    index: int = 0
+    grammar: AnswerGrammar | None = None
+    # of the engine thread
+    row: RunningRequest | None = None
+    num_sent: int = 0
+    is_cancelled: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.tokens)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step gave, for the event loop."""
+
+    updates: tuple[tuple[AnswerJob, AnswerUpdate], ...]
+    seconds: float
+    num_rows: int
+
+
+@dataclass
+class LoopState:
+    """What the event loop knows of the jobs; it is never behind what it has submitted."""
+
+    waiting: dict[AnswerJob, float] = field(default_factory=dict)  # expected tokens
+    running: set[AnswerJob] = field(default_factory=set)
+    backlog: Backlog = field(default_factory=Backlog)
+    mean_answer_tokens: float = FIRST_ANSWER_TOKENS
+
+
+class Scheduler:
+    """Jobs in, updates out. Methods are of the event loop unless they say otherwise."""
+
+    def __init__(
+        self, batch: DecodeBatch, *, slots: int, limits: Limits, metrics: ServerMetrics
+    ) -> None:
+        self.has_died = asyncio.Event()
+        self.is_draining = False
+        self._batch = batch
+        self._slots = slots
+        self._limits = limits
+        self._metrics = metrics
+        self._state = LoopState()
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._queue: FairQueue[AnswerJob] = FairQueue()
+        self._rows: dict[RunningRequest, AnswerJob] = {}
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # ---- of the event loop
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive() and not self.has_died.is_set()
+
+    @property
+    def num_active(self) -> int:
+        return len(self._state.waiting) + len(self._state.running)
+
+    def check_capacity(self, num_jobs: int) -> None:
+        """Raise RequestError if the server takes no more jobs now."""
+        if not self.is_alive:
+            raise RequestError(503, "the engine has stopped", code="engine_stopped")
+        if self.is_draining:
+            message = "the server is shutting down"
+            seconds = max(1, round(self._limits.drain))
+            raise RequestError(503, message, code="server_shutdown", retry_seconds=seconds)
+        capacity = self._slots + self._limits.waiting
+        is_full = self.num_active + num_jobs > capacity
+        is_slow = self._state.backlog.estimate_seconds() > self._limits.wait
+        if self.num_active and (is_full or is_slow):
+            seconds = self._state.backlog.compute_retry_seconds()
+            message = f"{self.num_active} answers are unfinished; try again in {seconds} s"
+            raise RequestError(429, message, code="queue_full", retry_seconds=seconds)
+
+    def submit(self, jobs: Sequence[AnswerJob]) -> None:
+        """Queue jobs. Raises RequestError as `check_capacity`."""
+        self.check_capacity(len(jobs))
+        for job in jobs:
+            answer_tokens = min(job.request.max_new_tokens, self._state.mean_answer_tokens)
+            expected_tokens = job.prompt_tokens + answer_tokens
+            self._state.waiting[job] = expected_tokens
+            self._state.backlog.waiting_tokens += round(expected_tokens)
+            self._commands.put(lambda job=job: self._enqueue(job))
+        self._show_counts()
+
+    def cancel(self, job: AnswerJob) -> None:
+        """End a job wherever it is; it gets no further update."""
+        job.is_cancelled = True
+        self._forget(job)
+        self._commands.put(lambda: self._drop(job))
+
+    def put_command(self, command: Callable[[], None]) -> None:
+        """Run a command on the engine thread between two steps, after those before it."""
+        self._commands.put(command)
+
+    async def run_between_steps(self, function: Callable[[], T]) -> T:
+        """Run a function on the engine thread and return its result."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[T] = loop.create_future()
+
+        def run() -> None:
+            try:
+                value = function()
+            except InputError as error:
+                loop.call_soon_threadsafe(result.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(result.set_result, value)
+
+        self._commands.put(run)
+        return await result
+
+    async def stop(self) -> None:
+        """End the thread after the step that it is in; unfinished answers get an error."""
+        self.is_draining = True
+        self._commands.put(self._note_stop)
+        await asyncio.to_thread(self._thread.join)
+
+    def _handle_report(self, report: StepReport) -> None:
+        num_tokens = 0
+        for job, update in report.updates:
+            if job in self._state.waiting:
+                self._start_running(job)
+                num_tokens += job.prompt_tokens - update.cached_tokens
+            num_tokens += len(update.tokens)
+            if job.is_cancelled:
+                continue
+            job.outbox.put_nowait(update)
+            if update.finish_reason:
+                self._forget(job)
+                self._note_length(job)
+        self._state.backlog.note_step(num_tokens, report.seconds)
+        self._metrics.step_time.observe(report.seconds)
+        self._metrics.step_rows.observe(report.num_rows)
+        self._show_counts()
+
+    def _start_running(self, job: AnswerJob) -> None:
+        self._state.backlog.waiting_tokens -= round(self._state.waiting.pop(job))
+        if not job.is_cancelled:
+            self._state.running.add(job)
+
+    def _forget(self, job: AnswerJob) -> None:
+        if job in self._state.waiting:
+            self._state.backlog.waiting_tokens -= round(self._state.waiting.pop(job))
+        self._state.running.discard(job)
+        self._show_counts()
+
+    def _note_length(self, job: AnswerJob) -> None:
+        mean = self._state.mean_answer_tokens
+        self._state.mean_answer_tokens = mean + ANSWER_SHARE * (job.num_sent - mean)
+
+    def _show_counts(self) -> None:
+        self._metrics.waiting.set(len(self._state.waiting))
+        self._metrics.running.set(len(self._state.running))
+
+    def _end_all(self) -> None:
+        """Tell every job that the engine thread has ended."""
+        if not self._is_stopping:
+            self.has_died.set()
+        error = "the engine has stopped"
+        code = "engine_stopped"
+        if self._is_stopping:
+            error = "the server is shutting down"
+            code = "server_shutdown"
+        for job in [*self._state.waiting, *self._state.running]:
+            update = AnswerUpdate(job.index, finish_reason="error", error=error, error_code=code)
+            job.outbox.put_nowait(update)
+        self._state.waiting.clear()
+        self._state.running.clear()
+
+    # ---- of the engine thread
+
+    def _run(self) -> None:
+        assert self._loop is not None
+        try:
+            while not self._is_stopping:
+                self._run_commands()
+                self._admit()
+                if self._rows and not self._is_stopping:
+                    self._step()
+        finally:
+            self._call_loop(self._end_all)
+
+    def _call_loop(self, function: Callable[..., None], *args: Any) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def _run_commands(self) -> None:
+        """Run all commands; wait for one if there is nothing else to do."""
+        if not self._rows and not len(self._queue):
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _note_stop(self) -> None:
+        self._is_stopping = True
+
+    def _enqueue(self, job: AnswerJob) -> None:
+        if not job.is_cancelled:
+            self._queue.add(job.client, job)
+
+    def _drop(self, job: AnswerJob) -> None:
+        if job.row is None:
+            self._queue.remove(job.client, job)
+        elif job.row in self._rows:
+            self._batch.cancel(job.row)
+            self._end_row(job.row)
+
+    def _admit(self) -> None:
+        while len(self._queue) and len(self._rows) < self._slots:
+            job = self._queue.pop()
+            self._queue.charge(job.client, prompt_tokens=job.prompt_tokens)
+            try:
+                job.row = self._batch.submit(job.request, job.grammar)
+            except InputError as error:
+                self._queue.end(job.client)
+                update = AnswerUpdate(
+                    job.index,
+                    finish_reason="error",
+                    error=error.message,
+                    error_code="invalid_request",
+                )
+                self._call_loop(self._handle_report, StepReport(((job, update),), 0.0, 0))
+                continue
+            self._rows[job.row] = job
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        num_rows = len(self._rows)
+        updates: list[tuple[AnswerJob, AnswerUpdate]] = []
+        for row in self._batch.step():
+            job = self._rows[row]
+            update = _describe_gain(job, row)
+            self._queue.charge(job.client, answer_tokens=len(update.tokens))
+            updates.append((job, update))
+            if row.finish_reason:
+                self._end_row(row)
+        seconds = time.perf_counter() - started
+        self._call_loop(self._handle_report, StepReport(tuple(updates), seconds, num_rows))
+
+    def _end_row(self, row: RunningRequest) -> None:
+        job = self._rows.pop(row)
+        self._queue.end(job.client)
+
+
+def _describe_gain(job: AnswerJob, row: RunningRequest) -> AnswerUpdate:
+    """Return what a row has gained since the last update of its job."""
+    tokens = tuple(row.tokens[job.num_sent :])
+    logprobs = tuple(row.logprobs[job.num_sent :])
+    job.num_sent = len(row.tokens)
+    return AnswerUpdate(
+        job.index,
+        text=row.new_text,
+        tokens=tokens,
+        logprobs=logprobs,
+        finish_reason=row.finish_reason,
+        error=row.error.message if row.error is not None else "",
+        error_code="model_not_finite" if row.error is not None else "",
+        cached_tokens=row.cached_tokens,
+    )

@@ -1,0 +1,295 @@
+"""Start, run and stop a server.
+
+    prepared = prepare_server(settings);  code = asyncio.run(run_server(prepared))
+
+In: settings. Out: the exit code: 0 after a drain that cut nothing, 143 (130 for Ctrl-C) if answers
+were cut, 1 if the engine thread has died. The first signal stops new requests and waits for those
+that run, at most `limits.drain`; the second ends at once. The model is loaded before the port
+accepts connections. Left out: routes (app.py), the engine thread (scheduler.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import uvicorn
+
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.hardware import measure_machine
+from tunesmith.model.adapter_bank import AdapterBank
+from tunesmith.model.causal_lm import DTYPES, load_network, wrap_model
+from tunesmith.model.generation.engine import DecodeBatch
+from tunesmith.serve.app import build_app
+from tunesmith.serve.errors import RequestError
+from tunesmith.serve.generation import AnswerEngine
+from tunesmith.serve.grammars import GrammarCache
+from tunesmith.serve.handlers import Server
+from tunesmith.serve.keys import KeyRing, add_key, find_keys_file, read_keys
+from tunesmith.serve.metrics import ServerMetrics
+from tunesmith.serve.registry import Registry, ServedModel
+from tunesmith.serve.scheduler import Scheduler
+from tunesmith.serve.settings import ModelSource, ServeSettings
+from tunesmith.serve.sources import (
+    BaseSource,
+    find_base_name,
+    find_dtype,
+    open_adapter,
+    open_base,
+)
+
+FIRST_KEY = "first"  # made at the first start on this machine
+CUT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+DEAD_CODE = 1
+CLOSE_SECONDS = 5  # for connections to take their last event
+POLL_SECONDS = 0.05
+
+logger = logging.getLogger("tunesmith.serve")
+
+
+@dataclass(eq=False)
+class PreparedServer:
+    """Everything that is loaded before the event loop starts. `new_key` is shown once."""
+
+    settings: ServeSettings
+    socket: socket.socket
+    keys: KeyRing
+    new_key: str
+    base: BaseSource
+    models: tuple[ServedModel, ...]
+    batch: DecodeBatch
+    bank: AdapterBank
+    dtype: str
+
+    @property
+    def url(self) -> str:
+        host, port = self.socket.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def prepare_server(settings: ServeSettings) -> PreparedServer:
+    """Bind the port, check the models and load the base. Raises InputError or MachineError."""
+    keys, new_key = prepare_keys(settings)
+    listener = bind_socket(settings.host, settings.port)
+    settings = settings.model_copy(update={"port": listener.getsockname()[1]})
+    now = datetime.now().replace(microsecond=0)
+    sources = list(settings.models.values())
+    base = open_base(_choose_base(settings), now)
+    models: list[ServedModel] = []
+    for name, source in settings.models.items():
+        models.append(_open_model(name, source, base))
+    dtype = _choose_dtype(settings, sources)
+    network = load_network(base.path, DTYPES[dtype], measure_machine(base.path).device)
+    model = wrap_model(network, DTYPES[dtype])
+    model.network.eval()
+    bank = AdapterBank(model)
+    batch = DecodeBatch(
+        model,
+        slots=settings.limits.rows,
+        decode=base.renderer.decode,
+        end_ids=base.renderer.end_ids,
+        cache_bytes=settings.limits.keys_and_values,
+        bank=bank,
+    )
+    return PreparedServer(
+        settings, listener, keys, new_key, base, tuple(models), batch, bank, dtype
+    )
+
+
+def prepare_keys(settings: ServeSettings) -> tuple[KeyRing, str]:
+    """Return the keys, and a new one if there is none and only this machine can connect.
+
+    Raises InputError for a server that others could reach without a key."""
+    if not settings.auth:
+        return KeyRing(None), ""
+    path = settings.keys or find_keys_file()
+    new_key = ""
+    if not read_keys(path):
+        if not settings.is_loopback:
+            message = f"others can reach {settings.host}, and there is no API key"
+            fix = "make one first: tunesmith keys add NAME"
+            raise InputError(message, where=str(path), fix=fix)
+        new_key, _ = add_key(path, FIRST_KEY, scopes=("admin",))
+    return KeyRing(path), new_key
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Return a bound socket. Raises MachineError if the port is taken or not allowed."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        message = f"cannot listen on {host}:{port}: {error.strerror or error}"
+        raise MachineError(message, where="--port", fix="use another --port") from None
+    return listener
+
+
+def _choose_base(settings: ServeSettings) -> str:
+    """Return the base that is set, or that of the models. Raises InputError if they differ."""
+    if settings.base is not None:
+        return settings.base
+    names = {name: find_base_name(model.source) for name, model in settings.models.items()}
+    if not names:
+        fix = "name it: --base MODEL"
+        raise InputError("no model says which base to load", where="base", fix=fix)
+    if len(set(names.values())) > 1:
+        described = ", ".join(f"{name}: {base}" for name, base in names.items())
+        fix = "start a server for each base"
+        raise InputError(f"the models have different bases ({described})", where="base", fix=fix)
+    return next(iter(names.values()))
+
+
+def _choose_dtype(settings: ServeSettings, sources: Sequence[ModelSource]) -> str:
+    """Return the dtype that is set, else the first run's, else what this machine is fast in."""
+    if settings.dtype != "auto":
+        return settings.dtype
+    for source in sources:
+        if dtype := find_dtype(source.source):
+            return dtype
+    return "bf16" if measure_machine(Path.cwd()).has_bf16_matmul else "fp32"
+
+
+def _open_model(name: str, source: ModelSource, base: BaseSource) -> ServedModel:
+    adapter = open_adapter(source.source, base, is_unproven_allowed=source.unproven)
+    if source.constrain and adapter.schema is None:
+        message = "constrain is true, and the run has no response_schema"
+        raise InputError(message, where=f"models.{name}", fix="leave constrain out")
+    return ServedModel(
+        name,
+        base,
+        adapter,
+        scale=adapter.scale,
+        is_constrained=source.constrain,
+        is_pinned=source.pin,
+        can_scale=source.scales,
+    )
+
+
+# ---------------------------------------------------------------- running
+
+
+class WebServer(uvicorn.Server):
+    """uvicorn without its signal handlers: those of `run_server` drain first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C. `first` and `second` are set by the first and by any later one."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        self.code = 0
+        for number in CUT_CODES:
+            loop.add_signal_handler(number, self._note, number)
+
+    def _note(self, number: signal.Signals) -> None:
+        if self.first.is_set():
+            self.second.set()
+        self.first.set()
+        self.code = CUT_CODES[number]
+
+
+def build_server(prepared: PreparedServer) -> Server:
+    """Put the parts together; the engine thread is not started."""
+    settings = prepared.settings
+    metrics = ServerMetrics()
+    scheduler = Scheduler(
+        prepared.batch, slots=settings.limits.rows, limits=settings.limits, metrics=metrics
+    )
+    registry = Registry(
+        prepared.base,
+        prepared.bank,
+        scheduler,
+        metrics,
+        budget_bytes=settings.limits.adapters,
+    )
+    for model in prepared.models:
+        registry.register(model)
+    engine = AnswerEngine(scheduler, registry, metrics, settings.limits.request)
+    return Server(engine, GrammarCache(), prepared.dtype, settings.models_dir)
+
+
+async def run_server(prepared: PreparedServer) -> int:
+    """Serve until a signal or the death of the engine. Returns the exit code."""
+    loop = asyncio.get_running_loop()
+    server = build_server(prepared)
+    scheduler = server.engine.scheduler
+    signals = StopSignals(loop)
+    scheduler.start(loop)
+    await load_models(server.engine.registry, prepared.models)
+    web = make_web_server(server, prepared)
+    serving = asyncio.ensure_future(web.serve(sockets=[prepared.socket]))
+    names = ", ".join([*(model.name for model in prepared.models), "base"])
+    logger.info("serving %s at %s", names, prepared.url)
+    await _wait_for_any(signals.first, scheduler.has_died)
+    if scheduler.has_died.is_set():
+        logger.error("the engine has stopped; its error is above")
+        web.should_exit = True
+        await serving
+        return DEAD_CODE
+    num_cut = await _drain(scheduler, signals, prepared.settings.limits.drain)
+    web.should_exit = True
+    await serving
+    return signals.code if num_cut else 0
+
+
+def make_web_server(server: Server, prepared: PreparedServer) -> WebServer:
+    config = uvicorn.Config(
+        build_app(server, prepared.settings, prepared.keys),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+    )
+    return WebServer(config)
+
+
+async def load_models(registry: Registry, models: Sequence[ServedModel]) -> None:
+    """Load adapters, pinned ones first, until the memory for them is full."""
+    for model in sorted(models, key=lambda served: not served.is_pinned):
+        assert model.source is not None
+        num_bytes = model.source.folder.weights_path.stat().st_size
+        if registry.has_room(num_bytes):
+            try:
+                lease = await registry.acquire(model)
+            except RequestError as error:
+                raise InputError(error.message, where=model.name) from None
+            lease.release()
+
+
+async def _wait_for_any(*events: asyncio.Event) -> None:
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+
+
+async def _drain(scheduler: Scheduler, signals: StopSignals, seconds: float) -> int:
+    """Wait for running answers, cut those that are too slow, and return their number."""
+    scheduler.is_draining = True
+    logger.info("draining: %d answers are unfinished", scheduler.num_active)
+    deadline = asyncio.get_running_loop().time() + seconds
+    while scheduler.num_active and not signals.second.is_set():
+        if asyncio.get_running_loop().time() > deadline:
+            break
+        await asyncio.sleep(POLL_SECONDS)
+    num_cut = scheduler.num_active
+    await scheduler.stop()
+    return num_cut

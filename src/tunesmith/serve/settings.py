@@ -1,0 +1,195 @@
+"""What a server serves and within which limits: command line arguments or serve.yaml.
+
+    read_settings(["runs/demo-1@0.5"]) -> ServeSettings
+    read_settings(["serve.yaml"])
+
+In: names of runs, checkpoints and adapter folders, or one YAML file. Out: checked settings; a wrong
+key is an InputError with file:line. Paths in a file are relative to it. Left out: what the models
+are (sources.py)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from tunesmith.core.errors import InputError
+from tunesmith.core.formatting import suggest_name
+from tunesmith.plan.hardware_presets import parse_size
+from tunesmith.recipe.yaml_lines import YamlMapping, read_yaml
+
+MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
+BASE_NAME = "base"  # under which the base model itself is served
+SECONDS = re.compile(r"(\d+(?:\.\d+)?) ?(s|m|h)?")
+SECOND_UNITS = {"s": 1, "m": 60, "h": 3600}
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+def _parse_bytes(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_size(value)
+    except InputError:
+        raise ValueError("write a size as 512MB or 1GiB") from None
+
+
+def _parse_seconds(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    match = SECONDS.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("write a time as 30s or 2m")
+    return float(match[1]) * SECOND_UNITS[match[2] or "s"]
+
+
+Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(gt=0)]
+Seconds = Annotated[float, BeforeValidator(_parse_seconds), Field(gt=0, le=86_400)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(_Settings):
+    """Where a server says no."""
+
+    adapters: Bytes = 512 * 10**6  # adapters in memory; others are loaded when asked for
+    keys_and_values: Bytes = 10**9
+    rows: Annotated[int, Field(ge=1, le=512)] = 32  # answers at a time
+    waiting: Annotated[int, Field(ge=1, le=100_000)] = 256  # answers that wait for a row
+    wait: Seconds = 30.0  # 429 if the queue is longer
+    request: Seconds = 120.0  # 504 after
+    body: Bytes = 10**6
+    drain: Seconds = 30.0  # for running answers after SIGTERM
+
+
+class ModelSource(_Settings):
+    """Where a model comes from, and how it may be used."""
+
+    source: Annotated[str, Field(alias="from", min_length=1)]
+    constrain: bool = False  # the run's response_schema is the default response_format
+    pin: bool = False  # stays in memory
+    scales: bool = False  # NAME@SCALE is allowed
+    unproven: bool = False  # serve an adapter that holds nothing to check it by
+
+
+class ServeSettings(_Settings):
+    """Everything of serve.yaml; flags of the command line replace single values."""
+
+    models: dict[str, ModelSource] = Field(default_factory=dict)
+    base: str | None = None  # the base of the models, if left out
+    models_dir: Path | None = None  # below which PUT finds adapters
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    hosts: tuple[str, ...] = ()  # further values of the Host header
+    keys: Path | None = None  # the key file
+    auth: bool = True
+    open_metrics: bool = False  # /ready and /metrics need no key
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    limits: Limits = Limits()
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+
+def read_settings(sources: Sequence[str], **flags: Any) -> ServeSettings:
+    """Return the settings of a YAML file or of names of models. `flags` that are not None replace
+    its values. Raises InputError."""
+    changes = {key: value for key, value in flags.items() if value is not None}
+    if len(sources) == 1 and sources[0].endswith(YAML_SUFFIXES):
+        mapping = read_yaml(Path(sources[0]))
+        for key, line in mapping.duplicates:
+            message = f"{key} occurs twice"
+            raise InputError(message, where=f"{mapping.name}:{line}", fix="keep one of them")
+        settings = _locate(mapping, Path(sources[0]).parent)
+    else:
+        mapping = YamlMapping("command line")
+        settings = {"models": name_models(sources)}
+    try:
+        checked = ServeSettings.model_validate(settings | changes)
+    except ValidationError as error:
+        raise _explain(error, mapping) from None
+    check_settings(checked)
+    return checked
+
+
+def check_settings(settings: ServeSettings) -> None:
+    """Raise InputError for settings that contradict each other."""
+    for name in settings.models:
+        check_name(name, where="models")
+    if not settings.models and settings.base is None and settings.models_dir is None:
+        fix = "name a run, or a base: tunesmith serve runs/demo-1"
+        raise InputError("there is nothing to serve", where="command line", fix=fix)
+    if not settings.auth and not settings.is_loopback:
+        message = (
+            f"without keys, only this machine may reach the server, and host is {settings.host}"
+        )
+        raise InputError(message, where="--no-auth", fix="leave --no-auth or --host out")
+
+
+def check_name(name: str, *, where: str) -> None:
+    """Raise InputError for a name that could be mistaken for another or for a path."""
+    if not MODEL_NAME.fullmatch(name) or name == BASE_NAME:
+        message = f"{name!r:.80} cannot be the name of a model"
+        fix = "use a-z, 0-9, '.', '_' and '-', at most 64, other than `base`"
+        raise InputError(message, where=where, fix=fix)
+
+
+def name_models(sources: Sequence[str]) -> dict[str, Any]:
+    """Return name -> source: the name of a run is that of its folder, of a checkpoint RUN-step-N,
+    without the scale."""
+    models: dict[str, Any] = {}
+    for source in sources:
+        path = Path(source.partition("@")[0])
+        name = path.name
+        if path.parent.name == "checkpoints":
+            name = f"{path.parent.parent.name}-{path.name}"
+        elif name == "adapter":
+            name = path.parent.name
+        name = name.lower().replace(" ", "-")
+        if name in models:
+            fix = "give them names in a serve.yaml"
+            raise InputError(f"two models have the name {name}", where=source, fix=fix)
+        models[name] = {"from": source}
+    return models
+
+
+def _locate(mapping: YamlMapping, folder: Path) -> dict[str, Any]:
+    """Return the values with paths relative to `folder`; a model may be its source alone."""
+    values = dict(mapping.values)
+    models = values.get("models") or {}
+    if isinstance(models, dict):
+        located: dict[str, Any] = {}
+        for name, model in models.items():
+            fields = dict(model) if isinstance(model, dict) else {"from": model}
+            if isinstance(fields.get("from"), str):
+                fields["from"] = str(folder / fields["from"])
+            located[str(name)] = fields
+        values["models"] = located
+    for key in ("models_dir", "keys"):
+        if isinstance(values.get(key), str):
+            values[key] = folder / Path(values[key]).expanduser()
+    base = values.get("base")
+    if isinstance(base, str) and (folder / base).is_dir():
+        values["base"] = str(folder / base)
+    return values
+
+
+def _explain(error: ValidationError, mapping: YamlMapping) -> InputError:
+    """Return the first problem with its place in the file."""
+    detail = error.errors()[0]
+    path = tuple("from" if part == "source" else part for part in detail["loc"])
+    key = ".".join(map(str, path))
+    message = f"{key}: {detail['msg'].removeprefix('Value error, ')}"
+    fix = ""
+    if detail["type"] == "extra_forbidden":
+        message = f"{key}: unknown key"
+        parents: dict[int, type[_Settings]] = {1: ServeSettings, 2: Limits, 3: ModelSource}
+        names = [field.alias or name for name, field in parents[len(path)].model_fields.items()]
+        fix = suggest_name(str(path[-1]), names, f"keys: {', '.join(names)}")
+    return InputError(message, where=mapping.format_location(path), fix=fix)

@@ -1,0 +1,213 @@
+"""Open the base and the adapters of a server, from folders alone: no data set is needed.
+
+    base = open_base("smollm2-135m-instruct", now)
+    source = open_adapter("runs/demo-1@0.5", base)
+
+In: names as the command line has them. Out: `BaseSource` and `AdapterSource`: the checked folder,
+the adapter's own chat template and end tokens, and a digest of everything that decides its answers.
+An adapter that belongs to another base, tokenizer or template is an InputError that says so. Left
+out: weights in memory (registry.py)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from tunesmith.core.atomic import hash_file, verify_dir
+from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.json_io import dump_json, read_json_object
+from tunesmith.core.run_dir import find_weights_dir, is_run, read_failure, read_run_plan
+from tunesmith.core.types import Json, Plan
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.evaluate.model_ref import parse_model_ref
+from tunesmith.model.hub.adapter_config import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    AdapterFolder,
+    read_adapter,
+)
+from tunesmith.model.hub.resolve import resolve_model
+from tunesmith.model.hub.spec import read_spec
+from tunesmith.session.inputs import read_response_schema
+from tunesmith.session.provenance import check_provenance, hash_weight_files, read_provenance
+
+FileKey = tuple[int, int, int]  # inode, size, time of change
+
+
+@dataclass(frozen=True, eq=False)
+class BaseSource:
+    """The base model's folder, tokenizer and template."""
+
+    name: str
+    path: Path
+    renderer: Renderer
+    context_length: int
+    vocab_size: int
+    sha256: str  # of its weights
+    now: datetime  # the date that templates see
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterSource:
+    """A checked adapter that is not in memory yet. `digest` is the sha256 of all that decides its
+    answers; `label` names its run without a path."""
+
+    label: str
+    folder: AdapterFolder
+    renderer: Renderer
+    digest: str
+    scale: float
+    schema: Json | None  # response_schema of its run
+    is_proven: bool
+    file_key: FileKey
+
+    def check_unchanged(self) -> None:
+        """Raise InputError if the weights were replaced since they were checked."""
+        try:
+            is_same = read_file_key(self.folder.weights_path) == self.file_key
+        except OSError:
+            is_same = False
+        if not is_same or hash_file(self.folder.weights_path) != self.folder.sha256:
+            message = "the weights have changed since they were published"
+            raise InputError(message, fix="publish them again")
+
+
+def read_file_key(path: Path) -> FileKey:
+    status = os.stat(path)
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def open_base(name: str, now: datetime) -> BaseSource:
+    """Open the base model; it is downloaded if it is not there."""
+    folder = resolve_model(name)
+    spec = read_spec(folder, name=name)
+    renderer = Renderer.from_folder(folder, now=now, embedding_rows=spec.token_rows)
+    weights = hash_weight_files(folder)
+    return BaseSource(
+        name=name,
+        path=folder,
+        renderer=renderer,
+        context_length=spec.context_length,
+        vocab_size=spec.vocab_size,
+        sha256=hashlib.sha256(dump_json(weights)).hexdigest(),
+        now=now,
+    )
+
+
+def find_base_name(ref: str) -> str:
+    """Return the base that an adapter names: that of its run, or of its folder."""
+    folder, plan = _find_adapter(ref)
+    if plan is not None:
+        return plan.recipe["model"]
+    provenance = read_provenance(folder)
+    if provenance is not None:
+        return provenance.base
+    name = read_json_object(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+    if not name:
+        fix = "name it: --base MODEL"
+        raise InputError("the adapter does not name its base model", where=ref, fix=fix)
+    return str(name)
+
+
+def find_dtype(ref: str) -> str | None:
+    """Return the dtype that a run was trained and measured in, None for an adapter folder."""
+    _, plan = _find_adapter(ref)
+    return None if plan is None else plan.config.dtype
+
+
+def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = False) -> AdapterSource:
+    """Open RUN, RUN@SCALE or an adapter folder for a base.
+
+    Raises InputError for an adapter that does not belong to the base, GateError for a run that a
+    gate has stopped."""
+    folder, plan = _find_adapter(ref)
+    file_key = read_file_key(folder / ADAPTER_WEIGHTS_FILE)
+    adapter = read_adapter(folder, base.path)
+    provenance = read_provenance(folder)
+    if provenance is None and not is_unproven_allowed:
+        message = "there is no tunesmith.json, so nothing shows that it belongs to this base"
+        raise InputError(message, where=ref, fix="set unproven: true to serve it all the same")
+    variables = plan.recipe["chat_template_kwargs"] if plan is not None else {}
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    renderer = Renderer.from_folder(
+        folder if has_tokenizer else base.path,
+        now=base.now,
+        variables=variables,
+        embedding_rows=base.vocab_size,
+    )
+    check_provenance(folder, base.path, renderer, base.now.isoformat())
+    schema_path = plan.recipe.get("response_schema") if plan is not None else None
+    return AdapterSource(
+        label=find_label(ref),
+        folder=adapter,
+        renderer=renderer,
+        digest=_compute_digest(adapter, renderer, base),
+        scale=parse_model_ref(ref).scale,
+        schema=read_response_schema(Path(schema_path)) if schema_path else None,
+        is_proven=provenance is not None,
+        file_key=file_key,
+    )
+
+
+def find_label(ref: str) -> str:
+    """Return the name of a run or of an adapter folder, without its path."""
+    path = Path(ref.partition("@")[0])
+    return path.parent.name if path.name == "adapter" else path.name
+
+
+def _find_adapter(ref: str) -> tuple[Path, Plan | None]:
+    """Return the adapter folder that a name refers to, and the plan of its run."""
+    model_ref = parse_model_ref(ref)
+    if model_ref.checkpoint_dir is not None:
+        message = "a checkpoint holds no adapter in PEFT's format"
+        raise InputError(message, where=ref, fix="serve the run, which ends with its best step")
+    if model_ref.run_dir is None:
+        folder = Path(ref)
+        if not (folder / ADAPTER_CONFIG_FILE).is_file():
+            fix = "name a run folder or an adapter folder; a base is named with --base"
+            raise InputError("there is no adapter in this folder", where=ref, fix=fix)
+        run = folder.parent if is_run(folder.parent) else None
+    else:
+        run = find_weights_dir(model_ref.run_dir)
+        folder = run / "adapter"
+    if run is None:
+        return folder, None
+    plan = read_run_plan(run)
+    _refuse_unservable(run, plan, folder)
+    return folder, plan
+
+
+def _refuse_unservable(run: Path, plan: Plan, folder: Path) -> None:
+    """Raise for a run without a finished adapter, or with one of another kind of base."""
+    where = str(run)
+    if plan.config.method == "full":
+        fix = f"serve it as a base: tunesmith serve --base {run / 'model'}"
+        raise InputError("this run trained all weights, and has no adapter", where=where, fix=fix)
+    if plan.config.method == "qlora":
+        message = "this adapter was trained on a 4-bit base, and the base is served in 16 bits"
+        fix = f"merge it: tunesmith export {run} --to merged, and serve that as the base"
+        raise InputError(message, where=where, fix=fix)
+    if problem := read_failure(run):
+        raise GateError(f"this run failed: {problem}", where=where)
+    if not folder.is_dir():
+        fix = f"finish it: tunesmith resume {run}"
+        raise InputError("this run has no adapter yet", where=where, fix=fix)
+    if problem := verify_dir(folder):
+        message = f"not as the run wrote it: {problem}"
+        raise InputError(message, where=str(folder), fix="restore the files")
+
+
+def _compute_digest(adapter: AdapterFolder, renderer: Renderer, base: BaseSource) -> str:
+    """Return the sha256 of all that decides the answers of an adapter, but for its scale."""
+    identity = [
+        base.sha256,
+        adapter.sha256,
+        [adapter.rank, adapter.alpha, adapter.use_rslora, adapter.use_dora],
+        [dict(adapter.rank_pattern), dict(adapter.alpha_pattern)],
+        renderer.fingerprint,
+        list(renderer.end_ids),
+    ]
+    return hashlib.sha256(dump_json(identity)).hexdigest()

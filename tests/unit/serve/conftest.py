@@ -1,0 +1,45 @@
+"""Toy models and adapters, and a server that most tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serve_lab import LiveServer, make_settings, save_toy_adapter, serving
+from tiny_runs import save_writer_folder
+
+# other text before each turn than the base's template has
+PLAIN_TURNS = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a base that answers with a few letters."""
+    return save_writer_folder(tmp_path_factory.mktemp("serve") / "writer")
+
+
+@pytest.fixture(scope="session")
+def adapters(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return adapters of different kinds by name."""
+    folder = tmp_path_factory.mktemp("adapters")
+    template = folder / "plain.jinja"
+    template.write_text(PLAIN_TURNS)
+    return {
+        "small": save_toy_adapter(folder / "small", writer, seed=1, lora_r=2),
+        "large": save_toy_adapter(folder / "large", writer, seed=2, lora_r=8, use_rslora=True),
+        "dora": save_toy_adapter(folder / "dora", writer, seed=3, use_dora=True),
+        "plain": save_toy_adapter(folder / "plain", writer, seed=4, template=template),
+    }
+
+
+@pytest.fixture(scope="session")
+def live(writer: Path, adapters: dict[str, Path]) -> Iterator[LiveServer]:
+    """Return a server of all adapters without keys; tests must not change its models."""
+    models = {name: {"from": str(path), "scales": True} for name, path in adapters.items()}
+    with serving(make_settings(models, base=str(writer))) as server:
+        yield server

@@ -1,0 +1,263 @@
+"""Clients that leave, queues that are full, weights that break, and an engine that dies."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from serve_lab import LiveServer, make_chat, make_settings, read_events, serving
+
+NO_END = {"257": -100, "258": -100}
+CHAT = "/v1/chat/completions"
+LONG: dict[str, Any] = {"max_tokens": 250, "logit_bias": NO_END}
+
+
+@pytest.fixture
+def narrow(writer: Path, adapters: dict[str, Path]) -> Iterator[LiveServer]:
+    """Return a server with two rows and three places to wait."""
+    limits = {"rows": 2, "waiting": 3, "wait": "1h", "request": "20s"}
+    models = {"small": adapters["small"], "large": adapters["large"]}
+    with serving(make_settings(models, base=str(writer), limits=limits)) as server:
+        yield server
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def count_active(live: LiveServer) -> int:
+    return live.server.engine.scheduler.num_active
+
+
+def count_rows(live: LiveServer) -> int:
+    return live.call(_count_rows, live)
+
+
+async def _count_rows(live: LiveServer) -> int:
+    scheduler = live.server.engine.scheduler
+    batch = scheduler._batch
+    return await scheduler.run_between_steps(lambda: len(batch.rows) + len(batch.waiting))
+
+
+# ---------------------------------------------------------------- clients that leave
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_client_that_leaves_frees_its_rows(is_stream: bool, narrow: LiveServer) -> None:
+    host, port = narrow.url.removeprefix("http://").split(":")
+    body = json.dumps(make_chat("small", stream=is_stream, n=2, **LONG)).encode()
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    connection = socket.create_connection((host, int(port)))
+    connection.sendall(head.encode() + body)
+    wait_until(lambda: count_rows(narrow) == 2)
+    connection.close()
+    wait_until(lambda: count_active(narrow) == 0)
+    assert count_rows(narrow) == 0
+    registry = narrow.server.engine.registry
+    assert all(resident.num_leases == 0 for resident in registry._residents.values())
+
+
+def test_a_client_that_leaves_while_it_waits(narrow: LiveServer) -> None:
+    with ThreadPoolExecutor(2) as pool, narrow.client() as http:
+        running = [pool.submit(http.post, CHAT, json=make_chat("base", **LONG)) for _ in range(2)]
+        wait_until(lambda: count_active(narrow) == 2)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{narrow.url}{CHAT}", json=make_chat("base", **LONG), timeout=0.05)
+        wait_until(lambda: count_active(narrow) <= 2)
+        assert [row.result().status_code for row in running] == [200, 200]
+    wait_until(lambda: count_active(narrow) == 0)
+
+
+def test_half_a_request_holds_no_row(narrow: LiveServer) -> None:
+    host, port = narrow.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)))
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: 500\r\n\r\n".encode() + b'{"model": "base"')
+    connection.close()
+    with narrow.client() as http:
+        assert http.post(CHAT, json=make_chat("base", max_tokens=1)).status_code == 200
+    assert count_active(narrow) == 0
+
+
+# ---------------------------------------------------------------- too much work
+
+
+def test_a_full_queue_is_429_with_a_time(narrow: LiveServer) -> None:
+    def post(_: int) -> httpx.Response:
+        with narrow.client() as http:
+            return http.post(CHAT, json=make_chat("base", **LONG))
+
+    with ThreadPoolExecutor(12) as pool:
+        responses = list(pool.map(post, range(12)))
+    statuses = sorted(response.status_code for response in responses)
+    assert set(statuses) == {200, 429}
+    assert statuses.count(200) >= 5  # two rows and three places
+    for response in responses:
+        if response.status_code == 429:
+            assert int(response.headers["retry-after"]) >= 1
+            assert response.json()["error"]["code"] == "queue_full"
+    assert count_active(narrow) == 0
+    state = narrow.server.engine.scheduler._state
+    assert state.backlog.waiting_tokens == 0
+
+
+def test_many_refusals_leave_nothing_behind(narrow: LiveServer) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        blockers = [pool.submit(post_long, narrow) for _ in range(5)]
+        wait_until(lambda: count_active(narrow) == 5)
+        with narrow.client() as http:
+            for _ in range(30):
+                response = http.post(CHAT, json=make_chat("base", n=4, **LONG))
+                assert response.status_code in (200, 429)
+        for blocker in blockers:
+            assert blocker.result().status_code == 200
+    wait_until(lambda: count_active(narrow) == 0)
+    assert count_rows(narrow) == 0
+
+
+def post_long(live: LiveServer) -> httpx.Response:
+    with live.client() as http:
+        return http.post(CHAT, json=make_chat("base", **LONG))
+
+
+def test_a_request_has_a_deadline(writer: Path) -> None:
+    settings = make_settings({}, base=str(writer), limits={"request": 0.05})
+    with serving(settings) as live, live.client() as http:
+        response = http.post(CHAT, json=make_chat("base", **LONG))
+        assert response.status_code == 504
+        assert response.json()["error"]["code"] == "timeout"
+        streamed = http.post(CHAT, json=make_chat("base", stream=True, **LONG))
+        assert streamed.status_code == 200
+        last = json.loads(read_events(streamed.text.splitlines())[-1])
+        assert last["error"]["code"] == "timeout"
+        assert "[DONE]" not in streamed.text
+        wait_until(lambda: count_rows(live) == 0)
+
+
+# ---------------------------------------------------------------- what breaks
+
+
+def break_adapter(live: LiveServer, name: str) -> None:
+    """Turn the numbers of a published adapter in memory to NaN."""
+    registry = live.server.engine.registry
+    adapter = registry._bank._adapters[registry._models[name].digest]
+    num_broken = 0
+    for factors in adapter._factors.values():
+        for tensor in vars(factors).values():
+            if isinstance(tensor, torch.Tensor):
+                tensor.fill_(torch.nan)
+                num_broken += 1
+    assert num_broken
+
+
+def test_a_broken_adapter_fails_alone_and_is_taken_out_of_service(narrow: LiveServer) -> None:
+    greedy = {"temperature": 0, "max_tokens": 20, "logit_bias": NO_END}
+    with narrow.client() as http:
+        expected = http.post(CHAT, json=make_chat("large", **greedy)).json()["choices"]
+        http.post(CHAT, json=make_chat("small", **greedy))
+        break_adapter(narrow, "small")
+        with ThreadPoolExecutor(2) as pool:
+            healthy = pool.submit(http.post, CHAT, json=make_chat("large", **greedy))
+            for _ in range(3):
+                response = http.post(CHAT, json=make_chat("small", **greedy))
+                assert response.status_code == 500
+                assert response.json()["error"]["code"] == "model_not_finite"
+            assert healthy.result().json()["choices"] == expected
+        response = http.post(CHAT, json=make_chat("small", **greedy))
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "model_quarantined"
+        assert http.post(CHAT, json=make_chat("large", **greedy)).json()["choices"] == expected
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_engine_is_seen_at_once(narrow: LiveServer) -> None:
+    scheduler = narrow.server.engine.scheduler
+
+    def die() -> None:
+        raise ZeroDivisionError("on purpose")
+
+    with narrow.client() as http:
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(http.post, CHAT, json=make_chat("base", **LONG))
+            wait_until(lambda: count_active(narrow) == 1)
+            scheduler.put_command(die)
+            assert running.result().status_code == 503
+        wait_until(lambda: not scheduler.is_alive)
+        assert http.get("/health").status_code == 500
+        assert http.get("/ready").status_code == 503
+        response = http.post(CHAT, json=make_chat("base"))
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "engine_stopped"
+    assert scheduler.has_died.is_set()
+
+
+def test_a_drain_takes_nothing_new_and_finishes_what_runs(narrow: LiveServer) -> None:
+    with narrow.client() as http, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(http.post, CHAT, json=make_chat("base", **LONG))
+        wait_until(lambda: count_active(narrow) == 1)
+        assert http.post("/admin/drain", json={}).json() == {"active": 1}
+        refused = http.post(CHAT, json=make_chat("base"))
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert http.get("/ready").json() == {"state": "draining"}
+        assert http.get("/health").status_code == 200
+        assert running.result().status_code == 200
+
+
+def test_a_stopped_server_tells_streams_why(writer: Path) -> None:
+    lines: list[str] = []
+    started = threading.Event()
+
+    def read(url: str) -> None:
+        body = make_chat("base", stream=True, **LONG)
+        with httpx.stream("POST", f"{url}{CHAT}", json=body, timeout=30) as response:
+            for line in response.iter_lines():
+                lines.append(line)
+                started.set()
+
+    with serving(make_settings({}, base=str(writer))) as live:
+        thread = threading.Thread(target=read, args=(live.url,))
+        thread.start()
+        assert started.wait(10)
+    thread.join(10)
+    last = json.loads(read_events(lines)[-1])
+    assert last["error"]["code"] == "server_shutdown"
+
+
+def test_every_token_is_accounted(live: LiveServer) -> None:
+    def read_counts() -> dict[str, float]:
+        with live.client() as http:
+            text = http.get("/metrics").text
+        start = 'tunesmith_tokens_total{kind="'
+        return {
+            line.removeprefix(start).split('"')[0]: float(line.rpartition(" ")[2])
+            for line in text.splitlines()
+            if line.startswith(start) and 'model="large"' in line
+        }
+
+    before = read_counts()
+    usage = {"prompt": 0, "answer": 0}
+    for seed in range(8):
+        with live.client() as http:
+            answer = http.post(CHAT, json=make_chat("large", seed=seed, n=2, max_tokens=9)).json()
+        usage["prompt"] += answer["usage"]["prompt_tokens"]
+        usage["answer"] += answer["usage"]["completion_tokens"]
+    after = read_counts()
+    for kind, count in usage.items():
+        assert after[kind] - before.get(kind, 0) == count

@@ -1,0 +1,102 @@
+"""API keys: hashed at rest, readable by their user only, gone at the next request when removed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tunesmith.core.errors import InputError
+from tunesmith.serve.keys import KeyRing, add_key, read_keys, remove_key
+
+
+def test_a_key_is_found_by_its_secret_alone(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    secret, key = add_key(path, "ci", models=("json",))
+    ring = KeyRing(path)
+    assert secret.startswith("tsk_")
+    assert len(secret) == 4 + 43  # 32 bytes in base64
+    assert ring.find(f"Bearer {secret}") == key
+    assert ring.find(f"bearer {secret}") == key
+    for wrong in ("", secret, f"Basic {secret}", f"Bearer {secret[:-1]}", f"Bearer {secret}x"):
+        assert ring.find(wrong) is None
+    assert ring.find(f"Bearer {key.sha256}") is None
+
+
+def test_the_file_holds_no_secret_and_is_private(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "keys.json"
+    secret, key = add_key(path, "ci")
+    content = path.read_text()
+    assert secret not in content
+    assert secret.removeprefix("tsk_")[:12] not in content
+    assert key.sha256 in content
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+
+def test_a_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    add_key(path, "ci")
+    path.chmod(0o644)
+    with pytest.raises(InputError, match="others can read"):
+        read_keys(path)
+
+
+def test_a_link_is_refused(tmp_path: Path) -> None:
+    add_key(tmp_path / "real.json", "ci")
+    (tmp_path / "keys.json").symlink_to(tmp_path / "real.json")
+    with pytest.raises(InputError, match="not a file of this user"):
+        read_keys(tmp_path / "keys.json")
+
+
+def test_a_removed_key_stops_working_in_a_running_server(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    secret, _ = add_key(path, "ci")
+    other, _ = add_key(path, "other")
+    ring = KeyRing(path)
+    assert ring.find(f"Bearer {secret}") is not None
+    remove_key(path, "ci")
+    assert ring.find(f"Bearer {secret}") is None
+    assert ring.find(f"Bearer {other}") is not None
+    path.unlink()
+    assert ring.find(f"Bearer {other}") is None
+
+
+def test_names_and_scopes_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    add_key(path, "ci")
+    with pytest.raises(InputError, match="there is a key"):
+        add_key(path, "ci")
+    with pytest.raises(InputError, match="no scope"):
+        add_key(path, "x", scopes=("root",))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no name"):
+        add_key(path, "a\nb")
+    with pytest.raises(InputError, match="no key"):
+        remove_key(path, "nobody")
+
+
+def test_admin_has_every_scope_and_models_limit_a_key(tmp_path: Path) -> None:
+    _, admin = add_key(tmp_path / "keys.json", "boss", scopes=("admin",))
+    _, user = add_key(tmp_path / "keys.json", "user", models=("json",))
+    assert admin.has_scope("infer")
+    assert admin.has_scope("metrics")
+    assert not user.has_scope("admin")
+    assert user.can_use_model("json")
+    assert not user.can_use_model("base")
+    assert admin.id != user.id
+
+
+def test_the_command_line_makes_lists_and_removes_keys(tmp_path: Path, tunesmith) -> None:
+    path = str(tmp_path / "keys.json")
+    code, out, _ = tunesmith("keys", "add", "ci", "--scope", "infer,metrics", "--keys", path)
+    assert code == 0
+    secret = out.strip()
+    assert KeyRing(Path(path)).find(f"Bearer {secret}") is not None
+    code, out, _ = tunesmith("keys", "list", "--keys", path)
+    assert code == 0
+    assert "ci  infer, metrics  all models" in out
+    assert secret not in out
+    assert tunesmith("keys", "remove", "ci", "--keys", path)[0] == 0
+    assert read_keys(Path(path)) == ()
+    assert tunesmith("keys", "remove", "ci", "--keys", path)[0] == 2

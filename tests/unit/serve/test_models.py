@@ -1,0 +1,363 @@
+"""One base, many adapters: mixed answers equal each alone, and a name never answers with other
+weights than it says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from serve_lab import LiveServer, make_chat, make_settings, save_toy_adapter, serving
+from tiny_runs import save_writer_folder
+from tunesmith.core.errors import InputError
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.serve.admin import find_folder
+from tunesmith.serve.errors import RequestError
+from tunesmith.serve.sources import open_adapter, open_base
+
+NO_END = {"257": -100, "258": -100}
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "return_token_ids": True}
+WEIGHTS = "adapter_model.safetensors"
+
+
+def chat(live: LiveServer, model: str, text: str = "hello", **more: Any) -> Any:
+    with live.client() as http:
+        body = make_chat(model, text, **(GREEDY | more))
+        response = http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def get_ids(answer: Any) -> list[int]:
+    return answer["choices"][0]["token_ids"]
+
+
+def answer_by_peft(base: Path, adapter: Path, prompt: list[int], num_tokens: int) -> list[int]:
+    """Return the greedy answer of PEFT with transformers, up to an end token."""
+    network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = PeftModel.from_pretrained(network, adapter).eval()
+    out = model.generate(
+        input_ids=torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        eos_token_id=[257, 258],
+        pad_token_id=258,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+# ---------------------------------------------------------------- mixed batches
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT with transformers 5.24
+def test_a_mixed_batch_is_each_alone_and_peft(
+    live: LiveServer, writer: Path, adapters: dict[str, Path]
+) -> None:
+    names = ["base", *adapters, "small@0.5", "dora@0.5", "large@0"]
+    alone = {name: get_ids(chat(live, name)) for name in names}
+    assert len({tuple(ids) for ids in alone.values()}) >= 6  # the adapters have an effect
+    with ThreadPoolExecutor(len(names) * 2) as pool:
+        mixed = list(pool.map(lambda name: (name, chat(live, name)), names * 2))
+    for name, answer in mixed:
+        assert get_ids(answer) == alone[name], name
+    for name, path in adapters.items():
+        prompt = chat(live, name)["prompt_token_ids"]
+        assert get_ids(chat(live, name)) == answer_by_peft(writer, path, prompt, 24), name
+    assert alone["large@0"] == alone["base"]
+
+
+def test_each_adapter_has_its_own_template(
+    live: LiveServer, writer: Path, adapters: dict[str, Path]
+) -> None:
+    for name, path in {"base": writer, **adapters}.items():
+        renderer = Renderer.from_folder(path, now=datetime.now())
+        expected = renderer.encode_prompt([{"role": "user", "content": "hello"}])
+        assert tuple(chat(live, name)["prompt_token_ids"]) == expected, name
+    assert chat(live, "plain")["prompt_token_ids"] != chat(live, "base")["prompt_token_ids"]
+
+
+def test_one_prompt_of_many_models_in_turn(live: LiveServer) -> None:
+    """Stored keys and values of one adapter never answer for another: one long prompt."""
+    text = "the same long prompt " * 10
+    first = {name: get_ids(chat(live, name, text)) for name in ("small", "large", "base")}
+    for name in ("small", "large", "small", "base", "large", "base"):
+        assert get_ids(chat(live, name, text)) == first[name]
+
+
+def test_scales_are_for_models_that_allow_them(live: LiveServer) -> None:
+    for name in ("base@0.5", "small@3", "small@-1", "small@nan", "small@1e-3", "small@", "x@1"):
+        with live.client() as http:
+            response = http.post("/v1/chat/completions", json=make_chat(name))
+        assert response.status_code == 404, name
+    assert get_ids(chat(live, "small@1")) == get_ids(chat(live, "small"))
+
+
+def test_a_model_is_described_without_a_path(live: LiveServer, adapters: dict[str, Path]) -> None:
+    with live.client() as http:
+        listed = http.get("/v1/models")
+    assert str(adapters["small"].parent) not in listed.text
+    by_name = {model["id"]: model for model in listed.json()["data"]}
+    small = by_name["small"]
+    assert small["parent"] == "base"
+    assert small["root"] == small["tunesmith"]["digest"]
+    assert small["tunesmith"]["proven"]
+    assert len({model["root"] for model in by_name.values()}) == len(by_name)
+
+
+# ---------------------------------------------------------------- changes of a running server
+
+
+@pytest.fixture
+def folder(adapters: dict[str, Path], tmp_path: Path) -> Path:
+    """Return a folder with two adapters for the server to take."""
+    for name in ("small", "large"):
+        shutil.copytree(adapters[name], tmp_path / "models" / name)
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def changing(writer: Path, folder: Path) -> Iterator[LiveServer]:
+    settings = make_settings({"json": folder / "small"}, base=str(writer), models_dir=folder)
+    with serving(settings) as server:
+        yield server
+
+
+def put(live: LiveServer, name: str, source: str, **more: Any) -> Any:
+    headers = {"if-match": more.pop("if_match")} if "if_match" in more else {}
+    with live.client() as http:
+        return http.put(f"/admin/models/{name}", json={"from": source, **more}, headers=headers)
+
+
+def test_add_replace_and_remove(changing: LiveServer, live: LiveServer) -> None:
+    small = get_ids(chat(live, "small"))
+    large = get_ids(chat(live, "large"))
+    assert get_ids(chat(changing, "json")) == small
+    added = put(changing, "other", "large")
+    assert added.status_code == 200
+    assert get_ids(chat(changing, "other")) == large
+    digest = added.headers["etag"]
+    assert put(changing, "json", "large", if_match=digest).status_code == 412
+    assert get_ids(chat(changing, "json")) == small
+    with changing.client() as http:
+        etag = http.get("/admin/models/json").headers["etag"]
+    assert put(changing, "json", "large", if_match=etag).status_code == 200
+    assert get_ids(chat(changing, "json")) == large
+    with changing.client() as http:
+        assert http.delete("/admin/models/json").status_code == 204
+        assert http.delete("/admin/models/json").status_code == 404
+        assert http.delete("/admin/models/base").status_code == 400
+        assert http.post("/v1/chat/completions", json=make_chat("json")).status_code == 404
+    assert get_ids(chat(changing, "other")) == large
+
+
+def test_a_stream_keeps_its_adapter_while_the_name_changes(
+    changing: LiveServer, live: LiveServer
+) -> None:
+    options: Any = {"temperature": 0, "max_tokens": 300, "logit_bias": NO_END}
+    expected = chat(live, "small", **options)["choices"][0]["message"]["content"]
+    texts: list[str] = []
+    with changing.client() as http:
+        body = make_chat("json", stream=True, **options)
+        with http.stream("POST", "/v1/chat/completions", json=body) as response:
+            version = response.headers["x-tunesmith-model"]
+            lines = response.iter_lines()
+            for line in lines:
+                if not line.startswith("data: {"):
+                    continue
+                texts.append(json.loads(line[6:])["choices"][0]["delta"].get("content", ""))
+                if len(texts) == 3:
+                    assert put(changing, "json", "large").status_code == 200
+    assert "".join(texts) == expected
+    assert version.startswith("json@1#")
+    assert get_ids(chat(changing, "json")) == get_ids(chat(live, "large"))
+    bank = changing.server.engine.registry._bank
+    assert changing.call(_count_adapters, changing, bank) == 1  # the old one is gone
+
+
+async def _count_adapters(live: LiveServer, bank: Any) -> int:
+    return await live.server.engine.scheduler.run_between_steps(lambda: len(bank.keys))
+
+
+def test_the_same_name_with_new_weights_answers_anew(changing: LiveServer, folder: Path) -> None:
+    """With a warm cache, over and over: never an answer of the old weights."""
+    text = "the same long prompt " * 10
+    old = get_ids(chat(changing, "json", text))
+    with changing.client() as http:
+        first = http.get("/v1/models/json").json()["root"]
+    tensors = load_file(folder / "small" / WEIGHTS)
+    save_file({name: -tensor for name, tensor in tensors.items()}, folder / "new.safetensors")
+    tensors = {name: tensor if "_A" in name else -tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "small" / WEIGHTS, metadata={"format": "pt"})
+    assert put(changing, "json", "small").status_code == 200
+    with changing.client() as http:
+        assert http.get("/v1/models/json").json()["root"] != first
+    answers = [get_ids(chat(changing, "json", text)) for _ in range(12)]
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0] != old
+
+
+# ---------------------------------------------------------------- refused at the door
+
+
+def spoil(folder: Path, kind: str, tmp_path: Path) -> None:
+    """Change the adapter `large` in a way that must be noticed."""
+    path = folder / "large"
+    tensors = load_file(path / WEIGHTS)
+    first = next(name for name in tensors if "lora_B" in name)
+    if kind == "base":
+        other = save_writer_folder(tmp_path / "other")
+        weights = load_file(other / "model.safetensors")
+        weights["model.norm.weight"] *= 2
+        save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+        shutil.rmtree(path)
+        save_toy_adapter(path, other)
+    elif kind == "template":
+        template = path / "chat_template.jinja"
+        template.write_text(template.read_text() + " ")
+    elif kind == "tokenizer":
+        file = path / "tokenizer.json"
+        file.write_text(file.read_text().replace("<|text|>", "<|other|>"))
+    elif kind == "NaN":
+        tensors[first][0, 0] = torch.nan
+        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    elif kind == "shape":
+        tensors[first] = tensors[first][:-1].clone()
+        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    elif kind == "names":
+        tensors["base_model.model.model.layers.9.mlp.up_proj.lora_A.weight"] = tensors[
+            first
+        ].clone()
+        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    elif kind == "cut":
+        file = path / WEIGHTS
+        file.write_bytes(file.read_bytes()[:-100])
+    elif kind == "unproven":
+        (path / "tunesmith.json").unlink()
+
+
+KINDS = ("base", "template", "tokenizer", "NaN", "shape", "names", "cut", "unproven")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_does_not_belong_is_refused_and_the_old_one_serves_on(
+    kind: str, changing: LiveServer, folder: Path, tmp_path: Path
+) -> None:
+    before = get_ids(chat(changing, "json"))
+    spoil(folder, kind, tmp_path)
+    response = put(changing, "json", "large")
+    assert response.status_code in (409, 503), response.text
+    assert response.json()["error"]["code"] in ("not_published", "model_not_loaded")
+    assert get_ids(chat(changing, "json")) == before
+
+
+def test_unproven_weights_are_served_on_request_and_say_so(
+    changing: LiveServer, folder: Path
+) -> None:
+    (folder / "large" / "tunesmith.json").unlink()
+    response = put(changing, "wild", "large", unproven=True)
+    assert response.status_code == 200
+    assert not response.json()["tunesmith"]["proven"]
+    chat(changing, "wild")
+    with changing.client() as http:
+        assert 'tunesmith_unproven_requests_total{model="wild"} 1.0' in http.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "%2e%2e", "%2e%2e%2fx", "a%00b", "x" * 300, "jsоn", "base", "A", "-x", "a b"]
+)
+def test_names_that_are_no_names(name: str, changing: LiveServer) -> None:
+    assert put(changing, name, "large").status_code in (400, 404, 405)
+
+
+def test_only_folders_inside_are_taken(tmp_path: Path, adapters: dict[str, Path]) -> None:
+    root = tmp_path / "models"
+    root.mkdir()
+    shutil.copytree(adapters["small"], root / "runs" / "one")
+    (root / "out").symlink_to(adapters["small"])
+    (root / "in").symlink_to(root / "runs" / "one")
+    assert find_folder(root, "runs/one") == (root / "runs" / "one").resolve()
+    for wrong in (
+        str(adapters["small"]), "../adapters/small", "runs/../runs/one", "out", "in", "runs//one",
+        "runs/one/", "./runs", "nothing", "a\0b", "runs/one\n", "~", "runs\\one", "a/" * 50,
+    ):  # fmt: skip
+        with pytest.raises(RequestError) as caught:
+            find_folder(root, wrong)
+        assert caught.value.status in (400, 404)
+    with pytest.raises(RequestError, match="models-dir"):
+        find_folder(None, "runs/one")
+
+
+def test_a_scale_of_a_run_is_its_default(tmp_path: Path, writer: Path) -> None:
+    """RUN@SCALE needs a run folder; an adapter folder has no scale of its own."""
+    base = open_base(str(writer), datetime.now())
+    with pytest.raises(InputError):
+        open_adapter(str(tmp_path / "nothing"), base)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_cold_adapters_are_loaded_once_and_dropped_by_last_use(
+    writer: Path, tmp_path: Path
+) -> None:
+    paths = [save_toy_adapter(tmp_path / f"a{n}", writer, seed=n) for n in range(6)]
+    models = {path.name: path for path in paths}
+    num_bytes = (paths[0] / WEIGHTS).stat().st_size
+    with serving(
+        make_settings(models, base=str(writer), limits={"adapters": 3 * num_bytes})
+    ) as live:
+        alone = {name: get_ids(chat(live, name)) for name in models}
+        registry = live.server.engine.registry
+        assert registry.count_bytes() <= 3 * num_bytes
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(lambda n: (n, try_chat(live, f"a{n % 6}")), range(36)))
+        served = [(n, answer) for n, answer in answers if answer is not None]
+        assert len(served) > 6
+        for n, answer in served:
+            assert get_ids(answer) == alone[f"a{n % 6}"]
+        assert registry.count_bytes() <= 3 * num_bytes
+        with live.client() as http:
+            text = http.get("/metrics").text
+        assert "tunesmith_evictions_total 0.0" not in text
+
+
+def try_chat(live: LiveServer, model: str) -> Any:
+    """Return an answer, None if the memory is full of adapters in use."""
+    with live.client() as http:
+        response = http.post("/v1/chat/completions", json=make_chat(model, **GREEDY))
+    assert response.status_code in (200, 503)
+    if response.status_code == 503:
+        assert response.json()["error"]["code"] == "adapters_full"
+        return None
+    return response.json()
+
+
+def test_a_cold_adapter_whose_file_was_replaced_is_not_served(writer: Path, tmp_path: Path) -> None:
+    paths = [save_toy_adapter(tmp_path / f"a{n}", writer, seed=n) for n in range(2)]
+    num_bytes = (paths[0] / WEIGHTS).stat().st_size
+    models = {path.name: path for path in paths}
+    with serving(make_settings(models, base=str(writer), limits={"adapters": num_bytes})) as live:
+        warm = get_ids(chat(live, "a0"))  # resident: its file is not read again
+        shutil.copy(paths[1] / WEIGHTS, paths[0] / WEIGHTS)
+        assert get_ids(chat(live, "a0")) == warm
+        chat(live, "a1")
+        with live.client() as http:
+            response = http.post("/v1/chat/completions", json=make_chat("a0"))
+        assert response.status_code == 503
+        assert (
+            "a0 cannot be loaded: the weights have changed" in response.json()["error"]["message"]
+        )
+        (paths[0] / WEIGHTS).unlink()
+        with live.client() as http:
+            assert http.post("/v1/chat/completions", json=make_chat("a0")).status_code == 503
