@@ -31,6 +31,7 @@ PACKAGES = (
     "gguf",
     "peft",
     "bitsandbytes",
+    "triton",
 )
 NVIDIA_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # the last is WSL's
 AMD_FILE = "/dev/kfd"

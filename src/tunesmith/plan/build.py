@@ -530,6 +530,11 @@ def _collect_gpu_warnings(context: RuleContext) -> list[str]:
         return warnings
     if machine.gpu_software.startswith("ROCm"):
         warnings.append(f"{machine.gpu_software}: tunesmith has not been tried on AMD GPUs")
+    if machine.missing_for_triton:
+        warnings.append(
+            "norms, rotations, MLPs and losses run in plain torch, with a quarter more activations "
+            f"and three times the traffic: the kernels for GPUs need {machine.missing_for_triton}"
+        )
     if context["dtype"] == "bf16" and not machine.has_bf16_matmul:
         warnings.append(f"{machine.device_name} has no bf16: torch emulates it, slower than fp32")
     if context["attention"] == "varlen" and context["dtype"] == "fp32":

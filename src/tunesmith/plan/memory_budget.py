@@ -49,7 +49,13 @@ def estimate_memory(
 ) -> dict[str, int]:
     """Return bytes by component, with "peak"."""
     if machine.device == "cuda":
-        return estimate_gpu_memory(spec, pack_tokens=pack_tokens, cache=cache, **footprint)
+        return estimate_gpu_memory(
+            spec,
+            pack_tokens=pack_tokens,
+            cache=cache,
+            has_triton=not machine.missing_for_triton,
+            **footprint,
+        )
     parts = estimate_peak_memory(
         spec,
         pack_tokens=pack_tokens,

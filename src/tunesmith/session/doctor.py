@@ -137,7 +137,13 @@ def _check_gpu(machine: Machine) -> list[MachineCheck]:
         parts.append(f"the first of {machine.num_gpus}, training uses one")
     is_ok = machine.has_bf16_matmul
     fix = "" if is_ok else "runs are planned in fp32; fp16 is not supported"
-    return [MachineCheck("GPU", is_ok, ", ".join(parts), is_required=False, fix=fix)]
+    missing = machine.missing_for_triton
+    value = f"plain torch: they need {missing}" if missing else "compiled in the first step"
+    triton_fix = f"with {missing}, a step moves a third of the bytes" if missing else ""
+    return [
+        MachineCheck("GPU", is_ok, ", ".join(parts), is_required=False, fix=fix),
+        MachineCheck("GPU kernels", not missing, value, is_required=False, fix=triton_fix),
+    ]
 
 
 def _check_extras() -> list[MachineCheck]:

@@ -56,7 +56,7 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert machine.has_flash_attention
     assert machine.unused_gpu == ""
     assert os.environ[hardware.ALLOCATOR_ENV] == "expandable_segments:True"
-    (check,) = _check_gpu(machine)
+    check, _ = _check_gpu(machine)
     assert check.is_ok
     for part in ("CUDA 12.8", "compute capability 9.0", "70.0 GB free", "first of 8"):
         assert part in check.value
@@ -75,7 +75,7 @@ def test_a_gpu_without_bf16_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     give_gpu(monkeypatch, bf16=False)
     machine = measure_machine(tmp_path)
     assert not machine.has_flash_attention
-    (check,) = _check_gpu(machine)
+    check, _ = _check_gpu(machine)
     assert (check.is_ok, check.is_required) == (False, False)
     assert "no bf16" in check.value
     assert "fp16" in check.fix
@@ -88,6 +88,33 @@ def test_an_amd_gpu_is_called_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert machine.compute_capability == ""
     assert not machine.has_flash_attention
     assert "not been tried" in _check_gpu(machine)[0].value
+
+
+@pytest.mark.parametrize(
+    ("versions", "compiler", "missing"),
+    [
+        ({"triton": "3.4.0"}, "/usr/bin/cc", ""),
+        ({}, "/usr/bin/cc", "the package triton"),
+        ({"triton": "3.4.0"}, None, "a C compiler"),
+    ],
+    ids=["all", "no triton", "no compiler"],
+)
+def test_what_the_kernels_lack_is_named(
+    versions: dict[str, str],
+    compiler: str | None,
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    give_gpu(monkeypatch)
+    monkeypatch.setattr(hardware, "collect_versions", lambda: versions)
+    monkeypatch.setattr(hardware, "find_compiler", lambda: compiler)
+    machine = measure_machine(tmp_path)
+    assert machine.missing_for_triton == missing
+    _, check = _check_gpu(machine)
+    assert (check.name, check.is_ok, check.is_required) == ("GPU kernels", not missing, False)
+    assert missing in check.value
+    assert missing in check.fix
 
 
 def explain(folder: Path) -> str:

@@ -56,6 +56,10 @@ def test_what_a_gpu_cannot_do_is_a_warning(make_context: Make) -> None:
     rocm = make_context(device="cuda", gpu_software="ROCm 6.4", attention="sdpa")
     assert "AMD" in _collect_gpu_warnings(rocm)[0]
     assert _collect_gpu_warnings(make_context(device="cuda", attention="varlen")) == []
+    (plain,) = _collect_gpu_warnings(
+        make_context(device="cuda", attention="varlen", gpu_software="CUDA 12.8", versions={})
+    )
+    assert "the package triton" in plain
 
 
 def test_varlen_in_fp32_is_refused(make_context: Make) -> None:

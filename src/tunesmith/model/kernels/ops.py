@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.core.hardware import find_compiler
 from tunesmith.model.kernels.build import call_kernel, load_library
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -54,8 +55,11 @@ def find_triton(*tensors: Tensor) -> ModuleType | None:
 
 
 def has_triton() -> bool:
-    """Return whether this torch and its packages have what the kernels for GPUs need."""
-    return find_spec("triton") is not None and torch.version.hip is None
+    """Return whether the kernels for GPUs have what they need, which `Machine.missing_for_triton`
+    names: triton, a GPU of NVIDIA, and a C compiler."""
+    if find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    return _get_triton_device() == "cpu" or find_compiler() is not None
 
 
 @functools.cache
