@@ -55,10 +55,8 @@ from tunesmith.train.preflight_base import (
 )
 from tunesmith.train.preflight_blocks import (
     BLOCK_FIX,
-    BLOCK_TOLERANCE,
     can_amplify_rounding,
     compare_blocks,
-    explain_rounding,
 )
 from tunesmith.train.preflight_isolation import (
     HIDDEN_TOLERANCE,
@@ -344,7 +342,6 @@ def check_logits(subject: ModelUnderTest, samples: PreflightSamples) -> CheckRes
     num_agreeing = 0
     num_positions = 0
     head = subject.model.head
-    block_evidence = ""
     tolerance = LOGIT_TOLERANCE[subject.model.dtype]
     pairs = zip(samples.documents, samples.reference_logits, strict=True)
     for document, stock_PV in pairs:
@@ -366,15 +363,11 @@ def check_logits(subject: ModelUnderTest, samples: PreflightSamples) -> CheckRes
                 where=f"preflight: {document.id}",
                 fix=BLOCK_FIX,
             )
-        if samples.stock is not None and subject.model.dtype in BLOCK_TOLERANCE:
-            blocks = explain_rounding(subject.model, samples.stock, document)
-            block_evidence += f"; of {count_input_tokens(document)} tokens, {blocks}"
     subject.logit_errors.append(worst)
     lengths = ", ".join(str(count_input_tokens(document)) for document in samples.documents)
     evidence = (
         f"relative difference at most {worst:.2%}, "
         f"top-1 equal at {num_agreeing}/{num_positions} positions; document lengths {lengths}"
-        f"{block_evidence}"
     )
     return CheckResult.from_items(
         "logits match transformers", num_positions, evidence, if_none="there is no document"

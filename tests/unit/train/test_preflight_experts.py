@@ -2,6 +2,7 @@
 refused."""
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -12,12 +13,12 @@ from preflight_models import get_refusal, prepare_model, prepare_sharing_model
 from tiny_models import EXPERT_FAMILIES, HYBRID_CONFIGS, make_tiny_documents
 from tunesmith.core.errors import GateError
 from tunesmith.core.types import PackLayout
+from tunesmith.model import layers
 from tunesmith.model.attention import BACKENDS, AttentionConfig, reference_attention
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.experts import Experts, find_experts
 from tunesmith.model.layers import Attention
 from tunesmith.session.preflight_probe import PreflightSamples, pack_documents
-from tunesmith.train import preflight
 from tunesmith.train.preflight import run_preflight
 from tunesmith.train.preflight_blocks import compare_blocks
 from tunesmith.train.preflight_isolation import refuse_leakage
@@ -118,14 +119,30 @@ def detach_rows(hidden: Tensor) -> Tensor:
 # ---------------------------------------------------------------- block by block
 
 
-def test_rounding_of_logits_is_explained_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(preflight.LOGIT_TOLERANCE, torch.bfloat16, -1.0)
+def test_blocks_are_compared_in_fp32_and_as_they_are_trained() -> None:
     model, samples = prepare_model("qwen3_moe", torch.bfloat16)
     with torch.no_grad():
-        evidence = preflight.check_logits(preflight.ModelUnderTest(model), samples).evidence
-    assert "15 parts on transformers' inputs differ by " in evidence
-    equal, total = evidence.rpartition("router decisions equal at ")[2].split("/")
+        evidence = compare_blocks(model, samples, lambda batch: batch).evidence
+    assert evidence.startswith("15 parts in float32 on transformers' inputs, ")
+    assert "; in bfloat16 by 0." in evidence
+    decisions = re.search(r"router decisions equal at (\S+)/(\d+)", evidence)
+    assert decisions is not None
+    equal, total = decisions.groups()
     assert 0 < int(equal) <= int(total)
+
+
+def test_a_fault_of_bf16_alone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hide in the rounding of the logits."""
+    model, samples = prepare_model("qwen3_moe", torch.bfloat16)
+    right = layers.Attention.forward
+
+    def compute(self: Any, hidden_states: Tensor, **others: Any) -> Any:
+        out, nothing = right(self, hidden_states, **others)
+        return (out * 1.05 if out.dtype == torch.bfloat16 else out), nothing
+
+    monkeypatch.setattr(layers.Attention, "forward", compute)
+    with torch.no_grad(), pytest.raises(GateError, match="self_attn is off by"):
+        compare_blocks(model, samples, lambda batch: batch)
 
 
 @pytest.mark.parametrize(
