@@ -58,6 +58,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "export",
+    "export_servers",
     "init",
     "list_runs",
     "load_demo_inputs",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from tunesmith.evaluate.model_ref import ModelComparison
     from tunesmith.evaluate.regression_gate import EvalReport
     from tunesmith.export.export import ExportResult
+    from tunesmith.export.servers import ServerExport
     from tunesmith.plan.method_comparison import MethodEstimate
     from tunesmith.recipe.template import InitResult
     from tunesmith.session.doctor import Diagnosis
@@ -448,6 +450,28 @@ def export(
 
     out = None if out is None else Path(out)
     return export_run(Path(path), to, kind=type, base=base, scale=scale, out=out)
+
+
+def export_servers(
+    paths: Iterable[AnyPath],
+    to: str,
+    *,
+    type: str | None = None,
+    scale: float = 1.0,
+    out: AnyPath | None = None,
+) -> ServerExport:
+    """Export finished runs with the files that start "vllm", "sglang", "llama-server", "kserve" or
+    "ray" with them, each checked against its run as by `export`.
+
+    `type` is that of llama-server's GGUF. `out` is a new folder, needed for several runs. Raises
+    what `export` raises, and InputError for runs that the engine or one server cannot hold."""
+    folders = [Path(path) for path in paths]
+    for folder in folders:
+        run_dir.require_run(folder)
+    from tunesmith.export.servers import export_servers
+
+    out = None if out is None else Path(out)
+    return export_servers(folders, to, kind=type, scale=scale, out=out)
 
 
 def push_to_hub(

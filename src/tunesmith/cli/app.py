@@ -36,7 +36,7 @@ from tunesmith.cli.args import (
     AdviseArgs,
     AsJson,
     RecipeArgs,
-    RunArg,
+    RunArgs,
     parse_advise_args,
     parse_recipe_args,
     refuse_old_words,
@@ -60,6 +60,10 @@ from tunesmith.core.run_dir import require_run
 from tunesmith.core.types import Plan
 from tunesmith.plan.stages import StagedPlan
 
+HubRepoName = Annotated[
+    str | None,
+    typer.Option(metavar="OWNER/NAME", help="With --to hub: repository.", show_default=False),
+]
 # click's own class, or typer's copy of it
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 INTERRUPTED_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -269,11 +273,13 @@ def tune_lr(
 
 
 def export(  # noqa: PLR0913 - every option is a flag
-    folder: RunArg,
+    folders: RunArgs,
     to: Annotated[
         str,
         typer.Option(
-            metavar="TARGET", help="peft, merged, gguf, ollama or hub.", show_default=False
+            metavar="TARGET",
+            help="peft, merged, gguf, ollama, hub or a server such as vllm.",
+            show_default=False,
         ),
     ],
     type: Annotated[
@@ -296,10 +302,7 @@ def export(  # noqa: PLR0913 - every option is a flag
             metavar="FOLDER", help="New folder; RUN/export/TARGET by default.", show_default=False
         ),
     ] = None,
-    repo: Annotated[
-        str | None,
-        typer.Option(metavar="OWNER/NAME", help="With --to hub: repository.", show_default=False),
-    ] = None,
+    repo: HubRepoName = None,
     public: Annotated[
         bool, typer.Option("--public", help="With --to hub: publish it; private by default.")
     ] = False,
@@ -308,19 +311,38 @@ def export(  # noqa: PLR0913 - every option is a flag
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Export a finished run, checked against the run's answers."""
-    from tunesmith.cli.views.results import render_export
+    """Export finished runs, checked against their answers."""
+    from tunesmith.cli.views.results import render_export, render_server_export
+    from tunesmith.export.server_files import ENGINES
 
+    base_flag: dict[str, object] = {"--base": None if base == "auto" else base}
+    hub_flags: dict[str, object] = {
+        "--repo": repo,
+        "--public": public or None,
+        "--yes": yes or None,
+    }
+    if to in ENGINES:
+        _refuse_unused(base_flag | hub_flags, f"with --to {to}")
+        served = api.export_servers(folders, to, type=type, scale=scale, out=out)
+        print_result(served, render_server_export(served), as_json=as_json)
+        return
+    folder = _get_single_run(folders, to)
     if to == "hub":
-        merge_base = None if base == "auto" else base
-        _refuse_unused({"--type": type, "--out": out, "--base": merge_base}, "with --to hub")
+        _refuse_unused({"--type": type, "--out": out, **base_flag}, "with --to hub")
         _confirm_upload(folder, repo, is_public=public, is_confirmed=yes)
         result = api.push_to_hub(folder, repo or "", public=public, scale=scale)
     else:
-        flags = {"--repo": repo, "--public": public or None, "--yes": yes or None}
-        _refuse_unused(flags, f"with --to {to}")
+        _refuse_unused(hub_flags, f"with --to {to}")
         result = api.export(folder, to, type=type, base=base, scale=scale, out=out)
     print_result(result, render_export(result), as_json=as_json)
+
+
+def _get_single_run(folders: Sequence[Path], target: str) -> Path:
+    """Return the only run. Raises InputError for several, which only servers take."""
+    if len(folders) > 1:
+        message = f"--to {target} takes one run, and {len(folders)} are named"
+        raise InputError(message, where="command line", fix="export them one by one")
+    return folders[0]
 
 
 def _refuse_unused(flags: dict[str, object], condition: str) -> None:

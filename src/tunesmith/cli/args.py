@@ -47,6 +47,15 @@ RunArg = Annotated[
         metavar="RUN", help="Run folder.", autocompletion=complete_runs, show_default=False
     ),
 ]
+RunArgs = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RUN ...",
+        help="Run folder; several for a server.",
+        autocompletion=complete_runs,
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Allow metrics from Python files (FILE.py:FUNCTION).")

@@ -279,6 +279,9 @@ def choose_model(client: LiveClient, name: str | None) -> str:
     names += ", ..." if len(listed) > MAX_LISTED_MODELS else ""
     if name is None and len(listed) == 1:
         return listed[0]
+    # Ray lists the base of BASE:ADAPTER alone, and Ollama lists NAME as NAME:latest.
+    if name is not None and {name.partition(":")[0], f"{name}:latest"} & set(listed):
+        return name
     if name is None or name not in listed:
         message = "no model is named, and the server has several"
         if name is not None or not listed:

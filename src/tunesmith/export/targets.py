@@ -1,7 +1,8 @@
 """Export targets: how each one is written, read back, and how close to the run it must be.
 
 In: the target and type that the user asked for. Out: an ExportFormat.
-A new target is two functions and a line in TARGETS. The tolerances follow from measurements
+A new target is two functions and a line in TARGETS; those for servers of other projects are in
+server_files.py. The tolerances follow from measurements
 (docs/guides/export.md).
 """
 
@@ -22,6 +23,7 @@ from tunesmith.export.hf import (
 )
 from tunesmith.export.ollama import reload_ollama, write_ollama
 from tunesmith.export.parity import ExportJob, ReloadedExport, Tolerance
+from tunesmith.export.server_files import ENGINES
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ def find_format(target: str, export_type: str | None) -> tuple[str, ExportFormat
     Raises InputError for an unknown target or type.
     """
     if target not in TARGETS:
-        hint = suggest_name(target, TARGETS)
-        fix = f"{hint} use one of {', '.join(TARGETS)}".strip()
+        names = (*TARGETS, *ENGINES)
+        hint = suggest_name(target, names)
+        fix = f"{hint} use one of {', '.join(names)}".strip()
         raise InputError(f"unknown export target {target!r}", where="--to", fix=fix)
     formats = TARGETS[target]
     chosen = next(iter(formats)) if export_type is None else export_type

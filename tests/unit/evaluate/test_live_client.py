@@ -193,6 +193,7 @@ def test_the_model_is_the_only_one_or_the_named_one() -> None:
         client = LiveClient(live.url)
         assert choose_model(client, None) == MODEL
         assert choose_model(client, MODEL) == MODEL
+        assert choose_model(client, f"{MODEL}:adapter") == f"{MODEL}:adapter"
         with pytest.raises(InputError, match="has no model 'other'") as error:
             choose_model(client, "other")
     assert error.value.fix == f"--model takes one of: {MODEL}"

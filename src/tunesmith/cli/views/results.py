@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tunesmith.evaluate.model_ref import ModelComparison
     from tunesmith.evaluate.regression_gate import Gate
     from tunesmith.export.export import ExportResult
+    from tunesmith.export.servers import ServerExport
 
 NO_RESULTS_NOTE = "[yellow]no before/after[/]: the recipe has neither test_data nor retention_data"
 SCALE_COMMAND_LABELS = ("verify the recommended scale on test_data", "export it")
@@ -283,3 +284,19 @@ def render_export(export: ExportResult) -> RenderableType:
             f"uploaded ({visibility}); the hub holds the same {upload.files} files, by their hashes"
         )
     return Group(*parts, escape(export.upload.url if export.upload else export.path))
+
+
+def render_server_export(export: ServerExport) -> RenderableType:
+    """Show the runs of a server with their parity, and what to do with its files."""
+    columns = ("model in requests", "same answers", "KL to the run")
+    table = make_table(export.target, columns[0], "run", *columns[1:], numbers=columns[1:])
+    for run in export.runs:
+        same = f"{run.parity.same_answers} of {run.parity.prompts}"
+        table.add_row(escape(run.name), escape(run.run), same, f"{run.parity.mean_kl:.1e}")
+    texts = [name for name in export.files if "/" not in name and name != "manifest.json"]
+    return Group(
+        table,
+        f"files: {escape(', '.join(texts))}",
+        "read LIMITS.md, start the server, then run verify.sh",
+        escape(export.path),
+    )

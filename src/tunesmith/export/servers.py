@@ -1,0 +1,251 @@
+"""Hand finished runs over to a server of another project: vLLM, SGLang, llama-server, KServe, Ray.
+
+    export_servers(runs, "vllm", out) -> ServerExport
+
+The adapters are exported and verified as by `--to peft` (llama-server: one GGUF, as by `--to
+gguf`); beside them are the files that start the server, `verify.sh` and `LIMITS.md`. What an engine
+cannot hold is refused by name before anything is written. Left out: the texts (server_files.py),
+and running the server."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.atomic import atomic_dir
+from tunesmith.core.errors import InputError
+from tunesmith.core.hub_names import COMMIT, split_revision
+from tunesmith.core.types import __version__
+from tunesmith.export.export import export_run
+from tunesmith.export.parity import Parity
+from tunesmith.export.server_files import (
+    ADAPTERS_DIR,
+    ENGINES,
+    GENERATION_DIR,
+    MODEL_DIR,
+    TEMPLATE_FILE,
+    VLLM_RANKS,
+    Deployment,
+    ServedAdapter,
+    build_server_files,
+)
+from tunesmith.export.source_run import SourceRun, open_source_run
+from tunesmith.model.expert_adapters import ExpertLoraTensors
+from tunesmith.model.save import select_linear_loras
+from tunesmith.session.provenance import hash_weight_files
+from tunesmith.train.model_card import find_hub_name
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+MERGE_FIX = "export it with --to merged, and serve the merged model"
+LLAMA_SERVER = "llama-server"
+GENERATION_FILE = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class ExportedRun:
+    """A run, its name in requests, and how its exported weights compare with it."""
+
+    name: str
+    run: str
+    parity: Parity
+
+
+@dataclass(frozen=True)
+class ServerExport:
+    """The folder of a server, its files, and the runs that it serves."""
+
+    target: str
+    path: str
+    files: tuple[str, ...]
+    runs: tuple[ExportedRun, ...]
+
+
+def export_servers(
+    paths: Sequence[Path],
+    target: str,
+    *,
+    kind: str | None = None,
+    scale: float = 1.0,
+    out: Path | None = None,
+) -> ServerExport:
+    """Export runs with the files that start a server.
+
+    Args:
+        kind: the type of the GGUF, for llama-server.
+        scale: factor on every adapter.
+        out: the new folder; None for RUN/export/TARGET of a single run.
+
+    Raises:
+        InputError: a run that this engine cannot hold, or runs that one server cannot hold.
+        MachineError: verifying an export does not fit in memory.
+        GateError: exported weights do not behave as the run does; nothing is written.
+    """
+    output_path = _choose_output_path(paths, target, out)
+    names = _choose_names(paths)
+    runs = [open_source_run(path) for path in paths]
+    if target == LLAMA_SERVER:
+        _refuse_several(runs)
+    else:
+        for run in runs:
+            _refuse_unsupported(run, target)
+        _refuse_differences(runs)
+    adapters = tuple(
+        ServedAdapter(name, str(path.absolute())) for name, path in zip(names, paths, strict=True)
+    )
+    deployment = _build_deployment(runs, adapters)
+    metadata = {"tunesmith": __version__, "target": target}
+    exported: list[ExportedRun] = []
+    with atomic_dir(output_path, metadata=metadata, key="--out") as folder:
+        for name, path in zip(names, paths, strict=True):
+            if target == LLAMA_SERVER:
+                result = export_run(path, "gguf", kind=kind, scale=scale, out=folder / MODEL_DIR)
+                deployment = replace(deployment, model_file=f"model-{result.type}.gguf")
+            else:
+                result = export_run(path, "peft", scale=scale, out=folder / ADAPTERS_DIR / name)
+            exported.append(ExportedRun(name, str(path), result.parity))
+        if target != LLAMA_SERVER:
+            _write_shared_files(folder, runs[0], names[0])
+        for file, text in build_server_files(ENGINES[target], deployment).items():
+            (folder / file).write_text(text, encoding="utf-8")
+            if file.endswith(".sh"):
+                (folder / file).chmod(0o755)
+        files = sorted(
+            file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
+        )
+    return ServerExport(target, str(output_path), tuple(files), tuple(exported))
+
+
+def _choose_output_path(paths: Sequence[Path], target: str, out: Path | None) -> Path:
+    """Raise InputError for a folder with files, and for several runs without one."""
+    if out is None and len(paths) > 1:
+        fix = "name it: --out FOLDER"
+        raise InputError("several runs have no default output folder", where="--out", fix=fix)
+    path = out or paths[0] / "export" / target
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        fix = "remove it, or choose another with --out"
+        raise InputError("the output folder already exists", where=str(path), fix=fix)
+    return path
+
+
+def _choose_names(paths: Sequence[Path]) -> list[str]:
+    """Return the names of the runs' folders. Raises InputError unless all differ and every engine
+    takes them."""
+    names = [path.absolute().name for path in paths]
+    for name, path in zip(names, paths, strict=True):
+        fix = "rename the folder of the run"
+        if not NAME.fullmatch(name):
+            message = "its name is the model in requests, and may have only letters, digits, . _ -"
+            raise InputError(message, where=str(path), fix=fix)
+        if names.count(name) > 1:
+            raise InputError(f"two runs are called {name}", where=str(path), fix=fix)
+    return names
+
+
+def _refuse_several(runs: Sequence[SourceRun]) -> None:
+    if len(runs) > 1:
+        message = "llama-server chooses no adapter by the model's name: one run per server"
+        raise InputError(message, where="--to llama-server", fix="export each run by itself")
+
+
+def _refuse_unsupported(run: SourceRun, target: str) -> None:
+    """Raise InputError for a run that no engine serves as an adapter."""
+    where = str(run.path)
+    if not run.loras:
+        message = "this run trained all weights: there is no adapter to serve"
+        raise InputError(message, where=where, fix=MERGE_FIX)
+    title = ENGINES[target].title
+    if run.quantized_paths:
+        message = f"it was trained on a 4-bit base, and {title} would add its adapter to another"
+        raise InputError(message, where=where, fix=f"{MERGE_FIX}; --base chooses the base")
+    if run.token_rows:
+        message = f"{title} takes no adapter with embeddings of added tokens"
+        raise InputError(message, where=where, fix=MERGE_FIX)
+    if run.modules:
+        message = f"{title} takes no adapter with modules_to_save ({', '.join(run.modules):.80})"
+        raise InputError(message, where=where, fix=MERGE_FIX)
+    if any(isinstance(lora, ExpertLoraTensors) for lora in run.loras.values()):
+        message = f"{title} reads stacked adapters of experts otherwise than PEFT (vLLM 52198)"
+        raise InputError(message, where=where, fix=MERGE_FIX)
+    linears = select_linear_loras(run.loras).values()
+    if any(lora.magnitude_O is not None for lora in linears):
+        message = f"{title} takes no DoRA adapter"
+        raise InputError(message, where=where, fix=MERGE_FIX)
+    if _get_max_rank(run) > VLLM_RANKS[-1]:
+        message = f"rank {_get_max_rank(run)} is above {VLLM_RANKS[-1]}, the largest of {title}"
+        raise InputError(message, where=where, fix=MERGE_FIX)
+    if target in ("kserve", "ray") and run.recipe.chat_template_kwargs:
+        message = f"{title} gives its template no chat_template_kwargs"
+        raise InputError(message, where=where, fix="export it with --to vllm or sglang")
+    if target == "ray" and isinstance(run.recipe.chat_template, Path):
+        message = "the run has a chat template of its own, and Ray renders that of the base"
+        raise InputError(message, where=where, fix="export it with --to vllm or sglang")
+
+
+def _refuse_differences(runs: Sequence[SourceRun]) -> None:
+    """Raise InputError for runs that one server cannot hold: all share its base, its tokenizer and
+    its template with the variables."""
+    first = runs[0]
+    hashes = hash_weight_files(first.model_spec.path)
+    for run in runs[1:]:
+        difference = ""
+        if run.renderer.fingerprint != first.renderer.fingerprint:
+            difference = "another chat template, other chat_template_kwargs or another tokenizer"
+        same_path = run.model_spec.path == first.model_spec.path
+        if not same_path and hash_weight_files(run.model_spec.path) != hashes:
+            difference = "another base model"
+        if difference:
+            message = f"it has {difference} than {first.path}: one server has one for all"
+            fix = "export it to a server of its own"
+            raise InputError(message, where=str(run.path), fix=fix)
+
+
+def _get_max_rank(run: SourceRun) -> int:
+    return max(lora.a_RI.shape[0] for lora in select_linear_loras(run.loras).values())
+
+
+def _build_deployment(runs: Sequence[SourceRun], adapters: tuple[ServedAdapter, ...]) -> Deployment:
+    first = runs[0]
+    hub_name = find_hub_name(first.model_spec)
+    commit = split_revision(first.recipe.model)[1] or first.model_spec.path.name
+    ranks = [_get_max_rank(run) for run in runs if select_linear_loras(run.loras)]
+    return Deployment(
+        adapters=adapters,
+        base=first.model_spec.name,
+        hub_name=hub_name,
+        revision=commit if hub_name and COMMIT.fullmatch(commit) else "",
+        dtype=first.model_spec.dtype,
+        context_length=first.model_spec.context_length,
+        max_rank=max(ranks, default=1),
+        end_ids=first.renderer.end_ids,
+        has_template=first.renderer.has_template,
+    )
+
+
+def _write_shared_files(folder: Path, run: SourceRun, name: str) -> None:
+    """Write the template with the run's variables in it, and the end tokens that were trained."""
+    if run.renderer.has_template:
+        source = run.renderer.templates["default"].source
+        text = bind_variables(source, run.recipe.chat_template_kwargs, where=str(run.path))
+        (folder / TEMPLATE_FILE).write_text(text, encoding="utf-8")
+    (folder / GENERATION_DIR).mkdir()
+    generation_file = folder / ADAPTERS_DIR / name / GENERATION_FILE
+    shutil.copyfile(generation_file, folder / GENERATION_DIR / GENERATION_FILE)
+
+
+def bind_variables(template: str, variables: dict[str, Any], *, where: str) -> str:
+    """Return a chat template that sets its variables itself, whatever a request passes.
+
+    Raises InputError for a value that is not a plain one."""
+    statements = ""
+    for key, value in variables.items():
+        if not isinstance(value, bool | int | float | str):
+            message = f"chat_template_kwargs: {key} is not a number, a text or true or false"
+            raise InputError(message, where=where, fix=MERGE_FIX)
+        statements += f"{{% set {key} = {json.dumps(value)} %}}\n"
+    # transformers drops the line break after a statement, so the template starts as it did.
+    return statements + template
