@@ -316,11 +316,8 @@ def export(  # noqa: PLR0913 - every option is a flag
     from tunesmith.export.server_files import ENGINES
 
     base_flag: dict[str, object] = {"--base": None if base == "auto" else base}
-    hub_flags: dict[str, object] = {
-        "--repo": repo,
-        "--public": public or None,
-        "--yes": yes or None,
-    }
+    hub_flags: dict[str, object] = {"--repo": repo, "--public": public or None}
+    hub_flags["--yes"] = yes or None
     if to in ENGINES:
         _refuse_unused(base_flag | hub_flags, f"with --to {to}")
         served = api.export_servers(folders, to, type=type, scale=scale, out=out)
