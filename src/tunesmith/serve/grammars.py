@@ -75,16 +75,13 @@ class GrammarCache:
 
 def make_grammar(schema: Json, model: ServedModel) -> Grammar:
     """Compile a schema for a model. Raises InputError for what cannot be enforced, by its name."""
-    grammar = Grammar(
+    return Grammar(
         schema,
         model.base.path,
         vocab_size=model.base.vocab_size,
         end_ids=model.renderer.end_ids,
+        is_strict=True,
     )
-    if grammar.warnings:
-        reasons = "; ".join(grammar.warnings)
-        raise InputError(f"the schema has parts that cannot be enforced: {reasons:.300}")
-    return grammar
 
 
 def check_schema(schema: Json) -> str:

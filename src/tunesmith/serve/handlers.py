@@ -83,7 +83,7 @@ def find_model(request: Request, name: str) -> ServedModel:
     record = get_record(request)
     record.model = model.name
     record.version = model.version
-    if model.source is not None and not model.source.is_proven:
+    if server.engine.registry.get_witness(model) == "unproven":
         server.engine.metrics.unproven.labels(model.name).inc()
     return model
 
@@ -160,7 +160,7 @@ def describe_model(request: Request, model: ServedModel) -> Json:
             "digest": model.digest,
             "scale": model.scale,
             "run": None if source is None else source.label,
-            "proven": source is None or source.is_proven,
+            "witness": registry.get_witness(model) or None,
             "resident": registry.is_resident(model),
             "schema": model.schema is not None,
         },

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.types import GenerationRequest, TokenLogprobs
 from tunesmith.model.generation.engine import DecodeBatch
 from tunesmith.model.generation.running_request import AnswerGrammar, RunningRequest
@@ -91,6 +91,7 @@ class Scheduler:
         self, batch: DecodeBatch, *, slots: int, limits: Limits, metrics: ServerMetrics
     ) -> None:
         self.has_died = asyncio.Event()
+        self._has_ended = asyncio.Event()
         self.is_draining = False
         self._batch = batch
         self._slots = slots
@@ -156,7 +157,8 @@ class Scheduler:
         self._commands.put(command)
 
     async def run_between_steps(self, function: Callable[[], T]) -> T:
-        """Run a function on the engine thread and return its result."""
+        """Run a function on the engine thread and return its result. Raises RequestError if the
+        thread ends before."""
         loop = asyncio.get_running_loop()
         result: asyncio.Future[T] = loop.create_future()
 
@@ -169,7 +171,12 @@ class Scheduler:
                 loop.call_soon_threadsafe(result.set_result, value)
 
         self._commands.put(run)
-        return await result
+        ended = asyncio.ensure_future(self._has_ended.wait())
+        await asyncio.wait({result, ended}, return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if not result.done():
+            raise RequestError(503, "the engine has stopped", code="engine_stopped")
+        return result.result()
 
     async def stop(self) -> None:
         """End the thread after the step that it is in; unfinished answers get an error."""
@@ -216,6 +223,7 @@ class Scheduler:
 
     def _end_all(self) -> None:
         """Tell every job that the engine thread has ended."""
+        self._has_ended.set()
         if not self._is_stopping:
             self.has_died.set()
         error = "the engine has stopped"
@@ -317,6 +325,13 @@ def _describe_gain(job: AnswerJob, row: RunningRequest) -> AnswerUpdate:
         logprobs=logprobs,
         finish_reason=row.finish_reason,
         error=row.error.message if row.error is not None else "",
-        error_code="model_not_finite" if row.error is not None else "",
+        error_code=_name_error(row),
         cached_tokens=row.cached_tokens,
     )
+
+
+def _name_error(row: RunningRequest) -> str:
+    """Return the code of a row's error: numbers that are not finite, or what the request asks."""
+    if row.error is None:
+        return ""
+    return "model_not_finite" if isinstance(row.error, GateError) else "invalid_request"

@@ -211,6 +211,7 @@ def build_server(prepared: PreparedServer) -> Server:
     )
     registry = Registry(
         prepared.base,
+        prepared.batch.model,
         prepared.bank,
         scheduler,
         metrics,

@@ -31,8 +31,12 @@ from tunesmith.model.hub.adapter_config import (
 )
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
-from tunesmith.session.inputs import read_response_schema
-from tunesmith.session.provenance import check_provenance, hash_weight_files, read_provenance
+from tunesmith.session.provenance import (
+    Provenance,
+    check_provenance,
+    hash_weight_files,
+    read_provenance,
+)
 
 FileKey = tuple[int, int, int]  # inode, size, time of change
 
@@ -61,7 +65,7 @@ class AdapterSource:
     digest: str
     scale: float
     schema: Json | None  # response_schema of its run
-    is_proven: bool
+    provenance: Provenance | None  # None for weights of other tools
     file_key: FileKey
 
     def check_unchanged(self) -> None:
@@ -130,7 +134,7 @@ def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = Fals
     if provenance is None and not is_unproven_allowed:
         message = "there is no tunesmith.json, so nothing shows that it belongs to this base"
         raise InputError(message, where=ref, fix="set unproven: true to serve it all the same")
-    variables = plan.recipe["chat_template_kwargs"] if plan is not None else {}
+    variables = _find_variables(provenance, plan)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     renderer = Renderer.from_folder(
         folder if has_tokenizer else base.path,
@@ -139,17 +143,23 @@ def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = Fals
         embedding_rows=base.vocab_size,
     )
     check_provenance(folder, base.path, renderer, base.now.isoformat())
-    schema_path = plan.recipe.get("response_schema") if plan is not None else None
     return AdapterSource(
         label=find_label(ref),
         folder=adapter,
         renderer=renderer,
         digest=_compute_digest(adapter, renderer, base),
         scale=parse_model_ref(ref).scale,
-        schema=read_response_schema(Path(schema_path)) if schema_path else None,
-        is_proven=provenance is not None,
+        schema=provenance.schema if provenance is not None else None,
+        provenance=provenance,
         file_key=file_key,
     )
+
+
+def _find_variables(provenance: Provenance | None, plan: Plan | None) -> Json:
+    """Return the variables of the chat template; files of earlier versions do not hold them."""
+    if provenance is not None and provenance.variables is not None:
+        return provenance.variables
+    return plan.recipe["chat_template_kwargs"] if plan is not None else {}
 
 
 def find_label(ref: str) -> str:

@@ -4,6 +4,7 @@ weights than it says."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from serve_lab import LiveServer, make_chat, make_settings, save_toy_adapter, serving
 from tiny_runs import save_writer_folder
+from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import read_json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.serve.admin import find_folder
 from tunesmith.serve.errors import RequestError
@@ -111,7 +115,7 @@ def test_a_model_is_described_without_a_path(live: LiveServer, adapters: dict[st
     small = by_name["small"]
     assert small["parent"] == "base"
     assert small["root"] == small["tunesmith"]["digest"]
-    assert small["tunesmith"]["proven"]
+    assert small["tunesmith"]["witness"] == "proven"
     assert len({model["root"] for model in by_name.values()}) == len(by_name)
 
 
@@ -189,16 +193,16 @@ async def _count_adapters(live: LiveServer, bank: Any) -> int:
     return await live.server.engine.scheduler.run_between_steps(lambda: len(bank.keys))
 
 
-def test_the_same_name_with_new_weights_answers_anew(changing: LiveServer, folder: Path) -> None:
+def test_the_same_name_with_new_weights_answers_anew(
+    changing: LiveServer, folder: Path, writer: Path
+) -> None:
     """With a warm cache, over and over: never an answer of the old weights."""
     text = "the same long prompt " * 10
     old = get_ids(chat(changing, "json", text))
     with changing.client() as http:
         first = http.get("/v1/models/json").json()["root"]
-    tensors = load_file(folder / "small" / WEIGHTS)
-    save_file({name: -tensor for name, tensor in tensors.items()}, folder / "new.safetensors")
-    tensors = {name: tensor if "_A" in name else -tensor for name, tensor in tensors.items()}
-    save_file(tensors, folder / "small" / WEIGHTS, metadata={"format": "pt"})
+    shutil.rmtree(folder / "small")
+    save_toy_adapter(folder / "small", writer, seed=77, lora_r=2)
     assert put(changing, "json", "small").status_code == 200
     with changing.client() as http:
         assert http.get("/v1/models/json").json()["root"] != first
@@ -213,8 +217,6 @@ def test_the_same_name_with_new_weights_answers_anew(changing: LiveServer, folde
 def spoil(folder: Path, kind: str, tmp_path: Path) -> None:
     """Change the adapter `large` in a way that must be noticed."""
     path = folder / "large"
-    tensors = load_file(path / WEIGHTS)
-    first = next(name for name in tensors if "lora_B" in name)
     if kind == "base":
         other = save_writer_folder(tmp_path / "other")
         weights = load_file(other / "model.safetensors")
@@ -228,25 +230,52 @@ def spoil(folder: Path, kind: str, tmp_path: Path) -> None:
     elif kind == "tokenizer":
         file = path / "tokenizer.json"
         file.write_text(file.read_text().replace("<|text|>", "<|other|>"))
-    elif kind == "NaN":
-        tensors[first][0, 0] = torch.nan
-        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-    elif kind == "shape":
-        tensors[first] = tensors[first][:-1].clone()
-        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-    elif kind == "names":
-        tensors["base_model.model.model.layers.9.mlp.up_proj.lora_A.weight"] = tensors[
-            first
-        ].clone()
-        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
     elif kind == "cut":
         file = path / WEIGHTS
         file.write_bytes(file.read_bytes()[:-100])
     elif kind == "unproven":
         (path / "tunesmith.json").unlink()
+    else:
+        tensors = spoil_weights(kind, load_file(path / WEIGHTS))
+        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+        if kind == "swapped":  # even the hash is right
+            provenance = read_json(path / "tunesmith.json")
+            provenance["weights_sha256"] = hash_file(path / WEIGHTS)
+            (path / "tunesmith.json").write_text(json.dumps(provenance))
 
 
-KINDS = ("base", "template", "tokenizer", "NaN", "shape", "names", "cut", "unproven")
+def spoil_weights(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    first = next(name for name in tensors if "lora_B" in name)
+    if kind == "NaN":
+        tensors[first][0, 0] = torch.nan
+    elif kind == "shape":
+        tensors[first] = tensors[first][:-1].clone()
+    elif kind == "names":
+        name = "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight"
+        tensors[name] = tensors[first].clone()
+    elif kind == "swapped":  # two layers have each other's weights: names and shapes are right
+        swap = {"layers.0": "layers.1", "layers.1": "layers.0"}
+        return {
+            re.sub(r"layers\.\d", lambda match: swap[match[0]], name): tensor
+            for name, tensor in tensors.items()
+        }
+    elif kind == "other weights":
+        return {name: 0.9 * tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+KINDS = (
+    "base",
+    "template",
+    "tokenizer",
+    "NaN",
+    "shape",
+    "names",
+    "swapped",
+    "other weights",
+    "cut",
+    "unproven",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -267,7 +296,7 @@ def test_unproven_weights_are_served_on_request_and_say_so(
     (folder / "large" / "tunesmith.json").unlink()
     response = put(changing, "wild", "large", unproven=True)
     assert response.status_code == 200
-    assert not response.json()["tunesmith"]["proven"]
+    assert response.json()["tunesmith"]["witness"] == "unproven"
     chat(changing, "wild")
     with changing.client() as http:
         assert 'tunesmith_unproven_requests_total{model="wild"} 1.0' in http.get("/metrics").text
