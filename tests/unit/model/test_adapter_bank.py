@@ -24,8 +24,10 @@ from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
 from tunesmith.model.adapter_bank import AdapterBank, RowRange
 from tunesmith.model.adapters import scaled_adapter
+from tunesmith.model.bank_linear import BankLinear
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.hub.adapter_config import AdapterFolder, read_adapter
+from tunesmith.model.kernels import lora
 from tunesmith.model.paged_cache import CacheRow, PagedKVCache
 from tunesmith.model.save import load_adapter, save_adapter
 
@@ -156,6 +158,32 @@ def test_a_mixed_batch_equals_each_adapter_alone(family: str, tmp_path: Path) ->
         assert relative(logits[row], alone_logits[0]) < 1e-5, key
         if scale:
             assert relative(logits[row, 0], base_logits[row, 0]) > 1e-2, key
+
+
+@pytest.mark.skipif(not lora.is_available(), reason="needs a C compiler and AVX512-BF16")
+@pytest.mark.parametrize("family", ["llama-64", "qwen2", "phi3", "qwen3_5"])
+def test_in_bf16_the_kernel_gives_what_torch_gives(family: str, tmp_path: Path) -> None:
+    base = save_base(family, tmp_path / "base")
+    bank = AdapterBank(model := make_tiny_model(family, torch.bfloat16, method=None))
+    for key in SETTINGS:
+        bank.load(key, save_tiny_adapter(family, tmp_path / key, base, **SETTINGS[key]))
+    linears = [module for module in model.network.modules() if isinstance(module, BankLinear)]
+    assert all(linear.has_kernel for linear in linears)
+    prompts = make_prompts(len(VARIANTS))
+    rows = [(*variant, len(prompt)) for variant, prompt in zip(VARIANTS, prompts, strict=True)]
+    with bank.use_rows(rows):
+        ours = prefill(model, prompts).float()
+    wide = make_tiny_model(family, method=None)
+    bank = AdapterBank(wide)
+    for key in SETTINGS:
+        bank.load(key, read_adapter(tmp_path / key, base))
+    with bank.use_rows(rows):
+        theirs = prefill(wide, prompts)
+    plain = prefill(make_tiny_model(family, method=None), prompts)
+    for row, (key, scale) in enumerate(VARIANTS):
+        assert relative(ours[row], theirs[row]) < 0.08
+        if key and scale:
+            assert relative(plain[row], theirs[row]) > 0.15
 
 
 def test_layers_with_a_rank_and_a_scale_of_their_own(tmp_path: Path) -> None:
