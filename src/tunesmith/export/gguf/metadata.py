@@ -3,7 +3,7 @@
 In: a transformers folder and the run's renderer. Out: key -> value, as `model/gguf` reads it back.
 Only families that our reader and llama.cpp support are written; others are refused by name. A GGUF
 has only the name of a pre-tokenizer: the one that splits a probe text like the original.
-Left out: SentencePiece vocabularies, mixtures of experts.
+Left out: SentencePiece vocabularies.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json, ModelSpec
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.model.gguf.convert import ARCHITECTURES
+from tunesmith.model.gguf.convert import ARCHITECTURES, LFM2, QWEN3_MOE
 from tunesmith.model.gguf.reader import GgufFile
 from tunesmith.model.gguf.tokenizer import (
     CONTROL_TYPE,
@@ -26,10 +26,11 @@ from tunesmith.model.gguf.tokenizer import (
     USER_DEFINED_TYPE,
     build_tokenizer,
 )
+from tunesmith.model.hub.families import count_experts, count_experts_per_token
 from tunesmith.model.hub.validate import read_model_json
 
 NORMAL_TYPE = 1
-FALLBACK_HINT = "export to merged, which keeps the model's own files"
+FALLBACK_HINT = "export to merged or peft, which keep the model's own files"
 LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -53,15 +54,12 @@ def build_architecture(config: Json, spec: ModelSpec) -> tuple[Json, np.ndarray 
 
     Raises InputError for a model that cannot be written.
     """
-    name = spec.model_type
-    if name not in ARCHITECTURES:
-        message = f"cannot write a GGUF of {name}; supported: {', '.join(ARCHITECTURES)}"
-        raise InputError(message, where=str(spec.path), fix=FALLBACK_HINT)
+    name = find_architecture(spec)
     where = str(spec.path / "config.json")
     if spec.tensor_prefix:
         message = "cannot write a GGUF of the text part of a multimodal model"
         raise InputError(message, where=where, fix=FALLBACK_HINT)
-    if config.get("hidden_act") != "silu":
+    if config.get("hidden_act", "silu") != "silu":
         message = f"a GGUF of {name} cannot express this model's hidden_act"
         raise InputError(message, where=where, fix=FALLBACK_HINT)
     if config.get("use_sliding_window"):
@@ -77,12 +75,54 @@ def build_architecture(config: Json, spec: ModelSpec) -> tuple[Json, np.ndarray 
         "attention.head_count_kv": spec.num_kv_heads,
         "attention.key_length": spec.head_dim,
         "attention.value_length": spec.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", 0)),
         "vocab_size": spec.vocab_size,
         "rope.dimension_count": spec.head_dim,
         **rope,
     }
+    if name == QWEN3_MOE:
+        sizes |= _describe_experts(config, where)
+    if name == LFM2:
+        sizes |= _describe_convolutions(config, spec)
     return {f"{name}.{key}": value for key, value in sizes.items()}, rope_factors
+
+
+def find_architecture(spec: ModelSpec) -> str:
+    """Return llama.cpp's name for a model type. Raise InputError if we cannot write it."""
+    names = {architecture.model_type: name for name, architecture in ARCHITECTURES.items()}
+    if spec.model_type not in names:
+        message = f"cannot write a GGUF of {spec.model_type}; supported: {', '.join(names)}"
+        raise InputError(message, where=str(spec.path), fix=FALLBACK_HINT)
+    return names[spec.model_type]
+
+
+def _describe_experts(config: Json, where: str) -> Json:
+    """Return the sizes of experts in all layers, whose probabilities llama.cpp scales to a sum of
+    1. Raise InputError for others."""
+    is_mixed = bool(config["mlp_only_layers"]) or config["decoder_sparse_step"] != 1
+    if is_mixed or not config["norm_topk_prob"]:
+        problem = "layers without experts" if is_mixed else "norm_topk_prob: false"
+        message = f"a GGUF of qwen3_moe cannot express {problem}"
+        raise InputError(message, where=where, fix=FALLBACK_HINT)
+    return {
+        "expert_count": count_experts(config),
+        "expert_used_count": count_experts_per_token(config),
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "feed_forward_length": config["intermediate_size"],
+    }
+
+
+def _describe_convolutions(config: Json, spec: ModelSpec) -> Json:
+    """Return what LFM2 has besides attention. A layer without keys and values is a convolution."""
+    if config.get("conv_bias"):
+        message = "a GGUF of lfm2 cannot express the bias of convolutions"
+        raise InputError(message, where=str(spec.path / "config.json"), fix=FALLBACK_HINT)
+    heads = [spec.num_kv_heads if mixer == "attention" else 0 for mixer in spec.layer_mixers]
+    return {
+        "attention.head_count_kv": heads,
+        "attention.layer_norm_rms_epsilon": float(config["norm_eps"]),
+        "shortconv.l_cache": config["conv_L_cache"],
+    }
 
 
 def _build_rope(rope: Json, spec: ModelSpec) -> tuple[Json, np.ndarray | None]:

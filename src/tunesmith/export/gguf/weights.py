@@ -9,6 +9,8 @@ Left out: the metadata (metadata.py).
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing
 from itertools import chain
@@ -32,9 +34,10 @@ from torch import Tensor
 
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.types import Json, ModelSpec
+from tunesmith.export.gguf.metadata import find_architecture
 from tunesmith.model.gguf.convert import ARCHITECTURES, ROPE_FACTORS, reverse_permute
 from tunesmith.model.gguf.reader import read_gguf, read_tensor
-from tunesmith.model.hub.validate import read_headers
+from tunesmith.model.hub.validate import TensorHeader, read_headers
 from tunesmith.model.merge import (
     WeightDeltas,
     iter_merged_tensors,
@@ -46,6 +49,8 @@ from tunesmith.model.save import LoraTensors
 TENSOR_TYPES = {name.lower(): GGMLQuantizationType[name] for name in ("F16", "Q8_0", "BF16", "F32")}
 QUANTIZATION_VERSION = 2  # of the block formats
 TensorSlot = tuple[str, tuple[int, ...], GGMLQuantizationType]  # name, shape, type in the file
+EXPERT_NAME = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(.+)")  # layer, expert, matrix
+CONV_NAME = ".conv.conv.weight"  # of LFM2: [H, 1, K], in a GGUF [H, K]
 
 
 def write_model(
@@ -66,13 +71,18 @@ def write_model(
     headers = dict(read_headers(model_spec.path))
     if model_spec.tie_word_embeddings:
         headers.pop("lm_head.weight", None)
-    headers = merge_headers(headers, changes)
+    headers = _sort_experts(merge_headers(headers, changes))
     name_map = _build_name_map(model_spec)
     tensor_type = TENSOR_TYPES[export_type]
     slots: dict[str, TensorSlot] = {}
+    num_parts = Counter(_name_stack(name) for name in headers)
     for name, header in headers.items():
-        gguf_name = _map_name(name_map, name, model_spec)
-        slots[name] = (gguf_name, header.shape, _choose_type(header.shape, tensor_type))
+        stack = _name_stack(name)
+        shape = header.shape if stack == name else (num_parts[stack], *header.shape)
+        if name.endswith(CONV_NAME):
+            shape = (shape[0], shape[2])
+        gguf_name = _map_name(name_map, stack, model_spec)
+        slots[name] = (gguf_name, shape, _choose_type(stack, shape, tensor_type))
     extra: list[tuple[TensorSlot, np.ndarray]] = []
     if rope_factors is not None:
         extra.append(((ROPE_FACTORS, rope_factors.shape, TENSOR_TYPES["f32"]), rope_factors))
@@ -88,7 +98,8 @@ def write_model(
         "general.file_type": int(file_type),
         "general.quantization_version": QUANTIZATION_VERSION,
     }
-    all_slots = [*(slot for slot, _ in extra), *slots.values()]
+    # a slot of all experts of a layer once
+    all_slots = [*(slot for slot, _ in extra), *dict.fromkeys(slots.values())]
     _write_gguf(file, model_spec, general | metadata, all_slots, chain(extra, weights))
 
 
@@ -144,7 +155,28 @@ def read_adapter(file: Path, model_spec: ModelSpec) -> dict[str, LoraTensors]:
 
 
 def _build_name_map(model_spec: ModelSpec) -> TensorNameMap:
-    return get_tensor_name_map(MODEL_ARCH[model_spec.model_type.upper()], model_spec.num_layers)
+    architecture = MODEL_ARCH[find_architecture(model_spec).upper()]
+    return get_tensor_name_map(architecture, model_spec.num_layers)
+
+
+def _name_stack(name: str) -> str:
+    """Return the name of the tensor that a matrix is stored in: all experts of a layer share it."""
+    match = EXPERT_NAME.fullmatch(name)
+    return f"{match[1]}.{match[3]}" if match else name
+
+
+def _sort_experts(headers: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    """Order the matrices of experts by their tensor, then by number. Raise InputError for experts
+    that are stored in one tensor."""
+    stacks: dict[str, list[tuple[int, str]]] = {}
+    for name, header in headers.items():
+        if ".mlp.experts." in name and len(header.shape) == 3:
+            message = f"the experts in {name} are stored in one tensor"
+            fix = "export to merged or peft, which keep the model's own files"
+            raise InputError(message, where=str(header.file), fix=fix)
+        match = EXPERT_NAME.fullmatch(name)
+        stacks.setdefault(_name_stack(name), []).append((int(match[2]) if match else 0, name))
+    return {name: headers[name] for parts in stacks.values() for _, name in sorted(parts)}
 
 
 def _map_name(name_map: TensorNameMap, name: str, model_spec: ModelSpec) -> str:
@@ -157,7 +189,7 @@ def _map_name(name_map: TensorNameMap, name: str, model_spec: ModelSpec) -> str:
 
 def _is_rotated(name: str, model_spec: ModelSpec) -> bool:
     is_qk = ".q_proj." in name or ".k_proj." in name
-    return is_qk and ARCHITECTURES[model_spec.model_type].has_interleaved_qk
+    return is_qk and ARCHITECTURES[find_architecture(model_spec)].has_interleaved_qk
 
 
 def _interleave_halves(name: str, tensor: Tensor, model_spec: ModelSpec) -> np.ndarray:
@@ -169,8 +201,11 @@ def _interleave_halves(name: str, tensor: Tensor, model_spec: ModelSpec) -> np.n
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
-def _choose_type(shape: tuple[int, ...], tensor_type: GGMLQuantizationType) -> GGMLQuantizationType:
-    if len(shape) == 1:
+def _choose_type(
+    name: str, shape: tuple[int, ...], tensor_type: GGMLQuantizationType
+) -> GGMLQuantizationType:
+    """Return the type of a tensor. llama.cpp reads vectors, routers and convolutions in fp32."""
+    if len(shape) == 1 or name.endswith((".mlp.gate.weight", CONV_NAME)):
         return TENSOR_TYPES["f32"]
     return TENSOR_TYPES["f16"] if shape[-1] % GGML_QUANT_SIZES[tensor_type][0] else tensor_type
 
@@ -183,7 +218,7 @@ def _write_gguf(
     tensors: Iterable[tuple[TensorSlot, np.ndarray]],
 ) -> None:
     """Write a GGUF file. `tensors` are in the order of `slots`."""
-    with closing(GGUFWriter(file, model_spec.model_type)) as writer:
+    with closing(GGUFWriter(file, find_architecture(model_spec))) as writer:
         for key, value in metadata.items():
             _add_metadata(writer, key, value)
         for name, shape, tensor_type in slots:
@@ -198,11 +233,16 @@ def _write_gguf(
         assert writer.fout is not None
         stream = writer.fout[0]
         writer.write_padding(stream, stream.tell())
-        for (name, _, tensor_type), values in tensors:
+        num_written = 0
+        for (name, shape, tensor_type), values in tensors:
             data = _quantize_tensor(name, values, tensor_type)
             # Not numpy's tofile, which hides the errno of a full disk.
             stream.write(data.data.cast("B"))
-            writer.write_padding(stream, data.nbytes)
+            num_written += data.nbytes
+            block_size, block_bytes = GGML_QUANT_SIZES[tensor_type]
+            if num_written == prod(shape) // block_size * block_bytes:  # experts come one by one
+                writer.write_padding(stream, num_written)
+                num_written = 0
 
 
 def _quantize_tensor(

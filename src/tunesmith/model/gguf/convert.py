@@ -41,10 +41,38 @@ BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+DENSE_MLP = ("ffn_gate", "ffn_up", "ffn_down")
+EXPERT_NAMES = {  # all experts in one tensor
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+LFM2_NAMES = {
+    "attn_norm": "operator_norm",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+}
+LFM2_ATTENTION = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.out_proj",
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+}
+LFM2_CONVOLUTION = {
+    "shortconv.conv": "conv.conv",
+    "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj",
+}
 QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
+    "token_embd_norm.weight": "model.embedding_norm.weight",  # the final norm of LFM2
     "output.weight": "lm_head.weight",
 }
 # Llama 3 stores its rope scaling as a tensor; it becomes a part of config.json
@@ -55,7 +83,8 @@ ROPE_FACTORS = "rope_freqs.weight"
 class GgufArchitecture:
     """The transformers classes of a GGUF architecture.
 
-    `has_interleaved_qk`: rows of q and k are stored interleaved. `pre_tokenizer`: the only
+    `has_interleaved_qk`: rows of q and k are stored interleaved. `is_written_only`: an export is
+    read back, but no file is converted to a base. `pre_tokenizer`: the only
     pre-tokenizer that transformers' tokenizer class for this model type supports, whatever
     tokenizer.json says; empty if it loads that file unchanged."""
 
@@ -63,6 +92,7 @@ class GgufArchitecture:
     class_name: str
     has_interleaved_qk: bool = False
     pre_tokenizer: str = ""
+    is_written_only: bool = False
 
 
 def convert(source: Path, folder: Path) -> None:
@@ -71,9 +101,13 @@ def convert(source: Path, folder: Path) -> None:
     Raises InputError for an architecture, tensor, quantisation, rope or tokenizer without an exact
     equivalent."""
     file = read_gguf(source)
+    architecture = _read_architecture(file)
+    if architecture.is_written_only:
+        message = f"a GGUF of {architecture.model_type} cannot be converted to a base"
+        raise InputError(message, where=str(source), fix=USE_SAFETENSORS_FIX)
     names = write_settings(file, folder)
     head_rows = 0
-    if _read_architecture(file).has_interleaved_qk:
+    if architecture.has_interleaved_qk:
         head_rows = read_model_json(folder / "config.json")["head_dim"]
     _write_weights(file, names, folder / "model.safetensors", head_rows)
 
@@ -103,14 +137,14 @@ def _read_architecture(file: GgufFile) -> GgufArchitecture:
     where = str(file.path)
     name = file.require("general.architecture", str)
     if name not in ARCHITECTURES:
-        supported = ", ".join(sorted(ARCHITECTURES))
+        supported = ", ".join(sorted(n for n, a in ARCHITECTURES.items() if not a.is_written_only))
         message = f"the GGUF architecture {name!r} is not supported; supported: {supported}"
         raise InputError(message, where=where, fix=USE_SAFETENSORS_FIX)
     num_splits = file.get("split.count", int, 0)
     if num_splits > 1:
         message = f"the file is one of {num_splits} parts"
         raise InputError(message, where=where, fix="merge them: `llama-gguf-split --merge`")
-    if file.get(f"{name}.expert_count", int, 0):
+    if file.get(f"{name}.expert_count", int, 0) and name != QWEN3_MOE:
         message = "a mixture of experts cannot be converted from GGUF"
         raise InputError(message, where=where, fix=USE_SAFETENSORS_FIX)
     architecture = ARCHITECTURES[name]
@@ -138,7 +172,7 @@ def _build_config(file: GgufFile, architecture: GgufArchitecture) -> dict[str, A
         "intermediate_size": file.get_count(f"{prefix}.feed_forward_length"),
         "num_hidden_layers": file.get_count(f"{prefix}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": file.get_count(f"{prefix}.attention.head_count_kv", heads),
+        "num_key_value_heads": _count_kv_heads(file, prefix, heads),
         "head_dim": head_dim,
         "max_position_embeddings": file.get_count(f"{prefix}.context_length"),
         "rms_norm_eps": _shorten_float(rms_norm_eps),
@@ -149,11 +183,43 @@ def _build_config(file: GgufFile, architecture: GgufArchitecture) -> dict[str, A
         "dtype": "bfloat16",
         **_find_special_ids(file),
     }
-    if architecture.model_type != "qwen2":  # Qwen2 always has a bias on q, k and v, none on o
+    if architecture.model_type not in (
+        "qwen2",
+        "lfm2",
+    ):  # Qwen2 always has a bias on q, k and v, none on o
         config["attention_bias"] = "blk.0.attn_q.bias" in names
     if architecture.model_type == "llama":
         config["mlp_bias"] = "blk.0.ffn_up.bias" in names
+    if prefix == QWEN3_MOE:
+        config |= {
+            "num_experts": file.get_count(f"{prefix}.expert_count"),
+            "num_experts_per_tok": file.get_count(f"{prefix}.expert_used_count"),
+            "moe_intermediate_size": file.get_count(f"{prefix}.expert_feed_forward_length"),
+            "norm_topk_prob": True,  # as llama.cpp computes it
+        }
+    if prefix == LFM2:
+        config |= {
+            "norm_eps": config.pop("rms_norm_eps"),
+            "conv_L_cache": file.get_count(f"{prefix}.shortconv.l_cache"),
+            "block_auto_adjust_ff_dim": False,
+            "layer_types": _read_lfm2_layers(file),
+        }
     return config
+
+
+def _count_kv_heads(file: GgufFile, prefix: str, heads: int) -> int:
+    """Return the key and value heads of a layer; LFM2 lists them, 0 for convolutions."""
+    if prefix == LFM2:
+        return max(_list_kv_heads(file))
+    return file.get_count(f"{prefix}.attention.head_count_kv", heads)
+
+
+def _list_kv_heads(file: GgufFile) -> list[int]:
+    return [int(count) for count in file.metadata[f"{LFM2}.attention.head_count_kv"]]
+
+
+def _read_lfm2_layers(file: GgufFile) -> list[str]:
+    return ["full_attention" if count else "conv" for count in _list_kv_heads(file)]
 
 
 def _read_vocab_size(file: GgufFile) -> int:
@@ -251,32 +317,25 @@ def _map_name(file: GgufFile, tensor: TensorInfo) -> str:
     if tensor.name in TOP_NAMES:
         return TOP_NAMES[tensor.name]
     match = BLOCK_TENSOR.fullmatch(tensor.name)
-    if not match or match[2] not in BLOCK_NAMES:
+    architecture = file.require("general.architecture", str)
+    names = BLOCK_NAMES | EXPERT_NAMES
+    if architecture == LFM2:
+        names = LFM2_NAMES | LFM2_ATTENTION | LFM2_CONVOLUTION
+    if not match or match[2] not in names:
         message = f"the tensor {tensor.name} is unknown"
         raise InputError(message, where=str(file.path), fix=USE_SAFETENSORS_FIX)
-    return f"model.layers.{match[1]}.{BLOCK_NAMES[match[2]]}.{match[3]}"
+    return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"
 
 
 def _check_names(file: GgufFile, names: set[str], config: dict[str, Any]) -> None:
     """Require exactly the tensors that transformers creates for `config`; it would fill a missing
     one with random numbers."""
-    model_type = config["model_type"]
-    suffixes: list[str] = []
-    for suffix in BLOCK_NAMES.values():
-        if suffix not in QK_NORMS or model_type == "qwen3":
-            suffixes.append(f"{suffix}.weight")
-    biased: list[str] = []
-    if model_type == "qwen2":
-        biased += ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-    elif config["attention_bias"]:
-        biased += ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
-    if config.get("mlp_bias"):
-        biased += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    suffixes += [f"{path}.bias" for path in biased]
-    expected = {"model.embed_tokens.weight", "model.norm.weight"}
+    final_norm = "embedding_norm" if config["model_type"] == "lfm2" else "norm"
+    expected = {"model.embed_tokens.weight", f"model.{final_norm}.weight"}
     if not config["tie_word_embeddings"]:
         expected.add("lm_head.weight")
     for layer in range(config["num_hidden_layers"]):
+        suffixes = _list_suffixes(config, layer)
         expected.update(f"model.layers.{layer}.{suffix}" for suffix in suffixes)
     where = str(file.path)
     if missing := expected - names:
@@ -285,6 +344,29 @@ def _check_names(file: GgufFile, names: set[str], config: dict[str, Any]) -> Non
     if unexpected := names - expected:
         message = f"tensors are not part of the model: {len(unexpected)}, first {min(unexpected)}"
         raise InputError(message, where=where, fix=USE_SAFETENSORS_FIX)
+
+
+def _list_suffixes(config: dict[str, Any], layer: int) -> list[str]:
+    """Return the ends of the names of a layer's tensors."""
+    model_type = config["model_type"]
+    if model_type == "lfm2":
+        is_attention = config["layer_types"][layer] == "full_attention"
+        mixer = LFM2_ATTENTION if is_attention else LFM2_CONVOLUTION
+        return [f"{path}.weight" for path in (LFM2_NAMES | mixer).values()]
+    paths = [path for name, path in BLOCK_NAMES.items() if name not in DENSE_MLP]
+    mlp = EXPERT_NAMES if model_type == "qwen3_moe" else {n: BLOCK_NAMES[n] for n in DENSE_MLP}
+    suffixes: list[str] = []
+    for path in (*paths, *mlp.values()):
+        if path not in QK_NORMS or model_type in ("qwen3", "qwen3_moe"):
+            suffixes.append(f"{path}.weight")
+    biased: list[str] = []
+    if model_type == "qwen2":
+        biased += ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    elif config["attention_bias"]:
+        biased += ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    if config.get("mlp_bias"):
+        biased += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    return suffixes + [f"{path}.bias" for path in biased]
 
 
 def _write_weights(file: GgufFile, names: dict[str, str], path: Path, head_rows: int) -> None:
@@ -350,8 +432,12 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 END_TOKENS = ("eos", "eot", "eom")
 
+QWEN3_MOE = "qwen3moe"
+LFM2 = "lfm2"
 ARCHITECTURES = {
     "llama": GgufArchitecture("llama", "LlamaForCausalLM", has_interleaved_qk=True),
     "qwen2": GgufArchitecture("qwen2", "Qwen2ForCausalLM", pre_tokenizer="qwen2"),
     "qwen3": GgufArchitecture("qwen3", "Qwen3ForCausalLM"),
+    QWEN3_MOE: GgufArchitecture("qwen3_moe", "Qwen3MoeForCausalLM", is_written_only=True),
+    LFM2: GgufArchitecture("lfm2", "Lfm2ForCausalLM", is_written_only=True),
 }
