@@ -168,7 +168,8 @@ def find_remains(folder: Path) -> Iterator[str]:
     """Yield the files below a folder that are temporary or incomplete."""
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.name.startswith((".tmp-", ".trash-")) or path.parent.name == "scratch":
+        is_scratch = path.parent.name == "scratch" and not path.name.startswith("torchinductor")
+        if path.name.startswith((".tmp-", ".trash-")) or is_scratch:
             yield f"left {name}"
         elif path.is_file() and not is_whole(path):
             yield f"half-written {name}"
