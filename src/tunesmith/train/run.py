@@ -184,6 +184,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
     folder = context.folder
     items = context.items
     fingerprint = context.resume_state.fingerprint
+    schema = context.inputs.response_schema  # a file, which may be gone at the end
     yield from context.resume_state.first_events
 
     # Prove.
@@ -208,7 +209,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
             yield event
             context.stop.raise_if_requested()
         step = training.final_step
-        weights_dir = _save_weights(context, session)
+        weights_dir = _save_weights(context, session, schema)
         with context.stop.immediate(), memory_errors():
             cache = open_answer_cache(folder.path, fingerprint, weights_dir)
             after = measure_items(
@@ -287,7 +288,7 @@ def _write_run_metadata(folder: RunFolder, plan: Plan) -> None:
     folder.write_json("data.json", plan.data)
 
 
-def _save_weights(context: RunContext, session: Session) -> Path:
+def _save_weights(context: RunContext, session: Session, schema: Json | None) -> Path:
     """Save the trained weights, what serving needs to behave as in training, and provenance."""
     plan = context.plan
     network = session.model.network
@@ -326,7 +327,7 @@ def _save_weights(context: RunContext, session: Session) -> Path:
             fingerprint["config"],
             renderer,
             plan.config.now,
-            schema=session.inputs.response_schema,
+            schema=schema,
             weights_sha256=weights_sha256,
             golden_answers=golden_answers,
         )

@@ -18,10 +18,12 @@ from tunesmith.session.provenance import (
     PROVENANCE_FILE,
     SAMPLE_TEXT,
     SAMPLE_TOOL,
+    GoldenAnswer,
     Provenance,
     build_provenance,
     check_checkpoint,
     check_provenance,
+    drop_golden_answers,
     hash_weight_files,
     read_provenance,
     write_provenance,
@@ -82,6 +84,20 @@ def test_a_provenance_holds_what_the_weights_depend_on(base: Path, renderer: Ren
     assert [prompt.tools for prompt in chats] == [(), (), (), (SAMPLE_TOOL,)]
     for prompt in chats:
         assert prompt.token_ids == renderer.encode_prompt(prompt.messages, prompt.tools)
+
+
+def test_a_rescaled_adapter_loses_its_answers_and_nothing_else(
+    base: Path, renderer: Renderer, tmp_path: Path
+) -> None:
+    provenance = build(base, renderer)
+    golden = GoldenAnswer(({"role": "user", "content": "?"},), (1, 2), (3,), (-0.5,), (-2.0,))
+    folder = store(tmp_path / "a", provenance, golden_answers=(golden,), weights_sha256="ab")
+    stored = read_provenance(folder)
+    assert stored is not None
+    assert stored.golden_answers == (golden,)
+    drop_golden_answers(folder)
+    assert read_provenance(folder) == provenance
+    drop_golden_answers(tmp_path / "base")  # weights of other tools have none
 
 
 def test_prompts_that_a_template_refuses_are_left_out(base: Path) -> None:
