@@ -4,7 +4,8 @@
 
 Each run is two steps in its own process, on rows of equal length, without evaluation; the other
 shapes have random weights and the built-in model's tokenizer. Corrections from earlier runs are not
-used. Prints predicted and measured peak, their ratio, and the predicted parts.
+used. Prints the predicted peak, those of the steps and of preflight before them, the ratio of the
+first two, and the predicted parts.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from transformers import (
 )
 
 import tunesmith
-from tunesmith.core.events import TrainStep
+from tunesmith.core.events import CheckResult, TrainStep
+from tunesmith.core.hardware import read_peak_bytes, reset_peak
 from tunesmith.core.types import Plan
 from tunesmith.model.hub.resolve import resolve_model
 
@@ -151,11 +153,16 @@ def measure_run(model: str, method: str, words: int, batch: int) -> None:
         recipe |= {"share_prefixes": False, "output_dir": f"{scratch}/run"}
         plan = tunesmith.plan(recipe)
         assert isinstance(plan, Plan), "one stage"
-        peak = max(
-            event.peak_bytes for event in tunesmith.train(plan) if isinstance(event, TrainStep)
-        )
-    tokens = plan.data["data"].length_percentiles["p50"]
-    print(json.dumps({"tokens": tokens, "peak": peak, "parts": plan.memory_bytes}))
+        preflight = 0
+        peak = 0
+        for event in tunesmith.train(plan):
+            if isinstance(event, CheckResult):
+                preflight = max(preflight, read_peak_bytes())
+                assert reset_peak(), "the kernel does not reset peaks"
+            elif isinstance(event, TrainStep):
+                peak = max(peak, event.peak_bytes)
+    result = {"peak": peak, "preflight": preflight, "parts": plan.memory_bytes}
+    print(json.dumps(result | {"tokens": plan.data["data"].length_percentiles["p50"]}))
 
 
 def main() -> None:
@@ -163,8 +170,8 @@ def main() -> None:
         measure_run(sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))
         return
     print(
-        "| model | method | tokens per row | predicted | measured | ratio | parts, MB |\n"
-        "|---|---|---|---|---|---|---|"
+        "| model | method | tokens per row | predicted | steps | ratio | preflight | parts, MB |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     for shape in sys.argv[1:] or (BASE, *SHAPES):
         with TemporaryDirectory() as folder:
@@ -190,12 +197,13 @@ def main() -> None:
                         raise SystemExit(done.stderr)
                     result = json.loads(done.stdout.splitlines()[-1])
                     parts, peak = result["parts"], result["peak"]
+                    preflight = result["preflight"] / 1e9
                     predicted = parts.pop("peak") - parts.pop("correction", 0)
                     shown = ", ".join(f"{k} {v / 1e6:.0f}" for k, v in parts.items() if v)
                     print(
                         f"| {shape} | {method} | {result['tokens']} "
                         f"| {predicted / 1e9:.2f} GB | {peak / 1e9:.2f} GB "
-                        f"| {predicted / peak:.2f} | {shown} |",
+                        f"| {predicted / peak:.2f} | {preflight:.2f} GB | {shown} |",
                         flush=True,
                     )
 
