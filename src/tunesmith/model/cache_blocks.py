@@ -1,7 +1,7 @@
 """Which blocks of the cache are in use, by whom, and what they hold.
 
-In: rows that need room, and keys of the contents of full blocks. Out: numbers of blocks. A block
-has BLOCK_TOKENS tokens of one row, or of several that begin with the same tokens; the last of them
+In: rows that need room, and the contents of full blocks. Out: numbers of blocks. A block has
+BLOCK_TOKENS tokens of one row, or of several that begin with the same tokens; the last of them
 frees it. Full blocks stay findable until their room is needed, the longest unused first. Left out:
 the keys and values themselves (paged_cache.py), and which rows run (generation/engine.py)."""
 
@@ -11,8 +11,10 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 BLOCK_TOKENS = 64  # a multiple of the 16 keys that decode.c scores at once
+MIN_COPIED_TOKENS = 16  # of a block: fewer are computed again
 
 
 def count_blocks(num_tokens: int) -> int:
@@ -20,15 +22,37 @@ def count_blocks(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_TOKENS)
 
 
-def extend_block_keys(keys: list[bytes], origin: Hashable, tokens: Sequence[int]) -> None:
-    """Append the keys of the full blocks of `tokens` that `keys` lacks.
+class BlockContent(NamedTuple):
+    """What a full block holds: its tokens, after those that the key of its parent stands for."""
 
-    A key stands for all tokens up to the end of its block and for `origin`, which says what else
-    decides keys and values: the adapter, its scale, the rotation, and who may share them."""
-    for start in range(len(keys) * BLOCK_TOKENS, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-        parent = keys[-1] if keys else repr(origin).encode()
-        block_tokens = array("q", tokens[start : start + BLOCK_TOKENS])
-        keys.append(hashlib.sha256(parent + block_tokens.tobytes()).digest())
+    key: bytes
+    parent: bytes
+    tokens: tuple[int, ...]
+
+
+def make_origin_key(*origin: Hashable) -> bytes:
+    """Return the parent of first blocks. `origin` is what decides keys and values beside the
+    tokens: the adapter, its scale, the rotation; and who may share them."""
+    return repr(origin).encode()
+
+
+def extend_contents(contents: list[BlockContent], origin: bytes, tokens: Sequence[int]) -> None:
+    """Append the contents of the full blocks of `tokens` that are missing."""
+    for start in range(len(contents) * BLOCK_TOKENS, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        parent = contents[-1].key if contents else origin
+        block_tokens = tuple(tokens[start : start + BLOCK_TOKENS])
+        key = hashlib.sha256(parent + array("q", block_tokens).tobytes()).digest()
+        contents.append(BlockContent(key, parent, block_tokens))
+
+
+def count_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common from the start."""
+    count = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
 
 
 class BlockPool:
@@ -40,7 +64,8 @@ class BlockPool:
         self._free: list[int] = []
         self._holders: dict[int, int] = {}  # block -> rows that hold it
         self._block_by_key: dict[bytes, int] = {}
-        self._key_by_block: dict[int, bytes] = {}
+        self._contents: dict[int, BlockContent] = {}  # of the findable blocks
+        self._blocks_by_parent: dict[bytes, list[int]] = {}
         # findable and held by none, the longest unused first
         self._idle: OrderedDict[int, None] = OrderedDict()
 
@@ -51,8 +76,8 @@ class BlockPool:
 
     @property
     def num_findable(self) -> int:
-        """The blocks that have a key."""
-        return len(self._key_by_block)
+        """The blocks that can be found by their content."""
+        return len(self._contents)
 
     def allocate(self, count: int) -> list[int] | None:
         """Return blocks for one row, with any content; None if there are not enough.
@@ -70,27 +95,53 @@ class BlockPool:
             self._num_used += 1
         else:
             block, _ = self._idle.popitem(last=False)
-            del self._block_by_key[self._key_by_block.pop(block)]
+            self._forget(block)
         self._holders[block] = 1
         return block
 
-    def publish(self, block: int, key: bytes) -> None:
-        """Let rows find a full block by its key. If another block has the key, that one stays."""
-        if key not in self._block_by_key and block not in self._key_by_block:
-            self._block_by_key[key] = block
-            self._key_by_block[block] = key
+    def publish(self, block: int, content: BlockContent) -> None:
+        """Let rows find a full block. If another block has the same content, that one stays."""
+        if content.key in self._block_by_key or block in self._contents:
+            return
+        self._block_by_key[content.key] = block
+        self._contents[block] = content
+        self._blocks_by_parent.setdefault(content.parent, []).append(block)
 
-    def find_prefix(self, keys: Sequence[bytes]) -> list[int]:
-        """Hold the blocks of the longest beginning of `keys` that is stored, and return them."""
+    def _forget(self, block: int) -> None:
+        """Let nobody find a block any more."""
+        content = self._contents.pop(block)
+        del self._block_by_key[content.key]
+        siblings = self._blocks_by_parent[content.parent]
+        siblings.remove(block)
+        if not siblings:
+            del self._blocks_by_parent[content.parent]
+
+    def find_prefix(self, contents: Sequence[BlockContent]) -> list[int]:
+        """Hold the blocks of the longest beginning of `contents` that is stored, and return
+        them."""
         blocks: list[int] = []
-        for key in keys:
-            block = self._block_by_key.get(key)
+        for content in contents:
+            block = self._block_by_key.get(content.key)
             if block is None:
                 break
-            self._holders[block] = self._holders.get(block, 0) + 1
-            self._idle.pop(block, None)
+            self.hold(block)
             blocks.append(block)
         return blocks
+
+    def find_beginning(self, parent: bytes, tokens: Sequence[int]) -> tuple[int, int]:
+        """Return the block after `parent` that begins like `tokens` for longest, and how many
+        tokens that are; 0 if there is none."""
+        best = (-1, 0)
+        for block in self._blocks_by_parent.get(parent, ()):
+            count = count_common(tokens, self._contents[block].tokens)
+            if count > best[1]:
+                best = (block, count)
+        return best
+
+    def hold(self, block: int) -> None:
+        """Keep a findable block until it is released."""
+        self._holders[block] = self._holders.get(block, 0) + 1
+        self._idle.pop(block, None)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Let go of the blocks of a row. The end of a prefix is evicted before its beginning."""
@@ -99,7 +150,7 @@ class BlockPool:
             if self._holders[block]:
                 continue
             del self._holders[block]
-            if block in self._key_by_block:
+            if block in self._contents:
                 self._idle[block] = None
             else:
                 self._free.append(block)
@@ -107,6 +158,6 @@ class BlockPool:
     def forget_idle(self) -> None:
         """Free all blocks that no row holds."""
         for block in self._idle:
-            del self._block_by_key[self._key_by_block.pop(block)]
+            self._forget(block)
             self._free.append(block)
         self._idle.clear()

@@ -30,7 +30,7 @@ from tunesmith.model.attention import (
     run_decode_kernel,
     run_prefix_kernel,
 )
-from tunesmith.model.cache_blocks import BLOCK_TOKENS, BlockPool, count_blocks
+from tunesmith.model.cache_blocks import BLOCK_TOKENS, BlockContent, BlockPool, count_blocks
 from tunesmith.model.oom import OutOfMemory
 
 KeysValues = tuple[Tensor, Tensor]
@@ -109,12 +109,29 @@ class PagedKVCache:
         last.slot = row.slot
         self.rows[row.slot] = last
 
-    def start_with_prefix(self, row: CacheRow, keys: Sequence[bytes]) -> None:
+    def start_with_prefix(self, row: CacheRow, contents: Sequence[BlockContent]) -> None:
         """Let a row without tokens begin with the stored blocks of the longest beginning of
-        `keys`."""
+        `contents`."""
         assert not row.blocks
-        row.blocks = self.pool.find_prefix(keys)
+        row.blocks = self.pool.find_prefix(contents)
         row.length = len(row.blocks) * BLOCK_TOKENS
+
+    def reserve_with_copy(
+        self, row: CacheRow, num_tokens: int, source: int, num_copied: int
+    ) -> bool:
+        """Make room as `reserve` does, and let a row of full blocks go on with the first
+        `num_copied` tokens of the findable block `source`, if there is room for both."""
+        self.pool.hold(source)
+        is_reserved = self.reserve(row, num_tokens)
+        if is_reserved:
+            block = row.blocks[row.length // BLOCK_TOKENS]
+            for buffers in self._kv_buffers.values():
+                for buffer in buffers:
+                    buffer[block] = buffer[source]
+            self._new_blocks = [new for new in self._new_blocks if new != block]
+            row.length += num_copied
+        self.pool.release([source])
+        return is_reserved or self.reserve(row, num_tokens)
 
     def reserve(self, row: CacheRow, num_tokens: int) -> bool:
         """Make room for `num_tokens` tokens in a row, stored ones included. Returns False, and

@@ -7,7 +7,7 @@ from torch import nn
 from tiny_models import make_tiny_model
 from tunesmith.core.types import PackLayout
 from tunesmith.model.attention import AttentionConfig, apply_rotary_qk, reference_attention
-from tunesmith.model.cache_blocks import BLOCK_TOKENS
+from tunesmith.model.cache_blocks import BLOCK_TOKENS, BlockContent, extend_contents
 from tunesmith.model.kernels import ops
 from tunesmith.model.paged_cache import CacheRow, PagedKVCache, _gather_rows
 
@@ -87,11 +87,12 @@ class Checked:
 
     def share(self, first: CacheRow, num_blocks: int) -> CacheRow:
         """Return a new row that begins with the blocks of another."""
-        keys = [bytes([block]) for block in range(num_blocks)]
-        for block, key in zip(first.blocks, keys, strict=False):
-            self.cache.pool.publish(block, key)
+        contents: list[BlockContent] = []
+        extend_contents(contents, b"origin", range(num_blocks * BLOCK_TOKENS))
+        for block, content in zip(first.blocks, contents, strict=False):
+            self.cache.pool.publish(block, content)
         row = self.add()
-        self.cache.start_with_prefix(row, keys)
+        self.cache.start_with_prefix(row, contents)
         return row
 
 
@@ -141,6 +142,23 @@ def test_rows_share_the_blocks_of_a_common_beginning(config: AttentionConfig) ->
         checked.check([(a, 0, 1), (b, 1, 1), (c, 2, 1)])
     checked.cache.drop_row(a)  # the block stays, since others hold it
     checked.check([(b, 1, 1), (c, 2, 1)])
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_row_goes_on_with_a_copy_of_the_beginning_of_a_block(config: AttentionConfig) -> None:
+    rows = Rows(2)
+    for x in (rows.q, rows.k, rows.v):
+        x[1, :20] = x[0, :20]
+    checked = Checked(rows, config, slots=4)
+    a = checked.add()
+    checked.check([(a, 0, BLOCK_TOKENS)])
+    checked.share(a, 1)  # published
+    b = checked.add()
+    assert checked.cache.reserve_with_copy(b, 30, a.blocks[0], 20)
+    assert b.length == 20
+    checked.check([(b, 1, 9), (a, 0, 1)])
+    checked.check([(a, 0, 1), (b, 1, 1)])
+    checked.check([(checked.share(a, 1), 0, 2)])  # the source is as it was
 
 
 def test_nan_of_a_row_stays_in_it() -> None:

@@ -6,7 +6,7 @@
 
 In: a PackedCausalLM, requests of token ids, a `decode` function from ids to text, the ids that end
 an answer. Rows of different lengths run without padding; a finished row leaves at once and the next
-request takes its slot. What prompts have in common is computed once, in blocks of 64 tokens. Left
+request takes its slot. What prompts have in common is computed once. Left
 out: prompts as text (data/chat_template), and without a bank, which adapter is active (the model's
 state). Rounding may depend on the rest of the batch, and on what was stored already."""
 
@@ -23,7 +23,12 @@ from torch import Tensor
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.hardware import read_free_gpu_bytes, release_memory
 from tunesmith.core.types import GenerationOutput, GenerationRequest
-from tunesmith.model.cache_blocks import BLOCK_TOKENS, count_blocks
+from tunesmith.model.cache_blocks import (
+    BLOCK_TOKENS,
+    MIN_COPIED_TOKENS,
+    count_blocks,
+    count_common,
+)
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.grammar import Grammar
 from tunesmith.model.generation.running_request import AnswerGrammar, DecodeFn, RunningRequest
@@ -34,7 +39,7 @@ from tunesmith.model.generation.sampling import (
     sample_tokens,
 )
 from tunesmith.model.oom import OutOfMemory, memory_errors
-from tunesmith.model.paged_cache import PagedKVCache
+from tunesmith.model.paged_cache import CacheRow, PagedKVCache
 
 if TYPE_CHECKING:
     from tunesmith.model.adapter_bank import AdapterBank
@@ -310,16 +315,24 @@ class DecodeBatch:
         for row in list(self.waiting):
             if len(self.rows) == self.cache.slots:
                 return
-            self._set_block_keys(row)
-            # the last token predicts the next one: it is always computed
-            usable_keys = row.block_keys[: (row.num_tokens - 1) // BLOCK_TOKENS]
+            row.rotation_key = self.model.get_rotation_key(row.num_tokens)
+            if self.can_share:
+                row.extend_contents()
             cache_row = self.cache.add_row()
-            self.cache.start_with_prefix(cache_row, usable_keys)
+            # the last token predicts the next one: it is always computed
+            num_usable = row.num_tokens - 1
+            self.cache.start_with_prefix(cache_row, row.contents[: num_usable // BLOCK_TOKENS])
             num_shared = len(cache_row.blocks)
-            if not blocks_to_come.isdisjoint(usable_keys[num_shared : num_shared + 1]):
+            parent = row.get_parent_key(num_shared)
+            block_end = min(num_usable, cache_row.length + BLOCK_TOKENS)
+            tokens = row.context[cache_row.length : block_end]
+            source, num_copied = self.cache.pool.find_beginning(parent, tokens)
+            to_come = blocks_to_come.get(parent, ())
+            num_to_come = max((count_common(tokens, other) for other in to_come), default=0)
+            if num_to_come >= MIN_COPIED_TOKENS and num_to_come > num_copied:
                 self.cache.drop_row(cache_row)
                 continue
-            if not self.cache.reserve(cache_row, row.num_tokens):
+            if not self._reserve_prompt(row, cache_row, source, num_copied):
                 self.cache.drop_row(cache_row)
                 return
             self.waiting.remove(row)
@@ -327,21 +340,25 @@ class DecodeBatch:
             row.cache_row = cache_row
             if not row.tokens:
                 row.cached_tokens = cache_row.length
-            blocks_to_come.update(row.block_keys[num_shared:])
+            for content in row.contents[num_shared:]:
+                blocks_to_come.setdefault(content.parent, []).append(content.tokens)
 
-    def _set_block_keys(self, row: RunningRequest) -> None:
-        """Compute what the blocks of a row are found by, for its rotation."""
-        row.rotation_key = self.model.get_rotation_key(row.num_tokens)
-        if self.can_share:
-            row.extend_block_keys()
+    def _reserve_prompt(
+        self, row: RunningRequest, cache_row: CacheRow, source: int, num_copied: int
+    ) -> bool:
+        if num_copied < MIN_COPIED_TOKENS:
+            return self.cache.reserve(cache_row, row.num_tokens)
+        return self.cache.reserve_with_copy(cache_row, row.num_tokens, source, num_copied)
 
-    def _list_blocks_to_come(self) -> set[bytes]:
-        """Return the keys of the blocks that the prompts of `rows` still lack."""
-        keys: set[bytes] = set()
+    def _list_blocks_to_come(self) -> dict[bytes, list[tuple[int, ...]]]:
+        """Return the tokens of the blocks that the prompts of `rows` still lack, by what is before
+        them."""
+        tokens_by_parent: dict[bytes, list[tuple[int, ...]]] = {}
         for row in self.rows:
             if _needs_prompt(row):
-                keys.update(row.block_keys[row.stored.length // BLOCK_TOKENS :])
-        return keys
+                for content in row.contents[row.stored.length // BLOCK_TOKENS :]:
+                    tokens_by_parent.setdefault(content.parent, []).append(content.tokens)
+        return tokens_by_parent
 
     def _compute_prompts(self, *, is_answering: bool) -> list[RunningRequest]:
         """Compute prompts in the order of their rows, up to a number of tokens, and the first
@@ -418,9 +435,9 @@ class DecodeBatch:
         """Let later rows find the blocks that this one has filled."""
         num_full = row.stored.length // BLOCK_TOKENS
         if self.can_share and num_full > row.num_published:
-            row.extend_block_keys()
+            row.extend_contents()
             for index in range(row.num_published, num_full):
-                self.cache.pool.publish(row.stored.blocks[index], row.block_keys[index])
+                self.cache.pool.publish(row.stored.blocks[index], row.contents[index])
             row.num_published = num_full
 
     @torch.no_grad()

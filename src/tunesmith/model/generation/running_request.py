@@ -6,7 +6,7 @@ the answer ended. Left out: which token is next (sampling.py), and the stored ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.types import GenerationOutput, GenerationRequest, TokenLogprobs
-from tunesmith.model.cache_blocks import extend_block_keys
+from tunesmith.model.cache_blocks import BlockContent, extend_contents, make_origin_key
 from tunesmith.model.paged_cache import CacheRow
 from tunesmith.model.rotary import RotationKey
 
@@ -120,9 +120,9 @@ class RunningRequest:
         # what the cache stores of it, while it has a slot
         self.cache_row: CacheRow | None = None
         self.rotation_key: RotationKey = ()
-        self.block_keys: list[bytes] = []  # of its full blocks
+        self.contents: list[BlockContent] = []  # of its full blocks
         self.num_published = 0  # blocks that other rows can find
-        self._origin: Hashable = None
+        self._origin_key = b""
         # on the CPU, for the same numbers on every device
         self.generator = torch.Generator().manual_seed(request.seed)
         self._end_ids = frozenset(request.end_ids or end_ids)
@@ -154,18 +154,22 @@ class RunningRequest:
         assert self.cache_row is not None, "the request waits"
         return self.cache_row
 
-    def extend_block_keys(self) -> None:
-        """Compute the keys of the full blocks of the context, for `rotation_key`. Blocks are shared
+    def extend_contents(self) -> None:
+        """Compute what the full blocks of the context hold, for `rotation_key`. Blocks are shared
         within one adapter, scale and salt only."""
         request = self.request
         adapter = (request.adapter, request.adapter_scale)
         if not request.adapter or not request.adapter_scale:
             adapter = ("", 1.0)  # the base
-        origin = (*adapter, request.cache_salt, self.rotation_key)
-        if origin != self._origin:
-            self.block_keys.clear()
-            self._origin = origin
-        extend_block_keys(self.block_keys, origin, self.context)
+        origin_key = make_origin_key(*adapter, request.cache_salt, self.rotation_key)
+        if origin_key != self._origin_key:
+            self.contents.clear()
+            self._origin_key = origin_key
+        extend_contents(self.contents, origin_key, self.context)
+
+    def get_parent_key(self, block: int) -> bytes:
+        """Return the key of all tokens before a block."""
+        return self.contents[block - 1].key if block else self._origin_key
 
     def add_token(self, token: int) -> None:
         """Append the next token and check whether the answer ends with it."""

@@ -21,8 +21,12 @@ from tunesmith.model.generation.running_request import RunningRequest
 NUM_BLOCKS = 5
 SLOTS = 3
 MODEL = make_tiny_model(method=None)
-# beginnings that prompts have in common: none, one block, more than one block
-STARTS = [(), tuple(range(2, 2 + BLOCK_TOKENS)), tuple(2 + i % 40 for i in range(BLOCK_TOKENS + 9))]
+# beginnings that prompts have in common: none, one block, a block and a part of the next
+STARTS = [
+    (),
+    tuple(range(2, 2 + BLOCK_TOKENS)),
+    tuple(2 + i % 40 for i in range(BLOCK_TOKENS + 29)),
+]
 
 
 def spell(tokens: Sequence[int]) -> str:
@@ -191,6 +195,15 @@ def test_prompts_that_arrive_together_compute_their_beginning_once(
     finish(batch)
     assert counts == [[67], [3, 3]]
     assert [row.cached_tokens for row in rows] == [0, BLOCK_TOKENS, BLOCK_TOKENS]
+    counts.clear()
+    batch = make_batch(MODEL, num_blocks=12)
+    start = STARTS[2]
+    rows = [batch.submit(GenerationRequest((*start, *(n,) * 40), 4)) for n in (5, 6, 9)]
+    finish(batch)
+    assert counts == [[len(start) + 40], [40, 40]], "a part of a block is copied"
+    assert [row.cached_tokens for row in rows] == [0, len(start), len(start)]
+    for row in rows:
+        assert (tuple(row.tokens), row.text, row.finish_reason) == answer_alone(row.request)
 
 
 def test_a_long_prompt_is_computed_between_tokens_of_others() -> None:
@@ -203,7 +216,9 @@ def test_a_long_prompt_is_computed_between_tokens_of_others() -> None:
     while not second.tokens:
         batch.step()
         progress.append(len(first.tokens))
-    assert progress == [2, 3, 4, 5, 6, 7], "163 tokens in chunks of 30, a token of the other each"
+    assert progress == [2, 3, 4, 5, 6, 7, 8], (
+        "183 tokens in chunks of 30, a token of the other each"
+    )
     finish(batch)
     for row in (first, second):
         assert (tuple(row.tokens), row.text, row.finish_reason) == answer_alone(row.request)
