@@ -116,6 +116,19 @@ def test_a_layout_has_parents_where_a_prefix_is_shared():
         assert apart.positions_S.tolist() == [3, 7]
 
 
+def test_a_target_of_several_documents_at_one_position_is_computed_once():
+    first, second = (document([1, 2, 3, tail, 9], [0, 0, 1, 1, 1]) for tail in (4, 5))
+    shared = collate(Pack((first, second), (0, 3))).shared_targets
+    assert shared is not None
+    assert shared.positions_S.tolist() == [1, 2, 3, 1, 2, 4]
+    assert shared.targets_S.tolist() == [3, 4, 9, 3, 5, 9]
+    assert shared.positions_P.tolist() == [1, 2, 3, 4]
+    assert shared.targets_M.tolist() == [3, 4, 5, 9, 9]
+    assert shared.position_M.tolist() == [0, 1, 1, 2, 3]
+    assert shared.position_S.tolist() == [0, 1, 2, 0, 1, 3]
+    assert shared.target_S.tolist() == [0, 1, 3, 0, 2, 4]
+
+
 def test_sides_and_references_are_those_of_the_documents():
     plain = document([1, 2], [0, 1])
     chosen, rejected = (
