@@ -280,6 +280,14 @@ def test_readers_take_the_last_attempt_of_a_step_in_order(tmp_path: Path) -> Non
     ]
 
 
+def test_a_rollback_keeps_the_checkpoint_that_it_goes_back_to(tmp_path: Path) -> None:
+    with started(tmp_path) as folder:
+        for number in (1, 2, 3):
+            save(folder, number, keep_last=3)
+        folder.record_rollback(Rollback(4, 2, "spike", "", ""))
+        assert folder.list_saved_steps() == [2, 1]
+
+
 def test_every_opening_and_every_rollback_starts_an_attempt(tmp_path: Path) -> None:
     with started(tmp_path) as folder:
         for number in (1, 2, 3):

@@ -128,3 +128,13 @@ def test_events_of_a_run_come_back(tmp_path: Path) -> None:
     events = make_events()
     run = write_run(tmp_path / "a", events=events)
     assert read_last_events(run, max_bytes=10**6) == events
+
+
+def test_a_bare_name_is_looked_for_among_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunFolder.create(tmp_path / "runs" / "invoices").write_json("plan.json", {})
+    with pytest.raises(InputError) as caught:
+        require_run(Path("invoice"))
+    assert caught.value.fix == "did you mean runs/invoices?"
