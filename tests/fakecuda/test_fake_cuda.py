@@ -119,7 +119,8 @@ def test_weights_are_copied_and_checked_one_by_one(results: Results) -> None:
 def test_a_layer_copies_nothing_from_the_host(results: Results) -> None:
     for policy in POLICIES:
         fewer, more = (results[f"8B, {n} layers, {policy}"]["uploads"] for n in (2, 3))
-        assert more <= fewer <= 8
+        # the pack, and the offsets of its documents
+        assert more <= fewer <= 2
 
 
 # ---------------------------------------------------------------- what a layer costs

@@ -15,6 +15,8 @@ from tunesmith.data.packing import count_input_tokens
 from tunesmith.data.prefix_sharing import build_segments
 
 Device = torch.device | str
+# the arrays of SharedTargets, in their order
+SHARED_NAMES = ("positions_P", "position_S", "target_S", "targets_M", "position_M")
 
 
 def collate(pack: Pack, device: Device = "cpu") -> Batch:
@@ -52,21 +54,26 @@ def collate(pack: Pack, device: Device = "cpu") -> Batch:
     if any(document.side for document in pack.documents):
         sides = tuple(document.side for document in pack.documents)
         reference_logps = tuple(document.reference_logp for document in pack.documents)
-    positions_S = _to_tensor(positions, np.int64, device)
-    targets_S = _to_tensor(targets, np.int64, device)
+    positions_S = np.concatenate(positions)
+    targets_S = np.concatenate(targets)
+    arrays = {
+        "tokens_T": np.concatenate(segment_tokens),
+        "positions_T": np.concatenate(segment_positions),
+        "positions_S": positions_S,
+        "targets_S": targets_S,
+        "weights_S": np.concatenate(weights).astype(np.float32),
+        "document_S": np.concatenate(document_indices),
+    }
+    if has_shared:
+        arrays |= _find_different(positions_S, targets_S)
+    tensors = _copy_to(device, arrays)
     shared_targets = None
     if has_shared:
-        indices = _find_different(np.concatenate(positions), np.concatenate(targets))
-        tensors = [torch.from_numpy(index).to(device) for index in indices]
-        shared_targets = SharedTargets(positions_S, targets_S, *tensors)
+        shared = [tensors.pop(name) for name in SHARED_NAMES]
+        shared_targets = SharedTargets(tensors["positions_S"], tensors["targets_S"], *shared)
     return Batch(
-        tokens_T=_to_tensor(segment_tokens, np.int64, device),
-        positions_T=_to_tensor(segment_positions, np.int64, device),
+        **tensors,
         layout=layout,
-        positions_S=positions_S,
-        targets_S=targets_S,
-        weights_S=_to_tensor(weights, np.float32, device),
-        document_S=_to_tensor(document_indices, np.int64, device),
         ids=tuple(document.id for document in pack.documents),
         real_tokens=sum(len(document) for document in pack.documents),
         sides=sides,
@@ -78,20 +85,20 @@ def collate(pack: Pack, device: Device = "cpu") -> Batch:
 
 def share_targets(batch: Batch) -> SharedTargets:
     """Return the different targets of a batch whose targets are not those of its pack."""
-    device = batch.positions_S.device
-    indices = _find_different(batch.positions_S.cpu().numpy(), batch.targets_S.cpu().numpy())
-    tensors = [torch.from_numpy(index).to(device) for index in indices]
-    return SharedTargets(batch.positions_S, batch.targets_S, *tensors)
+    arrays = _find_different(batch.positions_S.cpu().numpy(), batch.targets_S.cpu().numpy())
+    tensors = _copy_to(batch.positions_S.device, arrays)
+    return SharedTargets(batch.positions_S, batch.targets_S, *tensors.values())
 
 
-def _find_different(positions_S: np.ndarray, targets_S: np.ndarray) -> list[np.ndarray]:
+def _find_different(positions_S: np.ndarray, targets_S: np.ndarray) -> dict[str, np.ndarray]:
     """Return the arrays of SharedTargets, in their order."""
     positions_P, position_S = np.unique(positions_S, return_inverse=True)
     keys_S = positions_S.astype(np.int64) << 32 | targets_S
     keys_M, target_S = np.unique(keys_S, return_inverse=True)
     targets_M = keys_M & (1 << 32) - 1
     position_M = np.searchsorted(positions_P, keys_M >> 32)
-    return [positions_P, position_S, target_S, targets_M, position_M]
+    arrays = (positions_P, position_S, target_S, targets_M, position_M)
+    return dict(zip(SHARED_NAMES, arrays, strict=True))
 
 
 def _find_positions(layout: PackLayout, last_segment: int) -> np.ndarray:
@@ -101,5 +108,34 @@ def _find_positions(layout: PackLayout, last_segment: int) -> np.ndarray:
     return np.concatenate(ranges)
 
 
-def _to_tensor(arrays: list[np.ndarray], dtype: type[np.generic], device: Device) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(arrays).astype(dtype)).to(device)
+def _copy_to(device: Device, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Return the arrays as tensors: integers in 64 bits, the others as they are.
+
+    A GPU gets them in one copy, from memory that the system keeps in place, so that this process
+    goes on while the copy is made."""
+    wide: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        wide[name] = array.astype(np.int64) if array.dtype.kind in "iu" else array
+    if torch.device(device).type == "cpu":
+        return {name: torch.from_numpy(array) for name, array in wide.items()}
+    buffer = join_arrays(wide)
+    if torch.cuda.is_available():
+        buffer = buffer.pin_memory()
+    return split_tensors(buffer.to(device, non_blocking=True), wide)
+
+
+def join_arrays(arrays: dict[str, np.ndarray]) -> torch.Tensor:
+    """Return the bytes of all arrays, the widest numbers first, so that all are aligned."""
+    ordered = sorted(arrays.values(), key=lambda array: -array.itemsize)
+    return torch.from_numpy(np.concatenate([array.view(np.uint8) for array in ordered]))
+
+
+def split_tensors(buffer: torch.Tensor, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Return the parts of what `join_arrays` returned, which may have gone to another device."""
+    tensors: dict[str, torch.Tensor] = {}
+    start = 0
+    for name, array in sorted(arrays.items(), key=lambda item: -item[1].itemsize):
+        part = buffer[start : start + array.nbytes]
+        tensors[name] = part.view(torch.float32 if array.dtype.kind == "f" else torch.int64)
+        start += array.nbytes
+    return {name: tensors[name] for name in arrays}

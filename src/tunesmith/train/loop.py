@@ -32,6 +32,7 @@ from tunesmith.data.packing import count_computed_tokens, group_units, pack_step
 from tunesmith.data.sampler import prefetch
 from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.kernels import ops
 from tunesmith.model.new_embeddings import collect_new_rows
 from tunesmith.model.oom import OutOfMemory, memory_errors
 from tunesmith.model.safetensors_io import find_nonfinite
@@ -240,14 +241,17 @@ class TrainingLoop:
         loss_sum: Tensor | None,
         supervised_tokens: int,
     ) -> Event:
-        loss, grad_norm = self._clip_gradients(packs, loss_sum, supervised_tokens)
         learning_rate = self._compute_learning_rate(self.step)
+        should_update = bool(supervised_tokens) and not self._updates_in_backward(packs)
+        updates_first = should_update and self._can_skip_updates
+        update_rate = learning_rate if updates_first else None
+        loss, grad_norm = self._clip_gradients(packs, loss_sum, supervised_tokens, update_rate)
         self.step += 1
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             return self._refuse_step(documents, loss, grad_norm)
         self.bad_steps = 0
         set_learning_rate(self.optimizer, learning_rate)  # of a step without an update, too
-        if supervised_tokens and not self._updates_in_backward(packs):
+        if should_update and not updates_first:
             with memory_errors():
                 step_optimizer(self.optimizer, learning_rate)
         self.optimizer.zero_grad(set_to_none=True)
@@ -266,11 +270,21 @@ class TrainingLoop:
             shared_tokens=sum(sum(pack.prefix_lengths) for pack in packs),
         )
 
+    @property
+    def _can_skip_updates(self) -> bool:
+        """Whether the device itself keeps a step that is not finite from the weights."""
+        return ops.is_gpu(self.model.device) and isinstance(self.optimizer, torch.optim.AdamW)
+
     def _clip_gradients(
-        self, packs: Sequence[Pack], loss_sum: Tensor | None, supervised_tokens: int
+        self,
+        packs: Sequence[Pack],
+        loss_sum: Tensor | None,
+        supervised_tokens: int,
+        update_rate: float | None,
     ) -> tuple[float, float]:
         """Clip the gradients unless they are already applied. Return the loss, and their norm
-        before: together, since a GPU has to finish its work for every read."""
+        before: together, since a GPU has to finish its work for every read. With `update_rate`, the
+        update is launched before, and skipped there if one of them is not finite."""
         if loss_sum is None:
             return 0.0, 0.0
         if not supervised_tokens:
@@ -278,7 +292,12 @@ class TrainingLoop:
         if self._updates_in_backward(packs):
             return float(loss_sum), self.optimizer_in_backward.grad_norm
         norm = clip_gradients(self.parameters.values(), self.config.max_grad_norm)
-        loss, grad_norm = torch.stack((loss_sum.double(), norm.double())).tolist()
+        loss_and_norm = torch.stack((loss_sum.double(), norm.double()))
+        if update_rate is not None:
+            should_skip = ~torch.isfinite(loss_and_norm).all()
+            with memory_errors():
+                step_optimizer(self.optimizer, update_rate, should_skip)
+        loss, grad_norm = loss_and_norm.tolist()
         return loss, grad_norm
 
     def _compute_learning_rate(self, step: int) -> float:

@@ -193,11 +193,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group["lr_factor"]
 
 
-def step_optimizer(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Update all parameters that have a gradient with this learning rate."""
+def step_optimizer(
+    optimizer: torch.optim.Optimizer, learning_rate: float, should_skip: Tensor | None = None
+) -> None:
+    """Update all parameters that have a gradient with this learning rate.
+
+    torch's AdamW changes nothing where `should_skip`, a boolean on its device, is true: a GPU
+    decides that itself, so nobody waits for the value before the update is launched."""
     set_learning_rate(optimizer, learning_rate)
     updated = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    # torch's name for what a gradient scaler found; None for none
+    optimizer.found_inf = None if should_skip is None else should_skip.float()  # type: ignore[attr-defined]
     optimizer.step()
+    optimizer.found_inf = None  # type: ignore[attr-defined]
     # The fused step writes without telling autograd, but values that are cached per weight version
     # must notice (Fp32MasterLinear).
     for parameter in updated:

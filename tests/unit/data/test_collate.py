@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.core.types import Document, Pack
-from tunesmith.data.collate import collate
+from tunesmith.data.collate import collate, join_arrays, split_tensors
 from tunesmith.data.packing import pack_step
 
 
@@ -139,3 +139,18 @@ def test_sides_and_references_are_those_of_the_documents():
     assert batch.sides == ("", "chosen", "rejected")
     assert batch.reference_logps == (None, -1.5, None)
     assert (collate(Pack((plain,))).sides, collate(Pack((plain,))).reference_logps) == ((), ())
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6))
+def test_arrays_are_one_buffer_on_the_way_to_a_gpu(lengths):
+    """Also where floats lie between integers, and where an array is empty."""
+    arrays = {}
+    for index, length in enumerate([1, *lengths]):
+        dtype = np.float32 if index % 2 else np.int64
+        arrays[f"array {index}"] = np.arange(index, index + length).astype(dtype)
+    buffer = join_arrays(arrays)
+    assert buffer.nbytes == sum(array.nbytes for array in arrays.values())
+    parts = split_tensors(buffer, arrays)
+    assert list(parts) == list(arrays)
+    for name, array in arrays.items():
+        assert torch.equal(parts[name], torch.from_numpy(array))

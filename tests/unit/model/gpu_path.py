@@ -5,6 +5,7 @@
 FILE holds the losses, gradients and updated weights of each case. In fp32 both paths compute the
 same up to the order of sums; no case is in bf16, to which the interpreter truncates."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -12,17 +13,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from plan_configs import make_config
 from tiny_models import (
     collate_documents,
     compute_mean_loss,
     make_tiny_documents,
     make_tiny_model,
 )
+from tunesmith.core.events import TrainStep
+from tunesmith.core.types import Document
 from tunesmith.model.adapters import find_lora_layers, get_trainable_parameters
+from tunesmith.train.loop import TrainingLoop
 from tunesmith.train.optimizer import make_optimizer, step_optimizer
 
 
@@ -49,6 +55,28 @@ def train(family: str, *, steps: int = 1, **settings: Any) -> dict[str, Tensor]:
     return found | {name: value.detach().clone() for name, value in parameters.items()}
 
 
+def train_with_a_bad_step() -> dict[str, Tensor]:
+    """Return the losses and the weights of three steps, the second of which is not finite."""
+    model = make_tiny_model("llama", backend="sdpa")
+
+    def load_documents(step: int) -> list[Document]:
+        documents = make_tiny_documents((5, 17))
+        if step == 2:
+            nan_L = np.where(documents[0].weights_L, np.nan, 0).astype(np.float32)
+            documents[0] = dataclasses.replace(documents[0], weights_L=nan_L)
+        return documents
+
+    loop = TrainingLoop(model, load_documents, make_config(), steps=3)
+    found: dict[str, Tensor] = {}
+    for event in loop:
+        if isinstance(event, TrainStep):
+            found[f"loss {event.step}"] = torch.tensor(event.loss)
+    assert len(found) == 2, "the second step is refused"
+    updates = {float(state["step"]) for state in loop.optimizer.state.values()}
+    assert updates == {2.0}
+    return found | {name: value.detach().clone() for name, value in loop.parameters.items()}
+
+
 CASES: dict[str, Callable[[], dict[str, Tensor]]] = {
     "llama": partial(train, "llama"),
     "qwen3": partial(train, "qwen3", gradient_checkpointing="full"),
@@ -56,6 +84,7 @@ CASES: dict[str, Callable[[], dict[str, Tensor]]] = {
     "gemma2": partial(train, "gemma2", gradient_checkpointing="selective"),
     "dora": partial(train, "llama", use_dora=True),
     "full": partial(train, "qwen3", method="full"),
+    "bad step": train_with_a_bad_step,
 }
 
 

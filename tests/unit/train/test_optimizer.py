@@ -221,3 +221,23 @@ def test_vectors_and_matrices_have_the_same_rate() -> None:
     for parameter in (matrix, vector):
         expected = torch.full_like(parameter, 0.01)
         torch.testing.assert_close(1 - parameter.detach(), expected, rtol=1e-5, atol=0)
+
+
+def test_the_device_itself_skips_an_update() -> None:
+    """Weights, moments and the number of updates stay bitwise; the next update is the usual one."""
+    skipping, plain = (nn.Parameter(torch.tensor([[1.0, -2.0]])) for _ in range(2))
+    optimizers = [make_optimizer([p], weight_decay=0.1) for p in (skipping, plain)]
+    no, yes = torch.tensor(False), torch.tensor(True)
+    for gradient, should_skip in ((0.5, no), (math.nan, yes), (math.inf, yes), (2.0, no)):
+        skipping.grad = torch.full((1, 2), gradient)
+        step_optimizer(optimizers[0], 0.1, should_skip)
+        if not should_skip:
+            plain.grad = torch.full((1, 2), gradient)
+            step_optimizer(optimizers[1], 0.1)
+        assert torch.equal(skipping, plain)
+    states = [
+        optimizer.state[p] for optimizer, p in zip(optimizers, (skipping, plain), strict=True)
+    ]
+    assert float(states[0]["step"]) == float(states[1]["step"]) == 2
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(states[0][name], states[1][name])
