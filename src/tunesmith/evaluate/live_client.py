@@ -29,8 +29,8 @@ from tunesmith.core.types import Json, __version__
 REQUEST_SECONDS = 120.0  # for one reply, all of it
 MAX_REPLY_BYTES = 64 * 2**20  # log-probabilities of a long prompt take a few
 READ_BYTES = 2**16
-MAX_RETRIES = 3  # of a request that a busy server puts off
-MAX_WAIT_SECONDS = 30.0
+MAX_RETRIES = 8  # of a request that a busy server puts off
+MAX_WAIT_SECONDS = 60.0
 BUSY_STATUSES = (429, 503)
 MAX_QUOTED_CHARS = 300
 MAX_LISTED_MODELS = 5
