@@ -131,7 +131,11 @@ def serving(settings: ServeSettings) -> Iterator[LiveServer]:
         web.should_exit = True
         await serving_task
 
-    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
+    def run_thread() -> None:
+        with prepared.base.scratch:
+            asyncio.run(run())
+
+    thread = threading.Thread(target=run_thread, daemon=True)
     thread.start()
     assert started.wait(START_SECONDS)
     live = running[0]

@@ -94,7 +94,9 @@ def serve(  # noqa: PLR0913 - every option is a flag
     prepared = prepare_server(settings)
     if prepared.new_key:
         write_stderr(f"API key, shown once: {prepared.new_key}\n")
-    sys.exit(asyncio.run(run_server(prepared)))
+    with prepared.base.scratch:
+        code = asyncio.run(run_server(prepared))
+    sys.exit(code)
 
 
 def _require_extra() -> None:

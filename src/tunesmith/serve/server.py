@@ -23,6 +23,7 @@ import uvicorn
 
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.hardware import measure_machine
+from tunesmith.core.types import require
 from tunesmith.model.adapter_bank import AdapterBank
 from tunesmith.model.causal_lm import DTYPES, load_network, wrap_model
 from tunesmith.model.generation.engine import DecodeBatch
@@ -64,7 +65,6 @@ class PreparedServer:
     base: BaseSource
     models: tuple[ServedModel, ...]
     batch: DecodeBatch
-    bank: AdapterBank
     dtype: str
 
     @property
@@ -77,28 +77,30 @@ def prepare_server(settings: ServeSettings) -> PreparedServer:
     """Bind the port, check the models and load the base. Raises InputError or MachineError."""
     keys, new_key = prepare_keys(settings)
     listener = bind_socket(settings.host, settings.port)
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(listener.close)
+        base = open_base(_choose_base(settings), datetime.now().replace(microsecond=0))
+        on_error.callback(base.scratch.cleanup)
+        models = [_open_model(name, source, base) for name, source in settings.models.items()]
+        dtype = _choose_dtype(settings)
+        batch = load_batch(base, dtype, settings)
+        on_error.pop_all()
     settings = settings.model_copy(update={"port": listener.getsockname()[1]})
-    now = datetime.now().replace(microsecond=0)
-    sources = list(settings.models.values())
-    base = open_base(_choose_base(settings), now)
-    models: list[ServedModel] = []
-    for name, source in settings.models.items():
-        models.append(_open_model(name, source, base))
-    dtype = _choose_dtype(settings, sources)
+    return PreparedServer(settings, listener, keys, new_key, base, tuple(models), batch, dtype)
+
+
+def load_batch(base: BaseSource, dtype: str, settings: ServeSettings) -> DecodeBatch:
+    """Load the base model, with an empty bank of adapters."""
     network = load_network(base.path, DTYPES[dtype], measure_machine(base.path).device)
     model = wrap_model(network, DTYPES[dtype])
     model.network.eval()
-    bank = AdapterBank(model)
-    batch = DecodeBatch(
+    return DecodeBatch(
         model,
         slots=settings.limits.rows,
         decode=base.renderer.decode,
         end_ids=base.renderer.end_ids,
         cache_bytes=settings.limits.keys_and_values,
-        bank=bank,
-    )
-    return PreparedServer(
-        settings, listener, keys, new_key, base, tuple(models), batch, bank, dtype
+        bank=AdapterBank(model),
     )
 
 
@@ -148,11 +150,11 @@ def _choose_base(settings: ServeSettings) -> str:
     return next(iter(names.values()))
 
 
-def _choose_dtype(settings: ServeSettings, sources: Sequence[ModelSource]) -> str:
+def _choose_dtype(settings: ServeSettings) -> str:
     """Return the dtype that is set, else the first run's, else what this machine is fast in."""
     if settings.dtype != "auto":
         return settings.dtype
-    for source in sources:
+    for source in settings.models.values():
         if dtype := find_dtype(source.source):
             return dtype
     return "bf16" if measure_machine(Path.cwd()).has_bf16_matmul else "fp32"
@@ -212,7 +214,7 @@ def build_server(prepared: PreparedServer) -> Server:
     registry = Registry(
         prepared.base,
         prepared.batch.model,
-        prepared.bank,
+        require(prepared.batch.bank),
         scheduler,
         metrics,
         budget_bytes=settings.limits.adapters,

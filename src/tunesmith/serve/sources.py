@@ -15,14 +15,17 @@ import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from tunesmith.core.atomic import hash_file, verify_dir
+from tunesmith.core.atomic import hash_file, read_manifest, verify_dir
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.json_io import dump_json, read_json_object
-from tunesmith.core.run_dir import find_weights_dir, is_run, read_failure, read_run_plan
-from tunesmith.core.types import Json, Plan
+from tunesmith.core.run_dir import ADAPTER_DIR, find_weights_dir, read_failure, read_run_plan
+from tunesmith.core.types import Json, Plan, require
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.evaluate.model_ref import parse_model_ref
+from tunesmith.model.adapters import METHODS, get_trainable_parameters
+from tunesmith.model.causal_lm import DTYPES, load_network
 from tunesmith.model.hub.adapter_config import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
@@ -31,11 +34,18 @@ from tunesmith.model.hub.adapter_config import (
 )
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
+from tunesmith.model.hub.validate import read_model_json
+from tunesmith.model.save import STATE_FILE, load_weights, save_adapter, save_serving_files
+from tunesmith.recipe.load import rebuild_recipe
+from tunesmith.session.inputs import build_renderer, read_response_schema
 from tunesmith.session.provenance import (
     Provenance,
+    build_provenance,
+    check_checkpoint,
     check_provenance,
     hash_weight_files,
     read_provenance,
+    write_provenance,
 )
 
 FileKey = tuple[int, int, int]  # inode, size, time of change
@@ -52,6 +62,7 @@ class BaseSource:
     vocab_size: int
     sha256: str  # of its weights
     now: datetime  # the date that templates see
+    scratch: TemporaryDirectory[str]  # for adapters that are written from checkpoints
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +109,16 @@ def open_base(name: str, now: datetime) -> BaseSource:
         vocab_size=spec.vocab_size,
         sha256=hashlib.sha256(dump_json(weights)).hexdigest(),
         now=now,
+        scratch=TemporaryDirectory(prefix="tunesmith-serve-"),
     )
 
 
 def find_base_name(ref: str) -> str:
     """Return the base that an adapter names: that of its run, or of its folder."""
-    folder, plan = _find_adapter(ref)
-    if plan is not None:
-        return plan.recipe["model"]
+    run = _find_run(ref)
+    if run is not None:
+        return read_run_plan(run).recipe["model"]
+    folder = _find_adapter(ref)
     provenance = read_provenance(folder)
     if provenance is not None:
         return provenance.base
@@ -118,28 +131,37 @@ def find_base_name(ref: str) -> str:
 
 def find_dtype(ref: str) -> str | None:
     """Return the dtype that a run was trained and measured in, None for an adapter folder."""
-    _, plan = _find_adapter(ref)
-    return None if plan is None else plan.config.dtype
+    run = _find_run(ref)
+    return None if run is None else read_run_plan(run).config.dtype
 
 
 def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = False) -> AdapterSource:
-    """Open RUN, RUN@SCALE or an adapter folder for a base.
+    """Open RUN, RUN@SCALE, RUN/checkpoints/step-N or an adapter folder for a base.
 
     Raises InputError for an adapter that does not belong to the base, GateError for a run that a
     gate has stopped."""
-    folder, plan = _find_adapter(ref)
+    run = _find_run(ref)
+    plan = read_run_plan(run) if run is not None else None
+    if run is not None and plan is not None:
+        _refuse_method(run, plan)
+    model_ref = parse_model_ref(ref)
+    if model_ref.checkpoint_dir is not None:
+        folder = _write_checkpoint_adapter(model_ref.checkpoint_dir, require(plan), base)
+    else:
+        folder = _find_adapter(ref)
+        if run is not None:
+            _refuse_unfinished(run, folder)
     file_key = read_file_key(folder / ADAPTER_WEIGHTS_FILE)
     adapter = read_adapter(folder, base.path)
     provenance = read_provenance(folder)
     if provenance is None and not is_unproven_allowed:
         message = "there is no tunesmith.json, so nothing shows that it belongs to this base"
         raise InputError(message, where=ref, fix="set unproven: true to serve it all the same")
-    variables = _find_variables(provenance, plan)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     renderer = Renderer.from_folder(
         folder if has_tokenizer else base.path,
         now=base.now,
-        variables=variables,
+        variables=_find_variables(provenance, plan),
         embedding_rows=base.vocab_size,
     )
     check_provenance(folder, base.path, renderer, base.now.isoformat())
@@ -148,7 +170,7 @@ def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = Fals
         folder=adapter,
         renderer=renderer,
         digest=_compute_digest(adapter, renderer, base),
-        scale=parse_model_ref(ref).scale,
+        scale=model_ref.scale,
         schema=provenance.schema if provenance is not None else None,
         provenance=provenance,
         file_key=file_key,
@@ -163,35 +185,34 @@ def _find_variables(provenance: Provenance | None, plan: Plan | None) -> Json:
 
 
 def find_label(ref: str) -> str:
-    """Return the name of a run or of an adapter folder, without its path."""
+    """Return the name of a run, a checkpoint or an adapter folder, without its path."""
     path = Path(ref.partition("@")[0])
+    if path.parent.name == "checkpoints":
+        return f"{path.parent.parent.name}-{path.name}"
     return path.parent.name if path.name == "adapter" else path.name
 
 
-def _find_adapter(ref: str) -> tuple[Path, Plan | None]:
-    """Return the adapter folder that a name refers to, and the plan of its run."""
-    model_ref = parse_model_ref(ref)
-    if model_ref.checkpoint_dir is not None:
-        message = "a checkpoint holds no adapter in PEFT's format"
-        raise InputError(message, where=ref, fix="serve the run, which ends with its best step")
-    if model_ref.run_dir is None:
-        folder = Path(ref)
-        if not (folder / ADAPTER_CONFIG_FILE).is_file():
-            fix = "name a run folder or an adapter folder; a base is named with --base"
-            raise InputError("there is no adapter in this folder", where=ref, fix=fix)
-        run = folder.parent if is_run(folder.parent) else None
-    else:
-        run = find_weights_dir(model_ref.run_dir)
-        folder = run / "adapter"
-    if run is None:
-        return folder, None
-    plan = read_run_plan(run)
-    _refuse_unservable(run, plan, folder)
-    return folder, plan
+# ---------------------------------------------------------------- runs and folders
 
 
-def _refuse_unservable(run: Path, plan: Plan, folder: Path) -> None:
-    """Raise for a run without a finished adapter, or with one of another kind of base."""
+def _find_run(ref: str) -> Path | None:
+    """Return the run folder that a name refers to, None for an adapter folder without a run."""
+    run = parse_model_ref(ref).run_dir
+    return None if run is None else find_weights_dir(run)
+
+
+def _find_adapter(ref: str) -> Path:
+    """Return the adapter folder that a name refers to."""
+    run = _find_run(ref)
+    folder = Path(ref) if run is None else run / ADAPTER_DIR
+    if run is None and not (folder / ADAPTER_CONFIG_FILE).is_file():
+        fix = "name a run folder or an adapter folder; a base is named with --base"
+        raise InputError("there is no adapter in this folder", where=ref, fix=fix)
+    return folder
+
+
+def _refuse_method(run: Path, plan: Plan) -> None:
+    """Raise InputError for a run whose weights this kind of base cannot take."""
     where = str(run)
     if plan.config.method == "full":
         fix = f"serve it as a base: tunesmith serve --base {run / 'model'}"
@@ -200,14 +221,48 @@ def _refuse_unservable(run: Path, plan: Plan, folder: Path) -> None:
         message = "this adapter was trained on a 4-bit base, and the base is served in 16 bits"
         fix = f"merge it: tunesmith export {run} --to merged, and serve that as the base"
         raise InputError(message, where=where, fix=fix)
+
+
+def _refuse_unfinished(run: Path, folder: Path) -> None:
+    """Raise for a run without an adapter, or with one that is not as the run wrote it."""
     if problem := read_failure(run):
-        raise GateError(f"this run failed: {problem}", where=where)
+        raise GateError(f"this run failed: {problem}", where=str(run))
     if not folder.is_dir():
         fix = f"finish it: tunesmith resume {run}"
-        raise InputError("this run has no adapter yet", where=where, fix=fix)
+        raise InputError("this run has no adapter yet", where=str(run), fix=fix)
     if problem := verify_dir(folder):
         message = f"not as the run wrote it: {problem}"
         raise InputError(message, where=str(folder), fix="restore the files")
+
+
+def _write_checkpoint_adapter(checkpoint: Path, plan: Plan, base: BaseSource) -> Path:
+    """Write the adapter of a checkpoint in PEFT's format, with the template of its run, into the
+    scratch folder. Raises InputError for a damaged one, and for one of another base or template."""
+    if not checkpoint.is_dir():
+        names = sorted(path.name for path in checkpoint.parent.iterdir())
+        fix = f"available checkpoints: {', '.join(names) or 'none'}"
+        raise InputError("no such checkpoint", where=str(checkpoint), fix=fix)
+    if problem := verify_dir(checkpoint):
+        message = f"the checkpoint was changed or damaged: {problem}"
+        raise InputError(message, where=str(checkpoint), fix="use another checkpoint")
+    recipe = rebuild_recipe(plan.recipe)
+    renderer = build_renderer(recipe, base.path, base.now, base.vocab_size)
+    check_checkpoint(checkpoint, base.path, renderer)
+    network = load_network(base.path, DTYPES[plan.config.dtype])
+    METHODS[plan.config.method](network, plan.values)
+    load_weights(checkpoint, get_trainable_parameters(network))
+    folder = Path(base.scratch.name) / read_manifest(checkpoint)["files"][STATE_FILE]["sha256"]
+    save_adapter(network, folder, plan.values, base.path)
+    templates = {name: template.source for name, template in renderer.templates.items()}
+    save_serving_files(folder, base.path, templates=templates, end_ids=renderer.end_ids)
+    config = read_model_json(base.path / "config.json")
+    hashes = hash_weight_files(base.path)
+    now = base.now.isoformat()
+    schema = read_response_schema(recipe.response_schema)
+    write_provenance(
+        folder, build_provenance(base.name, hashes, config, renderer, now, schema=schema)
+    )
+    return folder
 
 
 def _compute_digest(adapter: AdapterFolder, renderer: Renderer, base: BaseSource) -> str:

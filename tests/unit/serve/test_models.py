@@ -327,10 +327,9 @@ def test_only_folders_inside_are_taken(tmp_path: Path, adapters: dict[str, Path]
         find_folder(None, "runs/one")
 
 
-def test_a_scale_of_a_run_is_its_default(tmp_path: Path, writer: Path) -> None:
-    """RUN@SCALE needs a run folder; an adapter folder has no scale of its own."""
+def test_a_folder_that_is_not_there(tmp_path: Path, writer: Path) -> None:
     base = open_base(str(writer), datetime.now())
-    with pytest.raises(InputError):
+    with base.scratch, pytest.raises(InputError):
         open_adapter(str(tmp_path / "nothing"), base)
 
 

@@ -1,0 +1,110 @@
+"""Runs, scales and checkpoints answer as their evaluation does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from serve_lab import LiveServer, make_chat, make_settings, serving
+from tiny_runs import make_tiny_recipe, train, write_eval_files
+from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import read_json
+from tunesmith.evaluate.compare_models import EvalSpec, evaluate_model
+from tunesmith.evaluate.model_ref import parse_model_ref
+from tunesmith.serve.server import prepare_server
+from tunesmith.serve.settings import read_settings
+
+SCHEMA = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
+
+
+@pytest.fixture(scope="module")
+def run(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a finished run with checkpoints, a schema and test rows."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "schema.json").write_text(json.dumps(SCHEMA))
+    changes: dict[str, Any] = write_eval_files(folder)
+    recipe = make_tiny_recipe(
+        writer, folder, num_train_epochs=2, save_steps=3, learning_rate=0.05,
+        response_schema=str(folder / "schema.json"), **changes,
+    )  # fmt: skip
+    train(recipe)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def trained(run: Path) -> Iterator[LiveServer]:
+    models = {
+        "json": {"from": str(run), "constrain": True},
+        "free": {"from": str(run)},
+        "half": {"from": f"{run}@0.5"},
+        "early": {"from": str(run / "checkpoints" / "step-3")},
+    }
+    with serving(make_settings(models)) as server:
+        yield server
+
+
+def answer_items(live: LiveServer, model: str, run: Path) -> list[str]:
+    """Return the greedy answers to the run's test rows, up to 32 tokens."""
+    samples = read_json(run / "eval_after.json")["samples"]
+    answers: list[str] = []
+    with live.client() as http:
+        for sample in samples:
+            body = make_chat(model, temperature=0, max_tokens=32) | {
+                "messages": [{"role": "user", "content": sample["prompt"]}]
+            }
+            response = http.post("/v1/chat/completions", json=body)
+            assert response.status_code == 200, response.text
+            answers.append(response.json()["choices"][0]["message"]["content"])
+    return answers
+
+
+def test_a_run_is_proven_and_found_by_its_own_base(trained: LiveServer) -> None:
+    with trained.client() as http:
+        models = {model["id"]: model for model in http.get("/v1/models").json()["data"]}
+    assert models["free"]["tunesmith"]["witness"] == "proven"
+    assert models["free"]["tunesmith"]["run"] == "run"
+    assert models["half"]["root"] == models["free"]["root"]
+    assert models["half"]["tunesmith"]["scale"] == 0.5
+    assert models["early"]["root"] != models["free"]["root"]
+    assert models["early"]["tunesmith"]["witness"] == "unproven"
+    assert models["json"]["tunesmith"]["schema"]
+
+
+def test_the_runs_schema_is_the_default_of_a_constrained_model(trained: LiveServer) -> None:
+    with trained.client() as http:
+        for seed in range(4):
+            body = make_chat("json", seed=seed, max_tokens=60)
+            response = http.post("/v1/chat/completions", json=body)
+            choice = response.json()["choices"][0]
+            if choice["finish_reason"] == "stop":
+                jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+            free = make_chat("json", seed=seed, max_tokens=9, response_format={"type": "text"})
+            assert "x-tunesmith-schema" not in http.post("/v1/chat/completions", json=free).headers
+
+
+@pytest.mark.parametrize(
+    ("model", "ref"), [("free", ""), ("half", "@0.5"), ("early", "/checkpoints/step-3")]
+)
+def test_answers_are_those_of_eval(model: str, ref: str, trained: LiveServer, run: Path) -> None:
+    model_ref = parse_model_ref(f"{run}{ref}")
+    results = evaluate_model(model_ref, model_ref, EvalSpec())
+    served = answer_items(trained, model, run)
+    assert len(served) == len(results.samples) == 3
+    for sample, answer in zip(results.samples, served, strict=True):
+        assert sample.answer.startswith(answer)  # `eval` allows longer answers
+        assert len(answer) >= 16
+
+
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [("/checkpoints/step-99", "no such checkpoint"), ("@7", "invalid scale")],
+)
+def test_what_a_run_does_not_have(ref: str, message: str, run: Path, tmp_path: Path) -> None:
+    settings = read_settings([f"{run}{ref}"], port=0, keys=tmp_path / "keys.json")
+    with pytest.raises(InputError, match=message):
+        prepare_server(settings)
