@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, DynamicCache
 
+from tiny_runs import make_chat_row, make_tiny_recipe, save_model_folder, train, write_rows
 from tunesmith.export.source_run import open_source_run
 from tunesmith.model.causal_lm import Network, load_network
 from tunesmith.model.merge import merge_into_network
 
 Json = dict[str, Any]
 MODEL = "tiny"
+COLORS = ("red", "green", "blue", "black")
 
 
 @dataclass
@@ -158,6 +160,29 @@ def round_matrices(network: Network, bits: int) -> None:
         if parameter.ndim == 2:
             scale = parameter.data.abs().amax(1, keepdim=True) / limit
             parameter.data = (parameter.data / scale).round() * scale
+
+
+def train_color_run(folder: Path) -> Path:
+    """Train a run that learned which color follows; beside it stand its base `model` and another
+    base of the same shapes, `other`. Return the folder of the run."""
+    save_model_folder(folder / "model")
+    save_model_folder(folder / "other", seed=1)
+    rows = [
+        make_chat_row(f"{COLORS[n % 4]} {n}", f"{COLORS[(n + 1) % 4]} it is") for n in range(52)
+    ]
+    recipe = make_tiny_recipe(
+        folder / "model",
+        folder,
+        data=str(write_rows(folder / "train.jsonl", rows[:40])),
+        test_data=str(write_rows(folder / "test.jsonl", rows[40:])),
+        num_train_epochs=16,
+        batch_size=8,
+        lora_r=8,
+        learning_rate=0.02,
+        metrics=["exact_match"],
+    )
+    train(recipe)
+    return folder / "run"
 
 
 @dataclass

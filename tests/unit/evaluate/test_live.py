@@ -12,41 +12,22 @@ from typing import Any
 
 import pytest
 
-from live_server import MODEL, Served, load_served, serving
-from tiny_runs import TURNS, make_chat_row, make_tiny_recipe, save_model_folder, train, write_rows
+from live_server import MODEL, Served, load_served, serving, train_color_run
+from tiny_runs import TURNS
 from tunesmith.cli import app
 from tunesmith.core.errors import InputError
 from tunesmith.evaluate.live import LiveVerification, verify_run
 from tunesmith.evaluate.live_client import LiveClient
 from tunesmith.evaluate.live_requests import LiveAnswer, _Alternative, _ChosenToken
 
-COLORS = ("red", "green", "blue", "black")
 NUM_ITEMS = 12
-END = 257
 OTHER_END = 258
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, another base of the same shapes, and a run that learned which color follows."""
     folder = tmp_path_factory.mktemp("live")
-    save_model_folder(folder / "model")
-    save_model_folder(folder / "other", seed=1)
-    rows = [
-        make_chat_row(f"{COLORS[n % 4]} {n}", f"{COLORS[(n + 1) % 4]} it is") for n in range(52)
-    ]
-    recipe = make_tiny_recipe(
-        folder / "model",
-        folder,
-        data=str(write_rows(folder / "train.jsonl", rows[:40])),
-        test_data=str(write_rows(folder / "test.jsonl", rows[40:])),
-        num_train_epochs=16,
-        batch_size=8,
-        lora_r=8,
-        learning_rate=0.02,
-        metrics=["exact_match"],
-    )
-    train(recipe)
+    train_color_run(folder)
     return folder
 
 
