@@ -33,8 +33,9 @@ VERBS = set(
     dedent dedupe deduplicate define delete demote dequantize derive describe detach detect
     detokenize diagnose diff disable disallow discard divide download draw drop dump embed emit
     enable encode end enqueue ensure enter enumerate error escape estimate eval evaluate evict
-    examine exclude exit expand expect explain export extend extract fetch fill filter finalize
-    find finish fit fix flag flatten flush fold follow forget fork format forward free freeze
+    examine exclude exit expand expect explain export extend extract fail fetch fill filter
+    finalize find finish fit fix flag flatten flush fold follow forget fork format forward free
+    freeze
     fsync fuse gather generate get go grade group grow guard guess gunzip halve handle has hash
     hide hold identify ignore import improve include index infer inherit init initialize insert
     inspect install interleave interpolate intersect invert is iter join judge keep label launch
@@ -42,13 +43,14 @@ VERBS = set(
     match materialize measure merge migrate mix move multiply name needs normalize note observe
     offer open order overlap override pack pad pair parse partition pass patch pause permute
     persist pick pin plan plot poll pop predict prefetch prefill prefix prepare preserve print
-    probe proceed process project propose prove prune pull push put quantize quote raise rank
+    probe proceed process project propose prove prune publish pull push put quantize quote raise
+    rank
     rate read readmit rebuild receive recommend recompute reconcile record recover redact reduce
     refill refine refuse register reject release reload remap remember remove rename render
     reopen reorder repair repeat replace replay report request require reread resample rescale
     reserve reset reshape resolve restart restore resume retarget retry return reuse reverse
     revert rewrite roll rotate round roundtrip run sample save scale scan schedule score scrub
-    seal search seed select send serialize serve set share shift shorten should show shrink
+    seal search seed select send serialize serve set settle share shift shorten should show shrink
     shuffle sign simulate skip slice smooth snap solve sort split squeeze stack standardize
     start step stop store stream stringify strip submit subsample subtract suggest sum summarize
     supports swap sync synthesize take target tell thin throw tick time tokenize track train

@@ -371,10 +371,10 @@ class DecodeBatch:
             if not _needs_prompt(row):
                 continue
             missing = row.num_tokens - row.stored.length
-            is_whole = self.chunk_tokens is None
-            if chunks and (budget <= 0 or (is_whole and missing > budget)):
+            must_be_complete = self.chunk_tokens is None
+            if chunks and (budget <= 0 or (must_be_complete and missing > budget)):
                 break
-            chunks[row] = missing if is_whole else min(missing, budget)
+            chunks[row] = missing if must_be_complete else min(missing, budget)
             budget -= chunks[row]
         if not chunks:
             return []
@@ -450,9 +450,11 @@ class DecodeBatch:
             for row, is_finite in zip(rows, is_finite_B.tolist(), strict=True):
                 if not is_finite:
                     row.fail(GateError("the model's logits are NaN or infinite", fix=LOGITS_FIX))
+            # a mask of the device would make a GPU wait for its sum
+            logits_BV = logits_BV[[index for index, row in enumerate(rows) if row.error is None]]
         answered = [row for row in rows if row.error is None]
         if answered:
-            self._sample_tokens(logits_BV[is_finite_B], answered)
+            self._sample_tokens(logits_BV, answered)
         for row in rows:
             if row.error is None:
                 self._publish_blocks(row)
