@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,3 +45,20 @@ def live(writer: Path, adapters: dict[str, Path]) -> Iterator[LiveServer]:
     models = {name: {"from": str(path), "scales": True} for name, path in adapters.items()}
     with serving(make_settings(models, base=str(writer))) as server:
         yield server
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _only_loopback() -> Iterator[None]:
+    """Fail if anything in these tests connects to another machine."""
+    addresses: list[Any] = []
+    is_watching = True
+
+    def note_connection(event: str, args: tuple[Any, ...]) -> None:
+        if is_watching and event == "socket.connect":
+            addresses.append(args[1])
+
+    sys.addaudithook(note_connection)  # stays to the end of the process
+    yield
+    is_watching = False
+    hosts = {address[0] for address in addresses if isinstance(address, tuple)}
+    assert hosts <= {"127.0.0.1", "::1"}, hosts

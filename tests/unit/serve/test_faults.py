@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import pytest
 import torch
 
 from serve_lab import LiveServer, make_chat, make_settings, read_events, serving
+from tunesmith.serve import streams
 
 NO_END = {"257": -100, "258": -100}
 CHAT = "/v1/chat/completions"
@@ -82,6 +86,54 @@ def test_a_client_that_leaves_while_it_waits(narrow: LiveServer) -> None:
         wait_until(lambda: count_active(narrow) <= 2)
         assert [row.result().status_code for row in running] == [200, 200]
     wait_until(lambda: count_active(narrow) == 0)
+
+
+def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "WRITE_SECONDS", 0.05)
+    is_closed = False
+
+    async def make_events() -> AsyncGenerator[bytes]:
+        nonlocal is_closed
+        try:
+            while True:
+                yield b"data: x\n\n"
+        finally:
+            is_closed = True
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()  # the buffer of the connection is full
+
+    async def run() -> None:
+        stream = streams.EventStream(make_events(), {})
+        await asyncio.wait_for(stream({}, receive, send), 5)
+
+    asyncio.run(run())
+    assert is_closed
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(
+    narrow: LiveServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("tunesmith.access")
+    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - closing it fails
+    handler = logging.StreamHandler(full)
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        with narrow.client() as http:
+            for _ in range(3):
+                assert http.post(CHAT, json=make_chat("base", max_tokens=1)).status_code == 200
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        with suppress(OSError):
+            full.close()
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_half_a_request_holds_no_row(narrow: LiveServer) -> None:

@@ -243,3 +243,19 @@ def test_logs_metrics_and_errors_hold_no_content_and_no_key(
     assert answered["tokens"][2] in (1, 2)
     assert [line["status"] for line in lines] == [200, 400, 400, 400, 200]
     assert 'tunesmith_requests_total{code="200",model="small"}' in metrics
+
+
+def test_stored_prompts_are_of_one_key(guarded: LiveServer, secrets: dict[str, str]) -> None:
+    """A prompt that another key has sent is no faster, which would tell that it was sent."""
+
+    def count_cached(key: str, model: str) -> int:
+        body = make_chat(model, "a secret that another key has sent " * 5, max_tokens=1)
+        usage = send(guarded, "POST", CHAT, secrets[key], body).json()["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"]
+
+    assert count_cached("user", "small") == 0
+    assert count_cached("user", "small") >= 64
+    assert count_cached("limited", "small") == 0
+    assert count_cached("boss", "small") == 0
+    assert count_cached("user", "base") == 0  # nor of another adapter
+    assert count_cached("user", "small") >= 64
