@@ -36,7 +36,7 @@ from tunesmith.core.events import Event
 from tunesmith.core.sampling import SamplingParams, check_sampling
 from tunesmith.core.types import Json, Plan, RunRecord
 from tunesmith.plan.stages import StagedPlan, require_single_stage
-from tunesmith.recipe.load import RecipeLike
+from tunesmith.recipe.load import RecipeLike, read_recipe
 from tunesmith.recipe.schema import build_recipe_schema
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "plan",
     "push_to_hub",
     "read_plan",
+    "read_recipe",
     "read_record",
     "read_verdict",
     "resume",
