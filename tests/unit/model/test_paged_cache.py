@@ -128,6 +128,14 @@ def test_prompts_in_chunks_equal_whole_prompts(config: AttentionConfig, backend:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_prompts_that_end_at_one_place_may_begin_at_different_ones(config: AttentionConfig) -> None:
+    checked = Checked(Rows(3), config)
+    a, b, c = (checked.add() for _ in range(3))
+    checked.check([(a, 0, 30), (c, 2, 10)])
+    checked.check([(a, 0, 18), (b, 1, 48), (c, 2, 38)])
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_rows_share_the_blocks_of_a_common_beginning(config: AttentionConfig) -> None:
     rows = Rows(3)
     for x in (rows.q, rows.k, rows.v):
