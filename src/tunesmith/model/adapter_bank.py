@@ -31,6 +31,7 @@ from tunesmith.model.bank_linear import (
 )
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.dora import DoraScale, compute_row_norms, compute_squared_norms
+from tunesmith.model.frozen_weight import BlockedWeight
 from tunesmith.model.hub.adapter_config import AdapterFolder
 from tunesmith.model.kernels.lora import pack_factors
 from tunesmith.model.layers import PrunedLastLayer
@@ -91,7 +92,8 @@ class AdapterBank:
     `use_rows`."""
 
     def __init__(self, model: PackedCausalLM) -> None:
-        """Replace the decoder's linears in place; they keep their frozen weights."""
+        """Replace the decoder's linears in place; they keep their frozen weights, blocked for bf16
+        on a CPU."""
         assert model.row_adapters is None, "a model has one bank"
         assert not find_lora_layers(model.network), "the model has an adapter of its own"
         self._model = model
@@ -104,6 +106,10 @@ class AdapterBank:
             bank_linear = BankLinear(linear, index, self._rows, model.dtype, is_pruned=is_pruned)
             replace_module(model.network, path, bank_linear)
             self._linears[path] = bank_linear
+        if any(isinstance(linear.frozen, BlockedWeight) for linear in self._linears.values()):
+            # the weight file is mapped: its pages count as ours until no tensor refers to them
+            for parameter in model.network.parameters():
+                parameter.data = parameter.data.clone()
         self._adapters: dict[str, BankAdapter] = {}
         self._lock = threading.Lock()
 
