@@ -60,18 +60,6 @@ class Machine:
         is_cuda = self.device == "cuda" and not self.gpu_software.startswith("ROCm")
         return is_cuda and self.has_bf16_matmul
 
-    @property
-    def missing_for_triton(self) -> str:
-        """What our kernels for GPUs lack on this one, which then runs plain torch; empty if they
-        run. Triton compiles how it calls them with a C compiler."""
-        if self.device != "cuda" or not self.gpu_software:  # a preset has everything
-            return ""
-        if self.gpu_software.startswith("ROCm"):
-            return "a GPU of NVIDIA"
-        if "triton" not in self.versions:
-            return "the package triton"
-        return "" if self.compiler else "a C compiler"
-
 
 @dataclass(frozen=True)
 class Finding:

@@ -49,11 +49,8 @@ def collate(pack: Pack, device: Device = "cpu") -> Batch:
         targets.append(document.tokens_L[targets_K])
         weights.append(document.weights_L[targets_K])
         document_indices.append(np.full(len(targets_K), i))
-    sides: tuple[Side, ...] = ()
-    reference_logps: tuple[float | None, ...] = ()
-    if any(document.side for document in pack.documents):
-        sides = tuple(document.side for document in pack.documents)
-        reference_logps = tuple(document.reference_logp for document in pack.documents)
+    sides: tuple[Side, ...] = tuple(document.side for document in pack.documents)
+    reference_logps = tuple(document.reference_logp for document in pack.documents)
     positions_S = np.concatenate(positions)
     targets_S = np.concatenate(targets)
     arrays = {
@@ -76,8 +73,8 @@ def collate(pack: Pack, device: Device = "cpu") -> Batch:
         layout=layout,
         ids=tuple(document.id for document in pack.documents),
         real_tokens=sum(len(document) for document in pack.documents),
-        sides=sides,
-        reference_logps=reference_logps,
+        sides=sides if any(sides) else (),
+        reference_logps=reference_logps if any(sides) else (),
         num_targets=tuple(map(len, targets)),
         shared_targets=shared_targets,
     )

@@ -45,7 +45,7 @@ from tunesmith.model.new_embeddings import get_new_rows
 from tunesmith.model.paged_cache import CacheRow, PagedKVCache
 from tunesmith.model.rotary import RotationKey, measure_documents, wrap_rotary
 from tunesmith.model.safetensors_io import find_nonfinite
-from tunesmith.model.stacked_adapters import buffer_adapters
+from tunesmith.model.stacked_adapters import bundle_adapters
 from tunesmith.model.text_network import check_weight_shapes, load_text_network
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -352,7 +352,7 @@ def wrap_model(
     model = PackedCausalLM(network, dtype, backend)
     if ops.is_gpu(network.device):
         add_residuals_in_norms(model.decoder.layers)
-        buffer_adapters(list(find_lora_layers(network).values()), dtype)
+        bundle_adapters(list(find_lora_layers(network).values()), dtype)
     apply_gradient_checkpointing(list(model.decoder.layers), gradient_checkpointing)
     return model
 

@@ -35,17 +35,17 @@ class AdapterBuffer:
         self._parameters = parameters
         ends = accumulate(parameter.numel() for parameter in parameters)
         for parameter, end in zip(parameters, ends, strict=True):
-            place = slice(end - parameter.numel(), end)
-            parameter.data = self.masters[place].view(parameter.shape)
-            self._cast_by_id[id(parameter)] = self._casts[place].view(parameter.shape)
-        self.refresh()
+            span = slice(end - parameter.numel(), end)
+            parameter.data = self.masters[span].view(parameter.shape)
+            self._cast_by_id[id(parameter)] = self._casts[span].view(parameter.shape)
+        self.update()
 
     @property
     def dtype(self) -> torch.dtype:
         return self._casts.dtype
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def update(self) -> None:
         """Cast everything."""
         if self._casts is not self.masters:
             self._casts.copy_(self.masters)
@@ -56,7 +56,7 @@ class AdapterBuffer:
         parameter has another version: code that changes one behind autograd's back, as through
         `.data`, has to increment it."""
         if parameter._version != self._versions[id(parameter)]:
-            self.refresh()
+            self.update()
         return self._cast_by_id[id(parameter)]
 
 
@@ -144,7 +144,7 @@ def multiply_wide(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return left.to(dtype) @ right.to(dtype)
 
 
-def buffer_adapters(layers: Sequence[Any], dtype: torch.dtype) -> None:
+def bundle_adapters(layers: Sequence[Any], dtype: torch.dtype) -> None:
     """Give LoraLinears a common buffer, in place."""
     if layers:
         buffer = AdapterBuffer(layers, dtype)

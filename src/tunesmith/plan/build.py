@@ -24,6 +24,7 @@ from tunesmith.core.types import (
 )
 from tunesmith.plan.confidence import add_evidence
 from tunesmith.plan.guard import decide_guard
+from tunesmith.plan.hardware_presets import find_missing_for_triton
 from tunesmith.plan.memory import (
     ALL_LINEAR,
     GENERAL_TEXT_TOKENS,
@@ -530,10 +531,10 @@ def _collect_gpu_warnings(context: RuleContext) -> list[str]:
         return warnings
     if machine.gpu_software.startswith("ROCm"):
         warnings.append(f"{machine.gpu_software}: tunesmith has not been tried on AMD GPUs")
-    if machine.missing_for_triton:
+    if missing := find_missing_for_triton(machine):
         warnings.append(
             "norms, rotations, MLPs and losses run in plain torch, with a quarter more activations "
-            f"and three times the traffic: the kernels for GPUs need {machine.missing_for_triton}"
+            f"and three times the traffic: the kernels for GPUs need {missing}"
         )
     if context["dtype"] == "bf16" and not machine.has_bf16_matmul:
         warnings.append(f"{machine.device_name} has no bf16: torch emulates it, slower than fp32")

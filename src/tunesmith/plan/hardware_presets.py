@@ -94,6 +94,18 @@ def assume_bitsandbytes(machine: Machine) -> Machine:
     return dataclasses.replace(machine, versions=versions)
 
 
+def find_missing_for_triton(machine: Machine) -> str:
+    """Return what our kernels for GPUs lack on this one, which then runs plain torch; empty if they
+    run. Triton compiles how it calls them with a C compiler."""
+    if machine.device != "cuda" or not machine.gpu_software:  # a preset has everything
+        return ""
+    if machine.gpu_software.startswith("ROCm"):
+        return "a GPU of NVIDIA"
+    if "triton" not in machine.versions:
+        return "the package triton"
+    return "" if machine.compiler else "a C compiler"
+
+
 def _make_machine(local_machine: Machine, preset: HardwarePreset) -> Machine:
     return dataclasses.replace(
         assume_bitsandbytes(local_machine),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.core.types import Machine, ModelSpec
+from tunesmith.plan.hardware_presets import find_missing_for_triton
 from tunesmith.plan.memory import CacheSize, compute_cache_bytes, estimate_peak_memory
 from tunesmith.plan.memory_gpu import estimate_gpu_memory
 
@@ -53,7 +54,7 @@ def estimate_memory(
             spec,
             pack_tokens=pack_tokens,
             cache=cache,
-            has_triton=not machine.missing_for_triton,
+            has_triton=not find_missing_for_triton(machine),
             **footprint,
         )
     parts = estimate_peak_memory(

@@ -23,6 +23,7 @@ from tunesmith.core.types import Machine, ModelSpec
 from tunesmith.model.hub.built_in import find_cache_dir
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
+from tunesmith.plan.hardware_presets import find_missing_for_triton
 from tunesmith.plan.memory import (
     compute_frozen_bytes,
     count_lora_parameters,
@@ -137,7 +138,7 @@ def _check_gpu(machine: Machine) -> list[MachineCheck]:
         parts.append(f"the first of {machine.num_gpus}, training uses one")
     is_ok = machine.has_bf16_matmul
     fix = "" if is_ok else "runs are planned in fp32; fp16 is not supported"
-    missing = machine.missing_for_triton
+    missing = find_missing_for_triton(machine)
     value = f"plain torch: they need {missing}" if missing else "compiled in the first step"
     triton_fix = f"with {missing}, a step moves a third of the bytes" if missing else ""
     return [

@@ -13,6 +13,7 @@ from tunesmith.core import hardware
 from tunesmith.core.hardware import measure_machine, read_peak_bytes
 from tunesmith.core.types import Machine
 from tunesmith.model import causal_lm
+from tunesmith.plan.hardware_presets import find_missing_for_triton
 from tunesmith.session.doctor import _check_gpu
 from tunesmith.session.run_history import make_run_key
 
@@ -110,7 +111,7 @@ def test_what_the_kernels_lack_is_named(
     monkeypatch.setattr(hardware, "collect_versions", lambda: versions)
     monkeypatch.setattr(hardware, "find_compiler", lambda: compiler)
     machine = measure_machine(tmp_path)
-    assert machine.missing_for_triton == missing
+    assert find_missing_for_triton(machine) == missing
     _, check = _check_gpu(machine)
     assert (check.name, check.is_ok, check.is_required) == ("GPU kernels", not missing, False)
     assert missing in check.value

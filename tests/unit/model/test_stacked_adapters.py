@@ -18,7 +18,7 @@ from tunesmith.model.lora import LinearGroup, LoraLinear
 from tunesmith.model.stacked_adapters import (
     AdapterBuffer,
     StackedAdapters,
-    buffer_adapters,
+    bundle_adapters,
     stack_rows,
 )
 from tunesmith.train.optimizer import make_optimizer, step_optimizer
@@ -56,7 +56,7 @@ def test_stacked_products_equal_those_of_single_linears(
     """Also where a scale of 0 leaves a linear without an adapter."""
     layers = make_layers(scales=scales)
     if is_buffered:
-        buffer_adapters(layers, FP64)
+        bundle_adapters(layers, FP64)
     x, dys = random(7, 6, seed=9), [random(7, 5 + index, seed=10 + index) for index in range(3)]
     single = LinearGroup(layers, FP64)
     outputs, inner = single.forward(x)
@@ -86,7 +86,7 @@ def test_stacked_products_equal_those_of_single_linears(
 
 def test_neighbors_are_one_matrix_without_a_copy() -> None:
     layers = make_layers((2, 2, 2), dtype=torch.float32)
-    buffer_adapters(layers, torch.bfloat16)
+    bundle_adapters(layers, torch.bfloat16)
     factors = [layer.cast_factors(torch.bfloat16) for layer in layers]
     stacked = stack_rows([a for a, _ in factors])
     assert stacked.data_ptr() == factors[0][0].data_ptr()
@@ -97,26 +97,26 @@ def test_neighbors_are_one_matrix_without_a_copy() -> None:
     assert torch.equal(apart, torch.cat([layers[0].lora_A, layers[2].lora_A]).bfloat16())
 
 
-def count_refreshes(buffer: AdapterBuffer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def count_updates(buffer: AdapterBuffer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    refresh = buffer.refresh
+    update = buffer.update
 
     def count() -> None:
         calls.append(1)
-        refresh()
+        update()
 
-    monkeypatch.setattr(buffer, "refresh", count)
+    monkeypatch.setattr(buffer, "update", count)
     return calls
 
 
 def test_an_update_casts_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = make_layers(dtype=torch.float32)
     before = [layer.lora_A.detach().clone() for layer in layers]
-    buffer_adapters(layers, torch.bfloat16)
+    bundle_adapters(layers, torch.bfloat16)
     assert all(torch.equal(layer.lora_A, a) for layer, a in zip(layers, before, strict=True))
     buffer = layers[0].buffer
     assert buffer is not None
-    calls = count_refreshes(buffer, monkeypatch)
+    calls = count_updates(buffer, monkeypatch)
     parameters = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
     optimizer = make_optimizer(parameters, weight_decay=0.0)
     for step in range(1, 3):
@@ -135,7 +135,7 @@ def test_an_update_casts_everything_once(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_parameters_of_a_buffer_are_saved_and_restored(tmp_path: Path) -> None:
     """They share memory, and a checkpoint has each of them whole."""
     layers = make_layers(dtype=torch.float32)
-    buffer_adapters(layers, torch.bfloat16)
+    bundle_adapters(layers, torch.bfloat16)
     tensors = {f"{i}.{n}": p for i, layer in enumerate(layers) for n, p in layer.named_parameters()}
     save_file({name: tensor.detach() for name, tensor in tensors.items()}, tmp_path / "state")
     saved = load_file(tmp_path / "state")

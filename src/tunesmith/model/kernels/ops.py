@@ -55,8 +55,8 @@ def find_triton(*tensors: Tensor) -> ModuleType | None:
 
 
 def has_triton() -> bool:
-    """Return whether the kernels for GPUs have what they need, which `Machine.missing_for_triton`
-    names: triton, a GPU of NVIDIA, and a C compiler."""
+    """Return whether the kernels for GPUs have what they need: triton, torch for NVIDIA GPUs, and
+    a C compiler. plan/hardware_presets.py says it of a machine."""
     if find_spec("triton") is None or torch.version.hip is not None:
         return False
     return _get_triton_device() == "cpu" or find_compiler() is not None
