@@ -11,14 +11,13 @@ whether the run is good (run_verdict.py)."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Comparison
-from tunesmith.evaluate.live_client import LiveClient
+from tunesmith.evaluate.live_client import LiveClient, open_request_pool
 from tunesmith.evaluate.live_items import TEST, RecordedItem, RecordedRun, load_recorded_run
 from tunesmith.evaluate.live_requests import (
     LiveAnswer,
@@ -162,7 +161,7 @@ def _is_run(checks: Sequence[LiveCheck]) -> bool:
 def _ask_all(
     client: LiveClient, options: RequestOptions, items: Sequence[RecordedItem]
 ) -> list[LiveAnswer]:
-    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+    with open_request_pool(CONCURRENT_REQUESTS) as pool:
         answers = pool.map(lambda item: ask(client, options, item), items)
         return list(log_progress(answers, len(items), "answers"))
 
@@ -368,7 +367,7 @@ def _check_stability(
     if n < MIN_ITEMS:
         return LiveCheck(name, "not measured", n, TOO_FEW.format(n))
     items = [pair.item for pair in repeated] + others
-    with ThreadPoolExecutor(len(items)) as pool:
+    with open_request_pool(len(items)) as pool:
         answers = list(pool.map(lambda item: ask(client, options, item), items))[:n]
     gaps: list[float | None] = []
     for pair, answer in zip(repeated, answers, strict=True):

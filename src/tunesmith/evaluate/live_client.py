@@ -16,6 +16,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
@@ -35,6 +36,17 @@ BUSY_STATUSES = (429, 503)
 MAX_QUOTED_CHARS = 300
 MAX_LISTED_MODELS = 5
 OPENAI_FIX = "name the address that ends in /v1 of an OpenAI-compatible server"
+
+
+@contextmanager
+def open_request_pool(num_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield threads for requests. Whoever leaves the block early waits for no reply: Ctrl-C is
+    obeyed also where a server does not answer."""
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="request")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class RefusedRequest(InputError):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -22,7 +21,7 @@ from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.json_io import parse_as
 from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Document, Json
-from tunesmith.evaluate.live_client import LiveClient, RefusedRequest
+from tunesmith.evaluate.live_client import LiveClient, RefusedRequest, open_request_pool
 from tunesmith.evaluate.live_items import RecordedItem, RecordedRun
 
 T = TypeVar("T")
@@ -324,7 +323,7 @@ def score_documents(
     )
     if score is None:
         return {}
-    with ThreadPoolExecutor(SCORING_REQUESTS) as pool:
+    with open_request_pool(SCORING_REQUESTS) as pool:
         losses = pool.map(
             lambda item: _compute_loss(client, score, options.model, item.documents), recorded
         )

@@ -17,7 +17,7 @@ from live_server import MODEL, Fault, serving
 from tunesmith.cli import app
 from tunesmith.core.errors import InputError, MachineError, TunesmithError
 from tunesmith.evaluate import live_client
-from tunesmith.evaluate.live_client import LiveClient, choose_model
+from tunesmith.evaluate.live_client import LiveClient, choose_model, open_request_pool
 
 KEY = "sk-very-secret-key"
 PATH = "/chat/completions"
@@ -211,3 +211,18 @@ def test_a_list_of_something_else_is_refused() -> None:
     fault = Fault(content=b'{"data": [{"name": "x"}]}', has_models=False)
     with serving(None, fault=fault) as live, pytest.raises(InputError, match=r"data\.0\.id"):
         choose_model(LiveClient(live.url), None)
+
+
+def test_ctrl_c_waits_for_no_reply() -> None:
+    is_answered = threading.Event()
+
+    def interrupt_a_request() -> None:
+        with open_request_pool(2) as pool:
+            pool.submit(is_answered.wait, 60)
+            raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_a_request()
+    assert time.monotonic() - start < 30
+    is_answered.set()
