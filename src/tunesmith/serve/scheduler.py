@@ -129,7 +129,9 @@ class Scheduler:
             raise RequestError(503, message, code="server_shutdown", retry_seconds=seconds)
         capacity = self._slots + self._limits.waiting
         is_full = self.num_active + num_jobs > capacity
-        is_slow = self._state.backlog.estimate_seconds() > self._limits.wait
+        # while rows are free, nobody waits for the answers of others
+        has_to_wait = self.num_active + num_jobs > self._slots
+        is_slow = has_to_wait and self._state.backlog.estimate_seconds() > self._limits.wait
         if self.num_active and (is_full or is_slow):
             seconds = self._state.backlog.compute_retry_seconds()
             message = f"{self.num_active} answers are unfinished; try again in {seconds} s"

@@ -313,3 +313,15 @@ def test_every_token_is_accounted(live: LiveServer) -> None:
     after = read_counts()
     for kind, count in usage.items():
         assert after[kind] - before.get(kind, 0) == count
+
+
+def test_a_slow_rate_refuses_only_who_would_wait(writer: Path) -> None:
+    """With free rows a request is taken, however long the estimate is."""
+    limits = {"rows": 8, "wait": 0.001}
+    with serving(make_settings({}, base=str(writer), limits=limits)) as live:
+        with ThreadPoolExecutor(8) as pool:
+            responses = list(pool.map(lambda _: post_long(live), range(8)))
+        assert [response.status_code for response in responses] == [200] * 8
+        with ThreadPoolExecutor(24) as pool:
+            responses = list(pool.map(lambda _: post_long(live), range(24)))
+        assert {response.status_code for response in responses} == {200, 429}
