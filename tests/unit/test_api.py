@@ -17,7 +17,7 @@ import yaml
 import tunesmith
 from tiny_runs import build_sum_rows, make_tiny_recipe, train, write_rows
 from tunesmith import api
-from tunesmith.cli import app
+from tunesmith.cli import app, serve
 from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.core.json_io import dump_json, to_jsonable
 from tunesmith.recipe.load import read_recipe
@@ -51,7 +51,7 @@ def test_public_names_survive_importing_every_module() -> None:
 
 
 def test_every_verb_is_a_function_of_its_name() -> None:
-    for name in app.VERBS:
+    for name in app.VERBS.keys() - serve.VERBS.keys():  # a server is a program of its own
         default = name.replace(" ", "_").replace("-", "_")
         function = {"eval": "evaluate", "report": "write_report", "runs": "list_runs"}.get(
             name, default
