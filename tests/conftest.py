@@ -13,9 +13,12 @@ import torch
 
 from tiny_runs import save_model_folder
 from tunesmith.cli import app
+from tunesmith.plan import memory_budget
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
 SHARED_MEMORY = "/dev/shm"
+FULL_ANSWER_TOKENS = memory_budget.MIN_COMPLETE_TOKENS
+QUICK_ANSWER_TOKENS = 64
 NEEDED_BYTES = 4 * 2**30  # several times what the quick tests leave
 
 # An example may be slow because the machine is busy.
@@ -24,9 +27,12 @@ hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put the files of the quick tests in memory: a tiny run waits 54 times for the disk."""
-    is_quick = "not slow" in config.option.markexpr
-    if is_quick and os.path.isdir(SHARED_MEMORY):
+    """Put the files of the quick tests in memory, since a tiny run waits 54 times for the disk, and
+    cut the answers of tiny models, which never end: 256 tokens show no more than 64."""
+    if "not slow" not in config.option.markexpr:
+        return
+    memory_budget.MIN_COMPLETE_TOKENS = QUICK_ANSWER_TOKENS
+    if os.path.isdir(SHARED_MEMORY):
         has_room = shutil.disk_usage(SHARED_MEMORY).free > NEEDED_BYTES
         can_execute = not os.statvfs(SHARED_MEMORY).f_flag & os.ST_NOEXEC  # compiled kernels
         if has_room and can_execute:
@@ -37,6 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a tiny model; tests must not change it."""
     return save_model_folder(tmp_path_factory.mktemp("tiny-model") / "tiny")
+
+
+@pytest.fixture
+def full_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give answers the room that they have outside of quick tests."""
+    monkeypatch.setattr(memory_budget, "MIN_COMPLETE_TOKENS", FULL_ANSWER_TOKENS)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -31,6 +31,7 @@ from tunesmith.plan.memory_budget import (
 )
 from tunesmith.train import run
 
+pytestmark = pytest.mark.usefixtures("full_answers")
 IDS = ("a", "b", "c", "d", "e", "f")
 
 
