@@ -1,0 +1,153 @@
+"""Train the built-in model on small honest tasks, and count what the detectors say of it.
+
+    python -m benchmarks.evaluate.healthy_runs [TASK ...]
+
+Out: a line per run for docs/results/shortcuts.md: shortcuts after training, verdicts of the guard
+other than ok, rollbacks, and the exact match before and after. Each task has 48 training rows of
+which every answer follows from the question; a run has 12 steps of 4 rows and looks at 16 held-out
+rows after 6. An alarm may be true, since a short run can learn a constant: it prints its evidence.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.evaluate.shortcuts import WORDS
+
+from tunesmith import api
+from tunesmith.core.events import CheckResult, Rollback
+from tunesmith.core.json_io import read_json
+
+MODEL = "smollm2-135m-instruct"
+NUM_ROWS = {"train": 48, "eval": 16, "test": 24}
+Item = tuple[str, str]  # question, answer
+
+
+def ask_sum(chance: random.Random) -> Item:
+    first, second = chance.randrange(10), chance.randrange(10)
+    return f"{first} + {second}", str(first + second)
+
+
+def ask_parity(chance: random.Random) -> Item:
+    number = chance.randrange(1000)
+    return f"Is {number} even or odd?", "odd" if number % 2 else "even"
+
+
+def ask_larger(chance: random.Random) -> Item:
+    first, second = chance.sample(range(100), 2)
+    return f"Which is larger, {first} or {second}?", str(max(first, second))
+
+
+def ask_first_word(chance: random.Random) -> Item:
+    words = chance.sample(WORDS, 5)
+    return f"First word: {' '.join(words)}", words[0]
+
+
+def ask_last_word(chance: random.Random) -> Item:
+    words = chance.sample(WORDS, 5)
+    return f"Last word: {' '.join(words)}", words[-1]
+
+
+def ask_capitals(chance: random.Random) -> Item:
+    words = " ".join(chance.sample(WORDS, 2))
+    return f"In capitals: {words}", words.upper()
+
+
+def ask_camel_case(chance: random.Random) -> Item:
+    words = chance.sample(WORDS, 2)
+    return f"Write {'_'.join(words)} in CamelCase.", "".join(map(str.title, words))
+
+
+def ask_swap(chance: random.Random) -> Item:
+    first, second = chance.sample(WORDS, 2)
+    return f"Swap: {first} {second}", f"{second} {first}"
+
+
+def ask_count(chance: random.Random) -> Item:
+    words = chance.choices(WORDS, k=chance.randrange(2, 7))
+    return f"How many words? {' '.join(words)}", str(len(words))
+
+
+def ask_fields(chance: random.Random) -> Item:
+    name, item = chance.sample(WORDS, 2)
+    amount = chance.randrange(1, 6)
+    is_urgent = chance.random() < 0.4
+    question = f"{name} orders {amount} {item}{', at once' if is_urgent else ''}."
+    return question, json.dumps({"name": name, "amount": amount, "urgent": is_urgent})
+
+
+TASKS: dict[str, Callable[[random.Random], Item]] = {
+    "sum": ask_sum,
+    "parity": ask_parity,
+    "larger": ask_larger,
+    "first word": ask_first_word,
+    "last word": ask_last_word,
+    "capitals": ask_capitals,
+    "camel case": ask_camel_case,
+    "swap": ask_swap,
+    "count": ask_count,
+    "fields": ask_fields,
+}
+
+
+def write_rows(folder: Path, task: str) -> None:
+    chance = random.Random(task)
+    seen: set[str] = set()
+    for name, count in NUM_ROWS.items():
+        rows: list[str] = []
+        while len(rows) < count:
+            question, answer = TASKS[task](chance)
+            if question not in seen:
+                seen.add(question)
+                rows.append(json.dumps({"prompt": question, "completion": answer}) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+
+
+def run_task(task: str) -> str:
+    """Train on a task and return its line of the table."""
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_rows(folder, task)
+        plan = api.plan(
+            model=MODEL,
+            data=str(folder / "train.jsonl"),
+            eval_data=str(folder / "eval.jsonl"),
+            test_data=str(folder / "test.jsonl"),
+            batch_size=4,
+            max_steps=12,
+            eval_steps=6,
+            num_train_epochs=1,
+            metrics=["exact_match"],
+            output_dir=str(folder / "run"),
+        )
+        events = list(api.train(plan))
+        record = read_json(folder / "run" / "record.json")
+    said = [
+        f"{event.kind}: {event.evidence}"
+        for event in events
+        if isinstance(event, CheckResult) and event.step and event.level != "ok"
+    ]
+    shortcuts = [f"{found['kind']} {found['field']}" for found in record["errors"]["shortcuts"]]
+    rollbacks = sum(isinstance(event, Rollback) for event in events)
+    scores = [
+        f"{comparison['before']['value']:.2f} -> {comparison['after']['value']:.2f}"
+        for comparison in record["comparisons"]
+        if comparison["metric"] == "exact_match"
+    ]
+    alarms = "; ".join([*shortcuts, *said]) or "none"
+    return f"| {task} | {', '.join(scores)} | {rollbacks} | {alarms} |"
+
+
+def main(tasks: list[str]) -> None:
+    print("| task | exact match | rollbacks | alarms |\n|---|---|---|---|", flush=True)
+    for task in tasks or TASKS:
+        print(run_task(task), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
