@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tunesmith.core.types import Batch
 from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.lora import LoraLinear
 from tunesmith.model.stock_network import (
     StockNetwork,
     choose_head_rows,
@@ -93,6 +94,28 @@ def compare_layers(
         yield from run.compare_head(shell, stock, ours)
 
 
+def compare_gradients(
+    model: PackedCausalLM, stock: StockNetwork, pack: ComparedPack, dtype: torch.dtype
+) -> Iterator[Difference]:
+    """Yield the differences of the gradients of a layer's input and adapters, of the sum of its
+    outputs times random numbers, for the first layer of each kind and the last one. Transformers'
+    gradient of B, where W + scale B A is the weight, is that of W times A and the scale."""
+    is_wide = dtype != model.dtype
+    with torch.no_grad():
+        shell = stock.build_shell(model.network, dtype)
+        run = _PackRun(pack, shell, stock, widen_model(model, dtype) if is_wide else model)
+    layers = list(model.decoder.layers)
+    kinds = [tuple((path, type(m)) for path, m in layer.named_modules()) for layer in layers]
+    compared = {kinds.index(kind) for kind in kinds} | {len(layers) - 1}
+    for index, layer in enumerate(layers[: max(compared) + 1]):
+        stock_layer = fill_layer(stock.layers[index], layer, dtype)
+        our_layer = widen_layer(layer, dtype) if is_wide else layer
+        if index not in compared:
+            run.skip_layer(index, stock_layer, our_layer)
+            continue
+        yield from run.compare_gradients(index, stock_layer, our_layer)
+
+
 class _PackRun:
     """One pack on its way through both networks."""
 
@@ -149,6 +172,70 @@ class _PackRun:
         expected_TH = self._pack_rows(self.states)
         yield _measure(f"layers.{index} (the sum of its blocks)", _get_first(out), expected_TH)
 
+    def compare_gradients(
+        self, index: int, stock_layer: nn.Module, our_layer: nn.Module
+    ) -> Iterator[Difference]:
+        """Compare the gradients of a layer, and go on with the stock's output."""
+        inputs_TH = self._pack_rows(self.states)
+        loras = _find_adapters(our_layer)
+        if find_routers(our_layer) and inputs_TH.dtype.itemsize < 4:
+            loras = {}  # few tokens have equal choices in bf16, and sums over few are rounded
+        weights = [stock_layer.get_parameter(f"{path}.weight") for path in loras]
+        outer = [lora.lora_B for lora in loras.values()]
+        for parameter in (*weights, *outer):
+            parameter.requires_grad_(True)
+        generator = torch.Generator().manual_seed(index)
+        is_equal_T = self._find_equal_choices(index, stock_layer, our_layer)
+        directions: list[Tensor] = []
+        gradients: list[tuple[Tensor, ...]] = []
+        for document, calls in enumerate(self.stock_calls):
+            state = self.states[document]
+            direction = torch.randn(state.shape, generator=generator).to(state)
+            direction *= is_equal_T.split([len(d) for d in self.pack.documents])[document][:, None]
+            directions.append(direction)
+            out, found = _differentiate(stock_layer, state, calls[index], direction, weights)
+            self.states[document] = out
+            gradients.append(found)
+        direction = self._pack_rows(directions)[None]
+        call = self.our_calls[index]
+        _, ours = _differentiate(our_layer, inputs_TH[None], call, direction, outer)
+        name = f"the gradient of layers.{index}"
+        yield _measure(name, ours[0], self._pack_rows([found[0] for found in gradients]))
+        for number, (path, lora) in enumerate(loras.items(), start=1):
+            dweight_OI = torch.stack([found[number] for found in gradients]).sum(0)
+            a_RI = lora.lora_A.detach()
+            expected_OR = lora.scale * (dweight_OI.to(a_RI.dtype) @ a_RI.t())
+            size = expected_OR.norm()
+            error = float((ours[number] - expected_OR).norm() / size) if size else 0.0
+            yield Difference(f"{name}.{path}", error, error)
+
+    @torch.no_grad()
+    def skip_layer(self, index: int, stock_layer: nn.Module, our_layer: nn.Module) -> None:
+        """Go on with the stock's output. Later layers may use the keys and values of both."""
+        call = self.our_calls[index]
+        our_layer(self._pack_rows(self.states)[None], *call.args, **call.kwargs)
+        for document, calls in enumerate(self.stock_calls):
+            call = calls[index]
+            out = stock_layer(self.states[document], *call.args, **call.kwargs)
+            self.states[document] = _get_first(out)
+
+    def _find_equal_choices(
+        self, index: int, stock_layer: nn.Module, our_layer: nn.Module
+    ) -> Tensor:
+        """Return which tokens of the documents, one after another, both layers send to the same
+        experts: all but those whose scores differ by rounding."""
+        choices: list[list[Tensor]] = []
+        for document, calls in enumerate(self.stock_calls):
+            choices.append(_record_choices(stock_layer, self.states[document], calls[index]))
+        inputs_TH = self._pack_rows(self.states)
+        ours = _record_choices(our_layer, inputs_TH[None], self.our_calls[index])
+        is_equal_T = torch.ones(len(self.pack.index_T), dtype=torch.bool, device=inputs_TH.device)
+        for parts, choices_TK in zip(zip(*choices, strict=True), ours, strict=True):
+            is_equal_T &= (choices_TK == self._pack_rows(parts)).all(-1)
+        restored_T = torch.empty_like(is_equal_T)
+        restored_T[self.pack.index_T] = is_equal_T
+        return restored_T
+
     def compare_head(
         self, shell: Any, stock: StockNetwork, ours: PackedCausalLM
     ) -> Iterator[Difference]:
@@ -172,6 +259,46 @@ class _PackRun:
     def _pack_rows(self, documents: Sequence[Tensor]) -> Tensor:
         """Return the rows of the pack's tokens, of outputs [1, T, H] or [T, H] by document."""
         return torch.cat([_get_rows(rows) for rows in documents])[self.pack.index_T]
+
+
+def _find_adapters(layer: nn.Module) -> dict[str, LoraLinear]:
+    """Return path -> linear with an adapter that only adds to its weight."""
+    linears = {path: m for path, m in layer.named_modules() if isinstance(m, LoraLinear)}
+    return {path: m for path, m in linears.items() if m.lora_magnitude_vector is None}
+
+
+def _record_choices(layer: nn.Module, hidden: Tensor, call: _Call) -> list[Tensor]:
+    """Return the chosen experts [T, K] of each router of a layer, in ascending order."""
+    choices: list[Tensor] = []
+    hooks: list[Any] = []
+    for router in find_routers(layer).values():
+        hook = router.register_forward_hook(
+            lambda _module, _inputs, output: choices.append(output[-1].sort(-1).values)
+        )
+        hooks.append(hook)
+    if hooks:
+        with torch.no_grad():
+            layer(hidden, *call.args, **call.kwargs)
+    for hook in hooks:
+        hook.remove()
+    return choices
+
+
+def _differentiate(
+    layer: nn.Module,
+    hidden: Tensor,
+    call: _Call,
+    direction: Tensor,
+    parameters: Sequence[Tensor],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return a layer's output, and the gradients of its input and of `parameters`, of the sum of
+    output times direction; zeros where there is none."""
+    leaf = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        out = _get_first(layer(leaf, *call.args, **call.kwargs))
+        tensors = [leaf, *parameters]
+        found = torch.autograd.grad((out * direction).sum(), tensors, materialize_grads=True)
+    return out.detach(), tuple(tensor.detach() for tensor in found)
 
 
 # ---------------------------------------------------------------- differences

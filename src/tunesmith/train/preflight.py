@@ -56,6 +56,7 @@ from tunesmith.train.preflight_base import (
 from tunesmith.train.preflight_blocks import (
     BLOCK_FIX,
     can_amplify_rounding,
+    compare_backward,
     compare_blocks,
 )
 from tunesmith.train.preflight_isolation import (
@@ -137,6 +138,7 @@ def run_preflight(model: PackedCausalLM, samples: PreflightSamples) -> list[Chec
         if samples.sharing_documents is not None:
             results.append(check_prefix_sharing(subject, samples))
         results.append(check_blocks(subject, samples))
+        results.append(compare_backward(model, samples))
         if samples.is_quantized or find_quantized_weights(model.network):
             results.append(_describe_quantized_weights(model))
         results.append(check_negative_controls(subject, samples))

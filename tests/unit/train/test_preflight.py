@@ -51,7 +51,7 @@ def test_the_proof_passes_on_every_family(family: str) -> None:
     verdicts = run_preflight(model, samples)
     assert all(verdict.level == "ok" for verdict in verdicts)
     num_checks = len(preflight.FORWARD_CHECKS) + len(preflight.ROW_CHECKS)
-    assert len(verdicts) == 2 + num_checks + 2
+    assert len(verdicts) == 2 + num_checks + 3
     assert verdicts[-1].kind == "negative controls"
 
 

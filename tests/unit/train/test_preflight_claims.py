@@ -73,7 +73,7 @@ def test_every_check_says_how_many_items_it_compared(
         if result.kind != "prefix-shared loss = unshared loss":  # there, input minus computed
             assert str(result.num_checked) in result.evidence.replace(",", ""), result
     checks = preflight_tokens.ROW_CHECKS if texts is None else preflight_tokens.TEXT_CHECKS
-    assert len(results) == 2 + len(preflight.FORWARD_CHECKS) + len(checks) + 3
+    assert len(results) == 2 + len(preflight.FORWARD_CHECKS) + len(checks) + 4
 
 
 def rename(documents: tuple[Document, ...], suffix: str) -> tuple[Document, ...]:
