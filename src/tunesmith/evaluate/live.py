@@ -89,10 +89,9 @@ class LiveVerification:
             return ""
         if failed := [check.name for check in self.checks if check.status == "failed"]:
             return f"this server is not the run: {', '.join(failed)} failed"
-        unknown = [check.name for check in self.checks if check.status == "not measured"]
-        return (
-            f"it cannot be told whether this server is the run: not measured: {', '.join(unknown)}"
-        )
+        open_checks = [check for check in self.checks if check.status != "ok"]
+        states = ", ".join(f"{check.name} {check.status}" for check in open_checks)
+        return f"it cannot be told whether this server is the run: {states}; ask more --items"
 
 
 @dataclass(frozen=True)
@@ -154,8 +153,8 @@ def verify_run(
 def _is_run(checks: Sequence[LiveCheck]) -> bool:
     """No check failed, the adapter is applied, and the answers or their probabilities agree."""
     statuses = {check.name: check.status for check in checks}
-    agrees = {statuses["answers"], statuses["probability"]} & {"ok", "warning"}
-    return "failed" not in statuses.values() and statuses["applied"] == "ok" and bool(agrees)
+    agrees = "ok" in (statuses["answers"], statuses["probability"])
+    return "failed" not in statuses.values() and statuses["applied"] == "ok" and agrees
 
 
 def _ask_all(
@@ -262,7 +261,7 @@ def _check_answers(pairs: Sequence[_Pair]) -> LiveCheck:
     low, _ = compute_wilson_interval(clear, n)
     if low > MAX_CLEAR_SHARE:
         return LiveCheck(name, "failed", n, message)
-    return LiveCheck(name, "warning" if clear else "ok", n, message)
+    return LiveCheck(name, "ok" if clear <= MAX_CLEAR_SHARE * n else "warning", n, message)
 
 
 def _judge_changes(pairs: Sequence[_Pair], different: Sequence[_Pair], message: str) -> LiveCheck:
@@ -272,7 +271,9 @@ def _judge_changes(pairs: Sequence[_Pair], different: Sequence[_Pair], message: 
     low, _ = compute_wilson_interval(len(different), max(num_tokens, len(different)))
     share = len(different) / max(1, num_tokens)
     message += f"; one in {1 / share:.0f} tokens differs, and the server does not say how clearly"
-    status: Status = "failed" if low > MAX_CHANGES_PER_TOKEN else "warning"
+    status: Status = "ok" if share <= MAX_CHANGES_PER_TOKEN else "warning"
+    if low > MAX_CHANGES_PER_TOKEN:
+        status = "failed"
     return LiveCheck(name, status, len(pairs), message)
 
 

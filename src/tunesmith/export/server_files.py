@@ -309,7 +309,7 @@ LOCAL_BASE = (
 )
 NO_TLS = "The server listens on 127.0.0.1 without TLS; put a gateway before it for anything else."
 NEW_NAME = "For new weights use a new name: engines keep cached prompts by name."
-ONE_TEMPLATE = (
+SHARED_TEMPLATE = (
     "One chat template serves every adapter; runs with another template or other "
     "chat_template_kwargs need a server of their own."
 )
@@ -324,7 +324,7 @@ ENGINES: dict[str, Engine] = {
         "vLLM 0.33",
         _build_vllm,
         (
-            ONE_TEMPLATE,
+            SHARED_TEMPLATE,
             NO_ADAPTER_KINDS,
             "--max-lora-rank takes 1, 8, 16, 32, 64, 128, 256, 320 or 512; memory is reserved for "
             "that rank in every slot.",
@@ -339,7 +339,7 @@ ENGINES: dict[str, Engine] = {
         "SGLang 0.5.23",
         _build_sglang,
         (
-            ONE_TEMPLATE,
+            SHARED_TEMPLATE,
             NO_ADAPTER_KINDS,
             "End tokens are those of the base's files. Where a trained one is missing there, "
             "requests name it in `stop_token_ids`; the check `end` of verify.sh tells.",
@@ -366,7 +366,7 @@ ENGINES: dict[str, Engine] = {
             "Copy the folders of adapters/ into a PersistentVolumeClaim `tunesmith-adapters`. "
             "Template and end tokens are read from the first adapter's folder.",
             "The image is that of the cluster's LLMInferenceServiceConfig; pin it there.",
-            ONE_TEMPLATE,
+            SHARED_TEMPLATE,
             NO_ADAPTER_KINDS,
             "Set URL for verify.sh to the address of the route.",
         ),
