@@ -123,7 +123,7 @@ def _log_to_stderr() -> None:
 def add_key(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the key, for the log.")],
     scope: Annotated[
-        str, typer.Option(metavar="SCOPE", help="infer, metrics or admin; several with commas.")
+        str, typer.Option(metavar="SCOPE", help="infer, feedback, metrics or admin; with commas.")
     ] = "infer",
     models: Annotated[
         str | None,

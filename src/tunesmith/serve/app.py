@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tunesmith.serve import admin, handlers
-from tunesmith.serve.bodies import ChatBody, CompletionBody, ModelBody
+from tunesmith.serve.bodies import ChatBody, CompletionBody, FeedbackBody, ModelBody
 from tunesmith.serve.errors import NO_STORE, RequestError, make_error_body
 from tunesmith.serve.guard import Guard, GuardRules, list_hosts
 from tunesmith.serve.keys import KeyRing, Scope
@@ -56,6 +56,9 @@ ROUTES: tuple[Endpoint, ...] = (
     Endpoint("POST", "/v1/chat/completions", handlers.create_chat_completion, "infer", ChatBody),
     Endpoint("POST", "/v1/completions", handlers.create_completion, "infer", CompletionBody),
     Endpoint("POST", "/v1/embeddings", handlers.refuse_embeddings, "infer", success=404),
+    Endpoint(
+        "POST", "/v1/feedback", handlers.create_feedback, "feedback", FeedbackBody, success=201
+    ),
     Endpoint("GET", "/admin/models/{model}", admin.get_admin_model, "admin"),
     Endpoint("PUT", "/admin/models/{model}", admin.put_model, "admin", ModelBody),
     Endpoint("DELETE", "/admin/models/{model}", admin.delete_model, "admin", success=204),

@@ -24,6 +24,7 @@ MAX_STOP_CHARS = 256
 MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPTS = 64
+MAX_COMMENT_CHARS = 2000
 MAX_TOKENS = 1_000_000  # of an answer, before it is compared with the context
 DEFAULT_COMPLETION_TOKENS = 16  # of OpenAI's /v1/completions
 
@@ -204,6 +205,21 @@ class ModelBody(_Body):
     pin: bool = False  # stays in memory
     scales: bool = False  # NAME@SCALE is allowed
     unproven: bool = False  # serve weights that hold nothing to check them by
+
+
+class FeedbackBody(_Body):
+    """A verdict on an answer. `corrected` is the answer that should have been given."""
+
+    request_id: Annotated[str, Field(min_length=1, max_length=80)]
+    verdict: Literal["good", "bad", "unsure"]
+    corrected: Annotated[str, Field(min_length=1)] | None = None
+    comment: Annotated[str, Field(max_length=MAX_COMMENT_CHARS)] | None = None
+
+    @model_validator(mode="after")
+    def _check_verdict(self) -> FeedbackBody:
+        if self.corrected is not None and self.verdict == "good":
+            raise ValueError("an answer with a correction is bad or unsure, not good")
+        return self
 
 
 # ---------------------------------------------------------------- reading

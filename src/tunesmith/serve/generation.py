@@ -68,7 +68,7 @@ class Generation:
     ) -> None:
         self.answers = [Answer(job.request.tokens) for job in jobs]
         self._engine = engine
-        self._model = model
+        self.model = model
         self._lease = lease
         self._jobs = jobs
         self._format = answer_format
@@ -137,13 +137,13 @@ class Generation:
             self._record.note_first_token()
             if update.finish_reason:
                 num_unfinished -= 1
-                self._engine.registry.note_answer(self._model, is_finite=True)
+                self._engine.registry.note_answer(self.model, is_finite=True)
             yield update
 
     def _refuse(self, update: AnswerUpdate) -> None:
         """Raise the error of an answer that failed."""
         if update.error_code == "model_not_finite":
-            self._engine.registry.note_answer(self._model, is_finite=False)
+            self._engine.registry.note_answer(self.model, is_finite=False)
         status = ERROR_STATUS.get(update.error_code, 503)
         raise RequestError(status, update.error, code=update.error_code)
 
@@ -154,7 +154,7 @@ class Generation:
             if not answer.finish_reason:
                 self._engine.scheduler.cancel(job)
                 unfinished += 1
-        self._engine.metrics.cut_answers.labels(self._model.name).inc(unfinished)
+        self._engine.metrics.cut_answers.labels(self.model.name).inc(unfinished)
         self._lease.release()
         record = self._record
         record.prompt_tokens = self._num_prompt_tokens
@@ -166,10 +166,10 @@ class Generation:
     def _count(self) -> None:
         record = self._record
         metrics = self._engine.metrics
-        metrics.tokens.labels(self._model.name, "prompt").inc(record.prompt_tokens)
-        metrics.tokens.labels(self._model.name, "cached").inc(record.cached_tokens)
-        metrics.tokens.labels(self._model.name, "answer").inc(record.answer_tokens)
-        label = metrics.name_histogram(self._model.name)
+        metrics.tokens.labels(self.model.name, "prompt").inc(record.prompt_tokens)
+        metrics.tokens.labels(self.model.name, "cached").inc(record.cached_tokens)
+        metrics.tokens.labels(self.model.name, "answer").inc(record.answer_tokens)
+        label = metrics.name_histogram(self.model.name)
         metrics.request_time.labels(label).observe(record.seconds)
         first_seconds = record.first_token_seconds
         if first_seconds is None:

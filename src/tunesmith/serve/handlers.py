@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +20,15 @@ from starlette.types import ASGIApp
 
 from tunesmith.core.types import Json, __version__
 from tunesmith.serve.access_log import RECORD_FIELD, AccessRecord
-from tunesmith.serve.bodies import ChatBody, CompletionBody, SamplingBody, read_body
+from tunesmith.serve.bodies import (
+    ChatBody,
+    CompletionBody,
+    FeedbackBody,
+    SamplingBody,
+    read_body,
+)
 from tunesmith.serve.errors import NO_STORE, RequestError
+from tunesmith.serve.feedback import FeedbackStore, KeptChat, list_messages
 from tunesmith.serve.formats import AnswerFormat, AnswerHead, ChatFormat, CompletionFormat
 from tunesmith.serve.generation import AnswerEngine, Generation
 from tunesmith.serve.grammars import GrammarCache
@@ -27,7 +36,7 @@ from tunesmith.serve.guard import BODY_FIELD, KEY_FIELD
 from tunesmith.serve.keys import ApiKey
 from tunesmith.serve.registry import ServedModel
 from tunesmith.serve.requests import Prompt, make_jobs, render_chat, render_completions
-from tunesmith.serve.streams import EventStream, run_until_disconnect
+from tunesmith.serve.streams import LAST_EVENT, EventStream, run_until_disconnect
 
 CLIENT_DISCONNECTED = 499  # in the log only: nobody reads the response
 
@@ -40,6 +49,7 @@ class Server:
     grammars: GrammarCache
     numerics: str  # dtype and kernels, which round differently
     models_dir: Path | None = None
+    feedback: FeedbackStore | None = None  # without it, no content is kept
 
 
 def get_server(request: Request) -> Server:
@@ -121,17 +131,61 @@ async def answer(
     headers = {"x-tunesmith-model": model.version}
     if body.stream:
         events = generation.events(should_send_usage=body.should_send_usage)
-        return EventStream(events, headers)
+        return EventStream(keep_before_end(events, request, body, generation), headers)
     content = await run_until_disconnect(request.receive, generation.run())
     if content is None:
         record.has_disconnected = True
         return Response(status_code=CLIENT_DISCONNECTED)
+    keep_chat(request, body, generation)
     has_schema = jobs[0].grammar is not None
     if has_schema:
         is_complete = "length" not in record.finish_reasons
         record.is_schema_valid = is_complete
         headers["x-tunesmith-schema"] = "complete" if is_complete else "open"
     return JSONResponse(content, headers={**NO_STORE, **headers})
+
+
+async def keep_before_end(
+    events: AsyncGenerator[bytes], request: Request, body: SamplingBody, generation: Generation
+) -> AsyncGenerator[bytes]:
+    """Yield the events of a stream; the chat is kept before the client sees the last of them."""
+    async with aclosing(events):
+        async for event in events:
+            if event is LAST_EVENT:
+                keep_chat(request, body, generation)
+            yield event
+
+
+def keep_chat(request: Request, body: SamplingBody, generation: Generation) -> None:
+    """Keep a chat with one answer for feedback, if the settings allow it."""
+    store = get_server(request).feedback
+    if store is None or not isinstance(body, ChatBody) or len(generation.answers) > 1:
+        return
+    model = generation.model
+    chat = KeptChat(
+        id=get_record(request).id.removeprefix("req-"),
+        key_id=get_key(request).id,
+        model=model.name,
+        version=model.version,
+        digest=model.digest,
+        messages=list_messages(body.messages),
+        answer=generation.answers[0].text,
+        time=time.monotonic(),
+    )
+    store.chats.add(chat)
+
+
+async def create_feedback(request: Request) -> JSONResponse:
+    """Take a verdict on an answer, or a correction of it."""
+    body = read_body(request.scope[BODY_FIELD], FeedbackBody)
+    server = get_server(request)
+    if server.feedback is None:
+        message = "this server keeps no content; set keep_content: FOLDER in its serve.yaml"
+        raise RequestError(409, message, code="feedback_is_off")
+    chat = await server.feedback.add(body, get_key(request), time.monotonic())
+    server.engine.metrics.feedback.labels(chat.model, body.verdict).inc()
+    content = {"object": "feedback", "request_id": f"req-{chat.id}", "verdict": body.verdict}
+    return JSONResponse(content, 201, NO_STORE)
 
 
 def compute_fingerprint(model: ServedModel, numerics: str) -> str:

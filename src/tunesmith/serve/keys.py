@@ -24,7 +24,7 @@ from tunesmith.core.atomic import atomic_file, disk_errors
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import dump_json, parse_as, read_json_object
 
-Scope = Literal["infer", "metrics", "admin"]  # admin includes the others
+Scope = Literal["infer", "feedback", "metrics", "admin"]  # admin includes the others
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 KEY_PREFIX = "tsk_"
 KEY_BYTES = 32

@@ -49,6 +49,7 @@ class ServerMetrics:
         self.tokens = add_counter("tokens", "Tokens: prompt, cached, answer.", ("model", "kind"))
         self.refused = add_counter("refused", "Requests refused before a model saw them.", ("why",))
         self.cut_answers = add_counter("cut_answers", "Answers not completed.", ("model",))
+        self.feedback = add_counter("feedback", "Verdicts of people.", ("model", "verdict"))
         self.running = add_gauge("running", "Answers being made.")
         self.waiting = add_gauge("waiting", "Answers waiting for a row.")
         self.is_resident = add_gauge("adapter_resident", "1: in memory.", ("model",))

@@ -29,6 +29,7 @@ from tunesmith.model.causal_lm import DTYPES, load_network, wrap_model
 from tunesmith.model.generation.engine import DecodeBatch
 from tunesmith.serve.app import build_app
 from tunesmith.serve.errors import RequestError
+from tunesmith.serve.feedback import FeedbackStore
 from tunesmith.serve.generation import AnswerEngine
 from tunesmith.serve.grammars import GrammarCache
 from tunesmith.serve.handlers import Server
@@ -66,6 +67,7 @@ class PreparedServer:
     models: tuple[ServedModel, ...]
     batch: DecodeBatch
     dtype: str
+    feedback: FeedbackStore | None
 
     @property
     def url(self) -> str:
@@ -79,6 +81,8 @@ def prepare_server(settings: ServeSettings) -> PreparedServer:
     listener = bind_socket(settings.host, settings.port)
     with contextlib.ExitStack() as on_error:
         on_error.callback(listener.close)
+        folder = settings.keep_content
+        feedback = None if folder is None else FeedbackStore(folder)
         base = open_base(_choose_base(settings), datetime.now().replace(microsecond=0))
         on_error.callback(base.scratch.cleanup)
         models = [_open_model(name, source, base) for name, source in settings.models.items()]
@@ -86,7 +90,9 @@ def prepare_server(settings: ServeSettings) -> PreparedServer:
         batch = load_batch(base, dtype, settings)
         on_error.pop_all()
     settings = settings.model_copy(update={"port": listener.getsockname()[1]})
-    return PreparedServer(settings, listener, keys, new_key, base, tuple(models), batch, dtype)
+    return PreparedServer(
+        settings, listener, keys, new_key, base, tuple(models), batch, dtype, feedback
+    )
 
 
 def load_batch(base: BaseSource, dtype: str, settings: ServeSettings) -> DecodeBatch:
@@ -222,7 +228,7 @@ def build_server(prepared: PreparedServer) -> Server:
     for model in prepared.models:
         registry.register(model)
     engine = AnswerEngine(scheduler, registry, metrics, settings.limits.request)
-    return Server(engine, GrammarCache(), prepared.dtype, settings.models_dir)
+    return Server(engine, GrammarCache(), prepared.dtype, settings.models_dir, prepared.feedback)
 
 
 async def run_server(prepared: PreparedServer) -> int:

@@ -83,6 +83,7 @@ class ServeSettings(_Settings):
     models: dict[str, ModelSource] = Field(default_factory=dict)
     base: str | None = None  # the base of the models, if left out
     models_dir: Path | None = None  # below which PUT finds adapters
+    keep_content: Path | None = None  # where feedback is written; without it, nothing is kept
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     hosts: tuple[str, ...] = ()  # further values of the Host header
@@ -171,7 +172,7 @@ def _locate(mapping: YamlMapping, folder: Path) -> dict[str, Any]:
                 fields["from"] = str(folder / fields["from"])
             located[str(name)] = fields
         values["models"] = located
-    for key in ("models_dir", "keys"):
+    for key in ("models_dir", "keys", "keep_content"):
         if isinstance(values.get(key), str):
             values[key] = folder / Path(values[key]).expanduser()
     base = values.get("base")

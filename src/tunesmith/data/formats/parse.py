@@ -27,6 +27,7 @@ Side = Literal["chosen", "rejected"]
 # Keys that rows of every format may have.
 NEGATIVE_KEY = "negative"
 REVIEW_KEY = "review"
+SERVED_KEY = "served"  # which model answered, in a row of `tunesmith serve`
 CHOICES_KEY = "choices"
 LABEL_KEY = "label"  # of a single answer, with loss: kto
 
@@ -95,7 +96,7 @@ def get_note(format: str, has_pairs: bool) -> str:
 
 def find_unused_keys(row: Row, format: str, *, has_labels: bool = False) -> list[str]:
     """Return the keys of a row that nothing reads."""
-    used_keys = FORMATS[format].used_keys | {NEGATIVE_KEY, REVIEW_KEY, CHOICES_KEY}
+    used_keys = FORMATS[format].used_keys | {NEGATIVE_KEY, REVIEW_KEY, SERVED_KEY, CHOICES_KEY}
     if has_labels:
         used_keys |= {LABEL_KEY}
     return [key for key in row.data if key not in used_keys]
