@@ -225,6 +225,8 @@ class DecodeBatch:
         self.cache = PagedKVCache(slots, num_blocks)
         # a state belongs to the end of its row: it is not stored at the ends of blocks
         self.can_share = model.state_bytes_per_row == 0
+        # of a part of a block: whole blocks are found without a change of rounding in bf16
+        self.min_common_tokens = MIN_COPIED_TOKENS if chunk_tokens is None else BLOCK_TOKENS
         self.waiting: deque[RunningRequest] = deque()
         self.rows: list[RunningRequest] = []
 
@@ -329,7 +331,7 @@ class DecodeBatch:
             source, num_copied = self.cache.pool.find_beginning(parent, tokens)
             to_come = blocks_to_come.get(parent, ())
             num_to_come = max((count_common(tokens, other) for other in to_come), default=0)
-            if num_to_come >= MIN_COPIED_TOKENS and num_to_come > num_copied:
+            if num_to_come >= self.min_common_tokens and num_to_come > num_copied:
                 self.cache.drop_row(cache_row)
                 continue
             if not self._reserve_prompt(row, cache_row, source, num_copied):
@@ -346,7 +348,7 @@ class DecodeBatch:
     def _reserve_prompt(
         self, row: RunningRequest, cache_row: CacheRow, source: int, num_copied: int
     ) -> bool:
-        if num_copied < MIN_COPIED_TOKENS:
+        if num_copied < self.min_common_tokens:
             return self.cache.reserve(cache_row, row.num_tokens)
         return self.cache.reserve_with_copy(cache_row, row.num_tokens, source, num_copied)
 

@@ -15,7 +15,7 @@ from tiny_models import VOCABULARY, make_tiny_model
 from tunesmith.core.types import GenerationRequest
 from tunesmith.model.cache_blocks import BLOCK_TOKENS
 from tunesmith.model.causal_lm import PackedCausalLM
-from tunesmith.model.generation.engine import DecodeBatch
+from tunesmith.model.generation.engine import CHUNK_TOKENS, DecodeBatch
 from tunesmith.model.generation.running_request import RunningRequest
 
 NUM_BLOCKS = 5
@@ -34,10 +34,21 @@ def spell(tokens: Sequence[int]) -> str:
 
 
 def make_batch(
-    model: PackedCausalLM, *, num_blocks: int = NUM_BLOCKS, slots: int = SLOTS
+    model: PackedCausalLM,
+    *,
+    num_blocks: int = NUM_BLOCKS,
+    slots: int = SLOTS,
+    chunk_tokens: int | None = CHUNK_TOKENS,
 ) -> DecodeBatch:
     cache_bytes = num_blocks * BLOCK_TOKENS * model.cache_bytes_per_token
-    return DecodeBatch(model, slots=slots, decode=spell, end_ids=(7,), cache_bytes=cache_bytes)
+    return DecodeBatch(
+        model,
+        slots=slots,
+        decode=spell,
+        end_ids=(7,),
+        cache_bytes=cache_bytes,
+        chunk_tokens=chunk_tokens,
+    )
 
 
 def finish(batch: DecodeBatch) -> None:
@@ -196,7 +207,7 @@ def test_prompts_that_arrive_together_compute_their_beginning_once(
     assert counts == [[67], [3, 3]]
     assert [row.cached_tokens for row in rows] == [0, BLOCK_TOKENS, BLOCK_TOKENS]
     counts.clear()
-    batch = make_batch(MODEL, num_blocks=12)
+    batch = make_batch(MODEL, num_blocks=12, chunk_tokens=None)
     start = STARTS[2]
     rows = [batch.submit(GenerationRequest((*start, *(n,) * 40), 4)) for n in (5, 6, 9)]
     finish(batch)
