@@ -42,7 +42,8 @@ SOURCES = ("0.5", "0.8", "0.9", "0.95", "0.97", "0.99", "0.03", "exponential", "
 def test_peeking_at_every_value_excludes_the_truth_in_at_most_5_percent(name: str) -> None:
     values, mean, bounds = draw(name, np.random.default_rng(SOURCES.index(name)))
     low, high = compute_confidence_sequence(values, bounds)
-    assert find_excluded(low, high, mean).any(axis=1).mean() <= 0.05
+    # 2.6% of 10,000 runs at most (a rate of 0.8); with PADDING 1, 5.05% at a rate of 0.9
+    assert find_excluded(low, high, mean).any(axis=1).mean() <= 0.04
 
 
 def test_an_interval_for_one_look_does_not_survive_peeking() -> None:
