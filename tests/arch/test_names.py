@@ -70,6 +70,7 @@ DICTATED = {
     "getattr",
     "_output_child_to_const",
     "capture_signals",
+    "found_inf",  # of torch's optimizers
     *dir(str),
 }
 COMMANDS = {"schema", "doctor", "demo"}
@@ -95,7 +96,9 @@ def identifiers(tree: ast.AST) -> Iterator[tuple[int, str]]:
 def empty_names(source: str) -> list[tuple[int, str]]:
     names = set(identifiers(ast.parse(source)))
     return sorted(
-        (line, name) for line, name in names if EMPTY_WORDS & set(name.lower().split("_"))
+        (line, name)
+        for line, name in names
+        if name not in DICTATED and EMPTY_WORDS & set(name.lower().split("_"))
     )
 
 

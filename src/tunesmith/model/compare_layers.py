@@ -105,7 +105,7 @@ def compare_gradients(
         shell = stock.build_shell(model.network, dtype)
         run = _PackRun(pack, shell, stock, widen_model(model, dtype) if is_wide else model)
     layers = list(model.decoder.layers)
-    kinds = [tuple((path, type(m)) for path, m in layer.named_modules()) for layer in layers]
+    kinds = [_describe_kind(layer) for layer in layers]
     compared = {kinds.index(kind) for kind in kinds} | {len(layers) - 1}
     for index, layer in enumerate(layers[: max(compared) + 1]):
         stock_layer = fill_layer(stock.layers[index], layer, dtype)
@@ -193,16 +193,18 @@ class _PackRun:
             direction = torch.randn(state.shape, generator=generator).to(state)
             direction *= is_equal_T.split([len(d) for d in self.pack.documents])[document][:, None]
             directions.append(direction)
-            out, found = _differentiate(stock_layer, state, calls[index], direction, weights)
+            out, document_gradients = _compute_gradients(
+                stock_layer, state, calls[index], direction, weights
+            )
             self.states[document] = out
-            gradients.append(found)
+            gradients.append(document_gradients)
         direction = self._pack_rows(directions)[None]
         call = self.our_calls[index]
-        _, ours = _differentiate(our_layer, inputs_TH[None], call, direction, outer)
+        _, ours = _compute_gradients(our_layer, inputs_TH[None], call, direction, outer)
         name = f"the gradient of layers.{index}"
-        yield _measure(name, ours[0], self._pack_rows([found[0] for found in gradients]))
+        yield _measure(name, ours[0], self._pack_rows([tensors[0] for tensors in gradients]))
         for number, (path, lora) in enumerate(loras.items(), start=1):
-            dweight_OI = torch.stack([found[number] for found in gradients]).sum(0)
+            dweight_OI = torch.stack([tensors[number] for tensors in gradients]).sum(0)
             a_RI = lora.lora_A.detach()
             expected_OR = lora.scale * (dweight_OI.to(a_RI.dtype) @ a_RI.t())
             size = expected_OR.norm()
@@ -284,7 +286,13 @@ def _record_choices(layer: nn.Module, hidden: Tensor, call: _Call) -> list[Tenso
     return choices
 
 
-def _differentiate(
+def _describe_kind(layer: nn.Module) -> tuple[tuple[str, type], ...]:
+    """Return what two layers have in common that compute the same: their modules' names and
+    types."""
+    return tuple((path, type(module)) for path, module in layer.named_modules())
+
+
+def _compute_gradients(
     layer: nn.Module,
     hidden: Tensor,
     call: _Call,
@@ -297,8 +305,8 @@ def _differentiate(
     with torch.enable_grad():
         out = _get_first(layer(leaf, *call.args, **call.kwargs))
         tensors = [leaf, *parameters]
-        found = torch.autograd.grad((out * direction).sum(), tensors, materialize_grads=True)
-    return out.detach(), tuple(tensor.detach() for tensor in found)
+        gradients = torch.autograd.grad((out * direction).sum(), tensors, materialize_grads=True)
+    return out.detach(), tuple(gradient.detach() for gradient in gradients)
 
 
 # ---------------------------------------------------------------- differences

@@ -236,8 +236,8 @@ class PagedKVCache:
         kv_buffers = self._get_buffers(layer, k, v)
         can_use_kernel = choose_backend(backend, q) == "cpu_kernel" and has_kernel(q, config)
         if forward.is_decode and can_use_kernel:
-            place = (kv_buffers, forward.tables_BM, forward.positions_T)
-            return run_decode_kernel(q, k, v, *place, config, cos_sin)
+            stored = (kv_buffers, forward.tables_BM, forward.positions_T)
+            return run_decode_kernel(q, k, v, *stored, config, cos_sin)
         q, k = apply_rotary_qk(q, k, cos_sin)
         if not can_use_kernel and len(forward.new_blocks):
             for buffer in kv_buffers:  # masked values must still be finite

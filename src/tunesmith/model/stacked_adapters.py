@@ -135,13 +135,13 @@ def stack_rows(matrices: Sequence[Tensor]) -> Tensor:
     return base[start:end].view(-1, matrices[0].shape[1])
 
 
-def multiply_wide(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return left @ right in a wider dtype, in which it is also summed."""
-    if left.dtype == dtype:
-        return left @ right
-    if left.device.type == "cuda":
-        return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
+def multiply_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a @ b in a wider dtype, in which it is also summed."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
 
 
 def bundle_adapters(layers: Sequence[Any], dtype: torch.dtype) -> None:

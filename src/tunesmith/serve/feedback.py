@@ -189,14 +189,14 @@ def append_lines(lines: Mapping[Path, bytes]) -> None:
     first = next(iter(lines))
     with disk_errors(first, sum(map(len, lines.values())), SETTING), ExitStack() as files:
         for path, line in lines.items():
-            descriptor = files.enter_context(_open_whole_lines(path))
+            descriptor = files.enter_context(_open_to_append(path))
             while line:
                 line = line[os.write(descriptor, line) :]
             os.fsync(descriptor)
 
 
 @contextmanager
-def _open_whole_lines(path: Path) -> Generator[int]:
+def _open_to_append(path: Path) -> Generator[int]:
     """Yield the descriptor of a file to append to, locked. Before, a line that a killed process
     left unfinished is cut off; on an error, all that was written is."""
     descriptor = open_unlinked(path, os.O_RDWR | os.O_APPEND)

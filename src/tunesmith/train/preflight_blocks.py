@@ -52,7 +52,7 @@ BLOCK_TOLERANCE = {torch.bfloat16: 0.03}
 # Part of the tokens that a correct router may send elsewhere: two scores that differ by rounding.
 TIED_TOKENS = 0.005
 BLOCK_FIX = "this model family is not supported yet; please report it"
-NOT_KEPT = "transformers' modules were not kept"
+NO_STOCK_MODULES = "transformers' modules were not kept"
 KIND = "blocks match transformers"
 GRADIENT_KIND = "gradients match transformers"
 # Largest difference of a gradient in bf16, of all tokens; the worst of the families was 7.8%, that
@@ -66,7 +66,7 @@ def compare_blocks(
     """Check every block, the sums between them, the embedding and the head, in fp32."""
     stock = samples.stock
     if stock is None:
-        return CheckResult.from_items(KIND, 0, "", if_none=NOT_KEPT)
+        return CheckResult.from_items(KIND, 0, "", if_none=NO_STOCK_MODULES)
     _refuse_changed_weights(model, stock, is_adapted=samples.is_adapted)
     wide_dtype = torch.promote_types(model.dtype, torch.float32)
     documents = choose_packed_documents(samples.documents)
@@ -129,7 +129,7 @@ def compare_backward(model: PackedCausalLM, samples: PreflightSamples) -> CheckR
     two documents in a pack, in fp32 and in the model's dtype."""
     stock = samples.stock
     if stock is None:
-        return CheckResult.from_items(GRADIENT_KIND, 0, "", if_none=NOT_KEPT)
+        return CheckResult.from_items(GRADIENT_KIND, 0, "", if_none=NO_STOCK_MODULES)
     documents = [truncate(document, ISOLATION_TOKENS) for document in samples.documents[:2]]
     pack = build_compared_pack(model, documents)
     wide_dtype = torch.promote_types(model.dtype, torch.float32)

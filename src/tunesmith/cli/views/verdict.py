@@ -47,11 +47,11 @@ def render_verdict(verdict: RunVerdict) -> RenderableType:
     lines: list[RenderableType] = [head]
     for line in filter(None, (verdict.level, verdict.change, verdict.cost)):
         lines.append(_pad_line(line, 2))
-    lines += [_itemize("-", reason, "yellow") for reason in verdict.reasons]
+    lines += [_render_item("-", reason, "yellow") for reason in verdict.reasons]
     if verdict.next_steps:
         lines.append(Text("Next steps"))
     for number, step in enumerate(verdict.next_steps, 1):
-        lines.append(_itemize(f"{number}.", step.reason))
+        lines.append(_render_item(f"{number}.", step.reason))
         lines.append(Text(_break_command(step.command), "cyan", overflow="fold"))
     return Group(*lines)
 
@@ -67,7 +67,7 @@ def _break_command(command: str) -> str:
     return "     " + " \\\n       ".join(lines)
 
 
-def _itemize(marker: str, text: str, style: str = "") -> RenderableType:
+def _render_item(marker: str, text: str, style: str = "") -> RenderableType:
     """Show an item of a list; its further lines begin below its first word."""
     item = Table.grid(padding=(0, 1, 0, 0))
     item.add_row(marker, Text.from_markup(format_single_line(text, MAX_LINE_CHARS)), style=style)

@@ -394,8 +394,8 @@ class DecodeBatch:
         is_complete = [row.stored.length == row.num_tokens for row in rows]
         complete = [row for row, done in zip(rows, is_complete, strict=True) if done]
         if complete:
-            places = [place for place, done in enumerate(is_complete) if done]
-            hidden_BH = hidden_BH.index_select(0, torch.tensor(places, device=hidden_BH.device))
+            indices = [index for index, done in enumerate(is_complete) if done]
+            hidden_BH = hidden_BH.index_select(0, torch.tensor(indices, device=hidden_BH.device))
             self._add_next_tokens(hidden_BH, complete)
         return complete
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.types import PackLayout
-from tunesmith.model.paged_cache import PagedKVCache
 from tunesmith.model.lora import project
 from tunesmith.model.mixers.chunks import Edges, find_edges, find_tails
+from tunesmith.model.paged_cache import PagedKVCache
 
 
 def gather_rows(x_TC: Tensor, index: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.types import PackLayout
-from tunesmith.model.paged_cache import PagedKVCache
 from tunesmith.model.lora import project
 from tunesmith.model.mixers.convolution import count_history_bytes
 from tunesmith.model.mixers.scan import ScanInputs, ScanShape, continue_rows, scan_pack
+from tunesmith.model.paged_cache import PagedKVCache
 
 
 class GatedDeltaNet(nn.Module):

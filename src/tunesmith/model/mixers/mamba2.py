@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.core.types import PackLayout
-from tunesmith.model.paged_cache import PagedKVCache
 from tunesmith.model.lora import project
 from tunesmith.model.mixers.gated_delta import count_state_bytes, run_norm, run_scan
 from tunesmith.model.mixers.scan import ScanInputs, ScanShape
+from tunesmith.model.paged_cache import PagedKVCache
 
 
 class Mamba2Mixer(nn.Module):
