@@ -72,11 +72,9 @@ def test_an_epoch_trains_every_token_of_every_text_once(tiny_folder: Path, tmp_p
     record = read_record(tmp_path / "run")
     assert record.plan.steps == len(steps) == -(-record.plan.data["data"].tokens // 200)
     assert record.plan.config.separator == "<|text|>"
-    assert [verdict.kind for verdict in record.preflight][-3:] == [
-        "EOS between documents",
-        "every token is a target once",
-        "negative controls",
-    ]
+    kinds = [verdict.kind for verdict in record.preflight]
+    assert {"EOS between documents", "every token is a target once"} <= set(kinds)
+    assert kinds[-1] == "negative controls"
 
 
 def test_texts_are_measured_in_bits_per_byte_before_after_and_on_the_way(

@@ -206,6 +206,14 @@ class PackedCausalLM:
         return embedding.weight.shape[1]
 
     @property
+    def token_rows(self) -> int:
+        """How many token ids every embedding has a row for; Gemma 4's second one may have fewer."""
+        embedding: Any = self.network.get_input_embeddings()
+        second: Any = getattr(self.decoder, "embed_tokens_per_layer", None)
+        num_rows = embedding.weight.shape[0]
+        return num_rows if second is None else min(num_rows, second.weight.shape[0])
+
+    @property
     def context_length(self) -> int:
         return self.network.config.get_text_config().max_position_embeddings
 

@@ -39,6 +39,7 @@ EXTRAS = {
     "audit": (("datasketch", "py3langid"), "near duplicates and languages in data check"),
     "parquet": (("pyarrow",), "Parquet files"),
     "constrained": (("llguidance",), "answers that follow a JSON schema"),
+    "serve": (("starlette", "uvicorn", "prometheus-client", "llguidance"), "tunesmith serve"),
     "tensorboard": (("tensorboardX",), "--track tensorboard"),
     "wandb": (("wandb",), "--track wandb"),
 }
@@ -151,7 +152,7 @@ def _check_extras() -> list[MachineCheck]:
     """Check the optional packages; nothing is imported."""
     checks: list[MachineCheck] = []
     for extra, (packages, purpose) in EXTRAS.items():
-        missing = [package for package in packages if find_spec(package) is None]
+        missing = [name for name in packages if find_spec(name.replace("-", "_")) is None]
         value = f"{', '.join(missing)} not installed" if missing else ", ".join(packages)
         fix = f"pip install 'tunesmith[{extra}]' for {purpose}" if missing else ""
         checks.append(MachineCheck(f"extra {extra}", not missing, value, False, fix))

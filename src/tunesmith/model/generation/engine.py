@@ -447,6 +447,8 @@ class DecodeBatch:
         """Choose the next token of each row, and drop the rows that end with it. A row without
         finite logits ends with an error."""
         logits_BV = self.model.head.compute_logits(hidden_BH)
+        # tokens from there on could not be read again
+        logits_BV[:, self.model.token_rows :] = -torch.inf
         is_finite_B = logits_BV.amax(dim=-1).isfinite()
         if not bool(is_finite_B.all()):
             for row, is_finite in zip(rows, is_finite_B.tolist(), strict=True):
