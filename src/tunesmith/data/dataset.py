@@ -116,7 +116,7 @@ class Dataset:
     renderer: Renderer
     part_N: np.ndarray  # int32, index into parts
     row_N: np.ndarray  # int64, index of the row in its part
-    contents_N: np.ndarray  # uint64, digest of the full row
+    contents_N: np.ndarray  # uint64, digest of the full row without its rejected side
     prompts_N: np.ndarray  # uint64, digest of everything before the last answer
     shapes_N: np.ndarray  # uint16, rows of one shape look alike to a chat template
     rejected_rows: RejectedRows  # invalid rows of the files, not among the N

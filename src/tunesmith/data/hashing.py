@@ -18,15 +18,15 @@ CLOSING_CHARS = "?!. \n\t"  # ignored at the end of a question
 def hash_example(example: Example) -> tuple[int, int]:
     """Return 64-bit digests of (the full example, everything before its last answer).
 
-    White space is collapsed; in the second digest case and closing marks are ignored as well. Both
-    are the same if nothing precedes the answer, as in a plain text."""
-    rejected = [] if example.rejected is None else [str(hash_example(example.rejected)[0])]
+    A rejected side does not count: a pair has the digest of the row that its chosen side is. White
+    space is collapsed; in the second digest case and closing marks are ignored as well. Both are the
+    same if nothing precedes the answer, as in a plain text."""
     if example.text is not None:
         prompt = [example.prompt] if example.prompt else []
-        return _hash_parts(prompt, [example.text, *rejected])
+        return _hash_parts(prompt, [example.text])
     *context, answer = [_split_message(message) for message in example.messages]
     tools = [json.dumps(example.tools, sort_keys=True)] if example.tools else []
-    return _hash_parts([*tools, *chain.from_iterable(context)], [*answer, *rejected])
+    return _hash_parts([*tools, *chain.from_iterable(context)], answer)
 
 
 def hash_text(text: str) -> int:

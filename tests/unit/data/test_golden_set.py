@@ -100,6 +100,18 @@ def test_neither_a_locked_file_nor_its_rows_in_another_file_are_trained_on(opene
         refuse_locked_rows({"data": other, "rehearsal": copied}, TRAINED)
 
 
+def test_a_locked_answer_is_not_trained_as_the_chosen_side_of_a_pair(opened, write, words):
+    golden = opened([good(1), good(2)], "golden.jsonl")
+    write_lock(golden)
+    pair = {"prompt": [{"role": "user", "content": "q2"}]}
+    for side, answer in (("chosen", "a2"), ("rejected", "other")):
+        pair[side] = [{"role": "assistant", "content": answer}]
+    path = write(json.dumps(pair) + "\n", "pairs.jsonl")
+    pairs = open_dataset([DataSource(path=path)], words, row_kind="pair")
+    with pytest.raises(InputError, match=r"1 of 1 rows is in the locked golden\.jsonl"):
+        refuse_locked_rows({"data": pairs}, TRAINED)
+
+
 def test_a_file_that_has_changed_since_is_not_measured_with(opened):
     write_lock(opened([good(1), good(2)], "golden.jsonl"))
     changed = opened([good(1), good(3)], "golden.jsonl")

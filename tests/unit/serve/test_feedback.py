@@ -111,23 +111,25 @@ def test_the_files_go_through_lock_check_and_plan_unedited(
     for name in ("feedback.jsonl", "pairs.jsonl"):
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    golden = api.data_lock(model=str(writer), data=str(tmp_path / "feedback.jsonl"))
-    num_rows = len(read_rows(folder / "feedback.jsonl"))
-    assert golden.rows == num_rows
-    assert golden.reviewers == {"ada": num_rows}
     recipe: dict[str, Any] = {"model": str(writer), "output_dir": str(tmp_path / "run")}
     pair_recipe = {**recipe, "stage": "preference", "data": str(tmp_path / "pairs.jsonl")}
     checks = {
         "feedback": api.data_check(**recipe, data=str(folder / "feedback.jsonl"))["data"],
         "pairs": api.data_check(**pair_recipe)["data"],
     }
+    plan: Any = api.plan(**pair_recipe)
+    assert plan.config.stage == "preference"
+    golden = api.data_lock(model=str(writer), data=str(tmp_path / "feedback.jsonl"))
+    num_rows = len(read_rows(folder / "feedback.jsonl"))
+    assert golden.rows == num_rows
+    assert golden.reviewers == {"ada": num_rows}
+    with pytest.raises(InputError, match=r"in the locked feedback\.jsonl"):
+        api.data_check(**pair_recipe)
     assert checks["feedback"].rows == num_rows
     assert checks["pairs"].rows == len(pairs)
     for report in checks.values():
         assert not report.rejected
         assert "served" not in str(report.findings)  # an unused key would be told
-    plan: Any = api.plan(**pair_recipe)
-    assert plan.config.stage == "preference"
 
 
 def test_a_correction_is_a_good_row_and_a_pair(ada: httpx.Client, folder: Path) -> None:
