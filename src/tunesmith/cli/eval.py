@@ -167,7 +167,7 @@ def verify(
     items: Annotated[int, typer.Option(metavar="N", help="Test rows to ask, at most.")] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Verify that a server answers as a run did; exit 4 if not."""
+    """Verify that a server answers as a run did, else exit 4."""
     from tunesmith.cli.progress import measuring
     from tunesmith.cli.views.live import render_verification
 

@@ -42,7 +42,7 @@ def test_every_verb_is_in_the_help_with_json(tunesmith: Callable[..., CliResult]
         assert name.split()[0] in out
         code, out_of_verb, _ = tunesmith(*name.split(), "--help")
         assert code == 0
-        assert "--json" in out_of_verb
+        assert ("--json" in out_of_verb) == (name != "serve")  # which has no result
 
 
 # Private idiom: words that the field does not use, or that say nothing.

@@ -153,7 +153,8 @@ def test_the_time_on_a_gpu_is_never_nothing(plan: Callable[..., Plan], target: s
     preset = HARDWARE_PRESETS[target]
     made = plan(max_steps=10, retention_data="general.jsonl")
     timed = estimate_gpu_time(made, preset)
-    assert timed.seconds[0] > 10 * 3 * made.model.num_layers * 40 * 8e-6
+    launches = 64 * made.model.num_layers  # of a step, as tests/fakecuda counts them
+    assert timed.seconds[0] > 10 * launches * 8e-6
     assert timed.total_seconds > timed.seconds[1] + 12
     assert timed.total_seconds > estimate_gpu_time(plan(max_steps=10), preset).total_seconds
     assert estimate_gpu_time(plan(), preset).seconds > timed.seconds, "more steps"
