@@ -19,8 +19,8 @@ def hash_example(example: Example) -> tuple[int, int]:
     """Return 64-bit digests of (the full example, everything before its last answer).
 
     A rejected side does not count: a pair has the digest of the row that its chosen side is. White
-    space is collapsed; in the second digest case and closing marks are ignored as well. Both are the
-    same if nothing precedes the answer, as in a plain text."""
+    space is collapsed; in the second digest case and closing marks are ignored as well. Both are
+    the same if nothing precedes the answer, as in a plain text."""
     if example.text is not None:
         prompt = [example.prompt] if example.prompt else []
         return _hash_parts(prompt, [example.text])
