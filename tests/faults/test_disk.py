@@ -5,33 +5,18 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from full_disk import file_limit
 from tiny_runs import make_tiny_recipe, plan_recipe, read_adapter_bytes, select_steps, train
 from tunesmith.core.errors import MachineError
 from tunesmith.core.events import CheckResult, TrainStep
 from tunesmith.core.run_dir import EVENTS_FILE, read_events
 from tunesmith.train import run
-
-
-@contextmanager
-def file_limit(size: int) -> Iterator[None]:
-    """No file of this process may grow above so many bytes: as a full disk, also for the writer of
-    safetensors."""
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_fault_25_a_checkpoint_that_does_not_fit_says_how_much_it_needs(

@@ -84,7 +84,9 @@ def test_a_signal_while_it_imports_leaves_no_traceback(
 def test_a_library_leaves_the_signals_alone() -> None:
     program = (
         "import signal, tunesmith\n"
-        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
-        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
+        "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+        "print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]

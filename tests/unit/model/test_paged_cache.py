@@ -125,6 +125,7 @@ def test_prompts_in_chunks_equal_whole_prompts(config: AttentionConfig, backend:
     checked.check([(a, 0, 1), (c, 2, 70), (b, 1, 13)], backend)
     for _ in range(3):
         checked.check([(b, 1, 1), (c, 2, 1), (a, 0, 1)], backend)
+    assert [row.length for row in (a, b, c)] == [104, 23, 73]
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -133,6 +134,7 @@ def test_prompts_that_end_at_one_place_may_begin_at_different_ones(config: Atten
     a, b, c = (checked.add() for _ in range(3))
     checked.check([(a, 0, 30), (c, 2, 10)])
     checked.check([(a, 0, 18), (b, 1, 48), (c, 2, 38)])
+    assert [row.length for row in (a, b, c)] == [48, 48, 48]
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -240,6 +242,8 @@ def test_the_kernels_equal_plain_attention(
         checked.check([(a, 3, 1), (c, 1, 1), (d, 2, 1), (b, 0, 1)], "cpu_kernel")
     checked.cache.drop_row(a)
     checked.check([(c, 1, 1), (d, 2, 1), (b, 0, 1)], "cpu_kernel")
+    num_shared = BLOCK_TOKENS if shared else 0
+    assert [row.length - num_shared for row in (b, c, d)] == [73, 8, 76]
 
 
 @needs_kernel
@@ -284,9 +288,15 @@ def test_the_decode_kernel_writes_a_single_position_per_row() -> None:
     checked = Checked(narrow_rows(3, 1, 64), AttentionConfig(0.125))
     a, b = checked.add(), checked.add()
     checked.check([(a, 0, 30), (b, 1, 5)], "cpu_kernel")
-    before = [x.clone() for x in checked.cache._kv_buffers[checked.layer]]
+    buffers = checked.cache._kv_buffers[checked.layer]
+    is_written = torch.zeros(12, BLOCK_TOKENS, dtype=torch.bool)
+    is_written[a.blocks[0], :30] = True
+    is_written[b.blocks[0], :5] = True
+    for x in buffers:  # else the memory of an earlier test may hold what is written next
+        x.transpose(1, 2)[~is_written] = 7
+    before = [x.clone() for x in buffers]
     checked.check([(b, 1, 1), (a, 0, 1)], "cpu_kernel")
-    for was, now in zip(before, checked.cache._kv_buffers[checked.layer], strict=True):
+    for was, now in zip(before, buffers, strict=True):
         changed = (was.view(torch.int16) != now.view(torch.int16)).any(dim=-1).nonzero().tolist()
         assert changed == [[a.blocks[0], 0, 30], [b.blocks[0], 0, 5]]
 

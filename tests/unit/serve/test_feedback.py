@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import resource
-import signal
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from full_disk import file_limit
 from serve_lab import LiveServer, make_chat, make_settings, serving
 from tunesmith import api
 from tunesmith.core.errors import InputError
@@ -75,18 +73,6 @@ def read_rows(path: Path) -> list[Any]:
 
 def review(http: httpx.Client, request_id: str, verdict: str = "good", **more: Any) -> Any:
     return http.post(FEEDBACK, json={"request_id": request_id, "verdict": verdict, **more})
-
-
-@contextmanager
-def disk_full_above(size: int) -> Iterator[None]:
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 # ---------------------------------------------------------------- from serving to training
@@ -254,7 +240,7 @@ def test_a_full_disk_leaves_whole_lines_and_serves_on(ada: httpx.Client, folder:
     request_id, _ = ask(ada)
     files = [folder / name for name in ("feedback.jsonl", "pairs.jsonl")]
     before = [path.read_bytes() for path in files]
-    with disk_full_above(len(before[0]) + 20):
+    with file_limit(len(before[0]) + 20):
         response = review(ada, request_id, "bad", corrected="x" * 3000)
         assert response.status_code == 507
         assert "no space left" in response.json()["error"]["message"]
@@ -267,7 +253,7 @@ def test_a_full_disk_leaves_whole_lines_and_serves_on(ada: httpx.Client, folder:
 def test_all_files_or_none(tmp_path: Path) -> None:
     short, long = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     long.write_bytes(b"x" * 999 + b"\n")
-    with disk_full_above(1002), pytest.raises(feedback.TunesmithError, match="no space left"):
+    with file_limit(1002), pytest.raises(feedback.TunesmithError, match="no space left"):
         feedback.append_lines({short: b"one\n", long: b"two\n" * 9})
     assert short.read_bytes() == b""
     assert long.stat().st_size == 1000

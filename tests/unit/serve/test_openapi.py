@@ -9,7 +9,6 @@ from typing import Any
 import hypothesis
 import pytest
 import schemathesis
-from schemathesis.checks import not_a_server_error
 
 from serve_lab import LiveServer, make_settings, serving
 from tunesmith.serve.app import ROUTES
@@ -42,4 +41,5 @@ def test_every_route_is_in_the_document(fuzzed: LiveServer) -> None:
 @SCHEMA.exclude(path="/admin/drain").parametrize()
 @hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
 def test_nothing_is_a_server_error(case: Any, fuzzed: LiveServer) -> None:
-    case.call_and_validate(base_url=fuzzed.url, checks=(not_a_server_error,), timeout=5)
+    response = case.call(base_url=fuzzed.url, timeout=5)
+    assert response.status_code < 500, f"{case.as_curl_command()}\n{response.text}"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
 import time
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +15,10 @@ import jsonschema
 import pytest
 
 from serve_lab import LiveServer, make_chat
+from tunesmith.model.generation.grammar import Grammar
+from tunesmith.serve.grammars import GrammarCache
+from tunesmith.serve.registry import ServedModel
+from tunesmith.serve.sources import open_base
 
 CHAT = "/v1/chat/completions"
 SCHEMA = {
@@ -44,18 +52,52 @@ def test_answers_are_valid_or_say_that_they_are_cut(live: LiveServer) -> None:
 
 
 def test_json_object(live: LiveServer) -> None:
-    with live.client() as http:
-        body = make_chat("base", response_format={"type": "json_object"}, seed=1, max_tokens=300)
-        choice = http.post(CHAT, json=body).json()["choices"][0]
-    assert choice["message"]["content"].startswith("{")
-    if choice["finish_reason"] == "stop":
-        assert isinstance(json.loads(choice["message"]["content"]), dict)
+    num_complete = 0
+    for seed in range(8):
+        with live.client() as http:
+            wanted = {"type": "json_object"}
+            body = make_chat("base", response_format=wanted, seed=seed, max_tokens=60)
+            choice = http.post(CHAT, json=body).json()["choices"][0]
+        content = choice["message"]["content"]
+        assert content.startswith("{")
+        if choice["finish_reason"] == "stop":
+            assert isinstance(json.loads(content), dict)
+            num_complete += 1
+    assert num_complete
 
 
 def test_a_cut_answer_is_marked(live: LiveServer) -> None:
     response = post(live, SCHEMA, max_tokens=3)
     assert response.json()["choices"][0]["finish_reason"] == "length"
     assert response.headers["x-tunesmith-schema"] == "open"
+
+
+def test_an_answer_cut_by_a_stop_string_is_marked(live: LiveServer) -> None:
+    response = post(live, SCHEMA, stop='"')
+    choice = response.json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["content"] in ("{", "{ ")
+    assert response.headers["x-tunesmith-schema"] == "open"
+
+
+def test_a_grammar_ends_with_the_models_own_end_tokens(writer: Path, tmp_path: Path) -> None:
+    shutil.copytree(writer, tmp_path / "other")
+    file = tmp_path / "other" / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": 256}))
+    bases = [open_base(str(folder), datetime.now()) for folder in (writer, tmp_path / "other")]
+    for base in bases:
+        base.scratch.cleanup()
+    models = [ServedModel("base", base) for base in bases]
+    assert models[0].renderer.fingerprint == models[1].renderer.fingerprint
+    assert models[0].renderer.end_ids != models[1].renderer.end_ids
+    cache = GrammarCache()
+
+    async def compile_all() -> list[Grammar]:
+        return [await cache.compile(SCHEMA, model) for model in [*models, models[0]]]
+
+    grammars = asyncio.run(compile_all())
+    assert grammars[0] is grammars[2]
+    assert grammars[0] is not grammars[1]
 
 
 def nest(depth: int) -> Any:

@@ -18,6 +18,7 @@ from tunesmith.evaluate.compare_models import EvalSpec, evaluate_model
 from tunesmith.evaluate.model_ref import parse_model_ref
 from tunesmith.serve.server import prepare_server
 from tunesmith.serve.settings import read_settings
+from tunesmith.serve.sources import open_adapter
 
 SCHEMA = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
 
@@ -76,15 +77,21 @@ def test_a_run_is_proven_and_found_by_its_own_base(trained: LiveServer) -> None:
 
 
 def test_the_runs_schema_is_the_default_of_a_constrained_model(trained: LiveServer) -> None:
+    num_complete = 0
     with trained.client() as http:
         for seed in range(4):
             body = make_chat("json", seed=seed, max_tokens=60)
             response = http.post("/v1/chat/completions", json=body)
             choice = response.json()["choices"][0]
-            if choice["finish_reason"] == "stop":
+            is_complete = choice["finish_reason"] == "stop"
+            state = "complete" if is_complete else "open"
+            assert response.headers["x-tunesmith-schema"] == state
+            if is_complete:
                 jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+                num_complete += 1
             free = make_chat("json", seed=seed, max_tokens=9, response_format={"type": "text"})
             assert "x-tunesmith-schema" not in http.post("/v1/chat/completions", json=free).headers
+    assert num_complete
 
 
 @pytest.mark.parametrize(
@@ -98,6 +105,25 @@ def test_answers_are_those_of_eval(model: str, ref: str, trained: LiveServer, ru
     for sample, answer in zip(results.samples, served, strict=True):
         assert sample.answer.startswith(answer)  # `eval` allows longer answers
         assert len(answer) >= 16
+
+
+def test_a_schema_to_follow_is_part_of_the_fingerprint(trained: LiveServer) -> None:
+    with trained.client() as http:
+        bodies = [
+            http.post("/v1/chat/completions", json=make_chat(name, max_tokens=1)).json()
+            for name in ("free", "free", "json")
+        ]
+    first, second, constrained = (body["system_fingerprint"] for body in bodies)
+    assert first == second != constrained
+
+
+def test_a_checkpoint_that_is_served_again_leaves_the_first_as_it_is(
+    trained: LiveServer, run: Path
+) -> None:
+    base = trained.server.engine.registry.base
+    first, second = (open_adapter(str(run / "checkpoints" / "step-3"), base) for _ in range(2))
+    first.check_unchanged()
+    assert first.digest == second.digest
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,9 @@ def test_peft_loads_adapters_of_experts_on_the_whole_model(
     network = load_network(qwen3_vl_moe, torch.float32)
     METHODS["lora"](network, settings)
     parameters = get_trainable_parameters(network)
+    generator = torch.Generator().manual_seed(1)
     for parameter in parameters.values():
-        parameter.data += 0.05 * torch.randn(parameter.shape)
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     save_adapter(network, tmp_path / "adapter", settings, qwen3_vl_moe)
     whole: Any = AutoModelForImageTextToText.from_pretrained(qwen3_vl_moe).eval()
     before = compute_logits(whole)

@@ -13,7 +13,8 @@ from tunesmith.core.atomic import hash_file
 from tunesmith.model.kernels import build
 
 QUICK_FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in build.FLAGS)
-needs_kernels = pytest.mark.skipif(build.load_library() is None, reason="needs a C compiler")
+KERNELS = build.load_kernels()  # of all sources
+needs_kernels = pytest.mark.skipif(KERNELS.library is None, reason=KERNELS.problem)
 
 
 def load() -> build.Kernels:
@@ -61,6 +62,12 @@ def flip(file: Path) -> None:
 def lead_elsewhere(file: Path) -> None:
     file.rename(file.parent.parent / "elsewhere.so")
     file.symlink_to(file.parent.parent / "elsewhere.so")
+
+
+@pytest.mark.skipif(build.find_compiler() is None, reason="there is no C compiler")
+def test_the_sources_compile_where_there_is_a_compiler() -> None:
+    """Else every test of a kernel would be skipped."""
+    assert KERNELS.library is not None, KERNELS.problem
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {

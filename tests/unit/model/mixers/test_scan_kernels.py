@@ -92,7 +92,10 @@ def assert_summed(ours: Tensor, exact: Tensor) -> None:
     assert (ours.double() - exact).norm() <= SUM * exact.norm() + 1e-12
 
 
-def check_recurrence(segments: list[tuple[int, int]], shape: ScanShape) -> None:
+def run_both(
+    segments: list[tuple[int, int]], shape: ScanShape
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the output of the kernels with its gradients, and both token by token in fp64."""
     layout = make_layout(segments)
     inputs = narrow_inputs(layout.num_tokens, shape)
     wide = widen(inputs)
@@ -101,18 +104,20 @@ def check_recurrence(segments: list[tuple[int, int]], shape: ScanShape) -> None:
     expected = run_exactly(exact_TC, wide, shape, layout)
     dout = draw_like(expected)
     scalars = (inputs.decay_TH, inputs.beta_TH, inputs.skip_H)
-    assert_rounded(kernels.run_recurrence(active_TC, *scalars, layout, shape), expected)
+    out = kernels.run_recurrence(active_TC, *scalars, layout, shape)
     leaves = (exact_TC, wide.decay_TH, wide.beta_TH)
     ours = kernels.run_recurrence_backward(dout, active_TC, *scalars, layout, shape)
     theirs = torch.autograd.grad(expected, leaves, dout.double())
-    for actual, wanted in zip(ours, theirs, strict=True):
-        assert_summed(actual, wanted)
+    return [out, *ours], [expected, *theirs]
 
 
 @SHAPES
 @pytest.mark.parametrize("segments", [DOCUMENTS, TREE], ids=["documents", "tree"])
 def test_the_recurrence(segments: list[tuple[int, int]], shape: ScanShape) -> None:
-    check_recurrence(segments, shape)
+    ours, exact = run_both(segments, shape)
+    assert_rounded(ours[0], exact[0])
+    for actual, wanted in zip(ours[1:], exact[1:], strict=True):
+        assert_summed(actual, wanted)
 
 
 forests = st.lists(st.tuples(st.integers(-1, 6), st.integers(1, 70)), min_size=1, max_size=4)
@@ -122,7 +127,10 @@ forests = st.lists(st.tuples(st.integers(-1, 6), st.integers(1, 70)), min_size=1
 @settings(max_examples=8, deadline=None)
 @given(forests)
 def test_the_recurrence_on_any_forest(shape: ScanShape, segments: list[tuple[int, int]]) -> None:
-    check_recurrence(segments, shape)
+    ours, exact = run_both(segments, shape)
+    assert_rounded(ours[0], exact[0])
+    for actual, wanted in zip(ours[1:], exact[1:], strict=True):
+        assert_summed(actual, wanted)
 
 
 @pytest.mark.parametrize("segments", [DOCUMENTS, TREE], ids=["documents", "tree"])
@@ -190,11 +198,13 @@ def test_threads_change_nothing(shape: ScanShape) -> None:
     layout = make_layout(TREE)
     inputs = narrow_inputs(layout.num_tokens, shape)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone = compute_all(inputs, shape, layout)
-    torch.set_num_threads(3)
-    together = compute_all(inputs, shape, layout)
-    torch.set_num_threads(threads)
+    try:
+        torch.set_num_threads(1)
+        alone = compute_all(inputs, shape, layout)
+        torch.set_num_threads(3)
+        together = compute_all(inputs, shape, layout)
+    finally:
+        torch.set_num_threads(threads)
     for actual, wanted in zip(alone, together, strict=True):
         assert torch.equal(actual, wanted)
 
