@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from tunesmith.core.types import Json
 
@@ -171,11 +171,11 @@ def find_remains(folder: Path) -> Iterator[str]:
         is_scratch = path.parent.name == "scratch" and not path.name.startswith("torchinductor")
         if path.name.startswith((".tmp-", ".trash-")) or is_scratch:
             yield f"left {name}"
-        elif path.is_file() and not is_whole(path):
+        elif path.is_file() and not is_complete(path):
             yield f"half-written {name}"
 
 
-def is_whole(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
     try:
         if path.suffix == ".json":
             json.loads(path.read_bytes())
@@ -187,7 +187,7 @@ def is_whole(path: Path) -> bool:
                 file.keys()
         elif path.suffix == ".html":
             return path.read_text("utf-8").rstrip().endswith("</html>")
-    except Exception:  # noqa: BLE001 (whatever a library says of it, it is not whole)
+    except (OSError, ValueError, SafetensorError):
         return False
     return True
 

@@ -85,7 +85,8 @@ def run_job(side: subprocess.Popen[str], job: dict[str, int | bool]) -> dict:
 
 def compare(revision: str, job: dict[str, int | bool], rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(["git", "archive", revision], cwd=ROOT, capture_output=True)
+        command = ["git", "archive", revision]
+        archive = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
         subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
         sides = {"before": start_side(Path(folder)), "now": start_side(ROOT)}
         for side in sides.values():
@@ -109,7 +110,8 @@ def compare(revision: str, job: dict[str, int | bool], rounds: int) -> None:
         for side in sides.values():
             side.communicate()
     ratio = median(seconds["before"]) / median(seconds["now"])
-    print(json.dumps({"speed now / before": round(ratio, 3)}))
+    result = {"before": revision, "rounds": rounds, "speed now / before": round(ratio, 3)}
+    print(json.dumps(result))
 
 
 def main() -> None:

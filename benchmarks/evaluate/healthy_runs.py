@@ -127,24 +127,27 @@ def run_task(task: str) -> str:
         )
         events = list(api.train(plan))
         record = read_json(folder / "run" / "record.json")
-    said = [
+    verdicts = [
         f"{event.kind}: {event.evidence}"
         for event in events
         if isinstance(event, CheckResult) and event.step and event.level != "ok"
     ]
-    shortcuts = [f"{found['kind']} {found['field']}" for found in record["errors"]["shortcuts"]]
+    shortcuts = [
+        f"{shortcut['kind']} {shortcut['field']}" for shortcut in record["errors"]["shortcuts"]
+    ]
     rollbacks = sum(isinstance(event, Rollback) for event in events)
     scores = [
         f"{comparison['before']['value']:.2f} -> {comparison['after']['value']:.2f}"
         for comparison in record["comparisons"]
         if comparison["metric"] == "exact_match"
     ]
-    alarms = "; ".join([*shortcuts, *said]) or "none"
+    alarms = "; ".join([*shortcuts, *verdicts]) or "none"
     return f"| {task} | {', '.join(scores)} | {rollbacks} | {alarms} |"
 
 
 def main(tasks: list[str]) -> None:
-    print("| task | exact match | rollbacks | alarms |\n|---|---|---|---|", flush=True)
+    exact_match = f"exact match of {NUM_ROWS['test']} rows"
+    print(f"| task | {exact_match} | rollbacks | alarms |\n|---|---|---|---|", flush=True)
     for task in tasks or TASKS:
         print(run_task(task), flush=True)
 

@@ -52,8 +52,15 @@ def list_works(options: argparse.Namespace, folder: Path) -> Iterator[Work]:
         for method in ("lora",) if name == "135M" else ("lora", "qlora"):
             for length in LENGTHS[:1] if name == "135M" else LENGTHS:
                 if length <= options.pack:
-                    place = (str(model_folder), options.device, options.seconds)
-                    yield Work(name, method, length, options.pack, *place)
+                    yield Work(
+                        name,
+                        method,
+                        document_tokens=length,
+                        pack_tokens=options.pack,
+                        folder=str(model_folder),
+                        device=options.device,
+                        seconds=options.seconds,
+                    )
 
 
 def list_sides() -> list[str]:
@@ -115,7 +122,8 @@ def main() -> int:
         print("torch sees no CUDA device; `tunesmith doctor` says why", file=sys.stderr)
         return 3
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}; the ratio is tunesmith's rate to the peer's")
+    print(f"{name}, torch {torch.__version__}; {options.seconds:g} s of steps per side")
+    print("The ratio is tunesmith's rate to the peer's.")
     print(" ".join(f"{column:{width}}" for column, width in zip(COLUMNS, WIDTHS, strict=True)))
     failed = False
     with TemporaryDirectory() as scratch:

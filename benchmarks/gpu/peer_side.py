@@ -1,4 +1,5 @@
-"""Run a Work as TRL or Unsloth does, on the same ids, with padding-free batches of the same size.
+"""Run a Work as TRL or Unsloth does, on the same ids, in batches of rows of equal length, which
+have no padding.
 
     python -m benchmarks.gpu.peer_side trl|unsloth WORK
 

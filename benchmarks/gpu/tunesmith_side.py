@@ -22,6 +22,8 @@ from benchmarks.gpu.work import (
     parse_work,
     print_result,
 )
+from benchmarks.vs_trl.job import LORA
+from benchmarks.vs_trl.tunesmith_side import make_loop_config
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -37,53 +39,23 @@ from tunesmith.plan.hardware_presets import HARDWARE_PRESETS
 from tunesmith.plan.memory_gpu import estimate_gpu_memory
 from tunesmith.train.loop import TrainingLoop
 
-LORA = {
-    "lora_r": RANK,
-    "lora_alpha": ALPHA,
-    "lora_dropout": 0.0,
-    "use_rslora": False,
-    "use_dora": False,
-    "lora_target_modules": "all-linear",
-    "seed": 0,
-}
+SETTINGS = LORA | {"lora_r": RANK, "lora_alpha": ALPHA}
 POLICIES = ("none", "selective", "full")
 MANY_STEPS = 10**6
 
 
 def make_config(work: Work) -> PlanConfig:
-    """Return the settings of the work; the loop reads no others."""
-    return PlanConfig(
-        method="lora" if work.method == "lora" else "qlora",
-        optim="adamw",
-        dtype="bf16",
+    """Return the settings of the work."""
+    return make_loop_config(
+        method=work.method,
         max_length=work.pack_tokens,
         pack_length=work.pack_tokens,
-        num_train_epochs=1,
         learning_rate=1e-4,
-        warmup_ratio=0.0,
         lr_scheduler_type="constant",
-        weight_decay=0.0,
         max_grad_norm=1.0,
-        step_in_backward=False,
         attention="auto",
         share_prefixes=False,
         weight_layout="plain",
-        metrics=(),
-        eval_steps=1,
-        save_steps=1,
-        guard_collapse="off",
-        guard_forgetting="off",
-        forgetting_margin=0.0,
-        patience=0,
-        probe_steps=0,
-        probe_prompts=0,
-        gradient_checkpointing="none",
-        chat_template="auto",
-        on_overlong="drop",
-        seed=0,
-        stage="sft",
-        output_dir="",
-        now="",
     )
 
 
@@ -96,7 +68,7 @@ def make_model(work: Work, policy: str) -> PackedCausalLM:
         for path, linear in find_linears(network).items():
             quantized = QuantizedLinear(linear.weight, linear.bias, torch.bfloat16)
             replace_module(network, path, quantized)
-    METHODS["lora"](network, LORA)
+    METHODS["lora"](network, SETTINGS)
     return wrap_model(network, torch.bfloat16, gradient_checkpointing=policy)
 
 

@@ -68,7 +68,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Result:
-    """What a side measured, or why it could not."""
+    """The measurements of one side, or the problem that prevented them."""
 
     tokens_per_second: float = 0.0
     kernels: int = 0  # of a step
@@ -100,7 +100,7 @@ def make_documents(work: Work) -> list[Document]:
 
 
 class Clock:
-    """Times steps after the warm-up, until the seconds are used."""
+    """A timer of the steps after the warm-up, until the seconds are used."""
 
     def __init__(self, work: Work) -> None:
         self.work = work

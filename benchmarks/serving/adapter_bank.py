@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from benchmarks.vs_trl.job import LORA
 
 from tunesmith.model.adapter_bank import AdapterBank, RowRange
 from tunesmith.model.adapters import add_lora, find_lora_layers
@@ -32,15 +33,6 @@ from tunesmith.model.paged_cache import PagedKVCache
 from tunesmith.model.save import save_adapter
 
 MODEL = "smollm2-135m-instruct"
-SETTINGS: dict[str, Any] = {
-    "lora_r": 16,
-    "lora_alpha": 32,
-    "lora_dropout": 0.0,
-    "use_rslora": False,
-    "use_dora": False,
-    "lora_target_modules": "all-linear",
-    "seed": 0,
-}
 ADAPTERS = (0, 1, 2, 4, 8, 16)
 PROMPT_TOKENS = 150
 STEPS = 4  # of a turn
@@ -87,19 +79,22 @@ def open_models(folder: Path) -> tuple[AdapterBank, dict[str, PackedCausalLM]]:
     bank_model = wrap_model(load_network(folder, DTYPE), DTYPE)
     bank = AdapterBank(bank_model)
     network = load_network(folder, DTYPE)
-    add_lora(network, SETTINGS)
+    add_lora(network, LORA)
     seconds: list[float] = []
     num_bytes = 0
     with tempfile.TemporaryDirectory() as scratch:
         for index in range(max(ADAPTERS)):
             draw_adapter(network, index)
             path = Path(scratch) / "adapter"
-            save_adapter(network, path, SETTINGS, folder)
+            save_adapter(network, path, LORA, folder)
             adapter = read_adapter(path, folder)
             started = time.process_time()
             num_bytes = bank.load(f"adapter-{index}", adapter)
             seconds.append(time.process_time() - started)
-    print(f"load: {median(seconds):.3f} s of the processor, {num_bytes / 1e6:.2f} MB an adapter")
+    print(
+        f"load, median of {len(seconds)} adapters: {median(seconds):.3f} s of the processor, "
+        f"{num_bytes / 1e6:.2f} MB an adapter"
+    )
     lora_model = wrap_model(network, DTYPE, should_block_weights=True)
     return bank, {"bank": bank_model, "lora": lora_model, "plain": plain}
 

@@ -13,14 +13,14 @@ llama-server and vLLM."""
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
+import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -28,28 +28,21 @@ from statistics import median
 from typing import Any
 
 import torch
+from benchmarks.vs_trl.job import LORA
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+sys.path.append(str(Path(__file__).parents[2] / "tests" / "helpers"))
+
+from serve_lab import LiveServer, make_settings, serving
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.model.adapters import add_lora, get_trainable_parameters
 from tunesmith.model.causal_lm import load_network
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.save import save_adapter
 from tunesmith.recipe import demo
-from tunesmith.serve import server as serve_server
-from tunesmith.serve.settings import ServeSettings
 
 MODEL = "smollm2-135m-instruct"
-SETTINGS: dict[str, Any] = {
-    "lora_r": 16,
-    "lora_alpha": 32,
-    "lora_dropout": 0.0,
-    "use_rslora": False,
-    "use_dora": False,
-    "lora_target_modules": "all-linear",
-    "seed": 0,
-}
 CLIENTS = 16
 ADAPTERS = 8
 PAD = 0
@@ -77,18 +70,17 @@ def save_adapters(base: Path, folder: Path) -> list[Path]:
     paths: list[Path] = []
     for seed in range(ADAPTERS):
         network = load_network(base, torch.bfloat16)
-        add_lora(network, SETTINGS)
+        add_lora(network, LORA)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in get_trainable_parameters(network).items():
             if name.endswith("lora_B"):
                 parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
         paths.append(folder / f"a{seed}")
-        save_adapter(network, paths[-1], SETTINGS, base)
+        save_adapter(network, paths[-1], LORA, base)
     return paths
 
 
-def read_prompts(base: Path) -> list[list[int]]:
-    renderer = Renderer.from_folder(base, now=datetime.now())
+def read_prompts(renderer: Renderer) -> list[list[int]]:
     rows = (Path(demo.__file__).parent / "test.jsonl").read_text().splitlines()[:CLIENTS]
     prompts: list[list[int]] = []
     for row in rows:
@@ -100,57 +92,35 @@ def read_prompts(base: Path) -> list[list[int]]:
 # ---------------------------------------------------------------- ours
 
 
-class ServerThread:
-    """The server in a thread of this process."""
+def open_server(base: Path, adapters: Sequence[Path]) -> AbstractContextManager[LiveServer]:
+    """Return a server that runs in a thread of this process inside the block."""
+    models = {path.name: {"from": str(path), "unproven": True} for path in adapters}
+    limits = {"request": "20m", "wait": "1h"}
+    return serving(make_settings(models, base=str(base), dtype="bf16", limits=limits))
 
-    def __init__(self, base: Path, adapters: Sequence[Path]) -> None:
-        models = {path.name: {"from": str(path), "unproven": True} for path in adapters}
-        values: dict[str, Any] = {
-            "base": str(base),
-            "models": models,
-            "port": 0,
-            "auth": False,
-            "dtype": "bf16",
+
+def answer_over_http(
+    url: str, models: Sequence[str], prompts: Sequence[list[int]], num_tokens: int, end: int
+) -> list[list[int]]:
+    def post(model: str, prompt: list[int]) -> list[int]:
+        body = {
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": num_tokens,
+            "temperature": 0,
+            "logit_bias": {str(end): -100},
+            "return_token_ids": True,
         }
-        values |= {"limits": {"request": "20m", "wait": "1h"}}
-        self.prepared = serve_server.prepare_server(ServeSettings.model_validate(values))
-        self._started = threading.Event()
-        threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True).start()
-        assert self._started.wait(120)
+        request = urllib.request.Request(
+            f"{url}/v1/completions",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=600) as response:
+            return json.load(response)["choices"][0]["token_ids"]
 
-    async def _run(self) -> None:
-        server = serve_server.build_server(self.prepared)
-        server.engine.scheduler.start(asyncio.get_running_loop())
-        await serve_server.load_models(server.engine.registry, self.prepared.models)
-        web = serve_server.make_web_server(server, self.prepared)
-        serving = asyncio.ensure_future(web.serve(sockets=[self.prepared.socket]))
-        while not web.started:
-            await asyncio.sleep(0.01)
-        self._started.set()
-        await serving
-
-    def answer(
-        self, models: Sequence[str], prompts: Sequence[list[int]], num_tokens: int, end: int
-    ) -> list[list[int]]:
-        def post(model: str, prompt: list[int]) -> list[int]:
-            body = {
-                "model": model,
-                "prompt": prompt,
-                "max_tokens": num_tokens,
-                "temperature": 0,
-                "logit_bias": {str(end): -100},
-                "return_token_ids": True,
-            }
-            request = urllib.request.Request(
-                f"{self.prepared.url}/completions",
-                json.dumps(body).encode(),
-                {"content-type": "application/json"},
-            )
-            with urllib.request.urlopen(request, timeout=600) as response:
-                return json.load(response)["choices"][0]["token_ids"]
-
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            return list(pool.map(post, models, prompts))
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        return list(pool.map(post, models, prompts))
 
 
 # ---------------------------------------------------------------- transformers and PEFT
@@ -204,7 +174,8 @@ def load_peft(base: Path, adapters: Sequence[Path]) -> Any:
 
 def print_sides(title: str, sides: Sequence[Side], num_tokens: int) -> None:
     ours = sides[0]
-    print(f"\n{title}: {CLIENTS} prompts, {num_tokens} tokens each")
+    rounds = len(ours.seconds)
+    print(f"\n{title}: {CLIENTS} prompts, {num_tokens} tokens each, medians of {rounds} rounds")
     for side in sides:
         seconds = median(side.seconds)
         processor = median(side.processor_seconds)
@@ -226,32 +197,41 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     args = parser.parse_args()
     base = resolve_model(args.model)
-    prompts = read_prompts(base)
+    renderer = Renderer.from_folder(base, now=datetime.now())
+    prompts = read_prompts(renderer)
+    end = renderer.end_ids[0]
+    num_tokens = args.tokens
+    base_names = ["base"] * CLIENTS
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
     with tempfile.TemporaryDirectory() as scratch:
         adapters = save_adapters(base, Path(scratch))
         names = [adapters[index % ADAPTERS].name for index in range(CLIENTS)]
-        server = ServerThread(base, adapters)
-        stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
         peft = load_peft(base, adapters)
-        end = server.prepared.base.renderer.end_ids[0]
-        num_tokens = args.tokens
-        base_names = ["base"] * CLIENTS
-        base_sides = [
-            Side("server", lambda: server.answer(base_names, prompts, num_tokens, end)),
-            Side("transformers, one batch", lambda: generate_stock(stock, prompts, num_tokens)),
-        ]
-        adapter_sides = [
-            Side("server", lambda: server.answer(names, prompts, num_tokens, end)),
-            Side("PEFT set_adapter", lambda: answer_by_switching(peft, names, prompts, num_tokens)),
-            Side(
-                "PEFT adapter_names",
-                lambda: generate_stock(peft, prompts, num_tokens, adapter_names=names),
-            ),
-        ]
-        server.answer(names, prompts, 2, end)  # warm
-        for _ in range(args.rounds):
-            for side in [*base_sides, *adapter_sides]:
-                side.run()
+        with open_server(base, adapters) as server:
+            base_sides = [
+                Side(
+                    "server",
+                    lambda: answer_over_http(server.url, base_names, prompts, num_tokens, end),
+                ),
+                Side("transformers, one batch", lambda: generate_stock(stock, prompts, num_tokens)),
+            ]
+            adapter_sides = [
+                Side(
+                    "server", lambda: answer_over_http(server.url, names, prompts, num_tokens, end)
+                ),
+                Side(
+                    "PEFT set_adapter",
+                    lambda: answer_by_switching(peft, names, prompts, num_tokens),
+                ),
+                Side(
+                    "PEFT adapter_names",
+                    lambda: generate_stock(peft, prompts, num_tokens, adapter_names=names),
+                ),
+            ]
+            answer_over_http(server.url, names, prompts, 2, end)  # warm
+            for _ in range(args.rounds):
+                for side in [*base_sides, *adapter_sides]:
+                    side.run()
     print_sides("W1, the base", base_sides, num_tokens)
     print_sides(f"W2, {ADAPTERS} adapters in turn", adapter_sides, num_tokens)
 

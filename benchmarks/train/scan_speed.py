@@ -135,6 +135,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     layout = make_layout()
+    print(f"{layout.num_tokens:,} tokens, medians of {ROUNDS} rounds:\n")
     print("| what | torch path | kernels | ratio |\n|---|---|---|---|")
     layer = compare_layers(layout)
     with TemporaryDirectory() as folder:

@@ -71,9 +71,9 @@ def format_loss(results: Json) -> list[list[str]]:
 
 
 def format_startup(results: Json) -> list[list[str]]:
-    found = results["start"]
-    taken = f"{found['begun']:.1f} s ({found['done']:.1f} s until it is done)"
-    return [[f"start to first step, {found['rows']:,} rows", taken, "", "", "under 15 s"]]
+    start = results["start"]
+    taken = f"{start['begun']:.1f} s ({start['done']:.1f} s until it is done)"
+    return [[f"start to first step, {start['rows']:,} rows", taken, "", "", "under 15 s"]]
 
 
 def format_rendering(results: Json) -> list[list[str]]:
@@ -99,12 +99,12 @@ def format_prefixes(results: Json) -> list[list[str]]:
     times = f"{shared / best['tokens_per_second']:.2f}x"
     theirs = f"{best['tokens_per_second']:.0f} ({best['name']})"
     lines = [[f"{rows}: useful tokens/s", f"{shared:.0f}", theirs, times, "at least 4.2x"]]
-    for what, found, goal in (
+    for what, job, goal in (
         ("the same", chat, "at least 0.90 of it"),
         ("pairs with long prompts", pairs, "at least 1.6x"),
     ):
-        speeds = [found[name]["tokens_per_second"] for name in ("shared", "alone")]
-        ideal = 1 / (1 - found["saved"])
+        speeds = [job[name]["tokens_per_second"] for name in ("shared", "alone")]
+        ideal = 1 / (1 - job["saved"])
         speedup = speeds[0] / speeds[1]
         ratio = f"{speedup:.2f}x of {ideal:.2f}x, {speedup / ideal:.2f} of it"
         lines.append(

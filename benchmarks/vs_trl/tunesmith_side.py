@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmarks.vs_trl.job import (
@@ -45,27 +46,19 @@ def save_initial_adapter(model: str, folder: str) -> None:
     print(json.dumps(folder))
 
 
-def make_config(job: Job) -> PlanConfig:
-    """Return the settings of the job; the loop reads no others."""
+def make_loop_config(**settings: Any) -> PlanConfig:
+    """Return `settings` with defaults for those that a loop of a benchmark does not read, such as
+    evaluation, the guard and checkpoints."""
     return PlanConfig(
-        method="lora",
         optim="adamw",
         dtype="bf16",
-        max_length=job.options["pack_length"],
-        pack_length=job.options["pack_length"],
         num_train_epochs=1,
-        learning_rate=job.learning_rate,
         warmup_ratio=0.0,
-        lr_scheduler_type="linear",
         weight_decay=0.0,
-        max_grad_norm=job.max_grad_norm,
         step_in_backward=False,
-        attention="cpu_kernel",
-        share_prefixes=job.options["share_prefixes"],
-        weight_layout="blocked" if job.options["blocked"] else "plain",
         metrics=(),
-        eval_steps=job.steps,
-        save_steps=job.steps,
+        eval_steps=1,
+        save_steps=1,
         guard_collapse="off",
         guard_forgetting="off",
         forgetting_margin=0.0,
@@ -79,6 +72,22 @@ def make_config(job: Job) -> PlanConfig:
         stage="sft",
         output_dir="",
         now="2026-01-01T00:00:00",
+        **settings,
+    )
+
+
+def make_config(job: Job) -> PlanConfig:
+    """Return the settings of the job."""
+    return make_loop_config(
+        method="lora",
+        max_length=job.options["pack_length"],
+        pack_length=job.options["pack_length"],
+        learning_rate=job.learning_rate,
+        lr_scheduler_type="linear",
+        max_grad_norm=job.max_grad_norm,
+        attention="cpu_kernel",
+        share_prefixes=job.options["share_prefixes"],
+        weight_layout="blocked" if job.options["blocked"] else "plain",
     )
 
 

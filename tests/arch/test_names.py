@@ -1,4 +1,5 @@
-"""Names say what a thing is: functions are verbs, a class name occurs once, no word is empty."""
+"""Names say what a thing is: functions are verbs, a class name occurs once, no word is empty. A
+file of tests has a name of its own."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ import pytest
 import tunesmith
 
 PACKAGE = Path(tunesmith.__file__).parent
+TESTS = Path(__file__).parents[1]
+BENCHMARKS = TESTS.parent / "benchmarks"
 
 # Words without content: they name nothing, alone or as a part of a name.
 EMPTY_WORDS = set("found one told known said kept left own asked whole place given".split())  # noqa: SIM905
@@ -136,8 +139,9 @@ def sources() -> list[Path]:
 
 
 def test_no_name_is_an_empty_word() -> None:
+    files = [path for path in sources() if path.name not in CHARTS]
     breaches = {
-        str(path): empty_names(path.read_text()) for path in sources() if path.name not in CHARTS
+        str(path): empty_names(path.read_text()) for path in (*files, *BENCHMARKS.rglob("*.py"))
     }
     assert {path: names for path, names in breaches.items() if names} == {}
 
@@ -159,6 +163,13 @@ def test_a_class_name_occurs_once() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ClassDef)
     )
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_a_file_of_tests_has_a_name_of_its_own() -> None:
+    """Each is imported by its base name, from whatever folder: a second one would hide it."""
+    names = Counter(path.name for path in TESTS.rglob("*.py"))
+    del names["conftest.py"]
     assert [name for name, count in names.items() if count > 1] == []
 
 

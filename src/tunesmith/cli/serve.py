@@ -17,7 +17,7 @@ import typer
 from tunesmith.cli.args import AsJson
 from tunesmith.cli.help import complete_runs
 from tunesmith.cli.output import print_result, write_stderr
-from tunesmith.core.errors import MachineError
+from tunesmith.core.errors import InputError, MachineError
 
 KeysFile = Annotated[
     Path | None,
@@ -136,8 +136,11 @@ def add_key(
     from tunesmith.serve import keys as key_files
 
     scopes: Any = _split_words(scope)
+    names = _split_words(models or "")
+    if models is not None and not names:  # an empty variable of a script must not mean all
+        raise InputError("it names no model", where="--models", fix="leave it out for all models")
     path = keys or key_files.find_keys_file()
-    secret, key = key_files.add_key(path, name, scopes=scopes, models=_split_words(models or ""))
+    secret, key = key_files.add_key(path, name, scopes=scopes, models=names)
     output = {"key": secret, "name": key.name, "scopes": key.scopes, "models": key.models}
     print_result(output, secret, as_json=as_json)
 

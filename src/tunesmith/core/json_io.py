@@ -14,6 +14,7 @@ import json
 import math
 import numbers
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -80,12 +81,17 @@ def parse_as(cls: type[T], value: Any, where: str = "") -> T:
     """Return a value of the type `cls` from its JSON form. Raises InputError with the first field
     that does not match."""
     try:
-        return TypeAdapter(cls).validate_python(value)
+        return _make_adapter(cls).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         location = ".".join(map(str, first["loc"]))
         problem = f"{location}: {first['msg']}" if location else first["msg"]
         raise InputError(f"not a {cls.__name__}: {problem}", where=where) from None
+
+
+@lru_cache(maxsize=64)
+def _make_adapter(cls: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(cls)  # takes milliseconds, and every reply of a server is parsed
 
 
 def read_json(path: Path, *, key: str = "", fix: str = "") -> Any:

@@ -84,7 +84,7 @@ class LiveVerification:
 
     @property
     def problem(self) -> str:
-        """Why the server was not shown to be the run; empty if it was."""
+        """The reason why the server was not shown to be the run; empty if it was."""
         if self.is_run:
             return ""
         if failed := [check.name for check in self.checks if check.status == "failed"]:
@@ -107,7 +107,7 @@ class _Pair:
 
     @property
     def tie_nats(self) -> float | None:
-        """By how much the server prefers its token where the answers part; None if unknown."""
+        """Nats by which the server prefers its token where the answers part; None if unknown."""
         return self.answer.measure_preference(self.item.after)
 
 
@@ -253,13 +253,14 @@ def _check_answers(pairs: Sequence[_Pair]) -> LiveCheck:
     message = f"{n - len(different)} of {n} are the same"
     if not different:
         return LiveCheck(name, "ok", n, message)
-    gaps = [pair.tie_nats for pair in different]
-    if None in gaps:
-        return _judge_changes(pairs, different, message)
-    clear = sum(gap is not None and gap > MAX_TIE_NATS for gap in gaps)
-    message += f"; {len(different) - clear} part at a tie, {clear} at a clear choice"
+    gaps = [gap for pair in different if (gap := pair.tie_nats) is not None]
+    clear = sum(gap > MAX_TIE_NATS for gap in gaps)
     low, _ = compute_wilson_interval(clear, n)
-    if low > MAX_CLEAR_SHARE:
+    is_other = low > MAX_CLEAR_SHARE
+    if len(gaps) < len(different) and not is_other:
+        return _judge_changes(pairs, different, message)
+    message += f"; {len(gaps) - clear} part at a tie, {clear} at a clear choice"
+    if is_other:
         return LiveCheck(name, "failed", n, message)
     return LiveCheck(name, "ok" if clear <= MAX_CLEAR_SHARE * n else "warning", n, message)
 

@@ -295,8 +295,10 @@ def choose_model(client: LiveClient, name: str | None) -> str:
     if name is not None and {name.partition(":")[0], f"{name}:latest"} & set(listed):
         return name
     if name is None or name not in listed:
-        message = "no model is named, and the server has several"
-        if name is not None or not listed:
-            message = f"the server has no model {name!r:.80}"
+        message = f"the server has no model {name!r:.80}"
+        if name is None:
+            message = "no model is named, and the server has several"
+        if not listed:
+            message = "the server lists no model"
         raise InputError(message, where=client.url, fix=f"--model takes one of: {names or 'none'}")
     return name

@@ -63,11 +63,10 @@ class RecordedItem:
 
 @dataclass(frozen=True, eq=False)
 class RecordedRun:
-    """`measurements` are the graded metrics after training, `num_rows` all recorded answers."""
+    """A run as it was measured. `measurements` are its graded metrics after training."""
 
     path: Path
     items: tuple[RecordedItem, ...]
-    num_rows: int
     max_new_tokens: int
     measurements: tuple[MetricValues, ...]
     schema: Json | None
@@ -106,7 +105,6 @@ def load_recorded_run(path: Path, num_items: int) -> RecordedRun:
     return RecordedRun(
         path=path,
         items=_select_evenly(items, num_items),
-        num_rows=len(items),
         max_new_tokens=compute_max_new_tokens(prompts, needs_end=needs_end),
         measurements=tuple(_select_graded(after)),
         schema=read_response_schema(recipe.response_schema),

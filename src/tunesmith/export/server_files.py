@@ -39,8 +39,8 @@ class ServedAdapter:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What is served. `hub_name` is empty for a base that is not on the hub; `base` names it for
-    people. `model_file` is the GGUF of llama-server."""
+    """The base and the adapters of a server. `hub_name` is empty for a base that is not on the hub;
+    `base` names it for people. `model_file` is the GGUF of llama-server."""
 
     adapters: tuple[ServedAdapter, ...]
     base: str

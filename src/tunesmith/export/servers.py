@@ -190,13 +190,13 @@ def _refuse_differences(runs: Sequence[SourceRun]) -> None:
     """Raise InputError for runs that one server cannot hold: all share its base, its tokenizer and
     its template with the variables."""
     first = runs[0]
-    hashes = hash_weight_files(first.model_spec.path)
+    paths = {run.model_spec.path for run in runs}
+    hashes = {path: hash_weight_files(path) for path in paths} if len(paths) > 1 else {}
     for run in runs[1:]:
         difference = ""
         if run.renderer.fingerprint != first.renderer.fingerprint:
             difference = "another chat template, other chat_template_kwargs or another tokenizer"
-        same_path = run.model_spec.path == first.model_spec.path
-        if not same_path and hash_weight_files(run.model_spec.path) != hashes:
+        if hashes and hashes[run.model_spec.path] != hashes[first.model_spec.path]:
             difference = "another base model"
         if difference:
             message = f"it has {difference} than {first.path}: one server has one for all"

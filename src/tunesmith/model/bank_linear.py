@@ -12,6 +12,7 @@ adapter files (save.py). Legend: N rows, I inputs, O outputs, R rank, n rows of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +77,11 @@ class ForwardRows:
     def __init__(self, num_rows: int, groups: Sequence[tuple[ScaledAdapter, Tensor]]) -> None:
         self.num_rows = num_rows
         self.groups = groups
-        self.packed = PackedRows([(adapter.table, rows_n) for adapter, rows_n in groups])
+
+    @functools.cached_property
+    def packed(self) -> PackedRows:
+        """The rows for lora.c. Only its linears ask for them: a GPU would be waited for."""
+        return PackedRows([(adapter.table, rows_n) for adapter, rows_n in self.groups])
 
 
 class RowAdapters:

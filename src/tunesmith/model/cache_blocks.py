@@ -23,7 +23,8 @@ def count_blocks(num_tokens: int) -> int:
 
 
 class BlockContent(NamedTuple):
-    """What a full block holds: its tokens, after those that the key of its parent stands for."""
+    """The tokens of a full block. `parent` stands for all tokens before them, `key` for those and
+    the block's own."""
 
     key: bytes
     parent: bytes
@@ -73,11 +74,6 @@ class BlockPool:
     def num_available(self) -> int:
         """The blocks that `allocate` can still give."""
         return self.num_blocks - len(self._holders)
-
-    @property
-    def num_findable(self) -> int:
-        """The blocks that can be found by their content."""
-        return len(self._contents)
 
     def allocate(self, count: int) -> list[int] | None:
         """Return blocks for one row, with any content; None if there are not enough.
@@ -154,10 +150,3 @@ class BlockPool:
                 self._idle[block] = None
             else:
                 self._free.append(block)
-
-    def forget_idle(self) -> None:
-        """Free all blocks that no row holds."""
-        for block in self._idle:
-            self._forget(block)
-            self._free.append(block)
-        self._idle.clear()

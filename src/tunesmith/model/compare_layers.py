@@ -55,15 +55,16 @@ class ComparedPack:
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much a part of ours differs from the stock's: of the token that differs most, relative
-    to the norm of its output, and of all tokens. Routers also say how many tokens they send to the
-    same experts."""
+    """The difference of a part of ours from the stock's, relative to the norm of its output: of the
+    token that differs most, and of all tokens. `num_equal_choices` of the `num_choices` tokens of a
+    router go to the same experts."""
 
     path: str
     worst_token: float
     mean: float
     num_equal_choices: int = 0
     num_choices: int = 0
+    is_adapter: bool = False  # the gradient of an adapter
 
 
 Outputs = dict[str, tuple[Tensor, ...]]  # path of a block -> its outputs, a row for each token
@@ -71,7 +72,7 @@ Outputs = dict[str, tuple[Tensor, ...]]  # path of a block -> its outputs, a row
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """The hidden states [1, T, H] that a decoder passes to a layer, and what else."""
+    """The arguments that a decoder passes to a layer; the first are hidden states [1, T, H]."""
 
     hidden: Tensor
     args: tuple[Any, ...]
@@ -216,7 +217,7 @@ class _PackRun:
         for path, ours_OR, expected_OR in zip(loras, ours[1:], expected, strict=True):
             distance = float((ours_OR - expected_OR).norm())
             error = distance and distance / max(float(expected_OR.norm()), smallest, TINY)
-            yield Difference(f"{name}.{path}", error, error)
+            yield Difference(f"{name}.{path}", error, error, is_adapter=True)
 
     @torch.no_grad()
     def skip_layer(self, index: int, stock_layer: nn.Module, our_layer: nn.Module) -> None:

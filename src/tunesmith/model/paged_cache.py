@@ -163,7 +163,7 @@ class PagedKVCache:
         longest = max(count_blocks(row.length) for row in rows)
         tables: list[list[int]] = []
         for row in rows:
-            table = row.blocks[: min(longest, count_blocks(row.length))]
+            table = row.blocks[: count_blocks(row.length)]
             tables.append(table + table[-1:] * (longest - len(table)))
         self._forward = _Forward(
             rows=rows,

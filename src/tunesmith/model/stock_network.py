@@ -80,12 +80,13 @@ class StockNetwork:
         embeddings come in `dtype` and whose head has a few rows."""
         memo: dict[int, Any] = {id(layer): layer for layer in self.layers}
         in_layers = {id(parameter) for parameter in self.layers.parameters()}
+        stock_head = self.network.get_output_embeddings()  # widened below, in few rows
         for path, module in self.network.named_modules():
-            module_dtype = None if isinstance(module, nn.Embedding) else dtype
+            keeps_dtype = isinstance(module, nn.Embedding) or module is stock_head
             for name, parameter in module.named_parameters(recurse=False):
-                if id(parameter) not in in_layers | memo.keys():
+                if id(parameter) not in in_layers and id(parameter) not in memo:
                     weight = read_weight(ours, f"{path}.{name}")
-                    memo[id(parameter)] = _freeze(_widen(weight, module_dtype or weight.dtype))
+                    memo[id(parameter)] = _freeze(weight if keeps_dtype else _widen(weight, dtype))
         shell: Any = copy.deepcopy(self.network, memo)
         head = shell.get_output_embeddings()
         rows = choose_head_rows(len(head.weight))
@@ -113,10 +114,11 @@ def fill_layer(stock: nn.Module, ours: nn.Module, dtype: torch.dtype) -> nn.Modu
             memo |= {id(getattr(module, name)): stack for name, stack in stacks.items()}
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in memo:
-                full_name = f"{path}.{name}" if path else name
-                merged = read_weight(ours, full_name, should_merge=True)
-                stored = read_weight(ours, full_name)
-                memo[id(parameter)] = _freeze(merged.to(_widen(stored, dtype).dtype))
+                weight = read_weight(ours, f"{path}.{name}" if path else name)
+                weight_dtype = _choose_dtype(weight, dtype)
+                if name == "weight":
+                    weight = _merge_adapter(ours.get_submodule(path), weight)
+                memo[id(parameter)] = _freeze(weight.to(weight_dtype))
         memo |= _cast_buffers(module, dtype)
     return copy.deepcopy(stock, memo)
 
@@ -139,16 +141,20 @@ def widen_model(model: PackedCausalLM, dtype: torch.dtype) -> PackedCausalLM:
     return wide
 
 
-def read_weight(network: nn.Module, name: str, *, should_merge: bool = False) -> Tensor:
-    """Return a weight of ours by its stock name, with its adapter if `should_merge`."""
+def read_weight(network: nn.Module, name: str) -> Tensor:
+    """Return a weight of ours by its stock name, without its adapter."""
     path, _, tensor_name = name.rpartition(".")
     module: Any = network.get_submodule(path)
-    if tensor_name != "weight" or not isinstance(module, LoraLinear | QuantizedLinear):
-        return getattr(module, tensor_name)
-    weight_OI = module.frozen.weight
-    magnitude_O = None if isinstance(module, QuantizedLinear) else module.lora_magnitude_vector
-    if isinstance(module, QuantizedLinear) or not should_merge:
+    if tensor_name == "weight" and isinstance(module, LoraLinear | QuantizedLinear):
+        return module.frozen.weight
+    return getattr(module, tensor_name)
+
+
+def _merge_adapter(module: nn.Module, weight_OI: Tensor) -> Tensor:
+    """Return the weight of a module with its adapter, if it has one."""
+    if not isinstance(module, LoraLinear):
         return weight_OI
+    magnitude_O = module.lora_magnitude_vector
     if magnitude_O is None and not module.lora_B.any():
         return weight_OI
     lora = LoraTensors(module.lora_A.detach(), module.lora_B.detach(), module.scale, magnitude_O)
@@ -242,10 +248,12 @@ def _share_config(module: Any) -> dict[int, Any]:
 
 
 def _widen(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a weight in `dtype`. Frozen ones that transformers keeps wider stay so."""
-    if not weight.requires_grad:
-        dtype = torch.promote_types(weight.dtype, dtype)
-    return weight.detach().to(dtype)
+    return weight.detach().to(_choose_dtype(weight, dtype))
+
+
+def _choose_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return `dtype`, or for a frozen weight that transformers keeps wider its own."""
+    return dtype if weight.requires_grad else torch.promote_types(weight.dtype, dtype)
 
 
 def _freeze(weight: Tensor) -> nn.Parameter:
@@ -275,9 +283,11 @@ def _iter_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _sample(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return places in a weight, drawn at random and always the same, and its values there."""
-    generator = torch.Generator().manual_seed(weight.numel())
-    places = torch.arange(weight.numel())
-    if weight.numel() > SAMPLED_VALUES:
-        places = torch.randint(weight.numel(), (SAMPLED_VALUES,), generator=generator)
+    count = weight.numel()
+    if count <= SAMPLED_VALUES:
+        places = torch.arange(count)
+    else:
+        generator = torch.Generator().manual_seed(count)
+        places = torch.randint(count, (SAMPLED_VALUES,), generator=generator)
     values = weight.detach().reshape(-1)[places.to(weight.device)]
     return places, values.cpu()

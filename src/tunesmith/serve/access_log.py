@@ -23,14 +23,14 @@ logger = logging.getLogger("tunesmith.access")
 
 @dataclass
 class AccessRecord:
-    """What is known of a request; the fields of the model stay empty where none was asked."""
+    """A request, as far as it is known; the fields of the model stay empty where none was asked."""
 
     id: str
     method: str
     path: str
     key: str = ""  # the name of the API key
     model: str = ""
-    version: str = ""  # scale and digest of the model
+    version: str = ""  # name, scale and digest of the model
     prompt_tokens: int = 0
     cached_tokens: int = 0
     answer_tokens: int = 0

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.serve.bodies import ModelBody, read_body
-from tunesmith.serve.errors import NO_STORE, RequestError, from_tunesmith_error
+from tunesmith.serve.errors import NO_STORE, RequestError, format_problem, from_tunesmith_error
 from tunesmith.serve.guard import BODY_FIELD
 from tunesmith.serve.handlers import Server, describe_model, get_key, get_server
 from tunesmith.serve.registry import ServedModel
@@ -86,26 +86,27 @@ async def put_model(request: Request) -> JSONResponse:
 
 
 async def open_model(server: Server, name: str, folder: Path, body: ModelBody) -> ServedModel:
-    """Open an adapter folder as a model. Raises RequestError 409 for what the base cannot serve."""
+    """Open an adapter folder as a model. Raises RequestError 409 for what the base cannot serve; it
+    names the folder as the request does."""
     base = server.engine.registry.base
     try:
         source = await asyncio.to_thread(
             open_adapter, str(folder), base, is_unproven_allowed=body.unproven
         )
+        return ServedModel(
+            name,
+            base,
+            source,
+            scale=body.scale,
+            is_constrained=body.constrain,
+            is_pinned=body.pin,
+            can_scale=body.scales,
+        )
     except TunesmithError as error:
-        message = error.message if not error.fix else f"{error.message}; {error.fix}"
+        message = format_problem(error).replace(str(folder), body.source)
         raise RequestError(
             HTTPStatus.CONFLICT, message, code="not_published", param="from"
         ) from None
-    return ServedModel(
-        name,
-        base,
-        source,
-        scale=body.scale,
-        is_constrained=body.constrain,
-        is_pinned=body.pin,
-        can_scale=body.scales,
-    )
 
 
 async def delete_model(request: Request) -> Response:

@@ -4,7 +4,7 @@
 
 Strict: an unknown or unsupported field, a duplicate key, NaN and a number written as text are
 refused, since a field that is silently ignored changes answers. The OpenAPI document is made from
-the same classes (openapi.py). Left out: what a request becomes (answers.py)."""
+the same classes (openapi.py). Left out: what a request becomes (requests.py)."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class ResponseFormat(_Body):
 
 
 class SamplingBody(_Body):
-    """What both kinds of generation have. The defaults are OpenAI's: temperature 1."""
+    """The fields that chats and completions share. The defaults are OpenAI's: temperature 1."""
 
     model: ModelName
     stream: bool | None = None

@@ -70,9 +70,14 @@ def make_error_body(status: int, message: str, *, code: str = "", param: str = "
     return {"error": error}
 
 
+def format_problem(error: TunesmithError) -> str:
+    """Return what is wrong and what to do, without the place."""
+    return error.message if not error.fix else f"{error.message}; {error.fix}"
+
+
 def from_tunesmith_error(error: TunesmithError, *, param: str = "") -> RequestError:
     """Convert an error of the package: the user's input is 400, the machine 503, a gate 500."""
-    message = error.message if not error.fix else f"{error.message}; {error.fix}"
+    message = format_problem(error)
     if isinstance(error, InputError):
         return RequestError(400, message, param=param)
     if isinstance(error, MachineError):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from tunesmith.core.types import Json, TokenLogprobs
@@ -23,7 +23,7 @@ REPLACEMENT_CHAR = "\ufffd"
 
 
 class FinishedAnswer(Protocol):
-    """What a format needs of an answer."""
+    """An answer, as far as it is made."""
 
     prompt_tokens: tuple[int, ...]
     text: str
@@ -52,7 +52,7 @@ def format_usage(prompt_tokens: int, answer_tokens: int, cached_tokens: int) -> 
 
 @dataclass(frozen=True, eq=False)
 class AnswerHead:
-    """What all bodies and chunks of a response have."""
+    """The fields that all bodies and chunks of a response share."""
 
     id: str
     model: str  # as the request names it
@@ -61,13 +61,13 @@ class AnswerHead:
     has_logprobs: bool
     has_token_ids: bool
     has_usage: bool  # a stream that ends with usage has a null before
-    created: int = 0
+    created: int = field(default_factory=lambda: int(time.time()))
 
     def make_body(self, kind: str, choices: list[Json], **more: object) -> Json:
         return {
             "id": self.id,
             "object": kind,
-            "created": self.created or int(time.time()),
+            "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
             "choices": choices,

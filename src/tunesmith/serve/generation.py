@@ -1,6 +1,7 @@
 """The answers of one request, from the scheduler to a response.
 
-    generation = Generation(server_parts, plan);  await generation.run();  generation.events()
+    generation = Generation(engine, model, lease, jobs, answer_format, record)
+    generation.submit();  await generation.run(), or: async for event in generation.events(...)
 
 In: jobs that share one outbox, and a formatter of chat or text completions. Out: one JSON body, or
 server-sent events. However it ends, jobs are cancelled, the lease is released and the record of
@@ -161,6 +162,8 @@ class Generation:
         record.cached_tokens = self.answers[0].cached_tokens
         record.answer_tokens = sum(len(answer.tokens) for answer in self.answers)
         record.finish_reasons = tuple(answer.finish_reason for answer in self.answers)
+        if self._jobs[0].grammar is not None:  # a limit or a stop string cuts valid JSON
+            record.is_schema_valid = set(record.finish_reasons) == {"end"}
         self._count()
 
     def _count(self) -> None:

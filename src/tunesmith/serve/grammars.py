@@ -30,17 +30,17 @@ PARAM = "response_format"
 
 
 class GrammarCache:
-    """Grammars by schema and tokenizer."""
+    """Grammars by schema, tokenizer and end tokens."""
 
     def __init__(self) -> None:
-        self._grammars: OrderedDict[str, Grammar] = OrderedDict()
+        self._grammars: OrderedDict[tuple[object, ...], Grammar] = OrderedDict()
         # a schema that takes longer than its time keeps its thread; others go on in the second
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
         self._num_compiling = 0
 
     async def compile(self, schema: Json, model: ServedModel) -> Grammar:
         """Return the grammar of a schema for a model's tokenizer. Raises RequestError."""
-        key = check_schema(schema) + model.renderer.fingerprint
+        key = (check_schema(schema), model.renderer.fingerprint, model.renderer.end_ids)
         grammar = self._grammars.get(key)
         if grammar is None:
             grammar = await self._compile_in_time(schema, model)

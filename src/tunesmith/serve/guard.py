@@ -8,6 +8,7 @@ body. Left out: what a key may do with a model (registry.py), fields of the body
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tunesmith.core.errors import InputError
 from tunesmith.serve.access_log import RECORD_FIELD, AccessRecord, write_record
 from tunesmith.serve.errors import RequestError
 from tunesmith.serve.keys import ApiKey, KeyRing
@@ -28,11 +30,13 @@ LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 KEY_FIELD = "tunesmith.key"
 BODY_FIELD = "tunesmith.body"
 
+logger = logging.getLogger("tunesmith.serve")
+
 
 @dataclass(frozen=True)
 class GuardRules:
-    """`find_scope` returns what a path needs: "" if it is open, "infer" if there is no such path,
-    so that an unknown path says nothing to a stranger. Empty `hosts` allow every host."""
+    """The settings of a guard. `find_scope` returns what a path needs: None if it is open, "infer"
+    if there is no such path, so that an unknown path says nothing to a stranger."""
 
     keys: KeyRing
     hosts: Collection[str]
@@ -79,8 +83,9 @@ class Guard:
 
     def _check_sender(self, scope: Scope, headers: Headers) -> None:
         hosts = headers.getlist("host")
-        if len(hosts) != 1 or (self.rules.hosts and hosts[0].lower() not in self.rules.hosts):
-            raise RequestError(421, "this server does not answer for this host", code="wrong_host")
+        if len(hosts) != 1 or hosts[0].lower() not in self.rules.hosts:
+            message = "this server does not answer for this host; `hosts` in serve.yaml adds it"
+            raise RequestError(421, message, code="wrong_host")
         if scope["method"] in SAFE_METHODS:
             return
         origin = headers.get("origin")
@@ -93,7 +98,12 @@ class Guard:
         needed = self.rules.find_scope(path)
         if needed is None:
             return None
-        key = self.rules.keys.find(headers.get("authorization", ""))
+        try:
+            key = self.rules.keys.find(headers.get("authorization", ""))
+        except InputError as error:
+            logger.error("no key is accepted: %s", error)
+            message = "the server cannot read its API keys; its log says why"
+            raise RequestError(503, message, code="keys_unreadable") from None
         if key is None:
             message = "send an API key: Authorization: Bearer tsk_..."
             raise RequestError(401, message, code="invalid_api_key")

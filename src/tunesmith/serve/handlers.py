@@ -1,7 +1,7 @@
 """What each route does: a function from a request to a response.
 
 In: a request that the guard has let in, with its key and body in the scope. Out: a response in
-OpenAI's shape. `Server` is what all of them share. Left out: the table of routes (app.py), changes
+OpenAI's shape. All of them share one `Server`. Left out: the table of routes (app.py), changes
 of models (admin.py)."""
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import Json, __version__
 from tunesmith.serve.access_log import RECORD_FIELD, AccessRecord
 from tunesmith.serve.bodies import (
@@ -36,6 +37,7 @@ from tunesmith.serve.guard import BODY_FIELD, KEY_FIELD
 from tunesmith.serve.keys import ApiKey
 from tunesmith.serve.registry import ServedModel
 from tunesmith.serve.requests import Prompt, make_jobs, render_chat, render_completions
+from tunesmith.serve.settings import BASE_NAME
 from tunesmith.serve.streams import LAST_EVENT, EventStream, run_until_disconnect
 
 CLIENT_DISCONNECTED = 499  # in the log only: nobody reads the response
@@ -43,7 +45,7 @@ CLIENT_DISCONNECTED = 499  # in the log only: nobody reads the response
 
 @dataclass(eq=False)
 class Server:
-    """What the handlers share."""
+    """The parts that all handlers use."""
 
     engine: AnswerEngine
     grammars: GrammarCache
@@ -114,7 +116,7 @@ def make_head(
 
 async def answer(
     request: Request,
-    body: SamplingBody,
+    body: ChatBody | CompletionBody,
     prompts: Sequence[Prompt],
     model: ServedModel,
     answer_format: AnswerFormat,
@@ -137,11 +139,8 @@ async def answer(
         record.has_disconnected = True
         return Response(status_code=CLIENT_DISCONNECTED)
     keep_chat(request, body, generation)
-    has_schema = jobs[0].grammar is not None
-    if has_schema:
-        is_complete = "length" not in record.finish_reasons
-        record.is_schema_valid = is_complete
-        headers["x-tunesmith-schema"] = "complete" if is_complete else "open"
+    if record.is_schema_valid is not None:
+        headers["x-tunesmith-schema"] = "complete" if record.is_schema_valid else "open"
     return JSONResponse(content, headers={**NO_STORE, **headers})
 
 
@@ -192,6 +191,8 @@ def compute_fingerprint(model: ServedModel, numerics: str) -> str:
     """Return 12 hex digits of all that decides an answer besides the request."""
     identity = [model.base.sha256, model.digest, f"{model.scale:g}", numerics, __version__]
     identity.append(model.renderer.fingerprint)
+    if model.schema is not None:
+        identity.append(dump_json(model.schema).decode())
     return f"fp_{hashlib.sha256('|'.join(identity).encode()).hexdigest()[:12]}"
 
 
@@ -207,7 +208,7 @@ def describe_model(request: Request, model: ServedModel) -> Json:
         "object": "model",
         "created": model.created,
         "owned_by": "tunesmith",
-        "parent": None if source is None else "base",
+        "parent": None if source is None else BASE_NAME,
         "root": model.digest,
         "max_model_len": model.base.context_length,
         "tunesmith": {

@@ -110,6 +110,8 @@ def add_key(
     """Make a key and store its hash. Returns the key itself, which is stored nowhere."""
     if not name or len(name) > MAX_NAME_CHARS or not name.isprintable():
         raise InputError(f"{name!r:.80} is no name of a key", fix="use up to 64 printable letters")
+    if not scopes:
+        raise InputError("a key needs a scope", where="--scope", fix=f"use {', '.join(SCOPES)}")
     for scope in scopes:
         if scope not in SCOPES:
             raise InputError(f"there is no scope {scope!r:.40}", fix=f"use {', '.join(SCOPES)}")
@@ -147,7 +149,7 @@ class KeyRing:
 
     def find(self, authorization: str) -> ApiKey | None:
         """Return the key of an Authorization header. The time taken does not depend on how much of
-        a wrong key is right."""
+        a wrong key is right. Raises InputError for a file that has become unreadable."""
         if self.path is None:
             return make_anonymous_key()
         self._reread()
@@ -160,7 +162,7 @@ class KeyRing:
         return matching if scheme.lower() == "bearer" else None
 
     def _reread(self) -> None:
-        """Read the file again if it has changed; a file that cannot be read leaves no key."""
+        """Read the file again if it has changed; a file that is gone leaves no key."""
         assert self.path is not None
         try:
             status = os.stat(self.path)

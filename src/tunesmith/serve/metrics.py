@@ -1,6 +1,6 @@
 """Prometheus metrics of a server.
 
-    metrics = ServerMetrics();  metrics.note_end("json", 200);  metrics.render() -> text
+    metrics = ServerMetrics();  metrics.running.set(3);  metrics.render() -> text
 
 In: what the scheduler and the handlers report. Out: the text of /metrics. Counters carry the name
 of the model; histograms the names of the first MAX_HISTOGRAM_MODELS, "other" beyond, so that a

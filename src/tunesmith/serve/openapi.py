@@ -2,8 +2,9 @@
 
     build_openapi(ROUTES) -> Json
 
-In: endpoints. Out: OpenAPI 3.1 with every path, body and error. It is what schemathesis reads, so a
-body that the document allows and the server dies of is a failing test. Left out: examples."""
+In: endpoints. Out: OpenAPI 3.1 with every path and body, and the errors that routes share. It is
+what schemathesis reads, so a body that the document allows and the server dies of is a failing
+test. Left out: examples."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ KEY_ERRORS = (401, 403, 404, 421)
 
 
 class DocumentedEndpoint(Protocol):
-    """What the document says of a route."""
+    """A route, as far as the document describes it."""
 
     @property
     def method(self) -> str: ...

@@ -1,7 +1,7 @@
 """Which models there are: a name is a pointer, an adapter is its content.
 
+    registry.register(model);  registry.remove("json")
     registry.find("json@0.5", key) -> ServedModel;  lease = await registry.acquire(model)
-    await registry.publish("json", source, ...);  await registry.remove("json")
 
 In: opened sources. Out: models by name, and leases on their adapters. A request holds its lease
 until it ends, so a replaced adapter answers what it has begun and is dropped after that. Adapters
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import Json, require
+from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.model.adapter_bank import AdapterBank
 from tunesmith.model.causal_lm import PackedCausalLM
@@ -28,7 +28,12 @@ from tunesmith.serve.metrics import ServerMetrics
 from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.settings import BASE_NAME
 from tunesmith.serve.sources import AdapterSource, BaseSource
-from tunesmith.session.witness import WitnessCheck, judge_witness, score_answer
+from tunesmith.session.witness import (
+    WitnessCheck,
+    check_recorded_weights,
+    judge_witness,
+    score_answer,
+)
 
 MAX_SCALE = 2.0
 MAX_BROKEN_ANSWERS = 3  # in a row, before a model is taken out of service
@@ -47,13 +52,19 @@ class ServedModel:
     can_scale: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
+    def __post_init__(self) -> None:
+        """Raise InputError for a schema to follow that is not there."""
+        if self.is_constrained and self.schema is None:
+            message = "constrain is true, and the run has no response_schema"
+            raise InputError(message, where=f"models.{self.name}", fix="leave constrain out")
+
     @property
     def renderer(self) -> Renderer:
         return self.base.renderer if self.source is None else self.source.renderer
 
     @property
     def digest(self) -> str:
-        """What answers depend on, but for the scale."""
+        """The sha256 of all that decides the model's answers, but for its scale."""
         return self.base.sha256 if self.source is None else self.source.digest
 
     @property
@@ -208,6 +219,15 @@ class Registry:
         the first time that it is loaded. Raises InputError if it answers as another model."""
         if source.digest in self._witnesses:
             return
+        check = check_recorded_weights(source.folder, source.provenance)
+        if check is None:
+            check = await self._measure_witness(source)
+        if check.status == "refused":
+            self._scheduler.put_command(lambda: self._bank.remove(source.digest))
+            raise InputError(f"it does not answer as recorded: {check.evidence}")
+        self._witnesses[source.digest] = check
+
+    async def _measure_witness(self, source: AdapterSource) -> WitnessCheck:
         provenance = source.provenance
         golden_answers = provenance.golden_answers if provenance is not None else ()
         measured: list[tuple[float, ...]] = []
@@ -221,13 +241,7 @@ class Registry:
                 key=source.digest,
             )
             measured.append(await self._scheduler.run_between_steps(score))
-        check = judge_witness(golden_answers, measured)
-        if golden_answers and source.folder.sha256 != require(provenance).weights_sha256:
-            check = WitnessCheck("refused", "the weights are not those of the record")
-        if check.status == "refused":
-            self._scheduler.put_command(lambda: self._bank.remove(source.digest))
-            raise InputError(f"it does not answer as recorded: {check.evidence}")
-        self._witnesses[source.digest] = check
+        return judge_witness(golden_answers, measured)
 
     def get_witness(self, model: ServedModel) -> str:
         """Return proven, unproven or indistinct; empty for an adapter not loaded yet."""
@@ -289,7 +303,7 @@ class Registry:
         self._models[model.name] = model
         self._broken.pop(model.digest, None)
         self._drop_unused(old)
-        self._show_residents()
+        self._metrics.is_resident.labels(model.name).set(self.is_resident(model))
 
     def remove(self, name: str) -> None:
         """Forget a name. Raises RequestError 404 if it is not there."""

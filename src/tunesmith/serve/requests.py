@@ -1,6 +1,6 @@
 """From a checked body to the jobs of an answer.
 
-    jobs = make_chat_jobs(body, model, prompt, ...)
+    jobs = await make_jobs(body, [render_chat(body, model)], model, key, grammars)
 
 In: bodies, a model with its renderer. Out: AnswerJobs for the scheduler, or a RequestError with the
 field. A prompt is rendered with the adapter's own chat template, and text of a message never makes
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.sampling import MAX_SEED
@@ -90,7 +90,7 @@ def _fit_prompt(
 
 
 async def make_jobs(
-    body: SamplingBody,
+    body: ChatBody | CompletionBody,
     prompts: Sequence[Prompt],
     model: ServedModel,
     key: ApiKey,
@@ -99,12 +99,14 @@ async def make_jobs(
     """Return a job for each answer: `n` for each prompt, with seeds that follow each other."""
     schema = find_schema(body, model)
     grammar = None if schema is None else await grammars.compile(schema, model)
+    biases = list_biases(body, model)
     seed = secrets.randbelow(MAX_SEED) if body.seed is None else body.seed % MAX_SEED
     outbox = asyncio.Queue()
     jobs: list[AnswerJob] = []
     for prompt in prompts:
+        first_request = _make_request(body, prompt, model, key, biases)
         for choice in range(body.n or 1):
-            request = _make_request(body, prompt, model, key, (seed + choice) % MAX_SEED)
+            request = replace(first_request, seed=(seed + choice) % MAX_SEED)
             answer_grammar = None if grammar is None else grammar.start_answer()
             client = (key.id, model.name)
             jobs.append(AnswerJob(request, client, outbox, len(jobs), answer_grammar))
@@ -121,17 +123,23 @@ def find_schema(body: SamplingBody, model: ServedModel) -> Json | None:
     return ANY_OBJECT if wanted.type == "json_object" else None
 
 
-def _make_request(
-    body: SamplingBody, prompt: Prompt, model: ServedModel, key: ApiKey, seed: int
-) -> GenerationRequest:
-    num_logprobs = -1
-    if isinstance(body, (ChatBody, CompletionBody)):
-        num_logprobs = body.num_logprobs
+def list_biases(body: SamplingBody, model: ServedModel) -> tuple[tuple[int, float], ...]:
+    """Return (token, bias). Raises RequestError for a token that the model does not have."""
     biases = body.list_biases()
     for token, _ in biases:
         if token >= model.base.vocab_size:
             message = f"token {token} is not one of the model's {model.base.vocab_size}"
             raise RequestError(400, message, param="logit_bias")
+    return biases
+
+
+def _make_request(
+    body: ChatBody | CompletionBody,
+    prompt: Prompt,
+    model: ServedModel,
+    key: ApiKey,
+    biases: tuple[tuple[int, float], ...],
+) -> GenerationRequest:
     return GenerationRequest(
         tokens=prompt.tokens,
         max_new_tokens=prompt.max_new_tokens,
@@ -139,12 +147,11 @@ def _make_request(
         top_p=body.top_p or 1.0,
         top_k=max(0, body.top_k or 0),
         min_p=body.min_p or 0.0,
-        seed=seed,
         stop=body.stops,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=biases,
-        num_logprobs=num_logprobs,
+        num_logprobs=body.num_logprobs,
         end_ids=model.renderer.end_ids,
         adapter=model.adapter_key if model.scale else "",
         adapter_scale=model.scale,

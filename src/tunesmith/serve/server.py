@@ -37,7 +37,7 @@ from tunesmith.serve.keys import KeyRing, add_key, find_keys_file, read_keys
 from tunesmith.serve.metrics import ServerMetrics
 from tunesmith.serve.registry import Registry, ServedModel
 from tunesmith.serve.scheduler import Scheduler
-from tunesmith.serve.settings import ModelSource, ServeSettings
+from tunesmith.serve.settings import BASE_NAME, ModelSource, ServeSettings
 from tunesmith.serve.sources import (
     BaseSource,
     find_base_name,
@@ -168,9 +168,6 @@ def _choose_dtype(settings: ServeSettings) -> str:
 
 def _open_model(name: str, source: ModelSource, base: BaseSource) -> ServedModel:
     adapter = open_adapter(source.source, base, is_unproven_allowed=source.unproven)
-    if source.constrain and adapter.schema is None:
-        message = "constrain is true, and the run has no response_schema"
-        raise InputError(message, where=f"models.{name}", fix="leave constrain out")
     return ServedModel(
         name,
         base,
@@ -241,7 +238,7 @@ async def run_server(prepared: PreparedServer) -> int:
     await load_models(server.engine.registry, prepared.models)
     web = make_web_server(server, prepared)
     serving = asyncio.ensure_future(web.serve(sockets=[prepared.socket]))
-    names = ", ".join([*(model.name for model in prepared.models), "base"])
+    names = ", ".join([*(model.name for model in prepared.models), BASE_NAME])
     logger.info("serving %s at %s", names, prepared.url)
     await _wait_for_any(signals.first, scheduler.has_died)
     if scheduler.has_died.is_set():

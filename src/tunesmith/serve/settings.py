@@ -141,18 +141,24 @@ def check_name(name: str, *, where: str) -> None:
         raise InputError(message, where=where, fix=fix)
 
 
+def name_source(source: str) -> str:
+    """Return the name of a run or an adapter folder, RUN-step-N of a checkpoint, without path and
+    scale."""
+    path = Path(source.partition("@")[0])
+    if path.parent.name == "checkpoints":
+        return f"{path.parent.parent.name}-{path.name}"
+    return path.parent.name if path.name == "adapter" else path.name
+
+
 def name_models(sources: Sequence[str]) -> dict[str, Any]:
-    """Return name -> source: the name of a run is that of its folder, of a checkpoint RUN-step-N,
-    without the scale."""
+    """Return name -> source. Raises InputError for two models of one name, and for a settings file
+    among others."""
     models: dict[str, Any] = {}
     for source in sources:
-        path = Path(source.partition("@")[0])
-        name = path.name
-        if path.parent.name == "checkpoints":
-            name = f"{path.parent.parent.name}-{path.name}"
-        elif name == "adapter":
-            name = path.parent.name
-        name = name.lower().replace(" ", "-")
+        if source.endswith(YAML_SUFFIXES):
+            message = "a settings file is served alone"
+            raise InputError(message, where=source, fix="name the other models in it")
+        name = name_source(source).lower().replace(" ", "-")
         if name in models:
             fix = "give them names in a serve.yaml"
             raise InputError(f"two models have the name {name}", where=source, fix=fix)

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+from weakref import WeakValueDictionary
 
-from tunesmith.core.atomic import hash_file, read_manifest, verify_dir
+from tunesmith.core.atomic import MANIFEST, hash_file, read_manifest, verify_dir
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.json_io import dump_json, read_json_object
 from tunesmith.core.run_dir import ADAPTER_DIR, find_weights_dir, read_failure, read_run_plan
@@ -37,8 +40,10 @@ from tunesmith.model.hub.spec import read_spec
 from tunesmith.model.hub.validate import read_model_json
 from tunesmith.model.save import STATE_FILE, load_weights, save_adapter, save_serving_files
 from tunesmith.recipe.load import rebuild_recipe
+from tunesmith.serve.settings import name_source
 from tunesmith.session.inputs import build_renderer, read_response_schema
 from tunesmith.session.provenance import (
+    PROVENANCE_FILE,
     Provenance,
     build_provenance,
     check_checkpoint,
@@ -60,9 +65,16 @@ class BaseSource:
     renderer: Renderer
     context_length: int
     vocab_size: int
-    sha256: str  # of its weights
+    weights_sha256: dict[str, str]  # file name -> hash of each weight file
     now: datetime  # the date that templates see
     scratch: TemporaryDirectory[str]  # for adapters that are written from checkpoints
+    # of adapters that are served, by their files
+    renderers: WeakValueDictionary[str, Renderer] = field(default_factory=WeakValueDictionary)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of all weights."""
+        return hashlib.sha256(dump_json(self.weights_sha256)).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +112,13 @@ def open_base(name: str, now: datetime) -> BaseSource:
     folder = resolve_model(name)
     spec = read_spec(folder, name=name)
     renderer = Renderer.from_folder(folder, now=now, embedding_rows=spec.token_rows)
-    weights = hash_weight_files(folder)
     return BaseSource(
         name=name,
         path=folder,
         renderer=renderer,
         context_length=spec.context_length,
         vocab_size=spec.vocab_size,
-        sha256=hashlib.sha256(dump_json(weights)).hexdigest(),
+        weights_sha256=hash_weight_files(folder),
         now=now,
         scratch=TemporaryDirectory(prefix="tunesmith-serve-"),
     )
@@ -158,15 +169,11 @@ def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = Fals
         message = "there is no tunesmith.json, so nothing shows that it belongs to this base"
         raise InputError(message, where=ref, fix="set unproven: true to serve it all the same")
     has_tokenizer = (folder / "tokenizer.json").is_file()
-    renderer = Renderer.from_folder(
-        folder if has_tokenizer else base.path,
-        now=base.now,
-        variables=_find_variables(provenance, plan),
-        embedding_rows=base.vocab_size,
-    )
-    check_provenance(folder, base.path, renderer, base.now.isoformat())
+    variables = _find_variables(provenance, plan)
+    renderer = _open_renderer(folder if has_tokenizer else base.path, base, variables)
+    check_provenance(folder, base.path, renderer, base.now.isoformat(), base.weights_sha256)
     return AdapterSource(
-        label=find_label(ref),
+        label=name_source(ref),
         folder=adapter,
         renderer=renderer,
         digest=_compute_digest(adapter, renderer, base),
@@ -177,19 +184,29 @@ def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = Fals
     )
 
 
+def _open_renderer(folder: Path, base: BaseSource, variables: Json) -> Renderer:
+    """Load the tokenizer and template of an adapter. Adapters with the same files share them: they
+    are most of the time that opening one takes."""
+    identity: list[Any] = [variables]
+    for file in sorted(folder.rglob("*")):
+        is_other = file.name in (ADAPTER_CONFIG_FILE, PROVENANCE_FILE, MANIFEST)
+        if file.suffix in (".json", ".jinja") and not is_other and file.is_file():
+            identity.append([file.relative_to(folder).as_posix(), hash_file(file)])
+    key = hashlib.sha256(dump_json(identity)).hexdigest()
+    renderer = base.renderers.get(key)
+    if renderer is None:
+        renderer = Renderer.from_folder(
+            folder, now=base.now, variables=variables, embedding_rows=base.vocab_size
+        )
+        base.renderers[key] = renderer
+    return renderer
+
+
 def _find_variables(provenance: Provenance | None, plan: Plan | None) -> Json:
     """Return the variables of the chat template; files of earlier versions do not hold them."""
     if provenance is not None and provenance.variables is not None:
         return provenance.variables
     return plan.recipe["chat_template_kwargs"] if plan is not None else {}
-
-
-def find_label(ref: str) -> str:
-    """Return the name of a run, a checkpoint or an adapter folder, without its path."""
-    path = Path(ref.partition("@")[0])
-    if path.parent.name == "checkpoints":
-        return f"{path.parent.parent.name}-{path.name}"
-    return path.parent.name if path.name == "adapter" else path.name
 
 
 # ---------------------------------------------------------------- runs and folders
@@ -237,7 +254,8 @@ def _refuse_unfinished(run: Path, folder: Path) -> None:
 
 def _write_checkpoint_adapter(checkpoint: Path, plan: Plan, base: BaseSource) -> Path:
     """Write the adapter of a checkpoint in PEFT's format, with the template of its run, into the
-    scratch folder. Raises InputError for a damaged one, and for one of another base or template."""
+    scratch folder, once: a model that is served already may read it again. Raises InputError for a
+    damaged checkpoint, and for one of another base or template."""
     if not checkpoint.is_dir():
         names = sorted(path.name for path in checkpoint.parent.iterdir())
         fix = f"available checkpoints: {', '.join(names) or 'none'}"
@@ -247,21 +265,25 @@ def _write_checkpoint_adapter(checkpoint: Path, plan: Plan, base: BaseSource) ->
         raise InputError(message, where=str(checkpoint), fix="use another checkpoint")
     recipe = rebuild_recipe(plan.recipe)
     renderer = build_renderer(recipe, base.path, base.now, base.vocab_size)
-    check_checkpoint(checkpoint, base.path, renderer)
+    check_checkpoint(checkpoint, base.path, renderer, base.weights_sha256)
+    state = read_manifest(checkpoint)["files"][STATE_FILE]["sha256"]
+    name = hashlib.sha256(f"{checkpoint} {state}".encode()).hexdigest()
+    folder = Path(base.scratch.name) / name
+    if (folder / PROVENANCE_FILE).is_file():  # is written last
+        return folder
     network = load_network(base.path, DTYPES[plan.config.dtype])
     METHODS[plan.config.method](network, plan.values)
     load_weights(checkpoint, get_trainable_parameters(network))
-    folder = Path(base.scratch.name) / read_manifest(checkpoint)["files"][STATE_FILE]["sha256"]
     save_adapter(network, folder, plan.values, base.path)
     templates = {name: template.source for name, template in renderer.templates.items()}
     save_serving_files(folder, base.path, templates=templates, end_ids=renderer.end_ids)
     config = read_model_json(base.path / "config.json")
-    hashes = hash_weight_files(base.path)
     now = base.now.isoformat()
     schema = read_response_schema(recipe.response_schema)
-    write_provenance(
-        folder, build_provenance(base.name, hashes, config, renderer, now, schema=schema)
+    provenance = build_provenance(
+        base.name, base.weights_sha256, config, renderer, now, schema=schema
     )
+    write_provenance(folder, provenance)
     return folder
 
 

@@ -5,7 +5,7 @@
 
 In: an async iterator of bytes, or a coroutine. Out: a response that ends as soon as the client is
 gone or does not read for WRITE_SECONDS; the iterator is closed then, and its `finally` cancels what
-it waits for. Left out: what the events say (answers.py)."""
+it waits for. Left out: what the events say (formats.py)."""
 
 from __future__ import annotations
 

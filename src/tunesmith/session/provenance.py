@@ -186,14 +186,23 @@ def read_provenance(folder: Path) -> Provenance | None:
     return parse_as(Provenance, content, where=str(path))
 
 
-def check_provenance(folder: Path, base: Path, renderer: Renderer, now: str) -> None:
+def check_provenance(
+    folder: Path,
+    base: Path,
+    renderer: Renderer,
+    now: str,
+    base_sha256: dict[str, str] | None = None,
+) -> None:
     """Raise InputError if the weights in `folder` belong to another base than that in the folder
-    `base`, to another tokenizer or template, or if their reference prompts now have other ids."""
+    `base`, to another tokenizer or template, or if their reference prompts now have other ids.
+
+    `base_sha256` is what `hash_weight_files` has returned for `base`, None to hash its files."""
     stored = read_provenance(folder)
     if stored is None:
         return
     config = read_model_json(base / "config.json")
-    current = build_provenance(stored.base, hash_weight_files(base), config, renderer, now)
+    hashes = hash_weight_files(base) if base_sha256 is None else base_sha256
+    current = build_provenance(stored.base, hashes, config, renderer, now)
     differences = list(_iter_differences(stored, current))
     differences += _iter_changed_prompts(stored, renderer, now)
     if differences:
@@ -203,12 +212,18 @@ def check_provenance(folder: Path, base: Path, renderer: Renderer, now: str) -> 
         raise InputError(message, where=str(folder / PROVENANCE_FILE), fix=fix)
 
 
-def check_checkpoint(checkpoint: Path, base: Path, renderer: Renderer) -> None:
-    """Raise InputError if a checkpoint belongs to another base, tokenizer or template."""
+def check_checkpoint(
+    checkpoint: Path,
+    base: Path,
+    renderer: Renderer,
+    base_sha256: dict[str, str] | None = None,
+) -> None:
+    """Raise InputError if a checkpoint belongs to another base, tokenizer or template.
+
+    `base_sha256` is as in `check_provenance`."""
     stored = read_manifest(checkpoint)
-    differences = list(
-        _iter_changed_hashes("base weights", stored["base_sha256"], hash_weight_files(base))
-    )
+    hashes = hash_weight_files(base) if base_sha256 is None else base_sha256
+    differences = list(_iter_changed_hashes("base weights", stored["base_sha256"], hashes))
     config = select_forward_keys(read_model_json(base / "config.json"))
     for change in list_config_changes(select_forward_keys(stored["config"]), config):
         differences.append(f"base config.json {change}")

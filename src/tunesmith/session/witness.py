@@ -144,15 +144,26 @@ def check_witness(
 ) -> WitnessCheck:
     """Say whether a model with an adapter, its own or that of a key of its bank, is the one that
     the adapter's provenance was recorded with."""
+    if refusal := check_recorded_weights(adapter, provenance):
+        return refusal
     golden_answers = provenance.golden_answers if provenance is not None else ()
-    if provenance is not None and golden_answers and adapter.sha256 != provenance.weights_sha256:
-        hashes = f"sha256 {provenance.weights_sha256[:12]} -> {adapter.sha256[:12]}"
-        return WitnessCheck("refused", f"the weights are not those of the record: {hashes}")
     measured: list[tuple[float, ...]] = []
     for golden in golden_answers:
         scores = score_answer(model, golden.prompt_ids, golden.answer_ids, bank=bank, key=key)
         measured.append(scores)
     return judge_witness(golden_answers, measured)
+
+
+def check_recorded_weights(
+    adapter: AdapterFolder, provenance: Provenance | None
+) -> WitnessCheck | None:
+    """Return a refusal if the recorded answers are those of other weights."""
+    if provenance is None or not provenance.golden_answers:
+        return None
+    if adapter.sha256 == provenance.weights_sha256:
+        return None
+    hashes = f"sha256 {provenance.weights_sha256[:12]} -> {adapter.sha256[:12]}"
+    return WitnessCheck("refused", f"the weights are not those of the record: {hashes}")
 
 
 def judge_witness(

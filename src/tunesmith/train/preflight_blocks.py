@@ -138,9 +138,12 @@ def compare_backward(model: PackedCausalLM, samples: PreflightSamples) -> CheckR
         _refuse_difference(difference, difference.worst_token, TOKEN_TOLERANCE[wide_dtype])
         differences.append(difference)
     worst = max((difference.worst_token for difference in differences), default=0.0)
+    num_adapters = sum(difference.is_adapter for difference in differences)
+    num_layers = f"{len(differences) - num_adapters} of {len(model.decoder.layers)}"
     evidence = (
-        f"{len(differences)} gradients of layers and adapters in {_name_dtype(wide_dtype)}, "
-        f"{pack.batch.layout.num_tokens} tokens, differ by {worst:.1e} at most"
+        f"{len(differences)} gradients ({num_layers} layers, {num_adapters} adapters) in "
+        f"{_name_dtype(wide_dtype)}, {pack.batch.layout.num_tokens} tokens, differ by {worst:.1e} "
+        "at most"
     )
     if model.dtype != wide_dtype:
         worst = 0.0

@@ -45,15 +45,15 @@ BACKEND_FIX = "use another attention backend"
 
 @dataclass(frozen=True)
 class Isolation:
-    """How many segments were changed, and whether the others stayed bitwise equal; with experts,
-    only their gradient is 0."""
+    """The number of segments that were changed. With `is_bitwise` the others stayed bitwise equal,
+    else only their gradient is 0."""
 
     num_segments: int
     is_bitwise: bool
 
     @property
     def extent(self) -> str:
-        """How far the others are unchanged."""
+        """In what sense the others are unchanged."""
         return "bitwise" if self.is_bitwise else "by their gradient, which is 0"
 
 
@@ -79,7 +79,7 @@ def refuse_leakage(model: PackedCausalLM, batch: Batch, layout: PackLayout) -> I
             continue
         tokens_T = batch.tokens_T.clone()
         tokens_T[start : start + length] = tokens_T[start : start + length].roll(1) + 1
-        tokens_T %= model.head.weight.shape[0]
+        tokens_T %= model.token_rows
         after = model.compute_hidden(dataclasses.replace(batch, tokens_T=tokens_T))
         if not torch.equal(before[unrelated_U], after[unrelated_U]):
             raise GateError(

@@ -16,8 +16,9 @@ from live_server import MODEL, Served, load_served, serving, train_color_run
 from tiny_runs import TURNS
 from tunesmith.cli import app
 from tunesmith.core.errors import InputError
-from tunesmith.evaluate.live import LiveVerification, verify_run
+from tunesmith.evaluate.live import LiveVerification, _check_answers, _Pair, verify_run
 from tunesmith.evaluate.live_client import LiveClient
+from tunesmith.evaluate.live_items import RecordedItem
 from tunesmith.evaluate.live_requests import LiveAnswer, _Alternative, _ChosenToken
 
 NUM_ITEMS = 12
@@ -202,6 +203,23 @@ def test_the_view_escapes_what_a_server_says(
 def make_token(text: str, logprob: float, *others: tuple[str, float]) -> _ChosenToken:
     alternatives = tuple(_Alternative(other, value) for other, value in ((text, logprob), *others))
     return _ChosenToken(text, logprob, tuple(text.encode()), alternatives)
+
+
+def test_clear_differences_fail_although_one_is_not_explained() -> None:
+    same = "a" * 300
+    item = RecordedItem(
+        id="1", messages=(), tools=(), prompt_text="", prompt_ids=(), expected="", before="",
+        after=f"{same}b", is_cut=False, documents=(), loss_before=None, loss=None,
+    )  # fmt: skip
+    right = LiveAnswer(item.after, "stop", completion_tokens=301)
+    silent = LiveAnswer(f"{same}c", "stop", completion_tokens=301)
+    clear = replace(silent, tokens=(make_token(same, -0.1), make_token("c", -0.1, ("b", -5.0))))
+    for answers, status in (
+        ([right] * 19 + [silent], "ok"),
+        ([right] * 12 + [silent] + [clear] * 7, "failed"),
+    ):
+        check = _check_answers([_Pair(item, answer) for answer in answers])
+        assert check.status == status, check.message
 
 
 def test_preference_is_read_where_two_answers_part() -> None:

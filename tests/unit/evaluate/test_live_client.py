@@ -81,6 +81,9 @@ def raw_server(content: bytes, pause: float = 0.0) -> Iterator[str]:
                 for byte in content:
                     connection.sendall(bytes([byte]))
                     time.sleep(pause)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(2**16):  # unread bytes would reset the connection
+                    pass
             except OSError:
                 return
 
@@ -210,6 +213,12 @@ def test_a_server_without_a_list_needs_a_name() -> None:
 def test_a_list_of_something_else_is_refused() -> None:
     fault = Fault(content=b'{"data": [{"name": "x"}]}', has_models=False)
     with serving(None, fault=fault) as live, pytest.raises(InputError, match=r"data\.0\.id"):
+        choose_model(LiveClient(live.url), None)
+
+
+def test_an_empty_list_is_no_model() -> None:
+    fault = Fault(content=b'{"data": []}', has_models=False)
+    with serving(None, fault=fault) as live, pytest.raises(InputError, match="lists no model"):
         choose_model(LiveClient(live.url), None)
 
 

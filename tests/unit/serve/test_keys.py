@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 from pathlib import Path
 
+import httpx
 import pytest
+from starlette.responses import PlainTextResponse
 
 from tunesmith.core.errors import InputError
+from tunesmith.serve.guard import Guard, GuardRules
 from tunesmith.serve.keys import KeyRing, add_key, read_keys, remove_key
+from tunesmith.serve.metrics import ServerMetrics
 
 
 def test_a_key_is_found_by_its_secret_alone(tmp_path: Path) -> None:
@@ -68,6 +73,8 @@ def test_names_and_scopes_are_checked(tmp_path: Path) -> None:
     add_key(path, "ci")
     with pytest.raises(InputError, match="there is a key"):
         add_key(path, "ci")
+    with pytest.raises(InputError, match="needs a scope"):
+        add_key(path, "x", scopes=())
     with pytest.raises(InputError, match="no scope"):
         add_key(path, "x", scopes=("root",))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no name"):
@@ -100,3 +107,37 @@ def test_the_command_line_makes_lists_and_removes_keys(tmp_path: Path, tunesmith
     assert tunesmith("keys", "remove", "ci", "--keys", path)[0] == 0
     assert read_keys(Path(path)) == ()
     assert tunesmith("keys", "remove", "ci", "--keys", path)[0] == 2
+
+
+@pytest.mark.parametrize("names", ["", " , "])
+def test_no_names_are_not_all_models(names: str, tmp_path: Path, tunesmith) -> None:
+    path = tmp_path / "keys.json"
+    code, _, error = tunesmith("keys", "add", "ci", "--models", names, "--keys", str(path))
+    assert code == 2
+    assert "names no model" in error
+    assert not path.exists()
+
+
+def test_keys_that_became_unreadable_let_nobody_in(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys.json"
+    secret, _ = add_key(path, "ci")
+    content = path.read_bytes()
+    rules = GuardRules(KeyRing(path), ("x",), 1000, lambda _: "infer")
+    guard = Guard(PlainTextResponse("inside"), rules, ServerMetrics())
+
+    async def get() -> httpx.Response:
+        transport = httpx.ASGITransport(app=guard)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await client.get("/", headers={"authorization": f"Bearer {secret}"})
+
+    assert asyncio.run(get()).text == "inside"
+    path.write_text("{}")
+    response = asyncio.run(get())
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "keys_unreadable"
+    assert str(path) not in response.text
+    assert str(path) in caplog.text
+    path.write_bytes(content)
+    assert asyncio.run(get()).text == "inside"

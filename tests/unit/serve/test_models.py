@@ -288,6 +288,47 @@ def test_what_does_not_belong_is_refused_and_the_old_one_serves_on(
     assert response.status_code in (409, 503), response.text
     assert response.json()["error"]["code"] in ("not_published", "model_not_loaded")
     assert get_ids(chat(changing, "json")) == before
+    assert str(folder) not in response.text
+
+
+def test_a_schema_to_follow_has_to_be_there(changing: LiveServer) -> None:
+    response = put(changing, "json", "large", constrain=True)
+    assert response.status_code == 409
+    assert "no response_schema" in response.json()["error"]["message"]
+
+
+def test_the_base_is_hashed_once(writer: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """What counts is the base in memory, whatever becomes of its files."""
+    shutil.copytree(writer, tmp_path / "base")
+    base = open_base(str(tmp_path / "base"), datetime.now())
+    file = tmp_path / "base" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with base.scratch:
+        assert open_adapter(str(adapters["small"]), base).label == "small"
+    changed_base = open_base(str(tmp_path / "base"), datetime.now())
+    with changed_base.scratch, pytest.raises(InputError, match="base weights"):
+        open_adapter(str(adapters["small"]), changed_base)
+
+
+def test_adapters_share_a_tokenizer_only_if_all_its_files_are_equal(
+    writer: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(adapters["small"], other)
+    (other / "tunesmith.json").unlink()
+    (other / "generation_config.json").write_text('{"eos_token_id": 256}')
+    base = open_base(str(writer), datetime.now())
+    with base.scratch:
+        small, large, plain = (
+            open_adapter(str(adapters[name]), base).renderer for name in ("small", "large", "plain")
+        )
+        changed = open_adapter(str(other), base, is_unproven_allowed=True).renderer
+    assert small is large
+    assert plain.fingerprint != small.fingerprint
+    assert changed.fingerprint == small.fingerprint
+    assert changed.end_ids != small.end_ids
 
 
 def test_unproven_weights_are_served_on_request_and_say_so(

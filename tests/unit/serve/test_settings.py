@@ -81,6 +81,11 @@ def test_a_wrong_file_is_told_with_its_line(text: str, message: str, tmp_path: P
         read_settings([write_yaml(tmp_path, text)])
 
 
+def test_a_settings_file_is_served_alone(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="served alone"):
+        read_settings(["runs/demo-1", write_yaml(tmp_path, YAML)])
+
+
 def test_two_models_of_one_name() -> None:
     with pytest.raises(InputError, match="two models have the name demo-1"):
         read_settings(["runs/demo-1", "old/demo-1@0.5"])

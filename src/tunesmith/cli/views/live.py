@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tunesmith.cli.progress import format_single_line
 from tunesmith.cli.views import make_table
+from tunesmith.evaluate.live_requests import count_common
 
 if TYPE_CHECKING:
     from tunesmith.evaluate.live import AnswerPair, LiveVerification
@@ -46,11 +47,7 @@ def render_verification(result: LiveVerification) -> RenderableType:
 def _render_difference(pair: AnswerPair) -> list[RenderableType]:
     """Show an answer twice: as the run recorded it, and as the server gives it, from shortly before
     the place where they part."""
-    common = 0
-    for recorded, served in zip(pair.recorded, pair.served, strict=False):
-        if recorded != served:
-            break
-        common += 1
+    common = count_common(pair.recorded, pair.served)
     start = max(0, common - MAX_ANSWER_CHARS // 4)
     lines: list[RenderableType] = []
     for label, text in (("recorded", pair.recorded), ("served", pair.served)):

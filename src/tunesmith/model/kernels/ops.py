@@ -134,15 +134,19 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         ctx.save_for_backward(cosine, sine)
-        return _call_rotary(x, cosine, sine, 1.0)
+        return rotate(x, cosine, sine, 1.0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
-        return _call_rotary(gradients[0], cosine, sine, -1.0), None, None
+        return rotate(gradients[0], cosine, sine, -1.0), None, None
 
 
-def _call_rotary(x: Tensor, cosine: Tensor, sine: Tensor, direction: float) -> Tensor:
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor, direction: float) -> Tensor:
+    """Rotate x with a kernel; `direction` is -1 for the gradient. Not differentiable by
+    autograd."""
+    if triton := find_triton(x):
+        return triton.rotate(x, cosine, sine, direction)
     x = x.contiguous()
     y = torch.empty_like(x)
     call_kernel("rotate", x, cosine, sine, y, x.shape[0], x.shape[1], x.shape[2] // 2, direction)
@@ -151,9 +155,7 @@ def _call_rotary(x: Tensor, cosine: Tensor, sine: Tensor, direction: float) -> T
 
 def apply_rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotate x [T, heads, D] by cosine and sine [T, D/2] in fp32 (fp64 for fp64 x)."""
-    if triton := find_triton(x):
-        return triton.apply_rotary(x, cosine, sine)
-    if is_supported(x):
+    if find_triton(x) or is_supported(x):
         return _Rotary.apply(x, cosine, sine)
     first, second = x.chunk(2, dim=-1)
     cosine = cosine[:, None].to(x.dtype)

@@ -6,7 +6,7 @@ width of a row (triton_ops.py, which launches them). Importing this module impor
 no GPU; with TRITON_INTERPRET=1 the kernels run on CPU tensors. Left out: fp64 (the reference)."""
 
 # Not Python to a type checker: operators and indices mean something else in a kernel.
-# ruff: noqa: PLR0913, PLR0915
+# ruff: noqa: PLR0913
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -234,6 +234,19 @@ def _squash(raw, scale, cap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def _add_block(logit, start, largest, exp_sum, favorite):
+    """Return the largest of the logits so far, the sum of exp(logit - largest), and the token of
+    the largest, with one more block, whose logits outside the vocabulary are -inf."""
+    block_largest = tl.max(logit, axis=0)
+    block_favorite = start + tl.argmax(logit, axis=0)
+    favorite = tl.where(block_largest > largest, block_favorite, favorite)
+    new_largest = tl.maximum(largest, block_largest)
+    exp_sum = exp_sum * tl.exp(largest - new_largest)
+    exp_sum += tl.sum(tl.exp(logit - new_largest), axis=0)
+    return new_largest, exp_sum, favorite
+
+
+@triton.jit
 def cross_entropy_kernel(
     logits_ptr,
     targets_ptr,
@@ -261,10 +274,7 @@ def cross_entropy_kernel(
         raw = tl.load(row_ptr + columns, mask=is_inside, other=0.0).to(tl.float32)
         logit, _ = _squash(raw, scale, cap, HAS_CAP)
         masked = tl.where(is_inside, logit, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(masked, axis=0))
-        exp_sum = exp_sum * tl.exp(largest - new_largest)
-        exp_sum += tl.sum(tl.exp(masked - new_largest), axis=0)
-        largest = new_largest
+        largest, exp_sum, _ = _add_block(masked, start, largest, exp_sum, 0)
         total += tl.sum(tl.where(is_inside, logit, 0.0), axis=0)
         target_logit += tl.sum(tl.where(columns == target, logit, 0.0), axis=0)
     log_sum = largest + tl.log(exp_sum)
@@ -316,25 +326,16 @@ def kl_divergence_kernel(
         raw = tl.load(base_row + columns, mask=is_inside, other=0.0).to(tl.float32)
         logit, _ = _squash(raw, scale, cap, HAS_CAP)
         logit = tl.where(is_inside, logit, float("-inf"))
-        block_largest = tl.max(logit, axis=0)
-        favorite = start + tl.argmax(logit, axis=0)
-        base_favorite = tl.where(block_largest > base_largest, favorite, base_favorite)
-        new_largest = tl.maximum(base_largest, block_largest)
-        base_sum = base_sum * tl.exp(base_largest - new_largest)
-        base_sum += tl.sum(tl.exp(logit - new_largest), axis=0)
-        base_largest = new_largest
-
+        base_largest, base_sum, base_favorite = _add_block(
+            logit, start, base_largest, base_sum, base_favorite
+        )
         raw = tl.load(tuned_row + columns, mask=is_inside, other=0.0).to(tl.float32)
         logit, _ = _squash(raw, scale, cap, HAS_CAP)
         target_logit += tl.sum(tl.where(columns == target, logit, 0.0), axis=0)
         logit = tl.where(is_inside, logit, float("-inf"))
-        block_largest = tl.max(logit, axis=0)
-        favorite = start + tl.argmax(logit, axis=0)
-        tuned_favorite = tl.where(block_largest > tuned_largest, favorite, tuned_favorite)
-        new_largest = tl.maximum(tuned_largest, block_largest)
-        tuned_sum = tuned_sum * tl.exp(tuned_largest - new_largest)
-        tuned_sum += tl.sum(tl.exp(logit - new_largest), axis=0)
-        tuned_largest = new_largest
+        tuned_largest, tuned_sum, tuned_favorite = _add_block(
+            logit, start, tuned_largest, tuned_sum, tuned_favorite
+        )
     base_log_sum = base_largest + tl.log(base_sum)
     tuned_log_sum = tuned_largest + tl.log(tuned_sum)
     if (target < 0) | (target >= vocab_size):

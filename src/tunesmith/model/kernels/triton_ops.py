@@ -186,28 +186,12 @@ def _launch_rotary(x: Tensor, cosine: Tensor, sine: Tensor, y: Tensor, direction
     )
 
 
-class _TritonRotary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        ctx.save_for_backward(cosine, sine)
-        return _rotate(x, cosine, sine, 1.0)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        cosine, sine = ctx.saved_tensors
-        return _rotate(gradients[0], cosine, sine, -1.0), None, None
-
-
-def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, direction: float) -> Tensor:
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor, direction: float) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
         _launch_rotary(x, cosine.contiguous(), sine.contiguous(), y, direction)
     return y
-
-
-def apply_rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    return _TritonRotary.apply(x, cosine, sine)
 
 
 # ---------------------------------------------------------------- one factor per column

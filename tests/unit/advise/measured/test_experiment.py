@@ -114,7 +114,9 @@ def test_an_interrupted_experiment_continues_to_a_decision(writer: Path, tmp_pat
     _, *regraded, _ = advise_measured(
         make_recipe(writer, tmp_path, metrics=["contains"]), **options
     )
-    assert regraded[: len(results)] == results, "another metric grades the same answers"
+    arms = [result.arm for result in results]
+    graded_again = [result for result in regraded if result.arm in arms]  # others had no time left
+    assert graded_again == results, "another metric grades the same answers"
     changed = make_recipe(
         writer,
         tmp_path,

@@ -105,10 +105,6 @@ class BatchMachine(RuleBasedStateMachine):
     def cancel(self, index: int) -> None:
         self.batch.cancel(self.rows[index % len(self.rows)])
 
-    @rule()
-    def forget_prefixes(self) -> None:
-        self.batch.cache.pool.forget_idle()
-
     @invariant()
     def check_blocks(self) -> None:
         pool = self.batch.cache.pool
@@ -116,7 +112,6 @@ class BatchMachine(RuleBasedStateMachine):
         assert pool.num_available == NUM_BLOCKS - len(held)
         assert len(self.batch.cache.rows) == len(self.batch.rows) <= SLOTS
         assert sum(len(row.stored.blocks) for row in self.batch.rows) >= len(held)
-        assert pool.num_findable <= NUM_BLOCKS
 
     @invariant()
     def check_answers(self) -> None:

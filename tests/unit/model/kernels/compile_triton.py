@@ -71,7 +71,7 @@ def launch_all(width: int, mlp_width: int, head_size: int, vocab_size: int) -> N
     heads = torch.zeros(16, width // head_size, head_size, dtype=BF16, requires_grad=True)
     triton_ops.rms_norm(heads, torch.ones(head_size, dtype=BF16), 1e-6).sum().backward()
     tables = torch.zeros(2, 16, head_size // 2)
-    triton_ops.apply_rotary(heads, *tables)
+    triton_ops.rotate(heads.detach(), *tables, 1.0)
     gate, up = torch.zeros(2, 16, mlp_width, dtype=BF16)
     for is_gelu in (False, True):
         triton_ops.gated_activation(gate, up, is_gelu)
