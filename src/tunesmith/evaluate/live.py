@@ -34,7 +34,13 @@ from tunesmith.evaluate.results import (
     format_comparison,
     select_items,
 )
-from tunesmith.evaluate.statistics import MIN_ITEMS, compute_wilson_interval, judge_comparisons
+from tunesmith.evaluate.statistics import (
+    MIN_ITEMS,
+    NO_DIFFERENCE,
+    TOO_FEW_ITEMS,
+    compute_wilson_interval,
+    judge_comparisons,
+)
 
 Status = Literal["ok", "warning", "failed", "not measured"]
 
@@ -45,6 +51,7 @@ MAX_CLEAR_SHARE = 0.05  # of the answers, with a difference that rounding does n
 MAX_CHANGES_PER_TOKEN = 0.01  # first differences, of a server without log-probabilities
 MAX_MEAN_NATS = 0.02  # difference of the loss of expected answers
 MAX_ITEM_NATS = 0.05  # mean over items of its absolute difference
+MAX_METRIC_FALL = 0.1  # that the interval of a metric's difference may leave open
 MAX_SHOWN_ANSWERS = 3
 TOO_FEW = f"too few items to tell: {{}} of at least {MIN_ITEMS}"
 
@@ -124,16 +131,16 @@ def verify_run(
     pairs = [_Pair(item, answer) for item, answer in zip(run.items, answers, strict=True)]
     losses = score_documents(client, options, run.items)
     comparisons = tuple(_compare_metrics(run, pairs))
+    different = [pair for pair in pairs if not pair.is_same]
     checks = [
         _check_prompts(pairs),
         _check_applied(pairs, losses),
         _check_answers(pairs),
-        *_check_metrics(comparisons),
+        *_check_metrics(comparisons, are_same=not different),
         _check_probability(run.items, losses),
         _check_ends(pairs),
         _check_stability(client, options, pairs),
     ]
-    different = [pair for pair in pairs if not pair.is_same]
     return LiveVerification(
         run=str(run.path),
         url=client.url,
@@ -189,6 +196,9 @@ def _check_prompts(pairs: Sequence[_Pair]) -> LiveCheck:
         message = f"{len(other)} of {len(with_ids)} prompts have other ids ({other[0].item.id})"
         return LiveCheck(name, "failed", len(counted), f"{message}: other template or tokenizer")
     ids = f"; the same ids in {len(with_ids)}" if with_ids else "; no ids to compare"
+    if len(counted) < len(pairs):
+        message = f"the same number of tokens{ids}; no usage for {len(pairs) - len(counted)}"
+        return LiveCheck(name, "warning", len(counted), message)
     return LiveCheck(name, "ok", len(counted), f"the same number of tokens in all{ids}")
 
 
@@ -212,9 +222,12 @@ def _check_applied(pairs: Sequence[_Pair], losses: dict[str, float]) -> LiveChec
     message = f"of {n} {subject}, {after} as after training, {decided.count(-1)} as before"
     if len(decided) < MIN_ITEMS:
         return LiveCheck(name, "failed", n, f"{message}: neither the run nor its base")
-    low, high = compute_wilson_interval(after, len(decided))
+    _, high = compute_wilson_interval(after, len(decided))
     if high < 0.5:
         return LiveCheck(name, "failed", n, f"{message}: the training is not applied")
+    low, high = compute_wilson_interval(after, n)  # those that are neither count too
+    if high < 0.5:
+        return LiveCheck(name, "failed", n, f"{message}: most are neither the run nor its base")
     if low <= 0.5:
         return LiveCheck(name, "warning", n, f"{message}: too close to tell")
     return LiveCheck(name, "ok", n, message)
@@ -303,15 +316,25 @@ def _compare_metrics(run: RecordedRun, pairs: Sequence[_Pair]) -> Iterator[Compa
         yield compare_measurements(recorded, replace(recorded, values=values))
 
 
-def _check_metrics(comparisons: Sequence[Comparison]) -> Iterator[LiveCheck]:
+def _check_metrics(comparisons: Sequence[Comparison], *, are_same: bool) -> Iterator[LiveCheck]:
+    """Judge each metric by what its interval excludes: no difference shown is not yet none.
+
+    are_same: whether every answer is the recorded one, so that no grade can differ."""
     verdicts = judge_comparisons(comparisons)
     for comparison, verdict in zip(comparisons, verdicts, strict=True):
-        # One that does not survive Holm's correction is no verdict.
-        status: Status = "failed" if verdict == "worse" else "ok"
-        if verdict.startswith(("better", "worse,")):
-            status = "warning"
         name = f"metric: {comparison.task} {comparison.metric}"
         message = format_comparison(comparison).partition(": ")[2]
+        fall = -comparison.low if comparison.higher_is_better else comparison.high
+        # One that does not survive Holm's correction is no verdict.
+        status: Status = "failed" if verdict == "worse" else "warning"
+        if verdict == NO_DIFFERENCE and are_same:
+            status = "ok"
+            message = message.replace(NO_DIFFERENCE, "the same answers")
+        elif verdict == NO_DIFFERENCE and fall <= MAX_METRIC_FALL:
+            status = "ok"
+        elif verdict == NO_DIFFERENCE:
+            reason = f"{TOO_FEW_ITEMS} it from a fall of {MAX_METRIC_FALL:g}"
+            message = message.replace(NO_DIFFERENCE, reason)
         yield LiveCheck(name, status, comparison.after.n, message)
 
 
@@ -334,7 +357,11 @@ def _check_probability(items: Sequence[RecordedItem], losses: dict[str, float]) 
         f"loss of expected answers {mean:+.4f} nats/token, {spread:.4f} per item regardless of sign"
     )
     is_far = abs(mean) > MAX_MEAN_NATS or spread > MAX_ITEM_NATS
-    return LiveCheck(name, "failed" if is_far else "ok", n, message)
+    num_silent = sum(item.loss is not None and bool(item.documents) for item in items) - n
+    if num_silent:
+        message += f"; {num_silent} more without finite log-probabilities"
+    unfailed: Status = "warning" if num_silent else "ok"
+    return LiveCheck(name, "failed" if is_far else unfailed, n, message)
 
 
 def _check_ends(pairs: Sequence[_Pair]) -> LiveCheck:

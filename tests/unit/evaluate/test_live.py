@@ -10,16 +10,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from live_server import MODEL, Served, load_served, serving, train_color_run
 from tiny_runs import TURNS
 from tunesmith.cli import app
 from tunesmith.core.errors import InputError
-from tunesmith.evaluate.live import LiveVerification, _check_answers, _Pair, verify_run
+from tunesmith.core.types import Document
+from tunesmith.evaluate.live import (
+    LiveVerification,
+    _check_answers,
+    _check_applied,
+    _check_metrics,
+    _check_probability,
+    _check_prompts,
+    _Pair,
+    verify_run,
+)
 from tunesmith.evaluate.live_client import LiveClient
 from tunesmith.evaluate.live_items import RecordedItem
 from tunesmith.evaluate.live_requests import LiveAnswer, _Alternative, _ChosenToken
+from tunesmith.evaluate.results import MetricValues, compare_measurements
 
 NUM_ITEMS = 12
 OTHER_END = 258
@@ -205,12 +217,17 @@ def make_token(text: str, logprob: float, *others: tuple[str, float]) -> _Chosen
     return _ChosenToken(text, logprob, tuple(text.encode()), alternatives)
 
 
+def make_item(number: int = 1, **changes: Any) -> RecordedItem:
+    item = RecordedItem(
+        id=str(number), messages=(), tools=(), prompt_text="", prompt_ids=(1, 2), expected="",
+        before="", after="", is_cut=False, documents=(), loss_before=None, loss=None,
+    )  # fmt: skip
+    return replace(item, **changes)
+
+
 def test_clear_differences_fail_although_one_is_not_explained() -> None:
     same = "a" * 300
-    item = RecordedItem(
-        id="1", messages=(), tools=(), prompt_text="", prompt_ids=(), expected="", before="",
-        after=f"{same}b", is_cut=False, documents=(), loss_before=None, loss=None,
-    )  # fmt: skip
+    item = make_item(after=f"{same}b")
     right = LiveAnswer(item.after, "stop", completion_tokens=301)
     silent = LiveAnswer(f"{same}c", "stop", completion_tokens=301)
     clear = replace(silent, tokens=(make_token(same, -0.1), make_token("c", -0.1, ("b", -5.0))))
@@ -241,3 +258,61 @@ def test_an_answer_that_should_have_ended_is_a_clear_difference() -> None:
     for text in ("a<end>b", "ab"):  # a server may show control tokens, or not
         answer = LiveAnswer(text, "length", tokens=tokens, end_texts=("<end>",))
         assert answer.measure_preference("a") == math.inf
+
+
+# ---------------------------------------------------------------- never ok of nothing
+
+
+def judge_metric(before: Sequence[float], after: Sequence[float], *, are_same: bool = False) -> Any:
+    ids = tuple(str(i) for i in range(len(before)))
+    recorded = MetricValues("test", "exact_match", ids, tuple(before))
+    comparison = compare_measurements(recorded, replace(recorded, values=tuple(after)))
+    (check,) = _check_metrics([comparison], are_same=are_same)
+    return check
+
+
+def test_a_metric_of_few_items_is_no_ok() -> None:
+    check = judge_metric([1.0] * 8, [0.0] * 4 + [1.0] * 4)  # an interval that even excludes 0
+    assert check.status == "warning"
+    assert check.message.endswith("n = 8: too few items to tell it from a fall of 0.1")
+    assert judge_metric([1.0] * 8, [1.0] * 8).status == "warning"
+
+
+def test_a_metric_is_ok_if_its_interval_excludes_a_fall() -> None:
+    assert judge_metric([1.0] * 64, [0.0] + [1.0] * 63).status == "ok"
+    assert judge_metric([1.0] * 64, [0.0] * 4 + [1.0] * 60).status == "warning"
+    assert judge_metric([1.0] * 64, [0.0] * 32 + [1.0] * 32).status == "failed"
+
+
+def test_the_same_answers_have_the_same_metric() -> None:
+    check = judge_metric([1.0, 0.0] * 4, [1.0, 0.0] * 4, are_same=True)
+    assert (check.status, check.message[-23:]) == ("ok", "n = 8: the same answers")
+
+
+def test_answers_that_are_neither_do_not_show_the_training() -> None:
+    item = make_item(before="one", after="two")
+    right = _Pair(item, LiveAnswer("two", "stop"))
+    neither = _Pair(item, LiveAnswer("six", "stop"))
+    assert _check_applied([right] * 6, {}).status == "ok"
+    assert _check_applied([right] * 6 + [neither] * 4, {}).status == "warning"
+    check = _check_applied([right] * 6 + [neither] * 30, {})
+    assert check.status == "failed"
+    assert "most are neither" in check.message
+
+
+def test_prompts_that_are_not_counted_are_said() -> None:
+    counted = _Pair(make_item(), LiveAnswer("", "stop", prompt_tokens=2))
+    check = _check_prompts([counted] * 5 + [_Pair(make_item(), LiveAnswer("", "stop"))])
+    assert (check.status, check.n) == ("warning", 5)
+    assert check.message.endswith("no usage for 1")
+
+
+def test_expected_answers_without_probabilities_are_said() -> None:
+    document = Document("1", np.array([1, 2]), np.array([0.0, 1.0]))
+    items = [make_item(number, loss=1.0, documents=(document,)) for number in range(10)]
+    losses = {str(number): 1.0 for number in range(10)}
+    assert _check_probability(items, losses).status == "ok"
+    del losses["3"]
+    check = _check_probability(items, losses)
+    assert (check.status, check.n) == ("warning", 9)
+    assert check.message.endswith("; 1 more without finite log-probabilities")
