@@ -24,7 +24,6 @@ SMALL_FILES = {
     "core/progress_log.py",
     "data/checks/language_id.py",
     "data/tokenizer/eos.py",
-    "model/oom.py",
     "train/neftune.py",  # on or off as a whole
     "plan/stages.py",
 }

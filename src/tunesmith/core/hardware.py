@@ -15,6 +15,7 @@ import platform
 import resource
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import psutil
@@ -110,6 +111,11 @@ def find_compiler() -> str | None:
     return None
 
 
+def has_python_headers() -> bool:
+    """Return whether a C compiler finds Python.h, which some distributions package apart."""
+    return Path(str(sysconfig.get_config_var("INCLUDEPY")), "Python.h").exists()
+
+
 def collect_versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that a run depends on."""
     versions = {"python": platform.python_version()}
@@ -199,6 +205,7 @@ def _measure_gpu(folder: Path) -> Machine | None:
         num_gpus=torch.cuda.device_count(),
         gpu_software=f"ROCm {hip_version}" if hip_version else f"CUDA {torch.version.cuda}",
         compute_capability="" if hip_version else f"{major}.{minor}",
+        has_python_headers=has_python_headers(),
     )
 
 

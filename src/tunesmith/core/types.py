@@ -49,9 +49,11 @@ class Machine:
     has_bf16_matmul: bool  # in hardware
     compiler: str | None  # path of a C compiler, for the CPU kernels
     versions: dict[str, str] = field(default_factory=dict[str, str])
-    num_gpus: int = 0  # that torch sees; training uses the first
+    num_gpus: int = 0  # that torch sees; of a target, those of a node
+    num_nodes: int = 0  # of a target; 0 for this machine
     gpu_software: str = ""  # CUDA 12.8, ROCm 6.4
     compute_capability: str = ""  # of an NVIDIA GPU: 9.0
+    has_python_headers: bool = True  # which Triton compiles with
     unused_gpu: str = ""  # why a GPU of this machine is not used
 
     @property

@@ -26,7 +26,7 @@ from tunesmith.evaluate.metrics import BITS_PER_BYTE
 from tunesmith.evaluate.results import MetricValues
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.lm_head import measure_target_losses
-from tunesmith.model.oom import OutOfMemory, memory_errors
+from tunesmith.model.machine_errors import OutOfMemory, machine_errors
 
 T = TypeVar("T")
 PROGRESS_LABEL = "documents scored"
@@ -64,7 +64,7 @@ def map_documents(
         pack = pending.pop()
         indices = [index_by_id[id(document)] for document in pack.documents]
         try:
-            with memory_errors():
+            with machine_errors():
                 results = compute(model, collate(pack, model.device), indices)
         except OutOfMemory:
             if len(pack.documents) == 1:

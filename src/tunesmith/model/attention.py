@@ -31,7 +31,7 @@ from tunesmith.model.flash_attention import (
 )
 from tunesmith.model.kernels import ops
 from tunesmith.model.kernels.build import call_kernel
-from tunesmith.model.oom import OutOfMemory
+from tunesmith.model.machine_errors import OutOfMemory
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from tunesmith.model.attention import (
     run_prefix_kernel,
 )
 from tunesmith.model.cache_blocks import BLOCK_TOKENS, BlockContent, BlockPool, count_blocks
-from tunesmith.model.oom import OutOfMemory
+from tunesmith.model.machine_errors import OutOfMemory
 
 KeysValues = tuple[Tensor, Tensor]
 States = tuple[Tensor, ...]  # of a recurrent layer, each [rows, ...]

@@ -1,8 +1,10 @@
 """Machines that a plan can be made for without having one: `--target`, `--memory`.
 
-In: the name of a GPU, a size in bytes, and the machine at hand. Out: the Machine to plan for.
-Memory is what the data sheet says in units of 10^9 bytes (a card holds up to 7% more), rates are of
-dense bf16 products that accumulate in fp32. Left out: several GPUs, and cards without bf16."""
+In: the name of a GPU, alone or in a number (`8xh100`, `4x8xh100`), a size in bytes, and the machine
+at hand. Out: the Machine to plan for. Memory is what the data sheet says in units of 10^9 bytes (a
+card holds up to 7% more), rates are of dense bf16 products that accumulate in fp32. Links are those
+of the data sheet in one direction, times a share that collectives reach. Left out: cards without
+bf16, and how the GPUs share a run (mesh.py)."""
 
 from __future__ import annotations
 
@@ -16,76 +18,177 @@ from tunesmith.core.types import Machine
 ASSUMED_VERSION = "assumed"  # version of a library that a target is assumed to have
 
 
+# what collectives reach of a link's rate in one direction: assumed, not measured here
+NVLINK_SHARE = 0.78
+PCIE_SHARE = 0.69
+NETWORK_SHARE = 0.8
+
+
 @dataclass(frozen=True)
 class HardwarePreset:
-    """A GPU and its data sheet."""
+    """A GPU and its data sheet. Links are bytes per second of one GPU, as collectives reach them."""
 
     title: str
     memory_bytes: int
     flops: float  # dense bf16 operations per second
     bandwidth: float  # bytes per second
     source: str
+    link: float  # between the GPUs of a node
+    network: float  # between nodes
+    link_source: str
+
+
+@dataclass(frozen=True)
+class _Links:
+    """How the machines with a kind of card are usually wired."""
+
+    link: float
+    network: float
+    source: str
+
+
+def _make_links(
+    gigabytes_per_second: float, share: float, network_gigabits: float, source: str
+) -> _Links:
+    network = NETWORK_SHARE * network_gigabits * 1e9 / 8
+    return _Links(share * gigabytes_per_second * 1e9, network, source)
+
+
+# data sheets count NVLink in both directions
+NVLINK_3 = _make_links(300, NVLINK_SHARE, 200, "NVLink 3, 600 GB/s; DGX A100: 200 Gb/s per GPU")
+NVLINK_4 = _make_links(450, NVLINK_SHARE, 400, "NVLink 4, 900 GB/s; DGX H100: 400 Gb/s per GPU")
+NVLINK_5 = _make_links(900, NVLINK_SHARE, 400, "NVLink 5, 1.8 TB/s; DGX B200: 400 Gb/s per GPU")
+PCIE_4 = _make_links(32, PCIE_SHARE, 25, "PCIe 4.0 x16; 25 Gb/s per GPU between nodes is assumed")
+PCIE_5 = _make_links(64, PCIE_SHARE, 25, "PCIe 5.0 x16; 25 Gb/s per GPU between nodes is assumed")
 
 
 def _make_preset(
-    title: str, gigabytes: int, teraflops: float, gigabytes_per_second: float, source: str
+    title: str,
+    gigabytes: int,
+    teraflops: float,
+    gigabytes_per_second: float,
+    source: str,
+    links: _Links,
 ) -> HardwarePreset:
-    bandwidth = gigabytes_per_second * 1e9
-    return HardwarePreset(title, gigabytes * 10**9, teraflops * 1e12, bandwidth, source)
+    return HardwarePreset(
+        title=title,
+        memory_bytes=gigabytes * 10**9,
+        flops=teraflops * 1e12,
+        bandwidth=gigabytes_per_second * 1e9,
+        source=source,
+        link=links.link,
+        network=links.network,
+        link_source=links.source,
+    )
 
 
 HARDWARE_PRESETS = {
-    "l4": _make_preset("NVIDIA L4", 24, 121, 300, "NVIDIA L4 data sheet"),
-    "rtx3090": _make_preset("GeForce RTX 3090", 24, 71, 936, "NVIDIA Ampere GA102 white paper"),
-    "rtx4090": _make_preset("GeForce RTX 4090", 24, 165.2, 1008, "NVIDIA Ada white paper"),
-    "rtx5090": _make_preset(
-        "GeForce RTX 5090", 32, 209.5, 1792, "NVIDIA RTX Blackwell white paper"
+    "l4": _make_preset("NVIDIA L4", 24, 121, 300, "NVIDIA L4 data sheet", PCIE_4),
+    "rtx3090": _make_preset(
+        "GeForce RTX 3090", 24, 71, 936, "NVIDIA Ampere GA102 white paper", PCIE_4
     ),
-    "a100-40gb": _make_preset("A100 40GB SXM", 40, 312, 1555, "NVIDIA A100 data sheet"),
-    "l40s": _make_preset("NVIDIA L40S", 48, 362, 864, "NVIDIA L40S data sheet"),
-    "a100-80gb": _make_preset("A100 80GB SXM", 80, 312, 2039, "NVIDIA A100 data sheet"),
-    "h100": _make_preset("H100 80GB SXM", 80, 989, 3350, "NVIDIA H100 data sheet"),
-    "h200": _make_preset("H200 SXM", 141, 989, 4800, "NVIDIA H200 data sheet"),
-    "b200": _make_preset("B200 SXM", 180, 2250, 8000, "NVIDIA HGX B200 data sheet"),
+    "rtx4090": _make_preset("GeForce RTX 4090", 24, 165.2, 1008, "NVIDIA Ada white paper", PCIE_4),
+    "rtx5090": _make_preset(
+        "GeForce RTX 5090", 32, 209.5, 1792, "NVIDIA RTX Blackwell white paper", PCIE_5
+    ),
+    "a100-40gb": _make_preset("A100 40GB SXM", 40, 312, 1555, "NVIDIA A100 data sheet", NVLINK_3),
+    "l40s": _make_preset("NVIDIA L40S", 48, 362, 864, "NVIDIA L40S data sheet", PCIE_4),
+    "a100-80gb": _make_preset("A100 80GB SXM", 80, 312, 2039, "NVIDIA A100 data sheet", NVLINK_3),
+    "h100": _make_preset("H100 80GB SXM", 80, 989, 3350, "NVIDIA H100 data sheet", NVLINK_4),
+    "h200": _make_preset("H200 SXM", 141, 989, 4800, "NVIDIA H200 data sheet", NVLINK_4),
+    "b200": _make_preset("B200 SXM", 180, 2250, 8000, "NVIDIA HGX B200 data sheet", NVLINK_5),
 }
 PRESET_NAMES = {preset.title: name for name, preset in HARDWARE_PRESETS.items()}
 SIZE_PATTERN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 UNIT_PREFIXES = " KMGT"
+# nodes x GPUs x card; the numbers may be left out
+TARGET_PATTERN = re.compile(r"(?:(?:(\d{1,4})x)?(\d{1,4})x)?([a-z][a-z0-9-]*)")
+MAX_GPUS_PER_NODE = 16
+TARGET_FORMS = "write the GPUs of a node as 8xh100, and several nodes as 4x8xh100"
+
+
+@dataclass(frozen=True)
+class Target:
+    """GPUs to plan for: `num_gpus` in each of `num_nodes` nodes."""
+
+    name: str  # of the preset
+    num_gpus: int = 1
+    num_nodes: int = 1
+
+    @property
+    def preset(self) -> HardwarePreset:
+        return HARDWARE_PRESETS[self.name]
+
+    def __str__(self) -> str:
+        if self.num_nodes > 1:
+            return f"{self.num_nodes}x{self.num_gpus}x{self.name}"
+        return f"{self.num_gpus}x{self.name}" if self.num_gpus > 1 else self.name
 
 
 def choose_machine(
-    local_machine: Machine, preset_name: str | None, memory_limit: str | None
+    local_machine: Machine, target_name: str | None, memory_limit: str | None
 ) -> Machine:
-    """Return the machine to plan for: this one, or a preset, with at most `memory_limit` free.
+    """Return the machine to plan for: this one, or a target, with at most `memory_limit` free.
 
-    All memory of a preset is free; it has the software of this machine, and bitsandbytes. Raises
-    InputError for an unknown name or size."""
+    All memory of a target is free; it has the software of this machine, and bitsandbytes. Memory is
+    that of one GPU. Raises InputError for an unknown name or size."""
     machine = local_machine
-    if preset_name is not None:
-        machine = _make_machine(local_machine, find_preset(preset_name))
+    if target_name is not None:
+        machine = make_machine(local_machine, parse_target(target_name))
     if memory_limit is None:
         return machine
     available_bytes = min(parse_size(memory_limit), machine.available_bytes)
     return dataclasses.replace(machine, available_bytes=available_bytes)
 
 
-def find_preset(name: str) -> HardwarePreset:
-    key = name.lower().replace("_", "-").replace(" ", "")
-    if key not in HARDWARE_PRESETS:
-        fix = f"use one of {', '.join(HARDWARE_PRESETS)}"
-        raise InputError(f"unknown machine: {name!r:.80}", where="--target", fix=fix)
-    return HARDWARE_PRESETS[key]
+def parse_target(text: str) -> Target:
+    """Parse `h100`, `8xh100` or `4x8xh100` (nodes x GPUs x card). Raises InputError."""
+    words = text.lower().replace("_", "-").replace(" ", "")
+    match = TARGET_PATTERN.fullmatch(words)
+    if match is None or match[3] not in HARDWARE_PRESETS:
+        raise InputError(
+            f"unknown machine: {text!r:.80}", where="--target", fix=_suggest_target(words)
+        )
+    num_nodes = int(match[1] or 1)
+    num_gpus = int(match[2] or 1)
+    if not (1 <= num_gpus <= MAX_GPUS_PER_NODE and num_nodes):
+        raise InputError(
+            f"{text!r:.80} has {num_gpus} GPUs in each of {num_nodes} nodes",
+            where="--target",
+            fix=f"a node has 1 to {MAX_GPUS_PER_NODE} GPUs: {TARGET_FORMS}",
+        )
+    return Target(match[3], num_gpus, num_nodes)
+
+
+def _suggest_target(words: str) -> str:
+    """Say how a target is written, with the card and the number of GPUs if the text has them."""
+    names = [name for name in HARDWARE_PRESETS if re.search(rf"{name}(?!\d)", words)]
+    if not names:
+        return f"use one of {', '.join(HARDWARE_PRESETS)}; {TARGET_FORMS}"
+    name = max(names, key=len)
+    numbers = re.findall(r"\d+", words.replace(name, " ", 1))
+    if len(numbers) == 1:
+        return f"write it as {Target(name, int(numbers[0]))}; for several nodes, as 4x8x{name}"
+    if not numbers:
+        return f"use {name}, or one of {', '.join(HARDWARE_PRESETS)}; {TARGET_FORMS}"
+    return TARGET_FORMS
 
 
 def match_preset(machine: Machine) -> HardwarePreset | None:
-    """Return the preset that a machine was made from, if any."""
+    """Return the preset of the GPUs that a machine was made from, if any."""
     name = PRESET_NAMES.get(machine.device_name)
     return None if name is None else HARDWARE_PRESETS[name]
 
 
 def list_machines(local_machine: Machine) -> dict[str, Machine]:
     """Return a machine for each preset, the smallest first."""
-    return {name: _make_machine(local_machine, preset) for name, preset in HARDWARE_PRESETS.items()}
+    return {name: make_machine(local_machine, Target(name)) for name in HARDWARE_PRESETS}
+
+
+def describe_target(machine: Machine) -> str:
+    """Return the name by which a machine that was made from a preset is a target."""
+    name = PRESET_NAMES[machine.device_name]
+    return str(Target(name, machine.num_gpus, max(1, machine.num_nodes)))
 
 
 def assume_bitsandbytes(machine: Machine) -> Machine:
@@ -96,17 +199,21 @@ def assume_bitsandbytes(machine: Machine) -> Machine:
 
 def find_missing_for_triton(machine: Machine) -> str:
     """Return what our kernels for GPUs lack on this one, which then runs plain torch; empty if they
-    run. Triton compiles how it calls them with a C compiler."""
+    run. Triton compiles how it calls them with a C compiler and Python's headers."""
     if machine.device != "cuda" or not machine.gpu_software:  # a preset has everything
         return ""
     if machine.gpu_software.startswith("ROCm"):
         return "a GPU of NVIDIA"
     if "triton" not in machine.versions:
         return "the package triton"
-    return "" if machine.compiler else "a C compiler"
+    if not machine.compiler:
+        return "a C compiler"
+    return "" if machine.has_python_headers else "Python's headers (such as python3-dev)"
 
 
-def _make_machine(local_machine: Machine, preset: HardwarePreset) -> Machine:
+def make_machine(local_machine: Machine, target: Target) -> Machine:
+    """Return the machine of a target, with the software and the disk of this one."""
+    preset = target.preset
     return dataclasses.replace(
         assume_bitsandbytes(local_machine),
         device="cuda",
@@ -114,7 +221,8 @@ def _make_machine(local_machine: Machine, preset: HardwarePreset) -> Machine:
         memory_bytes=preset.memory_bytes,
         available_bytes=preset.memory_bytes,
         has_bf16_matmul=True,
-        num_gpus=1,
+        num_gpus=target.num_gpus,
+        num_nodes=target.num_nodes,
         gpu_software="",
         compute_capability="",
         unused_gpu="",

@@ -33,8 +33,8 @@ from tunesmith.data.sampler import prefetch
 from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.kernels import ops
+from tunesmith.model.machine_errors import OutOfMemory, machine_errors
 from tunesmith.model.new_embeddings import collect_new_rows
-from tunesmith.model.oom import OutOfMemory, memory_errors
 from tunesmith.model.safetensors_io import find_nonfinite
 from tunesmith.train.checkpoint import read_state, write_state
 from tunesmith.train.kto import measure_kl, split_mismatched
@@ -219,7 +219,7 @@ class TrainingLoop:
         normalizer = LossNormalizer.from_documents(documents)
         packs = self._pack_documents(documents) if normalizer else []
         try:
-            with memory_errors():
+            with machine_errors():
                 if is_kto:
                     kl = measure_kl(self.model, mismatched, self.pack_length)
                     self.loss_config = dataclasses.replace(self.loss_config, kl=kl)
@@ -227,7 +227,8 @@ class TrainingLoop:
         except OutOfMemory as error:
             message = error.message
         else:
-            return self._apply_update(documents, packs, started, loss, supervised_tokens)
+            with machine_errors():
+                return self._apply_update(documents, packs, started, loss, supervised_tokens)
         # Outside the except block, where the traceback no longer holds the tensors of the step.
         event = self._shrink_packs(documents, message)
         self._retry_documents = loaded
@@ -252,8 +253,7 @@ class TrainingLoop:
         self.bad_steps = 0
         set_learning_rate(self.optimizer, learning_rate)  # of a step without an update, too
         if should_update and not updates_first:
-            with memory_errors():
-                step_optimizer(self.optimizer, learning_rate)
+            step_optimizer(self.optimizer, learning_rate)
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         self.seconds += seconds
@@ -295,8 +295,7 @@ class TrainingLoop:
         loss_and_norm = torch.stack((loss_sum.double(), norm.double()))
         if update_rate is not None:
             should_skip = ~torch.isfinite(loss_and_norm).all()
-            with memory_errors():
-                step_optimizer(self.optimizer, update_rate, should_skip)
+            step_optimizer(self.optimizer, update_rate, should_skip)
         loss, grad_norm = loss_and_norm.tolist()
         return loss, grad_norm
 

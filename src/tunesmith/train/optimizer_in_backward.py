@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tunesmith.core.errors import GateError, MachineError
-from tunesmith.model.oom import OutOfMemory, memory_errors
+from tunesmith.model.machine_errors import OutOfMemory, machine_errors
 from tunesmith.train.optimizer import step_optimizer
 
 
@@ -62,7 +62,7 @@ class OptimizerInBackward:
             for name, parameter in self.parameters.items()
         ]
         try:
-            with memory_errors():
+            with machine_errors():
                 yield
         except OutOfMemory as error:
             raise MachineError(

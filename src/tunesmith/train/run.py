@@ -61,7 +61,7 @@ from tunesmith.evaluate.results import (
 from tunesmith.evaluate.run_verdict import judge_run
 from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
-from tunesmith.model.oom import memory_errors
+from tunesmith.model.machine_errors import machine_errors
 from tunesmith.model.save import save_adapter, save_model, save_serving_files
 from tunesmith.plan.build import refuse_if_too_large
 from tunesmith.session import inputs
@@ -103,7 +103,7 @@ def train(
     is_stage = find_parent_run(path) != path
     resume_hint = _resume_hint(path) if is_stage else "nothing was trained; start the run again"
     with GracefulStop(resume_hint) as stop, RunFolder.create(path) as folder:
-        with stop.immediate(), memory_errors():
+        with stop.immediate(), machine_errors():
             plan, data_results = check_all_texts(plan, run_inputs)
             plan, run_inputs, first_events = add_self_rehearsal(plan, run_inputs, folder)
             fingerprint = build_fingerprint(plan, run_inputs, plan.recipe)
@@ -188,13 +188,13 @@ def _run_events(context: RunContext) -> Generator[Event]:
     yield from context.resume_state.first_events
 
     # Prove.
-    with context.stop.immediate(), memory_errors():
+    with context.stop.immediate(), machine_errors():
         session = open_session(context.plan, context.inputs)
         preflight_results = run_preflight(session.model, session.samples)
     yield from preflight_results
 
     # Measure before, while the weights are those of the start.
-    with context.stop.immediate(), memory_errors():
+    with context.stop.immediate(), machine_errors():
         before = base_reference.measure_before_training(folder, session, items, fingerprint)
         references = base_reference.load_base_references(folder, session, items)
         session, pair_results = add_synthetic_pairs(session, folder)
@@ -210,7 +210,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
             context.stop.raise_if_requested()
         step = training.final_step
         weights_dir = _save_weights(context, session, schema)
-        with context.stop.immediate(), memory_errors():
+        with context.stop.immediate(), machine_errors():
             cache = open_answer_cache(folder.path, fingerprint, weights_dir)
             after = measure_items(
                 session, items, step=step, base_references=references, cache=cache
@@ -299,7 +299,7 @@ def _save_weights(context: RunContext, session: Session, schema: Json | None) ->
     weights_sha256 = ""
     golden_answers: tuple[GoldenAnswer, ...] = ()
     if has_adapter:
-        with context.stop.immediate(), memory_errors():
+        with context.stop.immediate(), machine_errors():
             golden_answers = record_answers(session.model, renderer)
     target = context.folder.path / (ADAPTER_DIR if has_adapter else MODEL_DIR)
     trained = get_trainable_parameters(network).values()

@@ -53,7 +53,7 @@ from tunesmith.evaluate.results import (
 from tunesmith.evaluate.run_verdict import judge_run
 from tunesmith.evaluate.training_answers import TrainingAnswers, merge_values
 from tunesmith.model.causal_lm import PackedCausalLM
-from tunesmith.model.oom import memory_errors
+from tunesmith.model.machine_errors import machine_errors
 from tunesmith.plan.build import is_compatible, normalize
 from tunesmith.plan.stages import StagedPlan, read_staged_plan
 from tunesmith.recipe.load import rebuild_recipe
@@ -236,7 +236,7 @@ def _run_stages(
         stage_plan, stage_inputs = _prepare_stage(plan, stage_dir, overrides)
         yield from run.train(stage_plan, stage_inputs, allow_code=allow_code)
     resume_hint = f"continue with: tunesmith resume {folder.path}"
-    with GracefulStop(resume_hint) as stop, stop.immediate(), memory_errors():
+    with GracefulStop(resume_hint) as stop, stop.immediate(), machine_errors():
         record = _build_record(folder.path, staged, allow_code=allow_code)
     folder.flush()
     fingerprint = read_json(stage_dirs[-1] / FINGERPRINT_FILE)
@@ -256,7 +256,7 @@ def _merge_stage_model(previous_dir: Path, merge_model: MergeFn) -> tuple[Path, 
         return previous_dir / MODEL_DIR, []
     merged_dir = previous_dir / MERGED
     if not merged_dir.exists():
-        with memory_errors():
+        with machine_errors():
             evidence = merge_model(previous_dir, merged_dir)
         location = f"{STAGES_DIR}/{previous_dir.name}/{MERGED}"
         return merged_dir, [CheckResult(MERGED, "ok", f"{location}: {evidence}")]

@@ -92,17 +92,19 @@ def test_an_amd_gpu_is_called_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("versions", "compiler", "missing"),
+    ("versions", "compiler", "has_headers", "missing"),
     [
-        ({"triton": "3.4.0"}, "/usr/bin/cc", ""),
-        ({}, "/usr/bin/cc", "the package triton"),
-        ({"triton": "3.4.0"}, None, "a C compiler"),
+        ({"triton": "3.4.0"}, "/usr/bin/cc", True, ""),
+        ({}, "/usr/bin/cc", True, "the package triton"),
+        ({"triton": "3.4.0"}, None, True, "a C compiler"),
+        ({"triton": "3.4.0"}, "/usr/bin/cc", False, "Python's headers (such as python3-dev)"),
     ],
-    ids=["all", "no triton", "no compiler"],
+    ids=["all", "no triton", "no compiler", "no headers"],
 )
 def test_what_the_kernels_lack_is_named(
     versions: dict[str, str],
     compiler: str | None,
+    has_headers: bool,
     missing: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -110,12 +112,19 @@ def test_what_the_kernels_lack_is_named(
     give_gpu(monkeypatch)
     monkeypatch.setattr(hardware, "collect_versions", lambda: versions)
     monkeypatch.setattr(hardware, "find_compiler", lambda: compiler)
+    monkeypatch.setattr(hardware, "has_python_headers", lambda: has_headers)
     machine = measure_machine(tmp_path)
     assert find_missing_for_triton(machine) == missing
     _, check = _check_gpu(machine)
     assert (check.name, check.is_ok, check.is_required) == ("GPU kernels", not missing, False)
     assert missing in check.value
     assert missing in check.fix
+
+
+def test_the_headers_of_this_python_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hardware.has_python_headers()
+    monkeypatch.setattr(hardware.sysconfig, "get_config_var", lambda _name: "/nowhere")
+    assert not hardware.has_python_headers()
 
 
 def explain(folder: Path) -> str:

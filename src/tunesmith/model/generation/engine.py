@@ -38,7 +38,7 @@ from tunesmith.model.generation.sampling import (
     penalize_repetition,
     sample_tokens,
 )
-from tunesmith.model.oom import OutOfMemory, memory_errors
+from tunesmith.model.machine_errors import OutOfMemory, machine_errors
 from tunesmith.model.paged_cache import CacheRow, PagedKVCache
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def generate(
     while pending:
         release_memory()  # of activations, or of a larger cache: the cache needs large buffers
         try:
-            with memory_errors():
+            with machine_errors():
                 batch = DecodeBatch(
                     model,
                     slots=slots,
@@ -123,7 +123,7 @@ def stream_answer(
     batch = DecodeBatch(model, slots=1, decode=decode, end_ids=end_ids, cache_bytes=cache_bytes)
     row = batch.submit(request)
     while not row.finish_reason:
-        with memory_errors():
+        with machine_errors():
             batch.step()
         if row.error is not None:
             raise row.error

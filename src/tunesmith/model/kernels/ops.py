@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.core.hardware import find_compiler
+from tunesmith.core.hardware import find_compiler, has_python_headers
 from tunesmith.model.kernels.build import call_kernel, load_library
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -55,11 +55,13 @@ def find_triton(*tensors: Tensor) -> ModuleType | None:
 
 
 def has_triton() -> bool:
-    """Return whether the kernels for GPUs have what they need: triton, torch for NVIDIA GPUs, and
-    a C compiler. plan/hardware_presets.py says it of a machine."""
+    """Return whether the kernels for GPUs have what they need: triton, torch for NVIDIA GPUs, a C
+    compiler and Python's headers. plan/hardware_presets.py says it of a machine."""
     if find_spec("triton") is None or torch.version.hip is not None:
         return False
-    return _get_triton_device() == "cpu" or find_compiler() is not None
+    if _get_triton_device() == "cpu":
+        return True
+    return find_compiler() is not None and has_python_headers()
 
 
 @functools.cache

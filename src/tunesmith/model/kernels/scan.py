@@ -18,7 +18,7 @@ from torch import Tensor
 from tunesmith.core.types import PackLayout
 from tunesmith.model.kernels import ops
 from tunesmith.model.kernels.build import call_kernel, load_library
-from tunesmith.model.oom import OutOfMemory
+from tunesmith.model.machine_errors import OutOfMemory
 
 LANES = 16  # of vectors.h
 MIN_TASKS = 8  # of a document in the backward, for the threads to share

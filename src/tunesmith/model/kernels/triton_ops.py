@@ -7,13 +7,17 @@ the choice between implementations (ops.py)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
+from tunesmith.core.errors import MachineError
 from tunesmith.model.kernels import triton_kernels as kernels
 
 TILE = 2048  # elements that a program holds at once, if its rows are not longer
@@ -21,6 +25,11 @@ VOCAB_BLOCK = 4096
 SUM_PROGRAMS = 512  # that share the rows and columns of a sum over rows
 COLUMN_BLOCK = 128
 ROW_BLOCK = 16
+
+TRITON_FIX = (
+    "install a C compiler and Python's headers (such as python3-dev), or another version of triton;"
+    " without triton (`pip uninstall triton`) plain torch computes the same, with more memory"
+)
 
 _library = torch.library.Library("tunesmith", "DEF")
 
@@ -32,11 +41,26 @@ def _define(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]
         name = launch.__name__.removeprefix("_launch_")
         _library.define(f"{name}{schema}")
         for key in ("CUDA", "CPU"):
-            _library.impl(name, launch, key)
+            _library.impl(name, _explain_errors(launch, name), key)
         torch.library.register_fake(f"tunesmith::{name}", lambda *_: None, lib=_library)
         return getattr(torch.ops.tunesmith, name).default
 
     return define
+
+
+def _explain_errors(launch: Callable[..., None], name: str) -> Callable[..., None]:
+    """Raise MachineError if Triton cannot compile a kernel, or how it is called, which needs a C
+    compiler and Python's headers; errors of CUDA are machine_errors.py's."""
+
+    @functools.wraps(launch)
+    def launch_explained(*arguments: Any) -> None:
+        try:
+            launch(*arguments)
+        except (TritonError, CalledProcessError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise MachineError(f"Triton cannot run {name}: {lines[0]}", fix=TRITON_FIX) from error
+
+    return launch_explained
 
 
 def _get(kernel: Any) -> Any:

@@ -37,7 +37,7 @@ from tunesmith.evaluate.items import EvalItems
 from tunesmith.evaluate.measure import eval_during_training, get_general_bits
 from tunesmith.evaluate.results import EvalResults
 from tunesmith.evaluate.statistics import MIN_ITEMS
-from tunesmith.model.oom import memory_errors
+from tunesmith.model.machine_errors import machine_errors
 from tunesmith.plan.guard import OFF, has_guard
 from tunesmith.plan.rehearsal import compute_next_ratio
 from tunesmith.session.inputs import RunInputs
@@ -231,7 +231,7 @@ class GuardedTraining:
         step = self.training.step
         eval_events: list[Score | GenerationSample] = []
         if self._is_eval_due():
-            with self.context.stop.immediate(), memory_errors():
+            with self.context.stop.immediate(), machine_errors():
                 eval_events = eval_during_training(
                     self.session,
                     self.context.items,
@@ -249,7 +249,7 @@ class GuardedTraining:
             yield from self._adapt_rehearsal(scores, self.plan.config.rehearsal_margin)
 
     def _run_probes(self, probes: GenerationProbe, step: int) -> list[Event]:
-        with self.context.stop.immediate(), memory_errors():
+        with self.context.stop.immediate(), machine_errors():
             self.session.model.network.eval()
             if not self._is_probe_due():
                 return list(probes.measure_forgetting(step))
@@ -383,7 +383,7 @@ class GuardedTraining:
             raise GateError(message, where=where, fix=ROLLBACK_FIX)
         training.restore(folder.find_checkpoint(good_step))
         training.set_rollbacks(folder.load_rollbacks())
-        with memory_errors():
+        with machine_errors():
             rollback = build_rollback(self.session, training, verdict, failed_step)
         training.set_rollbacks(folder.record_rollback(rollback))
         self.saved_step = good_step
