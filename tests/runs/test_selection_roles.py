@@ -131,3 +131,35 @@ def test_the_report_names_both_roles_of_retention_data(
     page = Path(api.write_report(tmp_path / "run")).read_text(encoding="utf-8")
     text = re.sub(r"\s+", " ", html.unescape(page))
     assert (BOTH_ROLES in text) == is_limited
+
+
+def test_without_test_data_the_eval_rows_are_measured_and_are_no_result(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """`none` holds nothing back: all of eval_data selects, and no verdict comes from it."""
+    plain = make_selecting_recipe(tiny_folder, tmp_path / "plain")
+    recipe = make_selecting_recipe(
+        tiny_folder, tmp_path / "none", test_data="none", num_train_epochs=2
+    )
+    assert recipe.has_no_test
+    assert not plain.has_no_test
+    events = train(recipe)
+    losses = [e for e in events if isinstance(e, Score) and (e.task, e.metric) == ("eval", "loss")]
+    assert {score.n for score in losses} == {6}
+    assert not [e for e in events if isinstance(e, Score) and e.task == "test"]
+    assert isinstance(recipe.output_dir, Path)
+    record = read_run_record(recipe.output_dir)
+    comparison = next(c for c in record.comparisons if c.metric == "loss")
+    assert (comparison.task, comparison.after.n) == ("eval", 6)
+    by_step = {score.step: score.value for score in losses if 0 < score.step < record.steps}
+    if record.selected_step in by_step:
+        assert comparison.after.value == pytest.approx(by_step[record.selected_step], rel=1e-5)
+    assert record.verdict is not None
+    assert record.verdict.name == "not measured"
+    assert any("they are no result" in warning for warning in record.plan.warnings)
+    page = html.unescape(api.write_report(recipe.output_dir).read_text())
+    assert "6 rows that also chose the checkpoint" in page
+    assert "test rows were used once" not in page
+    written = api.read_recipe(recipe.output_dir / "recipe.yaml")
+    assert isinstance(written, Recipe)
+    assert written.has_no_test, "it is no path"

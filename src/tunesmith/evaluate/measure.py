@@ -81,6 +81,8 @@ def measure_items(
     measurements += _measure_likelihoods(session, items.test_documents, "test", test_base)
     measurements += _measure_plan_likelihoods(session, items, measurements)
     measurements = _split_by_task(session, items, "test_data", measurements)
+    if "test_data" not in session.inputs.datasets:
+        measurements += _measure_eval_data(session, items)[0]
     if "test_data" in items.held_out_texts:
         measurements.append(_measure_texts(session, items.held_out_texts["test_data"], "test"))
     if items.general_texts:
@@ -117,15 +119,9 @@ def eval_during_training(
     should_confirm: answer further rows if the answers seem to have a constant; they get no score.
     """
     session.model.network.eval()
-    likelihoods = _measure_likelihoods(session, items.eval_documents, "eval")
-    measurements = _split_by_task(session, items, "eval_data", likelihoods)
-    if "eval_data" in items.held_out_texts:
-        measurements.append(_measure_texts(session, items.held_out_texts["eval_data"], "eval"))
+    measurements, outputs = _measure_eval_data(session, items)
     samples: tuple[GenerationSample, ...] = ()
     if items.selection_prompts:
-        outputs = generate_answers(session, items.selection_prompts)
-        graded = _apply_plan_metrics(session, items.selection_prompts, outputs, task="eval")
-        measurements += _mark_truncated(graded, items.selection_prompts, outputs)
         samples = _build_eval_samples(items.selection_prompts, outputs, step)
         is_suspect = should_confirm and has_suspect(build_answer_items(samples))
         if is_suspect and items.confirmation_prompts:
@@ -134,6 +130,21 @@ def eval_during_training(
     if items.should_track_general:
         measurements.append(measure_general_text(session, items.general_texts))
     return [*(compute_score(measurement, step=step) for measurement in measurements), *samples]
+
+
+def _measure_eval_data(
+    session: Session, items: EvalItems
+) -> tuple[list[MetricValues], list[GenerationOutput]]:
+    """Return the likelihoods on `eval_data` and the grades of a few answers, with the answers."""
+    likelihoods = _measure_likelihoods(session, items.eval_documents, "eval")
+    measurements = _split_by_task(session, items, "eval_data", likelihoods)
+    if "eval_data" in items.held_out_texts:
+        measurements.append(_measure_texts(session, items.held_out_texts["eval_data"], "eval"))
+    outputs = generate_answers(session, items.selection_prompts)
+    if outputs:
+        graded = _apply_plan_metrics(session, items.selection_prompts, outputs, task="eval")
+        measurements += _mark_truncated(graded, items.selection_prompts, outputs)
+    return measurements, outputs
 
 
 def _build_eval_samples(

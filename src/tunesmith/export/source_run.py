@@ -135,7 +135,8 @@ class SourceRun:
     def open_held_out_rows(self, count: int) -> Dataset:
         """Return the first rows of test_data, or else of eval_data or data."""
         recipe = self.recipe
-        role = next(key for key in ("test_data", "eval_data", "data") if getattr(recipe, key))
+        roles = ("eval_data", "data") if recipe.has_no_test else ("test_data", "eval_data", "data")
+        role = next(key for key in roles if getattr(recipe, key))
         return open_dataset(
             fetch_sources(select_sources(recipe, role)),
             self.renderer,

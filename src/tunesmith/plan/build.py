@@ -559,7 +559,12 @@ def _describe_experts_on_cpu(model: ModelSpec) -> str:
 
 def _collect_data_warnings(data: Mapping[str, DataReport]) -> list[str]:
     warnings: list[str] = []
-    if "test_data" not in data:
+    if "test_data" not in data and "eval_data" in data:
+        warnings.append(
+            "test_data: none: before and after are measured on eval_data, which also chooses the "
+            "checkpoint, so they are no result"
+        )
+    elif "test_data" not in data:
         warnings.append(
             "no held-out rows, so nothing will show whether the run worked; set test_data or "
             "eval_split"

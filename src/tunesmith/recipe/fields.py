@@ -36,6 +36,7 @@ MAX_TOKEN_CHARS = 200
 MAX_PATTERN_CHARS = 10_000
 SELF_CALL = re.compile(r"\(\?(?:R|[+-]?\d+|&\w+|P>\w+)\)")
 SELF_GENERATED = "self-generated"  # in place of a path: rehearsal rows that the model writes
+NO_TEST_DATA = "none"  # in place of a path: no final measurement
 MATCHER_KEYS = ("match", "text", "check")
 FORMER_METRICS = {"normalised_match": "normalized_match"}
 HUB_SOURCE_KEYS = ("revision", "config", "split", "data_files")

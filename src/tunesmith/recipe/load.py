@@ -32,7 +32,7 @@ from tunesmith.recipe.explain import (
     locate_error,
     normalize_key,
 )
-from tunesmith.recipe.fields import is_self_generated, parse_custom_metric, wrap_list
+from tunesmith.recipe.fields import NO_TEST_DATA, is_self_generated, parse_custom_metric, wrap_list
 from tunesmith.recipe.schema import (
     ALIASES,
     KEYS,
@@ -337,6 +337,8 @@ def _resolve_paths(key: str, value: Any, folder: Path) -> Any:
         if is_self_generated(data):
             return cast("Any", value)
         return {**cast("Json", value), "data": _resolve_paths("data", data, folder)}
+    if key == "test_data" and _names_no_test(value):
+        return NO_TEST_DATA
     if key in SOURCE_KEYS:
         items = wrap_list(cast("Any", value))
         sources = [_resolve_source(item, folder) for item in items]
@@ -357,6 +359,13 @@ def _resolve_metric_path(value: Any, folder: Path) -> Any:
     """Make the path of a custom metric, FILE.py:FUNCTION, absolute."""
     is_custom = isinstance(value, str) and parse_custom_metric(value)
     return _resolve_path(value, folder) if is_custom else value
+
+
+def _names_no_test(value: Any) -> bool:
+    """Return whether test_data is none, also as a stored recipe has it: a source of that path."""
+    first, *others = wrap_list(value) or [None]
+    path = cast("Json", first).get("path") if isinstance(first, dict) else first
+    return not others and path == NO_TEST_DATA
 
 
 def _resolve_source(value: Any, folder: Path) -> Any:

@@ -27,6 +27,7 @@ from pydantic import (
 from tunesmith.core.hub_names import format_path
 from tunesmith.core.types import Json
 from tunesmith.recipe.fields import (
+    NO_TEST_DATA,
     Attention,
     Auto,
     Constraints,
@@ -242,6 +243,11 @@ class Recipe(BaseModel):
         if problems := [message for _, message in find_contradictions(settings)]:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def has_no_test(self) -> bool:
+        """Whether nothing is held out for a final result: before and after are of eval_data."""
+        return self.test_data == (DataSource(path=Path(NO_TEST_DATA)),)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tunesmith.core.events import GENERAL_TASK, CheckResult
+from tunesmith.core.events import EVAL_TASK, GENERAL_TASK, CheckResult
 from tunesmith.core.evidence import RunVerdict, VerdictName
 from tunesmith.core.formatting import format_bytes, format_duration
 from tunesmith.core.types import Comparison, RunRecord
@@ -46,6 +46,7 @@ TONES: dict[VerdictName, Tone] = {
     "harmful": "bad",
     "not measured": "open",
 }
+ITEM_NOUNS = {GENERAL_TASK: "general texts", EVAL_TASK: "rows that also chose the checkpoint"}
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats per token"}
 
 
@@ -154,7 +155,8 @@ def _list_evidence(run: ReportData, record: RunRecord, claims: Sequence[Claim]) 
     if claims:
         counts: dict[str, None] = {}
         for claim in claims:
-            noun = "general texts" if claim.comparison.task == GENERAL_TASK else "test rows"
+            task = claim.comparison.task.partition(":")[0]
+            noun = ITEM_NOUNS.get(task, "test rows")
             counts[f"{claim.comparison.after.n} {noun}"] = None
         lines.append(f"Compared in pairs, on the same items before and after: {', '.join(counts)}.")
         lines.append(_describe_significance(claims))

@@ -189,6 +189,9 @@ def eval_split(lab: Lab) -> None:
 def test_data(lab: Lab) -> None:
     assert ("test", "loss") not in lab.scores()
     assert lab.scores(test_data=lab.rows(build_sum_rows(90, 4)))["test", "exact_match"].n == 4
+    scores = lab.scores(eval_data=lab.rows(build_sum_rows(90, 4)), test_data="none")
+    assert ("test", "loss") not in scores
+    assert scores["eval", "loss"].n == 4
 
 
 def retention_data(lab: Lab) -> None:
