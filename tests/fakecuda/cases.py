@@ -437,6 +437,8 @@ CASES: dict[str, Callable[[], Record]] = {
     ),
     "recomputed layers, full": partial(train, gradient_checkpointing="full", **FULL),
     "fp32": partial(train, dtype=torch.float32, backend="sdpa"),
+    "fp16": partial(train, dtype=torch.float16),
+    "fp16 without flash attention": partial(train, dtype=torch.float16, backend="sdpa"),
     "fp32 with shared prefixes": partial(
         train, documents=BRANCHING, plan=SHARED, dtype=torch.float32, backend="sdpa"
     ),

@@ -70,7 +70,7 @@ def serve(  # noqa: PLR0913 - every option is a flag
     dtype: Annotated[
         str | None,
         typer.Option(
-            metavar="TYPE", help="bf16 or fp32; the run's by default.", show_default=False
+            metavar="TYPE", help="bf16, fp16 or fp32; the run's by default.", show_default=False
         ),
     ] = None,
 ) -> None:

@@ -141,7 +141,7 @@ class PlanConfig:
     train_on: str | tuple[str, ...] | None = None  # all, or roles; None: answers
     label_smoothing: int | float | None = None  # share of each label
     neftune_noise_alpha: int | float | None = None  # noise on embeddings
-    dtype: Literal["bf16", "fp32"]
+    dtype: Literal["bf16", "fp16", "fp32"]
     max_length: int  # tokens of a document
     pack_length: int  # tokens of a pack
     num_train_epochs: int | float

@@ -48,7 +48,12 @@ from tunesmith.model.safetensors_io import find_nonfinite
 from tunesmith.model.stacked_adapters import bundle_adapters
 from tunesmith.model.text_network import check_weight_shapes, load_text_network
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
 STOCK_DROPOUTS = ("residual_dropout", "embedding_dropout")  # numbers in modules
 Network = PreTrainedModel  # for other packages, which do not import transformers
 # our attention; transformers builds no mask for a name without a mask function

@@ -505,6 +505,7 @@ def _collect_warnings(context: RuleContext, data: Mapping[str, DataReport]) -> l
             "bytes per value"
         )
     warnings += _collect_gpu_warnings(context)
+    warnings += _collect_fp16_warnings(context)
     if context.machine.device == "cpu" and context.model.num_experts:
         warnings.append(_describe_experts_on_cpu(context.model))
     if context.steps < MIN_STEPS:
@@ -538,13 +539,36 @@ def _collect_gpu_warnings(context: RuleContext) -> list[str]:
         )
     if context["dtype"] == "bf16" and not machine.has_bf16_matmul:
         warnings.append(f"{machine.device_name} has no bf16: torch emulates it, slower than fp32")
-    if context["attention"] == "varlen" and context["dtype"] == "fp32":
-        raise InputError(
-            "attention: varlen runs in bf16 only, and dtype is fp32",
-            where="attention",
-            fix="leave attention at auto, or use sdpa",
-        )
+    if context["attention"] == "varlen":
+        problem = ""
+        if context["dtype"] == "fp32":
+            problem = "runs in 16 bits only, and dtype is fp32"
+        elif not machine.has_flash_attention:
+            problem = f"is flash attention, which {machine.device_name} does not have"
+        if problem:
+            fix = "leave attention at auto, or use sdpa"
+            raise InputError(f"attention: varlen {problem}", where="attention", fix=fix)
     return warnings
+
+
+def _collect_fp16_warnings(context: RuleContext) -> list[str]:
+    """Say what fp16 does not go well with. Its gradients are scaled, so all of them must be finite
+    before the first weight is updated."""
+    if context["dtype"] != "fp16":
+        return []
+    if context["step_in_backward"]:
+        raise InputError(
+            "step_in_backward updates weights before all gradients are known to be finite, and "
+            "fp16 overflows now and then",
+            where="step_in_backward",
+            fix="leave step_in_backward at auto, or use dtype: bf16 or fp32",
+        )
+    machine = context.machine
+    if machine.device == "cpu":
+        return ["dtype: fp16 is for GPUs without bf16: on a CPU it is slower than fp32"]
+    if machine.has_bf16_matmul:
+        return [f"{machine.device_name} has bf16, which is as fast as fp16 and does not overflow"]
+    return []
 
 
 def _describe_experts_on_cpu(model: ModelSpec) -> str:

@@ -204,7 +204,7 @@ def estimate_peak_memory(
     of the frozen matrices are kept (model/frozen_weight.py). 4-bit weights and 8-bit moments are
     dequantized one at a time."""
     is_bf16 = footprint["dtype"] == "bf16"
-    dtype_bytes = 2 if is_bf16 else 4
+    dtype_bytes = get_dtype_bytes(footprint["dtype"])
     saved = estimate_activation_bytes(
         spec,
         pack_tokens,
@@ -233,7 +233,7 @@ def estimate_fixed_memory(
 ) -> dict[str, int]:
     """Return the bytes by component that do not depend on the packs."""
     method = footprint["method"]
-    dtype_bytes = 2 if footprint["dtype"] == "bf16" else 4
+    dtype_bytes = get_dtype_bytes(footprint["dtype"])
     # adapted layers alone have a second copy, and experts are not among them
     block_bytes = (spec.block_parameters - spec.expert_parameters) * dtype_bytes
     weight_bytes = (layouts - 1) * block_bytes
@@ -250,6 +250,10 @@ def estimate_fixed_memory(
         "trained": trained_bytes + _estimate_gradient_bytes(spec, **footprint),
         "update": _estimate_update_bytes(spec, **footprint),
     }
+
+
+def get_dtype_bytes(dtype: str) -> int:
+    return 4 if dtype == "fp32" else 2
 
 
 def compute_frozen_bytes(spec: ModelSpec, method: str, dtype_bytes: int) -> int:
@@ -336,7 +340,7 @@ def estimate_base_states_bytes(
     if it is trained. They are kept when no switch brings the base back."""
     if not tokens:
         return 0
-    dtype_bytes = 2 if footprint["dtype"] == "bf16" else 4
+    dtype_bytes = get_dtype_bytes(footprint["dtype"])
     has_trained_head = footprint["method"] == "full" or footprint.get("new_rows")
     head_rows = spec.vocab_size if has_trained_head else 0
     return (tokens + head_rows) * dtype_bytes * spec.hidden_size

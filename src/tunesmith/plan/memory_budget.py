@@ -13,7 +13,12 @@ from typing import Any
 
 from tunesmith.core.types import Machine, ModelSpec
 from tunesmith.plan.hardware_presets import find_missing_for_triton
-from tunesmith.plan.memory import CacheSize, compute_cache_bytes, estimate_peak_memory
+from tunesmith.plan.memory import (
+    CacheSize,
+    compute_cache_bytes,
+    estimate_peak_memory,
+    get_dtype_bytes,
+)
 from tunesmith.plan.memory_gpu import estimate_gpu_memory
 
 MIN_COMPLETE_TOKENS = 256  # the default of lm-eval's max_gen_toks
@@ -70,10 +75,6 @@ def estimate_memory(
     step_bytes = parts["activations"] + parts["head"] + parts["fragments"]
     answer_bytes = max(0, cache_bytes - step_bytes)
     return parts | {"KV cache": answer_bytes, "peak": parts["peak"] + answer_bytes}
-
-
-def get_dtype_bytes(dtype: str) -> int:
-    return 2 if dtype == "bf16" else 4
 
 
 def apply_memory_factor(parts: dict[str, int], factor: float) -> dict[str, int]:

@@ -27,6 +27,7 @@ from tunesmith.plan.memory import (
     count_recomputed_values,
     count_trained_parameters,
     estimate_fixed_memory,
+    get_dtype_bytes,
 )
 
 LOGIT_BYTES = 12  # three fp32 copies of each logit
@@ -62,7 +63,7 @@ def estimate_gpu_memory(
     `cache` is there while answers are generated, between steps. `has_triton` says whether our
     kernels run, or plain torch. `software` describes another trainer, which has no low-precision
     copies of what it trains."""
-    dtype_bytes = 2 if footprint["dtype"] == "bf16" else 4
+    dtype_bytes = get_dtype_bytes(footprint["dtype"])
     policy = footprint.get("gradient_checkpointing", "none")
     if software is None:
         software = GpuSoftware()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tunesmith.core.types import Plan
 from tunesmith.plan.build import has_enough_memory
 from tunesmith.plan.flops import estimate_run_flops
-from tunesmith.plan.memory import ALL_LINEAR, count_trained_parameters
+from tunesmith.plan.memory import ALL_LINEAR, count_trained_parameters, get_dtype_bytes
 from tunesmith.plan.memory_budget import USUAL_MULTIPLES, compute_multiple
 from tunesmith.plan.rules import CountFn, count_nothing
 
@@ -68,7 +68,7 @@ def estimate_method(plan: Plan, count_parameters: CountFn = count_nothing) -> Me
         dora=config.use_dora or False,
         module_parameters=count_parameters(config.modules_to_save or ()),
     )
-    is_bf16_model = config.method == "full" and config.dtype == "bf16"
+    result_dtype = config.dtype if config.method == "full" else "fp32"
     return MethodEstimate(
         method=config.method,
         learning_rate=config.learning_rate,
@@ -83,7 +83,7 @@ def estimate_method(plan: Plan, count_parameters: CountFn = count_nothing) -> Me
         seconds=plan.seconds,
         total_seconds=plan.total_seconds,
         disk_bytes=plan.disk_bytes,
-        result_bytes=num_trained * (2 if is_bf16_model else 4),
+        result_bytes=num_trained * get_dtype_bytes(result_dtype),
         **METHOD_NOTES[config.method],
     )
 

@@ -158,16 +158,18 @@ def optim(context: RuleContext) -> PlanValue:
 
 def dtype(context: RuleContext) -> PlanValue:
     """bf16 if the hardware multiplies it: twice the speed and half the bytes of fp32 where
-    measured."""
+    measured. Older GPUs multiply fp16, whose numbers end at 65,504: Gemma's hidden states are
+    larger."""
     if context.machine.has_bf16_matmul:
         reason = "this machine has bf16 matmuls; trained weights keep fp32 master copies"
         return make_rule_value("bf16", reason)
     if context.machine.device == "cuda":
-        reason = (
-            f"{context.machine.device_name} has no bf16, and training in fp16 is not supported: "
-            "fp32, which is slow there"
-        )
-        return make_rule_value("fp32", reason)
+        name = context.machine.device_name
+        if context.model.model_type.startswith("gemma"):
+            reason = f"{name} has no bf16, and Gemma overflows in fp16: fp32, which is slow there"
+            return make_rule_value("fp32", reason)
+        reason = f"{name} has no bf16: fp16, with the loss scaled so that gradients do not vanish"
+        return make_rule_value("fp16", reason, "Micikevicius 2018")
     reason = "this machine has no bf16 matmuls: fp32 is faster on it, and more precise"
     return make_rule_value("fp32", reason)
 
@@ -344,6 +346,8 @@ def step_in_backward(context: RuleContext) -> PlanValue:
     The gradients of an adapter are small anyway."""
     if context["method"] != "full":
         return make_rule_value(False, "the gradients of an adapter take little memory")
+    if context["dtype"] == "fp16":
+        return make_rule_value(False, "scaled gradients must all be finite before an update")
     if context["max_grad_norm"]:
         reason = "clipping needs all gradients; max_grad_norm: 0 would save their memory"
         return make_rule_value(False, reason)
@@ -431,10 +435,10 @@ def metrics(context: RuleContext) -> PlanValue:
 
 def attention(context: RuleContext) -> PlanValue:
     if context.machine.device == "cuda":
-        if context["dtype"] == "bf16" and context.machine.has_flash_attention:
+        if context["dtype"] != "fp32" and context.machine.has_flash_attention:
             reason = "flash attention, one call for a pack; preflight compares it with transformers"
             return make_rule_value("varlen", reason)
-        reason = "document by document: flash attention needs bf16 and an NVIDIA GPU that has it"
+        reason = "document by document: flash attention needs 16 bits and a GPU that has it"
         return make_rule_value("sdpa", reason)
     has_kernel = context["dtype"] == "bf16" and context.machine.compiler
     backend = "cpu_kernel" if has_kernel else "sdpa"

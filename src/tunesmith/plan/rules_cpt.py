@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from tunesmith.core.types import ModelSpec, PlanValue
 from tunesmith.plan import rules
-from tunesmith.plan.memory import estimate_activation_bytes
+from tunesmith.plan.memory import estimate_activation_bytes, get_dtype_bytes
 from tunesmith.plan.rules import RULES, RuleContext, make_rule_value
 
 DEFAULT_WINDOW = 2048  # tokens
@@ -57,7 +57,7 @@ def pack_length(context: RuleContext) -> PlanValue:
     """8k tokens on a GPU if their activations take at most half of the free memory, else 4k."""
     length = 4096
     if context.machine.device != "cpu":
-        dtype_bytes = 2 if context["dtype"] == "bf16" else 4
+        dtype_bytes = get_dtype_bytes(context["dtype"])
         activation_bytes = estimate_activation_bytes(context.model, 8192, dtype_bytes)
         if 2 * activation_bytes < context.machine.available_bytes:
             length = 8192

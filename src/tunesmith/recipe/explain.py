@@ -53,7 +53,7 @@ REPLACEMENT_ROWS = (
         "kto_chosen_weight kto_rejected_weight",
         "set loss: {name: kto, desirable_weight: ..., undesirable_weight: ...}",
     ),
-    ("bf16 fp16 tf32 torch_dtype", "set dtype: bf16 or fp32"),
+    ("bf16 fp16 tf32 torch_dtype", "set dtype: bf16, fp16 or fp32"),
     ("attn_implementation flash_attn flash_attention", "leave it out, or set attention"),
     ("deepspeed fsdp", "leave it out: the plan fits the memory"),
     ("warmup_steps", "set warmup_ratio, the fraction of steps"),

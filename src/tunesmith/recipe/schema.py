@@ -207,7 +207,7 @@ class Recipe(BaseModel):
         description="Modules trained in full beside the adapter: embed_tokens, lm_head, norm.",
     )
 
-    dtype: Auto | Literal["bf16", "fp32"] = Field(
+    dtype: Auto | Literal["bf16", "fp16", "fp32"] = Field(
         default="auto", description="Number format of frozen weights and matrix products."
     )
     attention: Auto | Attention = Field(

@@ -163,7 +163,10 @@ def _choose_dtype(settings: ServeSettings) -> str:
     for source in settings.models.values():
         if dtype := find_dtype(source.source):
             return dtype
-    return "bf16" if measure_machine(Path.cwd()).has_bf16_matmul else "fp32"
+    machine = measure_machine(Path.cwd())
+    if machine.has_bf16_matmul:
+        return "bf16"
+    return "fp16" if machine.device == "cuda" else "fp32"
 
 
 def _open_model(name: str, source: ModelSource, base: BaseSource) -> ServedModel:

@@ -90,7 +90,7 @@ class ServeSettings(_Settings):
     keys: Path | None = None  # the key file
     auth: bool = True
     open_metrics: bool = False  # /ready and /metrics need no key
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     limits: Limits = Limits()
 
     @property

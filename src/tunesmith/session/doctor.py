@@ -138,7 +138,7 @@ def _check_gpu(machine: Machine) -> list[MachineCheck]:
     if machine.num_gpus > 1:
         parts.append(f"the first of {machine.num_gpus}, training uses one")
     is_ok = machine.has_bf16_matmul
-    fix = "" if is_ok else "runs are planned in fp32; fp16 is not supported"
+    fix = "" if is_ok else "runs are planned in fp16, and those of Gemma in fp32"
     missing = find_missing_for_triton(machine)
     value = f"plain torch: they need {missing}" if missing else "compiled in the first step"
     triton_fix = f"with {missing}, a step moves a third of the bytes" if missing else ""

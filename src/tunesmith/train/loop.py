@@ -38,6 +38,7 @@ from tunesmith.model.new_embeddings import collect_new_rows
 from tunesmith.model.safetensors_io import find_nonfinite
 from tunesmith.train.checkpoint import read_state, write_state
 from tunesmith.train.kto import measure_kl, split_mismatched
+from tunesmith.train.loss_scale import LossScale
 from tunesmith.train.losses import LossConfig, LossNormalizer, compute_step_terms
 from tunesmith.train.neftune import add_embedding_noise
 from tunesmith.train.optimizer import (
@@ -111,14 +112,16 @@ class TrainingLoop:
             rows_lr_factor=config.new_rows_lr_factor or 1.0,
         )
         self.optimizer_in_backward = OptimizerInBackward(self.optimizer, self.parameters)
+        self.loss_scale = LossScale.from_dtype(model.dtype)
         self.step = 0
         self.seconds = 0.0
         self.bad_steps = 0
         self.pack_length = config.pack_length
         self.ratios: tuple[tuple[int, float], ...] = ()
         self.rollbacks: tuple[Rollback, ...] = ()
-        # The documents of a step that did not fit, to be packed again.
+        # The documents of a step that did not fit or overflowed, to be computed again.
         self._retry_documents: Sequence[Document] | None = None
+        self._step_documents: Sequence[Document] = ()
         self._prefetched: Iterator[Sequence[Document]] | None = None
         self._is_stopped = False
         self._is_done = False
@@ -165,6 +168,8 @@ class TrainingLoop:
         """Write everything that `restore` needs to continue bitwise the same."""
         position = {name: getattr(self, name) for name in POSITION_FIELDS}
         position["rollbacks"] = [dataclasses.asdict(rollback) for rollback in self.rollbacks]
+        if self.loss_scale is not None:
+            position["loss_scale"] = dataclasses.asdict(self.loss_scale)
         write_state(folder, self.parameters, self.optimizer, position)
 
     def restore(self, folder: Path) -> None:
@@ -174,6 +179,8 @@ class TrainingLoop:
             setattr(self, name, position[name])
         self.ratios = tuple((step, ratio) for step, ratio in position["ratios"])
         self.rollbacks = parse_as(tuple[Rollback, ...], position["rollbacks"])
+        if self.loss_scale is not None:
+            self.loss_scale = LossScale(**position["loss_scale"])
         if self.step:  # so that a probe of this step measures its update
             set_learning_rate(self.optimizer, self._compute_learning_rate(self.step - 1))
         self._drop_prefetched()
@@ -210,7 +217,7 @@ class TrainingLoop:
     # ------------------------------------------------------------ one step
 
     def _take_step(self) -> Event:
-        loaded = documents = self._load_next_documents()
+        loaded = documents = self._step_documents = self._load_next_documents()
         started = time.perf_counter()
         mismatched: Sequence[Document] = ()
         is_kto = self.loss_config.loss == "kto"
@@ -247,6 +254,9 @@ class TrainingLoop:
         updates_first = should_update and self._can_skip_updates
         update_rate = learning_rate if updates_first else None
         loss, grad_norm = self._clip_gradients(packs, loss_sum, supervised_tokens, update_rate)
+        has_overflowed = math.isfinite(loss) and not math.isfinite(grad_norm)
+        if self.loss_scale and has_overflowed and self.loss_scale.halve():
+            return self._repeat_step(self.loss_scale)
         self.step += 1
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             return self._refuse_step(documents, loss, grad_norm)
@@ -254,6 +264,8 @@ class TrainingLoop:
         set_learning_rate(self.optimizer, learning_rate)  # of a step without an update, too
         if should_update and not updates_first:
             step_optimizer(self.optimizer, learning_rate)
+        if should_update and self.loss_scale:
+            self.loss_scale.count_update()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         self.seconds += seconds
@@ -291,6 +303,8 @@ class TrainingLoop:
             return float(loss_sum), 0.0
         if self._updates_in_backward(packs):
             return float(loss_sum), self.optimizer_in_backward.grad_norm
+        if self.loss_scale:
+            self.loss_scale.unscale(self.parameters.values())
         norm = clip_gradients(self.parameters.values(), self.config.max_grad_norm)
         loss_and_norm = torch.stack((loss_sum.double(), norm.double()))
         if update_rate is not None:
@@ -334,7 +348,9 @@ class TrainingLoop:
             loss = torch.stack([t.coefficient * t.sum / t.count for t in terms.values()]).sum()
             total = loss.detach() if total is None else total + loss.detach()
             supervised_tokens += len(batch.targets_S)
-            if self._updates_in_backward(packs):
+            if self.loss_scale:
+                (loss * self.loss_scale.value).backward()
+            elif self._updates_in_backward(packs):
                 self._backward_with_updates(loss)
             else:
                 loss.backward()
@@ -389,6 +405,16 @@ class TrainingLoop:
             "same step, same update"
         )
         return CheckResult("memory", "warn", evidence, self.step + 1)
+
+    def _repeat_step(self, loss_scale: LossScale) -> CheckResult:
+        """Take the step again with the smaller scale that is now set."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._retry_documents = self._step_documents
+        evidence = (
+            f"gradients overflowed in fp16: the step is repeated with half the loss scale, "
+            f"{loss_scale.value:g}; {loss_scale.overflows} repeated so far"
+        )
+        return CheckResult("loss scale", "ok", evidence, self.step + 1)
 
     def _refuse_step(
         self, documents: Sequence[Document], loss: float, grad_norm: float

@@ -77,16 +77,31 @@ from tunesmith.train.preflight_tokens import (
 )
 
 # Largest relative RMS difference of centered logits between two correct computations.
-LOGIT_TOLERANCE = {torch.bfloat16: 0.06, torch.float32: 1e-3, torch.float64: 1e-5}
+LOGIT_TOLERANCE = {
+    torch.bfloat16: 0.06,
+    torch.float16: 0.02,
+    torch.float32: 1e-3,
+    torch.float64: 1e-5,
+}
 # The same for networks that amplify rounding, if all blocks agree.
 AMPLIFIED_TOLERANCE = 0.5
 # Largest difference of two correct losses: a relative part, and a random part in nats per token.
 # A logit of 20 is followed by 20.125 in bf16, and matrix products of other shapes round otherwise:
 # SmolLM2 on a CPU with AMX differs by 1.2 nats of 65, and the fp32 loss lies between the two.
-LOSS_TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5, torch.float64: 1e-6}
+LOSS_TOLERANCE = {
+    torch.bfloat16: 5e-3,
+    torch.float16: 1e-3,
+    torch.float32: 1e-5,
+    torch.float64: 1e-6,
+}
 # The rows of a shared prefix are rounded together with other rows than in an unshared pack.
-SHARED_TOLERANCE = LOSS_TOLERANCE | {torch.bfloat16: 0.03}
-TOKEN_TOLERANCE_NATS = {torch.bfloat16: 0.3, torch.float32: 0.0, torch.float64: 0.0}
+SHARED_TOLERANCE = LOSS_TOLERANCE | {torch.bfloat16: 0.03, torch.float16: 0.01}
+TOKEN_TOLERANCE_NATS = {
+    torch.bfloat16: 0.3,
+    torch.float16: 0.05,
+    torch.float32: 0.0,
+    torch.float64: 0.0,
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,6 +29,7 @@ from tunesmith.core.events import TrainStep
 from tunesmith.core.types import Document
 from tunesmith.model.adapters import find_lora_layers, get_trainable_parameters
 from tunesmith.train.loop import TrainingLoop
+from tunesmith.train.loss_scale import LossScale
 from tunesmith.train.optimizer import make_optimizer, step_optimizer
 
 
@@ -77,6 +78,20 @@ def train_with_a_bad_step() -> dict[str, Tensor]:
     return found | {name: value.detach().clone() for name, value in loop.parameters.items()}
 
 
+def train_with_an_overflow() -> dict[str, Tensor]:
+    """Train in fp16; the first step is repeated until its gradients are finite. How often that is
+    depends on how they are summed."""
+    model = make_tiny_model("llama", torch.float16, backend="sdpa")
+    documents = make_tiny_documents((5, 17))
+    loop = TrainingLoop(model, lambda _step: documents, make_config(), steps=2)
+    loop.loss_scale = LossScale(2.0**24)
+    steps = [event for event in loop if isinstance(event, TrainStep)]
+    updates = {float(state["step"]) for state in loop.optimizer.state.values()}
+    assert (len(steps), updates) == (2, {2.0})
+    assert all(bool(torch.isfinite(value).all()) for value in loop.parameters.values())
+    return {"is repeated": torch.tensor(float(loop.loss_scale.overflows > 0))}
+
+
 CASES: dict[str, Callable[[], dict[str, Tensor]]] = {
     "llama": partial(train, "llama"),
     "qwen3": partial(train, "qwen3", gradient_checkpointing="full"),
@@ -85,6 +100,7 @@ CASES: dict[str, Callable[[], dict[str, Tensor]]] = {
     "dora": partial(train, "llama", use_dora=True),
     "full": partial(train, "qwen3", method="full"),
     "bad step": train_with_a_bad_step,
+    "overflow in fp16": train_with_an_overflow,
 }
 
 

@@ -1,12 +1,13 @@
 """What a plan decides on a GPU: precision, attention, sharing; and what it says of GPUs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from tunesmith.core.errors import InputError
 from tunesmith.plan import rules
-from tunesmith.plan.build import _collect_gpu_warnings
+from tunesmith.plan.build import _collect_fp16_warnings, _collect_gpu_warnings
 from tunesmith.plan.rules import RuleContext
 
 Make = Callable[..., RuleContext]
@@ -24,11 +25,31 @@ def test_flash_attention_needs_bf16_and_a_gpu_that_has_it(make_context: Make) ->
         assert rules.attention(make_context(**changes)).value == "sdpa", changes
 
 
-def test_without_bf16_the_plan_says_that_there_is_no_fp16(make_context: Make) -> None:
+def test_without_bf16_a_gpu_trains_in_fp16_and_gemma_in_fp32(make_context: Make) -> None:
     value = rules.dtype(make_context(**OLD_GPU))
-    assert value.value == "fp32"
+    assert value.value == "fp16"
     assert "Tesla T4 has no bf16" in value.reason
-    assert "fp16 is not supported" in value.reason
+    value = rules.dtype(make_context(**OLD_GPU, model_type="gemma3_text"))
+    assert value.value == "fp32"
+    assert "Gemma overflows" in value.reason
+    assert rules.attention(make_context(device="cuda", dtype="fp16")).value == "varlen"
+    assert rules.attention(make_context(**OLD_GPU, dtype="fp16")).value == "sdpa"
+
+
+def test_fp16_is_for_gpus_without_bf16(make_context: Make) -> None:
+    settings = {"dtype": "fp16", "step_in_backward": False}
+    assert _collect_fp16_warnings(make_context(**OLD_GPU, **settings)) == []
+    assert _collect_fp16_warnings(make_context(**settings | {"dtype": "bf16"})) == []
+    assert "slower than fp32" in _collect_fp16_warnings(make_context(**settings))[0]
+    assert "has bf16" in _collect_fp16_warnings(make_context(device="cuda", **settings))[0]
+
+
+def test_gradients_in_fp16_are_all_known_before_an_update(make_context: Make) -> None:
+    settings = {"method": "full", "dtype": "fp16", "max_grad_norm": 0.0}
+    assert rules.step_in_backward(make_context(**settings)).value is False
+    with pytest.raises(InputError, match="overflows") as caught:
+        _collect_fp16_warnings(make_context(**settings, step_in_backward=True))
+    assert caught.value.where == "step_in_backward"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +83,16 @@ def test_what_a_gpu_cannot_do_is_a_warning(make_context: Make) -> None:
     assert "the package triton" in plain
 
 
-def test_varlen_in_fp32_is_refused(make_context: Make) -> None:
-    with pytest.raises(InputError, match="bf16 only") as caught:
-        _collect_gpu_warnings(make_context(device="cuda", attention="varlen", dtype="fp32"))
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"device": "cuda", "dtype": "fp32"}, "16 bits only"),
+        (OLD_GPU | {"dtype": "fp16"}, "Tesla T4 does not have"),
+    ],
+)
+def test_varlen_without_flash_attention_is_refused(
+    changes: dict[str, Any], problem: str, make_context: Make
+) -> None:
+    with pytest.raises(InputError, match=problem) as caught:
+        _collect_gpu_warnings(make_context(attention="varlen", **changes))
     assert "auto" in caught.value.fix

@@ -483,9 +483,10 @@ def modules_to_save(lab: Lab) -> None:
 
 
 def dtype(lab: Lab) -> None:
-    single, half = (lab.steps(dtype=name) for name in ("fp32", "bf16"))
-    assert single[0].loss != half[0].loss
-    assert single[0].loss == pytest.approx(half[0].loss, rel=0.02)
+    single, *narrow = (lab.steps(dtype=name) for name in ("fp32", "bf16", "fp16"))
+    for half in narrow:
+        assert single[0].loss != half[0].loss
+        assert single[0].loss == pytest.approx(half[0].loss, rel=0.02)
 
 
 def attention(lab: Lab) -> None:

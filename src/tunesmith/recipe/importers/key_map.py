@@ -28,8 +28,16 @@ LOSS_FIELDS = {
     "kto": ("desirable_weight", "undesirable_weight"),
 }
 ORPO_REASON = "the NLL term of ORPO covers the answer; in TRL it covers the prompt, too"
-DTYPE_REASON = "supported number formats: bf16 and fp32"
-DTYPES = {"bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32", "float32": "fp32", "float": "fp32"}
+DTYPE_REASON = "supported number formats: bf16, fp16 and fp32"
+DTYPES = {
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    "fp16": "fp16",
+    "float16": "fp16",
+    "fp32": "fp32",
+    "float32": "fp32",
+    "float": "fp32",
+}
 
 
 def make_hub_source(name: str, **keys: Any) -> Json | None:
@@ -246,7 +254,7 @@ def translate_optimizer(draft: RecipeDraft, key: str) -> None:
 
 
 def translate_precision(draft: RecipeDraft, *dtype_keys: str) -> None:
-    """Translate the number format, bf16 or fp32; `auto` and false leave it to the rule.
+    """Translate the number format; `auto` and false leave it to the rule.
 
     `dtype_keys` hold a format's name; other keys are switches."""
     fp16_keys = [key for key in ("fp16", "float16") if draft.pop_scalar(key)]
@@ -265,7 +273,7 @@ def translate_precision(draft: RecipeDraft, *dtype_keys: str) -> None:
         else:
             draft.skip_key(key, value, DTYPE_REASON)
     for key in fp16_keys:
-        draft.skip_key(key, True, DTYPE_REASON)
+        draft.set_value("dtype", "fp16", key)
 
 
 def translate_saving(draft: RecipeDraft) -> None:

@@ -178,7 +178,7 @@ def test_overrides_win() -> None:
         (["lr_scheduler: rex"], {}),
         (["bf16: true"], {"dtype": "bf16"}),
         (["float32: true"], {"dtype": "fp32"}),
-        (["fp16: true"], {}),
+        (["fp16: true"], {"dtype": "fp16"}),
         (["bf16: false"], {}),
         (["micro_batch_size: 3"], {"batch_size": 3}),
         (["gradient_accumulation_steps: 4"], {"batch_size": 4}),
