@@ -199,6 +199,13 @@ class Renderer:
         prompt = chat.render(len(messages), add_generation_prompt=True)
         return tuple(encode(TrackedText(prompt, self.tokenizer, chat.assistant_indices)).ids)
 
+    def render_text(
+        self, messages: Sequence[Json], tools: Sequence[Json] = (), *, has_prompt: bool = False
+    ) -> str:
+        """Return the text of a conversation, `has_prompt`: with the generation prompt."""
+        chat, _ = self._make_conversation(messages, tools)
+        return chat.render_plain(len(messages), add_generation_prompt=has_prompt)
+
     # ---- rows
 
     def render(self, example: Example) -> RenderedRow:
