@@ -200,7 +200,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="GPU",
-            help="Plan for this GPU: h100, a100-80gb, rtx4090, ...",
+            help="Plan for this GPU: h100, or for many: 4x8xh100.",
             show_default=False,
         ),
     ] = None,

@@ -17,6 +17,7 @@ from pydantic import model_validator
 
 from tunesmith.core.events import CheckResult, GenerationSample, Rollback, Score
 from tunesmith.core.evidence import ErrorAnalysis, RunVerdict
+from tunesmith.core.mesh import MeshPlan
 from tunesmith.core.model_spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -268,6 +269,7 @@ class Plan:
     total_seconds: float = 0.0  # with preflight and evaluation; 0 when unknown
     seconds_source: str = ""
     fits_on: str = ""  # the smallest preset with enough memory, if this machine has too little
+    mesh: MeshPlan | None = None  # of a target
 
     @property
     def settings(self) -> dict[str, PlanValue]:

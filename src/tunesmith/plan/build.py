@@ -6,9 +6,8 @@ starts. Left out: reading and loading anything.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,26 +25,19 @@ from tunesmith.plan.confidence import add_evidence
 from tunesmith.plan.guard import decide_guard
 from tunesmith.plan.hardware_presets import find_missing_for_triton
 from tunesmith.plan.memory import (
-    ALL_LINEAR,
     GENERAL_TEXT_TOKENS,
-    CacheSize,
     count_max_checkpoints,
     estimate_disk_bytes,
 )
-from tunesmith.plan.memory_budget import (
-    estimate_cache,
-    estimate_memory,
-    estimate_phase_bytes,
-    needs_complete_answers,
-)
+from tunesmith.plan.mesh import MIN_STEPS, choose_mesh, describe_mesh
 from tunesmith.plan.mixture import scale_report
-from tunesmith.plan.new_tokens import count_trained_rows, decide_new_rows
+from tunesmith.plan.new_tokens import decide_new_rows
 from tunesmith.plan.objective import (
     decide_objective,
     decide_scheduler_kwargs,
     refuse_single_answers,
 )
-from tunesmith.plan.rehearsal import MAX_RATIO, decide_rehearsal
+from tunesmith.plan.rehearsal import decide_rehearsal
 from tunesmith.plan.rules import (
     NO_MEASURES,
     RULES,
@@ -55,6 +47,13 @@ from tunesmith.plan.rules import (
     make_user_value,
 )
 from tunesmith.plan.rules_cpt import CPT_RULES, SMALL_CORPUS_TOKENS
+from tunesmith.plan.step_memory import (
+    MEMORY_MARGIN,
+    collect_footprint,
+    decide_checkpointing,
+    estimate_phases,
+    estimate_step_memory,
+)
 from tunesmith.recipe.fields import Constraint
 from tunesmith.recipe.metric_limits import refuse_unmeasured_limits
 from tunesmith.recipe.schema import KEYS, Recipe
@@ -82,10 +81,8 @@ BITSANDBYTES_SETTINGS = (
     ("method", "qlora", "4-bit weights", "lora"),
     ("optim", "adamw_8bit", "8-bit moments", "adamw"),
 )
-MEMORY_MARGIN = 1.15  # a run fits if this much of its predicted memory is free
 BATCH_SETTINGS = ("batch_size", "batch_tokens")  # they fix the steps of a run
 BAN_COEFFICIENT = 1.0  # Welleck 2019 weighs unlikelihood as much as cross-entropy
-MIN_STEPS = 100  # fewer make results depend on learning rate and seed
 MIN_TEST_ROWS = 20
 
 
@@ -127,7 +124,8 @@ def build_plan(
     _check_gates(context, recipe)
     settings |= {key: plan_value for key, plan_value in fixed.items() if key not in RULES}
     _apply_features(context, recipe, data)
-    settings["gradient_checkpointing"] = _decide_checkpointing(
+    context = dataclasses.replace(context, mesh=choose_mesh(context, recipe.gradient_checkpointing))
+    settings["gradient_checkpointing"] = decide_checkpointing(
         context, recipe.gradient_checkpointing
     )
     settings |= _decide_without_rules(recipe, recipe_values, output_dir, now)
@@ -143,11 +141,12 @@ def build_plan(
         data=dict(data),
         steps=context.steps,
         tokens_per_epoch=epoch_report.tokens,
-        memory_bytes=_estimate_step_memory(context),
+        memory_bytes=estimate_step_memory(context),
         warnings=tuple(_collect_warnings(context, data)),
         disk_bytes=_estimate_disk(recipe, context, data),
-        phase_bytes=_estimate_phases(context),
+        phase_bytes=estimate_phases(context),
         prefix_savings=context.prefix_savings if context["share_prefixes"] else 0.0,
+        mesh=describe_mesh(context),
     )
 
 
@@ -311,39 +310,6 @@ def _check_libraries(context: RuleContext) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _PackSizes:
-    """Tokens of the largest pack of a step, tokens of the longest row, and packs of the run."""
-
-    step: int
-    longest_row: int
-    packs: int
-
-
-def _estimate_packs(context: RuleContext) -> _PackSizes:
-    pack_length = context["pack_length"]
-    # the two documents of a pair are always in the same pack
-    documents_per_row = 2 if context.stage == "preference" else 1
-    longest = documents_per_row * context.data.length_percentiles.get("max", 1)
-    if context.stage == "cpt":
-        step_tokens = context["batch_tokens"]
-    else:
-        row_tokens = documents_per_row * context.data.length_percentiles.get("p90", 1)
-        step_tokens = context["batch_size"] * row_tokens
-    if context["share_prefixes"]:
-        step_tokens = int(step_tokens * (1 - context.prefix_savings))
-    if "rehearsal_length" in context:  # a step has one chunk of rehearsal text, or several
-        longest = max(longest, context["rehearsal_length"])
-        ratio = MAX_RATIO if "rehearsal_margin" in context else context["rehearsal_ratio"]
-        step_tokens = int(step_tokens / (1 - ratio)) + longest
-    max_tokens = documents_per_row * pack_length
-    return _PackSizes(
-        step=min(max(min(pack_length, step_tokens), longest), max_tokens),
-        longest_row=min(longest, max_tokens),
-        packs=context.steps * math.ceil(step_tokens / pack_length),
-    )
-
-
 def _count_eval_prompts(recipe: Recipe, data: Mapping[str, DataReport]) -> int:
     """Return the number of prompts answered before and after training."""
     return data["test_data"].rows if "test_data" in data and recipe.stage != "cpt" else 0
@@ -351,70 +317,6 @@ def _count_eval_prompts(recipe: Recipe, data: Mapping[str, DataReport]) -> int:
 
 def _has_evaluation(recipe: Recipe, data: Mapping[str, DataReport]) -> bool:
     return "eval_data" in data or "test_data" in data or recipe.retention_data is not None
-
-
-def _estimate_step_memory(context: RuleContext) -> dict[str, int]:
-    sizes = _estimate_packs(context)
-    return _estimate_pack_memory(context, sizes.step, sizes.packs)
-
-
-def _estimate_pack_memory(context: RuleContext, pack_tokens: int, packs: int) -> dict[str, int]:
-    return estimate_memory(
-        context.model,
-        context.machine,
-        has_evaluation=context.has_evaluation,
-        pack_tokens=pack_tokens,
-        packs=packs,
-        layouts=2 if context["weight_layout"] == "blocked" else 1,
-        cache=_estimate_answer_cache(context),
-        **_collect_footprint(context),
-    )
-
-
-def _estimate_answer_cache(context: RuleContext) -> CacheSize:
-    return estimate_cache(
-        context.model,
-        context.machine,
-        num_prompts=context.num_eval_prompts,
-        longest=context.data.length_percentiles.get("max", 1),
-        answer_share=context.data.supervised_tokens / max(1, context.data.tokens),
-        needs_end=needs_complete_answers(
-            context["metrics"], has_constraints=context.has_constraints
-        ),
-        dtype=context["dtype"],
-    )
-
-
-def _estimate_phases(context: RuleContext) -> dict[str, int]:
-    sizes = _estimate_packs(context)
-    return estimate_phase_bytes(
-        _estimate_pack_memory(context, sizes.step, sizes.packs),
-        _estimate_pack_memory(context, sizes.longest_row, sizes.packs),
-        context.model,
-        cache=_estimate_answer_cache(context),
-        dtype=context["dtype"],
-    )
-
-
-CHECKPOINTING_POLICIES = {
-    "none": "all activations fit, nothing is recomputed",
-    "selective": "not all activations fit: those of the MLPs are recomputed in the backward pass",
-    "full": "little memory: every layer is recomputed in the backward pass",
-}
-
-
-def _decide_checkpointing(context: RuleContext, recipe_value: str) -> PlanValue:
-    """Choose the first policy that fits, since recomputing costs time."""
-    if recipe_value != "auto":
-        return make_user_value(recipe_value)
-    free = context.machine.available_bytes
-    for policy, reason in CHECKPOINTING_POLICIES.items():
-        context.settings["gradient_checkpointing"] = make_rule_value(policy, reason)
-        needed_bytes = _estimate_step_memory(context)["peak"] * MEMORY_MARGIN
-        if needed_bytes <= free or policy == "full":
-            memory = f"{needed_bytes / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
-            return make_rule_value(policy, f"{reason}; the run then needs {memory}")
-    raise AssertionError("the last policy is always taken")
 
 
 def _estimate_disk(recipe: Recipe, context: RuleContext, data: Mapping[str, DataReport]) -> int:
@@ -435,27 +337,8 @@ def _estimate_disk(recipe: Recipe, context: RuleContext, data: Mapping[str, Data
         context.model,
         checkpoints=checkpoints,
         cached_tokens=cached_tokens,
-        **_collect_footprint(context),
+        **collect_footprint(context),
     )
-
-
-def _collect_footprint(context: RuleContext) -> dict[str, Any]:
-    """Return the settings that decide how much memory the weights and their optimizer take."""
-    is_full = context["method"] == "full"
-    return {
-        "method": context["method"],
-        "dtype": context["dtype"],
-        "optim": context["optim"],
-        "gradient_checkpointing": context["gradient_checkpointing"],
-        "step_in_backward": context["step_in_backward"],
-        "rank": 0 if is_full else context["lora_r"],
-        "targets": ALL_LINEAR if is_full else context["lora_target_modules"],
-        "dora": False if is_full else context["use_dora"],
-        "new_rows": count_trained_rows(context.settings),
-        "module_parameters": (
-            0 if is_full else context.measures.count_parameters(context["modules_to_save"])
-        ),
-    }
 
 
 def has_enough_memory(plan: Plan) -> bool:
@@ -464,11 +347,21 @@ def has_enough_memory(plan: Plan) -> bool:
 
 
 def refuse_if_too_large(plan: Plan) -> None:
-    """Raise MachineError if memory or disk is too small, before anything is loaded."""
+    """Raise MachineError if memory or disk is too small, and InputError if the plan is for GPUs as
+    this version cannot use them, before anything is loaded."""
+    if plan.mesh is not None and plan.mesh.missing:
+        raise InputError(
+            f"this plan needs {plan.mesh.missing}, which this version cannot run",
+            where="plan",
+            fix="use a method, a model or a pack_length with which a step fits on one GPU; "
+            "`tunesmith plan --target` lists those that do",
+        )
     needed = plan.memory_bytes["peak"] * MEMORY_MARGIN
     free = plan.machine.available_bytes
     if not has_enough_memory(plan):
         larger = f", such as {plan.fits_on}" if plan.fits_on else ""
+        if plan.machine.num_gpus > 1:
+            larger += "; more GPUs do not help, since each holds all weights"
         if "memory_factor" in plan.reasons:
             factor = plan.config.memory_factor
             larger += f"; the need is corrected by {factor}: {plan.reasons['memory_factor'].reason}"

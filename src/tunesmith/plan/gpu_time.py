@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from tunesmith.core.types import DataReport, Plan
+from tunesmith.core.types import DataReport, ModelSpec, Plan
 from tunesmith.plan.flops import MFU_RANGE, compute_token_flops, estimate_seconds
 from tunesmith.plan.hardware_presets import HardwarePreset
 from tunesmith.plan.memory import GENERAL_TEXT_TOKENS
@@ -28,9 +28,11 @@ PREFLIGHT_FORWARDS = 12
 
 def estimate_gpu_time(plan: Plan, preset: HardwarePreset) -> Plan:
     """Return the plan with the time of its steps, as a range, and that of the run at most."""
-    launch_seconds = _compute_launch_seconds(plan)
-    floor = 3 * launch_seconds * plan.steps
-    seconds = tuple(value + floor for value in estimate_seconds(plan, preset.flops))
+    if plan.mesh is not None and plan.mesh.mesh.num_gpus > 1:
+        seconds = tuple(plan.steps * value for value in plan.mesh.step.seconds)
+    else:
+        floor = 3 * compute_launch_seconds(plan.model) * plan.steps
+        seconds = tuple(value + floor for value in estimate_seconds(plan, preset.flops))
     low, high = (f"{100 * share:.0f}%" for share in MFU_RANGE)
     return dataclasses.replace(
         plan,
@@ -40,9 +42,9 @@ def estimate_gpu_time(plan: Plan, preset: HardwarePreset) -> Plan:
     )
 
 
-def _compute_launch_seconds(plan: Plan) -> float:
+def compute_launch_seconds(model: ModelSpec) -> float:
     """Return the least time of a forward pass, however few its tokens are."""
-    return plan.model.num_layers * FORWARD_LAUNCHES * LAUNCH_SECONDS
+    return model.num_layers * FORWARD_LAUNCHES * LAUNCH_SECONDS
 
 
 def _estimate_other_seconds(plan: Plan, preset: HardwarePreset) -> float:
@@ -63,7 +65,7 @@ def _estimate_other_seconds(plan: Plan, preset: HardwarePreset) -> float:
         tokens += evaluations * held_out.tokens
         forwards += evaluations
     forwards += math.ceil(tokens / plan.config.pack_length)
-    launch = forwards * _compute_launch_seconds(plan)
+    launch = forwards * compute_launch_seconds(plan.model)
     return start + tokens * token_seconds + launch + decode_seconds
 
 
@@ -75,4 +77,4 @@ def _estimate_decode_seconds(plan: Plan, preset: HardwarePreset, test: DataRepor
     longest = 1 + answer_share * test.length_percentiles.get("max", test.tokens / test.rows)
     steps = 1.5 * longest * math.ceil(test.rows / MAX_BATCH_ROWS["cuda"])
     read_seconds = 2 * plan.model.parameters / preset.bandwidth
-    return steps * max(read_seconds, _compute_launch_seconds(plan))
+    return steps * max(read_seconds, compute_launch_seconds(plan.model))

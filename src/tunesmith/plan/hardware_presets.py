@@ -26,7 +26,7 @@ NETWORK_SHARE = 0.8
 
 @dataclass(frozen=True)
 class HardwarePreset:
-    """A GPU and its data sheet. Links are bytes per second of one GPU, as collectives reach them."""
+    """A GPU and its data sheet. Links are bytes per second and GPU, as collectives reach them."""
 
     title: str
     memory_bytes: int

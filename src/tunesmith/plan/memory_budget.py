@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tunesmith.core.mesh import Mesh
 from tunesmith.core.types import Machine, ModelSpec
 from tunesmith.plan.hardware_presets import find_missing_for_triton
 from tunesmith.plan.memory import (
@@ -19,7 +20,7 @@ from tunesmith.plan.memory import (
     estimate_peak_memory,
     get_dtype_bytes,
 )
-from tunesmith.plan.memory_gpu import estimate_gpu_memory
+from tunesmith.plan.memory_gpu import SINGLE_GPU, estimate_gpu_memory
 
 MIN_COMPLETE_TOKENS = 256  # the default of lm-eval's max_gen_toks
 # by these, an answer longer than expected is wrong wherever it ends, or none is graded
@@ -33,6 +34,8 @@ FIXED_PARTS = (
     "context",
     "weights",
     "widened",
+    "gathered",
+    "NCCL",
     "trained",
     "update",
     "kernels",
@@ -51,15 +54,17 @@ def estimate_memory(
     layouts: int,
     cache: CacheSize,
     has_evaluation: bool,
+    mesh: Mesh = SINGLE_GPU,
     **footprint: Any,
 ) -> dict[str, int]:
-    """Return bytes by component, with "peak"."""
+    """Return bytes by component, with "peak", of one device."""
     if machine.device == "cuda":
         return estimate_gpu_memory(
             spec,
             pack_tokens=pack_tokens,
             cache=cache,
             has_triton=not find_missing_for_triton(machine),
+            mesh=mesh,
             **footprint,
         )
     parts = estimate_peak_memory(

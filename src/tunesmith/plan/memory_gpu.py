@@ -3,7 +3,8 @@
 In: the shape of the model and the settings of the plan. Out: bytes by component, with "peak". The
 formulas are those of published component models, checked against published peaks of other trainers
 (tests/unit/plan/test_memory_gpu.py), each with its own GpuSoftware. Our own activations are those
-of plan/memory.py, and counted on a GPU that is not there (tests/fakecuda). Left out: several GPUs,
+of plan/memory.py, and counted on a GPU that is not there (tests/fakecuda). On several GPUs, bytes
+are those of one: its shard of the weights, and the layers that are gathered at once. Left out:
 offloading, paged optimizers.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.core.mesh import Mesh
 from tunesmith.core.types import ModelSpec
 from tunesmith.plan.memory import (
     CHUNK_TARGETS,
@@ -21,6 +23,7 @@ from tunesmith.plan.memory import (
     NO_PART,
     CacheSize,
     compute_cache_bytes,
+    compute_frozen_bytes,
     compute_saved_bytes,
     compute_temporary_bytes,
     count_norm_inputs,
@@ -32,6 +35,10 @@ from tunesmith.plan.memory import (
 
 LOGIT_BYTES = 12  # three fp32 copies of each logit
 TRITON_CHUNK_TARGETS = 2048  # as in model/lm_head.py
+# of sharded weights: the layer that computes, the next one, and the buffer that gathers it
+GATHERED_LAYERS = 3
+NCCL_BYTES = 10**9  # channels of NCCL and the contexts of other GPUs: assumed, not measured
+SINGLE_GPU = Mesh()
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class GpuSoftware:
     logit_bytes: int = LOGIT_BYTES
     context_bytes: int = 2**29  # CUDA and its libraries: .14 GiB on a T4, .5 on large cards
     fragmentation_share: float = 0.1  # of a step's temporary memory; 5 to 15% published
+    nccl_bytes: int = NCCL_BYTES
 
 
 def estimate_gpu_memory(
@@ -56,9 +64,10 @@ def estimate_gpu_memory(
     software: GpuSoftware | None = None,
     cache: CacheSize = NO_CACHE,
     has_triton: bool = True,
+    mesh: Mesh = SINGLE_GPU,
     **footprint: Any,
 ) -> dict[str, int]:
-    """Return bytes by component.
+    """Return bytes by component, of one GPU of the mesh, which has `pack_tokens` of a pack.
 
     `cache` is there while answers are generated, between steps. `has_triton` says whether our
     kernels run, or plain torch. `software` describes another trainer, which has no low-precision
@@ -70,6 +79,8 @@ def estimate_gpu_memory(
         if has_triton:  # which writes the gradients of the logits in their place
             software = GpuSoftware(logit_tokens=TRITON_CHUNK_TARGETS, logit_bytes=dtype_bytes)
         fixed_parts = estimate_fixed_memory(spec, layouts=1, **footprint)
+        if mesh.shard > 1:
+            fixed_parts |= _estimate_sharded(spec, mesh.shard, fixed_parts, **footprint)
         saved, temporary = _estimate_our_activations(
             spec,
             dtype_bytes,
@@ -80,11 +91,13 @@ def estimate_gpu_memory(
         activations = pack_tokens * saved
         temporary_bytes = pack_tokens * temporary
     else:
-        fixed_parts = _estimate_other_trainer(spec, software, **footprint)
+        fixed_parts = _estimate_other_trainer(spec, software, mesh.shard, **footprint)
         activations, temporary_bytes = _estimate_activations(
             spec, pack_tokens, dtype_bytes, software, policy
         )
     parts = {"context": software.context_bytes, **fixed_parts}
+    if mesh.num_gpus > 1:
+        parts["NCCL"] = software.nccl_bytes
     head = software.logit_bytes * min(pack_tokens, software.logit_tokens) * spec.vocab_size
     # the backward of the head is over before that of the layers begins
     parts["activations"] = activations + max(temporary_bytes - head, 0)
@@ -94,6 +107,34 @@ def estimate_gpu_memory(
     # memory holds either the activations of a step or the KV cache of the answers
     parts["KV cache"] = max(0, compute_cache_bytes(spec, cache, dtype_bytes) - step_bytes)
     return parts | {"peak": sum(parts.values())}
+
+
+def _estimate_sharded(
+    spec: ModelSpec, shard: int, fixed_parts: dict[str, int], **footprint: Any
+) -> dict[str, int]:
+    """Return the components that change when `shard` GPUs hold the weights of the layers once.
+
+    Adapters, and the embeddings and head below them, stay whole on each GPU. In full fine-tuning
+    everything is sharded; copies in the dtype of the products exist where they are gathered, and a
+    gradient in fp32 until it is summed."""
+    dtype_bytes = get_dtype_bytes(footprint["dtype"])
+    rest_parameters = spec.parameters - spec.block_parameters
+    if footprint["method"] == "full":
+        layer_parameters = spec.block_parameters // spec.num_layers
+        largest = max(layer_parameters, spec.head_parameters)
+        gathered = GATHERED_LAYERS * layer_parameters + rest_parameters
+        return {
+            "weights": 0,
+            "trained": fixed_parts["trained"] // shard,
+            "update": fixed_parts["update"] // shard,
+            "gathered": gathered * dtype_bytes + 4 * largest,
+        }
+    rest_bytes = rest_parameters * dtype_bytes
+    block_bytes = compute_frozen_bytes(spec, footprint["method"], dtype_bytes) - rest_bytes
+    return {
+        "weights": rest_bytes + block_bytes // shard,
+        "gathered": GATHERED_LAYERS * block_bytes // spec.num_layers,
+    }
 
 
 def _estimate_our_activations(
@@ -149,12 +190,22 @@ def _estimate_activations(
 
 
 def _estimate_other_trainer(
-    spec: ModelSpec, software: GpuSoftware, **footprint: Any
+    spec: ModelSpec, software: GpuSoftware, shard: int, **footprint: Any
 ) -> dict[str, int]:
+    """Return the fixed components of another trainer. Sharded, it shards all it has, and embeddings
+    and head are not gathered while the layers are."""
     num_trained = count_trained_parameters(spec, **footprint)
-    if footprint["method"] == "full":
-        return {"weights": 0, "trained": int(num_trained * software.trained_bytes)}
     rest = spec.parameters - spec.block_parameters
-    quantised = spec.block_parameters * software.quantised_bytes + rest * software.rest_bytes
-    weights = quantised if footprint["method"] == "qlora" else 2 * spec.parameters
-    return {"weights": int(weights), "trained": int(num_trained * software.adapter_bytes)}
+    block_bytes = spec.block_parameters * (
+        software.quantised_bytes if footprint["method"] == "qlora" else 2
+    )
+    rest_bytes = rest * (software.rest_bytes if footprint["method"] == "qlora" else 2)
+    if footprint["method"] == "full":
+        parts = {"weights": 0.0, "trained": num_trained * software.trained_bytes}
+    else:
+        trained_bytes = num_trained * software.adapter_bytes
+        parts = {"weights": block_bytes + rest_bytes, "trained": trained_bytes}
+    if shard > 1:
+        parts = {name: num_bytes / shard for name, num_bytes in parts.items()}
+        parts["gathered"] = GATHERED_LAYERS * block_bytes / spec.num_layers
+    return {name: int(num_bytes) for name, num_bytes in parts.items()}

@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.core.mesh import Mesh
 from tunesmith.core.types import DataReport, Machine, ModelSpec, PlanValue
 from tunesmith.plan.memory import compute_frozen_bytes, count_lora_parameters
+from tunesmith.plan.memory_gpu import SINGLE_GPU
 
 # fraction of the tokens from which prefix sharing pays for its segments
 MIN_SAVED_SHARE = {"cpu": 0.05, "cuda": 0.25}
@@ -59,6 +61,7 @@ class RuleContext:
     num_eval_prompts: int = 0  # prompts of test_data that are answered, in batches
     has_evaluation: bool = False  # on held-out rows or general text, before and after
     has_constraints: bool = False  # of `never`
+    mesh: Mesh = SINGLE_GPU  # of a target with several GPUs
 
     def __getitem__(self, key: str) -> Any:
         """Return the value of a setting that is already decided."""

@@ -22,6 +22,7 @@ from tunesmith.core.formatting import format_bytes, format_count
 from tunesmith.core.hardware import measure_machine
 from tunesmith.core.hub_names import COMMIT, pin_model_name, remove_commit, split_revision
 from tunesmith.core.json_io import read_json
+from tunesmith.core.mesh import MeshOption, MeshPlan
 from tunesmith.core.run_dir import SELF_REHEARSAL_FILE, pick_run_folder
 from tunesmith.core.types import DataReport, Document, Json, Machine, ModelSpec, Plan, PlanValue
 from tunesmith.data.chat_template.renderer import Renderer
@@ -51,6 +52,7 @@ from tunesmith.model.target_modules import list_linear_paths, select_targets
 from tunesmith.plan.build import build_plan, has_enough_memory
 from tunesmith.plan.gpu_time import estimate_gpu_time
 from tunesmith.plan.hardware_presets import choose_machine, list_machines, match_preset
+from tunesmith.plan.mesh import count_gpus, list_fewer_gpus, make_option
 from tunesmith.plan.mixture import decide_mixture
 from tunesmith.plan.new_tokens import decide_new_tokens
 from tunesmith.plan.rules import Measures, SavedShareFn, assume_no_savings
@@ -388,6 +390,7 @@ def make_planner(
             plan,
             warnings=(*input_warnings, *plan.warnings),
             fits_on="" if has_enough_memory(plan) else find_preset_with_memory(recipe),
+            mesh=_add_mesh_options(plan, recipe, partial(build_plan, **plan_kwargs)),
         )
 
     def find_preset_with_memory(recipe: Recipe) -> str:
@@ -397,6 +400,22 @@ def make_planner(
         return NO_PRESET
 
     return plan_recipe
+
+
+def _add_mesh_options(plan: Plan, recipe: Recipe, build: Callable[..., Plan]) -> MeshPlan | None:
+    """Return the mesh of a plan for several GPUs with what else there is: fewer of them, and the
+    other kind of adapter."""
+    if plan.mesh is None or count_gpus(plan.machine) == 1:
+        return plan.mesh
+    method = plan.config.method
+    wishes = [(fewer, method) for fewer in list_fewer_gpus(plan.machine)]
+    if method != "full" and recipe.method != "dora":
+        wishes.append((plan.machine, "lora" if method == "qlora" else "qlora"))
+    options: list[MeshOption] = []
+    for machine, other_method in wishes:
+        other_recipe = recipe.model_copy(update={"method": other_method})
+        options.append(make_option(build(other_recipe, machine=machine)))
+    return dataclasses.replace(plan.mesh, options=tuple(options))
 
 
 def _add_time_estimate(plan: Plan) -> Plan:

@@ -233,6 +233,23 @@ def test_a_plan_needs_no_weights_and_a_run_does(
     assert any("counted with the tokenizer of" in warning for warning in counted.warnings)
 
 
+def test_a_plan_for_several_gpus_lists_fewer_of_them_and_the_other_adapter(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    run_inputs = inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path))
+    plan = inputs.make_plan(run_inputs.with_machine("2x4xh100", None))
+    assert plan.mesh is not None
+    assert plan.mesh.mesh.num_gpus == 8
+    ways = [(option.target, option.method) for option in plan.mesh.options]
+    fewer = ["h100", "2xh100", "4xh100"]
+    assert ways == [*((target, "lora") for target in fewer), ("2x4xh100", "qlora")]
+    assert plan.seconds == tuple(plan.steps * value for value in plan.mesh.step.seconds)
+    one = inputs.make_plan(run_inputs.with_machine("h100", None))
+    assert one.mesh is not None
+    assert one.mesh.options == ()
+    assert one.memory_bytes.keys() == plan.memory_bytes.keys() - {"NCCL"}
+
+
 def test_a_plan_that_does_not_fit_names_the_smallest_machine_that_would_do(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

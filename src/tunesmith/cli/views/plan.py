@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tunesmith.cli.progress import format_single_line
 from tunesmith.cli.views import make_table
+from tunesmith.cli.views.mesh import render_mesh
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import (
     format_bytes,
@@ -66,6 +67,8 @@ def render_plan(plan: Plan | StagedPlan, *, show_all: bool = False) -> Renderabl
     lines += [f"[yellow]warning[/] {escape(warning)}" for warning in plan.warnings]
     if num_more := len(plan.settings) - len(settings):
         lines.append(f"[dim]{num_more} more settings: --all; the reason of one: --why KEY[/]")
+    if plan.mesh is not None and plan.mesh.mesh.num_gpus > 1:
+        return Group(table, *lines, render_mesh(plan, plan.mesh))
     return Group(table, *lines)
 
 

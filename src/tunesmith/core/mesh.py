@@ -1,0 +1,103 @@
+"""How the GPUs of a cluster share a run, as a plan holds it.
+
+    Mesh         which GPUs hold a copy of the weights together, and which share a document
+    MeshStep     the predicted time of a step by part, and the tokens per second
+    MeshOption   the same recipe on other GPUs or with another method
+    MeshPlan     all of them, with the reasons
+
+Plain values only. Left out: deciding (plan/mesh.py) and predicting (plan/mesh_time.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """`num_gpus` GPUs in `num_nodes` nodes. `shard` of them hold the weights together once, and
+    `context` of them share each document."""
+
+    num_gpus: int = 1  # in all nodes
+    num_nodes: int = 1
+    shard: int = 1
+    context: int = 1
+
+    @property
+    def replicate(self) -> int:
+        """Copies of the weights."""
+        return self.num_gpus // self.shard
+
+    @property
+    def document_groups(self) -> int:
+        """Groups of GPUs that have documents of their own."""
+        return self.num_gpus // self.context
+
+    @property
+    def gpus_per_node(self) -> int:
+        return self.num_gpus // self.num_nodes
+
+
+@dataclass(frozen=True)
+class MeshChoice:
+    """A number of the mesh, and why it is so."""
+
+    name: str
+    value: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class MeshStep:
+    """The predicted time of an optimizer step, in seconds. Pairs are bounds: at the high and at the
+    low end of the published shares of the bf16 rate."""
+
+    tokens: int  # of all GPUs
+    gpu_tokens: int  # of the GPU that has most
+    compute_seconds: tuple[float, float]  # of the GPU that has most
+    gather_seconds: float  # of sharded weights; hidden behind computing where that takes longer
+    exchange_seconds: float  # between the GPUs that share a document
+    reduce_seconds: float  # sum of the gradients
+    seconds: tuple[float, float]
+    busy_share: float  # of the step in which the GPUs compute, on average
+
+    @property
+    def tokens_per_second(self) -> tuple[float, float]:
+        """Of all GPUs: the lower and the upper bound."""
+        return self.tokens / self.seconds[1], self.tokens / self.seconds[0]
+
+
+@dataclass(frozen=True)
+class BatchAdvice:
+    """The batch that would keep the GPUs busy, and what follows from it."""
+
+    batch_size: int  # rows, or tokens in continued pretraining; 0: no batch of this data does
+    learning_rate: float
+    steps: int
+    busy_share: float
+
+
+@dataclass(frozen=True)
+class MeshOption:
+    """The same recipe on other GPUs, or with another method."""
+
+    target: str  # 4xh100
+    method: str
+    gradient_checkpointing: str
+    mesh: Mesh
+    peak_bytes: int  # of a GPU
+    has_enough_memory: bool
+    tokens_per_second: tuple[float, float]
+    missing: str  # what this version lacks to run it; empty if it runs
+
+
+@dataclass(frozen=True)
+class MeshPlan:
+    """The mesh of a plan with its reasons, its time, and what else there is."""
+
+    mesh: Mesh
+    choices: tuple[MeshChoice, ...]
+    step: MeshStep
+    batch: BatchAdvice | None  # None if the batch of the plan keeps the GPUs busy
+    missing: str  # what this version lacks to run it; empty if it runs
+    command: str  # that starts it; on each node, if there are several
+    options: tuple[MeshOption, ...] = ()

@@ -1,0 +1,256 @@
+"""Which GPUs hold the weights, which share a document, and whether several GPUs pay.
+
+In: the settings that are decided so far, for a target of several GPUs. Out: a Mesh, and a MeshPlan
+with its reasons, its time, and the batch that would fill the GPUs. The rule: every GPU holds all
+weights if a step fits; else the fastest shard group that fits; and a document is divided only if it
+fits no GPU otherwise. Left out: what this version cannot run is planned for and said, not run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from tunesmith.core.formatting import format_bytes, format_count
+from tunesmith.core.mesh import BatchAdvice, Mesh, MeshChoice, MeshOption, MeshPlan, MeshStep
+from tunesmith.core.types import Machine, Plan
+from tunesmith.plan.hardware_presets import HardwarePreset, describe_target, match_preset
+from tunesmith.plan.memory_gpu import SINGLE_GPU
+from tunesmith.plan.mesh_time import can_divide_documents, estimate_mesh_step
+from tunesmith.plan.rules import RuleContext
+from tunesmith.plan.step_memory import (
+    CHECKPOINTING_POLICIES,
+    MEMORY_MARGIN,
+    estimate_needed_bytes,
+)
+
+# what the code of a run lacks, by the number of the mesh that needs it
+MISSING_SHARD = "weights that are sharded over GPUs"
+MISSING_CONTEXT = "documents that are divided over GPUs"
+MIN_BUSY_SHARE = 0.5  # of a step: below, more GPUs than this batch can use (ours)
+FILLED_SHARE = 0.8  # of a step, with the batch that is advised instead
+MAX_BATCH_FACTOR = 1024
+MIN_STEPS = 100  # fewer make results depend on learning rate and seed
+
+
+def count_gpus(machine: Machine) -> int:
+    """Return the GPUs of a target in all its nodes, else 1."""
+    return machine.num_gpus * machine.num_nodes if machine.num_nodes else 1
+
+
+def choose_mesh(context: RuleContext, policy: str) -> Mesh:
+    """Choose the mesh of a target's GPUs; `policy` is the recipe's gradient_checkpointing."""
+    num_gpus = count_gpus(context.machine)
+    preset = match_preset(context.machine)
+    if num_gpus == 1 or preset is None:
+        return SINGLE_GPU
+    num_nodes = context.machine.num_nodes
+    largest = Mesh(num_gpus, num_nodes, shard=num_gpus)
+    for context_size in _list_context_sizes(context):
+        rates: dict[Mesh, float] = {}
+        for shard in _list_shard_sizes(num_gpus, num_nodes):
+            mesh = Mesh(num_gpus, num_nodes, shard, context_size)
+            candidate = dataclasses.replace(context, mesh=mesh)
+            if not _find_policy(candidate, policy):
+                continue
+            if shard == 1:
+                return mesh
+            rates[mesh] = estimate_mesh_step(candidate, preset).tokens_per_second[1]
+        if rates:
+            return max(rates, key=lambda mesh: (rates[mesh], -mesh.shard))
+    return largest
+
+
+def _list_shard_sizes(num_gpus: int, num_nodes: int) -> list[int]:
+    """Return the numbers of GPUs that may hold the weights: parts of a node, then nodes."""
+    gpus_per_node = num_gpus // num_nodes
+    sizes = [size for size in range(1, gpus_per_node + 1) if gpus_per_node % size == 0]
+    nodes = [count for count in range(2, num_nodes + 1) if num_nodes % count == 0]
+    return sizes + [count * gpus_per_node for count in nodes]
+
+
+def _list_context_sizes(context: RuleContext) -> list[int]:
+    """Return the numbers of GPUs of a node that may share a document, each with some heads."""
+    gpus_per_node = context.machine.num_gpus
+    heads = context.model.num_kv_heads if can_divide_documents(context.model) else 1
+    common = math.gcd(heads, gpus_per_node)
+    return [size for size in range(1, common + 1) if common % size == 0]
+
+
+def _find_policy(context: RuleContext, policy: str) -> str:
+    """Set the first policy with which a step fits, and return it; "" if none does."""
+    policies = CHECKPOINTING_POLICIES if policy == "auto" else (policy,)
+    for name in policies:
+        if estimate_needed_bytes(context, name) <= context.machine.available_bytes:
+            return name
+    return ""
+
+
+# ---------------------------------------------------------------- what the plan says of it
+
+
+def describe_mesh(context: RuleContext) -> MeshPlan | None:
+    """Return the mesh with its reasons and its time; None for this machine."""
+    preset = match_preset(context.machine)
+    if preset is None or not context.machine.num_nodes:
+        return None
+    mesh = context.mesh
+    step = estimate_mesh_step(context, preset)
+    return MeshPlan(
+        mesh=mesh,
+        choices=tuple(_iter_choices(context, step)),
+        step=step,
+        batch=_advise_batch(context, preset, step),
+        missing=find_missing_parts(mesh),
+        command=build_command(mesh),
+    )
+
+
+def find_missing_parts(mesh: Mesh) -> str:
+    """Return what this version lacks to run on the mesh; empty if it runs."""
+    missing: list[str] = []
+    if mesh.shard > 1:
+        missing.append(MISSING_SHARD)
+    if mesh.context > 1:
+        missing.append(MISSING_CONTEXT)
+    return " and ".join(missing)
+
+
+def _iter_choices(context: RuleContext, step: MeshStep) -> Iterator[MeshChoice]:
+    mesh = context.mesh
+    target = describe_target(context.machine)
+    yield MeshChoice("gpus", mesh.num_gpus, f"--target {target}")
+    yield MeshChoice("shard", mesh.shard, _explain_shard(context, step))
+    copies = "each copy computes its own documents of a step"
+    if mesh.replicate == 1:
+        copies = "no GPU is left for a second copy"
+    elif step.reduce_seconds:
+        copies += f"; gradients are summed in {format_seconds(step.reduce_seconds)}"
+    yield MeshChoice("replicate", mesh.replicate, copies)
+    yield MeshChoice("context", mesh.context, _explain_context(context, step))
+
+
+def _explain_shard(context: RuleContext, step: MeshStep) -> str:
+    mesh = context.mesh
+    policy = context["gradient_checkpointing"]
+    needed_bytes = estimate_needed_bytes(context, policy)
+    free_bytes = context.machine.available_bytes
+    memory = f"{format_bytes(needed_bytes)} of {format_bytes(free_bytes)}"
+    if needed_bytes > free_bytes:
+        return f"even shared by all GPUs, a step needs {memory} on each"
+    if mesh.shard == 1:
+        return f"a step fits on one GPU ({memory}): each holds all weights, none are gathered"
+    gather = format_seconds(step.gather_seconds)
+    compute = format_seconds(step.compute_seconds[0])
+    effect = "which hides it" if step.gather_seconds <= step.compute_seconds[0] else "they wait"
+    return (
+        f"a step does not fit on one GPU: {mesh.shard} hold the weights once ({memory} each), "
+        f"gathered in {gather} and computed in {compute}: {effect}"
+    )
+
+
+def _explain_context(context: RuleContext, step: MeshStep) -> str:
+    longest = format_count(context.longest_row, "token")
+    size = context.mesh.context
+    if size == 1:
+        return f"the longest row, {longest}, is not divided"
+    heads = context.model.num_kv_heads // size
+    return (
+        f"the longest row, {longest}, fits no GPU: {size} share it, "
+        f"{format_count(heads, 'KV head')} each; exchanged in "
+        f"{format_seconds(step.exchange_seconds)}"
+    )
+
+
+def format_seconds(seconds: float) -> str:
+    """Format the time of a part of a step: 1.2 s, 350 ms, 4.1 ms."""
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
+    milliseconds = 1000 * seconds
+    return f"{milliseconds:.0f} ms" if milliseconds >= 10 else f"{milliseconds:.1f} ms"
+
+
+def explain_batch(mesh_plan: MeshPlan, *, unit: str) -> str:
+    """Say that the GPUs wait with the batch of the plan, and which batch would fill them; empty if
+    they do not. `unit` is that of the batch: rows, or tokens."""
+    batch = mesh_plan.batch
+    if batch is None:
+        return ""
+    step = mesh_plan.step
+    text = (
+        f"{mesh_plan.mesh.num_gpus} GPUs do not pay with {step.tokens:,} tokens per step: they "
+        f"compute {step.busy_share:.0%} of the time"
+    )
+    if not batch.batch_size:
+        return f"{text}, and no batch of this data fills them: use fewer GPUs"
+    text += (
+        f"; {batch.batch_size:,} {unit} per step keep them busy ({batch.busy_share:.0%}), with "
+        f"learning_rate {batch.learning_rate:g} (it grows with the square root of the batch) and "
+        f"{format_count(batch.steps, 'step')}"
+    )
+    if batch.steps >= MIN_STEPS:
+        return text
+    return text + (", which are few: use fewer GPUs" if mesh_plan.mesh.replicate > 1 else "")
+
+
+def _advise_batch(
+    context: RuleContext, preset: HardwarePreset, step: MeshStep
+) -> BatchAdvice | None:
+    """Return the smallest batch, in powers of two of the plan's, that keeps the GPUs busy."""
+    if context.mesh.num_gpus == 1 or step.busy_share >= MIN_BUSY_SHARE:
+        return None
+    key = "batch_tokens" if context.stage == "cpt" else "batch_size"
+    limit = context.data.tokens if context.stage == "cpt" else context.data.rows
+    factor = 2
+    while factor <= MAX_BATCH_FACTOR and factor * context[key] <= limit:
+        size = dataclasses.replace(context.settings[key], value=factor * context[key])
+        larger = dataclasses.replace(context, settings=context.settings | {key: size})
+        busy_share = estimate_mesh_step(larger, preset).busy_share
+        if busy_share >= FILLED_SHARE:
+            rate = float(f"{context['learning_rate'] * math.sqrt(factor):.2g}")
+            return BatchAdvice(size.value, rate, larger.steps, busy_share)
+        factor *= 2
+    return BatchAdvice(0, context["learning_rate"], 0, step.busy_share)
+
+
+def build_command(mesh: Mesh) -> str:
+    """Return the command that starts a run on the mesh, on each of its nodes."""
+    if mesh.num_gpus == 1:
+        return "tunesmith train recipe.yaml"
+    where = "--standalone"
+    if mesh.num_nodes > 1:
+        where = f"--nnodes {mesh.num_nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+    gpus = f"--nproc-per-node {mesh.gpus_per_node}"
+    return f"torchrun {where} {gpus} -m tunesmith train recipe.yaml"
+
+
+def list_fewer_gpus(machine: Machine) -> list[Machine]:
+    """Return the target with fewer GPUs: 1, 2, 4, ... of a node, then 1, 2, 4, ... nodes."""
+    fewer: list[Machine] = []
+    for num_gpus in _list_powers(machine.num_gpus):
+        fewer.append(dataclasses.replace(machine, num_gpus=num_gpus, num_nodes=1))
+    for num_nodes in _list_powers(machine.num_nodes):
+        fewer.append(dataclasses.replace(machine, num_nodes=num_nodes))
+    return fewer
+
+
+def _list_powers(limit: int) -> list[int]:
+    """Return the powers of two below a number."""
+    return [2**power for power in range(limit.bit_length()) if 2**power < limit]
+
+
+def make_option(plan: Plan) -> MeshOption:
+    """Return the line of a plan for a target in the list of what else there is."""
+    mesh_plan = plan.mesh
+    assert mesh_plan is not None
+    peak = plan.memory_bytes["peak"]
+    return MeshOption(
+        target=describe_target(plan.machine),
+        method=plan.config.method,
+        gradient_checkpointing=plan.config.gradient_checkpointing,
+        mesh=mesh_plan.mesh,
+        peak_bytes=peak,
+        has_enough_memory=peak * MEMORY_MARGIN <= plan.machine.available_bytes,
+        tokens_per_second=mesh_plan.step.tokens_per_second,
+        missing=mesh_plan.missing,
+    )

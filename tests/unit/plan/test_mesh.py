@@ -1,0 +1,294 @@
+"""How the GPUs of a target share a run: its weights, its documents, and whether they pay."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layer_shapes import describe_layers
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.json_io import parse_as, to_jsonable
+from tunesmith.core.mesh import Mesh
+from tunesmith.core.types import DataReport, ModelSpec, Plan
+from tunesmith.plan.build import build_plan, refuse_if_too_large
+from tunesmith.plan.hardware_presets import HARDWARE_PRESETS, choose_machine
+from tunesmith.plan.mesh import explain_batch, list_fewer_gpus, make_option
+from tunesmith.plan.rules import Measures, RuleContext
+from tunesmith.recipe.schema import Recipe
+
+LLAMA_8B = {
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "num_heads": 32,
+    "num_kv_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "context_length": 131072,
+    "tie_word_embeddings": False,
+    "parameters": 8_030_261_248,
+}
+LLAMA_70B = LLAMA_8B | {
+    "num_layers": 80,
+    "hidden_size": 8192,
+    "num_heads": 64,
+    "intermediate_size": 28672,
+    "parameters": 70_553_706_496,
+}
+LLAMA_405B = LLAMA_8B | {
+    "num_layers": 126,
+    "hidden_size": 16384,
+    "num_heads": 128,
+    "intermediate_size": 53248,
+    "parameters": 405_853_388_800,
+}
+Planner = Callable[..., Plan]
+
+
+@pytest.fixture
+def make_spec(make_context: Callable[..., RuleContext]) -> Callable[[dict[str, Any]], ModelSpec]:
+    return lambda sizes: describe_layers(dataclasses.replace(make_context().model, **sizes))
+
+
+@pytest.fixture
+def plan(make_context: Callable[..., RuleContext], make_spec: Callable[..., ModelSpec]) -> Planner:
+    def make(
+        model: dict[str, Any],
+        target: str,
+        *,
+        longest: int = 700,
+        saved_share: Callable[[int, int], float] = lambda *_: 0.0,
+        **wishes: Any,
+    ) -> Plan:
+        context = make_context()
+        lengths = context.data.length_percentiles | {"max": longest}
+        data: DataReport = dataclasses.replace(context.data, length_percentiles=lengths)
+        return build_plan(
+            Recipe.model_validate({"model": "llama", "data": "train.jsonl", **wishes}),
+            machine=choose_machine(context.machine, target, None),
+            model=make_spec(model),
+            data={"data": data},
+            output_dir=Path("runs/run-1"),
+            now="2026-01-01T00:00:00",
+            measures=Measures(saved_share=saved_share),
+        )
+
+    return make
+
+
+def get_mesh(plan: Plan) -> Mesh:
+    assert plan.mesh is not None
+    return plan.mesh.mesh
+
+
+def test_weights_are_replicated_where_a_step_fits_on_one_gpu(plan: Planner) -> None:
+    made = plan(LLAMA_8B, "8xh100")
+    assert get_mesh(made) == Mesh(8, 1, shard=1)
+    assert get_mesh(made).replicate == 8
+    assert made.mesh is not None
+    assert made.mesh.missing == ""
+    assert made.mesh.command == (
+        "torchrun --standalone --nproc-per-node 8 -m tunesmith train recipe.yaml"
+    )
+    one = plan(LLAMA_8B, "h100").memory_bytes
+    assert made.memory_bytes["weights"] == one["weights"], "each GPU has all of them"
+    assert made.memory_bytes["activations"] < one["activations"] / 5, "and a part of the rows"
+
+
+def test_a_model_that_fits_no_gpu_is_sharded_inside_a_node(plan: Planner) -> None:
+    made = plan(LLAMA_70B, "8xh100", method="lora")
+    mesh = get_mesh(made)
+    assert 2 < mesh.shard <= 8
+    assert mesh.replicate * mesh.shard == 8
+    parts = made.memory_bytes
+    block_bytes = 2 * made.model.block_parameters
+    rest_bytes = 2 * (made.model.parameters - made.model.block_parameters)
+    assert parts["weights"] == pytest.approx(rest_bytes + block_bytes / mesh.shard, rel=1e-6)
+    assert parts["gathered"] == pytest.approx(3 * block_bytes / 80, rel=1e-6)
+    assert parts["peak"] == sum(parts.values()) - parts["peak"]
+    two_nodes = get_mesh(plan(LLAMA_70B, "2x8xh100", method="lora"))
+    assert two_nodes.shard <= 8, "the network between nodes is slower than the links inside"
+
+
+def test_four_bits_are_chosen_where_they_make_a_copy_fit(plan: Planner) -> None:
+    """The method is that which runs: sharded weights are not in this version."""
+    made = plan(LLAMA_70B, "8xh100")
+    assert (made.config.method, get_mesh(made).shard) == ("qlora", 1)
+
+
+def test_a_plan_that_this_version_cannot_run_says_so_and_train_refuses_it(plan: Planner) -> None:
+    made = plan(LLAMA_70B, "8xh100", method="lora")
+    assert made.mesh is not None
+    assert "sharded" in made.mesh.missing
+    with pytest.raises(InputError, match="sharded over GPUs, which this version cannot run"):
+        refuse_if_too_large(made)
+    refuse_if_too_large(plan(LLAMA_8B, "8xh100"))
+
+
+def test_more_gpus_are_no_way_out_of_too_little_memory(plan: Planner) -> None:
+    made = plan(LLAMA_70B, "h100", method="lora")
+    with pytest.raises(MachineError) as refusal:
+        refuse_if_too_large(made)
+    assert "more GPUs do not help" not in refusal.value.fix
+    real = dataclasses.replace(made.machine, num_gpus=8, num_nodes=0)
+    with pytest.raises(MachineError) as refusal:
+        refuse_if_too_large(dataclasses.replace(made, machine=real, mesh=None))
+    assert "more GPUs do not help, since each holds all weights" in refusal.value.fix
+
+
+def test_what_fits_nowhere_is_said_with_the_memory_it_would_take(plan: Planner) -> None:
+    made = plan(LLAMA_405B, "8xh100", method="lora")
+    assert made.mesh is not None
+    assert made.mesh.mesh.shard == 8
+    reasons = {choice.name: choice.reason for choice in made.mesh.choices}
+    assert reasons["shard"].startswith("even shared by all GPUs, a step needs 1")
+    assert not make_option(made).has_enough_memory
+
+
+def test_a_long_document_is_divided_over_the_gpus_that_share_its_heads(plan: Planner) -> None:
+    short = plan(LLAMA_8B, "8xrtx4090", method="qlora", longest=4_000, max_length=4_000)
+    made = plan(LLAMA_8B, "8xrtx4090", method="qlora", longest=60_000, max_length=60_000)
+    assert get_mesh(short).context == 1
+    mesh = get_mesh(made)
+    assert mesh.context in (2, 4, 8)
+    assert mesh.document_groups == 8 // mesh.context
+    assert made.mesh is not None
+    assert "divided" in made.mesh.missing
+    assert made.mesh.step.exchange_seconds > 0
+    assert made.memory_bytes["peak"] * 1.15 <= made.machine.available_bytes
+    one_head = LLAMA_8B | {"num_kv_heads": 1}
+    stuck = plan(one_head, "8xrtx4090", method="qlora", longest=60_000, max_length=60_000)
+    assert get_mesh(stuck).context == 1, "a KV head is not divided"
+
+
+# ---------------------------------------------------------------- time
+
+
+def test_full_fine_tuning_holds_a_shard_of_everything(plan: Planner) -> None:
+    made = plan(LLAMA_8B, "8xa100-80gb", method="full", optim="adamw")
+    mesh = get_mesh(made)
+    assert mesh.shard > 1
+    parts = made.memory_bytes
+    assert parts["weights"] == 0, "16-bit copies exist where they are gathered"
+    assert parts["trained"] == pytest.approx(16 * made.model.parameters / mesh.shard, rel=1e-6)
+
+
+def test_gathering_hides_behind_computing_and_the_rest_adds_up(plan: Planner) -> None:
+    made = plan(LLAMA_70B, "8xh100", method="lora", batch_size=16)
+    assert made.mesh is not None
+    step = made.mesh.step
+    low, high = step.seconds
+    assert low == pytest.approx(
+        max(step.compute_seconds[0], step.gather_seconds) + step.reduce_seconds
+    )
+    assert low <= high
+    shard = made.mesh.mesh.shard
+    block_bytes = 2 * made.model.block_parameters
+    moved = 2 * block_bytes * (shard - 1) / shard
+    assert step.gather_seconds == pytest.approx(moved / HARDWARE_PRESETS["h100"].link)
+    adapter_bytes = 4 * 16 * sum(part.inputs + part.outputs for part in made.model.parts.values())
+    summed = 2 * adapter_bytes * 7 / 8 / HARDWARE_PRESETS["h100"].link
+    assert step.reduce_seconds == pytest.approx(summed)
+
+
+def test_few_rows_do_not_fill_many_gpus_and_the_plan_names_the_batch_that_would(
+    plan: Planner,
+) -> None:
+    made = plan(LLAMA_70B, "8xh100", method="lora", batch_size=4, learning_rate=1e-4)
+    assert made.mesh is not None
+    batch = made.mesh.batch
+    assert made.mesh.step.busy_share < 0.5
+    assert batch is not None
+    assert batch.busy_share >= 0.8
+    factor = batch.batch_size / 4
+    assert math.log2(factor) % 1 == 0
+    assert batch.learning_rate == pytest.approx(1e-4 * math.sqrt(factor), rel=0.05)
+    assert batch.steps == math.ceil(3 * 1000 / batch.batch_size)
+    text = explain_batch(made.mesh, unit="rows")
+    assert text.startswith("8 GPUs do not pay with 1,200 tokens per step")
+    assert f"{batch.batch_size} rows per step keep them busy" in text
+    filled = plan(LLAMA_70B, "8xh100", method="lora", batch_size=batch.batch_size)
+    assert filled.mesh is not None
+    assert filled.mesh.batch is None
+    assert filled.mesh.step.busy_share == pytest.approx(batch.busy_share)
+
+
+def test_no_batch_of_little_data_fills_many_gpus(plan: Planner) -> None:
+    made = plan({}, "4x8xh100", batch_size=16)  # 135M: launches take longer than computing
+    assert made.mesh is not None
+    assert made.mesh.batch is not None
+    assert made.mesh.batch.batch_size == 0
+    assert explain_batch(made.mesh, unit="rows").endswith(
+        "no batch of this data fills them: use fewer GPUs"
+    )
+
+
+def test_a_row_is_not_divided(plan: Planner) -> None:
+    """With fewer rows than GPUs, some have none, and the step takes as long as a long row."""
+    eight = plan(LLAMA_8B, "8xh100", batch_size=4)
+    four = plan(LLAMA_8B, "4xh100", batch_size=4)
+    assert eight.mesh is not None
+    assert four.mesh is not None
+    assert eight.mesh.step.gpu_tokens == four.mesh.step.gpu_tokens == 400
+    assert eight.mesh.step.busy_share < four.mesh.step.busy_share
+
+
+def test_more_gpus_are_faster_where_rows_are_many_and_never_more_than_so_many_times(
+    plan: Planner,
+) -> None:
+    rates: list[float] = []
+    for target in ("h100", "2xh100", "4xh100", "8xh100"):
+        made = plan(LLAMA_8B, target, batch_size=256)
+        assert made.mesh is not None
+        rates.append(made.mesh.step.tokens_per_second[1])
+    for number, rate in zip((2, 4, 8), rates[1:], strict=True):
+        assert 0.9 * number < rate / rates[0] <= number
+
+
+def test_shared_prefixes_save_less_on_each_of_many_gpus(plan: Planner) -> None:
+    def save_half_of_a_full_step(batch_size: int, pack_length: int) -> float:
+        del pack_length
+        return 0.5 if batch_size >= 64 else 0.1
+
+    how: dict[str, Any] = {"batch_size": 64, "saved_share": save_half_of_a_full_step}
+    one, eight = (plan(LLAMA_8B, target, **how) for target in ("h100", "8xh100"))
+    assert one.mesh is not None
+    assert eight.mesh is not None
+    assert one.config.share_prefixes
+    assert eight.mesh.step.tokens == pytest.approx(one.mesh.step.tokens * 0.9 / 0.5, rel=0.01)
+
+
+# ---------------------------------------------------------------- what else there is
+
+
+def test_other_ways_are_fewer_gpus(plan: Planner) -> None:
+    made = plan(LLAMA_8B, "4x8xh100")
+    fewer = list_fewer_gpus(made.machine)
+    sizes = [(machine.num_nodes, machine.num_gpus) for machine in fewer]
+    assert sizes == [(1, 1), (1, 2), (1, 4), (1, 8), (2, 8)]
+    option = make_option(made)
+    assert (option.target, option.method, option.missing) == ("4x8xh100", "lora", "")
+    assert option.has_enough_memory
+
+
+def test_a_plan_with_a_mesh_is_read_as_it_was_written(plan: Planner) -> None:
+    made = plan(LLAMA_70B, "8xh100", method="lora", batch_size=4)
+    assert parse_as(Plan, to_jsonable(made)).mesh == made.mesh
+    assert plan(LLAMA_8B, "h100").mesh is not None
+    assert get_mesh(plan(LLAMA_8B, "h100")) == Mesh()
+
+
+def test_this_machine_has_no_mesh(make_context: Callable[..., RuleContext]) -> None:
+    context = make_context()
+    made = build_plan(
+        Recipe.model_validate({"model": "smollm2", "data": "train.jsonl"}),
+        machine=dataclasses.replace(context.machine, num_gpus=8),
+        model=context.model,
+        data={"data": context.data},
+        output_dir=Path("runs/run-1"),
+        now="2026-01-01T00:00:00",
+    )
+    assert made.mesh is None
