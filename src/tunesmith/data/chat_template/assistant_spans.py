@@ -3,7 +3,9 @@
     Conversation, turn weights -> find_assistant_spans -> AssistantSpan of each trained turn
     AssistantSpan, EncodedText -> find_token_spans     -> (first token, end, weight)
 
-An answer starts where its generation prompt ends, so the prompt must be a prefix of the text. Some
+An answer starts where its generation prompt ends, so the prompt must be a prefix of the text. Where
+the render of all messages starts with what is served at every trained turn, as plain Jinja writes
+it, `find_spans_in_full` finds the same spans there, from one tracked render. Some
 templates write the prompt differently once an answer follows (Mistral's put the system message in
 the last question only). Then the prompt as it is served is put in front of the answer, if the
 template starts the answer with the same generation prompt. An answer ends after the first end token
@@ -11,6 +13,7 @@ that follows its last character; without one, before anything of the next turn."
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,6 +35,7 @@ from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 TokenSpan = tuple[int, int, float]  # first token, one past the last, loss weight
 MAX_MESSAGE_RENDERS = 500_000  # trained turns x messages of a row: 1,000 messages that alternate
 MAX_RENDERED_CHARS = 200_000_000  # of a row, each trained turn with all before it
+MAX_TURN_CHARS = 10_000_000  # the same, where each is encoded as a document
 SPLIT_FIX = "split the row, or set `train: false` on some answers"
 TOOL_CALLS_FIX = "set a `chat_template` that writes tool calls, or drop such rows"
 PREFIX_FIX = "set a `chat_template` that starts each answer with its generation prompt"
@@ -39,7 +43,7 @@ PREFIX_FIX = "set a `chat_template` that starts each answer with its generation 
 
 @dataclass(frozen=True)
 class AssistantSpan:
-    """A trained answer: characters start:end of `text`, the render up to this message.
+    """A trained answer: characters start:end of `text`, the render up to this message or further.
 
     If that render does not start with the prompt as it is served, `text` is the served prompt plus
     the render from character `splice_start` on."""
@@ -72,13 +76,7 @@ def find_assistant_spans(
     """Return the span of each message with a positive weight. `end_ids` are sets of end tokens, the
     preferred set first; `answer_tail` is the text between an answer and the next turn, which the
     template always begins. Raises InputError for an answer that the template does not write."""
-    num_trained = sum(weight > 0 for weight in weights)
-    if num_trained * len(chat.messages) > MAX_MESSAGE_RENDERS:
-        message = (
-            f"{num_trained:,} trained turns of {len(chat.messages):,} messages: each is rendered"
-            f" with all messages before it, and their product is over {MAX_MESSAGE_RENDERS:,}"
-        )
-        raise InputError(message, fix=SPLIT_FIX)
+    _refuse_many_renders(chat, weights)
     spans: list[AssistantSpan] = []
     num_chars = 0
     for message_index, weight in enumerate(weights):
@@ -89,13 +87,63 @@ def find_assistant_spans(
             _check_origins(chat, span)
             spans.append(span)
             num_chars += len(span.text.plain)
-            if num_chars > MAX_RENDERED_CHARS:
-                message = (
-                    f"{len(spans):,} of {num_trained:,} trained turns, each with all messages"
-                    f" before it, have over {MAX_RENDERED_CHARS:,} characters"
-                )
-                raise InputError(message, fix=SPLIT_FIX)
+            _refuse_many_chars(num_chars, MAX_TURN_CHARS, weights)
     return tuple(spans)
+
+
+def find_spans_in_full(
+    chat: Conversation,
+    full_text: TrackedText,
+    weights: Sequence[float],
+    end_ids: Sequence[Iterable[int]],
+) -> tuple[AssistantSpan, ...] | None:
+    """Return the spans of `find_assistant_spans` in the render of all messages; None unless it
+    starts with the prompt and with the render up to the answer of each trained turn."""
+    _refuse_many_renders(chat, weights)
+    content_ends: dict[int, int] = {}  # message index -> end of the last text that it wrote
+    for _, end, origin in full_text.origin_spans:
+        content_ends[get_message_index(origin)] = end
+    spans: list[AssistantSpan] = []
+    num_chars = 0
+    for message_index, weight in enumerate(weights):
+        if weight > 0:
+            prompt = chat.render_plain(message_index, add_generation_prompt=True)
+            is_last = message_index == len(chat.messages) - 1
+            rendered = chat.full_plain_text if is_last else chat.render_plain(message_index + 1)
+            content_end = content_ends.get(message_index, 0)
+            is_within = len(prompt) < content_end <= len(rendered)
+            is_prefix = full_text.plain.startswith(prompt) and full_text.plain.startswith(rendered)
+            if not is_within or not is_prefix:
+                return None
+            answer_end = _find_answer_end(full_text, content_end, len(rendered), end_ids)
+            if answer_end is None:
+                return None
+            start = len(prompt)
+            spans.append(AssistantSpan(message_index, weight, full_text, start, answer_end, True))
+            _check_origins(chat, spans[-1])
+            num_chars += len(rendered)
+            _refuse_many_chars(num_chars, MAX_RENDERED_CHARS, weights)
+    return tuple(spans)
+
+
+def _refuse_many_renders(chat: Conversation, weights: Sequence[float]) -> None:
+    num_trained = sum(weight > 0 for weight in weights)
+    if num_trained * len(chat.messages) > MAX_MESSAGE_RENDERS:
+        message = (
+            f"{num_trained:,} trained turns of {len(chat.messages):,} messages: each is rendered"
+            f" with all messages before it, and their product is over {MAX_MESSAGE_RENDERS:,}"
+        )
+        raise InputError(message, fix=SPLIT_FIX)
+
+
+def _refuse_many_chars(num_chars: int, max_chars: int, weights: Sequence[float]) -> None:
+    if num_chars > max_chars:
+        num_trained = sum(weight > 0 for weight in weights)
+        message = (
+            f"the renders of {num_trained:,} trained turns, each with all messages before it,"
+            f" have over {max_chars:,} characters"
+        )
+        raise InputError(message, fix=SPLIT_FIX)
 
 
 def _find_span(
@@ -118,13 +166,7 @@ def _find_span(
     if content_end <= len(prompt):
         raise make_unrendered_error(chat, message_index)
 
-    closing = [match for match in text.controls if match.start >= content_end]
-    answer_end = None
-    for ids in end_ids:
-        ends = [match.token_end for match in closing if match.control.id in ids]
-        if ends:
-            answer_end = ends[0]
-            break
+    answer_end = _find_answer_end(text, content_end, len(text.plain), end_ids)
     return AssistantSpan(
         message_index,
         weight,
@@ -134,6 +176,20 @@ def _find_span(
         has_end_token=answer_end is not None,
         splice_start=splice_start,
     )
+
+
+def _find_answer_end(
+    text: TrackedText, content_end: int, text_end: int, end_ids: Sequence[Iterable[int]]
+) -> int | None:
+    """Return the end of the first end token between two characters, of the preferred set that has
+    one there; None if there is none."""
+    first = bisect_left(text.controls, content_end, key=lambda match: match.start)
+    last = bisect_right(text.controls, text_end, key=lambda match: match.token_end)
+    for ids in end_ids:
+        for match in text.controls[first:last]:
+            if match.control.id in ids:
+                return match.token_end
+    return None
 
 
 def _find_content_end(text: TrackedText, message_index: int) -> int:

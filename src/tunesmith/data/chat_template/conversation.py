@@ -126,6 +126,10 @@ class Conversation:
         return self.template.render_plain(self.variables.plain | context)
 
     @cached_property
+    def full_plain_text(self) -> str:
+        return self.render_plain(len(self.messages))
+
+    @cached_property
     def _tracked_tools(self) -> list[Any] | None:
         return None if self.tools is None else track_value(self.tools, TOOLS)
 

@@ -30,6 +30,7 @@ from tunesmith.data.chat_template.assistant_spans import (
     TokenSpan,
     find_assistant_spans,
     find_banned_token_spans,
+    find_spans_in_full,
     find_token_spans,
 )
 from tunesmith.data.chat_template.conversation import (
@@ -373,32 +374,23 @@ class Renderer:
             weight if index in chat.assistant_indices else 0.0
             for index, weight in enumerate(weights)
         ]
+        rendered = chat.render(len(chat.messages))
+        full_text = TrackedText(rendered, self.tokenizer, chat.assistant_indices)
         if self._is_all_trained(example) or not any(answer_weights):
-            rendered = chat.render(len(chat.messages))
-            text = TrackedText(rendered, self.tokenizer, chat.assistant_indices)
-            return _Draft(example, chat, weights, full_text=text)
+            return _Draft(example, chat, weights, full_text=full_text)
         end_ids = (protocol.end_ids, self.end_ids)
+        spans = find_spans_in_full(chat, full_text, answer_weights, end_ids)
+        if spans is not None:
+            return _Draft(example, chat, weights, spans, full_text)
         spans = find_assistant_spans(
             chat, self.tokenizer, answer_weights, end_ids, protocol.answer_tail
         )
-        return _Draft(example, chat, weights, spans, self._join_spans(chat, spans))
+        has_joined = all(_is_served_in(full_text, span) for span in spans)
+        return _Draft(example, chat, weights, spans, full_text if has_joined else None)
 
     def _is_all_trained(self, example: Example) -> bool:
         """Whether the text of the template is trained, too."""
         return self._train_on == "all" and not example.banned_spans
-
-    def _join_spans(self, chat: Conversation, spans: Sequence[AssistantSpan]) -> TrackedText | None:
-        """Return the render of all messages, or None if it differs from what is served for any
-        trained turn."""
-        text = spans[-1].text
-        if spans[-1].message_index < len(chat.messages) - 1:
-            rendered = chat.render(len(chat.messages))
-            text = TrackedText(rendered, self.tokenizer, chat.assistant_indices)
-        for span in spans:
-            is_prefix = text.plain.startswith(span.text.plain[: span.end])
-            if not is_prefix or not span.has_end_token or span.splice_start is not None:
-                return None
-        return text
 
     def _encode_chat(self, chat: Conversation, draft: _Draft) -> tuple[list[Document], list[str]]:
         spans = draft.spans
@@ -407,7 +399,7 @@ class Renderer:
             encoded = encode(draft.full_text)
             if all(_is_token_boundary(encoded, span) for span in spans):
                 count = len(chat.messages)
-                check_render(chat, encoded.text, chat.render_plain(count), count)
+                check_render(chat, encoded.text, chat.full_plain_text, count)
                 token_spans = self._find_role_spans(encoded, draft, range(count))
                 for span in spans:
                     token_spans += find_token_spans(encoded, span, example)
@@ -420,12 +412,19 @@ class Renderer:
         documents: list[Document] = []
         first_message = 0
         for span in spans:
+            if span.text is draft.full_text:
+                span = self._render_turn(chat, span)
             messages = range(first_message, span.message_index)
             document, turn_notes = self._encode_turn(draft, chat, span, messages)
             documents.append(document)
             notes += turn_notes
             first_message = span.message_index
         return [*documents, *rest_documents], notes
+
+    def _render_turn(self, chat: Conversation, span: AssistantSpan) -> AssistantSpan:
+        """Return a span of the full text as one of the render up to its message."""
+        rendered = chat.render(span.message_index + 1)
+        return replace(span, text=TrackedText(rendered, self.tokenizer, chat.assistant_indices))
 
     def _encode_rest(
         self, draft: _Draft, chat: Conversation, rest: range
@@ -436,7 +435,7 @@ class Renderer:
             return [], [CUT_OFF] if rest else []
         count = len(chat.messages)
         text = TrackedText(chat.render(count), self.tokenizer, chat.assistant_indices)
-        check_render(chat, text, chat.render_plain(count), count)
+        check_render(chat, text, chat.full_plain_text, count)
         encoded = encode(text)
         token_spans = self._find_role_spans(encoded, draft, rest)
         document = _make_document(draft.example.id, encoded.ids, token_spans)
@@ -489,6 +488,12 @@ class Renderer:
             tokens = [*tokens, self.text_end_id]
             notes.append(END_TOKEN_APPENDED)
         return _make_document(example.id, tokens, token_spans), notes
+
+
+def _is_served_in(full_text: TrackedText, span: AssistantSpan) -> bool:
+    """Whether the render of all messages starts with what is served at a trained turn."""
+    is_prefix = full_text.plain.startswith(span.text.plain[: span.end])
+    return is_prefix and span.has_end_token and span.splice_start is None
 
 
 def _is_token_boundary(encoded: EncodedText, span: AssistantSpan) -> bool:

@@ -2,6 +2,7 @@
 without origins."""
 
 import re
+from dataclasses import replace
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from toy_chat import write_model_folder
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document, Example, Json
+from tunesmith.data.chat_template.assistant_spans import find_assistant_spans, find_spans_in_full
+from tunesmith.data.chat_template.encode import TrackedText
 from tunesmith.data.chat_template.render_notes import END_TOKEN_APPENDED
 from tunesmith.data.chat_template.renderer import Renderer
 
@@ -198,16 +201,15 @@ def check(
     ]
 
 
+def write_model(folder: Path, source: str) -> Path:
+    tokens = sorted({*TOKENS.findall(source), "<s>", "</s>"})
+    return write_model_folder(folder, source, tokens, eos_token="</s>", bos_token="<s>")
+
+
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_text_ids_and_spans(name: str, tmp_path: Path) -> None:
     source = TEMPLATES[name]
-    path = write_model_folder(
-        tmp_path,
-        source,
-        sorted({*TOKENS.findall(source), "<s>", "</s>"}),
-        eos_token="</s>",
-        bos_token="<s>",
-    )
+    path = write_model(tmp_path, source)
     renderer = Renderer.from_folder(path, now=datetime.now())
     full = PreTrainedTokenizerFast(
         tokenizer_file=str(path / "tokenizer.json"),
@@ -252,6 +254,33 @@ def _raises(oracle: Oracle) -> bool:
     except (TemplateError, TypeError, KeyError):
         return True
     return False
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_spans_in_the_full_render_are_those_of_each_turn(name: str, tmp_path: Path) -> None:
+    renderer = Renderer.from_folder(write_model(tmp_path, TEMPLATES[name]), now=datetime.now())
+    num_found = 0
+    for conversation, messages in CONVERSATIONS.items():
+        if refusal(name, conversation):
+            continue
+        tools = [TOOL] if conversation == "tools" else []
+        try:
+            chat, protocol = renderer._make_conversation(messages, tools)
+            rendered = chat.render(len(messages))
+        except InputError:
+            continue
+        full_text = TrackedText(rendered, renderer.tokenizer, chat.assistant_indices)
+        weights = [float(message["role"] == "assistant") for message in messages]
+        end_ids = (protocol.end_ids, renderer.end_ids)
+        in_full = find_spans_in_full(chat, full_text, weights, end_ids)
+        if in_full is None:
+            continue
+        each = find_assistant_spans(chat, renderer.tokenizer, weights, end_ids)
+        num_found += 1
+        for span, expected in zip(in_full, each, strict=True):
+            assert replace(span, text=expected.text) == expected
+            assert full_text.plain.startswith(expected.text.plain)
+    assert num_found or re.match("deepseek|nemotron|glm4moe$", name)
 
 
 @pytest.mark.parametrize(

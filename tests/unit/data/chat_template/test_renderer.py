@@ -506,3 +506,19 @@ def test_the_characters_of_all_turns_are_limited(
     with pytest.raises(InputError, match="over 100,000 characters") as refusal:
         renderer.render(make_example(*turns))
     assert refusal.value.fix
+
+
+def test_a_document_a_turn_has_fewer_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are all encoded, and all trained."""
+    monkeypatch.setattr(assistant_spans, "MAX_TURN_CHARS", 100_000)
+    turns = [turn for _ in range(10) for turn in (user("a" * 1_000), assistant("b" * 1_000))]
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}"
+    template += "{% if loop.last %} {% endif %}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    folder = write_model_folder(tmp_path, template)
+    renderer = Renderer.from_folder(folder, now=NOW)
+    assert len(renderer.render(make_example(*turns[:16])).documents) == 8
+    with pytest.raises(InputError, match="over 100,000 characters"):
+        renderer.render(make_example(*turns))
