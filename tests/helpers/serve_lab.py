@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -130,6 +131,7 @@ def serving(settings: ServeSettings) -> Iterator[LiveServer]:
         await server.engine.scheduler.stop()
         web.should_exit = True
         await serving_task
+        await server.routes.close()
 
     def run_thread() -> None:
         with prepared.base.scratch:
@@ -154,3 +156,20 @@ def make_chat(model: str, text: str = "hello", **more: Any) -> dict[str, Any]:
 def read_events(lines: Sequence[str]) -> list[str]:
     """Return the data of server-sent events."""
     return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+
+
+def read_metric(live: LiveServer, name: str, **labels: str) -> float:
+    """Return the sum of a metric over the series with these labels."""
+    total = 0.0
+    for family in live.server.engine.metrics.registry.collect():
+        for sample in family.samples:
+            if sample.name == f"tunesmith_{name}" and labels.items() <= sample.labels.items():
+                total += sample.value
+    return total
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

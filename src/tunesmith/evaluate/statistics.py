@@ -24,6 +24,7 @@ Z = 1.959963984540054  # 97.5% quantile of the standard normal distribution
 Z_POWER = 0.8416212335729143  # its 80% quantile
 ALPHA = 0.05
 MIN_ITEMS = 5  # fewer items get an interval, but no verdict
+MIN_SEQUENCE = 30  # values from which a confidence sequence holds
 # Few items show neither the tail nor the variance of a skewed distribution. These numbers bring the
 # coverage of normal and skewed items to 95% +- 1.5 from MIN_ITEMS on (docs/results/coverage.md).
 SKEWNESS_CORRECTION = 3.0  # divided by the number of items
@@ -161,26 +162,32 @@ def _combine_ends(t_end: float, hall_end: float, scarcity: float) -> float:
 
 
 def compute_confidence_sequence(
-    values_N: np.ndarray, bounds: tuple[float, float], *, narrowest: int = 100
+    count_N: np.ndarray,
+    sum_N: np.ndarray,
+    square_sum_N: np.ndarray,
+    bounds: tuple[float, float],
+    *,
+    alpha: float = ALPHA,
+    narrowest: int = 100,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (low, high) of the mean after each value: whoever looks after every one of them, and
-    stops when they like, finds the mean outside in at most 5% of all runs.
+    """Return (low, high) of a mean after so many values with these sums: whoever looks after every
+    one of them, and stops when they like, finds the mean outside in at most a share of `alpha` of
+    all runs.
 
-    values_N: bounded values in the order they came; axes before the last are runs of their own.
-    narrowest: the number of values at which the interval is the narrowest for its kind. It is valid
-    from 30 values on: the asymptotic confidence sequence of Waudby-Smith, Arbour, Sinha, Kennedy
-    and Ramdas (2024), theorem 2.2 and its choice of rho, on values with PADDING more at either
-    bound, since the first thirty of rare events are often all equal, and have no variance.
+    bounds: of the values. narrowest: the number of values at which the interval is the narrowest
+    for its kind. It is valid from MIN_SEQUENCE values on: the asymptotic confidence sequence of
+    Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas (2024), theorem 2.2 and its choice of rho, on
+    values with PADDING more at either bound, since the first thirty of rare events are often all
+    equal, and have no variance.
     """
-    count_N = np.arange(1, values_N.shape[-1] + 1)
     size_N = count_N + 2 * PADDING
-    mean_N = (np.cumsum(values_N, axis=-1) + PADDING * sum(bounds)) / size_N
-    square_sum = PADDING * (bounds[0] ** 2 + bounds[1] ** 2)
-    square_N = (np.cumsum(values_N**2, axis=-1) + square_sum) / size_N
+    mean_N = (sum_N + PADDING * sum(bounds)) / size_N
+    padding_squares = PADDING * (bounds[0] ** 2 + bounds[1] ** 2)
+    square_N = (square_sum_N + padding_squares) / size_N
     variance_N = np.maximum(0.0, square_N - mean_N**2) * size_N / (size_N - 1)
-    log_term = -2 * math.log(ALPHA)
+    log_term = -2 * math.log(alpha)
     spread_N = count_N * (log_term + math.log(log_term + 1)) / narrowest  # n rho^2
-    factor_N = 2 * (spread_N + 1) / (count_N * spread_N) * np.log(np.sqrt(spread_N + 1) / ALPHA)
+    factor_N = 2 * (spread_N + 1) / (count_N * spread_N) * np.log(np.sqrt(spread_N + 1) / alpha)
     half_N = np.sqrt(variance_N * factor_N)
     return np.maximum(bounds[0], mean_N - half_N), np.minimum(bounds[1], mean_N + half_N)
 

@@ -31,6 +31,7 @@ class AccessRecord:
     key: str = ""  # the name of the API key
     model: str = ""
     version: str = ""  # name, scale and digest of the model
+    route: str = ""  # that has chosen the model
     prompt_tokens: int = 0
     cached_tokens: int = 0
     answer_tokens: int = 0
@@ -63,6 +64,8 @@ class AccessRecord:
             "key": self.key,
             "ms": round(1000 * self.seconds),
         }
+        if self.route:
+            line["route"] = self.route
         if self.model:
             line["model"] = self.version
             line["tokens"] = [self.prompt_tokens, self.cached_tokens, self.answer_tokens]

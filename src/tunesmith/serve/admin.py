@@ -1,4 +1,4 @@
-"""Add, replace and remove models of a running server.
+"""Add, replace and remove models of a running server; show its routes and set their canaries.
 
     PUT /admin/models/json {"from": "demo-2", "scale": 0.75}     If-Match: "<digest>"
 
@@ -18,11 +18,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tunesmith.core.errors import InputError, TunesmithError
-from tunesmith.serve.bodies import ModelBody, read_body
+from tunesmith.serve.bodies import CanaryBody, ModelBody, read_body
 from tunesmith.serve.errors import NO_STORE, RequestError, format_problem, from_tunesmith_error
 from tunesmith.serve.guard import BODY_FIELD
 from tunesmith.serve.handlers import Server, describe_model, get_key, get_server
 from tunesmith.serve.registry import ServedModel
+from tunesmith.serve.routes import Route
 from tunesmith.serve.settings import check_name
 from tunesmith.serve.sources import open_adapter
 
@@ -71,6 +72,9 @@ async def put_model(request: Request) -> JSONResponse:
     name = _get_name(request)
     body = read_body(request.scope[BODY_FIELD], ModelBody)
     server = get_server(request)
+    if name in [route.name for route in server.routes.table]:
+        message = f"{name} is the name of a route"
+        raise RequestError(HTTPStatus.CONFLICT, message, code="name_taken", param="model")
     registry = server.engine.registry
     registry.check_match(name, request.headers.get("if-match"))
     folder = find_folder(server.models_dir, body.source)
@@ -112,10 +116,45 @@ async def open_model(server: Server, name: str, folder: Path, body: ModelBody) -
 async def delete_model(request: Request) -> Response:
     """Remove a name; requests that use its adapter end as they began."""
     name = _get_name(request)
-    registry = get_server(request).engine.registry
+    server = get_server(request)
+    if routes := server.routes.table.list_users(name):
+        message = f"{name} is used by the routes {', '.join(routes)}"
+        raise RequestError(HTTPStatus.CONFLICT, message, code="model_in_use", param="model")
+    registry = server.engine.registry
     registry.check_match(name, request.headers.get("if-match"))
     registry.remove(name)
     return Response(status_code=HTTPStatus.NO_CONTENT, headers=NO_STORE)
+
+
+def find_route(request: Request) -> Route:
+    """Return the route in the path. Raises RequestError 404."""
+    name = request.path_params["route"]
+    for route in get_server(request).routes.table:
+        if route.name == name:
+            return route
+    raise RequestError(404, f"there is no route {name!r:.100}", code="route_not_found")
+
+
+async def list_routes(request: Request) -> JSONResponse:
+    """List the routes with what their canaries have counted."""
+    routes = [route.describe() for route in get_server(request).routes.table]
+    return JSONResponse({"object": "list", "data": routes}, headers=NO_STORE)
+
+
+async def get_route(request: Request) -> JSONResponse:
+    """Return one route with what its canary has counted."""
+    return JSONResponse(find_route(request).describe(), headers=NO_STORE)
+
+
+async def put_route(request: Request) -> JSONResponse:
+    """Start, roll back or promote the canary of a route."""
+    route = find_route(request)
+    body = read_body(request.scope[BODY_FIELD], CanaryBody)
+    if route.canary is None:
+        message = f"{route.name} has no canary; serve.yaml gives it one"
+        raise RequestError(HTTPStatus.CONFLICT, message, code="no_canary", param="route")
+    get_server(request).routes.set_canary(route, body.canary, get_key(request).name)
+    return JSONResponse(route.describe(), headers=NO_STORE)
 
 
 async def start_drain(request: Request) -> JSONResponse:

@@ -21,7 +21,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tunesmith.serve import admin, handlers
-from tunesmith.serve.bodies import ChatBody, CompletionBody, FeedbackBody, ModelBody
+from tunesmith.serve.bodies import (
+    CanaryBody,
+    ChatBody,
+    CompletionBody,
+    FeedbackBody,
+    ModelBody,
+)
 from tunesmith.serve.errors import NO_STORE, RequestError, make_error_body
 from tunesmith.serve.guard import Guard, GuardRules, list_hosts
 from tunesmith.serve.keys import KeyRing, Scope
@@ -62,6 +68,9 @@ ROUTES: tuple[Endpoint, ...] = (
     Endpoint("GET", "/admin/models/{model}", admin.get_admin_model, "admin"),
     Endpoint("PUT", "/admin/models/{model}", admin.put_model, "admin", ModelBody),
     Endpoint("DELETE", "/admin/models/{model}", admin.delete_model, "admin", success=204),
+    Endpoint("GET", "/admin/routes", admin.list_routes, "admin"),
+    Endpoint("GET", "/admin/routes/{route}", admin.get_route, "admin"),
+    Endpoint("PUT", "/admin/routes/{route}", admin.put_route, "admin", CanaryBody),
     Endpoint("POST", "/admin/drain", admin.start_drain, "admin"),
 )
 OPEN_METRICS = ("/ready", "/metrics")

@@ -207,6 +207,12 @@ class ModelBody(_Body):
     unproven: bool = False  # serve weights that hold nothing to check them by
 
 
+class CanaryBody(_Body):
+    """What to do with the canary of a route, whatever was counted."""
+
+    canary: Literal["start", "roll_back", "promote"]
+
+
 class FeedbackBody(_Body):
     """A verdict on an answer. `corrected` is the answer that should have been given."""
 

@@ -50,6 +50,8 @@ class KeptChat:
     messages: tuple[Json, ...]
     answer: str
     time: float  # in seconds, of a clock that only the caller knows
+    route: str = ""  # that has chosen the model
+    user: str = ""  # who keeps it
     has_feedback: bool = False
 
     @property
@@ -183,11 +185,11 @@ def _check_row(name: str, row: Json) -> None:
 # ---------------------------------------------------------------- files
 
 
-def append_lines(lines: Mapping[Path, bytes]) -> None:
-    """Append a line to each file: to all of them or to none. Raises MachineError if the disk
-    refuses, InputError for a link."""
+def append_lines(lines: Mapping[Path, bytes], key: str = SETTING) -> None:
+    """Append a line to each file: to all of them or to none. `key` is the setting that chose them.
+    Raises MachineError if the disk refuses, InputError for a link."""
     first = next(iter(lines))
-    with disk_errors(first, sum(map(len, lines.values())), SETTING), ExitStack() as files:
+    with disk_errors(first, sum(map(len, lines.values())), key), ExitStack() as files:
         for path, line in lines.items():
             descriptor = files.enter_context(_open_to_append(path))
             while line:

@@ -23,7 +23,9 @@ from tunesmith.serve.registry import Lease, Registry, ServedModel
 from tunesmith.serve.scheduler import AnswerJob, AnswerUpdate, Scheduler
 from tunesmith.serve.streams import LAST_EVENT, encode_event
 
-ERROR_STATUS = {"model_not_finite": 500, "invalid_request": 400}  # others: 503
+NOT_FINITE = "model_not_finite"
+TIMEOUT = "timeout"
+ERROR_STATUS = {NOT_FINITE: 500, "invalid_request": 400}  # others: 503
 
 
 @dataclass
@@ -76,6 +78,11 @@ class Generation:
         self._record = record
         prompts = {id(job.request.tokens): job.prompt_tokens for job in jobs}  # shared by choices
         self._num_prompt_tokens = sum(prompts.values())
+        self.failure = ""  # the code of the error that ended it
+
+    @property
+    def jobs(self) -> Sequence[AnswerJob]:
+        return self._jobs
 
     def submit(self) -> None:
         """Queue the jobs. Raises RequestError if the queue is full, and releases the lease."""
@@ -131,8 +138,9 @@ class Generation:
             try:
                 update = await asyncio.wait_for(outbox.get(), deadline - time.monotonic())
             except TimeoutError:
+                self.failure = TIMEOUT
                 message = f"not complete after {self._engine.request_seconds:g} s"
-                raise RequestError(504, message, code="timeout") from None
+                raise RequestError(504, message, code=TIMEOUT) from None
             if update.finish_reason == "error":
                 self._refuse(update)
             self._record.note_first_token()
@@ -143,7 +151,8 @@ class Generation:
 
     def _refuse(self, update: AnswerUpdate) -> None:
         """Raise the error of an answer that failed."""
-        if update.error_code == "model_not_finite":
+        self.failure = update.error_code
+        if update.error_code == NOT_FINITE:
             self._engine.registry.note_answer(self.model, is_finite=False)
         status = ERROR_STATUS.get(update.error_code, 503)
         raise RequestError(status, update.error, code=update.error_code)

@@ -35,9 +35,12 @@ from tunesmith.serve.generation import AnswerEngine, Generation
 from tunesmith.serve.grammars import GrammarCache
 from tunesmith.serve.guard import BODY_FIELD, KEY_FIELD
 from tunesmith.serve.keys import ApiKey
-from tunesmith.serve.registry import ServedModel
+from tunesmith.serve.registry import Lease, ServedModel
 from tunesmith.serve.requests import Prompt, make_jobs, render_chat, render_completions
+from tunesmith.serve.route_judge import RoutedAnswers, RouteJudge, Target
+from tunesmith.serve.routes import Route
 from tunesmith.serve.settings import BASE_NAME
+from tunesmith.serve.shadow import ShadowRequest
 from tunesmith.serve.streams import LAST_EVENT, EventStream, run_until_disconnect
 
 CLIENT_DISCONNECTED = 499  # in the log only: nobody reads the response
@@ -49,6 +52,7 @@ class Server:
 
     engine: AnswerEngine
     grammars: GrammarCache
+    routes: RouteJudge
     numerics: str  # dtype and kernels, which round differently
     models_dir: Path | None = None
     feedback: FeedbackStore | None = None  # without it, no content is kept
@@ -72,40 +76,50 @@ def get_record(request: Request) -> AccessRecord:
 async def create_chat_completion(request: Request) -> ASGIApp:
     """Answer a conversation."""
     body = read_body(request.scope[BODY_FIELD], ChatBody)
-    model = find_model(request, body.model)
-    prompt = await asyncio.to_thread(render_chat, body, model)
-    head = make_head(request, body, model, "chatcmpl", has_logprobs=bool(body.logprobs))
-    return await answer(request, body, [prompt], model, ChatFormat(head))
+    target = find_target(request, body)
+    prompt = await asyncio.to_thread(render_chat, body, target.model)
+    head = make_head(request, body, target, "chatcmpl", has_logprobs=bool(body.logprobs))
+    return await answer(request, body, [prompt], target, ChatFormat(head))
 
 
 async def create_completion(request: Request) -> ASGIApp:
     """Continue a text or token ids."""
     body = read_body(request.scope[BODY_FIELD], CompletionBody)
-    model = find_model(request, body.model)
-    prompts = await asyncio.to_thread(render_completions, body, model)
-    head = make_head(request, body, model, "cmpl", has_logprobs=body.logprobs is not None)
+    target = find_target(request, body)
+    prompts = await asyncio.to_thread(render_completions, body, target.model)
+    head = make_head(request, body, target, "cmpl", has_logprobs=body.logprobs is not None)
     answer_format = CompletionFormat(head, should_echo=bool(body.echo))
-    return await answer(request, body, prompts, model, answer_format)
+    return await answer(request, body, prompts, target, answer_format)
 
 
-def find_model(request: Request, name: str) -> ServedModel:
-    """Return the model that a body names, and note it in the access log."""
+def find_target(request: Request, body: SamplingBody) -> Target:
+    """Return the model that a body names, or that its route chooses, and note it in the access
+    log."""
     server = get_server(request)
-    model = server.engine.registry.find(name, get_key(request))
+    key = get_key(request)
     record = get_record(request)
-    record.model = model.name
-    record.version = model.version
-    if server.engine.registry.get_witness(model) == "unproven":
-        server.engine.metrics.unproven.labels(model.name).inc()
-    return model
+    route = server.routes.table.find(body.model, key)
+    if route is None:
+        target = Target(server.engine.registry.find(body.model, key))
+    else:
+        record.route = route.name
+        unit = route.name_unit(body.user, key, record.id)
+        model = server.routes.choose_model(route, unit)
+        target = Target(model, route, unit if route.settings.sticky == "user" else "")
+    record.model = target.model.name
+    record.version = target.model.version
+    if server.engine.registry.get_witness(target.model) == "unproven":
+        server.engine.metrics.unproven.labels(target.model.name).inc()
+    return target
 
 
 def make_head(
-    request: Request, body: SamplingBody, model: ServedModel, prefix: str, *, has_logprobs: bool
+    request: Request, body: SamplingBody, target: Target, prefix: str, *, has_logprobs: bool
 ) -> AnswerHead:
+    model = target.model
     return AnswerHead(
         id=f"{prefix}-{get_record(request).id.removeprefix('req-')}",
-        model=body.model,
+        model=body.model if target.route is None else model.name,
         fingerprint=compute_fingerprint(model, get_server(request).numerics),
         renderer=model.renderer,
         has_logprobs=has_logprobs,
@@ -118,44 +132,91 @@ async def answer(
     request: Request,
     body: ChatBody | CompletionBody,
     prompts: Sequence[Prompt],
-    model: ServedModel,
+    target: Target,
     answer_format: AnswerFormat,
 ) -> ASGIApp:
     """Queue the answers to some prompts and return the response that waits for them."""
     server = get_server(request)
+    model = target.model
     num_answers = len(prompts) * (body.n or 1)
     server.engine.scheduler.check_capacity(num_answers)
     jobs = await make_jobs(body, prompts, model, get_key(request), server.grammars)
-    lease = await server.engine.registry.acquire(model)
+    lease = await acquire(server, target)
     record = get_record(request)
     generation = Generation(server.engine, model, lease, jobs, answer_format, record)
     generation.submit()
-    headers = {"x-tunesmith-model": model.version}
+    headers = {"x-tunesmith-model": name_version(target)}
     if body.stream:
         events = generation.events(should_send_usage=body.should_send_usage)
-        return EventStream(keep_before_end(events, request, body, generation), headers)
-    content = await run_until_disconnect(request.receive, generation.run())
+        return EventStream(keep_before_end(events, request, body, generation, target), headers)
+    try:
+        content = await run_until_disconnect(request.receive, generation.run())
+    finally:
+        note_answers(request, body, generation, target)
     if content is None:
         record.has_disconnected = True
         return Response(status_code=CLIENT_DISCONNECTED)
-    keep_chat(request, body, generation)
+    keep_chat(request, body, generation, target)
     if record.is_schema_valid is not None:
         headers["x-tunesmith-schema"] = "complete" if record.is_schema_valid else "open"
     return JSONResponse(content, headers={**NO_STORE, **headers})
 
 
+async def acquire(server: Server, target: Target) -> Lease:
+    """Return a lease on the model. Raises RequestError if it cannot be loaded; a canary is rolled
+    back then."""
+    try:
+        return await server.engine.registry.acquire(target.model)
+    except RequestError as error:
+        is_canary = target.route is not None and target.model.name != target.route.stable
+        if is_canary and target.route is not None and error.code == "model_not_loaded":
+            server.routes.roll_back(target.route, error.message)
+        raise
+
+
+def name_version(target: Target) -> str:
+    """Return what answers: the route, and the version of the model that it has chosen."""
+    version = target.model.version
+    return version if target.route is None else f"{target.route.name}={version}"
+
+
 async def keep_before_end(
-    events: AsyncGenerator[bytes], request: Request, body: SamplingBody, generation: Generation
+    events: AsyncGenerator[bytes],
+    request: Request,
+    body: ChatBody | CompletionBody,
+    generation: Generation,
+    target: Target,
 ) -> AsyncGenerator[bytes]:
     """Yield the events of a stream; the chat is kept before the client sees the last of them."""
-    async with aclosing(events):
-        async for event in events:
-            if event is LAST_EVENT:
-                keep_chat(request, body, generation)
-            yield event
+    try:
+        async with aclosing(events):
+            async for event in events:
+                if event is LAST_EVENT:
+                    keep_chat(request, body, generation, target)
+                yield event
+    finally:
+        note_answers(request, body, generation, target)
 
 
-def keep_chat(request: Request, body: SamplingBody, generation: Generation) -> None:
+def note_answers(
+    request: Request, body: ChatBody | CompletionBody, generation: Generation, target: Target
+) -> None:
+    """Let the route judge what was answered."""
+    if target.route is None:
+        return
+    first_job = generation.jobs[0]
+    routed = RoutedAnswers(
+        id=get_record(request).id,
+        target=target,
+        answers=generation.answers,
+        has_grammar=first_job.grammar is not None,
+        failure=generation.failure,
+        request=ShadowRequest(body, get_key(request), first_job.request.seed),
+    )
+    get_server(request).routes.note_answers(routed)
+
+
+def keep_chat(request: Request, body: SamplingBody, generation: Generation, target: Target) -> None:
     """Keep a chat with one answer for feedback, if the settings allow it."""
     store = get_server(request).feedback
     if store is None or not isinstance(body, ChatBody) or len(generation.answers) > 1:
@@ -170,6 +231,8 @@ def keep_chat(request: Request, body: SamplingBody, generation: Generation) -> N
         messages=list_messages(body.messages),
         answer=generation.answers[0].text,
         time=time.monotonic(),
+        route="" if target.route is None else target.route.name,
+        user=target.user,
     )
     store.chats.add(chat)
 
@@ -183,6 +246,7 @@ async def create_feedback(request: Request) -> JSONResponse:
         raise RequestError(409, message, code="feedback_is_off")
     chat = await server.feedback.add(body, get_key(request), time.monotonic())
     server.engine.metrics.feedback.labels(chat.model, body.verdict).inc()
+    server.routes.note_feedback(chat, body.verdict)
     content = {"object": "feedback", "request_id": f"req-{chat.id}", "verdict": body.verdict}
     return JSONResponse(content, 201, NO_STORE)
 
@@ -222,17 +286,40 @@ def describe_model(request: Request, model: ServedModel) -> Json:
     }
 
 
+def describe_route(request: Request, route: Route) -> Json:
+    """Return a route as /v1/models shows it."""
+    return {
+        "id": route.name,
+        "object": "model",
+        "created": route.created,
+        "owned_by": "tunesmith",
+        "parent": None,
+        "root": None,
+        "max_model_len": get_server(request).engine.registry.base.context_length,
+        "tunesmith": {"arms": route.shares},
+    }
+
+
 async def list_models(request: Request) -> JSONResponse:
-    """List the base and the adapters that the key may use."""
-    registry = get_server(request).engine.registry
-    models = [describe_model(request, model) for model in registry.list_models(get_key(request))]
+    """List the base, the adapters and the routes that the key may use."""
+    server = get_server(request)
+    key = get_key(request)
+    registry = server.engine.registry
+    models = [describe_model(request, model) for model in registry.list_models(key)]
+    for route in server.routes.table:
+        if key.can_use_model(route.name):
+            models.append(describe_route(request, route))
     return JSONResponse({"object": "list", "data": models}, headers=NO_STORE)
 
 
 async def get_model(request: Request) -> JSONResponse:
-    """Return one model."""
-    registry = get_server(request).engine.registry
-    model = registry.find(request.path_params["model"], get_key(request))
+    """Return one model or route."""
+    server = get_server(request)
+    name = request.path_params["model"]
+    route = server.routes.table.find(name, get_key(request))
+    if route is not None:
+        return JSONResponse(describe_route(request, route), headers=NO_STORE)
+    model = server.engine.registry.find(name, get_key(request))
     return JSONResponse(describe_model(request, model), headers=NO_STORE)
 
 

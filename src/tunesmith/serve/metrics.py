@@ -50,6 +50,23 @@ class ServerMetrics:
         self.refused = add_counter("refused", "Requests refused before a model saw them.", ("why",))
         self.cut_answers = add_counter("cut_answers", "Answers not completed.", ("model",))
         self.feedback = add_counter("feedback", "Verdicts of people.", ("model", "verdict"))
+        self.route_share = add_gauge(
+            "route_share", "Percent of a route's requests.", ("route", "model")
+        )
+        self.route_answers = add_counter("route_answers", "Answers by a route.", ("route", "model"))
+        self.route_checks = add_counter(
+            "route_checks", "Checked answers: ok or bad.", ("route", "model", "check", "result")
+        )
+        self.canary_events = add_counter("canary_events", "Decisions.", ("route", "event"))
+        self.shadow_answers = add_counter(
+            "shadow_answers", "same, different, dropped or failed.", ("route", "model", "result")
+        )
+        self.shadow_checks = add_counter(
+            "shadow_checks", "Checked shadows: ok or bad.", ("route", "model", "check", "result")
+        )
+        self.shadow_tokens = add_counter(
+            "shadow_tokens", "Tokens of compared answers.", ("route", "model", "side")
+        )
         self.running = add_gauge("running", "Answers being made.")
         self.waiting = add_gauge("waiting", "Answers waiting for a row.")
         self.is_resident = add_gauge("adapter_resident", "1: in memory.", ("model",))

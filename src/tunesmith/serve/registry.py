@@ -144,19 +144,30 @@ class Registry:
         """Return the model that a request names, with the scale of NAME@SCALE. Raises RequestError
         404 for one that is not there, or that the key may not know of."""
         plain, separator, scale_text = name.partition("@")
-        model = self._models.get(plain)
-        if model is None or not key.can_use_model(plain):
+        if plain not in self._models or not key.can_use_model(plain):
             message = f"there is no model {name!r:.100}"
             raise RequestError(404, message, code="model_not_found", param="model")
-        if self._broken.get(model.digest, 0) >= MAX_BROKEN_ANSWERS:
-            message = f"{plain} gives NaN or infinite numbers and is out of service"
-            raise RequestError(503, message, code="model_quarantined", param="model")
+        model = self._models[plain]
+        self.check_in_service(model)
         if not separator:
             return model
         if not model.can_scale:
             message = f"{plain} has one scale; its server can set scales: true"
             raise RequestError(404, message, code="model_not_found", param="model")
         return replace(model, scale=_parse_scale(scale_text))
+
+    def get(self, name: str) -> ServedModel:
+        """Return a model that is there, whoever may use it by its name."""
+        return self._models[name]
+
+    def is_in_service(self, model: ServedModel) -> bool:
+        return self._broken.get(model.digest, 0) < MAX_BROKEN_ANSWERS
+
+    def check_in_service(self, model: ServedModel) -> None:
+        """Raise RequestError 503 for a model whose answers keep failing."""
+        if not self.is_in_service(model):
+            message = f"{model.name} gives NaN or infinite numbers and is out of service"
+            raise RequestError(503, message, code="model_quarantined", param="model")
 
     def is_resident(self, model: ServedModel) -> bool:
         return model.source is None or model.digest in self._residents

@@ -5,14 +5,16 @@
 
 In: jobs from the event loop, by a queue of commands that are run between two steps. Out: after each
 step one call into the event loop with what all rows gained. Nothing is locked. A job waits in a
-FairQueue until the batch has a row for it. If the thread dies, every job gets an error and
-`has_died` is set. Left out: HTTP (app.py), which adapters are loaded (registry.py)."""
+FairQueue until the batch has a row for it. A background job runs only while no client's job does or
+waits, and gets an error as soon as one comes. If the thread dies, every job of a client gets an
+error and `has_died` is set. Left out: HTTP (app.py), which adapters are loaded (registry.py)."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -30,6 +32,8 @@ from tunesmith.serve.settings import Limits
 T = TypeVar("T")
 FIRST_ANSWER_TOKENS = 128.0  # expected of an answer before any has ended
 ANSWER_SHARE = 0.05  # of each answer in the mean length of answers
+BACKGROUND_ROWS = 4
+INTERRUPTED = "interrupted"  # the error of a background job that has made room
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class AnswerJob:
     outbox: asyncio.Queue[AnswerUpdate]
     index: int = 0
     grammar: AnswerGrammar | None = None
+    is_background: bool = False
     # of the engine thread
     row: RunningRequest | None = None
     num_sent: int = 0
@@ -72,6 +77,7 @@ class StepReport:
     updates: tuple[tuple[AnswerJob, AnswerUpdate], ...]
     seconds: float
     num_rows: int
+    is_background: bool = False  # of background jobs alone: no client was served
 
 
 @dataclass
@@ -100,6 +106,7 @@ class Scheduler:
         self._state = LoopState()
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._queue: FairQueue[AnswerJob] = FairQueue()
+        self._background: deque[AnswerJob] = deque()
         self._rows: dict[RunningRequest, AnswerJob] = {}
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -147,6 +154,13 @@ class Scheduler:
             self._state.backlog.waiting_tokens += round(expected_tokens)
             self._commands.put(lambda job=job: self._enqueue(job))
         self._show_counts()
+
+    def submit_background(self, job: AnswerJob) -> None:
+        """Queue a job that nobody waits for. Raises RequestError if the server is stopping."""
+        if self.is_draining or not self.is_alive:
+            raise RequestError(503, "the server is shutting down", code="server_shutdown")
+        job.is_background = True
+        self._commands.put(lambda: self._enqueue_background(job))
 
     def cancel(self, job: AnswerJob) -> None:
         """End a job wherever it is; it gets no further update."""
@@ -196,9 +210,11 @@ class Scheduler:
             if job.is_cancelled:
                 continue
             job.outbox.put_nowait(update)
-            if update.finish_reason:
+            if update.finish_reason and not job.is_background:
                 self._forget(job)
                 self._note_length(job)
+        if report.is_background:
+            return
         self._state.backlog.note_step(num_tokens, report.seconds)
         self._metrics.step_time.observe(report.seconds)
         self._metrics.step_rows.observe(report.num_rows)
@@ -259,7 +275,7 @@ class Scheduler:
 
     def _run_commands(self) -> None:
         """Run all commands; wait for one if there is nothing else to do."""
-        if not self._rows and not len(self._queue):
+        if not self._rows and not len(self._queue) and not self._background:
             self._commands.get()()
         while not self._commands.empty():
             self._commands.get()()
@@ -269,10 +285,31 @@ class Scheduler:
 
     def _enqueue(self, job: AnswerJob) -> None:
         if not job.is_cancelled:
+            self._interrupt_background()
             self._queue.add(job.client, job)
 
+    def _enqueue_background(self, job: AnswerJob) -> None:
+        if not job.is_cancelled:
+            self._background.append(job)
+
+    def _interrupt_background(self) -> None:
+        """End the rows of background jobs, so that the next step is the clients'."""
+        for row, job in list(self._rows.items()):
+            if job.is_background:
+                self._batch.cancel(row)
+                self._end_row(row)
+                self._fail(job, "a client's request came", INTERRUPTED)
+
+    def _fail(self, job: AnswerJob, error: str, code: str) -> None:
+        update = AnswerUpdate(job.index, finish_reason="error", error=error, error_code=code)
+        report = StepReport(((job, update),), 0.0, 0, is_background=job.is_background)
+        self._call_loop(self._handle_report, report)
+
     def _drop(self, job: AnswerJob) -> None:
-        if job.row is None:
+        if job.row is None and job.is_background:
+            if job in self._background:
+                self._background.remove(job)
+        elif job.row is None:
             self._queue.remove(job.client, job)
         elif job.row in self._rows:
             self._batch.cancel(job.row)
@@ -286,33 +323,44 @@ class Scheduler:
                 job.row = self._batch.submit(job.request, job.grammar)
             except InputError as error:
                 self._queue.end(job.client)
-                update = AnswerUpdate(
-                    job.index,
-                    finish_reason="error",
-                    error=error.message,
-                    error_code="invalid_request",
-                )
-                self._call_loop(self._handle_report, StepReport(((job, update),), 0.0, 0))
+                self._fail(job, error.message, "invalid_request")
+                continue
+            self._rows[job.row] = job
+        if all(job.is_background for job in self._rows.values()):
+            self._admit_background()
+
+    def _admit_background(self) -> None:
+        """Let background jobs start. No client waits: a free slot would be a client's."""
+        while self._background and len(self._rows) < min(BACKGROUND_ROWS, self._slots):
+            job = self._background.popleft()
+            try:
+                job.row = self._batch.submit(job.request, job.grammar)
+            except InputError as error:
+                self._fail(job, error.message, "invalid_request")
                 continue
             self._rows[job.row] = job
 
     def _step(self) -> None:
         started = time.perf_counter()
         num_rows = len(self._rows)
+        is_background = all(job.is_background for job in self._rows.values())
         updates: list[tuple[AnswerJob, AnswerUpdate]] = []
         for row in self._batch.step():
             job = self._rows[row]
             update = _describe_gain(job, row)
-            self._queue.charge(job.client, answer_tokens=len(update.tokens))
+            if not is_background:
+                self._queue.charge(job.client, answer_tokens=len(update.tokens))
             updates.append((job, update))
             if row.finish_reason:
                 self._end_row(row)
         seconds = time.perf_counter() - started
-        self._call_loop(self._handle_report, StepReport(tuple(updates), seconds, num_rows))
+        report = StepReport(tuple(updates), seconds, num_rows, is_background)
+        self._call_loop(self._handle_report, report)
 
     def _end_row(self, row: RunningRequest) -> None:
         job = self._rows.pop(row)
-        self._queue.end(job.client)
+        if not job.is_background:
+            self._queue.end(job.client)
 
 
 def _describe_gain(job: AnswerJob, row: RunningRequest) -> AnswerUpdate:

@@ -28,6 +28,7 @@ from tunesmith.model.adapter_bank import AdapterBank
 from tunesmith.model.causal_lm import DTYPES, load_network, wrap_model
 from tunesmith.model.generation.engine import DecodeBatch
 from tunesmith.serve.app import build_app
+from tunesmith.serve.canary import Canary, CanaryState
 from tunesmith.serve.errors import RequestError
 from tunesmith.serve.feedback import FeedbackStore
 from tunesmith.serve.generation import AnswerEngine
@@ -36,8 +37,12 @@ from tunesmith.serve.handlers import Server
 from tunesmith.serve.keys import KeyRing, add_key, find_keys_file, read_keys
 from tunesmith.serve.metrics import ServerMetrics
 from tunesmith.serve.registry import Registry, ServedModel
+from tunesmith.serve.route_judge import RouteJudge
+from tunesmith.serve.route_state import RouteStore
+from tunesmith.serve.routes import Route, RouteTable
 from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.settings import BASE_NAME, ModelSource, ServeSettings
+from tunesmith.serve.shadow import Shadow
 from tunesmith.serve.sources import (
     BaseSource,
     find_base_name,
@@ -68,6 +73,8 @@ class PreparedServer:
     batch: DecodeBatch
     dtype: str
     feedback: FeedbackStore | None
+    store: RouteStore | None
+    routes: tuple[Route, ...]
 
     @property
     def url(self) -> str:
@@ -83,16 +90,44 @@ def prepare_server(settings: ServeSettings) -> PreparedServer:
         on_error.callback(listener.close)
         folder = settings.keep_content
         feedback = None if folder is None else FeedbackStore(folder)
+        store = None if settings.state_dir is None else RouteStore(settings.state_dir)
+        if store is not None:
+            on_error.callback(store.close)
         base = open_base(_choose_base(settings), datetime.now().replace(microsecond=0))
         on_error.callback(base.scratch.cleanup)
         models = [_open_model(name, source, base) for name, source in settings.models.items()]
+        routes = open_routes(settings, store)
         dtype = _choose_dtype(settings)
         batch = load_batch(base, dtype, settings)
         on_error.pop_all()
     settings = settings.model_copy(update={"port": listener.getsockname()[1]})
     return PreparedServer(
-        settings, listener, keys, new_key, base, tuple(models), batch, dtype, feedback
+        settings,
+        listener,
+        keys,
+        new_key,
+        base,
+        tuple(models),
+        batch,
+        dtype,
+        feedback,
+        store,
+        routes,
     )
+
+
+def open_routes(settings: ServeSettings, store: RouteStore | None) -> tuple[Route, ...]:
+    """Return the routes, with canaries where they were when the server stopped."""
+    states = {} if store is None else store.read()
+    routes: list[Route] = []
+    for name, route in settings.routes.items():
+        canary = None
+        if route.canary is not None:
+            has_pairs = route.shadow is not None and route.shadow.model == route.canary.model
+            state = states.get(name, CanaryState(canary="", stable=""))  # of no content
+            canary = Canary(route.canary, state, has_pairs=has_pairs)
+        routes.append(Route(name, route, canary))
+    return tuple(routes)
 
 
 def load_batch(base: BaseSource, dtype: str, settings: ServeSettings) -> DecodeBatch:
@@ -228,7 +263,11 @@ def build_server(prepared: PreparedServer) -> Server:
     for model in prepared.models:
         registry.register(model)
     engine = AnswerEngine(scheduler, registry, metrics, settings.limits.request)
-    return Server(engine, GrammarCache(), prepared.dtype, settings.models_dir, prepared.feedback)
+    grammars = GrammarCache()
+    judge = RouteJudge(
+        RouteTable(prepared.routes), engine, Shadow(engine, grammars), prepared.store
+    )
+    return Server(engine, grammars, judge, prepared.dtype, settings.models_dir, prepared.feedback)
 
 
 async def run_server(prepared: PreparedServer) -> int:
@@ -241,17 +280,20 @@ async def run_server(prepared: PreparedServer) -> int:
     await load_models(server.engine.registry, prepared.models)
     web = make_web_server(server, prepared)
     serving = asyncio.ensure_future(web.serve(sockets=[prepared.socket]))
-    names = ", ".join([*(model.name for model in prepared.models), BASE_NAME])
+    routes = [route.name for route in prepared.routes]
+    names = ", ".join([*routes, *(model.name for model in prepared.models), BASE_NAME])
     logger.info("serving %s at %s", names, prepared.url)
     await _wait_for_any(signals.first, scheduler.has_died)
     if scheduler.has_died.is_set():
         logger.error("the engine has stopped; its error is above")
         web.should_exit = True
         await serving
+        await server.routes.close()
         return DEAD_CODE
     num_cut = await _drain(scheduler, signals, prepared.settings.limits.drain)
     web.should_exit = True
     await serving
+    await server.routes.close()
     return signals.code if num_cut else 0
 
 

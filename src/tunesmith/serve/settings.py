@@ -14,12 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import suggest_name
 from tunesmith.plan.hardware_presets import parse_size
 from tunesmith.recipe.yaml_lines import YamlMapping, read_yaml
+from tunesmith.serve.route_settings import (
+    CanarySettings,
+    CheckMargins,
+    RouteSettings,
+    Settings,
+    ShadowSettings,
+)
 
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 BASE_NAME = "base"  # under which the base model itself is served
@@ -50,11 +57,7 @@ Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(gt=0)]
 Seconds = Annotated[float, BeforeValidator(_parse_seconds), Field(gt=0, le=86_400)]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Limits(_Settings):
+class Limits(Settings):
     """Where a server says no."""
 
     adapters: Bytes = 512 * 10**6  # adapters in memory; others are loaded when asked for
@@ -67,7 +70,7 @@ class Limits(_Settings):
     drain: Seconds = 30.0  # for running answers after SIGTERM
 
 
-class ModelSource(_Settings):
+class ModelSource(Settings):
     """Where a model comes from, and how it may be used."""
 
     source: Annotated[str, Field(alias="from", min_length=1)]
@@ -77,13 +80,15 @@ class ModelSource(_Settings):
     unproven: bool = False  # serve an adapter that holds nothing to check it by
 
 
-class ServeSettings(_Settings):
+class ServeSettings(Settings):
     """Everything of serve.yaml; flags of the command line replace single values."""
 
     models: dict[str, ModelSource] = Field(default_factory=dict)
+    routes: dict[str, RouteSettings] = Field(default_factory=dict)
     base: str | None = None  # the base of the models, if left out
     models_dir: Path | None = None  # below which PUT finds adapters
     keep_content: Path | None = None  # where feedback is written; without it, nothing is kept
+    state_dir: Path | None = None  # where canaries keep what they have decided
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     hosts: tuple[str, ...] = ()  # further values of the Host header
@@ -123,6 +128,8 @@ def check_settings(settings: ServeSettings) -> None:
     """Raise InputError for settings that contradict each other."""
     for name in settings.models:
         check_name(name, where="models")
+    for name, route in settings.routes.items():
+        check_route(name, route, settings)
     if not settings.models and settings.base is None and settings.models_dir is None:
         fix = "name a run, or a base: tunesmith serve runs/demo-1"
         raise InputError("there is nothing to serve", where="command line", fix=fix)
@@ -139,6 +146,29 @@ def check_name(name: str, *, where: str) -> None:
         message = f"{name!r:.80} cannot be the name of a model"
         fix = "use a-z, 0-9, '.', '_' and '-', at most 64, other than `base`"
         raise InputError(message, where=where, fix=fix)
+
+
+def check_route(name: str, route: RouteSettings, settings: ServeSettings) -> None:
+    """Raise InputError for a route whose name is taken, or that needs what is not set."""
+    where = f"routes.{name}"
+    check_name(name, where=where)
+    if name in settings.models:
+        fix = "use another name for the route"
+        raise InputError("this is the name of a model", where=where, fix=fix)
+    for key, model in route.list_models():
+        if model not in settings.models and model != BASE_NAME:
+            names = [*settings.models, BASE_NAME]
+            fix = suggest_name(model, names, f"models: {', '.join(names)}")
+            raise InputError(f"there is no model {model!r:.80}", where=f"{where}.{key}", fix=fix)
+    if route.canary is None:
+        return
+    if settings.state_dir is None:
+        message = "a canary needs a folder for what it has decided"
+        raise InputError(message, where=f"{where}.canary", fix="set state_dir: FOLDER")
+    if route.canary.watch.thumbs_down is not None and settings.keep_content is None:
+        message = "without keep_content there is no feedback to count"
+        fix = "set keep_content: FOLDER, or leave thumbs_down out"
+        raise InputError(message, where=f"{where}.canary.watch.thumbs_down", fix=fix)
 
 
 def name_source(source: str) -> str:
@@ -178,7 +208,7 @@ def _locate(mapping: YamlMapping, folder: Path) -> dict[str, Any]:
                 fields["from"] = str(folder / fields["from"])
             located[str(name)] = fields
         values["models"] = located
-    for key in ("models_dir", "keys", "keep_content"):
+    for key in ("models_dir", "keys", "keep_content", "state_dir"):
         if isinstance(values.get(key), str):
             values[key] = folder / Path(values[key]).expanduser()
     base = values.get("base")
@@ -196,7 +226,17 @@ def _explain(error: ValidationError, mapping: YamlMapping) -> InputError:
     fix = ""
     if detail["type"] == "extra_forbidden":
         message = f"{key}: unknown key"
-        parents: dict[int, type[_Settings]] = {1: ServeSettings, 2: Limits, 3: ModelSource}
-        names = [field.alias or name for name, field in parents[len(path)].model_fields.items()]
+        fields = _find_parent(path).model_fields
+        names = [field.alias or name for name, field in fields.items()]
         fix = suggest_name(str(path[-1]), names, f"keys: {', '.join(names)}")
     return InputError(message, where=mapping.format_location(path), fix=fix)
+
+
+def _find_parent(path: Sequence[str | int]) -> type[Settings]:
+    """Return the class that has the last key of a path."""
+    if path[0] == "routes" and len(path) > 3:
+        inner = {"shadow": ShadowSettings, "canary": CanarySettings, "watch": CheckMargins}
+        return inner[str(path[-2])]
+    if path[0] == "routes" and len(path) == 3:
+        return RouteSettings
+    return {1: ServeSettings, 2: Limits, 3: ModelSource}[len(path)]

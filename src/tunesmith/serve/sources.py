@@ -39,6 +39,7 @@ from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
 from tunesmith.model.hub.validate import read_model_json
 from tunesmith.model.save import STATE_FILE, load_weights, save_adapter, save_serving_files
+from tunesmith.recipe.fields import Constraint
 from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.serve.settings import name_source
 from tunesmith.session.inputs import build_renderer, read_response_schema
@@ -90,6 +91,7 @@ class AdapterSource:
     schema: Json | None  # response_schema of its run
     provenance: Provenance | None  # None for weights of other tools
     file_key: FileKey
+    constraints: tuple[Constraint, ...] = ()  # `never` of its run
 
     def check_unchanged(self) -> None:
         """Raise InputError if the weights were replaced since they were checked."""
@@ -181,6 +183,7 @@ def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = Fals
         schema=provenance.schema if provenance is not None else None,
         provenance=provenance,
         file_key=file_key,
+        constraints=() if plan is None else tuple(rebuild_recipe(plan.recipe).never),
     )
 
 

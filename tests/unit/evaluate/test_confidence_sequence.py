@@ -7,10 +7,15 @@ import math
 import numpy as np
 import pytest
 
-from tunesmith.evaluate.statistics import compute_confidence_sequence, compute_mean_interval
+from tunesmith.evaluate.statistics import (
+    ALPHA,
+    MIN_SEQUENCE,
+    compute_confidence_sequence,
+    compute_mean_interval,
+)
 
 RUNS = 1000
-FIRST = 30  # looks, after every value from here on
+FIRST = MIN_SEQUENCE  # looks, after every value from here on
 LAST = 600
 
 Draw = np.ndarray
@@ -30,6 +35,18 @@ def draw(name: str, rng: np.random.Generator) -> tuple[Draw, float, tuple[float,
     return (rng.random(shape) < rate).astype(float), rate, (0, 1)
 
 
+def follow_values(
+    values_N: Draw, bounds: tuple[float, float], alpha: float = ALPHA, narrowest: int = 100
+) -> tuple[Draw, Draw]:
+    """Return the interval after each value; axes before the last are runs of their own."""
+    count_N = np.arange(1, values_N.shape[-1] + 1)
+    sum_N = np.cumsum(values_N, axis=-1)
+    square_sum_N = np.cumsum(values_N**2, axis=-1)
+    return compute_confidence_sequence(
+        count_N, sum_N, square_sum_N, bounds, alpha=alpha, narrowest=narrowest
+    )
+
+
 def find_excluded(low: np.ndarray, high: np.ndarray, mean: float) -> np.ndarray:
     """Return for each look whether the interval excludes `mean`."""
     return ((low > mean) | (high < mean))[:, FIRST - 1 :]
@@ -41,9 +58,18 @@ SOURCES = ("0.5", "0.8", "0.9", "0.95", "0.97", "0.99", "0.03", "exponential", "
 @pytest.mark.parametrize("name", SOURCES)
 def test_peeking_at_every_value_excludes_the_truth_in_at_most_5_percent(name: str) -> None:
     values, mean, bounds = draw(name, np.random.default_rng(SOURCES.index(name)))
-    low, high = compute_confidence_sequence(values, bounds)
+    low, high = follow_values(values, bounds)
     # 2.6% of 10,000 runs at most (a rate of 0.8); with PADDING 1, 5.05% at a rate of 0.9
     assert find_excluded(low, high, mean).any(axis=1).mean() <= 0.04
+
+
+@pytest.mark.parametrize("name", ["0.8", "0.97", "0.03"])
+def test_a_smaller_alpha_is_met_too(name: str) -> None:
+    values, mean, bounds = draw(name, np.random.default_rng(7))
+    low, high = follow_values(values, bounds, alpha=0.01)
+    assert find_excluded(low, high, mean).any(axis=1).mean() <= 0.01
+    wide_low, wide_high = follow_values(values, bounds, alpha=0.001)
+    assert (wide_high - wide_low >= high - low).all()
 
 
 def test_an_interval_for_one_look_does_not_survive_peeking() -> None:
@@ -65,7 +91,7 @@ def test_an_interval_for_one_look_does_not_survive_peeking() -> None:
 )
 def test_a_stated_difference_is_found(rate: float, limit: float, power: float, median: int) -> None:
     values, _, bounds = draw(str(rate), np.random.default_rng(1))
-    _, high = compute_confidence_sequence(values, bounds)
+    _, high = follow_values(values, bounds)
     is_found = high[:, FIRST - 1 :] < limit
     assert is_found.any(axis=1).mean() >= power
     found_at = np.where(is_found.any(axis=1), is_found.argmax(axis=1) + FIRST, LAST)
@@ -74,7 +100,7 @@ def test_a_stated_difference_is_found(rate: float, limit: float, power: float, m
 
 def test_the_interval_follows_the_formula() -> None:
     values = np.array([0.0, 1, 1, 0, 1])
-    low, high = compute_confidence_sequence(values, (0, 1), narrowest=50)
+    low, high = follow_values(values, (0, 1), narrowest=50)
     padded = [*values, 0, 0, 1, 1]
     rho2 = (-2 * math.log(0.05) + math.log(-2 * math.log(0.05) + 1)) / 50
     spread = 5 * rho2 + 1
@@ -86,12 +112,12 @@ def test_the_interval_follows_the_formula() -> None:
 
 def test_runs_are_independent_and_only_the_past_counts() -> None:
     values = np.random.default_rng(0).random((3, 50))
-    low, high = compute_confidence_sequence(values, (0, 1))
-    alone = compute_confidence_sequence(values[1, :40], (0, 1))
+    low, high = follow_values(values, (0, 1))
+    alone = follow_values(values[1, :40], (0, 1))
     np.testing.assert_allclose((low[1, :40], high[1, :40]), alone)
 
 
 def test_equal_values_are_not_certain() -> None:
-    low, high = compute_confidence_sequence(np.ones(LAST), (0, 1))
+    low, high = follow_values(np.ones(LAST), (0, 1))
     assert low[FIRST - 1] < 0.9
     assert low[-1] < 1 == high[-1]

@@ -96,3 +96,68 @@ def test_no_auth_is_for_this_machine_only(host: str) -> None:
     with pytest.raises(InputError, match="without keys"):
         read_settings(["runs/a"], host=host, auth=False)
     assert not read_settings(["runs/a"], host="127.0.0.2", auth=False).auth
+
+
+ROUTED = "models: {a: runs/a, b: runs/b}\n"
+
+
+def test_routes(tmp_path: Path) -> None:
+    text = (
+        "routes:\n  ab: {arms: {a: 90, b: 10}, sticky: request}\n"
+        "  prod: {arms: {a: 100}, shadow: {model: b, share: 10}, canary: {model: b}}\n"
+        "state_dir: state\n"
+    )
+    settings = read_settings([write_yaml(tmp_path, ROUTED + text)])
+    assert settings.routes["ab"].arms == {"a": 90, "b": 10}
+    assert settings.state_dir == tmp_path / "state"
+    canary = settings.routes["prod"].canary
+    assert canary is not None
+    assert canary.watch.named == {"cut": 0.05, "looped": 0.05, "failed": 0.02}
+    assert canary.steps[-1] == 100
+
+
+@pytest.mark.parametrize(
+    ("route", "message"),
+    [
+        ("prod: {arms: {a: 90, b: 5}}", r"serve.yaml:3: routes.prod: .* sum to 95, not to 100"),
+        ("prod: {arms: {a: 90, c: 10}}", r"routes.prod.arms.c: there is no model 'c'"),
+        ("prod: {arms: {}}", r"serve.yaml:3: routes.prod.arms: .*at least 1"),
+        ("prod: {arms: {a: 110, b: -10}}", r"serve.yaml:3: routes.prod.arms.a: .*equal to 100"),
+        ("a: {arms: {b: 100}}", r"routes.a: this is the name of a model"),
+        ("base: {arms: {b: 100}}", r"routes.base: 'base' cannot be the name"),
+        ("../x: {arms: {b: 100}}", r"cannot be the name"),
+        ("prod: {arms: {a: 100}, armz: 1}", r"serve.yaml:3: routes.prod.armz: unknown key"),
+        (
+            "prod: {arms: {a: 100}, shadow: {model: c, share: 5}}",
+            "routes.prod.shadow.model: there is no model 'c'",
+        ),
+        (
+            "prod: {arms: {a: 100}, shadow: {model: b, shar: 5}}",
+            "serve.yaml:3: routes.prod.shadow.shar.*: ",
+        ),
+        ("prod: {arms: {a: 100}, canary: {model: b}}", "routes.prod.canary: .*a folder"),
+        (
+            "prod: {arms: {a: 100}, canary: {model: a}}",
+            "serve.yaml:3: routes.prod: .*one arm, which is another model",
+        ),
+        (
+            "prod: {arms: {a: 100}, canary: {model: b, steps: [5, 5, 100]}}",
+            "routes.prod.canary: steps are shares in percent that grow",
+        ),
+        (
+            "prod: {arms: {a: 100}, canary: {model: b, steps: [0, 100]}}",
+            "routes.prod: a canary that starts at 0 needs a shadow",
+        ),
+        (
+            "prod: {arms: {a: 100}, canary: {model: b, watch: {cutt: 0.1}}}",
+            "serve.yaml:3: routes.prod.canary.watch.cutt: unknown key",
+        ),
+        (
+            "prod: {arms: {a: 100}, canary: {model: b, watch: {thumbs_down: 0.1}}}\nstate_dir: x",
+            "routes.prod.canary.watch.thumbs_down: without keep_content",
+        ),
+    ],
+)
+def test_a_wrong_route_is_told_by_its_key(route: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        read_settings([write_yaml(tmp_path, f"{ROUTED}routes:\n  {route}")])
