@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from tunesmith.core.types import Json
 
-FoundForm = tuple["CallForm", int, int]  # the form, and where the call starts and ends
+FormSpan = tuple["CallForm", int, int]  # the form, and where the call starts and ends
 _DECODER = json.JSONDecoder()
 _NAME = re.compile(r"[\w.-]{1,64}")
 _PYTHON_TEXT = re.compile(r"'(?:[^'\\\n]|\\.)*'")
@@ -63,10 +63,10 @@ class ObjectForm:
         self, text: str, start: int, schemas: Mapping[str, Json]
     ) -> tuple[ToolCall, int] | None:
         del schemas
-        found = _read_object(text, start)
-        if found is None:
+        parsed = _read_object(text, start)
+        if parsed is None:
             return None
-        content, end = found
+        content, end = parsed
         inner = content.get(self.wrapper) if self.wrapper else content
         if not isinstance(inner, dict):
             return None
@@ -79,13 +79,13 @@ class ObjectForm:
         return ToolCall(name, arguments), end
 
 
-def find_object_form(text: str, name: str, arguments: Json) -> FoundForm | None:
+def find_object_form(text: str, name: str, arguments: Json) -> FormSpan | None:
     """Recognize a call in a rendered text."""
     for start in (match.start() for match in re.finditer(r"\{", text)):
-        found = _read_object(text, start)
-        if found is None:
+        parsed = _read_object(text, start)
+        if parsed is None:
             continue
-        content, end = found
+        content, end = parsed
         wrappers = [key for key, value in content.items() if isinstance(value, dict)]
         for wrapper in ("", *wrappers):
             inner = content[wrapper] if wrapper else content
@@ -122,20 +122,20 @@ class NamedForm:
         name = _NAME.match(text, start)
         if name is None or not text.startswith(self.between, name.end()):
             return None
-        found = _read_object(text, name.end() + len(self.between))
-        return None if found is None else (ToolCall(name[0], found[0]), found[1])
+        parsed = _read_object(text, name.end() + len(self.between))
+        return None if parsed is None else (ToolCall(name[0], parsed[0]), parsed[1])
 
 
-def find_named_form(text: str, name: str, arguments: Json) -> FoundForm | None:
+def find_named_form(text: str, name: str, arguments: Json) -> FormSpan | None:
     """Recognize a call in a rendered text."""
     start = text.find(name)
     if start < 0:
         return None
     name_end = start + len(name)
     for match in re.finditer(r"\{", text[name_end:]):
-        found = _read_object(text, name_end + match.start())
-        if found is not None and found[0] == arguments:
-            return NamedForm(text[name_end : name_end + match.start()]), start, found[1]
+        parsed = _read_object(text, name_end + match.start())
+        if parsed is not None and parsed[0] == arguments:
+            return NamedForm(text[name_end : name_end + match.start()]), start, parsed[1]
     return None
 
 
@@ -180,10 +180,10 @@ class PartsForm:
         arguments: Json = {}
         while (key_end := text.find(self.middle, position)) >= 0:
             key = text[position:key_end]
-            found = self._read_value(text, key_end + len(self.middle), properties.get(key))
-            if found is None:
+            parsed = self._read_value(text, key_end + len(self.middle), properties.get(key))
+            if parsed is None:
                 return None
-            arguments[key], end = found
+            arguments[key], end = parsed
             if text.startswith(self.after, end):
                 return ToolCall(name, arguments), end + len(self.after)
             if not text.startswith(self.between, end):
@@ -201,30 +201,30 @@ class PartsForm:
 
 def find_parts_form(
     texts: tuple[str, str, str], pair: str, names: tuple[str, str]
-) -> FoundForm | None:
+) -> FormSpan | None:
     """Recognize a call in texts with one, no and two arguments, zq_key and zq_text, and a text with
     two calls, empty if there are none."""
-    one, none, two = texts
-    start = one.find(names[0])
-    key = one.find("zq_key", start)
-    value = one.find("zqvalue", key)
-    second_value = two.find("zqother")
-    second_key = two.find("zq_text", second_value)
-    if min(start, key, value, second_value, second_key) < 0 or names[0] not in none:
+    text_1, text_0, text_2 = texts
+    start = text_1.find(names[0])
+    key = text_1.find("zq_key", start)
+    value = text_1.find("zqvalue", key)
+    second_value = text_2.find("zqother")
+    second_key = text_2.find("zq_text", second_value)
+    if min(start, key, value, second_value, second_key) < 0 or names[0] not in text_0:
         return None
-    quote = one[value - 1] if one[value - 1] in "'\"" else ""
+    quote = text_1[value - 1] if text_1[value - 1] in "'\"" else ""
     value_end = value + len("zqvalue") + len(quote)
-    middle = one[key + len("zq_key") : value - len(quote)]
-    between = two[second_value + len("zqother") + len(quote) : second_key]
-    closing = one[value_end:]
+    middle = text_1[key + len("zq_key") : value - len(quote)]
+    between = text_2[second_value + len("zqother") + len(quote) : second_key]
+    closing = text_1[value_end:]
     after = closing
     if names[1] in pair:
         first_end = pair.index("zqvalue") + len("zqvalue") + len(quote)
         after = closing[: count_common(closing, pair[first_end : pair.rindex(names[1])])]
     # what ends a call ends one without arguments, too
-    after_name = none[none.index(names[0]) + len(names[0]) :]
+    after_name = text_0[text_0.index(names[0]) + len(names[0]) :]
     empty = after_name[: len(after_name) - len(closing) + len(after)]
-    before = one[start + len(names[0]) : key]
+    before = text_1[start + len(names[0]) : key]
     if not all((before, middle, between, after, empty)):
         return None
     form = PartsForm(before, middle, between, after, empty, quote)

@@ -109,10 +109,10 @@ class ToolSyntax:
     def _read_calls(self, text: str, start: int, schemas: Mapping[str, Json]) -> ReadAnswer | None:
         calls: list[ToolCall] = []
         end = start
-        while (found := self.form.read(text, start, schemas)) is not None:
-            if found[0].name not in schemas:
+        while (parsed := self.form.read(text, start, schemas)) is not None:
+            if parsed[0].name not in schemas:
                 break
-            call, end = found
+            call, end = parsed
             calls.append(call)
             if self.separator is None:
                 break
@@ -150,21 +150,22 @@ class _Prober:
     renderer: Renderer
 
     def find_syntax(self) -> ToolSyntax:
-        one = self.render_answer((FIRST,))
-        none = self.render_answer(({},))
-        two = self.render_answer((SECOND,))
-        if NAMES[0] not in one or "zq_key" not in one:
+        text_1 = self.render_answer((FIRST,))
+        text_0 = self.render_answer(({},))
+        text_2 = self.render_answer((SECOND,))
+        if NAMES[0] not in text_1 or "zq_key" not in text_1:
             raise InputError("the chat template does not write tool calls")
-        found = find_object_form(one, NAMES[0], FIRST) or find_named_form(one, NAMES[0], FIRST)
-        if found is None:
+        form_span = find_object_form(text_1, NAMES[0], FIRST)
+        form_span = form_span or find_named_form(text_1, NAMES[0], FIRST)
+        if form_span is None:
             pair = self.render_pair()
-            found = find_parts_form((one, none, two), pair, NAMES)
-        if found is None:
+            form_span = find_parts_form((text_1, text_0, text_2), pair, NAMES)
+        if form_span is None:
             raise InputError("the form of the chat template's tool calls is not known")
-        form, start, end = found
-        opening = self.find_opening(form, one[:start])
-        forced = one[:start] if self.is_continuation((FIRST,)) else None
-        return self.find_separator(ToolSyntax(form, opening, None, one[end:], forced))
+        form, start, end = form_span
+        opening = self.find_opening(form, text_1[:start])
+        forced = text_1[:start] if self.is_continuation((FIRST,)) else None
+        return self.find_separator(ToolSyntax(form, opening, None, text_1[end:], forced))
 
     def find_opening(self, form: CallForm, before: str) -> str:
         """Return the text before a call: what follows other content, if the template writes it."""
@@ -176,9 +177,9 @@ class _Prober:
             return before
         start = beside.index(CONTENT) + len(CONTENT)
         for position in range(start, len(beside)):
-            if found := form.read(beside, position, {NAMES[0]: SCHEMA}):
+            if parsed := form.read(beside, position, {NAMES[0]: SCHEMA}):
                 opening = beside[start:position].strip()
-                is_same = found[0].name == NAMES[0] and before.rstrip().endswith(opening)
+                is_same = parsed[0].name == NAMES[0] and before.rstrip().endswith(opening)
                 return opening if is_same else before
         return before
 
@@ -216,8 +217,8 @@ class _Prober:
         answer = full[start:]
         last = max((answer.rfind(name) for name in NAMES), default=0)
         ends = filter(None, (self.renderer.decode([token]) for token in self.renderer.end_ids))
-        found = [end for text in ends if (end := answer.find(text, max(last, 0))) >= 0]
-        return answer[: min(found, default=len(answer))]
+        positions = [end for text in ends if (end := answer.find(text, max(last, 0))) >= 0]
+        return answer[: min(positions, default=len(answer))]
 
     def is_continuation(self, arguments: Sequence[Json]) -> bool:
         prompt, full = self.render_texts(arguments, "")
