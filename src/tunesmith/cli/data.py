@@ -14,6 +14,7 @@ import typer
 from tunesmith import api
 from tunesmith.cli.args import AsJson, RecipeArgs, parse_recipe_args
 from tunesmith.cli.output import print_result
+from tunesmith.core.formatting import format_count
 from tunesmith.plan.stages import require_single_stage
 from tunesmith.recipe.schema import Recipe
 
@@ -109,7 +110,8 @@ def data_lock(args: RecipeArgs = None, as_json: AsJson = False) -> None:
     verdicts = ", ".join(f"{rows:,} {verdict}" for verdict, rows in golden.verdicts.items())
     reviewers = ", ".join(f"{name} ({rows:,})" for name, rows in golden.reviewers.items())
     dates = f"{golden.first_date} to {golden.last_date}"
-    text = f"locked {golden.rows:,} rows of {golden.file}: {verdicts}; {reviewers}, {dates}"
+    rows = format_count(golden.rows, "row")
+    text = f"locked {rows} of {golden.file}: {verdicts}; {reviewers}, {dates}"
     print_result(golden, text, as_json=as_json)
 
 

@@ -22,6 +22,7 @@ import torch
 
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult
+from tunesmith.core.formatting import format_count
 from tunesmith.core.types import Batch, Document, Pack
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import count_input_tokens, pack_step
@@ -81,7 +82,7 @@ def compare_blocks(
     num_tokens = sum(pack.batch.layout.num_tokens for pack in packs)
     evidence = (
         f"{len(differences)} parts in {_name_dtype(wide_dtype)} on transformers' inputs, "
-        f"{num_tokens} tokens in {len(packs)} packs, differ by "
+        f"{num_tokens} tokens in {format_count(len(packs), 'pack')}, differ by "
         f"{max(difference.worst_token for difference in differences):.1e} at most"
         f"{_describe_choices(differences)}"
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult
+from tunesmith.core.formatting import format_count
 from tunesmith.session.preflight_probe import (
     BANNED_SUFFIX,
     CHAINED_SUFFIX,
@@ -130,7 +131,8 @@ def check_window_coverage(samples: PreflightSamples) -> CheckResult:
             )
         num_windows += len(text.windows)
         num_targets += len(targets)
-    evidence = f"{num_targets:,} tokens of {len(texts)} texts in {num_windows:,} windows"
+    counts = f"{format_count(len(texts), 'text')} in {format_count(num_windows, 'window')}"
+    evidence = f"{num_targets:,} tokens of {counts}"
     return CheckResult.from_items(
         "every token is a target once", num_targets, evidence, if_none=NO_TEXTS
     )

@@ -204,7 +204,7 @@ def test_long_documents_with_experts_pass_in_bf16(family: str) -> None:
     evidence = run_checks(
         *prepare_model(family, torch.bfloat16, candidates=make_tiny_documents(LONG_ROWS))
     )
-    assert f"{sum(LONG_ROWS)} tokens in 1 packs" in evidence["blocks match transformers"]
+    assert f"{sum(LONG_ROWS)} tokens in 1 pack" in evidence["blocks match transformers"]
 
 
 def test_hybrids_without_experts_stay_bitwise() -> None:
