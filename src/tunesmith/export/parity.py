@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Document, GenerationRequest, Json, Pack
 from tunesmith.data.chat_template.render_notes import CONTROL_LIKE_TEXT
 from tunesmith.data.collate import collate
@@ -36,6 +37,7 @@ from tunesmith.model.reference_load import encode_stock_prompts
 MAX_PROMPTS = 16
 MAX_ROWS_READ = 64
 MAX_POSITIONS = 32  # per row, where logits are compared
+ENOUGH_POSITIONS = 256  # of all rows; more prompts only take time, five forwards each
 MAX_ROW_TOKENS = 1024  # longer rows are used only if all are longer
 MAX_NEW_TOKENS = 32
 BaseKind = Literal["original", "dequantized"]
@@ -153,7 +155,7 @@ def select_examples(run: SourceRun) -> tuple[ParityExample, ...]:
         raise InputError("no row to compare the export on", where=rows.path, fix=fix)
     short = [example for example in candidates if len(example.document) <= MAX_ROW_TOKENS]
     by_length = sorted(candidates, key=lambda example: len(example.document))
-    chosen = (short or by_length)[:MAX_PROMPTS]
+    chosen = _take_enough(short or by_length)
     # Where our rendering rightly differs from other programs', the stock template is the reference.
     chats = [(e.messages, e.tools) for e in chosen if e.messages and not e.rendered_ids]
     stock_ids = iter(encode_stock_prompts(run.saved_dir, chats, run.recipe.chat_template_kwargs))
@@ -163,6 +165,18 @@ def select_examples(run: SourceRun) -> tuple[ParityExample, ...]:
         else example
         for example in chosen
     )
+
+
+def _take_enough(examples: Sequence[ParityExample]) -> list[ParityExample]:
+    """Return the first examples, up to ENOUGH_POSITIONS and MAX_PROMPTS."""
+    chosen: list[ParityExample] = []
+    num_positions = 0
+    for example in examples[:MAX_PROMPTS]:
+        if num_positions >= ENOUGH_POSITIONS:
+            break
+        chosen.append(example)
+        num_positions += len(example.positions)
+    return chosen
 
 
 def _build_example(run: SourceRun, rows: Dataset, index: int) -> ParityExample | None:
@@ -195,11 +209,11 @@ def _build_example(run: SourceRun, rows: Dataset, index: int) -> ParityExample |
 def compute_live_outputs(job: ExportJob) -> ParityOutputs:
     """Return the run's outputs in our engine. The model is freed when this returns."""
     model = job.run.load_live_model()
-    logits = _compute_engine_logits(model, job.examples)
+    logits = _compute_engine_logits(model, job.examples, "the run")
     trained_kl = None
     if job.run.loras:
         with scaled_adapter(model.network, 0):
-            base_logits = _compute_engine_logits(model, job.examples)
+            base_logits = _compute_engine_logits(model, job.examples, "its base")
         trained_kl = compute_mean_kl(logits, base_logits)
     greedy = _generate_greedy(model, job, job.run.renderer.end_ids)
     return ParityOutputs(logits, greedy, trained_kl)
@@ -221,7 +235,7 @@ def compute_export_outputs(job: ExportJob, reloaded: ReloadedExport) -> ParityOu
 
 def compute_live_logits(run: SourceRun, examples: Sequence[ParityExample]) -> tuple[Tensor, ...]:
     """Return the run's logits in our engine. The model is freed when this returns."""
-    return _compute_engine_logits(run.load_live_model(), examples)
+    return _compute_engine_logits(run.load_live_model(), examples, "the run")
 
 
 def compute_example_logits(
@@ -229,7 +243,7 @@ def compute_example_logits(
 ) -> tuple[Tensor, ...]:
     """Return the logits of a stock network."""
     logits: list[Tensor] = []
-    for example in examples:
+    for example in log_progress(examples, len(examples), "prompts compared, in transformers"):
         tokens = example.document.tokens_L[: count_input_tokens(example.document)].tolist()
         logits.append(compute_stock_logits(network, tokens, example.positions).cpu())
     return tuple(logits)
@@ -237,10 +251,10 @@ def compute_example_logits(
 
 @torch.no_grad()
 def _compute_engine_logits(
-    model: PackedCausalLM, examples: Sequence[ParityExample]
+    model: PackedCausalLM, examples: Sequence[ParityExample], side: str
 ) -> tuple[Tensor, ...]:
     logits: list[Tensor] = []
-    for example in examples:
+    for example in log_progress(examples, len(examples), f"prompts compared, {side}"):
         batch = collate(Pack((example.document,)), model.device)
         logits.append(model.head.compute_logits(model.compute_hidden(batch)).float().cpu())
     return tuple(logits)
@@ -251,7 +265,8 @@ def _generate_greedy(
 ) -> tuple[tuple[int, ...], ...]:
     model.network.eval()
     requests = [GenerationRequest(example.prompt, MAX_NEW_TOKENS) for example in job.examples]
-    generations = dict(generate(model, requests, decode=job.run.renderer.decode, end_ids=end_ids))
+    finished = generate(model, requests, decode=job.run.renderer.decode, end_ids=end_ids)
+    generations = dict(log_progress(finished, len(requests), "answers compared"))
     return tuple(generations[index].tokens for index in range(len(requests)))
 
 

@@ -24,6 +24,7 @@ from tunesmith.export.parity import (
     ReloadedExport,
     Tolerance,
     _build_example,
+    _take_enough,
     compare_outputs,
     compute_mean_kl,
     refuse_mismatch,
@@ -194,6 +195,14 @@ def test_examples_are_the_first_rows_that_are_short(
     job.run.recipe = SimpleNamespace(chat_template_kwargs={})
     examples = select_examples(job.run)
     assert [len(example.document) for example in examples] == chosen
+
+
+@pytest.mark.parametrize(("targets", "chosen"), [(1, 16), (16, 16), (20, 13), (32, 8), (300, 1)])
+def test_rows_are_compared_up_to_enough_positions(targets: int, chosen: int) -> None:
+    tokens_L = np.arange(targets + 1, dtype=np.int32)
+    weights_L = np.array([0, *[1] * targets], np.float32)
+    example = ParityExample(Document("row", tokens_L, weights_L), (0,))
+    assert len(_take_enough([example] * 40)) == chosen
 
 
 def test_a_run_without_rows_is_refused() -> None:
