@@ -34,10 +34,12 @@ ABSENT_TEXT = "none"
 UNUSED_KERNELS = "not used"
 
 
-def build_fingerprint(plan: Plan, inputs: RunInputs, recipe: Json) -> Json:
+def build_fingerprint(
+    plan: Plan, inputs: RunInputs, recipe: Json, base_sha256: Json | None = None
+) -> Json:
     """Return the fingerprint of a run; `recipe` is that of the run folder.
 
-    Reads all weights once, at the speed of sha256."""
+    Reads all weights once, at the speed of sha256, unless their hashes are given."""
     folder = inputs.model.path
     renderer = inputs.renderer
     is_quantized = plan.config.method == "qlora" or plan.config.optim == "adamw_8bit"
@@ -56,12 +58,13 @@ def build_fingerprint(plan: Plan, inputs: RunInputs, recipe: Json) -> Json:
     if inputs.adapter is not None:
         files["adapter_from"] = inputs.adapter.sha256
     kernels = get_kernels(plan, inputs.machine)
-    weight_files = sorted(folder.glob("*.safetensors"))
+    if base_sha256 is None:
+        base_sha256 = {file.name: hash_file(file) for file in sorted(folder.glob("*.safetensors"))}
     return to_jsonable(
         {
             "tunesmith": __version__,
             "base": inputs.model.name,
-            "base_sha256": {file.name: hash_file(file) for file in weight_files},
+            "base_sha256": base_sha256,
             "config": read_json(folder / "config.json"),
             "tokenizer": renderer.tokenizer.sha256,
             "templates": {

@@ -108,31 +108,44 @@ def add_references(session: Session, folder: RunFolder) -> Session:
     They are computed once, before any weight changes, and every later attempt reads them from the
     run folder. A fresh adapter needs none: switched off, it leaves the base model.
     """
-    plan = session.plan
-    is_fresh = plan.config.method != "full" and plan.config.adapter_from is None
-    if is_fresh or plan.config.loss is None or plan.config.loss not in REFERENCE_LOSSES:
+    if not _needs_references(session.plan):
         return session
     if not (folder.path / REFERENCE_FILE).exists():
         folder.write_json(REFERENCE_FILE, _compute_reference_logps(session))
-    references = read_json(folder.path / REFERENCE_FILE)
-    logps = {int(row): values for row, values in references.items()}
+    is_kto = session.plan.config.loss == "kto"
+    if is_kto and not (folder.path / MISMATCHED_FILE).exists():
+        folder.write_json(MISMATCHED_FILE, _compute_mismatched_logps(session))
+    return read_references(session, folder.path)
+
+
+def read_references(session: Session, path: Path) -> Session:
+    """Return the session with the log-probabilities that `add_references` wrote."""
+    if not _needs_references(session.plan):
+        return session
+    stored = read_json(path / REFERENCE_FILE)
+    logps = {int(row): values for row, values in stored.items()}
     session = dataclasses.replace(session, reference_logps=logps)
-    return _add_mismatched(session, folder) if plan.config.loss == "kto" else session
-
-
-def _add_mismatched(session: Session, folder: RunFolder) -> Session:
-    """Return the session with the log-probabilities of the mismatched documents of each step."""
-    if not (folder.path / MISMATCHED_FILE).exists():
-        session.model.network.eval()
-        computed: dict[int, list[float]] = {}
-        for step in range(1, session.plan.steps + 1):
-            _, mismatched = split_mismatched(session.load_documents(step))
-            pack_length = session.plan.config.pack_length
-            computed[step] = measure_logps(session.model, mismatched, pack_length)
-        folder.write_json(MISMATCHED_FILE, computed)
-    stored = read_json(folder.path / MISMATCHED_FILE)
+    if session.plan.config.loss != "kto":
+        return session
+    stored = read_json(path / MISMATCHED_FILE)
     mismatched_logps = {int(step): values for step, values in stored.items()}
     return dataclasses.replace(session, mismatched_logps=mismatched_logps)
+
+
+def _needs_references(plan: Plan) -> bool:
+    is_fresh = plan.config.method != "full" and plan.config.adapter_from is None
+    return not is_fresh and plan.config.loss is not None and plan.config.loss in REFERENCE_LOSSES
+
+
+def _compute_mismatched_logps(session: Session) -> dict[int, list[float]]:
+    """Return the log-probabilities of the mismatched documents of each step."""
+    session.model.network.eval()
+    computed: dict[int, list[float]] = {}
+    for step in range(1, session.plan.steps + 1):
+        _, mismatched = split_mismatched(session.load_documents(step))
+        pack_length = session.plan.config.pack_length
+        computed[step] = measure_logps(session.model, mismatched, pack_length)
+    return computed
 
 
 def _compute_reference_logps(session: Session) -> dict[int, list[float]]:

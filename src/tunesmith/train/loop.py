@@ -4,7 +4,9 @@
 
 Iterating runs the training and yields its events; `save`, `restore` and `stop` are legal between
 two events, and all state is in the object. A step that does not fit in memory is repeated with
-smaller packs, which changes its speed and not its update.
+smaller packs, which changes its speed and not its update. Of several ranks each computes its
+share of every step; rank 0 says what comes next, and the loops of the others do it
+(follow.py).
 
 In: a PackedCausalLM with trainable parameters, a function from step to documents, the plan's
 values. Out: TrainStep, CheckResult and TrainingEnd events. Left out: reactions to events (guard,
@@ -26,9 +28,10 @@ from tunesmith.core.errors import GateError, MachineError
 from tunesmith.core.events import CheckResult, Event, Rollback, TrainingEnd, TrainStep
 from tunesmith.core.hardware import read_peak_bytes, release_memory
 from tunesmith.core.json_io import parse_as
-from tunesmith.core.types import Document, Pack, PlanConfig
+from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
+from tunesmith.core.types import Document, Json, Pack, PlanConfig
 from tunesmith.data.collate import collate
-from tunesmith.data.packing import count_computed_tokens, group_units, pack_step
+from tunesmith.data.packing import count_computed_tokens, group_units, pack_step, share_out
 from tunesmith.data.sampler import prefetch
 from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.model.causal_lm import PackedCausalLM
@@ -36,6 +39,7 @@ from tunesmith.model.kernels import ops
 from tunesmith.model.machine_errors import OutOfMemory, machine_errors
 from tunesmith.model.new_embeddings import collect_new_rows
 from tunesmith.model.safetensors_io import find_nonfinite
+from tunesmith.train.all_reduce import StepShare, check_replicas, sum_step
 from tunesmith.train.checkpoint import read_state, write_state
 from tunesmith.train.kto import measure_kl, split_mismatched
 from tunesmith.train.loss_scale import LossScale
@@ -50,6 +54,10 @@ from tunesmith.train.optimizer import (
 )
 from tunesmith.train.optimizer_in_backward import OptimizerInBackward
 
+# What rank 0 tells the others: take the step, restore the checkpoint, compare the weights.
+STEP = "step"
+RESTORE = "restore"
+COMPARE = "compare"
 # Attributes in trainer_state.json, next to the rollbacks.
 POSITION_FIELDS = ("step", "seconds", "bad_steps", "pack_length", "ratios")
 MAX_BAD_STEPS = 3  # consecutive non-finite steps that end a run
@@ -91,6 +99,7 @@ class TrainingLoop:
         *,
         steps: int,
         warmup_steps: int | None = None,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         """`load_documents(step)` returns the documents of step 1..steps, always the same ones.
 
@@ -98,6 +107,7 @@ class TrainingLoop:
         self.model = model
         self.load_documents = load_documents
         self.config = config
+        self.ranks = ranks
         self.total_steps = steps
         if warmup_steps is None:
             warmup_steps = math.ceil(steps * config.warmup_ratio)
@@ -137,6 +147,8 @@ class TrainingLoop:
             self._drop_prefetched()
             reason = "stopped" if self._is_stopped else "finished"
             return TrainingEnd(self.step, reason, self.seconds)
+        changes = {"ratios": self.ratios, "rollbacks": self.rollbacks}
+        self.ranks.send(STEP, step=self.step, **changes)
         return self._take_step()
 
     def stop(self) -> None:
@@ -153,6 +165,14 @@ class TrainingLoop:
         self.rollbacks = tuple(rollbacks)
         self._drop_prefetched()
 
+    def adopt_changes(self, ratios: Json, rollbacks: Json) -> None:
+        """Take over the rehearsal ratios and rollbacks of rank 0, as its command has them."""
+        new_ratios = parse_as(tuple[tuple[int, float], ...], ratios)
+        new_rollbacks = parse_as(tuple[Rollback, ...], rollbacks)
+        if (new_ratios, new_rollbacks) != (self.ratios, self.rollbacks):
+            self.ratios = new_ratios
+            self.set_rollbacks(new_rollbacks)
+
     @property
     def ratio_changes(self) -> tuple[tuple[int, float], ...]:
         """(finished steps, rehearsal ratio) of every change, by rollbacks too, in order."""
@@ -164,8 +184,16 @@ class TrainingLoop:
                 rollback_ratios.append((rollback.to, rollback.rehearsal_ratio))
         return tuple(sorted((*self.ratios, *rollback_ratios), key=lambda change: change[0]))
 
+    def compare_ranks(self) -> None:
+        """Raise MachineError unless all ranks have the same weights, bit by bit."""
+        self.ranks.send(COMPARE)
+        check_replicas(self.parameters, self.ranks)
+
     def save(self, folder: Path) -> None:
-        """Write everything that `restore` needs to continue bitwise the same."""
+        """Write everything that `restore` needs to continue bitwise the same.
+
+        Raise MachineError if the weights of the ranks differ, GateError if one is not finite."""
+        self.compare_ranks()
         position = {name: getattr(self, name) for name in POSITION_FIELDS}
         position["rollbacks"] = [dataclasses.asdict(rollback) for rollback in self.rollbacks]
         if self.loss_scale is not None:
@@ -173,7 +201,9 @@ class TrainingLoop:
         write_state(folder, self.parameters, self.optimizer, position)
 
     def restore(self, folder: Path) -> None:
-        """Restore the state that `save` wrote; the next event is of the step after it."""
+        """Restore the state that `save` wrote, on any number of ranks; the next event is of the
+        step after it."""
+        self.ranks.send(RESTORE, folder=str(folder.absolute()))
         position = read_state(folder, self.parameters, self.optimizer)
         for name in POSITION_FIELDS:
             setattr(self, name, position[name])
@@ -224,22 +254,37 @@ class TrainingLoop:
         if is_kto:
             documents, mismatched = split_mismatched(loaded)
         normalizer = LossNormalizer.from_documents(documents)
-        packs = self._pack_documents(documents) if normalizer else []
+        packs_by_rank = self._pack_documents(documents) if normalizer else []
+        packs = [pack for rank_packs in packs_by_rank for pack in rank_packs]
+        step = self._compute_share(packs_by_rank, normalizer, mismatched if is_kto else None)
+        if packs and self.ranks.world > 1:
+            step = sum_step(list(self.parameters.values()), step, self.ranks)
+        if step.out_of_memory:
+            event = self._shrink_packs(documents, step.out_of_memory)
+            self._retry_documents = loaded
+            return event
+        with machine_errors():
+            return self._apply_update(documents, packs, started, step.loss, step.num_targets)
+
+    def _compute_share(
+        self,
+        packs_by_rank: Sequence[Sequence[Pack]],
+        normalizer: LossNormalizer,
+        mismatched: Sequence[Document] | None,
+    ) -> StepShare:
+        """Compute the gradients of this rank's packs; with `mismatched`, KTO's KL term first."""
         try:
             with machine_errors():
-                if is_kto:
+                if mismatched is not None:
                     kl = measure_kl(self.model, mismatched, self.pack_length)
                     self.loss_config = dataclasses.replace(self.loss_config, kl=kl)
-                loss, supervised_tokens = self._forward_backward(packs, normalizer)
+                return StepShare(*self._forward_backward(packs_by_rank, normalizer))
         except OutOfMemory as error:
             message = error.message
-        else:
-            with machine_errors():
-                return self._apply_update(documents, packs, started, loss, supervised_tokens)
         # Outside the except block, where the traceback no longer holds the tensors of the step.
-        event = self._shrink_packs(documents, message)
-        self._retry_documents = loaded
-        return event
+        self.optimizer.zero_grad(set_to_none=True)
+        release_memory()
+        return StepShare(None, 0, message)
 
     def _apply_update(
         self,
@@ -330,14 +375,16 @@ class TrainingLoop:
         return lr_factor * learning_rate
 
     def _forward_backward(
-        self, packs: Sequence[Pack], normalizer: LossNormalizer
+        self, packs_by_rank: Sequence[Sequence[Pack]], normalizer: LossNormalizer
     ) -> tuple[Tensor | None, int]:
-        """Compute the gradients of the step's mean loss; return it, None without packs, and the
-        supervised tokens."""
+        """Compute the gradients of this rank's packs in the step's mean loss; return their part of
+        it, None without packs, and their supervised tokens."""
         supervised_tokens = 0
         total: Tensor | None = None
+        packs = packs_by_rank[self.ranks.rank] if packs_by_rank else ()
+        num_earlier = sum(map(len, packs_by_rank[: self.ranks.rank]))
         self.model.network.train()
-        for index, pack in enumerate(packs):
+        for index, pack in enumerate(packs, start=num_earlier):
             batch = collate(pack, device=str(self.model.device))
             if self.config.neftune_noise_alpha:
                 size = self.model.embedding_size
@@ -371,13 +418,23 @@ class TrainingLoop:
             with self.optimizer_in_backward.updating(self.step + 1, learning_rate):
                 loss.backward()
 
-    def _pack_documents(self, documents: Sequence[Document]) -> list[Pack]:
-        return pack_step(
+    def _pack_documents(self, documents: Sequence[Document]) -> list[list[Pack]]:
+        """Return the packs of each rank."""
+        should_share = self.config.share_prefixes
+        get_group = self.model.get_rotation_key
+        parts = share_out(
             documents,
-            self.pack_length,
-            should_share=self.config.share_prefixes,
-            get_group=self.model.get_rotation_key,
+            self.ranks.world,
+            self.model.embedding_size,
+            should_share=should_share,
+            get_group=get_group,
         )
+        packs_by_rank: list[list[Pack]] = []
+        for part in parts:
+            packs_by_rank.append(
+                pack_step(part, self.pack_length, should_share=should_share, get_group=get_group)
+            )
+        return packs_by_rank
 
     def _shrink_packs(self, documents: Sequence[Document], message: str) -> CheckResult:
         """Halve pack_length and repeat the step.
@@ -386,7 +443,7 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         release_memory()  # the smaller packs need blocks of other sizes
         self.model.network.eval()
-        packs = self._pack_documents(documents)
+        packs = [pack for packs in self._pack_documents(documents) for pack in packs]
         divisible_packs = [pack for pack in packs if len(group_units(pack.documents)) > 1]
         if not divisible_packs:
             longest = max(packs, key=count_computed_tokens)

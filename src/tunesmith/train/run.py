@@ -6,6 +6,8 @@ In: a Plan. Out: events as they happen, and a run folder: plan.json, fingerprint
 events.jsonl, eval_before.json, eval_after.json, checkpoints/, adapter/, record.json. `resume` tells
 the same story from the newest checkpoint on.
 
+Of several ranks, this is the story of rank 0; the others follow its commands (follow.py).
+
 Whoever watches a run sees its events and nothing else: the terminal prints them, the folder stores
 them. A signal stops a run where nothing is lost. When a gate refuses, its reason is the last event.
 
@@ -26,6 +28,7 @@ from tunesmith.core.atomic import atomic_dir, hash_file
 from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError
 from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.hardware import read_peak_bytes
+from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.run_dir import (
     ADAPTER_DIR,
     EVAL_AFTER_FILE,
@@ -71,6 +74,7 @@ from tunesmith.session.provenance import GoldenAnswer, build_provenance, write_p
 from tunesmith.session.session import Session, open_session
 from tunesmith.session.witness import record_answers
 from tunesmith.train import base_reference
+from tunesmith.train.follow import BEGIN, announce_run, check_ranks
 from tunesmith.train.full_data_check import check_all_texts
 from tunesmith.train.guard.guarded_loop import GuardedTraining, RunContext
 from tunesmith.train.model_card import write_card
@@ -89,20 +93,27 @@ from tunesmith.train.synthetic_pairs import add_synthetic_pairs
 
 
 def train(
-    plan: Plan, run_inputs: RunInputs | None = None, *, allow_code: bool = False
+    plan: Plan,
+    run_inputs: RunInputs | None = None,
+    *,
+    allow_code: bool = False,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Iterator[Event]:
     """Start a run in the plan's output_dir and yield its events.
 
-    `run_inputs` are what the plan was made from; without them they are loaded again. Raise
+    `run_inputs` are what the plan was made from; without them they are loaded again. Of several
+    `ranks` this is rank 0; the others `follow`. Raise
     InputError or MachineError before anything is loaded when the run cannot fit, be measured or be
     written; GateError when preflight or the guard refuses; Interrupted after a signal."""
     path = Path(plan.config.output_dir)
+    _refuse_on_ranks(plan, ranks)
     run_inputs = run_inputs or inputs.reload_inputs(plan)
     rejected_path = path / REJECTED_FILE if is_free(path) else None
     items = check_run(plan, run_inputs, rejected_path, allow_code=allow_code)
     is_stage = find_parent_run(path) != path
     resume_hint = _resume_hint(path) if is_stage else "nothing was trained; start the run again"
-    with GracefulStop(resume_hint) as stop, RunFolder.create(path) as folder:
+    is_patient = ranks.world > 1
+    with GracefulStop(resume_hint, is_patient=is_patient) as stop, RunFolder.create(path) as folder:
         with stop.immediate(), machine_errors():
             plan, data_results = check_all_texts(plan, run_inputs)
             plan, run_inputs, first_events = add_self_rehearsal(plan, run_inputs, folder)
@@ -114,7 +125,7 @@ def train(
         folder.write_json(PLAN_FILE, plan)  # from here on it is a run, which can be resumed
         stop.resume_hint = _resume_hint(path)
         _write_run_metadata(folder, plan)
-        context = RunContext(folder, plan, run_inputs, items, state, stop)
+        context = RunContext(folder, plan, run_inputs, items, state, stop, ranks)
         yield from _persist_events(folder, _run_events(context))
 
 
@@ -124,14 +135,18 @@ def resume(
     allow_changes: bool = False,
     checkpoint: int | None = None,
     allow_code: bool = False,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Iterator[Event]:
-    """Continue a run from its newest valid checkpoint, or from that of step `checkpoint`.
+    """Continue a run from its newest valid checkpoint, or from that of step `checkpoint`, on any
+    number of ranks.
 
     Raise InputError when its inputs have changed; with `allow_changes` the run continues with a
     warning, and is measured before training again."""
-    with GracefulStop(_resume_hint(path)) as stop, RunFolder.open(path) as folder:
+    stopping = GracefulStop(_resume_hint(path), is_patient=ranks.world > 1)
+    with stopping as stop, RunFolder.open(path) as folder:
         plan = read_run_plan(path)
         refuse_finished(path)
+        _refuse_on_ranks(plan, ranks)
         _write_run_metadata(folder, plan)
         with stop.immediate():
             run_inputs = inputs.reload_inputs_unchecked(plan, path)
@@ -141,7 +156,7 @@ def resume(
             items = build_eval_items(plan, run_inputs, allow_code=allow_code)
         if state.has_changes:
             (path / EVAL_BEFORE_FILE).unlink(missing_ok=True)
-        context = RunContext(folder, plan, run_inputs, items, state, stop)
+        context = RunContext(folder, plan, run_inputs, items, state, stop, ranks)
         yield from _persist_events(folder, _run_events(context))
 
 
@@ -165,6 +180,17 @@ def check_run(
     return build_eval_items(plan, run_inputs, allow_code=allow_code)
 
 
+def _refuse_on_ranks(plan: Plan, ranks: Ranks) -> None:
+    """Raise InputError for a plan that several ranks cannot run."""
+    if ranks.world > 1 and plan.config.step_in_backward:
+        raise InputError(
+            "the plan updates each weight in the backward pass, before several ranks could sum "
+            "its gradients",
+            where="max_grad_norm: 0",
+            fix="set max_grad_norm: 1, which keeps all gradients, or train in one process",
+        )
+
+
 def refuse_finished(path: Path) -> None:
     """Raise InputError if the run in this folder is finished."""
     if (path / RECORD_FILE).exists():
@@ -186,6 +212,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
     fingerprint = context.resume_state.fingerprint
     schema = context.inputs.response_schema  # a file, which may be gone at the end
     yield from context.resume_state.first_events
+    yield from announce_run(context.ranks, folder.path, context.plan, fingerprint)
 
     # Prove.
     with context.stop.immediate(), machine_errors():
@@ -199,15 +226,14 @@ def _run_events(context: RunContext) -> Generator[Event]:
         references = base_reference.load_base_references(folder, session, items)
         session, pair_results = add_synthetic_pairs(session, folder)
         session = base_reference.add_references(session, folder)
-    yield from before.iter_scores(step=0)
-    yield from pair_results
+    yield from (*before.iter_scores(step=0), *pair_results)
 
     # Train while guarding, then measure after.
-    training = GuardedTraining(context, session, before)
+    training = _begin_training(context, session, before)
     try:
         for event in training.run_events():
             yield event
-            context.stop.raise_if_requested()
+            context.stop.raise_if_requested(elsewhere=context.ranks.has_signal)
         step = training.final_step
         weights_dir = _save_weights(context, session, schema)
         with context.stop.immediate(), machine_errors():
@@ -239,6 +265,15 @@ def _run_events(context: RunContext) -> Generator[Event]:
     )
     _write_record(folder, record, fingerprint, started)
     base_reference.delete_base_states(folder)
+
+
+def _begin_training(context: RunContext, session: Session, before: EvalResults) -> GuardedTraining:
+    """Return the training, once all ranks are ready and have the same weights."""
+    context.ranks.send(BEGIN)
+    check_ranks(context.ranks)
+    training = GuardedTraining(context, session, before)
+    training.training.compare_ranks()
+    return training
 
 
 def _write_record(folder: RunFolder, record: RunRecord, fingerprint: Json, started: float) -> None:

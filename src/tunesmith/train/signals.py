@@ -5,7 +5,8 @@
         for event in training: stop.raise_if_requested()      elsewhere the request waits
 
 Either way the run ends with Interrupted. A request that waits is answered by a line of progress. A
-second signal has its default effect. Outside the main thread no signal is caught: Python allows
+second signal has its default effect, unless the process is one of several ranks: a launcher sends
+one more than the user did. Outside the main thread no signal is caught: Python allows
 handlers there only."""
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class GracefulStop:
     """Catch signals; `signal_number` is 0 until one arrives.
 
-    `resume_hint` tells the user what to do next, and may change on the way."""
+    `resume_hint` tells the user what to do next, and may change on the way. With `is_patient`,
+    further signals have no effect."""
 
-    def __init__(self, resume_hint: str = "") -> None:
+    def __init__(self, resume_hint: str = "", *, is_patient: bool = False) -> None:
         self.signal_number = 0
+        self.is_patient = is_patient
         self.resume_hint = resume_hint
         self._is_immediate = False
         self._previous_handlers: dict[signal.Signals, Any] = {}
@@ -46,15 +49,22 @@ class GracefulStop:
         self._previous_handlers = {}
 
     def _handle_signal(self, number: int, _frame: FrameType | None) -> None:
-        self.__exit__()
+        if self.signal_number:
+            return
+        if not self.is_patient:
+            self.__exit__()
         self.signal_number = number
         if self._is_immediate:
             self.raise_if_requested()
         with suppress(RuntimeError):  # the signal arrived while a line was being written
             logger.info("finishing this step before stopping; a second signal stops at once")
 
-    def raise_if_requested(self) -> None:
-        """Raise Interrupted if a signal has arrived; exit code 130 for SIGINT, 143 for SIGTERM."""
+    def raise_if_requested(self, *, elsewhere: bool = False) -> None:
+        """Raise Interrupted if a signal has arrived; exit code 130 for SIGINT, 143 for SIGTERM.
+
+        A signal that has arrived `elsewhere`, at another rank, counts as SIGTERM."""
+        if elsewhere and not self.signal_number:
+            self.signal_number = signal.SIGTERM
         if self.signal_number:
             name = signal.Signals(self.signal_number).name
             key = " (Ctrl-C)" if self.signal_number == signal.SIGINT else ""

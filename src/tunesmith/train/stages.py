@@ -26,6 +26,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK, CheckResult, Event, StageStart
 from tunesmith.core.evidence import ErrorAnalysis
 from tunesmith.core.json_io import dump_json, read_json
+from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.run_dir import (
     EVAL_AFTER_FILE,
     EVAL_BEFORE_FILE,
@@ -155,6 +156,7 @@ def train(
     *,
     merge_model: MergeFn,
     allow_code: bool = False,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Iterator[Event]:
     """Start a run of several stages and yield its events.
 
@@ -164,7 +166,7 @@ def train(
         run.check_run(plan, run_inputs, allow_code=allow_code)
     with RunFolder.create(Path(staged.output_dir)) as folder:
         folder.write_json(STAGES_FILE, staged)
-        options: Json = {"merge_model": merge_model, "allow_code": allow_code}
+        options: Json = {"merge_model": merge_model, "allow_code": allow_code, "ranks": ranks}
         yield from _run_stages(folder, staged, stage_inputs[0], **options)
 
 
@@ -175,6 +177,7 @@ def resume(
     allow_changes: bool = False,
     checkpoint: int | None = None,
     allow_code: bool = False,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Iterator[Event]:
     """Continue with the first unfinished stage, from step `checkpoint` if given."""
     with RunFolder.open(path) as folder:
@@ -184,6 +187,7 @@ def resume(
             "allow_changes": allow_changes,
             "checkpoint": checkpoint,
             "allow_code": allow_code,
+            "ranks": ranks,
         }
         yield from _run_stages(folder, read_staged_plan(path), None, **options)
 
@@ -197,6 +201,7 @@ def _run_stages(
     allow_changes: bool = False,
     checkpoint: int | None = None,
     allow_code: bool = False,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Iterator[Event]:
     stage_dirs = _list_stage_dirs(folder.path, staged)
     for index, (stage_dir, plan) in enumerate(zip(stage_dirs, staged.plans, strict=True)):
@@ -213,13 +218,17 @@ def _run_stages(
         yield stage
         if (stage_dir / PLAN_FILE).exists():
             yield from run.resume(
-                stage_dir, allow_changes=allow_changes, checkpoint=checkpoint, allow_code=allow_code
+                stage_dir,
+                allow_changes=allow_changes,
+                checkpoint=checkpoint,
+                allow_code=allow_code,
+                ranks=ranks,
             )
             checkpoint = None
             continue
         checkpoint = None
         if index == 0 and first_inputs:
-            yield from run.train(plan, first_inputs, allow_code=allow_code)
+            yield from run.train(plan, first_inputs, allow_code=allow_code, ranks=ranks)
             continue
         overrides: Json = {}
         if index > 0 and plan.config.between_stages == CONTINUE_ADAPTER:
@@ -234,7 +243,7 @@ def _run_stages(
             overrides["model"] = str(model_dir.absolute())
             overrides["add_tokens"] = []
         stage_plan, stage_inputs = _prepare_stage(plan, stage_dir, overrides)
-        yield from run.train(stage_plan, stage_inputs, allow_code=allow_code)
+        yield from run.train(stage_plan, stage_inputs, allow_code=allow_code, ranks=ranks)
     resume_hint = f"continue with: tunesmith resume {folder.path}"
     with GracefulStop(resume_hint) as stop, stop.immediate(), machine_errors():
         record = _build_record(folder.path, staged, allow_code=allow_code)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult
@@ -33,17 +34,20 @@ def add_synthetic_pairs(
 
     Call it before any weight changes; later attempts read the file. Raise GateError if there is no
     pair at all."""
+    unpaired = _select_unpaired(session.rows)
+    if unpaired and not (folder.path / PAIRS_FILE).exists():
+        folder.write_text(PAIRS_FILE, _generate_pairs(session, unpaired))
+    return read_synthetic_pairs(session, folder.path)
+
+
+def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[CheckResult, ...]]:
+    """Return what `add_synthetic_pairs` does, from the file that it wrote."""
     dataset = session.rows
-    unpaired: dict[int, Example] = {}
-    if any(part.has_pairs and part.constraint_set.has_pair_constraints for part in dataset.parts):
-        unpaired = _select_unpaired(dataset)
+    unpaired = _select_unpaired(dataset)
     if not unpaired:
         return session, ()
-    path = folder.path / PAIRS_FILE
-    if not path.exists():
-        folder.write_text(PAIRS_FILE, _generate_pairs(session, unpaired))
     pair_by_row: dict[int, Example] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in (path / PAIRS_FILE).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         rejected = record["rejected"]
         answer = rejected if isinstance(rejected, str) else rejected[0]["content"]
@@ -66,8 +70,12 @@ def add_synthetic_pairs(
 
 
 def _select_unpaired(dataset: Dataset) -> dict[int, Example]:
-    """Return the rows without a rejected answer that can be rendered."""
+    """Return the rows without a rejected answer that can be rendered, if pairs are made of them."""
     unpaired: dict[int, Example] = {}
+    if not any(
+        part.has_pairs and part.constraint_set.has_pair_constraints for part in dataset.parts
+    ):
+        return unpaired
     for row in range(len(dataset)):
         example, rendered = dataset.render_row(row)
         if rendered.documents and example.rejected is None:

@@ -12,6 +12,7 @@ from tunesmith.data.packing import (
     count_input_tokens,
     group_units,
     pack_step,
+    share_out,
 )
 
 
@@ -165,3 +166,80 @@ def test_the_saved_share_is_that_of_the_steps_of_a_run():
     assert compute_saved_share(rows, 5, 10**4) == 2400 / (3 * 700 + 2 * 800)
     assert compute_saved_share(rows, 9, 10**4) == 2400 / (3 * 700 + 2 * 800)
     assert compute_saved_share([], 2, 10**4) == 0
+
+
+# ---------------------------------------------------------------- several ranks
+
+HIDDEN_SIZE = 2048
+
+
+def rank_costs(parts, should_share=False):
+    costs = []
+    for part in parts:
+        packs = pack_step(part, 8192, should_share=should_share)
+        lengths = [count_input_tokens(d) for d in part]
+        squares = sum(n**2 for n in lengths) / (12 * HIDDEN_SIZE)
+        costs.append(sum(map(count_computed_tokens, packs)) + squares)
+    return costs
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 8])
+def test_ranks_get_documents_of_about_the_same_cost(num_ranks):
+    generator = np.random.default_rng(num_ranks)
+    for _ in range(100):
+        lengths = np.clip(generator.gamma(3, 120, 8 * num_ranks), 20, 2048).astype(int)
+        costs = rank_costs(share_out([document(n) for n in lengths], num_ranks, HIDDEN_SIZE))
+        assert max(costs) <= 1.05 * np.mean(costs)
+
+
+def test_every_document_goes_to_one_rank_and_pairs_stay_together():
+    documents: list[Document] = []
+    for number in range(9):
+        both = document(5 + 3 * number, str(number))
+        for side in ("chosen", "rejected"):
+            documents.append(dataclasses.replace(both, side=side))
+    parts = share_out(documents, 4, HIDDEN_SIZE)
+    assert parts == share_out(documents, 4, HIDDEN_SIZE)
+    names = [(d.id, d.side) for part in parts for d in part]
+    assert sorted(names) == sorted((d.id, d.side) for d in documents)
+    for part in parts:
+        assert all(len(unit) == 2 for unit in group_units(part))
+
+
+def test_one_rank_gets_all_documents_in_their_order():
+    documents = [document(n, str(n)) for n in (3, 9, 5)]
+    assert [d.id for d in share_out(documents, 1, HIDDEN_SIZE)[0]] == ["3", "9", "5"]
+
+
+def test_more_ranks_than_documents_leave_some_without_any():
+    assert sorted(map(len, share_out([document(3), document(4)], 3, HIDDEN_SIZE))) == [0, 1, 1]
+
+
+def make_answers(prompt, lengths):
+    documents: list[Document] = []
+    for seed, length in enumerate(lengths):
+        answer = np.random.default_rng(seed).integers(1000, 2000, length).astype(np.int32)
+        weights = np.zeros(len(prompt) + length, np.float32)
+        weights[-1] = 1
+        documents.append(Document(str(seed), np.concatenate([prompt, answer]), weights))
+    return documents
+
+
+def test_a_small_group_with_one_prefix_stays_on_one_rank():
+    generator = np.random.default_rng(1)
+    documents: list[Document] = []
+    for group in range(16):
+        prompt = np.full(300, group, np.int32)
+        documents += make_answers(prompt, generator.integers(20, 60, 3))
+    parts = share_out(documents, 2, HIDDEN_SIZE, should_share=True)
+    prompts = [{int(d.tokens_L[0]) for d in part} for part in parts]
+    assert not prompts[0] & prompts[1]
+    costs = rank_costs(parts, should_share=True)
+    assert max(costs) <= 1.05 * np.mean(costs)
+
+
+def test_a_prefix_of_all_documents_is_computed_by_every_rank():
+    prompt = np.arange(400, dtype=np.int32)
+    documents = make_answers(prompt, np.random.default_rng(2).integers(20, 200, 24))
+    costs = rank_costs(share_out(documents, 3, HIDDEN_SIZE, should_share=True), should_share=True)
+    assert max(costs) <= 1.05 * np.mean(costs)

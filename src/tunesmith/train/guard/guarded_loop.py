@@ -30,6 +30,7 @@ from tunesmith.core.events import (
     Score,
     TrainStep,
 )
+from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.run_dir import RunFolder
 from tunesmith.core.types import Plan
 from tunesmith.evaluate.custom_metric import format_metric_name
@@ -64,6 +65,7 @@ class RunContext:
     items: EvalItems
     resume_state: ResumeState
     stop: GracefulStop
+    ranks: Ranks = SINGLE_PROCESS
 
 
 class GuardedTraining:
@@ -78,7 +80,11 @@ class GuardedTraining:
         self.baseline = baseline
         self.plan = plan = context.plan
         self.training = TrainingLoop(
-            session.model, session.load_documents, plan.config, steps=plan.steps
+            session.model,
+            session.load_documents,
+            plan.config,
+            steps=plan.steps,
+            ranks=context.ranks,
         )
         self.saved_step = 0
         self.final_step = 0
@@ -392,6 +398,7 @@ class GuardedTraining:
 
     def _restore_best(self) -> Iterator[Event]:
         """Restore the weights of the best checkpoint, unless the last step is the best."""
+        self.training.compare_ranks()
         self.final_step = self.training.step
         best = self._select_best()
         if best is None or best.step == self.final_step:

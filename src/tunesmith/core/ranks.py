@@ -1,0 +1,273 @@
+"""The processes of one run: who this one is, and what they say to each other.
+
+    with open_ranks() as ranks:        from torchrun's variables; one process without them
+        ranks.send("step", ...)                  a command of rank 0, which the others `receive`
+        answers = ranks.gather(answer)           JSON of each rank, to all
+        ranks.sum_(tensor)                       the sum over ranks, in place
+
+With one process every method returns what it was given, and torch.distributed is not imported. JSON
+travels as bytes over gloo, never as a pickle; tensors of a GPU over NCCL. Between two messages a
+rank may compute for hours: a thread of each rank joins a sum every few seconds, and when one has
+been missing for two minutes, the others end with exit code 3. Left out: what is said
+(train/follow.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from tunesmith.core.errors import InputError, MachineError, TunesmithError
+from tunesmith.core.json_io import dump_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WORLD_VARIABLE = "WORLD_SIZE"
+VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+RESTART_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
+LAUNCH_FIX = (
+    "start the ranks with torchrun, which sets it: "
+    "torchrun --standalone --nproc-per-node 2 -m tunesmith train recipe.yaml"
+)
+LOST_FIX = "look for the message of the rank that ended first"
+PULSE_SECONDS = 5.0  # between two signs of life
+SILENCE = timedelta(minutes=2)  # after which a rank counts as lost
+PATIENCE = timedelta(days=7)  # of messages: the pulse watches over them
+END = "end"  # the command after which no other comes
+
+
+class Ranks:
+    """This process among `world` ones: `rank` counts over all machines, `local` on this one.
+
+    `restarts` counts how often torchrun has started the group again. `has_signal` says that a rank
+    has caught one: each step tells the others."""
+
+    def __init__(self, rank: int = 0, world: int = 1, local: int = 0, restarts: int = 0) -> None:
+        self.rank = rank
+        self.world = world
+        self.local = local
+        self.restarts = restarts
+        self.has_signal = False
+        self._pulse: Pulse | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone plans, writes, judges and talks."""
+        return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} on {socket.gethostname()}"
+
+    def __enter__(self) -> Self:
+        if self.world > 1:
+            self._connect()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End all ranks with this one, if it is rank 0, under its exit code."""
+        if self._pulse is None:
+            return
+        if self.is_main:
+            code = error.exit_code if isinstance(error, TunesmithError) else int(error is not None)
+            with suppress(MachineError):  # those that are gone need no end
+                self.send(END, code=code)
+        self._pulse.stop(has_goodbye=error is None)
+
+    def _connect(self) -> None:
+        import torch
+        from torch import distributed
+
+        has_gpu = torch.cuda.is_available()
+        if has_gpu and self.local >= torch.cuda.device_count():
+            raise InputError(
+                f"local rank {self.local} has no GPU: there are {torch.cuda.device_count()} here",
+                where=self.name,
+                fix="start as many processes as the machine has GPUs: --nproc-per-node",
+            )
+        if has_gpu:
+            torch.cuda.set_device(self.local)
+        try:
+            # Until all are there, the limit is short.
+            distributed.init_process_group("gloo", timeout=SILENCE)
+            pulse_group = distributed.new_group(backend="gloo", timeout=SILENCE)
+            backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+            self._group: Any = distributed.new_group(backend=backend, timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            raise MachineError(
+                f"the {self.world} ranks did not find each other: {_get_first_line(error)}",
+                where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+                fix="check that every machine runs the same command and reaches this address",
+            ) from error
+        self._pulse = Pulse(self, pulse_group)
+
+    # ------------------------------------------------------------ messages
+
+    def send(self, command: str, **arguments: Any) -> None:
+        """Send a command to the other ranks; they `receive` it. Does nothing on those."""
+        if self.world > 1 and self.is_main:
+            self._send_json({"do": command, **arguments})
+
+    def receive(self) -> dict[str, Any]:
+        """Wait for the next command of rank 0."""
+        return self._send_json(None)
+
+    def _send_json(self, value: Any) -> Any:
+        """Return the value of rank 0, which must be JSON."""
+        if self.world == 1:
+            return value
+        import torch
+        from torch import distributed
+
+        content = dump_json(value) if self.is_main else b""
+        size = torch.tensor([len(content)])
+        with _lost_ranks():
+            distributed.broadcast(size, src=0, group=self._group)
+            content_B = _to_tensor(content, int(size))
+            distributed.broadcast(content_B, src=0, group=self._group)
+        return _parse(content_B)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value of each rank, by rank; they must be JSON."""
+        if self.world == 1:
+            return [value]
+        import torch
+        from torch import distributed
+
+        content = dump_json(value)
+        sizes = torch.zeros(self.world, dtype=torch.int64)
+        sizes[self.rank] = len(content)
+        self.sum_(sizes)
+        room = int(sizes.max())
+        parts = [torch.empty(room, dtype=torch.uint8) for _ in range(self.world)]
+        with _lost_ranks():
+            distributed.all_gather(parts, _to_tensor(content, room), group=self._group)
+        return [_parse(part[:size]) for part, size in zip(parts, sizes.tolist(), strict=True)]
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over ranks: the same bits on each."""
+        if self.world == 1:
+            return
+        from torch import distributed
+
+        with _lost_ranks():
+            distributed.all_reduce(tensor, group=self._group)
+
+
+SINGLE_PROCESS = Ranks()
+
+
+class Pulse:
+    """Signs of life: a thread that joins a sum of the ranks that leave, until all do.
+
+    It ends the process when a rank is missing: the main thread may wait for that rank in a call
+    that nothing interrupts."""
+
+    def __init__(self, ranks: Ranks, group: Any) -> None:
+        self.ranks = ranks
+        self.group = group
+        self._has_goodbye = True
+        self._is_leaving = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread.start()
+
+    def stop(self, *, has_goodbye: bool) -> None:
+        """Stop; with `has_goodbye`, wait until all ranks do."""
+        self._has_goodbye = has_goodbye
+        self._is_leaving.set()
+        if has_goodbye:
+            self._thread.join()
+
+    def _run(self) -> None:
+        import torch
+        from torch import distributed
+
+        num_leaving = 0
+        while num_leaving < self.ranks.world:
+            is_leaving = self._is_leaving.wait(PULSE_SECONDS)
+            if not self._has_goodbye:
+                return
+            leaving = torch.tensor([int(is_leaving)])
+            try:
+                distributed.all_reduce(leaving, group=self.group)
+            except RuntimeError as error:
+                if not self._is_leaving.is_set():
+                    _end_process(self.ranks, error)
+                return
+            num_leaving = int(leaving)
+
+
+def _end_process(ranks: Ranks, error: RuntimeError) -> None:
+    """End the process: torchrun or the scheduler starts the group again, or reports it."""
+    with suppress(OSError):
+        if ranks.is_main:
+            message = f"another rank has ended or is silent: {_get_first_line(error)}"
+            sys.stderr.write(f"error: {message}\n  fix: {LOST_FIX}\n")
+            sys.stderr.flush()
+    os._exit(MachineError.exit_code)
+
+
+def open_ranks() -> Ranks:
+    """Return the ranks that torchrun's variables describe. Raises InputError if some are missing
+    or contradict each other."""
+    world = _read_number(WORLD_VARIABLE) if WORLD_VARIABLE in os.environ else 1
+    if world == 1:
+        return Ranks()
+    for name in VARIABLES:
+        if not os.environ.get(name):
+            message = f"{WORLD_VARIABLE} is {world}, and {name} is not set"
+            raise InputError(message, where="environment", fix=LAUNCH_FIX)
+    rank = _read_number("RANK")
+    if not 0 <= rank < world:
+        message = f"RANK is {rank}, and {WORLD_VARIABLE} is {world}"
+        raise InputError(message, where="environment", fix=LAUNCH_FIX)
+    restarts = _read_number(RESTART_VARIABLE) if RESTART_VARIABLE in os.environ else 0
+    return Ranks(rank, world, _read_number("LOCAL_RANK"), restarts)
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several ranks."""
+    return os.environ.get(WORLD_VARIABLE, "1") != "1"
+
+
+def _read_number(name: str) -> int:
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise InputError(f"{name} is {text!r:.40}, not a number", where="environment")
+    return int(text)
+
+
+@contextmanager
+def _lost_ranks() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        message = f"another rank has ended: {_get_first_line(error)}"
+        raise MachineError(message, fix=LOST_FIX) from error
+
+
+def _get_first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _to_tensor(content: bytes, size: int) -> Tensor:
+    import torch
+
+    return torch.tensor(bytearray(content.ljust(size, b" ")), dtype=torch.uint8)
+
+
+def _parse(content_B: Tensor) -> Any:
+    return json.loads(bytes(content_B.tolist()))

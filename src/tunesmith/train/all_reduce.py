@@ -1,0 +1,124 @@
+"""One step over several ranks: gradients and loss are summed, so each rank makes the same update.
+
+Each rank computes the gradients of its documents, already divided by the counts of the whole step.
+`sum_step` adds them up in one all-reduce (one per GiB where all weights are trained), together with
+the loss, the number of targets, and words that all must know: which rank ran out of memory, who has
+caught a signal, which parameters have a gradient at all. Every rank gets the same bits.
+
+In: the gradients of this rank. Out: those of the step, in place. Left out: which documents a rank
+computes (data/packing.py), what follows from the words (loop.py)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.core.errors import MachineError
+from tunesmith.core.ranks import Ranks
+
+BUCKET_NUMEL = 2**28  # fp32 numbers of one message
+
+
+@dataclass(frozen=True)
+class StepShare:
+    """What one rank computed of a step, or all of them; gradients are in the parameters.
+
+    `loss` is None without a document. `out_of_memory` is the message of a rank whose gradients are
+    incomplete."""
+
+    loss: Tensor | None
+    num_targets: int
+    out_of_memory: str = ""
+
+
+def sum_step(parameters: Sequence[nn.Parameter], share: StepShare, ranks: Ranks) -> StepShare:
+    """Sum gradients and loss over ranks, and tell each whether one has caught a signal.
+
+    A parameter without a gradient on any rank keeps none, as in one process, where the optimizer
+    leaves it alone."""
+    device = parameters[0].device
+    words = torch.zeros(3 + ranks.world, device=device)
+    if share.loss is not None:
+        words[0] = share.loss
+    words[1] = share.num_targets
+    words[2] = ranks.has_signal
+    words[3 + ranks.rank] = bool(share.out_of_memory)
+    has_gradient = [parameter.grad is not None for parameter in parameters]
+    flags = torch.tensor(has_gradient, dtype=torch.float32, device=device)
+    buckets = _split_into_buckets(parameters)
+    for bucket in buckets[1:]:
+        _sum_bucket(bucket, (), ranks)
+    words, flags = _sum_bucket(buckets[0], (words, flags), ranks)
+    for parameter, num_gradients in zip(parameters, flags.tolist(), strict=True):
+        if not num_gradients:
+            parameter.grad = None
+    _, num_targets, num_signals, *are_full = words.tolist()
+    ranks.has_signal = num_signals > 0
+    message = share.out_of_memory
+    if any(are_full) and not message:
+        message = f"rank {are_full.index(1)} is out of memory"
+    return StepShare(words[0], int(num_targets), message)
+
+
+def _split_into_buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    buckets: list[list[nn.Parameter]] = [[]]
+    numel = 0
+    for parameter in parameters:
+        if buckets[-1] and numel + parameter.numel() > BUCKET_NUMEL:
+            buckets.append([])
+            numel = 0
+        buckets[-1].append(parameter)
+        numel += parameter.numel()
+    return buckets
+
+
+def _sum_bucket(
+    bucket: Sequence[nn.Parameter], others: Sequence[Tensor], ranks: Ranks
+) -> tuple[Tensor, ...]:
+    """Sum the gradients of some parameters; return the sums of `others`, in the same message."""
+    tensors = [_get_gradient(parameter) for parameter in bucket] + list(others)
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    ranks.sum_(flat)
+    sums = flat.split([tensor.numel() for tensor in tensors])
+    for parameter, gradient in zip(bucket, sums[: len(bucket)], strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    return sums[len(bucket) :]
+
+
+def _get_gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+# ---------------------------------------------------------------- the same weights everywhere
+
+
+def check_replicas(parameters: Mapping[str, nn.Parameter], ranks: Ranks) -> None:
+    """Raise MachineError if the weights of two ranks differ in any bit."""
+    if ranks.world == 1:
+        return
+    digests = ranks.gather(hash_weights(parameters))
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise MachineError(
+                f"the weights of rank {rank} differ from those of rank 0, which never happens on "
+                "machines that compute alike",
+                fix="use machines of one kind with equal libraries and threads, and resume from an "
+                "earlier checkpoint",
+            )
+
+
+@torch.no_grad()
+def hash_weights(parameters: Mapping[str, nn.Parameter]) -> str:
+    """Return a digest of all bits: the sum of each tensor's bits as integers, which a GPU computes
+    in passing, hashed."""
+    digest = hashlib.sha256()
+    for name, parameter in parameters.items():
+        bits = parameter.detach().contiguous().view(torch.int32).flatten()
+        position = torch.arange(1, len(bits) + 1, device=bits.device)
+        checksum = int((bits * position).sum())
+        digest.update(f"{name} {checksum}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,88 @@
+"""Several ranks over gloo on this machine, for tests: processes that have torch loaded already."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tunesmith.core.ranks import Ranks, open_ranks
+
+SECONDS = 60
+
+
+def run_ranks(work: Callable[..., Any], world: int, *args: Any) -> list[Any]:
+    """Return what `work(ranks, *args)` returns on each rank; `work` must be importable.
+
+    Raise AssertionError with the traceback of a rank that fails."""
+    results = run_processes(_call_on_rank, world, work, *args)
+    for result in results:
+        assert not isinstance(result, str) or not result.startswith("Traceback"), result
+    return results
+
+
+def run_processes(main: Callable[..., Any], world: int, *args: Any) -> list[Any]:
+    """Return what `main(*args)` sends from each process, which has torchrun's variables; None if
+    it dies."""
+    context = multiprocessing.get_context("forkserver")
+    # Python's fork server does not take over sys.path, and does not say when an import fails.
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    context.set_forkserver_preload(["rank_lab_imports"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    readers: list[Connection] = []
+    processes: list[Any] = []
+    for rank in range(world):
+        reader, writer = context.Pipe(duplex=False)
+        variables = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        process = context.Process(target=_start, args=(writer, variables, main, args), daemon=True)
+        process.start()
+        writer.close()
+        readers.append(reader)
+        processes.append(process)
+    results = [_read(reader) for reader in readers]
+    for process in processes:
+        process.join(SECONDS)
+        assert process.exitcode is not None, "a rank hangs"
+    return results
+
+
+def _read(reader: Connection) -> Any:
+    try:
+        assert reader.poll(SECONDS), "a rank hangs"
+        return reader.recv()
+    except EOFError:
+        return None
+
+
+def _start(
+    writer: Connection, variables: dict[str, str], main: Callable[..., Any], args: Sequence[Any]
+) -> None:
+    os.environ.update(variables)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        writer.send(main(*args))
+    except BaseException:  # noqa: BLE001 - of any kind: the test shows it
+        writer.send(traceback.format_exc())
+    os._exit(0)
+
+
+def _call_on_rank(work: Callable[..., Any], *args: Any) -> Any:
+    with open_ranks() as ranks:
+        return work(ranks, *args)
+
+
+def get_own_part(ranks: Ranks, items: Sequence[Any]) -> Any:
+    return items[ranks.rank]
