@@ -24,7 +24,8 @@ from tunesmith.plan.step_memory import (
     estimate_needed_bytes,
 )
 
-# what the code of a run lacks, by the number of the mesh that needs it
+# what the code of a run lacks on several GPUs
+MISSING_STEP = "updates in the backward pass (max_grad_norm: 0) on several GPUs"
 MISSING_SHARD = "weights that are sharded over GPUs"
 MISSING_CONTEXT = "documents that are divided over GPUs"
 MIN_BUSY_SHARE = 0.5  # of a step: below, more GPUs than this batch can use (ours)
@@ -101,14 +102,17 @@ def describe_mesh(context: RuleContext) -> MeshPlan | None:
         choices=tuple(_iter_choices(context, step)),
         step=step,
         batch=_advise_batch(context, preset, step),
-        missing=find_missing_parts(mesh),
+        missing=find_missing_parts(context),
         command=build_command(mesh),
     )
 
 
-def find_missing_parts(mesh: Mesh) -> str:
+def find_missing_parts(context: RuleContext) -> str:
     """Return what this version lacks to run on the mesh; empty if it runs."""
+    mesh = context.mesh
     missing: list[str] = []
+    if mesh.num_gpus > 1 and context["step_in_backward"]:
+        missing.append(MISSING_STEP)
     if mesh.shard > 1:
         missing.append(MISSING_SHARD)
     if mesh.context > 1:

@@ -14,8 +14,9 @@ from tunesmith.core.json_io import parse_as, to_jsonable
 from tunesmith.core.mesh import Mesh
 from tunesmith.core.types import DataReport, ModelSpec, Plan
 from tunesmith.plan.build import build_plan, refuse_if_too_large
-from tunesmith.plan.hardware_presets import HARDWARE_PRESETS, choose_machine
+from tunesmith.plan.hardware_presets import HARDWARE_PRESETS, choose_machine, parse_target
 from tunesmith.plan.mesh import explain_batch, list_fewer_gpus, make_option
+from tunesmith.plan.mesh_time import estimate_mesh_step
 from tunesmith.plan.rules import Measures, RuleContext
 from tunesmith.recipe.schema import Recipe
 
@@ -126,6 +127,15 @@ def test_a_plan_that_this_version_cannot_run_says_so_and_train_refuses_it(plan: 
     with pytest.raises(InputError, match="sharded over GPUs, which this version cannot run"):
         refuse_if_too_large(made)
     refuse_if_too_large(plan(LLAMA_8B, "8xh100"))
+
+
+def test_updates_in_the_backward_pass_are_for_one_gpu(plan: Planner) -> None:
+    how: dict[str, Any] = {"method": "full", "max_grad_norm": 0, "batch_size": 4, "longest": 500}
+    one, two = (plan({}, target, **how) for target in ("h100", "2xh100"))
+    assert one.config.step_in_backward
+    refuse_if_too_large(one)
+    with pytest.raises(InputError, match="max_grad_norm: 0"):
+        refuse_if_too_large(two)
 
 
 def test_more_gpus_are_no_way_out_of_too_little_memory(plan: Planner) -> None:
@@ -292,3 +302,73 @@ def test_this_machine_has_no_mesh(make_context: Callable[..., RuleContext]) -> N
         now="2026-01-01T00:00:00",
     )
     assert made.mesh is None
+
+
+# ---------------------------------------------------------------- published rates
+
+TITAN = "torchtitan, December 2024"
+# what: (where, model, method, activations, tokens of a row, rows of a GPU, target, shard, tokens
+# per second of a GPU, and where that lies in the predicted range)
+PUBLISHED_RATES: dict[str, tuple[str, dict[str, Any], str, str, int, int, str, int, float, str]] = {
+    "70B LoRA": ("torchtune", LLAMA_70B, "lora", "full", 2048, 2, "8xa100-80gb", 8, 437, "above"),
+    "405B QLoRA": (
+        *("torchtune", LLAMA_405B, "qlora", "full", 2048, 2, "8xa100-80gb", 8, 82, "above"),
+    ),
+    "70B LoRA, H100": ("NeMo", LLAMA_70B, "lora", "selective", 4096, 1, "8xh100", 8, 1092, "in"),
+    "and 16": ("NeMo", LLAMA_70B, "lora", "selective", 4096, 1, "2x8xh100", 8, 985, "in"),
+    "8B full": (TITAN, LLAMA_8B, "full", "selective", 8192, 2, "8xh100", 8, 5762, "in"),
+    "8B compiled": (TITAN, LLAMA_8B, "full", "selective", 8192, 2, "8xh100", 8, 6667, "in"),
+    "8B on 128": (TITAN, LLAMA_8B, "full", "selective", 8192, 2, "16x8xh100", 128, 6514, "in"),
+    "8B full, torchao": (
+        "torchao",
+        LLAMA_8B,
+        "full",
+        "selective",
+        8192,
+        1,
+        "8xh100",
+        8,
+        6150,
+        "in",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PUBLISHED_RATES)
+def test_published_rates_lie_where_the_page_says(
+    what: str, make_context: Callable[..., RuleContext], make_spec: Callable[..., ModelSpec]
+) -> None:
+    """docs/results/plan.md has this table: most are in the predicted range, the others are said."""
+    _, sizes, method, policy, length, rows, target, shard, published, where = PUBLISHED_RATES[what]
+    context = make_context(
+        method=method,
+        gradient_checkpointing=policy,
+        pack_length=length * rows,
+        lora_r=16,
+        use_dora=False,
+        modules_to_save=(),
+        step_in_backward=False,
+        share_prefixes=False,
+        max_length=length,
+    )
+    machine = choose_machine(context.machine, target, None)
+    num_gpus = machine.num_gpus * machine.num_nodes
+    batch = dataclasses.replace(context.settings["batch_size"], value=rows * num_gpus)
+    data = dataclasses.replace(
+        context.data,
+        rows=1000,
+        tokens=1000 * length,
+        supervised_tokens=1000 * length,
+        length_percentiles={"p90": length, "max": length},
+    )
+    context = dataclasses.replace(
+        context,
+        machine=machine,
+        model=make_spec(sizes),
+        data=data,
+        mesh=Mesh(num_gpus, machine.num_nodes, shard),
+        settings=context.settings | {"batch_size": batch},
+    )
+    step = estimate_mesh_step(context, parse_target(target).preset)
+    low, high = (rate / num_gpus for rate in step.tokens_per_second)
+    assert where == ("below" if published < low else "above" if published > high else "in")
