@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -374,19 +375,32 @@ class Renderer:
             weight if index in chat.assistant_indices else 0.0
             for index, weight in enumerate(weights)
         ]
-        rendered = chat.render(len(chat.messages))
-        full_text = TrackedText(rendered, self.tokenizer, chat.assistant_indices)
         if self._is_all_trained(example) or not any(answer_weights):
-            return _Draft(example, chat, weights, full_text=full_text)
+            return _Draft(example, chat, weights, full_text=self._render_all(chat))
         end_ids = (protocol.end_ids, self.end_ids)
+        find_spans = partial(
+            find_assistant_spans,
+            chat,
+            self.tokenizer,
+            answer_weights,
+            end_ids,
+            protocol.answer_tail,
+        )
+        try:
+            full_text = self._render_all(chat)
+        except InputError:
+            find_spans()  # raises the error of the first answer that cannot be trained
+            raise
         spans = find_spans_in_full(chat, full_text, answer_weights, end_ids)
         if spans is not None:
             return _Draft(example, chat, weights, spans, full_text)
-        spans = find_assistant_spans(
-            chat, self.tokenizer, answer_weights, end_ids, protocol.answer_tail
-        )
+        spans = find_spans()
         has_joined = all(_is_served_in(full_text, span) for span in spans)
         return _Draft(example, chat, weights, spans, full_text if has_joined else None)
+
+    def _render_all(self, chat: Conversation) -> TrackedText:
+        rendered = chat.render(len(chat.messages))
+        return TrackedText(rendered, self.tokenizer, chat.assistant_indices)
 
     def _is_all_trained(self, example: Example) -> bool:
         """Whether the text of the template is trained, too."""
@@ -434,7 +448,7 @@ class Renderer:
         if not self._select_roles(draft, rest):
             return [], [CUT_OFF] if rest else []
         count = len(chat.messages)
-        text = TrackedText(chat.render(count), self.tokenizer, chat.assistant_indices)
+        text = self._render_all(chat)
         check_render(chat, text, chat.full_plain_text, count)
         encoded = encode(text)
         token_spans = self._find_role_spans(encoded, draft, rest)

@@ -522,3 +522,20 @@ def test_a_document_a_turn_has_fewer_characters(
     assert len(renderer.render(make_example(*turns[:16])).documents) == 8
     with pytest.raises(InputError, match="over 100,000 characters"):
         renderer.render(make_example(*turns))
+
+
+def test_the_first_answer_that_cannot_be_trained_is_named(tmp_path: Path) -> None:
+    """Not a later message that the template refuses, too."""
+    template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}"
+    template += "{% endif %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, template), now=NOW)
+    turns = [
+        user("a"),
+        assistant("b", tool_calls=[make_tool_call(x=1)]),
+        {"role": "tool", "content": "c"},
+    ]
+    with pytest.raises(InputError, match="does not write the tool calls"):
+        renderer.render(make_example(*turns))
+    with pytest.raises(InputError, match="no tools"):
+        renderer.render(make_example(user("a"), assistant("b"), turns[2]))
