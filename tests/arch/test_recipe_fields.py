@@ -42,6 +42,7 @@ FROZEN = [
         "dtype",
         "attention",
         "gradient_checkpointing",
+        "deterministic",
         "metrics",
         "gates",
         "guard",

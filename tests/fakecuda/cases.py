@@ -62,6 +62,7 @@ from tunesmith.session.preflight_probe import (
     choose_positions,
     choose_sharing_documents,
 )
+from tunesmith.session.session import set_deterministic
 from tunesmith.train.checkpoint import STATE_FILE
 from tunesmith.train.kto import measure_kl
 from tunesmith.train.loop import TrainingLoop
@@ -374,6 +375,20 @@ def count_one_add() -> Record:
     return record
 
 
+def run_deterministic(case: Callable[[], Record]) -> Record:
+    set_deterministic(True)
+    try:
+        return case()
+    finally:
+        set_deterministic(False)
+
+
+def sum_floats() -> Record:
+    with recording() as record:
+        torch.zeros(3, device="cuda").cumsum(0)
+    return record
+
+
 # faults that the recorder must see, and counts that are known
 CONTROLS: dict[str, Callable[[], Record]] = {
     "mixed devices": mix_devices,
@@ -381,6 +396,7 @@ CONTROLS: dict[str, Callable[[], Record]] = {
     "a shape that depends on values": select_by_values,
     "two reads": read_twice,
     "one kernel": count_one_add,
+    "a sum in any order": partial(run_deterministic, sum_floats),
 }
 
 
@@ -458,6 +474,9 @@ for policy in POLICIES:
         )
 for family, family_config in CONFIGS.items():
     CASES[f"family {family}"] = partial(train, family_config, make_tiny_documents((17, 17, 5)))
+DETERMINISTIC = ("sft", "sampled answers", "shared prefixes", "family qwen3_5", "family mixtral")
+for name in DETERMINISTIC:
+    CASES[f"{name}, deterministic"] = partial(run_deterministic, CASES[name])
 
 
 def run_case(case: Callable[[], Record]) -> dict[str, Any]:

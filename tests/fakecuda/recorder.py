@@ -27,6 +27,7 @@ FREE = {
     *("aten::is_same_size", "aten::sym_size", "prim::device"),
 }
 
+RANDOM_ORDER = {"aten::put_", "aten::histc", "aten::bincount", "aten::median", "aten::nll_loss2d"}
 ROW_CHOICES = {"aten::embedding", "aten::index_select"}
 FILLS = {"aten::zeros", "aten::ones", "aten::zeros_like", "aten::fill_", "aten::zero_"}
 
@@ -65,6 +66,8 @@ class Recorder(TorchDispatchMode):
         if func in READS:
             return self._read(func, inputs, args)
         self._refuse_mixture(func, inputs)
+        if torch.are_deterministic_algorithms_enabled():
+            _refuse_random_order(func, inputs)
         out = func(*args, **(kwargs or {}))
         outputs = list(_iter_tensors(out))
         if func.namespace == "tunesmith":
@@ -124,6 +127,15 @@ class Recorder(TorchDispatchMode):
             record.live_bytes -= size
 
         weakref.finalize(storage, forget)
+
+
+def _refuse_random_order(func: Any, inputs: list[Tensor]) -> None:
+    """torch refuses these on a GPU in its deterministic mode (torch.use_deterministic_algorithms);
+    its kernels do it, which nothing here runs."""
+    name = func._schema.name
+    is_float_sum = name == "aten::cumsum" and inputs[0].is_floating_point()
+    if name in RANDOM_ORDER or is_float_sum:
+        raise AssertionError(f"{name} has no deterministic algorithm")
 
 
 def _count_moved_bytes(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:

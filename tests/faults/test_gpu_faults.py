@@ -65,6 +65,11 @@ MESSAGES = {
         "want of memory",
         "other processes",
     ),
+    "no deterministic algorithm": (
+        "put_ does not have a deterministic implementation, but you set 'torch.use_deterministic_",
+        "no deterministic algorithm",
+        "deterministic: false",
+    ),
     "broken memory": (
         f"CUDA error: uncorrectable ECC error encountered{ASYNCHRONOUS}",
         "the GPU or its driver failed",

@@ -198,6 +198,7 @@ class PlanConfig:
     new_rows_modules: tuple[str, ...] | None = None  # matrices with trained rows of new tokens
     new_rows_lr_factor: int | float | None = None  # learning rate of those rows, relative
     gradient_checkpointing: str  # kept or recomputed in the backward pass
+    deterministic: bool = False  # torch's deterministic algorithms
     chat_template: str  # "auto": the model's own; "none"; or the path of a Jinja file
     on_overlong: Literal["drop", "truncate", "refuse"]
     seed: int

@@ -72,6 +72,14 @@ GPU_FAULTS = (
         "look at `nvidia-smi`; a container must be given the GPU",
     ),
     GpuFault(
+        (
+            "does not have a deterministic implementation",
+            "not deterministic because it uses CuBLAS",
+        ),
+        "an operation has no deterministic algorithm on this GPU",
+        "set deterministic: false; a resumed run then differs in the last bits",
+    ),
+    GpuFault(
         ("ECC error", "hardware stack error", "launch timed out", "CUDA error: unknown error"),
         "the GPU or its driver failed",
         "look at `nvidia-smi` and the log of the system, and start the GPU again",

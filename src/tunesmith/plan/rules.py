@@ -449,6 +449,14 @@ def attention(context: RuleContext) -> PlanValue:
     return make_rule_value(backend, reason)
 
 
+def deterministic(context: RuleContext) -> PlanValue:
+    """Off: a GPU is slower with it, and a CPU adds in the same order anyway."""
+    if context.machine.device == "cpu":
+        return make_rule_value(False, "not needed: on a CPU a resumed run has the same bits anyway")
+    reason = "a resumed run differs in the last bits; true makes it equal, with slower backwards"
+    return make_rule_value(False, reason)
+
+
 def share_prefixes(context: RuleContext) -> PlanValue:
     """On from 5% of the tokens, 25% on a GPU: below that, short segments cost more than they save.
     On a GPU, where this was counted and not measured, each layer gathers the shared keys.
@@ -517,6 +525,7 @@ RULES: dict[str, Callable[[RuleContext], PlanValue]] = {
     "max_grad_norm": make_constant_rule(1.0, "the common limit"),
     "step_in_backward": step_in_backward,
     "attention": attention,
+    "deterministic": deterministic,
     "share_prefixes": share_prefixes,
     "weight_layout": weight_layout,
     "metrics": metrics,

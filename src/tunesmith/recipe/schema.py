@@ -217,6 +217,9 @@ class Recipe(BaseModel):
         default="auto",
         description="Activations recomputed in backward: none, selective or full; true is full.",
     )
+    deterministic: Auto | bool = Field(
+        default="auto", description="Repeat sums in one order, also on a GPU: the same bits again."
+    )
     metrics: Auto | Metrics = Field(
         default="auto",
         description="Metrics of the before/after; see docs/guides/evaluate.md.",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -69,6 +70,9 @@ MAX_CHECKED_BYTES = 2**23  # of a text whose windows are compared with it
 PROBE_ROWS = 200  # training rows from which the preflight documents are chosen
 SHOW_FIX = "inspect the rows with `tunesmith data show`"
 STOCK_ID_ROWS = 20  # training rows whose token ids are compared with transformers
+
+CUBLAS_ENV = "CUBLAS_WORKSPACE_CONFIG"
+CUBLAS_SETTING = ":4096:8"  # one of the two that torch takes in the deterministic mode
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +139,7 @@ def open_session(plan: Plan, inputs: RunInputs) -> Session:
     tokens."""
     # for the rest of the process: torch's threads keep the mode that they were started with
     torch.set_flush_denormal(True)
+    set_deterministic(plan.config.deterministic)
     inputs = _apply_length_limit(plan, inputs)
     network = _load_base_network(plan, inputs)
     adapter = inputs.adapter
@@ -162,9 +167,21 @@ def open_session(plan: Plan, inputs: RunInputs) -> Session:
 
 def load_starting_model(plan: Plan, inputs: RunInputs) -> PackedCausalLM:
     """Load the model that training starts from, in eval mode."""
+    set_deterministic(plan.config.deterministic)
     model = _wrap_network(_load_base_network(plan, inputs), plan, inputs)
     model.network.eval()
     return model
+
+
+def set_deterministic(is_on: bool) -> None:
+    """Let torch take algorithms whose sums have one order, for the rest of the process: flash
+    attention's backward, sums over indices, cuBLAS without several streams. Our Triton kernels have
+    no others. An operation without such an algorithm raises RuntimeError."""
+    if is_on:
+        os.environ.setdefault(CUBLAS_ENV, CUBLAS_SETTING)  # cuBLAS reads it at its first product
+        # our kernels write all of what they are given: nothing is to be filled before
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(is_on)
 
 
 def open_eval_session(plan: Plan, inputs: RunInputs, model: PackedCausalLM) -> Session:

@@ -52,6 +52,15 @@ def test_gradients_in_fp16_are_all_known_before_an_update(make_context: Make) ->
     assert caught.value.where == "step_in_backward"
 
 
+@pytest.mark.parametrize(("device", "words"), [("cpu", "same bits"), ("cuda", "last bits")])
+def test_the_plan_says_whether_a_resumed_run_has_the_same_bits(
+    device: str, words: str, make_context: Make
+) -> None:
+    value = rules.deterministic(make_context(device=device))
+    assert value.value is False
+    assert words in value.reason
+
+
 @pytest.mark.parametrize(
     ("device", "savings", "expected"),
     [("cpu", 0.04, False), ("cpu", 0.06, True), ("cuda", 0.2, False), ("cuda", 0.3, True)],

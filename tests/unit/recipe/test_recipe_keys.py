@@ -1,12 +1,14 @@
 """Every key of the recipe has a case here: changing it changes what a run does."""
 
 import inspect
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 from safetensors.torch import load
 
@@ -511,6 +513,18 @@ def gradient_checkpointing(lab: Lab) -> None:
     assert (
         read_json(lab.output / "plan.json")["settings"]["gradient_checkpointing"]["value"] == "full"
     )
+
+
+def deterministic(lab: Lab) -> None:
+    """On a CPU, where the bits are the same anyway, torch's mode is what changes."""
+    expected = lab.adapter()
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        assert lab.adapter(deterministic=True) == expected
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def guard(lab: Lab) -> None:

@@ -79,6 +79,7 @@ SPELLINGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "dtype": (["fp32"], {}),
     "attention": (["sdpa", "documents"], {}),
     "gradient_checkpointing": ([True, "true", "recompute", "full"], {}),
+    "deterministic": ([True, "true"], {}),
     "metrics": (["exact_match", ["exact_match"]], {}),
     "gates": ([{"exact_match": ">= 0.8"}], {}),
     "guard": (["off", False, {"collapse": "off", "forgetting": "false"}], {}),

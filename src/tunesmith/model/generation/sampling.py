@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.core.types import GenerationRequest, TokenLogprobs
+from tunesmith.model.kernels import ops
 
 # top-p usually needs fewer tokens than this; sorting the vocabulary is far slower
 TOP_P_CANDIDATES = 256
@@ -97,7 +98,7 @@ def compute_probabilities(logits_BV: Tensor, requests: Sequence[GenerationReques
 def sample_from_uniform(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Return the first token whose cumulative probability, in vocabulary order, exceeds `uniform_B`
     in [0, 1)."""
-    total_BV = p_BV.cumsum(dim=-1)
+    total_BV = ops.cumsum(p_BV)
     threshold_B1 = (uniform_B * total_BV[:, -1])[:, None]
     tokens_B1 = torch.searchsorted(total_BV, threshold_B1, right=True)
     return tokens_B1[:, 0].clamp_(max=p_BV.shape[1] - 1)
@@ -120,7 +121,7 @@ def filter_top_p(p_BV: Tensor, top_p_B: Tensor) -> Tensor:
     vocab_size = p_BV.shape[1]
     for count in (min(TOP_P_CANDIDATES, vocab_size), vocab_size):
         top_BK = p_BV.topk(count).values
-        cumulative_BK = top_BK.cumsum(dim=-1)
+        cumulative_BK = ops.cumsum(top_BK)
         if bool((cumulative_BK[:, -1] >= top_p_B).all()):
             break
     # a token is needed if those before it do not reach top-p

@@ -78,6 +78,22 @@ def _load_triton() -> ModuleType | None:
     return triton_ops
 
 
+# ---------------------------------------------------------------- sums up to each position
+
+FIXED_POINT = 2.0**40  # sums of less than 2^23 in steps of 2^-40, which fp32 rounds anyway
+
+
+def cumsum(x: Tensor) -> Tensor:
+    """Return the sums of finite x up to each position of the last dimension. Not differentiable.
+
+    A GPU adds them in any order, and torch refuses that if its algorithms must be deterministic.
+    Sums of integers have one value in any order."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(-1)
+    integers = (x.double() * FIXED_POINT).round().long()
+    return (integers.cumsum(-1).double() / FIXED_POINT).to(x.dtype)
+
+
 # ---------------------------------------------------------------- RMSNorm
 
 

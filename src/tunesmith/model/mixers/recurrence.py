@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tunesmith.model.kernels import ops
 from tunesmith.model.mixers.chunks import ChunkedLayout
 
 QKV = tuple[Tensor, Tensor, Tensor]  # q, k [T, G, D], v [T, G, R, E]
@@ -81,7 +82,7 @@ def _prepare_chunks(
     q, k = (chunks.split(x).transpose(1, 2).contiguous() for x in qkv[:2])
     v = _split_values(qkv[2], chunks)
     decay, beta = (chunks.split(x).permute(0, 2, 3, 1) for x in (decay_TGR, beta_TGR))
-    log_decay = decay.cumsum(-1)
+    log_decay = ops.cumsum(decay)
     chunk_size = q.shape[2]
     is_later = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device).triu(1)
     difference = log_decay[..., :, None] - log_decay[..., None, :]
@@ -220,7 +221,7 @@ def run_chunks_backward(
             else:
                 dafter.index_add_(0, wave.previous, dbefore)
     grads.add_inside(residuals)
-    ddecay = grads.dlog_decay.flip(-1).cumsum(-1).flip(-1)
+    ddecay = ops.cumsum(grads.dlog_decay.flip(-1)).flip(-1)
     dq, dk = (chunks.join(grad.transpose(1, 2)) for grad in (grads.dq, grads.dk))
     dv = chunks.join(grads.dresidual.permute(0, 3, 1, 2, 4))
     ddecay, dbeta = (chunks.join(grad.permute(0, 3, 1, 2)) for grad in (ddecay, grads.dbeta))
