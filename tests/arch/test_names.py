@@ -24,7 +24,7 @@ CHARTS = {"svg_charts.py", "lr_plot.py"}  # where left is a direction
 
 VERBS = set(
     """
-    penalize compose construct indent
+    penalize compose construct indent promote
     accept accumulate acquire adapt add adjust admit advance advise align allocate allow analyze
     answer append apply archive ask assert assign assume attach attend average backward balance
     begin

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +18,10 @@ import typer
 
 from tunesmith.cli.args import AsJson
 from tunesmith.cli.help import complete_runs
-from tunesmith.cli.output import print_result, write_stderr
+from tunesmith.cli.output import TerminalConsole, print_result, write_stderr
 from tunesmith.core.errors import InputError, MachineError
+
+WATCH_SECONDS = 2.0
 
 KeysFile = Annotated[
     Path | None,
@@ -26,6 +30,16 @@ KeysFile = Annotated[
         help="Key file; ~/.config/tunesmith/keys.json.",
         show_default=False,
     ),
+]
+
+ModelsFolder = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Where PUT /admin/models finds runs.", show_default=False),
+]
+
+WatchedUrl = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Watch a running server instead.", show_default=False),
 ]
 
 SourcesArg = Annotated[
@@ -54,12 +68,7 @@ def serve(  # noqa: PLR0913 - every option is a flag
     port: Annotated[
         int | None, typer.Option(metavar="N", help="Port; 8000 by default.", show_default=False)
     ] = None,
-    models_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Where PUT /admin/models finds runs.", show_default=False
-        ),
-    ] = None,
+    models_dir: ModelsFolder = None,
     keys: KeysFile = None,
     no_auth: Annotated[
         bool, typer.Option("--no-auth", help="Serve without keys, on this machine only.")
@@ -73,8 +82,12 @@ def serve(  # noqa: PLR0913 - every option is a flag
             metavar="TYPE", help="bf16, fp16 or fp32; the run's by default.", show_default=False
         ),
     ] = None,
+    watch: WatchedUrl = None,
 ) -> None:
     """Serve runs behind OpenAI's API, many adapters on one base."""
+    if watch is not None:
+        _watch_server(watch, sources)
+        return
     settings_flags: dict[str, Any] = {
         "base": base,
         "host": host,
@@ -97,6 +110,38 @@ def serve(  # noqa: PLR0913 - every option is a flag
     with prepared.base.scratch:
         code = asyncio.run(run_server(prepared))
     sys.exit(code)
+
+
+def _watch_server(url: str, sources: list[str] | None) -> None:
+    """Show a running server until Ctrl-C. A server that goes away is told, and tried again."""
+    console = TerminalConsole()
+    if sources:
+        fix = "leave the runs out"
+        raise InputError("a running server is watched, not started", where="--watch", fix=fix)
+    if not console.is_terminal:
+        fix = "read /metrics, which programs understand"
+        raise InputError("--watch needs a terminal", where="command line", fix=fix)
+    _require_extra()
+    from rich.console import Group
+    from rich.live import Live
+    from rich.markup import escape
+
+    from tunesmith.cli.views.server import render_activity
+    from tunesmith.serve.watch import KEY_VARIABLE, ServerMonitor
+
+    monitor = ServerMonitor(url, os.environ.get(KEY_VARIABLE, ""))
+    activity = monitor.read()  # the first error ends it
+    problem = ""
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            view = render_activity(monitor.url, activity, max_models=max(3, console.height // 2))
+            live.update(Group(f"[bold red]{escape(problem)}[/]", view), refresh=True)
+            time.sleep(WATCH_SECONDS)
+            try:
+                activity = monitor.read()
+                problem = ""
+            except MachineError as error:
+                problem = f"{error.message}; this is what it did last"
 
 
 def _require_extra() -> None:

@@ -90,6 +90,13 @@ class LiveClient:
         key or a server of another kind, MachineError for one that cannot be reached or fails."""
         return self._request("POST", path, body, is_below_url=is_below_url)
 
+    def fetch(self, path: str) -> tuple[int, bytes]:
+        """Return the status and content of GET URL/path, whatever they are. Raises InputError or
+        MachineError for a server that cannot be reached."""
+        target = self._parts.path.rstrip("/") + path
+        status, _, content = self._send("GET", target, None, self.url + path)
+        return status, content
+
     def _request(
         self, method: str, path: str, body: Json | None = None, *, is_below_url: bool = True
     ) -> Json:

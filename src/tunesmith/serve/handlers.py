@@ -37,7 +37,7 @@ from tunesmith.serve.guard import BODY_FIELD, KEY_FIELD
 from tunesmith.serve.keys import ApiKey
 from tunesmith.serve.registry import Lease, ServedModel
 from tunesmith.serve.requests import Prompt, make_jobs, render_chat, render_completions
-from tunesmith.serve.route_judge import RoutedAnswers, RouteJudge, Target
+from tunesmith.serve.route_judge import ChosenModel, RoutedAnswers, RouteJudge
 from tunesmith.serve.routes import Route
 from tunesmith.serve.settings import BASE_NAME
 from tunesmith.serve.shadow import ShadowRequest
@@ -76,23 +76,23 @@ def get_record(request: Request) -> AccessRecord:
 async def create_chat_completion(request: Request) -> ASGIApp:
     """Answer a conversation."""
     body = read_body(request.scope[BODY_FIELD], ChatBody)
-    target = find_target(request, body)
-    prompt = await asyncio.to_thread(render_chat, body, target.model)
-    head = make_head(request, body, target, "chatcmpl", has_logprobs=bool(body.logprobs))
-    return await answer(request, body, [prompt], target, ChatFormat(head))
+    chosen = choose_model(request, body)
+    prompt = await asyncio.to_thread(render_chat, body, chosen.model)
+    head = make_head(request, body, chosen, "chatcmpl", has_logprobs=bool(body.logprobs))
+    return await answer(request, body, [prompt], chosen, ChatFormat(head))
 
 
 async def create_completion(request: Request) -> ASGIApp:
     """Continue a text or token ids."""
     body = read_body(request.scope[BODY_FIELD], CompletionBody)
-    target = find_target(request, body)
-    prompts = await asyncio.to_thread(render_completions, body, target.model)
-    head = make_head(request, body, target, "cmpl", has_logprobs=body.logprobs is not None)
+    chosen = choose_model(request, body)
+    prompts = await asyncio.to_thread(render_completions, body, chosen.model)
+    head = make_head(request, body, chosen, "cmpl", has_logprobs=body.logprobs is not None)
     answer_format = CompletionFormat(head, should_echo=bool(body.echo))
-    return await answer(request, body, prompts, target, answer_format)
+    return await answer(request, body, prompts, chosen, answer_format)
 
 
-def find_target(request: Request, body: SamplingBody) -> Target:
+def choose_model(request: Request, body: SamplingBody) -> ChosenModel:
     """Return the model that a body names, or that its route chooses, and note it in the access
     log."""
     server = get_server(request)
@@ -100,26 +100,26 @@ def find_target(request: Request, body: SamplingBody) -> Target:
     record = get_record(request)
     route = server.routes.table.find(body.model, key)
     if route is None:
-        target = Target(server.engine.registry.find(body.model, key))
+        chosen = ChosenModel(server.engine.registry.find(body.model, key))
     else:
         record.route = route.name
         unit = route.name_unit(body.user, key, record.id)
         model = server.routes.choose_model(route, unit)
-        target = Target(model, route, unit if route.settings.sticky == "user" else "")
-    record.model = target.model.name
-    record.version = target.model.version
-    if server.engine.registry.get_witness(target.model) == "unproven":
-        server.engine.metrics.unproven.labels(target.model.name).inc()
-    return target
+        chosen = ChosenModel(model, route, unit if route.settings.sticky == "user" else "")
+    record.model = chosen.model.name
+    record.version = chosen.model.version
+    if server.engine.registry.get_witness(chosen.model) == "unproven":
+        server.engine.metrics.unproven.labels(chosen.model.name).inc()
+    return chosen
 
 
 def make_head(
-    request: Request, body: SamplingBody, target: Target, prefix: str, *, has_logprobs: bool
+    request: Request, body: SamplingBody, chosen: ChosenModel, prefix: str, *, has_logprobs: bool
 ) -> AnswerHead:
-    model = target.model
+    model = chosen.model
     return AnswerHead(
         id=f"{prefix}-{get_record(request).id.removeprefix('req-')}",
-        model=body.model if target.route is None else model.name,
+        model=body.model if chosen.route is None else model.name,
         fingerprint=compute_fingerprint(model, get_server(request).numerics),
         renderer=model.renderer,
         has_logprobs=has_logprobs,
@@ -132,52 +132,52 @@ async def answer(
     request: Request,
     body: ChatBody | CompletionBody,
     prompts: Sequence[Prompt],
-    target: Target,
+    chosen: ChosenModel,
     answer_format: AnswerFormat,
 ) -> ASGIApp:
     """Queue the answers to some prompts and return the response that waits for them."""
     server = get_server(request)
-    model = target.model
+    model = chosen.model
     num_answers = len(prompts) * (body.n or 1)
     server.engine.scheduler.check_capacity(num_answers)
     jobs = await make_jobs(body, prompts, model, get_key(request), server.grammars)
-    lease = await acquire(server, target)
+    lease = await acquire(server, chosen)
     record = get_record(request)
     generation = Generation(server.engine, model, lease, jobs, answer_format, record)
     generation.submit()
-    headers = {"x-tunesmith-model": name_version(target)}
+    headers = {"x-tunesmith-model": name_version(chosen)}
     if body.stream:
         events = generation.events(should_send_usage=body.should_send_usage)
-        return EventStream(keep_before_end(events, request, body, generation, target), headers)
+        return EventStream(keep_before_end(events, request, body, generation, chosen), headers)
     try:
         content = await run_until_disconnect(request.receive, generation.run())
     finally:
-        note_answers(request, body, generation, target)
+        note_answers(request, body, generation, chosen)
     if content is None:
         record.has_disconnected = True
         return Response(status_code=CLIENT_DISCONNECTED)
-    keep_chat(request, body, generation, target)
+    keep_chat(request, body, generation, chosen)
     if record.is_schema_valid is not None:
         headers["x-tunesmith-schema"] = "complete" if record.is_schema_valid else "open"
     return JSONResponse(content, headers={**NO_STORE, **headers})
 
 
-async def acquire(server: Server, target: Target) -> Lease:
+async def acquire(server: Server, chosen: ChosenModel) -> Lease:
     """Return a lease on the model. Raises RequestError if it cannot be loaded; a canary is rolled
     back then."""
     try:
-        return await server.engine.registry.acquire(target.model)
+        return await server.engine.registry.acquire(chosen.model)
     except RequestError as error:
-        is_canary = target.route is not None and target.model.name != target.route.stable
-        if is_canary and target.route is not None and error.code == "model_not_loaded":
-            server.routes.roll_back(target.route, error.message)
+        is_canary = chosen.route is not None and chosen.model.name != chosen.route.stable
+        if is_canary and chosen.route is not None and error.code == "model_not_loaded":
+            server.routes.roll_back(chosen.route, error.message)
         raise
 
 
-def name_version(target: Target) -> str:
+def name_version(chosen: ChosenModel) -> str:
     """Return what answers: the route, and the version of the model that it has chosen."""
-    version = target.model.version
-    return version if target.route is None else f"{target.route.name}={version}"
+    version = chosen.model.version
+    return version if chosen.route is None else f"{chosen.route.name}={version}"
 
 
 async def keep_before_end(
@@ -185,29 +185,29 @@ async def keep_before_end(
     request: Request,
     body: ChatBody | CompletionBody,
     generation: Generation,
-    target: Target,
+    chosen: ChosenModel,
 ) -> AsyncGenerator[bytes]:
     """Yield the events of a stream; the chat is kept before the client sees the last of them."""
     try:
         async with aclosing(events):
             async for event in events:
                 if event is LAST_EVENT:
-                    keep_chat(request, body, generation, target)
+                    keep_chat(request, body, generation, chosen)
                 yield event
     finally:
-        note_answers(request, body, generation, target)
+        note_answers(request, body, generation, chosen)
 
 
 def note_answers(
-    request: Request, body: ChatBody | CompletionBody, generation: Generation, target: Target
+    request: Request, body: ChatBody | CompletionBody, generation: Generation, chosen: ChosenModel
 ) -> None:
     """Let the route judge what was answered."""
-    if target.route is None:
+    if chosen.route is None:
         return
     first_job = generation.jobs[0]
     routed = RoutedAnswers(
         id=get_record(request).id,
-        target=target,
+        chosen=chosen,
         answers=generation.answers,
         has_grammar=first_job.grammar is not None,
         failure=generation.failure,
@@ -216,7 +216,9 @@ def note_answers(
     get_server(request).routes.note_answers(routed)
 
 
-def keep_chat(request: Request, body: SamplingBody, generation: Generation, target: Target) -> None:
+def keep_chat(
+    request: Request, body: SamplingBody, generation: Generation, chosen: ChosenModel
+) -> None:
     """Keep a chat with one answer for feedback, if the settings allow it."""
     store = get_server(request).feedback
     if store is None or not isinstance(body, ChatBody) or len(generation.answers) > 1:
@@ -231,8 +233,8 @@ def keep_chat(request: Request, body: SamplingBody, generation: Generation, targ
         messages=list_messages(body.messages),
         answer=generation.answers[0].text,
         time=time.monotonic(),
-        route="" if target.route is None else target.route.name,
-        user=target.user,
+        route="" if chosen.route is None else chosen.route.name,
+        user=chosen.user,
     )
     store.chats.add(chat)
 

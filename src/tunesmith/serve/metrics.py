@@ -50,23 +50,7 @@ class ServerMetrics:
         self.refused = add_counter("refused", "Requests refused before a model saw them.", ("why",))
         self.cut_answers = add_counter("cut_answers", "Answers not completed.", ("model",))
         self.feedback = add_counter("feedback", "Verdicts of people.", ("model", "verdict"))
-        self.route_share = add_gauge(
-            "route_share", "Percent of a route's requests.", ("route", "model")
-        )
-        self.route_answers = add_counter("route_answers", "Answers by a route.", ("route", "model"))
-        self.route_checks = add_counter(
-            "route_checks", "Checked answers: ok or bad.", ("route", "model", "check", "result")
-        )
-        self.canary_events = add_counter("canary_events", "Decisions.", ("route", "event"))
-        self.shadow_answers = add_counter(
-            "shadow_answers", "same, different, dropped or failed.", ("route", "model", "result")
-        )
-        self.shadow_checks = add_counter(
-            "shadow_checks", "Checked shadows: ok or bad.", ("route", "model", "check", "result")
-        )
-        self.shadow_tokens = add_counter(
-            "shadow_tokens", "Tokens of compared answers.", ("route", "model", "side")
-        )
+        self.routes = RouteMetrics(self.registry)
         self.running = add_gauge("running", "Answers being made.")
         self.waiting = add_gauge("waiting", "Answers waiting for a row.")
         self.is_resident = add_gauge("adapter_resident", "1: in memory.", ("model",))
@@ -100,3 +84,28 @@ class ServerMetrics:
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class RouteMetrics:
+    """The metrics of routes."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        arm = ("route", "model")
+        checked = (*arm, "check", "result")  # ok or bad
+
+        def add_counter(name: str, text: str, labels: tuple[str, ...]) -> Counter:
+            return Counter(f"tunesmith_{name}", text, labels, registry=registry)
+
+        self.share = Gauge(
+            "tunesmith_route_share", "Percent of a route's requests.", arm, registry=registry
+        )
+        self.answers = add_counter("route_answers", "Answers by a route.", arm)
+        self.checks = add_counter("route_checks", "Checks of answers.", checked)
+        self.canary_events = add_counter("canary_events", "Decisions.", ("route", "event"))
+        self.shadow_answers = add_counter(
+            "shadow_answers", "same, different, dropped or failed.", (*arm, "result")
+        )
+        self.shadow_checks = add_counter("shadow_checks", "Checks of shadows.", checked)
+        self.shadow_tokens = add_counter(
+            "shadow_tokens", "Tokens of compared answers.", (*arm, "side")
+        )

@@ -41,7 +41,7 @@ logger = logging.getLogger("tunesmith.serve")
 
 
 @dataclass(frozen=True)
-class Target:
+class ChosenModel:
     """The model that answers a request, and the route that has chosen it. `user` keeps it."""
 
     model: ServedModel
@@ -54,7 +54,7 @@ class RoutedAnswers:
     """The answers to one request of a route. `failure` is the error that ended it."""
 
     id: str  # of the request
-    target: Target
+    chosen: ChosenModel
     answers: Sequence[Answer]
     has_grammar: bool
     failure: str
@@ -104,7 +104,7 @@ class RouteJudge:
     def roll_back(self, route: Route, reason: str) -> None:
         """Take a canary away at once."""
         if route.canary is not None and route.canary.state.status != "rolled_back":
-            self._announce(route, route.canary.roll_back(reason), BY_RULE)
+            self._report_event(route, route.canary.roll_back(reason), BY_RULE)
 
     def _follow_versions(self, route: Route) -> None:
         if route.canary is None:
@@ -113,7 +113,7 @@ class RouteJudge:
         stable = self._registry.get(route.stable)
         event = route.canary.follow_versions(canary.version, stable.version)
         if event:
-            self._announce(route, event, BY_RULE)
+            self._report_event(route, event, BY_RULE)
 
     def set_canary(self, route: Route, action: str, by: str) -> None:
         """Do what an admin wants with the canary of a route."""
@@ -124,7 +124,7 @@ class RouteJudge:
             "roll_back": route.canary.roll_back,
             "promote": route.canary.promote,
         }
-        self._announce(route, actions[action](f"set by {by}"), by)
+        self._report_event(route, actions[action](f"set by {by}"), by)
 
     # ---- what was answered
 
@@ -147,18 +147,18 @@ class RouteJudge:
             self._decide(route)
 
     async def _judge(self, routed: RoutedAnswers) -> None:
-        route = routed.target.route
+        route = routed.chosen.route
         assert route is not None
         rules = self._build_rules(route)
-        model = routed.target.model
-        self._metrics.route_answers.labels(route.name, model.name).inc(len(routed.answers))
+        model = routed.chosen.model
+        self._metrics.routes.answers.labels(route.name, model.name).inc(len(routed.answers))
         checks = [{FAILED: True}]
         if not routed.failure:
             checked = [_to_checked(answer, routed.has_grammar) for answer in routed.answers]
             checks = await _check_all(checked, rules)
         for answer_checks in checks:
             self._count_checks(route, model.name, answer_checks)
-            self._count_answer(route, routed.target, answer_checks)
+            self._count_answer(route, routed.chosen, answer_checks)
         is_single = len(routed.answers) == 1 and not routed.failure and bool(checks)
         if is_single and route.should_shadow(model.name, routed.id):
             await self._compare(route, routed, checks[0], rules)
@@ -172,12 +172,12 @@ class RouteJudge:
     def _count_checks(self, route: Route, model: str, checks: Mapping[str, bool]) -> None:
         for check, is_bad in checks.items():
             result = "bad" if is_bad else "ok"
-            self._metrics.route_checks.labels(route.name, model, check, result).inc()
+            self._metrics.routes.checks.labels(route.name, model, check, result).inc()
 
-    def _count_answer(self, route: Route, target: Target, checks: Mapping[str, bool]) -> None:
-        is_canary = self._find_side(route, target.model.version)
+    def _count_answer(self, route: Route, chosen: ChosenModel, checks: Mapping[str, bool]) -> None:
+        is_canary = self._find_side(route, chosen.model.version)
         if route.canary is not None and is_canary is not None:
-            route.canary.add_answer(checks, is_canary=is_canary, user=target.user)
+            route.canary.add_answer(checks, is_canary=is_canary, user=chosen.user)
             self._decide(route)
 
     def _find_side(self, route: Route, version: str) -> bool | None:
@@ -199,20 +199,20 @@ class RouteJudge:
         try:
             answered = await self._shadow.answer(routed.request, model)
         except ShadowFailure:
-            self._metrics.shadow_answers.labels(*names, "failed").inc()
+            self._metrics.routes.shadow_answers.labels(*names, "failed").inc()
             self._count_pair(route, routed, model, {FAILED: True}, checks)
             return
         if answered is None:
-            self._metrics.shadow_answers.labels(*names, "dropped").inc()
+            self._metrics.routes.shadow_answers.labels(*names, "dropped").inc()
             return
         answer, job = answered
         checked = await _check_all([_to_checked(answer, job.grammar is not None)], rules)
         if not checked:
             return
         result = "same" if answer.text == served.text else "different"
-        self._metrics.shadow_answers.labels(*names, result).inc()
-        self._metrics.shadow_tokens.labels(*names, "served").inc(len(served.tokens))
-        self._metrics.shadow_tokens.labels(*names, "shadow").inc(len(answer.tokens))
+        self._metrics.routes.shadow_answers.labels(*names, result).inc()
+        self._metrics.routes.shadow_tokens.labels(*names, "served").inc(len(served.tokens))
+        self._metrics.routes.shadow_tokens.labels(*names, "shadow").inc(len(answer.tokens))
         self._count_pair(route, routed, model, checked[0], checks)
 
     def _count_pair(
@@ -225,9 +225,9 @@ class RouteJudge:
     ) -> None:
         for check, is_bad in checks.items():
             result = "bad" if is_bad else "ok"
-            self._metrics.shadow_checks.labels(route.name, model.name, check, result).inc()
+            self._metrics.routes.shadow_checks.labels(route.name, model.name, check, result).inc()
         is_of_canary = self._find_side(route, model.version)
-        is_beside_stable = self._find_side(route, routed.target.model.version) is False
+        is_beside_stable = self._find_side(route, routed.chosen.model.version) is False
         if route.canary is not None and is_of_canary and is_beside_stable:
             route.canary.add_pair(checks, served_checks)
             self._decide(route)
@@ -238,19 +238,19 @@ class RouteJudge:
         assert route.canary is not None
         event = route.canary.judge()
         if event:
-            self._announce(route, event, BY_RULE)
+            self._report_event(route, event, BY_RULE)
         else:
             self._has_changed = True
             if time.monotonic() - self._saved > SAVE_SECONDS:
                 _start(self.save(), self._saving)
 
-    def _announce(self, route: Route, event: Event, by: str) -> None:
+    def _report_event(self, route: Route, event: Event, by: str) -> None:
         """Say what was decided: in the log, the metrics and the audit lines."""
         assert route.canary is not None
         state = route.canary.state
         share = f"{route.canary.share:g}% of {route.name}"
         logger.warning("canary %s %s, %s: %s", state.canary, event, share, state.reason)
-        self._metrics.canary_events.labels(route.name, event).inc()
+        self._metrics.routes.canary_events.labels(route.name, event).inc()
         self._show_shares(route)
         self._events.append(make_event(route.name, event, route.canary, by))
         self._has_changed = True
@@ -258,7 +258,7 @@ class RouteJudge:
 
     def _show_shares(self, route: Route) -> None:
         for model, share in route.shares.items():
-            self._metrics.route_share.labels(route.name, model).set(share)
+            self._metrics.routes.share.labels(route.name, model).set(share)
 
     async def save(self) -> None:
         """Write what has changed. What the disk refuses stays in memory until the next time."""

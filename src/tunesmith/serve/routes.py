@@ -105,8 +105,9 @@ class RouteTable:
 
     def list_users(self, model: str) -> list[str]:
         """Return the names of the routes that use a model."""
-        return [
-            route.name
-            for route in self
-            if model in [name for _, name in route.settings.list_models()]
-        ]
+        names: list[str] = []
+        for route in self:
+            models = {name for _, name in route.settings.list_models()}
+            if model in models:
+                names.append(route.name)
+        return names

@@ -285,14 +285,14 @@ class Scheduler:
 
     def _enqueue(self, job: AnswerJob) -> None:
         if not job.is_cancelled:
-            self._interrupt_background()
+            self._stop_background()
             self._queue.add(job.client, job)
 
     def _enqueue_background(self, job: AnswerJob) -> None:
         if not job.is_cancelled:
             self._background.append(job)
 
-    def _interrupt_background(self) -> None:
+    def _stop_background(self) -> None:
         """End the rows of background jobs, so that the next step is the clients'."""
         for row, job in list(self._rows.items()):
             if job.is_background:
