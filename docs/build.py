@@ -35,6 +35,7 @@ from tunesmith.cli.app import VERBS
 from tunesmith.cli.output import PIPE_WIDTH
 from tunesmith.core.types import Json
 from tunesmith.model.hub.families import FAMILIES, REFUSED_TYPES
+from tunesmith.plan.hardware_presets import HARDWARE_PRESETS
 from tunesmith.recipe import fields, objectives, schema
 from tunesmith.recipe.explain import describe_schema
 
@@ -178,6 +179,27 @@ def build_refused_table() -> list[str]:
     return lines + [f"| {', '.join(names)} | {reason} |" for reason, names in types.items()]
 
 
+def build_gpu_table() -> list[str]:
+    """Every GPU that can be planned for, with its memory, its rate and its links."""
+    lines = [
+        "| `--target` | memory | bf16 | memory per second | in a node | between nodes | links |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, preset in HARDWARE_PRESETS.items():
+        rates = (preset.bandwidth, preset.link, preset.network)
+        cells = [
+            f"{rate / 1e9:,.3g} GB/s" if rate < 1e12 else f"{rate / 1e12:.3g} TB/s"
+            for rate in rates
+        ]
+        cells = [
+            f"{preset.memory_bytes // 10**9} GB",
+            f"{preset.flops / 1e12:,.4g} TFLOP/s",
+            *cells,
+        ]
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {preset.link_source} |")
+    return lines
+
+
 def _read_measured_families() -> dict[str, list[str]]:
     """The errors of each model type in docs/results/families.md; of several configs, the largest of
     each."""
@@ -209,6 +231,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "help": build_help_pages,
     "families": build_family_table,
     "refused": build_refused_table,
+    "gpus": build_gpu_table,
 }
 
 
@@ -289,11 +312,12 @@ def replace_commands(page: str, folder: Path) -> str:
 
 
 def prepare_scratch(folder: Path) -> None:
-    """The demo's files, the recipes, the examples, and one run of the demo."""
+    """The demo's files, the recipes, the examples, configs of models, and one run of the demo."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(DEMO, folder, dirs_exist_ok=True)
     for name in ("recipes", "examples"):
         shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "docs" / "models", folder / "models", dirs_exist_ok=True)
     record = folder / "runs" / "demo-1" / "record.json"
     if not record.exists():
         (folder / "demo.txt").write_text(_run("tunesmith demo", folder) + "\n")

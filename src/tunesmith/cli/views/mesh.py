@@ -22,6 +22,7 @@ PART_LABELS = {
     "head": "logits",
     "fragments": "fragmentation",
 }
+ACTIVATIONS = {"none": "kept", "selective": "MLPs recomputed", "full": "recomputed"}
 
 
 def render_mesh(plan: Plan, mesh_plan: MeshPlan) -> RenderableType:
@@ -103,7 +104,7 @@ def _format_option(option: MeshOption) -> tuple[str | Text, ...]:
         option.target,
         option.method,
         str(option.mesh.shard),
-        "kept" if option.gradient_checkpointing == "none" else option.gradient_checkpointing,
+        ACTIVATIONS[option.gradient_checkpointing],
         format_bytes(option.peak_bytes),
         _format_rates(option.tokens_per_second) if option.has_enough_memory else "-",
         verdict,

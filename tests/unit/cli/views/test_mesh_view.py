@@ -63,7 +63,7 @@ def test_what_does_not_run_has_no_command_and_few_rows_a_warning() -> None:
 
 def test_other_ways_are_rows_with_what_fits_and_what_runs() -> None:
     lines = [line.split() for line in render(SHARDED).splitlines()]
-    assert ["h100", "lora", "1", "full", "154.0", "GB", "-", "does", "not", "fit"] in lines
+    assert ["h100", "lora", "1", "recomputed", "154.0", "GB", "-", "does", "not", "fit"] in lines
     assert ["8xh100", "qlora", "1", "kept", "55.0", "GB", "2,600", "to", "3,500", "runs"] in lines
     assert ["4xh100", "lora", "4", "kept", "58.0", "GB", "9", "no:", "shards"] in lines
 
