@@ -21,8 +21,8 @@ from tunesmith.plan.memory import (
     NO_PART,
     compute_frozen_bytes,
     count_trained_parameters,
+    get_dtype_bytes,
 )
-from tunesmith.plan.memory_budget import get_dtype_bytes
 from tunesmith.plan.rules import RuleContext
 from tunesmith.plan.step_memory import collect_footprint, estimate_savings
 

@@ -61,6 +61,7 @@ def plan(make_context: Callable[..., RuleContext], make_spec: Callable[..., Mode
         target: str,
         *,
         longest: int = 700,
+        memory: str | None = None,
         saved_share: Callable[[int, int], float] = lambda *_: 0.0,
         **wishes: Any,
     ) -> Plan:
@@ -69,7 +70,7 @@ def plan(make_context: Callable[..., RuleContext], make_spec: Callable[..., Mode
         data: DataReport = dataclasses.replace(context.data, length_percentiles=lengths)
         return build_plan(
             Recipe.model_validate({"model": "llama", "data": "train.jsonl", **wishes}),
-            machine=choose_machine(context.machine, target, None),
+            machine=choose_machine(context.machine, target, memory),
             model=make_spec(model),
             data={"data": data},
             output_dir=Path("runs/run-1"),
@@ -269,6 +270,27 @@ def test_shared_prefixes_save_less_on_each_of_many_gpus(plan: Planner) -> None:
     assert eight.mesh is not None
     assert one.config.share_prefixes
     assert eight.mesh.step.tokens == pytest.approx(one.mesh.step.tokens * 0.9 / 0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("stage", ["cpt", "preference"])
+def test_every_stage_has_a_mesh_and_a_batch_in_its_own_unit(plan: Planner, stage: str) -> None:
+    made = plan({}, "8xh100", stage=stage)
+    assert made.mesh is not None
+    assert made.mesh.mesh.replicate == 8
+    batch = made.mesh.batch
+    assert batch is not None
+    of_plan = made.config.batch_tokens if stage == "cpt" else made.config.batch_size
+    assert of_plan is not None
+    assert batch.batch_size == 0 or math.log2(batch.batch_size / of_plan) % 1 == 0
+    assert made.seconds == (), "session/inputs.py adds it"
+
+
+def test_less_memory_than_the_card_has_may_need_a_shard(plan: Planner) -> None:
+    shards = [
+        get_mesh(plan(LLAMA_8B, "8xh100", method="lora", memory=memory)).shard
+        for memory in ("80GB", "16GB")
+    ]
+    assert shards[0] == 1 < shards[1]
 
 
 # ---------------------------------------------------------------- what else there is
