@@ -27,9 +27,13 @@ from tunesmith.export.parity import (
     refuse_mismatch,
     select_examples,
 )
+from tunesmith.export.per_expert import (
+    has_expert_adapters,
+    refuse_stacked_experts,
+    write_per_expert,
+)
 from tunesmith.export.source_run import SourceRun, open_source_run
 from tunesmith.export.targets import ExportFormat, find_format
-from tunesmith.model.expert_adapters import ExpertLoraTensors
 from tunesmith.model.save import select_linear_loras
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -78,7 +82,7 @@ def export_run(
     """Export a run, read the result back as other programs do, and compare its answers.
 
     Args:
-        kind: the type of a GGUF; None for the target's first.
+        kind: the type of a GGUF, or `per-expert` of PEFT; None for the target's first.
         base: the weights that an adapter trained on 4-bit weights is merged into.
         scale: factor on the adapter.
         out: the new folder; None for RUN/export/TARGET.
@@ -150,6 +154,8 @@ def _refuse_unsupported(run: SourceRun, export_format: ExportFormat) -> None:
     if export_format.bytes_per_weight == 0 and not run.loras:
         message = "this run trained all weights: there is no adapter"
         raise InputError(message, where=where, fix="export to merged or gguf")
+    if export_format.write is write_per_expert:
+        refuse_stacked_experts(run)
     if export_format.write is not write_lora:
         return
     fix = "export to merged, or to gguf with another --type"
@@ -159,7 +165,7 @@ def _refuse_unsupported(run: SourceRun, export_format: ExportFormat) -> None:
     if run.modules:
         message = f"a GGUF adapter cannot hold modules_to_save ({', '.join(run.modules):.80})"
         raise InputError(message, where=where, fix=fix)
-    if any(isinstance(lora, ExpertLoraTensors) for lora in run.loras.values()):
+    if has_expert_adapters(run):
         raise InputError("a GGUF adapter cannot hold adapters of experts", where=where, fix=fix)
     if any(lora.magnitude_O is not None for lora in select_linear_loras(run.loras).values()):
         raise InputError("a GGUF adapter cannot hold DoRA magnitudes", where=where, fix=fix)

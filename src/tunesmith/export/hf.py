@@ -76,7 +76,7 @@ def reload_peft(job: ExportJob) -> ReloadedExport:
     token_rows = read_token_rows(job.folder, base_dir)
     modules = read_saved_modules(job.folder, base_dir)
     merge_into_network(network, {**loras, **token_rows, **modules})
-    return ReloadedExport(network, _render_prompts(job), _read_end_ids(job.folder))
+    return ReloadedExport(network, render_prompts(job), read_end_ids(job.folder))
 
 
 def write_merged_folder(job: ExportJob) -> None:
@@ -91,7 +91,7 @@ def write_merged_folder(job: ExportJob) -> None:
 
 def reload_merged(job: ExportJob) -> ReloadedExport:
     network = load_network(job.folder, torch.float32)
-    return ReloadedExport(network, _render_prompts(job), _read_end_ids(job.folder))
+    return ReloadedExport(network, render_prompts(job), read_end_ids(job.folder))
 
 
 def _copy_files(job: ExportJob, *excluded: str) -> None:
@@ -103,11 +103,13 @@ def _copy_files(job: ExportJob, *excluded: str) -> None:
             shutil.copyfile(file, target)
 
 
-def _render_prompts(job: ExportJob) -> list[tuple[int, ...]]:
+def render_prompts(job: ExportJob) -> list[tuple[int, ...]]:
+    """Return the ids of the prompts as transformers renders them from the exported files."""
     chats = [(example.messages, example.tools) for example in job.chat_examples]
     return encode_stock_prompts(job.folder, chats, job.run.recipe.chat_template_kwargs)
 
 
-def _read_end_ids(folder: Path) -> tuple[int, ...]:
+def read_end_ids(folder: Path) -> tuple[int, ...]:
+    """Return the end tokens of an exported folder."""
     end_ids = read_model_json(folder / "generation_config.json").get("eos_token_id")
     return (end_ids,) if isinstance(end_ids, int) else tuple(end_ids or ())

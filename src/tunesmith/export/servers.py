@@ -23,6 +23,12 @@ from tunesmith.core.hub_names import COMMIT, split_revision
 from tunesmith.core.types import __version__
 from tunesmith.export.export import export_run
 from tunesmith.export.parity import Parity
+from tunesmith.export.per_expert import (
+    FORM,
+    MERGE_FIX,
+    has_expert_adapters,
+    refuse_stacked_experts,
+)
 from tunesmith.export.server_files import (
     ADAPTERS_DIR,
     ENGINES,
@@ -35,13 +41,15 @@ from tunesmith.export.server_files import (
     build_server_files,
 )
 from tunesmith.export.source_run import SourceRun, open_source_run
-from tunesmith.model.expert_adapters import ExpertLoraTensors
-from tunesmith.model.save import select_linear_loras
+from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE
+from tunesmith.model.hub.validate import read_model_json
+from tunesmith.model.save import LoraTensors, select_linear_loras
 from tunesmith.session.provenance import hash_weight_files
 from tunesmith.train.model_card import find_hub_name
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-MERGE_FIX = "export it with --to merged, and serve the merged model"
+PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
+VLLM = "vllm"
 LLAMA_SERVER = "llama-server"
 GENERATION_FILE = "generation_config.json"
 
@@ -101,12 +109,14 @@ def export_servers(
     metadata = {"tunesmith": __version__, "target": target}
     exported: list[ExportedRun] = []
     with atomic_dir(output_path, metadata=metadata, key="--out") as folder:
-        for name, path in zip(names, paths, strict=True):
+        for name, path, run in zip(names, paths, runs, strict=True):
             if target == LLAMA_SERVER:
                 result = export_run(path, "gguf", kind=kind, scale=scale, out=folder / MODEL_DIR)
                 deployment = replace(deployment, model_file=f"model-{result.type}.gguf")
             else:
-                result = export_run(path, "peft", scale=scale, out=folder / ADAPTERS_DIR / name)
+                form = FORM if has_expert_adapters(run) else None
+                adapter_dir = folder / ADAPTERS_DIR / name
+                result = export_run(path, "peft", kind=form, scale=scale, out=adapter_dir)
             exported.append(ExportedRun(name, str(path), result.parity))
         if target != LLAMA_SERVER:
             _write_shared_files(folder, runs[0], names[0])
@@ -168,22 +178,35 @@ def _refuse_unsupported(run: SourceRun, target: str) -> None:
     if run.modules:
         message = f"{title} takes no adapter with modules_to_save ({', '.join(run.modules):.80})"
         raise InputError(message, where=where, fix=MERGE_FIX)
-    if any(isinstance(lora, ExpertLoraTensors) for lora in run.loras.values()):
-        message = f"{title} reads stacked adapters of experts otherwise than PEFT (vLLM 52198)"
-        raise InputError(message, where=where, fix=MERGE_FIX)
-    linears = select_linear_loras(run.loras).values()
-    if any(lora.magnitude_O is not None for lora in linears):
-        message = f"{title} takes no DoRA adapter"
-        raise InputError(message, where=where, fix=MERGE_FIX)
-    if _get_max_rank(run) > VLLM_RANKS[-1]:
-        message = f"rank {_get_max_rank(run)} is above {VLLM_RANKS[-1]}, the largest of {title}"
-        raise InputError(message, where=where, fix=MERGE_FIX)
+    _refuse_adapter(run, target)
     if target in ("kserve", "ray") and run.recipe.chat_template_kwargs:
         message = f"{title} gives its template no chat_template_kwargs"
         raise InputError(message, where=where, fix="export it with --to vllm or sglang")
     if target == "ray" and isinstance(run.recipe.chat_template, Path):
         message = "the run has a chat template of its own, and Ray renders that of the base"
         raise InputError(message, where=where, fix="export it with --to vllm or sglang")
+
+
+def _refuse_adapter(run: SourceRun, target: str) -> None:
+    """Raise InputError for an adapter that this engine would not apply as it was trained."""
+    where = str(run.path)
+    title = ENGINES[target].title
+    if has_expert_adapters(run):
+        if target != VLLM:
+            message = f"adapters of experts are written for vLLM alone, not for {title}"
+            raise InputError(message, where=where, fix=f"use --to vllm, or {MERGE_FIX}")
+        refuse_stacked_experts(run)
+    linears = select_linear_loras(run.loras).values()
+    if any(lora.magnitude_O is not None for lora in linears):
+        message = f"{title} takes no DoRA adapter"
+        raise InputError(message, where=where, fix=MERGE_FIX)
+    config = read_model_json(run.saved_dir / ADAPTER_CONFIG_FILE)
+    if patterns := [key for key in PATTERN_KEYS if config.get(key)]:
+        message = f"{title} gives all layers one rank and one alpha, and has no {patterns[0]}"
+        raise InputError(message, where=where, fix=MERGE_FIX)
+    if _get_max_rank(run) > VLLM_RANKS[-1]:
+        message = f"rank {_get_max_rank(run)} is above {VLLM_RANKS[-1]}, the largest of {title}"
+        raise InputError(message, where=where, fix=MERGE_FIX)
 
 
 def _refuse_differences(runs: Sequence[SourceRun]) -> None:
@@ -205,14 +228,17 @@ def _refuse_differences(runs: Sequence[SourceRun]) -> None:
 
 
 def _get_max_rank(run: SourceRun) -> int:
-    return max(lora.a_RI.shape[0] for lora in select_linear_loras(run.loras).values())
+    ranks: list[int] = []
+    for lora in run.loras.values():
+        ranks.append(lora.a_RI.shape[0] if isinstance(lora, LoraTensors) else lora.a_ERI.shape[1])
+    return max(ranks)
 
 
 def _build_deployment(runs: Sequence[SourceRun], adapters: tuple[ServedAdapter, ...]) -> Deployment:
     first = runs[0]
     hub_name = find_hub_name(first.model_spec)
     commit = split_revision(first.recipe.model)[1] or first.model_spec.path.name
-    ranks = [_get_max_rank(run) for run in runs if select_linear_loras(run.loras)]
+    ranks = [_get_max_rank(run) for run in runs if run.loras]
     return Deployment(
         adapters=adapters,
         base=first.model_spec.name,

@@ -23,6 +23,7 @@ from tunesmith.export.hf import (
 )
 from tunesmith.export.ollama import reload_ollama, write_ollama
 from tunesmith.export.parity import ExportJob, ReloadedExport, Tolerance
+from tunesmith.export.per_expert import FORM, reload_per_expert, write_per_expert
 from tunesmith.export.server_files import ENGINES
 
 
@@ -71,7 +72,10 @@ GGUF_TYPES = {
 }
 
 TARGETS: dict[str, dict[str, ExportFormat]] = {
-    "peft": {"": ExportFormat(write_peft, reload_peft, EXACT_TOLERANCE)},
+    "peft": {
+        "": ExportFormat(write_peft, reload_peft, EXACT_TOLERANCE),
+        FORM: ExportFormat(write_per_expert, reload_per_expert, EXACT_TOLERANCE),
+    },
     "merged": {"": ExportFormat(write_merged_folder, reload_merged, BF16_TOLERANCE, None)},
     "gguf": {
         kind: ExportFormat(write_gguf, reload_gguf, tolerance, width)

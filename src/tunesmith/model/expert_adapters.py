@@ -150,14 +150,11 @@ def _adapt_weight(weight: Any, delta: ExpertLoraTensors) -> Any:
     return StackedMatrices(delta.merge_into(stacked.float()).to(stacked))
 
 
-def split_into_experts(
-    tensors: Mapping[str, Tensor], num_experts: int, *, is_gated: bool = True
-) -> dict[str, Tensor]:
-    """Return an adapter under vLLM's names: two matrices for each matrix of each expert,
+def split_into_experts(tensors: Mapping[str, Tensor], num_experts: int) -> dict[str, Tensor]:
+    """Return an adapter of gated experts with two matrices for each matrix of each expert,
     <experts>.N.{gate_proj,up_proj,down_proj}.lora_{A,B}.weight.
 
-    Gate and up share the A of their stack; each has its rows of B. Other tensors are unchanged.
-    vLLM does not read PEFT's stacked form as PEFT does (vLLM 52198)."""
+    Gate and up share the A of their stack; each has its rows of B. Other tensors are unchanged."""
     split: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         path, _, part = name.removesuffix(".weight").rpartition(".")
@@ -168,7 +165,7 @@ def split_into_experts(
             experts_path = path.removesuffix(f".{INNER}")
             words = (OUTPUT_STACK,)
             if path != experts_path:
-                words = GATED_PARTS if is_gated else GATED_PARTS[1:]
+                words = GATED_PARTS
             for expert in range(num_experts):
                 rows = b_EOR[expert].chunk(len(words))
                 for word, rows_OR in zip(words, rows, strict=True):

@@ -261,6 +261,16 @@ def test_what_no_engine_serves_is_refused_by_name(source: SourceRun) -> None:
         _refuse_unsupported(source, target)
 
 
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_layers_with_a_scale_of_their_own_are_refused(
+    key: str, source: SourceRun, tmp_path: Path
+) -> None:
+    """Servers give all layers one scale, and do not look at these keys."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({key: {"q_proj": 4}}))
+    with pytest.raises(InputError, match=f"has no {key}"):
+        _refuse_unsupported(replace(source, saved_dir=tmp_path), "vllm")
+
+
 def test_variables_are_refused_where_the_template_is_not_ours(source: SourceRun) -> None:
     recipe = source.recipe.model_copy(update={"chat_template_kwargs": {"enable_thinking": False}})
     run = replace(source, recipe=recipe)
