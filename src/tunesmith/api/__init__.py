@@ -33,6 +33,7 @@ from tunesmith.api.inputs import (
 from tunesmith.core import run_dir
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Event
+from tunesmith.core.ranks import SINGLE_PROCESS, Ranks, read_launch_time
 from tunesmith.core.sampling import SamplingParams, check_sampling
 from tunesmith.core.types import Json, Plan, RunRecord
 from tunesmith.plan.stages import StagedPlan, require_single_stage
@@ -255,25 +256,41 @@ def tune_lr(
 
 
 def train(
-    plan: Plan | StagedPlan, inputs: AnyInputs | None = None, *, allow_code: bool = False
+    plan: Plan | StagedPlan,
+    inputs: AnyInputs | None = None,
+    *,
+    allow_code: bool = False,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Iterator[Event]:
     """Run a plan in its `output_dir`, yielding events; the run advances as they are consumed.
 
-    `inputs` saves reading the data again. `allow_code` permits metrics that are Python files.
+    `inputs` saves reading the data again. `allow_code` permits metrics that are Python files. With
+    `ranks` this is rank 0 of several processes, and the others call `tunesmith.train.follow`.
     Raises MachineError if it does not fit in memory, GateError if the preflight fails."""
     if isinstance(plan, StagedPlan):
         from tunesmith.export.export import merge_stage
         from tunesmith.train import stages
 
         stage_inputs = inputs if isinstance(inputs, tuple) else None
-        return stages.train(plan, stage_inputs, merge_model=merge_stage, allow_code=allow_code)
+        options: Any = {"allow_code": allow_code, "ranks": ranks}
+        return stages.train(plan, stage_inputs, merge_model=merge_stage, **options)
     if not isinstance(plan, Plan):
         message = f"train takes a Plan, not a {type(plan).__name__}"
         fix = 'make one: plan = tunesmith.plan("recipe.yaml")'
         raise InputError(message, where="train", fix=fix)
     from tunesmith.train import run
 
-    return run.train(plan, None if isinstance(inputs, tuple) else inputs, allow_code=allow_code)
+    run_inputs = None if isinstance(inputs, tuple) else inputs
+    return run.train(plan, run_inputs, allow_code=allow_code, ranks=ranks)
+
+
+def find_interrupted_run(plan: Plan | StagedPlan, ranks: Ranks) -> Path | None:
+    """Return the run of this recipe that torchrun has started again, None for a first start."""
+    if not ranks.restarts:
+        return None
+    from tunesmith.train import resume
+
+    return resume.find_interrupted_run(plan, read_launch_time())
 
 
 def resume(
@@ -282,6 +299,7 @@ def resume(
     allow_changes: bool = False,
     checkpoint: int | None = None,
     allow_code: bool = False,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Iterator[Event]:
     """Resume an interrupted run from its newest valid checkpoint, or from step `checkpoint`.
 
@@ -293,6 +311,7 @@ def resume(
         "allow_changes": allow_changes,
         "checkpoint": checkpoint,
         "allow_code": allow_code,
+        "ranks": ranks,
     }
     if run_dir.is_staged(Path(path)):
         from tunesmith.export.export import merge_stage

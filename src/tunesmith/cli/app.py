@@ -56,6 +56,7 @@ from tunesmith.core.errors import (
     MachineError,
     TunesmithError,
 )
+from tunesmith.core.ranks import is_distributed
 from tunesmith.core.run_dir import require_run
 from tunesmith.core.types import Plan
 from tunesmith.plan.stages import StagedPlan
@@ -449,8 +450,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             _run_verb(words)
         except SystemExit as ended:
-            if arguments is None and ended.code in INTERRUPTED_CODES:
-                _leave(ended.code)
+            if arguments is None and (ended.code in INTERRUPTED_CODES or is_distributed()):
+                _leave(int(ended.code or 0))
             raise
 
 
@@ -497,7 +498,9 @@ def _exit_on_sigterm(number: int, _frame: FrameType | None) -> None:
 
 def _leave(code: int) -> None:
     """End the process without the interpreter's own end, which takes long after torch is loaded,
-    and waits for threads."""
+    and waits for threads. A signal changes nothing any more."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # a closed pipe

@@ -21,9 +21,11 @@ from tunesmith.cli.args import (
     RunArg,
     parse_recipe_args,
 )
+from tunesmith.cli.launch import GpusOption, follow_main_rank, launch
 from tunesmith.cli.output import TerminalConsole, print_result, write_stderr
 from tunesmith.core.errors import GateError, InputError, TunesmithError
 from tunesmith.core.events import Event
+from tunesmith.core.ranks import Ranks, open_ranks
 from tunesmith.core.run_dir import RUNS_ROOT, is_run, is_staged
 from tunesmith.core.types import Plan
 from tunesmith.plan.stages import StagedPlan
@@ -67,16 +69,25 @@ def train(
     args: RecipeArgs = None,
     allow_code: AllowCode = False,
     track: TrackOption = None,
+    gpus: GpusOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Plan, check, train and measure a recipe in one run folder."""
-    inputs = api.load_inputs(parse_recipe_args(args))
-    run_plan = api.plan(inputs)
-    _warn_of_plan(run_plan)
-    _tell_skipped_checks(run_plan, inputs)
-    events = api.train(run_plan, inputs, allow_code=allow_code)
-    run_dir = Path(run_plan.config.output_dir)
-    _show_run(events, run_dir, run_plan.steps, track=track, as_json=as_json)
+    if gpus is not None:
+        flags = _list_flags(allow_code=allow_code, track=track, as_json=as_json)
+        raise typer.Exit(launch(gpus, ["train", *(args or ()), *flags]))
+    with _main_rank() as ranks:
+        inputs = api.load_inputs(parse_recipe_args(args))
+        run_plan = api.plan(inputs)
+        run_dir = Path(run_plan.config.output_dir)
+        if interrupted := api.find_interrupted_run(run_plan, ranks):
+            run_dir = interrupted
+            events = api.resume(run_dir, allow_code=allow_code, ranks=ranks)
+        else:
+            _warn_of_plan(run_plan)
+            _tell_skipped_checks(run_plan, inputs)
+            events = api.train(run_plan, inputs, allow_code=allow_code, ranks=ranks)
+        _show_run(events, run_dir, run_plan.steps, track=track, as_json=as_json)
 
 
 def resume(
@@ -95,13 +106,24 @@ def resume(
     ] = None,
     allow_code: AllowCode = False,
     track: TrackOption = None,
+    gpus: GpusOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Resume an interrupted run from a checkpoint."""
-    events = api.resume(
-        folder, allow_changes=allow_changes, checkpoint=checkpoint, allow_code=allow_code
-    )
-    _show_run(events, folder, api.read_plan(folder).steps, track=track, as_json=as_json)
+    if gpus is not None:
+        flags = _list_flags(allow_code=allow_code, track=track, as_json=as_json)
+        flags += ["--allow-changes"] * allow_changes
+        flags += [] if checkpoint is None else ["--checkpoint", str(checkpoint)]
+        raise typer.Exit(launch(gpus, ["resume", str(folder), *flags]))
+    with _main_rank() as ranks:
+        events = api.resume(
+            folder,
+            allow_changes=allow_changes,
+            checkpoint=checkpoint,
+            allow_code=allow_code,
+            ranks=ranks,
+        )
+        _show_run(events, folder, api.read_plan(folder).steps, track=track, as_json=as_json)
 
 
 def report(
@@ -167,6 +189,22 @@ def _watch_runs(roots: list[Path]) -> None:
 
 
 # ---------------------------------------------------------------- shared
+
+
+@contextmanager
+def _main_rank() -> Iterator[Ranks]:
+    """Yield the ranks to rank 0; any other follows it instead, and exits with its code."""
+    with open_ranks() as ranks:
+        if ranks.is_main:
+            yield ranks
+            return
+        code = follow_main_rank(ranks)
+    raise SystemExit(code)
+
+
+def _list_flags(*, allow_code: bool, track: str | None, as_json: bool) -> list[str]:
+    flags = ["--allow-code"] * allow_code + ["--json"] * as_json
+    return flags if track is None else [*flags, "--track", track]
 
 
 def _warn_of_plan(plan: Plan | StagedPlan) -> None:

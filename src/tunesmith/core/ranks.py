@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -23,6 +24,8 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+
+import psutil
 
 from tunesmith.core.errors import InputError, MachineError, TunesmithError
 from tunesmith.core.json_io import dump_json
@@ -90,6 +93,8 @@ class Ranks:
     def _connect(self) -> None:
         import torch
         from torch import distributed
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
         has_gpu = torch.cuda.is_available()
         if has_gpu and self.local >= torch.cuda.device_count():
@@ -101,14 +106,18 @@ class Ranks:
         if has_gpu:
             torch.cuda.set_device(self.local)
         try:
-            # Until all are there, the limit is short.
-            distributed.init_process_group("gloo", timeout=SILENCE)
+            store, _, _ = next(rendezvous("env://", timeout=SILENCE))
+            # torchrun keeps its store: without a prefix, ranks read addresses of those before.
+            store = PrefixStore(f"tunesmith/{self.restarts}", store)
+            distributed.init_process_group(
+                "gloo", store=store, rank=self.rank, world_size=self.world, timeout=SILENCE
+            )
             pulse_group = distributed.new_group(backend="gloo", timeout=SILENCE)
             backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
             self._group: Any = distributed.new_group(backend=backend, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise MachineError(
-                f"the {self.world} ranks did not find each other: {_get_first_line(error)}",
+                f"the {self.world} ranks did not find each other: {_shorten(error)}",
                 where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
                 fix="check that every machine runs the same command and reaches this address",
             ) from error
@@ -214,7 +223,7 @@ def _end_process(ranks: Ranks, error: RuntimeError) -> None:
     """End the process: torchrun or the scheduler starts the group again, or reports it."""
     with suppress(OSError):
         if ranks.is_main:
-            message = f"another rank has ended or is silent: {_get_first_line(error)}"
+            message = f"another rank has ended or is silent: {_shorten(error)}"
             sys.stderr.write(f"error: {message}\n  fix: {LOST_FIX}\n")
             sys.stderr.flush()
     os._exit(MachineError.exit_code)
@@ -238,6 +247,11 @@ def open_ranks() -> Ranks:
     return Ranks(rank, world, _read_number("LOCAL_RANK"), restarts)
 
 
+def read_launch_time() -> float:
+    """Return when torchrun, the parent of this process, was started: seconds since 1970."""
+    return psutil.Process(os.getppid()).create_time()
+
+
 def is_distributed() -> bool:
     """Whether this process is one of several ranks."""
     return os.environ.get(WORLD_VARIABLE, "1") != "1"
@@ -255,12 +269,14 @@ def _lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        message = f"another rank has ended: {_get_first_line(error)}"
+        message = f"another rank has ended: {_shorten(error)}"
         raise MachineError(message, fix=LOST_FIX) from error
 
 
-def _get_first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _shorten(error: Exception) -> str:
+    """Return what gloo says without its source file and its advice."""
+    line = str(error).strip().partition("\n")[0]
+    return re.sub(r"\[\S+\.cc:\d+\] ", "", line).partition(". ")[0]
 
 
 def _to_tensor(content: bytes, size: int) -> Tensor:

@@ -73,7 +73,7 @@ def _require_shared_folder(path: Path, plan: Json) -> None:
         )
 
 
-def announce_run(
+def start_ranks(
     ranks: Ranks, path: Path, plan: Plan, fingerprint: Json
 ) -> tuple[CheckResult, ...]:
     """Give the other ranks a run; return the event that says how the work is shared.

@@ -16,16 +16,24 @@ from pathlib import Path
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult
-from tunesmith.core.json_io import read_json
+from tunesmith.core.json_io import read_json, to_jsonable
 from tunesmith.core.run_dir import (
     FINGERPRINT_FILE,
+    PLAN_FILE,
     RECIPE_FILE,
+    RECORD_FILE,
+    STAGES_FILE,
     RunFolder,
+    is_run,
+    is_staged,
+    list_folders,
     read_all_events,
     read_failure,
+    read_plan_json,
 )
 from tunesmith.core.types import Json, Plan
 from tunesmith.model.kernels.build import describe_reference
+from tunesmith.plan.stages import StagedPlan
 from tunesmith.session.fingerprint import (
     ROUNDING_PREFIX,
     build_fingerprint,
@@ -96,6 +104,25 @@ def prepare_resume(
         position = f"from checkpoints/{checkpoint_dir.name}"
     events.append(CheckResult("resume", "ok", position, step))
     return ResumeState(fingerprint, checkpoint_dir, bool(changes), tuple(events))
+
+
+def find_interrupted_run(plan: Plan | StagedPlan, since: float) -> Path | None:
+    """Return the newest unfinished run of the plan's recipe, beside where it would start, that has
+    begun after `since` (seconds since 1970)."""
+    output_dir = Path(plan.config.output_dir)
+    plans = plan.plans if isinstance(plan, StagedPlan) else (plan,)
+    recipes = to_jsonable([stage_plan.recipe for stage_plan in plans])
+    matches: list[tuple[float, Path]] = []
+    for folder in {output_dir, *list_folders(output_dir.parent)}:
+        if not is_run(folder) or (folder / RECORD_FILE).exists():
+            continue
+        file = folder / (STAGES_FILE if is_staged(folder) else PLAN_FILE)
+        content = read_plan_json(file)
+        stored = [stage_plan["recipe"] for stage_plan in content.get("plans", [content])]
+        started = file.stat().st_mtime
+        if stored == recipes and started >= since:
+            matches.append((started, folder))
+    return max(matches)[1] if matches else None
 
 
 def check_kernels(plan: Plan, inputs: RunInputs, step: int = 0) -> tuple[CheckResult, ...]:

@@ -74,7 +74,7 @@ from tunesmith.session.provenance import GoldenAnswer, build_provenance, write_p
 from tunesmith.session.session import Session, open_session
 from tunesmith.session.witness import record_answers
 from tunesmith.train import base_reference
-from tunesmith.train.follow import BEGIN, announce_run, check_ranks
+from tunesmith.train.follow import BEGIN, start_ranks, check_ranks
 from tunesmith.train.full_data_check import check_all_texts
 from tunesmith.train.guard.guarded_loop import GuardedTraining, RunContext
 from tunesmith.train.model_card import write_card
@@ -212,7 +212,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
     fingerprint = context.resume_state.fingerprint
     schema = context.inputs.response_schema  # a file, which may be gone at the end
     yield from context.resume_state.first_events
-    yield from announce_run(context.ranks, folder.path, context.plan, fingerprint)
+    yield from start_ranks(context.ranks, folder.path, context.plan, fingerprint)
 
     # Prove.
     with context.stop.immediate(), machine_errors():
