@@ -36,6 +36,7 @@ FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 MAX_BYTES = 64 * 2**20
 MAX_GROWTH = 64  # characters that all steps together may write for one
 MAX_STEPS = 200
+BYTE_LEVEL_GROWTH = 4  # a character of four bytes becomes four
 MAX_ID = 2**31
 MAX_TOKEN_CHARS = 1024  # per added token
 MAX_ADDED_CHARS = 1_000_000  # of all added tokens
@@ -170,6 +171,8 @@ def _iter_steps(component: Any) -> Iterator[Json]:
 
 def _estimate_growth(step: Json) -> int:
     """Return how many characters a step may write for one."""
+    if step.get("type") == "ByteLevel":
+        return BYTE_LEVEL_GROWTH
     content = step.get("content")
     if isinstance(content, str):
         pattern = step.get("pattern")

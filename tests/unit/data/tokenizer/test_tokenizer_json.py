@@ -15,6 +15,9 @@ from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 from tunesmith.data.tokenizer.tokenizer_json import TokenizerErrors, parse_tokenizer
 
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+
+
 def changed(**parts: Any) -> bytes:
     return json.dumps(json.loads(make_byte_bpe()) | parts).encode()
 
@@ -67,6 +70,14 @@ def token(**parts: Any) -> list[dict[str, Any]]:
         (
             changed(pre_tokenizer={"type": "Metaspace", "replacement": "a" * 99}),
             "pre_tokenizer expands",
+        ),
+        (
+            changed(pre_tokenizer={"type": "Sequence", "pretokenizers": [BYTE_LEVEL] * 20}),
+            "pre_tokenizer expands text up to 1,099,511,627,776 times",
+        ),
+        (
+            changed(normalizer={"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 4}),
+            "normalizer expands text up to 256 times",
         ),
         (
             changed(decoder={"type": "Sequence", "decoders": [{"type": "Fuse"}] * 300}),
