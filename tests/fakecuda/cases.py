@@ -366,6 +366,13 @@ def read_twice() -> Record:
     return record
 
 
+def copy_twice() -> Record:
+    with recording() as record:
+        torch.zeros(3).to("cuda")
+        torch.zeros(3).to("cuda", non_blocking=True)
+    return record
+
+
 def count_one_add() -> Record:
     """One kernel of 12 bytes, beside the input, which is from before."""
     values = torch.zeros(3, device="cuda")
@@ -396,6 +403,7 @@ CONTROLS: dict[str, Callable[[], Record]] = {
     "a shape that depends on values": select_by_values,
     "two reads": read_twice,
     "one kernel": count_one_add,
+    "two copies": copy_twice,
     "a sum in any order": partial(run_deterministic, sum_floats),
 }
 
@@ -494,6 +502,7 @@ def run_case(case: Callable[[], Record]) -> dict[str, Any]:
         "error": "",
         "reads": record.reads,
         "uploads": record.uploads,
+        "waits": record.waits,
         "step_kernels": record.step_kernels,
         "step_bytes": record.step_bytes,
         "saved_bytes": record.saved_bytes,

@@ -39,6 +39,7 @@ class Record:
     kernels: Counter[str] = field(default_factory=Counter[str])
     reads: int = 0
     uploads: int = 0  # copies from the host
+    waits: int = 0  # uploads for which this process waits until the device has done all before
     moved_bytes: int = 0  # that kernels read and write, each tensor once
     live_bytes: int = 0
     peak_bytes: int = 0
@@ -76,6 +77,7 @@ class Recorder(TorchDispatchMode):
         if func in COPIES and inputs[-1].device.type != outputs[0].device.type:
             if on_gpu:
                 self.record.uploads += 1
+                self.record.waits += not _is_non_blocking(func, args, kwargs or {})
             else:
                 self._count_read(inputs[-1])
         elif on_gpu and not func.is_view and func._schema.name not in FREE:
@@ -127,6 +129,13 @@ class Recorder(TorchDispatchMode):
             record.live_bytes -= size
 
         weakref.finalize(storage, forget)
+
+
+def _is_non_blocking(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether a copy is only queued. On a GPU that also needs pinned memory."""
+    if func is aten.copy_.default:
+        return len(args) > 2 and args[2]
+    return kwargs.get("non_blocking", False)
 
 
 def _refuse_random_order(func: Any, inputs: list[Tensor]) -> None:

@@ -85,6 +85,8 @@ def test_faults_are_seen(results: Results, name: str, error: str) -> None:
 
 def test_reads_kernels_and_bytes_are_counted(results: Results) -> None:
     assert results["two reads"]["reads"] == 2
+    # the second copy is queued
+    assert (results["two copies"]["uploads"], results["two copies"]["waits"]) == (2, 1)
     one_kernel = results["one kernel"]
     assert (one_kernel["step_kernels"], one_kernel["peak_bytes"]) == (1, 12)
 
@@ -102,6 +104,12 @@ def test_a_step_reads_the_device_once(results: Results, name: str) -> None:
 @pytest.mark.parametrize("name", EXPERT_CASES)
 def test_a_layer_of_experts_reads_how_many_tokens_each_has(results: Results, name: str) -> None:
     assert results[name].get("reads") in (2, 3)
+
+
+@pytest.mark.parametrize("name", [*STEP_CASES, *EXPERT_CASES])
+def test_a_step_waits_for_no_copy_from_the_host(results: Results, name: str) -> None:
+    if not name.startswith(("8B", *CHECKPOINT_CASES)):
+        assert results[name].get("waits") == 0
 
 
 def test_kto_also_reads_the_likelihoods_of_its_kl_term(results: Results) -> None:

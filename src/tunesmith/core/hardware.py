@@ -17,6 +17,7 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -172,6 +173,21 @@ def read_free_gpu_bytes() -> int:
     import torch
 
     return torch.cuda.mem_get_info()[0]
+
+
+def upload(values: Any, device: Any, dtype: Any = None) -> Any:
+    """Return a tensor of these numbers (a list, an array, a CPU tensor) on a device.
+
+    A GPU gets them from memory that the system keeps in place: the copy is queued, and this process
+    goes on. From other memory torch copies only after the GPU has done all of its work so far."""
+    import torch
+
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if torch.device(device).type == "cpu":
+        return tensor
+    if torch.cuda.is_available():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def find_existing_parent(folder: Path) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from tunesmith.core.hardware import upload
 from tunesmith.core.types import Batch, Pack, PackLayout, SharedTargets, Side
 from tunesmith.data.packing import count_input_tokens
 from tunesmith.data.prefix_sharing import build_segments
@@ -108,17 +109,13 @@ def _find_positions(layout: PackLayout, last_segment: int) -> np.ndarray:
 def _copy_to(device: Device, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """Return the arrays as tensors: integers in 64 bits, the others as they are.
 
-    A GPU gets them in one copy, from memory that the system keeps in place, so that this process
-    goes on while the copy is made."""
+    A GPU gets them in one copy."""
     wide: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         wide[name] = array.astype(np.int64) if array.dtype.kind in "iu" else array
     if torch.device(device).type == "cpu":
         return {name: torch.from_numpy(array) for name, array in wide.items()}
-    buffer = join_arrays(wide)
-    if torch.cuda.is_available():
-        buffer = buffer.pin_memory()
-    return split_tensors(buffer.to(device, non_blocking=True), wide)
+    return split_tensors(upload(join_arrays(wide), device), wide)
 
 
 def join_arrays(arrays: dict[str, np.ndarray]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from tunesmith.core.events import CheckResult
-from tunesmith.core.hardware import release_memory
+from tunesmith.core.hardware import release_memory, upload
 from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Batch, Comparison, Document, Pack, Side
 from tunesmith.data.chat_template.renderer import Renderer
@@ -107,7 +107,7 @@ def _compute_pack_means(
     hidden_SH = model.compute_hidden(batch).float()
     sums_DH = hidden_SH.new_zeros((len(indices), hidden_SH.shape[1]))
     sums_DH.index_add_(0, batch.document_S, hidden_SH)
-    counts_D = sums_DH.new_tensor(batch.num_targets)
+    counts_D = upload(batch.num_targets, sums_DH.device, sums_DH.dtype)
     return (sums_DH / counts_D[:, None]).tolist()
 
 

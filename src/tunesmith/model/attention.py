@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.hardware import upload
 from tunesmith.core.types import PackLayout
 from tunesmith.model.flash_attention import (
     FLASH_DTYPES,
@@ -495,12 +496,12 @@ def build_dense_mask(layout: PackLayout, window: int | None, device: torch.devic
     segments: list[int] = []
     for segment, length in enumerate(layout.lengths):
         segments += [segment] * length
-    segment_T = torch.tensor(segments, device=device)
+    segment_T = upload(segments, device)
     position_T = torch.arange(layout.num_tokens, device=device)
-    position_T = position_T - torch.tensor(offsets, device=device)[segment_T]
+    position_T = position_T - upload(offsets, device)[segment_T]
     distance = position_T[:, None] - position_T
     is_in_window = (distance >= 0) & (distance < (window or layout.num_tokens + 1))
-    return segment_mask.to(device)[segment_T][:, segment_T] & is_in_window
+    return upload(segment_mask, device)[segment_T][:, segment_T] & is_in_window
 
 
 BACKENDS = {

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.core.hardware import upload
 from tunesmith.core.types import PackLayout
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -67,13 +68,13 @@ def build_offsets(layout: PackLayout, device: torch.device) -> SegmentOffsets:
             start = layout.starts[index]
             rows += range(start, start + layout.lengths[index])
         lengths.append(len(rows) - before)
-    key_rows_P = torch.tensor(rows, device=device)
+    key_rows_P = upload(rows, device)
     return SegmentOffsets(queries, _accumulate(lengths, device), longest, max(lengths), key_rows_P)
 
 
 def _accumulate(lengths: tuple[int, ...] | list[int], device: torch.device) -> Tensor:
     offsets = (0, *itertools.accumulate(lengths))
-    return torch.tensor(offsets, dtype=torch.int32, device=device)
+    return upload(offsets, device, torch.int32)
 
 
 class _FlashAttention(torch.autograd.Function):

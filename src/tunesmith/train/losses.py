@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.core.hardware import upload
 from tunesmith.core.types import Batch, Document
 from tunesmith.data.collate import share_targets
 from tunesmith.data.sampler import LABELLED_SIDES
@@ -221,7 +222,7 @@ def _collect_pair_logps(
     chosen_indices = [index for index, side in enumerate(batch.sides) if side == "chosen"]
     for index in chosen_indices:
         assert batch.sides[index + 1] == "rejected", "a pair is in one pack"
-    chosen = torch.tensor(chosen_indices, device=logps_D.device)
+    chosen = upload(chosen_indices, logps_D.device, torch.long)
     rejected = chosen + 1
     ones_S = torch.ones_like(logps_D[:1]).expand(len(batch.targets_S))
     tokens_D = _sum_by_document(batch, ones_S)
@@ -252,7 +253,7 @@ def _find_targets(batch: Batch, *sides: str) -> Tensor:
             index_S += range(start, start + count)
         start += count
     assert start == len(batch.targets_S), "the targets are those of the documents"
-    return torch.tensor(index_S, device=batch.document_S.device)
+    return upload(index_S, batch.document_S.device, torch.long)
 
 
 def _compute_kto_term(
@@ -264,7 +265,7 @@ def _compute_kto_term(
 ) -> LossTerm:
     """Return the mean KTO loss of the labelled documents; a row's weight scales its share."""
     labelled = [index for index, side in enumerate(batch.sides) if side in LABELLED_SIDES]
-    index_D = torch.tensor(labelled, device=logps_S.device)
+    index_D = upload(labelled, logps_S.device, torch.long)
     is_desirable = [batch.sides[index] == "desirable" for index in labelled]
     tokens_D = _sum_by_document(batch, torch.ones_like(logps_S))[index_D]
     weights_D = _sum_by_document(batch, batch.weights_S.to(logps_S.dtype))[index_D]
@@ -272,7 +273,7 @@ def _compute_kto_term(
         LabelledLogps(
             _sum_by_document(batch, logps_S)[index_D],
             reference_logps_D[index_D],
-            torch.tensor(is_desirable, device=logps_S.device),
+            upload(is_desirable, logps_S.device, torch.bool),
         ),
         beta=loss_config.beta,
         kl=loss_config.kl,
@@ -293,7 +294,7 @@ def _compute_reference_logps(model: PackedCausalLM, batch: Batch) -> Tensor:
         is_stored = is_stored and not (side and reference is None)
         logps.append(reference or 0.0)
     if is_stored:
-        return torch.tensor(logps, dtype=torch.float64, device=batch.tokens_T.device)
+        return upload(logps, batch.tokens_T.device, torch.float64)
     batch = remove_embedding_noise(batch)
     with scaled_adapter(model.network, 0):
         return _sum_by_document(batch, -_compute_target_losses(model, batch, measure_target_losses))

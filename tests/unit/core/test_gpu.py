@@ -59,7 +59,7 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert os.environ[hardware.ALLOCATOR_ENV] == "expandable_segments:True"
     check, _ = _check_gpu(machine)
     assert check.is_ok
-    for part in ("CUDA 12.8", "compute capability 9.0", "70.0 GB free", "first of 8"):
+    for part in ("CUDA 12.8", "compute capability 9.0", "70.0 GB free", "first of 8", "--gpus 8"):
         assert part in check.value
 
 
@@ -185,6 +185,25 @@ def test_freed_memory_of_a_gpu_is_returned(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     hardware.release_memory()
     assert calls == ["emptied"]
+
+
+def test_numbers_for_a_gpu_are_pinned_and_their_copy_is_queued(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    assert hardware.upload([1, 2], "cpu").tolist() == [1, 2]
+    assert hardware.upload([], "cpu", torch.long).dtype == torch.long
+    assert pinned == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    tensor = hardware.upload((3, 4), "meta", torch.int32)
+    assert (tensor.device.type, tensor.dtype) == ("meta", torch.int32)
+    assert [values.tolist() for values in pinned] == [[3, 4]]
 
 
 def test_sums_on_a_gpu_are_not_rounded_on_their_way() -> None:

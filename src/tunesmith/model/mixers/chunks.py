@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.core.hardware import upload
 from tunesmith.core.types import PackLayout
 
 CACHED_LAYOUTS = 16  # packs whose indices are kept: all layers and the backward need them
@@ -84,12 +85,12 @@ def cut_chunks(layout: PackLayout, chunk_size: int, device: torch.device) -> Chu
     slots_T[tokens_NL[is_token_NL]] = np.flatnonzero(is_token_NL)
     num_roots = waves[0].chunks.stop
     return ChunkedLayout(
-        tokens_NL=torch.from_numpy(tokens_NL).to(device),
-        padding=torch.from_numpy(np.flatnonzero(~is_token_NL)).to(device),
-        slots_T=torch.from_numpy(slots_T).to(device),
+        tokens_NL=upload(tokens_NL, device),
+        padding=upload(np.flatnonzero(~is_token_NL), device),
+        slots_T=upload(slots_T, device),
         waves=waves,
-        roots=torch.tensor([segments[chunk] for chunk in order[:num_roots]], device=device),
-        last_chunks_S=torch.tensor([ranks[chunk] for chunk in last_chunks], device=device),
+        roots=upload([segments[chunk] for chunk in order[:num_roots]], device),
+        last_chunks_S=upload([ranks[chunk] for chunk in last_chunks], device),
     )
 
 
@@ -120,7 +121,7 @@ def _list_waves(
         if depth:
             indices = [ranks[previous[chunk]] for chunk in chunks]
             is_first = indices == list(range(len(chunks)))
-            index = slice(len(chunks)) if is_first else torch.tensor(indices, device=device)
+            index = slice(len(chunks)) if is_first else upload(indices, device)
             waves[-1] = Wave(slice(start, end), index, first_previous)
         ranks = {chunk: rank for rank, chunk in enumerate(chunks)}
         start = end
@@ -151,8 +152,8 @@ def find_edges(layout: PackLayout, num_taps: int, device: torch.device) -> Edges
         for offset, token in enumerate(first_tokens):
             tokens.append(token)
             taps.append(line[offset : offset + num_taps][::-1])
-    taps_EK = torch.tensor(taps, dtype=torch.long, device=device).view(-1, num_taps)
-    return Edges(torch.tensor(tokens, dtype=torch.long, device=device), taps_EK.t().contiguous())
+    taps_EK = upload(taps, device, torch.long).view(-1, num_taps)
+    return Edges(upload(tokens, device, torch.long), taps_EK.t().contiguous())
 
 
 @functools.lru_cache(maxsize=CACHED_LAYOUTS)
@@ -169,7 +170,7 @@ def list_taps(layout: PackLayout, num_taps: int) -> Tensor:
 def find_tails(layout: PackLayout, count: int, device: torch.device) -> Tensor:
     """Return the last `count` tokens [S, count] on the path of each segment, T if there is none."""
     tails = [_list_last_tokens(layout, segment, count) for segment in range(len(layout.lengths))]
-    return torch.tensor(tails, dtype=torch.long, device=device).view(-1, count)
+    return upload(tails, device, torch.long).view(-1, count)
 
 
 def _list_last_tokens(layout: PackLayout, segment: int, count: int) -> list[int]:
