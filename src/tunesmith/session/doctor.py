@@ -136,7 +136,8 @@ def _check_gpu(machine: Machine) -> list[MachineCheck]:
         "bf16" if machine.has_bf16_matmul else "no bf16",
     ]
     if machine.num_gpus > 1:
-        parts.append(f"the first of {machine.num_gpus}, training uses one")
+        count = machine.num_gpus
+        parts.append(f"the first of {count}, `tunesmith train --gpus {count}` uses all")
     is_ok = machine.has_bf16_matmul
     fix = "" if is_ok else "runs are planned in fp16, and those of Gemma in fp32"
     missing = find_missing_for_triton(machine)
