@@ -18,6 +18,7 @@ from tunesmith.core.types import Json
 from tunesmith.serve.errors import RequestError
 
 MAX_MESSAGES = 1000
+MAX_TOOLS = 128
 MAX_CHOICES = 4
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
@@ -29,6 +30,7 @@ MAX_TOKENS = 1_000_000  # of an answer, before it is compared with the context
 DEFAULT_COMPLETION_TOKENS = 16  # of OpenAI's /v1/completions
 
 ModelName = Annotated[str, Field(min_length=1, max_length=80)]
+ToolName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
@@ -48,22 +50,73 @@ class TextPart(_Body):
     text: str
 
 
+class FunctionCall(_Body):
+    name: ToolName
+    arguments: str  # JSON
+
+
+class MessageToolCall(_Body):
+    id: Annotated[str, Field(min_length=1, max_length=80)]
+    type: Literal["function"]
+    function: FunctionCall
+    index: int | None = None  # of a stream, which clients send back
+
+
 class ChatMessage(_Body):
     """A message. The fields that are null occur in answers, which clients send back."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None
     refusal: None = None
     annotations: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Annotated[str, Field(min_length=1, max_length=80)] | None = None
     reasoning_content: None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _add_content(cls, message: Any) -> Any:
+        """Clients may leave the content out beside calls."""
+        has_calls = isinstance(message, dict) and message.get("tool_calls")
+        return {"content": None, **message} if has_calls else message
+
+    @model_validator(mode="after")
+    def _check_role(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls are of the assistant")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("tool_call_id goes with the role tool, and only with it")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is null, and there are no tool_calls")
+        return self
+
     def get_text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "".join(part.text for part in self.content)
+
+
+class FunctionTool(_Body):
+    name: ToolName
+    description: str | None = None
+    parameters: Json | None = None
+    strict: bool | None = None
+
+
+class Tool(_Body):
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class NamedFunction(_Body):
+    name: ToolName
+
+
+class NamedTool(_Body):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class StreamOptions(_Body):
@@ -144,6 +197,20 @@ class ChatBody(SamplingBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> ChatBody:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("two tools have the same name")
+        if self.tools is None and self.tool_choice not in (None, "none"):
+            raise ValueError("tool_choice needs tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError("tool_choice names a function that is not among the tools")
+        return self
 
     @model_validator(mode="after")
     def _check_pairs(self) -> ChatBody:
@@ -160,6 +227,17 @@ class ChatBody(SamplingBody):
     @property
     def num_logprobs(self) -> int:
         return (self.top_logprobs or 0) if self.logprobs else -1
+
+    @property
+    def active_tools(self) -> list[Tool]:
+        """The tools that an answer may call: with `none`, the model is not told of any."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether a tool is called anywhere, or may be."""
+        calls = (message.tool_calls or message.tool_call_id for message in self.messages)
+        return bool(self.active_tools) or any(calls)
 
 
 class CompletionBody(SamplingBody):

@@ -101,12 +101,12 @@ class ChatFormat:
         """Return the whole body."""
         choices: list[Json] = []
         for index, answer in enumerate(answers):
-            message = {"role": "assistant", "content": answer.text, "refusal": None}
+            message, finish_reason = self._format_message(answer)
             choice = {
                 "index": index,
                 "message": message,
                 "logprobs": self._format_logprobs(answer.logprobs),
-                "finish_reason": FINISH_REASONS[answer.finish_reason],
+                "finish_reason": finish_reason,
             }
             choices.append(self._head.add_ids(choice, answer.tokens))
         prompt_ids = self._head.add_prompt_ids(answers)
@@ -123,17 +123,28 @@ class ChatFormat:
     def format_update(self, answer: FinishedAnswer, update: AnswerUpdate) -> Json:
         """Return the chunk of one step."""
         del answer
+        delta, finish_reason = self._format_delta(update)
         choice = {
             "index": update.index,
-            "delta": {"content": update.text} if update.text else {},
+            "delta": delta,
             "logprobs": self._format_logprobs(update.logprobs),
-            "finish_reason": FINISH_REASONS.get(update.finish_reason),
+            "finish_reason": finish_reason,
         }
         choice = self._head.add_ids(choice, update.tokens)
         return self._head.make_chunk("chat.completion.chunk", [choice])
 
     def format_last(self, usage: Json) -> Json:
         return self._head.make_chunk("chat.completion.chunk", [], usage=usage)
+
+    def _format_message(self, answer: FinishedAnswer) -> tuple[Json, str]:
+        """Return an answer as a message, and why it ended."""
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        return message, FINISH_REASONS[answer.finish_reason]
+
+    def _format_delta(self, update: AnswerUpdate) -> tuple[Json, str | None]:
+        """Return what an update adds to the message, and why the answer ended, if it did."""
+        delta = {"content": update.text} if update.text else {}
+        return delta, FINISH_REASONS.get(update.finish_reason)
 
     def _format_logprobs(self, logprobs: Sequence[TokenLogprobs]) -> Json | None:
         if not self._head.has_logprobs:

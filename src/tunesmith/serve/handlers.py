@@ -30,7 +30,7 @@ from tunesmith.serve.bodies import (
 )
 from tunesmith.serve.errors import NO_STORE, RequestError
 from tunesmith.serve.feedback import FeedbackStore, KeptChat, list_messages
-from tunesmith.serve.formats import AnswerFormat, AnswerHead, ChatFormat, CompletionFormat
+from tunesmith.serve.formats import AnswerFormat, AnswerHead, CompletionFormat
 from tunesmith.serve.generation import AnswerEngine, Generation
 from tunesmith.serve.grammars import GrammarCache
 from tunesmith.serve.guard import BODY_FIELD, KEY_FIELD
@@ -42,6 +42,7 @@ from tunesmith.serve.routes import Route
 from tunesmith.serve.settings import BASE_NAME
 from tunesmith.serve.shadow import ShadowRequest
 from tunesmith.serve.streams import LAST_EVENT, EventStream, run_until_disconnect
+from tunesmith.serve.tool_calls import make_chat_format
 
 CLIENT_DISCONNECTED = 499  # in the log only: nobody reads the response
 
@@ -79,7 +80,8 @@ async def create_chat_completion(request: Request) -> ASGIApp:
     chosen = choose_model(request, body)
     prompt = await asyncio.to_thread(render_chat, body, chosen.model)
     head = make_head(request, body, chosen, "chatcmpl", has_logprobs=bool(body.logprobs))
-    return await answer(request, body, [prompt], chosen, ChatFormat(head))
+    answer_format = await asyncio.to_thread(make_chat_format, head, body, chosen.model)
+    return await answer(request, body, [prompt], chosen, answer_format)
 
 
 async def create_completion(request: Request) -> ASGIApp:
@@ -222,6 +224,8 @@ def keep_chat(
     """Keep a chat with one answer for feedback, if the settings allow it."""
     store = get_server(request).feedback
     if store is None or not isinstance(body, ChatBody) or len(generation.answers) > 1:
+        return
+    if body.has_tools:  # a row of it would need its tools and calls
         return
     model = generation.model
     chat = KeptChat(

@@ -22,6 +22,7 @@ from tunesmith.serve.grammars import GrammarCache
 from tunesmith.serve.keys import ApiKey
 from tunesmith.serve.registry import ServedModel
 from tunesmith.serve.scheduler import AnswerJob
+from tunesmith.serve.tool_requests import build_tool_grammar, list_tools, to_template_message
 
 DEFAULT_TEMPERATURE = 1.0  # of OpenAI's API
 DEFAULT_CHAT_TOKENS = 1024
@@ -40,12 +41,12 @@ def render_chat(body: ChatBody, model: ServedModel) -> Prompt:
     """Render the messages with the model's template. Slow for long prompts: runs on a worker."""
     messages: list[Json] = []
     for message in body.messages:
-        messages.append({"role": message.role, "content": message.get_text()})
+        messages.append(to_template_message(message))
     if messages[-1]["role"] == "assistant":
         message = "the last message is the assistant's, and there is nothing to answer"
         raise RequestError(400, message, param="messages")
     try:
-        tokens = model.renderer.encode_prompt(messages)
+        tokens = model.renderer.encode_prompt(messages, list_tools(body))
     except InputError as error:
         raise from_tunesmith_error(error, param="messages") from None
     return _fit_prompt(tokens, body.answer_tokens, model, param="messages")
@@ -97,7 +98,7 @@ async def make_jobs(
     grammars: GrammarCache,
 ) -> list[AnswerJob]:
     """Return a job for each answer: `n` for each prompt, with seeds that follow each other."""
-    schema = find_schema(body, model)
+    schema = await asyncio.to_thread(build_tool_grammar, body, model) or find_schema(body, model)
     grammar = None if schema is None else await grammars.compile(schema, model)
     biases = list_biases(body, model)
     seed = secrets.randbelow(MAX_SEED) if body.seed is None else body.seed % MAX_SEED

@@ -63,12 +63,11 @@ PAIRS: tuple[tuple[Json, ...], ...] = ((FIRST, SECOND), (NESTED, {}), ({}, FIRST
 
 @dataclass(frozen=True)
 class ReadAnswer:
-    """An answer with calls. `end` is the character where the last of them is complete."""
+    """An answer with calls; `content` is before them, `rest` after them and the closing text."""
 
     content: str
     calls: tuple[ToolCall, ...]
-    end: int
-    is_complete: bool  # nothing but the closing text follows
+    rest: str
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class ToolSyntax:
             if opening is not None:
                 answer = self._read_calls(text, opening.end(), schemas)
                 if answer is not None:
-                    return replace(answer, content=text[:start].strip())
+                    return replace(answer, content=text[:start].rstrip())
             if not self.first_word:
                 return None
             start += 1
@@ -125,7 +124,7 @@ class ToolSyntax:
         # Some templates close each answer, and models leave that out before the end token.
         closing = _compile(self.closing).match(text, end)
         rest = text[end if closing is None else closing.end() :]
-        return ReadAnswer("", tuple(calls), end, not rest.strip())
+        return ReadAnswer("", tuple(calls), rest if rest.strip() else "")
 
 
 def _compile(text: str) -> re.Pattern[str]:
@@ -139,14 +138,14 @@ def _compile(text: str) -> re.Pattern[str]:
 
 def learn_tool_syntax(renderer: Renderer) -> ToolSyntax:
     """Return the syntax of a renderer's template. Raises InputError with what is not read back."""
-    prober = _Prober(renderer)
+    prober = _SyntaxProber(renderer)
     syntax = prober.find_syntax()
     prober.check(syntax)
     return syntax
 
 
 @dataclass(frozen=True)
-class _Prober:
+class _SyntaxProber:
     renderer: Renderer
 
     def find_syntax(self) -> ToolSyntax:
@@ -245,7 +244,7 @@ class _Prober:
                 text = self.render_answer(arguments, content)
                 answer = syntax.read(text, SCHEMAS)
                 label += " beside other content" if content else ""
-                if answer is None or answer.calls != expected or not answer.is_complete:
+                if answer is None or answer.calls != expected or answer.rest:
                     message = f"{label}: what the chat template writes is not read back as the call"
                     raise InputError(message)
                 if content in text and not answer.content.endswith(content):

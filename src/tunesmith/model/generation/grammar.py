@@ -32,14 +32,15 @@ class Grammar:
 
     def __init__(
         self,
-        schema: Json,
+        schema: Json | str,
         folder: Path,
         *,
         vocab_size: int,
         end_ids: Sequence[int],
         is_strict: bool = False,
     ) -> None:
-        """Compile `schema` for the tokenizer in `folder` and a model with `vocab_size` logits.
+        """Compile `schema` for the tokenizer in `folder` and a model with `vocab_size` logits. A
+        text is a grammar in llguidance's Lark, with schemas of `embed_schema` in it.
 
         Parts of the schema that a grammar cannot express are left to the model and are in
         `warnings`; with `is_strict` they are an error that names them. Raises MachineError without
@@ -50,10 +51,12 @@ class Grammar:
             message = "answers that follow a schema need llguidance"
             fix = "pip install 'tunesmith[constrained]'"
             raise MachineError(message, where="response_schema", fix=fix) from None
-        if is_strict and OPTIONS_KEYWORD in schema:
-            raise InputError(f"{OPTIONS_KEYWORD} is not a keyword", where="response_schema")
-        options = GRAMMAR_OPTIONS | {"lenient": not is_strict, "coerce_one_of": not is_strict}
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+        if isinstance(schema, str):
+            grammar = LLMatcher.grammar_from_lark(schema)
+        else:
+            _refuse_options(schema, is_strict=is_strict)
+            options = GRAMMAR_OPTIONS | {"lenient": not is_strict, "coerce_one_of": not is_strict}
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
         tokenizer = _load_tokenizer(folder, vocab_size, tuple(end_ids))
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
         self._vocab_size = vocab_size
@@ -66,6 +69,19 @@ class Grammar:
     def start_answer(self) -> SchemaAnswer:
         """Return the grammar of one answer."""
         return SchemaAnswer(self._matcher.deep_copy(), self._vocab_size)
+
+
+def embed_schema(schema: Json) -> str:
+    """Return a strict schema as a term of a grammar's text. Raises InputError for one that sets
+    options."""
+    _refuse_options(schema, is_strict=True)
+    options = GRAMMAR_OPTIONS | {"lenient": False, "coerce_one_of": False}
+    return f"%json {json.dumps({OPTIONS_KEYWORD: options, **schema})}"
+
+
+def _refuse_options(schema: Json, *, is_strict: bool) -> None:
+    if is_strict and OPTIONS_KEYWORD in schema:
+        raise InputError(f"{OPTIONS_KEYWORD} is not a keyword", where="response_schema")
 
 
 class SchemaAnswer:

@@ -114,7 +114,7 @@ def test_white_space_does_not_matter(qwen: ToolSyntax) -> None:
     answer = qwen.read(text, SCHEMAS)
     assert answer is not None
     assert (answer.content, answer.calls) == ("Well.", (ToolCall("look", {"at": "é"}),))
-    assert answer.is_complete
+    assert answer.rest == ""
 
 
 def test_two_calls_and_text_after_them(qwen: ToolSyntax) -> None:
@@ -122,7 +122,7 @@ def test_two_calls_and_text_after_them(qwen: ToolSyntax) -> None:
     answer = qwen.read(f"{call}\n{call} and more", SCHEMAS)
     assert answer is not None
     assert len(answer.calls) == 2
-    assert not answer.is_complete
+    assert answer.rest == "and more"
 
 
 @pytest.mark.parametrize(

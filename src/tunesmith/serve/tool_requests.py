@@ -1,0 +1,187 @@
+"""The tools of a request: what the template gets, and what can be enforced.
+
+    find_tools(body, model) -> OfferedTools, or RequestError 400
+    build_tool_grammar(body, model) -> the text of a grammar, for `tool_choice: required`
+
+Strict: tools are refused for a template whose calls cannot be read back, and so is whatever an
+answer could break: `strict` without a forced call, one call at most, a schema beside tools. Left
+out: reading the calls of an answer (tool_calls.py)."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Json
+from tunesmith.data.chat_template.call_forms import NamedForm, ObjectForm
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.chat_template.tool_syntax import ToolSyntax, learn_tool_syntax
+from tunesmith.model.generation.grammar import embed_schema
+from tunesmith.serve.bodies import ChatBody, ChatMessage, NamedTool, SamplingBody, Tool
+from tunesmith.serve.errors import RequestError
+from tunesmith.serve.grammars import check_schema
+from tunesmith.serve.registry import ServedModel
+
+ANY_ARGUMENTS: Json = {"type": "object"}
+
+
+@dataclass(frozen=True)
+class OfferedTools:
+    """The tools that an answer may call: name -> schema of the arguments. `is_forced`: it has to
+    call one of them."""
+
+    syntax: ToolSyntax
+    schemas: Mapping[str, Json]
+    is_forced: bool
+
+
+def to_template_message(message: ChatMessage) -> Json:
+    """Return a message as templates take it, with objects as arguments. Raises RequestError."""
+    content: Json = {"role": message.role, "content": message.get_text()}
+    if message.tool_call_id is not None:
+        content["tool_call_id"] = message.tool_call_id
+    calls: list[Json] = []
+    for call in message.tool_calls or ():
+        function = {
+            "name": call.function.name,
+            "arguments": _parse_arguments(call.function.arguments),
+        }
+        calls.append({"id": call.id, "type": "function", "function": function})
+    return {**content, "tool_calls": calls} if calls else content
+
+
+def _parse_arguments(text: str) -> Json:
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        message = "the arguments of a tool call are not a JSON object"
+        raise RequestError(400, message, param="messages")
+    return arguments
+
+
+def list_tools(body: ChatBody) -> list[Json]:
+    """Return the tools as templates take them."""
+    tools: list[Json] = []
+    for tool in body.active_tools:
+        function = tool.function.model_dump(exclude_none=True, exclude={"strict"})
+        tools.append({"type": "function", "function": function})
+    return tools
+
+
+def find_tools(body: ChatBody, model: ServedModel) -> OfferedTools | None:
+    """Return the tools of a request, None without any. Raises RequestError 400 for what this model
+    cannot do. Slow for a new template: runs on a worker."""
+    tools = body.active_tools
+    if not tools:
+        return None
+    if isinstance(syntax := _learn_once(model.renderer), str):
+        message = f"this model has no tools: {syntax}"
+        raise RequestError(400, message, code="tools_not_supported", param="tools")
+    is_forced = body.tool_choice not in (None, "auto")
+    _refuse_unenforceable(body, model, syntax, is_forced=is_forced)
+    if isinstance(body.tool_choice, NamedTool):
+        name = body.tool_choice.function.name
+        tools = [tool for tool in tools if tool.function.name == name]
+    return OfferedTools(
+        syntax, {tool.function.name: _get_schema(tool) for tool in tools}, is_forced
+    )
+
+
+def _get_schema(tool: Tool) -> Json:
+    return tool.function.parameters or ANY_ARGUMENTS
+
+
+@functools.lru_cache(maxsize=64)
+def _learn_once(renderer: Renderer) -> ToolSyntax | str:
+    """Return the syntax of a template's calls, or why there is none."""
+    try:
+        return learn_tool_syntax(renderer)
+    except InputError as error:
+        return error.message
+
+
+def _refuse_unenforceable(
+    body: ChatBody, model: ServedModel, syntax: ToolSyntax, *, is_forced: bool
+) -> None:
+    """Raise RequestError 400 for a promise that an answer could break."""
+    wanted = body.response_format
+    if (wanted is not None and wanted.type != "text") or (wanted is None and model.schema):
+        message = "an answer cannot follow a schema and call tools; send tool_choice: none"
+        raise RequestError(400, message, code="tools_not_supported", param="response_format")
+    if is_forced:
+        return
+    for index, tool in enumerate(body.active_tools):
+        if tool.function.strict:
+            message = "strict arguments need tool_choice: required, or a named function"
+            param = f"tools[{index}].function.strict"
+            raise RequestError(400, message, code="tools_not_supported", param=param)
+    if body.parallel_tool_calls is False and syntax.separator is not None:
+        message = "one call at most needs tool_choice: required, or a named function"
+        raise RequestError(400, message, code="tools_not_supported", param="parallel_tool_calls")
+
+
+# ---------------------------------------------------------------- a call that has to be made
+
+
+def build_tool_grammar(body: SamplingBody, model: ServedModel) -> str | None:
+    """Return the grammar of one call with arguments by their schema, None if none has to be made.
+    Raises RequestError 400 for calls that no grammar enforces."""
+    if not isinstance(body, ChatBody):
+        return None
+    tools = find_tools(body, model)
+    if tools is None or not tools.is_forced:
+        return None
+    for schema in tools.schemas.values():
+        check_schema(schema)
+    try:
+        return _build_lark(tools, model.renderer)
+    except InputError as error:
+        message = f"tool_choice cannot be enforced: {error.message}"
+        raise RequestError(400, message, code="tools_not_supported", param="tool_choice") from None
+
+
+def _build_lark(tools: OfferedTools, renderer: Renderer) -> str:
+    syntax = tools.syntax
+    if syntax.forced_opening is None:
+        raise InputError("the chat template does not continue a prompt with a call")
+    calls: list[str] = []
+    for name, schema in tools.schemas.items():
+        calls.append(_describe_call(syntax, name, schema, renderer))
+    opening = _quote(syntax.forced_opening, renderer)
+    closing = _quote(syntax.closing.rstrip(), renderer)
+    return f"start: {opening} ({' | '.join(calls)}) {closing}"
+
+
+def _describe_call(syntax: ToolSyntax, name: str, schema: Json, renderer: Renderer) -> str:
+    form = syntax.form
+    if isinstance(form, NamedForm):
+        return f"{_quote(name + form.between, renderer)} {embed_schema(schema)}"
+    if not isinstance(form, ObjectForm) or form.is_text or form.wrapper:
+        raise InputError("the chat template does not write arguments as an object")
+    if set(form.keys) != {form.name_key, form.arguments_key}:
+        raise InputError("the chat template writes more than name and arguments")
+    parts: Json = {form.name_key: {"const": name}, form.arguments_key: schema}
+    ordered = {key: parts[key] for key in form.keys}
+    call: Json = {"type": "object", "properties": ordered, "required": list(form.keys)}
+    return embed_schema({**call, "additionalProperties": False})
+
+
+def _quote(text: str, renderer: Renderer) -> str:
+    """Return a text of the template as terms of a grammar, with its control tokens by id."""
+    terms: list[str] = []
+    position = 0
+    tokenizer = renderer.tokenizer
+    for match in tokenizer.pattern.finditer(text):
+        terms += _quote_plain(text[position : match.start()])
+        terms.append(f"<[{tokenizer.controls[match[0]].id}]>")
+        position = match.end()
+    return " ".join([*terms, *_quote_plain(text[position:])])
+
+
+def _quote_plain(text: str) -> Sequence[str]:
+    return [json.dumps(text, ensure_ascii=False)] if text else []
