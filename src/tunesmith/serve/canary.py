@@ -124,7 +124,7 @@ class Canary:
         """Begin anew if a name has another content now; return the event."""
         if canary != self.state.canary:
             self.state = CanaryState(canary, stable)
-            self.start("another canary")
+            self.start("not seen before")
             return "started"
         if stable != self.state.stable:
             self.state.stable = stable

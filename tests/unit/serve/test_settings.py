@@ -42,8 +42,9 @@ def test_the_example_and_the_guide_load(tmp_path: Path) -> None:
     assert example.limits == Limits()  # the values of the example are the defaults
     guide = (root / "docs" / "guides" / "serve.md").read_text()
     blocks = re.findall(r"^```yaml\n(.*?)^```", guide, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 1
-    assert read_settings([write_yaml(tmp_path, blocks[0])]).models["json-next"].pin
+    models, routes = (read_settings([write_yaml(tmp_path, block)]) for block in blocks)
+    assert models.models["json-next"].pin
+    assert list(routes.routes) == ["ab", "prod"]
 
 
 def test_flags_replace_the_file(tmp_path: Path) -> None:
