@@ -175,6 +175,30 @@ def find_layer_mixers(config: Mapping[str, Any], family: Family, where: str) -> 
     """Return the token mixer of each layer: attention, delta, mamba2, conv, `PARALLEL` or
     `NO_MIXER`. Raise InputError for layers that no mixer of this family knows, or that `READY`
     lacks."""
+    layers = config.get("layer_types") or [ATTENTION] * config["num_hidden_layers"]
+    words = refuse_unknown_layers(layers, str(config["model_type"]), family, where)
+    if len(words) != config["num_hidden_layers"]:
+        message = f"{config['num_hidden_layers']} layers, but {len(words)} layer_types"
+        raise InputError(message, where=where, fix="download config.json again")
+    meanings = _list_layer_words(family)
+    return tuple(meanings[word] for word in words)
+
+
+def refuse_unknown_layers(layers: Any, model_type: str, family: Family, where: str) -> list[str]:
+    """Return `layer_types` as words. Raise InputError for one that no mixer of this family
+    knows."""
+    words = list(map(str, layers)) if isinstance(layers, list) else [str(layers)]
+    if unknown := sorted(set(words) - _list_layer_words(family).keys()):
+        message = (
+            f"{model_type} has layers of type {', '.join(unknown)[:200]}: "
+            "packed documents would leak through them"
+        )
+        raise InputError(message, where=where, fix=FAMILY_FIX)
+    return words
+
+
+def _list_layer_words(family: Family) -> dict[str, str]:
+    """Return word of `layer_types` -> mixer, of those that a family can have."""
     meanings = dict.fromkeys(ATTENTION_WORDS, ATTENTION)
     meanings |= dict.fromkeys(NO_MIXER_WORDS, NO_MIXER)
     for mixer in family.mixers & READY - {ATTENTION}:
@@ -182,18 +206,7 @@ def find_layer_mixers(config: Mapping[str, Any], family: Family, where: str) -> 
         meanings |= dict.fromkeys(words, mixer)
     if "mamba2" in family.mixers & READY:
         meanings["hybrid"] = PARALLEL
-    layers = config.get("layer_types") or [ATTENTION] * config["num_hidden_layers"]
-    words = list(map(str, layers)) if isinstance(layers, list) else [str(layers)]
-    if unknown := sorted(set(words) - meanings.keys()):
-        message = (
-            f"{config['model_type']} has layers of type {', '.join(unknown)}: "
-            "packed documents would leak through them"
-        )
-        raise InputError(message, where=where, fix=FAMILY_FIX)
-    if len(words) != config["num_hidden_layers"]:
-        message = f"{config['num_hidden_layers']} layers, but {len(words)} layer_types"
-        raise InputError(message, where=where, fix="download config.json again")
-    return tuple(meanings[word] for word in words)
+    return meanings
 
 
 def count_experts(config: Mapping[str, Any]) -> int:

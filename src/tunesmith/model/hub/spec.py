@@ -36,6 +36,7 @@ from tunesmith.model.hub.families import (
     count_experts_per_token,
     find_layer_mixers,
     find_text_type,
+    refuse_unknown_layers,
 )
 from tunesmith.model.hub.packed_tensors import (
     MXFP4_DTYPE,
@@ -163,6 +164,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
         recurrent=find_recurrent_shape(config.text, layer_mixers, config.where),
     )
     _refuse_empty_matrices(headers, config.where)
+    _check_expert_counts(headers, num_experts, config.where)
     _check_sizes(spec, headers, config)
     _check_layer_words(spec, config.where)
     _check_token_ids(spec, config.text)
@@ -184,10 +186,18 @@ def _read_config(path: Path) -> _ModelConfig:
     text = content
     if not family.is_uniform:
         _check_nested_counts(content, where)
+        _check_written_layers(content, family, where)
         from tunesmith.model.hub.text_class import read_text_config
 
         text = read_text_config(path)
     return _ModelConfig(path, content, family, text_type, text)
+
+
+def _check_written_layers(content: Json, family: Family, where: str) -> None:
+    """Raise InputError for layers that no mixer knows, before transformers refuses their words."""
+    text = content["text_config"] if family.tensor_prefix else content
+    if layers := text.get("layer_types"):
+        refuse_unknown_layers(layers, str(content["model_type"]), family, where)
 
 
 def _check_nested_counts(content: Json, where: str) -> None:
@@ -398,9 +408,8 @@ def _find_unsupported_layer(text: Json, model_type: str, family: Family | None) 
     if any(text.get(key) for key in CAPACITY_KEYS):
         return f"{model_type} {CAPACITY_REASON}"
     can_have_experts = family is not None and family.has_experts and EXPERTS in READY
-    has_experts = count_experts(text) > 0 or (family is None and "moe" in model_type)
-    if has_experts and not can_have_experts:
-        return f"{model_type} is a mixture of experts, which is not supported yet"
+    if family is not None and count_experts(text) > 0 and not can_have_experts:
+        return f"{model_type} has no experts, but config.json has {count_experts(text)}"
     return None
 
 
@@ -507,6 +516,15 @@ def _refuse_empty_matrices(headers: Mapping[str, TensorHeader], where: str) -> N
         if len(tensor.shape) > 1 and 0 in tensor.shape:
             message = f"the tensor {name} holds no values: its shape is {list(tensor.shape)}"
             raise InputError(message, where=where, fix="choose a model without sizes of 0")
+
+
+def _check_expert_counts(headers: Mapping[str, TensorHeader], num_experts: int, where: str) -> None:
+    """Raise InputError for a layer that has not as many experts as config.json says."""
+    for name, tensor in headers.items():
+        is_stack = ".experts." in name and len(tensor.shape) == 3
+        if is_stack and tensor.shape[0] != num_experts:
+            message = f"{name} holds {tensor.shape[0]} experts, config.json says {num_experts}"
+            raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
 
 
 def _check_layer_words(spec: ModelSpec, where: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tiny_models import CONFIGS
@@ -56,6 +57,24 @@ def test_layers_that_the_config_calls_otherwise_are_refused(family: str, tmp_pat
     folder = save_changed(family, tmp_path)
     edit_config(folder, "layer_types", "layers_block_type")
     with pytest.raises(InputError, match="says 0 attention layers, the weights have 1"):
+        read_spec(folder)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5", "granitemoehybrid", "lfm2"])
+def test_layers_that_no_mixer_knows_are_refused_by_name(family: str, tmp_path: Path) -> None:
+    folder = save_changed(family, tmp_path)
+    edit_config(folder, layer_types=["full_attention", "retention", "full_attention"])
+    with pytest.raises(InputError, match=rf"{CONFIGS[family].model_type} has layers.* retention:"):
+        read_spec(folder)
+
+
+def test_a_layer_with_too_few_experts_is_refused_while_planning(tmp_path: Path) -> None:
+    folder = save_changed("qwen3_moe", tmp_path)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    kept = {name: tensor for name, tensor in tensors.items() if "1.mlp.experts.7." not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"layers\.1\..*holds 7 experts, config\.json says 8"):
         read_spec(folder)
 
 

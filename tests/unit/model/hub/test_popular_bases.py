@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from popular_configs import PUBLISHED, PublishedModel
+from popular_bases import PUBLISHED
+from popular_configs import PublishedModel
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import ModelSpec
 from tunesmith.model.hub.resolve import resolve_model
