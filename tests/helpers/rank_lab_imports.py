@@ -1,6 +1,7 @@
 """What the ranks of `rank_lab` have imported when they start."""
 
 import rank_loops  # noqa: F401
+import rank_runs  # noqa: F401
 import tiny_runs  # noqa: F401
 import tunesmith.train.follow
 import tunesmith.train.run  # noqa: F401

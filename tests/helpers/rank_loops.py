@@ -8,8 +8,10 @@ import torch
 
 from tiny_loop import SETTINGS, make_step_documents, select_steps
 from tiny_models import continue_document, make_tiny_document, make_tiny_model
+from tunesmith.core.errors import MachineError
+from tunesmith.core.events import CheckResult
 from tunesmith.core.ranks import Ranks
-from tunesmith.core.types import Document
+from tunesmith.core.types import Batch, Document
 from tunesmith.train.loop import TrainingLoop
 
 STEPS = 20
@@ -61,3 +63,65 @@ def train_loop(ranks: Ranks, kind: str) -> tuple[list[float], list[tuple[int, in
     weights = torch.cat([p.detach().flatten() for p in training.parameters.values()]).numpy()
     counts = [(step.tokens, step.supervised_tokens) for step in steps]
     return [step.loss for step in steps], counts, weights
+
+
+# ---------------------------------------------------------------- faults
+
+MAX_TOKENS = 35  # that rank 1 has memory for
+
+
+def train_with_nan(ranks: Ranks) -> tuple[list[str], bytes]:
+    """Train on a document whose loss is not finite in step 3; return verdicts and weights."""
+    training = make_loop(ranks, "rows")
+    ranks.send = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
+    load_documents = training.load_documents
+
+    def load_with_nan(step: int) -> list[Document]:
+        documents = list(load_documents(step))
+        if step == 3:
+            weights_L = np.where(documents[1].weights_L > 0, np.nan, 0).astype(np.float32)
+            documents[1] = dataclasses.replace(documents[1], weights_L=weights_L)
+        return documents
+
+    training.load_documents = load_with_nan
+    return collect_outcome(training)
+
+
+def train_with_little_memory(ranks: Ranks) -> tuple[list[str], bytes]:
+    """Train where rank 1 has memory for few tokens; return verdicts and weights."""
+    training = make_loop(ranks, "rows")
+    ranks.send = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
+    hidden = training.model.compute_hidden
+
+    def compute_with_little_memory(batch: Batch) -> torch.Tensor:
+        if ranks.rank == 1 and batch.layout.num_tokens > MAX_TOKENS:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(batch)
+
+    training.model.compute_hidden = compute_with_little_memory  # type: ignore[method-assign]
+    return collect_outcome(training)
+
+
+def collect_outcome(training: TrainingLoop) -> tuple[list[str], bytes]:
+    verdicts: list[str] = []
+    for event in training:
+        if isinstance(event, CheckResult):
+            verdicts.append(f"{event.step} {event.kind}: {event.evidence}")
+    weights = torch.cat([p.detach().flatten() for p in training.parameters.values()])
+    return verdicts, weights.numpy().tobytes()
+
+
+def drift(ranks: Ranks) -> str:
+    """Change one bit of a weight on rank 1; return what the comparison of the ranks says."""
+    training = make_loop(ranks, "rows")
+    training.ranks = ranks
+    ranks.send = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
+    training.compare_ranks()
+    if ranks.rank == 1:
+        weight = next(iter(training.parameters.values())).data.view(torch.int32)
+        weight.view(-1)[3] ^= 1
+    try:
+        training.compare_ranks()
+    except MachineError as error:
+        return error.message
+    return ""

@@ -74,7 +74,7 @@ from tunesmith.session.provenance import GoldenAnswer, build_provenance, write_p
 from tunesmith.session.session import Session, open_session
 from tunesmith.session.witness import record_answers
 from tunesmith.train import base_reference
-from tunesmith.train.follow import BEGIN, start_ranks, check_ranks
+from tunesmith.train.follow import BEGIN, check_ranks, start_ranks
 from tunesmith.train.full_data_check import check_all_texts
 from tunesmith.train.guard.guarded_loop import GuardedTraining, RunContext
 from tunesmith.train.model_card import write_card

@@ -1,0 +1,71 @@
+"""Whole runs of tiny recipes on several ranks, for processes of `rank_lab`."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiny_runs import make_tiny_recipe
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.events import Event, TrainStep
+from tunesmith.core.ranks import Ranks, open_ranks
+from tunesmith.session import inputs
+from tunesmith.train import run
+from tunesmith.train.follow import follow
+
+Outcome = tuple[int, str]  # exit code, and the message of the error or the last step
+
+
+def train_run(model: str, folder: str, changes: dict[str, Any], stop: dict[str, int]) -> Outcome:
+    """Train a tiny recipe as one rank; `stop` may be {"saved": 2} or {"signal": 2}."""
+    torch.set_num_threads(1)
+    recipe = make_tiny_recipe(Path(model), Path(folder), **changes)
+
+    def start(ranks: Ranks) -> Any:
+        run_inputs = inputs.load_inputs(recipe)
+        return run.train(inputs.make_plan(run_inputs), run_inputs, ranks=ranks)
+
+    return _act(start, Path(folder), stop)
+
+
+def resume_run(folder: str) -> Outcome:
+    torch.set_num_threads(1)
+    path = Path(folder) / "run"
+    return _act(lambda ranks: run.resume(path, ranks=ranks), Path(folder), {})
+
+
+def _act(start: Any, folder: Path, stop: dict[str, int]) -> Outcome:
+    try:
+        with open_ranks() as ranks:
+            (folder / f"pid-{ranks.rank}").write_text(str(os.getpid()))
+            if not ranks.is_main:
+                return follow(ranks), "followed"
+            return 0, _consume(start(ranks), folder, stop)
+    except TunesmithError as error:
+        return error.exit_code, str(error)
+
+
+def _consume(events: Any, folder: Path, stop: dict[str, int]) -> str:
+    step = 0
+    for event in events:
+        step = event.step
+        if "saved" in stop and getattr(event, "path", "") == f"checkpoints/step-{stop['saved']}":
+            events.close()
+            break
+        if isinstance(event, TrainStep) and event.step == stop.get("signal"):
+            os.kill(int((folder / "pid-1").read_text()), signal.SIGTERM)
+    return f"step {step}"
+
+
+def train_near_other_rows(
+    model: str, folder: str, changes: dict[str, Any], other_cwd: str
+) -> Outcome:
+    """Train where rank 1 finds other files under the same relative paths."""
+    os.chdir(other_cwd if os.environ.get("RANK") == "1" else folder)
+    return train_run(model, folder, changes, {})
+
+
+def select_steps(events: list[Event]) -> list[TrainStep]:
+    return [event for event in events if isinstance(event, TrainStep)]

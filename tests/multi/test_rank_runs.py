@@ -1,0 +1,130 @@
+"""Runs on several ranks: one folder, and the results of one process."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from rank_lab import run_processes
+from rank_runs import resume_run, train_near_other_rows, train_run
+from tiny_runs import build_sum_rows, write_eval_files, write_rows
+from tunesmith.core.events import CheckResult, Score, TrainStep
+from tunesmith.core.run_dir import read_all_events, read_events
+
+pytestmark = pytest.mark.multi
+
+STEPS = 6
+UNWATCHED = {"guard": {"collapse": "off", "forgetting": "off"}}
+
+
+def read_weights(folder: Path) -> np.ndarray:
+    tensors = load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+
+
+def train_on(world: int, model: Path, folder: Path, changes: dict[str, Any], **stop: int) -> Any:
+    folder.mkdir(exist_ok=True)
+    return run_processes(train_run, world, str(model), str(folder), changes, stop)
+
+
+@pytest.fixture(scope="module")
+def changes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return a recipe of six steps with evaluation, probes and a checkpoint every two steps."""
+    folder = tmp_path_factory.mktemp("rank-data")
+    rows = write_rows(folder / "rows.jsonl", build_sum_rows(1, 24))
+    return {
+        "data": str(rows),
+        "batch_size": 4,
+        "save_steps": 2,
+        "eval_steps": 3,
+        **write_eval_files(folder),
+    }
+
+
+@pytest.fixture(scope="module")
+def straight(
+    tiny_folder: Path, changes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return the folder of a run on two ranks."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert train_on(2, tiny_folder, folder, changes) == [(0, f"step {STEPS}"), (0, "followed")]
+    return folder
+
+
+def test_a_run_of_two_ranks_is_that_of_one_process(
+    tiny_folder: Path, changes: dict[str, Any], straight: Path, tmp_path: Path
+) -> None:
+    train_on(1, tiny_folder, tmp_path, changes)
+    np.testing.assert_allclose(read_weights(straight), read_weights(tmp_path), rtol=0, atol=1e-5)
+    ours = read_events(straight / "run")
+    theirs = read_events(tmp_path / "run")
+    for kind in (TrainStep, Score):
+        pairs = [[event for event in events if type(event) is kind] for events in (ours, theirs)]
+        assert len(pairs[0]) == len(pairs[1]) >= STEPS
+    losses = [[e.loss for e in events if isinstance(e, TrainStep)] for events in (ours, theirs)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-5)
+    scores = [[e.value for e in events if isinstance(e, Score)] for events in (ours, theirs)]
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-4, atol=1e-4)
+    assert "ranks" in [event.kind for event in ours if isinstance(event, CheckResult)]
+
+
+def test_a_guard_changes_no_bit(
+    tiny_folder: Path, changes: dict[str, Any], straight: Path, tmp_path: Path
+) -> None:
+    unwatched = {key: changes[key] for key in ("data", "batch_size")} | UNWATCHED
+    train_on(2, tiny_folder, tmp_path, unwatched)
+    final = load_file(straight / "run" / "adapter" / "adapter_model.safetensors")
+    other = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {n: t.tobytes() for n, t in final.items()} == {n: t.tobytes() for n, t in other.items()}
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_any_number(
+    tiny_folder: Path, changes: dict[str, Any], straight: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    train_on(2, tiny_folder, first, changes, saved=2)
+    for world in (1, 2, 3):
+        folder = tmp_path / str(world)
+        shutil.copytree(first, folder)
+        outcomes = run_processes(resume_run, world, str(folder))
+        assert [code for code, _ in outcomes] == [0] * world, outcomes
+        expected = read_weights(straight)
+        np.testing.assert_allclose(read_weights(folder), expected, rtol=0, atol=1e-5)
+        if world == 2:
+            assert read_weights(folder).tobytes() == expected.tobytes()
+        assert {logged.attempt for logged in read_all_events(folder / "run")} == {1, 2}
+
+
+def test_a_signal_at_rank_1_stops_all_after_the_step_with_a_checkpoint(
+    tiny_folder: Path, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    outcomes = train_on(2, tiny_folder, tmp_path, changes, signal=1)
+    assert [code for code, _ in outcomes] == [143, 143], outcomes
+    assert "continue with: tunesmith resume" in outcomes[0][1]
+    saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert saved, "the work until the signal is kept"
+
+
+def test_a_rank_with_other_rows_ends_the_run_with_its_name(
+    tiny_folder: Path, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    for name, first in (("here", 1), ("there", 2)):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "rows.jsonl", build_sum_rows(first, 24))
+    relative = changes | {"data": "rows.jsonl"}
+    outcomes = run_processes(
+        train_near_other_rows,
+        2,
+        str(tiny_folder),
+        str(tmp_path / "here"),
+        relative,
+        str(tmp_path / "there"),
+    )
+    assert [code for code, _ in outcomes] == [2, 2], outcomes
+    message = outcomes[0][1]
+    assert message.startswith("rank 1 on ")
+    assert "data.data: sha256" in message
+    assert "give every machine the same files" in message
