@@ -3,6 +3,7 @@ named, and nothing else is."""
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -118,6 +119,18 @@ def test_unchanged_inputs_pass_and_foreign_weights_are_not_judged(
     check_provenance(folder, base, renderer, "2026-05-06")  # the template prints no date
     assert read_provenance(base) is None
     check_provenance(base, base, renderer, DAY)
+
+
+def test_a_config_may_hold_infinities(base: Path, renderer: Renderer, tmp_path: Path) -> None:
+    """Published configs of Mamba layers have `time_step_limit: [0.0, Infinity]`."""
+    limits = {"time_step_limit": [0.0, math.inf], "nested": {"a": -math.inf, "b": [math.nan]}}
+    (base / "config.json").write_text(json.dumps(CONFIG | limits))
+    folder = store(tmp_path / "adapter", build(base, renderer))
+    check_provenance(folder, base, renderer, DAY)
+    (base / "config.json").write_text(json.dumps(CONFIG | limits | {"time_step_limit": [0, 1]}))
+    problems = list_problems(folder, base, renderer)
+    assert len(problems) == 1
+    assert problems[0].startswith("base config.json time_step_limit: [0.0, {'__float__': 'Inf")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from tunesmith.data.tokenizer import tokenizer_json
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 from tunesmith.data.tokenizer.tokenizer_json import TokenizerErrors, parse_tokenizer
 
-
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 
 
