@@ -9,7 +9,7 @@ import torch
 
 from tiny_runs import make_tiny_recipe
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.events import Event, TrainStep
+from tunesmith.core.events import TrainStep
 from tunesmith.core.ranks import Ranks, open_ranks
 from tunesmith.session import inputs
 from tunesmith.train import run
@@ -19,7 +19,9 @@ Outcome = tuple[int, str]  # exit code, and the message of the error or the last
 
 
 def train_run(model: str, folder: str, changes: dict[str, Any], stop: dict[str, int]) -> Outcome:
-    """Train a tiny recipe as one rank; `stop` may be {"saved": 2} or {"signal": 2}."""
+    """Train a tiny recipe as one rank.
+
+    `stop` may be {"saved": step}, {"signal": step} of rank 1, or {"kill": step, "rank": rank}."""
     torch.set_num_threads(1)
     recipe = make_tiny_recipe(Path(model), Path(folder), **changes)
 
@@ -56,6 +58,8 @@ def _consume(events: Any, folder: Path, stop: dict[str, int]) -> str:
             break
         if isinstance(event, TrainStep) and event.step == stop.get("signal"):
             os.kill(int((folder / "pid-1").read_text()), signal.SIGTERM)
+        if isinstance(event, TrainStep) and event.step == stop.get("kill"):
+            os.kill(int((folder / f"pid-{stop['rank']}").read_text()), signal.SIGKILL)
     return f"step {step}"
 
 
@@ -65,7 +69,3 @@ def train_near_other_rows(
     """Train where rank 1 finds other files under the same relative paths."""
     os.chdir(other_cwd if os.environ.get("RANK") == "1" else folder)
     return train_run(model, folder, changes, {})
-
-
-def select_steps(events: list[Event]) -> list[TrainStep]:
-    return [event for event in events if isinstance(event, TrainStep)]
