@@ -39,6 +39,18 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", SHARED_MEMORY)
 
 
+CUDA_MARKS = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=CUDA_MARKS)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Return "cpu", and with `-m gpu` "cuda": the same test on a GPU."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a tiny model; tests must not change it."""

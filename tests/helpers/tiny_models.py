@@ -159,19 +159,21 @@ def make_tiny_model(
     backend: str = "auto",
     blocked: bool = False,
     gradient_checkpointing: str = "none",
+    device: str = "cpu",
     **settings: object,
 ) -> PackedCausalLM:
     """Return a wrapped model with trainable parameters.
 
     LoRA weights start away from zero, so that every gradient is nonzero.
     """
-    network = make_tiny_network(family, dtype)
+    network: Any = make_tiny_network(family, dtype)
+    network.to(device)
     if method:
         METHODS[method](network, LORA | settings)
     if method == "lora":
         generator = torch.Generator().manual_seed(1)
         for parameter in get_trainable_parameters(network).values():
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(device)
     return wrap_model(
         network,
         dtype,

@@ -37,6 +37,7 @@ def test_in_the_interpreter() -> None:
     files = ("test_ops.py", "test_triton_ops.py")
     # numpy, which computes for it, warns about infinities; the fp32 tests cover test_divergence
     choice = ("-W", "ignore::RuntimeWarning", "-k", "not compil and not test_divergence[")
+    choice += ("-m", "not gpu")
     done = subprocess.run(
         [*command, *files, *choice, "-o", "addopts="],
         cwd=FOLDER,
