@@ -178,14 +178,21 @@ def test_a_shadow_is_compared_and_changes_nothing(
 
 
 def test_a_shadow_makes_room_and_begins_again(routed: LiveServer, secrets: dict[str, str]) -> None:
+    def count(name: str, **labels: str) -> float:
+        return read_metric(routed, name, **labels)
+
     long = {"logit_bias": {"257": -100, "258": -100}, "temperature": 0, "seed": 1}
-    before = read_metric(routed, "shadow_answers_total", route="watched")
+    before = count("shadow_answers_total", route="watched")
+    rows = count("step_rows_sum")
+    steps = count("step_rows_count")
     with connect(routed, secrets["boss"]) as http:
         for _ in range(12):  # each finds the shadows of those before
             chat(http, "watched", **long)
-        wait_for(
-            lambda: read_metric(routed, "shadow_answers_total", route="watched") == before + 12
-        )
+        wait_for(lambda: count("shadow_answers_total", route="watched") == before + 12)
+    assert count("shadow_answers_total", route="watched", result="dropped") == 0
+    # one client at a time, and nobody else in its steps
+    assert count("step_rows_count") - steps >= 12 * 6
+    assert count("step_rows_sum") - rows == count("step_rows_count") - steps
 
 
 def test_streams_and_completions_have_shadows_too(
