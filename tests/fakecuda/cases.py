@@ -28,7 +28,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from plan_configs import make_config
@@ -42,6 +43,7 @@ from tiny_models import (
 )
 from tunesmith.core.errors import GateError, TunesmithError
 from tunesmith.core.events import TrainStep
+from tunesmith.core.ranks import Ranks
 from tunesmith.core.types import Document, GenerationRequest, NewToken
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
@@ -156,6 +158,28 @@ def make_sides(*sides: str, reference: float | None = None) -> list[Document]:
             )
         )
     return documents
+
+
+class PretendedRanks(Ranks):
+    """Rank 0 of eight, in a process group that sends nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(rank=0, world=8)
+        self._group = distributed.group.WORLD
+
+    def send(self, command: str, **arguments: Any) -> None:
+        """Send no command: nobody receives it."""
+
+
+def train_on_ranks(**model_settings: Any) -> Record:
+    """Record a step of rank 0 up to its update, which stand-ins for the sums leave out."""
+    documents = make_tiny_documents(range(10, 26))
+    model = make_model(**model_settings)
+    with recording():
+        loop = TrainingLoop(
+            model, lambda _: list(documents), make_config(), steps=3, ranks=PretendedRanks()
+        )
+    return record_step(loop)
 
 
 def train_kto(*, stored: bool) -> Record:
@@ -519,6 +543,9 @@ def main(folder: Path) -> None:
     model = save_model(folder / "model")
     CASES["weights"] = partial(load, model, load_network)
     CASES["4-bit weights"] = partial(load, model, load_quantized)
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    CASES["eight ranks"] = train_on_ranks
+    CASES["eight ranks, full"] = partial(train_on_ranks, **FULL)
     with fake_gpu():
         results = {name: run_case(case) for name, case in (CASES | CONTROLS).items()}
     (folder / "results.json").write_text(json.dumps(results))

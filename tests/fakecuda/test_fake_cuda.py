@@ -25,6 +25,7 @@ from tunesmith.plan.memory_gpu import estimate_gpu_memory
 
 FOLDER = Path(__file__).parent
 CHECKPOINT_CASES = ("resume", "rollback")
+RANK_CASES = {"eight ranks": "sft", "eight ranks, full": "full"}  # and the same in one process
 EXPERT_CASES = [f"family {family}" for family in EXPERT_FAMILIES]
 # they read likelihoods and tokens, one pack or token after another
 OTHER_CASES = ("preflight", "answers", "answers after a shared prefix", "sampled answers")
@@ -94,6 +95,13 @@ def test_reads_kernels_and_bytes_are_counted(results: Results) -> None:
 @pytest.mark.parametrize("name", [*CASES, *CHECKPOINT_CASES, "weights", "4-bit weights"])
 def test_it_runs(results: Results, name: str) -> None:
     assert results[name]["error"] == ""
+
+
+@pytest.mark.parametrize("name", RANK_CASES)
+def test_one_of_eight_ranks_sends_one_message_a_step(results: Results, name: str) -> None:
+    assert results[name]["error"] == ""
+    assert results[name]["kernels"]["c10d::allreduce_"] == 1
+    assert results[name]["kernels"]["aten::mm"] == results[RANK_CASES[name]]["kernels"]["aten::mm"]
 
 
 @pytest.mark.parametrize("name", STEP_CASES)
