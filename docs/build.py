@@ -36,7 +36,7 @@ from tunesmith.cli.output import PIPE_WIDTH
 from tunesmith.core.types import Json
 from tunesmith.model.hub.families import FAMILIES, REFUSED_TYPES
 from tunesmith.plan.hardware_presets import HARDWARE_PRESETS
-from tunesmith.recipe import fields, objectives, schema
+from tunesmith.recipe import fields, objectives, schema, sweep
 from tunesmith.recipe.explain import describe_schema
 
 ROOT = Path(__file__).parents[1]
@@ -224,7 +224,11 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "recipe": build_key_table,
     **{
         name: partial(build_mapping_table, model)
-        for name, model in (*vars(fields).items(), *vars(objectives).items())
+        for name, model in (
+            *vars(fields).items(),
+            *vars(objectives).items(),
+            *vars(sweep).items(),
+        )
         if inspect.isclass(model) and issubclass(model, BaseModel)
     },
     "verbs": build_verb_table,

@@ -75,6 +75,7 @@ from tunesmith.api import (  # noqa: E402
     schema,
     train,
     tune_lr,
+    tune_sweep,
     verify,
     write_report,
 )
@@ -136,6 +137,7 @@ __all__ = [
     "schema",
     "train",
     "tune_lr",
+    "tune_sweep",
     "verify",
     "write_report",
 ]

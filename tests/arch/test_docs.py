@@ -42,6 +42,7 @@ build = import_build()
 PAGES = {
     "runs": "guides/train",
     "tune lr": "guides/tune",
+    "tune sweep": "guides/sweep",
     "eval": "guides/evaluate",
     "compare": "guides/evaluate",
     "resume": "guides/train",

@@ -48,6 +48,7 @@ FROZEN = [
         "guard",
         "save_steps",
         "eval_steps",
+        "sweep",
         "seed",
         "output_dir",
     ),

@@ -3,9 +3,13 @@ test_recipe_keys.py."""
 
 from __future__ import annotations
 
+import pytest
+
 from recipe_lab import Lab
-from tiny_runs import build_sum_rows
+from tiny_runs import build_sum_rows, make_tiny_recipe
 from tunesmith import api
+from tunesmith.core.errors import InputError
+from tunesmith.core.sweep_record import SweepRecord
 
 
 def metrics(lab: Lab) -> None:
@@ -24,3 +28,21 @@ def gates(lab: Lab) -> None:
         lab.events(test_data=test, gates={"exact_match": limit})
         results = {gate.name: gate.passed for gate in api.evaluate(lab.output).check_gates()}
         assert results["test exact_match limit"] == is_held
+
+
+def sweep(lab: Lab) -> None:
+    """Each value is a trial of `tune sweep`; `train` refuses the several runs that it describes."""
+    with pytest.raises(InputError, match="describes a sweep of several runs"):
+        lab.events(sweep={"lora_r": [2]})
+    held_out = {
+        "eval_data": lab.rows(build_sum_rows(90, 2), "eval.jsonl"),
+        "test_data": lab.rows(build_sum_rows(80, 2), "test.jsonl"),
+        "metrics": ["bits_per_byte"],
+        "max_steps": 1,
+    }
+    for ranks in ([2], [4, 8]):
+        folder = lab.folder / str(ranks)
+        recipe = make_tiny_recipe(lab.model, folder, **held_out, sweep={"lora_r": ranks})
+        *_, record = api.tune_sweep(recipe)
+        assert isinstance(record, SweepRecord)
+        assert [trial.settings["lora_r"] for trial in record.trials] == ranks

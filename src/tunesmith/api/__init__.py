@@ -9,7 +9,9 @@ loads before a verb needs it. Verbs on data are in data.py. Left out: parsing ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.events import Event
 from tunesmith.core.ranks import SINGLE_PROCESS, Ranks, read_launch_time
 from tunesmith.core.sampling import SamplingParams, check_sampling
+from tunesmith.core.sweep_record import SWEEP_FILE
 from tunesmith.core.types import Json, Plan, RunRecord
 from tunesmith.plan.stages import StagedPlan, require_single_stage
 from tunesmith.recipe.load import RecipeLike, read_recipe
@@ -75,6 +78,7 @@ __all__ = [
     "split_by_stage",
     "train",
     "tune_lr",
+    "tune_sweep",
     "verify",
     "write_report",
 ]
@@ -84,6 +88,7 @@ if TYPE_CHECKING:
     from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
     from tunesmith.advise.measured.run_arm import ArmResult
     from tunesmith.advise.rules.advice import Advice
+    from tunesmith.advise.sweep.run_sweep import SweepEvent
     from tunesmith.api.inputs import AnyInputs
     from tunesmith.core.evidence import RunVerdict
     from tunesmith.evaluate.live import LiveVerification
@@ -252,6 +257,31 @@ def tune_lr(
     yield summarize_trials(base_plan, trials)
 
 
+def tune_sweep(
+    recipe: RecipeLike | AnyInputs = None,
+    *,
+    minutes: float | None = None,
+    allow_code: bool = False,
+    **changes: Any,
+) -> Iterator[SweepEvent]:
+    """Run the trials of the recipe's `sweep`; select on eval_data, test the winner once.
+
+    Yields a SweepStart, for each trial a TrialStart, the events of its run and a TrialEnd, and the
+    SweepRecord last. `output_dir`, runs/sweep by default, holds the trials; a folder with the same
+    sweep is continued. Raises InputError for a recipe that cannot be swept, GateError if every
+    trial fails."""
+    if find_spec("optuna") is None:
+        message = "sweeps need Optuna, which is not installed"
+        raise InputError(message, where="tune sweep", fix="pip install 'tunesmith[sweep]'")
+    from tunesmith.advise.sweep.run_sweep import run_sweep
+
+    inputs = require_single_stage(load_inputs(recipe, **changes))
+    output_dir = inputs.recipe.output_dir
+    folder = output_dir if isinstance(output_dir, Path) else run_dir.RUNS_ROOT / "sweep"
+    limit = math.inf if minutes is None else minutes
+    yield from run_sweep(inputs, folder, minutes=limit, allow_code=allow_code)
+
+
 # ---------------------------------------------------------------- runs
 
 
@@ -407,9 +437,14 @@ def read_verdict(path: AnyPath) -> RunVerdict:
 
 
 def write_report(path: AnyPath, out: AnyPath | None = None) -> Path:
-    """Write the HTML report of a run, finished or not, to `out` or RUN/report.html.
+    """Write the HTML report of a run, finished or not, to `out` or RUN/report.html; of a finished
+    sweep, to SWEEP/sweep.html.
 
     Raises InputError if `path` is not a run folder, or is damaged."""
+    if (Path(path) / SWEEP_FILE).is_file():
+        from tunesmith.report.sweep_page import write_sweep_page
+
+        return write_sweep_page(Path(path), None if out is None else Path(out))
     from tunesmith.report.page import write_report
 
     return write_report(Path(path), None if out is None else Path(out))

@@ -34,6 +34,7 @@ from tunesmith.cli import run as run_commands
 from tunesmith.cli import serve as serve_commands
 from tunesmith.cli.args import (
     AdviseArgs,
+    AllowCode,
     AsJson,
     RecipeArgs,
     RunArgs,
@@ -273,6 +274,25 @@ def tune_lr(
             print_result(result, view, as_json=as_json)
 
 
+def tune_sweep(
+    args: RecipeArgs = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Start no trial that would end later.", show_default=False),
+    ] = None,
+    allow_code: AllowCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the recipe's sweep; select on eval_data, test once."""
+    recipe = parse_recipe_args(args)
+    from tunesmith.cli.views.sweep import render_sweep, report_sweep_event
+
+    for event in api.tune_sweep(recipe, minutes=minutes, allow_code=allow_code):
+        record = report_sweep_event(event)
+        if record is not None:
+            print_result(record, render_sweep(record), as_json=as_json)
+
+
 def export(  # noqa: PLR0913 - every option is a flag
     folders: RunArgs,
     to: Annotated[
@@ -380,6 +400,7 @@ VERBS: dict[str, Callable[..., None]] = {
     **data_commands.VERBS,
     "plan": plan,
     "tune lr": tune_lr,
+    "tune sweep": tune_sweep,
     "train": run_commands.train,
     "resume": run_commands.resume,
     "runs": run_commands.list_runs,

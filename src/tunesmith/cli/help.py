@@ -68,6 +68,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "tunesmith plan recipe.yaml --target h100 --compare",
     ),
     "tune lr": ("tunesmith tune lr recipe.yaml", "tunesmith tune lr recipe.yaml --steps 80"),
+    "tune sweep": (
+        "tunesmith tune sweep recipe.yaml",
+        "tunesmith tune sweep recipe.yaml --minutes 120",
+        "tunesmith tune sweep recipe.yaml --sweep '{lora_r: [8, 64], seeds: 2}'",
+    ),
     "train": (
         "tunesmith train recipe.yaml",
         "tunesmith train recipe.yaml --learning-rate 2e-4 --seed 1",

@@ -145,6 +145,9 @@ def report(
         from tunesmith.report.trackers import export_run
 
         export_run(folder, track)
+    if not is_run(folder):  # a sweep
+        print_result({"report": str(report_path)}, str(report_path), as_json=as_json)
+        return
     verdict = api.read_verdict(folder)
     output = {"report": str(report_path), "verdict": verdict}
     print_result(output, render_verdict(verdict), str(report_path), as_json=as_json)

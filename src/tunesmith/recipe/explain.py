@@ -23,6 +23,7 @@ from tunesmith.recipe.fields import (
     RehearsalConfig,
 )
 from tunesmith.recipe.objectives import PairLoss, SchedulerKwargs
+from tunesmith.recipe.sweep import SweepConfig, ValueRange
 
 MAX_SHOWN_CHARS = 80  # of a key or value
 
@@ -98,6 +99,8 @@ MAPPINGS: tuple[type[BaseModel], ...] = (
     PromptForm,
     RehearsalConfig,
     SchedulerKwargs,
+    SweepConfig,
+    ValueRange,
 )
 TYPE_TEXTS = {
     "integer": "a whole number",

@@ -337,7 +337,7 @@ def _resolve_paths(key: str, value: Any, folder: Path) -> Any:
         if is_self_generated(data):
             return cast("Any", value)
         return {**cast("Json", value), "data": _resolve_paths("data", data, folder)}
-    if key == "test_data" and _names_no_test(value):
+    if key == "test_data" and _is_no_test(value):
         return NO_TEST_DATA
     if key in SOURCE_KEYS:
         items = wrap_list(cast("Any", value))
@@ -361,7 +361,7 @@ def _resolve_metric_path(value: Any, folder: Path) -> Any:
     return _resolve_path(value, folder) if is_custom else value
 
 
-def _names_no_test(value: Any) -> bool:
+def _is_no_test(value: Any) -> bool:
     """Return whether test_data is none, also as a stored recipe has it: a source of that path."""
     first, *others = wrap_list(value) or [None]
     path = cast("Json", first).get("path") if isinstance(first, dict) else first

@@ -66,6 +66,7 @@ from tunesmith.recipe.objectives import (
     find_loss_contradictions,
     find_objective_contradictions,
 )
+from tunesmith.recipe.sweep import SweepConfig, ValueRange
 
 
 class Recipe(BaseModel):
@@ -233,6 +234,9 @@ class Recipe(BaseModel):
     )
     save_steps: Auto | Count = Field(default="auto", description="Steps between checkpoints.")
     eval_steps: Auto | Count = Field(default="auto", description="Steps between evaluations.")
+    sweep: SweepConfig | None = Field(
+        default=None, description="Values to try with `tunesmith tune sweep`: {key: [values], ...}."
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(reject_bool)] = Field(
         default=0, description="Seed of row order, adapter initialization and sampling."
     )
@@ -369,6 +373,7 @@ def find_contradictions(values: Mapping[str, Any], invalid_keys: Sequence[str] =
         problems.append(("rehearsal", message))
     problems += _find_task_contradictions(settings)
     problems += _find_shared_files(settings)
+    problems += _find_sweep_problems(settings)
     max_length = settings.get("max_length")
     pack_length = settings.get("pack_length")
     if max_length and pack_length and max_length > pack_length:
@@ -445,6 +450,27 @@ def _find_task_contradictions(settings: Mapping[str, Any]) -> Problems:
             message = f"{key}: the name 'rehearsal' is reserved for rehearsal rows: use another"
             problems.append((key, message))
     return problems
+
+
+def _find_sweep_problems(settings: Mapping[str, Any]) -> Problems:
+    """Check each swept value as a value of its key, alone beside the other keys."""
+    sweep: SweepConfig | None = settings.get("sweep")
+    if sweep is None:
+        return []
+    others = {key: value for key, value in settings.items() if key != "sweep"}
+    fixed_messages = {message for _, message in find_contradictions(others)}
+    problems: Problems = []
+    for key, values in sweep.space.items():
+        bounds = (values.min, values.max) if isinstance(values, ValueRange) else values
+        for value in bounds:
+            valid = validate_keys({key: value})
+            if key not in valid or valid[key] == "auto":
+                problems.append(("sweep", f"sweep: {key}: {value!r} is not a value of {key}"))
+                continue
+            for _, message in find_contradictions(others | valid):
+                if message not in fixed_messages:
+                    problems.append(("sweep", f"sweep: {message}"))
+    return list(dict.fromkeys(problems))
 
 
 def _find_shared_files(settings: Mapping[str, Any]) -> Problems:

@@ -98,11 +98,13 @@ def train(
     *,
     allow_code: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
+    before: EvalResults | None = None,
 ) -> Iterator[Event]:
     """Start a run in the plan's output_dir and yield its events.
 
     `run_inputs` are what the plan was made from; without them they are loaded again. Of several
-    `ranks` this is rank 0; the others `follow`. Raise
+    `ranks` this is rank 0; the others `follow`. `before` are the metrics before training, if
+    another run has measured them on this model and items. Raise
     InputError or MachineError before anything is loaded when the run cannot fit, be measured or be
     written; GateError when preflight or the guard refuses; Interrupted after a signal."""
     path = Path(plan.config.output_dir)
@@ -124,6 +126,8 @@ def train(
         write_rejected_rows(path / REJECTED_FILE, run_inputs.datasets, plan.data)
         folder.write_json(PLAN_FILE, plan)  # from here on it is a run, which can be resumed
         stop.resume_hint = _resume_hint(path)
+        if before is not None:
+            folder.write_json(EVAL_BEFORE_FILE, before)
         _write_run_metadata(folder, plan)
         context = RunContext(folder, plan, run_inputs, items, state, stop, ranks)
         yield from _persist_events(folder, _run_events(context))
@@ -170,6 +174,9 @@ def check_run(
     """Refuse what can be refused before anything is loaded; return what will be measured.
 
     `rejected_path` is a file for invalid rows. `allow_code` lets custom metrics run."""
+    if plan.recipe.get("sweep"):
+        fix = "run `tunesmith tune sweep`, or remove it to train once"
+        raise InputError("the recipe describes a sweep of several runs", where="sweep", fix=fix)
     refuse_if_too_large(plan)
     refuse_unusable_rows(
         run_inputs.datasets,

@@ -1,0 +1,1 @@
+"""Sweeps: trials over a recipe's `sweep`, selected on eval_data; read run_sweep.py."""

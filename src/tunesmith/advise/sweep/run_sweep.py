@@ -1,0 +1,357 @@
+"""A sweep: trials over the values of a recipe's `sweep`, one after the other; read this first.
+
+    inputs, folder -> SweepStart, (TrialStart, the events of the run, TrialEnd) ..., SweepRecord
+
+Trials select on eval_data and never see test_data: the winner is measured on it once, at the end.
+A sweep that was killed goes on where it stopped, when it is run again: its folder holds the journal
+of the trials (trial_study.py) and their run folders. Left out: one trial (run_trial.py), what
+follows from them (summary.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tunesmith.advise.sweep import summary
+from tunesmith.advise.sweep.run_trial import TrialRunner
+from tunesmith.advise.sweep.trial_study import TrialSpec, TrialStudy
+from tunesmith.advise.sweep.winner import measure_winner, write_winner
+from tunesmith.core.atomic import make_dirs, refuse_links, write_file
+from tunesmith.core.errors import GateError, InputError, Interrupted
+from tunesmith.core.events import Event, TrainStep
+from tunesmith.core.json_io import dump_json, read_json
+from tunesmith.core.sweep_record import (
+    SWEEP_FILE,
+    SWEEP_FORMAT,
+    SweepRecord,
+    TrialRecord,
+    refuse_other_sweep_format,
+)
+from tunesmith.core.types import Json, Plan, __version__
+from tunesmith.evaluate.custom_metric import format_metric_name
+from tunesmith.recipe.fields import NO_TEST_DATA
+from tunesmith.recipe.schema import Recipe
+from tunesmith.recipe.sweep import SweepConfig
+from tunesmith.session.inputs import RunInputs, make_plan
+from tunesmith.session.provenance import hash_weight_files
+from tunesmith.train.run import check_run
+
+IDENTITY_FILE = "settings.json"  # what the trials depend on, written before the first
+LOCK_FILE = ".lock"
+STAGE_METRICS = {"sft": "loss", "cpt": "bits_per_byte", "preference": "preference_accuracy"}
+LOWER_IS_BETTER = ("loss", "bits_per_byte")
+JUDGED_STEPS = 5  # of the first trial, before its time is predicted
+RESUME_FIX = "continue with the same command"
+
+
+@dataclass(frozen=True)
+class SweepStart:
+    folder: str
+    model: str
+    metric: str
+    configurations: int
+    seeds: tuple[int, ...]
+    finished_trials: int  # by an earlier process
+
+
+@dataclass(frozen=True)
+class TrialStart:
+    spec: TrialSpec
+    max_trials: int  # if none stops early
+
+
+@dataclass(frozen=True)
+class TrialEnd:
+    trial: TrialRecord
+    remaining_trials: int  # at most
+    remaining_seconds: float
+
+
+SweepEvent = SweepStart | TrialStart | Event | TrialEnd | SweepRecord
+
+
+def run_sweep(
+    inputs: RunInputs, folder: Path, *, minutes: float = math.inf, allow_code: bool = False
+) -> Iterator[SweepEvent]:
+    """Run the trials that fit in the minutes, select on eval_data, measure the winner on test_data.
+
+    Raises InputError for a recipe without sweep, eval_data or test_data, for the folder of another
+    sweep, and for minutes in which not even the first trial ends; GateError if every trial fails.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    sweep = refuse_unusable(inputs, minutes)
+    test_rows = inputs.datasets["test_data"]
+    trial_inputs = _build_trial_inputs(inputs)
+    plan = make_plan(trial_inputs)
+    check_run(plan, trial_inputs, allow_code=allow_code)  # refuses what every trial would
+    metric = choose_metric(sweep, plan)
+    with _locked(folder):
+        _check_identity(folder, build_identity(inputs, metric))
+        study = TrialStudy.open(
+            folder,
+            sweep,
+            sweep.list_seeds(inputs.recipe.seed),
+            higher_is_better=metric not in LOWER_IS_BETTER,
+            sampler_seed=inputs.recipe.seed,
+        )
+        trials = _Trials(TrialRunner(trial_inputs, folder, study, metric, allow_code), deadline)
+        yield SweepStart(
+            str(folder),
+            plan.model.name,
+            metric,
+            study.num_configurations,
+            study.seeds,
+            trials.count_finished(),
+        )
+        yield from trials.run_all()
+        yield _summarize(inputs, trials.runner, plan, test_rows)
+
+
+def refuse_unusable(inputs: RunInputs, minutes: float) -> SweepConfig:
+    """Return the sweep of a recipe that has what a sweep needs."""
+    recipe = inputs.recipe
+    if recipe.sweep is None:
+        fix = "list values: sweep: {learning_rate: [1e-4, 3e-4, 1e-3], seeds: 2}"
+        raise InputError("the recipe has no sweep", where="sweep", fix=fix)
+    if not recipe.eval_data:
+        message = "trials are compared on eval_data, which is not set"
+        if recipe.eval_split is not None:
+            message = "eval_split holds out other rows with each seed, so trials do not compare"
+        fix = "name files; `tunesmith data split` writes train, eval and test"
+        raise InputError(message, where="eval_data", fix=fix)
+    if not recipe.test_data or recipe.has_no_test:
+        message = "the winner is measured on test_data, which is not set"
+        fix = "name a file that no trial reads; `tunesmith data split` writes one"
+        raise InputError(message, where="test_data", fix=fix)
+    if not minutes > 0:
+        raise InputError("must be a positive number", where="--minutes", fix="--minutes 60")
+    return recipe.sweep
+
+
+def choose_metric(sweep: SweepConfig, plan: Plan) -> str:
+    """Return the metric that selects. Raises InputError for one that no evaluation measures."""
+    default = STAGE_METRICS[plan.config.stage]
+    measured = (default, *map(format_metric_name, plan.config.metrics))
+    if sweep.metric == "auto":
+        return default
+    if sweep.metric not in measured:
+        message = f"sweep: metric: {sweep.metric!r:.60} is not measured on eval_data"
+        raise InputError(message, where="sweep", fix=f"use {', '.join(measured)}")
+    return sweep.metric
+
+
+def _build_trial_inputs(inputs: RunInputs) -> RunInputs:
+    datasets = {role: rows for role, rows in inputs.datasets.items() if role != "test_data"}
+    """Return the inputs without test_data and sweep."""
+    values = inputs.recipe.model_dump(mode="json", exclude_unset=True)
+    values |= {"test_data": NO_TEST_DATA, "sweep": None}
+    recipe = Recipe.model_validate(values)
+    return dataclasses.replace(inputs, recipe=recipe, datasets=datasets)
+
+
+# ---------------------------------------------------------------- the folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make the folder and lock it. Raises InputError if another process sweeps in it."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError("not a folder", where=str(folder), fix="choose another output_dir")
+    make_dirs(folder)
+    refuse_links(folder)
+    lock = FileLock(folder / LOCK_FILE, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        message = "another process runs this sweep"
+        raise InputError(message, where=str(folder), fix="wait for it, or stop it") from None
+    with lock:
+        yield
+
+
+def build_identity(inputs: RunInputs, metric: str) -> Json:
+    """Return everything that trials and their comparison depend on. More trials of a search are
+    the same sweep, and so is another folder."""
+    recipe = inputs.recipe.model_dump(mode="json", exclude_unset=True)
+    recipe.pop("output_dir", None)
+    recipe["sweep"].pop("trials", None)
+    rows = {role: data.fingerprint for role, data in inputs.datasets.items()}
+    return {
+        "format": SWEEP_FORMAT,
+        "recipe": recipe,
+        "metric": metric,
+        "rows": rows,
+        "model": hash_weight_files(inputs.model.path),
+        "renderer": inputs.renderer.fingerprint,
+        "day": inputs.now.date().isoformat() if inputs.renderer.has_date else "",
+    }
+
+
+def _check_identity(folder: Path, identity: Json) -> None:
+    """Raise InputError if the folder holds a sweep of another recipe, or of another version."""
+    file = folder / IDENTITY_FILE
+    if not file.exists():
+        if names := sorted(path.name for path in folder.iterdir() if path.name != LOCK_FILE):
+            message = f"the folder is not empty, and no sweep: {', '.join(names[:3])}"
+            raise InputError(message, where=str(folder), fix="choose another output_dir")
+        write_file(file, dump_json(identity))
+        return
+    stored: Json = read_json(file)
+    refuse_other_sweep_format(stored, file)
+    parts = [key for key in identity if key not in ("format", "recipe")]
+    changed = [key for key in parts if stored.get(key) != identity[key]]
+    keys = {**stored["recipe"], **identity["recipe"]}
+    changed += [key for key in keys if stored["recipe"].get(key) != identity["recipe"].get(key)]
+    if changed:
+        message = f"holds a sweep with other settings: {', '.join(dict.fromkeys(changed))}"
+        fix = "choose another output_dir, or go back to its settings"
+        raise InputError(message, where=str(folder), fix=fix)
+
+
+# ---------------------------------------------------------------- trials
+
+
+class _Trials:
+    """The trials of a sweep, until a deadline."""
+
+    def __init__(self, runner: TrialRunner, deadline: float) -> None:
+        self.runner = runner
+        self.study = runner.study
+        self.deadline = deadline
+        self.minutes = (deadline - time.monotonic()) / 60
+
+    def count_finished(self) -> int:
+        return sum(trial.state.is_finished() for trial in self.study.list_trials())
+
+    def run_all(self) -> Iterator[SweepEvent]:
+        """Run trials while one more fits in the remaining time."""
+        while self._has_time() and (spec := self.study.start_next()):
+            yield from self._run_trial(spec)
+
+    def _has_time(self) -> bool:
+        seconds = self._list_seconds()
+        remaining = self.deadline - time.monotonic()
+        return not seconds or max(seconds) <= remaining
+
+    def _run_trial(self, spec: TrialSpec) -> Iterator[SweepEvent]:
+        is_first = not self._list_seconds()
+        start = time.monotonic()
+        yield TrialStart(spec, self._count_max_trials())
+        events = self.runner.run(spec)
+        step_seconds: list[float] = []
+        try:
+            with closing(events):
+                for event in events:
+                    yield event
+                    if isinstance(event, TrainStep):
+                        step_seconds.append(event.seconds)
+                    if is_first:
+                        self._refuse_small_budget(spec, start, step_seconds)
+        except Interrupted as error:
+            error.fix = RESUME_FIX
+            raise
+        trial = self.study.list_trials()[spec.number]
+        record = summary.build_trial(self.runner.folder, trial)
+        remaining = self._count_max_trials() - self.count_finished()
+        seconds = self._list_seconds() or [time.monotonic() - start]
+        yield TrialEnd(record, remaining, remaining * sum(seconds) / len(seconds))
+
+    def _refuse_small_budget(
+        self, spec: TrialSpec, start: float, step_seconds: list[float]
+    ) -> None:
+        """Raise InputError if the first trial does not end in the minutes."""
+        if math.isinf(self.minutes):
+            return
+        now = time.monotonic()
+        steps = self.runner.read_planned_steps(spec)
+        mean = sum(step_seconds) / max(1, len(step_seconds))
+        expected_seconds = now - start + mean * (steps - len(step_seconds))
+        is_judged = len(step_seconds) >= JUDGED_STEPS and start + expected_seconds > self.deadline
+        if is_judged or now > self.deadline:
+            raise InputError(
+                f"too few for one trial, which takes about {expected_seconds / 60:.1f} minutes",
+                where="--minutes",
+                fix=f"allow at least {math.ceil(1.2 * expected_seconds / 60)}; {RESUME_FIX}",
+            )
+
+    def _list_seconds(self) -> list[float]:
+        """Return the seconds of each trial that reached its end, of earlier processes too."""
+        seconds: list[float] = []
+        for trial in self.study.list_trials():
+            if trial.state.name == "COMPLETE":
+                seconds.append(summary.build_trial(self.runner.folder, trial).seconds)
+        return seconds
+
+    def _count_max_trials(self) -> int:
+        """Return the trials there will be if none that is to come fails or stops early."""
+        trials = self.study.list_trials()
+        first_seed = self.study.seeds[0]
+        ended = [
+            trial
+            for trial in trials
+            if trial.state.name in ("PRUNED", "FAIL") and trial.user_attrs["seed"] == first_seed
+        ]
+        configurations = self.study.num_configurations
+        return configurations + (configurations - len(ended)) * (len(self.study.seeds) - 1)
+
+
+# ---------------------------------------------------------------- result
+
+
+def _summarize(inputs: RunInputs, runner: TrialRunner, plan: Plan, test_rows: Any) -> SweepRecord:
+    """Select the winner, measure it on test_data, and write sweep.json and winner.yaml."""
+    folder = runner.folder
+    sweep = runner.study.sweep
+    trials = tuple(summary.build_trial(folder, trial) for trial in runner.study.list_trials())
+    measured = summary.MeasuredTrials.read(folder, trials, runner.metric)
+    configurations, winner = summary.build_configurations(measured)
+    if winner is None and trials and all(trial.state == "failed" for trial in trials):
+        raise GateError(f"every trial failed; the first: {trials[0].reason}", where=str(folder))
+    record = SweepRecord(
+        version=__version__,
+        format=SWEEP_FORMAT,
+        model=plan.model.name,
+        metric=runner.metric,
+        higher_is_better=runner.metric not in LOWER_IS_BETTER,
+        search=sweep.search,
+        pruner=sweep.pruner,
+        seeds=runner.study.seeds,
+        planned_configurations=runner.study.num_configurations,
+        rows=len(next(iter(measured.values.values())).ids) if measured.values else 0,
+        base_value=summary.read_base_value(folder, runner.metric),
+        trials=trials,
+        configurations=tuple(configurations),
+        effects=(),
+        winner=winner,
+        winner_trial=None,
+        test=(),
+        test_reads=0,
+        caveats=(),
+        folder=str(folder),
+    )
+    if winner is not None:
+        number = summary.choose_trial(measured, winner)
+        test, test_reads = measure_winner(folder, number, test_rows, allow_code=runner.allow_code)
+        trial = trials[number]
+        spec = TrialSpec(number, winner, trial.seed, trial.settings)
+        write_winner(folder, inputs.recipe, spec)
+        record = dataclasses.replace(
+            record,
+            effects=tuple(summary.list_effects(sweep, measured, winner)),
+            winner_trial=number,
+            test=test,
+            test_reads=test_reads,
+        )
+    caveats = summary.list_caveats(record, sweep)
+    record = dataclasses.replace(record, caveats=tuple(caveats))
+    write_file(folder / SWEEP_FILE, dump_json(record, indent=2))
+    return record

@@ -1,0 +1,154 @@
+"""One trial of a sweep: an ordinary run in a folder of its own, which may stop early.
+
+    TrialRunner(...).run(spec) -> events        trains, or goes on where a killed process stopped
+
+A trial is planned and trained as any run, with `test_data: none`, and measured on eval_data. It
+shares the rows of the sweep, and the measures before training of an earlier trial. A trial that
+fails is recorded with its reason. Left out: which trial is next (trial_study.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Generator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from tunesmith.advise.sweep.trial_study import TrialSpec, TrialStudy
+from tunesmith.core.errors import GateError, InputError, MachineError
+from tunesmith.core.events import EVAL_TASK, Event, Score
+from tunesmith.core.json_io import parse_as, read_json
+from tunesmith.core.run_dir import (
+    EVAL_AFTER_FILE,
+    EVAL_BEFORE_FILE,
+    RECORD_FILE,
+    is_run,
+    read_events,
+    read_failure,
+    read_run_plan,
+)
+from tunesmith.core.types import Json, Plan
+from tunesmith.evaluate.results import EvalResults, MetricValues, compute_score
+from tunesmith.recipe.fields import NO_TEST_DATA
+from tunesmith.recipe.load import read_recipe
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session.inputs import RunInputs, make_plan
+from tunesmith.train import run
+
+# Scores of eval_data as a whole; of named tasks, their mean.
+EVAL_TASKS = (EVAL_TASK, f"{EVAL_TASK}: mean of tasks")
+# Settings that the measures before training depend on, of those that a trial may change.
+BASE_SETTINGS = ("dtype", "attention", "pack_length", "share_prefixes", "metrics")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialRunner:
+    """`inputs` are those of the sweep, without test_data."""
+
+    inputs: RunInputs
+    folder: Path
+    study: TrialStudy
+    metric: str
+    allow_code: bool = False
+
+    def run(self, spec: TrialSpec) -> Generator[Event]:
+        """Run the trial to its end and record it. Raises Interrupted after a signal."""
+        try:
+            yield from self._run_events(spec)
+        except (InputError, GateError, MachineError) as error:
+            where = f"{error.where}: " if error.where else ""
+            self.study.finish(spec.number, "failed", reason=f"{where}{error.message}")
+
+    def plan_trial(self, spec: TrialSpec) -> tuple[Plan, RunInputs]:
+        """Plan a trial as the run that it is. Raises InputError for settings that contradict."""
+        path = find_trial_folder(self.folder, spec.number)
+        recipe = make_trial_recipe(
+            self.inputs.recipe, spec, test_data=NO_TEST_DATA, output_dir=str(path)
+        )
+        trial_inputs = dataclasses.replace(self.inputs, recipe=recipe, output_dir=path)
+        return make_plan(trial_inputs), trial_inputs
+
+    def read_planned_steps(self, spec: TrialSpec) -> int:
+        """Return the steps of a trial that has begun, 0 before its plan is written."""
+        path = find_trial_folder(self.folder, spec.number)
+        return read_run_plan(path).steps if is_run(path) else 0
+
+    def _run_events(self, spec: TrialSpec) -> Generator[Event]:
+        path = find_trial_folder(self.folder, spec.number)
+        if not (path / RECORD_FILE).exists():
+            events, plan = self._start(spec, path)
+            for event in read_events(path) if is_run(path) else ():
+                if self._is_stopped_by(spec, event, plan.steps):
+                    return
+            with closing(events):
+                for event in events:
+                    yield event
+                    if self._is_stopped_by(spec, event, plan.steps):
+                        return
+        measured = read_eval_values(path / EVAL_AFTER_FILE, self.metric)
+        if measured is None or not all(map(math.isfinite, measured.values)):
+            raise GateError(f"{self.metric} is not finite after training")
+        self.study.finish(spec.number, "complete", compute_score(measured).value)
+
+    def _start(self, spec: TrialSpec, path: Path) -> tuple[Any, Plan]:
+        """Return the events to come, of a new run or of one to resume."""
+        if is_run(path):
+            if failure := read_failure(path):
+                raise GateError(failure)
+            return run.resume(path, allow_code=self.allow_code), read_run_plan(path)
+        plan, trial_inputs = self.plan_trial(spec)
+        before = self._find_base_results(plan, spec.number)
+        events = run.train(plan, trial_inputs, allow_code=self.allow_code, before=before)
+        return events, plan
+
+    def _is_stopped_by(self, spec: TrialSpec, event: Event, steps: int) -> bool:
+        """Record an evaluation, and stop the trial if it is hopeless."""
+        if not isinstance(event, Score) or event.task not in EVAL_TASKS or event.step == 0:
+            return False
+        if event.metric != self.metric or not math.isfinite(event.value):
+            return False  # the guard's to judge
+        percent = 100 * event.step // steps
+        self.study.add_value(spec.number, percent, event.value)
+        if event.step == steps or not self.study.is_hopeless(spec.number):
+            return False
+        reason = f"{self.study.sweep.pruner} pruner, at {percent}% of the steps"
+        self.study.finish(spec.number, "pruned", reason=reason)
+        return True
+
+    def _find_base_results(self, plan: Plan, number: int) -> EvalResults | None:
+        """Return the measures before training of the first trial with the same base."""
+        for earlier in range(number):
+            path = find_trial_folder(self.folder, earlier)
+            file = path / EVAL_BEFORE_FILE
+            if file.exists() and is_run(path) and _has_same_base(read_run_plan(path), plan):
+                return parse_as(EvalResults, read_json(file), where=str(file))
+        return None
+
+
+def _has_same_base(first: Plan, second: Plan) -> bool:
+    is_quantized = {plan.config.method == "qlora" for plan in (first, second)}
+    return len(is_quantized) == 1 and all(
+        getattr(first.config, key) == getattr(second.config, key) for key in BASE_SETTINGS
+    )
+
+
+def make_trial_recipe(recipe: Recipe, spec: TrialSpec, **changes: Any) -> Recipe:
+    """Return the recipe of a trial, without its sweep. Raises InputError for a contradiction."""
+    values: Json = recipe.model_dump(mode="json", exclude_unset=True)
+    values.pop("sweep", None)
+    trial_recipe = read_recipe(values, **spec.settings, seed=spec.seed, **changes)
+    assert isinstance(trial_recipe, Recipe), "stages are refused before"
+    return trial_recipe
+
+
+def find_trial_folder(folder: Path, number: int) -> Path:
+    return folder / f"trial-{number:03d}"
+
+
+def read_eval_values(file: Path, metric: str) -> MetricValues | None:
+    """Return the values of a metric on eval_data, item by item, from a file of results."""
+    results = parse_as(EvalResults, read_json(file), where=str(file))
+    matching = [m for m in results.measurements if m.metric == metric and m.task in EVAL_TASKS]
+    return matching[-1] if matching else None

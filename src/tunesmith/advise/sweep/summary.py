@@ -1,0 +1,343 @@
+"""From finished trials to a SweepRecord: the winner, what differs from it, and what mattered.
+
+The winner is the configuration with the best mean on eval_data, of those with the most seeds. The
+others are compared with it item by item, over the seeds that both have, and corrected together
+(Holm). Its own value on eval_data is the best of several, so it is no result: test_data is
+(winner.py). Left out: running trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial
+
+from tunesmith.advise.data_ablation import average_measurements
+from tunesmith.advise.sweep.run_trial import find_trial_folder, read_eval_values
+from tunesmith.advise.sweep.trial_study import STATES, make_spec
+from tunesmith.core.events import TrainStep
+from tunesmith.core.formatting import format_count, format_value
+from tunesmith.core.run_dir import (
+    EVAL_AFTER_FILE,
+    EVAL_BEFORE_FILE,
+    is_run,
+    read_all_events,
+    read_run_plan,
+)
+from tunesmith.core.sweep_record import (
+    ConfigurationRecord,
+    LevelEffect,
+    SweepRecord,
+    TrialRecord,
+    TrialState,
+)
+from tunesmith.core.types import Comparison, Json
+from tunesmith.evaluate.results import MetricValues, compare_measurements, compute_score
+from tunesmith.evaluate.statistics import (
+    NO_DIFFERENCE,
+    TOO_FEW_ITEMS,
+    adjust_p_values,
+    compute_p_value,
+    judge_comparisons,
+)
+from tunesmith.recipe.sweep import SweepConfig, ValueRange
+
+MIN_CORRELATED_TRIALS = 8
+RESAMPLES = 1000
+STATE_NAMES: dict[optuna.trial.TrialState, TrialState] = {
+    STATES["complete"]: "complete",
+    STATES["pruned"]: "pruned",
+    STATES["failed"]: "failed",
+}
+
+
+def build_trial(folder: Path, trial: FrozenTrial) -> TrialRecord:
+    """Return a trial with what its folder says about it."""
+    spec = make_spec(trial)
+    path = find_trial_folder(folder, trial.number)
+    steps = planned_steps = 0
+    seconds = 0.0
+    if is_run(path):
+        planned_steps = read_run_plan(path).steps
+        logged = read_all_events(path)
+        trained = [each.event.step for each in logged if isinstance(each.event, TrainStep)]
+        steps = max(trained, default=0)
+        seconds = _sum_seconds([(each.attempt, each.time) for each in logged])
+    return TrialRecord(
+        number=trial.number,
+        configuration=spec.configuration,
+        seed=spec.seed,
+        settings=spec.settings,
+        state=STATE_NAMES.get(trial.state, "unfinished"),
+        folder=path.name,
+        value=trial.value if trial.state == STATES["complete"] else None,
+        curve=tuple(sorted(trial.intermediate_values.items())),
+        steps=steps,
+        planned_steps=planned_steps,
+        seconds=seconds,
+        reason=trial.user_attrs.get("reason", ""),
+    )
+
+
+def _sum_seconds(times: Sequence[tuple[int, float]]) -> float:
+    """Return the time from the first event of each attempt to its last."""
+    by_attempt: dict[int, list[float]] = {}
+    for attempt, time in times:
+        by_attempt.setdefault(attempt, []).append(time)
+    return sum(max(moments) - min(moments) for moments in by_attempt.values())
+
+
+@dataclass(frozen=True)
+class MeasuredTrials:
+    """The complete trials of a sweep and their values on eval_data, item by item, by number."""
+
+    trials: tuple[TrialRecord, ...]
+    values: dict[int, MetricValues]
+
+    @classmethod
+    def read(cls, folder: Path, trials: Sequence[TrialRecord], metric: str) -> MeasuredTrials:
+        values: dict[int, MetricValues] = {}
+        for trial in trials:
+            file = find_trial_folder(folder, trial.number) / EVAL_AFTER_FILE
+            if trial.state == "complete" and (measured := read_eval_values(file, metric)):
+                values[trial.number] = measured
+        return cls(tuple(trials), values)
+
+    def list_seeds(self, configuration: int) -> dict[int, int]:
+        """Return seed -> number of each complete trial of a configuration."""
+        return {
+            trial.seed: trial.number
+            for trial in self.trials
+            if trial.configuration == configuration and trial.number in self.values
+        }
+
+    def average(self, numbers: Sequence[int]) -> MetricValues:
+        return average_measurements([self.values[number] for number in numbers])
+
+
+# ---------------------------------------------------------------- configurations
+
+
+def build_configurations(measured: MeasuredTrials) -> tuple[list[ConfigurationRecord], int | None]:
+    """Return every configuration that was tried, and the number of the winner."""
+    settings = {trial.configuration: trial.settings for trial in measured.trials}
+    records: dict[int, ConfigurationRecord] = {}
+    for number in sorted(settings):
+        seeds = measured.list_seeds(number)
+        record = ConfigurationRecord(number, settings[number], tuple(seeds.values()))
+        if seeds:
+            score = compute_score(measured.average(record.trials))
+            by_seed = [compute_score(measured.values[trial]).value for trial in record.trials]
+            record = replace(
+                record,
+                value=score.value,
+                low=score.low,
+                high=score.high,
+                seed_values=tuple(by_seed),
+            )
+        records[number] = record
+    winner = choose_winner(measured, list(records.values()))
+    if winner is None:
+        return list(records.values()), None
+    others = [r for r in records.values() if r.trials and r.number != winner]
+    comparisons = [compare_configurations(measured, winner, record.number) for record in others]
+    adjusted = adjust_p_values([compute_p_value(comparison) for comparison in comparisons])
+    verdicts = judge_comparisons(comparisons)
+    for record, comparison, p_value, verdict in zip(
+        others, comparisons, adjusted, verdicts, strict=True
+    ):
+        records[record.number] = replace(
+            record, comparison=comparison, p_value=p_value, verdict=verdict
+        )
+    return list(records.values()), winner
+
+
+def choose_winner(measured: MeasuredTrials, records: Sequence[ConfigurationRecord]) -> int | None:
+    """Return the configuration with the best mean, of those with the most seeds; None of none."""
+    candidates = [record for record in records if record.value is not None]
+    if not candidates:
+        return None
+    most = max(len(record.trials) for record in candidates)
+    candidates = [record for record in candidates if len(record.trials) == most]
+    sign = -1 if next(iter(measured.values.values())).higher_is_better else 1
+    return min(candidates, key=lambda record: (sign * (record.value or 0.0), record.number)).number
+
+
+def choose_trial(measured: MeasuredTrials, configuration: int) -> int:
+    """Return the trial of a configuration whose seed is the best on eval_data."""
+    numbers = list(measured.list_seeds(configuration).values())
+    sign = -1 if measured.values[numbers[0]].higher_is_better else 1
+    return min(numbers, key=lambda number: sign * compute_score(measured.values[number]).value)
+
+
+def compare_configurations(measured: MeasuredTrials, first: int, second: int) -> Comparison:
+    """Return `second` minus `first`, paired by item, over the seeds that both have."""
+    first_seeds = measured.list_seeds(first)
+    second_seeds = measured.list_seeds(second)
+    shared = [seed for seed in first_seeds if seed in second_seeds]
+    return compare_measurements(
+        measured.average([first_seeds[seed] for seed in shared]),
+        measured.average([second_seeds[seed] for seed in shared]),
+    )
+
+
+# ---------------------------------------------------------------- what mattered
+
+
+def list_effects(
+    sweep: SweepConfig, measured: MeasuredTrials, winner: int
+) -> Iterator[LevelEffect]:
+    """Yield the effect of each value of each key against the winner's value of that key."""
+    settings = {
+        trial.configuration: trial.settings
+        for trial in measured.trials
+        if trial.number in measured.values
+    }
+    for key, values in sweep.space.items():
+        if isinstance(values, ValueRange):
+            yield _compute_correlation(key, measured)
+            continue
+        best = settings[winner][key]
+        for level in values:
+            if level != best and (effect := _compare_levels(key, level, best, settings, measured)):
+                yield effect
+
+
+def _compare_levels(
+    key: str, level: Any, best: Any, settings: Mapping[int, Json], measured: MeasuredTrials
+) -> LevelEffect | None:
+    """Compare two values of a key over the configurations that differ in it alone; None of none."""
+    pairs: list[tuple[int, int]] = []
+    for first, first_settings in settings.items():
+        for second, second_settings in settings.items():
+            is_pair = first_settings[key] == best and second_settings == {
+                **first_settings,
+                key: level,
+            }
+            if is_pair:
+                pairs += _pair_seeds(measured, first, second)
+    if not pairs:
+        return None
+    comparison = compare_measurements(
+        measured.average([first for first, _ in pairs]),
+        measured.average([second for _, second in pairs]),
+    )
+    return LevelEffect(
+        key,
+        format_value(level),
+        format_value(best),
+        len(pairs),
+        comparison.difference,
+        comparison.low,
+        comparison.high,
+        judge_comparisons([comparison])[0],
+    )
+
+
+def _pair_seeds(measured: MeasuredTrials, first: int, second: int) -> list[tuple[int, int]]:
+    first_seeds = measured.list_seeds(first)
+    second_seeds = measured.list_seeds(second)
+    return [(first_seeds[seed], second_seeds[seed]) for seed in first_seeds if seed in second_seeds]
+
+
+def _compute_correlation(key: str, measured: MeasuredTrials) -> LevelEffect:
+    """Return the rank correlation (Spearman) of a key's value with the metric over the trials, and
+    its percentile bootstrap interval."""
+    complete = [trial for trial in measured.trials if trial.value is not None]
+    pairs_N2 = np.array([[trial.settings[key], trial.value] for trial in complete], dtype=float)
+    count = len(complete)
+    if count < MIN_CORRELATED_TRIALS:
+        return LevelEffect(key, "", "", count, 0.0, -1.0, 1.0, TOO_FEW_ITEMS)
+    rng = np.random.default_rng(0)
+    draws_RN = rng.integers(count, size=(RESAMPLES, count))
+    resampled = [_compute_spearman(pairs_N2[rows]) for rows in draws_RN]
+    low, high = (float(bound) for bound in np.nanquantile(resampled, [0.025, 0.975]))
+    verdict = NO_DIFFERENCE if low <= 0 <= high else "correlated"
+    return LevelEffect(key, "", "", count, _compute_spearman(pairs_N2), low, high, verdict)
+
+
+def _compute_spearman(pairs_N2: np.ndarray) -> float:
+    """Return the correlation of ranks, NaN where one of both is constant."""
+    ranks = [_rank(pairs_N2[:, 0]), _rank(pairs_N2[:, 1])]
+    deviations = [values - values.mean() for values in ranks]
+    spread = float(np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum()))
+    return float(deviations[0] @ deviations[1]) / spread if spread else float("nan")
+
+
+def _rank(values_N: np.ndarray) -> np.ndarray:
+    """Return ranks, tied values with the mean of theirs."""
+    smaller_N = (values_N[:, None] > values_N[None, :]).sum(axis=1)
+    equal_N = (values_N[:, None] == values_N[None, :]).sum(axis=1)
+    return smaller_N + (equal_N - 1) / 2
+
+
+# ---------------------------------------------------------------- caveats
+
+
+def list_caveats(record: SweepRecord, sweep: SweepConfig) -> Iterator[str]:
+    """Yield what a reader must know before using the result."""
+    tried = len(record.configurations)
+    if tried < record.planned_configurations:
+        planned = format_count(record.planned_configurations, "configuration")
+        yield f"{tried} of {planned} tried"
+    if failed := record.count_trials("failed"):
+        yield f"{format_count(failed, 'trial')} failed: see the reasons"
+    if pruned := record.count_trials("pruned"):
+        trials = format_count(pruned, "trial")
+        yield f"{trials} stopped early: whether one of them would have won was not measured"
+    if record.winner is None:
+        yield "no trial reached its end, so nothing was selected"
+        return
+    winner = record.configurations[record.winner]
+    similar = [each for each in record.configurations if is_similar(each)]
+    if similar:
+        names = ", ".join(str(each.number) for each in similar)
+        yield f"not shown to differ from the winner: configuration {names}"
+    yield from _list_edges(sweep, winner)
+    compared = sum(bool(each.trials) for each in record.configurations)
+    if compared > 1:
+        yield (
+            f"the winner was selected among {compared} on eval_data, so its {record.metric} there "
+            "is optimistic; that on test_data is not"
+        )
+    if record.test_reads > 1:
+        yield (
+            f"test_data was read for {record.test_reads} winners of this sweep, so it is no longer "
+            "unseen"
+        )
+    if len(winner.trials) == 1:
+        yield "one seed: the intervals do not cover seed-to-seed variation"
+
+
+def is_similar(configuration: ConfigurationRecord) -> bool:
+    """Return whether a configuration is not shown to be worse than the winner."""
+    return bool(configuration.comparison) and configuration.verdict not in ("worse", TOO_FEW_ITEMS)
+
+
+def _list_edges(sweep: SweepConfig, winner: ConfigurationRecord) -> Iterator[str]:
+    """Yield the keys whose winning value is the lowest or highest of at least three numbers."""
+    for key, values in sweep.space.items():
+        if isinstance(values, ValueRange) or len(values) < 3:
+            continue
+        if not all(type(value) in (int, float) for value in values):
+            continue
+        numbers = sorted(float(value) for value in values)
+        value = winner.settings[key]
+        if value == numbers[0]:
+            yield f"{key}: the lowest value won; a lower one may be better"
+        if value == numbers[-1]:
+            yield f"{key}: the highest value won; a higher one may be better"
+
+
+def read_base_value(folder: Path, metric: str) -> float | None:
+    """Return the metric on eval_data before training."""
+    for path in sorted(folder.glob("trial-*")):
+        if (path / EVAL_BEFORE_FILE).exists():
+            measured = read_eval_values(path / EVAL_BEFORE_FILE, metric)
+            return None if measured is None else compute_score(measured).value
+    return None

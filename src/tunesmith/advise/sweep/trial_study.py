@@ -1,0 +1,267 @@
+"""The trials of a sweep in Optuna's journal, a file: which is next, and which stops early.
+
+    study = TrialStudy.open(folder, sweep, seeds, ...)
+    while trial := study.start_next(): ...          a trial that was interrupted comes first
+    study.add_value(number, percent, value)         an evaluation
+    study.is_hopeless(number)                       should it stop early?
+    study.finish(number, "complete", value)
+
+Every configuration runs with the first seed; those that reach their end run with the other seeds.
+Only trials of the first seed are stopped early, so that means over seeds are of the same seeds.
+
+What comes next and what stops are functions of the journal alone: samplers and pruners of Optuna
+are asked in a fresh study in memory, seeded by the number of the trial. So a sweep that was killed
+goes on as an uninterrupted one. Left out: running a trial (run_trial.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Json
+from tunesmith.recipe.sweep import INTEGER_KEYS, SweepConfig, SweptValues, ValueRange
+
+JOURNAL_FILE = "trials.log"
+STUDY_NAME = "sweep"
+MAX_PROPOSALS = 20  # for a combination that was not tried yet
+# Early stopping: none before a quarter of the steps, nor before four trials have been there.
+MIN_PRUNED_PERCENT = 25
+MIN_PRUNER_TRIALS = 4
+STATES: dict[str, TrialState] = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    number: int
+    configuration: int
+    seed: int
+    settings: Json
+
+
+class TrialStudy:
+    """The journal of one sweep; one process at a time."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        sweep: SweepConfig,
+        seeds: Sequence[int],
+        sampler_seed: int,
+    ) -> None:
+        self.sweep = sweep
+        self.seeds = tuple(seeds)
+        self.sampler_seed = sampler_seed
+        self.distributions = {
+            key: _make_distribution(key, values) for key, values in sweep.space.items()
+        }
+        self.grid = list_grid(sweep) if sweep.search == "grid" else None
+        self._study = study
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        sweep: SweepConfig,
+        seeds: Sequence[int],
+        *,
+        higher_is_better: bool,
+        sampler_seed: int,
+    ) -> TrialStudy:
+        """Open or start the journal. The caller has locked the folder.
+
+        Raises InputError for a damaged file."""
+        file = folder / JOURNAL_FILE
+        file.with_name(f"{JOURNAL_FILE}.lock").unlink(missing_ok=True)  # of a killed process
+        if file.exists():
+            _cut_torn_line(file)
+        try:
+            study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(file))),
+                study_name=STUDY_NAME,
+                direction="maximize" if higher_is_better else "minimize",
+                load_if_exists=True,
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            message = f"the journal of the trials is damaged: {error}"
+            raise InputError(message, where=str(file), fix="use another output_dir") from error
+        return cls(study, sweep, seeds, sampler_seed)
+
+    @property
+    def num_configurations(self) -> int:
+        if self.grid is not None:
+            return len(self.grid)
+        assert self.sweep.trials is not None, "checked with the recipe"
+        return self.sweep.trials
+
+    def list_trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    # ------------------------------------------------------------ next
+
+    def start_next(self) -> TrialSpec | None:
+        """Return the trial that was interrupted, or else a new one; None if all were tried."""
+        trials = self.list_trials()
+        for trial in trials:
+            if trial.state == TrialState.RUNNING:
+                return make_spec(trial)
+        spec = self._choose_next(trials)
+        if spec is not None:
+            template = optuna.trial.create_trial(
+                state=TrialState.RUNNING,
+                params=spec.settings,
+                distributions=self.distributions,
+                user_attrs={"configuration": spec.configuration, "seed": spec.seed},
+            )
+            self._study.add_trial(template)
+        return spec
+
+    def _choose_next(self, trials: Sequence[FrozenTrial]) -> TrialSpec | None:
+        first = [trial for trial in trials if make_spec(trial).seed == self.seeds[0]]
+        if len(first) < self.num_configurations:
+            settings = self._propose(first)
+            if settings is not None:
+                return TrialSpec(len(trials), len(first), self.seeds[0], settings)
+        tried = {(make_spec(trial).configuration, make_spec(trial).seed) for trial in trials}
+        for seed in self.seeds[1:]:
+            for trial in first:
+                configuration = make_spec(trial).configuration
+                is_complete = trial.state == TrialState.COMPLETE
+                if is_complete and (configuration, seed) not in tried:
+                    return TrialSpec(len(trials), configuration, seed, dict(trial.params))
+        return None
+
+    def _propose(self, first: Sequence[FrozenTrial]) -> Json | None:
+        """Return settings that were not tried; None if none were found."""
+        if self.grid is not None:
+            return self.grid[len(first)]
+        tried = [trial.params for trial in first]
+        for attempt in range(MAX_PROPOSALS):
+            seed = (self.sampler_seed + MAX_PROPOSALS * len(first) + attempt) % 2**32
+            study = optuna.create_study(
+                direction=self._study.direction, sampler=self._make_sampler(seed)
+            )
+            study.add_trials(first)
+            settings = study.ask(self.distributions).params
+            if settings not in tried:
+                return settings
+        return None
+
+    def _make_sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+        if self.sweep.search == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        num_random = min(10, max(3, self.num_configurations // 3))
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=num_random)
+
+    # ------------------------------------------------------------ results
+
+    def add_value(self, number: int, percent: int, value: float) -> None:
+        """Record an evaluation at this percent of the steps; a repeated one changes nothing."""
+        trial = self.list_trials()[number]
+        if percent not in trial.intermediate_values:
+            self._reopen(trial).report(value, percent)
+
+    def is_hopeless(self, number: int) -> bool:
+        """Return whether the pruner stops the trial at its last evaluation."""
+        trials = self.list_trials()
+        trial = trials[number]
+        if self.sweep.pruner == "none" or make_spec(trial).seed != self.seeds[0]:
+            return False
+        study = optuna.create_study(
+            direction=self._study.direction, pruner=_make_pruner(self.sweep.pruner)
+        )
+        for earlier in trials[:number]:
+            _replay(study, earlier)
+            if earlier.state == TrialState.COMPLETE:
+                study.tell(earlier.number, earlier.value)
+            else:
+                study.tell(earlier.number, state=earlier.state)
+        return _replay(study, trial)
+
+    def finish(
+        self,
+        number: int,
+        state: Literal["complete", "pruned", "failed"],
+        value: float | None = None,
+        reason: str = "",
+    ) -> None:
+        self._reopen(self.list_trials()[number]).set_user_attr("reason", reason)
+        self._study.tell(number, value, state=STATES[state])
+
+    def _reopen(self, trial: FrozenTrial) -> optuna.Trial:
+        """Return the handle of a trial of the journal, which Optuna gives to its first process."""
+        return optuna.Trial(self._study, trial._trial_id)
+
+
+def _replay(study: optuna.Study, recorded: FrozenTrial) -> bool:
+    """Repeat the evaluations of a trial in a study; return whether the last one stops it."""
+    trial = study.ask()
+    is_stopped = False
+    for percent, value in sorted(recorded.intermediate_values.items()):
+        trial.report(value, percent)
+        is_stopped = trial.should_prune()
+    return is_stopped
+
+
+def _make_pruner(name: str) -> optuna.pruners.BasePruner:
+    if name == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=MIN_PRUNED_PERCENT, reduction_factor=2
+        )
+    return optuna.pruners.MedianPruner(
+        n_startup_trials=MIN_PRUNER_TRIALS, n_warmup_steps=MIN_PRUNED_PERCENT - 1
+    )
+
+
+def make_spec(trial: FrozenTrial) -> TrialSpec:
+    attributes = trial.user_attrs
+    return TrialSpec(
+        trial.number, attributes["configuration"], attributes["seed"], dict(trial.params)
+    )
+
+
+def list_grid(sweep: SweepConfig) -> list[Json]:
+    """Return every combination, the last key varying fastest."""
+    lists: list[tuple[Any, ...]] = []
+    for values in sweep.space.values():
+        assert isinstance(values, tuple), "a grid has no ranges"
+        lists.append(values)
+    keys = list(sweep.space)
+    return [dict(zip(keys, values, strict=True)) for values in itertools.product(*lists)]
+
+
+def _make_distribution(key: str, values: SweptValues) -> BaseDistribution:
+    if not isinstance(values, ValueRange):
+        return CategoricalDistribution(values)
+    if key in INTEGER_KEYS:
+        return IntDistribution(int(values.min), int(values.max), log=values.log)
+    return FloatDistribution(values.min, values.max, log=values.log)
+
+
+def _cut_torn_line(file: Path) -> None:
+    """Remove the line that a killed process left unfinished."""
+    content = file.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with file.open("r+b") as stream:
+            stream.truncate(end)

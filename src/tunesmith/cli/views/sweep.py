@@ -1,0 +1,147 @@
+"""Views of `tune sweep`: a line per evaluation and trial, then configurations and effects."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from tunesmith import api
+from tunesmith.advise.sweep.run_sweep import SweepEvent, SweepStart, TrialEnd, TrialStart
+from tunesmith.cli.output import write_stderr
+from tunesmith.cli.progress import format_duration, format_interval
+from tunesmith.cli.views import make_table
+from tunesmith.core.events import EVAL_TASK, Score
+from tunesmith.core.formatting import format_count, format_value
+from tunesmith.core.sweep_record import WINNER_FILE, ConfigurationRecord, SweepRecord
+from tunesmith.core.types import Json
+from tunesmith.evaluate.results import format_comparison
+from tunesmith.evaluate.statistics import format_p
+
+VERDICT_STYLES = {"better": "bold green", "worse": "dim"}
+
+
+def report_sweep_event(event: SweepEvent) -> SweepRecord | None:
+    """Print the progress of a sweep on stderr; write the page and return the record at its end."""
+    if isinstance(event, SweepRecord):
+        _write_page(Path(event.folder))
+        return event
+    if isinstance(event, SweepStart):
+        seeds = format_count(len(event.seeds), "seed")
+        configurations = format_count(event.configurations, "configuration")
+        write_stderr(f"sweep in {event.folder}: {configurations}, {seeds}, by {event.metric}\n")
+        if event.finished_trials:
+            write_stderr(f"{format_count(event.finished_trials, 'trial')} done before\n")
+    elif isinstance(event, TrialStart):
+        spec = event.spec
+        settings = format_settings(spec.settings)
+        head = f"trial {spec.number + 1} of at most {event.max_trials}"
+        write_stderr(f"{head}: {settings}, seed {spec.seed}\n")
+    elif isinstance(event, TrialEnd):
+        write_stderr(f"{format_trial_end(event)}\n")
+    elif isinstance(event, Score) and event.task.partition(":")[0] == EVAL_TASK and event.step:
+        write_stderr(f"  step {event.step}: {event.metric} {event.value:.4f}\n")
+    return None
+
+
+def format_trial_end(event: TrialEnd) -> str:
+    trial = event.trial
+    outcome = trial.reason if trial.value is None else f"{trial.value:.4f} on eval_data"
+    line = f"  {trial.state}: {outcome}, {trial.steps} of {trial.planned_steps} steps"
+    if event.remaining_trials:
+        duration = format_duration(event.remaining_seconds)
+        line += f"; at most {event.remaining_trials} more, {duration}"
+    return line
+
+
+def format_settings(settings: Json) -> str:
+    return ", ".join(f"{key} {format_value(value)}" for key, value in settings.items())
+
+
+def _write_page(folder: Path) -> None:
+    """Write the page of the sweep, if the report package is installed."""
+    if find_spec("tunesmith.report") is None:
+        return
+    write_stderr(f"report: {api.write_report(folder)}\n")
+
+
+def render_sweep(record: SweepRecord) -> RenderableType:
+    """Show the configurations, the best first, what mattered, and the winner on test_data."""
+    parts: list[RenderableType] = [_render_configurations(record)]
+    if record.effects:
+        parts.append(_render_effects(record))
+    if record.winner_trial is not None:
+        trial = record.get_trial(record.winner_trial)
+        seed = f"seed {trial.seed}, the best of {len(record.seeds)}" * (len(record.seeds) > 1)
+        name = f"{format_settings(trial.settings)}{', ' if seed else ''}{seed}"
+        parts.append(f"[bold]winner[/] {escape(name)}; on test_data, once:")
+        parts += [escape(f"  {format_comparison(comparison)}") for comparison in record.test]
+    parts += [f"[yellow]note[/] {escape(caveat)}" for caveat in record.caveats]
+    if record.winner_trial is not None:
+        folder = Path(record.folder)
+        run = folder / record.get_trial(record.winner_trial).folder
+        parts.append(escape(f"run: {run}; recipe: {folder / WINNER_FILE}"))
+    return Group(*parts)
+
+
+def _render_configurations(record: SweepRecord) -> Table:
+    base = "" if record.base_value is None else f", {record.base_value:.3f} before training"
+    title = f"{record.metric} on {format_count(record.rows, 'row')} of eval_data, 95% CI{base}"
+    keys = list(record.configurations[0].settings) if record.configurations else []
+    columns = ("no.", *keys, "seeds", record.metric, "minus the winner's", "")
+    table = make_table(title, *columns, numbers=("no.", *keys, "seeds"))
+    for configuration in record.list_ranked():
+        values = [format_value(configuration.settings[key]) for key in keys]
+        table.add_row(
+            str(configuration.number),
+            *values,
+            str(len(configuration.trials)),
+            _format_score(configuration),
+            _format_difference(configuration),
+            describe_outcome(record, configuration),
+        )
+    return table
+
+
+def _format_score(configuration: ConfigurationRecord) -> str:
+    if configuration.value is None or configuration.low is None or configuration.high is None:
+        return "-"
+    return format_interval(configuration.value, configuration.low, configuration.high)
+
+
+def _format_difference(configuration: ConfigurationRecord) -> str:
+    comparison = configuration.comparison
+    if comparison is None:
+        return ""
+    return f"{comparison.difference:+.3f} \\[{comparison.low:+.3f}, {comparison.high:+.3f}]"
+
+
+def describe_outcome(record: SweepRecord, configuration: ConfigurationRecord) -> Text:
+    """Return the verdict with its corrected p, or why there is none."""
+    if configuration.number == record.winner:
+        return Text("winner", "bold green")
+    if configuration.comparison is None:
+        trials = [t for t in record.trials if t.configuration == configuration.number]
+        return Text(f"{trials[0].state}: {trials[0].reason}", "dim")
+    text = configuration.verdict
+    if configuration.p_value is not None:
+        text += f", {format_p(configuration.p_value)}"
+    return Text(text, VERDICT_STYLES.get(configuration.verdict, ""))
+
+
+def _render_effects(record: SweepRecord) -> Table:
+    """Show each value against the winner's value of its key, all else equal."""
+    title = f"What mattered: {record.metric} minus that of the winner's value, all else equal"
+    columns = ("key", "value", "winner's", "pairs", "difference", "")
+    table = make_table(title, *columns, numbers=("value", "winner's", "pairs"))
+    for effect in record.effects:
+        interval = f"{effect.difference:+.3f} \\[{effect.low:+.3f}, {effect.high:+.3f}]"
+        level = effect.level or "rank correlation"
+        table.add_row(
+            effect.key, level, effect.best_level, str(effect.pairs), interval, effect.verdict
+        )
+    return table

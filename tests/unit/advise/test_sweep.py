@@ -1,0 +1,345 @@
+"""Sweeps: trials are ordinary runs, selected on eval_data, and a killed sweep ends the same."""
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_runs import (
+    build_sum_rows,
+    make_tiny_recipe,
+    read_adapter_bytes,
+    train,
+    write_eval_files,
+    write_rows,
+)
+from tunesmith.advise.sweep.run_sweep import SweepStart, TrialEnd, run_sweep
+from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.events import Score
+from tunesmith.core.json_io import read_json
+from tunesmith.core.run_dir import EVAL_BEFORE_FILE, read_events, read_run_plan
+from tunesmith.core.sweep_record import SweepRecord, read_sweep
+from tunesmith.recipe.load import dump_recipe, load_recipe
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+
+SWEEP: dict[str, Any] = {"learning_rate": [0.0001, 0.01], "seeds": 2}
+
+
+def make_sweep_recipe(model: Path, folder: Path, sweep: Any = None, **changed: Any) -> Recipe:
+    """Return a recipe of 4 steps with 6 held-out rows of each role."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "eval_data": str(write_rows(folder / "eval.jsonl", build_sum_rows(100, 6))),
+        "test_data": str(write_rows(folder / "test.jsonl", build_sum_rows(200, 6))),
+        "data": str(write_rows(folder / "train.jsonl", build_sum_rows(1, 8))),
+        "eval_steps": 2,
+    }
+    values = {"guard": "off", "metrics": ["bits_per_byte"], "sweep": sweep or SWEEP}
+    return make_tiny_recipe(model, folder, **(files | values | changed))
+
+
+def sweep(recipe: Recipe, folder: Path, **options: Any) -> SweepRecord:
+    *_, record = run_sweep(inputs.load_inputs(recipe), folder, **options)
+    assert isinstance(record, SweepRecord)
+    return record
+
+
+def build_table(record: SweepRecord) -> str:
+    """Return the record without times."""
+    trials = tuple(dataclasses.replace(trial, seconds=0.0) for trial in record.trials)
+    record = dataclasses.replace(record, trials=trials, folder="")
+    return json.dumps(dataclasses.asdict(record), sort_keys=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> SweepRecord:
+    folder = tmp_path_factory.mktemp("finished")
+    return sweep(make_sweep_recipe(tiny_folder, folder), folder / "sweep")
+
+
+# ---------------------------------------------------------------- trials
+
+
+def test_a_trial_is_the_run_that_its_settings_describe(
+    finished: SweepRecord, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The same bytes as `train` with these values: what is shared changes nothing."""
+    trial = next(t for t in finished.trials if t.settings["learning_rate"] == 0.01 and t.seed == 1)
+    plain = make_sweep_recipe(tiny_folder, tmp_path, learning_rate=0.01, seed=1)
+    plain = plain.model_copy(update={"sweep": None})
+    train(plain)
+    adapter = Path(finished.folder) / trial.folder / "adapter" / "adapter_model.safetensors"
+    assert adapter.read_bytes() == read_adapter_bytes(plain)
+    plan = read_run_plan(Path(finished.folder) / trial.folder)
+    assert "test_data" not in plan.data, "no trial reads it"
+    assert plan.recipe["test_data"][0]["path"] == "none"
+    events = read_events(Path(finished.folder) / trial.folder)
+    assert not [event for event in events if isinstance(event, Score) and event.task == "test"]
+
+
+def test_each_configuration_has_every_seed_and_the_winner_the_lowest_loss(
+    finished: SweepRecord,
+) -> None:
+    assert (finished.metric, finished.higher_is_better, finished.rows) == ("loss", False, 6)
+    rates = [configuration.settings["learning_rate"] for configuration in finished.configurations]
+    assert rates == [0.0001, 0.01]
+    assert [(trial.configuration, trial.seed) for trial in finished.trials] == [
+        *((0, 0), (1, 0)),
+        *((0, 1), (1, 1)),
+    ]
+    values = [configuration.value for configuration in finished.configurations]
+    assert None not in values
+    assert finished.winner == values.index(min(values))  # type: ignore[type-var]
+    best = finished.trials[finished.winner_trial or 0]
+    seeds = [trial for trial in finished.trials if trial.configuration == finished.winner]
+    assert best.value == min(trial.value for trial in seeds)  # type: ignore[type-var]
+    for configuration in finished.configurations:
+        trials = [finished.trials[number].value for number in configuration.trials]
+        assert configuration.value == pytest.approx(sum(trials) / 2)  # type: ignore[arg-type]
+    assert finished.base_value is not None
+    assert finished.base_value > min(values)  # type: ignore[type-var]
+
+
+def test_the_others_are_compared_with_the_winner_and_corrected_together(
+    finished: SweepRecord,
+) -> None:
+    winner = finished.configurations[finished.winner or 0]
+    others = [each for each in finished.configurations if each.number != finished.winner]
+    assert winner.comparison is None
+    for other in others:
+        assert other.comparison is not None
+        assert other.comparison.difference == pytest.approx(other.value - winner.value)  # type: ignore[operator]
+        assert other.p_value is not None
+    slow = next(each for each in others if each.settings["learning_rate"] == 0.0001)
+    assert slow.verdict == "worse"
+    (effect, *_) = [each for each in finished.effects if each.level == "0.0001"]
+    assert (effect.key, effect.pairs, effect.verdict) == ("learning_rate", 2, "worse")
+    assert effect.low > 0
+
+
+def test_the_winner_alone_is_measured_on_test_data(finished: SweepRecord) -> None:
+    tests = {comparison.metric: comparison for comparison in finished.test}
+    assert tests["loss"].task == "test"
+    assert tests["loss"].after.n == 6
+    assert tests["loss"].difference < 0
+    assert finished.test_reads == 1
+    stored = read_json(Path(finished.folder) / "test.json")
+    assert [measurement["trial"] for measurement in stored] == [finished.winner_trial]
+    assert read_sweep(Path(finished.folder)) == finished
+
+
+def test_the_recipe_of_the_winner_trains_the_winner(finished: SweepRecord, tmp_path: Path) -> None:
+    recipe = load_recipe(
+        Path(finished.folder) / "winner.yaml", {"output_dir": str(tmp_path / "again")}
+    )
+    assert isinstance(recipe, Recipe)
+    assert recipe.sweep is None
+    trial = finished.trials[finished.winner_trial or 0]
+    assert (recipe.learning_rate, recipe.seed) == (trial.settings["learning_rate"], trial.seed)
+    events = train(recipe)
+    again = {(e.task, e.metric): e for e in events if isinstance(e, Score) and e.step}
+    tests = {comparison.metric: comparison for comparison in finished.test}
+    assert again["test", "loss"].value == pytest.approx(tests["loss"].after.value, rel=1e-6)
+    adapter = Path(finished.folder) / trial.folder / "adapter" / "adapter_model.safetensors"
+    assert adapter.read_bytes() == read_adapter_bytes(recipe)
+
+
+def test_measures_before_training_are_taken_once(tiny_folder: Path, tmp_path: Path) -> None:
+    """A mark in those of the first trial comes back in the second, which shares them."""
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, {"lora_r": [2, 4]}, max_steps=2)
+    events = run_sweep(inputs.load_inputs(recipe), tmp_path / "sweep")
+    while not isinstance(next(events), TrialEnd):
+        pass
+    file = tmp_path / "sweep" / "trial-000" / EVAL_BEFORE_FILE
+    marked = file.read_text().replace('eval.jsonl:1"', 'marked"')
+    file.write_text(marked)
+    next(events)
+    next(events)
+    assert 'marked"' in marked
+    assert read_json(tmp_path / "sweep" / "trial-001" / EVAL_BEFORE_FILE) == json.loads(marked)
+    events.close()  # type: ignore[attr-defined]
+
+
+def test_a_finished_sweep_runs_nothing(finished: SweepRecord, tiny_folder: Path) -> None:
+    folder = Path(finished.folder)
+    recipe = make_sweep_recipe(tiny_folder, folder.parent)
+    start, record = run_sweep(inputs.load_inputs(recipe), folder)
+    assert isinstance(start, SweepStart)
+    assert start.finished_trials == 4
+    assert record == finished
+
+
+# ---------------------------------------------------------------- stopping early
+
+
+def test_a_hopeless_trial_stops_early_and_a_winner_does_not(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    rates = [0.01, 0.02, 0.015, 0.03, 0.00001]
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, {"learning_rate": rates})
+    record = sweep(recipe, tmp_path / "sweep")
+    hopeless = record.trials[4]
+    assert hopeless.state == "pruned"
+    assert 0 < hopeless.steps < hopeless.planned_steps
+    assert "median pruner, at" in hopeless.reason
+    assert record.winner != 4
+    assert any("stopped early" in caveat for caveat in record.caveats)
+    assert any("one seed" in caveat for caveat in record.caveats)
+
+
+# ---------------------------------------------------------------- search
+
+
+def test_a_search_draws_from_a_range_and_takes_more_trials(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    values = {"learning_rate": {"min": 0.0001, "max": 0.05, "log": True}, "search": "random"}
+    records = [
+        sweep(
+            make_sweep_recipe(tiny_folder, tmp_path, {**values, "trials": trials}), tmp_path / "s"
+        )
+        for trials in (1, 2)
+    ]
+    rates = [[trial.settings["learning_rate"] for trial in record.trials] for record in records]
+    assert rates[1][:1] == rates[0]
+    assert all(0.0001 <= rate <= 0.05 for rate in rates[1])
+    correlated = records[1].effects[0]
+    assert (correlated.pairs, correlated.verdict) == (2, "too few items to tell")
+    assert records[1].test_reads == 1 + (records[1].winner == 1)
+    has_caveat = any("no longer unseen" in caveat for caveat in records[1].caveats)
+    assert has_caveat == (records[1].test_reads > 1)
+
+
+# ---------------------------------------------------------------- faults
+
+
+def test_a_trial_that_fails_is_told_and_the_others_go_on(tiny_folder: Path, tmp_path: Path) -> None:
+    values = {"method": ["full", "lora"], "lora_r": [2], "pruner": "none"}
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, values, lora_r="auto")
+    record = sweep(recipe, tmp_path / "sweep")
+    assert [trial.state for trial in record.trials] == ["failed", "complete"]
+    assert "no effect with method: full" in record.trials[0].reason
+    assert record.winner == 1
+    assert any("1 trial failed" in caveat for caveat in record.caveats)
+
+
+def test_a_sweep_of_failures_is_no_result(tiny_folder: Path, tmp_path: Path) -> None:
+    values = {"method": ["full"], "lora_r": [2, 4]}
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, values, lora_r="auto")
+    with pytest.raises(GateError, match=r"every trial failed; the first: .*method: full"):
+        sweep(recipe, tmp_path / "sweep")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"eval_data": ()}, "trials are compared on eval_data"),
+        ({"test_data": ()}, "the winner is measured on test_data"),
+        ({"test_data": "none"}, "the winner is measured on test_data"),
+        ({"sweep": {"lora_r": [2], "metric": "rouge"}}, "'rouge' is not measured"),
+        ({"eval_data": (), "eval_split": 0.5}, "other rows with each seed"),
+    ],
+)
+def test_a_sweep_needs(
+    changed: dict[str, Any], message: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, **changed)
+    with pytest.raises(InputError, match=message):
+        sweep(recipe, tmp_path / "sweep")
+
+
+def test_rows_that_no_trial_could_use_are_refused_before_the_first(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, max_length=2)
+    with pytest.raises(InputError, match="longer than max_length"):
+        sweep(recipe, tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_recipe_without_a_sweep_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = make_tiny_recipe(tiny_folder, tmp_path, **write_eval_files(tmp_path))
+    with pytest.raises(InputError, match="the recipe has no sweep"):
+        sweep(recipe, tmp_path / "sweep")
+
+
+def test_minutes_for_less_than_a_trial_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, {"lora_r": [2]})
+    with pytest.raises(InputError, match="too few for one trial") as refusal:
+        sweep(recipe, tmp_path / "sweep", minutes=1e-6)
+    assert "allow at least" in refusal.value.fix
+    record = sweep(recipe, tmp_path / "sweep", minutes=60)
+    assert record.count_trials("complete") == 1, "it went on"
+
+
+def test_another_recipe_and_another_version_are_refused(
+    finished: SweepRecord, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    identity = Path(finished.folder) / "settings.json"
+    (folder / "settings.json").write_bytes(identity.read_bytes())
+    recipe = make_sweep_recipe(tiny_folder, Path(finished.folder).parent, weight_decay=0.5)
+    with pytest.raises(InputError, match="a sweep with other settings: weight_decay"):
+        sweep(recipe, folder)
+    settings = {**read_json(identity), "format": 99}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="format 99, and this version reads format 1"):
+        sweep(recipe, folder)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"not empty, and no sweep: notes\.txt"):
+        sweep(recipe, other)
+
+
+# ---------------------------------------------------------------- killed
+
+SWEEP_PROGRAM = "import sys; from tunesmith import api; list(api.tune_sweep(sys.argv[1]))"
+
+
+def test_a_sweep_that_is_interrupted_ends_with_the_same_table(
+    finished: SweepRecord, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """A generator that is dropped leaves what a killed process leaves: files, and no more."""
+    folder = Path(finished.folder).parent
+    recipe = make_sweep_recipe(tiny_folder, folder)
+    for num_events in (1, 12, 30, 3):
+        events = run_sweep(inputs.load_inputs(recipe), tmp_path)
+        for _ in range(num_events):
+            next(events)
+        events.close()  # type: ignore[attr-defined]
+    assert build_table(sweep(recipe, tmp_path)) == build_table(finished)
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_ten_random_times_ends_with_the_same_table(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """By SIGKILL, from the load of the inputs to the measurement of the winner."""
+    rates = [0.01, 0.02, 0.015, 0.03, 0.00001]
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, {"learning_rate": rates, "seeds": 2})
+    straight = sweep(recipe, tmp_path / "straight")
+    assert straight.count_trials("pruned") == 1
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe.model_copy(update={"output_dir": tmp_path / "killed"})))
+    generator = random.Random(0)
+    kills = 0
+    while kills < 10:
+        process = subprocess.Popen([sys.executable, "-c", SWEEP_PROGRAM, str(file)])
+        try:
+            process.wait(timeout=generator.uniform(4, 14))
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert kills >= 5, "it ended before it was killed often enough"
+    record = sweep(recipe, tmp_path / "killed")
+    assert build_table(record) == build_table(straight)

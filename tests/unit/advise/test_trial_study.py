@@ -1,0 +1,154 @@
+"""The journal of trials: what is next and what stops follows from it alone, wherever it was cut."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.advise.sweep.trial_study import JOURNAL_FILE, TrialStudy, make_spec
+from tunesmith.core.errors import InputError
+from tunesmith.recipe.sweep import SweepConfig
+
+RATES = [3e-4, 1e-3, 3e-3, 1e-2, 1e-5, 3e-5]
+GRID = {"learning_rate": RATES, "lora_r": [8, 64], "seeds": 2}
+RANGE = {"min": 1e-5, "max": 1e-1, "log": True}
+
+
+class Killed(Exception):
+    pass
+
+
+def open_study(folder: Path, values: dict[str, Any]) -> TrialStudy:
+    sweep = SweepConfig.model_validate(values)
+    return TrialStudy.open(
+        folder, sweep, sweep.list_seeds(0), higher_is_better=False, sampler_seed=0
+    )
+
+
+def compute_loss(settings: dict[str, Any], seed: int, percent: int) -> float:
+    """Return a loss that is lowest at a rate of 2e-3, and falls with the steps."""
+    distance = abs(math.log10(settings["learning_rate"]) - math.log10(2e-3))
+    return 1 + distance + 0.01 * seed + 0.1 * settings.get("lora_r", 8) / 64 - percent / 200
+
+
+def run_all(study: TrialStudy, *, actions: float = math.inf) -> None:
+    """Run trials with four evaluations each; stop dead after so many writes to the journal."""
+
+    def act() -> None:
+        nonlocal actions
+        actions -= 1
+        if actions < 0:
+            raise Killed
+
+    while spec := study.start_next():
+        act()
+        for percent in (25, 50, 75, 100):
+            study.add_value(spec.number, percent, compute_loss(spec.settings, spec.seed, percent))
+            act()
+            if percent < 100 and study.is_hopeless(spec.number):
+                study.finish(spec.number, "pruned", reason=f"at {percent}%")
+                break
+        else:
+            loss = compute_loss(spec.settings, spec.seed, 100)
+            study.finish(spec.number, "complete", loss)
+        act()
+
+
+def read_table(study: TrialStudy) -> list[tuple[Any, ...]]:
+    return [
+        (make_spec(trial), trial.state.name, trial.value, trial.intermediate_values)
+        for trial in study.list_trials()
+    ]
+
+
+def test_a_grid_has_every_combination_and_its_best_ones_every_seed(tmp_path: Path) -> None:
+    study = open_study(tmp_path, {**GRID, "pruner": "none"})
+    run_all(study)
+    specs = [make_spec(trial) for trial in study.list_trials()]
+    assert len(specs) == 24
+    assert [spec.seed for spec in specs] == [0] * 12 + [1] * 12
+    combinations = {(spec.settings["learning_rate"], spec.settings["lora_r"]) for spec in specs}
+    assert len(combinations) == 12
+    assert [spec.configuration for spec in specs] == [*range(12), *range(12)]
+
+
+@pytest.mark.parametrize("pruner", ["median", "halving"])
+def test_hopeless_trials_stop_and_the_best_does_not(pruner: str, tmp_path: Path) -> None:
+    study = open_study(tmp_path, {**GRID, "pruner": pruner})
+    run_all(study)
+    trials = study.list_trials()
+    pruned = [trial for trial in trials if trial.state.name == "PRUNED"]
+    assert len(pruned) >= 4
+    assert {trial.params["learning_rate"] for trial in pruned} >= {1e-5, 3e-5}
+    assert all(min(trial.intermediate_values) == 25 for trial in pruned)
+    assert all(max(trial.intermediate_values) < 100 for trial in pruned)
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    best = min(complete, key=lambda trial: trial.value or 0.0)
+    combinations = [{"learning_rate": rate, "lora_r": rank} for rate in RATES for rank in (8, 64)]
+    assert best.params == min(combinations, key=lambda each: compute_loss(each, 0, 100))
+    for trial in pruned:
+        assert make_spec(trial).seed == 0, "only the first seed is stopped early"
+    later = {make_spec(t).configuration for t in trials if make_spec(t).seed == 1}
+    assert later == {make_spec(t).configuration for t in complete if make_spec(t).seed == 0}
+
+
+@pytest.mark.parametrize("values", [
+    GRID,
+    {**GRID, "pruner": "halving"},
+    {"learning_rate": RANGE, "lora_r": [8, 64], "search": "tpe", "trials": 9, "seeds": 2},
+    {"learning_rate": RANGE, "search": "random", "trials": 6},
+], ids=["grid", "halving", "tpe", "random"])  # fmt: skip
+def test_a_study_killed_at_any_write_ends_as_a_straight_one(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "straight").mkdir()
+    straight = open_study(tmp_path / "straight", values)
+    run_all(straight)
+    generator = random.Random(0)
+    (tmp_path / "killed").mkdir()
+    for _ in range(12):
+        study = open_study(tmp_path / "killed", values)
+        with pytest.raises(Killed):
+            run_all(study, actions=generator.randrange(4))
+        journal = tmp_path / "killed" / JOURNAL_FILE
+        with journal.open("ab") as stream:
+            stream.write(b'{"op_code": 4, "torn')
+        journal.with_name(f"{JOURNAL_FILE}.lock").symlink_to(journal)
+    study = open_study(tmp_path / "killed", values)
+    run_all(study)
+    assert read_table(study) == read_table(straight)
+
+
+@pytest.mark.parametrize(("search", "follows"), [("tpe", True), ("random", False)])
+def test_tpe_follows_the_values_and_random_search_does_not(
+    search: str, follows: bool, tmp_path: Path
+) -> None:
+    values = {"learning_rate": RANGE, "search": search, "trials": 9, "pruner": "none"}
+    rates: list[list[float]] = []
+    for name, sign in (("low", 1), ("high", -1)):
+        (tmp_path / name).mkdir()
+        study = open_study(tmp_path / name, values)
+        while spec := study.start_next():
+            study.finish(spec.number, "complete", sign * spec.settings["learning_rate"])
+        rates.append([trial.params["learning_rate"] for trial in study.list_trials()])
+    assert rates[0][:3] == rates[1][:3], "the first are random"
+    assert (rates[0] != rates[1]) == follows
+
+
+def test_a_search_ends_when_every_combination_was_tried(tmp_path: Path) -> None:
+    study = open_study(tmp_path, {"learning_rate": [1e-4, 1e-3], "search": "random", "trials": 9})
+    run_all(study)
+    rates = [trial.params["learning_rate"] for trial in study.list_trials()]
+    assert sorted(rates) == [1e-4, 1e-3]
+
+
+def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
+    study = open_study(tmp_path, {"lora_r": [8]})
+    study.start_next()
+    journal = tmp_path / JOURNAL_FILE
+    lines = journal.read_bytes().split(b"\n")
+    journal.write_bytes(b"\n".join([lines[0], b"{not json}", *lines[1:]]))
+    with pytest.raises(InputError, match="the journal of the trials is damaged"):
+        open_study(tmp_path, {"lora_r": [8]})
