@@ -515,6 +515,7 @@ class GenerationRequest:
     frequency_penalty: float = 0.0  # the same, for each time that a token occurs
     logit_bias: tuple[tuple[int, float], ...] = ()  # token, what is added to its logit
     num_logprobs: int = -1  # -1: none; 0: of the answer's tokens; n: of the n most likely, too
+    num_prompt_logprobs: int = -1  # the same of the prompt's, whose stored keys are not used then
     end_ids: tuple[int, ...] = ()  # tokens that end the answer; empty: those of the batch
     adapter: str = ""  # key of an adapter of the bank, which stands for its content; "": none
     adapter_scale: float = 1.0

@@ -229,6 +229,10 @@ class ChatBody(SamplingBody):
         return (self.top_logprobs or 0) if self.logprobs else -1
 
     @property
+    def num_prompt_logprobs(self) -> int:
+        return -1
+
+    @property
     def active_tools(self) -> list[Tool]:
         """The tools that an answer may call: with `none`, the model is not told of any."""
         return [] if self.tool_choice == "none" else self.tools or []
@@ -253,8 +257,8 @@ class CompletionBody(SamplingBody):
 
     @model_validator(mode="after")
     def _check_echo(self) -> CompletionBody:
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs, of the prompt too, is not supported")
+        if self.echo and self.logprobs is not None and self.stream:
+            raise ValueError("echo with logprobs is not streamed")
         return self
 
     @property
@@ -264,6 +268,10 @@ class CompletionBody(SamplingBody):
     @property
     def num_logprobs(self) -> int:
         return -1 if self.logprobs is None else self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int:
+        return self.num_logprobs if self.echo else -1
 
     @property
     def prompts(self) -> tuple[str | list[int], ...]:

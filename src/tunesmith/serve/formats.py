@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Protocol
 
 from tunesmith.core.types import Json, TokenLogprobs
@@ -29,6 +30,7 @@ class FinishedAnswer(Protocol):
     text: str
     tokens: list[int]
     logprobs: list[TokenLogprobs]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
     finish_reason: str
 
 
@@ -176,7 +178,7 @@ class CompletionFormat:
             choice = {
                 "index": index,
                 "text": echo + answer.text,
-                "logprobs": self._format_logprobs(answer.logprobs, len(echo)),
+                "logprobs": self._format_all_logprobs(answer, len(echo)),
                 "finish_reason": FINISH_REASONS[answer.finish_reason],
             }
             if self._head.has_token_ids:
@@ -208,6 +210,22 @@ class CompletionFormat:
     def _decode_prompt(self, answer: FinishedAnswer) -> str:
         return self._head.renderer.decode(answer.prompt_tokens) if self._should_echo else ""
 
+    def _format_all_logprobs(self, answer: FinishedAnswer, start: int) -> Json | None:
+        """Return those of an echoed prompt, too; null for its first token."""
+        logprobs = self._format_logprobs(answer.logprobs, start)
+        if logprobs is None or not self._should_echo:
+            return logprobs
+        prompt = self._format_logprobs(answer.prompt_logprobs, 0)
+        assert prompt is not None
+        first = self._head.get_bytes(answer.prompt_tokens[0])[0]
+        offsets = [0, *(len(first) + offset for offset in prompt["text_offset"])]
+        return {
+            "tokens": [first, *prompt["tokens"], *logprobs["tokens"]],
+            "token_logprobs": [None, *prompt["token_logprobs"], *logprobs["token_logprobs"]],
+            "top_logprobs": [None, *prompt["top_logprobs"], *logprobs["top_logprobs"]],
+            "text_offset": [*offsets, *logprobs["text_offset"]],
+        }
+
     def _format_logprobs(self, logprobs: Sequence[TokenLogprobs], start: int) -> Json | None:
         if not self._head.has_logprobs:
             return None
@@ -220,7 +238,8 @@ class CompletionFormat:
             tops.append({self._head.get_bytes(token)[0]: logprob for token, logprob in entry.top})
         return {
             "tokens": texts,
-            "token_logprobs": [entry.logprob for entry in logprobs],
+            # one of a model whose numbers are not finite is null
+            "token_logprobs": [e.logprob if isfinite(e.logprob) else None for e in logprobs],
             "top_logprobs": tops,
             "text_offset": offsets,
         }

@@ -36,6 +36,7 @@ class Answer:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: str = ""
     cached_tokens: int = 0
 
@@ -43,6 +44,7 @@ class Answer:
         self.text += update.text
         self.tokens += update.tokens
         self.logprobs += update.logprobs
+        self.prompt_logprobs += update.prompt_logprobs
         self.finish_reason = update.finish_reason
         self.cached_tokens = update.cached_tokens
 

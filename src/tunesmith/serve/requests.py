@@ -153,6 +153,7 @@ def _make_request(
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=biases,
         num_logprobs=body.num_logprobs,
+        num_prompt_logprobs=body.num_prompt_logprobs,
         end_ids=model.renderer.end_ids,
         adapter=model.adapter_key if model.scale else "",
         adapter_scale=model.scale,

@@ -44,6 +44,7 @@ class AnswerUpdate:
     text: str = ""
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # with the first token
     finish_reason: str = ""
     error: str = ""
     error_code: str = ""
@@ -367,12 +368,14 @@ def _describe_gain(job: AnswerJob, row: RunningRequest) -> AnswerUpdate:
     """Return what a row has gained since the last update of its job."""
     tokens = tuple(row.tokens[job.num_sent :])
     logprobs = tuple(row.logprobs[job.num_sent :])
+    prompt_logprobs = () if job.num_sent else tuple(row.prompt_logprobs)
     job.num_sent = len(row.tokens)
     return AnswerUpdate(
         job.index,
         text=row.new_text,
         tokens=tokens,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         finish_reason=row.finish_reason,
         error=row.error.message if row.error is not None else "",
         error_code=_name_error(row),

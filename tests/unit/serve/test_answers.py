@@ -239,3 +239,47 @@ def test_a_seed_gives_the_same_text_beside_others(live: LiveServer) -> None:
         for other in others:
             other.result()
     assert read_text(beside.result()) == alone
+
+
+# ---------------------------------------------------------------- echo with log-probabilities
+
+
+def test_echo_gives_the_log_probabilities_of_the_prompt(live: LiveServer) -> None:
+    body = {"model": "large", "prompt": "abcdefghij" * 7, "temperature": 0}
+    with live.client() as http:
+
+        def score(**more: Any) -> Any:
+            response = http.post("/v1/completions", json={**body, "logprobs": 2, **more})
+            assert response.status_code == 200, response.text
+            return response.json()["choices"][0]["logprobs"]
+
+        echoed = score(echo=True, max_tokens=1)
+        assert [len(values) for values in echoed.values()] == [71] * 4
+        assert echoed["token_logprobs"][0] is echoed["top_logprobs"][0] is None
+        assert echoed["text_offset"] == sorted(echoed["text_offset"])
+        # each is what a prompt that ends before the token gives for it
+        for end in (1, 20, 69):
+            probe = score(prompt=body["prompt"][:end], max_tokens=1, logprobs=20)
+            expected = probe["top_logprobs"][0]
+            token = echoed["tokens"][end]
+            best = max(echoed["top_logprobs"][end].values())
+            assert best == pytest.approx(max(expected.values()), abs=1e-4)
+            if token in expected:
+                assert echoed["token_logprobs"][end] == pytest.approx(expected[token], abs=1e-4)
+        again = score(echo=True, max_tokens=1)
+        assert again["token_logprobs"] == echoed["token_logprobs"]  # beside stored keys, too
+        refused = http.post(
+            "/v1/completions", json={**body, "echo": True, "logprobs": 1, "stream": True}
+        )
+        assert refused.status_code == 400
+
+
+def test_log_probabilities_of_long_prompts_come_from_many_chunks(live: LiveServer) -> None:
+    tokens = [97 + (7 * index) % 20 for index in range(400)]
+    body = {"model": "base", "prompt": tokens, "max_tokens": 1, "echo": True, "logprobs": 0}
+    with live.client() as http:
+        long = http.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+        short = http.post("/v1/completions", json={**body, "prompt": tokens[:50]}).json()
+    assert len(long["token_logprobs"]) == 401
+    expected = short["choices"][0]["logprobs"]["token_logprobs"][1:50]
+    assert long["token_logprobs"][1:50] == pytest.approx(expected, abs=1e-4)

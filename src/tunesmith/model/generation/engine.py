@@ -49,6 +49,7 @@ MAX_BATCH_ROWS = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
 # prompts computed in one forward: before anything else, between two tokens of answers, and when
 # nothing is being answered
+LOGPROB_POSITIONS = 64  # of a prompt, whose logits are there at once
 PREFILL_TOKENS = 4096
 CHUNK_TOKENS = 128
 IDLE_CHUNK_TOKENS = 1024
@@ -323,6 +324,9 @@ class DecodeBatch:
             cache_row = self.cache.add_row()
             # the last token predicts the next one: it is always computed
             num_usable = row.num_tokens - 1
+            if row.needs_prompt_logprobs:
+                row.prompt_logprobs.clear()
+                num_usable = 0
             self.cache.start_with_prefix(cache_row, row.contents[: num_usable // BLOCK_TOKENS])
             num_shared = len(cache_row.blocks)
             parent = row.get_parent_key(num_shared)
@@ -384,20 +388,43 @@ class DecodeBatch:
         tokens_by_row = [
             row.context[row.stored.length : row.stored.length + chunks[row]] for row in rows
         ]
+        num_kept = [chunks[row] if row.needs_prompt_logprobs else 1 for row in rows]
         with self._use_adapters(rows, [chunks[row] for row in rows]):
-            hidden_BH = self.model.prefill(
+            hidden_KH = self.model.prefill(
                 [row.stored for row in rows],
                 tokens_by_row,
                 self.cache,
                 [row.num_tokens for row in rows],
+                num_kept,
             )
-        is_complete = [row.stored.length == row.num_tokens for row in rows]
-        complete = [row for row, done in zip(rows, is_complete, strict=True) if done]
+        complete: list[RunningRequest] = []
+        indices: list[int] = []
+        end = 0
+        for row, count in zip(rows, num_kept, strict=True):
+            end += count
+            if row.needs_prompt_logprobs:
+                self._add_prompt_logprobs(hidden_KH[end - count : end], row)
+            if row.stored.length == row.num_tokens:
+                complete.append(row)
+                indices.append(end - 1)
         if complete:
-            indices = [index for index, done in enumerate(is_complete) if done]
-            hidden_BH = hidden_BH.index_select(0, torch.tensor(indices, device=hidden_BH.device))
+            hidden_BH = hidden_KH.index_select(0, torch.tensor(indices, device=hidden_KH.device))
             self._add_next_tokens(hidden_BH, complete)
         return complete
+
+    @torch.no_grad()
+    def _add_prompt_logprobs(self, hidden_KH: Tensor, row: RunningRequest) -> None:
+        """Note the log-probabilities of the prompt's tokens after those that were just computed."""
+        prompt = row.request.tokens
+        start = row.stored.length - len(hidden_KH)
+        for part_KH in hidden_KH.split(LOGPROB_POSITIONS):
+            targets = prompt[start + 1 : start + 1 + len(part_KH)]
+            start += len(part_KH)
+            if targets:
+                logits_KV = self.model.head.compute_logits(part_KH[: len(targets)])
+                logits_KV[:, self.model.token_rows :] = -torch.inf
+                counts = [row.request.num_prompt_logprobs] * len(targets)
+                row.prompt_logprobs += measure_logprobs(logits_KV, targets, counts)
 
     # ---------------------------------------------------------------- answers
 

@@ -113,6 +113,7 @@ class RunningRequest:
         self.grammar = grammar
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []  # of `tokens`, if the request wants them
+        self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt after its first token
         self.new_text = ""  # what the last token added to `text`
         self.finish_reason: FinishReason = ""
         self.error: TunesmithError | None = None  # why there is no answer
@@ -143,6 +144,12 @@ class RunningRequest:
     def num_tokens(self) -> int:
         """The length of the context."""
         return len(self.request.tokens) + len(self.tokens)
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether tokens of the prompt have no log-probabilities yet that the request wants."""
+        is_wanted = self.request.num_prompt_logprobs >= 0
+        return is_wanted and len(self.prompt_logprobs) < len(self.request.tokens) - 1
 
     @property
     def last_token(self) -> int:
