@@ -106,7 +106,7 @@ class Canary:
     def __init__(self, settings: CanarySettings, state: CanaryState, *, has_pairs: bool) -> None:
         self.settings = settings
         self.state = state
-        self._users: set[tuple[str, str]] = set()  # counted in this step
+        self._users: set[int] = set()  # hashes of those that were counted in this step
         last_judged = len(settings.steps) - 2
         if state.step > last_judged:  # the steps were others
             self._start_step(last_judged)
@@ -214,9 +214,10 @@ class Canary:
         """Return whether a user counts: the first time, and without a name always."""
         if not user:
             return True
-        if (kind, user) in self._users or len(self._users) >= MAX_USERS:
+        entry = hash((kind, user))
+        if entry in self._users or len(self._users) >= MAX_USERS:
             return False
-        self._users.add((kind, user))
+        self._users.add(entry)
         return True
 
     def _get_tallies(self, check: str) -> CheckTallies:

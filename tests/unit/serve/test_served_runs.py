@@ -10,12 +10,13 @@ from typing import Any
 import jsonschema
 import pytest
 
-from serve_lab import LiveServer, make_chat, make_settings, serving
+from serve_lab import LiveServer, make_chat, make_settings, read_metric, serving, wait_for
 from tiny_runs import make_tiny_recipe, train, write_eval_files
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
 from tunesmith.evaluate.compare_models import EvalSpec, evaluate_model
 from tunesmith.evaluate.model_ref import parse_model_ref
+from tunesmith.serve.answer_checks import CheckRules, build_rules
 from tunesmith.serve.server import prepare_server
 from tunesmith.serve.settings import read_settings
 from tunesmith.serve.sources import open_adapter
@@ -31,7 +32,7 @@ def run(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes: dict[str, Any] = write_eval_files(folder)
     recipe = make_tiny_recipe(
         writer, folder, num_train_epochs=2, save_steps=3, learning_rate=0.05,
-        response_schema=str(folder / "schema.json"), **changes,
+        response_schema=str(folder / "schema.json"), never=[{"match": "[QXZ]{9}"}], **changes,
     )  # fmt: skip
     train(recipe)
     return folder / "run"
@@ -45,7 +46,8 @@ def trained(run: Path) -> Iterator[LiveServer]:
         "half": {"from": f"{run}@0.5"},
         "early": {"from": str(run / "checkpoints" / "step-3")},
     }
-    with serving(make_settings(models)) as server:
+    routes = {"prod": {"arms": {"free": 100}}}
+    with serving(make_settings(models, routes=routes)) as server:
         yield server
 
 
@@ -92,6 +94,22 @@ def test_the_runs_schema_is_the_default_of_a_constrained_model(trained: LiveServ
             free = make_chat("json", seed=seed, max_tokens=9, response_format={"type": "text"})
             assert "x-tunesmith-schema" not in http.post("/v1/chat/completions", json=free).headers
     assert num_complete
+
+
+def test_a_route_checks_what_the_run_has_promised(trained: LiveServer) -> None:
+    registry = trained.server.engine.registry
+    rules = build_rules(registry.get("free"), registry.get("early"))
+    assert rules.schema == SCHEMA
+    assert [constraint.match for constraint in rules.constraints] == ["[QXZ]{9}"]  # once
+    assert build_rules(registry.get("base"), None) == CheckRules()
+    with trained.client() as http:  # no grammar: two tokens are no object
+        http.post("/v1/chat/completions", json=make_chat("prod", max_tokens=2))
+
+    def count(check: str, result: str) -> float:
+        return read_metric(trained, "route_checks_total", check=check, result=result)
+
+    wait_for(lambda: count("violated", "ok") == 1)
+    assert count("schema_invalid", "bad") == 1
 
 
 @pytest.mark.parametrize(
