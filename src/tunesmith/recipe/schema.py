@@ -147,7 +147,9 @@ class Recipe(BaseModel):
     batch_tokens: Auto | Count = Field(
         default="auto", description="Tokens per optimizer step, with stage: cpt."
     )
-    num_train_epochs: Auto | Positive = Field(default="auto", description="Passes over the data.")
+    num_train_epochs: Auto | Annotated[Positive, Field(le=1_000_000)] = Field(
+        default="auto", description="Passes over the data."
+    )
     max_steps: Count | None = Field(
         default=None, description="Optimizer steps; overrides num_train_epochs."
     )

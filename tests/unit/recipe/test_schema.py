@@ -69,6 +69,7 @@ def test_numbers_that_yaml_leaves_as_text_are_numbers() -> None:
         ("learning_rate", "nan"),
         ("learning_rate", 10),
         ("num_train_epochs", "inf"),
+        ("num_train_epochs", 1e308),
         ("eval_split", 1.0),
         ("batch_size", 0),
         ("lora_target_modules", "(q_proj"),
