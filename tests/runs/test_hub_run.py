@@ -17,10 +17,10 @@ from tiny_runs import (
     train,
 )
 from tunesmith import api
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import read_run_record
-from tunesmith.recipe.load import load_recipe
+from tunesmith.recipe.load import load_recipe, read_recipe
 from tunesmith.session import inputs
 from tunesmith.session.run_list import summarize_run
 from tunesmith.train import run
@@ -110,3 +110,22 @@ def test_one_limit_for_all_files_of_a_source(
     ids = [rows.get_id(index) for index in range(len(rows))]
     assert ids == [*(f"test.jsonl:{line}" for line in range(1, 5)), "train.jsonl:1"]
     assert hub.requests
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_run_is_evaluated_on_rows_of_the_hub(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(make_tiny_recipe(tiny_folder, tmp_path / "local"))
+    run_path = tmp_path / "local" / "run"
+    file = tmp_path / "test.jsonl"
+    file.write_bytes(encode(9, 4))
+    expected = api.evaluate(run_path, data=file)
+    assert api.evaluate(run_path, data="org/rows").scores == expected.scores
+    assert expected.scores
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(MachineError, match="'org/other' is not in its cache"):
+        api.evaluate(run_path, data="org/other")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="data sets of the hub are not read here"):
+        read_recipe(model=str(tiny_folder), data=str(file), retention_data="org/rows")

@@ -35,6 +35,7 @@ from tunesmith.api.inputs import (
 from tunesmith.core import run_dir
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Event
+from tunesmith.core.hub_names import make_hub_path
 from tunesmith.core.ranks import SINGLE_PROCESS, Ranks, read_launch_time
 from tunesmith.core.sampling import SamplingParams, check_sampling
 from tunesmith.core.sweep_record import SWEEP_FILE
@@ -389,7 +390,7 @@ def evaluate(
     from tunesmith.evaluate.regression_gate import EvalReport, parse_metrics
     from tunesmith.train import stages
 
-    data_path = None if data is None else Path(data)
+    data_path = None if data is None else Path(make_hub_path(str(data), Path()) or data)
     spec = compare_models.EvalSpec(data_path, parse_metrics(metrics), allow_code)
     is_default = spec.data is None and not spec.metrics
     if is_default and ref.results_file == run_dir.EVAL_AFTER_FILE and ref.run_dir is not None:

@@ -30,6 +30,7 @@ from tunesmith.model.save import load_weights
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
+from tunesmith.session.hub_data import fetch_sources
 from tunesmith.session.inputs import RunInputs, get_row_kind
 from tunesmith.session.provenance import check_checkpoint
 from tunesmith.session.reopen import load_plan_and_inputs, load_trained_model
@@ -176,7 +177,7 @@ def _apply_spec(plan: Plan, run_inputs: RunInputs, spec: EvalSpec) -> tuple[Plan
     if spec.data is None:
         return plan, run_inputs
     rows = open_dataset(
-        [DataSource(path=spec.data)],
+        fetch_sources([DataSource(path=spec.data)], "test_data"),
         run_inputs.renderer,
         row_kind=get_row_kind(run_inputs.recipe),
         constraint_set=ConstraintSet(run_inputs.recipe.never, is_held_out=True),

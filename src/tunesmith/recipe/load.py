@@ -343,6 +343,10 @@ def _resolve_paths(key: str, value: Any, folder: Path) -> Any:
         items = wrap_list(cast("Any", value))
         sources = [_resolve_source(item, folder) for item in items]
         return sources if isinstance(value, list) else sources[0]
+    if key == "retention_data" and isinstance(value, str) and make_hub_path(value, folder):
+        message = f"there is no file {value!r:.200}, and data sets of the hub are not read here"
+        fix = "download it and name the file; data, eval_data and test_data take names of the hub"
+        raise InputError(message, where=key, fix=fix)
     if key in ("retention_data", "response_schema", "adapter_from"):
         return _resolve_path(value, folder)
     if key == "chat_template" and value not in ("auto", "none"):

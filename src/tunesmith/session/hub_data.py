@@ -61,14 +61,15 @@ def pin_hub_data(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     return pinned, tuple(dict.fromkeys(notes))
 
 
-def fetch_sources(sources: Sequence[DataSource]) -> tuple[DataSource, ...]:
+def fetch_sources(sources: Sequence[DataSource], key: str = "data") -> tuple[DataSource, ...]:
     """Return the sources with those on the hub in its cache, downloaded if they are not there.
 
-    Raises what `pin_hub_data` and `download_files` raise."""
+    `key` of the recipe decides which split is read if none is named. Raises what `pin_hub_data` and
+    `download_files` raise."""
     local: list[DataSource] = []
     for source in sources:
         if source.is_on_hub:
-            source = _fetch_source(_pin_source(source, "data", []))
+            source = _fetch_source(_pin_source(source, key, []))
         local.append(source)
     return tuple(local)
 
