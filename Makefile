@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow effects llama mutation check bench docs size format clean
+.PHONY: demo test slow multi effects llama mutation check bench docs size format clean
 
 demo: $(BIN)/tunesmith  ## the whole story on the embedded example
 	$(BIN)/tunesmith demo
@@ -16,6 +16,9 @@ test: $(BIN)/pytest  ## the tests, without the real model
 
 slow: $(BIN)/pytest  ## the tests that need the real SmolLM2-135M-Instruct, one seed per effect
 	$(PYTEST) -m 'slow and not more_seeds'
+
+multi: $(BIN)/pytest  ## runs on two and three processes over gloo
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m multi tests/multi
 
 effects: $(BIN)/pytest  ## does each strategy do what it promises? three seeds, into docs/results/effects.md
 	$(PYTEST) -m slow --junitxml=build/effects.xml tests/effects; status=$$?; \

@@ -18,7 +18,7 @@ def run_ranks(work: Callable[..., Any], world: int, *args: Any) -> list[Any]:
     """Return what `work(ranks, *args)` returns on each rank; `work` must be importable.
 
     Raise AssertionError with the traceback of a rank that fails."""
-    results = run_processes(_call_on_rank, world, work, *args)
+    results = run_processes(call_on_rank, world, work, *args)
     for result in results:
         assert not isinstance(result, str) or not result.startswith("Traceback"), result
     return results
@@ -79,7 +79,7 @@ def _start(
     os._exit(0)
 
 
-def _call_on_rank(work: Callable[..., Any], *args: Any) -> Any:
+def call_on_rank(work: Callable[..., Any], *args: Any) -> Any:
     with open_ranks() as ranks:
         return work(ranks, *args)
 

@@ -1,6 +1,9 @@
 """Training loops that the tests of several ranks run in processes of their own."""
 
 import dataclasses
+import time
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,10 +11,12 @@ import torch
 
 from tiny_loop import SETTINGS, make_step_documents, select_steps
 from tiny_models import continue_document, make_tiny_document, make_tiny_model
+from tunesmith.core import ranks as core_ranks
 from tunesmith.core.errors import MachineError
-from tunesmith.core.events import CheckResult
-from tunesmith.core.ranks import Ranks
+from tunesmith.core.events import CheckResult, Rollback
+from tunesmith.core.ranks import END, Ranks
 from tunesmith.core.types import Batch, Document
+from tunesmith.train.follow import Follower
 from tunesmith.train.loop import TrainingLoop
 
 STEPS = 20
@@ -111,6 +116,41 @@ def collect_outcome(training: TrainingLoop) -> tuple[list[str], bytes]:
     return verdicts, weights.numpy().tobytes()
 
 
+def fail_in_a_step(ranks: Ranks) -> str:
+    """Let rank 0 fail while rank 1 waits for its gradients; return what rank 1 says."""
+    training = make_loop(ranks, "rows")
+    if not ranks.is_main:
+        follower = Follower(ranks)
+        follower.training = training
+        try:
+            while (command := ranks.receive())["do"] != END:
+                follower.obey(**command)
+        except MachineError as error:
+            return error.message
+        return "ended"
+
+    def fail(_: Batch) -> torch.Tensor:
+        raise ValueError("a bug")
+
+    training.model.compute_hidden = fail  # type: ignore[method-assign]
+    next(training)
+    return "no error"
+
+
+def wait_for_silent_rank() -> str:
+    """Wait on rank 0 for rank 1, which gives no sign of life for longer than it may."""
+    core_ranks.SILENCE = timedelta(seconds=2)
+    core_ranks.PULSE_SECONDS = 0.2
+    with core_ranks.open_ranks() as ranks:
+        if ranks.is_main:
+            ranks.gather(None)
+            return "heard of rank 1"
+        assert ranks.pulse
+        ranks.pulse.stop(has_goodbye=False)
+        time.sleep(5)
+        return "awake"
+
+
 def drift(ranks: Ranks) -> str:
     """Change one bit of a weight on rank 1; return what the comparison of the ranks says."""
     training = make_loop(ranks, "rows")
@@ -125,3 +165,26 @@ def drift(ranks: Ranks) -> str:
     except MachineError as error:
         return error.message
     return ""
+
+
+def roll_back(ranks: Ranks, folder: str) -> bytes:
+    """Save after three steps, roll back to them after five, and train on without a row at half the
+    learning rate; return the weights. Ranks other than 0 follow."""
+    training = make_loop(ranks, "rows")
+    if not ranks.is_main:
+        follower = Follower(ranks)
+        follower.training = training
+        while (command := ranks.receive())["do"] != END:
+            follower.obey(**command)
+        return collect_outcome(training)[1]
+    for _ in range(3):
+        next(training)
+    training.save(Path(folder))
+    for _ in range(2):
+        next(training)
+    training.restore(Path(folder))
+    skipped = make_documents("rows", 5)[1].id
+    training.set_rollbacks(
+        [Rollback(5, 3, "spike", "", "half the rate", lr_factor=0.5, rows=(skipped,))]
+    )
+    return collect_outcome(training)[1]

@@ -1,10 +1,20 @@
 """What goes wrong on one rank of several reaches all of them in the same step."""
 
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from rank_lab import run_ranks
-from rank_loops import drift, train_with_little_memory, train_with_nan
+from rank_lab import call_on_rank, run_processes, run_ranks
+from rank_loops import (
+    drift,
+    fail_in_a_step,
+    roll_back,
+    train_with_little_memory,
+    train_with_nan,
+    wait_for_silent_rank,
+)
 from tunesmith.core.ranks import SINGLE_PROCESS
 
 pytestmark = pytest.mark.multi
@@ -30,6 +40,31 @@ def test_all_ranks_halve_their_packs_when_one_is_out_of_memory() -> None:
     assert results[0][1] == results[1][1]
 
 
+def test_a_bug_in_the_middle_of_a_step_of_rank_0_leaves_no_rank_waiting() -> None:
+    started = time.monotonic()
+    main, other = run_processes(call_on_rank, 2, fail_in_a_step)
+    assert main.startswith("Traceback")
+    assert main.endswith("ValueError: a bug\n")
+    assert other.startswith("another rank has ended")
+    assert time.monotonic() - started < 30
+
+
+def test_a_rank_without_a_sign_of_life_ends_the_others() -> None:
+    started = time.monotonic()
+    assert run_processes(wait_for_silent_rank, 2) == [None, "awake"], "rank 0 has ended itself"
+    assert time.monotonic() - started < 30
+
+
 def test_weights_that_differ_in_one_bit_are_noticed_by_all() -> None:
     for message in run_ranks(drift, 2):
         assert message.startswith("the weights of rank 1 differ from those of rank 0")
+
+
+def test_a_rollback_of_rank_0_reaches_all(tmp_path: Path) -> None:
+    folders = (tmp_path / "one", tmp_path / "two")
+    for folder in folders:
+        folder.mkdir()
+    expected = np.frombuffer(roll_back(SINGLE_PROCESS, str(folders[0])), np.float32)
+    first, second = run_ranks(roll_back, 2, str(folders[1]))
+    assert first == second
+    np.testing.assert_allclose(np.frombuffer(first, np.float32), expected, rtol=0, atol=1e-5)

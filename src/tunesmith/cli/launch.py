@@ -7,6 +7,7 @@ torchrun's variables say everything: a cluster that starts torchrun needs nothin
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Annotated
@@ -45,6 +46,8 @@ def launch(num_processes: int, words: Sequence[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     _check_devices(num_processes)
+    # It warns of each process that it ends after a failure, which rank 0 explains.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     options = ["--standalone", f"--nproc-per-node={num_processes}", "-m", "tunesmith"]
     try:
         run(parse_args([*options, *words]))

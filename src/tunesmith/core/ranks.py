@@ -44,6 +44,7 @@ LOST_FIX = "look for the message of the rank that ended first"
 PULSE_SECONDS = 5.0  # between two signs of life
 SILENCE = timedelta(minutes=2)  # after which a rank counts as lost
 PATIENCE = timedelta(days=7)  # of messages: the pulse watches over them
+END_SECONDS = 10.0  # for the ranks to hear of the end
 END = "end"  # the command after which no other comes
 
 
@@ -59,7 +60,7 @@ class Ranks:
         self.local = local
         self.restarts = restarts
         self.has_signal = False
-        self._pulse: Pulse | None = None
+        self.pulse: Pulse | None = None
 
     @property
     def is_main(self) -> bool:
@@ -82,13 +83,15 @@ class Ranks:
         trace: TracebackType | None,
     ) -> None:
         """End all ranks with this one, if it is rank 0, under its exit code."""
-        if self._pulse is None:
+        if self.pulse is None:
             return
         if self.is_main:
             code = error.exit_code if isinstance(error, TunesmithError) else int(error is not None)
-            with suppress(MachineError):  # those that are gone need no end
-                self.send(END, code=code)
-        self._pulse.stop(has_goodbye=error is None)
+            # Ranks in the middle of a step do not listen; they notice that this process is gone.
+            sending = threading.Thread(target=self._send_end, args=(code,), daemon=True)
+            sending.start()
+            sending.join(END_SECONDS)
+        self.pulse.stop(has_goodbye=error is None)
 
     def _connect(self) -> None:
         import torch
@@ -121,7 +124,11 @@ class Ranks:
                 where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
                 fix="check that every machine runs the same command and reaches this address",
             ) from error
-        self._pulse = Pulse(self, pulse_group)
+        self.pulse = Pulse(self, pulse_group)
+
+    def _send_end(self, code: int) -> None:
+        with suppress(MachineError):  # those that are gone need no end
+            self.send(END, code=code)
 
     # ------------------------------------------------------------ messages
 

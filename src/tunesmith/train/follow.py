@@ -73,9 +73,7 @@ def _require_shared_folder(path: Path, plan: Json) -> None:
         )
 
 
-def start_ranks(
-    ranks: Ranks, path: Path, plan: Plan, fingerprint: Json
-) -> tuple[CheckResult, ...]:
+def start_ranks(ranks: Ranks, path: Path, plan: Plan, fingerprint: Json) -> tuple[CheckResult, ...]:
     """Give the other ranks a run; return the event that says how the work is shared.
 
     Raise InputError for a rank with other files, libraries or disks."""
@@ -93,7 +91,7 @@ def start_ranks(
 
 
 class Follower:
-    """A rank that is not rank 0. The methods are the commands."""
+    """A rank that is not rank 0. `training` is its share of the run's."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -102,7 +100,7 @@ class Follower:
         self._plan: Plan | None = None
         self._inputs: RunInputs | None = None
         self._session: Session | None = None
-        self._training: TrainingLoop | None = None
+        self.training: TrainingLoop | None = None
         self._commands: dict[str, Callable[..., None]] = {
             RUN: self._load_inputs,
             OPEN: self._open_session,
@@ -127,7 +125,7 @@ class Follower:
             self.problem = error
 
     def _load_inputs(self, path: str, plan: Json, fingerprint: Json) -> None:
-        self._session = self._training = None  # of the stage before
+        self._session = self.training = None  # of the stage before
         self._path = Path(path)
         _require_shared_folder(self._path, plan)
         self._plan = parse_as(Plan, plan)
@@ -156,7 +154,7 @@ class Follower:
         assert self._session
         session, _ = read_synthetic_pairs(self._session, self._path)
         self._session = session = read_references(session, self._path)
-        self._training = TrainingLoop(
+        self.training = TrainingLoop(
             session.model,
             session.load_documents,
             self._plan.config,
@@ -182,15 +180,15 @@ class Follower:
         )
 
     def _take_step(self, step: int, ratios: Json, rollbacks: Json) -> None:
-        assert self._training
-        assert step == self._training.step, "all ranks have made the same steps"
-        self._training.adopt_changes(ratios, rollbacks)
-        next(self._training)
+        assert self.training
+        assert step == self.training.step, "all ranks have made the same steps"
+        self.training.adopt_changes(ratios, rollbacks)
+        next(self.training)
 
     def _restore(self, folder: str) -> None:
-        assert self._training
-        self._training.restore(Path(folder))
+        assert self.training
+        self.training.restore(Path(folder))
 
     def _compare(self) -> None:
-        assert self._training
-        self._training.compare_ranks()
+        assert self.training
+        self.training.compare_ranks()
