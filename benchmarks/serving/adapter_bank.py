@@ -1,6 +1,6 @@
 """Measure a decode step with 0 to 16 different adapters in its rows, against the base.
 
-    python -m benchmarks.serving.adapter_bank [--rounds N] [--rows 16 64]
+    python -m benchmarks.serving.adapter_bank [--model MODEL] [--rounds N] [--rows 16 64]
 
 All sides run in turn, a few steps each, and medians are compared: a shared machine is slower at one
 moment than at another. On a machine that others use, run it with OMP_NUM_THREADS=1 and read the
@@ -122,10 +122,11 @@ def build_sides(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64])
     args = parser.parse_args()
-    bank, models = open_models(resolve_model(MODEL))
+    bank, models = open_models(resolve_model(args.model))
     for num_rows in args.rows:
         sides = build_sides(bank, models, num_rows)
         for side in sides.values():

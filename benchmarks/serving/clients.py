@@ -1,0 +1,161 @@
+"""Clients of a server: streamed chats with their times, all at once, one after another, or arriving
+by a Poisson process.
+
+    python -m benchmarks.serving.clients URL MODEL TOKENS END_ID...     16 chats from this process
+
+The second form is for lines that count the processor time of the server alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import httpx
+
+CLIENTS = 16
+TIMEOUT_SECONDS = 1200
+QUESTION = "Which city lies on the river, and when was it founded? Answer with name and year."
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What is asked: a number makes questions differ, `end_ids` are kept out of the answer."""
+
+    model: str
+    num_tokens: int
+    end_ids: tuple[int, ...]
+    number: int = 0
+
+    def to_body(self) -> dict[str, object]:
+        text = f"{QUESTION} ({self.number})"
+        return {
+            "model": self.model,
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": self.num_tokens,
+            "temperature": 0,
+            "logit_bias": {str(end): -100 for end in self.end_ids},
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+
+
+@dataclass
+class Timing:
+    """An answer and its times in seconds; `status` is not 200 for one that failed."""
+
+    status: int
+    version: str = ""
+    text: str = ""
+    num_tokens: int = 0
+    first: float = 0.0
+    total: float = 0.0
+    gaps: tuple[float, ...] = ()
+
+
+def ask(client: httpx.Client, chat: Chat) -> Timing:
+    """Stream one answer."""
+    started = time.perf_counter()
+    times: list[float] = []
+    text = ""
+    num_tokens = 0
+    with client.stream("POST", "/v1/chat/completions", json=chat.to_body()) as response:
+        if response.status_code != 200:
+            response.read()
+            return Timing(response.status_code)
+        version = response.headers["x-tunesmith-model"]
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            if "error" in chunk:
+                return Timing(500, version)
+            for choice in chunk["choices"]:
+                if "content" in choice["delta"] and choice["delta"]["content"]:
+                    times.append(time.perf_counter())
+                    text += choice["delta"]["content"]
+            if chunk.get("usage"):
+                num_tokens = chunk["usage"]["completion_tokens"]
+    ended = time.perf_counter()
+    gaps = tuple(b - a for a, b in itertools.pairwise(times))
+    first = (times[0] if times else ended) - started
+    return Timing(200, version, text, num_tokens, first, ended - started, gaps)
+
+
+def ask_together(url: str, chats: Sequence[Chat]) -> list[Timing]:
+    """Ask with CLIENTS connections, each the next chat as soon as it has an answer."""
+    with (
+        httpx.Client(base_url=url, timeout=TIMEOUT_SECONDS) as client,
+        ThreadPoolExecutor(CLIENTS) as pool,
+    ):
+        return list(pool.map(lambda chat: ask(client, chat), chats))
+
+
+def ask_in_turn(url: str, chats: Sequence[Chat]) -> list[Timing]:
+    with httpx.Client(base_url=url, timeout=TIMEOUT_SECONDS) as client:
+        return [ask(client, chat) for chat in chats]
+
+
+def ask_at_rate(
+    url: str, chats: Sequence[Chat], per_second: float, *, seed: int = 1
+) -> list[Timing]:
+    """Ask at times of a Poisson process, whether or not earlier answers are there."""
+    draw = random.Random(seed)
+    limits = httpx.Limits(max_connections=1000)
+    futures: list[Future[Timing]] = []
+    with (
+        httpx.Client(base_url=url, timeout=TIMEOUT_SECONDS, limits=limits) as client,
+        ThreadPoolExecutor(256) as pool,
+    ):
+        for chat in chats:
+            time.sleep(draw.expovariate(per_second))
+            futures.append(pool.submit(ask, client, chat))
+        return [future.result() for future in futures]
+
+
+class Load:
+    """Clients that ask again and again until the block ends."""
+
+    def __init__(self, url: str, chats: Sequence[Chat]) -> None:
+        self.timings: list[Timing] = []
+        self._url = url
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._repeat, args=(chat,)) for chat in chats]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _repeat(self, chat: Chat) -> None:
+        with httpx.Client(base_url=self._url, timeout=TIMEOUT_SECONDS) as client:
+            while not self._stop.is_set():
+                self.timings.append(ask(client, chat))
+
+
+def compute_quantile(values: Sequence[float], share: float) -> float:
+    """Return the smallest value that this share of the values does not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def main() -> None:
+    url, model, num_tokens, *end_ids = sys.argv[1:]
+    ends = tuple(map(int, end_ids))
+    chats = [Chat(model, int(num_tokens), ends, number) for number in range(CLIENTS)]
+    print(sum(timing.num_tokens for timing in ask_together(url, chats)))
+
+
+if __name__ == "__main__":
+    main()
