@@ -1,15 +1,45 @@
-"""How the GPUs of a cluster share a run, as a plan holds it.
+"""The machine of a plan, and how the GPUs of a cluster share a run.
 
+    Machine      the hardware and software, measured or of a target
     Mesh         which GPUs hold a copy of the weights together, and which share a document
     MeshStep     the predicted time of a step by part, and the tokens per second
     MeshOption   the same recipe on other GPUs or with another method
     MeshPlan     all of them, with the reasons
 
-Plain values only. Left out: deciding (plan/mesh.py) and predicting (plan/mesh_time.py)."""
+Plain values only. Left out: measuring (hardware.py), deciding (plan/mesh.py) and predicting
+(plan/mesh_time.py)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The hardware and software of this machine."""
+
+    device: Literal["cpu", "cuda"]
+    device_name: str
+    cores: int
+    memory_bytes: int  # of the GPU, or main memory
+    available_bytes: int  # free now
+    disk_free_bytes: int
+    has_bf16_matmul: bool  # in hardware
+    compiler: str | None  # path of a C compiler, for the CPU kernels
+    versions: dict[str, str] = field(default_factory=dict[str, str])
+    num_gpus: int = 0  # that torch sees; of a target, those of a node
+    num_nodes: int = 0  # of a target; 0 for this machine
+    gpu_software: str = ""  # CUDA 12.8, ROCm 6.4
+    compute_capability: str = ""  # of an NVIDIA GPU: 9.0
+    has_python_headers: bool = True  # which Triton compiles with
+    unused_gpu: str = ""  # why a GPU of this machine is not used
+
+    @property
+    def has_flash_attention(self) -> bool:
+        """Whether torch's flash attention runs on the GPU; on AMD's that is not known."""
+        is_cuda = self.device == "cuda" and not self.gpu_software.startswith("ROCm")
+        return is_cuda and self.has_bf16_matmul
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pydantic import model_validator
 
 from tunesmith.core.events import CheckResult, GenerationSample, Rollback, Score
 from tunesmith.core.evidence import ErrorAnalysis, RunVerdict
-from tunesmith.core.mesh import MeshPlan
+from tunesmith.core.mesh import Machine, MeshPlan
 from tunesmith.core.model_spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -35,33 +35,6 @@ T = TypeVar("T")
 Side = Literal["", "chosen", "rejected", "banned", "desirable", "undesirable", "mismatched"]
 
 # ---------------------------------------------------------------- facts
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The hardware and software of this machine."""
-
-    device: Literal["cpu", "cuda"]
-    device_name: str
-    cores: int
-    memory_bytes: int  # of the GPU, or main memory
-    available_bytes: int  # free now
-    disk_free_bytes: int
-    has_bf16_matmul: bool  # in hardware
-    compiler: str | None  # path of a C compiler, for the CPU kernels
-    versions: dict[str, str] = field(default_factory=dict[str, str])
-    num_gpus: int = 0  # that torch sees; of a target, those of a node
-    num_nodes: int = 0  # of a target; 0 for this machine
-    gpu_software: str = ""  # CUDA 12.8, ROCm 6.4
-    compute_capability: str = ""  # of an NVIDIA GPU: 9.0
-    has_python_headers: bool = True  # which Triton compiles with
-    unused_gpu: str = ""  # why a GPU of this machine is not used
-
-    @property
-    def has_flash_attention(self) -> bool:
-        """Whether torch's flash attention runs on the GPU; on AMD's that is not known."""
-        is_cuda = self.device == "cuda" and not self.gpu_software.startswith("ROCm")
-        return is_cuda and self.has_bf16_matmul
 
 
 @dataclass(frozen=True)

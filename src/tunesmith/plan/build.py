@@ -124,10 +124,7 @@ def build_plan(
     _check_gates(context, recipe)
     settings |= {key: plan_value for key, plan_value in fixed.items() if key not in RULES}
     _apply_features(context, recipe, data)
-    context = dataclasses.replace(context, mesh=choose_mesh(context, recipe.gradient_checkpointing))
-    settings["gradient_checkpointing"] = decide_checkpointing(
-        context, recipe.gradient_checkpointing
-    )
+    context = _fit_memory(context, recipe.gradient_checkpointing)
     settings |= _decide_without_rules(recipe, recipe_values, output_dir, now)
     _check_lengths(context)
     _check_libraries(context)
@@ -183,6 +180,14 @@ def _apply_features(context: RuleContext, recipe: Recipe, data: Mapping[str, Dat
     settings |= decide_guard(recipe.guard, context)
     settings |= decide_rehearsal(recipe.rehearsal, context, data.get("rehearsal"))
     settings |= decide_new_rows(settings.get("add_tokens"), context)
+
+
+def _fit_memory(context: RuleContext, policy: str) -> RuleContext:
+    """Decide which GPUs of a target share the weights, and what is recomputed; return the context
+    with that mesh."""
+    context = dataclasses.replace(context, mesh=choose_mesh(context, policy))
+    context.settings["gradient_checkpointing"] = decide_checkpointing(context, policy)
+    return context
 
 
 def _collect_recipe_values(recipe: Recipe) -> dict[str, Any]:
@@ -350,12 +355,12 @@ def refuse_if_too_large(plan: Plan) -> None:
     """Raise MachineError if memory or disk is too small, and InputError if the plan is for GPUs as
     this version cannot use them, before anything is loaded."""
     if plan.mesh is not None and plan.mesh.missing:
-        raise InputError(
-            f"this plan needs {plan.mesh.missing}, which this version cannot run",
-            where="plan",
-            fix="use a method, a model or a pack_length with which a step fits on one GPU; "
-            "`tunesmith plan --target` lists those that do",
-        )
+        fix = "set max_grad_norm: 1, which keeps all gradients"
+        if plan.mesh.mesh.shard > 1 or plan.mesh.mesh.context > 1:
+            fix = "use a method or a pack_length with which a step fits on one GPU: "
+            fix += "`tunesmith plan --target` lists those that do"
+        message = f"this plan needs {plan.mesh.missing}, which this version cannot run"
+        raise InputError(message, where="plan", fix=fix)
     needed = plan.memory_bytes["peak"] * MEMORY_MARGIN
     free = plan.machine.available_bytes
     if not has_enough_memory(plan):

@@ -17,6 +17,7 @@ from tunesmith.plan.build import build_plan, refuse_if_too_large
 from tunesmith.plan.hardware_presets import HARDWARE_PRESETS, choose_machine, parse_target
 from tunesmith.plan.mesh import explain_batch, list_fewer_gpus, make_option
 from tunesmith.plan.mesh_time import estimate_mesh_step
+from tunesmith.plan.method_comparison import estimate_method
 from tunesmith.plan.rules import Measures, RuleContext
 from tunesmith.recipe.schema import Recipe
 
@@ -125,8 +126,12 @@ def test_a_plan_that_this_version_cannot_run_says_so_and_train_refuses_it(plan: 
     made = plan(LLAMA_70B, "8xh100", method="lora")
     assert made.mesh is not None
     assert "sharded" in made.mesh.missing
-    with pytest.raises(InputError, match="sharded over GPUs, which this version cannot run"):
+    message = "sharded over GPUs, which this version cannot run"
+    with pytest.raises(InputError, match=message) as refusal:
         refuse_if_too_large(made)
+    assert "a step fits on one GPU" in refusal.value.fix
+    estimate = estimate_method(made)
+    assert (estimate.has_enough_memory, estimate.missing) == (True, made.mesh.missing)
     refuse_if_too_large(plan(LLAMA_8B, "8xh100"))
 
 
@@ -135,8 +140,9 @@ def test_updates_in_the_backward_pass_are_for_one_gpu(plan: Planner) -> None:
     one, two = (plan({}, target, **how) for target in ("h100", "2xh100"))
     assert one.config.step_in_backward
     refuse_if_too_large(one)
-    with pytest.raises(InputError, match="max_grad_norm: 0"):
+    with pytest.raises(InputError, match="max_grad_norm: 0") as refusal:
         refuse_if_too_large(two)
+    assert "set max_grad_norm: 1" in refusal.value.fix
 
 
 def test_more_gpus_are_no_way_out_of_too_little_memory(plan: Planner) -> None:
