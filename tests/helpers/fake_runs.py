@@ -34,6 +34,7 @@ from tunesmith.core.types import (
     PlanValue,
     RunRecord,
     ScalePoint,
+    WeightedText,
     split_settings,
 )
 from tunesmith.plan.stages import StagedPlan
@@ -80,6 +81,8 @@ REPORT = DataReport(
     30_000,
     {"overlong": 4},
     findings=(FINDING,),
+    length_counts={"16": 0, "32": 5, "64": 10},
+    first_row=(WeightedText("a question", 0.0), WeightedText("yes", 1.0)),
 )
 DEFAULT_SETTINGS = {key: PlanValue(value, "rule", "") for key, value in DEFAULTS.items()}
 CONFIG, REASONS = split_settings(
