@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tunesmith.serve.canary import Canary, CanaryState, Tally, bound_difference
+from tunesmith.serve.canary import (
+    Canary,
+    CanaryState,
+    CheckTallies,
+    Tally,
+    bound_difference,
+    bound_harm,
+)
 from tunesmith.serve.route_settings import CanarySettings, CheckMargins
 
 CUT_ONLY = CheckMargins(cut=0.05, looped=None, failed=None)
@@ -64,6 +71,30 @@ def test_a_step_needs_answers_and_every_check() -> None:
         canary.add_verdict("thumbs_down", False, is_canary=True)
         canary.add_verdict("thumbs_down", False, is_canary=False)
     assert canary.judge() == "next_step"
+
+
+def test_few_good_answers_exclude_no_harm() -> None:
+    canary = make_canary(at_least=30)
+    for number in range(600):
+        canary.add_answer({"cut": False}, is_canary=number < 100)
+    (harm,) = canary.list_harms()
+    assert harm.high is not None
+    assert harm.high > 0.05
+    assert canary.judge() == ""
+
+
+def test_of_two_ways_to_compare_the_narrower_end_counts() -> None:
+    unpaired = CheckTallies(Tally(200, 20, 20), Tally(900, 30, 30))
+    pairs = Tally(100, 2, 6)
+    ends = [float(end) for end in bound_difference(unpaired.canary, unpaired.stable, 0.01)]
+    assert bound_harm(unpaired, 0.01) == tuple(ends)
+    pair_ends = [float(end) for end in pairs.bound_mean((-1, 1), 0.01)]
+    assert bound_harm(CheckTallies(pairs=pairs), 0.01) == tuple(pair_ends)
+    both = CheckTallies(unpaired.canary, unpaired.stable, pairs)
+    expected = (max(ends[0], pair_ends[0]), min(ends[1], pair_ends[1]))
+    assert bound_harm(both, 0.01) == expected
+    too_few = CheckTallies(Tally(29, 29, 29), Tally(900), Tally(29, 29, 29))
+    assert bound_harm(too_few, 0.01) == (None, None)
 
 
 def test_pairs_count_where_no_client_sees_the_canary() -> None:
