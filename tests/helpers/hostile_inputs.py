@@ -40,6 +40,10 @@ DOUBLE = (
     "{% set ns = namespace(s=messages[0].content ~ 'x') %}"
     "{% for i in range(TIMES) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
 )
+LONG_TEXT = (
+    "{% set ns = namespace(s='ab') %}"
+    "{% for i in range(19) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
+)
 HUGE = (
     "{% set b = ('f' * 200000)|int(0, 16) %}{% set s = 'f' * 200000 %}"
     "{% set a = (s ~ s ~ s ~ s ~ s ~ s ~ s ~ s)|int(0, 16) %}"
@@ -130,6 +134,16 @@ TEMPLATES: dict[str, Callable[[Path], Call]] = {
     ),
     "word count of a long text": make_template("{{ ('a ' * 900000)|wordcount }}"),
     "title of a long text": make_template("{{ ('a-' * 900000)|title|length }}"),
+    "compare long texts": make_template(
+        LONG_TEXT + "{% set t = ns.s ~ 'x' %}{% set u = ns.s ~ 'y' %}"
+        "{% for i in range(50000) %}{{ t == u }}{% endfor %}"
+    ),
+    "search long texts": make_template(
+        LONG_TEXT + "{% for i in range(20000) %}{{ 'ba' * 30 ~ 'c' in ns.s }}{% endfor %}"
+    ),
+    "search long texts for a literal": make_template(
+        LONG_TEXT + "{% for i in range(90000) %}{{ 'abab|' in ns.s }}{% endfor %}"
+    ),
     "sort long texts": make_template("{{ ((['a' * 900000 ~ 'b'] * 1000)|sort)|length }}"),
     "unique long texts": make_template("{{ ((['a' * 900000 ~ 'b'] * 1000)|unique|list)|length }}"),
     "startswith many prefixes": make_template("{{ ('a' * 900000).startswith(('b',) * 900000) }}"),
@@ -269,11 +283,17 @@ def make_wordpiece(length: int) -> Json:
     }  # fmt: skip
 
 
+BYTE_LEVEL = {
+    "type": "ByteLevel", "add_prefix_space": False, "use_regex": False, "trim_offsets": True,
+}  # fmt: skip
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 CUBIC = r"[\s\S]+?[\s\S]+?(?<![\s\S])"
 TOKENIZERS: dict[str, Callable[[Path], Call]] = {
     "a cubic pattern": split_by(CUBIC, "x" * 2000),
     "nested repeats": split_by(r"(x+x+)+y", "x" * 50),
+    "20 times ByteLevel": change_tokenizer(
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [BYTE_LEVEL] * 20}
+    ),
     "a back-reference": split_by(r"(x*)*\1y", "x" * 3000),
     "a quadratic pattern": split_by(r"x+y", "x" * 200_000),
     "a huge repetition": split_by("(?:(?:(?:x{1,1000}){1,1000}){1,1000}){1,1000}", "x" * 5000),

@@ -36,6 +36,7 @@ from tunesmith.data.chat_template.tracked_str import MAX_CHARS, RenderLimitError
 
 MAX_WORK = 500_000  # loop turns, calls, list items, and CHARS_PER_TICK characters each
 CHARS_PER_TICK = 100
+READ_CHARS_PER_TICK = 1_000  # of a text that is compared or searched
 MAX_SECONDS = 10.0
 CHECK_INTERVAL = 100  # units of work between two checks of the limits
 MAX_CACHED_ATTRIBUTES = 1_000
@@ -95,7 +96,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         for name, function in filters.items():
             self.filters[name] = self._guard_filter(name, function)
         self.filters["tick"] = self._charge_value
-        self.filters["walk"] = self.charge_contents
+        self.filters["walk"] = self._charge_operand
+        self.filters["read"] = self._charge_read
         self.filters["sum"] = self._sum_values
         self.tests = {name: self._guard_test(test) for name, test in self.tests.items()}
         self.globals["lipsum"] = _make_refusal("lipsum()")
@@ -145,6 +147,16 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
                 num_chars = sum(len(child) for child in children if isinstance(child, str))
                 self.tick(1 + len(children) + num_chars // CHARS_PER_TICK)
                 todo += [child for child in children if isinstance(child, CONTAINERS)]
+        return value
+
+    def _charge_operand(self, value: Any) -> Any:
+        return self.charge_contents(self._charge_read(value))
+
+    def _charge_read(self, value: Any) -> Any:
+        """Charge for a text that is compared or searched, as often as it is, and return the
+        value."""
+        if isinstance(value, str):
+            self.tick(len(value) // READ_CHARS_PER_TICK)
         return value
 
     def limit_output(self, pieces: Iterable[str]) -> Iterator[str]:
@@ -298,7 +310,7 @@ class CostTransformer(NodeTransformer):
         """Charge for the contents of an operand; next to a literal, nothing deep is compared."""
         if isinstance(node, nodes.Const):
             return node
-        return self.apply_filter("walk", self.visit(node)) if should_walk else self.visit(node)
+        return self.apply_filter("walk" if should_walk else "read", self.visit(node))
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Expr:
         for pair in node.items:
