@@ -85,7 +85,7 @@ def _sum_bucket(
     ranks.sum_(flat)
     sums = flat.split([tensor.numel() for tensor in tensors])
     for parameter, gradient in zip(bucket, sums[: len(bucket)], strict=True):
-        parameter.grad = gradient.view_as(parameter)
+        parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
     return sums[len(bucket) :]
 
 

@@ -1,0 +1,35 @@
+from pathlib import Path
+
+import pytest
+
+from tunesmith.core.errors import InputError
+from tunesmith.core.ranks import Ranks
+from tunesmith.train.follow import Follower, check_ranks
+
+
+def test_a_machine_that_does_not_see_the_run_folder_says_so_when_asked(tmp_path: Path) -> None:
+    follower = Follower(Ranks())
+    follower.obey("run", path=str(tmp_path / "run-1"), plan={}, fingerprint={})
+    follower.obey("open")  # nothing is loaded after a problem
+    assert follower.problem is not None
+    assert follower.problem.message == "this machine does not see the run folder of rank 0"
+    assert "disk that all machines share" in follower.problem.fix
+
+
+def test_a_folder_with_another_plan_is_not_that_of_rank_0(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"steps": 3}')
+    follower = Follower(Ranks())
+    follower.obey("run", path=str(tmp_path), plan={"steps": 4}, fingerprint={})
+    assert follower.problem is not None
+    assert "does not see" in follower.problem.message
+
+
+def test_rank_0_raises_the_problem_of_another_rank() -> None:
+    problem = {"message": "other inputs", "where": "rank 1 on b", "fix": "copy", "exit_code": 2}
+
+    class TwoRanks(Ranks):
+        def gather(self, value: object) -> list[object]:
+            return [value, problem]
+
+    with pytest.raises(InputError, match="rank 1 on b: other inputs"):
+        check_ranks(TwoRanks())
