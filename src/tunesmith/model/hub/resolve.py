@@ -85,11 +85,23 @@ def resolve_model(
             "give a folder, a .gguf file, a hub id (owner/name@revision) or a built-in name: "
             f"{', '.join(BUILT_IN_MODELS)}"
         )
-        if matches := difflib.get_close_matches(name.lower(), BUILT_IN_MODELS, n=1, cutoff=0.4):
-            fix = f"did you mean {matches[0]}? {fix}"
+        if suggestion := _suggest_model(name):
+            fix = f"did you mean {suggestion}? {fix}"
         raise InputError(f"there is no model {name!r:.200}", where="model", fix=fix)
     check_folder(folder, needs_weights=needs_weights)
     return folder.resolve()
+
+
+def _suggest_model(name: str) -> str:
+    """Return the closest built-in model, else the closest entry of the folder that a path names."""
+    if matches := difflib.get_close_matches(name.lower(), BUILT_IN_MODELS, n=1, cutoff=0.4):
+        return matches[0]
+    try:
+        siblings = [sibling.name for sibling in Path(name).expanduser().parent.iterdir()]
+    except (OSError, RuntimeError, ValueError):
+        return ""
+    matches = difflib.get_close_matches(Path(name).name, siblings, n=1)
+    return str(Path(name).parent / matches[0]) if matches else ""
 
 
 def _find_path(name: str) -> Path | None:

@@ -265,3 +265,10 @@ def test_smollm2_is_what_transformers_reads_from_the_gguf(tmp_path: Path) -> Non
         tokenizer.eos_token_id,
         ours.generation_config.eos_token_id,
     ) == (1, 2, 2)
+
+
+def test_a_misspelt_folder_is_answered_with_the_closest_one(tmp_path: Path) -> None:
+    (tmp_path / "my-model").mkdir()
+    with pytest.raises(InputError) as caught:
+        resolve_model(str(tmp_path / "my-modle"))
+    assert caught.value.fix.startswith(f"did you mean {tmp_path / 'my-model'}?")

@@ -1,5 +1,6 @@
 """Links, special files and oversized files in an untrusted folder (faults 14 and 15)."""
 
+import json
 import os
 from pathlib import Path
 
@@ -114,3 +115,11 @@ def test_absurd_sizes_are_refused_unread(model_folder: Path, name: str, most: in
         file.truncate(2**40)  # a hole: takes no room
     with pytest.raises(InputError, match=f"1,099,511,627,776 bytes, more than {most:,}"):
         check_files(model_folder)
+
+
+def test_a_config_of_more_than_4_mib_is_refused_unread(tmp_path: Path) -> None:
+    """Checking a million layer types took four seconds and 304 MB."""
+    layer_types = ["full_attention"] * 1_000_000
+    (tmp_path / "config.json").write_text(json.dumps({"layer_types": layer_types}))
+    with pytest.raises(InputError, match="larger than 4 MiB"):
+        check_folder(tmp_path, needs_weights=False)
