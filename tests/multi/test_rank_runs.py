@@ -13,6 +13,7 @@ from rank_runs import resume_run, train_near_other_rows, train_run
 from tiny_runs import build_sum_rows, write_eval_files, write_rows
 from tunesmith.core.events import CheckResult, Score, TrainStep
 from tunesmith.core.run_dir import read_all_events, read_events
+from tunesmith.core.types import Json
 
 pytestmark = pytest.mark.multi
 
@@ -128,3 +129,39 @@ def test_a_rank_with_other_rows_ends_the_run_with_its_name(
     assert message.startswith("rank 1 on ")
     assert "data.data: sha256" in message
     assert "give every machine the same files" in message
+
+
+def write_preferences(folder: Path, loss: str) -> Path:
+    rows: list[Json] = []
+    for number in range(1, 9):
+        row: Json = {"prompt": f"{number} and {number}"}
+        answers = (f"it is {2 * number}", f"no, {number}")
+        if loss == "kto":
+            row |= {"completion": answers[number % 2], "label": number % 2 == 0}
+        else:
+            row |= {"chosen": answers[0], "rejected": answers[1]}
+        rows.append(row)
+    return write_rows(folder / "preferences.jsonl", rows)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_references_that_rank_0_has_measured_are_read_by_all(
+    tiny_folder: Path, tmp_path: Path, loss: str
+) -> None:
+    changes = {
+        "data": str(write_preferences(tmp_path, loss)),
+        "stage": "preference",
+        "loss": loss,
+        "method": "full",
+        "lora_r": "auto",
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+    }
+    weights: list[dict[str, np.ndarray]] = []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        outcomes = train_on(world, tiny_folder, folder, changes)
+        assert [code for code, _ in outcomes] == [0] * world, outcomes
+        weights.append(load_file(folder / "run" / "model" / "model.safetensors"))
+    for name, tensor in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], tensor, rtol=0, atol=1e-5)
