@@ -174,6 +174,7 @@ class LineChart:
     rows: tuple[tuple[str, ...], ...]
     is_thinned: bool
     limit: Label | None = None  # at the left end of the red line
+    has_legend: bool = True  # where there are several series
     width: int = WIDTH
     height: int = HEIGHT
     top: int = TOP

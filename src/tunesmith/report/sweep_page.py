@@ -12,7 +12,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from tunesmith.report.svg_charts import (
 
 PAGE_FILE = "sweep.html"
 MAX_LINES = 40  # of a chart
+MAX_LEGEND_LINES = 6
 STATE_OUTCOMES = {"worse": "worse", "better": "better"}
 
 
@@ -179,9 +180,9 @@ def _build_key_charts(record: SweepRecord, keys: Sequence[str]) -> Iterator[Line
             f"One line for each combination of the other values; the winner's is dark, with 95% "
             f"intervals. {len(lines)} in all."
         )
-        yield build_line_chart(
-            f"key-{index}", Axes(title, description, name, record.metric), series
-        )
+        axes = Axes(title, description, name, record.metric)
+        chart = build_line_chart(f"key-{index}", axes, series)
+        yield replace(chart, has_legend=len(series) <= MAX_LEGEND_LINES)
 
 
 def _group_by_context(
@@ -230,7 +231,7 @@ def _build_curve_chart(record: SweepRecord) -> LineChart | None:
     title = f"{record.metric} on eval_data by percent of the steps"
     description = "One line per trial; the winner's is dark. Lines that end early were stopped."
     axes = Axes(title, description, "percent of the steps", record.metric, (0, 100))
-    return build_line_chart("curves", axes, series)
+    return replace(build_line_chart("curves", axes, series), has_legend=False)
 
 
 def _build_curve(trial: TrialRecord, record: SweepRecord) -> Series:

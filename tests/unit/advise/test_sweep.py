@@ -19,6 +19,7 @@ from tiny_runs import (
     write_rows,
 )
 from tunesmith.advise.sweep.run_sweep import SweepStart, TrialEnd, run_sweep
+from tunesmith.advise.sweep.run_trial import list_eval_tasks
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import Score
 from tunesmith.core.json_io import read_json
@@ -343,3 +344,27 @@ def test_a_sweep_killed_at_ten_random_times_ends_with_the_same_table(
     assert kills >= 5, "it ended before it was killed often enough"
     record = sweep(recipe, tmp_path / "killed")
     assert build_table(record) == build_table(straight)
+
+
+@pytest.mark.parametrize(
+    ("names", "task"),
+    [
+        (("sums",), "eval: sums"),
+        (("sums", "others"), "eval: sums"),
+        (("others",), "eval: others (held out)"),
+        (("others", "more"), "eval: mean of held-out tasks"),
+    ],
+)
+def test_named_tasks_are_selected_by_their_mean(
+    names: tuple[str, ...], task: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Of the trained ones, or of all if none of them is trained."""
+    data = str(write_rows(tmp_path / "rows.jsonl", build_sum_rows(1, 8)))
+    eval_data = []
+    for index, name in enumerate(names):
+        file = write_rows(tmp_path / f"{name}.jsonl", build_sum_rows(100 + 10 * index, 2))
+        eval_data.append({"path": str(file), "name": name})
+    recipe = make_sweep_recipe(
+        tiny_folder, tmp_path, data=[{"path": data, "name": "sums"}], eval_data=eval_data
+    )
+    assert list_eval_tasks(inputs.load_inputs(recipe)) == (task,)

@@ -312,7 +312,7 @@ def _summarize(inputs: RunInputs, runner: TrialRunner, plan: Plan, test_rows: An
     folder = runner.folder
     sweep = runner.study.sweep
     trials = tuple(summary.build_trial(folder, trial) for trial in runner.study.list_trials())
-    measured = summary.MeasuredTrials.read(folder, trials, runner.metric)
+    measured = summary.MeasuredTrials.read(folder, trials, runner.metric, runner.eval_tasks)
     configurations, winner = summary.build_configurations(measured)
     if winner is None and trials and all(trial.state == "failed" for trial in trials):
         raise GateError(f"every trial failed; the first: {trials[0].reason}", where=str(folder))
@@ -327,7 +327,7 @@ def _summarize(inputs: RunInputs, runner: TrialRunner, plan: Plan, test_rows: An
         seeds=runner.study.seeds,
         planned_configurations=runner.study.num_configurations,
         rows=len(next(iter(measured.values.values())).ids) if measured.values else 0,
-        base_value=summary.read_base_value(folder, runner.metric),
+        base_value=summary.read_base_value(folder, runner.metric, runner.eval_tasks),
         trials=trials,
         configurations=tuple(configurations),
         effects=(),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,6 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.session.inputs import RunInputs, make_plan
 from tunesmith.train import run
 
-# Scores of eval_data as a whole; of named tasks, their mean.
-EVAL_TASKS = (EVAL_TASK, f"{EVAL_TASK}: mean of tasks")
 # Settings that the measures before training depend on, of those that a trial may change.
 BASE_SETTINGS = ("dtype", "attention", "pack_length", "share_prefixes", "metrics")
 
@@ -52,6 +50,11 @@ class TrialRunner:
     study: TrialStudy
     metric: str
     allow_code: bool = False
+
+    @property
+    def eval_tasks(self) -> tuple[str, ...]:
+        """The tasks of scores that are of eval_data as a whole."""
+        return list_eval_tasks(self.inputs)
 
     def run(self, spec: TrialSpec) -> Generator[Event]:
         """Run the trial to its end and record it. Raises Interrupted after a signal."""
@@ -87,7 +90,7 @@ class TrialRunner:
                     yield event
                     if self._is_stopped_by(spec, event, plan.steps):
                         return
-        measured = read_eval_values(path / EVAL_AFTER_FILE, self.metric)
+        measured = read_eval_values(path / EVAL_AFTER_FILE, self.metric, self.eval_tasks)
         if measured is None or not all(map(math.isfinite, measured.values)):
             raise GateError(f"{self.metric} is not finite after training")
         self.study.finish(spec.number, "complete", compute_score(measured).value)
@@ -105,7 +108,7 @@ class TrialRunner:
 
     def _is_stopped_by(self, spec: TrialSpec, event: Event, steps: int) -> bool:
         """Record an evaluation, and stop the trial if it is hopeless."""
-        if not isinstance(event, Score) or event.task not in EVAL_TASKS or event.step == 0:
+        if not isinstance(event, Score) or event.task not in self.eval_tasks or event.step == 0:
             return False
         if event.metric != self.metric or not math.isfinite(event.value):
             return False  # the guard's to judge
@@ -147,8 +150,26 @@ def find_trial_folder(folder: Path, number: int) -> Path:
     return folder / f"trial-{number:03d}"
 
 
-def read_eval_values(file: Path, metric: str) -> MetricValues | None:
+def list_eval_tasks(inputs: RunInputs) -> tuple[str, ...]:
+    """Return the tasks of scores that are of eval_data as a whole: of named tasks, the mean of
+    those that are trained, or of all if none is."""
+    names: tuple[str, ...] = tuple(inputs.datasets["eval_data"].tasks)
+    if not names:
+        return (EVAL_TASK,)
+    trained = [name for name in names if name in inputs.datasets["data"].tasks]
+    if len(trained) > 1:
+        return (f"{EVAL_TASK}: mean of tasks",)
+    if len(trained) == 1:
+        return (f"{EVAL_TASK}: {trained[0]}",)
+    if len(names) > 1:
+        return (f"{EVAL_TASK}: mean of held-out tasks",)
+    return (f"{EVAL_TASK}: {names[0]} (held out)",)
+
+
+def read_eval_values(file: Path, metric: str, tasks: Sequence[str]) -> MetricValues | None:
     """Return the values of a metric on eval_data, item by item, from a file of results."""
     results = parse_as(EvalResults, read_json(file), where=str(file))
-    matching = [m for m in results.measurements if m.metric == metric and m.task in EVAL_TASKS]
-    return matching[-1] if matching else None
+    for measurement in results.measurements:
+        if measurement.metric == metric and measurement.task in tasks:
+            return measurement
+    return None

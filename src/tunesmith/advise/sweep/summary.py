@@ -100,11 +100,13 @@ class MeasuredTrials:
     values: dict[int, MetricValues]
 
     @classmethod
-    def read(cls, folder: Path, trials: Sequence[TrialRecord], metric: str) -> MeasuredTrials:
+    def read(
+        cls, folder: Path, trials: Sequence[TrialRecord], metric: str, tasks: Sequence[str]
+    ) -> MeasuredTrials:
         values: dict[int, MetricValues] = {}
         for trial in trials:
             file = find_trial_folder(folder, trial.number) / EVAL_AFTER_FILE
-            if trial.state == "complete" and (measured := read_eval_values(file, metric)):
+            if trial.state == "complete" and (measured := read_eval_values(file, metric, tasks)):
                 values[trial.number] = measured
         return cls(tuple(trials), values)
 
@@ -334,10 +336,10 @@ def _list_edges(sweep: SweepConfig, winner: ConfigurationRecord) -> Iterator[str
             yield f"{key}: the highest value won; a higher one may be better"
 
 
-def read_base_value(folder: Path, metric: str) -> float | None:
+def read_base_value(folder: Path, metric: str, tasks: Sequence[str]) -> float | None:
     """Return the metric on eval_data before training."""
     for path in sorted(folder.glob("trial-*")):
         if (path / EVAL_BEFORE_FILE).exists():
-            measured = read_eval_values(path / EVAL_BEFORE_FILE, metric)
+            measured = read_eval_values(path / EVAL_BEFORE_FILE, metric, tasks)
             return None if measured is None else compute_score(measured).value
     return None
