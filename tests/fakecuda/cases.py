@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers.initialization import no_init_weights
 
 from plan_configs import make_config
 from recorder import Record, fake_gpu, recording
@@ -76,6 +77,13 @@ PLAIN = LlamaConfig(**SIZES | {"head_dim": 64})
 BF16 = torch.bfloat16
 
 
+def make_network(config: PreTrainedConfig, dtype: torch.dtype = BF16) -> Any:
+    """Return a stock network on the fake GPU, whose weights need no values."""
+    with torch.device("cuda"), no_init_weights():
+        network: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    return network.eval().requires_grad_(False)
+
+
 def make_model(
     config: PreTrainedConfig = PLAIN,
     *,
@@ -86,9 +94,7 @@ def make_model(
     **settings: Any,
 ) -> PackedCausalLM:
     """Return a wrapped model on the fake GPU."""
-    with torch.device("cuda"):
-        network: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    network.eval().requires_grad_(False)
+    network = make_network(config, dtype)
     if "add_tokens" in settings:
         tokens = [NewToken(text, id, (5, 6)) for text, id in settings["add_tokens"].items()]
         init_new_rows(network, tokens)
@@ -207,9 +213,7 @@ def train_several_packs() -> Record:
 
 def prove(config: PreTrainedConfig = PLAIN) -> Record:
     """Run preflight. Its controls cannot be detected with stand-ins, and come last."""
-    with torch.device("cuda"):
-        network: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=BF16)
-    network.eval().requires_grad_(False)
+    network = make_network(config)
     documents = choose_documents(make_tiny_documents((20, 9, 33, 14)), None)
     logits = []
     for document in documents:
