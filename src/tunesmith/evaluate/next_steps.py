@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from shlex import quote
 
-from tunesmith.core.events import GENERAL_TASK
+from tunesmith.core.events import EVAL_TASK, GENERAL_TASK
 from tunesmith.core.evidence import NextStep, Shortcut, VerdictName
 from tunesmith.core.run_dir import RECIPE_FILE, is_staged
 from tunesmith.core.types import RunRecord
@@ -45,7 +45,7 @@ class RunFacts:
 
     @cached_property
     def num_test_items(self) -> int:
-        tests = [each.after.n for each in self.record.comparisons if each.task != GENERAL_TASK]
+        tests = [each.after.n for each in self.record.comparisons if is_test_task(each.task)]
         return max(tests, default=0)
 
     @property
@@ -77,6 +77,12 @@ class RunFacts:
         """Return the command that trains the same recipe with other settings."""
         output_dir = quote(f"{self.run}-{suffix}")
         return f"tunesmith train {self.recipe} {flags} --output-dir {output_dir}"
+
+
+def is_test_task(task: str) -> bool:
+    """Return whether scores are of test rows: not of general text, nor of eval_data, which are
+    compared where test_data is none."""
+    return task != GENERAL_TASK and task.partition(":")[0] != EVAL_TASK
 
 
 def list_next_steps(record: RunRecord, run: Path, verdict: VerdictName) -> tuple[NextStep, ...]:

@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tunesmith.core.events import EVAL_TASK, GENERAL_TASK, TrainStep
+from tunesmith.core.events import GENERAL_TASK, TrainStep
 from tunesmith.core.evidence import ErrorAnalysis, RunVerdict, VerdictName
 from tunesmith.core.run_dir import (
     RECORD_FILE,
@@ -38,7 +38,7 @@ from tunesmith.core.run_dir import (
 from tunesmith.core.types import Comparison, Plan, RunRecord
 from tunesmith.evaluate.custom_metric import format_metric_name
 from tunesmith.evaluate.metrics import BITS_PER_BYTE, split_metric
-from tunesmith.evaluate.next_steps import list_next_steps, list_steps_of_unfinished
+from tunesmith.evaluate.next_steps import is_test_task, list_next_steps, list_steps_of_unfinished
 from tunesmith.evaluate.statistics import (
     MIN_ITEMS,
     NO_DIFFERENCE,
@@ -87,7 +87,7 @@ FORM_METRICS = ("schema_valid", "json_valid")
 def judge_run(record: RunRecord, run: Path) -> RunVerdict:
     """Return the verdict on a finished run; `run` is the folder that commands name."""
     judged = list(zip(record.comparisons, judge_comparisons(record.comparisons), strict=True))
-    tests = [pair for pair in judged if not _is_no_test(pair[0].task)]
+    tests = [pair for pair in judged if is_test_task(pair[0].task)]
     deciding = _select_deciding(tests, record.errors)
     reasons = _list_reasons(record, judged, deciding)
     name = _choose_name(judged, deciding, reasons, record.plan)
@@ -99,11 +99,6 @@ def judge_run(record: RunRecord, run: Path) -> RunVerdict:
         reasons=() if name == "ready" else tuple(reasons[:MAX_REASONS]),
         next_steps=list_next_steps(record, run, name),
     )
-
-
-def _is_no_test(task: str) -> bool:
-    """Return whether a task is general text, or of eval_data, where test_data is none."""
-    return task == GENERAL_TASK or task.partition(":")[0] == EVAL_TASK
 
 
 def read_verdict(run: Path) -> RunVerdict:

@@ -167,6 +167,8 @@ def test_two_items_are_not_measured() -> None:
         "2 of 2 answers are exactly right, 0 before",
     )
     assert verdict.next_steps[0].reason == "hold out more test rows: 2 are too few to tell"
+    untested = judge(None, replace(change, task="eval"))
+    assert untested.next_steps[0].reason == "hold out test rows: the recipe has none"
 
 
 def test_next_steps_follow_from_what_was_measured() -> None:
