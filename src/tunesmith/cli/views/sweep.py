@@ -44,7 +44,7 @@ def report_sweep_event(event: SweepEvent) -> SweepRecord | None:
     elif isinstance(event, TrialEnd):
         write_stderr(f"{format_trial_end(event)}\n")
     elif isinstance(event, Score) and event.task.partition(":")[0] == EVAL_TASK and event.step:
-        write_stderr(f"  step {event.step}: {event.metric} {event.value:.4f}\n")
+        write_stderr(f"  step {event.step}: {event.task} {event.metric} {event.value:.4f}\n")
     return None
 
 
