@@ -283,7 +283,8 @@ class TrainingLoop:
             message = error.message
         # Outside the except block, where the traceback no longer holds the tensors of the step.
         self.optimizer.zero_grad(set_to_none=True)
-        release_memory()
+        self.model.network.eval()
+        release_memory()  # the smaller packs need blocks of other sizes
         return StepShare(None, 0, message)
 
     def _apply_update(
@@ -349,7 +350,7 @@ class TrainingLoop:
         if self._updates_in_backward(packs):
             return float(loss_sum), self.optimizer_in_backward.grad_norm
         if self.loss_scale:
-            self.loss_scale.unscale(self.parameters.values())
+            self.loss_scale.remove_from_gradients(self.parameters.values())
         norm = clip_gradients(self.parameters.values(), self.config.max_grad_norm)
         loss_and_norm = torch.stack((loss_sum.double(), norm.double()))
         if update_rate is not None:
@@ -441,8 +442,6 @@ class TrainingLoop:
 
         A document or a pair is never split: raise MachineError if one alone does not fit."""
         self.optimizer.zero_grad(set_to_none=True)
-        release_memory()  # the smaller packs need blocks of other sizes
-        self.model.network.eval()
         packs = [pack for packs in self._pack_documents(documents) for pack in packs]
         divisible_packs = [pack for pack in packs if len(group_units(pack.documents)) > 1]
         if not divisible_packs:
