@@ -2,7 +2,7 @@
 
     scale = LossScale.from_dtype(model.dtype)     None: bf16 and fp32 need no scale
     (loss * scale.value).backward()
-    scale.unscale(parameters)                     gradients as if there were no scale
+    scale.remove_from_gradients(parameters)       gradients as if there were no scale
 
 fp16 ends at 65,504 and has no values below 6e-8, to which most gradients of activations would be
 rounded. A scale lifts them (Micikevicius et al. 2018, section 3.2). It is a power of two, so it
@@ -39,7 +39,7 @@ class LossScale:
         return cls() if dtype == torch.float16 else None
 
     @torch.no_grad()
-    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
+    def remove_from_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divide the gradients by the scale."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         torch._foreach_mul_(gradients, 1 / self.value)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,17 +1,16 @@
 """Every key of the recipe has a case here: changing it changes what a run does."""
 
 import inspect
-import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pydantic import ValidationError
 from safetensors.torch import load
 
+import compute_keys
 import evaluation_keys
 import objective_keys
 from recipe_lab import Lab
@@ -484,49 +483,6 @@ def modules_to_save(lab: Lab) -> None:
 # ---------------------------------------------------------------- how it is computed and measured
 
 
-def dtype(lab: Lab) -> None:
-    single, *narrow = (lab.steps(dtype=name) for name in ("fp32", "bf16", "fp16"))
-    for half in narrow:
-        assert single[0].loss != half[0].loss
-        assert single[0].loss == pytest.approx(half[0].loss, rel=0.02)
-
-
-def attention(lab: Lab) -> None:
-    expected = losses(lab.steps(attention="reference"))
-    assert losses(lab.steps(attention="dense_mask")) == pytest.approx(expected, rel=1e-4)
-    assert finished_run.reopen_session(lab.output).model.backend == "dense_mask"
-    with pytest.raises(ValidationError, match="attention"):
-        lab.events(attention="flash")
-
-
-def gradient_checkpointing(lab: Lab) -> None:
-    stored, planned = lab.adapter(gradient_checkpointing="none", lora_dropout=0.5), {}
-    for policy in ("none", "selective", "full"):
-        assert lab.adapter(gradient_checkpointing=policy, lora_dropout=0.5) == stored, (
-            "the same gradients, to the bit"
-        )
-        planned[policy] = read_json(lab.output / "plan.json")["memory_bytes"]["activations"]
-    assert planned["none"] > planned["selective"] > planned["full"]
-    layers = finished_run.reopen_session(lab.output).model.decoder.layers
-    assert [getattr(layer, "gradient_checkpointing", False) for layer in layers] == [True, False]
-    lab.events(gradient_checkpointing=True)
-    assert (
-        read_json(lab.output / "plan.json")["settings"]["gradient_checkpointing"]["value"] == "full"
-    )
-
-
-def deterministic(lab: Lab) -> None:
-    """On a CPU, where the bits are the same anyway, torch's mode is what changes."""
-    expected = lab.adapter()
-    assert not torch.are_deterministic_algorithms_enabled()
-    try:
-        assert lab.adapter(deterministic=True) == expected
-        assert torch.are_deterministic_algorithms_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def guard(lab: Lab) -> None:
     files = write_eval_files(lab.folder)
 
@@ -597,6 +553,7 @@ CASES: dict[str, Callable[[Lab], None]] = {
     name: case
     for name, case in (
         *globals().items(),
+        *vars(compute_keys).items(),
         *vars(evaluation_keys).items(),
         *vars(objective_keys).items(),
     )

@@ -1,0 +1,56 @@
+"""Cases of the keys that say how a run computes: changing one changes what a run does
+(tests/unit/recipe/test_recipe_keys.py runs them)."""
+
+import os
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from recipe_lab import Lab
+from tunesmith.core.json_io import read_json
+from tunesmith.evaluate import finished_run
+
+
+def dtype(lab: Lab) -> None:
+    single, *narrow = (lab.steps(dtype=name) for name in ("fp32", "bf16", "fp16"))
+    for half in narrow:
+        assert single[0].loss != half[0].loss
+        assert single[0].loss == pytest.approx(half[0].loss, rel=0.02)
+
+
+def attention(lab: Lab) -> None:
+    expected = [step.loss for step in lab.steps(attention="reference")]
+    losses = [step.loss for step in lab.steps(attention="dense_mask")]
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert finished_run.reopen_session(lab.output).model.backend == "dense_mask"
+    with pytest.raises(ValidationError, match="attention"):
+        lab.events(attention="flash")
+
+
+def gradient_checkpointing(lab: Lab) -> None:
+    stored, planned = lab.adapter(gradient_checkpointing="none", lora_dropout=0.5), {}
+    for policy in ("none", "selective", "full"):
+        assert lab.adapter(gradient_checkpointing=policy, lora_dropout=0.5) == stored, (
+            "the same gradients, to the bit"
+        )
+        planned[policy] = read_json(lab.output / "plan.json")["memory_bytes"]["activations"]
+    assert planned["none"] > planned["selective"] > planned["full"]
+    layers = finished_run.reopen_session(lab.output).model.decoder.layers
+    assert [getattr(layer, "gradient_checkpointing", False) for layer in layers] == [True, False]
+    lab.events(gradient_checkpointing=True)
+    assert (
+        read_json(lab.output / "plan.json")["settings"]["gradient_checkpointing"]["value"] == "full"
+    )
+
+
+def deterministic(lab: Lab) -> None:
+    """On a CPU, where the bits are the same anyway, torch's mode is what changes."""
+    expected = lab.adapter()
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        assert lab.adapter(deterministic=True) == expected
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
