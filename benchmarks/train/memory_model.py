@@ -165,6 +165,22 @@ def measure_run(model: str, method: str, words: int, batch: int) -> None:
     print(json.dumps(result | {"tokens": plan.data["data"].length_percentiles["p50"]}))
 
 
+def run_case(model: str, method: str, words: int, batch: int) -> dict[str, Any]:
+    """Return the bytes that `measure_run` prints in a process of its own."""
+    arguments = ["--measure", model, method, str(words), str(batch)]
+    command = [sys.executable, "-m", "benchmarks.train.memory_model", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compute_ratio(result: dict[str, Any]) -> float:
+    """Return predicted by measured, without what earlier runs of this machine corrected."""
+    parts = result["parts"]
+    return (parts["peak"] - parts.get("correction", 0)) / result["peak"]
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         measure_run(sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))
@@ -182,28 +198,16 @@ def main() -> None:
                 if method == "full" and shape == "experts":
                     continue  # refused
                 for words, batch in ROWS:
-                    command = [
-                        sys.executable,
-                        "-m",
-                        "benchmarks.train.memory_model",
-                        "--measure",
-                        model,
-                        method,
-                    ]
-                    done = subprocess.run(
-                        [*command, str(words), str(batch)], capture_output=True, text=True
-                    )
-                    if done.returncode:
-                        raise SystemExit(done.stderr)
-                    result = json.loads(done.stdout.splitlines()[-1])
+                    result = run_case(model, method, words, batch)
                     parts, peak = result["parts"], result["peak"]
+                    ratio = compute_ratio(result)
                     preflight = result["preflight"] / 1e9
                     predicted = parts.pop("peak") - parts.pop("correction", 0)
                     shown = ", ".join(f"{k} {v / 1e6:.0f}" for k, v in parts.items() if v)
                     print(
                         f"| {shape} | {method} | {result['tokens']} "
                         f"| {predicted / 1e9:.2f} GB | {peak / 1e9:.2f} GB "
-                        f"| {predicted / peak:.2f} | {preflight:.2f} GB | {shown} |",
+                        f"| {ratio:.2f} | {preflight:.2f} GB | {shown} |",
                         flush=True,
                     )
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult
+from tunesmith.core.hardware import release_memory
 from tunesmith.core.types import Batch, Document, PackLayout
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import count_input_tokens, pack_step
@@ -157,6 +158,7 @@ def run_preflight(model: PackedCausalLM, samples: PreflightSamples) -> list[Chec
         if samples.is_quantized or find_quantized_weights(model.network):
             results.append(_describe_quantized_weights(model))
         results.append(check_negative_controls(subject, samples))
+    release_memory()  # of its networks in fp32; the steps need blocks of other sizes
     return results
 
 
