@@ -4,6 +4,8 @@ On a CPU, where fp16 is slower and computes the same as on the GPUs that need it
 
 from pathlib import Path
 
+import pytest
+
 from tiny_runs import (
     make_tiny_recipe,
     plan_recipe,
@@ -15,6 +17,7 @@ from tiny_runs import (
 from tunesmith.core.events import CheckResult
 from tunesmith.core.json_io import read_json
 from tunesmith.train import run
+from tunesmith.train.loss_scale import LossScale
 
 
 def test_a_run_in_fp16_passes_preflight_and_resumes_bitwise(
@@ -35,3 +38,14 @@ def test_a_run_in_fp16_passes_preflight_and_resumes_bitwise(
     assert state["loss_scale"]["finite_steps"] == 2
     list(run.resume(folder))
     assert read_adapter_bytes(recipes[1]) == read_adapter_bytes(recipes[0])
+
+
+def test_repeated_steps_are_events_of_the_run(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LossScale, "from_dtype", lambda _dtype: LossScale(2.0**40))
+    events = train(make_tiny_recipe(tiny_folder, tmp_path, dtype="fp16"))
+    repeated = [e for e in events if isinstance(e, CheckResult) and e.kind == "loss scale"]
+    assert [step.step for step in select_steps(events)] == [1, 2, 3]
+    assert repeated[-1].evidence.endswith(f"{len(repeated)} repeated so far")
+    assert (tmp_path / "run" / "events.jsonl").read_text().count("loss scale,") == len(repeated)

@@ -42,7 +42,7 @@ from tunesmith.model.safetensors_io import find_nonfinite
 from tunesmith.train.all_reduce import StepShare, check_replicas, sum_step
 from tunesmith.train.checkpoint import read_state, write_state
 from tunesmith.train.kto import measure_kl, split_mismatched
-from tunesmith.train.loss_scale import LossScale
+from tunesmith.train.loss_scale import SCALE_KIND, LossScale
 from tunesmith.train.losses import LossConfig, LossNormalizer, compute_step_terms
 from tunesmith.train.neftune import add_embedding_noise
 from tunesmith.train.optimizer import (
@@ -470,7 +470,7 @@ class TrainingLoop:
             f"gradients overflowed in fp16: the step is repeated with half the loss scale, "
             f"{loss_scale.value:g}; {loss_scale.overflows} repeated so far"
         )
-        return CheckResult("loss scale", "ok", evidence, self.step + 1)
+        return CheckResult(SCALE_KIND, "ok", evidence, self.step + 1)
 
     def _refuse_step(
         self, documents: Sequence[Document], loss: float, grad_norm: float

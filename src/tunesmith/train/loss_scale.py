@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+SCALE_KIND = "loss scale"  # of the events of repeated steps
 INITIAL_SCALE = 65536.0  # as in torch's GradScaler
 GROWTH_STEPS = 2000
 MAX_SCALE = 2.0**24

@@ -48,6 +48,7 @@ from tunesmith.train.guard.detectors import GUARD_KIND, TrainingGuard, select_wo
 from tunesmith.train.guard.probes import GenerationProbe, build_prompt_set
 from tunesmith.train.guard.rollback import build_rollback
 from tunesmith.train.loop import TrainingLoop
+from tunesmith.train.loss_scale import SCALE_KIND
 from tunesmith.train.resume import ResumeState
 from tunesmith.train.signals import GracefulStop
 
@@ -117,7 +118,8 @@ class GuardedTraining:
                     yield event
                 self.history.append(event)
                 verdicts = self.guard.observe_event(event)
-            elif isinstance(event, CheckResult):  # out of memory, or a non-finite step
+            elif isinstance(event, CheckResult) and event.kind != SCALE_KIND:
+                # out of memory, or a non-finite step
                 verdicts = [event]
             else:
                 yield event
@@ -189,6 +191,7 @@ class GuardedTraining:
         """Rebuild history, guard and evaluations from earlier events.
 
         An evaluation that was interrupted, so that it has no verdict of the guard, is left out."""
+        events = [event for event in events if getattr(event, "kind", "") != SCALE_KIND]
         self.history = events
         self.guard = TrainingGuard.from_plan(self.plan, is_probing=self.is_probing)
         self.eval_points = []
