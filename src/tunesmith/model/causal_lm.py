@@ -267,10 +267,10 @@ class PackedCausalLM:
         tokens_by_row: Sequence[Sequence[int]],
         kv_cache: PagedKVCache,
         document_lengths: Sequence[int] | None = None,
-        num_kept: Sequence[int] | None = None,
+        num_outputs: Sequence[int] | None = None,
     ) -> Tensor:
         """Run new tokens of each row after those that it has stored, in one pack. Returns hidden
-        states [B, H] of the last ones, or of the last `num_kept` of each row, one after another.
+        states [B, H] of the last ones, or of the last `num_outputs` of each row, one after another.
 
         A row that gets more tokens later is rotated as the beginning of a document of its entry in
         `document_lengths`."""
@@ -281,10 +281,10 @@ class PackedCausalLM:
         starts = tuple(end - length for end, length in zip(ends, lengths, strict=True))
         layout = PackLayout(starts, tuple(lengths))
         self._set_lengths(document_lengths or [row.length for row in rows], layout)
-        kept: list[int] = []
-        for end, count in zip(ends, num_kept or [1] * len(ends), strict=True):
-            kept += range(end - count, end)
-        positions_K = torch.tensor(kept, device=self.device)
+        positions: list[int] = []
+        for end, count in zip(ends, num_outputs or [1] * len(ends), strict=True):
+            positions += range(end - count, end)
+        positions_K = torch.tensor(positions, device=self.device)
         return self._run_decoder(
             tokens_T, positions_T, layout, kv_cache, positions_to_keep=positions_K
         )

@@ -388,19 +388,19 @@ class DecodeBatch:
         tokens_by_row = [
             row.context[row.stored.length : row.stored.length + chunks[row]] for row in rows
         ]
-        num_kept = [chunks[row] if row.needs_prompt_logprobs else 1 for row in rows]
+        num_outputs = [chunks[row] if row.needs_prompt_logprobs else 1 for row in rows]
         with self._use_adapters(rows, [chunks[row] for row in rows]):
             hidden_KH = self.model.prefill(
                 [row.stored for row in rows],
                 tokens_by_row,
                 self.cache,
                 [row.num_tokens for row in rows],
-                num_kept,
+                num_outputs,
             )
         complete: list[RunningRequest] = []
         indices: list[int] = []
         end = 0
-        for row, count in zip(rows, num_kept, strict=True):
+        for row, count in zip(rows, num_outputs, strict=True):
             end += count
             if row.needs_prompt_logprobs:
                 self._add_prompt_logprobs(hidden_KH[end - count : end], row)
