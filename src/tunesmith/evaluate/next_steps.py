@@ -225,8 +225,10 @@ def suggest_second_seed(facts: RunFacts) -> NextStep | None:
 
 
 def suggest_wrong_rows(facts: RunFacts) -> NextStep | None:
-    """The wrong answers, where nothing else helps."""
-    if facts.verdict in ("ready", "not measured"):
+    """The wrong answers, where nothing else helps and there are any."""
+    errors = facts.record.errors
+    is_all_right = errors is not None and errors.right == errors.n
+    if facts.verdict in ("ready", "not measured") or is_all_right:
         return None
     return NextStep("read the wrong answers", f"tunesmith report {quote(str(facts.run))}")
 

@@ -158,6 +158,15 @@ def test_of_several_tasks_their_mean_decides() -> None:
     assert judge(make_errors(80), part, mean, make_general(0.01)).name == "ready"
 
 
+def test_a_base_that_is_all_right_has_no_wrong_answers_to_read() -> None:
+    no_change = make_change(0.0)
+    all_right = judge(make_errors(80, 80), no_change)
+    assert all_right.name == "no effect"
+    assert "read the wrong answers" not in [step.reason for step in all_right.next_steps]
+    all_wrong = judge(make_errors(0), no_change)
+    assert "read the wrong answers" in [step.reason for step in all_wrong.next_steps]
+
+
 def test_two_items_are_not_measured() -> None:
     change = make_change(0.6)
     few = replace(change, after=replace(change.after, n=2))
