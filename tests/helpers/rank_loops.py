@@ -124,7 +124,7 @@ def fail_in_a_step(ranks: Ranks) -> str:
         follower.training = training
         try:
             while (command := ranks.receive())["do"] != END:
-                follower.obey(**command)
+                follower.run_command(**command)
         except MachineError as error:
             return error.message
         return "ended"
@@ -175,7 +175,7 @@ def roll_back(ranks: Ranks, folder: str) -> bytes:
         follower = Follower(ranks)
         follower.training = training
         while (command := ranks.receive())["do"] != END:
-            follower.obey(**command)
+            follower.run_command(**command)
         return collect_outcome(training)[1]
     for _ in range(3):
         next(training)

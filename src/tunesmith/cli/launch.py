@@ -7,17 +7,17 @@ torchrun's variables say everything: a cluster that starts torchrun needs nothin
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tunesmith.cli.output import write_stderr
 from tunesmith.core.errors import InputError, TunesmithError
-from tunesmith.core.hardware import count_cores
-from tunesmith.core.ranks import WORLD_VARIABLE, Ranks, is_distributed
+from tunesmith.core.hardware import measure_machine
+from tunesmith.core.ranks import WORLD_VARIABLE, Ranks, is_distributed, run_torchrun
 
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 
@@ -41,36 +41,20 @@ def launch(num_processes: int, words: Sequence[str]) -> int:
     if is_distributed():
         message = f"--gpus starts processes, and {WORLD_VARIABLE} says that this is one of several"
         raise InputError(message, where="command line", fix="leave --gpus out under torchrun")
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-
     _check_devices(num_processes)
-    # It warns of each process that it ends after a failure, which rank 0 explains.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
-    options = ["--standalone", f"--nproc-per-node={num_processes}", "-m", "tunesmith"]
-    try:
-        run(parse_args([*options, *words]))
-    except ChildFailedError as failed:
-        _, first = failed.get_first_failure()
-        code = failed.failures.get(0, first).exitcode
-        return code if code > 0 else 128 - code  # a signal's number is negative
-    except SignalException as caught:
-        return 128 + int(caught.sigval)
-    return 0
+    return run_torchrun(num_processes, words)
 
 
 def _check_devices(num_processes: int) -> None:
     """Raise InputError for too many processes; on a CPU, give each its cores and say so."""
-    import torch
-
-    num_gpus = torch.cuda.device_count()
-    if num_gpus:
+    machine = measure_machine(Path())
+    num_gpus = machine.num_gpus
+    if machine.device == "cuda":
         if num_processes > num_gpus:
             message = f"{num_processes} processes, and this machine has {num_gpus} GPUs"
             raise InputError(message, where="--gpus", fix=f"use --gpus {num_gpus}")
         return
-    cores = count_cores()
+    cores = machine.cores
     if num_processes > cores:
         message = f"no GPU here, and {num_processes} processes need more than {cores} cores"
         raise InputError(message, where="--gpus", fix=f"use --gpus {cores}, or leave it out")

@@ -14,12 +14,12 @@ been missing for two minutes, the others end with exit code 3. Left out: what is
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
@@ -29,6 +29,7 @@ import psutil
 
 from tunesmith.core.errors import InputError, MachineError, TunesmithError
 from tunesmith.core.json_io import dump_json
+from tunesmith.core.progress_log import logger
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -228,11 +229,8 @@ class Pulse:
 
 def _end_process(ranks: Ranks, error: RuntimeError) -> None:
     """End the process: torchrun or the scheduler starts the group again, or reports it."""
-    with suppress(OSError):
-        if ranks.is_main:
-            message = f"another rank has ended or is silent: {_shorten(error)}"
-            sys.stderr.write(f"error: {message}\n  fix: {LOST_FIX}\n")
-            sys.stderr.flush()
+    if ranks.is_main:
+        logger.error("another rank has ended or is silent: %s; %s", _shorten(error), LOST_FIX)
     os._exit(MachineError.exit_code)
 
 
@@ -252,6 +250,27 @@ def open_ranks() -> Ranks:
         raise InputError(message, where="environment", fix=LAUNCH_FIX)
     restarts = _read_number(RESTART_VARIABLE) if RESTART_VARIABLE in os.environ else 0
     return Ranks(rank, world, _read_number("LOCAL_RANK"), restarts)
+
+
+def run_torchrun(num_processes: int, words: Sequence[str]) -> int:
+    """Run `tunesmith WORDS` in several processes on this machine, once; return the exit code of
+    rank 0, or of the first rank that failed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    # It warns of each process that it ends after a failure, which rank 0 explains.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    options = ["--standalone", f"--nproc-per-node={num_processes}", "-m", "tunesmith"]
+    try:
+        run(parse_args([*options, *words]))
+    except ChildFailedError as failed:
+        _, first = failed.get_first_failure()
+        code = failed.failures.get(0, first).exitcode
+        return code if code > 0 else 128 - code  # a signal's number is negative
+    except SignalException as caught:
+        return 128 + int(caught.sigval)
+    return 0
 
 
 def read_launch_time() -> float:

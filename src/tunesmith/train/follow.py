@@ -50,7 +50,7 @@ def follow(ranks: Ranks) -> int:
         follower = Follower(ranks)
         while (command := ranks.receive())["do"] != END:
             ranks.has_signal = bool(stop.signal_number)
-            follower.obey(**command)
+            follower.run_command(**command)
     return command["code"]
 
 
@@ -111,7 +111,7 @@ class Follower:
             COMPARE: self._compare,
         }
 
-    def obey(self, do: str, **arguments: Any) -> None:
+    def run_command(self, do: str, **arguments: Any) -> None:
         """Do a command. After a problem nothing is prepared any more."""
         is_preparing = do in (RUN, OPEN, BEGIN)
         if is_preparing and self.problem is not None:
@@ -182,7 +182,7 @@ class Follower:
     def _take_step(self, step: int, ratios: Json, rollbacks: Json) -> None:
         assert self.training
         assert step == self.training.step, "all ranks have made the same steps"
-        self.training.adopt_changes(ratios, rollbacks)
+        self.training.set_changes(ratios, rollbacks)
         next(self.training)
 
     def _restore(self, folder: str) -> None:

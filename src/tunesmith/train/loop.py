@@ -165,7 +165,7 @@ class TrainingLoop:
         self.rollbacks = tuple(rollbacks)
         self._drop_prefetched()
 
-    def adopt_changes(self, ratios: Json, rollbacks: Json) -> None:
+    def set_changes(self, ratios: Json, rollbacks: Json) -> None:
         """Take over the rehearsal ratios and rollbacks of rank 0, as its command has them."""
         new_ratios = parse_as(tuple[tuple[int, float], ...], ratios)
         new_rollbacks = parse_as(tuple[Rollback, ...], rollbacks)
