@@ -126,7 +126,8 @@ def describe_outcome(record: SweepRecord, configuration: ConfigurationRecord) ->
         return Text("winner", "bold green")
     if configuration.comparison is None:
         trials = [t for t in record.trials if t.configuration == configuration.number]
-        return Text(f"{trials[0].state}: {trials[0].reason}", "dim")
+        reason = f": {trials[0].reason}" if trials[0].reason else ""
+        return Text(f"{trials[0].state}{reason}", "dim")
     text = configuration.verdict
     if configuration.p_value is not None:
         text += f", {format_p(configuration.p_value)}"
