@@ -187,8 +187,9 @@ def plan(
     """Decide every setting of a run, with its reason, for each stage.
 
     `target` plans for that GPU or several ("8xh100"), `memory` for that much memory ("24GB"),
-    instead of this machine. `benchmark` times real steps (about 10 seconds); otherwise no weights are loaded and the model
-    may be a config.json alone. Nothing is written. Raises InputError for a contradictory recipe."""
+    instead of this machine. `benchmark` times real steps (about 10 seconds); otherwise no weights
+    are loaded, and the model may be a config.json alone. Nothing is written. Raises InputError for
+    a contradictory recipe."""
     from tunesmith.evaluate.metrics import refuse_invalid_metrics
     from tunesmith.session.inputs import make_plan
 
