@@ -7,6 +7,7 @@ model, each with its exit code; the first that fails ends it with 1.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -57,7 +58,21 @@ def main() -> None:
     for command in COMMANDS:
         run_command(command, folder)
     run_command("chat run", folder, text="1 and 1\n")
-    print(f"{len(COMMANDS) + 1} passed, 0 failed")
+    stop_training(folder)
+    run_command("resume stopped", folder)
+    print(f"{len(COMMANDS) + 2} passed, 0 failed")
+
+
+def stop_training(folder: Path) -> None:
+    """Start a run and stop it after its first step."""
+    command = "train recipe.yaml --output-dir stopped --max-steps 60"
+    arguments = [sys.executable, "-m", "tunesmith", *command.split()]
+    with subprocess.Popen(arguments, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr or []:
+            if line.startswith("step 1/"):
+                process.send_signal(signal.SIGTERM)
+    if process.returncode != 128 + signal.SIGTERM:
+        sys.exit(f"stopped with exit code {process.returncode}")
 
 
 def run_command(command: str, folder: Path, text: str = "") -> None:
