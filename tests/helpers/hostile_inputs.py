@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import hostile_text_parts
+from hostile_recipe_values import RECIPE_VALUES
 from tiny_runs import save_model_folder
 from toy_chat import CHATML, make_byte_bpe, write_model_folder
 from tunesmith import api
@@ -431,45 +432,6 @@ def import_config(text: str, folder: Path) -> Call:
     return partial(api.init, folder / "recipe.yaml", from_config=folder / "axolotl.yaml")
 
 
-RECIPE_VALUES = {
-    "seed in base 60": "seed: 1" + ":59" * 80_000,
-    "learning rate in base 60": "learning_rate: 1" + ":59" * 80_000 + ".5",
-    "seed of 20000 hex digits": "seed: 0x" + "f" * 20_000,
-    "learning rate of 20000 hex digits": "learning_rate: 0x" + "f" * 20_000,
-    "seed of 900000 binary digits": "seed: 0b" + "1" * 240_000,
-    "seed of 20000 digits": "seed: " + "9" * 20_000,
-    "seed of 6000 octal digits": "seed: 0" + "7" * 6_000,
-    "a list of huge numbers": "data: [" + ", ".join(["0x" + "f" * 6000] * 40) + "]",
-    "an unknown key with a huge number": "rubbish: 0x" + "f" * 6_000,
-    "a huge number as a key": "0x" + "f" * 6_000 + ": 1",
-    "a huge float": "learning_rate: 1" + "0" * 240_000 + ".0",
-    "deep lists": "data: " + "[" * 50_000 + "]" * 50_000,
-    "deep mappings": "data: " + "{a: " * 40_000 + "}" * 40_000,
-    "deep blocks": "".join(" " * i + "a:\n" for i in range(600)),
-    "an anchor bomb": "a0: &a0 [x, x]\n"
-    + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60)),
-    "many merge keys": "a: &a {b: 1}\n"
-    + "".join(f"c{i}: {{<<: [{', '.join(['*a'] * 100)}]}}\n" for i in range(600)),
-    "merge keys that double": "a0: &a0 {x: 1}\n"
-    + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40)),
-    "many keys": "".join(f"k{i}: 1\n" for i in range(25_000)),
-    "many repeated keys": "model: a\n" * 27_000,
-    "many flow keys": "data: {" + ", ".join(f"k{i}: 1" for i in range(20_000)) + "}",
-    "a timestamp of many digits": "seed: 2001-12-14t21:59:43." + "1" * 240_000,
-    "binary data": "seed: !!binary " + "A" * 240_000,
-    "a pattern that calls itself": 'never: "(?R)?(?R)?a"',
-    "a pattern with a huge repetition": 'never: "(?:(?:a{1,1000}){1,1000}){1,1000}b"',
-    "a pattern of many groups": "never: '" + "(" * 5000 + "a" + ")" * 5000 + "'",
-    "a metric pattern that calls itself": 'metrics: ["regex: (?R)?(?R)?a"]',
-    "many list items": "data: [" + ", ".join(["a"] * 80_000) + "]",
-    "a long comment": "#" * 240_000,
-    "a long key": "k" * 240_000 + ": 1",
-    "5000 stages": "stage: [" + ", ".join(["sft"] * 5000) + "]",
-    "5000 files": "data: [" + ", ".join(["a"] * 5000) + "]",
-    "4000 keys": "".join(f"k{i}: 1\n" for i in range(4000)),
-    "4000 bad values": "data: [" + ", ".join(["{path: 3}"] * 3000) + "]",
-    "many stages": "stage: [" + ", ".join(["sft"] * 40_000) + "]",
-}
 BASE = "model: m\ndata: d.jsonl\n"
 RECIPES: dict[str, Callable[[Path], Call]] = {
     name: partial(read_recipe_file, BASE + text) for name, text in RECIPE_VALUES.items()

@@ -22,7 +22,7 @@ from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import iter_leaves, read_json, to_jsonable
 from tunesmith.core.types import Json, Machine, Plan, __version__
-from tunesmith.model.hub.base_config import tag_special_floats
+from tunesmith.model.hub.base_config import encode_special_floats
 from tunesmith.model.kernels.build import Kernels, load_kernels
 from tunesmith.recipe.fields import parse_custom_metric
 from tunesmith.recipe.yaml_lines import load_yaml
@@ -66,7 +66,7 @@ def build_fingerprint(
             "tunesmith": __version__,
             "base": inputs.model.name,
             "base_sha256": base_sha256,
-            "config": tag_special_floats(read_json(folder / "config.json")),
+            "config": encode_special_floats(read_json(folder / "config.json")),
             "tokenizer": renderer.tokenizer.sha256,
             "templates": {
                 name: _hash_text(template.source) for name, template in renderer.templates.items()

@@ -62,7 +62,7 @@ from tunesmith.evaluate.answer_cache import ANSWERS_FILE, AnswerCache
 from tunesmith.evaluate.generate_until import build_prompts, check_prompts
 from tunesmith.evaluate.metrics import METRICS, split_metric
 from tunesmith.evaluate.statistics import compute_wilson_interval
-from tunesmith.model.hub.base_config import tag_special_floats
+from tunesmith.model.hub.base_config import encode_special_floats
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.provenance import hash_weight_files
 
@@ -185,7 +185,7 @@ def _build_fingerprint(plan: Plan, inputs: RunInputs, passages: PassageIndex | N
     return {
         "recipe": recipe,
         "model": hash_weight_files(inputs.model.path),
-        "config": tag_special_floats(read_json(inputs.model.path / "config.json")),
+        "config": encode_special_floats(read_json(inputs.model.path / "config.json")),
         "renderer": inputs.renderer.fingerprint,
         "day": plan.config.now[:10] if inputs.renderer.has_date else "",
         "rows": {role: inputs.datasets[role].fingerprint for role in ("data", "eval_data")},

@@ -1,7 +1,7 @@
 """The keys of config.json that decide what a model computes, and how two of them differ.
 
     list_config_changes(stored, current) -> ["rope_theta: 10000.0 -> 500000.0", ...]
-    tag_special_floats(config) -> Json    the config without NaN and infinities
+    encode_special_floats(config) -> Json    the config without NaN and infinities
 
 A config can be written in several ways: with or without defaults, and with the keys of older
 versions of transformers. Two configs are therefore compared as transformers reads them, unless they
@@ -41,21 +41,21 @@ def select_forward_keys(config: Json) -> Json:
             continue
         is_nested = isinstance(value, dict)
         selected[key] = (
-            select_forward_keys(cast("Json", value)) if is_nested else tag_special_floats(value)
+            select_forward_keys(cast("Json", value)) if is_nested else encode_special_floats(value)
         )
     return selected
 
 
-def tag_special_floats(value: Any) -> Any:
+def encode_special_floats(value: Any) -> Any:
     """Return a value of a config with NaN and infinities as objects, the form in which transformers
     writes and reads them: JSON has no such numbers, but `time_step_limit` of Mamba ends at one."""
     if isinstance(value, float) and not math.isfinite(value):
         return {FLOAT_TAG: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
     if isinstance(value, dict):
         items = cast("Json", value).items()
-        return {key: tag_special_floats(inner) for key, inner in items}
+        return {key: encode_special_floats(inner) for key, inner in items}
     if isinstance(value, list):
-        return [tag_special_floats(inner) for inner in cast("list[Any]", value)]
+        return [encode_special_floats(inner) for inner in cast("list[Any]", value)]
     return value
 
 
