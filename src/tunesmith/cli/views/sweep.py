@@ -13,7 +13,7 @@ from rich.text import Text
 from tunesmith import api
 from tunesmith.advise.sweep.run_sweep import SweepEvent, SweepStart, TrialEnd, TrialStart
 from tunesmith.cli.output import write_stderr
-from tunesmith.cli.progress import format_duration, format_interval
+from tunesmith.cli.progress import format_duration
 from tunesmith.cli.views import make_table
 from tunesmith.core.events import EVAL_TASK, Score
 from tunesmith.core.formatting import format_count, format_value
@@ -89,28 +89,24 @@ def render_sweep(record: SweepRecord) -> RenderableType:
 
 
 def _render_configurations(record: SweepRecord) -> Table:
-    base = "" if record.base_value is None else f", {record.base_value:.3f} before training"
-    title = f"{record.metric} on {format_count(record.rows, 'row')} of eval_data, 95% CI{base}"
+    title = f"{record.metric} on {format_count(record.rows, 'row')} of eval_data (95% CI)"
+    if record.base_value is not None:
+        title += f", {record.base_value:.3f} before training"
     keys = list(record.configurations[0].settings) if record.configurations else []
     columns = ("no.", *keys, "seeds", record.metric, "minus the winner's", "")
-    table = make_table(title, *columns, numbers=("no.", *keys, "seeds"))
+    table = make_table(title, *columns, numbers=("no.", *keys, "seeds", record.metric))
+    table.columns[-2].no_wrap = True  # intervals stay whole
     for configuration in record.list_ranked():
         values = [format_value(configuration.settings[key]) for key in keys]
         table.add_row(
             str(configuration.number),
             *values,
             str(len(configuration.trials)),
-            _format_score(configuration),
+            "-" if configuration.value is None else f"{configuration.value:.3f}",
             _format_difference(configuration),
             describe_outcome(record, configuration),
         )
     return table
-
-
-def _format_score(configuration: ConfigurationRecord) -> str:
-    if configuration.value is None or configuration.low is None or configuration.high is None:
-        return "-"
-    return format_interval(configuration.value, configuration.low, configuration.high)
 
 
 def _format_difference(configuration: ConfigurationRecord) -> str:
