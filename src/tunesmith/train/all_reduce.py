@@ -40,23 +40,25 @@ def sum_step(parameters: Sequence[nn.Parameter], share: StepShare, ranks: Ranks)
 
     A parameter without a gradient on any rank keeps none, as in one process, where the optimizer
     leaves it alone."""
-    device = parameters[0].device
-    words = torch.zeros(3 + ranks.world, device=device)
+    has_gradient = [parameter.grad is not None for parameter in parameters]
+    is_full = [rank == ranks.rank and bool(share.out_of_memory) for rank in range(ranks.world)]
+    # One upload and one read, each of which waits for the device.
+    words = torch.tensor(
+        [0.0, share.num_targets, ranks.has_signal, *is_full, *has_gradient],
+        dtype=torch.float32,
+        device=parameters[0].device,
+    )
     if share.loss is not None:
         words[0] = share.loss
-    words[1] = share.num_targets
-    words[2] = ranks.has_signal
-    words[3 + ranks.rank] = bool(share.out_of_memory)
-    has_gradient = [parameter.grad is not None for parameter in parameters]
-    flags = torch.tensor(has_gradient, dtype=torch.float32, device=device)
-    buckets = _split_into_buckets(parameters)
-    for bucket in buckets[1:]:
+    first_bucket, *buckets = _split_into_buckets(parameters)
+    for bucket in buckets:
         _sum_bucket(bucket, (), ranks)
-    words, flags = _sum_bucket(buckets[0], (words, flags), ranks)
-    for parameter, num_gradients in zip(parameters, flags.tolist(), strict=True):
+    (words,) = _sum_bucket(first_bucket, (words,), ranks)
+    _, num_targets, num_signals, *flags = words.tolist()
+    are_full = flags[: ranks.world]
+    for parameter, num_gradients in zip(parameters, flags[ranks.world :], strict=True):
         if not num_gradients:
             parameter.grad = None
-    _, num_targets, num_signals, *are_full = words.tolist()
     ranks.has_signal = num_signals > 0
     message = share.out_of_memory
     if any(are_full) and not message:

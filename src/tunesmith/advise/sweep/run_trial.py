@@ -153,7 +153,7 @@ def find_trial_folder(folder: Path, number: int) -> Path:
 def list_eval_tasks(inputs: RunInputs) -> tuple[str, ...]:
     """Return the tasks of scores that are of eval_data as a whole: of named tasks, the mean of
     those that are trained, or of all if none is."""
-    names: tuple[str, ...] = tuple(inputs.datasets["eval_data"].tasks)
+    names = list(inputs.datasets["eval_data"].tasks)
     if not names:
         return (EVAL_TASK,)
     trained = [name for name in names if name in inputs.datasets["data"].tasks]
