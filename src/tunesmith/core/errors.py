@@ -11,19 +11,22 @@ An error says what is wrong, where (file:line, row id or recipe key) and what to
 
 from __future__ import annotations
 
+import re
 from errno import EDQUOT, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, ENXIO, EROFS, ESTALE, ETIMEDOUT
 
 from tunesmith.core.formatting import escape_controls
 
 # errno of a failing disk or mount, or of a machine without memory: not the fault of the input
 MACHINE_ERRNOS = (EIO, ENXIO, ESTALE, ETIMEDOUT, ENOMEM, ENOSPC, EDQUOT, EROFS, EMFILE, ENFILE)
+LINE_BREAK = re.compile(r"\n(?!  )")  # in a quoted name: the lines of a list are indented
 DISK_FIX = "check the disk and its connection, then run the command again or resume the run"
 
 
 class TunesmithError(Exception):
     """Base class of the errors that tunesmith raises on purpose. `fix` is what to try next.
 
-    As text, control characters of the quoted input are visible; the attributes hold it as it is."""
+    As text, control characters and line breaks of the quoted input are visible; the attributes hold
+    it as it is. Lines of a message that lists things begin with two spaces."""
 
     exit_code = 1
 
@@ -36,7 +39,9 @@ class TunesmithError(Exception):
     def __str__(self) -> str:
         prefix = f"{escape_controls(self.where, keep='')}: " if self.where else ""
         suffix = f"\n  fix: {self.fix}" if self.fix else ""
-        return prefix + escape_controls(f"{self.message}{suffix}")
+        line_break = escape_controls("\n", keep="")
+        text = LINE_BREAK.sub(lambda _: line_break, f"{self.message}{suffix}")
+        return prefix + escape_controls(text)
 
 
 class InputError(TunesmithError):

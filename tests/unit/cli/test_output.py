@@ -69,7 +69,7 @@ def test_text_of_people_stays(text: str) -> None:
 
 def test_an_error_shows_what_it_quotes() -> None:
     error = InputError(f"key {HOSTILE}\nline 2", where=f"a\n{HOSTILE}", fix=HOSTILE)
-    assert str(error) == f"a\\u{{a}}{VISIBLE}: key {VISIBLE}\nline 2\n  fix: {VISIBLE}"
+    assert str(error) == f"a\\u{{a}}{VISIBLE}: key {VISIBLE}\\u{{a}}line 2\n  fix: {VISIBLE}"
     assert error.message == f"key {HOSTILE}\nline 2"
 
 
@@ -187,6 +187,21 @@ def test_no_error_controls_the_terminal(
     assert ended.value.code == 2
     captured = capsys.readouterr()
     assert not find_hidden(captured.out + captured.err)
+
+
+def test_a_line_break_in_a_name_adds_no_line_to_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a\nb").mkdir()
+    for words in (("plan", "--model", "./a\nbc", "--data", "x"), ("plan", "./a\nb/x.yaml")):
+        with pytest.raises(SystemExit):
+            app.main(words)
+        first, *rest = capsys.readouterr().err.splitlines()
+        assert first.startswith("error: ")
+        assert all(line.startswith("  ") for line in rest)
+    listed = InputError("2 problems\n  a\nb: one\n  c: two", fix="d\ne")
+    assert str(listed) == "2 problems\n  a\\u{a}b: one\n  c: two\n  fix: d\\u{a}e"
 
 
 def test_a_traceback_does_not_control_the_terminal() -> None:
