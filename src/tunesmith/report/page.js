@@ -28,6 +28,11 @@
     button.addEventListener("click", () => copy(button));
   });
 
+  // A link past a single stop, or past none, is one stop more.
+  document.querySelectorAll("main > section > a.skip").forEach((link) => {
+    if (link.parentElement.querySelectorAll("a, button, summary").length < 3) link.remove();
+  });
+
   // The section that is being read is marked in the navigation.
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
   const visible = new Set();
@@ -137,6 +142,7 @@
   const row = (sample) => {
     const hint = sample.wrongFields.length ? sample.wrongFields.join(", ") : sample.prompt.slice(0, 120);
     const summary = element("summary", "", element("span", "sample-id", quoted("bdi", [sample.id])), " ", element("b", "outcome " + sample.outcome, sample.label), " ", element("span", "sample-hint", quoted("bdi", [hint])));
+    summary.tabIndex = -1; // moveStop makes one row the stop
     const body = element("div", "sample-body");
     const node = element("details", "sample", summary, element("div", "sample-column", body));
     node.name = "sample"; // one at a time
@@ -168,6 +174,14 @@
     status.textContent = `${matches.length.toLocaleString("en")} of ${samples.length.toLocaleString("en")} answers, ${shown.toLocaleString("en")} shown`;
   };
 
+  // The list is one stop of the Tab key: the row that had the focus last.
+  let stop = null;
+  const moveStop = (summary) => {
+    if (stop) stop.tabIndex = -1;
+    stop = summary;
+    stop.removeAttribute("tabindex");
+  };
+
   const restart = () => {
     const text = search.value.trim().toLowerCase();
     const passes = (sample) => FILTERS[filter](sample) && (field === null || sample.faults.includes(field)) && (!rows || rows.has(sample.id));
@@ -176,6 +190,7 @@
     list.replaceChildren();
     extend(FIRST);
     if (matches.length) {
+      moveStop(list.querySelector("summary"));
       list.firstElementChild.open = isWide.matches;
       return;
     }
@@ -210,10 +225,16 @@
     press();
     list.querySelector("summary")?.focus({ preventScroll: true });
   }));
+  list.addEventListener("focusin", (event) => moveStop(event.target.closest(".sample").querySelector("summary")));
   list.addEventListener("keydown", (event) => {
-    if ((event.key !== "j" && event.key !== "k") || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
     const current = event.target.closest(".sample");
-    const next = event.key === "j" ? current?.nextElementSibling : current?.previousElementSibling;
+    const isOnRow = event.target === stop; // elsewhere, arrows scroll
+    const isDown = event.key === "j" || (isOnRow && event.key === "ArrowDown");
+    const isUp = event.key === "k" || (isOnRow && event.key === "ArrowUp");
+    if (!isDown && !isUp) return;
+    const next = isDown ? current?.nextElementSibling : current?.previousElementSibling;
+    if (isOnRow) event.preventDefault(); // the page would scroll
     next?.querySelector("summary")?.focus();
     if (next && isWide.matches) next.open = true;
   });
