@@ -82,6 +82,30 @@ def test_compare_and_report_load_no_model_library(tmp_path: Path) -> None:
     assert not loaded_by(verb("report", runs[0])) & LIBRARIES_OF_MODELS
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--to", "ggf"),
+        ("--to", "gguf", "--type", "q9"),
+        ("--to", "llama-server", "--type", "lora"),
+        ("--to", "gguf"),
+    ],
+)
+def test_an_export_is_refused_before_a_model_library_is_loaded(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    """By the name of its target or type, or by a tokenizer that no GGUF holds."""
+    run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record())
+    (run / "adapter").mkdir(exist_ok=True)
+    (run / "adapter" / "tokenizer.json").write_text('{"model": {"type": "WordLevel"}}')
+    call = f"app.main({['export', str(run), *words]})"
+    program = (
+        f"from tunesmith.cli import app\ntry:\n    {call}\n"
+        "except SystemExit as ended:\n    assert ended.code == 2"
+    )
+    assert not loaded_by(program) & {"torch", "transformers"}
+
+
 def make_values(values: list[int]) -> MetricValues:
     ids = tuple(f"test.jsonl:{number}" for number in range(len(values)))
     return MetricValues("test", "exact_match", ids, tuple(map(float, values)))

@@ -20,7 +20,6 @@ SMALL_FILES = {
     "core/sampling.py",  # for verbs that load no torch
     "core/program_start.py",  # before any other import
     "cli/views/live.py",  # of a single verb
-    "core/errors.py",
     "core/progress_log.py",
     "data/checks/language_id.py",
     "data/tokenizer/eos.py",

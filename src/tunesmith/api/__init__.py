@@ -503,6 +503,9 @@ def export(
     `out` is a new folder, RUN/export/TO by default. Raises GateError, and leaves no files, if the
     export does not answer as the run does."""
     run_dir.require_run(Path(path))
+    from tunesmith.export.request import check_request
+
+    check_request(Path(path), to, type)
     from tunesmith.export.export import export_run
 
     out = None if out is None else Path(out)
@@ -525,6 +528,10 @@ def export_servers(
     folders = [Path(path) for path in paths]
     for folder in folders:
         run_dir.require_run(folder)
+    from tunesmith.export.request import check_request
+
+    for folder in folders:
+        check_request(folder, to, type)
     from tunesmith.export.servers import export_servers
 
     out = None if out is None else Path(out)

@@ -42,7 +42,6 @@ from tunesmith.model.safetensors_io import write_tensors
 from tunesmith.model.save import LoraTensors
 from tunesmith.session.provenance import drop_golden_answers
 
-FORM = "per-expert"
 LORA_A = ".lora_A.weight"
 LORA_B = ".lora_B.weight"
 OLD_WORDS = {"w1": "gate_proj", "w3": "up_proj", "w2": OUTPUT_STACK}  # of Mixtral

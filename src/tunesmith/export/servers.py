@@ -24,11 +24,11 @@ from tunesmith.core.types import __version__
 from tunesmith.export.export import export_run
 from tunesmith.export.parity import Parity
 from tunesmith.export.per_expert import (
-    FORM,
     MERGE_FIX,
     has_expert_adapters,
     refuse_stacked_experts,
 )
+from tunesmith.export.request import LLAMA_SERVER, PER_EXPERT
 from tunesmith.export.server_files import (
     ADAPTERS_DIR,
     ENGINES,
@@ -50,7 +50,6 @@ from tunesmith.train.model_card import find_hub_name
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
 VLLM = "vllm"
-LLAMA_SERVER = "llama-server"
 GENERATION_FILE = "generation_config.json"
 
 
@@ -114,7 +113,7 @@ def export_servers(
                 result = export_run(path, "gguf", kind=kind, scale=scale, out=folder / MODEL_DIR)
                 deployment = replace(deployment, model_file=f"model-{result.type}.gguf")
             else:
-                form = FORM if has_expert_adapters(run) else None
+                form = PER_EXPERT if has_expert_adapters(run) else None
                 adapter_dir = folder / ADAPTERS_DIR / name
                 result = export_run(path, "peft", kind=form, scale=scale, out=adapter_dir)
             exported.append(ExportedRun(name, str(path), result.parity))

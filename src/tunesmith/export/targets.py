@@ -1,8 +1,8 @@
 """Export targets: how each one is written, read back, and how close to the run it must be.
 
 In: the target and type that the user asked for. Out: an ExportFormat.
-A new target is two functions and a line in TARGETS; those for servers of other projects are in
-server_files.py. The tolerances follow from measurements
+A new target is two functions, a line in TARGETS and one in request.py; those for servers of
+other projects are in server_files.py. The tolerances follow from measurements
 (docs/guides/export.md).
 """
 
@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tunesmith.core.errors import InputError
-from tunesmith.core.formatting import suggest_name
 from tunesmith.export.gguf.write import reload_gguf, reload_lora, write_gguf, write_lora
 from tunesmith.export.hf import (
     reload_merged,
@@ -23,8 +21,8 @@ from tunesmith.export.hf import (
 )
 from tunesmith.export.ollama import reload_ollama, write_ollama
 from tunesmith.export.parity import ExportJob, ReloadedExport, Tolerance
-from tunesmith.export.per_expert import FORM, reload_per_expert, write_per_expert
-from tunesmith.export.server_files import ENGINES
+from tunesmith.export.per_expert import reload_per_expert, write_per_expert
+from tunesmith.export.request import PER_EXPERT, choose_type
 
 
 @dataclass(frozen=True)
@@ -45,17 +43,8 @@ def find_format(target: str, export_type: str | None) -> tuple[str, ExportFormat
 
     Raises InputError for an unknown target or type.
     """
-    if target not in TARGETS:
-        names = (*TARGETS, *ENGINES)
-        hint = suggest_name(target, names)
-        fix = f"{hint} use one of {', '.join(names)}".strip()
-        raise InputError(f"unknown export target {target!r}", where="--to", fix=fix)
-    formats = TARGETS[target]
-    chosen = next(iter(formats)) if export_type is None else export_type
-    if chosen not in formats:
-        fix = f"use one of {', '.join(formats)}" if len(formats) > 1 else "leave --type out"
-        raise InputError(f"{target} has no type {chosen!r}", where="--type", fix=fix)
-    return chosen, formats[chosen]
+    chosen = choose_type(target, export_type)
+    return chosen, TARGETS[target][chosen]
 
 
 EXACT_TOLERANCE = Tolerance(mean_kl=1e-6, max_kl=1e-4)
@@ -74,7 +63,7 @@ GGUF_TYPES = {
 TARGETS: dict[str, dict[str, ExportFormat]] = {
     "peft": {
         "": ExportFormat(write_peft, reload_peft, EXACT_TOLERANCE),
-        FORM: ExportFormat(write_per_expert, reload_per_expert, EXACT_TOLERANCE),
+        PER_EXPERT: ExportFormat(write_per_expert, reload_per_expert, EXACT_TOLERANCE),
     },
     "merged": {"": ExportFormat(write_merged_folder, reload_merged, BF16_TOLERANCE, None)},
     "gguf": {

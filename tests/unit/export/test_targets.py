@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tiny_export import CHATML, make_export_job, save_model, save_run
 from tiny_runs import make_chat_row, make_tiny_recipe, write_rows
+from tunesmith.cli import app
 from tunesmith.core.atomic import hash_file, read_manifest, verify_dir
 from tunesmith.core.errors import GateError, InputError, MachineError
 from tunesmith.core.events import CheckResult
@@ -20,6 +21,7 @@ from tunesmith.core.run_dir import RunFolder
 from tunesmith.export.export import ExportResult, _refuse_unsupported, export_run
 from tunesmith.export.hf import write_merged_folder
 from tunesmith.export.parity import ExportJob, Tolerance, compute_live_outputs
+from tunesmith.export.request import TARGET_TYPES
 from tunesmith.export.source_run import open_source_run
 from tunesmith.export.targets import TARGETS, find_format
 from tunesmith.model.causal_lm import compute_stock_logits, load_network
@@ -266,6 +268,19 @@ def test_no_room_on_the_disk_is_said_first(
 def test_unknown_words(finished: Path, target: str, kind: str | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         export_run(finished, target, kind=kind)
+
+
+def test_the_names_are_those_of_the_formats() -> None:
+    assert {target: tuple(formats) for target, formats in TARGETS.items()} == TARGET_TYPES
+
+
+def test_a_type_is_refused_where_it_has_no_effect(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app.main(["export", str(finished), "--to", "vllm", "--type", "q8_0"])
+    assert ended.value.code == 2
+    assert "vllm has no type 'q8_0'\n  fix: leave --type out" in capsys.readouterr().err
 
 
 def test_no_run(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json, ModelSpec
 from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.export.request import FALLBACK_HINT, TOKENIZER_FILE, refuse_unless_bpe
 from tunesmith.model.gguf.convert import ARCHITECTURES, LFM2, QWEN3_MOE
 from tunesmith.model.gguf.reader import GgufFile
 from tunesmith.model.gguf.tokenizer import (
@@ -30,7 +31,6 @@ from tunesmith.model.hub.families import count_experts, count_experts_per_token
 from tunesmith.model.hub.validate import read_model_json
 
 NORMAL_TYPE = 1
-FALLBACK_HINT = "export to merged or peft, which keep the model's own files"
 LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -160,7 +160,7 @@ def build_vocabulary(folder: Path, renderer: Renderer, vocab_size: int) -> Json:
 
     vocab_size: rows of the embedding, some without a token.
     """
-    data = read_model_json(folder / "tokenizer.json")
+    data = read_model_json(folder / TOKENIZER_FILE)
     config = read_model_json(folder / "tokenizer_config.json")
     added_tokens = _read_added_tokens(data, config, folder)
     texts = {index: text for text, index in data["model"]["vocab"].items()}
@@ -182,20 +182,18 @@ def build_vocabulary(folder: Path, renderer: Renderer, vocab_size: int) -> Json:
     for name, template in renderer.templates.items():
         suffix = "" if name == "default" else f".{name}"
         metadata[f"tokenizer.chat_template{suffix}"] = template.source
-    metadata["tokenizer.ggml.pre"] = _find_pre_tokenizer(folder / "tokenizer.json", metadata)
+    metadata["tokenizer.ggml.pre"] = _find_pre_tokenizer(folder / TOKENIZER_FILE, metadata)
     return metadata
 
 
 def _read_added_tokens(data: Json, config: Json, folder: Path) -> dict[int, Json]:
-    if data["model"].get("type") != "BPE" or not data["model"].get("merges"):
-        message = "only byte-level BPE tokenizers can be written as GGUF"
-        raise InputError(message, where=str(folder / "tokenizer.json"), fix=FALLBACK_HINT)
+    refuse_unless_bpe(data, folder / TOKENIZER_FILE)
     added = {token["id"]: token for token in data["added_tokens"]}
     added |= {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
     for token in added.values():
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             message = f"a GGUF cannot express how {token['content']} strips the text around it"
-            raise InputError(message, where=str(folder / "tokenizer.json"), fix=FALLBACK_HINT)
+            raise InputError(message, where=str(folder / TOKENIZER_FILE), fix=FALLBACK_HINT)
     return added
 
 
