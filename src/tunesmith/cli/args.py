@@ -5,6 +5,7 @@ verbs themselves, and what they print (output.py)."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ from tunesmith.recipe.load import (
     load_recipe,
     needs_value,
 )
-from tunesmith.recipe.schema import ALIASES, Recipe, Stages
+from tunesmith.recipe.schema import ALIASES, KEYS, Recipe, Stages
+from tunesmith.recipe.yaml_lines import MAX_BYTES
 
 RecipeArgs = Annotated[
     list[str] | None,
@@ -62,6 +64,9 @@ AllowCode = Annotated[
 ]
 
 DEFAULT_RECIPE = Path("recipe.yaml")
+RECIPE_SUFFIXES = (".yaml", ".yml")
+MODEL_LINE = re.compile(r"^model(_name_or_path)?\s*:", re.MULTILINE)
+MAX_RECIPES = 3  # that an error names
 
 # Former flags and verbs -> what to use instead.
 OLD_FLAGS = {
@@ -102,7 +107,28 @@ def parse_recipe_args(args: Sequence[str] | None) -> Recipe | Stages:
     if path is None and not names_model and DEFAULT_RECIPE.is_file():
         path = DEFAULT_RECIPE
         write_stderr(f"recipe: {path}\n")
+    elif path is None and not names_model and all(ALIASES.get(key, key) in KEYS for key in keys):
+        _suggest_recipe_here()
     return load_recipe(path, flags)
+
+
+def _suggest_recipe_here() -> None:
+    """Raise InputError that names the recipe files of the current folder, if it has any."""
+    files = [file for file in Path().iterdir() if file.suffix in RECIPE_SUFFIXES and file.is_file()]
+    recipes = sorted(file.name for file in files if _has_model_key(file))
+    if recipes:
+        names = f"one of {', '.join(recipes[:MAX_RECIPES])}" if len(recipes) > 1 else recipes[0]
+        more = ", ..." if len(recipes) > MAX_RECIPES else ""
+        message = "no recipe is named, and there is no recipe.yaml here"
+        raise InputError(message, where=COMMAND_LINE, fix=f"pass {names}{more}")
+
+
+def _has_model_key(file: Path) -> bool:
+    try:
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            return bool(MODEL_LINE.search(lines.read(MAX_BYTES)))
+    except OSError:  # not to be read: not a recipe to suggest
+        return False
 
 
 def parse_flags(

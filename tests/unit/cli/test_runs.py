@@ -71,6 +71,24 @@ def test_recipe_yaml_is_the_default_recipe(folder: Path, tunesmith: Callable[...
         assert "recipe: recipe.yaml" not in err
 
 
+def test_a_recipe_of_another_name_is_suggested(folder: Path, tunesmith: Callable[..., Any]) -> None:
+    (folder / "compose.yaml").write_text("services:\n  model: x\n")
+    assert "'model' is missing" in tunesmith("plan")[2], "that is no recipe"
+    (folder / "r.yaml").write_text("# mine\nmodel: nowhere\ndata: none.jsonl\n")
+    for words in (("plan",), ("train", "--seed", "1"), ("data", "check")):
+        code, _, err = tunesmith(*words)
+        assert code == 2
+        assert err == (
+            "error: command line: no recipe is named, and there is no recipe.yaml here\n"
+            "  fix: pass r.yaml\n"
+        )
+    assert "did you mean 'model'" in tunesmith("plan", "--modl", "x")[2]
+    assert "no recipe is named" not in tunesmith("plan", "--model", "x", "--data", "y")[2]
+    for name in "dbca":
+        (folder / f"{name}.yml").write_text("model_name_or_path: nowhere\n")
+    assert "fix: pass one of a.yml, b.yml, c.yml, ...\n" in tunesmith("plan")[2]
+
+
 @pytest.mark.parametrize("verb", ["chat", "resume", "report", "eval", "export"])
 def test_a_wrong_name_of_a_run_is_answered_with_the_nearest(
     verb: str, folder: Path, tunesmith: Callable[..., Any]
