@@ -170,6 +170,7 @@ def _apply_rules(
             settings[key] = make_user_value(recipe_value)
         if key in BATCH_SETTINGS and (extended := context.extend_epochs()):
             settings["num_train_epochs"] = extended
+    settings["num_train_epochs"] = context.explain_max_steps()
 
 
 def _apply_features(context: RuleContext, recipe: Recipe, data: Mapping[str, DataReport]) -> None:

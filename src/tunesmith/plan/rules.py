@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tunesmith.core.mesh import Mesh
@@ -72,14 +72,17 @@ class RuleContext:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps, as data/sampler.py counts them: part of an epoch is whole rows."""
+        """Optimizer steps, as data/sampler.py counts them."""
+        return min(self.steps_of_epochs, self.max_steps or self.steps_of_epochs)
+
+    @property
+    def steps_of_epochs(self) -> int:
+        """Optimizer steps that all epochs take: part of an epoch is whole rows."""
         if self.stage == "cpt":
             tokens = self.data.tokens * self["num_train_epochs"]
-            steps = max(1, math.ceil(tokens / self["batch_tokens"]))
-        else:
-            rows = max(1, round(self.data.rows * self["num_train_epochs"]))
-            steps = math.ceil(rows / self["batch_size"])
-        return steps if self.max_steps is None else min(steps, self.max_steps)
+            return max(1, math.ceil(tokens / self["batch_tokens"]))
+        rows = max(1, round(self.data.rows * self["num_train_epochs"]))
+        return math.ceil(rows / self["batch_size"])
 
     @property
     def documents_per_row(self) -> int:
@@ -105,6 +108,15 @@ class RuleContext:
             epochs = self.max_steps * self["batch_size"] / max(1, self.data.rows)
         reason = f"max_steps: as many epochs as {self.max_steps:,} steps take"
         return make_user_value(epochs, reason)
+
+    def explain_max_steps(self) -> PlanValue:
+        """Return the epochs with what decides: max_steps, if the run ends before they do."""
+        setting = self.settings["num_train_epochs"]
+        if self.steps == self.steps_of_epochs:
+            return setting
+        epochs = setting.value * self.steps / self.steps_of_epochs
+        reason = f"max_steps decides: {self.steps:,} steps are {epochs:.2g} epochs"
+        return replace(setting, reason=reason, source="")
 
 
 def make_rule_value(value: Any, reason: str, source: str = "") -> PlanValue:

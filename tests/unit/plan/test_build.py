@@ -152,6 +152,16 @@ def test_steps_are_what_will_run(wish: dict[str, Any], plan: Planner) -> None:
     assert plan(wish | {"batch_size": 16}).steps == 7
 
 
+def test_the_plan_says_whether_epochs_or_max_steps_decide(plan: Planner) -> None:
+    for wish in ({}, {"num_train_epochs": 3}):
+        made = plan(wish | {"max_steps": 94, "batch_size": 16})
+        assert (made.steps, made.config.num_train_epochs) == (94, 3)
+        reason = made.reasons["num_train_epochs"].reason
+        assert reason == "max_steps decides: 94 steps are 1.5 epochs"
+    made = plan({"max_steps": 188, "batch_size": 16})
+    assert "max_steps" not in made.reasons["num_train_epochs"].reason, "all epochs end there too"
+
+
 @pytest.mark.parametrize(
     ("wishes", "key", "message"),
     [

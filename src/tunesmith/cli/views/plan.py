@@ -38,38 +38,50 @@ MAIN_SETTINGS = (
     *("max_length", "lora_r", "beta", "rehearsal_ratio"),
 )
 USUAL_USER_SETTINGS = ("output_dir", "seed", "stage")  # shown with --all only
-MAX_MAIN_SETTINGS = 12
+MAX_LINES = 12  # of a plan, without --all, warnings and the GPUs of a target
 MAX_VALUE_CHARS = 24
 SOURCE_LABELS = {"user": "user", "rule": "rule", "checkpoint": "the model's files"}
 
 
 def render_plan(plan: Plan | StagedPlan, *, show_all: bool = False) -> RenderableType:
-    """Show the settings that matter and those of the user, then steps, time, memory and warnings,
-    per stage; with `show_all` every setting, with its reason in full."""
+    """Show the settings that matter, then steps, time, memory and warnings, per stage: without
+    warnings in MAX_LINES; with `show_all` every setting, with its reason in full."""
     if isinstance(plan, StagedPlan):
         parts: list[RenderableType] = []
         for number, stage_plan in enumerate(plan.plans, start=1):
             parts.append(f"stage {number} of {len(plan.plans)}: {stage_plan.config.stage}")
             parts.append(render_plan(stage_plan, show_all=show_all))
         return Group(*parts)
-    settings = plan.settings if show_all else select_main_settings(plan)
+    lines = _list_facts(plan, show_all=show_all)
+    settings = plan.settings
+    if not show_all:
+        settings = select_main_settings(plan, MAX_LINES - len(lines) - 2)  # header and last line
     table = _build_table(settings) if show_all else _build_brief_table(settings)
+    lines += [f"[yellow]warning[/] {escape(warning)}" for warning in plan.warnings]
+    if hidden := plan.settings.keys() - settings.keys():
+        set_by_user = hidden & set(_list_user_settings(plan))
+        own = f", {len(set_by_user)} set by you" if set_by_user else ""
+        lines.append(
+            f"[dim]{len(hidden)} more settings{own}: --all; the reason of one: --why KEY[/]"
+        )
+    if plan.mesh is not None and plan.mesh.mesh.num_gpus > 1:
+        return Group(table, *lines, render_mesh(plan, plan.mesh))
+    return Group(table, *lines)
+
+
+def _list_facts(plan: Plan, *, show_all: bool) -> list[str]:
+    """Return lines with the steps, the time and the memory."""
     rows = plan.data["data"].rows if "data" in plan.data else 0
     lines = [f"{plan.steps} steps over {rows:,} rows, {plan.tokens_per_epoch:,} tokens per epoch"]
     if plan.disk_bytes:
         lines[0] += f"; run folder up to {format_bytes(plan.disk_bytes)}"
     if plan.seconds:
-        lines.append(_format_time(plan))
+        lines.append(_format_time(plan, show_all=show_all))
     if "peak" in plan.memory_bytes:
-        lines += format_memory(plan)
+        lines += _format_memory(plan, show_all=show_all)
     if plan.model.omitted_bytes:
         lines.append(describe_text_part(plan.model))
-    lines += [f"[yellow]warning[/] {escape(warning)}" for warning in plan.warnings]
-    if num_more := len(plan.settings) - len(settings):
-        lines.append(f"[dim]{num_more} more settings: --all; the reason of one: --why KEY[/]")
-    if plan.mesh is not None and plan.mesh.mesh.num_gpus > 1:
-        return Group(table, *lines, render_mesh(plan, plan.mesh))
-    return Group(table, *lines)
+    return lines
 
 
 def describe_text_part(model: ModelSpec) -> str:
@@ -92,7 +104,7 @@ def _build_table(settings: Mapping[str, PlanValue]) -> Table:
 
 def _build_brief_table(settings: Mapping[str, PlanValue]) -> Table:
     """Tabulate settings with one line each; a reason that does not fit is cut."""
-    table = Table(title="Plan", title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column("setting", no_wrap=True, min_width=max(map(len, settings), default=0))
     table.add_column("value", no_wrap=True)
     table.add_column("reason")  # the only one that gives way; its texts do not wrap
@@ -103,35 +115,46 @@ def _build_brief_table(settings: Mapping[str, PlanValue]) -> Table:
     return table
 
 
-def select_main_settings(plan: Plan) -> dict[str, PlanValue]:
-    """Return the settings that decide what a run is, and those that the user has set."""
+def select_main_settings(plan: Plan, max_settings: int) -> dict[str, PlanValue]:
+    """Return the settings that decide what a run is, then those that the user has set."""
     main = {key: plan.settings[key] for key in MAIN_SETTINGS if key in plan.settings}
-    for key, setting in plan.settings.items():
-        if setting.decided_by == "user" and key not in USUAL_USER_SETTINGS:
-            main.setdefault(key, setting)
-    return dict(itertools.islice(main.items(), MAX_MAIN_SETTINGS))
+    main |= {key: plan.settings[key] for key in _list_user_settings(plan)}
+    return dict(itertools.islice(main.items(), max_settings))
 
 
-def _format_time(plan: Plan) -> str:
+def _list_user_settings(plan: Plan) -> list[str]:
+    return [
+        key
+        for key, setting in plan.settings.items()
+        if setting.decided_by == "user" and key not in USUAL_USER_SETTINGS
+    ]
+
+
+def _format_time(plan: Plan, *, show_all: bool) -> str:
+    """Format the time and what it is known from; in brief without what is in brackets there."""
     text = f"about {format_duration_range(plan.seconds)} of training"
     if plan.total_seconds:
         total = format_duration(plan.total_seconds)
         text += f" ({total} with start, preflight and evaluation)"
-    return f"{text}, {escape(plan.seconds_source)}"
+    source = plan.seconds_source if show_all else plan.seconds_source.partition(" (")[0]
+    return f"{text}, {escape(source)}"
 
 
-def format_memory(plan: Plan) -> list[str]:
-    """Format the peak memory, its parts, the rule of thumb, and the smallest GPU that fits."""
+def _format_memory(plan: Plan, *, show_all: bool) -> list[str]:
+    """Format the peak memory and the smallest GPU that fits; with `show_all` also the parts and
+    the rule of thumb."""
     peak = plan.memory_bytes["peak"]
     method = plan.config.method or "lora"
     text = f"peak memory {format_bytes(peak)} of {format_bytes(plan.machine.available_bytes)} free"
     if match_preset(plan.machine) is not None:
         text += f" on {plan.machine.device_name}"
     parts = [f"{name} {format_bytes(num_bytes)}" for name, num_bytes in plan.phase_bytes.items()]
-    if parts:
+    if parts and show_all:
         text += f": {', '.join(parts)}"
+    elif parts:
+        text += f" (in the {max(plan.phase_bytes, key=lambda name: plan.phase_bytes[name])})"
     lines = [text]
-    if parts:
+    if parts and show_all:
         multiple = compute_multiple(plan.model, peak)
         usual = USUAL_MULTIPLES[method]
         lines.append(

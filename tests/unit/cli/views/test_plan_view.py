@@ -13,7 +13,6 @@ from tunesmith.cli.views.plan import (
     render_method_estimates,
     render_plan,
     render_setting,
-    select_main_settings,
 )
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import PlanValue
@@ -50,13 +49,40 @@ def test_a_plan_is_short_unless_all_of_it_is_asked_for() -> None:
     plan = dataclasses.replace(PLAN, config=config, reasons=reasons)
     text = render_text(render_plan(plan), width=60)
     shown = [line.split()[0] for line in text.splitlines() if line.strip()]
-    assert shown[2:5] == ["method", "max_length", "weight_decay"]
+    assert shown[:4] == ["setting", "method", "max_length", "weight_decay"]
     assert all(len(line.rstrip()) <= 60 for line in text.splitlines())
     assert "…" in text
     assert "1 more settings: --all" in text
     assert "dtype" in render_text(render_plan(plan, show_all=True), width=60)
-    many = {f.name: PlanValue(None, "user", "") for f in dataclasses.fields(config)}
-    assert len(select_main_settings(plan.with_settings(**many))) == 12
+
+
+def test_a_plan_without_warnings_has_twelve_lines_of_eighty_columns() -> None:
+    long = PlanValue("a long value " * 9, "user", "a long reason " * 20)
+    config, reasons = make_settings()
+    plan = dataclasses.replace(PLAN, config=config, reasons=reasons)
+    names = {field.name for field in dataclasses.fields(config)} - {"method"}
+    method = PlanValue("lora", "user", "")
+    plan = plan.with_settings(method=method, **dict.fromkeys(sorted(names), long))
+    plan = dataclasses.replace(
+        plan,
+        warnings=(),
+        disk_bytes=10**9,
+        seconds=(93.0,),
+        seconds_source="at the speed of demo-1 (few: another load changes the forecast)",
+        phase_bytes={"step": 10**9, "longest row": 10**8, "generation": 2 * 10**9},
+    )
+    lines = render_text(render_plan(plan), width=80).splitlines()
+    assert len(lines) == 12
+    assert all(len(line.rstrip()) <= 80 for line in lines)
+    assert lines[0].split() == ["setting", "value", "reason"]
+    assert lines[-3].rstrip() == "about 1:33 min of training, at the speed of demo-1"
+    assert lines[-2].rstrip() == "peak memory 1.9 GB of 8.6 GB free (in the generation)"
+    hidden = len(plan.settings) - 7
+    # of which output_dir, seed and stage are set by every recipe
+    assert lines[-1].startswith(f"{hidden} more settings, {hidden - 3} set by you: --all")
+    whole = " ".join(render_text(render_plan(plan, show_all=True), width=200).split())
+    assert "at the speed of demo-1 (few: another load changes the forecast)" in whole
+    assert "step 1.0 GB, longest row 100.0 MB, generation 2.0 GB" in whole
 
 
 def test_a_setting_is_explained_in_full() -> None:
@@ -85,10 +111,12 @@ def test_a_setting_is_explained_in_full() -> None:
 
 def test_a_plan_that_does_not_fit_says_where_it_would() -> None:
     plan = dataclasses.replace(PLAN, phase_bytes={"step": 10**9}, fits_on="h100 (80.0 GB)")
-    text = " ".join(render_text(render_plan(plan)).split())
+    text = " ".join(render_text(render_plan(plan, show_all=True)).split())
     assert "memory 1.9 GB of 8.6 GB free: step 1.0 GB" in text
     assert "7.0x the 16-bit weights (rule of thumb for lora: x1.5, without activations)" in text
-    assert "does not fit: the smallest GPU that fits is h100 (80.0 GB)" in text
+    for show_all in (False, True):
+        text = " ".join(render_text(render_plan(plan, show_all=show_all)).split())
+        assert "does not fit: the smallest GPU that fits is h100 (80.0 GB)" in text
 
 
 def test_methods_are_shown_side_by_side() -> None:
