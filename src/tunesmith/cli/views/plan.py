@@ -60,9 +60,9 @@ def render_plan(plan: Plan | StagedPlan, *, show_all: bool = False) -> Renderabl
     lines += [f"[yellow]warning[/] {escape(warning)}" for warning in plan.warnings]
     if hidden := plan.settings.keys() - settings.keys():
         set_by_user = hidden & set(_list_user_settings(plan))
-        own = f", {len(set_by_user)} set by you" if set_by_user else ""
+        note = f", {len(set_by_user)} set by you" if set_by_user else ""
         lines.append(
-            f"[dim]{len(hidden)} more settings{own}: --all; the reason of one: --why KEY[/]"
+            f"[dim]{len(hidden)} more settings{note}: --all; the reason of one: --why KEY[/]"
         )
     if plan.mesh is not None and plan.mesh.mesh.num_gpus > 1:
         return Group(table, *lines, render_mesh(plan, plan.mesh))
