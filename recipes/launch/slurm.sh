@@ -15,7 +15,7 @@ set -euo pipefail
 
 recipe=${1:-recipe.yaml}
 # source /shared/venv/bin/activate
-first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" \

@@ -10,6 +10,7 @@ loads before a verb needs it. Verbs on data are in data.py. Left out: parsing ar
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -443,7 +444,7 @@ def write_report(path: AnyPath, out: AnyPath | None = None) -> Path:
     sweep, to SWEEP/sweep.html.
 
     Raises InputError if `path` is not a run folder, or is damaged."""
-    if (Path(path) / SWEEP_FILE).is_file():
+    if os.path.isfile(Path(path) / SWEEP_FILE):  # Path raises for a name that is too long
         from tunesmith.report.sweep_page import write_sweep_page
 
         return write_sweep_page(Path(path), None if out is None else Path(out))

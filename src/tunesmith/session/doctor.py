@@ -40,6 +40,7 @@ EXTRAS = {
     "parquet": (("pyarrow",), "Parquet files"),
     "constrained": (("llguidance",), "answers that follow a JSON schema"),
     "serve": (("starlette", "uvicorn", "prometheus-client", "llguidance"), "tunesmith serve"),
+    "sweep": (("optuna",), "tunesmith tune sweep"),
     "tensorboard": (("tensorboardX",), "--track tensorboard"),
     "wandb": (("wandb",), "--track wandb"),
 }

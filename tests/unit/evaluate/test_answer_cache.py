@@ -98,6 +98,7 @@ def test_one_request_given_twice_is_answered_once(
         {"frequency_penalty": 0.5},
         {"logit_bias": ((9, 2.0),)},
         {"num_logprobs": 0},
+        {"num_prompt_logprobs": 0},
         {"end_ids": (41,)},
         {"adapter_scale": 0.5},
         {"cache_salt": "other"},
@@ -121,7 +122,14 @@ def test_no_answer_is_served_to_another_request(
 def test_every_field_of_a_request_was_changed_above() -> None:
     fields = {"tokens", "max_new_tokens", "temperature", "top_p", "seed", "stop", "bad_words_ids"}
     fields |= {"top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
-    fields |= {"logit_bias", "num_logprobs", "end_ids", "adapter_scale", "cache_salt"}
+    fields |= {
+        "logit_bias",
+        "num_logprobs",
+        "num_prompt_logprobs",
+        "end_ids",
+        "adapter_scale",
+        "cache_salt",
+    }
     fields |= {"adapter"}  # which generation refuses without a bank
     assert {field.name for field in dataclasses.fields(GenerationRequest)} == fields
 

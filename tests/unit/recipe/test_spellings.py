@@ -85,6 +85,10 @@ SPELLINGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "guard": (["off", False, {"collapse": "off", "forgetting": "false"}], {}),
     "save_steps": ([5, "5"], {}),
     "eval_steps": ([5, "5"], {}),
+    "sweep": (
+        [{"lora_r": [4, 8], "seeds": 2}, {"lora_r": [4, 8], "seeds": "2"}],
+        {"eval_data": "b.jsonl", "test_data": "c.jsonl"},
+    ),
     "seed": ([3, "3"], {}),
     "output_dir": (["runs/x"], {}),
 }
