@@ -7,6 +7,7 @@ model, each with its exit code; the first that fails ends it with 1.
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from tiny_export import save_model
 from tiny_runs import build_sum_rows, write_rows
+from tunesmith.recipe import demo
 
 RECIPE = """\
 model: model
@@ -60,7 +62,17 @@ def main() -> None:
     run_command("chat run", folder, text="1 and 1\n")
     stop_training(folder)
     run_command("resume stopped", folder)
-    print(f"{len(COMMANDS) + 2} passed, 0 failed")
+    copy_demo(folder / "demo")
+    run_command("train recipe.yaml --max-steps 2", folder / "demo")
+    print(f"{len(COMMANDS) + 3} passed, 0 failed")
+
+
+def copy_demo(folder: Path) -> None:
+    """Copy the embedded example, with the built-in model, and few rows to evaluate."""
+    shutil.copytree(Path(demo.__file__).parent, folder)
+    for name in ("eval.jsonl", "test.jsonl", "general.jsonl"):
+        rows = (folder / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join(rows[:8]))
 
 
 def stop_training(folder: Path) -> None:
