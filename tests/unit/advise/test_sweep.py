@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +303,12 @@ def test_another_recipe_and_another_version_are_refused(
 
 # ---------------------------------------------------------------- killed
 
-SWEEP_PROGRAM = "import sys; from tunesmith import api; list(api.tune_sweep(sys.argv[1]))"
+SWEEP_PROGRAM = """\
+import sys
+from tunesmith import api
+for event in api.tune_sweep(sys.argv[1]):
+    print(type(event).__name__, flush=True)
+"""
 
 
 def test_a_sweep_that_is_interrupted_ends_with_the_same_table(
@@ -323,7 +329,7 @@ def test_a_sweep_that_is_interrupted_ends_with_the_same_table(
 def test_a_sweep_killed_at_random_times_ends_with_the_same_table(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """Ten times by SIGKILL, or until it ends, from the load of the inputs to the last trial."""
+    """Ten times by SIGKILL, some events after its start and a moment later."""
     rates = [0.01, 0.02, 0.015, 0.03, 0.00001]
     recipe = make_sweep_recipe(tiny_folder, tmp_path, {"learning_rate": rates, "seeds": 2})
     straight = sweep(recipe, tmp_path / "straight")
@@ -331,17 +337,14 @@ def test_a_sweep_killed_at_random_times_ends_with_the_same_table(
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe.model_copy(update={"output_dir": tmp_path / "killed"})))
     generator = random.Random(0)
-    kills = 0
-    while kills < 10:
-        process = subprocess.Popen([sys.executable, "-c", SWEEP_PROGRAM, str(file)])
-        try:
-            process.wait(timeout=generator.uniform(4, 14))
-            break
-        except subprocess.TimeoutExpired:
+    command = [sys.executable, "-c", SWEEP_PROGRAM, str(file)]
+    for _ in range(10):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for _ in range(generator.randint(1, 12)):
+                assert process.stdout.readline(), "it ended before it was killed often enough"
+            time.sleep(generator.uniform(0, 0.1))
             process.kill()
-            process.wait()
-            kills += 1
-    assert kills >= 5, "it ended before it was killed often enough"
     record = sweep(recipe, tmp_path / "killed")
     assert build_table(record) == build_table(straight)
 
