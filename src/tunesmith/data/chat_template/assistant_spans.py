@@ -57,6 +57,11 @@ class AssistantSpan:
     splice_start: int | None = None
     cut_end: int | None = None  # where the next turn begins, which is not in `text`
 
+    def is_served_in(self, full_text: TrackedText) -> bool:
+        """Whether the render of all messages starts with what is served at this turn."""
+        is_prefix = full_text.plain.startswith(self.text.plain[: self.end])
+        return is_prefix and self.has_end_token and self.splice_start is None
+
     def render_plain(self, chat: Conversation) -> str:
         """Return `text` as plain Jinja renders it."""
         rendered = chat.render_plain(self.message_index + 1)
@@ -72,13 +77,16 @@ def find_assistant_spans(
     weights: Sequence[float],
     end_ids: Sequence[Iterable[int]],
     answer_tail: str | None = None,
+    full_text: TrackedText | None = None,
 ) -> tuple[AssistantSpan, ...]:
     """Return the span of each message with a positive weight. `end_ids` are sets of end tokens, the
     preferred set first; `answer_tail` is the text between an answer and the next turn, which the
-    template always begins. Raises InputError for an answer that the template does not write."""
+    template always begins; `full_text` is the render of all messages, if the template has one.
+    Raises InputError for an answer that the template does not write."""
     _refuse_many_renders(chat, weights)
     spans: list[AssistantSpan] = []
     num_chars = 0
+    max_chars = MAX_RENDERED_CHARS  # as long as all turns are in one document
     for message_index, weight in enumerate(weights):
         if weight > 0:
             span = _find_span(chat, tokenizer, message_index, weight, end_ids)
@@ -87,7 +95,9 @@ def find_assistant_spans(
             _check_origins(chat, span)
             spans.append(span)
             num_chars += len(span.text.plain)
-            _refuse_many_chars(num_chars, MAX_TURN_CHARS, weights)
+            if full_text is None or not span.is_served_in(full_text):
+                max_chars = MAX_TURN_CHARS
+            _refuse_many_chars(num_chars, max_chars, weights)
     return tuple(spans)
 
 

@@ -394,8 +394,8 @@ class Renderer:
         spans = find_spans_in_full(chat, full_text, answer_weights, end_ids)
         if spans is not None:
             return _Draft(example, chat, weights, spans, full_text)
-        spans = find_spans()
-        has_joined = all(_is_served_in(full_text, span) for span in spans)
+        spans = find_spans(full_text)
+        has_joined = all(span.is_served_in(full_text) for span in spans)
         return _Draft(example, chat, weights, spans, full_text if has_joined else None)
 
     def _render_all(self, chat: Conversation) -> TrackedText:
@@ -502,12 +502,6 @@ class Renderer:
             tokens = [*tokens, self.text_end_id]
             notes.append(END_TOKEN_APPENDED)
         return _make_document(example.id, tokens, token_spans), notes
-
-
-def _is_served_in(full_text: TrackedText, span: AssistantSpan) -> bool:
-    """Whether the render of all messages starts with what is served at a trained turn."""
-    is_prefix = full_text.plain.startswith(span.text.plain[: span.end])
-    return is_prefix and span.has_end_token and span.splice_start is None
 
 
 def _is_token_boundary(encoded: EncodedText, span: AssistantSpan) -> bool:

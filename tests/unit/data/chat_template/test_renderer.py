@@ -524,6 +524,19 @@ def test_a_document_a_turn_has_fewer_characters(
         renderer.render(make_example(*turns))
 
 
+def test_turns_of_one_document_may_have_more_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the template ends each render with more than the next turn begins with."""
+    monkeypatch.setattr(assistant_spans, "MAX_TURN_CHARS", 10_000)
+    turns = [turn for _ in range(10) for turn in (user("a" * 1_000), assistant("b" * 1_000))]
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    template += "{{ '<|im_start|>' if add_generation_prompt else '<|endoftext|>' }}"
+    folder = write_model_folder(tmp_path, template)
+    renderer = Renderer.from_folder(folder, now=NOW)
+    assert len(renderer.render(make_example(*turns)).documents) == 1
+
+
 def test_the_first_answer_that_cannot_be_trained_is_named(tmp_path: Path) -> None:
     """Not a later message that the template refuses, too."""
     template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}"
