@@ -3,13 +3,14 @@
     Conversation, turn weights -> find_assistant_spans -> AssistantSpan of each trained turn
     AssistantSpan, EncodedText -> find_token_spans     -> (first token, end, weight)
 
-An answer starts where its generation prompt ends, so the prompt must be a prefix of the text. Where
-the render of all messages starts with what is served at every trained turn, as plain Jinja writes
-it, `find_spans_in_full` finds the same spans there, from one tracked render. Some
+An answer starts where its generation prompt ends, so the prompt must be a prefix of the text. Some
 templates write the prompt differently once an answer follows (Mistral's put the system message in
 the last question only). Then the prompt as it is served is put in front of the answer, if the
 template starts the answer with the same generation prompt. An answer ends after the first end token
-that follows its last character; without one, before anything of the next turn."""
+that follows its last character; without one, before anything of the next turn.
+
+Where the render of all messages starts with what is served at every trained turn, as plain Jinja
+writes it, `find_spans_in_full` finds the same spans there, from one tracked render."""
 
 from __future__ import annotations
 
@@ -134,6 +135,23 @@ def find_spans_in_full(
             num_chars += len(rendered)
             _refuse_many_chars(num_chars, MAX_RENDERED_CHARS, weights)
     return tuple(spans)
+
+
+def render_turns(
+    chat: Conversation, tokenizer: ChatTokenizer, spans: Sequence[AssistantSpan]
+) -> tuple[AssistantSpan, ...]:
+    """Return spans of `find_spans_in_full` in the renders up to their messages, each of which is
+    encoded as a document. Raises InputError if they are too long."""
+    weights = [span.weight for span in spans]
+    turns: list[AssistantSpan] = []
+    num_chars = 0
+    for span in spans:
+        rendered = chat.render(span.message_index + 1)
+        num_chars += len(rendered)
+        _refuse_many_chars(num_chars, MAX_TURN_CHARS, weights)
+        text = TrackedText(rendered, tokenizer, chat.assistant_indices)
+        turns.append(replace(span, text=text))
+    return tuple(turns)
 
 
 def _refuse_many_renders(chat: Conversation, weights: Sequence[float]) -> None:

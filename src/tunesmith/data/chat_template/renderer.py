@@ -33,6 +33,7 @@ from tunesmith.data.chat_template.assistant_spans import (
     find_banned_token_spans,
     find_spans_in_full,
     find_token_spans,
+    render_turns,
 )
 from tunesmith.data.chat_template.conversation import (
     Conversation,
@@ -204,7 +205,8 @@ class Renderer:
     def render_text(
         self, messages: Sequence[Json], tools: Sequence[Json] = (), *, has_prompt: bool = False
     ) -> str:
-        """Return the text of a conversation, `has_prompt`: with the generation prompt."""
+        """Return the text of a conversation, with the generation prompt if `has_prompt`. Raises
+        InputError."""
         chat, _ = self._make_conversation(messages, tools)
         return chat.render_plain(len(messages), add_generation_prompt=has_prompt)
 
@@ -419,6 +421,8 @@ class Renderer:
                     token_spans += find_token_spans(encoded, span, example)
                 document = _make_document(example.id, encoded.ids, token_spans)
                 return [document], collect_render_notes(chat, encoded.text, spans)
+        if spans[0].text is draft.full_text:
+            spans = render_turns(chat, self.tokenizer, spans)
         rest = range(spans[-1].message_index + 1, len(chat.messages))
         rest_documents, rest_notes = self._encode_rest(draft, chat, rest)
         notes = [PER_TURN] if len(spans) > 1 else []
@@ -426,19 +430,12 @@ class Renderer:
         documents: list[Document] = []
         first_message = 0
         for span in spans:
-            if span.text is draft.full_text:
-                span = self._render_turn(chat, span)
             messages = range(first_message, span.message_index)
             document, turn_notes = self._encode_turn(draft, chat, span, messages)
             documents.append(document)
             notes += turn_notes
             first_message = span.message_index
         return [*documents, *rest_documents], notes
-
-    def _render_turn(self, chat: Conversation, span: AssistantSpan) -> AssistantSpan:
-        """Return a span of the full text as one of the render up to its message."""
-        rendered = chat.render(span.message_index + 1)
-        return replace(span, text=TrackedText(rendered, self.tokenizer, chat.assistant_indices))
 
     def _encode_rest(
         self, draft: _Draft, chat: Conversation, rest: range

@@ -524,6 +524,18 @@ def test_a_document_a_turn_has_fewer_characters(
         renderer.render(make_example(*turns))
 
 
+def test_turns_that_would_merge_with_their_prompts_have_fewer_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are found in the render of all messages, and then encoded one by one."""
+    monkeypatch.setattr(assistant_spans, "MAX_TURN_CHARS", 100_000)
+    turns = [turn for _ in range(10) for turn in (user("a" * 1_000), assistant("\n" + "b" * 1_000))]
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, base=make_newline_bpe()), now=NOW)
+    assert len(renderer.render(make_example(*turns[:16])).documents) == 8
+    with pytest.raises(InputError, match="over 100,000 characters"):
+        renderer.render(make_example(*turns))
+
+
 def test_turns_of_one_document_may_have_more_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
