@@ -74,13 +74,9 @@ class ToolCallReader:
             return len(self._text) if is_object and start not in ("", "{") else 0
         end = self._text.find(word)
         if end < 0:
-            end = len(self._text)
-            while end > 0 and end > len(self._text) - len(word):
-                end -= 1
-                if word.startswith(self._text[end:]):
-                    break
-            else:
-                end = len(self._text)
+            end = max(0, len(self._text) - len(word) + 1)
+            while not word.startswith(self._text[end:]):
+                end += 1
         return len(self._text[:end].rstrip())
 
 

@@ -16,8 +16,9 @@ import pytest
 from serve_lab import LiveServer, make_chat, make_settings, save_toy_adapter, serving
 from toy_chat import write_model_folder
 from tunesmith.core.types import Json
+from tunesmith.data.chat_template.call_forms import ObjectForm
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.chat_template.tool_syntax import learn_tool_syntax
+from tunesmith.data.chat_template.tool_syntax import ToolSyntax, learn_tool_syntax
 from tunesmith.serve.formats import AnswerHead
 from tunesmith.serve.generation import Answer
 from tunesmith.serve.scheduler import AnswerUpdate
@@ -254,6 +255,16 @@ def test_content_is_sent_as_it_comes(tools: OfferedTools) -> None:
     assert reader.extend("then", is_end=False).content == " then"
     assert reader.extend(" <tool", is_end=False).content == ""
     assert reader.extend("box>", is_end=False).content == " <toolbox>"
+
+
+def test_an_opening_that_repeats_itself_is_no_content() -> None:
+    form = ObjectForm("name", "arguments", ("name", "arguments"))
+    syntax = ToolSyntax(form, "<calls><call>", None, "</call></calls>")
+    reader = ToolCallReader(OfferedTools(syntax, {"stop": {}}, is_forced=False))
+    text = 'so <calls><call>{"name": "stop", "arguments": {}}</call></calls>'
+    updates = [reader.extend(char, is_end=False) for char in text]
+    assert "".join(update.content for update in updates) == "so"
+    assert [call.name for update in updates for call in update.calls] == ["stop"]
 
 
 def test_the_deltas_of_two_calls(tools: OfferedTools) -> None:
