@@ -67,6 +67,9 @@ class Mesh:
         return self.num_gpus // self.num_nodes
 
 
+SINGLE_GPU = Mesh()
+
+
 @dataclass(frozen=True)
 class MeshChoice:
     """A number of the mesh, and why it is so."""
@@ -92,7 +95,7 @@ class MeshStep:
 
     @property
     def tokens_per_second(self) -> tuple[float, float]:
-        """Of all GPUs: the lower and the upper bound."""
+        """Tokens per second of all GPUs: the lower and the upper bound."""
         return self.tokens / self.seconds[1], self.tokens / self.seconds[0]
 
 

@@ -53,6 +53,7 @@ from tunesmith.plan.step_memory import (
     decide_checkpointing,
     estimate_phases,
     estimate_step_memory,
+    has_enough_memory,
 )
 from tunesmith.recipe.fields import Constraint
 from tunesmith.recipe.metric_limits import refuse_unmeasured_limits
@@ -345,11 +346,6 @@ def _estimate_disk(recipe: Recipe, context: RuleContext, data: Mapping[str, Data
         cached_tokens=cached_tokens,
         **collect_footprint(context),
     )
-
-
-def has_enough_memory(plan: Plan) -> bool:
-    """Whether the run fits in the free memory of its machine, with a margin."""
-    return plan.memory_bytes["peak"] * MEMORY_MARGIN <= plan.machine.available_bytes
 
 
 def refuse_if_too_large(plan: Plan) -> None:

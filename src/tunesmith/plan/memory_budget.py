@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tunesmith.core.mesh import Mesh
+from tunesmith.core.mesh import SINGLE_GPU, Mesh
 from tunesmith.core.types import Machine, ModelSpec
 from tunesmith.plan.hardware_presets import find_missing_for_triton
 from tunesmith.plan.memory import (
@@ -20,7 +20,7 @@ from tunesmith.plan.memory import (
     estimate_peak_memory,
     get_dtype_bytes,
 )
-from tunesmith.plan.memory_gpu import SINGLE_GPU, estimate_gpu_memory
+from tunesmith.plan.memory_gpu import estimate_gpu_memory
 
 MIN_COMPLETE_TOKENS = 256  # the default of lm-eval's max_gen_toks
 # by these, an answer longer than expected is wrong wherever it ends, or none is graded

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.core.mesh import Mesh
+from tunesmith.core.mesh import SINGLE_GPU, Mesh
 from tunesmith.core.types import ModelSpec
 from tunesmith.plan.memory import (
     CHUNK_TARGETS,
@@ -38,7 +38,6 @@ TRITON_CHUNK_TARGETS = 2048  # as in model/lm_head.py
 # of sharded weights: the layer that computes, the next one, and the buffer that gathers it
 GATHERED_LAYERS = 3
 NCCL_BYTES = 10**9  # channels of NCCL and the contexts of other GPUs: assumed, not measured
-SINGLE_GPU = Mesh()
 
 
 @dataclass(frozen=True)

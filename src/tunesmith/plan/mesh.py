@@ -12,16 +12,23 @@ import math
 from collections.abc import Iterator
 
 from tunesmith.core.formatting import format_bytes, format_count
-from tunesmith.core.mesh import BatchAdvice, Mesh, MeshChoice, MeshOption, MeshPlan, MeshStep
+from tunesmith.core.mesh import (
+    SINGLE_GPU,
+    BatchAdvice,
+    Mesh,
+    MeshChoice,
+    MeshOption,
+    MeshPlan,
+    MeshStep,
+)
 from tunesmith.core.types import Machine, Plan
 from tunesmith.plan.hardware_presets import HardwarePreset, describe_target, match_preset
-from tunesmith.plan.memory_gpu import SINGLE_GPU
 from tunesmith.plan.mesh_time import can_divide_documents, estimate_mesh_step
-from tunesmith.plan.rules import RuleContext
+from tunesmith.plan.rules import RuleContext, make_rule_value
 from tunesmith.plan.step_memory import (
     CHECKPOINTING_POLICIES,
-    MEMORY_MARGIN,
     estimate_needed_bytes,
+    has_enough_memory,
 )
 
 # what the code of a run lacks on several GPUs
@@ -52,7 +59,7 @@ def choose_mesh(context: RuleContext, policy: str) -> Mesh:
         for shard in _list_shard_sizes(num_gpus, num_nodes):
             mesh = Mesh(num_gpus, num_nodes, shard, context_size)
             candidate = dataclasses.replace(context, mesh=mesh)
-            if not _find_policy(candidate, policy):
+            if not _set_policy(candidate, policy):
                 continue
             if shard == 1:
                 return mesh
@@ -78,13 +85,15 @@ def _list_context_sizes(context: RuleContext) -> list[int]:
     return [size for size in range(1, common + 1) if common % size == 0]
 
 
-def _find_policy(context: RuleContext, policy: str) -> str:
-    """Set the first policy with which a step fits, and return it; "" if none does."""
+def _set_policy(context: RuleContext, policy: str) -> bool:
+    """Set the first policy with which a step fits; return whether there is one."""
     policies = CHECKPOINTING_POLICIES if policy == "auto" else (policy,)
     for name in policies:
-        if estimate_needed_bytes(context, name) <= context.machine.available_bytes:
-            return name
-    return ""
+        reason = CHECKPOINTING_POLICIES[name]
+        context.settings["gradient_checkpointing"] = make_rule_value(name, reason)
+        if estimate_needed_bytes(context) <= context.machine.available_bytes:
+            return True
+    return False
 
 
 # ---------------------------------------------------------------- what the plan says of it
@@ -136,8 +145,7 @@ def _iter_choices(context: RuleContext, step: MeshStep) -> Iterator[MeshChoice]:
 
 def _explain_shard(context: RuleContext, step: MeshStep) -> str:
     mesh = context.mesh
-    policy = context["gradient_checkpointing"]
-    needed_bytes = estimate_needed_bytes(context, policy)
+    needed_bytes = estimate_needed_bytes(context)
     free_bytes = context.machine.available_bytes
     memory = f"{format_bytes(needed_bytes)} of {format_bytes(free_bytes)}"
     if needed_bytes > free_bytes:
@@ -247,14 +255,13 @@ def make_option(plan: Plan) -> MeshOption:
     """Return the line of a plan for a target in the list of what else there is."""
     mesh_plan = plan.mesh
     assert mesh_plan is not None
-    peak = plan.memory_bytes["peak"]
     return MeshOption(
         target=describe_target(plan.machine),
         method=plan.config.method,
         gradient_checkpointing=plan.config.gradient_checkpointing,
         mesh=mesh_plan.mesh,
-        peak_bytes=peak,
-        has_enough_memory=peak * MEMORY_MARGIN <= plan.machine.available_bytes,
+        peak_bytes=plan.memory_bytes["peak"],
+        has_enough_memory=has_enough_memory(plan),
         tokens_per_second=mesh_plan.step.tokens_per_second,
         missing=mesh_plan.missing,
     )

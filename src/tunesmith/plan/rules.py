@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tunesmith.core.mesh import Mesh
+from tunesmith.core.mesh import SINGLE_GPU, Mesh
 from tunesmith.core.types import DataReport, Machine, ModelSpec, PlanValue
 from tunesmith.plan.memory import compute_frozen_bytes, count_lora_parameters
-from tunesmith.plan.memory_gpu import SINGLE_GPU
 
 # fraction of the tokens from which prefix sharing pays for its segments
 MIN_SAVED_SHARE = {"cpu": 0.05, "cuda": 0.25}

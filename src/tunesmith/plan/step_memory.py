@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.core.types import PlanValue
+from tunesmith.core.types import Plan, PlanValue
 from tunesmith.plan.memory import ALL_LINEAR, CacheSize
 from tunesmith.plan.memory_budget import (
     estimate_cache,
@@ -134,7 +134,8 @@ def decide_checkpointing(context: RuleContext, recipe_value: str) -> PlanValue:
         return make_user_value(recipe_value)
     free = context.machine.available_bytes
     for policy, reason in CHECKPOINTING_POLICIES.items():
-        needed_bytes = estimate_needed_bytes(context, policy)
+        context.settings["gradient_checkpointing"] = make_rule_value(policy, reason)
+        needed_bytes = estimate_needed_bytes(context)
         if needed_bytes <= free or policy == "full":
             memory = f"{needed_bytes / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
             where = " on each GPU" if context.mesh.num_gpus > 1 else ""
@@ -142,11 +143,14 @@ def decide_checkpointing(context: RuleContext, recipe_value: str) -> PlanValue:
     raise AssertionError("the last policy is always taken")
 
 
-def estimate_needed_bytes(context: RuleContext, policy: str) -> float:
-    """Return the bytes that must be free for a step with this policy, which is then set."""
-    reason = CHECKPOINTING_POLICIES[policy]
-    context.settings["gradient_checkpointing"] = make_rule_value(policy, reason)
+def estimate_needed_bytes(context: RuleContext) -> float:
+    """Return the bytes that must be free for a step."""
     return estimate_step_memory(context)["peak"] * MEMORY_MARGIN
+
+
+def has_enough_memory(plan: Plan) -> bool:
+    """Whether the run fits in the free memory of its machine, with a margin."""
+    return plan.memory_bytes["peak"] * MEMORY_MARGIN <= plan.machine.available_bytes
 
 
 def collect_footprint(context: RuleContext) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_model_headers, read_spec
 from tunesmith.model.hub.validate import has_weights
 from tunesmith.model.target_modules import list_linear_paths, select_targets
-from tunesmith.plan.build import build_plan, has_enough_memory
+from tunesmith.plan.build import build_plan
 from tunesmith.plan.gpu_time import estimate_gpu_time
 from tunesmith.plan.hardware_presets import choose_machine, list_machines, match_preset
 from tunesmith.plan.mesh import count_gpus, list_fewer_gpus, make_option
@@ -57,6 +57,7 @@ from tunesmith.plan.mixture import decide_mixture
 from tunesmith.plan.new_tokens import decide_new_tokens
 from tunesmith.plan.rules import Measures, SavedShareFn, assume_no_savings
 from tunesmith.plan.rules_cpt import choose_window
+from tunesmith.plan.step_memory import has_enough_memory
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Recipe, select_sources

@@ -22,9 +22,9 @@ from tunesmith.core.formatting import format_bytes
 from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.types import Plan, PlanValue, RunRecord, __version__
 from tunesmith.model.hub.built_in import find_cache_dir
-from tunesmith.plan.build import has_enough_memory
 from tunesmith.plan.flops import count_computed_tokens
 from tunesmith.plan.memory_budget import apply_memory_factor
+from tunesmith.plan.step_memory import has_enough_memory
 
 HISTORY_FILE = "run_history.json"
 MIN_STEPS = 20  # shorter runs have not seen the largest pack or a steady speed
