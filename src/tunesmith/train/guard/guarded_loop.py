@@ -191,7 +191,6 @@ class GuardedTraining:
         """Rebuild history, guard and evaluations from earlier events.
 
         An evaluation that was interrupted, so that it has no verdict of the guard, is left out."""
-        events = [event for event in events if getattr(event, "kind", "") != SCALE_KIND]
         self.history = events
         self.guard = TrainingGuard.from_plan(self.plan, is_probing=self.is_probing)
         self.eval_points = []
