@@ -26,7 +26,7 @@ QUESTION = "Which city lies on the river, and when was it founded? Answer with n
 
 @dataclass(frozen=True)
 class Chat:
-    """What is asked: a number makes questions differ, `end_ids` are kept out of the answer."""
+    """A question to a model. `number` makes questions differ, `end_ids` stay out of the answer."""
 
     model: str
     num_tokens: int

@@ -113,7 +113,7 @@ def serve(  # noqa: PLR0913 - every option is a flag
 
 
 def _watch_server(url: str, sources: list[str] | None) -> None:
-    """Show a running server until Ctrl-C. A server that goes away is told, and tried again."""
+    """Show a running server until Ctrl-C. If the server goes away, say so and try again."""
     console = TerminalConsole()
     if sources:
         fix = "leave the runs out"

@@ -49,7 +49,7 @@ MERGE_FIX = "export it with --to merged, and serve the merged model"
 
 
 def has_expert_adapters(run: SourceRun) -> bool:
-    """Whether the run trained adapters of routed experts."""
+    """Return whether the run trained adapters of routed experts."""
     return any(isinstance(lora, ExpertLoraTensors) for lora in run.loras.values())
 
 

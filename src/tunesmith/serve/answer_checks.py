@@ -25,7 +25,7 @@ THUMBS_DOWN = "thumbs_down"  # the check of feedback
 
 @dataclass(frozen=True)
 class CheckRules:
-    """What the answers of a route have to meet, whichever model gives them."""
+    """The rules that the answers of a route have to meet, whichever model gives them."""
 
     schema: Json | None = None  # for requests without a grammar
     constraints: tuple[Constraint, ...] = ()

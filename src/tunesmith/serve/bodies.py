@@ -294,7 +294,7 @@ class ModelBody(_Body):
 
 
 class CanaryBody(_Body):
-    """What to do with the canary of a route, whatever was counted."""
+    """An admin's decision on the canary of a route, whatever was counted."""
 
     canary: Literal["start", "roll_back", "promote"]
 

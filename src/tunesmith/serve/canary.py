@@ -61,8 +61,8 @@ class CheckTallies:
 
 @dataclass
 class CanaryState:
-    """What survives a restart. Versions are name, scale and digest: another content of a name is
-    another canary."""
+    """The part of a canary that survives a restart. Versions are name, scale and digest: another
+    content of a name is another canary."""
 
     canary: str
     stable: str
@@ -75,8 +75,8 @@ class CanaryState:
 
 @dataclass(frozen=True)
 class Harm:
-    """How much more often the canary is bad. `low` and `high` are None while nothing is proven: as
-    long as a side has fewer than MIN_SEQUENCE values."""
+    """The canary's rate of bad answers minus the stable one's, in one check. Its bounds are None
+    while nothing is proven: as long as a side has fewer than MIN_SEQUENCE values."""
 
     check: str
     margin: float

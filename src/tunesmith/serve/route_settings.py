@@ -25,8 +25,8 @@ class Settings(BaseModel):
 
 
 class CheckMargins(Settings):
-    """How much more often than the stable model's an answer of the canary may be bad: 0.05 is 5
-    percentage points. A check without a margin is not judged."""
+    """The margins of the checks: 0.05 allows the canary a rate of bad answers that is 5 percentage
+    points above the stable model's. A check without a margin is not judged."""
 
     cut: Margin | None = 0.05  # no end before max_tokens
     looped: Margin | None = 0.05  # most of it is a repetition

@@ -38,7 +38,7 @@ INTERRUPTED = "interrupted"  # the error of a background job that has made room
 
 @dataclass(frozen=True)
 class AnswerUpdate:
-    """What an answer gained in a step. `finish_reason` is end, stop, length or error at its end."""
+    """The gain of an answer in a step. `finish_reason` is end, stop, length or error at its end."""
 
     index: int
     text: str = ""
@@ -73,7 +73,7 @@ class AnswerJob:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step gave, for the event loop."""
+    """The results of one step, for the event loop."""
 
     updates: tuple[tuple[AnswerJob, AnswerUpdate], ...]
     seconds: float
@@ -83,7 +83,7 @@ class StepReport:
 
 @dataclass
 class LoopState:
-    """What the event loop knows of the jobs; it is never behind what it has submitted."""
+    """The jobs as the event loop knows them; it is never behind what it has submitted."""
 
     waiting: dict[AnswerJob, float] = field(default_factory=dict)  # expected tokens
     running: set[AnswerJob] = field(default_factory=set)

@@ -27,7 +27,7 @@ SHADOW_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class ShadowRequest:
-    """What a client has asked and was answered, with the seed of its answer."""
+    """A request that a client has an answer to, with the seed of that answer."""
 
     body: ChatBody | CompletionBody
     key: ApiKey

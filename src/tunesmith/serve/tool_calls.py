@@ -28,7 +28,7 @@ TOOL_CALLS = "tool_calls"
 
 @dataclass(frozen=True)
 class CallUpdate:
-    """What an answer gained: content and complete calls."""
+    """The gain of an answer by a piece of its text: content and complete calls."""
 
     content: str = ""
     calls: tuple[ToolCall, ...] = ()

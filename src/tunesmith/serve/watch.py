@@ -43,7 +43,7 @@ class ModelActivity:
 
 @dataclass(frozen=True)
 class ServerActivity:
-    """What a server does at one moment. `routes` is None where the key may not see them."""
+    """The activity of a server at one moment. `routes` is None where the key may not see them."""
 
     state: str
     running: int

@@ -35,7 +35,7 @@ class ToolCall:
 
 
 class CallForm(Protocol):
-    """How a name and arguments are written."""
+    """The way in which a template writes a name and arguments."""
 
     def read(
         self, text: str, start: int, schemas: Mapping[str, Json]

@@ -5,7 +5,7 @@
 Made-up calls are rendered, and the text around their names and arguments is the syntax: there is no
 table of models. A template is learned only if what it renders is read back as the same calls: with
 nested arguments, without any, with several calls, and beside other content. Left out: reading an
-answer while it grows (serve/tool_calls.py), enforcing a call (serve/tool_grammar.py)."""
+answer while it grows (serve/tool_calls.py), enforcing a call (serve/tool_requests.py)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ReadAnswer:
 
 @dataclass(frozen=True)
 class ToolSyntax:
-    """Where calls are in an answer.
+    """The texts around the calls of an answer.
 
     `opening` is before the first, `separator` between two (None: one call per answer), `closing`
     after the last. `forced_opening` is all that the template writes between a prompt and a call;
@@ -86,7 +86,7 @@ class ToolSyntax:
 
     @property
     def first_word(self) -> str:
-        """What an answer with a call must contain; empty if it starts with the call itself."""
+        """The word that every answer with a call contains; empty if it starts with the call."""
         return (self.opening.split() or [""])[0]
 
     def read(self, text: str, schemas: Mapping[str, Json]) -> ReadAnswer | None:
