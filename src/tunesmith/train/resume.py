@@ -117,10 +117,12 @@ def find_interrupted_run(plan: Plan | StagedPlan, since: float) -> Path | None:
         if not is_run(folder) or (folder / RECORD_FILE).exists():
             continue
         file = folder / (STAGES_FILE if is_staged(folder) else PLAN_FILE)
+        started = file.stat().st_mtime
+        if started < since:  # perhaps of another version, which is not read
+            continue
         content = read_plan_json(file)
         stored = [stage_plan["recipe"] for stage_plan in content.get("plans", [content])]
-        started = file.stat().st_mtime
-        if stored == recipes and started >= since:
+        if stored == recipes:
             matches.append((started, folder))
     return max(matches)[1] if matches else None
 
