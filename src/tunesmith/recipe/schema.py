@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -66,7 +67,29 @@ from tunesmith.recipe.objectives import (
     find_loss_contradictions,
     find_objective_contradictions,
 )
-from tunesmith.recipe.sweep import SweepConfig, ValueRange
+from tunesmith.recipe.sweep import Scalar, SweepConfig, ValueRange
+
+
+def _parse_swept_values(sweep: SweepConfig | None) -> SweepConfig | None:
+    """Return a sweep with its values as their keys read them: "1e-3", a text in YAML, is 0.001."""
+    if sweep is None:
+        return None
+    parsed = {
+        key: values if isinstance(values, ValueRange) else _parse_swept_list(key, values)
+        for key, values in sweep.space.items()
+    }
+    return sweep.model_copy(update=parsed)
+
+
+def _parse_swept_list(key: str, values: Sequence[Scalar]) -> tuple[Scalar, ...]:
+    parsed: list[Scalar] = []
+    for value in values:
+        item = validate_keys({key: value}).get(key)
+        item = item if isinstance(item, Scalar) else value  # lists stay the text that names them
+        if item in parsed:
+            raise ValueError(f"{key}: {item} is repeated")
+        parsed.append(item)
+    return tuple(parsed)
 
 
 class Recipe(BaseModel):
@@ -236,7 +259,7 @@ class Recipe(BaseModel):
     )
     save_steps: Auto | Count = Field(default="auto", description="Steps between checkpoints.")
     eval_steps: Auto | Count = Field(default="auto", description="Steps between evaluations.")
-    sweep: SweepConfig | None = Field(
+    sweep: Annotated[SweepConfig | None, AfterValidator(_parse_swept_values)] = Field(
         default=None, description="Values to try with `tunesmith tune sweep`: {key: [values], ...}."
     )
     seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(reject_bool)] = Field(

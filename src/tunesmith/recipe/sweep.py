@@ -3,7 +3,7 @@
     sweep: {learning_rate: [1e-4, 3e-4, 1e-3], lora_r: [8, 64], seeds: 3}
     sweep: {learning_rate: {min: 1e-5, max: 1e-2, log: true}, search: tpe, trials: 12}
 
-In: a value as YAML holds it. Out: SweepConfig. Left out: whether a value is one of its key
+In: a value as YAML holds it. Out: SweepConfig. Left out: reading each value as one of its key
 (schema.py), and the trials themselves (advise/sweep/)."""
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from tunesmith.core.formatting import suggest_name
 from tunesmith.core.types import Json
@@ -85,7 +92,6 @@ class SweepConfig(BaseModel):
             _check_values(str(key), settings[key])
         if not swept:
             raise ValueError(f"no key varies: list values of one of {', '.join(SWEPT_KEYS)}")
-        _check_seeds(settings.get("seeds"))
         ranges = [key for key in swept if isinstance(settings[key], dict)]
         search = settings.get("search", "grid")
         if search == "grid":
@@ -96,6 +102,15 @@ class SweepConfig(BaseModel):
         elif search in ("random", "tpe") and settings.get("trials") is None:
             raise ValueError(f"search: {search} needs trials, the number to try")
         return values
+
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if isinstance(seeds, tuple):
+            for index, seed in enumerate(seeds):
+                if seed in seeds[:index]:
+                    raise ValueError(f"{seed} is repeated: its trial would be the same again")
+        return seeds
 
     @property
     def space(self) -> dict[str, SweptValues]:
@@ -120,16 +135,14 @@ def _check_key(key: str) -> None:
 
 
 def _check_values(key: str, values: Any) -> None:
-    """Raise ValueError for a list that is empty or has a value twice, and for an empty range."""
+    """Raise ValueError for a list or a range that is empty."""
     if isinstance(values, (list, tuple)):
         items = cast("Sequence[Any]", values)
         if not items:
             raise ValueError(f"{key}: an empty list has no value to try")
-        for index, item in enumerate(items):
+        for item in items:
             if not isinstance(item, (bool, int, float, str)):
                 raise ValueError(f"{key}: expected single values, found {item!r:.60}")
-            if item in items[:index]:
-                raise ValueError(f"{key}: {item} is repeated")
     elif isinstance(values, dict):
         _check_range(key, cast("Json", values))
     else:
@@ -143,22 +156,18 @@ def _check_range(key: str, values: Json) -> None:
         raise ValueError(f"{key}: unknown key '{unknown[0]}'; a range is {{min, max, log}}")
     low, high = (_check_bound(key, name, values.get(name)) for name in ("min", "max"))
     if low >= high:
-        raise ValueError(f"{key}: an empty range, min {low} is not below max {high}")
+        raise ValueError(f"{key}: an empty range, min {low:g} is not below max {high:g}")
     if values.get("log") and low <= 0:
-        raise ValueError(f"{key}: a logarithmic range starts above 0, not at {low}")
+        raise ValueError(f"{key}: a logarithmic range starts above 0, not at {low:g}")
 
 
 def _check_bound(key: str, name: str, bound: Any) -> float:
-    if not isinstance(bound, (int, float)) or isinstance(bound, bool) or not math.isfinite(bound):
+    try:
+        number = math.nan if isinstance(bound, bool) else float(bound)  # YAML reads 1e-5 as text
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
         raise ValueError(f"{key}: {name} is not a number")
-    if key in INTEGER_KEYS and bound != int(bound):
+    if key in INTEGER_KEYS and number != int(number):
         raise ValueError(f"{key}: {name} is not a whole number")
-    return bound
-
-
-def _check_seeds(seeds: Any) -> None:
-    if isinstance(seeds, (list, tuple)):
-        items = cast("Sequence[Any]", seeds)
-        for index, seed in enumerate(items):
-            if seed in items[:index]:
-                raise ValueError(f"seeds: {seed} is repeated: its trial would be the same again")
+    return number

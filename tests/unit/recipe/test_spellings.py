@@ -86,7 +86,10 @@ SPELLINGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "save_steps": ([5, "5"], {}),
     "eval_steps": ([5, "5"], {}),
     "sweep": (
-        [{"lora_r": [4, 8], "seeds": 2}, {"lora_r": [4, 8], "seeds": "2"}],
+        [
+            {"lora_r": [4, 8], "learning_rate": [0.001], "seeds": 2},
+            {"lora_r": ["4", "8"], "learning_rate": ["1e-3"], "seeds": "2"},
+        ],
         {"eval_data": "b.jsonl", "test_data": "c.jsonl"},
     ),
     "seed": ([3, "3"], {}),
