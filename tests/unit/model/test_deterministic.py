@@ -1,11 +1,13 @@
 """The deterministic mode: sums that have one value in any order, and models that run in it."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import tunesmith.model.kernels
 from tiny_models import (
@@ -22,35 +24,52 @@ from tunesmith.session.session import set_deterministic
 KERNELS = Path(tunesmith.model.kernels.__path__[0])
 
 
-@pytest.fixture
+@contextmanager
 def deterministic() -> Iterator[None]:
     set_deterministic(True)
-    yield
-    set_deterministic(False)
+    try:
+        yield
+    finally:
+        set_deterministic(False)
 
 
-@pytest.mark.usefixtures("deterministic")
+def sum_up(x: Tensor) -> Tensor:
+    with deterministic():
+        return ops.cumsum(x)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 2.0**24])  # gradients, and such with a loss scale
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sums_are_those_of_integers(dtype: torch.dtype) -> None:
+def test_sums_are_those_of_integers(dtype: torch.dtype, size: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 500, generator=generator, dtype=dtype)
+    x = size * torch.randn(3, 500, generator=generator, dtype=dtype)
     expected = np.cumsum(x.numpy().astype(np.longdouble), axis=-1).astype(np.float64)
-    assert ops.cumsum(x).dtype == dtype
-    np.testing.assert_allclose(ops.cumsum(x).numpy(), expected, atol=1e-9, rtol=1e-7)
+    assert sum_up(x).dtype == dtype
+    np.testing.assert_allclose(sum_up(x).numpy(), expected, atol=1e-12 * size, rtol=1e-7)
     # the last sum of any order of the values, to the bit
     order = torch.randperm(500, generator=generator)
-    assert torch.equal(ops.cumsum(x)[:, -1], ops.cumsum(x[:, order])[:, -1])
+    assert torch.equal(sum_up(x)[:, -1], sum_up(x[:, order])[:, -1])
+
+
+def test_sums_of_the_largest_and_smallest_values() -> None:
+    x = torch.tensor([[3e38] * 3, [1e-45] * 3, [0.0] * 3], dtype=torch.float32)
+    expected = torch.stack([x[:, 0], 2 * x[:, 0], 3 * x[:, 0]], dim=1)
+    assert torch.equal(sum_up(x), expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_value_that_is_not_finite_is_not_lost(value: float) -> None:
+    sums = sum_up(torch.tensor([[1.0, value, 1.0], [1.0, 1.0, 1.0]]))
+    assert sums[0].isnan().all()
+    assert sums[1].tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_5", "granitemoehybrid"])
 def test_gradients_are_those_of_the_other_mode(family: str) -> None:
     documents = make_tiny_documents((9, 70, 5))
     _, expected = compute_step_gradients(make_tiny_model(family, torch.float64), documents, 90)
-    set_deterministic(True)
-    try:
+    with deterministic():
         _, actual = compute_step_gradients(make_tiny_model(family, torch.float64), documents, 90)
-    finally:
-        set_deterministic(False)
     assert compute_max_difference(actual, expected) < 1e-8
 
 
@@ -61,11 +80,8 @@ def answer() -> list[object]:
 
 def test_sampled_answers_are_those_of_the_other_mode() -> None:
     expected = answer()
-    set_deterministic(True)
-    try:
+    with deterministic():
         assert answer() == expected
-    finally:
-        set_deterministic(False)
 
 
 def test_triton_kernels_add_in_one_order() -> None:

@@ -80,18 +80,24 @@ def _load_triton() -> ModuleType | None:
 
 # ---------------------------------------------------------------- sums up to each position
 
-FIXED_POINT = 2.0**40  # sums of less than 2^23 in steps of 2^-40, which fp32 rounds anyway
+SMALLEST = 1e-200  # of the largest value of a row: its scale stays finite in fp64
 
 
 def cumsum(x: Tensor) -> Tensor:
-    """Return the sums of finite x up to each position of the last dimension. Not differentiable.
+    """Return the sums of x up to each position of the last dimension. Not differentiable.
 
     A GPU adds them in any order, and torch refuses that if its algorithms must be deterministic.
-    Sums of integers have one value in any order."""
+    Sums of integers have one value in any order: each row is scaled so that its sums just fit in 63
+    bits. A row with a value that is not finite has sums that are NaN."""
     if not torch.are_deterministic_algorithms_enabled():
         return x.cumsum(-1)
-    integers = (x.double() * FIXED_POINT).round().long()
-    return (integers.cumsum(-1).double() / FIXED_POINT).to(x.dtype)
+    largest = x.abs().amax(-1, keepdim=True).double()
+    num_bits = 62 - x.shape[-1].bit_length()  # of a value, so that all together have 62
+    exponent = torch.frexp(largest.clamp(min=SMALLEST)).exponent
+    scale = torch.exp2(num_bits - exponent.double())
+    integers = (x.double() * scale).round().long()
+    sums = integers.cumsum(-1).double() / scale
+    return (sums + 0 * largest).to(x.dtype)
 
 
 # ---------------------------------------------------------------- RMSNorm
