@@ -72,7 +72,7 @@ async def put_model(request: Request) -> JSONResponse:
     name = _get_name(request)
     body = read_body(request.scope[BODY_FIELD], ModelBody)
     server = get_server(request)
-    if name in [route.name for route in server.routes.table]:
+    if server.routes.table.get(name) is not None:
         message = f"{name} is the name of a route"
         raise RequestError(HTTPStatus.CONFLICT, message, code="name_taken", param="model")
     registry = server.engine.registry
@@ -129,10 +129,10 @@ async def delete_model(request: Request) -> Response:
 def find_route(request: Request) -> Route:
     """Return the route in the path. Raises RequestError 404."""
     name = request.path_params["route"]
-    for route in get_server(request).routes.table:
-        if route.name == name:
-            return route
-    raise RequestError(404, f"there is no route {name!r:.100}", code="route_not_found")
+    route = get_server(request).routes.table.get(name)
+    if route is None:
+        raise RequestError(404, f"there is no route {name!r:.100}", code="route_not_found")
+    return route
 
 
 async def list_routes(request: Request) -> JSONResponse:

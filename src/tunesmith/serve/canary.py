@@ -139,16 +139,12 @@ class Canary:
             return
         self.state.num_answers += is_canary
         for check, is_bad in checks.items():
-            tallies = self._get_tallies(check)
-            tally = tallies.canary if is_canary else tallies.stable
-            tally.add(int(is_bad))
+            self._count(check, is_bad, is_canary=is_canary)
 
     def add_verdict(self, check: str, is_bad: bool, *, is_canary: bool, user: str = "") -> None:
         """Count feedback on an answer, as `add_answer` counts answers."""
-        if not self._note_user(check, user):
-            return
-        tallies = self._get_tallies(check)
-        (tallies.canary if is_canary else tallies.stable).add(int(is_bad))
+        if self._note_user(check, user):
+            self._count(check, is_bad, is_canary=is_canary)
 
     def add_pair(self, canary: Mapping[str, bool], stable: Mapping[str, bool]) -> None:
         """Count two answers to one request; the canary's was seen by nobody."""
@@ -219,6 +215,11 @@ class Canary:
             return False
         self._users.add(entry)
         return True
+
+    def _count(self, check: str, is_bad: bool, *, is_canary: bool) -> None:
+        tallies = self._get_tallies(check)
+        tally = tallies.canary if is_canary else tallies.stable
+        tally.add(int(is_bad))
 
     def _get_tallies(self, check: str) -> CheckTallies:
         return self.state.tallies.setdefault(check, CheckTallies())

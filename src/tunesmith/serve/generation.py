@@ -75,21 +75,17 @@ class Generation:
         self._engine = engine
         self.model = model
         self._lease = lease
-        self._jobs = jobs
+        self.jobs = jobs
         self._format = answer_format
         self._record = record
         prompts = {id(job.request.tokens): job.prompt_tokens for job in jobs}  # shared by choices
         self._num_prompt_tokens = sum(prompts.values())
         self.failure = ""  # the code of the error that ended it
 
-    @property
-    def jobs(self) -> Sequence[AnswerJob]:
-        return self._jobs
-
     def submit(self) -> None:
         """Queue the jobs. Raises RequestError if the queue is full, and releases the lease."""
         try:
-            self._engine.scheduler.submit(self._jobs)
+            self._engine.scheduler.submit(self.jobs)
         except RequestError:
             self._lease.release()
             raise
@@ -133,9 +129,9 @@ class Generation:
     async def _iter_updates(self) -> AsyncGenerator[AnswerUpdate]:
         """Yield updates until all answers are complete. Raises RequestError for an answer that
         failed, and 504 after the time of a request."""
-        outbox = self._jobs[0].outbox
+        outbox = self.jobs[0].outbox
         deadline = time.monotonic() + self._engine.request_seconds
-        num_unfinished = len(self._jobs)
+        num_unfinished = len(self.jobs)
         while num_unfinished:
             try:
                 update = await asyncio.wait_for(outbox.get(), deadline - time.monotonic())
@@ -162,7 +158,7 @@ class Generation:
     def _end(self) -> None:
         """Cancel what still runs, give the adapter back, and note what was done."""
         unfinished = 0
-        for job, answer in zip(self._jobs, self.answers, strict=True):
+        for job, answer in zip(self.jobs, self.answers, strict=True):
             if not answer.finish_reason:
                 self._engine.scheduler.cancel(job)
                 unfinished += 1
@@ -173,7 +169,7 @@ class Generation:
         record.cached_tokens = self.answers[0].cached_tokens
         record.answer_tokens = sum(len(answer.tokens) for answer in self.answers)
         record.finish_reasons = tuple(answer.finish_reason for answer in self.answers)
-        if self._jobs[0].grammar is not None:  # a limit or a stop string cuts valid JSON
+        if self.jobs[0].grammar is not None:  # a limit or a stop string cuts valid JSON
             record.is_schema_valid = set(record.finish_reasons) == {"end"}
         self._count()
 

@@ -170,9 +170,10 @@ async def acquire(server: Server, chosen: ChosenModel) -> Lease:
     try:
         return await server.engine.registry.acquire(chosen.model)
     except RequestError as error:
-        is_canary = chosen.route is not None and chosen.model.name != chosen.route.stable
-        if is_canary and chosen.route is not None and error.code == "model_not_loaded":
-            server.routes.roll_back(chosen.route, error.message)
+        route = chosen.route
+        is_lost = error.code == "model_not_loaded"
+        if is_lost and route is not None and chosen.model.name != route.stable:
+            server.routes.roll_back(route, error.message)
         raise
 
 

@@ -136,7 +136,7 @@ class RouteJudge:
 
     def note_feedback(self, chat: KeptChat, verdict: str) -> None:
         """Count a verdict on an answer of a route."""
-        route = next((route for route in self.table if route.name == chat.route), None)
+        route = self.table.get(chat.route)
         if route is None or verdict == "unsure":
             return
         is_bad = verdict == "bad"

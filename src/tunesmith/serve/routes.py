@@ -99,9 +99,12 @@ class RouteTable:
     def __iter__(self) -> Iterator[Route]:
         return iter(self._routes.values())
 
+    def get(self, name: str) -> Route | None:
+        return self._routes.get(name)
+
     def find(self, name: str, key: ApiKey) -> Route | None:
         """Return a route that the key may use; it needs no right to use the arms by name."""
-        return self._routes.get(name) if key.can_use_model(name) else None
+        return self.get(name) if key.can_use_model(name) else None
 
     def list_users(self, model: str) -> list[str]:
         """Return the names of the routes that use a model."""

@@ -320,26 +320,25 @@ class Scheduler:
         while len(self._queue) and len(self._rows) < self._slots:
             job = self._queue.pop()
             self._queue.charge(job.client, prompt_tokens=job.prompt_tokens)
-            try:
-                job.row = self._batch.submit(job.request, job.grammar)
-            except InputError as error:
+            if not self._start_row(job):
                 self._queue.end(job.client)
-                self._fail(job, error.message, "invalid_request")
-                continue
-            self._rows[job.row] = job
         if all(job.is_background for job in self._rows.values()):
             self._admit_background()
 
     def _admit_background(self) -> None:
         """Let background jobs start. No client waits: a free slot would be a client's."""
         while self._background and len(self._rows) < min(BACKGROUND_ROWS, self._slots):
-            job = self._background.popleft()
-            try:
-                job.row = self._batch.submit(job.request, job.grammar)
-            except InputError as error:
-                self._fail(job, error.message, "invalid_request")
-                continue
-            self._rows[job.row] = job
+            self._start_row(self._background.popleft())
+
+    def _start_row(self, job: AnswerJob) -> bool:
+        """Put a job into the batch; return whether the batch takes it."""
+        try:
+            job.row = self._batch.submit(job.request, job.grammar)
+        except InputError as error:
+            self._fail(job, error.message, "invalid_request")
+            return False
+        self._rows[job.row] = job
+        return True
 
     def _step(self) -> None:
         started = time.perf_counter()

@@ -28,7 +28,7 @@ TOOL_CALLS = "tool_calls"
 
 @dataclass(frozen=True)
 class CallUpdate:
-    """The gain of an answer by a piece of its text: content and complete calls."""
+    """The content and the complete calls that a piece of text adds to an answer."""
 
     content: str = ""
     calls: tuple[ToolCall, ...] = ()
