@@ -21,6 +21,7 @@ from tunesmith.core.errors import MachineError
 from tunesmith.core.ranks import Ranks
 
 BUCKET_NUMEL = 2**28  # fp32 numbers of one message
+CHECKSUM_NUMEL = 2**24  # of one sum, which takes 16 bytes for each
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,12 @@ def check_replicas(parameters: Mapping[str, nn.Parameter], ranks: Ranks) -> None
 
 @torch.no_grad()
 def hash_weights(parameters: Mapping[str, nn.Parameter]) -> str:
-    """Return a digest of all bits: the sum of each tensor's bits as integers, which a GPU computes
-    in passing, hashed."""
+    """Return a digest of all bits: sums of them as integers, times their positions, hashed."""
     digest = hashlib.sha256()
     for name, parameter in parameters.items():
+        digest.update(name.encode())
         bits = parameter.detach().contiguous().view(torch.int32).flatten()
-        position = torch.arange(1, len(bits) + 1, device=bits.device)
-        checksum = int((bits * position).sum())
-        digest.update(f"{name} {checksum}\n".encode())
+        for part in bits.split(CHECKSUM_NUMEL):
+            position = torch.arange(1, len(part) + 1, device=part.device)
+            digest.update(f" {int((part * position).sum())}".encode())
     return digest.hexdigest()
