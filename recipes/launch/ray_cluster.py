@@ -30,15 +30,15 @@ def main() -> None:
     ray.init()
     group = placement_group([{"GPU": GPUS, "CPU": GPUS}] * NODES, strategy="STRICT_SPREAD")
     ray.get(group.ready())
-    places = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(NODES)]
+    bundles = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(NODES)]
     get_address = ray.remote(num_cpus=0)(ray.util.get_node_ip_address)
-    address = ray.get(get_address.options(scheduling_strategy=places[0]).remote())
+    address = ray.get(get_address.options(scheduling_strategy=bundles[0]).remote())
     launch = ray.remote(num_gpus=GPUS, num_cpus=GPUS, max_retries=0)(subprocess.run)
     tasks = [
-        launch.options(scheduling_strategy=place).remote(
+        launch.options(scheduling_strategy=bundle).remote(
             build_command(rank, address, recipe), check=True
         )
-        for rank, place in enumerate(places)
+        for rank, bundle in enumerate(bundles)
     ]
     ray.get(tasks)
 
