@@ -16,6 +16,7 @@ import typer
 
 from tunesmith.cli.output import write_stderr
 from tunesmith.core.errors import InputError, TunesmithError
+from tunesmith.core.formatting import format_count
 from tunesmith.core.hardware import measure_machine
 from tunesmith.core.ranks import WORLD_VARIABLE, Ranks, is_distributed, run_torchrun
 
@@ -60,8 +61,8 @@ def _check_devices(num_processes: int) -> None:
         raise InputError(message, where="--gpus", fix=f"use --gpus {cores}, or leave it out")
     threads = cores // num_processes
     os.environ.setdefault(THREADS_VARIABLE, str(threads))
-    unit = "core" if threads == 1 else "cores"
-    write_stderr(f"note: no GPU here: {num_processes} processes of {threads} {unit} each\n")
+    share = format_count(threads, "core")
+    write_stderr(f"note: no GPU here: {num_processes} processes of {share} each\n")
 
 
 def follow_main_rank(ranks: Ranks) -> int:

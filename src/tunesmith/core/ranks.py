@@ -286,7 +286,8 @@ def is_distributed() -> bool:
 def _read_number(name: str) -> int:
     text = os.environ[name]
     if not text.isdecimal():
-        raise InputError(f"{name} is {text!r:.40}, not a number", where="environment")
+        message = f"{name} is {text!r:.40}, not a number"
+        raise InputError(message, where="environment", fix=LAUNCH_FIX)
     return int(text)
 
 

@@ -71,6 +71,8 @@ class LevelEffect:
 
 @dataclass(frozen=True)
 class SweepRecord:
+    """What a sweep has done and found, from the recipe's wishes to the test of the winner."""
+
     version: str
     format: int
     model: str
@@ -111,7 +113,8 @@ class SweepRecord:
 
 
 def read_sweep(folder: Path) -> SweepRecord:
-    """Raise InputError for a folder that is no sweep, or one of another version."""
+    """Read the record of a finished sweep. Raises InputError for a folder that is no sweep, or one
+    of another version."""
     file = folder / SWEEP_FILE
     if not file.is_file():
         message = f"not the folder of a sweep: there is no {SWEEP_FILE}"

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_torchruns_variables_say_who_a_process_is(environment: pytest.MonkeyPatc
         ("MASTER_PORT", "", "WORLD_SIZE is 2, and MASTER_PORT is not set"),
         ("RANK", None, "RANK is not set"),
         ("RANK", "2", "RANK is 2, and WORLD_SIZE is 2"),
-        ("WORLD_SIZE", "two", "WORLD_SIZE is 'two', not a number"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE is 'two', not a number\n  fix: start the ranks with"),
     ],
 )
 def test_an_environment_that_torchrun_did_not_make_is_refused(
@@ -71,4 +72,12 @@ def test_an_environment_that_torchrun_did_not_make_is_refused(
 
 
 def test_a_command_is_sent_by_rank_0_only() -> None:
-    Ranks(rank=1, world=2).send("step")  # would fail: it is not connected
+    sent: list[Any] = []
+
+    class RecordingRanks(Ranks):
+        def _send_json(self, value: Any) -> None:
+            sent.append(value)
+
+    for rank in (1, 0):
+        RecordingRanks(rank, world=2).send("step", step=3)
+    assert sent == [{"do": "step", "step": 3}]
