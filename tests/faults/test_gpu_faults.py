@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from failing_backward import fail_in_backward
 from plan_configs import make_config
 from tiny_models import make_tiny_documents, make_tiny_model
 from tiny_runs import make_tiny_recipe, read_adapter_bytes, train
@@ -109,18 +110,6 @@ def fail(*_arguments: Any, **_settings: Any) -> Any:
     raise torch.AcceleratorError(LAUNCH_FAILED)
 
 
-class _FailingBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        del ctx
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        del ctx, gradients
-        return fail()
-
-
 def break_forward(training: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training.model, "compute_hidden", fail)
 
@@ -130,7 +119,9 @@ def break_backward(training: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         training.model,
         "compute_hidden",
-        lambda batch: _FailingBackward.apply(compute_hidden(batch)),
+        lambda batch: fail_in_backward(
+            compute_hidden(batch), torch.AcceleratorError(LAUNCH_FAILED)
+        ),
     )
 
 

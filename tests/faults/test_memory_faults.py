@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from failing_backward import fail_in_backward
 from plan_configs import make_config
 from tiny_models import (
     compute_max_difference,
@@ -94,18 +94,6 @@ def test_fault_28_a_step_that_does_not_fit_is_the_same_step_in_smaller_packs() -
     assert compute_max_difference(actual, expected) < 1e-4
 
 
-class _NoRoomInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        del ctx
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        del ctx, gradients
-        raise torch.OutOfMemoryError(SAID)
-
-
 def test_fault_28_gradients_of_a_backward_that_does_not_fit_are_dropped() -> None:
     """Those of the packs before it must not be added twice."""
     model = make_tiny_model()
@@ -113,7 +101,9 @@ def test_fault_28_gradients_of_a_backward_that_does_not_fit_are_dropped() -> Non
 
     def refusing(batch: Batch) -> Tensor:
         out = hidden(batch)
-        return _NoRoomInBackward.apply(out) if batch.layout.num_tokens > 35 else out
+        if batch.layout.num_tokens <= 35:
+            return out
+        return fail_in_backward(out, torch.OutOfMemoryError(SAID))
 
     model.compute_hidden = refusing  # type: ignore[method-assign]
     (free, expected), (narrow, actual) = (trained(m) for m in (make_tiny_model(), model))
