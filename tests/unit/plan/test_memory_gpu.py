@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from layer_shapes import describe_layers
+from llama_sizes import LLAMA_8B, LLAMA_70B, LLAMA_405B
 from tunesmith.core.mesh import Mesh
 from tunesmith.core.types import ModelSpec
 from tunesmith.plan.memory import CacheSize, compute_cache_bytes, estimate_peak_memory
@@ -19,17 +20,6 @@ from tunesmith.plan.memory_gpu import (
 from tunesmith.plan.rules import RuleContext
 
 GIB = 2**30
-LLAMA_8B = {
-    "num_layers": 32,
-    "hidden_size": 4096,
-    "num_heads": 32,
-    "num_kv_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 14336,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-    "parameters": 8_030_261_248,
-}
 LLAMA_3B = LLAMA_8B | {
     "num_layers": 28,
     "hidden_size": 3072,
@@ -88,21 +78,6 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], GpuSoftware, str, int, str, floa
         "none",
         5048e6 / GIB,
     ),
-}
-
-LLAMA_70B = LLAMA_8B | {
-    "num_layers": 80,
-    "hidden_size": 8192,
-    "num_heads": 64,
-    "intermediate_size": 28672,
-    "parameters": 70_553_706_496,
-}
-LLAMA_405B = LLAMA_8B | {
-    "num_layers": 126,
-    "hidden_size": 16384,
-    "num_heads": 128,
-    "intermediate_size": 53248,
-    "parameters": 405_853_388_800,
 }
 
 # Peaks of one of several GPUs, on which other trainers shard all they have (FSDP2). NCCL's memory

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from layer_shapes import describe_layers
+from llama_sizes import LLAMA_8B, LLAMA_70B, LLAMA_405B
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.json_io import parse_as, to_jsonable
 from tunesmith.core.mesh import Mesh
@@ -21,32 +22,6 @@ from tunesmith.plan.method_comparison import estimate_method
 from tunesmith.plan.rules import Measures, RuleContext
 from tunesmith.recipe.schema import Recipe
 
-LLAMA_8B = {
-    "num_layers": 32,
-    "hidden_size": 4096,
-    "num_heads": 32,
-    "num_kv_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 14336,
-    "vocab_size": 128256,
-    "context_length": 131072,
-    "tie_word_embeddings": False,
-    "parameters": 8_030_261_248,
-}
-LLAMA_70B = LLAMA_8B | {
-    "num_layers": 80,
-    "hidden_size": 8192,
-    "num_heads": 64,
-    "intermediate_size": 28672,
-    "parameters": 70_553_706_496,
-}
-LLAMA_405B = LLAMA_8B | {
-    "num_layers": 126,
-    "hidden_size": 16384,
-    "num_heads": 128,
-    "intermediate_size": 53248,
-    "parameters": 405_853_388_800,
-}
 Planner = Callable[..., Plan]
 
 
@@ -181,9 +156,6 @@ def test_a_long_document_is_divided_over_the_gpus_that_share_its_heads(plan: Pla
     assert get_mesh(stuck).context == 1, "a KV head is not divided"
 
 
-# ---------------------------------------------------------------- time
-
-
 def test_full_fine_tuning_holds_a_shard_of_everything(plan: Planner) -> None:
     made = plan(LLAMA_8B, "8xa100-80gb", method="full", optim="adamw")
     mesh = get_mesh(made)
@@ -191,6 +163,9 @@ def test_full_fine_tuning_holds_a_shard_of_everything(plan: Planner) -> None:
     parts = made.memory_bytes
     assert parts["weights"] == 0, "16-bit copies exist where they are gathered"
     assert parts["trained"] == pytest.approx(16 * made.model.parameters / mesh.shard, rel=1e-6)
+
+
+# ---------------------------------------------------------------- time
 
 
 def test_gathering_hides_behind_computing_and_the_rest_adds_up(plan: Planner) -> None:
