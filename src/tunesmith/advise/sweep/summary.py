@@ -1,13 +1,14 @@
 """From finished trials to a SweepRecord: the winner, what differs from it, and what mattered.
 
-The winner is the configuration with the best mean on eval_data, of those with the most seeds. The
-others are compared with it item by item, over the seeds that both have, and corrected together
-(Holm). Its own value on eval_data is the best of several, so it is no result: test_data is
+The winner is the configuration with the best mean on eval_data over the seeds that all have run
+with. The others are compared with it item by item, over the seeds that both have, and corrected
+together (Holm). Its own value on eval_data is the best of several, so it is no result: test_data is
 (winner.py). Left out: running trials.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from tunesmith.core.sweep_record import (
 from tunesmith.core.types import Comparison, Json
 from tunesmith.evaluate.results import MetricValues, compare_measurements, compute_score
 from tunesmith.evaluate.statistics import (
+    MIN_ITEMS,
     NO_DIFFERENCE,
     TOO_FEW_ITEMS,
     adjust_p_values,
@@ -118,6 +120,14 @@ class MeasuredTrials:
             if trial.configuration == configuration and trial.number in self.values
         }
 
+    def list_run_seeds(self, configuration: int) -> set[int]:
+        """Return the seeds whose trial has ended, in failure too."""
+        return {
+            trial.seed
+            for trial in self.trials
+            if trial.configuration == configuration and trial.state != "unfinished"
+        }
+
     def average(self, numbers: Sequence[int]) -> MetricValues:
         return average_measurements([self.values[number] for number in numbers])
 
@@ -143,7 +153,7 @@ def build_configurations(measured: MeasuredTrials) -> tuple[list[ConfigurationRe
                 seed_values=tuple(by_seed),
             )
         records[number] = record
-    winner = choose_winner(measured, list(records.values()))
+    winner = choose_winner(measured)
     if winner is None:
         return list(records.values()), None
     others = [r for r in records.values() if r.trials and r.number != winner]
@@ -154,20 +164,32 @@ def build_configurations(measured: MeasuredTrials) -> tuple[list[ConfigurationRe
         others, comparisons, adjusted, verdicts, strict=True
     ):
         records[record.number] = replace(
-            record, comparison=comparison, p_value=p_value, verdict=verdict
+            record,
+            comparison=comparison,
+            p_value=None if verdict == TOO_FEW_ITEMS else p_value,
+            verdict=verdict,
         )
     return list(records.values()), winner
 
 
-def choose_winner(measured: MeasuredTrials, records: Sequence[ConfigurationRecord]) -> int | None:
-    """Return the configuration with the best mean, of those with the most seeds; None of none."""
-    candidates = [record for record in records if record.value is not None]
+def choose_winner(measured: MeasuredTrials) -> int | None:
+    """Return the configuration with the best mean over the seeds that all have run with.
+
+    Those for which such a seed failed come after the others. None if no trial is complete."""
+    candidates = sorted({measured.trials[number].configuration for number in measured.values})
     if not candidates:
         return None
-    most = max(len(record.trials) for record in candidates)
-    candidates = [record for record in candidates if len(record.trials) == most]
-    sign = -1 if next(iter(measured.values.values())).higher_is_better else 1
-    return min(candidates, key=lambda record: (sign * (record.value or 0.0), record.number)).number
+    run_seeds = [measured.list_run_seeds(candidate) for candidate in candidates]
+    shared = set.intersection(*run_seeds)
+    is_better_higher = next(iter(measured.values.values())).higher_is_better
+
+    def get_rank(candidate: int) -> tuple[int, float]:
+        seeds = measured.list_seeds(candidate)
+        complete = [number for seed, number in seeds.items() if seed in shared]
+        value = compute_score(measured.average(complete)).value
+        return -len(complete), -value if is_better_higher else value
+
+    return min(candidates, key=get_rank)
 
 
 def choose_trial(measured: MeasuredTrials, configuration: int) -> int:
@@ -179,13 +201,7 @@ def choose_trial(measured: MeasuredTrials, configuration: int) -> int:
 
 def compare_configurations(measured: MeasuredTrials, first: int, second: int) -> Comparison:
     """Return `second` minus `first`, paired by item, over the seeds that both have."""
-    first_seeds = measured.list_seeds(first)
-    second_seeds = measured.list_seeds(second)
-    shared = [seed for seed in first_seeds if seed in second_seeds]
-    return compare_measurements(
-        measured.average([first_seeds[seed] for seed in shared]),
-        measured.average([second_seeds[seed] for seed in shared]),
-    )
+    return _compare_pairs(measured, _pair_seeds(measured, first, second))
 
 
 # ---------------------------------------------------------------- what mattered
@@ -194,27 +210,37 @@ def compare_configurations(measured: MeasuredTrials, first: int, second: int) ->
 def list_effects(
     sweep: SweepConfig, measured: MeasuredTrials, winner: int
 ) -> Iterator[LevelEffect]:
-    """Yield the effect of each value of each key against the winner's value of that key."""
+    """Yield the effect of each listed value against the winner's value of its key, corrected
+    together (Holm), then the correlation of each range."""
     settings = {
         trial.configuration: trial.settings
         for trial in measured.trials
         if trial.number in measured.values
     }
+    levels: list[tuple[str, Any, int]] = []  # key, value, pairs
+    comparisons: list[Comparison] = []
+    for key, values in sweep.space.items():
+        for level in () if isinstance(values, ValueRange) else values:
+            if pairs := _list_pairs(key, level, settings[winner][key], settings, measured):
+                levels.append((key, level, len(pairs)))
+                comparisons.append(_compare_pairs(measured, pairs))
+    verdicts = judge_comparisons(comparisons)
+    for (key, level, count), change, verdict in zip(levels, comparisons, verdicts, strict=True):
+        best = format_value(settings[winner][key])
+        interval = (change.difference, change.low, change.high)
+        yield LevelEffect(key, format_value(level), best, count, *interval, verdict)
     for key, values in sweep.space.items():
         if isinstance(values, ValueRange):
             yield _compute_correlation(key, measured)
-            continue
-        best = settings[winner][key]
-        for level in values:
-            if level != best and (effect := _compare_levels(key, level, best, settings, measured)):
-                yield effect
 
 
-def _compare_levels(
+def _list_pairs(
     key: str, level: Any, best: Any, settings: Mapping[int, Json], measured: MeasuredTrials
-) -> LevelEffect | None:
-    """Compare two values of a key over the configurations that differ in it alone; None of none."""
+) -> list[tuple[int, int]]:
+    """Return the pairs of trials that differ in the key alone: the best value, and this one."""
     pairs: list[tuple[int, int]] = []
+    if level == best:
+        return pairs
     for first, first_settings in settings.items():
         for second, second_settings in settings.items():
             is_pair = first_settings[key] == best and second_settings == {
@@ -223,21 +249,13 @@ def _compare_levels(
             }
             if is_pair:
                 pairs += _pair_seeds(measured, first, second)
-    if not pairs:
-        return None
-    comparison = compare_measurements(
+    return pairs
+
+
+def _compare_pairs(measured: MeasuredTrials, pairs: Sequence[tuple[int, int]]) -> Comparison:
+    return compare_measurements(
         measured.average([first for first, _ in pairs]),
         measured.average([second for _, second in pairs]),
-    )
-    return LevelEffect(
-        key,
-        format_value(level),
-        format_value(best),
-        len(pairs),
-        comparison.difference,
-        comparison.low,
-        comparison.high,
-        judge_comparisons([comparison])[0],
     )
 
 
@@ -249,18 +267,21 @@ def _pair_seeds(measured: MeasuredTrials, first: int, second: int) -> list[tuple
 
 def _compute_correlation(key: str, measured: MeasuredTrials) -> LevelEffect:
     """Return the rank correlation (Spearman) of a key's value with the metric over the trials, and
-    its percentile bootstrap interval."""
+    its percentile bootstrap interval; 0 in [-1, 1] where the metric is the same in all trials."""
     complete = [trial for trial in measured.trials if trial.value is not None]
     pairs_N2 = np.array([[trial.settings[key], trial.value] for trial in complete], dtype=float)
     count = len(complete)
     if count < MIN_CORRELATED_TRIALS:
         return LevelEffect(key, "", "", count, 0.0, -1.0, 1.0, TOO_FEW_ITEMS)
+    correlation = _compute_spearman(pairs_N2)
+    if math.isnan(correlation):
+        return LevelEffect(key, "", "", count, 0.0, -1.0, 1.0, NO_DIFFERENCE)
     rng = np.random.default_rng(0)
     draws_RN = rng.integers(count, size=(RESAMPLES, count))
     resampled = [_compute_spearman(pairs_N2[rows]) for rows in draws_RN]
     low, high = (float(bound) for bound in np.nanquantile(resampled, [0.025, 0.975]))
     verdict = NO_DIFFERENCE if low <= 0 <= high else "correlated"
-    return LevelEffect(key, "", "", count, _compute_spearman(pairs_N2), low, high, verdict)
+    return LevelEffect(key, "", "", count, correlation, low, high, verdict)
 
 
 def _compute_spearman(pairs_N2: np.ndarray) -> float:
@@ -296,10 +317,7 @@ def list_caveats(record: SweepRecord, sweep: SweepConfig) -> Iterator[str]:
         yield "no trial reached its end, so nothing was selected"
         return
     winner = record.configurations[record.winner]
-    similar = [each for each in record.configurations if is_similar(each)]
-    if similar:
-        names = ", ".join(str(each.number) for each in similar)
-        yield f"not shown to differ from the winner: configuration {names}"
+    yield from _list_limits(record, winner)
     yield from _list_edges(sweep, winner)
     compared = sum(bool(each.trials) for each in record.configurations)
     if compared > 1:
@@ -312,8 +330,31 @@ def list_caveats(record: SweepRecord, sweep: SweepConfig) -> Iterator[str]:
             f"test_data was read for {record.test_reads} winners of this sweep, so it is no longer "
             "unseen"
         )
+
+
+def _list_limits(record: SweepRecord, winner: ConfigurationRecord) -> Iterator[str]:
+    """Yield what the rows and the seeds are too few to show."""
+    if record.rows < MIN_ITEMS:
+        rows = format_count(record.rows, "row")
+        yield f"{rows} of eval_data are too few to compare configurations: use at least {MIN_ITEMS}"
+    similar = [each for each in record.configurations if is_similar(each)]
+    if similar:
+        names = ", ".join(str(each.number) for each in similar)
+        yield f"not shown to be worse than the winner: configuration {names}"
+    ended = {
+        (each.configuration, each.seed) for each in record.trials if each.state != "unfinished"
+    }
+    complete = [each.number for each in record.configurations if each.trials]
+    if any((number, seed) not in ended for number in complete for seed in record.seeds):
+        yield "not all ran with every seed: the winner is the best over the seeds that all have"
     if len(winner.trials) == 1:
         yield "one seed: the intervals do not cover seed-to-seed variation"
+    else:
+        values = ", ".join(f"{value:.3f}" for value in winner.seed_values)
+        yield (
+            f"{record.metric} of the winner by seed: {values}; the intervals do not cover "
+            "seed-to-seed variation"
+        )
 
 
 def is_similar(configuration: ConfigurationRecord) -> bool:

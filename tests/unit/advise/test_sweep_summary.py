@@ -1,0 +1,125 @@
+"""What follows from the trials of a sweep: the winner, verdicts, effects and caveats."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from tunesmith.advise.sweep.summary import (
+    MeasuredTrials,
+    build_configurations,
+    list_caveats,
+    list_effects,
+)
+from tunesmith.core.sweep_record import SweepRecord, TrialRecord, TrialState
+from tunesmith.evaluate.results import MetricValues
+from tunesmith.recipe.sweep import SweepConfig
+
+RATES = (0.001, 0.002, 0.003)
+Trial = tuple[int, int, float | None]  # configuration, seed, loss; None: failed
+
+
+def measure_trials(
+    trials: Sequence[Trial], *, num_rows: int = 12, rates: Sequence[float] = RATES
+) -> MeasuredTrials:
+    records: list[TrialRecord] = []
+    values: dict[int, MetricValues] = {}
+    for number, (configuration, seed, loss) in enumerate(trials):
+        state: TrialState = "failed" if loss is None else "complete"
+        settings = {"learning_rate": rates[configuration]}
+        folder = f"trial-{number:03d}"
+        records.append(TrialRecord(number, configuration, seed, settings, state, folder, loss))
+        if loss is not None:
+            items = tuple(
+                loss + 0.05 * ((7 * item + configuration) % 5) for item in range(num_rows)
+            )
+            ids = tuple(map(str, range(num_rows)))
+            values[number] = MetricValues("eval", "loss", ids, items, higher_is_better=False)
+    return MeasuredTrials(tuple(records), values)
+
+
+def list_notes(measured: MeasuredTrials, seeds: int, num_rows: int = 12) -> str:
+    configurations, winner = build_configurations(measured)
+    record = SweepRecord(
+        version="",
+        format=1,
+        model="tiny",
+        metric="loss",
+        higher_is_better=False,
+        search="grid",
+        pruner="none",
+        seeds=tuple(range(seeds)),
+        planned_configurations=len(configurations),
+        rows=num_rows,
+        base_value=None,
+        trials=measured.trials,
+        configurations=tuple(configurations),
+        effects=(),
+        winner=winner,
+        winner_trial=0,
+        test=(),
+        test_reads=1,
+        caveats=(),
+        folder="",
+    )
+    return "\n".join(list_caveats(record, SweepConfig.model_validate({"learning_rate": RATES})))
+
+
+def test_more_seeds_alone_do_not_win() -> None:
+    """A sweep that stopped after the first configuration's second seed selects by the first."""
+    measured = measure_trials([(0, 0, 2.0), (1, 0, 1.0), (2, 0, 1.5), (0, 1, 2.0)])
+    assert build_configurations(measured)[1] == 1
+    assert "not all ran with every seed" in list_notes(measured, 2)
+
+
+def test_a_configuration_that_failed_with_a_seed_comes_after_the_others() -> None:
+    trials: list[Trial] = [(0, 0, 2.0), (1, 0, 1.0), (0, 1, 2.2), (1, 1, None)]
+    measured = measure_trials(trials)
+    assert build_configurations(measured)[1] == 0
+    notes = list_notes(measured, 2)
+    assert "1 trial failed" in notes
+    assert "not all ran" not in notes
+    assert "loss of the winner by seed: 2.092, 2.292; the intervals do not cover" in notes
+
+
+@pytest.mark.parametrize(("num_rows", "is_judged"), [(4, False), (5, True)])
+def test_too_few_rows_get_no_verdict_and_no_p(num_rows: int, is_judged: bool) -> None:
+    measured = measure_trials([(0, 0, 3.0), (1, 0, 1.0)], num_rows=num_rows)
+    (other, _), _ = build_configurations(measured)
+    assert (other.verdict == "worse") == is_judged
+    assert (other.p_value is not None) == is_judged
+    assert (
+        "are too few to compare configurations" in list_notes(measured, 1, num_rows)
+    ) != is_judged
+    assert "one seed" in list_notes(measured, 1, num_rows)
+
+
+def test_effects_are_corrected_together() -> None:
+    """A difference that is significant alone is marked beside ones that are not."""
+    rates = tuple(0.001 * (index + 1) for index in range(8))
+    pair = [(0, 0, 1.0), (1, 0, 1.27)]
+    trials = [*pair, *((index, 0, 1.0) for index in range(2, 8))]
+    verdicts: list[dict[str, str]] = []
+    for chosen in (pair, trials):
+        sweep = SweepConfig.model_validate({"learning_rate": rates[: len(chosen)]})
+        measured = measure_trials(chosen, rates=rates)
+        effects = list_effects(sweep, measured, winner=0)
+        verdicts.append({effect.level: effect.verdict for effect in effects})
+    assert verdicts[0] == {"0.002": "worse"}
+    assert len(verdicts[1]) == 7
+    assert verdicts[1]["0.002"] == "worse, but not after Holm correction (7 comparisons)"
+
+
+def test_a_metric_that_never_changes_is_correlated_with_nothing() -> None:
+    rates = tuple(0.001 * (index + 1) for index in range(9))
+    space: dict[str, Any] = {"learning_rate": {"min": 0.001, "max": 0.01}}
+    sweep = SweepConfig.model_validate({**space, "search": "random", "trials": 9})
+    same = measure_trials([(index, 0, 1.0) for index in range(9)], rates=rates)
+    (effect,) = list_effects(sweep, same, winner=0)
+    assert effect.verdict == "no difference shown"
+    assert (effect.difference, effect.low, effect.high) == (0.0, -1.0, 1.0)
+    rising = measure_trials([(index, 0, 1.0 + index) for index in range(9)], rates=rates)
+    (effect,) = list_effects(sweep, rising, winner=0)
+    assert effect.verdict == "correlated"
+    assert math.isclose(effect.difference, 1.0)
