@@ -29,7 +29,8 @@ def attention(lab: Lab) -> None:
 
 
 def gradient_checkpointing(lab: Lab) -> None:
-    stored, planned = lab.adapter(gradient_checkpointing="none", lora_dropout=0.5), {}
+    stored = lab.adapter(gradient_checkpointing="none", lora_dropout=0.5)
+    planned: dict[str, int] = {}
     for policy in ("none", "selective", "full"):
         assert lab.adapter(gradient_checkpointing=policy, lora_dropout=0.5) == stored, (
             "the same gradients, to the bit"

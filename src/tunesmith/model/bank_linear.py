@@ -80,7 +80,8 @@ class ForwardRows:
 
     @functools.cached_property
     def packed(self) -> PackedRows:
-        """The rows for lora.c. Only its linears ask for them: a GPU would be waited for."""
+        """The rows for lora.c. Only its linears ask for them: on a GPU, packing them would wait for
+        the device."""
         return PackedRows([(adapter.table, rows_n) for adapter, rows_n in self.groups])
 
 

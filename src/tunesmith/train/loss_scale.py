@@ -28,7 +28,8 @@ MIN_SCALE = 1.0  # below, gradients overflow without any scale
 
 @dataclass
 class LossScale:
-    """`finite_steps` counts the updates since the last change, `overflows` the repeated steps."""
+    """The scale of the next step. `finite_steps` counts the updates since it last changed,
+    `overflows` how often a step was repeated."""
 
     value: float = INITIAL_SCALE
     finite_steps: int = 0

@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 # more rows gain little: the matrix products already use the whole machine
 MAX_BATCH_ROWS = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
+LOGPROB_POSITIONS = 64  # of a prompt, whose logits are there at once
 # prompts computed in one forward: before anything else, between two tokens of answers, and when
 # nothing is being answered
-LOGPROB_POSITIONS = 64  # of a prompt, whose logits are there at once
 PREFILL_TOKENS = 4096
 CHUNK_TOKENS = 128
 IDLE_CHUNK_TOKENS = 1024

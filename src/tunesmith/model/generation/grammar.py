@@ -54,8 +54,7 @@ class Grammar:
         if isinstance(schema, str):
             grammar = LLMatcher.grammar_from_lark(schema)
         else:
-            _refuse_options(schema, is_strict=is_strict)
-            options = GRAMMAR_OPTIONS | {"lenient": not is_strict, "coerce_one_of": not is_strict}
+            options = _make_options(schema, is_strict=is_strict)
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
         tokenizer = _load_tokenizer(folder, vocab_size, tuple(end_ids))
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
@@ -74,14 +73,16 @@ class Grammar:
 def embed_schema(schema: Json) -> str:
     """Return a strict schema as a term of a grammar's text. Raises InputError for one that sets
     options."""
-    _refuse_options(schema, is_strict=True)
-    options = GRAMMAR_OPTIONS | {"lenient": False, "coerce_one_of": False}
+    options = _make_options(schema, is_strict=True)
     return f"%json {json.dumps({OPTIONS_KEYWORD: options, **schema})}"
 
 
-def _refuse_options(schema: Json, *, is_strict: bool) -> None:
+def _make_options(schema: Json, *, is_strict: bool) -> Any:
+    """Return the options of a schema's grammar. Raises InputError for a strict schema that sets
+    them itself."""
     if is_strict and OPTIONS_KEYWORD in schema:
         raise InputError(f"{OPTIONS_KEYWORD} is not a keyword", where="response_schema")
+    return GRAMMAR_OPTIONS | {"lenient": not is_strict, "coerce_one_of": not is_strict}
 
 
 class SchemaAnswer:
