@@ -184,7 +184,7 @@ class GuardedTokenizer:
                 raise InputError(self._problem, fix=UNKNOWN_FIX)
             try:
                 line = self._send_request(request, seconds)
-            except BaseException:
+            except BaseException:  # Ctrl-C, too: the reply would answer the next request
                 self._problem = "the tokenizer's process was interrupted"
                 _end_process(self._process)
                 raise
@@ -240,7 +240,7 @@ def _start_process(load_seconds: float) -> subprocess.Popen[bytes]:
             raise MachineError(message, fix=START_FIX) from error
         try:
             line = _read_line(process, time.monotonic() + MAX_START_SECONDS)
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: nobody else would end the process
             _end_process(process)
             raise
         if line == READY_LINE:
