@@ -60,14 +60,30 @@ def make_loop(ranks: Ranks, kind: str) -> TrainingLoop:
     )
 
 
-def train_loop(ranks: Ranks, kind: str) -> tuple[list[float], list[tuple[int, int]], np.ndarray]:
-    """Return losses, counts of tokens, and the final weights. Every rank iterates by itself."""
-    training = make_loop(ranks, kind)
+def iterate_alone(ranks: Ranks) -> None:
+    """Let every rank take its steps by itself: rank 0 sends no commands."""
     ranks.send = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def follow_loop(ranks: Ranks, training: TrainingLoop) -> None:
+    """Do what rank 0 says with a loop until it ends."""
+    follower = Follower(ranks)
+    follower.training = training
+    while (command := ranks.receive())["do"] != END:
+        follower.run_command(**command)
+
+
+def train_loop(ranks: Ranks, kind: str) -> tuple[list[float], list[tuple[int, int]], np.ndarray]:
+    """Return losses, counts of tokens, and the final weights."""
+    training = make_loop(ranks, kind)
+    iterate_alone(ranks)
     steps = select_steps(list(training))
-    weights = torch.cat([p.detach().flatten() for p in training.parameters.values()]).numpy()
     counts = [(step.tokens, step.supervised_tokens) for step in steps]
-    return [step.loss for step in steps], counts, weights
+    return [step.loss for step in steps], counts, get_weights(training)
+
+
+def get_weights(training: TrainingLoop) -> np.ndarray:
+    return torch.cat([p.detach().flatten() for p in training.parameters.values()]).numpy()
 
 
 # ---------------------------------------------------------------- faults
@@ -78,7 +94,7 @@ MAX_TOKENS = 35  # that rank 1 has memory for
 def train_with_nan(ranks: Ranks) -> tuple[list[str], bytes]:
     """Train on a document whose loss is not finite in step 3; return verdicts and weights."""
     training = make_loop(ranks, "rows")
-    ranks.send = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
+    iterate_alone(ranks)
     load_documents = training.load_documents
 
     def load_with_nan(step: int) -> list[Document]:
@@ -95,7 +111,7 @@ def train_with_nan(ranks: Ranks) -> tuple[list[str], bytes]:
 def train_with_little_memory(ranks: Ranks) -> tuple[list[str], bytes]:
     """Train where rank 1 has memory for few tokens; return verdicts and weights."""
     training = make_loop(ranks, "rows")
-    ranks.send = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
+    iterate_alone(ranks)
     hidden = training.model.compute_hidden
 
     def compute_with_little_memory(batch: Batch) -> torch.Tensor:
@@ -112,19 +128,15 @@ def collect_outcome(training: TrainingLoop) -> tuple[list[str], bytes]:
     for event in training:
         if isinstance(event, CheckResult):
             verdicts.append(f"{event.step} {event.kind}: {event.evidence}")
-    weights = torch.cat([p.detach().flatten() for p in training.parameters.values()])
-    return verdicts, weights.numpy().tobytes()
+    return verdicts, get_weights(training).tobytes()
 
 
 def fail_in_a_step(ranks: Ranks) -> str:
     """Let rank 0 fail while rank 1 waits for its gradients; return what rank 1 says."""
     training = make_loop(ranks, "rows")
     if not ranks.is_main:
-        follower = Follower(ranks)
-        follower.training = training
         try:
-            while (command := ranks.receive())["do"] != END:
-                follower.run_command(**command)
+            follow_loop(ranks, training)
         except MachineError as error:
             return error.message
         return "ended"
@@ -154,8 +166,7 @@ def wait_for_silent_rank() -> str:
 def drift(ranks: Ranks) -> str:
     """Change one bit of a weight on rank 1; return what the comparison of the ranks says."""
     training = make_loop(ranks, "rows")
-    training.ranks = ranks
-    ranks.send = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
+    iterate_alone(ranks)
     training.compare_ranks()
     if ranks.rank == 1:
         weight = next(iter(training.parameters.values())).data.view(torch.int32)
@@ -172,10 +183,7 @@ def roll_back(ranks: Ranks, folder: str) -> bytes:
     learning rate; return the weights. Ranks other than 0 follow."""
     training = make_loop(ranks, "rows")
     if not ranks.is_main:
-        follower = Follower(ranks)
-        follower.training = training
-        while (command := ranks.receive())["do"] != END:
-            follower.run_command(**command)
+        follow_loop(ranks, training)
         return collect_outcome(training)[1]
     for _ in range(3):
         next(training)
