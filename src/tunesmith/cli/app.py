@@ -285,12 +285,10 @@ def tune_sweep(
 ) -> None:
     """Run the recipe's sweep; select on eval_data, test once."""
     recipe = parse_recipe_args(args)
-    from tunesmith.cli.views.sweep import render_sweep, report_sweep_event
+    from tunesmith.cli.views.sweep import render_sweep, report_sweep
 
-    for event in api.tune_sweep(recipe, minutes=minutes, allow_code=allow_code):
-        record = report_sweep_event(event)
-        if record is not None:
-            print_result(record, render_sweep(record), as_json=as_json)
+    record = report_sweep(api.tune_sweep(recipe, minutes=minutes, allow_code=allow_code))
+    print_result(record, render_sweep(record), as_json=as_json)
 
 
 def export(  # noqa: PLR0913 - every option is a flag

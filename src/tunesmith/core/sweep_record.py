@@ -108,6 +108,11 @@ class SweepRecord:
 
         return sorted(self.configurations, key=get_rank)
 
+    def describe_end(self, configuration: ConfigurationRecord) -> str:
+        """Return how the first trial of a configuration ended, with the reason."""
+        trial = next(t for t in self.trials if t.configuration == configuration.number)
+        return f"{trial.state}: {trial.reason}" if trial.reason else trial.state
+
     def count_trials(self, state: TrialState) -> int:
         return sum(trial.state == state for trial in self.trials)
 

@@ -9,6 +9,8 @@ are shown by their code: `[U+202E]` everywhere, or as an element with the filter
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,11 @@ HIDDEN_CHARS = re.compile(
 def render_template(name: str, **values: Any) -> str:
     """Render templates/NAME. Raises jinja2.UndefinedError for a value that the template lacks."""
     return ENVIRONMENT.get_template(name).render(values)
+
+
+def hash_source(source: str) -> str:
+    """Return the hash of a style or script, as a content security policy names it."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"
 
 
 def mark_hidden(text: str) -> Markup:

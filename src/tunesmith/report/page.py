@@ -9,8 +9,6 @@ SECTIONS.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from tunesmith.core.run_dir import require_run
 from tunesmith.core.types import __version__
 from tunesmith.report.details import build_cost, build_data, build_provenance, build_reproduction
 from tunesmith.report.error_tables import build_errors
-from tunesmith.report.html import render_template
+from tunesmith.report.html import hash_source, render_template
 from tunesmith.report.results import build_results, build_scales
 from tunesmith.report.run_data import ReportData, load_report_data
 from tunesmith.report.samples import build_samples
@@ -93,19 +91,15 @@ def render_page(run: ReportData) -> str:
         errors=build_errors(run),
         facts=_list_facts(run),
         style=Markup(style),
-        style_hash=_hash_text(style),
+        style_hash=hash_source(style),
         script=Markup(script),
-        script_hash=_hash_text(script),
+        script_hash=hash_source(script),
         version=__version__,
     )
     paths = [run.path]
     for stage in run.stages:
         paths += map(Path, list_paths(stage.plan))
     return hide_folders(page, paths, lambda path: str(escape(path)))
-
-
-def _hash_text(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _list_facts(run: ReportData) -> list[str]:

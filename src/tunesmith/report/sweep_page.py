@@ -8,8 +8,6 @@ recipe of the winner. The look is that of the page of a run (page.py).
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +27,7 @@ from tunesmith.core.sweep_record import (
 )
 from tunesmith.core.types import Comparison, __version__
 from tunesmith.evaluate.statistics import format_p, judge_comparisons
-from tunesmith.report.html import render_template
+from tunesmith.report.html import hash_source, render_template
 from tunesmith.report.svg_charts import (
     Axes,
     LineChart,
@@ -86,12 +84,11 @@ def write_sweep_page(folder: Path, out: Path | None = None) -> Path:
 
 def render_sweep_page(record: SweepRecord, recipe: str) -> str:
     style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return render_template(
         "sweep.html.jinja",
         view=build_view(record, recipe),
         style=Markup(style),
-        style_hash=f"sha256-{digest}",
+        style_hash=hash_source(style),
         version=__version__,
     )
 
@@ -115,8 +112,7 @@ def build_view(record: SweepRecord, recipe: str) -> SweepView:
 def _describe_winner(record: SweepRecord) -> str:
     if record.winner is None:
         return "No trial reached its end"
-    settings = record.configurations[record.winner].settings
-    return ", ".join(f"{key} {format_value(value)}" for key, value in settings.items())
+    return format_value(record.configurations[record.winner].settings)
 
 
 def _list_facts(record: SweepRecord) -> Iterator[str]:
@@ -154,8 +150,7 @@ def describe_outcome(record: SweepRecord, configuration: ConfigurationRecord) ->
     if configuration.number == record.winner:
         return "better", "winner"
     if configuration.comparison is None:
-        trial = next(t for t in record.trials if t.configuration == configuration.number)
-        return "unclear", f"{trial.state}: {trial.reason}" if trial.reason else trial.state
+        return "unclear", record.describe_end(configuration)
     outcome = STATE_OUTCOMES.get(configuration.verdict, "same")
     p_value = "" if configuration.p_value is None else f", {format_p(configuration.p_value)}"
     return outcome, configuration.verdict + p_value
@@ -217,8 +212,8 @@ def _build_key_series(
 
 
 def _describe_context(settings: Mapping[str, Any], key: str) -> str:
-    others = [f"{name} {format_value(value)}" for name, value in settings.items() if name != key]
-    return ", ".join(others) or "all trials"
+    others = {name: value for name, value in settings.items() if name != key}
+    return format_value(others) or "all trials"
 
 
 def _build_curve_chart(record: SweepRecord) -> LineChart | None:

@@ -10,9 +10,12 @@ import pytest
 from rich.console import Console
 
 from tunesmith import api
+from tunesmith.advise.sweep.run_sweep import TrialEnd, TrialStart
 from tunesmith.advise.sweep.summary import MeasuredTrials, build_configurations, list_effects
-from tunesmith.cli.views.sweep import render_sweep
+from tunesmith.advise.sweep.trial_study import TrialSpec
+from tunesmith.cli.views.sweep import render_sweep, report_sweep
 from tunesmith.core.errors import InputError
+from tunesmith.core.events import Score, TrainingEnd
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.sweep_record import SWEEP_FILE, SweepRecord, TrialRecord
 from tunesmith.core.types import __version__
@@ -145,6 +148,29 @@ def test_the_terminal_shows_the_same() -> None:
     assert "failed: no memory" in text
     assert "on test_data, once" in text
     assert "recipe: runs/sweep/winner.yaml" in text
+
+
+def test_scores_after_training_are_not_printed_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are those of the chosen checkpoint, which the end of the trial names."""
+    record = dataclasses.replace(make_record(), folder=str(tmp_path))
+    write_sweep(tmp_path, record)
+    trial = record.trials[0]
+    score = Score("eval", "loss", 0.9, 0.8, 1.0, n=12, step=60)
+    spec = TrialSpec(trial.number, trial.configuration, trial.seed, trial.settings)
+    events = [
+        *(TrialStart(spec, 12), dataclasses.replace(score, step=0), score),
+        *(TrainingEnd(60, "finished", 1.0), score, TrialEnd(trial, 0, 0.0)),
+        record,
+    ]
+    assert report_sweep(events) == record
+    assert capsys.readouterr().err.splitlines() == [
+        "trial 1 of at most 12: learning_rate 0.0003, lora_r 8, seed 0",
+        "  step 60: eval loss 0.9000",
+        "  complete: 0.9000 on eval_data, 60 of 60 steps",
+        f"report: {tmp_path / 'sweep.html'}",
+    ]
 
 
 def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:

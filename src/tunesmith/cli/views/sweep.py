@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,37 +16,47 @@ from tunesmith.advise.sweep.run_sweep import SweepEvent, SweepStart, TrialEnd, T
 from tunesmith.cli.output import write_stderr
 from tunesmith.cli.progress import format_duration
 from tunesmith.cli.views import make_table
-from tunesmith.core.events import EVAL_TASK, Score
+from tunesmith.core.events import EVAL_TASK, Score, TrainingEnd
 from tunesmith.core.formatting import format_count, format_value
 from tunesmith.core.sweep_record import WINNER_FILE, ConfigurationRecord, SweepRecord
-from tunesmith.core.types import Json
 from tunesmith.evaluate.results import format_comparison
 from tunesmith.evaluate.statistics import format_p
 
 VERDICT_STYLES = {"better": "bold green", "worse": "dim"}
 
 
-def report_sweep_event(event: SweepEvent) -> SweepRecord | None:
+def report_sweep(events: Iterable[SweepEvent]) -> SweepRecord:
     """Print the progress of a sweep on stderr; write the page and return the record at its end."""
-    if isinstance(event, SweepRecord):
-        _write_page(Path(event.folder))
-        return event
+    is_training = False  # the scores after it repeat those of a checkpoint
+    for event in events:
+        if isinstance(event, SweepRecord):
+            _write_page(Path(event.folder))
+            return event
+        if isinstance(event, (TrialStart, TrainingEnd)):
+            is_training = isinstance(event, TrialStart)
+        if not isinstance(event, Score) or is_training:
+            write_stderr(format_event(event))
+    raise AssertionError("a sweep ends with its record")
+
+
+def format_event(event: SweepEvent) -> str:
+    """Return the line of an event, or the lines; "" for one without news."""
     if isinstance(event, SweepStart):
         seeds = format_count(len(event.seeds), "seed")
         configurations = format_count(event.configurations, "configuration")
-        write_stderr(f"sweep in {event.folder}: {configurations}, {seeds}, by {event.metric}\n")
+        line = f"sweep in {event.folder}: {configurations}, {seeds}, by {event.metric}\n"
         if event.finished_trials:
-            write_stderr(f"{format_count(event.finished_trials, 'trial')} done before\n")
-    elif isinstance(event, TrialStart):
+            line += f"{format_count(event.finished_trials, 'trial')} done before\n"
+        return line
+    if isinstance(event, TrialStart):
         spec = event.spec
-        settings = format_settings(spec.settings)
         head = f"trial {spec.number + 1} of at most {event.max_trials}"
-        write_stderr(f"{head}: {settings}, seed {spec.seed}\n")
-    elif isinstance(event, TrialEnd):
-        write_stderr(f"{format_trial_end(event)}\n")
-    elif isinstance(event, Score) and event.task.partition(":")[0] == EVAL_TASK and event.step:
-        write_stderr(f"  step {event.step}: {event.task} {event.metric} {event.value:.4f}\n")
-    return None
+        return f"{head}: {format_value(spec.settings)}, seed {spec.seed}\n"
+    if isinstance(event, TrialEnd):
+        return f"{format_trial_end(event)}\n"
+    if isinstance(event, Score) and event.task.partition(":")[0] == EVAL_TASK and event.step:
+        return f"  step {event.step}: {event.task} {event.metric} {event.value:.4f}\n"
+    return ""
 
 
 def format_trial_end(event: TrialEnd) -> str:
@@ -56,10 +67,6 @@ def format_trial_end(event: TrialEnd) -> str:
         duration = format_duration(event.remaining_seconds)
         line += f"; at most {event.remaining_trials} more, {duration}"
     return line
-
-
-def format_settings(settings: Json) -> str:
-    return ", ".join(f"{key} {format_value(value)}" for key, value in settings.items())
 
 
 def _write_page(folder: Path) -> None:
@@ -77,7 +84,7 @@ def render_sweep(record: SweepRecord) -> RenderableType:
     if record.winner_trial is not None:
         trial = record.get_trial(record.winner_trial)
         seed = f"seed {trial.seed}, the best of {len(record.seeds)}" * (len(record.seeds) > 1)
-        name = f"{format_settings(trial.settings)}{', ' if seed else ''}{seed}"
+        name = f"{format_value(trial.settings)}{', ' if seed else ''}{seed}"
         parts.append(f"[bold]winner[/] {escape(name)}; on test_data, once:")
         parts += [escape(f"  {format_comparison(comparison)}") for comparison in record.test]
     parts += [f"[yellow]note[/] {escape(caveat)}" for caveat in record.caveats]
@@ -121,9 +128,7 @@ def describe_outcome(record: SweepRecord, configuration: ConfigurationRecord) ->
     if configuration.number == record.winner:
         return Text("winner", "bold green")
     if configuration.comparison is None:
-        trials = [t for t in record.trials if t.configuration == configuration.number]
-        reason = f": {trials[0].reason}" if trials[0].reason else ""
-        return Text(f"{trials[0].state}{reason}", "dim")
+        return Text(record.describe_end(configuration), "dim")
     text = configuration.verdict
     if configuration.p_value is not None:
         text += f", {format_p(configuration.p_value)}"
