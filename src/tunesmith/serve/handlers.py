@@ -30,7 +30,7 @@ from tunesmith.serve.bodies import (
 )
 from tunesmith.serve.errors import NO_STORE, RequestError
 from tunesmith.serve.feedback import FeedbackStore, KeptChat, list_messages
-from tunesmith.serve.formats import AnswerFormat, AnswerHead, CompletionFormat
+from tunesmith.serve.formats import AnswerFormat, AnswerHead, ChatFormat, CompletionFormat
 from tunesmith.serve.generation import AnswerEngine, Generation
 from tunesmith.serve.grammars import GrammarCache
 from tunesmith.serve.guard import BODY_FIELD, KEY_FIELD
@@ -42,7 +42,8 @@ from tunesmith.serve.routes import Route
 from tunesmith.serve.settings import BASE_NAME
 from tunesmith.serve.shadow import ShadowRequest
 from tunesmith.serve.streams import LAST_EVENT, EventStream, run_until_disconnect
-from tunesmith.serve.tool_calls import make_chat_format
+from tunesmith.serve.tool_calls import ToolChatFormat
+from tunesmith.serve.tool_requests import find_tools
 
 CLIENT_DISCONNECTED = 499  # in the log only: nobody reads the response
 
@@ -80,7 +81,10 @@ async def create_chat_completion(request: Request) -> ASGIApp:
     chosen = choose_model(request, body)
     prompt = await asyncio.to_thread(render_chat, body, chosen.model)
     head = make_head(request, body, chosen, "chatcmpl", has_logprobs=bool(body.logprobs))
-    answer_format = await asyncio.to_thread(make_chat_format, head, body, chosen.model)
+    answer_format = ChatFormat(head)
+    if body.active_tools:
+        tools = await asyncio.to_thread(find_tools, body, chosen.model)
+        answer_format = ToolChatFormat(head, tools)
     return await answer(request, body, [prompt], chosen, answer_format)
 
 

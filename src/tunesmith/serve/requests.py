@@ -98,7 +98,9 @@ async def make_jobs(
     grammars: GrammarCache,
 ) -> list[AnswerJob]:
     """Return a job for each answer: `n` for each prompt, with seeds that follow each other."""
-    schema = await asyncio.to_thread(build_tool_grammar, body, model) or find_schema(body, model)
+    schema = find_schema(body, model)
+    if isinstance(body, ChatBody) and body.active_tools:
+        schema = await asyncio.to_thread(build_tool_grammar, body, model) or schema
     grammar = None if schema is None else await grammars.compile(schema, model)
     biases = list_biases(body, model)
     seed = secrets.randbelow(MAX_SEED) if body.seed is None else body.seed % MAX_SEED

@@ -1,7 +1,7 @@
 """Tool calls in answers: read while the answer grows, and written as OpenAI's deltas.
 
     ToolCallReader(tools).extend(text, is_end=...) -> CallUpdate
-    make_chat_format(head, body, model)     for a request with tools or without
+    ToolChatFormat(head, tools)     the format of a chat whose request has tools
 
 A call is sent when it is complete, never a part of one, and what only looks like a call is content.
 A stream and a body say the same, as one reader makes both. Left out: which tools there are
@@ -16,11 +16,9 @@ from dataclasses import dataclass
 
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.call_forms import ObjectForm, ToolCall
-from tunesmith.serve.bodies import ChatBody
 from tunesmith.serve.formats import FINISH_REASONS, AnswerHead, ChatFormat, FinishedAnswer
-from tunesmith.serve.registry import ServedModel
 from tunesmith.serve.scheduler import AnswerUpdate
-from tunesmith.serve.tool_requests import OfferedTools, find_tools
+from tunesmith.serve.tool_requests import OfferedTools
 
 ID_CHARS = 9  # letters and digits, as Mistral's templates want them
 TOOL_CALLS = "tool_calls"
@@ -108,12 +106,6 @@ class ToolChatFormat(ChatFormat):
         if calls:
             delta["tool_calls"] = calls
         return delta, _name_finish(update.finish_reason, reader) if update.finish_reason else None
-
-
-def make_chat_format(head: AnswerHead, body: ChatBody, model: ServedModel) -> ChatFormat:
-    """Return the format of a chat, with calls if the request has tools. Raises RequestError."""
-    tools = find_tools(body, model)
-    return ChatFormat(head) if tools is None else ToolChatFormat(head, tools)
 
 
 def _format_call(call: ToolCall) -> Json:

@@ -20,7 +20,7 @@ from tunesmith.data.chat_template.call_forms import NamedForm, ObjectForm
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.chat_template.tool_syntax import ToolSyntax, learn_tool_syntax
 from tunesmith.model.generation.grammar import embed_schema
-from tunesmith.serve.bodies import ChatBody, ChatMessage, NamedTool, SamplingBody, Tool
+from tunesmith.serve.bodies import ChatBody, ChatMessage, NamedTool, Tool
 from tunesmith.serve.errors import RequestError
 from tunesmith.serve.grammars import check_schema
 from tunesmith.serve.registry import ServedModel
@@ -73,12 +73,10 @@ def list_tools(body: ChatBody) -> list[Json]:
     return tools
 
 
-def find_tools(body: ChatBody, model: ServedModel) -> OfferedTools | None:
-    """Return the tools of a request, None without any. Raises RequestError 400 for what this model
+def find_tools(body: ChatBody, model: ServedModel) -> OfferedTools:
+    """Return the tools of a request that has some. Raises RequestError 400 for what this model
     cannot do. Slow for a new template: runs on a worker."""
     tools = body.active_tools
-    if not tools:
-        return None
     if isinstance(syntax := _learn_once(model.renderer), str):
         message = f"this model has no tools: {syntax}"
         raise RequestError(400, message, code="tools_not_supported", param="tools")
@@ -128,13 +126,11 @@ def _refuse_unenforceable(
 # ---------------------------------------------------------------- a call that has to be made
 
 
-def build_tool_grammar(body: SamplingBody, model: ServedModel) -> str | None:
+def build_tool_grammar(body: ChatBody, model: ServedModel) -> str | None:
     """Return the grammar of one call with arguments by their schema, None if none has to be made.
     Raises RequestError 400 for calls that no grammar enforces."""
-    if not isinstance(body, ChatBody):
-        return None
     tools = find_tools(body, model)
-    if tools is None or not tools.is_forced:
+    if not tools.is_forced:
         return None
     for schema in tools.schemas.values():
         check_schema(schema)
