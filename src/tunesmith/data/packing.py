@@ -115,7 +115,8 @@ def share_out(
     costs = [compute_cost(n) - compute_cost(m) for n, m in zip(lengths, shared_D, strict=True)]
     max_cost = MAX_RUN_SHARE * sum(costs) / num_ranks
     items: list[tuple[float, list[int]]] = []
-    for run in _split_at_prefixes(units, shared_D):
+    for positions in _split_at_prefixes([shared_D[unit[0]] for unit in units]):
+        run = [units[position] for position in positions]
         indices = [i for unit in run for i in unit]
         run_cost = sum(costs[i] for i in indices)
         if len(run) == 1 or run_cost <= max_cost:
@@ -131,16 +132,15 @@ def share_out(
     return parts
 
 
-def _split_at_prefixes(
-    units: Sequence[tuple[int, ...]], shared_D: Sequence[int]
-) -> list[list[tuple[int, ...]]]:
-    """Return runs of units with a common prefix."""
-    runs: list[list[tuple[int, ...]]] = []
-    for unit in units:
-        if runs and shared_D[unit[0]]:
-            runs[-1].append(unit)
+def _split_at_prefixes(shared: Sequence[int]) -> list[list[int]]:
+    """Return runs of positions with a common prefix, from the tokens that the unit at each position
+    shares with the one before it."""
+    runs: list[list[int]] = []
+    for position, tokens in enumerate(shared):
+        if tokens:
+            runs[-1].append(position)
         else:
-            runs.append([unit])
+            runs.append([position])
     return runs
 
 
@@ -213,14 +213,8 @@ def _pack_with_prefixes(
     new_tokens: list[int] = []
     for unit in ordered_units:
         new_tokens.append(sum(lengths[i] - shared_D[i] for i in unit))
-    runs: list[list[int]] = []  # positions in the order; each run has one prefix
-    for position, tokens in enumerate(shared):
-        if tokens:
-            runs[-1].append(position)
-        else:
-            runs.append([position])
     items: list[list[int]] = []
-    for run in runs:
+    for run in _split_at_prefixes(shared):
         items += _split_run(run, new_tokens, shared, pack_length)
     sizes = [_count_tokens(item, new_tokens, shared) for item in items]
     packs: list[Pack] = []
