@@ -89,7 +89,7 @@ def _build_option_table(mesh_plan: MeshPlan) -> Table:
         "tokens/s",
         "in this version",
     )
-    table = make_table("The same rows otherwise", *headings)
+    table = make_table("Other GPUs and methods", *headings)
     for option in mesh_plan.options:
         table.add_row(*_format_option(option))
     return table
