@@ -33,7 +33,9 @@ from benchmarks.serving.clients import (
 sys.path.append(str(Path(__file__).parents[2] / "tests" / "helpers"))
 
 from serve_lab import LiveServer, make_settings, read_metric, save_toy_adapter, serving
-from tunesmith.core.types import GenerationRequest
+from tunesmith.core.types import GenerationRequest, Json
+from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.serve.settings import BASE_NAME
 from tunesmith.session.provenance import PROVENANCE_FILE
 
 ADAPTERS = 8
@@ -59,11 +61,12 @@ class Lab:
         return self.live.url
 
     @property
+    def renderer(self) -> Renderer:
+        return self.live.server.engine.registry.base.renderer
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
-        (model,) = [
-            m for m in self.live.server.engine.registry._models.values() if m.name == "base"
-        ]
-        return model.renderer.end_ids
+        return self.renderer.end_ids
 
     def make_chats(self, models: Sequence[str], count: int) -> list[Chat]:
         """Return `count` chats of the models in turn."""
@@ -101,6 +104,13 @@ def read_resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def measure_capacity(lab: Lab, chats: Sequence[Chat]) -> float:
+    """Return the answers per second that CLIENTS connections get."""
+    started = time.perf_counter()
+    ask_together(lab.url, chats)
+    return len(chats) / (time.perf_counter() - started)
+
+
 def describe_times(timings: Sequence[Timing]) -> str:
     firsts = [timing.first for timing in timings]
     p50 = compute_quantile(firsts, 0.5) * 1000
@@ -114,9 +124,7 @@ def describe_times(timings: Sequence[Timing]) -> str:
 def print_latencies(lab: Lab) -> None:
     """L3: first tokens and gaps when requests arrive at 60% of the capacity, against one client."""
     chats = lab.make_chats(lab.adapters, 3 * CLIENTS)
-    started = time.perf_counter()
-    ask_together(lab.url, chats)
-    rate = 0.6 * len(chats) / (time.perf_counter() - started)
+    rate = 0.6 * measure_capacity(lab, chats)
     alone = ask_in_turn(lab.url, chats[:CLIENTS])
     loaded = ask_at_rate(lab.url, chats, rate)
     gaps = [gap for timing in loaded for gap in timing.gaps]
@@ -148,7 +156,7 @@ def print_changes(lab: Lab) -> None:
         save_added_adapter(lab, index)
     without: list[float] = []
     proven: list[float] = []
-    with Load(lab.url, lab.make_chats(["base"], CLIENTS)):
+    with Load(lab.url, lab.make_chats([BASE_NAME], CLIENTS)):
         for index in range(NUM_ADDED):
             without.append(put_new(f"unproven{index}", unproven=True))
             proven.append(put_new(f"proven{index}"))
@@ -189,7 +197,7 @@ def save_added_adapter(lab: Lab, index: int) -> None:
 
 
 def print_registered(lab: Lab) -> None:
-    """L5: 1,000 adapters registered, against one. They share files, so that they fit on a disk."""
+    """L5: 1,000 adapters registered, against two. They share files, so that they fit on a disk."""
 
     def measure(count: int) -> tuple[float, float, float]:
         models: dict[str, object] = {}
@@ -223,11 +231,9 @@ def print_registered(lab: Lab) -> None:
 def print_overhead(lab: Lab) -> None:
     """L6: processor time for a token over HTTP, against the engine's batch alone."""
     scheduler = lab.live.server.engine.scheduler
-    names = [chat.to_body()["messages"] for chat in lab.make_chats(["base"], CLIENTS)]
-    registry = lab.live.server.engine.registry
-    (base,) = [model for model in registry._models.values() if model.name == "base"]
+    bodies: list[Json] = [chat.to_body() for chat in lab.make_chats([BASE_NAME], CLIENTS)]
     biases = tuple((end, -100.0) for end in lab.end_ids)
-    prompts = [base.renderer.encode_prompt(messages) for messages in names]  # type: ignore[arg-type]
+    prompts = [lab.renderer.encode_prompt(body["messages"]) for body in bodies]
 
     def run_batch() -> int:
         batch = scheduler._batch
@@ -241,7 +247,7 @@ def print_overhead(lab: Lab) -> None:
 
     def run_clients() -> int:
         ends = [str(end) for end in lab.end_ids]
-        words = [lab.url, "base", str(lab.num_tokens), *ends]
+        words = [lab.url, BASE_NAME, str(lab.num_tokens), *ends]
         command = [sys.executable, "-m", "benchmarks.serving.clients", *words]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -262,7 +268,7 @@ def print_fairness(lab: Lab) -> None:
     """L7: one model is flooded, and another is asked by a single client."""
     quiet = lab.make_chats(["a0"], CLIENTS)
     alone = ask_in_turn(lab.url, quiet)
-    flood = lab.make_chats(["base"], NUM_FLOODED)
+    flood = lab.make_chats([BASE_NAME], NUM_FLOODED)
     with Load(lab.url, flood):
         beside = ask_in_turn(lab.url, quiet)
     slow = compute_quantile([timing.total for timing in beside], 0.95)
@@ -274,9 +280,7 @@ def print_fairness(lab: Lab) -> None:
 def print_soak(lab: Lab, minutes: float) -> None:
     """L8: 80% of the capacity for some time: memory, descriptors, tokens."""
     chats = lab.make_chats(lab.adapters, 3 * CLIENTS)
-    started = time.perf_counter()
-    ask_together(lab.url, chats)
-    rate = 0.8 * len(chats) / (time.perf_counter() - started)
+    rate = 0.8 * measure_capacity(lab, chats)
     count = max(1, int(rate * minutes * 60))
     ask_at_rate(lab.url, chats[:CLIENTS], rate)  # warm
     memory = read_resident_bytes()
