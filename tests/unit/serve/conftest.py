@@ -47,6 +47,12 @@ def live(writer: Path, adapters: dict[str, Path]) -> Iterator[LiveServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where the API keys of a test module are."""
+    return tmp_path_factory.mktemp("keys") / "keys.json"
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _only_loopback() -> Iterator[None]:
     """Fail if anything in these tests connects to another machine."""

@@ -22,7 +22,7 @@ def client(live: LiveServer) -> openai.OpenAI:
 
 def count_prompt(live: LiveServer, text: str, model: str = "base") -> int:
     server: Server = live.server
-    served = next(m for m in server.engine.registry._models.values() if m.name == model)
+    served = server.engine.registry.get(model)
     return len(served.renderer.encode_prompt([{"role": "user", "content": text}]))
 
 

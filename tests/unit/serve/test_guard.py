@@ -25,11 +25,6 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("keys") / "keys.json"
-
-
-@pytest.fixture(scope="module")
 def secrets(keys_file: Path) -> dict[str, str]:
     """Return a key for each kind of user."""
     return {

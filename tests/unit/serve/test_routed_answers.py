@@ -30,22 +30,17 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("keys") / "keys.json"
-
-
-@pytest.fixture(scope="module")
-def secrets(key_file: Path) -> dict[str, str]:
+def secrets(keys_file: Path) -> dict[str, str]:
     return {
-        "boss": add_key(key_file, "boss", scopes=("admin",))[0],
-        "routed": add_key(key_file, "routed", models=("ab",))[0],
-        "named": add_key(key_file, "named", models=("small",))[0],
+        "boss": add_key(keys_file, "boss", scopes=("admin",))[0],
+        "routed": add_key(keys_file, "routed", models=("ab",))[0],
+        "named": add_key(keys_file, "named", models=("small",))[0],
     }
 
 
 @pytest.fixture(scope="module")
 def routed(
-    writer: Path, adapters: dict[str, Path], key_file: Path, secrets: dict[str, str]
+    writer: Path, adapters: dict[str, Path], keys_file: Path, secrets: dict[str, str]
 ) -> Iterator[LiveServer]:
     """Return a server with an A/B route and one with a shadow."""
     assert secrets
@@ -56,7 +51,7 @@ def routed(
         "same": {"arms": {"small": 100}, "shadow": {"model": "small-again", "share": 100}},
     }
     models["small-again"] = models["small"]
-    settings = make_settings(models, base=str(writer), keys=key_file, routes=routes)
+    settings = make_settings(models, base=str(writer), keys=keys_file, routes=routes)
     with serving(settings) as server:
         yield server
 
