@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tunesmith.core.types import Json
+from tunesmith.data.chat_template.template_probe import count_common_prefix
 
 FormSpan = tuple["CallForm", int, int]  # the form, and where the call starts and ends
 _DECODER = json.JSONDecoder()
@@ -220,7 +221,7 @@ def find_parts_form(
     after = closing
     if names[1] in pair:
         first_end = pair.index("zqvalue") + len("zqvalue") + len(quote)
-        after = closing[: count_common(closing, pair[first_end : pair.rindex(names[1])])]
+        after = closing[: count_common_prefix(closing, pair[first_end : pair.rindex(names[1])])]
     # what ends a call ends one without arguments, too
     after_name = text_0[text_0.index(names[0]) + len(names[0]) :]
     empty = after_name[: len(after_name) - len(closing) + len(after)]
@@ -229,12 +230,6 @@ def find_parts_form(
         return None
     form = PartsForm(before, middle, between, after, empty, quote)
     return form, start, value_end + len(after)
-
-
-def count_common(first: str, second: str) -> int:
-    """Return how many characters two texts share from the start."""
-    shortest = min(len(first), len(second))
-    return next((i for i in range(shortest) if first[i] != second[i]), shortest)
 
 
 def _convert_value(text: str, schema: Any) -> Any:

@@ -178,7 +178,7 @@ class _Prober:
         continued = self.render_plain([*messages, following])
         if last_text in continued:
             tail = continued[continued.rindex(last_text) + len(last_text) :]
-            shared_end = answer_end + _count_common_prefix(rendered.plain[answer_end:], tail)
+            shared_end = answer_end + count_common_prefix(rendered.plain[answer_end:], tail)
             shared = [match for match in closing if match.token_end <= shared_end]
             is_opener = bool(closing) and closing[0].control.id in self.opener_ids
             closing = shared or closing[: 0 if is_opener else 1]
@@ -233,9 +233,9 @@ class _Prober:
         next_turn = self.dialog.plain[
             self.dialog.plain.index(ANSWER) + len(ANSWER) : self.dialog.plain.index(NEXT_QUESTION)
         ]
-        num_header_chars = _count_common_prefix(before_question, next_turn[::-1])
+        num_header_chars = count_common_prefix(before_question, next_turn[::-1])
         closing_text = next_turn[: len(next_turn) - num_header_chars]
-        return tail[: _count_common_prefix(tail, closing_text)]
+        return tail[: count_common_prefix(tail, closing_text)]
 
 
 class _QuirkProber(_Prober):
@@ -290,7 +290,8 @@ def _find_opening_ids(rendered: TrackedText, end: int) -> set[int]:
     return set(opening_ids)
 
 
-def _count_common_prefix(first: str, second: str) -> int:
+def count_common_prefix(first: str, second: str) -> int:
+    """Return how many characters two texts share from the start."""
     count = 0
     while count < min(len(first), len(second)) and first[count] == second[count]:
         count += 1

@@ -18,12 +18,12 @@ from tunesmith.core.types import Json
 from tunesmith.data.chat_template.call_forms import (
     CallForm,
     ToolCall,
-    count_common,
     find_named_form,
     find_object_form,
     find_parts_form,
 )
 from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.chat_template.template_probe import count_common_prefix
 
 NAMES: tuple[str, str] = ("zq_search", "zqFetch2")
 CONTENT = "Zqcontent"
@@ -211,7 +211,7 @@ class _SyntaxProber:
         prompt, full = self.render_texts(arguments, content)
         start = len(prompt)
         if not full.startswith(prompt):
-            start = count_common(prompt, full)
+            start = count_common_prefix(prompt, full)
             start = max(full.rfind("\n", 0, start), full.rfind(">", 0, start)) + 1
         answer = full[start:]
         last = max((answer.rfind(name) for name in NAMES), default=0)
