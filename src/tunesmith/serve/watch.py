@@ -13,7 +13,6 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -115,15 +114,16 @@ class ServerMonitor:
         metrics = parse_metrics(text.decode(errors="replace"))
         now = time.monotonic()
         seconds = now - self._read_time if self._read_time else None
-        activity = describe_activity(metrics, self._metrics, seconds)
-        self._metrics = metrics
-        self._read_time = now
-        return ServerActivity(
+        activity = describe_activity(
+            metrics,
+            self._metrics,
+            seconds,
             state=str(_parse_object(ready).get("state", "")),
             routes=tuple(_parse_object(routes)["data"]) if status == 200 else None,
-            metrics=metrics,
-            **activity,
         )
+        self._metrics = metrics
+        self._read_time = now
+        return activity
 
     def _fetch(self, path: str, *accepted: int) -> tuple[int, bytes]:
         status, content = self._client.fetch(path)
@@ -139,8 +139,15 @@ class ServerMonitor:
         raise InputError(f"status {status}: not a server of this kind", where=where, fix=fix)
 
 
-def describe_activity(now: Metrics, before: Metrics, seconds: float | None) -> dict[str, Any]:
-    """Return the fields of a ServerActivity that the metrics hold."""
+def describe_activity(
+    now: Metrics,
+    before: Metrics,
+    seconds: float | None,
+    *,
+    state: str = "",
+    routes: tuple[Json, ...] | None = None,
+) -> ServerActivity:
+    """Return what two reads of the metrics, so many seconds apart, say of a server."""
 
     def compute_rate(**labels: str) -> float | None:
         if not seconds:
@@ -153,27 +160,29 @@ def describe_activity(now: Metrics, before: Metrics, seconds: float | None) -> d
     names = now.list_labels("adapter_resident", "model")
     others = [name for name in now.list_labels("requests_total", "model") if name]
     for name in dict.fromkeys([*names, *others]):
-        prompt_rate = compute_rate(model=name, kind="prompt")
         models.append(
             ModelActivity(
                 name=name,
                 requests=round(now.get("requests_total", model=name)),
                 errors=_count_errors(now, name),
                 answer_rate=compute_rate(model=name, kind="answer"),
-                prompt_rate=prompt_rate,
+                prompt_rate=compute_rate(model=name, kind="prompt"),
                 first_token_seconds=_compute_mean(now, "time_to_first_token_seconds", model=name),
                 is_resident=name not in names or bool(now.get("adapter_resident", model=name)),
             )
         )
-    return {
-        "running": round(now.get("running")),
-        "waiting": round(now.get("waiting")),
-        "answer_rate": compute_rate(kind="answer"),
-        "step_seconds": _compute_recent_mean(now, before, "step_seconds"),
-        "step_rows": _compute_recent_mean(now, before, "step_rows"),
-        "adapter_bytes": round(now.get("adapter_bytes")),
-        "models": tuple(models),
-    }
+    return ServerActivity(
+        state=state,
+        running=round(now.get("running")),
+        waiting=round(now.get("waiting")),
+        answer_rate=compute_rate(kind="answer"),
+        step_seconds=_compute_recent_mean(now, before, "step_seconds"),
+        step_rows=_compute_recent_mean(now, before, "step_rows"),
+        adapter_bytes=round(now.get("adapter_bytes")),
+        models=tuple(models),
+        routes=routes,
+        metrics=now,
+    )
 
 
 def _count_errors(metrics: Metrics, model: str) -> int:

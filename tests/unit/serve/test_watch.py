@@ -141,8 +141,7 @@ def test_many_models_and_strange_names_stay_within_the_view() -> None:
         f'tunesmith_tokens_total{{kind="answer",model="m{number}"}} {number}' for number in (5, 9)
     ]
     metrics = parse_metrics("\n".join(lines) + "\n")
-    fields = describe_activity(metrics, Metrics(), 2.0)
-    activity = ServerActivity(state="ready", routes=None, metrics=metrics, **fields)
+    activity = describe_activity(metrics, Metrics(), 2.0, state="ready")
     shown = show("http://h", activity, max_models=3)
     assert max(map(len, shown)) <= COLUMNS
     assert [line.split()[0] for line in shown if line.startswith("m")] == ["model", "m9", "m5"]
@@ -153,7 +152,7 @@ def test_many_models_and_strange_names_stay_within_the_view() -> None:
 def test_a_server_that_was_started_again_has_no_negative_rate() -> None:
     many = parse_metrics('tunesmith_tokens_total{kind="answer",model="a"} 900\n')
     few = parse_metrics('tunesmith_tokens_total{kind="answer",model="a"} 10\n')
-    assert describe_activity(few, many, 2.0)["answer_rate"] == 5
+    assert describe_activity(few, many, 2.0).answer_rate == 5
 
 
 def test_watching_in_a_terminal(busy: LiveServer, keys: dict[str, str]) -> None:
