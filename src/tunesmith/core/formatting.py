@@ -66,18 +66,19 @@ def list_paths(plan: Plan) -> list[str]:
     """Return the paths that a plan names: the model, the data and what else its recipe has."""
     paths = [str(plan.model.path), plan.config.output_dir]
     paths += [report.path for report in plan.data.values()]
-    return [*paths, *_iter_paths(plan.recipe)]
+    return [*paths, *iter_paths(plan.recipe)]
 
 
-def _iter_paths(value: Any) -> Iterator[str]:
+def iter_paths(value: Any) -> Iterator[str]:
+    """Yield the absolute paths in a value of JSON or YAML."""
     if isinstance(value, str) and value.startswith(("/", "~/")):
         yield value
     elif isinstance(value, dict):
         for item in cast("Json", value).values():
-            yield from _iter_paths(item)
+            yield from iter_paths(item)
     elif isinstance(value, (list, tuple)):
         for item in cast("list[Any]", value):
-            yield from _iter_paths(item)
+            yield from iter_paths(item)
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -3,7 +3,8 @@
     write_sweep_page(folder) -> FOLDER/sweep.html       from sweep.json and winner.yaml alone
 
 Configurations from best to worst, what mattered, the metric over the steps of every trial, and the
-recipe of the winner. The look is that of the page of a run (page.py).
+recipe of the winner, without folders: absolute paths name the user. The look is that of the page of
+a run (page.py).
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from tunesmith.core.atomic import write_file
-from tunesmith.core.formatting import format_count, format_value
+from tunesmith.core.formatting import format_count, format_value, hide_folders, iter_paths
 from tunesmith.core.sweep_record import (
     WINNER_FILE,
     ConfigurationRecord,
@@ -27,6 +28,7 @@ from tunesmith.core.sweep_record import (
 )
 from tunesmith.core.types import Comparison, __version__
 from tunesmith.evaluate.statistics import format_p, judge_comparisons
+from tunesmith.recipe.yaml_lines import read_yaml
 from tunesmith.report.html import hash_source, render_template
 from tunesmith.report.svg_charts import (
     Axes,
@@ -73,12 +75,19 @@ class SweepView:
 
 
 def write_sweep_page(folder: Path, out: Path | None = None) -> Path:
-    """Write the page and return its path. Raises InputError for a folder that is no sweep."""
+    """Write the page and return its path.
+
+    Raises InputError for a folder that is no sweep, and for a damaged recipe of the winner."""
     record = read_sweep(folder)
     recipe_file = folder / WINNER_FILE
-    recipe = recipe_file.read_text(encoding="utf-8") if recipe_file.exists() else ""
+    recipe = ""
+    paths: list[str | Path] = [folder.absolute(), record.model]
+    if recipe_file.exists():
+        recipe = recipe_file.read_text(encoding="utf-8")
+        paths += iter_paths(read_yaml(recipe_file).values)
+    page = render_sweep_page(record, recipe)
     path = out or folder / PAGE_FILE
-    write_file(path, render_sweep_page(record, recipe).encode())
+    write_file(path, hide_folders(page, paths, lambda name: str(escape(name))).encode())
     return path
 
 

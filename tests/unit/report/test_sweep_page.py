@@ -111,6 +111,31 @@ def test_the_page_is_one_file_without_script(tmp_path: Path) -> None:
     assert "nan" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL).lower()
 
 
+def test_the_page_names_no_folder(tmp_path: Path) -> None:
+    """Absolute paths name the user: in the model, the reasons and the recipe."""
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    record = make_record(reason=f"{folder}/trial-004: stopped")
+    write_sweep(folder, dataclasses.replace(record, model="/home/ann/models/tiny"))
+    (folder / "winner.yaml").write_text("data:\n- path: /home/ann/it's/rows.jsonl\n")
+    page = api.write_report(folder).read_text()
+    assert "ann" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+    assert str(tmp_path) not in page
+    assert "path: rows.jsonl" in page
+    assert "trial-004: stopped" in page
+
+
+@pytest.mark.parametrize(("losses", "tone"), [((1.4, 0.5), "good"), ((0.5, 1.4), "open")])
+def test_the_winner_is_good_if_test_data_shows_it(
+    losses: tuple[float, float], tone: str, tmp_path: Path
+) -> None:
+    before, after = (make_values(loss, "test") for loss in losses)
+    test = (compare_measurements(before, after, step=60),)
+    record = dataclasses.replace(make_record(), test=test)
+    page = api.write_report(write_sweep(tmp_path, record)).read_text()
+    assert f'<section id="verdict" class="{tone}"' in page
+
+
 def test_the_page_has_every_configuration_the_best_first(tmp_path: Path) -> None:
     record = make_record()
     page = api.write_report(write_sweep(tmp_path, record)).read_text()

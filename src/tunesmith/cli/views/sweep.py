@@ -83,9 +83,12 @@ def render_sweep(record: SweepRecord) -> RenderableType:
         parts.append(_render_effects(record))
     if record.winner_trial is not None:
         trial = record.get_trial(record.winner_trial)
-        seed = f"seed {trial.seed}, the best of {len(record.seeds)}" * (len(record.seeds) > 1)
-        name = f"{format_value(trial.settings)}{', ' if seed else ''}{seed}"
-        parts.append(f"[bold]winner[/] {escape(name)}; on test_data, once:")
+        name = format_value(trial.settings)
+        num_seeds = len(record.configurations[trial.configuration].trials)
+        if num_seeds > 1:
+            name += f", seed {trial.seed}, the best of {num_seeds}"
+        reads = "once" if record.test_reads == 1 else f"for {record.test_reads} winners"
+        parts.append(f"[bold]winner[/] {escape(name)}; on test_data, {reads}:")
         parts += [escape(f"  {format_comparison(comparison)}") for comparison in record.test]
     parts += [f"[yellow]note[/] {escape(caveat)}" for caveat in record.caveats]
     if record.winner_trial is not None:
