@@ -366,12 +366,13 @@ def make_planner(
     fixed = _collect_fixed_values(inputs, layers, reports["data"])
     if inherited is None and inputs.adapter is None:  # else an earlier stage has trained them
         refuse_unused_tokens(_iter_documents(inputs), inputs.renderer.tokenizer.new_tokens)
+    fixed = {**(inherited or {}), **fixed}
     plan_kwargs = {
         "model": inputs.model,
         "data": reports,
         "output_dir": inputs.output_dir,
         "now": inputs.now.isoformat(),
-        "fixed": {**(inherited or {}), **fixed},
+        "fixed": fixed,
         "measures": Measures(
             saved_share=_make_saved_share(inputs, fixed.get("mixture")),
             count_parameters=partial(count_module_parameters, inputs.model),
@@ -387,11 +388,13 @@ def make_planner(
             select_targets(layers, targets, inputs.model.model_type)  # refuses unknown layers
         refuse_contradicting_modules(plan, layers)
         refuse_expert_settings(plan, layers)
+        can_change_method = "method" not in fixed and plan.config.method != "full"
+        build = partial(build_plan, **plan_kwargs)
         return dataclasses.replace(
             plan,
             warnings=(*input_warnings, *plan.warnings),
             fits_on="" if has_enough_memory(plan) else find_preset_with_memory(recipe),
-            mesh=_add_mesh_options(plan, recipe, partial(build_plan, **plan_kwargs)),
+            mesh=_add_mesh_options(plan, recipe, build, can_change_method=can_change_method),
         )
 
     def find_preset_with_memory(recipe: Recipe) -> str:
@@ -403,14 +406,16 @@ def make_planner(
     return plan_recipe
 
 
-def _add_mesh_options(plan: Plan, recipe: Recipe, build: Callable[..., Plan]) -> MeshPlan | None:
+def _add_mesh_options(
+    plan: Plan, recipe: Recipe, build: Callable[..., Plan], *, can_change_method: bool
+) -> MeshPlan | None:
     """Return the mesh of a plan for several GPUs with what else there is: fewer of them, and the
     other kind of adapter."""
     if plan.mesh is None or count_gpus(plan.machine) == 1:
         return plan.mesh
     method = plan.config.method
     wishes = [(fewer, method) for fewer in list_fewer_gpus(plan.machine)]
-    if method != "full" and recipe.method != "dora":
+    if can_change_method:
         wishes.append((plan.machine, "lora" if method == "qlora" else "qlora"))
     options: list[MeshOption] = []
     for machine, other_method in wishes:
