@@ -5,22 +5,21 @@
 
 Strict: tools are refused for a template whose calls cannot be read back, and so is whatever an
 answer could break: `strict` without a forced call, one call at most, a schema beside tools. Left
-out: reading the calls of an answer (tool_calls.py)."""
+out: the grammar itself (call_grammars.py), reading the calls of an answer (tool_calls.py)."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
-from tunesmith.data.chat_template.call_forms import NamedForm, ObjectForm
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.chat_template.tool_syntax import ToolSyntax, learn_tool_syntax
-from tunesmith.model.generation.grammar import embed_schema
 from tunesmith.serve.bodies import ChatBody, ChatMessage, NamedTool, Tool
+from tunesmith.serve.call_grammars import describe_calls
 from tunesmith.serve.errors import RequestError
 from tunesmith.serve.grammars import check_schema
 from tunesmith.serve.registry import ServedModel
@@ -135,49 +134,7 @@ def build_tool_grammar(body: ChatBody, model: ServedModel) -> str | None:
     for schema in tools.schemas.values():
         check_schema(schema)
     try:
-        return _build_lark(tools, model.renderer)
+        return describe_calls(tools.syntax, tools.schemas, model.renderer)
     except InputError as error:
         message = f"tool_choice cannot be enforced: {error.message}"
         raise RequestError(400, message, code="tools_not_supported", param="tool_choice") from None
-
-
-def _build_lark(tools: OfferedTools, renderer: Renderer) -> str:
-    syntax = tools.syntax
-    if syntax.forced_opening is None:
-        raise InputError("the chat template does not continue a prompt with a call")
-    calls: list[str] = []
-    for name, schema in tools.schemas.items():
-        calls.append(_describe_call(syntax, name, schema, renderer))
-    opening = _quote(syntax.forced_opening, renderer)
-    closing = _quote(syntax.closing.rstrip(), renderer)
-    return f"start: {opening} ({' | '.join(calls)}) {closing}"
-
-
-def _describe_call(syntax: ToolSyntax, name: str, schema: Json, renderer: Renderer) -> str:
-    form = syntax.form
-    if isinstance(form, NamedForm):
-        return f"{_quote(name + form.between, renderer)} {embed_schema(schema)}"
-    if not isinstance(form, ObjectForm) or form.is_text or form.wrapper:
-        raise InputError("the chat template does not write arguments as an object")
-    if set(form.keys) != {form.name_key, form.arguments_key}:
-        raise InputError("the chat template writes more than name and arguments")
-    parts: Json = {form.name_key: {"const": name}, form.arguments_key: schema}
-    ordered = {key: parts[key] for key in form.keys}
-    call: Json = {"type": "object", "properties": ordered, "required": list(form.keys)}
-    return embed_schema({**call, "additionalProperties": False})
-
-
-def _quote(text: str, renderer: Renderer) -> str:
-    """Return a text of the template as terms of a grammar, with its control tokens by id."""
-    terms: list[str] = []
-    position = 0
-    tokenizer = renderer.tokenizer
-    for match in tokenizer.pattern.finditer(text):
-        terms += _quote_plain(text[position : match.start()])
-        terms.append(f"<[{tokenizer.controls[match[0]].id}]>")
-        position = match.end()
-    return " ".join([*terms, *_quote_plain(text[position:])])
-
-
-def _quote_plain(text: str) -> Sequence[str]:
-    return [json.dumps(text, ensure_ascii=False)] if text else []
