@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow multi effects llama mutation check bench docs size format clean
+.PHONY: demo test slow multi effects evidence evidence-quick llama mutation check bench docs size format clean
 
 demo: $(BIN)/tunesmith  ## the whole story on the embedded example
 	$(BIN)/tunesmith demo
@@ -23,6 +23,13 @@ multi: $(BIN)/pytest  ## runs on two and three processes over gloo
 effects: $(BIN)/pytest  ## does each strategy do what it promises? three seeds, into docs/results/effects.md
 	$(PYTEST) -m slow --junitxml=build/effects.xml tests/effects; status=$$?; \
 	$(BIN)/python -m benchmarks.effects build/effects.xml docs/results/effects.md && exit $$status
+
+# EVIDENCE takes further arguments, such as EVIDENCE='--minutes 60'.
+evidence: $(BIN)/pytest  ## which claims of guides hold? runs what has no result; ONLY=NAME; docs/results/evidence.md
+	nice -n 15 $(BIN)/python -m experiments.run $(if $(ONLY),--only $(ONLY)) $(EVIDENCE)
+
+evidence-quick: $(BIN)/pytest  ## two steps of each experiment with a two-layer model
+	$(BIN)/python -m experiments.run --quick $(if $(ONLY),--only $(ONLY))
 
 llama: $(BIN)/pytest  ## exports in llama.cpp, compiled the first time; `make slow` has them too from then on
 	TUNESMITH_BUILD_LLAMA=1 $(BIN)/pytest -m slow tests/unit/export/test_llama_cpp.py

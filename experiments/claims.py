@@ -1,0 +1,169 @@
+"""Judge the claims: paired differences with intervals, corrected together, beside the guesses.
+
+    judge_claims(experiments, results) -> a ClaimVerdict per claim, in the order of the experiments
+
+Values are paired by item after averaging over the seeds that both arms have. The statistics are
+those of `tunesmith compare`: its interval, its p-value, Holm's correction. All claims count in the
+correction, those not run as well, with p = 1: a verdict cannot change because another experiment
+ran. A claim holds only if every seed alone has its sign. Left out: the page (page.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from experiments.arms import ArmRun
+from experiments.definitions import UNTRAINED, Claim, Experiment, strip_seed_suffix
+
+from tunesmith.advise.data_ablation import average_measurements
+from tunesmith.core.types import Comparison
+from tunesmith.evaluate.pairing import pair_measurements
+from tunesmith.evaluate.results import EvalResults, MetricValues, compare_measurements
+from tunesmith.evaluate.statistics import ALPHA, MIN_ITEMS, adjust_p_values, compute_p_value
+
+Verdict = Literal["holds", "does not hold", "not decidable at this size", "not run yet"]
+Results = Mapping[str, Mapping[int, ArmRun]]  # arm -> seed -> its run
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The difference of a claim over its items, and of each seed alone.
+
+    p: that of the side on which the estimate lies: the claimed one if `is_as_claimed`."""
+
+    comparison: Comparison
+    seed_differences: tuple[float, ...]
+    p_value: float
+    is_as_claimed: bool
+    is_clear: bool  # whether the interval lies on one side, and each seed on the same
+
+
+@dataclass(frozen=True)
+class ClaimVerdict:
+    claim: Claim
+    verdict: Verdict
+    evidence: Evidence | None = None
+    adjusted_p: float = 1.0
+    note: str = ""  # why there is no evidence
+
+    @property
+    def is_in_guess(self) -> bool:
+        """Whether the measured difference is where the guess put it."""
+        low, high = self.claim.guess
+        return self.evidence is not None and low <= self.evidence.comparison.difference <= high
+
+
+def judge_claims(
+    experiments: Sequence[Experiment], results: Mapping[str, Results]
+) -> dict[str, list[ClaimVerdict]]:
+    """Return the verdicts of each experiment's claims, corrected over all of them."""
+    pending: list[tuple[str, ClaimVerdict]] = []
+    for experiment in experiments:
+        for claim in experiment.claims:
+            pending.append((experiment.name, _gather(claim, results.get(experiment.name, {}))))
+    p_values = [each.evidence.p_value if each.evidence else 1.0 for _, each in pending]
+    verdicts: dict[str, list[ClaimVerdict]] = {experiment.name: [] for experiment in experiments}
+    for (name, each), adjusted_p in zip(pending, adjust_p_values(p_values), strict=True):
+        verdict = each.verdict
+        if each.evidence is not None:
+            verdict = _decide(each.evidence, adjusted_p)
+        verdicts[name].append(replace(each, verdict=verdict, adjusted_p=adjusted_p))
+    return verdicts
+
+
+def _decide(evidence: Evidence, adjusted_p: float) -> Verdict:
+    if not evidence.is_clear or adjusted_p >= ALPHA:
+        return "not decidable at this size"
+    return "holds" if evidence.is_as_claimed else "does not hold"
+
+
+def _gather(claim: Claim, results: Results) -> ClaimVerdict:
+    """Return the claim with its evidence, or with the reason why it has none."""
+    sides = (claim.arm, claim.against)
+    runs = [results.get(strip_seed_suffix(side), {}) for side in sides]
+    seeds = sorted(runs[0].keys() & runs[1].keys())
+    if not seeds:
+        return ClaimVerdict(claim, "not run yet")
+    for side, side_runs in zip(sides, runs, strict=True):
+        for seed in seeds:
+            if failure := side_runs[seed].failure:
+                note = f"{side} ended early: {failure}"
+                return ClaimVerdict(claim, "not decidable at this size", note=note)
+    pairs = [
+        _select_pair(
+            _get_values(claim, claim.against, runs[1][seed]),
+            _get_values(claim, claim.arm, runs[0][seed]),
+        )
+        for seed in seeds
+    ]
+    return ClaimVerdict(claim, "not run yet", compute_evidence(claim, pairs))
+
+
+def _get_values(claim: Claim, side: str, run: ArmRun) -> MetricValues:
+    measurements = run.before if side.endswith(UNTRAINED) else run.after
+    for values in measurements:
+        if (values.task, values.metric) == (claim.task, claim.metric):
+            return values
+    measured = ", ".join(f"{values.task} {values.metric}" for values in measurements)
+    raise ValueError(f"{side} has no {claim.task} {claim.metric}, but {measured}")
+
+
+def _select_pair(first: MetricValues, second: MetricValues) -> tuple[MetricValues, MetricValues]:
+    """Return both on the items that they share, as steps where one run is shorter."""
+    pairs, notes = pair_measurements(EvalResults((first,)), EvalResults((second,)))
+    if not pairs:
+        raise ValueError("; ".join(notes))
+    return pairs[0]
+
+
+def compute_evidence(claim: Claim, pairs: Sequence[tuple[MetricValues, MetricValues]]) -> Evidence:
+    """Return the evidence of (against, arm) pairs, one per seed."""
+    comparison = _compare(pairs)
+    seed_differences = tuple(_compare([pair]).difference for pair in pairs)
+    sides = list(_iter_sides(claim, comparison))
+    # of an equality both sides must hold, and the weaker one decides
+    slack, _, high, p_value = min(sides, key=lambda side: side[0])
+    is_as_claimed = slack > 0
+    if is_as_claimed:
+        p_value = max(side[3] for side in sides)
+        is_one_sided = all(side[1] > 0 for side in sides)
+    else:
+        is_one_sided = high < 0
+    signs = {_compute_slack(claim, difference) > 0 for difference in seed_differences}
+    is_clear = is_one_sided and signs == {is_as_claimed} and comparison.after.n >= MIN_ITEMS
+    return Evidence(comparison, seed_differences, p_value, is_as_claimed, is_clear)
+
+
+def _compare(pairs: Sequence[tuple[MetricValues, MetricValues]]) -> Comparison:
+    return compare_measurements(
+        average_measurements([first for first, _ in pairs]),
+        average_measurements([second for _, second in pairs]),
+    )
+
+
+def _compute_slack(claim: Claim, difference: float) -> float:
+    """Return by how much a difference is on the claimed side."""
+    if claim.expect == "equal":
+        return claim.margin - abs(difference)
+    return (difference if claim.expect == "higher" else -difference) - claim.margin
+
+
+def _iter_sides(
+    claim: Claim, comparison: Comparison
+) -> Iterator[tuple[float, float, float, float]]:
+    """Yield (slack, low, high, p) of each inequality that a claim states: one, or two if equal."""
+    signs = {"higher": (1,), "lower": (-1,), "equal": (1, -1)}[claim.expect]
+    for sign in signs:
+        # d > margin; for an equality d > -margin and -d > -margin
+        shift = claim.margin if claim.expect == "equal" else -claim.margin
+        ends = sorted((sign * comparison.low + shift, sign * comparison.high + shift))
+        shifted = replace(
+            comparison,
+            difference=sign * comparison.difference + shift,
+            low=ends[0],
+            high=ends[1],
+            p_value=None if claim.margin else comparison.p_value,
+        )
+        yield shifted.difference, ends[0], ends[1], compute_p_value(shifted)

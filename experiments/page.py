@@ -1,0 +1,239 @@
+"""Write the book: docs/results/evidence.md and a plot per experiment, from stored results.
+
+In: experiments, their results, and the verdicts on their claims. Out: the page and SVG files in the
+folder `evidence` beside it. Left out: every decision (claims.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.claims import ClaimVerdict
+from experiments.definitions import Experiment, Plot
+
+from tunesmith.advise.data_ablation import average_measurements
+from tunesmith.core.atomic import write_file
+from tunesmith.core.events import Score
+from tunesmith.evaluate.results import MetricValues, compute_score
+from tunesmith.evaluate.statistics import format_p
+
+if TYPE_CHECKING:
+    from experiments.run import StoredRun
+
+HEADER = """# Evidence: the book of claims
+
+This page says which claims of guides hold when they are tried, on a small model and real text. Each
+experiment is a folder of [experiments/](../../experiments/README.md) with its recipe, its arms, and
+a guess that was committed before it ran. `make evidence` writes this page and its plots.
+
+A difference is paired by item after averaging over seeds, with a 95% CI. p is corrected over all
+{claims} claims (Holm); those not run count with p = 1. A claim *holds* or *does not hold* if the
+interval lies on one side, the corrected p is below 0.05 and each seed alone has the same sign; else
+it is *not decidable at this size*. A guess is a *hit* if the measured difference lies inside.
+
+A result for a model of 135M parameters shows a mechanism, and no value for a larger model.
+Intervals are over items: they do not cover seed-to-seed variation, and many arms have one seed.
+"""
+WIDTH = 640
+LABEL_WIDTH = 190
+ROW_HEIGHT = 22
+MARGIN = 34
+
+
+def write_page(
+    page: Path,
+    experiments: Sequence[Experiment],
+    stored: Mapping[str, Sequence[StoredRun]],
+    verdicts: Mapping[str, Sequence[ClaimVerdict]],
+) -> None:
+    lines = [HEADER.format(claims=sum(len(each.claims) for each in experiments))]
+    lines += _format_summary(experiments, verdicts)
+    for experiment in experiments:
+        lines += _format_experiment(page, experiment, stored[experiment.name], verdicts)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_file(page, ("\n".join(lines).rstrip() + "\n").encode())
+
+
+def _format_summary(
+    experiments: Sequence[Experiment], verdicts: Mapping[str, Sequence[ClaimVerdict]]
+) -> Iterator[str]:
+    counts = Counter(each.verdict for each in _flatten(verdicts))
+    yield "## All claims\n"
+    yield ", ".join(f"{verdict}: {count}" for verdict, count in counts.most_common()) + ".\n"
+    yield "| | claim | guess | measured difference [95% CI] | p | verdict |"
+    yield "|---|---|---|---|---|---|"
+    for experiment in experiments:
+        for each in verdicts[experiment.name]:
+            link = f"[{experiment.rule}](#{_make_anchor(experiment)})"
+            cells = [link, each.claim.text, *_format_claim(each)]
+            yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
+def _flatten(verdicts: Mapping[str, Sequence[ClaimVerdict]]) -> Iterator[ClaimVerdict]:
+    for each in verdicts.values():
+        yield from each
+
+
+def _format_claim(each: ClaimVerdict) -> Iterator[str]:
+    """Yield guess, difference, p and verdict."""
+    low, high = each.claim.guess
+    yield f"{low:+g} to {high:+g}"
+    if each.evidence is None:
+        yield from ("", "", f"{each.verdict}: {each.note}" if each.note else each.verdict)
+        return
+    comparison = each.evidence.comparison
+    interval = f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]"
+    yield f"{interval}, guess {'hit' if each.is_in_guess else 'missed'}"
+    yield format_p(each.adjusted_p).removeprefix("p ").removeprefix("= ")
+    yield f"**{each.verdict}**"
+
+
+def _make_anchor(experiment: Experiment) -> str:
+    words = "".join(each for each in experiment.title.lower() if each.isalnum() or each in " -")
+    return f"{experiment.rule.lower()}-{words.replace(' ', '-')}"
+
+
+def _format_experiment(
+    page: Path,
+    experiment: Experiment,
+    stored: Sequence[StoredRun],
+    verdicts: Mapping[str, Sequence[ClaimVerdict]],
+) -> Iterator[str]:
+    yield f"## {experiment.rule} {experiment.title}\n"
+    yield f"The guide: *{experiment.guide}*\n"
+    yield " ".join(experiment.about.split()) + "\n"
+    command = f"`make evidence ONLY={experiment.name}`"
+    expected = f"about {experiment.minutes:g} minutes on two idle cores"
+    if not stored:
+        yield f"{command}, {expected}. Not run yet.\n"
+        return
+    minutes = sum(each.run.minutes for each in stored)
+    dates = " and ".join(sorted({each.date for each in stored}))
+    devices = " and ".join(sorted({each.device for each in stored}))
+    versions = " and ".join(sorted({each.version for each in stored}))
+    num_runs = sum(len(arm.seeds) for arm in experiment.arms.values())
+    yield (
+        f"{command}, {expected}. {len(stored)} of {num_runs} runs, {minutes:.0f} minutes beside "
+        f"other work, on {dates}, {devices}, tunesmith {versions}.\n"
+    )
+    for each in verdicts[experiment.name]:
+        yield f"- {each.claim.text} {_describe_claim(each)}"
+    yield ""
+    yield from _format_arms(experiment, stored)
+    for index, plot in enumerate(experiment.plots):
+        if points := list_points(experiment, stored, plot):
+            name = f"{experiment.name}-{index}.svg" if index else f"{experiment.name}.svg"
+            write_file(page.parent / "evidence" / name, draw_plot(plot.label, points).encode())
+            yield f"![{plot.label}, by arm](evidence/{name})\n"
+
+
+def _describe_claim(each: ClaimVerdict) -> str:
+    difference = f"`{each.claim.arm}` minus `{each.claim.against}`, {each.claim.metric}"
+    if each.evidence is None:
+        note = f" ({each.note})" if each.note else ""
+        return f"{difference}: **{each.verdict}**{note}."
+    seeds = ", ".join(f"{value:+.3f}" for value in each.evidence.seed_differences)
+    _, measured, p, verdict = _format_claim(each)
+    comparison = each.evidence.comparison
+    items = f"{comparison.after.n} items, by seed {seeds}"
+    margin = f", margin {each.claim.margin:g}" if each.claim.margin else ""
+    return f"{difference}: {measured}, {items}{margin}, corrected p {p}: {verdict}."
+
+
+# ---------------------------------------------------------------- arms
+
+
+def _format_arms(experiment: Experiment, stored: Sequence[StoredRun]) -> Iterator[str]:
+    """Yield a table of the arms: plotted metrics, means over seeds with their intervals."""
+    labels = [plot.label for plot in experiment.plots]
+    has_steps = any(each.run.steps for each in stored)
+    columns = ["steps", "tokens", "tokens/s", "peak GB"] if has_steps else []
+    names = ["arm", "seeds", *labels, *columns, "minutes"]
+    yield "| " + " | ".join(names) + " |"
+    yield "|" + "---|" * len(names)
+    for arm in experiment.arms:
+        runs = [each for each in stored if each.arm == arm]
+        if not runs:
+            continue
+        scores = [_find_score(runs, plot) for plot in experiment.plots]
+        first = runs[0].run
+        sizes = [
+            f"{first.steps}",
+            f"{first.tokens:,}",
+            f"{first.tokens_per_second:.0f}",
+            f"{max(each.run.peak_gigabytes for each in runs):.2f}",
+        ]
+        cells = [arm, str(len(runs)), *(_format_score(score) for score in scores)]
+        cells += sizes if has_steps else []
+        minutes = sum(each.run.minutes for each in runs)
+        failure = f" ({first.failure})" if first.failure else ""
+        yield "| " + " | ".join([*cells, f"{minutes:.1f}{failure}"]) + " |"
+    yield ""
+
+
+def _format_score(score: Score | None) -> str:
+    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]" if score else ""
+
+
+def _find_score(runs: Sequence[StoredRun], plot: Plot, *, is_before: bool = False) -> Score | None:
+    found: list[MetricValues] = []
+    for each in runs:
+        for values in each.run.before if is_before else each.run.after:
+            if (values.task, values.metric) == (plot.task, plot.metric):
+                found.append(values)
+    return compute_score(average_measurements(found)) if found else None
+
+
+def list_points(
+    experiment: Experiment, stored: Sequence[StoredRun], plot: Plot
+) -> list[tuple[str, Score]]:
+    """Return (label, score) of the model before training and of each arm."""
+    points: list[tuple[str, Score]] = []
+    if before := _find_score(stored[:1], plot, is_before=True):
+        points.append(("before training", before))
+    for arm in experiment.arms:
+        if score := _find_score([each for each in stored if each.arm == arm], plot):
+            points.append((arm, score))
+    return points
+
+
+# ---------------------------------------------------------------- plot
+
+
+def draw_plot(title: str, points: Sequence[tuple[str, Score]]) -> str:
+    """Return a dot and its interval for each (label, score), as SVG."""
+    low = min(score.low for _, score in points)
+    high = max(score.high for _, score in points)
+    span = (high - low) or 1.0
+    height = MARGIN + ROW_HEIGHT * len(points) + 18
+    room = WIDTH - LABEL_WIDTH - 70
+
+    def scale(value: float) -> float:
+        return round(LABEL_WIDTH + room * (value - low) / span, 1)
+
+    shapes: list[str] = []
+    for row, (label, score) in enumerate(points):
+        y = MARGIN + ROW_HEIGHT * row + 8
+        middle = y + 4
+        shapes.append(
+            f'<text x="{LABEL_WIDTH - 10}" y="{middle}" text-anchor="end">{escape(label)}</text>'
+        )
+        ends = f'x1="{scale(score.low)}" x2="{scale(score.high)}"'
+        shapes.append(f'<line {ends} y1="{y}" y2="{y}" stroke="#2563eb" stroke-width="2"/>')
+        shapes.append(f'<circle cx="{scale(score.value)}" cy="{y}" r="4" fill="#2563eb"/>')
+        shapes.append(f'<text x="{scale(score.high) + 8}" y="{middle}">{score.value:.3f}</text>')
+    box = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
+    style = 'font-family="sans-serif" font-size="12" fill="#333"'
+    head = f'<text x="{LABEL_WIDTH}" y="18" font-weight="bold">{escape(title)}, 95% CI</text>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {box} {style} role="img">\n'
+        f"<title>{escape(title)}</title>\n"
+        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>\n{head}\n'
+        + "\n".join(shapes)
+        + "\n</svg>\n"
+    )
