@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments.definitions import Answering
 
-import tunesmith
+from tunesmith import api
 from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult, TrainStep
@@ -115,7 +115,7 @@ def _train(job: ArmJob) -> ArmRun:
         _finish_run(job)
     except GateError as error:
         return ArmRun(minutes=_count_minutes(job.folder), failure=error.message)
-    record = tunesmith.read_record(job.folder)
+    record = api.read_record(job.folder)
     events = read_events(job.folder)
     checks = [event for event in events if isinstance(event, CheckResult)]
     steps = [event for event in events if isinstance(event, TrainStep)]
@@ -140,11 +140,11 @@ def _finish_run(job: ArmJob) -> None:
     if (job.folder / RECORD_FILE).exists():
         return
     if is_run(job.folder):
-        events = tunesmith.resume(job.folder)
+        events = api.resume(job.folder)
     else:
         shutil.rmtree(job.folder, ignore_errors=True)
-        inputs = tunesmith.load_inputs(job.recipe, output_dir=str(job.folder))
-        events = tunesmith.train(tunesmith.plan(inputs), inputs)
+        inputs = api.load_inputs(job.recipe, output_dir=str(job.folder))
+        events = api.train(api.plan(inputs), inputs)
     for _ in events:
         pass
 
@@ -186,7 +186,7 @@ def _answer(job: ArmJob, answering: Answering) -> ArmRun:
     from tunesmith.plan.stages import require_single_stage
     from tunesmith.session.inputs import make_plan
 
-    inputs = require_single_stage(tunesmith.load_inputs(job.recipe, output_dir=str(job.folder)))
+    inputs = require_single_stage(api.load_inputs(job.recipe, output_dir=str(job.folder)))
     plan = make_plan(inputs)
     items = select_items(inputs)
     passages = None if job.documents is None else open_passages(job.documents)

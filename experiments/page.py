@@ -6,6 +6,7 @@ folder `evidence` beside it. Left out: every decision (claims.py).
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -38,7 +39,8 @@ it is *not decidable at this size*. A guess is a *hit* if the measured differenc
 A result for a model of 135M parameters shows a mechanism, and no value for a larger model.
 Intervals are over items: they do not cover seed-to-seed variation, and many arms have one seed.
 """
-WIDTH = 640
+COLUMNS = 100
+WIDTH = 640  # of a plot, in pixels
 LABEL_WIDTH = 190
 ROW_HEIGHT = 22
 MARGIN = 34
@@ -50,11 +52,11 @@ def write_page(
     stored: Mapping[str, Sequence[StoredRun]],
     verdicts: Mapping[str, Sequence[ClaimVerdict]],
 ) -> None:
+    (page.parent / "evidence").mkdir(parents=True, exist_ok=True)
     lines = [HEADER.format(claims=sum(len(each.claims) for each in experiments))]
     lines += _format_summary(experiments, verdicts)
     for experiment in experiments:
         lines += _format_experiment(page, experiment, stored[experiment.name], verdicts)
-    page.parent.mkdir(parents=True, exist_ok=True)
     write_file(page, ("\n".join(lines).rstrip() + "\n").encode())
 
 
@@ -93,6 +95,12 @@ def _format_claim(each: ClaimVerdict) -> Iterator[str]:
     yield f"**{each.verdict}**"
 
 
+def wrap_lines(text: str, indent: str = "") -> str:
+    joined = " ".join(text.split())
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(joined, COLUMNS, subsequent_indent=indent, **options)
+
+
 def _make_anchor(experiment: Experiment) -> str:
     words = "".join(each for each in experiment.title.lower() if each.isalnum() or each in " -")
     return f"{experiment.rule.lower()}-{words.replace(' ', '-')}"
@@ -105,8 +113,8 @@ def _format_experiment(
     verdicts: Mapping[str, Sequence[ClaimVerdict]],
 ) -> Iterator[str]:
     yield f"## {experiment.rule} {experiment.title}\n"
-    yield f"The guide: *{experiment.guide}*\n"
-    yield " ".join(experiment.about.split()) + "\n"
+    yield wrap_lines(f"The guide: *{experiment.guide}*") + "\n"
+    yield wrap_lines(experiment.about) + "\n"
     command = f"`make evidence ONLY={experiment.name}`"
     expected = f"about {experiment.minutes:g} minutes on two idle cores"
     if not stored:
@@ -117,12 +125,13 @@ def _format_experiment(
     devices = " and ".join(sorted({each.device for each in stored}))
     versions = " and ".join(sorted({each.version for each in stored}))
     num_runs = sum(len(arm.seeds) for arm in experiment.arms.values())
-    yield (
+    text = (
         f"{command}, {expected}. {len(stored)} of {num_runs} runs, {minutes:.0f} minutes beside "
-        f"other work, on {dates}, {devices}, tunesmith {versions}.\n"
+        f"other work, on {dates}, {devices}, tunesmith {versions}."
     )
+    yield wrap_lines(text) + "\n"
     for each in verdicts[experiment.name]:
-        yield f"- {each.claim.text} {_describe_claim(each)}"
+        yield wrap_lines(f"- {each.claim.text} {_describe_claim(each)}", indent="  ")
     yield ""
     yield from _format_arms(experiment, stored)
     for index, plot in enumerate(experiment.plots):

@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -179,6 +180,7 @@ def main() -> None:
     deadline = time.monotonic() + 60 * args.minutes
     os.chdir(ROOT)
     if args.quick:
+        shutil.rmtree(QUICK_WORK, ignore_errors=True)
         model = save_short_model(QUICK_WORK / "model")
         short = [shorten_experiment(experiment, model) for experiment in chosen]
         root = QUICK_WORK / "results"

@@ -16,9 +16,7 @@ NUM_LAYERS = 2
 
 
 def save_short_model(folder: Path) -> Path:
-    """Write the model unless the folder has it; return the folder."""
-    if (folder / "config.json").exists():
-        return folder
+    """Write the model; return the folder."""
     source = resolve_model(MODEL)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = load_file(source / "model.safetensors")
