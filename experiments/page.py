@@ -190,12 +190,12 @@ def _format_score(score: Score | None) -> str:
 
 
 def _find_score(runs: Sequence[StoredRun], plot: Plot, *, is_before: bool = False) -> Score | None:
-    found: list[MetricValues] = []
+    measured: list[MetricValues] = []
     for each in runs:
         for values in each.run.before if is_before else each.run.after:
             if (values.task, values.metric) == (plot.task, plot.metric):
-                found.append(values)
-    return compute_score(average_measurements(found)) if found else None
+                measured.append(values)
+    return compute_score(average_measurements(measured)) if measured else None
 
 
 def list_points(

@@ -1,7 +1,8 @@
-"""Load a script of experiments/ as a module."""
+"""Load scripts and modules of experiments/."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -19,3 +20,11 @@ def load_experiment(name: str) -> Any:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def import_module(name: str) -> Any:
+    """Return a module of the checkout, such as experiments.claims."""
+    root = str(EXPERIMENTS_DIR.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    return importlib.import_module(name)

@@ -1,0 +1,198 @@
+"""The book of claims: verdicts on made-up results, runs that are not repeated, and the page."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiment_modules import import_module
+from tiny_runs import build_sum_rows, run_until_saved, save_model_folder, write_rows
+from tunesmith.api import load_inputs, plan, train
+from tunesmith.core.run_dir import read_all_events
+from tunesmith.evaluate.results import MetricValues
+from tunesmith.recipe.load import read_recipe
+
+arms = import_module("experiments.arms")
+claims = import_module("experiments.claims")
+definitions = import_module("experiments.definitions")
+run = import_module("experiments.run")
+
+ITEMS = tuple(f"test.jsonl:{n}" for n in range(1, 21))
+
+
+def make_run(mean: float, *, failure: str = "") -> Any:
+    """Return a run whose items have losses around `mean`, not all equal."""
+    values = tuple(mean + 0.01 * (n % 5 - 2) * (1 + mean) for n in range(len(ITEMS)))
+    measured = MetricValues("test", "loss", ITEMS, values, higher_is_better=False)
+    return arms.ArmRun(minutes=1.0, after=(measured,), failure=failure)
+
+
+def make_claim(**changed: Any) -> Any:
+    values = {"text": "b is higher", "arm": "b", "against": "a", "expect": "higher"}
+    return definitions.Claim.model_validate(values | {"guess": (0.0, 1.0)} | changed)
+
+
+def make_experiment(*all_claims: Any, **changed: Any) -> Any:
+    values = {
+        "name": "tried",
+        "title": "Tried",
+        "rule": "E0",
+        "guide": "b is higher",
+        "about": "made up",
+        "order": 1,
+        "minutes": 1,
+        "recipe": {},
+        "arms": {"a": {}, "b": {}},
+        "claims": all_claims or (make_claim(),),
+        "plots": [{"label": "loss"}],
+    }
+    return definitions.Experiment.model_validate(values | changed)
+
+
+def judge(claim: Any, results: Any) -> str:
+    (verdict,) = claims.judge_claims([make_experiment(claim)], {"tried": results})["tried"]
+    return verdict.verdict
+
+
+@pytest.mark.parametrize(
+    ("expect", "margin", "difference", "verdict"),
+    [
+        ("higher", 0, 0.5, "holds"),
+        ("higher", 0, -0.5, "does not hold"),
+        ("higher", 0.6, 0.5, "does not hold"),
+        ("higher", 0, 0.0, "not decidable at this size"),
+        ("lower", 0, -0.5, "holds"),
+        ("lower", 0, 0.5, "does not hold"),
+        ("equal", 0.1, 0.01, "holds"),
+        ("equal", 0.1, 0.5, "does not hold"),
+        ("equal", 0.1, -0.5, "does not hold"),
+        ("equal", 0.1, 0.1, "not decidable at this size"),
+    ],
+)
+def test_a_claim_is_judged_by_its_side(
+    expect: str, margin: float, difference: float, verdict: str
+) -> None:
+    claim = make_claim(expect=expect, margin=margin)
+    results = {"a": {0: make_run(1.0)}, "b": {0: make_run(1.0 + difference)}}
+    assert judge(claim, results) == verdict
+
+
+def test_without_results_a_claim_has_not_run() -> None:
+    assert judge(make_claim(), {}) == "not run yet"
+    assert judge(make_claim(), {"a": {0: make_run(1.0)}}) == "not run yet"
+    # another seed of the other arm is no pair
+    assert judge(make_claim(), {"a": {0: make_run(1)}, "b": {1: make_run(2)}}) == "not run yet"
+
+
+def test_seeds_that_disagree_decide_nothing() -> None:
+    high = {"a": {0: make_run(1.0), 1: make_run(1.0)}, "b": {0: make_run(3.0), 1: make_run(0.9)}}
+    assert judge(make_claim(), high) == "not decidable at this size"
+    high["b"][1] = make_run(1.1)
+    assert judge(make_claim(), high) == "holds"
+
+
+def test_an_arm_that_failed_decides_nothing() -> None:
+    results = {"a": {0: make_run(1.0)}, "b": {0: make_run(2.0, failure="loss is not finite")}}
+    (verdict,) = claims.judge_claims([make_experiment()], {"tried": results})["tried"]
+    assert (verdict.verdict, verdict.evidence) == ("not decidable at this size", None)
+    assert "loss is not finite" in verdict.note
+
+
+def test_claims_are_corrected_together_with_those_that_have_not_run() -> None:
+    values = tuple(0.01 + 0.06 * (n % 2) - 0.02 for n in range(20))  # p of about 0.01
+    base = MetricValues("test", "loss", ITEMS, (0.0,) * 20)
+    results = {
+        "a": {0: arms.ArmRun(minutes=1, after=(base,))},
+        "b": {0: arms.ArmRun(minutes=1, after=(MetricValues("test", "loss", ITEMS, values),))},
+    }
+    alone = make_experiment()
+    others = [make_claim(arm="c", text=f"claim {n}") for n in range(30)]
+    among_others = make_experiment(make_claim(), *others, arms={"a": {}, "b": {}, "c": {}})
+    (verdict,) = claims.judge_claims([alone], {"tried": results})["tried"]
+    assert verdict.verdict == "holds"
+    corrected, *_ = claims.judge_claims([among_others], {"tried": results})["tried"]
+    assert corrected.verdict == "not decidable at this size"
+    assert corrected.adjusted_p == pytest.approx(min(1, 31 * verdict.adjusted_p))
+
+
+def test_every_experiment_is_complete(tmp_path: Path) -> None:
+    """Each has rows for its recipes, a guess for each claim, and a place in the order."""
+    experiments = definitions.load_experiments()
+    assert {each.rule for each in experiments} == {"own", *(f"E{n}" for n in range(1, 13))}
+    assert len({each.order for each in experiments}) == len(experiments)
+    assert sum(each.minutes for each in experiments) <= 12 * 60
+    for experiment in experiments:
+        for name, arm in experiment.arms.items():
+            job = run.make_job(experiment, name, arm, 0, tmp_path)
+            recipe = read_recipe(job.recipe)
+            assert all(source.path.exists() for source in recipe.data), (experiment.name, name)
+
+
+# ---------------------------------------------------------------- real runs of a tiny model
+
+
+@pytest.fixture(scope="module")
+def tiny_experiment(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tiny")
+    recipe = {
+        "model": str(save_model_folder(folder / "model")),
+        "data": str(write_rows(folder / "train.jsonl", build_sum_rows(1, 6))),
+        "test_data": str(write_rows(folder / "test.jsonl", build_sum_rows(200, 6))),
+        "batch_size": 2,
+        "num_train_epochs": 1,
+        "warmup_ratio": 0,
+        "lora_r": 2,
+        "dtype": "fp32",
+        "attention": "sdpa",
+        "save_steps": 1,
+        "metrics": "bits_per_byte",
+        "guard": "off",
+    }
+    rates = {"a": 1e-4, "b": 1e-2}
+    arms_by_name = {name: {"recipe": {"learning_rate": rate}} for name, rate in rates.items()}
+    claim = make_claim(expect="lower")
+    return make_experiment(claim, recipe=recipe, arms=arms_by_name)
+
+
+def test_arms_run_once_and_again_when_their_settings_change(
+    tiny_experiment: Any, tmp_path: Path
+) -> None:
+    far = time.monotonic() + 1000
+    paths = (tmp_path / "work", tmp_path / "results")
+    assert not list(run.run_experiments([tiny_experiment], *paths, deadline=0.0))
+    assert list(run.run_experiments([tiny_experiment], *paths, deadline=far)) == [tiny_experiment]
+    file = tmp_path / "results" / "tried" / run.RESULTS_FILE
+    stored = {each.arm: each for each in run.load_results(file)}
+    assert set(stored) == {"a", "b"}
+    assert stored["a"].run.steps == 3
+    assert {len(values.ids) for values in stored["a"].run.before} == {6}
+    written = file.read_bytes()
+    assert not list(run.run_experiments([tiny_experiment], *paths, deadline=far))
+    assert file.read_bytes() == written
+    other = definitions.Arm(recipe={"learning_rate": 2e-2})
+    changed = tiny_experiment.model_copy(update={"arms": {**tiny_experiment.arms, "b": other}})
+    assert [name for name, _, _ in run.list_missing(changed, list(stored.values()))] == ["b"]
+    # the page has the old result of no other settings
+    assert [each.arm for each in run.collect_results([changed], paths[1])["tried"]] == ["a"]
+    run.update_page([tiny_experiment], paths[1], tmp_path / "evidence.md")
+    page = (tmp_path / "evidence.md").read_text()
+    assert "| [E0](#e0-tried) | b is higher | +0 to +1 |" in page
+    assert (tmp_path / "evidence" / "tried.svg").read_text().count("<circle") == 3
+
+
+def test_a_killed_arm_is_resumed(tiny_experiment: Any, tmp_path: Path) -> None:
+    straight = run.make_job(tiny_experiment, "b", tiny_experiment.arms["b"], 0, tmp_path / "one")
+    killed = run.make_job(tiny_experiment, "b", tiny_experiment.arms["b"], 0, tmp_path / "two")
+    straight.folder.parent.mkdir(parents=True)
+    killed.folder.parent.mkdir(parents=True)
+    arms.measure_arm(straight)
+    inputs = load_inputs(killed.recipe, output_dir=str(killed.folder))
+    run_until_saved(train(plan(inputs), inputs), 2)
+    arms.measure_arm(killed)
+    attempts = {event.attempt for event in read_all_events(killed.folder)}
+    assert attempts == {1, 2}
+    expected = run.read_json(straight.result_file)
+    result = run.read_json(killed.result_file)
+    assert result["before"] == expected["before"]
+    assert result["after"][:1] == expected["after"][:1]
