@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.definitions import DEMO
 
-NUM_ROWS = 160
+NUM_ROWS = 80
 ROWS_PER_PACK = 4
 
 
