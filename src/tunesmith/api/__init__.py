@@ -504,12 +504,13 @@ def export(
     `out` is a new folder, RUN/export/TO by default. Raises GateError, and leaves no files, if the
     export does not answer as the run does."""
     run_dir.require_run(Path(path))
-    from tunesmith.export.request import check_request
-
-    check_request(Path(path), to, type)
-    from tunesmith.export.export import export_run
+    from tunesmith.export.request import check_request, choose_output_path, choose_type
 
     out = None if out is None else Path(out)
+    check_request(Path(path), to, type)
+    choose_output_path(Path(path), to, choose_type(to, type), scale=scale, out=out)
+    from tunesmith.export.export import export_run
+
     return export_run(Path(path), to, kind=type, base=base, scale=scale, out=out)
 
 
@@ -529,13 +530,14 @@ def export_servers(
     folders = [Path(path) for path in paths]
     for folder in folders:
         run_dir.require_run(folder)
-    from tunesmith.export.request import check_request
+    from tunesmith.export.request import check_request, choose_server_path
 
     for folder in folders:
         check_request(folder, to, type)
+    out = None if out is None else Path(out)
+    choose_server_path(folders, to, out)
     from tunesmith.export.servers import export_servers
 
-    out = None if out is None else Path(out)
     return export_servers(folders, to, kind=type, scale=scale, out=out)
 
 
@@ -547,6 +549,9 @@ def push_to_hub(
     A new repository is private unless `public`. Raises what `export` raises, and InputError
     without a token or the right to write."""
     run_dir.require_run(Path(path))
-    from tunesmith.export.hub import check_target, export_to_hub
+    from tunesmith.export.hub_target import check_target
 
-    return export_to_hub(Path(path), check_target(repo, is_public=public), scale=scale)
+    target = check_target(repo, is_public=public)
+    from tunesmith.export.hub import export_to_hub
+
+    return export_to_hub(Path(path), target, scale=scale)

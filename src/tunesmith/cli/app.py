@@ -371,7 +371,7 @@ def _refuse_unused(flags: dict[str, object], condition: str) -> None:
 def _confirm_upload(folder: Path, repo: str | None, *, is_public: bool, is_confirmed: bool) -> None:
     """Ask before an adapter leaves the machine. Raises InputError where nobody can be asked."""
     require_run(folder)
-    from tunesmith.export.hub import check_target
+    from tunesmith.export.hub_target import check_target
 
     if not is_confirmed and not sys.stdin.isatty():
         message = "the upload has to be confirmed, and this is no terminal"

@@ -32,6 +32,7 @@ from tunesmith.export.per_expert import (
     refuse_stacked_experts,
     write_per_expert,
 )
+from tunesmith.export.request import choose_output_path
 from tunesmith.export.source_run import SourceRun, open_source_run
 from tunesmith.export.targets import ExportFormat, find_format
 from tunesmith.model.save import select_linear_loras
@@ -94,7 +95,7 @@ def export_run(
     """
     kind, export_format = find_format(target, kind)
     run = _scale_run(open_source_run(path), scale)
-    output_path = _choose_output_path(run, target, kind, out)
+    output_path = choose_output_path(path, target, kind, scale=run.scale, out=out)
     _refuse_unsupported(run, export_format)
     _refuse_too_large(run, export_format)
     needed_bytes = _estimate_bytes(run, export_format)
@@ -134,18 +135,6 @@ def _scale_run(run: SourceRun, scale: float) -> SourceRun:
         message = f"{run.path} trained all weights: there is no adapter to scale"
         raise InputError(message, where=where, fix="leave --scale out")
     return run.with_scale(scale)
-
-
-def _choose_output_path(run: SourceRun, target: str, export_type: str, out: Path | None) -> Path:
-    """Return the folder of the export. Raises InputError if it exists and is not empty."""
-    name = f"{target}-{export_type}" if export_type else target
-    if run.scale != 1:
-        name += f"@{run.scale:g}"
-    path = out or run.path / "export" / name
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        fix = "remove it, or choose another with --out"
-        raise InputError("the output folder already exists", where=str(path), fix=fix)
-    return path
 
 
 def _refuse_unsupported(run: SourceRun, export_format: ExportFormat) -> None:

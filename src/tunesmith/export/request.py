@@ -1,14 +1,16 @@
 """What an export asks for, refused before a model library is loaded where the words or the run's
 tokenizer already say no.
 
-    check_request(run, target, type)      InputError, or None
-    choose_type(target, type)             the type, the target's first one without a type
+    check_request(run, target, type)            InputError, or None
+    choose_type(target, type)                   the type, the target's first one without a type
+    choose_output_path(run, target, type, ...)  the new folder
 
-In: the words of the user and a run folder. Out: nothing, or the type. Left out: how a target is
-written (targets.py), and everything that needs weights (export.py)."""
+In: the words of the user and a run folder. Out: nothing, the type or the folder. Left out: how a
+target is written (targets.py), and everything that needs weights (export.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tunesmith.core.errors import InputError
@@ -51,6 +53,33 @@ def _choose(types: tuple[str, ...], target: str, export_type: str | None) -> str
         fix = f"use one of {', '.join(names)}" if names else "leave --type out"
         raise InputError(f"{target} has no type {chosen!r}", where="--type", fix=fix)
     return chosen
+
+
+def choose_output_path(
+    run: Path, target: str, export_type: str, *, scale: float, out: Path | None
+) -> Path:
+    """Return the folder of an export. Raises InputError if it exists and is not empty."""
+    name = f"{target}-{export_type}" if export_type else target
+    if scale != 1:
+        name += f"@{scale:g}"
+    return _refuse_nonempty(out or run / "export" / name)
+
+
+def choose_server_path(runs: Sequence[Path], target: str, out: Path | None) -> Path:
+    """Return the folder of a server. Raises InputError if it exists and is not empty, and for
+    several runs without one."""
+    if out is None and len(runs) > 1:
+        fix = "name it: --out FOLDER"
+        raise InputError("several runs have no default output folder", where="--out", fix=fix)
+    return _refuse_nonempty(out or runs[0] / "export" / target)
+
+
+def _refuse_nonempty(path: Path) -> Path:
+    """Return the folder to write. Raises InputError if something is there."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        fix = "remove it, or choose another with --out"
+        raise InputError("the output folder already exists", where=str(path), fix=fix)
+    return path
 
 
 def check_request(run: Path, target: str, export_type: str | None) -> None:

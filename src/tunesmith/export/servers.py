@@ -28,7 +28,7 @@ from tunesmith.export.per_expert import (
     has_expert_adapters,
     refuse_stacked_experts,
 )
-from tunesmith.export.request import LLAMA_SERVER, PER_EXPERT
+from tunesmith.export.request import LLAMA_SERVER, PER_EXPERT, choose_server_path
 from tunesmith.export.server_files import (
     ADAPTERS_DIR,
     ENGINES,
@@ -92,7 +92,7 @@ def export_servers(
         MachineError: verifying an export does not fit in memory.
         GateError: exported weights do not behave as the run does; nothing is written.
     """
-    output_path = _choose_output_path(paths, target, out)
+    output_path = choose_server_path(paths, target, out)
     names = _choose_names(paths)
     runs = [open_source_run(path) for path in paths]
     if target == LLAMA_SERVER:
@@ -127,18 +127,6 @@ def export_servers(
             file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
         )
     return ServerExport(target, str(output_path), tuple(files), tuple(exported))
-
-
-def _choose_output_path(paths: Sequence[Path], target: str, out: Path | None) -> Path:
-    """Raise InputError for a folder with files, and for several runs without one."""
-    if out is None and len(paths) > 1:
-        fix = "name it: --out FOLDER"
-        raise InputError("several runs have no default output folder", where="--out", fix=fix)
-    path = out or paths[0] / "export" / target
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        fix = "remove it, or choose another with --out"
-        raise InputError("the output folder already exists", where=str(path), fix=fix)
-    return path
 
 
 def _choose_names(paths: Sequence[Path]) -> list[str]:
