@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.core.types import Json
 from tunesmith.model.causal_lm import Network
-from tunesmith.model.hub.text_class import transformers_errors
+from tunesmith.model.hub.text_class import load_config, transformers_errors
 
 
 def encode_stock_prompts(
@@ -44,9 +44,7 @@ def encode_stock_prompts(
 
 def load_config_dict(folder: Path) -> dict[str, Any]:
     """Return config.json with all defaults of its model type."""
-    with transformers_errors(folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return config.to_dict()
+    return load_config(folder).to_dict()
 
 
 def load_gguf(file: Path, config_dir: Path, device: str = "cpu") -> Network:

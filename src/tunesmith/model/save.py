@@ -50,7 +50,13 @@ from tunesmith.model.hub.expert_names import (
 from tunesmith.model.hub.families import get_tensor_prefix
 from tunesmith.model.hub.stored_tensors import read_naming, read_text_tensors
 from tunesmith.model.hub.text_class import find_tensor_prefix
-from tunesmith.model.hub.validate import TEMPLATES_DIR, read_header, read_headers, read_model_json
+from tunesmith.model.hub.validate import (
+    AUTO_MAP_KEY,
+    TEMPLATES_DIR,
+    read_header,
+    read_headers,
+    read_model_json,
+)
 from tunesmith.model.new_embeddings import collect_new_rows
 from tunesmith.model.safetensors_io import find_nonfinite, write_tensors
 from tunesmith.model.target_modules import EMBEDDING, HEAD
@@ -524,12 +530,13 @@ def _list_stored_names(base: Path) -> dict[str, str]:
 
 
 def save_config(folder: Path, base: Path, vocab_size: int, *, is_packed: bool) -> None:
-    """Write the base's config.json for an embedding of `vocab_size` rows. `is_packed`: the weights
-    are packed where the base's are."""
+    """Write the base's config.json for an embedding of `vocab_size` rows, without names of code,
+    which is not copied. `is_packed`: the weights are packed where the base's are."""
     config = read_model_json(base / "config.json")
     text = config["text_config"] if get_tensor_prefix(config) else config
     is_widened = not is_packed and config.pop("quantization_config", None) is not None
-    if text.get("vocab_size") == vocab_size and not is_widened:
+    has_code = config.pop(AUTO_MAP_KEY, None) is not None
+    if text.get("vocab_size") == vocab_size and not is_widened and not has_code:
         shutil.copyfile(base / "config.json", folder / "config.json")
         return
     text["vocab_size"] = vocab_size

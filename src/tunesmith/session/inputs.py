@@ -47,7 +47,7 @@ from tunesmith.data.tokenizer.eos import find_separator
 from tunesmith.model.hub.adapter_config import AdapterFolder, read_adapter
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_model_headers, read_spec
-from tunesmith.model.hub.validate import has_weights
+from tunesmith.model.hub.validate import find_replaced_code, has_weights, read_model_json
 from tunesmith.model.target_modules import list_linear_paths, select_targets
 from tunesmith.plan.build import build_plan
 from tunesmith.plan.gpu_time import estimate_gpu_time
@@ -440,6 +440,11 @@ def _list_input_warnings(inputs: RunInputs) -> tuple[str, ...]:
             f"adapter_from: its weights fit {model.name} by name and shape, and it names its base "
             f"as {adapter.base_name or 'unknown'}; there is no hash of the weights that it was "
             "trained on"
+        )
+    if code := find_replaced_code(read_model_json(model.path / "config.json")):
+        warnings.append(
+            f"model: config.json names code of the repository ({', '.join(code):.200}), which is "
+            f"never run: {model.architecture} of transformers is trained instead"
         )
     if inputs.recipe.eval_split and (warning := _check_split(inputs)):
         warnings.append(warning)

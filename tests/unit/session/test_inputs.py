@@ -50,6 +50,19 @@ def test_a_metric_that_is_none_is_refused_without_rows_to_measure(
         tunesmith.plan(make_tiny_recipe(tiny_folder, tmp_path, metrics=metrics))
 
 
+def test_the_plan_names_code_of_the_repository_that_is_not_run(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    config = json.loads((model / "config.json").read_text())
+    code = {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": code}))
+    plan = tunesmith.plan(make_tiny_recipe(model, tmp_path))
+    (warning,) = [text for text in plan.warnings if "modeling_x.XForCausalLM" in text]
+    assert "never run: LlamaForCausalLM of transformers" in warning
+
+
 def test_general_text_that_is_not_there_is_refused_by_the_plan(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

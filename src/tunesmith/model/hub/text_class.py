@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.model.hub.families import FAMILIES, find_text_type
-from tunesmith.model.hub.validate import DTYPE_BYTES, TensorHeader
+from tunesmith.model.hub.validate import AUTO_MAP_KEY, DTYPE_BYTES, TensorHeader
 
 # of the positions of images, which text does not have
 IMAGE_ROTATION_KEYS = ("mrope_section", "mrope_interleaved")
@@ -52,11 +52,21 @@ def transformers_errors(folder: Path) -> Iterator[None]:
         raise InputError(message, where=str(folder), fix="download the model again") from error
 
 
+def load_config(folder: Path) -> PreTrainedConfig:
+    """Return the config of a folder, without the names of code that the repository brings: the
+    classes of transformers are built from it, whoever reads it."""
+    with transformers_errors(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if hasattr(config, AUTO_MAP_KEY):
+        delattr(config, AUTO_MAP_KEY)
+    return config
+
+
 def load_text_config(folder: Path) -> PreTrainedConfig:
     """Return the config of the class that is trained. For a multimodal checkpoint this is its text
     part; whether its head is the embedding is what the whole checkpoint says."""
+    config = load_config(folder)
     with transformers_errors(folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         family = FAMILIES.get(config.model_type)
         if family is None or not family.tensor_prefix:
             return config

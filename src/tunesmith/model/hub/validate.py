@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json_object
 from tunesmith.core.types import Json
+from tunesmith.model.hub.families import FAMILIES
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -55,6 +56,8 @@ CODE_KEY = re.compile(
     r"|configuration_files|fast_tokenizer_files|init_inputs|per_layer_config|compression_config"
 )
 TRUST_KEY = "trust_remote_code"
+AUTO_MAP_KEY = "auto_map"  # class of transformers -> class in the repository that takes its place
+TOKENIZER_CLASS = "AutoTokenizer"
 CODE_FIX = (
     "remove the key if transformers supports this model type natively; "
     "tunesmith never runs code from a model"
@@ -110,7 +113,10 @@ def check_folder(folder: Path, *, needs_weights: bool = True) -> None:
     modules = "|".join(re.escape(path.stem) for path in folder.glob("*.py"))
     code_reference = re.compile(rf"(.*--)?({modules})\.(py|[A-Z]\w*)") if modules else None
     for path in sorted({*folder.glob("*config*.json"), *folder.glob("special_tokens_map.json")}):
-        _check_code(path, code_reference)
+        content = read_model_json(path)
+        if path.name == "config.json" and find_replaced_code(content):
+            del content[AUTO_MAP_KEY]
+        _check_code(path, content, code_reference)
     if (folder / "custom_generate").exists():
         message = "the model brings its own code for generate()"
         fix = "remove the folder custom_generate; tunesmith never runs code from a model"
@@ -121,6 +127,18 @@ def check_folder(folder: Path, *, needs_weights: bool = True) -> None:
     _check_tokenizer_class(folder)
     if needs_weights or has_weights(folder):
         read_headers(folder)
+
+
+def find_replaced_code(config: Json) -> tuple[str, ...]:
+    """Return the classes of the repository that a config.json names although transformers has its
+    own for this model type, which are loaded instead. Nothing replaces a tokenizer's code."""
+    auto_map = config.get(AUTO_MAP_KEY)
+    model_type = config.get("model_type")
+    if not isinstance(auto_map, dict) or not isinstance(model_type, str):
+        return ()
+    is_replaced = model_type in FAMILIES and TOKENIZER_CLASS not in auto_map
+    names = [name for name in auto_map.values() if isinstance(name, str)]
+    return tuple(sorted(set(names))) if is_replaced and len(names) == len(auto_map) else ()
 
 
 # ---------------------------------------------------------------- files and links
@@ -282,8 +300,8 @@ def _make_missing_weights_error(folder: Path) -> InputError:
 # ---------------------------------------------------------------- keys that lead to code or files
 
 
-def _check_code(path: Path, code_reference: re.Pattern[str] | None) -> None:
-    for key_path, value in _walk_json(read_model_json(path)):
+def _check_code(path: Path, content: Json, code_reference: re.Pattern[str] | None) -> None:
+    for key_path, value in _walk_json(content):
         key = key_path.key
         where = f"{path}:{key_path}"
         if key == LAYER_SIZES_KEY and _is_head_sizes(value):

@@ -38,7 +38,7 @@ def names_in_cache() -> list[str]:
 def test_a_folder_is_itself_but_checked(model_folder: Path) -> None:
     assert resolve_model(str(model_folder)) == model_folder.resolve()
     (model_folder / "config.json").write_text(
-        json.dumps(CONFIG | {"auto_map": {"AutoModel": "evil.Model"}})
+        json.dumps(CONFIG | {"auto_map": {"AutoTokenizer": "evil.Tokenizer"}})
     )
     with pytest.raises(InputError, match="auto_map"):
         resolve_model(str(model_folder))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -36,8 +37,19 @@ def test_a_folder_needs_its_weights(model_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "key"),
     [
-        ("config.json", {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map"),
-        ("config.json", {"auto_map": {"AutoConfig": "someone/else--evil.Config"}}, "auto_map"),
+        (
+            "config.json",
+            {"model_type": "evil", "auto_map": {"AutoModelForCausalLM": "evil.Model"}},
+            "auto_map",
+        ),
+        (
+            "config.json",
+            {"model_type": ["evil"], "auto_map": {"AutoConfig": "someone/else--evil.Config"}},
+            "auto_map",
+        ),
+        ("config.json", {"auto_map": {"AutoModel": "a.B", "AutoTokenizer": "a.C"}}, "auto_map"),
+        ("config.json", {"auto_map": {"AutoModel": ["evil.Model"]}}, "auto_map"),
+        ("config.json", {"text_config": {"auto_map": {"AutoModel": "evil.Model"}}}, "auto_map"),
         (
             "config.json",
             {"_attn_implementation_internal": "someone/kernel"},
@@ -79,6 +91,34 @@ def test_fault_16_remote_code_is_refused_and_never_runs(
     assert "evil" not in sys.modules
 
 
+def test_fault_16_code_that_transformers_has_itself_is_left_out_and_never_runs(
+    model_folder: Path, change_config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Repositories of Phi-4 mini, DeepSeek and Nemotron name such code for older versions."""
+    from tunesmith.model.causal_lm import load_network
+    from tunesmith.model.hub.text_class import load_text_config
+    from tunesmith.model.save import save_config
+
+    monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("no socket is opened"))
+    sentinel = model_folder / "executed"
+    (model_folder / "evil.py").write_text(f"open({str(sentinel)!r}, 'w').close()")
+    for prefix in ("", "someone/else--"):
+        names = {name: f"{prefix}evil.{name}" for name in ("AutoConfig", "AutoModelForCausalLM")}
+        change_config(auto_map=names)
+        check_folder(model_folder)
+        config = load_text_config(model_folder)
+        network = load_network(model_folder, torch.float32)
+        assert not hasattr(config, "auto_map")
+        for part in (config, network):
+            assert type(part).__module__.startswith("transformers.models.llama.")
+    target = model_folder / "merged"
+    target.mkdir()
+    save_config(target, model_folder, config.vocab_size, is_packed=False)
+    assert "auto_map" not in (target / "config.json").read_text()
+    assert not sentinel.exists()
+    assert "evil" not in sys.modules
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -104,7 +144,11 @@ def test_fault_16_remote_code_is_refused_and_never_runs(
             {"compression_config": {"format": "x"}},
             "the key compression_config describes compressed weights",
         ),
-        ("config.json", {"auto_map": {"AutoModel": "x.y"}}, "auto_map makes transformers load"),
+        (
+            "config.json",
+            {"model_type": "x", "auto_map": {"AutoModel": "x.y"}},
+            "auto_map makes transformers load",
+        ),
     ],
 )
 def test_keys_that_lead_elsewhere_are_refused(
