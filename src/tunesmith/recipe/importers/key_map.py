@@ -16,7 +16,7 @@ SHARED_KEYS = (
     *("learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "seed"),
     *("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
 )
-SAME_KEYS = dict(zip(SHARED_KEYS, SHARED_KEYS, strict=True))
+SAME_KEYS = dict(zip(SHARED_KEYS, SHARED_KEYS, strict=True)) | {"full_determinism": "deterministic"}
 HUB_DATASET_REASON = "not a local file: save its rows in the file that the recipe names"
 SCHEDULES = get_args(ScheduleName)
 LOSS_NAMES = {"sigmoid": "dpo", "dpo": "dpo", "orpo": "orpo", "simpo": "simpo", "kto": "kto"}

@@ -269,6 +269,13 @@ def test_a_constant_rate_has_no_warm_up() -> None:
     assert any(entry.key == "warmup_ratio" for entry in translation.untranslated)
 
 
+@pytest.mark.parametrize("config", [TRL, AXOLOTL, LLAMAFACTORY])
+def test_determinism(config: Config) -> None:
+    assert translate_config(config | {"full_determinism": True}).values["deterministic"] is True
+    assert translate_config(config | {"full_determinism": False}).values["deterministic"] is False
+    assert "deterministic" not in translate_config(config).values
+
+
 def test_label_smoothing_of_pairs() -> None:
     values = translate_config(AXOLOTL | {"rl": "dpo", "dpo_label_smoothing": 0.1}).values
     assert values["label_smoothing"] == 0.1
