@@ -26,8 +26,8 @@ from tunesmith.data.pretraining import (
     open_corpus,
 )
 from tunesmith.data.tokenizer import chat_tokenizer as tokenizer_module
-from tunesmith.data.tokenizer.chat_tokenizer import split_text
 from tunesmith.data.tokenizer.eos import find_separator
+from tunesmith.data.tokenizer.pieces import split_text
 from tunesmith.recipe.fields import DataSource
 
 NOW = datetime(2026, 1, 1)

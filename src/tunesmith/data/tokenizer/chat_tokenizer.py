@@ -18,7 +18,7 @@ import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,12 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json_object
 from tunesmith.core.types import Json, NewToken
 from tunesmith.data.tokenizer.guarded_tokenizer import GuardedTokenizer, list_unknown_patterns
+from tunesmith.data.tokenizer.pieces import (
+    MAX_PIECE_CHARS,
+    estimate_growth,
+    split_grown_text,
+    split_text,
+)
 from tunesmith.data.tokenizer.tokenizer_json import (
     MAX_LEADING,
     UNUSABLE_ERRORS,
@@ -49,12 +55,9 @@ SPECIAL_TOKEN_NAMES = (
     "mask_token",
 )
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
-# Longer runs are encoded in pieces, since the library takes over 100 bytes per token.
-MAX_PIECE_CHARS = 2**18
-BATCH_PIECES = 4  # pieces of a long run encoded in one batch
+MAX_BATCH_BYTES = 2**20  # encoded in one call, which nothing can interrupt
 MAX_CACHED_CHARS = 64  # such runs repeat in every row and are cached
 MAX_CACHED_TEXTS = 10_000
-MAX_BATCH_CHARS = 2**20  # encoded in one call, which nothing can interrupt
 PATTERN_COMPONENTS = ("normalizer", "pre_tokenizer", "decoder")
 AnyTokenizer = Tokenizer | GuardedTokenizer
 MAX_PATTERN_CHARS = 500_000  # compiled in some seconds
@@ -109,6 +112,7 @@ class ChatTokenizer:
         self.new_tokens = tuple(new_tokens)
         data = _override_added_tokens(config, parse_tokenizer(tokenizer_json))
         self.special_tokens = special_tokens
+        self._growth = estimate_growth(data.get("normalizer"))
         identity = tokenizer_json + json.dumps(data["added_tokens"]).encode()
         self.sha256 = hashlib.sha256(identity).hexdigest()
         non_special = {token["content"] for token in data["added_tokens"] if not token["special"]}
@@ -236,21 +240,42 @@ class ChatTokenizer:
     def iter_run_ids(self, text: str, *, is_start: bool) -> Iterator[list[int]]:
         """Yield the ids of a run of any length, piece by piece, a few encoded together on all
         cores."""
-        remaining = split_text(text, MAX_PIECE_CHARS)
-        first_tokenizer = self._start_tokenizer if is_start else self._rest_tokenizer
-        yield self._encode(next(remaining), first_tokenizer)
+        yield from self._iter_ids(text, self._start_tokenizer if is_start else self._rest_tokenizer)
+
+    def _iter_ids(self, text: str, first_tokenizer: AnyTokenizer) -> Iterator[list[int]]:
+        pieces = self._split_run(text)
+        yield self._encode(next(pieces), first_tokenizer)
         tokenizer = self._continuation_tokenizer
-        while batch := list(islice(remaining, BATCH_PIECES)):
+        for batch in _iter_batches(pieces, self._growth):
             with TokenizerErrors():
                 encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             yield from (self.check_ids(encoding.ids) for encoding in encodings)
+
+    def _split_run(self, text: str) -> Iterator[str]:
+        """Yield the pieces of a run, each of which the library encodes in bounded memory."""
+        if self._is_short(text):
+            return iter((text,))
+        if self._growth == 1:
+            return split_text(text, MAX_PIECE_CHARS)
+        return split_grown_text(text, self._normalize)
+
+    def _normalize(self, text: str) -> str:
+        normalizer = self._start_tokenizer.normalizer
+        if normalizer is None:
+            return text
+        with TokenizerErrors():
+            return normalizer.normalize_str(text)
+
+    def _is_short(self, text: str) -> bool:
+        """Whether a run is encoded as one piece, however much its normalization grows."""
+        return len(text) * self._growth <= MAX_PIECE_CHARS
 
     def encode_texts(self, texts: Iterable[str]) -> dict[str, list[int]]:
         """Return the ids of documents, encoded in one batch on all cores. Long texts are left out;
         empty if one cannot be encoded, or if `iter_text_ids` is faster."""
         if self.word_encoder is not None:
             return {}
-        short_texts = [text for text in texts if len(text) <= MAX_PIECE_CHARS]
+        short_texts = [text for text in texts if self._is_short(text)]
         return self._encode_batch(short_texts, self._start_tokenizer)
 
     def iter_text_ids(self, text: str) -> Iterator[Sequence[int] | np.ndarray]:
@@ -266,7 +291,7 @@ class ChatTokenizer:
         the next batch."""
         texts: tuple[set[str], set[str]] = (set(), set())
         for text, is_start in runs:
-            if text not in self._cache[is_start] and len(text) <= MAX_PIECE_CHARS:
+            if text not in self._cache[is_start] and self._is_short(text):
                 texts[is_start].add(text)
         rest_ids = self._encode_batch(list(texts[False]), self._rest_tokenizer)
         start_ids = self._encode_batch(list(texts[True]), self._start_tokenizer)
@@ -275,7 +300,7 @@ class ChatTokenizer:
     def _encode_batch(self, texts: list[str], tokenizer: AnyTokenizer) -> dict[str, list[int]]:
         ids: dict[str, list[int]] = {}
         try:
-            for batch in _iter_batches(texts):
+            for batch in _iter_batches(texts, self._growth):
                 with TokenizerErrors():
                     encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
                 ids.update(zip(batch, (encoding.ids for encoding in encodings), strict=True))
@@ -286,7 +311,7 @@ class ChatTokenizer:
     def encode_continuation(self, text: str) -> list[int]:
         """Return the ids of text that continues other text: without the space that some tokenizers
         prepend."""
-        return self._encode(text, self._continuation_tokenizer)
+        return [i for part in self._iter_ids(text, self._continuation_tokenizer) for i in part]
 
     def _encode(self, text: str, tokenizer: AnyTokenizer) -> list[int]:
         with TokenizerErrors():
@@ -326,11 +351,9 @@ class ChatTokenizer:
     def can_match_control(self, control: ControlToken, following: str) -> bool:
         """Return whether the full tokenizer matches this token before `following`, which its
         normalizer may prevent."""
-        normalizer = self._start_tokenizer.normalizer
-        if not control.normalized or normalizer is None:
+        if not control.normalized:
             return True
-        with TokenizerErrors():
-            return normalizer.normalize_str(control.text + following).startswith(control.text)
+        return self._normalize(control.text + following).startswith(control.text)
 
     def _find_leading_ids(self) -> tuple[int, ...]:
         """Return the ids that the post-processor puts before plain text."""
@@ -351,39 +374,20 @@ class ChatTokenizer:
         raise InputError(message, where="tokenizer.json:post_processor")
 
 
-def _iter_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield the texts in batches of some MAX_BATCH_CHARS."""
+def _iter_batches(texts: Iterable[str], growth: int) -> Iterator[list[str]]:
+    """Yield the texts in batches of MAX_BATCH_BYTES after normalization; a longer one is alone."""
     batch: list[str] = []
-    num_chars = 0
+    batch_bytes = 0
     for text in texts:
-        batch.append(text)
-        num_chars += len(text)
-        if num_chars >= MAX_BATCH_CHARS:
+        num_bytes = growth * len(text.encode(errors="surrogatepass"))
+        if batch and batch_bytes + num_bytes > MAX_BATCH_BYTES:
             yield batch
             batch = []
-            num_chars = 0
+            batch_bytes = 0
+        batch.append(text)
+        batch_bytes += num_bytes
     if batch:
         yield batch
-
-
-def split_text(text: str, max_chars: int) -> Iterator[str]:
-    """Yield a text in pieces of at most `max_chars`, cut before a space between two words, where
-    tokens start anyway; else before another space or line end; else anywhere."""
-    start = 0
-    while len(text) - start > max_chars:
-        end = _find_cut(text, start + max_chars // 2, start + max_chars)
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def _find_cut(text: str, low: int, high: int) -> int:
-    position = high
-    while (position := text.rfind(" ", low, position)) >= 0:
-        if text[position - 1].isalpha() and text[position + 1].isalpha():
-            return position
-    space = max(text.rfind(space, low, high) for space in " \n")
-    return space if space >= 0 else high
 
 
 def _override_added_tokens(config: Json, data: Json) -> Json:

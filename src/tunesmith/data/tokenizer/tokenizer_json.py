@@ -148,8 +148,8 @@ def _check_model(model: Json) -> None:
 
 
 def _check_growth(name: str, component: Any) -> None:
-    steps = list(_iter_steps(component))
-    growth = math.prod(max(1, _estimate_growth(step)) for step in steps)
+    steps = list(iter_steps(component))
+    growth = math.prod(max(1, count_written_chars(step)) for step in steps)
     if len(steps) > MAX_STEPS or growth > MAX_GROWTH:
         message = (
             f"the tokenizer's {name} expands text up to {growth:,} times (steps: {len(steps)})"
@@ -158,7 +158,7 @@ def _check_growth(name: str, component: Any) -> None:
         raise InputError(message, fix=fix)
 
 
-def _iter_steps(component: Any) -> Iterator[Json]:
+def iter_steps(component: Any) -> Iterator[Json]:
     """Yield the steps of a normalizer, pre-tokenizer or decoder, inside sequences too."""
     todo = [component]
     while todo:
@@ -169,7 +169,7 @@ def _iter_steps(component: Any) -> Iterator[Json]:
                 todo += value if isinstance(value, list) else []
 
 
-def _estimate_growth(step: Json) -> int:
+def count_written_chars(step: Json) -> int:
     """Return how many characters a step may write for one."""
     if step.get("type") == "ByteLevel":
         return BYTE_LEVEL_GROWTH

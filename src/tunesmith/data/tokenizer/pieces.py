@@ -1,0 +1,93 @@
+"""Cut long texts into pieces that the tokenizers library encodes in bounded memory.
+
+    split_text(text, max_chars)       -> pieces, cut between words where there are any
+    split_grown_text(text, normalize) -> the same for a normalizer that writes more than it reads
+    estimate_growth(normalizer)       -> bytes that it writes for one, at most
+
+The library takes up to 200 bytes of memory per token, nothing can interrupt it, and a token can be
+a single byte. So what one call encodes is bounded in bytes after normalization, which are measured
+before: U+FDFA is one letter, and eighteen in compatibility form (NFKC, NFKD). A piece that starts
+at a space between two words has the ids that it has in the whole text; a text that has none where
+it would have to be cut is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tunesmith.core.errors import InputError
+from tunesmith.data.tokenizer.tokenizer_json import count_written_chars, iter_steps
+
+MAX_PIECE_CHARS = 2**18
+CHAR_BYTES = 4  # of UTF-8, at most
+MAX_GROWN_BYTES = CHAR_BYTES * MAX_PIECE_CHARS  # of a piece after normalization
+BLOCK_CHARS = 2**12  # normalized at once to measure them
+# Normalization forms, and the others that make text longer -> bytes for one of theirs, at most
+UNICODE_GROWTH = {
+    **dict.fromkeys(("NFKC", "NFKD"), 18),
+    **dict.fromkeys(("NFC", "NFD"), 4),
+    "BertNormalizer": 12,
+    "Lowercase": 2,
+}
+
+
+def estimate_growth(normalizer: Any) -> int:
+    """Return how many bytes a normalizer of a tokenizer.json writes for one, at most."""
+    factors: list[int] = []
+    for step in iter_steps(normalizer):
+        written = count_written_chars(step)
+        factors.append(UNICODE_GROWTH.get(str(step.get("type")), 1))
+        factors.append(CHAR_BYTES * written if written > 1 else 1)
+    return math.prod(factors)
+
+
+def split_grown_text(text: str, normalize: Callable[[str], str]) -> Iterator[str]:
+    """Yield a text in pieces of at most MAX_PIECE_CHARS, and MAX_GROWN_BYTES once it is normalized.
+    Raises InputError where that would cut a word."""
+    for piece in split_text(text, MAX_PIECE_CHARS):
+        start = 0
+        num_bytes = 0
+        for block_start in range(0, len(piece), BLOCK_CHARS):
+            block_bytes = _count_bytes(piece[block_start : block_start + BLOCK_CHARS], normalize)
+            if num_bytes + block_bytes > MAX_GROWN_BYTES:
+                cut = _find_cut(piece, (start + block_start) // 2 + 1, block_start)
+                if piece[cut : cut + 1] not in (" ", "\n"):
+                    raise _make_growth_error(block_start - start, num_bytes)
+                yield piece[start:cut]
+                start = cut
+                num_bytes = _count_bytes(piece[cut:block_start], normalize)
+            num_bytes += block_bytes
+        yield piece[start:]
+
+
+def _count_bytes(text: str, normalize: Callable[[str], str]) -> int:
+    return len(normalize(text).encode(errors="surrogatepass"))
+
+
+def _make_growth_error(num_chars: int, num_bytes: int) -> InputError:
+    message = (
+        f"{num_chars:,} characters without a space between words become {num_bytes:,} bytes by the"
+        " tokenizer's normalization"
+    )
+    return InputError(message, fix="write them in their decomposed form, or drop the row")
+
+
+def split_text(text: str, max_chars: int) -> Iterator[str]:
+    """Yield a text in pieces of at most `max_chars`, cut before a space between two words, where
+    tokens start anyway; else before another space or line end; else anywhere."""
+    start = 0
+    while len(text) - start > max_chars:
+        end = _find_cut(text, start + max_chars // 2, start + max_chars)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _find_cut(text: str, low: int, high: int) -> int:
+    position = high
+    while (position := text.rfind(" ", low, position)) >= 0:
+        if text[position - 1].isalpha() and text[position + 1].isalpha():
+            return position
+    space = max(text.rfind(space, low, high) for space in " \n")
+    return space if space >= 0 else high
