@@ -27,7 +27,7 @@ from tunesmith.core.errors import MachineError
 from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.json_io import read_json
 from tunesmith.core.types import Batch, GenerationRequest
-from tunesmith.evaluate import loglikelihood
+from tunesmith.evaluate import shared_items
 from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.model.causal_lm import PackedCausalLM
@@ -221,7 +221,7 @@ def test_freed_blocks_are_returned_before_a_step_is_repeated(
     """torch keeps them in the sizes of the larger packs."""
     calls: list[str] = []
     monkeypatch.setattr(loop, "release_memory", lambda: calls.append("training"))
-    monkeypatch.setattr(loglikelihood, "release_memory", lambda: calls.append("measuring"))
+    monkeypatch.setattr(shared_items, "release_memory", lambda: calls.append("measuring"))
     trained(bounded(make_tiny_model(), 50))
     list(compute_nll(bounded(make_tiny_model(), 31), make_tiny_documents((31, 17, 13)), 90))
     assert calls == ["training", "measuring"]

@@ -157,13 +157,15 @@ def advise_measured(
     target: float | None = None,
     metric: str | None = None,
     folder: AnyPath = "runs/advise",
+    ranks: Ranks = SINGLE_PROCESS,
     **changes: Any,
 ) -> Iterator[ExperimentStart | ArmResult | MeasuredAdvice]:
     """Recommend whether to fine-tune, measured on `eval_data` within `minutes`.
 
     Tries prompts, retrieval over `documents`, constrained decoding and short trainings. Yields an
     ExperimentStart, each ArmResult as it ends, and the MeasuredAdvice last. Results in `folder`
-    are reused. `metric` decides; by default the first that grades the content of answers."""
+    are reused. `metric` decides; by default the first that grades the content of answers. With
+    `ranks` this is rank 0 of several processes, which share the items out."""
     from tunesmith.advise.measured.experiment import ExperimentConfig, advise_measured
     from tunesmith.advise.measured.retrieval import open_passages
     from tunesmith.plan.build import refuse_if_too_large
@@ -173,7 +175,7 @@ def advise_measured(
     inputs = require_single_stage(load_inputs(recipe, **changes))
     plan = make_plan(inputs)
     refuse_if_too_large(plan)
-    config = ExperimentConfig(minutes, target, metric, Path(folder))
+    config = ExperimentConfig(minutes, target, metric, Path(folder), ranks)
     yield from advise_measured(plan, inputs, passages, config)
 
 
@@ -380,11 +382,13 @@ def evaluate(
     data: AnyPath | None = None,
     metrics: str | Sequence[str] | None = None,
     allow_code: bool = False,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> EvalReport:
     """Measure a finished run before and after, on its own items or on the rows of `data`.
 
     `target` is a run, RUN@0.5 (adapter scale), RUN/checkpoints/step-N, an adapter, or a model,
-    which has scores only. `metrics` replace the run's. Raises InputError for an invalid row."""
+    which has scores only. `metrics` replace the run's. `ranks` are processes in lockstep that share
+    the items out. Raises InputError for an invalid row."""
     from tunesmith.evaluate.model_ref import parse_model_ref
 
     ref = parse_model_ref(str(target))  # a wrong name is refused before torch is loaded
@@ -393,15 +397,17 @@ def evaluate(
     from tunesmith.train import stages
 
     data_path = None if data is None else Path(make_hub_path(str(data), Path()) or data)
-    spec = compare_models.EvalSpec(data_path, parse_metrics(metrics), allow_code)
+    spec = compare_models.EvalSpec(data_path, parse_metrics(metrics), allow_code, ranks)
     is_default = spec.data is None and not spec.metrics
     if is_default and ref.results_file == run_dir.EVAL_AFTER_FILE and ref.run_dir is not None:
         if run_dir.is_staged(ref.run_dir):
-            evaluation = stages.evaluate_stages(ref.run_dir, allow_code=allow_code)
+            evaluation = stages.evaluate_stages(ref.run_dir, allow_code=allow_code, ranks=ranks)
             return EvalReport.from_evaluation(evaluation, ref.run_dir)
         # A full fine-tune loads the base and the tuned model one after the other, further below.
         if run_dir.read_run_plan(ref.run_dir).config.method != "full":
-            evaluation = finished_run.evaluate_run(ref.run_dir, allow_code=allow_code)
+            evaluation = finished_run.evaluate_run(
+                ref.run_dir, allow_code=allow_code, ranks=ranks
+            )
             return EvalReport.from_evaluation(evaluation, ref.run_dir)
     if ref.run_dir is None and not compare_models.is_adapter_dir(Path(ref.name)):
         results = compare_models.evaluate_model(ref, ref, spec)

@@ -49,6 +49,7 @@ from tunesmith.cli.help import (
     find_panel,
     format_examples,
 )
+from tunesmith.cli.launch import GpusOption, launch, list_flags, main_rank
 from tunesmith.cli.output import escape_library_output, print_result, write_stderr
 from tunesmith.core.errors import (
     DISK_FIX,
@@ -141,7 +142,7 @@ def doctor(
     print_result(diagnosis, render_diagnosis(diagnosis), as_json=as_json)
 
 
-def advise(
+def advise(  # noqa: PLR0913 - every option is a flag
     args: AdviseArgs = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure on the recipe's eval_data.")
@@ -168,26 +169,33 @@ def advise(
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Folder for measured results.")
     ] = Path("runs/advise"),
+    gpus: GpusOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Recommend whether to fine-tune, by rules or measured."""
+    if measure and gpus is not None:
+        flags = list_flags(measure=True, documents=documents, minutes=minutes, json=as_json)
+        flags += list_flags(target=target, metric=metric, out=out)
+        raise typer.Exit(launch(gpus, ["advise", *(args or ()), *flags]))
     if measure:
         from tunesmith.cli.views.measured_advice import report_experiment
 
-        results = api.advise_measured(
-            parse_recipe_args(args),
-            documents=documents,
-            minutes=minutes,
-            target=target,
-            metric=metric,
-            folder=out,
-        )
-        for result in results:
-            if (view := report_experiment(result)) is not None:
-                print_result(result, view, as_json=as_json)
+        with main_rank() as ranks:
+            results = api.advise_measured(
+                parse_recipe_args(args),
+                documents=documents,
+                minutes=minutes,
+                target=target,
+                metric=metric,
+                folder=out,
+                ranks=ranks,
+            )
+            for result in results:
+                if (view := report_experiment(result)) is not None:
+                    print_result(result, view, as_json=as_json)
         return
-    if documents or target is not None or metric:
-        message = "--documents, --target and --metric have no effect without --measure"
+    if documents or target is not None or metric or gpus is not None:
+        message = "--documents, --target, --metric and --gpus have no effect without --measure"
         raise InputError(message, where="command line", fix="add --measure")
     from tunesmith.cli.views.advice import render_advice
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from tunesmith import api
 from tunesmith.cli.args import AllowCode, AsJson, RunArg, read_questions
 from tunesmith.cli.help import complete_runs
+from tunesmith.cli.launch import GpusOption, launch, list_flags, lockstep
 from tunesmith.cli.output import print_result
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.sampling import SamplingParams
@@ -45,15 +47,22 @@ def evaluate(
         typer.Option("--gate", help="Exit with 4 if a metric fails its margin."),
     ] = False,
     allow_code: AllowCode = False,
+    gpus: GpusOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model before and after training, item by item."""
+    if gpus is not None:
+        flags = list_flags(data=data, metrics=metrics, gate=gate, allow_code=allow_code)
+        flags += list_flags(json=as_json)
+        raise typer.Exit(launch(gpus, ["eval", target, *flags]))
     from tunesmith.cli.progress import measuring
     from tunesmith.cli.views.results import render_comparisons, render_gates, render_scores
     from tunesmith.cli.views.verdict import render_errors
 
-    with measuring():
-        report = api.evaluate(target, data=data, metrics=metrics, allow_code=allow_code)
+    with lockstep() as ranks, measuring() if ranks.is_main else nullcontext():
+        report = api.evaluate(
+            target, data=data, metrics=metrics, allow_code=allow_code, ranks=ranks
+        )
     output: dict[str, Any] = {
         "scores": report.scores,
         "comparisons": report.comparisons,

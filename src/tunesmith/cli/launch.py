@@ -1,16 +1,18 @@
 """Processes of one run: `--gpus N` starts them under torchrun, and each finds its part.
 
     launch(2, ["train", "recipe.yaml"])    torchrun --standalone ... -m tunesmith train recipe.yaml
-    follow_main_rank(ranks)                what a process does that is not rank 0
+    with main_rank() as ranks: ...         what rank 0 does; the others follow its commands
+    with lockstep() as ranks: ...          what all do, before rank 0 goes on alone
 
 torchrun's variables say everything: a cluster that starts torchrun needs nothing of this file."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +20,13 @@ from tunesmith.cli.output import write_stderr
 from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.core.formatting import format_count
 from tunesmith.core.hardware import measure_machine
-from tunesmith.core.ranks import WORLD_VARIABLE, Ranks, is_distributed, run_torchrun
+from tunesmith.core.ranks import (
+    WORLD_VARIABLE,
+    Ranks,
+    is_distributed,
+    open_ranks,
+    run_torchrun,
+)
 
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 
@@ -65,7 +73,7 @@ def _check_devices(num_processes: int) -> None:
     write_stderr(f"note: no GPU here: {num_processes} processes of {share} each\n")
 
 
-def follow_main_rank(ranks: Ranks) -> int:
+def _follow_main_rank(ranks: Ranks) -> int:
     """Do what rank 0 says; return its exit code. Only an error of this rank alone is printed."""
     from tunesmith.train.follow import follow
 
@@ -74,3 +82,46 @@ def follow_main_rank(ranks: Ranks) -> int:
     except TunesmithError as error:
         write_stderr(f"error: {ranks.name}: {error}\n")
         return error.exit_code
+
+
+@contextmanager
+def main_rank() -> Iterator[Ranks]:
+    """Yield the ranks to rank 0; any other follows it instead, and exits with its code."""
+    with open_ranks() as ranks:
+        if ranks.is_main:
+            yield ranks
+            return
+        code = _follow_main_rank(ranks)
+    raise SystemExit(code)
+
+
+@contextmanager
+def lockstep() -> Iterator[Ranks]:
+    """Yield the ranks to all of them: each runs the block, and rank 0 alone goes on after it. A
+    problem of another rank reaches rank 0 where they next exchange results."""
+    with open_ranks() as ranks:
+        ranks.is_lockstep = ranks.world > 1
+        try:
+            yield ranks
+            if ranks.is_lockstep:
+                ranks.gather_at("end")
+        except TunesmithError as error:
+            if ranks.is_main:
+                raise
+            with suppress(TunesmithError):
+                ranks.gather_answers(None, error)
+            raise SystemExit(error.exit_code) from error
+    if not ranks.is_main:
+        raise SystemExit(0)
+
+
+def list_flags(**options: Any) -> list[str]:
+    """Return options as words of a command line, without those that are not set."""
+    words: list[str] = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words += [flag, str(value)]
+    return words

@@ -21,11 +21,10 @@ from tunesmith.cli.args import (
     RunArg,
     parse_recipe_args,
 )
-from tunesmith.cli.launch import GpusOption, follow_main_rank, launch
+from tunesmith.cli.launch import GpusOption, launch, list_flags, main_rank
 from tunesmith.cli.output import TerminalConsole, print_result, write_stderr
 from tunesmith.core.errors import GateError, InputError, TunesmithError
 from tunesmith.core.events import Event
-from tunesmith.core.ranks import Ranks, open_ranks
 from tunesmith.core.run_dir import RUNS_ROOT, is_run, is_staged
 from tunesmith.core.types import Plan
 from tunesmith.plan.stages import StagedPlan
@@ -74,9 +73,9 @@ def train(
 ) -> None:
     """Plan, check, train and measure a recipe in one run folder."""
     if gpus is not None:
-        flags = _list_flags(allow_code=allow_code, track=track, as_json=as_json)
+        flags = list_flags(allow_code=allow_code, track=track, json=as_json)
         raise typer.Exit(launch(gpus, ["train", *(args or ()), *flags]))
-    with _main_rank() as ranks:
+    with main_rank() as ranks:
         inputs = api.load_inputs(parse_recipe_args(args))
         run_plan = api.plan(inputs)
         run_dir = Path(run_plan.config.output_dir)
@@ -111,11 +110,10 @@ def resume(
 ) -> None:
     """Resume an interrupted run from a checkpoint."""
     if gpus is not None:
-        flags = _list_flags(allow_code=allow_code, track=track, as_json=as_json)
-        flags += ["--allow-changes"] * allow_changes
-        flags += [] if checkpoint is None else ["--checkpoint", str(checkpoint)]
+        flags = list_flags(allow_code=allow_code, track=track, json=as_json)
+        flags += list_flags(allow_changes=allow_changes, checkpoint=checkpoint)
         raise typer.Exit(launch(gpus, ["resume", str(folder), *flags]))
-    with _main_rank() as ranks:
+    with main_rank() as ranks:
         events = api.resume(
             folder,
             allow_changes=allow_changes,
@@ -192,22 +190,6 @@ def _watch_runs(roots: list[Path]) -> None:
 
 
 # ---------------------------------------------------------------- shared
-
-
-@contextmanager
-def _main_rank() -> Iterator[Ranks]:
-    """Yield the ranks to rank 0; any other follows it instead, and exits with its code."""
-    with open_ranks() as ranks:
-        if ranks.is_main:
-            yield ranks
-            return
-        code = follow_main_rank(ranks)
-    raise SystemExit(code)
-
-
-def _list_flags(*, allow_code: bool, track: str | None, as_json: bool) -> list[str]:
-    flags = ["--allow-code"] * allow_code + ["--json"] * as_json
-    return flags if track is None else [*flags, "--track", track]
 
 
 def _warn_of_plan(plan: Plan | StagedPlan) -> None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 
-from tunesmith.core.errors import InputError, MachineError, TunesmithError
+from tunesmith.core.errors import GateError, InputError, MachineError, TunesmithError
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.progress_log import logger
 
@@ -47,13 +47,16 @@ SILENCE = timedelta(minutes=2)  # after which a rank counts as lost
 PATIENCE = timedelta(days=7)  # of messages: the pulse watches over them
 END_SECONDS = 10.0  # for the ranks to hear of the end
 END = "end"  # the command after which no other comes
+# Errors that one rank tells the others, by exit code.
+PROBLEMS = {error.exit_code: error for error in (InputError, MachineError, GateError)}
 
 
 class Ranks:
     """This process among `world` ones: `rank` counts over all machines, `local` on this one.
 
     `restarts` counts how often torchrun has started the group again. `has_signal` says that a rank
-    has caught one: each step tells the others."""
+    has caught one: each step tells the others. `is_lockstep`: all ranks run the same code, so rank
+    0 sends no commands."""
 
     def __init__(self, rank: int = 0, world: int = 1, local: int = 0, restarts: int = 0) -> None:
         self.rank = rank
@@ -61,6 +64,7 @@ class Ranks:
         self.local = local
         self.restarts = restarts
         self.has_signal = False
+        self.is_lockstep = False
         self.pulse: Pulse | None = None
 
     @property
@@ -134,8 +138,9 @@ class Ranks:
     # ------------------------------------------------------------ messages
 
     def send(self, command: str, **arguments: Any) -> None:
-        """Send a command to the other ranks; they `receive` it. Does nothing on those."""
-        if self.world > 1 and self.is_main:
+        """Send a command to the other ranks; they `receive` it. Does nothing on those, and in
+        lockstep."""
+        if self.world > 1 and self.is_main and not self.is_lockstep:
             self._send_json({"do": command, **arguments})
 
     def receive(self) -> dict[str, Any]:
@@ -173,6 +178,41 @@ class Ranks:
         with _lost_ranks():
             distributed.all_gather(parts, _to_tensor(content, room), group=self._group)
         return [_parse(part[:size]) for part, size in zip(parts, sizes.tolist(), strict=True)]
+
+    def gather_answers(self, value: Any, problem: TunesmithError | None = None) -> list[Any]:
+        """Return the value of each rank, by rank, or raise the first problem of one, which names
+        its rank. Values must be JSON."""
+        answer = {"value": value, "problem": None if problem is None else self._describe(problem)}
+        answers = self.gather(answer)
+        for described in filter(None, (each["problem"] for each in answers)):
+            error = PROBLEMS[described["exit_code"]]
+            raise error(described["message"], where=described["where"], fix=described["fix"])
+        return [each["value"] for each in answers]
+
+    def gather_at(
+        self, place: str, value: Any = None, problem: TunesmithError | None = None
+    ) -> list[Any]:
+        """Gather answers of ranks in lockstep; raise InputError if one is at another place."""
+        answers = self.gather_answers([place, value], problem)
+        for rank, (other_place, _) in enumerate(answers):
+            if other_place != answers[0][0]:
+                raise InputError(
+                    f"rank {rank} measures other items than rank 0, or with other versions",
+                    where=f"{self.world} ranks",
+                    fix="give every machine the same files, tunesmith and torch",
+                )
+        return [value for _, value in answers]
+
+    def _describe(self, problem: TunesmithError) -> dict[str, Any]:
+        where = problem.where
+        if not self.is_main and where != self.name:
+            where = f"{self.name}: {where}".removesuffix(": ")
+        return {
+            "message": problem.message,
+            "where": where,
+            "fix": problem.fix,
+            "exit_code": problem.exit_code,
+        }
 
     def sum_(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over ranks: the same bits on each."""
@@ -309,8 +349,8 @@ def _shorten(error: Exception) -> str:
 def _to_tensor(content: bytes, size: int) -> Tensor:
     import torch
 
-    return torch.tensor(bytearray(content.ljust(size, b" ")), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(content.ljust(size, b" ")), dtype=torch.uint8)
 
 
 def _parse(content_B: Tensor) -> Any:
-    return json.loads(bytes(content_B.tolist()))
+    return json.loads(content_B.numpy().tobytes())

@@ -127,7 +127,7 @@ def share_out(
         for unit in run:
             items.append((sum(costs[i] for i in unit), list(unit)))
     parts: list[list[Document]] = []
-    for part in _assign_items(items, num_ranks):
+    for part in assign_items(items, num_ranks):
         parts.append([documents[i] for i in part])
     return parts
 
@@ -158,7 +158,7 @@ def _group_documents(
     return group_by_prefix(input_tokens, group_units(documents), groups)
 
 
-def _assign_items(items: list[tuple[float, list[int]]], num_ranks: int) -> list[list[int]]:
+def assign_items(items: list[tuple[float, list[int]]], num_ranks: int) -> list[list[int]]:
     """Give each item, a cost and its documents, to the rank with the least to do; the most
     expensive first."""
     parts: list[list[int]] = [[] for _ in range(num_ranks)]

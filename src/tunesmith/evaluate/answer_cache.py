@@ -27,9 +27,11 @@ from tunesmith.core.atomic import open_unlinked
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import dump_json, parse_as, to_jsonable
 from tunesmith.core.progress_log import log_progress
+from tunesmith.core.ranks import Ranks
 from tunesmith.core.types import GenerationOutput, GenerationRequest, Json
+from tunesmith.evaluate.shared_items import generate_shared
 from tunesmith.model.causal_lm import PackedCausalLM
-from tunesmith.model.generation.engine import DecodeFn, generate
+from tunesmith.model.generation.engine import DecodeFn
 from tunesmith.model.hub.adapter_config import AdapterFolder
 from tunesmith.session.provenance import hash_weight_files
 
@@ -88,15 +90,16 @@ def generate_cached(
     """
     weights_hash = cache.weights_hash if cache else ""
     keys = [_compute_key(weights_hash, request, end_ids) for request in requests]
-    answers = _read_answers(cache.file, set(keys)) if cache else {}
+    answers = _read_shared_answers(cache, set(keys), model.ranks) if cache else {}
     missing = {
         key: request for key, request in zip(keys, requests, strict=True) if key not in answers
     }
     missing_keys = list(missing)
-    generations = generate(model, list(missing.values()), decode=decode, end_ids=end_ids)
+    generations = generate_shared(model, list(missing.values()), decode=decode, end_ids=end_ids)
     num_cached = len(requests) - len(missing)
     progress = log_progress(generations, len(requests), "answers", num_done=num_cached)
-    with closing(_AppendFile(cache.file if cache else None)) as cache_file:
+    file = cache.file if cache and model.ranks.is_main else None
+    with closing(_AppendFile(file)) as cache_file:
         for index, answer in progress:
             answers[missing_keys[index]] = answer
             cache_file.append_answer(missing_keys[index], answer)
@@ -112,6 +115,18 @@ def _compute_key(weights_hash: str, request: GenerationRequest, end_ids: Collect
 
 def _hash_json(value: Json) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _read_shared_answers(
+    cache: AnswerCache, keys: Collection[str], ranks: Ranks
+) -> dict[str, GenerationOutput]:
+    """Return the answers that are in the file; ranks in lockstep take those that rank 0 reads, for
+    it adds to the file while the others read it."""
+    answers = _read_answers(cache.file, keys) if ranks.is_main else {}
+    if not ranks.is_lockstep:
+        return answers
+    stored = ranks.gather_at("stored answers", answers)[0]
+    return {key: parse_as(GenerationOutput, answer) for key, answer in stored.items()}
 
 
 def _read_answers(file: Path, keys: Collection[str]) -> dict[str, GenerationOutput]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
+from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.run_dir import find_weights_dir, read_run_plan
 from tunesmith.core.types import Plan, PlanValue
 from tunesmith.data.constraints import ConstraintSet
@@ -57,11 +58,13 @@ EVAL_SETTINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class EvalSpec:
-    """Rows of `data` and metrics that replace a run's own items; empty keeps the run's."""
+    """Rows of `data` and metrics that replace a run's own items; empty keeps the run's. `ranks` in
+    lockstep share the items out."""
 
     data: Path | None = None
     metrics: tuple[str, ...] = ()
     allow_code: bool = False
+    ranks: Ranks = SINGLE_PROCESS
 
 
 def evaluate_model(model_ref: ModelRef, other_ref: ModelRef, spec: EvalSpec) -> EvalResults:
@@ -197,4 +200,5 @@ def _evaluate(
         message = "the run has neither test_data nor retention_data"
         fix = "name a file to evaluate on: --data test.jsonl"
         raise InputError(message, where=run_inputs.recipe.model, fix=fix)
+    model.ranks = spec.ranks
     return measure_items(open_eval_session(plan, run_inputs, model), items, step=0)

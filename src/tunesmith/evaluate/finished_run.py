@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.sampling import MAX_SEED, SamplingParams, check_sampling
 from tunesmith.core.types import GenerationRequest, Json
 from tunesmith.evaluate.answer_cache import open_answer_cache
@@ -25,9 +26,12 @@ from tunesmith.session.session import Session
 GREEDY = SamplingParams()
 
 
-def evaluate_run(path: Path, *, allow_code: bool = False) -> Evaluation:
+def evaluate_run(
+    path: Path, *, allow_code: bool = False, ranks: Ranks = SINGLE_PROCESS
+) -> Evaluation:
     """Measure a finished adapter run and its starting model again, on the run's own items."""
     session = reopen_session(path)
+    session.model.ranks = ranks
     plan = session.plan
     items = build_eval_items(plan, session.inputs, allow_code=allow_code)
     fingerprint = build_fingerprint(plan, session.inputs, plan.recipe)

@@ -114,10 +114,10 @@ def iter_answers(
 
     bad_words_ids: token sequences that no answer may contain. Every answer follows `grammar`.
     """
-    from tunesmith.model.generation.engine import generate  # loads torch, which `verify` does not
+    from tunesmith.evaluate.shared_items import generate_shared  # loads torch: not for `verify`
 
     requests = build_requests(prompts, max_new_tokens, bad_words_ids)
-    return generate(
+    return generate_shared(
         model,
         requests,
         decode=renderer.decode,

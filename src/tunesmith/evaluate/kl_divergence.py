@@ -29,9 +29,11 @@ from tunesmith.evaluate.loglikelihood import (
     PROGRESS_LABEL,
     build_loss_measurement,
     map_documents,
+    pack_documents,
     sum_by_document,
 )
 from tunesmith.evaluate.results import MetricValues
+from tunesmith.evaluate.shared_items import Scorer, score_packs
 from tunesmith.model.adapters import scaled_adapter
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.kernels import ops
@@ -150,8 +152,12 @@ def compute_kl(
     share: bool = False,
 ) -> Iterator[tuple[int, KLResult]]:
     """Yield (document index, KLResult) pack by pack."""
-    compute = partial(_compute_pack_kl, base)
-    results = map_documents(model, documents, pack_length, compute, share=share)
+    if isinstance(base, AdapterDisabled):
+        packs = pack_documents(model, documents, pack_length, share=share)
+        results = score_packs(model, packs, KL_SCORER, len(documents))
+    else:  # only this rank has the cached states
+        compute = partial(_compute_pack_kl, base)
+        results = map_documents(model, documents, pack_length, compute, share=share)
     yield from log_progress(results, len(documents), PROGRESS_LABEL)
 
 
@@ -179,6 +185,9 @@ def _compute_pack_kl(
         KLResult(nats[i], counts[i], 0.0 if kls[i] < 0 else kls[i], matches[i])
         for i in range(len(indices))
     ]
+
+
+KL_SCORER = Scorer("kl", KLResult, partial(_compute_pack_kl, AdapterDisabled()), 4)
 
 
 def build_kl_measurements(

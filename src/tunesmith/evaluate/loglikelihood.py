@@ -1,8 +1,8 @@
 """Compute negative log-likelihoods of documents, packed as in training, without gradients.
 
 In: Documents and a model. Out: per document, the sum over its supervised tokens in nats, and their
-number. Weights other than 0 count as 1: weighting is for training, not for evaluation. A pack that
-does not fit in memory is halved.
+number. Weights other than 0 count as 1: weighting is for training, not for evaluation. Several
+ranks share the packs out (shared_items.py).
 Legend: S targets, D documents, H hidden.
 """
 
@@ -11,34 +11,41 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from tunesmith.core.events import CheckResult
-from tunesmith.core.hardware import release_memory, upload
+from tunesmith.core.hardware import upload
 from tunesmith.core.progress_log import log_progress
-from tunesmith.core.types import Batch, Comparison, Document, Pack, Side
+from tunesmith.core.types import Batch, Comparison, Document, Side
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
 from tunesmith.evaluate.results import MetricValues
+from tunesmith.evaluate.shared_items import IndexedPack, Scorer, compute_packs, score_packs
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.lm_head import measure_target_losses
-from tunesmith.model.machine_errors import OutOfMemory, machine_errors
 
 T = TypeVar("T")
 PROGRESS_LABEL = "documents scored"
 MAX_CHOSEN_DROP = 0.10  # warn when chosen answers get this much less likely
 
 
+class NLLResult(NamedTuple):
+    """The sum over the supervised tokens of a document, and their number."""
+
+    nats: float
+    tokens: int
+
+
 def compute_nll(
     model: PackedCausalLM, documents: Sequence[Document], pack_length: int, *, share: bool = False
 ) -> Iterator[tuple[int, float, int]]:
     """Yield (document index, nats, tokens) pack by pack; documents without a target are skipped."""
-    pack_sums = map_documents(model, documents, pack_length, _compute_pack_nll, share=share)
-    for index, (nats, tokens) in log_progress(pack_sums, len(documents), PROGRESS_LABEL):
+    packs = pack_documents(model, documents, pack_length, share=share)
+    results = score_packs(model, packs, NLL_SCORER, len(documents))
+    for index, (nats, tokens) in log_progress(results, len(documents), PROGRESS_LABEL):
         yield index, nats, tokens
 
 
@@ -50,47 +57,40 @@ def map_documents(
     *,
     share: bool = False,
 ) -> Iterator[tuple[int, T]]:
-    """Yield (document index, result) pack by pack.
+    """Yield (document index, result) pack by pack, all on this rank.
 
     compute: takes a batch and the indices of its documents, and returns a result per document.
     """
+    packs = pack_documents(model, documents, pack_length, share=share)
+    return compute_packs(model, packs, compute)
+
+
+def pack_documents(
+    model: PackedCausalLM, documents: Sequence[Document], pack_length: int, *, share: bool = False
+) -> list[IndexedPack]:
+    """Return the packs of the documents that have a target."""
     assert not model.network.training, "the model must be in evaluation mode"
     index_by_id = {id(document): i for i, document in enumerate(documents)}
     assert len(index_by_id) == len(documents), "a document is in the list twice"
     supervised = [document for document in documents if document.weights_L.any()]
     packs = pack_step(supervised, pack_length, should_share=share, get_group=model.get_rotation_key)
-    pending = packs[::-1]
-    while pending:
-        pack = pending.pop()
-        indices = [index_by_id[id(document)] for document in pack.documents]
-        try:
-            with machine_errors():
-                results = compute(model, collate(pack, model.device), indices)
-        except OutOfMemory:
-            if len(pack.documents) == 1:
-                raise
-        else:
-            yield from zip(indices, results, strict=True)
-            continue
-        # outside the except block, where the traceback no longer holds the tensors
-        release_memory()
-        half = len(pack.documents) // 2
-        # The first document of the second half has nothing before it to share.
-        second_shared = pack.prefix_lengths and (0, *pack.prefix_lengths[half + 1 :])
-        pending += [
-            Pack(pack.documents[half:], second_shared),
-            Pack(pack.documents[:half], pack.prefix_lengths[:half]),
-        ]
+    return [
+        IndexedPack(pack, [index_by_id[id(document)] for document in pack.documents])
+        for pack in packs
+    ]
 
 
 @torch.no_grad()
 def _compute_pack_nll(
     model: PackedCausalLM, batch: Batch, indices: Sequence[int]
-) -> list[tuple[float, int]]:
+) -> list[NLLResult]:
     """Return nats and tokens of each document of a pack."""
     losses_S = measure_target_losses(model.compute_hidden(batch), model.head, batch.targets_S)
     del indices
-    return list(zip(sum_by_document(losses_S, batch), batch.num_targets, strict=True))
+    return list(map(NLLResult, sum_by_document(losses_S, batch), batch.num_targets))
+
+
+NLL_SCORER = Scorer("nll", NLLResult, _compute_pack_nll, 2)
 
 
 def compute_mean_states(

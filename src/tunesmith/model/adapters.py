@@ -179,11 +179,20 @@ def _find_scaled_layers(network: nn.Module) -> list[ScaledLayer]:
 @contextmanager
 def scaled_adapter(network: nn.Module, factor: float) -> Iterator[None]:
     """Apply `scale_adapter` inside the block."""
-    layers = _find_scaled_layers(network)
-    scales = [layer.scale for layer in layers]
+    scales = get_adapter_scales(network)
     try:
         scale_adapter(network, factor)
         yield
     finally:
-        for layer, scale in zip(layers, scales, strict=True):
-            layer.scale = scale
+        set_adapter_scales(network, scales)
+
+
+def get_adapter_scales(network: nn.Module) -> list[float]:
+    """Return the scale of each adapted layer, for `set_adapter_scales`."""
+    return [layer.scale for layer in _find_scaled_layers(network)]
+
+
+def set_adapter_scales(network: nn.Module, scales: Sequence[float]) -> None:
+    """Set the scale of each adapted layer."""
+    for layer, scale in zip(_find_scaled_layers(network), scales, strict=True):
+        layer.scale = scale

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.types import Batch, Json, PackLayout
 from tunesmith.model.adapters import find_lora_layers
 from tunesmith.model.attention import AttentionConfig, attend
@@ -185,7 +186,7 @@ class PackedCausalLM:
     """A network after `wrap_model`: its decoder takes a PackLayout, its head is called separately.
 
     Training, likelihoods and generation run the same packed forward; generation adds a
-    PagedKVCache."""
+    PagedKVCache. `ranks` are the processes that hold this model and share out what is measured."""
 
     def __init__(self, network: PreTrainedModel, dtype: torch.dtype, backend: str = "auto") -> None:
         self.network = network
@@ -193,6 +194,7 @@ class PackedCausalLM:
         self.backend = backend
         self.decoder: Any = network.base_model
         self.row_adapters: RowAdapters | None = None  # of an AdapterBank
+        self.ranks: Ranks = SINGLE_PROCESS
         network.set_attn_implementation(ATTENTION_NAME)
         self.rotary = wrap_rotary(self.decoder)
         self.is_pruned = prune_last_layer(self.decoder.layers)

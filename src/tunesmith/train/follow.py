@@ -6,6 +6,7 @@
     open      load the model
     begin     read what was measured before training, and be ready
     report    say what went wrong so far
+    start, score, generate, weights   as rank 0 measures (follow_measuring.py)
     step, restore, compare            as the loop of rank 0 does
     end       leave with the exit code of rank 0
 
@@ -18,10 +19,11 @@ sending the commands (run.py, loop.py)."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import InputError, MachineError, TunesmithError
+from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.ranks import END, Ranks
@@ -33,6 +35,7 @@ from tunesmith.session.fingerprint import ROUNDING_PREFIX, build_fingerprint, li
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session, open_session
 from tunesmith.train.base_reference import read_references
+from tunesmith.train.follow_measuring import START, MeasuringFollower
 from tunesmith.train.loop import COMPARE, RESTORE, STEP, TrainingLoop
 from tunesmith.train.signals import GracefulStop
 from tunesmith.train.synthetic_pairs import read_synthetic_pairs
@@ -57,9 +60,7 @@ def follow(ranks: Ranks) -> int:
 def check_ranks(ranks: Ranks) -> None:
     """Let the other ranks say what went wrong; raise the first problem, with its rank."""
     ranks.send(REPORT)
-    for problem in filter(None, ranks.gather(None)):
-        error = MachineError if problem["exit_code"] == MachineError.exit_code else InputError
-        raise error(problem["message"], where=problem["where"], fix=problem["fix"])
+    ranks.gather_answers(None)
 
 
 def _require_shared_folder(path: Path, plan: Json) -> None:
@@ -95,7 +96,7 @@ class Follower:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.problem: TunesmithError | None = None
+        self.measuring = MeasuringFollower(ranks)
         self._path = Path()
         self._plan: Plan | None = None
         self._inputs: RunInputs | None = None
@@ -109,11 +110,17 @@ class Follower:
             STEP: self._take_step,
             RESTORE: self._restore,
             COMPARE: self._compare,
+            **self.measuring.commands,
         }
+
+    @property
+    def problem(self) -> TunesmithError | None:
+        """What went wrong here, which rank 0 hears with the next report or results."""
+        return self.measuring.problem
 
     def run_command(self, do: str, **arguments: Any) -> None:
         """Do a command. After a problem nothing is prepared any more."""
-        is_preparing = do in (RUN, OPEN, BEGIN)
+        is_preparing = do in (START, RUN, OPEN, BEGIN)
         if is_preparing and self.problem is not None:
             return
         try:
@@ -122,10 +129,11 @@ class Follower:
         except TunesmithError as error:
             if not is_preparing:
                 raise
-            self.problem = error
+            self.measuring.problem = error
 
     def _load_inputs(self, path: str, plan: Json, fingerprint: Json) -> None:
         self._session = self.training = None  # of the stage before
+        self.measuring.use_model(None, None)
         self._path = Path(path)
         _require_shared_folder(self._path, plan)
         self._plan = parse_as(Plan, plan)
@@ -148,6 +156,7 @@ class Follower:
         assert self._plan
         assert self._inputs
         self._session = open_session(self._plan, self._inputs)
+        self.measuring.use_model(self._session.model, self._inputs.renderer.decode)
 
     def _begin(self) -> None:
         assert self._plan
@@ -163,21 +172,8 @@ class Follower:
         )
 
     def _report(self) -> None:
-        problem = self.problem
-        if problem is None:
-            self.ranks.gather(None)
-            return
-        where = f"{self.ranks.name}: {problem.where}".removesuffix(": ")
-        if problem.where == self.ranks.name:
-            where = problem.where
-        self.ranks.gather(
-            {
-                "message": problem.message,
-                "where": where,
-                "fix": problem.fix,
-                "exit_code": problem.exit_code,
-            }
-        )
+        with suppress(TunesmithError):  # rank 0 ends the run with it
+            self.ranks.gather_answers(None, self.problem)
 
     def _take_step(self, step: int, ratios: Json, rollbacks: Json) -> None:
         assert self.training

@@ -118,7 +118,7 @@ def train(
     with GracefulStop(resume_hint, is_patient=is_patient) as stop, RunFolder.create(path) as folder:
         with stop.immediate(), machine_errors():
             plan, data_results = check_all_texts(plan, run_inputs)
-            plan, run_inputs, first_events = add_self_rehearsal(plan, run_inputs, folder)
+            plan, run_inputs, first_events = add_self_rehearsal(plan, run_inputs, folder, ranks)
             fingerprint = build_fingerprint(plan, run_inputs, plan.recipe)
             first_events = (*check_kernels(plan, run_inputs), *data_results, *first_events)
         state = ResumeState(fingerprint, first_events=first_events)
@@ -224,6 +224,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
     # Prove.
     with context.stop.immediate(), machine_errors():
         session = open_session(context.plan, context.inputs)
+        session.model.ranks = context.ranks
         preflight_results = run_preflight(session.model, session.samples)
     yield from preflight_results
 

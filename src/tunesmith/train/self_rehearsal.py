@@ -20,6 +20,7 @@ from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.json_io import dump_json
+from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.run_dir import SELF_REHEARSAL_FILE, RunFolder
 from tunesmith.core.types import GenerationOutput, GenerationRequest, Json, Plan, Row, require
 from tunesmith.data.chat_template.renderer import Renderer
@@ -31,11 +32,13 @@ from tunesmith.data.hashing import hash_example
 from tunesmith.data.readers.decode import SourceLocation, decode_json
 from tunesmith.data.tokenizer.eos import find_separator
 from tunesmith.evaluate.degeneration import compute_repetition
+from tunesmith.evaluate.shared_items import generate_shared
 from tunesmith.model.causal_lm import PackedCausalLM
-from tunesmith.model.generation.engine import find_common_prefix, generate
+from tunesmith.model.generation.engine import find_common_prefix
 from tunesmith.recipe.fields import DataSource
 from tunesmith.session.inputs import RunInputs, open_eval_datasets
 from tunesmith.session.session import load_starting_model
+from tunesmith.train.follow_measuring import start_measuring
 
 # Longer texts are unfinished.
 MAX_QUESTION_TOKENS = 128
@@ -51,14 +54,16 @@ MAX_REPETITION = 0.2  # seq-rep-4
 
 
 def add_self_rehearsal(
-    plan: Plan, inputs: RunInputs, folder: RunFolder
+    plan: Plan, inputs: RunInputs, folder: RunFolder, ranks: Ranks = SINGLE_PROCESS
 ) -> tuple[Plan, RunInputs, tuple[CheckResult, ...]]:
-    """Generate the rehearsal rows if the plan asks for them, else change nothing.
+    """Generate the rehearsal rows if the plan asks for them, on all ranks, else change nothing.
 
     Raise InputError if none is usable, MachineError without memory or disk space."""
     if plan.config.rehearsal_tokens is None:
         return plan, inputs, ()
-    rows, dropped_counts = generate_rows(load_starting_model(plan, inputs), plan, inputs)
+    model = load_starting_model(plan, inputs)
+    start_measuring(model, plan, ranks, folder.path)
+    rows, dropped_counts = generate_rows(model, plan, inputs)
     file = folder.path / SELF_REHEARSAL_FILE
     write_file(file, b"".join(dump_json(row) for row in rows))
     dataset = open_dataset(
@@ -168,7 +173,9 @@ class _RowGenerator:
                 )
             )
         end_ids = {*self.renderer.end_ids, self.separator}
-        outputs = generate(self.model, requests, decode=self.renderer.decode, end_ids=end_ids)
+        outputs = generate_shared(
+            self.model, requests, decode=self.renderer.decode, end_ids=end_ids
+        )
         return [output for _, output in sorted(outputs, key=lambda pair: pair[0])]
 
 

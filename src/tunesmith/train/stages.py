@@ -293,10 +293,12 @@ def _prepare_stage(plan: Plan, stage_dir: Path, overrides: Json) -> tuple[Plan, 
 # ---------------------------------------------------------------- after a run
 
 
-def evaluate_stages(path: Path, *, allow_code: bool = False) -> Evaluation:
+def evaluate_stages(
+    path: Path, *, allow_code: bool = False, ranks: Ranks = SINGLE_PROCESS
+) -> Evaluation:
     """Measure the first stage's starting model and the last stage's result again."""
     staged = read_staged_plan(path)
-    before, after = _measure_stages(path, staged, allow_code=allow_code)
+    before, after = _measure_stages(path, staged, allow_code=allow_code, ranks=ranks)
     records = [read_run_record(stage_dir) for stage_dir in _list_stage_dirs(path, staged)]
     errors = _analyze_errors(before, after, staged, records)
     return Evaluation(compare_results(before, after, step=staged.steps), errors)
@@ -314,7 +316,7 @@ def _analyze_errors(
 
 
 def _measure_stages(
-    path: Path, staged: StagedPlan, *, allow_code: bool
+    path: Path, staged: StagedPlan, *, allow_code: bool, ranks: Ranks = SINGLE_PROCESS
 ) -> tuple[EvalResults, EvalResults]:
     """Return the metrics of all stages before the first one and after the last one."""
     stage_dirs = _list_stage_dirs(path, staged)
@@ -332,6 +334,7 @@ def _measure_stages(
         stage_items.append(items)
 
     def measure_all(model: PackedCausalLM, step: int) -> EvalResults:
+        model.ranks = ranks
         results: list[EvalResults] = []
         for stage_dir, plan, run_inputs, items in zip(
             stage_dirs, plans, stage_inputs, stage_items, strict=True

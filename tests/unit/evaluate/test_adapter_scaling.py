@@ -149,10 +149,10 @@ def test_a_killed_run_measures_what_a_straight_one_measures(
         "metrics": ["exact_match"],
     }
     prompts: list[list[tuple[int, ...]]] = []
-    generate = answer_cache.generate
+    generate = answer_cache.generate_shared
     monkeypatch.setattr(
         answer_cache,
-        "generate",
+        "generate_shared",
         lambda model, requests, **rest: (
             prompts.append([item.tokens for item in requests]) or generate(model, requests, **rest)
         ),
@@ -177,10 +177,10 @@ def test_eval_of_a_run_takes_its_answers_from_the_folder(
 ) -> None:
     record = record_of(writer, tmp_path, metrics=["exact_match"])
     prompts: list[int] = []
-    generate = answer_cache.generate
+    generate = answer_cache.generate_shared
     monkeypatch.setattr(
         answer_cache,
-        "generate",
+        "generate_shared",
         lambda model, requests, **rest: (
             prompts.append(len(requests)) or generate(model, requests, **rest)
         ),

@@ -36,8 +36,8 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, most: int = 1000) -> None:
         self.asked: list[GenerationRequest] = []
-        self.most, self._generate = most, answer_cache.generate
-        monkeypatch.setattr(answer_cache, "generate", self)
+        self.most, self._generate = most, answer_cache.generate_shared
+        monkeypatch.setattr(answer_cache, "generate_shared", self)
 
     def __call__(
         self, model: PackedCausalLM, requests: list[GenerationRequest], **settings: Any

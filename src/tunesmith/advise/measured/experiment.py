@@ -57,6 +57,7 @@ from tunesmith.core.atomic import make_dirs, refuse_links, remove_leftovers, wri
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import Score
 from tunesmith.core.json_io import dump_json, parse_as, read_json
+from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.types import Json, Plan
 from tunesmith.evaluate.answer_cache import ANSWERS_FILE, AnswerCache
 from tunesmith.evaluate.generate_until import build_prompts, check_prompts
@@ -65,6 +66,7 @@ from tunesmith.evaluate.statistics import compute_wilson_interval
 from tunesmith.model.hub.base_config import encode_special_floats
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.provenance import hash_weight_files
+from tunesmith.train.follow_measuring import start_measuring
 
 KNOWLEDGE_TIME_SHARE = 0.1  # of the minutes
 MIN_KNOWLEDGE_ROWS = 10  # fewer training rows are not checked
@@ -118,6 +120,7 @@ class ExperimentConfig:
     target: float | None = None
     metric: str | None = None
     folder: Path = Path("runs/advise")
+    ranks: Ranks = SINGLE_PROCESS  # which share the items out; the others follow
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ def advise_measured(
     check_prompts(build_prompts(items, inputs.renderer), metrics, inputs.response_schema)
     store = ResultStore(config.folder, _build_fingerprint(plan, inputs, passages))
     runner = ArmRunner.from_plan(plan, inputs, items, passages, store.answer_cache)
+    start_measuring(runner.model, plan, config.ranks)
     runner, timings = _limit_items(runner, store, config.minutes)
     options = ArmOptions(
         rows=len(sample_examples(runner.rows, 0, MAX_POOL_ROWS)),

@@ -47,6 +47,7 @@ from tunesmith.plan.build import build_plan
 from tunesmith.plan.memory_budget import needs_complete_answers
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import load_starting_model
+from tunesmith.train.follow_measuring import send_weights
 from tunesmith.train.loop import TrainingLoop
 
 TIMED_REQUESTS = 3
@@ -193,12 +194,16 @@ def run_arm(runner: ArmRunner, arm: Arm) -> ArmResult:
     runner.start_weights  # noqa: B018 - copied before anything is trained
     grammar = runner.grammar if arm.is_constrained else None
     try:
-        train_seconds = _train_arm(runner, arm) if arm.examples else 0.0
+        train_seconds = 0.0
+        if arm.examples:
+            train_seconds = _train_arm(runner, arm)
+            send_weights(runner.model)
         seconds = _time_single_requests(runner, questions, grammar)
         answers = _generate_answers(runner, questions, arm)
     finally:
         if arm.examples:
             restore_weights(runner.model.network, runner.start_weights)
+            send_weights(runner.model)
     return ArmResult(
         arm=arm,
         answers=dict(zip((question.id for question in questions), answers, strict=True)),
