@@ -49,9 +49,7 @@ def test_it_loads_no_model_library() -> None:
 def test_the_package_works_without_it(tmp_path: Path) -> None:
     """Every other module can be imported, and a run that ends without a page says nothing of
     one."""
-    shutil.copytree(
-        PACKAGE, tmp_path / "tunesmith", ignore=shutil.ignore_patterns("__pycache__", "report")
-    )
+    shutil.copytree(PACKAGE, tmp_path / "tunesmith", ignore=shutil.ignore_patterns("report"))
     modules = [
         ".".join(("tunesmith", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
             ".__init__"

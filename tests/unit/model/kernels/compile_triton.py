@@ -1,6 +1,6 @@
 """Compile what ops launch for GPUs that are not there, and read what the machine code needs.
 
-    python compile_triton.py FOLDER     writes FOLDER/compiled.json
+    python compile_triton.py FOLDER CAPABILITY...     writes FOLDER/compiled.json
 
 The operations run on CPU tensors with the shapes of an 8B model; each launch is compiled instead,
 with its own sizes of blocks, as Triton specializes it on a GPU: pointers and sizes are multiples of
@@ -23,7 +23,6 @@ from triton.runtime.jit import JITFunction
 
 from tunesmith.model.kernels import triton_ops
 
-CAPABILITIES = (80, 89, 90, 100, 120)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -80,6 +79,7 @@ def launch_all(width: int, mlp_width: int, head_size: int, vocab_size: int) -> N
     targets = torch.zeros(16, dtype=torch.int64)
     triton_ops.cross_entropy(logits, targets, torch.ones(16), 1.0, 30.0)
     triton_ops.kl_divergence(logits, logits, targets, 1.0, 30.0)
+    triton_ops.mix_rows(heads.detach(), heads.detach(), torch.ones(heads.shape[:2]))
     triton_ops.scale_columns_backward(gate, up, torch.ones(mlp_width))
     triton_ops.scale_columns(gate, torch.ones(mlp_width))
 
@@ -102,7 +102,7 @@ def compile_for(source: ASTSource, warps: int, capability: int) -> dict[str, Any
     }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, capabilities: list[int]) -> None:
     found: dict[str, Any] = {"kernels": []}
     if not (TOOLS / "ptxas").exists() or not (TOOLS / "cuobjdump").exists():
         found = {"problem": "this triton has no ptxas"}
@@ -111,10 +111,10 @@ def main(folder: Path) -> None:
         JITFunction.run = lambda self, *args, **kwargs: launches.record(self, *args, **kwargs)
         launch_all(width=4096, mlp_width=12288, head_size=128, vocab_size=151936)
         for source, warps in launches.sources.values():
-            for capability in CAPABILITIES:
+            for capability in capabilities:
                 found["kernels"].append(compile_for(source, warps, capability))
     (folder / "compiled.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), [int(capability) for capability in sys.argv[2:]])
