@@ -50,6 +50,17 @@ class DenseWeight:
     def __init__(self, weight_OI: Tensor) -> None:
         self.weight = weight_OI
 
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def list_tensors(self) -> list[Tensor]:
+        return [self.weight]
+
     def compute_outputs(self, x_NI: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W^T + bias [N, O]."""
         return F.linear(x_NI, self.weight, bias)
@@ -100,13 +111,13 @@ class NF4Weight:
         blocks, remainder = divmod(weight_OI.numel(), NF4_BLOCK)
         self._state.shape = torch.Size((weight_OI.numel(),) if remainder else (blocks, NF4_BLOCK))
         self._shape = weight_OI.shape
-        self._dtype = dtype
+        self.dtype = dtype  # of products
 
     @property
     def weight(self) -> Tensor:
         """The dequantised weight, recreated at each call."""
         values = self._functional.dequantize_4bit(self._values, self._state)
-        return values.to(self._dtype).view(self._shape)
+        return values.to(self.dtype).view(self._shape)
 
     @property
     def device(self) -> torch.device:
@@ -119,6 +130,10 @@ class NF4Weight:
         scales = state.state2
         tables = (state.absmax, state.code, state.offset, scales.absmax, scales.code)
         return self._values.nbytes + sum(table.nbytes for table in tables)
+
+    def list_tensors(self) -> list[Tensor]:
+        """Return the values and their scales, without tables that all weights have."""
+        return [self._values, self._state.absmax, self._state.state2.absmax]
 
     @property
     def num_parameters(self) -> int:

@@ -62,25 +62,21 @@ class LoraLinear(nn.Module):
         dora: bool = False,
     ) -> None:
         super().__init__()
-        self.frozen: FrozenWeight
-        if isinstance(base, QuantizedLinear):
-            self.frozen = base.frozen
-        else:
-            self.frozen = DenseWeight(base.weight.detach())
+        frozen = DenseWeight(base.weight.detach()) if isinstance(base, nn.Linear) else base.frozen
+        self.frozen: FrozenWeight = frozen
         self.bias = base.bias
         self.scale = scale
         self.dropout = dropout
-        weight = self.frozen.weight
-        device = weight.device
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        device = frozen.device
+        dtype = torch.promote_types(frozen.dtype, torch.float32)
         shape = (rank, base.in_features)
         uniform_RI = torch.rand(shape, generator=generator, dtype=torch.float32) * 2 - 1
         init_RI = uniform_RI / math.sqrt(base.in_features)
         self.lora_A = nn.Parameter(init_RI.to(device, dtype))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=dtype))
-        self._squares_O = compute_squared_norms(weight) if dora else None
+        self._squares_O = compute_squared_norms(frozen.weight) if dora else None
         self._dora_scale: tuple[tuple[object, ...], DoraScale] | None = None
-        norms_O = self._compute_norms(weight.dtype)
+        norms_O = self._compute_norms(frozen.dtype)
         self.lora_magnitude_vector = None if norms_O is None else nn.Parameter(norms_O)
         self.buffer: AdapterBuffer | None = None  # of the network, on a GPU
 

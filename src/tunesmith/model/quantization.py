@@ -30,19 +30,23 @@ from tunesmith.model.text_network import (
     build_empty_network,
     check_weight_shapes,
     finish_network,
+    iter_by_layer,
     list_stored_parameters,
     pick_dtype,
     put_tensor,
     read_finite_parameter,
     set_packed_experts,
 )
+from tunesmith.model.weight_shards import WeightShards
 
 # of dummy weights: neither zero nor subnormal, which some processors multiply at another speed
 FILL_VALUE = 0.01
 STACK_NAMES = ("gate_up_proj", "up_proj", "down_proj")  # of the matrices of a layer's experts
 
 
-def load_quantized(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+def load_quantized(
+    folder: Path, dtype: torch.dtype, device: str = "cpu", shards: WeightShards | None = None
+) -> PreTrainedModel:
     """Load a network like `load_network`, with the decoder's linears in 4 bits.
 
     Raises InputError without bitsandbytes, for weights that do not match the config, and for NaN or
@@ -52,7 +56,7 @@ def load_quantized(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Pre
     network = build_empty_network(folder, dtype)
     linears = find_linears(network)
     experts = QuantizedExperts(network, dtype)
-    for name, stored in list_stored_parameters(network, folder):
+    for name, stored in iter_by_layer(network, list_stored_parameters(network, folder), shards):
         if stored.headers[0].dtype == MXFP4_DTYPE:  # in 4 bits already
             set_packed_experts(network, name, stored, dtype, device)
             continue

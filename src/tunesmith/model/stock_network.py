@@ -29,6 +29,7 @@ from tunesmith.model.lora import LoraLinear, QuantizedLinear
 from tunesmith.model.new_embeddings import get_new_rows
 from tunesmith.model.save import LoraTensors
 from tunesmith.model.text_network import EmptyOnMeta
+from tunesmith.model.weight_shards import gather_weights
 
 SAMPLED_VALUES = 4096  # of each weight
 HEAD_ROWS = 512  # of the vocabulary, for which logits are compared in full precision
@@ -125,6 +126,7 @@ def fill_layer(stock: nn.Module, ours: nn.Module, dtype: torch.dtype) -> nn.Modu
 
 def widen_layer(ours: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a copy of a layer of ours with its weights in `dtype`."""
+    gather_weights(ours)
     return copy.deepcopy(ours, _widen_modules(ours, dtype))
 
 
@@ -143,8 +145,12 @@ def widen_model(model: PackedCausalLM, dtype: torch.dtype) -> PackedCausalLM:
 
 def read_weight(network: nn.Module, name: str) -> Tensor:
     """Return a weight of ours by its stock name, without its adapter."""
-    path, _, tensor_name = name.rpartition(".")
-    module: Any = network.get_submodule(path)
+    *parts, tensor_name = name.split(".")
+    module: Any = network
+    gather_weights(module)
+    for part in parts:
+        module = getattr(module, part)
+        gather_weights(module)
     if tensor_name == "weight" and isinstance(module, LoraLinear | QuantizedLinear):
         return module.frozen.weight
     return getattr(module, tensor_name)
@@ -275,10 +281,12 @@ def _widen_embeddings(network: nn.Module, dtype: torch.dtype) -> None:
 def _iter_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of a stock network under their names; those in 4 bits dequantised, except
     experts."""
-    yield from network.named_parameters()
+    names = [name for name, _ in network.named_parameters()]
     for path, module in network.named_modules():
         if isinstance(module, QuantizedLinear):
-            yield f"{path}.weight", module.weight
+            names.append(f"{path}.weight")
+    for name in names:
+        yield name, read_weight(network, name)
 
 
 def _sample(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,9 @@ fill the memory. Left out: 4-bit weights (quantization.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,11 @@ from tunesmith.model.hub.text_class import (
 )
 from tunesmith.model.packed_weights import read_mxfp4_experts
 from tunesmith.model.safetensors_io import find_nonfinite, read_parameter
+from tunesmith.model.weight_shards import WeightShards
 
 MAX_BUFFER_VALUES = 2**24  # of a table that is no weight, such as rotary frequencies
 DOWNLOAD_FIX = "download the model again"
+LAYER = re.compile(r"\.layers\.(\d+)\.")
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -102,10 +106,13 @@ def _truncate_config(config: Any, num_layers: int) -> None:
         config.num_kv_shared_layers = 0
 
 
-def load_text_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-    """Load the text class in `dtype`. Raises InputError for NaN or infinite values."""
+def load_text_network(
+    folder: Path, dtype: torch.dtype, device: str = "cpu", shards: WeightShards | None = None
+) -> PreTrainedModel:
+    """Load the text class in `dtype`; with `shards`, each layer is sharded once it is loaded.
+    Raises InputError for NaN or infinite values."""
     network = build_empty_network(folder, dtype)
-    for name, stored in list_stored_parameters(network, folder):
+    for name, stored in iter_by_layer(network, list_stored_parameters(network, folder), shards):
         if stored.headers[0].dtype == MXFP4_DTYPE:
             set_packed_experts(network, name, stored, dtype, device)
             continue
@@ -144,6 +151,29 @@ def list_stored_parameters(
             listed.append((name, stored))
     listed.sort(key=_order_by_file)
     return listed
+
+
+def iter_by_layer(
+    network: PreTrainedModel,
+    listed: Sequence[tuple[str, StoredParameter]],
+    shards: WeightShards | None,
+) -> Iterator[tuple[str, StoredParameter]]:
+    """Yield parameters to be loaded. With `shards`, they come layer by layer, and each layer is
+    sharded when its last one is loaded."""
+    if shards is None:
+        yield from listed
+        return
+    decoder: Any = network.base_model
+    for number, parameters in itertools.groupby(sorted(listed, key=_find_layer), key=_find_layer):
+        yield from parameters
+        if number >= 0:
+            shards.add_layer(decoder.layers[number])
+    shards.attach(decoder.layers)
+
+
+def _find_layer(entry: tuple[str, StoredParameter]) -> int:
+    match = LAYER.search(entry[0])
+    return -1 if match is None else int(match[1])
 
 
 def _order_by_file(entry: tuple[str, StoredParameter]) -> tuple[Path, bool, int]:

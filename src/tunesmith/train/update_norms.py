@@ -15,6 +15,7 @@ from tunesmith.model.adapters import find_lora_layers, get_trainable_parameters
 from tunesmith.model.expert_adapters import find_expert_loras
 from tunesmith.model.experts import ExpertLora, split_experts
 from tunesmith.model.lora import LoraLinear
+from tunesmith.model.stock_network import read_weight
 from tunesmith.train.optimizer import compute_last_update
 
 MIN_NORM = 1e-12
@@ -26,8 +27,8 @@ AdaptedLayer = LoraLinear | ExpertLora
 def compute_weight_norms(network: nn.Module) -> dict[str, float]:
     """Return the Frobenius norm of the frozen weight of each adapted layer, which never changes."""
     norms: dict[str, float] = {}
-    for path, layer in find_lora_layers(network).items():
-        norms[path] = float(layer.frozen.weight.float().norm())
+    for path in find_lora_layers(network):
+        norms[path] = float(read_weight(network, f"{path}.weight").float().norm())
     for path, lora in find_expert_loras(network).items():
         matrices = (lora.frozen.get_matrix(expert) for expert in range(lora.num_experts))
         norms[path] = math.hypot(*(float(matrix.float().norm()) for matrix in matrices))
