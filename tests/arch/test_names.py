@@ -36,10 +36,10 @@ VERBS = set(
     dedent dedupe deduplicate define delete demote dequantize derive describe detach detect
     detokenize diagnose diff disable disallow discard divide download draw drop dump embed emit
     enable encode end enqueue ensure enter enumerate error escape estimate eval evaluate evict
-    examine exclude exit expand expect explain export extend extract fail fetch fill filter
+    examine exchange exclude exit expand expect explain export extend extract fail fetch fill filter
     finalize find finish fit fix flag flatten flush fold follow forget fork format forward free
     freeze
-    fsync fuse gather generate get go grade group grow guard guess gunzip halve handle has hash
+    form fsync fuse gather generate get go grade group grow guard guess gunzip halve handle has hash
     hide hold identify ignore import improve include index infer inherit init initialize insert
     inspect install interleave interpolate intersect invert is iter join judge keep label launch
     lay leak learn leave limit link list load locate lock log look lower main make map mark mask

@@ -43,6 +43,7 @@ FROZEN = [
         "attention",
         "gradient_checkpointing",
         "deterministic",
+        "context",
         "metrics",
         "gates",
         "guard",

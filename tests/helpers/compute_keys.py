@@ -8,6 +8,8 @@ import torch
 from pydantic import ValidationError
 
 from recipe_lab import Lab
+from tiny_runs import make_tiny_recipe, plan_recipe, save_model_folder
+from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
 from tunesmith.evaluate import finished_run
 
@@ -55,3 +57,16 @@ def deterministic(lab: Lab) -> None:
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def context(lab: Lab) -> None:
+    """What several processes do with it: tests/multi/test_rank_context.py."""
+    lab.model = save_model_folder(lab.folder / "two-heads", num_kv_heads=2)
+    alone, shared = (
+        plan_recipe(make_tiny_recipe(lab.model, lab.folder / name, context=size))
+        for name, size in (("alone", 1), ("shared", 2))
+    )
+    activations = [made.memory_bytes["activations"] for made in (alone, shared)]
+    assert activations[1] == pytest.approx(activations[0] / 2, rel=0.1)
+    with pytest.raises(InputError, match="2 processes share each document"):
+        lab.events(context=2)

@@ -16,11 +16,14 @@ from tunesmith.core.errors import MachineError
 from tunesmith.core.events import CheckResult, Rollback
 from tunesmith.core.ranks import END, Ranks
 from tunesmith.core.types import Batch, Document
+from tunesmith.train.all_reduce import sum_step
 from tunesmith.train.follow import Follower
 from tunesmith.train.loop import TrainingLoop
+from tunesmith.train.losses import LossNormalizer
 
 STEPS = 20
 KINDS = ("rows", "prefixes", "pairs", "full", "accumulated")
+LONG_DOCUMENT = 90  # tokens: more than all others of its step together
 
 
 def make_documents(kind: str, step: int) -> list[Document]:
@@ -32,6 +35,8 @@ def make_documents(kind: str, step: int) -> list[Document]:
                 documents.append(continue_document(prompt, prompt_length, 5 + 3 * seed, seed))
         return documents
     documents = list(make_step_documents(step))
+    if kind == "long":
+        documents.insert(3, make_tiny_document(LONG_DOCUMENT, step))
     if kind != "pairs":
         return documents
     pairs: list[Document] = []
@@ -42,15 +47,18 @@ def make_documents(kind: str, step: int) -> list[Document]:
     return pairs
 
 
-def make_loop(ranks: Ranks, kind: str) -> TrainingLoop:
-    changes: dict[str, Any] = {"pack_length": 200}
+def make_loop(ranks: Ranks, kind: str, context: int = 1, **model_settings: Any) -> TrainingLoop:
+    changes: dict[str, Any] = {"pack_length": 200, "context": context}
     if kind == "accumulated":
-        changes = {"pack_length": 20}
+        changes["pack_length"] = 20
+    if kind == "alone":  # a document of one token has a pack of its own
+        changes["pack_length"] = 1
     if kind == "prefixes":
         changes["share_prefixes"] = True
     if kind == "pairs":
         changes |= {"loss": "simpo", "beta": 2.0, "gamma": 0.5, "nll_coefficient": 0.1}
-    model = make_tiny_model(method="full" if kind == "full" else "lora")
+    method = "full" if kind == "full" else "lora"
+    model = make_tiny_model(method=method, **model_settings)
     return TrainingLoop(
         model,
         lambda step: make_documents(kind, step),
@@ -73,9 +81,12 @@ def follow_loop(ranks: Ranks, training: TrainingLoop) -> None:
         follower.run_command(**command)
 
 
-def train_loop(ranks: Ranks, kind: str) -> tuple[list[float], list[tuple[int, int]], np.ndarray]:
+Training = tuple[list[float], list[tuple[int, int]], np.ndarray]
+
+
+def train_loop(ranks: Ranks, kind: str, context: int = 1, family: str = "llama") -> Training:
     """Return losses, counts of tokens, and the final weights."""
-    training = make_loop(ranks, kind)
+    training = make_loop(ranks, kind, context, family=family)
     iterate_alone(ranks)
     steps = select_steps(list(training))
     counts = [(step.tokens, step.supervised_tokens) for step in steps]
@@ -84,6 +95,53 @@ def train_loop(ranks: Ranks, kind: str) -> tuple[list[float], list[tuple[int, in
 
 def get_weights(training: TrainingLoop) -> np.ndarray:
     return torch.cat([p.detach().flatten() for p in training.parameters.values()]).numpy()
+
+
+# ---------------------------------------------------------------- ranks that share documents
+
+
+def measure_gradients(
+    ranks: Ranks, context: int, family: str, settings: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], int]:
+    """Return the gradients of a step, and the bytes that its forward passes save on this rank."""
+    training = make_loop(ranks, "long", context, family=family, **settings)
+    documents = make_documents("long", 1)
+    normalizer = LossNormalizer.from_documents(documents)
+    frozen = {p.untyped_storage().data_ptr() for p in training.model.network.parameters()}
+    saved: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        share = training._compute_share(training.pack_documents(documents), normalizer, None)
+    parameters = training.parameters
+    if ranks.world > 1:
+        sum_step(list(parameters.values()), share, ranks)
+    gradients = {name: p.grad.numpy() for name, p in parameters.items() if p.grad is not None}
+    return gradients, sum(saved.values())
+
+
+def run_out_of_memory(ranks: Ranks) -> str:
+    """Let rank 1 have no memory for its tokens; return what rank 0, which waits for them, says."""
+    training = make_loop(ranks, "long", context=2)
+    iterate_alone(ranks)
+
+    def fail(_: Batch) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if ranks.rank == 1:
+        training.model.compute_hidden = fail  # type: ignore[method-assign]
+    try:
+        next(training)
+    except MachineError as error:
+        if ranks.rank == 1:
+            raise
+        return error.message
+    return "no error"
 
 
 # ---------------------------------------------------------------- faults

@@ -26,7 +26,7 @@ TURNS = (
 END = 257
 
 
-def save_model_folder(path: Path, seed: int = 0) -> Path:
+def save_model_folder(path: Path, seed: int = 0, *, num_kv_heads: int = 1) -> Path:
     """Save a random two-layer Llama with one token per byte.
 
     Its EOS token differs from the token that ends an answer.
@@ -49,7 +49,7 @@ def save_model_folder(path: Path, seed: int = 0) -> Path:
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=num_kv_heads,
         max_position_embeddings=512,
         initializer_range=0.2,
         eos_token_id=258,

@@ -66,6 +66,7 @@ class Ranks:
         self.has_signal = False
         self.is_lockstep = False
         self.pulse: Pulse | None = None
+        self._exchange_groups: dict[int, Any] = {}
 
     @property
     def is_main(self) -> bool:
@@ -121,8 +122,8 @@ class Ranks:
                 "gloo", store=store, rank=self.rank, world_size=self.world, timeout=SILENCE
             )
             pulse_group = distributed.new_group(backend="gloo", timeout=SILENCE)
-            backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
-            self._group: Any = distributed.new_group(backend=backend, timeout=PATIENCE)
+            self._backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+            self._group: Any = distributed.new_group(backend=self._backend, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise MachineError(
                 f"the {self.world} ranks did not find each other: {_shorten(error)}",
@@ -222,6 +223,35 @@ class Ranks:
 
         with _lost_ranks():
             distributed.all_reduce(tensor, group=self._group)
+
+    def form_groups(self, size: int) -> None:
+        """Form groups of `size` neighboring ranks that `exchange` tensors. All ranks call it."""
+        if size == 1 or size in self._exchange_groups:
+            return
+        from torch import distributed
+
+        for first in range(0, self.world, size):
+            members = list(range(first, first + size))
+            with _lost_ranks():
+                group = distributed.new_group(members, backend=self._backend, timeout=PATIENCE)
+            if self.rank in members:
+                self._exchange_groups[size] = group
+
+    def exchange(
+        self,
+        sent: Tensor,
+        received: Tensor,
+        sent_rows: list[int],
+        received_rows: list[int],
+        *,
+        size: int,
+    ) -> None:
+        """Send rows to each rank of this one's group of `size`, in their order, and receive."""
+        from torch import distributed
+
+        group = self._exchange_groups[size]
+        with _lost_ranks():
+            distributed.all_to_all_single(received, sent, received_rows, sent_rows, group=group)
 
 
 SINGLE_PROCESS = Ranks()

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from tunesmith.core.token_shard import TokenShard
+
 __version__ = "0.1.0"
 
 RUN_FORMAT = 3  # of plan.json and its run folder; raised when older files would be misread
@@ -172,6 +174,7 @@ class PlanConfig:
     new_rows_lr_factor: int | float | None = None  # learning rate of those rows, relative
     gradient_checkpointing: str  # kept or recomputed in the backward pass
     deterministic: bool = False  # torch's deterministic algorithms
+    context: int = 1  # ranks that share each document
     chat_template: str  # "auto": the model's own; "none"; or the path of a Jinja file
     on_overlong: Literal["drop", "truncate", "refuse"]
     seed: int
@@ -464,6 +467,7 @@ class Batch:
     num_targets: tuple[int, ...] = ()  # of the documents, whose targets follow each other in S
     shared_targets: SharedTargets | None = None  # if documents share tokens
     embedding_noise_TH: torch.Tensor | None = None  # added to embeddings (NEFTune)
+    shard: TokenShard | None = None  # of which the tensors are; the layout is of the whole pack
 
 
 # ---------------------------------------------------------------- generation and measurement

@@ -7,10 +7,13 @@ get up to a tenth shorter."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from tunesmith.core.hardware import upload
+from tunesmith.core.token_shard import TokenShard
 from tunesmith.core.types import Batch, Pack, PackLayout, SharedTargets, Side
 from tunesmith.data.packing import count_input_tokens
 from tunesmith.data.prefix_sharing import build_segments
@@ -20,10 +23,11 @@ Device = torch.device | str
 SHARED_NAMES = ("positions_P", "position_S", "target_S", "targets_M", "position_M")
 
 
-def collate(pack: Pack, device: Device = "cpu") -> Batch:
+def collate(pack: Pack, device: Device = "cpu", shard: TokenShard | None = None) -> Batch:
     """Concatenate the documents of a pack.
 
-    T input tokens, S targets: the hidden state at `positions_S[k]` predicts `targets_S[k]`."""
+    T input tokens, S targets: the hidden state at `positions_S[k]` predicts `targets_S[k]`. With
+    `shard`, tokens are those of this rank, and targets those that they predict."""
     lengths = [count_input_tokens(document) for document in pack.documents]
     segments, last_segments = build_segments(lengths, pack.prefix_lengths or (0,) * len(lengths))
     sizes = [segment.end - segment.begin for segment in segments]
@@ -39,31 +43,18 @@ def collate(pack: Pack, device: Device = "cpu") -> Batch:
         tokens_L = pack.documents[segment.document].tokens_L
         segment_tokens.append(tokens_L[segment.begin : segment.end])
         segment_positions.append(np.arange(segment.begin, segment.end))
-    positions: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    weights: list[np.ndarray] = []
-    document_indices: list[np.ndarray] = []
-    for i, document in enumerate(pack.documents):
-        targets_K = np.flatnonzero(document.weights_L)  # positions of targets in the document
-        pack_positions_L = _find_positions(layout, last_segments[i])
-        positions.append(pack_positions_L[targets_K - 1])
-        targets.append(document.tokens_L[targets_K])
-        weights.append(document.weights_L[targets_K])
-        document_indices.append(np.full(len(targets_K), i))
     sides: tuple[Side, ...] = tuple(document.side for document in pack.documents)
     reference_logps = tuple(document.reference_logp for document in pack.documents)
-    positions_S = np.concatenate(positions)
-    targets_S = np.concatenate(targets)
     arrays = {
         "tokens_T": np.concatenate(segment_tokens),
         "positions_T": np.concatenate(segment_positions),
-        "positions_S": positions_S,
-        "targets_S": targets_S,
-        "weights_S": np.concatenate(weights).astype(np.float32),
-        "document_S": np.concatenate(document_indices),
+        **_collect_targets(pack, layout, last_segments),
     }
+    if shard is not None:
+        arrays = _select_shard(arrays, shard)
+    num_targets = np.bincount(arrays["document_S"], minlength=len(pack.documents))
     if has_shared:
-        arrays |= _find_different(positions_S, targets_S)
+        arrays |= _find_different(arrays["positions_S"], arrays["targets_S"])
     tensors = _copy_to(device, arrays)
     shared_targets = None
     if has_shared:
@@ -76,9 +67,47 @@ def collate(pack: Pack, device: Device = "cpu") -> Batch:
         real_tokens=sum(len(document) for document in pack.documents),
         sides=sides if any(sides) else (),
         reference_logps=reference_logps if any(sides) else (),
-        num_targets=tuple(map(len, targets)),
+        num_targets=tuple(num_targets.tolist()),
         shared_targets=shared_targets,
+        shard=shard,
     )
+
+
+def _collect_targets(
+    pack: Pack, layout: PackLayout, last_segments: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Return the targets of each document, after those of the documents before it."""
+    positions: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
+    document_indices: list[np.ndarray] = []
+    for i, document in enumerate(pack.documents):
+        targets_K = np.flatnonzero(document.weights_L)  # positions of targets in the document
+        pack_positions_L = _find_positions(layout, last_segments[i])
+        positions.append(pack_positions_L[targets_K - 1])
+        targets.append(document.tokens_L[targets_K])
+        weights.append(document.weights_L[targets_K])
+        document_indices.append(np.full(len(targets_K), i))
+    return {
+        "positions_S": np.concatenate(positions),
+        "targets_S": np.concatenate(targets),
+        "weights_S": np.concatenate(weights).astype(np.float32),
+        "document_S": np.concatenate(document_indices),
+    }
+
+
+def _select_shard(arrays: dict[str, np.ndarray], shard: TokenShard) -> dict[str, np.ndarray]:
+    """Return the tokens of a shard and the targets that they predict."""
+    positions_S = arrays["positions_S"]
+    is_here_S = (positions_S >= shard.start) & (positions_S < shard.end)
+    selected: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        if name.endswith("_T"):
+            selected[name] = array[shard.start : shard.end]
+        else:
+            selected[name] = array[is_here_S]
+    selected["positions_S"] -= shard.start
+    return selected
 
 
 def share_targets(batch: Batch) -> SharedTargets:

@@ -9,6 +9,7 @@ segment, B segments of one length, P tokens of a segment and of all that it cont
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.hardware import upload
+from tunesmith.core.token_shard import TokenShard
 from tunesmith.core.types import PackLayout
 from tunesmith.model.flash_attention import (
     FLASH_DTYPES,
@@ -33,6 +35,7 @@ from tunesmith.model.flash_attention import (
 from tunesmith.model.kernels import ops
 from tunesmith.model.kernels.build import call_kernel
 from tunesmith.model.machine_errors import OutOfMemory
+from tunesmith.model.ulysses import exchange_heads, restore_tokens, select_heads
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,16 @@ def attend(
     config: AttentionConfig,
     backend: str = "auto",
     cos_sin: CosSin | None = None,
+    shard: TokenShard | None = None,
 ) -> Tensor:
     """Attend with q [T, N, D], k and v [T, K, D]; returns [T, N, D] in the dtype of q.
 
-    With `cos_sin`, q and k are rotated first."""
+    With `cos_sin`, q and k are rotated first. With `shard`, they are of this rank's tokens."""
+    if shard is not None:
+        q, k, v = exchange_heads(*apply_rotary_qk(q, k, cos_sin), v, shard)
+        sinks_N = select_heads(config.sinks_N, shard)
+        config = dataclasses.replace(config, sinks_N=sinks_N)
+        return restore_tokens(attend(q, k, v, layout, config, backend), shard)
     assert layout.num_tokens == len(q), f"the layout has {layout.num_tokens} tokens, q has {len(q)}"
     name = choose_backend(backend, q)
     if name == "cpu_kernel":

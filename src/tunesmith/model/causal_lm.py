@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
+from tunesmith.core.token_shard import TokenShard
 from tunesmith.core.types import Batch, Json, PackLayout
 from tunesmith.model.adapters import find_lora_layers
 from tunesmith.model.attention import AttentionConfig, attend
@@ -246,7 +247,7 @@ class PackedCausalLM:
 
     def compute_hidden(self, batch: Batch) -> Tensor:
         """Return final hidden states [S, H] of the positions that predict a target."""
-        self.set_layout(batch.layout)
+        self.set_layout(batch.layout, batch.shard)
         shared = batch.shared_targets
         if shared is None or not shared.is_for(batch):
             return self._run_decoder(
@@ -255,10 +256,15 @@ class PackedCausalLM:
                 batch.layout,
                 positions_to_keep=batch.positions_S,
                 embedding_noise_TH=batch.embedding_noise_TH,
+                shard=batch.shard,
             )
         # the last token of a shared part predicts several targets: compute it once
         hidden_PH = self._run_decoder(
-            batch.tokens_T, batch.positions_T, batch.layout, positions_to_keep=shared.positions_P
+            batch.tokens_T,
+            batch.positions_T,
+            batch.layout,
+            positions_to_keep=shared.positions_P,
+            shard=batch.shard,
         )
         return hidden_PH.index_select(0, shared.position_S)
 
@@ -302,10 +308,15 @@ class PackedCausalLM:
         self._set_lengths([row.length for row in rows], layout)
         return self._run_decoder(tokens_B, positions_B, layout, kv_cache)
 
-    def set_layout(self, layout: PackLayout) -> None:
-        """Let the rotary embedding know the documents of the next forward."""
-        if self.rotary:
-            self._set_lengths(measure_documents(layout), layout)
+    def set_layout(self, layout: PackLayout, shard: TokenShard | None = None) -> None:
+        """Let the rotary embedding know the documents of the next forward, of which `shard` has
+        some tokens."""
+        if not self.rotary:
+            return
+        lengths: Sequence[int] = layout.lengths
+        if shard is not None:
+            lengths = shard.cut_segments(layout.starts, layout.lengths)
+        self.rotary.set_lengths(measure_documents(layout), lengths)
 
     def _set_lengths(self, lengths: Sequence[int], layout: PackLayout) -> None:
         if self.rotary:
@@ -319,6 +330,7 @@ class PackedCausalLM:
         kv_cache: PagedKVCache | None = None,
         positions_to_keep: Tensor | None = None,
         embedding_noise_TH: Tensor | None = None,
+        shard: TokenShard | None = None,
     ) -> Tensor:
         """Return final hidden states [T, H], or [len(positions_to_keep), H]."""
         if self.row_adapters is not None:
@@ -341,6 +353,7 @@ class PackedCausalLM:
             backend=self.backend,
             kv_cache=kv_cache,
             positions_to_keep=positions_to_keep,
+            shard=shard,
         )
         hidden = out.last_hidden_state[0]
         if positions_to_keep is None or self.is_pruned:
@@ -425,7 +438,7 @@ def packed_attention_forward(
     layout: PackLayout,
     backend: str = "auto",
     kv_cache: PagedKVCache | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention for stock modules, as transformers' AttentionInterface calls it:
     [1, N, T, D] in, [1, T, N, D] out.
@@ -456,7 +469,7 @@ def packed_attention_forward(
     if value_size < k.shape[-1]:  # multi-head latent attention
         v = F.pad(v, (0, k.shape[-1] - value_size))
     if kv_cache is None:
-        out = attend(q, k, v, layout, config, backend)
+        out = attend(q, k, v, layout, config, backend, shard=kwargs.get("shard"))
     else:
         out = kv_cache.attend(module, q, k, v, layout, config, backend)
     return out[None, ..., :value_size], None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tunesmith.core.token_shard import TokenShard
 from tunesmith.core.types import PackLayout
 from tunesmith.model.attention import AttentionConfig, attend
 from tunesmith.model.experts import Experts, is_stock_experts
@@ -91,6 +92,7 @@ class Attention(nn.Module):
         backend: str = "auto",
         kv_cache: PagedKVCache | None = None,
         positions_to_keep: Tensor | None = None,
+        shard: TokenShard | None = None,
         **_others: object,
     ) -> tuple[Tensor, None]:
         projected = project(hidden_states.squeeze(0), [self.q_proj, self.k_proj, self.v_proj])
@@ -101,7 +103,7 @@ class Attention(nn.Module):
         cos_sin = halve_cos_sin(*position_embeddings, self.head_dim)
         config = self.attention_config
         if kv_cache is None:
-            out_TND = attend(q, k, v, layout, config, backend, cos_sin)
+            out_TND = attend(q, k, v, layout, config, backend, cos_sin, shard)
         else:
             out_TND = kv_cache.attend(self, q, k, v, layout, config, backend, cos_sin)
         if self.should_prune and positions_to_keep is not None:

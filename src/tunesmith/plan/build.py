@@ -29,7 +29,7 @@ from tunesmith.plan.memory import (
     count_max_checkpoints,
     estimate_disk_bytes,
 )
-from tunesmith.plan.mesh import MIN_STEPS, choose_mesh, describe_mesh
+from tunesmith.plan.mesh import MIN_STEPS, choose_mesh, decide_context, describe_mesh
 from tunesmith.plan.mixture import scale_report
 from tunesmith.plan.new_tokens import decide_new_rows
 from tunesmith.plan.objective import (
@@ -125,7 +125,7 @@ def build_plan(
     _check_gates(context, recipe)
     settings |= {key: plan_value for key, plan_value in fixed.items() if key not in RULES}
     _apply_features(context, recipe, data)
-    context = _fit_memory(context, recipe.gradient_checkpointing)
+    context = _fit_memory(context, recipe)
     settings |= _decide_without_rules(recipe, recipe_values, output_dir, now)
     _check_lengths(context)
     _check_libraries(context)
@@ -184,10 +184,12 @@ def _apply_features(context: RuleContext, recipe: Recipe, data: Mapping[str, Dat
     settings |= decide_new_rows(settings.get("add_tokens"), context)
 
 
-def _fit_memory(context: RuleContext, policy: str) -> RuleContext:
-    """Decide which GPUs of a target share the weights, and what is recomputed; return the context
+def _fit_memory(context: RuleContext, recipe: Recipe) -> RuleContext:
+    """Decide which GPUs share weights and documents, and what is recomputed; return the context
     with that mesh."""
-    context = dataclasses.replace(context, mesh=choose_mesh(context, policy))
+    policy = recipe.gradient_checkpointing
+    context = dataclasses.replace(context, mesh=choose_mesh(context, recipe))
+    context.settings["context"] = decide_context(context, recipe.context)
     context.settings["gradient_checkpointing"] = decide_checkpointing(context, policy)
     return context
 
@@ -353,7 +355,7 @@ def refuse_if_too_large(plan: Plan) -> None:
     this version cannot use them, before anything is loaded."""
     if plan.mesh is not None and plan.mesh.missing:
         fix = "set max_grad_norm: 1, which keeps all gradients"
-        if plan.mesh.mesh.shard > 1 or plan.mesh.mesh.context > 1:
+        if plan.mesh.mesh.shard > 1:
             fix = "use a method or a pack_length with which a step fits on one GPU: "
             fix += "`tunesmith plan --target` lists those that do"
         message = f"this plan needs {plan.mesh.missing}, which this version cannot run"

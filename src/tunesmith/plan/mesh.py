@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Literal
 
+from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import format_bytes, format_count
 from tunesmith.core.mesh import (
     SINGLE_GPU,
@@ -21,20 +23,20 @@ from tunesmith.core.mesh import (
     MeshPlan,
     MeshStep,
 )
-from tunesmith.core.types import Machine, Plan
+from tunesmith.core.types import Machine, Plan, PlanValue
 from tunesmith.plan.hardware_presets import HardwarePreset, describe_target, match_preset
 from tunesmith.plan.mesh_time import can_divide_documents, estimate_mesh_step
-from tunesmith.plan.rules import RuleContext, make_rule_value
+from tunesmith.plan.rules import RuleContext, make_rule_value, make_user_value
 from tunesmith.plan.step_memory import (
     CHECKPOINTING_POLICIES,
     estimate_needed_bytes,
     has_enough_memory,
 )
+from tunesmith.recipe.schema import Recipe
 
 # what the code of a run lacks on several GPUs
 MISSING_STEP = "updates in the backward pass (max_grad_norm: 0) on several GPUs"
 MISSING_SHARD = "weights that are sharded over GPUs"
-MISSING_CONTEXT = "documents that are divided over GPUs"
 MIN_BUSY_SHARE = 0.5  # of a step: below, more GPUs than this batch can use (ours)
 FILLED_SHARE = 0.8  # of a step, with the batch that is advised instead
 MAX_BATCH_FACTOR = 1024
@@ -46,20 +48,29 @@ def count_gpus(machine: Machine) -> int:
     return machine.num_gpus * machine.num_nodes if machine.num_nodes else 1
 
 
-def choose_mesh(context: RuleContext, policy: str) -> Mesh:
-    """Choose the mesh of a target's GPUs; `policy` is the recipe's gradient_checkpointing."""
+def choose_mesh(context: RuleContext, recipe: Recipe) -> Mesh:
+    """Choose the mesh of a target's GPUs, with what the recipe says of it. Raise InputError for
+    documents that cannot be shared so.
+
+    On this machine, only processes that share documents are planned for: others change nothing."""
     num_gpus = count_gpus(context.machine)
     preset = match_preset(context.machine)
+    if recipe.context != "auto":
+        refuse_shared_documents(context, recipe.context)
+    if not context.machine.num_nodes:
+        group = 1 if recipe.context == "auto" else recipe.context
+        return Mesh(num_gpus=group, context=group)
     if num_gpus == 1 or preset is None:
         return SINGLE_GPU
     num_nodes = context.machine.num_nodes
     largest = Mesh(num_gpus, num_nodes, shard=num_gpus)
-    for context_size in _list_context_sizes(context):
+    sizes = _list_context_sizes(context) if recipe.context == "auto" else [recipe.context]
+    for context_size in sizes:
         rates: dict[Mesh, float] = {}
         for shard in _list_shard_sizes(num_gpus, num_nodes):
             mesh = Mesh(num_gpus, num_nodes, shard, context_size)
             candidate = dataclasses.replace(context, mesh=mesh)
-            if not _set_policy(candidate, policy):
+            if not _set_policy(candidate, recipe.gradient_checkpointing):
                 continue
             if shard == 1:
                 return mesh
@@ -67,6 +78,44 @@ def choose_mesh(context: RuleContext, policy: str) -> Mesh:
         if rates:
             return max(rates, key=lambda mesh: (rates[mesh], -mesh.shard))
     return largest
+
+
+def refuse_shared_documents(context: RuleContext, size: int) -> None:
+    """Raise InputError if `size` GPUs cannot share a document."""
+    problem = _find_context_problem(context, size)
+    gpus_per_node = context.machine.num_gpus
+    if context.machine.num_nodes and gpus_per_node % size:
+        gpus = format_count(gpus_per_node, "GPU")
+        problem = f"a node of the target has {gpus}, which groups of {size} do not divide"
+    if problem:
+        fix = "set context: 1, or leave it at auto"
+        raise InputError(problem, where=f"context: {size}", fix=fix)
+
+
+def _find_context_problem(context: RuleContext, size: int) -> str:
+    """Return why `size` ranks cannot share a document; empty if they can."""
+    model = context.model
+    if size == 1:
+        return ""
+    if context.stage == "preference":
+        return "the loss of an answer is one number of all its tokens, which one process needs"
+    if not can_divide_documents(model):
+        mixers = ", ".join(sorted(set(model.layer_mixers) - {"attention"}))
+        return f"{model.architecture} has layers of {mixers}, which read tokens in their order"
+    if model.num_heads % size or model.num_kv_heads % size:
+        heads = format_count(model.num_kv_heads, "KV head")
+        return f"{model.architecture} has {model.num_heads} query heads and {heads}: not divisible"
+    return ""
+
+
+def decide_context(context: RuleContext, recipe_value: int | Literal["auto"]) -> PlanValue:
+    """Decide how many processes share each document: as many as the mesh has."""
+    if recipe_value != "auto":
+        return make_user_value(recipe_value)
+    size = context.mesh.context
+    if size == 1:
+        return make_rule_value(1, "each process computes its documents alone")
+    return make_rule_value(size, f"the longest document fits no GPU: {size} share each")
 
 
 def _list_shard_sizes(num_gpus: int, num_nodes: int) -> list[int]:
@@ -80,9 +129,8 @@ def _list_shard_sizes(num_gpus: int, num_nodes: int) -> list[int]:
 def _list_context_sizes(context: RuleContext) -> list[int]:
     """Return the numbers of GPUs of a node that may share a document, each with some heads."""
     gpus_per_node = context.machine.num_gpus
-    heads = context.model.num_kv_heads if can_divide_documents(context.model) else 1
-    common = math.gcd(heads, gpus_per_node)
-    return [size for size in range(1, common + 1) if common % size == 0]
+    sizes = [size for size in range(1, gpus_per_node + 1) if gpus_per_node % size == 0]
+    return [size for size in sizes if not _find_context_problem(context, size)]
 
 
 def _set_policy(context: RuleContext, policy: str) -> bool:
@@ -124,8 +172,6 @@ def find_missing_parts(context: RuleContext) -> str:
         missing.append(MISSING_STEP)
     if mesh.shard > 1:
         missing.append(MISSING_SHARD)
-    if mesh.context > 1:
-        missing.append(MISSING_CONTEXT)
     return " and ".join(missing)
 
 
@@ -167,9 +213,11 @@ def _explain_context(context: RuleContext, step: MeshStep) -> str:
     if size == 1:
         return f"the longest row, {longest}, is not divided"
     heads = context.model.num_kv_heads // size
+    why = f"the longest row, {longest}, fits no GPU"
+    if context.settings["context"].decided_by == "user":
+        why = "set in the recipe"
     return (
-        f"the longest row, {longest}, fits no GPU: {size} share it, "
-        f"{format_count(heads, 'KV head')} each; exchanged in "
+        f"{why}: {size} share each, {format_count(heads, 'KV head')} per GPU; exchanged in "
         f"{format_seconds(step.exchange_seconds)}"
     )
 
@@ -233,7 +281,8 @@ def build_command(mesh: Mesh) -> str:
     if mesh.num_nodes > 1:
         where = f"--nnodes {mesh.num_nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
     gpus = f"--nproc-per-node {mesh.gpus_per_node}"
-    return f"torchrun {where} {gpus} -m tunesmith train recipe.yaml"
+    command = f"torchrun {where} {gpus} -m tunesmith train recipe.yaml"
+    return command + (f" --context {mesh.context}" if mesh.context > 1 else "")
 
 
 def list_fewer_gpus(machine: Machine) -> list[Machine]:

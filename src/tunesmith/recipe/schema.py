@@ -246,6 +246,9 @@ class Recipe(BaseModel):
     deterministic: Auto | bool = Field(
         default="auto", description="Repeat sums in one order, also on a GPU: the same bits again."
     )
+    context: Auto | Count = Field(
+        default="auto", description="Processes that share each document, for long ones."
+    )
     metrics: Auto | Metrics = Field(
         default="auto",
         description="Metrics of the before/after; see docs/guides/evaluate.md.",

@@ -84,8 +84,11 @@ def start_ranks(ranks: Ranks, path: Path, plan: Plan, fingerprint: Json) -> tupl
     check_ranks(ranks)
     ranks.send(OPEN)
     evidence = f"{ranks.world} processes share each step, and sum their gradients"
+    context = plan.config.context
+    if context > 1:
+        evidence += f"; {context} of them share each document"
     batch_size = plan.config.batch_size
-    if batch_size is not None and batch_size < ranks.world:
+    if batch_size is not None and batch_size < ranks.world // context:
         evidence += f"; a step has {batch_size} rows, so some of them wait: raise batch_size"
         return (CheckResult("ranks", "warn", evidence),)
     return (CheckResult("ranks", "ok", evidence),)

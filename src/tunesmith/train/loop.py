@@ -29,6 +29,7 @@ from tunesmith.core.events import CheckResult, Event, Rollback, TrainingEnd, Tra
 from tunesmith.core.hardware import read_peak_bytes, release_memory
 from tunesmith.core.json_io import parse_as
 from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
+from tunesmith.core.token_shard import TokenShard, refuse_group_size
 from tunesmith.core.types import Document, Json, Pack, PlanConfig
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import count_computed_tokens, group_units, pack_step, share_out
@@ -108,6 +109,7 @@ class TrainingLoop:
         self.load_documents = load_documents
         self.config = config
         self.ranks = ranks
+        refuse_group_size(config.context, ranks)
         self.total_steps = steps
         if warmup_steps is None:
             warmup_steps = math.ceil(steps * config.warmup_ratio)
@@ -254,7 +256,7 @@ class TrainingLoop:
         if is_kto:
             documents, mismatched = split_mismatched(loaded)
         normalizer = LossNormalizer.from_documents(documents)
-        packs_by_rank = self._pack_documents(documents) if normalizer else []
+        packs_by_rank = self.pack_documents(documents) if normalizer else []
         packs = [pack for rank_packs in packs_by_rank for pack in rank_packs]
         step = self._compute_share(packs_by_rank, normalizer, mismatched if is_kto else None)
         if packs and self.ranks.world > 1:
@@ -281,6 +283,9 @@ class TrainingLoop:
                 return StepShare(*self._forward_backward(packs_by_rank, normalizer))
         except OutOfMemory as error:
             message = error.message
+        if self.config.context > 1:  # the others wait for this rank inside of a layer
+            fix = "lower pack_length, max_length or lora_r, or raise context"
+            raise MachineError(message, where=self.ranks.name, fix=fix)
         # Outside the except block, where the traceback no longer holds the tensors of the step.
         self.optimizer.zero_grad(set_to_none=True)
         self.model.network.eval()
@@ -382,16 +387,28 @@ class TrainingLoop:
         it, None without packs, and their supervised tokens."""
         supervised_tokens = 0
         total: Tensor | None = None
-        packs = packs_by_rank[self.ranks.rank] if packs_by_rank else ()
-        num_earlier = sum(map(len, packs_by_rank[: self.ranks.rank]))
+        context = self.config.context
+        self.ranks.form_groups(context)
+        group = self.ranks.rank // context
+        packs = packs_by_rank[group] if packs_by_rank else ()
+        num_earlier = sum(map(len, packs_by_rank[:group]))
         self.model.network.train()
         for index, pack in enumerate(packs, start=num_earlier):
-            batch = collate(pack, device=str(self.model.device))
+            # The seed of dropout follows from the position, so a resumed run draws the same.
+            position = [self.config.seed, self.step, index]
+            shard: TokenShard | None = None
+            num_tokens = count_computed_tokens(pack)
+            if num_tokens < context:  # not one for each rank of the group: its first one takes all
+                if self.ranks.rank % context:
+                    continue
+            elif context > 1:
+                shard = TokenShard(self.ranks, context, num_tokens)
+                position.append(shard.index)
+            batch = collate(pack, str(self.model.device), shard)
             if self.config.neftune_noise_alpha:
                 size = self.model.embedding_size
                 batch = add_embedding_noise(batch, pack, size, self.config, self.step)
-            # The seed of dropout follows from the position, so a resumed run draws the same.
-            torch.manual_seed(hash((self.config.seed, self.step, index)) & 0x7FFFFFFFFFFFFFFF)
+            torch.manual_seed(hash(tuple(position)) & 0x7FFFFFFFFFFFFFFF)
             terms = compute_step_terms(self.model, batch, normalizer, self.loss_config)
             loss = torch.stack([t.coefficient * t.sum / t.count for t in terms.values()]).sum()
             total = loss.detach() if total is None else total + loss.detach()
@@ -419,13 +436,13 @@ class TrainingLoop:
             with self.optimizer_in_backward.updating(self.step + 1, learning_rate):
                 loss.backward()
 
-    def _pack_documents(self, documents: Sequence[Document]) -> list[list[Pack]]:
-        """Return the packs of each rank."""
+    def pack_documents(self, documents: Sequence[Document]) -> list[list[Pack]]:
+        """Return the packs of each rank, or of each group of ranks that share their documents."""
         should_share = self.config.share_prefixes
         get_group = self.model.get_rotation_key
         parts = share_out(
             documents,
-            self.ranks.world,
+            self.ranks.world // self.config.context,
             self.model.embedding_size,
             should_share=should_share,
             get_group=get_group,
@@ -442,7 +459,7 @@ class TrainingLoop:
 
         A document or a pair is never split: raise MachineError if one alone does not fit."""
         self.optimizer.zero_grad(set_to_none=True)
-        packs = [pack for packs in self._pack_documents(documents) for pack in packs]
+        packs = [pack for packs in self.pack_documents(documents) for pack in packs]
         divisible_packs = [pack for pack in packs if len(group_units(pack.documents)) > 1]
         if not divisible_packs:
             longest = max(packs, key=count_computed_tokens)

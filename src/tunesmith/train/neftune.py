@@ -37,7 +37,10 @@ def add_embedding_noise(
             (count_input_tokens(document), hidden_size), dtype=NOISE_DTYPE, device=device
         )
         noise.append(noise_LH.uniform_(-limit, limit, generator=generator))
-    return dataclasses.replace(batch, embedding_noise_TH=torch.cat(noise))
+    noise_TH = torch.cat(noise)
+    if batch.shard is not None:
+        noise_TH = noise_TH[batch.shard.start : batch.shard.end]
+    return dataclasses.replace(batch, embedding_noise_TH=noise_TH)
 
 
 def remove_embedding_noise(batch: Batch) -> Batch:

@@ -46,6 +46,7 @@ from tunesmith.core.run_dir import (
     read_all_events,
     read_run_plan,
 )
+from tunesmith.core.token_shard import refuse_group_size
 from tunesmith.core.types import Comparison, Json, Plan, RunRecord, ScalePoint, __version__
 from tunesmith.data.rejects import refuse_unusable_rows, write_rejected_rows
 from tunesmith.data.tokenizer.tokenizer_json import append_tokens
@@ -188,7 +189,8 @@ def check_run(
 
 
 def _refuse_on_ranks(plan: Plan, ranks: Ranks) -> None:
-    """Raise InputError for a plan that several ranks cannot run."""
+    """Raise InputError for a plan that these ranks cannot run."""
+    refuse_group_size(plan.config.context, ranks)
     if ranks.world > 1 and plan.config.step_in_backward:
         raise InputError(
             "the plan updates each weight in the backward pass, before several ranks could sum "

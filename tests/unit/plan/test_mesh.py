@@ -16,7 +16,12 @@ from tunesmith.core.mesh import Mesh
 from tunesmith.core.types import DataReport, ModelSpec, Plan
 from tunesmith.plan.build import build_plan, refuse_if_too_large
 from tunesmith.plan.hardware_presets import HARDWARE_PRESETS, choose_machine, parse_target
-from tunesmith.plan.mesh import explain_batch, list_fewer_gpus, make_option
+from tunesmith.plan.mesh import (
+    explain_batch,
+    list_fewer_gpus,
+    make_option,
+    refuse_shared_documents,
+)
 from tunesmith.plan.mesh_time import estimate_mesh_step
 from tunesmith.plan.method_comparison import estimate_method
 from tunesmith.plan.rules import Measures, RuleContext
@@ -148,12 +153,50 @@ def test_a_long_document_is_divided_over_the_gpus_that_share_its_heads(plan: Pla
     assert mesh.context in (2, 4, 8)
     assert mesh.document_groups == 8 // mesh.context
     assert made.mesh is not None
-    assert "divided" in made.mesh.missing
+    assert made.mesh.missing == ""
+    assert made.mesh.command.endswith(f"train recipe.yaml --context {mesh.context}")
+    assert made.config.context == mesh.context
     assert made.mesh.step.exchange_seconds > 0
     assert made.memory_bytes["peak"] * 1.15 <= made.machine.available_bytes
     one_head = LLAMA_8B | {"num_kv_heads": 1}
     stuck = plan(one_head, "8xrtx4090", method="qlora", longest=60_000, max_length=60_000)
     assert get_mesh(stuck).context == 1, "a KV head is not divided"
+
+
+def test_the_recipe_says_how_many_gpus_share_a_document(plan: Planner) -> None:
+    made = plan(LLAMA_8B, "8xh100", context=4)
+    assert get_mesh(made) == Mesh(8, 1, context=4)
+    assert made.reasons["context"].decided_by == "user"
+
+
+@pytest.mark.parametrize(
+    ("model", "wishes", "problem"),
+    [
+        ({"num_kv_heads": 1}, {}, "32 query heads and 1 KV head: not divisible"),
+        ({"num_heads": 9}, {}, "9 query heads and 8 KV heads: not divisible"),
+        ({}, {"stage": "preference"}, "one number of all its tokens"),
+        ({}, {"target": "4xh100", "context": 8}, "has 4 GPUs, which groups of 8 do not divide"),
+        ({}, {"target": "h100"}, "has 1 GPU, which groups of 2 do not divide"),
+    ],
+)
+def test_documents_that_gpus_cannot_share_are_refused(
+    plan: Planner, model: dict[str, Any], wishes: dict[str, Any], problem: str
+) -> None:
+    wishes = {"target": "8xh100", "context": 2} | wishes
+    with pytest.raises(InputError, match=problem) as refusal:
+        plan(LLAMA_8B | model, wishes.pop("target"), **wishes)
+    assert refusal.value.where == f"context: {wishes['context']}"
+
+
+def test_layers_that_carry_a_state_refuse_shared_documents(
+    make_context: Callable[..., RuleContext], make_spec: Callable[..., ModelSpec]
+) -> None:
+    context = make_context()
+    context = dataclasses.replace(context, model=make_spec(LLAMA_8B))
+    hybrid = dataclasses.replace(context.model, layer_mixers=("delta", "attention"))
+    refuse_shared_documents(context, 2)
+    with pytest.raises(InputError, match="layers of delta, which read tokens in their order"):
+        refuse_shared_documents(dataclasses.replace(context, model=hybrid), 2)
 
 
 def test_full_fine_tuning_holds_a_shard_of_everything(plan: Planner) -> None:

@@ -1,0 +1,116 @@
+"""Ranks that share each document make the steps of one process, and save a part of its bytes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rank_lab import call_on_rank, run_processes, run_ranks
+from rank_loops import (
+    LONG_DOCUMENT,
+    STEPS,
+    Training,
+    make_documents,
+    measure_gradients,
+    run_out_of_memory,
+    train_loop,
+)
+from rank_runs import train_run
+from tiny_runs import build_sum_rows, save_model_folder, write_eval_files, write_rows
+from tunesmith.core.events import CheckResult, TrainStep
+from tunesmith.core.ranks import SINGLE_PROCESS
+from tunesmith.core.run_dir import read_events
+from tunesmith.data.packing import count_input_tokens
+
+pytestmark = pytest.mark.multi
+
+
+@pytest.fixture(scope="module")
+def long_training() -> Training:
+    torch.set_num_threads(1)
+    return train_loop(SINGLE_PROCESS, "long")
+
+
+def assert_same_steps(results: list[Training], expected: Training) -> None:
+    losses, counts, weights = expected
+    assert len(losses) == STEPS
+    for rank_losses, rank_counts, rank_weights in results:
+        assert rank_counts == counts
+        np.testing.assert_allclose(rank_losses, losses, rtol=1e-6)
+        np.testing.assert_allclose(rank_weights, weights, rtol=0, atol=1e-5)
+        assert rank_weights.tobytes() == results[0][2].tobytes(), "replicas are equal in bits"
+
+
+def test_two_ranks_that_share_documents_make_the_steps_of_one(long_training: Training) -> None:
+    lengths = [count_input_tokens(document) for document in make_documents("long", 1)]
+    assert LONG_DOCUMENT in lengths
+    assert sum(lengths) < 2 * LONG_DOCUMENT, "the document is cut between the ranks"
+    assert_same_steps(run_ranks(train_loop, 2, "long", 2), long_training)
+
+
+def test_two_groups_of_two_ranks_make_the_steps_of_one(long_training: Training) -> None:
+    assert_same_steps(run_ranks(train_loop, 4, "long", 2), long_training)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        ("prefixes", "qwen2"),  # windows, and documents with common prefixes
+        ("full", "gemma2"),  # soft caps
+        ("alone", "gpt_oss"),  # many packs, one with fewer tokens than ranks; sinks, experts
+    ],
+)
+def test_families_and_packs(kind: str, family: str) -> None:
+    torch.set_num_threads(1)
+    expected = train_loop(SINGLE_PROCESS, kind, family=family)
+    assert_same_steps(run_ranks(train_loop, 2, kind, 2, family), expected)
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_gradients_are_those_of_one_process_from_half_of_the_saved_bytes(policy: str) -> None:
+    torch.set_num_threads(1)
+    settings = {"gradient_checkpointing": policy}
+    gradients, saved_bytes = measure_gradients(SINGLE_PROCESS, 1, "qwen3", settings)
+    results = run_ranks(measure_gradients, 2, 2, "qwen3", settings)
+    for rank_gradients, rank_bytes in results:
+        assert rank_gradients.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            difference = np.linalg.norm(rank_gradients[name] - gradient)
+            assert difference <= 2e-6 * np.linalg.norm(gradient), name
+        assert rank_bytes < 0.55 * saved_bytes, "activations of half of the tokens"
+
+
+def test_a_rank_without_memory_ends_all() -> None:
+    """The others wait for it inside of a layer, so that the step cannot be repeated."""
+    heard, failed = run_processes(call_on_rank, 2, run_out_of_memory)
+    assert "out of memory" in failed
+    assert "or raise context" in failed
+    assert heard is None or heard.startswith("another rank has ended"), "its process has ended"
+
+
+def train_on(world: int, model: Path, folder: Path, changes: dict[str, Any]) -> Any:
+    folder.mkdir()
+    return run_processes(train_run, world, str(model), str(folder), changes, {})
+
+
+def test_a_run_whose_ranks_share_documents_is_that_of_one_process(tmp_path: Path) -> None:
+    model = save_model_folder(tmp_path / "model", num_kv_heads=2)
+    rows = write_rows(tmp_path / "rows.jsonl", build_sum_rows(1, 12))
+    changes = {"data": str(rows), "batch_size": 4, **write_eval_files(tmp_path)}
+    shared = changes | {"context": 2}
+    ((code, message),) = train_on(1, model, tmp_path / "refused", shared)
+    assert code == 2
+    assert "2 processes share each document, and this is one process" in message
+    assert [code for code, _ in train_on(3, model, tmp_path / "three", shared)] == [2, 2, 2]
+    assert train_on(1, model, tmp_path / "one", changes) == [(0, "step 3")]
+    assert train_on(2, model, tmp_path / "two", shared) == [(0, "step 3"), (0, "followed")]
+    losses: list[list[float]] = []
+    for name in ("one", "two"):
+        events = read_events(tmp_path / name / "run")
+        losses.append([event.loss for event in events if isinstance(event, TrainStep)])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    checks = [event for event in events if isinstance(event, CheckResult)]
+    evidence = {check.kind: check.evidence for check in checks}["ranks"]
+    assert "2 of them share each document" in evidence
