@@ -53,6 +53,7 @@ MAX_MEAN_NATS = 0.02  # difference of the loss of expected answers
 MAX_ITEM_NATS = 0.05  # mean over items of its absolute difference
 MAX_METRIC_FALL = 0.1  # that the interval of a metric's difference may leave open
 MAX_SHOWN_ANSWERS = 3
+ENDED = ("stop", "tool_calls")  # of finish_reason
 TOO_FEW = f"too few items to tell: {{}} of at least {MIN_ITEMS}"
 
 
@@ -375,7 +376,7 @@ def _check_ends(pairs: Sequence[_Pair]) -> LiveCheck:
     ids = tuple(pair.item.id for pair in answered)
     ended = tuple(float(not pair.item.is_cut) for pair in answered)
     recorded = MetricValues(TEST, "ended", ids, ended)
-    served = tuple(float(pair.answer.finish_reason == "stop") for pair in answered)
+    served = tuple(float(pair.answer.finish_reason in ENDED) for pair in answered)
     comparison = compare_measurements(recorded, replace(recorded, values=served))
     message = f"{sum(ended):.0f} recorded and {sum(served):.0f} served answers ended"
     (verdict,) = judge_comparisons([comparison])

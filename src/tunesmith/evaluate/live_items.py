@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
 
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.run_dir import (
@@ -71,6 +70,7 @@ class RecordedRun:
     measurements: tuple[MetricValues, ...]
     schema: Json | None
     template_variables: Json
+    renderer: Renderer
     end_texts: tuple[str, ...]  # of the tokens that end an answer
     notes: tuple[str, ...] = ()
 
@@ -109,6 +109,7 @@ def load_recorded_run(path: Path, num_items: int) -> RecordedRun:
         measurements=tuple(_select_graded(after)),
         schema=read_response_schema(recipe.response_schema),
         template_variables=dict(recipe.chat_template_kwargs),
+        renderer=renderer,
         end_texts=tuple(renderer.decode([token]) for token in renderer.end_ids),
         notes=tuple(notes),
     )
@@ -174,7 +175,7 @@ def _build_items(
             messages = example.messages[: max(trained_turns, default=0)]
         yield RecordedItem(
             id=sample.id,
-            messages=tuple(map(_to_openai, messages)),
+            messages=tuple(_convert_messages(messages)),
             tools=example.tools,
             prompt_text=example.prompt or "",
             prompt_ids=prompt.prompt_ids,
@@ -188,18 +189,31 @@ def _build_items(
         )
 
 
-def _to_openai(message: Json) -> Json:
-    """Return a message as the API takes it: the arguments of a tool call are text there."""
-    if not message.get("tool_calls"):
-        return message
-    calls: list[Json] = []
-    for call in cast("list[Json]", message["tool_calls"]):
-        function = dict(call["function"])
-        arguments: Any = function.get("arguments", {})
-        if not isinstance(arguments, str):
-            function["arguments"] = json.dumps(arguments, ensure_ascii=False)
-        calls.append({"id": f"call_{len(calls)}", "type": "function", **call, "function": function})
-    return {**message, "tool_calls": calls}
+def _convert_messages(messages: Sequence[Json]) -> Iterator[Json]:
+    """Yield messages as the API takes them: calls have ids, which their results name, and arguments
+    as text."""
+    ids: Iterator[str] = iter(())
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            converted = [_convert_call(call, index) for index, call in enumerate(calls)]
+            ids = iter([call["id"] for call in converted])
+            yield {**message, "tool_calls": converted}
+        elif message["role"] == "tool" and "tool_call_id" not in message:
+            yield {**message, "tool_call_id": next(ids, "call_0")}
+        else:
+            yield message
+
+
+def _convert_call(call: Json, index: int) -> Json:
+    function = call.get("function", call)
+    arguments = function.get("arguments", {})
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return {
+        "id": call.get("id", f"call_{index}"),
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
 
 
 def _select_evenly(items: tuple[RecordedItem, ...], count: int) -> tuple[RecordedItem, ...]:

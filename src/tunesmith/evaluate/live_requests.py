@@ -21,6 +21,7 @@ from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.json_io import parse_as
 from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Document, Json
+from tunesmith.evaluate.live_calls import CallReader, ServedCall
 from tunesmith.evaluate.live_client import LiveClient, RefusedRequest, open_request_pool
 from tunesmith.evaluate.live_items import RecordedItem, RecordedRun
 
@@ -65,6 +66,7 @@ class _TokenLogprobs:
 @dataclass(frozen=True)
 class _Message:
     content: str | None = None
+    tool_calls: tuple[ServedCall, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ class RequestOptions:
     fields: Json = field(default_factory=dict[str, object])
     template_fields: Json = field(default_factory=dict[str, object])
     can_tokenize: bool = False
+    calls: CallReader | None = None
 
 
 def find_options(client: LiveClient, model: str, run: RecordedRun) -> RequestOptions:
@@ -211,7 +214,7 @@ def find_options(client: LiveClient, model: str, run: RecordedRun) -> RequestOpt
 
     Raises InputError for a server that refuses a plain request."""
     first = run.items[0]
-    options = RequestOptions(model, 1, run.end_texts)
+    options = RequestOptions(model, 1, run.end_texts, calls=CallReader(run.renderer))
     ask(client, options, first)
     if first.messages:
         if run.template_variables:
@@ -255,8 +258,11 @@ def ask(client: LiveClient, options: RequestOptions, item: RecordedItem) -> Live
     prompt_ids = reply.prompt_token_ids or ()
     if not prompt_ids and options.can_tokenize:
         prompt_ids = _tokenize(client, options, item)
+    text = choice.message.content or ""
+    if options.calls is not None:
+        text = options.calls.restore(item, text, choice.message.tool_calls or ())
     return LiveAnswer(
-        text=choice.message.content or "",
+        text=text,
         finish_reason=choice.finish_reason or "",
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,

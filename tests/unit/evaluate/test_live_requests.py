@@ -12,7 +12,7 @@ from live_server import MODEL, LiveServer, serving
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document
 from tunesmith.evaluate.live_client import LiveClient
-from tunesmith.evaluate.live_items import RecordedItem, _select_evenly, _to_openai
+from tunesmith.evaluate.live_items import RecordedItem, _convert_messages, _select_evenly
 from tunesmith.evaluate.live_requests import RequestOptions, ask, score_documents
 
 OPTIONS = RequestOptions(MODEL, 7, ("<end>",))
@@ -80,7 +80,8 @@ def test_a_row_without_messages_is_a_plain_completion() -> None:
 def test_tools_and_their_calls_are_those_of_the_api() -> None:
     function = {"name": "look_up", "arguments": {"of": "ä"}}
     message = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
-    (call,) = _to_openai(message)["tool_calls"]
+    (converted,) = _convert_messages([message])
+    (call,) = converted["tool_calls"]
     assert call["type"] == "function"
     assert json.loads(call["function"]["arguments"]) == {"of": "ä"}
     assert function["arguments"] == {"of": "ä"}  # the row itself stays

@@ -196,7 +196,7 @@ def _convert_call(call: Any, quirks: TemplateQuirks) -> Any:
     if isinstance(arguments, str) and quirks.can_render_dict_args:
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             message = f"the arguments of a tool call are not JSON: {error}"
             raise InputError(message, fix="write a JSON object") from error
     elif isinstance(arguments, dict) and quirks.can_render_text_args:
