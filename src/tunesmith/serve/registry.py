@@ -16,6 +16,7 @@ import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from weakref import WeakSet
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
@@ -127,7 +128,8 @@ class Registry:
         self._budget_bytes = budget_bytes
         self._models: dict[str, ServedModel] = {BASE_NAME: ServedModel(BASE_NAME, base)}
         self._residents: dict[str, Resident] = {}
-        self._loads: dict[str, asyncio.Task[None]] = {}
+        self._loads: dict[AdapterSource, asyncio.Task[None]] = {}
+        self._verified: WeakSet[AdapterSource] = WeakSet()  # whose weights are those of the digest
         self._load_lock = asyncio.Lock()  # one at a time, so that the budget holds
         self._broken: dict[str, int] = {}  # digest -> answers in a row without finite numbers
         self._witnesses: dict[str, WitnessCheck] = {}  # digest -> whether it is what it claims
@@ -180,9 +182,10 @@ class Registry:
         Raises RequestError 503 if it cannot be loaded."""
         if model.source is None or not model.scale:
             return Lease(self, "")
-        digest = model.source.digest
-        while digest not in self._residents:
-            await self._load_once(model.source)
+        source = model.source
+        digest = source.digest
+        while digest not in self._residents or source not in self._verified:
+            await self._load_once(source)
         resident = self._residents[digest]
         resident.num_leases += 1
         resident.last_used = time.monotonic()
@@ -197,11 +200,11 @@ class Registry:
 
     async def _load_once(self, source: AdapterSource) -> None:
         """Load an adapter; all that wait for it share one load."""
-        task = self._loads.get(source.digest)
+        task = self._loads.get(source)
         if task is None:
             task = asyncio.ensure_future(self._load(source))
-            self._loads[source.digest] = task
-            task.add_done_callback(lambda _: self._loads.pop(source.digest))
+            self._loads[source] = task
+            task.add_done_callback(lambda _: self._loads.pop(source))
         try:
             await asyncio.shield(task)
         except (InputError, OSError) as error:
@@ -216,11 +219,16 @@ class Registry:
             return self._bank.load(source.digest, source.folder)
 
         async with self._load_lock:
+            if source.digest in self._residents:  # of another folder, which this one claims to be
+                await asyncio.to_thread(source.check_unchanged)
+                self._verified.add(source)
+                return
             self._make_room(source.folder.weights_path.stat().st_size)
             # a removal of the same adapter may still wait for the end of a step
             await self._scheduler.run_between_steps(lambda: None)
             num_bytes = await asyncio.to_thread(load)
             await self._check_witness(source)
+            self._verified.add(source)
             self._residents[source.digest] = Resident(num_bytes, last_used=time.monotonic())
         self._metrics.adapter_loads.labels("ok").inc()
         self._show_residents()

@@ -317,7 +317,7 @@ async def load_models(registry: Registry, models: Sequence[ServedModel]) -> None
     for model in sorted(models, key=lambda served: not served.is_pinned):
         assert model.source is not None
         num_bytes = model.source.folder.weights_path.stat().st_size
-        if registry.has_room(num_bytes):
+        if registry.has_room(num_bytes) and not registry.is_resident(model):
             try:
                 lease = await registry.acquire(model)
             except RequestError as error:

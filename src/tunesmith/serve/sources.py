@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +38,8 @@ from tunesmith.model.hub.adapter_config import (
 )
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
-from tunesmith.model.hub.validate import read_model_json
+from tunesmith.model.hub.stored_tensors import read_parameter_headers
+from tunesmith.model.hub.validate import TensorHeader, read_model_json
 from tunesmith.model.save import STATE_FILE, load_weights, save_adapter, save_serving_files
 from tunesmith.recipe.fields import Constraint
 from tunesmith.recipe.load import rebuild_recipe
@@ -72,6 +74,12 @@ class BaseSource:
     # of adapters that are served, by their files
     renderers: WeakValueDictionary[str, Renderer] = field(default_factory=WeakValueDictionary)
 
+    checked_records: set[str] = field(default_factory=set[str])  # of adapters that belong to it
+
+    @cached_property
+    def headers(self) -> Mapping[str, TensorHeader]:
+        return read_parameter_headers(self.path)
+
     @cached_property
     def sha256(self) -> str:
         """The hash of all weights."""
@@ -94,14 +102,18 @@ class AdapterSource:
     constraints: tuple[Constraint, ...] = ()  # `never` of its run
 
     def check_unchanged(self) -> None:
-        """Raise InputError if the weights were replaced since they were checked."""
+        """Raise InputError if the weights are not those that the digest stands for: they were
+        replaced since they were published, or are not those of their record."""
         try:
             is_same = read_file_key(self.folder.weights_path) == self.file_key
         except OSError:
             is_same = False
-        if not is_same or hash_file(self.folder.weights_path) != self.folder.sha256:
+        if not is_same:
             message = "the weights have changed since they were published"
             raise InputError(message, fix="publish them again")
+        if hash_file(self.folder.weights_path) != self.folder.sha256:
+            message = "the weights are not those of the record in tunesmith.json"
+            raise InputError(message, fix="restore the files, or train again")
 
 
 def read_file_key(path: Path) -> FileKey:
@@ -165,15 +177,19 @@ def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = Fals
         if run is not None:
             _refuse_unfinished(run, folder)
     file_key = read_file_key(folder / ADAPTER_WEIGHTS_FILE)
-    adapter = read_adapter(folder, base.path)
     provenance = read_provenance(folder)
+    recorded_sha256 = "" if provenance is None else provenance.weights_sha256
+    adapter = read_adapter(
+        folder, base.path, weights_sha256=recorded_sha256, base_headers=base.headers
+    )
     if provenance is None and not is_unproven_allowed:
         message = "there is no tunesmith.json, so nothing shows that it belongs to this base"
         raise InputError(message, where=ref, fix="set unproven: true to serve it all the same")
     has_tokenizer = (folder / "tokenizer.json").is_file()
     variables = _find_variables(provenance, plan)
     renderer = _open_renderer(folder if has_tokenizer else base.path, base, variables)
-    check_provenance(folder, base.path, renderer, base.now.isoformat(), base.weights_sha256)
+    if provenance is not None:
+        _check_record(folder, provenance, renderer, base)
     return AdapterSource(
         label=name_source(ref),
         folder=adapter,
@@ -203,6 +219,19 @@ def _open_renderer(folder: Path, base: BaseSource, variables: Json) -> Renderer:
         )
         base.renderers[key] = renderer
     return renderer
+
+
+def _check_record(
+    folder: Path, provenance: Provenance, renderer: Renderer, base: BaseSource
+) -> None:
+    """Check the record of an adapter against the base, once for all that have the same but for
+    their own answers: its prompts are rendered again. Raises InputError."""
+    common = replace(provenance, schema=None, weights_sha256="", golden_answers=())
+    identity = [renderer.fingerprint, common]
+    key = hashlib.sha256(dump_json(identity)).hexdigest()
+    if key not in base.checked_records:
+        check_provenance(folder, base.path, renderer, base.now.isoformat(), base.weights_sha256)
+        base.checked_records.add(key)
 
 
 def _find_variables(provenance: Provenance | None, plan: Plan | None) -> Json:
@@ -250,7 +279,7 @@ def _refuse_unfinished(run: Path, folder: Path) -> None:
     if not folder.is_dir():
         fix = f"finish it: tunesmith resume {run}"
         raise InputError("this run has no adapter yet", where=str(run), fix=fix)
-    if problem := verify_dir(folder):
+    if problem := verify_dir(folder, unread=(ADAPTER_WEIGHTS_FILE,)):
         message = f"not as the run wrote it: {problem}"
         raise InputError(message, where=str(folder), fix="restore the files")
 

@@ -430,3 +430,21 @@ def test_a_cold_adapter_whose_file_was_replaced_is_not_served(writer: Path, tmp_
         (paths[0] / WEIGHTS).unlink()
         with live.client() as http:
             assert http.post("/v1/chat/completions", json=make_chat("a0")).status_code == 503
+
+
+def test_weights_are_read_when_they_are_first_used(writer: Path, tmp_path: Path) -> None:
+    """A folder whose record names other weights, those of a resident adapter, is never served."""
+    right = save_toy_adapter(tmp_path / "right", writer)
+    wrong = tmp_path / "wrong"
+    shutil.copytree(right, wrong)
+    tensors = load_file(wrong / WEIGHTS)
+    save_file({n: 0.9 * t for n, t in tensors.items()}, wrong / WEIGHTS, metadata={"format": "pt"})
+    settings = make_settings({"right": right, "wrong": wrong}, base=str(writer))
+    with serving(settings) as live:
+        before = get_ids(chat(live, "right"))
+        for _ in "12":
+            with live.client() as http:
+                response = http.post("/v1/chat/completions", json=make_chat("wrong"))
+            assert response.status_code == 503, response.text
+            assert "not those of the record" in response.json()["error"]["message"]
+        assert get_ids(chat(live, "right")) == before

@@ -128,9 +128,18 @@ def compute_scaling(rank: int, alpha: float, *, use_rslora: bool) -> float:
     return alpha / (rank**0.5 if use_rslora else rank)
 
 
-def read_adapter(folder: Path, base: Path) -> AdapterFolder:
-    """Read the adapter in `folder`, or in its `adapter/` if it is a run folder. Raise InputError
-    unless it fits the base."""
+def read_adapter(
+    folder: Path,
+    base: Path,
+    *,
+    weights_sha256: str = "",
+    base_headers: Mapping[str, TensorHeader] | None = None,
+) -> AdapterFolder:
+    """Read the adapter in `folder`, or in its `adapter/` if it is a run folder.
+
+    weights_sha256: the recorded hash of the weights, for a caller that compares it when it loads
+    them; their bytes are not read then. base_headers: those of `base`, if they were read already.
+    Raise InputError unless the adapter fits the base."""
     folder = find_weights_dir(folder)
     path = folder / "adapter" if (folder / "plan.json").is_file() else folder
     config_file = path / ADAPTER_CONFIG_FILE
@@ -145,7 +154,8 @@ def read_adapter(folder: Path, base: Path) -> AdapterFolder:
     rank, alpha = _check_config(config, str(config_file))
     if not weights_file.is_file():
         raise _make_missing_weights_error(path)
-    base_headers = read_parameter_headers(base)
+    if base_headers is None:
+        base_headers = read_parameter_headers(base)
     base_config = read_model_json(base / "config.json")
     tensor_prefix = get_tensor_prefix(base_config)
     use_dora = bool(config.get("use_dora"))
@@ -172,7 +182,7 @@ def read_adapter(folder: Path, base: Path) -> AdapterFolder:
         use_dora=use_dora,
         target_modules=_summarize_targets(paths, base_headers, headers.modules),
         base_name=str(config.get("base_model_name_or_path") or ""),
-        sha256=hash_file(weights_file),
+        sha256=weights_sha256 or hash_file(weights_file),
         new_token_ids=new_token_ids,
         rank_pattern={path: int(ranks[path]) for path in paths if ranks.get(path, rank) != rank},
         alpha_pattern={path: alphas[path] for path in paths if alphas.get(path, alpha) != alpha},
