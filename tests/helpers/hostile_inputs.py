@@ -322,6 +322,19 @@ TOKENIZERS: dict[str, Callable[[Path], Call]] = {
         ("a" * 199 + " ") * 1000, model=make_wordpiece(200), pre_tokenizer={"type": "Whitespace"}
     ),
     "a long word of bpe": change_tokenizer("ab" * 130_000),
+    "100000 letters that normalization makes 18 long": change_tokenizer(
+        "\ufdfa" * 100_000, normalizer={"type": "NFKD"}
+    ),
+    "such letters between words": change_tokenizer(
+        "a \ufdfa b " * 30_000, normalizer={"type": "NFKC"}
+    ),
+    "letters of four tokens": change_tokenizer("🤗" * 250_000),
+    "the same split 50 times": change_tokenizer(
+        "x" * 200_000,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"String": "x"}, "behavior": "Isolated", "invert": False}
+        ] * 50},
+    ),
     "deep normalizers": change_tokenizer(
         normalizer=json.loads('{"type": "Sequence", "normalizers": [' * 300 + "]}" * 300)
     ),
@@ -470,6 +483,14 @@ def check_text(text: str, times: int = 1) -> Callable[[Path], Call]:
     return partial(check_rows, lambda: [make_row(text * times)])
 
 
+def make_tools(count: int) -> list[Json]:
+    parameters: Json = {"type": "object", "properties": {}}
+    return [
+        {"type": "function", "function": {"name": f"f{i}", "parameters": parameters}}
+        for i in range(count)
+    ]
+
+
 def make_turns(count: int) -> list[Json]:
     pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     return [{"messages": pair * (count // 2)}]
@@ -498,6 +519,9 @@ ROWS: dict[str, Callable[[Path], Call]] = {
     "a text of a million line ends": check_text("\n", 1_000_000),
     "a text of a million spaces": check_text(" ", 1_000_000),
     "a text of a million digits": check_text("1", 1_000_000),
+    "a text of ligatures": check_text("\ufdfa", 100_000),
+    "a text of four-byte letters": check_text("🤗", 200_000),
+    "5000 tools": partial(check_rows, lambda: [make_row("a", tools=make_tools(5000))]),
     "a text of open braces": check_text("{", 300_000),
     "a text of open tags": check_text("<a", 300_000),
     "control tokens by the thousand": check_text("<|start|>", 100_000),

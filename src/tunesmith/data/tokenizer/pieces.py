@@ -22,6 +22,7 @@ from tunesmith.data.tokenizer.tokenizer_json import count_written_chars, iter_st
 MAX_PIECE_CHARS = 2**18
 CHAR_BYTES = 4  # of UTF-8, at most
 MAX_GROWN_BYTES = CHAR_BYTES * MAX_PIECE_CHARS  # of a piece after normalization
+CUT_BYTES = MAX_GROWN_BYTES // 2  # after which it ends at the next space
 BLOCK_CHARS = 2**12  # normalized at once to measure them
 # Normalization forms, and the others that make text longer -> bytes for one of theirs, at most
 UNICODE_GROWTH = {
@@ -50,13 +51,14 @@ def split_grown_text(text: str, normalize: Callable[[str], str]) -> Iterator[str
         num_bytes = 0
         for block_start in range(0, len(piece), BLOCK_CHARS):
             block_bytes = _count_bytes(piece[block_start : block_start + BLOCK_CHARS], normalize)
-            if num_bytes + block_bytes > MAX_GROWN_BYTES:
+            if num_bytes + block_bytes > CUT_BYTES:
                 cut = _find_cut(piece, (start + block_start) // 2 + 1, block_start)
-                if piece[cut : cut + 1] not in (" ", "\n"):
+                if piece[cut : cut + 1] in (" ", "\n"):
+                    yield piece[start:cut]
+                    start = cut
+                    num_bytes = _count_bytes(piece[cut:block_start], normalize)
+                elif num_bytes + block_bytes > MAX_GROWN_BYTES:
                     raise _make_growth_error(block_start - start, num_bytes)
-                yield piece[start:cut]
-                start = cut
-                num_bytes = _count_bytes(piece[cut:block_start], normalize)
             num_bytes += block_bytes
         yield piece[start:]
 

@@ -13,7 +13,7 @@ from toy_chat import CHATML, write_model_folder
 from tunesmith.core.errors import InputError
 from tunesmith.data.tokenizer import chat_tokenizer, pieces
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
-from tunesmith.data.tokenizer.pieces import MAX_GROWN_BYTES, estimate_growth, split_grown_text
+from tunesmith.data.tokenizer.pieces import CUT_BYTES, estimate_growth, split_grown_text
 
 LIGATURE = "\ufdfa"  # eighteen letters and spaces in NFKD
 WORDS = f"a{LIGATURE}b the end "
@@ -58,7 +58,8 @@ def test_a_text_that_grows_is_cut_between_words_or_refused(
     expected = tokenizer.encode(text, is_start=True)
     monkeypatch.setattr(chat_tokenizer, "MAX_PIECE_CHARS", 1000)
     monkeypatch.setattr(pieces, "MAX_PIECE_CHARS", 2**18)
-    monkeypatch.setattr(pieces, "MAX_GROWN_BYTES", 4000)
+    monkeypatch.setattr(pieces, "MAX_GROWN_BYTES", 8000)
+    monkeypatch.setattr(pieces, "CUT_BYTES", 4000)
     monkeypatch.setattr(pieces, "BLOCK_CHARS", 64)
     sizes: list[int] = []
     for piece in split_grown_text(text, tokenizer._normalize):
@@ -81,7 +82,7 @@ def test_a_long_text_of_ligatures_is_refused_and_one_without_growth_is_not() -> 
         list(split_grown_text("日" * 200_000, grow))
     assert len(list(split_grown_text("日" * 200_000, str))) == 1
     words = list(split_grown_text("日本 " * 70_000, grow))
-    assert max(len(grow(piece).encode()) for piece in words) <= MAX_GROWN_BYTES
+    assert max(len(grow(piece).encode()) for piece in words) <= CUT_BYTES
     assert "".join(words) == "日本 " * 70_000
 
 
