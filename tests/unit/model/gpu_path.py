@@ -1,6 +1,6 @@
 """Run models on the path of a GPU, or of a CPU, and write what comes out.
 
-    python gpu_path.py FILE     with TRITON_INTERPRET=1, CPU tensors take the path of a GPU
+    python gpu_path.py FILE CASE...     with TRITON_INTERPRET=1, CPU tensors take the path of a GPU
 
 FILE holds the losses, gradients and updated weights of each case. In fp32 both paths compute the
 same up to the order of sums; no case is in bf16, to which the interpreter truncates."""
@@ -104,14 +104,14 @@ CASES: dict[str, Callable[[], dict[str, Tensor]]] = {
 }
 
 
-def main(file: Path) -> None:
+def main(file: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     found: dict[str, Tensor] = {}
-    for name, case in CASES.items():
-        for key, tensor in case().items():
+    for name in names:
+        for key, tensor in CASES[name]().items():
             found[f"{name}: {key}"] = tensor.contiguous()
     save_file(found, file)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -4,10 +4,12 @@ equals that of a CPU."""
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gpu_path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -151,9 +153,13 @@ def test_parameters_of_a_buffer_are_saved_and_restored(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the whole path
 
 
-def run_path(file: Path, **environment: str) -> dict[str, Tensor]:
+QUICK_CASES = ("gemma2", "dora", "bad step")
+OTHER_CASES = tuple(name for name in gpu_path.CASES if name not in QUICK_CASES)
+
+
+def run_path(file: Path, names: Sequence[str], **environment: str) -> dict[str, Tensor]:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(FOLDER / "gpu_path.py"), str(file)],
+        [sys.executable, "-W", "ignore", str(FOLDER / "gpu_path.py"), str(file), *names],
         env=os.environ
         | {"PYTHONPATH": str(FOLDER.parents[1] / "helpers"), "OMP_NUM_THREADS": "1"}
         | environment,
@@ -166,11 +172,18 @@ def run_path(file: Path, **environment: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_the_path_of_a_gpu_equals_that_of_a_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(QUICK_CASES, id="quick"),
+        pytest.param(OTHER_CASES, id="others", marks=pytest.mark.slow),
+    ],
+)
+def test_the_path_of_a_gpu_equals_that_of_a_cpu(names: Sequence[str], tmp_path: Path) -> None:
     """Triton's kernels in its interpreter, stacked adapters in one buffer, residuals added in the
     norms, long chunks of the head: a step of training, in fp32."""
-    ours: dict[str, Any] = run_path(tmp_path / "gpu", TRITON_INTERPRET="1")
-    expected = run_path(tmp_path / "cpu")
+    ours: dict[str, Any] = run_path(tmp_path / "gpu", names, TRITON_INTERPRET="1")
+    expected = run_path(tmp_path / "cpu", names)
     assert ours.keys() == expected.keys()
     largest = 0.0
     for name, other in expected.items():
