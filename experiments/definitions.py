@@ -88,6 +88,7 @@ class Experiment(_Frozen):
     rule: str  # E1 to E12 of the rules
     guide: str  # what the guide says
     about: str  # what was done, on which data
+    earlier: str = ""  # what was measured before, without a guess; its links begin in docs/results
     order: int  # of running: evidence per minute
     minutes: float  # expected, on two idle cores
     settings: tuple[str, ...] = ()  # of the plan, whose rules it tests

@@ -115,6 +115,8 @@ def _format_experiment(
     yield f"## {experiment.rule} {experiment.title}\n"
     yield wrap_lines(f"The guide: *{experiment.guide}*") + "\n"
     yield wrap_lines(experiment.about) + "\n"
+    if experiment.earlier:
+        yield wrap_lines(f"Measured earlier, without a guess: {experiment.earlier}") + "\n"
     command = f"`make evidence ONLY={experiment.name}`"
     expected = f"about {experiment.minutes:g} minutes on two idle cores"
     if not stored:
