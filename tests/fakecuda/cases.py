@@ -33,6 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 from transformers.initialization import no_init_weights
 
+from flash_on_cpu import layout_of
 from plan_configs import make_config
 from recorder import Record, fake_gpu, recording
 from tiny_models import (
@@ -45,7 +46,7 @@ from tiny_models import (
 from tunesmith.core.errors import GateError, TunesmithError
 from tunesmith.core.events import TrainStep
 from tunesmith.core.ranks import Ranks
-from tunesmith.core.types import Document, GenerationRequest, NewToken
+from tunesmith.core.types import Document, GenerationRequest, NewToken, PackLayout
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
 from tunesmith.evaluate.loglikelihood import compute_mean_states, compute_nll
@@ -56,7 +57,9 @@ from tunesmith.model.causal_lm import (
     load_network,
     wrap_model,
 )
+from tunesmith.model.flash_attention import attend_gathered
 from tunesmith.model.generation.engine import generate
+from tunesmith.model.merged_attention import attend_merged
 from tunesmith.model.new_embeddings import init_new_rows
 from tunesmith.model.quantization import load_quantized
 from tunesmith.session.preflight_probe import (
@@ -367,6 +370,29 @@ def keep_saved(model: PackedCausalLM, record: Record) -> None:
     model.decoder.register_forward_hook(read)
 
 
+# (shared prefix, answers) of attention; each length is of tokens
+SHARED_LAYOUTS = {
+    "short answers": layout_of((1000, *(50,) * 40), (-1, *(0,) * 40)),
+    "long answers": layout_of((50, *(300,) * 20), (-1, *(0,) * 20)),
+    "pairs": layout_of((600, 60, 60) * 10, tuple(n for i in range(10) for n in (-1, 3 * i, 3 * i))),
+    "a conversation": layout_of((600, 60, 60), (-1, 0, 1)),
+}
+
+
+def attend_shared(attend: Callable[..., Tensor], layout: PackLayout) -> Record:
+    """Record attention of a layer of 8B, forward and backward."""
+    q, k, v, dout = (
+        torch.zeros(layout.num_tokens, n, 128, dtype=BF16, device="cuda", requires_grad=True)
+        for n in (32, 8, 8, 32)
+    )
+    with recording() as record:
+        out = attend(q, k, v, layout, scale=0.1)
+        torch.autograd.grad(out, (q, k, v), dout)
+    record.step_kernels = record.num_kernels
+    record.step_bytes = record.moved_bytes
+    return record
+
+
 def mix_devices() -> Record:
     with recording() as record:
         torch.zeros(3, device="cuda") + torch.zeros(3)
@@ -507,6 +533,11 @@ for policy in POLICIES:
     for num_layers in (2, 3):
         CASES[f"8B, {num_layers} layers, {policy}"] = partial(
             train_large, num_layers, gradient_checkpointing=policy
+        )
+for layout_name, shared_layout in SHARED_LAYOUTS.items():
+    for way, attend in {"merged": attend_merged, "gathered": attend_gathered}.items():
+        CASES[f"attention over {layout_name}, {way}"] = partial(
+            attend_shared, attend, shared_layout
         )
 for family, family_config in CONFIGS.items():
     CASES[f"family {family}"] = partial(train, family_config, make_tiny_documents((17, 17, 5)))

@@ -29,6 +29,8 @@ FREE = {
 
 RANDOM_ORDER = {"aten::put_", "aten::histc", "aten::bincount", "aten::median", "aten::nll_loss2d"}
 ROW_CHOICES = {"aten::embedding", "aten::index_select"}
+ROW_WRITES = {"aten::index_copy_"}
+IN_PLACE = {"tunesmith::mix_rows", "tunesmith::scale_columns", "tunesmith::cross_entropy"}
 FILLS = {"aten::zeros", "aten::ones", "aten::zeros_like", "aten::fill_", "aten::zero_"}
 
 
@@ -149,14 +151,18 @@ def _refuse_random_order(func: Any, inputs: list[Tensor]) -> None:
 
 def _count_moved_bytes(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     """Return the bytes of all tensors of a kernel. Rows that an index chooses count as what comes
-    out, and what is filled is not read."""
+    out or goes in, and what is filled is not read."""
     name = func._schema.name
     if name in ROW_CHOICES:
         return 2 * sum(tensor.nbytes for tensor in outputs)
+    if name in ROW_WRITES:
+        return 2 * inputs[-1].nbytes
     if name in FILLS:
         return sum(tensor.nbytes for tensor in outputs)
     tensors = {id(tensor): tensor for tensor in (*inputs, *outputs)}
     moved = sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type == "cuda")
+    if name in IN_PLACE:
+        moved += inputs[0].nbytes
     if func.namespace == "aten" and func._schema.is_mutable:
         moved += sum(tensor.nbytes for tensor in outputs if id(tensor) in set(map(id, inputs)))
     return moved

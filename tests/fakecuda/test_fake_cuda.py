@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from cases import CASES, LARGE, LARGE_TOKENS, POLICIES
+from cases import CASES, LARGE, LARGE_TOKENS, POLICIES, SHARED_LAYOUTS
 from layer_shapes import describe_layers
 from tiny_models import EXPERT_FAMILIES
 from tunesmith.core.types import ModelSpec
+from tunesmith.model.merged_attention import is_merging_cheaper
 from tunesmith.plan.memory_gpu import estimate_gpu_memory
 
 FOLDER = Path(__file__).parent
@@ -30,6 +31,7 @@ EXPERT_CASES = [f"family {family}" for family in EXPERT_FAMILIES]
 # they read likelihoods and tokens, one pack or token after another
 OTHER_CASES = ("preflight", "answers", "answers after a shared prefix", "sampled answers")
 OTHER_CASES += ("sampled answers, deterministic",)
+OTHER_CASES += tuple(f"attention over {name}" for name in SHARED_LAYOUTS)
 OTHER_CASES += ("likelihoods", "likelihoods with shared prefixes", "mismatched answers", "kto")
 STEP_CASES = [
     name
@@ -186,6 +188,27 @@ def test_a_layer_saves_no_more_bytes(results: Results, policy: str) -> None:
 def test_a_pack_of_an_8b_model_stays_in_its_budget(results: Results) -> None:
     assert 2_000 < extend(results, "none", "step_kernels") <= MAX_KERNELS
     assert 300e9 < extend(results, "none", "step_bytes") <= MAX_MOVED_BYTES
+
+
+# ---------------------------------------------------------------- shared prefixes
+
+
+@pytest.mark.parametrize("name", SHARED_LAYOUTS)
+def test_the_way_to_share_prefixes_moves_fewer_bytes(results: Results, name: str) -> None:
+    merged, gathered = (
+        results[f"attention over {name}, {way}"]["step_bytes"] for way in ("merged", "gathered")
+    )
+    heads = (LARGE["num_attention_heads"], LARGE["num_key_value_heads"])
+    assert is_merging_cheaper(SHARED_LAYOUTS[name], *heads, None) == (merged < gathered)
+
+
+def test_merging_keeps_no_keys_for_each_answer(results: Results) -> None:
+    """Forty answers after a prefix of 1,000 tokens."""
+    merged, gathered = (
+        results[f"attention over short answers, {way}"]["peak_bytes"]
+        for way in ("merged", "gathered")
+    )
+    assert merged < gathered / 5
 
 
 # ---------------------------------------------------------------- what a plan predicts

@@ -216,6 +216,19 @@ def scale_columns_backward(dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor) -> tuple
     return dx_NO, sums.sum(0)
 
 
+# ---------------------------------------------------------------- rows of two tensors
+
+
+def mix_rows(x: Tensor, other: Tensor, shares: Tensor) -> None:
+    """Add to each row of x [..., D] its share [...] of the difference to the other row, in place.
+
+    All are contiguous; the shares are fp32 (fp64 for fp64 x). Not differentiable by autograd."""
+    if triton := find_triton(x, other):
+        triton.mix_rows(x, other, shares)
+    else:
+        x.copy_(x.to(shares.dtype).lerp(other.to(shares.dtype), shares[..., None]))
+
+
 # ---------------------------------------------------------------- gated activation
 
 

@@ -401,3 +401,23 @@ def scale_columns_backward_kernel(
         tl.store(dx_ptr + places, dx, mask=is_inside)
         sums += tl.sum(dy * y, axis=0)
     tl.store(sums_ptr + program * width + columns, sums, mask=is_column)
+
+
+# ---------------------------------------------------------------- rows of two tensors
+
+
+@triton.jit
+def mix_rows_kernel(
+    x_ptr, other_ptr, shares_ptr, num_rows, width, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Add to each row of x its share of the difference to the other row, in place."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, WIDTH)
+    is_row = rows < num_rows
+    is_inside = is_row[:, None] & (columns < width)[None, :]
+    places = rows[:, None] * width + columns[None, :]
+    share = tl.load(shares_ptr + rows, mask=is_row, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + places, mask=is_inside, other=0.0).to(tl.float32)
+    other = tl.load(other_ptr + places, mask=is_inside, other=0.0).to(tl.float32)
+    x += share[:, None] * (other - x)
+    tl.store(x_ptr + places, x.to(x_ptr.dtype.element_ty), mask=is_inside)

@@ -257,6 +257,23 @@ def scale_columns_backward(dy_NO: Tensor, y_NO: Tensor, gain_O: Tensor) -> tuple
     return dx_NO, sums.sum(0)
 
 
+# ---------------------------------------------------------------- rows of two tensors
+
+
+@_define("(Tensor(a!) x, Tensor other, Tensor shares) -> ()")
+def _launch_mix_rows(x: Tensor, other: Tensor, shares: Tensor) -> None:
+    rows = shares.numel()
+    width = x.shape[-1]
+    block, warps = _fit_rows(width)
+    grid = (triton.cdiv(rows, block["ROWS"]),)
+    _get(kernels.mix_rows_kernel)[grid](x, other, shares, rows, width, **block, num_warps=warps)
+
+
+def mix_rows(x: Tensor, other: Tensor, shares: Tensor) -> None:
+    if shares.numel():
+        _launch_mix_rows(x, other, shares)
+
+
 # ---------------------------------------------------------------- gated activation
 
 
