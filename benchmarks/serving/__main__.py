@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks.serving.live_lines import (
     open_lab,
     print_changes,
+    print_cold,
     print_fairness,
     print_latencies,
     print_overhead,
@@ -32,6 +33,7 @@ LINES = {
     "L3": print_latencies,
     "L4": print_changes,
     "L5": print_registered,
+    "W3": print_cold,
     "L6": print_overhead,
     "L7": print_fairness,
 }

@@ -32,10 +32,13 @@ class Chat:
     num_tokens: int
     end_ids: tuple[int, ...]
     number: int = 0
+    has_ids: bool = False
 
     def to_body(self) -> dict[str, object]:
         text = f"{QUESTION} ({self.number})"
+        ids = {"return_token_ids": True} if self.has_ids else {}
         return {
+            **ids,
             "model": self.model,
             "messages": [{"role": "user", "content": text}],
             "max_tokens": self.num_tokens,
@@ -57,6 +60,8 @@ class Timing:
     first: float = 0.0
     total: float = 0.0
     gaps: tuple[float, ...] = ()
+    prompt_ids: tuple[int, ...] = ()  # of chats with `has_ids`
+    token_ids: tuple[int, ...] = ()
 
 
 def ask(client: httpx.Client, chat: Chat) -> Timing:
@@ -65,6 +70,8 @@ def ask(client: httpx.Client, chat: Chat) -> Timing:
     times: list[float] = []
     text = ""
     num_tokens = 0
+    prompt_ids: list[int] = []
+    token_ids: list[int] = []
     with client.stream("POST", "/v1/chat/completions", json=chat.to_body()) as response:
         if response.status_code != 200:
             response.read()
@@ -76,7 +83,9 @@ def ask(client: httpx.Client, chat: Chat) -> Timing:
             chunk = json.loads(line.removeprefix("data: "))
             if "error" in chunk:
                 return Timing(500, version)
+            prompt_ids += chunk.get("prompt_token_ids", ())
             for choice in chunk["choices"]:
+                token_ids += choice.get("token_ids", ())
                 if "content" in choice["delta"] and choice["delta"]["content"]:
                     times.append(time.perf_counter())
                     text += choice["delta"]["content"]
@@ -85,7 +94,8 @@ def ask(client: httpx.Client, chat: Chat) -> Timing:
     ended = time.perf_counter()
     gaps = tuple(b - a for a, b in itertools.pairwise(times))
     first = (times[0] if times else ended) - started
-    return Timing(200, version, text, num_tokens, first, ended - started, gaps)
+    ids = (tuple(prompt_ids), tuple(token_ids))
+    return Timing(200, version, text, num_tokens, first, ended - started, gaps, *ids)
 
 
 def ask_together(url: str, chats: Sequence[Chat]) -> list[Timing]:

@@ -8,11 +8,14 @@ against PEFT (http.py) and a decode step by its adapters (adapter_bank.py)."""
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +38,8 @@ sys.path.append(str(Path(__file__).parents[2] / "tests" / "helpers"))
 from serve_lab import LiveServer, make_settings, read_metric, save_toy_adapter, serving
 from tunesmith.core.types import GenerationRequest, Json
 from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.evaluate.live import MAX_TIE_NATS
+from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE
 from tunesmith.serve.settings import BASE_NAME
 from tunesmith.session.provenance import PROVENANCE_FILE
 
@@ -42,6 +47,12 @@ ADAPTERS = 8
 RANK = 16
 NUM_ADDED = 10
 NUM_REPLACED = 100
+NUM_COLD = 64
+NUM_WARM = 16  # that fit in the memory for adapters
+COLD_TOKENS = 24
+LONG_PROMPT = 4000
+REPLACED = ("a0", "a1")
+REPLACED_TOKENS = 24
 NUM_REGISTERED = 1000
 NUM_FLOODED = 200
 
@@ -134,6 +145,31 @@ def print_latencies(lab: Lab) -> None:
     print(f"   one client: {describe_times(alone)}")
     print(f"   arrivals:   {describe_times(loaded)}, {ratio:.2f}x at p95")
     print(f"   between tokens: p99 {compute_quantile(gaps, 0.99) * 1000:.0f} ms")
+    print_arrival(lab)
+
+
+def print_arrival(lab: Lab) -> None:
+    """W6: a long prompt arrives while all clients are answered."""
+    chats = lab.make_chats([BASE_NAME], CLIENTS)
+    context_length = lab.live.server.engine.registry.base.context_length
+    prompt = [7] * min(LONG_PROMPT, context_length // 2)
+    body = {"model": BASE_NAME, "prompt": prompt, "max_tokens": 1}
+
+    def send_prompt() -> None:
+        time.sleep(0.5)  # into the answers
+        response = httpx.post(f"{lab.url}/v1/completions", json=body, timeout=TIMEOUT_SECONDS)
+        response.raise_for_status()
+
+    def find_longest_gap() -> float:
+        return max(max(timing.gaps) for timing in ask_together(lab.url, chats)) * 1000
+
+    before = find_longest_gap()
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(send_prompt)
+        beside = find_longest_gap()
+        sent.result()
+    print(f"   longest gap of {CLIENTS} streams {before:.0f} ms; beside a prompt of {len(prompt)}")
+    print(f"   tokens that arrives {beside:.0f} ms")
 
 
 def print_changes(lab: Lab) -> None:
@@ -164,24 +200,50 @@ def print_changes(lab: Lab) -> None:
     fast = compute_quantile(without, 0.95)
     print(f"L4 an adapter added while {CLIENTS} clients ask the base, p95 of {NUM_ADDED}:")
     print(f"   without golden run {fast * 1000:.0f} ms, with it {slow * 1000:.0f} ms")
-    put("swap", "a0")
-    expected: dict[str, str] = {}
-    for source in ("a0", "a1"):
+    sources: dict[str, str] = {}
+    for source in REPLACED:
         put("swap", source)
-        (solo,) = ask_in_turn(lab.url, lab.make_chats(["swap"], 1))
-        expected[solo.version.partition("#")[2] or solo.version] = solo.text
-    first_chat = lab.make_chats(["swap"], 1)[0]
-    with Load(lab.url, [first_chat] * ADAPTERS) as load:
+        sources[client.get("/admin/models/swap").json()["tunesmith"]["digest"][:12]] = source
+    chat = Chat("swap", REPLACED_TOKENS, lab.end_ids, has_ids=True)
+    with Load(lab.url, [chat] * ADAPTERS) as load:
         for index in range(NUM_REPLACED):
-            put("swap", f"a{index % 2}")
-    failed = sum(timing.status != 200 for timing in load.timings)
-    mixed = 0
-    for timing in load.timings:
-        version = timing.version.partition("#")[2] or timing.version
-        mixed += timing.status == 200 and timing.text != expected.get(version)
+            put("swap", REPLACED[index % 2])
+            while len(load.timings) < index:  # at least one answer for each
+                time.sleep(0.01)
+    served = [timing for timing in load.timings if timing.status == 200]
+    own_gaps: list[float] = []
+    other_gaps: list[float] = []
+    for source in REPLACED:
+        put("swap", source)
+        for timing in served:
+            is_own = sources[timing.version.partition("#")[2]] == source
+            gaps = own_gaps if is_own else other_gaps
+            gaps.append(measure_worst_choice(client, lab, timing))
+    mixed = sum(gap > MAX_TIE_NATS for gap in own_gaps)
+    told = sum(gap > MAX_TIE_NATS for gap in other_gaps)
     print(f"   {NUM_REPLACED} replacements under load: {len(load.timings)} answers,")
-    print(f"   {failed} failed, {mixed} mixed")
+    print(
+        f"   {len(load.timings) - len(served)} failed, {mixed} mixed: the worst token is", end=" "
+    )
+    print(f"{max(own_gaps):.2f} nats below its adapter's first choice;")
+    print(f"   by the other adapter, {told} of {len(other_gaps)} answers are told apart")
     client.close()
+
+
+def measure_worst_choice(client: httpx.Client, lab: Lab, timing: Timing) -> float:
+    """Return how many nats an answer's worst token is below the first choice of the model `swap`,
+    without end tokens. Batches of other sizes round otherwise, so a greedy answer has ties."""
+    ends = [lab.renderer.decode([end]) for end in lab.end_ids]
+    prompt = [*timing.prompt_ids, *timing.token_ids]
+    body = {"model": "swap", "prompt": prompt, "max_tokens": 1, "temperature": 0}
+    response = client.post("/v1/completions", json={**body, "echo": True, "logprobs": 5})
+    logprobs = response.raise_for_status().json()["choices"][0]["logprobs"]
+    worst = 0.0
+    for position in range(len(timing.prompt_ids), len(prompt)):
+        listed = logprobs["top_logprobs"][position].items()
+        best = max(value for text, value in listed if text not in ends)
+        worst = max(worst, best - logprobs["token_logprobs"][position])
+    return worst
 
 
 def save_added_adapter(lab: Lab, index: int) -> None:
@@ -226,6 +288,50 @@ def print_registered(lab: Lab) -> None:
         f"   ready in {many[0]:.1f} s, {few[0]:.1f} s; memory {many[1]:+.0f} MiB, {few[1]:+.0f} MiB"
     )
     print(f"   GET /v1/models {many[2]:.0f} ms, {few[2]:.0f} ms")
+
+
+def print_cold(lab: Lab) -> None:
+    """W3: more adapters than fit in memory, against all in memory: 64 asked for by Zipf's law, and
+    twice as many as fit asked for alike. They share files, and differ in their factor."""
+    registry = lab.live.server.engine.registry
+    num_bytes = registry.count_bytes() // ADAPTERS
+    names: list[str] = []
+    models: dict[str, object] = {}
+    for index in range(NUM_COLD):
+        path = lab.folder / f"cold{index}"
+        path.mkdir()
+        for file in (lab.folder / "a0").iterdir():
+            if file.is_file() and file.name not in (PROVENANCE_FILE, ADAPTER_CONFIG_FILE):
+                os.link(file, path / file.name)
+        config = json.loads((lab.folder / "a0" / ADAPTER_CONFIG_FILE).read_text())
+        config["lora_alpha"] *= 1 + index / 1000
+        (path / ADAPTER_CONFIG_FILE).write_text(json.dumps(config))
+        names.append(path.name)
+        models[path.name] = {"from": str(path), "unproven": True}
+    draw = random.Random(0)
+    weights = [1 / rank for rank in range(1, NUM_COLD + 1)]
+    asked = {
+        "64 by Zipf's law": draw.choices(names, weights, k=8 * CLIENTS),
+        "32 alike": draw.choices(names[: 2 * NUM_WARM], k=8 * CLIENTS),
+    }
+    rates: dict[tuple[str, int], float] = {}
+    for num_fitting in (NUM_WARM, NUM_COLD):
+        budget = (num_fitting + 1) * num_bytes
+        limits = {"adapters": budget, "request": "20m", "wait": "1h", "waiting": 1024}
+        settings = make_settings(models, base=str(lab.base), dtype=lab.dtype, limits=limits)
+        with serving(settings) as live:
+            for label, chosen in asked.items():
+                chats = [Chat(name, COLD_TOKENS, lab.end_ids, n) for n, name in enumerate(chosen)]
+                started = time.perf_counter()
+                timings = ask_together(live.url, chats)
+                seconds = time.perf_counter() - started
+                assert all(timing.status == 200 for timing in timings)
+                rates[label, num_fitting] = sum(t.num_tokens for t in timings) / seconds
+    print(f"W3 adapters with memory for {NUM_WARM}, against all in memory:")
+    for label in asked:
+        few = rates[label, NUM_WARM]
+        many = rates[label, NUM_COLD]
+        print(f"   {label}: {few:.1f} and {many:.1f} tokens/s, {few / many:.2f}x")
 
 
 def print_overhead(lab: Lab) -> None:
