@@ -2,16 +2,21 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import tunesmith
 from tiny_runs import make_tiny_recipe
+from tunesmith.cli.launch import lockstep
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.events import TrainStep
+from tunesmith.core.json_io import dump_json
 from tunesmith.core.ranks import Ranks, open_ranks
 from tunesmith.session import inputs
+from tunesmith.train import follow as follow_module
 from tunesmith.train import run
 from tunesmith.train.follow import follow
 
@@ -66,6 +71,26 @@ def _consume(events: Any, folder: Path, stop: dict[str, int]) -> str:
 def train_near_other_rows(
     model: str, folder: str, changes: dict[str, Any], other_cwd: str
 ) -> Outcome:
-    """Train where rank 1 finds other files under the same relative paths."""
-    os.chdir(other_cwd if os.environ.get("RANK") == "1" else folder)
+    """Train where rank 1 finds other files under the same relative paths, and has another
+    tunesmith."""
+    if os.environ.get("RANK") == "1":
+        os.chdir(other_cwd)
+        follow_module.hash_source = lambda: "of another checkout"
+    else:
+        os.chdir(folder)
     return train_run(model, folder, changes, {})
+
+
+def evaluate_run(run: str, data: str, cwds: Sequence[str]) -> tuple[int, str]:
+    """Evaluate a run again in the folder of this rank; return the exit code, and what rank 0 has
+    measured or says."""
+    torch.set_num_threads(1)
+    os.chdir(cwds[int(os.environ["RANK"])])
+    try:
+        with lockstep() as ranks:
+            report = tunesmith.evaluate(run, data=data, ranks=ranks)
+    except SystemExit as end:
+        return int(end.code or 0), ""
+    except TunesmithError as error:
+        return error.exit_code, str(error)
+    return 0, dump_json([report.scores, report.comparisons, report.errors]).decode()

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from rank_lab import run_processes
-from rank_runs import resume_run, train_near_other_rows, train_run
+from rank_runs import evaluate_run, resume_run, train_near_other_rows, train_run
 from tiny_runs import build_sum_rows, write_eval_files, write_rows
 from tunesmith.core.events import CheckResult, Score, TrainStep
 from tunesmith.core.run_dir import read_all_events, read_events
@@ -127,8 +127,25 @@ def test_a_rank_with_other_rows_ends_the_run_with_its_name(
     assert [code for code, _ in outcomes] == [2, 2], outcomes
     message = outcomes[0][1]
     assert message.startswith("rank 1 on ")
+    assert "other source files of tunesmith" in message
     assert "data.data: sha256" in message
     assert "give every machine the same files" in message
+
+
+def test_an_evaluation_on_two_ranks_is_that_of_one(straight: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", build_sum_rows(40, 9))
+    (tmp_path / "empty").mkdir()
+    run = str(straight / "run")
+    here = str(tmp_path)
+    (alone,) = run_processes(evaluate_run, 1, run, "rows.jsonl", [here])
+    assert alone[0] == 0
+    assert "exact_match" in alone[1]
+    assert run_processes(evaluate_run, 2, run, "rows.jsonl", [here, here]) == [alone, (0, "")]
+    elsewhere = str(tmp_path / "empty")
+    main, other = run_processes(evaluate_run, 2, run, "rows.jsonl", [here, elsewhere])
+    assert (main[0], other[0]) == (2, 2)
+    assert main[1].startswith("rank 1 on "), "rank 0 says what rank 1 misses"
+    assert "no such file" in main[1]
 
 
 def write_preferences(folder: Path, loss: str) -> Path:

@@ -35,7 +35,6 @@ from tunesmith.core.types import (
     GenerationRequest,
     Json,
     Pack,
-    __version__,
 )
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import assign_items, count_computed_tokens
@@ -44,6 +43,7 @@ from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import DecodeFn, generate
 from tunesmith.model.generation.grammar import Grammar
 from tunesmith.model.machine_errors import OutOfMemory, machine_errors
+from tunesmith.session.fingerprint import hash_source
 
 T = TypeVar("T")
 S = TypeVar("S", bound="tuple[Any, ...]")
@@ -255,6 +255,6 @@ def _meet(
     for ranks with other items or versions."""
     if not ranks.is_lockstep:
         return ranks.gather_answers(value, problem)
-    content = dump_json([name, items, __version__, torch.__version__])
+    content = dump_json([name, items, hash_source(), torch.__version__])
     digest = hashlib.sha256(content).hexdigest()
     return ranks.gather_at(digest, value, problem)

@@ -12,6 +12,7 @@ Left out: what to do about a change (train/resume.py).
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,18 @@ QUANTIZATION_LIBRARY = "bitsandbytes"  # in runs with 4-bit weights or 8-bit mom
 ROUNDING_PREFIX = "machine."  # fields that only change the last bits
 ABSENT_TEXT = "none"
 UNUSED_KERNELS = "not used"
+PACKAGE_DIR = Path(__file__).parents[1]
+SOURCE_SUFFIXES = (".py", ".c", ".h")
+
+
+@lru_cache
+def hash_source(folder: Path = PACKAGE_DIR) -> str:
+    """Return a digest of tunesmith's own files, for two checkouts may have the same version."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in SOURCE_SUFFIXES:
+            digest.update(f"{path.relative_to(folder)} {hash_file(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def build_fingerprint(

@@ -31,11 +31,16 @@ from tunesmith.core.run_dir import PLAN_FILE
 from tunesmith.core.types import Json, Plan
 from tunesmith.model.machine_errors import machine_errors
 from tunesmith.session import inputs
-from tunesmith.session.fingerprint import ROUNDING_PREFIX, build_fingerprint, list_changes
+from tunesmith.session.fingerprint import (
+    ROUNDING_PREFIX,
+    build_fingerprint,
+    hash_source,
+    list_changes,
+)
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session, open_session
 from tunesmith.train.base_reference import read_references
-from tunesmith.train.follow_measuring import START, MeasuringFollower
+from tunesmith.train.follow_measuring import SOURCE_CHANGE, START, MeasuringFollower
 from tunesmith.train.loop import COMPARE, RESTORE, STEP, TrainingLoop
 from tunesmith.train.signals import GracefulStop
 from tunesmith.train.synthetic_pairs import read_synthetic_pairs
@@ -80,7 +85,9 @@ def start_ranks(ranks: Ranks, path: Path, plan: Plan, fingerprint: Json) -> tupl
     Raise InputError for a rank with other files, libraries or disks."""
     if ranks.world == 1:
         return ()
-    ranks.send(RUN, path=str(path.absolute()), plan=plan, fingerprint=fingerprint)
+    ranks.send(
+        RUN, path=str(path.absolute()), plan=plan, fingerprint=fingerprint, source=hash_source()
+    )
     check_ranks(ranks)
     ranks.send(OPEN)
     evidence = f"{ranks.world} processes share each step, and sum their gradients"
@@ -134,7 +141,7 @@ class Follower:
                 raise
             self.measuring.problem = error
 
-    def _load_inputs(self, path: str, plan: Json, fingerprint: Json) -> None:
+    def _load_inputs(self, path: str, plan: Json, fingerprint: Json, source: str) -> None:
         self._session = self.training = None  # of the stage before
         self.measuring.use_model(None, None)
         self._path = Path(path)
@@ -145,7 +152,7 @@ class Follower:
         base_sha256 = fingerprint["base_sha256"] if self.ranks.local else None
         recipe = fingerprint["recipe"]
         local = build_fingerprint(self._plan, self._inputs, recipe, base_sha256)
-        changes: list[str] = []
+        changes = [] if source == hash_source() else [SOURCE_CHANGE]
         for change in list_changes(fingerprint, local):
             if not change.startswith(ROUNDING_PREFIX):
                 changes.append(change)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.core.json_io import parse_as
 from tunesmith.core.ranks import Ranks
 from tunesmith.core.types import GenerationRequest, Json, Plan
@@ -39,10 +39,12 @@ from tunesmith.model.adapters import (
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import DecodeFn
 from tunesmith.session import inputs
+from tunesmith.session.fingerprint import hash_source
 from tunesmith.session.session import load_starting_model
 
 START = "start"
 WEIGHTS = "weights"
+SOURCE_CHANGE = "other source files of tunesmith"
 SCORERS = {scorer.name: scorer for scorer in (NLL_SCORER, KL_SCORER)}
 
 
@@ -52,7 +54,8 @@ def start_measuring(
     """Share out what is measured with this model, which training starts from; `path` is its run
     folder."""
     model.ranks = ranks
-    ranks.send(START, plan=plan, path=None if path is None else str(path.absolute()))
+    path_text = None if path is None else str(path.absolute())
+    ranks.send(START, plan=plan, path=path_text, source=hash_source())
 
 
 def send_weights(model: PackedCausalLM) -> None:
@@ -96,8 +99,11 @@ class MeasuringFollower:
         if model is not None:
             model.ranks = self.ranks
 
-    def _start(self, plan: Json, path: str | None) -> None:
+    def _start(self, plan: Json, path: str | None, source: str) -> None:
         self.use_model(None, None)
+        if source != hash_source():
+            message = f"{SOURCE_CHANGE} than rank 0 has"
+            raise InputError(message, where=self.ranks.name, fix="install one version everywhere")
         start_plan = parse_as(Plan, plan)
         folder = None if path is None else Path(path)
         run_inputs = inputs.reload_inputs_unchecked(start_plan, folder)

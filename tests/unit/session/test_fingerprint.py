@@ -18,6 +18,7 @@ from tunesmith.session import inputs
 from tunesmith.session.fingerprint import (
     build_fingerprint,
     get_kernels,
+    hash_source,
     list_changes,
     read_recipe,
 )
@@ -180,3 +181,19 @@ def test_a_recipe_that_was_edited_and_is_broken_is_refused(content: bytes, tmp_p
     assert caught.value.where == str(file)
     file.write_text("model: tiny\n")
     assert read_recipe(file) == {"model": "tiny"}
+
+
+def test_the_hash_of_the_source_changes_with_a_file_and_with_its_name(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    (package / "inner").mkdir(parents=True)
+    (package / "inner" / "code.py").write_text("1")
+    (package / "notes.txt").write_text("no source")
+    hash_anew = hash_source.__wrapped__  # without its cache
+    digests = {hash_anew(package)}
+    (package / "inner" / "code.py").write_text("2")
+    digests.add(hash_anew(package))
+    (package / "inner" / "code.py").rename(package / "inner" / "kernel.c")
+    digests.add(hash_anew(package))
+    assert len(digests) == 3
+    (package / "notes.txt").unlink()
+    assert hash_anew(package) in digests
