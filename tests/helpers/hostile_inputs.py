@@ -27,7 +27,7 @@ from tiny_runs import save_model_folder
 from toy_chat import CHATML, make_byte_bpe, write_model_folder
 from tunesmith import api
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.types import Json
+from tunesmith.core.types import Example, Json
 from tunesmith.data.chat_template.conversation import track_value
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.chat_template.template import ChatTemplate
@@ -483,6 +483,21 @@ def check_text(text: str, times: int = 1) -> Callable[[Path], Call]:
     return partial(check_rows, lambda: [make_row(text * times)])
 
 
+def render_turns(count: int) -> Callable[[Path], Call]:
+    """A template without control tokens of the tokenizer, which makes a document of each turn."""
+
+    def write(folder: Path) -> Call:
+        template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+        renderer = Renderer.from_folder(write_model_folder(folder / "m", template), now=NOW)
+        pair = [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b" * 40}]
+        messages = tuple(pair * (count // 2))
+        weights = tuple(float(message["role"] == "assistant") for message in messages)
+        return partial(renderer.render, Example("a:1", messages=messages, turn_weights=weights))
+
+    return write
+
+
 def make_tools(count: int) -> list[Json]:
     parameters: Json = {"type": "object", "properties": {}}
     return [
@@ -499,6 +514,8 @@ def make_turns(count: int) -> list[Json]:
 ROWS: dict[str, Callable[[Path], Call]] = {
     "eyJ- 60000 times": check_text("eyJ-", 60_000),
     "eyJa.eyJ 60000 times": check_text("eyJaaaaaaaaaa.", 20_000),
+    "a document a turn, 400 messages": render_turns(400),
+    "a document a turn, 600 messages": render_turns(600),
     "a row of 500 messages": partial(check_rows, lambda: make_turns(500)),
     "a row of 1000 messages": partial(check_rows, lambda: make_turns(1000)),
     "a row of 4000 messages": partial(check_rows, lambda: make_turns(4000)),

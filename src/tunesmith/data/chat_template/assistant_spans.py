@@ -37,6 +37,10 @@ TokenSpan = tuple[int, int, float]  # first token, one past the last, loss weigh
 MAX_MESSAGE_RENDERS = 500_000  # trained turns x messages of a row: 1,000 messages that alternate
 MAX_RENDERED_CHARS = 200_000_000  # of a row, each trained turn with all before it
 MAX_TURN_CHARS = 10_000_000  # the same, where each is encoded as a document
+MAX_TRACKED_RENDERS = 80_000  # trained turns x messages, where each is rendered with origins
+# of different runs of plain text in the documents of a row, besides one of them: a tokenizer with
+# the template's control tokens encodes each turn once, one without them each document as a whole
+MAX_RUN_CHARS = 1_000_000
 SPLIT_FIX = "split the row, or set `train: false` on some answers"
 TOOL_CALLS_FIX = "set a `chat_template` that writes tool calls, or drop such rows"
 PREFIX_FIX = "set a `chat_template` that starts each answer with its generation prompt"
@@ -84,8 +88,9 @@ def find_assistant_spans(
     preferred set first; `answer_tail` is the text between an answer and the next turn, which the
     template always begins; `full_text` is the render of all messages, if the template has one.
     Raises InputError for an answer that the template does not write."""
-    _refuse_many_renders(chat, weights)
+    _refuse_many_renders(chat, weights, MAX_TRACKED_RENDERS)
     spans: list[AssistantSpan] = []
+    runs: set[str] = set()
     num_chars = 0
     max_chars = MAX_RENDERED_CHARS  # as long as all turns are in one document
     for message_index, weight in enumerate(weights):
@@ -98,6 +103,7 @@ def find_assistant_spans(
             num_chars += len(span.text.plain)
             if full_text is None or not span.is_served_in(full_text):
                 max_chars = MAX_TURN_CHARS
+                _add_runs(runs, span.text, weights)
             _refuse_many_chars(num_chars, max_chars, weights)
     return tuple(spans)
 
@@ -110,7 +116,7 @@ def find_spans_in_full(
 ) -> tuple[AssistantSpan, ...] | None:
     """Return the spans of `find_assistant_spans` in the render of all messages; None unless it
     starts with the prompt and with the render up to the answer of each trained turn."""
-    _refuse_many_renders(chat, weights)
+    _refuse_many_renders(chat, weights, MAX_MESSAGE_RENDERS)
     content_ends: dict[int, int] = {}  # message index -> end of the last text that it wrote
     for _, end, origin in full_text.origin_spans:
         content_ends[get_message_index(origin)] = end
@@ -144,22 +150,37 @@ def render_turns(
     encoded as a document. Raises InputError if they are too long."""
     weights = [span.weight for span in spans]
     turns: list[AssistantSpan] = []
+    runs: set[str] = set()
     num_chars = 0
     for span in spans:
         rendered = chat.render(span.message_index + 1)
         num_chars += len(rendered)
         _refuse_many_chars(num_chars, MAX_TURN_CHARS, weights)
         text = TrackedText(rendered, tokenizer, chat.assistant_indices)
+        _add_runs(runs, text, weights)
         turns.append(replace(span, text=text))
     return tuple(turns)
 
 
-def _refuse_many_renders(chat: Conversation, weights: Sequence[float]) -> None:
+def _refuse_many_renders(chat: Conversation, weights: Sequence[float], max_renders: int) -> None:
     num_trained = sum(weight > 0 for weight in weights)
-    if num_trained * len(chat.messages) > MAX_MESSAGE_RENDERS:
+    if num_trained * len(chat.messages) > max_renders:
         message = (
             f"{num_trained:,} trained turns of {len(chat.messages):,} messages: each is rendered"
-            f" with all messages before it, and their product is over {MAX_MESSAGE_RENDERS:,}"
+            f" with all messages before it, and their product is over {max_renders:,}"
+        )
+        raise InputError(message, fix=SPLIT_FIX)
+
+
+def _add_runs(runs: set[str], text: TrackedText, weights: Sequence[float]) -> None:
+    """Add the plain text of a document that is encoded for it. Raises InputError for too much."""
+    runs |= {run for run, _ in text.iter_runs()}
+    num_chars = sum(map(len, runs)) - len(text.plain)
+    if num_chars > MAX_RUN_CHARS:
+        num_trained = sum(weight > 0 for weight in weights)
+        message = (
+            f"each of {num_trained:,} trained turns is a document, in which few turns are separated"
+            f" by control tokens of the tokenizer: over {MAX_RUN_CHARS:,} characters to encode"
         )
         raise InputError(message, fix=SPLIT_FIX)
 
@@ -181,13 +202,14 @@ def _find_span(
     weight: float,
     end_ids: Sequence[Iterable[int]],
 ) -> AssistantSpan:
-    prompt = chat.render(message_index, add_generation_prompt=True)
+    prompt = chat.render_plain(message_index, add_generation_prompt=True)
     rendered = chat.render(message_index + 1)
     splice_start = None
-    if not get_plain_text(rendered).startswith(get_plain_text(prompt)):
-        header = _find_answer_header(chat, message_index, get_plain_text(prompt))
-        splice_start = _find_answer_start(prompt, rendered, message_index, header)
-        rendered = prompt + rendered[splice_start:]
+    if not get_plain_text(rendered).startswith(prompt):
+        tracked_prompt = chat.render(message_index, add_generation_prompt=True)
+        header = _find_answer_header(chat, message_index, prompt)
+        splice_start = _find_answer_start(tracked_prompt, rendered, message_index, header)
+        rendered = tracked_prompt + rendered[splice_start:]
     text = TrackedText(rendered, tokenizer, chat.assistant_indices)
 
     content_end = _find_content_end(text, message_index)

@@ -536,6 +536,25 @@ def test_turns_that_would_merge_with_their_prompts_have_fewer_characters(
         renderer.render(make_example(*turns))
 
 
+def test_documents_without_control_tokens_have_fewer_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is encoded as a whole; one document alone, however long, is not refused."""
+    monkeypatch.setattr(assistant_spans, "MAX_RUN_CHARS", 30_000)
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, template), now=NOW)
+    turns = [turn for _ in range(10) for turn in (user("a" * 1_000), assistant("b" * 1_000))]
+    assert len(renderer.render(make_example(*turns[:10])).documents) == 5
+    with pytest.raises(InputError, match="over 30,000 characters to encode"):
+        renderer.render(make_example(*turns))
+    long_turns = user("a" * 50_000), assistant("b" * 50_000)
+    assert len(renderer.render(make_example(*long_turns)).documents) == 1
+    monkeypatch.setattr(assistant_spans, "MAX_TRACKED_RENDERS", 49)
+    with pytest.raises(InputError, match="5 trained turns of 10 messages"):
+        renderer.render(make_example(*turns[:10]))
+
+
 def test_turns_of_one_document_may_have_more_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
