@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
+import random
 import socket
 import threading
 import time
@@ -325,3 +327,37 @@ def test_a_slow_rate_refuses_only_who_would_wait(writer: Path) -> None:
         with ThreadPoolExecutor(24) as pool:
             responses = list(pool.map(lambda _: post_long(live), range(24)))
         assert {response.status_code for response in responses} == {200, 429}
+
+
+def test_clocks_that_jump_end_no_request(
+    narrow: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    for jump in (-10, 10, 0):
+        monkeypatch.setattr(time, "time", lambda jump=jump: now + jump * 365 * 86400)
+        assert post_long(narrow).status_code == 200
+        with narrow.client() as http:
+            assert http.get("/health").status_code == 200
+
+
+def test_many_clients_of_many_adapters_get_each_its_own(live: LiveServer) -> None:
+    """2,000 answers to 64 clients, each as it is alone."""
+    models = ("small", "large", "dora")
+
+    def ask(http: httpx.Client, model: str) -> str:
+        response = http.post(CHAT, json=make_chat(model, temperature=0, max_tokens=2))
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]["message"]["content"]
+
+    with live.client() as http:
+        alone = {model: ask(http, model) for model in models}
+    assert len(set(alone.values())) == 3
+    asked = random.Random(1).choices(models, k=600)
+
+    def ask_some(start: int) -> list[bool]:
+        with live.client() as http:
+            return [ask(http, model) == alone[model] for model in asked[start::64]]
+
+    with ThreadPoolExecutor(64) as pool:
+        same = list(itertools.chain.from_iterable(pool.map(ask_some, range(64))))
+    assert same == [True] * 600

@@ -235,10 +235,14 @@ def spoil(folder: Path, kind: str, tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:-100])
     elif kind == "unproven":
         (path / "tunesmith.json").unlink()
+    elif kind == "variables":
+        provenance = read_json(path / "tunesmith.json")
+        provenance["variables"] = {"enable_thinking": False}
+        (path / "tunesmith.json").write_text(json.dumps(provenance))
     else:
         tensors = spoil_weights(kind, load_file(path / WEIGHTS))
         save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-        if kind == "swapped":  # even the hash is right
+        if kind in ("swapped", "nothing"):  # even the hash is right
             provenance = read_json(path / "tunesmith.json")
             provenance["weights_sha256"] = hash_file(path / WEIGHTS)
             (path / "tunesmith.json").write_text(json.dumps(provenance))
@@ -259,6 +263,10 @@ def spoil_weights(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             re.sub(r"layers\.\d", lambda match: swap[match[0]], name): tensor
             for name, tensor in tensors.items()
         }
+    elif kind == "nothing":  # B is 0: the base would answer
+        return {
+            name: 0 * tensor if "lora_B" in name else tensor for name, tensor in tensors.items()
+        }
     elif kind == "other weights":
         return {name: 0.9 * tensor for name, tensor in tensors.items()}
     return tensors
@@ -272,6 +280,8 @@ KINDS = (
     "shape",
     "names",
     "swapped",
+    "nothing",
+    "variables",
     "other weights",
     "cut",
     "unproven",
