@@ -30,6 +30,7 @@ from tunesmith.core.types import Plan
 from tunesmith.plan.stages import StagedPlan
 
 WATCH_SECONDS = 1.0  # between two readings of the folders
+MAX_SHOWN_RUNS = 100  # without --all
 
 TrackOption = Annotated[
     str | None,
@@ -157,10 +158,14 @@ def list_runs(
         typer.Argument(metavar="FOLDER", help="Where to look; runs/ by default."),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Update until Ctrl-C.")] = False,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show all runs, not the newest 100.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """List runs with state, score, memory and age."""
     from tunesmith.cli.views.runs import render_runs
+    from tunesmith.session.run_list import list_newest_runs
 
     roots = folders or [RUNS_ROOT]
     if watch and as_json:
@@ -169,14 +174,19 @@ def list_runs(
     if watch:
         _watch_runs(roots)
         return
-    run_list = api.list_runs(roots)
-    print_result({"runs": run_list}, render_runs(run_list, time.time()), as_json=as_json)
+    if as_json or show_all:
+        run_list = api.list_runs(roots)
+        print_result({"runs": run_list}, render_runs(run_list, time.time()), as_json=as_json)
+        return
+    newest, num_older = list_newest_runs(roots, MAX_SHOWN_RUNS)
+    print_result(None, render_runs(newest, time.time(), num_older), as_json=False)
 
 
 def _watch_runs(roots: list[Path]) -> None:
     from rich.live import Live
 
     from tunesmith.cli.views.runs import render_runs
+    from tunesmith.session.run_list import list_newest_runs
 
     console = TerminalConsole()
     if not console.is_terminal:
@@ -184,8 +194,8 @@ def _watch_runs(roots: list[Path]) -> None:
         raise InputError(message, where="command line", fix="leave it out, or use --json")
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            view = render_runs(api.list_runs(roots), time.time(), max_rows=console.height - 3)
-            live.update(view, refresh=True)
+            newest, num_older = list_newest_runs(roots, console.height - 3)
+            live.update(render_runs(newest, time.time(), num_older), refresh=True)
             time.sleep(WATCH_SECONDS)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -62,14 +63,38 @@ class RunSummary:
 
 def list_runs(roots: Sequence[Path]) -> list[RunSummary]:
     """Return the runs at or below the folders. Raises InputError for a folder that is missing."""
+    runs = [summarize_run(folder) for folder in _find_all_runs(roots)]
+    return sorted(runs, key=lambda run: (-run.modified, run.path))
+
+
+def list_newest_runs(roots: Sequence[Path], count: int) -> tuple[list[RunSummary], int]:
+    """Return the `count` runs that were changed last, and the number of older ones, which are not
+    read. Raises InputError for a folder that is missing."""
+    folders = _find_all_runs(roots)
+    folders.sort(key=_read_newest_mtime, reverse=True)
+    newest = [summarize_run(folder) for folder in folders[:count]]
+    newest.sort(key=lambda run: (-run.modified, run.path))
+    return newest, len(folders) - len(newest)
+
+
+def _find_all_runs(roots: Sequence[Path]) -> list[Path]:
     folders: dict[Path, None] = {}  # ordered, without duplicates
     for root in roots:
         if not os.path.isdir(root):
             fix = "name a folder with runs in it, or start one: `tunesmith train recipe.yaml`"
             raise InputError("no such folder", where=str(root), fix=fix)
         folders.update(dict.fromkeys(_find_runs(root, MAX_DEPTH)))
-    runs = [summarize_run(folder) for folder in folders]
-    return sorted(runs, key=lambda run: (-run.modified, run.path))
+    return list(folders)
+
+
+def _read_newest_mtime(folder: Path) -> float:
+    """Return when a run was changed last: its record is written after its events, and a staged run
+    changes the folders of its stages."""
+    mtimes = [0.0]
+    for name in (RECORD_FILE, EVENTS_FILE, STAGES_DIR):
+        with suppress(OSError):
+            mtimes.append(os.stat(f"{folder}/{name}").st_mtime)
+    return max(mtimes)
 
 
 def _find_runs(folder: Path, depth: int) -> Iterator[Path]:

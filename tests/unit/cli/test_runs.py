@@ -1,6 +1,7 @@
 """The verb `runs`, ./recipe.yaml as the default recipe, and wrong names of runs."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 import pytest
 
 from fake_runs import make_record, write_run
-from tunesmith.cli.views.runs import render_runs
-from tunesmith.core.run_dir import PLAN_FILE
+from tunesmith.cli import run as run_commands
+from tunesmith.core.run_dir import EVENTS_FILE, PLAN_FILE, RECORD_FILE
 
 
 @pytest.fixture
@@ -46,14 +47,20 @@ def test_no_runs_says_how_to_start_one(folder: Path, tunesmith: Callable[..., An
     assert "needs a terminal" in tunesmith("runs", "--watch")[2]
 
 
-def test_a_watched_list_fits_the_screen(folder: Path) -> None:
-    from tunesmith import api
-
+def test_older_runs_are_counted_and_shown_with_all(
+    folder: Path, tunesmith: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_commands, "MAX_SHOWN_RUNS", 2)
     for number in range(5):
-        write_run(folder / f"runs/{number}")
-    view: Any = render_runs(api.list_runs(), 0.0, max_rows=2)
-    assert view.row_count == 2
-    assert view.caption == "and 3 older runs"
+        run = write_run(folder / f"runs/n{number}", record=make_record())
+        for name in (RECORD_FILE, EVENTS_FILE):
+            os.utime(run / name, (1e9 + number, 1e9 + number))
+    out = tunesmith("runs")[1]
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["runs/n4", "runs/n3"]
+    assert "and 3 older: tunesmith runs --all" in out
+    assert "runs/n2" not in out
+    assert tunesmith("runs", "--all")[1].count("runs/n") == 5
+    assert len(json.loads(tunesmith("runs", "--json")[1])["runs"]) == 5
 
 
 def test_recipe_yaml_is_the_default_recipe(folder: Path, tunesmith: Callable[..., Any]) -> None:

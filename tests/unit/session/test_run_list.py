@@ -11,7 +11,7 @@ from fake_runs import make_events, make_record, make_step, write_run, write_stag
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult, Score, StageStart
 from tunesmith.core.run_dir import EVENTS_FILE, FAILED_CHECK, OWNER_FILE, PLAN_FILE, RunFolder
-from tunesmith.session.run_list import list_runs, summarize_run
+from tunesmith.session.run_list import list_newest_runs, list_runs, summarize_run
 
 GRADE = Score("test", "exact_match", 0.44, 0.33, 0.55, 80, 30)
 LOSS = Score("test", "loss", 0.02, 0.01, 0.03, 80, 30)
@@ -100,6 +100,7 @@ def test_runs_are_found_below_a_folder_the_last_changed_first(tmp_path: Path) ->
     (tmp_path / "link").symlink_to(tmp_path / "x")
     assert [run.path for run in list_runs([tmp_path])] == [str(path) for path in paths[:3]]
     assert len(list_runs([tmp_path, tmp_path / "a"])) == 3
+    assert list_newest_runs([tmp_path], 2) == (list_runs([tmp_path])[:2], 1)
     with pytest.raises(InputError, match="no such folder"):
         list_runs([tmp_path / "nowhere"])
 

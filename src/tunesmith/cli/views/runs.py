@@ -28,17 +28,15 @@ MAX_UNBROKEN_CHARS = 30  # of a path
 AGE_UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"))  # seconds
 
 
-def render_runs(
-    runs: Sequence[RunSummary], now: float, max_rows: int | None = None
-) -> RenderableType:
-    """Show the runs; `now` is in seconds since the epoch. Rows beyond `max_rows` are counted."""
+def render_runs(runs: Sequence[RunSummary], now: float, num_older: int = 0) -> RenderableType:
+    """Show the runs; `now` is in seconds since the epoch. Older ones, which are not shown, are
+    counted."""
     if not runs:
         return "no runs here: start one with `tunesmith train recipe.yaml`"
-    shown = runs[:max_rows]
-    paths = [format_single_line(_shorten_path(run.path)) for run in shown]
+    paths = [format_single_line(_shorten_path(run.path)) for run in runs]
     # a narrow terminal shortens models before it breaks names and scores
     wrapped = {"model"}
-    if any(run.problem for run in shown):
+    if any(run.problem for run in runs):
         wrapped.add("metric")
     if max(map(len, paths)) > MAX_UNBROKEN_CHARS:
         wrapped.add("run")
@@ -52,7 +50,7 @@ def render_runs(
             no_wrap=not can_wrap,
             overflow="fold" if can_wrap else "ellipsis",
         )
-    for run, path in zip(shown, paths, strict=True):
+    for run, path in zip(runs, paths, strict=True):
         table.add_row(
             path,
             Text(run.state, STATE_STYLES[run.state]),
@@ -63,8 +61,8 @@ def render_runs(
             format_bytes(run.peak_bytes) if run.peak_bytes else "",
             _format_age(now - run.modified) if run.modified else "",
         )
-    if len(shown) < len(runs):
-        table.caption = f"and {len(runs) - len(shown)} older runs"
+    if num_older:
+        table.caption = f"and {num_older:,} older: tunesmith runs --all"
     return table
 
 
