@@ -3,9 +3,10 @@
 In: what a mixer projects from the hidden states of a pack. Out: what it reads from its state, per
 token: silu of the convolution (convolution.py), divided into q, k and v, then the recurrence
 (recurrence.py) in fp32 or wider. The forward saves its inputs only; the backward runs both again,
-some heads at a time. bf16 on the CPU runs through C kernels (model/kernels/scan.py), of which the
-torch path here is the reference. `continue_rows` is for rows of generation. Left out: projections,
-gates and norms (gated_delta.py, mamba2.py).
+some heads at a time. The torch path here is the reference: bf16 on the CPU runs through C kernels
+(model/kernels/scan.py), and the delta rule on a GPU through flash-linear-attention where it is
+installed (fla_rule.py). `continue_rows` is for rows of generation. Left out: projections, gates and
+norms (gated_delta.py, mamba2.py).
 
 Legend: T tokens, C channels of the convolution, K its taps, G heads of q and k, R heads of v for
 each of them, H = G * R, D key size, E value size, B rows of generation."""
@@ -23,6 +24,7 @@ from torch import Tensor
 from tunesmith.core.types import PackLayout
 from tunesmith.model.kernels import scan as kernels
 from tunesmith.model.kernels.scan import ScanHeads
+from tunesmith.model.mixers import fla_rule
 from tunesmith.model.mixers.chunks import ChunkedLayout, cut_chunks, find_edges, list_taps
 from tunesmith.model.mixers.convolution import (
     compute_weight_grad,
@@ -191,6 +193,8 @@ def _run_reference(inputs: ScanInputs, shape: ScanShape, layout: PackLayout) -> 
     edges = find_edges(layout, inputs.weight_CK.shape[1], mixed_TC.device)
     convolved_TC = convolve(mixed_TC, inputs.weight_CK, inputs.bias_C, edges)
     active_TC = F.silu(convolved_TC).to(mixed_TC.dtype)
+    if fla_rule.is_supported(active_TC, shape):
+        return _run_fla(active_TC, inputs.decay_TH, inputs.beta_TH, shape, layout)
     values = (shape.num_groups, shape.heads_per_group, shape.value_size)
     out = active_TC.new_empty(len(mixed_TC), *values)
     for piece in _iter_inputs(shape, layout, active_TC, inputs):
@@ -210,8 +214,30 @@ def _run_reference_backward(
     edges = find_edges(layout, num_taps, mixed_TC.device)
     convolved_TC = convolve(mixed_TC, inputs.weight_CK, inputs.bias_C, edges)
     active_TC = F.silu(convolved_TC).to(mixed_TC.dtype)
+    compute = _compute_recurrence_grads
+    if fla_rule.is_supported(active_TC, shape):
+        compute = _compute_fla_grads
+    dactive_TC, ddecay_TH, dbeta_TH, dskip_H = compute(dout_TV, active_TC, inputs, shape, layout)
+    dconvolved_TC = torch.ops.aten.silu_backward(dactive_TC.to(convolved_TC.dtype), convolved_TC)
+    dmixed_TC = convolve_backward(dconvolved_TC, inputs.weight_CK, edges).to(mixed_TC.dtype)
+    dweight_CK = None
+    dbias_C = None
+    if are_weights_trained:
+        dweight_CK = compute_weight_grad(dconvolved_TC, mixed_TC, num_taps, edges)
+        dweight_CK = dweight_CK.to(inputs.weight_CK.dtype)
+        if inputs.bias_C is not None:
+            dbias_C = dconvolved_TC.sum(0).to(inputs.bias_C.dtype)
+    return dmixed_TC, dweight_CK, dbias_C, ddecay_TH, dbeta_TH, dskip_H
+
+
+Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]  # of the active inputs, decay, beta, skip
+
+
+def _compute_recurrence_grads(
+    dout_TV: Tensor, active_TC: Tensor, inputs: ScanInputs, shape: ScanShape, layout: PackLayout
+) -> Grads:
     dout = dout_TV.unflatten(-1, (shape.num_groups, shape.heads_per_group, -1))
-    dactive_TC = torch.zeros_like(convolved_TC)
+    dactive_TC = torch.zeros_like(active_TC, dtype=inputs.decay_TH.dtype)
     dq, dk, dv = shape.split_channels(dactive_TC)
     ddecay_TH = torch.empty_like(inputs.decay_TH)
     dbeta_TH = torch.empty_like(inputs.beta_TH)
@@ -226,16 +252,26 @@ def _run_reference_backward(
         shape.split_heads(dbeta_TH)[:, *piece.heads] = grads[4]
         if dskip_H is not None:
             shape.split_heads(dskip_H)[piece.heads] = grads[5]
-    dconvolved_TC = torch.ops.aten.silu_backward(dactive_TC, convolved_TC)
-    dmixed_TC = convolve_backward(dconvolved_TC, inputs.weight_CK, edges).to(mixed_TC.dtype)
-    dweight_CK = None
-    dbias_C = None
-    if are_weights_trained:
-        dweight_CK = compute_weight_grad(dconvolved_TC, mixed_TC, num_taps, edges)
-        dweight_CK = dweight_CK.to(inputs.weight_CK.dtype)
-        if inputs.bias_C is not None:
-            dbias_C = dconvolved_TC.sum(0).to(inputs.bias_C.dtype)
-    return dmixed_TC, dweight_CK, dbias_C, ddecay_TH, dbeta_TH, dskip_H
+    return dactive_TC, ddecay_TH, dbeta_TH, dskip_H
+
+
+def _run_fla(
+    active_TC: Tensor, decay_TH: Tensor, beta_TH: Tensor, shape: ScanShape, layout: PackLayout
+) -> Tensor:
+    scalars = (shape.split_heads(decay_TH), shape.split_heads(beta_TH))
+    return fla_rule.run_delta_rule(shape.split_channels(active_TC), *scalars, layout).flatten(1)
+
+
+def _compute_fla_grads(
+    dout_TV: Tensor, active_TC: Tensor, inputs: ScanInputs, shape: ScanShape, layout: PackLayout
+) -> Grads:
+    leaves = (active_TC.detach(), inputs.decay_TH.detach(), inputs.beta_TH.detach())
+    with torch.enable_grad():
+        for leaf in leaves:
+            leaf.requires_grad_()
+        out = _run_fla(*leaves, shape, layout)
+    dactive_TC, ddecay_TH, dbeta_TH = torch.autograd.grad(out, leaves, dout_TV)
+    return dactive_TC, ddecay_TH, dbeta_TH, None
 
 
 @dataclass(frozen=True, eq=False)
