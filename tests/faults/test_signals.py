@@ -48,6 +48,7 @@ def wished(model: Path, folder: Path) -> Recipe:
         folder,
         **write_eval_files(folder),
         **length,
+        metrics=["bits_per_byte"],
         save_steps=2,
         eval_steps=2,
         lora_dropout=0.1,

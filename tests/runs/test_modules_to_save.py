@@ -45,8 +45,9 @@ NUM_VALUES = {True: 0, False: 259 * 32}  # of the head, unless it is tied
 
 
 def wish(model: Path, folder: Path, **changed: Any) -> Recipe:
-    files = write_eval_files(folder)
-    return make_tiny_recipe(model, folder, **({**files, "modules_to_save": MODULES} | changed))
+    """Return a recipe that trains the modules and generates no answers."""
+    values = {"modules_to_save": MODULES, "metrics": ["bits_per_byte"], **write_eval_files(folder)}
+    return make_tiny_recipe(model, folder, **(values | changed))
 
 
 def location(recipe: Recipe) -> Path:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from tiny_models import make_tiny_network
 from tunesmith.core.types import GenerationRequest
@@ -111,8 +111,17 @@ def test_a_small_error_in_the_logits_seldom_changes_the_token() -> None:
 # ---------------------------------------------------------------- transformers' processors
 
 
+@pytest.fixture(scope="module")
+def network() -> PreTrainedModel:
+    """Return a network that makes lists of processors; they do not depend on its weights."""
+    return make_tiny_network()
+
+
 def apply_processors(
-    logits_BV: torch.Tensor, context: torch.Tensor, request: GenerationRequest
+    network: Any,
+    logits_BV: torch.Tensor,
+    context: torch.Tensor,
+    request: GenerationRequest,
 ) -> torch.Tensor:
     """Return the probabilities of transformers: `generate` makes the list of its processors."""
     config = GenerationConfig(
@@ -124,9 +133,7 @@ def apply_processors(
         repetition_penalty=request.repetition_penalty,
     )
     config._eos_token_tensor = None
-    processors: Any = make_tiny_network()._get_logits_processor(
-        config, input_ids_seq_length=context.shape[1]
-    )
+    processors = network._get_logits_processor(config, input_ids_seq_length=context.shape[1])
     return torch.softmax(processors(context, logits_BV.clone()), dim=-1)
 
 
@@ -136,7 +143,12 @@ def apply_processors(
 @pytest.mark.parametrize("min_p", [0.0, 0.05, 0.5, 1.0])
 @pytest.mark.parametrize("penalty", [1.0, 1.3, 0.7])
 def test_the_distribution_is_that_of_transformers(
-    temperature: float, top_k: int, top_p: float, min_p: float, penalty: float
+    network: PreTrainedModel,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    penalty: float,
 ) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = 3 * torch.randn(4, 97, generator=generator, dtype=torch.float64)
@@ -149,7 +161,7 @@ def test_the_distribution_is_that_of_transformers(
         min_p=min_p,
         repetition_penalty=penalty,
     )
-    theirs = apply_processors(logits, context, request)
+    theirs = apply_processors(network, logits, context, request)
     ours = logits.clone()
     for row in range(4):
         penalize_repetition(ours[row], context[row].tolist(), penalty)
