@@ -43,6 +43,8 @@ from tunesmith.data.sampler import permute_rows
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.train import run
+from tunesmith.train.guard.detectors import GUARD_KIND
+from tunesmith.train.guard.guarded_loop import _select_events
 from tunesmith.train.guard.probes import PROMPT_ROLES, build_prompt_set
 
 NOISE = "\u00ff\u00fe\u00fd" * 20
@@ -484,6 +486,15 @@ def test_the_best_checkpoint_is_kept_and_not_the_last_one(
         v.sum().item() for v in trained.values()
     )
     assert any(isinstance(event, CheckResult) and event.kind == "best" for event in events)
+
+
+def test_a_warning_at_an_evaluated_step_adds_no_evaluation() -> None:
+    """Of the verdicts at a step only the one that closes its evaluation is replayed: one of the
+    memory may fall on the same step."""
+    loss = Score("eval", "loss", 1.0, 0.9, 1.1, 8, 4)
+    closing = CheckResult(GUARD_KIND, "ok", "evaluated", 4)
+    others = [CheckResult(kind, "warn", "x", 4) for kind in ("memory", "rehearsal", "best")]
+    assert _select_events([others[0], loss, *others[1:], closing], last_step=4) == [loss, closing]
 
 
 @pytest.mark.slow
