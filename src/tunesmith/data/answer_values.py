@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -114,10 +113,3 @@ class ValueCounts:
         """Return whether a field is categorical: a handful of values, each for many rows."""
         num_values = len(self.counts.get(name, {}))
         return 1 <= num_values <= min(max_values, max(2, self.count_rows(name) // 4))
-
-
-def count_values(answers: Iterable[str]) -> ValueCounts:
-    counts = ValueCounts()
-    for answer in answers:
-        counts.add_answer(answer)
-    return counts

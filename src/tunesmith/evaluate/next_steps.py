@@ -26,8 +26,6 @@ from tunesmith.plan.build import MIN_STEPS
 
 MAX_STEPS = 3
 EPOCHS_FACTOR = 2  # of a run that was still improving at its end
-FEW_TEST_ROWS = 30  # a rate of so many has an interval of at most 0.36 in width
-WIDE_INTERVAL = 0.2  # of the share of right answers
 MAX_NAME_CHARS = 60
 
 

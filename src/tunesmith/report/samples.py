@@ -53,7 +53,6 @@ FILTERS: dict[str, tuple[str, str]] = {
 }
 NUM_STATIC_SAMPLES = 10
 PRINTED_SAMPLES = (("wrong", 3), ("broken", 1), ("fixed", 2))
-MAX_PRINTED_CHARS = 1_200
 MAX_CHIPS = 8
 MAX_FIELD_ROWS = 60
 MAX_VALUE_CHARS = 2_000

@@ -22,7 +22,6 @@ from tunesmith.session.preflight_probe import (
 )
 
 REPORT_FIX = "please report this"
-NO_ENDS = "every document with a target is truncated or a part of a text"
 NO_TEXTS = "no text of the data can be compared as a whole"
 
 
