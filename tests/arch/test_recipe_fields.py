@@ -44,6 +44,7 @@ FROZEN = [
         "gradient_checkpointing",
         "deterministic",
         "context",
+        "shard",
         "metrics",
         "gates",
         "guard",

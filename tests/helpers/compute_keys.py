@@ -59,6 +59,14 @@ def deterministic(lab: Lab) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+def shard(lab: Lab) -> None:
+    """What several processes do with it: tests/multi/test_rank_shards.py."""
+    made = plan_recipe(make_tiny_recipe(lab.model, lab.folder / "sharded", shard=2, dtype="bf16"))
+    assert (made.config.shard, made.config.weight_layout) == (2, "plain")
+    with pytest.raises(InputError, match="2 processes hold the frozen weights together"):
+        lab.events(shard=2)
+
+
 def context(lab: Lab) -> None:
     """What several processes do with it: tests/multi/test_rank_context.py."""
     lab.model = save_model_folder(lab.folder / "two-heads", num_kv_heads=2)

@@ -2,6 +2,7 @@
 
 import rank_loops  # noqa: F401
 import rank_runs  # noqa: F401
+import rank_shards  # noqa: F401
 import tiny_runs  # noqa: F401
 import tunesmith.train.follow
 import tunesmith.train.run  # noqa: F401

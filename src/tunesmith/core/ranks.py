@@ -253,6 +253,17 @@ class Ranks:
         with _lost_ranks():
             distributed.all_to_all_single(received, sent, received_rows, sent_rows, group=group)
 
+    def gather_parts(self, parts: Tensor, part: Tensor, *, size: int) -> None:
+        """Write a tensor of each rank of this one's group of `size` into `parts`, by rank."""
+        from torch import distributed
+
+        # its name since torch 2.13
+        name = "all_gather_single"
+        if not hasattr(distributed, name):
+            name = "all_gather_into_tensor"
+        with _lost_ranks():
+            getattr(distributed, name)(parts, part, group=self._exchange_groups[size])
+
 
 SINGLE_PROCESS = Ranks()
 

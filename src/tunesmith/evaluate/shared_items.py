@@ -43,6 +43,7 @@ from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import DecodeFn, generate
 from tunesmith.model.generation.grammar import Grammar
 from tunesmith.model.machine_errors import OutOfMemory, machine_errors
+from tunesmith.model.weight_shards import join_ranks
 from tunesmith.session.fingerprint import hash_source
 
 T = TypeVar("T")
@@ -131,7 +132,7 @@ def score_share(
     values_NC = torch.zeros(num_documents, scorer.num_values, dtype=torch.float64)
     problem = None
     try:
-        with _computing(model):
+        with join_ranks(model.shards):
             for index, result in compute_packs(model, own, scorer.compute):
                 values_NC[index] = torch.tensor(result, dtype=torch.float64)
                 yield index, result
@@ -213,7 +214,7 @@ def generate_share(
     outputs: dict[int, GenerationOutput] = {}
     problem = None
     try:
-        with _computing(model):
+        with join_ranks(model.shards):
             answers = generate(model, own_requests, decode=decode, end_ids=end_ids)
             for number, output in answers if own else ():
                 outputs[own[number]] = output

@@ -49,6 +49,7 @@ from tunesmith.model.rotary import RotationKey, measure_documents, wrap_rotary
 from tunesmith.model.safetensors_io import find_nonfinite
 from tunesmith.model.stacked_adapters import bundle_adapters
 from tunesmith.model.text_network import check_weight_shapes, load_text_network
+from tunesmith.model.weight_shards import WeightShards
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -65,14 +66,17 @@ ATTENTION_NAME = "tunesmith"
 # ---------------------------------------------------------------- the stock network
 
 
-def load_network(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+def load_network(
+    folder: Path, dtype: torch.dtype, device: str = "cpu", shards: WeightShards | None = None
+) -> PreTrainedModel:
     """Load the stock network with weights in `dtype`, in evaluation mode, with nothing trainable
-    and remote code refused. Of a multimodal checkpoint only the text part is loaded.
+    and remote code refused. Of a multimodal checkpoint only the text part is loaded. With `shards`,
+    each rank keeps its part of every layer.
 
     Raises InputError for weights that do not match the config, and for NaN or infinite values."""
     check_weight_shapes(folder)
-    if device != "cpu" or not has_uniform_layers(folder):  # tensor by tensor to the device
-        return load_text_network(folder, dtype, device)
+    if device != "cpu" or shards is not None or not has_uniform_layers(folder):
+        return load_text_network(folder, dtype, device, shards)  # tensor by tensor to the device
     disable_progress_bar()  # stderr belongs to the command line
     with transformers_errors(folder):
         network: Any = AutoModelForCausalLM.from_pretrained(
@@ -195,6 +199,7 @@ class PackedCausalLM:
         self.backend = backend
         self.decoder: Any = network.base_model
         self.row_adapters: RowAdapters | None = None  # of an AdapterBank
+        self.shards: WeightShards | None = None  # of frozen weights that ranks hold together
         self.ranks: Ranks = SINGLE_PROCESS
         network.set_attn_implementation(ATTENTION_NAME)
         self.rotary = wrap_rotary(self.decoder)
@@ -368,6 +373,7 @@ def wrap_model(
     *,
     should_block_weights: bool = False,
     gradient_checkpointing: str = "none",
+    shards: WeightShards | None = None,
 ) -> PackedCausalLM:
     """Replace the modules that have a faster equivalent, in place, and wrap the network.
 
@@ -386,6 +392,9 @@ def wrap_model(
         add_residuals_in_norms(model.decoder.layers)
         bundle_adapters(list(find_lora_layers(network).values()), dtype)
     apply_gradient_checkpointing(list(model.decoder.layers), gradient_checkpointing)
+    if shards is not None:
+        shards.attach(model.decoder.layers)
+        model.shards = shards
     return model
 
 

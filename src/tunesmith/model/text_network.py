@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from tunesmith.model.hub.text_class import (
     transformers_errors,
 )
 from tunesmith.model.packed_weights import read_mxfp4_experts
-from tunesmith.model.safetensors_io import find_nonfinite, read_parameter
+from tunesmith.model.safetensors_io import DTYPES, find_nonfinite, read_parameter
 from tunesmith.model.weight_shards import WeightShards
 
 MAX_BUFFER_VALUES = 2**24  # of a table that is no weight, such as rotary frequencies
@@ -109,16 +110,55 @@ def _truncate_config(config: Any, num_layers: int) -> None:
 def load_text_network(
     folder: Path, dtype: torch.dtype, device: str = "cpu", shards: WeightShards | None = None
 ) -> PreTrainedModel:
-    """Load the text class in `dtype`; with `shards`, each layer is sharded once it is loaded.
-    Raises InputError for NaN or infinite values."""
+    """Load the text class in `dtype`; with `shards`, each layer is sharded once this rank's rows of
+    it are loaded. Raises InputError for NaN or infinite values."""
     network = build_empty_network(folder, dtype)
+    part_rows = {} if shards is None else _find_part_rows(network, dtype, shards)
     for name, stored in iter_by_layer(network, list_stored_parameters(network, folder), shards):
         if stored.headers[0].dtype == MXFP4_DTYPE:
             set_packed_experts(network, name, stored, dtype, device)
             continue
-        tensor = read_finite_parameter(name, stored, folder, device)
+        if name in part_rows and stored.is_plain:
+            tensor = _read_rows(name, stored, part_rows[name], folder, device)
+        else:
+            tensor = read_finite_parameter(name, stored, folder, device)
         put_tensor(network, name, tensor.to(pick_dtype(network, name, dtype)))
     return finish_network(network, folder, device)
+
+
+def _find_part_rows(
+    network: PreTrainedModel, dtype: torch.dtype, shards: WeightShards
+) -> dict[str, range]:
+    """Return which rows of each parameter of the layers this rank keeps."""
+    decoder: Any = network.base_model
+    prefix = f"{network.base_model_prefix}.layers"
+    part_rows: dict[str, range] = {}
+    for number, layer in enumerate(decoder.layers):
+        sizes: dict[str, tuple[int, int]] = {}
+        for name, parameter in layer.named_parameters(prefix=f"{prefix}.{number}"):
+            row_bytes = pick_dtype(network, name, dtype).itemsize * parameter[0].numel()
+            sizes[name] = (len(parameter), row_bytes)
+        part_rows |= shards.find_part_rows(sizes)
+    return part_rows
+
+
+def _read_rows(
+    name: str, stored: StoredParameter, rows: range, folder: Path, device: str
+) -> Tensor:
+    """Read some rows of a parameter; the others are 0, and are not kept."""
+    header = stored.headers[0]
+    row_bytes = (header.end - header.begin) // header.shape[0]
+    part = replace(
+        header,
+        shape=(len(rows), *header.shape[1:]),
+        begin=header.begin + rows.start * row_bytes,
+        end=header.begin + rows.stop * row_bytes,
+    )
+    complete = torch.zeros(header.shape, dtype=DTYPES[header.dtype], device=device)
+    if rows:
+        tensor = read_finite_parameter(name, StoredParameter((part,)), folder, device)
+        complete[rows.start : rows.stop] = tensor
+    return complete
 
 
 def set_packed_experts(

@@ -20,7 +20,7 @@ the next layer while one computes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -43,16 +43,11 @@ class RankFailed(MachineError):
 
 
 class LayerShard:
-    """The frozen weights of one layer: `own_B` is this rank's part of their bytes."""
+    """The frozen weights of one layer: `part_B` is this rank's part of their bytes."""
 
     def __init__(self, tensors: Sequence[Tensor], ranks: Ranks, size: int) -> None:
         """Keep this rank's part of the tensors, of `size` parts; they become views of a buffer."""
-        offsets: list[int] = []
-        end = 0
-        for tensor in tensors:
-            offsets.append(end)
-            end += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
-        part = math.ceil(end / size / ALIGNMENT) * ALIGNMENT
+        offsets, part = _lay_out([tensor.nbytes for tensor in tensors], size)
         begin = part * (ranks.rank % size)
         self.ranks = ranks
         self.size = size
@@ -62,12 +57,8 @@ class LayerShard:
             view = flat_B.view(tensor.dtype).view(tensor.shape)
             view.copy_(tensor)
             tensor.data = view
-        self.own_B = self.full_B[begin : begin + part].clone()
+        self.part_B = self.full_B[begin : begin + part].clone()
         self.release()
-
-    @property
-    def is_complete(self) -> bool:
-        return self.full_B.untyped_storage().nbytes() > 0
 
     def reserve(self) -> None:
         """Take the memory for the parts of all ranks."""
@@ -76,11 +67,21 @@ class LayerShard:
     def gather(self) -> None:
         """Fill the memory. All ranks of the group call it."""
         # through `.data`: autograd counts no change of the weights, whose values are the same
-        self.ranks.gather_parts(self.full_B.data, self.own_B, size=self.size)
+        self.ranks.gather_parts(self.full_B.data, self.part_B, size=self.size)
 
     def release(self) -> None:
         """Give the memory back. The weights must not be read until they are gathered again."""
         self.full_B.untyped_storage().resize_(0)
+
+
+def _lay_out(sizes: Sequence[int], size: int) -> tuple[list[int], int]:
+    """Return where tensors of so many bytes begin in a buffer, and the bytes of each part of it."""
+    offsets: list[int] = []
+    end = 0
+    for num_bytes in sizes:
+        offsets.append(end)
+        end += math.ceil(num_bytes / ALIGNMENT) * ALIGNMENT
+    return offsets, math.ceil(end / size / ALIGNMENT) * ALIGNMENT
 
 
 class WeightShards:
@@ -99,13 +100,26 @@ class WeightShards:
         self._hooks: list[Any] = []
 
     @property
-    def own_bytes(self) -> int:
+    def part_bytes(self) -> int:
         """Bytes of this rank's parts."""
-        return sum(layer.own_B.nbytes for layer in self.layers)
+        return sum(layer.part_B.nbytes for layer in self.layers)
 
     def add_layer(self, layer: nn.Module) -> None:
         """Keep this rank's part of the frozen weights of the next layer."""
         self.layers.append(LayerShard(list(list_frozen(layer)), self.ranks, self.size))
+
+    def find_part_rows(self, sizes: Mapping[str, tuple[int, int]]) -> dict[str, range]:
+        """Return the rows of each tensor of a layer that this rank's part needs. `sizes` are those
+        of its tensors in the order of the layer: rows, and bytes of a row."""
+        num_bytes = [rows * row_bytes for rows, row_bytes in sizes.values()]
+        offsets, part = _lay_out(num_bytes, self.size)
+        begin = part * (self.ranks.rank % self.size)
+        rows_by_name: dict[str, range] = {}
+        for offset, (name, (rows, row_bytes)) in zip(offsets, sizes.items(), strict=True):
+            first = min(max(0, begin - offset) // row_bytes, rows)
+            last = min(math.ceil(max(0, begin + part - offset) / row_bytes), rows)
+            rows_by_name[name] = range(first, last)
+        return rows_by_name
 
     def attach(self, layers: Iterable[nn.Module]) -> None:
         """Let each layer gather its weights before its forward and before its backward."""

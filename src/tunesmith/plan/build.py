@@ -47,6 +47,7 @@ from tunesmith.plan.rules import (
     make_user_value,
 )
 from tunesmith.plan.rules_cpt import CPT_RULES, SMALL_CORPUS_TOKENS
+from tunesmith.plan.sharding import decide_shard
 from tunesmith.plan.step_memory import (
     MEMORY_MARGIN,
     collect_footprint,
@@ -190,6 +191,7 @@ def _fit_memory(context: RuleContext, recipe: Recipe) -> RuleContext:
     policy = recipe.gradient_checkpointing
     context = dataclasses.replace(context, mesh=choose_mesh(context, recipe))
     context.settings["context"] = decide_context(context, recipe.context)
+    context.settings["shard"] = decide_shard(context, recipe.shard)
     context.settings["gradient_checkpointing"] = decide_checkpointing(context, policy)
     return context
 
@@ -364,8 +366,8 @@ def refuse_if_too_large(plan: Plan) -> None:
     free = plan.machine.available_bytes
     if not has_enough_memory(plan):
         larger = f", such as {plan.fits_on}" if plan.fits_on else ""
-        if plan.machine.num_gpus > 1:
-            larger += "; more GPUs do not help, since each holds all weights"
+        if plan.machine.num_gpus > 1 and plan.config.shard == 1:
+            larger += "; more GPUs help if they hold the weights together: --shard"
         if "memory_factor" in plan.reasons:
             factor = plan.config.memory_factor
             larger += f"; the need is corrected by {factor}: {plan.reasons['memory_factor'].reason}"

@@ -27,6 +27,7 @@ from tunesmith.core.types import Machine, Plan, PlanValue
 from tunesmith.plan.hardware_presets import HardwarePreset, describe_target, match_preset
 from tunesmith.plan.mesh_time import can_divide_documents, estimate_mesh_step
 from tunesmith.plan.rules import RuleContext, make_rule_value, make_user_value
+from tunesmith.plan.sharding import SHARDED_WEIGHTS, find_shard_problem
 from tunesmith.plan.step_memory import (
     CHECKPOINTING_POLICIES,
     estimate_needed_bytes,
@@ -36,7 +37,6 @@ from tunesmith.recipe.schema import Recipe
 
 # what the code of a run lacks on several GPUs
 MISSING_STEP = "updates in the backward pass (max_grad_norm: 0) on several GPUs"
-MISSING_SHARD = "weights that are sharded over GPUs"
 MIN_BUSY_SHARE = 0.5  # of a step: below, more GPUs than this batch can use (ours)
 FILLED_SHARE = 0.8  # of a step, with the batch that is advised instead
 MAX_BATCH_FACTOR = 1024
@@ -52,22 +52,25 @@ def choose_mesh(context: RuleContext, recipe: Recipe) -> Mesh:
     """Choose the mesh of a target's GPUs, with what the recipe says of it. Raise InputError for
     documents that cannot be shared so.
 
-    On this machine, only processes that share documents are planned for: others change nothing."""
+    On this machine, only processes that share documents or weights are planned for: others change
+    nothing."""
     num_gpus = count_gpus(context.machine)
     preset = match_preset(context.machine)
     if recipe.context != "auto":
         refuse_shared_documents(context, recipe.context)
     if not context.machine.num_nodes:
         group = 1 if recipe.context == "auto" else recipe.context
-        return Mesh(num_gpus=group, context=group)
+        shard = 1 if recipe.shard == "auto" else recipe.shard
+        return Mesh(num_gpus=group * shard, shard=shard, context=group)
     if num_gpus == 1 or preset is None:
         return SINGLE_GPU
     num_nodes = context.machine.num_nodes
-    largest = Mesh(num_gpus, num_nodes, shard=num_gpus)
+    shards = _list_shard_sizes(num_gpus, num_nodes) if recipe.shard == "auto" else [recipe.shard]
+    largest = Mesh(num_gpus, num_nodes, shard=max(shards))
     sizes = _list_context_sizes(context) if recipe.context == "auto" else [recipe.context]
     for context_size in sizes:
         rates: dict[Mesh, float] = {}
-        for shard in _list_shard_sizes(num_gpus, num_nodes):
+        for shard in shards:
             mesh = Mesh(num_gpus, num_nodes, shard, context_size)
             candidate = dataclasses.replace(context, mesh=mesh)
             if not _set_policy(candidate, recipe.gradient_checkpointing):
@@ -170,8 +173,8 @@ def find_missing_parts(context: RuleContext) -> str:
     missing: list[str] = []
     if mesh.num_gpus > 1 and context["step_in_backward"]:
         missing.append(MISSING_STEP)
-    if mesh.shard > 1:
-        missing.append(MISSING_SHARD)
+    if mesh.shard > 1 and (problem := find_shard_problem(context)):
+        missing.append(f"{problem} with {SHARDED_WEIGHTS}")
     return " and ".join(missing)
 
 
@@ -200,10 +203,9 @@ def _explain_shard(context: RuleContext, step: MeshStep) -> str:
         return f"a step fits on one GPU ({memory}): each holds all weights, none are gathered"
     gather = format_seconds(step.gather_seconds)
     compute = format_seconds(step.compute_seconds[0])
-    effect = "which hides it" if step.gather_seconds <= step.compute_seconds[0] else "they wait"
     return (
         f"a step does not fit on one GPU: {mesh.shard} hold the weights once ({memory} each), "
-        f"gathered in {gather} and computed in {compute}: {effect}"
+        f"gathered in {gather} before they compute for {compute}"
     )
 
 
@@ -282,6 +284,8 @@ def build_command(mesh: Mesh) -> str:
         where = f"--nnodes {mesh.num_nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
     gpus = f"--nproc-per-node {mesh.gpus_per_node}"
     command = f"torchrun {where} {gpus} -m tunesmith train recipe.yaml"
+    if mesh.shard > 1:
+        command += f" --shard {mesh.shard}"
     return command + (f" --context {mesh.context}" if mesh.context > 1 else "")
 
 

@@ -1,9 +1,10 @@
 """How long a step takes on several GPUs, and how much of it they compute.
 
 In: the settings that are decided so far, with a mesh, and the preset of the GPUs. Out: a MeshStep.
-A step takes the longer of computing and gathering, then what cannot be hidden: exchanges within a
-document and the sum of the gradients. A row is not divided, so with few rows some GPUs wait. All is
-counted from data sheets and assumed shares of them, and nothing was measured on several GPUs."""
+A step takes the time to compute and to wait: for gathered weights, of which each layer comes right
+before it computes, for exchanges within a document, and for the sum of the gradients. A row is not
+divided, so with few rows some GPUs wait. All is counted from data sheets and assumed shares of
+them, and nothing was measured on several GPUs."""
 
 from __future__ import annotations
 
@@ -31,8 +32,11 @@ GATHERS = 2  # of sharded weights in a pack: forward and backward
 GRADIENT_BYTES = 4  # gradients are summed in fp32
 
 
-def estimate_mesh_step(context: RuleContext, preset: HardwarePreset) -> MeshStep:
-    """Predict the time of a step on the mesh of the context."""
+def estimate_mesh_step(
+    context: RuleContext, preset: HardwarePreset, *, hides_gather: bool = False
+) -> MeshStep:
+    """Predict the time of a step on the mesh of the context. With `hides_gather` it is that of
+    other trainers, which gather a layer while the one before computes."""
     mesh = context.mesh
     tokens = estimate_mean_tokens(context)
     group_tokens = tokens / mesh.document_groups
@@ -48,7 +52,9 @@ def estimate_mesh_step(context: RuleContext, preset: HardwarePreset) -> MeshStep
     gather = packs * _compute_gather_seconds(context, preset)
     exchange = _compute_exchange_seconds(context, preset, group_tokens / mesh.context)
     reduction = _compute_reduce_seconds(context, preset)
-    seconds = max(fast, gather) + exchange + reduction
+    waiting = exchange + reduction
+    fast_total = max(fast, gather) if hides_gather else fast + gather
+    slow_total = max(slow, gather) if hides_gather else slow + gather
     return MeshStep(
         tokens=round(tokens),
         gpu_tokens=round(group_tokens / mesh.context),
@@ -56,8 +62,8 @@ def estimate_mesh_step(context: RuleContext, preset: HardwarePreset) -> MeshStep
         gather_seconds=gather,
         exchange_seconds=exchange,
         reduce_seconds=reduction,
-        seconds=(seconds, max(slow, gather) + exchange + reduction),
-        busy_share=tokens / mesh.num_gpus * token_seconds / seconds,
+        seconds=(fast_total + waiting, slow_total + waiting),
+        busy_share=tokens / mesh.num_gpus * token_seconds / (fast_total + waiting),
     )
 
 
@@ -134,14 +140,25 @@ def _compute_gather_seconds(context: RuleContext, preset: HardwarePreset) -> flo
 def _compute_exchange_seconds(
     context: RuleContext, preset: HardwarePreset, gpu_tokens: float
 ) -> float:
-    """Return the time of the all-to-alls around attention, in which the GPUs that share a document
-    change tokens for heads: q, k, v and the output, forward and backward."""
+    """Return the time of the all-to-alls around attention: a part of what they take stays here."""
     size = context.mesh.context
+    return count_exchanged_bytes(context, gpu_tokens) * (size - 1) / size / preset.link
+
+
+def count_exchanged_bytes(context: RuleContext, gpu_tokens: float) -> int:
+    """Return the bytes that a GPU gives to the all-to-alls around attention, in which the GPUs that
+    share a document change tokens for heads: q, k, v and the output."""
     attention = context.model.parts.get("attention", NO_PART)
     values = attention.inner_outputs + attention.inner_inputs
-    passes = 3 if context["gradient_checkpointing"] == "full" else 2
-    moved_bytes = passes * gpu_tokens * values * get_dtype_bytes(context["dtype"])
-    return moved_bytes * (size - 1) / size / preset.link
+    passes = count_layer_passes(context) / context.model.num_layers
+    return int(passes * gpu_tokens * values * get_dtype_bytes(context["dtype"]))
+
+
+def count_layer_passes(context: RuleContext) -> int:
+    """Return how many layers a pack goes through: forward, backward, and again where they are
+    recomputed, which the last one is not."""
+    layers = context.model.num_layers
+    return 2 * layers + (layers - 1 if context["gradient_checkpointing"] == "full" else 0)
 
 
 def _compute_reduce_seconds(context: RuleContext, preset: HardwarePreset) -> float:

@@ -249,6 +249,9 @@ class Recipe(BaseModel):
     context: Auto | Count = Field(
         default="auto", description="Processes that share each document, for long ones."
     )
+    shard: Auto | Count = Field(
+        default="auto", description="Processes that hold the frozen weights once, together."
+    )
     metrics: Auto | Metrics = Field(
         default="auto",
         description="Metrics of the before/after; see docs/guides/evaluate.md.",

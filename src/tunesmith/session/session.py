@@ -22,6 +22,7 @@ import torch
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import format_count
+from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.types import Document, Example, Plan, PlanValue, require
 from tunesmith.data.chat_template.message_spans import is_training_answers, weigh_messages
 from tunesmith.data.chat_template.render_notes import CONTROL_LIKE_TEXT
@@ -50,6 +51,7 @@ from tunesmith.model.quantization import build_truncated_network, load_quantized
 from tunesmith.model.save import load_adapter, stock_with_adapter
 from tunesmith.model.stock_network import StockNetwork
 from tunesmith.model.target_modules import has_only_words, match_saved_parameters
+from tunesmith.model.weight_shards import WeightShards, count_sharing_ranks, join_ranks
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.preflight_probe import (
     PreflightSamples,
@@ -131,17 +133,24 @@ class Session:
         return [dataclasses.replace(document, reference_logp=value) for document, value in pairs]
 
 
-def open_session(plan: Plan, inputs: RunInputs) -> Session:
+def open_session(plan: Plan, inputs: RunInputs, ranks: Ranks = SINGLE_PROCESS) -> Session:
     """Load the model, compute its stock logits for the preflight documents, then replace its
     modules: adapter, layers, attention.
 
     The stock model includes the adapter that training starts from, and the initial rows of new
-    tokens."""
+    tokens. All `ranks` open the session together if the plan shards weights."""
+    size = count_sharing_ranks(plan.config.shard, ranks.world)
+    shards = WeightShards(ranks, size) if size > 1 else None
+    with join_ranks(shards):
+        return _open_session(plan, inputs, shards)
+
+
+def _open_session(plan: Plan, inputs: RunInputs, shards: WeightShards | None) -> Session:
     # for the rest of the process: torch's threads keep the mode that they were started with
     torch.set_flush_denormal(True)
     set_deterministic(plan.config.deterministic)
     inputs = _apply_length_limit(plan, inputs)
-    network = _load_base_network(plan, inputs)
+    network = _load_base_network(plan, inputs, shards)
     adapter = inputs.adapter
     rehearsal = build_rehearsal(plan, inputs)
     with nullcontext() if adapter is None else stock_with_adapter(network, adapter):
@@ -154,7 +163,7 @@ def open_session(plan: Plan, inputs: RunInputs) -> Session:
     samples = dataclasses.replace(
         samples, stock=StockNetwork(network), is_adapted=adapter is not None
     )
-    model = _wrap_network(network, plan, inputs)
+    model = _wrap_network(network, plan, inputs, shards)
     return Session(
         plan,
         inputs,
@@ -190,14 +199,18 @@ def open_eval_session(plan: Plan, inputs: RunInputs, model: PackedCausalLM) -> S
     return Session(plan, inputs, model, _make_sampler(plan, inputs), no_samples)
 
 
-def _load_base_network(plan: Plan, inputs: RunInputs) -> Network:
+def _load_base_network(
+    plan: Plan, inputs: RunInputs, shards: WeightShards | None = None
+) -> Network:
     load = load_quantized if plan.config.method == "qlora" else load_network
-    network = load(inputs.model.path, DTYPES[plan.config.dtype], inputs.machine.device)
+    network = load(inputs.model.path, DTYPES[plan.config.dtype], inputs.machine.device, shards)
     init_new_rows(network, inputs.renderer.tokenizer.new_tokens)
     return network
 
 
-def _wrap_network(network: Network, plan: Plan, inputs: RunInputs) -> PackedCausalLM:
+def _wrap_network(
+    network: Network, plan: Plan, inputs: RunInputs, shards: WeightShards | None = None
+) -> PackedCausalLM:
     METHODS[plan.config.method](network, plan.values)
     if inputs.adapter is not None:
         load_adapter(network, inputs.adapter.weights_path)
@@ -207,6 +220,7 @@ def _wrap_network(network: Network, plan: Plan, inputs: RunInputs) -> PackedCaus
         plan.config.attention,
         should_block_weights=plan.config.weight_layout == "blocked",
         gradient_checkpointing=plan.config.gradient_checkpointing,
+        shards=shards,
     )
 
 

@@ -8,6 +8,7 @@
     report    say what went wrong so far
     start, score, generate, weights   as rank 0 measures (follow_measuring.py)
     step, restore, compare            as the loop of rank 0 does
+    gather    send a part of a layer, which rank 0 needs
     end       leave with the exit code of rank 0
 
 What a rank does between two commands follows from the plan and the files, so it is what rank 0
@@ -30,6 +31,7 @@ from tunesmith.core.ranks import END, Ranks
 from tunesmith.core.run_dir import PLAN_FILE
 from tunesmith.core.types import Json, Plan
 from tunesmith.model.machine_errors import machine_errors
+from tunesmith.model.weight_shards import GATHER, count_sharing_ranks
 from tunesmith.session import inputs
 from tunesmith.session.fingerprint import (
     ROUNDING_PREFIX,
@@ -94,6 +96,9 @@ def start_ranks(ranks: Ranks, path: Path, plan: Plan, fingerprint: Json) -> tupl
     context = plan.config.context
     if context > 1:
         evidence += f"; {context} of them share each document"
+    sharing = count_sharing_ranks(plan.config.shard, ranks.world)
+    if sharing > 1:
+        evidence += f"; {sharing} of them hold the frozen weights once"
     batch_size = plan.config.batch_size
     if batch_size is not None and batch_size < ranks.world // context:
         evidence += f"; a step has {batch_size} rows, so some of them wait: raise batch_size"
@@ -120,6 +125,7 @@ class Follower:
             STEP: self._take_step,
             RESTORE: self._restore,
             COMPARE: self._compare,
+            GATHER: self._gather_layer,
             **self.measuring.commands,
         }
 
@@ -165,7 +171,7 @@ class Follower:
     def _open_session(self) -> None:
         assert self._plan
         assert self._inputs
-        self._session = open_session(self._plan, self._inputs)
+        self._session = open_session(self._plan, self._inputs, self.ranks)
         self.measuring.use_model(self._session.model, self._inputs.renderer.decode)
 
     def _begin(self) -> None:
@@ -190,6 +196,11 @@ class Follower:
         assert step == self.training.step, "all ranks have made the same steps"
         self.training.set_changes(ratios, rollbacks)
         next(self.training)
+
+    def _gather_layer(self, layer: int) -> None:
+        assert self._session
+        assert self._session.model.shards
+        self._session.model.shards.serve(layer)
 
     def _restore(self, folder: str) -> None:
         assert self.training

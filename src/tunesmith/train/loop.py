@@ -40,6 +40,7 @@ from tunesmith.model.kernels import ops
 from tunesmith.model.machine_errors import OutOfMemory, machine_errors
 from tunesmith.model.new_embeddings import collect_new_rows
 from tunesmith.model.safetensors_io import find_nonfinite
+from tunesmith.model.weight_shards import join_ranks
 from tunesmith.train.all_reduce import StepShare, check_replicas, sum_step
 from tunesmith.train.checkpoint import read_state, write_state
 from tunesmith.train.kto import measure_kl, split_mismatched
@@ -275,6 +276,15 @@ class TrainingLoop:
         mismatched: Sequence[Document] | None,
     ) -> StepShare:
         """Compute the gradients of this rank's packs; with `mismatched`, KTO's KL term first."""
+        with join_ranks(self.model.shards):
+            return self._compute_rank_share(packs_by_rank, normalizer, mismatched)
+
+    def _compute_rank_share(
+        self,
+        packs_by_rank: Sequence[Sequence[Pack]],
+        normalizer: LossNormalizer,
+        mismatched: Sequence[Document] | None,
+    ) -> StepShare:
         try:
             with machine_errors():
                 if mismatched is not None:

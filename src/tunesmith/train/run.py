@@ -67,6 +67,7 @@ from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
 from tunesmith.model.machine_errors import machine_errors
 from tunesmith.model.save import save_adapter, save_model, save_serving_files
+from tunesmith.model.weight_shards import RankFailed
 from tunesmith.plan.build import refuse_if_too_large
 from tunesmith.session import inputs
 from tunesmith.session.fingerprint import build_fingerprint
@@ -109,7 +110,7 @@ def train(
     InputError or MachineError before anything is loaded when the run cannot fit, be measured or be
     written; GateError when preflight or the guard refuses; Interrupted after a signal."""
     path = Path(plan.config.output_dir)
-    _refuse_on_ranks(plan, ranks)
+    _refuse_on_ranks(plan, ranks, is_new=True)
     run_inputs = run_inputs or inputs.reload_inputs(plan)
     rejected_path = path / REJECTED_FILE if is_free(path) else None
     items = check_run(plan, run_inputs, rejected_path, allow_code=allow_code)
@@ -188,9 +189,18 @@ def check_run(
     return build_eval_items(plan, run_inputs, allow_code=allow_code)
 
 
-def _refuse_on_ranks(plan: Plan, ranks: Ranks) -> None:
-    """Raise InputError for a plan that these ranks cannot run."""
+def _refuse_on_ranks(plan: Plan, ranks: Ranks, *, is_new: bool = False) -> None:
+    """Raise InputError for a plan that these ranks cannot run; one that is resumed may have other
+    ranks than at its start, which share weights as far as their number allows."""
     refuse_group_size(plan.config.context, ranks)
+    if is_new and ranks.world % plan.config.shard:
+        raise InputError(
+            f"{plan.config.shard} processes hold the frozen weights together, and there are "
+            f"{ranks.world}",
+            where="shard",
+            fix=f"start a multiple of {plan.config.shard} processes with torchrun or --gpus, or "
+            "leave shard at auto",
+        )
     if ranks.world > 1 and plan.config.step_in_backward:
         raise InputError(
             "the plan updates each weight in the backward pass, before several ranks could sum "
@@ -225,7 +235,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
 
     # Prove.
     with context.stop.immediate(), machine_errors():
-        session = open_session(context.plan, context.inputs)
+        session = _open_on_ranks(context)
         session.model.ranks = context.ranks
         preflight_results = run_preflight(session.model, session.samples)
     yield from preflight_results
@@ -275,6 +285,18 @@ def _run_events(context: RunContext) -> Generator[Event]:
     )
     _write_record(folder, record, fingerprint, started)
     base_reference.delete_base_states(folder)
+
+
+def _open_on_ranks(context: RunContext) -> Session:
+    """Open the session; with sharded weights all ranks do it together, or none."""
+    try:
+        session = open_session(context.plan, context.inputs, context.ranks)
+    except RankFailed:
+        check_ranks(context.ranks)
+        raise
+    if session.model.shards is not None:
+        check_ranks(context.ranks)
+    return session
 
 
 def _begin_training(context: RunContext, session: Session, before: EvalResults) -> GuardedTraining:

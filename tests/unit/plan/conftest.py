@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from layer_shapes import describe_layers
-from tunesmith.core.types import DataReport, Machine, ModelSpec, PlanValue
-from tunesmith.plan.rules import RuleContext
+from tunesmith.core.types import DataReport, Machine, ModelSpec, Plan, PlanValue
+from tunesmith.plan.build import build_plan
+from tunesmith.plan.hardware_presets import choose_machine
+from tunesmith.plan.rules import Measures, RuleContext
+from tunesmith.recipe.schema import Recipe
 
 GB = 10**9
 CPU = Machine(
@@ -82,5 +85,39 @@ def make_context() -> Callable[..., RuleContext]:
         } | changed
         settings = {key: PlanValue(value, "rule", "") for key, value in decided.items()}
         return RuleContext(*facts, settings, has_schema, max_steps)
+
+    return make
+
+
+@pytest.fixture
+def make_spec(make_context: Callable[..., RuleContext]) -> Callable[[dict[str, Any]], ModelSpec]:
+    return lambda sizes: describe_layers(dataclasses.replace(make_context().model, **sizes))
+
+
+@pytest.fixture
+def plan(
+    make_context: Callable[..., RuleContext], make_spec: Callable[..., ModelSpec]
+) -> Callable[..., Plan]:
+    def make(
+        model: dict[str, Any],
+        target: str,
+        *,
+        longest: int = 700,
+        memory: str | None = None,
+        saved_share: Callable[[int, int], float] = lambda *_: 0.0,
+        **wishes: Any,
+    ) -> Plan:
+        context = make_context()
+        lengths = context.data.length_percentiles | {"max": longest}
+        data: DataReport = dataclasses.replace(context.data, length_percentiles=lengths)
+        return build_plan(
+            Recipe.model_validate({"model": "llama", "data": "train.jsonl", **wishes}),
+            machine=choose_machine(context.machine, target, memory),
+            model=make_spec(model),
+            data={"data": data},
+            output_dir=Path("runs/run-1"),
+            now="2026-01-01T00:00:00",
+            measures=Measures(saved_share=saved_share),
+        )
 
     return make

@@ -80,6 +80,8 @@ SPELLINGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "attention": (["sdpa", "documents"], {}),
     "gradient_checkpointing": ([True, "true", "recompute", "full"], {}),
     "deterministic": ([True, "true"], {}),
+    "context": ([2, "2"], {}),
+    "shard": ([2, "2"], {}),
     "metrics": (["exact_match", ["exact_match"]], {}),
     "gates": ([{"exact_match": ">= 0.8"}], {}),
     "guard": (["off", False, {"collapse": "off", "forgetting": "false"}], {}),

@@ -88,6 +88,12 @@ class StoredParameter:
             return (self.num_experts, *_concat_shapes(self.get_expert(0)))
         return _concat_shapes(self.headers)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether one tensor of the files is the parameter, row by row."""
+        is_packed = self.headers[0].scales is not None
+        return len(self.headers) == 1 and not (self.is_transposed or self.num_experts or is_packed)
+
     def get_expert(self, index: int) -> tuple[TensorHeader, ...]:
         """Return the tensors of one of the experts that are stored one by one."""
         count = len(self.headers) // self.num_experts

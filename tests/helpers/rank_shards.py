@@ -1,0 +1,139 @@
+"""Training loops with frozen weights that several ranks hold together, for `rank_lab`."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from rank_loops import collect_outcome, get_weights, iterate_alone, make_documents
+from tiny_loop import SETTINGS, select_steps
+from tiny_models import LORA
+from tunesmith.core.errors import MachineError
+from tunesmith.core.ranks import Ranks
+from tunesmith.core.types import Batch
+from tunesmith.model.adapters import METHODS, get_trainable_parameters
+from tunesmith.model.causal_lm import PackedCausalLM, load_network, wrap_model
+from tunesmith.model.lora import LoraLinear, QuantizedLinear
+from tunesmith.model.quantization import load_quantized
+from tunesmith.model.text_network import load_text_network
+from tunesmith.model.weight_shards import RankFailed, WeightShards
+from tunesmith.train.loop import TrainingLoop
+
+STEPS = 6
+CHANGES: dict[str, dict[str, Any]] = {
+    "accumulated": {"pack_length": 20},
+    "pairs": {"loss": "simpo", "beta": 2.0, "gamma": 0.5, "nll_coefficient": 0.1},
+}
+
+
+class Outcome(NamedTuple):
+    losses: list[float]
+    weights: bytes
+    frozen_bytes: int  # of the layers, that this rank holds between two steps
+
+
+def load_model(
+    folder: str, ranks: Ranks, size: int, *, method: str = "lora", policy: str = "none"
+) -> PackedCausalLM:
+    """Load a model whose adapters start away from zero; groups of `size` ranks share weights."""
+    shards = WeightShards(ranks, size) if size > 1 else None
+    load = load_quantized if method == "qlora" else load_network
+    network = load(Path(folder), torch.float32, "cpu", shards)
+    METHODS[method](network, LORA)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in get_trainable_parameters(network).values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return wrap_model(network, torch.float32, gradient_checkpointing=policy, shards=shards)
+
+
+def make_sharded_loop(
+    ranks: Ranks, folder: str, size: int, kind: str = "rows", **how: str
+) -> TrainingLoop:
+    iterate_alone(ranks)
+    changes = {"pack_length": 200} | CHANGES.get(kind, {})
+    return TrainingLoop(
+        load_model(folder, ranks, size, **how),
+        lambda step: make_documents(kind, step),
+        dataclasses.replace(SETTINGS, **changes),
+        steps=STEPS,
+        ranks=ranks,
+    )
+
+
+def train_sharded(
+    ranks: Ranks, folder: str, size: int, kind: str = "rows", how: dict[str, str] | None = None
+) -> Outcome:
+    training = make_sharded_loop(ranks, folder, size, kind, **(how or {}))
+    steps = select_steps(list(training))
+    weights = get_weights(training).tobytes()
+    return Outcome([step.loss for step in steps], weights, count_frozen_bytes(training.model))
+
+
+def count_frozen_bytes(model: PackedCausalLM) -> int:
+    """Return the bytes of all storages with frozen weights of the layers, and of the parts."""
+    storages = {id(tensor.untyped_storage()): tensor for tensor in _iter_frozen(model)}
+    total = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    return total + (model.shards.part_bytes if model.shards else 0)
+
+
+def _iter_frozen(model: PackedCausalLM) -> Iterator[Tensor]:
+    layers: nn.ModuleList = model.decoder.layers
+    for module in layers.modules():
+        if isinstance(module, LoraLinear | QuantizedLinear):
+            yield from module.frozen.list_tensors()
+        yield from (p for p in module.parameters(recurse=False) if not p.requires_grad)
+
+
+def count_read_bytes(ranks: Ranks, folder: str) -> tuple[int, int, int]:
+    """Return how many bytes are read to load all weights, and one of two parts, and the bytes of
+    all layers."""
+    process = psutil.Process()
+    before = process.io_counters().read_chars
+    network = load_text_network(Path(folder), torch.float32)
+    complete = process.io_counters().read_chars
+    load_text_network(Path(folder), torch.float32, shards=WeightShards(ranks, 2))
+    part = process.io_counters().read_chars
+    layers: nn.ModuleList = network.base_model.layers  # pyright: ignore[reportAssignmentType]
+    layer_bytes = sum(parameter.nbytes for parameter in layers.parameters())
+    return complete - before, part - complete, layer_bytes
+
+
+# ---------------------------------------------------------------- faults
+
+MAX_TOKENS = 35  # that rank 1 has memory for
+
+
+def train_with_little_memory(ranks: Ranks, folder: str, size: int) -> tuple[list[str], bytes]:
+    """Train where rank 1 has memory for few tokens; return verdicts and weights."""
+    training = make_sharded_loop(ranks, folder, size)
+    hidden = training.model.compute_hidden
+
+    def compute_with_little_memory(batch: Batch) -> Tensor:
+        if ranks.rank == 1 and batch.layout.num_tokens > MAX_TOKENS:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(batch)
+
+    training.model.compute_hidden = compute_with_little_memory  # type: ignore[method-assign]
+    return collect_outcome(training)
+
+
+def fail_on_rank_1(ranks: Ranks, folder: str) -> str:
+    """Let rank 1 fail while rank 0 needs its part of a layer; return what each rank says."""
+    training = make_sharded_loop(ranks, folder, 2)
+    if ranks.rank == 1:
+
+        def fail(_: Batch) -> Tensor:
+            raise MachineError("no disk")
+
+        training.model.compute_hidden = fail  # type: ignore[method-assign]
+    try:
+        next(training)
+    except RankFailed as error:
+        return f"failed: {error.message}"
+    except MachineError as error:
+        return error.message
+    return "no error"

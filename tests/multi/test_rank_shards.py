@@ -1,0 +1,142 @@
+"""Frozen weights that several ranks hold together: the bits of ranks that each hold all of them."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from rank_lab import run_processes, run_ranks
+from rank_runs import resume_run, train_run
+from rank_shards import (
+    STEPS,
+    Outcome,
+    count_read_bytes,
+    fail_on_rank_1,
+    train_sharded,
+    train_with_little_memory,
+)
+from tiny_runs import build_sum_rows, save_model_folder, write_eval_files, write_rows
+from tunesmith.core.events import CheckResult, Score
+from tunesmith.core.run_dir import read_events
+
+pytestmark = pytest.mark.multi
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_model_folder(tmp_path_factory.mktemp("shards") / "model"))
+
+
+def train_on(world: int, *args: Any) -> list[Outcome]:
+    return run_ranks(train_sharded, world, *args)
+
+
+@pytest.mark.parametrize(
+    ("world", "size", "kind", "how"),
+    [
+        (2, 2, "rows", {}),
+        (3, 3, "accumulated", {"policy": "full"}),  # packs differ in number
+        (4, 2, "pairs", {"policy": "selective"}),  # two groups
+        (2, 2, "accumulated", {"method": "qlora"}),
+    ],
+)
+def test_sharded_steps_are_those_of_complete_weights(
+    folder: str, world: int, size: int, kind: str, how: dict[str, str]
+) -> None:
+    complete = train_on(world, folder, 1, kind, how)
+    sharded = train_on(world, folder, size, kind, how)
+    assert len(complete[0].losses) == STEPS
+    for ours, theirs in zip(sharded, complete, strict=True):
+        assert (ours.losses, ours.weights) == (theirs.losses, theirs.weights)
+        assert ours.frozen_bytes <= (1 / size + 0.02) * theirs.frozen_bytes
+    assert len({outcome.weights for outcome in sharded}) == 1, "replicas are equal in bits"
+
+
+def test_a_rank_reads_its_rows_of_the_weights(folder: str) -> None:
+    for complete, part, layer_bytes in run_ranks(count_read_bytes, 2, folder):
+        assert complete - part >= 0.48 * layer_bytes
+
+
+def test_a_rank_without_memory_lets_all_repeat_the_step(folder: str) -> None:
+    complete = run_ranks(train_with_little_memory, 2, folder, 1)
+    sharded = run_ranks(train_with_little_memory, 2, folder, 2)
+    assert sharded == complete
+    assert any("out of memory" in verdict for verdict in sharded[0][0])
+
+
+def test_a_rank_that_fails_in_a_step_ends_the_others(folder: str) -> None:
+    assert run_ranks(fail_on_rank_1, 2, folder) == ["failed: another rank cannot go on", "no disk"]
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def changes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return a recipe of four steps with an evaluation, probes and a checkpoint."""
+    data = tmp_path_factory.mktemp("data")
+    rows = write_rows(data / "rows.jsonl", build_sum_rows(1, 16))
+    how = {"data": str(rows), "batch_size": 4, "save_steps": 2, "eval_steps": 2}
+    return how | write_eval_files(data)
+
+
+def run_on(
+    world: int, model: str, folder: Path, changes: dict[str, Any], **stop: int
+) -> list[tuple[int, str]]:
+    folder.mkdir()
+    return run_processes(train_run, world, model, str(folder), changes, stop)
+
+
+def read_weights(folder: Path) -> np.ndarray:
+    tensors = load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+
+
+def read_scores(folder: Path) -> list[float]:
+    return [event.value for event in read_events(folder / "run") if isinstance(event, Score)]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_sharded_run_is_that_of_complete_weights(
+    folder: str, changes: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    """Its proof, evaluations and probes, which rank 0 runs alone or with the others, too."""
+    complete, sharded = tmp_path / "complete", tmp_path / "sharded"
+    changes = changes | {"method": method}
+    assert run_on(2, folder, complete, changes) == [(0, "step 4"), (0, "followed")]
+    outcomes = run_on(2, folder, sharded, changes | {"shard": 2})
+    assert outcomes == [(0, "step 4"), (0, "followed")]
+    assert read_weights(sharded).tobytes() == read_weights(complete).tobytes()
+    assert read_scores(sharded) == read_scores(complete)
+    events = [event for event in read_events(sharded / "run") if isinstance(event, CheckResult)]
+    (ranks,) = (event.evidence for event in events if event.kind == "ranks")
+    assert "2 of them hold the frozen weights once" in ranks
+
+
+def test_a_checkpoint_of_sharded_ranks_goes_on_with_any_number(
+    folder: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    straight, first = tmp_path / "straight", tmp_path / "first"
+    changes = changes | {"shard": 2}
+    run_on(2, folder, straight, changes)
+    run_on(2, folder, first, changes, saved=2)
+    for world in (1, 2, 3):
+        resumed = tmp_path / str(world)
+        shutil.copytree(first, resumed)
+        outcomes = run_processes(resume_run, world, str(resumed))
+        assert [code for code, _ in outcomes] == [0] * world, outcomes
+        expected = read_weights(straight)
+        np.testing.assert_allclose(read_weights(resumed), expected, rtol=0, atol=1e-5)
+        if world == 2:
+            assert read_weights(resumed).tobytes() == expected.tobytes()
+
+
+def test_too_few_processes_are_refused_before_anything_is_loaded(
+    folder: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    (outcome,) = run_on(1, folder, tmp_path / "alone", changes | {"shard": 2})
+    assert outcome[0] == 2
+    assert "2 processes hold the frozen weights together, and there are 1" in outcome[1]

@@ -1,0 +1,64 @@
+"""Which plans may shard frozen weights, and what follows from it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_sizes import LLAMA_8B, LLAMA_70B
+from tiny_runs import make_tiny_recipe, plan_recipe
+from tunesmith.core.errors import InputError
+from tunesmith.core.mesh import Mesh
+from tunesmith.core.types import Plan
+
+Planner = Callable[..., Plan]
+
+
+def test_a_target_is_sharded_where_nothing_else_fits_and_its_command_says_so(
+    plan: Planner,
+) -> None:
+    made = plan(LLAMA_70B, "8xh100", method="lora")
+    assert made.mesh is not None
+    size = made.mesh.mesh.shard
+    assert size > 1
+    assert made.config.shard == size
+    assert made.mesh.missing == ""
+    assert made.mesh.command.endswith(f"train recipe.yaml --shard {size}")
+
+
+def test_the_recipe_says_how_many_gpus_hold_the_weights(plan: Planner) -> None:
+    made = plan(LLAMA_8B, "8xh100", shard=4)
+    assert made.mesh is not None
+    assert made.mesh.mesh == Mesh(8, 1, shard=4)
+    assert made.reasons["shard"].decided_by == "user"
+    complete = plan(LLAMA_8B, "8xh100")
+    assert made.memory_bytes["weights"] < complete.memory_bytes["weights"] / 2
+    assert complete.config.shard == 1
+
+
+@pytest.mark.parametrize(
+    ("wishes", "problem"),
+    [
+        ({"method": "full"}, "method: full cannot be used with sharded weights"),
+        ({"use_dora": True}, "use_dora cannot"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save cannot"),
+        ({"use_dora": True, "context": 2}, "use_dora and context cannot"),
+        ({"shard": 3}, "has 8 GPUs, which groups of 3 do not divide"),
+        ({"target": "h100"}, "has 1 GPU, which groups of 2 do not divide"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_by_name(
+    plan: Planner, wishes: dict[str, Any], problem: str
+) -> None:
+    wishes = {"target": "8xh100", "shard": 2} | wishes
+    with pytest.raises(InputError, match=problem) as refusal:
+        plan(LLAMA_8B, wishes.pop("target"), **wishes)
+    assert refusal.value.where == f"shard: {wishes['shard']}"
+
+
+def test_sharded_weights_have_one_layout(tiny_folder: Path, tmp_path: Path) -> None:
+    wishes = {"dtype": "bf16", "shard": 2}
+    made = plan_recipe(make_tiny_recipe(tiny_folder, tmp_path, **wishes))
+    assert made.config.weight_layout == "plain"
+    assert made.config.shard == 2
