@@ -336,7 +336,13 @@ def read_body(raw: bytes, kind: type[B]) -> B:
 
 def _parse_json(raw: bytes) -> Any:
     try:
-        return json.loads(raw, object_pairs_hook=_build_object, parse_constant=_refuse_constant)
+        text = raw.decode()
+        content = json.loads(text, object_pairs_hook=_build_object, parse_constant=_refuse_constant)
+        if "\\ud" in text.lower():  # half of a pair is no character, and no tokenizer takes it
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
+    except UnicodeEncodeError:
+        raise RequestError(400, "not valid JSON: half of a surrogate pair") from None
     except RecursionError:
         raise RequestError(400, "not valid JSON: too deeply nested") from None
     except UnicodeDecodeError:

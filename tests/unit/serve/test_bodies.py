@@ -108,6 +108,11 @@ def test_fields_that_contradict_each_other(changes: dict[str, Any], message: str
         b'{"model": ' + b"[" * 100_000,
         b"[" * 100_000 + b"]" * 100_000,
         b'{"seed": ' + b"9" * 5000 + b"}",
+        b'{"model": "base", "messages": [{"role": "user", "content": "\\uD800"}]}',
+        b'{"model": "base", "messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
+        b'{"model": "base", "messages": [{"role": "user", "content": "a"}], "tools": [{"type": '
+        b'"function", "function": {"name": "f", "parameters": {"\\udfff": 1}}}]}',
+        '{"model": "base", "messages": [{"role": "user", "content": "a"}]}'.encode("utf-16"),
     ],
 )
 def test_what_is_no_body(raw: bytes) -> None:
@@ -141,3 +146,8 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
 def test_a_bias_is_of_a_token() -> None:
     with pytest.raises(RequestError, match="not a token id"):
         read_chat(logit_bias={"dog": 1}).list_biases()
+
+
+def test_pairs_of_surrogates_are_characters() -> None:
+    raw = rb'{"model": "base", "messages": [{"role": "user", "content": "\ud83d\ude00 \\ud800"}]}'
+    assert read_body(raw, ChatBody).messages[0].content == "\U0001f600 \\ud800"
