@@ -85,15 +85,22 @@ REFUSED_EXPORTS = (
     ("--to", "gguf", "--type", "q9"),
     ("--to", "llama-server", "--type", "lora"),
     ("--to", "gguf"),
+    ("--to", "merged", "--out", "FULL"),
+    ("--to", "vllm", "--out", "FULL"),
+    ("--to", "hub", "--yes"),
 )
 
 
 def test_an_export_is_refused_before_a_model_library_is_loaded(tmp_path: Path) -> None:
-    """By the name of its target or type, or by a tokenizer that no GGUF holds."""
+    """By the name of its target or type, by a tokenizer that no GGUF holds, by a folder with files
+    or a missing repository."""
     run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record())
     (run / "adapter").mkdir(exist_ok=True)
     (run / "adapter" / "tokenizer.json").write_text('{"model": {"type": "WordLevel"}}')
-    exports = [verb("export", str(run), *words, code=2) for words in REFUSED_EXPORTS]
+    exports: list[str] = []
+    for words in REFUSED_EXPORTS:
+        paths = [str(run) if word == "FULL" else word for word in words]
+        exports.append(verb("export", str(run), *paths, code=2))
     assert not loaded_by("\n".join(exports)) & {"torch", "transformers"}
 
 
