@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -128,19 +127,19 @@ def score_share(
     """Do the part of this rank in what rank 0 has sent, and yield all results."""
     ranks = model.ranks
     costs = [float(count_computed_tokens(pack.pack)) for pack in packs]
-    own, others = _assign(packs, costs, ranks)
+    assigned, remaining = _assign(packs, costs, ranks)
     values_NC = torch.zeros(num_documents, scorer.num_values, dtype=torch.float64)
     problem = None
     try:
         with join_ranks(model.shards):
-            for index, result in compute_packs(model, own, scorer.compute):
+            for index, result in compute_packs(model, assigned, scorer.compute):
                 values_NC[index] = torch.tensor(result, dtype=torch.float64)
                 yield index, result
     except (InputError, MachineError, GateError) as error:
         problem = error
-    _meet(ranks, scorer.name, [_pack_to_json(pack) for pack in packs], None, problem)
+    _gather_results(ranks, scorer.name, [_pack_to_json(pack) for pack in packs], None, problem)
     ranks.sum_(values_NC)  # each row has been written by one rank, so no bit changes
-    for pack in others:
+    for pack in remaining:
         for index in pack.indices:
             first, count, *rest = values_NC[index].tolist()
             yield index, scorer.result_type(first, int(count), *rest)
@@ -209,19 +208,19 @@ def generate_share(
     """Do the part of this rank in what rank 0 has sent, and yield all answers."""
     ranks = model.ranks
     costs = [float(len(request.tokens) + request.max_new_tokens) for request in requests]
-    own, _ = _assign(range(len(requests)), costs, ranks)
-    own_requests = [requests[index] for index in own]
+    assigned, _ = _assign(range(len(requests)), costs, ranks)
+    assigned_requests = [requests[index] for index in assigned]
     outputs: dict[int, GenerationOutput] = {}
     problem = None
     try:
         with join_ranks(model.shards):
-            answers = generate(model, own_requests, decode=decode, end_ids=end_ids)
-            for number, output in answers if own else ():
-                outputs[own[number]] = output
-                yield own[number], output
+            answers = generate(model, assigned_requests, decode=decode, end_ids=end_ids)
+            for number, output in answers if assigned else ():
+                outputs[assigned[number]] = output
+                yield assigned[number], output
     except (InputError, MachineError, GateError) as error:
         problem = error
-    answers_by_rank = _meet(ranks, GENERATE, list(requests), outputs, problem)
+    answers_by_rank = _gather_results(ranks, GENERATE, list(requests), outputs, problem)
     for rank, answers in enumerate(answers_by_rank):
         if rank != ranks.rank:
             for index, output in answers.items():
@@ -231,21 +230,15 @@ def generate_share(
 # ---------------------------------------------------------------- the ranks of a computation
 
 
-def _computing(model: PackedCausalLM) -> AbstractContextManager[None]:
-    """Let ranks that hold the frozen weights together compute what each has to."""
-    shards = getattr(model, "shards", None)
-    return nullcontext() if shards is None else shards.joint()
-
-
 def _assign(items: Sequence[T], costs: Sequence[float], ranks: Ranks) -> tuple[list[T], list[T]]:
     """Return the items of this rank, and those of the others."""
     priced = [(cost, [index]) for index, cost in enumerate(costs)]
-    own = set(assign_items(priced, ranks.world)[ranks.rank])
-    others = [item for index, item in enumerate(items) if index not in own]
-    return [items[index] for index in sorted(own)], others
+    assigned = set(assign_items(priced, ranks.world)[ranks.rank])
+    remaining = [item for index, item in enumerate(items) if index not in assigned]
+    return [items[index] for index in sorted(assigned)], remaining
 
 
-def _meet(
+def _gather_results(
     ranks: Ranks,
     name: str,
     items: Sequence[Any],
@@ -258,4 +251,4 @@ def _meet(
         return ranks.gather_answers(value, problem)
     content = dump_json([name, items, hash_source(), torch.__version__])
     digest = hashlib.sha256(content).hexdigest()
-    return ranks.gather_at(digest, value, problem)
+    return ranks.gather_in_lockstep(digest, value, problem)
