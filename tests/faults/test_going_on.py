@@ -155,6 +155,7 @@ def custom(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         save_model_folder(folder / "model"),
         folder,
         **write_eval_files(folder),
+        metrics=["bits_per_byte"],
         save_steps=1,
         eval_steps=1,
     )
@@ -249,9 +250,9 @@ def test_fault_30_a_run_that_stands_on_something_else_is_refused_field_by_field(
 
 @pytest.mark.parametrize("what", ["test data", "plan", "weights"])
 def test_fault_30_what_is_allowed_to_differ_is_in_the_record(what: str, tmp_path: Path) -> None:
-    wish = make_tiny_recipe(
-        save_model_folder(tmp_path / "model"), tmp_path, **write_eval_files(tmp_path), save_steps=1
-    )
+    model = save_model_folder(tmp_path / "model")
+    held_out = write_eval_files(tmp_path)
+    wish = make_tiny_recipe(model, tmp_path, **held_out, metrics=["bits_per_byte"], save_steps=1)
     run_until_saved(run.train(plan_recipe(wish)), step=1)
     name, change, _ = DRIFTS[what]
     change(tmp_path / name)

@@ -267,11 +267,12 @@ OTHER_RANK, ALL_WEIGHTS = "another rank", "all weights"
 
 
 def merging(model: Path, folder: Path, kind: str) -> Stages:
-    """The first stage leaves what no adapter can go on from."""
+    """The first stage leaves what no adapter can go on from; no answers are generated."""
     both, cpt, sft = keys(model, folder)
     del both["lora_r"]
     first = {"method": "full"} if kind == ALL_WEIGHTS else {"lora_r": 3}
-    stage = [{"cpt": cpt | first}, {"sft": sft | {"lora_r": 2}}]
+    second = {"lora_r": 2, "metrics": ["bits_per_byte"]}
+    stage = [{"cpt": cpt | first}, {"sft": sft | second}]
     return wish(model, folder, lora_r="auto", stage=stage)
 
 
