@@ -43,6 +43,19 @@ def resume_run(folder: str) -> Outcome:
     return _act(lambda ranks: run.resume(path, ranks=ranks), Path(folder), {})
 
 
+def resume_runs(folders: Sequence[str]) -> list[Outcome]:
+    """Resume runs one after another, in processes that start once."""
+    torch.set_num_threads(1)
+    with open_ranks() as ranks:
+        if not ranks.is_main:
+            return [(follow(ranks), "followed")]
+        outcomes: list[Outcome] = []
+        for folder in folders:
+            events = run.resume(Path(folder) / "run", ranks=ranks)
+            outcomes.append((0, _consume(events, Path(folder), {})))
+    return outcomes
+
+
 def _act(start: Any, folder: Path, stop: dict[str, int]) -> Outcome:
     try:
         with open_ranks() as ranks:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from rank_lab import run_processes
-from rank_runs import resume_run, train_run
+from rank_runs import resume_runs, train_run
 from tiny_runs import build_sum_rows, write_rows
 from tunesmith.core.run_dir import read_all_events
 from tunesmith.core.types import Json
@@ -49,8 +49,9 @@ def read_weights(run: Path) -> bytes:
 def test_a_run_whose_rank_was_killed_goes_on_to_the_same_weights(
     tiny_folder: Path, changes: dict[str, Any], straight: bytes, tmp_path: Path, rank: int
 ) -> None:
-    for step in random.Random(rank).sample(range(1, STEPS), KILLS):
-        folder = tmp_path / str(step)
+    steps = random.Random(rank).sample(range(1, STEPS), KILLS)
+    folders = [tmp_path / str(step) for step in steps]
+    for step, folder in zip(steps, folders, strict=True):
         folder.mkdir()
         stop = {"kill": step, "rank": rank}
         outcomes = run_processes(train_run, 2, str(tiny_folder), str(folder), changes, stop)
@@ -58,7 +59,10 @@ def test_a_run_whose_rank_was_killed_goes_on_to_the_same_weights(
         code, message = outcomes[1 - rank]
         assert code == 3, message
         assert "another rank has ended" in message
-        assert [code for code, _ in run_processes(resume_run, 2, str(folder))] == [0, 0]
+    main, other = run_processes(resume_runs, 2, [str(folder) for folder in folders])
+    assert main == [(0, f"step {STEPS}")] * KILLS
+    assert other == [(0, "followed")]
+    for step, folder in zip(steps, folders, strict=True):
         assert read_weights(folder / "run") == straight, f"killed after step {step}"
 
 

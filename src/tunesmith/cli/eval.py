@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from tunesmith.cli.launch import GpusOption, launch, list_flags, lockstep
 from tunesmith.cli.output import print_result
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from tunesmith.evaluate.regression_gate import EvalReport
 
 GREEDY = SamplingParams()
 
@@ -56,13 +59,19 @@ def evaluate(
         flags += list_flags(json=as_json)
         raise typer.Exit(launch(gpus, ["eval", target, *flags]))
     from tunesmith.cli.progress import measuring
-    from tunesmith.cli.views.results import render_comparisons, render_gates, render_scores
-    from tunesmith.cli.views.verdict import render_errors
 
     with lockstep() as ranks, measuring() if ranks.is_main else nullcontext():
         report = api.evaluate(
             target, data=data, metrics=metrics, allow_code=allow_code, ranks=ranks
         )
+    _show_report(report, target, gate=gate, as_json=as_json)
+
+
+def _show_report(report: EvalReport, target: str, *, gate: bool, as_json: bool) -> None:
+    """Print a report; raise GateError if a gate fails."""
+    from tunesmith.cli.views.results import render_comparisons, render_gates, render_scores
+    from tunesmith.cli.views.verdict import render_errors
+
     output: dict[str, Any] = {
         "scores": report.scores,
         "comparisons": report.comparisons,

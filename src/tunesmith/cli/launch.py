@@ -104,7 +104,7 @@ def lockstep() -> Iterator[Ranks]:
         try:
             yield ranks
             if ranks.is_lockstep:
-                ranks.gather_at("end")
+                ranks.gather_in_lockstep("end")
         except TunesmithError as error:
             if ranks.is_main:
                 raise

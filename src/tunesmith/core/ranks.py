@@ -190,13 +190,13 @@ class Ranks:
             raise error(described["message"], where=described["where"], fix=described["fix"])
         return [each["value"] for each in answers]
 
-    def gather_at(
-        self, place: str, value: Any = None, problem: TunesmithError | None = None
+    def gather_in_lockstep(
+        self, key: str, value: Any = None, problem: TunesmithError | None = None
     ) -> list[Any]:
-        """Gather answers of ranks in lockstep; raise InputError if one is at another place."""
-        answers = self.gather_answers([place, value], problem)
-        for rank, (other_place, _) in enumerate(answers):
-            if other_place != answers[0][0]:
+        """Gather answers under a key; raise InputError if another rank has another key."""
+        answers = self.gather_answers([key, value], problem)
+        for rank, (rank_key, _) in enumerate(answers):
+            if rank_key != answers[0][0]:
                 raise InputError(
                     f"rank {rank} measures other items than rank 0, or with other versions",
                     where=f"{self.world} ranks",

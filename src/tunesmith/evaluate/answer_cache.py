@@ -125,7 +125,7 @@ def _read_shared_answers(
     answers = _read_answers(cache.file, keys) if ranks.is_main else {}
     if not ranks.is_lockstep:
         return answers
-    stored = ranks.gather_at("stored answers", answers)[0]
+    stored = ranks.gather_in_lockstep("stored answers", answers)[0]
     return {key: parse_as(GenerationOutput, answer) for key, answer in stored.items()}
 
 

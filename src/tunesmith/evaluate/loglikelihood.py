@@ -74,10 +74,11 @@ def pack_documents(
     assert len(index_by_id) == len(documents), "a document is in the list twice"
     supervised = [document for document in documents if document.weights_L.any()]
     packs = pack_step(supervised, pack_length, should_share=share, get_group=model.get_rotation_key)
-    return [
-        IndexedPack(pack, [index_by_id[id(document)] for document in pack.documents])
-        for pack in packs
-    ]
+    indexed: list[IndexedPack] = []
+    for pack in packs:
+        indices = [index_by_id[id(document)] for document in pack.documents]
+        indexed.append(IndexedPack(pack, indices))
+    return indexed
 
 
 @torch.no_grad()

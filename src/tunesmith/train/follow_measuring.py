@@ -138,12 +138,12 @@ class MeasuringFollower:
                 self.ranks.gather_answers(None, self.problem)
             yield None
             return
-        own_scales = get_adapter_scales(model.network)
+        previous_scales = get_adapter_scales(model.network)
         set_adapter_scales(model.network, scales)
         model.network.eval()
         with suppress(TunesmithError):
             yield model
-        set_adapter_scales(model.network, own_scales)
+        set_adapter_scales(model.network, previous_scales)
 
 
 def _run(results: Iterable[Any]) -> None:

@@ -236,7 +236,6 @@ def _run_events(context: RunContext) -> Generator[Event]:
     # Prove.
     with context.stop.immediate(), machine_errors():
         session = _open_on_ranks(context)
-        session.model.ranks = context.ranks
         preflight_results = run_preflight(session.model, session.samples)
     yield from preflight_results
 
@@ -288,12 +287,15 @@ def _run_events(context: RunContext) -> Generator[Event]:
 
 
 def _open_on_ranks(context: RunContext) -> Session:
-    """Open the session; with sharded weights all ranks do it together, or none."""
+    """Open the session, whose model computes on these ranks; with sharded weights all ranks open
+    it together, or none."""
     try:
         session = open_session(context.plan, context.inputs, context.ranks)
     except RankFailed:
         check_ranks(context.ranks)
         raise
+    session.model.ranks = context.ranks
+    session.model.ranks = context.ranks
     if session.model.shards is not None:
         check_ranks(context.ranks)
     return session
