@@ -204,7 +204,7 @@ def advise(  # noqa: PLR0913 - every option is a flag
     print_result(advice, render_advice(advice), as_json=as_json)
 
 
-def plan(
+def plan(  # noqa: PLR0913 - every option is a flag
     args: RecipeArgs = None,
     target: Annotated[
         str | None,
@@ -224,6 +224,12 @@ def plan(
     benchmark: Annotated[
         bool, typer.Option("--benchmark", help="Time real steps, in about 10 s.")
     ] = False,
+    dry_run: Annotated[
+        int | None,
+        typer.Option(
+            "--dry-run", metavar="N", min=2, help="Count one step on N ranks.", show_default=False
+        ),
+    ] = None,
     why: Annotated[
         str | None,
         typer.Option(metavar="KEY", help="Explain one setting.", show_default=False),
@@ -237,10 +243,13 @@ def plan(
     recipe = parse_recipe_args(args)
     from tunesmith.cli.views.plan import render_method_estimates, render_plan, render_setting
 
-    if compare and why is not None:
-        message = "--compare and --why cannot be combined"
+    if (compare or dry_run is not None) and why is not None:
+        message = f"--{'compare' if compare else 'dry-run'} and --why cannot be combined"
         raise InputError(message, where="command line", fix="pass one of them")
     inputs = api.load_inputs(recipe, needs_weights=False)
+    if dry_run is not None:
+        _show_dry_run(inputs, dry_run, target, memory, as_json=as_json)
+        return
     if compare:
         _refuse_unusable_rows(api.plan(inputs), inputs)
         methods = api.compare_methods(inputs, target=target, memory=memory)
@@ -252,6 +261,15 @@ def plan(
         render_plan(run_plan, show_all=show_all) if why is None else render_setting(run_plan, why)
     )
     print_result(run_plan, view, as_json=as_json)
+
+
+def _show_dry_run(
+    inputs: api.AnyInputs, num_ranks: int, target: str | None, memory: str | None, *, as_json: bool
+) -> None:
+    from tunesmith.cli.views.mesh import render_dry_run
+
+    counted = api.simulate_step(inputs, num_ranks, target=target, memory=memory)
+    print_result(counted, render_dry_run(counted), as_json=as_json)
 
 
 def _refuse_unusable_rows(plan: Plan | StagedPlan, inputs: api.AnyInputs) -> None:

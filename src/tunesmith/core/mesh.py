@@ -5,6 +5,7 @@
     MeshStep     the predicted time of a step by part, and the tokens per second
     MeshOption   the same recipe on other GPUs or with another method
     MeshPlan     all of them, with the reasons
+    DryRun       what a step on several processes was counted to take, beside the prediction
 
 Plain values only. Left out: measuring (hardware.py), deciding (plan/mesh.py) and predicting
 (plan/mesh_time.py)."""
@@ -134,3 +135,29 @@ class MeshPlan:
     missing: str  # what this version lacks to run it; empty if it runs
     command: str  # that starts it; on each node, if there are several
     options: tuple[MeshOption, ...] = ()
+
+
+@dataclass(frozen=True)
+class RankMessages:
+    """What a rank gives to one kind of collective operation in a step."""
+
+    operation: str  # allreduce, alltoall_base: the names of torch
+    calls: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A step of rank 0 of `num_ranks`. Bytes are counted; those that are `planned`, predicted."""
+
+    num_ranks: int
+    context: int  # ranks that share each document
+    step_tokens: int  # of all ranks
+    rank_tokens: int  # of this one, computed
+    messages: tuple[RankMessages, ...]
+    weight_bytes: int  # before the first step
+    peak_bytes: int  # of weights, optimizer and activations together
+    planned_rank_tokens: int  # of a step with long rows
+    planned_messages: tuple[RankMessages, ...]
+    planned_weight_bytes: int
+    planned_peak_bytes: int  # without the process, the device's libraries and fragmentation

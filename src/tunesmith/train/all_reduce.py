@@ -21,6 +21,7 @@ from tunesmith.core.errors import MachineError
 from tunesmith.core.ranks import Ranks
 
 BUCKET_NUMEL = 2**28  # fp32 numbers of one message
+FULL = 2.0  # of a rank without memory; not 1, which a dry run reads everywhere
 CHECKSUM_NUMEL = 2**24  # of one sum, which takes 16 bytes for each
 
 
@@ -42,7 +43,8 @@ def sum_step(parameters: Sequence[nn.Parameter], share: StepShare, ranks: Ranks)
     A parameter without a gradient on any rank keeps none, as in one process, where the optimizer
     leaves it alone."""
     has_gradient = [parameter.grad is not None for parameter in parameters]
-    is_full = [rank == ranks.rank and bool(share.out_of_memory) for rank in range(ranks.world)]
+    is_full = [0.0] * ranks.world
+    is_full[ranks.rank] = FULL if share.out_of_memory else 0.0
     # One upload and one read, each of which waits for the device.
     words = torch.tensor(
         [0.0, share.num_targets, ranks.has_signal, *is_full, *has_gradient],
@@ -62,8 +64,8 @@ def sum_step(parameters: Sequence[nn.Parameter], share: StepShare, ranks: Ranks)
             parameter.grad = None
     ranks.has_signal = num_signals > 0
     message = share.out_of_memory
-    if any(are_full) and not message:
-        message = f"rank {are_full.index(1)} is out of memory"
+    if FULL in are_full and not message:
+        message = f"rank {are_full.index(FULL)} is out of memory"
     return StepShare(words[0], int(num_targets), message)
 
 

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.cli.views import make_table
-from tunesmith.core.formatting import format_bytes
-from tunesmith.core.mesh import MeshOption, MeshPlan, MeshStep
+from tunesmith.core.formatting import format_bytes, format_count
+from tunesmith.core.mesh import DryRun, MeshOption, MeshPlan, MeshStep, RankMessages
 from tunesmith.core.types import Plan
 from tunesmith.plan.mesh import explain_batch, format_seconds
 
@@ -108,4 +108,41 @@ def _format_option(option: MeshOption) -> tuple[str | Text, ...]:
         format_bytes(option.peak_bytes),
         _format_rates(option.tokens_per_second) if option.has_enough_memory else "-",
         verdict,
+    )
+
+
+# ---------------------------------------------------------------- a step without its memory
+
+
+def render_dry_run(dry_run: DryRun) -> RenderableType:
+    """Show what rank 0 sends and holds, counted and predicted."""
+    title = f"One step of rank 0 of {dry_run.num_ranks}"
+    table = make_table(title, "", "counted", "planned", numbers=("counted", "planned"))
+    planned = {message.operation: message for message in dry_run.planned_messages}
+    for message in dry_run.messages:
+        prediction = planned.get(message.operation)
+        expected = "-" if prediction is None else _format_messages(prediction)
+        table.add_row(message.operation, _format_messages(message), expected)
+    sizes = {
+        "weights": (dry_run.weight_bytes, dry_run.planned_weight_bytes),
+        "peak": (dry_run.peak_bytes, dry_run.planned_peak_bytes),
+    }
+    for name, pair in sizes.items():
+        table.add_row(name, *map(format_bytes, pair))
+    tokens = (dry_run.rank_tokens, dry_run.planned_rank_tokens)
+    table.add_row("tokens of this rank", *(f"{count:,}" for count in tokens))
+    return Group(table, _explain_dry_run(dry_run))
+
+
+def _format_messages(messages: RankMessages) -> str:
+    return f"{format_count(messages.calls, 'call')}, {format_bytes(messages.num_bytes)}"
+
+
+def _explain_dry_run(dry_run: DryRun) -> str:
+    groups = f" {dry_run.context} ranks share each document." if dry_run.context > 1 else ""
+    return (
+        f"The step has {dry_run.step_tokens:,} tokens; the plan is for steps of long rows.{groups} "
+        "Nothing was computed or sent: tensors have sizes and no values, and operations are those "
+        "of plain torch, which keeps more than our kernels. Neither column has the process, CUDA, "
+        "NCCL or fragmentation."
     )

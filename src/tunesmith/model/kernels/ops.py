@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tunesmith.core.hardware import find_compiler, has_python_headers
 from tunesmith.model.kernels.build import call_kernel, load_library
@@ -32,9 +33,11 @@ def has_attention() -> bool:
 
 
 def is_supported(*tensors: Tensor) -> bool:
-    """Return whether the kernels can take these tensors: bf16 on the CPU."""
+    """Return whether the kernels can take these tensors: bf16 on the CPU, with values."""
     for tensor in tensors:
         if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu":
+            return False
+        if isinstance(tensor, FakeTensor):
             return False
     return load_library() is not None
 

@@ -1,0 +1,96 @@
+"""Steps on ranks that are not there: what they send and hold, beside the prediction."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_runs import build_sum_rows, make_tiny_recipe, save_model_folder, write_rows
+from tunesmith.cli import app
+from tunesmith.core.errors import InputError
+from tunesmith.core.mesh import DryRun, RankMessages
+from tunesmith.plan.mesh_time import GRADIENT_BYTES
+from tunesmith.session import inputs
+from tunesmith.train.dry_run import simulate_step
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model_folder(tmp_path_factory.mktemp("dry") / "model", num_kv_heads=2)
+
+
+def count(model: Path, folder: Path, num_ranks: int, **changes: Any) -> DryRun:
+    rows = write_rows(folder / "rows.jsonl", build_sum_rows(1, 32))
+    recipe = make_tiny_recipe(model, folder / "x", data=str(rows), batch_size=16, **changes)
+    run_inputs = inputs.load_inputs(recipe)
+    return simulate_step(inputs.make_plan(run_inputs), run_inputs, num_ranks)
+
+
+def get_messages(messages: tuple[RankMessages, ...]) -> dict[str, tuple[int, int]]:
+    return {message.operation: (message.calls, message.num_bytes) for message in messages}
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "bf16"}, {"method": "full", "lora_r": "auto"}])
+def test_one_sum_of_gradients_is_sent(model: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    dry_run = count(model, tmp_path, 8, **changes)
+    (name, (calls, num_bytes)) = get_messages(dry_run.messages).popitem()
+    planned_calls, planned_bytes = get_messages(dry_run.planned_messages)["allreduce"]
+    assert (name, calls, len(dry_run.messages)) == ("allreduce", planned_calls, 1)
+    words = (num_bytes - planned_bytes) / GRADIENT_BYTES
+    assert 8 < words < 60, "loss, counts, and a word for each rank and parameter"
+    assert dry_run.weight_bytes == pytest.approx(dry_run.planned_weight_bytes, rel=0.01)
+    assert dry_run.peak_bytes > dry_run.weight_bytes
+    assert dry_run.rank_tokens < dry_run.step_tokens / 6
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_ranks_that_share_documents_send_what_is_planned(
+    model: Path, tmp_path: Path, policy: str
+) -> None:
+    changes = {"gradient_checkpointing": policy, "max_length": 128}
+    alone = count(model, tmp_path, 2, **changes)
+    shared = count(model, tmp_path, 2, context=2, **changes)
+    sent, planned = (
+        get_messages(messages)["alltoall_base"]
+        for messages in (shared.messages, shared.planned_messages)
+    )
+    assert sent[0] == planned[0]
+    assert sent[1] == pytest.approx(planned[1], rel=0.005), "up to one token"
+    assert sent[0] == {"none": 8, "full": 10}[policy], "the last layer is not recomputed"
+    assert "alltoall_base" not in get_messages(alone.messages)
+
+
+def test_the_memory_of_a_rank_falls_with_their_number(model: Path, tmp_path: Path) -> None:
+    """No rank has less than its weights and the longest document."""
+    peaks = [count(model, tmp_path, num_ranks, dtype="bf16") for num_ranks in (2, 8)]
+    assert peaks[0].weight_bytes == peaks[1].weight_bytes
+    assert peaks[1].peak_bytes < 0.6 * peaks[0].peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_ranks", "problem"),
+    [({"method": "qlora"}, 2, "takes no fake tensors"), ({"context": 2}, 3, "there are 3")],
+)
+def test_what_it_cannot_count_is_refused(
+    model: Path, tmp_path: Path, changes: dict[str, Any], num_ranks: int, problem: str
+) -> None:
+    with pytest.raises(InputError, match=problem):
+        count(model, tmp_path, num_ranks, **changes)
+
+
+def test_the_command_prints_both_columns(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", build_sum_rows(1, 32))
+    words = ["plan", "--model", str(model), "--data", str(rows), "--dry-run", "4"]
+    with pytest.raises(SystemExit) as ended:
+        app.main(words)
+    assert not ended.value.code
+    text = capsys.readouterr().out
+    assert "One step of rank 0 of 4" in text
+    assert "allreduce" in text
+    assert "Nothing was computed or sent" in text
+    with pytest.raises(SystemExit):
+        app.main([*words, "--json"])
+    assert json.loads(capsys.readouterr().out)["num_ranks"] == 4
