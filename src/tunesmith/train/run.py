@@ -295,7 +295,6 @@ def _open_on_ranks(context: RunContext) -> Session:
         check_ranks(context.ranks)
         raise
     session.model.ranks = context.ranks
-    session.model.ranks = context.ranks
     if session.model.shards is not None:
         check_ranks(context.ranks)
     return session
