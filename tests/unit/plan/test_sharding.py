@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from llama_sizes import LLAMA_8B, LLAMA_70B
-from tiny_runs import make_tiny_recipe, plan_recipe
+from tiny_runs import build_sum_rows, make_tiny_recipe, plan_recipe, write_rows
+from tunesmith import api
 from tunesmith.core.errors import InputError
 from tunesmith.core.mesh import Mesh
 from tunesmith.core.types import Plan
+from tunesmith.train.stages import load_stage_inputs, make_staged_plan
 
 Planner = Callable[..., Plan]
 
@@ -62,3 +64,13 @@ def test_sharded_weights_have_one_layout(tiny_folder: Path, tmp_path: Path) -> N
     made = plan_recipe(make_tiny_recipe(tiny_folder, tmp_path, **wishes))
     assert made.config.weight_layout == "plain"
     assert made.config.shard == 2
+
+
+def test_several_stages_are_not_sharded(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = str(write_rows(tmp_path / "rows.jsonl", build_sum_rows(1, 6)))
+    stage = {"sft": {"data": rows, "batch_size": 2}}
+    output_dir = str(tmp_path / "run")
+    both = {"model": str(tiny_folder), "shard": 2, "stage": [stage, stage]}
+    stage_inputs = load_stage_inputs(api.read_recipe(both | {"output_dir": output_dir}))
+    with pytest.raises(InputError, match="several stages cannot be used with sharded weights"):
+        make_staged_plan(stage_inputs)
