@@ -157,10 +157,9 @@ def read_adapter(
     if base_headers is None:
         base_headers = read_parameter_headers(base)
     base_config = read_model_json(base / "config.json")
-    tensor_prefix = get_tensor_prefix(base_config)
     use_dora = bool(config.get("use_dora"))
     stored_headers = read_header(weights_file)
-    named_headers = rename_tensors(stored_headers, tensor_prefix, weights_file)
+    named_headers = rename_tensors(stored_headers, get_tensor_prefix(base_config), weights_file)
     headers = _split_headers(named_headers, config, base_headers, weights_file)
     new_token_ids = _check_token_rows(
         headers.rows, base_headers, config.get("trainable_token_indices"), path
