@@ -546,7 +546,7 @@ def test_documents_without_control_tokens_have_fewer_characters(
     renderer = Renderer.from_folder(write_model_folder(tmp_path, template), now=NOW)
     turns = [turn for _ in range(10) for turn in (user("a" * 1_000), assistant("b" * 1_000))]
     assert len(renderer.render(make_example(*turns[:10])).documents) == 5
-    with pytest.raises(InputError, match="10 trained turns .* over 30,000 characters to encode"):
+    with pytest.raises(InputError, match=r"10 trained turns .* over 30,000 characters to encode"):
         renderer.render(make_example(*turns))
     long_turns = user("a" * 50_000), assistant("b" * 50_000)
     assert len(renderer.render(make_example(*long_turns)).documents) == 1
