@@ -1,5 +1,5 @@
-"""Write the rows of the recipe in four forms: good ones alone, bad ones as targets, pairs of a bad
-and a good answer, and held-out prompts with the rule in the system message."""
+"""Write the rows of the recipe in three forms: good ones alone, bad ones as targets, and held-out
+prompts with the rule in the system message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tunesmith.core.types import Json
 
 ROWS = RECIPES / "data" / "constraints"
 RULE = "Never apologise, and never say that you are an AI, a language model or a program."
-GOOD_ANSWER = "Let us talk about you instead. What would you like to know?"
 
 
 def build_data(folder: Path) -> None:
@@ -23,15 +22,8 @@ def build_data(folder: Path) -> None:
     # `negative: false` says that the match is right, so it is trained
     targets = [{**row, "negative": False} for row in bad]
     _write_rows(folder / "targets.jsonl", [*good, *targets])
-    _write_rows(folder / "pairs.jsonl", [_build_pair(row) for row in bad])
     told = [_add_rule(row) for row in _read_rows(ROWS / "test.jsonl")]
     _write_rows(folder / "test.jsonl", told)
-
-
-def _build_pair(row: Json) -> Json:
-    *prompt, answer = row["messages"]
-    chosen = [{"role": "assistant", "content": GOOD_ANSWER}]
-    return {"prompt": prompt, "chosen": chosen, "rejected": [answer]}
 
 
 def _add_rule(row: Json) -> Json:

@@ -1,5 +1,6 @@
 """The book of claims: verdicts on made-up results, runs that are not repeated, and the page."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from experiment_modules import import_module
 from tiny_runs import build_sum_rows, run_until_saved, save_model_folder, write_rows
 from tunesmith.api import load_inputs, plan, train
 from tunesmith.core.run_dir import read_all_events
+from tunesmith.core.types import PlanConfig
 from tunesmith.evaluate.results import MetricValues
 from tunesmith.recipe.load import read_recipe
 
@@ -122,7 +124,9 @@ def test_every_experiment_is_complete(tmp_path: Path) -> None:
     assert {each.rule for each in experiments} == {"own", *(f"E{n}" for n in range(1, 13))}
     assert len({each.order for each in experiments}) == len(experiments)
     assert sum(each.minutes for each in experiments) <= 12 * 60
+    settings = {field.name for field in dataclasses.fields(PlanConfig)}
     for experiment in experiments:
+        assert set(experiment.settings) <= settings
         for name, arm in experiment.arms.items():
             job = run.make_job(experiment, name, arm, 0, tmp_path)
             recipe = read_recipe(job.recipe)
