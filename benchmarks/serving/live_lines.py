@@ -211,22 +211,22 @@ def print_changes(lab: Lab) -> None:
             while len(load.timings) < index:  # at least one answer for each
                 time.sleep(0.01)
     served = [timing for timing in load.timings if timing.status == 200]
-    own_gaps: list[float] = []
+    same_gaps: list[float] = []
     other_gaps: list[float] = []
     for source in REPLACED:
         put("swap", source)
         for timing in served:
-            is_own = sources[timing.version.partition("#")[2]] == source
-            gaps = own_gaps if is_own else other_gaps
+            is_same = sources[timing.version.partition("#")[2]] == source
+            gaps = same_gaps if is_same else other_gaps
             gaps.append(measure_worst_choice(client, lab, timing))
-    mixed = sum(gap > MAX_TIE_NATS for gap in own_gaps)
-    told = sum(gap > MAX_TIE_NATS for gap in other_gaps)
+    mixed = sum(gap > MAX_TIE_NATS for gap in same_gaps)
+    num_apart = sum(gap > MAX_TIE_NATS for gap in other_gaps)
     print(f"   {NUM_REPLACED} replacements under load: {len(load.timings)} answers,")
     print(
         f"   {len(load.timings) - len(served)} failed, {mixed} mixed: the worst token is", end=" "
     )
-    print(f"{max(own_gaps):.2f} nats below its adapter's first choice;")
-    print(f"   by the other adapter, {told} of {len(other_gaps)} answers are told apart")
+    print(f"{max(same_gaps):.2f} nats below its adapter's first choice;")
+    print(f"   by the other adapter, {num_apart} of {len(other_gaps)} answers are told apart")
     client.close()
 
 
@@ -310,7 +310,7 @@ def print_cold(lab: Lab) -> None:
         models[path.name] = {"from": str(path), "unproven": True}
     draw = random.Random(0)
     weights = [1 / rank for rank in range(1, NUM_COLD + 1)]
-    asked = {
+    requested = {
         "64 by Zipf's law": draw.choices(names, weights, k=8 * CLIENTS),
         "32 alike": draw.choices(names[: 2 * NUM_WARM], k=8 * CLIENTS),
     }
@@ -320,7 +320,7 @@ def print_cold(lab: Lab) -> None:
         limits = {"adapters": budget, "request": "20m", "wait": "1h", "waiting": 1024}
         settings = make_settings(models, base=str(lab.base), dtype=lab.dtype, limits=limits)
         with serving(settings) as live:
-            for label, chosen in asked.items():
+            for label, chosen in requested.items():
                 chats = [Chat(name, COLD_TOKENS, lab.end_ids, n) for n, name in enumerate(chosen)]
                 started = time.perf_counter()
                 timings = ask_together(live.url, chats)
@@ -328,7 +328,7 @@ def print_cold(lab: Lab) -> None:
                 assert all(timing.status == 200 for timing in timings)
                 rates[label, num_fitting] = sum(t.num_tokens for t in timings) / seconds
     print(f"W3 adapters with memory for {NUM_WARM}, against all in memory:")
-    for label in asked:
+    for label in requested:
         few = rates[label, NUM_WARM]
         many = rates[label, NUM_COLD]
         print(f"   {label}: {few:.1f} and {many:.1f} tokens/s, {few / many:.2f}x")

@@ -88,8 +88,8 @@ class CallReader:
         if not text.startswith(prompt):
             return plain
         answer = text[len(prompt) :]
-        found = [answer.find(self.renderer.decode([token])) for token in self.renderer.end_ids]
-        return answer[: min((end for end in found if end >= 0), default=len(answer))]
+        ends = [answer.find(self.renderer.decode([token])) for token in self.renderer.end_ids]
+        return answer[: min((end for end in ends if end >= 0), default=len(answer))]
 
 
 def _parse(arguments: str) -> object:

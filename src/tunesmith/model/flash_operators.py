@@ -100,8 +100,8 @@ def run_flash_backward(
 
 def _get_window(window: int | None, is_causal: bool) -> dict[str, int]:
     """Return how many tokens a query sees to the left and to the right of it; -1 is all."""
-    left = -1 if window is None else window - 1
-    return {"window_size_left": left, "window_size_right": 0 if is_causal else -1}
+    before = -1 if window is None else window - 1
+    return {"window_size_left": before, "window_size_right": 0 if is_causal else -1}
 
 
 def count_sinks(out_TND: Tensor, logsumexp_NT: Tensor, sinks_N: Tensor) -> tuple[Tensor, Tensor]:
