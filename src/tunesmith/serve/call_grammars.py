@@ -202,8 +202,8 @@ class _PartsGrammar:
         if isinstance(value, str) and self._form.quote != '"':
             texts.insert(0, _quote_python(value) if self._form.quote else value)
         for text in texts:
-            is_whole = not self._end or self._end not in text
-            if is_whole and self._form.is_read_as(text, value, schema):
+            is_unended = not self._end or self._end not in text
+            if is_unended and self._form.is_read_as(text, value, schema):
                 return _quote_plain(text)
         raise InputError(f"a value of an argument cannot be written: {str(value)!r:.80}")
 
@@ -224,9 +224,9 @@ def _iter_references(schema: Any) -> Iterator[str]:
             yield from _iter_references(value)
 
 
-def _refuse_keywords(schema: Json, known: set[str], name: str = "") -> None:
+def _refuse_keywords(schema: Json, keywords: set[str], name: str = "") -> None:
     for key in schema:
-        if key not in known:
+        if key not in keywords:
             where = f" of {name:.80}" if name else ""
             message = f"{key:.80}{where} is not enforced where arguments are written one by one"
             raise InputError(message)
