@@ -78,6 +78,10 @@ class _CallGrammar:
     def describe(self, syntax: ToolSyntax, name: str, schema: Json) -> str:
         """Return the term of a call."""
         form = syntax.form
+        kind = schema.get("type", "object")
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+            raise InputError(f"the arguments of {name} are an object")
+        schema = {**schema, "type": "object"}
         if isinstance(form, NamedForm):
             return f"{self.quote(name + form.between)} {embed_schema(schema)}"
         if isinstance(form, PartsForm):
@@ -168,7 +172,10 @@ class _PartsGrammar:
 
     def _describe_value(self, name: str, schema: Any) -> str:
         """Return the term of a value and, where texts have no quotes, of `end` after it."""
-        schema = schema if isinstance(schema, dict) else {}
+        if schema is True:
+            schema = {}
+        if not isinstance(schema, dict):
+            raise InputError(f"the schema of {name:.80} is not an object")
         end = self._grammar.quote(self._end)
         kind = schema.get("type")
         if "enum" in schema or "const" in schema:

@@ -152,8 +152,13 @@ def test_a_text_cannot_end_its_argument_early(lab: Lab) -> None:
         ({"required": 1}, "required is not a list"),
         ({"properties": {"a": {"enum": 7}}}, "enum of a is not a list"),
         ({"properties": {"a": {"enum": []}}}, "enum of a is not a list"),
+        ({"properties": {"a": False}}, "the schema of a is not an object"),
+        ({"properties": {"a": None}}, "the schema of a is not an object"),
     ],
-    ids=["tool", "text", "required", "self", "properties", "required list", "enum", "no values"],
+    ids=[
+        *("tool", "text", "required", "self", "properties", "required list", "enum", "no values"),
+        *("never", "null"),
+    ],
 )
 def test_what_no_grammar_enforces_is_named(lab: Lab, schema: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
@@ -180,6 +185,17 @@ def test_a_value_that_holds_the_end_of_its_argument(lab: Lab) -> None:
 
 
 # ---------------------------------------------------------------- one object
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_nothink"])
+def test_arguments_are_an_object_whatever_the_schema_leaves_open(name: str, tmp_path: Path) -> None:
+    lab = Lab(name, tmp_path)
+    for schema in ({}, {"properties": {"at": {"type": "integer"}}}, {"type": ["object", "null"]}):
+        call = lab.write(ToolCall("look", {}))
+        assert lab.accepts(call, {"look": schema})
+        assert not lab.accepts(call.replace("{}", "null"), {"look": schema}) or "{}" not in call
+    with pytest.raises(InputError, match="are an object"):
+        describe_calls(lab.syntax, {"look": {"type": "array"}}, lab.renderer)
 
 
 @pytest.mark.parametrize("space", ["", " "])

@@ -148,3 +148,24 @@ def test_recursion_is_compiled_or_refused(live: LiveServer) -> None:
         "$ref": "#/$defs/node",
     }
     assert post(live, schema, max_tokens=8).status_code in (200, 400)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": "<|end|>"},
+        {"enum": ["<|end|>", "<|text|>"]},
+        {"type": "string", "pattern": r"^<\|end\|>$"},
+        {"type": "object", "properties": {"<|end|>": {"const": 1}}, "required": ["<|end|>"]},
+    ],
+    ids=["const", "enum", "pattern", "key"],
+)
+def test_the_text_of_an_end_token_ends_no_answer(schema: Any, live: LiveServer) -> None:
+    """Its token would end the answer before it is valid, with the reason `stop`."""
+    response = post(live, schema)
+    if response.status_code == 400:
+        assert response.json()["error"]["code"] == "invalid_request"
+        return
+    choice = response.json()["choices"][0]  # the text, from other tokens
+    assert choice["finish_reason"] == "stop"
+    jsonschema.validate(json.loads(choice["message"]["content"]), schema)

@@ -59,6 +59,7 @@ class Grammar:
         tokenizer = _load_tokenizer(folder, vocab_size, tuple(end_ids))
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
         self._vocab_size = vocab_size
+        self._end_ids = [token for token in end_ids if token < vocab_size]
         if self._matcher.is_error():
             message = f"the schema has no grammar: {self._matcher.get_error():.300}"
             raise InputError(message, where="response_schema")
@@ -67,7 +68,7 @@ class Grammar:
 
     def start_answer(self) -> SchemaAnswer:
         """Return the grammar of one answer."""
-        return SchemaAnswer(self._matcher.deep_copy(), self._vocab_size)
+        return SchemaAnswer(self._matcher.deep_copy(), self._vocab_size, self._end_ids)
 
 
 def embed_schema(schema: Json) -> str:
@@ -88,9 +89,10 @@ def _make_options(schema: Json, *, is_strict: bool) -> Any:
 class SchemaAnswer:
     """The state of a grammar in one answer."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
+    def __init__(self, matcher: Any, vocab_size: int, end_ids: Sequence[int]) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._end_ids = list(end_ids)
         self._num_consumed = 0
 
     def find_allowed(self, tokens: Sequence[int]) -> Tensor:
@@ -103,8 +105,11 @@ class SchemaAnswer:
         if self._matcher.is_error():
             message = f"the schema cannot be followed further: {self._matcher.get_error():.200}"
             raise InputError(message, where="response_schema", fix="simplify the schema")
-        bits = np.unpackbits(mask, bitorder="little")
-        return torch.from_numpy(bits[: self._vocab_size].astype(bool))
+        bits = np.unpackbits(mask, bitorder="little")[: self._vocab_size].astype(bool)
+        if not self._matcher.is_accepting():
+            # llguidance takes an end token for its text, where a schema asks for that text
+            bits[self._end_ids] = False
+        return torch.from_numpy(bits)
 
 
 @functools.lru_cache(maxsize=8)
