@@ -9,7 +9,7 @@ from tunesmith.train.follow import Follower, check_ranks
 
 def test_a_machine_that_does_not_see_the_run_folder_says_so_when_asked(tmp_path: Path) -> None:
     follower = Follower(Ranks())
-    follower.run_command("run", path=str(tmp_path / "run-1"), plan={}, fingerprint={})
+    follower.run_command("run", path=str(tmp_path / "run-1"), plan={}, fingerprint={}, source="")
     follower.run_command("open")  # nothing is loaded after a problem
     assert follower.problem is not None
     assert follower.problem.message == "this machine does not see the run folder of rank 0"
@@ -19,7 +19,7 @@ def test_a_machine_that_does_not_see_the_run_folder_says_so_when_asked(tmp_path:
 def test_a_folder_with_another_plan_is_not_that_of_rank_0(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"steps": 3}')
     follower = Follower(Ranks())
-    follower.run_command("run", path=str(tmp_path), plan={"steps": 4}, fingerprint={})
+    follower.run_command("run", path=str(tmp_path), plan={"steps": 4}, fingerprint={}, source="")
     assert follower.problem is not None
     assert "does not see" in follower.problem.message
 
@@ -29,7 +29,7 @@ def test_rank_0_raises_the_problem_of_another_rank() -> None:
 
     class TwoRanks(Ranks):
         def gather(self, value: object) -> list[object]:
-            return [value, problem]
+            return [value, {"value": None, "problem": problem}]
 
     with pytest.raises(InputError, match="rank 1 on b: other inputs"):
         check_ranks(TwoRanks())
