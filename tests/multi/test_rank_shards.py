@@ -99,16 +99,21 @@ def read_scores(folder: Path) -> list[float]:
     return [event.value for event in read_events(folder / "run") if isinstance(event, Score)]
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.fixture(scope="module")
+def sharded(folder: str, changes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of two ranks that hold the weights together."""
+    run_folder = tmp_path_factory.mktemp("sharded") / "lora"
+    outcomes = run_on(2, folder, run_folder, changes | {"shard": 2})
+    assert outcomes == [(0, "step 4"), (0, "followed")]
+    return run_folder
+
+
 def test_a_sharded_run_is_that_of_complete_weights(
-    folder: str, changes: dict[str, Any], tmp_path: Path, method: str
+    folder: str, changes: dict[str, Any], sharded: Path, tmp_path: Path
 ) -> None:
     """Its proof, evaluations and probes, which rank 0 runs alone or with the others, too."""
-    complete, sharded = tmp_path / "complete", tmp_path / "sharded"
-    changes = changes | {"method": method}
-    assert run_on(2, folder, complete, changes) == [(0, "step 4"), (0, "followed")]
-    outcomes = run_on(2, folder, sharded, changes | {"shard": 2})
-    assert outcomes == [(0, "step 4"), (0, "followed")]
+    complete = tmp_path / "complete"
+    run_on(2, folder, complete, changes)
     assert read_weights(sharded).tobytes() == read_weights(complete).tobytes()
     assert read_scores(sharded) == read_scores(complete)
     events = [event for event in read_events(sharded / "run") if isinstance(event, CheckResult)]
@@ -116,19 +121,29 @@ def test_a_sharded_run_is_that_of_complete_weights(
     assert "2 of them hold the frozen weights once" in ranks
 
 
-def test_a_checkpoint_of_sharded_ranks_goes_on_with_any_number(
+def test_a_sharded_run_in_4_bits_is_that_of_complete_weights(
     folder: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    straight, first = tmp_path / "straight", tmp_path / "first"
-    changes = changes | {"shard": 2}
-    run_on(2, folder, straight, changes)
-    run_on(2, folder, first, changes, saved=2)
+    folders = [tmp_path / "complete", tmp_path / "sharded"]
+    short = {key: changes[key] for key in ("data", "batch_size")} | {"method": "qlora"}
+    for run_folder, how in zip(folders, ({}, {"shard": 2}), strict=True):
+        outcomes = run_on(2, folder, run_folder, short | how)
+        assert outcomes == [(0, "step 4"), (0, "followed")]
+    complete, sharded = (read_weights(run_folder) for run_folder in folders)
+    assert sharded.tobytes() == complete.tobytes()
+
+
+def test_a_checkpoint_of_sharded_ranks_goes_on_with_any_number(
+    folder: str, changes: dict[str, Any], sharded: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    run_on(2, folder, first, changes | {"shard": 2}, saved=2)
     for world in (1, 2, 3):
         resumed = tmp_path / str(world)
         shutil.copytree(first, resumed)
         outcomes = run_processes(resume_run, world, str(resumed))
         assert [code for code, _ in outcomes] == [0] * world, outcomes
-        expected = read_weights(straight)
+        expected = read_weights(sharded)
         np.testing.assert_allclose(read_weights(resumed), expected, rtol=0, atol=1e-5)
         if world == 2:
             assert read_weights(resumed).tobytes() == expected.tobytes()
