@@ -1,12 +1,14 @@
 """The book of claims: verdicts on made-up results, runs that are not repeated, and the page."""
 
 import dataclasses
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import tunesmith
 from experiment_modules import import_module
 from tiny_runs import build_sum_rows, run_until_saved, save_model_folder, write_rows
 from tunesmith.api import load_inputs, plan, train
@@ -20,6 +22,7 @@ claims = import_module("experiments.claims")
 definitions = import_module("experiments.definitions")
 run = import_module("experiments.run")
 
+PLAN = Path(tunesmith.__file__).parent / "plan"
 ITEMS = tuple(f"test.jsonl:{n}" for n in range(1, 21))
 
 
@@ -131,6 +134,19 @@ def test_every_experiment_is_complete(tmp_path: Path) -> None:
             job = run.make_job(experiment, name, arm, 0, tmp_path)
             recipe = read_recipe(job.recipe)
             assert all(source.path.exists() for source in recipe.data), (experiment.name, name)
+
+
+def test_rules_cite_decided_experiments() -> None:
+    experiments = definitions.load_experiments()
+    by_name = {each.name: each for each in experiments}
+    collected = run.collect_results(experiments, definitions.EXPERIMENTS)
+    results = {name: run.group_runs(stored) for name, stored in collected.items()}
+    verdicts = claims.judge_claims(experiments, results)
+    cited = set(re.findall(r"experiments/(\w+)", (PLAN / "rules.py").read_text()))
+    assert cited
+    for name in cited:
+        assert by_name[name].settings, name
+        assert {each.verdict for each in verdicts[name]} & {"holds", "does not hold"}, name
 
 
 # ---------------------------------------------------------------- real runs of a tiny model
