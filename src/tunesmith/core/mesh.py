@@ -88,7 +88,7 @@ class MeshStep:
     tokens: int  # of all GPUs
     gpu_tokens: int  # of the GPU that has most
     compute_seconds: tuple[float, float]  # of the GPU that has most
-    gather_seconds: float  # of sharded weights; hidden behind computing where that takes longer
+    gather_seconds: float  # of sharded weights
     exchange_seconds: float  # between the GPUs that share a document
     reduce_seconds: float  # sum of the gradients
     seconds: tuple[float, float]
