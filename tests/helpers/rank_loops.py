@@ -107,10 +107,17 @@ def get_weights(training: TrainingLoop) -> np.ndarray:
 
 
 def measure_gradients(
-    ranks: Ranks, context: int, family: str, settings: dict[str, Any]
+    ranks: Ranks, context: int, family: str, policies: Sequence[str]
+) -> list[tuple[dict[str, np.ndarray], int]]:
+    """Return the gradients of a step, and the bytes that its forward passes save on this rank, with
+    each policy of gradient checkpointing."""
+    return [_measure_policy(ranks, context, family, policy) for policy in policies]
+
+
+def _measure_policy(
+    ranks: Ranks, context: int, family: str, policy: str
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Return the gradients of a step, and the bytes that its forward passes save on this rank."""
-    training = make_loop(ranks, "long", context, family=family, **settings)
+    training = make_loop(ranks, "long", context, family=family, gradient_checkpointing=policy)
     documents = make_documents("long", 1)
     normalizer = LossNormalizer.from_documents(documents)
     frozen = {p.untyped_storage().data_ptr() for p in training.model.network.parameters()}
