@@ -427,9 +427,7 @@ def evaluate(
             return EvalReport.from_evaluation(evaluation, ref.run_dir)
         # A full fine-tune loads the base and the tuned model one after the other, further below.
         if run_dir.read_run_plan(ref.run_dir).config.method != "full":
-            evaluation = finished_run.evaluate_run(
-                ref.run_dir, allow_code=allow_code, ranks=ranks
-            )
+            evaluation = finished_run.evaluate_run(ref.run_dir, allow_code=allow_code, ranks=ranks)
             return EvalReport.from_evaluation(evaluation, ref.run_dir)
     if ref.run_dir is None and not compare_models.is_adapter_dir(Path(ref.name)):
         results = compare_models.evaluate_model(ref, ref, spec)
