@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from rank_lab import run_processes
 from rank_runs import evaluate_run, resume_run, train_near_other_rows, train_run
-from tiny_runs import build_sum_rows, write_eval_files, write_rows
+from tiny_runs import build_sum_rows, save_writer_folder, write_eval_files, write_rows
 from tunesmith.core.events import CheckResult, Score, TrainStep
 from tunesmith.core.run_dir import read_all_events, read_events
 from tunesmith.core.types import Json
@@ -146,6 +146,22 @@ def test_an_evaluation_on_two_ranks_is_that_of_one(straight: Path, tmp_path: Pat
     assert (main[0], other[0]) == (2, 2)
     assert main[1].startswith("rank 1 on "), "rank 0 says what rank 1 misses"
     assert "no such file" in main[1]
+
+
+def test_rows_that_the_model_writes_are_those_of_one_process(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    writer = save_writer_folder(tmp_path / "writer")
+    rehearsed = {key: changes[key] for key in ("data", "batch_size")}
+    rehearsed["rehearsal"] = {"data": "self-generated"}
+    rows: list[bytes] = []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        outcomes = train_on(world, writer, folder, rehearsed)
+        assert [code for code, _ in outcomes] == [0] * world, outcomes
+        rows.append((folder / "run" / "rehearsal.jsonl").read_bytes())
+    assert rows[0].count(b"\n") > 4
+    assert rows[0] == rows[1]
 
 
 def write_preferences(folder: Path, loss: str) -> Path:
