@@ -70,7 +70,11 @@ def test_the_memory_of_a_rank_falls_with_their_number(model: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("changes", "num_ranks", "problem"),
-    [({"method": "qlora"}, 2, "takes no fake tensors"), ({"context": 2}, 3, "there are 3")],
+    [
+        ({"method": "qlora"}, 2, "takes no fake tensors"),
+        ({"shard": 2}, 2, "does not count sharded weights"),
+        ({"context": 2}, 3, "there are 3"),
+    ],
 )
 def test_what_it_cannot_count_is_refused(
     model: Path, tmp_path: Path, changes: dict[str, Any], num_ranks: int, problem: str
