@@ -36,6 +36,7 @@ MIN_VERSIONS = {"python": "3.11", "torch": "2.6", "transformers": "5.24"}
 # extra -> (its packages, what needs them)
 EXTRAS = {
     "qlora": (("bitsandbytes",), "method: qlora, optim: adamw_8bit"),
+    "fla": (("fla-core",), "gated delta layers on an NVIDIA GPU"),
     "audit": (("datasketch", "py3langid"), "near duplicates and languages in data check"),
     "parquet": (("pyarrow",), "Parquet files"),
     "constrained": (("llguidance",), "answers that follow a JSON schema"),
@@ -44,6 +45,7 @@ EXTRAS = {
     "tensorboard": (("tensorboardX",), "--track tensorboard"),
     "wandb": (("wandb",), "--track wandb"),
 }
+MODULES = {"fla-core": "fla"}  # of packages with another name
 MIN_FREE_DISK_BYTES = 2 * 10**9
 PACK_TOKENS = 2048
 RUNTIME_BYTES = 700 * 10**6  # of Python, torch and transformers
@@ -154,11 +156,15 @@ def _check_extras() -> list[MachineCheck]:
     """Check the optional packages; nothing is imported."""
     checks: list[MachineCheck] = []
     for extra, (packages, purpose) in EXTRAS.items():
-        missing = [name for name in packages if find_spec(name.replace("-", "_")) is None]
+        missing = [name for name in packages if find_spec(_get_module(name)) is None]
         value = f"{', '.join(missing)} not installed" if missing else ", ".join(packages)
         fix = f"pip install 'tunesmith[{extra}]' for {purpose}" if missing else ""
         checks.append(MachineCheck(f"extra {extra}", not missing, value, False, fix))
     return checks
+
+
+def _get_module(package: str) -> str:
+    return MODULES.get(package, package.replace("-", "_"))
 
 
 def _parse_version(version: str) -> tuple[int, ...]:

@@ -101,13 +101,14 @@ def test_extras_that_are_missing_are_named_with_what_needs_them(
     for extra, (packages, _) in doctor.EXTRAS.items():
         assert [re.split(r"[>=]", text)[0] for text in declared[extra]] == list(packages)
     assert set(declared) - set(doctor.EXTRAS) == {"dev", "mutation"}
-    for package in ("bitsandbytes", "pyarrow"):
-        monkeypatch.setitem(sys.modules, package, None)
+    for module in ("bitsandbytes", "pyarrow", "fla"):
+        monkeypatch.setitem(sys.modules, module, None)
     diagnosis = diagnose(str(tiny_llama(tmp_path)), folder=tmp_path)
     failed = {check.name: check for check in diagnosis.checks if check.name.startswith("extra")}
     assert failed["extra qlora"].value == "bitsandbytes not installed"
     assert "pip install 'tunesmith[qlora]' for method: qlora" in failed["extra qlora"].fix
     assert not failed["extra parquet"].is_ok
+    assert failed["extra fla"].value == "fla-core not installed"
     assert failed["extra audit"].is_ok
     assert {fit.method: fit.missing for fit in diagnosis.memory_fits} == {
         "lora": "",
