@@ -168,8 +168,8 @@ def list_runs(
     from tunesmith.session.run_list import list_newest_runs
 
     roots = folders or [RUNS_ROOT]
-    if watch and as_json:
-        message = "--watch and --json cannot be combined"
+    if watch and (as_json or show_all):
+        message = f"--watch and {'--json' if as_json else '--all'} cannot be combined"
         raise InputError(message, where="command line", fix="pass one of them")
     if watch:
         _watch_runs(roots)
@@ -194,7 +194,7 @@ def _watch_runs(roots: list[Path]) -> None:
         raise InputError(message, where="command line", fix="leave it out, or use --json")
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            newest, num_older = list_newest_runs(roots, console.height - 3)
+            newest, num_older = list_newest_runs(roots, max(1, console.height - 3))
             live.update(render_runs(newest, time.time(), num_older), refresh=True)
             time.sleep(WATCH_SECONDS)
 

@@ -71,7 +71,7 @@ def list_newest_runs(roots: Sequence[Path], count: int) -> tuple[list[RunSummary
     """Return the `count` runs that were changed last, and the number of older ones, which are not
     read. Raises InputError for a folder that is missing."""
     folders = _find_all_runs(roots)
-    folders.sort(key=_read_newest_mtime, reverse=True)
+    folders.sort(key=_read_modified, reverse=True)
     newest = [summarize_run(folder) for folder in folders[:count]]
     newest.sort(key=lambda run: (-run.modified, run.path))
     return newest, len(folders) - len(newest)
@@ -87,14 +87,13 @@ def _find_all_runs(roots: Sequence[Path]) -> list[Path]:
     return list(folders)
 
 
-def _read_newest_mtime(folder: Path) -> float:
-    """Return when a run was changed last: its record is written after its events, and a staged run
-    changes the folders of its stages."""
-    mtimes = [0.0]
-    for name in (RECORD_FILE, EVENTS_FILE, STAGES_DIR):
-        with suppress(OSError):
-            mtimes.append(os.stat(f"{folder}/{name}").st_mtime)
-    return max(mtimes)
+def _read_modified(folder: Path) -> float:
+    """Return when a run was changed last, as its summary says; 0 for one that cannot be read."""
+    with suppress(OSError):
+        return os.stat(f"{folder}/{RECORD_FILE}").st_mtime
+    with suppress(OSError, ValueError):
+        return max(_read_mtime(path) for path in _list_parts(folder))
+    return 0.0
 
 
 def _find_runs(folder: Path, depth: int) -> Iterator[Path]:

@@ -43,7 +43,9 @@ def test_no_runs_says_how_to_start_one(folder: Path, tunesmith: Callable[..., An
     (folder / "runs").mkdir()
     assert "tunesmith train" in tunesmith("runs")[1]
     assert tunesmith("runs", "nowhere")[0] == 2
-    assert tunesmith("runs", "--watch", "--json")[0] == 2
+    for other in ("--json", "--all"):
+        code, _, err = tunesmith("runs", "--watch", other)
+        assert (code, f"--watch and {other} cannot be combined" in err) == (2, True)
     assert "needs a terminal" in tunesmith("runs", "--watch")[2]
 
 

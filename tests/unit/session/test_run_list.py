@@ -105,6 +105,23 @@ def test_runs_are_found_below_a_folder_the_last_changed_first(tmp_path: Path) ->
         list_runs([tmp_path / "nowhere"])
 
 
+def test_a_stage_that_trains_makes_its_run_the_newest(tmp_path: Path) -> None:
+    """Its folder was made long before its last step, and a new run has no event yet."""
+    staged = write_stages(tmp_path / "staged", steps=60)
+    (staged / "record.json").unlink()
+    begun = write_run(tmp_path / "begun")
+    (begun / EVENTS_FILE).unlink(missing_ok=True)
+    for age in range(3):
+        old = write_run(tmp_path / f"old-{age}", events=[make_step(1)])
+        os.utime(old / EVENTS_FILE, (1e9 - age, 1e9 - age))
+    for path in (staged / "stages", *(staged / "stages").iterdir()):
+        os.utime(path, (1e8, 1e8))
+    runs = list_runs([tmp_path])
+    assert {runs[0].path, runs[1].path} == {str(staged), str(begun)}
+    for count in range(1, 6):
+        assert list_newest_runs([tmp_path], count) == (runs[:count], 5 - count)
+
+
 def test_a_thousand_runs_are_listed_in_a_fraction_of_a_second(tmp_path: Path) -> None:
     source = write_run(tmp_path / "run", record=make_record(), events=[*make_events(), GRADE])
     for number in range(300):
