@@ -21,7 +21,7 @@ from tunesmith import api
 from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult, TrainStep
-from tunesmith.core.json_io import dump_json, parse_as, read_json, to_jsonable
+from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.run_dir import (
     CHECKPOINTS_DIR,
     EVAL_AFTER_FILE,
@@ -42,18 +42,15 @@ PRELOADED = ["tunesmith.train.run", "tunesmith.advise.measured.run_arm"]
 
 @dataclass(frozen=True)
 class ArmJob:
-    """An arm with a seed. `folder` becomes its run folder, which has its settings beside it."""
+    """An arm with a seed. `folder` becomes its run folder, which has its settings beside it.
+
+    settings: what decides the result, without the paths of this machine that `recipe` has."""
 
     folder: Path
+    settings: Json
     recipe: Json
     answering: Answering | None = None
     documents: Path | None = None
-
-    @property
-    def settings(self) -> Json:
-        """What decides the result, without the paths of this machine."""
-        values = {"recipe": self.recipe, "documents": self.documents, "answering": self.answering}
-        return to_jsonable(values)
 
     @property
     def settings_file(self) -> Path:
@@ -201,4 +198,5 @@ def _answer(job: ArmJob, answering: Answering) -> ArmRun:
         metrics=plan.config.metrics,
         schema=inputs.response_schema,
     )
-    return ArmRun(minutes=round(outcome.total_seconds / 60, 2), after=tuple(measured))
+    after = tuple(round_values(values) for values in measured)
+    return ArmRun(minutes=round(outcome.total_seconds / 60, 2), after=after)

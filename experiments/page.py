@@ -34,10 +34,12 @@ a guess that was committed before it ran. `make evidence` writes this page and i
 A difference is paired by item after averaging over seeds, with a 95% CI. p is corrected over all
 {claims} claims (Holm); those not run count with p = 1. A claim *holds* or *does not hold* if the
 interval lies on one side, the corrected p is below 0.05 and each seed alone has the same sign; else
-it is *not decidable at this size*. A guess is a *hit* if the measured difference lies inside.
+it is *not decidable at this size*. While seeds are missing, a verdict says how many it has. A guess
+is a *hit* if the measured difference lies inside.
 
 A result for a model of 135M parameters shows a mechanism, and no value for a larger model.
 Intervals are over items: they do not cover seed-to-seed variation, and many arms have one seed.
+Measured minutes are by the clock, whatever else the machine computes.
 """
 COLUMNS = 100
 WIDTH = 640  # of a plot, in pixels
@@ -92,13 +94,18 @@ def _format_claim(each: ClaimVerdict) -> Iterator[str]:
     interval = f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]"
     yield f"{interval}, guess {'hit' if each.is_in_guess else 'missed'}"
     yield format_p(each.adjusted_p).removeprefix("p ").removeprefix("= ")
-    yield f"**{each.verdict}**"
+    seeds = f", {len(each.evidence.seed_differences)} of {each.num_seeds} seeds"
+    yield f"**{each.verdict}**" + (seeds if each.lacks_seeds else "")
 
 
 def wrap_lines(text: str, indent: str = "") -> str:
-    joined = " ".join(text.split())
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(joined, COLUMNS, subsequent_indent=indent, **options)
+    return textwrap.fill(
+        " ".join(text.split()),
+        COLUMNS,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _make_anchor(experiment: Experiment) -> str:
@@ -128,8 +135,8 @@ def _format_experiment(
     versions = " and ".join(sorted({each.version for each in stored}))
     num_runs = sum(len(arm.seeds) for arm in experiment.arms.values())
     text = (
-        f"{command}, {expected}. {len(stored)} of {num_runs} runs, {minutes:.0f} minutes beside "
-        f"other work, on {dates}, {devices}, tunesmith {versions}."
+        f"{command}, {expected}. {len(stored)} of {num_runs} runs took {minutes:.0f} minutes, on "
+        f"{dates}, {devices}, tunesmith {versions}."
     )
     yield wrap_lines(text) + "\n"
     for each in verdicts[experiment.name]:

@@ -117,10 +117,11 @@ def make_settings(experiment: Experiment, arm: Arm, seed: int) -> Json:
 def make_job(experiment: Experiment, name: str, arm: Arm, seed: int, work: Path) -> ArmJob:
     built = work / experiment.name / "data"
     build_data(experiment, built)
-    recipe = resolve_recipe(make_settings(experiment, arm, seed)["recipe"], built)
+    settings = make_settings(experiment, arm, seed)
+    recipe = resolve_recipe(settings["recipe"], built)
     folder = work / experiment.name / f"{re.sub(r'[^a-z0-9.-]+', '-', name.lower())}-{seed}"
     documents = built / arm.documents if arm.documents else None
-    return ArmJob(folder, recipe, arm.answering, documents)
+    return ArmJob(folder, settings, recipe, arm.answering, documents)
 
 
 def build_data(experiment: Experiment, folder: Path) -> None:

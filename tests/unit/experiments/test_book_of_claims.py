@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+import subprocess
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,17 @@ import tunesmith
 from experiment_modules import import_module
 from tiny_runs import build_sum_rows, run_until_saved, save_model_folder, write_rows
 from tunesmith.api import load_inputs, plan, train
+from tunesmith.core.json_io import dump_json
 from tunesmith.core.run_dir import read_all_events
 from tunesmith.core.types import PlanConfig
 from tunesmith.evaluate.results import MetricValues
+from tunesmith.evaluate.statistics import compute_p_value
 from tunesmith.recipe.load import read_recipe
 
 arms = import_module("experiments.arms")
 claims = import_module("experiments.claims")
 definitions = import_module("experiments.definitions")
+page = import_module("experiments.page")
 run = import_module("experiments.run")
 
 PLAN = Path(tunesmith.__file__).parent / "plan"
@@ -121,6 +126,58 @@ def test_claims_are_corrected_together_with_those_that_have_not_run() -> None:
     assert corrected.adjusted_p == pytest.approx(min(1, 31 * verdict.adjusted_p))
 
 
+def measure_differences(values: tuple[float, ...]) -> Any:
+    """Return the results of two arms whose items differ by `values`."""
+    ids = ITEMS[: len(values)]
+    arm_values = {"a": (0.0,) * len(values), "b": values}
+    return {
+        arm: {0: arms.ArmRun(1.0, after=(MetricValues("test", "loss", ids, numbers),))}
+        for arm, numbers in arm_values.items()
+    }
+
+
+def test_another_experiment_that_runs_reopens_no_claim() -> None:
+    weak = measure_differences(tuple(0.01 + 0.06 * (n % 2) - 0.02 for n in range(20)))
+    strong = measure_differences(tuple(1 + 0.01 * (n % 3) for n in range(20)))
+    experiments = [make_experiment(), *(make_experiment(name=f"other {n}") for n in range(3))]
+    adjusted: list[float] = []
+    results = {"tried": weak}
+    for name in ("tried", "other 0", "other 1", "other 2"):
+        results[name] = results.get(name, strong)
+        adjusted.append(claims.judge_claims(experiments, results)["tried"][0].adjusted_p)
+    assert adjusted == pytest.approx([adjusted[-1] * count for count in (4, 3, 2, 1)])
+
+
+def test_few_items_need_the_tail_of_t() -> None:
+    """t of 5 items is far above that of 1 in 600, which the normal tail would call certain."""
+    results = measure_differences((0.6, 1.4, 0.9, 1.1, 1.0))
+    claim = make_claim()
+    (verdict,) = claims.judge_claims([make_experiment(claim)], {"tried": results})["tried"]
+    comparison = verdict.evidence.comparison
+    assert compute_p_value(comparison) < 0.05 / 32 < verdict.evidence.p_value < 0.05
+    assert verdict.verdict == "holds"
+    # an interval that ends at 0 has 0.05 by either tail
+    at_zero = dataclasses.replace(comparison, low=0.0)
+    assert claims._compute_tail_p(at_zero) == pytest.approx(0.05, rel=1e-3)
+    # t of 4 degrees of freedom by the usual table: 0.1% at 8.610
+    end = comparison.difference * (1 - 2.776 / 8.610)
+    far = dataclasses.replace(comparison, low=end)
+    assert claims._compute_tail_p(far) == pytest.approx(0.001, rel=0.01)
+
+
+def test_a_verdict_says_how_many_seeds_it_has() -> None:
+    twice = {"a": {"seeds": [0, 1]}, "b": {"seeds": [0, 1, 2]}}
+    experiment = make_experiment(arms=twice)
+    results = {"a": {0: make_run(1.0)}, "b": {0: make_run(2.0), 1: make_run(2.0)}}
+    (verdict,) = claims.judge_claims([experiment], {"tried": results})["tried"]
+    assert verdict.lacks_seeds
+    assert list(page._format_claim(verdict))[-1] == "**holds**, 1 of 2 seeds"
+    results["a"][1] = make_run(1.0)
+    (verdict,) = claims.judge_claims([experiment], {"tried": results})["tried"]
+    assert not verdict.lacks_seeds
+    assert list(page._format_claim(verdict))[-1] == "**holds**"
+
+
 def test_every_experiment_is_complete(tmp_path: Path) -> None:
     """Each has rows for its recipes, a guess for each claim, and a place in the order."""
     experiments = definitions.load_experiments()
@@ -134,6 +191,30 @@ def test_every_experiment_is_complete(tmp_path: Path) -> None:
             job = run.make_job(experiment, name, arm, 0, tmp_path)
             recipe = read_recipe(job.recipe)
             assert all(source.path.exists() for source in recipe.data), (experiment.name, name)
+
+
+def read_committed(*words: str) -> str:
+    """Return the output of git. Skips where there is no history, as in an unpacked archive."""
+    command = ["git", "-C", str(definitions.EXPERIMENTS), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no history: {done.stderr[-200:]}")
+    return done.stdout
+
+
+def test_guesses_are_older_than_results() -> None:
+    """Claims are those of the commit before the one that added the first result."""
+    for experiment in definitions.load_experiments():
+        results = f"{experiment.name}/{run.RESULTS_FILE}"
+        if not (definitions.EXPERIMENTS / results).exists():
+            continue
+        added = read_committed("log", "--diff-filter=A", "--format=%H", "--", results).split()
+        before = f"{added[0]}~1" if added else "HEAD"
+        text = read_committed("show", f"{before}:./{experiment.name}/experiment.toml")
+        committed = definitions.Experiment.model_validate(
+            {"name": experiment.name, **tomllib.loads(text)}
+        )
+        assert committed.claims == experiment.claims, experiment.name
 
 
 def test_rules_cite_decided_experiments() -> None:
@@ -196,9 +277,21 @@ def test_arms_run_once_and_again_when_their_settings_change(
     # the page has the old result of no other settings
     assert [each.arm for each in run.collect_results([changed], paths[1])["tried"]] == ["a"]
     run.update_page([tiny_experiment], paths[1], tmp_path / "evidence.md")
-    page = (tmp_path / "evidence.md").read_text()
-    assert "| [E0](#e0-tried) | b is higher | +0 to +1 |" in page
+    text = (tmp_path / "evidence.md").read_text()
+    assert "| [E0](#e0-tried) | b is higher | +0 to +1 |" in text
     assert (tmp_path / "evidence" / "tried.svg").read_text().count("<circle") == 3
+
+
+def test_a_stored_result_is_not_that_of_other_rows(tiny_experiment: Any, tmp_path: Path) -> None:
+    """`build.py` is part of the settings: the rows that it makes have the same names."""
+    job = run.make_job(tiny_experiment, "a", tiny_experiment.arms["a"], 0, tmp_path)
+    stored = dataclasses.replace(make_run(1.0), steps=7)
+    job.result_file.parent.mkdir(parents=True)
+    job.result_file.write_bytes(dump_json(stored))
+    job.settings_file.write_bytes(dump_json(job.settings))
+    assert arms.run_arm(job) == stored
+    rebuilt = dataclasses.replace(job, settings={**job.settings, "build": "another hash"})
+    assert arms.run_arm(rebuilt).steps == 3
 
 
 def test_a_killed_arm_is_resumed(tiny_experiment: Any, tmp_path: Path) -> None:
