@@ -129,3 +129,17 @@ def read_json_object(path: Path, *, is_optional: bool = False, fix: str = "") ->
     if not isinstance(content, dict):
         raise InputError("not a JSON object", where=str(path), fix=fix)
     return cast("Json", content)
+
+
+def measure_depth(value: Any) -> int:
+    """Return how many objects and arrays are nested in each other, without recursion."""
+    level: list[Any] = [[value]]
+    depth = -1
+    while level:
+        depth += 1
+        next_level: list[Any] = []
+        for outer in level:
+            children = cast("Json", outer).values() if isinstance(outer, dict) else outer
+            next_level += (child for child in children if isinstance(child, (dict, list)))
+        level = next_level
+    return depth

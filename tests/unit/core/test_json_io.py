@@ -11,7 +11,7 @@ import pytest
 from plan_configs import DEFAULTS
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import TrainStep
-from tunesmith.core.json_io import dump_json, parse_as, read_json, to_jsonable
+from tunesmith.core.json_io import dump_json, measure_depth, parse_as, read_json, to_jsonable
 from tunesmith.core.types import (
     DataReport,
     Finding,
@@ -143,3 +143,14 @@ def test_broken_files_say_where(tmp_path: Path, content: bytes, message: str) ->
         read_json(tmp_path / "x.json")
     with pytest.raises(InputError, match="no such file"):
         read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "depth"), [("5", 0), ('"[["', 0), ("[]", 1), ('{"a": [{}, 1], "b": []}', 3)]
+)
+def test_depth_counts_objects_and_arrays(text: str, depth: int) -> None:
+    assert measure_depth(json.loads(text)) == depth
+    value: object = 1
+    for _ in range(100_000):
+        value = [value]
+    assert measure_depth(value) == 100_000

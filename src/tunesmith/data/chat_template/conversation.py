@@ -18,6 +18,7 @@ from typing import Any
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import suggest_name
+from tunesmith.core.json_io import measure_depth
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.template import ChatTemplate
 from tunesmith.data.chat_template.tracked_str import (
@@ -31,6 +32,7 @@ from tunesmith.data.chat_template.tracked_str import (
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 TEMPLATE_KWARGS_KEY = "chat_template_kwargs"  # the recipe's key
+MAX_CALL_DEPTH = 100  # of arguments in JSON text; those of an object are bounded with its row
 _FIELD_BY_KEY = {"content": "content", "tool_calls": "tool_calls"} | dict.fromkeys(
     REASONING_KEYS, "reasoning"
 )
@@ -199,6 +201,9 @@ def _convert_call(call: Any, quirks: TemplateQuirks) -> Any:
         except (ValueError, RecursionError) as error:
             message = f"the arguments of a tool call are not JSON: {error}"
             raise InputError(message, fix="write a JSON object") from error
+        if measure_depth(arguments) > MAX_CALL_DEPTH:
+            message = f"the arguments of a tool call are nested deeper than {MAX_CALL_DEPTH} levels"
+            raise InputError(message, fix="flatten them")
     elif isinstance(arguments, dict) and quirks.can_render_text_args:
         arguments = json.dumps(arguments, ensure_ascii=False)
     else:

@@ -17,6 +17,7 @@ from collections import Counter
 from typing import Any, NamedTuple, NoReturn
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import measure_depth
 from tunesmith.core.types import Json
 from tunesmith.data.readers.invalid_row import InvalidRow
 
@@ -134,7 +135,7 @@ def read_json_text(text: str, location: SourceLocation) -> Any:
         fix = "write it as a string"
         raise InvalidRow("number too large", message, where=where, fix=fix) from None
     _check_escapes(text, location)
-    if text.count("{") + text.count("[") > MAX_ROW_DEPTH and _measure_depth(data) > MAX_ROW_DEPTH:
+    if text.count("{") + text.count("[") > MAX_ROW_DEPTH and measure_depth(data) > MAX_ROW_DEPTH:
         raise _build_depth_error(where)
     return data
 
@@ -169,20 +170,6 @@ def _check_escapes(text: str, location: SourceLocation) -> None:
             raise InvalidRow("NUL character", message, where=where, fix="remove it")
         message = f"{subject} is a lone surrogate: half of a character"
         raise InvalidRow("lone surrogate", message, where=where, fix="write both halves")
-
-
-def _measure_depth(data: Any) -> int:
-    """Return the levels of nesting, without recursion."""
-    level: list[Any] = [data]
-    depth = 0
-    while level:
-        depth += 1
-        next_level: list[Any] = []
-        for value in level:
-            children = value.values() if isinstance(value, dict) else value
-            next_level += [child for child in children if isinstance(child, (dict, list))]
-        level = next_level
-    return depth
 
 
 def _build_object(pairs: list[tuple[str, Any]]) -> Json:

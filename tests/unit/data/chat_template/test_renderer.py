@@ -270,13 +270,16 @@ def test_arguments_are_given_as_the_template_writes_them(
         exact = wanted == '"{}"' and isinstance(arguments, str)
         assert ('{"x":  1}' if exact else '{"x": 1}') + "<|im_end|>⟧" in text
     if wanted == "{}":
-        broken = {"name": "look", "arguments": "{x"}
-        with pytest.raises(InputError, match="not JSON"):
-            render_marked(
-                renderer,
-                user("a"),
-                assistant("", tool_calls=[{"type": "function", "function": broken}]),
-            )
+        broken = {
+            "{x": "not JSON",
+            '{"x": ' + "[" * 500 + "]" * 500 + "}": "deeper than 100 levels",
+            '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}": "not JSON: maximum recursion depth",
+        }
+        for arguments, problem in broken.items():
+            function = {"name": "look", "arguments": arguments}
+            call = {"type": "function", "function": function}
+            with pytest.raises(InputError, match=problem):
+                render_marked(renderer, user("a"), assistant("", tool_calls=[call]))
 
 
 def test_content_is_given_as_parts_where_the_template_wants_parts(tmp_path: Path) -> None:
