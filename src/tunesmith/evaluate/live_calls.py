@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import cast
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import measure_depth
 from tunesmith.core.types import Json
+from tunesmith.data.chat_template.conversation import MAX_CALL_DEPTH
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.chat_template.tool_syntax import ToolSyntax, learn_tool_syntax
 from tunesmith.evaluate.live_items import RecordedItem
@@ -93,11 +95,12 @@ class CallReader:
 
 
 def _parse(arguments: str) -> object:
-    """Return arguments as an object, or the text that is none."""
+    """Return arguments as an object; the text that is none, or that no template would be given."""
     try:
-        return json.loads(arguments)
+        value = json.loads(arguments)
     except (ValueError, RecursionError):
         return arguments
+    return value if measure_depth(value) <= MAX_CALL_DEPTH else arguments
 
 
 def _normalize(call: ServedCall) -> str:

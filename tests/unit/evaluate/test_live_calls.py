@@ -134,8 +134,11 @@ def test_a_text_that_no_server_has_parsed_stays(reader: CallReader) -> None:
     assert reader.restore(make_item(RECORDED), RECORDED, ()) == RECORDED
 
 
-@pytest.mark.parametrize("arguments", ['{"at": ', "[1]", "1" * 5000, "[" * 10**5])
-def test_arguments_that_are_no_object_are_never_the_recorded_call(
+DEEP = ['{"at": ' + "[" * depth + "]" * depth + "}" for depth in (600, 990)]
+
+
+@pytest.mark.parametrize("arguments", ['{"at": ', "[1]", "1" * 5000, "[" * 10**5, *DEEP])
+def test_arguments_that_are_no_object_or_deep_are_never_the_recorded_call(
     reader: CallReader, arguments: str
 ) -> None:
     text = reader.restore(make_item(RECORDED), "", [make_call(arguments)])
