@@ -15,6 +15,7 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.events import TrainStep
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.ranks import Ranks, open_ranks
+from tunesmith.evaluate import shared_items
 from tunesmith.session import inputs
 from tunesmith.train import follow as follow_module
 from tunesmith.train import run
@@ -26,7 +27,8 @@ Outcome = tuple[int, str]  # exit code, and the message of the error or the last
 def train_run(model: str, folder: str, changes: dict[str, Any], stop: dict[str, int]) -> Outcome:
     """Train a tiny recipe as one rank.
 
-    `stop` may be {"saved": step}, {"signal": step} of rank 1, or {"kill": step, "rank": rank}."""
+    `stop` may be {"saved": step}, {"signal": step} of rank 1, {"signal_in_answers": step} of rank 0
+    in the evaluation after the step, or {"kill": step, "rank": rank}."""
     torch.set_num_threads(1)
     recipe = make_tiny_recipe(Path(model), Path(folder), **changes)
 
@@ -76,9 +78,22 @@ def _consume(events: Any, folder: Path, stop: dict[str, int]) -> str:
             break
         if isinstance(event, TrainStep) and event.step == stop.get("signal"):
             os.kill(int((folder / "pid-1").read_text()), signal.SIGTERM)
+        if isinstance(event, TrainStep) and event.step == stop.get("signal_in_answers"):
+            _catch_a_signal_in_answers()
         if isinstance(event, TrainStep) and event.step == stop.get("kill"):
             os.kill(int((folder / f"pid-{stop['rank']}").read_text()), signal.SIGKILL)
     return f"step {step}"
+
+
+def _catch_a_signal_in_answers() -> None:
+    """Let this rank catch a signal while the others compute their share of the answers."""
+    generate_share = shared_items.generate_share
+
+    def catch_signal(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return generate_share(*args, **kwargs)
+
+    shared_items.generate_share = catch_signal
 
 
 def train_near_other_rows(

@@ -99,14 +99,22 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_any_number(
         assert {logged.attempt for logged in read_all_events(folder / "run")} == {1, 2}
 
 
-def test_a_signal_at_rank_1_stops_all_after_the_step_with_a_checkpoint(
-    tiny_folder: Path, changes: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize(
+    ("stop", "first_saved"), [({"signal": 1}, 1), ({"signal_in_answers": 3}, 3)]
+)
+def test_a_signal_stops_all_after_the_step_or_evaluation_with_a_checkpoint(
+    tiny_folder: Path,
+    changes: dict[str, Any],
+    tmp_path: Path,
+    stop: dict[str, int],
+    first_saved: int,
 ) -> None:
-    outcomes = train_on(2, tiny_folder, tmp_path, changes, signal=1)
+    outcomes = train_on(2, tiny_folder, tmp_path, changes, **stop)
     assert [code for code, _ in outcomes] == [143, 143], outcomes
     assert "continue with: tunesmith resume" in outcomes[0][1]
-    saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert saved, "the work until the signal is kept"
+    folders = (tmp_path / "run" / "checkpoints").iterdir()
+    last_saved = max(int(folder.name.removeprefix("step-")) for folder in folders)
+    assert last_saved >= first_saved, "the work until the signal is kept"
 
 
 def test_a_rank_with_other_rows_ends_the_run_with_its_name(

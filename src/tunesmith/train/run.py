@@ -306,6 +306,7 @@ def _begin_training(context: RunContext, session: Session, before: EvalResults) 
     check_ranks(context.ranks)
     training = GuardedTraining(context, session, before)
     training.training.compare_ranks()
+    context.stop.is_joint = context.ranks.world > 1  # a checkpoint needs ranks that listen
     return training
 
 

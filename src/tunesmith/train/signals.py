@@ -3,6 +3,7 @@
     with GracefulStop() as stop:
         with stop.immediate(): ...                            a signal stops this at once
         for event in training: stop.raise_if_requested()      elsewhere the request waits
+    stop.is_joint = True                                      from now on it always waits
 
 Either way the run ends with Interrupted. A request that waits is answered by a line of progress. A
 second signal has its default effect, unless the process is one of several ranks: a launcher sends
@@ -28,11 +29,13 @@ class GracefulStop:
     """Catch signals; `signal_number` is 0 until one arrives.
 
     `resume_hint` tells the user what to do next, and may change on the way. With `is_patient`,
-    further signals have no effect."""
+    further signals have no effect. `is_joint`: other ranks compute with this one, and wait for what
+    it has to say, so that nothing is stopped in the middle."""
 
     def __init__(self, resume_hint: str = "", *, is_patient: bool = False) -> None:
         self.signal_number = 0
         self.is_patient = is_patient
+        self.is_joint = False
         self.resume_hint = resume_hint
         self._is_immediate = False
         self._previous_handlers: dict[signal.Signals, Any] = {}
@@ -54,10 +57,12 @@ class GracefulStop:
         if not self.is_patient:
             self.__exit__()
         self.signal_number = number
-        if self._is_immediate:
+        if self._is_immediate and not self.is_joint:
             self.raise_if_requested()
+        work = "this step or evaluation" if self.is_joint else "this step"
+        second = "" if self.is_patient else "; a second signal stops at once"
         with suppress(RuntimeError):  # the signal arrived while a line was being written
-            logger.info("finishing this step before stopping; a second signal stops at once")
+            logger.info("finishing %s before stopping%s", work, second)
 
     def raise_if_requested(self, *, elsewhere: bool = False) -> None:
         """Raise Interrupted if a signal has arrived; exit code 130 for SIGINT, 143 for SIGTERM.
@@ -74,7 +79,8 @@ class GracefulStop:
 
     @contextmanager
     def immediate(self) -> Iterator[None]:
-        """Raise Interrupted as soon as a signal arrives, or at once if one has."""
+        """Raise Interrupted at once if a signal has arrived and, without `is_joint`, as soon as one
+        arrives."""
         self._is_immediate = True
         try:
             self.raise_if_requested()

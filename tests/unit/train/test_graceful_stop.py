@@ -54,6 +54,16 @@ def test_a_signal_noted_before_is_obeyed_on_entering() -> None:
             pytest.fail("nothing is begun any more")
 
 
+def test_where_other_ranks_wait_it_is_obeyed_at_the_next_chance() -> None:
+    with GracefulStop(is_patient=True) as stop:
+        stop.is_joint = True
+        with stop.immediate():
+            send_signal(signal.SIGTERM)
+            send_signal(signal.SIGINT)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            stop.raise_if_requested()
+
+
 def test_after_such_a_place_signals_are_only_noted_again() -> None:
     with GracefulStop() as stop:
         with stop.immediate():
