@@ -227,7 +227,11 @@ def plan(  # noqa: PLR0913 - every option is a flag
     dry_run: Annotated[
         int | None,
         typer.Option(
-            "--dry-run", metavar="N", min=2, help="Count one step on N ranks.", show_default=False
+            "--dry-run",
+            metavar="N",
+            min=2,
+            help="Count messages and memory of a step on N ranks.",
+            show_default=False,
         ),
     ] = None,
     why: Annotated[

@@ -3,7 +3,7 @@
 In: the settings that are decided so far, for a target of several GPUs. Out: a Mesh, and a MeshPlan
 with its reasons, its time, and the batch that would fill the GPUs. The rule: every GPU holds all
 weights if a step fits; else the fastest shard group that fits; and a document is divided only if it
-fits no GPU otherwise. Left out: what this version cannot run is planned for and said, not run."""
+fits on no GPU otherwise. Left out: what this version cannot run; the plan only says so."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def decide_context(context: RuleContext, recipe_value: int | Literal["auto"]) ->
     size = context.mesh.context
     if size == 1:
         return make_rule_value(1, "each process computes its documents alone")
-    return make_rule_value(size, f"the longest document fits no GPU: {size} share each")
+    return make_rule_value(size, f"the longest document fits on no GPU: {size} share each")
 
 
 def _list_shard_sizes(num_gpus: int, num_nodes: int) -> list[int]:
@@ -215,7 +215,7 @@ def _explain_context(context: RuleContext, step: MeshStep) -> str:
     if size == 1:
         return f"the longest row, {longest}, is not divided"
     heads = context.model.num_kv_heads // size
-    why = f"the longest row, {longest}, fits no GPU"
+    why = f"the longest row, {longest}, fits on no GPU"
     if context.settings["context"].decided_by == "user":
         why = "set in the recipe"
     return (

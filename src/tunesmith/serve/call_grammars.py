@@ -80,7 +80,7 @@ class _CallGrammar:
         form = syntax.form
         kind = schema.get("type", "object")
         if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-            raise InputError(f"the arguments of {name} are an object")
+            raise InputError(f"the parameters of {name} must be of type object")
         schema = {**schema, "type": "object"}
         if isinstance(form, NamedForm):
             return f"{self.quote(name + form.between)} {embed_schema(schema)}"
@@ -166,7 +166,7 @@ class _PartsGrammar:
     def _describe_argument(self, name: str, schema: Any) -> str:
         middle = self._form.middle
         if (name + middle).index(middle) != len(name):
-            raise InputError(f"the name of an argument holds a part of the syntax: {name:.80}")
+            raise InputError(f"the name of an argument contains a part of the syntax: {name:.80}")
         value = self._describe_value(name, schema)
         return f"{_quote_plain(name)} {self._grammar.quote(middle)} {value}"
 
@@ -190,7 +190,7 @@ class _PartsGrammar:
             _refuse_keywords(schema, VALUE_KEYWORDS, name)
             return PYTHON_TEXT if self._form.quote else self._describe_text()
         if not self._form.quote and "\n" not in self._end and kind not in NUMBERS:
-            raise InputError(f"the JSON of an argument could hold what ends it: {name:.80}")
+            raise InputError(f"a value of {name:.80} could contain the text that ends an argument")
         return f"{embed_schema({**schema, **self._definitions})} {end}"
 
     def _describe_text(self) -> str:
