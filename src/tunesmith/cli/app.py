@@ -67,6 +67,16 @@ HubRepoName = Annotated[
     str | None,
     typer.Option(metavar="OWNER/NAME", help="With --to hub: repository.", show_default=False),
 ]
+DryRunOption = Annotated[
+    int | None,
+    typer.Option(
+        "--dry-run",
+        metavar="N",
+        min=2,
+        help="Count messages and memory of a step on N ranks.",
+        show_default=False,
+    ),
+]
 # click's own class, or typer's copy of it
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 INTERRUPTED_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -224,16 +234,7 @@ def plan(  # noqa: PLR0913 - every option is a flag
     benchmark: Annotated[
         bool, typer.Option("--benchmark", help="Time real steps, in about 10 s.")
     ] = False,
-    dry_run: Annotated[
-        int | None,
-        typer.Option(
-            "--dry-run",
-            metavar="N",
-            min=2,
-            help="Count messages and memory of a step on N ranks.",
-            show_default=False,
-        ),
-    ] = None,
+    dry_run: DryRunOption = None,
     why: Annotated[
         str | None,
         typer.Option(metavar="KEY", help="Explain one setting.", show_default=False),
