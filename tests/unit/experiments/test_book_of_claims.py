@@ -230,6 +230,16 @@ def test_rules_cite_decided_experiments() -> None:
         assert {each.verdict for each in verdicts[name]} & {"holds", "does not hold"}, name
 
 
+def test_the_page_is_that_of_the_results(tmp_path: Path) -> None:
+    """`python -m experiments.run --page` writes it again."""
+    written = tmp_path / run.PAGE.name
+    run.update_page(definitions.load_experiments(), definitions.EXPERIMENTS, written)
+    assert written.read_text() == run.PAGE.read_text()
+    plots = {file.name: file.read_text() for file in (tmp_path / "evidence").iterdir()}
+    folder = run.PAGE.parent / "evidence"
+    assert plots == {file.name: file.read_text() for file in folder.iterdir()}
+
+
 # ---------------------------------------------------------------- real runs of a tiny model
 
 
