@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from rank_loops import collect_outcome, get_weights, iterate_alone, make_documents
 from tiny_loop import SETTINGS, select_steps
 from tiny_models import LORA
-from tunesmith.core.errors import MachineError
-from tunesmith.core.ranks import Ranks
+from tunesmith.core.errors import MachineError, TunesmithError
+from tunesmith.core.ranks import RankFailed, Ranks
 from tunesmith.core.types import Batch
+from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.model.adapters import METHODS, get_trainable_parameters
 from tunesmith.model.causal_lm import PackedCausalLM, load_network, wrap_model
 from tunesmith.model.lora import LoraLinear, QuantizedLinear
 from tunesmith.model.quantization import load_quantized
 from tunesmith.model.text_network import load_text_network
-from tunesmith.model.weight_shards import RankFailed, WeightShards
+from tunesmith.model.weight_shards import WeightShards
 from tunesmith.train.loop import TrainingLoop
 
 STEPS = 6
@@ -121,15 +122,31 @@ def train_with_little_memory(ranks: Ranks, folder: str, size: int) -> tuple[list
     return collect_outcome(training)
 
 
+def _fail(_: Batch) -> Tensor:
+    raise MachineError("no disk")
+
+
+def measure_where_the_last_rank_fails(ranks: Ranks, folder: str) -> str:
+    """Let the last rank fail while the others need its part of a layer; return what this one
+    says."""
+    model = load_model(folder, ranks, ranks.world)
+    model.network.eval()
+    model.ranks = ranks
+    ranks.is_lockstep = True
+    if ranks.rank == ranks.world - 1:
+        model.compute_hidden = _fail  # type: ignore[method-assign]
+    try:
+        list(compute_nll(model, make_documents("rows", 1), 20))
+    except TunesmithError as error:
+        return str(error)
+    return "no error"
+
+
 def fail_on_rank_1(ranks: Ranks, folder: str) -> str:
     """Let rank 1 fail while rank 0 needs its part of a layer; return what each rank says."""
     training = make_sharded_loop(ranks, folder, 2)
     if ranks.rank == 1:
-
-        def fail(_: Batch) -> Tensor:
-            raise MachineError("no disk")
-
-        training.model.compute_hidden = fail  # type: ignore[method-assign]
+        training.model.compute_hidden = _fail  # type: ignore[method-assign]
     try:
         next(training)
     except RankFailed as error:

@@ -15,6 +15,7 @@ from rank_shards import (
     Outcome,
     count_read_bytes,
     fail_on_rank_1,
+    measure_where_the_last_rank_fails,
     train_sharded,
     train_with_little_memory,
 )
@@ -69,6 +70,12 @@ def test_a_rank_without_memory_lets_all_repeat_the_step(folder: str) -> None:
 
 def test_a_rank_that_fails_in_a_step_ends_the_others(folder: str) -> None:
     assert run_ranks(fail_on_rank_1, 2, folder) == ["failed: another rank cannot go on", "no disk"]
+
+
+def test_of_ranks_that_fail_together_the_one_with_the_cause_is_heard(folder: str) -> None:
+    for message in run_ranks(measure_where_the_last_rank_fails, 3, folder):
+        assert message.startswith("rank 2 on ")
+        assert message.endswith("no disk")
 
 
 # ---------------------------------------------------------------- whole runs

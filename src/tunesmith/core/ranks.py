@@ -51,6 +51,10 @@ END = "end"  # the command after which no other comes
 PROBLEMS = {error.exit_code: error for error in (InputError, MachineError, GateError)}
 
 
+class RankFailed(MachineError):
+    """Another rank cannot go on; it knows why."""
+
+
 class Ranks:
     """This process among `world` ones: `rank` counts over all machines, `local` on this one.
 
@@ -181,13 +185,15 @@ class Ranks:
         return [_parse(part[:size]) for part, size in zip(parts, sizes.tolist(), strict=True)]
 
     def gather_answers(self, value: Any, problem: TunesmithError | None = None) -> list[Any]:
-        """Return the value of each rank, by rank, or raise the first problem of one, which names
-        its rank. Values must be JSON."""
+        """Return the value of each rank, by rank, or raise the problem of one, which names its
+        rank: the first that is no consequence of another. Values must be JSON."""
         answer = {"value": value, "problem": None if problem is None else self._describe(problem)}
         answers = self.gather(answer)
-        for described in filter(None, (each["problem"] for each in answers)):
-            error = PROBLEMS[described["exit_code"]]
-            raise error(described["message"], where=described["where"], fix=described["fix"])
+        problems = [each["problem"] for each in answers if each["problem"] is not None]
+        if problems:
+            first = min(problems, key=lambda described: described["is_consequence"])
+            error = PROBLEMS[first["exit_code"]]
+            raise error(first["message"], where=first["where"], fix=first["fix"])
         return [each["value"] for each in answers]
 
     def gather_in_lockstep(
@@ -213,6 +219,7 @@ class Ranks:
             "where": where,
             "fix": problem.fix,
             "exit_code": problem.exit_code,
+            "is_consequence": isinstance(problem, RankFailed),
         }
 
     def sum_(self, tensor: Tensor) -> None:

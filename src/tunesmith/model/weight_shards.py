@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import MachineError
-from tunesmith.core.ranks import Ranks
+from tunesmith.core.ranks import RankFailed, Ranks
 from tunesmith.model.lora import QuantizedLinear
 
 GATHER = "gather"  # the command of rank 0 outside of `joint`
@@ -36,10 +36,6 @@ GATHER_NAME = "gather_before_forward"  # attribute of a sharded layer
 ALIGNMENT = 16  # bytes at which a weight begins
 DONE = 0  # words of a round, beside 1 + the number of a layer
 FAILED = -1
-
-
-class RankFailed(MachineError):
-    """Another rank cannot go on; it knows why."""
 
 
 class LayerShard:

@@ -28,7 +28,7 @@ from tunesmith.core.atomic import atomic_dir, hash_file
 from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError
 from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.hardware import read_peak_bytes
-from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
+from tunesmith.core.ranks import SINGLE_PROCESS, RankFailed, Ranks
 from tunesmith.core.run_dir import (
     ADAPTER_DIR,
     EVAL_AFTER_FILE,
@@ -67,7 +67,6 @@ from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
 from tunesmith.model.machine_errors import machine_errors
 from tunesmith.model.save import save_adapter, save_model, save_serving_files
-from tunesmith.model.weight_shards import RankFailed
 from tunesmith.plan.build import refuse_if_too_large
 from tunesmith.session import inputs
 from tunesmith.session.fingerprint import build_fingerprint

@@ -25,11 +25,13 @@ def test_a_folder_with_another_plan_is_not_that_of_rank_0(tmp_path: Path) -> Non
 
 
 def test_rank_0_raises_the_problem_of_another_rank() -> None:
-    problem = {"message": "other inputs", "where": "rank 1 on b", "fix": "copy", "exit_code": 2}
+    problem = {"message": "other inputs", "where": "rank 2 on b", "fix": "copy", "exit_code": 2}
+    problem["is_consequence"] = False
+    consequence = problem | {"message": "another rank", "exit_code": 3, "is_consequence": True}
 
-    class TwoRanks(Ranks):
+    class ThreeRanks(Ranks):
         def gather(self, value: object) -> list[object]:
-            return [value, {"value": None, "problem": problem}]
+            return [value, *({"value": None, "problem": each} for each in (consequence, problem))]
 
-    with pytest.raises(InputError, match="rank 1 on b: other inputs"):
-        check_ranks(TwoRanks())
+    with pytest.raises(InputError, match="rank 2 on b: other inputs"):
+        check_ranks(ThreeRanks())
