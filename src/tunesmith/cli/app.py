@@ -248,8 +248,10 @@ def plan(  # noqa: PLR0913 - every option is a flag
     recipe = parse_recipe_args(args)
     from tunesmith.cli.views.plan import render_method_estimates, render_plan, render_setting
 
-    if (compare or dry_run is not None) and why is not None:
-        message = f"--{'compare' if compare else 'dry-run'} and --why cannot be combined"
+    views = {"--compare": compare, "--dry-run": dry_run is not None, "--why": why is not None}
+    chosen = [flag for flag, is_chosen in views.items() if is_chosen]
+    if len(chosen) > 1:
+        message = f"{' and '.join(chosen)} cannot be combined"
         raise InputError(message, where="command line", fix="pass one of them")
     inputs = api.load_inputs(recipe, needs_weights=False)
     if dry_run is not None:

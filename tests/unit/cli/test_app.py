@@ -138,6 +138,21 @@ def test_a_flag_without_its_value_is_refused(
     assert f"{flag} has no value" in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--compare", "--why", "lora_r"], "--compare and --why"),
+        (["--dry-run", "2", "--why", "lora_r"], "--dry-run and --why"),
+        (["--compare", "--dry-run", "2"], "--compare and --dry-run"),
+    ],
+)
+def test_a_plan_has_one_view(
+    flags: list[str], names: str, tunesmith: Callable[..., CliResult]
+) -> None:
+    code, _, err = tunesmith("plan", "--model", "x", *flags)
+    assert (code, f"{names} cannot be combined" in err) == (2, True)
+
+
 def test_the_package_runs_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tunesmith", "--version"], capture_output=True, text=True
