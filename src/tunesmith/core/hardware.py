@@ -12,6 +12,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -34,6 +35,7 @@ PACKAGES = (
     "peft",
     "bitsandbytes",
     "triton",
+    "fla-core",
 )
 NVIDIA_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # the last is WSL's
 AMD_FILE = "/dev/kfd"
@@ -126,6 +128,11 @@ def collect_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def parse_version(version: str) -> tuple[int, ...]:
+    """Return the first two numbers: 2.13.0+cpu -> (2, 13)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def read_peak_bytes(device: str = "cpu") -> int:

@@ -23,7 +23,11 @@ from tunesmith.core.types import (
 )
 from tunesmith.plan.confidence import add_evidence
 from tunesmith.plan.guard import decide_guard
-from tunesmith.plan.hardware_presets import find_missing_for_triton
+from tunesmith.plan.hardware_presets import (
+    MIN_GPU_TORCH,
+    find_missing_for_triton,
+    find_old_torch,
+)
 from tunesmith.plan.memory import (
     GENERAL_TEXT_TOKENS,
     count_max_checkpoints,
@@ -421,6 +425,24 @@ def _collect_warnings(context: RuleContext, data: Mapping[str, DataReport]) -> l
     return list(dict.fromkeys(warnings))
 
 
+def _list_software_warnings(machine: Machine) -> list[str]:
+    """Say what the software of a GPU lacks."""
+    warnings: list[str] = []
+    if machine.gpu_software.startswith("ROCm"):
+        warnings.append(f"{machine.gpu_software}: tunesmith has not been tried on AMD GPUs")
+    if old_torch := find_old_torch(machine):
+        warnings.append(
+            f"torch {old_torch}: on a GPU, tunesmith needs {MIN_GPU_TORCH} or newer, whose flash "
+            "attention it calls directly"
+        )
+    if missing := find_missing_for_triton(machine):
+        warnings.append(
+            "norms, rotations, MLPs and losses run in plain torch, with a quarter more activations "
+            f"and three times the traffic: the kernels for GPUs need {missing}"
+        )
+    return warnings
+
+
 def _collect_gpu_warnings(context: RuleContext) -> list[str]:
     """Say when a GPU is not used, or is used in a way that it does not support."""
     machine = context.machine
@@ -429,13 +451,7 @@ def _collect_gpu_warnings(context: RuleContext) -> list[str]:
         warnings.append(f"{machine.unused_gpu} (`tunesmith doctor` says what to do)")
     if machine.device != "cuda":
         return warnings
-    if machine.gpu_software.startswith("ROCm"):
-        warnings.append(f"{machine.gpu_software}: tunesmith has not been tried on AMD GPUs")
-    if missing := find_missing_for_triton(machine):
-        warnings.append(
-            "norms, rotations, MLPs and losses run in plain torch, with a quarter more activations "
-            f"and three times the traffic: the kernels for GPUs need {missing}"
-        )
+    warnings += _list_software_warnings(machine)
     if context["dtype"] == "bf16" and not machine.has_bf16_matmul:
         warnings.append(f"{machine.device_name} has no bf16: torch emulates it, slower than fp32")
     if context["attention"] == "varlen":

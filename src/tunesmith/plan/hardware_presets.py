@@ -13,9 +13,11 @@ import re
 from dataclasses import dataclass
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.hardware import parse_version
 from tunesmith.core.types import Machine
 
 ASSUMED_VERSION = "assumed"  # version of a library that a target is assumed to have
+MIN_GPU_TORCH = "2.8"  # from here on, its operators of flash attention are those that are called
 
 
 # what collectives reach of a link's rate in one direction: assumed, not measured here
@@ -209,6 +211,13 @@ def find_missing_for_triton(machine: Machine) -> str:
     if not machine.compiler:
         return "a C compiler"
     return "" if machine.has_python_headers else "Python's headers (such as python3-dev)"
+
+
+def find_old_torch(machine: Machine) -> str:
+    """Return the version of torch if it is older than MIN_GPU_TORCH on a GPU of this machine."""
+    version = machine.versions.get("torch", MIN_GPU_TORCH)
+    is_here = machine.device == "cuda" and bool(machine.gpu_software)  # and no preset
+    return version if is_here and parse_version(version) < parse_version(MIN_GPU_TORCH) else ""
 
 
 def make_machine(local_machine: Machine, target: Target) -> Machine:

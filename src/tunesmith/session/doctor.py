@@ -7,7 +7,6 @@ of a run predicts its own. Left out: printing (cli/views/plan.py).
 
 from __future__ import annotations
 
-import re
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -18,12 +17,12 @@ from pathlib import Path
 from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import MachineError
 from tunesmith.core.formatting import format_bytes
-from tunesmith.core.hardware import find_existing_parent, measure_machine
+from tunesmith.core.hardware import find_existing_parent, measure_machine, parse_version
 from tunesmith.core.types import Machine, ModelSpec
 from tunesmith.model.hub.built_in import find_cache_dir
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
-from tunesmith.plan.hardware_presets import find_missing_for_triton
+from tunesmith.plan.hardware_presets import MIN_GPU_TORCH, find_missing_for_triton
 from tunesmith.plan.memory import (
     compute_frozen_bytes,
     count_lora_parameters,
@@ -116,9 +115,10 @@ def diagnose(
 
 def _check_versions(machine: Machine) -> list[MachineCheck]:
     checks: list[MachineCheck] = []
-    for package, min_version in MIN_VERSIONS.items():
+    min_versions = MIN_VERSIONS | ({"torch": MIN_GPU_TORCH} if machine.device == "cuda" else {})
+    for package, min_version in min_versions.items():
         installed = machine.versions.get(package, "missing")
-        is_ok = installed != "missing" and _parse_version(installed) >= _parse_version(min_version)
+        is_ok = installed != "missing" and parse_version(installed) >= parse_version(min_version)
         fix = "" if is_ok else f"install {package} {min_version} or newer"
         checks.append(MachineCheck(package, is_ok, installed, fix=fix))
     return checks
@@ -165,11 +165,6 @@ def _check_extras() -> list[MachineCheck]:
 
 def _get_module(package: str) -> str:
     return MODULES.get(package, package.replace("-", "_"))
-
-
-def _parse_version(version: str) -> tuple[int, ...]:
-    """Return the first two numbers: 2.13.0+cpu -> (2, 13)."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def _check_compiler(machine: Machine) -> MachineCheck:

@@ -14,7 +14,7 @@ from tunesmith.core.hardware import measure_machine, read_peak_bytes
 from tunesmith.core.types import Machine
 from tunesmith.model import causal_lm
 from tunesmith.plan.hardware_presets import find_missing_for_triton
-from tunesmith.session.doctor import _check_gpu
+from tunesmith.session.doctor import _check_gpu, _check_versions
 from tunesmith.session.run_history import make_run_key
 
 GB = 10**9
@@ -80,6 +80,18 @@ def test_a_gpu_without_bf16_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert (check.is_ok, check.is_required) == (False, False)
     assert "no bf16" in check.value
     assert "fp16" in check.fix
+
+
+def test_torch_has_to_be_newer_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    versions = hardware.collect_versions() | {"torch": "2.7.1"}
+    monkeypatch.setattr(hardware, "collect_versions", lambda: versions)
+    give_files(monkeypatch)
+    checks = {check.name: check for check in _check_versions(measure_machine(tmp_path))}
+    assert checks["torch"].is_ok
+    give_gpu(monkeypatch)
+    checks = {check.name: check for check in _check_versions(measure_machine(tmp_path))}
+    assert (checks["torch"].is_ok, checks["torch"].is_required) == (False, True)
+    assert checks["torch"].fix == "install torch 2.8 or newer"
 
 
 def test_an_amd_gpu_is_called_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -92,6 +92,15 @@ def test_what_a_gpu_cannot_do_is_a_warning(make_context: Make) -> None:
     assert "the package triton" in plain
 
 
+def test_an_old_torch_on_a_gpu_is_a_warning(make_context: Make) -> None:
+    gpu = {"device": "cuda", "attention": "varlen", "gpu_software": "CUDA 12.6"}
+    versions = {"torch": "2.7.1+cu126", "triton": "3.3"}
+    (warning,) = _collect_gpu_warnings(make_context(**gpu, versions=versions))
+    assert warning.startswith("torch 2.7.1+cu126: on a GPU, tunesmith needs 2.8 or newer")
+    for changes in ({"versions": versions | {"torch": "2.13.0"}}, {"gpu_software": ""}):
+        assert not _collect_gpu_warnings(make_context(**(gpu | {"versions": versions} | changes)))
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.hardware import parse_version
 from tunesmith.session import doctor
 from tunesmith.session.doctor import diagnose
 
@@ -89,8 +90,8 @@ def test_a_refused_model_says_why(tmp_path: Path) -> None:
 
 
 def test_floors_are_compared_as_numbers() -> None:
-    assert doctor._parse_version("2.13.0+cpu") > doctor._parse_version("2.6")
-    assert doctor._parse_version("5.3.0rc1") == doctor._parse_version("5.3")
+    assert parse_version("2.13.0+cpu") > parse_version("2.6")
+    assert parse_version("5.3.0rc1") == parse_version("5.3")
 
 
 def test_extras_that_are_missing_are_named_with_what_needs_them(
