@@ -30,6 +30,7 @@ from tunesmith.recipe.yaml_lines import load_yaml
 from tunesmith.session.inputs import RunInputs
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")  # they determine tokens or numbers
+GPU_LIBRARIES = ("triton", "fla-core")  # whose kernels run there
 QUANTIZATION_LIBRARY = "bitsandbytes"  # in runs with 4-bit weights or 8-bit moments
 ROUNDING_PREFIX = "machine."  # fields that only change the last bits
 ABSENT_TEXT = "none"
@@ -58,6 +59,8 @@ def build_fingerprint(
     renderer = inputs.renderer
     is_quantized = plan.config.method == "qlora" or plan.config.optim == "adamw_8bit"
     libraries = (*LIBRARIES, QUANTIZATION_LIBRARY) if is_quantized else LIBRARIES
+    if inputs.machine.device == "cuda":
+        libraries += GPU_LIBRARIES
     files = {role: dataset.fingerprint for role, dataset in inputs.datasets.items()}
     for role, path in (
         ("retention_data", inputs.recipe.retention_data),

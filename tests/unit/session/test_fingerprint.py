@@ -86,6 +86,13 @@ def test_quantized_runs_depend_on_bitsandbytes(key: str, value: str, run_inputs:
     assert "bitsandbytes" in build(run_inputs, **{key: value})["versions"]
 
 
+def test_runs_on_a_gpu_depend_on_its_kernels(run_inputs: RunInputs) -> None:
+    for device, are_named in (("cpu", False), ("cuda", True)):
+        machine = dataclasses.replace(run_inputs.machine, device=device)
+        versions = build(dataclasses.replace(run_inputs, machine=machine))["versions"]
+        assert {"triton", "fla-core"}.issubset(versions) is are_named
+
+
 def test_files_that_a_recipe_names_are_hashed(model: Path, tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "object"}')

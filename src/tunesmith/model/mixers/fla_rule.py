@@ -10,6 +10,7 @@ of q and k, R heads of v for each of them, D key size, E value size, S segments 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.core.hardware import upload
+from tunesmith.core.hardware import parse_version, upload
 from tunesmith.core.types import PackLayout
 from tunesmith.model.flash_operators import accumulate_lengths
 from tunesmith.model.kernels.scan import ScanHeads
@@ -25,6 +26,7 @@ from tunesmith.model.kernels.scan import ScanHeads
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_KEY_SIZE = 256
 CACHED_LAYOUTS = 16
+MIN_VERSION = (0, 6)
 
 
 def is_supported(active_TC: Tensor, heads: ScanHeads) -> bool:
@@ -35,8 +37,21 @@ def is_supported(active_TC: Tensor, heads: ScanHeads) -> bool:
         and active_TC.dtype in DTYPES
         and heads.key_size <= MAX_KEY_SIZE
         and not torch.are_deterministic_algorithms_enabled()
-        and find_spec("fla") is not None
+        and has_package()
     )
+
+
+@functools.cache
+def has_package() -> bool:
+    """Return whether fla-core is installed, in a version that takes these arguments: older ones
+    ignore those that they do not know."""
+    if find_spec("fla") is None:
+        return False
+    try:
+        version = importlib.metadata.version("fla-core")
+    except importlib.metadata.PackageNotFoundError:  # before its kernels had a package
+        return False
+    return parse_version(version) >= MIN_VERSION
 
 
 @dataclass(frozen=True, eq=False)

@@ -116,3 +116,13 @@ def test_the_kernels_take_these_arguments(package: list[dict[str, Any]]) -> None
 
 def test_other_inputs_take_the_torch_path() -> None:
     assert not fla_rule.is_supported(torch.zeros(1, dtype=torch.bfloat16), SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("version", "is_used"), [("0.6.0", True), ("0.10", True), ("0.4.1", False)]
+)
+def test_an_older_package_is_not_used(
+    version: str, is_used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fla_rule.importlib.metadata, "version", lambda _name: version)
+    assert fla_rule.has_package.__wrapped__() is is_used
