@@ -55,7 +55,7 @@ def find_shard_problem(context: RuleContext) -> str:
     problems: list[str] = []
     if context["method"] == "full":
         return "method: full"
-    if context.model.expert_parameters:
+    if context.model.num_experts:
         problems.append("experts")
     if context["use_dora"]:
         problems.append("use_dora")

@@ -12,6 +12,8 @@ from tunesmith import api
 from tunesmith.core.errors import InputError
 from tunesmith.core.mesh import Mesh
 from tunesmith.core.types import Plan
+from tunesmith.plan.rules import RuleContext
+from tunesmith.plan.sharding import decide_shard
 from tunesmith.train.stages import load_stage_inputs, make_staged_plan
 
 Planner = Callable[..., Plan]
@@ -46,6 +48,7 @@ def test_the_recipe_says_how_many_gpus_hold_the_weights(plan: Planner) -> None:
         ({"use_dora": True}, "use_dora cannot"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save cannot"),
         ({"use_dora": True, "context": 2}, "use_dora and context cannot"),
+        ({"rehearsal": {"data": "self-generated"}}, "rows that the model generates cannot"),
         ({"shard": 3}, "has 8 GPUs, which groups of 3 do not divide"),
         ({"target": "h100"}, "has 1 GPU, which groups of 2 do not divide"),
     ],
@@ -57,6 +60,19 @@ def test_what_cannot_be_sharded_is_refused_by_name(
     with pytest.raises(InputError, match=problem) as refusal:
         plan(LLAMA_8B, wishes.pop("target"), **wishes)
     assert refusal.value.where == f"shard: {wishes['shard']}"
+
+
+@pytest.mark.parametrize(
+    ("facts", "problem"),
+    [({"num_experts": 8}, "experts cannot"), ({"adapter_sha256": "0"}, "adapter_from cannot")],
+)
+def test_models_and_adapters_that_cannot_be_sharded_are_refused(
+    make_context: Callable[..., RuleContext], facts: dict[str, Any], problem: str
+) -> None:
+    dense = {"use_dora": False, "modules_to_save": ()}
+    assert decide_shard(make_context(**dense), 2).value == 2
+    with pytest.raises(InputError, match=problem):
+        decide_shard(make_context(**dense, **facts), 2)
 
 
 def test_sharded_weights_have_one_layout(tiny_folder: Path, tmp_path: Path) -> None:
