@@ -149,7 +149,7 @@ def test_a_flag_without_its_value_is_refused(
 def test_a_plan_has_one_view(
     flags: list[str], names: str, tunesmith: Callable[..., CliResult]
 ) -> None:
-    code, _, err = tunesmith("plan", "--model", "x", *flags)
+    code, _, err = tunesmith("plan", "--model", "x", "--data", "rows.jsonl", *flags)
     assert (code, f"{names} cannot be combined" in err) == (2, True)
 
 
