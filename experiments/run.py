@@ -27,7 +27,6 @@ from experiments.arms import ArmJob, ArmRun, run_arm
 from experiments.claims import Results, judge_claims
 from experiments.definitions import (
     BUILD_FILE,
-    DEFINITION_FILE,
     Arm,
     Experiment,
     load_experiments,
@@ -39,7 +38,6 @@ from experiments.short_model import save_short_model
 
 import tunesmith
 from tunesmith.core.atomic import write_file
-from tunesmith.core.errors import InputError
 from tunesmith.core.hardware import measure_machine
 from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.types import Json
@@ -170,14 +168,22 @@ def update_page(experiments: Sequence[Experiment], results_root: Path, page: Pat
 
 
 def main() -> None:
+    experiments = load_experiments()
+    names = [experiment.name for experiment in experiments]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", default=[], help="Names of experiments.")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        choices=names,
+        default=names,
+        help="Experiments to run.",
+    )
     parser.add_argument("--quick", action="store_true", help="Two steps of a two-layer model.")
     parser.add_argument("--minutes", type=float, default=12 * 60, help="Start no arm after these.")
     parser.add_argument("--page", action="store_true", help="Write the page and run nothing.")
     args = parser.parse_args()
-    experiments = load_experiments()
-    chosen = choose_experiments(experiments, args.only)
+    chosen = [experiment for experiment in experiments if experiment.name in args.only]
     deadline = time.monotonic() + 60 * args.minutes
     os.chdir(ROOT)
     if args.quick:
@@ -193,16 +199,6 @@ def main() -> None:
         for _ in run_experiments(chosen, WORK, root, deadline=deadline):
             update_page(experiments, root, PAGE)
     update_page(experiments, ROOT / "experiments", PAGE)
-
-
-def choose_experiments(
-    experiments: Sequence[Experiment], names: Sequence[str]
-) -> Sequence[Experiment]:
-    by_name = {experiment.name: experiment for experiment in experiments}
-    if unknown := [name for name in names if name not in by_name]:
-        fix = f"use one of {', '.join(by_name)}"
-        raise InputError(f"no experiment {unknown[0]!r}", where=DEFINITION_FILE, fix=fix)
-    return [by_name[name] for name in names] if names else experiments
 
 
 if __name__ == "__main__":
