@@ -263,9 +263,12 @@ class Registry:
         return judge_witness(golden_answers, measured)
 
     def get_witness(self, model: ServedModel) -> str:
-        """Return proven, unproven or indistinct; empty for an adapter not loaded yet."""
+        """Return proven, unproven or indistinct; empty for an adapter not loaded yet, or whose own
+        files were not compared yet with those that are."""
         if model.source is None:
             return "proven"
+        if model.source not in self._verified:
+            return ""
         check = self._witnesses.get(model.digest)
         return check.status if check is not None else ""
 

@@ -452,6 +452,10 @@ def test_weights_are_read_when_they_are_first_used(writer: Path, tmp_path: Path)
     settings = make_settings({"right": right, "wrong": wrong}, base=str(writer))
     with serving(settings) as live:
         before = get_ids(chat(live, "right"))
+        with live.client() as http:
+            listed = {model["id"]: model for model in http.get("/v1/models").json()["data"]}
+        assert listed["right"]["tunesmith"]["witness"] == "proven"
+        assert listed["wrong"]["tunesmith"]["witness"] is None, "what its record says is no proof"
         for _ in "12":
             with live.client() as http:
                 response = http.post("/v1/chat/completions", json=make_chat("wrong"))
