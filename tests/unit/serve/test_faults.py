@@ -341,7 +341,7 @@ def test_clocks_that_jump_end_no_request(
 
 
 def test_many_clients_of_many_adapters_get_each_its_own(live: LiveServer) -> None:
-    """2,000 answers to 64 clients, each as it is alone."""
+    """600 answers to 64 clients, each as it is alone."""
     models = ("small", "large", "dora")
 
     def ask(http: httpx.Client, model: str) -> str:
