@@ -16,7 +16,7 @@ import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from weakref import WeakSet
+from pathlib import Path
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
@@ -28,7 +28,7 @@ from tunesmith.serve.keys import ApiKey
 from tunesmith.serve.metrics import ServerMetrics
 from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.settings import BASE_NAME
-from tunesmith.serve.sources import AdapterSource, BaseSource
+from tunesmith.serve.sources import AdapterSource, BaseSource, FileKey
 from tunesmith.session.witness import (
     WitnessCheck,
     check_recorded_weights,
@@ -38,6 +38,7 @@ from tunesmith.session.witness import (
 
 MAX_SCALE = 2.0
 MAX_BROKEN_ANSWERS = 3  # in a row, before a model is taken out of service
+FileIdentity = tuple[str, Path, FileKey]  # digest, path and state of an adapter's weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +130,7 @@ class Registry:
         self._models: dict[str, ServedModel] = {BASE_NAME: ServedModel(BASE_NAME, base)}
         self._residents: dict[str, Resident] = {}
         self._loads: dict[AdapterSource, asyncio.Task[None]] = {}
-        self._verified: WeakSet[AdapterSource] = WeakSet()  # whose weights are those of the digest
+        self._verified: set[FileIdentity] = set()  # whose weights are those of their digest
         self._load_lock = asyncio.Lock()  # one at a time, so that the budget holds
         self._broken: dict[str, int] = {}  # digest -> answers in a row without finite numbers
         self._witnesses: dict[str, WitnessCheck] = {}  # digest -> whether it is what it claims
@@ -184,7 +185,7 @@ class Registry:
             return Lease(self, "")
         source = model.source
         digest = source.digest
-        while digest not in self._residents or source not in self._verified:
+        while digest not in self._residents or _identify_file(source) not in self._verified:
             await self._load_once(source)
         resident = self._residents[digest]
         resident.num_leases += 1
@@ -221,14 +222,14 @@ class Registry:
         async with self._load_lock:
             if source.digest in self._residents:  # of another folder, which this one claims to be
                 await asyncio.to_thread(source.check_unchanged)
-                self._verified.add(source)
+                self._verified.add(_identify_file(source))
                 return
             self._make_room(source.folder.weights_path.stat().st_size)
             # a removal of the same adapter may still wait for the end of a step
             await self._scheduler.run_between_steps(lambda: None)
             num_bytes = await asyncio.to_thread(load)
             await self._check_witness(source)
-            self._verified.add(source)
+            self._verified.add(_identify_file(source))
             self._residents[source.digest] = Resident(num_bytes, last_used=time.monotonic())
         self._metrics.adapter_loads.labels("ok").inc()
         self._show_residents()
@@ -267,7 +268,7 @@ class Registry:
         files were not compared yet with those that are."""
         if model.source is None:
             return "proven"
-        if model.source not in self._verified:
+        if _identify_file(model.source) not in self._verified:
             return ""
         check = self._witnesses.get(model.digest)
         return check.status if check is not None else ""
@@ -344,6 +345,11 @@ class Registry:
         resident = self._residents.get(old.digest)
         if resident is not None and not resident.num_leases:
             self._drop(old.digest)
+
+
+def _identify_file(source: AdapterSource) -> FileIdentity:
+    """Return what the names of one run have in common, and no other folder."""
+    return source.digest, source.folder.weights_path, source.file_key
 
 
 def _parse_scale(text: str) -> float:
