@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import inspect
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -106,9 +107,10 @@ def make_settings(experiment: Experiment, arm: Arm, seed: int) -> Json:
     if arm.answering is not None:
         settings["answering"] = arm.answering.model_dump()
         settings["documents"] = arm.documents
-    builder = experiment.folder / BUILD_FILE
-    if builder.exists():
-        settings["build"] = hashlib.sha256(builder.read_bytes()).hexdigest()[:16]
+    if (experiment.folder / BUILD_FILE).exists():
+        # the file that defines it: experiments may share their rows
+        source = inspect.getfile(_import_builder(experiment))
+        settings["build"] = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]
     return settings
 
 
@@ -126,7 +128,11 @@ def build_data(experiment: Experiment, folder: Path) -> None:
     """Fill the folder by the experiment's own script, if it has one; the same rows each time."""
     if (experiment.folder / BUILD_FILE).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        importlib.import_module(f"experiments.{experiment.name}.build").build_data(folder)
+        _import_builder(experiment)(folder)
+
+
+def _import_builder(experiment: Experiment) -> Callable[[Path], None]:
+    return importlib.import_module(f"experiments.{experiment.name}.build").build_data
 
 
 def load_results(file: Path) -> list[StoredRun]:

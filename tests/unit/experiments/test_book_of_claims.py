@@ -304,6 +304,13 @@ def test_a_stored_result_is_not_that_of_other_rows(tiny_experiment: Any, tmp_pat
     assert arms.run_arm(rebuilt).steps == 3
 
 
+def test_shared_rows_have_the_hash_of_the_file_that_builds_them() -> None:
+    by_name = {each.name: each for each in definitions.load_experiments()}
+    names = ("rehearsal", "continued_pretraining_rate")
+    hashes = {run.make_settings(by_name[name], definitions.Arm(), 0)["build"] for name in names}
+    assert len(hashes) == 1
+
+
 def test_a_killed_arm_is_resumed(tiny_experiment: Any, tmp_path: Path) -> None:
     straight = run.make_job(tiny_experiment, "b", tiny_experiment.arms["b"], 0, tmp_path / "one")
     killed = run.make_job(tiny_experiment, "b", tiny_experiment.arms["b"], 0, tmp_path / "two")
