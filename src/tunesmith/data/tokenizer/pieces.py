@@ -50,16 +50,17 @@ def split_grown_text(text: str, normalize: Callable[[str], str]) -> Iterator[str
         start = 0
         num_bytes = 0
         for block_start in range(0, len(piece), BLOCK_CHARS):
-            block_bytes = _count_bytes(piece[block_start : block_start + BLOCK_CHARS], normalize)
+            block = piece[block_start : block_start + BLOCK_CHARS]
+            block_bytes = _count_bytes(block, normalize)
             if num_bytes + block_bytes > CUT_BYTES:
                 cut = _find_cut(piece, (start + block_start) // 2 + 1, block_start)
-                if piece[cut : cut + 1] in (" ", "\n"):
+                if start < cut and piece[cut] in " \n":
                     yield piece[start:cut]
                     start = cut
                     num_bytes = _count_bytes(piece[cut:block_start], normalize)
-                elif num_bytes + block_bytes > MAX_GROWN_BYTES:
-                    raise _make_growth_error(block_start - start, num_bytes)
             num_bytes += block_bytes
+            if num_bytes > MAX_GROWN_BYTES:
+                raise _make_growth_error(block_start + len(block) - start, num_bytes)
         yield piece[start:]
 
 

@@ -81,6 +81,8 @@ def test_a_long_text_of_ligatures_is_refused_and_one_without_growth_is_not() -> 
     with pytest.raises(InputError, match="become"):
         list(split_grown_text("日" * 200_000, grow))
     assert len(list(split_grown_text("日" * 200_000, str))) == 1
+    with pytest.raises(InputError, match=r"4,096 characters .* become 1,638,400 bytes"):
+        list(split_grown_text(" ab" * 3_000, lambda text: text * 400))
     words = list(split_grown_text("日本 " * 70_000, grow))
     assert max(len(grow(piece).encode()) for piece in words) <= CUT_BYTES
     assert "".join(words) == "日本 " * 70_000
