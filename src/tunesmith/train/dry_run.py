@@ -28,7 +28,6 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult, TrainStep
 from tunesmith.core.mesh import DryRun, Mesh, RankMessages
 from tunesmith.core.ranks import Ranks
-from tunesmith.core.token_shard import refuse_group_size
 from tunesmith.core.types import Plan, PlanValue
 from tunesmith.data.packing import count_computed_tokens
 from tunesmith.plan.memory import count_trained_parameters
@@ -42,6 +41,7 @@ from tunesmith.plan.step_memory import collect_footprint, estimate_packs, estima
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import open_truncated_session
 from tunesmith.train.loop import TrainingLoop
+from tunesmith.train.run import refuse_on_ranks
 
 # of a prediction, which no tensor of a step holds
 OTHER_PARTS = ("process", "context", "NCCL", "kernels", "fragments", "KV cache", "evaluation")
@@ -128,7 +128,6 @@ def simulate_step(plan: Plan, inputs: RunInputs, num_ranks: int) -> DryRun:
 
 
 def _refuse_plan(plan: Plan, ranks: Ranks) -> None:
-    refuse_group_size(plan.config.context, ranks)
     if plan.mesh is not None and plan.mesh.missing:
         message = f"this plan needs {plan.mesh.missing}, which this version cannot run"
         raise InputError(message, where="--dry-run", fix="use a target on which a step fits")
@@ -139,6 +138,7 @@ def _refuse_plan(plan: Plan, ranks: Ranks) -> None:
     if plan.config.method == "qlora":
         message = "4-bit weights are made by bitsandbytes, which takes no fake tensors"
         raise InputError(message, where="--dry-run", fix="use method: lora")
+    refuse_on_ranks(plan, ranks)
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def train(
     InputError or MachineError before anything is loaded when the run cannot fit, be measured or be
     written; GateError when preflight or the guard refuses; Interrupted after a signal."""
     path = Path(plan.config.output_dir)
-    _refuse_on_ranks(plan, ranks, is_new=True)
+    refuse_on_ranks(plan, ranks, is_new=True)
     run_inputs = run_inputs or inputs.reload_inputs(plan)
     rejected_path = path / REJECTED_FILE if is_free(path) else None
     items = check_run(plan, run_inputs, rejected_path, allow_code=allow_code)
@@ -151,7 +151,7 @@ def resume(
     with stopping as stop, RunFolder.open(path) as folder:
         plan = read_run_plan(path)
         refuse_finished(path)
-        _refuse_on_ranks(plan, ranks)
+        refuse_on_ranks(plan, ranks)
         _write_run_metadata(folder, plan)
         with stop.immediate():
             run_inputs = inputs.reload_inputs_unchecked(plan, path)
@@ -188,7 +188,7 @@ def check_run(
     return build_eval_items(plan, run_inputs, allow_code=allow_code)
 
 
-def _refuse_on_ranks(plan: Plan, ranks: Ranks, *, is_new: bool = False) -> None:
+def refuse_on_ranks(plan: Plan, ranks: Ranks, *, is_new: bool = False) -> None:
     """Raise InputError for a plan that these ranks cannot run; one that is resumed may have other
     ranks than at its start, which share weights as far as their number allows."""
     refuse_group_size(plan.config.context, ranks)

@@ -14,6 +14,8 @@ from tunesmith.plan.mesh_time import GRADIENT_BYTES
 from tunesmith.session import inputs
 from tunesmith.train.dry_run import simulate_step
 
+FULL: dict[str, Any] = {"method": "full", "lora_r": "auto"}
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,7 +33,7 @@ def get_messages(messages: tuple[RankMessages, ...]) -> dict[str, tuple[int, int
     return {message.operation: (message.calls, message.num_bytes) for message in messages}
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "bf16"}, {"method": "full", "lora_r": "auto"}])
+@pytest.mark.parametrize("changes", [{"dtype": "bf16"}, FULL])
 def test_one_sum_of_gradients_is_sent(model: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     dry_run = count(model, tmp_path, 8, **changes)
     (name, (calls, num_bytes)) = get_messages(dry_run.messages).popitem()
@@ -74,6 +76,7 @@ def test_the_memory_of_a_rank_falls_with_their_number(model: Path, tmp_path: Pat
         ({"method": "qlora"}, 2, "takes no fake tensors"),
         ({"shard": 2}, 2, "does not count sharded weights"),
         ({"context": 2}, 3, "there are 3"),
+        (FULL | {"max_grad_norm": 0}, 2, "before several ranks could sum"),
     ],
 )
 def test_what_it_cannot_count_is_refused(
