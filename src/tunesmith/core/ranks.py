@@ -19,6 +19,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -43,6 +44,8 @@ LAUNCH_FIX = (
 )
 LOST_FIX = "look for the message of the rank that ended first"
 PULSE_SECONDS = 5.0  # between two signs of life
+START = timedelta(seconds=100)  # for all ranks to appear: with their imports, under two minutes
+KNOCK_SECONDS = 0.1  # between two looks whether rank 0 listens
 SILENCE = timedelta(minutes=2)  # after which a rank counts as lost
 PATIENCE = timedelta(days=7)  # of messages: the pulse watches over them
 END_SECONDS = 10.0  # for the ranks to hear of the end
@@ -119,11 +122,13 @@ class Ranks:
         if has_gpu:
             torch.cuda.set_device(self.local)
         try:
-            store, _, _ = next(rendezvous("env://", timeout=SILENCE))
+            if not self.is_main:
+                _wait_for_main_rank()
+            store, _, _ = next(rendezvous("env://", timeout=START))
             # torchrun keeps its store: without a prefix, ranks read addresses of those before.
             store = PrefixStore(f"tunesmith/{self.restarts}", store)
             distributed.init_process_group(
-                "gloo", store=store, rank=self.rank, world_size=self.world, timeout=SILENCE
+                "gloo", store=store, rank=self.rank, world_size=self.world, timeout=START
             )
             pulse_group = distributed.new_group(backend="gloo", timeout=SILENCE)
             self._backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
@@ -369,6 +374,21 @@ def read_launch_time() -> float:
 def is_distributed() -> bool:
     """Whether this process is one of several ranks."""
     return os.environ.get(WORLD_VARIABLE, "1") != "1"
+
+
+def _wait_for_main_rank() -> None:
+    """Wait until rank 0 listens: torch tries again after its timeout, for four minutes in all."""
+    address = (os.environ["MASTER_ADDR"], _read_number("MASTER_PORT"))
+    end = time.monotonic() + START.total_seconds()
+    while True:
+        try:
+            socket.create_connection(address, timeout=PULSE_SECONDS).close()
+        except OSError as error:
+            if time.monotonic() > end:
+                raise RuntimeError(f"rank 0 does not listen: {error}") from error
+            time.sleep(KNOCK_SECONDS)
+        else:
+            return
 
 
 def _read_number(name: str) -> int:

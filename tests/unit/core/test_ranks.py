@@ -1,11 +1,13 @@
 import subprocess
 import sys
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 
-from tunesmith.core.errors import InputError
+from tunesmith.core import ranks as core_ranks
+from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.ranks import Ranks, open_ranks
 
 TORCHRUN = {
@@ -49,6 +51,14 @@ def test_torchruns_variables_say_who_a_process_is(environment: pytest.MonkeyPatc
     assert not ranks.is_main
     environment.setenv("WORLD_SIZE", "1")
     assert open_ranks().is_main
+
+
+def test_a_rank_waits_for_rank_0_no_longer_than_it_says(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("RANK", "1")
+    environment.setattr(core_ranks, "START", timedelta(seconds=0.3))
+    with pytest.raises(MachineError, match="rank 0 does not listen") as refusal, open_ranks():
+        pytest.fail("nobody is there")
+    assert refusal.value.where == "127.0.0.1:1"
 
 
 @pytest.mark.parametrize(
