@@ -279,9 +279,19 @@ def _refuse_unfinished(run: Path, folder: Path) -> None:
     if not folder.is_dir():
         fix = f"finish it: tunesmith resume {run}"
         raise InputError("this run has no adapter yet", where=str(run), fix=fix)
-    if problem := verify_dir(folder, unread=(ADAPTER_WEIGHTS_FILE,)):
+    problem = verify_dir(folder, unread=(ADAPTER_WEIGHTS_FILE,))
+    if not problem and not _has_recorded_hash(folder):
+        problem = verify_dir(folder)
+    if problem:
         message = f"not as the run wrote it: {problem}"
         raise InputError(message, where=str(folder), fix="restore the files")
+
+
+def _has_recorded_hash(folder: Path) -> bool:
+    """Whether the record has the hash of the weights, which is compared when they are loaded; that
+    of an earlier version has none."""
+    provenance = read_provenance(folder)
+    return provenance is not None and bool(provenance.weights_sha256)
 
 
 def _write_checkpoint_adapter(checkpoint: Path, plan: Plan, base: BaseSource) -> Path:
