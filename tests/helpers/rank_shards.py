@@ -27,7 +27,7 @@ from tunesmith.train.loop import TrainingLoop
 STEPS = 6
 CHANGES: dict[str, dict[str, Any]] = {
     "accumulated": {"pack_length": 20},
-    "pairs": {"loss": "simpo", "beta": 2.0, "gamma": 0.5, "nll_coefficient": 0.1},
+    "pairs": {"loss": "dpo", "beta": 0.1},  # its reference is a forward without the adapter
 }
 
 
