@@ -35,6 +35,8 @@ def make_documents(kind: str, step: int) -> list[Document]:
             for seed in range(4):
                 documents.append(continue_document(prompt, prompt_length, 5 + 3 * seed, seed))
         return documents
+    if kind == "prompt":  # whose short answer is in the last part of the pack
+        return [make_tiny_document(LONG_DOCUMENT, step, first_target=LONG_DOCUMENT - 2)]
     documents = list(make_step_documents(step))
     if kind == "long":
         documents.insert(3, make_tiny_document(LONG_DOCUMENT, step))

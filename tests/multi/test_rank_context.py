@@ -59,6 +59,7 @@ def test_two_groups_of_two_ranks_make_the_steps_of_one(long_training: Training) 
     [
         ("prefixes", "qwen2"),  # windows, and documents with common prefixes
         ("full", "gemma2"),  # soft caps
+        ("prompt", "qwen3"),  # rank 0 predicts no target
         ("alone", "gpt_oss"),  # many packs, one with fewer tokens than ranks; sinks, experts
     ],
 )

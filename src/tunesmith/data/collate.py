@@ -52,7 +52,8 @@ def collate(pack: Pack, device: Device = "cpu", shard: TokenShard | None = None)
     }
     if shard is not None:
         arrays = _select_shard(arrays, shard)
-    num_targets = np.bincount(arrays["document_S"], minlength=len(pack.documents))
+    documents_K = arrays["document_S"][arrays["weights_S"] != 0]
+    num_targets = np.bincount(documents_K, minlength=len(pack.documents))
     if has_shared:
         arrays |= _find_different(arrays["positions_S"], arrays["targets_S"])
     tensors = _copy_to(device, arrays)
@@ -97,16 +98,23 @@ def _collect_targets(
 
 
 def _select_shard(arrays: dict[str, np.ndarray], shard: TokenShard) -> dict[str, np.ndarray]:
-    """Return the tokens of a shard and the targets that they predict."""
+    """Return the tokens of a shard and the targets that they predict. Where there are none, as in a
+    long prompt, its first token has one of no weight: kernels take no empty tensors."""
     positions_S = arrays["positions_S"]
     is_here_S = (positions_S >= shard.start) & (positions_S < shard.end)
+    has_targets = bool(is_here_S.any())
+    is_here_S[0] |= not has_targets
     selected: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         if name.endswith("_T"):
             selected[name] = array[shard.start : shard.end]
         else:
             selected[name] = array[is_here_S]
-    selected["positions_S"] -= shard.start
+    if has_targets:
+        selected["positions_S"] -= shard.start
+    else:
+        selected["positions_S"][:] = 0
+        selected["weights_S"][:] = 0
     return selected
 
 

@@ -422,7 +422,7 @@ class TrainingLoop:
             terms = compute_step_terms(self.model, batch, normalizer, self.loss_config)
             loss = torch.stack([t.coefficient * t.sum / t.count for t in terms.values()]).sum()
             total = loss.detach() if total is None else total + loss.detach()
-            supervised_tokens += len(batch.targets_S)
+            supervised_tokens += sum(batch.num_targets)
             if self.loss_scale:
                 (loss * self.loss_scale.value).backward()
             elif self._updates_in_backward(packs):

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rotary_configs import CONFIGS, LIMIT
-from tiny_models import make_branching_documents, make_tiny_documents
+from tiny_models import make_branching_documents, make_tiny_document, make_tiny_documents
 from tunesmith.core.errors import InputError
 from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.token_shard import TokenShard, refuse_group_size
@@ -25,6 +25,15 @@ def collate_shards(pack: Pack, size: int) -> list[Batch]:
         shard = TokenShard(Ranks(rank, size), size, num_tokens)
         batches.append(collate(pack, shard=shard))
     return batches
+
+
+def test_a_shard_without_a_target_has_one_of_no_weight() -> None:
+    prompt = make_tiny_document(20, first_target=19)
+    (pack,) = pack_step([prompt], 10**6)
+    first, last = collate_shards(pack, 2)
+    assert (first.num_targets, last.num_targets) == ((0,), (2,))
+    assert (first.positions_S.tolist(), first.weights_S.tolist()) == ([0], [0])
+    assert last.targets_S.tolist() == prompt.tokens_L[19:].tolist()
 
 
 @pytest.mark.parametrize("size", [2, 3])
