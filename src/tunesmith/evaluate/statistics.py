@@ -197,7 +197,7 @@ def compute_t_quantile(degrees: float) -> float:
     """Return the 97.5% quantile of Student's t; `degrees` of freedom are at least 1."""
     if degrees > MAX_DEGREES:
         return Z
-    angles, tails = _tabulate_t(degrees)
+    angles, tails = _compute_t_tails(degrees)
     angle = float(np.interp(ALPHA / 2, tails[::-1], angles[::-1]))
     return math.sqrt(degrees) * math.tan(angle)
 
@@ -206,12 +206,12 @@ def compute_t_p(statistic: float, degrees: float) -> float:
     """Return the two-sided p of a Student's t with at least 1 degree of freedom."""
     if degrees > MAX_DEGREES:
         return math.erfc(abs(statistic) / math.sqrt(2))
-    angles, tails = _tabulate_t(degrees)
+    angles, tails = _compute_t_tails(degrees)
     return 2 * float(np.interp(math.atan(abs(statistic) / math.sqrt(degrees)), angles, tails))
 
 
 @lru_cache(maxsize=64)
-def _tabulate_t(degrees: float) -> tuple[np.ndarray, np.ndarray]:
+def _compute_t_tails(degrees: float) -> tuple[np.ndarray, np.ndarray]:
     """Return angles from 0 and the areas beyond them: with x = sqrt(degrees) tan(angle), the
     density of Student's t is cos(angle)^(degrees - 1)."""
     angles = np.linspace(0, math.pi / 2, 40_001)
