@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tiny_models import (
     CONFIGS,
     EXPERT_FAMILIES,
+    HYBRID_CONFIGS,
     LENGTHS,
     STOCK_NORMS,
     STOCK_TOLERANCE,
@@ -31,12 +32,31 @@ from tunesmith.core.types import Document
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
 from tunesmith.model.causal_lm import PackedCausalLM, compute_stock_logits, wrap_model
-from tunesmith.model.layers import ATTENTION_CLASSES, MLP_CLASSES, NORM_OFFSETS, RMSNorm
+from tunesmith.model.layers import (
+    ATTENTION_CLASSES,
+    MLP_CLASSES,
+    NORM_OFFSETS,
+    RMSNorm,
+    build_replacement,
+)
 from tunesmith.train.losses import sum_weights
 
 SINGLE_PACK, PACK_EACH = 10**6, 1
 METHODS = ("lora", "full")
 PRUNED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "qwen3_moe", "mixtral")
+CHUNK_EDGES = (130, 70, 64, 65, 3, 128, 1)  # of 32 tokens (ours) and of 64 (transformers')
+RECURRENT_FAMILIES = (
+    *HYBRID_CONFIGS,
+    *("qwen3_5_moe", "lfm2_moe-experts", "nemotron_h-experts", "granitemoehybrid-experts"),
+)
+# their stock networks compute in fp64, but for norms that are ours
+WIDE_FAMILIES = (
+    *("llama", "llama-tied", "llama-64", "mistral", "qwen2", "qwen3", "gemma3", "granite"),
+    *("olmo", "olmo2", "smollm3", "phi3", "apertus", "arcee", "bitnet", "cwm", "ministral3"),
+    *("granite4", "phi", "starcoder2", "gpt_neox", "gpt_neox-sequential"),
+    *("lfm2", "lfm3", "lfm2_moe", "lfm2_moe-experts"),
+    *("qwen3_moe", "olmoe", "mixtral", "gpt_oss"),
+)
 # experts are frozen, or have an adapter
 EXPERT_METHODS = ("lora", "experts")
 CASES = [
@@ -68,14 +88,24 @@ def make_trained_model(family: str) -> PackedCausalLM:
     return model
 
 
-def stock_gradients(family: str, documents: list[Document]) -> tuple[float, dict[str, Tensor]]:
+def widen_norms(network: nn.Module) -> None:
+    """Replace the stock norms that compute in fp32 by ours, which compute in fp64."""
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ in NORM_OFFSETS:
+                setattr(parent, name, build_replacement(child))
+
+
+def stock_gradients(
+    family: str, documents: list[Document], *, has_wide_norms: bool = False
+) -> tuple[float, dict[str, Tensor]]:
     """Return the loss and the gradient of every weight from transformers, one document at a
     time."""
-    network, count, total = (
-        make_tiny_network(family, torch.float64).requires_grad_(True),
-        sum_weights(documents),
-        0.0,
-    )
+    network = make_tiny_network(family, torch.float64)
+    if has_wide_norms:
+        widen_norms(network)
+    network.requires_grad_(True)
+    count, total = sum_weights(documents), 0.0
     for document in documents:
         tokens_L, weights_L = (
             torch.from_numpy(document.tokens_L).long(),
@@ -92,16 +122,33 @@ def stock_gradients(family: str, documents: list[Document]) -> tuple[float, dict
 # ---------------------------------------------------------------- equal to the stock model
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_loss_and_every_gradient_equal_the_stock_model(family: str) -> None:
-    documents = make_tiny_documents()
-    expected_loss, expected = stock_gradients(family, documents)
+def compare_with_stock(
+    family: str, documents: list[Document], tolerance: float, *, has_wide_norms: bool = False
+) -> None:
+    """Assert that loss and gradients of one pack are those of transformers."""
+    expected_loss, expected = stock_gradients(family, documents, has_wide_norms=has_wide_norms)
     loss, gradients = compute_step_gradients(make_trained_model(family), documents, SINGLE_PACK)
     if family in EXPERT_FAMILIES:
         expected = {name: expected[name] for name in gradients}
-    tolerance = STOCK_TOLERANCES.get(family, STOCK_TOLERANCE)  # transformers' norms are fp32
     assert abs(loss - expected_loss) < 0.2 * tolerance * expected_loss
     assert compute_max_difference(gradients, expected) < tolerance
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_loss_and_every_gradient_equal_the_stock_model(family: str) -> None:
+    tolerance = STOCK_TOLERANCES.get(family, STOCK_TOLERANCE)  # transformers' norms are fp32
+    compare_with_stock(family, make_tiny_documents(), tolerance)
+
+
+@pytest.mark.parametrize("family", RECURRENT_FAMILIES)
+def test_documents_at_the_edges_of_chunks_equal_the_stock_model(family: str) -> None:
+    tolerance = STOCK_TOLERANCES.get(family, STOCK_TOLERANCE)
+    compare_with_stock(family, make_tiny_documents(CHUNK_EDGES), tolerance)
+
+
+@pytest.mark.parametrize("family", WIDE_FAMILIES)
+def test_without_the_rounding_of_norms_gradients_are_equal(family: str) -> None:
+    compare_with_stock(family, make_tiny_documents(), 1e-10, has_wide_norms=True)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -141,6 +188,12 @@ def test_packed_equals_documents_alone(case: tuple[PackedCausalLM, float]) -> No
     alone_loss, alone = compute_step_gradients(model, make_tiny_documents(), PACK_EACH)
     assert abs(loss - alone_loss) <= tolerance * alone_loss
     assert compute_max_difference(gradients, alone) <= tolerance
+
+
+def test_every_adapter_has_a_gradient(case: tuple[PackedCausalLM, float]) -> None:
+    model, _ = case
+    _, gradients = compute_step_gradients(model, make_tiny_documents(), SINGLE_PACK)
+    assert not [name for name, x in gradients.items() if "lora_" in name and not x.any()]
 
 
 def test_no_partition_and_no_order_changes_the_step(case: tuple[PackedCausalLM, float]) -> None:
