@@ -236,11 +236,17 @@ def test_token_by_token_equals_one_forward(family: str) -> None:
     prompts = [row[:n] for row, n in zip(rows, lengths, strict=True)]
     hidden = model.prefill(cache_rows, prompts, cache)
     expected = [compute_whole(model, row) for row in rows]
+    ours: list[Tensor] = []
+    theirs: list[Tensor] = []
     for step in range(14):
         wanted = torch.stack([y[n + step - 1] for y, n in zip(expected, lengths, strict=True)])
         assert_near(hidden, wanted)
+        ours.append(hidden)
+        theirs.append(wanted)
         tokens = [row[n + step] for row, n in zip(rows, lengths, strict=True)]
         hidden = model.decode_step(cache_rows, tokens, cache)
+    whole = torch.stack(theirs)
+    assert (torch.stack(ours) - whole).norm() < 1e-5 * whole.norm()
 
 
 @FAMILIES
