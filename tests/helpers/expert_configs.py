@@ -43,6 +43,13 @@ EXPERT_TOLERANCES = {
     "nemotron_h-experts": 1e-5,
     "granitemoehybrid-experts": 1e-5,
 }
+# those that also have layers with a state
+RECURRENT_EXPERTS = (
+    "qwen3_5_moe",
+    "lfm2_moe-experts",
+    "nemotron_h-experts",
+    "granitemoehybrid-experts",
+)
 
 
 def make_expert_configs(sizes: dict[str, Any], wide: dict[str, Any]) -> dict[str, PreTrainedConfig]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from expert_configs import RECURRENT_EXPERTS
 from tiny_models import (
     CONFIGS,
     EXPERT_FAMILIES,
@@ -45,10 +46,7 @@ SINGLE_PACK, PACK_EACH = 10**6, 1
 METHODS = ("lora", "full")
 PRUNED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "qwen3_moe", "mixtral")
 CHUNK_EDGES = (130, 70, 64, 65, 3, 128, 1)  # of 32 tokens (ours) and of 64 (transformers')
-RECURRENT_FAMILIES = (
-    *HYBRID_CONFIGS,
-    *("qwen3_5_moe", "lfm2_moe-experts", "nemotron_h-experts", "granitemoehybrid-experts"),
-)
+RECURRENT_FAMILIES = (*HYBRID_CONFIGS, *RECURRENT_EXPERTS)
 # their stock networks compute in fp64, but for norms that are ours
 WIDE_FAMILIES = (
     *("llama", "llama-tied", "llama-64", "mistral", "qwen2", "qwen3", "gemma3", "granite"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from preflight_models import get_refusal, prepare_model
-from tiny_models import CONFIGS, make_tiny_documents
+from tiny_models import ATTENTION_CONFIGS, CONFIGS, TEXT_PART_CONFIGS, make_tiny_documents
 from tunesmith.core.errors import GateError
 from tunesmith.model import causal_lm, layers
 from tunesmith.model.causal_lm import PackedCausalLM
@@ -21,6 +21,7 @@ from tunesmith.model.layers import Mlp
 from tunesmith.model.mixers.convolution import ShortConvolution
 from tunesmith.model.mixers.gated_delta import GatedDeltaNet
 from tunesmith.model.mixers.mamba2 import Mamba2Mixer
+from tunesmith.train.preflight import run_preflight
 from tunesmith.train.preflight_blocks import TOKEN_TOLERANCE, compare_blocks
 
 LONG = make_tiny_documents((9, 330))  # the fault of the rotation begins at token 300
@@ -185,6 +186,12 @@ def test_no_family_is_refused_in_bf16(family: str) -> None:
     worst = re.search(r"differ by (\S+) at most", evidence)
     assert worst is not None
     assert 10 * float(worst[1]) < TOKEN_TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("family", [*TEXT_PART_CONFIGS, *ATTENTION_CONFIGS])
+def test_the_whole_proof_passes_on_text_parts_and_ungated_decoders(family: str) -> None:
+    results = run_preflight(*prepare_model(family, torch.float32))
+    assert {result.level for result in results} == {"ok"}
 
 
 def test_a_fault_of_a_block_stops_the_run() -> None:

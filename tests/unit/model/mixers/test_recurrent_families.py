@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from expert_configs import RECURRENT_EXPERTS
 from hybrid_configs import CONV_FAMILIES, HYBRID_TOLERANCES
 from preflight_models import get_refusal, prepare_model
 from tiny_models import (
@@ -34,6 +35,7 @@ from tunesmith.train.preflight import run_preflight
 
 RECURRENT = (*HYBRID_TOLERANCES, *CONV_FAMILIES)
 FAMILIES = pytest.mark.parametrize("family", RECURRENT)
+ALL_FAMILIES = pytest.mark.parametrize("family", [*RECURRENT, *RECURRENT_EXPERTS])
 SCAN_FAMILIES = pytest.mark.parametrize("family", HYBRID_TOLERANCES)
 # PEFT refuses an adapter for their out_proj
 NO_OUT_PROJ = {"falcon_h1", "nemotron_h"}
@@ -94,7 +96,7 @@ def measure_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / centered.norm())
 
 
-@FAMILIES
+@ALL_FAMILIES
 @torch.no_grad()
 def test_plain_transformers_leaks_and_ours_does_not(family: str) -> None:
     """The stock network on the same pack, with the positions of each document, is wrong; so the
@@ -225,7 +227,7 @@ def compute_whole(model: PackedCausalLM, tokens: list[int]) -> Tensor:
     return model._run_decoder(torch.tensor(tokens), torch.arange(len(tokens)), layout)
 
 
-@FAMILIES
+@ALL_FAMILIES
 def test_token_by_token_equals_one_forward(family: str) -> None:
     model = make_tiny_model(family, torch.float32)
     model.network.eval()
