@@ -163,8 +163,9 @@ def test_families_without_a_gguf_are_refused_by_name(tmp_path: Path) -> None:
     )
     with pytest.raises(
         InputError, match="cannot write a GGUF of mistral; supported: llama, qwen2, qwen3"
-    ):
+    ) as caught:
         build_architecture(load_config_dict(folder), read_spec(folder))
+    assert "merged or peft" in caught.value.fix
 
 
 def test_linear_rope(tmp_path: Path) -> None:

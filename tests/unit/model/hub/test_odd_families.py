@@ -64,8 +64,10 @@ def test_layers_that_the_config_calls_otherwise_are_refused(family: str, tmp_pat
 def test_layers_that_no_mixer_knows_are_refused_by_name(family: str, tmp_path: Path) -> None:
     folder = save_changed(family, tmp_path)
     edit_config(folder, layer_types=["full_attention", "retention", "full_attention"])
-    with pytest.raises(InputError, match=rf"{CONFIGS[family].model_type} has layers.* retention:"):
+    message = rf"{CONFIGS[family].model_type} has layers.* retention:"
+    with pytest.raises(InputError, match=message) as caught:
         read_spec(folder)
+    assert caught.value.fix
 
 
 def test_a_layer_with_too_few_experts_is_refused_while_planning(tmp_path: Path) -> None:

@@ -133,6 +133,7 @@ def test_refused_by_name(change_config, changed: dict, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         read_spec(change_config(**changed))
     assert caught.value.where
+    assert caught.value.fix
 
 
 def test_quantised_tensors_are_refused(model_folder: Path) -> None:

@@ -355,8 +355,9 @@ def test_other_configs_are_refused_by_name(
 
 def test_towers_without_a_text_part_are_refused(gemma3: Path) -> None:
     rewrite(gemma3, lambda tensors: {n: t for n, t in tensors.items() if "vision_tower" in n})
-    with pytest.raises(InputError, match="the weights have no text part"):
+    with pytest.raises(InputError, match="the weights have no text part") as caught:
         read_spec(gemma3)
+    assert caught.value.fix
 
 
 def test_an_adapter_of_another_class_is_refused(gemma3: Path, tmp_path: Path) -> None:
