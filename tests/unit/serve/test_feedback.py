@@ -190,7 +190,7 @@ def test_one_feedback_by_the_key_that_asked(
         ({"rating": 5}, 400, "rating"),
         ({"verdict": "great"}, 400, "verdict"),
         ({"verdict": "good", "corrected": "x"}, 400, "correction"),
-        ({"corrected": "\ud800"}, 400, "corrected"),
+        ({"corrected": "\ud800"}, 400, "surrogate"),
         ({"corrected": " "}, 409, "empty"),
         ({"corrected": "a\0b"}, 409, "NUL"),
         ({"comment": "x" * 2001}, 400, "comment"),

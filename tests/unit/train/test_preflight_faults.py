@@ -59,9 +59,11 @@ def attend_with(change: Callable[[Any], dict[str, Any]]) -> Fault:
     def inject(_model: PackedCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
         right = layers.attend
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, layout: Any, rule: Any, *args: Any) -> Tensor:
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, layout: Any, rule: Any, *args: Any, **kwargs: Any
+        ) -> Tensor:
             rule = dataclasses.replace(rule, **change(rule))
-            return right(q, k, v, layout, rule, *args)
+            return right(q, k, v, layout, rule, *args, **kwargs)
 
         monkeypatch.setattr(layers, "attend", attend)
         monkeypatch.setattr(causal_lm, "attend", attend)
