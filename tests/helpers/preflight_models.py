@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from tiny_models import (
     END,
@@ -51,7 +52,16 @@ def prepare_model(
     method: str = "lora",
 ) -> tuple[PackedCausalLM, PreflightSamples]:
     """A model as it is before its first step, and what the stock one said."""
-    network = make_tiny_network(family, dtype)
+    return prepare_network(make_tiny_network(family, dtype), candidates, method)
+
+
+def prepare_network(
+    network: PreTrainedModel,
+    candidates: Sequence[Document] | None = None,
+    method: str = "lora",
+) -> tuple[PackedCausalLM, PreflightSamples]:
+    """The same of a network, which is changed."""
+    dtype = network.dtype
     documents = choose_documents(
         candidates or make_tiny_documents((20, 9, 33, 14)), get_sliding_window(network)
     )

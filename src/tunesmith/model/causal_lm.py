@@ -32,7 +32,7 @@ from tunesmith.model.bank_linear import RowAdapters
 from tunesmith.model.experts import freeze_routing
 from tunesmith.model.frozen_weight import BlockedWeight, has_onednn_bf16, limit_onednn_cache
 from tunesmith.model.hub.stored_tensors import has_uniform_layers
-from tunesmith.model.hub.text_class import transformers_errors
+from tunesmith.model.hub.text_class import transformers_errors, use_torch_code
 from tunesmith.model.kernels import ops
 from tunesmith.model.layers import (
     MIXERS,
@@ -89,7 +89,7 @@ def load_network(
     if name := find_nonfinite(dict(network.named_parameters())):
         message = f"the tensor {name} holds NaN or infinite values"
         raise InputError(message, where=str(folder), fix="download the model again")
-    return network.to(device).eval().requires_grad_(False)
+    return use_torch_code(network).to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()

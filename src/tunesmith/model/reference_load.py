@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.core.types import Json
 from tunesmith.model.causal_lm import Network
-from tunesmith.model.hub.text_class import load_config, transformers_errors
+from tunesmith.model.hub.text_class import load_config, transformers_errors, use_torch_code
 
 
 def encode_stock_prompts(
@@ -64,4 +64,4 @@ def load_gguf(file: Path, config_dir: Path, device: str = "cpu") -> Network:
             dtype=torch.float32,
             local_files_only=True,
         )
-    return network.to(device).eval().requires_grad_(False)
+    return use_torch_code(network).to(device).eval().requires_grad_(False)

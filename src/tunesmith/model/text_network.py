@@ -30,6 +30,7 @@ from tunesmith.model.hub.text_class import (
     build_meta_network,
     load_text_config,
     transformers_errors,
+    use_torch_code,
 )
 from tunesmith.model.packed_weights import read_mxfp4_experts
 from tunesmith.model.safetensors_io import DTYPES, find_nonfinite, read_parameter
@@ -93,7 +94,7 @@ def build_empty_network(
     with transformers_errors(folder), EmptyOnMeta():
         if num_layers is not None:
             _truncate_config(config, num_layers)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return use_torch_code(AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 
 def _truncate_config(config: Any, num_layers: int) -> None:

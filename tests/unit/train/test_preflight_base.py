@@ -2,6 +2,9 @@
 
 import copy
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 import preflight_models
 import rotary_configs
+import taken_over
 import tiny_models
 from preflight_models import get_refusal, prepare_model
 from tiny_models import make_tiny_document, make_tiny_network
@@ -135,3 +139,13 @@ def test_what_fp8_loses_is_said() -> None:
     assert said.evidence == (
         "rounded to bfloat16, mean relative error 0.17%; measured on 8 of 224 matrices"
     )
+
+
+def test_the_reference_calls_no_kernels_of_other_packages() -> None:
+    """transformers calls those of flash-linear-attention and others wherever they are installed, on
+    a CPU too."""
+    families = ("qwen3_5", "falcon_h1", "lfm2")
+    command = [sys.executable, str(Path(taken_over.__file__)), *families]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == list(families)

@@ -4,6 +4,7 @@
     read_text_config(folder)       the same as a plain mapping
     build_meta_network(folder)     the network without memory for weights
     list_expected_headers(folder)  the headers of weights that do not exist yet
+    use_torch_code(network)        without the kernels of other packages
 
 In: a folder that `validate.check_folder` has checked. A multimodal checkpoint has a text part; its
 other parts are not built. Verbs that only plan import this module for models whose layers differ,
@@ -12,20 +13,25 @@ the weights (model/text_network.py)."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from types import FunctionType, MethodType
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.model.hub.families import FAMILIES, find_text_type
 from tunesmith.model.hub.validate import AUTO_MAP_KEY, DTYPE_BYTES, TensorHeader
+
+T = TypeVar("T", bound=nn.Module)
 
 # of the positions of images, which text does not have
 IMAGE_ROTATION_KEYS = ("mrope_section", "mrope_interleaved")
@@ -130,3 +136,60 @@ def list_expected_headers(folder: Path) -> dict[str, TensorHeader]:
         num_bytes = prod(shape) * DTYPE_BYTES[stored_dtype]
         headers[name] = TensorHeader(folder / "config.json", stored_dtype, shape, 0, num_bytes)
     return headers
+
+
+def use_torch_code(network: T) -> T:
+    """Let the modules of a stock network call the torch code of transformers, and return it.
+
+    Where flash-linear-attention, mamba-ssm or causal-conv1d are installed, transformers calls their
+    kernels: on a CPU too, where they cannot run, and as the reference of what it should check. The
+    modules get methods of their own; the classes stay as they are."""
+    methods: dict[type[nn.Module], dict[str, FunctionType]] = {}
+    for module in network.modules():
+        kind = type(module)
+        if kind not in methods:
+            methods[kind] = dict(_iter_rebound_methods(kind))
+        for name, function in methods[kind].items():
+            setattr(module, name, MethodType(function, module))
+    return network
+
+
+def _iter_rebound_methods(kind: type[nn.Module]) -> Iterator[tuple[str, FunctionType]]:
+    """Yield the methods of a class that call what another package has taken over."""
+    for parent in reversed(kind.__mro__):
+        for name, function in vars(parent).items():
+            if isinstance(function, FunctionType):
+                # what decorates it translates old arguments and loads offloaded weights
+                innermost = inspect.unwrap(function)
+                torch_functions = _find_torch_functions(innermost)
+                if torch_functions:
+                    yield name, _copy_function(innermost, torch_functions)
+
+
+def _find_torch_functions(function: FunctionType) -> dict[str, Any]:
+    """Return the torch code of the functions that one calls by name and that another package has
+    taken over."""
+    torch_functions: dict[str, Any] = {}
+    for name in function.__code__.co_names:
+        called = function.__globals__.get(name)
+        if isinstance(called, FunctionType) and _is_taken_over(called):
+            torch_functions[name] = inspect.unwrap(called)
+    return torch_functions
+
+
+def _is_taken_over(function: FunctionType) -> bool:
+    """Return whether a function of transformers calls the kernel of another package instead."""
+    if not hasattr(function, "__wrapped__"):
+        return False
+    return bool(inspect.getclosurevars(function).nonlocals.get("is_new_implementation"))
+
+
+def _copy_function(function: FunctionType, names: dict[str, Any]) -> FunctionType:
+    """Return a copy of a function that finds other values under some names."""
+    scope = {**function.__globals__, **names}
+    closure = function.__closure__
+    copied = FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, closure
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
