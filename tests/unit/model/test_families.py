@@ -121,32 +121,37 @@ def stock_gradients(
 
 
 def compare_with_stock(
-    family: str, documents: list[Document], tolerance: float, *, has_wide_norms: bool = False
-) -> None:
-    """Assert that loss and gradients of one pack are those of transformers."""
+    family: str, documents: list[Document], *, has_wide_norms: bool = False
+) -> tuple[float, float]:
+    """Return how far one pack's loss, relative to it, and gradients are from transformers'."""
     expected_loss, expected = stock_gradients(family, documents, has_wide_norms=has_wide_norms)
     loss, gradients = compute_step_gradients(make_trained_model(family), documents, SINGLE_PACK)
     if family in EXPERT_FAMILIES:
         expected = {name: expected[name] for name in gradients}
-    assert abs(loss - expected_loss) < 0.2 * tolerance * expected_loss
-    assert compute_max_difference(gradients, expected) < tolerance
+    return abs(loss - expected_loss) / expected_loss, compute_max_difference(gradients, expected)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_loss_and_every_gradient_equal_the_stock_model(family: str) -> None:
     tolerance = STOCK_TOLERANCES.get(family, STOCK_TOLERANCE)  # transformers' norms are fp32
-    compare_with_stock(family, make_tiny_documents(), tolerance)
+    loss, gradients = compare_with_stock(family, make_tiny_documents())
+    assert loss < 0.2 * tolerance
+    assert gradients < tolerance
 
 
 @pytest.mark.parametrize("family", RECURRENT_FAMILIES)
 def test_documents_at_the_edges_of_chunks_equal_the_stock_model(family: str) -> None:
     tolerance = STOCK_TOLERANCES.get(family, STOCK_TOLERANCE)
-    compare_with_stock(family, make_tiny_documents(CHUNK_EDGES), tolerance)
+    loss, gradients = compare_with_stock(family, make_tiny_documents(CHUNK_EDGES))
+    assert loss < 0.2 * tolerance
+    assert gradients < tolerance
 
 
 @pytest.mark.parametrize("family", WIDE_FAMILIES)
 def test_without_the_rounding_of_norms_gradients_are_equal(family: str) -> None:
-    compare_with_stock(family, make_tiny_documents(), 1e-10, has_wide_norms=True)
+    loss, gradients = compare_with_stock(family, make_tiny_documents(), has_wide_norms=True)
+    assert loss < 0.2e-10
+    assert gradients < 1e-10
 
 
 @pytest.mark.parametrize("family", CONFIGS)
