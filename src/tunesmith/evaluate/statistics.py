@@ -210,7 +210,7 @@ def compute_t_p(statistic: float, degrees: float) -> float:
     return 2 * float(np.interp(math.atan(abs(statistic) / math.sqrt(degrees)), angles, tails))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # 0.6 MB each
 def _compute_t_tails(degrees: float) -> tuple[np.ndarray, np.ndarray]:
     """Return angles from 0 and the areas beyond them: with x = sqrt(degrees) tan(angle), the
     density of Student's t is cos(angle)^(degrees - 1)."""
