@@ -32,11 +32,8 @@ GATHERS = 2  # of sharded weights in a pack: forward and backward
 GRADIENT_BYTES = 4  # gradients are summed in fp32
 
 
-def estimate_mesh_step(
-    context: RuleContext, preset: HardwarePreset, *, hides_gather: bool = False
-) -> MeshStep:
-    """Predict the time of a step on the mesh of the context. With `hides_gather` it is that of
-    other trainers, which gather a layer while the one before computes."""
+def estimate_mesh_step(context: RuleContext, preset: HardwarePreset) -> MeshStep:
+    """Predict the time of a step on the mesh of the context."""
     mesh = context.mesh
     tokens = estimate_mean_tokens(context)
     group_tokens = tokens / mesh.document_groups
@@ -52,9 +49,7 @@ def estimate_mesh_step(
     gather = packs * _compute_gather_seconds(context, preset)
     exchange = _compute_exchange_seconds(context, preset, group_tokens / mesh.context)
     reduction = _compute_reduce_seconds(context, preset)
-    waiting = exchange + reduction
-    fast_total = max(fast, gather) if hides_gather else fast + gather
-    slow_total = max(slow, gather) if hides_gather else slow + gather
+    waiting = gather + exchange + reduction
     return MeshStep(
         tokens=round(tokens),
         gpu_tokens=round(group_tokens / mesh.context),
@@ -62,8 +57,8 @@ def estimate_mesh_step(
         gather_seconds=gather,
         exchange_seconds=exchange,
         reduce_seconds=reduction,
-        seconds=(fast_total + waiting, slow_total + waiting),
-        busy_share=tokens / mesh.num_gpus * token_seconds / (fast_total + waiting),
+        seconds=(fast + waiting, slow + waiting),
+        busy_share=tokens / mesh.num_gpus * token_seconds / (fast + waiting),
     )
 
 
