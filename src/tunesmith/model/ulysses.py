@@ -7,10 +7,11 @@ A layer works on each token alone, but for attention: there, ranks that share a 
 for heads in one all-to-all, attend with the layout of the whole pack, and change back in another.
 The backward pass does the same with the gradients. Left out: layers that carry a state from token
 to token, which the plan refuses. Legend: T tokens of the pack, U tokens of this rank, N query
-heads, K key/value heads, D head size, S targets of the pack, C ranks that share it."""
+heads, K key/value heads, D head size, C ranks that share the pack."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import format_count
 from tunesmith.core.token_shard import TokenShard
+
+ExchangeFn = Callable[[Tensor, TokenShard], Tensor]
 
 
 def exchange_heads(
@@ -34,14 +37,14 @@ def exchange_heads(
     num_heads = [part.shape[2] for part in parts]
     # of each rank its query heads, then the keys and the values that they see
     heads = torch.cat(parts, dim=2).flatten(1, 2)
-    gathered: Tensor = _HeadsOfAllTokens.apply(heads, shard)
+    gathered: Tensor = _Exchange.apply(heads, shard, _gather_tokens, _gather_heads)
     q, k, v = gathered.split(num_heads, dim=1)
     return q, k, v
 
 
 def restore_tokens(out: Tensor, shard: TokenShard) -> Tensor:
     """Return [U, N, D] of this rank's tokens, from [T, N/C, D] of its heads."""
-    return _TokensOfAllHeads.apply(out, shard)
+    return _Exchange.apply(out, shard, _gather_heads, _gather_tokens)
 
 
 def select_heads(values_N: Tensor | None, shard: TokenShard) -> Tensor | None:
@@ -49,26 +52,20 @@ def select_heads(values_N: Tensor | None, shard: TokenShard) -> Tensor | None:
     return None if values_N is None else values_N.chunk(shard.size)[shard.index]
 
 
-class _HeadsOfAllTokens(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """An exchange between the ranks of a pack, and the inverse one for its gradient."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shard: TokenShard) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, shard: TokenShard, exchange: ExchangeFn, inverse: ExchangeFn
+    ) -> Tensor:
         ctx.shard = shard
-        return _gather_tokens(x, shard)
+        ctx.inverse = inverse
+        return exchange(x, shard)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _gather_heads(gradients[0], ctx.shard), None
-
-
-class _TokensOfAllHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shard: TokenShard) -> Tensor:
-        ctx.shard = shard
-        return _gather_heads(x, shard)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _gather_tokens(gradients[0], ctx.shard), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.inverse(gradients[0], ctx.shard), None, None, None
 
 
 def _gather_tokens(x: Tensor, shard: TokenShard) -> Tensor:
