@@ -139,7 +139,7 @@ class MeshPlan:
 
 @dataclass(frozen=True)
 class RankMessages:
-    """What a rank gives to one kind of collective operation in a step."""
+    """The messages that a rank sends in a step with one collective operation."""
 
     operation: str  # allreduce, alltoall_base: the names of torch
     calls: int

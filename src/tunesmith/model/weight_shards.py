@@ -175,8 +175,8 @@ class WeightShards:
             self.release()
             while self._run_round(DONE):
                 pass
-        except BaseException:
-            if not self._is_exchanging:  # else the others wait for another message
+        except BaseException:  # Ctrl-C, too: the others would wait for this rank's next round
+            if not self._is_exchanging:  # else they wait for another message
                 self._exchange_words(FAILED)
             raise
         finally:

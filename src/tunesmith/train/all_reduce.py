@@ -27,7 +27,7 @@ CHECKSUM_NUMEL = 2**24  # of one sum, which takes 16 bytes for each
 
 @dataclass(frozen=True)
 class StepShare:
-    """What one rank computed of a step, or all of them; gradients are in the parameters.
+    """The loss and the targets of a step, of one rank or of all; gradients are in the parameters.
 
     `loss` is None without a document. `out_of_memory` is the message of a rank whose gradients are
     incomplete."""

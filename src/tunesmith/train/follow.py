@@ -131,7 +131,7 @@ class Follower:
 
     @property
     def problem(self) -> TunesmithError | None:
-        """What went wrong here, which rank 0 hears with the next report or results."""
+        """The error of this rank, which rank 0 hears with the next report or results."""
         return self.measuring.problem
 
     def run_command(self, do: str, **arguments: Any) -> None:
