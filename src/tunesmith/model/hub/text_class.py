@@ -156,14 +156,16 @@ def use_torch_code(network: T) -> T:
 
 def _iter_rebound_methods(kind: type[nn.Module]) -> Iterator[tuple[str, FunctionType]]:
     """Yield the methods of a class that call what another package has taken over."""
+    attributes: dict[str, Any] = {}
     for parent in reversed(kind.__mro__):
-        for name, function in vars(parent).items():
-            if isinstance(function, FunctionType):
-                # what decorates it translates old arguments and loads offloaded weights
-                innermost = inspect.unwrap(function)
-                torch_functions = _find_torch_functions(innermost)
-                if torch_functions:
-                    yield name, _copy_function(innermost, torch_functions)
+        attributes |= vars(parent)
+    for name, function in attributes.items():
+        if isinstance(function, FunctionType):
+            # what decorates it translates old arguments and loads offloaded weights
+            innermost = inspect.unwrap(function)
+            torch_functions = _find_torch_functions(innermost)
+            if torch_functions:
+                yield name, _copy_function(innermost, torch_functions)
 
 
 def _find_torch_functions(function: FunctionType) -> dict[str, Any]:
@@ -171,10 +173,18 @@ def _find_torch_functions(function: FunctionType) -> dict[str, Any]:
     taken over."""
     torch_functions: dict[str, Any] = {}
     for name in function.__code__.co_names:
-        called = function.__globals__.get(name)
-        if isinstance(called, FunctionType) and _is_taken_over(called):
+        called = _get_function(function.__globals__.get(name))
+        if called is not None and _is_taken_over(called):
             torch_functions[name] = inspect.unwrap(called)
     return torch_functions
+
+
+def _get_function(value: Any) -> FunctionType | None:
+    """Return the value if it is a function, or the function that it calls if it is a module: where
+    the package `kernels` is installed, transformers makes modules of such functions."""
+    if isinstance(value, nn.Module):
+        value = inspect.getclosurevars(type(value).forward).nonlocals.get("func")
+    return value if isinstance(value, FunctionType) else None
 
 
 def _is_taken_over(function: FunctionType) -> bool:
