@@ -185,15 +185,20 @@ def train_with_little_memory(ranks: Ranks) -> tuple[list[str], bytes]:
     """Train where rank 1 has memory for few tokens; return verdicts and weights."""
     training = make_loop(ranks, "rows")
     iterate_alone(ranks)
+    limit_memory(training)
+    return collect_outcome(training)
+
+
+def limit_memory(training: TrainingLoop) -> None:
+    """Let rank 1 run out of memory on a pack of more than MAX_TOKENS."""
     hidden = training.model.compute_hidden
 
     def compute_with_little_memory(batch: Batch) -> torch.Tensor:
-        if ranks.rank == 1 and batch.layout.num_tokens > MAX_TOKENS:
+        if training.ranks.rank == 1 and batch.layout.num_tokens > MAX_TOKENS:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return hidden(batch)
 
     training.model.compute_hidden = compute_with_little_memory  # type: ignore[method-assign]
-    return collect_outcome(training)
 
 
 def collect_outcome(training: TrainingLoop) -> tuple[list[str], bytes]:

@@ -1,20 +1,25 @@
 """Whole runs of tiny recipes on several ranks, for processes of `rank_lab`."""
 
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 import tunesmith
+from rank_lab import run_processes
 from tiny_runs import make_tiny_recipe
 from tunesmith.cli.launch import lockstep
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.events import TrainStep
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.ranks import Ranks, open_ranks
+from tunesmith.core.run_dir import read_all_events
 from tunesmith.evaluate import shared_items
 from tunesmith.session import inputs
 from tunesmith.train import follow as follow_module
@@ -56,6 +61,26 @@ def resume_runs(folders: Sequence[str]) -> list[Outcome]:
             events = run.resume(Path(folder) / "run", ranks=ranks)
             outcomes.append((0, _consume(events, Path(folder), {})))
     return outcomes
+
+
+def read_weights(folder: Path) -> np.ndarray:
+    """Return the numbers of the adapter that was trained in a folder."""
+    tensors = load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+
+
+def check_resuming(first: Path, folder: Path, expected: np.ndarray) -> None:
+    """Resume copies of a run of two ranks with one, two and three: all reach the weights that are
+    expected, those of two ranks bit by bit."""
+    for world in (1, 2, 3):
+        resumed = folder / str(world)
+        shutil.copytree(first, resumed)
+        outcomes = run_processes(resume_run, world, str(resumed))
+        assert [code for code, _ in outcomes] == [0] * world, outcomes
+        weights = read_weights(resumed)
+        np.testing.assert_allclose(weights, expected, rtol=0, atol=1e-5)
+        assert world != 2 or weights.tobytes() == expected.tobytes()
+        assert {logged.attempt for logged in read_all_events(resumed / "run")} == {1, 2}
 
 
 def _act(start: Any, folder: Path, stop: dict[str, int]) -> Outcome:

@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from rank_loops import collect_outcome, get_weights, iterate_alone, make_documents
+from rank_loops import collect_outcome, get_weights, iterate_alone, limit_memory, make_documents
 from tiny_loop import SETTINGS, select_steps
 from tiny_models import LORA
 from tunesmith.core.errors import MachineError, TunesmithError
@@ -78,7 +78,8 @@ def count_frozen_bytes(model: PackedCausalLM) -> int:
     """Return the bytes of all storages with frozen weights of the layers, and of the parts."""
     storages = {id(tensor.untyped_storage()): tensor for tensor in _iter_frozen(model)}
     total = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
-    return total + (model.shards.part_bytes if model.shards else 0)
+    parts = [layer.part_B for layer in model.shards.layers] if model.shards else []
+    return total + sum(part_B.nbytes for part_B in parts)
 
 
 def _iter_frozen(model: PackedCausalLM) -> Iterator[Tensor]:
@@ -105,20 +106,11 @@ def count_read_bytes(ranks: Ranks, folder: str) -> tuple[int, int, int]:
 
 # ---------------------------------------------------------------- faults
 
-MAX_TOKENS = 35  # that rank 1 has memory for
-
 
 def train_with_little_memory(ranks: Ranks, folder: str, size: int) -> tuple[list[str], bytes]:
     """Train where rank 1 has memory for few tokens; return verdicts and weights."""
     training = make_sharded_loop(ranks, folder, size)
-    hidden = training.model.compute_hidden
-
-    def compute_with_little_memory(batch: Batch) -> Tensor:
-        if ranks.rank == 1 and batch.layout.num_tokens > MAX_TOKENS:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return hidden(batch)
-
-    training.model.compute_hidden = compute_with_little_memory  # type: ignore[method-assign]
+    limit_memory(training)
     return collect_outcome(training)
 
 

@@ -1,6 +1,5 @@
 """Runs on several ranks: one folder, and the results of one process."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +8,22 @@ import pytest
 from safetensors.numpy import load_file
 
 from rank_lab import run_processes
-from rank_runs import evaluate_run, resume_run, train_near_other_rows, train_run
+from rank_runs import (
+    check_resuming,
+    evaluate_run,
+    read_weights,
+    train_near_other_rows,
+    train_run,
+)
 from tiny_runs import build_sum_rows, save_writer_folder, write_eval_files, write_rows
 from tunesmith.core.events import CheckResult, Score, TrainStep
-from tunesmith.core.run_dir import read_all_events, read_events
+from tunesmith.core.run_dir import read_events
 from tunesmith.core.types import Json
 
 pytestmark = pytest.mark.multi
 
 STEPS = 6
 UNWATCHED = {"guard": {"collapse": "off", "forgetting": "off"}}
-
-
-def read_weights(folder: Path) -> np.ndarray:
-    tensors = load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
-    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
 
 
 def train_on(world: int, model: Path, folder: Path, changes: dict[str, Any], **stop: int) -> Any:
@@ -87,16 +87,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_any_number(
 ) -> None:
     first = tmp_path / "first"
     train_on(2, tiny_folder, first, changes, saved=2)
-    for world in (1, 2, 3):
-        folder = tmp_path / str(world)
-        shutil.copytree(first, folder)
-        outcomes = run_processes(resume_run, world, str(folder))
-        assert [code for code, _ in outcomes] == [0] * world, outcomes
-        expected = read_weights(straight)
-        np.testing.assert_allclose(read_weights(folder), expected, rtol=0, atol=1e-5)
-        if world == 2:
-            assert read_weights(folder).tobytes() == expected.tobytes()
-        assert {logged.attempt for logged in read_all_events(folder / "run")} == {1, 2}
+    check_resuming(first, tmp_path, read_weights(straight))
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,12 @@
 """Frozen weights that several ranks hold together: the bits of ranks that each hold all of them."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from rank_lab import run_processes, run_ranks
-from rank_runs import resume_run, train_run
+from rank_runs import check_resuming, read_weights, train_run
 from rank_shards import (
     STEPS,
     Outcome,
@@ -97,11 +94,6 @@ def run_on(
     return run_processes(train_run, world, model, str(folder), changes, stop)
 
 
-def read_weights(folder: Path) -> np.ndarray:
-    tensors = load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
-    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
-
-
 def read_scores(folder: Path) -> list[float]:
     return [event.value for event in read_events(folder / "run") if isinstance(event, Score)]
 
@@ -145,15 +137,7 @@ def test_a_checkpoint_of_sharded_ranks_goes_on_with_any_number(
 ) -> None:
     first = tmp_path / "first"
     run_on(2, folder, first, changes | {"shard": 2}, saved=2)
-    for world in (1, 2, 3):
-        resumed = tmp_path / str(world)
-        shutil.copytree(first, resumed)
-        outcomes = run_processes(resume_run, world, str(resumed))
-        assert [code for code, _ in outcomes] == [0] * world, outcomes
-        expected = read_weights(sharded)
-        np.testing.assert_allclose(read_weights(resumed), expected, rtol=0, atol=1e-5)
-        if world == 2:
-            assert read_weights(resumed).tobytes() == expected.tobytes()
+    check_resuming(first, tmp_path, read_weights(sharded))
 
 
 def test_too_few_processes_are_refused_before_anything_is_loaded(

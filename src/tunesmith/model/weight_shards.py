@@ -95,11 +95,6 @@ class WeightShards:
         self._is_exchanging = False
         self._hooks: list[Any] = []
 
-    @property
-    def part_bytes(self) -> int:
-        """Bytes of this rank's parts."""
-        return sum(layer.part_B.nbytes for layer in self.layers)
-
     def add_layer(self, layer: nn.Module) -> None:
         """Keep this rank's part of the frozen weights of the next layer."""
         self.layers.append(LayerShard(list(list_frozen(layer)), self.ranks, self.size))
