@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -143,19 +143,28 @@ def use_torch_code(network: T) -> T:
 
     Where flash-linear-attention, mamba-ssm or causal-conv1d are installed, transformers calls their
     kernels: on a CPU too, where they cannot run, and as the reference of what it should check. The
-    modules get methods of their own; the classes stay as they are."""
-    methods: dict[type[nn.Module], dict[str, FunctionType]] = {}
+    modules get subclasses of their own; methods of each module would refer to it, so that its
+    weights would outlive the network."""
+    classes: dict[type[nn.Module], type[nn.Module]] = {}
     for module in network.modules():
         kind = type(module)
-        if kind not in methods:
-            methods[kind] = dict(_iter_rebound_methods(kind))
-        for name, function in methods[kind].items():
-            setattr(module, name, MethodType(function, module))
+        if kind not in classes:
+            classes[kind] = _make_torch_class(kind)
+        module.__class__ = classes[kind]
     return network
 
 
-def _iter_rebound_methods(kind: type[nn.Module]) -> Iterator[tuple[str, FunctionType]]:
-    """Yield the methods of a class that call what another package has taken over."""
+def _make_torch_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass of the same name that calls torch code; the class itself if it does."""
+    methods = dict(_iter_torch_methods(kind))
+    if not methods:
+        return kind
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, **methods})
+
+
+def _iter_torch_methods(kind: type[nn.Module]) -> Iterator[tuple[str, FunctionType]]:
+    """Yield copies, with torch code, of the methods that call what another package has taken
+    over."""
     attributes: dict[str, Any] = {}
     for parent in reversed(kind.__mro__):
         attributes |= vars(parent)

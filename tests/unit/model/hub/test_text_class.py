@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -70,6 +72,18 @@ def test_modules_call_the_torch_code_of_functions_that_are_taken_over() -> None:
         assert torch.equal(module(x), 2 * x)
         assert torch.equal(copy.deepcopy(module)(x), 2 * x)
         assert torch.equal(kind()(x), -x), "the class has changed"
+
+
+def test_weights_do_not_outlive_their_network() -> None:
+    module = use_torch_code(nn.Sequential(Doubling()))
+    module[0].weight = nn.Parameter(torch.ones(2))
+    weight = weakref.ref(module[0].weight)
+    gc.disable()
+    try:
+        del module
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_a_method_that_a_subclass_overrides_stays_overridden() -> None:
