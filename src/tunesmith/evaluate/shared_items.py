@@ -137,7 +137,8 @@ def score_share(
                 yield index, result
     except (InputError, MachineError, GateError) as error:
         problem = error
-    _gather_results(ranks, scorer.name, [_pack_to_json(pack) for pack in packs], None, problem)
+    items = [_pack_to_json(pack) for pack in packs] if ranks.is_lockstep else []
+    _gather_results(ranks, scorer.name, items, None, problem)
     ranks.sum_(values_NC)  # each row has been written by one rank, so no bit changes
     for pack in remaining:
         for index in pack.indices:
@@ -246,7 +247,7 @@ def _gather_results(
     problem: InputError | MachineError | GateError | None,
 ) -> list[Any]:
     """Return the values of all ranks; raise the first problem of one. In lockstep, raise InputError
-    for ranks with other items or versions."""
+    for ranks with other items or versions; `items` are read there only."""
     if not ranks.is_lockstep:
         return ranks.gather_answers(value, problem)
     content = dump_json([name, items, hash_source(), torch.__version__])
