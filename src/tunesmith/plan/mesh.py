@@ -66,8 +66,8 @@ def choose_mesh(context: RuleContext, recipe: Recipe) -> Mesh:
         return SINGLE_GPU
     num_nodes = context.machine.num_nodes
     shards = _list_shard_sizes(num_gpus, num_nodes) if recipe.shard == "auto" else [recipe.shard]
-    largest = Mesh(num_gpus, num_nodes, shard=max(shards))
     sizes = _list_context_sizes(context) if recipe.context == "auto" else [recipe.context]
+    largest = Mesh(num_gpus, num_nodes, max(shards), sizes[0])
     for context_size in sizes:
         rates: dict[Mesh, float] = {}
         for shard in shards:

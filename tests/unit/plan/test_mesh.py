@@ -134,6 +134,9 @@ def test_the_recipe_says_how_many_gpus_share_a_document(plan: Planner) -> None:
     made = plan(LLAMA_8B, "8xh100", context=4)
     assert get_mesh(made) == Mesh(8, 1, context=4)
     assert made.reasons["context"].decided_by == "user"
+    too_large = plan(LLAMA_405B, "8xh100", method="lora", context=4)
+    assert not make_option(too_large).has_enough_memory
+    assert get_mesh(too_large).context == too_large.config.context == 4
 
 
 @pytest.mark.parametrize(
