@@ -60,12 +60,14 @@ def _check_devices(num_processes: int) -> None:
     num_gpus = machine.num_gpus
     if machine.device == "cuda":
         if num_processes > num_gpus:
-            message = f"{num_processes} processes, and this machine has {num_gpus} GPUs"
+            gpus = format_count(num_gpus, "GPU")
+            message = f"{num_processes} processes, and this machine has {gpus}"
             raise InputError(message, where="--gpus", fix=f"use --gpus {num_gpus}")
         return
     cores = machine.cores
     if num_processes > cores:
-        message = f"no GPU here, and {num_processes} processes need more than {cores} cores"
+        owned = format_count(cores, "core")
+        message = f"no GPU here, and {num_processes} processes need more than {owned}"
         raise InputError(message, where="--gpus", fix=f"use --gpus {cores}, or leave it out")
     threads = cores // num_processes
     os.environ.setdefault(THREADS_VARIABLE, str(threads))
