@@ -119,7 +119,8 @@ class MeasuringFollower:
 
     def _generate(self, requests: list[Json], end_ids: list[int], scales: list[float]) -> None:
         with self._measuring(scales) as model:
-            if model is not None and self._decode is not None:
+            if model is not None:
+                assert self._decode is not None, "it comes with the model"
                 parsed = list(parse_as(tuple[GenerationRequest, ...], requests))
                 _run(generate_share(model, parsed, decode=self._decode, end_ids=end_ids))
 
