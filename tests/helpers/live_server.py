@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -170,16 +170,23 @@ def train_color_run(folder: Path) -> Path:
     rows = [
         make_chat_row(f"{COLORS[n % 4]} {n}", f"{COLORS[(n + 1) % 4]} it is") for n in range(52)
     ]
+    return train_on_rows(folder, rows)
+
+
+def train_on_rows(folder: Path, rows: Sequence[Json], **changed: Any) -> Path:
+    """Train a run of the model in `folder` on 40 rows, test it on the others, and return its
+    folder."""
     recipe = make_tiny_recipe(
         folder / "model",
         folder,
-        data=str(write_rows(folder / "train.jsonl", rows[:40])),
+        data=str(write_rows(folder / "rows.jsonl", rows[:40])),
         test_data=str(write_rows(folder / "test.jsonl", rows[40:])),
         num_train_epochs=16,
         batch_size=8,
         lora_r=8,
         learning_rate=0.02,
         metrics=["exact_match"],
+        **changed,
     )
     train(recipe)
     return folder / "run"

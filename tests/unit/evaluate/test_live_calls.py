@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from live_server import COLORS
+from live_server import COLORS, train_on_rows
 from serve_lab import make_settings, serving
-from tiny_runs import make_tiny_recipe, save_model_folder, train, write_rows
+from tiny_runs import save_model_folder
 from toy_chat import CHATML, CHATML_TOKENS, write_model_folder
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
@@ -49,21 +49,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calls")
     template = folder / "tools.jinja"
     template.write_text(TEMPLATE)
+    save_model_folder(folder / "model")
     rows = [make_row(number) for number in range(52)]
-    recipe = make_tiny_recipe(
-        save_model_folder(folder / "model"),
-        folder,
-        chat_template=str(template),
-        data=str(write_rows(folder / "calls.jsonl", rows[:40])),
-        test_data=str(write_rows(folder / "test.jsonl", rows[40:])),
-        num_train_epochs=16,
-        batch_size=8,
-        lora_r=8,
-        learning_rate=0.02,
-        metrics=["exact_match"],
-    )
-    train(recipe)
-    return folder / "run"
+    return train_on_rows(folder, rows, chat_template=str(template))
 
 
 def verify(run: Path, url: str, model: str) -> LiveVerification:
