@@ -44,6 +44,14 @@ def train_run(model: str, folder: str, changes: dict[str, Any], stop: dict[str, 
     return _act(start, Path(folder), stop)
 
 
+def train_on_ranks(
+    world: int, model: Path | str, folder: Path, changes: dict[str, Any], **stop: int
+) -> list[Any]:
+    """Train a tiny recipe on `world` ranks; return the Outcome of each, None if it was killed."""
+    folder.mkdir(exist_ok=True)
+    return run_processes(train_run, world, str(model), str(folder), changes, stop)
+
+
 def resume_run(folder: str) -> Outcome:
     torch.set_num_threads(1)
     path = Path(folder) / "run"

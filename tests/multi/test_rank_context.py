@@ -1,7 +1,6 @@
 """Ranks that share each document make the steps of one process, and save a part of its bytes."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from rank_loops import (
     run_out_of_memory,
     train_loop,
 )
-from rank_runs import train_run
+from rank_runs import train_on_ranks
 from tiny_runs import build_sum_rows, save_model_folder, write_eval_files, write_rows
 from tunesmith.core.events import CheckResult, TrainStep
 from tunesmith.core.ranks import SINGLE_PROCESS
@@ -92,22 +91,17 @@ def test_a_rank_without_memory_ends_all() -> None:
     assert heard is None or heard.startswith("another rank has ended"), "its process has ended"
 
 
-def train_on(world: int, model: Path, folder: Path, changes: dict[str, Any]) -> Any:
-    folder.mkdir()
-    return run_processes(train_run, world, str(model), str(folder), changes, {})
-
-
 def test_a_run_whose_ranks_share_documents_is_that_of_one_process(tmp_path: Path) -> None:
     model = save_model_folder(tmp_path / "model", num_kv_heads=2)
     rows = write_rows(tmp_path / "rows.jsonl", build_sum_rows(1, 12))
     changes = {"data": str(rows), "batch_size": 4, **write_eval_files(tmp_path)}
     shared = changes | {"context": 2}
-    ((code, message),) = train_on(1, model, tmp_path / "refused", shared)
+    ((code, message),) = train_on_ranks(1, model, tmp_path / "refused", shared)
     assert code == 2
     assert "2 processes share each document, and this is one process" in message
-    assert [code for code, _ in train_on(3, model, tmp_path / "three", shared)] == [2, 2, 2]
-    assert train_on(1, model, tmp_path / "one", changes) == [(0, "step 3")]
-    assert train_on(2, model, tmp_path / "two", shared) == [(0, "step 3"), (0, "followed")]
+    assert [code for code, _ in train_on_ranks(3, model, tmp_path / "three", shared)] == [2, 2, 2]
+    assert train_on_ranks(1, model, tmp_path / "one", changes) == [(0, "step 3")]
+    assert train_on_ranks(2, model, tmp_path / "two", shared) == [(0, "step 3"), (0, "followed")]
     losses: list[list[float]] = []
     for name in ("one", "two"):
         events = read_events(tmp_path / name / "run")

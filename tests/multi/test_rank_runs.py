@@ -13,7 +13,7 @@ from rank_runs import (
     evaluate_run,
     read_weights,
     train_near_other_rows,
-    train_run,
+    train_on_ranks,
 )
 from tiny_runs import build_sum_rows, save_writer_folder, write_eval_files, write_rows
 from tunesmith.core.events import CheckResult, Score, TrainStep
@@ -24,11 +24,6 @@ pytestmark = pytest.mark.multi
 
 STEPS = 6
 UNWATCHED = {"guard": {"collapse": "off", "forgetting": "off"}}
-
-
-def train_on(world: int, model: Path, folder: Path, changes: dict[str, Any], **stop: int) -> Any:
-    folder.mkdir(exist_ok=True)
-    return run_processes(train_run, world, str(model), str(folder), changes, stop)
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +46,15 @@ def straight(
 ) -> Path:
     """Return the folder of a run on two ranks."""
     folder = tmp_path_factory.mktemp("straight")
-    assert train_on(2, tiny_folder, folder, changes) == [(0, f"step {STEPS}"), (0, "followed")]
+    outcomes = train_on_ranks(2, tiny_folder, folder, changes)
+    assert outcomes == [(0, f"step {STEPS}"), (0, "followed")]
     return folder
 
 
 def test_a_run_of_two_ranks_is_that_of_one_process(
     tiny_folder: Path, changes: dict[str, Any], straight: Path, tmp_path: Path
 ) -> None:
-    train_on(1, tiny_folder, tmp_path, changes)
+    train_on_ranks(1, tiny_folder, tmp_path, changes)
     np.testing.assert_allclose(read_weights(straight), read_weights(tmp_path), rtol=0, atol=1e-5)
     ours = read_events(straight / "run")
     theirs = read_events(tmp_path / "run")
@@ -76,7 +72,7 @@ def test_a_guard_changes_no_bit(
     tiny_folder: Path, changes: dict[str, Any], straight: Path, tmp_path: Path
 ) -> None:
     unwatched = {key: changes[key] for key in ("data", "batch_size")} | UNWATCHED
-    train_on(2, tiny_folder, tmp_path, unwatched)
+    train_on_ranks(2, tiny_folder, tmp_path, unwatched)
     final = load_file(straight / "run" / "adapter" / "adapter_model.safetensors")
     other = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert {n: t.tobytes() for n, t in final.items()} == {n: t.tobytes() for n, t in other.items()}
@@ -86,7 +82,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_any_number(
     tiny_folder: Path, changes: dict[str, Any], straight: Path, tmp_path: Path
 ) -> None:
     first = tmp_path / "first"
-    train_on(2, tiny_folder, first, changes, saved=2)
+    train_on_ranks(2, tiny_folder, first, changes, saved=2)
     check_resuming(first, tmp_path, read_weights(straight))
 
 
@@ -100,7 +96,7 @@ def test_a_signal_stops_all_after_the_step_or_evaluation_with_a_checkpoint(
     stop: dict[str, int],
     first_saved: int,
 ) -> None:
-    outcomes = train_on(2, tiny_folder, tmp_path, changes, **stop)
+    outcomes = train_on_ranks(2, tiny_folder, tmp_path, changes, **stop)
     assert [code for code, _ in outcomes] == [143, 143], outcomes
     assert "continue with: tunesmith resume" in outcomes[0][1]
     folders = (tmp_path / "run" / "checkpoints").iterdir()
@@ -156,7 +152,7 @@ def test_rows_that_the_model_writes_are_those_of_one_process(
     rows: list[bytes] = []
     for world in (1, 2):
         folder = tmp_path / str(world)
-        outcomes = train_on(world, writer, folder, rehearsed)
+        outcomes = train_on_ranks(world, writer, folder, rehearsed)
         assert [code for code, _ in outcomes] == [0] * world, outcomes
         rows.append((folder / "run" / "rehearsal.jsonl").read_bytes())
     assert rows[0].count(b"\n") > 4
@@ -192,7 +188,7 @@ def test_references_that_rank_0_has_measured_are_read_by_all(
     weights: list[dict[str, np.ndarray]] = []
     for world in (1, 2):
         folder = tmp_path / str(world)
-        outcomes = train_on(world, tiny_folder, folder, changes)
+        outcomes = train_on_ranks(world, tiny_folder, folder, changes)
         assert [code for code, _ in outcomes] == [0] * world, outcomes
         weights.append(load_file(folder / "run" / "model" / "model.safetensors"))
     for name, tensor in weights[0].items():

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from rank_lab import run_processes, run_ranks
-from rank_runs import check_resuming, read_weights, train_run
+from rank_lab import run_ranks
+from rank_runs import check_resuming, read_weights, train_on_ranks
 from rank_shards import (
     STEPS,
     Outcome,
@@ -87,13 +87,6 @@ def changes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return how | write_eval_files(data)
 
 
-def run_on(
-    world: int, model: str, folder: Path, changes: dict[str, Any], **stop: int
-) -> list[tuple[int, str]]:
-    folder.mkdir()
-    return run_processes(train_run, world, model, str(folder), changes, stop)
-
-
 def read_scores(folder: Path) -> list[float]:
     return [event.value for event in read_events(folder / "run") if isinstance(event, Score)]
 
@@ -102,7 +95,7 @@ def read_scores(folder: Path) -> list[float]:
 def sharded(folder: str, changes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a run of two ranks that hold the weights together."""
     run_folder = tmp_path_factory.mktemp("sharded") / "lora"
-    outcomes = run_on(2, folder, run_folder, changes | {"shard": 2})
+    outcomes = train_on_ranks(2, folder, run_folder, changes | {"shard": 2})
     assert outcomes == [(0, "step 4"), (0, "followed")]
     return run_folder
 
@@ -112,7 +105,7 @@ def test_a_sharded_run_is_that_of_complete_weights(
 ) -> None:
     """Its proof, evaluations and probes, which rank 0 runs alone or with the others, too."""
     complete = tmp_path / "complete"
-    run_on(2, folder, complete, changes)
+    train_on_ranks(2, folder, complete, changes)
     assert read_weights(sharded).tobytes() == read_weights(complete).tobytes()
     assert read_scores(sharded) == read_scores(complete)
     events = [event for event in read_events(sharded / "run") if isinstance(event, CheckResult)]
@@ -126,7 +119,7 @@ def test_a_sharded_run_in_4_bits_is_that_of_complete_weights(
     folders = [tmp_path / "complete", tmp_path / "sharded"]
     short = {key: changes[key] for key in ("data", "batch_size")} | {"method": "qlora"}
     for run_folder, how in zip(folders, ({}, {"shard": 2}), strict=True):
-        outcomes = run_on(2, folder, run_folder, short | how)
+        outcomes = train_on_ranks(2, folder, run_folder, short | how)
         assert outcomes == [(0, "step 4"), (0, "followed")]
     complete, sharded = (read_weights(run_folder) for run_folder in folders)
     assert sharded.tobytes() == complete.tobytes()
@@ -136,13 +129,13 @@ def test_a_checkpoint_of_sharded_ranks_goes_on_with_any_number(
     folder: str, changes: dict[str, Any], sharded: Path, tmp_path: Path
 ) -> None:
     first = tmp_path / "first"
-    run_on(2, folder, first, changes | {"shard": 2}, saved=2)
+    train_on_ranks(2, folder, first, changes | {"shard": 2}, saved=2)
     check_resuming(first, tmp_path, read_weights(sharded))
 
 
 def test_too_few_processes_are_refused_before_anything_is_loaded(
     folder: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    (outcome,) = run_on(1, folder, tmp_path / "alone", changes | {"shard": 2})
+    (outcome,) = train_on_ranks(1, folder, tmp_path / "alone", changes | {"shard": 2})
     assert outcome[0] == 2
     assert "2 processes hold the frozen weights together, and there are 1" in outcome[1]
