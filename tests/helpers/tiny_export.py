@@ -138,13 +138,12 @@ def save_model(
 def save_run(folder: Path, model: Path, *, system: str = "", **changed: Any) -> Path:
     """Train a run of a few steps, at a learning rate that changes the model."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [
+    test_rows = [
         make_chat_row(f"{n} and {3 * n} please", json.dumps({"sum": 4 * n}), system)
-        for n in range(1, 13)
+        for n in range(9, 13)
     ]
     values = {
-        "data": str(write_rows(folder / "train.jsonl", rows[:8])),
-        "test_data": str(write_rows(folder / "test.jsonl", rows[8:])),
+        "test_data": str(write_rows(folder / "test.jsonl", test_rows)),
         "learning_rate": 0.03,
     }
     train(make_tiny_recipe(model, folder, **(values | changed)))

@@ -97,12 +97,13 @@ def write_rows(path: Path, rows: Sequence[Json]) -> Path:
 def make_tiny_recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
     """Return a recipe of three steps (six rows, batch size 2) in fp32.
 
-    The rows are written below `folder`.
+    The rows are written below `folder`, unless `data` is given.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if "data" not in changed:
+        changed["data"] = str(write_rows(folder / "train.jsonl", build_sum_rows(1, 6)))
     values: dict[str, Any] = {
         "model": str(model),
-        "data": str(write_rows(folder / "train.jsonl", build_sum_rows(1, 6))),
         "output_dir": str(folder / "run"),
         "batch_size": 2,
         "num_train_epochs": 1,
