@@ -71,7 +71,7 @@ class LevelEffect:
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """What a sweep has done and found, from the recipe's wishes to the test of the winner."""
+    """The trials of a sweep and its findings, from the values tried to the test of the winner."""
 
     version: str
     format: int
