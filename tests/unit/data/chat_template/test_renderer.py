@@ -23,7 +23,7 @@ from toy_chat import (
     write_model_folder,
 )
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import Example
+from tunesmith.core.types import Example, Json
 from tunesmith.data.chat_template import assistant_spans
 from tunesmith.data.chat_template.encode import TrackedText
 from tunesmith.data.chat_template.render_notes import (
@@ -498,13 +498,26 @@ def test_a_trace_of_400_messages_renders(tmp_path: Path) -> None:
     assert trained.count("⟦did") == 200
 
 
+def make_long_turns(start: str = "") -> list[Json]:
+    """Ten questions and answers of a thousand characters; each answer begins with `start`."""
+    pair = user("a" * 1_000), assistant(start + "b" * 1_000)
+    return [*pair] * 10
+
+
+def check_document_limit(renderer: Renderer, turns: list[Json]) -> None:
+    """Eight turns fit into the limit of their documents, and ten do not."""
+    assert len(renderer.render(make_example(*turns[:16])).documents) == 8
+    with pytest.raises(InputError, match="over 100,000 characters"):
+        renderer.render(make_example(*turns))
+
+
 def test_the_characters_of_all_turns_are_limited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few turns of long messages are as much work as many short ones."""
     monkeypatch.setattr(assistant_spans, "MAX_RENDERED_CHARS", 100_000)
     renderer = Renderer.from_folder(write_model_folder(tmp_path), now=NOW)
-    turns = [turn for _ in range(10) for turn in (user("a" * 1_000), assistant("b" * 1_000))]
+    turns = make_long_turns()
     assert renderer.render(make_example(*turns[:16])).documents
     with pytest.raises(InputError, match="over 100,000 characters") as refusal:
         renderer.render(make_example(*turns))
@@ -516,15 +529,12 @@ def test_a_document_a_turn_has_fewer_characters(
 ) -> None:
     """They are all encoded, and all trained."""
     monkeypatch.setattr(assistant_spans, "MAX_TURN_CHARS", 100_000)
-    turns = [turn for _ in range(10) for turn in (user("a" * 1_000), assistant("b" * 1_000))]
     template = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}"
     template += "{% if loop.last %} {% endif %}{% endfor %}"
     template += "{% if add_generation_prompt %}<|im_start|>{% endif %}"
     folder = write_model_folder(tmp_path, template)
     renderer = Renderer.from_folder(folder, now=NOW)
-    assert len(renderer.render(make_example(*turns[:16])).documents) == 8
-    with pytest.raises(InputError, match="over 100,000 characters"):
-        renderer.render(make_example(*turns))
+    check_document_limit(renderer, make_long_turns())
 
 
 def test_turns_that_would_merge_with_their_prompts_have_fewer_characters(
@@ -532,11 +542,8 @@ def test_turns_that_would_merge_with_their_prompts_have_fewer_characters(
 ) -> None:
     """They are found in the render of all messages, and then encoded one by one."""
     monkeypatch.setattr(assistant_spans, "MAX_TURN_CHARS", 100_000)
-    turns = [turn for _ in range(10) for turn in (user("a" * 1_000), assistant("\n" + "b" * 1_000))]
     renderer = Renderer.from_folder(write_model_folder(tmp_path, base=make_newline_bpe()), now=NOW)
-    assert len(renderer.render(make_example(*turns[:16])).documents) == 8
-    with pytest.raises(InputError, match="over 100,000 characters"):
-        renderer.render(make_example(*turns))
+    check_document_limit(renderer, make_long_turns("\n"))
 
 
 def test_documents_without_control_tokens_have_fewer_characters(
@@ -547,7 +554,7 @@ def test_documents_without_control_tokens_have_fewer_characters(
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     template += "{% if add_generation_prompt %}[assistant]{% endif %}"
     renderer = Renderer.from_folder(write_model_folder(tmp_path, template), now=NOW)
-    turns = [turn for _ in range(10) for turn in (user("a" * 1_000), assistant("b" * 1_000))]
+    turns = make_long_turns()
     assert len(renderer.render(make_example(*turns[:10])).documents) == 5
     with pytest.raises(InputError, match=r"10 trained turns .* over 30,000 characters to encode"):
         renderer.render(make_example(*turns))
@@ -563,7 +570,7 @@ def test_turns_of_one_document_may_have_more_characters(
 ) -> None:
     """Also where the template ends each render with more than the next turn begins with."""
     monkeypatch.setattr(assistant_spans, "MAX_TURN_CHARS", 10_000)
-    turns = [turn for _ in range(10) for turn in (user("a" * 1_000), assistant("b" * 1_000))]
+    turns = make_long_turns()
     template = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
     template += "{{ '<|im_start|>' if add_generation_prompt else '<|endoftext|>' }}"
     folder = write_model_folder(tmp_path, template)
