@@ -32,7 +32,9 @@ def negate(x: Tensor) -> Tensor:
 
 
 def make_module(func: Any) -> nn.Module:
-    """Make a module of a function, as the package `kernels` does."""
+    """Make a module of a function, as the package `kernels` does; where it is installed, it did."""
+    if isinstance(func, nn.Module):
+        return func
 
     class Func(nn.Module):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
