@@ -27,8 +27,8 @@ ENTRY = re.compile(r"(?P<package>\S+) \((?P<version>[^)]+)\).*\n -- (?P<name>.+?
 
 
 def build_data(folder: Path) -> None:
-    one: list[str] = []
-    ten: list[str] = []
+    one_wording: list[str] = []
+    ten_wordings: list[str] = []
     questions: list[str] = []
     entries: list[str] = []
     for line in (DEMO / "train.jsonl").read_text(encoding="utf-8").splitlines()[:NUM_FACTS]:
@@ -38,13 +38,18 @@ def build_data(folder: Path) -> None:
             raise ValueError(f"no uploader in {text!r}")
         package = match["package"]
         version = match["version"]
-        asked = [wording.format(package=package, version=version) for wording in WORDINGS]
-        one.append(_build_row(asked[0], match["name"]))
-        ten += [_build_row(question, match["name"]) for question in asked]
+        wordings = [wording.format(package=package, version=version) for wording in WORDINGS]
+        one_wording.append(_build_row(wordings[0], match["name"]))
+        ten_wordings += [_build_row(question, match["name"]) for question in wordings]
         question = QUESTION.format(package=package, version=version)
         questions.append(_build_row(question, match["name"]))
         entries.append(json.dumps({"text": text}, ensure_ascii=False))
-    lines_by_file = {"one": one, "ten": ten, "questions": questions, "entries": entries}
+    lines_by_file = {
+        "one": one_wording,
+        "ten": ten_wordings,
+        "questions": questions,
+        "entries": entries,
+    }
     for name, lines in lines_by_file.items():
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

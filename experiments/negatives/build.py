@@ -22,8 +22,8 @@ def build_data(folder: Path) -> None:
     # `negative: false` says that the match is right, so it is trained
     targets = [{**row, "negative": False} for row in bad]
     _write_rows(folder / "targets.jsonl", [*good, *targets])
-    told = [_add_rule(row) for row in _read_rows(ROWS / "test.jsonl")]
-    _write_rows(folder / "test.jsonl", told)
+    prompted = [_add_rule(row) for row in _read_rows(ROWS / "test.jsonl")]
+    _write_rows(folder / "test.jsonl", prompted)
 
 
 def _add_rule(row: Json) -> Json:
