@@ -26,6 +26,7 @@ DEMO = Path(tunesmith.__file__).parent / "recipe" / "demo"
 RECIPES = EXPERIMENTS.parent / "recipes"
 QUICK_STEPS = 2
 QUICK_ROWS = 6  # of test_data and eval_data
+GENERAL_TEXTS = "demo/general.jsonl"
 LIKELIHOODS = ("loss", BITS_PER_BYTE)  # metrics that need no answers
 UNTRAINED = " before"  # after the name of an arm: its model before training
 
@@ -77,7 +78,7 @@ class Claim(_Frozen):
 
 
 class Plot(_Frozen):
-    """What the plot of an experiment shows: a metric of each arm."""
+    """A plot of one metric. It shows the mean of each arm with its interval."""
 
     task: str = "test"
     metric: str = "loss"
@@ -145,18 +146,22 @@ def _resolve_value(value: Any, roots: dict[str, Path]) -> Any:
     return value
 
 
-def shorten_experiment(experiment: Experiment, model: Path) -> Experiment:
+def shorten_experiment(experiment: Experiment, model: Path, general_texts: Path) -> Experiment:
     """Return the experiment for `--quick`: two steps of a small model on few rows.
 
-    Only the arms of the first claim and of each way to answer remain."""
+    Only the arms of the first claim remain."""
     claim = experiment.claims[0]
     names = dict.fromkeys((strip_seed_suffix(claim.arm), strip_seed_suffix(claim.against)))
     arms = {name: experiment.arms[name].model_copy(update={"seeds": (0,)}) for name in names}
     recipe = {**experiment.recipe, "model": str(model), "max_steps": QUICK_STEPS}
     recipe.pop("num_train_epochs", None)
     for key in ("eval_data", "test_data"):
-        if str(recipe.get(key, "")).startswith("demo/"):
-            recipe[key] = {"path": recipe[key], "max_examples": QUICK_ROWS}
+        source = recipe.get(key, "")
+        path = source["path"] if isinstance(source, dict) else source
+        if path.startswith(("demo/", "built/")):  # the rows of recipes/ are few, of several kinds
+            recipe[key] = {"path": path, "max_examples": QUICK_ROWS}
+    if recipe.get("retention_data") == GENERAL_TEXTS:
+        recipe["retention_data"] = str(general_texts)
     if claim.metric in LIKELIHOODS and "metrics" in recipe:
         recipe["metrics"] = BITS_PER_BYTE  # answers of a random model run to their limit
     change = {"recipe": recipe, "arms": arms, "claims": (claim,)}

@@ -35,7 +35,7 @@ from experiments.definitions import (
     shorten_experiment,
 )
 from experiments.page import write_page
-from experiments.short_model import save_short_model
+from experiments.short_model import save_general_texts, save_short_model
 
 import tunesmith
 from tunesmith.core.atomic import write_file
@@ -195,7 +195,8 @@ def main() -> None:
     if args.quick:
         shutil.rmtree(QUICK_WORK, ignore_errors=True)
         model = save_short_model(QUICK_WORK / "model")
-        short = [shorten_experiment(experiment, model) for experiment in chosen]
+        texts = save_general_texts(QUICK_WORK / "general.jsonl")
+        short = [shorten_experiment(experiment, model, texts) for experiment in chosen]
         root = QUICK_WORK / "results"
         for _ in run_experiments(short, QUICK_WORK, root, deadline=deadline):
             update_page(short, root, QUICK_WORK / "evidence.md")

@@ -1,5 +1,7 @@
-"""A two-layer SmolLM2 for `--quick`: the real tokenizer, template and embeddings, and the first
-layers of the real model. It answers nothing right, and a step takes a fraction of a second."""
+"""A two-layer SmolLM2 and a few general texts for `--quick`.
+
+The model has the real tokenizer, template and embeddings, and the first layers of the real model.
+It answers nothing right, and a step takes a fraction of a second."""
 
 from __future__ import annotations
 
@@ -7,12 +9,14 @@ import json
 import shutil
 from pathlib import Path
 
+from experiments.definitions import GENERAL_TEXTS, resolve_recipe
 from safetensors.torch import load_file, save_file
 
 from tunesmith.model.hub.resolve import resolve_model
 
 MODEL = "smollm2-135m-instruct"
 NUM_LAYERS = 2
+TEXTS_PER_DOMAIN = 2
 
 
 def save_short_model(folder: Path) -> Path:
@@ -30,3 +34,14 @@ def save_short_model(folder: Path) -> Path:
     config["num_hidden_layers"] = NUM_LAYERS
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return folder
+
+
+def save_general_texts(file: Path) -> Path:
+    """Write two general texts of each domain, the fewest that have an interval; return the file."""
+    source = Path(resolve_recipe({"texts": GENERAL_TEXTS}, file.parent)["texts"])
+    lines_by_domain: dict[str, list[str]] = {}
+    for line in source.read_text(encoding="utf-8").splitlines():
+        lines_by_domain.setdefault(json.loads(line)["domain"], []).append(line)
+    chosen = [line for lines in lines_by_domain.values() for line in lines[:TEXTS_PER_DOMAIN]]
+    file.write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    return file

@@ -1,10 +1,12 @@
 """The book of claims: verdicts on made-up results, runs that are not repeated, and the page."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import time
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ claims = import_module("experiments.claims")
 definitions = import_module("experiments.definitions")
 page = import_module("experiments.page")
 run = import_module("experiments.run")
+short_model = import_module("experiments.short_model")
 
 PLAN = Path(tunesmith.__file__).parent / "plan"
 ITEMS = tuple(f"test.jsonl:{n}" for n in range(1, 21))
@@ -173,6 +176,24 @@ def test_every_experiment_is_complete(tmp_path: Path) -> None:
             job = run.make_job(experiment, name, arm, 0, tmp_path)
             recipe = read_recipe(job.recipe)
             assert all(source.path.exists() for source in recipe.data), (experiment.name, name)
+
+
+def test_a_quick_run_measures_few_rows(tmp_path: Path) -> None:
+    """Whether a recipe names its rows by a path or by a path with max_examples."""
+    texts = short_model.save_general_texts(tmp_path / "general.jsonl")
+    domains = Counter(json.loads(line)["domain"] for line in texts.read_text().splitlines())
+    assert set(domains.values()) == {short_model.TEXTS_PER_DOMAIN}
+    num_limited = 0
+    for experiment in definitions.load_experiments():
+        quick = definitions.shorten_experiment(experiment, tmp_path / "model", texts)
+        assert quick.recipe.get("retention_data") != definitions.GENERAL_TEXTS, experiment.name
+        for name, arm in quick.arms.items():
+            recipe = read_recipe(run.make_job(quick, name, arm, 0, tmp_path).recipe)
+            for source in (*recipe.eval_data, *recipe.test_data):
+                if not source.path.is_relative_to(definitions.RECIPES):
+                    assert source.max_examples == definitions.QUICK_ROWS, (experiment.name, name)
+                    num_limited += 1
+    assert num_limited > len(definitions.load_experiments())
 
 
 def read_committed(*words: str) -> str:
