@@ -26,6 +26,7 @@ from tunesmith.core.run_dir import (
     require_run,
 )
 from tunesmith.core.types import Document, Example, Json, Plan
+from tunesmith.data.chat_template.conversation import REASONING_KEYS
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.dataset import Dataset
 from tunesmith.evaluate.generate_until import EvalPrompt, build_prompts, compute_max_new_tokens
@@ -40,6 +41,8 @@ from tunesmith.session.provenance import read_provenance
 
 LOSS = "loss"
 TEST = "test"
+API_KEYS = ("role", "content", "tool_calls", "tool_call_id")  # of a message
+WRITTEN_KEYS = ("name", *REASONING_KEYS)  # by some templates
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +101,7 @@ def load_recorded_run(path: Path, num_items: int) -> RecordedRun:
     examples = _read_examples(rows, after)
     prompts = build_prompts([example for example, _ in examples], renderer)
     needs_end = needs_complete_answers(plan.config.metrics, has_constraints=bool(recipe.never))
-    items = tuple(_build_items(examples, prompts, before, after))
+    items = tuple(_build_items(examples, prompts, before, after, renderer))
     notes: list[str] = []
     if renderer.has_date:
         notes.append("the chat template prints the date: prompts are those of today")
@@ -163,6 +166,7 @@ def _build_items(
     prompts: Sequence[EvalPrompt],
     before: EvalResults,
     after: EvalResults,
+    renderer: Renderer,
 ) -> Iterator[RecordedItem]:
     answers_before = {sample.id: sample.answer for sample in before.samples}
     losses_before = _map_values(before, LOSS)
@@ -172,7 +176,8 @@ def _build_items(
         messages: tuple[Json, ...] = ()
         if example.messages:
             trained_turns = [i for i, weight in enumerate(example.turn_weights) if weight > 0]
-            messages = example.messages[: max(trained_turns, default=0)]
+            rest = example.messages[: max(trained_turns, default=0)]
+            messages = tuple(_select_fields(rest, example.tools, renderer))
         yield RecordedItem(
             id=sample.id,
             messages=tuple(_convert_messages(messages)),
@@ -187,6 +192,20 @@ def _build_items(
             loss_before=losses_before.get(sample.id),
             loss=losses_after.get(sample.id),
         )
+
+
+def _select_fields(
+    messages: Sequence[Json], tools: Sequence[Json], renderer: Renderer
+) -> Iterator[Json]:
+    """Yield messages with the fields that the API has; thinking has one key. Names and thinking
+    that the template does not write are left out: a strict server refuses them."""
+    unused = {key: renderer.find_unused(key, messages, tools) for key in WRITTEN_KEYS}
+    for index, message in enumerate(messages):
+        selected = {key: message[key] for key in API_KEYS if key in message}
+        for key in WRITTEN_KEYS:
+            if key in message and index not in unused[key]:
+                selected["name" if key == "name" else "reasoning_content"] = message[key]
+        yield selected
 
 
 def _convert_messages(messages: Sequence[Json]) -> Iterator[Json]:

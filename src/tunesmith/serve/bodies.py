@@ -26,6 +26,7 @@ MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPTS = 64
 MAX_COMMENT_CHARS = 2000
+MAX_NAME_CHARS = 256  # of who speaks
 MAX_TOKENS = 1_000_000  # of an answer, before it is compared with the context
 DEFAULT_COMPLETION_TOKENS = 16  # of OpenAI's /v1/completions
 
@@ -65,15 +66,16 @@ class MessageToolCall(_Body):
 class ChatMessage(_Body):
     """A message. The fields that are null occur in answers, which clients send back."""
 
-    role: Literal["system", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)] | None = None
     refusal: None = None
     annotations: None = None
     audio: None = None
     function_call: None = None
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Annotated[str, Field(min_length=1, max_length=80)] | None = None
-    reasoning_content: None = None
+    reasoning_content: str | None = None  # thinking of an earlier answer
 
     @model_validator(mode="before")
     @classmethod
@@ -88,6 +90,8 @@ class ChatMessage(_Body):
             raise ValueError("tool_calls are of the assistant")
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise ValueError("tool_call_id goes with the role tool, and only with it")
+        if self.reasoning_content is not None and self.role != "assistant":
+            raise ValueError("reasoning_content is of the assistant")
         if self.content is None and not self.tool_calls:
             raise ValueError("content is null, and there are no tool_calls")
         return self

@@ -28,6 +28,7 @@ from tunesmith.data.readers.decode import SourceLocation, decode_json
 from tunesmith.serve.bodies import ChatMessage, FeedbackBody
 from tunesmith.serve.errors import RequestError
 from tunesmith.serve.keys import ApiKey
+from tunesmith.serve.tool_requests import to_template_message
 
 FEEDBACK_FILE = "feedback.jsonl"
 PAIRS_FILE = "pairs.jsonl"
@@ -56,7 +57,10 @@ class KeptChat:
 
     @property
     def num_chars(self) -> int:
-        return len(self.answer) + sum(len(message["content"]) for message in self.messages)
+        num_chars = len(self.answer)
+        for message in self.messages:
+            num_chars += len(message["content"]) + len(message.get("reasoning_content", ""))
+        return num_chars
 
 
 class ChatRing:
@@ -139,7 +143,7 @@ def list_messages(messages: Sequence[ChatMessage]) -> tuple[Json, ...]:
     they are not trained."""
     turns: list[Json] = []
     for message in messages:
-        turn: Json = {"role": message.role, "content": message.get_text()}
+        turn = to_template_message(message)
         turns.append({**turn, "train": False} if message.role == "assistant" else turn)
     return tuple(turns)
 

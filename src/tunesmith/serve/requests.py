@@ -27,6 +27,11 @@ from tunesmith.serve.tool_requests import build_tool_grammar, list_tools, to_tem
 DEFAULT_TEMPERATURE = 1.0  # of OpenAI's API
 DEFAULT_CHAT_TOKENS = 1024
 ANY_OBJECT: Json = {"type": "object"}
+# an answer with thinking that nothing follows: a template that can write thinking does so here
+THINKING: tuple[Json, ...] = (
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b", "reasoning_content": "c"},
+)
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,28 @@ def render_chat(body: ChatBody, model: ServedModel) -> Prompt:
     if messages[-1]["role"] == "assistant":
         message = "the last message is the assistant's, and there is nothing to answer"
         raise RequestError(400, message, param="messages")
+    tools = list_tools(body)
     try:
-        tokens = model.renderer.encode_prompt(messages, list_tools(body))
+        _refuse_unwritten(messages, tools, model)
+        tokens = model.renderer.encode_prompt(messages, tools)
     except InputError as error:
         raise from_tunesmith_error(error, param="messages") from None
     return _fit_prompt(tokens, body.answer_tokens, model, param="messages")
+
+
+def _refuse_unwritten(messages: Sequence[Json], tools: Sequence[Json], model: ServedModel) -> None:
+    """Raise RequestError 400 for names that the template does not write, and for thinking if it
+    writes none at all; most templates drop the thinking before the last question."""
+    for index in model.renderer.find_unused("name", messages, tools):
+        message = f"the chat template does not write names of role {messages[index]['role']}"
+        raise RequestError(400, message, param=f"messages[{index}].name")
+    for index, message in enumerate(messages):
+        if "reasoning_content" not in message:
+            continue
+        if model.renderer.find_unused("reasoning_content", THINKING):
+            text = "the chat template does not write the thinking of answers"
+            raise RequestError(400, text, param=f"messages[{index}].reasoning_content")
+        return
 
 
 def render_completions(body: CompletionBody, model: ServedModel) -> list[Prompt]:

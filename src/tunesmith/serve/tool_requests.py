@@ -40,8 +40,9 @@ class OfferedTools:
 def to_template_message(message: ChatMessage) -> Json:
     """Return a message as templates take it, with objects as arguments. Raises RequestError."""
     content: Json = {"role": message.role, "content": message.get_text()}
-    if message.tool_call_id is not None:
-        content["tool_call_id"] = message.tool_call_id
+    for key in ("name", "reasoning_content", "tool_call_id"):
+        if (value := getattr(message, key)) is not None:
+            content[key] = value
     calls: list[Json] = []
     for call in message.tool_calls or ():
         function = {

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from live_server import train_color_run
+from live_server import COLORS, train_on_rows
 from serve_lab import LiveServer, make_settings, serving
+from tiny_runs import save_model_folder
+from tunesmith.core.types import Json
 from tunesmith.evaluate.live import LiveVerification, verify_run
 from tunesmith.evaluate.live_client import LiveClient
 
@@ -17,7 +19,15 @@ NUM_ITEMS = 12
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_color_run(tmp_path_factory.mktemp("live-serve"))
+    """Return a run of rows with names, which the template does not write, and other fields."""
+    folder = tmp_path_factory.mktemp("live-serve")
+    save_model_folder(folder / "model")
+    rows: list[Json] = []
+    for n in range(52):
+        question = {"role": "user", "content": f"{COLORS[n % 4]} {n}", "name": "Ann", "time": n}
+        answer = {"role": "assistant", "content": f"{COLORS[(n + 1) % 4]} it is"}
+        rows.append({"messages": [question, answer]})
+    return train_on_rows(folder, rows)
 
 
 def verify(run: Path, live: LiveServer, model: str) -> LiveVerification:

@@ -12,9 +12,12 @@ import pytest
 from serve_lab import LiveServer, make_settings, save_toy_adapter, serving
 from tiny_runs import save_writer_folder
 
-# other text before each turn than the base's template has
+# other text before each turn than the base's template has, with names of users and thinking
 PLAIN_TURNS = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% for m in messages %}{{ m['role'] }}"
+    "{% if m['role'] == 'user' and m['name'] %}{{ ' ' + m['name'] }}{% endif %}"
+    "{% if m['reasoning_content'] %}{{ ' (' + m['reasoning_content'] + ')' }}{% endif %}"
+    "{{ ': ' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 

@@ -64,6 +64,56 @@ def test_a_stream_is_the_same_answer_in_pieces(client: openai.OpenAI) -> None:
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+def get_prompt(client: openai.OpenAI, model: str, messages: Any) -> list[int]:
+    answer: Any = client.chat.completions.create(
+        model=model, messages=messages, max_tokens=1, extra_body={"return_token_ids": True}
+    )
+    return answer.prompt_token_ids
+
+
+def test_names_go_to_the_template_or_are_refused(client: openai.OpenAI, live: LiveServer) -> None:
+    """The template of `plain` writes the names of users, that of the base writes none."""
+    messages: Any = [
+        {"role": "user", "content": "a", "name": "Ann"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    renderer = live.server.engine.registry.get("plain").renderer
+    assert tuple(get_prompt(client, "plain", messages)) == renderer.encode_prompt(messages)
+    assert "user Ann: a" in renderer.render_text(messages)
+    with pytest.raises(openai.BadRequestError, match="not write names of role user") as caught:
+        get_prompt(client, "base", messages)
+    assert caught.value.param == "messages[0].name"
+    messages[1]["name"] = "Bot"  # beside one that is written
+    with pytest.raises(openai.BadRequestError, match="names of role assistant") as caught:
+        get_prompt(client, "plain", messages)
+    assert caught.value.param == "messages[1].name"
+
+
+def test_thinking_goes_to_the_template_or_is_refused(
+    client: openai.OpenAI, live: LiveServer
+) -> None:
+    messages: Any = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "reasoning_content": "hm"},
+        {"role": "user", "content": "c"},
+    ]
+    renderer = live.server.engine.registry.get("plain").renderer
+    assert tuple(get_prompt(client, "plain", messages)) == renderer.encode_prompt(messages)
+    assert "assistant (hm): b" in renderer.render_text(messages)
+    with pytest.raises(openai.BadRequestError, match="thinking of answers") as caught:
+        get_prompt(client, "base", messages)
+    assert caught.value.param == "messages[1].reasoning_content"
+
+
+def test_a_developer_is_what_the_template_calls_it(client: openai.OpenAI) -> None:
+    prompts: list[list[int]] = []
+    for role in ("developer", "system"):
+        messages = [{"role": role, "content": "be brief"}, {"role": "user", "content": "a"}]
+        prompts.append(get_prompt(client, "base", messages))
+    assert prompts[0] == prompts[1]
+
+
 def test_choices_have_seeds_that_follow_each_other(client: openai.OpenAI) -> None:
     def answer(seed: int, n: int) -> list[str | None]:
         options: Any = {"seed": seed, "n": n, "max_tokens": 12, "logit_bias": NO_END}

@@ -210,6 +210,34 @@ class Renderer:
         chat, _ = self._make_conversation(messages, tools)
         return chat.render_plain(len(messages), add_generation_prompt=has_prompt)
 
+    def find_unused(
+        self, key: str, messages: Sequence[Json], tools: Sequence[Json] = ()
+    ) -> list[int]:
+        """Return the indices of messages whose `key` the template does not use: without those of
+        their role, the prompt is the same. Raises InputError."""
+        by_role: dict[str, list[int]] = {}
+        for index, message in enumerate(messages):
+            if key in message:
+                by_role.setdefault(message["role"], []).append(index)
+        unused: list[int] = []
+        for indices in by_role.values():
+            others = list(messages)
+            for index in indices:
+                others[index] = {k: v for k, v in messages[index].items() if k != key}
+            if self._is_same_prompt(messages, others, tools):
+                unused += indices
+        return sorted(unused)
+
+    def _is_same_prompt(
+        self, messages: Sequence[Json], others: Sequence[Json], tools: Sequence[Json]
+    ) -> bool:
+        """Whether the prompt of other messages is the same; one that is refused is not."""
+        text = self.render_text(messages, tools, has_prompt=True)
+        try:
+            return self.render_text(others, tools, has_prompt=True) == text
+        except InputError:
+            return False
+
     # ---- rows
 
     def render(self, example: Example) -> RenderedRow:
