@@ -3,8 +3,9 @@
     run_arm(ArmJob(...)) -> ArmRun
 
 In: a recipe. Out: a run folder as `tunesmith train` writes it, and the values of each item before
-and after. A job that was killed is resumed, and one whose settings have changed starts anew. The
-process is new so that its peak memory is that of this arm. Left out: which arms to run (run.py).
+and after; arms that differ in training alone share those before. A job that was killed is resumed,
+and one whose settings have changed starts anew. The process is new so that its peak memory is that
+of this arm. Left out: which arms to run (run.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from experiments.definitions import Answering
 
 from tunesmith import api
+from tunesmith.advise.sweep.run_trial import has_same_base
 from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult, TrainStep
@@ -29,14 +31,34 @@ from tunesmith.core.run_dir import (
     RECORD_FILE,
     is_run,
     read_events,
+    read_run_plan,
 )
-from tunesmith.core.types import Json
+from tunesmith.core.types import Json, Plan
 from tunesmith.evaluate.model_ref import load_results
-from tunesmith.evaluate.results import MetricValues
+from tunesmith.evaluate.results import EvalResults, MetricValues
+from tunesmith.plan.stages import require_single_stage
+from tunesmith.session.inputs import make_plan
+from tunesmith.train import run
 
+SETTINGS_SUFFIX = ".settings.json"
 RUN_TASK = "run"  # of the values that a run has of its steps
 SECONDS_PER_TOKEN = "microseconds_per_token"
 WARMUP_STEPS = 2  # whose time is that of the first touch of memory
+# Keys of a recipe that the measures before training do not depend on.
+TRAINING_KEYS = {
+    "batch_size",
+    "data",
+    "guard",
+    "learning_rate",
+    "lora_alpha",
+    "lora_r",
+    "max_steps",
+    "method",
+    "num_train_epochs",
+    "optim",
+    "rehearsal",
+    "seed",
+}
 PRELOADED = ["tunesmith.train.run", "tunesmith.advise.measured.run_arm"]
 
 
@@ -54,7 +76,7 @@ class ArmJob:
 
     @property
     def settings_file(self) -> Path:
-        return self.folder.with_name(self.folder.name + ".settings.json")
+        return self.folder.with_name(self.folder.name + SETTINGS_SUFFIX)
 
     @property
     def result_file(self) -> Path:
@@ -140,10 +162,26 @@ def _finish_run(job: ArmJob) -> None:
         events = api.resume(job.folder)
     else:
         shutil.rmtree(job.folder, ignore_errors=True)
-        inputs = api.load_inputs(job.recipe, output_dir=str(job.folder))
-        events = api.train(api.plan(inputs), inputs)
+        inputs = require_single_stage(api.load_inputs(job.recipe, output_dir=str(job.folder)))
+        plan = make_plan(inputs)
+        events = run.train(plan, inputs, before=_find_base_results(job, plan))
     for _ in events:
         pass
+
+
+def _find_base_results(job: ArmJob, plan: Plan) -> EvalResults | None:
+    """Return the measures before training of another arm or seed on the same items."""
+    for file in sorted(job.folder.parent.glob(f"*/{EVAL_BEFORE_FILE}")):
+        other = read_json(file.parent.with_name(file.parent.name + SETTINGS_SUFFIX))
+        is_same = _select_base_settings(other) == _select_base_settings(job.settings)
+        if is_same and has_same_base(read_run_plan(file.parent), plan):
+            return parse_as(EvalResults, read_json(file), where=str(file))
+    return None
+
+
+def _select_base_settings(settings: Json) -> Json:
+    recipe = {key: value for key, value in settings["recipe"].items() if key not in TRAINING_KEYS}
+    return {**settings, "recipe": recipe}
 
 
 def _count_minutes(folder: Path) -> float:
@@ -180,8 +218,6 @@ def _answer(job: ArmJob, answering: Answering) -> ArmRun:
     from tunesmith.advise.measured.run_arm import ArmRunner, select_items
     from tunesmith.advise.measured.run_arm import run_arm as answer_items
     from tunesmith.evaluate.generate_until import apply_metrics, build_prompts
-    from tunesmith.plan.stages import require_single_stage
-    from tunesmith.session.inputs import make_plan
 
     inputs = require_single_stage(api.load_inputs(job.recipe, output_dir=str(job.folder)))
     plan = make_plan(inputs)

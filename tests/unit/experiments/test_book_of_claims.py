@@ -295,6 +295,29 @@ def test_arms_run_once_and_again_when_their_settings_change(
     assert (tmp_path / "evidence" / "tried.svg").read_text().count("<circle") == 3
 
 
+def test_arms_share_the_measures_before_training(tiny_experiment: Any, tmp_path: Path) -> None:
+    """Of the same items and model, with settings that training alone depends on."""
+    job = run.make_job(tiny_experiment, "a", tiny_experiment.arms["a"], 0, tmp_path)
+    first = arms.run_arm(job)
+
+    def find_base(**changed: Any) -> Any:
+        arm = definitions.Arm(recipe={"learning_rate": 3e-3, **changed})
+        other = run.make_job(tiny_experiment, "c", arm, 1, tmp_path)
+        return arms._find_base_results(other, plan(load_inputs(other.recipe)))
+
+    shared = find_base(lora_r=4, batch_size=3)
+    assert tuple(map(arms.round_values, shared.measurements)) == first.before
+    rows = str(write_rows(tmp_path / "others.jsonl", build_sum_rows(300, 6)))
+    for changed in ({"test_data": rows}, {"pack_length": 256}, {"dtype": "bf16"}):
+        assert find_base(**changed) is None, changed
+    # and an arm that shares them measures the same as one that does not
+    second = run.make_job(tiny_experiment, "b", tiny_experiment.arms["b"], 0, tmp_path)
+    alone = run.make_job(tiny_experiment, "b", tiny_experiment.arms["b"], 0, tmp_path / "alone")
+    results = [arms.run_arm(each) for each in (second, alone)]
+    assert results[0].before == results[1].before
+    assert results[0].after[:-1] == results[1].after[:-1]
+
+
 def test_a_stored_result_is_not_that_of_other_rows(tiny_experiment: Any, tmp_path: Path) -> None:
     """`build.py` is part of the settings: the rows that it makes have the same names."""
     job = run.make_job(tiny_experiment, "a", tiny_experiment.arms["a"], 0, tmp_path)

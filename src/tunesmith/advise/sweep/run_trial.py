@@ -125,12 +125,13 @@ class TrialRunner:
         for earlier in range(number):
             path = find_trial_folder(self.folder, earlier)
             file = path / EVAL_BEFORE_FILE
-            if file.exists() and is_run(path) and _has_same_base(read_run_plan(path), plan):
+            if file.exists() and is_run(path) and has_same_base(read_run_plan(path), plan):
                 return parse_as(EvalResults, read_json(file), where=str(file))
         return None
 
 
-def _has_same_base(first: Plan, second: Plan) -> bool:
+def has_same_base(first: Plan, second: Plan) -> bool:
+    """Return whether two plans on the same model and items measure the same before training."""
     is_quantized = {plan.config.method == "qlora" for plan in (first, second)}
     return len(is_quantized) == 1 and all(
         getattr(first.config, key) == getattr(second.config, key) for key in BASE_SETTINGS
