@@ -38,6 +38,17 @@ def test_help_loads_nothing_heavy() -> None:
     assert not loaded_by("\n".join(verb(*words) for words in asked)) & HEAVY
 
 
+def test_a_start_builds_no_recipe(tmp_path: Path) -> None:
+    """Building the classes of recipes and importing asyncio took half of the time to a list of
+    runs, to --help and to the completion of a word."""
+    fake_runs.write_run(tmp_path / "runs/done", record=fake_runs.make_record())
+    calls = (("--help",), ("train", "--help"), ("runs", str(tmp_path)), ("data", "check", "--help"))
+    program = "\n".join(verb(*words) for words in calls)
+    program += "\nimport sys\nassert 'tunesmith.recipe.schema' not in sys.modules"
+    assert not loaded_by(program) & {"asyncio", "filelock", "regex", "yaml"}
+    assert "pydantic" in loaded_by("import tunesmith; tunesmith.Recipe")
+
+
 def test_importing_the_package_loads_no_torch() -> None:
     assert not loaded_by("import tunesmith") & {"torch", "transformers"}
 

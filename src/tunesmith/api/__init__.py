@@ -31,6 +31,7 @@ from tunesmith.api.inputs import (
     load_demo_inputs,
     load_inputs,
     read_plan,
+    read_recipe,
     split_by_stage,
 )
 from tunesmith.core import run_dir
@@ -42,8 +43,6 @@ from tunesmith.core.sampling import SamplingParams, check_sampling
 from tunesmith.core.sweep_record import SWEEP_FILE
 from tunesmith.core.types import Json, Plan, RunRecord
 from tunesmith.plan.stages import StagedPlan, require_single_stage
-from tunesmith.recipe.load import RecipeLike, read_recipe
-from tunesmith.recipe.schema import build_recipe_schema
 
 __all__ = [
     "AnyInputs",
@@ -101,6 +100,7 @@ if TYPE_CHECKING:
     from tunesmith.export.export import ExportResult
     from tunesmith.export.servers import ServerExport
     from tunesmith.plan.method_comparison import MethodEstimate
+    from tunesmith.recipe.load import RecipeLike
     from tunesmith.recipe.template import InitResult
     from tunesmith.session.doctor import Diagnosis
     from tunesmith.session.run_list import RunSummary
@@ -128,6 +128,8 @@ def init(
 
 def schema() -> Json:
     """Return the JSON schema of a recipe."""
+    from tunesmith.recipe.schema import build_recipe_schema
+
     return build_recipe_schema()
 
 

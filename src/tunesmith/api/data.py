@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.api.inputs import AnyPath, load_inputs, split_by_stage
+from tunesmith.api.inputs import AnyPath, load_inputs, read_recipe, split_by_stage
 from tunesmith.core.atomic import write_file
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import DataReport
 from tunesmith.plan.stages import require_single_stage
-from tunesmith.recipe.load import RecipeLike, read_recipe
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from tunesmith.data.dataset import Dataset
     from tunesmith.data.golden_set import GoldenLock
     from tunesmith.data.split import SplitResult
+    from tunesmith.recipe.load import RecipeLike
 
 
 def data_check(

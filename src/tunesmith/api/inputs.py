@@ -12,15 +12,22 @@ from tunesmith.core import run_dir
 from tunesmith.core.json_io import parse_as
 from tunesmith.core.types import Plan
 from tunesmith.plan.stages import StagedPlan
-from tunesmith.recipe.load import RecipeLike, read_recipe
-from tunesmith.recipe.schema import Recipe, Stages
 
 if TYPE_CHECKING:
+    from tunesmith.recipe.load import RecipeLike
+    from tunesmith.recipe.schema import Recipe, Stages
     from tunesmith.session.inputs import RunInputs
 
     AnyInputs = RunInputs | tuple[RunInputs, ...]  # one per stage
 
 AnyPath = str | Path
+
+
+def read_recipe(recipe: RecipeLike = None, **changes: Any) -> Recipe | Stages:
+    """Read a recipe from a file or a mapping, with changed values."""
+    from tunesmith.recipe import load
+
+    return load.read_recipe(recipe, **changes)
 
 
 def load_inputs(
@@ -31,6 +38,7 @@ def load_inputs(
     The result can be passed to the functions below instead of a recipe, which saves reading the
     data again. Without `needs_weights` a folder with only a config.json is accepted as the model,
     which is enough to plan."""
+    from tunesmith.recipe.schema import Recipe, Stages
     from tunesmith.session import inputs
 
     if isinstance(recipe, (inputs.RunInputs, tuple)) and not changes:

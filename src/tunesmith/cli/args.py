@@ -9,23 +9,19 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tunesmith.cli.help import complete_runs
 from tunesmith.cli.output import write_stderr
 from tunesmith.core.errors import InputError
-from tunesmith.recipe.explain import normalize_key
-from tunesmith.recipe.load import (
-    COMMAND_LINE,
-    is_flag_value,
-    list_choices,
-    load_recipe,
-    needs_value,
-)
-from tunesmith.recipe.schema import ALIASES, KEYS, Recipe, Stages
-from tunesmith.recipe.yaml_lines import MAX_BYTES
+
+if TYPE_CHECKING:
+    from tunesmith.recipe.schema import Recipe, Stages
+
+COMMAND_LINE = "command line"
+MAX_READ_CHARS = 250_000  # of a file that may be a recipe
 
 RecipeArgs = Annotated[
     list[str] | None,
@@ -101,6 +97,10 @@ def parse_recipe_args(args: Sequence[str] | None) -> Recipe | Stages:
     """Load the recipe that the arguments describe; without a file, ./recipe.yaml if there is one.
 
     Flags that name a model are a recipe by themselves."""
+    from tunesmith.recipe.explain import normalize_key
+    from tunesmith.recipe.load import load_recipe
+    from tunesmith.recipe.schema import ALIASES, KEYS
+
     path, flags = parse_flags(args)
     keys = [normalize_key(flag) for flag in flags]
     names_model = "model" in [ALIASES.get(key, key) for key in keys]
@@ -126,17 +126,21 @@ def _suggest_recipe_here() -> None:
 def _has_model_key(file: Path) -> bool:
     try:
         with file.open(encoding="utf-8", errors="replace") as lines:
-            return bool(MODEL_LINE.search(lines.read(MAX_BYTES)))
+            return bool(MODEL_LINE.search(lines.read(MAX_READ_CHARS)))
     except OSError:  # not to be read: not a recipe to suggest
         return False
 
 
 def parse_flags(
-    args: Sequence[str] | None, needs_value: Callable[[str], bool] = needs_value
+    args: Sequence[str] | None, needs_value: Callable[[str], bool] | None = None
 ) -> tuple[Path | None, dict[str, str]]:
     """Split arguments into a file and flags with their values; a bare flag has the value "true".
 
-    Raises InputError for a second file, a repeated flag, and a missing value."""
+    `needs_value` says which flags cannot be bare; by default, those of a recipe. Raises InputError
+    for a second file, a repeated flag, and a missing value."""
+    from tunesmith.recipe import load
+
+    needs_value = needs_value or load.needs_value
     path: Path | None = None
     flags: dict[str, str] = {}
     words = list(args or ())
@@ -150,9 +154,9 @@ def parse_flags(
             continue
         key, has_value, value = word[2:].partition("=")
         if not has_value:
-            value = words.pop(0) if words and is_flag_value(key, words[0]) else ""
+            value = words.pop(0) if words and load.is_flag_value(key, words[0]) else ""
             if not value and needs_value(key):
-                fix = f"write --{key} VALUE{_format_choices(list_choices(key))}"
+                fix = f"write --{key} VALUE{_format_choices(load.list_choices(key))}"
                 raise InputError(f"--{key} has no value", where=COMMAND_LINE, fix=fix)
             value = value or "true"
         if key.replace("-", "_") in {flag.replace("-", "_") for flag in flags}:

@@ -16,7 +16,6 @@ from tunesmith.cli.args import AsJson, RecipeArgs, parse_recipe_args
 from tunesmith.cli.output import print_result
 from tunesmith.core.formatting import format_count
 from tunesmith.plan.stages import require_single_stage
-from tunesmith.recipe.schema import Recipe
 
 # --to is the former name of --out.
 OutputFolder = Annotated[
@@ -39,6 +38,7 @@ def data_check(
     recipe = parse_recipe_args(args)
     from tunesmith.cli.views.data import render_data
     from tunesmith.data.rejects import has_many_dropped
+    from tunesmith.recipe.schema import Recipe
 
     reports = api.data_check(recipe, rejected=rejected)
     print_result({"data": reports}, render_data(reports), as_json=as_json)

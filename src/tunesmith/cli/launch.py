@@ -19,7 +19,6 @@ import typer
 from tunesmith.cli.output import write_stderr
 from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.core.formatting import format_count
-from tunesmith.core.hardware import measure_machine
 from tunesmith.core.ranks import (
     WORLD_VARIABLE,
     Ranks,
@@ -56,6 +55,8 @@ def launch(num_processes: int, words: Sequence[str]) -> int:
 
 def _check_devices(num_processes: int) -> None:
     """Raise InputError for too many processes; on a CPU, give each its cores and say so."""
+    from tunesmith.core.hardware import measure_machine
+
     machine = measure_machine(Path())
     num_gpus = machine.num_gpus
     if machine.device == "cuda":

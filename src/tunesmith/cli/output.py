@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.markup import escape
 from rich.segment import Segment
 from rich.text import Text
 
@@ -30,7 +31,11 @@ PIPE_WIDTH = 120
 
 
 class TerminalConsole(Console):
-    """A console that makes control characters in the text of any view visible."""
+    """A console that makes control characters in the text of any view visible, and shows names such
+    as `:key:` as they are."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(emoji=False, **settings)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
@@ -73,6 +78,17 @@ def _list_parts(views: Iterable[Any]) -> Iterable[Any]:
             yield from _list_parts(view.renderables)
         else:
             yield view
+
+
+def flatten_text(text: str, max_length: int = 100) -> str:
+    """Put untrusted text on one line, without control characters; a long one is cut."""
+    plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return plain if len(plain) <= max_length else plain[: max_length - 1] + "…"
+
+
+def format_single_line(text: str, max_length: int = 100) -> str:
+    """Do as `flatten_text` does, for a string that is read as markup."""
+    return escape(flatten_text(text, max_length))
 
 
 def write_stderr(text: str) -> None:

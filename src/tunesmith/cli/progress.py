@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from tunesmith.cli.output import TerminalConsole
+from tunesmith.cli.output import TerminalConsole, format_single_line
 from tunesmith.core.events import (
     EXPECTED_TASK,
     PROBE_TASK,
@@ -172,12 +172,6 @@ def format_event(
 def format_interval(value: float, low: float, high: float) -> str:
     """Format a value with its interval, 0.420 [0.350, 0.490], the bracket escaped for rich."""
     return f"{value:.3f} \\[{low:.3f}, {high:.3f}]"
-
-
-def format_single_line(text: str, max_length: int = 100) -> str:
-    """Put untrusted text on one line, without markup and control characters."""
-    plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return escape(plain if len(plain) <= max_length else plain[: max_length - 1] + "…")
 
 
 def format_duration(seconds: float) -> str:

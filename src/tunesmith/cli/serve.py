@@ -5,7 +5,6 @@ loads no web server. Left out: what a request does (serve/)."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import sys
@@ -99,6 +98,8 @@ def serve(  # noqa: PLR0913 - every option is a flag
         "dtype": dtype,
     }
     _require_extra()
+    import asyncio
+
     from tunesmith.serve.server import prepare_server, run_server
     from tunesmith.serve.settings import read_settings
 

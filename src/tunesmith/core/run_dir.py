@@ -23,9 +23,7 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self, cast
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from tunesmith.core.atomic import (
     TEMP_PREFIX,
@@ -52,6 +50,9 @@ from tunesmith.core.events import (
 )
 from tunesmith.core.json_io import dump_json, parse_as, read_json, to_jsonable
 from tunesmith.core.types import RUN_FORMAT, Json, Plan, RunRecord
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 PLAN_FILE = "plan.json"
 RECIPE_FILE = "recipe.yaml"
@@ -312,6 +313,8 @@ def _is_startup_file(entry: Path) -> bool:
 def _acquire_lock(path: Path) -> FileLock:
     """Lock the folder. The system drops the lock when the process ends. A file system without locks
     raises OSError: a killed process would leave a marker file behind."""
+    from filelock import FileLock, Timeout  # which imports asyncio, and readers take no lock
+
     os.close(open_unlinked(path / LOCK_FILE, os.O_RDWR))  # raises for a link
     lock = FileLock(path / LOCK_FILE, thread_local=False, fallback_to_soft=False)
     try:
@@ -340,13 +343,13 @@ def _read_owner(path: Path) -> str:
 # ---------------------------------------------------------------- readers
 
 
-def is_run(path: Path) -> bool:
+def is_run(path: Path | str) -> bool:
     # not Path.is_file, which raises OSError for a name that is too long
-    return os.path.isfile(path / PLAN_FILE) or is_staged(path)
+    return os.path.isfile(f"{path}/{PLAN_FILE}") or is_staged(path)
 
 
-def is_staged(path: Path) -> bool:
-    return os.path.isfile(path / STAGES_FILE)
+def is_staged(path: Path | str) -> bool:
+    return os.path.isfile(f"{path}/{STAGES_FILE}")
 
 
 def require_run(path: Path) -> None:

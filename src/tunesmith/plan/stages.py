@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import parse_as
 from tunesmith.core.run_dir import STAGES_FILE, read_plan_json
 from tunesmith.core.types import DataReport, Plan, PlanConfig
-from tunesmith.recipe.schema import Stages
+
+if TYPE_CHECKING:
+    from tunesmith.recipe.schema import Stages
 
 T = TypeVar("T")
 
@@ -52,6 +54,8 @@ def read_staged_plan(run: Path) -> StagedPlan:
 
 def require_single_stage(value: T | tuple[T, ...] | Stages) -> T:
     """Return a recipe or its inputs. Raises InputError for those of several stages."""
+    from tunesmith.recipe.schema import Stages
+
     if isinstance(value, (tuple, Stages)):
         message = "this command works on a single stage, but the recipe has several"
         fix = "name one of them, with the keys that it needs: --stage sft"

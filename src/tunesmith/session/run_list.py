@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-import psutil
 from pydantic_core import from_json
 
 from tunesmith.core.errors import InputError
@@ -83,7 +82,8 @@ def _find_all_runs(roots: Sequence[Path]) -> list[Path]:
         if not os.path.isdir(root):
             fix = "name a folder with runs in it, or start one: `tunesmith train recipe.yaml`"
             raise InputError("no such folder", where=str(root), fix=fix)
-        folders.update(dict.fromkeys(_find_runs(root, MAX_DEPTH)))
+        paths = _find_runs(str(root), MAX_DEPTH)
+        folders.update(dict.fromkeys(map(Path, paths)))
     return list(folders)
 
 
@@ -96,8 +96,9 @@ def _read_modified(folder: Path) -> float:
     return 0.0
 
 
-def _find_runs(folder: Path, depth: int) -> Iterator[Path]:
-    """Yield run folders. Stages are part of their run; links are not followed."""
+def _find_runs(folder: str, depth: int) -> Iterator[str]:
+    """Yield run folders, as text: joining a thousand Paths takes 10 ms. Stages are part of their
+    run; links are not followed."""
     if is_run(folder):
         yield folder
         return
@@ -109,7 +110,7 @@ def _find_runs(folder: Path, depth: int) -> Iterator[Path]:
     except OSError:
         return  # a folder that others have closed to us
     for name in sorted(names):
-        yield from _find_runs(folder / name, depth - 1)
+        yield from _find_runs(f"{folder}/{name}", depth - 1)
 
 
 def summarize_run(folder: Path) -> RunSummary:
@@ -198,6 +199,8 @@ def _find_state(folder: Path, events: Sequence[Event]) -> tuple[State, str]:
 def _is_owner_alive(folder: Path) -> bool:
     """Return whether the process that locked the folder still runs, by its start time: numbers of
     processes are used again."""
+    import psutil
+
     file = folder / OWNER_FILE
     try:
         process = psutil.Process(int(file.read_text(encoding="utf-8")))

@@ -79,6 +79,13 @@ def make_table() -> Table:
     return table
 
 
+def test_names_of_emoji_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table(":key:", title=":key:")
+    table.add_row("a:key:b")
+    print_result(None, table, as_json=False)
+    assert capsys.readouterr().out.count(":key:") == 3
+
+
 @pytest.mark.parametrize("view", [HOSTILE, Text(HOSTILE, "bold"), make_table()])
 def test_no_view_controls_the_terminal(
     view: str | Text | Table, capsys: pytest.CaptureFixture[str]

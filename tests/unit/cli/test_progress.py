@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from tunesmith.cli.output import flatten_text
 from tunesmith.cli.progress import (
     Progress,
     format_duration,
     format_event,
-    format_single_line,
     measuring,
 )
 from tunesmith.core import progress_log
@@ -90,7 +90,7 @@ def test_each_event_is_one_line(
 
 
 def test_long_texts_are_cut() -> None:
-    assert len(format_single_line("x" * 1000)) == 100
+    assert len(flatten_text("x" * 1000)) == 100
 
 
 def test_durations() -> None:

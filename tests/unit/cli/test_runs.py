@@ -23,6 +23,7 @@ def test_runs_lists_each_run_in_a_line(folder: Path, tunesmith: Callable[..., An
     write_run(folder / "runs/done", record=make_record())
     write_run(folder / "runs/half")
     write_run(folder / "runs/hostile\x1b[2J")
+    write_run(folder / "runs/[bold]:key:\\")
     damaged = write_run(folder / "runs/damaged")
     (damaged / PLAN_FILE).write_text("{")
     code, out, _ = tunesmith("runs")
@@ -34,6 +35,7 @@ def test_runs_lists_each_run_in_a_line(folder: Path, tunesmith: Callable[..., An
     assert "30/30" in lines["runs/done"]
     assert "unreadable" in lines["runs/damaged"]
     assert "\x1b" not in out
+    assert "runs/[bold]:key:\\ " in out, "no markup, no emoji, no doubled backslash"
     assert all(line == line.rstrip() for line in out.splitlines())
     code, out, _ = tunesmith("runs", "--json")
     assert {run["state"] for run in json.loads(out)["runs"]} >= {"finished", "unreadable"}

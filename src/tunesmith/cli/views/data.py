@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.progress import format_single_line
+from tunesmith.cli.output import format_single_line
 from tunesmith.cli.views import make_table
 from tunesmith.core.formatting import format_rows
 from tunesmith.core.types import DataReport, Finding

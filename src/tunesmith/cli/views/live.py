@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from tunesmith.cli.progress import format_single_line
+from tunesmith.cli.output import format_single_line
 from tunesmith.cli.views import make_table
 from tunesmith.evaluate.live_requests import count_common
 
@@ -53,5 +53,5 @@ def _render_difference(pair: AnswerPair) -> list[RenderableType]:
     for label, text in (("recorded", pair.recorded), ("served", pair.served)):
         cut = ("… " if start else "") + text[start : start + MAX_ANSWER_CHARS]
         head = f"[dim]{escape(pair.id)} {label}:[/]"
-        lines.append(Text.from_markup(f"{head} {format_single_line(cut)}"))
+        lines.append(Text.from_markup(f"{head} {format_single_line(cut)}", emoji=False))
     return lines

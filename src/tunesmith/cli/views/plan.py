@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.progress import format_single_line
+from tunesmith.cli.output import format_single_line
 from tunesmith.cli.views import make_table
 from tunesmith.cli.views.mesh import render_mesh
 from tunesmith.core.errors import InputError

@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.progress import format_interval, format_single_line
+from tunesmith.cli.output import format_single_line
+from tunesmith.cli.progress import format_interval
 from tunesmith.cli.views import make_table
 from tunesmith.cli.views.verdict import render_errors, render_verdict
 from tunesmith.core.events import GenerationSample, Score

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.progress import format_single_line
+from tunesmith.cli.output import flatten_text
 from tunesmith.core.formatting import format_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def render_runs(runs: Sequence[RunSummary], now: float, num_older: int = 0) -> R
     counted."""
     if not runs:
         return "no runs here: start one with `tunesmith train recipe.yaml`"
-    paths = [format_single_line(_shorten_path(run.path)) for run in runs]
+    paths = [flatten_text(_shorten_path(run.path)) for run in runs]
     # a narrow terminal shortens models before it breaks names and scores
     wrapped = {"model"}
     if any(run.problem for run in runs):
@@ -52,14 +52,14 @@ def render_runs(runs: Sequence[RunSummary], now: float, num_older: int = 0) -> R
         )
     for run, path in zip(runs, paths, strict=True):
         table.add_row(
-            path,
+            Text(path),
             Text(run.state, STATE_STYLES[run.state]),
-            Text(format_single_line(run.model, 30), no_wrap=True, overflow="ellipsis"),
-            f"{run.step}/{run.steps}" if run.steps else "",
-            _format_metric(run),
-            _format_score(run),
-            format_bytes(run.peak_bytes) if run.peak_bytes else "",
-            _format_age(now - run.modified) if run.modified else "",
+            Text(flatten_text(run.model, 30), no_wrap=True, overflow="ellipsis"),
+            Text(f"{run.step}/{run.steps}") if run.steps else "",
+            Text(_format_metric(run)),
+            Text(_format_score(run)),
+            Text(format_bytes(run.peak_bytes) if run.peak_bytes else ""),
+            Text(_format_age(now - run.modified) if run.modified else ""),
         )
     if num_older:
         table.caption = f"and {num_older:,} older: tunesmith runs --all"
@@ -77,8 +77,8 @@ def _shorten_path(path: str) -> str:
 def _format_metric(run: RunSummary) -> str:
     """Name the metric of the main score, or say why there is none."""
     if run.problem:
-        return format_single_line(run.problem, MAX_PROBLEM_CHARS)
-    return format_single_line(run.score.metric) if run.score else ""
+        return flatten_text(run.problem, MAX_PROBLEM_CHARS)
+    return flatten_text(run.score.metric) if run.score else ""
 
 
 def _format_score(run: RunSummary) -> str:

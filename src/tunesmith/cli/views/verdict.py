@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.progress import format_single_line
+from tunesmith.cli.output import flatten_text
 from tunesmith.cli.views import make_table
 from tunesmith.core.evidence import Confusion, ErrorAnalysis, ErrorTable, RunVerdict
 from tunesmith.core.formatting import escape_controls
@@ -70,12 +70,12 @@ def _break_command(command: str) -> str:
 def _render_item(marker: str, text: str, style: str = "") -> RenderableType:
     """Show an item of a list; its further lines begin below its first word."""
     item = Table.grid(padding=(0, 1, 0, 0))
-    item.add_row(marker, Text.from_markup(format_single_line(text, MAX_LINE_CHARS)), style=style)
+    item.add_row(marker, Text(flatten_text(text, MAX_LINE_CHARS)), style=style)
     return Padding.indent(item, 2)
 
 
 def _pad_line(text: str, columns: int, style: str = "") -> RenderableType:
-    line = Text.from_markup(format_single_line(text, MAX_LINE_CHARS), style=style)
+    line = Text(flatten_text(text, MAX_LINE_CHARS), style=style)
     return Padding.indent(line, columns)
 
 
@@ -122,8 +122,8 @@ def _render_table(table: ErrorTable, names: tuple[str, str]) -> RenderableType:
     columns.append("first row")
     result = make_table(TITLES.get(table.by, table.label), *columns, numbers=numbers)
     for group in groups[:MAX_ROWS]:
-        cells = [
-            format_single_line(group.name, MAX_NAME_CHARS),
+        cells: list[Text | str] = [
+            Text(flatten_text(group.name, MAX_NAME_CHARS)),
             str(group.wrong),
             str(group.n),
             f"{group.error:.0%}",
@@ -132,7 +132,7 @@ def _render_table(table: ErrorTable, names: tuple[str, str]) -> RenderableType:
         cells += [_format_count(group.wrong_before)] * has_before
         cells += [str(group.only_here)] * has_only_here
         cells += [_format_count(group.training_rows)] * has_training
-        result.add_row(*cells, format_single_line(next(iter(group.rows), ""), MAX_NAME_CHARS))
+        result.add_row(*cells, Text(flatten_text(next(iter(group.rows), ""), MAX_NAME_CHARS)))
     hidden = len(groups) - MAX_ROWS + table.omitted
     return Group(result, f"... and {hidden} more: --json") if hidden > 0 else result
 
@@ -148,6 +148,6 @@ def _render_confusions(confusions: Sequence[Confusion]) -> RenderableType:
     table = make_table("Confusions", *shown, numbers=("times",))
     for confusion in confusions[:MAX_ROWS]:
         cells = [confusion.field, confusion.expected, confusion.answered]
-        texts = [format_single_line(cell, MAX_NAME_CHARS) or "(empty)" for cell in cells]
+        texts = [Text(flatten_text(cell, MAX_NAME_CHARS) or "(empty)") for cell in cells]
         table.add_row(*texts[0 if has_fields else 1 :], str(confusion.n))
     return table
