@@ -40,8 +40,9 @@ PACKAGES = (
 NVIDIA_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # the last is WSL's
 AMD_FILE = "/dev/kfd"
 # blocks of memory of a GPU that grow: packs of ever new sizes leave fewer gaps
-ALLOCATOR_ENV = "PYTORCH_ALLOC_CONF"
 ALLOCATOR_SETTING = "expandable_segments:True"
+ALLOCATOR_ENV = "PYTORCH_ALLOC_CONF"
+OLD_ALLOCATOR_ENV = "PYTORCH_CUDA_ALLOC_CONF"  # the only one before torch 2.9
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, ARM
 COMPILERS = ("cc", "gcc", "clang")
 
@@ -175,6 +176,15 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def set_allocator() -> None:
+    """Set how torch takes memory of a GPU, unless the user has. torch reads it once, with the first
+    call that needs the driver."""
+    names = (ALLOCATOR_ENV, OLD_ALLOCATOR_ENV)
+    if not os.environ.keys() & set(names):
+        is_old = parse_version(importlib.metadata.version("torch")) < (2, 9)
+        os.environ[names[is_old]] = ALLOCATOR_SETTING
+
+
 def read_free_gpu_bytes() -> int:
     """Return the bytes of the GPU that this process can still take."""
     import torch
@@ -204,20 +214,22 @@ def find_existing_parent(folder: Path) -> Path:
 
 
 def _measure_gpu(folder: Path) -> Machine | None:
-    """Measure the machine with its first CUDA device, if it has one."""
+    """Measure the machine with the CUDA device of this process, if it has one: the first one, or
+    that of its local rank. Asking for another one would take half a gigabyte there."""
     if not any(map(os.path.exists, (*NVIDIA_FILES, AMD_FILE))):
         return None
     import torch
 
     if not torch.cuda.is_available():
         return None
-    os.environ.setdefault(ALLOCATOR_ENV, ALLOCATOR_SETTING)
+    set_allocator()
     hip_version = torch.version.hip
-    major, minor = torch.cuda.get_device_capability(0)
-    free, total = torch.cuda.mem_get_info(0)
+    device = torch.cuda.current_device()
+    major, minor = torch.cuda.get_device_capability(device)
+    free, total = torch.cuda.mem_get_info(device)
     return Machine(
         device="cuda",
-        device_name=torch.cuda.get_device_name(0),
+        device_name=torch.cuda.get_device_name(device),
         cores=count_cores(),
         memory_bytes=total,
         available_bytes=free,

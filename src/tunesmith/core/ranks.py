@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Self
 import psutil
 
 from tunesmith.core.errors import GateError, InputError, MachineError, TunesmithError
+from tunesmith.core.hardware import set_allocator
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.progress_log import logger
 
@@ -120,6 +121,7 @@ class Ranks:
                 fix="start as many processes as the machine has GPUs: --nproc-per-node",
             )
         if has_gpu:
+            set_allocator()
             torch.cuda.set_device(self.local)
         try:
             if not self.is_main:

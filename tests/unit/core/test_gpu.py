@@ -11,6 +11,7 @@ import torch
 
 from tunesmith.core import hardware
 from tunesmith.core.hardware import measure_machine, read_peak_bytes
+from tunesmith.core.ranks import Ranks
 from tunesmith.core.types import Machine
 from tunesmith.model import causal_lm
 from tunesmith.plan.hardware_presets import find_missing_for_triton
@@ -29,15 +30,27 @@ def give_files(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 def give_gpu(
-    monkeypatch: pytest.MonkeyPatch, *, bf16: bool = True, hip: str | None = None, count: int = 1
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    bf16: bool = True,
+    hip: str | None = None,
+    count: int = 1,
+    index: int = 0,
 ) -> None:
-    """Let torch see GPUs."""
+    """Let torch see GPUs, of which this process has the one with this index."""
+
+    def of_this_process(device: int) -> None:
+        assert device == index
+
     give_files(monkeypatch, hardware.AMD_FILE if hip else hardware.NVIDIA_FILES[0])
     answers: dict[str, Any] = {
         "is_available": lambda: True,
-        "mem_get_info": lambda _index: (70 * GB, 80 * GB),
-        "get_device_name": lambda _index: "NVIDIA H100 80GB HBM3",
-        "get_device_capability": lambda _index: (9, 0) if bf16 else (7, 5),
+        "current_device": lambda: index,
+        "mem_get_info": lambda device: of_this_process(device) or (70 * GB, 80 * GB),
+        "get_device_name": lambda device: of_this_process(device) or "NVIDIA H100 80GB HBM3",
+        "get_device_capability": lambda device: (
+            of_this_process(device) or ((9, 0) if bf16 else (7, 5))
+        ),
         "is_bf16_supported": lambda including_emulation: bf16 or including_emulation,
         "device_count": lambda: count,
     }
@@ -45,7 +58,8 @@ def give_gpu(
         monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(torch.version, "cuda", None if hip else "12.8")
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.delenv(hardware.ALLOCATOR_ENV, raising=False)
+    for name in (hardware.ALLOCATOR_ENV, hardware.OLD_ALLOCATOR_ENV):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -63,13 +77,47 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         assert part in check.value
 
 
+@pytest.mark.parametrize("name", [hardware.ALLOCATOR_ENV, hardware.OLD_ALLOCATOR_ENV])
 def test_a_setting_of_the_allocator_is_kept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """Some releases of torch read the new name first."""
     give_gpu(monkeypatch)
-    monkeypatch.setenv(hardware.ALLOCATOR_ENV, "backend:native")
+    monkeypatch.setenv(name, "backend:native")
     measure_machine(tmp_path)
-    assert os.environ[hardware.ALLOCATOR_ENV] == "backend:native"
+    settings = [os.environ.get(n) for n in (hardware.ALLOCATOR_ENV, hardware.OLD_ALLOCATOR_ENV)]
+    assert sorted(filter(None, settings)) == ["backend:native"]
+
+
+def test_torch_2_8_has_another_name_for_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_gpu(monkeypatch)
+    monkeypatch.setattr(hardware.importlib.metadata, "version", lambda _name: "2.8.0+cu128")
+    hardware.set_allocator()
+    assert os.environ[hardware.OLD_ALLOCATOR_ENV] == hardware.ALLOCATOR_SETTING
+    assert hardware.ALLOCATOR_ENV not in os.environ
+
+
+def test_a_rank_measures_its_own_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A question about the first one would put a CUDA context of every rank there."""
+    give_gpu(monkeypatch, count=8, index=3)
+    assert measure_machine(tmp_path).memory_bytes == 80 * GB
+
+
+def test_ranks_set_the_allocator_before_they_start_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_gpu(monkeypatch, count=2)
+    settings: list[str | None] = []
+
+    class Started(Exception):
+        pass
+
+    def start(_index: int) -> None:
+        settings.append(os.environ.get(hardware.ALLOCATOR_ENV))
+        raise Started
+
+    monkeypatch.setattr(torch.cuda, "set_device", start)
+    with pytest.raises(Started), Ranks(rank=1, world=2, local=1):
+        pass
+    assert settings == [hardware.ALLOCATOR_SETTING]
 
 
 def test_a_gpu_without_bf16_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
