@@ -223,10 +223,13 @@ def _measure_gpu(folder: Path) -> Machine | None:
     if not torch.cuda.is_available():
         return None
     set_allocator()
+    try:
+        device = torch.cuda.current_device()
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:  # another process has it for itself, or all of its memory
+        return None
     hip_version = torch.version.hip
-    device = torch.cuda.current_device()
     major, minor = torch.cuda.get_device_capability(device)
-    free, total = torch.cuda.mem_get_info(device)
     return Machine(
         device="cuda",
         device_name=torch.cuda.get_device_name(device),
@@ -262,7 +265,8 @@ def _explain_unused_gpu() -> str:
         return "there is an AMD GPU, and the installed torch is built without ROCm"
     try:
         torch.cuda.init()
-    except RuntimeError as error:  # no driver, or one that is too old
+        torch.cuda.mem_get_info()
+    except RuntimeError as error:  # no driver, one that is too old, no room for a CUDA context
         problem = str(error).strip().partition("\n")[0]
         return f"there is an {kind} GPU, and torch cannot use it: {problem}"
     return f"there are files of an {kind} GPU, and torch finds no device"

@@ -488,3 +488,4 @@ AttentionInterface.register(ATTENTION_NAME, packed_attention_forward)
 limit_onednn_cache()
 # on a GPU, a sum over the tokens of a pack (the gradient of an adapter) is not rounded on its way
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

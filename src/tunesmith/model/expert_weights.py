@@ -228,8 +228,10 @@ def _multiply_rows(x_RI: Tensor, matrix_IO: Tensor, begin: int, end: int) -> Ten
 
 
 def can_group(x: Tensor, stacked: Tensor) -> bool:
-    """Return whether torch's grouped product takes these: bf16 on CUDA, in rows of 16 bytes. On a
-    CPU it is a loop over the experts too."""
+    """Return whether torch's grouped product, there from 2.10 on, takes these: bf16 on CUDA, in rows
+    of 16 bytes. On a CPU it is a loop over the experts too."""
+    if not hasattr(F, "grouped_mm"):
+        return False
     is_aligned = all(size % GROUPED_ALIGNMENT == 0 for size in stacked.shape[1:])
     return x.is_cuda and x.dtype == stacked.dtype == torch.bfloat16 and is_aligned
 

@@ -31,12 +31,15 @@ from tunesmith.model.merged_attention import attend_merged, is_merging_cheaper
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
 HEAD_SIZE_MULTIPLE = 8
+# too large for the backward's shared memory, but on A100 and H100; 256 has its own kernel
+UNSUPPORTED_HEAD_SIZES = range(193, 225)
 MIN_CAPABILITY = (8, 0)  # of the GPU, for flash attention and for bf16
 
 
 def is_flash_shape(head_size: int) -> bool:
     """Return whether the kernels take this head size."""
-    return head_size <= MAX_HEAD_SIZE and head_size % HEAD_SIZE_MULTIPLE == 0
+    is_supported = head_size <= MAX_HEAD_SIZE and head_size not in UNSUPPORTED_HEAD_SIZES
+    return is_supported and head_size % HEAD_SIZE_MULTIPLE == 0
 
 
 def has_flash_kernels(q: Tensor) -> bool:

@@ -216,6 +216,24 @@ def test_an_old_driver_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert problem.endswith("driver on your system is too old (found version 12020).")
 
 
+def test_a_gpu_that_another_process_has_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is there, and there is no CUDA context to be had."""
+    give_gpu(monkeypatch)
+
+    problem = "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
+
+    def refuse(_device: int = 0) -> None:
+        raise RuntimeError(f"{problem}\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+    assert explain(tmp_path).endswith(
+        "torch cannot use it: CUDA error: CUDA-capable device(s) is/are busy or unavailable"
+    )
+
+
 def test_an_amd_gpu_needs_another_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     give_files(monkeypatch, hardware.AMD_FILE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -267,9 +285,10 @@ def test_numbers_for_a_gpu_are_pinned_and_their_copy_is_queued(
 
 
 def test_sums_on_a_gpu_are_not_rounded_on_their_way() -> None:
-    """torch rounds the parts of a sum to bf16 unless it is told not to."""
+    """torch rounds the parts of a sum to 16 bits unless it is told not to."""
     assert causal_lm.DTYPES["bf16"] == torch.bfloat16
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
 
 
 def test_runs_on_a_cpu_and_on_a_gpu_are_not_alike() -> None:

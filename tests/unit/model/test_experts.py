@@ -3,6 +3,7 @@ bits."""
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +44,7 @@ from tunesmith.model.expert_weights import (
     ExpertGroups,
     NF4ExpertWeight,
     StackedMatrices,
+    can_group,
     choose_window,
     multiply_groups,
     multiply_groups_backward,
@@ -117,6 +119,15 @@ def test_the_grouped_product_of_torch_equals_the_loop(dtype: torch.dtype) -> Non
     backward = F.grouped_mm(y_RO, matrices.stacked, offs=groups.ends_E)
     dx_RI = multiply_groups_backward(y_RO, matrices, groups)
     torch.testing.assert_close(dx_RI, backward, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_before_torch_2_10_there_is_no_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_on_gpu: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    stacked = torch.zeros(8, 24, 48, dtype=torch.bfloat16)
+    assert can_group(rows_on_gpu, stacked)
+    assert not can_group(rows_on_gpu, stacked[:, :4])
+    monkeypatch.delattr(F, "grouped_mm")
+    assert not can_group(rows_on_gpu, stacked)
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 63, 130, 200])

@@ -131,6 +131,8 @@ def test_other_layers_attend_per_document(config_and_size: tuple[AttentionConfig
         (torch.bfloat16, 64, (7, 5), False),
         (torch.bfloat16, 60, (9, 0), False),
         (torch.bfloat16, 264, (9, 0), False),
+        (torch.bfloat16, 192, (8, 9), True),
+        (torch.bfloat16, 208, (8, 9), False),  # its backward has no kernel there
     ],
 )
 def test_kernels_need_16_bits_a_head_size_and_a_gpu(
