@@ -16,7 +16,6 @@ import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
@@ -28,7 +27,7 @@ from tunesmith.serve.keys import ApiKey
 from tunesmith.serve.metrics import ServerMetrics
 from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.settings import BASE_NAME
-from tunesmith.serve.sources import AdapterSource, BaseSource, FileKey
+from tunesmith.serve.sources import AdapterSource, BaseSource, ClaimedFile
 from tunesmith.session.witness import (
     WitnessCheck,
     check_recorded_weights,
@@ -38,7 +37,7 @@ from tunesmith.session.witness import (
 
 MAX_SCALE = 2.0
 MAX_BROKEN_ANSWERS = 3  # in a row, before a model is taken out of service
-FileIdentity = tuple[str, Path, FileKey]  # digest, path and state of an adapter's weights
+FileIdentity = tuple[str, ClaimedFile, ClaimedFile]  # digest and files of an adapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +129,8 @@ class Registry:
         self._models: dict[str, ServedModel] = {BASE_NAME: ServedModel(BASE_NAME, base)}
         self._residents: dict[str, Resident] = {}
         self._loads: dict[AdapterSource, asyncio.Task[None]] = {}
-        self._verified: set[FileIdentity] = set()  # whose weights are those of their digest
+        self._verified: set[FileIdentity] = set()  # whose files are those of their digest
+        self._removals: set[str] = set()  # digests that the engine thread has yet to remove
         self._load_lock = asyncio.Lock()  # one at a time, so that the budget holds
         self._broken: dict[str, int] = {}  # digest -> answers in a row without finite numbers
         self._witnesses: dict[str, WitnessCheck] = {}  # digest -> whether it is what it claims
@@ -216,7 +216,7 @@ class Registry:
 
     async def _load(self, source: AdapterSource) -> None:
         def load() -> int:
-            source.check_unchanged()
+            source.check_before_load()
             return self._bank.load(source.digest, source.folder)
 
         async with self._load_lock:
@@ -225,8 +225,8 @@ class Registry:
                 self._verified.add(_identify_file(source))
                 return
             self._make_room(source.folder.weights_path.stat().st_size)
-            # a removal of the same adapter may still wait for the end of a step
-            await self._scheduler.run_between_steps(lambda: None)
+            if source.digest in self._removals:  # that still wait for the end of a step
+                await self._scheduler.run_between_steps(lambda: None)
             num_bytes = await asyncio.to_thread(load)
             await self._check_witness(source)
             self._verified.add(_identify_file(source))
@@ -243,7 +243,7 @@ class Registry:
         if check is None:
             check = await self._measure_witness(source)
         if check.status == "refused":
-            self._scheduler.put_command(lambda: self._bank.remove(source.digest))
+            self._remove_from_bank(source.digest)
             raise InputError(f"it does not answer as recorded: {check.evidence}")
         self._witnesses[source.digest] = check
 
@@ -297,8 +297,16 @@ class Registry:
         """Forget an adapter that nobody uses. The rows of its last request are cancelled by an
         earlier command."""
         del self._residents[digest]
-        self._scheduler.put_command(lambda: self._bank.remove(digest))
+        self._remove_from_bank(digest)
         self._show_residents()
+
+    def _remove_from_bank(self, digest: str) -> None:
+        def remove() -> None:
+            self._bank.remove(digest)
+            self._removals.discard(digest)
+
+        self._removals.add(digest)
+        self._scheduler.put_command(remove)
 
     def _list_digests(self) -> set[str]:
         return {model.digest for model in self._models.values()}
@@ -349,7 +357,7 @@ class Registry:
 
 def _identify_file(source: AdapterSource) -> FileIdentity:
     """Return what the names of one run have in common, and no other folder."""
-    return source.digest, source.folder.weights_path, source.file_key
+    return source.digest, source.weights, source.tokenizer
 
 
 def _parse_scale(text: str) -> float:

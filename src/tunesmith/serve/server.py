@@ -56,6 +56,7 @@ CUT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 DEAD_CODE = 1
 CLOSE_SECONDS = 5  # for connections to take their last event
 POLL_SECONDS = 0.05
+LOADED_AT_START = 8  # adapters besides pinned ones, proven before the server is ready
 
 logger = logging.getLogger("tunesmith.serve")
 
@@ -313,16 +314,21 @@ def make_web_server(server: Server, prepared: PreparedServer) -> WebServer:
 
 
 async def load_models(registry: Registry, models: Sequence[ServedModel]) -> None:
-    """Load adapters, pinned ones first, until the memory for them is full."""
+    """Load the pinned adapters and LOADED_AT_START others, while there is memory for them. The rest
+    is loaded when it is first asked for."""
+    num_loaded = 0
     for model in sorted(models, key=lambda served: not served.is_pinned):
         assert model.source is not None
+        is_wanted = model.is_pinned or num_loaded < LOADED_AT_START
         num_bytes = model.source.folder.weights_path.stat().st_size
-        if registry.has_room(num_bytes) and not registry.is_resident(model):
-            try:
-                lease = await registry.acquire(model)
-            except RequestError as error:
-                raise InputError(error.message, where=model.name) from None
-            lease.release()
+        if registry.is_resident(model) or not is_wanted or not registry.has_room(num_bytes):
+            continue
+        try:
+            lease = await registry.acquire(model)
+        except RequestError as error:
+            raise InputError(error.message, where=model.name) from None
+        lease.release()
+        num_loaded += not model.is_pinned
 
 
 async def _wait_for_any(*events: asyncio.Event) -> None:

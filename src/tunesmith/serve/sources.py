@@ -11,6 +11,7 @@ out: weights in memory (registry.py)."""
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,12 @@ from tunesmith.model.hub.adapter_config import (
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
 from tunesmith.model.hub.stored_tensors import read_parameter_headers
-from tunesmith.model.hub.validate import TensorHeader, read_model_json
+from tunesmith.model.hub.validate import (
+    MAX_HEADER_BYTES,
+    TensorHeader,
+    check_files,
+    read_model_json,
+)
 from tunesmith.model.save import STATE_FILE, load_weights, save_adapter, save_serving_files
 from tunesmith.recipe.fields import Constraint
 from tunesmith.recipe.load import rebuild_recipe
@@ -57,6 +63,35 @@ from tunesmith.session.provenance import (
 )
 
 FileKey = tuple[int, int, int]  # inode, size, time of change
+TOKENIZER_FILE = "tokenizer.json"
+NO_ANSWERS: Json = {"schema": None, "weights_sha256": "", "golden_answers": []}
+
+
+@dataclass(frozen=True)
+class ClaimedFile:
+    """A file whose content the record of its adapter claims: it is read when the adapter is loaded.
+    `key` is its state when the adapter was opened."""
+
+    path: Path
+    key: FileKey
+    sha256: str
+
+    def check_state(self) -> None:
+        """Raise InputError if the file was replaced since the adapter was opened."""
+        try:
+            is_same = read_file_key(self.path) == self.key
+        except OSError:
+            is_same = False
+        if not is_same:
+            message = f"{self.path.name} has changed since it was published"
+            raise InputError(message, fix="publish the adapter again")
+
+    def check_content(self) -> None:
+        """Raise InputError if the file was replaced, or is not that of the record."""
+        self.check_state()
+        if hash_file(self.path) != self.sha256:
+            message = f"{self.path.name} is not that of the record in tunesmith.json"
+            raise InputError(message, fix="restore the files, or train again")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +106,10 @@ class BaseSource:
     weights_sha256: dict[str, str]  # file name -> hash of each weight file
     now: datetime  # the date that templates see
     scratch: TemporaryDirectory[str]  # for adapters that are written from checkpoints
-    # of adapters that are served, by their files
+    # what many adapters have in common is checked once
     renderers: WeakValueDictionary[str, Renderer] = field(default_factory=WeakValueDictionary)
-
+    tokenizers: dict[str, str] = field(default_factory=dict[str, str])  # claim -> sha256
+    shapes: dict[str, AdapterFolder] = field(default_factory=dict[str, AdapterFolder])
     checked_records: set[str] = field(default_factory=set[str])  # of adapters that belong to it
 
     @cached_property
@@ -98,22 +134,19 @@ class AdapterSource:
     scale: float
     schema: Json | None  # response_schema of its run
     provenance: Provenance | None  # None for weights of other tools
-    file_key: FileKey
+    weights: ClaimedFile
+    tokenizer: ClaimedFile
     constraints: tuple[Constraint, ...] = ()  # `never` of its run
 
     def check_unchanged(self) -> None:
-        """Raise InputError if the weights are not those that the digest stands for: they were
-        replaced since they were published, or are not those of their record."""
-        try:
-            is_same = read_file_key(self.folder.weights_path) == self.file_key
-        except OSError:
-            is_same = False
-        if not is_same:
-            message = "the weights have changed since they were published"
-            raise InputError(message, fix="publish them again")
-        if hash_file(self.folder.weights_path) != self.folder.sha256:
-            message = "the weights are not those of the record in tunesmith.json"
-            raise InputError(message, fix="restore the files, or train again")
+        """Raise InputError if a file is not the one that the digest stands for."""
+        self.weights.check_content()
+        self.tokenizer.check_content()
+
+    def check_before_load(self) -> None:
+        """Do the same without reading the weights, whose hash is compared as they are loaded."""
+        self.weights.check_state()
+        self.tokenizer.check_content()
 
 
 def read_file_key(path: Path) -> FileKey:
@@ -176,20 +209,20 @@ def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = Fals
         folder = _find_adapter(ref)
         if run is not None:
             _refuse_unfinished(run, folder)
-    file_key = read_file_key(folder / ADAPTER_WEIGHTS_FILE)
     provenance = read_provenance(folder)
-    recorded_sha256 = "" if provenance is None else provenance.weights_sha256
-    adapter = read_adapter(
-        folder, base.path, weights_sha256=recorded_sha256, base_headers=base.headers
-    )
+    adapter = _read_weights(folder, provenance, base)
     if provenance is None and not is_unproven_allowed:
         message = "there is no tunesmith.json, so nothing shows that it belongs to this base"
         raise InputError(message, where=ref, fix="set unproven: true to serve it all the same")
-    has_tokenizer = (folder / "tokenizer.json").is_file()
+    weights = ClaimedFile(adapter.weights_path, read_file_key(adapter.weights_path), adapter.sha256)
+    has_tokenizer = (folder / TOKENIZER_FILE).is_file()
     variables = _find_variables(provenance, plan)
-    renderer = _open_renderer(folder if has_tokenizer else base.path, base, variables)
+    claim = "" if provenance is None else provenance.renderer
+    renderer, tokenizer = _open_renderer(
+        folder if has_tokenizer else base.path, base, variables, claim
+    )
     if provenance is not None:
-        _check_record(folder, provenance, renderer, base)
+        _check_record(folder, renderer, base)
     return AdapterSource(
         label=name_source(ref),
         folder=adapter,
@@ -198,37 +231,88 @@ def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = Fals
         scale=model_ref.scale,
         schema=provenance.schema if provenance is not None else None,
         provenance=provenance,
-        file_key=file_key,
+        weights=weights,
+        tokenizer=tokenizer,
         constraints=() if plan is None else tuple(rebuild_recipe(plan.recipe).never),
     )
 
 
-def _open_renderer(folder: Path, base: BaseSource, variables: Json) -> Renderer:
+def _read_weights(folder: Path, provenance: Provenance | None, base: BaseSource) -> AdapterFolder:
+    """Read what an adapter's files say of its weights, without the weights if their hash is
+    recorded. Those with the same config and header fit the base as the first of them does."""
+    recorded_sha256 = "" if provenance is None else provenance.weights_sha256
+    key = _hash_shapes(folder)
+    first = base.shapes.get(key)
+    if first is None:
+        base.shapes[key] = first = read_adapter(
+            folder, base.path, weights_sha256=recorded_sha256, base_headers=base.headers
+        )
+        return first
+    check_files(folder)
+    sha256 = recorded_sha256 or hash_file(folder / ADAPTER_WEIGHTS_FILE)
+    return replace(first, path=folder, sha256=sha256)
+
+
+def _hash_shapes(folder: Path) -> str:
+    """Return a hash of an adapter's config, of the header of its weights and of their size; empty
+    if there are no weights."""
+    file = folder / ADAPTER_WEIGHTS_FILE
+    if not file.is_file():
+        return ""
+    with file.open("rb") as weights:
+        num_bytes = int.from_bytes(weights.read(8), "little")
+        header = weights.read(min(num_bytes, MAX_HEADER_BYTES))
+    digest = hashlib.sha256(f"{num_bytes} {file.stat().st_size} ".encode())
+    digest.update(hashlib.sha256(header).digest())
+    digest.update((folder / ADAPTER_CONFIG_FILE).read_bytes())
+    return digest.hexdigest()
+
+
+def _open_renderer(
+    folder: Path, base: BaseSource, variables: Json, claim: str
+) -> tuple[Renderer, ClaimedFile]:
     """Load the tokenizer and template of an adapter. Adapters with the same files share them: they
-    are most of the time that opening one takes."""
-    identity: list[Any] = [variables]
-    for file in sorted(folder.rglob("*")):
-        is_other = file.name in (ADAPTER_CONFIG_FILE, PROVENANCE_FILE, MANIFEST)
-        if file.suffix in (".json", ".jinja") and not is_other and file.is_file():
-            identity.append([file.relative_to(folder).as_posix(), hash_file(file)])
-    key = hashlib.sha256(dump_json(identity)).hexdigest()
+    are most of the time that opening one takes.
+
+    Where the record of an adapter claims a fingerprint that is known, beside the same small files,
+    its tokenizer is not read, but compared when the adapter is loaded."""
+    file = folder / TOKENIZER_FILE
+    file_key = read_file_key(file)
+    small_files = _hash_small_files(folder, variables)
+    claim_key = f"{small_files} {file_key[1]} {claim}"
+    renderer = base.renderers.get(claim_key)
+    if renderer is not None:
+        return renderer, ClaimedFile(file, file_key, base.tokenizers[claim_key])
+    sha256 = hash_file(file)
+    key = f"{small_files} {sha256}"
     renderer = base.renderers.get(key)
     if renderer is None:
         renderer = Renderer.from_folder(
             folder, now=base.now, variables=variables, embedding_rows=base.vocab_size
         )
         base.renderers[key] = renderer
-    return renderer
+    if claim == renderer.fingerprint:
+        base.renderers[claim_key] = renderer
+        base.tokenizers[claim_key] = sha256
+    return renderer, ClaimedFile(file, file_key, sha256)
 
 
-def _check_record(
-    folder: Path, provenance: Provenance, renderer: Renderer, base: BaseSource
-) -> None:
+def _hash_small_files(folder: Path, variables: Json) -> str:
+    """Return a hash of the files that a renderer is made of, but for the tokenizer."""
+    identity: list[Any] = [variables]
+    for file in sorted(folder.rglob("*")):
+        is_other = file.name in (ADAPTER_CONFIG_FILE, PROVENANCE_FILE, MANIFEST, TOKENIZER_FILE)
+        if file.suffix in (".json", ".jinja") and not is_other and file.is_file():
+            identity.append([file.relative_to(folder).as_posix(), hash_file(file)])
+    return hashlib.sha256(dump_json(identity)).hexdigest()
+
+
+def _check_record(folder: Path, renderer: Renderer, base: BaseSource) -> None:
     """Check the record of an adapter against the base, once for all that have the same but for
     their own answers: its prompts are rendered again. Raises InputError."""
-    common = replace(provenance, schema=None, weights_sha256="", golden_answers=())
-    identity = [renderer.fingerprint, common]
-    key = hashlib.sha256(dump_json(identity)).hexdigest()
+    common = read_json_object(folder / PROVENANCE_FILE) | NO_ANSWERS
+    record = json.dumps(common, sort_keys=True)
+    key = hashlib.sha256(f"{renderer.fingerprint} {record}".encode()).hexdigest()
     if key not in base.checked_records:
         check_provenance(folder, base.path, renderer, base.now.isoformat(), base.weights_sha256)
         base.checked_records.add(key)
@@ -279,7 +363,7 @@ def _refuse_unfinished(run: Path, folder: Path) -> None:
     if not folder.is_dir():
         fix = f"finish it: tunesmith resume {run}"
         raise InputError("this run has no adapter yet", where=str(run), fix=fix)
-    problem = verify_dir(folder, unread=(ADAPTER_WEIGHTS_FILE,))
+    problem = verify_dir(folder, unread=(ADAPTER_WEIGHTS_FILE, TOKENIZER_FILE))
     if not problem and not _has_recorded_hash(folder):
         problem = verify_dir(folder)
     if problem:

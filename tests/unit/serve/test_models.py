@@ -19,12 +19,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from serve_lab import LiveServer, make_chat, make_settings, save_toy_adapter, serving
+from serve_lab import (
+    LiveServer,
+    make_chat,
+    make_settings,
+    read_metric,
+    save_toy_adapter,
+    serving,
+)
 from tiny_runs import save_writer_folder
 from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
 from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.serve import server as serve_server
 from tunesmith.serve.admin import find_folder
 from tunesmith.serve.errors import RequestError
 from tunesmith.serve.sources import open_adapter, open_base
@@ -230,9 +238,14 @@ def spoil(folder: Path, kind: str, tmp_path: Path) -> None:
     elif kind == "tokenizer":
         file = path / "tokenizer.json"
         file.write_text(file.read_text().replace("<|text|>", "<|other|>"))
+    elif kind == "tokenizer of the same size":  # is read when the adapter is loaded
+        file = path / "tokenizer.json"
+        file.write_text(file.read_text().replace("<|text|>", "<|texx|>"))
     elif kind == "cut":
         file = path / WEIGHTS
         file.write_bytes(file.read_bytes()[:-100])
+    elif kind == "no weights":
+        (path / WEIGHTS).unlink()
     elif kind == "unproven":
         (path / "tunesmith.json").unlink()
     elif kind == "variables":
@@ -276,6 +289,8 @@ KINDS = (
     "base",
     "template",
     "tokenizer",
+    "tokenizer of the same size",
+    "no weights",
     "NaN",
     "shape",
     "names",
@@ -434,9 +449,8 @@ def test_a_cold_adapter_whose_file_was_replaced_is_not_served(writer: Path, tmp_
         with live.client() as http:
             response = http.post("/v1/chat/completions", json=make_chat("a0"))
         assert response.status_code == 503
-        assert (
-            "a0 cannot be loaded: the weights have changed" in response.json()["error"]["message"]
-        )
+        message = response.json()["error"]["message"]
+        assert f"a0 cannot be loaded: {WEIGHTS} has changed since" in message
         (paths[0] / WEIGHTS).unlink()
         with live.client() as http:
             assert http.post("/v1/chat/completions", json=make_chat("a0")).status_code == 503
@@ -460,5 +474,23 @@ def test_weights_are_read_when_they_are_first_used(writer: Path, tmp_path: Path)
             with live.client() as http:
                 response = http.post("/v1/chat/completions", json=make_chat("wrong"))
             assert response.status_code == 503, response.text
-            assert "not those of the record" in response.json()["error"]["message"]
+            assert "not that of the record" in response.json()["error"]["message"]
         assert get_ids(chat(live, "right")) == before
+
+
+def test_a_start_loads_pinned_adapters_and_a_few_others(
+    writer: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand models have to be ready soon: the others are loaded when they are asked for."""
+    monkeypatch.setattr(serve_server, "LOADED_AT_START", 2)
+    models: dict[str, Any] = {name: {"from": str(path)} for name, path in adapters.items()}
+    models["plain"]["pin"] = True  # the last of them
+    models["small-2"] = models["small"]  # of the same content: no further load
+    with serving(make_settings(models, base=str(writer))) as live:
+        assert read_metric(live, "adapter_loads_total", result="ok") == 3
+        with live.client() as http:
+            listed = http.get("/v1/models").json()["data"]
+        resident = {model["id"] for model in listed if model["tunesmith"]["resident"]}
+        assert resident == {"base", "plain", "small", "small-2", "large"}
+        chat(live, "dora")
+        assert read_metric(live, "adapter_loads_total", result="ok") == 4

@@ -253,3 +253,18 @@ def test_rows_rendered_together_are_those_rendered_alone(renderer: Renderer) -> 
         for first, second in zip(together.documents, alone.documents, strict=True):
             assert (first.id, first.tokens_L.tolist()) == (second.id, second.tokens_L.tolist())
             assert first.weights_L.tolist() == second.weights_L.tolist()
+
+
+# ---------------------------------------------------------------- fields that a template uses
+
+NAMED = CHATML.replace("m.role", "(m.name if m.role == 'tool' else m.role)")
+
+
+def test_names_that_a_template_does_not_use_are_found_by_role(tmp_path: Path) -> None:
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, NAMED), now=NOW)
+    result = {"role": "tool", "name": "search", "content": "x", "tool_call_id": "c"}
+    messages = [user("a") | {"name": "Ann"}, assistant("b"), result, user("c") | {"name": "Bo"}]
+    assert "search" in renderer.render_text(messages)
+    assert renderer.find_unused("name", messages) == [0, 3]
+    assert renderer.find_unused("content", messages) == []  # refused without
+    assert renderer.find_unused("reasoning_content", messages) == []

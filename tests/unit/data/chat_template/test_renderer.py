@@ -593,18 +593,3 @@ def test_the_first_answer_that_cannot_be_trained_is_named(tmp_path: Path) -> Non
         renderer.render(make_example(*turns))
     with pytest.raises(InputError, match="no tools"):
         renderer.render(make_example(user("a"), assistant("b"), turns[2]))
-
-
-# ---------------------------------------------------------------- fields that a template uses
-
-NAMED = CHATML.replace("m.role", "(m.name if m.role == 'tool' else m.role)")
-
-
-def test_names_that_a_template_does_not_use_are_found_by_role(tmp_path: Path) -> None:
-    renderer = Renderer.from_folder(write_model_folder(tmp_path, NAMED), now=NOW)
-    result = {"role": "tool", "name": "search", "content": "x", "tool_call_id": "c"}
-    messages = [user("a") | {"name": "Ann"}, assistant("b"), result, user("c") | {"name": "Bo"}]
-    assert "search" in renderer.render_text(messages)
-    assert renderer.find_unused("name", messages) == [0, 3]
-    assert renderer.find_unused("content", messages) == []  # refused without
-    assert renderer.find_unused("reasoning_content", messages) == []
