@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.main import get_command
@@ -505,17 +505,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             _run_verb(words)
         except SystemExit as ended:
-            if arguments is None and (ended.code in INTERRUPTED_CODES or is_distributed()):
-                _leave(int(ended.code or 0))
-            raise
+            code = int(ended.code or 0)
+            if arguments is None and (code in INTERRUPTED_CODES or is_distributed()):
+                _leave(code)
+    # the frames of the verb are gone, and with them what they had open
+    if arguments is None:
+        _leave(code)
+    sys.exit(code)
 
 
-def _run_verb(words: list[str]) -> None:
+def _run_verb(words: list[str]) -> NoReturn:
     as_json = "--json" in words
     try:
         refuse_old_words(words)
         program = get_command(build_app(words[0] if words else ""))
-        sys.exit(program.main(words, prog_name="tunesmith", standalone_mode=False))
+        code = program.main(words, prog_name="tunesmith", standalone_mode=False)
+        _flush_stdout()
+        sys.exit(code)
     except TunesmithError as error:
         _exit_with_error(error, as_json=as_json)
     except USAGE_ERROR as error:
@@ -526,6 +532,13 @@ def _run_verb(words: list[str]) -> None:
         _exit_with_error(_to_machine_error(error), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+
+
+def _flush_stdout() -> None:
+    """Write the last lines while a full disk is still an error of the verb. The reader of a pipe
+    may have left, as `head` does."""
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
 
 
 @contextmanager
@@ -553,8 +566,8 @@ def _exit_on_sigterm(number: int, _frame: FrameType | None) -> None:
 
 
 def _leave(code: int) -> None:
-    """End the process without the interpreter's own end, which takes long after torch is loaded,
-    and waits for threads. A signal changes nothing any more."""
+    """End the process without the interpreter's own end, which takes 60 ms, longer after torch is
+    loaded, and waits for threads. A signal changes nothing any more."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     atexit._run_exitfuncs()
@@ -576,12 +589,13 @@ def _to_machine_error(error: OSError) -> MachineError:
     return MachineError(message, where=str(error.filename or ""), fix=DISK_FIX)
 
 
-def _exit_with_error(error: TunesmithError, *, as_json: bool) -> None:
+def _exit_with_error(error: TunesmithError, *, as_json: bool) -> NoReturn:
     if as_json:
         output = ErrorOutput(
             type(error).__name__, error.message, error.where, error.fix, error.exit_code
         )
-        print_result({"error": output}, as_json=True)
+        with suppress(OSError):  # stdout may be what failed
+            print_result({"error": output}, as_json=True)
     write_stderr(f"error: {error}\n")
     sys.exit(error.exit_code)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,6 +12,19 @@ from typing import Any, NoReturn
 import pytest
 
 from tunesmith import api
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
+@pytest.mark.parametrize("words", [("runs", "."), ("runs", ".", "--json"), ("schema", "--json")])
+def test_a_full_disk_under_stdout_is_exit_code_3(words: tuple[str, ...], tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "tunesmith", *words]
+        ended = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False
+        )
+    assert ended.returncode == 3
+    assert ended.stderr.startswith("error: cannot access a file: No space left on device\n")
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOMEM])
