@@ -89,7 +89,7 @@ class Experiment(_Frozen):
     name: str
     title: str
     rule: str  # E1 to E12 of the rules
-    guide: str  # what the guide says
+    guide: str = ""  # what the guide says, if it is a claim of the guide
     about: str  # what was done, on which data
     earlier: str = ""  # what was measured before, without a guess; its links begin in docs/results
     order: int  # of running: evidence per minute

@@ -120,7 +120,8 @@ def _format_experiment(
     verdicts: Mapping[str, Sequence[ClaimVerdict]],
 ) -> Iterator[str]:
     yield f"## {experiment.rule} {experiment.title}\n"
-    yield wrap_lines(f"The guide: *{experiment.guide}*") + "\n"
+    if experiment.guide:
+        yield wrap_lines(f"The guide: *{experiment.guide}*") + "\n"
     yield wrap_lines(experiment.about) + "\n"
     if experiment.earlier:
         yield wrap_lines(f"Measured earlier, without a guess: {experiment.earlier}") + "\n"

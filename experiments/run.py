@@ -39,6 +39,7 @@ from experiments.short_model import save_general_texts, save_short_model
 
 import tunesmith
 from tunesmith.core.atomic import write_file
+from tunesmith.core.formatting import format_count
 from tunesmith.core.hardware import measure_machine
 from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.types import Json
@@ -141,7 +142,7 @@ def load_results(file: Path) -> list[StoredRun]:
 
 def _stamp(arm: str, seed: int, settings: Json, run: ArmRun) -> StoredRun:
     machine = measure_machine(Path())
-    device = f"{machine.device_name}, {machine.cores} cores"
+    device = f"{machine.device_name}, {format_count(machine.cores, 'core')}"
     today = date.today().isoformat()
     return StoredRun(arm, seed, settings, tunesmith.__version__, today, device, run)
 
