@@ -135,7 +135,7 @@ def _measure_policy(
         share = training._compute_share(training.pack_documents(documents), normalizer, None)
     parameters = training.parameters
     if ranks.world > 1:
-        sum_step(list(parameters.values()), share, ranks)
+        sum_step(parameters, share, ranks)
     gradients = {name: p.grad.numpy() for name, p in parameters.items() if p.grad is not None}
     return gradients, sum(saved.values())
 

@@ -72,8 +72,11 @@ def resume_runs(folders: Sequence[str]) -> list[Outcome]:
 
 
 def read_weights(folder: Path) -> np.ndarray:
-    """Return the numbers of the adapter that was trained in a folder."""
-    tensors = load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+    """Return the numbers of the adapter, or of all weights, that were trained in a folder."""
+    file = folder / "run" / "adapter" / "adapter_model.safetensors"
+    if not file.exists():
+        file = folder / "run" / "model" / "model.safetensors"
+    tensors = load_file(file)
     return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,12 @@ from tunesmith.model.causal_lm import PackedCausalLM, load_network, wrap_model
 from tunesmith.model.lora import LoraLinear, QuantizedLinear
 from tunesmith.model.quantization import load_quantized
 from tunesmith.model.text_network import load_text_network
-from tunesmith.model.weight_shards import WeightShards
+from tunesmith.model.weight_shards import WeightShards, join_ranks
+from tunesmith.train.checkpoint import iter_state
 from tunesmith.train.loop import TrainingLoop
 
 STEPS = 6
+FULL_STEPS = 20
 CHANGES: dict[str, dict[str, Any]] = {
     "accumulated": {"pack_length": 20},
     "pairs": {"loss": "dpo", "beta": 0.1},  # its reference is a forward without the adapter
@@ -43,11 +46,15 @@ def load_model(
     """Load a model whose adapters start away from zero; groups of `size` ranks share weights."""
     shards = WeightShards(ranks, size) if size > 1 else None
     load = load_quantized if method == "qlora" else load_network
-    network = load(Path(folder), torch.float32, "cpu", shards)
+    with join_ranks(shards):
+        network = load(Path(folder), torch.float32, "cpu", shards)
+        if shards is not None and method == "full":
+            shards.train(network)
     METHODS[method](network, LORA)
     generator = torch.Generator().manual_seed(1)
-    for parameter in get_trainable_parameters(network).values():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    if method != "full":
+        for parameter in get_trainable_parameters(network).values():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     return wrap_model(network, torch.float32, gradient_checkpointing=policy, shards=shards)
 
 
@@ -72,6 +79,40 @@ def train_sharded(
     steps = select_steps(list(training))
     weights = get_weights(training).tobytes()
     return Outcome([step.loss for step in steps], weights, count_frozen_bytes(training.model))
+
+
+class FullOutcome(NamedTuple):
+    losses: list[float]
+    weights: np.ndarray  # complete; none on ranks whose parts another one has, too
+    state_bytes: int  # of all storages of weights and moments, between two steps
+
+
+def train_all_weights(
+    ranks: Ranks, folder: str, size: int, how: dict[str, Any] | None = None, memory: bool = True
+) -> FullOutcome:
+    """Train all weights, of which `size` ranks hold parts, for 20 steps. Without `memory`, rank 1
+    has little."""
+    kind, policy = "rows", "none"
+    if how is not None:
+        kind, policy = how["kind"], how["policy"]
+    training = make_sharded_loop(ranks, folder, size, kind, method="full", policy=policy)
+    training.total_steps = FULL_STEPS
+    if not memory:
+        limit_memory(training)
+    losses = [step.loss for step in select_steps(list(training))]
+    training.compare_ranks()
+    held = [*training.model.network.parameters(), *training.parameters.values()]
+    for moments in training.optimizer.state.values():
+        held += [moments["exp_avg"], moments["exp_avg_sq"]]
+    storages = {id(tensor.untyped_storage()): tensor.untyped_storage() for tensor in held}
+    layers = training.shards.trained if training.shards else []
+    tensors: dict[str, Tensor] = {}
+    if not layers or ranks.rank < size:
+        for state in iter_state(training.parameters, training.optimizer, layers):
+            tensors |= state
+    weights = [t.numpy().ravel() for key, t in sorted(tensors.items()) if "weight." in key[:7]]
+    complete = np.concatenate(weights) if weights else np.zeros(0)
+    return FullOutcome(losses, complete, sum(s.nbytes() for s in storages.values()))
 
 
 def count_frozen_bytes(model: PackedCausalLM) -> int:

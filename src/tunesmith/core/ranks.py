@@ -75,6 +75,7 @@ class Ranks:
         self.is_lockstep = False
         self.pulse: Pulse | None = None
         self._exchange_groups: dict[int, Any] = {}
+        self._replica_groups: dict[int, Any] = {}
 
     @property
     def is_main(self) -> bool:
@@ -251,6 +252,24 @@ class Ranks:
             if self.rank in members:
                 self._exchange_groups[size] = group
 
+    def form_replicas(self, size: int) -> None:
+        """Form groups of ranks that are `size` apart. All ranks call it."""
+        from torch import distributed
+
+        for first in range(size):
+            members = list(range(first, self.world, size))
+            with _lost_ranks():
+                group = distributed.new_group(members, backend=self._backend, timeout=PATIENCE)
+            if self.rank in members:
+                self._replica_groups[size] = group
+
+    def sum_replicas(self, tensor: Tensor, *, size: int) -> None:
+        """Replace a tensor by its sum over the ranks that are `size` apart."""
+        from torch import distributed
+
+        with _lost_ranks():
+            distributed.all_reduce(tensor, group=self._replica_groups[size])
+
     def exchange(
         self,
         sent: Tensor,
@@ -277,6 +296,25 @@ class Ranks:
             name = "all_gather_into_tensor"
         with _lost_ranks():
             getattr(distributed, name)(parts, part, group=self._exchange_groups[size])
+
+    def gather_words(self, word: int, *, size: int) -> list[int]:
+        """Return the number of each rank of this one's group of `size`."""
+        import torch
+
+        words = torch.zeros(size, dtype=torch.int64)
+        self.gather_parts(words, torch.tensor([word]), size=size)
+        return words.tolist()
+
+    def scatter_sum(self, part: Tensor, parts: Tensor, *, size: int) -> None:
+        """Write the sum of this rank's part of a tensor over its group of `size` into `part`."""
+        from torch import distributed
+
+        # its name since torch 2.13
+        name = "reduce_scatter_single"
+        if not hasattr(distributed, name):
+            name = "reduce_scatter_tensor"
+        with _lost_ranks():
+            getattr(distributed, name)(part, parts, group=self._exchange_groups[size])
 
 
 SINGLE_PROCESS = Ranks()

@@ -49,7 +49,7 @@ from tunesmith.model.rotary import RotationKey, measure_documents, wrap_rotary
 from tunesmith.model.safetensors_io import find_nonfinite
 from tunesmith.model.stacked_adapters import bundle_adapters
 from tunesmith.model.text_network import check_weight_shapes, load_text_network
-from tunesmith.model.weight_shards import WeightShards
+from tunesmith.model.weight_shards import WeightShards, gather_weights
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -174,6 +174,7 @@ def get_lm_head(network: PreTrainedModel) -> LMHead:
     config = network.config.get_text_config()
     output = network.get_output_embeddings()
     assert output is not None, "a causal language model has a head"
+    gather_weights(output)
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0
@@ -393,7 +394,7 @@ def wrap_model(
         bundle_adapters(list(find_lora_layers(network).values()), dtype)
     apply_gradient_checkpointing(list(model.decoder.layers), gradient_checkpointing)
     if shards is not None:
-        shards.attach(model.decoder.layers)
+        shards.attach(network, dtype)
         model.shards = shards
     return model
 

@@ -134,6 +134,10 @@ class Fp32MasterLinear(nn.Module):
         self.bias = base.bias
         self._cast_cache: tuple[int, Tensor] | None = None
 
+    def cast_into(self, cast_weight: Tensor) -> None:
+        """Take the cast weight from this tensor, which someone else fills."""
+        self._cast_cache = (self.weight._version, cast_weight)
+
     def forward(self, x: Tensor) -> Tensor:
         return project(x, [self])[0]
 

@@ -57,12 +57,16 @@ from tunesmith.model.hub.validate import (
     read_headers,
     read_model_json,
 )
+from tunesmith.model.layer_shards import cut_piece, get_complete_shape
 from tunesmith.model.new_embeddings import collect_new_rows
 from tunesmith.model.safetensors_io import find_nonfinite, write_tensors
 from tunesmith.model.target_modules import EMBEDDING, HEAD
 from tunesmith.model.trained_modules import get_trained_modules
+from tunesmith.model.weight_shards import gather_parents
 
-STATE_FILE = "state.safetensors"  # trained weights and optimizer moments of a checkpoint
+# Trained weights and optimizer moments of a checkpoint; of sharded weights, each layer has a file.
+STATE_FILE = "state.safetensors"
+STATE_FILES = "state*.safetensors"
 SERVING_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     # of the towers of a multimodal base
@@ -262,22 +266,30 @@ def load_adapter(network: nn.Module, file: Path) -> None:
             parameter.copy_(stored[key])
 
 
+def name_state_file(number: int) -> str:
+    """Return the name of a file of a checkpoint, counted from 0."""
+    return f"state-{number + 1:05}.safetensors" if number else STATE_FILE
+
+
 def load_weights(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Load a checkpoint's trained weights into `parameters`, and return all of its tensors.
 
     Raises InputError when the checkpoint holds other weights than `parameters`.
     """
-    tensors = load_file(folder / STATE_FILE)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob(STATE_FILES)):
+        tensors |= load_file(file)  # mapped: of a piece, only its part is read
     stored = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
     if stored != parameters.keys() or any(
-        tensors[f"weight.{name}"].shape != parameter.shape for name, parameter in parameters.items()
+        tensors[f"weight.{name}"].shape != get_complete_shape(parameter)
+        for name, parameter in parameters.items()
     ):
         message = "the checkpoint holds other trained weights than this model"
         raise InputError(message, where=str(folder))
     # Not through `.data`: Fp32MasterLinear would not notice the change.
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"weight.{name}"])
+            parameter.copy_(cut_piece(parameter, tensors[f"weight.{name}"]))
     return tensors
 
 
@@ -504,8 +516,10 @@ def save_model(network: nn.Module, folder: Path, base: Path, dtype: torch.dtype)
     stored_names = _list_stored_names(base) if find_tensor_prefix(network) else {}
     tensors: dict[str, Tensor] = {}
     for name, parameter in network.named_parameters():
+        gather_parents(network, name)
         stored_name = stored_names.get(name, name)
-        tensors[stored_name] = parameter.detach().to("cpu", dtype).contiguous()
+        is_shared = parameter.dtype == dtype  # with a layer that the next one may replace
+        tensors[stored_name] = parameter.detach().to("cpu", dtype, copy=is_shared).contiguous()
     state = network.state_dict()
     for name, buffer in network.named_buffers():
         if name in state:

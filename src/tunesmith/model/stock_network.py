@@ -30,7 +30,7 @@ from tunesmith.model.lora import LoraLinear, QuantizedLinear
 from tunesmith.model.new_embeddings import get_new_rows
 from tunesmith.model.save import LoraTensors
 from tunesmith.model.text_network import EmptyOnMeta
-from tunesmith.model.weight_shards import gather_weights
+from tunesmith.model.weight_shards import gather_parents, gather_weights
 
 SAMPLED_VALUES = 4096  # of each weight
 HEAD_ROWS = 512  # of the vocabulary, for which logits are compared in full precision
@@ -146,12 +146,9 @@ def widen_model(model: PackedCausalLM, dtype: torch.dtype) -> PackedCausalLM:
 
 def read_weight(network: nn.Module, name: str) -> Tensor:
     """Return a weight of ours by its stock name, without its adapter."""
-    *parts, tensor_name = name.split(".")
-    module: Any = network
-    gather_weights(module)
-    for part in parts:
-        module = getattr(module, part)
-        gather_weights(module)
+    gather_parents(network, name)
+    path, _, tensor_name = name.rpartition(".")
+    module: Any = network.get_submodule(path)
     if tensor_name == "weight" and isinstance(module, LoraLinear | QuantizedLinear):
         return module.frozen.weight
     return getattr(module, tensor_name)

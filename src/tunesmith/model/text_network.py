@@ -209,7 +209,7 @@ def iter_by_layer(
         yield from parameters
         if number >= 0:
             shards.add_layer(decoder.layers[number])
-    shards.attach(decoder.layers)
+    shards.attach(network)
 
 
 def _find_layer(entry: tuple[str, StoredParameter]) -> int:

@@ -1,83 +1,47 @@
-"""Frozen weights that several ranks hold together: each has a part of every layer's bytes.
+"""Weights that several ranks hold together: each has a part of every layer's bytes.
 
     shards = WeightShards(ranks, size=4)
     shards.add_layer(layer)           keep this rank's part of a layer that is loaded
-    shards.attach(decoder.layers)     gather a layer before it runs, forward or backward
+    shards.train(network)             make all weights trainable, each rank updating its part
+    shards.attach(network)            gather a layer before it runs, forward or backward
     with shards.joint(): ...          all ranks compute, each what it has to
     shards.serve(layer)               give rank 0 a layer, which computes alone
 
-One layer is complete at a time; the next one takes its place. Its weights are views of one buffer,
-whose storage is empty in between, so that modules keep their tensors. An all-gather needs all
-ranks, and they rarely compute the same: their packs differ in number, and rank 0 alone evaluates.
-So nothing is assumed about what another rank does next. Inside `joint` the ranks take rounds: each
-says which layer it needs, or that it is done, and all gather those layers. Outside, rank 0 asks by
-command.
+One layer is complete at a time; the next one takes its place. An all-gather needs all ranks, and
+they rarely compute the same: their packs differ in number, and rank 0 alone evaluates. So nothing
+is assumed about what another rank does next. Inside `joint` the ranks take rounds: each says which
+layer it needs, or whose gradients are to be summed, or that it is done, and all do that for these
+layers. Outside, rank 0 asks by command.
+
+Embeddings, head and last norm are on each rank where weights are frozen. Where all are trained,
+they are one more layer, which stays complete beside the others until all have computed.
 
 In: decoder layers whose weights are loaded. Out: the same layers, and the same bits in every
-product. Left out: embeddings, head and last norm, which each rank holds; what is trained; gathering
-the next layer while one computes."""
+product. Left out: what a rank keeps of a layer (layer_shards.py); gathering the next layer while
+one computes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tunesmith.core.errors import MachineError
 from tunesmith.core.ranks import RankFailed, Ranks
+from tunesmith.model.layer_shards import LayerShard, TrainedShard, lay_out
 from tunesmith.model.lora import QuantizedLinear
 
 GATHER = "gather"  # the command of rank 0 outside of `joint`
 GATHER_NAME = "gather_before_forward"  # attribute of a sharded layer
-ALIGNMENT = 16  # bytes at which a weight begins
-DONE = 0  # words of a round, beside 1 + the number of a layer
+# Words of a round. 1 + the number of a layer asks for its weights; that plus the number of layers,
+# for the sum of its gradients.
+DONE = 0
 FAILED = -1
-
-
-class LayerShard:
-    """The frozen weights of one layer: `part_B` is this rank's part of their bytes."""
-
-    def __init__(self, tensors: Sequence[Tensor], ranks: Ranks, size: int) -> None:
-        """Keep this rank's part of the tensors, of `size` parts; they become views of a buffer."""
-        offsets, part = _lay_out([tensor.nbytes for tensor in tensors], size)
-        begin = part * (ranks.rank % size)
-        self.ranks = ranks
-        self.size = size
-        self.full_B = torch.zeros(part * size, dtype=torch.uint8, device=tensors[0].device)
-        for tensor, offset in zip(tensors, offsets, strict=True):
-            flat_B = self.full_B[offset : offset + tensor.nbytes]
-            view = flat_B.view(tensor.dtype).view(tensor.shape)
-            view.copy_(tensor)
-            tensor.data = view
-        self.part_B = self.full_B[begin : begin + part].clone()
-        self.release()
-
-    def reserve(self) -> None:
-        """Take the memory for the parts of all ranks."""
-        self.full_B.untyped_storage().resize_(self.full_B.numel())
-
-    def gather(self) -> None:
-        """Fill the memory. All ranks of the group call it."""
-        # through `.data`: autograd counts no change of the weights, whose values are the same
-        self.ranks.gather_parts(self.full_B.data, self.part_B, size=self.size)
-
-    def release(self) -> None:
-        """Give the memory back. The weights must not be read until they are gathered again."""
-        self.full_B.untyped_storage().resize_(0)
-
-
-def _lay_out(sizes: Sequence[int], size: int) -> tuple[list[int], int]:
-    """Return where tensors of so many bytes begin in a buffer, and the bytes of each part of it."""
-    offsets: list[int] = []
-    end = 0
-    for num_bytes in sizes:
-        offsets.append(end)
-        end += math.ceil(num_bytes / ALIGNMENT) * ALIGNMENT
-    return offsets, math.ceil(end / size / ALIGNMENT) * ALIGNMENT
 
 
 class WeightShards:
@@ -90,7 +54,7 @@ class WeightShards:
         self.ranks = ranks
         self.size = size
         self.layers: list[LayerShard] = []
-        self._complete: LayerShard | None = None
+        self.trained: list[TrainedShard] = []  # the same layers if they are trained
         self._is_joint = False
         self._is_exchanging = False
         self._hooks: list[Any] = []
@@ -99,11 +63,17 @@ class WeightShards:
         """Keep this rank's part of the frozen weights of the next layer."""
         self.layers.append(LayerShard(list(list_frozen(layer)), self.ranks, self.size))
 
+    def add_network(self, network: PreTrainedModel) -> None:
+        """Keep this rank's part of all layers of a network that is loaded."""
+        for layer in _get_layers(network):
+            self.add_layer(layer)
+        self.attach(network)
+
     def find_part_rows(self, sizes: Mapping[str, tuple[int, int]]) -> dict[str, range]:
         """Return the rows of each tensor of a layer that this rank's part needs. `sizes` are those
         of its tensors in the order of the layer: rows, and bytes of a row."""
         num_bytes = [rows * row_bytes for rows, row_bytes in sizes.values()]
-        offsets, part = _lay_out(num_bytes, self.size)
+        offsets, part = lay_out(num_bytes, self.size)
         begin = part * (self.ranks.rank % self.size)
         rows_by_name: dict[str, range] = {}
         for offset, (name, (rows, row_bytes)) in zip(offsets, sizes.items(), strict=True):
@@ -112,27 +82,61 @@ class WeightShards:
             rows_by_name[name] = range(first, last)
         return rows_by_name
 
-    def attach(self, layers: Iterable[nn.Module]) -> None:
-        """Let each layer gather its weights before its forward and before its backward."""
+    def train(self, network: PreTrainedModel) -> None:
+        """Replace the frozen weights, in `joint`, by trainable ones of at least fp32: each rank
+        holds its part of the layers, and of all else as one more layer, which is the last."""
+        self.ranks.form_replicas(self.size)
+        in_layers: set[int] = set()
+        for index, layer in enumerate(_get_layers(network)):
+            self.gather(index)
+            parameters = list(layer.parameters())
+            in_layers.update(map(id, parameters))
+            self.trained.append(self._train_layer(parameters))
+        self.release()
+        rest = [parameter for parameter in network.parameters() if id(parameter) not in in_layers]
+        self.trained.append(self._train_layer(rest))
+        self.layers = list(self.trained)
+
+    def _train_layer(self, parameters: list[nn.Parameter]) -> TrainedShard:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        return TrainedShard(parameters, self.ranks, self.size)
+
+    def attach(self, network: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+        """Let each layer gather its weights before its forward and before its backward. `dtype` is
+        that of the products of trained weights."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        layers = _get_layers(network)
         for index, layer in enumerate(layers):
             before, after = _make_hooks(self, index)
             self._hooks.append(layer.register_forward_pre_hook(before))
             self._hooks.append(layer.register_forward_hook(after))
             setattr(layer, GATHER_NAME, before)
+        if not self.trained:
+            return
+        if dtype is not None:
+            for shard, layer in zip(self.trained, layers, strict=False):
+                shard.cast_with(layer, dtype)
+        before, _ = _make_hooks(self, len(layers))
+        ends: list[Any] = [network.get_input_embeddings(), network.get_output_embeddings()]
+        for module in (network, network.base_model, *ends):
+            self._hooks.append(module.register_forward_pre_hook(before))
+            setattr(module, GATHER_NAME, before)
 
     # ------------------------------------------------------------ who gathers when
 
     def gather(self, index: int) -> None:
-        """Complete a layer, in the place of the one before."""
+        """Complete a layer, in the place of the one before, whose gradients are summed."""
         layer = self.layers[index]
-        if layer is self._complete:
+        if layer.is_complete:
             return
-        self.release()
+        for other in self.layers[: self._num_taking_turns]:
+            other.release()
+        if self._is_joint:
+            self._sum_gradients(self._num_taking_turns)
         layer.reserve()  # before the others wait for this rank
-        self._complete = layer
         if self._is_joint:
             self._run_round(1 + index)
             return
@@ -148,15 +152,49 @@ class WeightShards:
     def _pass_on(self, index: int) -> None:
         """Gather a layer that this rank does not need."""
         layer = self.layers[index]
+        was_complete = layer.is_complete
         layer.reserve()
         layer.gather()
-        layer.release()
+        if not was_complete:
+            layer.release()
 
     def release(self) -> None:
         """Keep this rank's parts alone."""
-        if self._complete is not None:
-            self._complete.release()
-        self._complete = None
+        for layer in self.layers:
+            layer.release()
+
+    @property
+    def _num_taking_turns(self) -> int:
+        """The layers of which one is complete at a time: all but the last one of trained ones."""
+        return len(self.layers) - bool(self.trained)
+
+    def _sum_gradients(self, num_layers: int) -> None:
+        """Sum the gradients that this rank has of the first layers."""
+        for index, layer in enumerate(self.trained[:num_layers]):
+            if not layer.is_summed:
+                self._run_round(1 + len(self.layers) + index)
+
+    def find_pieces(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Return this rank's pieces of all trained parameters, in their order."""
+        pieces: dict[int, nn.Parameter] = {}
+        for layer in self.trained:
+            pieces |= zip(map(id, layer.parameters), layer.pieces, strict=True)
+        return {name: pieces[id(parameter)] for name, parameter in parameters.items()}
+
+    def take_flags(self, parameters: Mapping[str, nn.Parameter]) -> list[bool]:
+        """Return which parameters had a gradient on this rank, and forget it."""
+        flags: dict[int, bool] = {}
+        for layer in self.trained:
+            flags |= zip(map(id, layer.pieces), layer.has_gradient, strict=True)
+            layer.has_gradient = [False] * len(layer.pieces)
+        return [flags[id(piece)] for piece in parameters.values()]
+
+    def combine_norms(self, norm: Tensor) -> Tensor:
+        """Return the norm of all pieces of the group, from that of this rank's: the same bits on
+        each."""
+        norms = norm.new_empty(self.size, dtype=torch.float64)
+        self.ranks.gather_parts(norms, norm.double()[None], size=self.size)
+        return torch.linalg.vector_norm(norms)
 
     @contextmanager
     def joint(self) -> Iterator[None]:
@@ -168,37 +206,35 @@ class WeightShards:
         try:
             yield
             self.release()
+            self._sum_gradients(len(self.trained))
             while self._run_round(DONE):
                 pass
         except BaseException:  # Ctrl-C, too: the others would wait for this rank's next round
             if not self._is_exchanging:  # else they wait for another message
-                self._exchange_words(FAILED)
+                self.ranks.gather_words(FAILED, size=self.size)
             raise
         finally:
             self._is_joint = False
             self.release()
 
     def _run_round(self, word: int) -> bool:
-        """Gather the layers that the ranks need; return whether any needs one."""
+        """Gather the layers that the ranks need, and sum gradients; return whether any needs it."""
         if self._is_exchanging:
             message = "a layer that another rank needs did not fit in memory"
             raise MachineError(message, where=self.ranks.name, fix="lower pack_length")
         self._is_exchanging = True
-        words = self._exchange_words(word)
+        words = self.ranks.gather_words(word, size=self.size)
         if FAILED in words:
             raise RankFailed("another rank cannot go on", fix="see its message")
         for index in sorted({other - 1 for other in words if other != DONE}):
-            if word == 1 + index:
+            if index >= len(self.layers):
+                self.trained[index - len(self.layers)].sum_gradients()
+            elif word == 1 + index:
                 self.layers[index].gather()
             else:
                 self._pass_on(index)
         self._is_exchanging = False
         return any(words)
-
-    def _exchange_words(self, word: int) -> list[int]:
-        words = torch.zeros(self.size, dtype=torch.int64)
-        self.ranks.gather_parts(words, torch.tensor([word]), size=self.size)
-        return words.tolist()
 
 
 def _make_hooks(shards: WeightShards, index: int) -> tuple[Any, Any]:
@@ -220,6 +256,20 @@ def gather_weights(module: nn.Module) -> None:
     gather = getattr(module, GATHER_NAME, None)
     if gather is not None:
         gather(module, ())
+
+
+def gather_parents(network: nn.Module, name: str) -> None:
+    """Gather the sharded layer that has a parameter, if one does."""
+    module = network
+    gather_weights(module)
+    for part in name.split(".")[:-1]:
+        module = getattr(module, part)
+        gather_weights(module)
+
+
+def _get_layers(network: PreTrainedModel) -> nn.ModuleList:
+    decoder: Any = network.base_model
+    return decoder.layers
 
 
 def list_frozen(layer: nn.Module) -> Iterator[Tensor]:

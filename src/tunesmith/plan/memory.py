@@ -46,6 +46,7 @@ REPLACED_MLP_TYPES = {
 REPLACED_NORM_TYPES = {*REPLACED_MLP_TYPES, *HYBRID_TYPES, "gpt_oss"}
 INNER_NORM_TYPES = ("bitnet",)  # norms before o_proj and down_proj
 # 4 bits per weight, one byte per block of 64, 4 bytes per 256 blocks
+MASTER_BYTES = 4  # of a trained weight
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 MXFP4_BYTES = 0.5 + 1 / 32  # 4 bits per weight, one byte per group of 32
 RETAINED_CHECKPOINTS = 2  # as core/run_dir.py keeps them

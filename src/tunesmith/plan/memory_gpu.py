@@ -18,6 +18,7 @@ from tunesmith.core.types import ModelSpec
 from tunesmith.plan.memory import (
     CHUNK_TARGETS,
     EXPERTS,
+    MASTER_BYTES,
     NF4_BYTES,
     NO_CACHE,
     NO_PART,
@@ -35,8 +36,8 @@ from tunesmith.plan.memory import (
 
 LOGIT_BYTES = 12  # three fp32 copies of each logit
 TRITON_CHUNK_TARGETS = 2048  # as in model/lm_head.py
-# of sharded weights: the layer that computes, the next one, and the buffer that gathers it
-GATHERED_LAYERS = 3
+GATHERED_LAYERS = 2  # that which computes, and one that only another rank needs
+FSDP_LAYERS = 3  # that which computes, the next one, and the buffer that gathers it
 NCCL_BYTES = 10**9  # channels of NCCL and the contexts of other GPUs: assumed, not measured
 
 
@@ -114,26 +115,34 @@ def _estimate_sharded(
     """Return the components that change when `shard` GPUs hold the weights of the layers once.
 
     Adapters, and the embeddings and head below them, stay whole on each GPU. In full fine-tuning
-    everything is sharded; copies in the dtype of the products exist where they are gathered, and a
-    gradient in fp32 until it is summed."""
+    everything is sharded and gathered in fp32, matrices also in the dtype of the products.
+    Gradients of a layer stay until the next one computes, those of the rest until the end."""
     dtype_bytes = get_dtype_bytes(footprint["dtype"])
+    method: str = footprint["method"]
     rest_parameters = spec.parameters - spec.block_parameters
-    if footprint["method"] == "full":
+    gathered = GATHERED_LAYERS * compute_gathered_bytes(spec, method, dtype_bytes)
+    if method == "full":
+        copy_bytes = dtype_bytes if dtype_bytes < MASTER_BYTES else 0
+        gathered += rest_parameters * MASTER_BYTES + spec.head_parameters * copy_bytes
         layer_parameters = spec.block_parameters // spec.num_layers
-        largest = max(layer_parameters, spec.head_parameters)
-        gathered = GATHERED_LAYERS * layer_parameters + rest_parameters
         return {
             "weights": 0,
             "trained": fixed_parts["trained"] // shard,
             "update": fixed_parts["update"] // shard,
-            "gathered": gathered * dtype_bytes + 4 * largest,
+            "gathered": gathered + MASTER_BYTES * (layer_parameters + rest_parameters),
         }
     rest_bytes = rest_parameters * dtype_bytes
-    block_bytes = compute_frozen_bytes(spec, footprint["method"], dtype_bytes) - rest_bytes
-    return {
-        "weights": rest_bytes + block_bytes // shard,
-        "gathered": GATHERED_LAYERS * block_bytes // spec.num_layers,
-    }
+    block_bytes = compute_frozen_bytes(spec, method, dtype_bytes) - rest_bytes
+    return {"weights": rest_bytes + block_bytes // shard, "gathered": gathered}
+
+
+def compute_gathered_bytes(spec: ModelSpec, method: str, dtype_bytes: int) -> int:
+    """Return the bytes of a layer while it is gathered."""
+    if method == "full":
+        copy_bytes = dtype_bytes if dtype_bytes < MASTER_BYTES else 0
+        return spec.block_parameters // spec.num_layers * (MASTER_BYTES + copy_bytes)
+    rest_bytes = (spec.parameters - spec.block_parameters) * dtype_bytes
+    return (compute_frozen_bytes(spec, method, dtype_bytes) - rest_bytes) // spec.num_layers
 
 
 def _estimate_our_activations(
@@ -206,5 +215,5 @@ def _estimate_other_trainer(
         parts = {"weights": block_bytes + rest_bytes, "trained": trained_bytes}
     if shard > 1:
         parts = {name: num_bytes / shard for name, num_bytes in parts.items()}
-        parts["gathered"] = GATHERED_LAYERS * block_bytes / spec.num_layers
+        parts["gathered"] = FSDP_LAYERS * block_bytes / spec.num_layers
     return {name: int(num_bytes) for name, num_bytes in parts.items()}

@@ -27,7 +27,7 @@ from tunesmith.core.types import Machine, Plan, PlanValue
 from tunesmith.plan.hardware_presets import HardwarePreset, describe_target, match_preset
 from tunesmith.plan.mesh_time import can_divide_documents, estimate_mesh_step
 from tunesmith.plan.rules import RuleContext, make_rule_value, make_user_value
-from tunesmith.plan.sharding import SHARDED_WEIGHTS, find_shard_problem
+from tunesmith.plan.sharding import SHARDED_WEIGHTS, adapt_settings, find_shard_problem
 from tunesmith.plan.step_memory import (
     CHECKPOINTING_POLICIES,
     estimate_needed_bytes,
@@ -73,6 +73,9 @@ def choose_mesh(context: RuleContext, recipe: Recipe) -> Mesh:
         for shard in shards:
             mesh = Mesh(num_gpus, num_nodes, shard, context_size)
             candidate = dataclasses.replace(context, mesh=mesh)
+            if shard > 1:
+                settings = context.settings | adapt_settings(context)
+                candidate = dataclasses.replace(candidate, settings=settings)
             if not _set_policy(candidate, recipe.gradient_checkpointing):
                 continue
             if shard == 1:

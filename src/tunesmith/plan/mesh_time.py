@@ -18,6 +18,7 @@ from tunesmith.plan.gpu_time import compute_launch_seconds
 from tunesmith.plan.hardware_presets import HardwarePreset
 from tunesmith.plan.memory import (
     ALL_LINEAR,
+    MASTER_BYTES,
     NF4_BYTES,
     NO_PART,
     compute_frozen_bytes,
@@ -124,7 +125,9 @@ def _compute_gather_seconds(context: RuleContext, preset: HardwarePreset) -> flo
     model = context.model
     dtype_bytes = get_dtype_bytes(context["dtype"])
     if context["method"] == "full":
-        moved_bytes = model.parameters * (GATHERS * dtype_bytes + GRADIENT_BYTES)
+        rest = model.parameters - model.block_parameters  # gathered once a step
+        moved_bytes = model.block_parameters * (GATHERS * MASTER_BYTES + GRADIENT_BYTES)
+        moved_bytes += rest * (MASTER_BYTES + GRADIENT_BYTES)
     else:
         rest = (model.parameters - model.block_parameters) * dtype_bytes
         moved_bytes = GATHERS * (compute_frozen_bytes(model, context["method"], dtype_bytes) - rest)

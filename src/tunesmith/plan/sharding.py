@@ -1,4 +1,4 @@
-"""Which processes hold the frozen weights together, and what this version cannot shard.
+"""Which processes hold the weights together, and what this version cannot shard.
 
 In: the settings that are decided so far, with a mesh, and the recipe's `shard`. Out: the setting
 `shard`, the size of the groups of processes. A target is sharded where a step does not fit
@@ -15,7 +15,7 @@ from tunesmith.core.types import PlanValue
 from tunesmith.plan.rules import RuleContext, make_rule_value, make_user_value
 
 SHARDED_WEIGHTS = "sharded weights"
-FIX = "leave shard at auto, or use method: lora or qlora without these settings"
+FIX = "leave shard at auto, or leave these settings out"
 
 
 def decide_shard(context: RuleContext, recipe_value: int | Literal["auto"]) -> PlanValue:
@@ -23,15 +23,24 @@ def decide_shard(context: RuleContext, recipe_value: int | Literal["auto"]) -> P
     InputError for what cannot be sharded, if the recipe asks for it."""
     size = context.mesh.shard
     if size > 1:
-        reason = "parts of one buffer, as they are stored"
-        context.settings["weight_layout"] = make_rule_value("plain", reason)
+        context.settings.update(adapt_settings(context))
     if recipe_value != "auto":
         _refuse_shard(context, recipe_value)
         return make_user_value(recipe_value)
     reason = "each process holds all weights"
     if size > 1:
-        reason = f"a step does not fit otherwise: {size} hold the frozen weights once"
+        reason = f"a step does not fit otherwise: {size} hold the weights once"
     return make_rule_value(size, reason)
+
+
+def adapt_settings(context: RuleContext) -> dict[str, PlanValue]:
+    """Return the settings that are others where processes hold the weights together."""
+    changed = {"weight_layout": make_rule_value("plain", "parts of one buffer, as they are stored")}
+    optim = context.settings["optim"]
+    if optim.value == "adamw_8bit" and optim.decided_by == "rule":
+        reason = "moments in fp32, of which each process has a part"
+        changed["optim"] = make_rule_value("adamw", reason)
+    return changed
 
 
 def _refuse_shard(context: RuleContext, size: int) -> None:
@@ -53,14 +62,13 @@ def find_shard_problem(context: RuleContext) -> str:
     """Return which settings of the plan cannot run with sharded weights; empty if all can."""
     settings = context.settings
     problems: list[str] = []
-    if context["method"] == "full":
-        return "method: full"
+    if context["method"] == "full" and context["optim"] == "adamw_8bit":
+        problems.append("optim: adamw_8bit")
     if context.model.num_experts:
         problems.append("experts")
-    if context["use_dora"]:
-        problems.append("use_dora")
-    if context["modules_to_save"]:
-        problems.append("modules_to_save")
+    for key in ("use_dora", "modules_to_save"):
+        if key in settings and context[key]:
+            problems.append(key)
     if "adapter_sha256" in settings:
         problems.append("adapter_from")
     if "rehearsal_tokens" in settings:

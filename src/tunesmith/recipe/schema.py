@@ -250,7 +250,7 @@ class Recipe(BaseModel):
         default="auto", description="Processes that share each document, for long ones."
     )
     shard: Auto | Count = Field(
-        default="auto", description="Processes that hold the frozen weights once, together."
+        default="auto", description="Processes that hold the weights of the model once, together."
     )
     metrics: Auto | Metrics = Field(
         default="auto",

@@ -75,6 +75,7 @@ TOKENIZER_FILE = "tokenizer.json"
 HELD_OUT_ROLES = ("eval_data", "test_data")
 FALLBACK_TOKENIZER = "smollm2-135m-instruct"  # counts tokens for a model without a tokenizer
 NO_PRESET = "none of the presets"
+ANY_MESH = {"shard": "auto", "context": "auto"}  # of another number of GPUs than the recipe's
 MAX_SPLIT_DEVIATION = 0.3  # of the number of held-out rows, without a warning
 
 
@@ -398,6 +399,7 @@ def make_planner(
         )
 
     def find_preset_with_memory(recipe: Recipe) -> str:
+        recipe = recipe.model_copy(update=ANY_MESH)
         for name, machine in list_machines(inputs.machine).items():
             if has_enough_memory(build_plan(recipe, machine=machine, **plan_kwargs)):
                 return f"{name} ({format_bytes(machine.memory_bytes)})"
@@ -414,12 +416,13 @@ def _add_mesh_options(
     if plan.mesh is None or count_gpus(plan.machine) == 1:
         return plan.mesh
     method = plan.config.method
-    wishes = [(fewer, method) for fewer in list_fewer_gpus(plan.machine)]
+    fewer = recipe.model_copy(update={"method": method, **ANY_MESH})
+    wishes = [(machine, fewer) for machine in list_fewer_gpus(plan.machine)]
     if can_change_method:
-        wishes.append((plan.machine, "lora" if method == "qlora" else "qlora"))
+        other = recipe.model_copy(update={"method": "lora" if method == "qlora" else "qlora"})
+        wishes.append((plan.machine, other))
     options: list[MeshOption] = []
-    for machine, other_method in wishes:
-        other_recipe = recipe.model_copy(update={"method": other_method})
+    for machine, other_recipe in wishes:
         options.append(make_option(build(other_recipe, machine=machine)))
     return dataclasses.replace(plan.mesh, options=tuple(options))
 

@@ -211,6 +211,8 @@ def _load_base_network(
 def _wrap_network(
     network: Network, plan: Plan, inputs: RunInputs, shards: WeightShards | None = None
 ) -> PackedCausalLM:
+    if shards is not None and plan.config.method == "full":
+        shards.train(network)
     METHODS[plan.config.method](network, plan.values)
     if inputs.adapter is not None:
         load_adapter(network, inputs.adapter.weights_path)
@@ -224,7 +226,9 @@ def _wrap_network(
     )
 
 
-def open_truncated_session(plan: Plan, inputs: RunInputs, layers: int) -> Session:
+def open_truncated_session(
+    plan: Plan, inputs: RunInputs, layers: int, shards: WeightShards | None = None
+) -> Session:
     """Open a session with the first layers and random weights, to time steps. No preflight."""
     inputs = dataclasses.replace(_apply_length_limit(plan, inputs), adapter=None)
     network = build_truncated_network(
@@ -233,6 +237,8 @@ def open_truncated_session(plan: Plan, inputs: RunInputs, layers: int) -> Sessio
         layers,
         is_quantized=plan.config.method == "qlora",
     )
+    if shards is not None:
+        shards.add_network(network)
     init_new_rows(network, inputs.renderer.tokenizer.new_tokens)
     targets = plan.config.lora_target_modules
     if targets is not None and not has_only_words(targets):
@@ -240,7 +246,7 @@ def open_truncated_session(plan: Plan, inputs: RunInputs, layers: int) -> Sessio
         plan = plan.with_settings(lora_target_modules=all_linear)
     if plan.config.modules_to_save:
         plan = _drop_missing_modules(plan, network)
-    session = open_eval_session(plan, inputs, _wrap_network(network, plan, inputs))
+    session = open_eval_session(plan, inputs, _wrap_network(network, plan, inputs, shards))
     return dataclasses.replace(session, rehearsal=build_rehearsal(plan, inputs))
 
 

@@ -10,8 +10,9 @@ computes (data/packing.py), what follows from the words (loop.py)."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from tunesmith.core.errors import MachineError
 from tunesmith.core.ranks import Ranks
+from tunesmith.model.weight_shards import WeightShards
 
 BUCKET_NUMEL = 2**28  # fp32 numbers of one message
 FULL = 2.0  # of a rank without memory; not 1, which a dry run reads everywhere
@@ -37,29 +39,46 @@ class StepShare:
     out_of_memory: str = ""
 
 
-def sum_step(parameters: Sequence[nn.Parameter], share: StepShare, ranks: Ranks) -> StepShare:
+def sum_step(
+    parameters: Mapping[str, nn.Parameter],
+    share: StepShare,
+    ranks: Ranks,
+    shards: WeightShards | None = None,
+) -> StepShare:
     """Sum gradients and loss over ranks, and tell each whether one has caught a signal.
 
     A parameter without a gradient on any rank keeps none, as in one process, where the optimizer
-    leaves it alone."""
-    has_gradient = [parameter.grad is not None for parameter in parameters]
+    leaves it alone. With `shards`, parameters are the pieces of this rank, whose gradients are
+    those of its group."""
+    if shards is None:
+        has_gradient = [parameter.grad is not None for parameter in parameters.values()]
+    else:
+        has_gradient = shards.take_flags(parameters)
     is_full = [0.0] * ranks.world
     is_full[ranks.rank] = FULL if share.out_of_memory else 0.0
     # One upload and one read, each of which waits for the device.
     words = torch.tensor(
         [0.0, share.num_targets, ranks.has_signal, *is_full, *has_gradient],
         dtype=torch.float32,
-        device=parameters[0].device,
+        device=next(iter(parameters.values())).device,
     )
     if share.loss is not None:
         words[0] = share.loss
-    first_bucket, *buckets = _split_into_buckets(parameters)
+    buckets = _split_into_buckets(list(parameters.values()))
+    if shards is None:
+        first_bucket, *buckets = buckets
+        (words,) = _sum_bucket(first_bucket, (words,), ranks.sum_)
+        sum_over_copies = ranks.sum_
+    else:
+        ranks.sum_(words)
+        sum_over_copies = functools.partial(ranks.sum_replicas, size=shards.size)
+        if ranks.world == shards.size:
+            buckets = []
     for bucket in buckets:
-        _sum_bucket(bucket, (), ranks)
-    (words,) = _sum_bucket(first_bucket, (words,), ranks)
+        _sum_bucket(bucket, (), sum_over_copies)
     _, num_targets, num_signals, *flags = words.tolist()
     are_full = flags[: ranks.world]
-    for parameter, num_gradients in zip(parameters, flags[ranks.world :], strict=True):
+    for parameter, num_gradients in zip(parameters.values(), flags[ranks.world :], strict=True):
         if not num_gradients:
             parameter.grad = None
     ranks.has_signal = num_signals > 0
@@ -82,12 +101,12 @@ def _split_into_buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Para
 
 
 def _sum_bucket(
-    bucket: Sequence[nn.Parameter], others: Sequence[Tensor], ranks: Ranks
+    bucket: Sequence[nn.Parameter], others: Sequence[Tensor], sum_: Callable[[Tensor], None]
 ) -> tuple[Tensor, ...]:
     """Sum the gradients of some parameters; return the sums of `others`, in the same message."""
     tensors = [_get_gradient(parameter) for parameter in bucket] + list(others)
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    ranks.sum_(flat)
+    sum_(flat)
     sums = flat.split([tensor.numel() for tensor in tensors])
     for parameter, gradient in zip(bucket, sums[: len(bucket)], strict=True):
         parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
@@ -101,16 +120,18 @@ def _get_gradient(parameter: nn.Parameter) -> Tensor:
 # ---------------------------------------------------------------- the same weights everywhere
 
 
-def check_replicas(parameters: Mapping[str, nn.Parameter], ranks: Ranks) -> None:
-    """Raise MachineError if the weights of two ranks differ in any bit."""
+def check_replicas(parameters: Mapping[str, nn.Parameter], ranks: Ranks, parts: int = 1) -> None:
+    """Raise MachineError if the weights of two ranks differ in any bit; of ranks that each have one
+    of several parts, those with the same part."""
     if ranks.world == 1:
         return
     digests = ranks.gather(hash_weights(parameters))
     for rank, digest in enumerate(digests):
-        if digest != digests[0]:
+        first = rank % parts
+        if digest != digests[first]:
             raise MachineError(
-                f"the weights of rank {rank} differ from those of rank 0, which never happens on "
-                "machines that compute alike",
+                f"the weights of rank {rank} differ from those of rank {first}, which never "
+                "happens on machines that compute alike",
                 fix="use machines of one kind with equal libraries and threads, and resume from an "
                 "earlier checkpoint",
             )

@@ -7,38 +7,68 @@ stored."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith.model.layer_shards import TrainedShard, cut_piece
 from tunesmith.model.safetensors_io import write_tensors
-from tunesmith.model.save import STATE_FILE, load_weights
+from tunesmith.model.save import load_weights, name_state_file
 from tunesmith.train.optimizer import MOMENTS, get_moments, restore_moments
 
 TRAINER_STATE_FILE = "trainer_state.json"
+WEIGHT = "weight"
+PIECE_MOMENTS = ("exp_avg", "exp_avg_sq")  # those in 8 bits cannot be cut
 
 
 def write_state(
     folder: Path,
-    parameters: dict[str, nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     position: dict[str, Any],
+    layers: Sequence[TrainedShard] = (),
 ) -> None:
-    """Write the state.
+    """Write the state, with `layers` one file for each.
 
     Raise GateError if a weight or a moment is not finite, OSError if the disk refuses."""
-    tensors: dict[str, Tensor] = {f"weight.{name}": p.detach() for name, p in parameters.items()}
-    updates = 0
-    for name, parameter in parameters.items():
-        moments = get_moments(optimizer, parameter)
-        if moments:
-            tensors |= {f"{moment}.{name}": tensor for moment, tensor in moments.items()}
-            updates = int(optimizer.state[parameter]["step"])
-    write_tensors(tensors, folder / STATE_FILE)
+    for number, tensors in enumerate(iter_state(parameters, optimizer, layers)):
+        write_tensors(tensors, folder / name_state_file(number))
+    updates = max((int(state["step"]) for state in optimizer.state.values()), default=0)
     text = json.dumps({**position, "updates": updates}, indent=2)
     (folder / TRAINER_STATE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def iter_state(
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    layers: Sequence[TrainedShard],
+) -> Iterator[dict[str, Tensor]]:
+    """Yield weights and moments under their names in a checkpoint. Where ranks hold `layers`
+    together, `parameters` are pieces, and all ranks of a group iterate, layer by layer."""
+    if not layers:
+        tensors = {f"{WEIGHT}.{name}": p.detach() for name, p in parameters.items()}
+        for name, parameter in parameters.items():
+            moments = get_moments(optimizer, parameter)
+            tensors |= {f"{moment}.{name}": tensor for moment, tensor in moments.items()}
+        yield tensors
+    names = {id(piece): name for name, piece in parameters.items()}
+    for layer in layers:
+        tensors: dict[str, Tensor] = {}
+        for kind in (WEIGHT, *PIECE_MOMENTS):
+            values = layer.gather_values(partial(_get_value, kind=kind, optimizer=optimizer))
+            for index, tensor in values.items():
+                tensors[f"{kind}.{names[id(layer.pieces[index])]}"] = tensor
+        yield tensors
+
+
+def _get_value(
+    piece: nn.Parameter, *, kind: str, optimizer: torch.optim.Optimizer
+) -> Tensor | None:
+    return piece if kind == WEIGHT else get_moments(optimizer, piece).get(kind)
 
 
 def read_state(
@@ -54,7 +84,7 @@ def read_state(
             optimizer.state.pop(parameter, None)
             continue
         moments = {
-            moment: tensors[f"{moment}.{name}"]
+            moment: cut_piece(parameter, tensors[f"{moment}.{name}"])
             for moment in MOMENTS
             if f"{moment}.{name}" in tensors
         }

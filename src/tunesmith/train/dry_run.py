@@ -6,15 +6,16 @@ plan predicts for both.
 The code is that of training. The process group answers at once and sends nothing; tensors are fake:
 they have shapes and storages of a size, and no values. Where the code reads a number, it gets a
 stand-in, 1. Rank 0 is the one counted, since it has the longest document. Operations are those of
-plain torch on a CPU: our kernels, which keep less, need memory that is there. Left out: time, the
-memory of the process, of CUDA and of NCCL, and weights that are sharded."""
+plain torch on a CPU: our kernels, which keep less, need memory that is there. Ranks that hold
+weights together are in step, each at the same layer. Left out: time, the memory of the process, of
+CUDA and of NCCL, and the words of 8 bytes by which ranks agree."""
 
 from __future__ import annotations
 
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,9 +31,12 @@ from tunesmith.core.mesh import DryRun, Mesh, RankMessages
 from tunesmith.core.ranks import Ranks
 from tunesmith.core.types import Plan, PlanValue
 from tunesmith.data.packing import count_computed_tokens
-from tunesmith.plan.memory import count_trained_parameters
+from tunesmith.model.weight_shards import WeightShards, join_ranks
+from tunesmith.plan.memory import count_trained_parameters, get_dtype_bytes
+from tunesmith.plan.memory_gpu import compute_gathered_bytes
 from tunesmith.plan.mesh_time import (
     GRADIENT_BYTES,
+    MASTER_BYTES,
     count_exchanged_bytes,
     count_layer_passes,
 )
@@ -59,6 +63,10 @@ class PretendedRanks(Ranks):
     def send(self, command: str, **arguments: Any) -> None:
         """Send nothing: nobody receives it."""
 
+    def gather_words(self, word: int, *, size: int) -> list[int]:
+        """Say that the others need what this rank does."""
+        return [word] * size
+
 
 @dataclass
 class StorageRecord:
@@ -76,7 +84,8 @@ class _StorageCounter(TorchDispatchMode):
     def __init__(self, record: StorageRecord) -> None:
         super().__init__()
         self.record = record
-        self._storages: set[int] = set()
+        self._storages: dict[int, int] = {}  # bytes
+        self._references: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -86,7 +95,8 @@ class _StorageCounter(TorchDispatchMode):
             return _make_stand_in(args[0].dtype)
         out = func(*args, **(kwargs or {}))
         if func.namespace == "c10d":
-            name = func._schema.name.partition("::")[2].rstrip("_")
+            self.measure_again()  # the layers between which weights are gathered
+            name = func._schema.name.partition("::")[2].strip("_")
             self.record.calls[name] += 1
             # of a pair of tensors, the second one is sent
             sent = list(_iter_tensors(args[1] if isinstance(args[1], Tensor) else args[0]))
@@ -102,15 +112,26 @@ class _StorageCounter(TorchDispatchMode):
             return
         record = self.record
         num_bytes = storage.nbytes()
-        self._storages.add(key)
+        self._storages[key] = num_bytes
+        self._references[key] = weakref.ref(storage)
         record.live_bytes += num_bytes
         record.peak_bytes = max(record.peak_bytes, record.live_bytes)
 
         def forget() -> None:
-            self._storages.discard(key)
-            record.live_bytes -= num_bytes
+            del self._references[key]
+            record.live_bytes -= self._storages.pop(key)
 
         weakref.finalize(storage, forget)
+
+    def measure_again(self) -> None:
+        """Count the storages that were emptied or filled."""
+        record = self.record
+        for key, reference in list(self._references.items()):
+            storage: Any = reference()  # which is alive: its end removes the entry
+            num_bytes = storage.nbytes()
+            record.live_bytes += num_bytes - self._storages[key]
+            self._storages[key] = num_bytes
+        record.peak_bytes = max(record.peak_bytes, record.live_bytes)
 
 
 def _make_stand_in(dtype: torch.dtype) -> float | int | bool:
@@ -131,14 +152,10 @@ def _refuse_plan(plan: Plan, ranks: Ranks) -> None:
     if plan.mesh is not None and plan.mesh.missing:
         message = f"this plan needs {plan.mesh.missing}, which this version cannot run"
         raise InputError(message, where="--dry-run", fix="use a target on which a step fits")
-    if plan.config.shard > 1:
-        message = "the dry run does not count sharded weights"
-        fix = "leave shard at auto, with a target on which a step fits without it"
-        raise InputError(message, where="--dry-run", fix=fix)
     if plan.config.method == "qlora":
         message = "4-bit weights are made by bitsandbytes, which takes no fake tensors"
         raise InputError(message, where="--dry-run", fix="use method: lora")
-    refuse_on_ranks(plan, ranks)
+    refuse_on_ranks(plan, ranks, is_new=True)
 
 
 @contextmanager
@@ -157,11 +174,15 @@ def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
     sdpa = PlanValue("sdpa", "rule", "the attention of plain torch")
     plan = plan.with_settings(weight_layout=plain, attention=sdpa)
     record = StorageRecord()
-    with FakeTensorMode(allow_non_fake_inputs=True), _StorageCounter(record):
-        session = open_truncated_session(plan, inputs, plan.model.num_layers)
+    size = plan.config.shard
+    shards = WeightShards(ranks, size) if size > 1 else None
+    with FakeTensorMode(allow_non_fake_inputs=True), _StorageCounter(record) as counter:
+        with join_ranks(shards):
+            session = open_truncated_session(plan, inputs, plan.model.num_layers, shards)
         training = TrainingLoop(
             session.model, session.load_documents, plan.config, steps=plan.steps, ranks=ranks
         )
+        counter.measure_again()
         weight_bytes = record.peak_bytes = record.live_bytes  # loading takes other ways
         event = _take_step(training)
         if plan.steps > 1:  # the second one has the optimizer's moments in memory
@@ -175,7 +196,11 @@ def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
         messages.append(RankMessages(name, calls, record.num_bytes[name]))
     context = _build_context(plan, ranks.world)
     planned = estimate_step_memory(context)
-    gradients, *exchanges = _predict_messages(context, rank_tokens, len(packs))
+    trained_bytes = GRADIENT_BYTES * count_trained_parameters(
+        context.model, **collect_footprint(context)
+    )
+    if plan.config.method == "full":
+        trained_bytes //= context.mesh.shard
     return DryRun(
         num_ranks=ranks.world,
         context=plan.config.context,
@@ -185,10 +210,20 @@ def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
         weight_bytes=weight_bytes,
         peak_bytes=record.peak_bytes,
         planned_rank_tokens=estimate_packs(context).step,
-        planned_messages=(gradients, *exchanges),
-        planned_weight_bytes=planned["weights"] + gradients.num_bytes,  # of fp32, too
-        planned_peak_bytes=planned["peak"] - sum(planned.get(name, 0) for name in OTHER_PARTS),
+        planned_messages=_predict_messages(context, rank_tokens, len(packs)),
+        planned_weight_bytes=planned["weights"] + trained_bytes,  # those in fp32, too
+        planned_peak_bytes=planned["peak"] - _count_other_bytes(context, planned),
     )
+
+
+def _count_other_bytes(context: RuleContext, planned: Mapping[str, int]) -> int:
+    """Return what a prediction has that is not counted: other parts, and the layer that a rank out
+    of step needs."""
+    other_bytes = sum(planned.get(name, 0) for name in OTHER_PARTS)
+    if "gathered" in planned:
+        dtype_bytes = get_dtype_bytes(context["dtype"])
+        other_bytes += compute_gathered_bytes(context.model, context["method"], dtype_bytes)
+    return other_bytes
 
 
 def _take_step(training: TrainingLoop) -> TrainStep:
@@ -209,7 +244,7 @@ def _build_context(plan: Plan, num_ranks: int) -> RuleContext:
         has_schema=False,
         max_steps=plan.steps,
         stage=plan.config.stage,
-        mesh=Mesh(num_gpus=num_ranks, context=plan.config.context),
+        mesh=Mesh(num_gpus=num_ranks, shard=plan.config.shard, context=plan.config.context),
     )
 
 
@@ -218,12 +253,42 @@ def _predict_messages(
 ) -> tuple[RankMessages, ...]:
     """Return the messages that plan/mesh_time.py counts the time of."""
     num_trained = count_trained_parameters(context.model, **collect_footprint(context))
-    messages = [RankMessages("allreduce", 1, GRADIENT_BYTES * num_trained)]
-    if context.mesh.context > 1:
+    mesh = context.mesh
+    gradients = RankMessages("allreduce", 1, GRADIENT_BYTES * num_trained)
+    messages = [gradients]
+    if mesh.shard > 1:
+        messages = _predict_gathers(context, num_packs)
+        if context["method"] != "full":
+            messages.append(gradients)
+        else:  # summed over copies, and the words of a step
+            num_bytes = gradients.num_bytes // mesh.shard if mesh.replicate > 1 else 0
+            messages.append(RankMessages("allreduce", 1 + (mesh.replicate > 1), num_bytes))
+    if mesh.context > 1:
         calls = 2 * num_packs * count_layer_passes(context)
         num_bytes = count_exchanged_bytes(context, rank_tokens)
         messages.append(RankMessages("alltoall_base", calls, num_bytes))
     return tuple(messages)
+
+
+def _predict_gathers(context: RuleContext, num_packs: int) -> list[RankMessages]:
+    """Return what a rank sends of its weights, and of the gradients of all. The last layer of a
+    forward is that with which the backward begins."""
+    model = context.model
+    shard = context.mesh.shard
+    gathers = num_packs * (2 * model.num_layers - 1)
+    rest = model.parameters - model.block_parameters
+    if context["method"] != "full":
+        dtype_bytes = get_dtype_bytes(context["dtype"])
+        layer_bytes = compute_gathered_bytes(model, context["method"], dtype_bytes)
+        return [RankMessages("allgather_base", gathers, gathers * layer_bytes // shard)]
+    layer_bytes = MASTER_BYTES * model.block_parameters // model.num_layers
+    gathered_bytes = (gathers * layer_bytes + MASTER_BYTES * rest) // shard
+    num_summed = num_packs * model.num_layers
+    summed_bytes = num_summed * layer_bytes + MASTER_BYTES * rest
+    return [
+        RankMessages("allgather_base", gathers + 2, gathered_bytes),  # all else, and the norm
+        RankMessages("reduce_scatter_base", num_summed + 1, summed_bytes),
+    ]
 
 
 def _iter_tensors(value: Any) -> Iterator[Tensor]:

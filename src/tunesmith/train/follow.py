@@ -7,7 +7,7 @@
     begin     read what was measured before training, and be ready
     report    say what went wrong so far
     start, score, generate, weights   as rank 0 measures (follow_measuring.py)
-    step, restore, compare            as the loop of rank 0 does
+    step, restore, compare, collect   as the loop of rank 0 does
     gather    send a part of a layer, which rank 0 needs
     end       leave with the exit code of rank 0
 
@@ -43,7 +43,7 @@ from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session, open_session
 from tunesmith.train.base_reference import read_references
 from tunesmith.train.follow_measuring import SOURCE_CHANGE, START, MeasuringFollower
-from tunesmith.train.loop import COMPARE, RESTORE, STEP, TrainingLoop
+from tunesmith.train.loop import COLLECT, COMPARE, RESTORE, STEP, TrainingLoop
 from tunesmith.train.signals import GracefulStop
 from tunesmith.train.synthetic_pairs import read_synthetic_pairs
 
@@ -98,7 +98,7 @@ def start_ranks(ranks: Ranks, path: Path, plan: Plan, fingerprint: Json) -> tupl
         evidence += f"; {context} of them share each document"
     sharing = count_sharing_ranks(plan.config.shard, ranks.world)
     if sharing > 1:
-        evidence += f"; {sharing} of them hold the frozen weights once"
+        evidence += f"; {sharing} of them hold the weights once"
     batch_size = plan.config.batch_size
     if batch_size is not None and batch_size < ranks.world // context:
         evidence += f"; a step has {batch_size} rows, so some of them wait: raise batch_size"
@@ -125,6 +125,7 @@ class Follower:
             STEP: self._take_step,
             RESTORE: self._restore,
             COMPARE: self._compare,
+            COLLECT: self._collect,
             GATHER: self._gather_layer,
             **self.measuring.commands,
         }
@@ -209,3 +210,7 @@ class Follower:
     def _compare(self) -> None:
         assert self.training
         self.training.compare_ranks()
+
+    def _collect(self) -> None:
+        assert self.training
+        self.training.send_state()

@@ -37,12 +37,13 @@ from tunesmith.data.sampler import prefetch
 from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.kernels import ops
+from tunesmith.model.layer_shards import get_complete_shape
 from tunesmith.model.machine_errors import OutOfMemory, machine_errors
 from tunesmith.model.new_embeddings import collect_new_rows
 from tunesmith.model.safetensors_io import find_nonfinite
 from tunesmith.model.weight_shards import join_ranks
 from tunesmith.train.all_reduce import StepShare, check_replicas, sum_step
-from tunesmith.train.checkpoint import read_state, write_state
+from tunesmith.train.checkpoint import iter_state, read_state, write_state
 from tunesmith.train.kto import measure_kl, split_mismatched
 from tunesmith.train.loss_scale import SCALE_KIND, LossScale
 from tunesmith.train.losses import LossConfig, LossNormalizer, compute_step_terms
@@ -56,10 +57,12 @@ from tunesmith.train.optimizer import (
 )
 from tunesmith.train.optimizer_in_backward import OptimizerInBackward
 
-# What rank 0 tells the others: take the step, restore the checkpoint, compare the weights.
+# What rank 0 tells the others: take the step, restore the checkpoint, compare the weights, send
+# their parts of the state.
 STEP = "step"
 RESTORE = "restore"
 COMPARE = "compare"
+COLLECT = "collect"
 # Attributes in trainer_state.json, next to the rollbacks.
 POSITION_FIELDS = ("step", "seconds", "bad_steps", "pack_length", "ratios")
 MAX_BAD_STEPS = 3  # consecutive non-finite steps that end a run
@@ -117,6 +120,10 @@ class TrainingLoop:
         self.warmup_steps = warmup_steps
         self.loss_config = build_loss_config(config)
         self.parameters = get_trainable_parameters(model.network)
+        # where ranks train weights together, `parameters` are the pieces of this one
+        self.shards = model.shards if model.shards and model.shards.trained else None
+        if self.shards is not None:
+            self.parameters = self.shards.find_pieces(self.parameters)
         self.optimizer = make_optimizer(
             self.parameters.values(),
             weight_decay=config.weight_decay,
@@ -190,7 +197,8 @@ class TrainingLoop:
     def compare_ranks(self) -> None:
         """Raise MachineError unless all ranks have the same weights, bit by bit."""
         self.ranks.send(COMPARE)
-        check_replicas(self.parameters, self.ranks)
+        parts = 1 if self.shards is None else self.shards.size
+        check_replicas(self.parameters, self.ranks, parts)
 
     def save(self, folder: Path) -> None:
         """Write everything that `restore` needs to continue bitwise the same.
@@ -201,13 +209,31 @@ class TrainingLoop:
         position["rollbacks"] = [dataclasses.asdict(rollback) for rollback in self.rollbacks]
         if self.loss_scale is not None:
             position["loss_scale"] = dataclasses.asdict(self.loss_scale)
-        write_state(folder, self.parameters, self.optimizer, position)
+        if self.shards is not None:
+            self.ranks.send(COLLECT)
+        layers = () if self.shards is None else self.shards.trained
+        write_state(folder, self.parameters, self.optimizer, position, layers)
+
+    def send_state(self) -> None:
+        """Send this rank's parts of weights and moments to rank 0, which saves them."""
+        if self.shards is not None and self.ranks.rank < self.shards.size:
+            for _ in iter_state(self.parameters, self.optimizer, self.shards.trained):
+                pass
+
+    @property
+    def state_bytes(self) -> int:
+        """The bytes of a checkpoint: weights and two moments."""
+        shapes = [get_complete_shape(parameter) for parameter in self.parameters.values()]
+        itemsize = next(iter(self.parameters.values())).element_size()
+        return 3 * itemsize * sum(shape.numel() for shape in shapes)
 
     def restore(self, folder: Path) -> None:
         """Restore the state that `save` wrote, on any number of ranks; the next event is of the
         step after it."""
         self.ranks.send(RESTORE, folder=str(folder.absolute()))
         position = read_state(folder, self.parameters, self.optimizer)
+        if self.shards is not None:
+            self.shards.release()  # the layers with the weights before
         for name in POSITION_FIELDS:
             setattr(self, name, position[name])
         self.ratios = tuple((step, ratio) for step, ratio in position["ratios"])
@@ -261,7 +287,7 @@ class TrainingLoop:
         packs = [pack for rank_packs in packs_by_rank for pack in rank_packs]
         step = self._compute_share(packs_by_rank, normalizer, mismatched if is_kto else None)
         if packs and self.ranks.world > 1:
-            step = sum_step(list(self.parameters.values()), step, self.ranks)
+            step = sum_step(self.parameters, step, self.ranks, self.shards)
         if step.out_of_memory:
             event = self._shrink_packs(documents, step.out_of_memory)
             self._retry_documents = loaded
@@ -298,6 +324,7 @@ class TrainingLoop:
             raise MachineError(message, where=self.ranks.name, fix=fix)
         # Outside the except block, where the traceback no longer holds the tensors of the step.
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.network.zero_grad(set_to_none=True)  # of sharded weights, not yet summed
         self.model.network.eval()
         release_memory()  # the smaller packs need blocks of other sizes
         return StepShare(None, 0, message)
@@ -366,7 +393,12 @@ class TrainingLoop:
             return float(loss_sum), self.optimizer_in_backward.grad_norm
         if self.loss_scale:
             self.loss_scale.remove_from_gradients(self.parameters.values())
-        norm = clip_gradients(self.parameters.values(), self.config.max_grad_norm)
+        max_norm = self.config.max_grad_norm
+        if self.shards is None:
+            norm = clip_gradients(self.parameters.values(), max_norm)
+        else:
+            combine = self.shards.combine_norms
+            norm = clip_gradients(self.parameters.values(), max_norm, combine)
         loss_and_norm = torch.stack((loss_sum.double(), norm.double()))
         if update_rate is not None:
             should_skip = ~torch.isfinite(loss_and_norm).all()
@@ -507,7 +539,7 @@ class TrainingLoop:
         Raise GateError if a weight is non-finite, or after MAX_BAD_STEPS such steps in a row."""
         self.optimizer.zero_grad(set_to_none=True)
         self.bad_steps += 1
-        if parameter_name := find_nonfinite(self.parameters):
+        if parameter_name := self._find_nonfinite_weight():
             raise GateError(
                 f"{parameter_name} is not finite since the previous update; "
                 "the rows of this step are not the cause",
@@ -522,6 +554,13 @@ class TrainingLoop:
                 fix="lower learning_rate, or look at these rows with `tunesmith data show`",
             )
         return CheckResult("non-finite", "warn", evidence, self.step)
+
+    def _find_nonfinite_weight(self) -> str:
+        """Return the name of a weight that is not finite on any rank, empty if all are."""
+        name = find_nonfinite(self.parameters)
+        if self.shards is None:
+            return name
+        return next(filter(None, self.ranks.gather(name)), "")
 
 
 def _count_task_tokens(documents: Sequence[Document]) -> dict[str, int]:

@@ -181,10 +181,18 @@ def restore_moments(
     bnb_optimizer.state[parameter]["step"] = updates
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    combine_norms: Callable[[Tensor], Tensor] = lambda norm: norm,
+) -> Tensor:
     """Clip the global gradient norm to `max_norm` (0: do not clip); return the norm before, which
-    stays on its device."""
-    return torch.nn.utils.clip_grad_norm_(list(parameters), max_norm or math.inf)
+    stays on its device. `combine_norms` returns the norm of all pieces from that of these."""
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in with_gradient]
+    norm = combine_norms(torch.nn.utils.get_total_norm(gradients))  # pyright: ignore
+    torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm or math.inf, norm)
+    return norm
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

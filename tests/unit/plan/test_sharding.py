@@ -44,7 +44,7 @@ def test_the_recipe_says_how_many_gpus_hold_the_weights(plan: Planner) -> None:
 @pytest.mark.parametrize(
     ("wishes", "problem"),
     [
-        ({"method": "full"}, "method: full cannot be used with sharded weights"),
+        ({"method": "full", "optim": "adamw_8bit"}, "optim: adamw_8bit cannot be used with"),
         ({"use_dora": True}, "use_dora cannot"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save cannot"),
         ({"use_dora": True, "context": 2}, "use_dora and context cannot"),
@@ -60,6 +60,16 @@ def test_what_cannot_be_sharded_is_refused_by_name(
     with pytest.raises(InputError, match=problem) as refusal:
         plan(LLAMA_8B, wishes.pop("target"), **wishes)
     assert refusal.value.where == f"shard: {wishes['shard']}"
+
+
+def test_ranks_that_train_all_weights_together_keep_moments_in_fp32(plan: Planner) -> None:
+    alone = plan(LLAMA_8B, "h100", method="full")
+    assert alone.config.optim == "adamw_8bit"
+    together = plan(LLAMA_8B, "8xh100", method="full")
+    assert together.config.optim == "adamw"
+    assert together.config.shard > 1
+    assert together.mesh is not None
+    assert together.mesh.missing == ""
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tiny_runs import (
     END,
     build_sum_rows,
     make_tiny_recipe,
+    save_model_folder,
     plan_recipe,
     write_eval_files,
     write_rows,
@@ -261,6 +262,23 @@ def test_a_plan_for_several_gpus_lists_fewer_of_them_and_the_other_adapter(
     assert one.mesh is not None
     assert one.mesh.options == ()
     assert one.memory_bytes.keys() == plan.memory_bytes.keys() - {"NCCL"}
+
+
+@pytest.mark.parametrize("wish", [{"shard": 8}, {"context": 2}])
+def test_a_target_that_shares_weights_or_documents_is_compared_with_fewer_gpus(
+    tmp_path: Path, wish: dict[str, int]
+) -> None:
+    model = save_model_folder(tmp_path / "model", num_kv_heads=2)
+    run_inputs = inputs.load_inputs(make_tiny_recipe(model, tmp_path, **wish))
+    plan = inputs.make_plan(run_inputs.with_machine("8xh100", None))
+    assert plan.mesh is not None
+    assert (plan.mesh.mesh.shard, plan.mesh.mesh.context) == (
+        wish.get("shard", 1),
+        wish.get("context", 1),
+    )
+    assert len(plan.mesh.options) == 4
+    too_large = inputs.make_plan(run_inputs.with_machine("8xh100", "0.2GB"))
+    assert too_large.fits_on
 
 
 def test_a_plan_that_does_not_fit_names_the_smallest_machine_that_would_do(

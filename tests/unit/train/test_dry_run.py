@@ -22,10 +22,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model_folder(tmp_path_factory.mktemp("dry") / "model", num_kv_heads=2)
 
 
-def count(model: Path, folder: Path, num_ranks: int, **changes: Any) -> DryRun:
+def count(
+    model: Path, folder: Path, num_ranks: int, target: str | None = None, **changes: Any
+) -> DryRun:
     rows = write_rows(folder / "rows.jsonl", build_sum_rows(1, 32))
-    recipe = make_tiny_recipe(model, folder / "x", data=str(rows), batch_size=16, **changes)
-    run_inputs = inputs.load_inputs(recipe)
+    how = {"data": str(rows), "batch_size": 16} | changes
+    recipe = make_tiny_recipe(model, folder / "x", **how)
+    run_inputs = inputs.load_inputs(recipe, needs_weights=False).with_machine(target, None)
     return simulate_step(inputs.make_plan(run_inputs), run_inputs, num_ranks)
 
 
@@ -63,6 +66,48 @@ def test_ranks_that_share_documents_send_what_is_planned(
     assert "alltoall_base" not in get_messages(alone.messages)
 
 
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": "full"}, FULL])
+@pytest.mark.parametrize("shard", [2, 4])
+def test_ranks_that_hold_weights_together_send_and_hold_what_is_planned(
+    model: Path, tmp_path: Path, changes: dict[str, Any], shard: int
+) -> None:
+    how: dict[str, Any] = {"dtype": "bf16", "optim": "adamw", **changes}
+    dry_run = count(model, tmp_path, 4, target="4xh100", shard=shard, **how)
+    sent = get_messages(dry_run.messages)
+    planned = get_messages(dry_run.planned_messages)
+    assert sent.keys() == planned.keys()
+    gathers, gathered_bytes = planned["allgather_base"]
+    assert sent["allgather_base"] == (gathers, pytest.approx(gathered_bytes, rel=0.02))
+    if "method" in changes:
+        calls, summed_bytes = planned["reduce_scatter_base"]
+        assert sent["reduce_scatter_base"] == (calls, pytest.approx(summed_bytes, rel=0.02))
+    assert sent["allreduce"][0] == planned["allreduce"][0]
+    words = (sent["allreduce"][1] - planned["allreduce"][1]) / GRADIENT_BYTES
+    assert 4 < words < 60, "loss, counts, and a word for each rank and parameter"
+    assert dry_run.weight_bytes == pytest.approx(dry_run.planned_weight_bytes, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model without weights, whose own memory is far more than that of a few tokens."""
+    folder = save_model_folder(tmp_path_factory.mktemp("large") / "model")
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 12}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+    (folder / "config.json").write_text(json.dumps(config | sizes | heads | {"vocab_size": 32000}))
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{"method": "lora", "lora_r": 16}, FULL])
+def test_the_peak_of_8_ranks_is_within_10_percent_of_the_plan(
+    large: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    how: dict[str, Any] = {"dtype": "bf16", "shard": 8, "gradient_checkpointing": "full"}
+    dry_run = count(large, tmp_path, 8, target="8xh100", batch_size=8, **how, **changes)
+    assert dry_run.planned_peak_bytes == pytest.approx(dry_run.peak_bytes, rel=0.05)
+
+
 def test_the_memory_of_a_rank_falls_with_their_number(model: Path, tmp_path: Path) -> None:
     """No rank has less than its weights and the longest document."""
     peaks = [count(model, tmp_path, num_ranks, dtype="bf16") for num_ranks in (2, 8)]
@@ -74,7 +119,7 @@ def test_the_memory_of_a_rank_falls_with_their_number(model: Path, tmp_path: Pat
     ("changes", "num_ranks", "problem"),
     [
         ({"method": "qlora"}, 2, "takes no fake tensors"),
-        ({"shard": 2}, 2, "does not count sharded weights"),
+        ({"shard": 2}, 3, "2 processes hold the weights together, and there are 3"),
         ({"context": 2}, 3, "there are 3"),
         (FULL | {"max_grad_norm": 0}, 2, "before several ranks could sum"),
     ],

@@ -347,11 +347,10 @@ class GuardedTraining:
             if step <= self.guard.safe_step:
                 keep_steps.add(step)
                 break
-        needed_bytes = sum(3 * p.numel() * p.element_size() for p in training.parameters.values())
         with self.context.folder.checkpoint(
             training.step,
             metadata=self.context.resume_state.fingerprint,
-            needed_bytes=needed_bytes,
+            needed_bytes=training.state_bytes,
             keep_steps=keep_steps,
         ) as checkpoint_dir:
             training.save(checkpoint_dir)
