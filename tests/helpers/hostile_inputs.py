@@ -22,6 +22,7 @@ from typing import Any
 
 import hostile_rows
 import hostile_text_parts
+import hostile_volumes
 from hostile_recipe_values import RECIPE_VALUES
 from hostile_rows import NOW, Call
 from tiny_runs import save_model_folder
@@ -324,6 +325,12 @@ TOKENIZERS: dict[str, Callable[[Path], Call]] = {
     "100000 letters that normalization makes 18 long": change_tokenizer(
         "\ufdfa" * 100_000, normalizer={"type": "NFKD"}
     ),
+    "ideographs that normalization puts apart": change_tokenizer(
+        "日本" * 100_000, normalizer={
+            "type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+            "strip_accents": None, "lowercase": True,
+        }
+    ),
     "such letters between words": change_tokenizer(
         "a \ufdfa b " * 30_000, normalizer={"type": "NFKC"}
     ),
@@ -464,7 +471,7 @@ CONFIGS: dict[str, Callable[[Path], Call]] = {
 
 CASES: dict[str, Callable[[Path], Call]] = {
     **TEMPLATES, **CHAT_TEMPLATES, **TOKENIZERS, **MODELS, **RECIPES, **CONFIGS,
-    **hostile_rows.CASES,
+    **hostile_rows.CASES, **hostile_volumes.CASES,
 }  # fmt: skip
 
 

@@ -91,6 +91,7 @@ CASES: dict[str, Callable[[Path], Call]] = {
     "a text of ligatures": check_text("\ufdfa", 100_000),
     "a text of four-byte letters": check_text("🤗", 200_000),
     "5000 tools": partial(check_rows, lambda: [make_row("a", tools=make_tools(5000))]),
+    "20000 tools": partial(check_rows, lambda: [make_row("a", tools=make_tools(20_000))]),
     "a text of open braces": check_text("{", 300_000),
     "a text of open tags": check_text("<a", 300_000),
     "control tokens by the thousand": check_text("<|start|>", 100_000),

@@ -266,7 +266,7 @@ def test_a_line_of_200_mb_is_measured_and_not_read(tiny_folder: Path, tmp_path: 
     tracemalloc.start()
     with pytest.raises(
         InputError,
-        match=r"1 too long\n  corpus.jsonl:2: the row has 209,715,\d+ bytes; at most 64 MB",
+        match=r"1 too long\n  corpus.jsonl:2: the row has 209,715,\d+ bytes; at most 8 MiB",
     ):
         train(wish(tiny_folder, tmp_path, data=str(file)))
     peak = tracemalloc.get_traced_memory()[1]

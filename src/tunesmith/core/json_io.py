@@ -13,8 +13,10 @@ import dataclasses
 import json
 import math
 import numbers
+import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,6 +26,9 @@ from tunesmith.core.errors import DISK_FIX, MACHINE_ERRNOS, InputError, MachineE
 from tunesmith.core.types import Json, Plan
 
 T = TypeVar("T")
+MAX_TEXT_VALUES = 100_000  # of JSON in a text: answers, arguments of tool calls
+JSON_TEXT = r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)'  # closed, or up to the end
+_JSON_VALUE = re.compile(JSON_TEXT + r"|[\[{]", re.DOTALL)
 
 
 def to_jsonable(value: Any, path: str = "value") -> Any:
@@ -94,13 +99,18 @@ def _make_adapter(cls: type[T]) -> TypeAdapter[T]:
     return TypeAdapter(cls)  # takes milliseconds, and every reply of a server is parsed
 
 
-def read_json(path: Path, *, key: str = "", fix: str = "") -> Any:
-    """Read a JSON file. Raises InputError with file:line:column if it is missing or broken.
+def read_json(path: Path, *, key: str = "", fix: str = "", max_values: int | None = None) -> Any:
+    """Read a JSON file. Raises InputError with file:line:column if it is missing or broken, or has
+    more than `max_values` commas and brackets: a value takes up to 200 bytes.
 
     `key` is the setting that named the file."""
     where = f"{key}: {path}" if key else str(path)
     try:
-        return json.loads(path.read_bytes())
+        content = path.read_bytes()
+        if max_values is not None and count_json_marks(content) > max_values:
+            message = f"more than {max_values:,} commas and brackets"
+            raise InputError(message, where=where, fix=fix)
+        return json.loads(content)
     except FileNotFoundError:
         raise InputError("no such file", where=where, fix=fix or "check the path") from None
     except OSError as error:
@@ -120,15 +130,30 @@ def read_json(path: Path, *, key: str = "", fix: str = "") -> Any:
         raise InputError(f"not valid JSON: {error}", where=where, fix=fix) from None
 
 
-def read_json_object(path: Path, *, is_optional: bool = False, fix: str = "") -> Json:
+def read_json_object(
+    path: Path, *, is_optional: bool = False, fix: str = "", max_values: int | None = None
+) -> Json:
     """Read a JSON file with an object; one that is missing is empty if `is_optional`. Raises
     InputError for anything else."""
     if is_optional and not path.is_file():
         return {}
-    content = read_json(path, fix=fix)
+    content = read_json(path, fix=fix, max_values=max_values)
     if not isinstance(content, dict):
         raise InputError("not a JSON object", where=str(path), fix=fix)
     return cast("Json", content)
+
+
+def count_json_marks(content: bytes) -> int:
+    """Return the commas and opening brackets of JSON, at least as many as its values."""
+    return content.count(b",") + content.count(b"[") + content.count(b"{")
+
+
+def has_more_values(text: str, limit: int) -> bool:
+    """Return whether JSON has more than `limit` keys, texts, objects and arrays, without decoding
+    it: one of them takes up to 200 bytes. Numbers, which are small, are not counted."""
+    if (text.count('"') + 1) // 2 + text.count("[") + text.count("{") <= limit:
+        return False
+    return any(islice(_JSON_VALUE.finditer(text), limit, None))
 
 
 def measure_depth(value: Any) -> int:

@@ -13,6 +13,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from tunesmith.core.json_io import MAX_TEXT_VALUES, has_more_values
+
 MAX_DEPTH = 4
 MAX_FIELDS = 500  # of an answer; the others are counted as one
 MAX_COUNTED_VALUES = 2_000  # different values of a field that are counted one by one
@@ -25,6 +27,8 @@ ANSWER = ""  # the name of the answer as one value
 
 def split_fields(text: str) -> dict[str, str] | None:
     """Return the fields of a JSON object with their values as JSON; None for any other text."""
+    if has_more_values(text, MAX_TEXT_VALUES):
+        return None
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
         if not isinstance(value, dict) or not value:

@@ -12,6 +12,7 @@ from itertools import chain
 
 from tunesmith.core.types import Example, Json
 
+PIECE_CHARS = 2**18  # of a long text, whose words are held at once
 CLOSING_CHARS = "?!. \n\t"  # ignored at the end of a question
 
 
@@ -57,5 +58,16 @@ def _hash_parts(prompt: Sequence[str], answer: Sequence[str]) -> tuple[int, int]
 
 
 def _hash_normalized(parts: Sequence[str]) -> int:
-    normalized = "".join(" ".join(part.split()) + "\0" for part in parts)
-    return int.from_bytes(hashlib.blake2b(normalized.encode(), digest_size=8).digest(), "big")
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        separator = ""
+        end = 0
+        while end < len(part):
+            start = end
+            end = part.find(" ", start + PIECE_CHARS)
+            end = len(part) if end < 0 else end
+            if words := part[start:end].split():
+                digest.update(f"{separator}{' '.join(words)}".encode())
+                separator = " "
+        digest.update(b"\0")
+    return int.from_bytes(digest.digest(), "big")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tunesmith.core.atomic import hash_file, read_manifest
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import dump_json, parse_as, read_json_object
+from tunesmith.core.json_io import dump_json, parse_as
 from tunesmith.core.types import Json, __version__
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.model.hub.base_config import list_config_changes, select_forward_keys
@@ -172,7 +172,7 @@ def read_provenance(folder: Path) -> Provenance | None:
     path = folder / PROVENANCE_FILE
     if not path.is_file():
         return None
-    content = read_json_object(path)
+    content = read_model_json(path)
     file_format = content.get("format")
     if file_format != PROVENANCE_FORMAT:
         age = "an older tunesmith" if file_format in (None, 1) else "another tunesmith"

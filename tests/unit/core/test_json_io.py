@@ -11,7 +11,14 @@ import pytest
 from plan_configs import DEFAULTS
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import TrainStep
-from tunesmith.core.json_io import dump_json, measure_depth, parse_as, read_json, to_jsonable
+from tunesmith.core.json_io import (
+    dump_json,
+    has_more_values,
+    measure_depth,
+    parse_as,
+    read_json,
+    to_jsonable,
+)
 from tunesmith.core.types import (
     DataReport,
     Finding,
@@ -154,3 +161,19 @@ def test_depth_counts_objects_and_arrays(text: str, depth: int) -> None:
     for _ in range(100_000):
         value = [value]
     assert measure_depth(value) == 100_000
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("[1, 2.5, true]", 1),
+        ('{"a": 0, "b": "c"}', 4),
+        (r'["\"[{", "[", "\\"]', 4),
+        ('[["a', 3),  # a text that is not closed
+        ('["a\\', 2),
+        ("[[],[{}]]", 4),
+    ],
+)
+def test_values_are_counted_without_being_decoded(text: str, count: int) -> None:
+    assert has_more_values(text, count - 1)
+    assert not has_more_values(text, count)

@@ -18,7 +18,7 @@ from typing import Any
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import suggest_name
-from tunesmith.core.json_io import measure_depth
+from tunesmith.core.json_io import MAX_TEXT_VALUES, has_more_values, measure_depth
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.template import ChatTemplate
 from tunesmith.data.chat_template.tracked_str import (
@@ -196,6 +196,9 @@ def _convert_call(call: Any, quirks: TemplateQuirks) -> Any:
     if quirks.can_render_dict_args == quirks.can_render_text_args:
         return call
     if isinstance(arguments, str) and quirks.can_render_dict_args:
+        if has_more_values(arguments, MAX_TEXT_VALUES):
+            message = f"the arguments of a tool call have more than {MAX_TEXT_VALUES:,} values"
+            raise InputError(message, fix="split or remove this row")
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError) as error:

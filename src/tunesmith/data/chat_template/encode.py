@@ -23,7 +23,11 @@ from tunesmith.data.chat_template.tracked_str import (
     get_plain_text,
     iter_spans,
 )
-from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer, ControlToken
+from tunesmith.data.tokenizer.chat_tokenizer import (
+    ChatTokenizer,
+    ControlToken,
+    refuse_long_rows,
+)
 
 # White space of the tokenizers library, for added tokens with lstrip or rstrip.
 EN_QUAD_TO_HAIR_SPACE = "".join(map(chr, range(0x2000, 0x200B)))
@@ -178,19 +182,22 @@ class EncodedText:
 
 def encode(text: TrackedText, *, cut: int = -1) -> EncodedText:
     """Encode a text. At character `cut`, plain text is split in two runs, the second of which
-    continues the first. Raises InputError if plain text makes a control token, or for a token
-    without an embedding."""
+    continues the first. Raises InputError if plain text makes a control token, for a token without
+    an embedding, and for too many tokens."""
     text.tokenizer.refuse_rowless_ids([match.control.id for match in text.controls])
     runs = [
         EncodedRun(match.start, match.end, [match.control.id], match.token_end)
         for match in text.controls
     ]
+    num_tokens = len(runs)
     for start, end, is_continuation in text.iter_plain_spans(cut):
         if is_continuation:
             ids = text.tokenizer.encode_continuation(text.plain[start:end])
             runs.append(EncodedRun(start, end, ids))
         else:
             runs.append(_encode_run(text, start, end))
+        num_tokens += len(runs[-1].ids)
+        refuse_long_rows(num_tokens)
     runs.sort(key=lambda run: run.start)
     return EncodedText(text, runs)
 

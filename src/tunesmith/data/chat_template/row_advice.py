@@ -21,7 +21,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import Example, Json
 from tunesmith.data.chat_template.conversation import TEMPLATE_KWARGS_KEY, list_settable_names
 from tunesmith.data.chat_template.template import ChatTemplate
-from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
+from tunesmith.data.tokenizer.chat_tokenizer import TOO_LONG_FIX, ChatTokenizer
 
 MAX_TRIES = 200
 MAX_SECONDS = 2.0  # of all tries: one alone can take as long as a template may
@@ -53,7 +53,8 @@ class RowAdvisor:
     def suggest_fix(self, example: Example, error: InputError) -> InputError:
         """Return the error with a fix that was tried, or unchanged."""
         is_chat = example.text is None and bool(self.templates)
-        if not is_chat or error.fix.startswith("put a user message first"):
+        has_fix = error.fix == TOO_LONG_FIX or error.fix.startswith("put a user message first")
+        if not is_chat or has_fix:
             return error
         if self._needs_question(example):
             message = (

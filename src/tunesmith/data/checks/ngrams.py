@@ -15,6 +15,7 @@ import numpy as np
 
 SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 PUNCTUATION_TO_SPACE = bytes.maketrans(string.punctuation.encode(), b" " * len(string.punctuation))
+PART_BYTES = 2**19  # of a long text, whose words are held at once
 GOLDEN_MULTIPLIER = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 
 
@@ -22,8 +23,16 @@ def hash_words(text: str) -> np.ndarray:
     """Return uint64 [words], one hash per word."""
     if not text.isascii():
         text = SPACELESS.sub(r" \g<0> ", text)
-    words = text.lower().encode(errors="replace").translate(PUNCTUATION_TO_SPACE).split()
-    return np.fromiter(map(crc32, words), dtype=np.uint64, count=len(words))
+    content = text.lower().encode(errors="replace").translate(PUNCTUATION_TO_SPACE)
+    parts: list[np.ndarray] = []
+    end = 0
+    while end < len(content) or not parts:
+        start = end
+        end = content.find(b" ", start + PART_BYTES)
+        end = len(content) if end < 0 else end
+        words = content[start:end].split()
+        parts.append(np.fromiter(map(crc32, words), dtype=np.uint64, count=len(words)))
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def hash_ngrams(words_W: np.ndarray, n: int) -> np.ndarray:

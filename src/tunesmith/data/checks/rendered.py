@@ -12,6 +12,7 @@ from referencing.exceptions import Unresolvable
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import format_count
+from tunesmith.core.json_io import MAX_TEXT_VALUES, has_more_values
 from tunesmith.core.types import Finding
 from tunesmith.data.chat_template.render_notes import BOUNDARY, PER_TURN, STRUCTURAL
 from tunesmith.data.checks.context import (
@@ -249,6 +250,8 @@ def _explain_violation(answer: str, validator: Validator) -> str:
     """Return in one line why an answer violates the schema; empty if it does not."""
     if not answer.strip():
         return ""
+    if has_more_values(answer, MAX_TEXT_VALUES):
+        return f"more than {MAX_TEXT_VALUES:,} values"
     try:
         value = json.loads(answer)
     except (json.JSONDecodeError, RecursionError):

@@ -17,6 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
+from tunesmith.core.json_io import MAX_TEXT_VALUES, has_more_values
 from tunesmith.core.types import Example
 from tunesmith.data.checks import language_id
 from tunesmith.data.checks.minhash import (
@@ -176,7 +177,7 @@ def compute_digest(text: str) -> int:
 
 
 def _classify_json(answer: str) -> int:
-    if not answer.startswith(("{", "[")):
+    if not answer.startswith(("{", "[")) or has_more_values(answer, MAX_TEXT_VALUES):
         return NO_JSON
     try:
         json.loads(answer)

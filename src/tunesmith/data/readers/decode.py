@@ -13,15 +13,18 @@ import csv
 import json
 import math
 import re
+import sys
 from collections import Counter
 from typing import Any, NamedTuple, NoReturn
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import measure_depth
+from tunesmith.core.json_io import has_more_values, measure_depth
 from tunesmith.core.types import Json
 from tunesmith.data.readers.invalid_row import InvalidRow
 
+MAX_ROW_MEMORY = 20 * 2**20  # bytes of a text: one emoji makes each character take four
 MAX_ROW_DEPTH = 100  # levels of nesting
+MAX_ROW_VALUES = 200_000  # keys, texts, objects and arrays; twenty thousand tools have more
 
 # JSON escapes from left to right: a surrogate pair, NUL, a lone surrogate, any other escape.
 _ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u0000)|(u[dD][89a-fA-F]..)|.)")
@@ -105,6 +108,10 @@ def read_header(raw: bytes, location: SourceLocation, delimiter: str) -> tuple[s
 def decode_json(raw: bytes, location: SourceLocation) -> Json:
     """Decode one JSON object strictly. Raises InvalidRow with line and column."""
     text = _decode_utf8(raw, location).rstrip("\r\n")  # so that columns count within the line
+    if sys.getsizeof(text) > MAX_ROW_MEMORY:
+        message = f"{len(text):,} characters of up to four bytes; at most 5 million are read"
+        fix = "split or remove this row"
+        raise InvalidRow("too long", message, where=str(location), fix=fix)
     data = read_json_text(text, location)
     if not isinstance(data, dict):
         message = f"the row is {describe_type(data)}, not an object"
@@ -118,6 +125,9 @@ def decode_json(raw: bytes, location: SourceLocation) -> Json:
 def read_json_text(text: str, location: SourceLocation) -> Any:
     """Decode any JSON value strictly. Raises InvalidRow with line and column."""
     where = str(location)
+    if has_more_values(text, MAX_ROW_VALUES):
+        message = f"more than {MAX_ROW_VALUES:,} keys, texts, objects and arrays"
+        raise InvalidRow("too many values", message, where=where, fix="split or remove this row")
     try:
         data = _DECODER.decode(text)
     except RecursionError:

@@ -20,7 +20,7 @@ Reason = Literal[
     "too long", "not UTF-8", "NUL character", "lone surrogate",
     # JSON and CSV
     "not JSON", "not CSV", "not an object", "duplicate key", "NaN or infinity",
-    "number too large", "nested too deep", "wrong number of fields",
+    "number too large", "nested too deep", "too many values", "wrong number of fields",
     # content of the row
     "missing key", "not messages", "too many messages", "unknown role", "null content", "not text",
     "empty text", "empty answer", "no answer at the end", "nothing trained", "wrong weight",

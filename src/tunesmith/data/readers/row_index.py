@@ -3,9 +3,9 @@
     open file -> RowSpan (start, end, line, column) of each row
 
 Rows are lines, CSV records, elements of a JSON array, or a full text file. Lines and texts are read
-in pieces, so a row over `MAX_ROW_BYTES` is only measured here, and refused when it is read. A JSON
-array is read at once and may have `MAX_ARRAY_BYTES`. Where the file is so broken that the next row
-cannot be located, an InputError is raised."""
+in pieces, so one over `MAX_ROW_BYTES` or `MAX_TEXT_BYTES` is only measured here, and refused when
+it is read. A JSON array is read at once and may have `MAX_ARRAY_BYTES`. Where the file is so broken
+that the next row cannot be located, an InputError is raised."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import JSON_TEXT
 
-MAX_ROW_BYTES = 64 * 2**20
+MAX_ROW_BYTES = 8 * 2**20  # in memory several times, with up to four bytes per character
+MAX_TEXT_BYTES = 64 * 2**20  # of a text file
 MAX_ARRAY_BYTES = 2**30
 MAX_FIELD_CHARS = 4 * 2**20  # the most that a forgotten quote in a CSV file can swallow
 CHUNK_BYTES = 2**20
@@ -127,7 +129,10 @@ def find_records(file: BinaryIO, delimiter: str) -> Iterator[RowSpan]:
 
 _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 # Lenient about everything but structure: the strict decoder judges each row when it is read.
-_ELEMENT_DECODER = json.JSONDecoder(strict=False, parse_int=str, parse_float=str)
+# A number becomes its length: only where the element ends matters.
+_ELEMENT_DECODER = json.JSONDecoder(strict=False, parse_int=len, parse_float=len)
+_STRUCTURE = re.compile(rf"{JSON_TEXT}|[\[\]{{}}]", re.DOTALL)
+MAX_ELEMENT_TOKENS = 10**6  # brackets and texts of an element that is decoded
 
 
 def find_elements(file: BinaryIO, name: str) -> Iterator[RowSpan]:
@@ -173,6 +178,7 @@ def _iter_elements(text: str) -> Iterator[RowSpan]:
         position = start
     while separator != "]":
         start = _skip_white_space(text, position + 1)
+        _refuse_large_element(text, start)
         _, end = _ELEMENT_DECODER.raw_decode(text, start)
         if line_breaks := text.count("\n", counted, start):
             line += line_breaks
@@ -186,6 +192,21 @@ def _iter_elements(text: str) -> Iterator[RowSpan]:
     rest = _skip_white_space(text, position + 1)
     if rest < len(text):
         raise json.JSONDecodeError("Extra data", text, rest)
+
+
+def _refuse_large_element(text: str, start: int) -> None:
+    """Raise JSONDecodeError for an element of so many values that decoding it takes much memory."""
+    if not text.startswith(("{", "["), start) or len(text) - start < MAX_ELEMENT_TOKENS:
+        return
+    depth = 0
+    for count, match in enumerate(_STRUCTURE.finditer(text, start)):
+        token = text[match.start()]
+        depth += (token in "{[") - (token in "}]")
+        if depth == 0:
+            return
+        if count == MAX_ELEMENT_TOKENS:
+            message = f"more than {MAX_ELEMENT_TOKENS:,} texts and brackets"
+            raise json.JSONDecodeError(message, text, start)
 
 
 def _skip_white_space(text: str, position: int) -> int:

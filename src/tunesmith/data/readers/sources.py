@@ -36,6 +36,7 @@ from tunesmith.data.readers.row_index import (
     BYTE_ORDER_MARK,
     CHUNK_BYTES,
     MAX_ROW_BYTES,
+    MAX_TEXT_BYTES,
     RowSpan,
     find_elements,
     find_full_text,
@@ -94,8 +95,9 @@ class Source:
         """Read and decode one row. Raises InvalidRow, or InputError if the file has changed."""
         location = self.get_location(index)
         num_bytes = self.ends[index] - self.starts[index]
-        if num_bytes > MAX_ROW_BYTES:
-            message = f"the row has {num_bytes:,} bytes; at most 64 MB are read"
+        max_bytes = MAX_TEXT_BYTES if self.decode is decode_text else MAX_ROW_BYTES
+        if num_bytes > max_bytes:
+            message = f"the row has {num_bytes:,} bytes; at most {max_bytes >> 20} MiB are read"
             fix = "split or remove this row"
             raise InvalidRow("too long", message, where=str(location), fix=fix)
         raw = self.content.read(self.starts[index], num_bytes)

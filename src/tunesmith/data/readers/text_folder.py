@@ -21,7 +21,7 @@ from tunesmith.core.types import Row
 from tunesmith.data.readers.decode import SourceLocation, decode_text
 from tunesmith.data.readers.invalid_row import InvalidRow
 from tunesmith.data.readers.local_file import FileBytes, check_path, get_stamp
-from tunesmith.data.readers.row_index import BYTE_ORDER_MARK, MAX_ROW_BYTES
+from tunesmith.data.readers.row_index import BYTE_ORDER_MARK, MAX_TEXT_BYTES
 
 TEXT_SUFFIXES = (".txt", ".md")
 
@@ -51,8 +51,10 @@ class TextFolder:
         """Read and decode one file. Raises InvalidRow, or InputError if it has changed."""
         row_id = self.get_id(index)
         num_bytes = self.files[index].stamp[0]
-        if num_bytes > MAX_ROW_BYTES:
-            message = f"the file has {num_bytes:,} bytes; at most 64 MB are read"
+        if num_bytes > MAX_TEXT_BYTES:
+            message = (
+                f"the file has {num_bytes:,} bytes; at most {MAX_TEXT_BYTES >> 20} MiB are read"
+            )
             raise InvalidRow("too long", message, where=row_id, fix="split or remove it")
         raw = self.files[index].read(0, num_bytes)
         text = raw.removeprefix(BYTE_ORDER_MARK)

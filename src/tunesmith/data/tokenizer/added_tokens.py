@@ -16,6 +16,7 @@ from tunesmith.core.json_io import read_json_object
 from tunesmith.core.types import Document, NewToken
 from tunesmith.data.chat_template.template import ChatTemplate
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
+from tunesmith.data.tokenizer.tokenizer_json import MAX_VALUES
 
 ADD_TOKENS_KEY = "add_tokens"
 MERGE_FIX = "merge it with PEFT's merge_and_unload, save the model, and set model: to its folder"
@@ -105,7 +106,10 @@ def refuse_other_tokens(adapter: Path, ids: Sequence[int], tokens: Sequence[NewT
 
 def _read_token_texts(adapter: Path, ids: Sequence[int]) -> dict[int, str]:
     """Return the texts of tokens from the tokenizer saved with an adapter, if there is one."""
-    added = read_json_object(adapter / "tokenizer.json", is_optional=True).get("added_tokens")
+    tokenizer = read_json_object(
+        adapter / "tokenizer.json", is_optional=True, max_values=MAX_VALUES
+    )
+    added = tokenizer.get("added_tokens")
     texts: dict[int, str] = {}
     for token in added if isinstance(added, list) else []:
         if isinstance(token, dict) and token.get("id") in ids:

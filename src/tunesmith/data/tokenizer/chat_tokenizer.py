@@ -56,6 +56,8 @@ SPECIAL_TOKEN_NAMES = (
 )
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 MAX_BATCH_BYTES = 2**20  # encoded in one call, which nothing can interrupt
+MAX_ROW_TOKENS = 2**20  # of a row that is held as a list; texts that are packed are not
+TOO_LONG_FIX = "split the row: it is longer than the context of any model"
 MAX_CACHED_CHARS = 64  # such runs repeat in every row and are cached
 MAX_CACHED_TEXTS = 10_000
 PATTERN_COMPONENTS = ("normalizer", "pre_tokenizer", "decoder")
@@ -232,7 +234,7 @@ class ChatTokenizer:
         if prefetched is not None:
             ids = self.check_ids(prefetched)
         else:
-            ids = [i for part in self.iter_run_ids(text, is_start=is_start) for i in part]
+            ids = _join_ids(self.iter_run_ids(text, is_start=is_start))
         if len(text) <= MAX_CACHED_CHARS and len(cache) < MAX_CACHED_TEXTS:
             cache[text] = ids
         return ids
@@ -311,7 +313,7 @@ class ChatTokenizer:
     def encode_continuation(self, text: str) -> list[int]:
         """Return the ids of text that continues other text: without the space that some tokenizers
         prepend."""
-        return [i for part in self._iter_ids(text, self._continuation_tokenizer) for i in part]
+        return _join_ids(self._iter_ids(text, self._continuation_tokenizer))
 
     def _encode(self, text: str, tokenizer: AnyTokenizer) -> list[int]:
         with TokenizerErrors():  # without offsets, it takes less time and memory for the same ids
@@ -372,6 +374,20 @@ class ChatTokenizer:
             " its ids"
         )
         raise InputError(message, where="tokenizer.json:post_processor")
+
+
+def _join_ids(parts: Iterable[list[int]]) -> list[int]:
+    ids: list[int] = []
+    for part in parts:
+        ids += part
+        refuse_long_rows(len(ids))
+    return ids
+
+
+def refuse_long_rows(num_tokens: int) -> None:
+    """Raise InputError for a row of so many tokens that it would take much memory."""
+    if num_tokens > MAX_ROW_TOKENS:
+        raise InputError(f"more than {MAX_ROW_TOKENS:,} tokens", fix=TOO_LONG_FIX)
 
 
 def _iter_batches(texts: Iterable[str], growth: int) -> Iterator[list[str]]:

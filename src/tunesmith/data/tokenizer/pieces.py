@@ -19,10 +19,10 @@ from typing import Any
 from tunesmith.core.errors import InputError
 from tunesmith.data.tokenizer.tokenizer_json import count_written_chars, iter_steps
 
-MAX_PIECE_CHARS = 2**18
-CHAR_BYTES = 4  # of UTF-8, at most
-MAX_GROWN_BYTES = CHAR_BYTES * MAX_PIECE_CHARS  # of a piece after normalization
-CUT_BYTES = MAX_GROWN_BYTES // 2  # after which it ends at the next space
+MAX_PIECE_BYTES = 2**19  # of UTF-8, after normalization
+CHAR_BYTES = 4  # at most
+MAX_PIECE_CHARS = MAX_PIECE_BYTES // CHAR_BYTES
+CUT_BYTES = MAX_PIECE_BYTES // 2  # after which it ends at the next space
 BLOCK_CHARS = 2**12  # normalized at once to measure them
 # Normalization forms, and the others that make text longer -> bytes for one of theirs, at most
 UNICODE_GROWTH = {
@@ -44,9 +44,9 @@ def estimate_growth(normalizer: Any) -> int:
 
 
 def split_grown_text(text: str, normalize: Callable[[str], str]) -> Iterator[str]:
-    """Yield a text in pieces of at most MAX_PIECE_CHARS, and MAX_GROWN_BYTES once it is normalized.
-    Raises InputError where that would cut a word."""
-    for piece in split_text(text, MAX_PIECE_CHARS):
+    """Yield a text in pieces of at most half of MAX_PIECE_CHARS, and MAX_PIECE_BYTES once it is
+    normalized. Raises InputError where that would cut a word."""
+    for piece in split_text(text, MAX_PIECE_CHARS // 2):
         start = 0
         num_bytes = 0
         for block_start in range(0, len(piece), BLOCK_CHARS):
@@ -59,7 +59,7 @@ def split_grown_text(text: str, normalize: Callable[[str], str]) -> Iterator[str
                     start = cut
                     num_bytes = _count_bytes(piece[cut:block_start], normalize)
             num_bytes += block_bytes
-            if num_bytes > MAX_GROWN_BYTES:
+            if num_bytes > MAX_PIECE_BYTES:
                 raise _make_growth_error(block_start + len(block) - start, num_bytes)
         yield piece[start:]
 

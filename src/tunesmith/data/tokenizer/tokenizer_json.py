@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import count_json_marks
 from tunesmith.core.types import Json, NewToken
 
 # What a tokenizer.json of wrong types or depth raises while it is taken apart.
@@ -34,6 +35,8 @@ UNUSABLE_ERRORS = (
 MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 MAX_BYTES = 64 * 2**20
+MAX_VALUES = 3_000_000  # commas and brackets: 262,144 tokens and their merges have 1.9 million
+MAX_VOCAB = 400_000
 MAX_GROWTH = 64  # characters that all steps together may write for one
 MAX_STEPS = 24  # real ones have up to ten
 BYTE_LEVEL_GROWTH = 4  # a character of four bytes becomes four
@@ -54,6 +57,9 @@ def parse_tokenizer(tokenizer_json: bytes) -> Json:
         raise InputError(
             f"the tokenizer.json has {len(tokenizer_json):,} bytes, more than {MAX_BYTES:,}"
         )
+    if count_json_marks(tokenizer_json) > MAX_VALUES:
+        message = f"the tokenizer.json has more than {MAX_VALUES:,} commas and brackets"
+        raise InputError(message, fix="no tokenizer needs that many; do not use this model")
     try:
         data = json.loads(tokenizer_json)
     except (ValueError, RecursionError) as error:
@@ -136,6 +142,9 @@ def _check_model(model: Json) -> None:
         if len(str(model.get(name) or "")) > MAX_AFFIX_CHARS:
             raise InputError(f"the tokenizer's {name} is too long")
     vocab = model.get("vocab")
+    if isinstance(vocab, (dict, list)) and len(vocab) > MAX_VOCAB:
+        message = f"the tokenizer's vocabulary has {len(vocab):,} tokens, more than {MAX_VOCAB:,}"
+        raise InputError(message, fix="do not use this model")
     if model.get("type") == "Unigram" and isinstance(vocab, list):
         longest = max((len(str(entry[0])) for entry in vocab if entry), default=0)
         if longest > MAX_UNIGRAM_CHARS:

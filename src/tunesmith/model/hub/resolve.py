@@ -40,7 +40,6 @@ from tunesmith.core.hub_repo import (
     read_repo,
     read_stored_repo,
 )
-from tunesmith.core.json_io import read_json_object
 from tunesmith.model.gguf import convert
 from tunesmith.model.hub.built_in import (
     BUILT_IN_MODELS,
@@ -52,7 +51,12 @@ from tunesmith.model.hub.built_in import (
     find_cache_dir,
     find_listings_dir,
 )
-from tunesmith.model.hub.validate import INDEX_FILE, WEIGHTS_FILE, check_folder
+from tunesmith.model.hub.validate import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    check_folder,
+    read_model_json,
+)
 
 ProgressCallback = Callable[[str], None]
 
@@ -263,7 +267,7 @@ def _has_all_weights(folder: Path) -> bool:
     index_file = folder / INDEX_FILE
     if not index_file.is_file():
         return False
-    weight_map = read_json_object(index_file).get("weight_map")
+    weight_map = read_model_json(index_file).get("weight_map")
     names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set[str]()
     return bool(names) and all((folder / Path(name).name).is_file() for name in names)
 

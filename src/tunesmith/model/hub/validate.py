@@ -33,6 +33,8 @@ TEMPLATES_DIR = "additional_chat_templates"  # the only subfolder that is read
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MAX_JSON_BYTES = 64 * 2**20
 MAX_CONFIG_BYTES = 4 * 2**20  # of config.json
+MAX_JSON_VALUES = 300_000  # an index of a trillion parameters has half as many
+MAX_CONFIG_VALUES = 100_000
 MAX_BYTES_BY_SUFFIX = {
     ".json": MAX_JSON_BYTES,
     ".jinja": 2**20,
@@ -184,11 +186,13 @@ def read_model_json(path: Path) -> Json:
     if not path.is_file():
         fix = "give a folder written by `save_pretrained`, with config.json and *.safetensors"
         raise InputError(f"there is no {path.name}", where=str(path.parent), fix=fix)
-    max_bytes = MAX_CONFIG_BYTES if path.name == "config.json" else MAX_JSON_BYTES
+    is_config = path.name == "config.json"
+    max_bytes = MAX_CONFIG_BYTES if is_config else MAX_JSON_BYTES
     if path.stat().st_size > max_bytes:
         message = f"the file is larger than {max_bytes >> 20} MiB"
         raise InputError(message, where=str(path), fix=DOWNLOAD_FILE_FIX)
-    return read_json_object(path, fix=DOWNLOAD_FILE_FIX)
+    max_values = MAX_CONFIG_VALUES if is_config else MAX_JSON_VALUES
+    return read_json_object(path, fix=DOWNLOAD_FILE_FIX, max_values=max_values)
 
 
 # ---------------------------------------------------------------- weights

@@ -311,6 +311,14 @@ def test_fault_03_a_line_of_200_mb_is_one_bad_row_and_is_never_held(
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
+        pytest.param(
+            GOOD[:-1] + b', "x": [' + b"[]," * 200_000 + b"0]}", "too many values", id="lists"
+        ),
+        pytest.param(
+            GOOD[:-1] + b', "x": "' + b"a" * 5_300_000 + "🤗".encode() + b'"}',
+            "too long",
+            id="wide",
+        ),
         (GOOD[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
         (b'{"x":' * 100_000, "nested too deep"),
         (GOOD[:-1] + b', "x": NaN}', "NaN or infinity"),

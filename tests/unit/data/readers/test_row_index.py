@@ -115,6 +115,14 @@ def test_an_array_that_is_too_large_or_too_deep_is_refused(monkeypatch):
     assert caught.value.fix == "convert it to JSON Lines: jq -c '.[]' x.json > NEW.jsonl"
 
 
+def test_an_element_of_too_many_values_is_refused_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr(row_index, "MAX_ELEMENT_TOKENS", 5)
+    assert elements(b'[1, ["]\\"[", [], 2], {"c": 1}]') == [b"1", b'["]\\"[", [], 2]', b'{"c": 1}']
+    for raw in (b'[1, [[], [], "a"]]', b'[1, [[], [], "open]'):
+        with pytest.raises(InputError, match="element 2: more than 5 texts and brackets"):
+            elements(raw)
+
+
 @given(
     st.lists(
         st.lists(st.text(st.sampled_from('a",\r\n é'), max_size=6), min_size=2, max_size=2),

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
+from hostile_rows import NOW
 from toy_chat import CHATML, write_model_folder
 from tunesmith.core.errors import InputError
+from tunesmith.core.types import Example
+from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.tokenizer import chat_tokenizer, pieces
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 from tunesmith.data.tokenizer.pieces import CUT_BYTES, estimate_growth, split_grown_text
@@ -58,7 +61,7 @@ def test_a_text_that_grows_is_cut_between_words_or_refused(
     expected = tokenizer.encode(text, is_start=True)
     monkeypatch.setattr(chat_tokenizer, "MAX_PIECE_CHARS", 1000)
     monkeypatch.setattr(pieces, "MAX_PIECE_CHARS", 2**18)
-    monkeypatch.setattr(pieces, "MAX_GROWN_BYTES", 8000)
+    monkeypatch.setattr(pieces, "MAX_PIECE_BYTES", 8000)
     monkeypatch.setattr(pieces, "CUT_BYTES", 4000)
     monkeypatch.setattr(pieces, "BLOCK_CHARS", 64)
     sizes: list[int] = []
@@ -80,7 +83,10 @@ def test_a_long_text_of_ligatures_is_refused_and_one_without_growth_is_not() -> 
 
     with pytest.raises(InputError, match="become"):
         list(split_grown_text("日" * 200_000, grow))
-    assert len(list(split_grown_text("日" * 200_000, str))) == 1
+    assert len(list(split_grown_text("日" * 60_000, str))) == 1
+    assert len(list(split_grown_text("日" * 200_000, "".join))) == 4
+    normalizer = normalizers.BertNormalizer()  # puts spaces around each
+    assert len(list(split_grown_text("日" * 200_000, normalizer.normalize_str))) == 4
     with pytest.raises(InputError, match=r"4,096 characters .* become 1,638,400 bytes"):
         list(split_grown_text(" ab" * 3_000, lambda text: text * 400))
     words = list(split_grown_text("日本 " * 70_000, grow))
@@ -94,3 +100,19 @@ def test_batches_are_bounded_after_normalization() -> None:
     assert sum(sizes) == 1_000_000
     assert max(sizes) * 18 <= chat_tokenizer.MAX_BATCH_BYTES
     assert [len(batch) for batch in chat_tokenizer._iter_batches(["a" * 2**21] * 2, 1)] == [1, 1]
+
+
+def test_a_row_of_too_many_tokens_is_refused_before_they_are_all_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = Renderer.from_folder(write_model_folder(tmp_path / "m", CHATML), now=NOW)
+    monkeypatch.setattr(chat_tokenizer, "MAX_PIECE_CHARS", 100)
+    monkeypatch.setattr(chat_tokenizer, "MAX_ROW_TOKENS", 1000)
+    assert len(renderer.encode_text("qx" * 500)) == 1000
+    with pytest.raises(InputError, match="more than 1,000 tokens"):
+        renderer.encode_text("qx" * 501)
+    pair = [{"role": "user", "content": "qx" * 20}, {"role": "assistant", "content": "yes"}]
+    weights = (0.0, 1.0) * 50
+    with pytest.raises(InputError, match="x:1: more than 1,000 tokens"):
+        renderer.render(Example("x:1", messages=tuple(pair * 50), turn_weights=weights))
+    assert sum(map(len, renderer.iter_text_ids("qx" * 800))) > 1000, "texts are packed in parts"

@@ -105,6 +105,15 @@ def test_a_huge_file_is_refused_unparsed(monkeypatch: pytest.MonkeyPatch) -> Non
         parse_tokenizer(make_byte_bpe().encode())
 
 
+def test_a_file_of_too_many_values_is_refused_unparsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_json, "MAX_VOCAB", 100)
+    with pytest.raises(InputError, match=r"vocabulary has .* tokens, more than 100"):
+        parse_tokenizer(make_byte_bpe().encode())
+    monkeypatch.setattr(tokenizer_json, "MAX_VALUES", 9)
+    with pytest.raises(InputError, match="more than 9 commas and brackets"):
+        parse_tokenizer(b"[],[],[],[],[], nothing parses this")
+
+
 def test_sound_ones_pass_without_their_truncation_and_padding() -> None:
     """Truncation would cut rows in silence."""
     parsed = parse_tokenizer(
