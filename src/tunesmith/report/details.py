@@ -58,6 +58,14 @@ class DataView:
     retention: str  # the texts of retention_data, which are no rows of a role
 
     @property
+    def is_fully_checked(self) -> bool:
+        return any(role.report.is_fully_checked for role in self.roles)
+
+    @property
+    def roles_with_lengths(self) -> list[RoleView]:
+        return [role for role in self.roles if role.report.length_counts]
+
+    @property
     def not_run(self) -> list[CheckView]:
         return [check for check in self.checks if check.state == "not run"]
 

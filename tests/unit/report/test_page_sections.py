@@ -268,12 +268,18 @@ def test_next_steps_name_no_folder_of_the_user(tmp_path: Path) -> None:
     assert "alice" not in read_text(tmp_path / "moved")
 
 
-def test_a_check_without_its_extra_did_not_run() -> None:
+def test_a_check_without_its_extra_did_not_run(tmp_path: Path) -> None:
     missing = Finding("languages", "info", "languages are not checked: py3langid is not installed")
     results = list_results(missing, is_full=True)
     assert results["Languages"][0] == "not run"
     assert results["Keys and passwords"] == ("clean", "nothing found")
     assert list_results(is_full=True)["Nearly equal rows"] == ("clean", "nothing found")
+    report = replace(fake_runs.REPORT, findings=(missing,), is_fully_checked=True)
+    plan = replace(fake_runs.PLAN, data={"data": report, "test_data": report})
+    text = read_text(fake_runs.write_run(tmp_path / "run", plan=plan))
+    assert "All texts were read, but packages are missing. Not run: languages." in text
+    assert "quick checks" not in text
+    assert "5% of the run" not in text
 
 
 def test_every_check_of_the_data_is_in_one_group() -> None:
