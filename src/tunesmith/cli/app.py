@@ -249,6 +249,9 @@ def plan(  # noqa: PLR0913 - every option is a flag
     from tunesmith.cli.views.plan import render_method_estimates, render_plan, render_setting
 
     views = {"--compare": compare, "--dry-run": dry_run is not None, "--why": why is not None}
+    views["--all"] = show_all
+    if compare or dry_run is not None:  # --why may explain a setting that is measured
+        views["--benchmark"] = benchmark
     chosen = [flag for flag, is_chosen in views.items() if is_chosen]
     if len(chosen) > 1:
         message = f"{' and '.join(chosen)} cannot be combined"

@@ -175,7 +175,7 @@ class PlanConfig:
     gradient_checkpointing: str  # kept or recomputed in the backward pass
     deterministic: bool = False  # torch's deterministic algorithms
     context: int = 1  # ranks that share each document
-    shard: int = 1  # ranks that hold the frozen weights once
+    shard: int = 1  # ranks that hold the weights of the model once
     chat_template: str  # "auto": the model's own; "none"; or the path of a Jinja file
     on_overlong: Literal["drop", "truncate", "refuse"]
     seed: int
