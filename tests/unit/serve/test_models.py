@@ -89,6 +89,31 @@ def test_a_mixed_batch_is_each_alone_and_peft(
     assert alone["large@0"] == alone["base"]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT with transformers 5.24
+def test_answers_are_scored_as_lm_eval_asks_for_it(
+    live: LiveServer, writer: Path, adapters: dict[str, Path]
+) -> None:
+    """The body is that of lm-eval 0.4.13 (local-completions, tokenized requests, batches)."""
+    prompts = [list(b"abcabc"), list(b"the end of a longer text"), list(b"ab")]
+    body = {
+        "model": "large", "prompt": prompts, "temperature": 0, "max_tokens": 1, "logprobs": 1,
+        "seed": 1234, "echo": True,
+    }  # fmt: skip
+    with live.client() as http:
+        choices = http.post("/v1/completions", json=body).raise_for_status().json()["choices"]
+    network = AutoModelForCausalLM.from_pretrained(writer, dtype=torch.float32)
+    model: Any = PeftModel.from_pretrained(network, adapters["large"]).eval()
+    assert [choice["index"] for choice in choices] == [0, 1, 2]
+    for choice, ids in zip(choices, prompts, strict=True):
+        with torch.no_grad():
+            logprobs_LV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = logprobs_LV[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+        scored = choice["logprobs"]["token_logprobs"]
+        assert scored[1:-1] == pytest.approx(expected, abs=1e-4)  # the last is a new token
+        for top, row_V in zip(choice["logprobs"]["top_logprobs"][1:-1], logprobs_LV, strict=False):
+            assert max(top.values()) == pytest.approx(float(row_V.max()), abs=1e-4)
+
+
 def test_each_adapter_has_its_own_template(
     live: LiveServer, writer: Path, adapters: dict[str, Path]
 ) -> None:
