@@ -3,7 +3,7 @@
     python cases.py FOLDER     builds the shim in FOLDER, runs all cases, writes FOLDER/results.json
 
 The real code runs: training loop, losses, optimizer, checkpoints, preflight, generation,
-likelihoods. The models are tiny, but for the shapes of an 8B model."""
+likelihoods. The models are tiny, but for those of large_models.py."""
 
 import copy
 import dataclasses
@@ -32,10 +32,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
-from transformers.initialization import no_init_weights
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
+from fake_models import (
+    BF16,
+    PLAIN,
+    get_model,
+    make_loop,
+    make_model,
+    make_network,
+    record_step,
+    take_step,
+)
 from flash_on_cpu import layout_of
+from large_models import FEWER, LARGE_MODELS, MORE, name_case, train_large
 from plan_configs import make_config
 from recorder import Record, fake_gpu, recording
 from tiny_models import (
@@ -46,24 +56,16 @@ from tiny_models import (
     make_tiny_documents,
 )
 from tunesmith.core.errors import GateError, TunesmithError
-from tunesmith.core.events import TrainStep
 from tunesmith.core.ranks import Ranks
-from tunesmith.core.types import Document, GenerationRequest, NewToken, PackLayout
-from tunesmith.data.collate import collate
-from tunesmith.data.packing import pack_step
+from tunesmith.core.types import Document, GenerationRequest, PackLayout
 from tunesmith.evaluate.loglikelihood import compute_mean_states, compute_nll
 from tunesmith.model.adapters import METHODS
-from tunesmith.model.causal_lm import (
-    PackedCausalLM,
-    compute_stock_logits,
-    load_network,
-    wrap_model,
-)
+from tunesmith.model.causal_lm import compute_stock_logits, load_network, wrap_model
 from tunesmith.model.flash_attention import attend_gathered
 from tunesmith.model.generation.engine import generate
 from tunesmith.model.merged_attention import attend_merged
-from tunesmith.model.new_embeddings import init_new_rows
 from tunesmith.model.quantization import load_quantized
+from tunesmith.model.save import STATE_FILE
 from tunesmith.session.preflight_probe import (
     PreflightSamples,
     choose_documents,
@@ -71,68 +73,10 @@ from tunesmith.session.preflight_probe import (
     choose_sharing_documents,
 )
 from tunesmith.session.session import set_deterministic
-from tunesmith.train.checkpoint import STATE_FILE
 from tunesmith.train.kto import measure_kl
 from tunesmith.train.loop import TrainingLoop
-from tunesmith.train.losses import LossNormalizer, compute_step_terms
 from tunesmith.train.optimizer import restore_moments
 from tunesmith.train.preflight import run_preflight
-
-PLAIN = LlamaConfig(**SIZES | {"head_dim": 64})
-BF16 = torch.bfloat16
-
-
-def make_network(config: PreTrainedConfig, dtype: torch.dtype = BF16) -> Any:
-    """Return a stock network on the fake GPU, whose weights need no values."""
-    with torch.device("cuda"), no_init_weights():
-        network: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    return network.eval().requires_grad_(False)
-
-
-def make_model(
-    config: PreTrainedConfig = PLAIN,
-    *,
-    dtype: torch.dtype = BF16,
-    method: str = "lora",
-    backend: str = "varlen",
-    gradient_checkpointing: str = "none",
-    **settings: Any,
-) -> PackedCausalLM:
-    """Return a wrapped model on the fake GPU."""
-    network = make_network(config, dtype)
-    if "add_tokens" in settings:
-        tokens = [NewToken(text, id, (5, 6)) for text, id in settings["add_tokens"].items()]
-        init_new_rows(network, tokens)
-    if method == "qlora":
-        quantize(network, dtype)
-    METHODS[method](network, LORA | settings)
-    return wrap_model(network, dtype, backend, gradient_checkpointing=gradient_checkpointing)
-
-
-def quantize(network: Any, dtype: torch.dtype) -> None:
-    """Keep the linears in 4 bits, as `load_quantized` does."""
-    from tunesmith.model.adapters import find_linears, replace_module
-    from tunesmith.model.lora import QuantizedLinear
-
-    for path, linear in find_linears(network).items():
-        replace_module(network, path, QuantizedLinear(linear.weight, linear.bias, dtype))
-
-
-def make_loop(
-    model: PackedCausalLM, documents: Sequence[Document] = (), **settings: Any
-) -> TrainingLoop:
-    documents = documents or make_tiny_documents()
-
-    def load_documents(step: int) -> list[Document]:
-        del step
-        return [dataclasses.replace(document) for document in documents]
-
-    return TrainingLoop(model, load_documents, make_config(**settings), steps=3)
-
-
-def take_step(loop: TrainingLoop) -> None:
-    event = next(loop)
-    assert isinstance(event, TrainStep), event
 
 
 def train(
@@ -142,16 +86,8 @@ def train(
     **model_settings: Any,
 ) -> Record:
     """Record a step."""
-    with recording():
-        loop = make_loop(make_model(config, **model_settings), documents, **(plan or {}))
+    loop = make_loop(get_model(config, **model_settings), documents, **(plan or {}))
     return record_step(loop)
-
-
-def record_step(loop: TrainingLoop) -> Record:
-    with recording() as record:
-        take_step(loop)
-    record.step_kernels = record.num_kernels
-    return record
 
 
 def make_sides(*sides: str, reference: float | None = None) -> list[Document]:
@@ -185,11 +121,13 @@ class PretendedRanks(Ranks):
 def train_on_ranks(**model_settings: Any) -> Record:
     """Record a step of rank 0 up to its update, which stand-ins for the sums leave out."""
     documents = make_tiny_documents(range(10, 26))
-    model = make_model(**model_settings)
-    with recording():
-        loop = TrainingLoop(
-            model, lambda _: list(documents), make_config(), steps=3, ranks=PretendedRanks()
-        )
+    loop = TrainingLoop(
+        get_model(**model_settings),
+        lambda _: list(documents),
+        make_config(),
+        steps=3,
+        ranks=PretendedRanks(),
+    )
     return record_step(loop)
 
 
@@ -218,14 +156,15 @@ def train_several_packs() -> Record:
 
 def prove(config: PreTrainedConfig = PLAIN) -> Record:
     """Run preflight. Its controls cannot be detected with stand-ins, and come last."""
-    network = make_network(config)
     documents = choose_documents(make_tiny_documents((20, 9, 33, 14)), None)
     logits = []
-    for document in documents:
-        tokens = document.tokens_L[:-1].tolist()
-        logits.append(compute_stock_logits(network, tokens, choose_positions(document)))
-    METHODS["lora"](network, LORA)
-    model = wrap_model(network, BF16, "varlen")
+    with recording():  # which is faster
+        network = make_network(config)
+        for document in documents:
+            tokens = document.tokens_L[:-1].tolist()
+            logits.append(compute_stock_logits(network, tokens, choose_positions(document)))
+        METHODS["lora"](network, LORA)
+        model = wrap_model(network, BF16, "varlen")
     sharing = choose_sharing_documents(make_branching_documents())
     samples = PreflightSamples(documents, tuple(logits), frozenset({2}), sharing_documents=sharing)
     refusal = pytest.raises(GateError, match="did not detect an injected fault")
@@ -238,7 +177,7 @@ def answer(
     num_prompts: int, *, shared: int = 0, config: PreTrainedConfig = PLAIN, **settings: Any
 ) -> Record:
     """Generate answers to prompts that begin with the same `shared` tokens."""
-    model = make_model(config)
+    model = get_model(config)
     model.network.eval()
     start = tuple(range(3, 3 + shared))
     requests = []
@@ -253,7 +192,7 @@ def answer(
 
 def measure(share: bool) -> Record:
     """Measure likelihoods, hidden states and divergences."""
-    model = make_model()
+    model = get_model()
     model.network.eval()
     documents = make_branching_documents()
     with recording() as record:
@@ -264,7 +203,7 @@ def measure(share: bool) -> Record:
 
 
 def measure_mismatched() -> Record:
-    model = make_model()
+    model = get_model()
     with recording() as record:
         measure_kl(model, make_sides("mismatched"), 4096)
     return record
@@ -272,7 +211,7 @@ def measure_mismatched() -> Record:
 
 def resume(saved: dict[str, Tensor], *, steps_before: int) -> Record:
     """Restore the moments that a run on a CPU saved, into a run that has taken so many steps."""
-    loop = make_loop(make_model())
+    loop = make_loop(get_model())
     with recording():
         for _ in range(steps_before):
             take_step(loop)
@@ -308,70 +247,6 @@ ERRORS = (
     TypeError,
     ValueError,
 )
-# Qwen3-8B with fewer layers: shapes cost nothing
-LARGE: dict[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": False,
-}
-LARGE_TOKENS = 23 * 350
-POLICIES = ("none", "selective", "full")
-
-
-def train_large(num_layers: int, **settings: Any) -> Record:
-    """Record a run on chats of 350 tokens, a third of them trained, from the start. Kernels and
-    bytes are those of one pack, forward and backward, after the first update."""
-    documents: list[Document] = []
-    for index in range(LARGE_TOKENS // 350):
-        tokens_L = np.random.default_rng(index).integers(5, 1000, 351)
-        weights_L = np.zeros(351, np.float32)
-        weights_L[-120:] = 1
-        documents.append(Document(f"rows:{index}", tokens_L, weights_L))
-    config = Qwen3Config(**LARGE, num_hidden_layers=num_layers)
-    with recording() as record:
-        model = make_model(config, lora_r=16, **settings)
-        num_uploads = record.uploads
-        loop = make_loop(model, documents, pack_length=LARGE_TOKENS)
-        keep_saved(model, record)
-        take_step(loop)
-        num_uploads = record.uploads - num_uploads
-        num_kernels, num_bytes = record.num_kernels, record.moved_bytes
-        run_pack(loop, documents)
-        record.step_kernels = record.num_kernels - num_kernels
-        record.step_bytes = record.moved_bytes - num_bytes
-        record.uploads = num_uploads
-    return record
-
-
-def run_pack(loop: TrainingLoop, documents: Sequence[Document]) -> None:
-    """Run a pack forward and backward, as a step of several packs does with its first."""
-    model = loop.model
-    model.network.train()
-    (pack,) = pack_step(documents, LARGE_TOKENS)
-    normalizer = LossNormalizer.from_documents(documents)
-    batch = collate(pack, model.device)
-    terms = compute_step_terms(model, batch, normalizer, loop.loss_config)
-    torch.stack(
-        [term.coefficient * term.sum / term.count for term in terms.values()]
-    ).sum().backward()
-
-
-def keep_saved(model: PackedCausalLM, record: Record) -> None:
-    """Record the bytes that are in memory when the decoder is through its first pack, beside those
-    before."""
-    start_bytes = record.live_bytes
-
-    def read(*_arguments: Any) -> None:
-        record.saved_bytes = record.saved_bytes or record.live_bytes - start_bytes
-
-    model.decoder.register_forward_hook(read)
-
-
 # (shared prefix, answers) of attention; each length is of tokens
 SHARED_LAYOUTS = {
     "short answers": layout_of((1000, *(50,) * 40), (-1, *(0,) * 40)),
@@ -392,6 +267,14 @@ def attend_shared(attend: Callable[..., Tensor], layout: PackLayout) -> Record:
         torch.autograd.grad(out, (q, k, v), dout)
     record.step_kernels = record.num_kernels
     record.step_bytes = record.moved_bytes
+    return record
+
+
+def check_results() -> Record:
+    """Compare what is run directly with FakeTensorMode."""
+    model = make_model()
+    with recording(is_checked=True) as record:
+        take_step(make_loop(model))
     return record
 
 
@@ -435,6 +318,16 @@ def count_one_add() -> Record:
     with recording() as record:
         record.saved_bytes = (values + 1).untyped_storage().nbytes()
         record.step_kernels = record.num_kernels
+        record.step_seconds = record.seconds
+    return record
+
+
+def multiply(columns: int) -> Record:
+    a = torch.zeros(2048, 2048, dtype=BF16, device="cuda")
+    b = torch.zeros(2048, columns, dtype=BF16, device="cuda")
+    with recording() as record:
+        _ = a @ b
+    record.step_seconds = record.seconds
     return record
 
 
@@ -460,6 +353,9 @@ CONTROLS: dict[str, Callable[[], Record]] = {
     "two reads": read_twice,
     "one kernel": count_one_add,
     "two copies": copy_twice,
+    "a product, square": partial(multiply, 2048),
+    "a product, skinny": partial(multiply, 16),
+    "results": check_results,
     "a sum in any order": partial(run_deterministic, sum_floats),
 }
 
@@ -531,11 +427,13 @@ CASES: dict[str, Callable[[], Record]] = {
     "likelihoods with shared prefixes": partial(measure, share=True),
     "mismatched answers": measure_mismatched,
 }
-for policy in POLICIES:
-    for num_layers in (2, 3):
-        CASES[f"8B, {num_layers} layers, {policy}"] = partial(
-            train_large, num_layers, gradient_checkpointing=policy
-        )
+LARGE_CASES: dict[str, Callable[[], Record]] = {}
+for large_name, large_model in LARGE_MODELS.items():
+    for policy in large_model.policies:
+        for num_layers in (FEWER, MORE):
+            name = name_case(large_name, policy, num_layers)
+            LARGE_CASES[name] = partial(train_large, large_name, num_layers, policy)
+CASES |= LARGE_CASES
 for layout_name, shared_layout in SHARED_LAYOUTS.items():
     for way, attend in {"merged": attend_merged, "gathered": attend_gathered}.items():
         CASES[f"attention over {layout_name}, {way}"] = partial(
@@ -566,6 +464,7 @@ def run_case(case: Callable[[], Record]) -> dict[str, Any]:
         "waits": record.waits,
         "step_kernels": record.step_kernels,
         "step_bytes": record.step_bytes,
+        "step_seconds": record.step_seconds,
         "saved_bytes": record.saved_bytes,
         "peak_bytes": record.peak_bytes,
         "kernels": dict(record.kernels.most_common()),

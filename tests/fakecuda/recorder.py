@@ -3,7 +3,8 @@
 Tensors are fake: they have a shape, a dtype and a device, and no values. A case fails on tensors of
 different devices in one operation and on results whose shape depends on values, for which a GPU
 would have to wait. Reads of values are counted, and get stand-ins that let the code go on: 0.0, 1
-or true."""
+or true. Frequent operations go to torch's kernels for tensors without values directly:
+FakeTensorMode returns the same in several times the time (`is_checked` compares)."""
 
 import weakref
 from collections import Counter
@@ -14,10 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
+GET_DEVICE = torch.ops.prim.device.default
 READS = (aten._local_scalar_dense.default, aten.equal.default)
 COPIES = (aten._to_copy.default, aten.copy_.default)
 # those that change no memory, beside the views
@@ -27,10 +34,23 @@ FREE = {
     *("aten::is_same_size", "aten::sym_size", "prim::device"),
 }
 
+# run directly, as views are
+FREQUENT = {
+    *("aten::mm", "aten::bmm", "aten::clone", "aten::_unsafe_view"),
+    *("aten::empty_like", "aten::zeros_like", "aten::new_empty"),
+}
+UPDATES = {"aten::addmm_", "aten::add_", "aten::mul_"}  # of their first argument
 RANDOM_ORDER = {"aten::put_", "aten::histc", "aten::bincount", "aten::median", "aten::nll_loss2d"}
 ROW_CHOICES = {"aten::embedding", "aten::index_select"}
 ROW_WRITES = {"aten::index_copy_"}
 IN_PLACE = {"tunesmith::mix_rows", "tunesmith::scale_columns", "tunesmith::cross_entropy"}
+# rates of an H100 in practice: 66% of its data sheet's bf16 rate, 80% of its bandwidth
+H100_FLOPS = 0.66 * 989e12
+H100_BANDWIDTH = 0.8 * 3.35e12
+KERNEL_SECONDS = 2e-6  # of the shortest one
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_"}
+# multiplications and additions of flash attention for each score and value of a head
+ATTENTION_FLOPS = {"aten::_flash_attention_forward": 4, "aten::_flash_attention_backward": 10}
 FILLS = {"aten::zeros", "aten::ones", "aten::zeros_like", "aten::fill_", "aten::zero_"}
 
 
@@ -43,11 +63,13 @@ class Record:
     uploads: int = 0  # copies from the host
     waits: int = 0  # uploads for which this process waits until the device has done all before
     moved_bytes: int = 0  # that kernels read and write, each tensor once
+    seconds: float = 0.0  # of an H100, by its roofline
     live_bytes: int = 0
     peak_bytes: int = 0
     saved_bytes: int = 0  # set by a case: after the forward of the decoder
     step_kernels: int = 0  # set by a case
     step_bytes: int = 0  # set by a case
+    step_seconds: float = 0.0  # set by a case
 
     @property
     def num_kernels(self) -> int:
@@ -55,9 +77,10 @@ class Record:
 
 
 class Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, *, is_checked: bool = False) -> None:
         super().__init__()
         self.record = Record()
+        self.is_checked = is_checked
         self._storages: set[int] = set()
         self._last_read: torch.UntypedStorage | None = None
 
@@ -65,32 +88,59 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         del types
+        if func is GET_DEVICE:
+            return args[0].fake_device
+        kwargs = kwargs or {}
         inputs = list(_iter_tensors((args, kwargs)))
         if func in READS:
             return self._read(func, inputs, args)
         self._refuse_mixture(func, inputs)
         if torch.are_deterministic_algorithms_enabled():
             _refuse_random_order(func, inputs)
-        out = func(*args, **(kwargs or {}))
-        outputs = list(_iter_tensors(out))
         if func.namespace == "tunesmith":
+            out = None
             outputs = inputs  # a kernel of ours fills what it is given
-        on_gpu = [tensor for tensor in outputs if tensor.device.type == "cuda"]
-        if func in COPIES and inputs[-1].device.type != outputs[0].device.type:
+        else:
+            out = self._run(func, inputs, args, kwargs)
+            outputs = list(_iter_tensors(out))
+        on_gpu = [tensor for tensor in outputs if _is_on_gpu(tensor)]
+        if func in COPIES and _is_on_gpu(inputs[-1]) != _is_on_gpu(outputs[0]):
             if on_gpu:
                 self.record.uploads += 1
-                self.record.waits += not _is_non_blocking(func, args, kwargs or {})
+                self.record.waits += not _is_non_blocking(func, args, kwargs)
             else:
                 self._count_read(inputs[-1])
         elif on_gpu and not func.is_view and func._schema.name not in FREE:
+            num_bytes = _count_moved_bytes(func, inputs, outputs)
             self.record.kernels[func._schema.name] += 1
-            self.record.moved_bytes += _count_moved_bytes(func, inputs, outputs)
+            self.record.moved_bytes += num_bytes
+            self.record.seconds += max(
+                _count_flops(func, inputs, args) / H100_FLOPS,
+                num_bytes / H100_BANDWIDTH,
+                KERNEL_SECONDS,
+            )
         for tensor in on_gpu:
             self._track(tensor)
         return out
 
+    def _run(self, func: Any, inputs: list[Tensor], args: Any, kwargs: dict[str, Any]) -> Any:
+        name = func._schema.name
+        is_frequent = func.is_view or name in FREQUENT or name in UPDATES
+        if not is_frequent or "device" in kwargs or not _are_alike(inputs):
+            return func(*args, **kwargs)
+        if name in UPDATES and not self.is_checked:
+            return inputs[0]
+        out = _run_directly(func, inputs[0], args, kwargs)
+        if self.is_checked and name not in UPDATES:
+            expected = list(_iter_tensors(func(*args, **kwargs)))
+            for ours, other in zip(_iter_tensors(out), expected, strict=True):
+                assert _describe(ours) == _describe(other), func
+                if func.is_view:
+                    assert ours.untyped_storage()._cdata == other.untyped_storage()._cdata, func
+        return out
+
     def _read(self, func: Any, inputs: list[Tensor], args: Any) -> Any:
-        if inputs[0].device.type == "cpu":
+        if not _is_on_gpu(inputs[0]):
             try:
                 return func(*args)
             except DataDependentOutputException:
@@ -108,12 +158,10 @@ class Recorder(TorchDispatchMode):
 
     def _refuse_mixture(self, func: Any, inputs: list[Tensor]) -> None:
         """torch takes some mixtures, and waits for the copy of what is on the host."""
-        devices = {tensor.device.type for tensor in inputs if tensor.dim()}
-        if len(devices) > 1 and func not in COPIES:
-            raise AssertionError(f"{func._schema.name} of tensors on {sorted(devices)}")
-        if func._schema.name == "aten::_fused_adamw_":
-            devices = {tensor.device.type for tensor in inputs}
-            assert len(devices) == 1, f"the optimizer's tensors are on {sorted(devices)}"
+        is_optimizer = func is aten._fused_adamw_.default
+        on_gpu = {_is_on_gpu(tensor) for tensor in inputs if is_optimizer or tensor.dim()}
+        if len(on_gpu) > 1 and func not in COPIES:
+            raise AssertionError(f"{func._schema.name} of tensors on ['cpu', 'cuda']")
 
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -131,6 +179,40 @@ class Recorder(TorchDispatchMode):
             record.live_bytes -= size
 
         weakref.finalize(storage, forget)
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    """A fake tensor has its device at hand; its property `device` asks the mode."""
+    device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+    return device.type == "cuda"
+
+
+def _are_alike(inputs: list[Tensor]) -> bool:
+    """Return whether all are fake tensors of one device without known values."""
+    for tensor in inputs:
+        if not isinstance(tensor, FakeTensor) or tensor.constant is not None:
+            return False
+        if tensor.fake_device != inputs[0].fake_device:  # pyright: ignore[reportAttributeAccessIssue]
+            return False
+    return bool(inputs)
+
+
+def _run_directly(func: Any, first: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Return what an operation of fake tensors of one device returns."""
+    with in_kernel_invocation_manager(first.fake_mode):
+        out = func(*args, **kwargs)
+    if isinstance(out, FakeTensor):  # one of the inputs, changed in place
+        return out
+    if isinstance(out, Tensor):
+        return FakeTensor(first.fake_mode, out, first.fake_device)
+    return type(out)(FakeTensor(first.fake_mode, tensor, first.fake_device) for tensor in out)
+
+
+def _describe(tensor: Tensor) -> tuple[object, ...]:
+    """Return what is known of a fake tensor; of dimensions of one element the stride means
+    nothing."""
+    strides = [n for n, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    return tensor.shape, strides, tensor.storage_offset(), tensor.dtype, tensor.device
 
 
 def _is_non_blocking(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
@@ -160,12 +242,26 @@ def _count_moved_bytes(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -
     if name in FILLS:
         return sum(tensor.nbytes for tensor in outputs)
     tensors = {id(tensor): tensor for tensor in (*inputs, *outputs)}
-    moved = sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type == "cuda")
+    moved = sum(tensor.nbytes for tensor in tensors.values() if _is_on_gpu(tensor))
     if name in IN_PLACE:
         moved += inputs[0].nbytes
     if func.namespace == "aten" and func._schema.is_mutable:
         moved += sum(tensor.nbytes for tensor in outputs if id(tensor) in set(map(id, inputs)))
     return moved
+
+
+def _count_flops(func: Any, inputs: list[Tensor], args: Any) -> float:
+    """Return the operations of a product of matrices, and of causal attention over documents that
+    are all as long as the longest one."""
+    name = func._schema.name
+    if name in PRODUCTS:
+        a, b = inputs[-2:]
+        return 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
+    if name in ATTENTION_FLOPS:
+        q = inputs[0]
+        longest = next(arg for arg in args if isinstance(arg, int))
+        return ATTENTION_FLOPS[name] * q.numel() * longest / 2
+    return 0.0
 
 
 def _iter_tensors(value: Any) -> Iterator[Tensor]:
@@ -185,9 +281,9 @@ def _stand_in(dtype: torch.dtype) -> float | int | bool:
 
 
 @contextmanager
-def recording() -> Iterator[Record]:
+def recording(*, is_checked: bool = False) -> Iterator[Record]:
     """Record what runs inside, which must be in a `fake_gpu`."""
-    recorder = Recorder()
+    recorder = Recorder(is_checked=is_checked)
     with recorder:
         yield recorder.record
 

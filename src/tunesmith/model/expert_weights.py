@@ -228,7 +228,7 @@ def _multiply_rows(x_RI: Tensor, matrix_IO: Tensor, begin: int, end: int) -> Ten
 
 
 def can_group(x: Tensor, stacked: Tensor) -> bool:
-    """Return whether torch's grouped product, there from 2.10 on, takes these: bf16 on CUDA, in rows
+    """Return whether torch's grouped product, new in 2.10, takes these: bf16 on CUDA, in rows
     of 16 bytes. On a CPU it is a loop over the experts too."""
     if not hasattr(F, "grouped_mm"):
         return False

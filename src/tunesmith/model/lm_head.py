@@ -66,7 +66,9 @@ def _iter_loss_chunks(
     label_smoothing: float = 0.0,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield, chunk by chunk, its rows, their losses, and the gradient of their logits times
-    `weights`. `cast_weight` is the head's weight in the dtype of the hidden states."""
+    `weights`. `cast_weight` is the head's weight in the dtype of the hidden states.
+
+    Who reads a gradient deletes its name before the next one, or two are in memory at a time."""
     bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
     chunk_targets = TRITON_CHUNK_TARGETS if ops.find_triton(hidden) else CHUNK_TARGETS
     for start in range(0, len(hidden), chunk_targets):
@@ -76,6 +78,7 @@ def _iter_loss_chunks(
             logits, targets[rows], weights[rows], head.scale, head.softcap, label_smoothing
         )
         yield rows, losses, dlogits
+        del logits, dlogits
 
 
 class _SupervisedLoss(torch.autograd.Function):
@@ -106,6 +109,7 @@ class _SupervisedLoss(torch.autograd.Function):
                 dweight += dchunk.to(dweight.dtype)
             if dbias is not None:
                 dbias += dlogits.sum(0, dtype=dbias.dtype)
+            del dlogits
         losses_S = torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
         ctx.save_for_backward(dhidden, dweight, dbias)
         ctx.mark_non_differentiable(losses_S)
@@ -160,6 +164,7 @@ class _TargetLosses(torch.autograd.Function):
         for rows, chunk_losses, dlogits in chunks:
             losses.append(chunk_losses)
             torch.mm(dlogits, cast_weight, out=dhidden[rows])
+            del dlogits
         ctx.head = head
         saved_hidden = hidden if ctx.needs_input_grad[1] else None
         trained_bias = bias if ctx.needs_input_grad[2] else None
@@ -182,6 +187,7 @@ class _TargetLosses(torch.autograd.Function):
                 dweight += dchunk.to(dweight.dtype)
                 if dbias is not None:
                     dbias += dlogits.sum(0, dtype=dbias.dtype)
+                del dlogits
         dhidden = dhidden * dlosses_S[:, None].to(dhidden.dtype)
         return dhidden, dweight, dbias, None, None
 
@@ -198,6 +204,8 @@ def measure_target_losses(hidden_SH: Tensor, head: LMHead, targets_S: Tensor) ->
     losses = [hidden_SH.new_zeros(0, dtype=torch.float32)]
     ones = torch.ones(len(hidden_SH), dtype=torch.float32, device=hidden_SH.device)
     cast_weight = head.weight.to(hidden_SH.dtype)
-    for _, chunk_losses, _ in _iter_loss_chunks(hidden_SH, cast_weight, head, targets_S, ones):
+    chunks = _iter_loss_chunks(hidden_SH, cast_weight, head, targets_S, ones)
+    for _, chunk_losses, dlogits in chunks:
         losses.append(chunk_losses)
+        del dlogits
     return torch.cat(losses)

@@ -150,13 +150,14 @@ def _estimate_our_activations(
 ) -> tuple[int, int]:
     """Return the bytes per token that our layers save for the backward pass, and the most that one
     of them computes with. Plain torch saves the inputs of norms in fp32. Of recomputed layers, the
-    activations of one and of the last are in memory, which is not recomputed."""
+    activations of one are in memory: at first of the last, which is not recomputed and gone when
+    the others are."""
     saved = compute_saved_bytes(spec, dtype_bytes, use_dora=use_dora)
     saved += (norm_bytes - dtype_bytes) * count_norm_inputs(spec)
     temporary = compute_temporary_bytes(spec, dtype_bytes)
     if policy == "full":
         layer = saved // spec.num_layers
-        return spec.num_layers * spec.hidden_size * dtype_bytes + layer, layer + temporary
+        return spec.num_layers * spec.hidden_size * dtype_bytes + layer, temporary
     if policy == "selective":
         recomputed = count_recomputed_values(spec) * dtype_bytes
         return saved - recomputed, recomputed // spec.num_layers + temporary

@@ -1,5 +1,8 @@
 """The chunked head equals torch's cross-entropy over all logits."""
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,12 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from tunesmith.model import lm_head as head_module
-from tunesmith.model.lm_head import LMHead, compute_supervised_loss, measure_target_losses
+from tunesmith.model.lm_head import (
+    LMHead,
+    compute_supervised_loss,
+    compute_target_losses,
+    measure_target_losses,
+)
 
 TARGETS, HIDDEN, VOCABULARY = 20, 12, 31
 SHAPES = {"plain": (1.0, 0.0), "scaled": (0.3, 0.0), "capped": (1.0, 4.0), "both": (0.3, 2.0)}
@@ -145,3 +153,26 @@ def test_a_nan_is_seen_in_the_loss() -> None:
         assert gradient[3].isnan().any(), (
             "its neighbours may have actual too, as the matrix product has it"
         )
+
+
+def test_one_chunk_of_logits_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of a large vocabulary is half a gigabyte on a GPU."""
+    monkeypatch.setattr(head_module, "CHUNK_TARGETS", 7)
+    hidden, weight, targets, weights = inputs()
+    head = LMHead(weight.requires_grad_(), None)
+    earlier: list[weakref.ref[Tensor]] = []
+    cross_entropy = head_module.ops.cross_entropy
+
+    def compute(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        assert not any(reference() is not None for reference in earlier)
+        losses, dlogits = cross_entropy(logits, *arguments)
+        earlier.extend((weakref.ref(logits), weakref.ref(dlogits)))
+        return losses, dlogits
+
+    monkeypatch.setattr(head_module.ops, "cross_entropy", compute)
+    num_chunks = -(-len(targets) // 7)
+    compute_supervised_loss(hidden.requires_grad_(), head, targets, weights)
+    measure_target_losses(hidden, head, targets)
+    compute_target_losses(hidden, head, targets).sum().backward()
+    assert len(earlier) == 2 * 4 * num_chunks
+    assert num_chunks > 1
