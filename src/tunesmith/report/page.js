@@ -216,6 +216,22 @@
     rows = null;
     press();
   }));
+  // Each row of buttons is one stop, too; the arrow keys go along it.
+  document.querySelectorAll("#sample-filters [role=toolbar]").forEach((bar) => {
+    const tools = [...bar.querySelectorAll("button")];
+    const select = (tool) => {
+      tools.forEach((other) => { other.tabIndex = -1; });
+      tool.removeAttribute("tabindex");
+    };
+    select(tools[0]);
+    bar.addEventListener("focusin", (event) => select(event.target));
+    bar.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      tools.at((tools.indexOf(event.target) + step) % tools.length).focus();
+    });
+  });
   document.querySelectorAll("a[data-rows]").forEach((link) => link.addEventListener("click", () => {
     filter = "all";
     const name = JSON.parse(link.dataset.field);

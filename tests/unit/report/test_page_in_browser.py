@@ -99,6 +99,19 @@ def graded_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(fake_runs.write_run(other, record=record, events=events, files=files))
 
 
+@pytest.fixture(scope="module")
+def many_fields_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run whose answers have 20 fields, all of them wrong at times."""
+    answers: list[tuple[str, str]] = []
+    for number in range(40):
+        expected = {f"field_{index}": number * index for index in range(20)}
+        answered = expected | {f"field_{number % 20}": -1, "field_3": -2}
+        answers.append((json.dumps(expected), json.dumps(answered)))
+    folder = tmp_path_factory.mktemp("many_fields") / "run"
+    write_graded_run(folder, answers)
+    return write_report(folder)
+
+
 def add_fields(text: str) -> str:
     return json.dumps(json.loads(text) | {"upload": "team", "closes": [1, 2], "date": "2026-01-01"})
 
@@ -151,6 +164,14 @@ def test_the_page_is_short_and_has_few_stops(browser: Any, graded_file: Path, wi
     assert page.evaluate(still) == 0, "only what scrolls is a stop"
 
 
+def test_many_fields_add_few_stops(browser: Any, many_fields_file: Path) -> None:
+    page = open_page(browser, many_fields_file, viewport={"width": 1440, "height": 900})
+    page.wait_for_timeout(200)
+    assert count_stops(page) <= 60
+    assert page.locator("button.chip").count() == 8
+    assert axe.Axe().run(page).violations_count == 0
+
+
 def test_text_in_charts_is_readable_on_a_phone(browser: Any, graded_file: Path) -> None:
     page = open_page(browser, graded_file, viewport={"width": 360, "height": 800})
     sizes = page.evaluate("""() => [...document.querySelectorAll(".chart svg")].map((svg) => {
@@ -190,6 +211,25 @@ def test_filters_and_search_by_keyboard(browser: Any, graded_file: Path) -> None
     playwright.expect(page.locator("#sample-list .fields tr.right")).to_have_count(5)
     page.keyboard.press("k")
     assert page.locator("#sample-list [open]").count() == 1
+
+
+def test_each_row_of_filters_is_one_stop(browser: Any, graded_file: Path) -> None:
+    page = open_page(browser, graded_file)
+    page.get_by_role("button", name="All").focus()
+    focused = "document.activeElement.innerText"
+    for key, start in (("ArrowRight", "Wrong now"), ("ArrowRight", "Right now")):
+        page.keyboard.press(key)
+        assert page.evaluate(focused).startswith(start)
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "chip"
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("document.activeElement.nextElementSibling") is None, "round to the last"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "sample-search"
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate(focused).startswith("Right now")
 
 
 def test_the_list_of_answers_is_one_stop(browser: Any, graded_file: Path) -> None:
