@@ -28,7 +28,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tunesmith.core.hardware import read_peak_bytes
+from tunesmith.core.hardware import read_peak_bytes, release_memory, set_allocator
 from tunesmith.core.types import Document, ModelSpec, PlanConfig
 from tunesmith.model.adapters import METHODS, find_linears, replace_module
 from tunesmith.model.causal_lm import PackedCausalLM, wrap_model
@@ -123,10 +123,12 @@ def count_kernels(loop: TrainingLoop) -> int:
 
 
 def run(work: Work) -> Result:
+    set_allocator()
     spec = read_spec(Path(work.folder))
     documents = make_documents(work)
     policy, predicted = choose_policy(spec, work)
     model = make_model(work, policy)
+    release_memory()  # of weights in 16 bits, before those in 4 bits
     loop = TrainingLoop(model, lambda _step: documents, make_config(work), steps=MANY_STEPS)
     clock = Clock(work)
     while True:

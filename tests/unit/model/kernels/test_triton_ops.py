@@ -229,15 +229,18 @@ def test_nothing_is_launched_for_no_rows() -> None:
 @needs_triton
 @pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not compile")
 @pytest.mark.parametrize(
-    "capabilities",
+    ("shapes", "capabilities"),
     [
-        pytest.param(QUICK_CAPABILITIES, id="H100"),
-        pytest.param(OTHER_CAPABILITIES, id="others", marks=pytest.mark.slow),
+        pytest.param("8B", QUICK_CAPABILITIES, id="H100"),
+        pytest.param("8B", OTHER_CAPABILITIES, id="others", marks=pytest.mark.slow),
+        pytest.param("odd", QUICK_CAPABILITIES, id="odd sizes", marks=pytest.mark.slow),
     ],
 )
-def test_for_gpus_no_kernel_spills(capabilities: tuple[int, ...], tmp_path: Path) -> None:
-    """What a model of 8B launches, compiled for each GPU by the ptxas that comes with triton."""
-    script = [str(FOLDER / "compile_triton.py"), str(tmp_path)]
+def test_for_gpus_no_kernel_spills(
+    shapes: str, capabilities: tuple[int, ...], tmp_path: Path
+) -> None:
+    """What models launch, compiled for each GPU by the ptxas that comes with triton."""
+    script = [str(FOLDER / "compile_triton.py"), str(tmp_path), shapes]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *script, *map(str, capabilities)],
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
