@@ -288,16 +288,21 @@ def use_rslora(context: RuleContext) -> PlanValue:
 # ---------------------------------------------------------------- optimization
 
 
+SMALLEST_SCALED_BATCH = 16  # rows, below which the rate falls no further
+
+
 def learning_rate(context: RuleContext) -> PlanValue:
     """5e-5 * (2000 / h)^p * sqrt(batch / 128), times 10 for LoRA (15 below 100 steps).
 
     p is .781 for Llama, .0775 for Qwen, .4 for others; LoRA is limited to 3e-3 below 0.5B
-    parameters and 1e-3 above. Fitted for h >= 2000, extrapolated below."""
+    parameters and 1e-3 above. Fitted for h >= 2000, extrapolated below. A batch below 16 rows
+    counts as 16: with 2 rows, the root was 4 times too low (experiments/learning_rate)."""
     if context.stage == "preference":
         return decide_preference_rate(context)
     hidden_size = context.model.hidden_size
     power = get_width_power(context.model.model_type)
-    rate = 5e-5 * (2000 / hidden_size) ** power * math.sqrt(context["batch_size"] / 128)
+    rows = max(SMALLEST_SCALED_BATCH, context["batch_size"])
+    rate = 5e-5 * (2000 / hidden_size) ** power * math.sqrt(rows / 128)
     reason = "the usual 1e-5 to 5e-5 is for full fine-tuning from about 3B parameters on"
     if context["method"] != "full":
         factor = 10 if context.steps >= 100 else 15
@@ -306,7 +311,7 @@ def learning_rate(context: RuleContext) -> PlanValue:
         reason = f"LoRA needs about {factor} times the rate of full fine-tuning"
     if hidden_size < 2000:
         reason += f"; extrapolated: fitted for hidden sizes from 2000, this one is {hidden_size}"
-    source = "Schulman 2025 and the tinker cookbook's sweep"
+    source = "Schulman 2025, the tinker cookbook's sweep, and experiments/learning_rate"
     return make_rule_value(float(f"{rate:.2g}"), reason, source)
 
 
