@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tunesmith.core.model_spec import ModelSpec, PartShape
+from tunesmith.core.model_spec import ModelSpec, NormShape, PartShape
 from tunesmith.model.hub.validate import TensorHeader
 
 
@@ -17,8 +17,10 @@ def make_headers(network: nn.Module) -> dict[str, TensorHeader]:
     return headers
 
 
-def describe_layers(spec: ModelSpec, *, mlp_inputs: int = 2) -> ModelSpec:
-    """Return the spec with what follows from the sizes of a dense model."""
+def describe_layers(
+    spec: ModelSpec, *, mlp_inputs: int = 2, norms: NormShape | None = None
+) -> ModelSpec:
+    """Return the spec with what follows from the sizes of a dense model. `norms`: two per layer."""
     hidden, layers, mlp = spec.hidden_size, spec.num_layers, spec.intermediate_size
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     attention = PartShape(
@@ -40,6 +42,7 @@ def describe_layers(spec: ModelSpec, *, mlp_inputs: int = 2) -> ModelSpec:
         spec,
         parts={"attention": attention, "mlp": gated},
         layer_mixers=("attention",) * layers,
+        norms=norms or NormShape(2 * layers),
         cache_values=2 * layers * kv,
         block_parameters=parameters,
         active_parameters=parameters,

@@ -2,6 +2,7 @@
 
     ModelSpec        the model
     PartShape        the linears of attention, of recurrent layers, of MLPs, of experts
+    NormShape        the norms of the layers
     RecurrentShape   a layer that carries a state from token to token, and the bytes that follow
 
 In: what model/hub/spec.py and part_shapes.py read from config.json and the headers of the weights.
@@ -25,6 +26,15 @@ class PartShape:
     # experts that a token meets
     inner_outputs: int
     inner_inputs: int
+
+
+@dataclass(frozen=True)
+class NormShape:
+    """The norms that have weights, summed over all layers: how many are of the hidden states, and
+    the values per token that the others read (q, k, latents)."""
+
+    hidden: int = 0
+    inner_values: int = 0
 
 
 STATE_BYTES = 4  # of a value of a recurrent state: fp32, in fp64 runs more
@@ -92,6 +102,7 @@ class ModelSpec:
     per_layer_rows: int = 0  # of Gemma 4's second embedding, 0 without one
     # attention, recurrent, mlp, experts -> its linears
     parts: dict[str, PartShape] = field(default_factory=dict[str, PartShape])
+    norms: NormShape = NormShape()
     cache_values: int = 0  # keys and values of all attention layers for one token
     recurrent: RecurrentShape | None = None  # of each layer that is not attention alone
 

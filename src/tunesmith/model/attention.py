@@ -51,6 +51,7 @@ class AttentionConfig:
 
 LOG2_E = 1 / math.log(2)
 MAX_SCORES = 2**26  # in memory at once on a GPU, where they are stored: 256 MB in fp32
+MAX_CPU_SCORES = 2**22  # on a CPU, which loses no time to smaller blocks
 CosSin = tuple[Tensor, Tensor]  # cosine and sine [T, D/2] of the rotary embedding, fp32 or wider
 
 
@@ -206,16 +207,15 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Te
     q_BNLD, k_BKPD, v_BKPD = (x.transpose(1, 2) for x in (q, k, v))
     length = q.shape[1]
     prefix_length = k.shape[1] - length
-    if config.softcap and on_gpu:
-        out = attend_in_blocks(q_BNLD, k_BKPD, v_BKPD, config)
+    if config.softcap:  # torch's attention has none, and scores of all layers would take gigabytes
+        max_scores = MAX_SCORES if on_gpu else MAX_CPU_SCORES
+        out = attend_in_blocks(q_BNLD, k_BKPD, v_BKPD, config, max_scores)
         return out.transpose(1, 2).flatten(0, 1)
     is_windowed = config.window is not None and config.window < length
     mask = None
-    if config.softcap or prefix_length or is_windowed or config.sinks_N is not None:
+    if prefix_length or is_windowed or config.sinks_N is not None:
         mask = build_causal_mask(length, config.window, q.device, prefix_length)
-    if config.softcap and mask is not None:
-        out = _attend_eager(q_BNLD, k_BKPD, v_BKPD, mask, config)
-    elif config.sinks_N is not None and mask is not None:
+    if config.sinks_N is not None and mask is not None:
         out = _attend_with_sinks(q_BNLD, k_BKPD, v_BKPD, mask, config.scale, config.sinks_N)
     else:
         out = F.scaled_dot_product_attention(
@@ -231,7 +231,7 @@ def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Te
 
 
 def attend_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, max_scores: int = MAX_SCORES
+    q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, max_scores: int
 ) -> Tensor:
     """Attend with q [B, N, L, D], the last queries of k and v [B, K, P, D]: explicit scores of a
     block of queries at a time, at most `max_scores`, which the backward computes again."""

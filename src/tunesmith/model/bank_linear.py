@@ -186,6 +186,7 @@ class BankLinearGroup:
     """Linears of a bank that share one input, in the place of a LinearGroup; forward only."""
 
     parameters: tuple[Tensor, ...] = ()
+    needs_input = False
 
     def __init__(self, linears: Sequence[BankLinear]) -> None:
         self.linears = list(linears)

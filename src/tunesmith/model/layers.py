@@ -127,7 +127,8 @@ def halve_cos_sin(cosine: Tensor, sine: Tensor, head_dim: int) -> tuple[Tensor, 
 class _GatedMlp(torch.autograd.Function):
     """down(activation(gate x) * up x).
 
-    Saves x, gate and up, or x alone with `should_recompute`; the backward recomputes the rest."""
+    Saves gate and up, and x if gradients are computed from it; with `should_recompute` x alone. The
+    backward recomputes the rest."""
 
     @staticmethod
     def forward(
@@ -149,7 +150,8 @@ class _GatedMlp(torch.autograd.Function):
         ctx.shape = x.shape
         ctx.num_down_inner = len(down_inner)
         gate_up_saved = () if should_recompute else (gate, up, *inner)
-        ctx.save_for_backward(x_NH, *down_inner, *gate_up_saved)
+        has_use_of_x = should_recompute or gate_up.needs_input
+        ctx.save_for_backward(x_NH if has_use_of_x else None, *down_inner, *gate_up_saved)
         return y.view(x.shape)
 
     @staticmethod
@@ -163,7 +165,7 @@ class _GatedMlp(torch.autograd.Function):
             outputs, inner = gate_up.forward(x_NH)
             gate_up_saved = [*outputs, *inner]
         gate, up, *inner = gate_up_saved
-        dy = [gradients[0].reshape(len(x_NH), -1)]
+        dy = [gradients[0].reshape(-1, ctx.shape[-1])]
         dy, dz, outer = down.outputs_backward(dy, down_inner)
         dproduct = down.compute_input_grad(dy, dz)
         *dgate_up, product_NF = ops.gated_activation_backward(gate, up, dproduct, ctx.is_gelu)

@@ -192,6 +192,12 @@ class PreparedLinear:
         """A, B and their scale, None without an adapter."""
         return None if self.a is None or self.b is None else (self.a, self.b, self.scale)
 
+    @property
+    def needs_input(self) -> bool:
+        """Whether there are gradients of parameters, which are computed from the input."""
+        are_trained = (p is not None and p.requires_grad for p in self.parameters)
+        return self.adapter is not None or any(are_trained)
+
     def sample_dropout_mask(self, x_NI: Tensor) -> Tensor | None:
         """Return dropout's mask divided by the keep rate, from torch's default generator, which the
         training loop seeds."""
@@ -259,6 +265,7 @@ class LinearGroup:
         """Prepare `modules` for products in `dtype`. lora.c runs from `min_rows` rows on."""
         self.linears = [PreparedLinear(module, dtype) for module in modules]
         self.parameters = tuple(p for linear in self.linears for p in linear.parameters)
+        self.needs_input = any(linear.needs_input for linear in self.linears)
         self.masks: list[Tensor | None] = []
         self.packed: PackedAdapters | StackedAdapters | None = None
         self.min_rows = min_rows
@@ -348,12 +355,15 @@ class LinearGroup:
 
     def compute_parameter_grads(
         self,
-        x_NI: Tensor,
+        x_NI: Tensor | None,
         gradients: Sequence[Tensor],
         dz: Sequence[Tensor | None],
         outer: Sequence[OuterGrads],
     ) -> list[Tensor | None]:
-        """Return the gradients of `parameters`, None if not trained."""
+        """Return the gradients of `parameters`, None if not trained. x is None unless
+        `needs_input`."""
+        if x_NI is None:
+            return [None] * len(self.parameters)
         das: list[Tensor | None] = []
         if self.packed and dz[0] is not None:
             das = self.packed.inputs_backward(x_NI, dz[0])
@@ -378,14 +388,14 @@ class _Project(torch.autograd.Function):
         outputs, inner = group.forward(x_NI)
         ctx.group = group
         ctx.shape = x.shape
-        ctx.save_for_backward(x_NI, *inner)
+        ctx.save_for_backward(x_NI if group.needs_input else None, *inner)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, *inner = ctx.saved_tensors
         group: LinearGroup = ctx.group
-        dys = [dy.reshape(len(x_NI), -1) for dy in gradients]
+        dys = [dy.reshape(-1, dy.shape[-1]) for dy in gradients]
         dys, dz, outer = group.outputs_backward(dys, inner)
         dx = group.compute_input_grad(dys, dz).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return (dx, None, *group.compute_parameter_grads(x_NI, dys, dz, outer))

@@ -8,13 +8,8 @@ this machine `--benchmark` measures instead (train/calibrate.py).
 from __future__ import annotations
 
 from tunesmith.core.types import ModelSpec, Plan, require
-from tunesmith.plan.memory import (
-    ALL_LINEAR,
-    EXPERTS,
-    Targets,
-    count_lora_parameters,
-    count_recomputed_values,
-)
+from tunesmith.plan.activations import ALL_LINEAR, EXPERTS, Targets, count_recomputed_values
+from tunesmith.plan.memory import count_lora_parameters
 
 # model FLOPs utilization: LoRA of an 8B model on an H100 with Unsloth, full 7B with FSDP on H100s
 # (speed notes)

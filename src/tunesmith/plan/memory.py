@@ -1,17 +1,21 @@
 """What a run takes in main memory at its peak, by component, and on disk.
 
-In: the shape of the model and the settings of the plan. Out: bytes. The saved activations are those
-of our own layers (model/layers.py), per token and layer 4 H (inputs and outputs of two norms),
-2 Q + 2 KV (q, k, v and the output of attention) and 2 F (gate and up), and the inputs of further
-norms. Left out: a correction from earlier runs (session/run_history.py).
-"""
+In: the shape of the model and the settings of the plan. Out: bytes. Left out: what the forward
+saves for its backward (activations.py), and a correction from earlier runs
+(session/run_history.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple, NotRequired, TypedDict, Unpack
 
 from tunesmith.core.model_spec import ModelSpec, PartShape
+from tunesmith.plan.activations import (
+    ALL_LINEAR,
+    EXPERTS,
+    ActivationSettings,
+    Targets,
+    estimate_activation_bytes,
+)
 
 # python, torch and transformers imported (480 MB), what the first matmuls leave (80 MB) and what
 # the comparison with transformers before step 1 leaves
@@ -26,36 +30,13 @@ FRAGMENTATION_SHARE = 0.2
 # what evaluation keeps through the run and leaves in the heap
 EVALUATION_BYTES = 60_000_000
 CHUNK_TARGETS = 128  # targets whose logits are computed at once
-OUTPUT_NORM_TYPES = ("gemma2", "gemma3", "gemma4")  # norms after attention and MLP
-# norms of q and k
-QK_NORM_TYPES = (
-    *("apertus", "exaone4", "gemma3", "gemma4", "hunyuan", "lfm", "olmo2", "olmo3", "olmo_hybrid"),
-    *("olmoe", "qwen3"),
-)
-HYBRID_TYPES = {
-    *("lfm2", "lfm2_moe", "lfm3", "olmo_hybrid", "granitemoehybrid", "falcon_h1", "nemotron_h"),
-    *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
-}
-# with MLPs of ours (model/layers.py); those of transformers save the activation and the product too
-REPLACED_MLP_TYPES = {
-    *("llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2", "gemma3_text"),
-    *("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "olmoe"),
-    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"),
-}
-# with norms of ours; those of transformers save their inputs in fp32
-REPLACED_NORM_TYPES = {*REPLACED_MLP_TYPES, *HYBRID_TYPES, "gpt_oss"}
-INNER_NORM_TYPES = ("bitnet",)  # norms before o_proj and down_proj
 # 4 bits per weight, one byte per block of 64, 4 bytes per 256 blocks
 MASTER_BYTES = 4  # of a trained weight
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 MXFP4_BYTES = 0.5 + 1 / 32  # 4 bits per weight, one byte per group of 32
 RETAINED_CHECKPOINTS = 2  # as core/run_dir.py keeps them
 GENERAL_TEXT_TOKENS = 100_000  # of retention_data that are measured, at most
-ALL_LINEAR = "all-linear"
-EXPERTS = "experts"
-NO_PART = PartShape(0, 0, 0, 0, 0)
 Method = Literal["lora", "qlora", "full"]
-Targets = str | Sequence[str]  # a value of lora_target_modules
 
 
 def count_lora_parameters(spec: ModelSpec, rank: int, targets: Targets = ALL_LINEAR) -> int:
@@ -76,84 +57,6 @@ def _list_parts(spec: ModelSpec, targets: Targets) -> list[PartShape]:
     if not words <= spec.parts.keys():  # all-linear, or names of layers
         words |= spec.parts.keys() - {EXPERTS}
     return [part for word, part in spec.parts.items() if word in words]
-
-
-def estimate_activation_bytes(
-    spec: ModelSpec,
-    tokens: int,
-    dtype_bytes: int,
-    *,
-    checkpointing: str = "none",
-    use_dora: bool = False,
-) -> int:
-    """Return the bytes saved for the backward pass of a pack, and the widest layer's temporaries.
-
-    DoRA also saves the outputs of attention and MLP. Checkpointing `selective` recomputes gate and
-    up; `full` saves only the inputs of all layers but one."""
-    saved = compute_saved_bytes(spec, dtype_bytes, use_dora=use_dora)
-    if checkpointing == "selective":
-        saved -= count_recomputed_values(spec) * dtype_bytes
-    if checkpointing == "full":
-        saved = spec.num_layers * spec.hidden_size * dtype_bytes + saved // spec.num_layers
-    return tokens * (saved + compute_temporary_bytes(spec, dtype_bytes))
-
-
-def compute_saved_bytes(spec: ModelSpec, dtype_bytes: int, *, use_dora: bool = False) -> int:
-    """Return the bytes per token that all layers save for the backward pass.
-
-    Inputs and outputs of the norms; of attention, what lies between its linears; of recurrent
-    layers, the input of their last linear and what core/model_spec.py counts; gate and up of
-    MLPs and of the experts that a token meets."""
-    q = spec.num_heads * spec.head_dim
-    kv = spec.num_kv_heads * spec.head_dim
-    attention = spec.parts.get("attention", NO_PART)
-    recurrent = spec.parts.get("recurrent", NO_PART)
-    mlp = spec.parts.get("mlp", NO_PART)
-    # layers that are only a mixer or only an MLP have one norm
-    num_norms = spec.num_layers * (1 if "" in spec.layer_mixers else 2)
-    norm_inputs = num_norms * spec.hidden_size
-    norm_inputs += attention.layers * (q + kv) * spec.model_type.startswith(QK_NORM_TYPES)
-    input_bytes = dtype_bytes if spec.model_type in REPLACED_NORM_TYPES else 4
-    layer_values = 2 * spec.hidden_size * use_dora
-    layer_values += 2 * spec.hidden_size * spec.model_type.startswith(OUTPUT_NORM_TYPES)
-    layer_values += (q + spec.intermediate_size) * spec.model_type.startswith(INNER_NORM_TYPES)
-    values = num_norms * spec.hidden_size + spec.num_layers * layer_values
-    values += attention.inner_outputs + attention.inner_inputs + recurrent.inner_inputs
-    values += mlp.inner_outputs + spec.parts.get(EXPERTS, NO_PART).inner_outputs
-    values += 2 * mlp.inner_inputs * (spec.model_type not in REPLACED_MLP_TYPES)
-    saved_bytes = norm_inputs * input_bytes + values * dtype_bytes
-    if spec.recurrent is not None:
-        saved_bytes += recurrent.layers * spec.recurrent.compute_saved_bytes(dtype_bytes)
-    router_bytes = (dtype_bytes + 4) * spec.num_experts + 32 * spec.num_experts_per_token
-    return saved_bytes + spec.parts.get(EXPERTS, NO_PART).layers * router_bytes
-
-
-def count_norm_inputs(spec: ModelSpec) -> int:
-    """Return the values per token that the norms of all layers read."""
-    q = spec.num_heads * spec.head_dim
-    kv = spec.num_kv_heads * spec.head_dim
-    values = 2 * spec.hidden_size
-    values += 2 * spec.hidden_size * spec.model_type.startswith(OUTPUT_NORM_TYPES)
-    values += (q + kv) * spec.model_type.startswith(QK_NORM_TYPES)
-    values += (q + spec.intermediate_size) * spec.model_type.startswith(INNER_NORM_TYPES)
-    return spec.num_layers * values
-
-
-def count_recomputed_values(spec: ModelSpec) -> int:
-    """Return the values per token that `gradient_checkpointing: selective` does not save: gate and
-    up of our MLPs and of the experts that a token meets."""
-    words = ["mlp", EXPERTS] if spec.model_type in REPLACED_MLP_TYPES else [EXPERTS]
-    return sum(spec.parts.get(word, NO_PART).inner_outputs for word in words)
-
-
-def compute_temporary_bytes(spec: ModelSpec, dtype_bytes: int) -> int:
-    """Return the bytes per token that the widest layer computes with in its backward pass: its
-    MLP, or the copies of a token for its experts."""
-    experts = spec.parts.get(EXPERTS, NO_PART)
-    if not experts.layers:
-        return 6 * spec.intermediate_size * dtype_bytes
-    copies = spec.num_experts_per_token * 2 * spec.hidden_size
-    return (copies + 3 * experts.inner_outputs // experts.layers) * dtype_bytes
 
 
 class CacheSize(NamedTuple):
@@ -207,13 +110,7 @@ def estimate_peak_memory(
     dequantized one at a time."""
     is_bf16 = footprint["dtype"] == "bf16"
     dtype_bytes = get_dtype_bytes(footprint["dtype"])
-    saved = estimate_activation_bytes(
-        spec,
-        pack_tokens,
-        dtype_bytes,
-        checkpointing=footprint.get("gradient_checkpointing", "none"),
-        use_dora=footprint.get("dora", False),
-    )
+    saved = estimate_activation_bytes(spec, pack_tokens, collect_settings(**footprint))
     # fp32 matmuls are not oneDNN's, and their loss has temporaries
     kernel_bytes = KERNEL_BYTES * min(packs, MAX_KERNEL_SIZES)
     kernel_bytes += EXPERT_KERNEL_BYTES * bool(spec.num_experts)
@@ -228,6 +125,16 @@ def estimate_peak_memory(
         "head": logit_bytes if is_bf16 else 4 * logit_bytes,
     }
     return parts | {"peak": sum(parts.values())}
+
+
+def collect_settings(**footprint: Unpack[ModelFootprint]) -> ActivationSettings:
+    """Return what decides the activations. Full fine-tuning reads the inputs of all linears."""
+    return ActivationSettings(
+        dtype_bytes=get_dtype_bytes(footprint["dtype"]),
+        targets=footprint.get("targets", ALL_LINEAR),
+        use_dora=footprint.get("dora", False),
+        checkpointing=footprint.get("gradient_checkpointing", "none"),
+    )
 
 
 def estimate_fixed_memory(

@@ -15,20 +15,23 @@ from typing import Any
 
 from tunesmith.core.mesh import SINGLE_GPU, Mesh
 from tunesmith.core.types import ModelSpec
+from tunesmith.plan.activations import (
+    EXPERTS,
+    NO_PART,
+    ActivationSettings,
+    compute_saved_bytes,
+    compute_temporary_bytes,
+    count_recomputed_values,
+)
 from tunesmith.plan.memory import (
     CHUNK_TARGETS,
-    EXPERTS,
     MASTER_BYTES,
     NF4_BYTES,
     NO_CACHE,
-    NO_PART,
     CacheSize,
+    collect_settings,
     compute_cache_bytes,
     compute_frozen_bytes,
-    compute_saved_bytes,
-    compute_temporary_bytes,
-    count_norm_inputs,
-    count_recomputed_values,
     count_trained_parameters,
     estimate_fixed_memory,
     get_dtype_bytes,
@@ -81,13 +84,10 @@ def estimate_gpu_memory(
         fixed_parts = estimate_fixed_memory(spec, layouts=1, **footprint)
         if mesh.shard > 1:
             fixed_parts |= _estimate_sharded(spec, mesh.shard, fixed_parts, **footprint)
-        saved, temporary = _estimate_our_activations(
-            spec,
-            dtype_bytes,
-            policy,
-            use_dora=footprint.get("dora", False),
-            norm_bytes=dtype_bytes if has_triton else 4,
+        settings = collect_settings(**footprint)._replace(
+            norm_bytes=dtype_bytes if has_triton else 4, is_gpu=True
         )
+        saved, temporary = _estimate_our_activations(spec, settings)
         activations = pack_tokens * saved
         temporary_bytes = pack_tokens * temporary
     else:
@@ -145,22 +145,15 @@ def compute_gathered_bytes(spec: ModelSpec, method: str, dtype_bytes: int) -> in
     return (compute_frozen_bytes(spec, method, dtype_bytes) - rest_bytes) // spec.num_layers
 
 
-def _estimate_our_activations(
-    spec: ModelSpec, dtype_bytes: int, policy: str, *, use_dora: bool, norm_bytes: int
-) -> tuple[int, int]:
+def _estimate_our_activations(spec: ModelSpec, settings: ActivationSettings) -> tuple[int, int]:
     """Return the bytes per token that our layers save for the backward pass, and the most that one
-    of them computes with. Plain torch saves the inputs of norms in fp32. Of recomputed layers, the
-    activations of one are in memory: at first of the last, which is not recomputed and gone when
-    the others are."""
-    saved = compute_saved_bytes(spec, dtype_bytes, use_dora=use_dora)
-    saved += (norm_bytes - dtype_bytes) * count_norm_inputs(spec)
-    temporary = compute_temporary_bytes(spec, dtype_bytes)
-    if policy == "full":
-        layer = saved // spec.num_layers
-        return spec.num_layers * spec.hidden_size * dtype_bytes + layer, temporary
-    if policy == "selective":
-        recomputed = count_recomputed_values(spec) * dtype_bytes
-        return saved - recomputed, recomputed // spec.num_layers + temporary
+    of them computes with. Of recomputed layers, the activations of one are in memory: at first
+    of the last, which is not recomputed and gone when the others are."""
+    saved = compute_saved_bytes(spec, settings)
+    temporary = compute_temporary_bytes(spec, settings.dtype_bytes)
+    if settings.checkpointing == "selective":
+        recomputed_bytes = count_recomputed_values(spec) * settings.dtype_bytes
+        temporary += recomputed_bytes // spec.num_layers
     return saved, temporary
 
 

@@ -13,14 +13,13 @@ import math
 
 from tunesmith.core.mesh import Mesh, MeshStep
 from tunesmith.core.types import ModelSpec
+from tunesmith.plan.activations import ALL_LINEAR, NO_PART
 from tunesmith.plan.flops import MFU_RANGE, compute_target_flops, compute_token_flops
 from tunesmith.plan.gpu_time import compute_launch_seconds
 from tunesmith.plan.hardware_presets import HardwarePreset
 from tunesmith.plan.memory import (
-    ALL_LINEAR,
     MASTER_BYTES,
     NF4_BYTES,
-    NO_PART,
     compute_frozen_bytes,
     count_trained_parameters,
     get_dtype_bytes,

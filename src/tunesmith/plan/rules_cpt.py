@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from tunesmith.core.types import ModelSpec, PlanValue
 from tunesmith.plan import rules
-from tunesmith.plan.memory import estimate_activation_bytes, get_dtype_bytes
+from tunesmith.plan.activations import ActivationSettings, estimate_activation_bytes
+from tunesmith.plan.memory import get_dtype_bytes
 from tunesmith.plan.rules import RULES, RuleContext, make_rule_value
 
 DEFAULT_WINDOW = 2048  # tokens
@@ -58,7 +59,8 @@ def pack_length(context: RuleContext) -> PlanValue:
     length = 4096
     if context.machine.device != "cpu":
         dtype_bytes = get_dtype_bytes(context["dtype"])
-        activation_bytes = estimate_activation_bytes(context.model, 8192, dtype_bytes)
+        settings = ActivationSettings(dtype_bytes, is_gpu=True)
+        activation_bytes = estimate_activation_bytes(context.model, 8192, settings)
         if 2 * activation_bytes < context.machine.available_bytes:
             length = 8192
     reason = "8k on a GPU with enough memory, else 4k; windows of a pack do not see each other"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.core.types import Plan, PlanValue
-from tunesmith.plan.memory import ALL_LINEAR, CacheSize
+from tunesmith.plan.activations import ALL_LINEAR
+from tunesmith.plan.memory import CacheSize
 from tunesmith.plan.memory_budget import (
     estimate_cache,
     estimate_memory,

@@ -22,12 +22,9 @@ from tunesmith.core.types import Machine, ModelSpec
 from tunesmith.model.hub.built_in import find_cache_dir
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
+from tunesmith.plan.activations import ActivationSettings, estimate_activation_bytes
 from tunesmith.plan.hardware_presets import MIN_GPU_TORCH, find_missing_for_triton
-from tunesmith.plan.memory import (
-    compute_frozen_bytes,
-    count_lora_parameters,
-    estimate_activation_bytes,
-)
+from tunesmith.plan.memory import compute_frozen_bytes, count_lora_parameters
 
 # in older versions, loading a model can run code from it: CVE-2026-4372 (transformers),
 # CVE-2025-32434 (torch); the classes of model/hub/families.py are those of transformers 5.24
@@ -232,7 +229,7 @@ def _estimate_fit(machine: Machine, method: str, needed_bytes: int) -> MemoryFit
 def _estimate_activation_bytes(spec: ModelSpec) -> int:
     """Return the bytes saved for the backward pass in bf16, and one chunk of logits."""
     logit_bytes = 512 * spec.vocab_size * 4 * 2  # with their gradient
-    return estimate_activation_bytes(spec, PACK_TOKENS, 2) + logit_bytes
+    return estimate_activation_bytes(spec, PACK_TOKENS, ActivationSettings(2)) + logit_bytes
 
 
 def _estimate_lora_bytes(spec: ModelSpec) -> int:

@@ -24,7 +24,7 @@ from tunesmith.plan.flops import (
     estimate_run_flops,
 )
 from tunesmith.plan.guard import count_probe_tokens, has_guard
-from tunesmith.plan.memory import ALL_LINEAR
+from tunesmith.plan.activations import ALL_LINEAR
 from tunesmith.plan.memory_budget import needs_complete_answers
 from tunesmith.recipe.fields import parse_custom_metric
 from tunesmith.session.inputs import RunInputs

@@ -11,16 +11,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from layer_shapes import describe_layers, make_headers
 from tiny_models import CONFIGS, LORA, make_tiny_network
+from tunesmith.core.model_spec import NormShape
 from tunesmith.core.types import ModelSpec
 from tunesmith.model.adapters import METHODS, find_linears, find_lora_layers
 from tunesmith.model.causal_lm import wrap_model
 from tunesmith.model.hub.part_shapes import measure_parts
 from tunesmith.model.layers import Mlp, RMSNorm
 from tunesmith.model.target_modules import find_part
+from tunesmith.plan.activations import REPLACED_MLP_TYPES, REPLACED_NORM_TYPES
 from tunesmith.plan.memory import (
     EXPERT_KERNEL_BYTES,
-    REPLACED_MLP_TYPES,
-    REPLACED_NORM_TYPES,
     CacheSize,
     compute_cache_bytes,
     count_dora_magnitudes,
@@ -66,7 +66,6 @@ def test_weights_are_counted_once(spec: ModelSpec) -> None:
     ("component", "changed", "factor"),
     [
         ("activations", {"pack_tokens": 4096}, 2),
-        ("activations", {"dtype": "fp32"}, 2),
         ("trained", {"rank": 64}, 4),
         ("weights", {"rank": 64}, 1),
         ("weights", {"pack_tokens": 4096}, 1),
@@ -106,15 +105,14 @@ def test_what_is_computed_anew_is_not_kept(spec: ModelSpec) -> None:
 
 
 def test_a_family_with_more_norms_keeps_their_inputs(spec: ModelSpec) -> None:
-    def values(model_type: str) -> float:
-        saved = estimate_peak_memory(dataclasses.replace(spec, model_type=model_type), **SETTINGS)[
-            "activations"
-        ]
-        return saved / (2048 * 2 * 30)
+    def values(norms: NormShape) -> float:
+        described = describe_layers(spec, norms=norms)
+        return estimate_peak_memory(described, **SETTINGS)["activations"] / (2048 * 2 * 30)
 
-    plain, heads, outputs = 0, 576 + 192, 2 * 576
-    more = {"llama": plain, "qwen3": heads, "gemma2": outputs, "gemma3_text": heads + outputs}
-    assert {family: round(values(family) - values("llama")) for family in more} == more
+    heads, outputs = 576 + 192, 2 * 576
+    plain = values(NormShape(60))
+    assert round(values(NormShape(60, 30 * heads)) - plain) == heads
+    assert round(values(NormShape(120)) - plain) == outputs
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "arcee", "apertus", "bitnet"])
@@ -169,18 +167,15 @@ def make_spec(config: PreTrainedConfig) -> ModelSpec:
     )
 
 
-def test_ungated_mlps_and_inner_norms_keep_other_inputs(spec: ModelSpec) -> None:
-    def values(model_type: str) -> int:
-        changed = dataclasses.replace(spec, model_type=model_type)
-        return estimate_peak_memory(changed, **SETTINGS)["activations"]
+def test_ungated_mlps_and_stock_modules_keep_other_values(spec: ModelSpec) -> None:
+    def values(described: ModelSpec) -> float:
+        return estimate_peak_memory(described, **SETTINGS)["activations"] / (2048 * 2 * 30)
 
-    size = 2048 * 2 * 30
-    llama, olmo, apertus, bitnet = map(values, ("llama", "olmo", "apertus", "bitnet"))
-    assert (apertus - olmo) / size == 2 * (576 + 192), "norms of q and k, in fp32"
-    assert (bitnet - olmo) / size == 576 + 1536, "norms before o_proj and down_proj"
-    assert (olmo - llama) / size == 2 * 576 + 2 * 1536, "modules of transformers"
     ungated = describe_layers(spec, mlp_inputs=1)
-    assert (llama - estimate_peak_memory(ungated, **SETTINGS)["activations"]) / size == 1536
+    assert round(values(spec) - values(ungated)) == 1536
+    stock = dataclasses.replace(spec, model_type="cwm")
+    more = 2 * 576 + 2 * 1536  # norms in fp32, activation and product
+    assert round(values(stock) - values(spec)) == more
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -1,75 +1,58 @@
 """What a forward keeps for its backward, and generation for a row, are the bytes of the plan."""
 
+import gc
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from layer_shapes import make_headers
 from tiny_models import LORA, collate_documents, make_tiny_documents, make_tiny_network
+from tunesmith.core.model_spec import ModelSpec
 from tunesmith.model.adapters import METHODS, get_trainable_parameters
-from tunesmith.model.causal_lm import PackedCausalLM, load_network, wrap_model
+from tunesmith.model.causal_lm import PackedCausalLM, wrap_model
+from tunesmith.model.hub.families import TEXT_FAMILIES, UNIFORM_CLASSES
+from tunesmith.model.hub.part_shapes import measure_norms
 from tunesmith.model.hub.spec import read_spec
-from tunesmith.plan.memory import CacheSize, compute_cache_bytes, compute_saved_bytes
+from tunesmith.plan.activations import ActivationSettings, compute_saved_bytes
+from tunesmith.plan.memory import CacheSize, compute_cache_bytes
+from wide_configs import SETTINGS, make_wide_config
 
-LENGTHS = (100, 70, 64, 22)
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FULL = "full_attention"
-DELTA = {
-    "layer_types": ["linear_attention", FULL] * 2,
-    "linear_num_key_heads": 4,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-}
-MAMBA2 = {
-    "layer_types": ["mamba", "attention"] * 2,
-    "num_local_experts": 0,
-    "num_experts_per_tok": 0,
-    "shared_intermediate_size": 512,
-    "mamba_n_heads": 8,
-    "mamba_d_head": 64,
-    "mamba_d_state": 64,
-    "mamba_n_groups": 1,
-}
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen3_5_text": DELTA,
-    "granitemoehybrid": MAMBA2,
-    "lfm2": {"layer_types": ["conv", FULL] * 2, "block_auto_adjust_ff_dim": False},
-    "qwen3_moe": EXPERTS,
-}
+TOLERANCE = 0.15
+LENGTHS = (130, 70, 40, 20)
+DTYPES = (torch.bfloat16, torch.float32)
+CASES = [
+    *(("none", "attention"), ("none", "mlp"), ("none", "experts"), ("none", "recurrent")),
+    *(("selective", "all-linear"), ("selective", "attention")),
+    *(("full", "all-linear"), ("full", "attention")),
+]
 CACHED_FAMILIES = (
     *("qwen3", "qwen3_5", "qwen3_next", "olmo_hybrid", "lfm2", "granitemoehybrid", "falcon_h1"),
     *("nemotron_h", "gemma4", "gemma4-experts", "phi3", "deepseek_v3", "glm4_moe_lite", "gpt_oss"),
 )
 
 
-def write_model(model_type: str, folder: Path) -> None:
+def describe(config: PreTrainedConfig, folder: Path) -> ModelSpec:
+    """Return the spec of a config without weights."""
+    class_name = TEXT_FAMILIES[config.model_type].causal_class
+    config.architectures = [class_name]
+    config.save_pretrained(folder)
+    return read_spec(folder)
+
+
+def make_model(
+    config: PreTrainedConfig, dtype: torch.dtype, settings: ActivationSettings
+) -> PackedCausalLM:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SIZES, **MODELS[model_type])
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-
-
-def load_model(folder: Path, dtype: torch.dtype) -> PackedCausalLM:
-    network = load_network(folder, dtype)
-    METHODS["lora"](network, LORA)
-    return wrap_model(network, dtype)
+    network = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+    network.eval()
+    METHODS["lora"](network, LORA | {"lora_target_modules": settings.targets})
+    checkpointing = settings.checkpointing
+    model = wrap_model(network, dtype, gradient_checkpointing=checkpointing)
+    model.network.train(checkpointing == "full")  # transformers' switch works in training only
+    return model
 
 
 def measure_saved_bytes(model: PackedCausalLM) -> int:
@@ -92,16 +75,52 @@ def measure_saved_bytes(model: PackedCausalLM) -> int:
     return sum(saved.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("model_type", MODELS)
+def compare_saved_bytes(name: str, settings: ActivationSettings, folder: Path) -> float:
+    """Return the predicted bytes, relative to those that autograd keeps."""
+    config = make_wide_config(name)
+    dtype = {2: torch.bfloat16, 4: torch.float32}[settings.dtype_bytes]
+    spec = describe(config, folder)
+    measured = measure_saved_bytes(make_model(config, dtype, settings))
+    gc.collect()
+    return sum(LENGTHS) * compute_saved_bytes(spec, settings) / measured
+
+
+def test_every_family_is_compared() -> None:
+    assert {make_wide_config(name).model_type for name in SETTINGS} == TEXT_FAMILIES.keys()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_saved_bytes_are_those_of_the_formula(
-    model_type: str, dtype: torch.dtype, tmp_path: Path
+    name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    write_model(model_type, tmp_path)
-    spec = read_spec(tmp_path)
-    counted = sum(LENGTHS) * compute_saved_bytes(spec, dtype.itemsize)
-    measured = measure_saved_bytes(load_model(tmp_path, dtype))
-    assert measured == pytest.approx(counted, rel=0.15)
+    ratio = compare_saved_bytes(name, ActivationSettings(dtype.itemsize), tmp_path)
+    assert ratio == pytest.approx(1, abs=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("checkpointing", "targets"), CASES)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_saved_bytes_with_other_adapters_and_checkpointing(
+    name: str, checkpointing: str, targets: str, tmp_path: Path
+) -> None:
+    spec = describe(make_wide_config(name), tmp_path)
+    if targets != "all-linear" and targets not in spec.parts:
+        pytest.skip(f"no linear layer belongs to {targets}")
+    ratios: list[float] = []
+    for dtype in DTYPES:
+        settings = ActivationSettings(dtype.itemsize, targets, checkpointing=checkpointing)
+        ratios.append(compare_saved_bytes(name, settings, tmp_path))
+    assert ratios == pytest.approx([1, 1], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", UNIFORM_CLASSES)
+def test_norms_are_those_of_the_network(name: str, tmp_path: Path) -> None:
+    """Their tables describe models whose weights are not there."""
+    config = make_wide_config(name)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    assert describe(config, tmp_path).norms == measure_norms(make_headers(network), name)
 
 
 @pytest.mark.parametrize("family", CACHED_FAMILIES)

@@ -2,8 +2,9 @@
 downloaded.
 
 In: the config and its checked sizes. Out: headers of weight files that do not exist yet. Matrices
-are exact. Vectors (norms, biases) are one tensor per layer, under a thousandth of the model, sized
-by the tables below. Left out: whether the sizes make sense (spec.py)."""
+are exact. Vectors, under a thousandth of the model, are sized by the tables below: norms of the
+hidden states, of q and of k, and one tensor for the others of a layer. Left out: whether the
+sizes make sense (spec.py)."""
 
 from __future__ import annotations
 
@@ -73,9 +74,10 @@ def build_expected_headers(
     embedding_shape = (dimensions.vocab_size, dimensions.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": embedding_shape}
     matrix_shapes = _list_matrix_shapes(model_type, dimensions)
+    norm_shapes = _list_norm_shapes(model_type, dimensions)
     vector_values = _count_vector_values(config, model_type, dimensions)
     for layer in range(dimensions.num_layers):
-        for name, shape in matrix_shapes.items():
+        for name, shape in (matrix_shapes | norm_shapes).items():
             shapes[f"model.layers.{layer}.{name}.weight"] = shape
         shapes[f"model.layers.{layer}.vectors"] = (vector_values,)
     shapes["model.norm.weight"] = (0 if model_type == "olmo" else dimensions.hidden_size,)
@@ -112,17 +114,28 @@ def _list_matrix_shapes(model_type: str, dimensions: ModelDimensions) -> dict[st
     return shapes
 
 
+def _list_norm_shapes(model_type: str, dimensions: ModelDimensions) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of the norms of a layer; those of the hidden states are numbered."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index in range(NORMS_PER_LAYER.get(model_type, 2)):
+        shapes[f"norm_{index}"] = (dimensions.hidden_size,)
+    if model_type in HEAD_QK_NORM_TYPES:
+        shapes["self_attn.q_norm"] = (dimensions.head_dim,)
+        shapes["self_attn.k_norm"] = (dimensions.head_dim,)
+    elif model_type in FULL_QK_NORM_TYPES:
+        shapes["self_attn.q_norm"] = (dimensions.q_size,)
+        shapes["self_attn.k_norm"] = (dimensions.kv_size,)
+    if model_type == "bitnet":
+        shapes["self_attn.attn_sub_norm"] = (dimensions.hidden_size,)
+        shapes["mlp.ffn_sub_norm"] = (dimensions.intermediate_size,)
+    return shapes
+
+
 def _count_vector_values(
     config: dict[str, Any], model_type: str, dimensions: ModelDimensions
 ) -> int:
-    """Return how many values the norms and biases of a layer have."""
-    count = NORMS_PER_LAYER.get(model_type, 2) * dimensions.hidden_size
-    if model_type in HEAD_QK_NORM_TYPES:
-        count += 2 * dimensions.head_dim
-    elif model_type in FULL_QK_NORM_TYPES:
-        count += dimensions.q_size + dimensions.kv_size
-    if model_type == "bitnet":  # a norm before o_proj and one before down_proj
-        count += dimensions.hidden_size + dimensions.intermediate_size
+    """Return how many values the other vectors of a layer have, biases mostly."""
+    count = 0
     if model_type == "apertus":  # two parameters and two constants of the activation
         count += 4
     has_bias = config.get("attention_bias")

@@ -1,9 +1,9 @@
 """The sizes of the parts of a model's layers, from which memory and time are predicted.
 
 In: one header per parameter, and the text part of config.json. Out: PartShapes by the words of
-`lora_target_modules` (target_modules.py), and the RecurrentShape of layers that carry a state; the
-modules in model/mixers read the same numbers from the weights (a test compares both). Left out:
-what is made of them (plan/memory.py)."""
+`lora_target_modules` (target_modules.py), the NormShape, and the RecurrentShape of layers that
+carry a state; the modules in model/mixers read the same numbers from the weights (a test compares
+both). Left out: what is made of them (plan/memory.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.model_spec import PartShape, RecurrentShape
+from tunesmith.core.model_spec import NormShape, PartShape, RecurrentShape
 from tunesmith.model.hub.validate import TensorHeader
 from tunesmith.model.target_modules import ATTENTION, EXPERTS, ROUTER, find_part, has_adapter_format
 
@@ -22,6 +22,11 @@ OUTPUT_LINEARS = {
     *("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2"),
     *("w2", "output_linear", "dense_4h_to_h"),
 }
+
+# norms of each head, whose weights are shared by the heads
+QUERY_NORMS = {"q_norm", "q_layernorm", "query_layernorm"}
+KEY_NORMS = {"k_norm", "k_layernorm", "key_layernorm"}
+GATED_NORMS = {"norm", "o_norm"}  # of the output of a recurrent mixer
 
 # mixer -> size -> the names that it has in configs
 RECURRENT_SIZES = {
@@ -104,6 +109,36 @@ def _measure_experts(
     if path.rpartition(".")[2] in OUTPUT_LINEARS:
         return PartShape(1, width, num_experts * hidden_size, 0, token_width)
     return PartShape(1, num_experts * hidden_size, width, token_width, 0)
+
+
+def measure_norms(headers: Mapping[str, TensorHeader], model_type: str) -> NormShape:
+    """Return what the norms of all layers read, apart from those that norm a mixer's output."""
+    hidden = 0
+    inner_values = 0
+    for name, tensor in headers.items():
+        module, _, norm = name.removesuffix(".weight").rpartition(".")
+        is_weight = name.endswith(".weight") and len(tensor.shape) == 1
+        if not is_weight or "norm" not in norm or ".layers." not in f".{name}":
+            continue
+        if module.rpartition(".")[2].isdecimal():  # the layer itself
+            hidden += 1
+        elif norm in QUERY_NORMS:
+            inner_values += _find_width(headers, module, OUTPUT_LINEARS, axis=1)
+        elif norm in KEY_NORMS:
+            # Gemma 4 also norms the values, without a weight
+            num_norms = 2 if model_type.startswith("gemma4") else 1
+            inner_values += num_norms * _find_width(headers, module, {"k_proj"}, axis=0)
+        elif norm not in GATED_NORMS:
+            inner_values += tensor.shape[0]
+    return NormShape(hidden, inner_values)
+
+
+def _find_width(
+    headers: Mapping[str, TensorHeader], module: str, linears: set[str], *, axis: int
+) -> int:
+    """Return a width of the linear of a module that has one of these names, 0 without one."""
+    paths = (f"{module}.{linear}.weight" for linear in linears)
+    return next((headers[path].shape[axis] for path in paths if path in headers), 0)
 
 
 def count_cache_values(

@@ -46,6 +46,7 @@ from tunesmith.model.hub.packed_tensors import (
 from tunesmith.model.hub.part_shapes import (
     count_cache_values,
     find_recurrent_shape,
+    measure_norms,
     measure_parts,
 )
 from tunesmith.model.hub.stored_tensors import (
@@ -160,6 +161,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
         tensor_prefix=config.family.tensor_prefix,
         omitted_bytes=omitted_bytes,
         parts=measure_parts(headers, config.text_type, hidden_size, num_experts_per_token),
+        norms=measure_norms(headers, config.text_type),
         cache_values=count_cache_values(headers, num_attention_layers, num_kv_heads * head_dim),
         recurrent=find_recurrent_shape(config.text, layer_mixers, config.where),
     )

@@ -165,10 +165,12 @@ class ShortConvolution(nn.Module):
         **_others: object,
     ) -> Tensor:
         (bcx,) = project(hidden_states[0], [self.in_proj])
-        if kv_cache is None:
-            y_TH = checkpoint(self._mix, bcx, layout, use_reentrant=False, preserve_rng_state=False)
-        else:
+        if kv_cache is not None:
             y_TH = self._continue_rows(bcx, layout, kv_cache)
+        elif not bcx.requires_grad:  # below the first adapter, where a checkpoint would save it
+            y_TH = self._mix(bcx, layout)
+        else:
+            y_TH = checkpoint(self._mix, bcx, layout, use_reentrant=False, preserve_rng_state=False)
         return project(y_TH, [self.out_proj])[0][None]
 
     def _mix(self, bcx: Tensor, layout: PackLayout) -> Tensor:

@@ -96,7 +96,8 @@ class Qwen3NextDeltaNet(GatedDeltaNet):
         q, k, v, gate = qkvz.unflatten(-1, (shape.num_groups, -1)).split(sizes, -1)
         b, a = ba.unflatten(-1, (shape.num_groups, -1)).chunk(2, -1)
         mixed_TC = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], -1)
-        return mixed_TC, gate, b.flatten(1), a.flatten(1)
+        # a view would keep all of the projection until the backward
+        return mixed_TC, gate.contiguous(), b.flatten(1), a.flatten(1)
 
 
 class OlmoHybridDeltaNet(GatedDeltaNet):
@@ -130,7 +131,9 @@ def run_scan(
 
 
 def run_norm(norm: nn.Module, x: Tensor, gate: Tensor) -> Tensor:
-    """Apply a stock norm, which saves its inputs only."""
+    """Apply a stock norm, which saves its inputs only, and nothing below the first adapter."""
+    if not x.requires_grad:
+        return norm(x, gate)
     return checkpoint(norm, x, gate, use_reentrant=False, preserve_rng_state=False)
 
 
