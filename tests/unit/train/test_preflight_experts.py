@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from preflight_models import get_refusal, prepare_model, prepare_sharing_model
+from preflight_models import get_refusal, prepare_model, prepare_network, prepare_sharing_model
 from tiny_models import EXPERT_FAMILIES, HYBRID_CONFIGS, make_tiny_documents
 from tunesmith.core.errors import GateError
 from tunesmith.core.types import PackLayout
@@ -22,6 +23,7 @@ from tunesmith.session.preflight_probe import PreflightSamples, pack_documents
 from tunesmith.train.preflight import run_preflight
 from tunesmith.train.preflight_blocks import compare_blocks
 from tunesmith.train.preflight_isolation import refuse_leakage
+from wide_configs import make_wide_config
 
 RECURRENT = ("granitemoehybrid", "qwen3_5", "falcon_h1")
 
@@ -50,6 +52,35 @@ def test_isolation_is_proven_by_gradients(family: str) -> None:
 def test_a_dense_model_is_isolated_bitwise() -> None:
     evidence = run_checks(*prepare_model("llama"))
     assert evidence["no cross-document attention"].endswith("the others unchanged bitwise")
+
+
+def make_deep_network(num_layers: int) -> PreTrainedModel:
+    """Return a random dense network whose scores are not scaled: rounding to bf16 grows with each
+    layer."""
+    config: Any = make_wide_config("gemma4_text")
+    config.num_hidden_layers = num_layers
+    config.layer_types = ["sliding_attention", "full_attention"] * (num_layers // 2)
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return network.eval().requires_grad_(False)
+
+
+def test_a_dense_network_that_amplifies_rounding_is_proven_by_its_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A leak and a wrong block of the same network are refused."""
+    model, samples = prepare_network(make_deep_network(12))
+    evidence = {result.kind: result.evidence for result in run_preflight(model, samples)}
+    logits = evidence["logits match transformers"]
+    assert float(logits.split("%")[0].rpartition(" ")[2]) > 6
+    assert evidence["negative controls"].startswith("3 of 4 injected faults detected")
+    monkeypatch.setitem(BACKENDS, "broken", attend_across)
+    model.backend = "broken"
+    assert "layers.0.self_attn is off by" in get_refusal(model, samples)
+    model.backend = "auto"
+    wrong: Any = model.decoder.get_submodule("layers.7.self_attn")
+    wrong.scaling = 0.95
+    assert get_refusal(model, samples).startswith("layers.7.self_attn is off by ")
 
 
 # ---------------------------------------------------------------- leaks
