@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 import tunesmith
 from rank_lab import run_processes
 from tiny_runs import make_tiny_recipe
-from tunesmith.cli.launch import lockstep
+from tunesmith.api import read_recipe
+from tunesmith.cli.launch import lockstep, main_rank
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.events import TrainStep
 from tunesmith.core.json_io import dump_json
@@ -143,6 +144,18 @@ def train_near_other_rows(
     else:
         os.chdir(folder)
     return train_run(model, folder, changes, {})
+
+
+def start_with_recipes(recipes: Sequence[dict[str, Any]]) -> Outcome:
+    """Start each rank with a recipe of its own; return the exit code, and what rank 0 says."""
+    recipe = recipes[int(os.environ["RANK"])]
+    try:
+        with main_rank(lambda: read_recipe(recipe)):
+            return 0, "started"
+    except SystemExit as end:
+        return int(end.code or 0), ""
+    except TunesmithError as error:
+        return error.exit_code, str(error)
 
 
 def evaluate_run(run: str, data: str, cwds: Sequence[str]) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from rank_loops import (
     train_with_nan,
     wait_for_silent_rank,
 )
+from rank_runs import start_with_recipes
 from tunesmith.core.ranks import SINGLE_PROCESS
 
 pytestmark = pytest.mark.multi
@@ -68,3 +70,21 @@ def test_a_rollback_of_rank_0_reaches_all(tmp_path: Path) -> None:
     first, second = run_ranks(roll_back, 2, str(folders[1]))
     assert first == second
     np.testing.assert_allclose(np.frombuffer(first, np.float32), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"lora_r": 4}, "another recipe than that of rank 0: lora_r"),
+        ({"lora_r": "many"}, "lora_r"),
+    ],
+)
+def test_ranks_with_other_recipes_are_refused_by_rank_0(
+    other: dict[str, Any], message: str
+) -> None:
+    recipe = {"model": "m", "data": "rows.jsonl"}
+    assert run_processes(start_with_recipes, 2, [recipe, recipe]) == [(0, "started"), (0, "")]
+    main, follower = run_processes(start_with_recipes, 2, [recipe, recipe | other])
+    assert (main[0], follower) == (2, (2, ""))
+    assert message in main[1]
+    assert "rank 1 on " in main[1]

@@ -21,7 +21,7 @@ from tunesmith.core.types import Json
 pytestmark = pytest.mark.multi
 
 STEPS = 12
-KILLS = 4
+KILLS = 5  # of each rank
 LIMIT_SECONDS = 90.0
 
 

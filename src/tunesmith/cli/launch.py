@@ -9,10 +9,10 @@ torchrun's variables say everything: a cluster that starts torchrun needs nothin
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,10 @@ from tunesmith.core.ranks import (
     open_ranks,
     run_torchrun,
 )
+from tunesmith.core.types import Json
+
+if TYPE_CHECKING:
+    from tunesmith.recipe.schema import Recipe, Stages
 
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 
@@ -87,10 +91,44 @@ def _follow_main_rank(ranks: Ranks) -> int:
         return error.exit_code
 
 
+def _compare_recipes(ranks: Ranks, read_recipe: Callable[[], Recipe | Stages]) -> None:
+    """Let rank 0 raise what is wrong with the recipe of any rank; the others go on to follow it."""
+    from tunesmith.recipe.schema import Stages
+
+    values: list[Json] = []
+    problem: TunesmithError | None = None
+    try:
+        recipe = read_recipe()
+        stages = recipe.recipes if isinstance(recipe, Stages) else (recipe,)
+        values = [stage.model_dump(mode="json") for stage in stages]
+    except TunesmithError as error:
+        problem = error
+    with nullcontext() if ranks.is_main else suppress(TunesmithError):
+        answers = ranks.gather_answers([ranks.name, values], problem)
+        for name, others in answers if ranks.is_main else []:
+            if others != values:
+                message = f"another recipe than that of rank 0: {_name_changes(values, others)}"
+                fix = "start all ranks with the same recipe and flags, under the same path"
+                raise InputError(message, where=name, fix=fix)
+
+
+def _name_changes(stages: Sequence[Json], others: Sequence[Json]) -> str:
+    """Return the keys of the recipe that differ."""
+    if len(stages) != len(others):
+        return "stage"
+    changed: list[str] = []
+    for stage, other in zip(stages, others, strict=True):
+        changed += [key for key in stage if stage[key] != other[key]]
+    return ", ".join(dict.fromkeys(changed))
+
+
 @contextmanager
-def main_rank() -> Iterator[Ranks]:
-    """Yield the ranks to rank 0; any other follows it instead, and exits with its code."""
+def main_rank(read_recipe: Callable[[], Recipe | Stages] | None = None) -> Iterator[Ranks]:
+    """Yield the ranks to rank 0; any other follows it instead, and exits with its code. Raise
+    InputError if another rank was started with another recipe."""
     with open_ranks() as ranks:
+        if read_recipe is not None and ranks.world > 1:
+            _compare_recipes(ranks, read_recipe)
         if ranks.is_main:
             yield ranks
             return

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -76,8 +77,9 @@ def train(
     if gpus is not None:
         flags = list_flags(allow_code=allow_code, track=track, json=as_json)
         raise typer.Exit(launch(gpus, ["train", *(args or ()), *flags]))
-    with main_rank() as ranks:
-        inputs = api.load_inputs(parse_recipe_args(args))
+    read_recipe = cache(partial(parse_recipe_args, args))  # which says once what it takes
+    with main_rank(read_recipe) as ranks:
+        inputs = api.load_inputs(read_recipe())
         run_plan = api.plan(inputs)
         run_dir = Path(run_plan.config.output_dir)
         if interrupted := api.find_interrupted_run(run_plan, ranks):
