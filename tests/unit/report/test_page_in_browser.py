@@ -158,6 +158,8 @@ def test_the_page_is_short_and_has_few_stops(browser: Any, graded_file: Path, wi
     height = page.evaluate("document.documentElement.scrollHeight")
     assert height <= (12_000 if width == 1440 else 25_000)
     assert 30 < count_stops(page) <= 60
+    gap = "getComputedStyle(document.querySelector('#sample-filters [role=toolbar]')).columnGap"
+    assert page.evaluate(gap) != "normal", "buttons stand apart"
     still = """() => [...document.querySelectorAll("[tabindex='0']")].filter((pane) =>
         pane.checkVisibility() && pane.scrollWidth <= pane.clientWidth
         && pane.scrollHeight <= pane.clientHeight).length"""
@@ -270,6 +272,10 @@ def test_a_wide_page_shows_the_open_answer_beside_the_list(browser: Any, graded_
             const top = document.querySelector("[open] .sample-body").getBoundingClientRect().top;
             return top >= 0 && top < innerHeight;
         }""")
+    opened.locator("pre").last.evaluate("node => { node.style.minHeight = '3000px'; }")
+    bottom = "node => node.getBoundingClientRect().bottom"
+    last = page.locator("#samples-here").evaluate(bottom)
+    assert opened.locator(".sample-body").evaluate(bottom) <= last, "not into the next section"
     narrow = open_page(browser, graded_file, viewport={"width": 1000, "height": 900})
     assert narrow.locator("#sample-list details.sample[open]").count() == 0
 
