@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from tunesmith.core.model_spec import ModelSpec, NormShape, PartShape
+from tunesmith.model.hub.expected_tensors import HEAD_QK_NORM_TYPES
 from tunesmith.model.hub.validate import TensorHeader
 
 
@@ -20,7 +21,8 @@ def make_headers(network: nn.Module) -> dict[str, TensorHeader]:
 def describe_layers(
     spec: ModelSpec, *, mlp_inputs: int = 2, norms: NormShape | None = None
 ) -> ModelSpec:
-    """Return the spec with what follows from the sizes of a dense model. `norms`: two per layer."""
+    """Return the spec with what follows from the sizes of a dense model. `norms`: two per layer,
+    and those of q and k."""
     hidden, layers, mlp = spec.hidden_size, spec.num_layers, spec.intermediate_size
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     attention = PartShape(
@@ -37,12 +39,13 @@ def describe_layers(
         inner_outputs=layers * mlp_inputs * mlp,
         inner_inputs=layers * mlp,
     )
+    has_inner_norms = spec.model_type in HEAD_QK_NORM_TYPES
     parameters = layers * hidden * (2 * q + 2 * kv + (mlp_inputs + 1) * mlp)
     return dataclasses.replace(
         spec,
         parts={"attention": attention, "mlp": gated},
         layer_mixers=("attention",) * layers,
-        norms=norms or NormShape(2 * layers),
+        norms=norms or NormShape(2 * layers, layers * (q + kv) * has_inner_norms),
         cache_values=2 * layers * kv,
         block_parameters=parameters,
         active_parameters=parameters,
