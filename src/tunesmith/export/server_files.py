@@ -149,7 +149,7 @@ def _build_llama_server(deployment: Deployment) -> dict[str, str]:
 def _build_start_script(
     deployment: Deployment, options: list[str], key_note: str, *, has_model: bool = True
 ) -> str:
-    """Return a script whose settings are environment variables."""
+    """Return a script whose settings are environment variables; it passes further flags on."""
     lines = ["#!/usr/bin/env bash", f"# {key_note}", "set -euo pipefail", 'cd "$(dirname "$0")"']
     if has_model and deployment.hub_name:
         lines.append(f"MODEL=${{MODEL:-{deployment.hub_name}}}")
@@ -159,7 +159,7 @@ def _build_start_script(
         "HOST=${HOST:-127.0.0.1}",
         "PORT=${PORT:-8000}",
         f"MAX_MODEL_LEN=${{MAX_MODEL_LEN:-{deployment.context_length}}}",
-        "exec " + " \\\n  ".join(options),
+        "exec " + " \\\n  ".join([*options, '"$@"']),
     ]
     return "\n".join(lines) + "\n"
 

@@ -9,4 +9,5 @@ exec "${LLAMA_SERVER:-llama-server}" --model model/model-q8_0.gguf \
   --alias tickets-2 \
   --ctx-size "$MAX_MODEL_LEN" \
   --host "$HOST" --port "$PORT" \
-  --jinja
+  --jinja \
+  "$@"

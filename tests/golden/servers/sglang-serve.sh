@@ -17,4 +17,5 @@ exec python3 -m sglang.launch_server --model-path "$MODEL" \
   --max-loras-per-batch 2 \
   --lora-paths invoices=adapters/invoices \
     tickets-2=adapters/tickets-2 \
-  ${API_KEY:+--api-key "$API_KEY"}
+  ${API_KEY:+--api-key "$API_KEY"} \
+  "$@"

@@ -17,4 +17,5 @@ exec vllm serve "$MODEL" \
   --enable-lora --max-lora-rank 32 \
   --max-loras 2 --max-cpu-loras 2 \
   --lora-modules '{"name": "invoices", "path": "adapters/invoices", "base_model_name": "base"}' \
-    '{"name": "tickets-2", "path": "adapters/tickets-2", "base_model_name": "base"}'
+    '{"name": "tickets-2", "path": "adapters/tickets-2", "base_model_name": "base"}' \
+  "$@"
