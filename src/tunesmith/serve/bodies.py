@@ -64,13 +64,13 @@ class MessageToolCall(_Body):
 
 
 class ChatMessage(_Body):
-    """A message. The fields that are null occur in answers, which clients send back."""
+    """A message. The fields that are null or empty occur in answers, which clients send back."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None
     name: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)] | None = None
     refusal: None = None
-    annotations: None = None
+    annotations: Annotated[list[Json], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS)] | None = None
@@ -324,6 +324,8 @@ class FeedbackBody(_Body):
 def read_body(raw: bytes, kind: type[B]) -> B:
     """Parse and check a body. Raises RequestError 400 with the name of the first wrong field."""
     content = _parse_json(raw)
+    if not isinstance(content, dict):
+        raise RequestError(400, "the body is not a JSON object")
     try:
         return kind.model_validate(content)
     except ValidationError as error:

@@ -31,7 +31,10 @@ def test_what_clients_send() -> None:
 
 
 def test_an_answer_can_be_sent_back() -> None:
-    answer = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None}
+    answer = {
+        "role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "name": None,
+        "annotations": [], "audio": None, "function_call": None,
+    }  # fmt: skip
     parts = {
         "role": "user",
         "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
@@ -61,6 +64,10 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "x", "name": ""}]}, "messages[0].name"),
         ({"messages": [{"role": "user", "content": "x", "audio": {}}]}, "messages[0].audio"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "annotations": [{}]}]},
+            "messages[0].annotations",
+        ),
         ({"messages": [{"role": "user", "content": "x", "weight": 1}]}, "messages[0].weight"),
         (
             {"messages": [{"role": "user", "content": "x", "reasoning_content": "y"}]},
