@@ -1,12 +1,14 @@
 """Clients of a server: streamed chats with their times, all at once, one after another, or arriving
 by a Poisson process.
 
-    python -m benchmarks.serving.clients URL MODEL TOKENS END_ID...     16 chats from this process
+    python -m benchmarks.serving.clients URL MODEL TOKENS END_ID... [--flood N]
 
-The second form is for lines that count the processor time of the server alone."""
+The second form asks 16 chats from a process of its own, for lines that count the processor time of
+the server alone. With --flood, N clients ask again and again until the standard input ends."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import random
@@ -161,10 +163,28 @@ def compute_quantile(values: Sequence[float], share: float) -> float:
 
 
 def main() -> None:
-    url, model, num_tokens, *end_ids = sys.argv[1:]
-    ends = tuple(map(int, end_ids))
-    chats = [Chat(model, int(num_tokens), ends, number) for number in range(CLIENTS)]
-    print(sum(timing.num_tokens for timing in ask_together(url, chats)))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url")
+    parser.add_argument("model")
+    parser.add_argument("tokens", type=int)
+    parser.add_argument("end_ids", type=int, nargs="*")
+    parser.add_argument("--flood", type=int, default=0, metavar="N")
+    args = parser.parse_args()
+    count = args.flood or CLIENTS
+    chats = [Chat(args.model, args.tokens, tuple(args.end_ids), number) for number in range(count)]
+    if not args.flood:
+        print(sum(timing.num_tokens for timing in ask_together(args.url, chats)))
+        return
+    for chat in chats:
+        threading.Thread(target=flood, args=(args.url, chat), daemon=True).start()
+    sys.stdin.read()
+
+
+def flood(url: str, chat: Chat) -> None:
+    """Ask again and again, and read answers without looking at them."""
+    with httpx.Client(base_url=url, timeout=TIMEOUT_SECONDS) as client:
+        while True:
+            client.post("/v1/chat/completions", json=chat.to_body())
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     with open_lab(base, folder, ...) as lab: print_latencies(lab)
 
 In: a server in this process with 8 adapters of rank 16, B drawn by seed, proven by golden answers.
-Times include the clients, which are threads of this process but in L6. Left out: tokens per second
-against PEFT (http.py) and a decode step by its adapters (adapter_bank.py)."""
+Times include the clients, which are threads of this process; in L6 and L7 they have their own. Left
+out: tokens per second against PEFT (http.py), a decode step by its adapters (adapter_bank.py)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,14 @@ from benchmarks.serving.clients import (
 
 sys.path.append(str(Path(__file__).parents[2] / "tests" / "helpers"))
 
-from serve_lab import LiveServer, make_settings, read_metric, save_toy_adapter, serving
+from serve_lab import (
+    LiveServer,
+    make_settings,
+    read_metric,
+    save_toy_adapter,
+    serving,
+    wait_for,
+)
 from tunesmith.core.types import GenerationRequest, Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.evaluate.live import MAX_TIE_NATS
@@ -55,6 +62,7 @@ REPLACED = ("a0", "a1")
 REPLACED_TOKENS = 24
 NUM_REGISTERED = 1000
 NUM_FLOODED = 200
+NUM_QUIET = 40
 
 
 @dataclass(frozen=True)
@@ -379,16 +387,33 @@ def print_overhead(lab: Lab) -> None:
 
 
 def print_fairness(lab: Lab) -> None:
-    """L7: one model is flooded, and another is asked by a single client."""
-    quiet = lab.make_chats(["a0"], CLIENTS)
-    alone = ask_in_turn(lab.url, quiet)
-    flood = lab.make_chats([BASE_NAME], NUM_FLOODED)
-    with Load(lab.url, flood):
-        beside = ask_in_turn(lab.url, quiet)
+    """L7: one model is flooded from a process of its own, and another is asked by a single client.
+    Steps tell waiting for a row from sharing the steps with other rows."""
+    quiet = [Chat("a0", COLD_TOKENS, lab.end_ids, number) for number in range(NUM_QUIET)]
+    alone, alone_steps = ask_counting_steps(lab, quiet)
+    ends = [str(end) for end in lab.end_ids]
+    words = [lab.url, BASE_NAME, str(lab.num_tokens), *ends, "--flood", str(NUM_FLOODED)]
+    command = [sys.executable, "-m", "benchmarks.serving.clients", *words]
+    limits = lab.live.server.engine.scheduler._limits
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as flood:
+        wait_for(lambda: read_metric(lab.live, "waiting") > NUM_FLOODED // 2)
+        beside, beside_steps = ask_counting_steps(lab, quiet)
+        assert flood.stdin is not None
+        flood.stdin.close()
     slow = compute_quantile([timing.total for timing in beside], 0.95)
     fast = compute_quantile([timing.total for timing in alone], 0.95)
-    print(f"L7 one client beside {NUM_FLOODED} of another model, p95 of {CLIENTS} answers:")
-    print(f"   alone {fast:.2f} s, beside them {slow:.2f} s: {slow / fast:.2f}x")
+    print(f"L7 one client beside {NUM_FLOODED} of another model, {limits.rows} rows, p95 of")
+    print(f"   {NUM_QUIET} answers of {COLD_TOKENS} tokens:")
+    print(f"   alone {fast:.2f} s, beside them {slow:.2f} s: {slow / fast:.2f}x;")
+    print(f"   steps of an answer {alone_steps:.1f} and {beside_steps:.1f}")
+
+
+def ask_counting_steps(lab: Lab, chats: Sequence[Chat]) -> tuple[list[Timing], float]:
+    """Ask one after another; return the times and the mean steps of the server for an answer."""
+    before = read_metric(lab.live, "step_seconds_count")
+    timings = ask_in_turn(lab.url, chats)
+    steps = read_metric(lab.live, "step_seconds_count") - before
+    return timings, steps / len(chats)
 
 
 def print_soak(lab: Lab, minutes: float) -> None:
