@@ -1,7 +1,6 @@
 """Training of models of published sizes, with two or three of their layers: shapes cost nothing,
 and what one more layer adds gives the whole model (`extend`)."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,12 @@ import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from fake_models import make_loop, make_model, take_step
-from layer_shapes import describe_layers
 from recorder import Record, recording
 from tunesmith.core.types import Document, ModelSpec
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
 from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.hub.spec import read_spec
 from tunesmith.train.loop import TrainingLoop
 from tunesmith.train.losses import LossNormalizer, compute_step_terms
 
@@ -44,30 +43,17 @@ class LargeModel:
     def num_tokens(self) -> int:
         return self.num_documents * self.document_tokens
 
-    def describe(self, num_layers: int) -> ModelSpec:
-        """Return the model with so many layers as a plan sees it."""
-        sizes = self.sizes
-        is_tied = sizes["tie_word_embeddings"]
-        spec = ModelSpec(
-            name="large",
-            path=Path("large"),
-            architecture=self.config_class.__name__.replace("Config", "ForCausalLM"),
-            model_type=self.config_class.model_type,
-            num_layers=num_layers,
-            hidden_size=sizes["hidden_size"],
-            num_heads=sizes["num_attention_heads"],
-            num_kv_heads=sizes["num_key_value_heads"],
-            head_dim=sizes["head_dim"],
-            intermediate_size=sizes["intermediate_size"],
-            vocab_size=sizes["vocab_size"],
-            context_length=sizes["max_position_embeddings"],
-            tie_word_embeddings=is_tied,
-            parameters=0,
-            dtype="bfloat16",
+    def make_config(self, num_layers: int) -> PreTrainedConfig:
+        return self.config_class(
+            **self.sizes,
+            num_hidden_layers=num_layers,
+            architectures=[self.config_class.__name__.replace("Config", "ForCausalLM")],
         )
-        spec = describe_layers(spec)
-        matrices = (1 if is_tied else 2) * spec.vocab_size * spec.hidden_size
-        return dataclasses.replace(spec, parameters=spec.block_parameters + matrices)
+
+    def describe(self, num_layers: int, folder: Path) -> ModelSpec:
+        """Return the model with so many layers as a plan reads it from the folder."""
+        self.make_config(num_layers).save_pretrained(folder)
+        return read_spec(folder)
 
 
 LARGE_MODELS = {
@@ -156,9 +142,10 @@ def train_large(name: str, num_layers: int, policy: str) -> Record:
     backward, after the first update."""
     large = LARGE_MODELS[name]
     documents = make_documents(large)
-    config = large.config_class(**large.sizes, num_hidden_layers=num_layers)
     with recording() as record:
-        model = make_model(config, lora_r=RANK, gradient_checkpointing=policy)
+        model = make_model(
+            large.make_config(num_layers), lora_r=RANK, gradient_checkpointing=policy
+        )
         num_uploads = record.uploads
         loop = make_loop(model, documents, pack_length=large.num_tokens)
         keep_saved(model, record)

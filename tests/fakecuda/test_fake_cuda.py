@@ -244,10 +244,10 @@ def test_merging_keeps_no_keys_for_each_answer(results: Results) -> None:
 # ---------------------------------------------------------------- what a plan predicts
 
 
-def predict(model: str, num_layers: int, policy: str) -> dict[str, int]:
+def predict(model: str, num_layers: int, policy: str, folder: Path) -> dict[str, int]:
     large = LARGE_MODELS[model]
     return estimate_gpu_memory(
-        large.describe(num_layers),
+        large.describe(num_layers, folder),
         pack_tokens=large.num_tokens,
         method="lora",
         dtype="bf16",
@@ -263,9 +263,11 @@ MAX_MISSING = {"SmolLM2-135M": 0.02}
 
 @needs_triton
 @pytest.mark.parametrize(("model", "policy"), LARGE)
-def test_the_plan_predicts_the_peak(results: Results, model: str, policy: str) -> None:
+def test_the_plan_predicts_the_peak(
+    results: Results, model: str, policy: str, tmp_path: Path
+) -> None:
     """Without the CUDA context and the fragments, which nothing here has."""
-    parts = predict(model, LARGE_MODELS[model].num_layers, policy)
+    parts = predict(model, LARGE_MODELS[model].num_layers, policy, tmp_path)
     predicted = parts["peak"] - parts["context"] - parts["fragments"]
     counted = extend(results, model, policy, "peak_bytes")
     assert (1 - MAX_MISSING.get(model, 0)) * counted <= predicted <= 1.1 * counted
@@ -274,7 +276,7 @@ def test_the_plan_predicts_the_peak(results: Results, model: str, policy: str) -
 
 @needs_triton
 @pytest.mark.parametrize("model", LARGE_MODELS)
-def test_the_plan_counts_what_a_layer_saves(results: Results, model: str) -> None:
-    fewer, more = (predict(model, n, "none")["activations"] for n in (FEWER, MORE))
+def test_the_plan_counts_what_a_layer_saves(results: Results, model: str, tmp_path: Path) -> None:
+    fewer, more = (predict(model, n, "none", tmp_path)["activations"] for n in (FEWER, MORE))
     counted = count_layer(results, model, "none", "saved_bytes")
     assert more - fewer == pytest.approx(counted, rel=0.02)

@@ -28,6 +28,7 @@ interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="test_in_the_interpr
 FP32_ROUNDING = 1e-6
 QUICK_CAPABILITIES = (90,)
 OTHER_CAPABILITIES = (80, 89, 100, 120)
+OLD_CAPABILITIES = (70, 75)  # V100 and T4, which train in fp16
 MAX_SHARED_BYTES = 99 * 1024  # of the smallest of these GPUs
 
 
@@ -234,6 +235,7 @@ def test_nothing_is_launched_for_no_rows() -> None:
         pytest.param("8B", QUICK_CAPABILITIES, id="H100"),
         pytest.param("8B", OTHER_CAPABILITIES, id="others", marks=pytest.mark.slow),
         pytest.param("odd", QUICK_CAPABILITIES, id="odd sizes", marks=pytest.mark.slow),
+        pytest.param("odd", OLD_CAPABILITIES, id="V100 and T4", marks=pytest.mark.slow),
     ],
 )
 def test_for_gpus_no_kernel_spills(
