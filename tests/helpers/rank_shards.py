@@ -25,6 +25,7 @@ from tunesmith.model.text_network import load_text_network
 from tunesmith.model.weight_shards import WeightShards, join_ranks
 from tunesmith.train.checkpoint import iter_state
 from tunesmith.train.loop import TrainingLoop
+from tunesmith.train.update_norms import compute_update_ratios
 
 STEPS = 6
 FULL_STEPS = 20
@@ -85,6 +86,7 @@ class FullOutcome(NamedTuple):
     losses: list[float]
     weights: np.ndarray  # complete; none on ranks whose parts another one has, too
     state_bytes: int  # of all storages of weights and moments, between two steps
+    update_ratios: dict[str, float]  # of the last step
 
 
 def train_all_weights(
@@ -97,6 +99,7 @@ def train_all_weights(
         kind, policy = how["kind"], how["policy"]
     training = make_sharded_loop(ranks, folder, size, kind, method="full", policy=policy)
     training.total_steps = FULL_STEPS
+    training.config = dataclasses.replace(training.config, probe_steps=FULL_STEPS)
     if not memory:
         limit_memory(training)
     losses = [step.loss for step in select_steps(list(training))]
@@ -112,7 +115,9 @@ def train_all_weights(
             tensors |= state
     weights = [t.numpy().ravel() for key, t in sorted(tensors.items()) if "weight." in key[:7]]
     complete = np.concatenate(weights) if weights else np.zeros(0)
-    return FullOutcome(losses, complete, sum(s.nbytes() for s in storages.values()))
+    ratios = training.update_ratios
+    ratios = ratios or compute_update_ratios(training.model.network, training.optimizer, {})
+    return FullOutcome(losses, complete, sum(s.nbytes() for s in storages.values()), ratios)
 
 
 def count_frozen_bytes(model: PackedCausalLM) -> int:

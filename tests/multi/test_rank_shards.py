@@ -75,6 +75,7 @@ def test_ranks_that_train_all_weights_together_make_the_steps_of_one(
         if rank < size:
             np.testing.assert_allclose(ours.weights, alone.weights, rtol=0, atol=1e-5)
         assert ours.state_bytes <= (1 / size + 0.02) * alone.state_bytes
+        assert ours.update_ratios == pytest.approx(alone.update_ratios, rel=1e-3)
 
 
 def test_ranks_that_train_all_weights_repeat_a_step_for_which_one_has_no_memory(

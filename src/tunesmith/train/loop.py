@@ -56,6 +56,7 @@ from tunesmith.train.optimizer import (
     step_optimizer,
 )
 from tunesmith.train.optimizer_in_backward import OptimizerInBackward
+from tunesmith.train.update_norms import sum_update_ratios
 
 # What rank 0 tells the others: take the step, restore the checkpoint, compare the weights, send
 # their parts of the state.
@@ -133,6 +134,7 @@ class TrainingLoop:
         )
         self.optimizer_in_backward = OptimizerInBackward(self.optimizer, self.parameters)
         self.loss_scale = LossScale.from_dtype(model.dtype)
+        self.update_ratios: dict[str, float] = {}  # of weights trained in pieces, at a probe
         self.step = 0
         self.seconds = 0.0
         self.bad_steps = 0
@@ -242,6 +244,7 @@ class TrainingLoop:
             self.loss_scale = LossScale(**position["loss_scale"])
         if self.step:  # so that a probe of this step measures its update
             set_learning_rate(self.optimizer, self._compute_learning_rate(self.step - 1))
+        self._measure_pieces()
         self._drop_prefetched()
         self._is_stopped = False
         self._is_done = False
@@ -354,6 +357,7 @@ class TrainingLoop:
             step_optimizer(self.optimizer, learning_rate)
         if should_update and self.loss_scale:
             self.loss_scale.count_update()
+        self._measure_pieces()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         self.seconds += seconds
@@ -554,6 +558,12 @@ class TrainingLoop:
                 fix="lower learning_rate, or look at these rows with `tunesmith data show`",
             )
         return CheckResult("non-finite", "warn", evidence, self.step)
+
+    def _measure_pieces(self) -> None:
+        """Measure the last update where a probe follows it: no rank could do so alone."""
+        probe_steps = self.config.probe_steps
+        if self.shards is not None and probe_steps and self.step % probe_steps == 0:
+            self.update_ratios = sum_update_ratios(self.parameters, self.optimizer, self.ranks)
 
     def _find_nonfinite_weight(self) -> str:
         """Return the name of a weight that is not finite on any rank, empty if all are."""

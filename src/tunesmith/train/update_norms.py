@@ -7,10 +7,12 @@ a weight is made. Without an adapter: the last update of each trained matrix ove
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith.core.ranks import Ranks
 from tunesmith.model.adapters import find_lora_layers, get_trainable_parameters
 from tunesmith.model.expert_adapters import find_expert_loras
 from tunesmith.model.experts import ExpertLora, split_experts
@@ -85,6 +87,26 @@ def compute_update_ratios(
         if step is not None:
             ratios[name] = float(step.norm() / parameter.norm().clamp(min=MIN_NORM))
     return ratios
+
+
+@torch.no_grad()
+def sum_update_ratios(
+    pieces: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> dict[str, float]:
+    """Return the same of matrices of which each rank trains a piece. All ranks call it."""
+    matrices = {name: piece for name, piece in pieces.items() if piece.ndim > 1}
+    squares = torch.zeros(2, len(matrices), dtype=torch.float64)
+    for index, piece in enumerate(matrices.values()):
+        step = compute_last_update(optimizer, piece)
+        if step is not None:
+            squares[0, index] = step.double().square().sum()
+            squares[1, index] = piece.double().square().sum()
+    ranks.sum_(squares)  # of all copies: their number is in both sums
+    if not squares.any():
+        return {}
+    norms = squares.sqrt()
+    ratios = norms[0] / norms[1].clamp(min=MIN_NORM)
+    return dict(zip(matrices, ratios.tolist(), strict=True))
 
 
 def compute_product_norm(factor_OR: Tensor, factor_RI: Tensor) -> float:

@@ -262,7 +262,9 @@ class GuardedTraining:
             if not self._is_probe_due():
                 return list(probes.measure_forgetting(step))
             expected = probes.measure_expected() if step == 0 else ()
-            return [*expected, *probes.run_probe(step, self.training.optimizer)]
+            training = self.training
+            probe = probes.run_probe(step, training.optimizer, training.update_ratios)
+            return [*expected, *probe]
 
     def _judge_evaluation(self, step: int) -> list[CheckResult]:
         """Add the evaluation of a step to the eval points; return the verdicts on its probe."""

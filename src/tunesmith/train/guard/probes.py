@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -193,9 +193,13 @@ class GenerationProbe:
         self._base_stats: list[_DocumentStats] = []  # of untrained text, by the first probe
 
     def run_probe(
-        self, step: int, optimizer: torch.optim.Optimizer
+        self,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        update_ratios: Mapping[str, float] | None = None,
     ) -> Iterator[Score | GenerationSample]:
-        """Yield all scores and answers; the model must be in evaluation mode."""
+        """Yield all scores and answers; the model must be in evaluation mode. `update_ratios` are
+        those that the optimizer of one rank cannot tell."""
         model = self.session.model
         questions = [prompt.question for prompt in self.prompt_set.prompts]
         outputs = iter_answers(
@@ -211,7 +215,8 @@ class GenerationProbe:
             measurements.append(self._measure_base_loss(answers))
             ratios = compute_adapter_ratios(model.network, self.base_norms)
             measurements.append(_build_layer_metric("adapter_share", ratios))
-        ratios = compute_update_ratios(model.network, optimizer, self.base_norms)
+        ratios = dict(update_ratios or {})
+        ratios = ratios or compute_update_ratios(model.network, optimizer, self.base_norms)
         measurements.append(_build_layer_metric("update_ratio", ratios))
         for measurement in measurements:
             if len(measurement.values) > 1:
