@@ -166,7 +166,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
         recurrent=find_recurrent_shape(config.text, layer_mixers, config.where),
     )
     _refuse_empty_matrices(headers, config.where)
-    _check_expert_counts(headers, num_experts, config.where)
+    _check_expert_counts(headers, spec, config.where)
     _check_sizes(spec, headers, config)
     _check_layer_words(spec, config.where)
     _check_token_ids(spec, config.text)
@@ -520,8 +520,13 @@ def _refuse_empty_matrices(headers: Mapping[str, TensorHeader], where: str) -> N
             raise InputError(message, where=where, fix="choose a model without sizes of 0")
 
 
-def _check_expert_counts(headers: Mapping[str, TensorHeader], num_experts: int, where: str) -> None:
-    """Raise InputError for a layer that has not as many experts as config.json says."""
+def _check_expert_counts(headers: Mapping[str, TensorHeader], spec: ModelSpec, where: str) -> None:
+    """Raise InputError for a layer that has not as many experts as config.json says, or fewer than
+    each token goes to."""
+    num_experts = spec.num_experts
+    if spec.num_experts_per_token > num_experts:
+        message = f"each token goes to {spec.num_experts_per_token} experts of {num_experts}"
+        raise InputError(message, where=where, fix=DOWNLOAD_CONFIG_FIX)
     for name, tensor in headers.items():
         is_stack = ".experts." in name and len(tensor.shape) == 3
         if is_stack and tensor.shape[0] != num_experts:

@@ -80,6 +80,18 @@ def test_a_layer_with_too_few_experts_is_refused_while_planning(tmp_path: Path) 
         read_spec(folder)
 
 
+@pytest.mark.parametrize(
+    ("family", "key"), [("qwen3_moe", "num_experts_per_tok"), ("gemma4-experts", "top_k_experts")]
+)
+def test_more_experts_per_token_than_there_are_is_refused(
+    family: str, key: str, tmp_path: Path
+) -> None:
+    folder = save_changed(family, tmp_path)
+    edit_config(folder, **{key: 20})
+    with pytest.raises(InputError, match=r"each token goes to 20 experts of [68]"):
+        read_spec(folder)
+
+
 def test_shared_keys_without_embeddings_per_layer_are_refused(tmp_path: Path) -> None:
     """transformers 5.24 fails on such a model: it slices the embeddings that are not there."""
     folder = save_changed("gemma4", tmp_path, hidden_size_per_layer_input=0)
