@@ -1,12 +1,15 @@
 """Interrupt verbs and measure how long each takes to end.
 
-    python -m benchmarks.interrupts tiny|real [VERB ...]    prints a table of docs/results/faults.md
+    python -m benchmarks.interrupts tiny|real|hostile [VERB ...]
+
+It prints a table of docs/results/faults.md.
 
 Each verb runs as a process in a folder of its own, and gets SIGINT or SIGTERM after each delay,
 unless it has ended before. Expected: it ends within a second (training with the step it is in) and
 with 130 or 143, prints no traceback, leaves no process, no temporary file, and no file that is
 half-written. Processor time is that of the process after the signal; on a busy machine the wall
-time is many times longer.
+time is many times longer. `hostile` reads files that cost as much as a stranger's may; there the
+signal comes after so much processor time of the verb, so that it meets the reading on any machine.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,6 +47,15 @@ VERBS = {
     "report": "report run",
     "export merged": "export run --to merged",
     "export gguf": "export run --to gguf",
+}
+CPU_DELAYS = (0.6, 0.9, 1.2, 1.6, 2.2)
+HOSTILE_VERBS = {
+    "a tokenizer of a cubic pattern": "data check --model cubic --data train.jsonl",
+    "a tokenizer of 262,144 tokens": "data check --model large --data train.jsonl",
+    "30,000 tensors": "plan tensors.yaml",
+    "a row of 4 MB": "data check --model model --data long.jsonl",
+    "a row of 1,000 messages": "data curate --keep 1 --out chosen messages.yaml",
+    "a recipe of 4,900 unknown keys": "train hostile.yaml --output-dir new",
 }
 RECIPE = """\
 model: {model}
@@ -100,6 +113,43 @@ def write_inputs(folder: Path, model: str) -> None:
         process.kill()
 
 
+def write_hostile_inputs(folder: Path) -> None:
+    """Write the files that HOSTILE_VERBS read; each is accepted, or refused after some time."""
+    regex = {"Regex": r"[\s\S]+?[\s\S]+?(?<![\s\S])"}
+    cubic = {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
+    change_tokenizer(folder, "cubic", {"pre_tokenizer": cubic}, {})
+    change_tokenizer(folder, "large", {}, {f"token{i}": 1000 + i for i in range(262_144)})
+    shutil.copytree(folder / "model", folder / "tensors")
+    tensor = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"t{i}": tensor for i in range(30_000)}).encode()
+    content = len(header).to_bytes(8, "little") + header
+    (folder / "tensors/model.safetensors").write_bytes(content)
+    recipe = RECIPE.format(model="model")
+    (folder / "tensors.yaml").write_text(RECIPE.format(model="tensors"))
+    (folder / "messages.yaml").write_text(recipe.replace("data: train", "data: messages", 1))
+    (folder / "hostile.yaml").write_text(recipe + "".join(f"k{i}: 1\n" for i in range(4_900)))
+    rng = random.Random(0)
+    turns = build_row(rng, ["ab"])["messages"]
+    rows: dict[str, Json] = {
+        "train": {"messages": turns},
+        "eval": {"messages": turns},
+        "test": {"messages": turns},
+        "long": build_row(rng, ["ab cd " * 20_000]),
+        "messages": {"messages": turns * 500},
+    }
+    for name, row in rows.items():
+        (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+
+
+def change_tokenizer(folder: Path, name: str, parts: Json, vocabulary: dict[str, int]) -> None:
+    """Copy the model with another tokenizer."""
+    shutil.copytree(folder / "model", folder / name)
+    file = folder / name / "tokenizer.json"
+    data = json.loads(file.read_text()) | parts
+    data["model"]["vocab"] |= vocabulary
+    file.write_text(json.dumps(data))
+
+
 def build_row(rng: random.Random, words: Sequence[str]) -> Json:
     question = " ".join(rng.choices(words, k=16))
     answer = " ".join(rng.choices(words, k=8))
@@ -114,8 +164,11 @@ def build_row(rng: random.Random, words: Sequence[str]) -> Json:
 # ---------------------------------------------------------------- one interruption
 
 
-def interrupt(words: str, folder: Path, delay: float, number: signal.Signals) -> Outcome | None:
-    """Start a verb, send the signal after `delay` seconds; None if the verb ended before."""
+def interrupt(
+    words: str, folder: Path, delay: float, number: signal.Signals, *, uses_cpu_time: bool
+) -> Outcome | None:
+    """Start a verb, send the signal after `delay` seconds, perhaps of processor time; None if the
+    verb ended before."""
     scratch = folder / "scratch"
     scratch.mkdir()
     before = measure_children()
@@ -128,13 +181,9 @@ def interrupt(words: str, folder: Path, delay: float, number: signal.Signals) ->
         text=True,
         preexec_fn=restore_signals,
     )
-    try:
-        process.communicate(timeout=delay)
-    except subprocess.TimeoutExpired:
-        pass
-    else:
-        return None
     watched = psutil.Process(process.pid)
+    if not (wait_for_cpu(process, watched, delay) if uses_cpu_time else wait(process, delay)):
+        return None
     children = watched.children(recursive=True)
     used = sum(watched.cpu_times()[:4])
     sent = time.perf_counter()
@@ -151,6 +200,28 @@ def interrupt(words: str, folder: Path, delay: float, number: signal.Signals) ->
     cpu_seconds = measure_children() - before - used
     problems += find_remains(folder)
     return Outcome(delay, number, seconds, cpu_seconds, code, tuple(problems), output)
+
+
+def wait(process: subprocess.Popen[str], delay: float) -> bool:
+    """Wait, and return whether the process still runs."""
+    try:
+        process.communicate(timeout=delay)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def wait_for_cpu(process: subprocess.Popen[str], watched: psutil.Process, seconds: float) -> bool:
+    """Wait until a process and its children have used so much, and return whether it runs."""
+    while process.poll() is None:
+        used = 0.0
+        for each in [watched, *watched.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                used += sum(each.cpu_times()[:4])
+        if used >= seconds:
+            return process.poll() is None
+        time.sleep(0.01)
+    return False
 
 
 def measure_children() -> float:
@@ -195,14 +266,16 @@ def is_complete(path: Path) -> bool:
 # ---------------------------------------------------------------- the table
 
 
-def measure_verb(name: str, inputs: Path, delays: Sequence[float]) -> Iterator[Outcome]:
+def measure_verb(name: str, inputs: Path) -> Iterator[Outcome]:
     """Yield one outcome for each delay, with SIGINT and SIGTERM in turn at the longer ones."""
-    for index, delay in enumerate(delays):
+    uses_cpu_time = name in HOSTILE_VERBS
+    words = (VERBS | HOSTILE_VERBS)[name]
+    for index, delay in enumerate(CPU_DELAYS if uses_cpu_time else DELAYS):
         number = signal.SIGTERM if index % 4 == 2 else signal.SIGINT
         with TemporaryDirectory() as scratch:
             folder = Path(scratch) / "work"
             shutil.copytree(inputs, folder)
-            outcome = interrupt(VERBS[name], folder, delay, number)
+            outcome = interrupt(words, folder, delay, number, uses_cpu_time=uses_cpu_time)
         if outcome is None:
             return
         yield outcome
@@ -211,19 +284,22 @@ def measure_verb(name: str, inputs: Path, delays: Sequence[float]) -> Iterator[O
 def main(model: str, names: Sequence[str]) -> None:
     with TemporaryDirectory() as scratch:
         inputs = Path(scratch)
-        if model == "tiny":
+        if model != "real":
             sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))
             from tiny_export import save_model
 
             save_model(inputs / "model")
-        write_inputs(inputs, "model" if model == "tiny" else "smollm2-135m-instruct")
+        if model == "hostile":
+            write_hostile_inputs(inputs)
+        else:
+            write_inputs(inputs, "smollm2-135m-instruct" if model == "real" else "model")
         print(
             "| verb | signals | longest delay | slowest end | most processor time | exit codes "
             "| problems |"
         )
         print("|---|---|---|---|---|---|---|", flush=True)
-        for name in names or VERBS:
-            outcomes = list(measure_verb(name, inputs, DELAYS))
+        for name in names or (HOSTILE_VERBS if model == "hostile" else VERBS):
+            outcomes = list(measure_verb(name, inputs))
             print_row(name, outcomes)
 
 

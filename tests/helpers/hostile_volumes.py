@@ -85,7 +85,7 @@ CASES: dict[str, Callable[[Path], Call]] = {
     "a row of 3000000 numbers": repeat_in_row(b"1,", 3_000_000),
     "a text of a million four-byte letters": write_text_row("🤗", 1_000_000),
     "a text of 8 MB with one four-byte letter": write_text_row("a" * 8_000_000 + "🤗", 1),
-    "a text of 5 MB with one four-byte letter": write_text_row("a" * 5_000_000 + "🤗", 1),
+    "a text of 4 MB with one four-byte letter": write_text_row("a" * 4_000_000 + "🤗", 1),
     "a text of a million words": write_text_row("ab ", 1_000_000),
     "200000 ideographs": write_text_row("日本", 100_000),
     "an answer of 300000 lists": write_answer(lambda: "[" + "[]," * 300_000 + "0]"),

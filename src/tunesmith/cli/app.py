@@ -507,10 +507,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with _unwind_on_signals():
         try:
             _run_verb(words)
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-            if arguments is None and (code in INTERRUPTED_CODES or is_distributed()):
-                _leave(code)
+        except (SystemExit, KeyboardInterrupt) as ended:  # the latter while an error is printed
+            code = int(ended.code or 0) if isinstance(ended, SystemExit) else 130
+            if arguments is None:
+                _ignore_signals()
+                if code in INTERRUPTED_CODES or is_distributed():
+                    _leave(code)
     # the frames of the verb are gone, and with them what they had open
     if arguments is None:
         _leave(code)
@@ -570,14 +572,19 @@ def _exit_on_sigterm(number: int, _frame: FrameType | None) -> None:
 
 def _leave(code: int) -> None:
     """End the process without the interpreter's own end, which takes 60 ms, longer after torch is
-    loaded, and waits for threads. A signal changes nothing any more."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    loaded, and waits for threads."""
+    _ignore_signals()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # a closed pipe
             stream.flush()
     os._exit(code)
+
+
+def _ignore_signals() -> None:
+    """Let no signal change how a verb ended."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _to_input_error(usage: Any) -> InputError:

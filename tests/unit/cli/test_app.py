@@ -285,6 +285,36 @@ def test_a_signal_unwinds_and_waits_for_nothing(name: str, code: int) -> None:
     assert done.stdout == "unwound\nworker ended\n"
 
 
+LATE = """
+import os, signal, sys
+
+def send(frame, event, _):
+    caller = frame.f_back.f_code.co_name if frame.f_back else ""
+    if event == "call" and (frame.f_code.co_name, caller) == {place}:
+        sys.setprofile(None)
+        os.kill(os.getpid(), signal.SIGINT)
+
+from tunesmith.cli import app
+sys.argv = ["tunesmith", "no-such-verb"]
+sys.setprofile(send)
+app.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "code"),
+    [(("_exit_with_error", "_run_verb"), 130), (("__exit__", "main"), 2)],
+    ids=["while the error is printed", "at the end of a verb"],
+)
+def test_a_signal_at_the_end_leaves_no_traceback(place: tuple[str, str], code: int) -> None:
+    program = LATE.format(place=place)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_signals_of_the_caller_come_back(
     tunesmith: Callable[..., CliResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from tunesmith.core.json_io import has_more_values, measure_depth
 from tunesmith.core.types import Json
 from tunesmith.data.readers.invalid_row import InvalidRow
 
-MAX_ROW_MEMORY = 20 * 2**20  # bytes of a text: one emoji makes each character take four
+MAX_ROW_MEMORY = 16 * 2**20  # bytes of a text: one emoji makes each character take four
 MAX_ROW_DEPTH = 100  # levels of nesting
 MAX_ROW_VALUES = 200_000  # keys, texts, objects and arrays; twenty thousand tools have more
 
@@ -108,8 +108,8 @@ def read_header(raw: bytes, location: SourceLocation, delimiter: str) -> tuple[s
 def decode_json(raw: bytes, location: SourceLocation) -> Json:
     """Decode one JSON object strictly. Raises InvalidRow with line and column."""
     text = _decode_utf8(raw, location).rstrip("\r\n")  # so that columns count within the line
-    if sys.getsizeof(text) > MAX_ROW_MEMORY:
-        message = f"{len(text):,} characters of up to four bytes; at most 5 million are read"
+    if _estimate_memory(text) > MAX_ROW_MEMORY:
+        message = f"{len(text):,} characters of up to four bytes; at most 4 million are read"
         fix = "split or remove this row"
         raise InvalidRow("too long", message, where=str(location), fix=fix)
     data = read_json_text(text, location)
@@ -120,6 +120,13 @@ def decode_json(raw: bytes, location: SourceLocation) -> Json:
             fix = _JSON_FIX
         raise InvalidRow("not an object", message, where=str(location), fix=fix)
     return data
+
+
+def _estimate_memory(text: str) -> int:
+    """Return the bytes of a text after its escapes are decoded, at most: a surrogate pair becomes a
+    character of four bytes, and all others with it."""
+    has_pairs = r"\ud" in text or r"\uD" in text
+    return max(sys.getsizeof(text), 4 * len(text) if has_pairs else 0)
 
 
 def read_json_text(text: str, location: SourceLocation) -> Any:

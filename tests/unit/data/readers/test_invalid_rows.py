@@ -315,9 +315,14 @@ def test_fault_03_a_line_of_200_mb_is_one_bad_row_and_is_never_held(
             GOOD[:-1] + b', "x": [' + b"[]," * 200_000 + b"0]}", "too many values", id="lists"
         ),
         pytest.param(
-            GOOD[:-1] + b', "x": "' + b"a" * 5_300_000 + "🤗".encode() + b'"}',
+            GOOD[:-1] + b', "x": "' + b"a" * 4_200_000 + "🤗".encode() + b'"}',
             "too long",
             id="wide",
+        ),
+        pytest.param(
+            GOOD[:-1] + b', "x": "' + b"a" * 4_200_000 + rb"\ud83e\udd17" + b'"}',
+            "too long",
+            id="escaped",
         ),
         (GOOD[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
         (b'{"x":' * 100_000, "nested too deep"),
