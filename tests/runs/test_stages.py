@@ -202,6 +202,9 @@ def test_what_comes_after_a_run_takes_the_last_stage(
     assert isinstance(next(finished_run.chat(folder, ["1 and 1"])), str)
     assert export_run(folder, "peft", out=tmp_path / "peft").path == str(tmp_path / "peft")
     assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
+    by_default = folder / "export" / "peft"  # of the run, not in the folder of its last stage
+    assert export_run(folder, "peft").path == str(by_default)
+    assert (by_default / "adapter_model.safetensors").exists()
 
 
 def test_a_run_may_go_on_from_stages(

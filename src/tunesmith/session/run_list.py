@@ -51,6 +51,7 @@ class RunSummary:
 
     path: str
     state: State
+    verdict: str = ""  # of a finished run
     model: str = ""
     step: int = 0  # over all stages
     steps: int = 0
@@ -150,6 +151,7 @@ def _summarize_finished(folder: Path) -> RunSummary:
     return RunSummary(
         path=str(folder),
         state="finished",
+        verdict=str((record.get("verdict") or {}).get("name", "")),
         model=Path(remove_commit(record["plan"]["recipe"]["model"])).name,
         step=int(record["steps"]),
         steps=int(record["steps"]),

@@ -10,6 +10,7 @@ import pytest
 
 from fake_runs import make_record, write_run
 from tunesmith.cli import run as run_commands
+from tunesmith.core.evidence import RunVerdict
 from tunesmith.core.run_dir import EVENTS_FILE, PLAN_FILE, RECORD_FILE
 
 
@@ -118,7 +119,33 @@ def test_why_a_run_is_unreadable_is_not_cut(folder: Path, tunesmith: Callable[..
     problem = tunesmith("runs", "--json")[1]
     message = json.loads(problem)["runs"][0]["problem"]
     assert len(message) > 60
-    assert "".join(message.split()) in "".join(tunesmith("runs")[1].split())
+    assert f"runs/old: {message}\n" in tunesmith("runs")[1], "a line below the table"
+
+
+@pytest.mark.parametrize("columns", [66, 80, 120])
+def test_a_narrow_terminal_breaks_no_line(
+    columns: int, folder: Path, tunesmith: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    verdict = RunVerdict("useful, not ready", "35 of 80 answers are exactly right")
+    for name in ("demo-1", "demo-1-2-epochs"):
+        write_run(folder / "runs" / name, record=make_record(verdict=verdict))
+    lines = tunesmith("runs")[1].splitlines()
+    assert len(lines) == 3
+    assert all(len(line) <= columns for line in lines)
+    for line in lines[1:]:
+        assert "useful, not ready" in line
+        assert " 0.80 ±0.10 " in line
+    assert ("model" in lines[0]) == (columns == 120)
+    assert ("metric" in lines[0]) == (columns > 66)
+
+
+def test_a_finished_run_shows_its_verdict(folder: Path, tunesmith: Callable[..., Any]) -> None:
+    verdict = RunVerdict("useful, not ready", "35 of 80 answers are exactly right")
+    write_run(folder / "runs/judged", record=make_record(verdict=verdict))
+    assert "runs/judged  useful, not ready  " in tunesmith("runs")[1]
+    summary = json.loads(tunesmith("runs", "--json")[1])["runs"][0]
+    assert (summary["state"], summary["verdict"]) == ("finished", "useful, not ready")
 
 
 def test_a_folder_without_a_close_name_lists_its_runs(

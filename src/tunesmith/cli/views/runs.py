@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -22,10 +22,18 @@ STATE_STYLES = {
     "interrupted": "yellow",
     "stopped": "bold red",
     "unreadable": "red",
+    "ready": "bold green",
+    "useful, not ready": "yellow",
+    "harmful": "bold red",
 }
-MAX_PROBLEM_CHARS = 1_000  # long ones are wrapped
-MAX_UNBROKEN_CHARS = 30  # of a path
+MAX_PROBLEM_CHARS = 1_000
 AGE_UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"))  # seconds
+
+
+# left out one after the other where the terminal is too narrow for all
+SPARED_COLUMNS = ("model", "memory", "metric")
+NUMBERS = ("step", "score", "memory", "age")
+GAP = 2  # between columns
 
 
 def render_runs(runs: Sequence[RunSummary], now: float, num_older: int = 0) -> RenderableType:
@@ -34,36 +42,60 @@ def render_runs(runs: Sequence[RunSummary], now: float, num_older: int = 0) -> R
     if not runs:
         return "no runs here: start one with `tunesmith train recipe.yaml`"
     paths = [flatten_text(_shorten_path(run.path)) for run in runs]
-    # a narrow terminal shortens models before it breaks names and scores
-    wrapped = {"model"}
-    if any(run.problem for run in runs):
-        wrapped.add("metric")
-    if max(map(len, paths)) > MAX_UNBROKEN_CHARS:
-        wrapped.add("run")
-    table = Table(box=None, pad_edge=False)
-    for column in ("run", "state", "model", "step", "metric", "score", "memory", "age"):
-        is_number = column in ("step", "score", "memory", "age")
-        can_wrap = column in wrapped
-        table.add_column(
-            column,
-            justify="right" if is_number else "left",
-            no_wrap=not can_wrap,
-            overflow="fold" if can_wrap else "ellipsis",
-        )
-    for run, path in zip(runs, paths, strict=True):
-        table.add_row(
-            Text(path),
-            Text(run.state, STATE_STYLES[run.state]),
-            Text(flatten_text(run.model, 30), no_wrap=True, overflow="ellipsis"),
-            Text(f"{run.step}/{run.steps}") if run.steps else "",
-            Text(_format_metric(run)),
-            Text(_format_score(run)),
-            Text(format_bytes(run.peak_bytes) if run.peak_bytes else ""),
-            Text(_format_age(now - run.modified) if run.modified else ""),
-        )
-    if num_older:
-        table.caption = f"and {num_older:,} older: tunesmith runs --all"
-    return table
+    cells = {
+        "run": [Text(path) for path in paths],
+        "state": [_render_state(run) for run in runs],
+        "model": [Text(flatten_text(run.model, 20)) for run in runs],
+        "step": [Text(f"{run.step}/{run.steps}" if run.steps else "") for run in runs],
+        "metric": [Text(_format_metric(run)) for run in runs],
+        "score": [Text(_format_score(run)) for run in runs],
+        "memory": [Text(format_bytes(run.peak_bytes) if run.peak_bytes else "") for run in runs],
+        "age": [Text(_format_age(now - run.modified) if run.modified else "") for run in runs],
+    }
+    caption = f"and {num_older:,} older: tunesmith runs --all" if num_older else None
+    problems = [
+        Text(f"{path}: {flatten_text(run.problem, MAX_PROBLEM_CHARS)}", STATE_STYLES[run.state])
+        for run, path in zip(runs, paths, strict=True)
+        if run.problem
+    ]
+    return Group(RunTable(cells, caption), *problems)
+
+
+class RunTable:
+    """A table whose lines are not broken: a narrow terminal leaves columns out, and cuts paths only
+    if that is not enough."""
+
+    def __init__(self, cells: Mapping[str, list[Text]], caption: str | None) -> None:
+        self.cells = cells
+        self.caption = caption
+        self.widths = {
+            name: max(len(name), *(text.cell_len for text in column)) + GAP
+            for name, column in cells.items()
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        names = list(self.cells)
+        for spared in SPARED_COLUMNS:
+            if sum(self.widths[name] for name in names) - GAP > options.max_width:
+                names.remove(spared)
+        table = Table(box=None, pad_edge=False, caption=self.caption)
+        for name in names:
+            is_path = name == "run"
+            table.add_column(
+                name,
+                justify="right" if name in NUMBERS else "left",
+                no_wrap=not is_path,
+                overflow="fold" if is_path else "ellipsis",
+            )
+        for row in zip(*(self.cells[name] for name in names), strict=True):
+            table.add_row(*row)
+        yield table
+
+
+def _render_state(run: RunSummary) -> Text:
+    """Show the verdict of a finished run, which says more than that it is finished."""
+    state = run.verdict or run.state
+    return Text(state, STATE_STYLES.get(state, ""))
 
 
 def _shorten_path(path: str) -> str:
@@ -75,10 +107,8 @@ def _shorten_path(path: str) -> str:
 
 
 def _format_metric(run: RunSummary) -> str:
-    """Name the metric of the main score, or say why there is none."""
-    if run.problem:
-        return flatten_text(run.problem, MAX_PROBLEM_CHARS)
-    return flatten_text(run.score.metric) if run.score else ""
+    """Name the metric of the main score."""
+    return flatten_text(run.score.metric) if run.score and not run.problem else ""
 
 
 def _format_score(run: RunSummary) -> str:
