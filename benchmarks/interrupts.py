@@ -53,7 +53,7 @@ HOSTILE_VERBS = {
     "a tokenizer of a cubic pattern": "data check --model cubic --data train.jsonl",
     "a tokenizer of 262,144 tokens": "data check --model large --data train.jsonl",
     "30,000 tensors": "plan tensors.yaml",
-    "a row of 4 MB": "data check --model model --data long.jsonl",
+    "a row of 3 MB": "data check --model model --data long.jsonl",
     "a row of 1,000 messages": "data curate --keep 1 --out chosen messages.yaml",
     "a recipe of 4,900 unknown keys": "train hostile.yaml --output-dir new",
 }

@@ -1,8 +1,8 @@
 """A process that lets children die at every call that changes a file, and sees what can be made of
 the rest.
 
-    LD_PRELOAD=faultyfiles.so python dying.py save|run|times FOLDER MODE...   ->   one JSON object
-    on stdout
+    LD_PRELOAD=faultyfiles.so python dying.py save|run|times|times-bf16 FOLDER MODE...
+    -> one JSON object on stdout
 
 `save`: the children write the third checkpoint of a tiny training. `run`: each does a whole tiny
 run. `times`: the same, killed at random times. Every state of the folder that a death leaves is
@@ -24,6 +24,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
@@ -225,9 +226,10 @@ def full(folder: Path, mode: int) -> dict[str, object]:
 # ---------------------------------------------------------------- at random times
 
 
-def times(folder: Path, _mode: int) -> dict[str, object]:
+def times(folder: Path, _mode: int, num_runs: int = 20, dtype: str = "fp32") -> dict[str, object]:
     folder.mkdir()
     model, files = tiny_runs.save_model_folder(folder / "model"), tiny_runs.write_eval_files(folder)
+    files |= {"dtype": dtype}
     began = time.perf_counter()
     straight = child(lambda: whole_run(model, folder / "straight", files))[1]
     early, chance, kills = (
@@ -236,7 +238,7 @@ def times(folder: Path, _mode: int) -> dict[str, object]:
         0,
     )  # on a machine less busy by then too
     outcomes: Counter[str] = Counter()
-    for number in range(20):
+    for number in range(num_runs):
         place = folder / f"run-{number}"
         for work in (whole_run, resume_or_begin):
             kills += killed(
@@ -262,7 +264,13 @@ def killed(work: Callable[[], str], *, after: float) -> bool:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    work, (where, *modes) = {"save": save, "run": full, "times": times}[sys.argv[1]], sys.argv[2:]
+    scenarios = {
+        "save": save,
+        "run": full,
+        "times": times,
+        "times-bf16": partial(times, num_runs=30, dtype="bf16"),
+    }
+    work, (where, *modes) = scenarios[sys.argv[1]], sys.argv[2:]
     sys.stdout.write(
         json.dumps({mode: work(Path(where) / mode, MODES.index(mode)) for mode in modes}) + "\n"
     )

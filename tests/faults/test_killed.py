@@ -74,3 +74,11 @@ def test_fault_22_twenty_runs_killed_at_random_times(dying: Dying, tmp_path: Pat
     actual = dying("times", tmp_path, "off")["off"]
     assert actual["kills"] >= 20
     assert actual["outcomes"] == {actual["straight"]: 20}
+
+
+@pytest.mark.slow
+def test_fault_22_thirty_runs_in_bf16_killed_at_random_times(dying: Dying, tmp_path: Path) -> None:
+    """The kernels round as they did before the kill; the bytes are not those of fp32."""
+    actual = dying("times-bf16", tmp_path, "off")["off"]
+    assert actual["kills"] >= 30
+    assert actual["outcomes"] == {actual["straight"]: 30}
