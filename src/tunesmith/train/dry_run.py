@@ -44,6 +44,7 @@ from tunesmith.plan.rules import RuleContext
 from tunesmith.plan.step_memory import collect_footprint, estimate_packs, estimate_step_memory
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import open_truncated_session
+from tunesmith.train.all_reduce import BUCKET_NUMEL
 from tunesmith.train.loop import TrainingLoop
 from tunesmith.train.run import refuse_on_ranks
 
@@ -254,15 +255,17 @@ def _predict_messages(
     """Return the messages that plan/mesh_time.py counts the time of."""
     num_trained = count_trained_parameters(context.model, **collect_footprint(context))
     mesh = context.mesh
-    gradients = RankMessages("allreduce", 1, GRADIENT_BYTES * num_trained)
+    calls = math.ceil(num_trained / BUCKET_NUMEL)
+    gradients = RankMessages("allreduce", calls, GRADIENT_BYTES * num_trained)
     messages = [gradients]
     if mesh.shard > 1:
         messages = _predict_gathers(context, num_packs)
         if context["method"] != "full":
             messages.append(gradients)
         else:  # summed over copies, and the words of a step
-            num_bytes = gradients.num_bytes // mesh.shard if mesh.replicate > 1 else 0
-            messages.append(RankMessages("allreduce", 1 + (mesh.replicate > 1), num_bytes))
+            num_pieces = num_trained // mesh.shard if mesh.replicate > 1 else 0
+            calls = 1 + math.ceil(num_pieces / BUCKET_NUMEL)
+            messages.append(RankMessages("allreduce", calls, GRADIENT_BYTES * num_pieces))
     if mesh.context > 1:
         calls = 2 * num_packs * count_layer_passes(context)
         num_bytes = count_exchanged_bytes(context, rank_tokens)
