@@ -44,11 +44,9 @@ class LargeModel:
         return self.num_documents * self.document_tokens
 
     def make_config(self, num_layers: int) -> PreTrainedConfig:
-        return self.config_class(
-            **self.sizes,
-            num_hidden_layers=num_layers,
-            architectures=[self.config_class.__name__.replace("Config", "ForCausalLM")],
-        )
+        architecture = self.config_class.__name__.replace("Config", "ForCausalLM")
+        others = {"num_hidden_layers": num_layers, "architectures": [architecture]}
+        return self.config_class(**self.sizes, **others)
 
     def describe(self, num_layers: int, folder: Path) -> ModelSpec:
         """Return the model with so many layers as a plan reads it from the folder."""
