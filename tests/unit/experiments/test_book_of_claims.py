@@ -20,6 +20,7 @@ from tunesmith.core.json_io import dump_json
 from tunesmith.core.run_dir import read_all_events
 from tunesmith.core.types import PlanConfig
 from tunesmith.evaluate.results import MetricValues
+from tunesmith.recipe.fields import NO_TEST_DATA
 from tunesmith.recipe.load import read_recipe
 
 arms = import_module("experiments.arms")
@@ -172,6 +173,9 @@ def test_every_experiment_is_complete(tmp_path: Path) -> None:
     settings = {field.name for field in dataclasses.fields(PlanConfig)}
     for experiment in experiments:
         assert set(experiment.settings) <= settings
+        if any(arm.answering for arm in experiment.arms.values()):
+            # else half of eval_data becomes test_data, which nothing answers
+            assert experiment.recipe["test_data"] == NO_TEST_DATA, experiment.name
         for name, arm in experiment.arms.items():
             job = run.make_job(experiment, name, arm, 0, tmp_path)
             recipe = read_recipe(job.recipe)
