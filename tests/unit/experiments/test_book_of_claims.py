@@ -193,7 +193,8 @@ def test_a_quick_run_measures_few_rows(tmp_path: Path) -> None:
         assert quick.recipe.get("retention_data") != definitions.GENERAL_TEXTS, experiment.name
         for name, arm in quick.arms.items():
             recipe = read_recipe(run.make_job(quick, name, arm, 0, tmp_path).recipe)
-            for source in (*recipe.eval_data, *recipe.test_data):
+            test_data = () if recipe.has_no_test else recipe.test_data
+            for source in (*recipe.eval_data, *test_data):
                 if not source.path.is_relative_to(definitions.RECIPES):
                     assert source.max_examples == definitions.QUICK_ROWS, (experiment.name, name)
                     num_limited += 1
