@@ -84,62 +84,80 @@ def estimate_activation_bytes(spec: ModelSpec, tokens: int, settings: Activation
 def compute_saved_bytes(spec: ModelSpec, settings: ActivationSettings) -> int:
     """Return the bytes per token that are saved for the backward pass. Checkpointing `selective`
     recomputes gate and up; `full` saves the inputs of all layers, and all of the last."""
+    tables = 4 * spec.head_dim  # cosines and sines, which all layers share
     if settings.checkpointing != "full":
-        return sum(list_saved_bytes(spec, settings).values())
+        return tables + sum(list_saved_bytes(spec, settings).values())
     inputs = (spec.num_layers - 1) * spec.hidden_size * settings.dtype_bytes
-    return inputs + _compute_last_layer_bytes(spec, settings)
+    return tables + inputs + _compute_last_layer_bytes(spec, settings)
 
 
 def _compute_last_layer_bytes(spec: ModelSpec, settings: ActivationSettings) -> int:
     """Return the bytes per token that the last layer and the norm after it save."""
     saved = spec.hidden_size * _get_norm_bytes(spec, settings)
-    feed_layers = spec.parts.get(MLP, NO_PART).layers + spec.parts.get(EXPERTS, NO_PART).layers
-    # dense layers come before those with experts
-    has_dense_end = not spec.num_experts or feed_layers > len(list_layers(spec, MLP))
-    for word, num_bytes in list_saved_bytes(spec, settings).items():
+    for word, num_bytes in _list_part_bytes(spec, settings).items():
         layers = list_layers(spec, word)
-        if spec.num_layers - 1 in layers and (word != MLP or has_dense_end):
-            saved += num_bytes // (spec.parts.get(word, NO_PART).layers or len(layers))
+        if layers and layers[-1] == spec.num_layers - 1:
+            saved += num_bytes // len(layers)
     return saved
 
 
 def list_saved_bytes(spec: ModelSpec, settings: ActivationSettings) -> dict[str, int]:
-    """Return part of the layers -> the bytes per token that all layers save. A part includes the
-    hidden states that its linears read. What comes before the first adapter saves nothing."""
-    dtype_bytes = settings.dtype_bytes
-    dora_values = 2 * spec.num_layers * spec.hidden_size * settings.use_dora
-    saved = {
-        NORMS: count_norm_inputs(spec) * _get_norm_bytes(spec, settings),
-        ATTENTION: _count_attention_bytes(spec, settings),
-        RECURRENT: _count_recurrent_bytes(spec, settings),
-        MLP: (_count_mlp_values(spec, settings) + dora_values) * dtype_bytes,
-        EXPERTS: _count_expert_bytes(spec, settings),
-        OTHERS: _count_other_values(spec, settings) * dtype_bytes,
-    }
+    """Return part of the layers -> the bytes per token that all layers save. What comes before the
+    first adapter saves nothing."""
+    saved = _list_part_bytes(spec, settings)
     words = [word for word in (ATTENTION, RECURRENT, MLP, EXPERTS) if settings.is_adapted(word)]
-    first = min(list_layers(spec, word)[0] for word in words if word in spec.parts)
+    first = min((list_layers(spec, word)[0] for word in words if word in spec.parts), default=0)
     for word in saved:
         layers = list_layers(spec, word)
-        is_before = word in (ATTENTION, RECURRENT) and word not in words
-        num_differentiated = sum(layer >= first + is_before for layer in layers)
+        # mixers come before what follows them in a layer, shared experts beside the routed ones
+        is_before = word in (ATTENTION, RECURRENT) or (word == MLP and words == [EXPERTS])
+        start = first + (is_before and word not in words)
+        num_differentiated = sum(layer >= start for layer in layers)
         saved[word] = saved[word] * num_differentiated // max(1, len(layers))
     return saved
 
 
+def _list_part_bytes(spec: ModelSpec, settings: ActivationSettings) -> dict[str, int]:
+    """Return part -> the bytes per token that it saves in all layers, with the hidden states that
+    its linears read."""
+    norm_bytes = _count_norm_inputs(spec, settings) * _get_norm_bytes(spec, settings)
+    # DoRA also keeps the outputs of attention and MLP
+    dora_values = 2 * spec.num_layers * spec.hidden_size * settings.use_dora
+    return {
+        NORMS: norm_bytes + dora_values * settings.dtype_bytes,
+        ATTENTION: _count_attention_bytes(spec, settings),
+        RECURRENT: _count_recurrent_bytes(spec, settings),
+        MLP: _count_mlp_values(spec, settings) * settings.dtype_bytes,
+        EXPERTS: _count_expert_bytes(spec, settings),
+        OTHERS: _count_other_values(spec, settings) * settings.dtype_bytes,
+    }
+
+
 def list_layers(spec: ModelSpec, word: str) -> list[int]:
-    """Return the layers that can have a part, in order."""
+    """Return the layers that have a part, in order. Layers with dense MLPs come before those with
+    experts."""
     mixers = spec.layer_mixers or (ATTENTION,) * spec.num_layers
     if word == ATTENTION:
         return [index for index, mixer in enumerate(mixers) if ATTENTION in mixer]
     if word == RECURRENT:
         return [index for index, mixer in enumerate(mixers) if mixer not in (ATTENTION, "")]
-    has_feed_alone = word in (MLP, EXPERTS) and "" in mixers
-    return [index for index, mixer in enumerate(mixers) if not (has_feed_alone and mixer)]
+    layers = list(range(spec.num_layers))
+    if word not in (MLP, EXPERTS):
+        return layers
+    if "" in mixers:  # each layer is either a mixer or an MLP
+        layers = [index for index, mixer in enumerate(mixers) if not mixer]
+    num_layers = spec.parts.get(word, NO_PART).layers
+    return layers[:num_layers] if word == MLP else layers[len(layers) - num_layers :]
 
 
-def count_norm_inputs(spec: ModelSpec) -> int:
+def _count_norm_inputs(spec: ModelSpec, settings: ActivationSettings) -> int:
     """Return the values per token that the norms of all layers read."""
     num_norms = spec.norms.hidden
+    if spec.model_type in PROPORTIONAL_TYPES:
+        # MLP, experts and router norm the same hidden states, the router without a weight: each
+        # keeps a copy in fp32, or all the same tensor
+        num_copies = 1 if settings.dtype_bytes < 4 else -1
+        num_norms += num_copies * spec.parts.get(EXPERTS, NO_PART).layers
     if spec.model_type in WEIGHTLESS_NORM_TYPES:
         num_norms += 2 * spec.num_layers
     if spec.model_type in SHARED_INPUT_TYPES:
@@ -205,15 +223,14 @@ def _count_recurrent_bytes(spec: ModelSpec, settings: ActivationSettings) -> int
 
 
 def _count_mlp_values(spec: ModelSpec, settings: ActivationSettings) -> int:
-    """Return the values of dense MLPs and shared experts, and the hidden states that they read,
-    with those that experts read."""
+    """Return the values of dense MLPs and shared experts, and the hidden states that they read."""
     part = spec.parts.get(MLP, NO_PART)
     is_ours = spec.model_type in REPLACED_MLP_TYPES
     is_recomputed = is_ours and settings.checkpointing == "selective"
     is_adapted = settings.is_adapted(MLP)
-    num_inputs = len(list_layers(spec, MLP))
+    num_inputs = part.layers
     if not is_adapted and not is_recomputed:
-        num_inputs = spec.parts.get(EXPERTS, NO_PART).layers
+        num_inputs = 0
     if spec.model_type in SHARED_NORM_TYPES and settings.is_adapted(ATTENTION):
         num_inputs = 0
     values = num_inputs * spec.hidden_size + part.inner_outputs * (not is_recomputed)
@@ -228,10 +245,16 @@ def _count_expert_bytes(spec: ModelSpec, settings: ActivationSettings) -> int:
     """Return the bytes of routed experts and of their routers."""
     part = spec.parts.get(EXPERTS, NO_PART)
     values = 0 if settings.checkpointing == "selective" else part.inner_outputs
+    # the hidden states, unless a shared expert keeps them, too
+    feed_layers = spec.layer_mixers.count("") or spec.num_layers
+    has_shared = spec.parts.get(MLP, NO_PART).layers > feed_layers - part.layers
+    is_shared_kept = has_shared and settings.is_adapted(MLP)
+    num_inputs = 0 if is_shared_kept else part.layers
     if spec.model_type in GATED_EXPERT_TYPES | PROPORTIONAL_TYPES:
         # the output of the shared expert; the input of experts that have a norm of their own
-        values += part.layers * spec.hidden_size
+        num_inputs += part.layers
     router_bytes = (settings.dtype_bytes + 4) * spec.num_experts + 32 * spec.num_experts_per_token
+    values += num_inputs * spec.hidden_size
     return values * settings.dtype_bytes + part.layers * router_bytes
 
 
