@@ -24,7 +24,6 @@ SMALL_FILES = {
     "data/checks/language_id.py",
     "data/tokenizer/eos.py",
     "train/neftune.py",  # on or off as a whole
-    "plan/stages.py",
 }
 
 

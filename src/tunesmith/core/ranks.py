@@ -305,7 +305,7 @@ class Ranks:
         self.gather_parts(words, torch.tensor([word]), size=size)
         return words.tolist()
 
-    def scatter_sum(self, part: Tensor, parts: Tensor, *, size: int) -> None:
+    def reduce_parts(self, part: Tensor, parts: Tensor, *, size: int) -> None:
         """Write the sum of this rank's part of a tensor over its group of `size` into `part`."""
         from torch import distributed
 

@@ -130,7 +130,7 @@ class TrainedShard(LayerShard):
                 parameter.grad = None
                 self.has_gradient[index] = True
         part = torch.empty_like(self._part)
-        self.ranks.scatter_sum(part, flat, size=self.size)
+        self.ranks.reduce_parts(part, flat, size=self.size)
         for piece, span in zip(self.pieces, self._spans, strict=True):
             gradient = part[span].view_as(piece)
             piece.grad = gradient if piece.grad is None else piece.grad.add_(gradient)

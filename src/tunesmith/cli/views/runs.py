@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,9 @@ def render_runs(runs: Sequence[RunSummary], now: float, num_older: int = 0) -> R
     return Group(RunTable(cells, caption), *problems)
 
 
+measure_cells = attrgetter("cell_len")
+
+
 class RunTable:
     """A table whose lines are not broken: a narrow terminal leaves columns out, and cuts paths only
     if that is not enough."""
@@ -69,7 +73,7 @@ class RunTable:
         self.cells = cells
         self.caption = caption
         self.widths = {
-            name: max(len(name), *(text.cell_len for text in column)) + GAP
+            name: max(len(name), *map(measure_cells, column)) + GAP
             for name, column in cells.items()
         }
 
