@@ -273,7 +273,8 @@ def test_arguments_are_given_as_the_template_writes_them(
         broken = {
             "{x": "not JSON",
             '{"x": ' + "[" * 500 + "]" * 500 + "}": "deeper than 100 levels",
-            '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}": "not JSON: maximum recursion depth",
+            '{"x": ' + "[" * 90_000 + "]" * 90_000 + "}": "not JSON: maximum recursion depth",
+            '{"x": [' + "[]," * 100_000 + "0]}": "more than 100,000 values",
         }
         for arguments, problem in broken.items():
             function = {"name": "look", "arguments": arguments}
