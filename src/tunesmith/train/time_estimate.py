@@ -18,13 +18,13 @@ from tunesmith.evaluate.generate_until import EvalPrompt, compute_max_new_tokens
 from tunesmith.evaluate.items import build_eval_items
 from tunesmith.model.cache_blocks import BLOCK_TOKENS
 from tunesmith.model.generation.engine import MAX_BATCH_ROWS, find_common_prefix
+from tunesmith.plan.activations import ALL_LINEAR
 from tunesmith.plan.flops import (
     count_active_lora_parameters,
     count_computed_tokens,
     estimate_run_flops,
 )
 from tunesmith.plan.guard import count_probe_tokens, has_guard
-from tunesmith.plan.activations import ALL_LINEAR
 from tunesmith.plan.memory_budget import needs_complete_answers
 from tunesmith.recipe.fields import parse_custom_metric
 from tunesmith.session.inputs import RunInputs
