@@ -201,10 +201,10 @@ def _has_attention_kernel(spec: ModelSpec, dtype_bytes: int) -> bool:
     """Return whether attention.c computes the scores; see has_kernel in model/attention.py."""
     part = spec.parts.get(ATTENTION, NO_PART)
     is_latent = spec.model_type in LATENT_ATTENTION_TYPES
-    has_one_size = not is_latent or part.inner_inputs == (
+    has_equal_heads = not is_latent or part.inner_inputs == (
         part.layers * spec.num_heads * spec.head_dim
     )
-    is_supported = dtype_bytes == 2 and spec.head_dim % 64 == 0 and has_one_size
+    is_supported = dtype_bytes == 2 and spec.head_dim % 64 == 0 and has_equal_heads
     return is_supported and spec.model_type not in SOFTCAP_TYPES
 
 
@@ -248,8 +248,8 @@ def _count_expert_bytes(spec: ModelSpec, settings: ActivationSettings) -> int:
     # the hidden states, unless a shared expert keeps them, too
     feed_layers = spec.layer_mixers.count("") or spec.num_layers
     has_shared = spec.parts.get(MLP, NO_PART).layers > feed_layers - part.layers
-    is_shared_kept = has_shared and settings.is_adapted(MLP)
-    num_inputs = 0 if is_shared_kept else part.layers
+    is_input_shared = has_shared and settings.is_adapted(MLP)
+    num_inputs = 0 if is_input_shared else part.layers
     if spec.model_type in GATED_EXPERT_TYPES | PROPORTIONAL_TYPES:
         # the output of the shared expert; the input of experts that have a norm of their own
         num_inputs += part.layers
