@@ -9,20 +9,12 @@ Imports are inside the functions so that --help loads no model library. Left out
 
 from __future__ import annotations
 
-import atexit
 import inspect
 import json
-import os
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from typer.main import get_command
@@ -42,6 +34,18 @@ from tunesmith.cli.args import (
     parse_recipe_args,
     refuse_old_words,
 )
+from tunesmith.cli.ending import (
+    INTERRUPTED_CODES,
+    USAGE_ERROR,
+    end_process,
+    exit_with_error,
+    explain_bug,
+    flush_stdout,
+    ignore_signals,
+    to_input_error,
+    to_machine_error,
+    unwind_on_signals,
+)
 from tunesmith.cli.help import (
     RecipeCommand,
     VerbCommand,
@@ -52,10 +56,8 @@ from tunesmith.cli.help import (
 from tunesmith.cli.launch import GpusOption, launch, list_flags, main_rank
 from tunesmith.cli.output import escape_library_output, print_result, write_stderr
 from tunesmith.core.errors import (
-    DISK_FIX,
     MACHINE_ERRNOS,
     InputError,
-    MachineError,
     TunesmithError,
 )
 from tunesmith.core.ranks import is_distributed
@@ -77,20 +79,6 @@ DryRunOption = Annotated[
         show_default=False,
     ),
 ]
-# click's own class, or typer's copy of it
-USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
-INTERRUPTED_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-
-
-@dataclass(frozen=True)
-class ErrorOutput:
-    """The object under `error` that --json prints when a verb fails."""
-
-    kind: str
-    message: str
-    where: str
-    fix: str
-    exit_code: int
 
 
 # ---------------------------------------------------------------- verbs
@@ -502,20 +490,20 @@ def _print_group_help(context: typer.Context) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit with its code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    sys.excepthook = _explain_bug
+    sys.excepthook = explain_bug
     escape_library_output()
-    with _unwind_on_signals():
+    with unwind_on_signals():
         try:
             _run_verb(words)
         except (SystemExit, KeyboardInterrupt) as ended:  # the latter while an error is printed
             code = int(ended.code or 0) if isinstance(ended, SystemExit) else 130
             if arguments is None:
-                _ignore_signals()
+                ignore_signals()
                 if code in INTERRUPTED_CODES or is_distributed():
-                    _leave(code)
+                    end_process(code)
     # the frames of the verb are gone, and with them what they had open
     if arguments is None:
-        _leave(code)
+        end_process(code)
     sys.exit(code)
 
 
@@ -525,98 +513,18 @@ def _run_verb(words: list[str]) -> NoReturn:
         refuse_old_words(words)
         program = get_command(build_app(words[0] if words else ""))
         code = program.main(words, prog_name="tunesmith", standalone_mode=False)
-        _flush_stdout()
+        flush_stdout()
         sys.exit(code)
     except TunesmithError as error:
-        _exit_with_error(error, as_json=as_json)
+        exit_with_error(error, as_json=as_json)
     except USAGE_ERROR as error:
-        _exit_with_error(_to_input_error(error), as_json=as_json)
+        exit_with_error(to_input_error(error), as_json=as_json)
     except OSError as error:
         if error.errno not in MACHINE_ERRNOS:
             raise
-        _exit_with_error(_to_machine_error(error), as_json=as_json)
+        exit_with_error(to_machine_error(error), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
-
-
-def _flush_stdout() -> None:
-    """Write the last lines while a full disk is still an error of the verb. The reader of a pipe
-    may have left, as `head` does."""
-    with suppress(BrokenPipeError):
-        sys.stdout.flush()
-
-
-@contextmanager
-def _unwind_on_signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM pass through every `finally`, so that nothing temporary stays.
-
-    Training has handlers of its own (train/signals.py). Python allows them in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _exit_on_sigterm}
-    previous = {number: signal.getsignal(number) for number in handlers}
-    for number, handler in handlers.items():
-        if previous[number] is not signal.SIG_IGN:
-            signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _exit_on_sigterm(number: int, _frame: FrameType | None) -> None:
-    sys.exit(128 + number)
-
-
-def _leave(code: int) -> None:
-    """End the process without the interpreter's own end, which takes 60 ms, longer after torch is
-    loaded, and waits for threads."""
-    _ignore_signals()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # a closed pipe
-            stream.flush()
-    os._exit(code)
-
-
-def _ignore_signals() -> None:
-    """Let no signal change how a verb ended."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _to_input_error(usage: Any) -> InputError:
-    """Convert click's usage error, so that it prints like every other error."""
-    verb = usage.ctx.command_path if usage.ctx else "tunesmith"
-    return InputError(usage.format_message(), where="command line", fix=f"see `{verb} --help`")
-
-
-def _to_machine_error(error: OSError) -> MachineError:
-    """Convert an error of a disk or of the memory, wherever it was met."""
-    message = f"cannot access a file: {error.strerror}"
-    return MachineError(message, where=str(error.filename or ""), fix=DISK_FIX)
-
-
-def _exit_with_error(error: TunesmithError, *, as_json: bool) -> NoReturn:
-    if as_json:
-        output = ErrorOutput(
-            type(error).__name__, error.message, error.where, error.fix, error.exit_code
-        )
-        with suppress(OSError):  # stdout may be what failed
-            print_result({"error": output}, as_json=True)
-    write_stderr(f"error: {error}\n")
-    sys.exit(error.exit_code)
-
-
-def _explain_bug(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    write_stderr("".join(traceback.format_exception(kind, error, trace)))
-    write_stderr(
-        f"this is a bug in tunesmith {__version__}: please report it with the lines above\n"
-    )
 
 
 if __name__ == "__main__":

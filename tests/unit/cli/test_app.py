@@ -303,7 +303,7 @@ app.main()
 
 @pytest.mark.parametrize(
     ("place", "code"),
-    [(("_exit_with_error", "_run_verb"), 130), (("__exit__", "main"), 2)],
+    [(("exit_with_error", "_run_verb"), 130), (("__exit__", "main"), 2)],
     ids=["while the error is printed", "at the end of a verb"],
 )
 def test_a_signal_at_the_end_leaves_no_traceback(place: tuple[str, str], code: int) -> None:

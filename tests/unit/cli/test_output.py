@@ -213,8 +213,8 @@ def test_a_line_break_in_a_name_adds_no_line_to_an_error(
 
 def test_a_traceback_does_not_control_the_terminal() -> None:
     code = (
-        "import sys\nfrom tunesmith.cli import app\n"
-        "sys.excepthook = app._explain_bug\nraise ValueError(chr(27) + '[2J')"
+        "import sys\nfrom tunesmith.cli import ending\n"
+        "sys.excepthook = ending.explain_bug\nraise ValueError(chr(27) + '[2J')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert not find_hidden(done.stderr)

@@ -121,10 +121,6 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
     hidden_size = sizes.require("hidden_size")
     num_layers = sizes.require("num_hidden_layers")
     headers, omitted_bytes = _load_headers(config)
-    default_head_dim = hidden_size // heads
-    if config.family.is_uniform:  # transformers' default differs between model types
-        o_proj = _find_tensor(headers, "self_attn.o_proj.weight", path)
-        default_head_dim = o_proj.shape[-1] // heads
     blocks = _count_block_parameters(headers)
     experts = _count_expert_parameters(headers)
     # a config can have a number of experts though all layers are dense
@@ -132,7 +128,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
     num_experts_per_token = count_experts_per_token(config.text) if num_experts else 0
     layer_mixers = find_layer_mixers(config.text, config.family, config.where)
     num_kv_heads = sizes.get("num_key_value_heads", heads)
-    head_dim = _find_head_dim(config.text) or sizes.get("head_dim", default_head_dim)
+    head_dim = _find_head_dim(config, headers, sizes)
     num_attention_layers = sum("attention" in mixer for mixer in layer_mixers)
     spec = ModelSpec(
         name=name or path.name,
@@ -217,11 +213,20 @@ def _check_nested_counts(content: Json, where: str) -> None:
                 raise InputError(message, where=where, fix=f"correct {key}")
 
 
-def _find_head_dim(config: Json) -> int:
-    """Return the size of a head of multi-head latent attention, 0 for other attention."""
-    rotated = config.get("qk_rope_head_dim")
-    plain = config.get("qk_nope_head_dim")
-    return rotated + plain if isinstance(rotated, int) and isinstance(plain, int) else 0
+def _find_head_dim(
+    config: _ModelConfig, headers: Mapping[str, TensorHeader], sizes: _ConfigSizes
+) -> int:
+    """Return the size of a head of queries and keys."""
+    rotated = config.text.get("qk_rope_head_dim")
+    plain = config.text.get("qk_nope_head_dim")
+    if isinstance(rotated, int) and isinstance(plain, int):  # multi-head latent attention
+        return rotated + plain
+    heads = sizes.require("num_attention_heads")
+    default = sizes.require("hidden_size") // heads
+    if config.family.is_uniform:  # transformers' default differs between model types
+        o_proj = _find_tensor(headers, "self_attn.o_proj.weight", config.path)
+        default = o_proj.shape[-1] // heads
+    return sizes.get("head_dim", default)
 
 
 def _load_headers(config: _ModelConfig) -> tuple[dict[str, TensorHeader], int]:
