@@ -53,10 +53,10 @@ torch {torch} on a CPU (`python -m benchmarks.train.families`). Largest relative
 Gradients are computed in fp64, but transformers computes many norms and all recurrences in fp32:
 the differences of those families are its rounding.
 
-The tests bound the gradients by 1e-4 (Gated DeltaNet), 1e-5 (Mamba2) and 5e-6 (others), with recurrent
-layers also on documents of 130, 70, 64, 65, 3, 128 and 1 tokens; by 1e-10 where the stock network is
-given norms in fp64 and its mixers compute in it. Packed equals alone within 1e-6, token by token one
-forward within 1.5e-5.
+The tests bound the gradients by 1e-4 (Gated DeltaNet), 1e-5 (Mamba2) and 5e-6 (others), with
+recurrent layers also on documents of 130, 70, 64, 65, 3, 128 and 1 tokens; by 1e-10 where the stock
+network is given norms in fp64 and its mixers compute in it. Packed equals alone within 1e-6, token
+by token one forward within 1.5e-5.
 
 | type | family of the tests | gradients | packed | generation |
 |---|---|---|---|---|

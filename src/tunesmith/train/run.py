@@ -194,8 +194,7 @@ def refuse_on_ranks(plan: Plan, ranks: Ranks, *, is_new: bool = False) -> None:
     refuse_group_size(plan.config.context, ranks)
     if is_new and ranks.world % plan.config.shard:
         raise InputError(
-            f"{plan.config.shard} processes hold the weights together, and there are "
-            f"{ranks.world}",
+            f"{plan.config.shard} processes hold the weights together, and there are {ranks.world}",
             where="shard",
             fix=f"start a multiple of {plan.config.shard} processes with torchrun or --gpus, or "
             "leave shard at auto",

@@ -16,8 +16,8 @@ from tiny_runs import (
     END,
     build_sum_rows,
     make_tiny_recipe,
-    save_model_folder,
     plan_recipe,
+    save_model_folder,
     write_eval_files,
     write_rows,
 )
