@@ -3,7 +3,8 @@
     tunesmith VERB [recipe.yaml] [--key value ...]
 
 Results go to stdout (one JSON object with --json), progress and errors to stderr. Exit codes: 0 ok,
-1 a bug in tunesmith, 2 the user's input, 3 the machine, 4 a gate refused, 130 and 143 interrupted.
+1 a bug in tunesmith, 2 the user's input, 3 the machine, 4 a gate refused, 130 and 143 interrupted,
+141 the reader of a pipe left.
 Imports are inside the functions so that --help loads no model library. Left out: verbs on data
 (data.py), verbs that train (run.py) or measure (eval.py), parsing and printing (args.py)."""
 
@@ -35,6 +36,7 @@ from tunesmith.cli.args import (
     refuse_old_words,
 )
 from tunesmith.cli.ending import (
+    CLOSED_PIPE_CODE,
     INTERRUPTED_CODES,
     USAGE_ERROR,
     end_process,
@@ -525,6 +527,9 @@ def _run_verb(words: list[str]) -> NoReturn:
         exit_with_error(to_machine_error(error), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+    except SystemExit as ended:
+        # click ends with 1 here, which is our code of a bug
+        sys.exit(CLOSED_PIPE_CODE if isinstance(ended.__context__, BrokenPipeError) else ended.code)
 
 
 if __name__ == "__main__":

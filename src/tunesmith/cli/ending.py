@@ -25,6 +25,7 @@ from tunesmith.core.errors import DISK_FIX, InputError, MachineError, TunesmithE
 
 # click's own class, or typer's copy of it
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+CLOSED_PIPE_CODE = 128 + signal.SIGPIPE
 INTERRUPTED_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 

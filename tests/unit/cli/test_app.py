@@ -561,3 +561,17 @@ def test_a_check_of_rows_ends_as_a_run_would(
     code, _, err = tunesmith("data", "check", rows)
     assert code == 2
     assert f"pass a data file with --data {rows}" in err
+
+
+@pytest.mark.parametrize("words", [["schema"], ["--help"]], ids=str)
+def test_a_reader_that_leaves_is_no_bug(words: list[str]) -> None:
+    """As `head` does. Exit code 1 is that of a bug."""
+    command = [sys.executable, "-m", "tunesmith", *words]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=30) == 141
