@@ -63,7 +63,7 @@ def shard(lab: Lab) -> None:
     """What several processes do with it: tests/multi/test_rank_shards.py."""
     made = plan_recipe(make_tiny_recipe(lab.model, lab.folder / "sharded", shard=2, dtype="bf16"))
     assert (made.config.shard, made.config.weight_layout) == (2, "plain")
-    with pytest.raises(InputError, match="2 processes hold the frozen weights together"):
+    with pytest.raises(InputError, match="2 processes hold the weights together"):
         lab.events(shard=2)
 
 

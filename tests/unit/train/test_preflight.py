@@ -216,7 +216,9 @@ def test_attention_that_ignores_a_rule(
 def test_a_wrong_head(family: str, key: str, value: float | None, dtype: torch.dtype) -> None:
     model, samples = prepare_model(family, dtype)
     setattr(model.network.config, key, value)
-    assert "logits differ from transformers" in get_refusal(model, samples)
+    # the logits of a network in 16 bits may differ more: its head is compared on equal inputs
+    reason = "logits differ from transformers" if dtype == torch.float32 else "the head is off by"
+    assert reason in get_refusal(model, samples)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
