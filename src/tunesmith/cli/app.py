@@ -42,7 +42,6 @@ from tunesmith.cli.ending import (
     end_process,
     exit_with_error,
     explain_bug,
-    flush_stdout,
     ignore_signals,
     to_input_error,
     to_machine_error,
@@ -515,12 +514,14 @@ def _run_verb(words: list[str]) -> NoReturn:
         refuse_old_words(words)
         program = get_command(build_app(words[0] if words else ""))
         code = program.main(words, prog_name="tunesmith", standalone_mode=False)
-        flush_stdout()
+        sys.stdout.flush()  # a full disk is still an error of the verb
         sys.exit(code)
     except TunesmithError as error:
         exit_with_error(error, as_json=as_json)
     except USAGE_ERROR as error:
         exit_with_error(to_input_error(error), as_json=as_json)
+    except BrokenPipeError:
+        sys.exit(CLOSED_PIPE_CODE)
     except OSError as error:
         if error.errno not in MACHINE_ERRNOS:
             raise

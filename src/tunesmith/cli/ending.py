@@ -40,13 +40,6 @@ class ErrorOutput:
     exit_code: int
 
 
-def flush_stdout() -> None:
-    """Write the last lines while a full disk is still an error of the verb. The reader of a pipe
-    may have left, as `head` does."""
-    with suppress(BrokenPipeError):
-        sys.stdout.flush()
-
-
 @contextmanager
 def unwind_on_signals() -> Iterator[None]:
     """Let SIGINT and SIGTERM pass through every `finally`, so that nothing temporary stays.
