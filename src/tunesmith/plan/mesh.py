@@ -26,7 +26,13 @@ from tunesmith.core.mesh import (
 from tunesmith.core.types import Machine, Plan, PlanValue
 from tunesmith.plan.hardware_presets import HardwarePreset, describe_target, match_preset
 from tunesmith.plan.mesh_time import can_divide_documents, estimate_mesh_step
-from tunesmith.plan.rules import RuleContext, make_rule_value, make_user_value
+from tunesmith.plan.rules import (
+    SMALLEST_SCALED_BATCH,
+    RuleContext,
+    compute_batch_factor,
+    make_rule_value,
+    make_user_value,
+)
 from tunesmith.plan.sharding import SHARDED_WEIGHTS, adapt_settings, find_shard_problem
 from tunesmith.plan.step_memory import (
     CHECKPOINTING_POLICIES,
@@ -248,9 +254,12 @@ def explain_batch(mesh_plan: MeshPlan, *, unit: str) -> str:
     )
     if not batch.batch_size:
         return f"{text}, and no batch of this data fills them: use fewer GPUs"
+    growth = "it grows with the square root of the batch"
+    if unit == "rows":
+        growth += f" from {SMALLEST_SCALED_BATCH} rows on"
     text += (
         f"; {batch.batch_size:,} {unit} per step keep them busy ({batch.busy_share:.0%}), with "
-        f"learning_rate {batch.learning_rate:g} (it grows with the square root of the batch) and "
+        f"learning_rate {batch.learning_rate:g} ({growth}) and "
         f"{format_count(batch.steps, 'step')}"
     )
     if batch.steps >= MIN_STEPS:
@@ -272,7 +281,10 @@ def _advise_batch(
         larger = dataclasses.replace(context, settings=context.settings | {key: size})
         busy_share = estimate_mesh_step(larger, preset).busy_share
         if busy_share >= FILLED_SHARE:
-            rate = float(f"{context['learning_rate'] * math.sqrt(factor):.2g}")
+            growth = math.sqrt(factor)
+            if context.stage != "cpt":
+                growth = compute_batch_factor(size.value) / compute_batch_factor(context[key])
+            rate = float(f"{context['learning_rate'] * growth:.2g}")
             return BatchAdvice(size.value, rate, larger.steps, busy_share)
         factor *= 2
     return BatchAdvice(0, context["learning_rate"], 0, step.busy_share)

@@ -301,8 +301,8 @@ def learning_rate(context: RuleContext) -> PlanValue:
         return decide_preference_rate(context)
     hidden_size = context.model.hidden_size
     power = get_width_power(context.model.model_type)
-    rows = max(SMALLEST_SCALED_BATCH, context["batch_size"])
-    rate = 5e-5 * (2000 / hidden_size) ** power * math.sqrt(rows / 128)
+    batch_factor = compute_batch_factor(context["batch_size"])
+    rate = 5e-5 * (2000 / hidden_size) ** power * batch_factor
     reason = "the usual 1e-5 to 5e-5 is for full fine-tuning from about 3B parameters on"
     if context["method"] != "full":
         factor = 10 if context.steps >= 100 else 15
@@ -313,6 +313,11 @@ def learning_rate(context: RuleContext) -> PlanValue:
         reason += f"; extrapolated: fitted for hidden sizes from 2000, this one is {hidden_size}"
     source = "Schulman 2025, the tinker cookbook's sweep, and experiments/learning_rate"
     return make_rule_value(float(f"{rate:.2g}"), reason, source)
+
+
+def compute_batch_factor(rows: int) -> float:
+    """Return how the best rate grows with the rows of a step, 1 at 128."""
+    return math.sqrt(max(SMALLEST_SCALED_BATCH, rows) / 128)
 
 
 def get_width_power(family: str) -> float:
