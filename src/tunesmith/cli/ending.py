@@ -100,7 +100,8 @@ def exit_with_error(error: TunesmithError, *, as_json: bool) -> NoReturn:
         )
         with suppress(OSError):  # stdout may be what failed
             print_result({"error": output}, as_json=True)
-    write_stderr(f"error: {error}\n")
+    with suppress(OSError):  # so may stderr, as in `2>&1 | head`
+        write_stderr(f"error: {error}\n")
     sys.exit(error.exit_code)
 
 

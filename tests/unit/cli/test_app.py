@@ -575,3 +575,14 @@ def test_a_reader_that_leaves_is_no_bug(words: list[str]) -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(timeout=30) == 141
+
+
+@pytest.mark.parametrize("words", [["no-such-verb"], ["plan", "none.yaml", "--json"]], ids=str)
+def test_an_error_that_nobody_reads_keeps_its_code(words: list[str]) -> None:
+    command = [sys.executable, "-m", "tunesmith", *words]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(timeout=30) == 2
