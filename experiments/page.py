@@ -29,7 +29,9 @@ HEADER = """# Evidence: the book of claims
 
 This page says which claims of guides hold when they are tried, on a small model and real text. Each
 experiment is a folder of [experiments/](../../experiments/README.md) with its recipe, its arms, and
-a guess that was committed before it ran. `make evidence` writes this page and its plots.
+a guess that was committed before it ran. `make evidence` writes this page and its plots. "The
+guide" is common advice on fine-tuning, in our words; E1 to E12 only number the experiments, and
+*own* is one about tunesmith itself.
 
 A difference is paired by item after averaging over seeds, with a 95% CI. p is corrected over all
 {claims} claims (Holm); those not run count with p = 1. A claim *holds* or *does not hold* if the
