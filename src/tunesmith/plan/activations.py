@@ -39,7 +39,7 @@ REPLACED_MLP_TYPES = {
 # with norms of ours, or torch's own, which keep their inputs as they are; those of transformers
 # keep them in fp32, and the layer norm of Cohere also the difference from the mean
 REPLACED_NORM_TYPES = {*REPLACED_MLP_TYPES, *HYBRID_TYPES, "gpt_oss"}
-TORCH_NORM_TYPES = {"gpt_neox", "phi", "starcoder2"}
+TORCH_NORM_TYPES = {"gpt2", "gpt_neox", "phi", "starcoder2"}
 CENTERED_NORM_TYPES = {"cohere", "cohere2"}
 WEIGHTLESS_NORM_TYPES = {"olmo"}  # two per layer
 # attention and MLP read the same norm; or two norms of the same hidden states
@@ -47,7 +47,7 @@ SHARED_NORM_TYPES = {"cohere", "cohere2", "phi"}
 SHARED_INPUT_TYPES = {"gpt_neox"}
 GATED_ATTENTION_TYPES = {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lfm3"}
 LATENT_ATTENTION_TYPES = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite"}
-FUSED_ATTENTION_TYPES = {"gpt_neox", "phi3"}  # q, k and v are views of one product
+FUSED_ATTENTION_TYPES = {"gpt2", "gpt_neox", "phi3"}  # q, k and v are views of one product
 PROPORTIONAL_TYPES = {"gemma4_text", "gemma4_unified_text"}
 SOFTCAP_TYPES = {"gemma2", "vaultgemma"}
 GATED_EXPERT_TYPES = {"qwen3_next", "qwen3_5_moe_text"}  # shared experts have a gate of their own
@@ -83,17 +83,19 @@ def estimate_activation_bytes(spec: ModelSpec, tokens: int, settings: Activation
 
 def compute_saved_bytes(spec: ModelSpec, settings: ActivationSettings) -> int:
     """Return the bytes per token that are saved for the backward pass. Checkpointing `selective`
-    recomputes gate and up; `full` saves the inputs of all layers, and all of the last."""
+    recomputes gate and up; `full` saves the inputs of the layers from the first adapter on, and all
+    of the last."""
     tables = 4 * spec.head_dim  # cosines and sines, which all layers share
     if settings.checkpointing != "full":
         return tables + sum(list_saved_bytes(spec, settings).values())
-    inputs = (spec.num_layers - 1) * spec.hidden_size * settings.dtype_bytes
+    num_inputs = spec.num_layers - 1 - _find_first_layer(spec, settings)
+    inputs = num_inputs * spec.hidden_size * settings.dtype_bytes
     return tables + inputs + _compute_last_layer_bytes(spec, settings)
 
 
 def _compute_last_layer_bytes(spec: ModelSpec, settings: ActivationSettings) -> int:
     """Return the bytes per token that the last layer and the norm after it save."""
-    saved = spec.hidden_size * _get_norm_bytes(spec, settings)
+    saved = _count_last_norm_bytes(spec, settings)
     for word, num_bytes in _list_part_bytes(spec, settings).items():
         layers = list_layers(spec, word)
         if layers and layers[-1] == spec.num_layers - 1:
@@ -105,16 +107,34 @@ def list_saved_bytes(spec: ModelSpec, settings: ActivationSettings) -> dict[str,
     """Return part of the layers -> the bytes per token that all layers save. What comes before the
     first adapter saves nothing."""
     saved = _list_part_bytes(spec, settings)
-    words = [word for word in (ATTENTION, RECURRENT, MLP, EXPERTS) if settings.is_adapted(word)]
-    first = min((list_layers(spec, word)[0] for word in words if word in spec.parts), default=0)
+    words = _list_adapted_words(settings)
+    first = _find_first_layer(spec, settings)
+    has_mixers = not {ATTENTION, RECURRENT}.isdisjoint(words)
     for word in saved:
         layers = list_layers(spec, word)
         # mixers come before what follows them in a layer, shared experts beside the routed ones
         is_before = word in (ATTENTION, RECURRENT) or (word == MLP and words == [EXPERTS])
+        is_before |= word == NORMS and not has_mixers
         start = first + (is_before and word not in words)
         num_differentiated = sum(layer >= start for layer in layers)
         saved[word] = saved[word] * num_differentiated // max(1, len(layers))
+    if not has_mixers:  # else the norm after the layers stands in for the one before the adapter
+        saved[NORMS] += _count_last_norm_bytes(spec, settings)
     return saved
+
+
+def _list_adapted_words(settings: ActivationSettings) -> list[str]:
+    return [word for word in (ATTENTION, RECURRENT, MLP, EXPERTS) if settings.is_adapted(word)]
+
+
+def _find_first_layer(spec: ModelSpec, settings: ActivationSettings) -> int:
+    """Return the first layer that has an adapter."""
+    words = [word for word in _list_adapted_words(settings) if word in spec.parts]
+    return min((list_layers(spec, word)[0] for word in words), default=0)
+
+
+def _count_last_norm_bytes(spec: ModelSpec, settings: ActivationSettings) -> int:
+    return spec.hidden_size * _get_norm_bytes(spec, settings)
 
 
 def _list_part_bytes(spec: ModelSpec, settings: ActivationSettings) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """What a forward keeps for its backward, and generation for a row, are the bytes of the plan."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -59,19 +60,21 @@ def measure_saved_bytes(model: PackedCausalLM) -> int:
     batch = collate_documents(make_tiny_documents(LENGTHS))
     known = {p.untyped_storage().data_ptr() for p in model.network.parameters()}
     known |= {b.untyped_storage().data_ptr() for b in model.network.buffers()}
-    saved: dict[int, int] = {}
+    packed: list[weakref.ref[Tensor]] = []
 
     def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return x.detach()  # an output itself would keep its graph, and all weights, forever
+        x = x.detach()  # an output itself would keep its graph, and all weights, forever
+        packed.append(weakref.ref(x))
+        return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         hidden = model.compute_hidden(batch)
     assert hidden.requires_grad
     assert get_trainable_parameters(model.network)
-    return sum(saved.values())
+    # what nothing leads to is not kept until the backward, and its address is used again
+    storages = [x.untyped_storage() for reference in packed if (x := reference()) is not None]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(size for address, size in sizes.items() if address not in known)
 
 
 def compare_saved_bytes(name: str, spec: ModelSpec, settings: ActivationSettings) -> float:
