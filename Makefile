@@ -11,12 +11,13 @@ demo: $(BIN)/tunesmith  ## the whole story on the embedded example
 # One process per core, whose threads sleep while they wait.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist worksteal
 
-# Tiny models gain nothing from more threads and wait for them; what depends on their number sets it.
+# Tiny models gain nothing from more threads and wait for them: with two in each of two processes, a
+# file of a minute took sixteen. What depends on their number sets it.
 test: $(BIN)/pytest  ## the tests, without the real model
 	OMP_NUM_THREADS=1 $(PYTEST)
 
 slow: $(BIN)/pytest  ## the tests that need the real SmolLM2-135M-Instruct, one seed per effect
-	$(PYTEST) -m 'slow and not more_seeds'
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'slow and not more_seeds'
 
 multi: $(BIN)/pytest  ## runs on two and three processes over gloo
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m multi tests/multi
