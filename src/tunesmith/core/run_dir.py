@@ -566,7 +566,7 @@ def pick_run_folder(parent: Path, name: str) -> Path:
 
 
 def is_free(path: Path) -> bool:
-    """Whether a run could start there."""
+    """Return whether a run could start there."""
     if not path.exists():
         return True
     return path.is_dir() and all(

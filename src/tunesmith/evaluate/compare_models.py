@@ -106,7 +106,7 @@ def evaluate_before_after(model_ref: ModelRef, spec: EvalSpec) -> Evaluation:
 
 
 def is_adapter_dir(path: Path) -> bool:
-    """Whether a folder is an adapter in PEFT format."""
+    """Return whether a folder is an adapter in PEFT format."""
     return (path / ADAPTER_CONFIG_FILE).is_file()
 
 

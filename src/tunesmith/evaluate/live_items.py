@@ -242,7 +242,7 @@ def _select_evenly(items: tuple[RecordedItem, ...], count: int) -> tuple[Recorde
 
 
 def _is_test(measurement: MetricValues) -> bool:
-    """Whether it is of test rows and not a mean over tasks."""
+    """Return whether it is of test rows and not a mean over tasks."""
     is_test = measurement.task == TEST or measurement.task.startswith(f"{TEST}:")
     return is_test and not measurement.groups
 

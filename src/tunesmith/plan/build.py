@@ -268,7 +268,7 @@ def _check_fixed_value(key: str, recipe_value: Any, fixed: PlanValue) -> PlanVal
 
 
 def is_compatible(recipe_value: Any, value: Any) -> bool:
-    """Whether the recipe leaves a setting open, or sets it to `value`."""
+    """Return whether the recipe leaves a setting open, or sets it to `value`."""
     return recipe_value == "auto" or normalize(recipe_value) == normalize(value)
 
 

@@ -32,7 +32,7 @@ PROMPT_PASSES = 4
 
 
 def has_guard(plan: Plan) -> bool:
-    """Whether any detector does or reports anything."""
+    """Return whether any detector does or reports anything."""
     return {plan.config.guard_collapse, plan.config.guard_forgetting} != {OFF}
 
 

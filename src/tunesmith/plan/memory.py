@@ -30,8 +30,8 @@ FRAGMENTATION_SHARE = 0.2
 # what evaluation keeps through the run and leaves in the heap
 EVALUATION_BYTES = 60_000_000
 CHUNK_TARGETS = 128  # targets whose logits are computed at once
-# 4 bits per weight, one byte per block of 64, 4 bytes per 256 blocks
 MASTER_BYTES = 4  # of a trained weight
+# 4 bits per weight, one byte per block of 64, 4 bytes per 256 blocks
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 MXFP4_BYTES = 0.5 + 1 / 32  # 4 bits per weight, one byte per group of 32
 RETAINED_CHECKPOINTS = 2  # as core/run_dir.py keeps them

@@ -150,7 +150,7 @@ def estimate_needed_bytes(context: RuleContext) -> float:
 
 
 def has_enough_memory(plan: Plan) -> bool:
-    """Whether the run fits in the free memory of its machine, with a margin."""
+    """Return whether the run fits in the free memory of its machine, with a margin."""
     return plan.memory_bytes["peak"] * MEMORY_MARGIN <= plan.machine.available_bytes
 
 

@@ -517,7 +517,7 @@ def _collect_fixed_values(
 
 
 def has_same_layers(inputs: RunInputs, first: Any, second: Any) -> bool:
-    """Whether two values of lora_target_modules name the same layers."""
+    """Return whether two values of lora_target_modules name the same layers."""
     layers = list_linear_paths(read_model_headers(inputs.model.path))
     model_type = inputs.model.model_type
     selected = select_targets(layers, first, model_type)

@@ -149,7 +149,7 @@ def _select_reasons(
 
 
 def _is_relevant(objection: RuleResult, reasons: tuple[RuleResult, ...]) -> bool:
-    """Whether it rules out what another rule recommends, or what guides usually advise."""
+    """Return whether it rules out what another rule recommends, or what guides usually advise."""
     proposed = set(COMMON_ADVICE)
     for reason in reasons:
         for need in reason.needs:

@@ -208,6 +208,6 @@ def ask_questions(
 
 
 def needs_value(flag: str) -> bool:
-    """Whether a flag is a fact that is not yes or no."""
+    """Return whether a flag is a fact that is not yes or no."""
     question = QUESTIONS.get(flag.replace("-", "_"))
     return question is not None and question.parse is not _parse_bool

@@ -63,7 +63,7 @@ class AssistantSpan:
     cut_end: int | None = None  # where the next turn begins, which is not in `text`
 
     def is_served_in(self, full_text: TrackedText) -> bool:
-        """Whether the render of all messages starts with what is served at this turn."""
+        """Return whether the render of all messages starts with what is served at this turn."""
         is_prefix = full_text.plain.startswith(self.text.plain[: self.end])
         return is_prefix and self.has_end_token and self.splice_start is None
 

@@ -176,7 +176,7 @@ class PartsForm:
         )
 
     def is_read_as(self, text: str, value: Any, schema: Any) -> bool:
-        """Whether a text in place of a value is read as this value."""
+        """Return whether a text in place of a value is read as this value."""
         parsed = _read_literal(text, 0) if self.quote else (_convert_value(text, schema), len(text))
         return parsed is not None and json.dumps(parsed) == json.dumps((value, len(text)))
 

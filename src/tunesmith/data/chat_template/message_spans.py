@@ -22,7 +22,7 @@ ROLE_NAMES = {"developer": "system"}
 
 
 def is_training_answers(train_on: TrainedRoles) -> bool:
-    """Whether the answers of the assistant are among the trained text."""
+    """Return whether the answers of the assistant are among the trained text."""
     return train_on in ("answers", "all") or "assistant" in _list_roles(train_on)
 
 

@@ -61,7 +61,7 @@ def collect_render_notes(
 
 
 def _is_omitted(index: int, message: Json, text: TrackedText) -> bool:
-    """Whether a message has content and none of it is in the text."""
+    """Return whether a message has content and none of it is in the text."""
     content = message.get("content")
     if isinstance(content, list):
         texts = [str(part.get("text", "")) for part in content if isinstance(part, dict)]

@@ -231,7 +231,7 @@ class Renderer:
     def _is_same_prompt(
         self, messages: Sequence[Json], others: Sequence[Json], tools: Sequence[Json]
     ) -> bool:
-        """Whether the prompt of other messages is the same; one that is refused is not."""
+        """Return whether the prompt of other messages is the same; one that is refused is not."""
         text = self.render_text(messages, tools, has_prompt=True)
         try:
             return self.render_text(others, tools, has_prompt=True) == text
@@ -296,7 +296,7 @@ class Renderer:
     def _can_render(
         self, tokenizer: ChatTokenizer, variables: Mapping[str, Any], example: Example
     ) -> bool:
-        """Whether an example renders with other variables."""
+        """Return whether an example renders with other variables."""
         renderer = Renderer(tokenizer, self.templates, variables)
         renderer._advisor = None
         return renderer.render_rows([example])[0].error is None
@@ -433,7 +433,7 @@ class Renderer:
         return TrackedText(rendered, self.tokenizer, chat.assistant_indices)
 
     def _is_all_trained(self, example: Example) -> bool:
-        """Whether the text of the template is trained, too."""
+        """Return whether the text of the template is trained, too."""
         return self._train_on == "all" and not example.banned_spans
 
     def _encode_chat(self, chat: Conversation, draft: _Draft) -> tuple[list[Document], list[str]]:
@@ -530,7 +530,7 @@ class Renderer:
 
 
 def _is_token_boundary(encoded: EncodedText, span: AssistantSpan) -> bool:
-    """Whether no token spans the start or the end of an answer."""
+    """Return whether no token spans the start or the end of an answer."""
     boundaries = (span.start, span.end)
     return all(encoded.count_tokens_before(boundary) is not None for boundary in boundaries)
 

@@ -110,7 +110,7 @@ def check_chosen_only(context: CheckContext) -> Iterator[Finding]:
 
 
 def check_sampled(context: CheckContext) -> Iterator[Finding]:
-    """Whether the totals are estimates."""
+    """Report that the totals are estimates."""
     num_scanned = len(context.scan.rows_R)
     if num_scanned < len(context.dataset):
         message = (

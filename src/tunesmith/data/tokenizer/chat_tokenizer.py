@@ -269,7 +269,7 @@ class ChatTokenizer:
             return normalizer.normalize_str(text)
 
     def _is_short(self, text: str) -> bool:
-        """Whether a run is encoded as one piece, however much its normalization grows."""
+        """Return whether a run is encoded as one piece, however much its normalization grows."""
         return len(text) * self._growth <= MAX_PIECE_CHARS
 
     def encode_texts(self, texts: Iterable[str]) -> dict[str, list[int]]:
