@@ -6,7 +6,10 @@ loads at its start can come earlier. The `tunesmith` command and `python -P -m t
 it there.
 
 SIGINT and SIGTERM end the process at once: nothing has begun that could be lost, and a traceback of
-half an import helps nobody. From its first line on, `cli/app.py` handles them."""
+half an import helps nobody. From its first line on, `cli/app.py` handles them.
+
+A standard stream that the caller has closed becomes /dev/null. Else the first file that is opened
+gets its number, and what libraries print ends up in that file."""
 
 from __future__ import annotations
 
@@ -50,9 +53,19 @@ def end_at_once_on_signals() -> None:
             signal.signal(number, end_at_once)
 
 
+def open_closed_streams() -> None:
+    """Open /dev/null as each standard stream that is closed, in the order of their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 - open to the end
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+
+
 if is_module_run(sys.argv, sys.orig_argv):
     sys.path[:] = drop_working_directory(
         sys.path, os.getcwd(), os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     )
 if is_module_run(sys.argv, sys.orig_argv) or is_command_run(sys.argv):
     end_at_once_on_signals()
+    open_closed_streams()

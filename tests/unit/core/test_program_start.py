@@ -3,6 +3,7 @@ traceback while it imports."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -79,6 +80,31 @@ def test_a_signal_while_it_imports_leaves_no_traceback(
         rest = process.stderr.read()
     assert process.returncode == code
     assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_closed_stream_changes_no_exit_code(closed: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tunesmith", "init", "recipe.yaml"]
+    done = subprocess.run(
+        command, cwd=tmp_path, preexec_fn=lambda: os.close(closed), timeout=120, check=False
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "recipe.yaml").exists()
+
+
+def test_no_file_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    program = (
+        "import os, subprocess, sys\n"
+        "from tunesmith.core.program_start import open_closed_streams\n"
+        "open_closed_streams()\n"
+        "file = open('file', 'w')\n"
+        "print('text', file=sys.stderr, flush=True)\n"
+        "os.write(2, b'of a library')\n"
+        "subprocess.run(['sh', '-c', 'echo text >&2'], check=True)\n"
+    )
+    command = [sys.executable, "-P", "-c", program]
+    subprocess.run(command, cwd=tmp_path, preexec_fn=lambda: os.close(2), check=True)
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_a_library_leaves_the_signals_alone() -> None:
