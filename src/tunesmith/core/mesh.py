@@ -108,6 +108,8 @@ class BatchAdvice:
     learning_rate: float
     steps: int
     busy_share: float
+    # where the learning rate comes from; as in plans of runs that do not say it
+    rate_reason: str = "grown with the square root of the batch"
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,14 @@ from tunesmith.core.types import Machine, Plan, PlanValue
 from tunesmith.plan.hardware_presets import HardwarePreset, describe_target, match_preset
 from tunesmith.plan.mesh_time import can_divide_documents, estimate_mesh_step
 from tunesmith.plan.rules import (
+    RULES,
     SMALLEST_SCALED_BATCH,
     RuleContext,
     compute_batch_factor,
     make_rule_value,
     make_user_value,
 )
+from tunesmith.plan.rules_cpt import CPT_RULES
 from tunesmith.plan.sharding import SHARDED_WEIGHTS, adapt_settings, find_shard_problem
 from tunesmith.plan.step_memory import (
     CHECKPOINTING_POLICIES,
@@ -254,12 +256,9 @@ def explain_batch(mesh_plan: MeshPlan, *, unit: str) -> str:
     )
     if not batch.batch_size:
         return f"{text}, and no batch of this data fills them: use fewer GPUs"
-    growth = "it grows with the square root of the batch"
-    if unit == "rows":
-        growth += f" from {SMALLEST_SCALED_BATCH} rows on"
     text += (
         f"; {batch.batch_size:,} {unit} per step keep them busy ({batch.busy_share:.0%}), with "
-        f"learning_rate {batch.learning_rate:g} ({growth}) and "
+        f"learning_rate {batch.learning_rate:g} ({batch.rate_reason}) and "
         f"{format_count(batch.steps, 'step')}"
     )
     if batch.steps >= MIN_STEPS:
@@ -281,13 +280,27 @@ def _advise_batch(
         larger = dataclasses.replace(context, settings=context.settings | {key: size})
         busy_share = estimate_mesh_step(larger, preset).busy_share
         if busy_share >= FILLED_SHARE:
-            growth = math.sqrt(factor)
-            if context.stage != "cpt":
-                growth = compute_batch_factor(size.value) / compute_batch_factor(context[key])
-            rate = float(f"{context['learning_rate'] * growth:.2g}")
-            return BatchAdvice(size.value, rate, larger.steps, busy_share)
+            rate, reason = _adapt_rate(context, larger)
+            return BatchAdvice(size.value, rate, larger.steps, busy_share, reason)
         factor *= 2
     return BatchAdvice(0, context["learning_rate"], 0, step.busy_share)
+
+
+def _adapt_rate(context: RuleContext, larger: RuleContext) -> tuple[float, str]:
+    """Return the learning rate for a larger batch, and its reason: that of the rule, which the plan
+    for that batch has too, or that of the recipe, which grows as the rule does."""
+    is_cpt = context.stage == "cpt"
+    if context.settings["learning_rate"].decided_by != "user":
+        rules = CPT_RULES if is_cpt else RULES
+        return rules["learning_rate"](larger).value, "by the rule, for that batch"
+    reason = "yours, grown with the square root of the batch"
+    if is_cpt:
+        growth = math.sqrt(larger["batch_tokens"] / context["batch_tokens"])
+    else:
+        reason += f" from {SMALLEST_SCALED_BATCH} rows on"
+        growth = compute_batch_factor(larger["batch_size"])
+        growth /= compute_batch_factor(context["batch_size"])
+    return float(f"{context['learning_rate'] * growth:.2g}"), reason
 
 
 def build_command(mesh: Mesh) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tunesmith.core.formatting import format_count
 from tunesmith.core.mesh import SINGLE_GPU, Mesh
 from tunesmith.core.types import DataReport, Machine, ModelSpec, PlanValue
 from tunesmith.plan.memory import compute_frozen_bytes, count_lora_parameters
@@ -311,6 +312,9 @@ def learning_rate(context: RuleContext) -> PlanValue:
         reason = f"LoRA needs about {factor} times the rate of full fine-tuning"
     if hidden_size < 2000:
         reason += f"; extrapolated: fitted for hidden sizes from 2000, this one is {hidden_size}"
+    if context["batch_size"] < SMALLEST_SCALED_BATCH:
+        rows = format_count(context["batch_size"], "row")
+        reason += f"; a batch of {rows} counts as one of {SMALLEST_SCALED_BATCH}"
     source = "Schulman 2025, the tinker cookbook's sweep, and experiments/learning_rate"
     return make_rule_value(float(f"{rate:.2g}"), reason, source)
 

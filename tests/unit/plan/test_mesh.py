@@ -70,10 +70,10 @@ def test_four_bits_are_chosen_where_they_make_a_copy_fit(plan: Planner) -> None:
 
 
 def test_a_plan_that_this_version_cannot_run_says_so_and_train_refuses_it(plan: Planner) -> None:
-    made = plan(LLAMA_70B, "8xh100", method="lora", use_dora=True)
+    made = plan(LLAMA_70B, "8xh100", method="lora", modules_to_save=["lm_head"])
     assert made.mesh is not None
-    assert made.mesh.missing == "use_dora with sharded weights"
-    message = "needs use_dora with sharded weights, which this version cannot run"
+    assert made.mesh.missing == "modules_to_save with sharded weights"
+    message = "needs modules_to_save with sharded weights, which this version cannot run"
     with pytest.raises(InputError, match=message) as refusal:
         refuse_if_too_large(made)
     assert "a step fits on one GPU" in refusal.value.fix
@@ -213,10 +213,31 @@ def test_few_rows_do_not_fill_many_gpus_and_the_plan_names_the_batch_that_would(
     text = explain_batch(made.mesh, unit="rows")
     assert text.startswith("8 GPUs do not pay with 1,200 tokens per step")
     assert f"{batch.batch_size} rows per step keep them busy" in text
+    assert "(yours, grown with the square root of the batch from 16 rows on)" in text
     filled = plan(LLAMA_8B, "8xh100", method="lora", batch_size=batch.batch_size)
     assert filled.mesh is not None
     assert filled.mesh.batch is None
     assert filled.mesh.step.busy_share == pytest.approx(batch.busy_share)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "size"),
+    [("sft", "batch_size", 4), ("preference", "batch_size", 4), ("cpt", "batch_tokens", 4096)],
+)
+def test_a_rate_by_rule_is_that_of_a_plan_with_the_larger_batch(
+    plan: Planner, stage: str, key: str, size: int
+) -> None:
+    made = plan(LLAMA_8B, "8xh100", method="lora", stage=stage, **{key: size})
+    assert made.mesh is not None
+    batch = made.mesh.batch
+    assert batch is not None
+    assert batch.batch_size > size
+    wishes = {"stage": stage, key: batch.batch_size}
+    filled = plan(LLAMA_8B, "8xh100", method="lora", **wishes)
+    assert batch.learning_rate == filled.config.learning_rate
+    assert batch.steps == filled.steps
+    text = explain_batch(made.mesh, unit="rows")
+    assert f"learning_rate {batch.learning_rate:g} (by the rule, for that batch)" in text
 
 
 def test_no_batch_of_little_data_fills_many_gpus(plan: Planner) -> None:

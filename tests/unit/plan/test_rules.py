@@ -55,6 +55,11 @@ def test_learning_rate_falls_no_further_below_16_rows(make_context: Make) -> Non
         ]
         assert low < rates[0] == rates[1] == rates[2] < high
         assert rates[3] > rates[2]
+    small, usual = (
+        rules.learning_rate(make_context(**facts, batch_size=size)).reason for size in (4, 16)
+    )
+    assert small.endswith("; a batch of 4 rows counts as one of 16")
+    assert "counts as" not in usual
 
 
 def test_learning_rate_is_bounded_and_says_when_it_is_extrapolated(make_context: Make) -> None:

@@ -20,7 +20,7 @@ SHARDED = MeshPlan(
     mesh=Mesh(8, 1, shard=4),
     choices=(MeshChoice("shard", 4, "a step [does] not fit on one GPU"),),
     step=STEP,
-    batch=BatchAdvice(32, 2.8e-4, 9, 0.95),
+    batch=BatchAdvice(32, 2.8e-4, 9, 0.95, "by the rule"),
     missing="weights that are sharded over GPUs",
     command="torchrun sharded",
     options=(
@@ -57,7 +57,8 @@ def test_what_does_not_run_has_no_command_and_few_rows_a_warning() -> None:
     assert "torchrun sharded" not in text
     assert "`train` refuses this plan" in text
     assert "8 GPUs do not pay with 1,200 tokens per step: they compute 13% of the time" in text
-    assert "32 rows per step keep them busy (95%), with learning_rate 0.00028" in text
+    assert "32 rows per step keep them busy (95%)" in text
+    assert "with learning_rate 0.00028 (by the rule) and 9 steps" in text
     assert "9 steps, which are few: use fewer GPUs" in text
 
 
