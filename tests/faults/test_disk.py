@@ -14,7 +14,7 @@ import pytest
 from full_disk import file_limit
 from tiny_runs import make_tiny_recipe, plan_recipe, read_adapter_bytes, select_steps, train
 from tunesmith.core.errors import MachineError
-from tunesmith.core.events import CheckResult, TrainStep
+from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.run_dir import EVENTS_FILE, read_events
 from tunesmith.train import run
 
@@ -41,7 +41,7 @@ def test_fault_25_a_checkpoint_that_does_not_fit_says_how_much_it_needs(
         list(events)
     assert full.value.exit_code == 3
     assert int(full.value.message.partition("(")[2].split()[0]) == pytest.approx(size, rel=0.2)
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-1"]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-0", "step-1"}
     assert [step.step for step in select_steps(list(run.resume(folder)))] == [2, 3]
     assert read_adapter_bytes(wishes[1]) == read_adapter_bytes(wishes[0])
 
@@ -123,12 +123,14 @@ def test_fault_33_events_that_cannot_be_written_wait_and_one_warning_says_so(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
-    events = run.train(plan_recipe(make_tiny_recipe(tiny_folder, tmp_path, save_steps=3)))
-    seen = [next(events)]
+    events = run.train(plan_recipe(make_tiny_recipe(tiny_folder, tmp_path, save_steps=4)))
+    seen: list[Event] = []
+    while not select_steps(seen):  # the start has been saved
+        seen.append(next(events))
     with no_room_for_events(folder, monkeypatch):
-        while len(select_steps(seen)) < 2:
+        while len(select_steps(seen)) < 3:
             seen.append(next(events))
-        assert read_lines(folder) == []
+        assert [step.step for step in read_lines(folder)] == [1]
     seen += list(events)
     (warning,) = [
         event for event in seen if isinstance(event, CheckResult) and event.level == "warn"
@@ -163,7 +165,7 @@ def test_fault_33_no_checkpoint_is_newer_than_the_events_before_it(
         pytest.raises(MachineError, match=r"events\.jsonl: no space left on the disk"),
     ):
         list(events)
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-1"]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-0", "step-1"}
     assert [step.step for step in select_steps(list(run.resume(folder)))] == [2, 3]
     assert [event.step for event in read_lines(folder)] == [1, 2, 3]
     assert read_adapter_bytes(wishes[1]) == read_adapter_bytes(wishes[0])

@@ -148,7 +148,7 @@ def test_every_file_of_the_run_folder_is_there(finished: Path) -> None:
         ),
         *("eval_after.json", "fingerprint.json", "record.json", "answers.jsonl"),
     }
-    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"step-2"}
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"step-0", "step-2"}
     assert verify_dir(finished / "checkpoints" / "step-2") == ""
     assert verify_dir(finished / "adapter") == ""
     assert read_json(finished / "data.json").keys() == {"data", "eval_data", "test_data"}

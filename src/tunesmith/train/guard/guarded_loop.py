@@ -158,8 +158,10 @@ class GuardedTraining:
         rollbacks = self.context.folder.load_rollbacks()
         if checkpoint_dir is not None:
             self.training.restore(checkpoint_dir)
-            self.training.set_rollbacks(rollbacks)
             self.saved_step = self.training.step
+        elif self._can_roll_back_to_start():
+            self.save_checkpoint()
+        self.training.set_rollbacks(rollbacks)
         recorded = self.context.folder.load_events()
         events = _select_events(recorded, self.training.step)
         for event in events:
@@ -318,6 +320,13 @@ class GuardedTraining:
         training.set_rehearsal_ratio(ratio)
 
     # ------------------------------------------------------------ checkpoints
+
+    def _can_roll_back_to_start(self) -> bool:
+        """Return whether the guard may roll back before there is another checkpoint. One of all
+        weights takes three times their bytes: such a run ends instead."""
+        config = self.plan.config
+        reactions = {config.guard_collapse, config.guard_forgetting}
+        return "rollback" in reactions and config.method != "full"
 
     def _stop_early(self) -> None:
         patience = self.plan.config.patience

@@ -364,9 +364,30 @@ def test_resumed_without_the_checkpoint_that_it_went_back_to(
         list(run.resume(path))
 
 
+def test_before_any_other_checkpoint_it_goes_back_to_the_start(
+    trained_model: Path, tmp_path: Path
+) -> None:
+    whole, killed, lost = (
+        make_corrupted_recipe(trained_model, tmp_path / name, save_steps=9)
+        for name in ("whole", "killed", "lost")
+    )
+    steps = select_steps(train(whole))
+    (rollback,) = read_rollbacks(get_run_dir(whole))
+    assert rollback.to == 0
+    assert steps[-1].step == 12
+    for wish in (killed, lost):
+        run_until(wish, is_rollback)
+    shutil.rmtree(get_run_dir(lost) / "checkpoints" / "step-0")  # the start is made again
+    for wish in (killed, lost):
+        assert list(run.resume(get_run_dir(wish)))
+        assert read_adapter_bytes(wish) == read_adapter_bytes(whole)
+
+
 def test_without_anything_good_to_go_back_to_it_stops(trained_model: Path, tmp_path: Path) -> None:
+    """All weights are not saved before the first step."""
+    changed = {"method": "full", "lora_r": "auto", "learning_rate": 0.002, "save_steps": 9}
     with pytest.raises(GateError, match="no good checkpoint to roll back to") as stop:
-        train(make_corrupted_recipe(trained_model, tmp_path / "none", save_steps=9))
+        train(make_corrupted_recipe(trained_model, tmp_path / "none", **changed))
     assert stop.value.exit_code == 4
 
 
