@@ -288,14 +288,8 @@ class Ranks:
 
     def gather_parts(self, parts: Tensor, part: Tensor, *, size: int) -> None:
         """Write a tensor of each rank of this one's group of `size` into `parts`, by rank."""
-        from torch import distributed
-
-        # its name since torch 2.13
-        name = "all_gather_single"
-        if not hasattr(distributed, name):
-            name = "all_gather_into_tensor"
-        with _lost_ranks():
-            getattr(distributed, name)(parts, part, group=self._exchange_groups[size])
+        names = ("all_gather_single", "all_gather_into_tensor")
+        self._run_collective(names, parts, part, size)
 
     def gather_words(self, word: int, *, size: int) -> list[int]:
         """Return the number of each rank of this one's group of `size`."""
@@ -307,14 +301,20 @@ class Ranks:
 
     def reduce_parts(self, part: Tensor, parts: Tensor, *, size: int) -> None:
         """Write the sum of this rank's part of a tensor over its group of `size` into `part`."""
+        names = ("reduce_scatter_single", "reduce_scatter_tensor")
+        self._run_collective(names, part, parts, size)
+
+    def _run_collective(
+        self, names: tuple[str, str], received: Tensor, sent: Tensor, size: int
+    ) -> None:
+        """Run a collective in this rank's group of `size`: by its name since torch 2.13, or the one
+        before."""
         from torch import distributed
 
-        # its name since torch 2.13
-        name = "reduce_scatter_single"
-        if not hasattr(distributed, name):
-            name = "reduce_scatter_tensor"
+        name, old_name = names
+        run = getattr(distributed, name if hasattr(distributed, name) else old_name)
         with _lost_ranks():
-            getattr(distributed, name)(part, parts, group=self._exchange_groups[size])
+            run(received, sent, group=self._exchange_groups[size])
 
 
 SINGLE_PROCESS = Ranks()
@@ -412,7 +412,7 @@ def read_launch_time() -> float:
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of several ranks."""
+    """Return whether this process is one of several ranks."""
     return os.environ.get(WORLD_VARIABLE, "1") != "1"
 
 
