@@ -56,7 +56,10 @@ REPLACEMENT_ROWS = (
     ),
     ("bf16 fp16 tf32 torch_dtype", "set dtype: bf16, fp16 or fp32"),
     ("attn_implementation flash_attn flash_attention", "leave it out, or set attention"),
-    ("deepspeed fsdp", "leave it out: the plan fits the memory"),
+    (
+        "deepspeed fsdp fsdp_config",
+        "leave it out: `train --gpus N` or torchrun starts processes, shard divides the weights",
+    ),
     ("warmup_steps", "set warmup_ratio, the fraction of steps"),
     (
         "load_in_4bit quantization_bit quantization",
@@ -71,7 +74,24 @@ REPLACEMENT_ROWS = (
     ("gamma simpo_gamma", "set loss: {name: simpo, gamma: ...}"),
     ("nll_coefficient pref_ftx rpo_alpha", "set loss: {nll_coefficient: ...}"),
     ("resume_from_checkpoint", "run `tunesmith resume RUN`"),
-    ("report_to logging_steps", "leave it out: every step is in events.jsonl"),
+    (
+        "report_to logging_steps logging_strategy",
+        "leave it out: every step is in events.jsonl",
+    ),
+    (
+        "eval_strategy evaluation_strategy save_strategy",
+        "leave it out, or set eval_steps and save_steps",
+    ),
+    (
+        "load_best_model_at_end metric_for_best_model greater_is_better",
+        "leave it out: the checkpoint that is best on eval_data is used",
+    ),
+    ("save_total_limit", "leave it out: the newest two checkpoints and the best are retained"),
+    (
+        "max_new_tokens generation_max_length generation_max_new_tokens",
+        "leave it out: the longest expected answer sets the limit",
+    ),
+    ("push_to_hub hub_model_id", "run `tunesmith export RUN --to hub`"),
 )
 REPLACEMENTS = {key: advice for keys, advice in REPLACEMENT_ROWS for key in keys.split()}
 PREFERENCE_STAGES = ("dpo", "orpo", "simpo", "kto")

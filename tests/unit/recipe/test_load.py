@@ -212,6 +212,9 @@ def test_other_tools_names_are_understood(tmp_path: Path) -> None:
         ("loss: {bet: 1}", "loss: unknown key 'bet'; did you mean 'beta'?"),
         ("loss: bpo", "expected 'auto' or 'dpo' or 'orpo' or 'simpo' or 'kto', found 'bpo'"),
         ("pref_beta: 1", "'pref_beta' is not a key here: set loss: {beta: ...}"),
+        ("eval_strategy: steps", "leave it out, or set eval_steps and save_steps"),
+        ("load_best_model_at_end: true", "the checkpoint that is best on eval_data is used"),
+        ("max_new_tokens: 8", "the longest expected answer sets the limit"),
         (
             "never: [{match: '('}]",
             "recipe.yaml:3: never[0].match: not a regular expression: missing )",
@@ -355,6 +358,14 @@ def test_strange_names_are_names(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="no such file"):
         load_recipe(tmp_path / ("x" * 5000))
+
+
+def test_a_missing_recipe_is_told_with_the_one_that_is_there(tmp_path: Path) -> None:
+    write(tmp_path, GOOD)
+    for name in ("nosuch.yaml", "x"):
+        with pytest.raises(InputError, match="no such file") as caught:
+            load_recipe(tmp_path / name)
+        assert caught.value.fix == f"did you mean {tmp_path / 'recipe.yaml'}?"
 
 
 def test_a_bomb_of_anchors_ends(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ UNNEEDED_KEYS = (
         "the newest two checkpoints are retained",
     ),
     ("shuffle_*", "every epoch is shuffled by the seed"),
-    ("ddp_*", "training uses a single device"),
+    ("ddp_*", "processes sum their gradients without torch's DDP"),
     ("strict", "unknown keys are always refused"),
 )
 
@@ -77,7 +77,7 @@ UNSUPPORTED_KEYS = (
     (
         "deepspeed* deepcompile fsdp* ray_* use_ray *_parallel* accelerator_config device_map "
         "local_rank world_size dp_* num_processes master_*",
-        "training uses a single device",
+        "`train --gpus N` or torchrun starts processes, and shard divides the weights",
     ),
     (
         "pissa_* loraplus_* *_pattern peft_* lora_target_parameters relora* use_llama_pro "
