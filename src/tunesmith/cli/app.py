@@ -44,7 +44,6 @@ from tunesmith.cli.ending import (
     explain_bug,
     ignore_signals,
     to_input_error,
-    to_machine_error,
     unwind_on_signals,
 )
 from tunesmith.cli.help import (
@@ -60,6 +59,7 @@ from tunesmith.core.errors import (
     MACHINE_ERRNOS,
     InputError,
     TunesmithError,
+    to_machine_error,
 )
 from tunesmith.core.ranks import is_distributed
 from tunesmith.core.run_dir import require_run
@@ -525,7 +525,7 @@ def _run_verb(words: list[str]) -> NoReturn:
     except OSError as error:
         if error.errno not in MACHINE_ERRNOS:
             raise
-        exit_with_error(to_machine_error(error), as_json=as_json)
+        exit_with_error(to_machine_error(error, "cannot access a file"), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except SystemExit as ended:

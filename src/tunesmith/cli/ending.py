@@ -21,7 +21,7 @@ import typer
 
 from tunesmith import __version__
 from tunesmith.cli.output import print_result, write_stderr
-from tunesmith.core.errors import DISK_FIX, InputError, MachineError, TunesmithError
+from tunesmith.core.errors import InputError, TunesmithError
 
 # click's own class, or typer's copy of it
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -85,12 +85,6 @@ def to_input_error(usage: Any) -> InputError:
     """Convert click's usage error, so that it prints like every other error."""
     verb = usage.ctx.command_path if usage.ctx else "tunesmith"
     return InputError(usage.format_message(), where="command line", fix=f"see `{verb} --help`")
-
-
-def to_machine_error(error: OSError) -> MachineError:
-    """Convert an error of a disk or of the memory, wherever it was met."""
-    message = f"cannot access a file: {error.strerror}"
-    return MachineError(message, where=str(error.filename or ""), fix=DISK_FIX)
 
 
 def exit_with_error(error: TunesmithError, *, as_json: bool) -> NoReturn:

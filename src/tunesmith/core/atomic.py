@@ -21,11 +21,11 @@ import shutil
 import stat
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
-from errno import EDQUOT, EFBIG, ELOOP, ENOLCK, ENOSPC, ENOSYS, EOPNOTSUPP
+from errno import EDQUOT, EFBIG, ELOOP, ENOLCK, ENOSPC, ENOSYS, EOPNOTSUPP, EROFS
 from pathlib import Path
 from typing import IO, Any
 
-from tunesmith.core.errors import MACHINE_ERRNOS, InputError, MachineError
+from tunesmith.core.errors import MACHINE_ERRNOS, InputError, MachineError, to_machine_error
 from tunesmith.core.formatting import format_bytes
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import Json
@@ -223,6 +223,8 @@ def disk_errors(path: Path, needed_bytes: int = 0, key: str = "output_dir") -> G
                 path, needed_bytes, shutil.disk_usage(nearest).free, key
             ) from error
         raise_if_lockless(error, path, key)
+        if error.errno in MACHINE_ERRNOS and error.errno != EROFS:
+            raise to_machine_error(error, "cannot be written", path) from error
         fix = f"choose another {key}, or make it writable"
         raise MachineError(
             f"cannot be written: {error.strerror or error}", where=str(path), fix=fix
@@ -230,13 +232,14 @@ def disk_errors(path: Path, needed_bytes: int = 0, key: str = "output_dir") -> G
 
 
 def raise_if_lockless(error: OSError, path: Path, key: str) -> None:
-    """Raise MachineError if a lock was refused because the file system has none, as some mounts of
-    NFS. Without it, two processes could write the same files."""
+    """Raise MachineError if a lock was refused because the file system has none, or because its
+    server gives none (NFS). Without it, two processes could write the same files."""
     if error.errno in (ENOLCK, ENOSYS, EOPNOTSUPP):
         raise MachineError(
-            f"this file system has no file locks: {error.strerror}",
+            f"this file system gives no file locks: {error.strerror}",
             where=str(path),
-            fix=f"set {key} to a local disk, or mount it with locks (NFS: local_lock=flock)",
+            fix=f"set {key} to a local disk, or mount it with locks (NFS: run rpc.statd, or "
+            "mount with local_lock=flock if no other machine writes there)",
         ) from error
 
 

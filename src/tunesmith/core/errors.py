@@ -12,6 +12,8 @@ An error says what is wrong, where (file:line, row id or recipe key) and what to
 from __future__ import annotations
 
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from errno import EDQUOT, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, ENXIO, EROFS, ESTALE, ETIMEDOUT
 
 from tunesmith.core.formatting import escape_controls
@@ -20,6 +22,14 @@ from tunesmith.core.formatting import escape_controls
 MACHINE_ERRNOS = (EIO, ENXIO, ESTALE, ETIMEDOUT, ENOMEM, ENOSPC, EDQUOT, EROFS, EMFILE, ENFILE)
 LINE_BREAK = re.compile(r"\n(?!  )")  # in a quoted name: the lines of a list are indented
 DISK_FIX = "check the disk and its connection, then run the command again or resume the run"
+OTHER_FIXES = {
+    ENOSPC: "free some disk space",
+    EDQUOT: "free some disk space: the quota is used up",
+    EROFS: "mount the disk writable, or choose another folder",
+    EMFILE: "raise the limit of open files (ulimit -n)",
+    ENFILE: "close other programs: too many files of this machine are open",
+    ENOMEM: "close other programs: the memory is full",
+}
 
 
 class TunesmithError(Exception):
@@ -58,3 +68,26 @@ class GateError(TunesmithError):
 
 class Interrupted(TunesmithError):
     exit_code = 130
+
+
+def to_machine_error(error: OSError, message: str, where: object = "") -> MachineError:
+    """Convert an error of a disk, a mount or the memory, with what helps against it."""
+    fix = OTHER_FIXES.get(error.errno or 0, DISK_FIX)
+    text = f"{message}: {error.strerror or error}"
+    return MachineError(text, where=str(where or error.filename or ""), fix=fix)
+
+
+def raise_if_machine_failed(error: OSError, where: object) -> None:
+    """Raise MachineError if a file could not be read for a reason that is not in the file."""
+    if error.errno in MACHINE_ERRNOS:
+        raise to_machine_error(error, "cannot be read", where) from error
+
+
+@contextmanager
+def read_errors(where: object) -> Generator[None]:
+    """Name the file in an error of the disk: the system names none if an open file fails."""
+    try:
+        yield
+    except OSError as error:
+        raise_if_machine_failed(error, where)
+        raise

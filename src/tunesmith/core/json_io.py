@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from tunesmith.core.errors import DISK_FIX, MACHINE_ERRNOS, InputError, MachineError
+from tunesmith.core.errors import InputError, raise_if_machine_failed
 from tunesmith.core.types import Json, Plan
 
 T = TypeVar("T")
@@ -114,10 +114,8 @@ def read_json(path: Path, *, key: str = "", fix: str = "", max_values: int | Non
     except FileNotFoundError:
         raise InputError("no such file", where=where, fix=fix or "check the path") from None
     except OSError as error:
-        message = f"cannot be read: {error.strerror}"
-        if error.errno in MACHINE_ERRNOS:
-            raise MachineError(message, where=where, fix=DISK_FIX) from error
-        raise InputError(message, where=where, fix=fix) from None
+        raise_if_machine_failed(error, where)
+        raise InputError(f"cannot be read: {error.strerror}", where=where, fix=fix) from None
     except json.JSONDecodeError as error:
         where = f"{where}:{error.lineno}:{error.colno}"
         raise InputError(f"not valid JSON: {error.msg}", where=where, fix=fix) from None

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from jsonschema import Draft202012Validator
 
 from tunesmith.core.atomic import write_file
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import InputError, raise_if_machine_failed
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import Json
 from tunesmith.data.checks.text_stats import extract_row_texts
@@ -124,6 +124,7 @@ def _read_tasks(path: Path) -> list[Json]:
     try:
         tasks = json.loads(path.read_bytes())
     except OSError as error:
+        raise_if_machine_failed(error, where)
         raise InputError(f"cannot be read: {error.strerror}", where=where) from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON: {error}", where=where) from error

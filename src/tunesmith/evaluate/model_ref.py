@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import InputError, raise_if_machine_failed
 from tunesmith.core.events import GenerationSample
 from tunesmith.core.evidence import ErrorAnalysis
 from tunesmith.core.hub_names import is_hub_id
@@ -94,6 +94,7 @@ def parse_model_ref(name: str) -> ModelRef:
         if model_ref.run_dir is None and name != BASE_NAME and not name.endswith(".jsonl"):
             _refuse_unknown(name)
     except OSError as error:
+        raise_if_machine_failed(error, name[:80])
         raise InputError(f"invalid path: {error.strerror}", where=f"{name:.80}") from error
     return model_ref
 

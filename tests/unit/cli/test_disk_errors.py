@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gzip
+import io
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +16,11 @@ from typing import Any, NoReturn
 import pytest
 
 from tunesmith import api
+from tunesmith.core.errors import MachineError
+from tunesmith.data.readers.sources import Source, open_source
+from tunesmith.model.hub.validate import check_files
+
+ROW = b'{"prompt": "a", "completion": "b"}\n'
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
@@ -56,3 +65,60 @@ def test_a_json_file_on_a_failing_disk_is_exit_code_3(
     code, _, stderr = tunesmith("doctor", "--model", str(tiny_folder))
     assert code == 3
     assert "config.json: cannot be read: it broke" in stderr
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_each_file_of_a_model_on_a_failing_disk_is_exit_code_3(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    path.write_text("{}")
+    stat = Path.stat
+
+    def fail(file: Path, **options: Any) -> os.stat_result:
+        if file == path:
+            raise OSError(errno.EIO, "it broke")
+        return stat(file, **options)
+
+    monkeypatch.setattr(Path, "stat", fail)
+    with pytest.raises(MachineError, match="cannot be read: it broke") as caught:
+        check_files(tmp_path)
+    assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "jsonl.gz"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_data_on_a_failing_disk_is_exit_code_3_and_names_the_file(
+    number: int, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not "damaged": the file may be whole."""
+    path = tmp_path / f"data.{suffix}"
+    path.write_bytes(gzip.compress(ROW) if suffix.endswith("gz") else ROW)
+
+    class Failing(io.FileIO):
+        def readinto(self, _: object) -> NoReturn:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "open", lambda file, _: io.BufferedReader(Failing(file)))
+    monkeypatch.setattr(gzip, "open", lambda file, _: io.BufferedReader(Failing(file)))
+    with pytest.raises(MachineError, match=re.escape(os.strerror(number))) as caught:
+        open_source(path)
+    assert caught.value.where == str(path)
+    assert caught.value.fix.startswith("check the disk")
+
+
+def test_a_row_on_a_failing_disk_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(ROW)
+    source = open_source(path)
+
+    def fail(*_: int) -> NoReturn:
+        raise OSError(errno.EIO, "it broke")
+
+    monkeypatch.setattr(os, "pread", fail)
+    assert isinstance(source, Source)
+    with pytest.raises(MachineError, match="cannot be read: it broke") as caught:
+        source.read_row(0)
+    assert caught.value.where == str(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -272,3 +273,26 @@ def test_sizes_for_people() -> None:
         "2.5 MB",
         "1.9 GB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.EIO, "check the disk and its connection"),
+        (errno.ESTALE, "check the disk and its connection"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ENOMEM, "the memory is full"),
+        (errno.EROFS, "choose another output_dir"),
+        (errno.EACCES, "make it writable"),
+        (errno.ENOLCK, "rpc.statd"),
+    ],
+)
+def test_each_error_of_a_disk_says_what_helps_against_it(
+    number: int, fix: str, tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(MachineError, match=re.escape(os.strerror(number))) as caught,
+        disk_errors(tmp_path / "run"),
+    ):
+        raise OSError(number, os.strerror(number))
+    assert fix in caught.value.fix

@@ -457,7 +457,7 @@ def test_a_file_system_without_locks_is_refused_with_what_helps(
     started(tmp_path / "old").close()
     monkeypatch.setattr(fcntl, "flock", refuse)
     for name, use in (("new", RunFolder.create), ("old", RunFolder.open)):
-        with pytest.raises(MachineError, match="this file system has no file locks: ") as refused:
+        with pytest.raises(MachineError, match="this file system gives no file locks: ") as refused:
             use(tmp_path / name)
         assert refused.value.exit_code == 3
         assert "output_dir to a local disk" in refused.value.fix

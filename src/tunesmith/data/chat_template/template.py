@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import SecurityError
 
-from tunesmith.core.errors import DISK_FIX, MACHINE_ERRNOS, InputError, MachineError
+from tunesmith.core.errors import InputError, raise_if_machine_failed
 from tunesmith.core.json_io import read_json_object
 from tunesmith.data.chat_template.jinja_env import PlainEnvironment
 from tunesmith.data.chat_template.sandbox_limits import CostTransformer, LimitedEnvironment
@@ -231,9 +231,8 @@ def _read_source(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
-            message = f"cannot be read: {error.strerror}"
-            raise MachineError(message, where=str(path), fix=DISK_FIX) from error
+        if isinstance(error, OSError):
+            raise_if_machine_failed(error, path)
         raise InputError(f"the chat template cannot be read: {error}", where=str(path)) from error
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import InputError, raise_if_machine_failed, read_errors
 from tunesmith.core.hub_names import is_hub_path
 
 _URL = re.compile(r"(?:^|/)([a-z][a-z0-9+]+):/+(.+)")  # pathlib collapses the second slash
@@ -39,6 +39,7 @@ class FileBytes:
         try:
             handle = os.open(self.path, os.O_RDONLY)
         except OSError as error:
+            raise_if_machine_failed(error, where)
             message = f"the file can no longer be read: {error.strerror}"
             raise InputError(message, where=where, fix="restore it and rerun the command") from None
         try:
@@ -46,7 +47,8 @@ class FileBytes:
                 raise InputError(
                     "the file changed while it was in use", where=where, fix="rerun the command"
                 )
-            return os.pread(handle, count, start)
+            with read_errors(where):
+                return os.pread(handle, count, start)
         finally:
             os.close(handle)
 
@@ -64,6 +66,7 @@ def check_path(path: Path) -> os.stat_result:
     except FileNotFoundError:
         raise _build_missing_error(path) from None
     except OSError as error:
+        raise_if_machine_failed(error, where)
         message = f"cannot be opened: {error.strerror}"
         raise InputError(message, where=where, fix="check the path") from None
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):

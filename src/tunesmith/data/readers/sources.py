@@ -11,6 +11,7 @@ columns (formats/parse.py)."""
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
 from array import array
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import InputError, read_errors
 from tunesmith.core.types import Json, Row
 from tunesmith.data.readers.decode import (
     SourceLocation,
@@ -121,8 +122,13 @@ def open_source(path: str | Path, *, name: str = "") -> Source | TextFolder:
     path = Path(path)
     name = name or path.name
     status = check_path(path)
-    if stat.S_ISDIR(status.st_mode):
-        return open_folder(path, name)
+    with read_errors(path):
+        if stat.S_ISDIR(status.st_mode):
+            return open_folder(path, name)
+        return _open_file(path, name, status)
+
+
+def _open_file(path: Path, name: str, status: os.stat_result) -> Source:
     content, read_container = _open_content(path, FileBytes(path, get_stamp(status)))
     starts = array("q")
     ends = array("q")

@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import InputError, raise_if_machine_failed
 from tunesmith.core.json_io import read_json_object
 from tunesmith.core.types import Json
 from tunesmith.model.hub.families import FAMILIES
@@ -169,6 +169,7 @@ def _check_file(path: Path) -> None:
     try:
         file_stat = path.stat()
     except OSError as error:
+        raise_if_machine_failed(error, path)
         message = f"cannot be read: {error.strerror}"
         raise InputError(message, where=str(path), fix="copy the folder again") from error
     is_file = stat.S_ISREG(file_stat.st_mode)
@@ -253,6 +254,8 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
                 pass
             content = json.loads(file.read(num_bytes), object_pairs_hook=_reject_duplicates)
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            if isinstance(error, OSError):
+                raise_if_machine_failed(error, path)
             message = f"damaged or not a safetensors file ({error})"
             raise InputError(message, where=str(path), fix=DOWNLOAD_FILE_FIX) from error
     headers: dict[str, TensorHeader] = {}

@@ -231,7 +231,7 @@ def test_a_cache_without_file_locks(make_gguf, monkeypatch: pytest.MonkeyPatch) 
 
     path = make_gguf()
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(MachineError, match="has no file locks: No locks available") as caught:
+    with pytest.raises(MachineError, match="gives no file locks: No locks available") as caught:
         resolve_model(str(path))
     assert "TUNESMITH_CACHE to a local disk" in caught.value.fix
 
