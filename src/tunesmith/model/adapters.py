@@ -27,6 +27,7 @@ from tunesmith.model.target_modules import (
     select_targets,
 )
 from tunesmith.model.trained_modules import TrainedModules, train_modules
+from tunesmith.model.weight_shards import gather_parents
 
 
 def find_linears(network: PreTrainedModel) -> dict[str, nn.Linear | QuantizedLinear]:
@@ -79,6 +80,8 @@ def add_lora(network: PreTrainedModel, settings: dict[str, Any]) -> None:
         rank: int = ranks[path] if path in ranks else settings["lora_r"]
         alpha: float = alphas[path] if path in alphas else settings["lora_alpha"]
         scale = compute_scaling(rank, alpha, use_rslora=settings["use_rslora"])
+        if path not in linears or settings["use_dora"]:
+            gather_parents(network, f"{path}.weight")  # the adapter starts from the weights
         if path not in linears:
             replace_experts(network, path).add_lora(rank=rank, scale=scale, generator=generator)
             continue

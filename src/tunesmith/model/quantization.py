@@ -70,7 +70,6 @@ def load_quantized(
             replace_module(network, path, layer)
         else:
             put_tensor(network, name, tensor.to(pick_dtype(network, name, dtype)))
-    experts.replace_modules()
     return finish_network(network, folder, device)
 
 
@@ -89,22 +88,19 @@ class QuantizedExperts:
         return path in self.modules and tensor_name in STACK_NAMES
 
     def quantize(self, name: str, matrices: Iterable[Tensor]) -> None:
-        """Quantise a stack, one expert after another, each as transformers stores it."""
+        """Quantise a stack, one expert after another, each as transformers stores it. With both
+        stacks of a layer, our module takes the place of transformers'."""
         path, _, tensor_name = name.rpartition(".")
+        stock = self.modules[path]
         self.weights[name] = NF4ExpertWeight(
             matrices,
             self.dtype,
             num_parts=count_parts(tensor_name),
-            is_transposed=self.modules[path].is_transposed,
+            is_transposed=stock.is_transposed,
         )
-
-    def replace_modules(self) -> None:
-        """Put our modules in the place of transformers'."""
-        for path, stock in self.modules.items():
-            if f"{path}.{STACK_NAMES[-1]}" not in self.weights:
-                continue  # packed by the file
-            stacks = [self.weights[f"{path}.{name}"] for name in list_stacks(stock)]
-            replace_module(self.network, path, Experts(stock, weights=(stacks[0], stacks[1])))
+        inputs, outputs = (self.weights.get(f"{path}.{stack}") for stack in list_stacks(stock))
+        if inputs is not None and outputs is not None:
+            replace_module(self.network, path, Experts(stock, weights=(inputs, outputs)))
 
 
 def _iter_matrices(
@@ -136,8 +132,6 @@ def build_truncated_network(
             setattr(network.get_submodule(path), tensor_name, nn.Parameter(weight))
         elif tensor_name == "weight":
             replace_module(network, path, QuantizedLinear(weight, None, dtype))
-    if is_quantized:
-        experts.replace_modules()
     network.tie_weights()
     model: Any = network
     return model.eval().requires_grad_(False)

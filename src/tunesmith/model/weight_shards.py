@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.core.errors import MachineError
 from tunesmith.core.ranks import RankFailed, Ranks
+from tunesmith.model.experts import Experts
 from tunesmith.model.layer_shards import LayerShard, TrainedShard, lay_out
 from tunesmith.model.lora import QuantizedLinear
 
@@ -197,10 +198,11 @@ class WeightShards:
         return torch.linalg.vector_norm(norms)
 
     @contextmanager
-    def joint(self) -> Iterator[None]:
+    def joint(self, *, can_tell: bool = True) -> Iterator[None]:
         """Compute on all ranks; leave when those of the group have finished. All ranks call it.
 
-        Raise RankFailed if another rank has left with an error."""
+        Raise RankFailed if another rank has left with an error. Without `can_tell` a rank leaves so
+        without a word: the others wait for it inside of a layer, and not for a round."""
         self._is_joint = True
         self._is_exchanging = False
         try:
@@ -210,7 +212,7 @@ class WeightShards:
             while self._run_round(DONE):
                 pass
         except BaseException:  # Ctrl-C, too: the others would wait for this rank's next round
-            if not self._is_exchanging:  # else they wait for another message
+            if can_tell and not self._is_exchanging:  # else they wait for another message
                 self.ranks.gather_words(FAILED, size=self.size)
             raise
         finally:
@@ -277,6 +279,9 @@ def list_frozen(layer: nn.Module) -> Iterator[Tensor]:
     for module in layer.modules():
         if isinstance(module, QuantizedLinear):
             yield from module.frozen.list_tensors()
+        if isinstance(module, Experts):
+            for weight in module.list_quantized().values():
+                yield from weight.list_tensors()
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad:
                 yield parameter
@@ -288,6 +293,8 @@ def count_sharing_ranks(size: int, world: int) -> int:
     return math.gcd(size, world)
 
 
-def join_ranks(shards: WeightShards | None) -> AbstractContextManager[None]:
+def join_ranks(
+    shards: WeightShards | None, *, can_tell: bool = True
+) -> AbstractContextManager[None]:
     """Return `joint` of sharded weights; nothing where each rank holds all of them."""
-    return nullcontext() if shards is None else shards.joint()
+    return nullcontext() if shards is None else shards.joint(can_tell=can_tell)

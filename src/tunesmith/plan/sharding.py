@@ -64,15 +64,12 @@ def find_shard_problem(context: RuleContext) -> str:
     problems: list[str] = []
     if context["method"] == "full" and context["optim"] == "adamw_8bit":
         problems.append("optim: adamw_8bit")
-    if context.model.num_experts:
-        problems.append("experts")
-    for key in ("use_dora", "modules_to_save"):
-        if key in settings and context[key]:
-            problems.append(key)
+    if context.model.packed_parameters:
+        problems.append("experts that the files hold in 4 bits")
+    if "modules_to_save" in settings and context["modules_to_save"]:
+        problems.append("modules_to_save")
     if "adapter_sha256" in settings:
         problems.append("adapter_from")
     if "rehearsal_tokens" in settings:
         problems.append("rehearsal rows that the model generates")
-    if context.mesh.context > 1:
-        problems.append("context")
     return " and ".join(problems)

@@ -305,7 +305,7 @@ class TrainingLoop:
         mismatched: Sequence[Document] | None,
     ) -> StepShare:
         """Compute the gradients of this rank's packs; with `mismatched`, KTO's KL term first."""
-        with join_ranks(self.model.shards):
+        with join_ranks(self.model.shards, can_tell=self.config.context == 1):
             return self._compute_rank_share(packs_by_rank, normalizer, mismatched)
 
     def _compute_rank_share(

@@ -45,9 +45,11 @@ def test_the_recipe_says_how_many_gpus_hold_the_weights(plan: Planner) -> None:
     ("wishes", "problem"),
     [
         ({"method": "full", "optim": "adamw_8bit"}, "optim: adamw_8bit cannot be used with"),
-        ({"use_dora": True}, "use_dora cannot"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save cannot"),
-        ({"use_dora": True, "context": 2}, "use_dora and context cannot"),
+        (
+            {"modules_to_save": ["lm_head"], "rehearsal": {"data": "self-generated"}},
+            "modules_to_save and rehearsal rows that the model generates cannot",
+        ),
         ({"rehearsal": {"data": "self-generated"}}, "rows that the model generates cannot"),
         ({"shard": 3}, "has 8 GPUs, which groups of 3 do not divide"),
         ({"target": "h100"}, "has 1 GPU, which groups of 2 do not divide"),
@@ -62,6 +64,14 @@ def test_what_cannot_be_sharded_is_refused_by_name(
     assert refusal.value.where == f"shard: {wishes['shard']}"
 
 
+def test_adapters_with_magnitudes_and_shared_documents_are_sharded(plan: Planner) -> None:
+    made = plan(LLAMA_8B, "8xh100", shard=4, context=2, use_dora=True)
+    assert made.mesh is not None
+    assert made.mesh.mesh == Mesh(8, 1, shard=4, context=2)
+    assert made.mesh.missing == ""
+    assert made.mesh.command.endswith("--shard 4 --context 2")
+
+
 def test_ranks_that_train_all_weights_together_keep_moments_in_fp32(plan: Planner) -> None:
     alone = plan(LLAMA_8B, "h100", method="full")
     assert alone.config.optim == "adamw_8bit"
@@ -74,13 +84,16 @@ def test_ranks_that_train_all_weights_together_keep_moments_in_fp32(plan: Planne
 
 @pytest.mark.parametrize(
     ("facts", "problem"),
-    [({"num_experts": 8}, "experts cannot"), ({"adapter_sha256": "0"}, "adapter_from cannot")],
+    [
+        ({"packed_parameters": 8}, "experts that the files hold in 4 bits cannot"),
+        ({"adapter_sha256": "0"}, "adapter_from cannot"),
+    ],
 )
 def test_models_and_adapters_that_cannot_be_sharded_are_refused(
     make_context: Callable[..., RuleContext], facts: dict[str, Any], problem: str
 ) -> None:
-    dense = {"use_dora": False, "modules_to_save": ()}
-    assert decide_shard(make_context(**dense), 2).value == 2
+    dense = {"modules_to_save": ()}
+    assert decide_shard(make_context(num_experts=8, **dense), 2).value == 2
     with pytest.raises(InputError, match=problem):
         decide_shard(make_context(**dense, **facts), 2)
 
