@@ -106,7 +106,7 @@ def compare(
     from tunesmith.cli.progress import measuring
     from tunesmith.cli.views.results import render_model_comparison
 
-    with measuring():
+    with measuring(start="comparing"):  # of finished runs, no model is loaded
         comparison = api.compare(a, b, allow_code=allow_code)
     print_result(comparison, render_model_comparison(comparison), as_json=as_json)
 
@@ -189,7 +189,7 @@ def verify(
     from tunesmith.cli.progress import measuring
     from tunesmith.cli.views.live import render_verification
 
-    with measuring():
+    with measuring(start="asking the server"):
         result = api.verify(folder, url, model=model, key=_read_key(key_env), items=items)
     print_result(result, render_verification(result), as_json=as_json)
     if not result.is_run:

@@ -28,6 +28,7 @@ from tunesmith.core.json_io import dump_json, to_jsonable
 from tunesmith.core.types import __version__
 
 PIPE_WIDTH = 120
+BACKSLASH = "\\"
 
 
 class TerminalConsole(Console):
@@ -88,7 +89,19 @@ def flatten_text(text: str, max_length: int = 100) -> str:
 
 def format_single_line(text: str, max_length: int = 100) -> str:
     """Do as `flatten_text` does, for a string that is read as markup."""
-    return escape(flatten_text(text, max_length))
+    return escape_markup(flatten_text(text, max_length))
+
+
+def escape_markup(text: str) -> str:
+    """Escape text for a string that is read as markup.
+
+    `escape` of rich doubles one backslash at the end, which is right only before a tag: elsewhere
+    it would be shown twice. So a tag that does nothing follows."""
+    plain = text.rstrip("\\")
+    num_backslashes = len(text) - len(plain)
+    if not num_backslashes:
+        return escape(text)
+    return f"[none]{escape(plain)}{2 * num_backslashes * BACKSLASH}[/none]"
 
 
 def write_stderr(text: str) -> None:

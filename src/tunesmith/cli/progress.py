@@ -15,11 +15,10 @@ from contextlib import closing, contextmanager
 from typing import Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from tunesmith.cli.output import TerminalConsole, format_single_line
+from tunesmith.cli.output import TerminalConsole, escape_markup, format_single_line
 from tunesmith.core.events import (
     EXPECTED_TASK,
     PROBE_TASK,
@@ -122,7 +121,7 @@ class LogListener(logging.Handler):
         logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.callback(escape(escape_controls(record.getMessage())))
+        self.callback(escape_markup(escape_controls(record.getMessage())))
 
     def close(self) -> None:
         logger.removeHandler(self)
@@ -131,11 +130,13 @@ class LogListener(logging.Handler):
 
 
 @contextmanager
-def measuring(console: Console | None = None) -> Iterator[None]:
-    """Show the progress of a long measurement on stderr."""
+def measuring(
+    console: Console | None = None, *, start: str = "loading the model"
+) -> Iterator[None]:
+    """Show the progress of a long measurement on stderr; `start` stands there until the first."""
     console = console or TerminalConsole(stderr=True)
     if _is_live(console):
-        with console.status("loading the model") as status, closing(LogListener(status.update)):
+        with console.status(start) as status, closing(LogListener(status.update)):
             yield
     else:
         with closing(LogListener(lambda line: console.print(line, highlight=False))):
@@ -150,7 +151,7 @@ def format_event(
         case Score():
             where = f"step {event.step}" if event.step else "before"
             value = format_interval(event.value, event.low, event.high)
-            name = escape(f"{event.task} {event.metric}")
+            name = escape_markup(f"{event.task} {event.metric}")
             return f"{where}  {name} {value}  n={event.n}"
         case GenerationSample():
             return (
@@ -158,15 +159,15 @@ def format_event(
             )
         case CheckResult():
             style = LEVEL_STYLES[event.level]
-            return f"[{style}]{event.level}[/]  {escape(f'{event.kind}: {event.evidence}')}"
+            return f"[{style}]{event.level}[/]  {escape_markup(f'{event.kind}: {event.evidence}')}"
         case CheckpointSaved():
-            return f"saved {escape(event.path)}"
+            return f"saved {escape_markup(event.path)}"
         case TrainingEnd():
             duration = format_duration(event.seconds)
             return f"{event.reason} after {event.step} steps, {duration} of training"
         case StageStart():
-            head = f"[bold]stage {event.step} of {event.num_stages}[/] {escape(event.name)}"
-            return f"{head}: {event.steps} steps, in {escape(event.path)}"
+            head = f"[bold]stage {event.step} of {event.num_stages}[/] {escape_markup(event.name)}"
+            return f"{head}: {event.steps} steps, in {escape_markup(event.path)}"
 
 
 def format_interval(value: float, low: float, high: float) -> str:

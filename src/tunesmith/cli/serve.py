@@ -17,7 +17,7 @@ import typer
 
 from tunesmith.cli.args import AsJson
 from tunesmith.cli.help import complete_runs
-from tunesmith.cli.output import TerminalConsole, print_result, write_stderr
+from tunesmith.cli.output import TerminalConsole, escape_markup, print_result, write_stderr
 from tunesmith.core.errors import InputError, MachineError
 
 WATCH_SECONDS = 2.0
@@ -125,7 +125,6 @@ def _watch_server(url: str, sources: list[str] | None) -> None:
     _require_extra()
     from rich.console import Group
     from rich.live import Live
-    from rich.markup import escape
 
     from tunesmith.cli.views.server import render_activity
     from tunesmith.serve.watch import KEY_VARIABLE, ServerMonitor
@@ -136,7 +135,7 @@ def _watch_server(url: str, sources: list[str] | None) -> None:
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
             view = render_activity(monitor.url, activity, max_models=max(3, console.height // 2))
-            live.update(Group(f"[bold red]{escape(problem)}[/]", view), refresh=True)
+            live.update(Group(f"[bold red]{escape_markup(problem)}[/]", view), refresh=True)
             time.sleep(WATCH_SECONDS)
             try:
                 activity = monitor.read()

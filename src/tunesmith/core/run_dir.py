@@ -19,7 +19,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -369,13 +369,24 @@ def suggest_run(path: Path) -> str:
         nearest += find_nearest_folders(RUNS_ROOT / path)
     if close := next(filter(is_run, nearest), None):
         return f"did you mean {close}?"
-    folder = next(filter(os.path.isdir, (path, path.parent, RUNS_ROOT)), RUNS_ROOT)
-    siblings = sorted(list_folders(folder), key=_read_mtime, reverse=True)
-    runs = [str(sibling) for sibling in siblings if is_run(sibling)]
-    if not runs:
-        return "name a run folder, as `tunesmith train` creates it"
-    names = ", ".join(runs[:MAX_SUGGESTIONS])
-    return f"use one of the runs here: {names}" + (", ..." if len(runs) > MAX_SUGGESTIONS else "")
+    if runs := list_nearby_runs(path):
+        return f"use one of the runs here: {join_first(map(str, runs))}"
+    return "name a run folder, as `tunesmith train` creates it"
+
+
+def list_nearby_runs(path: Path) -> list[Path]:
+    """Return the runs in a folder, else beside it, else in runs/: the last changed first."""
+    for folder in (path, path.parent, RUNS_ROOT):
+        siblings = sorted(list_folders(folder), key=_read_mtime, reverse=True)
+        if runs := list(filter(is_run, siblings)):
+            return runs
+    return []
+
+
+def join_first(names: Iterable[str]) -> str:
+    """Join the first names; ", ..." stands for the others."""
+    first = list(names)
+    return ", ".join(first[:MAX_SUGGESTIONS]) + (", ..." if len(first) > MAX_SUGGESTIONS else "")
 
 
 def find_nearest_folders(path: Path) -> list[Path]:
@@ -398,7 +409,7 @@ def list_folders(path: Path) -> list[Path]:
     """Return the subfolders; none if the folder cannot be read."""
     try:
         return [child for child in path.iterdir() if child.is_dir()]
-    except OSError:
+    except (OSError, ValueError):  # also a name that no file can have
         return []
 
 

@@ -29,7 +29,9 @@ from tunesmith.core.run_dir import (
     find_weights_dir,
     is_run,
     is_staged,
+    join_first,
     list_folders,
+    list_nearby_runs,
     read_run_plan,
     read_run_record,
     require_run,
@@ -130,6 +132,8 @@ def _refuse_unknown(name: str) -> None:
         suggestions += [str(folder) for folder in find_nearest_folders(RUNS_ROOT / path)]
         suggestions += get_close_matches(name.lower(), BUILT_IN_MODELS, n=1, cutoff=0.5)
     fix = f"built-in models: {', '.join(BUILT_IN_MODELS)}"
+    if runs := list_nearby_runs(path):
+        fix = f"runs here: {join_first(map(str, runs))}; {fix}"
     if suggestions:
         fix = f"did you mean {' or '.join(suggestions[:MAX_SUGGESTIONS])}?"
     raise InputError("no such run folder, model folder or built-in model", where=name, fix=fix)

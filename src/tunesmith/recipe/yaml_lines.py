@@ -18,6 +18,7 @@ import yaml
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import suggest_name
+from tunesmith.core.run_dir import RECIPE_FILE
 
 DATA_SUFFIXES = (".jsonl", ".csv", ".txt", ".md")  # not a recipe
 MAX_BYTES = 250_000
@@ -137,6 +138,8 @@ def _read_text(path: Path) -> str:
     if not os.path.exists(path):
         fix = "check the path, or write one with `tunesmith init`"
         siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+        if RECIPE_FILE in siblings:
+            fix = f"did you mean {path.parent / RECIPE_FILE}?"
         raise InputError(
             "no such file", where=str(path), fix=suggest_name(path.name, siblings, fix)
         )

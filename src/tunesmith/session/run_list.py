@@ -125,7 +125,7 @@ def summarize_run(folder: Path) -> RunSummary:
         model = str(plans[0]["recipe"]["model"])
     except InputError as error:
         return RunSummary(str(folder), "unreadable", problem=error.message)
-    except (OSError, LookupError, TypeError, ValueError):
+    except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
         return RunSummary(str(folder), "unreadable", problem="its plan or record is damaged")
     events = list(itertools.chain.from_iterable(parts))
     state, problem = _find_state(folder, parts[-1])
@@ -147,7 +147,7 @@ def _summarize_finished(folder: Path) -> RunSummary:
     file = folder / RECORD_FILE
     record: Json = from_json(file.read_bytes())
     refuse_other_format(record["plan"], file)
-    scores = [Score(**comparison["after"]) for comparison in record["comparisons"]]
+    scores = [_read_score(comparison["after"]) for comparison in record["comparisons"]]
     return RunSummary(
         path=str(folder),
         state="finished",
@@ -159,6 +159,13 @@ def _summarize_finished(folder: Path) -> RunSummary:
         peak_bytes=int(record["peak_bytes"]),
         modified=file.stat().st_mtime,
     )
+
+
+def _read_score(values: Json) -> Score:
+    """Return a score whose values are numbers; a validated one would take ten times as long."""
+    texts: Json = {"metric": str(values["metric"])}
+    numbers: Json = {name: float(values[name]) for name in ("value", "low", "high")}
+    return Score(**(values | texts | numbers))
 
 
 def _read_plans(folder: Path) -> list[Json]:

@@ -20,6 +20,7 @@ from tunesmith.cli import app
 from tunesmith.cli.output import (
     TerminalConsole,
     escape_library_output,
+    escape_markup,
     print_result,
     write_stderr,
 )
@@ -51,6 +52,17 @@ def find_hidden(text: str) -> list[str]:
 def test_every_control_character_is_visible() -> None:
     assert escape_controls(HOSTILE) == VISIBLE
     assert escape_controls(VISIBLE) == VISIBLE
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a\\", "a\\\\", "\\", "[b]\\", "[b]\\\\\\", "\\[/]", "[/none]\\", "C:\\runs\\[red]x[/]"],
+)
+def test_escaped_markup_shows_the_text_as_it_is(text: str) -> None:
+    """Also a backslash at the end, before a tag, a text, or nothing."""
+    for before, after in (("", ""), ("[bold]", "[/]"), ("", " x"), ("[dim]", "[/] [red]y[/]")):
+        shown = Text.from_markup(f"{before}{escape_markup(text)}{after}", emoji=False).plain
+        assert shown == f"{text}{Text.from_markup(after.removeprefix('[/]')).plain}"
 
 
 def test_every_character_of_unicode_is_shown_or_escaped() -> None:

@@ -123,6 +123,16 @@ def test_a_long_measurement_logs_its_progress(monkeypatch: pytest.MonkeyPatch) -
     assert "answers: 5 of 5" in render_progress(terminal=True, monkeypatch=monkeypatch)
 
 
+def test_a_measurement_begins_with_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    file = io.StringIO()
+    with measuring(Console(file=file, force_terminal=True, width=80), start="comparing"):
+        pass
+    assert "comparing" in file.getvalue()
+    assert "loading the model" not in file.getvalue()
+
+
 def test_short_measurements_are_not_logged() -> None:
     console = Console(file=io.StringIO(), width=120)
     with Progress(3, console):

@@ -112,9 +112,17 @@ def test_the_latest_runs_are_suggested(extra: int, tmp_path: Path) -> None:
     latest = [str(tmp_path / name) for name in reversed(names)][:MAX_SUGGESTIONS]
     ending = ", ..." if extra else ""
     assert suggest_run(tmp_path) == f"use one of the runs here: {', '.join(latest)}{ending}"
-    assert suggest_run(tmp_path / "no-run") == (
-        "name a run folder, as `tunesmith train` creates it"
-    )
+    beside = f"use one of the runs here: {', '.join(latest)}{ending}"
+    assert suggest_run(tmp_path / "no-run") == beside
+
+
+def test_runs_are_looked_for_in_their_usual_folder_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert suggest_run(Path("x")) == "name a run folder, as `tunesmith train` creates it"
+    write_run(tmp_path / "runs" / "first")
+    assert suggest_run(Path("x")) == "use one of the runs here: runs/first"
 
 
 def test_a_lock_without_an_owner_is_one_of_somebody(tmp_path: Path) -> None:

@@ -160,9 +160,9 @@ def at_work(runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("demo-1", "did you mean runs/demo-1?"),
         ("runs/demo@0.5", "did you mean runs/demo-1?"),
         ("runs/demo-1/checkpoint/step-2", "did you mean runs/demo-1/checkpoints/step-2?"),
-        ("./nothing/here", "built-in models: smollm2-135m-instruct"),
-        ("/nowhere/at/all", "built-in models: smollm2-135m-instruct"),
-        ("runs/else", "built-in models: smollm2-135m-instruct"),
+        ("./nothing/here", "runs here: runs/demo-1; built-in models: smollm2-135m-instruct"),
+        ("/nowhere/at/all", "runs here: runs/demo-1; built-in models: smollm2-135m-instruct"),
+        ("runs/else", "runs here: runs/demo-1; built-in models: smollm2-135m-instruct"),
         ("smollm2-135m", "did you mean smollm2-135m-instruct?"),
     ],
 )

@@ -1,5 +1,6 @@
 """A line for each run: its state, step, score, and what cannot be read."""
 
+import json
 import os
 import time
 from dataclasses import replace
@@ -10,7 +11,9 @@ import pytest
 from fake_runs import make_events, make_record, make_step, write_run, write_stages
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult, Score, StageStart
+from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import EVENTS_FILE, FAILED_CHECK, OWNER_FILE, PLAN_FILE, RunFolder
+from tunesmith.core.types import Json
 from tunesmith.session.run_list import list_newest_runs, list_runs, summarize_run
 
 GRADE = Score("test", "exact_match", 0.44, 0.33, 0.55, 80, 30)
@@ -33,6 +36,25 @@ def test_a_damaged_record_is_listed_with_its_problem(content: bytes, tmp_path: P
     path = write_run(tmp_path / "a", record=make_record())
     (path / "record.json").write_bytes(content)
     assert summarize_run(path).state == "unreadable"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"verdict": "ready"},
+        {"steps": "Infinity"},
+        {"peak_bytes": None},
+        {"comparisons": [{"after": []}]},
+        {"comparisons": [{"after": {"metric": "loss", "value": "x", "low": 0, "high": 1}}]},
+        {"comparisons": [{"after": {"metric": "loss", "value": None, "low": 0, "high": 1}}]},
+    ],
+)
+def test_a_record_with_values_of_other_types_is_unreadable(damage: Json, tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", record=make_record())
+    text = json.dumps(read_json(path / "record.json") | damage)
+    (path / "record.json").write_text(text.replace('"Infinity"', "1e999"))
+    run = summarize_run(path)
+    assert (run.state, run.problem) == ("unreadable", "its plan or record is damaged")
 
 
 def test_without_a_grade_the_score_is_the_loss_and_never_forgetting(tmp_path: Path) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 
-from tunesmith.cli.output import write_stderr
+from tunesmith.cli.output import escape_markup, write_stderr
 from tunesmith.cli.progress import format_interval
 from tunesmith.cli.views import make_table
 
@@ -43,8 +42,8 @@ def render_curation(curation: CurationResult) -> RenderableType:
         )
     reasons = make_table("", "not selected", "rows", numbers=("rows",))
     for reason, rows in curation.reasons.items():
-        reasons.add_row(escape(reason), f"{rows:,}")
-    return Group(table, reasons, escape(curation.path))
+        reasons.add_row(escape_markup(reason), f"{rows:,}")
+    return Group(table, reasons, escape_markup(curation.path))
 
 
 def report_subset_runs(results: Iterable[SubsetRun | AblationResult]) -> AblationResult:
@@ -79,7 +78,7 @@ def render_ablation(ablation: AblationResult) -> RenderableType:
             _format_seed_differences(arm) if ablation.seeds > 1 else "",
             VERDICT_TEXTS.get(arm.verdict, arm.verdict),
         )
-    return Group(table, escape(format_conclusion(ablation)))
+    return Group(table, escape_markup(format_conclusion(ablation)))
 
 
 def _format_difference(arm: SubsetArm) -> str:

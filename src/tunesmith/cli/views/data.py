@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.output import format_single_line
+from tunesmith.cli.output import escape_markup, format_single_line
 from tunesmith.cli.views import make_table
 from tunesmith.core.formatting import format_rows
 from tunesmith.core.types import DataReport, Finding
@@ -33,7 +32,7 @@ def render_data(reports: Mapping[str, DataReport]) -> RenderableType:
         for task, rows in report.task_rows.items():
             tokens = report.task_tokens.get(task, 0)
             tasks.append(f"{role} {task}: {rows:,} rows, {tokens:,} tokens")
-        formats[f"[dim]{report.format}: {escape(report.format_reason)}[/]"] = None
+        formats[f"[dim]{report.format}: {escape_markup(report.format_reason)}[/]"] = None
         if report.findings:
             findings += [Text(role, "bold"), _build_findings_table(report.findings)]
     return Group(_build_counts_table(reports), *tasks, *formats, *findings)
@@ -101,4 +100,4 @@ def render_split(split: SplitResult) -> RenderableType:
         parts.append(
             "[yellow]near duplicates were not checked[/]: pip install 'tunesmith\\[audit]'"
         )
-    return Group(*parts, escape(split.path))
+    return Group(*parts, escape_markup(split.path))

@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.text import Text
 
-from tunesmith.cli.output import format_single_line
+from tunesmith.cli.output import escape_markup, format_single_line
 from tunesmith.cli.views import make_table
 from tunesmith.evaluate.live_requests import count_common
 
@@ -30,14 +29,14 @@ MAX_ANSWER_CHARS = 200
 def render_verification(result: LiveVerification) -> RenderableType:
     """Show what was compared, the verdict, and a few answers that differ."""
     title = f"{result.run} at {result.url}, model {result.model}"
-    table = make_table(escape(title), "check", "", "n", "evidence", numbers=("n",))
+    table = make_table(escape_markup(title), "check", "", "n", "evidence", numbers=("n",))
     for check in result.checks:
         status = Text(check.status, STATUS_STYLES[check.status], no_wrap=True)
-        table.add_row(escape(check.name), status, str(check.n), escape(check.message))
+        table.add_row(escape_markup(check.name), status, str(check.n), escape_markup(check.message))
     parts: list[RenderableType] = [table]
     for pair in result.differences:
         parts += _render_difference(pair)
-    parts += [f"[yellow]{escape(note)}[/]" for note in result.notes]
+    parts += [f"[yellow]{escape_markup(note)}[/]" for note in result.notes]
     if result.is_run:
         verdict = f"[bold green]this server is the run[/], as far as {result.items} items can tell"
         parts.append(verdict)
@@ -52,6 +51,6 @@ def _render_difference(pair: AnswerPair) -> list[RenderableType]:
     lines: list[RenderableType] = []
     for label, text in (("recorded", pair.recorded), ("served", pair.served)):
         cut = ("… " if start else "") + text[start : start + MAX_ANSWER_CHARS]
-        head = f"[dim]{escape(pair.id)} {label}:[/]"
+        head = f"[dim]{escape_markup(pair.id)} {label}:[/]"
         lines.append(Text.from_markup(f"{head} {format_single_line(cut)}", emoji=False))
     return lines

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.text import Text
 
 from tunesmith.advise.lr_finder import LRFinderResult, LRPoint, LRTrial
 from tunesmith.advise.lr_plot import render_bar, render_svg
-from tunesmith.cli.output import write_stderr
+from tunesmith.cli.output import escape_markup, write_stderr
 from tunesmith.cli.progress import format_interval
 from tunesmith.cli.views import make_table
 from tunesmith.core.atomic import write_file
@@ -46,7 +45,7 @@ def render_lr_table(result: LRFinderResult, svg_path: Path) -> RenderableType:
             render_bar(point, result),
             _format_verdict(point, result),
         )
-    lines = [f"[yellow]note[/] {escape(caveat)}" for caveat in result.caveats]
+    lines = [f"[yellow]note[/] {escape_markup(caveat)}" for caveat in result.caveats]
     if result.collapse_rate is not None:
         lines.append(
             f"the model starts to collapse at {result.collapse_rate:g}; higher rates were not tried"
@@ -54,7 +53,7 @@ def render_lr_table(result: LRFinderResult, svg_path: Path) -> RenderableType:
     if result.chosen_rate is not None:
         chosen = f"learning_rate: {result.chosen_rate:g}"
         lines.append(f"{chosen} (the plan had {result.planned_rate:g})")
-    return Group(table, *lines, escape(f"plot: {svg_path}"))
+    return Group(table, *lines, escape_markup(f"plot: {svg_path}"))
 
 
 def _format_loss(point: LRPoint) -> str:

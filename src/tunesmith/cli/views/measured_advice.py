@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -14,7 +13,7 @@ from tunesmith.advise.measured.knowledge_check import LEVELS, KnowledgeResult
 from tunesmith.advise.measured.learning_curve import LearningCurve
 from tunesmith.advise.measured.run_arm import ArmResult
 from tunesmith.advise.measured.verdict import ArmRow, Decision
-from tunesmith.cli.output import write_stderr
+from tunesmith.cli.output import escape_markup, write_stderr
 from tunesmith.cli.progress import format_duration, format_interval
 from tunesmith.cli.views import make_table
 
@@ -123,7 +122,7 @@ def _format_difference(row: ArmRow) -> str:
     if not row.difference:
         return "best"
     difference, low, high = row.difference
-    return escape(f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]")
+    return escape_markup(f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]")
 
 
 def _iter_notes(advice: MeasuredAdvice) -> Iterator[str]:

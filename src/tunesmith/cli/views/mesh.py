@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.cli.output import escape_markup
 from tunesmith.cli.views import make_table
 from tunesmith.core.formatting import format_bytes, format_count
 from tunesmith.core.mesh import DryRun, MeshOption, MeshPlan, MeshStep, RankMessages
@@ -29,7 +29,7 @@ def render_mesh(plan: Plan, mesh_plan: MeshPlan) -> RenderableType:
     """Show the mesh with its reasons, the memory and the time of a GPU, and other ways."""
     table = Table(title="GPUs", title_justify="left", box=None, pad_edge=False, show_header=False)
     for choice in mesh_plan.choices:
-        table.add_row(choice.name, str(choice.value), escape(choice.reason))
+        table.add_row(choice.name, str(choice.value), escape_markup(choice.reason))
     parts: list[RenderableType] = [table, *_iter_lines(plan, mesh_plan)]
     if mesh_plan.options:
         parts.append(_build_option_table(mesh_plan))

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.output import format_single_line
+from tunesmith.cli.output import escape_markup, format_single_line
 from tunesmith.cli.views import make_table
 from tunesmith.cli.views.mesh import render_mesh
 from tunesmith.core.errors import InputError
@@ -57,7 +56,7 @@ def render_plan(plan: Plan | StagedPlan, *, show_all: bool = False) -> Renderabl
     if not show_all:
         settings = select_main_settings(plan, MAX_LINES - len(lines) - 2)  # header and last line
     table = _build_table(settings) if show_all else _build_brief_table(settings)
-    lines += [f"[yellow]warning[/] {escape(warning)}" for warning in plan.warnings]
+    lines += [f"[yellow]warning[/] {escape_markup(warning)}" for warning in plan.warnings]
     if hidden := plan.settings.keys() - settings.keys():
         set_by_user = hidden & set(_list_user_settings(plan))
         note = f", {len(set_by_user)} set by you" if set_by_user else ""
@@ -97,7 +96,7 @@ def _build_table(settings: Mapping[str, PlanValue]) -> Table:
             key,
             format_single_line(format_value(setting.value)),
             Text(setting.decided_by, SOURCE_STYLES[setting.decided_by]),
-            escape(setting.reason + citation),
+            escape_markup(setting.reason + citation),
         )
     return table
 
@@ -137,7 +136,7 @@ def _format_time(plan: Plan, *, show_all: bool) -> str:
         total = format_duration(plan.total_seconds)
         text += f" ({total} with start, preflight and evaluation)"
     source = plan.seconds_source if show_all else plan.seconds_source.partition(" (")[0]
-    return f"{text}, {escape(source)}"
+    return f"{text}, {escape_markup(source)}"
 
 
 def _format_memory(plan: Plan, *, show_all: bool) -> list[str]:
@@ -186,7 +185,7 @@ def render_setting(plan: Plan | StagedPlan, key: str) -> RenderableType:
         ("common advice", setting.common_advice or "-"),
         ("confidence", setting.confidence or no_confidence),
     ):
-        table.add_row(Text(name, "dim"), escape(text))
+        table.add_row(Text(name, "dim"), escape_markup(text))
     return table
 
 
@@ -195,7 +194,7 @@ def render_method_estimates(estimates: Sequence[MethodEstimate]) -> RenderableTy
     methods = [estimate.method for estimate in estimates]
     table = make_table("Methods (common advice in brackets)", "", *methods)
     for name, format_cell in ESTIMATE_ROWS.items():
-        cells = [escape(format_cell(estimate)) for estimate in estimates]
+        cells = [escape_markup(format_cell(estimate)) for estimate in estimates]
         table.add_row(Text(name, "dim"), *cells)
     return table
 
@@ -241,12 +240,12 @@ def render_diagnosis(diagnosis: Diagnosis) -> RenderableType:
     )
     table = make_table("")
     for check in diagnosis.checks:
-        fix = "" if check.is_ok else escape(check.fix)
-        table.add_row(_format_mark(check), check.name, escape(check.value), fix)
-    parts: list[RenderableType] = [escape(head), table]
+        fix = "" if check.is_ok else escape_markup(check.fix)
+        table.add_row(_format_mark(check), check.name, escape_markup(check.value), fix)
+    parts: list[RenderableType] = [escape_markup(head), table]
     if model := diagnosis.model:
         size = f"{model.parameters / 1e6:.0f}M parameters"
-        parts.append(escape(f"model {model.name}: {size} in {model.path}"))
+        parts.append(escape_markup(f"model {model.name}: {size} in {model.path}"))
         if model.omitted_bytes:
             parts.append(describe_text_part(model))
     for fit in diagnosis.memory_fits:

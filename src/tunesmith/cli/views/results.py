@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.output import format_single_line
+from tunesmith.cli.output import escape_markup, format_single_line
 from tunesmith.cli.progress import format_interval
 from tunesmith.cli.views import make_table
 from tunesmith.cli.views.verdict import render_errors, render_verdict
@@ -57,13 +56,13 @@ def render_scores(scores: Sequence[Score]) -> RenderableType:
     table = make_table("Scores (95% CI)", "metric", "n", "value", numbers=("n", "value"))
     for score in scores:
         value = format_interval(score.value, score.low, score.high)
-        table.add_row(escape(f"{score.task} {score.metric}"), str(score.n), value)
+        table.add_row(escape_markup(f"{score.task} {score.metric}"), str(score.n), value)
     counts = {
         f"{score.task}: {score.truncated} of {score.n} answers truncated at the limit": None
         for score in scores
         if score.truncated
     }
-    return Group(table, *(f"[yellow]{escape(line)}[/]" for line in counts))
+    return Group(table, *(f"[yellow]{escape_markup(line)}[/]" for line in counts))
 
 
 def render_comparisons(
@@ -72,7 +71,7 @@ def render_comparisons(
     """Show two models on the same items, then how many answers were truncated."""
     notes = describe_truncation(comparisons, names)
     table = ComparisonTable(tuple(comparisons), names)
-    return Group(table, *(f"[yellow]{escape(note)}[/]" for note in notes))
+    return Group(table, *(f"[yellow]{escape_markup(note)}[/]" for note in notes))
 
 
 @dataclass(frozen=True)
@@ -99,14 +98,14 @@ class ComparisonTable:
         for comparison, verdict in zip(self.comparisons, verdicts, strict=True):
             arrow = "" if comparison.higher_is_better else f" {LOWER_IS_BETTER}"
             cells: list[RenderableType] = [
-                escape(f"{comparison.task} {comparison.metric}{arrow}"),
+                escape_markup(f"{comparison.task} {comparison.metric}{arrow}"),
                 str(comparison.after.n),
                 f"{comparison.before.value:.3f}",
                 f"{comparison.after.value:.3f}",
                 format_interval(comparison.difference, comparison.low, comparison.high),
                 Text(verdict, VERDICT_STYLES.get(verdict, "dim")),
             ]
-            evidence = [escape(describe_evidence(comparison))] if has_evidence else []
+            evidence = [escape_markup(describe_evidence(comparison))] if has_evidence else []
             table.add_row(*cells, *evidence)
         if not all(comparison.higher_is_better for comparison in self.comparisons):
             table.caption = f"{LOWER_IS_BETTER} lower is better"
@@ -117,8 +116,8 @@ class ComparisonTable:
 def render_model_comparison(comparison: ModelComparison) -> RenderableType:
     """Show two models side by side, and notes on what could not be compared."""
     table = render_comparisons(comparison.comparisons, names=("A", "B"))
-    heads = [escape(f"A: {comparison.first}"), escape(f"B: {comparison.second}")]
-    notes = [f"[yellow]{escape(note)}[/]" for note in comparison.notes]
+    heads = [escape_markup(f"A: {comparison.first}"), escape_markup(f"B: {comparison.second}")]
+    notes = [f"[yellow]{escape_markup(note)}[/]" for note in comparison.notes]
     errors = [render_errors(comparison.errors, ("A", "B"))] if comparison.errors else []
     return Group(*heads, table, *notes, *errors)
 
@@ -128,7 +127,7 @@ def render_gates(gates: Sequence[Gate]) -> RenderableType:
     table = make_table("Gates", "", "gate", "change")
     for gate in gates:
         mark = Text("passed", "green") if gate.passed else Text("failed", "bold red")
-        table.add_row(mark, escape(gate.name), escape(gate.message))
+        table.add_row(mark, escape_markup(gate.name), escape_markup(gate.message))
     return table
 
 
@@ -159,10 +158,10 @@ def render_run_record(record: RunRecord) -> RenderableType:
         parts[-1] = f"{parts[-1]}, {total} with loading, preflight and evaluation"
     parts.append(_format_peak(record))
     label = "model" if record.plan.config.method == "full" else "adapter"
-    parts.append(f"{label}: {escape(record.adapter)}")
+    parts.append(f"{label}: {escape_markup(record.adapter)}")
     commands = build_commands(record.scales, str(Path(record.adapter).parent))
     for label, command in zip(SCALE_COMMAND_LABELS, commands, strict=False):
-        parts.append(f"{label}: {escape(command)}")
+        parts.append(f"{label}: {escape_markup(command)}")
     if record.verdict is not None:
         parts.append(render_verdict(record.verdict))
     return Group(*parts)
@@ -220,7 +219,7 @@ def format_kl_scores(kl_scores: Sequence[Score]) -> list[str]:
     """Format how far the model moved from its base, one line per score."""
     lines: list[str] = []
     for score in kl_scores:
-        name = escape(f"{score.task}: {METRIC_NAMES.get(score.metric, score.metric)}")
+        name = escape_markup(f"{score.task}: {METRIC_NAMES.get(score.metric, score.metric)}")
         lines.append(f"{name} {format_interval(score.value, score.low, score.high)}")
     return lines
 
@@ -256,7 +255,9 @@ def render_export(export: ExportResult) -> RenderableType:
     title = f"{export.target} {export.type}".strip()
     table = make_table(title, "file", "size", "sha256", numbers=("size",))
     for file in export.files:
-        table.add_row(escape(file.name), format_bytes(file.bytes), Text(file.sha256[:12], "dim"))
+        table.add_row(
+            escape_markup(file.name), format_bytes(file.bytes), Text(file.sha256[:12], "dim")
+        )
     parts: list[RenderableType] = [table]
     if export.scale != 1:
         parts.append(f"adapter scale {export.scale:g}")
@@ -284,7 +285,7 @@ def render_export(export: ExportResult) -> RenderableType:
         parts.append(
             f"uploaded ({visibility}); the hub holds the same {upload.files} files, by their hashes"
         )
-    return Group(*parts, escape(export.upload.url if export.upload else export.path))
+    return Group(*parts, escape_markup(export.upload.url if export.upload else export.path))
 
 
 def render_server_export(export: ServerExport) -> RenderableType:
@@ -293,11 +294,13 @@ def render_server_export(export: ServerExport) -> RenderableType:
     table = make_table(export.target, columns[0], "run", *columns[1:], numbers=columns[1:])
     for run in export.runs:
         same = f"{run.parity.same_answers} of {run.parity.prompts}"
-        table.add_row(escape(run.name), escape(run.run), same, f"{run.parity.mean_kl:.1e}")
+        table.add_row(
+            escape_markup(run.name), escape_markup(run.run), same, f"{run.parity.mean_kl:.1e}"
+        )
     texts = [name for name in export.files if "/" not in name and name != "manifest.json"]
     return Group(
         table,
-        f"files: {escape(', '.join(texts))}",
+        f"files: {escape_markup(', '.join(texts))}",
         "read LIMITS.md, start the server, then run verify.sh",
-        escape(export.path),
+        escape_markup(export.path),
     )

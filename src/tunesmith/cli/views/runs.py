@@ -28,6 +28,7 @@ STATE_STYLES = {
     "harmful": "bold red",
 }
 MAX_PROBLEM_CHARS = 1_000
+MAX_STATE_CHARS = 20
 AGE_UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"))  # seconds
 
 
@@ -98,7 +99,7 @@ class RunTable:
 
 def _render_state(run: RunSummary) -> Text:
     """Show the verdict of a finished run, which says more than that it is finished."""
-    state = run.verdict or run.state
+    state = flatten_text(run.verdict or run.state, MAX_STATE_CHARS)
     return Text(state, STATE_STYLES.get(state, ""))
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
+from tunesmith.cli.output import escape_markup
 from tunesmith.cli.views import make_table
 from tunesmith.core.formatting import format_bytes
 from tunesmith.core.types import Json
@@ -48,7 +48,7 @@ def _format_head(url: str, activity: ServerActivity) -> str:
     step = UNKNOWN if activity.step_seconds is None else f"{1000 * activity.step_seconds:.0f} ms"
     rows = UNKNOWN if activity.step_rows is None else f"{activity.step_rows:.1f}"
     return (
-        f"{escape(url)}  [{style}]{escape(activity.state)}[/]\n"
+        f"{escape_markup(url)}  [{style}]{escape_markup(activity.state)}[/]\n"
         f"{activity.running} running  {activity.waiting} waiting  "
         f"[bold]{_format_rate(activity.answer_rate)} tok/s[/]  step {step} of {rows} rows  "
         f"adapters {format_bytes(activity.adapter_bytes)}"
@@ -58,7 +58,7 @@ def _format_head(url: str, activity: ServerActivity) -> str:
 def _format_model(model: ModelActivity) -> tuple[str, ...]:
     first = model.first_token_seconds
     return (
-        escape(_cut_name(model.name)),
+        escape_markup(_cut_name(model.name)),
         f"{model.requests:,}",
         f"[red]{model.errors:,}[/]" if model.errors else "0",
         _format_rate(model.answer_rate),
@@ -80,12 +80,14 @@ def _render_route(route: Json, activity: ServerActivity) -> RenderableType:
     """Show the arms of a route, and what its canary has counted."""
     name = str(route["id"])
     numbers = ("share", "answers", "bad")
-    table = make_table(f"route {escape(_cut_name(name))}", "arm", *numbers, numbers=numbers)
+    table = make_table(f"route {escape_markup(_cut_name(name))}", "arm", *numbers, numbers=numbers)
     for arm, share in route["arms"].items():
         labels = {"route": name, "model": arm}
         answers = activity.metrics.get("route_answers_total", **labels)
         bad = activity.metrics.get("route_checks_total", **labels, result="bad")
-        table.add_row(escape(_cut_name(arm)), f"{share:g}%", f"{answers:,.0f}", f"{bad:,.0f}")
+        table.add_row(
+            escape_markup(_cut_name(arm)), f"{share:g}%", f"{answers:,.0f}", f"{bad:,.0f}"
+        )
     parts: list[RenderableType] = [table]
     if route["shadow"] is not None:
         parts.append(_format_shadow(name, route["shadow"], activity))
@@ -100,17 +102,18 @@ def _format_shadow(route: str, shadow: Json, activity: ServerActivity) -> str:
     for result in ("same", "different", "dropped", "failed"):
         count = activity.metrics.get("shadow_answers_total", route=route, result=result)
         counts.append(f"{count:,.0f} {result}")
-    return f"shadow {escape(_cut_name(shadow['model']))}, {shadow['share']:g}%: {', '.join(counts)}"
+    model = escape_markup(_cut_name(shadow["model"]))
+    return f"shadow {model}, {shadow['share']:g}%: {', '.join(counts)}"
 
 
 def _format_canary(canary: Json) -> str:
-    model = escape(canary["model"].partition("#")[0])
+    model = escape_markup(canary["model"].partition("#")[0])
     status = canary["status"]
     text = f"canary {model}: [{STATUS_STYLES[status]}]{status.replace('_', ' ')}[/]"
     if status == "running":
         step = f"step {canary['step'] + 1} of {len(canary['steps']) - 1}"
         text += f", {step}, {canary['answers']:,} of {canary['at_least']:,} answers"
-    return f"{text}\n[dim]{escape(canary['reason'])}[/]" if canary["reason"] else text
+    return f"{text}\n[dim]{escape_markup(canary['reason'])}[/]" if canary["reason"] else text
 
 
 def _render_checks(checks: Json) -> Table:
@@ -126,5 +129,5 @@ def _render_checks(checks: Json) -> Table:
             style = "red" if low > margin else "green" if high <= margin else "default"
             harm = f"[{style}]{low:+.1f} to {high:+.1f}[/]"
         sides = [f"{counts[side][0]:,}/{counts[side][1]:,}" for side in numbers[:3]]
-        table.add_row(escape(check), *sides, harm, f"{margin:g}")
+        table.add_row(escape_markup(check), *sides, harm, f"{margin:g}")
     return table

@@ -7,13 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from tunesmith import api
 from tunesmith.advise.sweep.run_sweep import SweepEvent, SweepStart, TrialEnd, TrialStart
-from tunesmith.cli.output import write_stderr
+from tunesmith.cli.output import escape_markup, write_stderr
 from tunesmith.cli.progress import format_duration
 from tunesmith.cli.views import make_table
 from tunesmith.core.events import EVAL_TASK, Score, TrainingEnd
@@ -88,13 +87,13 @@ def render_sweep(record: SweepRecord) -> RenderableType:
         if num_seeds > 1:
             name += f", seed {trial.seed}, the best of {num_seeds}"
         reads = "once" if record.test_reads == 1 else f"for {record.test_reads} winners"
-        parts.append(f"[bold]winner[/] {escape(name)}; on test_data, {reads}:")
-        parts += [escape(f"  {format_comparison(comparison)}") for comparison in record.test]
-    parts += [f"[yellow]note[/] {escape(caveat)}" for caveat in record.caveats]
+        parts.append(f"[bold]winner[/] {escape_markup(name)}; on test_data, {reads}:")
+        parts += [escape_markup(f"  {format_comparison(comparison)}") for comparison in record.test]
+    parts += [f"[yellow]note[/] {escape_markup(caveat)}" for caveat in record.caveats]
     if record.winner_trial is not None:
         folder = Path(record.folder)
         run = folder / record.get_trial(record.winner_trial).folder
-        parts.append(escape(f"run: {run}; recipe: {folder / WINNER_FILE}"))
+        parts.append(escape_markup(f"run: {run}; recipe: {folder / WINNER_FILE}"))
     return Group(*parts)
 
 
