@@ -10,6 +10,7 @@ Imports are inside the functions so that --help loads no model library. Left out
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import sys
@@ -493,6 +494,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else list(arguments)
     sys.excepthook = explain_bug
     escape_library_output()
+    if arguments is None:
+        gc.freeze()  # what was imported; core/program_start.py has stopped the collector
+        gc.enable()
     with unwind_on_signals():
         try:
             _run_verb(words)

@@ -107,6 +107,31 @@ def test_no_file_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == ""
 
 
+@pytest.mark.parametrize("name", ["tunesmith", "mine.py"])
+def test_only_the_command_stops_the_collector_and_only_while_it_imports(
+    name: str, tmp_path: Path
+) -> None:
+    """A process that the command starts has its arguments too."""
+    script = tmp_path / name
+    script.write_text(
+        "import gc, multiprocessing, sys\n"
+        "import tunesmith\n"
+        "from tunesmith.cli.app import main\n"
+        "if __name__ == '__main__':\n"
+        "    print(gc.isenabled())\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(pool.apply(gc.isenabled))\n"
+        "    sys.stdout.flush()\n"
+        "    show = lambda phase, _: sys.stderr.write(f'collecting: {phase}\\n')\n"
+        "    gc.callbacks.append(show)\n"
+        "    main()\n"
+    )
+    command = [sys.executable, str(script), "schema", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[:2] == [str(name != "tunesmith"), "True"]
+    assert "collecting: start" in done.stderr
+
+
 def test_a_library_leaves_the_signals_alone() -> None:
     program = (
         "import signal, tunesmith\n"
