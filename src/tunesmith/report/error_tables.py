@@ -88,12 +88,8 @@ def build_errors(run: ReportData) -> ErrorsView | None:
     analysis = run.record.errors if run.record else None
     if analysis is None:
         return None
-    open_table = None
-    for by in OPEN_TABLES:
-        table = analysis.get_table(by)
-        if table is not None and any(group.wrong for group in table.groups):
-            open_table = _build_table(table, is_open=True)
-            break
+    chosen = _choose_open_table(analysis)
+    open_table = None if chosen is None else _build_table(chosen, is_open=True)
     tables: list[TableView] = []
     for table in analysis.tables:
         if (
@@ -109,6 +105,18 @@ def build_errors(run: ReportData) -> ErrorsView | None:
         confusions=analysis.confusions,
         red_lines=tuple(shortcut.description for shortcut in analysis.shortcuts),
     )
+
+
+def _choose_open_table(analysis: ErrorAnalysis) -> ErrorTable | None:
+    """Return the table to show first: that of the form if most answers do not even have that."""
+    form = analysis.get_table("format")
+    if form is not None and any(2 * group.wrong > group.n for group in form.groups):
+        return form
+    for by in OPEN_TABLES:
+        table = analysis.get_table(by)
+        if table is not None and any(group.wrong for group in table.groups):
+            return table
+    return None
 
 
 def _build_table(table: ErrorTable, *, is_open: bool = False) -> TableView:

@@ -8,6 +8,7 @@ from importlib.resources import files
 from inspect import getsource
 from pathlib import Path
 
+import pytest
 from test_page import read_text
 
 import fake_runs
@@ -67,6 +68,22 @@ def make_answers() -> list[tuple[str, str]]:
         expected = json.dumps({"name": f"n{index}", "flag": flag})
         answers.append((expected, json.dumps({"name": f"n{index}", "flag": False})))
     return answers
+
+
+@pytest.mark.parametrize(("num_texts", "by"), [(21, "format"), (20, "field")])
+def test_the_form_comes_first_where_most_answers_lack_it(
+    num_texts: int, by: str, tmp_path: Path
+) -> None:
+    answers = make_answers()
+    texts = [(expected, "no object") for expected, _ in answers[:num_texts]]
+    view = build_errors(
+        load_report_data(write_graded_run(tmp_path / "run", texts + answers[num_texts:]))
+    )
+    assert view is not None
+    assert view.open_table is not None
+    assert view.open_table.by == by
+    if by == "format":
+        assert view.open_table.groups[0].group.wrong == num_texts
 
 
 def test_the_first_screen_says_the_level_the_cost_and_what_next(tmp_path: Path) -> None:
