@@ -121,8 +121,9 @@ class AdapterBank:
         """Add an adapter under a key, or replace that key's, and return its bytes. Forwards that
         run see the old one to their end.
 
-        Raises InputError for what a bank cannot hold, for a layer that the base lacks, for NaN or
-        infinite values, and for weights that have changed since `read_adapter`."""
+        Raises InputError for what a bank cannot hold, for a layer that the base lacks or that has
+        another shape, for NaN or infinite values, and for weights that have changed since
+        `read_adapter`."""
         assert key, "the empty key is the base"
         _refuse_unmixable(folder)
         loras: dict[str, LoraTensors] = {}
@@ -132,6 +133,7 @@ class AdapterBank:
             if path not in self._linears:
                 message = f"the adapter has {path}, which is not a linear layer of the base"
                 raise InputError(message, where=str(folder.path), fix="use the adapter's base")
+            _check_shapes(lora, self._linears[path], folder, path)
             loras[path] = lora
         adapter = BankAdapter(loras, self._linears, self._model.dtype)
         with self._lock:
@@ -180,6 +182,20 @@ def _refuse_unmixable(folder: AdapterFolder) -> None:
     if folder.saved_parameters:
         name = folder.saved_parameters[0]
         raise _make_unmixable_error(f"modules trained in full ({name})", folder)
+
+
+def _check_shapes(lora: LoraTensors, linear: BankLinear, folder: AdapterFolder, path: str) -> None:
+    """Raise InputError for tensors that do not fit a linear: they may have come after the headers
+    were checked, and the kernel reads as much as the linear needs."""
+    rank = folder.rank_pattern.get(path, folder.rank)
+    shapes = [tuple(lora.a_RI.shape), tuple(lora.b_OR.shape)]
+    expected = [(rank, linear.in_features), (linear.out_features, rank)]
+    if lora.magnitude_O is not None:
+        shapes.append(tuple(lora.magnitude_O.shape))
+        expected.append((linear.out_features,))
+    if shapes != expected:
+        message = f"the adapter of {path} has tensors of shapes {shapes}, not {expected}"
+        raise InputError(message, where=str(folder.path), fix="load the adapter again")
 
 
 def _make_unmixable_error(part: str, folder: AdapterFolder) -> InputError:

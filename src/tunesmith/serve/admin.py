@@ -106,8 +106,10 @@ async def open_model(server: Server, name: str, folder: Path, body: ModelBody) -
             is_pinned=body.pin,
             can_scale=body.scales,
         )
-    except TunesmithError as error:
-        message = format_problem(error).replace(str(folder), body.source)
+    except (TunesmithError, OSError) as error:
+        message = "its files cannot be read"  # they change while they are opened
+        if isinstance(error, TunesmithError):
+            message = format_problem(error).replace(str(folder), body.source)
         raise RequestError(
             HTTPStatus.CONFLICT, message, code="not_published", param="from"
         ) from None

@@ -8,7 +8,6 @@ in it does not exist. Left out: starting and stopping (server.py)."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp
 
 from tunesmith.serve import admin, handlers
@@ -73,15 +72,16 @@ ROUTES: tuple[Endpoint, ...] = (
     Endpoint("PUT", "/admin/routes/{route}", admin.put_route, "admin", CanaryBody),
     Endpoint("POST", "/admin/drain", admin.start_drain, "admin"),
 )
+PATH_SCOPES = tuple((compile_path(route.path)[0], route.scope) for route in ROUTES)
 OPEN_METRICS = ("/ready", "/metrics")
 
 
 def find_scope(path: str) -> Scope | None:
-    """Return the scope that a path needs. A path that is not there needs a key all the same."""
-    for endpoint in ROUTES:
-        pattern = re.sub(r"\{\w+\}", "[^/]+", endpoint.path)
-        if re.fullmatch(pattern, path):
-            return endpoint.scope
+    """Return the scope that a path needs, by the patterns of the router: they also take a path with
+    a line break at its end. A path that is not there needs a key all the same."""
+    for pattern, scope in PATH_SCOPES:
+        if pattern.match(path):
+            return scope
     return "infer"
 
 

@@ -323,7 +323,7 @@ class FeedbackBody(_Body):
 
 def read_body(raw: bytes, kind: type[B]) -> B:
     """Parse and check a body. Raises RequestError 400 with the name of the first wrong field."""
-    content = _parse_json(raw)
+    content = parse_json(raw)
     if not isinstance(content, dict):
         raise RequestError(400, "the body is not a JSON object")
     try:
@@ -340,7 +340,8 @@ def read_body(raw: bytes, kind: type[B]) -> B:
     raise RequestError(400, f"{param}: {message}" if param else message, param=param)
 
 
-def _parse_json(raw: bytes) -> Any:
+def parse_json(raw: bytes) -> Any:
+    """Return the value of strict JSON, in a body or in a text of it. Raises RequestError 400."""
     try:
         text = raw.decode()
         content = json.loads(text, object_pairs_hook=_build_object, parse_constant=_refuse_constant)

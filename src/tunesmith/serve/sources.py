@@ -292,8 +292,8 @@ def _open_renderer(
         )
         base.renderers[key] = renderer
     if claim == renderer.fingerprint:
+        base.tokenizers[claim_key] = sha256  # before others can find the renderer
         base.renderers[claim_key] = renderer
-        base.tokenizers[claim_key] = sha256
     return renderer, ClaimedFile(file, file_key, sha256)
 
 

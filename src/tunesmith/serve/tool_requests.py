@@ -10,7 +10,6 @@ out: the grammar itself (call_grammars.py), reading the calls of an answer (tool
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.chat_template.tool_syntax import ToolSyntax, learn_tool_syntax
-from tunesmith.serve.bodies import ChatBody, ChatMessage, NamedTool, Tool
+from tunesmith.serve.bodies import ChatBody, ChatMessage, NamedTool, Tool, parse_json
 from tunesmith.serve.call_grammars import describe_calls
 from tunesmith.serve.errors import RequestError
 from tunesmith.serve.grammars import check_schema
@@ -55,9 +54,10 @@ def to_template_message(message: ChatMessage) -> Json:
 
 def _parse_arguments(text: str) -> Json:
     try:
-        arguments = json.loads(text)
-    except (ValueError, RecursionError):
-        arguments = None
+        arguments = parse_json(text.encode())
+    except RequestError as error:
+        message = f"the arguments of a tool call are {error.message}"
+        raise RequestError(400, message, param="messages") from None
     if not isinstance(arguments, dict):
         message = "the arguments of a tool call are not a JSON object"
         raise RequestError(400, message, param="messages")

@@ -118,6 +118,19 @@ def test_scopes(guarded: LiveServer, secrets: dict[str, str]) -> None:
                 assert (status == 403) == (endpoint.scope not in scopes), (endpoint.path, name)
 
 
+@pytest.mark.parametrize("end", ["%0A", "%0a", "%0D", "%00", "/", "%2F", ";x", "%20"])
+def test_a_path_that_looks_like_another_needs_its_scope(
+    end: str, guarded: LiveServer, secrets: dict[str, str]
+) -> None:
+    """The router takes a path with a line break at its end for the path."""
+    for method, path in (("POST", "/admin/drain"), ("GET", "/admin/routes"), ("GET", "/metrics")):
+        body = {} if method == "POST" else None
+        response = send(guarded, method, path + end, secrets["user"], body)
+        assert response.status_code in (307, 403, 404), (path + end, response.text)
+        assert send(guarded, method, path + end, "", body).status_code == 401
+    assert not guarded.server.engine.scheduler.is_draining
+
+
 def test_models_of_others_are_not_there(guarded: LiveServer, secrets: dict[str, str]) -> None:
     key = secrets["limited"]
     listed = send(guarded, "GET", "/v1/models", key).json()["data"]

@@ -201,8 +201,22 @@ def test_a_request_that_says_no_call_is_named(
     assert words in response.json()["error"]["message"]
 
 
-def test_arguments_of_an_earlier_call_have_to_be_an_object(tool_server: LiveServer) -> None:
-    function = {"name": "stop", "arguments": "[1]"}
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("[1]", "not a JSON object"),
+        ('{"a": "\\ud800"}', "half of a surrogate pair"),
+        ('{"a": NaN}', "NaN is not a number"),
+        ('{"a": 1, "a": 2}', "occurs twice"),
+        ('{"a": ' + "[" * 5000, "too deeply nested"),
+        ('{"a": ' + "1" * 5000 + "}", "not valid JSON"),
+    ],
+    ids=["list", "surrogate", "nan", "twice", "deep", "digits"],
+)
+def test_arguments_of_an_earlier_call_are_a_strict_object(
+    tool_server: LiveServer, arguments: str, words: str
+) -> None:
+    function = {"name": "stop", "arguments": arguments}
     call = {"id": "a", "type": "function", "function": function}
     messages = [
         {"role": "user", "content": "x"},
@@ -211,7 +225,7 @@ def test_arguments_of_an_earlier_call_have_to_be_an_object(tool_server: LiveServ
     ]
     response = post(tool_server, messages=messages)
     assert response.status_code == 400
-    assert "not a JSON object" in response.json()["error"]["message"]
+    assert words in response.json()["error"]["message"]
 
 
 # ---------------------------------------------------------------- what a model writes

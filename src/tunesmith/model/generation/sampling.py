@@ -19,6 +19,7 @@ from tunesmith.model.kernels import ops
 
 # top-p usually needs fewer tokens than this; sorting the vocabulary is far slower
 TOP_P_CANDIDATES = 256
+MIN_TEMPERATURE = 1e-300  # logits divided by less are infinite
 
 
 def sample_tokens(
@@ -80,7 +81,7 @@ def compute_probabilities(logits_BV: Tensor, requests: Sequence[GenerationReques
     def collect(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits_BV.device)
 
-    temperature_B = collect([request.temperature for request in requests])
+    temperature_B = collect([max(request.temperature, MIN_TEMPERATURE) for request in requests])
     p_BV = torch.softmax(logits_BV.double() / temperature_B[:, None], dim=-1)
     top_ks = [request.top_k for request in requests]
     if any(top_k > 0 for top_k in top_ks):

@@ -30,6 +30,14 @@ def test_each_token_is_drawn_as_often_as_it_is_likely() -> None:
     assert drawn.bincount(minlength=4).tolist() == [100, 0, 600, 300]
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-100])
+def test_the_smallest_temperatures_take_the_most_likely_token(temperature: float) -> None:
+    logits_BV = torch.tensor([[1.0, 3.0, -torch.inf, 2.0], [-90.0, -300.0, -80.0, -torch.inf]])
+    requests = [GenerationRequest((0,), temperature=temperature)] * 2
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    assert sample_tokens(logits_BV, requests, generators) == [1, 2]
+
+
 def test_temperature_sharpens_and_flattens() -> None:
     p = torch.tensor([[0.2, 0.8]], dtype=torch.float64)
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
