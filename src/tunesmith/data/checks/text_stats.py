@@ -197,6 +197,8 @@ def find_common_ngrams(datasets: Mapping[str, Dataset], n: int) -> np.ndarray:
     role_grams = [np.empty(0, dtype=np.uint64)]
     for dataset in datasets.values():
         _, unique_rows = np.unique(dataset.contents_N, return_index=True)
+        if len(unique_rows) <= COMMON_ROWS:
+            continue  # too few to share any
         sample = unique_rows[permute_rows(0, 0, len(unique_rows))[:SAMPLE_ROWS]]
         texts = [extract_row_texts(dataset.read_example(row)) for row in sample.tolist()]
         grams = [hash_unique_ngrams(row.words, n) for row in texts]

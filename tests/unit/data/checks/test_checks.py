@@ -1,10 +1,15 @@
 import json
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.types import Example
 from tunesmith.data import length_stats as scan_module
 from tunesmith.data.checks.run import check_data
+from tunesmith.data.checks.text_stats import find_common_ngrams
 from tunesmith.data.dataset import open_dataset
 from tunesmith.recipe.fields import DataSource
 
@@ -162,3 +167,24 @@ def test_rows_that_kto_marks_as_bad_are_told(opened):
     assert "label: false" not in repr(
         check_data({"data": opened([chat("a", "b", label="false")] * 3)})["data"].findings
     )
+
+
+@dataclass
+class EqualRows:
+    """Rows of the same six words, and which of them were read."""
+
+    contents_N: np.ndarray
+    read_rows: list[int] = field(default_factory=list[int])
+
+    def read_example(self, row: int) -> Example:
+        self.read_rows.append(row)
+        return Example(f"a:{row}", text="one two three four five six")
+
+
+@pytest.mark.parametrize(("count", "num_read", "num_common"), [(10, 0, 0), (11, 11, 2)])
+def test_too_few_rows_to_share_an_ngram_are_not_read_for_it(
+    count: int, num_read: int, num_common: int
+) -> None:
+    rows: Any = EqualRows(np.arange(count, dtype=np.uint64))
+    assert len(find_common_ngrams({"data": rows}, n=5)) == num_common
+    assert len(rows.read_rows) == num_read
