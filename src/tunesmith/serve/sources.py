@@ -240,6 +240,7 @@ def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = Fals
 def _read_weights(folder: Path, provenance: Provenance | None, base: BaseSource) -> AdapterFolder:
     """Read what an adapter's files say of its weights, without the weights if their hash is
     recorded. Those with the same config and header fit the base as the first of them does."""
+    check_files(folder)
     recorded_sha256 = "" if provenance is None else provenance.weights_sha256
     key = _hash_shapes(folder)
     first = base.shapes.get(key)
@@ -248,7 +249,6 @@ def _read_weights(folder: Path, provenance: Provenance | None, base: BaseSource)
             folder, base.path, weights_sha256=recorded_sha256, base_headers=base.headers
         )
         return first
-    check_files(folder)
     sha256 = recorded_sha256 or hash_file(folder / ADAPTER_WEIGHTS_FILE)
     return replace(first, path=folder, sha256=sha256)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -16,8 +17,9 @@ NO_END = {"257": -100, "258": -100}  # the end tokens of the toy model
 
 
 @pytest.fixture
-def client(live: LiveServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
+def client(live: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def count_prompt(live: LiveServer, text: str, model: str = "base") -> int:
@@ -71,39 +73,46 @@ def get_prompt(client: openai.OpenAI, model: str, messages: Any) -> list[int]:
     return answer.prompt_token_ids
 
 
+def check_prompt(client: openai.OpenAI, live: LiveServer, messages: Any, text: str) -> None:
+    """Check that the prompt of `plain` is what its template makes of messages, with a text."""
+    renderer = live.server.engine.registry.get("plain").renderer
+    assert tuple(get_prompt(client, "plain", messages)) == renderer.encode_prompt(messages)
+    assert text in renderer.render_text(messages)
+
+
+def find_refused(client: openai.OpenAI, model: str, messages: Any, problem: str) -> str | None:
+    """Return the field for which a model refuses messages."""
+    with pytest.raises(openai.BadRequestError, match=problem) as caught:
+        get_prompt(client, model, messages)
+    return caught.value.param
+
+
 def test_names_go_to_the_template_or_are_refused(client: openai.OpenAI, live: LiveServer) -> None:
     """The template of `plain` writes the names of users, that of the base writes none."""
-    messages: Any = [
+    messages = [
         {"role": "user", "content": "a", "name": "Ann"},
         {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"},
     ]
-    renderer = live.server.engine.registry.get("plain").renderer
-    assert tuple(get_prompt(client, "plain", messages)) == renderer.encode_prompt(messages)
-    assert "user Ann: a" in renderer.render_text(messages)
-    with pytest.raises(openai.BadRequestError, match="not write names of role user") as caught:
-        get_prompt(client, "base", messages)
-    assert caught.value.param == "messages[0].name"
+    check_prompt(client, live, messages, "user Ann: a")
+    problem = "not write names of role user"
+    assert find_refused(client, "base", messages, problem) == "messages[0].name"
     messages[1]["name"] = "Bot"  # beside one that is written
-    with pytest.raises(openai.BadRequestError, match="names of role assistant") as caught:
-        get_prompt(client, "plain", messages)
-    assert caught.value.param == "messages[1].name"
+    problem = "names of role assistant"
+    assert find_refused(client, "plain", messages, problem) == "messages[1].name"
 
 
 def test_thinking_goes_to_the_template_or_is_refused(
     client: openai.OpenAI, live: LiveServer
 ) -> None:
-    messages: Any = [
+    messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "reasoning_content": "hm"},
         {"role": "user", "content": "c"},
     ]
-    renderer = live.server.engine.registry.get("plain").renderer
-    assert tuple(get_prompt(client, "plain", messages)) == renderer.encode_prompt(messages)
-    assert "assistant (hm): b" in renderer.render_text(messages)
-    with pytest.raises(openai.BadRequestError, match="thinking of answers") as caught:
-        get_prompt(client, "base", messages)
-    assert caught.value.param == "messages[1].reasoning_content"
+    check_prompt(client, live, messages, "assistant (hm): b")
+    refused = find_refused(client, "base", messages, "thinking of answers")
+    assert refused == "messages[1].reasoning_content"
 
 
 def test_a_developer_is_what_the_template_calls_it(client: openai.OpenAI) -> None:

@@ -144,13 +144,12 @@ def test_earlier_answers_are_not_trained(ada: httpx.Client, folder: Path) -> Non
 
 
 def test_a_stream_is_kept_whole(kept: LiveServer, keys: dict[str, str], folder: Path) -> None:
-    client = openai.OpenAI(base_url=f"{kept.url}/v1", api_key=keys["ada"], max_retries=0)
     messages: Any = [{"role": "user", "content": "stream"}]
-    chunks = list(
-        client.chat.completions.create(
+    with openai.OpenAI(base_url=f"{kept.url}/v1", api_key=keys["ada"], max_retries=0) as client:
+        stream = client.chat.completions.create(
             model="small", messages=messages, stream=True, max_tokens=8, **LONG
         )
-    )
+        chunks = list(stream)
     answer = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     with kept.client(headers={"authorization": f"Bearer {keys['ada']}"}) as http:
         assert review(http, chunks[0].id).status_code == 201  # the id of the answer

@@ -4,8 +4,10 @@ weights than it says."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -422,6 +424,21 @@ def test_a_folder_that_is_not_there(tmp_path: Path, writer: Path) -> None:
     base = open_base(str(writer), datetime.now())
     with base.scratch, pytest.raises(InputError):
         open_adapter(str(tmp_path / "nothing"), base)
+
+
+def test_a_file_that_is_too_large_is_not_read(
+    tmp_path: Path, adapters: dict[str, Path], writer: Path
+) -> None:
+    folder = tmp_path / "large"
+    shutil.copytree(adapters["small"], folder)
+    os.truncate(folder / "adapter_config.json", 100 * 2**20)
+    base = open_base(str(writer), datetime.now())
+    tracemalloc.start()
+    with base.scratch, pytest.raises(InputError, match="bytes, more than"):
+        open_adapter(str(folder), base)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 50 * 2**20
 
 
 # ---------------------------------------------------------------- memory
