@@ -125,8 +125,7 @@ class Ranks:
             set_allocator()
             torch.cuda.set_device(self.local)
         try:
-            if not self.is_main:
-                _wait_for_main_rank()
+            _wait_for_main_rank(is_main=self.is_main)
             store, _, _ = next(rendezvous("env://", timeout=START))
             # torchrun keeps its store: without a prefix, ranks read addresses of those before.
             store = PrefixStore(f"tunesmith/{self.restarts}", store)
@@ -416,16 +415,21 @@ def is_distributed() -> bool:
     return os.environ.get(WORLD_VARIABLE, "1") != "1"
 
 
-def _wait_for_main_rank() -> None:
-    """Wait until rank 0 listens: torch tries again after its timeout, for four minutes in all."""
+def _wait_for_main_rank(*, is_main: bool) -> None:
+    """Wait until rank 0 listens; on rank 0, until the name of its machine is known. torch would try
+    again after its timeout, for four minutes in all."""
     address = (os.environ["MASTER_ADDR"], _read_number("MASTER_PORT"))
     end = time.monotonic() + START.total_seconds()
     while True:
         try:
-            socket.create_connection(address, timeout=PULSE_SECONDS).close()
+            if is_main:
+                socket.getaddrinfo(*address)
+            else:
+                socket.create_connection(address, timeout=PULSE_SECONDS).close()
         except OSError as error:
             if time.monotonic() > end:
-                raise RuntimeError(f"rank 0 does not listen: {error}") from error
+                problem = "MASTER_ADDR is unknown" if is_main else "rank 0 does not listen"
+                raise RuntimeError(f"{problem}: {error}") from error
             time.sleep(KNOCK_SECONDS)
         else:
             return

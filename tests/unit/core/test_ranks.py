@@ -61,6 +61,16 @@ def test_a_rank_waits_for_rank_0_no_longer_than_it_says(environment: pytest.Monk
     assert refusal.value.where == "127.0.0.1:1"
 
 
+def test_rank_0_waits_for_the_name_of_its_machine_no_longer(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    environment.setenv("MASTER_ADDR", "host.invalid")
+    environment.setattr(core_ranks, "START", timedelta(seconds=0.3))
+    with pytest.raises(MachineError, match="MASTER_ADDR is unknown") as refusal, open_ranks():
+        pytest.fail("nobody is there")
+    assert refusal.value.where == "host.invalid:1"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
