@@ -55,7 +55,12 @@ from tunesmith.cli.help import (
     format_examples,
 )
 from tunesmith.cli.launch import GpusOption, launch, list_flags, main_rank
-from tunesmith.cli.output import escape_library_output, print_result, write_stderr
+from tunesmith.cli.output import (
+    escape_library_output,
+    hide_download_bars,
+    print_result,
+    write_stderr,
+)
 from tunesmith.core.errors import (
     MACHINE_ERRNOS,
     InputError,
@@ -405,6 +410,7 @@ def _confirm_upload(folder: Path, repo: str | None, *, is_public: bool, is_confi
     target = check_target(repo, is_public=is_public)
     question = f"Upload the adapter and its card to {target.description}?"
     if not is_confirmed and not typer.confirm(question, err=True):
+        write_stderr("nothing was uploaded\n")
         raise typer.Abort
 
 
@@ -497,6 +503,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None:
         gc.freeze()  # what was imported; core/program_start.py has stopped the collector
         gc.enable()
+        hide_download_bars()
     with unwind_on_signals():
         try:
             _run_verb(words)

@@ -11,7 +11,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from tunesmith.core.run_dir import RUNS_ROOT, is_run
+from tunesmith.core.run_dir import RUNS_ROOT, is_run, list_folders
 
 # What a first run sets; each is a flag of every verb that takes a recipe.
 COMMON_KEYS = (
@@ -183,6 +183,5 @@ def complete_runs(incomplete: str) -> list[str]:
     folders = [RUNS_ROOT, Path(incomplete), Path(incomplete).parent]
     runs: dict[str, None] = {}  # ordered, without duplicates
     for folder in folders:
-        entries = sorted(folder.iterdir()) if folder.is_dir() else []
-        runs.update({str(entry): None for entry in entries if is_run(entry)})
+        runs.update({str(entry): None for entry in sorted(list_folders(folder)) if is_run(entry)})
     return [run for run in runs if run.startswith(incomplete)]

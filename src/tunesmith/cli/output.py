@@ -109,6 +109,12 @@ def write_stderr(text: str) -> None:
     sys.stderr.flush()
 
 
+def hide_download_bars() -> None:
+    """Keep the progress bars of huggingface_hub out of logs: they are drawn for a terminal."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 class _EscapedRecord(logging.LogRecord):
     def getMessage(self) -> str:
         return escape_controls(super().getMessage())

@@ -232,7 +232,7 @@ def make_hub_error(error: BaseException, ref: HubRef, *, is_upload: bool = False
     if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
         message = f"the hub has no {ref.title}, or you have no access to it"
         kind = KIND_NAMES[ref.kind]
-        fix = f"check the spelling; for a private or gated {kind} set HF_TOKEN"
+        fix = f"check the spelling; for a private or gated {kind}, set HF_TOKEN"
         return InputError(message, where=where, fix=fix)
     if isinstance(error, HfHubHTTPError):
         return _make_status_error(error, ref, is_upload=is_upload)

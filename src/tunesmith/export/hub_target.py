@@ -52,7 +52,7 @@ def check_target(repo: str | None, *, is_public: bool = False) -> HubTarget:
     if get_token() is None:
         fix = "set HF_TOKEN to a token with write access"
         raise InputError("there is no token for the hub", where=WHERE, fix=fix)
-    with hub_errors(HubRef("model", repo, where=WHERE)):
+    with hub_errors(HubRef("model", repo, where=WHERE), is_upload=True):
         try:
             info = HfApi().model_info(repo)
         except GatedRepoError:

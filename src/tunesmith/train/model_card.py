@@ -26,6 +26,7 @@ from tunesmith.core.formatting import (
     hide_folders,
     list_paths,
 )
+from tunesmith.core.hub_names import is_hub_path
 from tunesmith.core.types import Json, ModelSpec, Plan, RunRecord, ScalePoint
 from tunesmith.evaluate.scale_choice import describe_tradeoff
 from tunesmith.evaluate.statistics import judge_comparisons
@@ -225,7 +226,8 @@ def _render_results(record: RunRecord) -> list[str]:
 def _render_data(plan: Plan) -> str:
     rows: list[tuple[str, ...]] = []
     for role, report in plan.data.items():
-        name = escape_markdown(Path(report.path).name)
+        is_of_hub = is_hub_path(Path(report.path))
+        name = escape_markdown(report.path if is_of_hub else Path(report.path).name)
         digest = f"`{report.fingerprint[:16]}`"
         rows.append((role, name, f"{report.rows:,}", f"{report.tokens:,}", digest))
     return _render_table(("role", "file", "rows", "tokens", "sha256 starts with"), rows)

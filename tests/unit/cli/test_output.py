@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import unicodedata
@@ -21,6 +22,7 @@ from tunesmith.cli.output import (
     TerminalConsole,
     escape_library_output,
     escape_markup,
+    hide_download_bars,
     print_result,
     write_stderr,
 )
@@ -176,6 +178,19 @@ def test_libraries_do_not_control_the_terminal(
     assert not find_hidden(output)
     assert f"unknown key {VISIBLE}" in output
     assert f"\nValueError: {VISIBLE}" in output, "the traceback is shown, and is harmless"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_bars_of_downloads_are_drawn_on_terminals_only(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "")  # what is set then is undone
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", stream)
+    hide_download_bars()
+    assert os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == (None if is_terminal else "1")
 
 
 @pytest.mark.parametrize("as_json", [False, True])

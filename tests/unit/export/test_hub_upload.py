@@ -117,8 +117,10 @@ def test_a_token_without_the_right_to_write(finished: Path) -> None:
 @pytest.mark.usefixtures("server")
 def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(MachineError, match="the hub cannot be reached"):
+    with pytest.raises(MachineError) as caught:
         check_target(REPO)
+    assert caught.value.message == "the hub cannot be reached"
+    assert "check the network" in caught.value.fix, "and not to download anything"
 
 
 def test_an_upload_that_fails_and_one_that_arrives_damaged(

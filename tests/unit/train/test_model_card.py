@@ -51,6 +51,16 @@ def test_the_card_has_the_facts_of_the_record() -> None:
         assert line in text.splitlines(), line
 
 
+def test_data_of_the_hub_is_named_with_its_commit() -> None:
+    """Of a local file, the last part is named, since the rest names the user's folders."""
+    plan = make_plan()
+    report = replace(plan.data["data"], path="hf://org/rows@a650a41eaaf6/data/train.jsonl")
+    plan = replace(plan, data=plan.data | {"data": report})
+    card = render_card(fake_runs.make_record(plan), {})
+    assert "| data | hf://org/rows@a650a41eaaf6/data/train.jsonl | 1,200 " in card
+    assert "| test_data | a.jsonl | 1,200 " in card
+
+
 def test_base_and_license_are_named_only_if_known(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--some--base" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
