@@ -191,7 +191,7 @@ def _count_minutes(folder: Path) -> float:
 
 def _measure_speed(steps: list[TrainStep]) -> Iterator[MetricValues]:
     """Yield the time of each step, which is paired with that of the same rows in another arm."""
-    timed = steps[WARMUP_STEPS:]
+    timed = [step for step in steps[WARMUP_STEPS:] if step.tokens]  # rows may have no documents
     if timed:
         ids = tuple(f"step {step.step}" for step in timed)
         values = tuple(1e6 * step.seconds / step.tokens for step in timed)
