@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from plan_configs import make_config
@@ -16,6 +16,7 @@ from tunesmith.core.events import TrainStep
 from tunesmith.core.types import Document, NewToken
 from tunesmith.model.adapters import METHODS, find_linears, replace_module
 from tunesmith.model.causal_lm import PackedCausalLM, wrap_model
+from tunesmith.model.hub.text_class import build_network
 from tunesmith.model.lora import QuantizedLinear
 from tunesmith.model.new_embeddings import init_new_rows
 from tunesmith.train.loop import TrainingLoop
@@ -27,7 +28,7 @@ BF16 = torch.bfloat16
 def make_network(config: PreTrainedConfig, dtype: torch.dtype = BF16) -> Any:
     """Return a stock network on the fake GPU, whose weights need no values."""
     with torch.device("cuda"), no_init_weights():
-        network: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        network: Any = build_network(copy.deepcopy(config), dtype=dtype)
         network.tie_weights()  # which belongs to the initial values
     return network.eval().requires_grad_(False)
 

@@ -60,6 +60,7 @@ ATTENTION_CONFIGS: dict[str, PreTrainedConfig] = {
         "gemma3", tie_word_embeddings=False, layer_types=["full_attention"] * 2
     ),
     "phi3, half rotated": Phi3Config(**SIZES, **HALF_ROTATED, sliding_window=None),
+    "cohere, normed heads": vary("cohere", use_qk_norm=True, tie_word_embeddings=False),
     "olmo2, tied": Olmo2Config(**SIZES | TIED | {"num_key_value_heads": 4}),
     "smollm3, nothing rotated": SmolLM3Config(**SIZES, no_rope_layers=[0, 0]),
     "gpt_neox, tied, no biases": GPTNeoXConfig(**ONE_HEAD_COUNT, **TIED, attention_bias=False),

@@ -41,6 +41,7 @@ from tunesmith.data.packing import pack_step
 from tunesmith.model.adapters import METHODS, get_trainable_parameters
 from tunesmith.model.causal_lm import PackedCausalLM, wrap_model
 from tunesmith.model.experts import find_experts
+from tunesmith.model.hub.text_class import transpose_linears
 from tunesmith.train.losses import sft_loss, sum_weights
 
 VOCABULARY = 97
@@ -130,12 +131,20 @@ LORA: dict[str, Any] = {
 
 
 def make_tiny_network(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return a network as tunesmith loads it: transformers', with linears [O, I]."""
+    network = make_stock_network(family, dtype)
+    if family.startswith("gpt2"):
+        transpose_linears(network)
+    return network
+
+
+def make_stock_network(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return a transformers network whose norms, biases and multipliers all have an effect."""
     network = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=dtype).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
-        if "norm" in name:
+        if "norm" in name or ".ln_" in name:
             parameter.data += 0.3 * noise
         elif name.endswith("A_log"):
             parameter.data = 0.5 * noise - 3  # states that last: a leak would show

@@ -125,6 +125,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     | {"global_head_dim": 64, "num_global_key_value_heads": 1, "num_kv_shared_layers": 0},
     "glm4_moe": SHARED | {"use_qk_norm": True},
     "glm4_moe_lite": SHARED | LATENT,
+    "gpt2": {"num_key_value_heads": None, "head_dim": None, "n_inner": 704},
     "gpt_neox": HALF_ROTARY | {"num_key_value_heads": None},
     "gpt_oss": LOCAL_EXPERTS | {"sliding_window": 32},
     "granitemoehybrid": MAMBA2 | NO_EXPERTS,

@@ -23,6 +23,7 @@ from tunesmith.model.new_embeddings import NewTokenRows, add_trainable_rows
 from tunesmith.model.target_modules import (
     ROUTER,
     SETTING,
+    find_layer,
     find_part,
     select_targets,
 )
@@ -34,7 +35,7 @@ def find_linears(network: PreTrainedModel) -> dict[str, nn.Linear | QuantizedLin
     """Return path -> linear of the decoder layers, without routers, which stay as they are."""
     linears: dict[str, nn.Linear | QuantizedLinear] = {}
     for path, module in network.named_modules():
-        is_target = ".layers." in path and find_part(path) != ROUTER
+        is_target = find_layer(path) is not None and find_part(path) != ROUTER
         if is_target and isinstance(module, nn.Linear | QuantizedLinear):
             linears[path] = module
     return linears

@@ -31,7 +31,7 @@ from tunesmith.model.stock_network import (
     widen_layer,
     widen_model,
 )
-from tunesmith.model.target_modules import PART_BY_MODULE, ROUTER
+from tunesmith.model.target_modules import PART_BY_MODULE, ROUTER, is_norm
 
 # children of a layer that are blocks, beside norms; the others are activations
 BLOCK_NAMES = {name for name, part in PART_BY_MODULE.items() if part != ROUTER} | {"mixer"}
@@ -350,7 +350,7 @@ def find_blocks(layer: nn.Module) -> dict[str, nn.Module]:
     return {
         name: child
         for name, child in layer.named_children()
-        if name in BLOCK_NAMES or "norm" in name
+        if name in BLOCK_NAMES or is_norm(name)
     }
 
 

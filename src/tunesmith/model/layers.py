@@ -75,8 +75,10 @@ class Attention(nn.Module):
         self.q_norm = getattr(stock, "q_norm", None)
         self.k_norm = getattr(stock, "k_norm", None)
         self.head_dim: int = stock.head_dim
-        window = getattr(stock, "sliding_window", getattr(stock.config, "sliding_window", None))
-        softcap = stock.attn_logit_softcapping if type(stock).__name__ in CAPPED_CLASSES else None
+        class_name = type(stock).__name__
+        source = stock.config if class_name in CONFIG_WINDOW_CLASSES else stock
+        window = getattr(source, "sliding_window", None)
+        softcap = stock.attn_logit_softcapping if class_name in CAPPED_CLASSES else None
         self.sinks: nn.Parameter | None = getattr(stock, "sinks", None)
         scale = float(stock.scaling)
         self.attention_config = AttentionConfig(scale, window, softcap, self.sinks)
@@ -301,6 +303,8 @@ class Embedding(nn.Module):
 
 # Gemma3Attention of transformers 5.24 takes the cap from the config, too, and does not apply it
 CAPPED_CLASSES = ("Gemma2Attention",)
+# the others have the window that they apply, and Llama's ignores what the config says
+CONFIG_WINDOW_CLASSES = ("MistralAttention", "MixtralAttention")
 
 PRE_NORM_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Granite", "Qwen3Moe", "Mixtral")
 OFFSET_NORM_FAMILIES = ("Gemma", "Gemma2", "Gemma3")
@@ -326,7 +330,7 @@ MLP_CLASSES = (
     *("Qwen3NextMLP", "Qwen3_5MoeMLP"),  # shared experts
     *("Qwen3_5MLP", "OlmoHybridMLP"),
 )
-IS_GELU = {"silu": False, "gelu_pytorch_tanh": True}
+IS_GELU = {"SiLUActivation": False, "SiLU": False, "GELUTanh": True}
 MIXERS = (GatedDeltaNet, Mamba2Mixer, ShortConvolution)  # all that carry a state
 MIXER_CLASSES = {
     "Qwen3_5GatedDeltaNet": GatedDeltaNet,
@@ -350,8 +354,7 @@ def build_replacement(stock: Any) -> nn.Module | None:
     if name in ATTENTION_CLASSES:
         return Attention(stock)
     if name in MLP_CLASSES:
-        config = stock.config
-        activation = getattr(config, "hidden_activation", None) or config.hidden_act
+        activation = type(stock.act_fn).__name__
         return Mlp(stock, is_gelu=IS_GELU[activation]) if activation in IS_GELU else None
     if is_stock_experts(stock):
         return Experts(stock)

@@ -39,6 +39,7 @@ from tunesmith.model.save import (
     parse_token_rows,
     read_adapter_tensors,
 )
+from tunesmith.model.target_modules import is_transposed_linear
 
 PACKED_DTYPE = "U8"  # of MXFP4
 # an adapter's change of one matrix, or of one tensor of a module that is trained in full
@@ -93,6 +94,9 @@ def iter_merged_tensors(
             continue
         with safe_open(header.file, "pt") as file:
             tensor = file.get_tensor(stored_name).float()
+        is_transposed = is_transposed_linear(name)
+        if is_transposed:
+            tensor = tensor.t().contiguous()
         path = name.removesuffix(".weight")
         if path in quantized_paths or f"model.{path}" in quantized_paths:
             tensor = roundtrip_nf4(tensor)
@@ -100,6 +104,8 @@ def iter_merged_tensors(
             tensor = roundtrip_experts(name, tensor)
         if (delta := _find_delta(name, header, deltas)) is not None:
             tensor = delta.merge_into(tensor)
+        if is_transposed:
+            tensor = tensor.t()
         yield stored_name, require_finite(stored_name, tensor)
 
 

@@ -60,7 +60,7 @@ from tunesmith.model.hub.validate import (
 from tunesmith.model.layer_shards import cut_piece, get_complete_shape
 from tunesmith.model.new_embeddings import collect_new_rows
 from tunesmith.model.safetensors_io import find_nonfinite, write_tensors
-from tunesmith.model.target_modules import EMBEDDING, HEAD
+from tunesmith.model.target_modules import HEAD, find_embedding, is_transposed_linear
 from tunesmith.model.trained_modules import get_trained_modules
 from tunesmith.model.weight_shards import gather_parents
 
@@ -114,6 +114,7 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
     """Write adapter_model.safetensors and adapter_config.json in PEFT's format."""
     folder.mkdir(parents=True, exist_ok=True)
     target_modules, target_parameters = _list_targets(network, settings["lora_target_modules"])
+    weights = (f"{path}.weight" for path in find_lora_layers(network))
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -125,7 +126,7 @@ def save_adapter(network: nn.Module, folder: Path, settings: dict[str, Any], bas
         "use_dora": settings["use_dora"],
         "target_modules": target_modules,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(map(is_transposed_linear, weights)),
         "inference_mode": True,
         "init_lora_weights": True,
     }
@@ -228,7 +229,7 @@ def rescale_adapter(
             tensors[name] = matrix_rows.rows_KH.contiguous()
     for module_tensor in modules.values():
         tensors[module_tensor.stored_name] = module_tensor.tensor.contiguous()
-        if module_tensor.stored_name.endswith(f"{EMBEDDING}.weight") and HEAD not in modules:
+        if find_embedding([module_tensor.stored_name]) and HEAD not in modules:
             _copy_to_tied_head(tensors, module_tensor)
     stored_tensors = {stored_names[name]: tensor for name, tensor in tensors.items()}
     write_tensors(stored_tensors, weights_file, metadata={"format": "pt"})
@@ -519,7 +520,10 @@ def save_model(network: nn.Module, folder: Path, base: Path, dtype: torch.dtype)
         gather_parents(network, name)
         stored_name = stored_names.get(name, name)
         is_shared = parameter.dtype == dtype  # with a layer that the next one may replace
-        tensors[stored_name] = parameter.detach().to("cpu", dtype, copy=is_shared).contiguous()
+        weight = parameter.detach().to("cpu", dtype, copy=is_shared)
+        if is_transposed_linear(name):
+            weight = weight.t()
+        tensors[stored_name] = weight.contiguous()
     state = network.state_dict()
     for name, buffer in network.named_buffers():
         if name in state:

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.expert_weights import FrozenExperts
 from tunesmith.model.experts import Experts, is_stock_experts, split_experts
 from tunesmith.model.frozen_weight import DenseWeight
-from tunesmith.model.hub.text_class import use_torch_code
+from tunesmith.model.hub.text_class import build_network, use_torch_code
 from tunesmith.model.layers import Embedding
 from tunesmith.model.lora import LoraLinear, QuantizedLinear
 from tunesmith.model.new_embeddings import get_new_rows
@@ -42,9 +42,7 @@ class StockNetwork:
 
     def __init__(self, network: PreTrainedModel) -> None:
         with EmptyOnMeta():
-            stock: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(network.config), dtype=network.dtype
-            )
+            stock = build_network(copy.deepcopy(network.config), dtype=network.dtype)
         self.network = use_torch_code(stock).eval().requires_grad_(False)
         self.network.set_experts_implementation("eager")  # reads one expert at a time
         # those of files; the others, such as frequencies, are computed anew

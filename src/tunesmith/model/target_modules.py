@@ -12,11 +12,12 @@ tensor (experts.py)."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from tunesmith.core.errors import InputError
 from tunesmith.model.hub.validate import TensorHeader
@@ -60,6 +61,25 @@ PEFT_MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"
 SAVED_MODULES_KEY = "modules_to_save"
 HEAD = "lm_head"
 EMBEDDING = "embed_tokens"
+# of model types that call it otherwise
+EMBEDDINGS = {"gpt2": "wte", "gpt_neox": "embed_in", "nemotron_h": "embeddings"}
+# linears that files hold [I, O], as GPT-2 does; PEFT calls this fan_in_fan_out
+TRANSPOSED_TYPES = {"gpt2"}
+TRANSPOSED_LINEAR = re.compile(r"transformer\.h\.\d+\..*\bc_(attn|fc|proj)\.weight")
+LAYER = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)\.(.*)")
+
+
+class LayerName(NamedTuple):
+    """A layer of the decoder by its number, and the rest of a name in it."""
+
+    number: int
+    rest: str
+
+
+def find_layer(name: str) -> LayerName | None:
+    """Return the layer that a module or tensor belongs to, None for those outside of all."""
+    match = LAYER.fullmatch(name)
+    return None if match is None else LayerName(int(match[1]), match[2])
 
 
 def list_linear_paths(headers: Mapping[str, TensorHeader]) -> list[str]:
@@ -68,14 +88,26 @@ def list_linear_paths(headers: Mapping[str, TensorHeader]) -> list[str]:
     All experts of a layer are one path, however they are stored."""
     paths: dict[str, None] = {}
     for name, tensor in headers.items():
-        if ".layers." not in f".{name}":
+        if find_layer(name) is None:
             continue
         before, experts, _ = name.partition(f".{EXPERTS}.")
         if experts:
             paths[f"{before}.{EXPERTS}"] = None
-        elif len(tensor.shape) == 2 and name.endswith(".weight"):
+        elif is_linear_weight(name, tensor):
             paths[name.removesuffix(".weight")] = None
     return [path for path in paths if find_part(path) != ROUTER]
+
+
+def is_linear_weight(name: str, tensor: TensorHeader) -> bool:
+    """Return whether a tensor of a layer is the weight of a linear. A norm of Cohere can have a row
+    of weights for each head."""
+    is_matrix = len(tensor.shape) == 2 and name.endswith(".weight")
+    return is_matrix and not is_norm(_get_module_name(name))
+
+
+def is_norm(module_name: str) -> bool:
+    """Return whether a module with this name in its parent is a norm."""
+    return "norm" in module_name or module_name.startswith("ln_")
 
 
 def find_part(path: str) -> str:
@@ -88,6 +120,12 @@ def find_part(path: str) -> str:
         if module in PART_BY_MODULE:
             return PART_BY_MODULE[module]
     return ""
+
+
+def is_transposed_linear(parameter_name: str) -> bool:
+    """Return whether files hold this weight of a linear [I, O], under the names of the text
+    class."""
+    return bool(TRANSPOSED_LINEAR.fullmatch(parameter_name))
 
 
 def has_adapter_format(path: str, model_type: str) -> bool:
@@ -214,7 +252,7 @@ def _list_module_names(paths: Sequence[str]) -> list[str]:
 def list_parameter_names(headers: Mapping[str, TensorHeader]) -> list[str]:
     """Return the names of a model's parameters. Files of a decoder alone lack the prefix
     `model.`."""
-    has_prefix = any(name.startswith(("model.", "gpt_neox.")) for name in headers)
+    has_prefix = any(name.startswith(("model.", "gpt_neox.", "transformer.")) for name in headers)
     names: list[str] = []
     for name in headers:
         is_full = has_prefix or name.startswith(f"{HEAD}.")
@@ -237,9 +275,21 @@ def _is_inside(parameter_name: str, modules: tuple[str, ...]) -> bool:
     return False
 
 
-def name_tied_modules(modules: Sequence[str]) -> list[str]:
-    """Return the names of modules for a model whose head is the embedding."""
-    return [EMBEDDING if HEAD.endswith(module) else module for module in modules]
+def find_embedding(names: Sequence[str]) -> str:
+    """Return the parameter of a model that is its embedding, "" without one."""
+    modules = {EMBEDDING, *EMBEDDINGS.values()}
+    return next((name for name in names if _get_module_name(name) in modules), "")
+
+
+def _get_module_name(parameter_name: str) -> str:
+    return parameter_name.rpartition(".")[0].rpartition(".")[2]
+
+
+def name_tied_modules(modules: Sequence[str], embedding: str) -> list[str]:
+    """Return the names of modules for a model whose head is the embedding, whose parameter has the
+    name `embedding`."""
+    module_name = _get_module_name(embedding)
+    return [module_name if HEAD.endswith(module) else module for module in modules]
 
 
 def select_saved_parameters(
@@ -247,11 +297,11 @@ def select_saved_parameters(
 ) -> list[str]:
     """Return the parameters that `modules_to_save` trains. A tied head is the embedding.
 
-    Raises InputError for a name without a match, for experts and routers, and for a head with a
-    bias."""
+    Raises InputError for a name without a match, for experts, routers and linears that are stored
+    transposed, and for a head with a bias."""
     if is_tied:
         names = [name for name in names if name != f"{HEAD}.weight"]
-        modules = name_tied_modules(modules)
+        modules = name_tied_modules(modules, find_embedding(names))
     if missing := [module for module in modules if not match_saved_parameters(names, [module])]:
         paths = [name.rpartition(".")[0] for name in names]
         fix = f"use names from: {', '.join(_list_module_names(paths))}"
@@ -262,6 +312,10 @@ def select_saved_parameters(
         if find_part(name.rpartition(".")[0]) in (EXPERTS, ROUTER):
             message = f"{name} belongs to experts or to a router, which stay frozen"
             fix = f"{SETTING}: [attention, experts] adapts the experts"
+            raise InputError(message, where=SAVED_MODULES_KEY, fix=fix)
+        if is_transposed_linear(name):
+            message = f"{name} is stored transposed and cannot be trained in full beside an adapter"
+            fix = f"name it in {SETTING} instead"
             raise InputError(message, where=SAVED_MODULES_KEY, fix=fix)
     if f"{HEAD}.bias" in selected:
         message = f"{HEAD} has a bias, which cannot be trained"

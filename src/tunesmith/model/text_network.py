@@ -12,7 +12,6 @@ fill the memory. Left out: 4-bit weights (quantization.py)."""
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,24 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tunesmith.core.errors import InputError
 from tunesmith.model.hub.packed_tensors import MXFP4_DTYPE
 from tunesmith.model.hub.stored_tensors import StoredParameter, read_text_tensors
 from tunesmith.model.hub.text_class import (
     build_meta_network,
+    build_network,
     load_text_config,
     transformers_errors,
     use_torch_code,
 )
 from tunesmith.model.packed_weights import read_mxfp4_experts
 from tunesmith.model.safetensors_io import DTYPES, find_nonfinite, read_parameter
+from tunesmith.model.target_modules import find_layer
 from tunesmith.model.weight_shards import WeightShards
 
 MAX_BUFFER_VALUES = 2**24  # of a table that is no weight, such as rotary frequencies
 DOWNLOAD_FIX = "download the model again"
-LAYER = re.compile(r"\.layers\.(\d+)\.")
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -94,7 +94,7 @@ def build_empty_network(
     with transformers_errors(folder), EmptyOnMeta():
         if num_layers is not None:
             _truncate_config(config, num_layers)
-        return use_torch_code(AutoModelForCausalLM.from_config(config, dtype=dtype))
+        return use_torch_code(build_network(config, dtype=dtype))
 
 
 def _truncate_config(config: Any, num_layers: int) -> None:
@@ -132,7 +132,7 @@ def _find_part_rows(
 ) -> dict[str, range]:
     """Return which rows of each parameter of the layers this rank keeps."""
     decoder: Any = network.base_model
-    prefix = f"{network.base_model_prefix}.layers"
+    prefix = next(name for name, module in network.named_modules() if module is decoder.layers)
     part_rows: dict[str, range] = {}
     for number, layer in enumerate(decoder.layers):
         sizes: dict[str, tuple[int, int]] = {}
@@ -213,8 +213,8 @@ def iter_by_layer(
 
 
 def _find_layer(entry: tuple[str, StoredParameter]) -> int:
-    match = LAYER.search(entry[0])
-    return -1 if match is None else int(match[1])
+    layer = find_layer(entry[0])
+    return -1 if layer is None else layer.number
 
 
 def _order_by_file(entry: tuple[str, StoredParameter]) -> tuple[Path, bool, int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.model.lora import Fp32MasterLinear
-from tunesmith.model.target_modules import HEAD, select_saved_parameters
+from tunesmith.model.target_modules import HEAD, find_embedding, select_saved_parameters
 
 
 class TrainedModules(nn.Module):
@@ -63,9 +63,9 @@ class TrainedModules(nn.Module):
     def list_stored_parameters(self) -> dict[str, nn.Parameter]:
         """Return name in a file -> parameter; a tied head is stored too, since PEFT unties it."""
         stored = dict(self.masters)
-        for name, parameter in self.masters.items():
-            if self.has_tied_head and name.endswith("embed_tokens.weight"):
-                stored[f"{HEAD}.weight"] = parameter
+        embedding = find_embedding([*self.masters])
+        if self.has_tied_head and embedding:
+            stored[f"{HEAD}.weight"] = self.masters[embedding]
         return stored
 
 

@@ -47,13 +47,13 @@ SHARED_NORM_TYPES = {"cohere", "cohere2", "phi"}
 SHARED_INPUT_TYPES = {"gpt_neox"}
 GATED_ATTENTION_TYPES = {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lfm3"}
 LATENT_ATTENTION_TYPES = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite"}
-FUSED_ATTENTION_TYPES = {"gpt2", "gpt_neox", "phi3"}  # q, k and v are views of one product
+FUSED_ATTENTION_TYPES = {"gpt_neox", "phi3"}  # q, k and v are views of one product
 PROPORTIONAL_TYPES = {"gemma4_text", "gemma4_unified_text"}
 SOFTCAP_TYPES = {"gemma2", "vaultgemma"}
 GATED_EXPERT_TYPES = {"qwen3_next", "qwen3_5_moe_text"}  # shared experts have a gate of their own
 INNER_NORM_TYPES = {"bitnet"}  # norms before o_proj and down_proj
 # what an activation made of several operations keeps beside its input, relative to its width
-ACTIVATION_VALUES = {"apertus": 2.25, "phi": 3.0}
+ACTIVATION_VALUES = {"apertus": 2.25, "gpt2": 3.0, "phi": 3.0}
 
 
 class ActivationSettings(NamedTuple):

@@ -17,10 +17,8 @@ SOURCE = (
     "Language Models; unverified"
 )
 MAX_SHOWN = 5  # tokens named in a reason
-OTHER_EMBEDDINGS = {
-    "gpt_neox",
-    "nemotron_h",
-}  # model types whose embedding is not called embed_tokens
+# model types whose embedding is not called embed_tokens
+OTHER_EMBEDDINGS = {"gpt2", "gpt_neox", "nemotron_h"}
 NEW_ROWS_FACTOR = 10.0  # learning rate of new rows relative to the adapter's, at most
 MAX_NEW_ROWS_RATE = 0.01
 

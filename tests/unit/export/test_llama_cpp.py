@@ -108,7 +108,9 @@ def parity(model: Any, job: ExportJob, live: ParityOutputs) -> Parity:
     return compare_outputs(job, live, answers(model, job), reread)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-wide", "llama-bias", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "llama-wide", "llama-bias", "qwen2", "qwen3", "qwen3_moe", "lfm2"]
+)
 def test_every_family_is_the_same_network_there(
     llama_cpp: Any, family: str, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ from tiny_models import (
     compute_max_difference,
     compute_mean_loss,
     compute_step_gradients,
+    make_stock_network,
     make_tiny_document,
     make_tiny_documents,
     make_tiny_model,
@@ -40,6 +41,7 @@ from tunesmith.model.layers import (
     RMSNorm,
     build_replacement,
 )
+from tunesmith.model.target_modules import is_transposed_linear
 from tunesmith.train.losses import sum_weights
 
 SINGLE_PACK, PACK_EACH = 10**6, 1
@@ -51,7 +53,7 @@ RECURRENT_FAMILIES = (*HYBRID_CONFIGS, *RECURRENT_EXPERTS)
 WIDE_FAMILIES = (
     *("llama", "llama-tied", "llama-64", "mistral", "qwen2", "qwen3", "gemma3", "granite"),
     *("olmo", "olmo2", "smollm3", "phi3", "apertus", "arcee", "bitnet", "cwm", "ministral3"),
-    *("granite4", "phi", "starcoder2", "gpt_neox", "gpt_neox-sequential"),
+    *("granite4", "phi", "starcoder2", "gpt2", "gpt2-scaled", "gpt_neox", "gpt_neox-sequential"),
     *("lfm2", "lfm3", "lfm2_moe", "lfm2_moe-experts"),
     *("qwen3_moe", "olmoe", "mixtral", "gpt_oss"),
 )
@@ -99,7 +101,7 @@ def stock_gradients(
 ) -> tuple[float, dict[str, Tensor]]:
     """Return the loss and the gradient of every weight from transformers, one document at a
     time."""
-    network = make_tiny_network(family, torch.float64)
+    network = make_stock_network(family, torch.float64)
     if has_wide_norms:
         widen_norms(network)
     network.requires_grad_(True)
@@ -114,7 +116,10 @@ def stock_gradients(
         loss = (losses * weights_L[1:].double()).sum() / count
         loss.backward()
         total += float(loss.detach())
-    return total, {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    for name in filter(is_transposed_linear, gradients):
+        gradients[name] = gradients[name].t()
+    return total, gradients
 
 
 # ---------------------------------------------------------------- equal to the stock model

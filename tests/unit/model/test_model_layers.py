@@ -97,6 +97,15 @@ def test_the_stream_has_the_compute_dtype() -> None:
     assert model.compute_hidden(collate_documents(make_tiny_documents())).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("family", ["llama", "granite", "mistral"])
+def test_a_window_is_that_of_the_stock_module(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Llama config that was made from another one may have the key, which Llama ignores."""
+    windowed = copy.deepcopy(CONFIGS[family])
+    windowed.sliding_window = 4
+    monkeypatch.setitem(CONFIGS, "windowed", windowed)
+    assert_equal_to_stock("windowed")
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 def test_scores_are_capped_where_transformers_caps_them(
     family: str, monkeypatch: pytest.MonkeyPatch
@@ -105,12 +114,15 @@ def test_scores_are_capped_where_transformers_caps_them(
     capped = copy.deepcopy(CONFIGS[family])
     capped.attn_logit_softcapping = 0.5
     monkeypatch.setitem(CONFIGS, "capped", capped)
-    document = make_tiny_document(31, first_target=1)
-    batch = collate_documents([document])
-    model = make_tiny_model("capped", torch.float64, method=None)
+    assert_equal_to_stock("capped")
+
+
+def assert_equal_to_stock(family: str) -> None:
+    batch = collate_documents([make_tiny_document(31, first_target=1)])
+    model = make_tiny_model(family, torch.float64, method=None)
     with torch.no_grad():
         ours = model.head.compute_logits(model.compute_hidden(batch))
-        stock = make_tiny_network("capped", torch.float64)
+        stock = make_tiny_network(family, torch.float64)
         theirs = stock(input_ids=batch.tokens_T[None], use_cache=False).logits[0]
     # norms in fp32
     torch.testing.assert_close(ours, theirs[batch.positions_S], rtol=1e-5, atol=1e-5)

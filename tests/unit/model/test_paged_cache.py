@@ -301,7 +301,9 @@ def test_the_decode_kernel_writes_a_single_position_per_row() -> None:
         assert changed == [[a.blocks[0], 0, 30], [b.blocks[0], 0, 5]]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss", "deepseek_v2", "deepseek_v3", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt_oss", "deepseek_v2", "deepseek_v3", "gpt_neox", "gpt2"]
+)
 def test_the_bytes_of_a_token_are_those_of_the_buffers(family: str) -> None:
     """Generation reserves memory by this number; keys may be longer than `head_dim` says."""
     model = make_tiny_model(family, method=None)

@@ -17,9 +17,9 @@ from tiny_models import (
     CONFIGS,
     LORA,
     collate_documents,
+    make_stock_network,
     make_tiny_document,
     make_tiny_model,
-    make_tiny_network,
 )
 from tunesmith.core.errors import InputError
 from tunesmith.model.hub.adapter_config import read_adapter
@@ -58,7 +58,7 @@ def compare_with_peft(family: str, folder: Path, targets: Any, **changed: Any) -
         ours = model.head.compute_logits(model.compute_hidden(batch)).float()
     settings = LORA | {"lora_target_modules": targets} | changed
     save_adapter(model.network, folder, settings, Path("base"))
-    stock = make_tiny_network(family)
+    stock = make_stock_network(family)
     with torch.no_grad():
         base = stock(input_ids=batch.tokens_T[None], use_cache=False).logits[0]
         theirs = PeftModel.from_pretrained(stock, str(folder))
@@ -118,7 +118,7 @@ def test_a_layer_with_a_rank_of_its_own(
     if family in DENSE_CONFIGS:
         monkeypatch.setitem(CONFIGS, family, DENSE_CONFIGS[family])
     base = tmp_path / "base"
-    make_tiny_network(family).save_pretrained(base)
+    make_stock_network(family).save_pretrained(base)
     ranks = {"model.layers.0.mlp.up_proj": 2, "model.layers.1.self_attn.q_proj": 3}
     alphas = {"model.layers.0.mlp.up_proj": 9.0}
     changed = {"rank_pattern": ranks, "alpha_pattern": alphas}

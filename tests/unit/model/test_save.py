@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from tiny_models import (
     LORA,
     collate_documents,
+    make_stock_network,
     make_tiny_document,
     make_tiny_model,
     make_tiny_network,
@@ -56,6 +57,8 @@ def their_logits(network: torch.nn.Module) -> Tensor:
         ("phi", {}),
         ("starcoder2", {}),
         ("gpt_neox", {}),
+        ("gpt2", {}),
+        ("gpt2-scaled", {"use_dora": True, "lora_target_modules": ["c_attn", "c_proj"]}),
         (
             "llama-tied",
             {"use_dora": True, "use_rslora": True, "lora_target_modules": ["v_proj", "down_proj"]},
@@ -68,7 +71,7 @@ def test_an_adapter_loads_in_peft_and_back(
     model = make_tiny_model(family, **settings)
     expected = logits(model)
     save_adapter(model.network, tmp_path, LORA | settings, Path("base-model"))
-    theirs = PeftModel.from_pretrained(make_tiny_network(family), tmp_path)
+    theirs = PeftModel.from_pretrained(make_stock_network(family), tmp_path)
     torch.testing.assert_close(their_logits(theirs), expected, rtol=1e-5, atol=1e-5)
 
     network = make_tiny_network(family)
@@ -104,10 +107,12 @@ def test_an_adapter_of_another_shape_is_refused(
     assert torch.equal(logits(other), before)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2", "qwen3", "olmo2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "llama-tied", "gemma2", "qwen3", "olmo2", "gpt2", "gpt2-scaled"]
+)
 def test_a_fully_trained_model_loads_in_transformers(family: str, tmp_path: Path) -> None:
     base, saved = tmp_path / "base", tmp_path / "saved"
-    make_tiny_network(family).save_pretrained(base)
+    make_stock_network(family).save_pretrained(base)
     model = make_tiny_model(family, method="full")
     with torch.no_grad():
         for parameter in model.network.parameters():

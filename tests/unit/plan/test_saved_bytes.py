@@ -16,6 +16,7 @@ from tunesmith.model.causal_lm import PackedCausalLM, wrap_model
 from tunesmith.model.hub.families import TEXT_FAMILIES, UNIFORM_CLASSES
 from tunesmith.model.hub.part_shapes import measure_norms
 from tunesmith.model.hub.spec import read_spec
+from tunesmith.model.hub.text_class import build_network
 from tunesmith.plan.activations import ActivationSettings, compute_saved_bytes
 from tunesmith.plan.memory import CacheSize, compute_cache_bytes
 from wide_configs import SETTINGS, make_wide_config
@@ -46,7 +47,7 @@ def make_model(
     config: PreTrainedConfig, dtype: torch.dtype, settings: ActivationSettings
 ) -> PackedCausalLM:
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+    network = build_network(config, dtype=dtype).requires_grad_(False)
     network.eval()
     METHODS["lora"](network, LORA | {"lora_target_modules": settings.targets})
     checkpointing = settings.checkpointing

@@ -31,6 +31,8 @@ from tunesmith.model.hub.families import count_experts, count_experts_per_token
 from tunesmith.model.hub.validate import read_model_json
 
 NORMAL_TYPE = 1
+# in llama.cpp, whose files of other architectures may have a bias of attn_output
+ARCHITECTURES_WITHOUT_BIAS = ("qwen3", QWEN3_MOE)
 LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -64,6 +66,9 @@ def build_architecture(config: Json, spec: ModelSpec) -> tuple[Json, np.ndarray 
         raise InputError(message, where=where, fix=FALLBACK_HINT)
     if config.get("use_sliding_window"):
         message = f"a GGUF of {name} cannot express this model's sliding window"
+        raise InputError(message, where=where, fix=FALLBACK_HINT)
+    if name in ARCHITECTURES_WITHOUT_BIAS and config.get("attention_bias"):
+        message = f"llama.cpp does not load a bias of o_proj in a {name}"
         raise InputError(message, where=where, fix=FALLBACK_HINT)
     rope, rope_factors = _build_rope(config["rope_parameters"], spec)
     sizes = {
@@ -116,6 +121,12 @@ def _describe_convolutions(config: Json, spec: ModelSpec) -> Json:
     """Return what LFM2 has besides attention. A layer without keys and values is a convolution."""
     if config.get("conv_bias"):
         message = "a GGUF of lfm2 cannot express the bias of convolutions"
+        raise InputError(message, where=str(spec.path / "config.json"), fix=FALLBACK_HINT)
+    if spec.num_heads * spec.head_dim != spec.hidden_size:
+        message = (
+            f"llama.cpp does not load an lfm2 with {spec.num_heads} heads of {spec.head_dim} in "
+            f"hidden states of {spec.hidden_size}"
+        )
         raise InputError(message, where=str(spec.path / "config.json"), fix=FALLBACK_HINT)
     heads = [spec.num_kv_heads if mixer == "attention" else 0 for mixer in spec.layer_mixers]
     return {

@@ -10,7 +10,7 @@ supported, is refused by name. Left out: the weights (save.py), the match with t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -35,7 +35,9 @@ from tunesmith.model.target_modules import (
     HEAD,
     ROUTER,
     SAVED_MODULES_KEY,
+    find_embedding,
     find_part,
+    is_transposed_linear,
     list_linear_paths,
     list_parameter_names,
     match_patterns,
@@ -62,7 +64,7 @@ IGNORED_KEYS = {
     "base_model_name_or_path", "revision", "peft_version", "inference_mode", "lora_dropout",
     "qalora_group_size", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "target_parameters",
-    "fan_in_fan_out",  # PEFT ignores it for layers other than Conv1D, which no model here has
+    "fan_in_fan_out",  # PEFT sets it as the base's linears require
     "ensure_weight_tying",  # of the weights of modules_to_save, which are compared
 }
 # fmt: on
@@ -361,7 +363,7 @@ def _check_modules(
     if not modules:
         return ()
     parameters = dict(zip(list_parameter_names(base), base.values(), strict=True))
-    embedding_name = f"model.{EMBEDDING}.weight"
+    embedding_name = find_embedding([*parameters])
     head = parameters.get(f"{HEAD}.weight")
     is_tied = has_tied_head(base_config, str(base_config.get("model_type")))
     if is_tied and head is not None:
@@ -373,6 +375,7 @@ def _check_modules(
             message = f"{SAVED_MODULES_KEY} names {name}, which the weights lack"
             where = str(file.parent / ADAPTER_CONFIG_FILE)
             raise InputError(message, where=where, fix=COPY_FIX)
+    _refuse_untrainable(saved, file)
     for name, tensor in saved.items():
         expected = parameters.get(name)
         if expected is None or tensor.shape != expected.shape or tensor.dtype not in DTYPES:
@@ -384,10 +387,15 @@ def _check_modules(
             raise InputError(message, where=str(file), fix=BASE_FIX)
     if is_tied:
         _refuse_untied(saved, embedding_name, file)
-    if f"{HEAD}.bias" in saved:
-        message = f"{SAVED_MODULES_KEY} has {HEAD}.bias, which cannot be trained here"
-        raise InputError(message, where=str(file), fix=MERGE_FIX)
     return tuple(name for name in saved if not (is_tied and name == f"{HEAD}.weight"))
+
+
+def _refuse_untrainable(saved: Iterable[str], file: Path) -> None:
+    """Raise InputError for a bias of the head, and for a linear that is stored transposed."""
+    for name in saved:
+        if name == f"{HEAD}.bias" or is_transposed_linear(name):
+            message = f"{SAVED_MODULES_KEY} has {name}, which cannot be trained here"
+            raise InputError(message, where=str(file), fix=MERGE_FIX)
 
 
 def _refuse_untied(saved: Mapping[str, TensorHeader], embedding_name: str, file: Path) -> None:
@@ -441,11 +449,7 @@ def _check_token_rows(
     ids = next(iter(ids_by_module.values()), ())
     if not _is_consecutive(ids) or set(ids_by_module) - {*EMBEDDING_MODULES}:
         message = f"trainable_token_indices is {token_indices!r:.80}, not consecutive token ids"
-        raise InputError(
-            message,
-            where=where,
-            fix=MERGE_FIX,
-        )
+        raise InputError(message, where=where, fix=MERGE_FIX)
     tensors_by_path: dict[str, TensorHeader] = {}
     for name, tensor in row_headers.items():
         path = name.removeprefix(PREFIX).removesuffix(f".{TOKEN_ROWS_SUFFIX}")

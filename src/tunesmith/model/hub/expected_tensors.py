@@ -24,8 +24,8 @@ HEAD_DIMS = {
 }
 TIED_MODEL_TYPES = {
     "cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma4",
-    "gemma4_text", "gemma4_unified", "gemma4_unified_text", "lfm2", "lfm2_moe", "lfm3", "mistral3",
-    "smollm3", "vaultgemma",
+    "gemma4_text", "gemma4_unified", "gemma4_unified_text", "gpt2", "lfm2", "lfm2_moe", "lfm3",
+    "mistral3", "smollm3", "starcoder2", "vaultgemma",
 }
 NORMS_PER_LAYER = {
     "cohere": 1, "cohere2": 1, "gemma2": 4, "gemma3_text": 4, "glm4": 4, "olmo": 0,

@@ -41,7 +41,8 @@ class Family:
     `text_class` is the prefix of transformers' class names. `mixers` are the token mixers that its
     layers may have. `is_uniform`: all layers are alike, and the sizes in config.json say all of
     their shapes, so that nothing of transformers is needed to read them. A multimodal checkpoint
-    has its text part below `tensor_prefix`; `text_type` is the model type of this part."""
+    has its text part below `tensor_prefix`; `text_type` is the model type of this part.
+    `class_suffix` ends the name of the class with a head."""
 
     text_class: str
     mixers: frozenset[str] = frozenset({ATTENTION})
@@ -49,10 +50,11 @@ class Family:
     is_uniform: bool = False
     tensor_prefix: str = ""
     text_type: str = ""
+    class_suffix: str = "ForCausalLM"
 
     @property
     def causal_class(self) -> str:
-        return f"{self.text_class}ForCausalLM"
+        return f"{self.text_class}{self.class_suffix}"
 
 
 # fmt: off
@@ -79,6 +81,7 @@ TEXT_FAMILIES = {
     "gemma4_unified_text": Family("Gemma4Unified"),
     "glm4_moe": Family("Glm4Moe", has_experts=True),
     "glm4_moe_lite": Family("Glm4MoeLite", has_experts=True),
+    "gpt2": Family("GPT2", class_suffix="LMHeadModel"),
     "gpt_neox": Family("GPTNeoX"),
     "gpt_oss": Family("GptOss", has_experts=True),
     "granitemoehybrid": Family("GraniteMoeHybrid", MAMBA2, has_experts=True),
@@ -119,7 +122,6 @@ REFUSED_TYPES = {
     "qwen4_exp": INDEXER_REASON,
     **dict.fromkeys(("nllb_moe", "switch_transformers"), CAPACITY_REASON),
     "jetmoe": "chooses experts inside its attention, which is not supported",
-    "gpt2": "stores its linears transposed, and adapters of such layers are not supported",
     "llama4": "attends within chunks of the sequence, which is not supported",
     "llama4_text": "attends within chunks of the sequence, which is not supported",
 }

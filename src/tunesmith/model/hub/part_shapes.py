@@ -15,7 +15,16 @@ from typing import Any
 from tunesmith.core.errors import InputError
 from tunesmith.core.model_spec import NormShape, PartShape, RecurrentShape
 from tunesmith.model.hub.validate import TensorHeader
-from tunesmith.model.target_modules import ATTENTION, EXPERTS, ROUTER, find_part, has_adapter_format
+from tunesmith.model.target_modules import (
+    ATTENTION,
+    EXPERTS,
+    ROUTER,
+    find_layer,
+    find_part,
+    has_adapter_format,
+    is_linear_weight,
+    is_norm,
+)
 
 # linears and stacked experts whose output has the hidden size; the others read the hidden states
 OUTPUT_LINEARS = {
@@ -57,16 +66,16 @@ def measure_parts(
     """Return part of the layers -> its shape. Routers belong to none; linears that PEFT could not
     adapt have no inputs and outputs."""
     shapes: dict[str, list[PartShape]] = defaultdict(list)
-    layers: dict[str, set[str]] = defaultdict(set)
+    layers: dict[str, set[int]] = defaultdict(set)
     for name, tensor in headers.items():
         path = name.removesuffix(".weight")
         part = find_part(path)
-        _, is_layer, rest = f".{name}".partition(".layers.")
-        is_linear = name.endswith(".weight") and len(tensor.shape) == 2
+        layer = find_layer(name)
+        is_linear = is_linear_weight(name, tensor)
         is_stack = part == EXPERTS and len(tensor.shape) == 3
-        if not is_layer or part == ROUTER or not (is_linear or is_stack):
+        if layer is None or part == ROUTER or not (is_linear or is_stack):
             continue
-        layers[part].add(rest.partition(".")[0])
+        layers[part].add(layer.number)
         if is_stack:
             shape = _measure_experts(path, tensor.shape, hidden_size, num_experts_per_token)
         else:
@@ -117,8 +126,8 @@ def measure_norms(headers: Mapping[str, TensorHeader], model_type: str) -> NormS
     inner_values = 0
     for name, tensor in headers.items():
         module, _, norm = name.removesuffix(".weight").rpartition(".")
-        is_weight = name.endswith(".weight") and len(tensor.shape) == 1
-        if not is_weight or "norm" not in norm or ".layers." not in f".{name}":
+        is_weight = name.endswith(".weight") and len(tensor.shape) <= 2
+        if not is_weight or not is_norm(norm) or find_layer(name) is None:
             continue
         if module.rpartition(".")[2].isdecimal():  # the layer itself
             hidden += 1

@@ -55,7 +55,13 @@ from tunesmith.model.hub.stored_tensors import (
     read_text_tensors,
 )
 from tunesmith.model.hub.validate import TensorHeader, has_weights, read_headers, read_model_json
-from tunesmith.model.target_modules import RECURRENT
+from tunesmith.model.target_modules import (
+    EMBEDDING,
+    EMBEDDINGS,
+    RECURRENT,
+    find_embedding,
+    find_layer,
+)
 
 # fmt: off
 OTHER_INPUTS = (
@@ -78,16 +84,15 @@ MLP_OUTPUTS = (
     *(".down_proj.weight", ".w2.weight", ".output_linear.weight"),
     *(".mlp.fc2.weight", ".mlp.c_proj.weight", ".mlp.dense_4h_to_h.weight"),
 )
-EMBEDDINGS = {"gpt_neox": "embed_in", "nemotron_h": "embeddings"}  # of other types: embed_tokens
 PER_LAYER_EMBEDDING = "embed_tokens_per_layer"  # of Gemma 4
 PER_LAYER_TYPES = ("gemma4", "gemma4_text")
 # the part of a tensor's name after the prefix that the model type adds
-TENSOR_SUFFIX = re.compile(r"(embed_tokens|embed_in|embeddings|layers\.\d+)\..*")
+TENSOR_SUFFIX = re.compile(r"(embed_tokens|embed_in|embeddings|wte|layers\.\d+)\..*")
 # any config may have labels for a classifier, and transformers makes a name for each
 MAX_LABELS = 10_000
 # of what transformers makes a list when it reads a config, or a module for each
 MAX_COUNTS = {
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "depth", "n_layers"), 512),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "depth", "n_layer", "n_layers"), 512),
     "num_labels": MAX_LABELS,
 }
 DOWNLOAD_CONFIG_FIX = "download config.json again"
@@ -316,7 +321,7 @@ def _is_block(name: str, tensor: TensorHeader) -> bool:
     """Whether a tensor is a matrix of a layer, or a stack of matrices: a short convolution, whose
     middle dimension is 1, is not."""
     is_matrix = len(tensor.shape) >= 2 and 1 not in tensor.shape[1:-1]
-    return is_matrix and ".layers." in f".{name}"
+    return is_matrix and find_layer(name) is not None
 
 
 def _find_intermediate_size(
@@ -447,7 +452,7 @@ def _has_tied_head(config: _ModelConfig, headers: Mapping[str, TensorHeader]) ->
     different values are two, whatever a config says by its default."""
     has_lm_head = "lm_head.weight" in headers
     configured = config.text.get("tie_word_embeddings")
-    embedding = headers.get("model.embed_tokens.weight")
+    embedding = headers.get(find_embedding([*headers]))
     if configured and has_lm_head and embedding and has_weights(config.path):
         return has_equal_values(headers["lm_head.weight"], embedding)
     if configured is False and not has_lm_head:
@@ -493,7 +498,7 @@ def _check_sizes(
             f"config.json has {spec.num_layers:,} layers, the weights {len(headers):,} tensors"
         )
         raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
-    embedding = EMBEDDINGS.get(config.text_type, "embed_tokens")
+    embedding = EMBEDDINGS.get(config.text_type, EMBEDDING)
     expected = {f"{embedding}.weight": (spec.vocab_size, spec.hidden_size)}
     if config.family.is_uniform:
         o_proj_shape = (spec.hidden_size, spec.num_heads * spec.head_dim)
@@ -503,7 +508,8 @@ def _check_sizes(
             expected[f"layers.{layer}.mlp.down_proj.weight"] = down_proj_shape
     by_suffix: dict[str, TensorHeader] = {}
     for name, tensor in headers.items():
-        if f"layers.{spec.num_layers}." in name:
+        layer = find_layer(name)
+        if layer is not None and layer.number == spec.num_layers:
             message = f"config.json has {spec.num_layers} layers but the weights have {name}"
             raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
         if match := TENSOR_SUFFIX.search(name):

@@ -23,6 +23,7 @@ from tunesmith.core.types import Json
 from tunesmith.model.hub.families import FAMILIES, TEXT_PREFIX, find_text_type
 from tunesmith.model.hub.packed_tensors import MXFP4_DTYPE, attach_scales, find_packing
 from tunesmith.model.hub.validate import TensorHeader, read_headers, read_model_json
+from tunesmith.model.target_modules import is_transposed_linear
 
 # The text part's prefixes in files -> those of the text class. The first that fits is taken; the
 # second was written by transformers 5.10 to 5.23, the last three by versions before 4.52.
@@ -57,7 +58,7 @@ SINGLE_MATRICES = {"up_proj": "up_proj", "down_proj": "down_proj", "w2": "down_p
 # Parts of one parameter, one after another along its first dimension.
 CONVOLUTION = re.compile(r"(.*\.)[qkv](_conv1d\.weight)")
 # Tables that are computed today, in checkpoints of the first families.
-OLD_BUFFER = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
+OLD_BUFFER = re.compile(r".*\.(rotary_emb\.inv_freq|(attention|attn)\.(masked_)?bias)")
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 TRANSPOSED_TYPES = {"qwen3_vl_moe"}  # their fused experts are stored [E, I, O]
 # their layers beyond the last one predict further tokens
@@ -146,6 +147,8 @@ class TensorNaming:
             return None
         for word, replacement in WORDS.get(self.text_type, ()):
             name = name.replace(word, replacement)
+        if self.text_type == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
+            name = f"transformer.{name}"  # files of the decoder alone, as its first ones are
         layer = LAYER.match(name)
         if layer is None or self.num_layers is None or self.text_type not in PREDICTING_TYPES:
             return name
@@ -258,7 +261,7 @@ def _group_tensors(
 def _is_transposed(name: str, header: TensorHeader, naming: TensorNaming) -> bool:
     """Whether a file holds fused experts [E, I, O] where the class has [E, O, I], or the other way
     round in MXFP4."""
-    if header.dtype == MXFP4_DTYPE:
+    if header.dtype == MXFP4_DTYPE or is_transposed_linear(name):
         return True
     dimension = {"gate_up_proj": -1, "down_proj": -2}.get(name.rpartition(".")[2])
     if not naming.is_transposed or dimension is None or len(header.shape) != 3:

@@ -4,6 +4,7 @@
     read_text_config(folder)       the same as a plain mapping
     build_meta_network(folder)     the network without memory for weights
     list_expected_headers(folder)  the headers of weights that do not exist yet
+    build_network(config)          the network as transformers builds it, linears [O, I]
     use_torch_code(network)        without the kernels of other packages
 
 In: a folder that `validate.check_folder` has checked. A multimodal checkpoint has a text part; its
@@ -24,12 +25,20 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Model,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
 
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import InputError, raise_if_machine_failed
 from tunesmith.core.types import Json
 from tunesmith.model.hub.families import FAMILIES, find_text_type
 from tunesmith.model.hub.validate import AUTO_MAP_KEY, DTYPE_BYTES, TensorHeader
+from tunesmith.model.target_modules import TRANSPOSED_TYPES
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -37,6 +46,10 @@ T = TypeVar("T", bound=nn.Module)
 IMAGE_ROTATION_KEYS = ("mrope_section", "mrope_interleaved")
 # what a text part always does, and the type that computes the same can be set to
 FIXED_VALUES = {"qwen3_moe": {"norm_topk_prob": True}}
+SIZE_NAMES = (
+    *("layer_types", "num_hidden_layers", "hidden_size"),
+    *("num_attention_heads", "max_position_embeddings"),
+)
 PREFIX_ATTRIBUTE = "tensor_prefix"  # of the config of a text part
 STORED_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # fmt: off
@@ -53,6 +66,8 @@ def transformers_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except LOAD_ERRORS as error:
+        if isinstance(error, OSError):
+            raise_if_machine_failed(error, folder)
         detail = " ".join(str(error).split())[:300]
         message = f"transformers cannot load this model: {type(error).__name__}: {detail}"
         raise InputError(message, where=str(folder), fix="download the model again") from error
@@ -103,22 +118,51 @@ def _convert_config(text: PreTrainedConfig, text_type: str) -> PreTrainedConfig:
 
 
 def read_text_config(folder: Path) -> Json:
-    """Return the text config as a mapping with `layer_types` and `num_hidden_layers`, whatever its
-    model type calls them."""
+    """Return the text config as a mapping with the names of `SIZE_NAMES`, whatever its model type
+    calls them."""
     config: Any = load_text_config(folder)
     dtype = str(config.dtype or "").removeprefix("torch.")
-    return config.to_dict() | {
-        "layer_types": getattr(config, "layer_types", None),
-        "num_hidden_layers": config.num_hidden_layers,
-        "dtype": dtype,
-    }
+    sizes = {name: getattr(config, name, None) for name in SIZE_NAMES}
+    return config.to_dict() | sizes | {"dtype": dtype}
 
 
 def build_meta_network(folder: Path) -> PreTrainedModel:
     """Build the text class with weights that have a shape and no values."""
     config = load_text_config(folder)
     with transformers_errors(folder), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return build_network(config)
+
+
+def build_network(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
+    """Return transformers' network, with the linears of GPT-2 as those of all other families."""
+    network = AutoModelForCausalLM.from_config(config, **settings)
+    if config.model_type in TRANSPOSED_TYPES:
+        transpose_linears(network)
+    return network
+
+
+def transpose_linears(network: Any) -> None:
+    """Replace each Conv1D, a linear whose weight is [I, O], by a linear [O, I], and call the layers
+    `layers`, too. Both compute the same."""
+    for parent in list(network.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, Conv1D):
+                linear = nn.Linear(module.nx, module.nf, device="meta")
+                weight_OI = module.weight.detach().t().contiguous()
+                linear.weight = nn.Parameter(weight_OI, module.weight.requires_grad)
+                linear.bias = module.bias
+                setattr(parent, name, linear)
+    network.base_model.__class__ = _Gpt2Decoder
+
+
+class _Gpt2Decoder(GPT2Model):
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.h
+
+    def warn_if_padding_and_no_attention_mask(self, input_ids: Any, attention_mask: Any) -> None:
+        """Do nothing: packs are not padded, and the check would wait for the GPU."""
+        del input_ids, attention_mask
 
 
 def list_expected_headers(folder: Path) -> dict[str, TensorHeader]:

@@ -77,16 +77,21 @@ def test_such_a_file_is_no_base(job: ExportJob, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("family", "changed", "message"),
     [
-        ({"norm_topk_prob": False}, "norm_topk_prob: false"),
-        ({"mlp_only_layers": [0]}, "layers without experts"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob: false"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "layers without experts"),
+        # tensors that llama.cpp does not ask for, or of another shape: it loads no such file
+        ("qwen3_moe", {"attention_bias": True}, "a bias of o_proj in a qwen3moe"),
+        ("qwen3", {"attention_bias": True}, "a bias of o_proj in a qwen3"),
+        ("lfm2", {"head_dim": 32}, "an lfm2 with 4 heads of 32 in hidden states of 64"),
+        ("lfm2", {"conv_bias": True}, "the bias of convolutions"),
     ],
 )
 def test_what_a_gguf_cannot_express_is_refused(
-    changed: dict[str, Any], message: str, tmp_path: Path
+    family: str, changed: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    spec = read_spec(save_model(tmp_path, "qwen3_moe", **changed))
+    spec = read_spec(save_model(tmp_path, family, **changed))
     with pytest.raises(InputError, match=message) as refused:
         build_architecture(load_config_dict(tmp_path), spec)
     assert "merged or peft" in (refused.value.fix or "")

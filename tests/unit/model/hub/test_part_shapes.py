@@ -3,15 +3,16 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import CohereConfig, PreTrainedModel
 
 from layer_shapes import make_headers
-from tiny_models import CONFIGS, LORA, make_tiny_network
+from tiny_models import CONFIGS, LORA, SIZES, make_tiny_network
 from tunesmith.core.model_spec import PartShape
-from tunesmith.model.adapters import METHODS, get_trainable_parameters
+from tunesmith.model.adapters import METHODS, find_linears, get_trainable_parameters
 from tunesmith.model.hub.families import count_experts, count_experts_per_token
-from tunesmith.model.hub.part_shapes import measure_parts
-from tunesmith.model.target_modules import PARTS
+from tunesmith.model.hub.part_shapes import measure_norms, measure_parts
+from tunesmith.model.hub.text_class import build_network
+from tunesmith.model.target_modules import PARTS, find_layer, list_linear_paths
 
 
 def measure_network(network: PreTrainedModel) -> dict[str, PartShape]:
@@ -25,7 +26,7 @@ def list_cases() -> list[tuple[str, str]]:
     cases: list[tuple[str, str]] = []
     for family, config in CONFIGS.items():
         with torch.device("meta"):
-            parts = measure_network(AutoModelForCausalLM.from_config(config))
+            parts = measure_network(build_network(config))
         cases += [(family, part) for part in parts if part in PARTS]
     return cases
 
@@ -46,7 +47,7 @@ def test_every_linear_of_a_layer_is_counted_once(family: str) -> None:
     parts = measure_network(network)
     widths = 0
     for path, module in network.named_modules():
-        if isinstance(module, nn.Linear) and ".layers." in path:
+        if isinstance(module, nn.Linear) and find_layer(path) is not None:
             widths += module.in_features + module.out_features
     counted = sum(
         shape.inputs + shape.outputs for part, shape in parts.items() if part != "experts"
@@ -54,6 +55,20 @@ def test_every_linear_of_a_layer_is_counted_once(family: str) -> None:
     # routers, and what PEFT could not load
     assert counted <= widths
     assert counted >= 0.8 * widths
+
+
+def test_a_norm_of_heads_is_no_linear() -> None:
+    """Cohere's has a row of weights for each head, as Command R+."""
+    plain, normed = (
+        build_network(CohereConfig(**SIZES, use_qk_norm=use_qk_norm))
+        for use_qk_norm in (False, True)
+    )
+    headers = make_headers(normed)
+    assert len(headers["model.layers.0.self_attn.q_norm.weight"].shape) == 2
+    assert list_linear_paths(headers) == [*find_linears(normed)]
+    assert measure_network(normed) == measure_network(plain)
+    inner_values = 2 * (48 + 24)  # of q and k, in two layers
+    assert measure_norms(headers, "cohere").inner_values == inner_values
 
 
 def test_a_token_meets_few_experts() -> None:
