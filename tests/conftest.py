@@ -27,9 +27,10 @@ hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put the files of the quick tests in memory, since a tiny run waits 54 times for the disk, and
-    cut the answers of tiny models, which never end: 256 tokens show no more than 64."""
-    if "not slow" not in config.option.markexpr:
+    """Put the files of the quick tests, and of several ranks, in memory, since a tiny run waits 54
+    times for the disk, and cut the answers of tiny models, which never end: 256 tokens show no more
+    than 64."""
+    if "not slow" not in config.option.markexpr and config.option.markexpr != "multi":
         return
     memory_budget.MIN_COMPLETE_TOKENS = QUICK_ANSWER_TOKENS
     if os.path.isdir(SHARED_MEMORY):

@@ -2,16 +2,18 @@
 
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tunesmith.core.ranks import Ranks, open_ranks
+from torch.distributed import TCPStore
 
-SECONDS = 60
+from tunesmith.core.ranks import Ranks, open_ranks
+from tunesmith.plan import memory_budget
+
+SECONDS = 600  # after which a rank hangs, also on a busy machine
 
 
 def run_ranks(work: Callable[..., Any], world: int, *args: Any) -> list[Any]:
@@ -31,9 +33,8 @@ def run_processes(main: Callable[..., Any], world: int, *args: Any) -> list[Any]
     # Python's fork server does not take over sys.path, and does not say when an import fails.
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     context.set_forkserver_preload(["rank_lab_imports"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # as torchrun does: the parent has the store, at a port that was free when it took it
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     readers: list[Connection] = []
     processes: list[Any] = []
     for rank in range(world):
@@ -43,9 +44,12 @@ def run_processes(main: Callable[..., Any], world: int, *args: Any) -> list[Any]
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
-        process = context.Process(target=_start, args=(writer, variables, main, args), daemon=True)
+        answer_tokens = memory_budget.MIN_COMPLETE_TOKENS  # which conftest.py may have cut
+        work = (writer, variables, answer_tokens, main, args)
+        process = context.Process(target=_start, args=work, daemon=True)
         process.start()
         writer.close()
         readers.append(reader)
@@ -66,9 +70,14 @@ def _read(reader: Connection) -> Any:
 
 
 def _start(
-    writer: Connection, variables: dict[str, str], main: Callable[..., Any], args: Sequence[Any]
+    writer: Connection,
+    variables: dict[str, str],
+    answer_tokens: int,
+    main: Callable[..., Any],
+    args: Sequence[Any],
 ) -> None:
     os.environ.update(variables)
+    memory_budget.MIN_COMPLETE_TOKENS = answer_tokens
     import torch
 
     torch.set_num_threads(1)

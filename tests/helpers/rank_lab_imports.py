@@ -1,5 +1,7 @@
 """What the ranks of `rank_lab` have imported when they start."""
 
+import bitsandbytes  # noqa: F401
+
 import rank_loops  # noqa: F401
 import rank_runs  # noqa: F401
 import rank_shards  # noqa: F401

@@ -1,6 +1,7 @@
 """Training loops that the tests of several ranks run in processes of their own."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from tiny_loop import SETTINGS, make_step_documents, select_steps
@@ -99,6 +101,11 @@ def train_loop(ranks: Ranks, kind: str, context: int = 1, family: str = "llama")
 def train_loops(ranks: Ranks, kinds: Sequence[str]) -> dict[str, Training]:
     """Train a loop of each kind, in processes that start once."""
     return {kind: train_loop(ranks, kind) for kind in kinds}
+
+
+def train_with_shared_documents(ranks: Ranks, cases: Sequence[tuple[str, str]]) -> list[Training]:
+    """Train a loop of each kind and family, in processes that start once."""
+    return [train_loop(ranks, kind, ranks.world, family) for kind, family in cases]
 
 
 def get_weights(training: TrainingLoop) -> np.ndarray:
@@ -229,16 +236,18 @@ def fail_in_a_step(ranks: Ranks) -> str:
 
 
 def wait_for_silent_rank() -> str:
-    """Wait on rank 0 for rank 1, which gives no sign of life for longer than it may."""
-    core_ranks.SILENCE = timedelta(seconds=1)
+    """Wait on rank 0 for rank 1, which gives no sign of life until the process of rank 0 ends."""
+    core_ranks.SILENCE = timedelta(seconds=3)
     core_ranks.PULSE_SECONDS = 0.2
     with core_ranks.open_ranks() as ranks:
+        pid, _ = ranks.gather(os.getpid())
         if ranks.is_main:
             ranks.gather(None)
             return "heard of rank 1"
         assert ranks.pulse
         ranks.pulse.stop(has_goodbye=False)
-        time.sleep(3)
+        while psutil.pid_exists(pid):
+            time.sleep(0.05)
         return "awake"
 
 

@@ -1,9 +1,11 @@
 """Whole runs of tiny recipes on several ranks, for processes of `rank_lab`."""
 
+import importlib.metadata
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from tunesmith.train import follow as follow_module
 from tunesmith.train import run
 from tunesmith.train.follow import follow
 
+OTHER_TORCH = "2.99.0"
 Outcome = tuple[int, str]  # exit code, and the message of the error or the last step
 
 
@@ -48,9 +51,51 @@ def train_run(model: str, folder: str, changes: dict[str, Any], stop: dict[str, 
 def train_on_ranks(
     world: int, model: Path | str, folder: Path, changes: dict[str, Any], **stop: int
 ) -> list[Any]:
-    """Train a tiny recipe on `world` ranks; return the Outcome of each, None if it was killed."""
+    """Train a tiny recipe on `world` ranks; return the Outcome of each, None if it was killed. One
+    rank is this process."""
     folder.mkdir(exist_ok=True)
-    return run_processes(train_run, world, str(model), str(folder), changes, stop)
+    args = (str(model), str(folder), changes, stop)
+    return [train_run(*args)] if world == 1 else run_processes(train_run, world, *args)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a tiny recipe; with `saved`, until the checkpoint of that step."""
+
+    model: str
+    folder: Path
+    changes: dict[str, Any]
+    saved: int = 0
+
+
+def train_jobs(jobs: Sequence[Job]) -> list[str]:
+    """Train jobs one after another, in processes that start once; return the last step of each."""
+    torch.set_num_threads(1)
+    with open_ranks() as ranks:
+        if not ranks.is_main:
+            return [f"followed: {follow(ranks)}"]
+        steps: list[str] = []
+        for job in jobs:
+            recipe = make_tiny_recipe(Path(job.model), job.folder, **job.changes)
+            run_inputs = inputs.load_inputs(recipe)
+            events = run.train(inputs.make_plan(run_inputs), run_inputs, ranks=ranks)
+            steps.append(_consume(events, job.folder, {"saved": job.saved}))
+    return steps
+
+
+def train_jobs_on_ranks(jobs: Mapping[str, Job]) -> None:
+    """Train jobs on two ranks."""
+    steps, other = run_processes(train_jobs, 2, list(jobs.values()))
+    assert isinstance(steps, list), steps
+    assert other == ["followed: 0"]
+    for job, step in zip(jobs.values(), steps, strict=True):
+        assert job.saved or step != "step 0"
+
+
+def train_alone(job: Job, folder: Path) -> Path:
+    """Train a job in this process, in another folder; return that."""
+    train_jobs([replace(job, folder=folder)])
+    return folder
 
 
 def resume_run(folder: str) -> Outcome:
@@ -82,17 +127,25 @@ def read_weights(folder: Path) -> np.ndarray:
 
 
 def check_resuming(first: Path, folder: Path, expected: np.ndarray) -> None:
-    """Resume copies of a run of two ranks with one, two and three: all reach the weights that are
-    expected, those of two ranks bit by bit."""
+    """Resume copies of a run of two ranks, saved after step 2, with one, two and three: all go on
+    from there to the weights that are expected, those of two ranks bit by bit."""
     for world in (1, 2, 3):
         resumed = folder / str(world)
         shutil.copytree(first, resumed)
-        outcomes = run_processes(resume_run, world, str(resumed))
+        if world == 1:
+            outcomes = [resume_run(str(resumed))]
+        else:
+            outcomes = run_processes(resume_run, world, str(resumed))
         assert [code for code, _ in outcomes] == [0] * world, outcomes
         weights = read_weights(resumed)
         np.testing.assert_allclose(weights, expected, rtol=0, atol=1e-5)
         assert world != 2 or weights.tobytes() == expected.tobytes()
-        assert {logged.attempt for logged in read_all_events(resumed / "run")} == {1, 2}
+        steps: dict[int, list[int]] = {}
+        for logged in read_all_events(resumed / "run"):
+            if isinstance(logged.event, TrainStep):
+                steps.setdefault(logged.attempt, []).append(logged.event.step)
+        assert list(steps) == [1, 2]
+        assert steps[2][0] == 3, "it goes on"
 
 
 def _act(start: Any, folder: Path, stop: dict[str, int]) -> Outcome:
@@ -137,10 +190,14 @@ def train_near_other_rows(
     model: str, folder: str, changes: dict[str, Any], other_cwd: str
 ) -> Outcome:
     """Train where rank 1 finds other files under the same relative paths, and has another
-    tunesmith."""
+    tunesmith and another torch."""
     if os.environ.get("RANK") == "1":
         os.chdir(other_cwd)
         follow_module.hash_source = lambda: "of another checkout"
+        read_version = importlib.metadata.version
+        importlib.metadata.version = lambda name: (
+            OTHER_TORCH if name == "torch" else read_version(name)
+        )
     else:
         os.chdir(folder)
     return train_run(model, folder, changes, {})

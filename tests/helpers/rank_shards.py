@@ -1,7 +1,9 @@
 """Training loops with frozen weights that several ranks hold together, for `rank_lab`."""
 
+import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,16 +11,19 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from rank_loops import collect_outcome, get_weights, iterate_alone, limit_memory, make_documents
 from tiny_loop import SETTINGS, select_steps
-from tiny_models import LORA
+from tiny_models import CONFIGS, LORA
+from tiny_runs import save_model_folder
 from tunesmith.core.errors import MachineError, TunesmithError
 from tunesmith.core.ranks import RankFailed, Ranks
 from tunesmith.core.types import Batch
 from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.model.adapters import METHODS, get_trainable_parameters
 from tunesmith.model.causal_lm import PackedCausalLM, load_network, wrap_model
+from tunesmith.model.experts import Experts
 from tunesmith.model.lora import LoraLinear, QuantizedLinear
 from tunesmith.model.quantization import load_quantized
 from tunesmith.model.text_network import load_text_network
@@ -41,8 +46,22 @@ class Outcome(NamedTuple):
     frozen_bytes: int  # of the layers, that this rank holds between two steps
 
 
+class FullOutcome(NamedTuple):
+    losses: list[float]
+    weights: np.ndarray  # complete; none on ranks whose parts another one has, too
+    state_bytes: int  # of all storages of weights and moments, between two steps
+    update_ratios: dict[str, float]  # of the last step
+
+
 def load_model(
-    folder: str, ranks: Ranks, size: int, *, method: str = "lora", policy: str = "none"
+    folder: str,
+    ranks: Ranks,
+    size: int,
+    *,
+    method: str = "lora",
+    policy: str = "none",
+    targets: str | list[str] = "all-linear",
+    use_dora: bool = False,
 ) -> PackedCausalLM:
     """Load a model whose adapters start away from zero; groups of `size` ranks share weights."""
     shards = WeightShards(ranks, size) if size > 1 else None
@@ -51,7 +70,7 @@ def load_model(
         network = load(Path(folder), torch.float32, "cpu", shards)
         if shards is not None and method == "full":
             shards.train(network)
-    METHODS[method](network, LORA)
+        METHODS[method](network, LORA | {"lora_target_modules": targets, "use_dora": use_dora})
     generator = torch.Generator().manual_seed(1)
     if method != "full":
         for parameter in get_trainable_parameters(network).values():
@@ -60,10 +79,10 @@ def load_model(
 
 
 def make_sharded_loop(
-    ranks: Ranks, folder: str, size: int, kind: str = "rows", **how: str
+    ranks: Ranks, folder: str, size: int, kind: str = "rows", context: int = 1, **how: Any
 ) -> TrainingLoop:
     iterate_alone(ranks)
-    changes = {"pack_length": 200} | CHANGES.get(kind, {})
+    changes = {"pack_length": 200, "context": context} | CHANGES.get(kind, {})
     return TrainingLoop(
         load_model(folder, ranks, size, **how),
         lambda step: make_documents(kind, step),
@@ -73,34 +92,60 @@ def make_sharded_loop(
     )
 
 
-def train_sharded(
-    ranks: Ranks, folder: str, size: int, kind: str = "rows", how: dict[str, str] | None = None
-) -> Outcome:
-    training = make_sharded_loop(ranks, folder, size, kind, **(how or {}))
+def save_wide_experts(family: str, folder: Path) -> None:
+    """Save a tiny model whose experts are wide beside their 4-bit scales."""
+    save_model_folder(folder)  # for its tokenizer
+    config = copy.deepcopy(CONFIGS[family])
+    config.hidden_size = config.moe_intermediate_size = config.intermediate_size = 64
+    config.vocab_size = 259
+    config.eos_token_id = 258
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Steps of `world` ranks, of which groups of `size` share weights."""
+
+    world: int
+    size: int
+    kind: str = "rows"
+    base: str = "llama"
+    how: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def train_cases(
+    ranks: Ranks, folders: dict[str, str], cases: Sequence[Case]
+) -> list[tuple[Outcome, Outcome] | FullOutcome]:
+    """Train each case, in processes that start once: with complete and with sharded weights, or all
+    weights, which the ranks hold together."""
+    outcomes: list[tuple[Outcome, Outcome] | FullOutcome] = []
+    for case in cases:
+        folder = folders[case.base]
+        if case.how.get("method") == "full":
+            outcomes.append(train_all_weights(ranks, folder, case.size, case.kind, **case.how))
+            continue
+        complete = train_sharded(ranks, folder, 1, case.kind, case.how)
+        outcomes.append((complete, train_sharded(ranks, folder, case.size, case.kind, case.how)))
+    return outcomes
+
+
+def train_sharded(ranks: Ranks, folder: str, size: int, kind: str, how: dict[str, Any]) -> Outcome:
+    training = make_sharded_loop(ranks, folder, size, kind, **how)
     steps = select_steps(list(training))
     weights = get_weights(training).tobytes()
     return Outcome([step.loss for step in steps], weights, count_frozen_bytes(training.model))
 
 
-class FullOutcome(NamedTuple):
-    losses: list[float]
-    weights: np.ndarray  # complete; none on ranks whose parts another one has, too
-    state_bytes: int  # of all storages of weights and moments, between two steps
-    update_ratios: dict[str, float]  # of the last step
-
-
 def train_all_weights(
-    ranks: Ranks, folder: str, size: int, how: dict[str, Any] | None = None, memory: bool = True
+    ranks: Ranks, folder: str, size: int, kind: str, *, has_memory: bool = True, **how: Any
 ) -> FullOutcome:
-    """Train all weights, of which `size` ranks hold parts, for 20 steps. Without `memory`, rank 1
-    has little."""
-    kind, policy = "rows", "none"
-    if how is not None:
-        kind, policy = how["kind"], how["policy"]
-    training = make_sharded_loop(ranks, folder, size, kind, method="full", policy=policy)
+    """Train all weights, of which `size` ranks hold parts, for 20 steps. Without `has_memory`, rank
+    1 has little."""
+    training = make_sharded_loop(ranks, folder, size, kind, **how)
     training.total_steps = FULL_STEPS
     training.config = dataclasses.replace(training.config, probe_steps=FULL_STEPS)
-    if not memory:
+    if not has_memory:
         limit_memory(training)
     losses = [step.loss for step in select_steps(list(training))]
     training.compare_ranks()
@@ -133,6 +178,9 @@ def _iter_frozen(model: PackedCausalLM) -> Iterator[Tensor]:
     for module in layers.modules():
         if isinstance(module, LoraLinear | QuantizedLinear):
             yield from module.frozen.list_tensors()
+        if isinstance(module, Experts):
+            for weight in module.list_quantized().values():
+                yield from weight.list_tensors()
         yield from (p for p in module.parameters(recurse=False) if not p.requires_grad)
 
 
@@ -153,11 +201,43 @@ def count_read_bytes(ranks: Ranks, folder: str) -> tuple[int, int, int]:
 # ---------------------------------------------------------------- faults
 
 
-def train_with_little_memory(ranks: Ranks, folder: str, size: int) -> tuple[list[str], bytes]:
-    """Train where rank 1 has memory for few tokens; return verdicts and weights."""
-    training = make_sharded_loop(ranks, folder, size)
-    limit_memory(training)
-    return collect_outcome(training)
+def train_with_little_memory(ranks: Ranks, folder: str) -> list[tuple[list[str], bytes]]:
+    """Train where rank 1 has memory for few tokens, with complete and with sharded weights; return
+    verdicts and weights of each."""
+    outcomes: list[tuple[list[str], bytes]] = []
+    for size in (1, ranks.world):
+        training = make_sharded_loop(ranks, folder, size)
+        limit_memory(training)
+        outcomes.append(collect_outcome(training))
+    return outcomes
+
+
+def train_all_weights_with_little_memory(ranks: Ranks, folder: str) -> list[FullOutcome]:
+    """Train where rank 1 has memory for few tokens, with complete weights and with parts."""
+    outcomes: list[FullOutcome] = []
+    for size in (1, ranks.world):
+        outcome = train_all_weights(ranks, folder, size, "rows", method="full", has_memory=False)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def run_out_of_memory_together(ranks: Ranks, folder: str) -> str:
+    """Let rank 1 have no memory for its tokens of a document, and rank 0 wait for them; return what
+    rank 0 says."""
+    training = make_sharded_loop(ranks, folder, 2, context=2)
+    if ranks.rank == 1:
+        training.model.compute_hidden = _run_out_of_memory  # type: ignore[method-assign]
+    try:
+        next(training)
+    except MachineError as error:
+        if ranks.rank == 1:
+            raise
+        return error.message
+    return "no error"
+
+
+def _run_out_of_memory(_: Batch) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def _fail(_: Batch) -> Tensor:

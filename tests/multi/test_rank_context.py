@@ -15,6 +15,7 @@ from rank_loops import (
     measure_gradients,
     run_out_of_memory,
     train_loop,
+    train_with_shared_documents,
 )
 from rank_runs import train_on_ranks
 from tiny_runs import build_sum_rows, save_model_folder, write_eval_files, write_rows
@@ -26,10 +27,19 @@ from tunesmith.data.packing import count_input_tokens
 pytestmark = pytest.mark.multi
 
 
+CASES = (
+    ("long", "llama"),
+    ("prefixes", "qwen2"),  # windows, and documents with common prefixes
+    ("full", "gemma2"),  # soft caps
+    ("prompt", "qwen3"),  # rank 0 predicts no target
+    ("alone", "gpt_oss"),  # many packs, one with fewer tokens than ranks; sinks, experts
+)
+
+
 @pytest.fixture(scope="module")
-def long_training() -> Training:
-    torch.set_num_threads(1)
-    return train_loop(SINGLE_PROCESS, "long")
+def trainings() -> list[list[Training]]:
+    """Return what each of two ranks that share documents has trained, by case."""
+    return run_ranks(train_with_shared_documents, 2, CASES)
 
 
 def assert_same_steps(results: list[Training], expected: Training) -> None:
@@ -42,30 +52,26 @@ def assert_same_steps(results: list[Training], expected: Training) -> None:
         assert rank_weights.tobytes() == results[0][2].tobytes(), "replicas are equal in bits"
 
 
-def test_two_ranks_that_share_documents_make_the_steps_of_one(long_training: Training) -> None:
+def test_a_long_document_is_cut_between_the_ranks() -> None:
     lengths = [count_input_tokens(document) for document in make_documents("long", 1)]
     assert LONG_DOCUMENT in lengths
-    assert sum(lengths) < 2 * LONG_DOCUMENT, "the document is cut between the ranks"
-    assert_same_steps(run_ranks(train_loop, 2, "long", 2), long_training)
+    assert sum(lengths) < 2 * LONG_DOCUMENT
 
 
-def test_two_groups_of_two_ranks_make_the_steps_of_one(long_training: Training) -> None:
-    assert_same_steps(run_ranks(train_loop, 4, "long", 2), long_training)
-
-
-@pytest.mark.parametrize(
-    ("kind", "family"),
-    [
-        ("prefixes", "qwen2"),  # windows, and documents with common prefixes
-        ("full", "gemma2"),  # soft caps
-        ("prompt", "qwen3"),  # rank 0 predicts no target
-        ("alone", "gpt_oss"),  # many packs, one with fewer tokens than ranks; sinks, experts
-    ],
-)
-def test_families_and_packs(kind: str, family: str) -> None:
+@pytest.mark.parametrize(("kind", "family"), CASES)
+def test_two_ranks_that_share_documents_make_the_steps_of_one(
+    kind: str, family: str, trainings: list[list[Training]]
+) -> None:
     torch.set_num_threads(1)
+    case = CASES.index((kind, family))
     expected = train_loop(SINGLE_PROCESS, kind, family=family)
-    assert_same_steps(run_ranks(train_loop, 2, kind, 2, family), expected)
+    assert_same_steps([by_case[case] for by_case in trainings], expected)
+
+
+def test_two_groups_of_two_ranks_make_the_steps_of_one() -> None:
+    torch.set_num_threads(1)
+    expected = train_loop(SINGLE_PROCESS, "long")
+    assert_same_steps(run_ranks(train_loop, 4, "long", 2), expected)
 
 
 def test_gradients_are_those_of_one_process_from_half_of_the_saved_bytes() -> None:

@@ -1,5 +1,6 @@
 """Runs on several ranks: one folder, and the results of one process."""
 
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ from safetensors.numpy import load_file
 
 from rank_lab import run_processes
 from rank_runs import (
+    OTHER_TORCH,
+    Job,
     check_resuming,
     evaluate_run,
     read_weights,
+    train_alone,
+    train_jobs_on_ranks,
     train_near_other_rows,
     train_on_ranks,
 )
@@ -24,6 +29,14 @@ pytestmark = pytest.mark.multi
 
 STEPS = 6
 UNWATCHED = {"guard": {"collapse": "off", "forgetting": "off"}}
+PREFERENCE_LOSSES = ("dpo", "kto")
+PREFERENCES: dict[str, Any] = {
+    "stage": "preference",
+    "method": "full",
+    "lora_r": "auto",
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +54,37 @@ def changes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def straight(
+def jobs(
     tiny_folder: Path, changes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+) -> dict[str, Job]:
+    """Return runs of two ranks that have ended, by name. Their processes start once."""
+    folder = tmp_path_factory.mktemp("runs")
+    model = str(tiny_folder)
+    writer = str(save_writer_folder(folder / "writer"))
+    few = {key: changes[key] for key in ("data", "batch_size")}
+    jobs = {
+        "straight": Job(model, folder / "straight", changes),
+        "unwatched": Job(model, folder / "unwatched", few | UNWATCHED),
+        "written": Job(writer, folder / "written", few | {"rehearsal": {"data": "self-generated"}}),
+    }
+    for loss in PREFERENCE_LOSSES:
+        rows = {"data": str(write_preferences(folder / f"{loss}.jsonl", loss)), "loss": loss}
+        jobs[loss] = Job(model, folder / loss, PREFERENCES | rows)
+    jobs["saved"] = Job(model, folder / "saved", changes, saved=2)
+    train_jobs_on_ranks(jobs)
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def straight(jobs: dict[str, Job]) -> Path:
     """Return the folder of a run on two ranks."""
-    folder = tmp_path_factory.mktemp("straight")
-    outcomes = train_on_ranks(2, tiny_folder, folder, changes)
-    assert outcomes == [(0, f"step {STEPS}"), (0, "followed")]
-    return folder
+    return jobs["straight"].folder
 
 
 def test_a_run_of_two_ranks_is_that_of_one_process(
-    tiny_folder: Path, changes: dict[str, Any], straight: Path, tmp_path: Path
+    jobs: dict[str, Job], straight: Path, tmp_path: Path
 ) -> None:
-    train_on_ranks(1, tiny_folder, tmp_path, changes)
+    train_alone(jobs["straight"], tmp_path)
     np.testing.assert_allclose(read_weights(straight), read_weights(tmp_path), rtol=0, atol=1e-5)
     ours = read_events(straight / "run")
     theirs = read_events(tmp_path / "run")
@@ -68,22 +98,18 @@ def test_a_run_of_two_ranks_is_that_of_one_process(
     assert "ranks" in [event.kind for event in ours if isinstance(event, CheckResult)]
 
 
-def test_a_guard_changes_no_bit(
-    tiny_folder: Path, changes: dict[str, Any], straight: Path, tmp_path: Path
-) -> None:
-    unwatched = {key: changes[key] for key in ("data", "batch_size")} | UNWATCHED
-    train_on_ranks(2, tiny_folder, tmp_path, unwatched)
-    final = load_file(straight / "run" / "adapter" / "adapter_model.safetensors")
-    other = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+def test_a_guard_changes_no_bit(jobs: dict[str, Job]) -> None:
+    final, other = (
+        load_file(jobs[name].folder / "run" / "adapter" / "adapter_model.safetensors")
+        for name in ("straight", "unwatched")
+    )
     assert {n: t.tobytes() for n, t in final.items()} == {n: t.tobytes() for n, t in other.items()}
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_with_any_number(
-    tiny_folder: Path, changes: dict[str, Any], straight: Path, tmp_path: Path
+    jobs: dict[str, Job], straight: Path, tmp_path: Path
 ) -> None:
-    first = tmp_path / "first"
-    train_on_ranks(2, tiny_folder, first, changes, saved=2)
-    check_resuming(first, tmp_path, read_weights(straight))
+    check_resuming(jobs["saved"].folder, tmp_path, read_weights(straight))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +150,7 @@ def test_a_rank_with_other_rows_ends_the_run_with_its_name(
     assert message.startswith("rank 1 on ")
     assert "other source files of tunesmith" in message
     assert "data.data: sha256" in message
+    assert f"torch: {importlib.metadata.version('torch')} -> {OTHER_TORCH}" in message
     assert "give every machine the same files" in message
 
 
@@ -144,22 +171,15 @@ def test_an_evaluation_on_two_ranks_is_that_of_one(straight: Path, tmp_path: Pat
 
 
 def test_rows_that_the_model_writes_are_those_of_one_process(
-    changes: dict[str, Any], tmp_path: Path
+    jobs: dict[str, Job], tmp_path: Path
 ) -> None:
-    writer = save_writer_folder(tmp_path / "writer")
-    rehearsed = {key: changes[key] for key in ("data", "batch_size")}
-    rehearsed["rehearsal"] = {"data": "self-generated"}
-    rows: list[bytes] = []
-    for world in (1, 2):
-        folder = tmp_path / str(world)
-        outcomes = train_on_ranks(world, writer, folder, rehearsed)
-        assert [code for code, _ in outcomes] == [0] * world, outcomes
-        rows.append((folder / "run" / "rehearsal.jsonl").read_bytes())
+    folders = (train_alone(jobs["written"], tmp_path), jobs["written"].folder)
+    rows = [(folder / "run" / "rehearsal.jsonl").read_bytes() for folder in folders]
     assert rows[0].count(b"\n") > 4
     assert rows[0] == rows[1]
 
 
-def write_preferences(folder: Path, loss: str) -> Path:
+def write_preferences(path: Path, loss: str) -> Path:
     rows: list[Json] = []
     for number in range(1, 9):
         row: Json = {"prompt": f"{number} and {number}"}
@@ -169,27 +189,14 @@ def write_preferences(folder: Path, loss: str) -> Path:
         else:
             row |= {"chosen": answers[0], "rejected": answers[1]}
         rows.append(row)
-    return write_rows(folder / "preferences.jsonl", rows)
+    return write_rows(path, rows)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
 def test_references_that_rank_0_has_measured_are_read_by_all(
-    tiny_folder: Path, tmp_path: Path, loss: str
+    jobs: dict[str, Job], tmp_path: Path, loss: str
 ) -> None:
-    changes = {
-        "data": str(write_preferences(tmp_path, loss)),
-        "stage": "preference",
-        "loss": loss,
-        "method": "full",
-        "lora_r": "auto",
-        "batch_size": 4,
-        "learning_rate": 1e-3,
-    }
-    weights: list[dict[str, np.ndarray]] = []
-    for world in (1, 2):
-        folder = tmp_path / str(world)
-        outcomes = train_on_ranks(world, tiny_folder, folder, changes)
-        assert [code for code, _ in outcomes] == [0] * world, outcomes
-        weights.append(load_file(folder / "run" / "model" / "model.safetensors"))
-    for name, tensor in weights[0].items():
-        np.testing.assert_allclose(weights[1][name], tensor, rtol=0, atol=1e-5)
+    folders = (train_alone(jobs[loss], tmp_path), jobs[loss].folder)
+    alone, ours = (load_file(folder / "run" / "model" / "model.safetensors") for folder in folders)
+    for name, tensor in alone.items():
+        np.testing.assert_allclose(ours[name], tensor, rtol=0, atol=1e-5)

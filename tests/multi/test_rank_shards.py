@@ -1,21 +1,36 @@
 """Weights that several ranks hold together: the bits, or the steps, of ranks with all weights."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from rank_lab import run_ranks
-from rank_runs import check_resuming, read_weights, train_on_ranks
+from rank_lab import call_on_rank, run_processes, run_ranks
+from rank_runs import (
+    Job,
+    check_resuming,
+    read_weights,
+    train_alone,
+    train_jobs_on_ranks,
+    train_on_ranks,
+)
 from rank_shards import (
     FULL_STEPS,
     STEPS,
+    Case,
+    FullOutcome,
     Outcome,
     count_read_bytes,
     fail_on_rank_1,
     measure_where_the_last_rank_fails,
+    run_out_of_memory_together,
+    save_wide_experts,
     train_all_weights,
+    train_all_weights_with_little_memory,
+    train_cases,
     train_sharded,
     train_with_little_memory,
 )
@@ -27,63 +42,99 @@ from tunesmith.core.run_dir import read_events
 pytestmark = pytest.mark.multi
 
 
+ALL_EXPERTS = {"targets": ["attention", "experts"]}
+ALONE = {"context": 1}
+CASES = {
+    "plain": Case(2, 2),
+    "4 bits": Case(2, 2, "accumulated", how={"method": "qlora"}),
+    "DoRA": Case(2, 2, how={"use_dora": True}),
+    "experts, their adapters": Case(2, 2, base="gpt_oss", how=ALL_EXPERTS),
+    "experts in 4 bits": Case(2, 2, base="qwen3_moe", how=ALL_EXPERTS | {"method": "qlora"}),
+    "a document for both": Case(2, 2, how={"context": 2}),
+    "packs that differ in number": Case(3, 3, "accumulated", how={"policy": "full"}),
+    "DoRA in 4 bits": Case(3, 3, "accumulated", how={"use_dora": True, "method": "qlora"}),
+    "experts": Case(3, 3, "accumulated", "qwen3_moe", {"policy": "full"}),
+    "two groups": Case(4, 2, "pairs", how={"policy": "selective"}),
+    "a document for each two of a group": Case(4, 4, "accumulated", how={"context": 2}),
+}
+FULL = {"method": "full"}
+TOGETHER = {"shard": 2}
+HOW = ("complete", "sharded")
+FULL_CASES = {
+    "full": Case(2, 2, how=FULL | {"policy": "selective"}),
+    "full, a document for both": Case(2, 2, how=FULL | {"context": 2}),
+    "full, packs that differ in number": Case(3, 3, "accumulated", how=FULL | {"policy": "full"}),
+    "full, two groups": Case(4, 2, how=FULL),
+}
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_model_folder(tmp_path_factory.mktemp("shards") / "model"))
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the folder of a base of each family."""
+    parent = tmp_path_factory.mktemp("shards")
+    saved = {"llama": str(save_model_folder(parent / "llama", num_kv_heads=2))}
+    for family in ("gpt_oss", "qwen3_moe"):
+        saved[family] = str(parent / family)
+        save_wide_experts(family, parent / family)
+    return saved
 
 
-def train_on(world: int, *args: Any) -> list[Outcome]:
-    return run_ranks(train_sharded, world, *args)
+@pytest.fixture(scope="module")
+def folder(folders: dict[str, str]) -> str:
+    return folders["llama"]
 
 
-@pytest.mark.parametrize(
-    ("world", "size", "kind", "how"),
-    [
-        (2, 2, "rows", {}),
-        (3, 3, "accumulated", {"policy": "full"}),  # packs differ in number
-        (4, 2, "pairs", {"policy": "selective"}),  # two groups
-        (2, 2, "accumulated", {"method": "qlora"}),
-    ],
-)
-def test_sharded_steps_are_those_of_complete_weights(
-    folder: str, world: int, size: int, kind: str, how: dict[str, str]
+@pytest.fixture(scope="module")
+def outcomes(folders: dict[str, str]) -> dict[str, list[Any]]:
+    """Return what each rank has trained, by case."""
+    cases = CASES | FULL_CASES
+    by_name: dict[str, list[Any]] = {}
+    for world in (2, 3, 4):
+        names = [name for name, case in cases.items() if case.world == world]
+        by_rank = run_ranks(train_cases, world, folders, [cases[name] for name in names])
+        for name, outcomes_by_rank in zip(names, zip(*by_rank, strict=True), strict=True):
+            by_name[name] = list(outcomes_by_rank)
+    return by_name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sharded_steps_are_those_of_complete_weights_and_of_one_process(
+    folders: dict[str, str], name: str, outcomes: dict[str, list[tuple[Outcome, Outcome]]]
 ) -> None:
-    complete = train_on(world, folder, 1, kind, how)
-    sharded = train_on(world, folder, size, kind, how)
-    assert len(complete[0].losses) == STEPS
-    for ours, theirs in zip(sharded, complete, strict=True):
-        assert (ours.losses, ours.weights) == (theirs.losses, theirs.weights)
-        assert ours.frozen_bytes <= (1 / size + 0.02) * theirs.frozen_bytes
-    assert len({outcome.weights for outcome in sharded}) == 1, "replicas are equal in bits"
+    torch.set_num_threads(1)
+    case = CASES[name]
+    alone = train_sharded(SINGLE_PROCESS, folders[case.base], 1, case.kind, case.how | ALONE)
+    assert len(alone.losses) == STEPS
+    weights = np.frombuffer(alone.weights, np.float32)
+    for complete, sharded in outcomes[name]:
+        assert (sharded.losses, sharded.weights) == (complete.losses, complete.weights)
+        assert sharded.weights == outcomes[name][0][1].weights, "replicas are equal in bits"
+        assert sharded.frozen_bytes <= (1 / case.size + 0.02) * complete.frozen_bytes
+        np.testing.assert_allclose(sharded.losses, alone.losses, rtol=1e-6)
+        ours = np.frombuffer(sharded.weights, np.float32)
+        np.testing.assert_allclose(ours, weights, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("world", "size", "how"),
-    [
-        (2, 2, {"kind": "rows", "policy": "selective"}),
-        (3, 3, {"kind": "accumulated", "policy": "full"}),  # packs differ in number
-        (4, 2, {"kind": "rows", "policy": "none"}),  # two groups
-    ],
-)
+@pytest.mark.parametrize("name", FULL_CASES)
 def test_ranks_that_train_all_weights_together_make_the_steps_of_one(
-    folder: str, world: int, size: int, how: dict[str, str]
+    folder: str, name: str, outcomes: dict[str, list[FullOutcome]]
 ) -> None:
-    alone = train_all_weights(SINGLE_PROCESS, folder, 1, how)
+    torch.set_num_threads(1)
+    case = FULL_CASES[name]
+    alone = train_all_weights(SINGLE_PROCESS, folder, 1, case.kind, **(case.how | ALONE))
     assert len(alone.losses) == FULL_STEPS
-    for rank, ours in enumerate(run_ranks(train_all_weights, world, folder, size, how)):
+    for rank, ours in enumerate(outcomes[name]):
         np.testing.assert_allclose(ours.losses, alone.losses, rtol=1e-6)
-        if rank < size:
+        if rank < case.size:
             np.testing.assert_allclose(ours.weights, alone.weights, rtol=0, atol=1e-5)
-        assert ours.state_bytes <= (1 / size + 0.02) * alone.state_bytes
+        assert ours.state_bytes <= (1 / case.size + 0.02) * alone.state_bytes
         assert ours.update_ratios == pytest.approx(alone.update_ratios, rel=1e-3)
 
 
 def test_ranks_that_train_all_weights_repeat_a_step_for_which_one_has_no_memory(
     folder: str,
 ) -> None:
-    complete, sharded = (
-        run_ranks(train_all_weights, 2, folder, size, None, False)[0] for size in (1, 2)
-    )
+    complete, sharded = run_ranks(train_all_weights_with_little_memory, 2, folder)[0]
     np.testing.assert_allclose(sharded.losses, complete.losses, rtol=1e-6)
     np.testing.assert_allclose(sharded.weights, complete.weights, rtol=0, atol=1e-5)
 
@@ -94,10 +145,16 @@ def test_a_rank_reads_its_rows_of_the_weights(folder: str) -> None:
 
 
 def test_a_rank_without_memory_lets_all_repeat_the_step(folder: str) -> None:
-    complete = run_ranks(train_with_little_memory, 2, folder, 1)
-    sharded = run_ranks(train_with_little_memory, 2, folder, 2)
-    assert sharded == complete
-    assert any("out of memory" in verdict for verdict in sharded[0][0])
+    for complete, sharded in run_ranks(train_with_little_memory, 2, folder):
+        assert sharded == complete
+        assert any("out of memory" in verdict for verdict in sharded[0])
+
+
+def test_a_rank_without_memory_for_a_shared_document_ends_all(folder: str) -> None:
+    """The others wait for it inside of a layer, where no round reaches them."""
+    heard, failed = run_processes(call_on_rank, 2, run_out_of_memory_together, folder)
+    assert "out of memory" in failed
+    assert heard is None or heard.startswith("another rank has ended"), "its process has ended"
 
 
 def test_a_rank_that_fails_in_a_step_ends_the_others(folder: str) -> None:
@@ -122,25 +179,43 @@ def changes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return how | write_eval_files(data)
 
 
+@pytest.fixture(scope="module")
+def jobs(
+    folders: dict[str, str], changes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Job]:
+    """Return runs of two ranks that have ended, by name. Their processes start once."""
+    parent = tmp_path_factory.mktemp("jobs")
+    full = changes | {"method": "full", "lora_r": "auto", "learning_rate": 1e-3}
+    short = {key: changes[key] for key in ("data", "batch_size", "save_steps")}
+    recipes = {
+        "complete": changes,
+        "sharded": changes | TOGETHER,
+        "sharing documents": changes | TOGETHER | {"context": 2},
+        "complete in 4 bits": short | {"method": "qlora"},
+        "sharded in 4 bits": short | {"method": "qlora"} | TOGETHER,
+        "complete experts": short | {"use_dora": True},
+        "sharded experts": short | {"use_dora": True} | TOGETHER,
+        "full": full | TOGETHER,
+    }
+    jobs: dict[str, Job] = {}
+    for name, recipe in recipes.items():
+        base = folders["qwen3_moe" if "experts" in name else "llama"]
+        jobs[name] = Job(base, parent / name, recipe)
+    for name in ("sharded", "sharded experts", "full"):
+        saved = f"{name}, saved"
+        jobs[saved] = dataclasses.replace(jobs[name], folder=parent / saved, saved=2)
+    train_jobs_on_ranks(jobs)
+    return jobs
+
+
 def read_scores(folder: Path) -> list[float]:
     return [event.value for event in read_events(folder / "run") if isinstance(event, Score)]
 
 
-@pytest.fixture(scope="module")
-def sharded(folder: str, changes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run of two ranks that hold the weights together."""
-    run_folder = tmp_path_factory.mktemp("sharded") / "lora"
-    outcomes = train_on_ranks(2, folder, run_folder, changes | {"shard": 2})
-    assert outcomes == [(0, "step 4"), (0, "followed")]
-    return run_folder
-
-
-def test_a_sharded_run_is_that_of_complete_weights(
-    folder: str, changes: dict[str, Any], sharded: Path, tmp_path: Path
-) -> None:
+def test_a_sharded_run_is_that_of_complete_weights(jobs: dict[str, Job]) -> None:
     """Its proof, evaluations and probes, which rank 0 runs alone or with the others, too."""
-    complete = tmp_path / "complete"
-    train_on_ranks(2, folder, complete, changes)
+    complete = jobs["complete"].folder
+    sharded = jobs["sharded"].folder
     assert read_weights(sharded).tobytes() == read_weights(complete).tobytes()
     assert read_scores(sharded) == read_scores(complete)
     events = [event for event in read_events(sharded / "run") if isinstance(event, CheckResult)]
@@ -148,42 +223,41 @@ def test_a_sharded_run_is_that_of_complete_weights(
     assert "2 of them hold the weights once" in ranks
 
 
-def test_a_sharded_run_in_4_bits_is_that_of_complete_weights(
-    folder: str, changes: dict[str, Any], tmp_path: Path
+def test_a_sharded_run_whose_ranks_share_documents_is_that_of_complete_weights(
+    jobs: dict[str, Job],
 ) -> None:
-    folders = [tmp_path / "complete", tmp_path / "sharded"]
-    short = {key: changes[key] for key in ("data", "batch_size")} | {"method": "qlora"}
-    for run_folder, how in zip(folders, ({}, {"shard": 2}), strict=True):
-        outcomes = train_on_ranks(2, folder, run_folder, short | how)
-        assert outcomes == [(0, "step 4"), (0, "followed")]
-    complete, sharded = (read_weights(run_folder) for run_folder in folders)
+    ours = read_weights(jobs["sharing documents"].folder)
+    np.testing.assert_allclose(ours, read_weights(jobs["complete"].folder), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["in 4 bits", "experts"])
+def test_sharded_runs_of_other_kinds_are_those_of_complete_weights(
+    jobs: dict[str, Job], what: str
+) -> None:
+    """Experts with DoRA on attention."""
+    complete, sharded = (read_weights(jobs[f"{how} {what}"].folder) for how in HOW)
     assert sharded.tobytes() == complete.tobytes()
 
 
+@pytest.mark.parametrize("name", ["sharded", "sharded experts"])
 def test_a_checkpoint_of_sharded_ranks_goes_on_with_any_number(
-    folder: str, changes: dict[str, Any], sharded: Path, tmp_path: Path
+    jobs: dict[str, Job], tmp_path: Path, name: str
 ) -> None:
-    first = tmp_path / "first"
-    train_on_ranks(2, folder, first, changes | {"shard": 2}, saved=2)
-    check_resuming(first, tmp_path, read_weights(sharded))
+    check_resuming(jobs[f"{name}, saved"].folder, tmp_path, read_weights(jobs[name].folder))
 
 
 def test_a_run_that_trains_all_weights_together_is_that_of_one_process(
-    folder: str, changes: dict[str, Any], tmp_path: Path
+    jobs: dict[str, Job], tmp_path: Path
 ) -> None:
     """Its proof, evaluations, probes, checkpoints and model, too; resumed on 1, 2 and 3 ranks."""
-    how = changes | {"method": "full", "lora_r": "auto", "learning_rate": 1e-3}
-    folders = {world: tmp_path / f"{world}-ranks" for world in (1, 2)}
-    train_on_ranks(1, folder, folders[1], how)
-    outcomes = train_on_ranks(2, folder, folders[2], how | {"shard": 2})
-    assert outcomes == [(0, "step 4"), (0, "followed")]
-    complete, sharded = (read_weights(run_folder) for run_folder in folders.values())
-    np.testing.assert_allclose(sharded, complete, rtol=0, atol=1e-5)
-    scores, expected = (read_scores(run_folder) for run_folder in (folders[2], folders[1]))
-    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
-    first = tmp_path / "first"
-    train_on_ranks(2, folder, first, how | {"shard": 2}, saved=2)
-    check_resuming(first, tmp_path, sharded)
+    job = jobs["full"]
+    recipe = {key: value for key, value in job.changes.items() if key != "shard"}
+    alone = train_alone(dataclasses.replace(job, changes=recipe), tmp_path / "alone")
+    sharded = read_weights(job.folder)
+    np.testing.assert_allclose(sharded, read_weights(alone), rtol=0, atol=1e-5)
+    expected = read_scores(alone)
+    np.testing.assert_allclose(read_scores(job.folder), expected, rtol=1e-4, atol=1e-5)
+    check_resuming(jobs["full, saved"].folder, tmp_path, sharded)
 
 
 def test_too_few_processes_are_refused_before_anything_is_loaded(
