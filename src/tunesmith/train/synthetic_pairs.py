@@ -56,6 +56,10 @@ def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[C
         f"{len(pair_by_row):,} of {len(unpaired):,} answers of the base model violate a "
         f"constraint: {PAIRS_FILE}"
     )
+    share_paired = 1 - (len(unpaired) - len(pair_by_row)) / len(dataset)
+    if batch_size := session.plan.config.batch_size:
+        mean_pairs = batch_size * share_paired
+        evidence += f"; a step of batch_size {batch_size} has {mean_pairs:.1f} pairs on average"
     if not pair_by_row and len(unpaired) == len(dataset):
         raise GateError(
             f"{evidence}; there is no rejected answer to train against",
@@ -65,7 +69,7 @@ def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[C
     dataset = dataclasses.replace(dataset, synthetic=pair_by_row)
     datasets = {**session.inputs.datasets, "data": dataset}
     inputs = dataclasses.replace(session.inputs, datasets=datasets)
-    result = CheckResult("synthetic pairs", "ok" if pair_by_row else "warn", evidence)
+    result = CheckResult("synthetic pairs", "ok" if share_paired >= 0.5 else "warn", evidence)
     return dataclasses.replace(session, inputs=inputs), (result,)
 
 

@@ -22,7 +22,7 @@ from tiny_runs import (
 )
 from tunesmith.api import read_record
 from tunesmith.core.errors import GateError, InputError
-from tunesmith.core.events import CheckResult
+from tunesmith.core.events import CheckResult, Event
 from tunesmith.core.types import Json
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
@@ -55,6 +55,25 @@ def read_pairs(folder: Path) -> list[Json]:
     return [json.loads(line) for line in (folder / "run" / PAIRS_FILE).read_text().splitlines()]
 
 
+def list_pair_verdicts(events: list[Event]) -> list[tuple[str, str]]:
+    return [
+        (event.level, event.evidence)
+        for event in events
+        if isinstance(event, CheckResult) and event.kind == "synthetic pairs"
+    ]
+
+
+def test_steps_with_less_than_half_of_their_pairs_are_warned_of(
+    model: Path, tmp_path: Path
+) -> None:
+    rows = [make_chat_row(f"say {n}", f"me {n}") for n in range(2)]
+    rows += [make_chat_row(f"tell {n}", f"that is {n}") for n in range(4)]
+    data = str(write_rows(tmp_path / "few.jsonl", rows))
+    ((level, evidence),) = list_pair_verdicts(train(make_recipe(model, tmp_path, data=data)))
+    assert level == "warn"
+    assert evidence.endswith("a step of batch_size 2 has 0.7 pairs on average")
+
+
 def test_the_base_models_bad_answers_become_worse_sides(model: Path, tmp_path: Path) -> None:
     test = str(
         write_rows(
@@ -70,12 +89,11 @@ def test_the_base_models_bad_answers_become_worse_sides(model: Path, tmp_path: P
     ]
     assert [line["chosen"][0]["content"] for line in made] == [f"me {n}" for n in range(4)]
     assert all("an AI" in line["rejected"][0]["content"] for line in made)
-    messages = [
-        event.evidence
-        for event in events
-        if isinstance(event, CheckResult) and event.kind == "synthetic pairs"
-    ]
-    assert messages == [f"4 of 8 answers of the base model violate a constraint: {PAIRS_FILE}"]
+    evidence = (
+        f"4 of 8 answers of the base model violate a constraint: {PAIRS_FILE}; "
+        "a step of batch_size 2 has 1.0 pairs on average"
+    )
+    assert list_pair_verdicts(events) == [("ok", evidence)]
     actual = {(item.task, item.metric): item for item in read_record(tmp_path / "run").comparisons}
     assert (
         actual["eliciting prompts", "breaks ai"].before.value,
