@@ -123,7 +123,7 @@ def _render_table(table: ErrorTable, names: tuple[str, str]) -> RenderableType:
     result = make_table(TITLES.get(table.by, table.label), *columns, numbers=numbers)
     for group in groups[:MAX_ROWS]:
         cells: list[Text | str] = [
-            Text(flatten_text(group.name, MAX_NAME_CHARS)),
+            Text(_cut_middle(group.name)),
             str(group.wrong),
             str(group.n),
             f"{group.error:.0%}",
@@ -135,6 +135,15 @@ def _render_table(table: ErrorTable, names: tuple[str, str]) -> RenderableType:
         result.add_row(*cells, Text(flatten_text(next(iter(group.rows), ""), MAX_NAME_CHARS)))
     hidden = len(groups) - MAX_ROWS + table.omitted
     return Group(result, f"... and {hidden} more: --json") if hidden > 0 else result
+
+
+def _cut_middle(name: str) -> str:
+    """Return a name on one line; a long one keeps its end, which may be the value of a field."""
+    line = flatten_text(name, MAX_LINE_CHARS)
+    end_chars = MAX_NAME_CHARS // 3
+    if len(line) <= MAX_NAME_CHARS:
+        return line
+    return f"{line[: MAX_NAME_CHARS - end_chars - 1]}…{line[-end_chars:]}"
 
 
 def _format_count(count: int | None) -> str:

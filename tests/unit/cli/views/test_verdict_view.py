@@ -47,6 +47,15 @@ def test_a_row_has_its_interval_whole_in_80_columns() -> None:
     assert max(map(len, lines)) <= 80
 
 
+def test_values_of_a_long_field_can_be_told_apart() -> None:
+    name = "customer.address." + "part." * 20 + "country"
+    groups = [replace(GROUP, name=f"{name} = {value}") for value in ("true", "false")]
+    text = render(render_errors(make_analysis(*groups)), 120)
+    assert text.count("customer.address.") == 2
+    assert "untry = true " in text
+    assert "untry = false " in text
+
+
 def test_groups_without_errors_are_hidden_and_many_are_counted() -> None:
     right = replace(GROUP, name="right", wrong=0, rows=())
     groups = [replace(GROUP, name=f"field {index}") for index in range(30)]
