@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
-from tunesmith.model.hub.text_class import use_torch_code
+from tunesmith.core.errors import InputError, MachineError, TunesmithError
+from tunesmith.model.hub.text_class import transformers_errors, use_torch_code
 
 
 def take_over(function: Callable[[Tensor], Tensor]) -> Any:
@@ -91,3 +95,20 @@ def test_weights_do_not_outlive_their_network() -> None:
 def test_a_method_that_a_subclass_overrides_stays_overridden() -> None:
     x = torch.ones(2)
     assert torch.equal(use_torch_code(Tripling())(x), 3 * x)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "fix"),
+    [
+        (OSError(errno.EIO, "it broke"), MachineError, "check the disk"),
+        (OSError("no valid JSON"), InputError, "download the model again"),
+        (TypeError("a text for a number"), InputError, "download the model again"),
+    ],
+)
+def test_a_disk_that_fails_under_transformers_is_no_damaged_model(
+    error: Exception, kind: type[TunesmithError], fix: str
+) -> None:
+    with pytest.raises(kind) as caught, transformers_errors(Path("model")):
+        raise error
+    assert caught.value.fix.startswith(fix)
+    assert caught.value.where == "model"
