@@ -34,7 +34,7 @@ evidence-quick: $(BIN)/pytest  ## two steps of each experiment with a two-layer 
 	$(BIN)/python -m experiments.run --quick $(if $(ONLY),--only $(ONLY))
 
 llama: $(BIN)/pytest  ## exports in llama.cpp, compiled the first time; `make slow` has them too from then on
-	TUNESMITH_BUILD_LLAMA=1 $(BIN)/pytest -m slow tests/unit/export/test_llama_cpp.py
+	TUNESMITH_BUILD_LLAMA=1 $(BIN)/pytest -m slow tests/unit/export/test_llama_cpp.py tests/unit/export/test_llama_server.py
 
 mutation: $(BIN)/cosmic-ray  ## would a test notice if the exactness and evidence code were wrong? docs/results/mutation.md
 	nice -n 15 $(BIN)/python -m benchmarks.mutation.run
