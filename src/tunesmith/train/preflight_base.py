@@ -35,12 +35,19 @@ def check_oracle(samples: PreflightSamples, dtype: torch.dtype) -> CheckResult:
     oracle = samples.oracle
     if isinstance(oracle, str):
         return CheckResult.from_items(KIND, 0, "", if_none=oracle)
+    where = f"preflight: {oracle.document_id}"
+    if not oracle.plain_PV.isfinite().all():
+        raise GateError(
+            "the base model computes NaN or infinite values, in transformers, too",
+            where=where,
+            fix="download the model again: a number of its config.json or its weights are wrong",
+        )
     error = compare_logits(oracle.cached_PV, oracle.plain_PV)
     if not error <= ORACLE_TOLERANCE[dtype]:  # also refuses NaN
         raise GateError(
             f"transformers disagrees with itself: its logits with a cache differ by {error:.1%} of "
             "their norm from those without, so it cannot tell what is right",
-            where=f"preflight: {oracle.document_id}",
+            where=where,
             fix=f"install another version of transformers; {REPORT_FIX}",
         )
     num_positions = len(oracle.plain_PV)

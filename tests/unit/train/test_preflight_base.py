@@ -72,6 +72,17 @@ def test_a_lost_token_is_noticed(dtype: torch.dtype) -> None:
         check_oracle(dataclasses.replace(samples, oracle=broken), dtype)
 
 
+def test_a_base_that_computes_nan_is_no_fault_of_transformers() -> None:
+    """As with a rope_theta of NaN in config.json, which transformers loads."""
+    _, samples = prepare_model("llama-64", torch.float32)
+    assert not isinstance(samples.oracle, str)
+    not_a_number = samples.oracle.plain_PV * float("nan")
+    broken = dataclasses.replace(samples.oracle, plain_PV=not_a_number, cached_PV=not_a_number)
+    with pytest.raises(GateError, match="base model computes NaN") as caught:
+        check_oracle(dataclasses.replace(samples, oracle=broken), torch.float32)
+    assert "config.json" in caught.value.fix
+
+
 def test_equal_logits_cannot_be_told_apart() -> None:
     _, samples = prepare_model()
     assert not isinstance(samples.oracle, str)

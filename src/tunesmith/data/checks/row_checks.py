@@ -220,6 +220,8 @@ MIN_UNIQUE_WORDS = 0.25  # distinct-1
 MIN_UNIQUE_TRIGRAMS = 0.34  # distinct-3
 NUMBERED = re.compile(r"\d+[.):]|[^\w]+")  # item numbers and punctuation
 REPEATED_LETTER = re.compile(r"(\w)\1{39,}")
+# from the end of an answer, where loops are: a list of all its words takes 60 bytes for each
+MAX_LOOP_CHARS = 2**20
 
 
 def find_echoed_prompt(row: RowTexts) -> Matches:
@@ -240,7 +242,7 @@ def find_loops(row: RowTexts) -> Matches:
     if len(lines) >= MIN_LOOP_LINES and max(map(lines.count, set(lines[:50]))) >= MIN_LOOP_LINES:
         yield "repeated line", ""
         return
-    words = row.plain_answer.split()
+    words = row.plain_answer[-MAX_LOOP_CHARS:].split()
     if len(words) >= MIN_LOOP_WORDS and len(set(words)) < MIN_UNIQUE_WORDS * len(words):
         words = [word for word in words if not NUMBERED.fullmatch(word)]
         trigrams = set(zip(words, words[1:], words[2:], strict=False))

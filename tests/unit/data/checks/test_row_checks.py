@@ -67,6 +67,7 @@ PROBLEMS = [
     ("loops", "The clock stands in the hall and it ticks. " * 12, "repeated phrase"),
     ("loops", "It is " + "very " * 40 + "late", "repeated phrase"),
     ("loops", "W" + "o" * 60, "repeated letter"),
+    ("loops", " ".join(map(str, range(10**5))) + " and so on" * 10**5, "repeated phrase"),
     ("refusals", "I'd rather not answer that.", "refusal"),
     ("refusals", "This violates our content policy.", "refusal"),
     ("apologies", "You're right, and I apologize. It is late.", "apology"),
