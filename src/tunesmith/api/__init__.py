@@ -90,10 +90,10 @@ if TYPE_CHECKING:
     from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
     from tunesmith.advise.measured.run_arm import ArmResult
     from tunesmith.advise.rules.advice import Advice
-    from tunesmith.advise.sweep.run_sweep import SweepEvent
     from tunesmith.api.inputs import AnyInputs
     from tunesmith.core.evidence import RunVerdict
     from tunesmith.core.mesh import DryRun
+    from tunesmith.core.sweep_record import SweepEvent
     from tunesmith.evaluate.live import LiveVerification
     from tunesmith.evaluate.model_ref import ModelComparison
     from tunesmith.evaluate.regression_gate import EvalReport

@@ -1,4 +1,5 @@
-"""What a sweep leaves, `sweep.json` in its folder: trials, configurations, the winner, effects.
+"""What a sweep leaves, `sweep.json` in its folder: trials, configurations, the winner, effects; and
+its events.
 
 A configuration is one combination of the swept values; a trial is a run of it with one seed. Left
 out: making it (advise/sweep/), and showing it (report/sweep_page.py, cli/views/sweep.py)."""
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.events import Event
 from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.types import Comparison, Json
 
@@ -139,3 +141,42 @@ def refuse_other_sweep_format(content: Json, file: Path) -> None:
             where=str(file),
             fix="use the version that wrote it, or another output_dir",
         )
+
+
+# ---------------------------------------------------------------- while it runs
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """A trial that is to run."""
+
+    number: int
+    configuration: int
+    seed: int
+    settings: Json
+
+
+@dataclass(frozen=True)
+class SweepStart:
+    folder: str
+    model: str
+    metric: str
+    configurations: int
+    seeds: tuple[int, ...]
+    finished_trials: int  # by an earlier process
+
+
+@dataclass(frozen=True)
+class TrialStart:
+    spec: TrialSpec
+    max_trials: int  # if none stops early
+
+
+@dataclass(frozen=True)
+class TrialEnd:
+    trial: TrialRecord
+    remaining_trials: int  # at most
+    remaining_seconds: float
+
+
+SweepEvent = SweepStart | TrialStart | Event | TrialEnd | SweepRecord

@@ -10,14 +10,19 @@ import pytest
 from rich.console import Console
 
 from tunesmith import api
-from tunesmith.advise.sweep.run_sweep import TrialEnd, TrialStart
 from tunesmith.advise.sweep.summary import MeasuredTrials, build_configurations, list_effects
-from tunesmith.advise.sweep.trial_study import TrialSpec
 from tunesmith.cli.views.sweep import render_sweep, report_sweep
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Score, TrainingEnd
 from tunesmith.core.json_io import dump_json
-from tunesmith.core.sweep_record import SWEEP_FILE, SweepRecord, TrialRecord
+from tunesmith.core.sweep_record import (
+    SWEEP_FILE,
+    SweepRecord,
+    TrialEnd,
+    TrialRecord,
+    TrialSpec,
+    TrialStart,
+)
 from tunesmith.core.types import __version__
 from tunesmith.evaluate.results import MetricValues, compare_measurements, compute_score
 from tunesmith.recipe.sweep import SweepConfig

@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,21 @@ from filelock import FileLock, Timeout
 
 from tunesmith.advise.sweep import summary
 from tunesmith.advise.sweep.run_trial import TrialRunner
-from tunesmith.advise.sweep.trial_study import TrialSpec, TrialStudy
+from tunesmith.advise.sweep.trial_study import TrialStudy
 from tunesmith.advise.sweep.winner import measure_winner, write_winner
 from tunesmith.core.atomic import make_dirs, refuse_links, write_file
 from tunesmith.core.errors import GateError, InputError, Interrupted
-from tunesmith.core.events import Event, TrainStep
+from tunesmith.core.events import TrainStep
 from tunesmith.core.json_io import dump_json, read_json
 from tunesmith.core.sweep_record import (
     SWEEP_FILE,
     SWEEP_FORMAT,
+    SweepEvent,
     SweepRecord,
-    TrialRecord,
+    SweepStart,
+    TrialEnd,
+    TrialSpec,
+    TrialStart,
     refuse_other_sweep_format,
 )
 from tunesmith.core.types import Json, Plan, __version__
@@ -51,32 +54,6 @@ STAGE_METRICS = {"sft": "loss", "cpt": "bits_per_byte", "preference": "preferenc
 LOWER_IS_BETTER = ("loss", "bits_per_byte")
 JUDGED_STEPS = 5  # of the first trial, before its time is predicted
 RESUME_FIX = "continue with the same command"
-
-
-@dataclass(frozen=True)
-class SweepStart:
-    folder: str
-    model: str
-    metric: str
-    configurations: int
-    seeds: tuple[int, ...]
-    finished_trials: int  # by an earlier process
-
-
-@dataclass(frozen=True)
-class TrialStart:
-    spec: TrialSpec
-    max_trials: int  # if none stops early
-
-
-@dataclass(frozen=True)
-class TrialEnd:
-    trial: TrialRecord
-    remaining_trials: int  # at most
-    remaining_seconds: float
-
-
-SweepEvent = SweepStart | TrialStart | Event | TrialEnd | SweepRecord
 
 
 def run_sweep(

@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from tunesmith.advise.sweep.trial_study import TrialSpec, TrialStudy
+from tunesmith.advise.sweep.trial_study import TrialStudy
 from tunesmith.core.errors import GateError, InputError, MachineError
 from tunesmith.core.events import EVAL_TASK, Event, Score
 from tunesmith.core.json_io import parse_as, read_json
@@ -29,6 +29,7 @@ from tunesmith.core.run_dir import (
     read_failure,
     read_run_plan,
 )
+from tunesmith.core.sweep_record import TrialSpec
 from tunesmith.core.types import Json, Plan
 from tunesmith.evaluate.results import EvalResults, MetricValues, compute_score
 from tunesmith.recipe.fields import NO_TEST_DATA

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +33,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.sweep_record import TrialSpec
 from tunesmith.core.types import Json
 from tunesmith.recipe.sweep import INTEGER_KEYS, SweepConfig, SweptValues, ValueRange
 
@@ -49,14 +49,6 @@ STATES: dict[str, TrialState] = {
     "failed": TrialState.FAIL,
 }
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-@dataclass(frozen=True)
-class TrialSpec:
-    number: int
-    configuration: int
-    seed: int
-    settings: Json
 
 
 class TrialStudy:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.advise.sweep.run_trial import find_trial_folder, make_trial_recipe
-from tunesmith.advise.sweep.trial_study import TrialSpec
 from tunesmith.core.atomic import write_file
 from tunesmith.core.json_io import dump_json, parse_as, read_json
-from tunesmith.core.sweep_record import WINNER_FILE
+from tunesmith.core.sweep_record import WINNER_FILE, TrialSpec
 from tunesmith.core.types import Comparison
 from tunesmith.data.dataset import Dataset
 from tunesmith.evaluate.items import build_eval_items

@@ -11,13 +11,20 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith import api
-from tunesmith.advise.sweep.run_sweep import SweepEvent, SweepStart, TrialEnd, TrialStart
 from tunesmith.cli.output import escape_markup, write_stderr
 from tunesmith.cli.progress import format_duration
 from tunesmith.cli.views import make_table
 from tunesmith.core.events import EVAL_TASK, Score, TrainingEnd
 from tunesmith.core.formatting import format_count, format_value
-from tunesmith.core.sweep_record import WINNER_FILE, ConfigurationRecord, SweepRecord
+from tunesmith.core.sweep_record import (
+    WINNER_FILE,
+    ConfigurationRecord,
+    SweepEvent,
+    SweepRecord,
+    SweepStart,
+    TrialEnd,
+    TrialStart,
+)
 from tunesmith.evaluate.results import format_comparison
 from tunesmith.evaluate.statistics import format_p
 
