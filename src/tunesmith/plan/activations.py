@@ -4,9 +4,7 @@ In: the shape of a model (core/model_spec.py). Out: bytes per token, by part of 
 modules of ours (model/layers.py) keep what their backward reads and no more; of transformers', the
 sets below say what is different. Every family is compared with what autograd keeps
 (tests/unit/plan/test_saved_bytes.py). Left out: values per head and per token of small width, such
-as the scales of norms, and masks of windows, which torch's attention in fp32 keeps per document.
-
-Legend, of one layer: H hidden size; Q, K and V widths of all heads together; F width of the MLP."""
+as the scales of norms, and masks of windows, which torch's attention in fp32 keeps per document."""
 
 from __future__ import annotations
 
@@ -57,17 +55,17 @@ ACTIVATION_VALUES = {"apertus": 2.25, "gpt2": 3.0, "phi": 3.0}
 
 
 class ActivationSettings(NamedTuple):
-    """What decides how much is kept, apart from the model."""
+    """The settings that decide how much is kept, apart from the model."""
 
     dtype_bytes: int
     targets: Targets = ALL_LINEAR  # of the adapter
     use_dora: bool = False
-    norm_bytes: int = 0  # of an input of our norms, that of the dtype
+    norm_bytes: int = 0  # per value that our norms read; 0: those of the dtype
     is_gpu: bool = False
     checkpointing: str = "none"
 
     def is_adapted(self, part: str) -> bool:
-        """Whether linears of a part have adapters. Names of layers count as all linears."""
+        """Return whether linears of a part have adapters. Names of layers count as all linears."""
         words = {self.targets} if isinstance(self.targets, str) else set(self.targets)
         if words <= {ATTENTION, RECURRENT, MLP, EXPERTS}:
             return part in words
