@@ -14,7 +14,7 @@ from transformers import (
 
 def make_gpt2_config(sizes: dict[str, Any], **settings: Any) -> GPT2Config:
     """Return a config of the size of the others, with dropout, and a head that is not tied."""
-    values = {
+    values: dict[str, Any] = {
         "vocab_size": sizes["vocab_size"],
         "n_embd": sizes["hidden_size"],
         "n_inner": sizes["intermediate_size"],

@@ -126,7 +126,7 @@ def measure_norms(headers: Mapping[str, TensorHeader], model_type: str) -> NormS
     inner_values = 0
     for name, tensor in headers.items():
         module, _, norm = name.removesuffix(".weight").rpartition(".")
-        is_weight = name.endswith(".weight") and len(tensor.shape) <= 2
+        is_weight = name.endswith(".weight") and len(tensor.shape) in (1, 2)
         if not is_weight or not is_norm(norm) or find_layer(name) is None:
             continue
         if module.rpartition(".")[2].isdecimal():  # the layer itself
