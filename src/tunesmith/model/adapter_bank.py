@@ -189,7 +189,7 @@ def _check_shapes(lora: LoraTensors, linear: BankLinear, folder: AdapterFolder, 
     were checked, and the kernel reads as much as the linear needs."""
     rank = folder.rank_pattern.get(path, folder.rank)
     shapes = [tuple(lora.a_RI.shape), tuple(lora.b_OR.shape)]
-    expected = [(rank, linear.in_features), (linear.out_features, rank)]
+    expected: list[tuple[int, ...]] = [(rank, linear.in_features), (linear.out_features, rank)]
     if lora.magnitude_O is not None:
         shapes.append(tuple(lora.magnitude_O.shape))
         expected.append((linear.out_features,))
