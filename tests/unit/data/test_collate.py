@@ -1,10 +1,13 @@
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tunesmith.core.ranks import Ranks
+from tunesmith.core.token_shard import TokenShard
 from tunesmith.core.types import Document, Pack
 from tunesmith.data.collate import collate, join_arrays, split_tensors
 from tunesmith.data.packing import pack_step
@@ -41,6 +44,30 @@ def test_two_documents_side_by_side():
     assert batch.weights_S.tolist() == [1, 0.5, 1]
     assert batch.document_S.tolist() == [0, 0, 1]
     assert (batch.ids, batch.real_tokens) == (("a", "b"), 8)
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "tokens", "positions", "targets", "weights"),
+    [
+        (2, 0, [7, 8, 9], [1], [9], [1]),
+        (2, 1, [10, 5], [0, 1], [11, 6], [0.5, 1]),
+        (5, 0, [7], [0], [9], [0]),  # it predicts none: one without a weight
+        (5, 1, [8], [0], [9], [1]),
+        (5, 4, [5], [0], [6], [1]),
+    ],
+)
+def test_a_shard_has_the_targets_that_its_tokens_predict(
+    size, rank, tokens, positions, targets, weights
+):
+    documents = (
+        document([7, 8, 9, 10, 11], [0, 0, 1, 0, 0.5], "a"),
+        document([5, 6, 4], [0, 1, 0], "b"),
+    )
+    batch = collate(Pack(documents), shard=TokenShard(Ranks(rank, size), size, 5))
+    assert batch.tokens_T.tolist() == tokens
+    assert batch.positions_S.tolist() == positions
+    assert batch.targets_S.tolist() == targets
+    assert batch.weights_S.tolist() == weights
 
 
 def test_types_are_what_the_model_takes():

@@ -115,7 +115,7 @@ SECRETS = {
 }
 PERSONAL_DATA = {
     "email addresses": make_pattern(
-        "@", r"(?<![\w.+:/-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.)+[A-Za-z]{2,24}\b"
+        "@", r"(?<![\w.+:/-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,127}[A-Za-z]{2,24}\b"
     ),
     "phone numbers": make_pattern(
         re.compile(r"[+(]\d"),

@@ -133,7 +133,9 @@ def find_refusals(row: RowTexts) -> Matches:
 
 
 def find_apologies(row: RowTexts) -> Matches:
-    if APOLOGY.match(row.plain_answer) or SORRY.search(row.plain_answer, 0, APOLOGY_CHARS):
+    if APOLOGY.match(row.plain_answer, 0, REFUSAL_CHARS) or SORRY.search(
+        row.plain_answer, 0, APOLOGY_CHARS
+    ):
         yield "apology", ""
 
 
@@ -219,7 +221,8 @@ MIN_LOOP_WORDS = 24  # shorter answers are not checked for repetition
 MIN_UNIQUE_WORDS = 0.25  # distinct-1
 MIN_UNIQUE_TRIGRAMS = 0.34  # distinct-3
 NUMBERED = re.compile(r"\d+[.):]|[^\w]+")  # item numbers and punctuation
-REPEATED_LETTER = re.compile(r"(\w)\1{39,}")
+# 40 of them; with {39,}, re would keep 80 bytes for each letter that follows
+REPEATED_LETTER = re.compile(r"(\w)\1{39}")
 # from the end of an answer, where loops are: a list of all its words takes 60 bytes for each
 MAX_LOOP_CHARS = 2**20
 
