@@ -66,8 +66,9 @@ def tool_server(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture
-def client(tool_server: LiveServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{tool_server.url}/v1", api_key="none", max_retries=0)
+def client(tool_server: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{tool_server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def post(live: LiveServer, model: str = "tools", **more: Any) -> httpx.Response:
