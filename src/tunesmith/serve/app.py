@@ -8,6 +8,7 @@ in it does not exist. Left out: starting and stopping (server.py)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -72,7 +73,9 @@ ROUTES: tuple[Endpoint, ...] = (
     Endpoint("PUT", "/admin/routes/{route}", admin.put_route, "admin", CanaryBody),
     Endpoint("POST", "/admin/drain", admin.start_drain, "admin"),
 )
-PATH_SCOPES = tuple((compile_path(route.path)[0], route.scope) for route in ROUTES)
+PATH_SCOPES: tuple[tuple[re.Pattern[str], Scope | None], ...] = tuple(
+    (compile_path(route.path)[0], route.scope) for route in ROUTES
+)
 OPEN_METRICS = ("/ready", "/metrics")
 
 
