@@ -1,13 +1,15 @@
 """A process that lets children die at every call that changes a file, and sees what can be made of
 the rest.
 
-    LD_PRELOAD=faultyfiles.so python dying.py save|run|times|times-bf16 FOLDER MODE...
+    LD_PRELOAD=faultyfiles.so python dying.py save|watched|full|times|times-bf16 FOLDER MODE...
     -> one JSON object on stdout
 
-`save`: the children write the third checkpoint of a tiny training. `run`: each does a whole tiny
-run. `times`: the same, killed at random times. Every state of the folder that a death leaves is
-gone on with in a fresh child; equal states are gone on with once. Forked, because importing torch
-takes seconds; one thread, because threads do not survive a fork."""
+`save`: the children write the third checkpoint of a tiny training. `watched`: one does a whole tiny
+run, whose folder is copied at each call: a process that is killed there leaves just these files.
+`full`: each does a whole tiny run on a disk that fills up. `times`: the same, killed at random
+times. Every state of the folder is gone on with in a fresh child; equal states are gone on with
+once. Forked, because importing torch takes seconds; one thread, because threads do not survive a
+fork."""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -40,9 +43,21 @@ from tunesmith.core.types import RUN_FORMAT
 from tunesmith.train import run
 from tunesmith.train.loop import TrainingLoop
 
-MODES = ("off", "die", "tear", "full")  # as in faultyfiles.c
+MODES = ("off", "die", "tear", "full", "watch")  # as in faultyfiles.c
+OFF, DIE, TEAR, FULL, WATCH = range(len(MODES))
 SHIM = ctypes.CDLL(None)
+WATCHER = ctypes.CFUNCTYPE(None, ctypes.c_long, ctypes.c_int, ctypes.c_int)
 STEPS = 5
+OTHER_FILES = (".lock", ".lock.pid", "plan.json", "fingerprint.json", "data.json", "recipe.yaml")
+TIMED_FILES = (
+    *OTHER_FILES,
+    "README.md",
+    "manifest.json",
+    "record.json",
+    "trainer_state.json",
+    "tunesmith.json",
+)
+DEATH_EVERY = 25  # of the calls of a watched run, whose state is compared with that of a death
 
 
 def child(work: Callable[[], str]) -> tuple[int, str]:
@@ -70,9 +85,9 @@ def armed(folder: Path, call: int, mode: int) -> None:
     SHIM.faulty_arm(os.fsencode(folder.resolve()), ctypes.c_long(call), mode)
 
 
-def tidied(folder: Path) -> str:
-    """What opening the folder makes of it, as a digest: times and the folder's own name do not
-    count."""
+def tidied(folder: Path, *, has_times: bool = True) -> str:
+    """What opening the folder makes of it, as a digest: the folder's own name does not count, nor
+    do the times of events, and without `has_times` no other, so that two runs can be compared."""
     if (folder / "plan.json").exists():
         RunFolder.open(folder).close()
     parts: list[object] = []
@@ -84,47 +99,92 @@ def tidied(folder: Path) -> str:
         if path.name == "events.jsonl":
             events = [json.loads(line) for line in path.read_bytes().splitlines()]
             parts.append([(event["type"], event["step"], event["attempt"]) for event in events])
-        elif path.is_file() and path.name not in (
-            ".lock",
-            ".lock.pid",
-            "plan.json",
-            "fingerprint.json",
-            "data.json",
-            "recipe.yaml",
-        ):
-            parts.append((name, hashlib.sha256(path.read_bytes()).hexdigest()))
+        elif path.is_file() and path.name not in (OTHER_FILES if has_times else TIMED_FILES):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            parts.append((name.partition(".tmp-")[0], digest))
         else:
             parts.append(name.partition(".tmp-")[0])
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def try_all(
-    first: Path, mode: int, die: Callable[[Path], str], go_on: Callable[[Path], str]
+@dataclass(frozen=True)
+class Call:
+    """A call that changes a file: its number, and what a fault can do to it."""
+
+    number: int
+    needs_room: bool
+    can_tear: bool
+
+    def fails_in(self, mode: int) -> bool:
+        """Whether this call differs from others: a call that writes nothing is not torn, and a
+        full disk lets one that needs no room pass."""
+        return {DIE: True, TEAR: self.can_tear, FULL: self.needs_room}[mode]
+
+
+def watch_calls(
+    folder: Path,
+    work: Callable[[], object],
+    see: Callable[[int, bool], object] = lambda _number, _is_torn: None,
+) -> list[Call]:
+    """Do the work in a child, and `see` each call below the folder before it is done, and each
+    write once more half done; return the calls."""
+
+    def watch() -> str:
+        seen: dict[int, tuple[bool, bool]] = {}
+
+        @WATCHER
+        def note(number: int, needs_room: int, is_torn: int) -> None:
+            seen[number] = (bool(needs_room), bool(is_torn))
+            see(number, bool(is_torn))
+
+        SHIM.faulty_watch(note)
+        armed(folder, 0, WATCH)
+        work()
+        armed(folder, 0, OFF)
+        return json.dumps([(number, *kind) for number, kind in seen.items()])
+
+    status, answer = child(watch)
+    assert status == 0, answer
+    return [Call(*values) for values in json.loads(answer)]
+
+
+def die_at(folder: Path, number: int, mode: int, die: Callable[[Path], str]) -> tuple[int, str]:
+    return child(lambda: (armed(folder, number, mode), die(folder))[1])
+
+
+def go_on_once(folder: Path, go_on: Callable[[Path], str], outcomes: dict[str, str]) -> str:
+    """Go on from the folder, unless an equal one is among the outcomes; return its digest."""
+    tidy, digest = child(lambda: tidied(folder))
+    assert tidy == 0, digest
+    if digest not in outcomes:
+        outcomes[digest] = child(lambda: go_on(folder))[1]
+    shutil.rmtree(folder, ignore_errors=True)
+    return digest
+
+
+def try_calls(
+    first: Path,
+    calls: Sequence[Call],
+    mode: int,
+    die: Callable[[Path], str],
+    go_on: Callable[[Path], str],
 ) -> dict[str, object]:
-    """`die` in a copy of `first` at call 1, 2, ...; what `go_on` makes of each state that this
-    leaves."""
+    """`die` in a copy of `first` at each call that differs in this mode, and at the one after the
+    last; what `go_on` makes of each state that this leaves."""
     outcomes: dict[str, str] = {}
     endings: Counter[str] = Counter()
-    for call in range(1, 10**6):
-        folder = first.with_name(f"{first.name}-{call}")
+    tried = [call.number for call in calls if call.fails_in(mode)]
+    for number in (*tried, len(calls) + 1):
+        folder = first.with_name(f"{first.name}-{number}")
         shutil.copytree(first, folder) if first.exists() else None
-        status, messages = child(
-            lambda folder=folder, call=call: (armed(folder, call, mode), die(folder))[1]
-        )
+        status, messages = die_at(folder, number, mode, die)
         endings[f"{status} {re.sub('[0-9.]+', 'N', messages.partition(': ')[2])}".strip()] += 1
-        tidy, digest = child(lambda folder=folder: tidied(folder))
-        assert tidy == 0, digest
-        if digest not in outcomes:
-            outcomes[digest] = child(lambda folder=folder: go_on(folder))[1]
-        shutil.rmtree(folder, ignore_errors=True)
-        if status == 0:
-            return {
-                "calls": call - 1,
-                "outcomes": Counter(outcomes.values()),
-                "endings": endings,
-                "last": outcomes[digest],
-            }
-    raise AssertionError("unreachable")
+        go_on_once(folder, go_on, outcomes)
+    return {
+        "calls": len(tried),
+        "outcomes": Counter(outcomes.values()),
+        "endings": endings,
+    }
 
 
 # ---------------------------------------------------------------- the third checkpoint of a run
@@ -175,7 +235,10 @@ def save(folder: Path, mode: int) -> dict[str, object]:
             training.save(target)
         return ""
 
-    actual = try_all(first, mode, save_third, go_on_training)
+    seen = folder / "seen"
+    shutil.copytree(first, seen)
+    calls = watch_calls(seen, lambda: save_third(seen))
+    actual = try_calls(first, calls, mode, save_third, go_on_training)
     return {"straight": child(lambda: weights_after(new_training()))[1], **actual}
 
 
@@ -210,12 +273,57 @@ def resume_or_begin(model: Path, folder: Path, files: dict[str, str]) -> str:
     return finished(folder)
 
 
+def watched(folder: Path, _mode: int) -> dict[str, object]:
+    """What becomes of the state at each call of one run, also with half of a write done; some are
+    compared with those that a death leaves."""
+    folder.mkdir()
+    model, files = tiny_runs.save_model_folder(folder / "model"), tiny_runs.write_eval_files(folder)
+    straight = child(lambda: whole_run(model, folder / "straight", files))[1]
+    place, kept = folder / "run", folder / "kept"
+
+    def keep(number: int, is_torn: bool) -> None:
+        state = kept / f"{number}-{is_torn}"
+        state.mkdir(parents=True)
+        shutil.copytree(place, state / "run") if place.exists() else None
+
+    calls = watch_calls(place, lambda: whole_run(model, place, files), keep)
+    shutil.rmtree(place)
+    outcomes: dict[str, str] = {}
+    deaths: Counter[str] = Counter()
+    for call, is_torn in [*((each, False) for each in calls), *((each, True) for each in calls)]:
+        if is_torn and not call.can_tear:
+            continue
+        state = kept / f"{call.number}-{is_torn}"
+        assert state.is_dir(), f"call {call.number} was not seen"
+        (state / "run").rename(place) if (state / "run").exists() else None
+        if call.number % DEATH_EVERY == 0:
+            seen = child(lambda: tidied(place, has_times=False))
+            go_on_once(place, lambda place: resume_or_begin(model, place, files), outcomes)
+            mode = TEAR if is_torn else DIE
+            status, _ = die_at(
+                place, call.number, mode, lambda place: whole_run(model, place, files)
+            )
+            is_same = child(lambda: tidied(place, has_times=False)) == seen
+            deaths[f"{status} {'same' if is_same else 'another'} state"] += 1
+        go_on_once(place, lambda place: resume_or_begin(model, place, files), outcomes)
+    return {
+        "straight": straight,
+        "calls": len(calls),
+        "torn": sum(call.can_tear for call in calls),
+        "outcomes": Counter(outcomes.values()),
+        "deaths": deaths,
+    }
+
+
 def full(folder: Path, mode: int) -> dict[str, object]:
     folder.mkdir()
     model, files = tiny_runs.save_model_folder(folder / "model"), tiny_runs.write_eval_files(folder)
     straight = child(lambda: whole_run(model, folder / "straight", files))[1]
-    actual = try_all(
+    seen = folder / "seen"
+    calls = watch_calls(seen, lambda: whole_run(model, seen, files))
+    actual = try_calls(
         folder / "run",
+        calls,
         mode,
         lambda place: whole_run(model, place, files),
         lambda place: resume_or_begin(model, place, files),
@@ -266,7 +374,8 @@ if __name__ == "__main__":
     torch.set_flush_denormal(True)
     scenarios = {
         "save": save,
-        "run": full,
+        "watched": watched,
+        "full": full,
         "times": times,
         "times-bf16": partial(times, num_runs=30, dtype="bf16"),
     }

@@ -1,5 +1,5 @@
 /* Preloaded into a test process: counts the calls that change files below one folder, whoever makes them (Python, the
-   safetensors writer, libc), and lets the process die, or the disk be full, at one of them. */
+   safetensors writer, libc), and lets the process die, or the disk be full, at one of them, or calls a function at each. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -12,12 +12,15 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-enum { OFF, DIE, TEAR, FULL }; /* TEAR: half of a write is done before the death; FULL: ENOSPC from that call on */
+/* TEAR: half of a write is done before the death; FULL: ENOSPC from that call on; WATCH: the function sees each call
+   before it is done, and each write once more when half of it is done. */
+enum { OFF, DIE, TEAR, FULL, WATCH };
 
 static char root[PATH_MAX];
 static size_t root_length;
 static long target, count;
 static int mode = OFF;
+static void (*watch)(long call, int needs_room, int is_torn);
 
 void faulty_arm(const char *folder, long call, int how) {
     strncpy(root, folder, sizeof root - 1);
@@ -27,7 +30,7 @@ void faulty_arm(const char *folder, long call, int how) {
     mode = how;
 }
 
-long faulty_count(void) { return count; }
+void faulty_watch(void (*function)(long, int, int)) { watch = function; }
 
 static int below(const char *path) { return strncmp(path, root, root_length) == 0; }
 
@@ -48,6 +51,7 @@ static int place_below(int folder, const char *path) {
 static int counted(int needs_room) {
     long now = ++count;
     if (now == target && (mode == DIE || mode == TEAR)) _exit(9);
+    if (mode == WATCH) watch(now, needs_room, 0);
     if (mode == FULL && now >= target && needs_room) {
         errno = ENOSPC;
         return 1;
@@ -89,6 +93,13 @@ ssize_t write(int descriptor, const void *bytes, size_t size) {
             _exit(9);
         }
         if (counted(1)) return -1;
+        if (mode == WATCH && size > 1) {
+            ssize_t half = REAL(write)(descriptor, bytes, size / 2);
+            if (half < 0) return -1;
+            watch(count, 1, 1);
+            ssize_t rest = REAL(write)(descriptor, (const char *)bytes + half, size - half);
+            return rest < 0 ? half : half + rest;
+        }
     }
     return REAL(write)(descriptor, bytes, size);
 }
