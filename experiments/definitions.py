@@ -25,7 +25,7 @@ BUILD_FILE = "build.py"
 DEMO = Path(tunesmith.__file__).parent / "recipe" / "demo"
 RECIPES = EXPERIMENTS.parent / "recipes"
 QUICK_STEPS = 2
-QUICK_ROWS = 6  # of test_data and eval_data
+QUICK_ROWS = 3  # of test_data and eval_data
 GENERAL_TEXTS = "demo/general.jsonl"
 LIKELIHOODS = ("loss", BITS_PER_BYTE)  # metrics that need no answers
 UNTRAINED = " before"  # after the name of an arm: its model before training
@@ -160,7 +160,7 @@ def shorten_experiment(experiment: Experiment, model: Path, general_texts: Path)
         path = source["path"] if isinstance(source, dict) else source
         if path.startswith(("demo/", "built/")):  # the rows of recipes/ are few, of several kinds
             recipe[key] = {"path": path, "max_examples": QUICK_ROWS}
-    if recipe.get("retention_data") == GENERAL_TEXTS:
+    if "retention_data" in recipe:
         recipe["retention_data"] = str(general_texts)
     if claim.metric in LIKELIHOODS and "metrics" in recipe:
         recipe["metrics"] = BITS_PER_BYTE  # answers of a random model run to their limit

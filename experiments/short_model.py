@@ -17,6 +17,7 @@ from tunesmith.model.hub.resolve import resolve_model
 MODEL = "smollm2-135m-instruct"
 NUM_LAYERS = 2
 TEXTS_PER_DOMAIN = 2
+TEXT_CHARS = 300  # of each text: reading them took a third of the time
 
 
 def save_short_model(folder: Path) -> Path:
@@ -37,11 +38,14 @@ def save_short_model(folder: Path) -> Path:
 
 
 def save_general_texts(file: Path) -> Path:
-    """Write two general texts of each domain, the fewest that have an interval; return the file."""
+    """Write the start of two general texts of each domain, the fewest that have an interval; return
+    the file."""
     source = Path(resolve_recipe({"texts": GENERAL_TEXTS}, file.parent)["texts"])
     lines_by_domain: dict[str, list[str]] = {}
     for line in source.read_text(encoding="utf-8").splitlines():
-        lines_by_domain.setdefault(json.loads(line)["domain"], []).append(line)
+        row = json.loads(line)
+        short = json.dumps(row | {"text": row["text"][:TEXT_CHARS]}, ensure_ascii=False)
+        lines_by_domain.setdefault(row["domain"], []).append(short)
     chosen = [line for lines in lines_by_domain.values() for line in lines[:TEXTS_PER_DOMAIN]]
     file.write_text("\n".join(chosen) + "\n", encoding="utf-8")
     return file

@@ -7,10 +7,15 @@ import pytest
 
 import tunesmith
 from effect_runs import SEEDS, Record
-from tiny_runs import train, write_rows
+from tiny_runs import write_rows
 from tunesmith.api import read_record
+from tunesmith.core.run_dir import EVAL_BEFORE_FILE
 from tunesmith.core.types import Comparison, Json
+from tunesmith.evaluate.model_ref import load_results
+from tunesmith.evaluate.results import EvalResults
 from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+from tunesmith.train import run
 
 DEMO = Path(tunesmith.__file__).parent / "recipe" / "demo"
 
@@ -30,11 +35,15 @@ def test_less_is_forgotten(seed: int, tmp_path: Path, record: Record) -> None:
     }
     size = {"batch_size": 2, "max_steps": 8, "learning_rate": 2e-3, "warmup_ratio": 0, "seed": seed}
     changes: dict[str, Comparison] = {}
+    before: EvalResults | None = None  # the same texts and model for both: measured once
     for name, more in (
         ("without", {}),
         ("with", {"rehearsal": {"data": str(others), "ratio": 0.3}}),
     ):
-        train(Recipe.model_validate(same | size | more | {"output_dir": str(tmp_path / name)}))
+        recipe = Recipe.model_validate(same | size | more | {"output_dir": str(tmp_path / name)})
+        run_inputs = inputs.load_inputs(recipe)
+        list(run.train(inputs.make_plan(run_inputs), run_inputs, before=before))
+        before = load_results(tmp_path / name, EVAL_BEFORE_FILE)
         (changes[name],) = read_record(tmp_path / name).comparisons
     without, rehearsed = changes["without"], changes["with"]
     record(without)

@@ -19,6 +19,8 @@ from tunesmith.api import load_inputs, plan, train
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.run_dir import read_all_events
 from tunesmith.core.types import PlanConfig
+from tunesmith.data.readers.sources import open_source
+from tunesmith.evaluate.general_text import read_texts
 from tunesmith.evaluate.results import MetricValues
 from tunesmith.recipe.fields import NO_TEST_DATA
 from tunesmith.recipe.load import read_recipe
@@ -180,6 +182,9 @@ def test_every_experiment_is_complete(tmp_path: Path) -> None:
             job = run.make_job(experiment, name, arm, 0, tmp_path)
             recipe = read_recipe(job.recipe)
             assert all(source.path.exists() for source in recipe.data), (experiment.name, name)
+            if recipe.retention_data is not None:  # a quick run has other texts
+                texts = open_source(recipe.retention_data)
+                assert read_texts(texts.read_row(n) for n in range(len(texts))), experiment.name
 
 
 def test_a_quick_run_measures_few_rows(tmp_path: Path) -> None:
@@ -187,10 +192,11 @@ def test_a_quick_run_measures_few_rows(tmp_path: Path) -> None:
     texts = short_model.save_general_texts(tmp_path / "general.jsonl")
     domains = Counter(json.loads(line)["domain"] for line in texts.read_text().splitlines())
     assert set(domains.values()) == {short_model.TEXTS_PER_DOMAIN}
+    assert texts.stat().st_size < 5000
     num_limited = 0
     for experiment in definitions.load_experiments():
         quick = definitions.shorten_experiment(experiment, tmp_path / "model", texts)
-        assert quick.recipe.get("retention_data") != definitions.GENERAL_TEXTS, experiment.name
+        assert quick.recipe.get("retention_data") in (None, str(texts)), experiment.name
         for name, arm in quick.arms.items():
             recipe = read_recipe(run.make_job(quick, name, arm, 0, tmp_path).recipe)
             test_data = () if recipe.has_no_test else recipe.test_data
