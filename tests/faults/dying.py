@@ -65,6 +65,7 @@ def child(work: Callable[[], str]) -> tuple[int, str]:
     reading, writing = os.pipe()
     if (pid := os.fork()) == 0:
         code, answer = 1, ""
+        renew_thread_pool()
         try:
             answer, code = work(), 0
         except TunesmithError as error:
@@ -79,6 +80,12 @@ def child(work: Callable[[], str]) -> tuple[int, str]:
     with open(reading, "rb") as pipe:
         answer = pipe.read().decode()
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), answer
+
+
+def renew_thread_pool() -> None:
+    """Replace torch's pool, whose threads a fork has lost, before several threads do it at once and
+    one finds none ("Invalid thread pool!"), as when transformers converts weights to bf16."""
+    torch.set_num_threads(1)
 
 
 def armed(folder: Path, call: int, mode: int) -> None:
@@ -360,6 +367,7 @@ def times(folder: Path, _mode: int, num_runs: int = 20, dtype: str = "fp32") -> 
 def killed(work: Callable[[], str], *, after: float) -> bool:
     """Whether the process was still at work when it was killed."""
     if (pid := os.fork()) == 0:
+        renew_thread_pool()
         try:
             work()
         finally:
