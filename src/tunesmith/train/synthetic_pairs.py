@@ -34,7 +34,7 @@ def add_synthetic_pairs(
 
     Call it before any weight changes; later attempts read the file. Raise GateError if there is no
     pair at all."""
-    unpaired = _select_unpaired(session.rows)
+    unpaired, _ = _select_unpaired(session.rows)
     if unpaired and not (folder.path / PAIRS_FILE).exists():
         folder.write_text(PAIRS_FILE, _generate_pairs(session, unpaired))
     return read_synthetic_pairs(session, folder.path)
@@ -43,7 +43,7 @@ def add_synthetic_pairs(
 def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[CheckResult, ...]]:
     """Return what `add_synthetic_pairs` does, from the file that it wrote."""
     dataset = session.rows
-    unpaired = _select_unpaired(dataset)
+    unpaired, num_paired = _select_unpaired(dataset)
     if not unpaired:
         return session, ()
     pair_by_row: dict[int, Example] = {}
@@ -56,16 +56,17 @@ def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[C
         f"{len(pair_by_row):,} of {len(unpaired):,} answers of the base model violate a "
         f"constraint: {PAIRS_FILE}"
     )
-    share_paired = 1 - (len(unpaired) - len(pair_by_row)) / len(dataset)
-    if batch_size := session.plan.config.batch_size:
-        mean_pairs = batch_size * share_paired
-        evidence += f"; a step of batch_size {batch_size} has {mean_pairs:.1f} pairs on average"
-    if not pair_by_row and len(unpaired) == len(dataset):
+    if not pair_by_row and not num_paired:
         raise GateError(
             f"{evidence}; there is no rejected answer to train against",
             where="never",
             fix="provide prompts that elicit violations, or rows with both answers",
         )
+    share_paired = (num_paired + len(pair_by_row)) / len(dataset)
+    batch_size = session.plan.config.batch_size
+    assert batch_size is not None, "pairs have rows, which stage: cpt has not"
+    mean_pairs = batch_size * share_paired
+    evidence += f"; a step of batch_size {batch_size} has {mean_pairs:.1f} pairs on average"
     dataset = dataclasses.replace(dataset, synthetic=pair_by_row)
     datasets = {**session.inputs.datasets, "data": dataset}
     inputs = dataclasses.replace(session.inputs, datasets=datasets)
@@ -73,18 +74,22 @@ def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[C
     return dataclasses.replace(session, inputs=inputs), (result,)
 
 
-def _select_unpaired(dataset: Dataset) -> dict[int, Example]:
-    """Return the rows without a rejected answer that can be rendered, if pairs are made of them."""
+def _select_unpaired(dataset: Dataset) -> tuple[dict[int, Example], int]:
+    """Return the rows without a rejected answer that can be rendered, if pairs are made of them,
+    and the number of rows that have one."""
     unpaired: dict[int, Example] = {}
+    num_paired = 0
     if not any(
         part.has_pairs and part.constraint_set.has_pair_constraints for part in dataset.parts
     ):
-        return unpaired
+        return unpaired, num_paired
     for row in range(len(dataset)):
         example, rendered = dataset.render_row(row)
         if rendered.documents and example.rejected is None:
             unpaired[row] = example
-    return unpaired
+        elif rendered.documents:
+            num_paired += 1
+    return unpaired, num_paired
 
 
 def _generate_pairs(session: Session, unpaired: dict[int, Example]) -> str:

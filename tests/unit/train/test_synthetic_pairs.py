@@ -74,6 +74,19 @@ def test_steps_with_less_than_half_of_their_pairs_are_warned_of(
     assert evidence.endswith("a step of batch_size 2 has 0.7 pairs on average")
 
 
+LONG_ROWS = [make_chat_row(f"say {n}", "long " * 40) for n in range(3)]
+
+
+def test_rows_over_the_length_are_no_pairs(model: Path, tmp_path: Path) -> None:
+    rows = [make_chat_row(f"say {n}", f"me {n}") for n in range(2)]
+    data = str(write_rows(tmp_path / "long.jsonl", [*rows, *LONG_ROWS]))
+    events = train(make_recipe(model, tmp_path, data=data, max_length=64, skip_invalid=True))
+    ((level, evidence),) = list_pair_verdicts(events)
+    assert level == "warn"
+    assert evidence.startswith("2 of 2 answers")
+    assert evidence.endswith("a step of batch_size 2 has 0.8 pairs on average")
+
+
 def test_the_base_models_bad_answers_become_worse_sides(model: Path, tmp_path: Path) -> None:
     test = str(
         write_rows(
@@ -141,6 +154,10 @@ def test_nothing_to_prefer_to_is_said(model: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(GateError, match="0 of 4 answers of the base model violate a constraint"):
         train(make_recipe(model, tmp_path, data=data))
+    few = [make_chat_row(f"tell {n}", f"that is {n}") for n in range(4)]
+    data = str(write_rows(tmp_path / "long.jsonl", [*few, *LONG_ROWS]))
+    with pytest.raises(GateError, match="0 of 4 answers of the base model violate a constraint"):
+        train(make_recipe(model, tmp_path / "long", data=data, max_length=64, skip_invalid=True))
 
 
 def test_rows_without_a_worse_side_need_a_constraint_that_makes_one(
