@@ -77,9 +77,9 @@ def to_machine_error(error: OSError, message: str, where: object = "") -> Machin
     return MachineError(text, where=str(where or error.filename or ""), fix=fix)
 
 
-def raise_if_machine_failed(error: OSError, where: object) -> None:
+def raise_if_machine_failed(error: Exception, where: object) -> None:
     """Raise MachineError if a file could not be read for a reason that is not in the file."""
-    if error.errno in MACHINE_ERRNOS:
+    if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
         raise to_machine_error(error, "cannot be read", where) from error
 
 

@@ -64,7 +64,7 @@ EMBEDDING = "embed_tokens"
 # of model types that call it otherwise
 EMBEDDINGS = {"gpt2": "wte", "gpt_neox": "embed_in", "nemotron_h": "embeddings"}
 # linears that files hold [I, O], as GPT-2 does; PEFT calls this fan_in_fan_out
-TRANSPOSED_TYPES = {"gpt2"}
+CONV1D_TYPES = {"gpt2"}
 TRANSPOSED_LINEAR = re.compile(r"transformer\.h\.\d+\..*\bc_(attn|fc|proj)\.weight")
 LAYER = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)\.(.*)")
 

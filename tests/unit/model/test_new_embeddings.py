@@ -40,6 +40,8 @@ from tunesmith.model.merge import (
 )
 from tunesmith.model.new_embeddings import collect_new_rows, find_embeddings, init_new_rows
 from tunesmith.model.save import load_adapter, save_adapter, save_config, save_model
+from tunesmith.model.target_modules import EMBEDDINGS
+from tunesmith.plan.new_tokens import OTHER_EMBEDDINGS
 from tunesmith.train.losses import sum_weights
 from tunesmith.train.optimizer import make_optimizer, step_optimizer
 
@@ -387,3 +389,7 @@ def test_rows_that_are_not_what_the_config_says_are_refused(
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=message):
         read_adapter(adapter, base)
+
+
+def test_the_plan_knows_all_embeddings_of_other_names() -> None:
+    assert EMBEDDINGS.keys() == OTHER_EMBEDDINGS

@@ -231,8 +231,7 @@ def _read_source(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError):
-            raise_if_machine_failed(error, path)
+        raise_if_machine_failed(error, path)
         raise InputError(f"the chat template cannot be read: {error}", where=str(path)) from error
 
 

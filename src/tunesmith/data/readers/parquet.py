@@ -39,8 +39,7 @@ def unpack_parquet(path: Path) -> TempCopy:
             for row in _iter_rows(file, where):
                 temp_copy.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError):
-            raise_if_machine_failed(error, where)
+        raise_if_machine_failed(error, where)
         message = f"damaged Parquet file: {' '.join(str(error).split()):.200}"
         raise InputError(message, where=where, fix="download or write it again") from None
     except UnicodeDecodeError as error:

@@ -87,7 +87,7 @@ MLP_OUTPUTS = (
 PER_LAYER_EMBEDDING = "embed_tokens_per_layer"  # of Gemma 4
 PER_LAYER_TYPES = ("gemma4", "gemma4_text")
 # the part of a tensor's name after the prefix that the model type adds
-TENSOR_SUFFIX = re.compile(r"(embed_tokens|embed_in|embeddings|wte|layers\.\d+)\..*")
+TENSOR_SUFFIX = re.compile(rf"({'|'.join((EMBEDDING, *EMBEDDINGS.values()))}|layers\.\d+)\..*")
 # any config may have labels for a classifier, and transformers makes a name for each
 MAX_LABELS = 10_000
 # of what transformers makes a list when it reads a config, or a module for each

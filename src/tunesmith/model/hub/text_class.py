@@ -38,7 +38,7 @@ from tunesmith.core.errors import InputError, raise_if_machine_failed
 from tunesmith.core.types import Json
 from tunesmith.model.hub.families import FAMILIES, find_text_type
 from tunesmith.model.hub.validate import AUTO_MAP_KEY, DTYPE_BYTES, TensorHeader
-from tunesmith.model.target_modules import TRANSPOSED_TYPES
+from tunesmith.model.target_modules import CONV1D_TYPES
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -66,8 +66,7 @@ def transformers_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except LOAD_ERRORS as error:
-        if isinstance(error, OSError):
-            raise_if_machine_failed(error, folder)
+        raise_if_machine_failed(error, folder)
         detail = " ".join(str(error).split())[:300]
         message = f"transformers cannot load this model: {type(error).__name__}: {detail}"
         raise InputError(message, where=str(folder), fix="download the model again") from error
@@ -136,7 +135,7 @@ def build_meta_network(folder: Path) -> PreTrainedModel:
 def build_network(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
     """Return transformers' network, with the linears of GPT-2 as those of all other families."""
     network = AutoModelForCausalLM.from_config(config, **settings)
-    if config.model_type in TRANSPOSED_TYPES:
+    if config.model_type in CONV1D_TYPES:
         transpose_linears(network)
     return network
 

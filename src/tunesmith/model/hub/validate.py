@@ -254,8 +254,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
                 pass
             content = json.loads(file.read(num_bytes), object_pairs_hook=_reject_duplicates)
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            if isinstance(error, OSError):
-                raise_if_machine_failed(error, path)
+            raise_if_machine_failed(error, path)
             message = f"damaged or not a safetensors file ({error})"
             raise InputError(message, where=str(path), fix=DOWNLOAD_FILE_FIX) from error
     headers: dict[str, TensorHeader] = {}
