@@ -138,7 +138,7 @@ def _train(job: ArmJob) -> ArmRun:
     events = read_events(job.folder)
     checks = [event for event in events if isinstance(event, CheckResult)]
     steps = [event for event in events if isinstance(event, TrainStep)]
-    speed = _measure_speed(steps)
+    speed = measure_speed(steps)
     result = ArmRun(
         minutes=round(record.total_seconds / 60, 2),
         steps=record.steps,
@@ -189,7 +189,7 @@ def _count_minutes(folder: Path) -> float:
     return round(sum(step.seconds for step in steps) / 60, 2)
 
 
-def _measure_speed(steps: list[TrainStep]) -> Iterator[MetricValues]:
+def measure_speed(steps: list[TrainStep]) -> Iterator[MetricValues]:
     """Yield the time of each step, which is paired with that of the same rows in another arm."""
     timed = [step for step in steps[WARMUP_STEPS:] if step.tokens]  # rows may have no documents
     if timed:

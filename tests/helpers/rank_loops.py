@@ -151,6 +151,11 @@ def run_out_of_memory(ranks: Ranks) -> str:
     """Let rank 1 have no memory for its tokens; return what rank 0, which waits for them, says."""
     training = make_loop(ranks, "long", context=2)
     iterate_alone(ranks)
+    return fail_on_second_rank(ranks, training)
+
+
+def fail_on_second_rank(ranks: Ranks, training: TrainingLoop) -> str:
+    """Let rank 1 run out of memory in its next step; return what rank 0 says."""
 
     def fail(_: Batch) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")

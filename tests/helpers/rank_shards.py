@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rank_loops import collect_outcome, get_weights, iterate_alone, limit_memory, make_documents
+from rank_loops import (
+    collect_outcome,
+    fail_on_second_rank,
+    get_weights,
+    iterate_alone,
+    limit_memory,
+    make_documents,
+)
 from tiny_loop import SETTINGS, select_steps
 from tiny_models import CONFIGS, LORA
 from tiny_runs import save_model_folder
@@ -225,19 +232,7 @@ def run_out_of_memory_together(ranks: Ranks, folder: str) -> str:
     """Let rank 1 have no memory for its tokens of a document, and rank 0 wait for them; return what
     rank 0 says."""
     training = make_sharded_loop(ranks, folder, 2, context=2)
-    if ranks.rank == 1:
-        training.model.compute_hidden = _run_out_of_memory  # type: ignore[method-assign]
-    try:
-        next(training)
-    except MachineError as error:
-        if ranks.rank == 1:
-            raise
-        return error.message
-    return "no error"
-
-
-def _run_out_of_memory(_: Batch) -> Tensor:
-    raise torch.OutOfMemoryError("CUDA out of memory")
+    return fail_on_second_rank(ranks, training)
 
 
 def _fail(_: Batch) -> Tensor:

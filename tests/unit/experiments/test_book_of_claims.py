@@ -14,6 +14,7 @@ import pytest
 
 import tunesmith
 from experiment_modules import import_module
+from fake_runs import make_step
 from tiny_runs import build_sum_rows, run_until_saved, save_model_folder, write_rows
 from tunesmith.api import load_inputs, plan, train
 from tunesmith.core.json_io import dump_json
@@ -363,3 +364,12 @@ def test_a_killed_arm_is_resumed(tiny_experiment: Any, tmp_path: Path) -> None:
     result = run.read_json(killed.result_file)
     assert result["before"] == expected["before"]
     assert result["after"][:1] == expected["after"][:1]
+
+
+def test_a_step_without_documents_has_no_speed() -> None:
+    step = make_step(1)
+    empty = dataclasses.replace(step, step=arms.WARMUP_STEPS + 1, tokens=0)
+    timed = dataclasses.replace(step, step=arms.WARMUP_STEPS + 2)
+    (values,) = arms.measure_speed([step] * arms.WARMUP_STEPS + [empty, timed])
+    assert values.ids == (f"step {timed.step}",)
+    assert values.values == pytest.approx((1e6 * 2 / 3000,))
