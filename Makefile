@@ -11,8 +11,8 @@ demo: $(BIN)/tunesmith  ## the whole story on the embedded example
 # One process per core, whose threads sleep while they wait.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist worksteal
 
-# Tiny models gain nothing from more threads and wait for them: with two in each of two processes, a
-# file of a minute took sixteen. What depends on their number sets it.
+# Tiny models gain nothing from more threads and wait for them: with two in each of two processes, on
+# a busy machine, a file of a minute was not done after sixteen. What depends on their number sets it.
 test: $(BIN)/pytest  ## the tests, without the real model
 	OMP_NUM_THREADS=1 $(PYTEST)
 
