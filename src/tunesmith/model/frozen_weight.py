@@ -1,11 +1,11 @@
 """A frozen weight [O, I] and its two products: outputs from inputs, and input gradients from output
 gradients.
 
-DenseWeight keeps the stored weight. BlockedWeight keeps it twice, in the layouts that oneDNN's bf16
-products read and would otherwise create in every product: 10-15% faster for a thousand rows, about
-twice as fast for eight, and bitwise equal (benchmarks/vs_trl/gemm.py). The first backward creates
-the second copy. NF4Weight keeps 4 bits and dequantises for each product. Legend: N rows, I inputs,
-O outputs."""
+DenseWeight keeps the stored weight. BlockedWeight keeps it twice, in the layouts that bf16 products
+read and would otherwise create in every product; the bits are the same. The first backward creates
+the second copy. NF4Weight keeps 4 bits and dequantises for each product. Products run through
+matmul.c where it applies, else through oneDNN or whatever torch has. Legend: N rows, I inputs, O
+outputs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.core.errors import InputError
+from tunesmith.model.kernels import matmul
+from tunesmith.model.kernels.matmul import BlockedMatrix
 
 NF4_BLOCK = 64  # weights that share a scale
 # of oneDNN's products; a pack of one size needs about 16, forward and backward
@@ -63,35 +65,66 @@ class DenseWeight:
 
     def compute_outputs(self, x_NI: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W^T + bias [N, O]."""
-        return F.linear(x_NI, self.weight, bias)
+        return multiply_dense(x_NI, self.weight, bias)
 
     def compute_input_grad(self, dy_NO: Tensor, into: Tensor | None) -> Tensor:
         """Return dy W [N, I], added to `into` in place if it is not None."""
-        return dy_NO @ self.weight if into is None else into.addmm_(dy_NO, self.weight)
+        return multiply_dense_transposed(dy_NO, self.weight, into)
+
+
+def multiply_dense(x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + bias [N, O]. Not differentiable."""
+    if x_NI.dtype == weight_OI.dtype and matmul.is_supported(weight_OI):
+        return matmul.multiply(x_NI, weight_OI, bias)
+    return F.linear(x_NI, weight_OI, bias)
+
+
+def multiply_dense_transposed(dy_NO: Tensor, weight_OI: Tensor, into: Tensor | None) -> Tensor:
+    """Return dy W [N, I], added to `into` in place if it is not None. Not differentiable."""
+    if dy_NO.dtype == weight_OI.dtype and matmul.is_supported(weight_OI):
+        return matmul.multiply_transposed(dy_NO, weight_OI, into)
+    return dy_NO @ weight_OI if into is None else into.addmm_(dy_NO, weight_OI)
+
+
+class OneDnnMatrix:
+    """A weight in oneDNN's layout, in the place of a BlockedMatrix."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self._reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI, None)
+
+    def multiply(self, x_NI: Tensor, bias_O: Tensor | None, into_NO: Tensor | None) -> Tensor:
+        linear = torch.ops.mkldnn._linear_pointwise
+        if into_NO is None:
+            return linear(x_NI, self._reordered, bias_O, "none", [], "")
+        return linear.binary(x_NI, into_NO, self._reordered, bias_O, "add")
+
+    def to_dense(self) -> Tensor:
+        return self._reordered.to_dense()
 
 
 class BlockedWeight:
-    """A weight in oneDNN's layouts. bf16 on the CPU only; see `has_onednn_bf16`."""
+    """A weight in the layouts of its products. bf16 on the CPU only; see `has_onednn_bf16`."""
 
     def __init__(self, weight_OI: Tensor) -> None:
-        self._forward_weight = _reorder_weight(weight_OI)
-        self._backward_weight: Tensor | None = None
+        self._forward = _block_matrix(weight_OI)
+        self._backward: BlockedMatrix | OneDnnMatrix | None = None
 
     @property
     def weight(self) -> Tensor:
         """The original weight, recreated at each call."""
-        return self._forward_weight.to_dense()
+        return self._forward.to_dense()
 
     def compute_outputs(self, x_NI: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x_NI, self._forward_weight, bias, "none", [], "")
+        return self._forward.multiply(x_NI, bias, None)
 
     def compute_input_grad(self, dy_NO: Tensor, into: Tensor | None) -> Tensor:
-        if self._backward_weight is None:
-            self._backward_weight = _reorder_weight(self.weight.t().contiguous())
-        weight = self._backward_weight
-        if into is None:
-            return torch.ops.mkldnn._linear_pointwise(dy_NO, weight, None, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(dy_NO, into, weight, None, "add")
+        if self._backward is None:
+            self._backward = _block_matrix(self.weight.t().contiguous())
+        return self._backward.multiply(dy_NO, None, into)
+
+
+def _block_matrix(weight_OI: Tensor) -> BlockedMatrix | OneDnnMatrix:
+    return (BlockedMatrix if matmul.is_supported(weight_OI) else OneDnnMatrix)(weight_OI)
 
 
 class NF4Weight:
@@ -140,10 +173,10 @@ class NF4Weight:
         return self._shape.numel()
 
     def compute_outputs(self, x_NI: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x_NI, self.weight, bias)
+        return multiply_dense(x_NI, self.weight, bias)
 
     def compute_input_grad(self, dy_NO: Tensor, into: Tensor | None) -> Tensor:
-        return dy_NO @ self.weight if into is None else into.addmm_(dy_NO, self.weight)
+        return multiply_dense_transposed(dy_NO, self.weight, into)
 
 
 def import_bitsandbytes() -> ModuleType:
@@ -160,7 +193,3 @@ def import_bitsandbytes() -> ModuleType:
 
 
 FrozenWeight = DenseWeight | BlockedWeight | NF4Weight
-
-
-def _reorder_weight(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, None)

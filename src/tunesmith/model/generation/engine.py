@@ -215,6 +215,7 @@ class DecodeBatch:
         While rows are answered, a step computes `chunk_tokens` tokens of prompts at most, so that
         no answer waits for a long prompt; with None, prompts go first."""
         self.model = model
+        self.head = model.head.block(model.dtype)
         self.decode = decode
         self.end_ids = frozenset(end_ids)
         self.bank = bank
@@ -421,7 +422,7 @@ class DecodeBatch:
             targets = prompt[start + 1 : start + 1 + len(part_KH)]
             start += len(part_KH)
             if targets:
-                logits_KV = self.model.head.compute_logits(part_KH[: len(targets)])
+                logits_KV = self.head.compute_logits(part_KH[: len(targets)])
                 logits_KV[:, self.model.token_rows :] = -torch.inf
                 counts = [row.request.num_prompt_logprobs] * len(targets)
                 row.prompt_logprobs += measure_logprobs(logits_KV, targets, counts)
@@ -473,7 +474,7 @@ class DecodeBatch:
     def _add_next_tokens(self, hidden_BH: Tensor, rows: Sequence[RunningRequest]) -> None:
         """Choose the next token of each row, and drop the rows that end with it. A row without
         finite logits ends with an error."""
-        logits_BV = self.model.head.compute_logits(hidden_BH)
+        logits_BV = self.head.compute_logits(hidden_BH)
         # tokens from there on could not be read again
         logits_BV[:, self.model.token_rows :] = -torch.inf
         is_finite_B = logits_BV.amax(dim=-1).isfinite()

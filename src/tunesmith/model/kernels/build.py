@@ -34,6 +34,7 @@ SOURCE_NAMES = (
     "attention.c",
     "decode.c",
     "lora.c",
+    "matmul.c",
     "convolution.c",
     "recurrence.c",
 )

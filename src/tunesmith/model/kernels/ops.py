@@ -3,8 +3,7 @@ the reference, for everything else.
 
 In: tensors; out: tensors. The C kernel is used for bf16 CPU tensors if a C compiler exists, the
 Triton kernel for CUDA tensors of at most 32 bits if triton is installed. All others take the
-reference, which autograd differentiates. Left out: matrix products, which oneDNN and cuBLAS do
-better."""
+reference, which autograd differentiates. Left out: matrix products (matmul.py, lora.py)."""
 
 from __future__ import annotations
 

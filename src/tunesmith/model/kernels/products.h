@@ -132,31 +132,6 @@ static void solve(Matrix system, long rows, long columns, Matrix x, int turned) 
     }
 }
 
-/* out[c][r] = x[r][c] of LANES rows and columns. */
-INLINE void turn_block(const float *x, long stride, float *out, long out_stride) {
-    __m512 a[LANES], b[LANES];
-    for (int i = 0; i < LANES; i++) a[i] = _mm512_loadu_ps(x + i * stride);
-    for (int i = 0; i < LANES; i += 2) {
-        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < LANES; i += 4)
-        for (int j = 0; j < 2; j++) {
-            __m512d low = (__m512d)b[i + j], high = (__m512d)b[i + j + 2];
-            a[i + 2 * j] = (__m512)_mm512_unpacklo_pd(low, high);
-            a[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(low, high);
-        }
-    for (int i = 0; i < 4; i++) { /* a[4 s + i] has columns i, i + 4, i + 8, i + 12 of rows 4 s to 4 s + 3 */
-        __m512 even_low = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), odd_low = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
-        __m512 even_high = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
-        __m512 odd_high = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
-        _mm512_storeu_ps(out + i * out_stride, _mm512_shuffle_f32x4(even_low, even_high, 0x88));
-        _mm512_storeu_ps(out + (i + 4) * out_stride, _mm512_shuffle_f32x4(odd_low, odd_high, 0x88));
-        _mm512_storeu_ps(out + (i + 8) * out_stride, _mm512_shuffle_f32x4(even_low, even_high, 0xdd));
-        _mm512_storeu_ps(out + (i + 12) * out_stride, _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd));
-    }
-}
-
 static void turn(Matrix x, long rows, long columns, Matrix out) {
     for (long r = 0; r < rows; r += LANES)
         for (long c = 0; c < columns; c += LANES)
