@@ -116,7 +116,7 @@ def build_limit_gates(scores: Sequence[Score], limits: Sequence[MetricLimit]) ->
 
 
 def _judge_limit(score: Score, limit: MetricLimit) -> Gate:
-    worst = score.low if limit.comparator.startswith(">") else score.high
+    worst = score.low if limit.is_least else score.high
     verdict = "held" if limit.is_met_by(score.value) else "not held"
     if score.n < MIN_ITEMS:
         verdict = TOO_FEW_ITEMS

@@ -61,7 +61,7 @@ from tunesmith.plan.step_memory import (
     has_enough_memory,
 )
 from tunesmith.recipe.fields import Constraint
-from tunesmith.recipe.metric_limits import refuse_unmeasured_limits
+from tunesmith.recipe.metric_limits import refuse_useless_limits
 from tunesmith.recipe.schema import KEYS, Recipe
 
 # key of the plan -> field of `loss` in the recipe
@@ -305,7 +305,7 @@ def _check_lengths(context: RuleContext) -> None:
 
 
 def _check_gates(context: RuleContext, recipe: Recipe) -> None:
-    refuse_unmeasured_limits(
+    refuse_useless_limits(
         recipe.gates,
         stage=recipe.stage,
         metrics=context["metrics"],

@@ -2,8 +2,9 @@
 
     gates: {exact_match: ">= 0.8", general text/bits_per_byte: "<= 1.2"}
 
-In: the mapping as written. Out: MetricLimits. A name is a metric, for every task that has it, or
-TASK/METRIC. Left out: judging them (evaluate/regression_gate.py).
+In: the mapping as written. Out: MetricLimits; one that all values of its metric hold, or none, is
+refused. A name is a metric, for every task that has it, or TASK/METRIC. Left out: judging them
+(evaluate/regression_gate.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
@@ -36,9 +37,20 @@ LIKELIHOOD_METRICS = {
     "cpt": ("bits_per_byte",),
     "preference": (
         *("loss", "bits_per_byte", "preference_accuracy", "margin"),
-        *("chosen_logp", "rejected_logp"),
+        *("chosen_logp", "rejected_logp", "desirable_logp", "undesirable_logp"),
     ),
 }
+BAD_LOGP = "bad_logp"
+# the least and the greatest value of metrics that are no grades
+RANGES = {
+    "loss": (0.0, math.inf),
+    "bits_per_byte": (0.0, math.inf),
+    "margin": (-math.inf, math.inf),
+    **dict.fromkeys(("chosen_logp", "rejected_logp", BAD_LOGP), (-math.inf, 0.0)),
+    **dict.fromkeys(("desirable_logp", "undesirable_logp"), (-math.inf, 0.0)),
+}
+GRADE_RANGE = (0.0, 1.0)
+ANY_NUMBER = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,11 @@ class MetricLimit:
 
     def __str__(self) -> str:
         return f"{self.name} {self.comparator} {self.limit:g}"
+
+    @property
+    def is_least(self) -> bool:
+        """Whether greater values hold the limit."""
+        return self.comparator.startswith(">")
 
     def is_met_by(self, value: float) -> bool:
         return COMPARATORS[self.comparator](value, self.limit)
@@ -78,29 +95,62 @@ def _parse_limit(name: str, text: str) -> MetricLimit:
     return MetricLimit(name, match[1], float(match[2]))
 
 
-def refuse_unmeasured_limits(
+def refuse_useless_limits(
     gates: Mapping[str, str], *, stage: str, metrics: Iterable[str], constraints: Iterable[str]
 ) -> None:
-    """Raise InputError for a limit on a metric that a run does not measure.
+    """Raise InputError for a limit on a metric that a run does not measure, and for one that no
+    value of its metric holds, or every value.
 
     constraints: the names of those in `never`."""
-    names = [_format_metric(metric) for metric in metrics]
+    ranges = dict(_find_range(metric) for metric in metrics)
     for constraint in constraints:
-        names += [f"breaks {constraint}", f"says {constraint}", "bad_logp"]
-    names += LIKELIHOOD_METRICS[stage]
+        names = (f"breaks {constraint}", f"says {constraint}", BAD_LOGP)
+        ranges |= {name: RANGES.get(name, GRADE_RANGE) for name in names}
+    ranges |= {name: RANGES.get(name, GRADE_RANGE) for name in LIKELIHOOD_METRICS[stage]}
     for limit in parse_limits(gates):
         name = limit.name.replace("/", " ")
-        if not any(name == metric or name.endswith(f" {metric}") for metric in names):
-            listed = ", ".join(dict.fromkeys(names))
-            fix = suggest_name(limit.name.rsplit("/", 1)[-1], names, default=f"use {listed}")
+        matching = [metric for metric in ranges if name == metric or name.endswith(f" {metric}")]
+        if not matching:
+            listed = ", ".join(ranges)
+            fix = suggest_name(limit.name.rsplit("/", 1)[-1], ranges, default=f"use {listed}")
             message = f"{limit.name!r:.60} is not measured by this run"
             raise InputError(message, where=SETTING, fix=f"{fix}; metrics are named in `metrics`")
+        _refuse_empty_limit(limit, ranges[max(matching, key=len)])
 
 
-def _format_metric(metric: str) -> str:
-    """Return the name of a metric in results: that of a function, without its folder."""
+def _find_range(metric: str) -> tuple[str, tuple[float, float]]:
+    """Return the name of a metric in results, and the range of its values. A function is named
+    without its folder, and returns any number."""
     custom_metric = parse_custom_metric(metric)
-    return metric if custom_metric is None else f"{custom_metric[0].name}:{custom_metric[1]}"
+    if custom_metric is not None:
+        return f"{custom_metric[0].name}:{custom_metric[1]}", ANY_NUMBER
+    return metric, RANGES.get(metric, GRADE_RANGE)
+
+
+def _refuse_empty_limit(limit: MetricLimit, bounds: tuple[float, float]) -> None:
+    """Raise InputError for a limit that all values within the bounds hold, or none."""
+    verdict = _find_only_verdict(limit, bounds)
+    if verdict is None:
+        return
+    low, high = bounds
+    if math.isinf(high):
+        described = f"is at least {low:g}"
+    else:
+        described = f"is at most {high:g}" if math.isinf(low) else f"lies from {low:g} to {high:g}"
+    fix = f"set a limit that some values hold and others do not, such as {EXAMPLE}"
+    fraction = replace(limit, limit=limit.limit / 100)
+    if bounds == GRADE_RANGE and _find_only_verdict(fraction, bounds) is None:
+        fix = f'write {limit.name}: "{limit.comparator} {fraction.limit:g}"'
+    message = f"{limit.name:.60} {described}: `{limit.comparator} {limit.limit:g}` {verdict}"
+    raise InputError(message, where=SETTING, fix=fix)
+
+
+def _find_only_verdict(limit: MetricLimit, bounds: tuple[float, float]) -> str | None:
+    """Return the verdict on all values within the bounds, None if it depends on the value."""
+    worst, best = bounds if limit.is_least else bounds[::-1]
+    if not limit.is_met_by(best):
+        return "can never be held"
+    return "always holds, which checks nothing" if limit.is_met_by(worst) else None
 
 
 def _refuse_numbers(value: Any) -> Any:
@@ -116,7 +166,10 @@ def _check_limits(gates: dict[str, str]) -> dict[str, str]:
     renamed: dict[str, str] = {}
     for name, text in gates.items():
         task, separator, metric = name.rpartition("/")
-        renamed[f"{task}{separator}{FORMER_METRICS.get(metric, metric)}"] = text
+        current_name = f"{task}{separator}{FORMER_METRICS.get(metric, metric)}"
+        if current_name in renamed:
+            raise ValueError(f"{name} is {current_name}, which has a limit; remove one of them")
+        renamed[current_name] = text
     return renamed
 
 

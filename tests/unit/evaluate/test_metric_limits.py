@@ -13,8 +13,9 @@ from tiny_runs import build_sum_rows, make_tiny_recipe, plan_recipe, write_rows
 from tunesmith.cli.app import main
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Score
+from tunesmith.evaluate import metrics as evaluate_metrics
 from tunesmith.evaluate.regression_gate import build_limit_gates
-from tunesmith.recipe.metric_limits import parse_limits, refuse_unmeasured_limits
+from tunesmith.recipe.metric_limits import parse_limits, refuse_useless_limits
 from tunesmith.recipe.schema import Recipe
 
 
@@ -108,7 +109,7 @@ def test_a_name_selects_tasks(name: str, tasks: list[str]) -> None:
 )
 def test_metrics_that_are_not_measured_are_refused(name: str, hint: str) -> None:
     with pytest.raises(InputError, match=rf"not measured by this run[\s\S]*{hint}"):
-        refuse_unmeasured_limits(
+        refuse_useless_limits(
             {name: "> 0"}, stage="sft", metrics=["exact_match", "a/m.py:score"], constraints=[]
         )
 
@@ -118,9 +119,108 @@ def test_metrics_that_are_measured_are_accepted() -> None:
     names += ["m.py:score", "breaks ai", "eliciting prompts/breaks ai"]
     metrics = ["exact_match", "a/m.py:score"]
     limits = dict.fromkeys(names, "> 0")
-    refuse_unmeasured_limits(limits, stage="sft", metrics=metrics, constraints=["ai"])
+    refuse_useless_limits(limits, stage="sft", metrics=metrics, constraints=["ai"])
     with pytest.raises(InputError, match="'breaks ai' is not measured"):
-        refuse_unmeasured_limits(limits, stage="sft", metrics=metrics, constraints=[])
+        refuse_useless_limits(limits, stage="sft", metrics=metrics, constraints=[])
+
+
+METRICS = (
+    *("exact_match", "normalized_match", "contains: Hi", "regex: a+", "numeric: 0.1"),
+    *("token_f1", "rouge_l", "chrf", "json_valid", "schema_valid", "field_f1"),
+    *("multiple_choice", "bits_per_byte", "m.py:score"),
+)
+GRADES = (*METRICS[:12], "preference_accuracy", "breaks ai", "says ai")
+LOGPS = ("chosen_logp", "rejected_logp", "desirable_logp", "undesirable_logp", "bad_logp")
+
+
+def refuse(name: str, text: str) -> None:
+    refuse_useless_limits(
+        {name: text}, stage="preference", metrics=METRICS, constraints=["ai", "ai margin"]
+    )
+
+
+def test_the_table_of_grades_has_every_metric() -> None:
+    names = {metric.split(": ")[0] for metric in METRICS if ".py" not in metric}
+    assert names == {*evaluate_metrics.METRICS, *evaluate_metrics.LIKELIHOODS}
+
+
+@pytest.mark.parametrize("name", [*GRADES, "test/exact_match", "breaks ai margin"])
+@pytest.mark.parametrize(
+    ("text", "problem", "meant"),
+    [
+        (">= 80", "can never be held", ">= 0.8"),
+        ("> 80.5", "can never be held", "> 0.805"),
+        (">= 100", "can never be held", ">= 1"),
+        ("> 1", "can never be held", "> 0.01"),
+        ("< 0", "can never be held", ""),
+        ("<= -0.1", "can never be held", ""),
+        (">= 0", "always holds", ""),
+        ("> -1", "always holds", ""),
+        ("<= 1", "always holds", "<= 0.01"),
+        ("< 5", "always holds", "< 0.05"),
+        (">= 1000", "can never be held", ""),
+    ],
+)
+def test_a_limit_that_decides_nothing_is_refused_with_what_was_meant(
+    name: str, text: str, problem: str, meant: str
+) -> None:
+    with pytest.raises(InputError, match=f"lies from 0 to 1: `{text}` {problem}") as refused:
+        refuse(name, text)
+    expected = f'write {name}: "{meant}"' if meant else "some values hold and others do not"
+    assert expected in refused.value.fix
+
+
+@pytest.mark.parametrize("name", GRADES)
+@pytest.mark.parametrize("text", [">= 1", "> 0", "<= 0", "< 1", ">= 0.8", "<= 0.05"])
+def test_a_limit_that_decides_something_is_accepted(name: str, text: str) -> None:
+    refuse(name, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        *((name, "< 0", "is at least 0: `< 0` can never be held") for name in ("loss",)),
+        ("bits_per_byte", "<= -1", "is at least 0: `<= -1` can never be held"),
+        ("general text/bits_per_byte", ">= 0", "is at least 0: `>= 0` always holds"),
+        *((name, "<= 0", "is at most 0: `<= 0` always holds") for name in LOGPS),
+        *((name, ">= 2", "is at most 0: `>= 2` can never be held") for name in LOGPS),
+    ],
+)
+def test_limits_of_losses_and_log_probabilities_are_refused(
+    name: str, text: str, problem: str
+) -> None:
+    with pytest.raises(InputError, match=problem):
+        refuse(name, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("loss", [">= 80", "<= 1.2", "<= 0"]),
+        ("bits_per_byte", ["<= 80", "<= 0.9"]),
+        ("margin", ["> 0", "<= -80", ">= 80"]),
+        ("m.py:score", [">= 80", "< 0", ">= 0"]),
+        *((name, [">= -2", "< -80", ">= 0", "< 0"]) for name in LOGPS),
+    ],
+)
+def test_limits_of_metrics_with_other_ranges_are_accepted(name: str, texts: list[str]) -> None:
+    for text in texts:
+        refuse(name, text)
+
+
+def test_two_names_of_a_metric_cannot_both_have_a_limit() -> None:
+    gates = {"normalised_match": ">= 0.8", "normalized_match": ">= 0.1"}
+    with pytest.raises(ValidationError, match="normalized_match is normalized_match, which has"):
+        Recipe.model_validate({"model": "m", "data": "d.jsonl", "gates": gates})
+
+
+def test_the_plan_refuses_a_limit_in_percent(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = make_tiny_recipe(
+        tiny_folder, tmp_path, metrics=["exact_match"], gates={"exact_match": ">= 80"}
+    )
+    with pytest.raises(InputError, match="gates: exact_match lies from 0 to 1") as refused:
+        plan_recipe(recipe)
+    assert refused.value.fix == 'write exact_match: ">= 0.8"'
 
 
 def test_the_plan_refuses_what_is_not_measured(tiny_folder: Path, tmp_path: Path) -> None:
@@ -146,7 +246,7 @@ def test_train_and_eval_exit_with_4_if_a_limit_is_not_held(
         captured = capsys.readouterr()
         return int(stop.value.code or 0), captured.out + captured.err
 
-    for name, limit, code in (("held", "<= 1", 0), ("missed", ">= 0.8", 4)):
+    for name, limit, code in (("held", "<= 0.9", 0), ("missed", ">= 0.8", 4)):
         settings = recipe | {"gates": {"exact_match": limit}, "output_dir": str(tmp_path / name)}
         (tmp_path / f"{name}.yaml").write_text(json.dumps(settings))
         exit_code, printed = run_verb("train", str(tmp_path / f"{name}.yaml"))
