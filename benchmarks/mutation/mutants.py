@@ -106,7 +106,10 @@ def list_mutants(target: Target, package: Path, seed: int) -> tuple[list[Mutant]
     for name, occurrence in limited:
         if len(mutants) == target.sample:
             break
-        mutated = mutate_code(source, get_operator(name)(), occurrence)
+        try:
+            mutated = mutate_code(source, get_operator(name)(), occurrence)
+        except AttributeError:  # cosmic-ray cannot replace an exception named `module.Error`
+            continue
         if mutated is not None and _is_valid(mutated):
             mutants.append(_make_mutant(target, name.removeprefix("core/"), source, mutated))
     return mutants, len(limited)

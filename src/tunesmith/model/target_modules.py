@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,9 +24,10 @@ from tunesmith.core.errors import InputError
 from tunesmith.model.hub.validate import TensorHeader
 
 SETTING = "lora_target_modules"
-REGEX_TIMEOUT_SECONDS = 5.0  # all paths of a large model take milliseconds
+MAX_MATCH_SECONDS = 5.0  # of a processor; all paths of a large model take milliseconds
 MATCHER_SCRIPT = """
-import json, re, sys
+import json, re, signal, sys
+signal.setitimer(signal.ITIMER_PROF, float(sys.argv[1]))
 patterns, paths = json.load(sys.stdin)
 patterns = [re.compile(pattern) for pattern in patterns]
 matches = {}
@@ -150,7 +152,7 @@ def select_targets(
     targets: str | Sequence[str],
     model_type: str = "",
     *,
-    seconds: float = REGEX_TIMEOUT_SECONDS,
+    seconds: float = MAX_MATCH_SECONDS,
 ) -> list[str]:
     """Return the paths that `targets` selects, in their order.
 
@@ -208,32 +210,26 @@ def match_patterns(
     patterns: Sequence[str],
     *,
     where: str,
-    seconds: float = REGEX_TIMEOUT_SECONDS,
+    seconds: float = MAX_MATCH_SECONDS,
 ) -> dict[str, int]:
     """Return path -> index of the first regular expression that matches all of it.
 
-    Raises InputError for an invalid expression, or if they take longer than `seconds`."""
-    command = [sys.executable, "-I", "-S", "-c", MATCHER_SCRIPT]
+    Raises InputError for an invalid expression, or if they take more than `seconds` of a processor,
+    however busy the machine is."""
+    command = [sys.executable, "-I", "-S", "-c", MATCHER_SCRIPT, str(seconds)]
     payload = json.dumps([list(patterns), list(paths)])
     shown = ", ".join(patterns)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            completed = subprocess.run(
-                command,
-                input=payload,
-                capture_output=True,
-                text=True,
-                timeout=seconds,
-                check=False,
-                cwd=scratch,
-            )
-    except subprocess.TimeoutExpired as error:
+    with tempfile.TemporaryDirectory() as scratch:
+        completed = subprocess.run(
+            command, input=payload, capture_output=True, text=True, check=False, cwd=scratch
+        )
+    if completed.returncode == -signal.SIGPROF:
         message = (
             f"the regular expression {shown:.200} takes more than {seconds:g} s "
             f"on {len(paths):,} paths"
         )
         fix = "avoid nested repetition, or write a list of names"
-        raise InputError(message, where=where, fix=fix) from error
+        raise InputError(message, where=where, fix=fix)
     if completed.returncode:
         reason = completed.stderr.strip().rpartition("\n")[2]
         message = f"{shown:.200} is not a regular expression: {reason}"

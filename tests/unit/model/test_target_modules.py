@@ -1,6 +1,5 @@
 """Which layers `lora_target_modules` selects."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -186,10 +185,8 @@ def test_what_matches_nothing_is_an_error_that_shows_a_path(text: str) -> None:
 
 
 def test_a_regular_expression_that_never_ends_is_ended() -> None:
-    started = time.perf_counter()
     with pytest.raises(InputError, match=r"takes more than 0.3 s on 14 paths"):
         select_targets(PATHS, r"(([\w.])*)*!", seconds=0.3)
-    assert time.perf_counter() - started < 5
 
 
 @pytest.mark.parametrize("module", ["experts", "gate", "down_proj", "mlp"])

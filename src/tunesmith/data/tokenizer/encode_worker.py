@@ -1,10 +1,11 @@
 """The process that encodes for `guarded_tokenizer.py`, run as a script with limits on memory.
 
-    python -I encode_worker.py LIBRARY_FOLDER LOAD_SECONDS REQUEST_SECONDS
+    python -I encode_worker.py LIBRARY_FOLDER LOAD_SECONDS
 
 In: a tokenizer.json on one line, then requests, one a line. Out: READY when the library is there,
-then a reply to each line. A reply that takes longer than the seconds ends the process, even if its
-parent was killed and nobody waits for it. Imports nothing of tunesmith."""
+then a reply to each line. A reply that takes more processor time than LOAD_SECONDS, or than the
+`seconds` of its request, ends the process by SIGPROF, even if its parent was killed and nobody
+waits for it. Imports nothing of tunesmith."""
 
 import json
 import os
@@ -26,27 +27,27 @@ PROBE_REPEATS = 500
 
 
 def main() -> None:
-    load_seconds, request_seconds = map(float, sys.argv[2:])
     write_line(READY)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # panics would fill the file
     line = sys.stdin.readline()
     limit = MAX_BYTES + BYTES_PER_CHAR * len(line)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends even a search that is stuck
     tokenizer = None
-    seconds = load_seconds
     while line:
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends even a search that is stuck
         try:
             if tokenizer is None:
+                signal.setitimer(signal.ITIMER_PROF, float(sys.argv[2]))
                 tokenizer = load_tokenizer(line)
                 reply = {}
             else:
-                reply = answer_request(tokenizer, json.loads(line))
+                request = json.loads(line)
+                signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+                reply = answer_request(tokenizer, request)
         except BaseException as error:  # noqa: BLE001 - a panic of Rust is no Exception
             reply = {"error": str(error)}
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         write_line(json.dumps(reply))
-        seconds = request_seconds
         line = sys.stdin.readline()
 
 

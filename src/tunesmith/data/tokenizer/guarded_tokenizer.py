@@ -5,14 +5,16 @@
 
 A pattern can take cubic time or fill the memory, and the library cannot be interrupted. The process
 (`encode_worker.py`) tries the tokenizer first. One that is too slow once is refused from then on;
-its clock starts when the process has loaded the file. Threads take turns. Here a copy without
-patterns answers what needs none: the vocabulary and decoding."""
+its clock starts when the process has loaded the file, and counts the process's own processor time,
+so that a busy machine refuses no tokenizer. Threads take turns. Here a copy without patterns
+answers what needs none: the vocabulary and decoding."""
 
 from __future__ import annotations
 
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,10 +32,10 @@ from tokenizers import Tokenizer
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.types import Json
 
-MAX_SECONDS = 5.0  # per request, the first of which tries the tokenizer
+MAX_SECONDS = 5.0  # of processor time per request, the first of which tries the tokenizer
+MAX_WAIT_SECONDS = 120.0  # longer, for a process that gets little of a processor
 MAX_START_SECONDS = 60.0  # until the interpreter has imported the library
-MIN_LOAD_SPEED = 2**19  # bytes of tokenizer.json per second, on a busy machine
-GRACE_SECONDS = 3.0  # after which a process without a parent ends itself
+MIN_LOAD_SPEED = 2**19  # bytes of tokenizer.json per second
 MAX_THREADS = 8  # each thread of the library takes address space, which is limited
 MAX_STDERR_CHARS = 500
 READY_LINE = b"ready\n"
@@ -128,7 +130,7 @@ class GuardedTokenizer:
         try:
             self._request(tokenizer_json, "when it is loaded", load_seconds)
             self._subject = "a regular expression of the tokenizer"
-            self._request(_make_line({"probe": True}), "when it is tried", MAX_SECONDS)
+            self._answer({"probe": True}, "when it is tried")
         except InputError:
             _end_process(self._process)
             raise
@@ -148,7 +150,7 @@ class GuardedTokenizer:
             if batch and (text is None or num_chars > MAX_REQUEST_CHARS):
                 request = {"texts": batch, "special": add_special_tokens}
                 where = f"on a text of {sum(map(len, batch)):,} characters"
-                reply = self._request(_make_line(request), where, MAX_SECONDS)
+                reply = self._answer(request, where)
                 encodings += [_Encoding(ids) for ids in reply["ids"]]
                 batch = []
             if text is not None:
@@ -156,8 +158,7 @@ class GuardedTokenizer:
         return encodings
 
     def normalize_str(self, text: str) -> str:
-        request = _make_line({"normalize": text})
-        return self._request(request, f"on {len(text):,} characters", MAX_SECONDS)["text"]
+        return self._answer({"normalize": text}, f"on {len(text):,} characters")["text"]
 
     @property
     def normalizer(self) -> GuardedTokenizer:
@@ -176,8 +177,12 @@ class GuardedTokenizer:
 
     # ---- the process
 
+    def _answer(self, request: Json, where: str) -> Json:
+        line = json.dumps(request | {"seconds": MAX_SECONDS}).encode() + b"\n"
+        return self._request(line, where, MAX_SECONDS)
+
     def _request(self, request: bytes, where: str, seconds: float) -> Json:
-        """Send a request and return the reply. Raises InputError if the library refuses it or takes
+        """Send a line and return the reply. Raises InputError if the library refuses it or takes
         too long, and from then on."""
         with self._lock:  # a reply belongs to the request before it
             if self._problem:
@@ -188,7 +193,7 @@ class GuardedTokenizer:
                 self._problem = "the tokenizer's process was interrupted"
                 _end_process(self._process)
                 raise
-            if line is None:
+            if line is None or (not line and self._process.wait() == -signal.SIGPROF):
                 self._problem = f"{self._subject} takes over {seconds:.3g} seconds {where}"
             elif not line:
                 self._problem = f"{self._subject} needs too much memory {where}"
@@ -204,7 +209,7 @@ class GuardedTokenizer:
     def _send_request(self, request: bytes, seconds: float) -> bytes | None:
         """Return the reply to a request, b"" if the process ends, None if it takes too long."""
         assert self._process.stdin is not None
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds + MAX_WAIT_SECONDS
         try:
             self._process.stdin.write(request)
             self._process.stdin.flush()
@@ -216,18 +221,13 @@ class GuardedTokenizer:
 # ---------------------------------------------------------------- the process
 
 
-def _make_line(request: Json) -> bytes:
-    return json.dumps(request).encode() + b"\n"
-
-
 def _start_process(load_seconds: float) -> subprocess.Popen[bytes]:
     """Start the process and wait until it has imported the library. Raises MachineError."""
-    seconds = [str(limit + GRACE_SECONDS) for limit in (load_seconds, MAX_SECONDS)]
     num_threads = min(MAX_THREADS, os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as stderr:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", str(WORKER_SCRIPT), LIBRARY_FOLDER, *seconds],
+                [sys.executable, "-I", str(WORKER_SCRIPT), LIBRARY_FOLDER, str(load_seconds)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

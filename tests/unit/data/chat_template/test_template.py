@@ -1,7 +1,9 @@
 """Tracked renders against plain Jinja, and templates that mean harm."""
 
+import itertools
 import json
 import signal
+import time
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -372,3 +374,19 @@ def test_a_traceback_without_a_line_has_no_template_line() -> None:
     trace: Any = SimpleNamespace(tb_frame=frame, tb_lineno=None, tb_next=None)
     assert _find_template_line(trace, compiled) == 0
     assert _find_template_line(None, compiled) == 0
+
+
+@pytest.mark.parametrize(("clock", "is_refused"), [("monotonic", False), ("thread_time", True)])
+def test_only_processor_time_ends_a_render(
+    clock: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that does something else for a minute refuses no row."""
+    template = ChatTemplate("{% for i in range(300) %}x{% endfor %}", now=NOW)
+    minutes = itertools.count()
+    monkeypatch.setattr(time, clock, lambda: 60.0 * next(minutes))
+    for render in (template.render, template.render_plain):
+        if is_refused:
+            with pytest.raises(InputError, match="a render of more than 10 s of a processor"):
+                render({})
+        else:
+            assert render({}) == 300 * "x"
