@@ -1,11 +1,14 @@
 """Train the built-in model on small honest tasks, and count what the detectors say of it.
 
     python -m benchmarks.evaluate.healthy_runs [TASK ...]
+    python -m benchmarks.evaluate.healthy_runs --guard ['names, lora, 2x' ...]
 
-Out: a line per run for docs/results/shortcuts.md: shortcuts after training, verdicts of the guard
-other than ok, rollbacks, and the exact match before and after. Each task has 48 training rows of
-which every answer follows from the question; a run has 12 steps of 4 rows and looks at 16 held-out
-rows after 6. An alarm may be true, since a short run can learn a constant: it prints its evidence.
+Out: a line per run for docs/results/shortcuts.md: the verdict, shortcuts after training, verdicts
+of the guard other than ok, rollbacks, and the exact match before and after. Each task has 48
+training rows of which every answer follows from the question; a run has 12 steps of 4 rows and
+looks at 16 held-out rows after 6. With --guard, the runs are the ten healthy ones of
+docs/results/guard.md, from their plan to their verdict. An alarm may be true, since a short run can
+learn a constant: it prints its evidence.
 """
 
 from __future__ import annotations
@@ -18,13 +21,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.evaluate.shortcuts import WORDS
+from benchmarks.train import guard
 
 from tunesmith import api
 from tunesmith.core.events import CheckResult, Rollback
 from tunesmith.core.json_io import read_json
+from tunesmith.recipe.schema import Recipe
 
 MODEL = "smollm2-135m-instruct"
 NUM_ROWS = {"train": 48, "eval": 16, "test": 24}
+NUM_HELD_OUT = 20  # of the guard's runs: rows to evaluate on, and as many to test on
+GENERAL_STRIDE = 5  # one of five general texts
 Item = tuple[str, str]  # question, answer
 
 
@@ -108,32 +115,52 @@ def write_rows(folder: Path, task: str) -> None:
         (folder / f"{name}.jsonl").write_text("".join(rows))
 
 
-def run_task(task: str) -> str:
-    """Train on a task and return its line of the table."""
+def make_task_recipe(task: str, folder: Path) -> Recipe:
+    write_rows(folder, task)
+    return Recipe(
+        model=MODEL,
+        data=str(folder / "train.jsonl"),
+        eval_data=str(folder / "eval.jsonl"),
+        test_data=str(folder / "test.jsonl"),
+        batch_size=4,
+        max_steps=12,
+        eval_steps=6,
+        num_train_epochs=1,
+        metrics=["exact_match"],
+        output_dir=str(folder / "run"),
+    )
+
+
+def make_guard_recipe(name: str, folder: Path) -> Recipe:
+    """Return a healthy run of benchmarks/train/guard.py; half of its held-out rows are tested."""
+    case = guard.HEALTHY[name]
+    _, held_out = guard.load_rows(case.task)
+    files = {"eval_data": held_out[:NUM_HELD_OUT], "test_data": held_out[-NUM_HELD_OUT:]}
+    files["retention_data"] = guard.read_lines(guard.DEMO / "general.jsonl")[::GENERAL_STRIDE]
+    more: dict[str, object] = {"metrics": ["exact_match"], "eval_steps": 6}
+    for role, rows in files.items():
+        file = folder / f"{role}-half.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        more[role] = str(file)
+    recipe = guard.make_recipe(case, folder, seed=0, steps=24, every=6, **more)
+    rate = case.times * api.plan(api.load_inputs(recipe)).config.learning_rate
+    return recipe.model_copy(update={"learning_rate": rate})
+
+
+def run_recipe(name: str, make_recipe: Callable[[str, Path], Recipe]) -> str:
+    """Train a recipe and return its line of the table."""
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_rows(folder, task)
-        plan = api.plan(
-            model=MODEL,
-            data=str(folder / "train.jsonl"),
-            eval_data=str(folder / "eval.jsonl"),
-            test_data=str(folder / "test.jsonl"),
-            batch_size=4,
-            max_steps=12,
-            eval_steps=6,
-            num_train_epochs=1,
-            metrics=["exact_match"],
-            output_dir=str(folder / "run"),
-        )
+        plan = api.plan(api.load_inputs(make_recipe(name, folder)))
         events = list(api.train(plan))
         record = read_json(folder / "run" / "record.json")
-    verdicts = [
+    alarms = [
+        f"{shortcut['kind']} {shortcut['field']}" for shortcut in record["errors"]["shortcuts"]
+    ]
+    alarms += [
         f"{event.kind}: {event.evidence}"
         for event in events
         if isinstance(event, CheckResult) and event.step and event.level != "ok"
-    ]
-    shortcuts = [
-        f"{shortcut['kind']} {shortcut['field']}" for shortcut in record["errors"]["shortcuts"]
     ]
     rollbacks = sum(isinstance(event, Rollback) for event in events)
     scores = [
@@ -141,15 +168,16 @@ def run_task(task: str) -> str:
         for comparison in record["comparisons"]
         if comparison["metric"] == "exact_match"
     ]
-    alarms = "; ".join([*shortcuts, *verdicts]) or "none"
-    return f"| {task} | {', '.join(scores)} | {rollbacks} | {alarms} |"
+    cells = [name, ", ".join(scores), record["verdict"]["name"], str(rollbacks)]
+    return f"| {' | '.join([*cells, '; '.join(alarms) or 'none'])} |"
 
 
-def main(tasks: list[str]) -> None:
-    exact_match = f"exact match of {NUM_ROWS['test']} rows"
-    print(f"| task | {exact_match} | rollbacks | alarms |\n|---|---|---|---|", flush=True)
-    for task in tasks or TASKS:
-        print(run_task(task), flush=True)
+def main(words: list[str]) -> None:
+    names = [word for word in words if word != "--guard"]
+    make_recipe = make_guard_recipe if "--guard" in words else make_task_recipe
+    print("| run | exact match | verdict | rollbacks | alarms |\n|---|---|---|---|---|", flush=True)
+    for name in names or (guard.HEALTHY if "--guard" in words else TASKS):
+        print(run_recipe(name, make_recipe), flush=True)
 
 
 if __name__ == "__main__":

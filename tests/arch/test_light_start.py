@@ -59,7 +59,7 @@ def test_a_verb_without_its_extra_says_what_to_install(tmp_path: Path) -> None:
     recipe.write_text("model: m\ndata: d.jsonl\nsweep: {lora_r: [8, 16]}\n")
     program = "import sys\nsys.modules |= dict.fromkeys(('optuna', 'starlette', 'uvicorn'))\n"
     program += verb("tune", "sweep", str(recipe), code=2) + "\n"
-    program += verb("serve", str(tmp_path), code=3)
+    program += verb("serve", str(tmp_path), code=2)
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "pip install 'tunesmith[sweep]'" in done.stderr
@@ -126,6 +126,13 @@ def test_an_export_is_refused_before_a_model_library_is_loaded(tmp_path: Path) -
         paths = [str(run) if word == "FULL" else word for word in words]
         exports.append(verb("export", str(run), *paths, code=2))
     assert not loaded_by("\n".join(exports)) & {"torch", "transformers"}
+
+
+def test_a_model_to_serve_that_is_not_there_is_refused_before_torch(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("models: {json: nowhere}\n")
+    program = "\n".join((verb("serve", "nowhere", code=2), verb("serve", str(file), code=2)))
+    assert not loaded_by(program) & {"torch", "transformers"}
 
 
 def make_values(values: list[int]) -> MetricValues:

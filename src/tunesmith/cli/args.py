@@ -108,19 +108,25 @@ def parse_recipe_args(args: Sequence[str] | None) -> Recipe | Stages:
         path = DEFAULT_RECIPE
         write_stderr(f"recipe: {path}\n")
     elif path is None and not names_model and all(ALIASES.get(key, key) in KEYS for key in keys):
-        _suggest_recipe_here()
+        _suggest_recipe_here(has_data="data" in [ALIASES.get(key, key) for key in keys])
     return load_recipe(path, flags)
 
 
-def _suggest_recipe_here() -> None:
-    """Raise InputError that names the recipe files of the current folder, if it has any."""
+def _suggest_recipe_here(*, has_data: bool) -> None:
+    """Raise InputError that names the recipe files of the current folder, or how to write one.
+
+    Flags with data but no model are an unfinished recipe, if the folder has no file."""
     files = [file for file in Path().iterdir() if file.suffix in RECIPE_SUFFIXES and file.is_file()]
     recipes = sorted(file.name for file in files if _has_model_key(file))
+    if has_data and not recipes:
+        return
+    fix = "write one with `tunesmith init`"
     if recipes:
         names = f"one of {', '.join(recipes[:MAX_RECIPES])}" if len(recipes) > 1 else recipes[0]
         more = ", ..." if len(recipes) > MAX_RECIPES else ""
-        message = "no recipe is named, and there is no recipe.yaml here"
-        raise InputError(message, where=COMMAND_LINE, fix=f"pass {names}{more}")
+        fix = f"pass {names}{more}"
+    message = "no recipe is named, and there is no recipe.yaml here"
+    raise InputError(message, where=COMMAND_LINE, fix=fix)
 
 
 def _has_model_key(file: Path) -> bool:

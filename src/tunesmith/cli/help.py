@@ -37,7 +37,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "doctor": ("tunesmith doctor", "tunesmith doctor --model Qwen/Qwen3-8B"),
     "advise": (
-        "tunesmith advise --need format --rows 800",
+        "tunesmith advise --need format --examples 800",
         "tunesmith advise recipe.yaml --measure --minutes 20",
     ),
     "data check": (

@@ -100,10 +100,14 @@ def serve(  # noqa: PLR0913 - every option is a flag
     _require_extra()
     import asyncio
 
-    from tunesmith.serve.server import prepare_server, run_server
+    from tunesmith.evaluate.model_ref import parse_model_ref
     from tunesmith.serve.settings import read_settings
 
     settings = read_settings(sources or (), **settings_flags)
+    for model in settings.models.values():
+        parse_model_ref(model.source)  # a wrong name is refused before torch is loaded
+    from tunesmith.serve.server import prepare_server, run_server
+
     _log_to_stderr()
     prepared = prepare_server(settings)
     if prepared.new_key:
@@ -145,11 +149,11 @@ def _watch_server(url: str, sources: list[str] | None) -> None:
 
 
 def _require_extra() -> None:
-    """Raise MachineError without the libraries of the extra."""
+    """Raise InputError without the libraries of the extra."""
     for library in ("starlette", "uvicorn", "prometheus_client"):
         if find_spec(library) is None:
-            fix = "pip install 'tunesmith[serve]'"
-            raise MachineError(f"serving needs {library}", where="serve", fix=fix)
+            message = f"serving needs {library}, which is not installed"
+            raise InputError(message, where="serve", fix="pip install 'tunesmith[serve]'")
 
 
 def _log_to_stderr() -> None:

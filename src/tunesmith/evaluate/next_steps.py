@@ -18,6 +18,7 @@ from shlex import quote
 
 from tunesmith.core.events import EVAL_TASK, GENERAL_TASK
 from tunesmith.core.evidence import NextStep, Shortcut, VerdictName
+from tunesmith.core.formatting import format_count
 from tunesmith.core.run_dir import RECIPE_FILE, is_staged
 from tunesmith.core.types import RunRecord
 from tunesmith.data.answer_values import LOPSIDED_SHARE
@@ -25,7 +26,7 @@ from tunesmith.evaluate.scale_choice import build_commands, describe_recommendat
 from tunesmith.plan.build import MIN_STEPS
 
 MAX_STEPS = 3
-EPOCHS_FACTOR = 2  # of a run that was still improving at its end
+EPOCHS_FACTOR = 2  # of epochs or steps of a run that was still improving at its end
 MAX_NAME_CHARS = 60
 
 
@@ -57,12 +58,25 @@ class RunFacts:
         return (self.run / RECIPE_FILE).is_file() or not is_staged(self.run)
 
     @property
+    def has_max_steps(self) -> bool:
+        """Whether the recipe counts steps, and not epochs."""
+        return self.record.plan.recipe.get("max_steps") is not None
+
+    @property
+    def is_still_improving(self) -> bool:
+        """Whether eval_data was best at the last step."""
+        return "eval_data" in self.record.plan.data and (
+            self.record.selected_step == self.record.steps
+        )
+
+    @property
+    def should_be_better(self) -> bool:
+        return self.is_single_stage and self.verdict in ("useful, not ready", "no effect")
+
+    @property
     def can_train_longer(self) -> bool:
-        """Whether eval_data was still best at the last step of a run that should be better."""
-        record = self.record
-        is_improving = "eval_data" in record.plan.data and record.selected_step == record.steps
-        has_epochs = record.plan.recipe.get("max_steps") is None and self.is_single_stage
-        return is_improving and has_epochs and self.verdict in ("useful, not ready", "no effect")
+        """Whether a run of epochs that should be better was still improving."""
+        return self.should_be_better and self.is_still_improving and not self.has_max_steps
 
     def describe_unlearned(self) -> str:
         """Name a field that is answered by a constant although rows have enough other values."""
@@ -186,6 +200,23 @@ def suggest_epochs(facts: RunFacts) -> NextStep | None:
     return NextStep(reason, facts.format_training(flags, f"{epochs:g}-epochs"))
 
 
+def suggest_max_steps(facts: RunFacts) -> NextStep | None:
+    """More steps where max_steps ended a run that was still improving, or that had hardly begun."""
+    if not facts.has_max_steps or not facts.should_be_better:
+        return None
+    steps = facts.record.steps
+    had_little = facts.verdict == "no effect" and "eval_data" not in facts.record.plan.data
+    if not facts.is_still_improving and not (had_little and steps < MIN_STEPS):
+        return None
+    reason = f"train longer: max_steps ended the run after {format_count(steps, 'step')}"
+    if facts.is_still_improving:
+        reason += f", and eval_data was best at the last{facts.describe_unlearned()}"
+    flags = f"--max-steps {max(EPOCHS_FACTOR * steps, MIN_STEPS)}"
+    if facts.record.plan.recipe.get("num_train_epochs") != "auto":
+        flags += " --num-train-epochs auto"  # else they may end the run before
+    return NextStep(reason, facts.format_training(flags, "longer"))
+
+
 def suggest_learning_rate(facts: RunFacts) -> NextStep | None:
     """A test of learning rates where the answers are not good enough."""
     poor: tuple[VerdictName, ...] = ("useful, not ready", "no effect", "harmful")
@@ -243,6 +274,7 @@ STEPS: tuple[Callable[[RunFacts], NextStep | None], ...] = (
     suggest_balance,
     suggest_smaller_batch,
     suggest_epochs,
+    suggest_max_steps,
     suggest_scale,
     suggest_learning_rate,
     suggest_export,

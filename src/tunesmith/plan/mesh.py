@@ -38,6 +38,7 @@ from tunesmith.plan.rules_cpt import CPT_RULES
 from tunesmith.plan.sharding import SHARDED_WEIGHTS, adapt_settings, find_shard_problem
 from tunesmith.plan.step_memory import (
     CHECKPOINTING_POLICIES,
+    MARGIN_NOTE,
     estimate_needed_bytes,
     has_enough_memory,
 )
@@ -209,14 +210,14 @@ def _explain_shard(context: RuleContext, step: MeshStep) -> str:
     free_bytes = context.machine.available_bytes
     memory = f"{format_bytes(needed_bytes)} of {format_bytes(free_bytes)}"
     if needed_bytes > free_bytes:
-        return f"even shared by all GPUs, a step needs {memory} on each"
+        return f"even shared by all GPUs, a step needs {memory} on each, {MARGIN_NOTE}"
     if mesh.shard == 1:
-        return f"a step fits on one GPU ({memory}): each holds all weights, none are gathered"
+        return f"a step fits on one GPU ({memory}, {MARGIN_NOTE}): each holds all weights"
     gather = format_seconds(step.gather_seconds)
     compute = format_seconds(step.compute_seconds[0])
     return (
-        f"a step does not fit on one GPU: {mesh.shard} hold the weights once ({memory} each), "
-        f"gathered in {gather} before they compute for {compute}"
+        f"a step does not fit on one GPU: {mesh.shard} hold the weights once ({memory} each, "
+        f"{MARGIN_NOTE}), gathered in {gather} before they compute for {compute}"
     )
 
 

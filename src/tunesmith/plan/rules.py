@@ -216,12 +216,12 @@ def num_train_epochs(context: RuleContext) -> PlanValue:
     rows = context.data.rows
     epochs = 1 if rows >= 50_000 else 2
     if context.stage == "preference":
-        reason = f"{rows:,} pairs: 2 below 50,000, else 1"
+        reason = f"{format_count(rows, 'pair')}: 2 below 50,000, else 1"
         source = "alignment handbook: SmolLM2 2, Zephyr 1 epochs of 61,000 pairs"
         return make_rule_value(epochs, reason, source)
     if rows < 2000:
         epochs = 3
-    reason = f"{rows:,} rows: 3 below 2,000, 2 below 50,000, else 1"
+    reason = f"{format_count(rows, 'row')}: 3 below 2,000, 2 below 50,000, else 1"
     return make_rule_value(epochs, reason, "LIMA 15, Tulu 3 2, NEFTune table 3-5 epochs")
 
 

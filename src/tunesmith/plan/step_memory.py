@@ -24,6 +24,7 @@ from tunesmith.plan.rehearsal import MAX_RATIO
 from tunesmith.plan.rules import RuleContext, make_rule_value, make_user_value
 
 MEMORY_MARGIN = 1.15  # a run fits if this much of its predicted memory is free
+MARGIN_NOTE = f"{MEMORY_MARGIN - 1:.0%} margin included"  # beside what must be free, not the peak
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ def decide_checkpointing(context: RuleContext, recipe_value: str) -> PlanValue:
         if needed_bytes <= free or policy == "full":
             memory = f"{needed_bytes / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
             where = " on each GPU" if context.mesh.num_gpus > 1 else ""
-            return make_rule_value(policy, f"{reason}; the run then needs {memory}{where}")
+            text = f"{reason}; the run then needs {memory}{where}, {MARGIN_NOTE}"
+            return make_rule_value(policy, text)
     raise AssertionError("the last policy is always taken")
 
 

@@ -167,9 +167,11 @@ def _list_evidence(run: ReportData, record: RunRecord, claims: Sequence[Claim]) 
                 "The general texts were not used once only: during training, the beginnings of a "
                 "few of them limited which checkpoint could be chosen."
             )
-    seeds = sorted({str(stage.plan.config.seed) for stage in run.stages})
+    seeds = dict.fromkeys(str(stage.plan.config.seed) for stage in run.stages)
+    each = " for each stage" if len(seeds) > 1 else ""
     lines.append(
-        f"One seed only ({', '.join(seeds)}): the intervals do not cover seed-to-seed variation."
+        f"One seed only{each} ({', '.join(seeds)}): the intervals do not cover seed-to-seed "
+        "variation."
     )
     passed = sum(check.level == "ok" for check in record.preflight)
     total = len(record.preflight)

@@ -9,6 +9,7 @@ import pytest
 from typer.main import get_command
 
 from fake_runs import write_run
+from tunesmith.advise.rules.questionnaire import QUESTIONS
 from tunesmith.cli import app
 from tunesmith.cli.help import (
     COMMON_KEYS,
@@ -43,8 +44,8 @@ def test_an_example_is_a_line_that_its_verb_accepts(verb: str, line: str) -> Non
         for word in context.params.get("args") or ()
         if word.startswith("--")
     ]
-    if verb != "advise":
-        assert set(flags) <= Recipe.model_fields.keys()
+    names = QUESTIONS if verb == "advise" else Recipe.model_fields
+    assert set(flags) <= names.keys()
 
 
 def test_help_shows_examples_as_they_are(tunesmith: Any) -> None:

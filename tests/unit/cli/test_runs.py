@@ -70,6 +70,8 @@ def test_older_runs_are_counted_and_shown_with_all(
 
 def test_recipe_yaml_is_the_default_recipe(folder: Path, tunesmith: Callable[..., Any]) -> None:
     code, _, err = tunesmith("plan")
+    assert (code, "fix: write one with `tunesmith init`" in err) == (2, True)
+    code, _, err = tunesmith("plan", "--data", "none.jsonl")
     assert (code, "'model' is missing" in err) == (2, True)
     (folder / "recipe.yaml").write_text("model: nowhere\ndata: none.jsonl\n")
     code, _, err = tunesmith("plan", "--seed", "1")
@@ -85,7 +87,7 @@ def test_recipe_yaml_is_the_default_recipe(folder: Path, tunesmith: Callable[...
 
 def test_a_recipe_of_another_name_is_suggested(folder: Path, tunesmith: Callable[..., Any]) -> None:
     (folder / "compose.yaml").write_text("services:\n  model: x\n")
-    assert "'model' is missing" in tunesmith("plan")[2], "that is no recipe"
+    assert "`tunesmith init`" in tunesmith("plan")[2], "that is no recipe"
     (folder / "r.yaml").write_text("# mine\nmodel: nowhere\ndata: none.jsonl\n")
     for words in (("plan",), ("train", "--seed", "1"), ("data", "check")):
         code, _, err = tunesmith(*words)

@@ -273,6 +273,38 @@ def test_smaller_steps_are_for_short_runs_of_batches_that_still_improve() -> Non
         assert not any("--batch-size" in step.command for step in others)
 
 
+def list_commands_of_max_steps(steps: int, selected_step: int, **recipe: Any) -> list[str]:
+    """Return the next steps of a run without effect that max_steps ended, as REASON: COMMAND."""
+    record = fake_runs.make_record()
+    plan = replace(record.plan, recipe=record.plan.recipe | {"max_steps": steps} | recipe)
+    if selected_step:
+        plan = replace(plan, data=plan.data | {"eval_data": plan.data["data"]})
+    verdict = judge(
+        make_errors(0), make_change(0.0), plan=plan, steps=steps, selected_step=selected_step
+    )
+    assert verdict.name == "no effect"
+    return [f"{step.reason}: {step.command}" for step in verdict.next_steps]
+
+
+def test_a_run_that_max_steps_ended_is_told_to_train_longer_first() -> None:
+    longer, rates, _ = list_commands_of_max_steps(2, 2, num_train_epochs="auto")
+    assert longer == (
+        "train longer: max_steps ended the run after 2 steps, and eval_data was best at the last: "
+        "tunesmith train 'runs/a b/recipe.yaml' --max-steps 100 --output-dir 'runs/a b-longer'"
+    )
+    assert "tune lr" in rates
+    assert (
+        "--max-steps 600 --num-train-epochs auto"
+        in (list_commands_of_max_steps(300, 300, num_train_epochs=2.0)[0])
+    )
+    unknown = list_commands_of_max_steps(1, 0, num_train_epochs="auto")[0]
+    assert unknown.startswith("train longer: max_steps ended the run after 1 step: tunesmith train")
+    for steps, selected_step in ((300, 100), (100, 0)):
+        others = list_commands_of_max_steps(steps, selected_step)
+        assert others
+        assert not any("--max-steps" in line for line in others)
+
+
 def test_next_steps_are_commands_that_parse(tmp_path: Path) -> None:
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b" / "recipe.yaml").write_text("model: m\ndata: d.jsonl\n")

@@ -276,6 +276,16 @@ def test_several_stages_are_one_page(tmp_path: Path) -> None:
     assert build_summary(load_report_data(tmp_path / "run")).cautions.count("few rows") == 1
 
 
+def test_each_stage_has_one_seed(tmp_path: Path) -> None:
+    data = load_report_data(fake_runs.write_stages(tmp_path / "run"))
+    rest = ": the intervals do not cover seed-to-seed variation."
+    assert f"One seed only (0){rest}" in build_summary(data).evidence
+    plan = data.stages[1].plan.with_settings(seed=PlanValue(1, "user", ""))
+    stages = (data.stages[0], replace(data.stages[1], plan=plan))
+    evidence = build_summary(replace(data, stages=stages)).evidence
+    assert f"One seed only for each stage (0, 1){rest}" in evidence
+
+
 def test_grades_decide_right_and_wrong(tmp_path: Path) -> None:
     rows = [f"test.jsonl:{number}" for number in (1, 2, 3)]
 

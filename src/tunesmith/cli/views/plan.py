@@ -16,6 +16,7 @@ from tunesmith.cli.views.mesh import render_mesh
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import (
     format_bytes,
+    format_count,
     format_duration,
     format_duration_range,
     format_value,
@@ -71,7 +72,10 @@ def render_plan(plan: Plan | StagedPlan, *, show_all: bool = False) -> Renderabl
 def _list_facts(plan: Plan, *, show_all: bool) -> list[str]:
     """Return lines with the steps, the time and the memory."""
     rows = plan.data["data"].rows if "data" in plan.data else 0
-    lines = [f"{plan.steps} steps over {rows:,} rows, {plan.tokens_per_epoch:,} tokens per epoch"]
+    steps = format_count(plan.steps, "step")
+    lines = [
+        f"{steps} over {format_count(rows, 'row')}, {plan.tokens_per_epoch:,} tokens per epoch"
+    ]
     if plan.disk_bytes:
         lines[0] += f"; run folder up to {format_bytes(plan.disk_bytes)}"
     if plan.seconds:

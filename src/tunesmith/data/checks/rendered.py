@@ -153,7 +153,8 @@ def check_lengths(context: CheckContext) -> Iterator[Finding]:
         if max_length < longest and count:
             cuts.append(f"{count:,} ({count / len(lengths_D):.1%}) above {max_length:,}")
     if cuts:
-        message = f"tokens of {len(lengths_D):,} documents: {', '.join(cuts)}; maximum {longest:,}"
+        documents = format_count(len(lengths_D), "document")
+        message = f"tokens of {documents}: {', '.join(cuts)}; maximum {longest:,}"
         fix = "set max_length from this, or leave it at auto"
         yield Finding("lengths", "info", message, fix=fix)
 
