@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ DTYPES = {
     "fp64": torch.float64,
 }
 STOCK_DROPOUTS = ("residual_dropout", "embedding_dropout")  # numbers in modules
+RunLayers = Callable[[Tensor], Tensor | None]
 Network = PreTrainedModel  # for other packages, which do not import transformers
 # our attention; transformers builds no mask for a name without a mask function
 ATTENTION_NAME = "tunesmith"
@@ -305,14 +306,23 @@ class PackedCausalLM:
 
     @torch.no_grad()
     def decode_step(
-        self, rows: Sequence[CacheRow], tokens: Sequence[int], kv_cache: PagedKVCache
+        self,
+        rows: Sequence[CacheRow],
+        tokens: Sequence[int],
+        kv_cache: PagedKVCache,
+        run_layers: RunLayers | None = None,
     ) -> Tensor:
-        """Run one more token for every row. Returns hidden states [B, H]."""
+        """Run one more token for every row. Returns hidden states [B, H].
+
+        `run_layers` takes the place of the decoder's forward, unless it returns None."""
         positions_B = kv_cache.begin_forward(rows, (1,) * len(rows), self.device)
         layout = PackLayout(tuple(range(len(tokens))), (1,) * len(tokens))
         tokens_B = torch.tensor(tokens, device=self.device)
         self._set_lengths([row.length for row in rows], layout)
-        return self._run_decoder(tokens_B, positions_B, layout, kv_cache)
+        hidden_BH = None if run_layers is None else run_layers(tokens_B)
+        if hidden_BH is None:
+            hidden_BH = self._run_decoder(tokens_B, positions_B, layout, kv_cache)
+        return hidden_BH
 
     def set_layout(self, layout: PackLayout, shard: TokenShard | None = None) -> None:
         """Let the rotary embedding know the documents of the next forward, of which `shard` has

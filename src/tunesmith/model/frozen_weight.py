@@ -106,16 +106,16 @@ class BlockedWeight:
     """A weight in the layouts of its products. bf16 on the CPU only; see `has_onednn_bf16`."""
 
     def __init__(self, weight_OI: Tensor) -> None:
-        self._forward = _block_matrix(weight_OI)
+        self.forward_matrix = _block_matrix(weight_OI)
         self._backward: BlockedMatrix | OneDnnMatrix | None = None
 
     @property
     def weight(self) -> Tensor:
         """The original weight, recreated at each call."""
-        return self._forward.to_dense()
+        return self.forward_matrix.to_dense()
 
     def compute_outputs(self, x_NI: Tensor, bias: Tensor | None) -> Tensor:
-        return self._forward.multiply(x_NI, bias, None)
+        return self.forward_matrix.multiply(x_NI, bias, None)
 
     def compute_input_grad(self, dy_NO: Tensor, into: Tensor | None) -> Tensor:
         if self._backward is None:

@@ -177,6 +177,12 @@ class PagedKVCache:
         self._new_blocks = []
         return self._forward.positions_T
 
+    def get_decode_inputs(self) -> tuple[Tensor, Tensor] | None:
+        """Return the positions [B] and blocks [B, M] of the rows of this forward, None if they do
+        not all continue with one token."""
+        forward = self._current
+        return (forward.positions_T, forward.tables_BM) if forward.is_decode else None
+
     # ---------------------------------------------------------------- states
 
     def get_states(self, layer: nn.Module) -> States | None:
@@ -251,6 +257,11 @@ class PagedKVCache:
             prefixes, parents = self._gather_prefixes(kv_buffers)
             return run_prefix_kernel(q, k, v, prefixes, parents, layout, config)
         return self._attend_prompts(q, kv_buffers, layout, config)
+
+    def find_buffers(self, layer: nn.Module) -> KeysValues | None:
+        """Return the layer's keys and values [num_blocks, K, BLOCK_TOKENS, D], None before its
+        first forward."""
+        return self._kv_buffers.get(layer)
 
     def _get_buffers(self, layer: nn.Module, k: Tensor, v: Tensor) -> KeysValues:
         """Return the layer's keys and values [num_blocks, K, BLOCK_TOKENS, D]."""

@@ -283,6 +283,7 @@ async def run_server(prepared: PreparedServer) -> int:
     serving = asyncio.ensure_future(web.serve(sockets=[prepared.socket]))
     routes = [route.name for route in prepared.routes]
     names = ", ".join([*routes, *(model.name for model in prepared.models), BASE_NAME])
+    prepared.socket.listen()  # uvicorn listens later than the next line says it
     logger.info("serving %s at %s", names, prepared.url)
     await _wait_for_any(signals.first, scheduler.has_died)
     if scheduler.has_died.is_set():

@@ -30,6 +30,7 @@ from tunesmith.model.cache_blocks import (
     count_common,
 )
 from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.decode_layers import build_decode_layers
 from tunesmith.model.generation.grammar import Grammar
 from tunesmith.model.generation.running_request import AnswerGrammar, DecodeFn, RunningRequest
 from tunesmith.model.generation.sampling import (
@@ -225,6 +226,7 @@ class DecodeBatch:
         if block_bytes:
             num_blocks = cache_bytes // block_bytes
         self.cache = PagedKVCache(slots, num_blocks)
+        self.layers = build_decode_layers(model, self.cache)
         # a state belongs to the end of its row: it is not stored at the ends of blocks
         self.can_share = model.state_bytes_per_row == 0
         # of a part of a block: whole blocks are found without a change of rounding in bf16
@@ -440,7 +442,10 @@ class DecodeBatch:
             return []
         with self._use_adapters(rows, [1] * len(rows)):
             hidden_BH = self.model.decode_step(
-                [row.stored for row in rows], [row.last_token for row in rows], self.cache
+                [row.stored for row in rows],
+                [row.last_token for row in rows],
+                self.cache,
+                self.layers.run if self.layers is not None else None,
             )
         self._add_next_tokens(hidden_BH, rows)
         return rows

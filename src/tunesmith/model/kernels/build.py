@@ -35,6 +35,7 @@ SOURCE_NAMES = (
     "decode.c",
     "lora.c",
     "matmul.c",
+    "layers.c",
     "convolution.c",
     "recurrence.c",
 )
