@@ -98,6 +98,8 @@ def test_outputs_are_compared_position_by_position() -> None:
     assert parity.max_kl == pytest.approx(max(kl))
     assert parity.max_logit_difference == 1.5
     assert parity.top1_agreement == pytest.approx(2 / 3)
+    swapped = compare_outputs(make_job(), export, live, reload_as((1, 2)))
+    assert swapped.top1_agreement == pytest.approx(2 / 3)
     assert (parity.prompts, parity.rendered_prompts, parity.same_prompts) == (2, 1, 1)
     assert (parity.same_answers, parity.positions, parity.trained_kl) == (1, 3, 0.5)
     assert compute_mean_kl(logits, other) == pytest.approx(sum(kl) / 3)

@@ -23,6 +23,7 @@ MAX_ROW_BYTES = 8 * 2**20  # in memory several times, with up to four bytes per 
 MAX_TEXT_BYTES = 64 * 2**20  # of a text file
 MAX_ARRAY_BYTES = 2**30
 MAX_FIELD_CHARS = 4 * 2**20  # the most that a forgotten quote in a CSV file can swallow
+MAX_BLANK_LINES = 1_000_000  # one after another
 CHUNK_BYTES = 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -36,23 +37,22 @@ class RowSpan(NamedTuple):
     column: int = 0  # in bytes, from 1, for elements of an array; other rows start their line
 
 
-def find_lines(file: BinaryIO) -> Iterator[RowSpan]:
-    """Yield each line that is not blank."""
-    for line in _iter_lines(file, CHUNK_BYTES):
-        if line.head and not line.head.isspace():
+def find_lines(file: BinaryIO, name: str = "") -> Iterator[RowSpan]:
+    """Yield each line that is not blank. Raises InputError for too many blank ones in a row."""
+    for line in _iter_lines(file, CHUNK_BYTES, name):
+        if not line.is_blank:
             yield RowSpan(line.start, line.end, line.number)
 
 
 def find_full_text(file: BinaryIO) -> Iterator[RowSpan]:
     """Yield the full file as one row, unless it is blank."""
-    start = 0
-    end = 0
-    is_blank = True
-    for line in _iter_lines(file, CHUNK_BYTES):
-        if line.number == 1:
-            start = line.start
-        end = line.end
-        is_blank = is_blank and not line.head.strip()
+    chunk = file.read(CHUNK_BYTES)
+    start = len(BYTE_ORDER_MARK) if chunk.startswith(BYTE_ORDER_MARK) else 0
+    end = len(chunk)
+    is_blank = not chunk[start:].strip()
+    while chunk := file.read(CHUNK_BYTES):
+        end += len(chunk)
+        is_blank = is_blank and not chunk.strip()
     if not is_blank:
         yield RowSpan(start, end, 1)
 
@@ -62,12 +62,16 @@ class _Line(NamedTuple):
     end: int
     number: int
     head: bytes  # the first bytes of the line
+    is_blank: bool  # as far as `head` goes
 
 
-def _iter_lines(file: BinaryIO, max_bytes: int) -> Iterator[_Line]:
-    """Yield all lines without the byte order mark, with at most `max_bytes` of each as `head`."""
+def _iter_lines(file: BinaryIO, max_bytes: int, name: str) -> Iterator[_Line]:
+    """Yield all lines without the byte order mark, with at most `max_bytes` of each as `head`.
+
+    Raises InputError for too many blank ones, each of which takes as long as a short row."""
     end = 0
     number = 0
+    num_blank = 0  # lines one after another
     while head := file.readline(max_bytes):
         number += 1
         start = end
@@ -78,7 +82,13 @@ def _iter_lines(file: BinaryIO, max_bytes: int) -> Iterator[_Line]:
         if number == 1 and head.startswith(BYTE_ORDER_MARK):
             start = len(BYTE_ORDER_MARK)
             head = head.removeprefix(BYTE_ORDER_MARK)
-        yield _Line(start, end, number, head)
+        is_blank = not head or head.isspace()
+        num_blank = num_blank + 1 if is_blank else 0
+        if num_blank > MAX_BLANK_LINES:
+            message = f"over {MAX_BLANK_LINES:,} blank lines one after another"
+            fix = "remove them; is this a text file?"
+            raise InputError(message, where=f"{name}:{number}", fix=fix)
+        yield _Line(start, end, number, head, is_blank)
 
 
 # ---------------------------------------------------------------- CSV
@@ -87,8 +97,8 @@ def _iter_lines(file: BinaryIO, max_bytes: int) -> Iterator[_Line]:
 class _CsvLines:
     """Lines for csv.reader, with the first and last line of the current record."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._lines = _iter_lines(file, MAX_ROW_BYTES + 1)
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._lines = _iter_lines(file, MAX_ROW_BYTES + 1, name)
         self.first_line: _Line | None = None
         self.end = 0
 
@@ -105,13 +115,13 @@ class _CsvLines:
         return line.head.decode("latin-1")
 
 
-def find_records(file: BinaryIO, delimiter: str) -> Iterator[RowSpan]:
+def find_records(file: BinaryIO, delimiter: str, name: str = "") -> Iterator[RowSpan]:
     """Yield each CSV record, header included, as Python's csv module separates them.
 
     A record that the csv module refuses is yielded too: decoding it reports the error."""
     # The limit is global to the process: csv has no other setting.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARS))
-    csv_lines = _CsvLines(file)
+    csv_lines = _CsvLines(file, name)
     reader = csv.reader(csv_lines, delimiter=delimiter, strict=True)
     while True:
         csv_lines.first_line = None

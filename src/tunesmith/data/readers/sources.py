@@ -51,11 +51,20 @@ RowIndex = tuple[Decoder, Iterator[RowSpan]]
 ContainerReader = Callable[[BinaryIO, str], RowIndex]
 
 # Without this check, a compressed file with a text suffix would give thousands of "not UTF-8" rows.
+RENAME_FIX = "rename it to the suffix of its type, or unpack it"
+UNPACK_FIX = "unpack it"
 SIGNATURES = {
-    b"\x1f\x8b": "gzip",
-    b"PAR1": "Parquet",
-    b"PK\x03\x04": "zip (as .xlsx and .docx are)",
+    b"\x1f\x8b": ("gzip", RENAME_FIX),
+    b"PAR1": ("Parquet", RENAME_FIX),
+    b"PK\x03\x04": ("zip (as .xlsx and .docx are)", UNPACK_FIX),
+    b"\x28\xb5\x2f\xfd": ("zstd", UNPACK_FIX),
+    b"\xfd7zXZ": ("xz", UNPACK_FIX),
+    b"BZh91AY&SY": ("bzip2", UNPACK_FIX),
+    b"ARROW1": ("Arrow", "convert it to Parquet or JSON Lines"),
+    b"SQLite format 3": ("SQLite", "export its table as CSV"),
+    b"version https://git-lfs": ("a pointer of Git LFS", "download the file itself: git lfs pull"),
 }
+MAX_SIGNATURE_BYTES = max(map(len, SIGNATURES))
 
 
 class ByteSource(Protocol):
@@ -171,20 +180,19 @@ def _open_content(path: Path, file: FileBytes) -> tuple[ByteSource, ContainerRea
 
 
 def _check_signature(file: BinaryIO, path: Path) -> None:
-    head = file.read(4)
+    head = file.read(MAX_SIGNATURE_BYTES)
     file.seek(0)
-    for signature, kind in SIGNATURES.items():
+    for signature, (kind, fix) in SIGNATURES.items():
         if head.startswith(signature):
-            fix = "rename it to the suffix of its type, or unpack it"
             raise InputError(f"the content is {kind}, not text", where=str(path), fix=fix)
 
 
 # ---------------------------------------------------------------- containers
 
 
-def read_json_lines(file: BinaryIO, name: str) -> RowIndex:  # noqa: ARG001 - shared signature
+def read_json_lines(file: BinaryIO, name: str) -> RowIndex:
     """Read JSON Lines: one object per line."""
-    return decode_json, find_lines(file)
+    return decode_json, find_lines(file, name)
 
 
 def read_json_file(file: BinaryIO, name: str) -> RowIndex:
@@ -193,12 +201,12 @@ def read_json_file(file: BinaryIO, name: str) -> RowIndex:
     file.seek(0)
     if head.startswith(b"["):
         return decode_json, find_elements(file, name)
-    return decode_json, find_lines(file)
+    return decode_json, find_lines(file, name)
 
 
 def read_table(file: BinaryIO, name: str, *, delimiter: str) -> RowIndex:
     """Read CSV with a header row; a quoted field may contain line breaks."""
-    row_spans = find_records(file, delimiter)
+    row_spans = find_records(file, delimiter, name)
     header_span = next(row_spans, None)
     if header_span is None:
         return decode_text, row_spans

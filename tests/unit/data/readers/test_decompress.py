@@ -1,11 +1,13 @@
 """The files that rows come in: each gives the rows that were put into it, in any order, and says
 where they stand."""
 
+import bz2
 import csv
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import sys
 import tracemalloc
@@ -207,6 +209,24 @@ def test_a_packed_file_under_another_name_is_recognised(raw, write):
         match=r"the content is (gzip|Parquet|zip \(as \.xlsx and \.docx are\)), not text",
     ):
         open_source(write(raw, "x.csv"))
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind", "fix"),
+    [
+        (b"\x28\xb5\x2f\xfd\x04", "zstd", "unpack it"),
+        (lzma.compress(b"{}"), "xz", "unpack it"),
+        (bz2.compress(b"{}"), "bzip2", "unpack it"),
+        (b"ARROW1\0\0", "Arrow", "convert it"),
+        (b"SQLite format 3\0", "SQLite", "export its table"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS", "git lfs pull"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.txt"])
+def test_what_is_no_text_is_named_with_what_to_do(raw, kind, fix, name, write):
+    with pytest.raises(InputError, match=f"the content is .*{kind}, not text") as caught:
+        open_source(write(raw, name))
+    assert fix in caught.value.fix
 
 
 def test_a_full_disk_is_the_machines_error_and_says_how_to_go_on(write, monkeypatch):

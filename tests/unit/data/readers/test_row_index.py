@@ -169,6 +169,19 @@ def test_a_line_that_is_too_long_for_csv_is_a_place(monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("blank", [b"\n", b"\r\n", b"  \n"])
+def test_blank_lines_without_end_are_refused(blank: bytes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(row_index, "MAX_BLANK_LINES", 10)
+    raw = b"a\n" + 10 * blank + b"b\n"
+    assert cut(raw, find_lines(io.BytesIO(raw))) == [b"a\n", b"b\n"]
+    assert cut(raw, find_full_text(io.BytesIO(100 * raw)))
+    raw = b"a\n" + 11 * blank + b"b\n"
+    with pytest.raises(InputError, match=r"t.jsonl:12: over 10 blank lines one after another"):
+        list(find_lines(io.BytesIO(raw), "t.jsonl"))
+    with pytest.raises(InputError, match=r"t.csv:12: over 10 blank lines one after another"):
+        list(find_records(io.BytesIO(raw), ",", "t.csv"))
+
+
 def test_lines_and_whole_texts_leave_out_the_byte_order_mark_only():
     raw = b"\xef\xbb\xbf\none\n \r\ntwo"
     assert cut(raw, find_lines(io.BytesIO(raw))) == [b"one\n", b"two"]
