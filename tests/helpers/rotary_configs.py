@@ -8,7 +8,9 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
 )
+from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
+from hybrid_configs import DELTA
 from tiny_models import MIXED, SIZES
 
 LIMIT = 32
@@ -58,5 +60,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **SHORT_CONTEXT,
         **MIXED,
         rope_parameters={"sliding_attention": PLAIN, "full_attention": DYNAMIC},
+    ),
+    # positions of three axes
+    "qwen3_5-dynamic": Qwen3_5TextConfig(
+        **SHORT_CONTEXT | DELTA,
+        head_dim=2 * HALF,
+        rope_parameters=DYNAMIC | {"mrope_section": [2, 2, 2], "partial_rotary_factor": 1.0},
     ),
 }

@@ -31,6 +31,13 @@ HALF_ROTATED: dict[str, Any] = {
     }
 }
 ONE_HEAD_COUNT = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+# of other families' heads: Llama ignores them
+OTHER_HEADS: dict[str, Any] = {
+    "logit_scale": 0.3,
+    "logits_scaling": 3.0,
+    "lm_head_multiplier": 0.4,
+    "final_logit_softcapping": 2.0,
+}
 WINDOW_PATTERN = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 
 
@@ -52,6 +59,8 @@ ATTENTION_CONFIGS: dict[str, PreTrainedConfig] = {
         **WIDE, mlp_bias=True, hidden_act="gelu_pytorch_tanh"
     ),
     "llama, relu2": LlamaConfig(**SIZES, hidden_act="relu2"),
+    "llama, keys of other heads": LlamaConfig(**SIZES, **OTHER_HEADS),
+    "granite, keys of other heads": vary("granite", **OTHER_HEADS),
     "qwen2, no window": Qwen2Config(**SIZES, **TIED, use_sliding_window=False),
     "qwen3, biased": Qwen3Config(**WIDE, attention_bias=True),
     "mistral, no window": MistralConfig(**SIZES, **TIED, sliding_window=None),

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from tunesmith.model.bank_linear import RowAdapters
 from tunesmith.model.experts import freeze_routing
 from tunesmith.model.frozen_weight import BlockedWeight, has_onednn_bf16, limit_onednn_cache
 from tunesmith.model.hub.stored_tensors import has_uniform_layers
-from tunesmith.model.hub.text_class import transformers_errors, use_torch_code
+from tunesmith.model.hub.text_class import LOAD_ERRORS, transformers_errors, use_torch_code
 from tunesmith.model.kernels import ops
 from tunesmith.model.layers import (
     MIXERS,
@@ -43,6 +44,7 @@ from tunesmith.model.layers import (
     replace_layers,
 )
 from tunesmith.model.lm_head import LMHead
+from tunesmith.model.machine_errors import explain_error
 from tunesmith.model.new_embeddings import get_new_rows
 from tunesmith.model.paged_cache import CacheRow, PagedKVCache
 from tunesmith.model.rotary import RotationKey, measure_documents, wrap_rotary
@@ -58,6 +60,18 @@ DTYPES = {
     "fp64": torch.float64,
 }
 STOCK_DROPOUTS = ("residual_dropout", "embedding_dropout")  # numbers in modules
+# model type -> the key of its config that scales logits, and its exponent. Other types ignore these
+# keys, and a config may have any.
+HEAD_FACTORS = {
+    "cohere": ("logit_scale", 1),
+    "cohere2": ("logit_scale", 1),
+    "falcon_h1": ("lm_head_multiplier", 1),
+    "granite": ("logits_scaling", -1),
+    "granitemoehybrid": ("logits_scaling", -1),
+}
+CAPPED_HEAD_TYPES = (
+    *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "vaultgemma"),
+)
 RunLayers = Callable[[Tensor], Tensor | None]
 Network = PreTrainedModel  # for other packages, which do not import transformers
 # our attention; transformers builds no mask for a name without a mask function
@@ -97,13 +111,30 @@ def load_network(
 def compute_stock_logits(
     network: PreTrainedModel, tokens: Sequence[int], positions: Sequence[int]
 ) -> Tensor:
-    """Return fp32 logits [len(positions), V] of one document, computed by transformers."""
-    out = network(
-        input_ids=torch.tensor([list(tokens)], device=network.device),
-        use_cache=False,
-        logits_to_keep=torch.tensor(list(positions), device=network.device),
-    )
+    """Return fp32 logits [len(positions), V] of one document, computed by transformers. Raises
+    InputError if it cannot."""
+    with forward_errors():
+        out = network(
+            input_ids=torch.tensor([list(tokens)], device=network.device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(list(positions), device=network.device),
+        )
     return out.logits[0].float()
+
+
+@contextmanager
+def forward_errors() -> Iterator[None]:
+    """Turn an error of transformers' own forward into InputError: some configs build a network that
+    cannot compute, such as one whose rotation has other sizes than its heads."""
+    try:
+        yield
+    except (*LOAD_ERRORS, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and explain_error(error) is not None:
+            raise
+        detail = " ".join(str(error).split())[:300]
+        message = f"transformers itself cannot compute it: {type(error).__name__}: {detail}"
+        fix = "correct config.json, or download the model again"
+        raise InputError(message, where="model", fix=fix) from error
 
 
 @torch.no_grad()
@@ -176,14 +207,17 @@ def get_lm_head(network: PreTrainedModel) -> LMHead:
     output = network.get_output_embeddings()
     assert output is not None, "a causal language model has a head"
     gather_weights(output)
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    scale *= getattr(config, "lm_head_multiplier", None) or 1.0
+    scale = 1.0
+    if config.model_type in HEAD_FACTORS:
+        name, exponent = HEAD_FACTORS[config.model_type]
+        scale = float(getattr(config, name)) ** exponent
     new_rows = get_new_rows(output)
     if new_rows is not None:
         new_rows.write_into(output.weight)
-    softcap = float(getattr(config, "final_logit_softcapping", None) or 0)
-    return LMHead(output.weight, output.bias, float(scale), softcap, new_rows)
+    softcap = 0.0
+    if config.model_type in CAPPED_HEAD_TYPES:
+        softcap = float(config.final_logit_softcapping or 0)
+    return LMHead(output.weight, output.bias, scale, softcap, new_rows)
 
 
 # ---------------------------------------------------------------- the wrapped model

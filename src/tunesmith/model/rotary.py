@@ -92,8 +92,8 @@ class DocumentRotary(nn.Module):
 
         Positions of longer documents, which the caller discards, are clamped."""
         _forget_earlier_lengths(self.stock)
-        last = position_ids.new_full((1, 1), length - 1)
-        clamped = torch.cat((position_ids.clamp(max=length - 1), last), dim=1)
+        last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
+        clamped = torch.cat((position_ids.clamp(max=length - 1), last), dim=-1)
         cosine, sine = self.stock(x, clamped, *args, **kwargs)
         return cosine[:, :-1], sine[:, :-1]
 

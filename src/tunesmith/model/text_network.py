@@ -63,10 +63,25 @@ def check_weight_shapes(folder: Path) -> None:
                 f"config.json says {list(tensor.shape)}"
             )
             raise InputError(message, where=str(parameter.headers[0].file), fix=DOWNLOAD_FIX)
+    _refuse_ignored_biases(network, stored, folder)
     for name, buffer in network.named_buffers():
         if buffer.numel() > MAX_BUFFER_VALUES:
             message = f"config.json requires a table {name} of {buffer.numel():,} values"
             raise InputError(message, where=str(folder), fix="download config.json again")
+
+
+def _refuse_ignored_biases(
+    network: PreTrainedModel, stored: Mapping[str, StoredParameter], folder: Path
+) -> None:
+    """Raise InputError for the bias of a linear that has none by config.json: transformers would
+    leave it out without an error, and compute something else than the model's maker."""
+    for path, module in network.named_modules():
+        name = f"{path}.bias"
+        is_unbiased = isinstance(module, nn.Linear) and module.bias is None
+        if is_unbiased and find_stored(stored, name) is not None:
+            message = f"the weights have {name}, and by config.json this linear has no bias"
+            fix = "correct the key for biases in config.json (attention_bias, mlp_bias, use_bias)"
+            raise InputError(message, where=str(folder), fix=fix)
 
 
 def find_stored(parameters: Mapping[str, StoredParameter], name: str) -> StoredParameter | None:

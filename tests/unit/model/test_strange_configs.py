@@ -6,20 +6,27 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from strange_configs import STRANGE_CONFIGS
 from tiny_models import (
     CONFIGS,
     LORA,
+    SIZES,
     collate_documents,
     compute_mean_loss,
     make_branching_documents,
     make_tiny_documents,
     make_tiny_network,
 )
+from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import METHODS, get_trainable_parameters
-from tunesmith.model.causal_lm import PackedCausalLM, load_network, wrap_model
+from tunesmith.model.causal_lm import (
+    PackedCausalLM,
+    compute_stock_logits,
+    load_network,
+    wrap_model,
+)
 from tunesmith.model.compare_layers import compare_layers
 from tunesmith.model.hub.spec import read_spec
 from tunesmith.model.quantization import load_quantized
@@ -92,6 +99,17 @@ def test_a_strange_config_trains_as_in_transformers_and_peft(name: str, tmp_path
         ours = model.head.compute_logits(model.compute_hidden(batch))
         theirs = peft.eval()(input_ids=batch.tokens_T[None], use_cache=False).logits[0]
     assert (theirs[batch.positions_S] - ours).norm() < 1e-5 * ours.norm()
+
+
+def test_a_config_that_transformers_cannot_compute_is_refused(tmp_path: Path) -> None:
+    """Its rotation has half of the sizes that the heads have."""
+    rotation = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}
+    config = LlamaConfig(**SIZES, rope_parameters=rotation | {"partial_rotary_factor": 0.5})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    network = load_network(tmp_path, torch.float32)
+    with pytest.raises(InputError, match="transformers itself cannot compute it") as caught:
+        compute_stock_logits(network, [3, 4, 5], [2])
+    assert "config.json" in caught.value.fix
 
 
 @pytest.mark.parametrize("family", QUANTIZED)

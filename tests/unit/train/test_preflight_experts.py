@@ -215,7 +215,7 @@ def test_wrong_sums_between_the_blocks_are_named() -> None:
 
 
 def test_a_wrong_head_is_named() -> None:
-    model, samples = prepare_model("qwen3_moe")
+    model, samples = prepare_model("granitemoehybrid-experts")
     model.network.config.logits_scaling = 2.0  # type: ignore[attr-defined]
     assert get_refusal(model, samples).startswith("the head is off by ")
 

@@ -216,7 +216,7 @@ def count_experts(config: Mapping[str, Any]) -> int:
     if config.get("enable_moe_block") is False:
         return 0
     counts = [config[key] for key in EXPERT_KEYS if isinstance(config.get(key), int)]
-    return counts[0] if counts and counts[0] > 1 else 0
+    return max(counts[0], 0) if counts else 0
 
 
 def count_experts_per_token(config: Mapping[str, Any]) -> int:

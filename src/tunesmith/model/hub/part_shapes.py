@@ -55,6 +55,9 @@ RECURRENT_SIZES = {
     },
     "conv": {"num_channels": ("hidden_size",), "num_taps": ("conv_L_cache",)},
 }
+# what the convolutions of delta and mamba2 are followed by; the first key that a config has says it
+ACTIVATION_KEYS = ("mamba_hidden_act", "hidden_act")
+SILU_NAMES = ("silu", "swish")
 
 
 def measure_parts(
@@ -181,19 +184,35 @@ def find_recurrent_shape(
     words of the layers."""
     for mixer in RECURRENT_SIZES:
         if any(mixer in word for word in mixers):
+            if mixer != "conv":
+                _refuse_other_activations(config, where)
             return read_recurrent_shape(config, mixer, where)
     return None
+
+
+def _refuse_other_activations(config: Mapping[str, Any], where: str) -> None:
+    key = next((key for key in ACTIVATION_KEYS if key in config), "")
+    if key and config[key] not in SILU_NAMES:
+        message = f"{key} is {config[key]!r:.80}, and recurrent layers are computed with silu only"
+        raise InputError(message, where=where, fix="use a model whose recurrent layers have silu")
 
 
 def read_recurrent_shape(config: Mapping[str, Any], mixer: str, where: str) -> RecurrentShape:
     """Return the shape of the layers with this mixer: delta, mamba2 or conv.
 
-    Raises InputError for a size that the config lacks."""
+    Raises InputError for a size that the config lacks, and for heads that cannot share keys."""
     sizes = {
         size: _require(config, names, where=where) for size, names in RECURRENT_SIZES[mixer].items()
     }
     if mixer == "conv":
         return RecurrentShape(**sizes)
+    if sizes["num_heads"] % sizes["num_groups"]:
+        names = [RECURRENT_SIZES[mixer][size][0] for size in ("num_heads", "num_groups")]
+        message = (
+            f"{sizes['num_heads']} heads ({names[0]}) cannot share {sizes['num_groups']} keys "
+            f"({names[1]})"
+        )
+        raise InputError(message, where=where, fix="download config.json again")
     keys = 2 * sizes.pop("num_groups") * sizes["key_size"]
     num_channels = keys + sizes["num_heads"] * sizes["value_size"]
     return RecurrentShape(num_channels=num_channels, **sizes)

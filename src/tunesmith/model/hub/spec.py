@@ -413,6 +413,9 @@ def _find_unsupported_layer(text: Json, model_type: str, family: Family | None) 
         return f"{model_type} has layers of different sizes (per_layer_config)"
     if text.get("use_bidirectional_attention") in (True, "all"):
         return f"{model_type} attends in both directions"
+    window = text.get("sliding_window")
+    if type(window) is int and window < 1 and text.get("use_sliding_window", True):
+        return f"sliding_window is {window}: no token would see another (null means no window)"
     # transformers 5.24 fails on it: it slices the embeddings of layers that share keys
     has_no_embeddings = text.get("hidden_size_per_layer_input", 1) in (0, None)
     if model_type in PER_LAYER_TYPES and has_no_embeddings and text.get("num_kv_shared_layers"):
@@ -420,7 +423,7 @@ def _find_unsupported_layer(text: Json, model_type: str, family: Family | None) 
     if any(text.get(key) for key in CAPACITY_KEYS):
         return f"{model_type} {CAPACITY_REASON}"
     can_have_experts = family is not None and family.has_experts and EXPERTS in READY
-    if family is not None and count_experts(text) > 0 and not can_have_experts:
+    if family is not None and count_experts(text) > 1 and not can_have_experts:
         return f"{model_type} has no experts, but config.json has {count_experts(text)}"
     return None
 

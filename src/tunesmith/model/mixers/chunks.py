@@ -170,7 +170,7 @@ def list_taps(layout: PackLayout, num_taps: int) -> Tensor:
 def find_tails(layout: PackLayout, count: int, device: torch.device) -> Tensor:
     """Return the last `count` tokens [S, count] on the path of each segment, T if there is none."""
     tails = [_list_last_tokens(layout, segment, count) for segment in range(len(layout.lengths))]
-    return upload(tails, device, torch.long).view(-1, count)
+    return upload(tails, device, torch.long).view(len(tails), count)
 
 
 def _list_last_tokens(layout: PackLayout, segment: int, count: int) -> list[int]:

@@ -112,7 +112,7 @@ def continue_convolution(
     num_tokens = len(x_TC)
     num_rows = len(layout.lengths)
     num_taps = weight_CK.shape[1]
-    if history is not None:
+    if history is not None and num_taps > 1:
         x_TC = torch.cat([history.flatten(0, 1).to(x_TC.dtype), x_TC])
         layout = _add_history(layout, num_taps - 1)
     y_TC = convolve(x_TC, weight_CK, bias_C, find_edges(layout, num_taps, x_TC.device))

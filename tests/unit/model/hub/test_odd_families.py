@@ -10,9 +10,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from quick_families import leave_others_to_slow
 from tiny_models import CONFIGS
 from tunesmith.core.errors import InputError
 from tunesmith.model.hub.spec import read_spec
+from tunesmith.model.text_network import check_weight_shapes
 
 
 def save_changed(family: str, folder: Path, **changes: Any) -> Path:
@@ -31,7 +33,7 @@ def edit_config(folder: Path, *removed: str, **changed: Any) -> None:
     path.write_text(json.dumps(kept | changed), encoding="utf-8")
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", leave_others_to_slow(CONFIGS))
 def test_the_words_of_the_layers_are_those_of_the_weights(family: str, tmp_path: Path) -> None:
     spec = read_spec(save_changed(family, tmp_path))
     assert spec.num_layers == len(spec.layer_mixers)
@@ -68,6 +70,63 @@ def test_layers_that_no_mixer_knows_are_refused_by_name(family: str, tmp_path: P
     with pytest.raises(InputError, match=message) as caught:
         read_spec(folder)
     assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [("qwen3_5", "hidden_act"), ("falcon_h1", "hidden_act"), ("nemotron_h", "mamba_hidden_act")],
+)
+def test_recurrent_layers_with_another_activation_are_refused(
+    family: str, key: str, tmp_path: Path
+) -> None:
+    folder = save_changed(family, tmp_path)
+    edit_config(folder, **{key: "gelu"})
+    with pytest.raises(InputError, match=rf"{key} is 'gelu', and recurrent layers") as caught:
+        read_spec(folder)
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("family", ["mistral", "starcoder2", "gpt_oss"])
+def test_a_window_of_no_tokens_is_refused(family: str, tmp_path: Path) -> None:
+    """transformers then attends to all tokens alike."""
+    folder = save_changed(family, tmp_path)
+    edit_config(folder, sliding_window=0)
+    with pytest.raises(InputError, match="sliding_window is 0: no token would see another"):
+        read_spec(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [("llama", "attention_bias"), ("glm4_moe", "attention_bias"), ("starcoder2", "use_bias")],
+)
+def test_biases_that_the_config_does_not_know_are_refused(
+    family: str, key: str, tmp_path: Path
+) -> None:
+    """transformers leaves them out, so that nothing it is compared with would show it."""
+    folder = save_changed(family, tmp_path)
+    check_weight_shapes(folder)
+    edit_config(folder, **{key: False})
+    with pytest.raises(InputError, match=r"have .*\.bias, and by config\.json") as caught:
+        check_weight_shapes(folder)
+    assert key in caught.value.fix
+
+
+def test_one_expert_is_counted(tmp_path: Path) -> None:
+    folder = save_changed("qwen3_moe", tmp_path, num_experts=1, num_experts_per_tok=1)
+    assert read_spec(folder).num_experts == 1
+
+
+def test_attention_alone_may_have_another_activation(tmp_path: Path) -> None:
+    read_spec(save_changed("lfm2", tmp_path / "lfm2"))
+    layers = ["full_attention"] * 3
+    read_spec(save_changed("qwen3_5", tmp_path / "qwen", hidden_act="gelu", layer_types=layers))
+
+
+def test_heads_that_cannot_share_keys_are_refused(tmp_path: Path) -> None:
+    folder = save_changed("qwen3_5", tmp_path)
+    edit_config(folder, linear_num_key_heads=3)
+    with pytest.raises(InputError, match=r"4 heads .* cannot share 3 keys"):
+        read_spec(folder)
 
 
 def test_a_layer_with_too_few_experts_is_refused_while_planning(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Families whose layers carry state: what the tests of all families do not cover."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+import tiny_models
 from expert_configs import RECURRENT_EXPERTS
 from hybrid_configs import CONV_FAMILIES, HYBRID_TOLERANCES
 from preflight_models import get_refusal, prepare_model
@@ -249,6 +251,24 @@ def test_token_by_token_equals_one_forward(family: str) -> None:
         hidden = model.decode_step(cache_rows, tokens, cache)
     whole = torch.stack(theirs)
     assert (torch.stack(ours) - whole).norm() < 1e-5 * whole.norm()
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("qwen3_5", "linear_conv_kernel_dim"),
+        ("granitemoehybrid", "mamba_d_conv"),
+        ("lfm2", "conv_L_cache"),
+    ],
+)
+def test_a_convolution_of_one_tap_has_no_history(
+    family: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = copy.deepcopy(tiny_models.CONFIGS[family])
+    setattr(config, key, 1)
+    monkeypatch.setitem(tiny_models.CONFIGS, family, config)
+    test_token_by_token_equals_one_forward(family)
+    test_documents_at_the_edges_of_chunks(family)
 
 
 @FAMILIES
