@@ -13,10 +13,10 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist works
 
 # Tiny models gain nothing from more threads and wait for them: with two in each of two processes, on
 # a busy machine, a file of a minute was not done after sixteen. What depends on their number sets it.
-test: $(BIN)/pytest  ## the tests, without the real model
+test: $(BIN)/pytest  ## the tests, without the real model; of model families, one of each kind of layer
 	OMP_NUM_THREADS=1 $(PYTEST)
 
-slow: $(BIN)/pytest  ## the tests that need the real SmolLM2-135M-Instruct, one seed per effect
+slow: $(BIN)/pytest  ## the tests that need the real SmolLM2-135M-Instruct, one seed per effect, and the other families
 	OMP_NUM_THREADS=1 $(PYTEST) -m 'slow and not more_seeds'
 
 multi: $(BIN)/pytest  ## runs on two and three processes over gloo

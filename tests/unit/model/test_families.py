@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expert_configs import RECURRENT_EXPERTS
+from quick_families import QUICK_FAMILIES, leave_others_to_slow
 from tiny_models import (
     CONFIGS,
     EXPERT_FAMILIES,
@@ -66,7 +67,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(scope="module", params=leave_others_to_slow(CASES), ids="-".join)
 def case(request: pytest.FixtureRequest) -> tuple[PackedCausalLM, float]:
     """Return a model in fp64 and the tolerance of two exact computations: stock norms compute in
     fp32."""
@@ -136,7 +137,7 @@ def compare_with_stock(
     return abs(loss - expected_loss) / expected_loss, compute_max_difference(gradients, expected)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", leave_others_to_slow(CONFIGS))
 def test_loss_and_every_gradient_equal_the_stock_model(family: str) -> None:
     tolerance = STOCK_TOLERANCES.get(family, STOCK_TOLERANCE)  # transformers' norms are fp32
     loss, gradients = compare_with_stock(family, make_tiny_documents())
@@ -144,7 +145,7 @@ def test_loss_and_every_gradient_equal_the_stock_model(family: str) -> None:
     assert gradients < tolerance
 
 
-@pytest.mark.parametrize("family", RECURRENT_FAMILIES)
+@pytest.mark.parametrize("family", leave_others_to_slow(RECURRENT_FAMILIES))
 def test_documents_at_the_edges_of_chunks_equal_the_stock_model(family: str) -> None:
     tolerance = STOCK_TOLERANCES.get(family, STOCK_TOLERANCE)
     loss, gradients = compare_with_stock(family, make_tiny_documents(CHUNK_EDGES))
@@ -152,14 +153,14 @@ def test_documents_at_the_edges_of_chunks_equal_the_stock_model(family: str) -> 
     assert gradients < tolerance
 
 
-@pytest.mark.parametrize("family", WIDE_FAMILIES)
+@pytest.mark.parametrize("family", leave_others_to_slow(WIDE_FAMILIES))
 def test_without_the_rounding_of_norms_gradients_are_equal(family: str) -> None:
     loss, gradients = compare_with_stock(family, make_tiny_documents(), has_wide_norms=True)
     assert loss < 0.2e-10
     assert gradients < 1e-10
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", leave_others_to_slow(CONFIGS))
 def test_logits_equal_the_stock_model(family: str) -> None:
     tokens = make_tiny_document(31).tokens_L[:31].tolist()
     network, places = make_tiny_network(family), [0, 5, 30]
@@ -173,7 +174,7 @@ def test_logits_equal_the_stock_model(family: str) -> None:
     )
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", leave_others_to_slow(CONFIGS))
 def test_every_listed_class_is_replaced(family: str) -> None:
     """Norms of queries and keys are replaced too, inside of the attention module."""
     network = make_tiny_network(family)
@@ -185,6 +186,18 @@ def test_every_listed_class_is_replaced(family: str) -> None:
         isinstance(module, RMSNorm) for module in model.network.modules()
     )
     assert model.is_pruned == (family.split("-")[0] in PRUNED_FAMILIES)
+
+
+def test_quick_families_have_each_class_of_layer() -> None:
+    """Whatever a family is wrapped with, `make test` meets it."""
+    classes = {family: list_layer_classes(family) for family in CONFIGS}
+    quick = set[type].union(*(classes[family] for family in QUICK_FAMILIES & CONFIGS.keys()))
+    assert quick == set[type].union(*classes.values())
+
+
+def list_layer_classes(family: str) -> set[type]:
+    modules = wrap_model(make_tiny_network(family), torch.float32).network.modules()
+    return {type(module) for module in modules if type(module).__module__.startswith("tunesmith")}
 
 
 # ---------------------------------------------------------------- packed = alone

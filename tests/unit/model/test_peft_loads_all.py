@@ -13,6 +13,7 @@ from peft.utils import transformers_weight_conversion as peft_conversion
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
+from quick_families import leave_others_to_slow
 from tiny_models import (
     CONFIGS,
     LORA,
@@ -77,7 +78,7 @@ def compare_with_peft(family: str, folder: Path, targets: Any, **changed: Any) -
     return json.loads((folder / "adapter_config.json").read_text())
 
 
-@pytest.mark.parametrize("family", [*CONFIGS, *DENSE_CONFIGS])
+@pytest.mark.parametrize("family", leave_others_to_slow([*CONFIGS, *DENSE_CONFIGS]))
 def test_every_tensor_finds_its_module(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from quick_families import leave_others_to_slow
 from tiny_models import (
     CONFIGS,
     STOCK_NORMS,
@@ -37,7 +38,7 @@ SINGLE_PACK, PACK_EACH = 10**6, 1
 CASES = [*((family, "lora") for family in CONFIGS), ("llama-tied", "full")]
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(scope="module", params=leave_others_to_slow(CASES), ids="-".join)
 def case(request: pytest.FixtureRequest) -> tuple[PackedCausalLM, float]:
     """Return a model in fp64 and the tolerance of two exact computations: stock norms compute in
     fp32."""

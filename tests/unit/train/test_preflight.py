@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Phi3Config
 
 from preflight_models import get_refusal, prepare_model, prepare_sharing_model
+from quick_families import leave_others_to_slow
 from tiny_models import (
     CONFIGS,
     END,
@@ -45,7 +46,7 @@ from tunesmith.train.preflight import run_preflight
 # ---------------------------------------------------------------- all is well
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", leave_others_to_slow(CONFIGS))
 def test_the_proof_passes_on_every_family(family: str) -> None:
     model, samples = prepare_model(family)
     verdicts = run_preflight(model, samples)
@@ -346,7 +347,7 @@ def test_both_sides_of_pairs_are_proven() -> None:
 # ---------------------------------------------------------------- shared prefixes
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", leave_others_to_slow(CONFIGS))
 def test_shared_prefixes_are_proven_on_every_family(family: str) -> None:
     verdicts = {verdict.kind: verdict for verdict in run_preflight(*prepare_sharing_model(family))}
     isolation = "isolated " if family in EXPERT_FAMILIES else "isolated bitwise"

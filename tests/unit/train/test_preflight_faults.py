@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from preflight_models import get_refusal, prepare_model
+from quick_families import leave_others_to_slow
 from tiny_models import ATTENTION_CONFIGS, CONFIGS, TEXT_PART_CONFIGS, make_tiny_documents
 from tunesmith.core.errors import GateError
 from tunesmith.model import causal_lm, layers
@@ -179,7 +180,7 @@ def test_a_fault_is_refused(
         compare_blocks(model, samples, lambda batch: batch)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", leave_others_to_slow(CONFIGS))
 def test_no_family_is_refused_in_bf16(family: str) -> None:
     """With room: the tolerance is 30 times what differs."""
     model, samples = prepare_model(family, torch.bfloat16)
@@ -190,7 +191,7 @@ def test_no_family_is_refused_in_bf16(family: str) -> None:
     assert 10 * float(worst[1]) < TOKEN_TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("family", [*TEXT_PART_CONFIGS, *ATTENTION_CONFIGS])
+@pytest.mark.parametrize("family", leave_others_to_slow([*TEXT_PART_CONFIGS, *ATTENTION_CONFIGS]))
 def test_the_whole_proof_passes_on_text_parts_and_ungated_decoders(family: str) -> None:
     results = run_preflight(*prepare_model(family, torch.float32))
     assert {result.level for result in results} == {"ok"}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from preflight_models import get_refusal, prepare_model
+from quick_families import leave_others_to_slow
 from tiny_models import CONFIGS, EXPERT_FAMILIES, HYBRID_CONFIGS
 from tunesmith.core.errors import GateError
 from tunesmith.model.experts import Experts
@@ -76,7 +77,7 @@ def test_a_wrong_gradient_of_an_adapter_stops_the_run() -> None:
     assert get_refusal(model, samples).startswith(name)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", leave_others_to_slow(CONFIGS))
 def test_no_family_is_refused(family: str) -> None:
     model, samples = prepare_model(family, torch.bfloat16)
     with torch.no_grad():

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Phi3Config
 
 import tiny_models
 from preflight_models import get_refusal, prepare_model
+from quick_families import leave_others_to_slow
 from rotary_configs import CONFIGS, LIMIT, LONGROPE
 from tiny_models import SIZES, make_tiny_documents
 from tunesmith.core.events import CheckResult
@@ -46,7 +47,7 @@ EQUAL_FACTORS = Phi3Config(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", leave_others_to_slow(CONFIGS))
 def test_each_family_has_the_check_and_its_control(
     name: str, lengths: Sequence[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,7 +75,7 @@ def set_total(self: DocumentRotary, lengths: Sequence[int], segments: Sequence[i
 
 
 @pytest.mark.parametrize("broken", [set_longest, set_total])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", leave_others_to_slow(CONFIGS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_rotation_for_a_pack_is_refused_in_any_precision(
     name: str, dtype: torch.dtype, broken: object, monkeypatch: pytest.MonkeyPatch
@@ -88,7 +89,7 @@ def test_one_rotation_for_a_pack_is_refused_in_any_precision(
         preflight.check_rotation(model, model.rotary, samples)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", leave_others_to_slow(CONFIGS))
 def test_the_length_of_a_pack_of_short_rows_is_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

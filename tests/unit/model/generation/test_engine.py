@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from quick_families import leave_others_to_slow
 from tiny_models import CONFIGS, make_tiny_model, make_tiny_network
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.types import GenerationOutput, GenerationRequest
@@ -42,7 +43,7 @@ def stock_answer(network: PreTrainedModel, prompt: tuple[int, ...], tokens: int)
     return tuple(out[0, len(prompt) :].tolist())
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", leave_others_to_slow(CONFIGS))
 def test_greedy_answers_equal_those_of_transformers(
     family: str, prompts: Prompts, spell: Spell
 ) -> None:
@@ -62,7 +63,7 @@ def test_greedy_answers_equal_those_of_transformers(
         assert {answer.finish_reason for answer in outputs} == {"length"}
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", leave_others_to_slow(CONFIGS))
 def test_a_common_beginning_is_computed_once_and_changes_nothing(
     family: str, prompts: Prompts, spell: Spell
 ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeConfig
 
+from quick_families import leave_others_to_slow
 from text_part_configs import QWEN3_VL, TOWER_QWEN
 from tiny_models import CONFIGS, LORA, make_stock_network, make_tiny_network
 from tunesmith.core.errors import InputError
@@ -34,7 +35,7 @@ FAMILIES = [
 ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=leave_others_to_slow(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
