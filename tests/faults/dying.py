@@ -252,6 +252,16 @@ def save(folder: Path, mode: int) -> dict[str, object]:
 # ---------------------------------------------------------------- a whole run
 
 
+def write_files(folder: Path) -> dict[str, str]:
+    """Held-out rows whose answers are a letter: of a run with longer ones, a third of the time goes
+    into generating those of a model that never ends them."""
+    files = tiny_runs.write_eval_files(folder)
+    for role, first in (("eval_data", 100), ("test_data", 200)):
+        rows = [tiny_runs.make_chat_row(f"say {n}", "a") for n in range(first, first + 3)]
+        tiny_runs.write_rows(Path(files[role]), rows)
+    return files
+
+
 def whole_run(model: Path, folder: Path, files: dict[str, str]) -> str:
     wish = tiny_runs.make_tiny_recipe(
         model, folder.parent, **files, output_dir=str(folder), save_steps=1, lora_dropout=0.1
@@ -284,7 +294,7 @@ def watched(folder: Path, _mode: int) -> dict[str, object]:
     """What becomes of the state at each call of one run, also with half of a write done; some are
     compared with those that a death leaves."""
     folder.mkdir()
-    model, files = tiny_runs.save_model_folder(folder / "model"), tiny_runs.write_eval_files(folder)
+    model, files = tiny_runs.save_model_folder(folder / "model"), write_files(folder)
     straight = child(lambda: whole_run(model, folder / "straight", files))[1]
     place, kept = folder / "run", folder / "kept"
 
@@ -324,7 +334,7 @@ def watched(folder: Path, _mode: int) -> dict[str, object]:
 
 def full(folder: Path, mode: int) -> dict[str, object]:
     folder.mkdir()
-    model, files = tiny_runs.save_model_folder(folder / "model"), tiny_runs.write_eval_files(folder)
+    model, files = tiny_runs.save_model_folder(folder / "model"), write_files(folder)
     straight = child(lambda: whole_run(model, folder / "straight", files))[1]
     seen = folder / "seen"
     calls = watch_calls(seen, lambda: whole_run(model, seen, files))
@@ -343,7 +353,7 @@ def full(folder: Path, mode: int) -> dict[str, object]:
 
 def times(folder: Path, _mode: int, num_runs: int = 20, dtype: str = "fp32") -> dict[str, object]:
     folder.mkdir()
-    model, files = tiny_runs.save_model_folder(folder / "model"), tiny_runs.write_eval_files(folder)
+    model, files = tiny_runs.save_model_folder(folder / "model"), write_files(folder)
     files |= {"dtype": dtype}
     began = time.perf_counter()
     straight = child(lambda: whole_run(model, folder / "straight", files))[1]

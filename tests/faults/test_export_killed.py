@@ -51,6 +51,7 @@ def check_full_disk(actual: dict[str, dict[str, Any]]) -> None:
         assert set(result["endings"]) == {"1 nothing no space left on the disk", "0 whole"}, target
 
 
+@pytest.mark.slow
 def test_fault_34_an_export_killed_here_and_there(dying_export: Dying) -> None:
     actual = dying_export("die", 5, "merged", "gguf-lora")
     assert actual.keys() == {"merged", "gguf-lora"}

@@ -171,12 +171,13 @@ def run_path(file: Path, names: Sequence[str], **environment: str) -> dict[str, 
     return load_file(file)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(
     "names",
     [
         pytest.param(QUICK_CASES, id="quick"),
-        pytest.param(OTHER_CASES, id="others", marks=pytest.mark.slow),
+        pytest.param(OTHER_CASES, id="others"),
     ],
 )
 def test_the_path_of_a_gpu_equals_that_of_a_cpu(names: Sequence[str], tmp_path: Path) -> None:

@@ -190,6 +190,7 @@ class ServerMachine(RuleBasedStateMachine):
         assert pool.num_available == pool.num_blocks
 
 
+@pytest.mark.slow
 def test_models_and_requests_in_any_order(lab: Lab) -> None:
     with contextlib.ExitStack() as cleanup:
         ServerMachine.lab = lab

@@ -32,6 +32,7 @@ OLD_CAPABILITIES = (70, 75)  # V100 and T4, which train in fp16
 MAX_SHARED_BYTES = 99 * 1024  # of the smallest of these GPUs
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.skipif(IS_INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
