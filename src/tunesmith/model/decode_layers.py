@@ -81,7 +81,7 @@ class DecodeLayers:
         one token for each of some rows, or an adapter runs in torch."""
         inputs = self.kv_cache.get_decode_inputs()
         rows = self._pack_rows(len(tokens_B))
-        if inputs is None or rows is None or not self._point_to_buffers():
+        if inputs is None or rows is None or not self._set_buffers():
             return None
         positions_B, tables_BM = inputs
         decoder = self.model.decoder
@@ -115,7 +115,7 @@ class DecodeLayers:
         has_torch = any(adapter.torch_factors for adapter, _ in rows.groups)
         return None if has_torch else rows.packed
 
-    def _point_to_buffers(self) -> bool:
+    def _set_buffers(self) -> bool:
         """Let the layers point to their keys and values; return False before a first prompt."""
         if self.has_buffers:
             return True
@@ -148,7 +148,8 @@ def build_decode_layers(model: PackedCausalLM, kv_cache: PagedKVCache) -> Decode
 
 def _is_plain(layer: Any, model: PackedCausalLM) -> bool:
     """Return whether a layer is norm, attention, norm, MLP, whose attention decode.c computes."""
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
+    mlp = layer.mlp
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     if not isinstance(attention, Attention) or not isinstance(mlp, Mlp):
         return False
@@ -189,8 +190,8 @@ class _Builder:
         modules += [layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
         projections = [self._build_projection(module) for module in modules]
         return Layer(
-            *(self._point_to(None if norm is None else norm.weight.float()) for norm in norms),
-            self._point_to(None if config.sinks_N is None else config.sinks_N.float()),
+            *(self._get_pointer(None if norm is None else norm.weight.float()) for norm in norms),
+            self._get_pointer(None if config.sinks_N is None else config.sinks_N.float()),
             *(None, None),  # keys and values
             *projections,
             *(projections[i].outputs // attention.head_dim for i in (0, 1)),
@@ -214,7 +215,9 @@ class _Builder:
             entry = len(self.factors)
             self.factors.append(self._pack_adapter(module))
         outputs = len(module.lora_B) if isinstance(module, LoraLinear) else module.out_features
-        return Projection(self._point_to(weight), self._point_to(bias), outputs, layout, entry)
+        return Projection(
+            self._get_pointer(weight), self._get_pointer(bias), outputs, layout, entry
+        )
 
     def _find_weight(self, module: Any) -> tuple[Tensor | None, int]:
         frozen: FrozenWeight | None = None
@@ -238,7 +241,7 @@ class _Builder:
         a_RI, b_OR = module.cast_factors(torch.bfloat16)
         return pack_factors(a_RI, b_OR, module.scale, None, None)
 
-    def _point_to(self, tensor: Tensor | None) -> int | None:
+    def _get_pointer(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
             return None
         tensor = tensor.detach().contiguous()
