@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from cases import CASES, LARGE_CASES, SHARED_LAYOUTS
 from large_models import (
@@ -27,6 +26,7 @@ from large_models import (
     extend,
     name_case,
 )
+from shared_folder import lock_shared_folder
 from tiny_models import EXPERT_FAMILIES
 from tunesmith.model.merged_attention import is_merging_cheaper
 from tunesmith.plan.memory_gpu import estimate_gpu_memory
@@ -61,13 +61,8 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Run the cases, once for all workers of this test run."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    folder = base / "fakecuda"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            folder.mkdir()
+    with lock_shared_folder(tmp_path_factory, "fakecuda") as (folder, is_new):
+        if is_new:
             run_cases(folder)
     found: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if "problem" in found:

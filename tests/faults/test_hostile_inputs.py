@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hostile_inputs
+from shared_folder import lock_shared_folder
 from tunesmith.core.types import Json
 
 MAX_SECONDS = 2.0
@@ -19,22 +20,27 @@ MAX_MEGABYTES = 200
 MAX_CHARS = 6_000  # of a message
 BUSY = 3  # how much slower a shared core may be
 TEST_NAME = "test_a_hostile_input_is_cheap_or_refused"
-QUICK_SHARE = 4  # without --slow, every fourth case runs
+QUICK_SHARE = 12  # `make test` runs every twelfth case
 
 
 @pytest.fixture(scope="session")
 def costs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Json]:
-    """Return the cost of each selected case, all measured by one process."""
+    """Return the cost of each selected case, measured by one process for all workers."""
     selected = [item.name for item in request.session.items]
     names = [name for name in hostile_inputs.CASES if f"{TEST_NAME}[{name}]" in selected]
-    folder = tmp_path_factory.mktemp("hostile")
     helpers = str(Path(hostile_inputs.__file__).parent)
     environment = {**os.environ, "PYTHONPATH": helpers, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, hostile_inputs.__file__, str(folder), *names]
-    done = subprocess.run(command, env=environment, cwd=folder, stdout=subprocess.PIPE, check=True)
-    return {result["name"]: result for result in map(json.loads, done.stdout.splitlines())}
+    with lock_shared_folder(tmp_path_factory, "hostile") as (folder, is_new):
+        output = folder / "costs.jsonl"
+        if is_new:
+            command = [sys.executable, hostile_inputs.__file__, str(folder), *names]
+            done = subprocess.run(
+                command, env=environment, cwd=folder, stdout=subprocess.PIPE, check=True
+            )
+            output.write_bytes(done.stdout)
+    return {result["name"]: result for result in map(json.loads, output.read_text().splitlines())}
 
 
 def list_cases() -> list[object]:
