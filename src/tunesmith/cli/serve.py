@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,15 +98,20 @@ def serve(  # noqa: PLR0913 - every option is a flag
         "open_metrics": open_metrics or None,
         "dtype": dtype,
     }
+    sys.exit(_serve_until_signal(sources or (), settings_flags))
+
+
+def _serve_until_signal(sources: Sequence[str], settings_flags: Mapping[str, Any]) -> int:
+    """Serve, and return the exit code. A wrong name is refused before torch is loaded."""
     _require_extra()
     import asyncio
 
     from tunesmith.evaluate.model_ref import parse_model_ref
     from tunesmith.serve.settings import read_settings
 
-    settings = read_settings(sources or (), **settings_flags)
+    settings = read_settings(sources, **settings_flags)
     for model in settings.models.values():
-        parse_model_ref(model.source)  # a wrong name is refused before torch is loaded
+        parse_model_ref(model.source)
     from tunesmith.serve.server import prepare_server, run_server
 
     _log_to_stderr()
@@ -113,8 +119,7 @@ def serve(  # noqa: PLR0913 - every option is a flag
     if prepared.new_key:
         write_stderr(f"API key, shown once: {prepared.new_key}\n")
     with prepared.base.scratch:
-        code = asyncio.run(run_server(prepared))
-    sys.exit(code)
+        return asyncio.run(run_server(prepared))
 
 
 def _watch_server(url: str, sources: list[str] | None) -> None:
