@@ -128,6 +128,12 @@ def test_an_export_is_refused_before_a_model_library_is_loaded(tmp_path: Path) -
     assert not loaded_by("\n".join(exports)) & {"torch", "transformers"}
 
 
+def test_a_run_that_is_not_trained_yet_is_refused_before_torch(tmp_path: Path) -> None:
+    run = str(fake_runs.write_run(tmp_path / "run"))
+    program = "\n".join(verb(name, run, code=2) for name in ("eval", "chat"))
+    assert not loaded_by(program) & {"torch", "transformers"}
+
+
 def test_a_model_to_serve_that_is_not_there_is_refused_before_torch(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("models: {json: nowhere}\n")

@@ -413,9 +413,11 @@ def evaluate(
     `target` is a run, RUN@0.5 (adapter scale), RUN/checkpoints/step-N, an adapter, or a model,
     which has scores only. `metrics` replace the run's. `ranks` are processes in lockstep that share
     the items out. Raises InputError for an invalid row."""
-    from tunesmith.evaluate.model_ref import parse_model_ref
+    from tunesmith.evaluate.model_ref import parse_model_ref, refuse_untrained
 
     ref = parse_model_ref(str(target))  # a wrong name is refused before torch is loaded
+    if ref.run_dir is not None and ref.checkpoint_dir is None:
+        refuse_untrained(ref.run_dir)
     from tunesmith.evaluate import compare_models, finished_run
     from tunesmith.evaluate.regression_gate import EvalReport, parse_metrics
     from tunesmith.train import stages
@@ -494,6 +496,9 @@ def chat(
     the training rows; an empty text means none."""
     run_dir.require_run(Path(path))
     check_sampling(sampling := sampling or SamplingParams())
+    from tunesmith.evaluate.model_ref import refuse_untrained
+
+    refuse_untrained(Path(path))
     from tunesmith.evaluate import finished_run
 
     turns = [questions] if isinstance(questions, str) else questions

@@ -20,9 +20,11 @@ from tunesmith.core.evidence import ErrorAnalysis
 from tunesmith.core.hub_names import is_hub_id
 from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.run_dir import (
+    ADAPTER_DIR,
     EVAL_AFTER_FILE,
     EVAL_BEFORE_FILE,
     MAX_SUGGESTIONS,
+    MODEL_DIR,
     RECORD_FILE,
     RUNS_ROOT,
     find_nearest_folders,
@@ -32,6 +34,7 @@ from tunesmith.core.run_dir import (
     join_first,
     list_folders,
     list_nearby_runs,
+    read_failure,
     read_run_plan,
     read_run_record,
     require_run,
@@ -139,6 +142,15 @@ def _refuse_unknown(name: str) -> None:
     raise InputError("no such run folder, model folder or built-in model", where=name, fix=fix)
 
 
+def refuse_untrained(run: Path) -> None:
+    """Raise InputError for a run whose weights are not trained yet, by its files alone."""
+    if is_staged(run) or any((run / name).is_dir() for name in (ADAPTER_DIR, MODEL_DIR)):
+        return
+    if not read_failure(run):  # which is told when the weights are looked for
+        fix = f"finish it: tunesmith resume {run}"
+        raise InputError("this run has no trained weights yet", where=str(run), fix=fix)
+
+
 # ---------------------------------------------------------------- stored results
 
 
@@ -242,7 +254,8 @@ def compare_models(
     """
     pairs, notes = pair_measurements(*results)
     if not pairs:
-        message = "the models have no metric in common:\n  " + "\n  ".join(notes)
+        missing = "\n  ".join(notes) or "nothing was measured of either"
+        message = f"the models have no metric in common:\n  {missing}"
         fix = "compare runs with the same test_data or retention_data"
         raise InputError(message, where=" and ".join(names), fix=fix)
     comparisons = tuple(compare_measurements(first, second) for first, second in pairs)

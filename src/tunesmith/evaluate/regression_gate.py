@@ -60,6 +60,12 @@ class EvalReport:
 
     @classmethod
     def from_evaluation(cls, evaluation: Evaluation, run: Path | None) -> Self:
+        """Report on a model before and after training. Raises InputError if nothing was measured,
+        which is no result that an empty table could show."""
+        if not evaluation.comparisons:
+            message = "the run has neither test_data nor retention_data"
+            fix = "name a file to evaluate on: --data test.jsonl"
+            raise InputError(message, where="" if run is None else str(run), fix=fix)
         margin = None
         limits: tuple[MetricLimit, ...] = ()
         if run is not None:

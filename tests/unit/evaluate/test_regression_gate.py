@@ -253,6 +253,8 @@ def test_the_margin_is_that_of_the_run(tmp_path: Path) -> None:
     assert report.scores == (evaluation.comparisons[0].after,)
     assert report.check_gates()[0].passed
     assert EvalReport.from_evaluation(evaluation, None).margin is None
+    with pytest.raises(InputError, match="neither test_data nor retention_data"):
+        EvalReport.from_evaluation(Evaluation((), None), run)
 
 
 def test_kl_is_not_gated_and_something_has_to_be() -> None:

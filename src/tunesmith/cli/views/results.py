@@ -15,7 +15,7 @@ from tunesmith.cli.output import escape_markup, format_single_line
 from tunesmith.cli.progress import format_interval
 from tunesmith.cli.views import make_table
 from tunesmith.cli.views.verdict import render_errors, render_verdict
-from tunesmith.core.events import GenerationSample, Score
+from tunesmith.core.events import GENERAL_TASK, GenerationSample, Score
 from tunesmith.core.formatting import format_bytes, format_duration
 from tunesmith.core.types import Comparison, RunRecord, ScalePoint
 from tunesmith.evaluate.results import describe_truncation
@@ -41,6 +41,7 @@ METRIC_NAMES = {
     "top1_agreement": "top-1 agreement with base",
 }
 VERDICT_STYLES = {"better": "bold green", "worse": "bold red"}
+DISTANCE_WORDS = {"better": "closer to base", "worse": "further from base"}
 LOWER_IS_BETTER = "↓"
 MIN_EVIDENCE_WIDTH = 120  # columns of the terminal
 MAX_ANSWER_CHARS = 400
@@ -103,7 +104,7 @@ class ComparisonTable:
                 f"{comparison.before.value:.3f}",
                 f"{comparison.after.value:.3f}",
                 format_interval(comparison.difference, comparison.low, comparison.high),
-                Text(verdict, VERDICT_STYLES.get(verdict, "dim")),
+                _render_verdict(comparison, verdict),
             ]
             evidence = [escape_markup(describe_evidence(comparison))] if has_evidence else []
             table.add_row(*cells, *evidence)
@@ -111,6 +112,14 @@ class ComparisonTable:
             table.caption = f"{LOWER_IS_BETTER} lower is better"
             table.caption_justify = "left"
         return table
+
+
+def _render_verdict(comparison: Comparison, verdict: str) -> Text:
+    """Name a verdict. To move from the base is what training is for: except on general text, that
+    is neither better nor worse."""
+    if comparison.metric in METRIC_NAMES and comparison.task != GENERAL_TASK:
+        return Text(DISTANCE_WORDS.get(verdict, verdict), "dim")
+    return Text(verdict, VERDICT_STYLES.get(verdict, "dim"))
 
 
 def render_model_comparison(comparison: ModelComparison) -> RenderableType:
@@ -236,10 +245,15 @@ def render_scales(points: Sequence[ScalePoint]) -> RenderableType:
             f"{point.eval_loss.value:.4f}",
             _format_share(compute_gain_share(points, point)),
             "-" if point.general_text is None else f"{point.general_text.value:.4f}",
-            _format_share(compute_forgetting_share(points, point)),
+            _format_forgetting(compute_forgetting_share(points, point)),
             Text("recommended", "bold green") if point is recommended else "",
         )
     return Group(table, describe_recommendation(points))
+
+
+def _format_forgetting(share: float | None) -> str:
+    """Format a share of the forgetting at scale 1, which says nothing where that is nearly zero."""
+    return "none" if share is not None and share < -1 else _format_share(share)
 
 
 def _format_share(value: float | None) -> str:

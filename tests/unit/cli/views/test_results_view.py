@@ -132,3 +132,27 @@ def test_the_recommended_scale_is_marked(has_general_text: bool) -> None:
     assert row[3:] == (["0.8400", "40%", "recommended"] if has_general_text else ["-", "-"])
     assert lines[-1] == describe_recommendation(points)
     assert lines[-1].startswith("scale 0.75 " if has_general_text else "scale 1 ")
+
+
+def test_general_text_that_gained_much_more_than_it_lost_has_no_share() -> None:
+    points = [
+        ScalePoint(
+            scale,
+            make_task_score("eval", "loss", loss),
+            make_task_score("general text", "bits_per_byte", bits),
+        )
+        for scale, loss, bits in ((0, 6.4, 8.684), (0.5, 2.0, 8.143), (1, 1.6, 8.691))
+    ]
+    rows = [line.split() for line in render_text(render_scales(points)).splitlines()]
+    assert [row[4] for row in rows[2:5]] == ["0%", "none", "100%"]
+
+
+def test_distance_from_the_base_is_bad_on_general_text_only() -> None:
+    comparisons = [
+        fake_runs.make_comparison("kl", 4.0, 5.0, 0.1, task=task, higher_is_better=False)
+        for task in ("test", "general text")
+    ]
+    text = render_text(render_comparisons(comparisons))
+    words = {line.split()[0]: line.rstrip() for line in text.splitlines() if line.strip()}
+    assert words["test"].endswith("further from base")
+    assert words["general"].endswith("worse")
