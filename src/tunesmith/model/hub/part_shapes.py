@@ -149,8 +149,11 @@ def _find_width(
     headers: Mapping[str, TensorHeader], module: str, linears: set[str], *, axis: int
 ) -> int:
     """Return a width of the linear of a module that has one of these names, 0 without one."""
-    paths = (f"{module}.{linear}.weight" for linear in linears)
-    return next((headers[path].shape[axis] for path in paths if path in headers), 0)
+    for linear in linears:
+        tensor = headers.get(f"{module}.{linear}.weight")
+        if tensor is not None and len(tensor.shape) == 2:
+            return tensor.shape[axis]
+    return 0
 
 
 def count_cache_values(
@@ -169,7 +172,7 @@ def count_cache_values(
                 queries[module] = tensor.shape[0]
             elif linear == "k_proj":
                 keys[module] = tensor.shape[0]
-    keys_by_query = {queries[module]: size for module, size in keys.items()}
+    keys_by_query = {queries[module]: size for module, size in keys.items() if module in queries}
     sizes = [keys.get(module) or keys_by_query.get(queries[module], kv_size) for module in queries]
     return 2 * (sum(sizes) + (num_attention_layers - len(sizes)) * kv_size)
 

@@ -249,6 +249,7 @@ def _group_tensors(
         elif match := CONVOLUTION.fullmatch(name):
             parts = [single.get(f"{match[1]}{part}{match[2]}") for part in "qkv"]
             headers = tuple(part for part in parts if part is not None)
+            _refuse_different_parts(f"{match[1]}conv1d.weight", headers, folder)
             parameters[f"{match[1]}conv1d.weight"] = StoredParameter(headers)
         else:
             is_transposed = _is_transposed(name, header, naming)
@@ -256,6 +257,18 @@ def _group_tensors(
     for path, matrices in experts.items():
         parameters |= _stack_experts(path, matrices, folder)
     return parameters
+
+
+def _refuse_different_parts(name: str, headers: tuple[TensorHeader, ...], folder: Path) -> None:
+    """Raise InputError for parts that cannot be one tensor."""
+    first = headers[0]
+    for header in headers[1:]:
+        if (header.dtype, header.shape[1:]) != (first.dtype, first.shape[1:]):
+            message = (
+                f"the parts of {name} differ: {header.dtype} {list(header.shape)}, and "
+                f"{first.dtype} {list(first.shape)}"
+            )
+            raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
 
 
 def _is_transposed(name: str, header: TensorHeader, naming: TensorNaming) -> bool:
@@ -296,6 +309,12 @@ def _stack_experts(
                     message = (
                         f"the experts have two shapes: {path}.{expert}.{piece} is "
                         f"{list(header.shape)}, the first one {list(headers[0].shape)}"
+                    )
+                    raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
+                if headers and header.dtype != headers[0].dtype:
+                    message = (
+                        f"the experts have two dtypes: {path}.{expert}.{piece} is {header.dtype}, "
+                        f"the first one {headers[0].dtype}"
                     )
                     raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
                 headers.append(header)

@@ -2,6 +2,7 @@
 every family whose layers differ."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +197,20 @@ def test_peft_loads_adapters_of_experts_on_the_whole_model(
             r"two shapes: model\.layers\.0\.mlp\.experts\.3\.gate_proj is \[20, 48\]",
         ),
         (
+            lambda t: {n: v.long() if "0.mlp.experts.3.up" in n else v for n, v in t.items()},
+            r"two dtypes: model\.layers\.0\.mlp\.experts\.3\.up_proj is I64, the first one F32",
+        ),
+        (
             lambda t: {n: v for n, v in t.items() if "layers.0.mlp.gate." not in n},
             r"no model\.layers\.0\.mlp\.gate\.weight",
+        ),
+        (
+            lambda t: {n: v for n, v in t.items() if "layers.1.self_attn.q_proj" not in n},
+            r"no model\.layers\.1\.self_attn\.q_proj\.weight",
+        ),
+        (
+            lambda t: {n: v.flatten() if "1.self_attn.o_proj" in n else v for n, v in t.items()},
+            r"layers\.1\.self_attn\.o_proj\.weight has shape \[3072\], config.json says \[48, 64\]",
         ),
     ],
 )
@@ -208,6 +221,19 @@ def test_missing_experts_are_refused_by_name(
     with pytest.raises(InputError, match=message) as caught:
         check_weight_shapes(qwen3_moe)
     assert caught.value.fix
+    with suppress(InputError):  # a plan may not notice it, and does not fail in another way
+        read_spec(qwen3_moe)
+
+
+@pytest.mark.parametrize("change", [Tensor.long, lambda v: v.transpose(1, 2).contiguous()])
+def test_parts_of_a_convolution_that_differ_are_refused(
+    change: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    make_tiny_network("olmo_hybrid").save_pretrained(tmp_path)
+    name = "model.layers.0.linear_attn.v_conv1d.weight"
+    change_tensors(tmp_path, lambda t: t | {name: change(t[name])})
+    with pytest.raises(InputError, match=r"parts of model\.layers\.0\..*conv1d\.weight differ"):
+        read_spec(tmp_path)
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
