@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from tunesmith.core.types import Example, Json
@@ -35,6 +35,20 @@ def hash_text(text: str) -> int:
     return _hash_normalized([text])
 
 
+def iter_collapsed(text: str) -> Iterator[str]:
+    """Yield a text with white space collapsed, piece by piece: a list of its words takes 60 bytes
+    for each."""
+    separator = ""
+    end = 0
+    while end < len(text):
+        start = end
+        end = text.find(" ", start + PIECE_CHARS)
+        end = len(text) if end < 0 else end
+        if words := text[start:end].split():
+            yield separator + " ".join(words)
+            separator = " "
+
+
 def compute_shape(example: Example) -> object:
     """Return the kinds of turns that follow each other, and their fields, without lengths."""
     kinds: list[tuple[object, ...] | None] = []
@@ -60,14 +74,7 @@ def _hash_parts(prompt: Sequence[str], answer: Sequence[str]) -> tuple[int, int]
 def _hash_normalized(parts: Sequence[str]) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
-        separator = ""
-        end = 0
-        while end < len(part):
-            start = end
-            end = part.find(" ", start + PIECE_CHARS)
-            end = len(part) if end < 0 else end
-            if words := part[start:end].split():
-                digest.update(f"{separator}{' '.join(words)}".encode())
-                separator = " "
+        for piece in iter_collapsed(part):
+            digest.update(piece.encode())
         digest.update(b"\0")
     return int.from_bytes(digest.digest(), "big")

@@ -11,7 +11,7 @@ from tunesmith.core.types import Example
 from tunesmith.data import hashing
 from tunesmith.data.checks import ngrams
 from tunesmith.data.checks.ngrams import hash_words
-from tunesmith.data.hashing import hash_example, hash_text
+from tunesmith.data.hashing import hash_example, hash_text, iter_collapsed
 
 
 def make_text(seed: int) -> str:
@@ -33,6 +33,9 @@ def test_a_long_text_has_the_digest_that_it_has_at_once(
     monkeypatch.setattr(ngrams, "PART_BYTES", size)
     assert [(hash_text(text), hash_words(text).tolist()) for text in texts] == expected
     assert [hash_example(example) for example in examples] == digests
+    assert ["".join(iter_collapsed(text)) for text in texts] == [
+        " ".join(text.split()) for text in texts
+    ]
     assert hash_text("a b") == hash_text("  a \n b ") != hash_text("ab")
     assert hash_words(make_text(0)).dtype == np.uint64
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tunesmith.core.types import Finding
 from tunesmith.data.checks.context import CheckContext, Level, choose_level, describe_rows
-from tunesmith.data.checks.ngrams import hash_ngrams
+from tunesmith.data.checks.ngrams import exclude_values, hash_ngrams, sort_unique
 from tunesmith.data.checks.pii import find_personal_data, find_secrets
 from tunesmith.data.checks.text_stats import CheckCounts, RowFinder, RowTexts
 
@@ -233,9 +233,10 @@ def find_echoed_prompt(row: RowTexts) -> Matches:
     prompt = row.get_words(row.prompt)
     if len(answer) < MIN_ECHO_WORDS or not len(prompt) or 2 * len(answer) < len(prompt):
         return
-    answer_grams = set(hash_ngrams(answer, 3).tolist())
-    prompt_grams = set(hash_ngrams(prompt, 3).tolist())
-    if len(answer_grams & prompt_grams) >= MIN_ECHO_SHARE * len(answer_grams):
+    prompt_grams = sort_unique(hash_ngrams(prompt, 3))
+    answer_grams = sort_unique(hash_ngrams(answer, 3))
+    num_new = len(exclude_values(answer_grams, prompt_grams))
+    if len(answer_grams) - num_new >= MIN_ECHO_SHARE * len(answer_grams):
         yield "echoed prompt", ""
 
 
@@ -252,7 +253,7 @@ def find_loops(row: RowTexts) -> Matches:
         is_repetitive = len(trigrams) < MIN_UNIQUE_TRIGRAMS * (len(words) - 2)
         if len(words) >= MIN_LOOP_WORDS and is_repetitive:
             yield "repeated phrase", ""
-    elif REPEATED_LETTER.search(row.answer):
+    elif REPEATED_LETTER.search(row.answer, max(0, len(row.answer) - MAX_LOOP_CHARS)):
         yield "repeated letter", ""
 
 

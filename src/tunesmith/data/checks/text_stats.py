@@ -30,6 +30,7 @@ from tunesmith.data.checks.minhash import (
 from tunesmith.data.checks.ngram_overlap import NGRAM_WORDS, NgramIndex, NgramOverlap
 from tunesmith.data.checks.ngrams import exclude_values, hash_unique_ngrams, hash_words
 from tunesmith.data.dataset import Dataset
+from tunesmith.data.hashing import iter_collapsed
 from tunesmith.data.rehearsal import REHEARSAL_ROLE as REHEARSAL
 from tunesmith.data.sampler import permute_rows
 
@@ -141,7 +142,7 @@ class RoleTextStats:
         )
 
     def record_row(self, index: int, row: RowTexts) -> None:
-        answer = " ".join(row.answer.split())
+        answer = "".join(iter_collapsed(row.answer))
         self.answer_digests_N[index] = compute_digest(answer.lower())
         self.opening_digests_N[index] = compute_digest(extract_opening(answer).lower())
         self.answer_chars_N[index] = len(answer)

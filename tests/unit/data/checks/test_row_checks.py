@@ -3,6 +3,7 @@
 import pytest
 
 from tunesmith.core.types import Example
+from tunesmith.data.checks import row_checks
 from tunesmith.data.checks.pii import mask_secrets, mask_text
 from tunesmith.data.checks.row_checks import ROW_CHECKS
 from tunesmith.data.checks.text_stats import extract_row_texts
@@ -90,6 +91,28 @@ def test_what_is_wrong_is_found(check, answer, kind):
         "Tell me, how do I set the old clock in the hall?" if check == "echoes_prompt" else "How?"
     )
     assert kinds(check, answer, prompt=prompt) == [kind]
+
+
+@pytest.mark.parametrize(("num_new", "is_echo"), [(0, True), (1, True), (2, False), (20, False)])
+def test_an_echo_repeats_nine_of_ten_trigrams(num_new, is_echo):
+    """Of the answer, each counted once: the prompt may have others."""
+    words = [f"word{i}" for i in range(12)]
+    prompt = " ".join([*words, "and", "more"])
+    new_words = [f"new{i}" for i in range(num_new)]  # each makes one trigram
+    answer = " ".join([*words, *new_words])
+    assert kinds("echoes_prompt", answer, prompt=prompt) == ["echoed prompt"] * is_echo
+    repeated = " ".join([*words, *words, *new_words])
+    assert kinds("echoes_prompt", repeated, prompt=f"{prompt} {' '.join(words * 2)}") == (
+        ["echoed prompt"] * is_echo
+    )
+
+
+def test_a_repeated_letter_is_sought_at_the_end(monkeypatch):
+    answer = "W" + "o" * 60 + " and then nothing"
+    assert kinds("loops", answer) == ["repeated letter"]
+    monkeypatch.setattr(row_checks, "MAX_LOOP_CHARS", 50)
+    assert kinds("loops", answer) == []
+    assert kinds("loops", f"{answer} {answer[:-17]}") == ["repeated letter"]
 
 
 FINE = [
