@@ -210,7 +210,11 @@ def get_lm_head(network: PreTrainedModel) -> LMHead:
     scale = 1.0
     if config.model_type in HEAD_FACTORS:
         name, exponent = HEAD_FACTORS[config.model_type]
-        scale = float(getattr(config, name)) ** exponent
+        factor = getattr(config, name)
+        if not factor:
+            message = f"{name} is {factor!r}, by which logits cannot be scaled"
+            raise InputError(message, where="config.json", fix="download config.json again")
+        scale = float(factor) ** exponent
     new_rows = get_new_rows(output)
     if new_rows is not None:
         new_rows.write_into(output.weight)
@@ -423,8 +427,8 @@ def wrap_model(
     """Replace the modules that have a faster equivalent, in place, and wrap the network.
 
     Weights are shared, not copied. `should_block_weights` stores the frozen weights of adapted
-    layers in oneDNN's layouts where the machine supports it. For `gradient_checkpointing` see
-    `apply_gradient_checkpointing`."""
+    layers in the layouts of products where the machine supports it. For `gradient_checkpointing`
+    see `apply_gradient_checkpointing`."""
     is_bf16_cpu = dtype == torch.bfloat16 and network.device.type == "cpu"
     if should_block_weights and is_bf16_cpu and has_onednn_bf16():
         _block_weights(network)

@@ -112,6 +112,7 @@ class DecodeLayers:
         rows = self.model.row_adapters.get(is_pruned=False)
         if rows is None:
             return PackedRows([])
+        assert rows.num_rows == num_rows, "the bank has other rows than the step"
         has_torch = any(adapter.torch_factors for adapter, _ in rows.groups)
         return None if has_torch else rows.packed
 

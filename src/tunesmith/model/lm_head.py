@@ -53,15 +53,18 @@ class LMHead:
         half of the time; the same head where matmul.c does not apply, or for a copy of over 512 MB.
 
         Later changes of the weight are not in the copy."""
+        is_small = self.weight.numel() * dtype.itemsize <= MAX_BLOCKED_BYTES
+        if not is_small or self.weight.device.type != "cpu":
+            return self
         weight = self.weight.detach().to(dtype)
-        if not matmul.is_supported(weight) or weight.nbytes > MAX_BLOCKED_BYTES:
+        if not matmul.is_supported(weight):
             return self
         return replace(self, blocks=BlockedMatrix(weight))
 
     def compute_raw_logits(self, hidden: Tensor) -> Tensor:
         """Return hidden @ weight.T + bias [..., V], in the dtype of the hidden states [..., H]."""
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        if self.blocks is not None:
+        if self.blocks is not None and hidden.dtype == self.blocks.dtype:
             logits = self.blocks.multiply(hidden.reshape(-1, hidden.shape[-1]), bias, None)
             return logits.view(*hidden.shape[:-1], -1)
         return F.linear(hidden, self.weight.to(hidden.dtype), bias)

@@ -20,11 +20,9 @@ from tunesmith.plan.activations import (
 # python, torch and transformers imported (480 MB), what the first matmuls leave (80 MB) and what
 # the comparison with transformers before step 1 leaves
 PROCESS_BYTES = 630_000_000
-# code that oneDNN compiles for each new pack size, and caches up to this many sizes: for the head,
-# and in full fine-tuning for the gradients of all weights. On processors with AMX it is three times
-# as much for adapters, too (model/kernels/matmul.py)
-KERNEL_BYTES = 1_000_000
-FULL_KERNEL_BYTES = 3_000_000
+# code that oneDNN compiles for each new pack size, and caches up to this many sizes. It is a third
+# of that where matmul.c multiplies with frozen weights, which a plan does not know
+KERNEL_BYTES = 3_000_000
 MAX_KERNEL_SIZES = 100
 # the same of experts: each gets another number of tokens in every pack; measured with 16
 EXPERT_KERNEL_BYTES = 200_000_000
@@ -115,8 +113,7 @@ def estimate_peak_memory(
     dtype_bytes = get_dtype_bytes(footprint["dtype"])
     saved = estimate_activation_bytes(spec, pack_tokens, collect_settings(**footprint))
     # fp32 matmuls are not oneDNN's, and their loss has temporaries
-    size_bytes = FULL_KERNEL_BYTES if footprint["method"] == "full" else KERNEL_BYTES
-    kernel_bytes = size_bytes * min(packs, MAX_KERNEL_SIZES)
+    kernel_bytes = KERNEL_BYTES * min(packs, MAX_KERNEL_SIZES)
     kernel_bytes += EXPERT_KERNEL_BYTES * bool(spec.num_experts)
     logit_bytes = CHUNK_TARGETS * spec.vocab_size * dtype_bytes
     parts = {

@@ -28,6 +28,7 @@ LENGTH_INDEPENDENT_METRICS = ("exact_match", "normalized_match", "multiple_choic
 # answers generated at once, and the largest KV cache, as in model/generation/engine.py
 MAX_BATCH_ROWS = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
+MAX_HEAD_COPY_BYTES = 2**29  # of the second copy of the head, as in model/lm_head.py
 BLOCK_TOKENS = 64  # rows of the cache grow to a multiple of this, as in model/cache_blocks.py
 FIXED_PARTS = (
     "process",
@@ -77,6 +78,9 @@ def estimate_memory(
     )
     # memory holds either the activations of a step or the KV cache of the answers
     cache_bytes = compute_cache_bytes(spec, cache, get_dtype_bytes(footprint["dtype"]))
+    head_bytes = spec.vocab_size * spec.hidden_size * 2
+    if cache.rows and footprint["dtype"] == "bf16" and head_bytes <= MAX_HEAD_COPY_BYTES:
+        cache_bytes += head_bytes
     step_bytes = parts["activations"] + parts["head"] + parts["fragments"]
     answer_bytes = max(0, cache_bytes - step_bytes)
     return parts | {"KV cache": answer_bytes, "peak": parts["peak"] + answer_bytes}

@@ -164,12 +164,14 @@ def prepare_keys(settings: ServeSettings) -> tuple[KeyRing, str]:
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """Return a bound socket. Raises MachineError if the port is taken or not allowed."""
+    """Return a socket that listens: clients wait until the models are loaded. Raises MachineError
+    if the port is taken or not allowed."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()
     except OSError as error:
         listener.close()
         message = f"cannot listen on {host}:{port}: {error.strerror or error}"
@@ -283,7 +285,6 @@ async def run_server(prepared: PreparedServer) -> int:
     serving = asyncio.ensure_future(web.serve(sockets=[prepared.socket]))
     routes = [route.name for route in prepared.routes]
     names = ", ".join([*routes, *(model.name for model in prepared.models), BASE_NAME])
-    prepared.socket.listen()  # uvicorn listens later than the next line says it
     logger.info("serving %s at %s", names, prepared.url)
     await _wait_for_any(signals.first, scheduler.has_died)
     if scheduler.has_died.is_set():

@@ -79,6 +79,7 @@ def generate(
     # longest prompts first
     pending = sorted(range(len(requests)), key=lambda index: (-len(requests[index].tokens), index))
     slots = min(batch_size or compute_max_batch_rows(model, requests), max(1, len(pending)))
+    batch: DecodeBatch | None = None
     while pending:
         release_memory()  # of activations, or of a larger cache: the cache needs large buffers
         try:
@@ -102,6 +103,7 @@ def generate(
         except OutOfMemory:
             if slots == 1:
                 raise
+            batch = None  # its cache is freed before the next one
             slots //= 2
 
 

@@ -64,7 +64,7 @@ static int project(const Rows *s, const bf16 *x, long inputs, const Projection *
 static void add(bf16 *x, const bf16 *y, long count) {
     for (long i = 0; i < count; i++) {
         union { uint32_t bits; float number; } a = {(uint32_t)x[i] << 16}, b = {(uint32_t)y[i] << 16};
-        _mm_storeu_si16(x + i, (__m128i)_mm_cvtneps_pbh(_mm_set_ss(a.number + b.number)));
+        x[i] = (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(a.number + b.number)), 0);
     }
 }
 

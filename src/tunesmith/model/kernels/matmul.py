@@ -63,6 +63,10 @@ class BlockedMatrix:
         self.blocks = torch.empty(shape, dtype=torch.bfloat16)
         call_kernel("pack_weight", weight_OI, self.blocks, self.in_features, self.out_features)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.blocks.dtype
+
     def multiply(self, x_NI: Tensor, bias_O: Tensor | None, into_NO: Tensor | None) -> Tensor:
         """Return x W^T + b [N, O], added to `into` in place if it is not None."""
         y_NO = x_NI.new_empty(len(x_NI), self.out_features) if into_NO is None else into_NO
@@ -78,7 +82,16 @@ class BlockedMatrix:
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, layout: int, *, is_sum: bool = False
 ) -> None:
-    shape = (len(x), x.shape[1], y.shape[1], layout, int(is_sum), torch.get_num_threads())
+    inputs = x.shape[1]
+    outputs = y.shape[1]
+    blocks = -(-outputs // LANES)
+    sizes = {COLUMNS_FIRST: outputs * inputs, COLUMNS_LAST: outputs * inputs}
+    assert weight.numel() == sizes.get(layout, blocks * LANES * inputs), "sizes do not fit"
+    assert len(y) == len(x), "sizes do not fit"
+    assert bias is None or bias.shape == (outputs,), "sizes do not fit"
+    dtypes = {tensor.dtype for tensor in (x, weight, y, x if bias is None else bias)}
+    assert dtypes == {torch.bfloat16}, f"matmul.c takes bf16, not {dtypes}"
+    shape = (len(x), inputs, outputs, layout, int(is_sum), torch.get_num_threads())
     bias = x.new_empty(0) if bias is None else bias.contiguous()  # a null pointer in C
     if call_kernel("multiply_weight", x.contiguous(), weight, bias, y, *shape):
         fix = "lower pack_length, or free memory"

@@ -104,6 +104,22 @@ def test_values_that_are_not_finite_stay_in_their_rows_and_outputs():
 
 
 @needs_kernel
+@pytest.mark.parametrize("change", ["inputs", "bias", "dtype", "into"])
+def test_what_does_not_fit_is_noticed_before_it_is_read(change):
+    x, weight, bias, into = make_inputs(4, 34, 18)
+    if change == "inputs":
+        x = x[:, :32]
+    elif change == "bias":
+        bias = bias[:16]
+    elif change == "dtype":
+        x = x.float()
+    else:
+        into = into[:, :16]
+    with pytest.raises(AssertionError):
+        BlockedMatrix(weight).multiply(x, bias, into)
+
+
+@needs_kernel
 def test_a_strided_input_is_copied():
     x, weight, _, _ = make_inputs(6, 34, 18)
     strided = torch.cat((x, x), dim=1)[:, :34]
@@ -152,5 +168,9 @@ def test_a_blocked_head_has_the_logits_of_its_weight(monkeypatch):
     assert logits.shape == (1, 3, 98)
     torch.testing.assert_close(logits[0], head.compute_logits(x), rtol=2e-2, atol=2e-2)
     assert head.block(torch.float32) is head
+    # a family whose last norm is in fp32, trained in full
+    torch.testing.assert_close(
+        blocked.compute_logits(x.float()), head.compute_logits(x.float()), rtol=0, atol=0
+    )
     monkeypatch.setattr("tunesmith.model.lm_head.MAX_BLOCKED_BYTES", 100)
     assert head.block(torch.bfloat16) is head
