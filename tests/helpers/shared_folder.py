@@ -17,6 +17,7 @@ def lock_shared_folder(factory: pytest.TempPathFactory, name: str) -> Iterator[t
         base = base.parent
     folder = base / name
     with FileLock(f"{folder}.lock"):
-        is_new = not folder.exists()
         folder.mkdir(exist_ok=True)
-        yield folder, is_new
+        done = folder / "done"
+        yield folder, not done.exists()
+        done.touch()  # not reached if the first worker failed

@@ -59,8 +59,9 @@ class RunFacts:
 
     @property
     def has_max_steps(self) -> bool:
-        """Whether the recipe counts steps, and not epochs."""
-        return self.record.plan.recipe.get("max_steps") is not None
+        """Whether max_steps ended the run, and not the epochs."""
+        max_steps = self.record.plan.recipe.get("max_steps")
+        return isinstance(max_steps, int) and self.record.steps >= max_steps
 
     @property
     def is_still_improving(self) -> bool:

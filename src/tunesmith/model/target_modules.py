@@ -27,6 +27,7 @@ SETTING = "lora_target_modules"
 MAX_MATCH_SECONDS = 5.0  # of a processor; all paths of a large model take milliseconds
 MATCHER_SCRIPT = """
 import json, re, signal, sys
+signal.signal(signal.SIGPROF, signal.SIG_DFL)
 signal.setitimer(signal.ITIMER_PROF, float(sys.argv[1]))
 patterns, paths = json.load(sys.stdin)
 patterns = [re.compile(pattern) for pattern in patterns]

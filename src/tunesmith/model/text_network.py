@@ -73,14 +73,14 @@ def check_weight_shapes(folder: Path) -> None:
 def _refuse_ignored_biases(
     network: PreTrainedModel, stored: Mapping[str, StoredParameter], folder: Path
 ) -> None:
-    """Raise InputError for the bias of a linear that has none by config.json: transformers would
-    leave it out without an error, and compute something else than the model's maker."""
+    """Raise InputError for a bias that config.json does not know: transformers would leave it out
+    without an error, and compute something else than the model's maker."""
     for path, module in network.named_modules():
         name = f"{path}.bias"
-        is_unbiased = isinstance(module, nn.Linear) and module.bias is None
+        is_unbiased = isinstance(module, nn.Linear | nn.Conv1d) and module.bias is None
         if is_unbiased and find_stored(stored, name) is not None:
-            message = f"the weights have {name}, and by config.json this linear has no bias"
-            fix = "correct the key for biases in config.json (attention_bias, mlp_bias, use_bias)"
+            message = f"the weights have {name}, and by config.json there is no bias"
+            fix = "correct the key for biases in config.json, such as attention_bias or use_bias"
             raise InputError(message, where=str(folder), fix=fix)
 
 

@@ -139,7 +139,8 @@ def _refuse_empty_limit(limit: MetricLimit, bounds: tuple[float, float]) -> None
         described = f"is at most {high:g}" if math.isinf(low) else f"lies from {low:g} to {high:g}"
     fix = f"set a limit that some values hold and others do not, such as {EXAMPLE}"
     fraction = replace(limit, limit=limit.limit / 100)
-    if bounds == GRADE_RANGE and _find_only_verdict(fraction, bounds) is None:
+    is_percent = bounds == GRADE_RANGE and abs(limit.limit) > 1
+    if is_percent and _find_only_verdict(fraction, bounds) is None:
         fix = f'write {limit.name}: "{limit.comparator} {fraction.limit:g}"'
     message = f"{limit.name:.60} {described}: `{limit.comparator} {limit.limit:g}` {verdict}"
     raise InputError(message, where=SETTING, fix=fix)
@@ -168,7 +169,7 @@ def _check_limits(gates: dict[str, str]) -> dict[str, str]:
         task, separator, metric = name.rpartition("/")
         current_name = f"{task}{separator}{FORMER_METRICS.get(metric, metric)}"
         if current_name in renamed:
-            raise ValueError(f"{name} is {current_name}, which has a limit; remove one of them")
+            raise ValueError(f"two limits are for {current_name}; remove one of them")
         renamed[current_name] = text
     return renamed
 

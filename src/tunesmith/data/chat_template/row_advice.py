@@ -99,7 +99,7 @@ class RowAdvisor:
         if not self._is_try_allowed(settings):
             return False
         self.num_tries += 1
-        started = time.thread_time()
+        started = time.monotonic()
         tokenizer = copy(self.tokenizer)
         tokenizer.controls = dict(tokenizer.controls)  # a probe may demote some
         try:
@@ -107,7 +107,7 @@ class RowAdvisor:
         except InputError:
             return False
         finally:
-            self.seconds += time.thread_time() - started
+            self.seconds += time.monotonic() - started
 
     def _is_try_allowed(self, settings: Json) -> bool:
         """Return whether there is time for a try, and a number for one that has helped no row."""

@@ -60,9 +60,12 @@ SIGNATURES = {
     b"\x28\xb5\x2f\xfd": ("zstd", UNPACK_FIX),
     b"\xfd7zXZ": ("xz", UNPACK_FIX),
     b"BZh91AY&SY": ("bzip2", UNPACK_FIX),
-    b"ARROW1": ("Arrow", "convert it to Parquet or JSON Lines"),
-    b"SQLite format 3": ("SQLite", "export its table as CSV"),
-    b"version https://git-lfs": ("a pointer of Git LFS", "download the file itself: git lfs pull"),
+    b"ARROW1\0\0": ("Arrow", "convert it to Parquet or JSON Lines"),
+    b"SQLite format 3\0": ("SQLite", "export its table as CSV"),
+    b"version https://git-lfs.github.com/spec/": (
+        "a pointer of Git LFS",
+        "download the file itself: git lfs pull",
+    ),
 }
 MAX_SIGNATURE_BYTES = max(map(len, SIGNATURES))
 

@@ -4,8 +4,8 @@
 
 In: a tokenizer.json on one line, then requests, one a line. Out: READY when the library is there,
 then a reply to each line. A reply that takes more processor time than LOAD_SECONDS, or than the
-`seconds` of its request, ends the process by SIGPROF, even if its parent was killed and nobody
-waits for it. Imports nothing of tunesmith."""
+`seconds` of its request for each thread, ends the process by SIGPROF, even if its parent was killed
+and nobody waits for it. Imports nothing of tunesmith."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def main() -> None:
                 reply = {}
             else:
                 request = json.loads(line)
-                signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+                signal.setitimer(signal.ITIMER_PROF, request["seconds"] * count_threads(request))
                 reply = answer_request(tokenizer, request)
         except BaseException as error:  # noqa: BLE001 - a panic of Rust is no Exception
             reply = {"error": str(error)}
@@ -60,6 +60,12 @@ def load_tokenizer(tokenizer_json: str) -> Tokenizer:
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def count_threads(request: dict[str, Any]) -> int:
+    """Return how many threads encode the texts of a request: the timer counts the time of all."""
+    threads = int(os.environ.get("RAYON_NUM_THREADS", "1"))
+    return max(1, min(threads, len(request.get("texts", ()))))
 
 
 def answer_request(tokenizer: Tokenizer, request: dict[str, Any]) -> dict[str, Any]:

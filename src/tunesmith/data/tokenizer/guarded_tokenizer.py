@@ -193,7 +193,11 @@ class GuardedTokenizer:
                 self._problem = "the tokenizer's process was interrupted"
                 _end_process(self._process)
                 raise
-            if line is None or (not line and self._process.wait() == -signal.SIGPROF):
+            if line is None:  # other programs have the processors
+                self._problem = "the tokenizer's process got too little time"
+                _end_process(self._process)
+                raise MachineError(f"{self._problem} {where}", fix="stop other programs")
+            if not line and self._process.wait() == -signal.SIGPROF:
                 self._problem = f"{self._subject} takes over {seconds:.3g} seconds {where}"
             elif not line:
                 self._problem = f"{self._subject} needs too much memory {where}"

@@ -151,6 +151,12 @@ FAMILIES: dict[str, Family] = {
     **TEXT_FAMILIES,
     **{name: _make_multimodal(text_type) for name, text_type in TEXT_TYPES.items()},
 }
+# types that read sliding_window; Qwen2, Qwen3 and SmolLM3 only with use_sliding_window
+WINDOW_TYPES = (
+    *("cohere2", "exaone4", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"),
+    *("gpt_oss", "lfm3", "ministral", "ministral3", "mistral", "mixtral", "olmo3", "olmoe"),
+    *("phi3", "starcoder2", "vaultgemma"),
+)
 FAMILY_FIX = f"choose a model of a supported type: {', '.join(FAMILIES)}"
 
 
@@ -164,6 +170,20 @@ def find_text_type(config: Mapping[str, Any]) -> str:
     named = text.get("model_type") if isinstance(text, dict) else None
     text_type = str(named or family.text_type)
     return EQUAL_TYPES.get(text_type, text_type)
+
+
+def check_window(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for a window of no tokens in a type that applies windows: transformers then
+    attends to all tokens alike, later ones too."""
+    text = config.get("text_config") if get_tensor_prefix(config) else config
+    text = text if isinstance(text, Mapping) else {}
+    window = text.get("sliding_window")
+    words = text.get("layer_types")
+    is_used = find_text_type(config) in WINDOW_TYPES or text.get("use_sliding_window") is True
+    has_windows = not isinstance(words, list) or "sliding_attention" in words
+    if is_used and has_windows and type(window) is int and window < 1:
+        message = f"sliding_window is {window}: no token would see another"
+        raise InputError(message, where=where, fix="null means no window")
 
 
 def get_tensor_prefix(config: Mapping[str, Any]) -> str:

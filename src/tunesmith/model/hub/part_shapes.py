@@ -56,7 +56,6 @@ RECURRENT_SIZES = {
     "conv": {"num_channels": ("hidden_size",), "num_taps": ("conv_L_cache",)},
 }
 # what the convolutions of delta and mamba2 are followed by; the first key that a config has says it
-ACTIVATION_KEYS = ("mamba_hidden_act", "hidden_act")
 SILU_NAMES = ("silu", "swish")
 
 
@@ -194,8 +193,8 @@ def find_recurrent_shape(
 
 
 def _refuse_other_activations(config: Mapping[str, Any], where: str) -> None:
-    key = next((key for key in ACTIVATION_KEYS if key in config), "")
-    if key and config[key] not in SILU_NAMES:
+    key = "mamba_hidden_act" if config.get("model_type") == "nemotron_h" else "hidden_act"
+    if config.get(key, "silu") not in SILU_NAMES:
         message = f"{key} is {config[key]!r:.80}, and recurrent layers are computed with silu only"
         raise InputError(message, where=where, fix="use a model whose recurrent layers have silu")
 

@@ -32,6 +32,7 @@ from tunesmith.model.hub.families import (
     REFUSED_TYPES,
     TEXT_FAMILIES,
     Family,
+    check_window,
     count_experts,
     count_experts_per_token,
     find_layer_mixers,
@@ -381,6 +382,7 @@ def _check_model_type(config: Json, where: str) -> Family:
     if family is None or reason is not None:
         reason = reason or f"the model type {model_type!r} is not supported"
         raise InputError(reason, where=where, fix=FAMILY_FIX)
+    check_window(config, where)
     labels = config.get("num_labels")
     if labels is not None and not (isinstance(labels, int) and 0 <= labels <= MAX_LABELS):
         message = f"num_labels is {labels!r:.80}, not a number up to {MAX_LABELS:,}"
@@ -413,9 +415,6 @@ def _find_unsupported_layer(text: Json, model_type: str, family: Family | None) 
         return f"{model_type} has layers of different sizes (per_layer_config)"
     if text.get("use_bidirectional_attention") in (True, "all"):
         return f"{model_type} attends in both directions"
-    window = text.get("sliding_window")
-    if type(window) is int and window < 1 and text.get("use_sliding_window", True):
-        return f"sliding_window is {window}: no token would see another (null means no window)"
     # transformers 5.24 fails on it: it slices the embeddings of layers that share keys
     has_no_embeddings = text.get("hidden_size_per_layer_input", 1) in (0, None)
     if model_type in PER_LAYER_TYPES and has_no_embeddings and text.get("num_kv_shared_layers"):

@@ -86,6 +86,15 @@ def test_recurrent_layers_with_another_activation_are_refused(
     assert caught.value.fix
 
 
+@pytest.mark.parametrize("family", ["llama", "olmo2", "cwm", "qwen3"])
+def test_a_window_that_a_type_ignores_is_no_reason_to_refuse_it(
+    family: str, tmp_path: Path
+) -> None:
+    folder = save_changed(family, tmp_path)
+    edit_config(folder, sliding_window=0, layer_types=None)
+    read_spec(folder)
+
+
 @pytest.mark.parametrize("family", ["mistral", "starcoder2", "gpt_oss"])
 def test_a_window_of_no_tokens_is_refused(family: str, tmp_path: Path) -> None:
     """transformers then attends to all tokens alike."""
