@@ -30,7 +30,7 @@ from tunesmith.core.types import Batch, GenerationRequest
 from tunesmith.evaluate import shared_items
 from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.model.adapters import get_trainable_parameters
-from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.causal_lm import PackedCausalLM, RunLayers
 from tunesmith.model.generation.engine import generate, stream_answer
 from tunesmith.model.machine_errors import OutOfMemory, machine_errors
 from tunesmith.model.paged_cache import CacheRow, PagedKVCache
@@ -247,11 +247,16 @@ def few_rows(model: PackedCausalLM, most: int) -> tuple[PackedCausalLM, list[int
     """The model on a device with memory for so many rows at once; and the rows of its forwards."""
     extend, seen = model.decode_step, list[int]()
 
-    def refusing(rows: Sequence[CacheRow], tokens: Sequence[int], kv_cache: PagedKVCache) -> Tensor:
+    def refusing(
+        rows: Sequence[CacheRow],
+        tokens: Sequence[int],
+        kv_cache: PagedKVCache,
+        run_layers: RunLayers | None,
+    ) -> Tensor:
         seen.append(kv_cache.slots)
         if len(tokens) > most:
             raise torch.OutOfMemoryError(SAID)
-        return extend(rows, tokens, kv_cache)
+        return extend(rows, tokens, kv_cache, run_layers)
 
     model.decode_step = refusing  # type: ignore[method-assign]
     return model, seen

@@ -24,7 +24,7 @@ def metrics(lab: Lab) -> None:
 
 def gates(lab: Lab) -> None:
     test = lab.rows(build_sum_rows(90, 6))
-    for limit, is_held in (("<= 1", True), ("> 1", False)):
+    for limit, is_held in (("<= 0.9", True), ("> 0.9", False)):
         lab.events(test_data=test, gates={"exact_match": limit})
         results = {gate.name: gate.passed for gate in api.evaluate(lab.output).check_gates()}
         assert results["test exact_match limit"] == is_held

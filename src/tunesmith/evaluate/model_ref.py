@@ -147,6 +147,7 @@ def refuse_untrained(run: Path) -> None:
     if is_staged(run) or any((run / name).is_dir() for name in (ADAPTER_DIR, MODEL_DIR)):
         return
     if not read_failure(run):  # which is told when the weights are looked for
+        read_run_plan(run)  # a damaged one is the reason
         fix = f"finish it: tunesmith resume {run}"
         raise InputError("this run has no trained weights yet", where=str(run), fix=fix)
 
