@@ -48,7 +48,7 @@ class Projection(ctypes.Structure):
 
 class Layer(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "sinks")),
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
         *((name, c_void_p) for name in ("keys", "values")),
         *((name, Projection) for name in PROJECTIONS),
         *((name, c_long) for name in ("heads", "kv_heads", "window", "is_gelu")),
@@ -89,10 +89,18 @@ class DecodeLayers:
         rotation = decoder.rotary_emb(hidden_BH[None], positions_B[None])
         cosine, sine = halve_cos_sin(*rotation, self.head_dim)
         shared = Rows(
-            *(tensor.data_ptr() for tensor in (cosine, sine, positions_B, tables_BM)),
-            *(ctypes.addressof(array) for array in (rows.tiles, rows.order)),
-            *(*hidden_BH.shape, self.head_dim, tables_BM.shape[1], rows.num_tiles),
-            torch.get_num_threads(),
+            cosine=cosine.data_ptr(),
+            sine=sine.data_ptr(),
+            places=positions_B.data_ptr(),
+            tables=tables_BM.data_ptr(),
+            tiles=ctypes.addressof(rows.tiles),
+            order=ctypes.addressof(rows.order),
+            rows=len(hidden_BH),
+            size=hidden_BH.shape[1],
+            width=self.head_dim,
+            columns=tables_BM.shape[1],
+            num_tiles=rows.num_tiles,
+            threads=torch.get_num_threads(),
         )
         library = load_library()
         assert library is not None
@@ -155,12 +163,12 @@ def _is_plain(layer: Any, model: PackedCausalLM) -> bool:
     if not isinstance(attention, Attention) or not isinstance(mlp, Mlp):
         return False
     norms += [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
-    if not all(isinstance(norm, RMSNorm) and not norm.offset for norm in norms):
+    if not all(isinstance(norm, RMSNorm) for norm in norms):
         return False
     sample = torch.empty(1, 1, attention.head_dim, dtype=model.dtype)
     has_attention = has_kernel(sample, attention.attention_config)
     is_kernel = choose_backend(model.backend, sample) == "cpu_kernel"
-    return has_attention and is_kernel and getattr(layer, "residual_multiplier", 1.0) == 1.0
+    return has_attention and is_kernel
 
 
 class _Builder:
@@ -178,27 +186,30 @@ class _Builder:
     def build_layer(self, layer: Any) -> Layer:
         attention: Attention = layer.self_attn
         config = attention.attention_config
-        norms = (
-            *(layer.input_layernorm, layer.post_attention_layernorm),
-            *(attention.q_norm, attention.k_norm),
-        )
-        modules: list[Any] = [
-            attention.q_proj,
-            attention.k_proj,
-            attention.v_proj,
-            attention.o_proj,
-        ]
-        modules += [layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
-        projections = [self._build_projection(module) for module in modules]
+        linears = {
+            **{name: getattr(attention, f"{name}_proj") for name in ("q", "k", "v", "o")},
+            **{name: getattr(layer.mlp, f"{name}_proj") for name in ("gate", "up", "down")},
+        }
+        projections = {name: self._build_projection(linear) for name, linear in linears.items()}
+        norms = {
+            "attention": layer.input_layernorm,
+            "mlp": layer.post_attention_layernorm,
+            "q": attention.q_norm,
+            "k": attention.k_norm,
+        }
+        used_norms = {name: norm for name, norm in norms.items() if norm is not None}
         return Layer(
-            *(self._get_pointer(None if norm is None else norm.weight.float()) for norm in norms),
-            self._get_pointer(None if config.sinks_N is None else config.sinks_N.float()),
-            *(None, None),  # keys and values
-            *projections,
-            *(projections[i].outputs // attention.head_dim for i in (0, 1)),
-            *(config.window or 0, int(layer.mlp.is_gelu)),
-            *(0.0 if norm is None else norm.eps for norm in norms),
-            config.scale,
+            **{
+                f"{name}_norm": self._get_pointer(n.weight.float())
+                for name, n in used_norms.items()
+            },
+            **{f"{name}_eps": norm.eps for name, norm in used_norms.items()},
+            **projections,
+            heads=projections["q"].outputs // attention.head_dim,
+            kv_heads=projections["k"].outputs // attention.head_dim,
+            window=config.window or 0,
+            is_gelu=int(layer.mlp.is_gelu),
+            scale=config.scale,
         )
 
     def _build_projection(self, module: Any) -> Projection:
@@ -217,7 +228,11 @@ class _Builder:
             self.factors.append(self._pack_adapter(module))
         outputs = len(module.lora_B) if isinstance(module, LoraLinear) else module.out_features
         return Projection(
-            self._get_pointer(weight), self._get_pointer(bias), outputs, layout, entry
+            m=self._get_pointer(weight),
+            bias=None if bias is None else self._get_pointer(bias),
+            outputs=outputs,
+            layout=layout,
+            entry=entry,
         )
 
     def _find_weight(self, module: Any) -> tuple[Tensor | None, int]:
@@ -242,9 +257,7 @@ class _Builder:
         a_RI, b_OR = module.cast_factors(torch.bfloat16)
         return pack_factors(a_RI, b_OR, module.scale, None, None)
 
-    def _get_pointer(self, tensor: Tensor | None) -> int | None:
-        if tensor is None:
-            return None
+    def _get_pointer(self, tensor: Tensor) -> int:
         tensor = tensor.detach().contiguous()
         self.tensors.append(tensor)
         return tensor.data_ptr()

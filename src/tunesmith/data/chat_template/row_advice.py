@@ -24,7 +24,7 @@ from tunesmith.data.chat_template.template import ChatTemplate
 from tunesmith.data.tokenizer.chat_tokenizer import TOO_LONG_FIX, ChatTokenizer
 
 MAX_TRIES = 200
-MAX_SECONDS = 2.0  # of processor time, of all tries: one alone can take as long as a template may
+MAX_SECONDS = 2.0  # of all tries: one alone can take as long as a template may
 MAX_VALUES = 24  # single settings that are also tried in pairs
 OPENING: Json = {"role": "user", "content": "Hello"}
 USER_FIRST_FIX = "put a user message first, or drop the row"

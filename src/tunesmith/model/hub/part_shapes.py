@@ -55,7 +55,7 @@ RECURRENT_SIZES = {
     },
     "conv": {"num_channels": ("hidden_size",), "num_taps": ("conv_L_cache",)},
 }
-# what the convolutions of delta and mamba2 are followed by; the first key that a config has says it
+# the activation after the convolutions of delta and mamba2
 SILU_NAMES = ("silu", "swish")
 
 

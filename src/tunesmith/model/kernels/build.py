@@ -40,7 +40,7 @@ SOURCE_NAMES = (
     "recurrence.c",
 )
 SOURCES = tuple(Path(__file__).with_name(name) for name in SOURCE_NAMES)
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "products.h"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "products.h", "steps.h"))
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 # Reassociation lets the compiler vectorise sums. -ffast-math itself would break NaN detection and
 # flush denormals in the whole process.

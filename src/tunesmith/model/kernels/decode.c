@@ -11,6 +11,7 @@
  * sine [rows, width / 2], or NULL if q and k are already rotated; sinks [heads], a score of each head that has no value,
  * or NULL. width is a multiple of 64. scale > 0.
  */
+#include "steps.h"
 #include "vectors.h"
 
 #include <string.h>

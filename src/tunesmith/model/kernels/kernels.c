@@ -4,10 +4,9 @@
  * Compiled at first use by build.py with the machine's compiler; every function has a plain-torch reference in ops.py,
  * and a test that both agree. Rows are independent, so threads share nothing.
  */
-#include <math.h>
-#include <stdint.h>
+#include "steps.h"
 
-typedef uint16_t bf16;
+#include <math.h>
 
 static inline float to_float(bf16 value) {
     union { uint32_t bits; float number; } u = {(uint32_t)value << 16};

@@ -5,21 +5,10 @@
  * The steps are the functions of the other files, in the same order on the same bf16 values, so the bits are theirs.
  * Shapes: x [rows, size], in place; for the others see decode.c, lora.c and matmul.c.
  */
+#include "steps.h"
 #include "vectors.h"
 
 #ifdef VECTORS
-
-typedef struct Tile Tile;
-
-void rms_norm(const bf16 *x, const float *weight, bf16 *y, float *inverse_rms, long rows, long width, float eps);
-void gated(const bf16 *gate, const bf16 *up, bf16 *y, long count, int gelu);
-int multiply_weight(const bf16 *x, const bf16 *m, const bf16 *bias, bf16 *y, long rows, long inputs, long outputs,
-                    long layout, long adds, long threads);
-void lora_rows(const bf16 *x, bf16 *const *y, const Tile *tiles, const long *order, const void *linears, long num_tiles,
-               long num_linears, long inputs);
-int attend_rows(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *keys, bf16 *values, bf16 *out, const float *cosine,
-                const float *sine, const float *sinks, const int64_t *places, const int64_t *tables, long rows, long heads,
-                long kv_heads, long width, long columns, long window, float scale);
 
 /* entry: where its adapters are in their tables, -1 if it has none. */
 typedef struct {
@@ -28,7 +17,7 @@ typedef struct {
 } Projection;
 
 typedef struct {
-    const float *attention_norm, *mlp_norm, *q_norm, *k_norm, *sinks; /* the last three may be NULL */
+    const float *attention_norm, *mlp_norm, *q_norm, *k_norm; /* the last two may be NULL */
     bf16 *keys, *values;
     Projection q, k, v, o, gate, up, down;
     long heads, kv_heads, window, gelu;
@@ -46,7 +35,7 @@ typedef struct {
 
 static int project(const Rows *s, const bf16 *x, long inputs, const Projection *const *projections, bf16 *const *y,
                    long count) {
-    struct { long entry, width; } adapted[3];
+    Linear adapted[3];
     bf16 *outputs[3];
     long num_adapted = 0;
     for (long i = 0; i < count; i++) {
@@ -78,7 +67,7 @@ static int run_layer(const Layer *l, const Rows *s, bf16 *x, bf16 *memory, float
         rms_norm(q, l->q_norm, q, inverse_rms, rows * l->heads, s->width, l->q_eps);
         rms_norm(k, l->k_norm, k, inverse_rms, rows * l->kv_heads, s->width, l->k_eps);
     }
-    if (attend_rows(q, k, v, l->keys, l->values, out, s->cosine, s->sine, l->sinks, s->places, s->tables, rows, l->heads,
+    if (attend_rows(q, k, v, l->keys, l->values, out, s->cosine, s->sine, NULL, s->places, s->tables, rows, l->heads,
                     l->kv_heads, s->width, s->columns, l->window, l->scale)) return 1;
     if (project(s, out, heads, (const Projection *[]){&l->o}, (bf16 *[]){normed}, 1)) return 1;
     add(x, normed, rows * s->size);

@@ -9,13 +9,13 @@
  * Each thread has one part of the rows; it reads them in tiles that stay in the cache between two products, and sums
  * the factor's gradient separately. All sums are fp32 and rounded once. width is even.
  */
-#include <stdint.h>
+#include "steps.h"
+
 #include <string.h>
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
-typedef uint16_t bf16;
 typedef uint32_t __attribute__((may_alias)) pair;
 #define INLINE static inline __attribute__((always_inline))
 
@@ -224,14 +224,10 @@ typedef struct {
     float scale;
 } Factors;
 /* At most ROWS rows of one adapter: order[first .. first + count]. */
-typedef struct {
+struct Tile {
     const Factors *adapter; /* an entry for each linear of the bank */
     long first, count;
-} Tile;
-/* A linear of the group: its entry in an adapter, and its outputs. */
-typedef struct {
-    long entry, width;
-} Linear;
+};
 
 INLINE __m512 finish(__m512 sum, __m512 old, const Factors *f, long c, __mmask16 inside) {
     __m512 y = _mm512_fmadd_ps(sum, _mm512_set1_ps(f->scale), old);

@@ -9,6 +9,7 @@
  * Each sum is fp32, goes through the inputs in order, and is rounded once, with the bias: a row's result depends neither
  * on the other rows nor on the number of threads. inputs is even.
  */
+#include "steps.h"
 #include "vectors.h"
 
 #ifdef VECTORS
@@ -67,7 +68,7 @@ typedef struct {
     long pairs, block_pairs; /* from one block to the next */
     float *sums; /* [ROWS][STRIP] */
     int is_first, is_last;
-} Tile;
+} Part;
 
 INLINE void finish_rows(const Product *s, __m512 sums[ROWS][BLOCKS], long row, long count, long column, const int blocks) {
     for (int v = 0; v < blocks; v++) {
@@ -88,7 +89,7 @@ INLINE void finish_rows(const Product *s, __m512 sums[ROWS][BLOCKS], long row, l
 }
 
 /* `count` rows (a constant, at most ROWS) of which `stored` are written, and `blocks` blocks (a constant). */
-INLINE void multiply_tile(const Product *s, const Tile *t, long row, long stored, long column, const int count,
+INLINE void multiply_tile(const Product *s, const Part *t, long row, long stored, long column, const int count,
                           const int blocks) {
     __m512 sums[ROWS][BLOCKS];
     for (int r = 0; r < count; r++)
@@ -109,7 +110,7 @@ INLINE void multiply_tile(const Product *s, const Tile *t, long row, long stored
             for (int v = 0; v < blocks; v++) _mm512_storeu_ps(t->sums + r * STRIP + v * LANES, sums[r][v]);
 }
 
-INLINE void multiply_blocks(const Product *s, const Tile *t, long row, long stored, long column, const int blocks) {
+INLINE void multiply_blocks(const Product *s, const Part *t, long row, long stored, long column, const int blocks) {
     if (stored == 1) multiply_tile(s, t, row, stored, column, 1, blocks);
     else if (stored == 2) multiply_tile(s, t, row, stored, column, 2, blocks);
     else if (stored <= 4) multiply_tile(s, t, row, stored, column, 4, blocks);
@@ -117,16 +118,16 @@ INLINE void multiply_blocks(const Product *s, const Tile *t, long row, long stor
 }
 
 /* Functions of their own, so that all sums stay in registers. */
-static __attribute__((noinline)) void multiply_4(const Product *s, const Tile *t, long row, long stored, long column) {
+static __attribute__((noinline)) void multiply_4(const Product *s, const Part *t, long row, long stored, long column) {
     multiply_blocks(s, t, row, stored, column, 4);
 }
-static __attribute__((noinline)) void multiply_3(const Product *s, const Tile *t, long row, long stored, long column) {
+static __attribute__((noinline)) void multiply_3(const Product *s, const Part *t, long row, long stored, long column) {
     multiply_blocks(s, t, row, stored, column, 3);
 }
-static __attribute__((noinline)) void multiply_2(const Product *s, const Tile *t, long row, long stored, long column) {
+static __attribute__((noinline)) void multiply_2(const Product *s, const Part *t, long row, long stored, long column) {
     multiply_blocks(s, t, row, stored, column, 2);
 }
-static __attribute__((noinline)) void multiply_1(const Product *s, const Tile *t, long row, long stored, long column) {
+static __attribute__((noinline)) void multiply_1(const Product *s, const Part *t, long row, long stored, long column) {
     multiply_blocks(s, t, row, stored, column, 1);
 }
 
@@ -135,7 +136,7 @@ static void multiply_strip(const Product *s, long column, long blocks, long begi
     long half = s->inputs / 2;
     for (long first = 0; first < half; first += DEPTH) {
         long last = least(first + DEPTH, half);
-        Tile t = {.blocks = packed, .pairs = last - first, .block_pairs = last - first, .is_first = first == 0,
+        Part t = {.blocks = packed, .pairs = last - first, .block_pairs = last - first, .is_first = first == 0,
                   .is_last = last == half};
         if (s->layout == PACKED) {
             t.blocks = (const pair *)s->m + (column / LANES * half + first) * LANES;

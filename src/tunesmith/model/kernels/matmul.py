@@ -5,7 +5,7 @@
     BlockedMatrix(weight_OI)                         a copy in the layout that the loop reads
 
 oneDNN compiles code for each number of rows. Products of BlockedMatrix take 0.5 to 0.7 of its time
-for up to 8 rows, and as long for a thousand (docs/results/speed.md). Sums are fp32 and rounded
+for up to 8 rows, and as long for a thousand (docs/log.md). Sums are fp32 and rounded
 once; a row's result depends neither on the other rows nor on the number of threads. Left out:
 processors with AMX, which oneDNN uses well; other dtypes (torch, the reference). Legend: N rows, I
 inputs, O outputs."""
@@ -84,9 +84,8 @@ def _run(
 ) -> None:
     inputs = x.shape[1]
     outputs = y.shape[1]
-    blocks = -(-outputs // LANES)
-    sizes = {COLUMNS_FIRST: outputs * inputs, COLUMNS_LAST: outputs * inputs}
-    assert weight.numel() == sizes.get(layout, blocks * LANES * inputs), "sizes do not fit"
+    columns = -(-outputs // LANES) * LANES if layout == PACKED else outputs
+    assert weight.numel() == columns * inputs, "sizes do not fit"
     assert len(y) == len(x), "sizes do not fit"
     assert bias is None or bias.shape == (outputs,), "sizes do not fit"
     dtypes = {tensor.dtype for tensor in (x, weight, y, x if bias is None else bias)}
