@@ -94,7 +94,7 @@ def train_subsets(
     """
     items = select_held_out_items(plan, inputs)
     subsets = read_subsets(inputs, folder)
-    session = open_session(plan, inputs)
+    session = open_session(plan, inputs, with_samples=False)
     start_weights = copy_weights(session.model.network)
     yield SubsetRun("", 0, 0, 0, measure_eval_loss(session, items))
     for seed in range(plan.config.seed, plan.config.seed + seeds):

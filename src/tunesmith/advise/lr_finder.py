@@ -97,7 +97,7 @@ def try_rates(plan: Plan, inputs: RunInputs, *, steps: int = STEPS) -> Iterator[
         message = "no held-out rows: test_data is reserved for the final result"
         raise InputError(message, where="eval_data", fix="set eval_data, or --eval-split 0.1")
     items = limit_items(items, HELD_OUT_TOKENS)
-    session = open_session(plan, inputs)
+    session = open_session(plan, inputs, with_samples=False)
     start_weights = copy_weights(session.model.network)
     yield LRTrial(0.0, (), measure_eval_loss(session, items))
     for factor in RATE_FACTORS:

@@ -46,7 +46,7 @@ def reopen_session(path: Path) -> Session:
         raise InputError(message, where=str(path), fix=f"evaluate it: tunesmith eval {path}")
     inputs = reload_inputs(plan, path)
     adapter = _find_trained_weights(path, plan, inputs)
-    session = open_session(plan, inputs)
+    session = open_session(plan, inputs, with_samples=False)
     load_adapter(session.model.network, adapter / ADAPTER_WEIGHTS_FILE)
     return session
 

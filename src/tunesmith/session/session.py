@@ -73,6 +73,8 @@ PROBE_ROWS = 200  # training rows from which the preflight documents are chosen
 SHOW_FIX = "inspect the rows with `tunesmith data show`"
 STOCK_ID_ROWS = 20  # training rows whose token ids are compared with transformers
 
+NO_SAMPLES = PreflightSamples((), (), frozenset())
+
 CUBLAS_ENV = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_SETTING = ":4096:8"  # one of the two that torch takes in the deterministic mode
 
@@ -133,36 +135,37 @@ class Session:
         return [dataclasses.replace(document, reference_logp=value) for document, value in pairs]
 
 
-def open_session(plan: Plan, inputs: RunInputs, ranks: Ranks = SINGLE_PROCESS) -> Session:
+def open_session(
+    plan: Plan,
+    inputs: RunInputs,
+    ranks: Ranks = SINGLE_PROCESS,
+    *,
+    with_samples: bool = True,
+) -> Session:
     """Load the model, compute its stock logits for the preflight documents, then replace its
     modules: adapter, layers, attention.
 
     The stock model includes the adapter that training starts from, and the initial rows of new
-    tokens. All `ranks` open the session together if the plan shards weights."""
+    tokens. `with_samples=False` leaves out what only preflight needs. All `ranks` open the session
+    together if the plan shards weights."""
     size = count_sharing_ranks(plan.config.shard, ranks.world)
     shards = WeightShards(ranks, size) if size > 1 else None
     with join_ranks(shards):
-        return _open_session(plan, inputs, shards)
+        return _open_session(plan, inputs, shards, with_samples=with_samples)
 
 
-def _open_session(plan: Plan, inputs: RunInputs, shards: WeightShards | None) -> Session:
+def _open_session(
+    plan: Plan, inputs: RunInputs, shards: WeightShards | None, *, with_samples: bool
+) -> Session:
     # for the rest of the process: torch's threads keep the mode that they were started with
     torch.set_flush_denormal(True)
     set_deterministic(plan.config.deterministic)
     inputs = _apply_length_limit(plan, inputs)
     network = _load_base_network(plan, inputs, shards)
-    adapter = inputs.adapter
     rehearsal = build_rehearsal(plan, inputs)
-    with nullcontext() if adapter is None else stock_with_adapter(network, adapter):
-        samples = _choose_samples(network, plan, inputs, rehearsal)
-        samples = dataclasses.replace(
-            samples,
-            oracle=compute_oracle_logits(network, samples.documents),
-            rounding=measure_rounding(inputs.model.path, DTYPES[plan.config.dtype]),
-        )
-    samples = dataclasses.replace(
-        samples, stock=StockNetwork(network), is_adapted=adapter is not None
-    )
+    samples = NO_SAMPLES
+    if with_samples:
+        samples = _prepare_samples(network, plan, inputs, rehearsal)
     model = _wrap_network(network, plan, inputs, shards)
     return Session(
         plan,
@@ -172,6 +175,21 @@ def _open_session(plan: Plan, inputs: RunInputs, shards: WeightShards | None) ->
         samples,
         rehearsal=rehearsal,
     )
+
+
+def _prepare_samples(
+    network: Network, plan: Plan, inputs: RunInputs, rehearsal: RehearsalSampler | None
+) -> PreflightSamples:
+    """Return what preflight compares the wrapped model with, of the network that it will wrap."""
+    adapter = inputs.adapter
+    with nullcontext() if adapter is None else stock_with_adapter(network, adapter):
+        samples = _choose_samples(network, plan, inputs, rehearsal)
+        samples = dataclasses.replace(
+            samples,
+            oracle=compute_oracle_logits(network, samples.documents),
+            rounding=measure_rounding(inputs.model.path, DTYPES[plan.config.dtype]),
+        )
+    return dataclasses.replace(samples, stock=StockNetwork(network), is_adapted=adapter is not None)
 
 
 def load_starting_model(plan: Plan, inputs: RunInputs) -> PackedCausalLM:
@@ -195,8 +213,7 @@ def set_deterministic(is_on: bool) -> None:
 
 def open_eval_session(plan: Plan, inputs: RunInputs, model: PackedCausalLM) -> Session:
     """Open a session that evaluates any model with the inputs of a plan, without preflight."""
-    no_samples = PreflightSamples((), (), frozenset())
-    return Session(plan, inputs, model, _make_sampler(plan, inputs), no_samples)
+    return Session(plan, inputs, model, _make_sampler(plan, inputs), NO_SAMPLES)
 
 
 def _load_base_network(

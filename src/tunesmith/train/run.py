@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -100,14 +100,16 @@ def train(
     allow_code: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
     before: EvalResults | None = None,
+    preflight: Sequence[CheckResult] = (),
 ) -> Iterator[Event]:
     """Start a run in the plan's output_dir and yield its events.
 
     `run_inputs` are what the plan was made from; without them they are loaded again. Of several
     `ranks` this is rank 0; the others `follow`. `before` are the metrics before training, if
-    another run has measured them on this model and items. Raise
-    InputError or MachineError before anything is loaded when the run cannot fit, be measured or be
-    written; GateError when preflight or the guard refuses; Interrupted after a signal."""
+    another run has measured them on this model and items; `preflight` are its checks, if another
+    run has made them on this model with the same rows and adapter. Raise InputError or MachineError
+    before anything is loaded when the run cannot fit, be measured or be written; GateError when
+    preflight or the guard refuses; Interrupted after a signal."""
     path = Path(plan.config.output_dir)
     refuse_on_ranks(plan, ranks, is_new=True)
     run_inputs = run_inputs or inputs.reload_inputs(plan)
@@ -130,7 +132,7 @@ def train(
         if before is not None:
             folder.write_json(EVAL_BEFORE_FILE, before)
         _write_run_metadata(folder, plan)
-        context = RunContext(folder, plan, run_inputs, items, state, stop, ranks)
+        context = RunContext(folder, plan, run_inputs, items, state, stop, ranks, tuple(preflight))
         yield from _persist_events(folder, _run_events(context))
 
 
@@ -234,7 +236,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
     # Prove.
     with context.stop.immediate(), machine_errors():
         session = _open_on_ranks(context)
-        preflight_results = run_preflight(session.model, session.samples)
+        preflight_results = context.preflight or run_preflight(session.model, session.samples)
     yield from preflight_results
 
     # Measure before, while the weights are those of the start.
@@ -288,7 +290,9 @@ def _open_on_ranks(context: RunContext) -> Session:
     """Open the session, whose model computes on these ranks; with sharded weights all ranks open
     it together, or none."""
     try:
-        session = open_session(context.plan, context.inputs, context.ranks)
+        session = open_session(
+            context.plan, context.inputs, context.ranks, with_samples=not context.preflight
+        )
     except RankFailed:
         check_ranks(context.ranks)
         raise

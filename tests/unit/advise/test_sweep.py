@@ -22,9 +22,9 @@ from tiny_runs import (
 from tunesmith.advise.sweep.run_sweep import run_sweep
 from tunesmith.advise.sweep.run_trial import list_eval_tasks
 from tunesmith.core.errors import GateError, InputError
-from tunesmith.core.events import Score
+from tunesmith.core.events import CheckResult, Score
 from tunesmith.core.json_io import read_json
-from tunesmith.core.run_dir import EVAL_BEFORE_FILE, read_events, read_run_plan
+from tunesmith.core.run_dir import EVAL_BEFORE_FILE, RECORD_FILE, read_events, read_run_plan
 from tunesmith.core.sweep_record import SweepRecord, SweepStart, TrialEnd, read_sweep
 from tunesmith.recipe.load import dump_recipe, load_recipe
 from tunesmith.recipe.schema import Recipe
@@ -166,6 +166,28 @@ def test_measures_before_training_are_taken_once(tiny_folder: Path, tmp_path: Pa
     assert 'marked"' in marked
     assert read_json(tmp_path / "sweep" / "trial-001" / EVAL_BEFORE_FILE) == json.loads(marked)
     events.close()  # type: ignore[attr-defined]
+
+
+def test_preflight_is_taken_once_if_only_the_schedule_differs(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """A mark in the checks of the first trial comes back in the second, and not with more ranks."""
+    space = {"lora_r": [2, 4], "learning_rate": [0.001, 0.002]}
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, space, max_steps=2)
+    events = run_sweep(inputs.load_inputs(recipe), tmp_path / "sweep")
+    while not isinstance(next(events), TrialEnd):
+        pass
+    file = tmp_path / "sweep" / "trial-000" / RECORD_FILE
+    record = read_json(file)
+    record["preflight"][0]["evidence"] = "marked"
+    file.write_text(json.dumps(record))
+    results = [event for event in events if isinstance(event, CheckResult)]
+    shared = [result for result in results if result.kind == "preflight"]
+    assert [result.evidence.split(" are ")[1] for result in shared] == [
+        "those of trial-000, which starts the same",
+        "those of trial-002, which starts the same",
+    ]
+    assert [result.evidence for result in results].count("marked") == 1
 
 
 def test_a_finished_sweep_runs_nothing(finished: SweepRecord, tiny_folder: Path) -> None:

@@ -3,8 +3,9 @@
     TrialRunner(...).run(spec) -> events        trains, or goes on where a killed process stopped
 
 A trial is planned and trained as any run, with `test_data: none`, and measured on eval_data. It
-shares the rows of the sweep, and the measures before training of an earlier trial. A trial that
-fails is recorded with its reason. Left out: which trial is next (trial_study.py).
+shares the rows of the sweep, and of earlier trials the measures before training and, if only the
+schedule differs, the checks of preflight. A trial that fails is recorded with its reason. Left out:
+which trial is next (trial_study.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from tunesmith.advise.sweep.trial_study import TrialStudy
 from tunesmith.core.errors import GateError, InputError, MachineError
-from tunesmith.core.events import EVAL_TASK, Event, Score
+from tunesmith.core.events import EVAL_TASK, CheckResult, Event, Score
 from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.run_dir import (
     EVAL_AFTER_FILE,
@@ -28,9 +29,10 @@ from tunesmith.core.run_dir import (
     read_events,
     read_failure,
     read_run_plan,
+    read_run_record,
 )
 from tunesmith.core.sweep_record import TrialSpec
-from tunesmith.core.types import Json, Plan
+from tunesmith.core.types import Json, Plan, PlanConfig
 from tunesmith.evaluate.results import EvalResults, MetricValues, compute_score
 from tunesmith.recipe.fields import NO_TEST_DATA
 from tunesmith.recipe.load import read_recipe
@@ -40,6 +42,14 @@ from tunesmith.train import run
 
 # Settings that the measures before training depend on, of those that a trial may change.
 BASE_SETTINGS = ("dtype", "attention", "pack_length", "share_prefixes", "metrics")
+# Settings that no check before the first step depends on.
+STEP_SETTINGS = frozenset(
+    {
+        *("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm"),
+        *("num_train_epochs", "eval_steps", "save_steps", "probe_steps", "output_dir"),
+        "memory_factor",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +113,13 @@ class TrialRunner:
                 raise GateError(failure)
             return run.resume(path, allow_code=self.allow_code), read_run_plan(path)
         plan, trial_inputs = self.plan_trial(spec)
-        before = self._find_base_results(plan, spec.number)
-        events = run.train(plan, trial_inputs, allow_code=self.allow_code, before=before)
+        events = run.train(
+            plan,
+            trial_inputs,
+            allow_code=self.allow_code,
+            before=self._find_base_results(plan, spec.number),
+            preflight=self._find_preflight(plan, spec.number),
+        )
         return events, plan
 
     def _is_stopped_by(self, spec: TrialSpec, event: Event, steps: int) -> bool:
@@ -129,6 +144,24 @@ class TrialRunner:
             if file.exists() and is_run(path) and has_same_base(read_run_plan(path), plan):
                 return parse_as(EvalResults, read_json(file), where=str(file))
         return None
+
+    def _find_preflight(self, plan: Plan, number: int) -> tuple[CheckResult, ...]:
+        """Return the checks of the first complete trial whose model, rows and adapter at the start
+        are the same, after a word on where they are from; nothing if there is none."""
+        for earlier in range(number):
+            path = find_trial_folder(self.folder, earlier)
+            if (path / RECORD_FILE).exists() and has_same_start(read_run_plan(path), plan):
+                checks = read_run_record(path).preflight
+                evidence = f"{len(checks)} checks are those of {path.name}, which starts the same"
+                return (CheckResult("preflight", "ok", evidence, num_checked=len(checks)), *checks)
+        return ()
+
+
+def has_same_start(first: Plan, second: Plan) -> bool:
+    """Return whether two plans on the same files have the same packs, weights and adapter at the
+    first step."""
+    settings = {field.name for field in dataclasses.fields(PlanConfig)} - STEP_SETTINGS
+    return all(getattr(first.config, key) == getattr(second.config, key) for key in settings)
 
 
 def has_same_base(first: Plan, second: Plan) -> bool:
