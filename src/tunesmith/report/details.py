@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tunesmith.core.atomic import MANIFEST
 from tunesmith.core.events import GENERAL_TASK, TrainStep
-from tunesmith.core.formatting import format_bytes, format_duration
+from tunesmith.core.formatting import format_bytes, format_count, format_duration
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import RECIPE_FILE
 from tunesmith.core.types import DataReport, Finding, Json, Plan
@@ -210,11 +210,12 @@ def build_provenance(run: ReportData) -> list[ProvenanceView]:
 def _list_provenance(stage: StageData) -> list[tuple[str, str]]:
     plan = stage.plan
     machine = plan.machine
+    cores = format_count(machine.cores, "core")
     memory = format_bytes(machine.memory_bytes)
     return [
         ("run folder", str(stage.path)),
         ("model", _describe_model(plan)),
-        ("machine", f"{machine.device} {machine.device_name}, {machine.cores} cores, {memory}"),
+        ("machine", f"{machine.device} {machine.device_name}, {cores}, {memory}"),
         *machine.versions.items(),
         ("seed", str(plan.config.seed)),
         ("now", str(plan.config.now)),

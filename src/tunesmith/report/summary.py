@@ -15,7 +15,7 @@ from typing import Literal
 
 from tunesmith.core.events import EVAL_TASK, GENERAL_TASK, CheckResult
 from tunesmith.core.evidence import RunVerdict, VerdictName
-from tunesmith.core.formatting import format_bytes, format_duration
+from tunesmith.core.formatting import format_bytes, format_count, format_duration
 from tunesmith.core.types import Comparison, RunRecord
 from tunesmith.evaluate.results import describe_truncation
 from tunesmith.evaluate.run_verdict import judge_run, judge_unfinished
@@ -211,7 +211,8 @@ def _list_costs(record: RunRecord, *, has_general: bool) -> list[str]:
     lines.append(line)
     machine = record.plan.machine
     peak = format_bytes(record.peak_bytes)
-    lines.append(f"Peak memory {peak}, on {machine.device_name} ({machine.cores} cores).")
+    cores = format_count(machine.cores, "core")
+    lines.append(f"Peak memory {peak}, on {machine.device_name} ({cores}).")
     if (weights := find_weights_file(record)) is not None:
         size = format_bytes(weights.stat().st_size)
         lines.append(f"{size} on disk: {weights.parent.name}/{weights.name}.")

@@ -94,6 +94,7 @@ def diagnose(
         *_check_versions(machine),
         *_check_gpu(machine),
         _check_compiler(machine),
+        *_check_precision(machine),
         _check_disk(machine),
         _check_writable(folder),
         *_check_extras(),
@@ -169,6 +170,16 @@ def _check_compiler(machine: Machine) -> MachineCheck:
     fix = "install a C compiler (gcc or clang) for the faster CPU kernels" if problem else ""
     value = problem or str(machine.compiler)
     return MachineCheck("C compiler", not problem, value, is_required=False, fix=fix)
+
+
+def _check_precision(machine: Machine) -> list[MachineCheck]:
+    """Say what a CPU computes in; a GPU's line says it with its name."""
+    if machine.device != "cpu":
+        return []
+    value = "bf16"
+    if not machine.has_bf16_matmul:
+        value = "fp32: no bf16 in hardware, so torch computes without the faster CPU kernels"
+    return [MachineCheck("precision", True, value)]
 
 
 def _try_compiler(compiler: str) -> str:

@@ -21,6 +21,7 @@ from tunesmith.core.atomic import write_file
 from tunesmith.core.evidence import RunVerdict
 from tunesmith.core.formatting import (
     format_bytes,
+    format_count,
     format_duration,
     format_value,
     hide_folders,
@@ -236,6 +237,7 @@ def _render_data(plan: Plan) -> str:
 def _render_training(record: RunRecord) -> str:
     values = record.plan.values
     machine = record.plan.machine
+    cores = format_count(machine.cores, "core")
     rows: list[tuple[str, ...]] = []
     for key in CARD_SETTINGS:
         if key in values:
@@ -244,7 +246,7 @@ def _render_training(record: RunRecord) -> str:
         ("steps", f"{record.steps:,} over {record.tokens:,} tokens"),
         ("training time", _format_time(record)),
         ("peak memory", format_bytes(record.peak_bytes)),
-        ("machine", f"{escape_markdown(machine.device_name)}, {machine.cores} cores"),
+        ("machine", f"{escape_markdown(machine.device_name)}, {cores}"),
     ]
     return _render_table(("setting", "value"), rows)
 

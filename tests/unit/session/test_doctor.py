@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.hardware import parse_version
+from tunesmith.core.hardware import measure_machine, parse_version
 from tunesmith.session import doctor
 from tunesmith.session.doctor import diagnose
 
@@ -24,6 +24,19 @@ def test_a_healthy_machine(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # nothing left behind
     assert diagnosis.model is None
     assert diagnosis.memory_fits == ()
+
+
+@pytest.mark.parametrize(
+    ("has_bf16", "value"), [(True, "bf16"), (False, "fp32: no bf16 in hardware")]
+)
+def test_a_cpu_says_what_it_computes_in(
+    has_bf16: bool, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine = replace(measure_machine(tmp_path), has_bf16_matmul=has_bf16)
+    monkeypatch.setattr(doctor, "measure_machine", lambda _folder: machine)
+    checks = {check.name: check for check in diagnose(folder=tmp_path).checks}
+    assert checks["precision"].value.startswith(value)
+    assert checks["precision"].is_ok
 
 
 def test_a_place_that_cannot_be_written() -> None:

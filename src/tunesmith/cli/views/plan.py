@@ -238,8 +238,9 @@ def render_diagnosis(diagnosis: Diagnosis) -> RenderableType:
     """Show the machine, what was checked on it, and what fits."""
     machine = diagnosis.machine
     memory = f"{format_bytes(machine.available_bytes)} of {format_bytes(machine.memory_bytes)}"
+    cores = format_count(machine.cores, "core")
     head = (
-        f"{machine.device} {machine.device_name}: {machine.cores} cores, {memory} memory free, "
+        f"{machine.device} {machine.device_name}: {cores}, {memory} memory free, "
         f"{format_bytes(machine.disk_free_bytes)} disk free"
     )
     table = make_table("")
