@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 
 from fake_runs import make_record, write_run
 from tunesmith.cli import run as run_commands
@@ -140,6 +141,21 @@ def test_a_narrow_terminal_breaks_no_line(
         assert " 0.80 ±0.10 " in line
     assert ("model" in lines[0]) == (columns == 120)
     assert ("metric" in lines[0]) == (columns > 66)
+
+
+def test_a_long_path_is_folded_and_other_columns_stay_in_line(
+    folder: Path, tunesmith: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    path = "runs/" + "運行" * 15 + "/a"  # letters of two columns
+    write_run(folder / path, record=make_record())
+    write_run(folder / "runs/b", record=make_record())
+    lines = tunesmith("runs")[1].splitlines()
+    assert all(cell_len(line) <= 60 for line in lines)
+    folded = [line.split()[0] for line in lines if "運" in line or line.endswith("/a")]
+    assert "".join(folded) == path
+    starts = {cell_len(line[: line.index("finished")]) for line in lines if "finished" in line}
+    assert len(starts) == 1
 
 
 def test_a_finished_run_shows_its_verdict(folder: Path, tunesmith: Callable[..., Any]) -> None:
