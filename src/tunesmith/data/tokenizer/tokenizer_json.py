@@ -11,7 +11,6 @@ meaning of the tokens (`chat_tokenizer.py`)."""
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import re
@@ -21,6 +20,7 @@ from typing import Any
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import count_json_marks
 from tunesmith.core.types import Json, NewToken
+from tunesmith.data.tokenizer.charsmap import check_charsmap
 
 # What a tokenizer.json of wrong types or depth raises while it is taken apart.
 UNUSABLE_ERRORS = (
@@ -180,6 +180,13 @@ def iter_steps(component: Any) -> Iterator[Json]:
 
 def count_written_chars(step: Json) -> int:
     """Return how many characters a step may write for one."""
+    longest = 1
+    if "precompiled_charsmap" in step:
+        longest = check_charsmap(step["precompiled_charsmap"])
+    return max(longest, _count_replaced_chars(step))
+
+
+def _count_replaced_chars(step: Json) -> int:
     if step.get("type") == "ByteLevel":
         return BYTE_LEVEL_GROWTH
     content = step.get("content")
@@ -192,17 +199,4 @@ def count_written_chars(step: Json) -> int:
         return len(step["prepend"])
     if isinstance(step.get("replacement"), str):
         return len(step["replacement"])
-    if isinstance(step.get("precompiled_charsmap"), str):
-        return _measure_charsmap(step["precompiled_charsmap"])
     return 1
-
-
-def _measure_charsmap(charsmap: str) -> int:
-    """Return the length of the longest text in a SentencePiece table. The texts follow a trie, and
-    the first 4 bytes are the size of the trie."""
-    try:
-        raw = base64.b64decode(charsmap, validate=True)
-    except ValueError as error:
-        raise InputError(f"the tokenizer's precompiled_charsmap is damaged: {error}") from error
-    texts = raw[4 + int.from_bytes(raw[:4], "little") :].split(b"\0")
-    return max(len(text.decode("utf-8", "replace")) for text in texts)

@@ -30,9 +30,10 @@ def replaces(old: str, new: str) -> dict[str, Any]:
 
 
 def charsmap(longest: int) -> str:
-    return base64.b64encode(
-        (4).to_bytes(4, "little") + b"trie" + b"a\0" + b"x" * longest + b"\0"
-    ).decode()
+    """Return a table whose trie leads nowhere."""
+    trie = bytes(1024)
+    head = len(trie).to_bytes(4, "little")
+    return base64.b64encode(head + trie + b"a\0" + b"x" * longest + b"\0").decode()
 
 
 def token(**parts: Any) -> list[dict[str, Any]]:
