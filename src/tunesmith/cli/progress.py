@@ -50,7 +50,10 @@ class Progress:
         self.is_live = _is_live(self.console)
         self._recent_steps: deque[TrainStep] = deque(maxlen=SPEED_WINDOW)
         self._bar = Bar(
-            BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.console
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            console=self.console,
+            transient=True,  # what is measured after the last step is not its last line
         )
         self._task = self._bar.add_task("starting", total=steps)
 
@@ -79,7 +82,10 @@ class Progress:
         if isinstance(event, TrainStep):
             self._show_step(event)
         elif not _is_probe_event(event):
-            self.console.print(format_event(event), highlight=False, soft_wrap=True)
+            # a terminal breaks long lines at words, a log keeps them whole
+            self.console.print(
+                format_event(event), highlight=False, soft_wrap=not self.console.is_terminal
+            )
 
     def _show_step(self, step: TrainStep) -> None:
         self._recent_steps.append(step)

@@ -66,6 +66,29 @@ def test_the_live_line_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch) ->
     assert "━" not in shown(10, 10, terminal=True)
 
 
+def test_the_live_line_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a finished run shows "answers: 1 of 30" for ever."""
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(progress_log, "LOG_INTERVAL_SECONDS", 0.0)
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with Progress(3, console):
+        list(log_progress("abc", 30, "answers"))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().endswith("\x1b[1A\x1b[2K")  # up, and clear the line
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_breaks_lines_at_words(*, is_terminal: bool) -> None:
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, color_system=None, width=40)
+    evidence = "relative difference at most 0.00%, top-1 equal at 256/256 positions"
+    Progress(3, console).show_event(CheckResult("logits match", "ok", evidence))
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    assert (len(lines) > 1) == is_terminal
+    assert " ".join(lines) == f"ok  logits match: {evidence}"
+
+
 @pytest.mark.parametrize(
     ("event", "text"),
     [
