@@ -24,11 +24,13 @@ from tunesmith.advise.sweep.run_trial import list_eval_tasks
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckResult, Score
 from tunesmith.core.json_io import read_json
-from tunesmith.core.run_dir import EVAL_BEFORE_FILE, RECORD_FILE, read_events, read_run_plan
+from tunesmith.core.run_dir import EVAL_BEFORE_FILE, read_events, read_run_plan
 from tunesmith.core.sweep_record import SweepRecord, SweepStart, TrialEnd, read_sweep
 from tunesmith.recipe.load import dump_recipe, load_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
+from tunesmith.train import run
+from tunesmith.train.preflight import run_preflight
 
 SWEEP: dict[str, Any] = {"learning_rate": [0.0001, 0.01], "seeds": 2}
 
@@ -168,26 +170,34 @@ def test_measures_before_training_are_taken_once(tiny_folder: Path, tmp_path: Pa
     events.close()  # type: ignore[attr-defined]
 
 
-def test_preflight_is_taken_once_if_only_the_schedule_differs(
-    tiny_folder: Path, tmp_path: Path
+def test_trials_that_differ_in_the_schedule_share_preflight(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mark in the checks of the first trial comes back in the second, and not with more ranks."""
+    """Of two ranks with two rates each, the checks run once for each rank."""
+    checked: list[Any] = []
+
+    def check(*arguments: Any) -> list[CheckResult]:
+        checked.append(arguments)
+        return run_preflight(*arguments)
+
+    monkeypatch.setattr(run, "run_preflight", check)
     space = {"lora_r": [2, 4], "learning_rate": [0.001, 0.002]}
     recipe = make_sweep_recipe(tiny_folder, tmp_path, space, max_steps=2)
-    events = run_sweep(inputs.load_inputs(recipe), tmp_path / "sweep")
-    while not isinstance(next(events), TrialEnd):
-        pass
-    file = tmp_path / "sweep" / "trial-000" / RECORD_FILE
-    record = read_json(file)
-    record["preflight"][0]["evidence"] = "marked"
-    file.write_text(json.dumps(record))
-    results = [event for event in events if isinstance(event, CheckResult)]
-    shared = [result for result in results if result.kind == "preflight"]
-    assert [result.evidence.split(" are ")[1] for result in shared] == [
-        "those of trial-000, which starts the same",
-        "those of trial-002, which starts the same",
-    ]
-    assert [result.evidence for result in results].count("marked") == 1
+    record = sweep(recipe, tmp_path / "sweep")
+    assert len(checked) == 2
+    sources: dict[int, str] = {}
+    for trial in record.trials:
+        events = read_events(tmp_path / "sweep" / trial.folder)
+        results = [event for event in events if isinstance(event, CheckResult)]
+        assert any(result.kind == "negative controls" for result in results)
+        shared = [result.evidence for result in results if result.kind == "preflight"]
+        if shared:
+            sources[trial.number] = shared[0].split()[-5].rstrip(",")
+    assert len(sources) == 2
+    for number, source in sources.items():
+        first = record.trials[int(source.removeprefix("trial-"))]
+        assert first.number < number
+        assert first.settings["lora_r"] == record.trials[number].settings["lora_r"]
 
 
 def test_a_finished_sweep_runs_nothing(finished: SweepRecord, tiny_folder: Path) -> None:
@@ -205,10 +215,11 @@ def test_a_finished_sweep_runs_nothing(finished: SweepRecord, tiny_folder: Path)
 def test_a_hopeless_trial_stops_early_and_a_winner_does_not(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    rates = [0.01, 0.02, 0.015, 0.03, 0.00001]
+    rates = [0.01, 0.02, 0.015, 0.00001, 0.03]  # tried in the order 2, 1, 0, 4, 3
     recipe = make_sweep_recipe(tiny_folder, tmp_path, {"learning_rate": rates})
     record = sweep(recipe, tmp_path / "sweep")
     hopeless = record.trials[4]
+    assert hopeless.settings["learning_rate"] == 0.00001
     assert hopeless.state == "pruned"
     assert 0 < hopeless.steps < hopeless.planned_steps
     assert "median pruner, at" in hopeless.reason
@@ -352,7 +363,7 @@ def test_a_sweep_killed_at_random_times_ends_with_the_same_table(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     """Ten times by SIGKILL, some events after its start and a moment later."""
-    rates = [0.01, 0.02, 0.015, 0.03, 0.00001]
+    rates = [0.01, 0.02, 0.015, 0.00001, 0.03]  # tried in the order 2, 1, 0, 4, 3
     recipe = make_sweep_recipe(tiny_folder, tmp_path, {"learning_rate": rates, "seeds": 2})
     straight = sweep(recipe, tmp_path / "straight")
     assert straight.count_trials("pruned") == 1

@@ -17,6 +17,7 @@ goes on as an uninterrupted one. Left out: running a trial (run_trial.py).
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -67,7 +68,7 @@ class TrialStudy:
         self.distributions = {
             key: _make_distribution(key, values) for key, values in sweep.space.items()
         }
-        self.grid = list_grid(sweep) if sweep.search == "grid" else None
+        self.grid = list_grid(sweep, sampler_seed) if sweep.search == "grid" else None
         self._study = study
 
     @classmethod
@@ -145,9 +146,9 @@ class TrialStudy:
 
     def _propose(self, first: Sequence[FrozenTrial]) -> Json | None:
         """Return settings that were not tried; None if none were found."""
-        if self.grid is not None:
-            return self.grid[len(first)]
         tried = [trial.params for trial in first]
+        if self.grid is not None:
+            return next((settings for settings in self.grid if settings not in tried), None)
         for attempt in range(MAX_PROPOSALS):
             seed = (self.sampler_seed + MAX_PROPOSALS * len(first) + attempt) % 2**32
             study = optuna.create_study(
@@ -232,14 +233,19 @@ def make_spec(trial: FrozenTrial) -> TrialSpec:
     )
 
 
-def list_grid(sweep: SweepConfig) -> list[Json]:
-    """Return every combination, the last key varying fastest."""
+def list_grid(sweep: SweepConfig, seed: int) -> list[Json]:
+    """Return every combination in an order drawn by the seed.
+
+    Values are often listed from low to high. Tried in that order, each rate is better than those
+    before until the best was tried, and none of them stops early."""
     lists: list[tuple[Any, ...]] = []
     for values in sweep.space.values():
         assert isinstance(values, tuple), "a grid has no ranges"
         lists.append(values)
     keys = list(sweep.space)
-    return [dict(zip(keys, values, strict=True)) for values in itertools.product(*lists)]
+    grid = [dict(zip(keys, values, strict=True)) for values in itertools.product(*lists)]
+    random.Random(seed).shuffle(grid)
+    return grid
 
 
 def _make_distribution(key: str, values: SweptValues) -> BaseDistribution:
