@@ -53,6 +53,16 @@ class RunFacts:
         return [] if errors is None else [s for s in errors.shortcuts if s.kind == "constant"]
 
     @property
+    def has_forgotten(self) -> bool:
+        """Whether general text lost more than the limit."""
+        limit = self.record.plan.config.forgetting_margin
+        return any(
+            comparison.difference > limit
+            for comparison in self.record.comparisons
+            if (comparison.task, comparison.metric) == (GENERAL_TASK, "bits_per_byte")
+        )
+
+    @property
     def is_single_stage(self) -> bool:
         """A run of several stages has no recipe of its own to change."""
         return (self.run / RECIPE_FILE).is_file() or not is_staged(self.run)
@@ -155,19 +165,22 @@ def has_other_rows(constant: Shortcut) -> bool:
 
 def suggest_scale(facts: RunFacts) -> NextStep | None:
     """A smaller scale of the adapter where general text lost more than the limit."""
-    limit = facts.record.plan.config.forgetting_margin
-    losses = [
-        comparison.difference
-        for comparison in facts.record.comparisons
-        if (comparison.task, comparison.metric) == (GENERAL_TASK, "bits_per_byte")
-    ]
-    if not losses or max(losses) <= limit:
+    if not facts.has_forgotten:
         return None
     commands = build_commands(facts.record.scales, str(facts.run))
     if not commands:
         return None
     reason = f"on eval_data, {describe_recommendation(facts.record.scales)}: verify it"
     return NextStep(reason, commands[0])
+
+
+def suggest_gentler_rate(facts: RunFacts) -> NextStep | None:
+    """Half the learning rate where general text lost more than the limit and no scale is better."""
+    if not facts.has_forgotten or suggest_scale(facts) or not facts.is_single_stage:
+        return None
+    rate = facts.record.plan.config.learning_rate / 2
+    command = facts.format_training(f"--learning-rate {rate:g}", "half-rate")
+    return NextStep(f"forget less: train with half the learning rate, {rate:g}", command)
 
 
 def suggest_smaller_batch(facts: RunFacts) -> NextStep | None:
@@ -277,6 +290,7 @@ STEPS: tuple[Callable[[RunFacts], NextStep | None], ...] = (
     suggest_epochs,
     suggest_max_steps,
     suggest_scale,
+    suggest_gentler_rate,
     suggest_learning_rate,
     suggest_export,
     suggest_second_seed,

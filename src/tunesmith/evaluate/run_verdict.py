@@ -3,9 +3,10 @@
     judge_run(record, run) -> RunVerdict
 
     not measured        no test rows, or fewer than MIN_ITEMS
-    harmful             answers got worse; or general text lost more than the limit for no gain, or
-                        more than "harmful: times the limit" in any case
-    no effect           no significant difference in the deciding metric
+    harmful             answers got worse, those to one task too if the mean of the tasks did not
+                        get better; or general text lost more than the limit for no gain, or more
+                        than "harmful: times the limit" in any case
+    no effect           no significant difference in the deciding metric, of no task either
     useful, not ready   better, but something speaks against using it: see `reasons`
     ready               better, right often enough, within the limit, no shortcut, nothing worse
 
@@ -37,7 +38,7 @@ from tunesmith.core.run_dir import (
 )
 from tunesmith.core.types import Comparison, Plan, RunRecord
 from tunesmith.evaluate.custom_metric import format_metric_name
-from tunesmith.evaluate.metrics import BITS_PER_BYTE, split_metric
+from tunesmith.evaluate.metrics import BITS_PER_BYTE, METRICS, split_metric
 from tunesmith.evaluate.next_steps import is_test_task, list_next_steps, list_steps_of_unfinished
 from tunesmith.evaluate.statistics import (
     MIN_ITEMS,
@@ -64,6 +65,8 @@ VERDICT_LIMITS: dict[str, float] = {
     "ready: times the limit": 1.0,
 }
 MAX_REASONS = 6
+MAX_WRONG_GROUPS = 3
+MIN_TRUNCATED_SHARE = 0.1  # of the answers, to be a reason
 FORGETTING_UNKNOWN = (
     "forgetting was not measured: set retention_data, or guard: {forgetting: off} if it does not "
     "matter"
@@ -90,7 +93,8 @@ def judge_run(record: RunRecord, run: Path) -> RunVerdict:
     tests = [pair for pair in judged if is_test_task(pair[0].task)]
     deciding = _select_deciding(tests, record.errors)
     reasons = _list_reasons(record, judged, deciding)
-    name = _choose_name(judged, deciding, reasons, record.plan)
+    outcomes = _list_outcomes(tests, deciding)
+    name = _choose_name(judged, outcomes, reasons, record.plan)
     return RunVerdict(
         name=name,
         level=describe_level(record.errors, deciding),
@@ -144,13 +148,26 @@ def _select_deciding(
     return means or selected
 
 
+def _list_outcomes(
+    tests: Sequence[JudgedComparison], deciding: Sequence[JudgedComparison]
+) -> set[str]:
+    """Return the outcomes that decide: of the mean of the tasks, or of the tasks if their mean
+    shows no difference, since gains in one may hide losses in another."""
+    outcomes = {verdict for _, verdict in deciding}
+    if outcomes != {NO_DIFFERENCE}:
+        return outcomes
+    metric = deciding[0][0].metric
+    of_tasks = {verdict for comparison, verdict in tests if comparison.metric == metric}
+    # what got better does not make up for what got worse
+    return of_tasks - {"better"} if "worse" in of_tasks else of_tasks
+
+
 def _choose_name(
     judged: Sequence[JudgedComparison],
-    deciding: Sequence[JudgedComparison],
+    outcomes: set[str],
     reasons: Sequence[str],
     plan: Plan,
 ) -> VerdictName:
-    outcomes = {verdict for _, verdict in deciding}
     if outcomes <= {TOO_FEW_ITEMS}:
         return "not measured"
     has_gain = "better" in outcomes
@@ -184,7 +201,9 @@ def _list_reasons(
     reasons += _list_missed_gates(record.comparisons, limits)
     if not any(_is_limited(comparison, limits) for comparison, _ in deciding):
         level_problem = _find_level_problem(errors, deciding, record.plan)
-        reasons += [level_problem] if level_problem else []
+        if level_problem:
+            reasons += [level_problem, *_list_wrong_parts(errors, deciding)]
+    reasons += _list_side_gains(judged, deciding)
     general = get_general(record.comparisons)
     margin = record.plan.config.forgetting_margin
     if general is None and record.plan.config.guard_forgetting != OFF:
@@ -228,7 +247,7 @@ def _find_level_problem(
     if name in FORM_METRICS:
         return f"{name} shows the form of the answers, not whether they are right"
     if not _can_be_right(errors):
-        return f"{errors.metric} has no value above which an answer is right"
+        return f"{errors.metric} has no value above which an answer is right: set one in `gates`"
     low, _ = compute_wilson_interval(errors.right, errors.n)
     share = errors.right / errors.n
     min_share = VERDICT_LIMITS["ready: right answers"]
@@ -241,6 +260,55 @@ def _find_level_problem(
             f"ready needs {min_low:.0%}"
         )
     return ""
+
+
+def _list_wrong_parts(
+    errors: ErrorAnalysis | None, deciding: Sequence[JudgedComparison]
+) -> list[str]:
+    """Return where answers are wrong: cut off, no objects, or in the fields that are wrong most
+    often."""
+    parts: list[str] = []
+    truncated = sum(comparison.after.truncated for comparison, _ in deciding)
+    n = sum(comparison.after.n for comparison, _ in deciding)
+    if truncated and truncated >= MIN_TRUNCATED_SHARE * n:
+        parts.append(f"{truncated} of {n} answers reach the limit of new tokens and are cut off")
+    if errors is None:
+        return parts
+    for by in ("format", "field"):
+        table = errors.get_table(by)
+        groups = [group for group in table.groups if group.wrong] if table else []
+        if groups and by == "format":
+            parts.append(f"{groups[0].name}: {groups[0].wrong} of {groups[0].n} answers")
+        elif groups:
+            head = groups[0]
+            more = [f"{group.name} in {group.wrong}" for group in groups[1:MAX_WRONG_GROUPS]]
+            first = f"{head.name} in {head.wrong} of {head.n} answers"
+            parts.append(f"wrong most often: {', '.join([first, *more])}")
+    return parts
+
+
+def _list_side_gains(
+    judged: Sequence[JudgedComparison], deciding: Sequence[JudgedComparison]
+) -> list[str]:
+    """Return which grades of the answers got better although the deciding metric did not, such as
+    their form."""
+    if not deciding or any(verdict == "better" for _, verdict in deciding):
+        return []
+    gains: list[str] = []
+    for comparison, verdict in judged:
+        if verdict == "better" and split_metric(comparison.metric)[0] in METRICS:
+            values = f"{comparison.before.value:.3f} -> {comparison.after.value:.3f}"
+            gains.append(f"{_name_task(comparison)}{comparison.metric} {values}")
+    if not gains:
+        return []
+    head = deciding[0][0]
+    subject = "the mean of the tasks" if MEAN_OF_TASKS.search(head.task) else head.metric
+    return [f"{subject} did not get better, only {', '.join(gains)}"]
+
+
+def _name_task(comparison: Comparison) -> str:
+    """Return the task before a metric, if test rows are several tasks."""
+    return "" if comparison.task == "test" else f"{comparison.task} "
 
 
 def _can_be_right(errors: ErrorAnalysis) -> bool:
@@ -278,6 +346,8 @@ def _describe_change(errors: ErrorAnalysis | None, deciding: Sequence[JudgedComp
     evidence = f"{verdict}, {format_p(compute_p_value(comparison))}"
     if verdict in (TOO_FEW_ITEMS, NO_DIFFERENCE) or len(deciding) > 1:
         evidence = verdict
+    if MEAN_OF_TASKS.search(comparison.task):
+        evidence = f"mean of the tasks: {evidence}"
     if errors is not None and _can_be_right(errors) and errors.fixed is not None:
         return f"{errors.fixed} fixed, {errors.broken} broken: {evidence}"
     interval = f"[{comparison.low:+.3f}, {comparison.high:+.3f}]"

@@ -13,7 +13,14 @@ import pytest
 import fake_runs
 from tunesmith.cli.args import parse_recipe_args
 from tunesmith.core.errors import InputError
-from tunesmith.core.evidence import ErrorAnalysis, NextStep, RunVerdict, Shortcut
+from tunesmith.core.evidence import (
+    ErrorAnalysis,
+    ErrorGroup,
+    ErrorTable,
+    NextStep,
+    RunVerdict,
+    Shortcut,
+)
 from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.types import Comparison, RunRecord
 from tunesmith.evaluate.run_verdict import judge_run, judge_unfinished, read_verdict
@@ -141,7 +148,9 @@ def test_a_metric_without_right_and_wrong_is_never_ready() -> None:
     verdict = judge(errors, chrf, make_general(0.01))
     assert verdict.name == "useful, not ready"
     assert verdict.level == "Mean chrf 0.93 of 80 answers, 0.20 before"
-    assert verdict.reasons == ("chrf has no value above which an answer is right",)
+    assert verdict.reasons == (
+        "chrf has no value above which an answer is right: set one in `gates`",
+    )
     assert judge(None, replace(chrf, metric="loss", higher_is_better=False)).name == "harmful"
 
 
@@ -156,6 +165,69 @@ def test_of_several_tasks_their_mean_decides() -> None:
     mean = replace(make_change(0.5), task="test: mean of tasks")
     part = replace(make_change(0.0), task="test: a")
     assert judge(make_errors(80), part, mean, make_general(0.01)).name == "ready"
+
+
+def test_a_task_that_got_worse_is_not_hidden_by_the_mean() -> None:
+    tasks = (
+        make_change(0.0, 0.3, task="test: mean of tasks"),
+        make_change(0.6, task="test: a"),
+        make_change(-0.3, task="test: b"),
+    )
+    verdict = judge(make_errors(60, before=12), *tasks, make_general(0.001))
+    assert verdict.name == "harmful"
+    assert verdict.change == "48 fixed, 0 broken: mean of the tasks: no difference shown"
+    assert verdict.reasons[0] == "test: b exact_match got worse: 0.300 -> 0.000"
+    assert verdict.reasons[-1] == (
+        "the mean of the tasks did not get better, only test: a exact_match 0.300 -> 0.900"
+    )
+    assert judge(make_errors(60), *tasks[:2]).name == "useful, not ready", "one task got better"
+    better = replace(tasks[0], low=0.05, high=0.5, difference=0.2)
+    assert judge(make_errors(60), better, *tasks[1:]).name == "useful, not ready"
+
+
+def test_a_gain_in_form_alone_is_no_effect_and_said() -> None:
+    form = replace(make_change(0.6), metric="json_valid")
+    likelihood = replace(make_change(-0.6, higher_is_better=False), metric="loss")
+    verdict = judge(make_errors(0), make_change(0.0), form, likelihood, make_general(0.001))
+    assert verdict.name == "no effect"
+    assert verdict.reasons[-1] == ("exact_match did not get better, only json_valid 0.300 -> 0.900")
+
+
+def test_where_answers_are_wrong_is_on_the_first_screen() -> None:
+    groups = (
+        ErrorGroup("flag", 80, 33, 0.4, 0.3, 0.5),
+        ErrorGroup("closes", 80, 10, 0.1, 0.0, 0.2),
+        ErrorGroup("date", 80, 0, 0.0, 0.0, 0.1),
+    )
+    no_object = ErrorGroup("not a JSON object", 90, 10, 0.1, 0.0, 0.2)
+    tables = (ErrorTable("format", (no_object,)), ErrorTable("field", groups))
+    errors = make_errors(35, tables=tables)
+    change = make_change(0.4)
+    cut = replace(change, after=replace(change.after, truncated=8))
+    assert judge(errors, cut, make_general(0.001)).reasons == (
+        "44% of the answers are right; ready needs 90%",
+        "8 of 80 answers reach the limit of new tokens and are cut off",
+        "not a JSON object: 10 of 90 answers",
+        "wrong most often: flag in 33 of 80 answers, closes in 10",
+    )
+    few_cut = replace(change, after=replace(change.after, truncated=7))
+    assert len(judge(errors, few_cut, make_general(0.001)).reasons) == 3
+    assert judge(replace(errors, right=79), cut, make_general(0.001)).name == "ready"
+
+
+def test_what_was_forgotten_has_a_step_where_no_scale_is_better() -> None:
+    record = fake_runs.make_record()
+    for lost, is_told in ((0.05, True), (0.001, False)):
+        verdict = judge(make_errors(80), make_change(0.6), make_general(lost), plan=record.plan)
+        reasons = [step.reason for step in verdict.next_steps]
+        assert ("forget less: train with half the learning rate, 5e-05" in reasons) == is_told
+    cheaper = fake_runs.make_scales(fake_runs.CHEAPER)
+    forgotten = (make_change(0.6), make_general(0.05))
+    scaled = judge_run(
+        replace(record, comparisons=forgotten, errors=make_errors(80), scales=cheaper), Path("r")
+    )
+    assert "compare" in scaled.next_steps[0].command
+    assert "half the learning rate" not in str(scaled.next_steps)
 
 
 def test_a_base_that_is_all_right_has_no_wrong_answers_to_read() -> None:
