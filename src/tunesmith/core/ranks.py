@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -391,18 +392,28 @@ def run_torchrun(num_processes: int, words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    # It warns of each process that it ends after a failure, which rank 0 explains.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    # It reports each process that fails, in lines of its own code; rank 0 has explained that.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     options = ["--standalone", f"--nproc-per-node={num_processes}", "-m", "tunesmith"]
     try:
         run(parse_args([*options, *words]))
     except ChildFailedError as failed:
+        for rank, failure in failed.failures.items():
+            if failure.exitcode < 0:  # the number of a signal, of which a rank says nothing itself
+                logger.error("rank %d was ended by %s", rank, _name_signal(-failure.exitcode))
         _, first = failed.get_first_failure()
         code = failed.failures.get(0, first).exitcode
-        return code if code > 0 else 128 - code  # a signal's number is negative
+        return code if code > 0 else 128 - code
     except SignalException as caught:
         return 128 + int(caught.sigval)
     return 0
+
+
+def _name_signal(number: int) -> str:
+    name = f"signal {number} ({signal.strsignal(number)})"
+    if number == signal.SIGKILL:
+        name += ", as the system ends a process when memory runs out: look at its log"
+    return name
 
 
 def read_launch_time() -> float:

@@ -1,8 +1,14 @@
-from collections.abc import Callable
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tunesmith.core.hardware import count_cores
+from tunesmith.core.ranks import run_torchrun
 
 TuneSmith = Callable[..., tuple[int, str, str]]
 
@@ -31,3 +37,43 @@ def test_a_missing_address_is_refused(
     code, _, errors = tunesmith("train", "recipe.yaml")
     assert code == 2
     assert "MASTER_ADDR is not set" in errors
+
+
+@pytest.fixture
+def _unchanged_process() -> Iterator[None]:
+    """Restore what torchrun leaves changed."""
+    torchruns = logging.getLogger("torch.distributed.elastic")
+    level = torchruns.level
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers = {number: signal.getsignal(number) for number in signals}
+    yield
+    torchruns.setLevel(level)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_unchanged_process")
+def test_torchrun_starts_each_process_and_returns_their_exit_code(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert run_torchrun(2, ["no-such-verb"]) == 2
+    errors = capfd.readouterr().err
+    assert errors.count("No such command 'no-such-verb'") == 2
+    assert "exitcode" not in errors, "torchrun adds no line of its own"
+
+
+@pytest.mark.usefixtures("_unchanged_process")
+def test_a_rank_that_was_killed_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(options: Any) -> None:
+        assert options.nproc_per_node == "2"
+        codes = {0: 3, 1: -signal.SIGKILL}  # rank 0 has heard that the other is gone
+        failures = {rank: ProcessFailure(rank, 7, code, "") for rank, code in codes.items()}
+        raise ChildFailedError("tunesmith", failures)
+
+    monkeypatch.setattr(torchrun, "run", fail)
+    assert run_torchrun(2, ["train", "recipe.yaml"]) == 3
+    (message,) = caplog.messages
+    assert message.startswith("rank 1 was ended by signal 9 (Killed)")
+    assert "when memory runs out" in message
