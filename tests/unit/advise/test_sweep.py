@@ -20,7 +20,7 @@ from tiny_runs import (
     write_rows,
 )
 from tunesmith.advise.sweep.run_sweep import run_sweep
-from tunesmith.advise.sweep.run_trial import list_eval_tasks
+from tunesmith.advise.sweep.run_trial import has_same_start, list_eval_tasks
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckResult, Score
 from tunesmith.core.json_io import read_json
@@ -198,6 +198,26 @@ def test_trials_that_differ_in_the_schedule_share_preflight(
         first = record.trials[int(source.removeprefix("trial-"))]
         assert first.number < number
         assert first.settings["lora_r"] == record.trials[number].settings["lora_r"]
+
+
+@pytest.mark.parametrize(("settings", "machine", "is_same"), [
+    ({"learning_rate": 0.5, "warmup_ratio": 0.5}, {}, True),
+    ({"lora_r": 7}, {}, False),
+    ({"seed": 7}, {}, False),
+    ({}, {"available_bytes": 7}, True),
+    ({}, {"versions": {"torch": "1.0"}}, False),
+    ({}, {"compiler": "another"}, False),
+])  # fmt: skip
+def test_what_computes_the_same_at_the_first_step(
+    settings: dict[str, Any], machine: dict[str, Any], is_same: bool, finished: SweepRecord
+) -> None:
+    plan = read_run_plan(Path(finished.folder) / finished.trials[0].folder)
+    other = dataclasses.replace(
+        plan,
+        config=dataclasses.replace(plan.config, **settings),
+        machine=dataclasses.replace(plan.machine, **machine),
+    )
+    assert has_same_start(plan, other) == is_same
 
 
 def test_a_finished_sweep_runs_nothing(finished: SweepRecord, tiny_folder: Path) -> None:

@@ -50,6 +50,8 @@ STEP_SETTINGS = frozenset(
         "memory_factor",
     }
 )
+# What computes, so that a sweep that goes on elsewhere is checked there.
+MACHINE_FACTS = ("device", "device_name", "has_bf16_matmul", "compiler", "versions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,10 +160,13 @@ class TrialRunner:
 
 
 def has_same_start(first: Plan, second: Plan) -> bool:
-    """Return whether two plans on the same files have the same packs, weights and adapter at the
-    first step."""
+    """Return whether two plans on the same files compute the same at the first step: packs,
+    weights, adapter, and what computes."""
     settings = {field.name for field in dataclasses.fields(PlanConfig)} - STEP_SETTINGS
-    return all(getattr(first.config, key) == getattr(second.config, key) for key in settings)
+    is_same = all(getattr(first.config, key) == getattr(second.config, key) for key in settings)
+    return is_same and all(
+        getattr(first.machine, fact) == getattr(second.machine, fact) for fact in MACHINE_FACTS
+    )
 
 
 def has_same_base(first: Plan, second: Plan) -> bool:
