@@ -28,6 +28,7 @@ from tunesmith.plan.build import MIN_STEPS
 MAX_STEPS = 3
 EPOCHS_FACTOR = 2  # of epochs or steps of a run that was still improving at its end
 MAX_NAME_CHARS = 60
+LARGE_EFFECT = 0.2  # of right answers: test rows that may miss it are too few
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,24 @@ def suggest_learning_rate(facts: RunFacts) -> NextStep | None:
     )
 
 
+def suggest_more_rows(facts: RunFacts) -> NextStep | None:
+    """More test rows where those there are would miss even a large effect."""
+    if facts.verdict != "no effect" or not facts.is_single_stage:
+        return None
+    errors = facts.record.errors
+    tests = [each for each in facts.record.comparisons if is_test_task(each.task)]
+    metric = errors.metric if errors else ""
+    deciding = next((each for each in tests if each.metric == metric), None)
+    if deciding is None or (deciding.min_detectable or 0.0) < LARGE_EFFECT:
+        return None
+    count = format_count(deciding.after.n, "test row")
+    folder = quote(f"{facts.run}-split")
+    return NextStep(
+        f"hold out more test rows: {count} may miss an effect below {deciding.min_detectable:.2f}",
+        f"tunesmith data split {facts.recipe} --out {folder} --test-share 0.2",
+    )
+
+
 def suggest_smaller_rate(facts: RunFacts) -> NextStep | None:
     """Half the learning rate where the run did harm."""
     if facts.verdict != "harmful" or not facts.is_single_stage:
@@ -291,6 +310,7 @@ STEPS: tuple[Callable[[RunFacts], NextStep | None], ...] = (
     suggest_max_steps,
     suggest_scale,
     suggest_gentler_rate,
+    suggest_more_rows,
     suggest_learning_rate,
     suggest_export,
     suggest_second_seed,

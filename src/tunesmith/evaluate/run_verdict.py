@@ -2,7 +2,7 @@
 
     judge_run(record, run) -> RunVerdict
 
-    not measured        no test rows, or fewer than MIN_ITEMS
+    not measured        no test rows, or fewer than MIN_ITEMS (MIN_BINARY_ITEMS of right or wrong)
     harmful             answers got worse, those to one task too if the mean of the tasks did not
                         get better; or general text lost more than the limit for no gain, or more
                         than "harmful: times the limit" in any case
@@ -26,6 +26,7 @@ from pathlib import Path
 
 from tunesmith.core.events import GENERAL_TASK, TrainStep
 from tunesmith.core.evidence import ErrorAnalysis, RunVerdict, VerdictName
+from tunesmith.core.formatting import format_count
 from tunesmith.core.run_dir import (
     RECORD_FILE,
     STAGES_DIR,
@@ -64,6 +65,7 @@ VERDICT_LIMITS: dict[str, float] = {
     # the upper end of the interval of what general text lost, in limits of the plan
     "ready: times the limit": 1.0,
 }
+MIN_BINARY_ITEMS = 6  # right or wrong: even if five of five were fixed, McNemar's p is 0.06
 MAX_REASONS = 6
 MAX_WRONG_GROUPS = 3
 MIN_TRUNCATED_SHARE = 0.1  # of the answers, to be a reason
@@ -89,7 +91,11 @@ FORM_METRICS = ("schema_valid", "json_valid")
 
 def judge_run(record: RunRecord, run: Path) -> RunVerdict:
     """Return the verdict on a finished run; `run` is the folder that commands name."""
-    judged = list(zip(record.comparisons, judge_comparisons(record.comparisons), strict=True))
+    verdicts = judge_comparisons(record.comparisons)
+    judged: list[JudgedComparison] = []
+    for comparison, verdict in zip(record.comparisons, verdicts, strict=True):
+        is_too_small = comparison.p_value is not None and comparison.after.n < MIN_BINARY_ITEMS
+        judged.append((comparison, TOO_FEW_ITEMS if is_too_small else verdict))
     tests = [pair for pair in judged if is_test_task(pair[0].task)]
     deciding = _select_deciding(tests, record.errors)
     reasons = _list_reasons(record, judged, deciding)
@@ -346,6 +352,9 @@ def _describe_change(errors: ErrorAnalysis | None, deciding: Sequence[JudgedComp
     evidence = f"{verdict}, {format_p(compute_p_value(comparison))}"
     if verdict in (TOO_FEW_ITEMS, NO_DIFFERENCE) or len(deciding) > 1:
         evidence = verdict
+    if verdict == NO_DIFFERENCE and len(deciding) == 1 and comparison.min_detectable:
+        rows = format_count(comparison.after.n, "row")
+        evidence = f"{verdict}; {rows} can show one of {comparison.min_detectable:.2f}"
     if MEAN_OF_TASKS.search(comparison.task):
         evidence = f"mean of the tasks: {evidence}"
     if errors is not None and _can_be_right(errors) and errors.fixed is not None:

@@ -24,6 +24,7 @@ from tunesmith.core.evidence import (
 from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.types import Comparison, RunRecord
 from tunesmith.evaluate.run_verdict import judge_run, judge_unfinished, read_verdict
+from tunesmith.evaluate.statistics import compute_mcnemar_p
 from tunesmith.train.model_card import render_card
 
 CONSTANT = Shortcut("constant", "flag", "false", 80, 80, 50, 1e-6, 9, 90, ("t:1",))
@@ -237,6 +238,32 @@ def test_a_base_that_is_all_right_has_no_wrong_answers_to_read() -> None:
     assert "read the wrong answers" not in [step.reason for step in all_right.next_steps]
     all_wrong = judge(make_errors(0), no_change)
     assert "read the wrong answers" in [step.reason for step in all_wrong.next_steps]
+
+
+def test_five_right_or_wrong_answers_are_too_few_to_tell() -> None:
+    """Even five of five that are fixed have p = 0.06, so "no effect" would be said of any model."""
+    all_fixed = make_change(0.6, p_value=compute_mcnemar_p(5, 0))
+    five = replace(all_fixed, after=replace(all_fixed.after, n=5))
+    assert judge(make_errors(5, 5), five).name == "not measured"
+    graded = replace(five, p_value=None)
+    assert judge(make_errors(5, 5), graded).name == "useful, not ready"
+    all_fixed = replace(all_fixed, p_value=compute_mcnemar_p(6, 0))
+    six = replace(all_fixed, after=replace(all_fixed.after, n=6))
+    assert judge(make_errors(6, 6), six).name == "useful, not ready"
+
+
+def test_no_difference_says_what_could_have_been_shown() -> None:
+    change = make_change(0.05, min_detectable=0.25)
+    verdict = judge(make_errors(40), change, make_general(0.001))
+    assert verdict.name == "no effect"
+    assert verdict.change == (
+        "40 fixed, 0 broken: no difference shown; 80 rows can show one of 0.25"
+    )
+    assert "hold out more test rows: 80 test rows may miss an effect below 0.25" in [
+        step.reason for step in verdict.next_steps
+    ]
+    sharp = judge(make_errors(40), replace(change, min_detectable=0.1), make_general(0.001))
+    assert "hold out" not in str(sharp.next_steps)
 
 
 def test_two_items_are_not_measured() -> None:
