@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 WORLD_VARIABLE = "WORLD_SIZE"
 VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+MAX_PORT = 65_535
 RESTART_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 LAUNCH_FIX = (
     "start the ranks with torchrun, which sets it: "
@@ -380,6 +381,9 @@ def open_ranks() -> Ranks:
     rank = _read_number("RANK")
     if not 0 <= rank < world:
         message = f"RANK is {rank}, and {WORLD_VARIABLE} is {world}"
+        raise InputError(message, where="environment", fix=LAUNCH_FIX)
+    if _read_number("MASTER_PORT") > MAX_PORT:
+        message = f"MASTER_PORT is {os.environ['MASTER_PORT']:.40}, and the last port is {MAX_PORT}"
         raise InputError(message, where="environment", fix=LAUNCH_FIX)
     restarts = _read_number(RESTART_VARIABLE) if RESTART_VARIABLE in os.environ else 0
     return Ranks(rank, world, _read_number("LOCAL_RANK"), restarts)
