@@ -25,6 +25,7 @@ from tiny_runs import (
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.json_io import read_json
+from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.data.sampler import StepSampler
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import run
@@ -175,7 +176,7 @@ def in_recipe(file: Path) -> None:
 
 
 def in_plan(file: Path) -> None:
-    plan = read_json(file)
+    plan = read_sealed_json(file)
     plan["settings"]["learning_rate"]["value"] = 0.5
     file.write_text(json.dumps(plan))
 
@@ -195,7 +196,7 @@ def one_more(file: Path) -> None:
 
 
 def versions(file: Path) -> None:
-    identity = read_json(file)
+    identity = read_sealed_json(file)
     identity["versions"]["torch"] = "2.6.0"
     file.write_text(json.dumps(identity))
 
@@ -281,7 +282,7 @@ def test_rows_that_went_away_cannot_be_allowed(custom: Recipe) -> None:
 
 
 def test_another_processor_is_said_and_not_refused(copied: Path) -> None:
-    identity = read_json(copied / "fingerprint.json")
+    identity = read_sealed_json(copied / "fingerprint.json")
     identity["machine"]["device"] = "Pentium II"
     (copied / "fingerprint.json").write_text(json.dumps(identity))
     events = list(run.resume(copied))
@@ -291,7 +292,7 @@ def test_another_processor_is_said_and_not_refused(copied: Path) -> None:
 
 
 def test_a_run_of_another_version_is_refused(copied: Path) -> None:
-    plan = read_json(copied / "plan.json")
+    plan = read_sealed_json(copied / "plan.json")
     plan["recipe"]["beta"] = 0.1
     (copied / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(InputError, match="the recipe in the plan is invalid") as refused:

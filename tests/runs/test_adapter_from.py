@@ -364,6 +364,23 @@ def test_fault_20_an_adapter_of_another_base_is_refused(first: Recipe, tmp_path:
     assert caught.value.where.endswith("tunesmith.json")
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_changed_byte_of_the_adapter_is_refused_by_file(
+    name: str, first: Recipe, tiny_folder: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(Path(str(first.output_dir)) / "adapter", adapter)
+    content = bytearray((adapter / name).read_bytes())
+    position = content.index(b'"lora_alpha": ') + 14 if name.endswith(".json") else -3
+    content[position] ^= 1
+    (adapter / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} was changed: its sha256") as caught:
+        plan_recipe(make_tiny_recipe(tiny_folder, tmp_path, adapter_from=adapter))
+    assert caught.value.fix.endswith("remove its manifest.json")
+    (adapter / "manifest.json").unlink()
+    plan_recipe(make_tiny_recipe(tiny_folder, tmp_path, adapter_from=adapter))
+
+
 def test_an_adapter_of_another_template_says_how_to_go_on(
     first: Recipe, tiny_folder: Path, tmp_path: Path
 ) -> None:

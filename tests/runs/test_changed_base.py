@@ -12,6 +12,7 @@ import tunesmith
 from tiny_runs import make_tiny_recipe, plan_recipe, save_model_folder, train, write_eval_files
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
+from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.core.types import Plan
 from tunesmith.recipe.schema import Recipe
 from tunesmith.report.trackers import export_run
@@ -94,12 +95,12 @@ def older(trained: Recipe, tmp_path: Path) -> Path:
     in the adapter's tunesmith.json."""
     run = Path(shutil.copytree(get_run(trained), tmp_path / "run"))
     shutil.copytree(get_run(trained).parent / "model", tmp_path / "model")
-    plan = read_json(run / "plan.json")
+    plan = read_sealed_json(run / "plan.json")
     del plan["format"]
     plan["choices"] = plan.pop("settings")
     (run / "plan.json").write_text(json.dumps(plan))
     (run / "fingerprint.json").rename(run / "identity.json")
-    record = read_json(run / "record.json")
+    record = read_sealed_json(run / "record.json")
     record["plan"] = plan
     (run / "record.json").write_text(json.dumps(record))
     make_older_provenance(run / "adapter" / "tunesmith.json")
@@ -155,6 +156,7 @@ def test_an_older_run_of_stages_says_that_it_is_older(
 def test_an_older_adapter_folder_says_what_to_do(trained: Recipe, tmp_path: Path) -> None:
     model = get_run(trained).parent / "model"
     adapter = Path(shutil.copytree(get_run(trained) / "adapter", tmp_path / "adapter"))
+    (adapter / "manifest.json").unlink()  # of the version that wrote it, it would fit
     make_older_provenance(adapter / "tunesmith.json")
     recipe = make_tiny_recipe(model, tmp_path, adapter_from=str(adapter))
     with pytest.raises(InputError, match="written by an older tunesmith: it has no") as caught:

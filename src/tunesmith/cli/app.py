@@ -63,9 +63,11 @@ from tunesmith.cli.output import (
 )
 from tunesmith.core.errors import (
     MACHINE_ERRNOS,
+    PATH_ERRNOS,
     InputError,
     TunesmithError,
     to_machine_error,
+    to_path_error,
 )
 from tunesmith.core.ranks import is_distributed
 from tunesmith.core.run_dir import require_run
@@ -534,6 +536,8 @@ def _run_verb(words: list[str]) -> NoReturn:
     except BrokenPipeError:
         sys.exit(CLOSED_PIPE_CODE)
     except OSError as error:
+        if error.errno in PATH_ERRNOS and error.filename is not None:
+            exit_with_error(to_path_error(error), as_json=as_json)
         if error.errno not in MACHINE_ERRNOS:
             raise
         exit_with_error(to_machine_error(error, "cannot access a file"), as_json=as_json)

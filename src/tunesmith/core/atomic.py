@@ -21,11 +21,17 @@ import shutil
 import stat
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
-from errno import EDQUOT, EFBIG, ELOOP, ENOLCK, ENOSPC, ENOSYS, EOPNOTSUPP, EROFS
+from errno import EDQUOT, EFBIG, ELOOP, ENOLCK, ENOSPC, ENOSYS, EOPNOTSUPP
 from pathlib import Path
 from typing import IO, Any
 
-from tunesmith.core.errors import MACHINE_ERRNOS, InputError, MachineError, to_machine_error
+from tunesmith.core.errors import (
+    DENIED_ERRNOS,
+    MACHINE_ERRNOS,
+    InputError,
+    MachineError,
+    to_machine_error,
+)
 from tunesmith.core.formatting import format_bytes
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import Json
@@ -223,7 +229,7 @@ def disk_errors(path: Path, needed_bytes: int = 0, key: str = "output_dir") -> G
                 path, needed_bytes, shutil.disk_usage(nearest).free, key
             ) from error
         raise_if_lockless(error, path, key)
-        if error.errno in MACHINE_ERRNOS and error.errno != EROFS:
+        if error.errno in MACHINE_ERRNOS and error.errno not in DENIED_ERRNOS:
             raise to_machine_error(error, "cannot be written", path) from error
         fix = f"choose another {key}, or make it writable"
         raise MachineError(

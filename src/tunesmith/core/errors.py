@@ -14,12 +14,37 @@ from __future__ import annotations
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
-from errno import EDQUOT, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, ENXIO, EROFS, ESTALE, ETIMEDOUT
+from errno import (
+    EACCES,
+    EDQUOT,
+    EIO,
+    EISDIR,
+    ELOOP,
+    EMFILE,
+    ENAMETOOLONG,
+    ENFILE,
+    ENOENT,
+    ENOMEM,
+    ENOSPC,
+    ENOTDIR,
+    ENXIO,
+    EPERM,
+    EROFS,
+    ESTALE,
+    ETIMEDOUT,
+)
 
 from tunesmith.core.formatting import escape_controls
 
-# errno of a failing disk or mount, or of a machine without memory: not the fault of the input
-MACHINE_ERRNOS = (EIO, ENXIO, ESTALE, ETIMEDOUT, ENOMEM, ENOSPC, EDQUOT, EROFS, EMFILE, ENFILE)
+DENIED_ERRNOS = (EACCES, EPERM, EROFS)  # another folder helps
+# errno of a failing disk or mount, a machine without memory, or missing rights: not the fault of
+# the input
+MACHINE_ERRNOS = (
+    *(EIO, ENXIO, ESTALE, ETIMEDOUT, ENOMEM, ENOSPC, EDQUOT, EMFILE, ENFILE),
+    *DENIED_ERRNOS,
+)
+# errno of a file that is missing, or is something else, where a verb reads one
+PATH_ERRNOS = (ENOENT, ENOTDIR, EISDIR, ELOOP, ENAMETOOLONG)
 LINE_BREAK = re.compile(r"\n(?!  )")  # in a quoted name: the lines of a list are indented
 DISK_FIX = "check the disk and its connection, then run the command again or resume the run"
 OTHER_FIXES = {
@@ -29,6 +54,8 @@ OTHER_FIXES = {
     EMFILE: "raise the limit of open files (ulimit -n)",
     ENFILE: "close other programs: too many files of this machine are open",
     ENOMEM: "close other programs: the memory is full",
+    EACCES: "give this user the permission (chmod, chown), or use a copy that it may read",
+    EPERM: "give this user the permission (chmod, chown), or use a copy that it may read",
 }
 
 
@@ -75,6 +102,13 @@ def to_machine_error(error: OSError, message: str, where: object = "") -> Machin
     fix = OTHER_FIXES.get(error.errno or 0, DISK_FIX)
     text = f"{message}: {error.strerror or error}"
     return MachineError(text, where=str(where or error.filename or ""), fix=fix)
+
+
+def to_path_error(error: OSError) -> InputError:
+    """Convert an error about a file that is missing or no file."""
+    where = str(error.filename or "")
+    fix = "restore the file, or check the path"
+    return InputError(f"cannot be read: {error.strerror}", where=where, fix=fix)
 
 
 def raise_if_machine_failed(error: Exception, where: object) -> None:

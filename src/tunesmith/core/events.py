@@ -8,12 +8,14 @@ the steps that follow, and appears as a CheckResult. Left out: files (`core/run_
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, cast
 
 from pydantic import TypeAdapter, ValidationError
 
+CHECKSUM_KEY = "crc32"  # of a line of events.jsonl: that of its other fields
 GENERAL_TASK = "general text"  # the task of scores on retention_data
 DATA_CHECK = "data check"  # the kind of results that are about rows, not about steps
 PROBE_TASK = "probes"  # of the answers generated during training
@@ -175,10 +177,17 @@ def get_event_type(event: Event) -> str:
     raise TypeError(f"{type(event).__name__} is not an event")
 
 
+def compute_checksum(fields: dict[str, Any]) -> str:
+    """Return the checksum of the fields of a line, which shows that no number in it was changed."""
+    return f"{zlib.crc32(json.dumps(fields).encode()):08x}"
+
+
 def parse_event(line: bytes) -> LoggedEvent:
     """Return the event of a line of events.jsonl. Raises ValueError for any other text."""
     content = json.loads(line)
     fields = cast("dict[str, Any]", content) if isinstance(content, dict) else {}
+    if CHECKSUM_KEY in fields and fields.pop(CHECKSUM_KEY) != compute_checksum(fields):
+        raise ValueError("changed since it was written: its crc32 is another")
     if fields.get("type") not in EVENT_TYPES:
         raise ValueError("not an event: it has no known type")
     try:

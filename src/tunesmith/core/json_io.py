@@ -82,7 +82,7 @@ def dump_json(value: Any, *, indent: int | None = None) -> bytes:
     return text.encode(errors="backslashreplace") + b"\n"
 
 
-def parse_as(cls: type[T], value: Any, where: str = "") -> T:
+def parse_as(cls: type[T], value: Any, where: str = "", fix: str = "") -> T:
     """Return a value of the type `cls` from its JSON form. Raises InputError with the first field
     that does not match."""
     try:
@@ -91,7 +91,7 @@ def parse_as(cls: type[T], value: Any, where: str = "") -> T:
         first = error.errors()[0]
         location = ".".join(map(str, first["loc"]))
         problem = f"{location}: {first['msg']}" if location else first["msg"]
-        raise InputError(f"not a {cls.__name__}: {problem}", where=where) from None
+        raise InputError(f"not a {cls.__name__}: {problem}", where=where, fix=fix) from None
 
 
 @lru_cache(maxsize=64)

@@ -40,15 +40,18 @@ from tunesmith.core.atomic import (
 )
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.events import (
+    CHECKSUM_KEY,
     CheckResult,
     Event,
     LoggedEvent,
     Rollback,
     TrainStep,
+    compute_checksum,
     get_event_type,
     parse_event,
 )
 from tunesmith.core.json_io import dump_json, parse_as, read_json, to_jsonable
+from tunesmith.core.sealed_json import RESTORE_FIX, read_sealed_json, remove_seal, seal_json
 from tunesmith.core.types import RUN_FORMAT, Json, Plan, RunRecord
 
 if TYPE_CHECKING:
@@ -77,6 +80,7 @@ STARTUP_FILES = (LOCK_FILE, OWNER_FILE, FINGERPRINT_FILE, REJECTED_FILE, SELF_RE
 RUNS_ROOT = Path("runs")  # the default parent of run folders
 MAX_SUGGESTIONS = 3
 MAX_PATH_PARTS = 50  # of a path whose nearest name is looked for
+EVENT_FIX = f"{RESTORE_FIX}, or remove the line: checkpoints do not depend on it"
 FAILED_CHECK = "failed"  # kind of the CheckResult that ends a run which a gate has stopped
 
 
@@ -148,7 +152,8 @@ class RunFolder:
     # ------------------------------------------------------------ files and events
 
     def write_json(self, name: str, value: Any) -> None:
-        write_file(self.path / name, dump_json(value, indent=2))
+        """Write an object with its seal (sealed_json.py)."""
+        write_file(self.path / name, seal_json(value))
 
     def write_text(self, name: str, text: str) -> None:
         write_file(self.path / name, text.encode())
@@ -160,7 +165,8 @@ class RunFolder:
         lines, for the next event or `flush`."""
         event_type = get_event_type(event)
         head = {"type": event_type, "time": round(time.time(), 3), "attempt": self.attempt}
-        self._pending += dump_json({**head, **to_jsonable(event, event_type)})
+        fields: Json = {**head, **to_jsonable(event, event_type)}
+        self._pending += dump_json({**fields, CHECKSUM_KEY: compute_checksum(fields)})
         try:
             self._write_pending()
             if not isinstance(event, TrainStep):
@@ -269,7 +275,7 @@ class RunFolder:
                     remove_folder(path)
         rollback = dataclasses.replace(rollback, attempt=self.attempt)
         rollbacks = (*read_rollbacks(self.path), rollback)
-        self.write_json(ROLLBACKS_FILE, rollbacks)
+        self.write_json(ROLLBACKS_FILE, {"rollbacks": rollbacks})
         self.attempt += 1
         return rollbacks
 
@@ -423,10 +429,7 @@ def _read_mtime(path: Path) -> float:
 def read_plan_json(file: Path) -> Json:
     """Read a file that holds a Plan or a StagedPlan. Raises InputError if it is missing, broken or
     of another format."""
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise InputError("not a plan", where=str(file))
-    content = cast("Json", content)
+    content = read_sealed_json(file)
     plans: Any = content.get("plans")
     first: Any = cast("list[Any]", plans)[0] if isinstance(plans, list) and plans else content
     refuse_other_format(first, file)
@@ -436,7 +439,7 @@ def read_plan_json(file: Path) -> Json:
 def refuse_other_format(plan: Any, file: Path) -> None:
     """Raise InputError for a plan, as read from JSON, that is none or has another format."""
     if not isinstance(plan, dict):
-        raise InputError("not a plan", where=str(file))
+        raise InputError("not a plan", where=str(file), fix=RESTORE_FIX)
     file_format = cast("Json", plan).get("format", 1)
     if file_format != RUN_FORMAT:
         age = "an older" if file_format == 1 else "another"
@@ -450,7 +453,8 @@ def refuse_other_format(plan: Any, file: Path) -> None:
 
 def read_run_plan(path: Path) -> Plan:
     """Raises InputError when it is missing, broken, or of another format."""
-    return parse_as(Plan, read_plan_json(path / PLAN_FILE), where=str(path / PLAN_FILE))
+    file = path / PLAN_FILE
+    return parse_as(Plan, read_plan_json(file), where=str(file), fix=RESTORE_FIX)
 
 
 def read_run_record(path: Path) -> RunRecord:
@@ -460,7 +464,7 @@ def read_run_record(path: Path) -> RunRecord:
     if not file.is_file():
         fix = f"finish it: tunesmith resume {path}"
         raise InputError("this run is not finished", where=str(path), fix=fix)
-    return parse_as(RunRecord, read_json(file), where=str(file))
+    return parse_as(RunRecord, read_sealed_json(file), where=str(file), fix=RESTORE_FIX)
 
 
 def find_weights_dir(path: Path) -> Path:
@@ -503,7 +507,10 @@ def read_events(path: Path) -> list[Event]:
 def read_rollbacks(path: Path) -> tuple[Rollback, ...]:
     """Return the rollbacks of a run folder, in order. Raises InputError for a damaged file."""
     file = path / ROLLBACKS_FILE
-    return parse_as(tuple[Rollback, ...], read_json(file), where=str(file)) if file.exists() else ()
+    content = read_json(file, fix=RESTORE_FIX) if file.exists() else []
+    if isinstance(content, dict):  # earlier versions wrote the list alone
+        content = remove_seal(cast("Json", content), file).get("rollbacks")
+    return parse_as(tuple[Rollback, ...], content, where=str(file), fix=RESTORE_FIX)
 
 
 def _drop_discarded(
@@ -538,7 +545,7 @@ def read_all_events(path: Path) -> list[LoggedEvent]:
             events.append(parse_event(line))
         except ValueError as error:
             message = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise InputError(message, where=f"{file}:{line_number}") from None
+            raise InputError(message, where=f"{file}:{line_number}", fix=EVENT_FIX) from None
     return events
 
 

@@ -12,7 +12,8 @@ from typing import Literal
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Event
-from tunesmith.core.json_io import parse_as, read_json
+from tunesmith.core.json_io import parse_as
+from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.core.types import Comparison, Json
 
 SWEEP_FILE = "sweep.json"
@@ -126,7 +127,7 @@ def read_sweep(folder: Path) -> SweepRecord:
     if not file.is_file():
         message = f"not the folder of a sweep: there is no {SWEEP_FILE}"
         raise InputError(message, where=str(folder), fix="run `tunesmith tune sweep` to its end")
-    content = read_json(file)
+    content = read_sealed_json(file)
     refuse_other_sweep_format(content, file)
     return parse_as(SweepRecord, content, where=str(file))
 

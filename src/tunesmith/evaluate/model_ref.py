@@ -18,7 +18,7 @@ from tunesmith.core.errors import InputError, raise_if_machine_failed
 from tunesmith.core.events import GenerationSample
 from tunesmith.core.evidence import ErrorAnalysis
 from tunesmith.core.hub_names import is_hub_id
-from tunesmith.core.json_io import parse_as, read_json
+from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import (
     ADAPTER_DIR,
     EVAL_AFTER_FILE,
@@ -39,6 +39,7 @@ from tunesmith.core.run_dir import (
     read_run_record,
     require_run,
 )
+from tunesmith.core.sealed_json import read_sealed_as
 from tunesmith.core.types import Comparison
 from tunesmith.data.readers.sources import open_source
 from tunesmith.evaluate.error_analysis import analyze_errors
@@ -185,7 +186,7 @@ def load_results(run: Path, file: str) -> EvalResults:
         message = f"there is no {file}: the run is of another version, or its folder is damaged"
         fix = "evaluate it again with `tunesmith eval`, or train it again"
         raise InputError(message, where=str(run), fix=fix)
-    return parse_as(EvalResults, read_json(run / file), where=str(run / file))
+    return read_sealed_as(EvalResults, run / file)
 
 
 def load_answers(path: Path, run: Path) -> EvalResults:

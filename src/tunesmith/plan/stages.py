@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import parse_as
 from tunesmith.core.run_dir import STAGES_FILE, read_plan_json
+from tunesmith.core.sealed_json import RESTORE_FIX
 from tunesmith.core.types import DataReport, Plan, PlanConfig
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def read_staged_plan(run: Path) -> StagedPlan:
     """Read the plans of a run folder. Raises InputError if the file is damaged or of another
     format."""
     file = run / STAGES_FILE
-    return parse_as(StagedPlan, read_plan_json(file), where=str(file))
+    return parse_as(StagedPlan, read_plan_json(file), where=str(file), fix=RESTORE_FIX)
 
 
 def require_single_stage(value: T | tuple[T, ...] | Stages) -> T:

@@ -154,8 +154,6 @@ def _read_text(path: Path) -> str:
         raise InputError(
             f"byte {error.start} is not UTF-8", where=str(path), fix="save the file as UTF-8"
         ) from error
-    except PermissionError as error:
-        raise InputError("no permission to read this file", where=str(path)) from error
 
 
 def _make_yaml_error(path: Path, error: yaml.YAMLError) -> InputError:

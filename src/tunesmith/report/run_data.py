@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from tunesmith.core.events import Event, GenerationSample, TrainStep
-from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.run_dir import (
     EVAL_AFTER_FILE,
     EVAL_BEFORE_FILE,
@@ -28,8 +27,10 @@ from tunesmith.core.run_dir import (
     read_run_record,
     require_run,
 )
+from tunesmith.core.sealed_json import read_sealed_as, read_sealed_json
 from tunesmith.core.types import Json, Plan, RunRecord
 from tunesmith.evaluate.custom_metric import format_metric_name
+from tunesmith.evaluate.results import EvalResults, MetricValues
 from tunesmith.plan.stages import read_staged_plan
 
 E = TypeVar("E", bound=Event)
@@ -61,8 +62,9 @@ class ReportData:
     path: Path
     stages: tuple[StageData, ...]
     record: RunRecord | None
-    results_before: Json  # the files of item-by-item results; empty while either is missing
-    results_after: Json
+    # item-by-item results; empty while the file of either is missing
+    results_before: EvalResults
+    results_after: EvalResults
 
     @property
     def name(self) -> str:
@@ -85,7 +87,7 @@ class ReportData:
 
     def get_sample_pairs(self) -> tuple[SamplePair, ...]:
         """Return all answers before and after if they were written, else the few of the record."""
-        all_pairs = _match_samples(self.results_before, self.results_after)
+        all_pairs = _match_samples(self.results_before.samples, self.results_after.samples)
         record_pairs = self.record.samples if self.record else ()
         return all_pairs if len(all_pairs) > len(record_pairs) else record_pairs
 
@@ -103,11 +105,10 @@ def load_report_data(path: Path) -> ReportData:
             stages.append(_load_stage(stage_dir, stage_dir.name, plan))
     else:
         stages.append(_load_stage(path, "", read_run_plan(path)))
-    before: Json = {}
-    after: Json = {}
+    before = after = EvalResults(())
     if (path / EVAL_BEFORE_FILE).is_file() and (path / EVAL_AFTER_FILE).is_file():
-        before = read_json(path / EVAL_BEFORE_FILE)
-        after = read_json(path / EVAL_AFTER_FILE)
+        before = read_sealed_as(EvalResults, path / EVAL_BEFORE_FILE)
+        after = read_sealed_as(EvalResults, path / EVAL_AFTER_FILE)
     return ReportData(path, tuple(stages), _load_record(path), before, after)
 
 
@@ -119,7 +120,7 @@ def _load_stage(path: Path, name: str, plan: Plan) -> StageData:
         path=path,
         plan=plan,
         events=tuple(read_events(path)),
-        fingerprint=read_json(fingerprint) if fingerprint.is_file() else {},
+        fingerprint=read_sealed_json(fingerprint) if fingerprint.is_file() else {},
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         record=_load_record(path),
         failure=read_failure(path),
@@ -130,38 +131,31 @@ def _load_record(path: Path) -> RunRecord | None:
     return read_run_record(path) if (path / RECORD_FILE).is_file() else None
 
 
-def _match_samples(before: Json, after: Json) -> tuple[SamplePair, ...]:
-    if not before:
-        return ()
-    samples_before, samples_after = (
-        parse_as(tuple[GenerationSample, ...], results["samples"]) for results in (before, after)
-    )
-    after_by_id = {sample.id: sample for sample in samples_after}
-    return tuple(
-        (sample, after_by_id[sample.id]) for sample in samples_before if sample.id in after_by_id
-    )
+def _match_samples(
+    before: Iterable[GenerationSample], after: Iterable[GenerationSample]
+) -> tuple[SamplePair, ...]:
+    after_by_id = {sample.id: sample for sample in after}
+    return tuple((sample, after_by_id[sample.id]) for sample in before if sample.id in after_by_id)
 
 
 def collect_grades(run: ReportData) -> dict[str, Grades]:
     """Return the grades of the answers to each row, by the row's id."""
-    if not run.results_before:
-        return {}
     metrics: set[str] = set()
     for stage in run.stages:
         metrics.update(stage.plan.config.metrics)
-    after: dict[tuple[str, str], Json] = {}
-    for measurement in run.results_after["measurements"]:
-        after[measurement["task"], measurement["metric"]] = measurement
+    after: dict[tuple[str, str], MetricValues] = {}
+    for measurement in run.results_after.measurements:
+        after[measurement.task, measurement.metric] = measurement
     grades: dict[str, Grades] = {}
-    for measurement in run.results_before["measurements"]:
-        metric = measurement["metric"]
-        counterpart = after.get((measurement["task"], metric))
+    for measurement in run.results_before.measurements:
+        metric = measurement.metric
+        counterpart = after.get((measurement.task, metric))
         if counterpart is None or not is_graded_metric(metric, metrics):
             continue
-        values_after = dict(zip(counterpart["ids"], counterpart["values"], strict=True))
-        for row, value in zip(measurement["ids"], measurement["values"], strict=True):
+        values_after = dict(zip(counterpart.ids, counterpart.values, strict=True))
+        for row, value in zip(measurement.ids, measurement.values, strict=True):
             if row in values_after:
-                grade = (value, values_after[row], measurement["higher_is_better"])
+                grade = (value, values_after[row], measurement.higher_is_better)
                 grades.setdefault(row, {})[metric] = grade
     return grades
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.text import Text
 
+from tunesmith.core.atomic import MANIFEST, verify_dir
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import format_bytes, format_count
 from tunesmith.core.hardware import measure_machine
@@ -191,8 +192,14 @@ def _load_checked_adapter(
     path: Path, model: ModelSpec, renderer: Renderer, now: datetime
 ) -> AdapterFolder:
     """Read the adapter that training starts from. Raises InputError if it does not fit the model,
-    or was trained on another one."""
+    was trained on another one, or has changed since a run wrote it."""
     adapter = read_adapter(path, model.path)
+    if (adapter.path / MANIFEST).is_file() and (problem := verify_dir(adapter.path)):
+        raise InputError(
+            f"the files differ from what the run wrote: {problem}",
+            where=f"adapter_from: {adapter.path}",
+            fix=f"restore the folder; if you changed it on purpose, remove its {MANIFEST}",
+        )
     refuse_existing_tokens(adapter.path, adapter.new_token_ids, renderer.tokenizer)
     refuse_other_tokens(adapter.path, adapter.new_token_ids, renderer.tokenizer.new_tokens)
     check_provenance(adapter.path, model.path, renderer, now.isoformat())

@@ -36,6 +36,7 @@ from tunesmith.core.run_dir import (
     read_plan_json,
     refuse_other_format,
 )
+from tunesmith.core.sealed_json import remove_seal
 from tunesmith.core.types import Json
 
 State = Literal["running", "finished", "stopped", "interrupted", "unreadable"]
@@ -145,7 +146,7 @@ def summarize_run(folder: Path) -> RunSummary:
 
 def _summarize_finished(folder: Path) -> RunSummary:
     file = folder / RECORD_FILE
-    record: Json = from_json(file.read_bytes())
+    record = remove_seal(from_json(file.read_bytes()), file)
     refuse_other_format(record["plan"], file)
     scores = [_read_score(comparison["after"]) for comparison in record["comparisons"]]
     return RunSummary(

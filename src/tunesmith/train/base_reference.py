@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tunesmith.core.atomic import atomic_dir, remove_folder
 from tunesmith.core.events import GENERAL_TASK
-from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.run_dir import EVAL_BEFORE_FILE, RunFolder
+from tunesmith.core.sealed_json import read_sealed_as, read_sealed_json
 from tunesmith.core.types import Document, Json, Plan
 from tunesmith.data.sampler import StepSampler
 from tunesmith.evaluate.answer_cache import open_answer_cache
@@ -55,7 +55,7 @@ def measure_before_training(
         cache = open_answer_cache(folder.path, fingerprint, session.inputs.adapter)
         results = measure_items(session, items, step=0, cache=cache)
         folder.write_json(EVAL_BEFORE_FILE, results)
-    return parse_as(EvalResults, read_json(folder.path / EVAL_BEFORE_FILE))
+    return read_sealed_as(EvalResults, folder.path / EVAL_BEFORE_FILE)
 
 
 def load_base_references(folder: RunFolder, session: Session, items: EvalItems) -> BaseReferences:
@@ -122,12 +122,12 @@ def read_references(session: Session, path: Path) -> Session:
     """Return the session with the log-probabilities that `add_references` wrote."""
     if not _needs_references(session.plan):
         return session
-    stored = read_json(path / REFERENCE_FILE)
+    stored = read_sealed_json(path / REFERENCE_FILE)
     logps = {int(row): values for row, values in stored.items()}
     session = dataclasses.replace(session, reference_logps=logps)
     if session.plan.config.loss != "kto":
         return session
-    stored = read_json(path / MISMATCHED_FILE)
+    stored = read_sealed_json(path / MISMATCHED_FILE)
     mismatched_logps = {int(step): values for step, values in stored.items()}
     return dataclasses.replace(session, mismatched_logps=mismatched_logps)
 

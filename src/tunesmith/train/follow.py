@@ -26,9 +26,10 @@ from typing import Any
 
 from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.core.events import CheckResult
-from tunesmith.core.json_io import parse_as, read_json
+from tunesmith.core.json_io import parse_as
 from tunesmith.core.ranks import END, Ranks
 from tunesmith.core.run_dir import PLAN_FILE
+from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.core.types import Json, Plan
 from tunesmith.model.machine_errors import machine_errors
 from tunesmith.model.weight_shards import GATHER, count_sharing_ranks
@@ -73,7 +74,7 @@ def check_ranks(ranks: Ranks) -> None:
 def _require_shared_folder(path: Path, plan: Json) -> None:
     """Raise InputError if the run folder of rank 0 is not here."""
     file = path / PLAN_FILE
-    if not file.is_file() or read_json(file) != plan:
+    if not file.is_file() or read_sealed_json(file) != plan:
         raise InputError(
             "this machine does not see the run folder of rank 0",
             where=str(path),

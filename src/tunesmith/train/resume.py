@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult
-from tunesmith.core.json_io import read_json, to_jsonable
+from tunesmith.core.json_io import to_jsonable
 from tunesmith.core.run_dir import (
     FINGERPRINT_FILE,
     PLAN_FILE,
@@ -31,6 +31,7 @@ from tunesmith.core.run_dir import (
     read_failure,
     read_plan_json,
 )
+from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.core.types import Json, Plan
 from tunesmith.model.kernels.build import describe_reference
 from tunesmith.plan.stages import StagedPlan
@@ -71,7 +72,7 @@ def prepare_resume(
     fingerprint = build_fingerprint(plan, inputs, read_recipe(folder.path / RECIPE_FILE))
     changes: list[str] = []
     roundings: list[str] = []
-    for change in list_changes(read_json(folder.path / FINGERPRINT_FILE), fingerprint):
+    for change in list_changes(read_sealed_json(folder.path / FINGERPRINT_FILE), fingerprint):
         (roundings if change.startswith(ROUNDING_PREFIX) else changes).append(change)
     if changes and not allow_changes:
         raise InputError(

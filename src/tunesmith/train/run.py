@@ -28,6 +28,7 @@ from tunesmith.core.atomic import atomic_dir, hash_file
 from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError
 from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.hardware import read_peak_bytes
+from tunesmith.core.json_io import dump_json
 from tunesmith.core.ranks import SINGLE_PROCESS, RankFailed, Ranks
 from tunesmith.core.run_dir import (
     ADAPTER_DIR,
@@ -67,6 +68,7 @@ from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
 from tunesmith.model.machine_errors import machine_errors
 from tunesmith.model.save import save_adapter, save_model, save_serving_files
+from tunesmith.model.saved_adapter import check_saved_adapter
 from tunesmith.plan.build import refuse_if_too_large
 from tunesmith.session import inputs
 from tunesmith.session.fingerprint import build_fingerprint
@@ -356,7 +358,7 @@ def _write_run_metadata(folder: RunFolder, plan: Plan) -> None:
     if not (folder.path / RECIPE_FILE).exists():
         text = yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True)
         folder.write_text(RECIPE_FILE, text)
-    folder.write_json("data.json", plan.data)
+    folder.write_text("data.json", dump_json(plan.data, indent=2).decode())
 
 
 def _save_weights(context: RunContext, session: Session, schema: Json | None) -> Path:
@@ -378,6 +380,7 @@ def _save_weights(context: RunContext, session: Session, schema: Json | None) ->
     with atomic_dir(target, metadata=fingerprint, needed_bytes=needed_bytes) as scratch:
         if has_adapter:
             save_adapter(network, scratch, plan.values, base_dir)
+            check_saved_adapter(network, scratch)
             weights_sha256 = hash_file(scratch / ADAPTER_WEIGHTS_FILE)
         else:
             save_model(network, scratch, base_dir, session.model.dtype)

@@ -25,7 +25,6 @@ from tunesmith.core.atomic import verify_dir, write_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK, CheckResult, Event, StageStart
 from tunesmith.core.evidence import ErrorAnalysis
-from tunesmith.core.json_io import dump_json, read_json
 from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.run_dir import (
     EVAL_AFTER_FILE,
@@ -41,6 +40,7 @@ from tunesmith.core.run_dir import (
     read_run_plan,
     read_run_record,
 )
+from tunesmith.core.sealed_json import read_sealed_json, seal_json
 from tunesmith.core.types import Json, Plan, PlanValue, RunRecord
 from tunesmith.evaluate.error_analysis import Evaluation, analyze_errors
 from tunesmith.evaluate.items import EvalItems, build_eval_items
@@ -251,7 +251,7 @@ def _run_stages(
     with GracefulStop(resume_hint) as stop, stop.immediate(), machine_errors():
         record = _build_record(folder.path, staged, allow_code=allow_code)
     folder.flush()
-    fingerprint = read_json(stage_dirs[-1] / FINGERPRINT_FILE)
+    fingerprint = read_sealed_json(stage_dirs[-1] / FINGERPRINT_FILE)
     write_card(record, fingerprint, stages=[stage_dir.name for stage_dir in stage_dirs])
     folder.write_json(RECORD_FILE, record)
 
@@ -394,8 +394,8 @@ def _build_record(path: Path, staged: StagedPlan, *, allow_code: bool) -> RunRec
         task_tokens.update(record.task_tokens)
         input_changes |= dict.fromkeys(record.input_changes)
     before, after = _measure_stages(path, staged, allow_code=allow_code)
-    write_file(path / EVAL_BEFORE_FILE, dump_json(before, indent=2))
-    write_file(path / EVAL_AFTER_FILE, dump_json(after, indent=2))
+    write_file(path / EVAL_BEFORE_FILE, seal_json(before))
+    write_file(path / EVAL_AFTER_FILE, seal_json(after))
     record = dataclasses.replace(
         records[-1],
         kl_scores=(),  # the last stage's, relative to its own start, as are its scales

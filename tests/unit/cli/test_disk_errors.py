@@ -49,6 +49,34 @@ def test_a_failing_disk_is_exit_code_3(
     assert "weights: cannot access a file: it broke" in stderr
 
 
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.EACCES, 3),
+        (errno.EPERM, 3),
+        (errno.ENOENT, 2),
+        (errno.EISDIR, 2),
+        (errno.ENOTDIR, 2),
+        (errno.ELOOP, 2),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_no_bug(
+    number: int,
+    code: int,
+    tunesmith: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> NoReturn:
+        raise OSError(number, os.strerror(number), "run/events.jsonl")
+
+    monkeypatch.setattr(api, "doctor", fail)
+    actual, _, stderr = tunesmith("doctor")
+    assert actual == code
+    assert f"run/events.jsonl: cannot {'access a file' if code == 3 else 'be read'}: " in stderr
+    assert "fix: " in stderr
+    assert "Traceback" not in stderr
+
+
 def test_a_json_file_on_a_failing_disk_is_exit_code_3(
     tiny_folder: Path,
     tunesmith: Callable[..., tuple[int, str, str]],

@@ -13,6 +13,7 @@ from fake_runs import make_record, write_run
 from tunesmith.cli import run as run_commands
 from tunesmith.core.evidence import RunVerdict
 from tunesmith.core.run_dir import EVENTS_FILE, PLAN_FILE, RECORD_FILE
+from tunesmith.core.sealed_json import read_sealed_json
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_a_wrong_name_of_a_run_is_answered_with_the_nearest(
 
 def test_why_a_run_is_unreadable_is_not_cut(folder: Path, tunesmith: Callable[..., Any]) -> None:
     run = write_run(folder / "runs/old")
-    content = json.loads((run / PLAN_FILE).read_text())
+    content = read_sealed_json(run / PLAN_FILE)
     (run / PLAN_FILE).write_text(json.dumps(content | {"format": 1}))
     problem = tunesmith("runs", "--json")[1]
     message = json.loads(problem)["runs"][0]["problem"]

@@ -27,6 +27,7 @@ from tunesmith.core.events import (
     StageStart,
     TrainingEnd,
     TrainStep,
+    compute_checksum,
 )
 from tunesmith.core.json_io import dump_json, read_json
 from tunesmith.core.run_dir import (
@@ -40,6 +41,7 @@ from tunesmith.core.run_dir import (
     read_run_plan,
     require_run,
 )
+from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.core.types import RUN_FORMAT
 
 HOLDS = """
@@ -149,7 +151,7 @@ def test_only_a_run_folder_can_be_opened(tmp_path: Path) -> None:
             {"format": RUN_FORMAT + 1},
             f"another tunesmith: format {RUN_FORMAT + 1}, and this version reads",
         ),
-        ([], "not a plan"),
+        ([], "not a JSON object"),
         ({"plans": []}, "an older tunesmith: format 1"),
         ({"plans": {"format": RUN_FORMAT}}, "an older tunesmith: format 1"),
         ({"plans": [3]}, "not a plan"),
@@ -184,7 +186,7 @@ def test_a_damaged_setting_is_the_users_error_in_every_verb(
 ) -> None:
     run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record())
     file = run / "plan.json"
-    plan = json.loads(file.read_bytes())
+    plan = read_sealed_json(file)
     merged = plan["settings"] | settings if isinstance(settings, dict) else settings
     file.write_text(json.dumps(plan | {"settings": merged}))
     with pytest.raises(InputError, match=message):
@@ -238,6 +240,7 @@ def test_every_event_is_a_line_with_type_time_and_attempt(tmp_path: Path) -> Non
     ]
     assert {line["type"] for line in lines} == EVENT_TYPES.keys()
     assert all(line["attempt"] == 1 and line["time"] > 1.7e9 for line in lines)
+    assert lines[2].pop("crc32") == compute_checksum(lines[2])
     assert lines[2] | {"time": 0} == {
         "type": "step",
         "time": 0,

@@ -17,6 +17,7 @@ from tiny_runs import build_sum_rows, make_tiny_recipe, train, write_eval_files,
 from tunesmith.cli import app
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import parse_as, read_json
+from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.evaluate.model_ref import parse_model_ref
 from tunesmith.evaluate.pairing import pair_measurements
 from tunesmith.evaluate.regression_gate import build_gates
@@ -298,7 +299,7 @@ def test_a_gate_lets_pass_what_is_not_worse_and_has_not_forgotten_much(
 def test_a_failing_gate_exits_with_4(
     runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = read_json(runs[1] / "plan.json")
+    plan = read_sealed_json(runs[1] / "plan.json")
     plan["settings"]["forgetting_margin"]["value"] = -5.0
     copy = shutil.copytree(runs[1], runs[1].parent / "gated")
     (copy / "plan.json").write_text(json.dumps(plan))

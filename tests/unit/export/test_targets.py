@@ -18,6 +18,7 @@ from tunesmith.core.atomic import hash_file, read_manifest, verify_dir
 from tunesmith.core.errors import GateError, InputError, MachineError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.run_dir import RunFolder
+from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.export.export import ExportResult, _refuse_unsupported, export_run
 from tunesmith.export.hf import write_merged_folder
 from tunesmith.export.parity import ExportJob, Tolerance, compute_live_outputs
@@ -330,7 +331,7 @@ def test_a_changed_base(tmp_path: Path, file: str, message: str) -> None:
 
 
 def test_data_that_are_gone(run_copy: Path, tmp_path: Path) -> None:
-    plan = json.loads((run_copy / "plan.json").read_text())
+    plan = read_sealed_json(run_copy / "plan.json")
     plan["recipe"]["test_data"][0]["path"] = str(tmp_path / "gone.jsonl")
     (run_copy / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(InputError, match=r"gone\.jsonl"):

@@ -11,8 +11,8 @@ import pytest
 from fake_runs import make_events, make_record, make_step, write_run, write_stages
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult, Score, StageStart
-from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import EVENTS_FILE, FAILED_CHECK, OWNER_FILE, PLAN_FILE, RunFolder
+from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.core.types import Json
 from tunesmith.session.run_list import list_newest_runs, list_runs, summarize_run
 
@@ -51,7 +51,7 @@ def test_a_damaged_record_is_listed_with_its_problem(content: bytes, tmp_path: P
 )
 def test_a_record_with_values_of_other_types_is_unreadable(damage: Json, tmp_path: Path) -> None:
     path = write_run(tmp_path / "a", record=make_record())
-    text = json.dumps(read_json(path / "record.json") | damage)
+    text = json.dumps(read_sealed_json(path / "record.json") | damage)
     (path / "record.json").write_text(text.replace('"Infinity"', "1e999"))
     run = summarize_run(path)
     assert (run.state, run.problem) == ("unreadable", "its plan or record is damaged")

@@ -28,6 +28,7 @@ from tunesmith.core.atomic import make_dirs, refuse_links, write_file
 from tunesmith.core.errors import GateError, InputError, Interrupted
 from tunesmith.core.events import TrainStep
 from tunesmith.core.json_io import dump_json, read_json
+from tunesmith.core.sealed_json import seal_json
 from tunesmith.core.sweep_record import (
     SWEEP_FILE,
     SWEEP_FORMAT,
@@ -330,5 +331,5 @@ def _summarize(inputs: RunInputs, runner: TrialRunner, plan: Plan, test_rows: An
         )
     caveats = summary.list_caveats(record, sweep)
     record = dataclasses.replace(record, caveats=tuple(caveats))
-    write_file(folder / SWEEP_FILE, dump_json(record, indent=2))
+    write_file(folder / SWEEP_FILE, seal_json(record))
     return record

@@ -20,7 +20,6 @@ from typing import Any
 from tunesmith.advise.sweep.trial_study import TrialStudy
 from tunesmith.core.errors import GateError, InputError, MachineError
 from tunesmith.core.events import EVAL_TASK, CheckResult, Event, Score
-from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.run_dir import (
     EVAL_AFTER_FILE,
     EVAL_BEFORE_FILE,
@@ -31,6 +30,7 @@ from tunesmith.core.run_dir import (
     read_run_plan,
     read_run_record,
 )
+from tunesmith.core.sealed_json import read_sealed_as
 from tunesmith.core.sweep_record import TrialSpec
 from tunesmith.core.types import Json, Plan, PlanConfig
 from tunesmith.evaluate.results import EvalResults, MetricValues, compute_score
@@ -144,7 +144,7 @@ class TrialRunner:
             path = find_trial_folder(self.folder, earlier)
             file = path / EVAL_BEFORE_FILE
             if file.exists() and is_run(path) and has_same_base(read_run_plan(path), plan):
-                return parse_as(EvalResults, read_json(file), where=str(file))
+                return read_sealed_as(EvalResults, file)
         return None
 
     def _find_preflight(self, plan: Plan, number: int) -> tuple[CheckResult, ...]:
@@ -208,7 +208,7 @@ def list_eval_tasks(inputs: RunInputs) -> tuple[str, ...]:
 
 def read_eval_values(file: Path, metric: str, tasks: Sequence[str]) -> MetricValues | None:
     """Return the values of a metric on eval_data, item by item, from a file of results."""
-    results = parse_as(EvalResults, read_json(file), where=str(file))
+    results = read_sealed_as(EvalResults, file)
     for measurement in results.measurements:
         if measurement.metric == metric and measurement.task in tasks:
             return measurement
