@@ -92,6 +92,7 @@ class Experiment(_Frozen):
     guide: str = ""  # what the guide says, if it is a claim of the guide
     about: str  # what was done, on which data
     earlier: str = ""  # what was measured before, without a guess; its links begin in docs/results
+    later: str = ""  # what limits the result, as was seen after it ran
     order: int  # of running: evidence per minute
     minutes: float  # expected, on two idle cores
     settings: tuple[str, ...] = ()  # of the plan, whose rules it tests

@@ -145,6 +145,8 @@ def _format_experiment(
     for each in verdicts[experiment.name]:
         yield wrap_lines(f"- {each.claim.text} {_describe_claim(each)}", indent="  ")
     yield ""
+    if experiment.later:
+        yield wrap_lines(f"Seen afterwards: {experiment.later}") + "\n"
     yield from _format_arms(experiment, stored)
     for index, plot in enumerate(experiment.plots):
         if points := list_points(experiment, stored, plot):
