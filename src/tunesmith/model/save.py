@@ -302,12 +302,13 @@ def read_adapter_tensors(file: Path) -> dict[str, Tensor]:
 
 def copy_adapter_tensors(adapter: AdapterFolder) -> dict[str, Tensor]:
     """Return what `read_adapter_tensors` does, in memory of their own: a later change of the file
-    does not reach them. Raise InputError if it has changed since `read_adapter`."""
+    does not reach them. Raise InputError unless the file has the hash that `adapter` says: the
+    recorded one, or that of the file when it was read."""
     file = adapter.weights_path
     content = file.read_bytes()
     if hashlib.sha256(content).hexdigest() != adapter.sha256:
-        message = "the weights have changed since their header was read"
-        raise InputError(message, where=str(file), fix="load the adapter again")
+        message = f"{file.name} is not the recorded file: its sha256 differs"
+        raise InputError(message, where=str(file), fix="restore the file, or load it again")
     stored = load(content)
     return _name_tensors(stored, list(stored), file)
 

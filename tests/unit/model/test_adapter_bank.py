@@ -348,5 +348,5 @@ def test_a_file_that_changes_is_refused_or_not_seen(tmp_path: Path) -> None:
     folder.weights_path.write_bytes(other.weights_path.read_bytes())
     _, after = generate_greedily(model, prompts, bank, [("r4", 1.0)])
     assert torch.equal(after, before)
-    with pytest.raises(InputError, match="changed since"):
+    with pytest.raises(InputError, match="is not the recorded file: its sha256 differs"):
         bank.load("r4", folder)

@@ -81,6 +81,7 @@ OTHER_REASONS = {
 }
 LAYER_SIZES_KEY = "per_layer_config"
 HEAD_SIZE_KEYS = {"head_dim", "num_key_value_heads"}
+LFS_POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in place of large files
 DOWNLOAD_FILE_FIX = "download the file again"
 FILE_KEY = re.compile(r"\w+_file")
 # Classes that load tokenizer.json unchanged. Others bring rules, files or code.
@@ -244,7 +245,11 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     if not path.is_file():
         raise InputError("the file is missing", where=str(path), fix="download the model again")
     with path.open("rb") as file:
-        num_bytes = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        if start == LFS_POINTER[:8]:
+            message = "a pointer of Git LFS instead of the weights"
+            raise InputError(message, where=str(path), fix="run `git lfs pull` in its repository")
+        num_bytes = int.from_bytes(start, "little")
         if MAX_HEADER_BYTES < num_bytes < path.stat().st_size:
             message = f"a header of {num_bytes:,} bytes is over the limit of {MAX_HEADER_BYTES:,}"
             raise InputError(message, where=str(path), fix=DOWNLOAD_FILE_FIX)

@@ -264,6 +264,20 @@ def test_fault_20_weights_that_do_not_fit_the_base_are_named(
     assert caught.value.where.endswith("adapter_model.safetensors")
 
 
+def test_the_fix_of_another_dtype_is_no_other_base(adapter: Path, base: Path) -> None:
+    fixes: list[str] = []
+    for change in (lambda x: x.astype(np.float64), lambda x: x[:-1]):
+        folder = rewritten(
+            adapter,
+            lambda w, change=change: w | {f"{Q}.lora_A.weight": change(w[f"{Q}.lora_A.weight"])},
+        )
+        with pytest.raises(InputError, match=r"lora_A\.weight is F") as caught:
+            read_adapter(folder, base)
+        fixes.append(caught.value.fix)
+    assert "dtypes" in fixes[0]
+    assert "model:" in fixes[1]
+
+
 def test_fault_20_values_that_are_not_finite_are_refused(adapter: Path, base: Path) -> None:
     for bad in (np.nan, np.inf):
         rewritten(

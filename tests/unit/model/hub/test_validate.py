@@ -275,6 +275,14 @@ def test_no_header_at_all(tmp_path: Path, content: bytes) -> None:
         read_header(tmp_path / "bad.safetensors")
 
 
+def test_a_pointer_of_git_lfs_is_no_damaged_file(tmp_path: Path) -> None:
+    pointer = tmp_path / "model.safetensors"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n")
+    with pytest.raises(InputError, match="a pointer of Git LFS instead of the weights") as caught:
+        read_header(pointer)
+    assert "git lfs pull" in caught.value.fix
+
+
 def test_fault_19_a_header_of_100_mb_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "bad.safetensors"
     with path.open("wb") as file:
