@@ -5,15 +5,23 @@ from typing import Any
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
+    Dots1Config,
+    Ernie4_5_MoeConfig,
+    FlexOlmoConfig,
     Gemma4TextConfig,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
+    GraniteMoeConfig,
     GraniteMoeHybridConfig,
+    GraniteMoeSharedConfig,
+    HunYuanMoEV1Config,
     Lfm2MoeConfig,
+    MiniMaxM2Config,
     MixtralConfig,
     NemotronHConfig,
     OlmoeConfig,
     PreTrainedConfig,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
@@ -56,6 +64,7 @@ def make_expert_configs(sizes: dict[str, Any], wide: dict[str, Any]) -> dict[str
     """Return family -> config."""
     return {
         **_make_attention_configs(sizes, wide),
+        **_make_further_configs(sizes, wide),
         **_make_latent_configs(sizes),
         **_make_hybrid_configs(sizes, wide),
     }
@@ -88,6 +97,51 @@ def _make_attention_configs(
             num_experts=6,
             top_k_experts=2,
             moe_intermediate_size=16,
+        ),
+    }
+
+
+def _make_further_configs(
+    sizes: dict[str, Any], wide: dict[str, Any]
+) -> dict[str, PreTrainedConfig]:
+    """Return those with shared experts that are gated, biases of routers, and multipliers."""
+    narrow = sizes | {"intermediate_size": 24}
+    granite: dict[str, Any] = narrow | {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.5,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+    }
+    partial = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return {
+        "qwen2_moe": Qwen2MoeConfig(
+            **sizes, **CHOICES, moe_intermediate_size=24, shared_expert_intermediate_size=32
+        ),
+        "granitemoe": GraniteMoeConfig(**granite),
+        "granitemoeshared": GraniteMoeSharedConfig(**granite, shared_intermediate_size=32),
+        "ernie4_5_moe": Ernie4_5_MoeConfig(
+            **sizes,
+            moe_num_experts=8,
+            moe_k=2,
+            moe_intermediate_size=24,
+            moe_num_shared_experts=2,
+            use_bias=True,
+        ),
+        "hunyuan_v1_moe": HunYuanMoEV1Config(
+            **(wide | {"intermediate_size": 24}), num_experts=6, moe_topk=2
+        ),
+        "flex_olmo": FlexOlmoConfig(**narrow, **CHOICES),
+        "dots1": Dots1Config(
+            **wide, **SHARED, norm_topk_prob=True, sliding_window=8, max_window_layers=1
+        ),
+        "minimax_m2": MiniMaxM2Config(
+            **(wide | {"intermediate_size": 24}),
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            rope_parameters=partial,
+            router_jitter_noise=0.1,
         ),
     }
 

@@ -18,8 +18,10 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GraniteConfig,
+    InternLM3Config,
     LlamaConfig,
     MistralConfig,
+    NanoChatConfig,
     Olmo2Config,
     OlmoConfig,
     Phi3Config,
@@ -94,6 +96,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "apertus": ApertusConfig(**SIZES),
     "arcee": ArceeConfig(**SIZES, mlp_bias=True),
     "bitnet": BitNetConfig(**SIZES),
+    "internlm3": InternLM3Config(**WIDE, attention_bias=True, mlp_bias=True),
+    "nanochat": NanoChatConfig(**SIZES, final_logit_softcapping=5.0),
     "cwm": CwmConfig(**WIDE, **MIXED),
     "vaultgemma": VaultGemmaConfig(
         **WIDE, **MIXED, attn_logit_softcapping=5.0, final_logit_softcapping=9.0
@@ -113,7 +117,7 @@ STOCK_TOLERANCES = HYBRID_TOLERANCES | EXPERT_TOLERANCES
 # dtype.
 STOCK_NORMS = (
     *("olmo", "olmo2", "smollm3", "phi3", "cohere"),
-    *("apertus", "arcee", "bitnet", "cwm", "vaultgemma"),
+    *("apertus", "arcee", "bitnet", "cwm", "nanochat", "vaultgemma"),
     *HYBRID_CONFIGS,
     *TEXT_PART_CONFIGS,
     *EXPERT_CONFIGS,

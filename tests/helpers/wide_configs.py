@@ -95,6 +95,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "phi3-96": {"head_dim": 96, "hidden_size": 384},
     "deepseek_v2": SHARED | LATENT,
     "deepseek_v3": SHARED | LATENT,
+    "dots1": SHARED,
+    "ernie4_5_moe": {
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_intermediate_size": 128,
+        "moe_num_shared_experts": 2,
+    },
     "falcon_h1": {
         "mamba_d_ssm": 256,
         "mamba_n_heads": 4,
@@ -102,6 +109,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "mamba_d_state": 64,
         "mamba_n_groups": 1,
     },
+    "flex_olmo": CHOICE | {"intermediate_size": 128},
     "gemma4_text": WINDOWS
     | {
         "global_head_dim": 64,
@@ -128,20 +136,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": {"num_key_value_heads": None, "head_dim": None, "n_inner": 704},
     "gpt_neox": HALF_ROTARY | {"num_key_value_heads": None},
     "gpt_oss": LOCAL_EXPERTS | {"sliding_window": 32},
+    "granitemoe": LOCAL_EXPERTS | {"intermediate_size": 128},
     "granitemoehybrid": MAMBA2 | NO_EXPERTS,
     "granitemoehybrid-attention": MAMBA2 | NO_EXPERTS | {"layer_types": ["attention"] * 4},
     "granitemoehybrid-experts": MAMBA2
     | LOCAL_EXPERTS
     | {"shared_intermediate_size": 128, "intermediate_size": 128},
+    "granitemoeshared": LOCAL_EXPERTS | {"intermediate_size": 128, "shared_intermediate_size": 256},
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "intermediate_size": 128},
+    "internlm3": {},
     "lfm2": CONV,
     "lfm2_moe": CONV | EXPERTS | {"num_dense_layers": 1, "use_expert_bias": True},
     "lfm3": CONV,
+    "minimax_m2": LOCAL_EXPERTS | {"intermediate_size": 128},
     "mixtral": LOCAL_EXPERTS | {"intermediate_size": 128},
+    "nanochat": {"head_dim": None},
     "nemotron_h": NEMOTRON | {"layers_block_type": ["mamba", "attention", "mlp", "mlp"]},
     "nemotron_h-experts": NEMOTRON | {"layers_block_type": ["mamba", "moe", "attention", "moe"]},
     "olmo_hybrid": DELTA | {"linear_allow_neg_eigval": True, "head_dim": None},
     "olmoe": CHOICE | {"intermediate_size": 128},
     "phi": HALF_ROTARY | {"num_key_value_heads": 4, "qk_layernorm": True},
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 256},
     "qwen3_5_moe_text": DELTA
     | EXPERTS
     | {"shared_expert_intermediate_size": 128, "intermediate_size": None},

@@ -309,7 +309,12 @@ CONFIG_WINDOW_CLASSES = ("MistralAttention", "MixtralAttention")
 PRE_NORM_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Granite", "Qwen3Moe", "Mixtral")
 OFFSET_NORM_FAMILIES = ("Gemma", "Gemma2", "Gemma3")
 # their norms and MLPs only
-EXPERT_FAMILIES = ("DeepseekV3", "Glm4Moe", "Glm4MoeLite", "Olmoe")
+EXPERT_FAMILIES = (
+    *("DeepseekV3", "Dots1", "Ernie4_5_Moe", "Glm4Moe", "Glm4MoeLite", "HunYuanMoEV1", "Olmoe"),
+    "Qwen2Moe",
+)
+# their norms only
+NORMED_EXPERT_FAMILIES = ("FlexOlmo", "GraniteMoe", "GraniteMoeShared", "MiniMaxM2")
 HYBRID_FAMILIES = (
     *("Lfm2", "Lfm2Moe", "Lfm3", "OlmoHybrid"),
     *("GraniteMoeHybrid", "FalconH1", "NemotronH"),
@@ -319,7 +324,8 @@ FAMILIES = (*PRE_NORM_FAMILIES, *OFFSET_NORM_FAMILIES)
 NORM_OFFSETS = {
     **{f"{family}RMSNorm": 0.0 for family in PRE_NORM_FAMILIES},
     **{f"{family}RMSNorm": 1.0 for family in OFFSET_NORM_FAMILIES},
-    **{f"{family}RMSNorm": 0.0 for family in (*EXPERT_FAMILIES, *HYBRID_FAMILIES)},
+    **{f"{family}RMSNorm": 0.0 for family in (*EXPERT_FAMILIES, *NORMED_EXPERT_FAMILIES)},
+    **{f"{family}RMSNorm": 0.0 for family in HYBRID_FAMILIES},
     **{f"{family}RMSNorm": 1.0 for family in OFFSET_HYBRID_FAMILIES},
     "GptOssRMSNorm": 0.0,
 }

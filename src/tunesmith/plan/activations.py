@@ -31,15 +31,20 @@ HYBRID_TYPES = {
 # linear if that has an adapter
 REPLACED_MLP_TYPES = {
     *("llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2", "gemma3_text"),
-    *("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "olmoe"),
+    *("qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe"),
+    *("glm4_moe_lite", "hunyuan_v1_moe", "internlm3", "olmoe"),
     *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"),
 }
 # with norms of ours, or torch's own, which keep their inputs as they are; those of transformers
 # keep them in fp32, and the layer norm of Cohere also the difference from the mean
-REPLACED_NORM_TYPES = {*REPLACED_MLP_TYPES, *HYBRID_TYPES, "gpt_oss"}
+REPLACED_NORM_TYPES = {
+    *(*REPLACED_MLP_TYPES, *HYBRID_TYPES),
+    *("flex_olmo", "gpt_oss", "granitemoe", "granitemoeshared", "minimax_m2"),
+}
 TORCH_NORM_TYPES = {"gpt2", "gpt_neox", "phi", "starcoder2"}
 CENTERED_NORM_TYPES = {"cohere", "cohere2"}
-WEIGHTLESS_NORM_TYPES = {"olmo"}  # two per layer
+WEIGHTLESS_NORM_TYPES = {"nanochat", "olmo"}  # two per layer
+WEIGHTLESS_HEAD_NORM_TYPES = {"nanochat"}  # norms of queries and keys
 # attention and MLP read the same norm; or two norms of the same hidden states
 SHARED_NORM_TYPES = {"cohere", "cohere2", "phi"}
 SHARED_INPUT_TYPES = {"gpt_neox"}
@@ -48,7 +53,8 @@ LATENT_ATTENTION_TYPES = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite"}
 FUSED_ATTENTION_TYPES = {"gpt_neox", "phi3"}  # q, k and v are views of one product
 PROPORTIONAL_TYPES = {"gemma4_text", "gemma4_unified_text"}
 SOFTCAP_TYPES = {"gemma2", "vaultgemma"}
-GATED_EXPERT_TYPES = {"qwen3_next", "qwen3_5_moe_text"}  # shared experts have a gate of their own
+# shared experts have a gate of their own
+GATED_EXPERT_TYPES = {"qwen2_moe", "qwen3_next", "qwen3_5_moe_text"}
 INNER_NORM_TYPES = {"bitnet"}  # norms before o_proj and down_proj
 # what an activation made of several operations keeps beside its input, relative to its width
 ACTIVATION_VALUES = {"apertus": 2.25, "gpt2": 3.0, "phi": 3.0}
@@ -180,7 +186,11 @@ def _count_norm_inputs(spec: ModelSpec, settings: ActivationSettings) -> int:
         num_norms += 2 * spec.num_layers
     if spec.model_type in SHARED_INPUT_TYPES:
         num_norms -= spec.num_layers
-    return num_norms * spec.hidden_size + spec.norms.inner_values
+    inner_values = spec.norms.inner_values
+    if spec.model_type in WEIGHTLESS_HEAD_NORM_TYPES:
+        attention = spec.parts[ATTENTION]  # whose outputs are q, k and v
+        inner_values += (attention.inner_outputs + attention.inner_inputs) // 2
+    return num_norms * spec.hidden_size + inner_values
 
 
 def _get_norm_bytes(spec: ModelSpec, settings: ActivationSettings) -> int:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from quick_families import leave_others_to_slow
 from tiny_models import (
     CONFIGS,
     EXPERT_FAMILIES,
@@ -58,6 +59,10 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )
 NUM_TOKENS = 23
+SHARED_FAMILIES = (
+    *("glm4_moe", "qwen2_moe", "qwen3_5_moe", "nemotron_h-experts", "hunyuan_v1_moe"),
+    *("ernie4_5_moe", "granitemoeshared"),
+)
 EXPERTS = {"lora_target_modules": ["attention", "experts"]}
 
 
@@ -85,7 +90,7 @@ def run_backward(module: nn.Module, x: Tensor, choices: Tensor, p: Tensor) -> li
 # ---------------------------------------------------------------- ours = transformers'
 
 
-@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+@pytest.mark.parametrize("family", leave_others_to_slow(EXPERT_FAMILIES))
 @pytest.mark.parametrize("should_recompute", [False, True])
 def test_outputs_and_gradients_equal_the_stock_experts(family: str, should_recompute: bool) -> None:
     stock: Any = make_stock_experts(family)
@@ -193,7 +198,7 @@ def test_routers_are_frozen_and_add_no_noise_and_no_loss() -> None:
     assert not [name for name in names if ".gate" in name or "router" in name]
 
 
-@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+@pytest.mark.parametrize("family", leave_others_to_slow(EXPERT_FAMILIES))
 def test_all_linear_leaves_routers_and_experts_alone(family: str) -> None:
     network = make_tiny_network(family)
     add_lora(network, LORA)
@@ -219,7 +224,7 @@ def merge_by_hand(stock: Any, ours: Experts) -> nn.Module:
     return adapted
 
 
-@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+@pytest.mark.parametrize("family", leave_others_to_slow(EXPERT_FAMILIES))
 def test_adapters_equal_changed_weights(family: str) -> None:
     stock: Any = make_stock_experts(family)
     inputs = make_inputs(stock.num_experts)
@@ -288,16 +293,19 @@ def compute_our_logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("family", "targets"),
-    [
-        *((family, ["attention", "experts"]) for family in EXPERT_FAMILIES),
-        # PEFT takes the names of shared experts for the experts
-        *((family, ["mlp"]) for family in ("glm4_moe", "qwen3_5_moe", "nemotron_h-experts")),
-        ("deepseek_v3", "all-linear"),
-        ("mixtral", ["experts"]),
-    ],
+    "case",
+    leave_others_to_slow(
+        [
+            *((family, ["attention", "experts"]) for family in EXPERT_FAMILIES),
+            # PEFT takes the names of shared experts for the experts
+            *((family, ["mlp"]) for family in SHARED_FAMILIES),
+            ("deepseek_v3", "all-linear"),
+            ("mixtral", ["experts"]),
+        ]
+    ),
 )
-def test_adapters_load_in_peft_and_back(family: str, targets: Any, tmp_path: Path) -> None:
+def test_adapters_load_in_peft_and_back(case: tuple[str, Any], tmp_path: Path) -> None:
+    family, targets = case
     settings = {"lora_target_modules": targets}
     model = make_tiny_model(family, **settings)
     expected = compute_our_logits(model)
@@ -396,7 +404,7 @@ def test_four_bit_experts_are_in_four_bits() -> None:
 # ---------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+@pytest.mark.parametrize("family", leave_others_to_slow(EXPERT_FAMILIES))
 def test_full_training_is_refused(family: str) -> None:
     with pytest.raises(InputError, match="full does not train the experts") as caught:
         METHODS["full"](make_tiny_network(family), {})

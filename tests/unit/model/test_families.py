@@ -47,7 +47,9 @@ from tunesmith.train.losses import sum_weights
 
 SINGLE_PACK, PACK_EACH = 10**6, 1
 METHODS = ("lora", "full")
-PRUNED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "qwen3_moe", "mixtral")
+PRUNED_FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "granite", "internlm3", "qwen3_moe", "mixtral"),
+)
 CHUNK_EDGES = (130, 70, 64, 65, 3, 128, 1)  # of 32 tokens (ours) and of 64 (transformers')
 RECURRENT_FAMILIES = (*HYBRID_CONFIGS, *RECURRENT_EXPERTS)
 # their stock networks compute in fp64, but for norms that are ours
@@ -56,7 +58,8 @@ WIDE_FAMILIES = (
     *("olmo", "olmo2", "smollm3", "phi3", "apertus", "arcee", "bitnet", "cwm", "ministral3"),
     *("granite4", "phi", "starcoder2", "gpt2", "gpt2-scaled", "gpt_neox", "gpt_neox-sequential"),
     *("lfm2", "lfm3", "lfm2_moe", "lfm2_moe-experts"),
-    *("qwen3_moe", "olmoe", "mixtral", "gpt_oss"),
+    *("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "gpt_oss", "flex_olmo", "granitemoe"),
+    *("granitemoeshared", "minimax_m2", "internlm3", "nanochat"),
 )
 # experts are frozen, or have an adapter
 EXPERT_METHODS = ("lora", "experts")
@@ -85,7 +88,8 @@ def make_trained_model(family: str) -> PackedCausalLM:
         return make_tiny_model(family, torch.float64, method="full")
     model = make_tiny_model(family, torch.float64, method=None)
     for name, parameter in model.network.named_parameters():
-        parameter.requires_grad_(".experts." not in name)
+        is_frozen = ".experts." in name or name.endswith("e_score_correction_bias")
+        parameter.requires_grad_(not is_frozen)
     return model
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from preflight_models import get_refusal, prepare_model, prepare_network, prepare_sharing_model
+from quick_families import leave_others_to_slow
 from tiny_models import EXPERT_FAMILIES, HYBRID_CONFIGS, make_tiny_documents
 from tunesmith.core.errors import GateError
 from tunesmith.core.types import PackLayout
@@ -37,7 +38,7 @@ def run_checks(model: PackedCausalLM, samples: PreflightSamples) -> dict[str, st
 # ---------------------------------------------------------------- all is well
 
 
-@pytest.mark.parametrize("family", [*EXPERT_FAMILIES, *RECURRENT])
+@pytest.mark.parametrize("family", leave_others_to_slow([*EXPERT_FAMILIES, *RECURRENT]))
 def test_the_proof_passes_in_bf16(family: str) -> None:
     assert run_checks(*prepare_model(family, torch.bfloat16))
 
@@ -230,7 +231,7 @@ def test_logits_of_a_model_that_was_not_recorded_are_refused() -> None:
 LONG_ROWS = (9, 20, 300)
 
 
-@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+@pytest.mark.parametrize("family", leave_others_to_slow(EXPERT_FAMILIES))
 def test_long_documents_with_experts_pass_in_bf16(family: str) -> None:
     evidence = run_checks(
         *prepare_model(family, torch.bfloat16, candidates=make_tiny_documents(LONG_ROWS))

@@ -28,7 +28,7 @@ ATTENTION_WORDS = {"full_attention", "sliding_attention", "attention"}
 RECURRENT_WORDS = {"linear_attention", "mamba"}
 NO_MIXER_WORDS = {"mlp", "moe"}
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "top_k_experts")
+EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")
 
 # of the names of the text part's tensors on the full model, as transformers builds it
 TEXT_PREFIX = "model.language_model."
@@ -42,7 +42,8 @@ class Family:
     layers may have. `is_uniform`: all layers are alike, and the sizes in config.json say all of
     their shapes, so that nothing of transformers is needed to read them. A multimodal checkpoint
     has its text part below `tensor_prefix`; `text_type` is the model type of this part.
-    `class_suffix` ends the name of the class with a head."""
+    `class_suffix` ends the name of the class with a head; `written_class` is what config.json may
+    call it instead, where transformers builds the class of another type."""
 
     text_class: str
     mixers: frozenset[str] = frozenset({ATTENTION})
@@ -51,6 +52,7 @@ class Family:
     tensor_prefix: str = ""
     text_type: str = ""
     class_suffix: str = "ForCausalLM"
+    written_class: str = ""
 
     @property
     def causal_class(self) -> str:
@@ -76,7 +78,10 @@ TEXT_FAMILIES = {
     **{name: Family(text_class, is_uniform=True) for name, text_class in UNIFORM_CLASSES.items()},
     "deepseek_v2": Family("DeepseekV2", has_experts=True),
     "deepseek_v3": Family("DeepseekV3", has_experts=True),
+    "dots1": Family("Dots1", has_experts=True),
+    "ernie4_5_moe": Family("Ernie4_5_Moe", has_experts=True),
     "falcon_h1": Family("FalconH1", MAMBA2),
+    "flex_olmo": Family("FlexOlmo", has_experts=True),
     "gemma4_text": Family("Gemma4", has_experts=True),
     "gemma4_unified_text": Family("Gemma4Unified"),
     "glm4_moe": Family("Glm4Moe", has_experts=True),
@@ -84,15 +89,22 @@ TEXT_FAMILIES = {
     "gpt2": Family("GPT2", class_suffix="LMHeadModel"),
     "gpt_neox": Family("GPTNeoX"),
     "gpt_oss": Family("GptOss", has_experts=True),
+    "granitemoe": Family("GraniteMoe", has_experts=True),
     "granitemoehybrid": Family("GraniteMoeHybrid", MAMBA2, has_experts=True),
+    "granitemoeshared": Family("GraniteMoeShared", has_experts=True),
+    "hunyuan_v1_moe": Family("HunYuanMoEV1", has_experts=True),
+    "internlm3": Family("Llama", written_class="InternLM3ForCausalLM"),
     "lfm2": Family("Lfm2", CONV),
     "lfm2_moe": Family("Lfm2Moe", CONV, has_experts=True),
     "lfm3": Family("Lfm3", CONV),
+    "minimax_m2": Family("MiniMaxM2", has_experts=True),
     "mixtral": Family("Mixtral", has_experts=True),
+    "nanochat": Family("NanoChat"),
     "nemotron_h": Family("NemotronH", MAMBA2, has_experts=True),
     "olmo_hybrid": Family("OlmoHybrid", DELTA),
     "olmoe": Family("Olmoe", has_experts=True),
     "phi": Family("Phi"),
+    "qwen2_moe": Family("Qwen2Moe", has_experts=True),
     "qwen3_5_moe_text": Family("Qwen3_5Moe", DELTA, has_experts=True),
     "qwen3_5_text": Family("Qwen3_5", DELTA),
     "qwen3_moe": Family("Qwen3Moe", has_experts=True),
@@ -153,10 +165,19 @@ FAMILIES: dict[str, Family] = {
 }
 # types that read sliding_window; Qwen2, Qwen3 and SmolLM3 only with use_sliding_window
 WINDOW_TYPES = (
-    *("cohere2", "exaone4", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"),
+    *("cohere2", "dots1", "exaone4", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"),
     *("gpt_oss", "lfm3", "ministral", "ministral3", "mistral", "mixtral", "olmo3", "olmoe"),
     *("phi3", "starcoder2", "vaultgemma"),
 )
+# types that cap logits, and scores of attention
+CAPPED_HEAD_TYPES = (
+    *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "nanochat", "vaultgemma"),
+)
+CAPS = {
+    "final_logit_softcapping": CAPPED_HEAD_TYPES,
+    "attn_logit_softcapping": ("gemma2", "vaultgemma"),
+}
+UNUSED_WINDOW_TYPE = "qwen2_moe"  # its window is 0 tokens without use_sliding_window
 FAMILY_FIX = f"choose a model of a supported type: {', '.join(FAMILIES)}"
 
 
@@ -175,15 +196,36 @@ def find_text_type(config: Mapping[str, Any]) -> str:
 def check_window(config: Mapping[str, Any], where: str) -> None:
     """Raise InputError for a window of no tokens in a type that applies windows: transformers then
     attends to all tokens alike, later ones too."""
-    text = config.get("text_config") if get_tensor_prefix(config) else config
-    text = text if isinstance(text, Mapping) else {}
-    window = text.get("sliding_window")
+    text = _find_text(config)
     words = text.get("layer_types")
-    is_used = find_text_type(config) in WINDOW_TYPES or text.get("use_sliding_window") is True
+    text_type = find_text_type(config)
+    is_on = text.get("use_sliding_window") is True
+    if text_type == UNUSED_WINDOW_TYPE and not is_on:
+        if isinstance(words, list) and "sliding_attention" in words:
+            message = "sliding_attention without use_sliding_window: no token would see another"
+            raise InputError(message, where=where, fix="set use_sliding_window to true")
+        return
+    window = text.get("sliding_window")
+    is_used = text_type in WINDOW_TYPES or is_on
     has_windows = not isinstance(words, list) or "sliding_attention" in words
     if is_used and has_windows and type(window) is int and window < 1:
         message = f"sliding_window is {window}: no token would see another"
         raise InputError(message, where=where, fix="null means no window")
+
+
+def check_caps(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for a cap of 0, by which transformers divides."""
+    text = _find_text(config)
+    for key, types in CAPS.items():
+        if find_text_type(config) in types and text.get(key) == 0:
+            message = f"{key} is {text[key]}: nothing is left of what it caps"
+            raise InputError(message, where=where, fix="null means no cap")
+
+
+def _find_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values of the text part, none if they are no mapping."""
+    text = config.get("text_config") if get_tensor_prefix(config) else config
+    return text if isinstance(text, Mapping) else {}
 
 
 def get_tensor_prefix(config: Mapping[str, Any]) -> str:
@@ -240,6 +282,11 @@ def count_experts(config: Mapping[str, Any]) -> int:
 
 
 def count_experts_per_token(config: Mapping[str, Any]) -> int:
-    """Return how many of the routed experts compute a token."""
-    keys = [key for key in EXPERTS_PER_TOKEN_KEYS if isinstance(config.get(key), int)]
-    return config[keys[0]] if keys else 0
+    """Return how many of the routed experts compute a token, the most of any layer."""
+    for key in EXPERTS_PER_TOKEN_KEYS:
+        value: Any = config.get(key)
+        if isinstance(value, list):  # one for each layer
+            value = max((count for count in value if isinstance(count, int)), default=None)
+        if isinstance(value, int):
+            return value
+    return 0

@@ -32,6 +32,7 @@ from tunesmith.model.hub.families import (
     REFUSED_TYPES,
     TEXT_FAMILIES,
     Family,
+    check_caps,
     check_window,
     count_experts,
     count_experts_per_token,
@@ -383,6 +384,7 @@ def _check_model_type(config: Json, where: str) -> Family:
         reason = reason or f"the model type {model_type!r} is not supported"
         raise InputError(reason, where=where, fix=FAMILY_FIX)
     check_window(config, where)
+    check_caps(config, where)
     labels = config.get("num_labels")
     if labels is not None and not (isinstance(labels, int) and 0 <= labels <= MAX_LABELS):
         message = f"num_labels is {labels!r:.80}, not a number up to {MAX_LABELS:,}"
@@ -434,9 +436,10 @@ def _check_architecture(config: _ModelConfig) -> str:
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         message = f"architectures is {names!r:.80}, not one class name"
         raise InputError(message, where=config.where, fix=DOWNLOAD_CONFIG_FIX)
-    text_class = TEXT_FAMILIES[config.text_type].causal_class
+    family = TEXT_FAMILIES[config.text_type]
+    text_class = family.causal_class
     is_full = bool(config.family.tensor_prefix) and names[0].endswith(FULL_CLASS)
-    if is_full or names[0] == text_class:
+    if is_full or names[0] in (text_class, family.written_class):
         return text_class
     if not names[0].endswith("ForCausalLM"):
         fix = "use a causal language model: a class whose name ends in ForCausalLM"

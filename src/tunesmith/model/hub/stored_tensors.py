@@ -35,16 +35,18 @@ PREFIXES = (
     ("language_model.", "model."),
     ("lm_head.", "lm_head."),
 )
+GRANITE_WORDS = (
+    (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+    (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+    (".block_sparse_moe.router.layer.weight", ".block_sparse_moe.router.weight"),
+)
 # Words in files -> those of the text class, by its model type.
 WORDS = {
+    "ernie4_5_moe": ((".mlp.moe_statics.", ".mlp.gate.moe_statics."),),
     "gpt_neox": (("embed_out.", "lm_head."),),
-    "granitemoehybrid": (
-        (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
-        (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
-        (".block_sparse_moe.router.layer.weight", ".block_sparse_moe.router.weight"),
-    ),
+    **dict.fromkeys(("granitemoe", "granitemoehybrid", "granitemoeshared"), GRANITE_WORDS),
     "lfm3": ((".self_attn.gate_proj.", ".self_attn.g_proj."),),
-    "mixtral": ((".block_sparse_moe.", ".mlp."),),
+    **dict.fromkeys(("minimax_m2", "mixtral"), ((".block_sparse_moe.", ".mlp."),)),
     "nemotron_h": (("backbone.", "model."),),
     "olmo_hybrid": (
         (".attention_layer_norm.", ".input_layernorm."),
@@ -61,7 +63,8 @@ CONVOLUTION = re.compile(r"(.*\.)[qkv](_conv1d\.weight)")
 OLD_BUFFER = re.compile(r".*\.(rotary_emb\.inv_freq|(attention|attn)\.(masked_)?bias)")
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 TRANSPOSED_TYPES = {"qwen3_vl_moe"}  # their fused experts are stored [E, I, O]
-# their layers beyond the last one predict further tokens
+PREDICTING_PREFIXES = ("mtp.", "model.mtp_")  # of what predicts further tokens
+# their layers beyond the last one do
 PREDICTING_TYPES = {"deepseek_v3", "glm4_moe", "glm4_moe_lite"}
 SAMPLE_BYTES = 2**16
 DOWNLOAD_FIX = "download the model again"
@@ -143,7 +146,7 @@ class TensorNaming:
                 return None
             prefix, replacement = prefixes[0]
             name = replacement + name.removeprefix(prefix)
-        elif name.startswith("mtp.") or OLD_BUFFER.fullmatch(name):
+        elif name.startswith(PREDICTING_PREFIXES) or OLD_BUFFER.fullmatch(name):
             return None
         for word, replacement in WORDS.get(self.text_type, ()):
             name = name.replace(word, replacement)
@@ -255,7 +258,11 @@ def _group_tensors(
             is_transposed = _is_transposed(name, header, naming)
             parameters[name] = StoredParameter((header,), is_transposed=is_transposed)
     for path, matrices in experts.items():
-        parameters |= _stack_experts(path, matrices, folder)
+        stacked = _stack_experts(path, matrices, folder)
+        for name in stacked.keys() & parameters.keys():
+            message = f"the weights hold {name} twice, once expert by expert"
+            raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
+        parameters |= stacked
     return parameters
 
 

@@ -106,6 +106,50 @@ def test_a_window_of_no_tokens_is_refused(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "key"),
+    [
+        ("gemma2", "attn_logit_softcapping"),
+        ("gemma2", "final_logit_softcapping"),
+        ("gemma4", "final_logit_softcapping"),
+        ("nanochat", "final_logit_softcapping"),
+    ],
+)
+def test_a_cap_of_zero_is_refused(family: str, key: str, tmp_path: Path) -> None:
+    """transformers then divides by 0, and all logits are equal."""
+    folder = save_changed(family, tmp_path)
+    edit_config(folder, **{key: 0.0})
+    with pytest.raises(InputError, match=rf"{key} is 0\.0: nothing is left") as caught:
+        read_spec(folder)
+    assert "null" in caught.value.fix
+    edit_config(folder, **{key: None})
+    read_spec(folder)
+
+
+def test_a_window_that_is_switched_off_is_one_of_no_tokens_in_qwen2_moe(tmp_path: Path) -> None:
+    folder = save_changed("qwen2_moe", tmp_path)
+    edit_config(folder, sliding_window=8)  # of no layer
+    read_spec(folder)
+    edit_config(folder, layer_types=["sliding_attention", "full_attention"])
+    with pytest.raises(InputError, match="without use_sliding_window: no token would") as caught:
+        read_spec(folder)
+    assert "use_sliding_window" in caught.value.fix
+    edit_config(folder, use_sliding_window=True, sliding_window=8)
+    read_spec(folder)
+
+
+@pytest.mark.parametrize("name", ["InternLM3ForCausalLM", "LlamaForCausalLM"])
+def test_a_type_may_name_its_class_or_the_one_that_transformers_builds(
+    name: str, tmp_path: Path
+) -> None:
+    folder = save_changed("internlm3", tmp_path)
+    edit_config(folder, architectures=[name])
+    assert read_spec(folder).architecture == "LlamaForCausalLM"
+    edit_config(folder, architectures=["Qwen3ForCausalLM"])
+    with pytest.raises(InputError, match="a model of type internlm3 is a LlamaForCausalLM"):
+        read_spec(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
     [("llama", "attention_bias"), ("glm4_moe", "attention_bias"), ("starcoder2", "use_bias")],
 )
 def test_biases_that_the_config_does_not_know_are_refused(
@@ -123,6 +167,12 @@ def test_biases_that_the_config_does_not_know_are_refused(
 def test_one_expert_is_counted(tmp_path: Path) -> None:
     folder = save_changed("qwen3_moe", tmp_path, num_experts=1, num_experts_per_tok=1)
     assert read_spec(folder).num_experts == 1
+
+
+def test_layers_may_choose_different_numbers_of_experts(tmp_path: Path) -> None:
+    """The files of Hunyuan-A13B have a number for each layer."""
+    folder = save_changed("hunyuan_v1_moe", tmp_path, moe_topk=[2, 3])
+    assert read_spec(folder).num_experts_per_token == 3
 
 
 def test_attention_alone_may_have_another_activation(tmp_path: Path) -> None:

@@ -201,6 +201,10 @@ def test_peft_loads_adapters_of_experts_on_the_whole_model(
             r"two dtypes: model\.layers\.0\.mlp\.experts\.3\.up_proj is I64, the first one F32",
         ),
         (
+            lambda t: t | {"model.layers.1.mlp.experts.down_proj": torch.zeros(8, 48, 24)},
+            r"hold model\.layers\.1\.mlp\.experts\.down_proj twice, once expert by expert",
+        ),
+        (
             lambda t: {n: v for n, v in t.items() if "layers.0.mlp.gate." not in n},
             r"no model\.layers\.0\.mlp\.gate\.weight",
         ),
@@ -236,11 +240,20 @@ def test_parts_of_a_convolution_that_differ_are_refused(
         read_spec(tmp_path)
 
 
-def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
-    make_tiny_network("glm4_moe").save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("glm4_moe", "model.layers.2.eh_proj.weight"),
+        ("ernie4_5_moe", "model.mtp_block.0.mlp.up_proj.weight"),
+    ],
+)
+def test_layers_that_predict_further_tokens_are_left_out(
+    family: str, name: str, tmp_path: Path
+) -> None:
+    make_tiny_network(family).save_pretrained(tmp_path)
     before = read_spec(tmp_path)
     extra = torch.ones(7, 5)
-    change_tensors(tmp_path, lambda t: t | {"model.layers.2.eh_proj.weight": extra})
+    change_tensors(tmp_path, lambda t: t | {name: extra})
     after = read_spec(tmp_path)
     assert after.parameters == before.parameters
     assert (before.omitted_bytes, after.omitted_bytes) == (0, 4 * 35)
