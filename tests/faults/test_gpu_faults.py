@@ -63,7 +63,7 @@ MESSAGES = {
     ),
     "no room for cuBLAS": (
         "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
-        "want of memory",
+        "lack of memory",
         "other processes",
     ),
     "no deterministic algorithm": (

@@ -127,7 +127,7 @@ def _check_arguments(inputs: RunInputs, keep: int, path: Path, similarity: str) 
         fix = f"use one of {', '.join(SIMILARITIES)}"
         raise InputError(message, where="--similarity", fix=fix)
     if path.exists():
-        fix = "choose another folder with --to, or remove it"
+        fix = "choose another folder with --out, or remove it"
         raise InputError("the folder already exists", where=str(path), fix=fix)
 
 

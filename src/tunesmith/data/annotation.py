@@ -115,7 +115,7 @@ def import_reviews(path: Path, output_path: Path, default_date: str | None = Non
 
 def _refuse_existing(path: Path) -> None:
     if path.exists():
-        fix = "choose another file with --to, or remove it"
+        fix = "choose another file with --out, or remove it"
         raise InputError("the file already exists", where=str(path), fix=fix)
 
 

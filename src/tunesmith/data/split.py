@@ -144,7 +144,7 @@ def _check_split(dataset: Dataset, path: Path, shares: Mapping[str, float]) -> N
         fix = "use shares of at least 0 with a sum below 1"
         raise InputError(message, where="data split", fix=fix)
     if path.exists():
-        fix = "choose another folder with --to, or remove it"
+        fix = "choose another folder with --out, or remove it"
         raise InputError("the folder already exists", where=str(path), fix=fix)
     if len({part.format for part in dataset.parts}) > 1:
         formats = ", ".join(f"{part.source.path}: {part.format}" for part in dataset.parts)

@@ -63,11 +63,11 @@ def refuse_stacked_experts(run: SourceRun) -> None:
     if words != {*GATED_PARTS, OUTPUT_STACK}:
         message = (
             "vLLM takes adapters of experts where the files of the base hold gate, up and down of "
-            "each expert by themselves, and reads stacks otherwise than PEFT (vLLM 52198)"
+            "each expert by themselves, and does not read stacks as PEFT does (vLLM 52198)"
         )
         raise InputError(message, where=where, fix=MERGE_FIX)
     if run.token_rows or run.modules:
-        message = "beside adapters of experts, vLLM takes no new tokens and no modules_to_save"
+        message = "with adapters of experts, vLLM takes neither new tokens nor modules_to_save"
         raise InputError(message, where=where, fix=MERGE_FIX)
 
 

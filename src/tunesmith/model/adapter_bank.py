@@ -199,7 +199,7 @@ def _check_shapes(lora: LoraTensors, linear: BankLinear, folder: AdapterFolder, 
 
 
 def _make_unmixable_error(part: str, folder: AdapterFolder) -> InputError:
-    message = f"the adapter has {part}, which cannot be served beside other adapters"
+    message = f"the adapter has {part}, which cannot be served with other adapters"
     return InputError(message, where=str(folder.path), fix=MERGE_FIX)
 
 

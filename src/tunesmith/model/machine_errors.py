@@ -63,7 +63,7 @@ GPU_FAULTS = (
     ),
     GpuFault(
         ("CUBLAS_STATUS_NOT_INITIALIZED",),
-        "cuBLAS could not start, mostly for want of memory",
+        "cuBLAS could not start, usually for lack of memory",
         "end other processes on the GPU (`nvidia-smi` names them), or lower pack_length",
     ),
     GpuFault(

@@ -230,7 +230,7 @@ class Recipe(BaseModel):
     )
     modules_to_save: Auto | ModuleNames = Field(
         default="auto",
-        description="Modules trained in full beside the adapter: embed_tokens, lm_head, norm.",
+        description="Modules trained in full with the adapter: embed_tokens, lm_head, norm.",
     )
 
     dtype: Auto | Literal["bf16", "fp16", "fp32"] = Field(

@@ -266,5 +266,5 @@ def test_a_full_disk_is_noticed_before_the_download(
 
 def test_a_loading_script_is_refused(hub: HubServer) -> None:
     hub.add("dataset", "org/script", {"script.py": "import os", "a.zip": "x"})
-    with pytest.raises(InputError, match=r"script\.py\); code of strangers is not run"):
+    with pytest.raises(InputError, match=r"script\.py\); code from the hub is never run"):
         pin_hub_data(make_recipe(data="org/script"))

@@ -4,7 +4,7 @@
 
 Made-up calls are rendered, and the text around their names and arguments is the syntax: there is no
 table of models. A template is learned only if what it renders is read back as the same calls: with
-nested arguments, without any, with several calls, and beside other content. Left out: reading an
+nested arguments, without any, with several calls, and with other content. Left out: reading an
 answer while it grows (serve/tool_calls.py), enforcing a call (serve/tool_requests.py)."""
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class _SyntaxProber:
         opening = _compile(syntax.opening).search(text)
         first = opening and syntax.form.read(text, opening.end(), SCHEMAS)
         if not first:
-            raise InputError("two tool calls are written otherwise than one")
+            raise InputError("two tool calls are not written like one")
         for position in range(first[1], len(text)):
             second = syntax.form.read(text, position, SCHEMAS)
             if second is not None and second[0] == ToolCall(NAMES[1], SECOND):
@@ -243,7 +243,7 @@ class _SyntaxProber:
             for content in ("", CONTENT):
                 text = self.render_answer(arguments, content)
                 answer = syntax.read(text, SCHEMAS)
-                label += " beside other content" if content else ""
+                label += " with other content" if content else ""
                 if answer is None or answer.calls != expected or answer.rest:
                     message = f"{label}: what the chat template writes is not read back as the call"
                     raise InputError(message)

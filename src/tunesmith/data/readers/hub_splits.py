@@ -105,7 +105,7 @@ def _find_splits(
     data = [file for file in files if _is_data_file(file)]
     scripts = [file for file in files if file.endswith(".py") and "/" not in file]
     if scripts:
-        message = f"a loading script makes its rows ({scripts[0]}); code of strangers is not run"
+        message = f"a loading script makes its rows ({scripts[0]}); code from the hub is never run"
         fix = "name its data files in data_files, or use a copy of the data set without a script"
         raise InputError(message, where=where, fix=fix)
     if not data:

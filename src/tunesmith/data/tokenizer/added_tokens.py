@@ -95,8 +95,8 @@ def refuse_other_tokens(adapter: Path, ids: Sequence[int], tokens: Sequence[NewT
     message = f"the adapter has embeddings for {len(ids)} new tokens, and the recipe differs"
     if any(token_id not in texts for token_id in ids):
         message = (
-            f"the adapter has embeddings for {len(ids)} new tokens, and no tokenizer.json beside "
-            "it says which"
+            f"the adapter has embeddings for {len(ids)} new tokens, and there is no tokenizer.json "
+            "in its folder that names them"
         )
         fix = f"copy the tokenizer.json of its training into its folder, or {MERGE_FIX}"
         raise InputError(message, where=ADD_TOKENS_KEY, fix=fix)

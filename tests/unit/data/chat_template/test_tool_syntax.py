@@ -21,12 +21,12 @@ CONTROL = re.compile(r"<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|</?[a-z_]+>|<\|[a-z_]
 # Templates of the trl wheel that write tool calls, but not so that they can be read back.
 UNREADABLE = {
     "deepseek_r1_distill": "does not write tool calls",  # only with null as content
-    "diffusion_gemma": "beside other content",  # content comes after calls
-    "gemma4": "beside other content",
-    "gemma4_v2": "beside other content",
-    "gemma4_v3": "beside other content",
-    "gemma4_v4": "beside other content",
-    "gemma4_v5": "beside other content",
+    "diffusion_gemma": "with other content",  # content comes after calls
+    "gemma4": "with other content",
+    "gemma4_v2": "with other content",
+    "gemma4_v3": "with other content",
+    "gemma4_v4": "with other content",
+    "gemma4_v5": "with other content",
     "gptoss": "the content is not read back",  # it is in a channel
     "lfm2_2_5": "nested arguments",  # line breaks in quotes
     "lfm2_2_5_v2": "nested arguments",

@@ -89,8 +89,8 @@ def test_files_by_name_and_pattern() -> None:
 @pytest.mark.parametrize(
     ("files", "choice", "message"),
     [
-        (["rows.py", "data.zip"], {}, "code of strangers is not run"),
-        (["rows.py", "train.jsonl"], {}, "code of strangers is not run"),
+        (["rows.py", "data.zip"], {}, "code from the hub is never run"),
+        (["rows.py", "train.jsonl"], {}, "code from the hub is never run"),
         (["a.arrow", "b.arrow", "state.json"], {}, "it has .arrow files, .json files"),
         (["train.jsonl", "train.csv"], {}, "several types, .csv and .jsonl"),
         (["train.jsonl"], {"split": "train[:10]"}, "slices of a split"),
