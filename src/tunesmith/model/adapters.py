@@ -1,7 +1,7 @@
 """The trainable part of a model: a low-rank adapter on a frozen base, or every weight.
 
 In: a stock network and the plan's values. `METHODS` adds the trainable part in place. Left out:
-quantising the base (quantization.py), the maths of the layers (lora.py, dora.py), which layers
+quantizing the base (quantization.py), the maths of the layers (lora.py, dora.py), which layers
 (target_modules.py), rows of new tokens (new_embeddings.py), files (save.py)."""
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def make_all_trainable(network: PreTrainedModel, settings: dict[str, Any]) -> No
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
     for path, linear in find_linears(network).items():
-        assert isinstance(linear, nn.Linear), "a quantised weight cannot be trained"
+        assert isinstance(linear, nn.Linear), "a quantized weight cannot be trained"
         replace_module(network, path, Fp32MasterLinear(linear))
 
 

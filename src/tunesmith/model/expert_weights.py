@@ -4,7 +4,7 @@
     DenseExpertWeight, NF4ExpertWeight, StackedMatrices    one matrix [O, I] per expert
     multiply_groups(x_RI, matrices, groups)                each row times the matrix of its expert
 
-A 4-bit expert is dequantised where it is used, once in the forward and once in the backward, and no
+A 4-bit expert is dequantized where it is used, once in the forward and once in the backward, and no
 wide copy is kept. Experts that no token chose cost nothing. Left out: which expert computes which
 token, which the stock router decides; adapters and activations (experts.py). Legend: T tokens, K
 experts per token, R = T K rows, E experts, I inputs, O outputs, H hidden."""
@@ -148,9 +148,9 @@ class DenseExpertWeight:
 class NF4ExpertWeight:
     """Each expert in 4 bits, as in NF4Weight.
 
-    A matrix is quantised in `num_parts` equal parts of its rows: gate and up apart, as most files
-    hold them, so that quantising the tensors of a file gives the same values. Matrices of
-    transposed stacks [E, I, O] are quantised as they are stored."""
+    A matrix is quantized in `num_parts` equal parts of its rows: gate and up apart, as most files
+    hold them, so that quantizing the tensors of a file gives the same values. Matrices of
+    transposed stacks [E, I, O] are quantized as they are stored."""
 
     stacked = None
 
@@ -162,7 +162,7 @@ class NF4ExpertWeight:
         num_parts: int,
         is_transposed: bool = False,
     ) -> None:
-        """Quantise one expert after another; they need not be in memory together."""
+        """Quantize one expert after another; they need not be in memory together."""
         self.dtype = dtype
         self.is_transposed = is_transposed
         self.parts: list[list[NF4Weight]] = []

@@ -3,7 +3,7 @@ gradients.
 
 DenseWeight keeps the stored weight. BlockedWeight keeps it twice, in the layouts that bf16 products
 read and would otherwise create in every product; the bits are the same. The first backward creates
-the second copy. NF4Weight keeps 4 bits and dequantises for each product. Products run through
+the second copy. NF4Weight keeps 4 bits and dequantizes for each product. Products run through
 matmul.c where it applies, else through oneDNN or whatever torch has. Legend: N rows, I inputs, O
 outputs."""
 
@@ -128,10 +128,10 @@ def _block_matrix(weight_OI: Tensor) -> BlockedMatrix | OneDnnMatrix:
 
 
 class NF4Weight:
-    """A weight in 4-bit NormalFloat with double quantisation, in bitsandbytes' format: 4 bits per
+    """A weight in 4-bit NormalFloat with double quantization, in bitsandbytes' format: 4 bits per
     weight, a byte for the scale of 64 weights, 4 bytes for 256 of those scales (Dettmers 2023).
 
-    It is dequantised to `dtype` once per forward and once per backward; no wide copy is kept."""
+    It is dequantized to `dtype` once per forward and once per backward; no wide copy is kept."""
 
     def __init__(self, weight_OI: Tensor, dtype: torch.dtype) -> None:
         self._functional = import_bitsandbytes().functional
@@ -148,7 +148,7 @@ class NF4Weight:
 
     @property
     def weight(self) -> Tensor:
-        """The dequantised weight, recreated at each call."""
+        """The dequantized weight, recreated at each call."""
         values = self._functional.dequantize_4bit(self._values, self._state)
         return values.to(self.dtype).view(self._shape)
 

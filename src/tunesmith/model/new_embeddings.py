@@ -1,6 +1,6 @@
 """Rows for new tokens in the embedding and the head.
 
-    init_new_rows(network, tokens)               grow the matrices; initialise rows from subwords
+    init_new_rows(network, tokens)               grow the matrices; initialize rows from subwords
     add_trainable_rows(network, ids, modules)    train these rows; all others are unchanged
 
 The matrix holds the current rows in its dtype, so lookups and products need not know about the
@@ -85,9 +85,9 @@ def find_embeddings(network: PreTrainedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def init_new_rows(network: PreTrainedModel, tokens: Sequence[NewToken]) -> None:
-    """Initialise each new row as the mean of the rows of its subwords (Koto 2021, IndoBERTweet).
+    """Initialize each new row as the mean of the rows of its subwords (Koto 2021, IndoBERTweet).
 
-    A mean of rows gives a token at most the mean of their unnormalised probabilities, so it does
+    A mean of rows gives a token at most the mean of their unnormalized probabilities, so it does
     not displace other tokens before training (Hewitt 2021)."""
     if not tokens:
         return

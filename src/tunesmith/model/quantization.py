@@ -3,8 +3,8 @@
 In: a model folder that `hub/resolve.py` has checked. `load_quantized` returns the stock network
 with a QuantizedLinear for each linear but the head and routers, and 4-bit experts, loaded one
 tensor at a time, so the model is never in memory in full precision; embeddings, head, routers and
-norms are in `dtype`. It holds the dequantised weights, so it is the oracle of a quantised run.
-Weights are quantised from the values in the file, for any `dtype`. `build_truncated_network`
+norms are in `dtype`. It holds the dequantized weights, so it is the oracle of a quantized run.
+Weights are quantized from the values in the file, for any `dtype`. `build_truncated_network`
 returns the first layers with dummy weights, to measure how long a step takes. Left out: the 4-bit
 format (frozen_weight.py), adapters."""
 
@@ -88,7 +88,7 @@ class QuantizedExperts:
         return path in self.modules and tensor_name in STACK_NAMES
 
     def quantize(self, name: str, matrices: Iterable[Tensor]) -> None:
-        """Quantise a stack, one expert after another, each as transformers stores it. With both
+        """Quantize a stack, one expert after another, each as transformers stores it. With both
         stacks of a layer, our module takes the place of transformers'."""
         path, _, tensor_name = name.rpartition(".")
         stock = self.modules[path]
@@ -152,18 +152,18 @@ def find_quantized_weights(network: nn.Module) -> dict[str, NF4Weight]:
 
 
 def roundtrip_nf4(weight_OI: Tensor) -> Tensor:
-    """Quantise a weight to 4 bits and return its dequantised values in fp32."""
+    """Quantize a weight to 4 bits and return its dequantized values in fp32."""
     return NF4Weight(weight_OI, torch.float32).weight
 
 
 def count_parts(name: str) -> int:
-    """Return in how many parts a matrix of an expert is quantised: gate and up apart."""
+    """Return in how many parts a matrix of an expert is quantized: gate and up apart."""
     return 2 if name.endswith("gate_up_proj") else 1
 
 
 def roundtrip_experts(name: str, weight: Tensor) -> Tensor:
-    """Quantise a stack of experts [E, O, I], or a matrix of one expert, in the parts in which
-    `load_quantized` quantises it, and return its dequantised values in fp32."""
+    """Quantize a stack of experts [E, O, I], or a matrix of one expert, in the parts in which
+    `load_quantized` quantizes it, and return its dequantized values in fp32."""
     if weight.ndim == 2:
         return roundtrip_nf4(weight)
     num_parts = count_parts(name)
@@ -177,7 +177,7 @@ def roundtrip_experts(name: str, weight: Tensor) -> Tensor:
 def roundtrip_network(network: PreTrainedModel) -> None:
     """Give a stock network the weights that `load_quantized` computes with."""
     for linear in find_linears(network).values():
-        assert isinstance(linear, nn.Linear), "the network is not quantised"
+        assert isinstance(linear, nn.Linear), "the network is not quantized"
         linear.weight.data = roundtrip_nf4(linear.weight.detach()).to(linear.weight.dtype)
     for module in find_expert_modules(network).values():
         for name in list_stacks(module):

@@ -275,7 +275,7 @@ def _widen_embeddings(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _iter_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of a stock network under their names; those in 4 bits dequantised, except
+    """Yield the weights of a stock network under their names; those in 4 bits dequantized, except
     experts."""
     names = [name for name, _ in network.named_parameters()]
     for path, module in network.named_modules():

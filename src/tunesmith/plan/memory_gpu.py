@@ -50,7 +50,7 @@ class GpuSoftware:
 
     adapter_bytes: float = 16  # of an adapter, with gradient and two moments, in fp32
     trained_bytes: float = 16  # in full fine-tuning
-    quantised_bytes: float = NF4_BYTES  # of 4-bit weights
+    quantized_bytes: float = NF4_BYTES  # of 4-bit weights
     rest_bytes: float = 2  # of embeddings, head and norms, with 4-bit weights
     saved_share: float = 1  # of what the modules of a layer save; .58 with torch.compile
     logit_tokens: int = CHUNK_TARGETS  # tokens whose logits are in memory at once
@@ -199,7 +199,7 @@ def _estimate_other_trainer(
     num_trained = count_trained_parameters(spec, **footprint)
     rest = spec.parameters - spec.block_parameters
     block_bytes = spec.block_parameters * (
-        software.quantised_bytes if footprint["method"] == "qlora" else 2
+        software.quantized_bytes if footprint["method"] == "qlora" else 2
     )
     rest_bytes = rest * (software.rest_bytes if footprint["method"] == "qlora" else 2)
     if footprint["method"] == "full":

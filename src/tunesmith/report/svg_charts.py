@@ -2,7 +2,7 @@
 
     build_line_chart("loss", Axes(...), [Series("loss", points)], [Mark(17, "saved", "...")])
 
-Each chart has a title, a description and a table with the numbers that are drawn. Colours and fonts
+Each chart has a title, a description and a table with the numbers that are drawn. Colors and fonts
 come from classes in page.css, since the page's policy forbids inline styles. Long series are
 thinned, in the drawing and in the table, and the page says so.
 """

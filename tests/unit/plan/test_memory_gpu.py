@@ -53,7 +53,7 @@ EAGER = dataclasses.replace(TORCHTUNE, saved_share=1, logit_tokens=8192)
 COMPILED = dataclasses.replace(TORCHTUNE, logit_tokens=8192)
 CHUNKED = dataclasses.replace(TORCHTUNE, logit_tokens=1024)
 NOTHING_ELSE = dataclasses.replace(TORCHTUNE, logit_tokens=0)
-QLORA_PAPER = dataclasses.replace(NOTHING_ELSE, quantised_bytes=0.5 + 4 / 64, rest_bytes=4)
+QLORA_PAPER = dataclasses.replace(NOTHING_ELSE, quantized_bytes=0.5 + 4 / 64, rest_bytes=4)
 README, TUTORIAL = "torchtune README", "torchtune LoRA tutorial"
 PUBLISHED: dict[str, tuple[str, dict[str, Any], GpuSoftware, str, int, str, float]] = {
     # what: (where, model, stack, method, tokens, activations, GiB)

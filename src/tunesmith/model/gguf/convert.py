@@ -3,7 +3,7 @@ tokenizer.
 
 In: one .gguf file of a dense Llama, Qwen2 or Qwen3 architecture. Out: config.json,
 generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json and
-chat_template.jinja. The weights are dequantised and rounded to bf16: numbers measured on a model
+chat_template.jinja. The weights are dequantized and rounded to bf16: numbers measured on a model
 from a Q4_1 file describe that model, not the original. Left out: mixtures of experts, SentencePiece
 vocabularies, and writing GGUF (export/gguf)."""
 
@@ -98,7 +98,7 @@ class GgufArchitecture:
 def convert(source: Path, folder: Path) -> None:
     """Write the model in `source` to the existing `folder`, a few million values at a time.
 
-    Raises InputError for an architecture, tensor, quantisation, rope or tokenizer without an exact
+    Raises InputError for an architecture, tensor, quantization, rope or tokenizer without an exact
     equivalent."""
     file = read_gguf(source)
     architecture = _read_architecture(file)

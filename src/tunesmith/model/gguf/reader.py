@@ -108,7 +108,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def read_tensor(file: GgufFile, tensor: TensorInfo, rows: slice = slice(None)) -> np.ndarray:
-    """Return one tensor, or some of its rows, dequantised to float32, in PyTorch's order."""
+    """Return one tensor, or some of its rows, dequantized to float32, in PyTorch's order."""
     block_size, type_size = GGML_QUANT_SIZES[tensor.quant_type]
     row_bytes = tensor.shape[-1] // block_size * type_size
     first = 0
@@ -122,8 +122,8 @@ def read_tensor(file: GgufFile, tensor: TensorInfo, rows: slice = slice(None)) -
     try:
         values = np.asarray(dequantize(raw, tensor.quant_type), dtype=np.float32)
     except NotImplementedError as error:
-        fix = "use a GGUF of another quantisation, or the safetensors folder"
-        message = f"cannot dequantise {tensor.quant_type.name} ({tensor.name})"
+        fix = "use a GGUF of another quantization, or the safetensors folder"
+        message = f"cannot dequantize {tensor.quant_type.name} ({tensor.name})"
         raise InputError(message, where=str(file.path), fix=fix) from error
     return values.reshape(-1, *tensor.shape[1:])
 
