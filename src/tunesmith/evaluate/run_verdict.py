@@ -355,10 +355,10 @@ def _describe_change(errors: ErrorAnalysis | None, deciding: Sequence[JudgedComp
     if verdict == NO_DIFFERENCE and len(deciding) == 1 and comparison.min_detectable:
         rows = format_count(comparison.after.n, "row")
         evidence = f"{verdict}; {rows} can show one of {comparison.min_detectable:.2f}"
-    if MEAN_OF_TASKS.search(comparison.task):
-        evidence = f"mean of the tasks: {evidence}"
+    is_mean = MEAN_OF_TASKS.search(comparison.task) is not None
     if errors is not None and _can_be_right(errors) and errors.fixed is not None:
-        return f"{errors.fixed} fixed, {errors.broken} broken: {evidence}"
+        separator = "; mean of the tasks" if is_mean else ""
+        return f"{errors.fixed} fixed, {errors.broken} broken{separator}: {evidence}"
     interval = f"[{comparison.low:+.3f}, {comparison.high:+.3f}]"
     return f"{comparison.metric} {comparison.difference:+.3f} {interval}: {evidence}"
 

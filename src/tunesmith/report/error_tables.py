@@ -22,7 +22,15 @@ TITLES = {
     "format": "By form of the answer",
 }
 # The first of these with a wrong answer is shown open.
-OPEN_TABLES = ("field", "expected_value", "task", "rarity", "prompt_length", "answer_length")
+OPEN_TABLES = (
+    "field",
+    "format",
+    "expected_value",
+    "task",
+    "rarity",
+    "prompt_length",
+    "answer_length",
+)
 BAR_WIDTH = 120  # pixels
 
 

@@ -18,7 +18,7 @@ from tunesmith.core.evidence import RunVerdict, VerdictName
 from tunesmith.core.formatting import format_bytes, format_count, format_duration
 from tunesmith.core.types import Comparison, RunRecord
 from tunesmith.evaluate.results import describe_truncation
-from tunesmith.evaluate.run_verdict import judge_run, judge_unfinished
+from tunesmith.evaluate.run_verdict import MEAN_OF_TASKS, judge_run, judge_unfinished
 from tunesmith.evaluate.scale_choice import describe_bargain
 from tunesmith.evaluate.statistics import (
     NO_DIFFERENCE,
@@ -150,15 +150,22 @@ def _sort_claims(record: RunRecord, claims: Sequence[Claim]) -> tuple[Claim, ...
 # ---------------------------------------------------------------- evidence, cost, cautions
 
 
+def _count_items(claims: Sequence[Claim]) -> list[str]:
+    """Return how many items of each kind were compared; a mean of tasks has those of the tasks."""
+    counts: dict[str, dict[str, int]] = {}  # noun -> task -> items
+    for claim in claims:
+        task = claim.comparison.task
+        if not MEAN_OF_TASKS.search(task):
+            tasks = counts.setdefault(ITEM_NOUNS.get(task.partition(":")[0], "test rows"), {})
+            tasks[task] = max(tasks.get(task, 0), claim.comparison.after.n)
+    return [f"{sum(tasks.values())} {noun}" for noun, tasks in counts.items()]
+
+
 def _list_evidence(run: ReportData, record: RunRecord, claims: Sequence[Claim]) -> list[str]:
     lines: list[str] = []
     if claims:
-        counts: dict[str, None] = {}
-        for claim in claims:
-            task = claim.comparison.task.partition(":")[0]
-            noun = ITEM_NOUNS.get(task, "test rows")
-            counts[f"{claim.comparison.after.n} {noun}"] = None
-        lines.append(f"Compared in pairs, on the same items before and after: {', '.join(counts)}.")
+        counts = ", ".join(_count_items(claims))
+        lines.append(f"Compared in pairs, on the same items before and after: {counts}.")
         lines.append(_describe_significance(claims))
         if any("test_data" in stage.plan.data for stage in run.stages):
             lines.append("The test rows were used once, for this comparison.")

@@ -176,7 +176,7 @@ def test_a_task_that_got_worse_is_not_hidden_by_the_mean() -> None:
     )
     verdict = judge(make_errors(60, before=12), *tasks, make_general(0.001))
     assert verdict.name == "harmful"
-    assert verdict.change == "48 fixed, 0 broken: mean of the tasks: no difference shown"
+    assert verdict.change == "48 fixed, 0 broken; mean of the tasks: no difference shown"
     assert verdict.reasons[0] == "test: b exact_match got worse: 0.300 -> 0.000"
     assert verdict.reasons[-1] == (
         "the mean of the tasks did not get better, only test: a exact_match 0.300 -> 0.900"

@@ -86,6 +86,28 @@ def test_the_form_comes_first_where_most_answers_lack_it(
         assert view.open_table.groups[0].group.wrong == num_texts
 
 
+def test_the_form_comes_first_where_no_field_is_wrong(tmp_path: Path) -> None:
+    """Else the first screen lists values that have nothing to do with the errors."""
+    right = [(expected, expected) for expected, _ in make_answers()]
+    texts = [(expected, "no object") for expected, _ in right[:15]]
+    run = write_graded_run(tmp_path / "run", texts + right[15:])
+    view = build_errors(load_report_data(run))
+    assert view is not None
+    assert view.open_table is not None
+    assert view.open_table.by == "format"
+
+
+def test_rows_of_several_tasks_are_counted_once(tmp_path: Path) -> None:
+    changes = [
+        fake_runs.make_comparison("exact_match", 0.1, 0.8, 0.1, task=f"test: {task}")
+        for task in ("a", "b", "mean of tasks")
+    ]
+    general = fake_runs.FORGOT
+    record = fake_runs.make_record(comparisons=(*changes, *changes, general))
+    html = render_page(load_report_data(fake_runs.write_run(tmp_path / "run", record=record)))
+    assert "on the same items before and after: 160 test rows, 80 general texts." in html
+
+
 def test_the_first_screen_says_the_level_the_cost_and_what_next(tmp_path: Path) -> None:
     run = write_graded_run(tmp_path / "run", make_answers())
     html = render_page(load_report_data(run))
