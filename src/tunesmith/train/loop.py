@@ -141,9 +141,9 @@ class TrainingLoop:
         self.pack_length = config.pack_length
         self.ratios: tuple[tuple[int, float], ...] = ()
         self.rollbacks: tuple[Rollback, ...] = ()
-        # The documents of a step that did not fit or overflowed, to be computed again.
+        self._step_documents: Sequence[Document] = ()  # of the step that is taken
+        # those of a step that did not fit or overflowed, to be computed again
         self._retry_documents: Sequence[Document] | None = None
-        self._step_documents: Sequence[Document] = ()
         self._prefetched: Iterator[Sequence[Document]] | None = None
         self._is_stopped = False
         self._is_done = False
@@ -279,24 +279,21 @@ class TrainingLoop:
     # ------------------------------------------------------------ one step
 
     def _take_step(self) -> Event:
-        loaded = documents = self._step_documents = self._load_next_documents()
+        documents = self._step_documents = self._load_next_documents()
         started = time.perf_counter()
-        mismatched: Sequence[Document] = ()
-        is_kto = self.loss_config.loss == "kto"
-        if is_kto:
-            documents, mismatched = split_mismatched(loaded)
+        mismatched: Sequence[Document] | None = None
+        if self.loss_config.loss == "kto":
+            documents, mismatched = split_mismatched(documents)
         normalizer = LossNormalizer.from_documents(documents)
         packs_by_rank = self.pack_documents(documents) if normalizer else []
         packs = [pack for rank_packs in packs_by_rank for pack in rank_packs]
-        step = self._compute_share(packs_by_rank, normalizer, mismatched if is_kto else None)
+        share = self._compute_share(packs_by_rank, normalizer, mismatched)
         if packs and self.ranks.world > 1:
-            step = sum_step(self.parameters, step, self.ranks, self.shards)
-        if step.out_of_memory:
-            event = self._shrink_packs(documents, step.out_of_memory)
-            self._retry_documents = loaded
-            return event
+            share = sum_step(self.parameters, share, self.ranks, self.shards)
+        if share.out_of_memory:
+            return self._shrink_packs(documents, share.out_of_memory)
         with machine_errors():
-            return self._apply_update(documents, packs, started, step.loss, step.num_targets)
+            return self._apply_update(documents, packs, started, share.loss, share.num_targets)
 
     def _compute_share(
         self,
@@ -306,31 +303,23 @@ class TrainingLoop:
     ) -> StepShare:
         """Compute the gradients of this rank's packs; with `mismatched`, KTO's KL term first."""
         with join_ranks(self.model.shards, can_tell=self.config.context == 1):
-            return self._compute_rank_share(packs_by_rank, normalizer, mismatched)
-
-    def _compute_rank_share(
-        self,
-        packs_by_rank: Sequence[Sequence[Pack]],
-        normalizer: LossNormalizer,
-        mismatched: Sequence[Document] | None,
-    ) -> StepShare:
-        try:
-            with machine_errors():
-                if mismatched is not None:
-                    kl = measure_kl(self.model, mismatched, self.pack_length)
-                    self.loss_config = dataclasses.replace(self.loss_config, kl=kl)
-                return StepShare(*self._forward_backward(packs_by_rank, normalizer))
-        except OutOfMemory as error:
-            message = error.message
-        if self.config.context > 1:  # the others wait for this rank inside of a layer
-            fix = "lower pack_length, max_length or lora_r, or raise context"
-            raise MachineError(message, where=self.ranks.name, fix=fix)
-        # Outside the except block, where the traceback no longer holds the tensors of the step.
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.network.zero_grad(set_to_none=True)  # of sharded weights, not yet summed
-        self.model.network.eval()
-        release_memory()  # the smaller packs need blocks of other sizes
-        return StepShare(None, 0, message)
+            try:
+                with machine_errors():
+                    if mismatched is not None:
+                        kl = measure_kl(self.model, mismatched, self.pack_length)
+                        self.loss_config = dataclasses.replace(self.loss_config, kl=kl)
+                    return StepShare(*self._forward_backward(packs_by_rank, normalizer))
+            except OutOfMemory as error:
+                message = error.message
+            if self.config.context > 1:  # the others wait for this rank inside of a layer
+                fix = "lower pack_length, max_length or lora_r, or raise context"
+                raise MachineError(message, where=self.ranks.name, fix=fix)
+            # Outside the except block, where the traceback no longer holds the step's tensors.
+            self.optimizer.zero_grad(set_to_none=True)
+            self.model.network.zero_grad(set_to_none=True)  # of sharded weights, not yet summed
+            self.model.network.eval()
+            release_memory()  # the smaller packs need blocks of other sizes
+            return StepShare(None, 0, message)
 
     def _apply_update(
         self,
@@ -518,7 +507,7 @@ class TrainingLoop:
             )
         largest = max(map(count_computed_tokens, divisible_packs))
         self.pack_length = largest // 2
-        self._retry_documents = documents
+        self._retry_documents = self._step_documents
         evidence = (
             f"{message}; packs of {largest:,} tokens become packs of {self.pack_length:,}: "
             "same step, same update"

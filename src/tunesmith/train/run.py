@@ -264,7 +264,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
             )
             scales = measure_scale_curve(session, items, step=step, before=before, after=after)
     except Interrupted:
-        if training.training.step > training.saved_step:
+        if training.loop.step > training.saved_step:
             yield training.save_checkpoint()
         raise
     folder.write_json(EVAL_AFTER_FILE, after)
@@ -309,7 +309,7 @@ def _begin_training(context: RunContext, session: Session, before: EvalResults) 
     context.ranks.send(BEGIN)
     check_ranks(context.ranks)
     training = GuardedTraining(context, session, before)
-    training.training.compare_ranks()
+    training.loop.compare_ranks()
     context.stop.is_joint = context.ranks.world > 1  # a checkpoint needs ranks that listen
     return training
 
@@ -444,7 +444,7 @@ def _build_record(
         kl_scores=compute_kl_scores(before, after, step=training.final_step),
         rollbacks=folder.load_rollbacks(),
         scales=scales,
-        selected_step=training.training.step,
+        selected_step=training.loop.step,
         train_peak_bytes=train_peak_bytes,
         errors=analyze_run_errors(before, after, context.plan, context.inputs),
     )

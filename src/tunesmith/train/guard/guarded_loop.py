@@ -74,14 +74,14 @@ class GuardedTraining:
     """A training run with evaluation, guard and checkpoints.
 
     `saved_step` is the step of the newest checkpoint, `final_step` the last step that was trained;
-    after the run `training.step` is the step of the best checkpoint."""
+    after the run `loop.step` is the step of the best checkpoint."""
 
     def __init__(self, context: RunContext, session: Session, baseline: EvalResults) -> None:
         self.context = context
         self.session = session
         self.baseline = baseline
         self.plan = plan = context.plan
-        self.training = TrainingLoop(
+        self.loop = TrainingLoop(
             session.model,
             session.load_documents,
             plan.config,
@@ -126,7 +126,7 @@ class GuardedTraining:
                 yield event
             if is_due:
                 yield from self._evaluate()
-                verdicts += self._judge_evaluation(self.training.step)
+                verdicts += self._judge_evaluation(self.loop.step)
             yield from [verdict for verdict in verdicts if verdict.level == "warn"]
             worst = select_worst(verdicts)
             if worst is not None:
@@ -158,18 +158,18 @@ class GuardedTraining:
         checkpoint_dir = self.context.resume_state.checkpoint_dir
         rollbacks = self.context.folder.load_rollbacks()
         if checkpoint_dir is not None:
-            self.training.restore(checkpoint_dir)
-            self.saved_step = self.training.step
+            self.loop.restore(checkpoint_dir)
+            self.saved_step = self.loop.step
         elif self._can_roll_back_to_start():
             self.save_checkpoint()
-        self.training.set_rollbacks(rollbacks)
+        self.loop.set_rollbacks(rollbacks)
         recorded = self.context.folder.load_events()
-        events = _select_events(recorded, self.training.step)
+        events = _select_events(recorded, self.loop.step)
         for event in events:
-            if isinstance(event, TrainStep) and event.step == self.training.step:
+            if isinstance(event, TrainStep) and event.step == self.loop.step:
                 self.restored_step = event
         # The step of the checkpoint is judged again: a signal may have come before that.
-        self._replay([event for event in events if event.step < self.training.step])
+        self._replay([event for event in events if event.step < self.loop.step])
         # A process that was killed right after a rollback did not write its event.
         num_recorded = sum(
             isinstance(event, CheckResult) and event.level == "rollback" for event in recorded
@@ -212,12 +212,12 @@ class GuardedTraining:
             yield self.restored_step
         while True:
             try:
-                event = next(self.training, None)
+                event = next(self.loop, None)
             except GateError as error:
                 can_roll_back = self.plan.config.guard_collapse == "rollback"
                 if not can_roll_back or self._find_good_step() is None:
                     raise
-                event = CheckResult("non-finite", "rollback", error.message, self.training.step)
+                event = CheckResult("non-finite", "rollback", error.message, self.loop.step)
             if event is None:
                 return
             yield event
@@ -229,17 +229,17 @@ class GuardedTraining:
 
     def _is_eval_due(self) -> bool:
         """Return whether eval_data is due: every eval_steps, and at the end if it was before."""
-        step = self.training.step
+        step = self.loop.step
         is_last = step == self.plan.steps and bool(self.eval_points)
         is_due = step % self.plan.config.eval_steps == 0 or is_last
         return self.context.items.has_training_eval and is_due
 
     def _is_probe_due(self) -> bool:
-        return self.is_probing and self.training.step % self.plan.config.probe_steps == 0
+        return self.is_probing and self.loop.step % self.plan.config.probe_steps == 0
 
     def _evaluate(self) -> Iterator[Event]:
         """Measure what is due and yield its scores and samples; adapt the rehearsal ratio."""
-        step = self.training.step
+        step = self.loop.step
         eval_events: list[Score | GenerationSample] = []
         if self._is_eval_due():
             with self.context.stop.immediate(), machine_errors():
@@ -265,8 +265,8 @@ class GuardedTraining:
             if not self._is_probe_due():
                 return list(probes.measure_forgetting(step))
             expected = probes.measure_expected() if step == 0 else ()
-            training = self.training
-            probe = probes.run_probe(step, training.optimizer, training.update_ratios)
+            loop = self.loop
+            probe = probes.run_probe(step, loop.optimizer, loop.update_ratios)
             return [*expected, *probe]
 
     def _judge_evaluation(self, step: int) -> list[CheckResult]:
@@ -286,7 +286,7 @@ class GuardedTraining:
 
     def _summarize_evaluation(self) -> CheckResult:
         """Return the verdict that closes an evaluation which the run passed."""
-        step = self.training.step
+        step = self.loop.step
         parts: list[str] = []
         if self.is_probing:
             detectors = ", ".join(self.guard.active_detectors)
@@ -300,13 +300,13 @@ class GuardedTraining:
 
     def _adapt_rehearsal(self, scores: Iterable[Score], margin: float) -> Iterator[Event]:
         """Set the rehearsal ratio of the next steps by how much general text was forgotten."""
-        training = self.training
-        step = training.step
-        if step >= self.plan.steps or step in dict(training.ratios):
+        loop = self.loop
+        step = loop.step
+        if step >= self.plan.steps or step in dict(loop.ratios):
             return
         previous_ratio = self.plan.config.rehearsal_ratio
-        if training.ratio_changes:
-            previous_ratio = training.ratio_changes[-1][1]
+        if loop.ratio_changes:
+            previous_ratio = loop.ratio_changes[-1][1]
         assert previous_ratio is not None, "an adaptive ratio has a start"
         baseline_bits = get_general_bits(self.baseline.iter_scores(step=0))
         forgotten_bits = get_general_bits(scores) - baseline_bits
@@ -318,7 +318,7 @@ class GuardedTraining:
             f"ratio {previous_ratio:.1%} -> {ratio:.1%}"
         )
         yield CheckResult("rehearsal", "ok" if is_within else "warn", evidence, step)
-        training.set_rehearsal_ratio(ratio)
+        loop.set_rehearsal_ratio(ratio)
 
     # ------------------------------------------------------------ checkpoints
 
@@ -332,7 +332,7 @@ class GuardedTraining:
     def _stop_early(self) -> None:
         patience = self.plan.config.patience
         if should_stop_early(self.eval_points, self.forgetting_margin, patience):
-            self.training.stop()
+            self.loop.stop()
 
     def _select_best(self) -> EvalPoint | None:
         return select_best(self.eval_points, self.forgetting_margin)
@@ -341,7 +341,7 @@ class GuardedTraining:
         """Return whether the step is to be saved: every save_steps, and if it is the best so far.
 
         The last step is not: its weights become the adapter."""
-        step = self.training.step
+        step = self.loop.step
         if step == self.saved_step or step >= self.plan.steps:
             return False
         best = self._select_best()
@@ -350,7 +350,7 @@ class GuardedTraining:
 
     def save_checkpoint(self) -> CheckpointSaved:
         """Save a checkpoint; keep the best one, and the newest one that is surely good."""
-        training = self.training
+        loop = self.loop
         keep_steps: set[int] = set()
         best = self._select_best()
         if best is not None:
@@ -360,14 +360,14 @@ class GuardedTraining:
                 keep_steps.add(step)
                 break
         with self.context.folder.checkpoint(
-            training.step,
+            loop.step,
             metadata=self.context.resume_state.fingerprint,
-            needed_bytes=training.state_bytes,
+            needed_bytes=loop.state_bytes,
             keep_steps=keep_steps,
         ) as checkpoint_dir:
-            training.save(checkpoint_dir)
-        self.saved_step = training.step
-        return CheckpointSaved(training.step, f"checkpoints/step-{training.step}")
+            loop.save(checkpoint_dir)
+        self.saved_step = loop.step
+        return CheckpointSaved(loop.step, f"checkpoints/step-{loop.step}")
 
     def _find_good_step(self) -> int | None:
         """Return the newest checkpoint that the guard passed.
@@ -378,16 +378,16 @@ class GuardedTraining:
             for step in self.context.folder.list_saved_steps()
             if step <= self.guard.last_good_step
         ]
-        tried_steps = {rollback.to for rollback in self.training.rollbacks}
+        tried_steps = {rollback.to for rollback in self.loop.rollbacks}
         if len(candidates) > 1 and candidates[0] in tried_steps:
             return candidates[1]
         return candidates[0] if candidates else None
 
     def _roll_back(self, verdict: CheckResult) -> Iterator[Event]:
         """Restore a good checkpoint and change something; raise GateError if that is impossible."""
-        training = self.training
+        loop = self.loop
         folder = self.context.folder
-        failed_step = training.step
+        failed_step = loop.step
         where = f"step {failed_step}"
         message = f"{verdict.kind}: {verdict.evidence}"
         if verdict.level == "stop":
@@ -397,22 +397,22 @@ class GuardedTraining:
         if good_step is None:
             message += "; there is no good checkpoint to roll back to"
             raise GateError(message, where=where, fix=f"{ROLLBACK_FIX}, or lower save_steps")
-        if len(training.rollbacks) >= MAX_ROLLBACKS:
+        if len(loop.rollbacks) >= MAX_ROLLBACKS:
             message += f"; already rolled back {MAX_ROLLBACKS} times"
             raise GateError(message, where=where, fix=ROLLBACK_FIX)
-        training.restore(folder.find_checkpoint(good_step))
-        training.set_rollbacks(folder.load_rollbacks())
+        loop.restore(folder.find_checkpoint(good_step))
+        loop.set_rollbacks(folder.load_rollbacks())
         with machine_errors():
-            rollback = build_rollback(self.session, training, verdict, failed_step)
-        training.set_rollbacks(folder.record_rollback(rollback))
+            rollback = build_rollback(self.session, loop, verdict, failed_step)
+        loop.set_rollbacks(folder.record_rollback(rollback))
         self.saved_step = good_step
         self._replay([event for event in self.history if event.step <= good_step])
-        yield training.rollbacks[-1].check_result
+        yield loop.rollbacks[-1].check_result
 
     def _restore_best(self) -> Iterator[Event]:
         """Restore the weights of the best checkpoint, unless the last step is the best."""
-        self.training.compare_ranks()
-        self.final_step = self.training.step
+        self.loop.compare_ranks()
+        self.final_step = self.loop.step
         best = self._select_best()
         if best is None or best.step == self.final_step:
             return
@@ -422,7 +422,7 @@ class GuardedTraining:
             evidence = f"step {best.step} was the best, but {error.message}: using the last step"
             yield CheckResult("best", "warn", evidence, self.final_step)
             return
-        self.training.restore(path)
+        self.loop.restore(path)
         metric_text = "" if best.mean_metric is None else f"answers {best.mean_metric:.3f}, "
         evidence = f"using step {best.step}: {metric_text}held-out loss {best.loss:.4f}"
         yield CheckResult("best", "ok", evidence, self.final_step)
