@@ -12,14 +12,13 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-LOOP_NGRAM = 4  # tokens: seq-rep-4
 MIN_BYTES = 40  # of a shorter text, zlib's header is most of the output
 
 
-def compute_repetition(tokens: Sequence[int], n: int = LOOP_NGRAM) -> float:
-    """Return seq-rep-n (Welleck 2019): the share of n-grams that repeat an earlier one; 0 for an
-    answer of fewer than n tokens."""
-    grams = extract_ngrams(tokens, n)
+def compute_repetition(tokens: Sequence[int]) -> float:
+    """Return seq-rep-4 (Welleck 2019): the share of 4-grams that repeat an earlier one; 0 for an
+    answer of fewer than four tokens."""
+    grams = extract_ngrams(tokens, 4)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -27,18 +26,16 @@ def extract_ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
-def count_distinct_ngrams(
-    answers: Sequence[Sequence[int]], n: int = 2
-) -> tuple[list[int], list[int]]:
-    """Return each answer's number of n-grams that no earlier answer has, and of all its n-grams.
+def count_distinct_bigrams(answers: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Return each answer's number of bigrams that no earlier answer has, and of all its bigrams.
 
-    distinct-n (Li 2016) is the ratio of their sums.
+    distinct-2 (Li 2016) is the ratio of their sums.
     """
     previous: set[tuple[int, ...]] = set()
     new: list[int] = []
     totals: list[int] = []
     for answer in answers:
-        grams = extract_ngrams(answer, n)
+        grams = extract_ngrams(answer, 2)
         new.append(len(set(grams) - previous))
         totals.append(len(grams))
         previous.update(grams)

@@ -106,7 +106,6 @@ def measure_bits_and_kl(
     base: BaseReference,
     *,
     window: int,
-    task: str = GENERAL_TASK,
 ) -> tuple[MetricValues, ...]:
     """Return bits per byte, KL(base || tuned) in nats/token, and top-1 agreement with the base."""
     documents, text_indices = split_texts(texts, tokenize, window)
@@ -115,8 +114,8 @@ def measure_bits_and_kl(
         parts.setdefault(text_indices[index], []).append(result)
     totals = {text_index: sum_results(results) for text_index, results in parts.items()}
     nats = {text_index: total.nats for text_index, total in totals.items()}
-    bits = _build_bits_measurement(texts, nats, task)
-    return bits, *build_kl_measurements(task, bits.ids, list(totals.values()), bits.groups)
+    bits = _build_bits_measurement(texts, nats, GENERAL_TASK)
+    return bits, *build_kl_measurements(GENERAL_TASK, bits.ids, list(totals.values()), bits.groups)
 
 
 def split_texts(

@@ -107,16 +107,12 @@ def iter_answers(
     renderer: Renderer,
     *,
     max_new_tokens: int,
-    bad_words_ids: tuple[tuple[int, ...], ...] = (),
     grammar: Grammar | None = None,
 ) -> Iterator[tuple[int, GenerationOutput]]:
-    """Yield (prompt index, greedy answer) as they finish.
-
-    bad_words_ids: token sequences that no answer may contain. Every answer follows `grammar`.
-    """
+    """Yield (prompt index, greedy answer) as they finish. Every answer follows `grammar`."""
     from tunesmith.evaluate.shared_items import generate_shared  # loads torch: not for `verify`
 
-    requests = build_requests(prompts, max_new_tokens, bad_words_ids)
+    requests = build_requests(prompts, max_new_tokens)
     return generate_shared(
         model,
         requests,

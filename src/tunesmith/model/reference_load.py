@@ -47,7 +47,7 @@ def load_config_dict(folder: Path) -> dict[str, Any]:
     return load_config(folder).to_dict()
 
 
-def load_gguf(file: Path, config_dir: Path, device: str = "cpu") -> Network:
+def load_gguf(file: Path, config_dir: Path) -> Network:
     """Load a GGUF file in fp32 with transformers' own reader.
 
     The config comes from `config_dir`, written by `gguf.convert.write_settings`: transformers reads
@@ -64,4 +64,4 @@ def load_gguf(file: Path, config_dir: Path, device: str = "cpu") -> Network:
             dtype=torch.float32,
             local_files_only=True,
         )
-    return use_torch_code(network).to(device).eval().requires_grad_(False)
+    return use_torch_code(network).eval().requires_grad_(False)

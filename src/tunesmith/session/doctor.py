@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,13 +81,11 @@ class Diagnosis:
         return all(check.is_ok for check in self.checks if check.is_required)
 
 
-def diagnose(
-    model: str | None = None, *, folder: Path = Path(), report: Callable[[str], None] | None = None
-) -> Diagnosis:
+def diagnose(model: str | None = None, *, folder: Path = Path()) -> Diagnosis:
     """Check the machine, and `model` if one is named.
 
-    `folder` is where runs would be written; `report` is called if the model is downloaded. Raises
-    InputError or MachineError if the model is not available."""
+    `folder` is where runs would be written. Raises InputError or MachineError if the model is not
+    available."""
     machine = measure_machine(folder)
     checks = [
         *_check_versions(machine),
@@ -101,7 +98,7 @@ def diagnose(
     ]
     if model is None:
         return Diagnosis(machine, tuple(checks), find_cache_dir())
-    spec = read_spec(resolve_model(model, report=report), name=model)
+    spec = read_spec(resolve_model(model), name=model)
     checks += [_check_tokenizer(spec), _check_chat_template(spec)]
     fits: list[MemoryFit] = []
     for method, estimate_bytes in MEMORY_ESTIMATORS.items():

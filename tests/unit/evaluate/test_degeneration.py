@@ -8,7 +8,7 @@ from tunesmith.evaluate.degeneration import (
     compute_compression_ratio,
     compute_foreign_share,
     compute_repetition,
-    count_distinct_ngrams,
+    count_distinct_bigrams,
     find_scripts,
     flag_identical_answers,
     is_json,
@@ -32,7 +32,7 @@ def test_repetition_is_the_share_of_runs_of_four_that_stood_there_before(
 
 
 def test_distinct_counts_what_no_answer_before_has() -> None:
-    assert count_distinct_ngrams([(1, 2, 3), (1, 2, 4), (5,)]) == ([2, 1, 0], [2, 2, 0])
+    assert count_distinct_bigrams([(1, 2, 3), (1, 2, 4), (5,)]) == ([2, 1, 0], [2, 2, 0])
 
 
 def test_one_answer_for_all_and_different_ones() -> None:

@@ -42,7 +42,7 @@ class LearningCurve:
 
 
 def fit_curve(
-    scores: Mapping[int, Sequence[Sequence[float]]], target: float | None = None, *, seed: int = 0
+    scores: Mapping[int, Sequence[Sequence[float]]], target: float | None = None
 ) -> LearningCurve | None:
     """Fit `scores`: size -> trainings -> the value of every item, in [0, 1], in one order.
 
@@ -54,7 +54,7 @@ def fit_curve(
     sizes_K = np.array(sizes, dtype=float)
     errors_K = np.array([1 - np.mean(scores[size]) for size in sizes])
     a, b, c = _fit_power_law(sizes_K, errors_K[None], _compute_weights(scores, sizes))[0].tolist()
-    resampled_RK = _resample_errors(scores, sizes, seed)
+    resampled_RK = _resample_errors(scores, sizes)
     fits_R3 = _fit_power_law(sizes_K, resampled_RK, _compute_weights(scores, sizes))
     low, high = (float(bound) for bound in np.quantile(fits_R3[:, 1], [0.025, 0.975]))
     curve = LearningCurve(tuple(sizes), tuple(errors_K.tolist()), a, b, c, low, high, target)
@@ -79,10 +79,10 @@ def _compute_weights(
 
 
 def _resample_errors(
-    scores: Mapping[int, Sequence[Sequence[float]]], sizes: Sequence[int], seed: int
+    scores: Mapping[int, Sequence[Sequence[float]]], sizes: Sequence[int]
 ) -> np.ndarray:
     """Return mean errors [RESAMPLES, K]: the same items for every size, trainings within each."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     num_items = len(scores[sizes[0]][0])
     item_indices_RN = rng.integers(num_items, size=(RESAMPLES, num_items))
     columns: list[np.ndarray] = []

@@ -55,12 +55,11 @@ class PassageIndex:
         )
         return [text for (text,) in rows]
 
-    def find_rank(
-        self, question: str, answer: str, max_rank: int = RECALL_CUTOFFS[-1]
-    ) -> int | None:
-        """Return the rank, from 1, of the first passage that contains the answer."""
+    def find_rank(self, question: str, answer: str) -> int | None:
+        """Return the rank, from 1, of the first passage that contains the answer, None if it is
+        beyond the last cutoff."""
         answer_words = normalize_words(answer)
-        for rank, text in enumerate(self.search(question, max_rank), start=1):
+        for rank, text in enumerate(self.search(question, RECALL_CUTOFFS[-1]), start=1):
             if answer_words in normalize_words(text):
                 return rank
         return None

@@ -64,8 +64,6 @@ def make_finding(
     ids: Sequence[str],
     predicate: str,
     level: Level | None = None,
-    *,
-    fix: str = "",
 ) -> Finding:
     """Return a finding about some of the scanned rows: "3 of 9 rows " + predicate. Without a
     `level`, their share decides."""
@@ -77,7 +75,6 @@ def make_finding(
         describe_rows(len(ids), total, predicate, noun=noun),
         len(ids),
         tuple(ids[:MAX_NAMED_ROWS]),
-        fix,
     )
 
 

@@ -88,8 +88,8 @@ class RecipeDraft:
     def skip_key(self, key: str, value: Any, reason: str, *, is_important: bool = True) -> None:
         self.untranslated.append(UntranslatedKey(key, value, reason, is_important))
 
-    def make_error(self, key: str, message: str, fix: str = "") -> InputError:
-        return InputError(message, where=self.document.format_location((key,)), fix=fix)
+    def make_error(self, key: str, message: str) -> InputError:
+        return InputError(message, where=self.document.format_location((key,)))
 
     def find_path(self, text: str, *folders: Path) -> str | None:
         """Return an existing path relative to the recipe, or None.

@@ -32,7 +32,7 @@ from tunesmith.evaluate.degeneration import (
     compute_compression_ratio,
     compute_foreign_share,
     compute_repetition,
-    count_distinct_ngrams,
+    count_distinct_bigrams,
     find_scripts,
     flag_identical_answers,
     is_json,
@@ -249,7 +249,7 @@ class GenerationProbe:
         self, tokens: Sequence[Sequence[int]], texts: Sequence[str], ends: Sequence[float]
     ) -> list[MetricValues]:
         """Return the metrics that expected answers have too."""
-        distinct_counts, ngram_counts = count_distinct_ngrams(tokens)
+        distinct_counts, ngram_counts = count_distinct_bigrams(tokens)
         totals = [max(1, total) for total in ngram_counts]
         ratios = [count / total for count, total in zip(distinct_counts, totals, strict=True)]
         weights = tuple(float(total) for total in totals)
