@@ -9,16 +9,15 @@ from test_preference import compute_token_logps, make_pair  # type: ignore[impor
 from torch import Tensor
 
 from plan_configs import make_config
+from tiny_loop import compute_step
 from tiny_models import compute_max_difference, make_tiny_model
 from tunesmith.core.types import Document
-from tunesmith.data.collate import collate
-from tunesmith.data.packing import pack_step
 from tunesmith.data.sampler import build_mismatched
-from tunesmith.model.adapters import get_trainable_parameters, scaled_adapter
+from tunesmith.model.adapters import scaled_adapter
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.train.kto import measure_kl, split_mismatched
 from tunesmith.train.loop import TrainingLoop
-from tunesmith.train.losses import LossConfig, LossNormalizer, compute_step_terms
+from tunesmith.train.losses import LossConfig
 
 OBJECTIVE = LossConfig("kto", beta=0.3, desirable_weight=1.3, undesirable_weight=0.7)
 
@@ -32,22 +31,6 @@ def make_labelled() -> list[Document]:
         documents.append(dataclasses.replace(first, id=f"a:{number}", side="desirable"))
         documents.append(dataclasses.replace(second, id=f"b:{number}", side="undesirable"))
     return documents[:5]
-
-
-def compute_step(
-    model: PackedCausalLM, documents: list[Document], objective: LossConfig, pack_length: int
-) -> tuple[float, dict[str, Tensor]]:
-    total = 0.0
-    normalizer = LossNormalizer.from_documents(documents)
-    for pack in pack_step(documents, pack_length):
-        terms = compute_step_terms(model, collate(pack), normalizer, objective).values()
-        loss = torch.stack([t.coefficient * t.sum / t.count for t in terms]).sum()
-        loss.backward()
-        total += float(loss.detach())
-    parameters = get_trainable_parameters(model.network)
-    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    model.network.zero_grad(set_to_none=True)
-    return total, gradients
 
 
 def compute_ratio(model: PackedCausalLM, document: Document) -> Tensor:

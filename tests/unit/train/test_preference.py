@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plan_configs import make_config
+from tiny_loop import collect_gradients, compute_step
 from tiny_models import (
     VOCABULARY,
     collate_documents,
@@ -27,7 +28,7 @@ from tunesmith.model.adapters import get_trainable_parameters, scaled_adapter
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.lm_head import compute_target_losses
 from tunesmith.train.loop import TrainingLoop
-from tunesmith.train.losses import PREFERENCE_LOSSES, LossConfig, LossNormalizer, compute_step_terms
+from tunesmith.train.losses import PREFERENCE_LOSSES, LossConfig
 
 OBJECTIVES = {
     "dpo": LossConfig("dpo", beta=0.3, nll_coefficient=0.2),
@@ -59,29 +60,6 @@ def make_pairs() -> list[Document]:
     return [
         side for shape in shapes for side in make_pair(*shape, weight=2.5 if shape[0] == 3 else 1.0)
     ]
-
-
-def compute_step(
-    model: PackedCausalLM,
-    documents: Sequence[Document],
-    objective: LossConfig,
-    pack_length: int = 10**6,
-    *,
-    share: bool = False,
-) -> tuple[float, dict[str, Tensor]]:
-    total, counts = 0.0, LossNormalizer.from_documents(documents)
-    for pack in pack_step(documents, pack_length, should_share=share):
-        terms = compute_step_terms(model, collate(pack), counts, objective).values()
-        loss = torch.stack([term.coefficient * term.sum / term.count for term in terms]).sum()
-        loss.backward()
-        total += float(loss.detach())
-    gradients = {
-        name: p.grad
-        for name, p in get_trainable_parameters(model.network).items()
-        if p.grad is not None
-    }
-    model.network.zero_grad(set_to_none=True)
-    return total, gradients
 
 
 def compute_token_logps(model: PackedCausalLM, document: Document) -> Tensor:
@@ -128,11 +106,7 @@ def test_loss_and_gradients_are_the_formula(name: str, method: str) -> None:
     ours, gradients = compute_step(model, make_pairs(), objective)
     expected = compute_reference_loss(model, make_pairs(), objective)
     expected.backward()
-    theirs = {
-        name: p.grad
-        for name, p in get_trainable_parameters(model.network).items()
-        if p.grad is not None
-    }
+    theirs = collect_gradients(model)
     assert ours == pytest.approx(float(expected.detach()), rel=1e-12)
     assert compute_max_difference(gradients, theirs) < 1e-10
 

@@ -5,9 +5,9 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
 
 from plan_configs import make_config
+from tiny_loop import collect_gradients, compute_step
 from tiny_models import (
     collate_documents,
     compute_max_difference,
@@ -19,8 +19,6 @@ from tunesmith.core.types import Document
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
 from tunesmith.evaluate.loglikelihood import compute_nll
-from tunesmith.model.adapters import get_trainable_parameters
-from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.train.loop import TrainingLoop
 from tunesmith.train.losses import LossConfig, LossNormalizer, compute_step_terms, unlikelihood_loss
 
@@ -36,30 +34,10 @@ def make_documents() -> list[Document]:
     ]
 
 
-def compute_step(
-    model: PackedCausalLM, documents: list[Document], pack_length: int = 10**6
-) -> tuple[float, dict[str, Tensor]]:
-    counts, total = LossNormalizer.from_documents(documents), 0.0
-    for pack in pack_step(documents, pack_length):
-        terms = compute_step_terms(model, collate(pack), counts, OBJECTIVE)
-        loss = torch.stack(
-            [term.coefficient * term.sum / term.count for term in terms.values()]
-        ).sum()
-        loss.backward()
-        total += float(loss.detach())
-    gradients = {
-        name: p.grad
-        for name, p in get_trainable_parameters(model.network).items()
-        if p.grad is not None
-    }
-    model.network.zero_grad(set_to_none=True)
-    return total, gradients
-
-
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_loss_and_gradients_are_the_formula(method: str) -> None:
     model = make_tiny_model("llama-tied", torch.float64, method=method)
-    ours, gradients = compute_step(model, make_documents())
+    ours, gradients = compute_step(model, make_documents(), OBJECTIVE)
     sums, weights = {"": torch.zeros(()), "banned": torch.zeros(())}, {"": 0.0, "banned": 0.0}
     for document in make_documents():
         batch = collate_documents([dataclasses.replace(document, side="")])
@@ -72,11 +50,7 @@ def test_loss_and_gradients_are_the_formula(method: str) -> None:
         sums[""] / weights[""] + OBJECTIVE.ban_coefficient * sums["banned"] / weights["banned"]
     )
     expected.backward()
-    theirs = {
-        name: p.grad
-        for name, p in get_trainable_parameters(model.network).items()
-        if p.grad is not None
-    }
+    theirs = collect_gradients(model)
     assert ours == pytest.approx(float(expected.detach()), rel=1e-12)
     assert compute_max_difference(gradients, theirs) < 1e-10
 
@@ -84,8 +58,8 @@ def test_loss_and_gradients_are_the_formula(method: str) -> None:
 def test_no_split_of_a_step_changes_it() -> None:
     model = make_tiny_model("llama", torch.float64)
     (full, item), (parts, many) = (
-        compute_step(model, make_documents()),
-        compute_step(model, make_documents(), 31),
+        compute_step(model, make_documents(), OBJECTIVE),
+        compute_step(model, make_documents(), OBJECTIVE, 31),
     )
     assert parts == pytest.approx(full, rel=1e-12)
     assert compute_max_difference(many, item) < 1e-10
