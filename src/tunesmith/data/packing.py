@@ -24,7 +24,7 @@ from tunesmith.data.prefix_sharing import group_by_prefix
 # Cost of one more pack: two of 1,325 tokens took 10% longer than one of 2,650.
 PACK_OVERHEAD_TOKENS = 256
 # Documents with a common prefix stay on one rank unless they are more than this share of its work.
-MAX_RUN_SHARE = 0.25
+MAX_PREFIX_GROUP_SHARE = 0.25
 
 
 def count_input_tokens(document: Document) -> int:
@@ -113,7 +113,7 @@ def share_out(
         return tokens + tokens**2 / (12 * hidden_size)
 
     costs = [compute_cost(n) - compute_cost(m) for n, m in zip(lengths, shared_D, strict=True)]
-    max_cost = MAX_RUN_SHARE * sum(costs) / num_ranks
+    max_cost = MAX_PREFIX_GROUP_SHARE * sum(costs) / num_ranks
     items: list[tuple[float, list[int]]] = []
     for positions in _split_at_prefixes([shared_D[unit[0]] for unit in units]):
         run = [units[position] for position in positions]

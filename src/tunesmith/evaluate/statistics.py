@@ -171,8 +171,8 @@ def compute_confidence_sequence(
     narrowest: int = 100,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (low, high) of a mean from the count, the sum and the sum of squares of the values so
-    far: whoever looks after every value, and stops when they like, finds the mean outside in at
-    most a share `alpha` of all runs.
+    far. It may be read after every value: the mean lies outside at any time in at most a share
+    `alpha` of all runs.
 
     bounds: of the values. narrowest: the number of values at which the interval is the narrowest
     for its kind. It is valid from MIN_SEQUENCE values on: the asymptotic confidence sequence of

@@ -253,8 +253,8 @@ def _attend_with_sinks(
 ) -> Tensor:
     """Attend with q [B, N, L, D], k and v [B, K, P, D] in torch's fused attention.
 
-    It has no sinks: one more key, of value 0, is 0 but for one more dimension, in which the
-    queries of each head hold its sink."""
+    It has no sinks, so q and k get one more dimension. One more key, whose value is 0, has a 1 in
+    it and 0 elsewhere; queries hold the sink of their head in it, which is then the key's score."""
     sinks_N11 = (sinks_N.to(q.dtype) / scale)[:, None, None]
     q = torch.cat((q, sinks_N11.expand(*q.shape[:-1], 1)), dim=-1)
     sink_key = F.pad(torch.zeros_like(k[..., :1, :]), (0, 1), value=1.0)
