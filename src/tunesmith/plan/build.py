@@ -407,6 +407,9 @@ def _collect_warnings(context: RuleContext, data: Mapping[str, DataReport]) -> l
             "4-bit weights are dequantized to fp32 for matmuls, and embeddings and head take 4 "
             "bytes per value"
         )
+    if context["dtype"] == "bf16" and not context.machine.has_bf16_matmul:
+        name = context.machine.device_name
+        warnings.append(f"{name} has no bf16: torch emulates it, slower than fp32")
     warnings += _collect_gpu_warnings(context)
     warnings += _collect_fp16_warnings(context)
     if context.machine.device == "cpu" and context.model.num_experts:
@@ -452,8 +455,6 @@ def _collect_gpu_warnings(context: RuleContext) -> list[str]:
     if machine.device != "cuda":
         return warnings
     warnings += _list_software_warnings(machine)
-    if context["dtype"] == "bf16" and not machine.has_bf16_matmul:
-        warnings.append(f"{machine.device_name} has no bf16: torch emulates it, slower than fp32")
     if context["attention"] == "varlen":
         problem = ""
         if context["dtype"] == "fp32":

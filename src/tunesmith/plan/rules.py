@@ -469,7 +469,8 @@ def attention(context: RuleContext) -> PlanValue:
             return make_rule_value("varlen", reason)
         reason = "document by document: flash attention needs 16 bits and a GPU that has it"
         return make_rule_value("sdpa", reason)
-    has_kernel = context["dtype"] == "bf16" and context.machine.compiler
+    machine = context.machine
+    has_kernel = context["dtype"] == "bf16" and machine.has_bf16_matmul and machine.compiler
     backend = "cpu_kernel" if has_kernel else "sdpa"
     reason = "the fastest backend here; preflight compares it with the reference"
     return make_rule_value(backend, reason)
@@ -508,12 +509,13 @@ def weight_layout(context: RuleContext) -> PlanValue:
     """Keep frozen matrices in the two layouts that bf16 matmuls of a CPU read: steps are 7% faster.
 
     Only if the second copy takes at most an eighth of the free memory."""
+    machine = context.machine
     is_frozen_bf16 = context["dtype"] == "bf16" and context["method"] == "lora"
-    if context.machine.device != "cpu" or not is_frozen_bf16:
+    if machine.device != "cpu" or not machine.has_bf16_matmul or not is_frozen_bf16:
         return make_rule_value("plain", "frozen weights as they are stored")
     extra_bytes = 2 * (context.model.block_parameters - context.model.expert_parameters)
     extra = f"{extra_bytes / 1e9:.1f} GB more"
-    if extra_bytes > context.machine.available_bytes / 8:
+    if extra_bytes > machine.available_bytes / 8:
         reason = f"blocked layouts would take {extra}, over an eighth of the free memory"
         return make_rule_value("plain", reason)
     return make_rule_value("blocked", f"matmuls read blocked weights faster; takes {extra}")

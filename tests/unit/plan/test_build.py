@@ -241,6 +241,16 @@ def test_a_large_model_with_enough_rows_needs_no_warning(plan: Planner) -> None:
     assert plan(roles={"test_data": {"rows": 200}}, parameters=8 * 10**9).warnings == ()
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bf16_that_the_hardware_lacks_is_told(device: str, plan: Planner) -> None:
+    wish = {"dtype": "bf16"}
+    lacking = plan(wish, device=device, has_bf16_matmul=False).warnings
+    assert any("has no bf16: torch emulates it, slower than fp32" in text for text in lacking)
+    assert not any("emulates" in text for text in plan(wish, device=device).warnings)
+    unset = plan(device=device, has_bf16_matmul=False).warnings
+    assert not any("emulates" in text for text in unset)
+
+
 def test_a_cpu_is_said_to_meet_all_experts(plan: Planner) -> None:
     sparse = {
         "num_experts": 128,

@@ -145,6 +145,7 @@ def test_precision_and_attention_are_what_the_machine_has(make_context: Make) ->
     assert rules.dtype(make_context(has_bf16_matmul=False)).value == "fp32"
     assert rules.attention(make_context()).value == "cpu_kernel"
     assert rules.attention(make_context(compiler=None)).value == "sdpa"
+    assert rules.attention(make_context(has_bf16_matmul=False)).value == "sdpa"
     assert rules.attention(make_context(dtype="fp32")).value == "sdpa"
     assert rules.attention(make_context(device="cuda")).value == "varlen"
 
@@ -189,6 +190,7 @@ def test_every_rule_gives_a_reason_that_fits_on_a_screen(make_context: Make) -> 
         ({"dtype": "fp32"}, "plain"),
         ({"method": "full"}, "plain"),
         ({"device": "cuda"}, "plain"),
+        ({"has_bf16_matmul": False}, "plain"),
         ({"available_bytes": 1_000_000_000}, "plain"),
     ],
 )
