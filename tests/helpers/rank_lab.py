@@ -26,6 +26,13 @@ def run_ranks(work: Callable[..., Any], world: int, *args: Any) -> list[Any]:
     return results
 
 
+def run_in_turn(works: Sequence[tuple[Any, ...]], world: int) -> list[list[Any]]:
+    """Return what each work (function, *arguments) returns on each rank, in processes that start
+    once. What fails, or waits until rank 0 leaves, comes last."""
+    by_rank = run_ranks(call_in_turn, world, works)
+    return [list(results) for results in zip(*by_rank, strict=True)]
+
+
 def run_processes(main: Callable[..., Any], world: int, *args: Any) -> list[Any]:
     """Return what `main(*args)` sends from each process, which has torchrun's variables; None if
     it dies."""
@@ -91,6 +98,14 @@ def _start(
 def call_on_rank(work: Callable[..., Any], *args: Any) -> Any:
     with open_ranks() as ranks:
         return work(ranks, *args)
+
+
+def call_in_turn(ranks: Ranks, works: Sequence[tuple[Any, ...]]) -> list[Any]:
+    results: list[Any] = []
+    for work, *args in works:
+        results.append(work(ranks, *args))
+        vars(ranks).pop("send", None)  # which a work may have replaced
+    return results
 
 
 def get_own_part(ranks: Ranks, items: Sequence[Any]) -> Any:

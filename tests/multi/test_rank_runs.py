@@ -12,9 +12,10 @@ from rank_lab import run_processes
 from rank_runs import (
     OTHER_TORCH,
     Job,
-    check_resuming,
+    check_resumed,
     evaluate_run,
     read_weights,
+    resume_copies,
     train_alone,
     train_jobs_on_ranks,
     train_near_other_rows,
@@ -63,14 +64,13 @@ def jobs(
     writer = str(save_writer_folder(folder / "writer"))
     few = {key: changes[key] for key in ("data", "batch_size")}
     jobs = {
-        "straight": Job(model, folder / "straight", changes),
+        "straight": Job(model, folder / "straight", changes, has_copy=True),
         "unwatched": Job(model, folder / "unwatched", few | UNWATCHED),
         "written": Job(writer, folder / "written", few | {"rehearsal": {"data": "self-generated"}}),
     }
     for loss in PREFERENCE_LOSSES:
         rows = {"data": str(write_preferences(folder / f"{loss}.jsonl", loss)), "loss": loss}
         jobs[loss] = Job(model, folder / loss, PREFERENCES | rows)
-    jobs["saved"] = Job(model, folder / "saved", changes, saved=2)
     train_jobs_on_ranks(jobs)
     return jobs
 
@@ -109,7 +109,8 @@ def test_a_guard_changes_no_bit(jobs: dict[str, Job]) -> None:
 def test_a_checkpoint_of_two_ranks_goes_on_with_any_number(
     jobs: dict[str, Job], straight: Path, tmp_path: Path
 ) -> None:
-    check_resuming(jobs["saved"].folder, tmp_path, read_weights(straight))
+    first = jobs["straight"].copy
+    check_resumed(resume_copies([first], tmp_path)[first], read_weights(straight))
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from rank_lab import call_on_rank, run_processes, run_ranks
+from rank_lab import call_on_rank, run_in_turn, run_processes
 from rank_runs import (
     Job,
-    check_resuming,
+    check_resumed,
     read_weights,
+    resume_copies,
     train_alone,
     train_jobs_on_ranks,
     train_on_ranks,
@@ -66,6 +67,14 @@ FULL_CASES = {
     "full, packs that differ in number": Case(3, 3, "accumulated", how=FULL | {"policy": "full"}),
     "full, two groups": Case(4, 2, how=FULL),
 }
+# (ranks, function) of what else is done in the processes of the cases; what fails comes last
+OTHERS = {
+    "little memory": (2, train_with_little_memory),
+    "full, little memory": (2, train_all_weights_with_little_memory),
+    "reading": (2, count_read_bytes),
+    "a rank fails": (2, fail_on_rank_1),
+    "ranks fail together": (3, measure_where_the_last_rank_fails),
+}
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +95,18 @@ def folder(folders: dict[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def outcomes(folders: dict[str, str]) -> dict[str, list[Any]]:
-    """Return what each rank has trained, by case."""
+    """Return what each rank has trained, by case, and what it returned of the others."""
     cases = CASES | FULL_CASES
     by_name: dict[str, list[Any]] = {}
     for world in (2, 3, 4):
         names = [name for name, case in cases.items() if case.world == world]
-        by_rank = run_ranks(train_cases, world, folders, [cases[name] for name in names])
-        for name, outcomes_by_rank in zip(names, zip(*by_rank, strict=True), strict=True):
-            by_name[name] = list(outcomes_by_rank)
+        others = [name for name, (size, _) in OTHERS.items() if size == world]
+        works: list[tuple[Any, ...]] = [(train_cases, folders, [cases[name] for name in names])]
+        works += [(OTHERS[name][1], folders["llama"]) for name in others]
+        of_cases, *of_others = run_in_turn(works, world)
+        for name, by_rank in zip(names, zip(*of_cases, strict=True), strict=True):
+            by_name[name] = list(by_rank)
+        by_name |= dict(zip(others, of_others, strict=True))
     return by_name
 
 
@@ -132,20 +145,20 @@ def test_ranks_that_train_all_weights_together_make_the_steps_of_one(
 
 
 def test_ranks_that_train_all_weights_repeat_a_step_for_which_one_has_no_memory(
-    folder: str,
+    outcomes: dict[str, list[list[FullOutcome]]],
 ) -> None:
-    complete, sharded = run_ranks(train_all_weights_with_little_memory, 2, folder)[0]
+    complete, sharded = outcomes["full, little memory"][0]
     np.testing.assert_allclose(sharded.losses, complete.losses, rtol=1e-6)
     np.testing.assert_allclose(sharded.weights, complete.weights, rtol=0, atol=1e-5)
 
 
-def test_a_rank_reads_its_rows_of_the_weights(folder: str) -> None:
-    for complete, part, layer_bytes in run_ranks(count_read_bytes, 2, folder):
+def test_a_rank_reads_its_rows_of_the_weights(outcomes: dict[str, list[Any]]) -> None:
+    for complete, part, layer_bytes in outcomes["reading"]:
         assert complete - part >= 0.48 * layer_bytes
 
 
-def test_a_rank_without_memory_lets_all_repeat_the_step(folder: str) -> None:
-    for complete, sharded in run_ranks(train_with_little_memory, 2, folder):
+def test_a_rank_without_memory_lets_all_repeat_the_step(outcomes: dict[str, list[Any]]) -> None:
+    for complete, sharded in outcomes["little memory"]:
         assert sharded == complete
         assert any("out of memory" in verdict for verdict in sharded[0])
 
@@ -157,12 +170,14 @@ def test_a_rank_without_memory_for_a_shared_document_ends_all(folder: str) -> No
     assert heard is None or heard.startswith("another rank has ended"), "its process has ended"
 
 
-def test_a_rank_that_fails_in_a_step_ends_the_others(folder: str) -> None:
-    assert run_ranks(fail_on_rank_1, 2, folder) == ["failed: another rank cannot go on", "no disk"]
+def test_a_rank_that_fails_in_a_step_ends_the_others(outcomes: dict[str, list[str]]) -> None:
+    assert outcomes["a rank fails"] == ["failed: another rank cannot go on", "no disk"]
 
 
-def test_of_ranks_that_fail_together_the_one_with_the_cause_is_heard(folder: str) -> None:
-    for message in run_ranks(measure_where_the_last_rank_fails, 3, folder):
+def test_of_ranks_that_fail_together_the_one_with_the_cause_is_heard(
+    outcomes: dict[str, list[str]],
+) -> None:
+    for message in outcomes["ranks fail together"]:
         assert message.startswith("rank 2 on ")
         assert message.endswith("no disk")
 
@@ -177,6 +192,9 @@ def changes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     rows = write_rows(data / "rows.jsonl", build_sum_rows(1, 16))
     how = {"data": str(rows), "batch_size": 4, "save_steps": 2, "eval_steps": 2}
     return how | write_eval_files(data)
+
+
+RESUMED = ("sharded", "sharded experts", "full")
 
 
 @pytest.fixture(scope="module")
@@ -200,12 +218,18 @@ def jobs(
     jobs: dict[str, Job] = {}
     for name, recipe in recipes.items():
         base = folders["qwen3_moe" if "experts" in name else "llama"]
-        jobs[name] = Job(base, parent / name, recipe)
-    for name in ("sharded", "sharded experts", "full"):
-        saved = f"{name}, saved"
-        jobs[saved] = dataclasses.replace(jobs[name], folder=parent / saved, saved=2)
+        jobs[name] = Job(base, parent / name, recipe, has_copy=name in RESUMED)
     train_jobs_on_ranks(jobs)
     return jobs
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    jobs: dict[str, Job], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Path, dict[int, Path]]:
+    """Return the folders of runs that went on from their first checkpoint, by number of ranks."""
+    copies = [jobs[name].copy for name in RESUMED]
+    return resume_copies(copies, tmp_path_factory.mktemp("resumed"))
 
 
 def read_scores(folder: Path) -> list[float]:
@@ -241,13 +265,13 @@ def test_sharded_runs_of_other_kinds_are_those_of_complete_weights(
 
 @pytest.mark.parametrize("name", ["sharded", "sharded experts"])
 def test_a_checkpoint_of_sharded_ranks_goes_on_with_any_number(
-    jobs: dict[str, Job], tmp_path: Path, name: str
+    jobs: dict[str, Job], resumed: dict[Path, dict[int, Path]], name: str
 ) -> None:
-    check_resuming(jobs[f"{name}, saved"].folder, tmp_path, read_weights(jobs[name].folder))
+    check_resumed(resumed[jobs[name].copy], read_weights(jobs[name].folder))
 
 
 def test_a_run_that_trains_all_weights_together_is_that_of_one_process(
-    jobs: dict[str, Job], tmp_path: Path
+    jobs: dict[str, Job], resumed: dict[Path, dict[int, Path]], tmp_path: Path
 ) -> None:
     """Its proof, evaluations, probes, checkpoints and model, too; resumed on 1, 2 and 3 ranks."""
     job = jobs["full"]
@@ -257,7 +281,7 @@ def test_a_run_that_trains_all_weights_together_is_that_of_one_process(
     np.testing.assert_allclose(sharded, read_weights(alone), rtol=0, atol=1e-5)
     expected = read_scores(alone)
     np.testing.assert_allclose(read_scores(job.folder), expected, rtol=1e-4, atol=1e-5)
-    check_resuming(jobs["full, saved"].folder, tmp_path, sharded)
+    check_resumed(resumed[job.copy], sharded)
 
 
 def test_too_few_processes_are_refused_before_anything_is_loaded(
