@@ -507,7 +507,7 @@ def read_events(path: Path) -> list[Event]:
 def read_rollbacks(path: Path) -> tuple[Rollback, ...]:
     """Return the rollbacks of a run folder, in order. Raises InputError for a damaged file."""
     file = path / ROLLBACKS_FILE
-    content = read_json(file, fix=RESTORE_FIX) if file.exists() else []
+    content: Any = read_json(file, fix=RESTORE_FIX) if file.exists() else []
     if isinstance(content, dict):  # earlier versions wrote the list alone
         content = remove_seal(cast("Json", content), file).get("rollbacks")
     return parse_as(tuple[Rollback, ...], content, where=str(file), fix=RESTORE_FIX)

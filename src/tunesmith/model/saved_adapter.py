@@ -27,6 +27,7 @@ from tunesmith.model.hub.adapter_config import (
 from tunesmith.model.hub.validate import read_model_json
 from tunesmith.model.save import collect_adapter_tensors, read_adapter_tensors
 
+WHERE = "adapter"  # the folder has a temporary name until it is complete
 FIX = "no adapter was written; please report this"
 MAX_SCALE_ERROR = 1e-6  # relative: rounding of a division and a root
 
@@ -37,11 +38,11 @@ def check_saved_adapter(network: nn.Module, folder: Path) -> None:
     expected = collect_adapter_tensors(network)
     stored = read_adapter_tensors(folder / ADAPTER_WEIGHTS_FILE)
     if names := sorted(expected.keys() ^ stored.keys()):
-        raise GateError(f"the saved adapter differs in {names[0]}", where=str(folder), fix=FIX)
+        raise GateError(f"the saved adapter differs in {names[0]}", where=WHERE, fix=FIX)
     for name, tensor in expected.items():
         if not torch.equal(stored[name], tensor):
             message = f"the saved adapter has another {name} than the trained one"
-            raise GateError(message, where=str(folder), fix=FIX)
+            raise GateError(message, where=WHERE, fix=FIX)
 
 
 def _check_scales(network: nn.Module, folder: Path) -> None:
@@ -59,4 +60,4 @@ def _check_scales(network: nn.Module, folder: Path) -> None:
                 f"{path} was trained and measured with an adapter scale of {layer.scale:g}, and "
                 f"{ADAPTER_CONFIG_FILE} says {scale:g}"
             )
-            raise GateError(message, where=str(folder), fix=FIX)
+            raise GateError(message, where=WHERE, fix=FIX)
