@@ -245,8 +245,8 @@ def render_diagnosis(diagnosis: Diagnosis) -> RenderableType:
     )
     table = make_table("")
     for check in diagnosis.checks:
-        fix = "" if check.is_ok else escape_markup(check.fix)
-        table.add_row(_format_mark(check), check.name, escape_markup(check.value), fix)
+        fix = "" if check.is_ok or not check.fix else f"\n{check.fix}"
+        table.add_row(_format_mark(check), check.name, escape_markup(f"{check.value}{fix}"))
     parts: list[RenderableType] = [escape_markup(head), table]
     if model := diagnosis.model:
         size = f"{model.parameters / 1e6:.0f}M parameters"

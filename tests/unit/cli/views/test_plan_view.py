@@ -149,6 +149,18 @@ def test_a_diagnosis_shows_what_is_missing_and_what_fits() -> None:
             Diagnosis(MACHINE, checks, Path("/c"), MODEL, (MemoryFit("full", 3 * 10**9, False),))
         )
     )
-    assert "missing  compiler  none [cc]  install gcc" in text
+    assert "missing  compiler  none [cc]" in text
+    assert "install gcc" in text
     assert "135M parameters in /m" in text
     assert "full: about 3.0 GB, does not fit" in text
+
+
+def test_a_fix_of_doctor_stands_below_what_it_mends() -> None:
+    """In a column of its own, both were broken into pillars at 80 columns."""
+    fix = "pip install 'tunesmith[fla]' for gated delta layers on an NVIDIA GPU"
+    check = MachineCheck("extra fla", False, "fla-core not installed", is_required=False, fix=fix)
+    diagnosis = Diagnosis(MACHINE, (check,), Path("/cache"))
+    lines = render_text(render_diagnosis(diagnosis), width=100).splitlines()
+    start = lines[1].index("fla-core")
+    assert lines[1].rstrip().endswith("extra fla  fla-core not installed")
+    assert lines[2].rstrip() == " " * start + fix
