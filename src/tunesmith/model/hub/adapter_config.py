@@ -91,7 +91,6 @@ UNSUPPORTED_FIX = "use a plain LoRA adapter, made with the defaults of PEFT's Lo
 COPY_FIX = "copy the adapter folder again"
 MERGE_FIX = "merge it with PEFT's merge_and_unload, save the model, and set model: to its folder"
 BASE_FIX = "set model: to the adapter's base model"
-DTYPE_FIX = "save the adapter in one of these dtypes"
 
 
 @dataclass(frozen=True)
@@ -511,7 +510,7 @@ def _check_weights(
                 f"the tensor {name} is {tensor.dtype} {list(tensor.shape)}; with r {rank} on this "
                 f"base it must be {list(expected_shape)} in {', '.join(DTYPES)}"
             )
-            fix = DTYPE_FIX if tensor.shape == expected_shape else BASE_FIX
+            fix = BASE_FIX if tensor.shape != expected_shape else "save it in one of these dtypes"
             raise InputError(message, where=str(file), fix=fix)
         paths[path] = None
     if not paths:
