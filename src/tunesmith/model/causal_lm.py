@@ -352,7 +352,7 @@ class PackedCausalLM:
         """Run one more token for every row. Returns hidden states [B, H].
 
         `run_layers` takes the place of the decoder's forward, unless it returns None."""
-        positions_B = kv_cache.begin_forward(rows, (1,) * len(rows), self.device)
+        positions_B = kv_cache.begin_forward(rows, (1,) * len(rows), self.device, is_step=True)
         layout = PackLayout(tuple(range(len(tokens))), (1,) * len(tokens))
         tokens_B = torch.tensor(tokens, device=self.device)
         self._set_lengths([row.length for row in rows], layout)

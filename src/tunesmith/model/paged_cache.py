@@ -58,14 +58,10 @@ class _Forward:
     blocks_T: Tensor  # where the new tokens are stored
     tables_BM: Tensor  # the blocks of each row; rows with fewer repeat their last one
     new_blocks: Tensor  # handed out since the last forward: their content is of earlier rows
+    is_step: bool  # every row continues with one token, the answer's last
     # what layers of one kind share
     indices: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     masks: dict[MaskKey, Tensor] = field(default_factory=dict[MaskKey, Tensor])
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether every row continues with one token."""
-        return max(self.lengths) == 1 and min(self.starts) > 0
 
     @property
     def is_first(self) -> bool:
@@ -145,10 +141,18 @@ class PagedKVCache:
         return True
 
     def begin_forward(
-        self, rows: Sequence[CacheRow], lengths: Sequence[int], device: torch.device
+        self,
+        rows: Sequence[CacheRow],
+        lengths: Sequence[int],
+        device: torch.device,
+        *,
+        is_step: bool = False,
     ) -> Tensor:
         """Announce a forward of `lengths` new tokens of these rows, one row after the other, and
-        return their positions [T]. Raises OutOfMemory without a block for one of them."""
+        return their positions [T]. Raises OutOfMemory without a block for one of them.
+
+        A step of one token per row is rounded otherwise than the same token of a prompt."""
+        assert not is_step or (max(lengths) == 1 and all(row.length for row in rows))
         starts: list[int] = []
         positions: list[int] = []
         blocks: list[int] = []
@@ -173,15 +177,16 @@ class PagedKVCache:
             blocks_T=torch.tensor(blocks, device=device),
             tables_BM=torch.tensor(tables, device=device),
             new_blocks=torch.tensor(self._new_blocks, dtype=torch.int64, device=device),
+            is_step=is_step,
         )
         self._new_blocks = []
         return self._forward.positions_T
 
     def get_decode_inputs(self) -> tuple[Tensor, Tensor] | None:
-        """Return the positions [B] and blocks [B, M] of the rows of this forward, None if they do
-        not all continue with one token."""
+        """Return the positions [B] and blocks [B, M] of the rows of this forward, None if it is
+        not a step."""
         forward = self._current
-        return (forward.positions_T, forward.tables_BM) if forward.is_decode else None
+        return (forward.positions_T, forward.tables_BM) if forward.is_step else None
 
     # ---------------------------------------------------------------- states
 
@@ -241,7 +246,7 @@ class PagedKVCache:
         forward = self._current
         kv_buffers = self._get_buffers(layer, k, v)
         can_use_kernel = choose_backend(backend, q) == "cpu_kernel" and has_kernel(q, config)
-        if forward.is_decode and can_use_kernel:
+        if forward.is_step and can_use_kernel:
             stored = (kv_buffers, forward.tables_BM, forward.positions_T)
             return run_decode_kernel(q, k, v, *stored, config, cos_sin)
         q, k = apply_rotary_qk(q, k, cos_sin)
@@ -251,7 +256,7 @@ class PagedKVCache:
         self._store(kv_buffers, (k, v))
         if forward.is_first:
             return attend(q, k, v, layout, config, backend)
-        if forward.is_decode:
+        if forward.is_step:
             return self._attend_step(q, kv_buffers, config)
         if can_use_kernel:
             prefixes, parents = self._gather_prefixes(kv_buffers)

@@ -1,5 +1,7 @@
 """Attention over stored keys equals plain attention over the full row."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -69,9 +71,10 @@ class Checked:
         """Run the next tokens of cache rows, each a row of random numbers and how many; return the
         outputs and what they should be."""
         spans = [(index, row.length, row.length + count) for row, index, count in parts]
-        self.cache.begin_forward(
-            [row for row, _, _ in parts], [count for _, _, count in parts], torch.device("cpu")
-        )
+        cache_rows = [row for row, _, _ in parts]
+        counts = [count for _, _, count in parts]
+        is_step = max(counts) == 1 and all(row.length for row in cache_rows)
+        self.cache.begin_forward(cache_rows, counts, torch.device("cpu"), is_step=is_step)
         tensors = packed([self.rows.part(*span) for span in spans])
         dtype = torch.bfloat16 if backend == "cpu_kernel" else torch.float64
         q, k, v = (x.to(dtype) for x in tensors[:3])
@@ -247,6 +250,33 @@ def test_the_kernels_equal_plain_attention(
 
 
 @needs_kernel
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_prompt_has_the_same_bits_wherever_it_is_divided(window: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    length = 300
+    q, k, v = (
+        torch.randn(length, heads, 64, generator=generator).bfloat16() for heads in (3, 1, 1)
+    )
+    config = AttentionConfig(0.125, window)
+
+    def attend_in_parts(*ends: int) -> torch.Tensor:
+        cache = PagedKVCache(1, 8)
+        row = cache.add_row()
+        layer = nn.Module()
+        outputs: list[torch.Tensor] = []
+        for start, end in itertools.pairwise((0, *ends, length)):
+            cache.begin_forward([row], [end - start], q.device)
+            part = (x[start:end] for x in (q, k, v))
+            layout = PackLayout((0,), (end - start,))
+            outputs.append(cache.attend(layer, *part, layout, config, "cpu_kernel"))
+        return torch.cat(outputs)
+
+    whole = attend_in_parts()
+    for ends in ((1,), (2,), (5,), (37,), (63,), (64,), (127, 190), (128, 255), (length - 1,)):
+        assert torch.equal(attend_in_parts(*ends), whole), ends
+
+
+@needs_kernel
 def test_the_step_kernel_turns_what_it_reads() -> None:
     """64 more tokens: rotated keys are stored in new blocks."""
     rows, config = narrow_rows(6, 2, 64), AttentionConfig(0.125)
@@ -260,7 +290,7 @@ def test_the_step_kernel_turns_what_it_reads() -> None:
         cache.attend(layer, *(x.bfloat16() for x in (q, k, v)), layout, config, "cpu_kernel")
     for _ in range(BLOCK_TOKENS):
         places, _ = (
-            cache.begin_forward(own, [1, 1], cpu)
+            cache.begin_forward(own, [1, 1], cpu, is_step=True)
             for cache, own in zip(caches, cache_rows, strict=True)
         )
         cos_sin = angles_PD[places].cos(), angles_PD[places].sin()

@@ -530,8 +530,9 @@ class DecodeBatch:
 
 
 def _needs_prompt(row: RunningRequest) -> bool:
-    """Return whether more than the last token of a row is not stored yet."""
-    return row.stored.length == 0 or row.num_tokens - row.stored.length > 1
+    """Return whether more of a row is to be stored than the last token of its answer. The last one
+    of a prompt is computed like the others: a step rounds otherwise."""
+    return row.stored.length + bool(row.tokens) < row.num_tokens
 
 
 def _has_logprobs(row: RunningRequest) -> bool:

@@ -9,9 +9,9 @@
  *
  * Most segments are complete documents. A segment that continues others (its parent, the parent's parent, up to a root)
  * has their keys before its rows: rows and keys are counted along the full path, and the segment's rows come last.
- * `front` empty keys come first, so that the segment's rows begin at a multiple of ROWS. Its contribution to the
- * gradients of other segments goes to separate fp32 memory; when all tasks are done, these are summed in the order of
- * the segments.
+ * The forward adds up in their order, so a row's result has the same bits wherever its path is divided. The backward puts
+ * `front` empty keys first, so that the segment's rows begin at a multiple of ROWS. Its contribution to the gradients of
+ * other segments goes to separate fp32 memory; when all tasks are done, these are summed in the order of the segments.
  *
  * Shapes: q, out, dq [tokens, heads, width]; k, v, dk, dv [tokens, kv_heads, width]; width a multiple of 64;
  * lse [tokens, heads]; cosine, sine [tokens, width / 2], or NULL if q and k are already rotated. scale > 0.
@@ -226,8 +226,8 @@ INLINE int columns_of(const Tile *t, long end) {
 static __attribute__((noinline)) void slope(const Tile *t, long end) { WITH_COLUMNS(slope_tile, t, columns_of(t, end)) }
 
 static void forward_task(const Pack *p, long segment, long kv_head, char *memory) {
-    long width = p->width, heads = p->heads, group = heads / p->kv_heads, ahead = before(p, segment);
-    long front = front_of(ahead), own = front + ahead, length = own + p->lengths[segment];
+    long width = p->width, heads = p->heads, group = heads / p->kv_heads, own = before(p, segment);
+    long length = own + p->lengths[segment];
     long shift = p->starts[segment] - own; /* from a row to its token */
     long padded = round_up(length, TILE) + TILE, stride = padded + LANES; /* so that rows do not share cache sets */
     bf16 *head = (bf16 *)memory;
@@ -241,15 +241,15 @@ static void forward_task(const Pack *p, long segment, long kv_head, char *memory
     for (long h = kv_head * group; h < (kv_head + 1) * group; h++) {
         gather(p, segment, p->q + h * width, heads * width, own, padded, p->angles, head);
         for (long row = own; row < length; row += ROWS) {
-            long begin = first_seen(row, p->window, front) / LANES * LANES;
+            long begin = first_seen(row, p->window, 0) / LANES * LANES;
             long end = round_up(least(row + ROWS, length), LANES), token = row + shift;
             __m512 top[ROWS], sums[ROWS][COLUMNS], scale = _mm512_set1_ps(p->scale * (float)M_LOG2E);
             float factor[ROWS];
             if (h + 1 < heads)
                 expect(p->q + (h + 1) * width, heads * width, token, token + least(ROWS, length - row), width);
             for (int r = 0; r < ROWS; r++) top[r] = _mm512_set1_ps(-INFINITY);
-            Tile t = {.queries = head + row * width, .width = width, .row = row, .window = p->window, .front = front,
-                      .stride = stride, .top = top};
+            Tile t = {.queries = head + row * width, .width = width, .row = row, .window = p->window, .stride = stride,
+                      .top = top};
             for (long key = begin; key < end; key = round_up(key + 1, TILE)) {
                 t.key = key, t.keys = keys + key / TILE * TILE * width / 2 + key % TILE, t.scores = scores + key;
                 WITH_COLUMNS(score_tile, &t, columns_of(&t, end))
@@ -270,7 +270,7 @@ static void forward_task(const Pack *p, long segment, long kv_head, char *memory
             for (long d = 0; d < width; d += TILE) {
                 clear(sums);
                 multiply((uint32_t *)(weights + begin), stride / 2, 1, values + begin / 2 * width + d, width, TILE / 2,
-                         least(row + ROWS, end) / 2 - begin / 2, COLUMNS, sums);
+                         (least(row + ROWS, end) + 1) / 2 - begin / 2, COLUMNS, sums);
                 for (int r = 0; r < ROWS && row + r < length; r++)
                     for (int c = 0; c < COLUMNS; c++)
                         store_narrow(p->out + ((token + r) * heads + h) * width + d + c * LANES,

@@ -73,7 +73,7 @@ def make_requests(seed: int) -> list[GenerationRequest]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("chunk_tokens", [16, 128])
+@pytest.mark.parametrize("chunk_tokens", [1, 16, 128])
 def test_an_answer_does_not_depend_on_the_others(served, chunk_tokens, seed):
     requests = make_requests(seed)
     alone = [answer(served, [request], 128)[0] for request in requests]
@@ -81,6 +81,15 @@ def test_an_answer_does_not_depend_on_the_others(served, chunk_tokens, seed):
     shuffled = random.Random(seed).sample(range(len(requests)), len(requests))
     together = answer(served, [requests[i] for i in shuffled], chunk_tokens)
     assert [together[shuffled.index(i)] for i in range(len(requests))] == alone
+
+
+@pytest.mark.parametrize("num_tokens", [64, 65, 66, 100, 128, 129, 150])
+def test_an_answer_does_not_depend_on_stored_blocks(served, num_tokens):
+    rng = random.Random(num_tokens)
+    prompt = tuple(rng.randrange(3, 97) for _ in range(num_tokens))
+    request = GenerationRequest(prompt, NEW_TOKENS, adapter="first", num_logprobs=0)
+    first, second = answer(served, [request, request], 128)
+    assert second == first
 
 
 def test_the_comparison_notices_another_rounding(served, monkeypatch):
