@@ -99,6 +99,8 @@ def build_app(server: handlers.Server, settings: ServeSettings, keys: KeyRing) -
         },
     )
     app.state.server = server
+    # a redirect names this server's own scheme: behind TLS, a client would repeat its key without
+    app.router.redirect_slashes = False
 
     def find_needed_scope(path: str) -> Scope | None:
         is_open = settings.open_metrics and path in OPEN_METRICS

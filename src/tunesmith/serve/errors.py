@@ -28,7 +28,8 @@ ERROR_TYPES = {
 
 
 class RequestError(Exception):
-    """A request that is refused or fails. `code` is for programs, `param` the field of the body."""
+    """A request that is refused or fails. `code` is for programs, `param` the field of the body;
+    `closes` ends the connection."""
 
     def __init__(
         self,
@@ -38,6 +39,7 @@ class RequestError(Exception):
         code: str = "",
         param: str = "",
         retry_seconds: int | None = None,
+        closes: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -45,6 +47,7 @@ class RequestError(Exception):
         self.code = code
         self.param = param
         self.retry_seconds = retry_seconds
+        self.closes = closes
 
     def to_body(self) -> Json:
         """Return the JSON body."""
@@ -54,6 +57,8 @@ class RequestError(Exception):
         headers = dict(NO_STORE)
         if self.retry_seconds is not None:
             headers["retry-after"] = str(self.retry_seconds)
+        if self.closes:
+            headers["connection"] = "close"
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers["www-authenticate"] = "Bearer"
         return JSONResponse(self.to_body(), self.status, headers)

@@ -82,6 +82,10 @@ class Guard:
         await self.app(scope, receive, send)
 
     def _check_sender(self, scope: Scope, headers: Headers) -> None:
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # a proxy that goes by the other one would take a part of the body for a request
+            message = "send either content-length or transfer-encoding"
+            raise RequestError(400, message, code="two_lengths", closes=True)
         hosts = headers.getlist("host")
         if len(hosts) != 1 or hosts[0].lower() not in self.rules.hosts:
             message = "this server does not answer for this host; `hosts` in serve.yaml adds it"

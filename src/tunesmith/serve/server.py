@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.hardware import measure_machine
@@ -54,6 +55,7 @@ from tunesmith.serve.sources import (
 FIRST_KEY = "first"  # made at the first start on this machine
 CUT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 DEAD_CODE = 1
+HEAD_SECONDS = 30  # for a connection to send a request head
 CLOSE_SECONDS = 5  # for connections to take their last event
 POLL_SECONDS = 0.05
 LOADED_AT_START = 8  # adapters besides pinned ones, proven before the server is ready
@@ -231,6 +233,27 @@ class WebServer(uvicorn.Server):
         yield
 
 
+class TimedProtocol(H11Protocol):
+    """uvicorn's, but a connection that sends no whole request head within HEAD_SECONDS is closed,
+    or idle clients would hold all connections that the system allows."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._close_later(was_idle=True)
+
+    def _close_later(self, *, was_idle: bool) -> None:
+        self.loop.call_later(HEAD_SECONDS, self._close_if_idle, was_idle, self.cycle)
+
+    def _close_if_idle(self, was_idle: bool, last: RequestResponseCycle | None) -> None:
+        if self.transport.is_closing():
+            return
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if was_idle and is_idle and self.cycle is last:
+            self.transport.close()
+        else:
+            self._close_later(was_idle=is_idle)
+
+
 class StopSignals:
     """SIGTERM and Ctrl-C. `first` and `second` are set by the first and by any later one."""
 
@@ -307,7 +330,7 @@ def make_web_server(server: Server, prepared: PreparedServer) -> WebServer:
         access_log=False,
         server_header=False,
         lifespan="off",
-        http="h11",
+        http=TimedProtocol,
         ws="none",
         loop="asyncio",
         timeout_graceful_shutdown=CLOSE_SECONDS,

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from serve_lab import LiveServer, make_chat, make_settings, read_events, serving
+from tunesmith.serve import server as serve_server
 from tunesmith.serve import streams
 
 NO_END = {"257": -100, "258": -100}
@@ -147,6 +148,39 @@ def test_half_a_request_holds_no_row(narrow: LiveServer) -> None:
     with narrow.client() as http:
         assert http.post(CHAT, json=make_chat("base", max_tokens=1)).status_code == 200
     assert count_active(narrow) == 0
+
+
+@pytest.mark.parametrize("has_asked", [False, True], ids=["first", "after an answer"])
+@pytest.mark.parametrize("sent", ["", "GET /v1/mod"])
+def test_a_connection_without_a_request_is_closed(
+    narrow: LiveServer, sent: str, has_asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_server, "HEAD_SECONDS", 0.3)
+    host, port = narrow.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        if has_asked:
+            connection.sendall(f"GET /health HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+            assert connection.recv(10_000).startswith(b"HTTP/1.1 200")
+        connection.sendall(sent.encode())
+        started = time.monotonic()
+        while connection.recv(10_000):
+            pass
+        assert time.monotonic() - started < 4  # uvicorn closes idle ones after 5 s
+
+
+def test_a_connection_that_is_answered_stays(
+    narrow: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_server, "HEAD_SECONDS", 0.05)
+    body = make_chat("base", n=2, stream=True, **LONG)
+    with narrow.client() as http:
+        response: httpx.Response | None = None
+        while response is None:  # a busy machine may be late with the head
+            with suppress(httpx.TransportError):
+                response = http.send(http.build_request("POST", CHAT, json=body), stream=True)
+        started = time.monotonic()
+        assert response.read().rstrip().endswith(b"[DONE]")
+    assert time.monotonic() - started > 0.1, "nothing was tested"
 
 
 # ---------------------------------------------------------------- too much work
