@@ -74,6 +74,7 @@ DICTATED = {
     "_output_child_to_const",
     "capture_signals",
     "found_inf",  # of torch's optimizers
+    "connection_made",  # of asyncio's protocols
     *dir(str),
 }
 COMMANDS = {"schema", "doctor", "demo"}

@@ -1,9 +1,11 @@
 """What several ranks measure is what one process measures, and each computes a part of it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from rank_lab import run_ranks
+from rank_lab import run_processes, run_ranks
 from rank_measuring import (
     count_packs,
     make_requests,
@@ -12,6 +14,8 @@ from rank_measuring import (
     measure_on_ranks,
     measure_trained,
 )
+from rank_runs import advise_on_rank
+from tiny_runs import build_sum_rows, save_writer_folder, write_rows
 
 pytestmark = pytest.mark.multi
 
@@ -39,3 +43,21 @@ def test_ranks_share_items_out_and_measure_what_one_process_does(world: int) -> 
     assert sum(counts["generate"] for counts in shares) == len(make_requests())
     num_packs = sum(counts["compute_packs"] for counts in shares)
     assert num_packs == count_packs(model), "none is computed twice"
+
+
+def test_an_advice_is_measured_on_two_ranks_as_on_one(tmp_path: Path) -> None:
+    model = save_writer_folder(tmp_path / "writer")
+    changes = {
+        "data": str(write_rows(tmp_path / "rows.jsonl", build_sum_rows(1, 30))),
+        "eval_data": str(write_rows(tmp_path / "eval.jsonl", build_sum_rows(100, 22))),
+        "metrics": ["exact_match"],
+        "batch_size": 8,
+    }
+    args = (str(model), str(tmp_path), changes)
+    (_, alone), (main, answers), (other, _) = [
+        *run_processes(advise_on_rank, 1, *args),
+        *run_processes(advise_on_rank, 2, *args),
+    ]
+    assert len(alone) >= 10
+    assert answers == alone
+    assert min(sum(main), sum(other)) >= 5, "each rank has a share"

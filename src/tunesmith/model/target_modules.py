@@ -311,7 +311,9 @@ def select_saved_parameters(
             fix = f"{SETTING}: [attention, experts] adapts the experts"
             raise InputError(message, where=SAVED_MODULES_KEY, fix=fix)
         if is_transposed_linear(name):
-            message = f"{name} is stored transposed and cannot be trained in full next to an adapter"
+            message = (
+                f"{name} is stored transposed and cannot be trained in full next to an adapter"
+            )
             fix = f"name it in {SETTING} instead"
             raise InputError(message, where=SAVED_MODULES_KEY, fix=fix)
     if f"{HEAD}.bias" in selected:

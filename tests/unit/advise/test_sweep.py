@@ -25,6 +25,7 @@ from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckResult, Score
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import EVAL_BEFORE_FILE, read_events, read_run_plan
+from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.core.sweep_record import SweepRecord, SweepStart, TrialEnd, read_sweep
 from tunesmith.recipe.load import dump_recipe, load_recipe
 from tunesmith.recipe.schema import Recipe
@@ -161,12 +162,14 @@ def test_measures_before_training_are_taken_once(tiny_folder: Path, tmp_path: Pa
     while not isinstance(next(events), TrialEnd):
         pass
     file = tmp_path / "sweep" / "trial-000" / EVAL_BEFORE_FILE
-    marked = file.read_text().replace('eval.jsonl:1"', 'marked"')
+    unsealed = json.dumps(read_sealed_json(file))
+    marked = unsealed.replace('eval.jsonl:1"', 'marked"')
     file.write_text(marked)
     next(events)
     next(events)
     assert 'marked"' in marked
-    assert read_json(tmp_path / "sweep" / "trial-001" / EVAL_BEFORE_FILE) == json.loads(marked)
+    shared = tmp_path / "sweep" / "trial-001" / EVAL_BEFORE_FILE
+    assert read_sealed_json(shared) == json.loads(marked)
     events.close()  # type: ignore[attr-defined]
 
 

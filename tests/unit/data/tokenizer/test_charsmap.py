@@ -37,6 +37,8 @@ def check(table: bytes) -> int:
 def test_a_table_is_read_as_the_library_reads_it() -> None:
     assert normalizers.Precompiled(make_table()).normalize_str("bab") == "bgrößerb"
     assert check(make_table()) == len("größer")
+    in_third_block = {0: 512 << 10, 512 ^ A: (512 ^ 256 ^ A) << 10 | 1 << 8 | A, 256: TRIE[256]}
+    assert check(make_table(in_third_block, size=768)) == len("größer")
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,7 @@ def test_a_table_is_read_as_the_library_reads_it() -> None:
         (make_table(size=512)[:2000], "a trie of 512 units in 2000 bytes"),
         (make_table(size=MAX_TRIE_UNITS + 1), "are the most"),
         (make_table(texts=b"\xff\0"), "can't decode"),
+        (make_table(size=511), "a unit outside of its trie"),  # the block of the root's children
         (make_table(TRIE | {0: 512 << 10}), "a unit outside of its trie"),
         (make_table(TRIE | {CHILD: 1000 << 10 | 1 << 8 | A}), "a unit outside of its trie"),
         (make_table(TRIE | {256: len(TEXTS) + 1}), "a place outside of its texts"),
