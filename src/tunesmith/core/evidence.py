@@ -100,6 +100,12 @@ class Shortcut:
         rows = f"{self.training_rows:,} of {self.total_rows:,} training rows"
         return f"{text}; {rows} {have} another value"
 
+    @property
+    def suspicion(self) -> str:
+        """Describe a constant that too few rows can show."""
+        doubt = "too few test rows expect another value to tell"
+        return f"may be a constant: {self.description}; {doubt}"
+
 
 @dataclass(frozen=True)
 class ErrorAnalysis:
@@ -119,6 +125,7 @@ class ErrorAnalysis:
     tables: tuple[ErrorTable, ...] = ()
     confusions: tuple[Confusion, ...] = ()
     shortcuts: tuple[Shortcut, ...] = ()
+    suspects: tuple[Shortcut, ...] = ()  # constants that too few rows can show
     checked: tuple[ShortcutKind, ...] = ()  # shortcuts that were looked for
     training: TrainingValues | None = None
 

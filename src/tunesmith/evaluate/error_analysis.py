@@ -40,7 +40,12 @@ from tunesmith.evaluate.results import (
     compare_results,
     compute_score,
 )
-from tunesmith.evaluate.shortcuts import AnswerItem, build_answer_items, find_shortcuts
+from tunesmith.evaluate.shortcuts import (
+    AnswerItem,
+    build_answer_items,
+    find_shortcuts,
+    find_suspects,
+)
 from tunesmith.evaluate.statistics import compute_wilson_interval
 from tunesmith.evaluate.training_answers import (
     MAX_CATEGORIES,
@@ -159,6 +164,7 @@ def analyze_errors(
         tables=tuple(table for table in _build_tables(items, values) if table.groups),
         confusions=_count_confusions(answer_items, values),
         shortcuts=shortcuts,
+        suspects=find_suspects(answer_items, training),
         checked=checked,
         training=values,
     )

@@ -108,6 +108,8 @@ METRICS: dict[str, Metric] = {
     "schema_valid": schema_valid,
     "field_f1": field_f1,
 }
+# They show the form of an answer and not whether it is right.
+FORM_METRICS = ("schema_valid", "json_valid")
 MULTIPLE_CHOICE = "multiple_choice"
 BITS_PER_BYTE = "bits_per_byte"
 LIKELIHOODS = (MULTIPLE_CHOICE, BITS_PER_BYTE)

@@ -22,12 +22,15 @@ from tunesmith.core.formatting import format_count
 from tunesmith.core.run_dir import RECIPE_FILE, is_staged
 from tunesmith.core.types import RunRecord
 from tunesmith.data.answer_values import LOPSIDED_SHARE
+from tunesmith.evaluate.metrics import FORM_METRICS, split_metric
 from tunesmith.evaluate.scale_choice import build_commands, describe_recommendation
 from tunesmith.plan.build import MIN_STEPS
+from tunesmith.recipe.fields import parse_custom_metric
 
 MAX_STEPS = 3
 EPOCHS_FACTOR = 2  # of epochs or steps of a run that was still improving at its end
 MAX_NAME_CHARS = 60
+GRADING_METRIC = "exact_match"
 LARGE_EFFECT = 0.2  # of right answers: test rows that may miss it are too few
 
 
@@ -54,11 +57,19 @@ class RunFacts:
         return [] if errors is None else [s for s in errors.shortcuts if s.kind == "constant"]
 
     @property
+    def suspects(self) -> tuple[Shortcut, ...]:
+        return self.record.errors.suspects if self.record.errors else ()
+
+    @property
+    def has_custom_metric(self) -> bool:
+        return any(map(parse_custom_metric, self.record.plan.config.metrics))
+
+    @property
     def has_forgotten(self) -> bool:
-        """Whether general text lost more than the limit."""
+        """Whether general text may have lost more than the limit."""
         limit = self.record.plan.config.forgetting_margin
         return any(
-            comparison.difference > limit
+            comparison.high > limit
             for comparison in self.record.comparisons
             if (comparison.task, comparison.metric) == (GENERAL_TASK, "bits_per_byte")
         )
@@ -82,8 +93,17 @@ class RunFacts:
         )
 
     @property
+    def was_all_right(self) -> bool:
+        """Whether the model before training had nothing to learn from the test rows."""
+        errors = self.record.errors
+        if errors is None or split_metric(errors.metric)[0] in FORM_METRICS:
+            return False
+        return errors.right_before == errors.n
+
+    @property
     def should_be_better(self) -> bool:
-        return self.is_single_stage and self.verdict in ("useful, not ready", "no effect")
+        is_poor = self.verdict in ("useful, not ready", "no effect")
+        return self.is_single_stage and is_poor and not self.was_all_right
 
     @property
     def can_train_longer(self) -> bool:
@@ -139,12 +159,33 @@ def suggest_test_rows(facts: RunFacts) -> NextStep | None:
     return NextStep(reason, command)
 
 
+def suggest_advice(facts: RunFacts) -> NextStep | None:
+    """The question before training, where the base model needed none."""
+    if facts.verdict not in ("no effect", "harmful") or not facts.was_all_right:
+        return None
+    reason = "use the base model as it is, or measure whether training can help"
+    return NextStep(reason, f"tunesmith advise {facts.recipe} --measure")
+
+
+def suggest_grades(facts: RunFacts) -> NextStep | None:
+    """A metric of right answers, where only their form or likelihood was measured."""
+    errors = facts.record.errors
+    metric = split_metric(errors.metric)[0] if errors else ""
+    is_graded = metric not in ("", *FORM_METRICS) or facts.has_custom_metric
+    if is_graded or not facts.num_test_items or facts.record.plan.config.stage == "cpt":
+        return None
+    reason = "grade the answers: whether they are right was not measured"
+    run = quote(str(facts.run))
+    return NextStep(reason, f"tunesmith eval {run} --metrics {GRADING_METRIC}")
+
+
 def suggest_balance(facts: RunFacts) -> NextStep | None:
-    """Rows with other values for a field that is answered by a constant, where rows have few.
+    """Rows with other values for a field that is or may be a constant, where rows have few.
 
     Few by the limit of `data check`, so that the command shows them. Where rows have enough, the
     field is not learned yet: see suggest_smaller_batch and suggest_epochs."""
-    constant = next((each for each in facts.constants if not has_other_rows(each)), None)
+    candidates = [*facts.constants, *facts.suspects]
+    constant = next((each for each in candidates if not has_other_rows(each)), None)
     if constant is None or not facts.is_single_stage:
         return None
     name = shorten_name(constant.field) or "the answer"
@@ -238,6 +279,8 @@ def suggest_learning_rate(facts: RunFacts) -> NextStep | None:
     can_tune = "eval_data" in facts.record.plan.data and facts.record.plan.config.loss is None
     if facts.verdict not in poor or not can_tune or not facts.is_single_stage:
         return None
+    if facts.verdict == "no effect" and facts.was_all_right:
+        return None
     rate = facts.record.plan.config.learning_rate
     return NextStep(
         f"measure five learning rates around {rate:g}", f"tunesmith tune lr {facts.recipe}"
@@ -292,7 +335,8 @@ def suggest_wrong_rows(facts: RunFacts) -> NextStep | None:
     is_all_right = errors is not None and errors.right == errors.n
     if facts.verdict in ("ready", "not measured") or is_all_right:
         return None
-    return NextStep("read the wrong answers", f"tunesmith report {quote(str(facts.run))}")
+    reason = "read the answers" if errors is None else "read the wrong answers"
+    return NextStep(reason, f"tunesmith report {quote(str(facts.run))}")
 
 
 def shorten_name(text: str) -> str:
@@ -303,6 +347,8 @@ def shorten_name(text: str) -> str:
 
 STEPS: tuple[Callable[[RunFacts], NextStep | None], ...] = (
     suggest_test_rows,
+    suggest_advice,
+    suggest_grades,
     suggest_smaller_rate,
     suggest_balance,
     suggest_smaller_batch,

@@ -2,11 +2,13 @@
 
     judge_run(record, run) -> RunVerdict
 
-    not measured        no test rows, or fewer than MIN_ITEMS (MIN_BINARY_ITEMS of right or wrong)
+    not measured        no test rows, or too few to show anything: fewer than MIN_ITEMS, or so few
+                        that are right or wrong that not even all of them fixed would show it
     harmful             answers got worse, those to one task too if the mean of the tasks did not
                         get better; or general text lost more than the limit for no gain, or more
                         than "harmful: times the limit" in any case
-    no effect           no significant difference in the deciding metric, of no task either
+    no effect           no significant difference in the deciding metric, of no task either, nor in
+                        another grade of the content, unless by a constant answer
     useful, not ready   better, but something speaks against using it: see `reasons`
     ready               better, right often enough, within the limit, no shortcut, nothing worse
 
@@ -39,12 +41,14 @@ from tunesmith.core.run_dir import (
 )
 from tunesmith.core.types import Comparison, Plan, RunRecord
 from tunesmith.evaluate.custom_metric import format_metric_name
-from tunesmith.evaluate.metrics import BITS_PER_BYTE, METRICS, split_metric
+from tunesmith.evaluate.metrics import BITS_PER_BYTE, FORM_METRICS, METRICS, split_metric
 from tunesmith.evaluate.next_steps import is_test_task, list_next_steps, list_steps_of_unfinished
 from tunesmith.evaluate.statistics import (
+    ALPHA,
     MIN_ITEMS,
     NO_DIFFERENCE,
     TOO_FEW_ITEMS,
+    compute_mcnemar_p,
     compute_p_value,
     compute_wilson_interval,
     format_p,
@@ -64,10 +68,12 @@ VERDICT_LIMITS: dict[str, float] = {
     "harmful: times the limit": 10.0,
     # the upper end of the interval of what general text lost, in limits of the plan
     "ready: times the limit": 1.0,
+    # share of the test rows that are known to repeat training rows, in full or nearly
+    "ready: repeated test rows": 0.1,
 }
-MIN_BINARY_ITEMS = 6  # right or wrong: even if five of five were fixed, McNemar's p is 0.06
 MAX_REASONS = 6
 MAX_WRONG_GROUPS = 3
+MAX_SUSPECTS = 2
 MIN_TRUNCATED_SHARE = 0.1  # of the answers, to be a reason
 FORGETTING_UNKNOWN = (
     "forgetting was not measured: set retention_data, or guard: {forgetting: off} if it does not "
@@ -85,21 +91,18 @@ RIGHT_WORDS = {
     "schema_valid": "valid by the schema; whether they are right was not measured",
     "json_valid": "valid JSON; whether they are right was not measured",
 }
-# Metrics that show the form of an answer and not whether it is right.
-FORM_METRICS = ("schema_valid", "json_valid")
+REPEAT_CHECKS = ("leaks", "near_leaks", "ngram_overlap")  # of test rows with training rows
 
 
 def judge_run(record: RunRecord, run: Path) -> RunVerdict:
     """Return the verdict on a finished run; `run` is the folder that commands name."""
-    verdicts = judge_comparisons(record.comparisons)
-    judged: list[JudgedComparison] = []
-    for comparison, verdict in zip(record.comparisons, verdicts, strict=True):
-        is_too_small = comparison.p_value is not None and comparison.after.n < MIN_BINARY_ITEMS
-        judged.append((comparison, TOO_FEW_ITEMS if is_too_small else verdict))
+    judged = _judge_all(record.comparisons)
     tests = [pair for pair in judged if is_test_task(pair[0].task)]
     deciding = _select_deciding(tests, record.errors)
     reasons = _list_reasons(record, judged, deciding)
     outcomes = _list_outcomes(tests, deciding)
+    if _has_side_gain(record, tests, deciding):
+        outcomes |= {"better"}
     name = _choose_name(judged, outcomes, reasons, record.plan)
     return RunVerdict(
         name=name,
@@ -142,6 +145,19 @@ def judge_unfinished(run: Path, steps: int, planned_steps: int, failure: str) ->
 # ---------------------------------------------------------------- rules
 
 
+def _judge_all(comparisons: Sequence[Comparison]) -> list[JudgedComparison]:
+    """Return the comparisons with their verdicts. Of right and wrong items there are too few if
+    not even all of them, fixed, would be significant: five have p = 0.06, before any correction."""
+    judged: list[JudgedComparison] = []
+    for comparison, verdict in zip(comparisons, judge_comparisons(comparisons), strict=True):
+        n = comparison.after.n
+        can_show = len(comparisons) * compute_mcnemar_p(n, 0) < ALPHA
+        is_too_small = comparison.p_value is not None and not can_show
+        is_shown = verdict in ("better", "worse")
+        judged.append((comparison, TOO_FEW_ITEMS if is_too_small and not is_shown else verdict))
+    return judged
+
+
 def _select_deciding(
     tests: Sequence[JudgedComparison], errors: ErrorAnalysis | None
 ) -> list[JudgedComparison]:
@@ -160,12 +176,32 @@ def _list_outcomes(
     """Return the outcomes that decide: of the mean of the tasks, or of the tasks if their mean
     shows no difference, since gains in one may hide losses in another."""
     outcomes = {verdict for _, verdict in deciding}
-    if outcomes != {NO_DIFFERENCE}:
+    if not deciding or outcomes & {"better", "worse"}:
         return outcomes
     metric = deciding[0][0].metric
     of_tasks = {verdict for comparison, verdict in tests if comparison.metric == metric}
     # what got better does not make up for what got worse
     return of_tasks - {"better"} if "worse" in of_tasks else of_tasks
+
+
+def _has_side_gain(
+    record: RunRecord, tests: Sequence[JudgedComparison], deciding: Sequence[JudgedComparison]
+) -> bool:
+    """Return whether another grade of the content got better where the deciding metric did not.
+
+    Of a constant answer it proves nothing: an object with the most frequent values has some of its
+    fields right."""
+    if any(verdict in ("better", "worse", TOO_FEW_ITEMS) for _, verdict in deciding):
+        return False
+    if record.errors is None or record.errors.shortcuts:
+        return False
+    custom = set(map(format_metric_name, record.plan.config.metrics)) - set(METRICS)
+    outcomes: set[str] = set()
+    for comparison, verdict in tests:
+        name = split_metric(comparison.metric)[0]
+        if (name in METRICS or comparison.metric in custom) and name not in FORM_METRICS:
+            outcomes.add(verdict)
+    return "better" in outcomes and "worse" not in outcomes
 
 
 def _choose_name(
@@ -209,17 +245,42 @@ def _list_reasons(
         level_problem = _find_level_problem(errors, deciding, record.plan)
         if level_problem:
             reasons += [level_problem, *_list_wrong_parts(errors, deciding)]
+    reasons += _list_right_base(errors, deciding)
+    reasons += _list_suspects(errors)
+    reasons += _list_repeated_rows(record.plan)
     reasons += _list_side_gains(judged, deciding)
+    return [*reasons, *_list_forgetting(record)]
+
+
+def _list_forgetting(record: RunRecord) -> list[str]:
+    """Return what is wrong with general text: not measured, too few texts, or too much lost."""
     general = get_general(record.comparisons)
     margin = record.plan.config.forgetting_margin
-    if general is None and record.plan.config.guard_forgetting != OFF:
-        reasons.append(FORGETTING_UNKNOWN)
-    elif general is not None and general.after.n < MIN_ITEMS:
-        reasons.append(f"{general.after.n} general texts are too few to tell what was forgotten")
-    elif general is not None and general.high > VERDICT_LIMITS["ready: times the limit"] * margin:
-        may = "lost" if general.low > margin else "may have lost"
-        reasons.append(f"general text {may} more than the limit of {margin:g} bits per byte")
-    return reasons
+    if general is None:
+        return [FORGETTING_UNKNOWN] if record.plan.config.guard_forgetting != OFF else []
+    if general.after.n < MIN_ITEMS:
+        return [f"{general.after.n} general texts are too few to tell what was forgotten"]
+    if general.high <= VERDICT_LIMITS["ready: times the limit"] * margin:
+        return []
+    may = "lost" if general.low > margin else "may have lost"
+    return [f"general text {may} more than the limit of {margin:g} bits per byte"]
+
+
+def _list_suspects(errors: ErrorAnalysis | None) -> list[str]:
+    """Return the constants that too few rows can show, so that the level may be theirs."""
+    suspects = errors.suspects[:MAX_SUSPECTS] if errors else ()
+    return [suspect.suspicion for suspect in suspects]
+
+
+def _list_repeated_rows(plan: Plan) -> list[str]:
+    """Return what test rows share with training rows: answers to those show memory, not skill."""
+    report = plan.data.get("test_data")
+    max_rows = VERDICT_LIMITS["ready: repeated test rows"] * report.rows if report else 0
+    return [
+        f"test_data: {finding.message}"
+        for finding in (report.findings if report else ())
+        if finding.check in REPEAT_CHECKS and finding.level != "info" and finding.count > max_rows
+    ]
 
 
 def _is_limited(comparison: Comparison, limits: Sequence[MetricLimit]) -> bool:
@@ -247,25 +308,46 @@ def _find_level_problem(
     if errors is None:
         if not deciding:
             return ""
-        is_graded = deciding[0][0].metric in map(format_metric_name, plan.config.metrics)
-        return "right answers were not counted" if is_graded else "no metric grades the answers"
+        metric = deciding[0][0].metric
+        if metric in map(format_metric_name, plan.config.metrics):
+            return f"{metric} has no value above which an answer is right: set one in `gates`"
+        return "no metric grades the answers"
     name = split_metric(errors.metric)[0]
     if name in FORM_METRICS:
         return f"{name} shows the form of the answers, not whether they are right"
     if not _can_be_right(errors):
         return f"{errors.metric} has no value above which an answer is right: set one in `gates`"
-    low, _ = compute_wilson_interval(errors.right, errors.n)
-    share = errors.right / errors.n
+    return _find_share_problem(errors.right, errors.n)
+
+
+def _find_share_problem(right: int, n: int) -> str:
+    """Return why so many right answers are too few for a model that is ready; empty if not."""
+    low, _ = compute_wilson_interval(right, n)
+    share = right / n
     min_share = VERDICT_LIMITS["ready: right answers"]
     min_low = VERDICT_LIMITS["ready: lower end"]
     if share < min_share:
         return f"{share:.0%} of the answers are right; ready needs {min_share:.0%}"
     if low < min_low:
         return (
-            f"with {errors.n} answers, the true share may be as low as {low:.0%}; "
+            f"with {n} answers, the true share may be as low as {low:.0%}; "
             f"ready needs {min_low:.0%}"
         )
     return ""
+
+
+def _list_right_base(
+    errors: ErrorAnalysis | None, deciding: Sequence[JudgedComparison]
+) -> list[str]:
+    """Return that the model was right often enough before training, which did not help then."""
+    if errors is None or any(verdict == "better" for _, verdict in deciding):
+        return []
+    if split_metric(errors.metric)[0] in FORM_METRICS or not _can_be_right(errors):
+        return []
+    if errors.right_before is None or _find_share_problem(errors.right_before, errors.n):
+        return []
+    right = f"{errors.right_before} of {errors.n} answers were right before training"
+    return [f"{right}: there was little to gain"]
 
 
 def _list_wrong_parts(
@@ -377,7 +459,9 @@ def describe_cost(comparisons: Sequence[Comparison], plan: Plan) -> str:
     loss = f"General text got {general.difference / general.before.value:.1%} worse ({values})"
     if not margin:
         return f"{loss}; {owner} is 0"
-    return f"{loss}: {general.difference / margin:.1f} times {owner} of {margin:g}"
+    times = general.difference / margin
+    digits = 2 if abs(times - 1) < 0.05 else 1  # "1.0 times" does not say on which side
+    return f"{loss}: {times:.{digits}f} times {owner} of {margin:g}"
 
 
 def get_general(comparisons: Iterable[Comparison]) -> Comparison | None:

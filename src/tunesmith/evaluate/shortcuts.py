@@ -1,6 +1,7 @@
 """Detect answers that follow something else than the question: constants and copies.
 
     find_shortcuts(items, training) -> Shortcuts
+    find_suspects(items, training) -> Shortcuts that too few rows can show
 
 An item has an expected and an answered value for each field (of JSON) or for the answer. A detector
 compares how often answers have a property with how often the expected answers have it, item by item
@@ -111,6 +112,37 @@ def find_constants(items: Sequence[AnswerItem]) -> list[Shortcut]:
 def has_suspect(items: Sequence[AnswerItem]) -> bool:
     """Return whether a field may be constant, so that more answers could show it."""
     return any(p_value <= SUSPECT_P for _, p_value in _list_candidates(items))
+
+
+def find_suspects(
+    items: Sequence[AnswerItem], training: TrainingAnswers | None
+) -> tuple[Shortcut, ...]:
+    """Return what may be a constant, where too few rows expect another value to show it.
+
+    Answers that are no objects may be one even if all rows expect it: those rows show no more."""
+    if not items:
+        return ()
+    shown = {shortcut.field for shortcut in find_constants(items)}
+    suspects = _find_constant_answer(items)
+    if items[0].is_structured:
+        suspects = [each for each, p_value in _list_candidates(items) if p_value <= SUSPECT_P]
+    suspects = [suspect for suspect in suspects if suspect.field not in shown]
+    if training is not None:
+        suspects = [_add_training_rows(suspect, training) for suspect in suspects]
+    return tuple(suspects[:MAX_SHORTCUTS])
+
+
+def _find_constant_answer(items: Sequence[AnswerItem]) -> list[Shortcut]:
+    """Return the most frequent answer, if it hardly varies and a constant is right as often."""
+    expected = [normalize_answer(item.sample.expected) for item in items]
+    answered = [normalize_answer(item.sample.answer) for item in items]
+    value, count = Counter(answered).most_common(1)[0]
+    right = sum(map(str.__eq__, expected, answered))
+    has_few_values = count >= SHORTCUT_LIMITS["constant: answered share"] * len(items)
+    if not has_few_values or not right or right > Counter(expected).most_common(1)[0][1]:
+        return []
+    num_expected = expected.count(value)
+    return [Shortcut("constant", ANSWER, value, len(items), count, num_expected, 1.0)]
 
 
 def _list_candidates(items: Sequence[AnswerItem]) -> list[tuple[Shortcut, float]]:

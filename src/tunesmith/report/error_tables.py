@@ -71,11 +71,16 @@ class ErrorsView:
     open_table: TableView | None
     tables: tuple[TableView, ...]
     confusions: tuple[Confusion, ...]
-    red_lines: tuple[str, ...]  # constants and copied answers
+    red_lines: tuple[str, ...]  # constants, shown or suspected, and copied answers
 
     @property
     def wrong(self) -> int:
         return self.analysis.n - self.analysis.right
+
+    @property
+    def has_right_and_wrong(self) -> bool:
+        """Whether an answer below 1 is wrong: none reaches 1 by metrics such as chrf."""
+        return self.analysis.is_binary or self.analysis.right > 0
 
     @property
     def metric(self) -> str:
@@ -111,7 +116,10 @@ def build_errors(run: ReportData) -> ErrorsView | None:
         open_table=open_table,
         tables=tuple(tables),
         confusions=analysis.confusions,
-        red_lines=tuple(shortcut.description for shortcut in analysis.shortcuts),
+        red_lines=(
+            *(shortcut.description for shortcut in analysis.shortcuts),
+            *(suspect.suspicion for suspect in analysis.suspects),
+        ),
     )
 
 

@@ -186,6 +186,101 @@ def test_a_task_that_got_worse_is_not_hidden_by_the_mean() -> None:
     assert judge(make_errors(60), better, *tasks[1:]).name == "useful, not ready"
 
 
+def test_a_task_that_got_worse_counts_where_the_mean_is_not_shown_to_be_worse() -> None:
+    """After the correction for several comparisons, the mean may be worse by its own p alone."""
+    mean = make_change(-0.1, 0.0999, task="test: mean of tasks")
+    tasks = (mean, make_change(0.6, task="test: a"), make_change(-0.8, task="test: b"))
+    verdict = judge(make_errors(60, before=12), *tasks, make_general(0.001))
+    assert "worse, but not after Holm correction" in verdict.change
+    assert verdict.name == "harmful"
+
+
+def test_a_gain_in_content_counts_where_the_strictest_metric_shows_none() -> None:
+    """Such as objects of which one field is always wrong, or texts of which none is exact."""
+    errors = make_errors(0)
+    no_change = make_change(0.0)
+    fields = replace(make_change(0.6), metric="field_f1")
+    verdict = judge(errors, no_change, fields, make_general(0.001))
+    assert verdict.name == "useful, not ready"
+    assert verdict.reasons[-1] == "exact_match did not get better, only field_f1 0.300 -> 0.900"
+    constant = make_errors(0, shortcuts=(CONSTANT,))
+    assert judge(constant, no_change, fields, make_general(0.001)).name == "no effect"
+    chrf = replace(make_change(-0.2), metric="chrf")
+    assert judge(errors, no_change, fields, chrf, make_general(0.001)).name == "no effect"
+    assert judge(errors, make_change(-0.2), fields, make_general(0.001)).name == "harmful"
+    few = replace(no_change, p_value=1.0, after=replace(no_change.after, n=5))
+    assert judge(errors, few, fields, make_general(0.001)).name == "not measured"
+
+
+def test_a_level_that_a_constant_has_is_not_ready() -> None:
+    suspect = replace(CONSTANT, field="", value="yes", n=80, count=80, expected=76, p_value=1.0)
+    errors = make_errors(76, suspects=(suspect,))
+    verdict = judge(errors, make_change(0.6), make_general(0.01))
+    assert verdict.name == "useful, not ready"
+    assert verdict.reasons == (
+        "may be a constant: the answer is yes in 80 of 80 answers, expected in 76; 9 of 90 "
+        "training rows have another value; too few test rows expect another value to tell",
+    )
+    assert verdict.next_steps[0].reason == (
+        "add training rows where the answer is not yes: 9 of 90 now"
+    )
+
+
+def test_test_rows_that_repeat_training_rows_are_a_reason() -> None:
+    """A gain on them may be memory."""
+    plan = fake_runs.make_record().plan
+    names = []
+    for count, check, level in (
+        (200, "near_leaks", "error"),
+        (200, "ngram_overlap", "info"),
+        (100, "near_leaks", "error"),
+        (200, "duplicates", "error"),
+    ):
+        message = f"{count} of 1,200 rows repeat a row of data almost exactly"
+        finding = replace(fake_runs.FINDING, check=check, level=level, message=message, count=count)
+        report = replace(fake_runs.REPORT, findings=(finding,))
+        repeated = replace(plan, data=plan.data | {"test_data": report})
+        verdict = judge(make_errors(80), make_change(0.6), make_general(0.01), plan=repeated)
+        names.append(verdict.name)
+        if verdict.reasons:
+            assert verdict.reasons == (f"test_data: {message}",)
+    assert names == ["useful, not ready", "ready", "ready", "ready"]
+
+
+def test_a_base_that_needs_no_training_is_said() -> None:
+    no_change = make_change(0.0)
+    for before, step in ((80, "advise"), (76, "read the wrong answers")):
+        verdict = judge(make_errors(before, before=before), no_change, make_general(0.001))
+        assert verdict.name == "no effect"
+        reason = f"{before} of 80 answers were right before training: there was little to gain"
+        assert reason in verdict.reasons
+        assert step in f"{verdict.next_steps[0].reason}: {verdict.next_steps[0].command}"
+    poor = judge(make_errors(60, before=60), no_change, make_general(0.001))
+    assert "little to gain" not in str(poor.reasons)
+    better = judge(make_errors(80, before=72), make_change(0.1, 0.05), make_general(0.001))
+    assert "little to gain" not in str(better.reasons)
+    form = make_errors(80, before=80, metric="json_valid")
+    assert "advise" not in str(judge(form, replace(no_change, metric="json_valid")).next_steps)
+
+
+def test_where_nothing_grades_the_answers_a_command_does() -> None:
+    form = replace(make_change(0.6), metric="json_valid")
+    loss = replace(make_change(-0.6, higher_is_better=False), metric="loss")
+    command = "tunesmith eval 'runs/a b' --metrics exact_match"
+    for errors, change in ((make_errors(80, metric="json_valid"), form), (None, loss)):
+        verdict = judge(errors, change, make_general(0.001))
+        assert verdict.next_steps[0].command == command
+    graded = judge(make_errors(40), make_change(0.5), make_general(0.001))
+    assert command not in [step.command for step in graded.next_steps]
+
+
+def test_the_side_of_the_limit_is_told_where_it_is_close() -> None:
+    for lost, times in ((0.0195, "0.98"), (0.0205, "1.02"), (0.03, "1.5")):
+        verdict = judge(make_errors(80), make_change(0.6), make_general(lost))
+        assert f"{times} times the limit of 0.02" in verdict.cost
+        assert verdict.next_steps[0].reason.startswith("forget less"), "the interval is beyond it"
+
+
 def test_a_gain_in_form_alone_is_no_effect_and_said() -> None:
     form = replace(make_change(0.6), metric="json_valid")
     likelihood = replace(make_change(-0.6, higher_is_better=False), metric="loss")
@@ -250,6 +345,8 @@ def test_five_right_or_wrong_answers_are_too_few_to_tell() -> None:
     all_fixed = replace(all_fixed, p_value=compute_mcnemar_p(6, 0))
     six = replace(all_fixed, after=replace(all_fixed.after, n=6))
     assert judge(make_errors(6, 6), six).name == "useful, not ready"
+    corrected = judge(make_errors(6, 6), six, make_general(0.001))
+    assert corrected.name == "not measured", "of two comparisons, p = 0.03 is too large"
 
 
 def test_no_difference_says_what_could_have_been_shown() -> None:

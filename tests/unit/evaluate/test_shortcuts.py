@@ -15,6 +15,7 @@ from tunesmith.evaluate.shortcuts import (
     build_answer_items,
     compute_excess_p,
     find_shortcuts,
+    find_suspects,
     has_suspect,
 )
 from tunesmith.evaluate.training_answers import TrainingAnswers, build_training_answers
@@ -198,3 +199,46 @@ def test_the_test_is_the_binomial_tail(gains: int, losses: int, p_value: float) 
 def test_the_test_of_many_items_continues_the_exact_one() -> None:
     assert compute_excess_p(540, 461) == pytest.approx(compute_excess_p(539, 461), rel=0.15)
     assert compute_excess_p(3_000, 0) < SHORTCUT_LIMITS["p-value"]
+
+
+def list_suspects(samples: Sequence[GenerationSample]) -> list[tuple[str, str, int, int]]:
+    """Return (field, value, answers with it, expected answers with it) of suspected constants."""
+    items = build_answer_items(samples)
+    return [(s.field, s.value, s.count, s.expected) for s in find_suspects(items, None)]
+
+
+@pytest.mark.parametrize("num_others", [0, 1, 2, 6])
+def test_a_constant_answer_that_few_rows_contradict_is_a_suspect(num_others: int) -> None:
+    def expect(index: int) -> str:
+        return "no" if index < num_others else "yes"
+
+    constant = make_samples(100, expect, lambda _: "yes")
+    assert detect(constant) == []
+    assert list_suspects(constant) == [("", "yes", 100, 100 - num_others)]
+    right = make_samples(100, expect, expect)
+    assert bool(list_suspects(right)) == (not num_others), "rows of one answer show no more"
+    if num_others > 1:
+        one_more = make_samples(100, expect, lambda index: "no" if index == 0 else "yes")
+        assert list_suspects(one_more) == [], "better than the constant"
+    wrong = make_samples(100, expect, lambda _: "maybe")
+    assert list_suspects(wrong) == [], "what is always wrong is no level that a constant has"
+
+
+def test_a_field_is_suspect_where_two_rows_or_more_contradict_its_constant() -> None:
+    def answer_false(index: int) -> dict[str, object]:
+        return make_flag(index, 0)
+
+    def make_flag(index: int, num_true: int) -> dict[str, object]:
+        return {"id": f"row {index}", "urgent": index < num_true}
+
+    for num_true, is_suspect in ((0, False), (1, False), (2, True), (4, True)):
+        samples = make_samples(100, lambda index, k=num_true: make_flag(index, k), answer_false)
+        assert detect(samples) == []
+        expected = [("urgent", "false", 100, 100 - num_true)] if is_suspect else []
+        assert list_suspects(samples) == expected
+    shown = make_samples(80, make_row, lambda index: make_row(index) | {"urgent": False})
+    assert list_suspects(shown) == [], "a constant that is shown is no suspicion"
+    training = build_training_answers((json.dumps(make_flag(index, 3)) for index in range(90)), 90)
+    samples = make_samples(100, lambda index: make_flag(index, 3), answer_false)
+    (suspect,) = find_suspects(build_answer_items(samples), training)
+    assert (suspect.training_rows, suspect.total_rows) == (3, 90)

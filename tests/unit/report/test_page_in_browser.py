@@ -19,13 +19,13 @@ from test_page_sections import make_answers, write_graded_run
 
 import fake_runs
 from tunesmith.core.events import GenerationSample, Score
-from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import (
     EVAL_AFTER_FILE,
     EVAL_BEFORE_FILE,
     read_events,
     read_run_record,
 )
+from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.report.page import write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -94,7 +94,7 @@ def graded_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scales = fake_runs.make_scales(fake_runs.CHEAPER)
     comparisons = (*record.comparisons, fake_runs.FORGOT)
     record = replace(record, scales=scales, comparisons=comparisons, verdict=None, selected_step=30)
-    files = {name: read_json(folder / name) for name in (EVAL_BEFORE_FILE, EVAL_AFTER_FILE)}
+    files = {name: read_sealed_json(folder / name) for name in (EVAL_BEFORE_FILE, EVAL_AFTER_FILE)}
     other = folder.parent / "other"
     return write_report(fake_runs.write_run(other, record=record, events=events, files=files))
 

@@ -15,7 +15,8 @@ import fake_runs
 from tunesmith.core.events import GenerationSample, Score
 from tunesmith.core.evidence import MAX_GROUP_ROWS, NextStep, RunVerdict
 from tunesmith.core.json_io import to_jsonable
-from tunesmith.core.run_dir import EVAL_AFTER_FILE, EVAL_BEFORE_FILE
+from tunesmith.core.run_dir import EVAL_AFTER_FILE, EVAL_BEFORE_FILE, read_run_record
+from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.core.types import DataReport, Finding, PlanValue, WeightedText
 from tunesmith.data.checks.row_checks import ROW_CHECKS
 from tunesmith.data.checks.run import DATASET_CHECKS
@@ -155,6 +156,25 @@ def test_all_wrong_and_very_few_answers_have_a_page(tmp_path: Path) -> None:
         text = read_text(write_graded_run(tmp_path / str(count), wrong))
         assert f"{count} of {count} answers are wrong" in text
     assert "Not measured" in read_text(tmp_path / "2")
+
+
+def test_an_answer_below_1_is_not_wrong_by_a_metric_that_none_reaches(tmp_path: Path) -> None:
+    graded = write_graded_run(tmp_path / "run", [("yes", "no")] * 20)
+    record = read_run_record(graded)
+    assert record.errors is not None
+    chrf = replace(record.errors, metric="chrf", is_binary=False)
+    record = replace(record, errors=chrf, verdict=None)
+    files = {name: read_sealed_json(graded / name) for name in (EVAL_BEFORE_FILE, EVAL_AFTER_FILE)}
+    text = read_text(fake_runs.write_run(tmp_path / "chrf", record=record, files=files))
+    assert "20 of 20 answers are below 1 by chrf ." in text
+    assert "Below 1: 20 of 20" in text
+    assert "Still wrong" not in text
+
+
+def test_a_suspected_constant_is_a_red_line(tmp_path: Path) -> None:
+    answers = [("no" if index == 7 else "yes", "yes") for index in range(40)]
+    text = read_text(write_graded_run(tmp_path / "run", answers))
+    assert text.count("may be a constant: the answer is yes in 40 of 40 answers") == 2
 
 
 def test_only_the_first_rows_of_a_group_are_known(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def render_errors(
         label = "constant" if shortcut.kind == "constant" else "copied"
         line = f"{label}: {shortcut.description} ({', '.join(shortcut.rows[:MAX_ROW_IDS])})"
         parts.append(_pad_line(line, 0, "bold yellow"))
+    parts += [_pad_line(suspect.suspicion, 0, "yellow") for suspect in errors.suspects]
     parts += [_render_table(table, names) for table in errors.tables if _has_errors(table)]
     if errors.confusions:
         parts.append(_render_confusions(errors.confusions))
