@@ -23,7 +23,11 @@ from tunesmith.core.run_dir import RECIPE_FILE, is_staged
 from tunesmith.core.types import RunRecord
 from tunesmith.data.answer_values import LOPSIDED_SHARE
 from tunesmith.evaluate.metrics import FORM_METRICS, split_metric
-from tunesmith.evaluate.scale_choice import build_commands, describe_recommendation
+from tunesmith.evaluate.scale_choice import (
+    build_commands,
+    describe_recommendation,
+    recommend_scale,
+)
 from tunesmith.plan.build import MIN_STEPS
 from tunesmith.recipe.fields import parse_custom_metric
 
@@ -73,6 +77,15 @@ class RunFacts:
             for comparison in self.record.comparisons
             if (comparison.task, comparison.metric) == (GENERAL_TASK, "bits_per_byte")
         )
+
+    @property
+    def limits_at_scale(self) -> float:
+        """What general text lost at the recommended scale, in limits; 0 if it is unknown."""
+        best = recommend_scale(self.record.scales)
+        limit = self.record.plan.config.forgetting_margin
+        if best is None or best.general_lost is None or not limit:
+            return 0.0
+        return best.general_lost.value / limit
 
     @property
     def is_single_stage(self) -> bool:
@@ -212,13 +225,16 @@ def suggest_scale(facts: RunFacts) -> NextStep | None:
     commands = build_commands(facts.record.scales, str(facts.run))
     if not commands:
         return None
-    reason = f"on eval_data, {describe_recommendation(facts.record.scales)}: verify it"
-    return NextStep(reason, commands[0])
+    reason = f"on eval_data, {describe_recommendation(facts.record.scales)}"
+    if facts.limits_at_scale > 1:
+        reason += f", still {facts.limits_at_scale:.1f} times the limit"
+    return NextStep(f"{reason}: verify it", commands[0])
 
 
 def suggest_gentler_rate(facts: RunFacts) -> NextStep | None:
-    """Half the learning rate where general text lost more than the limit and no scale is better."""
-    if not facts.has_forgotten or suggest_scale(facts) or not facts.is_single_stage:
+    """Half the learning rate where general text lost more than the limit, at a better scale too."""
+    is_mended = suggest_scale(facts) is not None and facts.limits_at_scale <= 1
+    if not facts.has_forgotten or is_mended or not facts.is_single_stage:
         return None
     rate = facts.record.plan.config.learning_rate / 2
     command = facts.format_training(f"--learning-rate {rate:g}", "half-rate")

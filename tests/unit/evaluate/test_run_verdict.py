@@ -323,7 +323,19 @@ def test_what_was_forgotten_has_a_step_where_no_scale_is_better() -> None:
         replace(record, comparisons=forgotten, errors=make_errors(80), scales=cheaper), Path("r")
     )
     assert "compare" in scaled.next_steps[0].command
-    assert "half the learning rate" not in str(scaled.next_steps)
+    # scale 0.25 loses 0.025 bits per byte
+    assert scaled.next_steps[0].reason.endswith(
+        "of the forgetting, still 1.2 times the limit: verify it"
+    )
+    assert "half the learning rate" in scaled.next_steps[1].reason
+    limit = replace(record.plan.settings["seed"], value=0.03)
+    wider = record.plan.with_settings(forgetting_margin=limit)
+    mended = judge_run(
+        replace(record, plan=wider, comparisons=forgotten, errors=make_errors(80), scales=cheaper),
+        Path("r"),
+    )
+    assert mended.next_steps[0].reason.endswith("of the forgetting: verify it")
+    assert "half the learning rate" not in str(mended.next_steps)
 
 
 def test_a_base_that_is_all_right_has_no_wrong_answers_to_read() -> None:
