@@ -6,6 +6,12 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
+    GraniteSWAConfig,
+    HyperCLOVAXConfig,
+    IQuestCoderConfig,
+    Jais2Config,
+    MiniCPM3Config,
+    PersimmonConfig,
     PhiConfig,
     PreTrainedConfig,
     Starcoder2Config,
@@ -63,5 +69,41 @@ def make_attention_configs(
         ),
         "gpt_neox-sequential": GPTNeoXConfig(
             **one_head_count, rope_parameters=partial, use_parallel_residual=False
+        ),
+        **_make_scaled_configs(sizes, wide, window),
+        "jais2": Jais2Config(**wide),
+        "persimmon": PersimmonConfig(**one_head_count, hidden_dropout=0.1, attention_dropout=0.1),
+    }
+
+
+def _make_scaled_configs(
+    sizes: dict[str, Any], wide: dict[str, Any], window: int
+) -> dict[str, PreTrainedConfig]:
+    """Return those whose embeddings, scores, residuals or logits have factors."""
+    factors = {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.5,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+    }
+    return {
+        # a layer of windows that is rotated otherwise, and one that is not
+        "granite_swa": GraniteSWAConfig(
+            **sizes,
+            **factors,
+            sliding_window=window,
+            layer_types=["sliding_attention", "full_attention"],
+            layer_rope_theta=[100.0, 0],
+        ),
+        "hyperclovax": HyperCLOVAXConfig(**wide, **factors),
+        "hyperclovax-pre": HyperCLOVAXConfig(**sizes, use_post_norm=False, attention_bias=True),
+        "iquestcoder": IQuestCoderConfig(**wide, attention_bias=True),
+        "minicpm3": MiniCPM3Config(
+            **(sizes | {"num_key_value_heads": 4}),
+            q_lora_rank=24,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=12,
+            dim_model_base=16,
         ),
     }

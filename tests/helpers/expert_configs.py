@@ -3,6 +3,8 @@
 from typing import Any
 
 from transformers import (
+    AfmoeConfig,
+    Cohere2MoeConfig,
     DeepseekV2Config,
     DeepseekV3Config,
     Dots1Config,
@@ -14,8 +16,10 @@ from transformers import (
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
     GraniteMoeSharedConfig,
+    GraniteMoeSWAConfig,
     HunYuanMoEV1Config,
     Lfm2MoeConfig,
+    MellumConfig,
     MiniMaxM2Config,
     MixtralConfig,
     NemotronHConfig,
@@ -23,6 +27,8 @@ from transformers import (
     PreTrainedConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
+    SarvamMLAConfig,
+    SolarOpenConfig,
 )
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
 
@@ -65,6 +71,7 @@ def make_expert_configs(sizes: dict[str, Any], wide: dict[str, Any]) -> dict[str
     return {
         **_make_attention_configs(sizes, wide),
         **_make_further_configs(sizes, wide),
+        **_make_windowed_configs(sizes, wide),
         **_make_latent_configs(sizes),
         **_make_hybrid_configs(sizes, wide),
     }
@@ -146,6 +153,73 @@ def _make_further_configs(
     }
 
 
+def _make_windowed_configs(
+    sizes: dict[str, Any], wide: dict[str, Any]
+) -> dict[str, PreTrainedConfig]:
+    """Return those with layers of windows, whose rotation may be another one or none, and Solar
+    Open, which has none."""
+    narrow = wide | {"intermediate_size": 24}
+    windows: dict[str, Any] = {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+    }
+    return {
+        "afmoe": AfmoeConfig(
+            **wide,
+            **windows,
+            **CHOICES,
+            moe_intermediate_size=24,
+            num_dense_layers=1,
+            num_shared_experts=2,
+            route_scale=1.5,
+            mup_enabled=True,
+        ),
+        "cohere2_moe": Cohere2MoeConfig(
+            **narrow,
+            **CHOICES,
+            sliding_window=8,
+            first_k_dense_replace=1,
+            prefix_dense_intermediate_size=40,
+            num_shared_experts=1,
+            logit_scale=0.3,
+        ),
+        "cohere2_moe-sigmoid": Cohere2MoeConfig(
+            **narrow,
+            **windows,
+            **CHOICES,
+            expert_selection_fn="sigmoid",
+            num_shared_experts=2,
+            shared_expert_combination_strategy="sum",
+            rms_norm_eps=1e-5,
+        ),
+        "granitemoe_swa": GraniteMoeSWAConfig(
+            **(sizes | {"intermediate_size": 24}),
+            **windows,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            shared_intermediate_size=32,
+            layer_rope_theta=[100.0, 0],
+            logits_scaling=0.5,
+            attention_multiplier=0.2,
+        ),
+        "mellum": MellumConfig(
+            **wide,
+            **windows,
+            **CHOICES,
+            moe_intermediate_size=24,
+            mlp_layer_types=["dense", "sparse"],
+        ),
+        "solar_open": SolarOpenConfig(
+            **{key: value for key, value in wide.items() if key != "intermediate_size"},
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            routed_scaling_factor=1.5,
+            n_group=2,
+        ),
+    }
+
+
 def _make_latent_configs(sizes: dict[str, Any]) -> dict[str, PreTrainedConfig]:
     """Return those with multi-head latent attention."""
     latent = sizes | SHARED | LATENT
@@ -158,6 +232,7 @@ def _make_latent_configs(sizes: dict[str, Any]) -> dict[str, PreTrainedConfig]:
             topk_method="group_limited_greedy",
         ),
         "deepseek_v3": DeepseekV3Config(**latent, n_group=2, topk_group=1),
+        "sarvam_mla": SarvamMLAConfig(**(latent | {"q_lora_rank": None})),
     }
 
 

@@ -121,6 +121,7 @@ STOCK_NORMS = (
     *HYBRID_CONFIGS,
     *TEXT_PART_CONFIGS,
     *EXPERT_CONFIGS,
+    *("granite_swa", "hyperclovax", "hyperclovax-pre", "minicpm3"),
 )
 
 LORA: dict[str, Any] = {

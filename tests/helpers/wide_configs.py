@@ -93,6 +93,10 @@ UNIFORM_SETTINGS = {"gemma2": WINDOWS, "gemma3_text": WINDOWS, "phi3": {"sliding
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: UNIFORM_SETTINGS.get(name, {}) for name in UNIFORM_CLASSES},
     "phi3-96": {"head_dim": 96, "hidden_size": 384},
+    "afmoe": WINDOWS | EXPERTS | {"num_dense_layers": 1, "num_shared_experts": 1},
+    "cohere2_moe": WINDOWS
+    | CHOICE
+    | {"intermediate_size": 128, "num_shared_experts": 1, "expert_selection_fn": "sigmoid"},
     "deepseek_v2": SHARED | LATENT,
     "deepseek_v3": SHARED | LATENT,
     "dots1": SHARED,
@@ -136,7 +140,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": {"num_key_value_heads": None, "head_dim": None, "n_inner": 704},
     "gpt_neox": HALF_ROTARY | {"num_key_value_heads": None},
     "gpt_oss": LOCAL_EXPERTS | {"sliding_window": 32},
+    "granite_swa": {"sliding_window": 32},
     "granitemoe": LOCAL_EXPERTS | {"intermediate_size": 128},
+    "granitemoe_swa": LOCAL_EXPERTS | {"intermediate_size": 128, "sliding_window": 32},
     "granitemoehybrid": MAMBA2 | NO_EXPERTS,
     "granitemoehybrid-attention": MAMBA2 | NO_EXPERTS | {"layer_types": ["attention"] * 4},
     "granitemoehybrid-experts": MAMBA2
@@ -144,10 +150,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     | {"shared_intermediate_size": 128, "intermediate_size": 128},
     "granitemoeshared": LOCAL_EXPERTS | {"intermediate_size": 128, "shared_intermediate_size": 256},
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "intermediate_size": 128},
+    "hyperclovax": {},
     "internlm3": {},
+    "iquestcoder": {},
+    "jais2": {},
     "lfm2": CONV,
     "lfm2_moe": CONV | EXPERTS | {"num_dense_layers": 1, "use_expert_bias": True},
     "lfm3": CONV,
+    "mellum": WINDOWS | EXPERTS | {"mlp_layer_types": ["dense", *["sparse"] * 3]},
+    "minicpm3": LATENT,
     "minimax_m2": LOCAL_EXPERTS | {"intermediate_size": 128},
     "mixtral": LOCAL_EXPERTS | {"intermediate_size": 128},
     "nanochat": {"head_dim": None},
@@ -155,6 +166,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nemotron_h-experts": NEMOTRON | {"layers_block_type": ["mamba", "moe", "attention", "moe"]},
     "olmo_hybrid": DELTA | {"linear_allow_neg_eigval": True, "head_dim": None},
     "olmoe": CHOICE | {"intermediate_size": 128},
+    "persimmon": {"num_key_value_heads": None, "head_dim": None},
     "phi": HALF_ROTARY | {"num_key_value_heads": 4, "qk_layernorm": True},
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 256},
     "qwen3_5_moe_text": DELTA
@@ -163,6 +175,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": DELTA,
     "qwen3_moe": EXPERTS,
     "qwen3_next": DELTA | EXPERTS | {"shared_expert_intermediate_size": 128},
+    "sarvam_mla": SHARED | LATENT,
+    "solar_open": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "intermediate_size": None,
+    },
     "starcoder2": {"sliding_window": 32},
 }
 

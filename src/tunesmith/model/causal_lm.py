@@ -32,7 +32,7 @@ from tunesmith.model.attention import AttentionConfig, attend
 from tunesmith.model.bank_linear import RowAdapters
 from tunesmith.model.experts import freeze_routing
 from tunesmith.model.frozen_weight import BlockedWeight, has_onednn_bf16, limit_onednn_cache
-from tunesmith.model.hub.families import CAPPED_HEAD_TYPES
+from tunesmith.model.hub.config_values import CAPPED_HEAD_TYPES
 from tunesmith.model.hub.stored_tensors import has_uniform_layers
 from tunesmith.model.hub.text_class import LOAD_ERRORS, transformers_errors, use_torch_code
 from tunesmith.model.kernels import ops
@@ -66,10 +66,12 @@ STOCK_DROPOUTS = ("residual_dropout", "embedding_dropout")  # numbers in modules
 HEAD_FACTORS = {
     "cohere": ("logit_scale", 1),
     "cohere2": ("logit_scale", 1),
+    "cohere2_moe": ("logit_scale", 1),
     "falcon_h1": ("lm_head_multiplier", 1),
-    **dict.fromkeys(
-        ("granite", "granitemoe", "granitemoehybrid", "granitemoeshared"), ("logits_scaling", -1)
-    ),
+    "hyperclovax": ("logits_scaling", 1),
+    **dict.fromkeys(("granite", "granite_swa", "minicpm3"), ("logits_scaling", -1)),
+    **dict.fromkeys(("granitemoe", "granitemoe_swa"), ("logits_scaling", -1)),
+    **dict.fromkeys(("granitemoehybrid", "granitemoeshared"), ("logits_scaling", -1)),
 }
 RunLayers = Callable[[Tensor], Tensor | None]
 Network = PreTrainedModel  # for other packages, which do not import transformers

@@ -37,10 +37,11 @@ from tunesmith.model.frozen_weight import NF4Weight
 from tunesmith.model.packed_formats import Mxfp4ExpertWeight
 
 EXPERT_FAMILIES = (
-    *("DeepseekV2", "DeepseekV3", "Dots1", "Ernie4_5_Moe", "FlexOlmo", "Gemma4Text", "Glm4Moe"),
-    *("Glm4MoeLite", "GptOss", "GraniteMoe", "GraniteMoeHybrid", "GraniteMoeShared"),
-    *("HunYuanMoEV1", "Lfm2Moe", "MiniMaxM2", "Mixtral", "NemotronH", "Olmoe", "Qwen2Moe"),
-    *("Qwen3Moe", "Qwen3Next", "Qwen3_5Moe"),
+    *("Afmoe", "Cohere2Moe", "DeepseekV2", "DeepseekV3", "Dots1", "Ernie4_5_Moe", "FlexOlmo"),
+    *("Gemma4Text", "Glm4Moe", "Glm4MoeLite", "GptOss", "GraniteMoe", "GraniteMoeHybrid"),
+    *("GraniteMoeSWA", "GraniteMoeShared", "HunYuanMoEV1", "Lfm2Moe", "Mellum", "MiniMaxM2"),
+    *("Mixtral", "NemotronH", "Olmoe", "Qwen2Moe", "Qwen3Moe", "Qwen3Next", "Qwen3_5Moe"),
+    "SolarOpen",
 )
 EXPERT_CLASSES = tuple(f"{family}Experts" for family in EXPERT_FAMILIES)
 

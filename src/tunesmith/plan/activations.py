@@ -32,7 +32,7 @@ HYBRID_TYPES = {
 REPLACED_MLP_TYPES = {
     *("llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2", "gemma3_text"),
     *("qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe"),
-    *("glm4_moe_lite", "hunyuan_v1_moe", "internlm3", "olmoe"),
+    *("glm4_moe_lite", "hunyuan_v1_moe", "internlm3", "iquestcoder", "olmoe", "sarvam_mla"),
     *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"),
 }
 # with norms of ours, or torch's own, which keep their inputs as they are; those of transformers
@@ -41,15 +41,15 @@ REPLACED_NORM_TYPES = {
     *(*REPLACED_MLP_TYPES, *HYBRID_TYPES),
     *("flex_olmo", "gpt_oss", "granitemoe", "granitemoeshared", "minimax_m2"),
 }
-TORCH_NORM_TYPES = {"gpt2", "gpt_neox", "phi", "starcoder2"}
-CENTERED_NORM_TYPES = {"cohere", "cohere2"}
+TORCH_NORM_TYPES = {"gpt2", "gpt_neox", "jais2", "persimmon", "phi", "starcoder2"}
+CENTERED_NORM_TYPES = {"cohere", "cohere2", "cohere2_moe"}
 WEIGHTLESS_NORM_TYPES = {"nanochat", "olmo"}  # two per layer
 WEIGHTLESS_HEAD_NORM_TYPES = {"nanochat"}  # norms of queries and keys
 # attention and MLP read the same norm; or two norms of the same hidden states
-SHARED_NORM_TYPES = {"cohere", "cohere2", "phi"}
+SHARED_NORM_TYPES = {"cohere", "cohere2", "cohere2_moe", "phi"}
 SHARED_INPUT_TYPES = {"gpt_neox"}
-GATED_ATTENTION_TYPES = {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lfm3"}
-LATENT_ATTENTION_TYPES = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite"}
+GATED_ATTENTION_TYPES = {"afmoe", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lfm3"}
+LATENT_ATTENTION_TYPES = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "sarvam_mla"}
 FUSED_ATTENTION_TYPES = {"gpt_neox", "phi3"}  # q, k and v are views of one product
 PROPORTIONAL_TYPES = {"gemma4_text", "gemma4_unified_text"}
 SOFTCAP_TYPES = {"gemma2", "vaultgemma"}
@@ -277,6 +277,7 @@ def _count_expert_bytes(spec: ModelSpec, settings: ActivationSettings) -> int:
     feed_layers = spec.layer_mixers.count("") or spec.num_layers
     has_shared = spec.parts.get(MLP, NO_PART).layers > feed_layers - part.layers
     is_input_shared = has_shared and settings.is_adapted(MLP)
+    is_input_shared |= spec.model_type in SHARED_NORM_TYPES and settings.is_adapted(ATTENTION)
     num_inputs = 0 if is_input_shared else part.layers
     if spec.model_type in GATED_EXPERT_TYPES | PROPORTIONAL_TYPES:
         # the output of the shared expert; the input of experts that have a norm of their own

@@ -48,7 +48,8 @@ from tunesmith.train.losses import sum_weights
 SINGLE_PACK, PACK_EACH = 10**6, 1
 METHODS = ("lora", "full")
 PRUNED_FAMILIES = (
-    *("llama", "mistral", "qwen2", "qwen3", "granite", "internlm3", "qwen3_moe", "mixtral"),
+    *("llama", "mistral", "qwen2", "qwen3", "granite", "internlm3", "iquestcoder", "qwen3_moe"),
+    "mixtral",
 )
 CHUNK_EDGES = (130, 70, 64, 65, 3, 128, 1)  # of 32 tokens (ours) and of 64 (transformers')
 RECURRENT_FAMILIES = (*HYBRID_CONFIGS, *RECURRENT_EXPERTS)
@@ -60,7 +61,10 @@ WIDE_FAMILIES = (
     *("lfm2", "lfm3", "lfm2_moe", "lfm2_moe-experts"),
     *("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "gpt_oss", "flex_olmo", "granitemoe"),
     *("granitemoeshared", "minimax_m2", "internlm3", "nanochat"),
+    *("granite_swa", "hyperclovax", "iquestcoder", "jais2", "minicpm3", "persimmon"),
+    *("cohere2_moe-sigmoid", "granitemoe_swa", "mellum"),
 )
+ROUTING_BIASES = ("e_score_correction_bias", "expert_bias")  # what a router counts, not learns
 # experts are frozen, or have an adapter
 EXPERT_METHODS = ("lora", "experts")
 CASES = [
@@ -88,7 +92,7 @@ def make_trained_model(family: str) -> PackedCausalLM:
         return make_tiny_model(family, torch.float64, method="full")
     model = make_tiny_model(family, torch.float64, method=None)
     for name, parameter in model.network.named_parameters():
-        is_frozen = ".experts." in name or name.endswith("e_score_correction_bias")
+        is_frozen = ".experts." in name or name.endswith(ROUTING_BIASES)
         parameter.requires_grad_(not is_frozen)
     return model
 

@@ -21,9 +21,9 @@ INPUT_STACKS = ("gate_up_proj", "up_proj")
 MATRIX_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 # it asks the model type alone, whether or not a layer has experts
 PEFT_EXPERT_TYPES = {
-    *("deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe"),
-    *("glm4_moe_lite", "hunyuan_v1_moe", "minimax_m2", "mixtral", "olmoe", "qwen3_moe"),
-    "qwen3_next",
+    *("afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo"),
+    *("glm4_moe", "glm4_moe_lite", "hunyuan_v1_moe", "mellum", "minimax_m2", "mixtral", "olmoe"),
+    *("qwen3_moe", "qwen3_next", "sarvam_mla", "solar_open"),
 }
 
 

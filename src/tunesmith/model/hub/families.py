@@ -76,6 +76,8 @@ MAMBA2 = frozenset({ATTENTION, "mamba2"})
 CONV = frozenset({ATTENTION, "conv"})
 TEXT_FAMILIES = {
     **{name: Family(text_class, is_uniform=True) for name, text_class in UNIFORM_CLASSES.items()},
+    "afmoe": Family("Afmoe", has_experts=True),
+    "cohere2_moe": Family("Cohere2Moe", has_experts=True),
     "deepseek_v2": Family("DeepseekV2", has_experts=True),
     "deepseek_v3": Family("DeepseekV3", has_experts=True),
     "dots1": Family("Dots1", has_experts=True),
@@ -89,26 +91,36 @@ TEXT_FAMILIES = {
     "gpt2": Family("GPT2", class_suffix="LMHeadModel"),
     "gpt_neox": Family("GPTNeoX"),
     "gpt_oss": Family("GptOss", has_experts=True),
+    "granite_swa": Family("GraniteSWA"),
     "granitemoe": Family("GraniteMoe", has_experts=True),
+    "granitemoe_swa": Family("GraniteMoeSWA", has_experts=True),
     "granitemoehybrid": Family("GraniteMoeHybrid", MAMBA2, has_experts=True),
     "granitemoeshared": Family("GraniteMoeShared", has_experts=True),
     "hunyuan_v1_moe": Family("HunYuanMoEV1", has_experts=True),
+    "hyperclovax": Family("HyperCLOVAX"),
     "internlm3": Family("Llama", written_class="InternLM3ForCausalLM"),
+    "iquestcoder": Family("Llama", written_class="IQuestCoderForCausalLM"),
+    "jais2": Family("Jais2"),
     "lfm2": Family("Lfm2", CONV),
     "lfm2_moe": Family("Lfm2Moe", CONV, has_experts=True),
     "lfm3": Family("Lfm3", CONV),
+    "mellum": Family("Mellum", has_experts=True),
+    "minicpm3": Family("MiniCPM3"),
     "minimax_m2": Family("MiniMaxM2", has_experts=True),
     "mixtral": Family("Mixtral", has_experts=True),
     "nanochat": Family("NanoChat"),
     "nemotron_h": Family("NemotronH", MAMBA2, has_experts=True),
     "olmo_hybrid": Family("OlmoHybrid", DELTA),
     "olmoe": Family("Olmoe", has_experts=True),
+    "persimmon": Family("Persimmon"),
     "phi": Family("Phi"),
     "qwen2_moe": Family("Qwen2Moe", has_experts=True),
     "qwen3_5_moe_text": Family("Qwen3_5Moe", DELTA, has_experts=True),
     "qwen3_5_text": Family("Qwen3_5", DELTA),
     "qwen3_moe": Family("Qwen3Moe", has_experts=True),
     "qwen3_next": Family("Qwen3Next", DELTA, has_experts=True),
+    "sarvam_mla": Family("DeepseekV3", has_experts=True, written_class="SarvamMLAForCausalLM"),
+    "solar_open": Family("SolarOpen", has_experts=True),
     "starcoder2": Family("Starcoder2"),
 }
 # Types that are refused for a reason of their own, which follows their name in the message.
@@ -163,21 +175,6 @@ FAMILIES: dict[str, Family] = {
     **TEXT_FAMILIES,
     **{name: _make_multimodal(text_type) for name, text_type in TEXT_TYPES.items()},
 }
-# types that read sliding_window; Qwen2, Qwen3 and SmolLM3 only with use_sliding_window
-WINDOW_TYPES = (
-    *("cohere2", "dots1", "exaone4", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"),
-    *("gpt_oss", "lfm3", "ministral", "ministral3", "mistral", "mixtral", "olmo3", "olmoe"),
-    *("phi3", "starcoder2", "vaultgemma"),
-)
-# types that cap logits, and scores of attention
-CAPPED_HEAD_TYPES = (
-    *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "nanochat", "vaultgemma"),
-)
-CAPS = {
-    "final_logit_softcapping": CAPPED_HEAD_TYPES,
-    "attn_logit_softcapping": ("gemma2", "vaultgemma"),
-}
-UNUSED_WINDOW_TYPE = "qwen2_moe"  # its window is 0 tokens without use_sliding_window
 FAMILY_FIX = f"choose a model of a supported type: {', '.join(FAMILIES)}"
 
 
@@ -193,36 +190,7 @@ def find_text_type(config: Mapping[str, Any]) -> str:
     return EQUAL_TYPES.get(text_type, text_type)
 
 
-def check_window(config: Mapping[str, Any], where: str) -> None:
-    """Raise InputError for a window of no tokens in a type that applies windows: transformers then
-    attends to all tokens alike, later ones too."""
-    text = _find_text(config)
-    words = text.get("layer_types")
-    text_type = find_text_type(config)
-    is_on = text.get("use_sliding_window") is True
-    if text_type == UNUSED_WINDOW_TYPE and not is_on:
-        if isinstance(words, list) and "sliding_attention" in words:
-            message = "sliding_attention without use_sliding_window: no token would see another"
-            raise InputError(message, where=where, fix="set use_sliding_window to true")
-        return
-    window = text.get("sliding_window")
-    is_used = text_type in WINDOW_TYPES or is_on
-    has_windows = not isinstance(words, list) or "sliding_attention" in words
-    if is_used and has_windows and type(window) is int and window < 1:
-        message = f"sliding_window is {window}: no token would see another"
-        raise InputError(message, where=where, fix="null means no window")
-
-
-def check_caps(config: Mapping[str, Any], where: str) -> None:
-    """Raise InputError for a cap of 0, by which transformers divides."""
-    text = _find_text(config)
-    for key, types in CAPS.items():
-        if find_text_type(config) in types and text.get(key) == 0:
-            message = f"{key} is {text[key]}: nothing is left of what it caps"
-            raise InputError(message, where=where, fix="null means no cap")
-
-
-def _find_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def get_text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the values of the text part, none if they are no mapping."""
     text = config.get("text_config") if get_tensor_prefix(config) else config
     return text if isinstance(text, Mapping) else {}

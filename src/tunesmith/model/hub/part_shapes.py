@@ -138,7 +138,9 @@ def measure_norms(headers: Mapping[str, TensorHeader], model_type: str) -> NormS
         elif norm in KEY_NORMS:
             # Gemma 4 also norms the values, without a weight
             num_norms = 2 if model_type.startswith("gemma4") else 1
-            inner_values += num_norms * _find_width(headers, module, {"k_proj"}, axis=0)
+            fused_size = _find_width(headers, module, {"query_key_value"}, axis=0)
+            size = _find_width(headers, module, {"k_proj"}, axis=0) or fused_size // 3
+            inner_values += num_norms * size
         elif norm not in GATED_NORMS:
             inner_values += tensor.shape[0]
     return NormShape(hidden, inner_values)

@@ -19,6 +19,7 @@ from typing import Any
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json, ModelSpec
+from tunesmith.model.hub.config_values import check_config_values, check_rotation
 from tunesmith.model.hub.expected_tensors import HEAD_DIMS, ModelDimensions, build_expected_headers
 from tunesmith.model.hub.families import (
     ATTENTION,
@@ -32,8 +33,6 @@ from tunesmith.model.hub.families import (
     REFUSED_TYPES,
     TEXT_FAMILIES,
     Family,
-    check_caps,
-    check_window,
     count_experts,
     count_experts_per_token,
     find_layer_mixers,
@@ -136,6 +135,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
     layer_mixers = find_layer_mixers(config.text, config.family, config.where)
     num_kv_heads = sizes.get("num_key_value_heads", heads)
     head_dim = _find_head_dim(config, headers, sizes)
+    check_rotation(config.text, config.text_type, head_dim, config.where)
     num_attention_layers = sum("attention" in mixer for mixer in layer_mixers)
     spec = ModelSpec(
         name=name or path.name,
@@ -383,8 +383,7 @@ def _check_model_type(config: Json, where: str) -> Family:
     if family is None or reason is not None:
         reason = reason or f"the model type {model_type!r} is not supported"
         raise InputError(reason, where=where, fix=FAMILY_FIX)
-    check_window(config, where)
-    check_caps(config, where)
+    check_config_values(config, where)
     labels = config.get("num_labels")
     if labels is not None and not (isinstance(labels, int) and 0 <= labels <= MAX_LABELS):
         message = f"num_labels is {labels!r:.80}, not a number up to {MAX_LABELS:,}"

@@ -38,6 +38,7 @@ from tunesmith.core.errors import InputError, raise_if_machine_failed
 from tunesmith.core.types import Json
 from tunesmith.model.hub.families import FAMILIES, find_text_type
 from tunesmith.model.hub.validate import AUTO_MAP_KEY, DTYPE_BYTES, TensorHeader
+from tunesmith.model.machine_errors import explain_error
 from tunesmith.model.target_modules import CONV1D_TYPES
 
 T = TypeVar("T", bound=nn.Module)
@@ -65,7 +66,9 @@ def transformers_errors(folder: Path) -> Iterator[None]:
     """Turn the errors of transformers for a folder that passed all our checks into InputError."""
     try:
         yield
-    except LOAD_ERRORS as error:
+    except (*LOAD_ERRORS, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and explain_error(error) is not None:
+            raise
         raise_if_machine_failed(error, folder)
         detail = " ".join(str(error).split())[:300]
         message = f"transformers cannot load this model: {type(error).__name__}: {detail}"

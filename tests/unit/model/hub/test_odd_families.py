@@ -136,6 +136,52 @@ def test_a_window_that_is_switched_off_is_one_of_no_tokens_in_qwen2_moe(tmp_path
     read_spec(folder)
 
 
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        *(("deepseek_v3", key) for key in ("v_head_dim", "n_shared_experts", "intermediate_size")),
+        *(("qwen3_next", key) for key in ("linear_num_value_heads", "num_key_value_heads")),
+        *(("falcon_h1", key) for key in ("mamba_d_conv", "num_attention_heads")),
+        *(("gemma4", key) for key in ("head_dim", "hidden_size_per_layer_input")),
+        ("gpt2", "n_inner"),
+        ("llama", "num_hidden_layers"),
+    ],
+)
+def test_a_size_below_zero_is_refused_by_name(family: str, key: str, tmp_path: Path) -> None:
+    """transformers builds tensors from it."""
+    CONFIGS[family].save_pretrained(tmp_path)
+    edit_config(tmp_path, **{key: -1})
+    with pytest.raises(InputError, match=rf"{key} is -1, less than 0") as caught:
+        read_spec(tmp_path)
+    assert f"correct {key}" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("llama", "head_dim"),
+        ("qwen3", "head_dim"),
+        ("qwen3_moe", "head_dim"),
+        ("deepseek_v3", "qk_rope_head_dim"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3])
+def test_heads_of_an_odd_size_cannot_be_rotated(
+    family: str, key: str, size: int, tmp_path: Path
+) -> None:
+    """transformers takes a head of one value for one of two."""
+    CONFIGS[family].save_pretrained(tmp_path)
+    edit_config(tmp_path, architectures=["any"], **{key: size})
+    with pytest.raises(InputError, match=rf"{key} is {size}, and a rotation turns") as caught:
+        read_spec(tmp_path)
+    assert f"correct {key}" in caught.value.fix
+
+
+def test_heads_that_are_not_rotated_may_have_an_odd_size(tmp_path: Path) -> None:
+    read_spec(save_changed("gpt2", tmp_path / "gpt2", n_embd=36, n_head=4))
+    read_spec(save_changed("nemotron_h", tmp_path / "nemotron_h", head_dim=5))
+
+
 @pytest.mark.parametrize("name", ["InternLM3ForCausalLM", "LlamaForCausalLM"])
 def test_a_type_may_name_its_class_or_the_one_that_transformers_builds(
     name: str, tmp_path: Path

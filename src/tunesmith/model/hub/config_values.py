@@ -1,0 +1,110 @@
+"""Values of config.json that no model can be computed with, or only as no maker meant it.
+
+    check_config_values(config, where)     InputError names the key and what to do
+    check_rotation(text, ..., where)       the same of the size of heads, once it is known
+
+transformers takes most of them: it builds layers of no values, divides by a cap of 0, lets a window
+of 0 tokens see everything, and rotates heads of one value into heads of two. Left out: sizes that a
+model must have (spec.py), and what only a forward shows (`forward_errors` in causal_lm.py)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tunesmith.core.errors import InputError
+from tunesmith.model.hub.families import find_text_type, get_text_config
+
+# types that read sliding_window; Qwen2, Qwen3 and SmolLM3 only with use_sliding_window
+WINDOW_TYPES = (
+    *("afmoe", "cohere2", "cohere2_moe", "dots1", "exaone4", "gemma2", "gemma3_text"),
+    *("gemma4_text", "gemma4_unified_text", "gpt_oss", "granite_swa", "granitemoe_swa", "lfm3"),
+    *("mellum", "ministral", "ministral3", "mistral", "mixtral", "olmo3", "olmoe", "phi3"),
+    *("starcoder2", "vaultgemma"),
+)
+UNUSED_WINDOW_TYPE = "qwen2_moe"  # its window is 0 tokens without use_sliding_window
+# types that cap logits, and scores of attention
+CAPPED_HEAD_TYPES = (
+    *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "nanochat", "vaultgemma"),
+)
+CAPS = {
+    "final_logit_softcapping": CAPPED_HEAD_TYPES,
+    "attn_logit_softcapping": ("gemma2", "vaultgemma"),
+}
+# keys of sizes and counts, whatever the family calls them
+SIZE_KEY = re.compile(
+    r"(num|n)_\w+|\w+_(size|dim|rank|heads|layers|groups|state|conv|kernel|head|input|ssm)"
+    r"|(moe|top)_(k|topk|k_experts)|first_k_dense_replace|topk_group|mamba_expand"
+)
+UNROTATED_TYPES = ("gpt2", "nemotron_h")
+CONFIG_FIX = "download config.json again"
+
+
+def check_config_values(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for a value that no model of this type can have."""
+    _check_counts(config, where)
+    _check_window(config, where)
+    _check_caps(config, where)
+
+
+def _check_counts(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for less than nothing of what a model has."""
+    for key, value in get_text_config(config).items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and value < 0 and SIZE_KEY.fullmatch(key):
+            message = f"{key} is {value}, less than 0"
+            raise InputError(message, where=where, fix=f"correct {key}, or {CONFIG_FIX}")
+
+
+def _check_window(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for a window of no tokens in a type that applies windows: transformers then
+    attends to all tokens alike, later ones too."""
+    text = get_text_config(config)
+    words = text.get("layer_types")
+    text_type = find_text_type(config)
+    is_on = text.get("use_sliding_window") is True
+    if text_type == UNUSED_WINDOW_TYPE and not is_on:
+        if isinstance(words, list) and "sliding_attention" in words:
+            message = "sliding_attention without use_sliding_window: no token would see another"
+            raise InputError(message, where=where, fix="set use_sliding_window to true")
+        return
+    window = text.get("sliding_window")
+    is_used = text_type in WINDOW_TYPES or is_on
+    has_windows = not isinstance(words, list) or "sliding_attention" in words
+    if is_used and has_windows and type(window) is int and window < 1:
+        message = f"sliding_window is {window}: no token would see another"
+        raise InputError(message, where=where, fix="null means no window")
+
+
+def _check_caps(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for a cap of 0, by which transformers divides."""
+    text = get_text_config(config)
+    for key, types in CAPS.items():
+        if find_text_type(config) in types and text.get(key) == 0:
+            message = f"{key} is {text[key]}: nothing is left of what it caps"
+            raise InputError(message, where=where, fix="null means no cap")
+
+
+def check_rotation(text: Mapping[str, Any], text_type: str, head_dim: int, where: str) -> None:
+    """Raise InputError for heads whose values do not come in pairs, which is what a rotation turns.
+
+    transformers takes a head of one value for one of two."""
+    is_unrotated = text_type in UNROTATED_TYPES or text.get("position_embedding_type") == "nope"
+    if is_unrotated or _is_partly_rotated(text):
+        return
+    # of multi-head latent attention a part of each head is rotated
+    has_latent_keys = isinstance(text.get("qk_nope_head_dim"), int)
+    key = "qk_rope_head_dim" if has_latent_keys else "head_dim"
+    size = text.get(key) if has_latent_keys else head_dim
+    if isinstance(size, int) and size % 2:
+        message = f"{key} is {size}, and a rotation turns pairs of values"
+        raise InputError(message, where=where, fix=f"correct {key}, or {CONFIG_FIX}")
+
+
+def _is_partly_rotated(text: Mapping[str, Any]) -> bool:
+    """Return whether only some values of a head are rotated."""
+    rotation = text.get("rope_parameters") or text.get("rope_scaling")
+    parts = rotation if isinstance(rotation, Mapping) else {}
+    factors = [parts.get("partial_rotary_factor"), text.get("partial_rotary_factor")]
+    return any(isinstance(factor, float) and factor < 1 for factor in factors)
