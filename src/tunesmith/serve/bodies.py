@@ -9,10 +9,12 @@ the same classes (openapi.py). Left out: what a request becomes (requests.py).""
 from __future__ import annotations
 
 import json
+from math import isfinite
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tunesmith.core.json_io import measure_depth
 from tunesmith.core.sampling import MAX_SEED
 from tunesmith.core.types import Json
 from tunesmith.serve.errors import RequestError
@@ -28,6 +30,7 @@ MAX_PROMPTS = 64
 MAX_COMMENT_CHARS = 2000
 MAX_NAME_CHARS = 256  # of who speaks
 MAX_TOKENS = 1_000_000  # of an answer, before it is compared with the context
+MAX_DEPTH = 100  # levels of nesting, as of rows; templates recurse through what tools hold
 DEFAULT_COMPLETION_TOKENS = 16  # of OpenAI's /v1/completions
 
 ModelName = Annotated[str, Field(min_length=1, max_length=80)]
@@ -344,14 +347,22 @@ def parse_json(raw: bytes) -> Any:
     """Return the value of strict JSON, in a body or in a text of it. Raises RequestError 400."""
     try:
         text = raw.decode()
-        content = json.loads(text, object_pairs_hook=_build_object, parse_constant=_refuse_constant)
+        content = json.loads(
+            text,
+            object_pairs_hook=_build_object,
+            parse_constant=_refuse_constant,
+            parse_float=_parse_float,
+        )
+        if measure_depth(content) > MAX_DEPTH:
+            raise RecursionError
         if "\\ud" in text.lower():  # half of a pair is no character, and no tokenizer takes it
             json.dumps(content, ensure_ascii=False).encode()
         return content
     except UnicodeEncodeError:
         raise RequestError(400, "not valid JSON: half of a surrogate pair") from None
     except RecursionError:
-        raise RequestError(400, "not valid JSON: too deeply nested") from None
+        message = f"not valid JSON: nested deeper than {MAX_DEPTH} levels"
+        raise RequestError(400, message) from None
     except UnicodeDecodeError:
         raise RequestError(400, "not valid JSON: not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -366,6 +377,14 @@ def _build_object(pairs: list[tuple[str, Any]]) -> Json:
     if len(content) < len(pairs):
         raise ValueError("a key occurs twice in one object")
     return content
+
+
+def _parse_float(text: str) -> float:
+    """Return a number. JSON allows 1e999, which is infinite here and cannot be written again."""
+    number = float(text)
+    if not isfinite(number):
+        raise ValueError(f"{text:.20} is too large a number")
+    return number
 
 
 def _refuse_constant(name: str) -> Any:

@@ -13,10 +13,9 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from tunesmith.core.errors import InputError, MachineError
-from tunesmith.core.json_io import dump_json
+from tunesmith.core.json_io import dump_json, measure_depth
 from tunesmith.core.types import Json
 from tunesmith.model.generation.grammar import Grammar
 from tunesmith.serve.errors import RequestError, from_tunesmith_error
@@ -87,7 +86,7 @@ def make_grammar(schema: Json | str, model: ServedModel) -> Grammar:
 
 def check_schema(schema: Json | str) -> str:
     """Return the sha256 of a schema. Raises RequestError for one that is too large or too deep."""
-    if _measure_depth(schema) > MAX_SCHEMA_DEPTH:
+    if measure_depth(schema) > MAX_SCHEMA_DEPTH:
         message = f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep"
         raise RequestError(400, message, code="schema_too_complex", param=PARAM)
     content = dump_json(schema)
@@ -95,19 +94,3 @@ def check_schema(schema: Json | str) -> str:
         message = f"the schema has more than {MAX_SCHEMA_BYTES:,} bytes"
         raise RequestError(400, message, code="schema_too_complex", param=PARAM)
     return hashlib.sha256(content).hexdigest()
-
-
-def _measure_depth(value: Any) -> int:
-    """Return how deep a value is nested, without recursion."""
-    depth = 0
-    level: list[Any] = [value]
-    while level:
-        depth += 1
-        inner: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                inner += item.values()
-            elif isinstance(item, list):
-                inner += item
-        level = inner
-    return depth

@@ -106,6 +106,12 @@ def test_fields_that_contradict_each_other(changes: dict[str, Any], message: str
         read_chat(**changes)
 
 
+TOOL = (
+    b'{"model": "base", "messages": [{"role": "user", "content": "a"}], "tools": [{"type": '
+    b'"function", "function": {"name": "f", "parameters": {"a": %s}}}]}'
+)
+
+
 @pytest.mark.parametrize(
     "raw",
     [
@@ -118,13 +124,15 @@ def test_fields_that_contradict_each_other(changes: dict[str, Any], message: str
         b'{"model": "a", "model": "b"}',
         b'{"model": "base", "messages": [], "temperature": NaN}',
         b'{"model": "base", "temperature": Infinity}',
+        TOOL % b"1e999",
+        TOOL % b"-1e999",
+        TOOL % (b'{"a":' * 100 + b"1" + b"}" * 100),
         b'{"model": ' + b"[" * 100_000,
         b"[" * 100_000 + b"]" * 100_000,
         b'{"seed": ' + b"9" * 5000 + b"}",
         b'{"model": "base", "messages": [{"role": "user", "content": "\\uD800"}]}',
         b'{"model": "base", "messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
-        b'{"model": "base", "messages": [{"role": "user", "content": "a"}], "tools": [{"type": '
-        b'"function", "function": {"name": "f", "parameters": {"\\udfff": 1}}}]}',
+        TOOL % b'{"\\udfff": 1}',
         '{"model": "base", "messages": [{"role": "user", "content": "a"}]}'.encode("utf-16"),
     ],
 )
@@ -146,6 +154,15 @@ def test_what_is_no_body(raw: bytes) -> None:
 def test_prompts_as_text_and_tokens(prompt: Any, prompts: tuple[Any, ...]) -> None:
     raw = json.dumps({"model": "base", "prompt": prompt}).encode()
     assert read_body(raw, CompletionBody).prompts == prompts
+
+
+def test_tools_hold_finite_numbers_and_objects_of_some_depth() -> None:
+    for value in (b"1e308", b"1e-999", b'{"a":' * 90 + b"1" + b"}" * 90):
+        assert read_body(TOOL % value, ChatBody).tools
+    with pytest.raises(RequestError, match="too large a number"):
+        read_body(TOOL % b"1e999", ChatBody)
+    with pytest.raises(RequestError, match="nested deeper than 100 levels"):
+        read_body(TOOL % (b"[" * 900 + b"]" * 900), ChatBody)
 
 
 @pytest.mark.parametrize("prompt", [[], [[]], [1, "a"], [-1], {"a": 1}, None, [[1], "a"], 5])

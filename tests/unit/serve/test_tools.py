@@ -209,7 +209,7 @@ def test_a_request_that_says_no_call_is_named(
         ('{"a": "\\ud800"}', "half of a surrogate pair"),
         ('{"a": NaN}', "NaN is not a number"),
         ('{"a": 1, "a": 2}', "occurs twice"),
-        ('{"a": ' + "[" * 5000, "too deeply nested"),
+        ('{"a": ' + "[" * 5000, "nested deeper"),
         ('{"a": ' + "1" * 5000 + "}", "not valid JSON"),
     ],
     ids=["list", "surrogate", "nan", "twice", "deep", "digits"],
