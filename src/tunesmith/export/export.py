@@ -106,7 +106,9 @@ def export_run(
     with atomic_dir(
         output_path, metadata=manifest, needed_bytes=needed_bytes, key="--out"
     ) as folder:
-        job = ExportJob(run, folder, kind, examples, merge_base.base)
+        # an adapter alone is for the base that it was trained on
+        job_base = merge_base.base if is_merged else "dequantized"
+        job = ExportJob(run, folder, kind, examples, job_base)
         export_format.write(job)
         parity = _verify_export(job, export_format)
     files = tuple(

@@ -28,6 +28,12 @@ from tunesmith.data.chat_template.render_notes import CONTROL_LIKE_TEXT
 from tunesmith.data.collate import collate
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.packing import count_input_tokens
+from tunesmith.export.merged_changes import (
+    LostChange,
+    SampledChange,
+    find_lost_changes,
+    sample_changes,
+)
 from tunesmith.export.source_run import SourceRun
 from tunesmith.model.adapters import scaled_adapter
 from tunesmith.model.causal_lm import Network, PackedCausalLM, compute_stock_logits, wrap_model
@@ -41,6 +47,8 @@ ENOUGH_POSITIONS = 256  # of all rows; more prompts only take time, five forward
 MAX_ROW_TOKENS = 1024  # longer rows are used only if all are longer
 MAX_NEW_TOKENS = 32
 BaseKind = Literal["original", "dequantized"]
+# Q8_0 keeps matrices in fp16 whose rows do not divide into its blocks.
+ROUNDED_DTYPES = {"f16": "float16", "bf16": "bfloat16", "q8_0": "float16"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +68,13 @@ class ParityExample:
 
 @dataclass(frozen=True, eq=False)
 class ParityOutputs:
-    """Outputs of one side: logits [S, V] and a greedy answer per example."""
+    """Outputs of one side: logits [S, V] and a greedy answer per example. Of the run also the mean
+    KL to its base, and rows of what training changed."""
 
     logits: tuple[Tensor, ...]
     greedy: tuple[tuple[int, ...], ...]
-    trained_kl: float | None = None  # mean KL from the run to its base
+    trained_kl: float | None = None
+    changes: tuple[SampledChange, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +102,12 @@ class ExportJob:
         return self.run.quantized_paths if self.base == "dequantized" else frozenset()
 
     @property
+    def rounded_dtype(self) -> torch.dtype | None:
+        """What weights are rounded to at least; None for types that keep fp32."""
+        name = {**ROUNDED_DTYPES, "": self.run.model_spec.dtype}.get(self.export_type)
+        return getattr(torch, name) if name else None
+
+    @property
     def chat_examples(self) -> list[ParityExample]:
         """The examples that have messages to render."""
         return [example for example in self.examples if example.messages]
@@ -103,7 +119,7 @@ class Parity:
 
     KL(run || export) in nats at `positions`; `trained_kl` is the mean of KL(run || base), None
     without an adapter. `same_prompts` of `rendered_prompts` have the same ids, `same_answers` of
-    `prompts` the same greedy tokens.
+    `prompts` the same greedy tokens. `lost`: parameters without all of what training changed.
     """
 
     prompts: int
@@ -116,6 +132,7 @@ class Parity:
     trained_kl: float | None
     top1_agreement: float
     max_logit_difference: float
+    lost: tuple[LostChange, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,6 +225,7 @@ def _build_example(run: SourceRun, rows: Dataset, index: int) -> ParityExample |
 
 def compute_live_outputs(job: ExportJob) -> ParityOutputs:
     """Return the run's outputs in our engine. The model is freed when this returns."""
+    changes = _sample_changes(job)
     model = job.run.load_live_model()
     logits = _compute_engine_logits(model, job.examples, "the run")
     trained_kl = None
@@ -216,7 +234,15 @@ def compute_live_outputs(job: ExportJob) -> ParityOutputs:
             base_logits = _compute_engine_logits(model, job.examples, "its base")
         trained_kl = compute_mean_kl(logits, base_logits)
     greedy = _generate_greedy(model, job, job.run.renderer.end_ids)
-    return ParityOutputs(logits, greedy, trained_kl)
+    return ParityOutputs(logits, greedy, trained_kl, changes)
+
+
+def _sample_changes(job: ExportJob) -> tuple[SampledChange, ...]:
+    """Return rows of what training changed in the base that the export starts from."""
+    if not job.run.changes:
+        return ()
+    network = job.run.load_base_network(is_original=job.base == "original")
+    return sample_changes(network, job.run.changes, job.rounded_dtype)
 
 
 def compute_export_outputs(job: ExportJob, reloaded: ReloadedExport) -> ParityOutputs:
@@ -298,6 +324,7 @@ def compare_outputs(
         trained_kl=live_outputs.trained_kl,
         top1_agreement=num_agreements / len(kl_S),
         max_logit_difference=max_difference,
+        lost=find_lost_changes(live_outputs.changes, reloaded.network),
     )
 
 
@@ -343,11 +370,7 @@ def refuse_mismatch(
     if parity.mean_kl > tolerance.mean_kl:
         kl = f"{parity.mean_kl:.2g}"
         problems.append(f"the mean KL to the run is {kl}, above {tolerance.mean_kl:g}")
-    if parity.trained_kl is not None and parity.mean_kl > max(
-        NUMERIC_KL, MAX_LOST_SHARE * parity.trained_kl
-    ):
-        kl = f"{parity.mean_kl:.2g} of {parity.trained_kl:.2g}"
-        problems.append(f"it loses what training changed: a mean KL of {kl}")
+    problems += _list_losses(parity)
     if parity.max_kl > tolerance.max_kl:
         kl = f"{parity.max_kl:.2g}"
         problems.append(f"the largest KL at a position is {kl}, above {tolerance.max_kl:g}")
@@ -357,3 +380,18 @@ def refuse_mismatch(
         fix = "use --base dequantized, the weights that the adapter was trained on"
     message = f"the export does not behave as the run: {'; '.join(problems)}"
     raise GateError(message, where=str(run.path), fix=f"nothing was written; {fix}")
+
+
+def _list_losses(parity: Parity) -> list[str]:
+    """Return what the export lost of what training changed."""
+    losses: list[str] = []
+    if parity.trained_kl is not None and parity.mean_kl > max(
+        NUMERIC_KL, MAX_LOST_SHARE * parity.trained_kl
+    ):
+        kl = f"{parity.mean_kl:.2g} of {parity.trained_kl:.2g}"
+        losses.append(f"it loses what training changed: a mean KL of {kl}")
+    if parity.lost:
+        worst = max(parity.lost, key=lambda lost: abs(lost.share - 1))
+        count = f"{len(parity.lost)} of the parameters that training changed lack a part of it"
+        losses.append(f"{count}: {worst.key} has {worst.share:.0%}")
+    return losses

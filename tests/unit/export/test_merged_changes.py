@@ -1,0 +1,173 @@
+"""An export whose merge lost a part of the adapter fails, however little that moves the answers."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tiny_export import make_export_job, save_run
+from tunesmith.core.errors import GateError
+from tunesmith.export.merged_changes import MAX_ROWS, find_lost_changes, sample_changes
+from tunesmith.export.parity import (
+    ExportJob,
+    ParityOutputs,
+    compare_outputs,
+    compute_export_outputs,
+    compute_live_outputs,
+    refuse_mismatch,
+)
+from tunesmith.export.targets import TARGETS
+from tunesmith.model.expert_adapters import ExpertLoraTensors
+from tunesmith.model.merge import WeightDelta, merge_into_network
+from tunesmith.model.save import LoraTensors, ModuleTensor, TokenRowTensors
+
+Weights = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def little_trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("run"), tiny_llama, learning_rate=0.002)
+
+
+@pytest.fixture(scope="module")
+def live(little_trained: Path, tmp_path_factory: pytest.TempPathFactory) -> ParityOutputs:
+    return compute_live_outputs(make_export_job(little_trained, tmp_path_factory.mktemp("live")))
+
+
+def judge(job: ExportJob, target: str, live: ParityOutputs) -> None:
+    form = TARGETS[target][job.export_type]
+    reread = form.reload(job)
+    parity = compare_outputs(job, live, compute_export_outputs(job, reread), reread)
+    refuse_mismatch(form.tolerance, parity, job, reread)
+
+
+def lose(base: Weights, merged: Weights, part: str, share: float = 0.0) -> Weights:
+    """Return the merged weights, with a share of the change where the name has `part`."""
+    return {
+        name: torch.lerp(base[name].float(), merged[name].float(), share).to(merged[name])
+        if part in name
+        else merged[name]
+        for name in merged
+    }
+
+
+def swap_layers(base: Weights, merged: Weights) -> Weights:
+    """Return the weights with the change of each layer in the other."""
+    swapped = dict(merged)
+    for name in merged:
+        other = name.replace(".layers.0.", ".layers.@.").replace(".layers.1.", ".layers.0.")
+        other = other.replace("@", "1")
+        if other != name:
+            swapped[name] = base[name] + merged[other] - base[other]
+    return swapped
+
+
+LOSSES: dict[str, Callable[[Weights, Weights], Weights]] = {
+    "one matrix": lambda base, merged: lose(base, merged, "layers.1.mlp.gate_proj"),
+    "one module": lambda base, merged: lose(base, merged, "o_proj"),
+    "one layer": lambda base, merged: lose(base, merged, "layers.1."),
+    "half of a matrix": lambda base, merged: lose(base, merged, "layers.0.mlp.up_proj", 0.5),
+    "half of all": lambda base, merged: lose(base, merged, "", 0.5),
+    "twice the change of a matrix": lambda base, merged: lose(base, merged, "1.mlp.down_proj", 2),
+    "the layers swapped": swap_layers,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_merge_that_lost_a_part_of_the_adapter_fails(
+    name: str, little_trained: Path, live: ParityOutputs, tmp_path: Path
+) -> None:
+    job = make_export_job(little_trained, tmp_path)
+    TARGETS["merged"][""].write(job)
+    judge(job, "merged", live)
+    file = job.folder / "model.safetensors"
+    base = load_file(job.run.model_spec.path / "model.safetensors")
+    damaged = LOSSES[name](base, load_file(file))
+    save_file(
+        {key: tensor.contiguous() for key, tensor in damaged.items()},
+        file,
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(GateError, match="of the parameters that training changed lack a part"):
+        judge(job, "merged", live)
+
+
+@pytest.mark.parametrize("target", ["gguf", "merged", "peft"])
+@pytest.mark.parametrize("learning_rate", [1e-5, 3e-3])
+def test_a_sound_export_fails_for_no_rate(
+    target: str, learning_rate: float, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """At the lower rate the change is far below the last bit of the weights."""
+    run = save_run(tmp_path / "run", tiny_llama, learning_rate=learning_rate)
+    for kind in [kind for kind in TARGETS[target] if kind != "per-expert"]:
+        job = make_export_job(run, tmp_path / f"job-{kind}", kind)
+        live = compute_live_outputs(job)
+        TARGETS[target][kind].write(job)
+        form = TARGETS[target][kind]
+        reread = form.reload(job)
+        parity = compare_outputs(job, live, compute_export_outputs(job, reread), reread)
+        assert len(live.changes) == 14
+        assert parity.lost == ()
+
+
+class Layers(nn.Module):
+    """A linear, a stack of experts, an embedding and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.linear = nn.Linear(32, 48)
+        self.mlp = nn.Module()
+        self.mlp.experts = nn.Module()
+        self.mlp.experts.down_proj = nn.Parameter(torch.randn(6, 40, 24, generator=generator))
+        self.embedding = nn.Embedding(50, 32)
+        self.norm = nn.LayerNorm(32)
+
+
+def make_changes() -> Mapping[str, WeightDelta]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+    return {
+        "linear": LoraTensors(draw(2, 32), 0.01 * draw(48, 2), 2.0),
+        "mlp.experts": ExpertLoraTensors(draw(6, 2, 24), 0.01 * draw(6, 40, 2), 2.0),
+        "embedding": TokenRowTensors(45, draw(5, 32)),
+        "norm": ModuleTensor("norm.weight", draw(32)),
+    }
+
+
+def make_dora() -> Mapping[str, WeightDelta]:
+    lora = make_changes()["linear"]
+    assert isinstance(lora, LoraTensors)
+    return {"linear": LoraTensors(lora.a_RI, lora.b_OR, 2.0, torch.linspace(0.5, 2, 48))}
+
+
+@pytest.mark.parametrize("changes", [make_changes(), make_dora()], ids=["all kinds", "dora"])
+def test_each_kind_of_change_is_there_or_lost(changes: Mapping[str, WeightDelta]) -> None:
+    torch.manual_seed(0)
+    network = Layers().requires_grad_(False)
+    samples = sample_changes(network, changes, None)
+    assert all(len(sample.rows_K) <= MAX_ROWS for sample in samples)
+    assert {lost.key for lost in find_lost_changes(samples, network)} == set(changes)
+    merge_into_network(network, changes)  # type: ignore[arg-type]
+    assert find_lost_changes(samples, network) == ()
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_eight_bits_hide_no_loss(is_lost: bool) -> None:
+    """Rounding to 8 bits is ten times the change of a value here."""
+    torch.manual_seed(0)
+    network = nn.Module()
+    network.linear = nn.Linear(1024, 256, bias=False).requires_grad_(False)
+    weight = network.linear.weight
+    step = float(weight.abs().max()) / 127
+    lora = LoraTensors(torch.randn(4, 1024), torch.randn(256, 4), 0.05 * step)
+    samples = sample_changes(network, {"linear": lora}, torch.float16)
+    if not is_lost:
+        merge_into_network(network, {"linear": lora})  # type: ignore[arg-type]
+    weight.copy_((weight / step).round() * step)
+    lost = find_lost_changes(samples, network)
+    assert [item.key for item in lost] == ["linear"] * is_lost
