@@ -29,6 +29,7 @@ from tunesmith.core.evidence import (
     ErrorTable,
     TrainingValues,
 )
+from tunesmith.core.formatting import format_count
 from tunesmith.core.types import Comparison, Plan
 from tunesmith.data.answer_values import ANSWER, MAX_NAME_CHARS, shorten
 from tunesmith.evaluate.custom_metric import format_metric_name
@@ -404,7 +405,8 @@ def _group_by_length(
         for item, is_member in zip(items, is_inside.tolist(), strict=True):
             if is_member:
                 members.append(_Member(item.id, item.value, item.value_before))
-        name = f"{low:,} to {high:,} characters" if low < high else f"{low:,} characters"
+        end = format_count(high, "character")
+        name = f"{low:,} to {end}" if low < high else end
         groups.append(_build_group(name, members))
     return _build_table(by, groups if len(groups) > 1 else [], is_ordered=True)
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from tunesmith.cli.output import escape_markup, format_single_line
 from tunesmith.cli.progress import format_interval
 from tunesmith.cli.views import make_table
-from tunesmith.cli.views.verdict import render_errors, render_verdict
+from tunesmith.cli.views.verdict import cut_middle, render_errors, render_verdict
 from tunesmith.core.events import GENERAL_TASK, GenerationSample, Score
 from tunesmith.core.formatting import format_bytes, format_duration
 from tunesmith.core.types import Comparison, RunRecord, ScalePoint
@@ -43,6 +43,7 @@ METRIC_NAMES = {
 VERDICT_STYLES = {"better": "bold green", "worse": "bold red"}
 DISTANCE_WORDS = {"better": "closer to base", "worse": "further from base"}
 LOWER_IS_BETTER = "↓"
+DOUBTFUL = "*"
 MIN_EVIDENCE_WIDTH = 120  # columns of the terminal
 MAX_ANSWER_CHARS = 400
 MAX_ROUNDING_SHARE = 0.1  # of the KL that training caused
@@ -96,10 +97,14 @@ class ComparisonTable:
         if has_evidence:
             table.add_column("", style="dim")
         verdicts = judge_comparisons(self.comparisons)
+        notes: dict[str, None] = {}
         for comparison, verdict in zip(self.comparisons, verdicts, strict=True):
-            arrow = "" if comparison.higher_is_better else f" {LOWER_IS_BETTER}"
+            head, _, doubt = verdict.partition(", but ")
+            if doubt:  # a table has no room for it
+                verdict = f"{head} {DOUBTFUL}"
+                notes[f"{DOUBTFUL} {doubt}"] = None
             cells: list[RenderableType] = [
-                escape_markup(f"{comparison.task} {comparison.metric}{arrow}"),
+                Text(_name_metric(comparison)),
                 str(comparison.after.n),
                 f"{comparison.before.value:.3f}",
                 f"{comparison.after.value:.3f}",
@@ -109,9 +114,16 @@ class ComparisonTable:
             evidence = [escape_markup(describe_evidence(comparison))] if has_evidence else []
             table.add_row(*cells, *evidence)
         if not all(comparison.higher_is_better for comparison in self.comparisons):
-            table.caption = f"{LOWER_IS_BETTER} lower is better"
-            table.caption_justify = "left"
+            notes[f"{LOWER_IS_BETTER} lower is better"] = None
+        table.caption = "\n".join(notes) or None
+        table.caption_justify = "left"
         return table
+
+
+def _name_metric(comparison: Comparison) -> str:
+    """Return the task and the metric on one line; of a long name of a task, its ends."""
+    arrow = "" if comparison.higher_is_better else f" {LOWER_IS_BETTER}"
+    return f"{cut_middle(comparison.task)} {cut_middle(comparison.metric)}{arrow}"
 
 
 def _render_verdict(comparison: Comparison, verdict: str) -> Text:

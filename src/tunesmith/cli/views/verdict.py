@@ -124,7 +124,7 @@ def _render_table(table: ErrorTable, names: tuple[str, str]) -> RenderableType:
     result = make_table(TITLES.get(table.by, table.label), *columns, numbers=numbers)
     for group in groups[:MAX_ROWS]:
         cells: list[Text | str] = [
-            Text(_cut_middle(group.name)),
+            Text(cut_middle(group.name)),
             str(group.wrong),
             str(group.n),
             f"{group.error:.0%}",
@@ -138,7 +138,7 @@ def _render_table(table: ErrorTable, names: tuple[str, str]) -> RenderableType:
     return Group(result, f"... and {hidden} more: --json") if hidden > 0 else result
 
 
-def _cut_middle(name: str) -> str:
+def cut_middle(name: str) -> str:
     """Return a name on one line; a long one keeps its end, which may be the value of a field."""
     line = flatten_text(name, MAX_LINE_CHARS)
     end_chars = MAX_NAME_CHARS // 3

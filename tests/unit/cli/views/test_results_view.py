@@ -61,6 +61,25 @@ def test_no_interval_is_broken_and_evidence_needs_room(width: int) -> None:
     assert "↓ lower is better" in text
 
 
+def test_a_doubtful_verdict_breaks_no_table() -> None:
+    """The words about Holm's correction took the room of the metric's name and of the numbers."""
+    changes = [fake_runs.make_comparison("exact_match", 0.3, 0.4, half) for half in (0.0999, 0.2)]
+    text = render_text(render_comparisons(changes, ("A", "B")), width=80)
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert lines[1].split()[0] == "metric"
+    assert lines[2].split()[:2] == ["test", "exact_match"]
+    assert lines[2].endswith("better *")
+    assert "* not after Holm correction (2 comparisons)" in lines
+
+
+def test_a_long_or_hostile_name_of_a_task_is_short_and_on_one_line() -> None:
+    for task in ("test: " + "b" * 200, "test: one\n\x1b[2J# two [red]"):
+        change = fake_runs.make_comparison("exact_match", 0.1, 0.8, 0.1, task=task)
+        lines = render_text(render_comparisons((change,), ("A", "B")), width=80).splitlines()
+        assert len(lines) <= 6
+        assert any("better" in line for line in lines)
+
+
 def test_a_record_shows_answers_side_by_side_and_the_adapter() -> None:
     before, after = (
         GenerationSample(0, "a:1", "Q", "I am an [AI]"),
