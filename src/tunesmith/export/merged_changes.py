@@ -22,8 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.model.expert_adapters import ExpertLoraTensors
-from tunesmith.model.merge import WeightDelta, WeightDeltas
-from tunesmith.model.save import LoraTensors, TokenRowTensors, get_merge_target
+from tunesmith.model.merge import WeightDeltas
+from tunesmith.model.save import (
+    LoraTensors,
+    ModuleTensor,
+    TokenRowTensors,
+    get_merge_target,
+)
 
 MAX_ROWS = 16  # of a matrix
 MAX_EXPERTS = 4  # of a stack
@@ -101,16 +106,20 @@ def _choose_rows(count: int, limit: int) -> Tensor:
     return torch.linspace(0, count - 1, min(count, limit)).round().long()
 
 
-def _sample_matrix(key: str, delta: WeightDelta, matrix_OI: Tensor) -> SampledChange:
+def _sample_matrix(
+    key: str, delta: LoraTensors | TokenRowTensors | ModuleTensor, matrix_OI: Tensor
+) -> SampledChange:
     if isinstance(delta, TokenRowTensors):
         rows_K = delta.first_id + _choose_rows(len(delta.rows_KH), MAX_ROWS)
-        trained_KI = delta.rows_KH[rows_K - delta.first_id]
     else:
         rows_K = _choose_rows(len(matrix_OI), MAX_ROWS)
-        trained_KI = None if isinstance(delta, LoraTensors) else _to_rows(delta.tensor)[rows_K]
     base_KI = matrix_OI[rows_K].float().cpu()
     if isinstance(delta, LoraTensors):
         trained_KI = _adapt_rows(delta, rows_K, base_KI)
+    elif isinstance(delta, TokenRowTensors):
+        trained_KI = delta.rows_KH[rows_K - delta.first_id]
+    else:
+        trained_KI = _to_rows(delta.tensor)[rows_K]
     return SampledChange(key, rows_K, base_KI, trained_KI.float().cpu() - base_KI)
 
 
