@@ -38,6 +38,8 @@ SIZE_KEY = re.compile(
     r"|(moe|top)_(k|topk|k_experts)|first_k_dense_replace|topk_group|mamba_expand"
 )
 UNROTATED_TYPES = ("gpt2", "nemotron_h")
+# types with a rotation for each kind of layer in a module of its own; rotary.py replaces one
+MANY_ROTATIONS_TYPES = ("granite_swa", "granitemoe_swa")
 CONFIG_FIX = "download config.json again"
 
 
@@ -91,6 +93,9 @@ def check_rotation(text: Mapping[str, Any], text_type: str, head_dim: int, where
 
     transformers takes a head of one value for one of two."""
     is_unrotated = text_type in UNROTATED_TYPES or text.get("position_embedding_type") == "nope"
+    if text_type in MANY_ROTATIONS_TYPES and _find_rope_type(text) in ("dynamic", "longrope"):
+        message = f"{text_type} with a rotation that depends on the length is not supported"
+        raise InputError(message, where=where, fix="set another rope_type, or use another model")
     if is_unrotated or _is_partly_rotated(text):
         return
     # of multi-head latent attention a part of each head is rotated
@@ -104,7 +109,15 @@ def check_rotation(text: Mapping[str, Any], text_type: str, head_dim: int, where
 
 def _is_partly_rotated(text: Mapping[str, Any]) -> bool:
     """Return whether only some values of a head are rotated."""
-    rotation = text.get("rope_parameters") or text.get("rope_scaling")
-    parts = rotation if isinstance(rotation, Mapping) else {}
-    factors = [parts.get("partial_rotary_factor"), text.get("partial_rotary_factor")]
+    factors = [_get_rotation(text).get("partial_rotary_factor"), text.get("partial_rotary_factor")]
     return any(isinstance(factor, float) and factor < 1 for factor in factors)
+
+
+def _find_rope_type(text: Mapping[str, Any]) -> str:
+    rotation = _get_rotation(text)
+    return str(rotation.get("rope_type") or rotation.get("type") or "default")
+
+
+def _get_rotation(text: Mapping[str, Any]) -> Mapping[str, Any]:
+    rotation = text.get("rope_parameters") or text.get("rope_scaling")
+    return rotation if isinstance(rotation, Mapping) else {}

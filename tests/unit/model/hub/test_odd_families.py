@@ -177,6 +177,19 @@ def test_heads_of_an_odd_size_cannot_be_rotated(
     assert f"correct {key}" in caught.value.fix
 
 
+@pytest.mark.parametrize("family", ["granite_swa", "granitemoe_swa"])
+def test_several_rotations_that_depend_on_the_length_are_refused(
+    family: str, tmp_path: Path
+) -> None:
+    """Each base of these types has a module of its own, and packs would share its frequencies."""
+    CONFIGS[family].save_pretrained(tmp_path)
+    rotation = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    edit_config(tmp_path, architectures=["any"], rope_parameters=rotation)
+    with pytest.raises(InputError, match=rf"{family} with a rotation that depends on") as caught:
+        read_spec(tmp_path)
+    assert "rope_type" in caught.value.fix
+
+
 def test_heads_that_are_not_rotated_may_have_an_odd_size(tmp_path: Path) -> None:
     read_spec(save_changed("gpt2", tmp_path / "gpt2", n_embd=36, n_head=4))
     read_spec(save_changed("nemotron_h", tmp_path / "nemotron_h", head_dim=5))
