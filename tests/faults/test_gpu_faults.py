@@ -19,6 +19,7 @@ from failing_backward import fail_in_backward
 from plan_configs import make_config
 from tiny_models import make_tiny_documents, make_tiny_model
 from tiny_runs import make_tiny_recipe, read_adapter_bytes, train
+from tunesmith import api
 from tunesmith.core.errors import MachineError
 from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.model.causal_lm import PackedCausalLM
@@ -75,6 +76,23 @@ MESSAGES = {
         f"CUDA error: uncorrectable ECC error encountered{ASYNCHRONOUS}",
         "the GPU or its driver failed",
         "nvidia-smi",
+    ),
+    "bitsandbytes for another CUDA": (
+        "\nCUDA VERSION MISMATCH\nAttempted to use bitsandbytes native library functionality but"
+        " it's not available.",
+        "bitsandbytes has no library",
+        "python -m bitsandbytes",
+    ),
+    "bitsandbytes without CUDA": (
+        "Method 'cget_managed_ptr' not available in CPU-only version of bitsandbytes.",
+        "bitsandbytes has no library",
+        "python -m bitsandbytes",
+    ),
+    # WSL before R615, some virtual GPUs
+    "memory that cannot grow": (
+        "CUDA driver error: unknown error",
+        "the driver refused",
+        "expandable_segments:False",
     ),
     "broken kernel": (LAUNCH_FAILED, "a kernel failed", "CUDA_LAUNCH_BLOCKING=1"),
     "broken product": (
@@ -185,11 +203,46 @@ def test_preflight_that_fails_ends_with_advice(
         train(make_tiny_recipe(tiny_folder, tmp_path))
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(
+    ("error", "meaning"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory"),
+        (torch.AcceleratorError(LAUNCH_FAILED), "a kernel failed on the GPU"),
+    ],
+    ids=["memory", "kernel"],
+)
+def test_any_verb_ends_with_advice(
+    error: RuntimeError,
+    meaning: str,
+    as_json: bool,
+    tunesmith: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where a model is loaded to answer or to be measured."""
+
+    def run_out(*_arguments: Any, **_settings: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(api, "doctor", run_out)
+    code, stdout, stderr = tunesmith("doctor", *(["--json"] if as_json else []))
+    assert code == 3
+    assert meaning in stderr
+    assert "bug" not in stderr
+    assert (meaning in stdout) == as_json
+
+
 # ---------------------------------------------------------------- Triton
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("kind", ["resources", "compiler", "driver"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("resources", "compiler", "driver", "no compiler", "no libcuda", "no cache", "old card"),
+        "memory",
+    ],
+)
 def test_a_kernel_that_triton_cannot_run_is_named(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +254,11 @@ def test_a_kernel_that_triton_cannot_run_is_named(
         "resources": OutOfResources(120_000, 101_376, "shared memory"),
         "compiler": subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"]),
         "driver": RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
+        "no compiler": RuntimeError("Failed to find C compiler. Please specify via CC"),
+        "no libcuda": AssertionError("libcuda.so cannot found!\nPlease make sure GPU is set up"),
+        "no cache": PermissionError(13, "Permission denied", "/.triton"),
+        "old card": RuntimeError("PassManager::run failed"),
+        "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     }
 
     class Kernel:
@@ -215,6 +273,8 @@ def test_a_kernel_that_triton_cannot_run_is_named(
         triton_ops.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6)
     if kind == "driver":
         assert "newer driver" in caught.value.fix
+    elif kind == "memory":
+        assert isinstance(caught.value, OutOfMemory)
     else:
         assert "Triton cannot run rms_norm" in caught.value.message
         assert "pip uninstall triton" in caught.value.fix

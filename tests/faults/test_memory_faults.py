@@ -208,6 +208,7 @@ def test_the_error_of_the_cpu_is_known_too() -> None:
         "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
         "NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'",
         "Triton Error [CUDA]: out of memory",
+        "CUDA driver error: out of memory",
     ],
 )
 def test_the_errors_of_cuda_libraries_are_known_too(message: str) -> None:

@@ -41,6 +41,7 @@ from tunesmith.cli.ending import (
     INTERRUPTED_CODES,
     USAGE_ERROR,
     end_process,
+    exit_on_torch_error,
     exit_with_error,
     explain_bug,
     ignore_signals,
@@ -541,6 +542,9 @@ def _run_verb(words: list[str]) -> NoReturn:
         if error.errno not in MACHINE_ERRNOS:
             raise
         exit_with_error(to_machine_error(error, "cannot access a file"), as_json=as_json)
+    except (MemoryError, RuntimeError) as error:
+        exit_on_torch_error(error, as_json=as_json)
+        raise
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except SystemExit as ended:

@@ -99,6 +99,18 @@ def exit_with_error(error: TunesmithError, *, as_json: bool) -> NoReturn:
     sys.exit(error.exit_code)
 
 
+def exit_on_torch_error(error: MemoryError | RuntimeError, *, as_json: bool) -> None:
+    """End the verb if it is an error of memory or of a GPU. Only torch raises them, which few verbs
+    import."""
+    if "torch" not in sys.modules:
+        return
+    from tunesmith.model.machine_errors import explain_error
+
+    explained = explain_error(error)
+    if explained is not None:
+        exit_with_error(explained, as_json=as_json)
+
+
 def explain_bug(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,17 +58,16 @@ def launch(num_processes: int, words: Sequence[str]) -> int:
 
 def _check_devices(num_processes: int) -> None:
     """Raise InputError for too many processes; on a CPU, give each its cores and say so."""
-    from tunesmith.core.hardware import measure_machine
+    from tunesmith.core.hardware import count_cores, count_gpus
 
-    machine = measure_machine(Path())
-    num_gpus = machine.num_gpus
-    if machine.device == "cuda":
+    num_gpus = count_gpus()
+    if num_gpus:
         if num_processes > num_gpus:
             gpus = format_count(num_gpus, "GPU")
             message = f"{num_processes} processes, and this machine has {gpus}"
             raise InputError(message, where="--gpus", fix=f"use --gpus {num_gpus}")
         return
-    cores = machine.cores
+    cores = count_cores()
     if num_processes > cores:
         owned = format_count(cores, "core")
         message = f"no GPU here, and {num_processes} processes need more than {owned}"

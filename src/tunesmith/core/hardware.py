@@ -37,7 +37,8 @@ PACKAGES = (
     "triton",
     "fla-core",
 )
-NVIDIA_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # the last is WSL's
+WSL_FILE = "/dev/dxg"
+NVIDIA_FILES = ("/dev/nvidia0", "/dev/nvidiactl", WSL_FILE)
 AMD_FILE = "/dev/kfd"
 # blocks of memory of a GPU that grow: packs of ever new sizes leave fewer gaps
 ALLOCATOR_SETTING = "expandable_segments:True"
@@ -97,6 +98,16 @@ def count_cores() -> int:
         if len(quota) == 2 and quota[0].isdigit():
             cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
     return cores
+
+
+def count_gpus() -> int:
+    """Return how many GPUs torch sees. No CUDA context is made for it, which takes half a gigabyte
+    of a GPU for as long as the process lives."""
+    if not any(map(os.path.exists, (*NVIDIA_FILES, AMD_FILE))):
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def read_processor_name() -> str:
@@ -178,9 +189,10 @@ def release_memory() -> None:
 
 def set_allocator() -> None:
     """Set how torch takes memory of a GPU, unless the user has. torch reads it once, with the first
-    call that needs the driver."""
+    call that needs the driver. In WSL, drivers before R615 fail at the first memory that grows
+    (pytorch#192330), so it stays as it is."""
     names = (ALLOCATOR_ENV, OLD_ALLOCATOR_ENV)
-    if not os.environ.keys() & set(names):
+    if not os.environ.keys() & set(names) and not os.path.exists(WSL_FILE):
         is_old = parse_version(importlib.metadata.version("torch")) < (2, 9)
         os.environ[names[is_old]] = ALLOCATOR_SETTING
 
@@ -216,18 +228,19 @@ def find_existing_parent(folder: Path) -> Path:
 def _measure_gpu(folder: Path) -> Machine | None:
     """Measure the machine with the CUDA device of this process, if it has one: the first one, or
     that of its local rank. Asking for another one would take half a gigabyte there."""
-    if not any(map(os.path.exists, (*NVIDIA_FILES, AMD_FILE))):
+    num_gpus = count_gpus()
+    if not num_gpus:
         return None
     import torch
 
-    if not torch.cuda.is_available():
-        return None
     set_allocator()
     try:
         device = torch.cuda.current_device()
         free, total = torch.cuda.mem_get_info(device)
-    except RuntimeError:  # another process has it for itself, or all of its memory
+    # another process has it for itself, or all of its memory
+    except (RuntimeError, torch.cuda.DeferredCudaCallError):
         return None
+    neighbor = (device + 1) % num_gpus
     hip_version = torch.version.hip
     major, minor = torch.cuda.get_device_capability(device)
     return Machine(
@@ -240,7 +253,8 @@ def _measure_gpu(folder: Path) -> Machine | None:
         has_bf16_matmul=torch.cuda.is_bf16_supported(including_emulation=False),
         compiler=find_compiler(),
         versions=collect_versions(),
-        num_gpus=torch.cuda.device_count(),
+        num_gpus=num_gpus,
+        has_peer_access=num_gpus > 1 and torch.cuda.can_device_access_peer(device, neighbor),
         gpu_software=f"ROCm {hip_version}" if hip_version else f"CUDA {torch.version.cuda}",
         compute_capability="" if hip_version else f"{major}.{minor}",
         has_python_headers=has_python_headers(),
@@ -266,7 +280,8 @@ def _explain_unused_gpu() -> str:
     try:
         torch.cuda.init()
         torch.cuda.mem_get_info()
-    except RuntimeError as error:  # no driver, one that is too old, no room for a CUDA context
+    # no driver, one that is too old, no room for a CUDA context
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         problem = str(error).strip().partition("\n")[0]
         return f"there is an {kind} GPU, and torch cannot use it: {problem}"
     return f"there are files of an {kind} GPU, and torch finds no device"

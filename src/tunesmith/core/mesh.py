@@ -31,6 +31,7 @@ class Machine:
     versions: dict[str, str] = field(default_factory=dict[str, str])
     num_gpus: int = 0  # that torch sees; of a target, those of a node
     num_nodes: int = 0  # of a target; 0 for this machine
+    has_peer_access: bool = False  # whether the GPU reads from another one's memory
     gpu_software: str = ""  # CUDA 12.8, ROCm 6.4
     compute_capability: str = ""  # of an NVIDIA GPU: 9.0
     has_python_headers: bool = True  # which Triton compiles with

@@ -513,6 +513,10 @@ def build_dense_mask(layout: PackLayout, window: int | None, device: torch.devic
     return upload(segment_mask, device)[segment_T][:, segment_T] & is_in_window
 
 
+# cuDNN builds a plan for each new length, for tens of milliseconds; torch prefers it on an H100 and
+# a B200. Answers have a new length at each token, and documents of packs one each.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 BACKENDS = {
     "reference": reference_attention,
     "sdpa": sdpa_attention,

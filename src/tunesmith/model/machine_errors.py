@@ -22,6 +22,7 @@ MEMORY_WORDS = (
     "DefaultCPUAllocator",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
     "Triton Error [CUDA]: out of memory",
     "Cuda failure 'out of memory'",
     "Cuda failure 2 'out of memory'",
@@ -85,7 +86,19 @@ GPU_FAULTS = (
         "look at `nvidia-smi` and the log of the system, and start the GPU again",
     ),
     GpuFault(
-        ("CUDA error", "CUDA driver error", "Triton Error", "CUBLAS_STATUS", "HIP error"),
+        ("bitsandbytes native library", "SETUP ERROR", "CPU-only version of bitsandbytes"),
+        "bitsandbytes has no library for the CUDA of the installed torch",
+        "look at `python -m bitsandbytes` and install another version, or use method: lora and "
+        "optim: adamw",
+    ),
+    GpuFault(
+        ("CUDA driver error",),  # of torch's allocator
+        "the driver refused a call, mostly for memory that grows",
+        "set PYTORCH_ALLOC_CONF=expandable_segments:False (before torch 2.9: "
+        "PYTORCH_CUDA_ALLOC_CONF), or install a newer driver",
+    ),
+    GpuFault(
+        ("CUDA error", "Triton Error", "CUBLAS_STATUS", "HIP error"),
         "a kernel failed on the GPU",
         "try again; if it fails again, report the lines of a run with CUDA_LAUNCH_BLOCKING=1",
     ),

@@ -148,6 +148,7 @@ class _MergedAttention(torch.autograd.Function):
         scale: float,
         sinks_N: Tensor | None,
     ) -> Tensor:
+        q = q.contiguous()  # so that the output is, whose rows are mixed in place
         out, logsumexp_NT, *states = run_flash(q, k, v, offsets.segments, scale)
         rows = offsets.queries_R
         inputs = (_select(q, rows), _select(k, offsets.keys_P), _select(v, offsets.keys_P))

@@ -139,7 +139,7 @@ def multiply_wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a @ b in a wider dtype, in which it is also summed."""
     if a.dtype == dtype:
         return a @ b
-    if a.device.type == "cuda":
+    if a.device.type == "cuda" and torch.version.hip is None:  # torch for ROCm refuses it
         return torch.mm(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)
 

@@ -135,7 +135,9 @@ def _check_gpu(machine: Machine) -> list[MachineCheck]:
     ]
     if machine.num_gpus > 1:
         count = machine.num_gpus
+        link = "directly" if machine.has_peer_access else "through main memory"
         parts.append(f"the first of {count}, `tunesmith train --gpus {count}` uses all")
+        parts.append(f"which copy to each other {link}")
     is_ok = machine.has_bf16_matmul
     fix = "" if is_ok else "runs are planned in fp16, and those of Gemma in fp32"
     missing = find_missing_for_triton(machine)

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from tunesmith.cli import launch
 from tunesmith.core import hardware
+from tunesmith.core.errors import InputError
 from tunesmith.core.hardware import measure_machine, read_peak_bytes
 from tunesmith.core.ranks import Ranks
 from tunesmith.core.types import Machine
-from tunesmith.model import causal_lm
+from tunesmith.model import attention, causal_lm
 from tunesmith.plan.hardware_presets import find_missing_for_triton
 from tunesmith.session.doctor import _check_gpu, _check_versions
 from tunesmith.session.run_history import make_run_key
@@ -36,6 +38,7 @@ def give_gpu(
     hip: str | None = None,
     count: int = 1,
     index: int = 0,
+    has_peers: bool = True,
 ) -> None:
     """Let torch see GPUs, of which this process has the one with this index."""
 
@@ -53,6 +56,9 @@ def give_gpu(
         ),
         "is_bf16_supported": lambda including_emulation: bf16 or including_emulation,
         "device_count": lambda: count,
+        "can_device_access_peer": lambda device, other: (
+            of_this_process(device) or (has_peers and other == (index + 1) % count)
+        ),
     }
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer)
@@ -77,6 +83,25 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         assert part in check.value
 
 
+def test_scaled_dot_product_attention_never_runs_through_cudnn() -> None:
+    """cuDNN builds a plan for each new length, for tens of milliseconds, and answers grow by a
+    token at a time; torch prefers it on an H100 and a B200."""
+    assert hasattr(attention, "attend")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    ("has_peers", "link"), [(True, "directly"), (False, "through main memory")]
+)
+def test_the_link_between_two_gpus_is_named(
+    has_peers: bool, link: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An RTX 4090 does not reach another one."""
+    give_gpu(monkeypatch, count=2, has_peers=has_peers)
+    check, _ = _check_gpu(measure_machine(tmp_path))
+    assert check.value.endswith(f"which copy to each other {link}")
+
+
 @pytest.mark.parametrize("name", [hardware.ALLOCATOR_ENV, hardware.OLD_ALLOCATOR_ENV])
 def test_a_setting_of_the_allocator_is_kept(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -97,10 +122,34 @@ def test_torch_2_8_has_another_name_for_the_allocator(monkeypatch: pytest.Monkey
     assert hardware.ALLOCATOR_ENV not in os.environ
 
 
+def test_the_allocator_of_wsl_is_torchs_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first memory that should grow is an error there with drivers before R615."""
+    give_gpu(monkeypatch)
+    give_files(monkeypatch, hardware.WSL_FILE)
+    assert measure_machine(tmp_path).device == "cuda"
+    assert not os.environ.keys() & {hardware.ALLOCATOR_ENV, hardware.OLD_ALLOCATOR_ENV}
+
+
 def test_a_rank_measures_its_own_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A question about the first one would put a CUDA context of every rank there."""
     give_gpu(monkeypatch, count=8, index=3)
     assert measure_machine(tmp_path).memory_bytes == 80 * GB
+
+
+def test_who_starts_ranks_takes_no_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA context of the process that waits would stay on the first one, and would keep its rank
+    out where a GPU is for one process."""
+    give_gpu(monkeypatch, count=2)
+    for name in ("init", "current_device", "mem_get_info", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("CUDA is started"))
+    started: list[int] = []
+    monkeypatch.setattr(launch, "run_torchrun", lambda count, _words: started.append(count) or 0)
+    assert launch.launch(2, ["train"]) == 0
+    assert started == [2]
+    with pytest.raises(InputError, match="3 processes, and this machine has 2 GPUs"):
+        launch.launch(3, ["train"])
 
 
 def test_ranks_set_the_allocator_before_they_start_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +281,21 @@ def test_a_gpu_that_another_process_has_is_named(
     assert explain(tmp_path).endswith(
         "torch cannot use it: CUDA error: CUDA-capable device(s) is/are busy or unavailable"
     )
+
+
+def test_a_gpu_that_fails_at_its_start_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As with instances of a MIG that CUDA_VISIBLE_DEVICES does not list right."""
+    give_gpu(monkeypatch)
+    message = "CUDA call failed lazily at initialization with error: device=1, num_gpus=1"
+
+    def refuse(*_device: int) -> None:
+        raise torch.cuda.DeferredCudaCallError(message)
+
+    for name in ("init", "current_device", "mem_get_info"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    assert message in explain(tmp_path)
 
 
 def test_an_amd_gpu_needs_another_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

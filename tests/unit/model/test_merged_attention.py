@@ -3,11 +3,13 @@ attention under a dense mask in fp64, forward and backward; and it is chosen whe
 
 import pytest
 import torch
+from torch import Tensor
 
 from flash_on_cpu import differentiate, flash_on_cpu, layout_of, make_inputs
 from tunesmith.core.types import PackLayout
 from tunesmith.model.attention import BACKENDS, AttentionConfig
 from tunesmith.model.flash_attention import attend_flash, attend_gathered
+from tunesmith.model.kernels import ops
 from tunesmith.model.merged_attention import (
     attend_merged,
     build_merged_offsets,
@@ -43,6 +45,26 @@ def test_equals_a_dense_mask_in_fp64(
     expected = differentiate(BACKENDS["dense_mask"](q, k, v, layout, config), leaves, dout)
     for name, actual, other in zip(NAMES, ours, expected, strict=False):
         torch.testing.assert_close(actual, other, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_the_layout_of_the_inputs_in_memory_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Latent attention has the heads before the tokens; flash attention answers in the layout of
+    its queries, and our kernel counts on that of [T, N, D]."""
+    mix_rows = ops.mix_rows
+
+    def check(x: Tensor, other: Tensor, shares: Tensor) -> None:
+        assert all(tensor.is_contiguous() for tensor in (x, other, shares))
+        mix_rows(x, other, shares)
+
+    monkeypatch.setattr(ops, "mix_rows", check)
+    for layout in LAYOUTS.values():
+        q, k, v, *_ = make_inputs(layout, HEADS[0])
+        with flash_on_cpu():
+            expected = attend_merged(q, k, v, layout, scale=0.3)
+            q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
+            torch.testing.assert_close(attend_merged(q, k, v, layout, scale=0.3), expected)
 
 
 def test_a_branch_changes_no_other() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tunesmith.model.kernels.lora import Adapter
 from tunesmith.model.lora import LinearGroup, LoraLinear
@@ -21,6 +22,7 @@ from tunesmith.model.stacked_adapters import (
     AdapterBuffer,
     StackedAdapters,
     bundle_adapters,
+    multiply_wide,
     stack_rows,
 )
 from tunesmith.train.optimizer import make_optimizer, step_optimizer
@@ -97,6 +99,16 @@ def test_neighbors_are_one_matrix_without_a_copy() -> None:
     apart = stack_rows([factors[0][0], factors[2][0]])
     assert apart.data_ptr() != factors[0][0].data_ptr()
     assert torch.equal(apart, torch.cat([layers[0].lora_A, layers[2].lora_A]).bfloat16())
+
+
+def test_products_on_an_amd_gpu_are_widened_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch for ROCm refuses a product of bf16 with sums in fp32."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch, "mm", lambda *_, **_settings: pytest.fail("not on ROCm"))
+    with FakeTensorMode():
+        a = torch.empty(3, 4, dtype=torch.bfloat16, device="cuda")
+        product = multiply_wide(a, a.t(), torch.float32)
+    assert (product.dtype, product.device.type) == (torch.float32, "cuda")
 
 
 def count_updates(buffer: AdapterBuffer, monkeypatch: pytest.MonkeyPatch) -> list[int]:

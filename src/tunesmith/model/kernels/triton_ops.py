@@ -19,6 +19,7 @@ from triton.errors import TritonError
 
 from tunesmith.core.errors import MachineError
 from tunesmith.model.kernels import triton_kernels as kernels
+from tunesmith.model.machine_errors import explain_error
 
 TILE = 2048  # elements that a program holds at once, if its rows are not longer
 VOCAB_BLOCK = 4096
@@ -29,6 +30,17 @@ ROW_BLOCK = 16
 TRITON_FIX = (
     "install a C compiler and Python's headers (such as python3-dev), or another version of triton;"
     " without triton (`pip uninstall triton`) plain torch computes the same, with more memory"
+)
+
+# what Triton raises where a kernel is compiled or loaded: also without libcuda in ldconfig
+# (AssertionError), without room for its cache (OSError), and from its compiler (RuntimeError)
+LAUNCH_ERRORS = (
+    AssertionError,
+    CalledProcessError,
+    ImportError,
+    OSError,
+    RuntimeError,
+    TritonError,
 )
 
 _library = torch.library.Library("tunesmith", "DEF")
@@ -50,13 +62,16 @@ def _define(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]
 
 def _explain_errors(launch: Callable[..., None], name: str) -> Callable[..., None]:
     """Raise MachineError if Triton cannot compile a kernel, or how it is called, which needs a C
-    compiler and Python's headers; errors of CUDA are machine_errors.py's."""
+    compiler and Python's headers. Errors of CUDA and of memory stay what they are, for
+    machine_errors.py."""
 
     @functools.wraps(launch)
     def launch_explained(*arguments: Any) -> None:
         try:
             launch(*arguments)
-        except (TritonError, CalledProcessError) as error:
+        except LAUNCH_ERRORS as error:
+            if isinstance(error, RuntimeError) and explain_error(error) is not None:
+                raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise MachineError(f"Triton cannot run {name}: {lines[0]}", fix=TRITON_FIX) from error
 
