@@ -107,10 +107,9 @@ def find_rate(work: Work) -> float:
     if work.device != "cuda":
         return 0.0
     name = torch.cuda.get_device_name().replace(" ", "").replace("-", "").lower()
-    for key, preset in HARDWARE_PRESETS.items():
-        if key.partition("-")[0] in name:
-            return preset.flops
-    return 0.0
+    cards = {key.partition("-")[0]: preset for key, preset in HARDWARE_PRESETS.items()}
+    named = [card for card in cards if card in name]
+    return cards[max(named, key=len)].flops if named else 0.0  # an L40S is no L4
 
 
 def count_kernels(loop: TrainingLoop) -> int:

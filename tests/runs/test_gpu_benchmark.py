@@ -48,6 +48,29 @@ def test_our_side_measures_steps_and_predicts_memory(folder: Path, method: str) 
     assert result.predicted_bytes > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("Tesla T4", 0),
+    ],
+)
+def test_the_rate_of_a_card_is_that_of_its_data_sheet(
+    name: str, teraflops: float, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from benchmarks.gpu.tunesmith_side import find_rate
+    from benchmarks.gpu.work import Work
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    work = Work("tiny", "lora", 40, 128, str(folder), "cuda", seconds=0.0)
+    assert find_rate(work) == teraflops * 1e12
+
+
 def test_every_work_has_its_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
