@@ -61,8 +61,8 @@ WIDE_FAMILIES = (
     *("lfm2", "lfm3", "lfm2_moe", "lfm2_moe-experts"),
     *("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "gpt_oss", "flex_olmo", "granitemoe"),
     *("granitemoeshared", "minimax_m2", "internlm3", "nanochat"),
-    *("granite_swa", "hyperclovax", "iquestcoder", "jais2", "minicpm3", "persimmon"),
-    *("cohere2_moe-sigmoid", "granitemoe_swa", "mellum"),
+    *("hyperclovax", "iquestcoder", "jais2", "minicpm3", "persimmon"),
+    *("cohere2_moe-sigmoid", "mellum"),
 )
 ROUTING_BIASES = ("e_score_correction_bias", "expert_bias")  # what a router counts, not learns
 # experts are frozen, or have an adapter
