@@ -64,6 +64,8 @@ class AnswerHead:
     has_token_ids: bool
     has_usage: bool  # a stream that ends with usage has a null before
     created: int = field(default_factory=lambda: int(time.time()))
+    # token -> text and bytes: `top_logprobs` repeats the same tokens many times
+    token_texts: dict[int, tuple[str, list[int] | None]] = field(default_factory=dict)
 
     def make_body(self, kind: str, choices: list[Json], **more: object) -> Json:
         return {
@@ -89,8 +91,11 @@ class AnswerHead:
 
     def get_bytes(self, token: int) -> tuple[str, list[int] | None]:
         """Return a token as text and as bytes."""
-        text = self.renderer.decode([token])
-        return text, None if REPLACEMENT_CHAR in text else list(text.encode())
+        if token not in self.token_texts:
+            text = self.renderer.decode([token])
+            token_bytes = None if REPLACEMENT_CHAR in text else list(text.encode())
+            self.token_texts[token] = (text, token_bytes)
+        return self.token_texts[token]
 
 
 class ChatFormat:

@@ -21,7 +21,7 @@ from tunesmith.serve.formats import AnswerFormat, format_usage
 from tunesmith.serve.metrics import ServerMetrics
 from tunesmith.serve.registry import Lease, Registry, ServedModel
 from tunesmith.serve.scheduler import AnswerJob, AnswerUpdate, Scheduler
-from tunesmith.serve.streams import LAST_EVENT, encode_event
+from tunesmith.serve.streams import LAST_EVENT, NO_EVENT, encode_event
 
 NOT_FINITE = "model_not_finite"
 TIMEOUT = "timeout"
@@ -97,12 +97,14 @@ class Generation:
                 self.answers[update.index].extend(update)
         finally:
             self._end()
-        return self._format.format_body(self.answers, self.count_usage())
+        # on a worker: with log-probabilities it takes seconds, and other clients wait for the loop
+        return await asyncio.to_thread(self._format.format_body, self.answers, self.count_usage())
 
     async def events(self, *, should_send_usage: bool) -> AsyncGenerator[bytes]:
-        """Yield the events of a stream; an error is the last one."""
+        """Yield NO_EVENT, then the events of a stream; an error is the last one."""
         self._record.has_disconnected = True  # until the last event is out
         try:
+            yield NO_EVENT
             for event in self._format.format_start(self.answers):
                 yield encode_event(event)
             async for update in self._iter_updates():

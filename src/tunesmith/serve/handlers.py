@@ -154,7 +154,9 @@ async def answer(
     headers = {"x-tunesmith-model": name_version(chosen)}
     if body.stream:
         events = generation.events(should_send_usage=body.should_send_usage)
-        return EventStream(keep_before_end(events, request, body, generation, chosen), headers)
+        events = keep_before_end(events, request, body, generation, chosen)
+        await anext(events)  # from here on, closing them ends the answers
+        return EventStream(events, headers)
     try:
         content = await run_until_disconnect(request.receive, generation.run())
     finally:

@@ -234,24 +234,31 @@ class WebServer(uvicorn.Server):
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's, but a connection that sends no whole request head within HEAD_SECONDS is closed,
-    or idle clients would hold all connections that the system allows."""
+    """uvicorn's, but a connection is closed that sends no whole request head within HEAD_SECONDS,
+    or takes no byte of what is ready for it in that time. Idle clients would hold all connections
+    that the system allows, and those that do not read the memory of their answers."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._close_later(was_idle=True)
 
     def _close_later(self, *, was_idle: bool) -> None:
-        self.loop.call_later(HEAD_SECONDS, self._close_if_idle, was_idle, self.cycle)
+        num_unsent = self.transport.get_write_buffer_size()
+        self.loop.call_later(HEAD_SECONDS, self._close_if_idle, was_idle, self.cycle, num_unsent)
 
-    def _close_if_idle(self, was_idle: bool, last: RequestResponseCycle | None) -> None:
-        if self.transport.is_closing():
+    def _close_if_idle(
+        self, was_idle: bool, last: RequestResponseCycle | None, last_unsent: int
+    ) -> None:
+        num_unsent = self.transport.get_write_buffer_size()
+        if num_unsent and num_unsent == last_unsent:
+            self.transport.abort()  # closing would wait until all is sent
+            return
+        if self.transport.is_closing() and not num_unsent:
             return
         is_idle = self.cycle is None or self.cycle.response_complete
         if was_idle and is_idle and self.cycle is last:
             self.transport.close()
-        else:
-            self._close_later(was_idle=is_idle)
+        self._close_later(was_idle=is_idle)
 
 
 class StopSignals:

@@ -5,7 +5,8 @@
 
 In: an async iterator of bytes, or a coroutine. Out: a response that ends as soon as the client is
 gone or does not read for WRITE_SECONDS; the iterator is closed then, and its `finally` cancels what
-it waits for. Left out: what the events say (formats.py)."""
+it waits for. An iterator that has not begun has no `finally` to run: its first event is NO_EVENT,
+taken before there is a response. Left out: what the events say (formats.py)."""
 
 from __future__ import annotations
 
@@ -13,12 +14,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tunesmith.core.json_io import dump_json
 from tunesmith.serve.errors import NO_STORE
 
 WRITE_SECONDS = 30.0  # in which a client has to read what is buffered for it
+NO_EVENT = b""
 LAST_EVENT = b"data: [DONE]\n\n"
 
 T = TypeVar("T")
@@ -68,11 +70,16 @@ class EventStream:
             await self.events.aclose()
 
     async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.headers})
-        async for event in self.events:
-            body = {"type": "http.response.body", "body": event, "more_body": True}
-            try:
-                await asyncio.wait_for(send(body), WRITE_SECONDS)
-            except TimeoutError:  # a client that does not read
-                return
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async def send_in_time(message: Message) -> None:
+            await asyncio.wait_for(send(message), WRITE_SECONDS)
+
+        body = {"type": "http.response.body"}
+        try:
+            # waits for an earlier response on this connection, too, that is not read
+            head = {"type": "http.response.start", "status": 200, "headers": self.headers}
+            await send_in_time(head)
+            async for event in self.events:
+                await send_in_time({**body, "body": event, "more_body": True})
+            await send_in_time({**body, "body": b"", "more_body": False})
+        except TimeoutError:  # a client that does not read
+            return

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,18 @@ import httpx
 import pytest
 import torch
 
-from serve_lab import LiveServer, make_chat, make_settings, read_events, serving
+from serve_lab import (
+    LiveServer,
+    make_chat,
+    make_settings,
+    read_events,
+    read_metric,
+    serving,
+)
 from tunesmith.serve import server as serve_server
 from tunesmith.serve import streams
+from tunesmith.serve.formats import ChatFormat
+from tunesmith.serve.settings import ServeSettings
 
 NO_END = {"257": -100, "258": -100}
 CHAT = "/v1/chat/completions"
@@ -181,6 +190,92 @@ def test_a_connection_that_is_answered_stays(
         started = time.monotonic()
         assert response.read().rstrip().endswith(b"[DONE]")
     assert time.monotonic() - started > 0.1, "nothing was tested"
+
+
+@contextmanager
+def answering_nobody(live: LiveServer, *bodies: Any) -> Iterator[socket.socket]:
+    """Send requests on one connection, whose answers are not read."""
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect((host, int(port)))
+        for body in bodies:
+            content = json.dumps(body).encode()
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}:{port}\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+            connection.sendall(head.encode() + content)
+        yield connection
+
+
+@pytest.fixture
+def unbuffered(writer: Path, adapters: dict[str, Path]) -> Iterator[LiveServer]:
+    """Return a server whose connections hold little that a client has not read."""
+    settings = make_settings({"small": adapters["small"]}, base=str(writer))
+    prepare = serve_server.prepare_server
+
+    def prepare_with_small_buffers(settings: ServeSettings) -> serve_server.PreparedServer:
+        prepared = prepare(settings)
+        prepared.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return prepared
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve_server, "prepare_server", prepare_with_small_buffers)
+        with serving(settings) as server:
+            yield server
+
+
+LARGE = make_chat("base", logprobs=True, top_logprobs=20, max_tokens=150, logit_bias=NO_END)
+
+
+@pytest.mark.parametrize("is_left", [True, False], ids=["left", "stays"])
+def test_a_stream_that_cannot_begin_holds_nothing(
+    unbuffered: LiveServer, is_left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its response waits for an earlier one on the connection that the client does not read."""
+    if not is_left:
+        monkeypatch.setattr(streams, "WRITE_SECONDS", 0.1)
+    registry = unbuffered.server.engine.registry
+    stream = make_chat("small", stream=True, **LONG)
+    with answering_nobody(unbuffered, LARGE, stream) as connection:
+        wait_until(lambda: any(r.num_leases for r in registry._residents.values()), 60)
+        if is_left:
+            connection.close()
+        wait_until(lambda: not any(r.num_leases for r in registry._residents.values()), 60)
+    wait_until(lambda: count_rows(unbuffered) == 0)
+
+
+def test_an_answer_that_is_not_read_is_thrown_away(
+    unbuffered: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_server, "HEAD_SECONDS", 0.5)
+    with answering_nobody(unbuffered, LARGE) as connection:
+        wait_until(lambda: read_metric(unbuffered, "requests_total", code="200") == 1, 60)
+        connection.settimeout(60)
+        time.sleep(3)
+        num_bytes = 0
+        with suppress(ConnectionResetError):
+            while part := connection.recv(2**20):
+                num_bytes += len(part)
+    assert num_bytes < 50_000  # of 170,000: what the system had taken already
+
+
+def test_the_loop_goes_on_while_an_answer_is_written(
+    narrow: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probabilities of long answers are as much text as a book."""
+    threads: list[threading.Thread] = []
+    write = ChatFormat.format_body
+
+    def note_thread(self: ChatFormat, *args: Any) -> Any:
+        threads.append(threading.current_thread())
+        return write(self, *args)
+
+    monkeypatch.setattr(ChatFormat, "format_body", note_thread)
+    with narrow.client() as http:
+        assert http.post(CHAT, json=make_chat("base", max_tokens=2)).status_code == 200
+    loop_thread = narrow.call(threading.current_thread)
+    assert threads
+    assert loop_thread not in threads
 
 
 # ---------------------------------------------------------------- too much work
