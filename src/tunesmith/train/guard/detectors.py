@@ -51,6 +51,8 @@ THRESHOLDS: dict[str, float] = {
     "gradient spike": 10.0,
     # nats between recent training loss and the held-out loss of the previous probe; also a factor 2
     "train loss above eval loss": 0.5,
+    # nats per token that expected answers lost since the start; also half of the loss at the start
+    "answers unlearned": 1.0,
     # rise of the held-out loss over its minimum while the training loss falls
     "overfitting": 0.25,
     # seq-rep-4 over the base model's; also over MIN_REPETITION
@@ -197,6 +199,25 @@ def overfitting(history: GuardHistory) -> str:
             f"held-out loss rose from {lowest.value:.3f} to {current.value:.3f} "
             "while the training loss fell"
         )
+    return ""
+
+
+def answers_unlearned(history: GuardHistory) -> str:
+    """Detect expected answers far less likely than before training while the training loss is high.
+
+    A run may collapse within the steps that other detectors take for its start. A model that knows
+    its rows by heart loses held-out answers, too, but its training loss is low."""
+    rises = history.probe_scores.get("answer_loss_rise", [])
+    if not rises or not history.steps:
+        return ""
+    rise = rises[-1]
+    start = min(history.steps[0].loss, history.start_loss)
+    current = history.loss_averages[-1]
+    limit = max(THRESHOLDS["answers unlearned"], start / 2)
+    if is_shown_above(rise, limit) and current > start:
+        lost = f"{rise.value:.2f} [{rise.low:.2f}, {rise.high:.2f}] nats per token"
+        losses = f"training loss {current:.3f}, at the start {start:.3f}"
+        return f"expected answers lost {lost} since the start of training; {losses}"
     return ""
 
 
@@ -443,6 +464,7 @@ DETECTORS: dict[str, Detector] = {
     "gradient spike": Detector(gradient_spike, "watch", "step"),
     "train loss above eval loss": Detector(train_loss_above_eval, "watch"),
     "overfitting": Detector(overfitting, "watch"),
+    "answers unlearned": Detector(answers_unlearned, "collapse"),
     "repetition": Detector(repetition, "collapse"),
     "low distinct-2": Detector(low_distinct_2, "collapse"),
     "identical answers": Detector(identical_answers, "collapse"),

@@ -99,12 +99,18 @@ class GuardedTraining:
             prompt_set = build_prompt_set(plan, context.inputs, context.items.general_texts)
             self.probes = GenerationProbe(session, prompt_set) if prompt_set else None
         self.is_probing = bool(self.probes and plan.config.probe_steps)
+        # Then no step is good before expected answers were read again.
+        has_evaluations = bool(self.probes and context.items.has_training_eval)
+        self.is_judged_by_probes = self.is_probing or has_evaluations
         # Everything below follows from the events so far: see _replay.
         self.baseline_events: list[Event] = []  # probes before the first step
         self.history: list[Event] = []
-        self.guard = TrainingGuard.from_plan(plan, is_probing=self.is_probing)
+        self.guard = self._make_guard()
         self.eval_points: list[EvalPoint] = []
         self.restored_step: TrainStep | None = None  # the step of the resumed checkpoint
+
+    def _make_guard(self) -> TrainingGuard:
+        return TrainingGuard.from_plan(self.plan, is_probing=self.is_judged_by_probes)
 
     def run_events(self) -> Iterator[Event]:
         """Train to the end and yield every event.
@@ -184,6 +190,7 @@ class GuardedTraining:
         prompt_set = self.probes.prompt_set
         for name, num_items, unit in (
             ("forgetting", len(prompt_set.texts), "general texts"),
+            ("answers unlearned", len(prompt_set.prompts), "prompts"),
             ("overfitting", len(prompt_set.prompts), "prompts"),
         ):
             if 0 < num_items < MIN_ITEMS:
@@ -195,7 +202,7 @@ class GuardedTraining:
 
         An evaluation that was interrupted, so that it has no verdict of the guard, is left out."""
         self.history = events
-        self.guard = TrainingGuard.from_plan(self.plan, is_probing=self.is_probing)
+        self.guard = self._make_guard()
         self.eval_points = []
         evaluated_steps = {event.step for event in events if isinstance(event, CheckResult)}
         for event in (*self.baseline_events, *events):
@@ -263,7 +270,7 @@ class GuardedTraining:
         with self.context.stop.immediate(), machine_errors():
             self.session.model.network.eval()
             if not self._is_probe_due():
-                return list(probes.measure_forgetting(step))
+                return list(probes.measure_losses(step))
             expected = probes.measure_expected() if step == 0 else ()
             loop = self.loop
             probe = probes.run_probe(step, loop.optimizer, loop.update_ratios)

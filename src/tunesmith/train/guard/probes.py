@@ -59,6 +59,7 @@ CANDIDATES_PER_PROMPT = 4
 MAX_TEXTS = 8
 MAX_TEXT_CHARS = 512
 MAX_POSITIONS = 128  # positions with a full next-token distribution
+LOSS_METRICS = {"answer_loss_rise", "forgotten"}  # of every evaluation, with or without a probe
 RATE_METRICS = {"same_answer", "end_rate", "json", "language"}  # 0 or 1 per answer
 PROMPT_ROLES = ("eval_data", "rehearsal", "retention_data")  # the first with two prompts is used
 
@@ -190,7 +191,9 @@ class GenerationProbe:
         self.prompt_ids = tuple(prompt.question.id for prompt in prompt_set.prompts)
         self.base_norms = compute_weight_norms(session.model.network)
         self.has_adapter = session.plan.config.method != "full"
-        self._base_stats: list[_DocumentStats] = []  # of untrained text, by the first probe
+        # by the first probe: of untrained text, and nats per token of expected answers
+        self._base_stats: list[_DocumentStats] = []
+        self._base_answer_losses: list[float] = []
 
     def run_probe(
         self,
@@ -226,10 +229,11 @@ class GenerationProbe:
                 step, question.id, question.prompt_text, answer.text, question.expected
             )
 
-    def measure_forgetting(self, step: int) -> Iterator[Score]:
-        """Yield only what general text has lost, for an evaluation without a probe."""
-        for measurement in self._measure_texts():
-            if measurement.metric == "forgotten":
+    def measure_losses(self, step: int) -> Iterator[Score]:
+        """Yield only what expected answers and general text have lost, for an evaluation without
+        a probe."""
+        for measurement in (*self._measure_expected_loss(), *self._measure_texts()):
+            if measurement.metric in LOSS_METRICS:
                 yield compute_score(measurement, step=step)
 
     def measure_expected(self) -> Iterator[Score]:
@@ -311,12 +315,19 @@ class GenerationProbe:
         return self._build_metric("base_loss", [nats / count for _, nats, count in nlls])
 
     def _measure_expected_loss(self) -> list[MetricValues]:
-        """Return the loss of expected answers and of their EOS; without texts also the drift."""
+        """Return the loss of expected answers, what it rose by since the first probe, and that of
+        their EOS; without texts also the drift."""
         prompts = self.prompt_set.prompts
         has_texts = bool(self.prompt_set.texts)
         positions = 0 if has_texts else MAX_POSITIONS // len(prompts)
         stats = _measure_documents(self.session, [prompt.document for prompt in prompts], positions)
-        measurements = [self._build_metric("answer_loss", [s.nats / s.count for s in stats])]
+        losses = [document_stats.nats / document_stats.count for document_stats in stats]
+        self._base_answer_losses = self._base_answer_losses or losses
+        rises = [loss - base for loss, base in zip(losses, self._base_answer_losses, strict=True)]
+        measurements = [
+            self._build_metric("answer_loss", losses),
+            self._build_metric("answer_loss_rise", rises),
+        ]
         if all(prompt.has_end for prompt in prompts):
             measurements.append(self._build_metric("end_loss", [s.last_nats for s in stats]))
         if not has_texts:

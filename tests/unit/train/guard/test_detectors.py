@@ -28,6 +28,7 @@ HEALTHY = {
     "json": 0.5,
     "breaks sorry": 0.0,
     "answer_loss": 1.2,
+    "answer_loss_rise": 0.0,
     "end_loss": 0.5,
     "entropy": 2.0,
     "kl": 0.0,
@@ -274,6 +275,44 @@ def test_a_limit_follows_the_base_and_the_expected_answers(
     for distance, count in ((-1e-4, 0), (1e-4, 1)):
         guard = start_from({} if expected is None else {metric: expected}, {metric: base})
         assert len(run_probe(guard, 10, **{metric: limit + sign * distance})) == count
+
+
+@pytest.mark.parametrize(
+    ("start", "low", "current", "fires"),
+    [
+        (1.0, 1.001, 1.1, True),
+        (1.0, 0.999, 1.1, False),  # the interval reaches the limit
+        (1.0, 5.0, 0.9, False),  # rows are learned by heart
+        (4.0, 2.001, 4.1, True),
+        (4.0, 1.999, 4.1, False),
+    ],
+)
+def test_answers_are_unlearned_from_a_nat_and_half_of_the_start(
+    start: float, low: float, current: float, fires: bool
+) -> None:
+    guard = make_guard()
+    for number in range(1, 31):
+        guard.observe_event(make_step(number, start if number < 6 else current))
+    guard.observe_event(Score(PROBE_TASK, "answer_loss_rise", low + 1, low, low + 2, 8, 30))
+    assert [v.kind for v in guard.judge_probe(30)] == ["answers unlearned"] * fires
+
+
+def test_a_collapse_in_the_first_steps_is_detected_at_the_next_evaluation() -> None:
+    """The losses of a real run at 3e-2: those of its start are high, and then they fall."""
+    losses = [1.16, 1.12, 8.72, 15.3, 29.4, 25.6, 69.3, 33.8, 18.9, 20.3]
+    guard = TrainingGuard(
+        LEVELS,  # type: ignore[arg-type]
+        forgetting_margin=math.inf,
+        vocab_size=49152,
+        is_probing=False,
+    )
+    guard.observe_event(Score(PROBE_TASK, "answer_loss_rise", 0.0, 0.0, 0.0, 8, 0))
+    for number, loss in enumerate(losses, start=1):
+        assert guard.observe_event(make_step(number, loss)) == []
+    guard.observe_event(Score(PROBE_TASK, "answer_loss_rise", 12.1, 11.0, 13.2, 8, 10))
+    (verdict,) = guard.judge_probe(10)
+    assert (verdict.kind, verdict.level) == ("answers unlearned", "rollback")
+    assert "training loss 23.688, at the start 1.160" in verdict.evidence
 
 
 def test_json_is_compared_with_the_best_so_far() -> None:

@@ -50,26 +50,6 @@ from tunesmith.train.guard.probes import PROMPT_ROLES, build_prompt_set
 NOISE = "\u00ff\u00fe\u00fd" * 20
 
 
-@pytest.fixture(scope="module")
-def trained_model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, trained until its answers have a form that can be lost."""
-    folder = tmp_path_factory.mktemp("learnt")
-    data = str(write_rows(folder / "rows.jsonl", build_sum_rows(1, 24)))
-    train(
-        make_tiny_recipe(
-            tiny_folder,
-            folder,
-            data=data,
-            method="full",
-            lora_r="auto",
-            num_train_epochs=16,
-            batch_size=6,
-            learning_rate=5e-3,
-        )
-    )
-    return folder / "run" / "model"
-
-
 def make_corrupted_recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
     """Twelve steps; both rows of step 8 are answered with noise. Checkpoints after every step."""
     folder.mkdir(parents=True)
