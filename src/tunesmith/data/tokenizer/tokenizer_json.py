@@ -21,6 +21,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import count_json_marks
 from tunesmith.core.types import Json, NewToken
 from tunesmith.data.tokenizer.charsmap import check_charsmap
+from tunesmith.data.tokenizer.panics import find_post_processor_problem, find_step_problem
 
 # What a tokenizer.json of wrong types or depth raises while it is taken apart.
 UNUSABLE_ERRORS = (
@@ -73,6 +74,9 @@ def parse_tokenizer(tokenizer_json: bytes) -> Json:
     _check_model(model)
     for name in ("normalizer", "pre_tokenizer", "decoder"):
         _check_growth(name, data.get(name))
+        for step in iter_steps(data.get(name)):
+            _refuse_problem(name, find_step_problem(step))
+    _refuse_problem("post_processor", find_post_processor_problem(data.get("post_processor")))
     num_chars = len(json.dumps(data.get("post_processor")))
     if num_chars > MAX_POST_PROCESSOR_CHARS:
         message = f"the tokenizer's post_processor has {num_chars:,} characters"
@@ -154,6 +158,12 @@ def _check_model(model: Json) -> None:
     if model.get("dropout"):
         message = f"the tokenizer has BPE dropout ({model['dropout']!r:.80}): no text has fixed ids"
         raise InputError(message, fix="set dropout to null in tokenizer.json")
+
+
+def _refuse_problem(name: str, problem: str) -> None:
+    if problem:
+        message = f"the tokenizer's {name} {problem}"
+        raise InputError(message, fix="download the model again, or correct tokenizer.json")
 
 
 def _check_growth(name: str, component: Any) -> None:

@@ -100,6 +100,76 @@ def test_a_hostile_tokenizer_is_refused_before_the_library_sees_it(
         parse_tokenizer(content)
 
 
+def wrap(single: list[dict[str, Any]], *, names: tuple[str, ...] = ("s",)) -> dict[str, Any]:
+    """Return a TemplateProcessing with special tokens of these names."""
+    tokens = {name: {"id": name, "ids": [1], "tokens": [name]} for name in names}
+    pair = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
+
+
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+SECOND_TEXT = {"Sequence": {"id": "B", "type_id": 0}}
+TOKEN = {"SpecialToken": {"id": "s", "type_id": 0}}
+STRIP = {"type": "Strip", "content": " ", "start": 1}
+PANICS: dict[str, tuple[dict[str, Any], str]] = {
+    "pieces of no length": (
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        "pre_tokenizer cuts a text into pieces of no characters",
+    ),
+    "nothing prepended": (
+        {"normalizer": {"type": "Prepend", "prepend": ""}},
+        "normalizer prepends nothing",
+    ),
+    "an empty text replaced": (
+        {"normalizer": {"type": "Sequence", "normalizers": [replaces("", "x")]}},
+        "normalizer replaces an empty text",
+    ),
+    "more stripped than there is": (
+        {"decoder": {"type": "Sequence", "decoders": [STRIP | {"stop": 2}]}},
+        "decoder removes characters from the end",
+    ),
+    "a second text": (
+        {"post_processor": wrap([TEXT, SECOND_TEXT])},
+        "post_processor has a second text where there is one",
+    ),
+    "an unknown token": (
+        {"post_processor": wrap([TOKEN, TEXT], names=("t",))},
+        "post_processor has a token that its special_tokens lack: 's'",
+    ),
+    "two templates": (
+        {"post_processor": {"type": "Sequence", "processors": [wrap([TEXT, TOKEN])] * 2}},
+        "post_processor puts tokens around a text twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PANICS)
+def test_what_the_library_panics_over_is_refused_before(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rust writes its own lines to the terminal before the panic can be caught."""
+    parts, message = PANICS[name]
+    path = write_model_folder(tmp_path)
+    (path / "tokenizer.json").write_bytes(changed(**parts))
+    with pytest.raises(InputError, match=message):
+        ChatTokenizer.from_folder(path)
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_sound_steps_of_the_same_kinds_pass() -> None:
+    sound: dict[str, Any] = {
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]},
+        "pre_tokenizer": {"type": "FixedLength", "length": 1},
+        "decoder": {"type": "Sequence", "decoders": [STRIP | {"stop": 0}]},
+        "post_processor": {
+            "type": "Sequence",
+            "processors": [BYTE_LEVEL, wrap([TOKEN, TEXT, TOKEN])],
+        },
+    }
+    parsed = parse_tokenizer(changed(**sound))
+    assert {name: parsed[name] for name in sound} == sound
+
+
 def test_a_huge_file_is_refused_unparsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_json, "MAX_BYTES", 10)
     with pytest.raises(InputError, match="more than 10"):
