@@ -513,8 +513,8 @@ def build_dense_mask(layout: PackLayout, window: int | None, device: torch.devic
     return upload(segment_mask, device)[segment_T][:, segment_T] & is_in_window
 
 
-# cuDNN builds a plan for each new length, for tens of milliseconds; torch prefers it on an H100 and
-# a B200. Answers have a new length at each token, and documents of packs one each.
+# cuDNN builds a plan for each new length (pytorch#155958), and torch prefers it on an H100 and a
+# B200. Answers have a new length at each token, and documents of packs one each.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 BACKENDS = {

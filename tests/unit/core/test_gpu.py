@@ -84,8 +84,8 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_scaled_dot_product_attention_never_runs_through_cudnn() -> None:
-    """cuDNN builds a plan for each new length, for tens of milliseconds, and answers grow by a
-    token at a time; torch prefers it on an H100 and a B200."""
+    """cuDNN builds a plan for each new length, and answers grow by a token at a time; torch prefers
+    it on an H100 and a B200."""
     assert hasattr(attention, "attend")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 

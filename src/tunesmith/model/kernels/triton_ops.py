@@ -32,6 +32,8 @@ TRITON_FIX = (
     " without triton (`pip uninstall triton`) plain torch computes the same, with more memory"
 )
 
+CACHE_FIX = "set TRITON_CACHE_DIR to a folder from which compiled code can be loaded"
+DRIVER_FIX = "run ldconfig as root, or set TRITON_LIBCUDA_PATH to the folder of libcuda.so.1"
 # what Triton raises where a kernel is compiled or loaded: also without libcuda in ldconfig
 # (AssertionError), without room for its cache (OSError), and from its compiler (RuntimeError)
 LAUNCH_ERRORS = (
@@ -73,9 +75,16 @@ def _explain_errors(launch: Callable[..., None], name: str) -> Callable[..., Non
             if isinstance(error, RuntimeError) and explain_error(error) is not None:
                 raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise MachineError(f"Triton cannot run {name}: {lines[0]}", fix=TRITON_FIX) from error
+            message = f"Triton cannot run {name}: {lines[0]}"
+            raise MachineError(message, fix=_choose_fix(error)) from error
 
     return launch_explained
+
+
+def _choose_fix(error: Exception) -> str:
+    if isinstance(error, OSError | ImportError):
+        return CACHE_FIX
+    return DRIVER_FIX if isinstance(error, AssertionError) else TRITON_FIX
 
 
 def _get(kernel: Any) -> Any:
