@@ -3,6 +3,7 @@ another."""
 
 import dataclasses
 import itertools
+import random
 from collections.abc import Callable
 
 import pytest
@@ -293,6 +294,36 @@ def test_kernel_does_not_depend_on_its_neighbours_or_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(actual, other) for actual, other in zip(together, again, strict=True))
+
+
+def _make_forest(rng: random.Random) -> PackLayout:
+    """Return segments around the kernel's blocks of 6, 16, 64 and 96 tokens; most continue one."""
+    lengths = rng.choices([1, 2, 5, 6, 7, 15, 16, 17, 33, 63, 64, 65, 95, 97], k=rng.randint(2, 8))
+    parents = [-1]
+    for segment in range(1, len(lengths)):
+        parents.append(-1 if rng.random() < 0.25 else rng.randrange(segment))
+    return dataclasses.replace(layout_of(tuple(lengths)), parents=tuple(parents))
+
+
+@needs_kernel
+@pytest.mark.parametrize("seed", range(12))
+def test_a_path_of_segments_has_the_bits_of_one(seed: int) -> None:
+    rng = random.Random(seed)
+    layout = _make_forest(rng)
+    kv_heads = rng.choice([1, 2])
+    heads = (kv_heads * rng.choice([1, 3, 7, 8]), kv_heads, rng.choice([64, 128, 192, 256]))
+    inputs = random_inputs(layout.num_tokens, heads, torch.bfloat16)[:3]
+    rule = AttentionConfig(scale=0.1, window=rng.choice([None, 1, 7, 17, 64, 100]))
+    out = BACKENDS["cpu_kernel"](*inputs, layout, rule)
+    for segment in range(len(layout.lengths)):
+        spans = [
+            torch.arange(layout.starts[i], layout.starts[i] + layout.lengths[i])
+            for i in layout.get_path(segment)
+        ]
+        tokens = torch.cat(spans)
+        path = tuple(x[tokens] for x in inputs)
+        undivided = BACKENDS["cpu_kernel"](*path, layout_of((len(tokens),)), rule)
+        assert torch.equal(out[tokens], undivided), (segment, layout)
 
 
 @needs_kernel
