@@ -43,7 +43,7 @@ Family = Literal["collapse", "forgetting", "watch"]
 THRESHOLDS: dict[str, float] = {
     # loss average over its minimum; also a quarter of what was gained since the start
     "loss rise": 0.20,
-    # loss average over the mean of the first steps
+    # loss average over the mean of the first steps, or over that of a uniform guess
     "loss above start": 0.20,
     # robust standard deviations over the median of the last steps; also twice that median
     "loss spike": 8.0,
@@ -102,7 +102,6 @@ NOISE_SDS = 2.0
 MAX_NAMED_CONSTANTS = 3
 MIN_STEPS = 8  # steps before the step detectors speak
 
-
 DetectFn = Callable[[GuardHistory], str]
 
 
@@ -126,11 +125,13 @@ def loss_rise(history: GuardHistory) -> str:
 
 
 def loss_above_start(history: GuardHistory) -> str:
-    """Detect a loss average well above the loss of the first steps."""
+    """Detect a loss average well above the loss of the first steps, or above that of guessing."""
     current = history.loss_averages[-1]
     start = history.start_loss
     min_rise = max(THRESHOLDS["loss above start"] * start, NOISE_SDS * history.loss_noise)
-    if len(history.steps) > MIN_STEPS and current > start + min_rise:
+    guessing = (1 + THRESHOLDS["loss above start"]) * math.log(history.vocab_size or math.inf)
+    limit = min(start + min_rise, max(guessing, history.steps[0].loss))
+    if len(history.steps) > MIN_STEPS and current > limit:
         return f"the moving average of the loss is {current:.3f}, it started at {start:.3f}"
     return ""
 
@@ -215,9 +216,8 @@ def answers_unlearned(history: GuardHistory) -> str:
     current = history.loss_averages[-1]
     limit = max(THRESHOLDS["answers unlearned"], start / 2)
     if is_shown_above(rise, limit) and current > start:
-        lost = f"{rise.value:.2f} [{rise.low:.2f}, {rise.high:.2f}] nats per token"
-        losses = f"training loss {current:.3f}, at the start {start:.3f}"
-        return f"expected answers lost {lost} since the start of training; {losses}"
+        lost = f"{rise.value:.2f} [{rise.low:.2f}, {rise.high:.2f}] nats per token since the start"
+        return f"expected answers lost {lost}; training loss {current:.3f}, at first {start:.3f}"
     return ""
 
 

@@ -307,12 +307,25 @@ def test_a_collapse_in_the_first_steps_is_detected_at_the_next_evaluation() -> N
         is_probing=False,
     )
     guard.observe_event(Score(PROBE_TASK, "answer_loss_rise", 0.0, 0.0, 0.0, 8, 0))
-    for number, loss in enumerate(losses, start=1):
+    for number, loss in enumerate(losses[:8], start=1):
         assert guard.observe_event(make_step(number, loss)) == []
+    # Without rows to evaluate: the average is above that of a uniform guess, ln 49152 = 10.8.
+    (verdict,) = guard.observe_event(make_step(9, losses[8]))
+    assert (verdict.kind, verdict.level) == ("loss above start", "rollback")
+    assert guard.observe_event(make_step(10, losses[9])) == []
     guard.observe_event(Score(PROBE_TASK, "answer_loss_rise", 12.1, 11.0, 13.2, 8, 10))
     (verdict,) = guard.judge_probe(10)
     assert (verdict.kind, verdict.level) == ("answers unlearned", "rollback")
-    assert "training loss 23.688, at the start 1.160" in verdict.evidence
+    assert "training loss 23.688, at first 1.160" in verdict.evidence
+
+
+@pytest.mark.parametrize(("first", "fires"), [(6.0, True), (9.0, False)])
+def test_a_loss_above_that_of_guessing_is_no_start(first: float, fires: bool) -> None:
+    """1.2 x ln 1000 = 8.29, unless the model began above that."""
+    losses = [first, *[8.0, 9.5] * 4]
+    guard = make_guard()
+    verdicts = [guard.observe_event(make_step(*pair)) for pair in enumerate(losses, start=1)]
+    assert [one.kind for one in verdicts[-1]] == ["loss above start"] * fires
 
 
 def test_json_is_compared_with_the_best_so_far() -> None:
