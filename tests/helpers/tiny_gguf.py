@@ -93,7 +93,7 @@ def write_gguf(
     architecture: str = "llama",
     *,
     tied: bool = True,
-    quantise: str = "F16",
+    quantize: str = "F16",
     extra: dict[str, np.ndarray] | None = None,
     bad: str = "",
     **changed: Any,
@@ -116,7 +116,7 @@ def write_gguf(
             )
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None
-        kind = gguf.GGMLQuantizationType[quantise if values.ndim > 1 else "F32"]
+        kind = gguf.GGMLQuantizationType[quantize if values.ndim > 1 else "F32"]
         writer.add_tensor(stored, gguf.quantize(values, kind), raw_dtype=kind)
     for name, values in (extra or {}).items():
         writer.add_tensor(name, values)

@@ -85,7 +85,7 @@ DryRunOption = Annotated[
         "--dry-run",
         metavar="N",
         min=2,
-        help="Count messages and memory of a step on N ranks.",
+        help="Simulate one step on N ranks: communication and memory.",
         show_default=False,
     ),
 ]
@@ -143,7 +143,7 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check what this machine has, lacks and can train."""
+    """Check hardware, packages and which methods fit."""
     from tunesmith.cli.views.plan import render_diagnosis
 
     diagnosis = api.doctor(model)
@@ -180,7 +180,7 @@ def advise(  # noqa: PLR0913 - every option is a flag
     gpus: GpusOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Recommend whether to fine-tune, by rules or measured."""
+    """Recommend whether to fine-tune, by rules or by measurement."""
     if measure and gpus is not None:
         flags = list_flags(measure=True, documents=documents, minutes=minutes, json=as_json)
         flags += list_flags(target=target, metric=metric, out=out)
@@ -218,7 +218,7 @@ def plan(  # noqa: PLR0913 - every option is a flag
         str | None,
         typer.Option(
             metavar="GPU",
-            help="Plan for this GPU: h100, or for many: 4x8xh100.",
+            help="Plan for these GPUs: h100, 8xh100 or 4x8xh100.",
             show_default=False,
         ),
     ] = None,
@@ -230,7 +230,7 @@ def plan(  # noqa: PLR0913 - every option is a flag
         bool, typer.Option("--compare", help="Compare full fine-tuning, LoRA and QLoRA.")
     ] = False,
     benchmark: Annotated[
-        bool, typer.Option("--benchmark", help="Time real steps, in about 10 s.")
+        bool, typer.Option("--benchmark", help="Time a few real steps (about 10 s).")
     ] = False,
     dry_run: DryRunOption = None,
     why: Annotated[
@@ -312,12 +312,14 @@ def tune_sweep(
     args: RecipeArgs = None,
     minutes: Annotated[
         float | None,
-        typer.Option(metavar="N", help="Start no trial that would end later.", show_default=False),
+        typer.Option(
+            metavar="N", help="Minutes; starts no trial that would end later.", show_default=False
+        ),
     ] = None,
     allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the recipe's sweep; select on eval_data, test once."""
+    """Run the recipe's sweep; test the winner of eval_data once."""
     recipe = parse_recipe_args(args)
     from tunesmith.cli.views.sweep import render_sweep, report_sweep
 
@@ -364,7 +366,7 @@ def export(  # noqa: PLR0913 - every option is a flag
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Export finished runs, checked against their answers."""
+    """Export runs and check each against its run's answers."""
     from tunesmith.cli.views.results import render_export, render_server_export
     from tunesmith.export.server_files import ENGINES
 
@@ -450,7 +452,7 @@ VERBS: dict[str, Callable[..., None]] = {
 GROUPS = {
     "data": "Check, view, select, review and split data.",
     "tune": "Find good recipe values with short runs.",
-    "keys": "Make, list and remove API keys of the server.",
+    "keys": "Create, list and revoke the server's API keys.",
 }
 
 

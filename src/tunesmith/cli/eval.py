@@ -47,13 +47,13 @@ def evaluate(
     ] = None,
     gate: Annotated[
         bool,
-        typer.Option("--gate", help="Exit with 4 if a metric fails its margin."),
+        typer.Option("--gate", help="Exit with code 4 if a gate fails."),
     ] = False,
     allow_code: AllowCode = False,
     gpus: GpusOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model before and after training, item by item."""
+    """Evaluate a run before and after training, or any model."""
     if gpus is not None:
         flags = list_flags(data=data, metrics=metrics, gate=gate, allow_code=allow_code)
         flags += list_flags(json=as_json)
@@ -98,7 +98,7 @@ def compare(
         str,
         typer.Argument(metavar="A", help="An eval TARGET, `base`, or a JSONL file of answers."),
     ],
-    b: Annotated[str, typer.Argument(metavar="B", help="Same; differences are B minus A.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Like A; differences are B minus A.")],
     allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -125,7 +125,8 @@ def chat(  # noqa: PLR0913 - every option of sampling is a flag
         float, typer.Option(metavar="X", help="Sample at this temperature; 0 is greedy.")
     ] = GREEDY.temperature,
     top_p: Annotated[
-        float, typer.Option(metavar="X", help="Sample from tokens with this total probability.")
+        float,
+        typer.Option(metavar="X", help="Nucleus sampling: top tokens with this total probability."),
     ] = GREEDY.top_p,
     top_k: Annotated[
         int, typer.Option(metavar="N", help="Sample from the N likeliest tokens; 0: all.")
@@ -136,11 +137,9 @@ def chat(  # noqa: PLR0913 - every option of sampling is a flag
     repetition_penalty: Annotated[
         float, typer.Option(metavar="X", help="Penalty on repeated tokens; 1 is off.")
     ] = GREEDY.repetition_penalty,
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Seed of the sampling; same seed, same answers.")
-    ] = GREEDY.seed,
+    seed: Annotated[int, typer.Option(metavar="N", help="Sampling seed.")] = GREEDY.seed,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Longest answer, in tokens.")
+        int, typer.Option(metavar="N", help="Maximum tokens to generate.")
     ] = GREEDY.max_new_tokens,
     as_json: AsJson = False,
 ) -> None:
@@ -185,7 +184,7 @@ def verify(
     items: Annotated[int, typer.Option(metavar="N", help="Test rows to ask, at most.")] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Verify that a server answers as a run did, else exit 4."""
+    """Check that a server gives a run's answers; exit 4 if not."""
     from tunesmith.cli.progress import measuring
     from tunesmith.cli.views.live import render_verification
 

@@ -34,7 +34,11 @@ KeysFile = Annotated[
 
 ModelsFolder = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Where PUT /admin/models finds runs.", show_default=False),
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder from which PUT /admin/models may load runs.",
+        show_default=False,
+    ),
 ]
 
 WatchedUrl = Annotated[
@@ -74,7 +78,7 @@ def serve(  # noqa: PLR0913 - every option is a flag
         bool, typer.Option("--no-auth", help="Serve without keys, on this machine only.")
     ] = False,
     open_metrics: Annotated[
-        bool, typer.Option("--open-metrics", help="/metrics and /ready need no key.")
+        bool, typer.Option("--open-metrics", help="Serve /metrics and /ready without a key.")
     ] = False,
     dtype: Annotated[
         str | None,
@@ -84,7 +88,7 @@ def serve(  # noqa: PLR0913 - every option is a flag
     ] = None,
     watch: WatchedUrl = None,
 ) -> None:
-    """Serve runs behind OpenAI's API, many adapters on one base."""
+    """Serve runs on one base through an OpenAI-compatible API."""
     if watch is not None:
         _watch_server(watch, sources)
         return
@@ -186,7 +190,7 @@ def add_key(
     keys: KeysFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make an API key of the server and show it once."""
+    """Create an API key; it is shown only once."""
     from tunesmith.serve import keys as key_files
 
     scopes: Any = _split_words(scope)

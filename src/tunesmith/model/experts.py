@@ -216,7 +216,7 @@ class Experts(nn.Module):
     clamped gate and the biases of gpt-oss.
 
     Parameters keep the names of the stock module, so a dense stack is loaded and saved as there;
-    a quantised one is no parameter."""
+    a quantized one is no parameter."""
 
     def __init__(
         self, stock: Any, *, weights: tuple[FrozenExperts, FrozenExperts] | None = None

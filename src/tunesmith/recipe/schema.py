@@ -99,7 +99,7 @@ class Recipe(BaseModel):
 
     model: Name = Field(description="Base model: a hub id, folder, GGUF file or built-in name.")
     method: Auto | Literal["lora", "qlora", "full"] = Field(
-        default="auto", description="Train an adapter, one on 4-bit weights, or all weights."
+        default="auto", description="lora, qlora (4-bit base) or full."
     )
     adapter_from: FilePath | None = Field(
         default=None, description="Continue training this adapter: a PEFT folder or a run."
@@ -119,7 +119,7 @@ class Recipe(BaseModel):
         default=None, description="Instead of eval_data: fraction of data held out by hash."
     )
     test_data: Sources = Field(
-        default=(), description="Rows of the final before/after; else half of the held-out rows."
+        default=(), description="Rows for the final evaluation; default: half of the held-out rows."
     )
     retention_data: FilePath | None = Field(
         default=None, description="General text; its bits per byte measure forgetting."
@@ -156,9 +156,11 @@ class Recipe(BaseModel):
         default="answers",
         description="Trained text: answers, all, or the messages of these roles.",
     )
-    max_length: Auto | Count = Field(default="auto", description="Longest document, in tokens.")
+    max_length: Auto | Count = Field(
+        default="auto", description="Maximum document length in tokens."
+    )
     on_overlong: Literal["drop", "truncate", "refuse"] = Field(
-        default="drop", description="Handling of documents over max_length."
+        default="drop", description="What to do with longer documents: drop, truncate or refuse."
     )
     pack_length: Auto | Count = Field(
         default="auto", description="Tokens per pack; changes speed, not results."
@@ -192,7 +194,7 @@ class Recipe(BaseModel):
         default="auto", description="AdamW, with moments in fp32 or in 8 bits."
     )
     weight_decay: Auto | Share = Field(
-        default="auto", description="AdamW weight decay of matrices, per unit of learning rate."
+        default="auto", description="AdamW weight decay; applied to matrices only."
     )
     max_grad_norm: Auto | NotNegative = Field(
         default="auto", description="Gradient clipping; 0 turns it off."
@@ -244,17 +246,17 @@ class Recipe(BaseModel):
         description="Activations recomputed in backward: none, selective or full; true is full.",
     )
     deterministic: Auto | bool = Field(
-        default="auto", description="Repeat sums in one order, also on a GPU: the same bits again."
+        default="auto", description="Use deterministic algorithms: reruns are bitwise equal."
     )
     context: Auto | Count = Field(
-        default="auto", description="Processes that share each document, for long ones."
+        default="auto", description="Ranks that split each document (context parallelism)."
     )
     shard: Auto | Count = Field(
-        default="auto", description="Processes that hold the weights of the model once, together."
+        default="auto", description="Ranks that shard one copy of the weights (as FSDP)."
     )
     metrics: Auto | Metrics = Field(
         default="auto",
-        description="Metrics of the before/after; see docs/guides/evaluate.md.",
+        description="Metrics of the before/after; see docs/reference/metrics.md.",
     )
     gates: GateLimits = Field(
         default={}, description='Limits for release, by metric: {exact_match: ">= 0.8"}.'

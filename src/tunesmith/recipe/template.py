@@ -31,7 +31,7 @@ SECTIONS = {
     "data": "Data",
     "max_length": "Lengths and steps",
     "learning_rate": "Optimizer",
-    "loss": "Preference pairs, with stage: preference",
+    "loss": "Loss",
     "lora_r": "Adapter",
     "dtype": "Computation, evaluation and checkpoints",
 }

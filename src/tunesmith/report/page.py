@@ -46,7 +46,7 @@ SECTIONS: dict[str, tuple[str, Callable[[ReportData], object | None]]] = {
     "errors": ("What is still wrong", build_errors),
     "results": ("Before and after", build_results),
     "curves": ("Training curves", build_curves),
-    "scales": ("Gain and forgetting", build_scales),
+    "scales": ("Adapter-scale trade-off", build_scales),
     "samples": ("Answers", build_samples),
     "data": ("Data", build_data),
     "plan": ("Plan", lambda run: run.stages),

@@ -166,7 +166,7 @@ def test_an_adapter_of_experts_on_a_dense_base_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_experts_are_quantised_from_the_files(family: str, tmp_path: Path) -> None:
+def test_experts_are_quantized_from_the_files(family: str, tmp_path: Path) -> None:
     base = save_base(family, tmp_path)
     network = load_quantized(base, torch.float32)
     stacks = find_experts(network)

@@ -367,7 +367,7 @@ def quantize(stock: Any, dtype: torch.dtype) -> Experts:
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h-experts"])
-def test_four_bit_experts_equal_their_dequantised_weights(family: str) -> None:
+def test_four_bit_experts_equal_their_dequantized_weights(family: str) -> None:
     stock: Any = make_stock_experts(family, torch.float32)
     ours = quantize(stock, torch.float32)
     wide = copy.deepcopy(stock)

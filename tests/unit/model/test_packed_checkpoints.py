@@ -140,7 +140,7 @@ def test_missing_or_short_mxfp4_scales_are_refused(tmp_path: Path) -> None:
 
 
 def pack_fp8(weight: Tensor, block: list[int] | None) -> tuple[Tensor, Tensor]:
-    """Quantise a matrix with one scale per block, or one for all."""
+    """Quantize a matrix with one scale per block, or one for all."""
     weight = weight.float()
     if block is None:
         scale = weight.abs().max() / 448
@@ -242,7 +242,7 @@ def test_wrong_fp8_scales_are_refused(
 )
 def test_other_packings_are_refused_by_name(method: str | None) -> None:
     config = {"quantization_config": {"quant_method": method, "bits": 4}}
-    with pytest.raises(InputError, match=f"already quantised .*{method or 'bits'}"):
+    with pytest.raises(InputError, match=f"already quantized .*{method or 'bits'}"):
         find_packing(config, "llama", "config.json")
 
 

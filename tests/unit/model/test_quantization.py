@@ -1,4 +1,4 @@
-"""4-bit weights: bitsandbytes' format, LoRA gradients on dequantised weights, a model loaded tensor
+"""4-bit weights: bitsandbytes' format, LoRA gradients on dequantized weights, a model loaded tensor
 by tensor."""
 
 import sys
@@ -36,7 +36,7 @@ def random_weight(outputs: int, inputs: int, dtype: torch.dtype = torch.bfloat16
 
 
 def by_the_book(weight: torch.Tensor) -> torch.Tensor:
-    """Dequantise in fp32: code times scale, where the scale is quantised too."""
+    """Dequantize in fp32: code times scale, where the scale is quantized too."""
     values, state = functional.quantize_4bit(
         weight, blocksize=64, compress_statistics=True, quant_type="nf4"
     )
@@ -62,7 +62,7 @@ def test_a_weight_is_what_bitsandbytes_makes_of_it(
     assert 0.05 < error < 0.11  # a normal distribution loses 9% to NF4
 
 
-def test_quantising_does_not_depend_on_the_dtype_of_the_products() -> None:
+def test_quantizing_does_not_depend_on_the_dtype_of_the_products() -> None:
     weight = random_weight(64, 128)
     wide, narrow = (
         NF4Weight(weight.float(), torch.float32).weight,
@@ -78,7 +78,7 @@ def test_weights_take_at_most_27_percent_of_their_bytes_in_bf16() -> None:
     assert 0.25 < weight.nbytes / (2 * weight.num_parameters) < 0.27
 
 
-def test_products_are_those_of_the_dequantised_weight() -> None:
+def test_products_are_those_of_the_dequantized_weight() -> None:
     frozen, generator = (
         NF4Weight(random_weight(96, 64, torch.float32), torch.float64),
         torch.Generator().manual_seed(0),
@@ -95,18 +95,18 @@ def test_products_are_those_of_the_dequantised_weight() -> None:
 
 
 def twins(family: str, dtype: torch.dtype) -> tuple[PackedCausalLM, PackedCausalLM]:
-    """Return a model on 4-bit weights, and LoRA on the dequantised weights with the same
+    """Return a model on 4-bit weights, and LoRA on the dequantized weights with the same
     adapter."""
     models = []
-    for quantised in (True, False):
+    for quantized in (True, False):
         network = make_tiny_network(family, torch.float32).to(dtype)
         for path, linear in find_linears(network).items():
             assert isinstance(linear, nn.Linear)
             small = QuantizedLinear(linear.weight.float(), linear.bias, dtype)
             linear.weight.data = small.weight
-            if quantised:
+            if quantized:
                 replace_module(network, path, small)
-        METHODS["qlora" if quantised else "lora"](network, LORA)
+        METHODS["qlora" if quantized else "lora"](network, LORA)
         generator = torch.Generator().manual_seed(1)
         for parameter in get_trainable_parameters(network).values():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -115,18 +115,18 @@ def twins(family: str, dtype: torch.dtype) -> tuple[PackedCausalLM, PackedCausal
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
-def test_gradients_are_those_of_lora_on_the_dequantised_weights(family: str) -> None:
-    quantised, plain = twins(family, torch.float64)
-    loss, gradients = compute_step_gradients(quantised, make_tiny_documents(), 50)
+def test_gradients_are_those_of_lora_on_the_dequantized_weights(family: str) -> None:
+    quantized, plain = twins(family, torch.float64)
+    loss, gradients = compute_step_gradients(quantized, make_tiny_documents(), 50)
     other_loss, others = compute_step_gradients(plain, make_tiny_documents(), 50)
     assert loss == other_loss
     assert compute_max_difference(gradients, others) == 0.0
 
 
-def test_gradients_in_bf16_are_bitwise_those_of_lora_on_the_dequantised_weights() -> None:
-    quantised, plain = twins("llama", torch.bfloat16)
+def test_gradients_in_bf16_are_bitwise_those_of_lora_on_the_dequantized_weights() -> None:
+    quantized, plain = twins("llama", torch.bfloat16)
     (loss, gradients), (other_loss, others) = (
-        compute_step_gradients(m, make_tiny_documents(), 50) for m in (quantised, plain)
+        compute_step_gradients(m, make_tiny_documents(), 50) for m in (quantized, plain)
     )
     assert loss == other_loss
     assert all(torch.equal(gradients[name], others[name]) for name in others)
@@ -136,7 +136,7 @@ def test_gradients_in_bf16_are_bitwise_those_of_lora_on_the_dequantised_weights(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loaded_model_is_the_stock_model_with_dequantised_weights(
+def test_a_loaded_model_is_the_stock_model_with_dequantized_weights(
     tiny_folder: Path, dtype: torch.dtype
 ) -> None:
     small, stock = load_quantized(tiny_folder, dtype), load_network(tiny_folder, dtype)

@@ -200,7 +200,7 @@ def test_frozen_weights_are_blocked_where_there_is_room(
     assert rules.weight_layout(make_context(**facts)).value == layout
 
 
-def test_weights_that_leave_no_room_are_quantised_where_that_can_be_done(
+def test_weights_that_leave_no_room_are_quantized_where_that_can_be_done(
     make_context: Make,
 ) -> None:
     large = {"parameters": 8 * 10**9, "available_bytes": 19 * 10**9}

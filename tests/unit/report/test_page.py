@@ -206,13 +206,13 @@ def test_scales_trade_gain_for_forgetting(tmp_path: Path) -> None:
     kl_scores = (Score("test", "kl", 0.31, 0.2, 0.4, 40, 30),)
     record = fake_runs.make_record(scales=fake_runs.make_scales(), kl_scores=kl_scores)
     text = read_text(fake_runs.write_run(tmp_path / "run", record=record))
-    assert "Gain and forgetting" in text
+    assert "Adapter-scale trade-off" in text
     assert "0, × 0 0 0 to 0" in text  # % of the gain, scale, bits per byte lost in pairs
     assert "100, × 1 0.1 0.09 to 0.11" in text
     assert "From 2.000 without the adapter to 1.000 with all of it" in text
     assert "KL(base ‖ tuned), nats per token 40 0.310 0.200 to 0.400" in text
     plain = fake_runs.write_run(tmp_path / "plain", record=fake_runs.make_record())
-    assert "Gain and forgetting" not in read_text(plain)
+    assert "Adapter-scale trade-off" not in read_text(plain)
 
 
 def test_a_scale_that_forgets_much_less_is_recommended_in_the_verdict(tmp_path: Path) -> None:

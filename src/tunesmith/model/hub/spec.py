@@ -474,7 +474,7 @@ def _find_dtype(headers: Mapping[str, TensorHeader], path: Path) -> str:
             continue
         if tensor.dtype not in DTYPES:
             message = f"the tensor {name} is {tensor.dtype}; weights must be BF16, F16 or F32"
-            raise InputError(message, where=str(path), fix="use the unquantised model")
+            raise InputError(message, where=str(path), fix="use the unquantized model")
         bytes_by_dtype[tensor.dtype] += tensor.end - tensor.begin
     if not bytes_by_dtype:
         message = "the weight files hold no tensor"

@@ -42,7 +42,7 @@ def test_weights_come_back_as_they_were(make_gguf, architecture: str, tied: bool
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_logits_equal_those_of_the_transformers_gguf_loader(make_gguf, architecture: str) -> None:
-    source = make_gguf(architecture, quantise="Q8_0")
+    source = make_gguf(architecture, quantize="Q8_0")
     ours = AutoModelForCausalLM.from_pretrained(converted(source), dtype=torch.float32)
     config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
     config.head_dim = HEAD_DIM  # which transformers does not read for Qwen3
@@ -61,7 +61,7 @@ def test_bfloat16_rounds_as_torch_does(make_gguf, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         "tunesmith.model.gguf.convert.CHUNK_VALUES", 1
     )  # one head or row at a time gives the same file
-    source = make_gguf(quantise="Q4_1")
+    source = make_gguf(quantize="Q4_1")
     folder = converted(source)
     stock = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32

@@ -10,9 +10,9 @@ from tunesmith.core.errors import InputError
 from tunesmith.model.gguf.reader import read_gguf, read_tensor
 
 
-@pytest.mark.parametrize("quantise", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
-def test_reads_what_the_gguf_package_reads(make_gguf, quantise: str) -> None:
-    path = make_gguf(quantise=quantise)
+@pytest.mark.parametrize("quantize", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+def test_reads_what_the_gguf_package_reads(make_gguf, quantize: str) -> None:
+    path = make_gguf(quantize=quantize)
     ours, theirs = read_gguf(path), gguf.GGUFReader(path)
     fields = {
         key: field.contents() for key, field in theirs.fields.items() if not key.startswith("GGUF.")

@@ -55,7 +55,7 @@ def test_a_gguf_is_converted_once(make_gguf) -> None:
         before,
     )
     assert names_in_cache() == [folder.name]
-    assert read_spec(folder).origin == f"dequantised from {path.name}"
+    assert read_spec(folder).origin == f"dequantized from {path.name}"
     os.utime(path, ns=(0, 0))
     assert resolve_model(str(path)) != folder
 

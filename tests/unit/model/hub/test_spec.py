@@ -112,7 +112,7 @@ def test_dtype_and_origin(model_folder: Path) -> None:
         ({"model_type": ["llama"]}, "no model_type"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is not a causal language model"),
         ({"architectures": None}, "architectures is None"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "already quantised .*gptq"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized .*gptq"),
         ({"num_hidden_layers": None}, "no num_hidden_layers"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000"),
@@ -136,7 +136,7 @@ def test_refused_by_name(change_config, changed: dict, message: str) -> None:
     assert caught.value.fix
 
 
-def test_quantised_tensors_are_refused(model_folder: Path) -> None:
+def test_quantized_tensors_are_refused(model_folder: Path) -> None:
     weights = load_file(model_folder / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].to(
         torch.uint8
