@@ -19,11 +19,17 @@ from collections.abc import Callable, Sequence
 
 from tunesmith.core.events import GenerationSample
 from tunesmith.core.types import Json
-from tunesmith.evaluate.shortcuts import build_answer_items, find_shortcuts
+from tunesmith.evaluate.shortcuts import (
+    AnswerItem,
+    build_answer_items,
+    find_shortcuts,
+    find_suspects,
+)
 from tunesmith.evaluate.training_answers import TrainingAnswers, build_training_answers
 
 SIZES = (16, 64, 80, 400)
 ACCURACIES = (0.3, 0.6, 0.9)
+READY_ACCURACIES = (0.9, 0.97)  # of models that a suspicion keeps from being ready
 TRAINING_ROWS = 260
 WORDS = [
     a + b
@@ -149,12 +155,16 @@ def detect_kinds(
     items: Sequence[Item], answers: Sequence[Answer], training: TrainingAnswers
 ) -> set[tuple[str, str]]:
     """Return (kind, field) of the shortcuts in these answers."""
+    shortcuts, _ = find_shortcuts(pair_items(items, answers), training)
+    return {(shortcut.kind, shortcut.field) for shortcut in shortcuts}
+
+
+def pair_items(items: Sequence[Item], answers: Sequence[Answer]) -> list[AnswerItem]:
     samples = [
         GenerationSample(1, str(index), prompt, format_answer(answer), format_answer(expected))
         for index, ((prompt, expected), answer) in enumerate(zip(items, answers, strict=True))
     ]
-    shortcuts, _ = find_shortcuts(build_answer_items(samples), training)
-    return {(shortcut.kind, shortcut.field) for shortcut in shortcuts}
+    return build_answer_items(samples)
 
 
 def read_training(task: str, chance: random.Random) -> tuple[list[Answer], TrainingAnswers]:
@@ -175,6 +185,20 @@ def count_false_alarms(task: str, size: int, repeats: int, seed: int) -> tuple[i
                 alarms += bool(detect_kinds(items, answers, training))
                 total += 1
     return alarms, total
+
+
+def count_false_suspicions(task: str, size: int, repeats: int, seed: int) -> tuple[int, int]:
+    """Return (evaluations of good models with a suspected constant, evaluations)."""
+    suspicions = total = 0
+    for repeat in range(repeats):
+        chance = random.Random(f"{task} {size} {repeat} {seed} suspected")
+        items = [TASKS[task](chance) for _ in range(size)]
+        for accuracy in READY_ACCURACIES:
+            for is_biased in (False, True):
+                answers = answer_items(items, accuracy, is_biased, chance)
+                suspicions += bool(find_suspects(pair_items(items, answers), None))
+                total += 1
+    return suspicions, total
 
 
 # ---------------------------------------------------------------- injected shortcuts
@@ -213,6 +237,22 @@ def count_constants(task: str, name: str, size: int, repeats: int, seed: int) ->
         answers = inject_constant(items, answer_items(items, 0.9, False, chance), name)
         detected += ("constant", name) in detect_kinds(items, answers, training)
     return detected, repeats
+
+
+def count_constants_told(
+    task: str, name: str, size: int, repeats: int, seed: int
+) -> tuple[int, int]:
+    """Return (times that the injected constant was detected or suspected, times)."""
+    told = 0
+    for repeat in range(repeats):
+        chance = random.Random(f"{task} {name} {size} {repeat} {seed}")
+        _, training = read_training(task, chance)
+        items = [TASKS[task](chance) for _ in range(size)]
+        answers = inject_constant(items, answer_items(items, 0.9, False, chance), name)
+        suspects = find_suspects(pair_items(items, answers), None)
+        is_suspected = name in [suspect.field for suspect in suspects]
+        told += is_suspected or ("constant", name) in detect_kinds(items, answers, training)
+    return told, repeats
 
 
 def count_copies(task: str, source: str, size: int, repeats: int, seed: int) -> tuple[int, int]:
@@ -254,6 +294,15 @@ def main() -> None:
         counts = [count_constants(task, name, size, *counting) for size in SIZES]
         rows.append((f"{task}: {name or 'the answer'}", counts))
     print_table("injected constant", rows)
+    rows = [
+        (task, [count_false_suspicions(task, size, *counting) for size in SIZES]) for task in TASKS
+    ]
+    print_table("healthy task: suspected constant", rows)
+    rows = []
+    for task, name in INJECTED_CONSTANTS:
+        counts = [count_constants_told(task, name, size, *counting) for size in SIZES]
+        rows.append((f"{task}: {name or 'the answer'}", counts))
+    print_table("injected constant: detected or suspected", rows)
     rows = []
     for task, source in (
         ("texts", "prompt"),

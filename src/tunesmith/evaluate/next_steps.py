@@ -185,7 +185,9 @@ def suggest_grades(facts: RunFacts) -> NextStep | None:
     errors = facts.record.errors
     metric = split_metric(errors.metric)[0] if errors else ""
     is_graded = metric not in ("", *FORM_METRICS) or facts.has_custom_metric
-    if is_graded or not facts.num_test_items or facts.record.plan.config.stage == "cpt":
+    is_formless = errors is not None and not errors.right  # and so none is right
+    can_grade = facts.num_test_items and facts.record.plan.config.stage != "cpt"
+    if is_graded or is_formless or not can_grade:
         return None
     reason = "grade the answers: whether they are right was not measured"
     run = quote(str(facts.run))

@@ -270,6 +270,8 @@ def test_where_nothing_grades_the_answers_a_command_does() -> None:
     for errors, change in ((make_errors(80, metric="json_valid"), form), (None, loss)):
         verdict = judge(errors, change, make_general(0.001))
         assert verdict.next_steps[0].command == command
+    formless = judge(make_errors(0, metric="json_valid"), form, make_general(0.001))
+    assert command not in [step.command for step in formless.next_steps]
     graded = judge(make_errors(40), make_change(0.5), make_general(0.001))
     assert command not in [step.command for step in graded.next_steps]
 
