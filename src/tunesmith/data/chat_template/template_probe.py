@@ -25,12 +25,13 @@ from tunesmith.data.chat_template.conversation import (
 )
 from tunesmith.data.chat_template.encode import ControlMatch, TrackedText
 from tunesmith.data.chat_template.template import ChatTemplate
+from tunesmith.data.chat_template.tracked_str import get_message_index
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer, ControlToken
 
-# Words that no template contains.
-QUESTION = "Zqhello"
-ANSWER = "Zqanswer"
-NEXT_QUESTION = "Zqnext"
+# Words that no template contains, without upper and lower case: some templates change it.
+QUESTION = "7310562481"
+ANSWER = "9604827153"
+NEXT_QUESTION = "5829174036"
 TOOL_NAME = "zq_search"
 ARG_KEY = "zq_key"
 ARG_VALUE = "zqvalue"
@@ -77,6 +78,7 @@ def probe_template(
     of an answer must not make them."""
     quirks = _QuirkProber(template, tokenizer, variables, TemplateQuirks()).probe_quirks()
     prober = _Prober(template, tokenizer, variables, quirks)
+    prober.refuse_changed_answer()
     tokenizer.demote_structural(prober.find_user_controls())
     call = _make_tool_call({ARG_KEY: ARG_VALUE})
     if not quirks.can_render_dict_args:
@@ -130,6 +132,18 @@ class _Prober:
             return None
         texts = (QUESTION, ANSWER, NEXT_QUESTION)
         return rendered if all(text in rendered.plain for text in texts) else None
+
+    def refuse_changed_answer(self) -> None:
+        """Raise InputError for a template that writes an answer, but not all of its text: its end
+        would not be recognized, and the model would learn the changed text."""
+        rendered = self.render_tracked([USER, ASSISTANT])
+        if rendered is None or ANSWER in rendered.plain:
+            return
+        spans = [span for span in rendered.origin_spans if get_message_index(span[2]) == 1]
+        written = "".join(rendered.plain[start:end] for start, end, _ in spans)
+        if written:
+            message = f"the chat template changes the text of answers: {ANSWER} to {written!r:.40}"
+            raise InputError(message, fix="set a `chat_template` that writes answers as they are")
 
     def find_user_controls(self) -> list[ControlToken]:
         """Return the control tokens after an answer that a user message follows."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from toy_chat import assistant, render_marked, user, write_model_folder
+from tunesmith.core.errors import InputError
 from tunesmith.data.chat_template.renderer import Renderer
 
 NOW = datetime(2026, 3, 4)
@@ -86,6 +87,24 @@ def test_a_token_inside_the_answer_comes_before_its_end(tmp_path: Path) -> None:
     )
     renderer = Renderer.from_folder(write_model_folder(tmp_path, template, TOKENS), now=NOW)
     assert "⟦b<|inner|><|end|>⟧" in render_marked(renderer, user("a"), assistant("b"))[0]
+
+
+@pytest.mark.parametrize("change", ["upper", "lower", "capitalize", "title"])
+def test_a_change_of_case_hides_no_end(change: str, tmp_path: Path) -> None:
+    turn = "{{ '<|start|>' + m.role + '\n' + m.content|" + change + " + '<|end|>' }}"
+    model = write_model_folder(tmp_path, loop(turn, last=asked(PROMPT)), TOKENS)
+    renderer = Renderer.from_folder(model, now=NOW)
+    assert renderer.decode(renderer.end_ids[:1]) == "<|end|>"
+    answer = getattr("bB c", change)()
+    assert render_marked(renderer, user("a"), assistant("bB c"))[0].endswith(f"⟦{answer}<|end|>⟧")
+
+
+@pytest.mark.parametrize("change", ["[:-1]", "[1:]", ".replace('6', '')", "[:3]"])
+def test_a_template_that_changes_answers_is_refused(change: str, tmp_path: Path) -> None:
+    turn = "{{ '<|start|>' + m.role + '\n' + m.content" + change + " + '<|end|>' }}"
+    model = write_model_folder(tmp_path, loop(turn, last=asked(PROMPT)), TOKENS)
+    with pytest.raises(InputError, match="the chat template changes the text of answers: 9604"):
+        Renderer.from_folder(model, now=NOW)
 
 
 NO_END = {
