@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torch import distributed
 
 from tiny_loop import SETTINGS, make_step_documents, select_steps
 from tiny_models import continue_document, make_tiny_document, make_tiny_model
@@ -254,6 +257,29 @@ def wait_for_silent_rank() -> str:
         while psutil.pid_exists(pid):
             time.sleep(0.05)
         return "awake"
+
+
+def stop_while_groups_form(folder: str) -> str:
+    """Let the process of rank 1 be stopped before the last group is formed, and killed when that of
+    rank 0 has ended."""
+    core_ranks.SILENCE = timedelta(seconds=3)
+    core_ranks.PULSE_SECONDS = 0.2
+    core_ranks.PATIENCE = timedelta(seconds=30)
+    rank = os.environ["RANK"]
+    (Path(folder) / rank).write_text(str(os.getpid()))
+    new_group = distributed.new_group
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["timeout"] == core_ranks.PATIENCE:
+            script = 'while kill -0 "$(cat 0)"; do sleep 0.1; done; kill -KILL "$(cat 1)"'
+            subprocess.Popen(["sh", "-c", script], cwd=folder, stderr=subprocess.DEVNULL)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return new_group(*args, **kwargs)
+
+    if rank == "1":
+        distributed.new_group = stop
+    with core_ranks.open_ranks():
+        return "connected"
 
 
 def drift(ranks: Ranks) -> str:

@@ -191,6 +191,26 @@ def _iter_frozen(model: PackedCausalLM) -> Iterator[Tensor]:
         yield from (p for p in module.parameters(recurse=False) if not p.requires_grad)
 
 
+def record_gathers(ranks: Ranks, folder: str) -> list[str]:
+    """Return in which order layers compute, in the forward pass of a step of one pack, and others
+    begin to be gathered."""
+    training = make_sharded_loop(ranks, folder, 2)
+    record: list[str] = []
+    start_gather = ranks.start_gather
+
+    def start_and_record(*args: Any, **kwargs: Any) -> Any:
+        record.append("ahead")
+        return start_gather(*args, **kwargs)
+
+    ranks.start_gather = start_and_record  # type: ignore[method-assign]
+    layers: nn.ModuleList = training.model.decoder.layers
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: record.append(f"layer {number}"))
+    next(training)
+    del ranks.start_gather
+    return record
+
+
 def count_read_bytes(ranks: Ranks, folder: str) -> tuple[int, int, int]:
     """Return how many bytes are read to load all weights, and one of two parts, and the bytes of
     all layers."""

@@ -26,8 +26,10 @@ TURNS = (
 END = 257
 
 
-def save_model_folder(path: Path, seed: int = 0, *, num_kv_heads: int = 1) -> Path:
-    """Save a random two-layer Llama with one token per byte.
+def save_model_folder(
+    path: Path, seed: int = 0, *, num_kv_heads: int = 1, num_layers: int = 2
+) -> Path:
+    """Save a random Llama with one token per byte.
 
     Its EOS token differs from the token that ends an answer.
     """
@@ -47,7 +49,7 @@ def save_model_folder(path: Path, seed: int = 0, *, num_kv_heads: int = 1) -> Pa
         vocab_size=259,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
         num_key_value_heads=num_kv_heads,
         max_position_embeddings=512,

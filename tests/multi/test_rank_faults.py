@@ -12,6 +12,7 @@ from rank_loops import (
     drift,
     fail_in_a_step,
     roll_back,
+    stop_while_groups_form,
     train_with_little_memory,
     train_with_nan,
     wait_for_silent_rank,
@@ -68,6 +69,10 @@ def test_a_rank_without_a_sign_of_life_ends_the_others() -> None:
     started = time.monotonic()
     assert run_processes(wait_for_silent_rank, 2) == [None, "awake"], "rank 0 has ended itself"
     assert time.monotonic() - started < MAX_HANG_SECONDS
+
+
+def test_a_rank_that_is_stopped_while_groups_form_ends_the_others(tmp_path: Path) -> None:
+    assert run_processes(stop_while_groups_form, 2, str(tmp_path)) == [None, None]
 
 
 def test_weights_that_differ_in_one_bit_are_noticed_by_all(results: Results) -> None:

@@ -27,6 +27,7 @@ from rank_shards import (
     count_read_bytes,
     fail_on_rank_1,
     measure_where_the_last_rank_fails,
+    record_gathers,
     run_out_of_memory_together,
     save_wide_experts,
     train_all_weights,
@@ -72,6 +73,7 @@ OTHERS = {
     "little memory": (2, train_with_little_memory),
     "full, little memory": (2, train_all_weights_with_little_memory),
     "reading": (2, count_read_bytes),
+    "gathers": (2, record_gathers),
     "a rank fails": (2, fail_on_rank_1),
     "ranks fail together": (3, measure_where_the_last_rank_fails),
 }
@@ -81,7 +83,7 @@ OTHERS = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return the folder of a base of each family."""
     parent = tmp_path_factory.mktemp("shards")
-    saved = {"llama": str(save_model_folder(parent / "llama", num_kv_heads=2))}
+    saved = {"llama": str(save_model_folder(parent / "llama", num_kv_heads=2, num_layers=3))}
     for family in ("gpt_oss", "qwen3_moe"):
         saved[family] = str(parent / family)
         save_wide_experts(family, parent / family)
@@ -155,6 +157,14 @@ def test_ranks_that_train_all_weights_repeat_a_step_for_which_one_has_no_memory(
 def test_a_rank_reads_its_rows_of_the_weights(outcomes: dict[str, list[Any]]) -> None:
     for complete, part, layer_bytes in outcomes["reading"]:
         assert complete - part >= 0.48 * layer_bytes
+
+
+def test_a_layer_is_gathered_while_the_one_before_computes(
+    outcomes: dict[str, list[list[str]]],
+) -> None:
+    """In the backward pass, the last layer is there, and the one before it finds nobody ahead."""
+    forward = ["ahead", "layer 0", "ahead", "layer 1", "layer 2"]
+    assert outcomes["gathers"] == [[*forward, "ahead"]] * 2
 
 
 def test_a_rank_without_memory_lets_all_repeat_the_step(outcomes: dict[str, list[Any]]) -> None:

@@ -8,7 +8,7 @@
 With one process every method returns what it was given, and torch.distributed is not imported. JSON
 travels as bytes over gloo, never as a pickle; tensors of a GPU over NCCL. Between two messages a
 rank may compute for hours: a thread of each rank joins a sum every few seconds, and when one has
-been missing for two minutes, the others end with exit code 3. Left out: what is said
+been missing for almost two minutes, the others end with exit code 3. Left out: what is said
 (train/follow.py)."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
@@ -49,10 +49,13 @@ LOST_FIX = "look for the message of the rank that ended first"
 PULSE_SECONDS = 5.0  # between two signs of life
 START = timedelta(seconds=100)  # for all ranks to appear: with their imports, under two minutes
 KNOCK_SECONDS = 0.1  # between two looks whether rank 0 listens
-SILENCE = timedelta(minutes=2)  # after which a rank counts as lost
+SILENCE = timedelta(seconds=110)  # after which a rank counts as lost: with a pulse, two minutes
 PATIENCE = timedelta(days=7)  # of messages: the pulse watches over them
 END_SECONDS = 10.0  # for the ranks to hear of the end
 END = "end"  # the command after which no other comes
+# of collectives: since torch 2.13, and before
+GATHER_NAMES = ("all_gather_single", "all_gather_into_tensor")
+REDUCE_NAMES = ("reduce_scatter_single", "reduce_scatter_tensor")
 # Errors that one rank tells the others, by exit code.
 PROBLEMS = {error.exit_code: error for error in (InputError, MachineError, GateError)}
 
@@ -134,16 +137,18 @@ class Ranks:
             distributed.init_process_group(
                 "gloo", store=store, rank=self.rank, world_size=self.world, timeout=START
             )
-            pulse_group = distributed.new_group(backend="gloo", timeout=SILENCE)
+            # before a group whose members have time: one may be gone while they form it
+            self.pulse = Pulse(self, distributed.new_group(backend="gloo", timeout=SILENCE))
             self._backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
             self._group: Any = distributed.new_group(backend=self._backend, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
+            if self.pulse is not None:
+                self.pulse.stop(has_goodbye=False)
             raise MachineError(
-                f"the {self.world} ranks did not find each other: {_shorten(error)}",
+                f"rendezvous of {self.world} ranks failed: {_shorten(error)}",
                 where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
                 fix="check that every machine runs the same command and reaches this address",
             ) from error
-        self.pulse = Pulse(self, pulse_group)
 
     def _send_end(self, code: int) -> None:
         with suppress(MachineError):  # those that are gone need no end
@@ -289,8 +294,17 @@ class Ranks:
 
     def gather_parts(self, parts: Tensor, part: Tensor, *, size: int) -> None:
         """Write a tensor of each rank of this one's group of `size` into `parts`, by rank."""
-        names = ("all_gather_single", "all_gather_into_tensor")
-        self._run_collective(names, parts, part, size)
+        self._run_collective(GATHER_NAMES, parts, part, size)
+
+    def start_gather(self, parts: Tensor, part: Tensor, *, size: int) -> Callable[[], None]:
+        """Begin to `gather_parts`; return what waits until they are there."""
+        work = self._run_collective(GATHER_NAMES, parts, part, size, is_async=True)
+
+        def wait() -> None:
+            with _lost_ranks():
+                work.wait()
+
+        return wait
 
     def gather_words(self, word: int, *, size: int) -> list[int]:
         """Return the number of each rank of this one's group of `size`."""
@@ -302,20 +316,25 @@ class Ranks:
 
     def reduce_parts(self, part: Tensor, parts: Tensor, *, size: int) -> None:
         """Write the sum of this rank's part of a tensor over its group of `size` into `part`."""
-        names = ("reduce_scatter_single", "reduce_scatter_tensor")
-        self._run_collective(names, part, parts, size)
+        self._run_collective(REDUCE_NAMES, part, parts, size)
 
     def _run_collective(
-        self, names: tuple[str, str], received: Tensor, sent: Tensor, size: int
-    ) -> None:
-        """Run a collective in this rank's group of `size`: by its name since torch 2.13, or the one
-        before."""
+        self,
+        names: tuple[str, str],
+        received: Tensor,
+        sent: Tensor,
+        size: int,
+        *,
+        is_async: bool = False,
+    ) -> Any:
+        """Run a collective in this rank's group of `size`, under the name that torch has for it;
+        with `is_async`, start it and return its work."""
         from torch import distributed
 
         name, old_name = names
         run = getattr(distributed, name if hasattr(distributed, name) else old_name)
         with _lost_ranks():
-            run(received, sent, group=self._exchange_groups[size])
+            return run(received, sent, group=self._exchange_groups[size], async_op=is_async)
 
 
 SINGLE_PROCESS = Ranks()

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith.core.errors import MachineError
 from tunesmith.core.ranks import Ranks
 from tunesmith.model.lora import Fp32MasterLinear
 
@@ -41,21 +43,33 @@ class LayerShard:
             view.copy_(tensor)
             tensor.data = view
         self.part_B = self.full_B[self.begin : self.begin + part].clone()
-        self.is_complete = True
+        self._wait: Callable[[], None] | None = None  # for a gather that has started
         self.release()
 
     def reserve(self) -> None:
-        """Take the memory for the parts of all ranks."""
-        self.full_B.untyped_storage().resize_(self.full_B.numel())
-        self.is_complete = True
+        """Take the memory for the parts of all ranks, unless it is there."""
+        _fill_storage(self.full_B)
+
+    def start_gather(self) -> None:
+        """Let the memory be filled while others compute. All ranks of the group call it."""
+        # through `.data`: autograd counts no change of the weights, whose values are the same
+        self._wait = self.ranks.start_gather(self.full_B.data, self.part_B, size=self.size)
 
     def gather(self) -> None:
-        """Fill the memory. All ranks of the group call it."""
-        # through `.data`: autograd counts no change of the weights, whose values are the same
-        self.ranks.gather_parts(self.full_B.data, self.part_B, size=self.size)
+        """Fill the memory. All ranks of the group call it, unless a gather has started."""
+        if self._wait is None:
+            self.ranks.gather_parts(self.full_B.data, self.part_B, size=self.size)
+        else:
+            self._wait()
+            self._wait = None
+        self.is_complete = True
 
     def release(self) -> None:
         """Give the memory back. The weights must not be read until they are gathered again."""
+        if self._wait is not None:  # for parts that come would be written into it
+            with suppress(MachineError):  # of a rank that is gone, which the next message tells
+                self._wait()
+            self._wait = None
         self.full_B.untyped_storage().resize_(0)
         self.is_complete = False
 
@@ -102,7 +116,7 @@ class TrainedShard(LayerShard):
     def reserve(self) -> None:
         super().reserve()
         for _, copy in self._casts:
-            copy.untyped_storage().resize_(copy.nbytes)
+            _fill_storage(copy)
 
     def gather(self) -> None:
         super().gather()
@@ -154,6 +168,14 @@ class TrainedShard(LayerShard):
                 flat = full[start : start + parameter.numel()]
                 complete[index] = flat.view(parameter.shape)
         return complete
+
+
+def _fill_storage(tensor: Tensor) -> None:
+    """Give an empty storage its bytes. To resize one that has them would move it, away from a gather
+    that writes into it."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes() != tensor.nbytes:
+        storage.resize_(tensor.nbytes)
 
 
 def lay_out(sizes: Iterable[int], size: int) -> tuple[list[int], int]:

@@ -13,12 +13,15 @@ is assumed about what another rank does next. Inside `joint` the ranks take roun
 layer it needs, or whose gradients are to be summed, or that it is done, and all do that for these
 layers. Outside, rank 0 asks by command.
 
+With the layer that it needs, a rank says which one it will need next, if there is memory for that.
+Where all say the same, the next layer is gathered while this one computes; elsewhere, and if it was
+not the next one, it is gathered when it is needed.
+
 Embeddings, head and last norm are on each rank where weights are frozen. Where all are trained,
 they are one more layer, which stays complete beside the others until all have computed.
 
 In: decoder layers whose weights are loaded. Out: the same layers, and the same bits in every
-product. Left out: what a rank keeps of a layer (layer_shards.py); gathering the next layer while
-one computes."""
+product. Left out: what a rank keeps of a layer (layer_shards.py)."""
 
 from __future__ import annotations
 
@@ -36,13 +39,15 @@ from tunesmith.core.ranks import RankFailed, Ranks
 from tunesmith.model.experts import Experts
 from tunesmith.model.layer_shards import LayerShard, TrainedShard, lay_out
 from tunesmith.model.lora import QuantizedLinear
+from tunesmith.model.machine_errors import OutOfMemory, machine_errors
 
 GATHER = "gather"  # the command of rank 0 outside of `joint`
 GATHER_NAME = "gather_before_forward"  # attribute of a sharded layer
 # Words of a round. 1 + the number of a layer asks for its weights; that plus the number of layers,
-# for the sum of its gradients.
+# for the sum of its gradients. NEXT * (1 + the number of a layer) says that it will be needed next.
 DONE = 0
 FAILED = -1
+NEXT = 2**32
 
 
 class WeightShards:
@@ -58,6 +63,7 @@ class WeightShards:
         self.trained: list[TrainedShard] = []  # the same layers if they are trained
         self._is_joint = False
         self._is_exchanging = False
+        self._ahead: int | None = None  # the layer that all ranks of the group have begun to gather
         self._hooks: list[Any] = []
 
     def add_layer(self, layer: nn.Module) -> None:
@@ -128,22 +134,37 @@ class WeightShards:
 
     # ------------------------------------------------------------ who gathers when
 
-    def gather(self, index: int) -> None:
-        """Complete a layer, in the place of the one before, whose gradients are summed."""
+    def gather(self, index: int, next_index: int | None = None) -> None:
+        """Complete a layer, in the place of the one before, whose gradients are summed; begin with
+        the next one if all ranks need the same."""
         layer = self.layers[index]
         if layer.is_complete:
             return
         for other in self.layers[: self._num_taking_turns]:
-            other.release()
+            if other is not layer:  # which may be arriving
+                other.release()
         if self._is_joint:
             self._sum_gradients(self._num_taking_turns)
         layer.reserve()  # before the others wait for this rank
         if self._is_joint:
-            self._run_round(1 + index)
+            self._run_round(1 + index, self._reserve_next(next_index))
             return
         assert self.ranks.is_main, "the other ranks compute in `joint` only"
         self.ranks.send(GATHER, layer=index)
         layer.gather()
+
+    def _reserve_next(self, index: int | None) -> int | None:
+        """Take the memory for the next layer; return its number, or None if it cannot be gathered
+        ahead."""
+        if index is None or not 0 <= index < self._num_taking_turns:
+            return None
+        try:
+            with machine_errors():
+                self.layers[index].reserve()
+        except OutOfMemory:
+            self.layers[index].release()
+            return None
+        return index
 
     def serve(self, index: int) -> None:
         """Join rank 0 in gathering a layer, if this rank is of its group."""
@@ -205,6 +226,7 @@ class WeightShards:
         without a word: the others wait for it inside of a layer, and not for a round."""
         self._is_joint = True
         self._is_exchanging = False
+        self._ahead = None
         try:
             yield
             self.release()
@@ -219,36 +241,56 @@ class WeightShards:
             self._is_joint = False
             self.release()
 
-    def _run_round(self, word: int) -> bool:
-        """Gather the layers that the ranks need, and sum gradients; return whether any needs it."""
+    def _run_round(self, wish: int, next_index: int | None = None) -> bool:
+        """Do what the ranks wish; return whether any has a wish. Begin to gather the next layer if
+        all say the same."""
         if self._is_exchanging:
             message = "a layer that another rank needs did not fit in memory"
             raise MachineError(message, where=self.ranks.name, fix="lower pack_length")
         self._is_exchanging = True
+        word = wish if next_index is None else wish + NEXT * (1 + next_index)
         words = self.ranks.gather_words(word, size=self.size)
         if FAILED in words:
             raise RankFailed("another rank cannot go on", fix="see its message")
-        for index in sorted({other - 1 for other in words if other != DONE}):
-            if index >= len(self.layers):
-                self.trained[index - len(self.layers)].sum_gradients()
-            elif word == 1 + index:
-                self.layers[index].gather()
-            else:
-                self._pass_on(index)
+        is_agreed = words == [word] * self.size
+        if next_index is not None and not is_agreed:
+            self.layers[next_index].release()
+        self._grant({other % NEXT for other in words} - {DONE}, wish)
+        if next_index is not None and is_agreed:
+            self.layers[next_index].start_gather()
+            self._ahead = next_index
         self._is_exchanging = False
         return any(words)
+
+    def _grant(self, wishes: set[int], wish: int) -> None:
+        """Gather the layers that ranks of the group need, and sum gradients. `wish` is that of this
+        rank."""
+        layers = {other - 1 for other in wishes if other <= len(self.layers)}
+        sums = {other - 1 - len(self.layers) for other in wishes if other > len(self.layers)}
+        ahead = self._ahead
+        if layers:
+            self._ahead = None
+            if ahead is not None and wish != 1 + ahead:
+                self.layers[ahead].release()
+        for index in sorted(layers):
+            if wish == 1 + index:
+                self.layers[index].gather()
+            elif index != ahead:
+                self._pass_on(index)
+        for index in sorted(sums):
+            self.trained[index].sum_gradients()
 
 
 def _make_hooks(shards: WeightShards, index: int) -> tuple[Any, Any]:
     """Return the hooks of a layer. They are functions, which a copy of the layer shares."""
 
     def gather_before_forward(_layer: nn.Module, _inputs: Any) -> None:
-        shards.gather(index)
+        shards.gather(index, index + 1)
 
     def gather_before_backward(_layer: nn.Module, _inputs: Any, outputs: Any) -> None:
         output: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
         if output.requires_grad:
-            output.register_hook(lambda _gradient: shards.gather(index))
+            output.register_hook(lambda _gradient: shards.gather(index, index - 1))
 
     return gather_before_forward, gather_before_backward
 

@@ -39,7 +39,7 @@ from tunesmith.plan.memory import (
 
 LOGIT_BYTES = 12  # three fp32 copies of each logit
 TRITON_CHUNK_TARGETS = 2048  # as in model/lm_head.py
-GATHERED_LAYERS = 2  # that which computes, and one that only another rank needs
+GATHERED_LAYERS = 2  # that which computes, and the next, or one that only another rank needs
 FSDP_LAYERS = 3  # that which computes, the next one, and the buffer that gathers it
 NCCL_BYTES = 10**9  # channels of NCCL and the contexts of other GPUs: assumed, not measured
 

@@ -1,7 +1,7 @@
 """How long a step takes on several GPUs, and how much of it they compute.
 
 In: the settings that are decided so far, with a mesh, and the preset of the GPUs. Out: a MeshStep.
-A step takes the time to compute and to wait: for gathered weights, of which each layer comes right
+A step takes the time to compute and to wait: for gathered weights, as if each layer came right
 before it computes, for exchanges within a document, and for the sum of the gradients. A row is not
 divided, so with few rows some GPUs wait. All is counted from data sheets and assumed shares of
 them, and nothing was measured on several GPUs."""
