@@ -171,8 +171,8 @@ class TrainedShard(LayerShard):
 
 
 def _fill_storage(tensor: Tensor) -> None:
-    """Give an empty storage its bytes. To resize one that has them would move it, away from a gather
-    that writes into it."""
+    """Give an empty storage its bytes. To resize one that has them would move it, away from a
+    gather that writes into it."""
     storage = tensor.untyped_storage()
     if storage.nbytes() != tensor.nbytes:
         storage.resize_(tensor.nbytes)
