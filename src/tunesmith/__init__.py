@@ -7,8 +7,9 @@
         print(event)
     record = tunesmith.read_record(plan.config.output_dir)
 
-Every verb of the command line is a function of the same name here and returns the objects that
---json prints; docs/reference/python.md shows each of them. The import loads no model library."""
+Most verbs of the command line are functions of the same name here and return the objects that
+--json prints; eval is `evaluate`, runs is `list_runs`, report is `write_report`, and serve and keys
+are commands only. docs/reference/python.md shows them. The import loads no model library."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
