@@ -49,6 +49,7 @@ RANGES = {
     **dict.fromkeys(("chosen_logp", "rejected_logp", BAD_LOGP), (-math.inf, 0.0)),
     **dict.fromkeys(("desirable_logp", "undesirable_logp"), (-math.inf, 0.0)),
 }
+LOWER_IS_BETTER = ("loss", "bits_per_byte", "rejected_logp", "undesirable_logp", BAD_LOGP)
 GRADE_RANGE = (0.0, 1.0)
 ANY_NUMBER = (-math.inf, math.inf)
 
@@ -152,6 +153,23 @@ def _find_only_verdict(limit: MetricLimit, bounds: tuple[float, float]) -> str |
     if not limit.is_met_by(best):
         return "can never be held"
     return "always holds, which checks nothing" if limit.is_met_by(worst) else None
+
+
+def list_reversed_limits(gates: Mapping[str, str]) -> list[str]:
+    """Return a warning for each limit that a worse model holds more easily: `loss: ">= 0.8"`. Of
+    a function in a file it is not known which values are better."""
+    warnings: list[str] = []
+    for limit in parse_limits(gates):
+        name = f" {limit.name.replace('/', ' ')}"
+        is_better_low = " breaks " in name or name.endswith(tuple(f" {m}" for m in LOWER_IS_BETTER))
+        if ".py:" in name or limit.is_least != is_better_low:
+            continue
+        opposite = limit.comparator.translate(str.maketrans("<>", "><"))
+        warnings.append(
+            f"gates: {limit} passes worse models: {'lower' if is_better_low else 'higher'} values "
+            f'are better; did you mean "{opposite} {limit.limit:g}"?'
+        )
+    return warnings
 
 
 def _refuse_numbers(value: Any) -> Any:

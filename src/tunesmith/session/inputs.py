@@ -61,6 +61,7 @@ from tunesmith.plan.rules_cpt import choose_window
 from tunesmith.plan.step_memory import has_enough_memory
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.load import rebuild_recipe
+from tunesmith.recipe.metric_limits import list_reversed_limits
 from tunesmith.recipe.schema import Recipe, select_sources
 from tunesmith.session.adapter_settings import (
     count_module_parameters,
@@ -442,7 +443,7 @@ def _add_time_estimate(plan: Plan) -> Plan:
 
 def _list_input_warnings(inputs: RunInputs) -> tuple[str, ...]:
     """Return what is unknown about the adapter, and what is missing in the model folder."""
-    warnings = list(inputs.notes)
+    warnings = [*inputs.notes, *list_reversed_limits(inputs.recipe.gates)]
     adapter = inputs.adapter
     model = inputs.model
     if adapter is not None and read_provenance(adapter.path) is None:

@@ -9,13 +9,23 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tiny_runs import build_sum_rows, make_tiny_recipe, plan_recipe, write_rows
+from tiny_runs import (
+    build_sum_rows,
+    make_tiny_recipe,
+    plan_recipe,
+    save_model_folder,
+    write_rows,
+)
 from tunesmith.cli.app import main
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Score
 from tunesmith.evaluate import metrics as evaluate_metrics
 from tunesmith.evaluate.regression_gate import build_limit_gates
-from tunesmith.recipe.metric_limits import parse_limits, refuse_useless_limits
+from tunesmith.recipe.metric_limits import (
+    list_reversed_limits,
+    parse_limits,
+    refuse_useless_limits,
+)
 from tunesmith.recipe.schema import Recipe
 
 
@@ -122,6 +132,33 @@ def test_metrics_that_are_measured_are_accepted() -> None:
     refuse_useless_limits(limits, stage="sft", metrics=metrics, constraints=["ai"])
     with pytest.raises(InputError, match="'breaks ai' is not measured"):
         refuse_useless_limits(limits, stage="sft", metrics=metrics, constraints=[])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "meant"),
+    [
+        ("exact_match", "<= 0.8", ">= 0.8"),
+        ("test/exact_match", "< 0.8", "> 0.8"),
+        ("says ai", "<= 0.5", ">= 0.5"),
+        ("chosen_logp", "<= -2", ">= -2"),
+        ("loss", ">= 0.8", "<= 0.8"),
+        ("general text/bits_per_byte", "> 1.2", "< 1.2"),
+        ("breaks ai", ">= 0.05", "<= 0.05"),
+        ("breaks ai margin", ">= 0.05", "<= 0.05"),
+        ("rejected_logp", ">= -2", "<= -2"),
+    ],
+)
+def test_a_limit_that_passes_worse_models_is_warned_about(name: str, text: str, meant: str) -> None:
+    (warning,) = list_reversed_limits({name: text})
+    assert "passes worse models" in warning
+    assert warning.endswith(f'did you mean "{meant}"?')
+    assert list_reversed_limits({name: meant, "m.py:loss": ">= 1", "a/m.py:score": "<= 1"}) == []
+
+
+def test_the_plan_warns_about_a_reversed_limit(tmp_path: Path) -> None:
+    model = save_model_folder(tmp_path / "model")
+    recipe = make_tiny_recipe(model, tmp_path, gates={"loss": ">= 0.8"})
+    assert [w for w in plan_recipe(recipe).warnings if w.startswith("gates: loss >= 0.8 passes")]
 
 
 METRICS = (
