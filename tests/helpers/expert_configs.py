@@ -181,7 +181,7 @@ def _make_windowed_configs(
             first_k_dense_replace=1,
             prefix_dense_intermediate_size=40,
             num_shared_experts=1,
-            logit_scale=0.3,
+            logit_scale=1.5,
         ),
         "cohere2_moe-sigmoid": Cohere2MoeConfig(
             **narrow,
@@ -191,6 +191,7 @@ def _make_windowed_configs(
             num_shared_experts=2,
             shared_expert_combination_strategy="sum",
             rms_norm_eps=1e-5,
+            logit_scale=1.5,
         ),
         "granitemoe_swa": GraniteMoeSWAConfig(
             **(sizes | {"intermediate_size": 24}),

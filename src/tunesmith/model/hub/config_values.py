@@ -38,8 +38,9 @@ SIZE_KEY = re.compile(
     r"|(moe|top)_(k|topk|k_experts)|first_k_dense_replace|topk_group|mamba_expand"
 )
 UNROTATED_TYPES = ("gpt2", "nemotron_h")
-# types with a rotation for each kind of layer in a module of its own; rotary.py replaces one
-MANY_ROTATIONS_TYPES = ("granite_swa", "granitemoe_swa")
+# types whose rotations rotary.py cannot choose for each document: one of complex numbers, and
+# several modules, one for each base
+FIXED_ROTATION_TYPES = ("deepseek_v2", "granite_swa", "granitemoe_swa")
 CONFIG_FIX = "download config.json again"
 
 
@@ -93,7 +94,7 @@ def check_rotation(text: Mapping[str, Any], text_type: str, head_dim: int, where
 
     transformers takes a head of one value for one of two."""
     is_unrotated = text_type in UNROTATED_TYPES or text.get("position_embedding_type") == "nope"
-    if text_type in MANY_ROTATIONS_TYPES and _find_rope_type(text) in ("dynamic", "longrope"):
+    if text_type in FIXED_ROTATION_TYPES and _find_rope_type(text) in ("dynamic", "longrope"):
         message = f"{text_type} with a rotation that depends on the length is not supported"
         raise InputError(message, where=where, fix="set another rope_type, or use another model")
     if is_unrotated or _is_partly_rotated(text):

@@ -177,11 +177,12 @@ def test_heads_of_an_odd_size_cannot_be_rotated(
     assert f"correct {key}" in caught.value.fix
 
 
-@pytest.mark.parametrize("family", ["granite_swa", "granitemoe_swa"])
-def test_several_rotations_that_depend_on_the_length_are_refused(
+@pytest.mark.parametrize("family", ["deepseek_v2", "granite_swa", "granitemoe_swa"])
+def test_rotations_that_cannot_be_chosen_by_document_are_refused(
     family: str, tmp_path: Path
 ) -> None:
-    """Each base of these types has a module of its own, and packs would share its frequencies."""
+    """One is complex; those of each base are modules of their own, whose frequencies a pack would
+    share."""
     CONFIGS[family].save_pretrained(tmp_path)
     rotation = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
     edit_config(tmp_path, architectures=["any"], rope_parameters=rotation)
