@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,8 @@ from tunesmith.core.mesh import DryRun, Mesh, RankMessages
 from tunesmith.core.ranks import Ranks
 from tunesmith.core.types import Plan, PlanValue
 from tunesmith.data.packing import count_computed_tokens
+from tunesmith.model.frozen_weight import NF4_BLOCK
+from tunesmith.model.quantization import roundtrip_nf4
 from tunesmith.model.weight_shards import WeightShards, join_ranks
 from tunesmith.plan.memory import count_trained_parameters, get_dtype_bytes
 from tunesmith.plan.memory_gpu import compute_gathered_bytes
@@ -153,9 +155,6 @@ def _refuse_plan(plan: Plan, ranks: Ranks) -> None:
     if plan.mesh is not None and plan.mesh.missing:
         message = f"this plan needs {plan.mesh.missing}, which this version cannot run"
         raise InputError(message, where="--dry-run", fix="use a target on which a step fits")
-    if plan.config.method == "qlora":
-        message = "4-bit weights are made by bitsandbytes, which takes no fake tensors"
-        raise InputError(message, where="--dry-run", fix="use method: lora")
     refuse_on_ranks(plan, ranks, is_new=True)
 
 
@@ -177,6 +176,8 @@ def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
     record = StorageRecord()
     size = plan.config.shard
     shards = WeightShards(ranks, size) if size > 1 else None
+    if plan.config.method == "qlora":  # whose library keeps tables for the process: real ones
+        roundtrip_nf4(torch.zeros(NF4_BLOCK, NF4_BLOCK))
     with FakeTensorMode(allow_non_fake_inputs=True), _StorageCounter(record) as counter:
         with join_ranks(shards):
             session = open_truncated_session(plan, inputs, plan.model.num_layers, shards)
@@ -213,18 +214,8 @@ def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
         planned_rank_tokens=estimate_packs(context).step,
         planned_messages=_predict_messages(context, rank_tokens, len(packs)),
         planned_weight_bytes=planned["weights"] + trained_bytes,  # those in fp32, too
-        planned_peak_bytes=planned["peak"] - _count_other_bytes(context, planned),
+        planned_peak_bytes=planned["peak"] - sum(planned.get(name, 0) for name in OTHER_PARTS),
     )
-
-
-def _count_other_bytes(context: RuleContext, planned: Mapping[str, int]) -> int:
-    """Return what a prediction has that is not counted: other parts, and the layer that a rank out
-    of step needs."""
-    other_bytes = sum(planned.get(name, 0) for name in OTHER_PARTS)
-    if "gathered" in planned:
-        dtype_bytes = get_dtype_bytes(context["dtype"])
-        other_bytes += compute_gathered_bytes(context.model, context["method"], dtype_bytes)
-    return other_bytes
 
 
 def _take_step(training: TrainingLoop) -> TrainStep:
