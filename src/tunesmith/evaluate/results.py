@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import GenerationSample, Score
+from tunesmith.core.formatting import format_count
 from tunesmith.core.types import Comparison
 from tunesmith.evaluate.statistics import (
     compute_detectable_difference,
@@ -29,6 +30,7 @@ from tunesmith.evaluate.statistics import (
 
 RETENTION_DATA = "retention_data"
 UNBOUNDED = (-math.inf, math.inf)
+MAX_NAMED_ITEMS = 3
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,10 @@ def compute_score(measurement: MetricValues, *, step: int = 0) -> Score:
     """Return the score with its 95% interval.
 
     Raises InputError for fewer than two items in total or in a group: one item has no interval.
+    Raises GateError for a value that is not finite: such a model has no score.
     """
     _refuse_single_item(measurement)
+    _refuse_nonfinite(measurement)
     if measurement.is_binary:
         low, high = compute_wilson_interval(sum(measurement.values), len(measurement.values))
     else:
@@ -95,6 +99,8 @@ def compare_measurements(before: MetricValues, after: MetricValues, *, step: int
     same weights and groups.
     """
     after = _align_items(before, after)
+    _refuse_nonfinite(before)
+    _refuse_nonfinite(after)
     changes = tuple(b - a for a, b in zip(before.values, after.values, strict=True))
     change = replace(before, values=changes)
     improved = worsened = p_value = None
@@ -283,6 +289,18 @@ def _refuse_single_item(measurement: MetricValues) -> None:
             raise InputError(f"{subject}: an interval needs two", fix=fix)
     if not measurement.values:
         raise InputError(f"{measurement.task} has no items to evaluate")
+
+
+def _refuse_nonfinite(measurement: MetricValues) -> None:
+    pairs = zip(measurement.ids, measurement.values, strict=True)
+    bad_ids = [item for item, value in pairs if not math.isfinite(value)]
+    if bad_ids:
+        name = f"{measurement.task} {measurement.metric}"
+        count = f"{len(bad_ids):,} of {format_count(len(measurement.ids), 'item')}"
+        raise GateError(
+            f"{name} is not a finite number for {count}: {', '.join(bad_ids[:MAX_NAMED_ITEMS])}",
+            fix="the model overflows there: use dtype bf16 or fp32, or a lower learning_rate",
+        )
 
 
 def _align_items(before: MetricValues, after: MetricValues) -> MetricValues:

@@ -1,12 +1,13 @@
 """Scores and comparisons: paired by item, never without an interval, never a difference that is not
 shown."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import GateError, InputError
 from tunesmith.evaluate.results import (
     MetricValues,
     compare_measurements,
@@ -222,3 +223,16 @@ def test_rates_of_tasks_are_averaged_with_an_interval_that_draws_within_tasks() 
 
 def test_without_tasks_the_whole_stays_as_it_is() -> None:
     assert list(split_by_task(FULL, {}, ())) == [FULL]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_refused_by_name(value: float) -> None:
+    """It has no interval, and no file of JSON can hold it."""
+    finite = measured([0.5] * 9)
+    broken = measured([0.5, value, *[0.5] * 7])
+    message = "task exact_match is not a finite number for 1 of 9 items: test:1"
+    with pytest.raises(GateError, match=message):
+        compute_score(broken)
+    for before, after in ((finite, broken), (broken, finite)):
+        with pytest.raises(GateError, match=message):
+            compare_measurements(before, after)
