@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from fake_models import (
     BF16,
@@ -58,11 +58,14 @@ from tiny_models import (
 from tunesmith.core.errors import GateError, TunesmithError
 from tunesmith.core.ranks import Ranks
 from tunesmith.core.types import Document, GenerationRequest, PackLayout
+from tunesmith.evaluate.kl_divergence import AdapterDisabled, cache_states, compute_kl
 from tunesmith.evaluate.loglikelihood import compute_mean_states, compute_nll
 from tunesmith.model.adapters import METHODS
 from tunesmith.model.causal_lm import compute_stock_logits, load_network, wrap_model
 from tunesmith.model.flash_attention import attend_gathered
 from tunesmith.model.generation.engine import generate
+from tunesmith.model.hub.families import TEXT_FAMILIES
+from tunesmith.model.kernels import ops
 from tunesmith.model.merged_attention import attend_merged
 from tunesmith.model.quantization import load_quantized
 from tunesmith.model.save import STATE_FILE
@@ -77,6 +80,12 @@ from tunesmith.train.kto import measure_kl
 from tunesmith.train.loop import TrainingLoop
 from tunesmith.train.optimizer import restore_moments
 from tunesmith.train.preflight import run_preflight
+from tunesmith.train.update_norms import (
+    compute_adapter_ratios,
+    compute_update_ratios,
+    compute_weight_norms,
+)
+from wide_configs import make_wide_config
 
 
 def train(
@@ -198,7 +207,24 @@ def measure(share: bool) -> Record:
     with recording() as record:
         results = list(compute_nll(model, documents, 4096, share=share))
         list(compute_mean_states(model, documents, 4096))
-    assert len(results) == len(documents)
+        bases = (AdapterDisabled(), cache_states(model, documents, 4096))
+        divergences = [
+            list(compute_kl(model, documents, 4096, base, share=share)) for base in bases
+        ]
+    assert {len(results), *map(len, divergences)} == {len(documents)}
+    return record
+
+
+def measure_norms() -> Record:
+    """Measure what a probe of the guard does of adapters and of their last update."""
+    model = get_model()
+    loop = make_loop(model)
+    with recording() as record:
+        take_step(loop)
+        norms = compute_weight_norms(model.network)
+        ratios = compute_adapter_ratios(model.network, norms)
+        updates = compute_update_ratios(model.network, loop.optimizer, norms)
+    assert norms.keys() == ratios.keys() == updates.keys()
     return record
 
 
@@ -331,6 +357,27 @@ def multiply(columns: int) -> Record:
     return record
 
 
+def attend_to(x: Tensor) -> Record:
+    with recording() as record:
+        attend_gathered(x, x, x, layout_of((8,)), scale=0.1)
+    return record
+
+
+def attend_wide() -> Record:
+    return attend_to(torch.zeros(8, 2, 64, device="cuda"))
+
+
+def attend_misaligned() -> Record:
+    return attend_to(torch.zeros(8, 2, 72, dtype=BF16, device="cuda")[..., 4:68])
+
+
+def mix_strided() -> Record:
+    x = torch.zeros(3, 8, 16, device="cuda").transpose(0, 1)
+    with recording() as record:
+        ops.mix_rows(x, x, torch.zeros(8, 3, device="cuda"))
+    return record
+
+
 def run_deterministic(case: Callable[[], Record]) -> Record:
     set_deterministic(True)
     try:
@@ -357,6 +404,9 @@ CONTROLS: dict[str, Callable[[], Record]] = {
     "a product, skinny": partial(multiply, 16),
     "results": check_results,
     "a sum in any order": partial(run_deterministic, sum_floats),
+    "flash attention in fp32": attend_wide,
+    "flash attention, misaligned": attend_misaligned,
+    "a strided kernel": mix_strided,
 }
 
 
@@ -375,6 +425,12 @@ def save_model(folder: Path) -> Path:
     return folder
 
 
+# a config of each type that models have
+FAMILY_CONFIGS = dict(CONFIGS)
+for model_type in sorted(TEXT_FAMILIES.keys() - {config.model_type for config in CONFIGS.values()}):
+    sizes = SIZES | {"hidden_size": 64, "head_dim": 16}
+    FAMILY_CONFIGS[model_type] = AutoConfig.for_model(model_type, **sizes)
+LATENT = make_wide_config("minicpm3")  # heads that flash attention takes
 FULL = {"method": "full"}
 NEW_TOKENS = {
     "add_tokens": {"<a>": 97, "<b>": 98},
@@ -396,6 +452,8 @@ CASES: dict[str, Callable[[], Record]] = {
     "kto": partial(train_kto, stored=True),
     "banned answers": train_banned,
     "shared prefixes": partial(train, documents=BRANCHING, plan=SHARED),
+    "latent attention": partial(train, LATENT),
+    "latent attention with shared prefixes": partial(train, LATENT, BRANCHING, SHARED),
     "dora": partial(train, use_dora=True),
     "rslora with dropout": partial(train, use_rslora=True, lora_dropout=0.1),
     "qlora": partial(train, method="qlora"),
@@ -426,6 +484,7 @@ CASES: dict[str, Callable[[], Record]] = {
     "likelihoods": partial(measure, share=False),
     "likelihoods with shared prefixes": partial(measure, share=True),
     "mismatched answers": measure_mismatched,
+    "norms": measure_norms,
 }
 LARGE_CASES: dict[str, Callable[[], Record]] = {}
 for large_name, large_model in LARGE_MODELS.items():
@@ -439,7 +498,7 @@ for layout_name, shared_layout in SHARED_LAYOUTS.items():
         CASES[f"attention over {layout_name}, {way}"] = partial(
             attend_shared, attend, shared_layout
         )
-for family, family_config in CONFIGS.items():
+for family, family_config in FAMILY_CONFIGS.items():
     CASES[f"family {family}"] = partial(train, family_config, make_tiny_documents((17, 17, 5)))
 DETERMINISTIC = ("sft", "sampled answers", "shared prefixes", "family qwen3_5", "family mixtral")
 for name in DETERMINISTIC:

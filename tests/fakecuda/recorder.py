@@ -1,10 +1,11 @@
 """A GPU that is not there, and a record of what the code asks of it.
 
 Tensors are fake: they have a shape, a dtype and a device, and no values. A case fails on tensors of
-different devices in one operation and on results whose shape depends on values, for which a GPU
-would have to wait. Reads of values are counted, and get stand-ins that let the code go on: 0.0, 1
-or true. Frequent operations go to torch's kernels for tensors without values directly:
-FakeTensorMode returns the same in several times the time (`is_checked` compares)."""
+different devices in one operation, on results whose shape depends on values, for which a GPU would
+have to wait, and on layouts in memory that a kernel does not take. Reads of values are counted, and
+get stand-ins that let the code go on: 0.0, 1 or true. Frequent operations go to torch's kernels for
+tensors without values directly: FakeTensorMode returns the same in several times the time
+(`is_checked` compares)."""
 
 import weakref
 from collections import Counter
@@ -51,6 +52,7 @@ KERNEL_SECONDS = 2e-6  # of the shortest one
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_"}
 # multiplications and additions of flash attention for each score and value of a head
 ATTENTION_FLOPS = {"aten::_flash_attention_forward": 4, "aten::_flash_attention_backward": 10}
+ROW_ALIGNMENT = 16  # bytes that flash attention reads at once
 FILLS = {"aten::zeros", "aten::ones", "aten::zeros_like", "aten::fill_", "aten::zero_"}
 
 
@@ -95,6 +97,7 @@ class Recorder(TorchDispatchMode):
         if func in READS:
             return self._read(func, inputs, args)
         self._refuse_mixture(func, inputs)
+        _refuse_layout(func, inputs)
         if torch.are_deterministic_algorithms_enabled():
             _refuse_random_order(func, inputs)
         if func.namespace == "tunesmith":
@@ -229,6 +232,29 @@ def _refuse_random_order(func: Any, inputs: list[Tensor]) -> None:
     is_float_sum = name == "aten::cumsum" and inputs[0].is_floating_point()
     if name in RANDOM_ORDER or is_float_sum:
         raise AssertionError(f"{name} has no deterministic algorithm")
+
+
+def _refuse_layout(func: Any, inputs: list[Tensor]) -> None:
+    """Our kernels count on contiguous tensors. Flash attention takes 16 bits, offsets in 32, values
+    of a head that are neighbors and begin at 16 bytes, and knows no stride of its log-sum-exp."""
+    name = func._schema.name
+    if func.namespace == "tunesmith":
+        assert all(tensor.is_contiguous() for tensor in inputs), f"{name} of a strided tensor"
+    if name not in ATTENTION_FLOPS:
+        return
+    values = [tensor for tensor in inputs if tensor.dim() == 3]
+    assert all(tensor.itemsize == 2 for tensor in values), f"{name} of {values[0].dtype}"
+    assert all(map(_has_aligned_rows, values)), f"{name} of rows that are not aligned"
+    others = [tensor for tensor in inputs if tensor.dim() < 3]
+    assert all(tensor.is_contiguous() for tensor in others), f"{name} of a strided tensor"
+    num_offsets = sum(tensor.dtype == torch.int32 for tensor in others)
+    assert num_offsets == 2, f"{name} of offsets that are not int32"
+
+
+def _has_aligned_rows(tensor: Tensor) -> bool:
+    places = [*tensor.stride()[:-1], tensor.storage_offset()]
+    is_aligned = all(place * tensor.itemsize % ROW_ALIGNMENT == 0 for place in places)
+    return tensor.stride(-1) == 1 and is_aligned
 
 
 def _count_moved_bytes(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:

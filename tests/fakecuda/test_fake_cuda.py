@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from cases import CASES, LARGE_CASES, SHARED_LAYOUTS
+import shim
+from cases import CASES, FAMILY_CONFIGS, LARGE_CASES, SHARED_LAYOUTS
 from large_models import (
     FEWER,
     LARGE_MODELS,
@@ -28,6 +29,7 @@ from large_models import (
 )
 from shared_folder import lock_shared_folder
 from tiny_models import EXPERT_FAMILIES
+from tunesmith.model.hub.families import TEXT_FAMILIES
 from tunesmith.model.merged_attention import is_merging_cheaper
 from tunesmith.plan.memory_gpu import estimate_gpu_memory
 
@@ -40,6 +42,7 @@ OTHER_CASES = ("preflight", "answers", "answers after a shared prefix", "sampled
 OTHER_CASES += ("sampled answers, deterministic",)
 OTHER_CASES += tuple(f"attention over {name}" for name in SHARED_LAYOUTS)
 OTHER_CASES += ("likelihoods", "likelihoods with shared prefixes", "mismatched answers", "kto")
+OTHER_CASES += ("norms",)
 STEP_CASES = [
     name
     for name in (*CASES, *CHECKPOINT_CASES)
@@ -91,6 +94,9 @@ def run_cases(folder: Path) -> None:
         ("an index on the host", "aten::index of tensors on"),
         ("a shape that depends on values", "DynamicOutputShape"),
         ("a sum in any order", "cumsum has no deterministic algorithm"),
+        ("flash attention in fp32", "_flash_attention_forward of torch.float32"),
+        ("flash attention, misaligned", "_flash_attention_forward of rows that are not aligned"),
+        pytest.param("a strided kernel", "mix_rows of a strided tensor", marks=needs_triton),
     ],
 )
 def test_faults_are_seen(results: Results, name: str, error: str) -> None:
@@ -112,6 +118,29 @@ def test_what_is_run_directly_is_what_torch_says_of_fake_tensors(results: Result
 @pytest.mark.parametrize("name", [*CASES, *CHECKPOINT_CASES, "weights", "4-bit weights"])
 def test_it_runs(results: Results, name: str) -> None:
     assert results[name]["error"] == ""
+
+
+def test_a_shim_that_does_not_compile_is_the_reason_to_skip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "shim.cpp"
+    broken.write_text("int install_absent_device( {\n")
+    monkeypatch.setattr(shim, "SOURCE", broken)
+    assert "shim.cpp does not compile with this torch: " in shim.build_shim(tmp_path)
+    assert "error" in shim.build_shim(tmp_path)
+    monkeypatch.setattr(shim.shutil, "which", lambda _name: None)
+    assert shim.build_shim(tmp_path) == "no C++ compiler"
+
+
+def test_every_accepted_type_is_trained() -> None:
+    assert {config.model_type for config in FAMILY_CONFIGS.values()} == TEXT_FAMILIES.keys()
+
+
+@needs_triton
+def test_latent_attention_over_a_shared_prefix_is_merged(results: Results) -> None:
+    """So that the layout of its heads is seen by our kernel."""
+    kernels = results["latent attention with shared prefixes"]["kernels"]
+    assert kernels["tunesmith::mix_rows"] > 0
 
 
 @pytest.mark.parametrize("name", RANK_CASES)
