@@ -212,6 +212,19 @@ def test_rows_that_are_no_texts_are_refused(tiny_folder: Path, tmp_path: Path) -
     assert inputs.load_inputs(wish(tiny_folder, tmp_path / "b", data=named)).corpus is not None
 
 
+@pytest.mark.parametrize("role", ["eval_data", "test_data"])
+def test_held_out_rows_that_are_no_texts_are_refused(
+    role: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """They have no text, so that the run would have ended after preflight, with nothing to
+    measure."""
+    (tmp_path / "a").mkdir()
+    chats = str(write_rows(tmp_path / "chats.jsonl", build_sum_rows(1, 6)))
+    with pytest.raises(InputError, match="stage: cpt is measured on plain text") as refusal:
+        inputs.load_inputs(wish(tiny_folder, tmp_path / "a", **{role: chats}))
+    assert refusal.value.where == f"{role}: {chats}"
+
+
 def test_a_step_holds_at_least_a_window(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="batch_tokens 50 is below max_length 60"):
         plan_recipe(wish(tiny_folder, tmp_path, batch_tokens=50))

@@ -138,7 +138,7 @@ def load_inputs(
     datasets = open_datasets(recipe, renderer, generated_rows)
     corpus = None
     if recipe.stage == "cpt":
-        corpus = _open_pretraining_corpus(recipe, datasets["data"], model)
+        corpus = _open_pretraining_corpus(recipe, datasets, model)
     return RunInputs(
         recipe=recipe,
         machine=measure_machine(output_dir),
@@ -154,21 +154,23 @@ def load_inputs(
     )
 
 
-def _open_pretraining_corpus(recipe: Recipe, rows: Dataset, model: ModelSpec) -> PretrainingCorpus:
+def _open_pretraining_corpus(
+    recipe: Recipe, datasets: Mapping[str, Dataset], model: ModelSpec
+) -> PretrainingCorpus:
     """Raises InputError for rows that are not plain text, and for windows without a target."""
-    for part in rows.parts:
-        if part.format != "text":
-            raise InputError(
-                f"stage: cpt trains on plain text, and these are {part.format} rows",
-                where=f"data: {part.source.path}",
-                fix="name the text column, `data: {path: ..., format: text, columns: {text: "
-                "NAME}}`, or use stage: sft",
-            )
+    for role in [role for role in ("data", *HELD_OUT_ROLES) if role in datasets]:
+        use = "trains on" if role == "data" else "is measured on"
+        for part in datasets[role].parts:
+            if part.format != "text":
+                message = f"stage: cpt {use} plain text, and these are {part.format} rows"
+                fix = f"name the text column, `{role}: {{path: ..., format: text, columns: "
+                fix += "{text: NAME}}`, or set it in a stage: sft"
+                raise InputError(message, where=f"{role}: {part.source.path}", fix=fix)
     window = recipe.max_length if isinstance(recipe.max_length, int) else choose_window(model)
     if window < 2:
         message = "a window of one token has nothing to predict"
         raise InputError(message, where="max_length", fix="raise it")
-    return open_corpus(rows, window)
+    return open_corpus(datasets["data"], window)
 
 
 def _refuse_missing_rows(renderer: Renderer, model: ModelSpec) -> None:
