@@ -69,7 +69,7 @@ def test_fault_27_three_steps_in_a_row_that_are_no_number_fail_the_run(
     with monkeypatch.context() as patch:
         poison({4, 5, 6}, patch)
         error = followed(lambda: train(wish), folder)
-    assert "3 non-finite steps in a row" in error.message
+    assert "3 consecutive non-finite steps" in error.message
 
     events = [logged.event for logged in read_all_events(folder)]
     bad = [e for e in events if isinstance(e, CheckResult) and e.kind == "non-finite"]
@@ -91,7 +91,7 @@ def test_fault_27_three_steps_in_a_row_that_are_no_number_fail_the_run(
         finished_run.evaluate_run,
         lambda path: next(finished_run.chat(path, ["hello"])),
     ):
-        with pytest.raises(GateError, match="this run failed: 3 non-finite steps"):
+        with pytest.raises(GateError, match="this run failed: 3 consecutive non-finite steps"):
             use(folder)
 
     events = list(run.resume(folder))
@@ -100,7 +100,7 @@ def test_fault_27_three_steps_in_a_row_that_are_no_number_fail_the_run(
         for event in events
         if isinstance(event, CheckResult) and event.kind == "earlier attempt"
     ]
-    assert "3 non-finite steps in a row" in messages.evidence
+    assert "3 consecutive non-finite steps" in messages.evidence
     assert [step.step for step in select_steps(events)] == list(range(3, 10))
     assert read_failure(folder) == ""
     assert read_adapter_bytes(wish) == read_adapter_bytes(straight)

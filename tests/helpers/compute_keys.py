@@ -63,7 +63,7 @@ def shard(lab: Lab) -> None:
     """What several processes do with it: tests/multi/test_rank_shards.py."""
     made = plan_recipe(make_tiny_recipe(lab.model, lab.folder / "sharded", shard=2, dtype="bf16"))
     assert (made.config.shard, made.config.weight_layout) == (2, "plain")
-    with pytest.raises(InputError, match="2 processes hold the weights together"):
+    with pytest.raises(InputError, match="shard is 2, but the number of processes"):
         lab.events(shard=2)
 
 
@@ -76,5 +76,5 @@ def context(lab: Lab) -> None:
     )
     activations = [made.memory_bytes["activations"] for made in (alone, shared)]
     assert activations[1] == pytest.approx(activations[0] / 2, rel=0.1)
-    with pytest.raises(InputError, match="2 processes share each document"):
+    with pytest.raises(InputError, match="context is 2, but the number of processes"):
         lab.events(context=2)

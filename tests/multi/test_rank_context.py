@@ -104,7 +104,7 @@ def test_a_run_whose_ranks_share_documents_is_that_of_one_process(tmp_path: Path
     shared = changes | {"context": 2}
     ((code, message),) = train_on_ranks(1, model, tmp_path / "refused", shared)
     assert code == 2
-    assert "2 processes share each document, and this is one process" in message
+    assert "context is 2, but the number of processes (1) is not a multiple of it" in message
     assert [code for code, _ in train_on_ranks(3, model, tmp_path / "three", shared)] == [2, 2, 2]
     assert train_on_ranks(1, model, tmp_path / "one", changes) == [(0, "step 3")]
     assert train_on_ranks(2, model, tmp_path / "two", shared) == [(0, "step 3"), (0, "followed")]

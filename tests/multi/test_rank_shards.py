@@ -299,4 +299,4 @@ def test_too_few_processes_are_refused_before_anything_is_loaded(
 ) -> None:
     (outcome,) = train_on_ranks(1, folder, tmp_path / "alone", changes | {"shard": 2})
     assert outcome[0] == 2
-    assert "2 processes hold the weights together, and there are 1" in outcome[1]
+    assert "shard is 2, but the number of processes (1) is not a multiple of it" in outcome[1]

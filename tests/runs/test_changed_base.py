@@ -129,7 +129,7 @@ OPENERS: dict[str, Callable[[Path], object]] = READERS | {
 @pytest.mark.parametrize("opener", OPENERS)
 def test_an_older_run_says_that_it_is_older(opener: str, older: Path) -> None:
     before = {path: path.read_bytes() for path in sorted(older.rglob("*")) if path.is_file()}
-    with pytest.raises(InputError, match="written by an older tunesmith: format 1, ") as caught:
+    with pytest.raises(InputError, match="run folder format 1 is not supported") as caught:
         OPENERS[opener](older)
     assert caught.value.where.endswith("plan.json")
     assert caught.value.fix
@@ -149,7 +149,7 @@ def test_an_older_run_of_stages_says_that_it_is_older(
     (staged / "stages.json").write_text(json.dumps(content))
     if is_finished:
         shutil.copy(stage / "record.json", staged / "record.json")
-    with pytest.raises(InputError, match="written by an older tunesmith: format 1, "):
+    with pytest.raises(InputError, match="run folder format 1 is not supported"):
         OPENERS[opener](staged)
 
 

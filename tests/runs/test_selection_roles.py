@@ -157,7 +157,7 @@ def test_without_test_data_the_eval_rows_are_measured_and_are_no_result(
     assert comparison.after.value == pytest.approx(by_step[record.selected_step], rel=1e-5)
     assert record.verdict is not None
     assert record.verdict.name == "not measured"
-    assert any("they are no result" in warning for warning in record.plan.warnings)
+    assert any("not an unbiased result" in warning for warning in record.plan.warnings)
     page = html.unescape(api.write_report(recipe.output_dir).read_text())
     assert "6 rows that also chose the checkpoint" in page
     assert "test rows were used once" not in page

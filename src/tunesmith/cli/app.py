@@ -392,7 +392,7 @@ def export(  # noqa: PLR0913 - every option is a flag
 def _get_single_run(folders: Sequence[Path], target: str) -> Path:
     """Return the only run. Raises InputError for several, which only servers take."""
     if len(folders) > 1:
-        message = f"--to {target} takes one run, and {len(folders)} are named"
+        message = f"--to {target} takes one run; got {len(folders)}"
         raise InputError(message, where="command line", fix="export them one by one")
     return folders[0]
 
@@ -410,7 +410,7 @@ def _confirm_upload(folder: Path, repo: str | None, *, is_public: bool, is_confi
     from tunesmith.export.hub_target import check_target
 
     if not is_confirmed and not sys.stdin.isatty():
-        message = "the upload has to be confirmed, and this is no terminal"
+        message = "the upload needs confirmation, but stdin is not a terminal"
         raise InputError(message, where="command line", fix="add --yes")
     target = check_target(repo, is_public=is_public)
     question = f"Upload the adapter and its card to {target.description}?"

@@ -64,16 +64,17 @@ RECIPE_SUFFIXES = (".yaml", ".yml")
 MODEL_LINE = re.compile(r"^model(_name_or_path)?\s*:", re.MULTILINE)
 MAX_RECIPES = 3  # that an error names
 
-# Former flags and verbs -> what to use instead.
+# Former flags and verbs -> what to do instead.
 OLD_FLAGS = {
-    "--prove": "--ablate",
-    "--likeness": "--similarity",
-    "--fit": "--memory",
-    "--calibrate": "--benchmark",
-    "--allow-drift": "--allow-changes",
-    "--from-step": "--checkpoint",
-    "--recovery": "experiments/relearning/relearning.py of the repository",
-    "--baselines": "experiments/constraint_baselines/constraint_baselines.py of the repository",
+    "--prove": "use --ablate",
+    "--likeness": "use --similarity",
+    "--fit": "use --memory",
+    "--calibrate": "use --benchmark",
+    "--allow-drift": "use --allow-changes",
+    "--from-step": "use --checkpoint",
+    "--recovery": "run experiments/relearning/relearning.py from a checkout of the repository",
+    "--baselines": "run experiments/constraint_baselines/constraint_baselines.py from a checkout "
+    "of the repository",
 }
 OLD_VERBS: dict[tuple[str, ...], str] = {
     ("data", "review"): "tunesmith data export-reviews",
@@ -90,7 +91,7 @@ def refuse_old_words(words: Sequence[str]) -> None:
         flag = word.partition("=")[0].replace("_", "-")
         if flag in OLD_FLAGS:
             message = f"{flag} is no longer a flag"
-            raise InputError(message, where=COMMAND_LINE, fix=f"use {OLD_FLAGS[flag]}")
+            raise InputError(message, where=COMMAND_LINE, fix=OLD_FLAGS[flag])
 
 
 def parse_recipe_args(args: Sequence[str] | None) -> Recipe | Stages:

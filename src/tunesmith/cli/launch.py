@@ -64,13 +64,13 @@ def _check_devices(num_processes: int) -> None:
     if num_gpus:
         if num_processes > num_gpus:
             gpus = format_count(num_gpus, "GPU")
-            message = f"{num_processes} processes, and this machine has {gpus}"
+            message = f"{num_processes} GPUs requested, but this machine has {gpus}"
             raise InputError(message, where="--gpus", fix=f"use --gpus {num_gpus}")
         return
     cores = count_cores()
     if num_processes > cores:
         owned = format_count(cores, "core")
-        message = f"no GPU here, and {num_processes} processes need more than {owned}"
+        message = f"{num_processes} processes requested, but this machine has no GPU and {owned}"
         raise InputError(message, where="--gpus", fix=f"use --gpus {cores}, or leave it out")
     threads = cores // num_processes
     os.environ.setdefault(THREADS_VARIABLE, str(threads))

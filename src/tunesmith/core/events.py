@@ -187,7 +187,7 @@ def parse_event(line: bytes) -> LoggedEvent:
     content = json.loads(line)
     fields = cast("dict[str, Any]", content) if isinstance(content, dict) else {}
     if CHECKSUM_KEY in fields and fields.pop(CHECKSUM_KEY) != compute_checksum(fields):
-        raise ValueError("changed since it was written: its crc32 is another")
+        raise ValueError("changed since it was written: its checksum does not match")
     if fields.get("type") not in EVENT_TYPES:
         raise ValueError("not an event: it has no known type")
     try:

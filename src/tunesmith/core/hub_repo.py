@@ -281,7 +281,7 @@ def _make_status_error(error: HfHubHTTPError, ref: HubRef, *, is_upload: bool) -
         return InputError("the hub does not accept the token", where=where, fix=fix)
     if status == 403:
         right = "write to" if is_upload else "read"
-        message = f"the token has no right to {right} {ref.title}"
+        message = f"the token is not allowed to {right} {ref.title}"
         fix = f"set HF_TOKEN to a token that may {right} it, or ask its owners"
         return InputError(message, where=where, fix=fix)
     if status == 429:
@@ -289,11 +289,11 @@ def _make_status_error(error: HfHubHTTPError, ref: HubRef, *, is_upload: bool) -
         reset = _RESET_SECONDS.search(headers.get("ratelimit", ""))
         seconds = headers.get("retry-after") or (reset[1] if reset else "")
         wait = f"{seconds} seconds" if seconds.isdigit() else "a few minutes"
-        message = "the hub takes no more requests for now (429, too many)"
+        message = "rate-limited by the Hub (429)"
         fix = f"wait {wait} and run the command again; HF_TOKEN raises the limit"
         return MachineError(message, where=where, fix=fix)
     if status >= 500:
-        message = f"the hub has a problem of its own (status {status})"
+        message = f"Hub server error (status {status})"
         return MachineError(message, where=where, fix="run the command again later")
     message = f"the hub refuses the request for {ref.title} (status {status})"
     return InputError(message, where=where, fix="check the name, the revision and HF_ENDPOINT")

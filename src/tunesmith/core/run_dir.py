@@ -442,10 +442,9 @@ def refuse_other_format(plan: Any, file: Path) -> None:
         raise InputError("not a plan", where=str(file), fix=RESTORE_FIX)
     file_format = cast("Json", plan).get("format", 1)
     if file_format != RUN_FORMAT:
-        age = "an older" if file_format == 1 else "another"
         raise InputError(
-            f"written by {age} tunesmith: format {file_format!r:.20}, and this version reads "
-            f"format {RUN_FORMAT}",
+            f"run folder format {file_format!r:.20} is not supported; this version reads format "
+            f"{RUN_FORMAT}",
             where=str(file),
             fix="use the version that wrote it, or train again from the recipe",
         )

@@ -52,7 +52,7 @@ def remove_seal(content: Json, path: Path) -> Json:
     content."""
     unsealed = {key: value for key, value in content.items() if key != SEAL_KEY}
     if SEAL_KEY in content and content[SEAL_KEY] != _hash_content(unsealed):
-        message = "changed since tunesmith wrote it: its sha256 is another"
+        message = "changed since tunesmith wrote it: its checksum does not match"
         raise InputError(message, where=str(path), fix=CHANGED_FIX)
     return unsealed
 

@@ -137,8 +137,8 @@ def refuse_other_sweep_format(content: Json, file: Path) -> None:
     stored_format = content.get("format")
     if stored_format != SWEEP_FORMAT:
         raise InputError(
-            f"written by another tunesmith: format {stored_format!r:.20}, and this version reads "
-            f"format {SWEEP_FORMAT}",
+            f"sweep format {stored_format!r:.20} is not supported; this version reads format "
+            f"{SWEEP_FORMAT}",
             where=str(file),
             fix="use the version that wrote it, or another output_dir",
         )

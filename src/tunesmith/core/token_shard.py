@@ -63,9 +63,9 @@ class TokenShard:
 def refuse_group_size(size: int, ranks: Ranks) -> None:
     """Raise InputError if `ranks` cannot be divided into groups that share each document."""
     if ranks.world % size:
-        processes = "this is one process" if ranks.world == 1 else f"there are {ranks.world}"
         raise InputError(
-            f"{size} processes share each document, and {processes}",
+            f"context is {size}, but the number of processes ({ranks.world}) is not a multiple "
+            "of it",
             where=f"context: {size}",
             fix=f"start {size} processes, or a multiple, with --gpus, or set context: 1",
         )

@@ -96,10 +96,10 @@ class LiveVerification:
         if self.is_run:
             return ""
         if failed := [check.name for check in self.checks if check.status == "failed"]:
-            return f"this server is not the run: {', '.join(failed)} failed"
+            return f"the server does not match the run: {', '.join(failed)} failed"
         open_checks = [check for check in self.checks if check.status != "ok"]
         states = ", ".join(f"{check.name} {check.status}" for check in open_checks)
-        return f"it cannot be told whether this server is the run: {states}; ask more --items"
+        return f"cannot tell whether the server matches the run: {states}; ask more --items"
 
 
 @dataclass(frozen=True)
@@ -188,14 +188,16 @@ def _check_prompts(pairs: Sequence[_Pair]) -> LiveCheck:
         first = wrong[0]
         counts = f"{len(first.item.prompt_ids)} tokens here, {first.answer.prompt_tokens} there"
         message = (
-            f"{len(wrong)} of {len(counted)} prompts have another number of tokens "
-            f"({first.item.id}: {counts}): other template, BOS or tokenizer"
+            f"{len(wrong)} of {len(counted)} prompts have a different token count "
+            f"({first.item.id}: {counts}): the chat template, BOS or tokenizer differs"
         )
         return LiveCheck(name, "failed", len(counted), message)
     other = [pair for pair in with_ids if pair.answer.prompt_ids != pair.item.prompt_ids]
     if other:
         message = f"{len(other)} of {len(with_ids)} prompts have other ids ({other[0].item.id})"
-        return LiveCheck(name, "failed", len(counted), f"{message}: other template or tokenizer")
+        return LiveCheck(
+            name, "failed", len(counted), f"{message}: the chat template or tokenizer differs"
+        )
     ids = f"; the same ids in {len(with_ids)}" if with_ids else "; no ids to compare"
     if len(counted) < len(pairs):
         message = f"the same number of tokens{ids}; no usage for {len(pairs) - len(counted)}"

@@ -228,7 +228,9 @@ def measure_side_logp(
     )
 
 
-def check_displacement(comparisons: Sequence[Comparison], step: int) -> Iterator[CheckResult]:
+def check_likelihood_displacement(
+    comparisons: Sequence[Comparison], step: int
+) -> Iterator[CheckResult]:
     """Yield a warning when the chosen answers became less likely (likelihood displacement)."""
     for comparison in comparisons:
         before = comparison.before.value

@@ -145,7 +145,7 @@ def _choose_names(paths: Sequence[Path]) -> list[str]:
 
 def _refuse_several(runs: Sequence[SourceRun]) -> None:
     if len(runs) > 1:
-        message = "llama-server chooses no adapter by the model's name: one run per server"
+        message = "llama-server cannot select an adapter by model name: one run per server"
         raise InputError(message, where="--to llama-server", fix="export each run by itself")
 
 
@@ -160,10 +160,11 @@ def _refuse_unsupported(run: SourceRun, target: str) -> None:
         message = f"it was trained on a 4-bit base, and {title} would add its adapter to another"
         raise InputError(message, where=where, fix=f"{MERGE_FIX}; --base chooses the base")
     if run.token_rows:
-        message = f"{title} takes no adapter with embeddings of added tokens"
+        message = f"{title} does not support adapters with embeddings of added tokens"
         raise InputError(message, where=where, fix=MERGE_FIX)
     if run.modules:
-        message = f"{title} takes no adapter with modules_to_save ({', '.join(run.modules):.80})"
+        modules = f"modules_to_save ({', '.join(run.modules):.80})"
+        message = f"{title} does not support adapters with {modules}"
         raise InputError(message, where=where, fix=MERGE_FIX)
     _refuse_adapter(run, target)
     if target in ("kserve", "ray") and run.recipe.chat_template_kwargs:
@@ -185,7 +186,7 @@ def _refuse_adapter(run: SourceRun, target: str) -> None:
         refuse_stacked_experts(run)
     linears = select_linear_loras(run.loras).values()
     if any(lora.magnitude_O is not None for lora in linears):
-        message = f"{title} takes no DoRA adapter"
+        message = f"{title} does not support DoRA adapters"
         raise InputError(message, where=where, fix=MERGE_FIX)
     config = read_model_json(run.saved_dir / ADAPTER_CONFIG_FILE)
     if patterns := [key for key in PATTERN_KEYS if config.get(key)]:
@@ -205,11 +206,11 @@ def _refuse_differences(runs: Sequence[SourceRun]) -> None:
     for run in runs[1:]:
         difference = ""
         if run.renderer.fingerprint != first.renderer.fingerprint:
-            difference = "another chat template, other chat_template_kwargs or another tokenizer"
+            difference = "chat template, chat_template_kwargs or tokenizer"
         if hashes and hashes[run.model_spec.path] != hashes[first.model_spec.path]:
-            difference = "another base model"
+            difference = "base model"
         if difference:
-            message = f"it has {difference} than {first.path}: one server has one for all"
+            message = f"its {difference} differs from that of {first.path}; one server uses one"
             fix = "export it to a server of its own"
             raise InputError(message, where=str(run.path), fix=fix)
 

@@ -421,8 +421,8 @@ def _collect_warnings(context: RuleContext, data: Mapping[str, DataReport]) -> l
         )
     if context.stage == "cpt" and context.data.tokens < SMALL_CORPUS_TOKENS:
         warnings.append(
-            f"{context.data.tokens:,} tokens of text teach a model the style of such texts, hardly "
-            "their content (EntiGraph 2024: 1.3M tokens made an 8B model's answers worse)"
+            f"{context.data.tokens:,} tokens of text teach a model the style of such texts, but "
+            "little of their content (EntiGraph 2024: 1.3M tokens made an 8B model's answers worse)"
         )
     warnings += _collect_data_warnings(data)
     return list(dict.fromkeys(warnings))
@@ -474,8 +474,8 @@ def _collect_fp16_warnings(context: RuleContext) -> list[str]:
         return []
     if context["step_in_backward"]:
         raise InputError(
-            "step_in_backward updates weights before all gradients are known to be finite, and "
-            "fp16 overflows now and then",
+            "step_in_backward updates weights before all gradients are known to be finite, but "
+            "fp16 gradients sometimes overflow",
             where="step_in_backward",
             fix="leave step_in_backward at auto, or use dtype: bf16 or fp32",
         )
@@ -491,9 +491,9 @@ def _describe_experts_on_cpu(model: ModelSpec) -> str:
     """Say what a CPU does with experts."""
     share = model.active_parameters / model.block_parameters
     return (
-        f"a token meets {model.num_experts_per_token} of {model.num_experts} experts ({share:.0%} "
-        "of the layers' parameters), but those of a pack meet them all: on a CPU a step is correct "
-        "and slow"
+        f"each token uses {model.num_experts_per_token} of {model.num_experts} experts "
+        f"({share:.0%} of the layers' parameters), but a pack uses all of them, so steps are slow "
+        "on a CPU"
     )
 
 
@@ -502,7 +502,7 @@ def _collect_data_warnings(data: Mapping[str, DataReport]) -> list[str]:
     if "test_data" not in data and "eval_data" in data:
         warnings.append(
             "test_data: none: before and after are measured on eval_data, which also chooses the "
-            "checkpoint, so they are no result"
+            "checkpoint, so they are not an unbiased result"
         )
     elif "test_data" not in data:
         warnings.append(

@@ -48,7 +48,7 @@ def _describe_smoothing(recipe: Recipe, context: RuleContext) -> PlanValue:
         )
     reason = "of each label is spread evenly over the vocabulary"
     if context.stage == "preference":
-        reason = "of the pairs are taken to be labelled the other way round (cDPO)"
+        reason = "of the pairs are taken to be labeled the other way round (cDPO)"
     return make_user_value(recipe.label_smoothing, f"{recipe.label_smoothing:.0%} {reason}")
 
 

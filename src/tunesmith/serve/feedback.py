@@ -87,8 +87,9 @@ class ChatRing:
         chat = self._chats.get(request_id)
         if chat is None or chat.key_id != key.id:
             message = (
-                f"no answer with this id is kept for this key; kept are chats with one complete "
-                f"answer, the last {MAX_CHATS:,} since the server has started, for 7 days"
+                "no answer with this id is kept for this key; only the last "
+                f"{MAX_CHATS:,} chats with one complete answer since the server started are kept, "
+                "for 7 days"
             )
             raise RequestError(404, message, code="request_not_found", param="request_id")
         return chat

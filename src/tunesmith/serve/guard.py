@@ -88,7 +88,7 @@ class Guard:
             raise RequestError(400, message, code="two_lengths", closes=True)
         hosts = headers.getlist("host")
         if len(hosts) != 1 or hosts[0].lower() not in self.rules.hosts:
-            message = "this server does not answer for this host; `hosts` in serve.yaml adds it"
+            message = "host not allowed; add it to `hosts` in serve.yaml"
             raise RequestError(421, message, code="wrong_host")
         if scope["method"] in SAFE_METHODS:
             return

@@ -359,5 +359,5 @@ async def get_metrics(request: Request) -> Response:
 
 async def refuse_embeddings(_request: Request) -> Response:
     """Say why there are no embeddings."""
-    message = "a causal model that was trained to answer is no embedding model"
+    message = "embeddings are not supported"
     return RequestError(404, message, code="not_supported").to_response()

@@ -90,7 +90,9 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
         raise InputError("others can read this file", where=str(path), fix=f"chmod 600 {path}")
     content = parse_as(KeyFile, read_json_object(path), where=str(path))
     if content.format != KEYS_FORMAT:
-        message = f"format {content.format}, and this version reads format {KEYS_FORMAT}"
+        message = (
+            f"format {content.format} is not supported; this version reads format {KEYS_FORMAT}"
+        )
         raise InputError(message, where=str(path), fix="make new keys: tunesmith keys add NAME")
     return content.keys
 

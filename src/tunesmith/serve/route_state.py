@@ -69,7 +69,10 @@ class RouteStore:
             return {}
         content = parse_as(StateFile, read_json_object(path), where=str(path))
         if content.format != STATE_FORMAT:
-            message = f"format {content.format}, and this version reads format {STATE_FORMAT}"
+            message = (
+                f"format {content.format} is not supported; this version reads format "
+                f"{STATE_FORMAT}"
+            )
             raise InputError(message, where=str(path), fix="remove it: canaries start again")
         return content.canaries
 

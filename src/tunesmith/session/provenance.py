@@ -178,7 +178,7 @@ def read_provenance(folder: Path) -> Provenance | None:
         age = "an older tunesmith" if file_format in (None, 1) else "another tunesmith"
         number = "it has no format number" if file_format is None else f"format {file_format!r:.20}"
         raise InputError(
-            f"written by {age}: {number}, and this version reads format {PROVENANCE_FORMAT}",
+            f"written by {age}: {number}; this version reads format {PROVENANCE_FORMAT}",
             where=str(path),
             fix="train again, or use the version that wrote it; without this file, adapter_from "
             "takes the weights and cannot verify their base",

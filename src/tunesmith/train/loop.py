@@ -333,7 +333,7 @@ class TrainingLoop:
         should_update = bool(supervised_tokens) and not self._updates_in_backward(packs)
         updates_first = should_update and self._can_skip_updates
         update_rate = learning_rate if updates_first else None
-        loss, grad_norm = self._clip_gradients(packs, loss_sum, supervised_tokens, update_rate)
+        loss, grad_norm = self._clip_and_step(packs, loss_sum, supervised_tokens, update_rate)
         has_overflowed = math.isfinite(loss) and not math.isfinite(grad_norm)
         if self.loss_scale and has_overflowed and self.loss_scale.halve():
             return self._repeat_step(self.loss_scale)
@@ -368,7 +368,7 @@ class TrainingLoop:
         """Whether the device itself keeps a step that is not finite from the weights."""
         return ops.is_gpu(self.model.device) and isinstance(self.optimizer, torch.optim.AdamW)
 
-    def _clip_gradients(
+    def _clip_and_step(
         self,
         packs: Sequence[Pack],
         loss_sum: Tensor | None,
@@ -543,7 +543,7 @@ class TrainingLoop:
         evidence = f"step {self.step}: loss {loss}, gradient norm {grad_norm}; rows: {rows}"
         if self.bad_steps >= MAX_BAD_STEPS:
             raise GateError(
-                f"{self.bad_steps} non-finite steps in a row, none was applied ({evidence})",
+                f"{self.bad_steps} consecutive non-finite steps, none applied ({evidence})",
                 fix="lower learning_rate, or look at these rows with `tunesmith data show`",
             )
         return CheckResult("non-finite", "warn", evidence, self.step)

@@ -45,8 +45,8 @@ def check_oracle(samples: PreflightSamples, dtype: torch.dtype) -> CheckResult:
     error = compare_logits(oracle.cached_PV, oracle.plain_PV)
     if not error <= ORACLE_TOLERANCE[dtype]:  # also refuses NaN
         raise GateError(
-            f"transformers disagrees with itself: its logits with a cache differ by {error:.1%} of "
-            "their norm from those without, so it cannot tell what is right",
+            f"transformers' logits with and without its KV cache differ by {error:.1%} of their "
+            "norm, so it cannot serve as the reference",
             where=where,
             fix=f"install another version of transformers; {REPORT_FIX}",
         )

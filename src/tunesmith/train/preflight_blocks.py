@@ -199,7 +199,7 @@ def _refuse_changed_weights(
     name = stock.find_changed_weight(model.network, is_adapted=is_adapted)
     if name is not None:
         raise GateError(
-            f"{name} is no longer what was loaded, before the first step",
+            f"{name} changed before the first step",
             where="preflight",
             fix=REPORT_FIX,
         )

@@ -141,5 +141,5 @@ def _refuse_gradient(
     if felt_T[changed].any() or not felt_T[unrelated_U].any():
         message = "documents in a pack attend to each other"
         if not felt_T[changed].any():
-            message = "hidden states have no gradient at their own tokens, so none means nothing"
+            message = "gradient check inconclusive: no gradient even at a document's own tokens"
         raise GateError(message, where="preflight", fix=BACKEND_FIX)

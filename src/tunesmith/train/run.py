@@ -55,7 +55,7 @@ from tunesmith.evaluate.adapter_scaling import measure_scale_curve
 from tunesmith.evaluate.answer_cache import open_answer_cache
 from tunesmith.evaluate.error_analysis import analyze_run_errors
 from tunesmith.evaluate.items import EvalItems, build_eval_items
-from tunesmith.evaluate.loglikelihood import check_displacement
+from tunesmith.evaluate.loglikelihood import check_likelihood_displacement
 from tunesmith.evaluate.measure import measure_items
 from tunesmith.evaluate.results import (
     EvalResults,
@@ -198,7 +198,8 @@ def refuse_on_ranks(plan: Plan, ranks: Ranks, *, is_new: bool = False) -> None:
     refuse_group_size(plan.config.context, ranks)
     if is_new and ranks.world % plan.config.shard:
         raise InputError(
-            f"{plan.config.shard} processes hold the weights together, and there are {ranks.world}",
+            f"shard is {plan.config.shard}, but the number of processes ({ranks.world}) is not a "
+            "multiple of it",
             where="shard",
             fix=f"start a multiple of {plan.config.shard} processes with torchrun or --gpus, or "
             "leave shard at auto",
@@ -270,7 +271,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
     folder.write_json(EVAL_AFTER_FILE, after)
     yield from after.iter_scores(step=step)
     comparisons = compare_results(before, after, step=step)
-    yield from check_displacement(comparisons, step)
+    yield from check_likelihood_displacement(comparisons, step)
 
     # Write the record.
     folder.flush()

@@ -148,7 +148,7 @@ def test_who_starts_ranks_takes_no_memory_of_a_gpu(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(launch, "run_torchrun", lambda count, _words: started.append(count) or 0)
     assert launch.launch(2, ["train"]) == 0
     assert started == [2]
-    with pytest.raises(InputError, match="3 processes, and this machine has 2 GPUs"):
+    with pytest.raises(InputError, match="3 GPUs requested, but this machine has 2 GPUs"):
         launch.launch(3, ["train"])
 
 

@@ -145,17 +145,17 @@ def test_only_a_run_folder_can_be_opened(tmp_path: Path) -> None:
     [
         (
             {"choices": {}},
-            f"an older tunesmith: format 1, and this version reads format {RUN_FORMAT}",
+            f"run folder format 1 is not supported; this version reads format {RUN_FORMAT}",
         ),
         (
             {"format": RUN_FORMAT + 1},
-            f"another tunesmith: format {RUN_FORMAT + 1}, and this version reads",
+            f"run folder format {RUN_FORMAT + 1} is not supported",
         ),
         ([], "not a JSON object"),
-        ({"plans": []}, "an older tunesmith: format 1"),
-        ({"plans": {"format": RUN_FORMAT}}, "an older tunesmith: format 1"),
+        ({"plans": []}, "run folder format 1 is not supported"),
+        ({"plans": {"format": RUN_FORMAT}}, "run folder format 1 is not supported"),
         ({"plans": [3]}, "not a plan"),
-        ({"plans": [{"format": 1}]}, "an older tunesmith: format 1"),
+        ({"plans": [{"format": 1}]}, "run folder format 1 is not supported"),
     ],
 )
 def test_a_folder_of_another_format_is_refused(

@@ -54,7 +54,7 @@ def test_weights_are_those_of_the_run_or_of_its_last_stage(tmp_path: Path) -> No
 def test_a_run_of_another_format_has_no_weights(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     (run / PLAN_FILE).write_text('{"format": 1}')
-    with pytest.raises(InputError, match="an older tunesmith"):
+    with pytest.raises(InputError, match="run folder format 1 is not supported"):
         find_weights_dir(run)
 
 

@@ -106,7 +106,7 @@ def test_too_few_items_are_no_verdict(folder: Path, right: Served) -> None:
     assert {status for name, status in statuses(result).items() if name != "prompt"} == {
         "not measured"
     }
-    assert "it cannot be told whether this server is the run" in result.problem
+    assert "cannot tell whether the server matches the run" in result.problem
     answers = next(check for check in result.checks if check.name == "answers")
     assert answers.message == "too few items to tell: 4 of at least 5"
 

@@ -110,7 +110,7 @@ def test_a_missing_token_and_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.usefixtures("server")
 def test_a_token_without_the_right_to_write(finished: Path) -> None:
     target = check_target("others/adapter")
-    with pytest.raises(InputError, match="no right to write to"):
+    with pytest.raises(InputError, match="not allowed to write to"):
         export_to_hub(finished, target)
 
 
@@ -166,7 +166,7 @@ def test_the_command_asks_and_obeys(
     words = ("export", str(finished), "--to", "hub", "--repo", REPO)
     code, _, stderr = tunesmith(*words)
     assert code == 2
-    assert "this is no terminal" in stderr
+    assert "stdin is not a terminal" in stderr
     assert "add --yes" in stderr
     terminal, keyboard = os.openpty()
     with os.fdopen(keyboard, "r") as stdin, os.fdopen(terminal, "wb", buffering=0) as typed:

@@ -286,7 +286,9 @@ def test_runs_with_other_templates_need_servers_of_their_own(
     template = tmp_path / "other.jinja"
     template.write_text(CHATML.replace("system\n", "system: "))
     other = open_source_run(save_run(tmp_path / "work", tiny_llama, chat_template=template))
-    with pytest.raises(InputError, match="another chat template"):
+    with pytest.raises(
+        InputError, match="its chat template, chat_template_kwargs or tokenizer differs from"
+    ):
         _refuse_differences([source, other])
     _refuse_differences([source, source])
 

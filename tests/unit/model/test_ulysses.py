@@ -92,8 +92,8 @@ def test_heads_that_the_ranks_do_not_divide_are_refused() -> None:
 
 def test_ranks_that_the_groups_do_not_divide_are_refused() -> None:
     refuse_group_size(2, Ranks(0, 4))
-    with pytest.raises(InputError, match="this is one process") as refusal:
+    with pytest.raises(InputError, match=r"processes \(1\) is not a multiple") as refusal:
         refuse_group_size(2, SINGLE_PROCESS)
     assert "--gpus" in refusal.value.fix
-    with pytest.raises(InputError, match="there are 3"):
+    with pytest.raises(InputError, match=r"processes \(3\) is not a multiple"):
         refuse_group_size(2, Ranks(0, 3))

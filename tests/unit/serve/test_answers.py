@@ -180,7 +180,7 @@ def test_errors_are_the_clients_exceptions(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as wrong:
         client.chat.completions.create(model="base", messages=messages, max_tokens=-1)
     assert wrong.value.param == "max_tokens"
-    with pytest.raises(openai.NotFoundError, match="no embedding model"):
+    with pytest.raises(openai.NotFoundError, match="embeddings are not supported"):
         client.embeddings.create(model="base", input="x")
 
 

@@ -195,7 +195,7 @@ def test_a_small_file_with_another_hash_is_refused(hub: HubServer) -> None:
             "429",
             "wait 42 seconds",
         ),
-        (Fault("/api/datasets", 403), InputError, "no right to read", "HF_TOKEN"),
+        (Fault("/api/datasets", 403), InputError, "not allowed to read", "HF_TOKEN"),
         (Fault("/api/datasets", 418), InputError, "status 418", "HF_ENDPOINT"),
     ],
 )

@@ -220,7 +220,7 @@ def test_another_date_explains_other_ids_where_a_template_prints_it(
         (None, "an older tunesmith: it has no format number"),
         (1, "an older tunesmith: format 1"),
         (3, "another tunesmith: format 3"),
-        ("x" * 50, "another tunesmith: format 'xxxxxxxxxxxxxxxxxxx,"),
+        ("x" * 50, "another tunesmith: format 'xxxxxxxxxxxxxxxxxxx;"),
     ],
 )
 def test_files_of_another_format_are_refused(
@@ -232,8 +232,8 @@ def test_files_of_another_format_are_refused(
     (folder / PROVENANCE_FILE).write_text(json.dumps(content))
     with pytest.raises(InputError) as caught:
         read_provenance(folder)
-    assert words.removesuffix(",") in caught.value.message
-    assert caught.value.message.endswith("and this version reads format 2")
+    assert words.removesuffix(";") in caught.value.message
+    assert caught.value.message.endswith("; this version reads format 2")
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -145,7 +145,7 @@ def test_gradients_that_overflow_without_a_scale_are_refused() -> None:
     loop = multiply_gradients(make_loop(scale=2.0), math.inf)
     checks = list_checks([next(loop), next(loop)])
     assert [check.kind for check in checks] == ["loss scale", "non-finite"]
-    with pytest.raises(GateError, match="3 non-finite steps in a row"):
+    with pytest.raises(GateError, match="3 consecutive non-finite steps"):
         list(loop)
 
 

@@ -140,7 +140,7 @@ def test_hidden_states_without_a_gradient_prove_nothing(monkeypatch: pytest.Monk
     right = model.compute_hidden
     monkeypatch.setattr(model, "compute_hidden", lambda batch: detach_rows(right(batch)))
     batch = pack_documents(samples.documents)
-    with torch.no_grad(), pytest.raises(GateError, match="no gradient at their own tokens"):
+    with torch.no_grad(), pytest.raises(GateError, match="gradient check inconclusive"):
         refuse_leakage(model, batch, batch.layout)
 
 
@@ -198,7 +198,7 @@ def test_a_weight_that_changed_after_it_was_loaded_is_named() -> None:
     weight = wrong.o_proj.frozen.weight
     weight.copy_(weight.roll(1, dims=0))
     name = "model.layers.1.self_attn.o_proj.weight"
-    assert get_refusal(model, samples).startswith(f"{name} is no longer what was loaded")
+    assert get_refusal(model, samples).startswith(f"{name} changed before")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

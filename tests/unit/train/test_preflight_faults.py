@@ -164,7 +164,7 @@ FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {
     "window one too long": (move_window(1), ("mistral", "gemma3", "gpt_oss", "phi3", "cwm")),
     "window one too short": (move_window(-1), ("mistral", "gemma2", "gemma4-experts")),
 }
-REFUSAL = "is off by|to other experts|is no longer what was loaded"
+REFUSAL = "is off by|to other experts|changed before the first step"
 CASES = [(fault, family) for fault, (_, families) in FAULTS.items() for family in families]
 
 

@@ -38,7 +38,7 @@ def render_verification(result: LiveVerification) -> RenderableType:
         parts += _render_difference(pair)
     parts += [f"[yellow]{escape_markup(note)}[/]" for note in result.notes]
     if result.is_run:
-        verdict = f"[bold green]this server is the run[/], as far as {result.items} items can tell"
+        verdict = f"[bold green]the server matches the run[/] ({result.items} items compared)"
         parts.append(verdict)
     return Group(*parts)
 

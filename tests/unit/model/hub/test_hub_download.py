@@ -61,7 +61,7 @@ def test_an_interrupted_download_is_completed(
     hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.faults.append(Fault("config.json", 403, method="HEAD"))
-    with pytest.raises(InputError, match="no right to read"):
+    with pytest.raises(InputError, match="not allowed to read"):
         resolve_model("org/tiny")
     folder = resolve_model("org/tiny")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
