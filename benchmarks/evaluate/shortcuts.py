@@ -239,11 +239,11 @@ def count_constants(task: str, name: str, size: int, repeats: int, seed: int) ->
     return detected, repeats
 
 
-def count_constants_told(
+def count_constants_noticed(
     task: str, name: str, size: int, repeats: int, seed: int
 ) -> tuple[int, int]:
     """Return (times that the injected constant was detected or suspected, times)."""
-    told = 0
+    noticed = 0
     for repeat in range(repeats):
         chance = random.Random(f"{task} {name} {size} {repeat} {seed}")
         _, training = read_training(task, chance)
@@ -251,8 +251,8 @@ def count_constants_told(
         answers = inject_constant(items, answer_items(items, 0.9, False, chance), name)
         suspects = find_suspects(pair_items(items, answers), None)
         is_suspected = name in [suspect.field for suspect in suspects]
-        told += is_suspected or ("constant", name) in detect_kinds(items, answers, training)
-    return told, repeats
+        noticed += is_suspected or ("constant", name) in detect_kinds(items, answers, training)
+    return noticed, repeats
 
 
 def count_copies(task: str, source: str, size: int, repeats: int, seed: int) -> tuple[int, int]:
@@ -300,7 +300,7 @@ def main() -> None:
     print_table("healthy task: suspected constant", rows)
     rows = []
     for task, name in INJECTED_CONSTANTS:
-        counts = [count_constants_told(task, name, size, *counting) for size in SIZES]
+        counts = [count_constants_noticed(task, name, size, *counting) for size in SIZES]
         rows.append((f"{task}: {name or 'the answer'}", counts))
     print_table("injected constant: detected or suspected", rows)
     rows = []
