@@ -18,6 +18,7 @@ IDIOM = re.compile(
     r"|otherwise than|is told|are told|nats a token|tokens a second|half a character)\b",
     re.IGNORECASE,
 )
+NO_NOUN = re.compile(r"(?<![Tt]here )\b(is|are) no (?!longer\b|more\b)[a-z]")  # for "is not a ..."
 FORMER_FLAG = re.compile(r"--to\b(?! [a-z{])")  # of the verbs of data; that of export has a target
 REGEX_MARKS = ("\\", "(?")  # patterns that look for such words in rows
 
@@ -41,7 +42,7 @@ def find_idiom(source: str) -> list[tuple[int, str]]:
     breaches: list[tuple[int, str]] = []
     for line, text in iter_texts(source):
         is_message = len(text.split()) >= MIN_WORDS and not any(m in text for m in REGEX_MARKS)
-        if is_message and (match := IDIOM.search(text)):
+        if is_message and (match := IDIOM.search(text) or NO_NOUN.search(text)):
             breaches.append((line, match[0]))
     return breaches
 
@@ -70,6 +71,8 @@ def test_no_message_has_private_idiom() -> None:
         ('"""It goes on with the next step."""', []),
         ('PATTERN = r"do you want me to go on\\b"', []),
         ('KEY = "beside"', []),
+        ('raise ValueError(f"{name!r} is no name of a key")', ["is no n"]),
+        ('print("there is no key here, and the other is no longer valid")', []),
     ],
 )
 def test_idiom_is_noticed_in_messages_alone(source: str, words: list[str]) -> None:

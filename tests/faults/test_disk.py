@@ -66,7 +66,7 @@ def test_fault_26_an_output_that_cannot_be_written_is_refused_before_anything_is
     (tmp_path / "gone").symlink_to(tmp_path / "unmounted" / "disk")
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(run, "open_session", lambda *_: pytest.fail("nothing is loaded"))
-    with pytest.raises(MachineError, match=r"cannot be written: |bytes, and 0 are free") as refused:
+    with pytest.raises(MachineError, match=r"cannot be written: |bytes, but 0 are free") as refused:
         list(
             run.train(
                 plan_recipe(

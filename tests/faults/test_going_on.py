@@ -275,7 +275,7 @@ def test_rows_that_went_away_cannot_be_allowed(custom: Recipe) -> None:
     content = file.read_bytes()
     write_rows(file, build_sum_rows(1, 4))
     try:
-        with pytest.raises(InputError, match="4 rows are enough for 2 steps, and the plan has 3"):
+        with pytest.raises(InputError, match="4 rows are enough for 2 steps, but the plan has 3"):
             list(run.resume(custom.output_dir, allow_changes=True))
     finally:
         file.write_bytes(content)

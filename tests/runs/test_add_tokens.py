@@ -144,7 +144,7 @@ def test_a_tokenizer_that_is_larger_than_its_model_is_refused(tmp_path: Path) ->
     tokenizer.add_tokens(["[one]", "[two]"])
     tokenizer.save_pretrained(folder)
     with pytest.raises(
-        InputError, match="the tokenizer has 261 tokens, and the embedding has 259 rows"
+        InputError, match="the tokenizer has 261 tokens, but the embedding has 259 rows"
     ):
         plan_recipe(wish(folder, tmp_path / "r"))
 

@@ -200,7 +200,7 @@ def test_rows_that_are_no_texts_are_refused(tiny_folder: Path, tmp_path: Path) -
     tmp_path.joinpath("a").mkdir()
     chats = str(write_rows(tmp_path / "chats.jsonl", build_sum_rows(1, 6)))
     with pytest.raises(
-        InputError, match="stage: cpt trains on plain text, and these are messages rows"
+        InputError, match="stage: cpt trains on plain text, but these are messages rows"
     ):
         inputs.load_inputs(wish(tiny_folder, tmp_path / "a", data=chats))
     both = str(

@@ -86,7 +86,7 @@ def test_a_token_of_the_vocabulary_that_a_row_makes(
     rows = [{"text": f"text {n}"} for n in range(5)] + [{"text": "about"}]
     error = refuse(tunesmith, write_recipe(model, tmp_path, rows, stage=stage))
     assert "rows.jsonl:6" in error
-    assert "'ab' has the id 299, and the model's embedding has 259 rows" in error
+    assert "'ab' has the id 299, but the model's embedding has 259 rows" in error
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def test_a_run_folder_of_an_older_format_is_refused(function: str, tmp_path: Pat
         (old_run / name).write_text('{"choices": {}}')
     call = getattr(tunesmith, function, None) or getattr(api, function)
     keywords = {"to": "peft"} if function == "export" else {}
-    with pytest.raises(InputError, match="format 1, and this version reads") as raised:
+    with pytest.raises(InputError, match="run folder format 1 is not supported") as raised:
         list(call(str(old_run), *READERS[function], **keywords))
     assert raised.value.where == str(old_run / "plan.json")
     assert "train again" in raised.value.fix

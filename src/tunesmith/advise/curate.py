@@ -117,7 +117,7 @@ def curate(
 def _check_arguments(inputs: RunInputs, keep: int, path: Path, similarity: str) -> None:
     data = inputs.datasets[ROLE]
     if inputs.recipe.stage != "sft" or any(part.format == "text" for part in data.parts):
-        message = "selection needs questions with answers, and these rows have none"
+        message = "selection needs questions with answers, but these rows have none"
         raise InputError(message, where="data", fix="use questions with answers, and `stage: sft`")
     if keep >= len(data):
         message = f"--keep {keep:,} of {len(data):,} rows leaves nothing to select"

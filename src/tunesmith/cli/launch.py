@@ -50,7 +50,7 @@ def launch(num_processes: int, words: Sequence[str]) -> int:
 
     Raises InputError for more processes than GPUs, or than cores where there is no GPU."""
     if is_distributed():
-        message = f"--gpus starts processes, and {WORLD_VARIABLE} says that this is one of several"
+        message = f"--gpus starts processes, but {WORLD_VARIABLE} says that this is one of several"
         raise InputError(message, where="command line", fix="leave --gpus out under torchrun")
     _check_devices(num_processes)
     return run_torchrun(num_processes, words)

@@ -274,17 +274,17 @@ def _explain_unused_gpu() -> str:
     import torch
 
     if kind == "NVIDIA" and torch.version.cuda is None:
-        return "there is an NVIDIA GPU, and the installed torch is built without CUDA"
+        return "there is an NVIDIA GPU, but the installed torch is built without CUDA"
     if kind == "AMD" and torch.version.hip is None:
-        return "there is an AMD GPU, and the installed torch is built without ROCm"
+        return "there is an AMD GPU, but the installed torch is built without ROCm"
     try:
         torch.cuda.init()
         torch.cuda.mem_get_info()
     # no driver, one that is too old, no room for a CUDA context
     except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         problem = str(error).strip().partition("\n")[0]
-        return f"there is an {kind} GPU, and torch cannot use it: {problem}"
-    return f"there are files of an {kind} GPU, and torch finds no device"
+        return f"there is an {kind} GPU, but torch cannot use it: {problem}"
+    return f"there are files of an {kind} GPU, but torch finds no device"
 
 
 def _read_processor_flags() -> set[str]:

@@ -97,7 +97,7 @@ def split_hub_path(path: Path) -> tuple[str, str]:
         file = "/".join(parts[2:])
         raise ValueError(f"a file of the hub is written {{path: hf://{name}, data_files: {file}}}")
     if not is_hub_id("/".join(parts)):
-        raise ValueError(f"{format_path(path)!r:.100} is no data set of the hub: hf://org/name")
+        raise ValueError(f"{format_path(path)!r:.100} is not a data set of the hub: hf://org/name")
     return repo_id, revision
 
 

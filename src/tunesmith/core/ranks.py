@@ -395,14 +395,14 @@ def open_ranks() -> Ranks:
         return Ranks()
     for name in VARIABLES:
         if not os.environ.get(name):
-            message = f"{WORLD_VARIABLE} is {world}, and {name} is not set"
+            message = f"{WORLD_VARIABLE} is {world}, but {name} is not set"
             raise InputError(message, where="environment", fix=LAUNCH_FIX)
     rank = _read_number("RANK")
     if not 0 <= rank < world:
-        message = f"RANK is {rank}, and {WORLD_VARIABLE} is {world}"
+        message = f"RANK is {rank}, but {WORLD_VARIABLE} is {world}"
         raise InputError(message, where="environment", fix=LAUNCH_FIX)
     if _read_number("MASTER_PORT") > MAX_PORT:
-        message = f"MASTER_PORT is {os.environ['MASTER_PORT']:.40}, and the last port is {MAX_PORT}"
+        message = f"MASTER_PORT is {os.environ['MASTER_PORT']:.40}, but the last port is {MAX_PORT}"
         raise InputError(message, where="environment", fix=LAUNCH_FIX)
     restarts = _read_number(RESTART_VARIABLE) if RESTART_VARIABLE in os.environ else 0
     return Ranks(rank, world, _read_number("LOCAL_RANK"), restarts)

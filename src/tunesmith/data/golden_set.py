@@ -130,7 +130,7 @@ def refuse_locked_rows(datasets: Mapping[str, Dataset], trained_roles: tuple[str
             where = f"{role}: {part.source.path}"
             if role in trained_roles:
                 message = f"the file is locked: its {golden_lock.rows:,} rows are for evaluation"
-                fix = "train on other rows, or remove the lock if this is no evaluation set"
+                fix = "train on other rows, or remove the lock if this is not an evaluation set"
                 raise InputError(message, where=where, fix=fix)
             if part.source.fingerprint != golden_lock.sha256:
                 change = f"sha256 {golden_lock.sha256[:12]} -> {part.source.fingerprint[:12]}"

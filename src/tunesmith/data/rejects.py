@@ -106,7 +106,7 @@ def refuse_foreign_file(path: Path) -> None:
     except (OSError, ValueError, RecursionError):
         is_rejected_file = False
     if not is_rejected_file:
-        message = "the file already exists, and is no list of rejected rows"
+        message = "the file already exists, but is not a list of rejected rows"
         raise InputError(message, where=str(path), fix="choose a new file")
 
 

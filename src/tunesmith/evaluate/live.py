@@ -287,7 +287,7 @@ def _judge_changes(pairs: Sequence[_Pair], different: Sequence[_Pair], message: 
     num_tokens = round(sum(_count_common_tokens(pair) for pair in pairs))
     low, _ = compute_wilson_interval(len(different), max(num_tokens, len(different)))
     share = len(different) / max(1, num_tokens)
-    message += f"; one in {1 / share:.0f} tokens differs, and the server does not say how clearly"
+    message += f"; one in {1 / share:.0f} tokens differs, but the server does not say how clearly"
     status: Status = "ok" if share <= MAX_CHANGES_PER_TOKEN else "warning"
     if low > MAX_CHANGES_PER_TOKEN:
         status = "failed"

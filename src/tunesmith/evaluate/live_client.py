@@ -304,7 +304,7 @@ def choose_model(client: LiveClient, name: str | None) -> str:
     if name is None or name not in listed:
         message = f"the server has no model {name!r:.80}"
         if name is None:
-            message = "no model is named, and the server has several"
+            message = "no model is named, but the server has several"
         if not listed:
             message = "the server lists no model"
         raise InputError(message, where=client.url, fix=f"--model takes one of: {names or 'none'}")

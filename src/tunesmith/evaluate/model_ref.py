@@ -195,7 +195,7 @@ def load_answers(path: Path, run: Path) -> EvalResults:
     Raises InputError with file:line for an incomplete row, an unknown id and a duplicate id.
     """
     if is_staged(run):
-        message = "answers are graded by the metrics of a single run, and this one has stages"
+        message = "answers are graded by the metrics of a single run, but this one has stages"
         raise InputError(message, where=str(run), fix="name the folder of a stage")
     run_results = load_results(run, EVAL_AFTER_FILE)
     samples_by_id = {sample.id: sample for sample in run_results.samples if sample.expected}

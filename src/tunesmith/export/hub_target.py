@@ -47,7 +47,7 @@ def check_target(repo: str | None, *, is_public: bool = False) -> HubTarget:
     is public unless that was asked for; MachineError if the hub cannot be reached."""
     if repo is None or not is_hub_id(repo) or "@" in repo:
         fix = "name the repository: --repo OWNER/NAME"
-        message = f"{repo!r:.80} is no repository" if repo else "the repository is missing"
+        message = f"{repo!r:.80} is not a repository name" if repo else "the repository is missing"
         raise InputError(message, where=WHERE, fix=fix)
     if get_token() is None:
         fix = "set HF_TOKEN to a token with write access"

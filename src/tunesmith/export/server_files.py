@@ -290,7 +290,7 @@ def _build_limits(engine: Engine, deployment: Deployment) -> str:
     lines = [
         f"# {engine.title}: limits",
         "",
-        f"Written for {engine.version}, and not run with it: start the server, then run",
+        f"Written for {engine.version}, but not run with it: start the server, then run",
         "`bash verify.sh`, which asks it the test rows of each run.",
         "",
         f"- Base: {deployment.base}"

@@ -157,7 +157,7 @@ def _refuse_unsupported(run: SourceRun, target: str) -> None:
         raise InputError(message, where=where, fix=MERGE_FIX)
     title = ENGINES[target].title
     if run.quantized_paths:
-        message = f"it was trained on a 4-bit base, and {title} would add its adapter to another"
+        message = f"it was trained on a 4-bit base, but {title} would add its adapter to another"
         raise InputError(message, where=where, fix=f"{MERGE_FIX}; --base chooses the base")
     if run.token_rows:
         message = f"{title} does not support adapters with embeddings of added tokens"
@@ -171,7 +171,7 @@ def _refuse_unsupported(run: SourceRun, target: str) -> None:
         message = f"{title} gives its template no chat_template_kwargs"
         raise InputError(message, where=where, fix="export it with --to vllm or sglang")
     if target == "ray" and isinstance(run.recipe.chat_template, Path):
-        message = "the run has a chat template of its own, and Ray renders that of the base"
+        message = "the run has a chat template of its own, but Ray renders that of the base"
         raise InputError(message, where=where, fix="export it with --to vllm or sglang")
 
 
@@ -190,7 +190,7 @@ def _refuse_adapter(run: SourceRun, target: str) -> None:
         raise InputError(message, where=where, fix=MERGE_FIX)
     config = read_model_json(run.saved_dir / ADAPTER_CONFIG_FILE)
     if patterns := [key for key in PATTERN_KEYS if config.get(key)]:
-        message = f"{title} gives all layers one rank and one alpha, and has no {patterns[0]}"
+        message = f"{title} gives all layers one rank and one alpha, but has no {patterns[0]}"
         raise InputError(message, where=where, fix=MERGE_FIX)
     if _get_max_rank(run) > VLLM_RANKS[-1]:
         message = f"rank {_get_max_rank(run)} is above {VLLM_RANKS[-1]}, the largest of {title}"

@@ -105,7 +105,7 @@ def _check_target_parameters(parameters: Sequence[str], settings: dict[str, Any]
     is no input to drop, and it has no DoRA."""
     for key in ("lora_dropout", "use_dora"):
         if settings[key] and parameters:
-            message = f"{key} is {settings[key]}, and an adapter of {parameters[0]} has none"
+            message = f"{key} is {settings[key]}, but an adapter of {parameters[0]} has none"
             fix = f"leave {key} out, or set {SETTING}: attention"
             raise InputError(message, where=key, fix=fix)
 

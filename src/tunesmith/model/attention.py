@@ -465,7 +465,7 @@ def varlen_attention(
     other dtypes than bf16 and fp16."""
     if q.dtype not in FLASH_DTYPES:
         dtype = str(q.dtype).removeprefix("torch.")
-        message = f"attention: varlen runs in 16 bits, and the model's dtype is {dtype}"
+        message = f"attention: varlen runs in 16 bits, but the model's dtype is {dtype}"
         raise InputError(message, where="attention", fix="use attention: sdpa, or dtype: bf16")
     if config.softcap or not is_flash_shape(q.shape[-1]):
         return sdpa_attention(q, k, v, layout, config)

@@ -57,7 +57,7 @@ def _check_scales(network: nn.Module, folder: Path) -> None:
     for path, layer in find_lora_layers(network).items():
         if not math.isclose(layer.scale, scale, rel_tol=MAX_SCALE_ERROR):
             message = (
-                f"{path} was trained and measured with an adapter scale of {layer.scale:g}, and "
+                f"{path} was trained and measured with an adapter scale of {layer.scale:g}, but "
                 f"{ADAPTER_CONFIG_FILE} says {scale:g}"
             )
             raise GateError(message, where=WHERE, fix=FIX)

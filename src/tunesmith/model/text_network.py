@@ -79,7 +79,7 @@ def _refuse_ignored_biases(
         name = f"{path}.bias"
         is_unbiased = isinstance(module, nn.Linear | nn.Conv1d) and module.bias is None
         if is_unbiased and find_stored(stored, name) is not None:
-            message = f"the weights have {name}, and by config.json there is no bias"
+            message = f"the weights have {name}, but by config.json there is no bias"
             fix = "correct the key for biases in config.json, such as attention_bias or use_bias"
             raise InputError(message, where=str(folder), fix=fix)
 

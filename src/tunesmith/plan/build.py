@@ -377,14 +377,14 @@ def refuse_if_too_large(plan: Plan) -> None:
             larger += f"; the need is corrected by {factor}: {plan.reasons['memory_factor'].reason}"
         raise MachineError(
             f"the run needs about {needed / 1e9:.1f} GB of memory with a margin of "
-            f"{MEMORY_MARGIN - 1:.0%}, and {free / 1e9:.1f} GB are free",
+            f"{MEMORY_MARGIN - 1:.0%}, but {free / 1e9:.1f} GB are free",
             where="plan",
             fix="lower pack_length or lora_r, use method: qlora, a smaller model, or a machine "
             f"with more memory{larger}",
         )
     if plan.disk_bytes > plan.machine.disk_free_bytes:
         raise MachineError(
-            f"the run folder needs up to {plan.disk_bytes:,} bytes, and "
+            f"the run folder needs up to {plan.disk_bytes:,} bytes, but "
             f"{plan.machine.disk_free_bytes:,} are free",
             where=plan.config.output_dir,
             fix="free some disk space, or set output_dir to another disk",
@@ -458,7 +458,7 @@ def _collect_gpu_warnings(context: RuleContext) -> list[str]:
     if context["attention"] == "varlen":
         problem = ""
         if context["dtype"] == "fp32":
-            problem = "runs in 16 bits only, and dtype is fp32"
+            problem = "runs in 16 bits only, but dtype is fp32"
         elif not machine.has_flash_attention:
             problem = f"is flash attention, which {machine.device_name} does not have"
         if problem:

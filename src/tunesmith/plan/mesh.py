@@ -256,7 +256,7 @@ def explain_batch(mesh_plan: MeshPlan, *, unit: str) -> str:
         f"compute {step.busy_share:.0%} of the time"
     )
     if not batch.batch_size:
-        return f"{text}, and no batch of this data fills them: use fewer GPUs"
+        return f"{text}, but no batch of this data fills them: use fewer GPUs"
     text += (
         f"; {batch.batch_size:,} {unit} per step keep them busy ({batch.busy_share:.0%}), with "
         f"learning_rate {batch.learning_rate:g} ({batch.rate_reason}) and "

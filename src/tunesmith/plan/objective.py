@@ -57,7 +57,7 @@ def refuse_single_answers(context: RuleContext) -> None:
     another row."""
     if context.stage == "preference" and context["loss"] == "kto" and context["batch_size"] < 2:
         raise InputError(
-            "KTO measures its KL term on the answers of other rows of a step, and a step has one",
+            "KTO measures its KL term on the answers of other rows of a step, but a step has one",
             where="batch_size",
             fix="set batch_size to at least 2, better 8",
         )

@@ -491,10 +491,10 @@ def share_prefixes(context: RuleContext) -> PlanValue:
     Off with dropout and noise, which draw for every document, while a shared token has a single
     draw."""
     if "neftune_noise_alpha" in context:
-        reason = "neftune_noise_alpha draws for each document, and shared tokens are computed once"
+        reason = "neftune_noise_alpha draws for each document, but shared tokens are computed once"
         return make_rule_value(False, reason)
     if context["method"] != "full" and context["lora_dropout"]:
-        reason = "lora_dropout draws for each document, and shared tokens are computed once"
+        reason = "lora_dropout draws for each document, but shared tokens are computed once"
         return make_rule_value(False, reason)
     savings = context.prefix_savings
     min_share = MIN_SAVED_SHARE[context.machine.device]

@@ -408,7 +408,7 @@ class DataSource(BaseModel):
         hub_keys = [key for key in HUB_SOURCE_KEYS if getattr(self, key)]
         if not self.is_on_hub and hub_keys:
             raise ValueError(
-                f"{hub_keys[0]} is for data sets of the hub, and {self.path} is on this machine; "
+                f"{hub_keys[0]} is for data sets of the hub, but {self.path} is on this machine; "
                 "write hf://org/name for the hub"
             )
         if self.is_on_hub and split_hub_path(self.path)[1] and self.revision:

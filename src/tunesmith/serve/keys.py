@@ -111,7 +111,9 @@ def add_key(
 ) -> tuple[str, ApiKey]:
     """Make a key and store its hash. Returns the key itself, which is stored nowhere."""
     if not name or len(name) > MAX_NAME_CHARS or not name.isprintable():
-        raise InputError(f"{name!r:.80} is no name of a key", fix="use up to 64 printable letters")
+        raise InputError(
+            f"{name!r:.80} is not a valid key name", fix="use up to 64 printable letters"
+        )
     if not scopes:
         raise InputError("a key needs a scope", where="--scope", fix=f"use {', '.join(SCOPES)}")
     for scope in scopes:

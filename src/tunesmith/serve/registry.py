@@ -56,7 +56,7 @@ class ServedModel:
     def __post_init__(self) -> None:
         """Raise InputError for a schema to follow that is not there."""
         if self.is_constrained and self.schema is None:
-            message = "constrain is true, and the run has no response_schema"
+            message = "constrain is true, but the run has no response_schema"
             raise InputError(message, where=f"models.{self.name}", fix="leave constrain out")
 
     @property

@@ -48,7 +48,7 @@ def render_chat(body: ChatBody, model: ServedModel) -> Prompt:
     for message in body.messages:
         messages.append(to_template_message(message))
     if messages[-1]["role"] == "assistant":
-        message = "the last message is the assistant's, and there is nothing to answer"
+        message = "the last message is the assistant's, so there is nothing to answer"
         raise RequestError(400, message, param="messages")
     tools = list_tools(body)
     try:

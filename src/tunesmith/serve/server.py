@@ -158,7 +158,7 @@ def prepare_keys(settings: ServeSettings) -> tuple[KeyRing, str]:
     new_key = ""
     if not read_keys(path):
         if not settings.is_loopback:
-            message = f"others can reach {settings.host}, and there is no API key"
+            message = f"others can reach {settings.host}, but there is no API key"
             fix = "make one first: tunesmith keys add NAME"
             raise InputError(message, where=str(path), fix=fix)
         new_key, _ = add_key(path, FIRST_KEY, scopes=("admin",))

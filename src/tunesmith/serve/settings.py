@@ -135,7 +135,7 @@ def check_settings(settings: ServeSettings) -> None:
         raise InputError("there is nothing to serve", where="command line", fix=fix)
     if not settings.auth and not settings.is_loopback:
         message = (
-            f"without keys, only this machine may reach the server, and host is {settings.host}"
+            f"without keys, only this machine may reach the server, but host is {settings.host}"
         )
         raise InputError(message, where="--no-auth", fix="leave --no-auth or --host out")
 

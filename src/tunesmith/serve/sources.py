@@ -351,7 +351,7 @@ def _refuse_method(run: Path, plan: Plan) -> None:
         fix = f"serve it as a base: tunesmith serve --base {run / 'model'}"
         raise InputError("this run trained all weights, and has no adapter", where=where, fix=fix)
     if plan.config.method == "qlora":
-        message = "this adapter was trained on a 4-bit base, and the base is served in 16 bits"
+        message = "this adapter was trained on a 4-bit base, but the base is served in 16 bits"
         fix = f"merge it: tunesmith export {run} --to merged, and serve that as the base"
         raise InputError(message, where=where, fix=fix)
 

@@ -162,7 +162,7 @@ def _open_pretraining_corpus(
         use = "trains on" if role == "data" else "is measured on"
         for part in datasets[role].parts:
             if part.format != "text":
-                message = f"stage: cpt {use} plain text, and these are {part.format} rows"
+                message = f"stage: cpt {use} plain text, but these are {part.format} rows"
                 fix = f"name the text column, `{role}: {{path: ..., format: text, columns: "
                 fix += "{text: NAME}}`, or set it in a stage: sft"
                 raise InputError(message, where=f"{role}: {part.source.path}", fix=fix)
@@ -178,7 +178,7 @@ def _refuse_missing_rows(renderer: Renderer, model: ModelSpec) -> None:
     new_tokens = renderer.tokenizer.new_tokens
     if new_tokens and new_tokens[0].id > model.vocab_size:
         raise InputError(
-            f"the tokenizer has {new_tokens[0].id:,} tokens, and the embedding has "
+            f"the tokenizer has {new_tokens[0].id:,} tokens, but the embedding has "
             f"{model.vocab_size:,} rows",
             where="add_tokens",
             fix="use a model whose tokenizer.json belongs to its weights",

@@ -302,7 +302,7 @@ def compute_oracle_logits(network: Network, documents: Sequence[Document]) -> Or
     in the cache would be rotated for another one. The stock rotary embedding also keeps the
     frequencies of an earlier, longer document unless this one is shorter than its limit."""
     if not has_attention_layer(network):
-        return "transformers' cache needs an attention layer, and the model has none"
+        return "transformers' cache needs an attention layer, but the model has none"
     limit = ORACLE_TOKENS
     rotation_limit = get_shortest_limit(network)
     if rotation_limit is not None:

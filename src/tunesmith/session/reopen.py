@@ -42,7 +42,7 @@ def reopen_session(path: Path) -> Session:
     require_run(path)
     plan = read_run_plan(path)
     if plan.config.method == "full":
-        message = "this run trained all weights, and this command needs an adapter"
+        message = "this run trained all weights, but this command needs an adapter"
         raise InputError(message, where=str(path), fix=f"evaluate it: tunesmith eval {path}")
     inputs = reload_inputs(plan, path)
     adapter = _find_trained_weights(path, plan, inputs)

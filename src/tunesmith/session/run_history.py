@@ -165,7 +165,7 @@ def _explain_factor(runs: Sequence[PastRun], median: float) -> str:
     """Name what was measured, the outliers, and how to plan without it."""
     last = runs[-1]
     measured = (
-        f"{last.name} took {last.peak_bytes / 1e9:.2f} GB, and "
+        f"{last.name} took {last.peak_bytes / 1e9:.2f} GB, but "
         f"{last.predicted_bytes / 1e9:.2f} GB were predicted"
     )
     if len(runs) > 1:

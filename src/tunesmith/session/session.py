@@ -306,7 +306,7 @@ def _make_step_sampler(plan: Plan, rows: Dataset) -> StepSampler:
     )
     if sampler.total_steps < plan.steps:  # rows are missing, and the user allowed changes
         raise InputError(
-            f"{format_count(len(rows), 'row')} are enough for {sampler.total_steps:,} steps, and "
+            f"{format_count(len(rows), 'row')} are enough for {sampler.total_steps:,} steps, but "
             f"the plan has {plan.steps:,}",
             where=rows.path,
             fix="restore the rows, or start a new run with another output_dir",

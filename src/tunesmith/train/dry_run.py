@@ -170,7 +170,7 @@ def _pretend_ranks(num_ranks: int) -> Iterator[Ranks]:
 
 
 def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
-    plain = PlanValue("plain", "rule", "blocked weights are no tensors of a known size")
+    plain = PlanValue("plain", "rule", "blocked weights are not tensors of a known size")
     sdpa = PlanValue("sdpa", "rule", "the attention of plain torch")
     plan = plan.with_settings(weight_layout=plain, attention=sdpa)
     record = StorageRecord()

@@ -46,7 +46,7 @@ class OptimizerInBackward:
             squared_norm += float(torch.linalg.vector_norm(parameter.grad)) ** 2
             if not math.isfinite(squared_norm):
                 raise GateError(
-                    f"the gradient of {name} is not finite, and other weights are already updated",
+                    f"the gradient of {name} is not finite, but other weights are already updated",
                     where=f"step {step}",
                     fix="resume from the newest checkpoint; with max_grad_norm > 0 such a step is "
                     "skipped",

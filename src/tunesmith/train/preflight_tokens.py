@@ -146,10 +146,10 @@ def check_role_masks(samples: PreflightSamples) -> CheckResult:
     num_skipped = 0
     for mask in samples.role_masks or ():
         if mask.missing_targets:
-            raise _make_mask_error(mask, f"{mask.missing_targets} tokens are no targets")
+            raise _make_mask_error(mask, f"{mask.missing_targets} tokens are not targets")
         for content in mask.trained:
             if content not in mask.targets:
-                raise _make_mask_error(mask, f"a trained message is no target: {content:.40}")
+                raise _make_mask_error(mask, f"a trained message is not a target: {content:.40}")
         for content in mask.untrained:
             if content in mask.targets:
                 raise _make_mask_error(mask, f"an untrained message is a target: {content:.40}")

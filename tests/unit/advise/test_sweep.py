@@ -348,12 +348,12 @@ def test_another_recipe_and_another_version_are_refused(
         sweep(recipe, folder)
     settings = {**read_json(identity), "format": 99}
     (folder / "settings.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match="format 99, and this version reads format 1"):
+    with pytest.raises(InputError, match="sweep format 99 is not supported"):
         sweep(recipe, folder)
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"not empty, and no sweep: notes\.txt"):
+    with pytest.raises(InputError, match=r"not empty and is not a sweep: notes\.txt"):
         sweep(recipe, other)
 
 

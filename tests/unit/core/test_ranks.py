@@ -74,11 +74,11 @@ def test_rank_0_waits_for_the_name_of_its_machine_no_longer(
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("MASTER_ADDR", None, "WORLD_SIZE is 2, and MASTER_ADDR is not set"),
-        ("MASTER_PORT", "", "WORLD_SIZE is 2, and MASTER_PORT is not set"),
-        ("MASTER_PORT", "70000", "MASTER_PORT is 70000, and the last port is 65535"),
+        ("MASTER_ADDR", None, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+        ("MASTER_PORT", "", "WORLD_SIZE is 2, but MASTER_PORT is not set"),
+        ("MASTER_PORT", "70000", "MASTER_PORT is 70000, but the last port is 65535"),
         ("RANK", None, "RANK is not set"),
-        ("RANK", "2", "RANK is 2, and WORLD_SIZE is 2"),
+        ("RANK", "2", "RANK is 2, but WORLD_SIZE is 2"),
         ("WORLD_SIZE", "two", "WORLD_SIZE is 'two', not a number\n  fix: start the ranks with"),
     ],
 )

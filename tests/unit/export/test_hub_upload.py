@@ -80,8 +80,8 @@ def test_a_scaled_adapter_in_a_public_repository(server: HubServer, finished: Pa
     ("repo", "settings", "message"),
     [
         (None, {}, "the repository is missing"),
-        ("adapter", {}, "'adapter' is no repository"),
-        ("me/adapter@main", {}, "is no repository"),
+        ("adapter", {}, "'adapter' is not a repository name"),
+        ("me/adapter@main", {}, "is not a repository name"),
         ("me/open", {}, "me/open exists and is public"),
         ("me/closed", {"is_public": True}, "me/closed exists and is private"),
     ],

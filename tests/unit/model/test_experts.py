@@ -417,7 +417,7 @@ def test_dropout_and_dora_are_refused_where_peft_has_none(
     key: str, value: object, targets: list[str]
 ) -> None:
     settings = LORA | {"lora_target_modules": targets, key: value}
-    with pytest.raises(InputError, match=r"and an adapter of .* has none"):
+    with pytest.raises(InputError, match=r"but an adapter of .* has none"):
         add_lora(make_tiny_network("glm4_moe"), settings)
     add_lora(make_tiny_network("glm4_moe"), settings | {"lora_target_modules": "attention"})
 

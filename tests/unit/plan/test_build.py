@@ -211,7 +211,7 @@ def test_a_machine_without_memory_or_disk_is_refused(plan: Planner) -> None:
     wish = {"gradient_checkpointing": "none"}
     peak = plan(wish).memory_bytes["peak"]
     refuse_if_too_large(plan(wish, available_bytes=int(1.16 * peak)))
-    with pytest.raises(MachineError, match=r"of memory with a margin of 15%, and .* GB are free"):
+    with pytest.raises(MachineError, match=r"of memory with a margin of 15%, but .* GB are free"):
         refuse_if_too_large(plan(wish, available_bytes=int(1.14 * peak)))
     with pytest.raises(MachineError, match="1,000 are free"):
         refuse_if_too_large(plan(disk_free_bytes=1000))

@@ -149,7 +149,7 @@ def test_text_of_other_roles_is_refused(renderer: Renderer) -> None:
 
 
 def test_a_single_missing_target_is_refused_if_all_is_trained(renderer: Renderer) -> None:
-    with pytest.raises(GateError, match="1 tokens are no targets"):
+    with pytest.raises(GateError, match="1 tokens are not targets"):
         check_role_masks(make_samples(build_mask(renderer, "all", drop_last)))
 
 

@@ -130,7 +130,7 @@ def recommend_retrieval(requirements: Requirements) -> RuleResult | None:
         "0.875 with retrieval"
     )
     if not requirements.raw_text:
-        explanation += ". Retrieval needs documents, and you have none yet: write them first"
+        explanation += ". Retrieval needs documents, but you have none yet: write them first"
     return RuleResult(
         ("facts",), explanation, "Ovadia 2023", "published", recommended=("retrieval",)
     )

@@ -179,7 +179,7 @@ def _check_identity(folder: Path, identity: Json) -> None:
     file = folder / IDENTITY_FILE
     if not file.exists():
         if names := sorted(path.name for path in folder.iterdir() if path.name != LOCK_FILE):
-            message = f"the folder is not empty, and no sweep: {', '.join(names[:3])}"
+            message = f"the folder is not empty and is not a sweep: {', '.join(names[:3])}"
             raise InputError(message, where=str(folder), fix="choose another output_dir")
         write_file(file, dump_json(identity))
         return

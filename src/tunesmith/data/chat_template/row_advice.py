@@ -58,7 +58,7 @@ class RowAdvisor:
             return error
         if self._needs_question(example):
             message = (
-                "the row begins with the assistant, and the chat template needs a user message"
+                "the row begins with the assistant, but the chat template needs a user message"
                 " before an answer"
             )
             return InputError(message, where=error.where, fix=USER_FIRST_FIX)

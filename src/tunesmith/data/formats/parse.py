@@ -123,7 +123,7 @@ def _quote_keys(keys: Sequence[str]) -> str:
 def _describe_unknown_keys(data: Json) -> str:
     expected = "; ".join(f"{name}: {_quote_keys(format.keys)}" for name, format in FORMATS.items())
     keys = _quote_keys([f"{key:.40}" for key in list(data)[:8]]) or "no keys"
-    return f"the row has {keys}, which is no known format ({expected})"
+    return f"the row has {keys}, which is not a known format ({expected})"
 
 
 def _suggest_columns(data: Json) -> str:
@@ -451,7 +451,7 @@ def _read_optional_text(row: Row, key: str) -> str:
 def _require_template(row: Row, has_template: bool) -> None:
     # An InputError, not an InvalidRow: the model lacks something, not the row.
     if not has_template:
-        message = "messages need a chat template, and this model has none"
+        message = "messages need a chat template, but this model has none"
         fix = "set `chat_template:`, or use `text` rows, or `prompt` and `completion` strings"
         raise InputError(message, where=row.id, fix=fix)
 

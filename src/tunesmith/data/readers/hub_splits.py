@@ -205,7 +205,7 @@ def _list_patterns(value: Any, where: str) -> list[tuple[str, list[str]]]:
         paths: list[Any] = path if isinstance(path, list) else [path]
         if not all(isinstance(each, str) for each in paths):
             fix = "name files in data_files"
-            message = "data_files in the metadata of its README.md are no patterns"
+            message = "data_files in the metadata of its README.md are not patterns"
             raise InputError(message, where=where, fix=fix)
         patterns.append((str(item.get("split", DEFAULT_SPLIT)), paths))
     return patterns

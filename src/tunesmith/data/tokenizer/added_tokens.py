@@ -92,10 +92,10 @@ def refuse_other_tokens(adapter: Path, ids: Sequence[int], tokens: Sequence[NewT
         message = "the adapter was trained without new tokens: it has no embeddings for them"
         fix = "merge it (tunesmith export RUN --to merged), then add tokens to the merged model"
         raise InputError(message, where=ADD_TOKENS_KEY, fix=fix)
-    message = f"the adapter has embeddings for {len(ids)} new tokens, and the recipe differs"
+    message = f"the adapter has embeddings for {len(ids)} new tokens, but the recipe differs"
     if any(token_id not in texts for token_id in ids):
         message = (
-            f"the adapter has embeddings for {len(ids)} new tokens, and there is no tokenizer.json "
+            f"the adapter has embeddings for {len(ids)} new tokens, but there is no tokenizer.json "
             "in its folder that names them"
         )
         fix = f"copy the tokenizer.json of its training into its folder, or {MERGE_FIX}"

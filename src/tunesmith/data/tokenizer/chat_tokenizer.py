@@ -332,7 +332,7 @@ class ChatTokenizer:
             texts = [text for text, control in self.controls.items() if control.id == token_id]
             text = texts[0] if texts else self.decode([token_id])
             raise InputError(
-                f"the token {text!r:.80} has the id {token_id:,}, and the model's embedding has "
+                f"the token {text!r:.80} has the id {token_id:,}, but the model's embedding has "
                 f"{self._embedding_rows:,} rows",
                 fix="use the tokenizer.json that belongs to the weights, or a chat template and "
                 "rows without this token",

@@ -343,7 +343,7 @@ def _make_tensor_error(
     fix = "use an adapter on linear layers"
     if path in list_parameter_names(base) or path == f"{HEAD}.weight":
         message = (
-            f"the tensor {name[:200]} replaces weights of the base model, and {SAVED_MODULES_KEY} "
+            f"the tensor {name[:200]} replaces weights of the base model, but {SAVED_MODULES_KEY} "
             f"in {ADAPTER_CONFIG_FILE} does not name it"
         )
         fix = "save it again with save_pretrained(..., save_embedding_layers=False), or merge it"
@@ -381,7 +381,7 @@ def _check_modules(
         if expected is None or tensor.shape != expected.shape or tensor.dtype not in DTYPES:
             shape = "no such tensor" if expected is None else f"{list(expected.shape)}"
             message = (
-                f"{name} of {SAVED_MODULES_KEY} is {tensor.dtype} {list(tensor.shape)}, and the "
+                f"{name} of {SAVED_MODULES_KEY} is {tensor.dtype} {list(tensor.shape)}, but the "
                 f"base model has {shape}"
             )
             raise InputError(message, where=str(file), fix=BASE_FIX)
@@ -409,7 +409,7 @@ def _refuse_untied(saved: Mapping[str, TensorHeader], embedding_name: str, file:
     ):
         return
     message = (
-        f"the base model's {HEAD} and {EMBEDDING} are one matrix, and this adapter has a different "
+        f"the base model's {HEAD} and {EMBEDDING} are one matrix, but this adapter has a different "
         f"one for {' and '.join(sorted(names))}"
     )
     fix = (

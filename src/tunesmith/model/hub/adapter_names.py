@@ -62,7 +62,7 @@ def rename_tensors(tensors: Mapping[str, T], tensor_prefix: str, file: Path) -> 
         path = stored_name.removeprefix(PREFIX)
         text_path = name_in_text_class(path)
         if text_path != path and not tensor_prefix:
-            message = f"the adapter is one of a multimodal model, and the base is none: {path:.200}"
+            message = f"the adapter is for a multimodal model, but the base is not: {path:.200}"
             raise InputError(message, where=str(file), fix=MODEL_FIX)
         if tensor_prefix and not text_path.startswith(TEXT_MODULES):
             message = f"the adapter changes {path:.200}, which is not in the text part"

@@ -104,7 +104,7 @@ def check_rotation(text: Mapping[str, Any], text_type: str, head_dim: int, where
     key = "qk_rope_head_dim" if has_latent_keys else "head_dim"
     size = text.get(key) if has_latent_keys else head_dim
     if isinstance(size, int) and size % 2:
-        message = f"{key} is {size}, and a rotation turns pairs of values"
+        message = f"{key} is {size}, but a rotation turns pairs of values"
         raise InputError(message, where=where, fix=f"correct {key}, or {CONFIG_FIX}")
 
 

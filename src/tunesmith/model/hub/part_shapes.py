@@ -197,7 +197,7 @@ def find_recurrent_shape(
 def _refuse_other_activations(config: Mapping[str, Any], where: str) -> None:
     key = "mamba_hidden_act" if config.get("model_type") == "nemotron_h" else "hidden_act"
     if config.get(key, "silu") not in SILU_NAMES:
-        message = f"{key} is {config[key]!r:.80}, and recurrent layers are computed with silu only"
+        message = f"{key} is {config[key]!r:.80}, but recurrent layers are computed with silu only"
         raise InputError(message, where=where, fix="use a model whose recurrent layers have silu")
 
 

@@ -581,7 +581,7 @@ def _check_token_ids(spec: ModelSpec, text: Json) -> None:
                 if type(token_id) is int and NO_PADDING <= token_id < spec.token_rows:
                     continue
                 message = (
-                    f"{key} {token_id!r:.80} is no token of the model, whose embedding has "
+                    f"{key} {token_id!r:.80} is not a token of the model, whose embedding has "
                     f"{spec.token_rows:,} rows"
                 )
                 fix = f"correct {key}, or download {name} again"

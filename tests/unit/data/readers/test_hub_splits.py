@@ -109,7 +109,7 @@ def test_what_is_refused(files: list[str], choice: dict, message: str) -> None:
     ("readme", "message"),
     [
         ("---\nconfigs: [\n---\n", "not valid YAML"),
-        ("---\nconfigs:\n- data_files: [{split: train}]\n---\n", "are no patterns"),
+        ("---\nconfigs:\n- data_files: [{split: train}]\n---\n", "are not patterns"),
         ("---\nconfigs:\n- data_files: nosuch-*\n---\n", "no file matches"),
         (README.replace("  default: true\n", ""), "several configs"),
     ],

@@ -133,7 +133,7 @@ def test_rejected_rows_take_the_place_of_no_other_file(tiny_folder: Path, tmp_pa
         elif path.name == "notes.txt":
             path.write_text("mine\n")
         before = path.read_text() if path.is_file() else ""
-        with pytest.raises(InputError, match="already exists, and is no list of rejected rows"):
+        with pytest.raises(InputError, match="already exists, but is not a list of rejected rows"):
             tunesmith.data_check(wish, rejected=path)
         assert before == (path.read_text() if path.is_file() else "")
     bad = make_tiny_recipe(

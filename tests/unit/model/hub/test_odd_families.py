@@ -81,7 +81,7 @@ def test_recurrent_layers_with_another_activation_are_refused(
 ) -> None:
     folder = save_changed(family, tmp_path)
     edit_config(folder, **{key: "gelu"})
-    with pytest.raises(InputError, match=rf"{key} is 'gelu', and recurrent layers") as caught:
+    with pytest.raises(InputError, match=rf"{key} is 'gelu', but recurrent layers") as caught:
         read_spec(folder)
     assert caught.value.fix
 
@@ -172,7 +172,7 @@ def test_heads_of_an_odd_size_cannot_be_rotated(
     """transformers takes a head of one value for one of two."""
     CONFIGS[family].save_pretrained(tmp_path)
     edit_config(tmp_path, architectures=["any"], **{key: size})
-    with pytest.raises(InputError, match=rf"{key} is {size}, and a rotation turns") as caught:
+    with pytest.raises(InputError, match=rf"{key} is {size}, but a rotation turns") as caught:
         read_spec(tmp_path)
     assert f"correct {key}" in caught.value.fix
 
@@ -219,7 +219,7 @@ def test_biases_that_the_config_does_not_know_are_refused(
     folder = save_changed(family, tmp_path)
     check_weight_shapes(folder)
     edit_config(folder, **{key: False})
-    with pytest.raises(InputError, match=r"have .*\.bias, and by config\.json") as caught:
+    with pytest.raises(InputError, match=r"have .*\.bias, but by config\.json") as caught:
         check_weight_shapes(folder)
     assert key in caught.value.fix
 
@@ -287,5 +287,5 @@ def test_tokens_end_where_the_smaller_table_ends(tmp_path: Path) -> None:
     spec = read_spec(save_changed("gemma4", tmp_path, vocab_size_per_layer_input=90))
     assert (spec.vocab_size, spec.token_rows) == (97, 90)
     edit_config(tmp_path, pad_token_id=90)
-    with pytest.raises(InputError, match="pad_token_id 90 is no token of the model"):
+    with pytest.raises(InputError, match="pad_token_id 90 is not a token of the model"):
         read_spec(tmp_path)

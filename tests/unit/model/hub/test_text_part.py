@@ -366,7 +366,7 @@ def test_an_adapter_of_another_class_is_refused(gemma3: Path, tmp_path: Path) ->
     text_model = tmp_path / "text"
     base: Any = load_network(gemma3, torch.float32)
     base.save_pretrained(text_model)
-    with pytest.raises(InputError, match="of a multimodal model, and the base is none") as caught:
+    with pytest.raises(InputError, match="for a multimodal model, but the base is not") as caught:
         read_adapter(tmp_path / "adapter", text_model)
     assert "multimodal checkpoint" in caught.value.fix
     file = tmp_path / "adapter" / "adapter_model.safetensors"
