@@ -22,11 +22,11 @@ COMMON_KEYS = (
 
 # Verbs and groups of verbs under the headings of --help, in this order.
 PANELS = {
-    "Start": ("demo", "init", "doctor", "advise"),
+    "Start": ("demo", "init", "doctor", "advise", "schema"),
     "Data": ("data",),
     "Train": ("plan", "tune", "train", "resume", "runs"),
     "Measure": ("eval", "compare", "report", "chat"),
-    "Ship": ("export", "serve", "keys", "verify", "schema"),
+    "Ship": ("export", "serve", "keys", "verify"),
 }
 
 EXAMPLES: dict[str, tuple[str, ...]] = {

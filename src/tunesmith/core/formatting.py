@@ -95,14 +95,14 @@ def format_count(count: int, noun: str) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Format a time: 4 s, 3:20 min, 5:07 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes}:{rest:02d} min"
+    """Format a time: 4 s, 3 min 20 s, 5 h 7 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours}:{minutes:02d} h"
+    return f"{hours} h {minutes} min"
 
 
 def format_duration_range(seconds: Sequence[float]) -> str:

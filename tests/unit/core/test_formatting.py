@@ -17,11 +17,12 @@ def test_values_read_as_in_a_recipe() -> None:
 
 
 def test_durations_have_a_unit() -> None:
-    assert [format_duration(seconds) for seconds in (3, 200, 3599.6, 3600)] == [
+    assert [format_duration(seconds) for seconds in (3, 59.7, 200, 3599.6, 3600)] == [
         "3 s",
-        "3:20 min",
-        "60:00 min",
-        "1:00 h",
+        "1 min 0 s",
+        "3 min 20 s",
+        "1 h 0 min",
+        "1 h 0 min",
     ]
 
 

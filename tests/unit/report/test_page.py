@@ -189,7 +189,7 @@ def test_everything_about_a_run_is_on_its_page(tmp_path: Path) -> None:
         "Hu 2021",
         "measured on this machine",
         "2.0 GB 1.8 GB 0.90",
-        "1:00 min to 1:20 min 1:00 min 0.86",
+        "1 min 0 s to 1 min 20 s 1 min 0 s 0.86",
         "tunesmith train",
         "ab" * 32,
         "torch 2.9",

@@ -75,7 +75,7 @@ def test_a_plan_without_warnings_has_twelve_lines_of_eighty_columns() -> None:
     assert len(lines) == 12
     assert all(len(line.rstrip()) <= 80 for line in lines)
     assert lines[0].split() == ["setting", "value", "reason"]
-    assert lines[-3].rstrip() == "about 1:33 min of training, at the speed of demo-1"
+    assert lines[-3].rstrip() == "about 1 min 33 s of training, at the speed of demo-1"
     assert lines[-2].rstrip() == "peak memory 1.9 GB of 8.6 GB free (in the generation)"
     hidden = len(plan.settings) - 7
     # of which output_dir, seed and stage are set by every recipe
@@ -132,7 +132,7 @@ def test_methods_are_shown_side_by_side() -> None:
     assert "x7 (x4 to x12)" in table
     assert "the smallest GPU that fits: b200" in " ".join(table.split())
     fast = dataclasses.replace(estimate, seconds=(59.4, 18_420.0))
-    assert "59 s to 5:07 h" in render_text(render_method_estimates([fast]))
+    assert "59 s to 5 h 7 min" in render_text(render_method_estimates([fast]))
     forecast = dataclasses.replace(fast, seconds=(59.0,))
     assert "59 s" in render_text(render_method_estimates([forecast])), (
         "one value after earlier runs"

@@ -95,7 +95,7 @@ def test_a_record_shows_answers_side_by_side_and_the_adapter() -> None:
     assert "peak memory 1.0 GB (1.9 GB predicted)\n" in text
     measured = replace(record, total_seconds=200.0, train_peak_bytes=8 * 10**8)
     measured_text = render_text(render_run_record(measured))
-    assert "10 s of training, 3:20 min with loading, preflight and evaluation" in measured_text
+    assert "10 s of training, 3 min 20 s with loading, preflight and evaluation" in measured_text
     assert "1.0 GB (1.9 GB predicted); 800.0 MB in training, the rest in" in measured_text
     assert "prefix sharing" not in text
     assert "adapter: runs/x/adapter" in text
