@@ -255,14 +255,14 @@ class WeightShards:
         is_agreed = words == [word] * self.size
         if next_index is not None and not is_agreed:
             self.layers[next_index].release()
-        self._grant({other % NEXT for other in words} - {DONE}, wish)
+        self._serve_wishes({other % NEXT for other in words} - {DONE}, wish)
         if next_index is not None and is_agreed:
             self.layers[next_index].start_gather()
             self._ahead = next_index
         self._is_exchanging = False
         return any(words)
 
-    def _grant(self, wishes: set[int], wish: int) -> None:
+    def _serve_wishes(self, wishes: set[int], wish: int) -> None:
         """Gather the layers that ranks of the group need, and sum gradients. `wish` is that of this
         rank."""
         layers = {other - 1 for other in wishes if other <= len(self.layers)}
