@@ -33,8 +33,8 @@ from tunesmith.recipe.demo import DEMO_RECIPE
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.session.session import open_session
-from tunesmith.train.guard.detectors import TrainingGuard
 from tunesmith.train.guard.probes import GenerationProbe, build_prompt_set
+from tunesmith.train.guard.training_guard import TrainingGuard
 from tunesmith.train.loop import TrainingLoop
 
 DEMO, TASKS = DEMO_RECIPE.parent, Path(__file__).parents[2] / "recipes" / "data" / "tasks"

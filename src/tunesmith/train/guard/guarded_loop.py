@@ -44,9 +44,9 @@ from tunesmith.plan.rehearsal import compute_next_ratio
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session
 from tunesmith.train.best_checkpoint import EvalPoint, select_best, should_stop_early
-from tunesmith.train.guard.detectors import GUARD_KIND, TrainingGuard, select_worst
 from tunesmith.train.guard.probes import GenerationProbe, build_prompt_set
 from tunesmith.train.guard.rollback import build_rollback
+from tunesmith.train.guard.training_guard import GUARD_KIND, TrainingGuard, select_worst
 from tunesmith.train.loop import TrainingLoop
 from tunesmith.train.loss_scale import SCALE_KIND
 from tunesmith.train.resume import ResumeState

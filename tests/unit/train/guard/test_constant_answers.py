@@ -12,8 +12,8 @@ from tiny_runs import make_chat_row, make_tiny_recipe, train, write_eval_files, 
 from tunesmith.core.events import EVAL_TASK, CheckResult, GenerationSample
 from tunesmith.core.run_dir import read_events
 from tunesmith.evaluate import measure
-from tunesmith.train.guard.detectors import TrainingGuard
 from tunesmith.train.guard.guarded_loop import _select_events
+from tunesmith.train.guard.training_guard import TrainingGuard
 
 LEVELS = {"collapse": "rollback", "forgetting": "warn", "watch": "warn"}
 

@@ -12,7 +12,8 @@ import pytest
 from fake_runs import PLAN
 from plan_configs import make_config
 from tunesmith.core.events import EXPECTED_TASK, PROBE_TASK, CheckResult, Score, TrainStep
-from tunesmith.train.guard.detectors import DETECTORS, THRESHOLDS, TrainingGuard, select_worst
+from tunesmith.train.guard.detectors import DETECTORS, THRESHOLDS
+from tunesmith.train.guard.training_guard import TrainingGuard, select_worst
 
 LEVELS = {"collapse": "rollback", "forgetting": "stop", "watch": "warn"}
 HEALTHY = {
@@ -343,6 +344,18 @@ def test_learning_silences_from_half_the_loss_of_the_base() -> None:
 def test_an_eos_drop_needs_answers_that_became_likelier() -> None:
     assert run_probe(start_guard(), 10, end_loss=2.0, answer_loss=1.201) == []
     assert len(run_probe(start_guard(), 10, end_loss=2.0, answer_loss=1.2)) == 1
+
+
+@pytest.mark.parametrize(("low", "fires"), [(0.01, True), (-3.1, False)])
+def test_one_prompt_of_eight_is_no_eos_drop(low: float, fires: bool) -> None:
+    """A healthy run had 0.00 and then 2.31 nats."""
+    guard = start_guard()
+    run_probe(guard, 10, end_loss=0.0)
+    for metric, value in HEALTHY.items():
+        if metric != "end_loss":
+            guard.observe_event(Score(PROBE_TASK, metric, value, value, value, 8, 20))
+    guard.observe_event(Score(PROBE_TASK, "end_loss", 2.31, low, 4.62 - low, 8, 20))
+    assert [one.kind for one in guard.judge_probe(20)] == ["EOS likelihood drop"] * fires
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,9 @@ from tunesmith.data.sampler import permute_rows
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.train import run
-from tunesmith.train.guard.detectors import GUARD_KIND
 from tunesmith.train.guard.guarded_loop import _select_events
 from tunesmith.train.guard.probes import PROMPT_ROLES, build_prompt_set
+from tunesmith.train.guard.training_guard import GUARD_KIND
 
 NOISE = "\u00ff\u00fe\u00fd" * 20
 
