@@ -544,11 +544,11 @@ def _run_verb(words: list[str]) -> NoReturn:
         if error.errno not in MACHINE_ERRNOS:
             raise
         exit_with_error(to_machine_error(error, "cannot access a file"), as_json=as_json)
+    except (KeyboardInterrupt, typer.Abort):  # Abort is a RuntimeError
+        sys.exit(130)
     except (MemoryError, RuntimeError) as error:
         exit_on_torch_error(error, as_json=as_json)
         raise
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
     except SystemExit as ended:
         # click ends with 1 here, which is our code of a bug
         sys.exit(CLOSED_PIPE_CODE if isinstance(ended.__context__, BrokenPipeError) else ended.code)
