@@ -53,6 +53,7 @@ from tunesmith.train.resume import ResumeState
 from tunesmith.train.signals import GracefulStop
 
 MAX_ROLLBACKS = 3
+NO_CHECKPOINT_FIX = "lower save_steps and eval_steps"
 ROLLBACK_FIX = "lower learning_rate, or check the rows with `tunesmith data check`"
 
 
@@ -100,8 +101,9 @@ class GuardedTraining:
             self.probes = GenerationProbe(session, prompt_set) if prompt_set else None
         self.is_probing = bool(self.probes and plan.config.probe_steps)
         # Then no step is good before expected answers were read again.
-        has_evaluations = bool(self.probes and context.items.has_training_eval)
-        self.is_judged_by_probes = self.is_probing or has_evaluations
+        can_read_answers = bool(self.probes and self.probes.prompt_set.is_held_out)
+        has_evaluations = context.items.has_training_eval and plan.config.eval_steps <= plan.steps
+        self.is_judged_by_probes = self.is_probing or (can_read_answers and has_evaluations)
         # Everything below follows from the events so far: see _replay.
         self.baseline_events: list[Event] = []  # probes before the first step
         self.history: list[Event] = []
@@ -131,8 +133,11 @@ class GuardedTraining:
             else:
                 yield event
             if is_due:
-                yield from self._evaluate()
-                verdicts += self._judge_evaluation(self.loop.step)
+                try:
+                    yield from self._evaluate()
+                    verdicts += self._judge_evaluation(self.loop.step)
+                except GateError as error:
+                    verdicts.append(self._judge_non_finite(error))
             yield from [verdict for verdict in verdicts if verdict.level == "warn"]
             worst = select_worst(verdicts)
             if worst is not None:
@@ -188,12 +193,13 @@ class GuardedTraining:
         if not self.probes:
             return
         prompt_set = self.probes.prompt_set
+        num_prompts = len(prompt_set.prompts)
         for name, num_items, unit in (
             ("forgetting", len(prompt_set.texts), "general texts"),
-            ("answers unlearned", len(prompt_set.prompts), "prompts"),
-            ("overfitting", len(prompt_set.prompts), "prompts"),
+            ("answers unlearned", num_prompts * prompt_set.is_held_out, "prompts"),
+            ("overfitting", num_prompts * self.is_probing, "prompts"),
         ):
-            if 0 < num_items < MIN_ITEMS:
+            if self.guard.is_watching(name) and 0 < num_items < MIN_ITEMS:
                 evidence = f"not watched: {num_items} {unit}, needs {MIN_ITEMS}"
                 yield CheckResult(name, "warn", evidence)
 
@@ -214,22 +220,26 @@ class GuardedTraining:
     def _iter_loop_events(self) -> Iterator[Event]:
         """Yield the restored step of a resumed run, then the events of the training loop.
 
-        Weights that are beyond repair are a verdict while there is a checkpoint to roll back to."""
+        Weights that are beyond repair are a verdict."""
         if self.restored_step is not None:
             yield self.restored_step
         while True:
             try:
                 event = next(self.loop, None)
             except GateError as error:
-                can_roll_back = self.plan.config.guard_collapse == "rollback"
-                if not can_roll_back or self._find_good_step() is None:
-                    raise
-                event = CheckResult("non-finite", "rollback", error.message, self.loop.step)
+                event = self._judge_non_finite(error)
             if event is None:
                 return
             yield event
 
     # ------------------------------------------------------------ evaluation
+
+    def _judge_non_finite(self, error: GateError) -> CheckResult:
+        """Return the verdict on values that are not finite. Raise the error without a checkpoint to
+        roll back to."""
+        if self.plan.config.guard_collapse != "rollback" or self._find_good_step() is None:
+            raise error
+        return CheckResult("non-finite", "rollback", error.message, self.loop.step)
 
     def _is_anything_due(self) -> bool:
         return self._is_eval_due() or self._is_probe_due()
@@ -403,7 +413,7 @@ class GuardedTraining:
         good_step = self._find_good_step()
         if good_step is None:
             message += "; there is no good checkpoint to roll back to"
-            raise GateError(message, where=where, fix=f"{ROLLBACK_FIX}, or lower save_steps")
+            raise GateError(message, where=where, fix=f"{ROLLBACK_FIX}, or {NO_CHECKPOINT_FIX}")
         if len(loop.rollbacks) >= MAX_ROLLBACKS:
             message += f"; already rolled back {MAX_ROLLBACKS} times"
             raise GateError(message, where=where, fix=ROLLBACK_FIX)

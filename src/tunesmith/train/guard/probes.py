@@ -81,8 +81,14 @@ class GuardPrompt:
 
 @dataclass(frozen=True)
 class GuardPromptSet:
+    role: str  # of the data that the prompts are from
     prompts: tuple[GuardPrompt, ...]
     texts: tuple[GeneralText, ...]  # beginnings of general texts
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether training should make the expected answers likelier."""
+        return self.role == "eval_data"
 
 
 # ---------------------------------------------------------------- choosing prompts
@@ -106,7 +112,7 @@ def build_prompt_set(
                 if prompt is not None:
                     candidates.append(prompt)
         if len(candidates[:count]) > 1:
-            return GuardPromptSet(tuple(candidates[:count]), short_texts)
+            return GuardPromptSet(role, tuple(candidates[:count]), short_texts)
     return None
 
 
@@ -324,10 +330,9 @@ class GenerationProbe:
         losses = [document_stats.nats / document_stats.count for document_stats in stats]
         self._base_answer_losses = self._base_answer_losses or losses
         rises = [loss - base for loss, base in zip(losses, self._base_answer_losses, strict=True)]
-        measurements = [
-            self._build_metric("answer_loss", losses),
-            self._build_metric("answer_loss_rise", rises),
-        ]
+        measurements = [self._build_metric("answer_loss", losses)]
+        if self.prompt_set.is_held_out:
+            measurements.append(self._build_metric("answer_loss_rise", rises))
         if all(prompt.has_end for prompt in prompts):
             measurements.append(self._build_metric("end_loss", [s.last_nats for s in stats]))
         if not has_texts:

@@ -95,6 +95,10 @@ class TrainingGuard:
         """Return the verdicts on complete answers to eval_data that were observed."""
         return self._run_detectors("answers", step, can_mark_good=False)
 
+    def is_watching(self, name: str) -> bool:
+        """Return whether a detector may say anything."""
+        return self.levels[DETECTORS[name].family] != "off"
+
     def should_confirm(self, step: int) -> bool:
         """Return whether more answers are worth generating to show that some are constant."""
         is_watched = self.levels["watch"] != "off" and "constant answer" not in self._active

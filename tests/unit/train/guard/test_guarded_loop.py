@@ -186,9 +186,9 @@ def test_without_prompts_it_says_so(tiny_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("num_prompts", "num_texts", "unwatched"),
     [
-        (4, 4, {"forgetting: 4 general texts", "overfitting: 4 prompts"}),
+        (4, 4, {"forgetting: 4 general texts", "answers unlearned: 4 prompts"}),
         (5, 4, {"forgetting: 4 general texts"}),
-        (4, 5, {"overfitting: 4 prompts"}),
+        (4, 5, {"answers unlearned: 4 prompts"}),
         (5, 5, set()),
         (5, 0, set()),
     ],
@@ -209,7 +209,11 @@ def test_what_few_items_leave_unwatched_is_a_warning(
     events = run.train(plan_recipe(make_tiny_recipe(tiny_folder, tmp_path, **roles)))
     warnings: set[str] = set()
     for event in events:
-        if isinstance(event, CheckResult) and event.kind in ("forgetting", "overfitting"):
+        if isinstance(event, CheckResult) and event.kind in (
+            "forgetting",
+            "answers unlearned",
+            "overfitting",
+        ):
             assert (event.level, event.step) == ("warn", 0)
             items, _, reason = event.evidence.removeprefix("not watched: ").partition(", ")
             assert reason == "needs 5"
