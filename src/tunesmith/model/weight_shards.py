@@ -255,22 +255,22 @@ class WeightShards:
         is_agreed = words == [word] * self.size
         if next_index is not None and not is_agreed:
             self.layers[next_index].release()
-        self._serve_wishes({other % NEXT for other in words} - {DONE}, wish)
+        self._serve_wishes({other % NEXT for other in words} - {DONE}, wish, next_index)
         if next_index is not None and is_agreed:
             self.layers[next_index].start_gather()
             self._ahead = next_index
         self._is_exchanging = False
         return any(words)
 
-    def _serve_wishes(self, wishes: set[int], wish: int) -> None:
+    def _serve_wishes(self, wishes: set[int], wish: int, next_index: int | None) -> None:
         """Gather the layers that ranks of the group need, and sum gradients. `wish` is that of this
-        rank."""
+        rank, which has taken the memory of the next layer."""
         layers = {other - 1 for other in wishes if other <= len(self.layers)}
         sums = {other - 1 - len(self.layers) for other in wishes if other > len(self.layers)}
         ahead = self._ahead
         if layers:
             self._ahead = None
-            if ahead is not None and wish != 1 + ahead:
+            if ahead not in (None, next_index) and wish != 1 + ahead:
                 self.layers[ahead].release()
         for index in sorted(layers):
             if wish == 1 + index:

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 from tunesmith.core.ranks import Ranks
 from tunesmith.model.layer_shards import LayerShard
+from tunesmith.model.weight_shards import WeightShards
 
 
 class SlowRanks(Ranks):
@@ -45,3 +47,39 @@ def test_what_is_thrown_away_is_waited_for() -> None:
     shard.start_gather()
     shard.gather()
     assert shard.full_B.view(torch.float32).tolist() == [1.0] * 64
+
+
+class AgreeingRanks(SlowRanks):
+    """Two ranks that wish the same; nothing is gathered into memory that was given back."""
+
+    def form_groups(self, size: int) -> None:
+        pass
+
+    def gather_words(self, word: int, *, size: int) -> list[int]:
+        return [word] * size
+
+    def start_gather(self, parts: Tensor, part: Tensor, *, size: int) -> Callable[[], None]:
+        assert parts.untyped_storage().nbytes() == parts.nbytes, "the memory is given back"
+        return super().start_gather(parts, part, size=size)
+
+    def gather_parts(self, parts: Tensor, part: Tensor, *, size: int) -> None:
+        self.start_gather(parts, part, size=size)()
+
+
+@pytest.mark.parametrize("first_trained", range(4))
+def test_a_pack_may_begin_with_the_layer_that_the_last_backward_gathered_ahead(
+    first_trained: int,
+) -> None:
+    """The backward ends at the first trained layer, and has begun with the one below."""
+    shards = WeightShards(AgreeingRanks(), 2)
+    weights = [torch.full((32,), float(index)) for index in range(4)]
+    for weight in weights:
+        shards.layers.append(LayerShard([weight], shards.ranks, 2))
+    with shards.joint(can_tell=False):
+        for _pack in range(2):
+            for index in range(4):
+                shards.gather(index, index + 1)
+                assert shards.layers[index].is_complete
+            for index in range(3, first_trained - 1, -1):
+                shards.gather(index, index - 1)
+                assert shards.layers[index].is_complete
