@@ -337,7 +337,7 @@ def test_fault_31_another_pack_length_sees_the_same_rows(tiny_folder: Path, tmp_
     position = tmp_path / "mixed" / "run" / "checkpoints" / "step-1" / "trainer_state.json"
     assert read_json(position)["pack_length"] == 2048
     plan = tmp_path / "mixed" / "run" / "plan.json"
-    values = read_json(plan)
+    values = read_sealed_json(plan)
     values["settings"]["pack_length"]["value"] = 60
     plan.write_text(json.dumps(values))
     seen["mixed"] = select_steps(list(run.resume(tmp_path / "mixed" / "run", allow_changes=True)))

@@ -453,6 +453,7 @@ def test_reference_prompts_detect_another_tokenization_by_the_same_files(
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"not as the run wrote it: tunesmith\.json"):
         finished_run.reopen_session(tmp_path / "copy")
+    (tmp_path / "copy" / "adapter" / "manifest.json").unlink()
     with pytest.raises(
         InputError, match=r"reference prompt 2: \d+ tokens -> \d+, different from token 6 on"
     ):

@@ -174,5 +174,6 @@ def test_provenance_of_another_format_is_refused(
     adapter = Path(shutil.copytree(get_run(trained) / "adapter", tmp_path / "adapter"))
     provenance = adapter / "tunesmith.json"
     provenance.write_text(json.dumps(read_json(provenance) | {"format": number}))
+    (adapter / "manifest.json").unlink()  # else the file is refused as changed
     with pytest.raises(InputError, match="written by an"):
         plan_recipe(make_tiny_recipe(model, tmp_path, adapter_from=str(adapter)))

@@ -19,7 +19,7 @@ from tiny_runs import (
 from tunesmith.api import read_record
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult, Score
-from tunesmith.core.json_io import read_json
+from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.core.types import Json
 from tunesmith.data.dataset import PAIR_TOO_LONG
 from tunesmith.recipe.schema import Recipe
@@ -103,13 +103,13 @@ def test_a_kept_reference_makes_a_resumed_run_the_same(
         wish(tiny_folder, tmp_path / name, **changes) for name in ("straight", "killed")
     )
     train(straight)
-    remaining = read_json(tmp_path / "straight" / "run" / REFERENCE_FILE)
+    remaining = read_sealed_json(tmp_path / "straight" / "run" / REFERENCE_FILE)
     assert sorted(remaining) == [str(row) for row in range(6)]
     assert all(value < 0 for values in remaining.values() for value in values)
     run_until_saved(run.train(plan_recipe(killed)), 2)
     (tmp_path / "killed" / "run" / REFERENCE_FILE).unlink()
     list(run.resume(tmp_path / "killed" / "run"))
-    assert read_json(tmp_path / "killed" / "run" / REFERENCE_FILE) == remaining
+    assert read_sealed_json(tmp_path / "killed" / "run" / REFERENCE_FILE) == remaining
     if start == "adapter":
         assert read_adapter_bytes(killed) == read_adapter_bytes(straight)
     weights = [

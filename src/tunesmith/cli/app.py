@@ -41,7 +41,7 @@ from tunesmith.cli.ending import (
     INTERRUPTED_CODES,
     USAGE_ERROR,
     end_process,
-    exit_on_torch_error,
+    exit_on_machine_error,
     exit_with_error,
     explain_bug,
     ignore_signals,
@@ -547,7 +547,7 @@ def _run_verb(words: list[str]) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):  # Abort is a RuntimeError
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        exit_on_torch_error(error, as_json=as_json)
+        exit_on_machine_error(error, as_json=as_json)
         raise
     except SystemExit as ended:
         # click ends with 1 here, which is our code of a bug

@@ -21,7 +21,7 @@ import typer
 
 from tunesmith import __version__
 from tunesmith.cli.output import print_result, write_stderr
-from tunesmith.core.errors import InputError, TunesmithError
+from tunesmith.core.errors import InputError, MachineError, TunesmithError
 
 # click's own class, or typer's copy of it
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -99,14 +99,16 @@ def exit_with_error(error: TunesmithError, *, as_json: bool) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def exit_on_torch_error(error: MemoryError | RuntimeError, *, as_json: bool) -> None:
-    """End the verb if it is an error of memory or of a GPU. Only torch raises them, which few verbs
-    import."""
-    if "torch" not in sys.modules:
-        return
-    from tunesmith.model.machine_errors import explain_error
+def exit_on_machine_error(error: MemoryError | RuntimeError, *, as_json: bool) -> None:
+    """End the verb if it is an error of memory or of a GPU."""
+    explained: MachineError | None = None
+    if "torch" in sys.modules:  # which few verbs import
+        from tunesmith.model.machine_errors import explain_error
 
-    explained = explain_error(error)
+        explained = explain_error(error)
+    elif isinstance(error, MemoryError):
+        fix = "free memory used by other programs, or use fewer rows"
+        explained = MachineError("out of memory", fix=fix)
     if explained is not None:
         exit_with_error(explained, as_json=as_json)
 

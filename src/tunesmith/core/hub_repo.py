@@ -249,7 +249,7 @@ def make_hub_error(error: BaseException, ref: HubRef, *, is_upload: bool = False
     if is_upload:
         fix = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE, then run the command again"
         return MachineError("the hub cannot be reached", where=where, fix=fix)
-    message = f"the hub cannot be reached, but {ref.title} is not in its cache"
+    message = f"the hub cannot be reached, and {ref.title} is not in its cache"
     fix = (
         "check the path, the network, HF_ENDPOINT and HF_HUB_OFFLINE; or download it elsewhere and "
         "give the path"

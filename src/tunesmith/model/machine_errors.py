@@ -91,6 +91,11 @@ GPU_FAULTS = (
         "look at `python -m bitsandbytes` and install another version, or use method: lora and "
         "optim: adamw",
     ),
+    GpuFault(  # of an earlier kernel, whichever call reports it
+        ("illegal memory access", "misaligned address", "device-side assert"),
+        "a kernel failed on the GPU",
+        "try again; if it fails again, report the lines of a run with CUDA_LAUNCH_BLOCKING=1",
+    ),
     GpuFault(
         ("CUDA driver error",),  # of torch's allocator
         "the driver refused a call, mostly for memory that grows",

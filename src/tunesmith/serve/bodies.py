@@ -361,7 +361,7 @@ def parse_json(raw: bytes) -> Any:
     except UnicodeEncodeError:
         raise RequestError(400, "not valid JSON: half of a surrogate pair") from None
     except RecursionError:
-        message = f"not valid JSON: nested deeper than {MAX_DEPTH} levels"
+        message = f"the JSON is nested deeper than {MAX_DEPTH} levels"
         raise RequestError(400, message) from None
     except UnicodeDecodeError:
         raise RequestError(400, "not valid JSON: not UTF-8") from None

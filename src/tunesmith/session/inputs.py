@@ -164,7 +164,8 @@ def _open_pretraining_corpus(
             if part.format != "text":
                 message = f"stage: cpt {use} plain text, but these are {part.format} rows"
                 fix = f"name the text column, `{role}: {{path: ..., format: text, columns: "
-                fix += "{text: NAME}}`, or set it in a stage: sft"
+                fix += "{text: NAME}}`, or "
+                fix += "use stage: sft" if role == "data" else f"set {role} in a later stage: sft"
                 raise InputError(message, where=f"{role}: {part.source.path}", fix=fix)
     window = recipe.max_length if isinstance(recipe.max_length, int) else choose_window(model)
     if window < 2:

@@ -188,17 +188,3 @@ def test_a_model_in_training_runs_as_before():
     model = make_model("llama")
     model.network.train()
     assert build_decode_layers(model, PagedKVCache(1, 1)) is None
-
-
-@needs_kernel
-def test_a_prompt_runs_as_before():
-    model = make_model("llama")
-    cache = PagedKVCache(1, 4)
-    row = cache.add_row()
-    layers = build_decode_layers(model, cache)
-    assert layers is not None
-    calls = count_calls(layers)
-    hidden = model.decode_step([row], [5], cache, layers.run)  # the first token of a row
-    assert calls == [False]
-    other = PagedKVCache(1, 4)
-    assert torch.equal(hidden, model.prefill([other.add_row()], [(5,)], other))

@@ -368,7 +368,7 @@ NORM = "base_model.model.model.norm.weight"
     ("change", "message"),
     [
         (lambda w: {k: v for k, v in w.items() if k != NORM}, "which the weights lack"),
-        (lambda w: w | {NORM: torch.ones(47)}, r"\[47\], and the base model has \[48\]"),
+        (lambda w: w | {NORM: torch.ones(47)}, r"\[47\], but the base model has \[48\]"),
         (lambda w: w | {NORM: torch.ones(48).long()}, r"I64 \[48\]"),
         (lambda w: w | {NORM.replace(".weight", ".scale"): torch.ones(1)}, "no such tensor"),
         (

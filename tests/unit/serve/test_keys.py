@@ -103,7 +103,7 @@ def test_names_and_scopes_are_checked(tmp_path: Path) -> None:
         add_key(path, "x", scopes=())
     with pytest.raises(InputError, match="no scope"):
         add_key(path, "x", scopes=("root",))  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="no name"):
+    with pytest.raises(InputError, match="not a valid key name"):
         add_key(path, "a\nb")
     with pytest.raises(InputError, match="no key"):
         remove_key(path, "nobody")

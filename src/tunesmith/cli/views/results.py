@@ -99,9 +99,10 @@ class ComparisonTable:
         verdicts = judge_comparisons(self.comparisons)
         notes: dict[str, None] = {}
         for comparison, verdict in zip(self.comparisons, verdicts, strict=True):
-            head, _, doubt = verdict.partition(", but ")
+            verdict, _, doubt = verdict.partition(", but ")
+            rendered = _render_verdict(comparison, verdict)
             if doubt:  # a table has no room for it
-                verdict = f"{head} {DOUBTFUL}"
+                rendered.append(f" {DOUBTFUL}")
                 notes[f"{DOUBTFUL} {doubt}"] = None
             cells: list[RenderableType] = [
                 Text(_name_metric(comparison)),
@@ -109,7 +110,7 @@ class ComparisonTable:
                 f"{comparison.before.value:.3f}",
                 f"{comparison.after.value:.3f}",
                 format_interval(comparison.difference, comparison.low, comparison.high),
-                _render_verdict(comparison, verdict),
+                rendered,
             ]
             evidence = [escape_markup(describe_evidence(comparison))] if has_evidence else []
             table.add_row(*cells, *evidence)

@@ -14,9 +14,6 @@ from typing import Any
 
 from tunesmith.core.types import Json
 
-# Post-processors that put tokens around a text: the library has one of them after another undone.
-WRAPPERS = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
-
 
 def find_step_problem(step: Json) -> str:
     """Return what is wrong with a step of a normalizer, pre-tokenizer or decoder."""
@@ -36,8 +33,9 @@ def find_step_problem(step: Json) -> str:
 def find_post_processor_problem(component: Any) -> str:
     """Return what is wrong with a post-processor, for the single texts that are encoded here."""
     processors = _list_processors(component)
-    if sum(step.get("type") in WRAPPERS for step in processors) > 1:
-        return "puts tokens around a text twice"
+    # the library does not implement the second one
+    if sum(step.get("type") == "TemplateProcessing" for step in processors) > 1:
+        return "has one TemplateProcessing after another"
     for step in processors:
         pieces = step.get("single") if step.get("type") == "TemplateProcessing" else None
         names = step.get("special_tokens")

@@ -138,7 +138,7 @@ PANICS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two templates": (
         {"post_processor": {"type": "Sequence", "processors": [wrap([TEXT, TOKEN])] * 2}},
-        "post_processor puts tokens around a text twice",
+        "post_processor has one TemplateProcessing after another",
     ),
 }
 

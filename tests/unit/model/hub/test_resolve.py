@@ -124,7 +124,7 @@ def test_a_hub_id_without_network(tmp_path: Path, setting: dict) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    assert "the hub cannot be reached, but model 'owner/name' is not in its cache" in done.stdout
+    assert "the hub cannot be reached, and model 'owner/name' is not in its cache" in done.stdout
     assert "download it elsewhere and give the path" in done.stdout
 
 
