@@ -109,6 +109,13 @@ CONFIGS |= HYBRID_CONFIGS | TEXT_PART_CONFIGS
 EXPERT_CONFIGS = make_expert_configs(SIZES, WIDE)
 ATTENTION_CONFIGS = make_attention_configs(SIZES, WIDE, WINDOW)
 EXPERT_FAMILIES = (*EXPERT_CONFIGS, "gpt_oss")
+# gpt-oss stores [E, I, O]: one stack has square matrices, so that its shape says nothing of that
+SQUARE_CONFIGS = {
+    "gpt_oss-square-down": copy.deepcopy(ATTENTION_CONFIGS["gpt_oss"]),
+    "gpt_oss-square-up": copy.deepcopy(ATTENTION_CONFIGS["gpt_oss"]),
+}
+SQUARE_CONFIGS["gpt_oss-square-down"].intermediate_size = SIZES["hidden_size"]
+SQUARE_CONFIGS["gpt_oss-square-up"].intermediate_size = SIZES["hidden_size"] // 2
 CONFIGS |= EXPERT_CONFIGS | ATTENTION_CONFIGS
 # Largest relative difference from the stock gradients, by family; others: STOCK_TOLERANCE.
 STOCK_TOLERANCE = 5e-6

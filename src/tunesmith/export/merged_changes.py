@@ -8,7 +8,8 @@ rounding does. So a few rows of each matrix are compared with the base's. The sl
 difference over the trained change is 1 if the change is there, 0 without it, 0.5 at half the scale,
 and near 0 if another layer's adapter was merged. Rounding to 4 or 8 bits adds noise, which the
 standard error counts. Where weights are rounded to 16 bits, so is the expected change: one of less
-than half a unit is lost in a correct export, too.
+than half a unit is lost in a correct export, too. A change of 0, of an expert that no token chose,
+cannot be lost.
 The change is computed from the adapter's tensors here, not by the code that merges.
 Legend: K sampled rows, O outputs, I inputs.
 """
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from tunesmith.model.expert_adapters import ExpertLoraTensors
+from tunesmith.model.expert_adapters import ExpertLoraTensors, has_transposed_stacks
 from tunesmith.model.merge import WeightDeltas
 from tunesmith.model.save import (
     LoraTensors,
@@ -59,7 +60,7 @@ class LostChange:
 def sample_changes(
     network: nn.Module, changes: WeightDeltas, dtype: torch.dtype | None
 ) -> tuple[SampledChange, ...]:
-    """Return rows of every parameter of the base that training changed.
+    """Return rows of every parameter of the base that training changed by what fp32 can show.
 
     dtype: what the weights of the export are rounded to; None if they are not. Some may not be."""
     samples: list[SampledChange] = []
@@ -68,12 +69,11 @@ def sample_changes(
         if not isinstance(delta, ExpertLoraTensors):
             samples.append(_sample_matrix(key, delta, _to_rows(parameter)))
             continue
-        num_inputs = delta.a_ERI.shape[2]
         for expert in _choose_rows(len(parameter), MAX_EXPERTS).tolist():
             lora = LoraTensors(delta.a_ERI[expert], delta.b_EOR[expert], delta.scale)
-            matrix = _to_rows(parameter, expert, num_inputs)
-            samples.append(replace(_sample_matrix(key, lora, matrix), expert=expert))
-    return tuple(replace(sample, dtype=dtype) for sample in samples)
+            matrix_OI = _get_rows(network, key, expert)
+            samples.append(replace(_sample_matrix(key, lora, matrix_OI), expert=expert))
+    return tuple(replace(sample, dtype=dtype) for sample in samples if sample.change_KI.any())
 
 
 def find_lost_changes(
@@ -82,9 +82,7 @@ def find_lost_changes(
     """Return the parameters of an export that lack a part of their change, each once."""
     lost: dict[str, LostChange] = {}
     for sample in samples:
-        parameter = get_merge_target(network, sample.key).detach()
-        matrix = _to_rows(parameter, sample.expert, sample.base_KI.shape[1])
-        exported_KI = matrix[sample.rows_K].float().cpu()
+        exported_KI = _get_rows(network, sample.key, sample.expert)[sample.rows_K].float().cpu()
         slopes = [_measure_slope(sample, exported_KI, None)]
         if sample.dtype is not None:
             slopes.append(_measure_slope(sample, exported_KI, sample.dtype))
@@ -93,12 +91,17 @@ def find_lost_changes(
     return tuple(lost.values())
 
 
-def _to_rows(parameter: Tensor, expert: int | None = None, num_inputs: int = 0) -> Tensor:
-    """Return a parameter as a matrix [O, I]: one expert of a stack, a vector as one column."""
+def _get_rows(network: nn.Module, key: str, expert: int | None) -> Tensor:
+    """Return the parameter that a delta changes as a matrix [O, I], of one expert of a stack."""
+    parameter = get_merge_target(network, key).detach()
     if expert is None:
-        return parameter.reshape(len(parameter), -1)
-    matrix = parameter[expert]
-    return matrix if matrix.shape[1] == num_inputs else matrix.t()
+        return _to_rows(parameter)
+    return parameter[expert].t() if has_transposed_stacks(network, key) else parameter[expert]
+
+
+def _to_rows(parameter: Tensor) -> Tensor:
+    """Return a parameter as a matrix [O, I], a vector as one column."""
+    return parameter.reshape(len(parameter), -1)
 
 
 def _choose_rows(count: int, limit: int) -> Tensor:

@@ -65,19 +65,28 @@ class ExpertLoraTensors:
         return replace(self, scale=self.scale * factor)
 
     def merge_into(self, weight: Tensor) -> Tensor:
-        """Return the adapted stack from an fp32 stack [E, O, I] on any device, or from [E, I, O],
-        as gpt-oss has it; a matrix [O, I] if this is the adapter of one expert."""
+        """Return the adapted stack from an fp32 stack [E, O, I] on any device; a matrix [O, I] if
+        this is the adapter of one expert."""
         delta_EOI = self.scale * torch.bmm(self.b_EOR, self.a_ERI).to(weight.device)
-        if weight.ndim == 2:
-            return weight + delta_EOI[0]
-        if weight.shape == delta_EOI.shape:
-            return weight + delta_EOI
-        return weight + delta_EOI.transpose(1, 2)
+        return weight + (delta_EOI[0] if weight.ndim == 2 else delta_EOI)
+
+    def merge_into_stored(self, weight: Tensor, *, is_transposed: bool) -> Tensor:
+        """Return the same from the stack as a module or a file has it: [E, I, O] if
+        `is_transposed`. The shape does not say it, for some matrices are square."""
+        if not is_transposed:
+            return self.merge_into(weight)
+        return self.merge_into(weight.transpose(1, 2)).transpose(1, 2).contiguous()
 
     def get_expert(self, expert: int, rows: slice) -> ExpertLoraTensors:
         """Return the adapter of some rows of one expert's matrix."""
         stack = slice(expert, expert + 1)
         return replace(self, a_ERI=self.a_ERI[stack], b_EOR=self.b_EOR[stack, rows])
+
+
+def has_transposed_stacks(network: nn.Module, path: str) -> bool:
+    """Return whether the module at PEFT's path of a stack has its stacks as [E, I, O]."""
+    module: Any = network.get_submodule(path.removesuffix(f".{INNER}"))
+    return module.is_transposed
 
 
 def find_expert_delta(
@@ -125,7 +134,8 @@ def _adapt_weights(
     for (target, name), delta in zip(_list_weights(module), deltas, strict=True):
         original = getattr(target, name)
         originals.append(original)
-        setattr(target, name, _adapt_weight(original, delta))
+        adapted = _adapt_weight(original, delta, is_transposed=module.is_transposed)
+        setattr(target, name, adapted)
 
 
 def _restore_weights(module: Any, _inputs: Any, _output: Any, *, originals: list[Any]) -> None:
@@ -142,9 +152,9 @@ def _list_weights(module: Any) -> list[tuple[Any, str]]:
     return [(getattr(module, input_name), "data"), (getattr(module, OUTPUT_STACK), "data")]
 
 
-def _adapt_weight(weight: Any, delta: ExpertLoraTensors) -> Any:
+def _adapt_weight(weight: Any, delta: ExpertLoraTensors, *, is_transposed: bool) -> Any:
     if isinstance(weight, Tensor):
-        return delta.merge_into(weight.float()).to(weight)
+        return delta.merge_into_stored(weight.float(), is_transposed=is_transposed).to(weight)
     matrices = [weight.get_matrix(expert) for expert in range(weight.shape[0])]
     stacked = torch.stack(matrices)
     return StackedMatrices(delta.merge_into(stacked.float()).to(stacked))

@@ -226,6 +226,7 @@ class Experts(nn.Module):
         super().__init__()
         assert not stock.has_post_expert_norm, "no listed family has one"
         self.has_gate: bool = stock.has_gate
+        self.is_transposed: bool = stock.is_transposed
         is_interleaved = not stock.is_concatenated
         self.input_name, self.output_name = list_stacks(stock)
         self.act_fn = None if is_interleaved else stock.act_fn
@@ -248,7 +249,7 @@ class Experts(nn.Module):
                 weights.append(parameter)
                 continue
             setattr(self, name, parameter)
-            weights.append(DenseExpertWeight(parameter, is_transposed=stock.is_transposed))
+            weights.append(DenseExpertWeight(parameter, is_transposed=self.is_transposed))
         return weights[0], weights[1]
 
     def add_lora(self, *, rank: int, scale: float, generator: torch.Generator) -> None:

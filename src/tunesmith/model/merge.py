@@ -20,11 +20,20 @@ from torch import Tensor
 
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.model.causal_lm import Network
-from tunesmith.model.expert_adapters import ExpertLoraTensors, find_expert_delta
+from tunesmith.model.expert_adapters import (
+    ExpertLoraTensors,
+    find_expert_delta,
+    has_transposed_stacks,
+)
 from tunesmith.model.hub.adapter_config import read_adapter
 from tunesmith.model.hub.expert_names import is_expert_matrix
 from tunesmith.model.hub.packed_tensors import MXFP4, find_packing
-from tunesmith.model.hub.stored_tensors import PLAIN_NAMING, TensorNaming, read_naming
+from tunesmith.model.hub.stored_tensors import (
+    PLAIN_NAMING,
+    TensorNaming,
+    is_stored_transposed,
+    read_naming,
+)
 from tunesmith.model.hub.validate import DTYPE_BYTES, TensorHeader, read_headers, read_model_json
 from tunesmith.model.quantization import roundtrip_experts, roundtrip_nf4
 from tunesmith.model.safetensors_io import DTYPES, is_finite, read_bytes
@@ -39,7 +48,6 @@ from tunesmith.model.save import (
     parse_token_rows,
     read_adapter_tensors,
 )
-from tunesmith.model.target_modules import is_transposed_linear
 
 PACKED_DTYPE = "U8"  # of MXFP4
 # an adapter's change of one matrix, or of one tensor of a module that is trained in full
@@ -75,7 +83,13 @@ def merge_into_network(network: Network, deltas: WeightDeltas) -> None:
     the new rows."""
     for key, delta in deltas.items():
         parameter = get_merge_target(network, key)
-        parameter.data = delta.merge_into(parameter.data.float()).to(parameter)
+        weight = parameter.data.float()
+        if isinstance(delta, ExpertLoraTensors):
+            is_transposed = has_transposed_stacks(network, key)
+            merged = delta.merge_into_stored(weight, is_transposed=is_transposed)
+        else:
+            merged = delta.merge_into(weight)
+        parameter.data = merged.to(parameter)
 
 
 def iter_merged_tensors(
@@ -94,18 +108,21 @@ def iter_merged_tensors(
             continue
         with safe_open(header.file, "pt") as file:
             tensor = file.get_tensor(stored_name).float()
-        is_transposed = is_transposed_linear(name)
+        is_transposed = is_stored_transposed(name, header, naming)
         if is_transposed:
-            tensor = tensor.t().contiguous()
+            tensor = tensor.transpose(-1, -2).contiguous()
         path = name.removesuffix(".weight")
         if path in quantized_paths or f"model.{path}" in quantized_paths:
             tensor = roundtrip_nf4(tensor)
         elif quantized_paths and is_expert_matrix(name):
             tensor = roundtrip_experts(name, tensor)
-        if (delta := _find_delta(name, header, deltas)) is not None:
+        delta = _find_delta(name, header, deltas)
+        if isinstance(delta, ExpertLoraTensors):
+            tensor = delta.merge_into_stored(tensor, is_transposed=naming.has_transposed_stacks)
+        elif delta is not None:
             tensor = delta.merge_into(tensor)
         if is_transposed:
-            tensor = tensor.t()
+            tensor = tensor.transpose(-1, -2)
         yield stored_name, require_finite(stored_name, tensor)
 
 

@@ -1,6 +1,7 @@
 """An export whose merge lost a part of the adapter fails, however little that moves the answers."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,23 @@ def test_a_sound_export_fails_for_no_rate(
         assert parity.lost == ()
 
 
+@pytest.mark.parametrize("factor", [0, 1e-30, 1e-12])
+def test_a_q8_export_loses_nothing_of_an_adapter_that_changes_nothing(
+    factor: float, little_trained: Path, live: ParityOutputs, tmp_path: Path
+) -> None:
+    job = make_export_job(little_trained, tmp_path, "q8_0")
+    name = next(path for path in job.run.loras if path.endswith("layers.1.mlp.up_proj"))
+    lora = job.run.loras[name]
+    assert isinstance(lora, LoraTensors)
+    loras = {**job.run.loras, name: replace(lora, b_OR=factor * lora.b_OR)}
+    job = replace(job, run=replace(job.run, loras=loras))
+    form = TARGETS["gguf"]["q8_0"]
+    form.write(job)
+    samples = compute_live_outputs(job).changes
+    assert find_lost_changes(samples, form.reload(job).network) == ()
+    assert {sample.key for sample in live.changes} - {sample.key for sample in samples} == {name}
+
+
 class Layers(nn.Module):
     """A linear, a stack of experts, an embedding and a norm."""
 
@@ -122,6 +140,7 @@ class Layers(nn.Module):
         self.linear = nn.Linear(32, 48)
         self.mlp = nn.Module()
         self.mlp.experts = nn.Module()
+        self.mlp.experts.is_transposed = False
         self.mlp.experts.down_proj = nn.Parameter(torch.randn(6, 40, 24, generator=generator))
         self.embedding = nn.Embedding(50, 32)
         self.norm = nn.LayerNorm(32)
@@ -157,6 +176,61 @@ def test_each_kind_of_change_is_there_or_lost(changes: Mapping[str, WeightDelta]
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
+def test_square_matrices_are_read_as_the_module_stores_them(is_lost: bool) -> None:
+    """gpt-oss multiplies by [I, O]; here both sizes are equal."""
+    torch.manual_seed(0)
+    network = Layers().requires_grad_(False)
+    experts = network.mlp.experts
+    experts.is_transposed = True
+    experts.down_proj = nn.Parameter(torch.randn(6, 24, 24), requires_grad=False)
+    delta = ExpertLoraTensors(torch.randn(6, 2, 24), torch.randn(6, 24, 2), 0.1)
+    samples = sample_changes(network, {"mlp.experts": delta}, None)
+    for expert in range(6):
+        change_OI = 0.1 * delta.b_EOR[expert] @ delta.a_ERI[expert]
+        experts.down_proj[expert] += change_OI if is_lost else change_OI.t()
+    lost = find_lost_changes(samples, network)
+    assert [item.key for item in lost] == ["mlp.experts"] * is_lost
+
+
+@pytest.mark.parametrize("factor", [0, 1e-30, 1e-12])
+@pytest.mark.parametrize("dtype", [torch.float16, None])
+def test_nothing_is_lost_of_a_change_that_cannot_be_seen(
+    factor: float, dtype: torch.dtype | None
+) -> None:
+    """An expert that no token chose, or a new token's row without a gradient, is as in the base;
+    rounding to 8 bits changes it."""
+    torch.manual_seed(0)
+    network = Layers().requires_grad_(False)
+    changes = dict(make_changes())
+    lora, experts = changes["linear"], changes["mlp.experts"]
+    assert isinstance(lora, LoraTensors)
+    assert isinstance(experts, ExpertLoraTensors)
+    changes["linear"] = replace(lora, b_OR=factor * lora.b_OR)
+    chosen = torch.tensor([1, 1, 0, 1, 1, 1])[:, None, None]
+    changes["mlp.experts"] = replace(
+        experts, b_EOR=torch.where(chosen == 1, experts.b_EOR, factor * experts.b_EOR)
+    )
+    changes["embedding"] = TokenRowTensors(45, network.embedding.weight[45:] * (1 + factor))
+    changes["norm"] = ModuleTensor("norm.weight", network.norm.weight + factor)
+    samples = sample_changes(network, changes, dtype)
+    base = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    merge_into_network(network, changes)  # type: ignore[arg-type]
+    for parameter in network.parameters():
+        round_to_steps(parameter)
+    assert find_lost_changes(samples, network) == ()
+    for name, parameter in network.named_parameters():
+        parameter.copy_(base[name])
+        round_to_steps(parameter)
+    assert [lost.key for lost in find_lost_changes(samples, network)] == ["mlp.experts"]
+
+
+def round_to_steps(weight: Tensor) -> None:
+    """Round to 8 bits in place."""
+    step = float(weight.abs().max()) / 127
+    weight.copy_((weight / step).round() * step)
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
 def test_eight_bits_hide_no_loss(is_lost: bool) -> None:
     """Rounding to 8 bits is ten times the change of a value here."""
     torch.manual_seed(0)
@@ -168,6 +242,6 @@ def test_eight_bits_hide_no_loss(is_lost: bool) -> None:
     samples = sample_changes(network, {"linear": lora}, torch.float16)
     if not is_lost:
         merge_into_network(network, {"linear": lora})  # type: ignore[arg-type]
-    weight.copy_((weight / step).round() * step)
+    round_to_steps(weight)
     lost = find_lost_changes(samples, network)
     assert [item.key for item in lost] == ["linear"] * is_lost

@@ -14,18 +14,21 @@ from transformers import AutoModelForCausalLM
 
 from quick_families import leave_others_to_slow
 from tiny_models import (
+    CONFIGS,
     EXPERT_FAMILIES,
     LORA,
+    SQUARE_CONFIGS,
     collate_documents,
     make_tiny_document,
     make_tiny_model,
     make_tiny_network,
 )
 from tunesmith.core.errors import InputError
-from tunesmith.model.adapters import add_lora, find_linears
+from tunesmith.model.adapters import add_lora, find_expert_modules, find_linears
 from tunesmith.model.causal_lm import load_network, wrap_model
 from tunesmith.model.experts import find_experts
 from tunesmith.model.hub.adapter_config import read_adapter
+from tunesmith.model.hub.stored_tensors import read_naming
 from tunesmith.model.merge import merge_into_network, read_loras, write_merged_weights
 from tunesmith.model.quantization import (
     find_quantized_weights,
@@ -39,8 +42,15 @@ FAMILIES = (
     *("qwen3_moe", "mixtral", "glm4_moe", "nemotron_h-experts", "qwen3_5_moe"),
     *("granitemoehybrid-experts", "gpt_oss", "granitemoe", "minimax_m2", "ernie4_5_moe"),
 )
+CHANGED = (*leave_others_to_slow(FAMILIES), *SQUARE_CONFIGS)
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = {"lora_target_modules": ["attention", "experts"]}
+
+
+@pytest.fixture(autouse=True)
+def square_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    for family, config in SQUARE_CONFIGS.items():
+        monkeypatch.setitem(CONFIGS, family, config)
 
 
 def save_base(family: str, folder: Path) -> Path:
@@ -84,7 +94,7 @@ def test_an_adapter_is_read_with_its_targets(family: str, tmp_path: Path) -> Non
     assert (adapter.rank, adapter.alpha, dict(adapter.rank_pattern)) == (4, 6, {})
 
 
-@pytest.mark.parametrize("family", leave_others_to_slow(FAMILIES))
+@pytest.mark.parametrize("family", CHANGED)
 def test_merged_weights_equal_the_adapter(family: str, tmp_path: Path) -> None:
     base = save_base(family, tmp_path / "base")
     expected = compute_our_logits(save_trained(family, base, tmp_path / "adapter"))
@@ -100,7 +110,16 @@ def test_merged_weights_equal_the_adapter(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(compute_logits(network), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", leave_others_to_slow(FAMILIES))
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_files_hold_stacks_as_the_stock_module_does(family: str) -> None:
+    network = make_tiny_network(family)
+    naming = read_naming(network.config.to_dict())
+    modules = list(find_expert_modules(network).values())
+    assert modules
+    assert {module.is_transposed for module in modules} == {naming.has_transposed_stacks}
+
+
+@pytest.mark.parametrize("family", CHANGED)
 def test_the_stock_network_computes_the_adapter(family: str, tmp_path: Path) -> None:
     """It is the oracle of a run that continues an adapter, and is unchanged afterwards."""
     base = save_base(family, tmp_path / "base")
@@ -183,7 +202,7 @@ def test_experts_are_quantized_from_the_files(family: str, tmp_path: Path) -> No
     torch.testing.assert_close(compute_logits(network), compute_logits(dense), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SQUARE_CONFIGS])
 def test_an_adapter_on_four_bit_experts_is_merged_into_them(family: str, tmp_path: Path) -> None:
     base = save_base(family, tmp_path / "base")
     save_trained(family, base, tmp_path / "adapter")

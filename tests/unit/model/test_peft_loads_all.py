@@ -17,6 +17,7 @@ from quick_families import leave_others_to_slow
 from tiny_models import (
     CONFIGS,
     LORA,
+    SQUARE_CONFIGS,
     collate_documents,
     make_stock_network,
     make_tiny_document,
@@ -87,6 +88,15 @@ def test_every_tensor_finds_its_module(
     config = compare_with_peft(family, tmp_path, "all-linear")
     assert config["target_modules"], "token mixers are adapted as modules"
     assert not any("." in name for name in config["target_modules"])
+
+
+@pytest.mark.parametrize("family", SQUARE_CONFIGS)
+def test_square_experts_are_adapted_as_peft_does(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIGS, family, SQUARE_CONFIGS[family])
+    config = compare_with_peft(family, tmp_path, ["attention", "experts"])
+    assert config["target_parameters"]
 
 
 @pytest.mark.parametrize("family", DENSE_CONFIGS)

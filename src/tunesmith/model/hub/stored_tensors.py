@@ -62,7 +62,8 @@ CONVOLUTION = re.compile(r"(.*\.)[qkv](_conv1d\.weight)")
 # Tables that are computed today, in checkpoints of the first families.
 OLD_BUFFER = re.compile(r".*\.(rotary_emb\.inv_freq|(attention|attn)\.(masked_)?bias)")
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
-TRANSPOSED_TYPES = {"qwen3_vl_moe"}  # their fused experts are stored [E, I, O]
+TRANSPOSED_TYPES = {"qwen3_vl_moe"}  # files hold their fused experts [E, I, O], the class does not
+TRANSPOSED_STACKS = {"gpt_oss"}  # text types whose class has [E, I, O], as its files do
 PREDICTING_PREFIXES = ("mtp.", "model.mtp_")  # of what predicts further tokens
 # their layers beyond the last one do
 PREDICTING_TYPES = {"deepseek_v3", "glm4_moe", "glm4_moe_lite"}
@@ -137,6 +138,11 @@ class TensorNaming:
     num_layers: int | None = None  # config.json leaves it to transformers' default
     hidden_size: int | None = None
     is_transposed: bool = False
+
+    @property
+    def has_transposed_stacks(self) -> bool:
+        """Whether the parameters of experts are [E, I, O] in the text class."""
+        return self.text_type in TRANSPOSED_STACKS
 
     def name_parameter(self, name: str) -> str | None:
         """Return the parameter that a tensor belongs to, or None for one that is left out."""
@@ -255,7 +261,7 @@ def _group_tensors(
             _refuse_different_parts(f"{match[1]}conv1d.weight", headers, folder)
             parameters[f"{match[1]}conv1d.weight"] = StoredParameter(headers)
         else:
-            is_transposed = _is_transposed(name, header, naming)
+            is_transposed = is_stored_transposed(name, header, naming)
             parameters[name] = StoredParameter((header,), is_transposed=is_transposed)
     for path, matrices in experts.items():
         stacked = _stack_experts(path, matrices, folder)
@@ -278,9 +284,9 @@ def _refuse_different_parts(name: str, headers: tuple[TensorHeader, ...], folder
             raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
 
 
-def _is_transposed(name: str, header: TensorHeader, naming: TensorNaming) -> bool:
-    """Whether a file holds fused experts [E, I, O] where the class has [E, O, I], or the other way
-    round in MXFP4."""
+def is_stored_transposed(name: str, header: TensorHeader, naming: TensorNaming) -> bool:
+    """Return whether a file holds fused experts [E, I, O] where the class has [E, O, I], or the
+    other way round in MXFP4."""
     if header.dtype == MXFP4_DTYPE or is_transposed_linear(name):
         return True
     dimension = {"gate_up_proj": -1, "down_proj": -2}.get(name.rpartition(".")[2])
