@@ -3,15 +3,16 @@
     trials = list(try_rates(plan, inputs))      one base model; each rate starts from its weights
     summarize_trials(plan, trials)              -> LRFinderResult: which rate, and where it diverges
 
-A rate collapses when its loss is not finite or rises by a fifth above its minimum, its gradient is
-ten times the median, or its held-out loss is worse than the untrained model's. Higher rates are not
-tried. `test_data` is not read. Left out: plotting (lr_plot.py), and what a longer run would prefer,
-which is often a slightly lower rate.
+A rate collapses when a loss is not finite or rises by a fifth above its minimum, its gradient is
+ten times the median, or its held-out loss is not finite or worse than the untrained model's. Higher
+rates are not tried. `test_data` is not read. Left out: plotting (lr_plot.py), and what a longer run
+would prefer, which is often a slightly lower rate.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -137,8 +138,12 @@ def _run_trial(session: Session, items: EvalItems, rate: float, steps: int) -> L
         is_finite = False
         collapse_reason = "non-finite loss or gradient"
     losses = tuple(step.loss for step in train_steps)
+    collapse_reason = collapse_reason or detect_collapse(train_steps)
     held_out = measure_eval_loss(session, items) if is_finite else None
-    return LRTrial(rate, losses, held_out, collapse_reason or detect_collapse(train_steps))
+    if held_out is not None and not all(map(math.isfinite, held_out.values)):
+        held_out = None
+        collapse_reason = collapse_reason or "non-finite held-out loss"
+    return LRTrial(rate, losses, held_out, collapse_reason)
 
 
 def detect_collapse(train_steps: Sequence[TrainStep]) -> str:

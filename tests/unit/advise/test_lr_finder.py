@@ -1,6 +1,7 @@
 """The learning-rate finder: one start for every rate, a choice on held-out rows, and collapses."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from tunesmith.advise.lr_finder import (
     try_rates,
 )
 from tunesmith.advise.lr_plot import render_bar, render_svg
+from tunesmith.cli.views.lr_finder import format_trial
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import TrainStep
 from tunesmith.core.json_io import parse_as, to_jsonable
@@ -86,6 +88,22 @@ def test_texts_are_compared_by_bits_per_byte(tiny_folder: Path, tmp_path: Path) 
     )
     trials = list(try_rates(plan, run_inputs, steps=10))
     assert summarize_trials(plan, trials).metric == "bits_per_byte"
+
+
+def test_a_rate_whose_held_out_loss_overflows_has_collapsed(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Its only step was sound, and the results of the rates before it stay."""
+    changes = {"lora_r": 1, "lora_alpha": 10**19, "learning_rate": 1.0}
+    plan, run_inputs = make_inputs(tiny_folder, tmp_path, **changes)
+    untrained, *trials = try_rates(plan, run_inputs, steps=1)
+    last = trials[-1]
+    assert all(map(math.isfinite, last.losses))
+    assert (last.held_out, last.collapse_reason) == (None, "non-finite held-out loss")
+    assert format_trial(last).endswith("loss none; collapsed: non-finite held-out loss")
+    result = summarize_trials(plan, [untrained, *trials])
+    assert (result.chosen_rate, result.collapse_rate) == (0.1, 1.0)
+    assert [point.loss is None for point in result.points] == [False, False, True]
 
 
 def make_steps(losses: Sequence[float], norms: Sequence[float] = ()) -> list[TrainStep]:
