@@ -22,12 +22,13 @@ from tunesmith.core.formatting import format_count
 from tunesmith.core.run_dir import RECIPE_FILE, is_staged
 from tunesmith.core.types import RunRecord
 from tunesmith.data.answer_values import LOPSIDED_SHARE
-from tunesmith.evaluate.metrics import FORM_METRICS, split_metric
+from tunesmith.evaluate.metrics import BITS_PER_BYTE, FORM_METRICS, split_metric
 from tunesmith.evaluate.scale_choice import (
     build_commands,
     describe_recommendation,
     recommend_scale,
 )
+from tunesmith.evaluate.statistics import MIN_ITEMS
 from tunesmith.plan.build import MIN_STEPS
 from tunesmith.recipe.fields import parse_custom_metric
 
@@ -70,13 +71,22 @@ class RunFacts:
 
     @property
     def has_forgotten(self) -> bool:
-        """Whether general text may have lost more than the limit."""
+        """Whether general text got worse, and may have lost more than the limit."""
         limit = self.record.plan.config.forgetting_margin
         return any(
-            comparison.high > limit
-            for comparison in self.record.comparisons
-            if (comparison.task, comparison.metric) == (GENERAL_TASK, "bits_per_byte")
+            each.after.n >= MIN_ITEMS and each.difference > 0 and each.high > limit
+            for each in self.record.comparisons
+            if (each.task, each.metric) == (GENERAL_TASK, BITS_PER_BYTE)
         )
+
+    @property
+    def has_expected_answers(self) -> bool:
+        """Whether answers to the test rows can be graded: plain text has none, and of preference
+        rows and KTO's another metric decides."""
+        test_data = self.record.plan.data.get("test_data")
+        if test_data is None or self.record.plan.config.stage != "sft":
+            return False
+        return "text" not in test_data.format.split(", ")
 
     @property
     def limits_at_scale(self) -> float:
@@ -186,7 +196,7 @@ def suggest_grades(facts: RunFacts) -> NextStep | None:
     metric = split_metric(errors.metric)[0] if errors else ""
     is_graded = metric not in ("", *FORM_METRICS) or facts.has_custom_metric
     is_formless = errors is not None and not errors.right  # and so none is right
-    can_grade = facts.num_test_items and facts.record.plan.config.stage != "cpt"
+    can_grade = facts.num_test_items and facts.has_expected_answers
     if is_graded or is_formless or not can_grade:
         return None
     reason = "grade the answers: whether they are right was not measured"

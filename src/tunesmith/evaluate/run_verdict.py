@@ -195,13 +195,19 @@ def _has_side_gain(
         return False
     if record.errors is None or record.errors.shortcuts:
         return False
-    custom = set(map(format_metric_name, record.plan.config.metrics)) - set(METRICS)
     outcomes: set[str] = set()
     for comparison, verdict in tests:
-        name = split_metric(comparison.metric)[0]
-        if (name in METRICS or comparison.metric in custom) and name not in FORM_METRICS:
+        is_of_form = split_metric(comparison.metric)[0] in FORM_METRICS
+        if _grades_answers(comparison.metric, record.plan) and not is_of_form:
             outcomes.add(verdict)
     return "better" in outcomes and "worse" not in outcomes
+
+
+def _grades_answers(metric: str, plan: Plan) -> bool:
+    """Return whether a metric grades answers: one of METRICS, or of the recipe's, which may be
+    custom."""
+    of_recipe = map(format_metric_name, plan.config.metrics)
+    return split_metric(metric)[0] in METRICS or metric in of_recipe
 
 
 def _choose_name(
@@ -248,7 +254,7 @@ def _list_reasons(
     reasons += _list_right_base(errors, deciding)
     reasons += _list_suspects(errors)
     reasons += _list_repeated_rows(record.plan)
-    reasons += _list_side_gains(judged, deciding)
+    reasons += _list_side_gains(judged, deciding, record.plan)
     return [*reasons, *_list_forgetting(record)]
 
 
@@ -279,7 +285,8 @@ def _list_repeated_rows(plan: Plan) -> list[str]:
     return [
         f"test_data: {finding.message}"
         for finding in (report.findings if report else ())
-        if finding.check in REPEAT_CHECKS and finding.level != "info" and finding.count > max_rows
+        # at other levels the rows share a prompt or a passage, and no more
+        if finding.check in REPEAT_CHECKS and finding.level == "error" and finding.count > max_rows
     ]
 
 
@@ -376,7 +383,7 @@ def _list_wrong_parts(
 
 
 def _list_side_gains(
-    judged: Sequence[JudgedComparison], deciding: Sequence[JudgedComparison]
+    judged: Sequence[JudgedComparison], deciding: Sequence[JudgedComparison], plan: Plan
 ) -> list[str]:
     """Return which grades of the answers got better although the deciding metric did not, such as
     their form."""
@@ -384,7 +391,7 @@ def _list_side_gains(
         return []
     gains: list[str] = []
     for comparison, verdict in judged:
-        if verdict == "better" and split_metric(comparison.metric)[0] in METRICS:
+        if verdict == "better" and _grades_answers(comparison.metric, plan):
             values = f"{comparison.before.value:.3f} -> {comparison.after.value:.3f}"
             gains.append(f"{_name_task(comparison)}{comparison.metric} {values}")
     if not gains:

@@ -212,6 +212,18 @@ def test_a_gain_in_content_counts_where_the_strictest_metric_shows_none() -> Non
     assert judge(errors, few, fields, make_general(0.001)).name == "not measured"
 
 
+def test_a_gain_in_a_custom_metric_is_named_where_the_deciding_one_shows_none() -> None:
+    plan = fake_runs.make_record().plan
+    metrics = replace(plan.settings["metrics"], value=("exact_match", "my/grades.py:tone"))
+    plan = plan.with_settings(metrics=metrics)
+    tone = replace(make_change(0.6), metric="grades.py:tone")
+    verdict = judge(make_errors(80), make_change(0.0), tone, make_general(0.001), plan=plan)
+    assert verdict.name == "useful, not ready"
+    assert verdict.reasons == (
+        "exact_match did not get better, only grades.py:tone 0.300 -> 0.900",
+    )
+
+
 def test_a_level_that_a_constant_has_is_not_ready() -> None:
     suspect = replace(CONSTANT, field="", value="yes", n=80, count=80, expected=76, p_value=1.0)
     errors = make_errors(76, suspects=(suspect,))
@@ -233,6 +245,7 @@ def test_test_rows_that_repeat_training_rows_are_a_reason() -> None:
     for count, check, level in (
         (200, "near_leaks", "error"),
         (200, "ngram_overlap", "info"),
+        (200, "leaks", "warn"),  # a prompt of data with another answer
         (100, "near_leaks", "error"),
         (200, "duplicates", "error"),
     ):
@@ -244,7 +257,7 @@ def test_test_rows_that_repeat_training_rows_are_a_reason() -> None:
         names.append(verdict.name)
         if verdict.reasons:
             assert verdict.reasons == (f"test_data: {message}",)
-    assert names == ["useful, not ready", "ready", "ready", "ready"]
+    assert names == ["useful, not ready", "ready", "ready", "ready", "ready"]
 
 
 def test_a_base_that_needs_no_training_is_said() -> None:
@@ -274,6 +287,30 @@ def test_where_nothing_grades_the_answers_a_command_does() -> None:
     assert command not in [step.command for step in formless.next_steps]
     graded = judge(make_errors(40), make_change(0.5), make_general(0.001))
     assert command not in [step.command for step in graded.next_steps]
+
+
+def test_only_answers_that_the_test_rows_expect_can_be_graded() -> None:
+    """Of plain text there are none, and of preference rows another metric decides."""
+    loss = replace(make_change(-0.6, higher_is_better=False), metric="loss")
+    plan = fake_runs.make_record().plan
+
+    def list_commands(rows: str, stage: str) -> str:
+        data = plan.data | {"test_data": replace(fake_runs.REPORT, format=rows)}
+        staged = replace(plan, data=data).with_settings(
+            stage=replace(plan.settings["seed"], value=stage)
+        )
+        verdict = judge(None, loss, make_general(0.001), plan=staged)
+        return str([step.command for step in verdict.next_steps])
+
+    assert "--metrics exact_match" in list_commands("completion", "sft")
+    for rows, stage in (
+        ("text", "sft"),
+        ("messages, text", "sft"),
+        ("preference", "preference"),
+        ("completion", "preference"),  # KTO
+        ("text", "cpt"),
+    ):
+        assert "--metrics" not in list_commands(rows, stage)
 
 
 def test_the_side_of_the_limit_is_told_where_it_is_close() -> None:
@@ -338,6 +375,22 @@ def test_what_was_forgotten_has_a_step_where_no_scale_is_better() -> None:
     )
     assert mended.next_steps[0].reason.endswith("of the forgetting: verify it")
     assert "half the learning rate" not in str(mended.next_steps)
+
+
+@pytest.mark.parametrize(
+    "general", [make_general(0.001, 0.5, n=4), make_general(-0.01, 0.05), make_general(0.0, 0.05)]
+)
+def test_no_step_is_for_forgetting_that_was_not_measured(general: Comparison) -> None:
+    """Neither where texts are too few, nor where general text did not get worse."""
+    record = replace(
+        fake_runs.make_record(),
+        comparisons=(make_change(0.6), general),
+        errors=make_errors(80),
+        scales=fake_runs.make_scales(fake_runs.CHEAPER),
+    )
+    steps = str(judge_run(record, Path("r")).next_steps)
+    assert "forget" not in steps
+    assert "compare" not in steps
 
 
 def test_a_base_that_is_all_right_has_no_wrong_answers_to_read() -> None:
