@@ -94,7 +94,8 @@ def check_rotation(text: Mapping[str, Any], text_type: str, head_dim: int, where
 
     transformers takes a head of one value for one of two."""
     is_unrotated = text_type in UNROTATED_TYPES or text.get("position_embedding_type") == "nope"
-    if text_type in FIXED_ROTATION_TYPES and _find_rope_type(text) in ("dynamic", "longrope"):
+    depends_on_length = not {"dynamic", "longrope"}.isdisjoint(_list_rope_types(text))
+    if text_type in FIXED_ROTATION_TYPES and depends_on_length:
         message = f"{text_type} with a rotation that depends on the length is not supported"
         raise InputError(message, where=where, fix="set another rope_type, or use another model")
     if is_unrotated or _is_partly_rotated(text):
@@ -110,15 +111,18 @@ def check_rotation(text: Mapping[str, Any], text_type: str, head_dim: int, where
 
 def _is_partly_rotated(text: Mapping[str, Any]) -> bool:
     """Return whether only some values of a head are rotated."""
-    factors = [_get_rotation(text).get("partial_rotary_factor"), text.get("partial_rotary_factor")]
+    factors = [part.get("partial_rotary_factor") for part in (text, *_list_rotations(text))]
     return any(isinstance(factor, float) and factor < 1 for factor in factors)
 
 
-def _find_rope_type(text: Mapping[str, Any]) -> str:
-    rotation = _get_rotation(text)
-    return str(rotation.get("rope_type") or rotation.get("type") or "default")
+def _list_rope_types(text: Mapping[str, Any]) -> list[str]:
+    rotations = _list_rotations(text)
+    return [str(part.get("rope_type") or part.get("type") or "default") for part in rotations]
 
 
-def _get_rotation(text: Mapping[str, Any]) -> Mapping[str, Any]:
+def _list_rotations(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the parameters of the rotation, and those of each type of layers inside them."""
     rotation = text.get("rope_parameters") or text.get("rope_scaling")
-    return rotation if isinstance(rotation, Mapping) else {}
+    if not isinstance(rotation, Mapping):
+        return []
+    return [rotation, *(part for part in rotation.values() if isinstance(part, Mapping))]

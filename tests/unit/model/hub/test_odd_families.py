@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from quick_families import leave_others_to_slow
 from tiny_models import CONFIGS
 from tunesmith.core.errors import InputError
+from tunesmith.model.hub.config_values import check_rotation
 from tunesmith.model.hub.spec import read_spec
 from tunesmith.model.text_network import check_weight_shapes
 
@@ -189,6 +190,26 @@ def test_rotations_that_cannot_be_chosen_by_document_are_refused(
     with pytest.raises(InputError, match=rf"{family} with a rotation that depends on") as caught:
         read_spec(tmp_path)
     assert "rope_type" in caught.value.fix
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("family", ["deepseek_v2", "granite_swa", "granitemoe_swa"])
+def test_such_rotations_are_refused_of_one_type_of_layers_too(
+    family: str, key: str, rope_type: str
+) -> None:
+    plain = {"rope_type": "default", "rope_theta": 100.0}
+    text = {key: {"sliding_attention": plain, "full_attention": plain | {"rope_type": rope_type}}}
+    with pytest.raises(InputError, match=rf"{family} with a rotation that depends on"):
+        check_rotation(text, family, 16, "config.json")
+    check_rotation({key: {"full_attention": plain}}, family, 16, "config.json")
+
+
+def test_a_part_that_is_rotated_in_one_type_of_layers_may_be_of_an_odd_head() -> None:
+    partial = {"full_attention": {"rope_type": "default", "partial_rotary_factor": 0.5}}
+    check_rotation({"rope_parameters": partial}, "llama", 15, "config.json")
+    with pytest.raises(InputError, match="head_dim is 15, but a rotation turns"):
+        check_rotation({"rope_parameters": {"full_attention": {}}}, "llama", 15, "config.json")
 
 
 def test_heads_that_are_not_rotated_may_have_an_odd_size(tmp_path: Path) -> None:
