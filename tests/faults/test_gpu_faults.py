@@ -5,6 +5,7 @@ No GPU is needed: the errors are torch's own types with the words of CUDA, cuBLA
 
 from __future__ import annotations
 
+import errno
 import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -235,12 +236,25 @@ def test_any_verb_ends_with_advice(
 # ---------------------------------------------------------------- Triton
 
 
+class FailingKernel:
+    """A kernel of which every launch raises."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __getitem__(self, _grid: Any) -> Any:
+        def launch(*_arguments: Any, **_settings: Any) -> None:
+            raise self.error
+
+        return launch
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(
     "kind",
     [
-        *("resources", "compiler", "driver", "no compiler", "no libcuda", "no cache", "old card"),
-        "memory",
+        *("resources", "compiler", "driver", "no compiler", "no libcuda", "no ldconfig"),
+        *("no cache", "full disk", "unloadable", "old card", "missing CC", "memory"),
     ],
 )
 def test_a_kernel_that_triton_cannot_run_is_named(
@@ -252,23 +266,21 @@ def test_a_kernel_that_triton_cannot_run_is_named(
 
     errors = {
         "resources": OutOfResources(120_000, 101_376, "shared memory"),
-        "compiler": subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"]),
+        "compiler": subprocess.CalledProcessError(1, ["gcc", "a.c", "-l:libcuda.so.1"]),
         "driver": RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
         "no compiler": RuntimeError("Failed to find C compiler. Please specify via CC"),
         "no libcuda": AssertionError("libcuda.so cannot found!\nPlease make sure GPU is set up"),
+        "no ldconfig": FileNotFoundError(2, "No such file or directory", "/sbin/ldconfig"),
         "no cache": PermissionError(13, "Permission denied", "/.triton"),
+        "full disk": OSError(errno.ENOSPC, "No space left on device"),
+        "unloadable": ImportError("cuda_utils.so: failed to map segment from shared object"),
         "old card": RuntimeError("PassManager::run failed"),
+        "missing CC": FileNotFoundError(2, "No such file or directory", "missing-cc"),
         "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     }
 
-    class Kernel:
-        def __getitem__(self, _grid: Any) -> Any:
-            def launch(*_arguments: Any, **_settings: Any) -> None:
-                raise errors[kind]
-
-            return launch
-
-    monkeypatch.setattr(triton_kernels, "rms_norm_kernel", Kernel())
+    monkeypatch.setenv("CC", "missing-cc")
+    monkeypatch.setattr(triton_kernels, "rms_norm_kernel", FailingKernel(errors[kind]))
     with pytest.raises(MachineError) as caught, machine_errors():
         triton_ops.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6)
     if kind == "driver":
@@ -277,5 +289,30 @@ def test_a_kernel_that_triton_cannot_run_is_named(
         assert isinstance(caught.value, OutOfMemory)
     else:
         assert "Triton cannot run rms_norm" in caught.value.message
-        fixes = {"no cache": "TRITON_CACHE_DIR", "no libcuda": "ldconfig"}
+        fixes = {
+            **dict.fromkeys(("no cache", "full disk", "unloadable"), "TRITON_CACHE_DIR"),
+            **dict.fromkeys(("no libcuda", "no ldconfig"), "TRITON_LIBCUDA_PATH"),
+        }
         assert fixes.get(kind, "pip uninstall triton") in caught.value.fix
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError("rows must be contiguous"),
+        RuntimeError("expected a tensor of 2 dimensions"),
+        OSError(errno.EBADF, "Bad file descriptor"),
+        FileNotFoundError(2, "No such file or directory", "kernels.py"),
+    ],
+    ids=repr,
+)
+def test_an_error_of_a_launch_that_is_not_the_machine_s_stays_a_bug(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.model.kernels import triton_kernels, triton_ops
+
+    monkeypatch.setattr(triton_kernels, "rms_norm_kernel", FailingKernel(error))
+    with pytest.raises(type(error)) as caught, machine_errors():
+        triton_ops.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6)
+    assert caught.value is error

@@ -7,7 +7,9 @@ the choice between implementations (ops.py)."""
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 from collections.abc import Callable
 from subprocess import CalledProcessError
 from typing import Any
@@ -34,8 +36,16 @@ TRITON_FIX = (
 
 CACHE_FIX = "set TRITON_CACHE_DIR to a folder from which compiled code can be loaded"
 DRIVER_FIX = "run ldconfig as root, or set TRITON_LIBCUDA_PATH to the folder of libcuda.so.1"
-# what Triton raises where a kernel is compiled or loaded: also without libcuda in ldconfig
-# (AssertionError), without room for its cache (OSError), and from its compiler (RuntimeError)
+# words of what Triton raises where it finds no libcuda, or no program that lists libraries
+DRIVER_WORDS = ("libcuda", "ldconfig")
+CACHE_WORDS = ("Could not create or locate cache dir", "Failed to load newly compiled")
+CACHE_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# of plain RuntimeErrors of its compiler, on a GPU that is too old for it too
+COMPILER_WORDS = (
+    *("Failed to find C compiler", "Failed to find C++ compiler", "Cannot find ptxas"),
+    "PassManager::run failed",
+)
+# what Triton raises where a kernel is compiled or loaded, and what a bug in a launch raises too
 LAUNCH_ERRORS = (
     AssertionError,
     CalledProcessError,
@@ -65,7 +75,7 @@ def _define(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]
 def _explain_errors(launch: Callable[..., None], name: str) -> Callable[..., None]:
     """Raise MachineError if Triton cannot compile a kernel, or how it is called, which needs a C
     compiler and Python's headers. Errors of CUDA and of memory stay what they are, for
-    machine_errors.py."""
+    machine_errors.py, and so do errors that are not known to be the machine's: they are bugs."""
 
     @functools.wraps(launch)
     def launch_explained(*arguments: Any) -> None:
@@ -74,17 +84,32 @@ def _explain_errors(launch: Callable[..., None], name: str) -> Callable[..., Non
         except LAUNCH_ERRORS as error:
             if isinstance(error, RuntimeError) and explain_error(error) is not None:
                 raise
+            fix = _choose_fix(error)
+            if not fix:
+                raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
             message = f"Triton cannot run {name}: {lines[0]}"
-            raise MachineError(message, fix=_choose_fix(error)) from error
+            raise MachineError(message, fix=fix) from error
 
     return launch_explained
 
 
 def _choose_fix(error: Exception) -> str:
-    if isinstance(error, OSError | ImportError):
+    """Return what to do about the machine; empty if the error is not known to be its."""
+    if isinstance(error, CalledProcessError | TritonError):
+        return TRITON_FIX  # the command of a compiler names libcuda too
+    text = str(error)
+    if any(words in text for words in DRIVER_WORDS):
+        return DRIVER_FIX
+    is_cache_full = isinstance(error, OSError) and error.errno in CACHE_CODES
+    has_cache_words = any(words in text for words in CACHE_WORDS)
+    if is_cache_full or has_cache_words or isinstance(error, PermissionError | ImportError):
         return CACHE_FIX
-    return DRIVER_FIX if isinstance(error, AssertionError) else TRITON_FIX
+    is_compiler_missing = isinstance(error, FileNotFoundError) and (
+        error.filename == os.environ.get("CC")
+    )
+    has_compiler_words = any(words in text for words in COMPILER_WORDS)
+    return TRITON_FIX if is_compiler_missing or has_compiler_words else ""
 
 
 def _get(kernel: Any) -> Any:
