@@ -55,7 +55,7 @@ from tunesmith.serve.sources import (
 FIRST_KEY = "first"  # made at the first start on this machine
 CUT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 DEAD_CODE = 1
-HEAD_SECONDS = 30  # for a connection to send a request head
+HEAD_SECONDS = 30  # between looks at a connection that may be idle
 CLOSE_SECONDS = 5  # for connections to take their last event
 POLL_SECONDS = 0.05
 LOADED_AT_START = 8  # adapters besides pinned ones, proven before the server is ready
@@ -234,23 +234,31 @@ class WebServer(uvicorn.Server):
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's, but a connection is closed that sends no whole request head within HEAD_SECONDS,
-    or takes no byte of what is ready for it in that time. Idle clients would hold all connections
-    that the system allows, and those that do not read the memory of their answers."""
+    """uvicorn's, but a connection is closed that sends no whole request head for 30 to 60 s, or
+    takes no byte of what is ready for it for 60 to 90 s. Idle clients would hold all connections
+    that the system allows, and those that do not read the memory of their answers.
+
+    It is looked at every HEAD_SECONDS. Two equal sizes of what is unsent may be chance, where a
+    long stream fills up what a slow client takes; three in a row mean that nothing was taken."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._close_later(was_idle=True)
+        self._close_later(was_idle=True, was_stuck=False)
 
-    def _close_later(self, *, was_idle: bool) -> None:
-        num_unsent = self.transport.get_write_buffer_size()
-        self.loop.call_later(HEAD_SECONDS, self._close_if_idle, was_idle, self.cycle, num_unsent)
+    def _close_later(self, *, was_idle: bool, was_stuck: bool) -> None:
+        last = (self.cycle, self.transport.get_write_buffer_size())
+        self.loop.call_later(HEAD_SECONDS, self._close_if_quiet, was_idle, was_stuck, *last)
 
-    def _close_if_idle(
-        self, was_idle: bool, last: RequestResponseCycle | None, last_unsent: int
+    def _close_if_quiet(
+        self,
+        was_idle: bool,
+        was_stuck: bool,
+        last: RequestResponseCycle | None,
+        last_unsent: int,
     ) -> None:
         num_unsent = self.transport.get_write_buffer_size()
-        if num_unsent and num_unsent == last_unsent:
+        is_stuck = bool(num_unsent) and num_unsent == last_unsent
+        if is_stuck and was_stuck:
             self.transport.abort()  # closing would wait until all is sent
             return
         if self.transport.is_closing() and not num_unsent:
@@ -258,7 +266,7 @@ class TimedProtocol(H11Protocol):
         is_idle = self.cycle is None or self.cycle.response_complete
         if was_idle and is_idle and self.cycle is last:
             self.transport.close()
-        self._close_later(was_idle=is_idle)
+        self._close_later(was_idle=is_idle, was_stuck=is_stuck)
 
 
 class StopSignals:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
 import logging
@@ -14,11 +15,15 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 import torch
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.server import ServerState
 
 from serve_lab import (
     LiveServer,
@@ -257,6 +262,48 @@ def test_an_answer_that_is_not_read_is_thrown_away(
             while part := connection.recv(2**20):
                 num_bytes += len(part)
     assert num_bytes < 50_000  # of 170,000: what the system had taken already
+
+
+class StubLoop:
+    """Keeps the last callback, for a test to call when it is time."""
+
+    def call_later(self, _seconds: float, callback: Callable[..., None], *arguments: Any) -> None:
+        self.pass_time = functools.partial(callback, *arguments)
+
+
+class StubTransport(asyncio.Transport):
+    unsent = 0
+    was_aborted = False
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def is_closing(self) -> bool:
+        return False
+
+    def abort(self) -> None:
+        self.was_aborted = True
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_aborted"), [((900, 900, 700, 700, 800), False), ((900, 800, 800, 800), True)]
+)
+def test_a_slow_client_is_not_cut_off_for_a_size_that_comes_again(
+    sizes: tuple[int, ...], is_aborted: bool
+) -> None:
+    """A long stream fills up what a slow client takes, so one equal size may be chance."""
+    loop: Any = StubLoop()
+    transport = StubTransport()
+    config = uvicorn.Config(Starlette(), log_config=None)
+    protocol = serve_server.TimedProtocol(config, ServerState(), {}, loop)
+    protocol.connection_made(transport)
+    answering: Any = SimpleNamespace(response_complete=False)
+    protocol.cycle = answering
+    for size in sizes:
+        assert not transport.was_aborted
+        transport.unsent = size
+        loop.pass_time()
+    assert transport.was_aborted == is_aborted
 
 
 def test_the_loop_goes_on_while_an_answer_is_written(
