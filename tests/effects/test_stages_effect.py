@@ -21,9 +21,10 @@ DEMO = Path(tunesmith.__file__).parent / "recipe" / "demo"
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_domain_is_still_likelier_after_both(seed: int, tmp_path: Path, record: Record) -> None:
-    texts: list[Json] = [{"text": text[:2000]} for text in topics.values() if len(text) > 500]
-    test = str(write_rows(tmp_path / "test.jsonl", texts[::9][:8]))
-    data = str(write_rows(tmp_path / "data.jsonl", [text for n, text in enumerate(texts) if n % 9]))
+    unique_texts = dict.fromkeys(text[:2000] for text in topics.values() if len(text) > 500)
+    texts: list[Json] = [{"text": text} for text in unique_texts]
+    test = str(write_rows(tmp_path / "test.jsonl", texts[::4]))
+    data = str(write_rows(tmp_path / "data.jsonl", [text for n, text in enumerate(texts) if n % 4]))
     cpt = {"data": data, "test_data": test, "max_length": 512, "batch_tokens": 2048, "max_steps": 5}
     sft = {
         "data": str(DEMO / "train.jsonl"),
@@ -43,5 +44,6 @@ def test_the_domain_is_still_likelier_after_both(seed: int, tmp_path: Path, reco
     list(api.train(stages.make_staged_plan(stage_inputs), stage_inputs))
     (change,) = read_record(tmp_path / "run").comparisons
     record(change)
-    assert (change.task, change.metric, change.after.n) == ("1-cpt test", "bits_per_byte", 8)
+    assert (change.task, change.metric) == ("1-cpt test", "bits_per_byte")
+    assert change.after.n == len(texts[::4]) >= 16
     assert change.high < 0

@@ -16,7 +16,7 @@ is the best (best_checkpoint.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tunesmith.core.errors import GateError, InputError
@@ -133,11 +133,7 @@ class GuardedTraining:
             else:
                 yield event
             if is_due:
-                try:
-                    yield from self._evaluate()
-                    verdicts += self._judge_evaluation(self.loop.step)
-                except GateError as error:
-                    verdicts.append(self._judge_non_finite(error))
+                verdicts += yield from self._evaluate_and_judge()
             yield from [verdict for verdict in verdicts if verdict.level == "warn"]
             worst = select_worst(verdicts)
             if worst is not None:
@@ -253,6 +249,14 @@ class GuardedTraining:
 
     def _is_probe_due(self) -> bool:
         return self.is_probing and self.loop.step % self.plan.config.probe_steps == 0
+
+    def _evaluate_and_judge(self) -> Generator[Event, None, list[CheckResult]]:
+        """Measure what is due and yield its events; return the verdicts on it."""
+        try:
+            yield from self._evaluate()
+            return self._judge_evaluation(self.loop.step)
+        except GateError as error:
+            return [self._judge_non_finite(error)]
 
     def _evaluate(self) -> Iterator[Event]:
         """Measure what is due and yield its scores and samples; adapt the rehearsal ratio."""
