@@ -198,12 +198,12 @@ def _has_side_gain(
     outcomes: set[str] = set()
     for comparison, verdict in tests:
         is_of_form = split_metric(comparison.metric)[0] in FORM_METRICS
-        if _grades_answers(comparison.metric, record.plan) and not is_of_form:
+        if _is_grade(comparison.metric, record.plan) and not is_of_form:
             outcomes.add(verdict)
     return "better" in outcomes and "worse" not in outcomes
 
 
-def _grades_answers(metric: str, plan: Plan) -> bool:
+def _is_grade(metric: str, plan: Plan) -> bool:
     """Return whether a metric grades answers: one of METRICS, or of the recipe's, which may be
     custom."""
     of_recipe = map(format_metric_name, plan.config.metrics)
@@ -391,7 +391,7 @@ def _list_side_gains(
         return []
     gains: list[str] = []
     for comparison, verdict in judged:
-        if verdict == "better" and _grades_answers(comparison.metric, plan):
+        if verdict == "better" and _is_grade(comparison.metric, plan):
             values = f"{comparison.before.value:.3f} -> {comparison.after.value:.3f}"
             gains.append(f"{_name_task(comparison)}{comparison.metric} {values}")
     if not gains:
