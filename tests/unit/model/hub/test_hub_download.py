@@ -68,7 +68,7 @@ def test_an_interrupted_download_is_completed(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert resolve_model("org/tiny") == folder
     (folder / "config.json").unlink()
-    with pytest.raises(MachineError, match="cannot be reached, but model 'org/tiny'"):
+    with pytest.raises(MachineError, match="cannot be reached, and model 'org/tiny'"):
         resolve_model("org/tiny")
 
 
