@@ -245,7 +245,7 @@ def test_a_token_opens_private_data_and_is_never_shown(
 @pytest.mark.usefixtures("hub")
 def test_nothing_in_the_cache_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(MachineError, match="cannot be reached, but data set 'org/rows'") as caught:
+    with pytest.raises(MachineError, match="cannot be reached, and data set 'org/rows'") as caught:
         pin_hub_data(make_recipe())
     assert "HF_ENDPOINT" in caught.value.fix
 
