@@ -425,7 +425,10 @@ def run_torchrun(num_processes: int, words: Sequence[str]) -> int:
             if failure.exitcode < 0:  # the number of a signal, of which a rank says nothing itself
                 logger.error("rank %d was ended by %s", rank, _name_signal(-failure.exitcode))
         _, first = failed.get_first_failure()
-        code = failed.failures.get(0, first).exitcode
+        main = failed.failures.get(0, first)
+        # torchrun ends the others when one has failed: that is no code of rank 0
+        was_ended = main.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+        code = first.exitcode if was_ended else main.exitcode
         return code if code > 0 else 128 - code
     except SignalException as caught:
         return 128 + int(caught.sigval)

@@ -63,6 +63,21 @@ def test_torchrun_starts_each_process_and_returns_their_exit_code(
 
 
 @pytest.mark.usefixtures("_unchanged_process")
+@pytest.mark.parametrize("ended", [143, -15])
+def test_a_main_rank_that_torchrun_ended_has_the_code_of_the_first_failure(
+    ended: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_options: Any) -> None:
+        first = ProcessFailure(1, 7, 2, "")
+        main = ProcessFailure(0, 8, ended, "")
+        main.timestamp = first.timestamp + 1
+        raise ChildFailedError("tunesmith", {0: main, 1: first})
+
+    monkeypatch.setattr(torchrun, "run", fail)
+    assert run_torchrun(2, ["no-such-verb"]) == 2
+
+
+@pytest.mark.usefixtures("_unchanged_process")
 def test_a_rank_that_was_killed_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
