@@ -15,7 +15,7 @@ import argparse
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tunesmith.core.events import GenerationSample
 from tunesmith.core.types import Json
@@ -227,16 +227,22 @@ INJECTED_CONSTANTS = (
 )
 
 
-def count_constants(task: str, name: str, size: int, repeats: int, seed: int) -> tuple[int, int]:
-    """Return (times that the injected constant was detected, times)."""
-    detected = 0
+def iter_injected(
+    task: str, name: str, size: int, repeats: int, seed: int
+) -> Iterator[tuple[Sequence[Item], list[Answer], bool]]:
+    """Yield items, answers with an injected constant, and whether it is detected."""
     for repeat in range(repeats):
         chance = random.Random(f"{task} {name} {size} {repeat} {seed}")
         _, training = read_training(task, chance)
         items = [TASKS[task](chance) for _ in range(size)]
         answers = inject_constant(items, answer_items(items, 0.9, False, chance), name)
-        detected += ("constant", name) in detect_kinds(items, answers, training)
-    return detected, repeats
+        yield items, answers, ("constant", name) in detect_kinds(items, answers, training)
+
+
+def count_constants(task: str, name: str, size: int, repeats: int, seed: int) -> tuple[int, int]:
+    """Return (times that the injected constant was detected, times)."""
+    cases = iter_injected(task, name, size, repeats, seed)
+    return sum(is_detected for _, _, is_detected in cases), repeats
 
 
 def count_constants_noticed(
@@ -244,14 +250,9 @@ def count_constants_noticed(
 ) -> tuple[int, int]:
     """Return (times that the injected constant was detected or suspected, times)."""
     noticed = 0
-    for repeat in range(repeats):
-        chance = random.Random(f"{task} {name} {size} {repeat} {seed}")
-        _, training = read_training(task, chance)
-        items = [TASKS[task](chance) for _ in range(size)]
-        answers = inject_constant(items, answer_items(items, 0.9, False, chance), name)
+    for items, answers, is_detected in iter_injected(task, name, size, repeats, seed):
         suspects = find_suspects(pair_items(items, answers), None)
-        is_suspected = name in [suspect.field for suspect in suspects]
-        noticed += is_suspected or ("constant", name) in detect_kinds(items, answers, training)
+        noticed += is_detected or name in [suspect.field for suspect in suspects]
     return noticed, repeats
 
 

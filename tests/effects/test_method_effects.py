@@ -56,7 +56,7 @@ def test_held_out_answers_get_likelier(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-def test_new_tokens_are_learnt(seed: int, tmp_path: Path, record: Record) -> None:
+def test_new_tokens_are_learned(seed: int, tmp_path: Path, record: Record) -> None:
     """New tokens enclose every answer; after training, held-out answers begin with one."""
     train_rows = [add_record_tokens(row) for row in load_demo_rows("train", 32)]
     test_rows = [add_record_tokens(row) for row in load_demo_rows("test", 12)]

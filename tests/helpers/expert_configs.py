@@ -33,6 +33,10 @@ from transformers import (
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
 
 CHOICES: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2}
+WINDOWS: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+}
 SHARED: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "n_routed_experts": 8,
@@ -72,6 +76,7 @@ def make_expert_configs(sizes: dict[str, Any], wide: dict[str, Any]) -> dict[str
         **_make_attention_configs(sizes, wide),
         **_make_further_configs(sizes, wide),
         **_make_windowed_configs(sizes, wide),
+        **_make_cohere_configs(wide),
         **_make_latent_configs(sizes),
         **_make_hybrid_configs(sizes, wide),
     }
@@ -158,15 +163,10 @@ def _make_windowed_configs(
 ) -> dict[str, PreTrainedConfig]:
     """Return those with layers of windows, whose rotation may be another one or none, and Solar
     Open, which has none."""
-    narrow = wide | {"intermediate_size": 24}
-    windows: dict[str, Any] = {
-        "layer_types": ["sliding_attention", "full_attention"],
-        "sliding_window": 8,
-    }
     return {
         "afmoe": AfmoeConfig(
             **wide,
-            **windows,
+            **WINDOWS,
             **CHOICES,
             moe_intermediate_size=24,
             num_dense_layers=1,
@@ -174,28 +174,9 @@ def _make_windowed_configs(
             route_scale=1.5,
             mup_enabled=True,
         ),
-        "cohere2_moe": Cohere2MoeConfig(
-            **narrow,
-            **CHOICES,
-            sliding_window=8,
-            first_k_dense_replace=1,
-            prefix_dense_intermediate_size=40,
-            num_shared_experts=1,
-            logit_scale=1.5,
-        ),
-        "cohere2_moe-sigmoid": Cohere2MoeConfig(
-            **narrow,
-            **windows,
-            **CHOICES,
-            expert_selection_fn="sigmoid",
-            num_shared_experts=2,
-            shared_expert_combination_strategy="sum",
-            rms_norm_eps=1e-5,
-            logit_scale=1.5,
-        ),
         "granitemoe_swa": GraniteMoeSWAConfig(
             **(sizes | {"intermediate_size": 24}),
-            **windows,
+            **WINDOWS,
             num_local_experts=6,
             num_experts_per_tok=2,
             shared_intermediate_size=32,
@@ -205,7 +186,7 @@ def _make_windowed_configs(
         ),
         "mellum": MellumConfig(
             **wide,
-            **windows,
+            **WINDOWS,
             **CHOICES,
             moe_intermediate_size=24,
             mlp_layer_types=["dense", "sparse"],
@@ -217,6 +198,32 @@ def _make_windowed_configs(
             moe_intermediate_size=16,
             routed_scaling_factor=1.5,
             n_group=2,
+        ),
+    }
+
+
+def _make_cohere_configs(wide: dict[str, Any]) -> dict[str, PreTrainedConfig]:
+    """Return Cohere's, whose experts are chosen by a softmax or by a sigmoid."""
+    narrow = wide | {"intermediate_size": 24}
+    return {
+        "cohere2_moe": Cohere2MoeConfig(
+            **narrow,
+            **CHOICES,
+            sliding_window=8,
+            first_k_dense_replace=1,
+            prefix_dense_intermediate_size=40,
+            num_shared_experts=1,
+            logit_scale=1.5,
+        ),
+        "cohere2_moe-sigmoid": Cohere2MoeConfig(
+            **narrow,
+            **WINDOWS,
+            **CHOICES,
+            expert_selection_fn="sigmoid",
+            num_shared_experts=2,
+            shared_expert_combination_strategy="sum",
+            rms_norm_eps=1e-5,
+            logit_scale=1.5,
         ),
     }
 

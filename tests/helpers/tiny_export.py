@@ -20,8 +20,16 @@ from transformers import (
 )
 
 from tiny_runs import make_chat_row, make_tiny_recipe, train, write_rows
-from tunesmith.export.parity import ExportJob, select_examples
+from tunesmith.export.parity import (
+    ExportJob,
+    ParityOutputs,
+    compare_outputs,
+    compute_export_outputs,
+    refuse_mismatch,
+    select_examples,
+)
 from tunesmith.export.source_run import SourceRun, open_source_run
+from tunesmith.export.targets import TARGETS
 from tunesmith.model.gguf.tokenizer import PRE_TOKENIZERS
 
 SYSTEM = "You are small."
@@ -155,3 +163,11 @@ def make_export_job(path: Path, folder: Path, kind: str = "") -> ExportJob:
     run: SourceRun = open_source_run(path)
     folder.mkdir(parents=True, exist_ok=True)
     return ExportJob(run, folder, kind, select_examples(run))
+
+
+def judge_export(job: ExportJob, target: str, live: ParityOutputs) -> None:
+    """Raise GateError if an export differs from the run, whose outputs are `live`."""
+    form = TARGETS[target][job.export_type]
+    reread = form.reload(job)
+    parity = compare_outputs(job, live, compute_export_outputs(job, reread), reread)
+    refuse_mismatch(form.tolerance, parity, job, reread)

@@ -89,8 +89,9 @@ class RunFacts:
         return "text" not in test_data.format.split(", ")
 
     @property
-    def limits_at_scale(self) -> float:
-        """What general text lost at the recommended scale, in limits; 0 if it is unknown."""
+    def relative_forgetting_at_scale(self) -> float:
+        """Return what general text lost at the recommended scale as a multiple of the limit; 0 if
+        it is unknown."""
         best = recommend_scale(self.record.scales)
         limit = self.record.plan.config.forgetting_margin
         if best is None or best.general_lost is None or not limit:
@@ -238,14 +239,14 @@ def suggest_scale(facts: RunFacts) -> NextStep | None:
     if not commands:
         return None
     reason = f"on eval_data, {describe_recommendation(facts.record.scales)}"
-    if facts.limits_at_scale > 1:
-        reason += f", still {facts.limits_at_scale:.1f} times the limit"
+    if facts.relative_forgetting_at_scale > 1:
+        reason += f", still {facts.relative_forgetting_at_scale:.1f} times the limit"
     return NextStep(f"{reason}: verify it", commands[0])
 
 
 def suggest_gentler_rate(facts: RunFacts) -> NextStep | None:
     """Half the learning rate where general text lost more than the limit, at a better scale too."""
-    is_mended = suggest_scale(facts) is not None and facts.limits_at_scale <= 1
+    is_mended = suggest_scale(facts) is not None and facts.relative_forgetting_at_scale <= 1
     if not facts.has_forgotten or is_mended or not facts.is_single_stage:
         return None
     rate = facts.record.plan.config.learning_rate / 2

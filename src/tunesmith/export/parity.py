@@ -103,7 +103,7 @@ class ExportJob:
 
     @property
     def rounded_dtype(self) -> torch.dtype | None:
-        """What weights are rounded to at least; None for types that keep fp32."""
+        """Return the coarsest dtype that weights are rounded to, None for types that keep fp32."""
         name = {**ROUNDED_DTYPES, "": self.run.model_spec.dtype}.get(self.export_type)
         return getattr(torch, name) if name else None
 

@@ -58,7 +58,7 @@ class Isolation:
 
     @property
     def extent(self) -> str:
-        """In what sense the others are unchanged."""
+        """Return in what sense the others are unchanged."""
         return "bitwise" if self.is_bitwise else "by their gradient, which is 0"
 
 

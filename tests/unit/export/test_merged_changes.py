@@ -9,16 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tiny_export import make_export_job, save_run
+from tiny_export import judge_export, make_export_job, save_run
 from tunesmith.core.errors import GateError
 from tunesmith.export.merged_changes import MAX_ROWS, find_lost_changes, sample_changes
 from tunesmith.export.parity import (
-    ExportJob,
     ParityOutputs,
     compare_outputs,
     compute_export_outputs,
     compute_live_outputs,
-    refuse_mismatch,
 )
 from tunesmith.export.targets import TARGETS
 from tunesmith.model.expert_adapters import ExpertLoraTensors
@@ -36,13 +34,6 @@ def little_trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def live(little_trained: Path, tmp_path_factory: pytest.TempPathFactory) -> ParityOutputs:
     return compute_live_outputs(make_export_job(little_trained, tmp_path_factory.mktemp("live")))
-
-
-def judge(job: ExportJob, target: str, live: ParityOutputs) -> None:
-    form = TARGETS[target][job.export_type]
-    reread = form.reload(job)
-    parity = compare_outputs(job, live, compute_export_outputs(job, reread), reread)
-    refuse_mismatch(form.tolerance, parity, job, reread)
 
 
 def lose(base: Weights, merged: Weights, part: str, share: float = 0.0) -> Weights:
@@ -83,7 +74,7 @@ def test_a_merge_that_lost_a_part_of_the_adapter_fails(
 ) -> None:
     job = make_export_job(little_trained, tmp_path)
     TARGETS["merged"][""].write(job)
-    judge(job, "merged", live)
+    judge_export(job, "merged", live)
     file = job.folder / "model.safetensors"
     base = load_file(job.run.model_spec.path / "model.safetensors")
     damaged = LOSSES[name](base, load_file(file))
@@ -93,7 +84,7 @@ def test_a_merge_that_lost_a_part_of_the_adapter_fails(
         metadata={"format": "pt"},
     )
     with pytest.raises(GateError, match="of the parameters that training changed lack a part"):
-        judge(job, "merged", live)
+        judge_export(job, "merged", live)
 
 
 @pytest.mark.parametrize("target", ["gguf", "merged", "peft"])

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from tiny_export import CHATML, make_export_job, save_model, save_run
+from tiny_export import CHATML, judge_export, make_export_job, save_model, save_run
 from tiny_runs import make_chat_row, make_tiny_recipe, write_rows
 from tunesmith.cli.views.results import render_export
 from tunesmith.core.errors import GateError, TunesmithError
@@ -39,17 +39,6 @@ from tunesmith.train import run
 @pytest.fixture(scope="module")
 def live(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> ParityOutputs:
     return compute_live_outputs(make_export_job(finished, tmp_path_factory.mktemp("live")))
-
-
-def judged(job: ExportJob, target: str, live: ParityOutputs) -> None:
-    form = TARGETS[target][job.export_type]
-    reread = form.reload(job)
-    refuse_mismatch(
-        form.tolerance,
-        compare_outputs(job, live, compute_export_outputs(job, reread), reread),
-        job,
-        reread,
-    )
 
 
 def weights(job: ExportJob, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -237,7 +226,7 @@ def test_a_corrupted_export_fails(
     TARGETS[target][kind].write(job)
     corrupt(job)
     with pytest.raises(TunesmithError, match=message):
-        judged(job, target, live)
+        judge_export(job, target, live)
 
 
 def test_what_is_said_when_all_is_wrong(
@@ -365,7 +354,7 @@ def test_rows_without_messages_are_compared_too(tiny_llama: Path, tmp_path: Path
     job = make_export_job(path, tmp_path / "export", "f16")
     assert job.chat_examples == []
     TARGETS["gguf"]["f16"].write(job)
-    judged(job, "gguf", compute_live_outputs(job))
+    judge_export(job, "gguf", compute_live_outputs(job))
     assert "tokenizer.chat_template" not in gguf.GGUFReader(get_model_path(job)).fields
 
 
@@ -392,4 +381,4 @@ def test_what_others_rightly_render_otherwise(template: str, question: str, tmp_
         for witness in job.chat_examples
     )
     TARGETS["merged"][""].write(job)
-    judged(job, "merged", compute_live_outputs(job))
+    judge_export(job, "merged", compute_live_outputs(job))

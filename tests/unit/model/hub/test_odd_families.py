@@ -93,7 +93,7 @@ def test_a_window_that_a_type_ignores_is_no_reason_to_refuse_it(
 ) -> None:
     folder = save_changed(family, tmp_path)
     edit_config(folder, sliding_window=0, layer_types=None)
-    read_spec(folder)
+    assert read_spec(folder).model_type == family
 
 
 @pytest.mark.parametrize("family", ["mistral", "starcoder2", "gpt_oss"])
@@ -213,8 +213,10 @@ def test_a_part_that_is_rotated_in_one_type_of_layers_may_be_of_an_odd_head() ->
 
 
 def test_heads_that_are_not_rotated_may_have_an_odd_size(tmp_path: Path) -> None:
-    read_spec(save_changed("gpt2", tmp_path / "gpt2", n_embd=36, n_head=4))
-    read_spec(save_changed("nemotron_h", tmp_path / "nemotron_h", head_dim=5))
+    gpt2 = save_changed("gpt2", tmp_path / "gpt2", n_embd=36, n_head=4)
+    assert read_spec(gpt2).model_type == "gpt2"
+    nemotron = save_changed("nemotron_h", tmp_path / "nemotron_h", head_dim=5)
+    assert read_spec(nemotron).model_type == "nemotron_h"
 
 
 @pytest.mark.parametrize("name", ["InternLM3ForCausalLM", "LlamaForCausalLM"])
@@ -257,9 +259,10 @@ def test_layers_may_choose_different_numbers_of_experts(tmp_path: Path) -> None:
 
 
 def test_attention_alone_may_have_another_activation(tmp_path: Path) -> None:
-    read_spec(save_changed("lfm2", tmp_path / "lfm2"))
+    assert read_spec(save_changed("lfm2", tmp_path / "lfm2")).model_type == "lfm2"
     layers = ["full_attention"] * 3
-    read_spec(save_changed("qwen3_5", tmp_path / "qwen", hidden_act="gelu", layer_types=layers))
+    qwen = save_changed("qwen3_5", tmp_path / "qwen", hidden_act="gelu", layer_types=layers)
+    assert read_spec(qwen).model_type.startswith("qwen3_5")
 
 
 def test_heads_that_cannot_share_keys_are_refused(tmp_path: Path) -> None:
