@@ -3,13 +3,14 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.cells import cell_len
 
-from fake_runs import make_record, write_run
+from fake_runs import PLAN, make_record, write_run
 from tunesmith.cli import run as run_commands
 from tunesmith.core.evidence import RunVerdict
 from tunesmith.core.run_dir import EVENTS_FILE, PLAN_FILE, RECORD_FILE
@@ -188,3 +189,21 @@ def test_an_impossible_name_is_the_users_input(
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert "\x1b" not in err
+
+
+def test_the_model_has_the_room_that_the_other_columns_leave(
+    folder: Path, tunesmith: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = "a-model-with-a-name-of-36-characters"
+    plan = replace(PLAN, recipe=PLAN.recipe | {"model": model})
+    write_run(folder / "runs/a", plan=plan, record=make_record(plan=plan))
+    shown: dict[int, str] = {}
+    for columns in (86, 96, 160):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        heading, line = tunesmith("runs")[1].splitlines()
+        assert len(line) <= columns
+        start = heading.index("model")
+        shown[columns] = line[start:].split()[0]
+    assert shown[160] == model
+    assert 20 <= len(shown[86]) < len(shown[96]) < len(model)
+    assert shown[86] == model[: len(shown[86]) - 1] + "…"

@@ -37,6 +37,8 @@ SPARED_COLUMNS = ("model", "memory", "metric")
 NUMBERS = ("step", "score", "memory", "age")
 GAP = 2  # between columns
 MIN_PATH_WIDTH = 12
+MIN_MODEL_WIDTH = 20
+MAX_MODEL_WIDTH = 60
 
 
 def render_runs(runs: Sequence[RunSummary], now: float, num_older: int = 0) -> RenderableType:
@@ -48,7 +50,7 @@ def render_runs(runs: Sequence[RunSummary], now: float, num_older: int = 0) -> R
     cells = {
         "run": [Text(path) for path in paths],
         "state": [_render_state(run) for run in runs],
-        "model": [Text(flatten_text(run.model, 20)) for run in runs],
+        "model": [Text(flatten_text(run.model, MAX_MODEL_WIDTH)) for run in runs],
         "step": [Text(f"{run.step}/{run.steps}" if run.steps else "") for run in runs],
         "metric": [Text(_format_metric(run)) for run in runs],
         "score": [Text(_format_score(run)) for run in runs],
@@ -79,26 +81,36 @@ class RunTable:
             self.widths[name] = max(cell_len(cell.plain) for cell in column)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        names = self._choose_columns(options.max_width)
-        free = options.max_width - sum(self.widths[name] + GAP for name in names if name != "run")
-        widths = self.widths | {"run": min(self.widths["run"], max(MIN_PATH_WIDTH, free))}
+        widths = self._shorten_model(options.max_width)
+        names = _choose_columns(widths, options.max_width)
+        free = options.max_width - sum(widths[name] + GAP for name in names if name != "run")
+        widths["run"] = min(widths["run"], max(MIN_PATH_WIDTH, free))
         for row in zip(*(self.columns[name] for name in names), strict=True):
             path, *folded = chop_cells(row[0].plain, widths["run"])
             for cell, name in zip((Text(path, row[0].style), *row[1:]), names, strict=True):
-                blanks = " " * (widths[name] - cell_len(cell.plain))
-                text = blanks + cell.plain if name in NUMBERS else cell.plain + blanks
+                words = flatten_text(cell.plain, widths[name]) if name == "model" else cell.plain
+                blanks = " " * (widths[name] - cell_len(words))
+                text = blanks + words if name in NUMBERS else words + blanks
                 yield Segment(text, console.get_style(cell.style))
                 yield Segment("\n" if name == names[-1] else " " * GAP)
             yield Segment("".join(f"{part}\n" for part in folded))
         if self.caption:
             yield Segment(f"{self.caption}\n", console.get_style("dim"))
 
-    def _choose_columns(self, max_width: int) -> list[str]:
-        names = list(self.columns)
-        for spared in SPARED_COLUMNS:
-            if sum(self.widths[name] + GAP for name in names) - GAP > max_width:
-                names.remove(spared)
-        return names
+    def _shorten_model(self, max_width: int) -> dict[str, int]:
+        """Return the width of each column, where that of the model is what the others leave."""
+        model = self.widths["model"]
+        excess = sum(self.widths.values()) + GAP * (len(self.widths) - 1) - max_width
+        return self.widths | {"model": max(min(model, MIN_MODEL_WIDTH), min(model, model - excess))}
+
+
+def _choose_columns(widths: Mapping[str, int], max_width: int) -> list[str]:
+    """Return the names of the columns that fit."""
+    names = list(widths)
+    for spared in SPARED_COLUMNS:
+        if sum(widths[name] + GAP for name in names) - GAP > max_width:
+            names.remove(spared)
+    return names
 
 
 def _render_state(run: RunSummary) -> Text:
