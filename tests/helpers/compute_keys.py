@@ -59,22 +59,24 @@ def deterministic(lab: Lab) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def shard(lab: Lab) -> None:
+def dp_shard_size(lab: Lab) -> None:
     """What several processes do with it: tests/multi/test_rank_shards.py."""
-    made = plan_recipe(make_tiny_recipe(lab.model, lab.folder / "sharded", shard=2, dtype="bf16"))
-    assert (made.config.shard, made.config.weight_layout) == (2, "plain")
-    with pytest.raises(InputError, match="shard is 2, but the number of processes"):
-        lab.events(shard=2)
+    made = plan_recipe(
+        make_tiny_recipe(lab.model, lab.folder / "sharded", dp_shard_size=2, dtype="bf16")
+    )
+    assert (made.config.dp_shard_size, made.config.weight_layout) == (2, "plain")
+    with pytest.raises(InputError, match="dp_shard_size is 2, but the number of processes"):
+        lab.events(dp_shard_size=2)
 
 
-def context(lab: Lab) -> None:
+def context_parallel_size(lab: Lab) -> None:
     """What several processes do with it: tests/multi/test_rank_context.py."""
     lab.model = save_model_folder(lab.folder / "two-heads", num_kv_heads=2)
     alone, shared = (
-        plan_recipe(make_tiny_recipe(lab.model, lab.folder / name, context=size))
+        plan_recipe(make_tiny_recipe(lab.model, lab.folder / name, context_parallel_size=size))
         for name, size in (("alone", 1), ("shared", 2))
     )
     activations = [made.memory_bytes["activations"] for made in (alone, shared)]
     assert activations[1] == pytest.approx(activations[0] / 2, rel=0.1)
-    with pytest.raises(InputError, match="context is 2, but the number of processes"):
-        lab.events(context=2)
+    with pytest.raises(InputError, match="context_parallel_size is 2, but the number of processes"):
+        lab.events(context_parallel_size=2)

@@ -56,7 +56,7 @@ def make_documents(kind: str, step: int) -> list[Document]:
 
 
 def make_loop(ranks: Ranks, kind: str, context: int = 1, **model_settings: Any) -> TrainingLoop:
-    changes: dict[str, Any] = {"pack_length": 200, "context": context}
+    changes: dict[str, Any] = {"pack_length": 200, "context_parallel_size": context}
     if kind == "accumulated":
         changes["pack_length"] = 20
     if kind == "alone":  # a document of one token has a pack of its own

@@ -86,10 +86,16 @@ def load_model(
 
 
 def make_sharded_loop(
-    ranks: Ranks, folder: str, size: int, kind: str = "rows", context: int = 1, **how: Any
+    ranks: Ranks,
+    folder: str,
+    size: int,
+    kind: str = "rows",
+    context_parallel_size: int = 1,
+    **how: Any,
 ) -> TrainingLoop:
     iterate_alone(ranks)
-    changes = {"pack_length": 200, "context": context} | CHANGES.get(kind, {})
+    changes = {"pack_length": 200, "context_parallel_size": context_parallel_size}
+    changes |= CHANGES.get(kind, {})
     return TrainingLoop(
         load_model(folder, ranks, size, **how),
         lambda step: make_documents(kind, step),
@@ -251,7 +257,7 @@ def train_all_weights_with_little_memory(ranks: Ranks, folder: str) -> list[Full
 def run_out_of_memory_together(ranks: Ranks, folder: str) -> str:
     """Let rank 1 have no memory for its tokens of a document, and rank 0 wait for them; return what
     rank 0 says."""
-    training = make_sharded_loop(ranks, folder, 2, context=2)
+    training = make_sharded_loop(ranks, folder, 2, context_parallel_size=2)
     return fail_on_second_rank(ranks, training)
 
 

@@ -93,7 +93,7 @@ def test_a_rank_without_memory_ends_all() -> None:
     """The others wait for it inside of a layer, so that the step cannot be repeated."""
     heard, failed = run_processes(call_on_rank, 2, run_out_of_memory)
     assert "out of memory" in failed
-    assert "or raise context" in failed
+    assert "or raise context_parallel_size" in failed
     assert heard is None or heard.startswith("another rank has ended"), "its process has ended"
 
 
@@ -101,10 +101,10 @@ def test_a_run_whose_ranks_share_documents_is_that_of_one_process(tmp_path: Path
     model = save_model_folder(tmp_path / "model", num_kv_heads=2)
     rows = write_rows(tmp_path / "rows.jsonl", build_sum_rows(1, 12))
     changes = {"data": str(rows), "batch_size": 4, **write_eval_files(tmp_path)}
-    shared = changes | {"context": 2}
+    shared = changes | {"context_parallel_size": 2}
     ((code, message),) = train_on_ranks(1, model, tmp_path / "refused", shared)
     assert code == 2
-    assert "context is 2, but the number of processes (1) is not a multiple of it" in message
+    assert "context_parallel_size is 2, but the number of processes (1) is not a" in message
     assert [code for code, _ in train_on_ranks(3, model, tmp_path / "three", shared)] == [2, 2, 2]
     assert train_on_ranks(1, model, tmp_path / "one", changes) == [(0, "step 3")]
     assert train_on_ranks(2, model, tmp_path / "two", shared) == [(0, "step 3"), (0, "followed")]

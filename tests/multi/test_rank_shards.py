@@ -45,26 +45,28 @@ pytestmark = pytest.mark.multi
 
 
 ALL_EXPERTS = {"targets": ["attention", "experts"]}
-ALONE = {"context": 1}
+ALONE = {"context_parallel_size": 1}
 CASES = {
     "plain": Case(2, 2),
     "4 bits": Case(2, 2, "accumulated", how={"method": "qlora"}),
     "DoRA": Case(2, 2, how={"use_dora": True}),
     "experts, their adapters": Case(2, 2, base="gpt_oss", how=ALL_EXPERTS),
     "experts in 4 bits": Case(2, 2, base="qwen3_moe", how=ALL_EXPERTS | {"method": "qlora"}),
-    "a document for both": Case(2, 2, how={"context": 2}),
+    "a document for both": Case(2, 2, how={"context_parallel_size": 2}),
     "packs that differ in number": Case(3, 3, "accumulated", how={"policy": "full"}),
     "DoRA in 4 bits": Case(3, 3, "accumulated", how={"use_dora": True, "method": "qlora"}),
     "experts": Case(3, 3, "accumulated", "qwen3_moe", {"policy": "full"}),
     "two groups": Case(4, 2, "pairs", how={"policy": "selective"}),
-    "a document for each two of a group": Case(4, 4, "accumulated", how={"context": 2}),
+    "a document for each two of a group": Case(
+        4, 4, "accumulated", how={"context_parallel_size": 2}
+    ),
 }
 FULL = {"method": "full"}
-TOGETHER = {"shard": 2}
+TOGETHER = {"dp_shard_size": 2}
 HOW = ("complete", "sharded")
 FULL_CASES = {
     "full": Case(2, 2, how=FULL | {"policy": "selective"}),
-    "full, a document for both": Case(2, 2, how=FULL | {"context": 2}),
+    "full, a document for both": Case(2, 2, how=FULL | {"context_parallel_size": 2}),
     "full, packs that differ in number": Case(3, 3, "accumulated", how=FULL | {"policy": "full"}),
     "full, two groups": Case(4, 2, how=FULL),
 }
@@ -218,7 +220,7 @@ def jobs(
     recipes = {
         "complete": changes,
         "sharded": changes | TOGETHER,
-        "sharing documents": changes | TOGETHER | {"context": 2},
+        "sharing documents": changes | TOGETHER | {"context_parallel_size": 2},
         "complete in 4 bits": short | {"method": "qlora"},
         "sharded in 4 bits": short | {"method": "qlora"} | TOGETHER,
         "complete experts": short | {"use_dora": True},
@@ -285,7 +287,7 @@ def test_a_run_that_trains_all_weights_together_is_that_of_one_process(
 ) -> None:
     """Its proof, evaluations, probes, checkpoints and model, too; resumed on 1, 2 and 3 ranks."""
     job = jobs["full"]
-    recipe = {key: value for key, value in job.changes.items() if key != "shard"}
+    recipe = {key: value for key, value in job.changes.items() if key != "dp_shard_size"}
     alone = train_alone(dataclasses.replace(job, changes=recipe), tmp_path / "alone")
     sharded = read_weights(job.folder)
     np.testing.assert_allclose(sharded, read_weights(alone), rtol=0, atol=1e-5)
@@ -297,6 +299,6 @@ def test_a_run_that_trains_all_weights_together_is_that_of_one_process(
 def test_too_few_processes_are_refused_before_anything_is_loaded(
     folder: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    (outcome,) = train_on_ranks(1, folder, tmp_path / "alone", changes | {"shard": 2})
+    (outcome,) = train_on_ranks(1, folder, tmp_path / "alone", changes | {"dp_shard_size": 2})
     assert outcome[0] == 2
-    assert "shard is 2, but the number of processes (1) is not a multiple of it" in outcome[1]
+    assert "dp_shard_size is 2, but the number of processes (1) is not a" in outcome[1]

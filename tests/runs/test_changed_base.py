@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+import yaml
 
 import tunesmith
 from tiny_runs import make_tiny_recipe, plan_recipe, save_model_folder, train, write_eval_files
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
 from tunesmith.core.sealed_json import read_sealed_json
-from tunesmith.core.types import Plan
+from tunesmith.core.types import Json, Plan
 from tunesmith.recipe.schema import Recipe
 from tunesmith.report.trackers import export_run
 
@@ -88,6 +89,8 @@ def test_the_same_config_in_other_words_is_accepted(trained: Recipe) -> None:
 
 # ---------------------------------------------------------------- older folders
 
+FORMER_NAMES = {"context_parallel_size": "context", "dp_shard_size": "shard"}
+
 
 @pytest.fixture
 def older(trained: Recipe, tmp_path: Path) -> Path:
@@ -151,6 +154,38 @@ def test_an_older_run_of_stages_says_that_it_is_older(
         shutil.copy(stage / "record.json", staged / "record.json")
     with pytest.raises(InputError, match="run folder format 1 is not supported"):
         OPENERS[opener](staged)
+
+
+@pytest.fixture
+def former_names(trained: Recipe, tmp_path: Path) -> Path:
+    """A finished run whose settings have the names that they had first: context and shard."""
+    run = Path(shutil.copytree(get_run(trained), tmp_path / "run"))
+    shutil.copytree(get_run(trained).parent / "model", tmp_path / "model")
+    for name in ("plan.json", "record.json", "fingerprint.json"):
+        content = use_former_names(read_sealed_json(run / name))
+        (run / name).write_text(json.dumps(content))
+    recipe = run / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(use_former_names(yaml.safe_load(recipe.read_text()))))
+    return run
+
+
+def use_former_names(content: Json) -> Json:
+    return {
+        FORMER_NAMES.get(key, key): use_former_names(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+    }
+
+
+@pytest.mark.parametrize("opener", ["chat", "export merged", "report", "adapter_from"])
+def test_settings_with_former_names_are_read(opener: str, former_names: Path) -> None:
+    assert '"shard"' in (former_names / "record.json").read_text()
+    OPENERS[opener](former_names)
+
+
+def test_a_run_with_former_names_of_settings_is_resumed(former_names: Path) -> None:
+    (former_names / "record.json").unlink()  # as if it had been killed before
+    exhaust(tunesmith.resume(former_names))
+    assert tunesmith.read_record(former_names).plan.config.dp_shard_size == 1
 
 
 def test_an_older_adapter_folder_says_what_to_do(trained: Recipe, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The tokens of a pack that one of several ranks has, when `context` ranks share each document.
+"""The tokens of a pack that one of the ranks has that share each document (context parallelism).
 
     shard = TokenShard(ranks, size=2, num_tokens=1001)      of 2 ranks, the first has 501 tokens
     shard.exchange(rows, ...)                               parts of a tensor to and from the others
@@ -64,8 +64,9 @@ def refuse_group_size(size: int, ranks: Ranks) -> None:
     """Raise InputError if `ranks` cannot be divided into groups that share each document."""
     if ranks.world % size:
         raise InputError(
-            f"context is {size}, but the number of processes ({ranks.world}) is not a multiple "
-            "of it",
-            where=f"context: {size}",
-            fix=f"start {size} processes, or a multiple, with --gpus, or set context: 1",
+            f"context_parallel_size is {size}, but the number of processes ({ranks.world}) is not "
+            "a multiple of it",
+            where=f"context_parallel_size: {size}",
+            fix=f"start {size} processes, or a multiple, with --gpus, or set "
+            "context_parallel_size: 1",
         )

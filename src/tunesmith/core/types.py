@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 RUN_FORMAT = 3  # of plan.json and its run folder; raised when older files would be misread
+# settings of plans of this format that an older version wrote
+RENAMED_SETTINGS = {"context": "context_parallel_size", "shard": "dp_shard_size"}
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -174,8 +176,8 @@ class PlanConfig:
     new_rows_lr_factor: int | float | None = None  # learning rate of those rows, relative
     gradient_checkpointing: str  # kept or recomputed in the backward pass
     deterministic: bool = False  # torch's deterministic algorithms
-    context: int = 1  # ranks that share each document
-    shard: int = 1  # ranks that hold the weights of the model once
+    context_parallel_size: int = 1  # ranks that share each document
+    dp_shard_size: int = 1  # ranks that hold the weights of the model once
     chat_template: str  # "auto": the model's own; "none"; or the path of a Jinja file
     on_overlong: Literal["drop", "truncate", "refuse"]
     seed: int
@@ -290,8 +292,17 @@ class Plan:
             fields = cast("Json", fields)
             settings = _check_settings(fields["settings"])
             config = {key: setting["value"] for key, setting in settings.items()}
-            return fields | {"config": config, "reasons": settings}
+            recipe = rename_settings(fields.get("recipe"))
+            return fields | {"config": config, "reasons": settings, "recipe": recipe}
         return cast("Any", fields)
+
+
+def rename_settings(values: Any) -> Any:
+    """Return the settings or the recipe of a stored plan under the names of today."""
+    if not isinstance(values, dict):
+        return values
+    items = cast("Json", values).items()
+    return {RENAMED_SETTINGS.get(key, key): value for key, value in items}
 
 
 def _check_settings(settings: Any) -> dict[str, Json]:
@@ -299,6 +310,7 @@ def _check_settings(settings: Any) -> dict[str, Json]:
     if not isinstance(settings, dict):
         raise ValueError("settings: not a mapping")  # which pydantic reports
     names = {field.name for field in dataclasses.fields(PlanConfig)}
+    settings = rename_settings(settings)
     for key, setting in cast("dict[str, Any]", settings).items():
         if key not in names:
             raise ValueError(f"settings: unknown setting {key!r}")

@@ -32,7 +32,11 @@ def exchange_heads(
     if k.shape[1] % shard.size:
         heads = format_count(k.shape[1], "KV head")
         message = f"a layer has {heads}, which {shard.size} processes do not divide"
-        raise InputError(message, where=f"context: {shard.size}", fix="set context: 1")
+        raise InputError(
+            message,
+            where=f"context_parallel_size: {shard.size}",
+            fix="set context_parallel_size: 1",
+        )
     parts = [x.unflatten(1, (shard.size, -1)) for x in (q, k, v)]
     num_heads = [part.shape[2] for part in parts]
     # of each rank its query heads, then the keys and the values that they see

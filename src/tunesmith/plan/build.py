@@ -194,8 +194,10 @@ def _fit_memory(context: RuleContext, recipe: Recipe) -> RuleContext:
     with that mesh."""
     policy = recipe.gradient_checkpointing
     context = dataclasses.replace(context, mesh=choose_mesh(context, recipe))
-    context.settings["context"] = decide_context(context, recipe.context)
-    context.settings["shard"] = decide_shard(context, recipe.shard)
+    context.settings["context_parallel_size"] = decide_context(
+        context, recipe.context_parallel_size
+    )
+    context.settings["dp_shard_size"] = decide_shard(context, recipe.dp_shard_size)
     context.settings["gradient_checkpointing"] = decide_checkpointing(context, policy)
     return context
 
@@ -370,8 +372,8 @@ def refuse_if_too_large(plan: Plan) -> None:
     free = plan.machine.available_bytes
     if not has_enough_memory(plan):
         larger = f", such as {plan.fits_on}" if plan.fits_on else ""
-        if plan.machine.num_gpus > 1 and plan.config.shard == 1:
-            larger += "; more GPUs help if they hold the weights together: --shard"
+        if plan.machine.num_gpus > 1 and plan.config.dp_shard_size == 1:
+            larger += "; more GPUs help if they hold the weights together: --dp-shard-size"
         if "memory_factor" in plan.reasons:
             factor = plan.config.memory_factor
             larger += f"; the need is corrected by {factor}: {plan.reasons['memory_factor'].reason}"

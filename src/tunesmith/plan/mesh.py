@@ -65,22 +65,24 @@ def choose_mesh(context: RuleContext, recipe: Recipe) -> Mesh:
     nothing."""
     num_gpus = count_gpus(context.machine)
     preset = match_preset(context.machine)
-    if recipe.context != "auto":
-        refuse_shared_documents(context, recipe.context)
+    shard_size = recipe.dp_shard_size
+    context_size = recipe.context_parallel_size
+    if context_size != "auto":
+        refuse_shared_documents(context, context_size)
     if not context.machine.num_nodes:
-        group = 1 if recipe.context == "auto" else recipe.context
-        shard = 1 if recipe.shard == "auto" else recipe.shard
+        group = 1 if context_size == "auto" else context_size
+        shard = 1 if shard_size == "auto" else shard_size
         return Mesh(num_gpus=group * shard, shard=shard, context=group)
     if num_gpus == 1 or preset is None:
         return SINGLE_GPU
     num_nodes = context.machine.num_nodes
-    shards = _list_shard_sizes(num_gpus, num_nodes) if recipe.shard == "auto" else [recipe.shard]
-    sizes = _list_context_sizes(context) if recipe.context == "auto" else [recipe.context]
-    largest = Mesh(num_gpus, num_nodes, max(shards), sizes[0])
-    for context_size in sizes:
+    shards = _list_shard_sizes(num_gpus, num_nodes) if shard_size == "auto" else [shard_size]
+    groups = _list_context_sizes(context) if context_size == "auto" else [context_size]
+    largest = Mesh(num_gpus, num_nodes, max(shards), groups[0])
+    for group in groups:
         rates: dict[Mesh, float] = {}
         for shard in shards:
-            mesh = Mesh(num_gpus, num_nodes, shard, context_size)
+            mesh = Mesh(num_gpus, num_nodes, shard, group)
             candidate = dataclasses.replace(context, mesh=mesh)
             if shard > 1:
                 settings = context.settings | adapt_settings(context)
@@ -103,8 +105,8 @@ def refuse_shared_documents(context: RuleContext, size: int) -> None:
         gpus = format_count(gpus_per_node, "GPU")
         problem = f"a node of the target has {gpus}, which groups of {size} do not divide"
     if problem:
-        fix = "set context: 1, or leave it at auto"
-        raise InputError(problem, where=f"context: {size}", fix=fix)
+        fix = "set context_parallel_size: 1, or leave it at auto"
+        raise InputError(problem, where=f"context_parallel_size: {size}", fix=fix)
 
 
 def _find_context_problem(context: RuleContext, size: int) -> str:
@@ -194,14 +196,14 @@ def _iter_choices(context: RuleContext, step: MeshStep) -> Iterator[MeshChoice]:
     mesh = context.mesh
     target = describe_target(context.machine)
     yield MeshChoice("gpus", mesh.num_gpus, f"--target {target}")
-    yield MeshChoice("shard", mesh.shard, _explain_shard(context, step))
+    yield MeshChoice("dp_shard_size", mesh.shard, _explain_shard(context, step))
     copies = "each copy computes its own documents of a step"
     if mesh.replicate == 1:
         copies = "no GPU is left for a second copy"
     elif step.reduce_seconds:
         copies += f"; gradients are summed in {format_seconds(step.reduce_seconds)}"
     yield MeshChoice("replicate", mesh.replicate, copies)
-    yield MeshChoice("context", mesh.context, _explain_context(context, step))
+    yield MeshChoice("context_parallel_size", mesh.context, _explain_context(context, step))
 
 
 def _explain_shard(context: RuleContext, step: MeshStep) -> str:
@@ -228,7 +230,7 @@ def _explain_context(context: RuleContext, step: MeshStep) -> str:
         return f"the longest row, {longest}, is not divided"
     heads = context.model.num_kv_heads // size
     why = f"the longest row, {longest}, fits on no GPU"
-    if context.settings["context"].decided_by == "user":
+    if context.settings["context_parallel_size"].decided_by == "user":
         why = "set in the recipe"
     return (
         f"{why}: {size} share each, {format_count(heads, 'KV head')} per GPU; exchanged in "
@@ -314,8 +316,8 @@ def build_command(mesh: Mesh) -> str:
     gpus = f"--nproc-per-node {mesh.gpus_per_node}"
     command = f"torchrun {where} {gpus} -m tunesmith train recipe.yaml"
     if mesh.shard > 1:
-        command += f" --shard {mesh.shard}"
-    return command + (f" --context {mesh.context}" if mesh.context > 1 else "")
+        command += f" --dp-shard-size {mesh.shard}"
+    return command + (f" --context-parallel-size {mesh.context}" if mesh.context > 1 else "")
 
 
 def list_fewer_gpus(machine: Machine) -> list[Machine]:

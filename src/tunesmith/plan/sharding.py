@@ -1,7 +1,7 @@
 """Which processes hold the weights together, and what this version cannot shard.
 
-In: the settings that are decided so far, with a mesh, and the recipe's `shard`. Out: the setting
-`shard`, the size of the groups of processes. A target is sharded where a step does not fit
+In: the settings that are decided so far, with a mesh, and the recipe's `dp_shard_size`. Out: this
+setting, the size of the groups of processes. A target is sharded where a step does not fit
 otherwise (mesh.py); on this machine the recipe says so, since a plan does not depend on how many
 processes will run it. Left out: gathering (model/weight_shards.py)."""
 
@@ -15,7 +15,7 @@ from tunesmith.core.types import PlanValue
 from tunesmith.plan.rules import RuleContext, make_rule_value, make_user_value
 
 SHARDED_WEIGHTS = "sharded weights"
-FIX = "leave shard at auto, or leave these settings out"
+FIX = "leave dp_shard_size at auto, or leave these settings out"
 
 
 def decide_shard(context: RuleContext, recipe_value: int | Literal["auto"]) -> PlanValue:
@@ -47,14 +47,14 @@ def _refuse_shard(context: RuleContext, size: int) -> None:
     problem = find_shard_problem(context)
     if size > 1 and problem:
         message = f"{problem} cannot be used with {SHARDED_WEIGHTS}"
-        raise InputError(message, where=f"shard: {size}", fix=FIX)
+        raise InputError(message, where=f"dp_shard_size: {size}", fix=FIX)
     num_gpus = context.machine.num_gpus * context.machine.num_nodes
     if context.machine.num_nodes and num_gpus % size:
         gpus = format_count(num_gpus, "GPU")
         raise InputError(
             f"the target has {gpus}, which groups of {size} do not divide",
-            where=f"shard: {size}",
-            fix="set shard to a divisor, or leave it at auto",
+            where=f"dp_shard_size: {size}",
+            fix="set dp_shard_size to a divisor, or leave it at auto",
         )
 
 

@@ -58,7 +58,8 @@ REPLACEMENT_ROWS = (
     ("attn_implementation flash_attn flash_attention", "leave it out, or set attention"),
     (
         "deepspeed fsdp fsdp_config",
-        "leave it out: `train --gpus N` or torchrun starts processes, shard divides the weights",
+        "leave it out: `train --gpus N` or torchrun starts processes, and dp_shard_size divides "
+        "the weights",
     ),
     ("warmup_steps", "set warmup_ratio, the fraction of steps"),
     (

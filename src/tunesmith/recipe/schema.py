@@ -248,10 +248,10 @@ class Recipe(BaseModel):
     deterministic: Auto | bool = Field(
         default="auto", description="Use deterministic algorithms: reruns are bitwise equal."
     )
-    context: Auto | Count = Field(
+    context_parallel_size: Auto | Count = Field(
         default="auto", description="Ranks that split each document (context parallelism)."
     )
-    shard: Auto | Count = Field(
+    dp_shard_size: Auto | Count = Field(
         default="auto", description="Ranks that shard one copy of the weights (as FSDP)."
     )
     metrics: Auto | Metrics = Field(
@@ -309,6 +309,8 @@ ALIASES = {
     "skip_bad": "skip_invalid",
     "overlong": "on_overlong",
     "activations": "gradient_checkpointing",
+    "context": "context_parallel_size",
+    "shard": "dp_shard_size",
     # names of other tools
     "model_name_or_path": "model",
     "base_model": "model",

@@ -148,7 +148,7 @@ def open_session(
     The stock model includes the adapter that training starts from, and the initial rows of new
     tokens. `with_samples=False` leaves out what only preflight needs. All `ranks` open the session
     together if the plan shards weights."""
-    size = count_sharing_ranks(plan.config.shard, ranks.world)
+    size = count_sharing_ranks(plan.config.dp_shard_size, ranks.world)
     shards = WeightShards(ranks, size) if size > 1 else None
     with join_ranks(shards):
         return _open_session(plan, inputs, shards, with_samples=with_samples)

@@ -174,7 +174,7 @@ def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
     sdpa = PlanValue("sdpa", "rule", "the attention of plain torch")
     plan = plan.with_settings(weight_layout=plain, attention=sdpa)
     record = StorageRecord()
-    size = plan.config.shard
+    size = plan.config.dp_shard_size
     shards = WeightShards(ranks, size) if size > 1 else None
     if plan.config.method == "qlora":  # whose library keeps tables for the process: real ones
         roundtrip_nf4(torch.zeros(NF4_BLOCK, NF4_BLOCK))
@@ -192,7 +192,9 @@ def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
             record.num_bytes.clear()
             event = _take_step(training)
         packs, *_ = training.pack_documents(session.load_documents(event.step))
-    rank_tokens = math.ceil(sum(map(count_computed_tokens, packs)) / plan.config.context)
+    rank_tokens = math.ceil(
+        sum(map(count_computed_tokens, packs)) / plan.config.context_parallel_size
+    )
     messages: list[RankMessages] = []
     for name, calls in sorted(record.calls.items()):
         messages.append(RankMessages(name, calls, record.num_bytes[name]))
@@ -205,7 +207,7 @@ def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
         trained_bytes //= context.mesh.shard
     return DryRun(
         num_ranks=ranks.world,
-        context=plan.config.context,
+        context=plan.config.context_parallel_size,
         step_tokens=event.tokens,
         rank_tokens=rank_tokens,
         messages=tuple(messages),
@@ -236,7 +238,11 @@ def _build_context(plan: Plan, num_ranks: int) -> RuleContext:
         has_schema=False,
         max_steps=plan.steps,
         stage=plan.config.stage,
-        mesh=Mesh(num_gpus=num_ranks, shard=plan.config.shard, context=plan.config.context),
+        mesh=Mesh(
+            num_gpus=num_ranks,
+            shard=plan.config.dp_shard_size,
+            context=plan.config.context_parallel_size,
+        ),
     )
 
 

@@ -94,10 +94,10 @@ def start_ranks(ranks: Ranks, path: Path, plan: Plan, fingerprint: Json) -> tupl
     check_ranks(ranks)
     ranks.send(OPEN)
     evidence = f"{ranks.world} processes share each step, and sum their gradients"
-    context = plan.config.context
+    context = plan.config.context_parallel_size
     if context > 1:
         evidence += f"; {context} of them share each document"
-    sharing = count_sharing_ranks(plan.config.shard, ranks.world)
+    sharing = count_sharing_ranks(plan.config.dp_shard_size, ranks.world)
     if sharing > 1:
         evidence += f"; {sharing} of them hold the weights once"
     batch_size = plan.config.batch_size

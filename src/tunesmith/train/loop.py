@@ -114,7 +114,7 @@ class TrainingLoop:
         self.load_documents = load_documents
         self.config = config
         self.ranks = ranks
-        refuse_group_size(config.context, ranks)
+        refuse_group_size(config.context_parallel_size, ranks)
         self.total_steps = steps
         if warmup_steps is None:
             warmup_steps = math.ceil(steps * config.warmup_ratio)
@@ -302,7 +302,7 @@ class TrainingLoop:
         mismatched: Sequence[Document] | None,
     ) -> StepShare:
         """Compute the gradients of this rank's packs; with `mismatched`, KTO's KL term first."""
-        with join_ranks(self.model.shards, can_tell=self.config.context == 1):
+        with join_ranks(self.model.shards, can_tell=self.config.context_parallel_size == 1):
             try:
                 with machine_errors():
                     if mismatched is not None:
@@ -311,8 +311,9 @@ class TrainingLoop:
                     return StepShare(*self._forward_backward(packs_by_rank, normalizer))
             except OutOfMemory as error:
                 message = error.message
-            if self.config.context > 1:  # the others wait for this rank inside of a layer
-                fix = "lower pack_length, max_length or lora_r, or raise context"
+            if self.config.context_parallel_size > 1:
+                # the others wait for this rank inside of a layer
+                fix = "lower pack_length, max_length or lora_r, or raise context_parallel_size"
                 raise MachineError(message, where=self.ranks.name, fix=fix)
             # Outside the except block, where the traceback no longer holds the step's tensors.
             self.optimizer.zero_grad(set_to_none=True)
@@ -422,7 +423,7 @@ class TrainingLoop:
         it, None without packs, and their supervised tokens."""
         supervised_tokens = 0
         total: Tensor | None = None
-        context = self.config.context
+        context = self.config.context_parallel_size
         self.ranks.form_groups(context)
         group = self.ranks.rank // context
         packs = packs_by_rank[group] if packs_by_rank else ()
@@ -477,7 +478,7 @@ class TrainingLoop:
         get_group = self.model.get_rotation_key
         parts = share_out(
             documents,
-            self.ranks.world // self.config.context,
+            self.ranks.world // self.config.context_parallel_size,
             self.model.embedding_size,
             should_share=should_share,
             get_group=get_group,

@@ -32,7 +32,7 @@ from tunesmith.core.run_dir import (
     read_plan_json,
 )
 from tunesmith.core.sealed_json import read_sealed_json
-from tunesmith.core.types import Json, Plan
+from tunesmith.core.types import Json, Plan, rename_settings
 from tunesmith.model.kernels.build import describe_reference
 from tunesmith.plan.stages import StagedPlan
 from tunesmith.session.fingerprint import (
@@ -70,9 +70,11 @@ def prepare_resume(
     Raise InputError if an input has changed and `allow_changes` is false, or if there is no valid
     checkpoint of step `checkpoint`."""
     fingerprint = build_fingerprint(plan, inputs, read_recipe(folder.path / RECIPE_FILE))
+    stored = read_sealed_json(folder.path / FINGERPRINT_FILE)
+    stored["plan"] = rename_settings(stored.get("plan"))
     changes: list[str] = []
     roundings: list[str] = []
-    for change in list_changes(read_sealed_json(folder.path / FINGERPRINT_FILE), fingerprint):
+    for change in list_changes(stored, fingerprint):
         (roundings if change.startswith(ROUNDING_PREFIX) else changes).append(change)
     if changes and not allow_changes:
         raise InputError(

@@ -195,14 +195,15 @@ def check_run(
 def refuse_on_ranks(plan: Plan, ranks: Ranks, *, is_new: bool = False) -> None:
     """Raise InputError for a plan that these ranks cannot run; one that is resumed may have other
     ranks than at its start, which share weights as far as their number allows."""
-    refuse_group_size(plan.config.context, ranks)
-    if is_new and ranks.world % plan.config.shard:
+    refuse_group_size(plan.config.context_parallel_size, ranks)
+    shard_size = plan.config.dp_shard_size
+    if is_new and ranks.world % shard_size:
         raise InputError(
-            f"shard is {plan.config.shard}, but the number of processes ({ranks.world}) is not a "
+            f"dp_shard_size is {shard_size}, but the number of processes ({ranks.world}) is not a "
             "multiple of it",
-            where="shard",
-            fix=f"start a multiple of {plan.config.shard} processes with torchrun or --gpus, or "
-            "leave shard at auto",
+            where="dp_shard_size",
+            fix=f"start a multiple of {shard_size} processes with torchrun or --gpus, or leave "
+            "dp_shard_size at auto",
         )
     if ranks.world > 1 and plan.config.step_in_backward:
         raise InputError(

@@ -105,9 +105,11 @@ def make_staged_plan(stage_inputs: Sequence[RunInputs]) -> StagedPlan:
     for run_inputs in stage_inputs:
         inherited = _inherit_values(plans[-1], run_inputs) if plans else None
         plan = inputs.make_plan(run_inputs, inherited)
-        if plan.config.shard > 1:
+        if plan.config.dp_shard_size > 1:
             message = "several stages cannot be used with sharded weights"
-            raise InputError(message, where="shard", fix="train each stage as a run of its own")
+            raise InputError(
+                message, where="dp_shard_size", fix="train each stage as a run of its own"
+            )
         if plans and (plan.config.add_tokens or {}) != (plans[0].config.add_tokens or {}):
             raise InputError(
                 f"stage {plan.config.stage} adds other tokens than the first stage",

@@ -102,6 +102,19 @@ def test_a_plan_survives_the_way_through_a_file(tmp_path: Path) -> None:
     assert again.recipe["response_schema"] == "s.json"
 
 
+def test_a_plan_with_the_former_names_of_settings_is_the_same_plan() -> None:
+    plan = PLAN.with_settings(
+        context_parallel_size=PlanValue(2, "user", "recipe"),
+        dp_shard_size=PlanValue(4, "user", "recipe"),
+    )
+    older = to_jsonable(plan)
+    for key, former in (("context_parallel_size", "context"), ("dp_shard_size", "shard")):
+        for values in (older["recipe"], older["settings"]):
+            values[former] = values.pop(key)
+    assert to_jsonable(plan) != older
+    assert parse_as(Plan, older) == plan
+
+
 def test_numpy_numbers_and_paths_become_plain() -> None:
     value = {
         "a": np.float32(0.5),
@@ -142,7 +155,12 @@ def test_a_plan_that_lost_a_field_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b'{"a": 1,\n "b" 2}', "x.json:2:6: not valid JSON"), (b'"\xff"', "byte 1 is not UTF-8")],
+    [
+        (b'{"a": 1,\n "b" 2}', "x.json:2:6: not valid JSON"),
+        (b'"\xff"', "byte 1 is not UTF-8"),
+        (b"[" * 100_000, r"x\.json: nested too deeply"),
+        (b"1" * 5000, r"x\.json: an integer has more than 4,300 digits"),
+    ],
 )
 def test_broken_files_say_where(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x.json").write_bytes(content)
@@ -150,6 +168,8 @@ def test_broken_files_say_where(tmp_path: Path, content: bytes, message: str) ->
         read_json(tmp_path / "x.json")
     with pytest.raises(InputError, match="no such file"):
         read_json(tmp_path / "none.json")
+    with pytest.raises(InputError, match="cannot be read: embedded null byte"):
+        read_json(tmp_path / "a\0.json")
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_more_gpus_are_a_way_out_of_too_little_memory_if_they_share_weights(plan
     real = dataclasses.replace(made.machine, num_gpus=8, num_nodes=0)
     with pytest.raises(MachineError) as refusal:
         refuse_if_too_large(dataclasses.replace(made, machine=real, mesh=None))
-    assert "more GPUs help if they hold the weights together: --shard" in refusal.value.fix
+    assert "more GPUs help if they hold the weights together: --dp-shard-size" in refusal.value.fix
 
 
 def test_what_fits_nowhere_is_said_with_the_memory_it_would_take(plan: Planner) -> None:
@@ -108,7 +108,7 @@ def test_what_fits_nowhere_is_said_with_the_memory_it_would_take(plan: Planner) 
     assert made.mesh is not None
     assert made.mesh.mesh.shard == 8
     reasons = {choice.name: choice.reason for choice in made.mesh.choices}
-    assert reasons["shard"].startswith("even shared by all GPUs, a step needs 1")
+    assert reasons["dp_shard_size"].startswith("even shared by all GPUs, a step needs 1")
     assert not make_option(made).has_enough_memory
 
 
@@ -121,8 +121,8 @@ def test_a_long_document_is_divided_over_the_gpus_that_share_its_heads(plan: Pla
     assert mesh.document_groups == 8 // mesh.context
     assert made.mesh is not None
     assert made.mesh.missing == ""
-    assert made.mesh.command.endswith(f"train recipe.yaml --context {mesh.context}")
-    assert made.config.context == mesh.context
+    assert made.mesh.command.endswith(f"train recipe.yaml --context-parallel-size {mesh.context}")
+    assert made.config.context_parallel_size == mesh.context
     assert made.mesh.step.exchange_seconds > 0
     assert made.memory_bytes["peak"] * 1.15 <= made.machine.available_bytes
     one_head = LLAMA_8B | {"num_kv_heads": 1}
@@ -131,12 +131,12 @@ def test_a_long_document_is_divided_over_the_gpus_that_share_its_heads(plan: Pla
 
 
 def test_the_recipe_says_how_many_gpus_share_a_document(plan: Planner) -> None:
-    made = plan(LLAMA_8B, "8xh100", context=4)
+    made = plan(LLAMA_8B, "8xh100", context_parallel_size=4)
     assert get_mesh(made) == Mesh(8, 1, context=4)
-    assert made.reasons["context"].decided_by == "user"
-    too_large = plan(LLAMA_405B, "8xh100", method="lora", context=4)
+    assert made.reasons["context_parallel_size"].decided_by == "user"
+    too_large = plan(LLAMA_405B, "8xh100", method="lora", context_parallel_size=4)
     assert not make_option(too_large).has_enough_memory
-    assert get_mesh(too_large).context == too_large.config.context == 4
+    assert get_mesh(too_large).context == too_large.config.context_parallel_size == 4
 
 
 @pytest.mark.parametrize(
@@ -145,17 +145,21 @@ def test_the_recipe_says_how_many_gpus_share_a_document(plan: Planner) -> None:
         ({"num_kv_heads": 1}, {}, "32 query heads and 1 KV head: not divisible"),
         ({"num_heads": 9}, {}, "9 query heads and 8 KV heads: not divisible"),
         ({}, {"stage": "preference"}, "one number of all its tokens"),
-        ({}, {"target": "4xh100", "context": 8}, "has 4 GPUs, which groups of 8 do not divide"),
+        (
+            {},
+            {"target": "4xh100", "context_parallel_size": 8},
+            "has 4 GPUs, which groups of 8 do not divide",
+        ),
         ({}, {"target": "h100"}, "has 1 GPU, which groups of 2 do not divide"),
     ],
 )
 def test_documents_that_gpus_cannot_share_are_refused(
     plan: Planner, model: dict[str, Any], wishes: dict[str, Any], problem: str
 ) -> None:
-    wishes = {"target": "8xh100", "context": 2} | wishes
+    wishes = {"target": "8xh100", "context_parallel_size": 2} | wishes
     with pytest.raises(InputError, match=problem) as refusal:
         plan(LLAMA_8B | model, wishes.pop("target"), **wishes)
-    assert refusal.value.where == f"context: {wishes['context']}"
+    assert refusal.value.where == f"context_parallel_size: {wishes['context_parallel_size']}"
 
 
 def test_layers_that_carry_a_state_refuse_shared_documents(

@@ -97,6 +97,8 @@ def test_no_file_is_needed() -> None:
         ("skip_bad: true", "skip_invalid", True),
         ("overlong: truncate", "on_overlong", "truncate"),
         ("activations: selective", "gradient_checkpointing", "selective"),
+        ("context: 2", "context_parallel_size", 2),
+        ("shard: 4", "dp_shard_size", 4),
         ("activations: recompute", "gradient_checkpointing", "full"),
         ("gradient_checkpointing: recompute", "gradient_checkpointing", "full"),
         ("gradient_checkpointing: keep", "gradient_checkpointing", "none"),

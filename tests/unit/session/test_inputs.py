@@ -264,7 +264,7 @@ def test_a_plan_for_several_gpus_lists_fewer_of_them_and_the_other_adapter(
     assert one.memory_bytes.keys() == plan.memory_bytes.keys() - {"NCCL"}
 
 
-@pytest.mark.parametrize("wish", [{"shard": 8}, {"context": 2}])
+@pytest.mark.parametrize("wish", [{"dp_shard_size": 8}, {"context_parallel_size": 2}])
 def test_a_target_that_shares_weights_or_documents_is_compared_with_fewer_gpus(
     tmp_path: Path, wish: dict[str, int]
 ) -> None:
@@ -273,8 +273,8 @@ def test_a_target_that_shares_weights_or_documents_is_compared_with_fewer_gpus(
     plan = inputs.make_plan(run_inputs.with_machine("8xh100", None))
     assert plan.mesh is not None
     assert (plan.mesh.mesh.shard, plan.mesh.mesh.context) == (
-        wish.get("shard", 1),
-        wish.get("context", 1),
+        wish.get("dp_shard_size", 1),
+        wish.get("context_parallel_size", 1),
     )
     assert len(plan.mesh.options) == 4
     too_large = inputs.make_plan(run_inputs.with_machine("8xh100", "0.2GB"))

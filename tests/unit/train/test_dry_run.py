@@ -55,7 +55,7 @@ def test_ranks_that_share_documents_send_what_is_planned(
 ) -> None:
     changes = {"gradient_checkpointing": policy, "max_length": 128}
     alone = count(model, tmp_path, 2, **changes)
-    shared = count(model, tmp_path, 2, context=2, **changes)
+    shared = count(model, tmp_path, 2, context_parallel_size=2, **changes)
     sent, planned = (
         get_messages(messages)["alltoall_base"]
         for messages in (shared.messages, shared.planned_messages)
@@ -72,7 +72,7 @@ def test_ranks_that_hold_weights_together_send_and_hold_what_is_planned(
     model: Path, tmp_path: Path, changes: dict[str, Any], shard: int
 ) -> None:
     how: dict[str, Any] = {"dtype": "bf16", "optim": "adamw", **changes}
-    dry_run = count(model, tmp_path, 4, target="4xh100", shard=shard, **how)
+    dry_run = count(model, tmp_path, 4, target="4xh100", dp_shard_size=shard, **how)
     sent = get_messages(dry_run.messages)
     planned = get_messages(dry_run.planned_messages)
     assert sent.keys() == planned.keys()
@@ -105,14 +105,19 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_peak_of_8_ranks_is_within_10_percent_of_the_plan(
     large: Path, tmp_path: Path, changes: dict[str, Any], tolerance: float
 ) -> None:
-    how: dict[str, Any] = {"dtype": "bf16", "shard": 8, "gradient_checkpointing": "full"}
+    how: dict[str, Any] = {"dtype": "bf16", "dp_shard_size": 8, "gradient_checkpointing": "full"}
     dry_run = count(large, tmp_path, 8, target="8xh100", batch_size=8, **how, **changes)
     assert dry_run.planned_peak_bytes == pytest.approx(dry_run.peak_bytes, rel=tolerance)
 
 
 @pytest.mark.parametrize("shard", [1, 8])
 def test_weights_in_4_bits_are_counted(large: Path, tmp_path: Path, shard: int) -> None:
-    how: dict[str, Any] = {"method": "qlora", "dtype": "bf16", "shard": shard, "batch_size": 8}
+    how: dict[str, Any] = {
+        "method": "qlora",
+        "dtype": "bf16",
+        "dp_shard_size": shard,
+        "batch_size": 8,
+    }
     dry_run = count(large, tmp_path, 8, target="8xh100", **how)
     assert dry_run.weight_bytes == pytest.approx(dry_run.planned_weight_bytes, rel=0.02)
     sent = get_messages(dry_run.messages)
@@ -134,8 +139,8 @@ def test_the_memory_of_a_rank_falls_with_their_number(model: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "num_ranks", "problem"),
     [
-        ({"shard": 2}, 3, r"shard is 2, but the number of processes \(3\) is not a multiple"),
-        ({"context": 2}, 3, r"processes \(3\) is not a multiple"),
+        ({"dp_shard_size": 2}, 3, r"dp_shard_size is 2, but .* processes \(3\) is not a multiple"),
+        ({"context_parallel_size": 2}, 3, r"processes \(3\) is not a multiple"),
         (FULL | {"max_grad_norm": 0}, 2, "before several ranks could sum"),
     ],
 )

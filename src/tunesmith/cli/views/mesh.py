@@ -83,7 +83,7 @@ def _build_option_table(mesh_plan: MeshPlan) -> Table:
     headings = (
         "GPUs",
         "method",
-        "shard",
+        "dp_shard_size",
         "activations",
         "memory of a GPU",
         "tokens/s",

@@ -77,7 +77,7 @@ UNSUPPORTED_KEYS = (
     (
         "deepspeed* deepcompile fsdp* ray_* use_ray *_parallel* accelerator_config device_map "
         "local_rank world_size dp_* num_processes master_*",
-        "`train --gpus N` or torchrun starts processes, and shard divides the weights",
+        "`train --gpus N` or torchrun starts processes, and dp_shard_size divides the weights",
     ),
     (
         "pissa_* loraplus_* *_pattern peft_* lora_target_parameters relora* use_llama_pro "

@@ -18,7 +18,7 @@ STEP = MeshStep(
 )
 SHARDED = MeshPlan(
     mesh=Mesh(8, 1, shard=4),
-    choices=(MeshChoice("shard", 4, "a step [does] not fit on one GPU"),),
+    choices=(MeshChoice("dp_shard_size", 4, "a step [does] not fit on one GPU"),),
     step=STEP,
     batch=BatchAdvice(32, 2.8e-4, 9, 0.95, "by the rule"),
     missing="weights that are sharded over GPUs",

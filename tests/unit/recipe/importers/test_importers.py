@@ -122,7 +122,7 @@ def test_axolotl() -> None:
         *("datasets[1].type", "datasets[1].split"),
     }
     assert "always on" in untranslated_by_key(translation)["sample_packing"].reason
-    assert "shard divides the weights" in untranslated_by_key(translation)["fsdp"].reason
+    assert "dp_shard_size divides the weights" in untranslated_by_key(translation)["fsdp"].reason
     assert (
         not {"wandb_project", "wandb_entity", "strict"} & untranslated_by_key(translation).keys()
     )  # empty and false ask for nothing
