@@ -1,0 +1,1 @@
+"""`tunesmith verify`: a running server compared with what a run recorded."""
