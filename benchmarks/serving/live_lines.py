@@ -45,7 +45,7 @@ from serve_lab import (
 )
 from tunesmith.core.types import GenerationRequest, Json
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.evaluate.live import MAX_TIE_NATS
+from tunesmith.evaluate.verify.verification import MAX_TIE_NATS
 from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE
 from tunesmith.serve.settings import BASE_NAME
 from tunesmith.session.provenance import PROVENANCE_FILE

@@ -148,7 +148,8 @@ def make_values(values: list[int]) -> MetricValues:
 
 def test_asking_a_server_loads_no_torch() -> None:
     """The tokenizer and the rows of a run are on this side, its model is on the other."""
-    assert not loaded_by("import tunesmith.evaluate.live") & {"torch", "transformers"}
+    imports = "import tunesmith.evaluate.verify.verification"
+    assert not loaded_by(imports) & {"torch", "transformers"}
 
 
 def test_verbs_without_a_model_load_no_torch() -> None:

@@ -18,7 +18,7 @@ MAX_FLAGS = 10
 # Small on purpose: many import it and it has no neighbor, or it stands for an optional library.
 SMALL_FILES = {
     "core/sampling.py",  # for verbs that load no torch
-    "cli/views/live.py",  # of a single verb
+    "cli/views/verification.py",  # of a single verb
     "core/progress_log.py",
     "data/checks/language_id.py",
     "data/tokenizer/eos.py",

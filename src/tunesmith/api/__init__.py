@@ -94,9 +94,9 @@ if TYPE_CHECKING:
     from tunesmith.core.evidence import RunVerdict
     from tunesmith.core.mesh import DryRun
     from tunesmith.core.sweep_record import SweepEvent
-    from tunesmith.evaluate.live import LiveVerification
     from tunesmith.evaluate.model_ref import ModelComparison
     from tunesmith.evaluate.regression_gate import EvalReport
+    from tunesmith.evaluate.verify.verification import LiveVerification
     from tunesmith.export.export import ExportResult
     from tunesmith.export.servers import ServerExport
     from tunesmith.plan.method_comparison import MethodEstimate
@@ -513,8 +513,8 @@ def verify(
     `url` is that of an OpenAI-compatible API, such as http://localhost:8000/v1. `model` may be left
     out for a server with one. `key` is sent as a bearer token. Raises InputError for a run without
     recorded answers, and MachineError for a server that cannot be reached or fails."""
-    from tunesmith.evaluate.live import verify_run
-    from tunesmith.evaluate.live_client import LiveClient, choose_model
+    from tunesmith.evaluate.verify.server_client import LiveClient, choose_model
+    from tunesmith.evaluate.verify.verification import verify_run
 
     run_dir.require_run(Path(path))
     client = LiveClient(url, key)

@@ -186,7 +186,7 @@ def verify(
 ) -> None:
     """Check that a server gives a run's answers; exit 4 if not."""
     from tunesmith.cli.progress import measuring
-    from tunesmith.cli.views.live import render_verification
+    from tunesmith.cli.views.verification import render_verification
 
     with measuring(start="asking the server"):
         result = api.verify(folder, url, model=model, key=_read_key(key_env), items=items)

@@ -5,7 +5,7 @@
 In: the id of a folder below --models-dir; a path that is absolute, climbs or leads out over a link
 is refused. Out: the published model. A name changes only after the adapter was opened, checked
 against the base and loaded; a failure is 409 and the old one serves on. Left out: who may do this
-(guard.py)."""
+(middleware.py)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from starlette.responses import JSONResponse, Response
 from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.serve.bodies import CanaryBody, ModelBody, read_body
 from tunesmith.serve.errors import NO_STORE, RequestError, format_problem, from_tunesmith_error
-from tunesmith.serve.guard import BODY_FIELD
 from tunesmith.serve.handlers import Server, describe_model, get_key, get_server
+from tunesmith.serve.middleware import BODY_FIELD
 from tunesmith.serve.registry import ServedModel
 from tunesmith.serve.routes import Route
 from tunesmith.serve.settings import check_name

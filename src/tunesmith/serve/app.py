@@ -29,8 +29,8 @@ from tunesmith.serve.bodies import (
     ModelBody,
 )
 from tunesmith.serve.errors import NO_STORE, RequestError, make_error_body
-from tunesmith.serve.guard import Guard, GuardRules, list_hosts
 from tunesmith.serve.keys import KeyRing, Scope
+from tunesmith.serve.middleware import AccessMiddleware, AccessRules, list_hosts
 from tunesmith.serve.openapi import build_openapi
 from tunesmith.serve.settings import ServeSettings
 
@@ -106,13 +106,13 @@ def build_app(server: handlers.Server, settings: ServeSettings, keys: KeyRing) -
         is_open = settings.open_metrics and path in OPEN_METRICS
         return None if is_open else find_scope(path)
 
-    rules = GuardRules(
+    rules = AccessRules(
         keys=keys,
         hosts=list_hosts(settings.host, settings.port, settings.hosts),
         body_bytes=settings.limits.body,
         find_scope=find_needed_scope,
     )
-    return Guard(app, rules, server.engine.metrics)
+    return AccessMiddleware(app, rules, server.engine.metrics)
 
 
 def _list_routes() -> list[Route]:

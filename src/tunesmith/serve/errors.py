@@ -4,7 +4,7 @@
 
 In: a status with a message, or a TunesmithError. Out: `{"error": {message, type, param, code}}`,
 which the openai clients turn into their exceptions. No path and no content of a request is in a
-message: it may be logged by a client. Left out: which request fails (guard.py, bodies.py)."""
+message: it may be logged by a client. Left out: which request fails (middleware.py, bodies.py)."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ from tunesmith.serve.feedback import FeedbackStore, KeptChat, list_messages
 from tunesmith.serve.formats import AnswerFormat, AnswerHead, ChatFormat, CompletionFormat
 from tunesmith.serve.generation import AnswerEngine, Generation
 from tunesmith.serve.grammars import GrammarCache
-from tunesmith.serve.guard import BODY_FIELD, KEY_FIELD
 from tunesmith.serve.keys import ApiKey
+from tunesmith.serve.middleware import BODY_FIELD, KEY_FIELD
 from tunesmith.serve.registry import Lease, ServedModel
 from tunesmith.serve.requests import Prompt, make_jobs, render_chat, render_completions
 from tunesmith.serve.route_judge import ChosenModel, RoutedAnswers, RouteJudge

@@ -34,9 +34,9 @@ logger = logging.getLogger("tunesmith.serve")
 
 
 @dataclass(frozen=True)
-class GuardRules:
-    """The settings of a guard. `find_scope` returns what a path needs: None if it is open, "infer"
-    if there is no such path, so that an unknown path says nothing to a stranger."""
+class AccessRules:
+    """The settings of the middleware. `find_scope` returns what a path needs: None if it is open,
+    "infer" if there is no such path, so that an unknown path says nothing to a stranger."""
 
     keys: KeyRing
     hosts: Collection[str]
@@ -44,10 +44,10 @@ class GuardRules:
     find_scope: Callable[[str], KeyScope | None]
 
 
-class Guard:
+class AccessMiddleware:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, rules: GuardRules, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, rules: AccessRules, metrics: ServerMetrics) -> None:
         self.app = app
         self.rules = rules
         self.metrics = metrics

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.types import Json
-from tunesmith.evaluate.live_client import LiveClient
+from tunesmith.evaluate.verify.server_client import LiveClient
 
 KEY_VARIABLE = "TUNESMITH_API_KEY"
 TIMEOUT_SECONDS = 10.0

@@ -13,9 +13,9 @@ import pytest
 from starlette.responses import PlainTextResponse
 
 from tunesmith.core.errors import InputError
-from tunesmith.serve.guard import Guard, GuardRules
 from tunesmith.serve.keys import KeyRing, add_key, read_keys, remove_key
 from tunesmith.serve.metrics import ServerMetrics
+from tunesmith.serve.middleware import AccessMiddleware, AccessRules
 
 
 def test_a_key_is_found_by_its_secret_alone(tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ def test_keys_that_became_unreadable_let_nobody_in(
     path = tmp_path / "keys.json"
     secret, _ = add_key(path, "ci")
     content = path.read_bytes()
-    rules = GuardRules(KeyRing(path), ("x",), 1000, lambda _: "infer")
-    guard = Guard(PlainTextResponse("inside"), rules, ServerMetrics())
+    rules = AccessRules(KeyRing(path), ("x",), 1000, lambda _: "infer")
+    guard = AccessMiddleware(PlainTextResponse("inside"), rules, ServerMetrics())
 
     async def get() -> httpx.Response:
         transport = httpx.ASGITransport(app=guard)  # type: ignore[arg-type]

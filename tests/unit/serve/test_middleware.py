@@ -18,8 +18,8 @@ import pytest
 from serve_lab import LiveServer, make_chat, make_settings, serving
 from tunesmith.core.errors import InputError
 from tunesmith.serve.app import ROUTES, find_scope
-from tunesmith.serve.guard import list_hosts
 from tunesmith.serve.keys import add_key
+from tunesmith.serve.middleware import list_hosts
 from tunesmith.serve.server import prepare_keys
 
 CHAT = "/v1/chat/completions"
@@ -83,9 +83,9 @@ def test_paths_that_are_not_there_say_nothing(
 
 def test_a_websocket_is_refused() -> None:
     """Directly: the server itself speaks HTTP only."""
-    from tunesmith.serve.guard import Guard, GuardRules
     from tunesmith.serve.keys import KeyRing
     from tunesmith.serve.metrics import ServerMetrics
+    from tunesmith.serve.middleware import AccessMiddleware, AccessRules
 
     sent: list[Any] = []
 
@@ -95,9 +95,9 @@ def test_a_websocket_is_refused() -> None:
     async def refuse(*_: Any) -> None:
         raise AssertionError("the application was called")
 
-    rules = GuardRules(KeyRing(None), (), 100, find_scope)
+    rules = AccessRules(KeyRing(None), (), 100, find_scope)
     scope: Any = {"type": "websocket", "path": "/v1/chat/completions", "headers": []}
-    guard = Guard(refuse, rules, ServerMetrics())
+    guard = AccessMiddleware(refuse, rules, ServerMetrics())
     asyncio.run(guard(scope, refuse, send_message))
     assert sent == [{"type": "websocket.close", "code": 1008}]
 

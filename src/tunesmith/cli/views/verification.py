@@ -12,10 +12,10 @@ from rich.text import Text
 
 from tunesmith.cli.output import escape_markup, format_single_line
 from tunesmith.cli.views import make_table
-from tunesmith.evaluate.live_requests import count_common
+from tunesmith.evaluate.verify.server_requests import count_common
 
 if TYPE_CHECKING:
-    from tunesmith.evaluate.live import AnswerPair, LiveVerification
+    from tunesmith.evaluate.verify.verification import AnswerPair, LiveVerification
 
 STATUS_STYLES = {
     "ok": "green",

@@ -3,7 +3,8 @@
 In: a run folder, with the data that its recipe names. Out: RecordedRun: for some of the run's test
 rows the messages, the prompt's tokens, the answers before and after training, and the loss of the
 expected answer. Neither the base model nor torch is needed: tokenizer and chat template are those
-beside the trained weights. Left out: asking a server (live_client.py), comparing (live.py)."""
+beside the trained weights. Left out: asking a server (server_client.py), comparing
+(verification.py)."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from tunesmith.core.types import Json
 from tunesmith.data.chat_template.conversation import MAX_CALL_DEPTH
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.chat_template.tool_syntax import ToolSyntax, learn_tool_syntax
-from tunesmith.evaluate.live_items import RecordedItem
+from tunesmith.evaluate.verify.recorded_items import RecordedItem
 
 
 @dataclass(frozen=True)

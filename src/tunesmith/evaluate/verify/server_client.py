@@ -6,7 +6,7 @@
 
 Nothing that a server sends is trusted: replies have a limit in bytes and seconds, redirects are
 refused, proxies are not used, and every field that is read is validated. The key is sent and
-appears nowhere else. Left out: what is asked, and what the answers mean (live.py)."""
+appears nowhere else. Left out: what is asked, and what the answers mean (verification.py)."""
 
 from __future__ import annotations
 

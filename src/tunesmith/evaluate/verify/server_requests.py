@@ -8,7 +8,7 @@ The API is OpenAI's: chat completions, or completions for rows without messages.
 log-probabilities are asked for in the words of vLLM and used where they come. A given text is
 scored as lm-eval does it, by `echo`, or by vLLM's `prompt_logprobs`.
 
-Left out: HTTP (live_client.py), comparing (live.py)."""
+Left out: HTTP (server_client.py), comparing (verification.py)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.json_io import parse_as
 from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Document, Json
-from tunesmith.evaluate.live_calls import CallReader, ServedCall
-from tunesmith.evaluate.live_client import LiveClient, RefusedRequest, open_request_pool
-from tunesmith.evaluate.live_items import RecordedItem, RecordedRun
+from tunesmith.evaluate.verify.recorded_items import RecordedItem, RecordedRun
+from tunesmith.evaluate.verify.served_calls import CallReader, ServedCall
+from tunesmith.evaluate.verify.server_client import LiveClient, RefusedRequest, open_request_pool
 
 T = TypeVar("T")
 CHAT_PATH = "/chat/completions"

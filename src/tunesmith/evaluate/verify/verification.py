@@ -5,8 +5,8 @@
 Each check says how many items it compared, and a check that compared too few says that instead of
 ok. A greedy answer may differ where two tokens are as good as equal: other kernels round in another
 way. Where a server gives log-probabilities, a difference counts if it prefers its own token by more
-than MAX_TIE_NATS. Left out: the items (live_items.py), HTTP (live_client.py), and any judgement of
-whether the run is good (run_verdict.py)."""
+than MAX_TIE_NATS. Left out: the items (recorded_items.py), HTTP (server_client.py), and any
+judgement of whether the run is good (run_verdict.py)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,6 @@ from typing import Literal
 
 from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Comparison
-from tunesmith.evaluate.live_client import LiveClient, open_request_pool
-from tunesmith.evaluate.live_items import TEST, RecordedItem, RecordedRun, load_recorded_run
-from tunesmith.evaluate.live_requests import (
-    LiveAnswer,
-    RequestOptions,
-    ask,
-    count_common,
-    find_options,
-    score_documents,
-)
 from tunesmith.evaluate.metrics import grade_answer, parse_metric_arg
 from tunesmith.evaluate.results import (
     MetricValues,
@@ -40,6 +30,21 @@ from tunesmith.evaluate.statistics import (
     TOO_FEW_ITEMS,
     compute_wilson_interval,
     judge_comparisons,
+)
+from tunesmith.evaluate.verify.recorded_items import (
+    TEST,
+    RecordedItem,
+    RecordedRun,
+    load_recorded_run,
+)
+from tunesmith.evaluate.verify.server_client import LiveClient, open_request_pool
+from tunesmith.evaluate.verify.server_requests import (
+    LiveAnswer,
+    RequestOptions,
+    ask,
+    count_common,
+    find_options,
+    score_documents,
 )
 
 Status = Literal["ok", "warning", "failed", "not measured"]

@@ -15,10 +15,14 @@ from tiny_runs import save_model_folder
 from toy_chat import CHATML, CHATML_TOKENS, write_model_folder
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.evaluate.live import LiveVerification, verify_run
-from tunesmith.evaluate.live_calls import CallReader, ServedCall, ServedFunction
-from tunesmith.evaluate.live_client import LiveClient
-from tunesmith.evaluate.live_items import RecordedItem, _convert_messages, load_recorded_run
+from tunesmith.evaluate.verify.recorded_items import (
+    RecordedItem,
+    _convert_messages,
+    load_recorded_run,
+)
+from tunesmith.evaluate.verify.served_calls import CallReader, ServedCall, ServedFunction
+from tunesmith.evaluate.verify.server_client import LiveClient
+from tunesmith.evaluate.verify.verification import LiveVerification, verify_run
 
 NUM_ITEMS = 12
 TEMPLATE = (

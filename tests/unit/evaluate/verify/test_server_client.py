@@ -16,8 +16,8 @@ import pytest
 from live_server import MODEL, Fault, serving
 from tunesmith.cli import app
 from tunesmith.core.errors import InputError, MachineError, TunesmithError
-from tunesmith.evaluate import live_client
-from tunesmith.evaluate.live_client import LiveClient, choose_model, open_request_pool
+from tunesmith.evaluate.verify import server_client
+from tunesmith.evaluate.verify.server_client import LiveClient, choose_model, open_request_pool
 
 KEY = "sk-very-secret-key"
 PATH = "/chat/completions"
@@ -60,7 +60,7 @@ def test_a_server_that_hangs_is_given_up() -> None:
 
 
 def test_an_endless_reply_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_client, "MAX_REPLY_BYTES", 2**20)
+    monkeypatch.setattr(server_client, "MAX_REPLY_BYTES", 2**20)
     with (
         serving(None, fault=Fault(is_endless=True)) as live,
         pytest.raises(MachineError, match="longer than 1 MiB"),
@@ -124,7 +124,7 @@ def test_a_server_that_stays_busy_is_given_up() -> None:
     fault = Fault(503, {"Retry-After": "0"})
     with serving(None, fault=fault) as live, pytest.raises(MachineError, match="status 503"):
         ask(live.url)
-    assert len(live.requests) == 1 + live_client.MAX_RETRIES
+    assert len(live.requests) == 1 + server_client.MAX_RETRIES
 
 
 # ---------------------------------------------------------------- the key

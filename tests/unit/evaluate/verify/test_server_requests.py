@@ -11,9 +11,9 @@ import pytest
 from live_server import MODEL, LiveServer, serving
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document
-from tunesmith.evaluate.live_client import LiveClient
-from tunesmith.evaluate.live_items import RecordedItem, _convert_messages, _select_evenly
-from tunesmith.evaluate.live_requests import RequestOptions, ask, score_documents
+from tunesmith.evaluate.verify.recorded_items import RecordedItem, _convert_messages, _select_evenly
+from tunesmith.evaluate.verify.server_client import LiveClient
+from tunesmith.evaluate.verify.server_requests import RequestOptions, ask, score_documents
 
 OPTIONS = RequestOptions(MODEL, 7, ("<end>",))
 CHAT = {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}

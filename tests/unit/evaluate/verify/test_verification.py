@@ -18,7 +18,11 @@ from tiny_runs import TURNS
 from tunesmith.cli import app
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document
-from tunesmith.evaluate.live import (
+from tunesmith.evaluate.results import MetricValues, compare_measurements
+from tunesmith.evaluate.verify.recorded_items import RecordedItem
+from tunesmith.evaluate.verify.server_client import LiveClient
+from tunesmith.evaluate.verify.server_requests import LiveAnswer, _Alternative, _ChosenToken
+from tunesmith.evaluate.verify.verification import (
     LiveVerification,
     _check_answers,
     _check_applied,
@@ -28,10 +32,6 @@ from tunesmith.evaluate.live import (
     _Pair,
     verify_run,
 )
-from tunesmith.evaluate.live_client import LiveClient
-from tunesmith.evaluate.live_items import RecordedItem
-from tunesmith.evaluate.live_requests import LiveAnswer, _Alternative, _ChosenToken
-from tunesmith.evaluate.results import MetricValues, compare_measurements
 
 NUM_ITEMS = 12
 OTHER_END = 258

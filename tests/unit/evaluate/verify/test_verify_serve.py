@@ -11,8 +11,8 @@ from live_server import COLORS, train_on_rows
 from serve_lab import LiveServer, make_settings, serving
 from tiny_runs import save_model_folder
 from tunesmith.core.types import Json
-from tunesmith.evaluate.live import LiveVerification, verify_run
-from tunesmith.evaluate.live_client import LiveClient
+from tunesmith.evaluate.verify.server_client import LiveClient
+from tunesmith.evaluate.verify.verification import LiveVerification, verify_run
 
 NUM_ITEMS = 12
 
