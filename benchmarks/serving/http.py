@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.append(str(Path(__file__).parents[2] / "tests" / "helpers"))
 
-from serve_lab import LiveServer, make_settings, serving
+from tiny_server import LiveServer, make_settings, serving
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.model.adapters import add_lora, get_trainable_parameters
 from tunesmith.model.causal_lm import load_network

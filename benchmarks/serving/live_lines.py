@@ -35,7 +35,7 @@ from benchmarks.serving.clients import (
 
 sys.path.append(str(Path(__file__).parents[2] / "tests" / "helpers"))
 
-from serve_lab import (
+from tiny_server import (
     LiveServer,
     make_settings,
     read_metric,

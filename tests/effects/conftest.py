@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from effect_runs import Record
+from effect_seeds import Record
 from tunesmith.core.types import Comparison
 
 

@@ -5,7 +5,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from effect_runs import SEEDS, Record
+from effect_seeds import SEEDS, Record
 from tiny_runs import train, write_rows
 from tunesmith.api import read_record
 from tunesmith.core.types import Json

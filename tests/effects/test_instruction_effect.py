@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from effect_runs import SEEDS, Record
+from effect_seeds import SEEDS, Record
 from tiny_runs import train
 from tunesmith.api import read_record
 from tunesmith.recipe.load import read_recipe

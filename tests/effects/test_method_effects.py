@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from effect_runs import SEEDS, Record
+from effect_seeds import SEEDS, Record
 from tiny_runs import train, write_rows
 from tunesmith.api import read_record
 from tunesmith.core.types import Comparison, Json

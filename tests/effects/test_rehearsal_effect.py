@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import tunesmith
-from effect_runs import SEEDS, Record
+from effect_seeds import SEEDS, Record
 from tiny_runs import write_rows
 from tunesmith.api import read_record
 from tunesmith.core.run_dir import EVAL_BEFORE_FILE

@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 import pytest
 
 import tunesmith
-from effect_runs import SEEDS, Record
+from effect_seeds import SEEDS, Record
 from tiny_runs import write_rows
 from tunesmith import api
 from tunesmith.api import read_record

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunks import explore
+from hypothesis_budget import explore
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import dump_json
 from tunesmith.recipe.explain import REPLACEMENTS

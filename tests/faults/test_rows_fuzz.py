@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunks import explore
+from hypothesis_budget import explore
 from tiny_runs import make_chat_row
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json

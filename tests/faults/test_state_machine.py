@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from chunks import iter_chunks, make_settings
+from hypothesis_budget import iter_chunks, make_settings
 from plan_configs import make_config
 from tiny_models import make_tiny_document, make_tiny_model
 from tunesmith.core.atomic import disk_errors

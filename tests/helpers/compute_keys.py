@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from recipe_lab import Lab
+from tiny_recipe_runs import Lab
 from tiny_runs import make_tiny_recipe, plan_recipe, save_model_folder
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json

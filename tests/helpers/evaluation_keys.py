@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipe_lab import Lab
+from tiny_recipe_runs import Lab
 from tiny_runs import build_sum_rows, make_tiny_recipe
 from tunesmith import api
 from tunesmith.core.errors import InputError

@@ -1,6 +1,6 @@
 """Packages of kernels that stand in for the real ones: whatever is called in them raises.
 
-    python tests/helpers/taken_over.py FAMILY...       the preflight of tiny models
+    python tests/helpers/fake_kernel_packages.py FAMILY...       the preflight of tiny models
 
 Out: a line for each, if plain transformers calls the kernels and the preflight does not. In a
 process of its own, since transformers looks for these packages when it is imported."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from recipe_lab import Lab
+from tiny_recipe_runs import Lab
 from tunesmith.core.errors import InputError
 from tunesmith.train.optimizer import SCHEDULES
 

@@ -1,4 +1,4 @@
-"""Measurements that several ranks share out, for processes of `rank_lab`."""
+"""Measurements that several ranks share out, for processes of `rank_processes`."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What the ranks of `rank_lab` have imported when they start."""
+"""What the ranks of `rank_processes` have imported when they start."""
 
 import bitsandbytes  # noqa: F401
 

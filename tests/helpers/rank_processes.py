@@ -39,7 +39,7 @@ def run_processes(main: Callable[..., Any], world: int, *args: Any) -> list[Any]
     context = multiprocessing.get_context("forkserver")
     # Python's fork server does not take over sys.path, and does not say when an import fails.
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    context.set_forkserver_preload(["rank_lab_imports"])
+    context.set_forkserver_preload(["rank_process_imports"])
     # as torchrun does: the parent has the store, at a port that was free when it took it
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     readers: list[Connection] = []

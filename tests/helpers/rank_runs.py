@@ -1,4 +1,4 @@
-"""Whole runs of tiny recipes on several ranks, for processes of `rank_lab`."""
+"""Whole runs of tiny recipes on several ranks, for processes of `rank_processes`."""
 
 import importlib.metadata
 import os
@@ -18,7 +18,7 @@ import torch
 from safetensors.numpy import load_file
 
 import tunesmith
-from rank_lab import run_processes
+from rank_processes import run_processes
 from tiny_runs import make_tiny_recipe
 from tunesmith.advise.measured.run_arm import ArmResult
 from tunesmith.api import read_recipe

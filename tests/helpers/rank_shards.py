@@ -1,4 +1,4 @@
-"""Training loops with frozen weights that several ranks hold together, for `rank_lab`."""
+"""Training loops with frozen weights that several ranks hold together, for `rank_processes`."""
 
 import copy
 import dataclasses

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from rank_lab import call_on_rank, run_processes, run_ranks
 from rank_loops import (
     LONG_DOCUMENT,
     STEPS,
@@ -17,6 +16,7 @@ from rank_loops import (
     train_loop,
     train_with_shared_documents,
 )
+from rank_processes import call_on_rank, run_processes, run_ranks
 from rank_runs import train_on_ranks
 from tiny_runs import build_sum_rows, save_model_folder, write_eval_files, write_rows
 from tunesmith.core.events import CheckResult, TrainStep

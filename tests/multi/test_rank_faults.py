@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rank_lab import call_on_rank, run_in_turn, run_processes
 from rank_loops import (
     drift,
     fail_in_a_step,
@@ -17,6 +16,7 @@ from rank_loops import (
     train_with_nan,
     wait_for_silent_rank,
 )
+from rank_processes import call_on_rank, run_in_turn, run_processes
 from rank_runs import start_with_recipes
 from tunesmith.core.ranks import SINGLE_PROCESS
 

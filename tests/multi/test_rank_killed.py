@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rank_lab import run_processes
+from rank_processes import run_processes
 from rank_runs import resume_runs, train_run
 from tiny_runs import build_sum_rows, write_rows
 from tunesmith.core.run_dir import read_all_events

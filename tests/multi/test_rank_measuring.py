@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from rank_lab import run_processes, run_ranks
 from rank_measuring import (
     count_packs,
     make_requests,
@@ -14,6 +13,7 @@ from rank_measuring import (
     measure_on_ranks,
     measure_trained,
 )
+from rank_processes import run_processes, run_ranks
 from rank_runs import advise_on_rank
 from tiny_runs import build_sum_rows, save_writer_folder, write_rows
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from rank_lab import run_processes
+from rank_processes import run_processes
 from rank_runs import (
     OTHER_TORCH,
     Job,

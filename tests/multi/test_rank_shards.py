@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rank_lab import call_on_rank, run_in_turn, run_processes
+from rank_processes import call_on_rank, run_in_turn, run_processes
 from rank_runs import (
     Job,
     check_resumed,

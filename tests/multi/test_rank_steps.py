@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rank_lab import run_ranks
 from rank_loops import KINDS, STEPS, Training, train_loop, train_loops
+from rank_processes import run_ranks
 from tunesmith.core.ranks import SINGLE_PROCESS
 
 pytestmark = pytest.mark.multi

@@ -13,7 +13,7 @@ from safetensors.torch import load
 import compute_keys
 import evaluation_keys
 import objective_keys
-from recipe_lab import Lab
+from tiny_recipe_runs import Lab
 from tiny_runs import (
     build_sum_rows,
     make_chat_row,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from serve_lab import LiveServer, make_settings, save_toy_adapter, serving
 from tiny_runs import save_writer_folder
+from tiny_server import LiveServer, make_settings, save_toy_adapter, serving
 
 # other text before each turn than the base's template has, with names of users and thinking
 PLAIN_TURNS = (

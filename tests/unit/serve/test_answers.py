@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from serve_lab import LiveServer, make_chat, read_events
+from tiny_server import LiveServer, make_chat, read_events
 from tunesmith.serve.handlers import Server
 
 NO_END = {"257": -100, "258": -100}  # the end tokens of the toy model

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from serve_lab import (
+from tiny_server import (
     LiveServer,
     make_chat,
     make_settings,

@@ -25,7 +25,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.server import ServerState
 
-from serve_lab import (
+from tiny_server import (
     LiveServer,
     make_chat,
     make_settings,

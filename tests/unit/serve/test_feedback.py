@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from full_disk import file_limit
-from serve_lab import LiveServer, make_chat, make_settings, serving
+from tiny_server import LiveServer, make_chat, make_settings, serving
 from tunesmith import api
 from tunesmith.core.errors import InputError
 from tunesmith.serve import feedback

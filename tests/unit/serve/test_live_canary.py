@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from full_disk import file_limit
-from serve_lab import LiveServer, make_chat, make_settings, read_metric, serving, wait_for
+from tiny_server import LiveServer, make_chat, make_settings, read_metric, serving, wait_for
 from tunesmith.core.errors import InputError
 from tunesmith.recipe.fields import Constraint
 from tunesmith.serve.answer_checks import CheckedAnswer, CheckRules, check_answer

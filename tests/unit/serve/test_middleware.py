@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_lab import LiveServer, make_chat, make_settings, serving
+from tiny_server import LiveServer, make_chat, make_settings, serving
 from tunesmith.core.errors import InputError
 from tunesmith.serve.app import ROUTES, find_scope
 from tunesmith.serve.keys import add_key

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from serve_lab import (
+from tiny_runs import save_writer_folder
+from tiny_server import (
     LiveServer,
     make_chat,
     make_settings,
@@ -29,7 +30,6 @@ from serve_lab import (
     save_toy_adapter,
     serving,
 )
-from tiny_runs import save_writer_folder
 from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import schemathesis
 
-from serve_lab import LiveServer, make_settings, serving
+from tiny_server import LiveServer, make_settings, serving
 from tunesmith.serve.app import ROUTES
 from tunesmith.serve.openapi import build_openapi
 

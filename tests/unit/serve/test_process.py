@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve_lab import make_chat
+from tiny_server import make_chat
 
 NO_END = {"257": -100, "258": -100}
 

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_lab import (
+from tiny_server import (
     LiveServer,
     make_chat,
     make_settings,

@@ -14,7 +14,7 @@ import httpx
 import jsonschema
 import pytest
 
-from serve_lab import LiveServer, make_chat
+from tiny_server import LiveServer, make_chat
 from tunesmith.model.generation.grammar import Grammar
 from tunesmith.serve.grammars import GrammarCache
 from tunesmith.serve.registry import ServedModel

@@ -11,8 +11,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from serve_lab import LiveServer, make_chat, make_settings, read_metric, serving, wait_for
 from tiny_runs import make_tiny_recipe, train, write_eval_files
+from tiny_server import LiveServer, make_chat, make_settings, read_metric, serving, wait_for
 from tunesmith.core.atomic import MANIFEST, _seal, read_manifest
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json

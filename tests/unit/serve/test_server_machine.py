@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from serve_lab import LiveServer, make_chat, make_settings, save_toy_adapter, serving, wait_for
+from tiny_server import LiveServer, make_chat, make_settings, save_toy_adapter, serving, wait_for
 
 CHAT = "/v1/chat/completions"
 NAMES = ("one", "two", "three")

@@ -13,7 +13,7 @@ import jsonschema
 import openai
 import pytest
 
-from serve_lab import LiveServer, make_chat, make_settings, save_toy_adapter, serving
+from tiny_server import LiveServer, make_chat, make_settings, save_toy_adapter, serving
 from toy_chat import write_model_folder
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.call_forms import ObjectForm

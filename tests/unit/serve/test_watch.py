@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from serve_lab import LiveServer, make_chat, make_settings, serving, wait_for
+from tiny_server import LiveServer, make_chat, make_settings, serving, wait_for
 from tunesmith.cli.output import TerminalConsole
 from tunesmith.cli.views.server import render_activity
 from tunesmith.core.errors import InputError, MachineError

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+import fake_kernel_packages
 import preflight_models
 import rotary_configs
-import taken_over
 import tiny_models
 from preflight_models import get_refusal, prepare_model
 from tiny_models import make_tiny_document, make_tiny_network
@@ -156,7 +156,7 @@ def test_the_reference_calls_no_kernels_of_other_packages() -> None:
     """transformers calls those of flash-linear-attention and others wherever they are installed, on
     a CPU too."""
     families = ("qwen3_5", "falcon_h1", "lfm2")
-    command = [sys.executable, str(Path(taken_over.__file__)), *families]
+    command = [sys.executable, str(Path(fake_kernel_packages.__file__)), *families]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == list(families)

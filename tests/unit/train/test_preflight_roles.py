@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recipe_lab import Lab
+from tiny_recipe_runs import Lab
 from toy_chat import assistant, make_example, make_tool_call, user, write_model_folder
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from live_server import COLORS, train_on_rows
-from serve_lab import make_settings, serving
 from tiny_runs import save_model_folder
+from tiny_server import make_settings, serving
 from toy_chat import CHATML, CHATML_TOKENS, write_model_folder
+from transformers_server import COLORS, train_on_rows
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.evaluate.verify.recorded_items import (

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from live_server import MODEL, Fault, serving
+from transformers_server import MODEL, Fault, serving
 from tunesmith.cli import app
 from tunesmith.core.errors import InputError, MachineError, TunesmithError
 from tunesmith.evaluate.verify import server_client

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from live_server import MODEL, LiveServer, serving
+from transformers_server import MODEL, LiveServer, serving
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document
 from tunesmith.evaluate.verify.recorded_items import RecordedItem, _convert_messages, _select_evenly

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from live_server import MODEL, Served, load_served, serving, train_color_run
 from tiny_runs import TURNS
+from transformers_server import MODEL, Served, load_served, serving, train_color_run
 from tunesmith.cli import app
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document

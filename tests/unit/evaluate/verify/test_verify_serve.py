@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from live_server import COLORS, train_on_rows
-from serve_lab import LiveServer, make_settings, serving
 from tiny_runs import save_model_folder
+from tiny_server import LiveServer, make_settings, serving
+from transformers_server import COLORS, train_on_rows
 from tunesmith.core.types import Json
 from tunesmith.evaluate.verify.server_client import LiveClient
 from tunesmith.evaluate.verify.verification import LiveVerification, verify_run

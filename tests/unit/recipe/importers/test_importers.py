@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs import AXOLOTL, LLAMAFACTORY, TRL, write_config, write_datasets
+from trainer_configs import AXOLOTL, LLAMAFACTORY, TRL, write_config, write_datasets
 from tunesmith.core.errors import InputError
 from tunesmith.recipe.importers.convert import TOOLS, Translation, translate
 from tunesmith.recipe.importers.draft import UntranslatedKey
