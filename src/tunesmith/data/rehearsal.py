@@ -64,7 +64,8 @@ class RehearsalSampler:
         last = self.sampler.count_due_items(self._compute_due_tokens(step, ratio_changes))
         documents: list[Document] = []
         for position in range(first, last):
-            documents += self._read_row_documents(position)
+            pass_index, row = self.sampler.get_item(position)
+            documents += self.read_row(row, pass_index)
         return documents
 
     def _compute_due_tokens(self, step: int, ratio_changes: RatioChanges) -> float:
@@ -76,10 +77,6 @@ class RehearsalSampler:
             token_ratio = ratio if self.should_replace_data else ratio / (1 - ratio)
             segment_tokens.append(steps * self.step_tokens * token_ratio)
         return sum(segment_tokens)
-
-    def _read_row_documents(self, position: int) -> list[Document]:
-        pass_index, row = self.sampler.get_item(position)
-        return self.read_row(row, pass_index)
 
     def read_row(self, row: int, pass_index: int = 0) -> list[Document]:
         """Return the documents of a row as one pass trains them; none if they are too long."""

@@ -111,18 +111,19 @@ def build_plan(
     recipe_values = _collect_recipe_values(recipe)
     fixed = fixed or {}
     epoch_report = scale_report(data["data"], fixed.get("mixture"))
+    has_answers = "test_data" in data and recipe.stage != "cpt"  # before and after training
     settings: dict[str, PlanValue] = {}
     context = RuleContext(
         machine=machine,
         model=model,
         data=epoch_report,
         settings=settings,
-        has_schema=recipe_values["response_schema"] is not None,
+        has_schema=recipe.response_schema is not None,
         max_steps=recipe.max_steps,
         stage=recipe.stage,
         measures=measures,
-        num_eval_prompts=_count_eval_prompts(recipe, data),
-        has_evaluation=_has_evaluation(recipe, data),
+        num_eval_prompts=data["test_data"].rows if has_answers else 0,
+        has_evaluation=bool({"eval_data", "test_data"} & data.keys() or recipe.retention_data),
         has_constraints=bool(recipe.never),
     )
     settings |= decide_objective(recipe, context)
@@ -325,15 +326,6 @@ def _check_libraries(context: RuleContext) -> None:
                 where=f"{key}: {value}",
                 fix=f"pip install 'tunesmith[qlora]', or use {key}: {alternative}",
             )
-
-
-def _count_eval_prompts(recipe: Recipe, data: Mapping[str, DataReport]) -> int:
-    """Return the number of prompts answered before and after training."""
-    return data["test_data"].rows if "test_data" in data and recipe.stage != "cpt" else 0
-
-
-def _has_evaluation(recipe: Recipe, data: Mapping[str, DataReport]) -> bool:
-    return "eval_data" in data or "test_data" in data or recipe.retention_data is not None
 
 
 def _estimate_disk(recipe: Recipe, context: RuleContext, data: Mapping[str, DataReport]) -> int:

@@ -87,7 +87,9 @@ class ReportData:
 
     def get_sample_pairs(self) -> tuple[SamplePair, ...]:
         """Return all answers before and after if they were written, else the few of the record."""
-        all_pairs = _match_samples(self.results_before.samples, self.results_after.samples)
+        before = self.results_before.samples
+        after = {sample.id: sample for sample in self.results_after.samples}
+        all_pairs = tuple((sample, after[sample.id]) for sample in before if sample.id in after)
         record_pairs = self.record.samples if self.record else ()
         return all_pairs if len(all_pairs) > len(record_pairs) else record_pairs
 
@@ -129,13 +131,6 @@ def _load_stage(path: Path, name: str, plan: Plan) -> StageData:
 
 def _load_record(path: Path) -> RunRecord | None:
     return read_run_record(path) if (path / RECORD_FILE).is_file() else None
-
-
-def _match_samples(
-    before: Iterable[GenerationSample], after: Iterable[GenerationSample]
-) -> tuple[SamplePair, ...]:
-    after_by_id = {sample.id: sample for sample in after}
-    return tuple((sample, after_by_id[sample.id]) for sample in before if sample.id in after_by_id)
 
 
 def collect_grades(run: ReportData) -> dict[str, Grades]:

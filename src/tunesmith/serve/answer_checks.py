@@ -69,9 +69,7 @@ def check_answer(answer: CheckedAnswer, rules: CheckRules) -> dict[str, bool]:
     elif rules.schema is not None:
         checks["schema_invalid"] = not schema_valid(answer.text, "", rules.schema)
     if rules.constraints:
-        checks["violated"] = _is_violated(answer.text, rules.constraints)
+        checks["violated"] = any(
+            find_matches(constraint, answer.text, "an answer") for constraint in rules.constraints
+        )
     return checks
-
-
-def _is_violated(text: str, constraints: Sequence[Constraint]) -> bool:
-    return any(find_matches(constraint, text, "an answer") for constraint in constraints)

@@ -17,7 +17,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.chat_template.tool_syntax import ToolSyntax, learn_tool_syntax
-from tunesmith.serve.bodies import ChatBody, ChatMessage, NamedTool, Tool, parse_json
+from tunesmith.serve.bodies import ChatBody, ChatMessage, NamedTool, parse_json
 from tunesmith.serve.call_grammars import describe_calls
 from tunesmith.serve.errors import RequestError
 from tunesmith.serve.grammars import check_schema
@@ -85,13 +85,8 @@ def find_tools(body: ChatBody, model: ServedModel) -> OfferedTools:
     if isinstance(body.tool_choice, NamedTool):
         name = body.tool_choice.function.name
         tools = [tool for tool in tools if tool.function.name == name]
-    return OfferedTools(
-        syntax, {tool.function.name: _get_schema(tool) for tool in tools}, is_forced
-    )
-
-
-def _get_schema(tool: Tool) -> Json:
-    return tool.function.parameters or ANY_ARGUMENTS
+    schemas = {tool.function.name: tool.function.parameters or ANY_ARGUMENTS for tool in tools}
+    return OfferedTools(syntax, schemas, is_forced)
 
 
 @functools.lru_cache(maxsize=64)

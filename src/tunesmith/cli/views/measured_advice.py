@@ -84,7 +84,8 @@ def _format_headline(advice: MeasuredAdvice) -> str:
 def _format_reason(decision: Decision) -> Text:
     row = decision.chosen
     best = decision.best
-    score = f"{row.name}: {row.score.metric} {_format_interval(row)}"
+    interval = f"[{row.score.low:.3f}, {row.score.high:.3f}]"
+    score = f"{row.name}: {row.score.metric} {row.score.value:.3f} {interval}"
     if row is best or not row.difference:
         return Text(f"{score}, the best, on {decision.items} items")
     difference, low, high = row.difference
@@ -93,10 +94,6 @@ def _format_reason(decision: Decision) -> Text:
         f"{score}; the best, {best.name}, has {best.score.value:.3f}: {gap}, "
         f"not significantly worse on {decision.items} items"
     )
-
-
-def _format_interval(row: ArmRow) -> str:
-    return f"{row.score.value:.3f} [{row.score.low:.3f}, {row.score.high:.3f}]"
 
 
 def _render_arms(advice: MeasuredAdvice) -> Table:

@@ -256,7 +256,8 @@ class _QuirkProber(_Prober):
     """Probe the quirks, before a template can be rendered with them."""
 
     def probe_quirks(self) -> TemplateQuirks:
-        part_prober = self._with_quirks(TemplateQuirks(needs_content_parts=True))
+        quirks = TemplateQuirks(needs_content_parts=True)
+        part_prober = _QuirkProber(self.template, self.tokenizer, self.variables, quirks)
         needs_parts = not self.can_render() and part_prober.can_render()
         prober = part_prober if needs_parts else self
         arguments = {ARG_KEY: ARG_VALUE}
@@ -270,9 +271,6 @@ class _QuirkProber(_Prober):
             can_render_dict_args=has_arguments and not is_python_repr,
             can_render_text_args=arguments_text in json_text,
         )
-
-    def _with_quirks(self, quirks: TemplateQuirks) -> _QuirkProber:
-        return _QuirkProber(self.template, self.tokenizer, self.variables, quirks)
 
     def can_render(self) -> bool:
         text = self.render_plain([USER, ASSISTANT])

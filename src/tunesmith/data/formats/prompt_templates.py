@@ -64,7 +64,8 @@ class PromptFormatter:
         """The columns that the forms insert, each once, in their order."""
         names: dict[str, None] = {}
         for form in self.forms:
-            names.update(dict.fromkeys(_list_columns(form)))
+            columns = (column for _, column in parse_prompt(form.prompt) if column is not None)
+            names.update(dict.fromkeys(columns))
         return list(names)
 
     def with_examples(self, examples: FewShotExamples | None) -> PromptFormatter:
@@ -136,10 +137,6 @@ def hash_row(row: Row) -> int:
     """Return a 64-bit digest of all values of a row, with white space collapsed."""
     normalized = {key: " ".join(_to_text(value).split()) for key, value in row.data.items()}
     return hash_text(json.dumps(normalized, sort_keys=True))
-
-
-def _list_columns(form: PromptForm) -> list[str]:
-    return [column for _, column in parse_prompt(form.prompt) if column is not None]
 
 
 def _fill_prompt(form: PromptForm, row: Row) -> str:
