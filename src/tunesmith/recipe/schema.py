@@ -153,8 +153,7 @@ class Recipe(BaseModel):
     )
 
     train_on: TrainOn = Field(
-        default="answers",
-        description="Trained text: answers, all, or the messages of these roles.",
+        default="answers", description="Trained text: answers, all, or the messages of these roles."
     )
     max_length: Auto | Count = Field(
         default="auto", description="Maximum document length in tokens."
@@ -186,8 +185,7 @@ class Recipe(BaseModel):
         default="auto", description="Shape of the learning rate after warm-up."
     )
     lr_scheduler_kwargs: SchedulerKwargsField = Field(
-        default=SchedulerKwargs(),
-        description="Arguments of inverse_sqrt and warmup_stable_decay.",
+        default=SchedulerKwargs(), description="Arguments of inverse_sqrt and warmup_stable_decay."
     )
     warmup_ratio: Auto | Share = Field(default="auto", description="Fraction of steps in warm-up.")
     optim: Auto | Optimizer = Field(
@@ -255,8 +253,7 @@ class Recipe(BaseModel):
         default="auto", description="Ranks that shard one copy of the weights (as FSDP)."
     )
     metrics: Auto | Metrics = Field(
-        default="auto",
-        description="Metrics of the before/after; see docs/reference/metrics.md.",
+        default="auto", description="Metrics of the before/after; see docs/reference/metrics.md."
     )
     gates: GateLimits = Field(
         default={}, description='Limits for release, by metric: {exact_match: ">= 0.8"}.'

@@ -77,8 +77,7 @@ TOKENIZER_FILE = "tokenizer.json"
 HELD_OUT_ROLES = ("eval_data", "test_data")
 FALLBACK_TOKENIZER = "smollm2-135m-instruct"  # counts tokens for a model without a tokenizer
 NO_PRESET = "none of the presets"
-# of another number of GPUs than the recipe's
-ANY_MESH = {"dp_shard_size": "auto", "context_parallel_size": "auto"}
+ANY_MESH = {"dp_shard_size": "auto", "context_parallel_size": "auto"}  # of other targets
 MAX_SPLIT_DEVIATION = 0.3  # of the number of held-out rows, without a warning
 
 
