@@ -14,6 +14,7 @@ import json
 import math
 import numbers
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
@@ -105,27 +106,41 @@ def read_json(path: Path, *, key: str = "", fix: str = "", max_values: int | Non
 
     `key` is the setting that named the file."""
     where = f"{key}: {path}" if key else str(path)
+    content = _read_file(path, where, fix)
+    if max_values is not None and count_json_marks(content) > max_values:
+        message = f"more than {max_values:,} commas and brackets"
+        raise InputError(message, where=where, fix=fix)
     try:
-        content = path.read_bytes()
-        if max_values is not None and count_json_marks(content) > max_values:
-            message = f"more than {max_values:,} commas and brackets"
-            raise InputError(message, where=where, fix=fix)
         return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            where = f"{where}:{error.lineno}:{error.colno}"
+        raise InputError(describe_json_error(error), where=where, fix=fix) from None
+
+
+def _read_file(path: Path, where: str, fix: str) -> bytes:
+    try:
+        return path.read_bytes()
     except FileNotFoundError:
         raise InputError("no such file", where=where, fix=fix or "check the path") from None
     except OSError as error:
         raise_if_machine_failed(error, where)
         raise InputError(f"cannot be read: {error.strerror}", where=where, fix=fix) from None
-    except json.JSONDecodeError as error:
-        where = f"{where}:{error.lineno}:{error.colno}"
-        raise InputError(f"not valid JSON: {error.msg}", where=where, fix=fix) from None
-    except UnicodeDecodeError as error:
-        message = f"not valid JSON: byte {error.start} is not UTF-8"
-        raise InputError(message, where=where, fix=fix) from None
-    except RecursionError:
-        raise InputError("not valid JSON: too deeply nested", where=where, fix=fix) from None
-    except ValueError as error:  # a number of more than 4,300 digits; a NUL in the path
-        raise InputError(f"not valid JSON: {error}", where=where, fix=fix) from None
+    except ValueError as error:  # a NUL in the path
+        raise InputError(f"cannot be read: {error}", where=where, fix=fix) from None
+
+
+def describe_json_error(error: ValueError | RecursionError) -> str:
+    """Return what `json.loads` could not read: valid JSON, too, has numbers and depths that Python
+    refuses."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not valid JSON: byte {error.start} is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    limit = sys.get_int_max_str_digits()
+    return f"an integer has more than {limit:,} digits"
 
 
 def read_json_object(

@@ -23,7 +23,7 @@ from jsonschema import Draft202012Validator
 
 from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import InputError, raise_if_machine_failed
-from tunesmith.core.json_io import dump_json
+from tunesmith.core.json_io import describe_json_error, dump_json
 from tunesmith.core.types import Json
 from tunesmith.data.checks.text_stats import extract_row_texts
 from tunesmith.data.dataset import Dataset
@@ -127,7 +127,7 @@ def _read_tasks(path: Path) -> list[Json]:
         raise_if_machine_failed(error, where)
         raise InputError(f"cannot be read: {error.strerror}", where=where) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON: {error}", where=where) from error
+        raise InputError(describe_json_error(error), where=where) from error
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise InputError("not a JSON array of objects", where=where, fix="export as JSON")
     return tasks
@@ -169,7 +169,7 @@ def _extract_row(dataset: Dataset, index: int) -> _ReviewedRow:
 def _parse_row(text: Any, where: str) -> Json:
     try:
         row = json.loads(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
         fix = "review a file that tunesmith wrote for the tool: it contains the rows"

@@ -88,6 +88,6 @@ def is_json(text: str, *, is_truncated: bool) -> bool:
     except json.JSONDecodeError as error:
         is_at_end = error.pos >= len(stripped) - 1 or error.msg.startswith("Unterminated")
         return is_truncated and bool(stripped) and is_at_end
-    except RecursionError:
+    except (ValueError, RecursionError):  # of more digits or levels than Python reads
         return False
     return True

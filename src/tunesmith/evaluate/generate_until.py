@@ -20,8 +20,8 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.events import GenerationSample
 from tunesmith.core.types import Example, GenerationOutput, GenerationRequest, Json
 from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.json_schema import make_validator
 from tunesmith.evaluate.custom_metric import format_metric_name, score_answers
-from tunesmith.evaluate.json_metrics import check_schema
 from tunesmith.evaluate.metrics import LIKELIHOODS, grade_answer, parse_metric_arg
 from tunesmith.evaluate.results import MetricValues
 from tunesmith.plan.memory_budget import compute_answer_limit
@@ -150,7 +150,7 @@ def check_prompts(
         if count > 1:
             raise InputError(f"duplicate metric {name}", where="metrics", fix="name it once")
     if schema is not None:
-        check_schema(schema)
+        make_validator(schema)
     expected_answers = [prompt.expected for prompt in prompts]
     for metric in metrics:
         values = _compute_values(metric, prompts, expected_answers, schema)

@@ -11,13 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import jsonschema
-from jsonschema.validators import validator_for
-from referencing import Registry
-from referencing.exceptions import Unresolvable
-
-from tunesmith.core.errors import InputError
-from tunesmith.core.types import Json
+from tunesmith.data.json_schema import find_violation, make_validator
 
 
 def json_valid(answer: str, expected: str, schema: Any) -> float:
@@ -32,11 +26,7 @@ def schema_valid(answer: str, expected: str, schema: Any) -> float:
     value = _parse_json(answer)
     if value is NOT_JSON or schema is None:
         return 0.0
-    try:
-        return float(validator_for(schema)(schema, registry=Registry()).is_valid(value))
-    except Unresolvable as error:
-        message = f"the schema refers to {error.ref!r}, which it does not contain"
-        raise InputError(message, where="response_schema") from error
+    return float(not find_violation(value, make_validator(schema)))
 
 
 def field_f1(answer: str, expected: str, schema: Any) -> float:
@@ -88,12 +78,3 @@ def _iter_fields(
         yield path, type(value).__name__, str(value)
     else:
         yield path, "", value
-
-
-def check_schema(schema: Json) -> None:
-    """Raise InputError unless it is a JSON schema."""
-    try:
-        validator_for(schema).check_schema(schema)
-    except jsonschema.SchemaError as error:
-        message = f"not a JSON schema: {error.message}"
-        raise InputError(message, where=f"response_schema: {error.json_path}") from error

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import suggest_name
 from tunesmith.core.types import Json
+from tunesmith.data.json_schema import make_validator
 from tunesmith.data.readers.local_file import check_path
-from tunesmith.evaluate.json_metrics import check_schema, field_f1, json_valid, schema_valid
+from tunesmith.evaluate.json_metrics import field_f1, json_valid, schema_valid
 from tunesmith.evaluate.text_metrics import (
     chrf,
     contains,
@@ -59,7 +60,7 @@ def parse_metric_arg(metric: str, schema: Json | None) -> Any:
         if schema is None:
             fix = "set `response_schema`, or leave the metric out"
             raise InputError("schema_valid needs a schema", where=SETTING, fix=fix)
-        check_schema(schema)
+        make_validator(schema)
         return schema
     if text and name not in ARG_PARSERS:
         message = f"{name} takes no argument, got {text:.80}"

@@ -9,12 +9,13 @@ the same classes (openapi.py). Left out: what a request becomes (requests.py).""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from math import isfinite
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tunesmith.core.json_io import measure_depth
+from tunesmith.core.json_io import describe_json_error, measure_depth
 from tunesmith.core.sampling import MAX_SEED
 from tunesmith.core.types import Json
 from tunesmith.serve.errors import RequestError
@@ -363,19 +364,18 @@ def parse_json(raw: bytes) -> Any:
     except RecursionError:
         message = f"the JSON is nested deeper than {MAX_DEPTH} levels"
         raise RequestError(400, message) from None
-    except UnicodeDecodeError:
-        raise RequestError(400, "not valid JSON: not UTF-8") from None
     except json.JSONDecodeError as error:
-        message = f"not valid JSON: {error.msg} at character {error.pos}"
+        message = f"{describe_json_error(error)} at character {error.pos}"
         raise RequestError(400, message) from None
-    except ValueError as error:  # a duplicate key, NaN, a number of 5,000 digits
-        raise RequestError(400, f"not valid JSON: {error!s:.200}") from None
+    except ValueError as error:
+        raise RequestError(400, describe_json_error(error)) from None
 
 
 def _build_object(pairs: list[tuple[str, Any]]) -> Json:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("a key occurs twice in one object")
+        key = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise RequestError(400, f"the key {key!r:.80} occurs twice in one object")
     return content
 
 
@@ -383,12 +383,12 @@ def _parse_float(text: str) -> float:
     """Return a number. JSON allows 1e999, which is infinite here and cannot be written again."""
     number = float(text)
     if not isfinite(number):
-        raise ValueError(f"{text:.20} is too large a number")
+        raise RequestError(400, f"a number is out of range: {text:.40}")
     return number
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise RequestError(400, f"not valid JSON: {name} is not a number")
 
 
 def _list_field_names(kind: type[BaseModel]) -> set[str]:

@@ -56,7 +56,7 @@ def _parse_arguments(text: str) -> Json:
     try:
         arguments = parse_json(text.encode())
     except RequestError as error:
-        message = f"the arguments of a tool call are {error.message}"
+        message = f"the arguments of a tool call cannot be read: {error.message}"
         raise RequestError(400, message, param="messages") from None
     if not isinstance(arguments, dict):
         message = "the arguments of a tool call are not a JSON object"

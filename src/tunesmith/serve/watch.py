@@ -207,7 +207,7 @@ def _parse_object(content: bytes) -> Json:
     """Return a JSON object. Raises InputError for anything else."""
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise InputError("a reply that is no JSON object", fix="name a server of `tunesmith serve`")

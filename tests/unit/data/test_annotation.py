@@ -117,7 +117,7 @@ def test_of_one_reviewer_the_newest_word_counts_and_cancelled_ones_do_not(opened
     ("export", "what"),
     [
         ("{}", "not a JSON array"),
-        ("[", "not JSON"),
+        ("[", "not valid JSON"),
         ("[]", "neither tasks"),
         ('[{"text": 1}]', "neither tasks"),
         ('[{"data": {"question": "a"}}]', "not the original row"),

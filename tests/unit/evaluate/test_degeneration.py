@@ -66,6 +66,7 @@ def test_letters_of_other_scripts_and_broken_bytes_are_foreign() -> None:
         ("", False, False),
         ('{"a": 1} and', False, False),
         ("[" * 100_000, False, False),
+        ("1" * 5_000, False, False),
     ],
 )
 def test_an_answer_without_room_need_only_begin_like_json(text: str, full: bool, cut: bool) -> None:

@@ -208,9 +208,9 @@ def test_a_request_that_says_no_call_is_named(
         ("[1]", "not a JSON object"),
         ('{"a": "\\ud800"}', "half of a surrogate pair"),
         ('{"a": NaN}', "NaN is not a number"),
-        ('{"a": 1, "a": 2}', "occurs twice"),
+        ('{"a": 1, "a": 2}', "cannot be read: the key 'a' occurs twice in one object"),
         ('{"a": ' + "[" * 5000, "nested deeper"),
-        ('{"a": ' + "1" * 5000 + "}", "not valid JSON"),
+        ('{"a": ' + "1" * 5000 + "}", "cannot be read: an integer has more than 4,300 digits"),
     ],
     ids=["list", "surrogate", "nan", "twice", "deep", "digits"],
 )

@@ -18,7 +18,12 @@ from typing import Any
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import suggest_name
-from tunesmith.core.json_io import MAX_TEXT_VALUES, has_more_values, measure_depth
+from tunesmith.core.json_io import (
+    MAX_TEXT_VALUES,
+    describe_json_error,
+    has_more_values,
+    measure_depth,
+)
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.template import ChatTemplate
 from tunesmith.data.chat_template.tracked_str import (
@@ -202,7 +207,7 @@ def _convert_call(call: Any, quirks: TemplateQuirks) -> Any:
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError) as error:
-            message = f"the arguments of a tool call are not JSON: {error}"
+            message = f"the arguments of a tool call cannot be read: {describe_json_error(error)}"
             raise InputError(message, fix="write a JSON object") from error
         if measure_depth(arguments) > MAX_CALL_DEPTH:
             message = f"the arguments of a tool call are nested deeper than {MAX_CALL_DEPTH} levels"

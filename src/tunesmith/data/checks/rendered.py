@@ -8,11 +8,9 @@ import json
 from collections.abc import Iterator
 
 from jsonschema.protocols import Validator
-from referencing.exceptions import Unresolvable
 
-from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import format_count
-from tunesmith.core.json_io import MAX_TEXT_VALUES, has_more_values
+from tunesmith.core.json_io import MAX_TEXT_VALUES, describe_json_error, has_more_values
 from tunesmith.core.types import Finding
 from tunesmith.data.chat_template.render_notes import BOUNDARY, PER_TURN, STRUCTURAL
 from tunesmith.data.checks.context import (
@@ -26,6 +24,7 @@ from tunesmith.data.checks.pii import mask_secrets
 from tunesmith.data.checks.text_stats import MAX_NAMED_ROWS
 from tunesmith.data.dataset import MAX_DETECTION_ROWS
 from tunesmith.data.formats.parse import FORMATS, find_unused_keys
+from tunesmith.data.json_schema import find_violation
 from tunesmith.data.length_stats import MAX_FULL_SCAN_ROWS
 from tunesmith.data.pretraining import DENSE
 from tunesmith.data.readers.sources import CONTAINERS
@@ -255,12 +254,6 @@ def _explain_violation(answer: str, validator: Validator) -> str:
         return f"more than {MAX_TEXT_VALUES:,} values"
     try:
         value = json.loads(answer)
-    except (json.JSONDecodeError, RecursionError):
-        return "not JSON"
-    try:
-        error = next(validator.iter_errors(value), None)
-    except Unresolvable as missing:
-        fix = "put the referenced definition into the schema itself"
-        message = f"the schema refers to {missing}"
-        raise InputError(message, where="response_schema", fix=fix) from None
-    return "" if error is None else mask_secrets(error.message)[:200]
+    except (ValueError, RecursionError) as error:
+        return describe_json_error(error)
+    return mask_secrets(find_violation(value, validator))[:200]

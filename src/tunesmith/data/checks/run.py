@@ -11,12 +11,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from jsonschema import Draft202012Validator, SchemaError
-from jsonschema.protocols import Validator
-from jsonschema.validators import validator_for
-from referencing import Registry
-
-from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import MAX_ROW_IDS
 from tunesmith.core.types import DataReport, Document, Finding, Json, WeightedText
 from tunesmith.data.checks import (
@@ -32,6 +26,7 @@ from tunesmith.data.checks.pii import mask_secrets
 from tunesmith.data.checks.text_stats import compute_text_stats
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.formats.few_shot import remove_shots
+from tunesmith.data.json_schema import make_validator
 from tunesmith.data.length_stats import (
     DatasetScan,
     compute_percentiles,
@@ -57,7 +52,7 @@ def check_data(
     `schema` is the JSON schema of answers, except in rehearsal data. `corpus` holds the texts of
     the role `data` if they are trained as windows. With `should_read_all`, all texts are read, not
     only what a run needs. Raises InputError for an invalid schema."""
-    validator = _make_validator(schema) if schema is not None else None
+    validator = make_validator(schema) if schema is not None else None
     text_stats = None
     if should_read_all:
         text_stats = compute_text_stats(remove_shots(datasets), row_checks.get_row_finders())
@@ -141,17 +136,6 @@ def _count_rejected(dataset: Dataset, dataset_scan: DatasetScan) -> dict[str, in
     return dict(
         dataset.rejected_rows.counts + Counter(scaled) + dataset_scan.rare_rejected_rows.counts
     )
-
-
-def _make_validator(schema: Json) -> Validator:
-    """Return a validator that fetches nothing: a $ref out of the schema is an error."""
-    validator_class = validator_for(schema, default=Draft202012Validator)
-    try:
-        validator_class.check_schema(schema)
-    except SchemaError as error:
-        message = f"not a JSON schema: {error.message}"
-        raise InputError(message, where="response_schema", fix="correct the schema") from None
-    return validator_class(schema, registry=Registry())
 
 
 DATASET_CHECKS = {

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import count_json_marks
+from tunesmith.core.json_io import count_json_marks, describe_json_error
 from tunesmith.core.types import Json, NewToken
 from tunesmith.data.tokenizer.charsmap import check_charsmap
 from tunesmith.data.tokenizer.panics import find_post_processor_problem, find_step_problem
@@ -64,7 +64,8 @@ def parse_tokenizer(tokenizer_json: bytes) -> Json:
     try:
         data = json.loads(tokenizer_json)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"the tokenizer.json is not valid JSON: {error}") from error
+        message = f"the tokenizer.json cannot be read: {describe_json_error(error)}"
+        raise InputError(message) from error
     model = data.get("model") if isinstance(data, dict) else None
     if not isinstance(model, dict) or "added_tokens" not in data:
         raise InputError("the tokenizer.json has no added_tokens or no model")

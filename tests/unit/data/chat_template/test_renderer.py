@@ -271,9 +271,9 @@ def test_arguments_are_given_as_the_template_writes_them(
         assert ('{"x":  1}' if exact else '{"x": 1}') + "<|im_end|>⟧" in text
     if wanted == "{}":
         broken = {
-            "{x": "not JSON",
+            "{x": "not valid JSON: Expecting property name",
             '{"x": ' + "[" * 500 + "]" * 500 + "}": "deeper than 100 levels",
-            '{"x": ' + "[" * 90_000 + "]" * 90_000 + "}": "not JSON: maximum recursion depth",
+            '{"x": ' + "[" * 90_000 + "]" * 90_000 + "}": "cannot be read: nested too deeply",
             '{"x": [' + "[]," * 100_000 + "0]}": "more than 100,000 values",
         }
         for arguments, problem in broken.items():

@@ -127,11 +127,12 @@ def test_answers_that_break_the_schema(opened):
         "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
     }
     assert check_data({"data": opened([*good, calls])}, schema=SCHEMA)["data"].findings == ()
-    bad = [chat("x", '{"sum": 3}'), chat("y", "3 {euros}"), chat("z", "[" * 100_000)]
+    answers = ('{"sum": 3}', "3 {euros}", "[" * 100_000, '{"total": ' + "1" * 5_000)
+    bad = [chat(answer[:9], answer) for answer in answers]
     (finding,) = check_data({"data": opened([*good, *bad])}, schema=SCHEMA)["data"].findings
-    assert (finding.level, finding.count) == ("error", 3)
+    assert (finding.level, finding.count) == ("error", 4)
     first = "train.jsonl:4: 'total' is a required property"
-    assert finding.message == f"3 of 6 rows have an answer that violates response_schema; {first}"
+    assert finding.message == f"4 of 7 rows have an answer that violates response_schema; {first}"
 
 
 def test_completions_without_a_template_are_checked_and_texts_are_not(opened, words):

@@ -43,8 +43,9 @@ def token(**parts: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[" * 100_000, "not valid JSON"),
-        (b"\xff", "not valid JSON"),
+        (b"[" * 100_000, "cannot be read: nested too deeply"),
+        (b"\xff", "not valid JSON: byte 0 is not UTF-8"),
+        (b"[" + b"1" * 5000, "an integer has more than 4,300 digits"),
         (b"[]", "no added_tokens or no model"),
         (changed(model={"type": "Magic"}), "unknown model 'Magic'"),
         (

@@ -204,7 +204,7 @@ def test_a_pickle_beside_safetensors_does_not_matter(model_folder: Path) -> None
         (b"{'model_type': 1}", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         (b"[1]", "not a JSON object"),
-        (b"[" * 100_000, "not valid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_bad_config_is_named(model_folder: Path, content: bytes | None, message: str) -> None:
