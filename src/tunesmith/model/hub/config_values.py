@@ -16,14 +16,16 @@ from typing import Any
 from tunesmith.core.errors import InputError
 from tunesmith.model.hub.families import find_text_type, get_text_config
 
-# types that read sliding_window; Qwen2, Qwen3 and SmolLM3 only with use_sliding_window
-WINDOW_TYPES = (
-    *("afmoe", "cohere2", "cohere2_moe", "dots1", "exaone4", "gemma2", "gemma3_text"),
+# types with windows in the layers that layer_types calls sliding_attention, with one in all layers,
+# and with one only if use_sliding_window is set
+LAYER_WINDOW_TYPES = (
+    *("afmoe", "cohere2", "cohere2_moe", "cwm", "dots1", "exaone4", "gemma2", "gemma3_text"),
     *("gemma4_text", "gemma4_unified_text", "gpt_oss", "granite_swa", "granitemoe_swa", "lfm3"),
-    *("mellum", "ministral", "ministral3", "mistral", "mixtral", "olmo3", "olmoe", "phi3"),
-    *("starcoder2", "vaultgemma"),
+    *("mellum", "ministral", "mistral", "olmo3", "vaultgemma"),
 )
-UNUSED_WINDOW_TYPE = "qwen2_moe"  # its window is 0 tokens without use_sliding_window
+GLOBAL_WINDOW_TYPES = ("ministral3", "mixtral", "phi3", "starcoder2")
+SWITCHED_WINDOW_TYPES = ("qwen2", "qwen2_moe", "qwen3", "smollm3")
+UNMASKED_WINDOW_TYPE = "olmoe"  # its masks have no window, its flash attention has
 # types that cap logits, and scores of attention
 CAPPED_HEAD_TYPES = (
     *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "nanochat", "vaultgemma"),
@@ -41,6 +43,13 @@ UNROTATED_TYPES = ("gpt2", "nemotron_h")
 # types whose rotations rotary.py cannot choose for each document: one of complex numbers, and
 # several modules, one for each base
 FIXED_ROTATION_TYPES = ("deepseek_v2", "granite_swa", "granitemoe_swa")
+# types whose kinds of layers may have a rotation each; the others rotate all layers alike, two of
+# them with a base for each layer
+NESTED_ROTATION_TYPES = (
+    *("gemma3_text", "gemma4_text", "gemma4_unified_text", "lfm3", "mellum", "olmo3"),
+)
+LAYER_BASE_TYPES = ("granite_swa", "granitemoe_swa")
+ROTATION_KEYS = ("rope_parameters", "rope_scaling")
 CONFIG_FIX = "download config.json again"
 
 
@@ -49,6 +58,7 @@ def check_config_values(config: Mapping[str, Any], where: str) -> None:
     _check_counts(config, where)
     _check_window(config, where)
     _check_caps(config, where)
+    _check_nested_rotation(config, where)
 
 
 def _check_counts(config: Mapping[str, Any], where: str) -> None:
@@ -63,21 +73,45 @@ def _check_counts(config: Mapping[str, Any], where: str) -> None:
 def _check_window(config: Mapping[str, Any], where: str) -> None:
     """Raise InputError for a window of no tokens in a type that applies windows: transformers then
     attends to all tokens alike, later ones too."""
+    _check_window_layers(config, where)
     text = get_text_config(config)
-    words = text.get("layer_types")
     text_type = find_text_type(config)
-    is_on = text.get("use_sliding_window") is True
-    if text_type == UNUSED_WINDOW_TYPE and not is_on:
-        if isinstance(words, list) and "sliding_attention" in words:
-            message = "sliding_attention without use_sliding_window: no token would see another"
-            raise InputError(message, where=where, fix="set use_sliding_window to true")
-        return
     window = text.get("sliding_window")
-    is_used = text_type in WINDOW_TYPES or is_on
-    has_windows = not isinstance(words, list) or "sliding_attention" in words
-    if is_used and has_windows and type(window) is int and window < 1:
+    if text_type == UNMASKED_WINDOW_TYPE and window is not None:
+        message = (
+            f"{text_type} has a sliding_window of {window!r:.80}, which transformers applies with "
+            "flash attention only"
+        )
+        raise InputError(message, where=where, fix="set sliding_window to null")
+    words = text.get("layer_types")
+    has_window_layers = not isinstance(words, list) or "sliding_attention" in words
+    is_used = text_type in GLOBAL_WINDOW_TYPES or text.get("use_sliding_window") is True
+    is_used |= text_type in LAYER_WINDOW_TYPES and has_window_layers
+    if is_used and type(window) is int and window < 1:
         message = f"sliding_window is {window}: no token would see another"
-        raise InputError(message, where=where, fix="null means no window")
+        can_be_null = text_type in GLOBAL_WINDOW_TYPES
+        fix = "null means no window" if can_be_null else f"correct it, or {CONFIG_FIX}"
+        raise InputError(message, where=where, fix=fix)
+
+
+def _check_window_layers(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for layers of sliding_attention without a window. transformers fails on
+    most, gives some a window of no tokens, and others one that depends on the kind of attention."""
+    text = get_text_config(config)
+    text_type = find_text_type(config)
+    words = text.get("layer_types")
+    if not isinstance(words, list) or "sliding_attention" not in words:
+        return
+    is_switched = text_type in SWITCHED_WINDOW_TYPES
+    is_null = text.get("sliding_window", 1) is None
+    if is_switched and text.get("use_sliding_window") is not True:
+        reason, fix = "use_sliding_window is off", "set use_sliding_window to true"
+    elif is_null and (is_switched or text_type in LAYER_WINDOW_TYPES):
+        reason, fix = "sliding_window is null", "set sliding_window"
+    else:
+        return
+    message = f"layer_types has sliding_attention, but {reason}"
+    raise InputError(message, where=where, fix=f"{fix}, or write full_attention into layer_types")
 
 
 def _check_caps(config: Mapping[str, Any], where: str) -> None:
@@ -87,6 +121,26 @@ def _check_caps(config: Mapping[str, Any], where: str) -> None:
         if find_text_type(config) in types and text.get(key) == 0:
             message = f"{key} is {text[key]}: nothing is left of what it caps"
             raise InputError(message, where=where, fix="null means no cap")
+
+
+def _check_nested_rotation(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for a rotation of each kind of layers in a type that has one for all, or one
+    for each base: transformers takes the parts for parameters."""
+    text_type = find_text_type(config)
+    if text_type in NESTED_ROTATION_TYPES:
+        return
+    for key in ROTATION_KEYS:
+        rotation = get_text_config(config).get(key)
+        if not isinstance(rotation, Mapping):
+            continue
+        names = sorted(name for name, part in rotation.items() if isinstance(part, Mapping))
+        if names:
+            parts = ", ".join(names)[:200]
+            message = f"{text_type} rotates all layers alike, but {key} has parts for {parts}"
+            fix = f"write the parameters of one rotation into {key}"
+            if text_type in LAYER_BASE_TYPES:
+                fix += ", and the base of each layer into layer_rope_theta"
+            raise InputError(message, where=where, fix=fix)
 
 
 def check_rotation(text: Mapping[str, Any], text_type: str, head_dim: int, where: str) -> None:
@@ -122,7 +176,9 @@ def _list_rope_types(text: Mapping[str, Any]) -> list[str]:
 
 def _list_rotations(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the parameters of the rotation, and those of each type of layers inside them."""
-    rotation = text.get("rope_parameters") or text.get("rope_scaling")
-    if not isinstance(rotation, Mapping):
-        return []
-    return [rotation, *(part for part in rotation.values() if isinstance(part, Mapping))]
+    rotations: list[Mapping[str, Any]] = []
+    for rotation in (text.get(key) for key in ROTATION_KEYS):
+        if isinstance(rotation, Mapping):
+            rotations.append(rotation)
+            rotations += [part for part in rotation.values() if isinstance(part, Mapping)]
+    return rotations

@@ -87,7 +87,7 @@ def test_recurrent_layers_with_another_activation_are_refused(
     assert caught.value.fix
 
 
-@pytest.mark.parametrize("family", ["llama", "olmo2", "cwm", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "olmo2", "qwen3"])
 def test_a_window_that_a_type_ignores_is_no_reason_to_refuse_it(
     family: str, tmp_path: Path
 ) -> None:
@@ -96,13 +96,45 @@ def test_a_window_that_a_type_ignores_is_no_reason_to_refuse_it(
     assert read_spec(folder).model_type == family
 
 
-@pytest.mark.parametrize("family", ["mistral", "starcoder2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mistral", "starcoder2", "gpt_oss", "cwm"])
 def test_a_window_of_no_tokens_is_refused(family: str, tmp_path: Path) -> None:
-    """transformers then attends to all tokens alike."""
+    """transformers then attends to all tokens alike, or fails."""
     folder = save_changed(family, tmp_path)
     edit_config(folder, sliding_window=0)
-    with pytest.raises(InputError, match="sliding_window is 0: no token would see another"):
+    with pytest.raises(InputError, match="sliding_window is 0: no token would see") as caught:
         read_spec(folder)
+    assert ("null" in caught.value.fix) == (family == "starcoder2")
+
+
+def test_words_of_layers_do_not_hide_a_window_of_all_layers(tmp_path: Path) -> None:
+    CONFIGS["mixtral"].save_pretrained(tmp_path)
+    edit_config(tmp_path, sliding_window=0, layer_types=["full_attention"] * 2)
+    with pytest.raises(InputError, match="sliding_window is 0: no token would see another"):
+        read_spec(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "granite_swa", "mellum"])
+def test_layers_of_windows_need_one(family: str, tmp_path: Path) -> None:
+    """transformers fails in the first forward."""
+    CONFIGS[family].save_pretrained(tmp_path)
+    edit_config(tmp_path, sliding_window=None)
+    message = "layer_types has sliding_attention, but sliding_window is null"
+    with pytest.raises(InputError, match=message) as caught:
+        read_spec(tmp_path)
+    assert "full_attention" in caught.value.fix
+
+
+def test_a_window_that_transformers_leaves_to_the_kind_of_attention_is_refused(
+    tmp_path: Path,
+) -> None:
+    """OLMoE's masks have no window, flash attention would have one."""
+    folder = save_changed("olmoe", tmp_path)
+    edit_config(folder, sliding_window=6)
+    with pytest.raises(InputError, match="olmoe has a sliding_window of 6, which trans") as caught:
+        read_spec(folder)
+    assert "null" in caught.value.fix
+    edit_config(folder, sliding_window=None)
+    assert read_spec(folder).model_type == "olmoe"
 
 
 @pytest.mark.parametrize(
@@ -125,15 +157,21 @@ def test_a_cap_of_zero_is_refused(family: str, key: str, tmp_path: Path) -> None
     read_spec(folder)
 
 
-def test_a_window_that_is_switched_off_is_one_of_no_tokens_in_qwen2_moe(tmp_path: Path) -> None:
-    folder = save_changed("qwen2_moe", tmp_path)
-    edit_config(folder, sliding_window=8)  # of no layer
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen2", "qwen3", "smollm3"])
+def test_layers_of_windows_without_use_sliding_window_are_refused(
+    family: str, tmp_path: Path
+) -> None:
+    """In Qwen2 MoE no token would see another, in SmolLM3 only masks have a window, and the others
+    fail in the first forward."""
+    folder = save_changed(family, tmp_path)
+    edit_config(folder, use_sliding_window=False, sliding_window=8, layer_types=None)
     read_spec(folder)
     edit_config(folder, layer_types=["sliding_attention", "full_attention"])
-    with pytest.raises(InputError, match="without use_sliding_window: no token would") as caught:
+    message = "layer_types has sliding_attention, but use_sliding_window is off"
+    with pytest.raises(InputError, match=message) as caught:
         read_spec(folder)
     assert "use_sliding_window" in caught.value.fix
-    edit_config(folder, use_sliding_window=True, sliding_window=8)
+    edit_config(folder, use_sliding_window=True)
     read_spec(folder)
 
 
@@ -203,6 +241,31 @@ def test_such_rotations_are_refused_of_one_type_of_layers_too(
     with pytest.raises(InputError, match=rf"{family} with a rotation that depends on"):
         check_rotation(text, family, 16, "config.json")
     check_rotation({key: {"full_attention": plain}}, family, 16, "config.json")
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("family", ["granite_swa", "granitemoe_swa", "cwm", "qwen2"])
+def test_a_rotation_for_each_kind_of_layers_is_refused_where_all_rotate_alike(
+    family: str, key: str, tmp_path: Path
+) -> None:
+    """transformers takes the parts for parameters, and fails on what is missing."""
+    CONFIGS[family].save_pretrained(tmp_path)
+    plain = {"rope_type": "default", "rope_theta": 100.0}
+    parts = {"sliding_attention": plain, "full_attention": plain | {"rope_theta": 5000.0}}
+    edit_config(tmp_path, "rope_parameters", **{key: parts})
+    message = rf"{family} rotates .* alike, but {key} has parts for full_attention, sliding_attent"
+    with pytest.raises(InputError, match=message) as caught:
+        read_spec(tmp_path)
+    assert ("layer_rope_theta" in caught.value.fix) == family.endswith("_swa")
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "gemma4_unified", "lfm3", "mellum"])
+def test_types_that_rotate_their_layers_otherwise_have_a_rotation_for_each_kind(
+    family: str, tmp_path: Path
+) -> None:
+    config = CONFIGS[family].to_dict()
+    assert set(config["rope_parameters"]) <= {"sliding_attention", "full_attention"}
+    assert read_spec(save_changed(family, tmp_path)).num_layers
 
 
 def test_a_part_that_is_rotated_in_one_type_of_layers_may_be_of_an_odd_head() -> None:
