@@ -37,7 +37,7 @@ class TrialRecord:
     steps: int = 0
     planned_steps: int = 0
     seconds: float = 0.0  # of training
-    reason: str = ""  # why it failed or stopped early
+    reason: str = ""  # why it failed or stopped early, or the checkpoint that the value is of
 
 
 @dataclass(frozen=True)

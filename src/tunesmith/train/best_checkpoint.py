@@ -6,10 +6,11 @@ or rise while they get better. Graded answers are compared first, by the recipe'
 Checkpoints that differ by no more than one item are tied, and the lowest held-out loss decides.
 Pure.
 
-In: the scores of evaluations. Out: EvalPoints and the best of them."""
+In: the scores of evaluations. Out: EvalPoints and the best of them, with what decided."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -78,6 +79,23 @@ def select_best(eval_points: Sequence[EvalPoint], margin: float) -> EvalPoint | 
         if (point.mean_metric or 0.0) >= max_metric - point.item_weight
     ]
     return min(tied, key=lambda point: (point.loss, point.step))
+
+
+def describe_choice(best: EvalPoint, eval_points: Sequence[EvalPoint], margin: float) -> str:
+    """Return the scores of the best checkpoint, and those of a better one that forgets too much."""
+    text = _describe_scores(best)
+    other = select_best(eval_points, math.inf)
+    if other is None or other.step == best.step:
+        return text
+    return (
+        f"{text}; step {other.step} has {_describe_scores(other)}, but general text had lost "
+        f"{other.forgotten:.3f} bits per byte by then, more than the margin of {margin:g}"
+    )
+
+
+def _describe_scores(point: EvalPoint) -> str:
+    metric = "" if point.mean_metric is None else f"answers {point.mean_metric:.3f}, "
+    return f"{metric}held-out loss {point.loss:.4f}"
 
 
 def should_stop_early(eval_points: Sequence[EvalPoint], margin: float, patience: int) -> bool:

@@ -24,7 +24,7 @@ from tunesmith.advise.sweep.run_trial import has_same_start, list_eval_tasks
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckResult, Score
 from tunesmith.core.json_io import read_json
-from tunesmith.core.run_dir import EVAL_BEFORE_FILE, read_events, read_run_plan
+from tunesmith.core.run_dir import EVAL_BEFORE_FILE, read_events, read_run_plan, read_run_record
 from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.core.sweep_record import SweepRecord, SweepStart, TrialEnd, read_sweep
 from tunesmith.recipe.load import dump_recipe, load_recipe
@@ -249,6 +249,20 @@ def test_a_hopeless_trial_stops_early_and_a_winner_does_not(
     assert record.winner != 4
     assert any("stopped early" in caveat for caveat in record.caveats)
     assert any("one seed" in caveat for caveat in record.caveats)
+
+
+def test_a_value_of_an_earlier_checkpoint_says_so(tiny_folder: Path, tmp_path: Path) -> None:
+    values = {"learning_rate": [0.001, 1.0]}
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, values, eval_steps=1, lora_alpha=512)
+    record = sweep(recipe, tmp_path / "sweep")
+    reasons: dict[float, str] = {}
+    for trial in record.trials:
+        run_record = read_run_record(tmp_path / "sweep" / trial.folder)
+        expected = f"checkpoint of step {run_record.selected_step}"
+        assert trial.reason == (expected if run_record.selected_step != run_record.steps else "")
+        reasons[trial.settings["learning_rate"]] = trial.reason
+    assert reasons[1.0], "the rate is far too high: the last step is not the best"
+    assert not reasons[0.001]
 
 
 # ---------------------------------------------------------------- search

@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fake_runs
 from tunesmith.advise.sweep.summary import (
     MeasuredTrials,
     build_configurations,
     list_caveats,
     list_effects,
+    list_forgetting,
 )
 from tunesmith.core.sweep_record import SweepRecord, TrialRecord, TrialState
 from tunesmith.evaluate.results import MetricValues
@@ -40,8 +44,15 @@ def measure_trials(
 
 
 def list_notes(measured: MeasuredTrials, seeds: int, num_rows: int = 12) -> str:
+    record = make_record(measured, seeds, num_rows)
+    return "\n".join(list_caveats(record, SweepConfig.model_validate({"learning_rate": RATES})))
+
+
+def make_record(
+    measured: MeasuredTrials, seeds: int, num_rows: int = 12, folder: Path = Path()
+) -> SweepRecord:
     configurations, winner = build_configurations(measured)
-    record = SweepRecord(
+    return SweepRecord(
         version="",
         format=1,
         model="tiny",
@@ -61,9 +72,25 @@ def list_notes(measured: MeasuredTrials, seeds: int, num_rows: int = 12) -> str:
         test=(),
         test_reads=1,
         caveats=(),
-        folder="",
+        folder=str(folder),
     )
-    return "\n".join(list_caveats(record, SweepConfig.model_validate({"learning_rate": RATES})))
+
+
+def test_a_winner_that_forgets_too_much_is_told_with_those_that_do_not(tmp_path: Path) -> None:
+    measured = measure_trials([(0, 0, 0.1), (1, 0, 0.3), (2, 0, 0.2)])
+    kept = fake_runs.make_comparison(
+        "bits_per_byte", 0.9, 0.91, 0.02, task="general text", higher_is_better=False
+    )
+    for trial, general in zip(measured.trials, (fake_runs.FORGOT, kept, kept), strict=True):
+        record = fake_runs.make_record(comparisons=(general,))
+        fake_runs.write_run(tmp_path / trial.folder, record=record)
+    record = make_record(measured, 1, folder=tmp_path)
+    assert list(list_forgetting(record)) == [
+        "winner: General text got 11.1% worse (0.900 -> 1.000 bits per byte): 5.0 times the limit "
+        "of 0.02; within the limit: no. 2 (0.308), no. 1 (0.400)"
+    ]
+    assert list(list_forgetting(replace(record, winner_trial=1))) == []
+    assert list(list_forgetting(replace(record, winner_trial=None))) == []
 
 
 def test_more_seeds_alone_do_not_win() -> None:

@@ -4,7 +4,12 @@ too much."""
 from __future__ import annotations
 
 from tunesmith.core.events import Score
-from tunesmith.train.best_checkpoint import EvalPoint, select_best, should_stop_early
+from tunesmith.train.best_checkpoint import (
+    EvalPoint,
+    describe_choice,
+    select_best,
+    should_stop_early,
+)
 
 
 def make_score(task: str, metric: str, value: float, n: int = 10) -> Score:
@@ -53,6 +58,16 @@ def test_what_forgot_too_much_is_taken_only_if_everything_did() -> None:
     remaining, better = EvalPoint(10, 0.5, forgotten=0.01), EvalPoint(20, 0.4, forgotten=0.03)
     assert select_best([remaining, better], 0.02) is remaining
     assert select_best([better, EvalPoint(30, 0.45, forgotten=0.05)], 0.02) is better
+
+
+def test_a_better_checkpoint_that_forgets_too_much_is_named() -> None:
+    early = EvalPoint(7, 0.131, 0.5, 0.05, forgotten=0.017)
+    late = EvalPoint(25, 0.0454, 0.75, 0.05, forgotten=0.0291)
+    assert describe_choice(early, [early, late], 0.02) == (
+        "answers 0.500, held-out loss 0.1310; step 25 has answers 0.750, held-out loss 0.0454, but "
+        "general text had lost 0.029 bits per byte by then, more than the margin of 0.02"
+    )
+    assert describe_choice(late, [early, late], 0.03) == "answers 0.750, held-out loss 0.0454"
 
 
 def test_patience_counts_looks_after_the_best() -> None:

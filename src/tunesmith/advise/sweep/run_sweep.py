@@ -128,8 +128,8 @@ def choose_metric(sweep: SweepConfig, plan: Plan) -> str:
 
 
 def _build_trial_inputs(inputs: RunInputs) -> RunInputs:
-    datasets = {role: rows for role, rows in inputs.datasets.items() if role != "test_data"}
     """Return the inputs without test_data and sweep."""
+    datasets = {role: rows for role, rows in inputs.datasets.items() if role != "test_data"}
     values = inputs.recipe.model_dump(mode="json", exclude_unset=True)
     values |= {"test_data": NO_TEST_DATA, "sweep": None}
     recipe = Recipe.model_validate(values)
@@ -329,7 +329,7 @@ def _summarize(inputs: RunInputs, runner: TrialRunner, plan: Plan, test_rows: An
             test=test,
             test_reads=test_reads,
         )
-    caveats = summary.list_caveats(record, sweep)
-    record = dataclasses.replace(record, caveats=tuple(caveats))
+    caveats = (*summary.list_caveats(record, sweep), *summary.list_forgetting(record))
+    record = dataclasses.replace(record, caveats=caveats)
     write_file(folder / SWEEP_FILE, seal_json(record))
     return record

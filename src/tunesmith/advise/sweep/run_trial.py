@@ -106,7 +106,11 @@ class TrialRunner:
         measured = read_eval_values(path / EVAL_AFTER_FILE, self.metric, self.eval_tasks)
         if measured is None or not all(map(math.isfinite, measured.values)):
             raise GateError(f"{self.metric} is not finite after training")
-        self.study.finish(spec.number, "complete", compute_score(measured).value)
+        record = read_run_record(path)
+        reason = ""
+        if record.selected_step is not None and record.selected_step < record.steps:
+            reason = f"checkpoint of step {record.selected_step}"
+        self.study.finish(spec.number, "complete", compute_score(measured).value, reason)
 
     def _start(self, spec: TrialSpec, path: Path) -> tuple[Any, Plan]:
         """Return the events to come, of a new run or of one to resume."""

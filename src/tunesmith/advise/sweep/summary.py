@@ -29,6 +29,7 @@ from tunesmith.core.run_dir import (
     is_run,
     read_all_events,
     read_run_plan,
+    read_run_record,
 )
 from tunesmith.core.sweep_record import (
     ConfigurationRecord,
@@ -37,8 +38,9 @@ from tunesmith.core.sweep_record import (
     TrialRecord,
     TrialState,
 )
-from tunesmith.core.types import Comparison, Json
+from tunesmith.core.types import Comparison, Json, Plan
 from tunesmith.evaluate.results import MetricValues, compare_measurements, compute_score
+from tunesmith.evaluate.run_verdict import describe_cost, get_general
 from tunesmith.evaluate.statistics import (
     MIN_ITEMS,
     NO_DIFFERENCE,
@@ -51,6 +53,7 @@ from tunesmith.recipe.sweep import SweepConfig, ValueRange
 
 MIN_CORRELATED_TRIALS = 8
 RESAMPLES = 1000
+MAX_NAMED = 3  # configurations that a note names
 STATE_NAMES: dict[optuna.trial.TrialState, TrialState] = {
     STATES["complete"]: "complete",
     STATES["pruned"]: "pruned",
@@ -375,6 +378,33 @@ def _list_edges(sweep: SweepConfig, winner: ConfigurationRecord) -> Iterator[str
             yield f"{key}: the lowest value won; a lower one may be better"
         if value == numbers[-1]:
             yield f"{key}: the highest value won; a higher one may be better"
+
+
+def list_forgetting(record: SweepRecord) -> Iterator[str]:
+    """Yield what general text lost by the winner, if that is over the limit of its plan, and which
+    configurations stay within it: the metric that selects does not show it."""
+    if record.winner_trial is None:
+        return
+    comparisons, plan = _read_comparisons(record, record.winner_trial)
+    if _is_within_limit(comparisons, plan):
+        return
+    within = [
+        f"no. {each.number} ({each.value:.3f})"
+        for each in record.list_ranked()
+        if each.trials and _is_within_limit(*_read_comparisons(record, each.trials[0]))
+    ]
+    names = ", ".join(within[:MAX_NAMED]) or "none"
+    yield f"winner: {describe_cost(comparisons, plan)}; within the limit: {names}"
+
+
+def _read_comparisons(record: SweepRecord, trial: int) -> tuple[tuple[Comparison, ...], Plan]:
+    run_record = read_run_record(find_trial_folder(Path(record.folder), trial))
+    return run_record.comparisons, run_record.plan
+
+
+def _is_within_limit(comparisons: Sequence[Comparison], plan: Plan) -> bool:
+    general = get_general(comparisons)
+    return general is None or general.difference <= plan.config.forgetting_margin
 
 
 def read_base_value(folder: Path, metric: str, tasks: Sequence[str]) -> float | None:

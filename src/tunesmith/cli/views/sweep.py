@@ -67,7 +67,9 @@ def format_event(event: SweepEvent) -> str:
 
 def format_trial_end(event: TrialEnd) -> str:
     trial = event.trial
-    outcome = trial.reason if trial.value is None else f"{trial.value:.4f} on eval_data"
+    outcome = trial.reason
+    if trial.value is not None:
+        outcome = f"{trial.value:.4f} on eval_data" + f" ({trial.reason})" * bool(trial.reason)
     line = f"  {trial.state}: {outcome}, {trial.steps} of {trial.planned_steps} steps"
     if event.remaining_trials:
         duration = format_duration(event.remaining_seconds)

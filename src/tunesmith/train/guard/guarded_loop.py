@@ -43,7 +43,12 @@ from tunesmith.plan.guard import OFF, has_guard
 from tunesmith.plan.rehearsal import compute_next_ratio
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session
-from tunesmith.train.best_checkpoint import EvalPoint, select_best, should_stop_early
+from tunesmith.train.best_checkpoint import (
+    EvalPoint,
+    describe_choice,
+    select_best,
+    should_stop_early,
+)
 from tunesmith.train.guard.probes import GenerationProbe, build_prompt_set
 from tunesmith.train.guard.rollback import build_rollback
 from tunesmith.train.guard.training_guard import GUARD_KIND, TrainingGuard, select_worst
@@ -444,8 +449,8 @@ class GuardedTraining:
             yield CheckResult("best", "warn", evidence, self.final_step)
             return
         self.loop.restore(path)
-        metric_text = "" if best.mean_metric is None else f"answers {best.mean_metric:.3f}, "
-        evidence = f"using step {best.step}: {metric_text}held-out loss {best.loss:.4f}"
+        reason = describe_choice(best, self.eval_points, self.forgetting_margin)
+        evidence = f"using step {best.step}: {reason}"
         yield CheckResult("best", "ok", evidence, self.final_step)
 
 
