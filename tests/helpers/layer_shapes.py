@@ -26,14 +26,14 @@ def describe_layers(
     hidden, layers, mlp = spec.hidden_size, spec.num_layers, spec.intermediate_size
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     attention = PartShape(
-        layers=layers,
+        layer_values=dict.fromkeys(range(layers), 2 * (q + kv)),
         inputs=layers * (3 * hidden + q),
         outputs=layers * (q + 2 * kv + hidden),
         inner_outputs=layers * (q + 2 * kv),
         inner_inputs=layers * q,
     )
     gated = PartShape(
-        layers=layers,
+        layer_values=dict.fromkeys(range(layers), (mlp_inputs + 1) * mlp),
         inputs=layers * (mlp_inputs * hidden + mlp),
         outputs=layers * (mlp_inputs * mlp + hidden),
         inner_outputs=layers * mlp_inputs * mlp,

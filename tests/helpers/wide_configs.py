@@ -89,22 +89,33 @@ NEMOTRON: dict[str, Any] = {
     "topk_group": 1,
 }
 UNIFORM_SETTINGS = {"gemma2": WINDOWS, "gemma3_text": WINDOWS, "phi3": {"sliding_window": 256}}
-# name -> settings; None leaves out a size, and `-` begins a variant
+# name -> settings; None leaves out a size, and `-` begins a variant: dense layers between those with
+# experts and after them, too
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: UNIFORM_SETTINGS.get(name, {}) for name in UNIFORM_CLASSES},
     "phi3-96": {"head_dim": 96, "hidden_size": 384},
     "afmoe": WINDOWS | EXPERTS | {"num_dense_layers": 1, "num_shared_experts": 1},
+    "afmoe-two-dense": WINDOWS | EXPERTS | {"num_dense_layers": 2, "num_shared_experts": 1},
     "cohere2_moe": WINDOWS
     | CHOICE
     | {"intermediate_size": 128, "num_shared_experts": 1, "expert_selection_fn": "sigmoid"},
     "deepseek_v2": SHARED | LATENT,
     "deepseek_v3": SHARED | LATENT,
+    "deepseek_v3-three-dense": SHARED | LATENT | {"first_k_dense_replace": 3},
     "dots1": SHARED,
     "ernie4_5_moe": {
         "moe_num_experts": 8,
         "moe_k": 2,
         "moe_intermediate_size": 128,
         "moe_num_shared_experts": 2,
+    },
+    "ernie4_5_moe-between": {
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_intermediate_size": 128,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 2,
     },
     "falcon_h1": {
         "mamba_d_ssm": 256,
@@ -158,6 +169,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lfm2_moe": CONV | EXPERTS | {"num_dense_layers": 1, "use_expert_bias": True},
     "lfm3": CONV,
     "mellum": WINDOWS | EXPERTS | {"mlp_layer_types": ["dense", *["sparse"] * 3]},
+    "mellum-alternating": WINDOWS | EXPERTS | {"mlp_layer_types": ["sparse", "dense"] * 2},
     "minicpm3": LATENT,
     "minimax_m2": LOCAL_EXPERTS | {"intermediate_size": 128},
     "mixtral": LOCAL_EXPERTS | {"intermediate_size": 128},
@@ -169,12 +181,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "persimmon": {"num_key_value_heads": None, "head_dim": None},
     "phi": HALF_ROTARY | {"num_key_value_heads": 4, "qk_layernorm": True},
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 256},
+    "qwen2_moe-first": EXPERTS
+    | {"shared_expert_intermediate_size": 256, "mlp_only_layers": [1, 2, 3]},
     "qwen3_5_moe_text": DELTA
     | EXPERTS
     | {"shared_expert_intermediate_size": 128, "intermediate_size": None},
     "qwen3_5_text": DELTA,
     "qwen3_moe": EXPERTS,
+    "qwen3_moe-alternating": EXPERTS | {"decoder_sparse_step": 2},
+    "qwen3_moe-between": EXPERTS | {"mlp_only_layers": [0, 3]},
     "qwen3_next": DELTA | EXPERTS | {"shared_expert_intermediate_size": 128},
+    "qwen3_next-first": DELTA
+    | EXPERTS
+    | {"shared_expert_intermediate_size": 128, "mlp_only_layers": [1, 2, 3]},
     "sarvam_mla": SHARED | LATENT,
     "solar_open": {
         "n_routed_experts": 8,

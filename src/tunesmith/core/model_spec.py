@@ -19,13 +19,19 @@ class PartShape:
     """The linears of one part of the layers, summed over all layers; each reads the hidden states
     or writes into them."""
 
-    layers: int  # that have this part
+    # layer that has this part -> its values per token inside, inner_outputs and inner_inputs
+    layer_values: dict[int, int]
     inputs: int  # widths of all of them: an adapter of rank 1 has inputs + outputs parameters
     outputs: int
     # values per token inside: outputs of those that read, inputs of those that write; of the
     # experts that a token meets
     inner_outputs: int
     inner_inputs: int
+
+    @property
+    def layers(self) -> int:
+        """How many layers have this part."""
+        return len(self.layer_values)
 
 
 @dataclass(frozen=True)

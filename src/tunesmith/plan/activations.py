@@ -20,7 +20,7 @@ MLP = "mlp"
 EXPERTS = "experts"
 NORMS = "norms"
 OTHERS = ""  # linears of no part: those of Gemma 4's embeddings for each layer
-NO_PART = PartShape(0, 0, 0, 0, 0)
+NO_PART = PartShape({}, 0, 0, 0, 0)
 Targets = str | Sequence[str]  # a value of lora_target_modules
 
 HYBRID_TYPES = {
@@ -91,7 +91,8 @@ def compute_saved_bytes(spec: ModelSpec, settings: ActivationSettings) -> int:
     of the last."""
     tables = 4 * spec.head_dim  # cosines and sines, which all layers share
     if settings.checkpointing != "full":
-        return tables + sum(list_saved_bytes(spec, settings).values())
+        saved = list_saved_bytes(spec, settings)
+        return sum(saved.values()) + tables * (saved[ATTENTION] > 0)
     num_inputs = spec.num_layers - 1 - _find_first_layer(spec, settings)
     inputs = num_inputs * spec.hidden_size * settings.dtype_bytes
     return tables + inputs + _compute_last_layer_bytes(spec, settings)
@@ -101,9 +102,7 @@ def _compute_last_layer_bytes(spec: ModelSpec, settings: ActivationSettings) -> 
     """Return the bytes per token that the last layer and the norm after it save."""
     saved = _count_last_norm_bytes(spec, settings)
     for word, num_bytes in _list_part_bytes(spec, settings).items():
-        layers = list_layers(spec, word)
-        if layers and layers[-1] == spec.num_layers - 1:
-            saved += num_bytes // len(layers)
+        saved += int(num_bytes * _compute_share(spec, word, spec.num_layers - 1))
     return saved
 
 
@@ -115,13 +114,11 @@ def list_saved_bytes(spec: ModelSpec, settings: ActivationSettings) -> dict[str,
     first = _find_first_layer(spec, settings)
     has_mixers = not {ATTENTION, RECURRENT}.isdisjoint(words)
     for word in saved:
-        layers = list_layers(spec, word)
         # mixers come before what follows them in a layer, shared experts beside the routed ones
         is_before = word in (ATTENTION, RECURRENT) or (word == MLP and words == [EXPERTS])
         is_before |= word == NORMS and not has_mixers
         start = first + (is_before and word not in words)
-        num_differentiated = sum(layer >= start for layer in layers)
-        saved[word] = saved[word] * num_differentiated // max(1, len(layers))
+        saved[word] = int(saved[word] * _compute_share(spec, word, start))
     if not has_mixers:  # else the norm after the layers stands in for the one before the adapter
         saved[NORMS] += _count_last_norm_bytes(spec, settings)
     return saved
@@ -134,7 +131,7 @@ def _list_adapted_words(settings: ActivationSettings) -> list[str]:
 def _find_first_layer(spec: ModelSpec, settings: ActivationSettings) -> int:
     """Return the first layer that has an adapter."""
     words = [word for word in _list_adapted_words(settings) if word in spec.parts]
-    return min((list_layers(spec, word)[0] for word in words), default=0)
+    return min((min(spec.parts[word].layer_values) for word in words), default=0)
 
 
 def _count_last_norm_bytes(spec: ModelSpec, settings: ActivationSettings) -> int:
@@ -157,21 +154,12 @@ def _list_part_bytes(spec: ModelSpec, settings: ActivationSettings) -> dict[str,
     }
 
 
-def list_layers(spec: ModelSpec, word: str) -> list[int]:
-    """Return the layers that have a part, in order. Layers with dense MLPs come before those with
-    experts."""
-    mixers = spec.layer_mixers or (ATTENTION,) * spec.num_layers
-    if word == ATTENTION:
-        return [index for index, mixer in enumerate(mixers) if ATTENTION in mixer]
-    if word == RECURRENT:
-        return [index for index, mixer in enumerate(mixers) if mixer not in (ATTENTION, "")]
-    layers = list(range(spec.num_layers))
-    if word not in (MLP, EXPERTS):
-        return layers
-    if "" in mixers:  # each layer is either a mixer or an MLP
-        layers = [index for index, mixer in enumerate(mixers) if not mixer]
-    num_layers = spec.parts.get(word, NO_PART).layers
-    return layers[:num_layers] if word == MLP else layers[len(layers) - num_layers :]
+def _compute_share(spec: ModelSpec, word: str, first_layer: int) -> float:
+    """Return which share of a part's values the layers from one on have; norms are in all."""
+    values = spec.parts[word].layer_values if word in spec.parts else {}
+    values = values or dict.fromkeys(range(spec.num_layers), 1)
+    kept = sum(value for layer, value in values.items() if layer >= first_layer)
+    return kept / max(1, sum(values.values()))
 
 
 def _count_norm_inputs(spec: ModelSpec, settings: ActivationSettings) -> int:

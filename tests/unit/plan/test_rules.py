@@ -255,9 +255,10 @@ def test_prefixes_are_shared_where_that_saves_enough_and_nothing_is_drawn(
     assert choice(0.6, lora_dropout=0.1, method="full").value, "no adapter, no dropout"
 
 
-DENSE = {"attention": PartShape(2, 8, 8, 4, 4), "mlp": PartShape(4, 8, 8, 8, 4)}
-RECURRENT = {"recurrent": PartShape(2, 8, 8, 4, 4)}
-EXPERTS = {"experts": PartShape(4, 80, 80, 8, 4)}
+FOUR = dict.fromkeys(range(4), 12)
+DENSE = {"attention": PartShape({1: 8, 3: 8}, 8, 8, 4, 4), "mlp": PartShape(FOUR, 8, 8, 8, 4)}
+RECURRENT = {"recurrent": PartShape({0: 8, 2: 8}, 8, 8, 4, 4)}
+EXPERTS = {"experts": PartShape(FOUR, 80, 80, 8, 4)}
 
 
 @pytest.mark.parametrize(

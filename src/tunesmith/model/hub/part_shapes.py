@@ -7,8 +7,9 @@ both). Left out: what is made of them (plan/memory.py)."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -68,7 +69,6 @@ def measure_parts(
     """Return part of the layers -> its shape. Routers belong to none; linears that PEFT could not
     adapt have no inputs and outputs."""
     shapes: dict[str, list[PartShape]] = defaultdict(list)
-    layers: dict[str, set[int]] = defaultdict(set)
     for name, tensor in headers.items():
         path = name.removesuffix(".weight")
         part = find_part(path)
@@ -77,18 +77,21 @@ def measure_parts(
         is_stack = part == EXPERTS and len(tensor.shape) == 3
         if layer is None or part == ROUTER or not (is_linear or is_stack):
             continue
-        layers[part].add(layer.number)
         if is_stack:
             shape = _measure_experts(path, tensor.shape, hidden_size, num_experts_per_token)
         else:
             shape = _measure_linear(path, tensor.shape, model_type)
-        shapes[part].append(shape)
-    return {part: _sum_shapes(shapes[part], len(layers[part])) for part in shapes}
+        values = shape.inner_outputs + shape.inner_inputs
+        shapes[part].append(replace(shape, layer_values={layer.number: values}))
+    return {part: _sum_shapes(shapes[part]) for part in shapes}
 
 
-def _sum_shapes(shapes: Sequence[PartShape], layers: int) -> PartShape:
+def _sum_shapes(shapes: Sequence[PartShape]) -> PartShape:
+    layer_values = Counter[int]()
+    for shape in shapes:
+        layer_values.update(shape.layer_values)
     return PartShape(
-        layers=layers,
+        layer_values=dict(sorted(layer_values.items())),
         inputs=sum(shape.inputs for shape in shapes),
         outputs=sum(shape.outputs for shape in shapes),
         inner_outputs=sum(shape.inner_outputs for shape in shapes),
@@ -101,7 +104,7 @@ def _measure_linear(path: str, shape: tuple[int, ...], model_type: str) -> PartS
     is_output = path.rpartition(".")[2] in OUTPUT_LINEARS
     can_adapt = has_adapter_format(path, model_type)
     return PartShape(
-        layers=1,
+        layer_values={},
         inputs=inputs if can_adapt else 0,
         outputs=outputs if can_adapt else 0,
         inner_outputs=0 if is_output else outputs,
@@ -118,8 +121,8 @@ def _measure_experts(
     width = num_experts * expert_width
     token_width = num_experts_per_token * expert_width
     if path.rpartition(".")[2] in OUTPUT_LINEARS:
-        return PartShape(1, width, num_experts * hidden_size, 0, token_width)
-    return PartShape(1, num_experts * hidden_size, width, token_width, 0)
+        return PartShape({}, width, num_experts * hidden_size, 0, token_width)
+    return PartShape({}, num_experts * hidden_size, width, token_width, 0)
 
 
 def measure_norms(headers: Mapping[str, TensorHeader], model_type: str) -> NormShape:

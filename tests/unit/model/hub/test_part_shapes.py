@@ -70,4 +70,5 @@ def test_a_token_meets_few_experts() -> None:
     layer = nn.ParameterDict({name: torch.zeros(shape) for name, shape in shapes.items()})
     network = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"experts": layer})])})
     part = measure_parts(make_headers(network), "qwen3_moe", 48, 2)["experts"]
-    assert part == PartShape(1, 8 * (48 + 24 + 48), 8 * (24 + 48 + 48), 2 * (24 + 48), 2 * 24)
+    values = {0: 2 * (48 + 24) + 2 * 24}
+    assert part == PartShape(values, 8 * (48 + 24 + 48), 8 * (24 + 48 + 48), 2 * (24 + 48), 2 * 24)
