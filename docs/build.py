@@ -322,7 +322,9 @@ def prepare_scratch(folder: Path) -> None:
     for name in ("recipes", "examples"):
         shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
     shutil.copytree(ROOT / "docs" / "models", folder / "models", dirs_exist_ok=True)
-    record = folder / "runs" / "demo-1" / "record.json"
+    run = folder / "runs" / "demo-1"
+    shutil.rmtree(run / "export", ignore_errors=True)  # an export is not overwritten
+    record = run / "record.json"
     if not record.exists():
         (folder / "demo.txt").write_text(_run("tunesmith demo", folder) + "\n")
     if not record.exists():
