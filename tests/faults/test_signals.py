@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +147,12 @@ def test_fault_23_a_signal_outside_of_steps_is_obeyed_at_once(
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the signal comes before the work is done")
 
+    def signalled_at_first_result(*_: Any, **__: Any) -> Iterator[None]:
+        yield signalled()
+
+    is_iterator = name == "eval_during_training"
     with monkeypatch.context() as patch:
-        patch.setattr(location, name, signalled)
+        patch.setattr(location, name, signalled_at_first_result if is_iterator else signalled)
         events, stopped = follow(wish)
     assert stopped.exit_code == 130
     done = {"eval_during_training": [1, 2], "measure_items again": [1, 2, 3]}.get(stage, [])

@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_what_is_measured_during_training_is_no_test_data(
     measured: list[str] = []
     original = measure.eval_during_training
 
-    def record_items(session: Any, items: EvalItems, **keys: Any) -> list[Score]:
+    def record_items(session: Any, items: EvalItems, **keys: Any) -> Iterator[Event]:
         measured.extend(document.id for document in items.eval_documents)
         measured.extend(prompt.id for prompt in items.selection_prompts)
         return original(session, items, **keys)

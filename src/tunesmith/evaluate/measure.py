@@ -82,7 +82,8 @@ def measure_items(
     measurements += _measure_plan_likelihoods(session, items, measurements)
     measurements = _split_by_task(session, items, "test_data", measurements)
     if "test_data" not in session.inputs.datasets:
-        measurements += _measure_eval_data(session, items)[0]
+        measurements += _measure_eval_likelihoods(session, items)
+        measurements += _grade_selection(session, items)[0]
     if "test_data" in items.held_out_texts:
         measurements.append(_measure_texts(session, items.held_out_texts["test_data"], "test"))
     if items.general_texts:
@@ -112,14 +113,16 @@ def measure_eval_loss(session: Session, items: EvalItems) -> MetricValues:
 
 def eval_during_training(
     session: Session, items: EvalItems, *, step: int, should_confirm: bool = False
-) -> list[Score | GenerationSample]:
-    """Score the likelihoods on `eval_data`, a few generated answers, and tracked general texts;
-    also return the answers.
+) -> Iterator[Score | GenerationSample]:
+    """Yield the likelihoods on `eval_data` as soon as they are measured, then the grades of a few
+    generated answers, tracked general texts, and the answers.
 
     should_confirm: answer further rows if the answers seem to have a constant; they get no score.
     """
     session.model.network.eval()
-    measurements, outputs = _measure_eval_data(session, items)
+    for measurement in _measure_eval_likelihoods(session, items):
+        yield compute_score(measurement, step=step)
+    measurements, outputs = _grade_selection(session, items)
     samples: tuple[GenerationSample, ...] = ()
     if items.selection_prompts:
         samples = _build_eval_samples(items.selection_prompts, outputs, step)
@@ -129,22 +132,27 @@ def eval_during_training(
             samples += _build_eval_samples(items.confirmation_prompts, further, step)
     if items.should_track_general:
         measurements.append(measure_general_text(session, items.general_texts))
-    return [*(compute_score(measurement, step=step) for measurement in measurements), *samples]
+    yield from (compute_score(measurement, step=step) for measurement in measurements)
+    yield from samples
 
 
-def _measure_eval_data(
-    session: Session, items: EvalItems
-) -> tuple[list[MetricValues], list[GenerationOutput]]:
-    """Return the likelihoods on `eval_data` and the grades of a few answers, with the answers."""
+def _measure_eval_likelihoods(session: Session, items: EvalItems) -> list[MetricValues]:
     likelihoods = _measure_likelihoods(session, items.eval_documents, "eval")
     measurements = _split_by_task(session, items, "eval_data", likelihoods)
     if "eval_data" in items.held_out_texts:
         measurements.append(_measure_texts(session, items.held_out_texts["eval_data"], "eval"))
+    return measurements
+
+
+def _grade_selection(
+    session: Session, items: EvalItems
+) -> tuple[list[MetricValues], list[GenerationOutput]]:
+    """Return the grades of a few answers to `eval_data`, with the answers."""
     outputs = generate_answers(session, items.selection_prompts)
-    if outputs:
-        graded = _apply_plan_metrics(session, items.selection_prompts, outputs, task="eval")
-        measurements += _mark_truncated(graded, items.selection_prompts, outputs)
-    return measurements, outputs
+    if not outputs:
+        return [], []
+    graded = _apply_plan_metrics(session, items.selection_prompts, outputs, task="eval")
+    return _mark_truncated(graded, items.selection_prompts, outputs), outputs
 
 
 def _build_eval_samples(

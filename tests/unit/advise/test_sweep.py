@@ -27,9 +27,11 @@ from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import EVAL_BEFORE_FILE, read_events, read_run_plan, read_run_record
 from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.core.sweep_record import SweepRecord, SweepStart, TrialEnd, read_sweep
+from tunesmith.evaluate import measure
 from tunesmith.recipe.load import dump_recipe, load_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
+from tunesmith.session.session import Session
 from tunesmith.train import run
 from tunesmith.train.preflight import run_preflight
 
@@ -236,8 +238,16 @@ def test_a_finished_sweep_runs_nothing(finished: SweepRecord, tiny_folder: Path)
 
 
 def test_a_hopeless_trial_stops_early_and_a_winner_does_not(
-    tiny_folder: Path, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    answering: set[str] = set()
+    generate_answers = measure.generate_answers
+
+    def record_trial(session: Session, *args: Any, **settings: Any) -> Any:
+        answering.add(Path(session.plan.config.output_dir).name)
+        return generate_answers(session, *args, **settings)
+
+    monkeypatch.setattr(measure, "generate_answers", record_trial)
     rates = [0.01, 0.02, 0.015, 0.00001, 0.03]  # tried in the order 2, 1, 0, 4, 3
     recipe = make_sweep_recipe(tiny_folder, tmp_path, {"learning_rate": rates})
     record = sweep(recipe, tmp_path / "sweep")
@@ -246,6 +256,8 @@ def test_a_hopeless_trial_stops_early_and_a_winner_does_not(
     assert hopeless.state == "pruned"
     assert 0 < hopeless.steps < hopeless.planned_steps
     assert "median pruner, at" in hopeless.reason
+    assert hopeless.folder not in answering, "it stops at the loss, before answers are generated"
+    assert answering == {trial.folder for trial in record.trials} - {hopeless.folder}
     assert record.winner != 4
     assert any("stopped early" in caveat for caveat in record.caveats)
     assert any("one seed" in caveat for caveat in record.caveats)

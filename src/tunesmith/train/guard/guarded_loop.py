@@ -266,24 +266,39 @@ class GuardedTraining:
     def _evaluate(self) -> Iterator[Event]:
         """Measure what is due and yield its scores and samples; adapt the rehearsal ratio."""
         step = self.loop.step
-        eval_events: list[Score | GenerationSample] = []
+        scores: list[Score] = []
         if self._is_eval_due():
-            with self.context.stop.immediate(), machine_errors():
-                eval_events = eval_during_training(
-                    self.session,
-                    self.context.items,
-                    step=step,
-                    should_confirm=self.guard.should_confirm(step),
-                )
-        probe_events = self._run_probes(self.probes, step) if self.probes else []
-        for event in (*eval_events, *probe_events):
-            if not isinstance(event, GenerationSample) or event.task == EVAL_TASK:
-                self.history.append(event)
-                self.guard.observe_event(event)
-            yield event
-        scores = [event for event in eval_events if isinstance(event, Score)]
+            for event in self._measure_eval_data(step):
+                if isinstance(event, Score):
+                    scores.append(event)
+                yield self._observe_measure(event)
+        if self.probes:
+            for event in self._run_probes(self.probes, step):
+                yield self._observe_measure(event)
         if scores and self.plan.config.rehearsal_margin is not None:
             yield from self._adapt_rehearsal(scores, self.plan.config.rehearsal_margin)
+
+    def _measure_eval_data(self, step: int) -> Iterator[Score | GenerationSample]:
+        """Yield each result as soon as it is known: a sweep may stop the run at the first."""
+        measures = eval_during_training(
+            self.session,
+            self.context.items,
+            step=step,
+            should_confirm=self.guard.should_confirm(step),
+        )
+        while True:
+            with self.context.stop.immediate(), machine_errors():
+                event = next(measures, None)
+            if event is None:
+                return
+            yield event
+
+    def _observe_measure(self, event: Event) -> Event:
+        """Show the guard a result, if it judges it; return it."""
+        if not isinstance(event, GenerationSample) or event.task == EVAL_TASK:
+            self.history.append(event)
+            self.guard.observe_event(event)
+        return event
 
     def _run_probes(self, probes: GenerationProbe, step: int) -> list[Event]:
         with self.context.stop.immediate(), machine_errors():

@@ -1,5 +1,6 @@
 """A run that collapses in its first steps, before the detectors of the training loss speak."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,10 @@ def test_values_that_are_not_finite_at_an_evaluation_go_back(
     evaluate = guarded_loop.eval_during_training
     failures = [GateError("loss of eval.jsonl:1 is nan")]
 
-    def fail_once(*args: Any, **settings: Any) -> list[Event]:
+    def fail_once(*args: Any, **settings: Any) -> Iterator[Event]:
         if settings["step"] == 4 and failures:
             raise failures.pop()
-        return evaluate(*args, **settings)  # type: ignore[return-value]
+        return evaluate(*args, **settings)
 
     monkeypatch.setattr(guarded_loop, "eval_during_training", fail_once)
     rows = str(write_rows(tmp_path / "rows.jsonl", build_sum_rows(1, 24)))
