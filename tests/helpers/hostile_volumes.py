@@ -110,6 +110,8 @@ CASES: dict[str, Callable[[Path], Call]] = {
     ),
     "a vocabulary of 262144 tokens": partial(load_vocabulary, 262_144),
     "a vocabulary of a million tokens": partial(load_vocabulary, 1_000_000),
+    "an answer of 4 MB of words": write_answer(lambda: "a word, " * 520_000),
+    "an answer of 7.9 MB of words": write_answer(lambda: "a word, " * 980_000),
     "an answer of 4 million equal letters": write_answer(lambda: "o" * 4_000_000),
     "an address of 1.5 million parts": write_text_row("x@" + "a." * 1_500_000, 1),
 }

@@ -38,7 +38,7 @@ from tunesmith.data.formats.parse import (
 from tunesmith.data.formats.prompt_templates import PromptFormatter, make_prompt_formatter
 from tunesmith.data.hashing import compute_shape, hash_example
 from tunesmith.data.readers.invalid_row import InvalidRow, Reason, RejectedRows
-from tunesmith.data.readers.row_index import MAX_ROW_BYTES
+from tunesmith.data.readers.row_index import MAX_ROW_BYTES, MAX_TURNS_BYTES
 from tunesmith.data.readers.sources import Source, open_source
 from tunesmith.data.readers.text_folder import TextFolder
 from tunesmith.data.truncation import OverlongPolicy, PreparedRow, apply_max_length, scale_weights
@@ -98,6 +98,7 @@ class DataSourceReader:
 
     def read_example(self, index: int, has_template: bool) -> Example:
         """Read and parse a row, and mark its banned spans. Raises InvalidRow or Violation."""
+        self._refuse_long_turns(index)
         row = self.read_row(index)
         # With pair constraints a row may lack a rejected side: the base model will generate it.
         is_pair = self.format in SIDE_READERS or not self.constraint_set.has_pair_constraints
@@ -106,6 +107,17 @@ class DataSourceReader:
         if not self.constraint_set.constraints and not example.negative:
             return example
         return self.constraint_set.mark_violations(example)
+
+    def _refuse_long_turns(self, index: int) -> None:
+        num_bytes = self.source.get_num_bytes(index)
+        if self.format == "text" or num_bytes <= MAX_TURNS_BYTES:
+            return
+        message = (
+            f"the row has {num_bytes:,} bytes; at most {MAX_TURNS_BYTES >> 20} MiB of a "
+            f"{self.format} row are read"
+        )
+        fix = f"split or remove it; a row of plain `text` may have {MAX_ROW_BYTES >> 20} MiB"
+        raise InvalidRow("too long", message, where=self.source.get_id(index), fix=fix)
 
 
 @dataclass(frozen=True, eq=False)

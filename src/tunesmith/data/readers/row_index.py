@@ -20,6 +20,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import JSON_TEXT
 
 MAX_ROW_BYTES = 8 * 2**20  # in memory several times, with up to four bytes per character
+MAX_TURNS_BYTES = 4 * 2**20  # of a row of turns, which are rendered and held as tokens
 MAX_TEXT_BYTES = 64 * 2**20  # of a text file
 MAX_ARRAY_BYTES = 2**30
 MAX_FIELD_CHARS = 4 * 2**20  # the most that a forgotten quote in a CSV file can swallow

@@ -285,6 +285,20 @@ def test_fault_02_a_nul_in_a_text_is_reported_with_its_offset(write: Write, word
 # ---------------------------------------------------------------- 3
 
 
+def test_fault_03_turns_have_a_lower_bound_than_plain_text(
+    write: Write, renderer: Renderer
+) -> None:
+    long = b"long " * 900_000
+    turns = GOOD.replace(b'"q"', b'"' + long + b'"')
+    dataset = opened(write(with_line(turns)), renderer)
+    (row,) = rejected(dataset)
+    assert len(dataset) == 2
+    assert row["reason"] == "too long"
+    assert "4,500,087 bytes; at most 4 MiB of a messages row are read" in row["what"]
+    texts = b'{"text": "a"}\n{"text": "' + long + b'"}\n'
+    assert len(opened(write(texts, "texts.jsonl"), renderer)) == 2
+
+
 def test_fault_03_a_line_of_200_mb_is_one_bad_row_and_is_never_held(
     tmp_path: Path, words: Any
 ) -> None:
