@@ -105,9 +105,11 @@ def _check_window_layers(config: Mapping[str, Any], where: str) -> None:
     is_switched = text_type in SWITCHED_WINDOW_TYPES
     is_null = text.get("sliding_window", 1) is None
     if is_switched and text.get("use_sliding_window") is not True:
-        reason, fix = "use_sliding_window is off", "set use_sliding_window to true"
+        reason = "use_sliding_window is off"
+        fix = "set use_sliding_window to true"
     elif is_null and (is_switched or text_type in LAYER_WINDOW_TYPES):
-        reason, fix = "sliding_window is null", "set sliding_window"
+        reason = "sliding_window is null"
+        fix = "set sliding_window"
     else:
         return
     message = f"layer_types has sliding_attention, but {reason}"
