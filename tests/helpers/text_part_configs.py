@@ -16,6 +16,8 @@ from transformers.models.gemma4_unified.configuration_gemma4_unified import (
     Gemma4UnifiedTextConfig,
 )
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config
+from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeConfig
+from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeConfig
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {
@@ -73,6 +75,13 @@ QWEN3_5: dict[str, Any] = SIZES | {
         "partial_rotary_factor": 0.25,
     },
 }
+# 2 * 24 is the hidden size: a stack of gates is square, and its shape does not say how it is stored
+SQUARE_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+EXPERTS = SQUARE_EXPERTS | {"moe_intermediate_size": 20}
 MINISTRAL3: dict[str, Any] = SIZES | {"num_hidden_layers": 2, "model_type": "ministral3"}
 TOWER: dict[str, Any] = {
     "hidden_size": 16,
@@ -81,7 +90,7 @@ TOWER: dict[str, Any] = {
     "num_attention_heads": 2,
     "patch_size": 4,
 }
-
+GEMMA4_TOWER = TOWER | {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 64}
 TOWER_QWEN: dict[str, Any] = {
     "depth": 1,
     "hidden_size": 16,
@@ -91,6 +100,15 @@ TOWER_QWEN: dict[str, Any] = {
     "patch_size": 4,
     "deepstack_visual_indexes": [0],
     "num_position_embeddings": 16,
+}
+PLAIN_TOWER_QWEN = {
+    key: value for key, value in TOWER_QWEN.items() if key != "deepstack_visual_indexes"
+}
+QWEN_IMAGE_TOKENS: dict[str, Any] = {
+    "image_token_id": 90,
+    "video_token_id": 91,
+    "vision_start_token_id": 92,
+    "vision_end_token_id": 93,
 }
 
 
@@ -121,7 +139,6 @@ def make_text_part_configs() -> dict[str, PreTrainedConfig]:
 
 def make_multimodal_configs() -> dict[str, PreTrainedConfig]:
     """Return model type -> config of the whole model, with a vision tower."""
-    gemma4_tower = TOWER | {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 64}
     return {
         "gemma3": Gemma3Config(
             text_config=GEMMA | {"num_hidden_layers": 2},
@@ -130,7 +147,7 @@ def make_multimodal_configs() -> dict[str, PreTrainedConfig]:
             image_token_index=90,
         ),
         "gemma4": Gemma4Config(
-            text_config=GEMMA4, vision_config=gemma4_tower, audio_config=None, image_token_id=90
+            text_config=GEMMA4, vision_config=GEMMA4_TOWER, audio_config=None, image_token_id=90
         ),
         "gemma4_unified": Gemma4UnifiedConfig(
             text_config=GEMMA4_UNIFIED,
@@ -146,20 +163,12 @@ def make_multimodal_configs() -> dict[str, PreTrainedConfig]:
         "qwen3_vl": Qwen3VLConfig(
             text_config=QWEN3_VL,
             vision_config=TOWER_QWEN,
-            image_token_id=90,
-            video_token_id=91,
-            vision_start_token_id=92,
-            vision_end_token_id=93,
+            **QWEN_IMAGE_TOKENS,
         ),
         "qwen3_5": Qwen3_5Config(
             text_config=QWEN3_5,
-            vision_config={
-                key: value for key, value in TOWER_QWEN.items() if key != "deepstack_visual_indexes"
-            },
-            image_token_id=90,
-            video_token_id=91,
-            vision_start_token_id=92,
-            vision_end_token_id=93,
+            vision_config=PLAIN_TOWER_QWEN,
+            **QWEN_IMAGE_TOKENS,
             tie_word_embeddings=True,
         ),
         "mistral3": Mistral3Config(
@@ -167,5 +176,36 @@ def make_multimodal_configs() -> dict[str, PreTrainedConfig]:
             vision_config=TOWER | {"model_type": "pixtral", "image_size": 16, "head_dim": 8},
             image_token_index=90,
             tie_word_embeddings=False,
+        ),
+    }
+
+
+def make_multimodal_expert_configs() -> dict[str, PreTrainedConfig]:
+    """Return those whose text part has experts. Files of Qwen3-VL hold their stacks transposed."""
+    gemma4_experts = {
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 20,
+    }
+    return {
+        "qwen3_vl_moe": Qwen3VLMoeConfig(
+            text_config=QWEN3_VL | EXPERTS, vision_config=TOWER_QWEN, **QWEN_IMAGE_TOKENS
+        ),
+        "qwen3_vl_moe-square": Qwen3VLMoeConfig(
+            text_config=QWEN3_VL | SQUARE_EXPERTS, vision_config=TOWER_QWEN, **QWEN_IMAGE_TOKENS
+        ),
+        "qwen3_5_moe": Qwen3_5MoeConfig(
+            text_config=QWEN3_5 | EXPERTS | {"shared_expert_intermediate_size": 24},
+            vision_config=PLAIN_TOWER_QWEN,
+            **QWEN_IMAGE_TOKENS,
+        ),
+        "gemma4-experts": Gemma4Config(
+            text_config=GEMMA4 | gemma4_experts,
+            vision_config=GEMMA4_TOWER,
+            audio_config=None,
+            image_token_id=90,
         ),
     }

@@ -89,8 +89,8 @@ NEMOTRON: dict[str, Any] = {
     "topk_group": 1,
 }
 UNIFORM_SETTINGS = {"gemma2": WINDOWS, "gemma3_text": WINDOWS, "phi3": {"sliding_window": 256}}
-# name -> settings; None leaves out a size, and `-` begins a variant: dense layers between those with
-# experts and after them, too
+# name -> settings; None leaves out a size, and `-` begins a variant, some with dense layers between
+# those with experts, or after them
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: UNIFORM_SETTINGS.get(name, {}) for name in UNIFORM_CLASSES},
     "phi3-96": {"head_dim": 96, "hidden_size": 384},

@@ -1,6 +1,7 @@
 """Runs on the text part of a multimodal checkpoint: proven, trained, exported and put back."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from text_part_configs import make_multimodal_configs
+from text_part_configs import make_multimodal_configs, make_multimodal_expert_configs
 from tiny_runs import (
     make_chat_row,
     make_tiny_recipe,
@@ -30,14 +31,19 @@ from tunesmith.session.doctor import diagnose
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # PEFT's
+WHOLE_CONFIGS = make_multimodal_configs() | make_multimodal_expert_configs()
+TOWER = re.compile("tower|projector|visual")
 IDS = torch.randint(3, 90, (1, 21), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(scope="module", params=["gemma4", "mistral3"])
+@pytest.fixture(
+    scope="module",
+    params=["gemma4", "mistral3", pytest.param("qwen3_vl_moe", marks=pytest.mark.slow)],
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of a whole model with one token per byte."""
     folder = save_model_folder(tmp_path_factory.mktemp("whole") / request.param)
-    config: Any = make_multimodal_configs()[request.param]
+    config: Any = WHOLE_CONFIGS[request.param]
     config.text_config.vocab_size = 259
     if request.param == "gemma4":
         config.text_config.vocab_size_per_layer_input = 259
@@ -85,7 +91,7 @@ def test_the_merged_export_is_the_whole_model_again(
     before = load_file(folder / "model.safetensors")
     after = load_file(tmp_path / "merged" / "model.safetensors")
     assert after.keys() == before.keys()
-    towers = [name for name in before if "tower" in name or "projector" in name]
+    towers = [name for name in before if TOWER.search(name)]
     assert towers
     assert all(torch.equal(before[name], after[name]) for name in towers)
     whole: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()

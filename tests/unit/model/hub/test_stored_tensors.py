@@ -1,6 +1,8 @@
 """Files that name or divide parameters otherwise than the network: each is read to the bit, on
 every family whose layers differ."""
 
+import re
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeConfig
 
 from quick_families import leave_others_to_slow
-from text_part_configs import QWEN3_VL, TOWER_QWEN
+from text_part_configs import make_multimodal_expert_configs
 from tiny_models import CONFIGS, LORA, make_stock_network, make_tiny_network
 from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import METHODS, find_linears, get_trainable_parameters
@@ -23,6 +24,7 @@ from tunesmith.model.causal_lm import load_network
 from tunesmith.model.hub.families import TEXT_FAMILIES
 from tunesmith.model.hub.spec import read_model_headers, read_spec
 from tunesmith.model.hub.stored_tensors import read_text_tensors
+from tunesmith.model.merge import read_loras, write_merged_weights
 from tunesmith.model.quantization import build_truncated_network
 from tunesmith.model.save import save_adapter
 from tunesmith.model.target_modules import is_transposed_linear, list_linear_paths
@@ -31,6 +33,10 @@ from tunesmith.model.text_network import check_weight_shapes
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # PEFT's
+WHOLE_CONFIGS = make_multimodal_expert_configs()
+ADAPTED = re.compile(
+    r".*language_model\.layers.*\.(self_attn\.\w_proj\.weight|experts\.(\d+\.)?\w+_proj(\.weight)?)"
+)
 FAMILIES = [
     name for name, config in CONFIGS.items() if not TEXT_FAMILIES[config.model_type].is_uniform
 ]
@@ -125,24 +131,23 @@ def test_experts_in_one_tensor_are_read_as_well(qwen3_moe: Path) -> None:
         assert torch.equal(fused[name], tensor)
 
 
-@pytest.fixture
-def qwen3_vl_moe(tmp_path: Path) -> Path:
-    """Return a multimodal checkpoint, whose files hold the experts transposed."""
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    config = Qwen3VLMoeConfig(
-        text_config=QWEN3_VL | experts,
-        vision_config=TOWER_QWEN,
-        image_token_id=90,
-        video_token_id=91,
-        vision_start_token_id=92,
-        vision_end_token_id=93,
-    )
+def save_whole_model(config: Any, folder: Path) -> Path:
+    """Save a multimodal checkpoint, every weight of which has an effect."""
     torch.manual_seed(0)
     whole = AutoModelForImageTextToText.from_config(config)
     for parameter in whole.parameters():
         parameter.data.normal_(0, 0.2)
-    whole.save_pretrained(tmp_path / "whole")
-    return tmp_path / "whole"
+    for name, buffer in whole.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.7)
+    whole.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def qwen3_vl_moe(tmp_path: Path) -> Path:
+    """Return a multimodal checkpoint, whose files hold the experts transposed."""
+    return save_whole_model(WHOLE_CONFIGS["qwen3_vl_moe-square"], tmp_path / "whole")
 
 
 IDS = torch.randint(3, 80, (1, 21), generator=torch.Generator().manual_seed(5))
@@ -161,17 +166,23 @@ def test_transposed_experts_of_a_multimodal_checkpoint(qwen3_vl_moe: Path) -> No
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
 
 
+def save_expert_adapter(base: Path, folder: Path) -> Any:
+    """Save an adapter with an effect, and return the network that has it."""
+    settings = LORA | {"lora_target_modules": ["attention", "experts"]}
+    network = load_network(base, torch.float32)
+    METHODS["lora"](network, settings)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in get_trainable_parameters(network).values():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    save_adapter(network, folder, settings, base)
+    return network
+
+
 def test_peft_loads_adapters_of_experts_on_the_whole_model(
     qwen3_vl_moe: Path, tmp_path: Path
 ) -> None:
-    settings = LORA | {"lora_target_modules": ["attention", "experts"]}
-    network = load_network(qwen3_vl_moe, torch.float32)
-    METHODS["lora"](network, settings)
+    network = save_expert_adapter(qwen3_vl_moe, tmp_path / "adapter")
     parameters = get_trainable_parameters(network)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in parameters.values():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    save_adapter(network, tmp_path / "adapter", settings, qwen3_vl_moe)
     whole: Any = AutoModelForImageTextToText.from_pretrained(qwen3_vl_moe).eval()
     before = compute_logits(whole)
     theirs = PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
@@ -179,6 +190,56 @@ def test_peft_loads_adapters_of_experts_on_the_whole_model(
     logits = compute_logits(theirs)
     torch.testing.assert_close(logits, compute_logits(network), rtol=1e-5, atol=1e-5)
     assert (logits - before).abs().max() > 0.01
+
+
+def stack_experts(folder: Path) -> None:
+    """Rewrite a multimodal checkpoint with the experts of a layer in one tensor, as some are
+    published."""
+    stacks = load_network(folder, torch.float32).named_parameters()
+    experts = {
+        name.replace("model.", "model.language_model.", 1): parameter.data.clone()
+        for name, parameter in stacks
+        if ".experts." in name
+    }
+    change_tensors(folder, lambda t: {n: t[n] for n in t if ".experts." not in n} | experts)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3_vl_moe",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (*WHOLE_CONFIGS, "qwen3_5_moe-stacked")
+            if name != "qwen3_vl_moe"
+        ),
+    ],
+)
+def test_merged_experts_are_those_of_the_adapter_on_the_whole_model(
+    name: str, tmp_path: Path
+) -> None:
+    """All else comes back byte for byte, in the layout of the files."""
+    config = WHOLE_CONFIGS[name.removesuffix("-stacked")]
+    base = save_whole_model(config, tmp_path / "whole")
+    if name.endswith("-stacked"):
+        stack_experts(base)
+    network = save_expert_adapter(base, tmp_path / "adapter")
+    loras = read_loras(tmp_path / "adapter", base)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    shutil.copyfile(base / "config.json", merged / "config.json")
+    write_merged_weights(base, loras, merged / "model.safetensors")
+    before, after = (load_file(path / "model.safetensors") for path in (base, merged))
+    assert {key: x.shape for key, x in before.items()} == {key: x.shape for key, x in after.items()}
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    assert changed == [key for key in before if ADAPTED.fullmatch(key)]
+    assert any("visual" in key or "vision_tower" in key for key in before)
+    whole: Any = AutoModelForImageTextToText.from_pretrained(base).eval()
+    logits = compute_logits(AutoModelForImageTextToText.from_pretrained(merged).eval())
+    assert (logits - compute_logits(whole)).abs().max() > 0.01
+    adapted = PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
+    for expected in (adapted, network):
+        torch.testing.assert_close(logits, compute_logits(expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
