@@ -143,11 +143,18 @@ def _read_text(path: Path) -> str:
         raise InputError(
             "no such file", where=str(path), fix=suggest_name(path.name, siblings, fix)
         )
+    if os.path.isdir(path):
+        inner = path / RECIPE_FILE
+        fix = f"pass {inner}" if os.path.isfile(inner) else f"name a file, such as {RECIPE_FILE}"
+        raise InputError("a folder, not a file", where=str(path), fix=fix)
     if not os.path.isfile(path):
-        raise InputError("expected a file, found a folder or a device", where=str(path))
+        raise InputError("a device or a pipe, not a file", where=str(path), fix="name a file")
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise InputError(f"{size:,} bytes are too many for a recipe", where=str(path))
+        message = f"{size:,} bytes are too many for a recipe"
+        raise InputError(
+            message, where=str(path), fix=f"at most {MAX_BYTES:,}; name data by `data:`"
+        )
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

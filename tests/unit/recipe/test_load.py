@@ -327,8 +327,13 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, message: str) 
 
 def test_missing_files_and_devices_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path, Path("/dev/zero")):
-        with pytest.raises(InputError, match=r"no such file|expected a file"):
+        with pytest.raises(InputError, match=r"no such file|not a file") as caught:
             load_recipe(path)
+        assert caught.value.fix
+    write(tmp_path, GOOD)
+    with pytest.raises(InputError) as caught:
+        load_recipe(tmp_path)
+    assert caught.value.fix == f"pass {tmp_path / 'recipe.yaml'}"
 
 
 def test_metrics_are_names_with_arguments(tmp_path: Path) -> None:
