@@ -184,7 +184,10 @@ def compute_checksum(fields: dict[str, Any]) -> str:
 
 def parse_event(line: bytes) -> LoggedEvent:
     """Return the event of a line of events.jsonl. Raises ValueError for any other text."""
-    content = json.loads(line)
+    try:
+        content = json.loads(line)
+    except RecursionError:
+        raise ValueError("not an event: nested too deeply") from None
     fields = cast("dict[str, Any]", content) if isinstance(content, dict) else {}
     if CHECKSUM_KEY in fields and fields.pop(CHECKSUM_KEY) != compute_checksum(fields):
         raise ValueError("changed since it was written: its checksum does not match")

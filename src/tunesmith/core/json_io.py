@@ -106,7 +106,7 @@ def read_json(path: Path, *, key: str = "", fix: str = "", max_values: int | Non
 
     `key` is the setting that named the file."""
     where = f"{key}: {path}" if key else str(path)
-    content = _read_file(path, where, fix)
+    content = read_file(path, where=where, fix=fix)
     if max_values is not None and count_json_marks(content) > max_values:
         message = f"more than {max_values:,} commas and brackets"
         raise InputError(message, where=where, fix=fix)
@@ -118,7 +118,10 @@ def read_json(path: Path, *, key: str = "", fix: str = "", max_values: int | Non
         raise InputError(describe_json_error(error), where=where, fix=fix) from None
 
 
-def _read_file(path: Path, where: str, fix: str) -> bytes:
+def read_file(path: Path, *, where: str = "", fix: str = "") -> bytes:
+    """Return the content of a file. Raises InputError if it is missing or no file, MachineError if
+    the disk fails."""
+    where = where or str(path)
     try:
         return path.read_bytes()
     except FileNotFoundError:

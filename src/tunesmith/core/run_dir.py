@@ -50,7 +50,7 @@ from tunesmith.core.events import (
     get_event_type,
     parse_event,
 )
-from tunesmith.core.json_io import dump_json, parse_as, read_json, to_jsonable
+from tunesmith.core.json_io import dump_json, parse_as, read_file, read_json, to_jsonable
 from tunesmith.core.sealed_json import RESTORE_FIX, read_sealed_json, remove_seal, seal_json
 from tunesmith.core.types import RUN_FORMAT, Json, Plan, RunRecord
 
@@ -477,7 +477,8 @@ def find_weights_dir(path: Path) -> Path:
     if not (path / RECORD_FILE).is_file():
         fix = f"finish the run: tunesmith resume {path}"
         raise InputError("some of its stages are not finished", where=str(path), fix=fix)
-    return max((path / STAGES_DIR).iterdir(), key=lambda folder: int(folder.name.partition("-")[0]))
+    stages = [stage for stage in list_folders(path / STAGES_DIR) if re.match(r"\d+-", stage.name)]
+    return max(stages, key=lambda stage: int(stage.name.partition("-")[0]), default=path)
 
 
 def find_parent_run(path: Path) -> Path:
@@ -537,7 +538,7 @@ def read_all_events(path: Path) -> list[LoggedEvent]:
     An unfinished last line is left out: it was cut off by a kill, or is just being written. Raises
     InputError with file:line for a broken line."""
     file = path / EVENTS_FILE
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    lines = read_file(file, fix=RESTORE_FIX).split(b"\n")[:-1] if file.exists() else []
     events: list[LoggedEvent] = []
     for line_number, line in enumerate(lines, start=1):
         try:

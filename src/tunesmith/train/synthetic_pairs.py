@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Container, Iterator
 from pathlib import Path
 
-from tunesmith.core.errors import GateError
+from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckResult
+from tunesmith.core.json_io import read_file
 from tunesmith.core.run_dir import RunFolder
 from tunesmith.core.types import Example, Json
 from tunesmith.data.dataset import Dataset
@@ -47,11 +49,8 @@ def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[C
     if not unpaired:
         return session, ()
     pair_by_row: dict[int, Example] = {}
-    for line in (path / PAIRS_FILE).read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        rejected = record["rejected"]
-        answer = rejected if isinstance(rejected, str) else rejected[0]["content"]
-        pair_by_row[record["row"]] = _build_pair(unpaired[record["row"]], answer)
+    for row, answer in _iter_pairs(path / PAIRS_FILE, unpaired):
+        pair_by_row[row] = _build_pair(unpaired[row], answer)
     evidence = (
         f"{len(pair_by_row):,} of {len(unpaired):,} answers of the base model violate a "
         f"constraint: {PAIRS_FILE}"
@@ -72,6 +71,25 @@ def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[C
     inputs = dataclasses.replace(session.inputs, datasets=datasets)
     result = CheckResult("synthetic pairs", "ok" if share_paired >= 0.5 else "warn", evidence)
     return dataclasses.replace(session, inputs=inputs), (result,)
+
+
+def _iter_pairs(file: Path, rows: Container[int]) -> Iterator[tuple[int, str]]:
+    """Yield (row, rejected answer) of each line. Raises InputError for a damaged one."""
+    fix = "remove the file: the base model answers again"
+    lines = read_file(file, fix=fix).split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line)
+            row, rejected = record["row"], record["rejected"]
+            answer = rejected if isinstance(rejected, str) else rejected[0]["content"]
+            is_pair = row in rows and isinstance(answer, str)
+        except (ValueError, RecursionError, LookupError, TypeError):
+            is_pair = False
+        if not is_pair:
+            raise InputError("not a pair of these rows", where=f"{file}:{number}", fix=fix)
+        yield row, answer
+    if lines[-1]:
+        raise InputError("the last line is cut", where=f"{file}:{len(lines)}", fix=fix)
 
 
 def _select_unpaired(dataset: Dataset) -> tuple[dict[int, Example], int]:

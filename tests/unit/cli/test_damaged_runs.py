@@ -56,7 +56,10 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "loop of links": replace_by_loop,
     **{
         text or "empty": lambda file, text=text: file.write_text(text)
-        for text in ("", "null", "[]", "{}", "[null]", "3", "NaN", '{"sha256": 1e999}', "[" * 10**5)
+        for text in (
+            *("", "null", "[]", "{}", "[null]", "3", "NaN", '{"sha256": 1e999}'),
+            *("[" * 10**5, "[" * 10**5 + "\n"),
+        )
     },
 }
 

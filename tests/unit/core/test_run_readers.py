@@ -44,6 +44,7 @@ def test_weights_are_those_of_the_run_or_of_its_last_stage(tmp_path: Path) -> No
     staged = write_stages(tmp_path / "staged")
     for number in (9, 10):  # by number, not by name
         (staged / STAGES_DIR / f"{number}-sft").mkdir()
+    (staged / STAGES_DIR / "99 copy").mkdir()
     assert find_weights_dir(staged) == staged / STAGES_DIR / "10-sft"
     (staged / RECORD_FILE).unlink()
     with pytest.raises(InputError, match="some of its stages are not finished") as caught:

@@ -134,6 +134,22 @@ def test_made_pairs_are_preference_rows_and_survive_a_kill(model: Path, tmp_path
     ] * 4
 
 
+def test_a_damaged_file_of_pairs_is_refused_by_its_line(model: Path, tmp_path: Path) -> None:
+    run_until_saved(run.train(plan_recipe(make_recipe(model, tmp_path))), 2)
+    file = tmp_path / "run" / PAIRS_FILE
+    text = file.read_text()
+    damages = {
+        text[:-9]: "4: the last line is cut",
+        text.replace('"row": ', '"row": 99', 1): "1: not a pair of these rows",
+        text.replace('"rejected": ', '"rejected": 5, "": ', 1): "1: not a pair",
+        "[" * 10**5 + "\n" + text: "1: not a pair",
+    }
+    for damaged, problem in damages.items():
+        file.write_text(damaged)
+        with pytest.raises(InputError, match=rf"{PAIRS_FILE}:{problem}"):
+            list(run.resume(tmp_path / "run"))
+
+
 def test_a_better_side_that_breaks_a_constraint_is_left_out(model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"say {n}", "chosen": f"me {n}", "rejected": "an AI"} for n in range(6)]
     rows.append({"prompt": "say 7", "chosen": "an AI", "rejected": "me"})
