@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
+
+from pydantic import model_validator
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,17 @@ class PartShape:
     def layers(self) -> int:
         """How many layers have this part."""
         return len(self.layer_values)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_layer_count(cls, fields: Any) -> Any:
+        """Read a plan of an older version, which has the number of layers and counts them alike."""
+        if not isinstance(fields, dict) or "layers" not in fields:
+            return cast("Any", fields)
+        others = dict(cast("dict[str, Any]", fields))
+        layers = int(others.pop("layers"))
+        values = (int(others["inner_outputs"]) + int(others["inner_inputs"])) // max(1, layers)
+        return others | {"layer_values": dict.fromkeys(range(layers), values)}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from tunesmith.core.json_io import (
     read_json,
     to_jsonable,
 )
+from tunesmith.core.model_spec import PartShape
 from tunesmith.core.types import (
     DataReport,
     Finding,
@@ -197,3 +198,12 @@ def test_depth_counts_objects_and_arrays(text: str, depth: int) -> None:
 def test_values_are_counted_without_being_decoded(text: str, count: int) -> None:
     assert has_more_values(text, count - 1)
     assert not has_more_values(text, count)
+
+
+def test_shapes_that_an_older_version_wrote_are_read() -> None:
+    shape = PartShape({0: 40, 1: 40}, inputs=30, outputs=60, inner_outputs=50, inner_inputs=30)
+    older = to_jsonable(shape)
+    del older["layer_values"]
+    assert parse_as(PartShape, older | {"layers": 2}) == shape
+    with pytest.raises(InputError, match="layer_values"):
+        parse_as(PartShape, older)
