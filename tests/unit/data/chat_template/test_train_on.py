@@ -11,6 +11,7 @@ from toy_chat import (
     CHATML_TOKENS,
     assistant,
     make_example,
+    make_newline_bpe,
     mark_trained_text,
     user,
     write_model_folder,
@@ -205,3 +206,36 @@ def test_a_last_answer_that_is_not_trained_stays_so(tmp_path: Path) -> None:
     example = read([*first, user("e"), untrained[0], user("g"), untrained[1]])
     last = mark(renderer, example, ("user", "assistant"))[-1]
     assert [piece.partition("<")[0] for piece in last.split("⟦")[1:]] == ["e", "g"]
+
+
+def mark_users(folder: Path, template: str, contents: tuple[str, ...], **model: Any) -> str:
+    """Return the marked text of questions alone, each before the same answer."""
+    write_model_folder(folder, template, **model)
+    messages = [message for content in contents for message in (user(content), assistant("yes"))]
+    trained = Renderer.from_folder(folder, now=NOW).train_on(("user",))
+    (document,) = trained.render(make_example(*messages)).documents
+    return mark_trained_text(trained, document)
+
+
+def test_the_first_token_of_a_text_without_header_is_no_target(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    text = mark_users(tmp_path, template, ("hello", "and 7"))
+    first, *later = text.split("⟦")
+    assert len(later) == 2
+    assert first
+    assert (first + later[0]).startswith("hello<|im_end|>⟧")
+    assert later[1].startswith("and 7<|im_end|>⟧")
+
+
+def test_text_of_the_template_before_the_end_token_is_trained(tmp_path: Path) -> None:
+    template = CHATML.replace("'<|im_end|>", "' .<|im_end|>")
+    assert template != CHATML
+    text = mark_users(tmp_path, template, ("hello",))
+    assert "⟦hello .<|im_end|>⟧" in text
+
+
+def test_tokens_that_a_message_shares_with_the_template_are_trained(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.role + ':\\n' + m.content + '\\n' }}{% endfor %}"
+    text = mark_users(tmp_path, template, ("\nhello\n", "7"), base=make_newline_bpe())
+    assert text.startswith("user:⟦\n\nhello\n\n⟧assistant:")
+    assert "user:\n⟦7⟧\nassistant" in text
