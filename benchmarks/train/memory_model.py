@@ -109,7 +109,18 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 384},
     ),
+    "between": (  # dense layers between those with experts
+        "qwen3_moe",
+        {
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 384,
+            "mlp_only_layers": [1, 2],
+        },
+    ),
 }
+# shape -> what its recipe has beside
+SETTINGS: dict[str, dict[str, Any]] = {"between": {"lora_target_modules": "experts"}}
 for name, (model_type, sizes) in HYBRIDS.items():
     SHAPES[name] = AutoConfig.for_model(model_type, **SIZES, **SMALL, **sizes)
 METHODS = ("lora", "qlora", "full")
@@ -151,6 +162,7 @@ def measure_run(model: str, method: str, words: int, batch: int) -> None:
             "max_steps": 2,
         }
         recipe |= {"share_prefixes": False, "output_dir": f"{scratch}/run"}
+        recipe |= SETTINGS.get(Path(model).name, {})
         plan = tunesmith.plan(recipe)
         assert isinstance(plan, Plan), "one stage"
         preflight = 0
@@ -195,7 +207,7 @@ def main() -> None:
                 write_model(shape, Path(folder) / shape)
             model = f"{folder}/{shape}" if shape in SHAPES else shape
             for method in METHODS:
-                if method == "full" and shape == "experts":
+                if method == "full" and shape in ("experts", "between"):
                     continue  # refused
                 for words, batch in ROWS:
                     result = run_case(model, method, words, batch)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-KINDS = ("llama", "delta", "conv", "mamba2", "experts")
+KINDS = ("llama", "delta", "conv", "mamba2", "experts", "between")
 TOLERANCE = 0.15
 
 
