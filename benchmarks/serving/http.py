@@ -8,7 +8,7 @@ adapter (W2); PEFT with `adapter_names`, all rows in one batch (W2). All are gre
 prompt ids (the demo's test rows) and write the same number of tokens. Medians of the rounds are
 compared, by the clock and by processor time, which counts on a machine that others use. The
 adapters have rank 16 on all linears, with B drawn by seed. Left out: arrivals over time, latencies,
-llama-server and vLLM."""
+llama.cpp (llama.py) and vLLM."""
 
 from __future__ import annotations
 
