@@ -158,8 +158,8 @@ def _compute_share(spec: ModelSpec, word: str, first_layer: int) -> float:
     """Return which share of a part's values the layers from one on have; norms are in all."""
     values = spec.parts[word].layer_values if word in spec.parts else {}
     values = values or dict.fromkeys(range(spec.num_layers), 1)
-    kept = sum(value for layer, value in values.items() if layer >= first_layer)
-    return kept / max(1, sum(values.values()))
+    selected = sum(value for layer, value in values.items() if layer >= first_layer)
+    return selected / max(1, sum(values.values()))
 
 
 def _count_norm_inputs(spec: ModelSpec, settings: ActivationSettings) -> int:
