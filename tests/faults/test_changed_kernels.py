@@ -90,4 +90,5 @@ def test_a_run_without_kernels_says_so_and_fp32_needs_none(
     assert "kernels: compiled" in read_json(path / "record.json")["input_changes"][0]
     assert not select_checks(list(run.resume(tmp_path / "single" / "run")), "rounding")
     fresh = make_tiny_recipe(tiny_folder, tmp_path / "fresh", dtype="bf16")
-    assert select_checks(list(run.train(plan_recipe(fresh))), "kernels")
+    (warning,) = select_checks(list(run.train(plan_recipe(fresh))), "kernels")
+    assert (warning.level, warning.step) == ("warn", 0)
