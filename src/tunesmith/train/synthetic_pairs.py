@@ -78,18 +78,24 @@ def _iter_pairs(file: Path, rows: Container[int]) -> Iterator[tuple[int, str]]:
     fix = "remove the file: the base model answers again"
     lines = read_file(file, fix=fix).split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):
-        try:
-            record = json.loads(line)
-            row, rejected = record["row"], record["rejected"]
-            answer = rejected if isinstance(rejected, str) else rejected[0]["content"]
-            is_pair = row in rows and isinstance(answer, str)
-        except (ValueError, RecursionError, LookupError, TypeError):
-            is_pair = False
-        if not is_pair:
+        pair = _parse_pair(line, rows)
+        if pair is None:
             raise InputError("not a pair of these rows", where=f"{file}:{number}", fix=fix)
-        yield row, answer
+        yield pair
     if lines[-1]:
         raise InputError("the last line is cut", where=f"{file}:{len(lines)}", fix=fix)
+
+
+def _parse_pair(line: bytes, rows: Container[int]) -> tuple[int, str] | None:
+    """Return (row, rejected answer), None for a damaged line."""
+    try:
+        record = json.loads(line)
+        row = record["row"]
+        rejected = record["rejected"]
+        answer = rejected if isinstance(rejected, str) else rejected[0]["content"]
+        return (row, answer) if row in rows and isinstance(answer, str) else None
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return None
 
 
 def _select_unpaired(dataset: Dataset) -> tuple[dict[int, Example], int]:
