@@ -152,7 +152,7 @@ def _grade_selection(
     if not outputs:
         return [], []
     graded = _apply_plan_metrics(session, items.selection_prompts, outputs, task="eval")
-    return _mark_truncated(graded, items.selection_prompts, outputs), outputs
+    return list(_mark_truncated(graded, items.selection_prompts, outputs)), outputs
 
 
 def _build_eval_samples(
