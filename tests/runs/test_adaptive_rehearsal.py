@@ -17,10 +17,11 @@ from tiny_runs import (
     run_until_saved,
     select_steps,
     train,
+    write_eval_files,
     write_rows,
 )
 from tunesmith.core.errors import Interrupted
-from tunesmith.core.events import CheckResult, Event, TrainStep
+from tunesmith.core.events import CheckResult, Event, Score, TrainStep
 from tunesmith.core.types import Json
 from tunesmith.plan.rehearsal import compute_next_ratio
 from tunesmith.recipe.schema import Recipe
@@ -140,3 +141,15 @@ def test_a_signal_between_a_step_and_its_look_loses_no_look(
 def test_there_must_be_something_to_follow(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="adaptive needs retention_data, which it follows"):
         wish(tiny_folder, tmp_path, retention_data=None)
+
+
+def test_general_text_is_tracked_beside_graded_answers(tiny_folder: Path, tmp_path: Path) -> None:
+    files = write_eval_files(tmp_path)
+    events = train(wish(tiny_folder, tmp_path, **files, metrics=["exact_match"], max_steps=2))
+    measured = [
+        (event.task, event.metric)
+        for event in events
+        if isinstance(event, Score) and event.step == 2 and event.task in ("eval", "general text")
+    ]
+    expected = [("eval", "loss"), ("eval", "exact_match"), ("general text", "bits_per_byte")]
+    assert measured[:3] == expected
