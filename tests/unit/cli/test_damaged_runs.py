@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from damages import DAMAGES
 from fake_runs import make_record, write_run
 from tunesmith.core.events import GenerationSample
 from tunesmith.core.json_io import to_jsonable
@@ -26,42 +27,6 @@ FILES = (
     "eval_after.json",
     "rollbacks.json",
 )
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def damage_utf8(file: Path) -> None:
-    content = file.read_bytes()
-    middle = len(content) // 2
-    file.write_bytes(content[:middle] + b"\xff" + content[middle:])
-
-
-def replace_by_folder(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
-def replace_by_loop(file: Path) -> None:
-    file.unlink()
-    file.symlink_to(file.name)
-
-
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "missing": Path.unlink,
-    "cut": cut,
-    "not UTF-8": damage_utf8,
-    "folder": replace_by_folder,
-    "loop of links": replace_by_loop,
-    **{
-        text or "empty": lambda file, text=text: file.write_text(text)
-        for text in (
-            *("", "null", "[]", "{}", "[null]", "3", "NaN", '{"sha256": 1e999}'),
-            *("[" * 10**5, "[" * 10**5 + "\n"),
-        )
-    },
-}
 
 
 @pytest.fixture(scope="module")
