@@ -139,6 +139,7 @@ def test_every_file_of_the_run_folder_is_there(finished: Path) -> None:
             "plan.json",
             "data.json",
             "events.jsonl",
+            "preflight.json",
             "eval_before.json",
             "checkpoints",
             "adapter",

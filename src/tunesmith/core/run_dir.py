@@ -64,6 +64,7 @@ FINGERPRINT_FILE = "fingerprint.json"  # hashes of everything that the run depen
 CHECKPOINTS_DIR = "checkpoints"
 ADAPTER_DIR = "adapter"
 MODEL_DIR = "model"  # in place of the adapter, where all weights are trained
+PREFLIGHT_FILE = "preflight.json"  # checks of the attempt that began last
 EVAL_BEFORE_FILE = "eval_before.json"  # results by item, before and after training
 EVAL_AFTER_FILE = "eval_after.json"
 RECORD_FILE = "record.json"

@@ -38,6 +38,7 @@ from tunesmith.core.run_dir import (
     FINGERPRINT_FILE,
     MODEL_DIR,
     PLAN_FILE,
+    PREFLIGHT_FILE,
     RECIPE_FILE,
     RECORD_FILE,
     REJECTED_FILE,
@@ -241,6 +242,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
     with context.stop.immediate(), machine_errors():
         session = _open_on_ranks(context)
         preflight_results = context.preflight or run_preflight(session.model, session.samples)
+    folder.write_json(PREFLIGHT_FILE, {"checks": preflight_results})
     yield from preflight_results
 
     # Measure before, while the weights are those of the start.

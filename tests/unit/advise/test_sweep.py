@@ -24,7 +24,13 @@ from tunesmith.advise.sweep.run_trial import has_same_start, list_eval_tasks
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckResult, Score
 from tunesmith.core.json_io import read_json
-from tunesmith.core.run_dir import EVAL_BEFORE_FILE, read_events, read_run_plan, read_run_record
+from tunesmith.core.run_dir import (
+    EVAL_BEFORE_FILE,
+    PREFLIGHT_FILE,
+    read_events,
+    read_run_plan,
+    read_run_record,
+)
 from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.core.sweep_record import SweepRecord, SweepStart, TrialEnd, read_sweep
 from tunesmith.evaluate import measure
@@ -203,6 +209,20 @@ def test_trials_that_differ_in_the_schedule_share_preflight(
         first = record.trials[int(source.removeprefix("trial-"))]
         assert first.number < number
         assert first.settings["lora_r"] == record.trials[number].settings["lora_r"]
+
+
+def test_preflight_of_a_trial_that_stopped_early_is_shared(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    space = {"learning_rate": [0.01, 0.00001], "lora_r": [2, 4], "pruner": "halving"}
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, space, seed=2)
+    record = sweep(recipe, tmp_path / "sweep")
+    first, last = record.trials[1], record.trials[3]
+    assert first.settings["lora_r"] == last.settings["lora_r"] == 2
+    assert first.state == "pruned"
+    checks = read_sealed_json(tmp_path / "sweep" / last.folder / PREFLIGHT_FILE)["checks"]
+    assert f"are those of {first.folder}" in checks[0]["evidence"]
+    assert "negative controls" in {check["kind"] for check in checks}
 
 
 @pytest.mark.parametrize(("settings", "machine", "is_same"), [

@@ -20,9 +20,11 @@ from typing import Any
 from tunesmith.advise.sweep.trial_study import TrialStudy
 from tunesmith.core.errors import GateError, InputError, MachineError
 from tunesmith.core.events import EVAL_TASK, CheckResult, Event, Score
+from tunesmith.core.json_io import parse_as
 from tunesmith.core.run_dir import (
     EVAL_AFTER_FILE,
     EVAL_BEFORE_FILE,
+    PREFLIGHT_FILE,
     RECORD_FILE,
     is_run,
     read_events,
@@ -30,7 +32,7 @@ from tunesmith.core.run_dir import (
     read_run_plan,
     read_run_record,
 )
-from tunesmith.core.sealed_json import read_sealed_as
+from tunesmith.core.sealed_json import read_sealed_as, read_sealed_json
 from tunesmith.core.sweep_record import TrialSpec
 from tunesmith.core.types import Json, Plan, PlanConfig
 from tunesmith.evaluate.results import EvalResults, MetricValues, compute_score
@@ -152,12 +154,14 @@ class TrialRunner:
         return None
 
     def _find_preflight(self, plan: Plan, number: int) -> tuple[CheckResult, ...]:
-        """Return the checks of the first complete trial whose model, rows and adapter at the start
-        are the same, after a word on where they are from; nothing if there is none."""
+        """Return the checks of the first trial that passed them and whose model, rows and adapter
+        at the start are the same, after a word on where they are from; nothing if there is none."""
         for earlier in range(number):
             path = find_trial_folder(self.folder, earlier)
-            if (path / RECORD_FILE).exists() and has_same_start(read_run_plan(path), plan):
-                checks = read_run_record(path).preflight
+            file = path / PREFLIGHT_FILE
+            if file.exists() and has_same_start(read_run_plan(path), plan):
+                stored = read_sealed_json(file).get("checks")
+                checks = parse_as(tuple[CheckResult, ...], stored, where=str(file))
                 evidence = f"{len(checks)} checks are those of {path.name}, which starts the same"
                 return (CheckResult("preflight", "ok", evidence, num_checked=len(checks)), *checks)
         return ()
