@@ -240,9 +240,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
 
     # Prove.
     with context.stop.immediate(), machine_errors():
-        session = _open_on_ranks(context)
-        preflight_results = context.preflight or run_preflight(session.model, session.samples)
-    folder.write_json(PREFLIGHT_FILE, {"checks": preflight_results})
+        session, preflight_results = _prove(context)
     yield from preflight_results
 
     # Measure before, while the weights are those of the start.
@@ -290,6 +288,14 @@ def _run_events(context: RunContext) -> Generator[Event]:
     )
     _write_record(folder, record, fingerprint, started)
     base_reference.delete_base_states(folder)
+
+
+def _prove(context: RunContext) -> tuple[Session, Sequence[CheckResult]]:
+    """Open the session and check it on rows of the run, or take the checks of another run."""
+    session = _open_on_ranks(context)
+    results = context.preflight or run_preflight(session.model, session.samples)
+    context.folder.write_json(PREFLIGHT_FILE, {"checks": results})
+    return session, results
 
 
 def _open_on_ranks(context: RunContext) -> Session:
