@@ -142,8 +142,9 @@ def describe_json_error(error: ValueError | RecursionError) -> str:
         return f"not valid JSON: byte {error.start} is not UTF-8"
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    limit = sys.get_int_max_str_digits()
-    return f"an integer has more than {limit:,} digits"
+    if "integer string conversion" in str(error):
+        return f"an integer has more than {sys.get_int_max_str_digits():,} digits"
+    return f"not valid JSON: {error}"
 
 
 def read_json_object(

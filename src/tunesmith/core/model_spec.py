@@ -16,6 +16,8 @@ from typing import Any, cast
 
 from pydantic import model_validator
 
+MAX_LAYERS = 100_000  # that a stored plan may count
+
 
 @dataclass(frozen=True)
 class PartShape:
@@ -43,8 +45,11 @@ class PartShape:
         if not isinstance(fields, dict) or "layers" not in fields:
             return cast("Any", fields)
         others = dict(cast("dict[str, Any]", fields))
-        layers = int(others.pop("layers"))
-        values = (int(others["inner_outputs"]) + int(others["inner_inputs"])) // max(1, layers)
+        layers = others.pop("layers")
+        inner = [others.get("inner_outputs"), others.get("inner_inputs")]
+        if not all(type(value) is int for value in (layers, *inner)) or layers > MAX_LAYERS:
+            raise ValueError("layers: not a number of layers")  # which pydantic reports
+        values = sum(cast("list[int]", inner)) // max(1, layers)
         return others | {"layer_values": dict.fromkeys(range(layers), values)}
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
+
+from jsonschema.protocols import Validator
 
 from tunesmith.data.json_schema import find_violation, make_validator
 
@@ -26,7 +29,13 @@ def schema_valid(answer: str, expected: str, schema: Any) -> float:
     value = _parse_json(answer)
     if value is NOT_JSON or schema is None:
         return 0.0
-    return float(not find_violation(value, make_validator(schema)))
+    return float(not find_violation(value, _read_validator(json.dumps(schema))))
+
+
+@lru_cache(maxsize=16)
+def _read_validator(schema_json: str) -> Validator:
+    """Return the validator of a schema, which is checked once and not for each answer."""
+    return make_validator(json.loads(schema_json))
 
 
 def field_f1(answer: str, expected: str, schema: Any) -> float:

@@ -85,7 +85,9 @@ def describe_choice(best: EvalPoint, eval_points: Sequence[EvalPoint], margin: f
     """Return the scores of the best checkpoint, and those of a better one that forgets too much."""
     text = _describe_scores(best)
     other = select_best(eval_points, math.inf)
-    if other is None or other.step == best.step:
+    if other is None or other.forgotten is None or other.forgotten <= margin:
+        return text
+    if other.step == best.step:
         return text
     return (
         f"{text}; step {other.step} has {_describe_scores(other)}, but general text had lost "

@@ -207,3 +207,7 @@ def test_shapes_that_an_older_version_wrote_are_read() -> None:
     assert parse_as(PartShape, older | {"layers": 2}) == shape
     with pytest.raises(InputError, match="layer_values"):
         parse_as(PartShape, older)
+    damaged = [{"layers": layers} for layers in (None, "2", 10**12, 1.5)]
+    for change in [*damaged, {"layers": 2, "inner_inputs": None}]:
+        with pytest.raises(InputError, match="not a number of layers"):
+            parse_as(PartShape, older | change)

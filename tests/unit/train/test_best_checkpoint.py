@@ -68,6 +68,14 @@ def test_a_better_checkpoint_that_forgets_too_much_is_named() -> None:
         "general text had lost 0.029 bits per byte by then, more than the margin of 0.02"
     )
     assert describe_choice(late, [early, late], 0.03) == "answers 0.750, held-out loss 0.0454"
+    assert describe_choice(late, [late], 0.02) == "answers 0.750, held-out loss 0.0454"
+    within = EvalPoint(14, 0.5, 0.8, 0.1, 0.01)
+    lower = EvalPoint(7, 0.4, 0.72, 0.1, 0.01)
+    over = EvalPoint(21, 0.6, 0.89, 0.1, 0.03)
+    points = [lower, within, over]
+    assert select_best(points, 0.02) is lower
+    assert select_best(points, 1) is within, "tied with the one that forgot too much"
+    assert describe_choice(lower, points, 0.02) == "answers 0.720, held-out loss 0.4000"
 
 
 def test_patience_counts_looks_after_the_best() -> None:
