@@ -4,7 +4,8 @@ margin.
 Neither the last checkpoint nor the one with the lowest loss: loss may fall while answers get worse,
 or rise while they get better. Graded answers are compared first, by the recipe's metrics.
 Checkpoints that differ by no more than one item are tied, and the lowest held-out loss decides.
-Pure.
+The margin is no cliff: what is twice as good beyond it is taken. Otherwise an early evaluation that
+happens to be within it would exclude all that the run learns later. Pure.
 
 In: the scores of evaluations. Out: EvalPoints and the best of them, with what decided."""
 
@@ -31,6 +32,14 @@ class EvalPoint:
     mean_metric: float | None = None
     item_weight: float = 0.0
     forgotten: float | None = None  # bits per byte of general text
+
+    @property
+    def metric(self) -> float:
+        """The mean of the metrics, 0 without any: then the loss decides."""
+        return self.mean_metric or 0.0
+
+    def is_within(self, margin: float) -> bool:
+        return self.forgotten is None or self.forgotten <= margin
 
     @classmethod
     def from_scores(
@@ -64,35 +73,60 @@ def _select_eval_scores(scores: Sequence[Score], metrics: Collection[str]) -> li
 
 
 def select_best(eval_points: Sequence[EvalPoint], margin: float) -> EvalPoint | None:
-    """Return the best evaluation within the margin; if none is, the best of all."""
-    candidates: list[EvalPoint] = []
-    for point in eval_points:
-        if point.forgotten is None or point.forgotten <= margin:
-            candidates.append(point)
-    candidates = candidates or list(eval_points)
-    if not candidates:
-        return None
-    max_metric = max(point.mean_metric or 0.0 for point in candidates)
-    tied = [
-        point
-        for point in candidates
-        if (point.mean_metric or 0.0) >= max_metric - point.item_weight
-    ]
-    return min(tied, key=lambda point: (point.loss, point.step))
+    """Return the best evaluation: within the margin, unless one beyond it is twice as good.
+
+    Each evaluation is compared with the best one before it, so that the best is the newest or was
+    the best before: its checkpoint exists."""
+    best: EvalPoint | None = None
+    for count, point in enumerate(eval_points, start=1):
+        if best is None or _is_better(point, best, eval_points[:count], margin):
+            best = point
+    return best
+
+
+def _is_better(point: EvalPoint, best: EvalPoint, seen: Sequence[EvalPoint], margin: float) -> bool:
+    """seen: the evaluations up to `point`. Those of one side of the margin are tied if they differ
+    by one item from the best answers there, and then the lower loss is better."""
+    if point.is_within(margin) != best.is_within(margin):
+        if point.is_within(margin):
+            return not _is_twice_as_good(best, point)
+        return _is_twice_as_good(point, best)
+    peers = [each for each in seen if each.is_within(margin) == point.is_within(margin)]
+    tied_metric = max(each.metric for each in peers) - point.item_weight
+    if point.metric < tied_metric:
+        return False
+    return best.metric < tied_metric or point.loss < best.loss
+
+
+def _is_twice_as_good(over: EvalPoint, within: EvalPoint) -> bool:
+    """Return whether a checkpoint is worth its forgetting: with twice the graded answers of the one
+    within the margin, or half its held-out loss and answers that are no worse."""
+    gain = over.metric - within.metric
+    if gain > over.item_weight and over.metric >= 2 * within.metric:
+        return True
+    return gain >= 0 and 2 * over.loss <= within.loss
 
 
 def describe_choice(best: EvalPoint, eval_points: Sequence[EvalPoint], margin: float) -> str:
-    """Return the scores of the best checkpoint, and those of a better one that forgets too much."""
+    """Return the scores of the best checkpoint, and those of another that forgets more or less and
+    was not taken."""
     text = _describe_scores(best)
-    other = select_best(eval_points, math.inf)
-    if other is None or other.forgotten is None or other.forgotten <= margin:
-        return text
-    if other.step == best.step:
-        return text
-    return (
-        f"{text}; step {other.step} has {_describe_scores(other)}, but general text had lost "
-        f"{other.forgotten:.3f} bits per byte by then, more than the margin of {margin:g}"
+    if best.is_within(margin):
+        other = select_best(eval_points, math.inf)
+        if other is None or other.is_within(margin):
+            return text
+        return (
+            f"{text}; step {other.step} has {_describe_scores(other)}, but general text had lost "
+            f"{other.forgotten:.3f} bits per byte by then, more than the margin of {margin:g}"
+        )
+    text += (
+        f"; general text had lost {best.forgotten:.3f} bits per byte by then, more than the margin "
+        f"of {margin:g}"
     )
+    within = select_best([point for point in eval_points if point.is_within(margin)], margin)
+    if within is None:
+        return text
+    return f"{text}, but step {within.step}, the best within it, has {_describe_scores(within)}"
 
 
 def _describe_scores(point: EvalPoint) -> str:

@@ -1,7 +1,11 @@
-"""The best look at held-out rows: answers first, then the loss, and never one that has forgotten
-too much."""
+"""The best evaluation: answers first, then the loss, and within the forgetting margin unless one
+beyond it is twice as good."""
 
 from __future__ import annotations
+
+import random
+
+import pytest
 
 from tunesmith.core.events import Score
 from tunesmith.train.best_checkpoint import (
@@ -54,28 +58,90 @@ def test_without_answers_the_loss_decides_and_the_earlier_one_of_equals() -> Non
     assert select_best([], 1) is None
 
 
-def test_what_forgot_too_much_is_taken_only_if_everything_did() -> None:
+def test_what_forgot_too_much_is_not_taken() -> None:
     remaining, better = EvalPoint(10, 0.5, forgotten=0.01), EvalPoint(20, 0.4, forgotten=0.03)
     assert select_best([remaining, better], 0.02) is remaining
-    assert select_best([better, EvalPoint(30, 0.45, forgotten=0.05)], 0.02) is better
+    assert select_best([better, remaining], 0.02) is remaining
+
+
+def test_what_forgot_too_much_is_taken_if_everything_did() -> None:
+    better, worse = EvalPoint(20, 0.4, forgotten=0.03), EvalPoint(30, 0.45, forgotten=0.05)
+    assert select_best([better, worse], 0.02) is better
+
+
+@pytest.mark.parametrize(
+    ("metric", "loss", "is_taken"),
+    [
+        (0.80, 0.6, True),  # twice the answers
+        (0.79, 0.6, False),
+        (0.40, 0.3, True),  # half the loss
+        (0.40, 0.31, False),
+        (0.39, 0.1, False),  # half the loss, but worse answers
+    ],
+)
+def test_what_forgot_too_much_is_taken_if_it_is_twice_as_good(
+    metric: float, loss: float, is_taken: bool
+) -> None:
+    kept = EvalPoint(10, 0.6, 0.4, 0.05, forgotten=0.019)
+    costly = EvalPoint(20, loss, metric, 0.05, forgotten=0.021)
+    assert (select_best([kept, costly], 0.02) is costly) == is_taken
+    assert (select_best([costly, kept], 0.02) is costly) == is_taken
+
+
+def test_one_right_answer_is_not_twice_as_good_as_none() -> None:
+    kept = EvalPoint(10, 0.6, 0.0, 0.05, forgotten=0.01)
+    assert select_best([kept, EvalPoint(20, 0.5, 0.05, 0.05, forgotten=0.03)], 0.02) is kept
+    two = EvalPoint(20, 0.5, 0.1, 0.05, forgotten=0.03)
+    assert select_best([kept, two], 0.02) is two
+
+
+def test_the_best_is_the_newest_or_was_the_best_before() -> None:
+    """A checkpoint that was not the best when it was measured has not been kept."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        points: list[EvalPoint] = []
+        previous = None
+        for step in range(8):
+            forgotten = rng.choice([None, 0.01, 0.03])
+            point = EvalPoint(step, rng.random(), rng.randint(0, 6) / 6, 1 / 6, forgotten)
+            points.append(point)
+            best = select_best(points, 0.02)
+            assert best in (previous, point)
+            previous = best
+
+
+def test_loss_that_falls_step_by_step_does_not_pull_answers_down() -> None:
+    points = [EvalPoint(step, 1 - step / 20, 0.9 - step * 0.05, 0.05) for step in range(10)]
+    assert select_best(points, 1) is points[1]
 
 
 def test_a_better_checkpoint_that_forgets_too_much_is_named() -> None:
     early = EvalPoint(7, 0.131, 0.5, 0.05, forgotten=0.017)
-    late = EvalPoint(25, 0.0454, 0.75, 0.05, forgotten=0.0291)
+    late = EvalPoint(25, 0.0754, 0.75, 0.05, forgotten=0.0291)
+    assert select_best([early, late], 0.02) is early
     assert describe_choice(early, [early, late], 0.02) == (
-        "answers 0.500, held-out loss 0.1310; step 25 has answers 0.750, held-out loss 0.0454, but "
+        "answers 0.500, held-out loss 0.1310; step 25 has answers 0.750, held-out loss 0.0754, but "
         "general text had lost 0.029 bits per byte by then, more than the margin of 0.02"
     )
-    assert describe_choice(late, [early, late], 0.03) == "answers 0.750, held-out loss 0.0454"
-    assert describe_choice(late, [late], 0.02) == "answers 0.750, held-out loss 0.0454"
-    within = EvalPoint(14, 0.5, 0.8, 0.1, 0.01)
-    lower = EvalPoint(7, 0.4, 0.72, 0.1, 0.01)
-    over = EvalPoint(21, 0.6, 0.89, 0.1, 0.03)
-    points = [lower, within, over]
-    assert select_best(points, 0.02) is lower
-    assert select_best(points, 1) is within, "tied with the one that forgot too much"
-    assert describe_choice(lower, points, 0.02) == "answers 0.720, held-out loss 0.4000"
+    assert describe_choice(late, [early, late], 0.03) == "answers 0.750, held-out loss 0.0754"
+    assert describe_choice(late, [late], 0.02) == (
+        "answers 0.750, held-out loss 0.0754; general text had lost 0.029 bits per byte by then, "
+        "more than the margin of 0.02"
+    )
+    better = EvalPoint(25, 0.0454, 0.75, 0.05, forgotten=0.0291)
+    assert select_best([early, better], 0.02) is better
+    assert describe_choice(better, [early, better], 0.02) == (
+        "answers 0.750, held-out loss 0.0454; general text had lost 0.029 bits per byte by then, "
+        "more than the margin of 0.02, but step 7, the best within it, has answers 0.500, held-out "
+        "loss 0.1310"
+    )
+
+
+def test_no_other_checkpoint_is_named_if_those_that_forget_too_much_are_no_better() -> None:
+    best = EvalPoint(7, 0.4, 0.72, 0.1, 0.01)
+    tied = EvalPoint(14, 0.6, 0.8, 0.1, 0.03)
+    assert select_best([best, tied], 0.02) is best
+    assert describe_choice(best, [best, tied], 0.02) == "answers 0.720, held-out loss 0.4000"
 
 
 def test_patience_counts_looks_after_the_best() -> None:

@@ -455,7 +455,14 @@ class GuardedTraining:
         self.loop.compare_ranks()
         self.final_step = self.loop.step
         best = self._select_best()
-        if best is None or best.step == self.final_step:
+        if best is None:
+            return
+        margin = self.forgetting_margin
+        reason = describe_choice(best, self.eval_points, margin)
+        if best.step == self.final_step:
+            has_within = any(point.is_within(margin) for point in self.eval_points)
+            if has_within and not best.is_within(margin):
+                yield CheckResult("best", "ok", f"using the last step: {reason}", self.final_step)
             return
         try:
             path = self.context.folder.find_checkpoint(best.step)
@@ -464,7 +471,6 @@ class GuardedTraining:
             yield CheckResult("best", "warn", evidence, self.final_step)
             return
         self.loop.restore(path)
-        reason = describe_choice(best, self.eval_points, self.forgetting_margin)
         evidence = f"using step {best.step}: {reason}"
         yield CheckResult("best", "ok", evidence, self.final_step)
 
