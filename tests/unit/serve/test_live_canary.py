@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,8 +20,10 @@ from full_disk import file_limit
 from tiny_server import LiveServer, make_chat, make_settings, read_metric, serving, wait_for
 from tunesmith.core.errors import InputError
 from tunesmith.recipe.fields import Constraint
+from tunesmith.serve import middleware
 from tunesmith.serve.answer_checks import CheckedAnswer, CheckRules, check_answer
 from tunesmith.serve.route_state import EVENTS_FILE, STATE_FILE, RouteStore
+from tunesmith.serve.routes import choose_arm
 from tunesmith.serve.server import prepare_server
 from tunesmith.serve.settings import ServeSettings
 
@@ -28,6 +32,19 @@ ROUTE = "/admin/routes/prod"
 # `dora` ends no answer within 24 tokens
 WATCH = {"cut": 0.05, "looped": None, "failed": 0.02}
 LONG = {"257": -100, "258": -100}
+
+
+@pytest.fixture(autouse=True)
+def _requests_of_the_canary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each request an id of the 99 in a hundred for which the canary answers while it runs."""
+
+    def draw_id(num_bytes: int) -> str:
+        while True:
+            token = secrets.token_hex(num_bytes)
+            if choose_arm("prod", {"base": 1, "dora": 99}, f"request req-{token}") == "dora":
+                return token
+
+    monkeypatch.setattr(middleware, "secrets", SimpleNamespace(token_hex=draw_id))
 
 
 def make_route(**canary: Any) -> dict[str, Any]:
