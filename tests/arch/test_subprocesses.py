@@ -1,5 +1,5 @@
 """No process that the package starts runs code of the working directory: Python gets -P or -I, and
-every process a folder of its own, except the worker of the user's metrics."""
+every process a folder of its own, except where it reads what the user names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ STARTERS = {"run", "Popen", "call", "check_call", "check_output", "getoutput", "
 OTHER_MODULES = {"multiprocessing", "pty", "runpy", "code"}
 OS_STARTERS = ("exec", "spawn", "posix_spawn", "system", "popen", "fork", "startfile")
 SAFE_FLAGS = {"-P", "-I"}
-USES_WORKING_DIRECTORY = {"evaluate/custom_metric.py"}  # the user's own code, after --allow-code
+PIPES = "multiprocessing.connection"  # starts nothing
+USES_WORKING_DIRECTORY = {
+    "evaluate/custom_metric.py",  # the user's own code, after --allow-code
+    "advise/sweep/trial_worker.py",  # the files of the recipe
+}
 
 
 def find_problems(source: str, *, needs_cwd: bool = True) -> Iterator[str]:
@@ -51,7 +55,7 @@ def find_import_problems(node: ast.AST) -> Iterator[str]:
         return
     for name in names:
         head, _, attribute = name.partition(".")
-        is_forbidden = head in OTHER_MODULES or name == "sys.executable"
+        is_forbidden = (head in OTHER_MODULES and name != PIPES) or name == "sys.executable"
         is_pool = name.endswith("ProcessPoolExecutor")
         is_starter = head == "os" and attribute.startswith(OS_STARTERS)
         is_starter |= head == "subprocess" and attribute in STARTERS

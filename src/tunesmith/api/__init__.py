@@ -290,6 +290,7 @@ def tune_sweep(
     recipe: RecipeLike | AnyInputs = None,
     *,
     minutes: float | None = None,
+    gpus: int | None = None,
     allow_code: bool = False,
     **changes: Any,
 ) -> Iterator[SweepEvent]:
@@ -297,8 +298,9 @@ def tune_sweep(
 
     Yields a SweepStart, for each trial a TrialStart, the events of its run and a TrialEnd, and the
     SweepRecord last. `output_dir`, runs/sweep by default, holds the trials; a folder with the same
-    sweep is continued. Raises InputError for a recipe that cannot be swept, GateError if every
-    trial fails."""
+    sweep is continued. With `gpus`, as many trials run at once, each in a process with a GPU of its
+    own (without a GPU: with its share of the cores), and their events are TrialEvents. Raises
+    InputError for a recipe that cannot be swept, GateError if every trial fails."""
     if find_spec("optuna") is None:
         message = "sweeps need Optuna, which is not installed"
         raise InputError(message, where="tune sweep", fix="pip install 'tunesmith[sweep]'")
@@ -308,7 +310,7 @@ def tune_sweep(
     output_dir = inputs.recipe.output_dir
     folder = output_dir if isinstance(output_dir, Path) else run_dir.RUNS_ROOT / "sweep"
     limit = math.inf if minutes is None else minutes
-    yield from run_sweep(inputs, folder, minutes=limit, allow_code=allow_code)
+    yield from run_sweep(inputs, folder, minutes=limit, gpus=gpus, allow_code=allow_code)
 
 
 # ---------------------------------------------------------------- runs

@@ -55,7 +55,7 @@ from tunesmith.cli.help import (
     find_panel,
     format_examples,
 )
-from tunesmith.cli.launch import GpusOption, launch, list_flags, main_rank
+from tunesmith.cli.launch import GpusOption, check_processes, launch, list_flags, main_rank
 from tunesmith.cli.output import (
     escape_library_output,
     hide_download_bars,
@@ -316,14 +316,23 @@ def tune_sweep(
             metavar="N", help="Minutes; starts no trial that would end later.", show_default=False
         ),
     ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Run N trials at once, one per GPU.", show_default=False
+        ),
+    ] = None,
     allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the recipe's sweep; test the winner of eval_data once."""
     recipe = parse_recipe_args(args)
+    if gpus is not None:
+        check_processes(gpus)
     from tunesmith.cli.views.sweep import render_sweep, report_sweep
 
-    record = report_sweep(api.tune_sweep(recipe, minutes=minutes, allow_code=allow_code))
+    events = api.tune_sweep(recipe, minutes=minutes, gpus=gpus, allow_code=allow_code)
+    record = report_sweep(events)
     print_result(record, render_sweep(record), as_json=as_json)
 
 

@@ -71,6 +71,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "tune sweep": (
         "tunesmith tune sweep recipe.yaml",
         "tunesmith tune sweep recipe.yaml --minutes 120",
+        "tunesmith tune sweep recipe.yaml --gpus 4",
         "tunesmith tune sweep recipe.yaml --sweep '{lora_r: [8, 64], seeds: 2}'",
     ),
     "train": (

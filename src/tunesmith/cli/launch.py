@@ -18,19 +18,18 @@ import typer
 from tunesmith.cli.output import write_stderr
 from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.core.formatting import format_count
+from tunesmith.core.hardware import count_cores, count_gpus
 from tunesmith.core.ranks import (
-    WORLD_VARIABLE,
+    THREADS_VARIABLE,
     Ranks,
-    is_distributed,
     open_ranks,
+    refuse_processes,
     run_torchrun,
 )
 from tunesmith.core.types import Json
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe, Stages
-
-THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 GpusOption = Annotated[
     int | None,
@@ -49,33 +48,19 @@ def launch(num_processes: int, words: Sequence[str]) -> int:
     first rank that failed.
 
     Raises InputError for more processes than GPUs, or than cores where there is no GPU."""
-    if is_distributed():
-        message = f"--gpus starts processes, but {WORLD_VARIABLE} says that this is one of several"
-        raise InputError(message, where="command line", fix="leave --gpus out under torchrun")
-    _check_devices(num_processes)
+    check_processes(num_processes)
+    if not count_gpus():
+        os.environ.setdefault(THREADS_VARIABLE, str(count_cores() // num_processes))
     return run_torchrun(num_processes, words)
 
 
-def _check_devices(num_processes: int) -> None:
-    """Raise InputError for too many processes; on a CPU, give each its cores and say so."""
-    from tunesmith.core.hardware import count_cores, count_gpus
-
-    num_gpus = count_gpus()
-    if num_gpus:
-        if num_processes > num_gpus:
-            gpus = format_count(num_gpus, "GPU")
-            message = f"{num_processes} GPUs requested, but this machine has {gpus}"
-            raise InputError(message, where="--gpus", fix=f"use --gpus {num_gpus}")
-        return
-    cores = count_cores()
-    if num_processes > cores:
-        owned = format_count(cores, "core")
-        message = f"{num_processes} processes requested, but this machine has no GPU and {owned}"
-        raise InputError(message, where="--gpus", fix=f"use --gpus {cores}, or leave it out")
-    threads = cores // num_processes
-    os.environ.setdefault(THREADS_VARIABLE, str(threads))
-    share = format_count(threads, "core")
-    write_stderr(f"note: no GPU here: {num_processes} processes of {share} each\n")
+def check_processes(num_processes: int) -> None:
+    """Say that there is no GPU, and what each process has instead. Raise InputError for too many
+    processes."""
+    refuse_processes(num_processes)
+    if not count_gpus():
+        share = format_count(count_cores() // num_processes, "core")
+        write_stderr(f"note: no GPU here: {num_processes} processes of {share} each\n")
 
 
 def _follow_main_rank(ranks: Ranks) -> int:

@@ -30,13 +30,15 @@ from typing import TYPE_CHECKING, Any, Self
 import psutil
 
 from tunesmith.core.errors import GateError, InputError, MachineError, TunesmithError
-from tunesmith.core.hardware import set_allocator
+from tunesmith.core.formatting import format_count
+from tunesmith.core.hardware import count_cores, count_gpus, set_allocator
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.progress_log import logger
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+THREADS_VARIABLE = "OMP_NUM_THREADS"
 WORLD_VARIABLE = "WORLD_SIZE"
 VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MAX_PORT = 65_535
@@ -450,6 +452,24 @@ def read_launch_time() -> float:
 def is_distributed() -> bool:
     """Return whether this process is one of several ranks."""
     return os.environ.get(WORLD_VARIABLE, "1") != "1"
+
+
+def refuse_processes(num_processes: int) -> None:
+    """Raise InputError for more processes than GPUs, or than cores where there is no GPU, and in a
+    process that is one of several."""
+    if is_distributed():
+        message = f"--gpus starts processes, but {WORLD_VARIABLE} says that this is one of several"
+        raise InputError(message, where="command line", fix="leave --gpus out under torchrun")
+    num_gpus = count_gpus()
+    if num_gpus and num_processes > num_gpus:
+        gpus = format_count(num_gpus, "GPU")
+        message = f"{num_processes} GPUs requested, but this machine has {gpus}"
+        raise InputError(message, where="--gpus", fix=f"use --gpus {num_gpus}")
+    cores = count_cores()
+    if not num_gpus and num_processes > cores:
+        owned = format_count(cores, "core")
+        message = f"{num_processes} processes requested, but this machine has no GPU and {owned}"
+        raise InputError(message, where="--gpus", fix=f"use --gpus {cores}, or leave it out")
 
 
 def _wait_for_main_rank(*, is_main: bool) -> None:

@@ -172,6 +172,18 @@ class TrialStart:
     spec: TrialSpec
     max_trials: int  # if none stops early
 
+    @property
+    def number(self) -> int:
+        return self.spec.number
+
+
+@dataclass(frozen=True)
+class TrialEvent:
+    """An event of one of several trials that run at once."""
+
+    number: int  # of the trial
+    event: Event
+
 
 @dataclass(frozen=True)
 class TrialEnd:
@@ -180,4 +192,4 @@ class TrialEnd:
     remaining_seconds: float
 
 
-SweepEvent = SweepStart | TrialStart | Event | TrialEnd | SweepRecord
+SweepEvent = SweepStart | TrialStart | Event | TrialEvent | TrialEnd | SweepRecord

@@ -19,6 +19,7 @@ from tiny_runs import (
     write_eval_files,
     write_rows,
 )
+from tiny_sweeps import make_sweep_recipe, sweep
 from tunesmith.advise.sweep.run_sweep import run_sweep
 from tunesmith.advise.sweep.run_trial import has_same_start, list_eval_tasks
 from tunesmith.core.errors import GateError, InputError
@@ -40,27 +41,6 @@ from tunesmith.session import inputs
 from tunesmith.session.session import Session
 from tunesmith.train import run
 from tunesmith.train.preflight import run_preflight
-
-SWEEP: dict[str, Any] = {"learning_rate": [0.0001, 0.01], "seeds": 2}
-
-
-def make_sweep_recipe(model: Path, folder: Path, sweep: Any = None, **changed: Any) -> Recipe:
-    """Return a recipe of 4 steps with 6 held-out rows of each role."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        "eval_data": str(write_rows(folder / "eval.jsonl", build_sum_rows(100, 6))),
-        "test_data": str(write_rows(folder / "test.jsonl", build_sum_rows(200, 6))),
-        "data": str(write_rows(folder / "train.jsonl", build_sum_rows(1, 8))),
-        "eval_steps": 2,
-    }
-    values = {"guard": "off", "metrics": ["bits_per_byte"], "sweep": sweep or SWEEP}
-    return make_tiny_recipe(model, folder, **(files | values | changed))
-
-
-def sweep(recipe: Recipe, folder: Path, **options: Any) -> SweepRecord:
-    *_, record = run_sweep(inputs.load_inputs(recipe), folder, **options)
-    assert isinstance(record, SweepRecord)
-    return record
 
 
 def build_table(record: SweepRecord) -> str:

@@ -165,3 +165,38 @@ def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
     journal.write_bytes(b"\n".join([lines[0], b"{not json}", *lines[1:]]))
     with pytest.raises(InputError, match="the journal of the trials is damaged"):
         open_study(tmp_path, {"lora_r": [8]})
+
+
+@pytest.mark.parametrize("pruner", ["none", "median", "halving"])
+def test_trials_at_once_are_all_combinations_with_every_seed(pruner: str, tmp_path: Path) -> None:
+    """Three at once, each with one evaluation in turn; a killed study goes on with those three."""
+    study = open_study(tmp_path, {**GRID, "pruner": pruner})
+    running: dict[int, list[int]] = {}  # number -> percents to come
+    for turn in range(1000):
+        while len(running) < 3 and (spec := study.start_next(running)):
+            assert spec.number not in running
+            running[spec.number] = [25, 50, 75, 100]
+        if not running:
+            break
+        number = sorted(running)[turn % len(running)]
+        spec = make_spec(study.list_trials()[number])
+        percent = running[number].pop(0)
+        study.add_value(number, percent, compute_loss(spec.settings, spec.seed, percent))
+        if percent == 100:
+            study.finish(number, "complete", compute_loss(spec.settings, spec.seed, 100))
+        elif study.is_hopeless(number):
+            study.finish(number, "pruned")
+        else:
+            continue
+        del running[number]
+    assert study.start_next() is None
+    specs = [make_spec(trial) for trial in study.list_trials()]
+    assert sorted(spec.configuration for spec in specs if spec.seed == 0) == list(range(12))
+    complete = {
+        (make_spec(trial).configuration, make_spec(trial).seed)
+        for trial in study.list_trials()
+        if trial.state.name == "COMPLETE"
+    }
+    first = {configuration for configuration, seed in complete if seed == 0}
+    assert {configuration for configuration, seed in complete if seed == 1} == first
+    assert (len(first) == 12) == (pruner == "none")

@@ -1,11 +1,12 @@
-"""A sweep: trials over the values of a recipe's `sweep`, one after the other; read this first.
+"""A sweep: trials over the values of a recipe's `sweep`, one after the other or, with `gpus`, one
+per GPU at a time; read this first.
 
     inputs, folder -> SweepStart, (TrialStart, the events of the run, TrialEnd) ..., SweepRecord
 
 Trials select on eval_data and never see test_data: the winner is measured on it once, at the end.
 A sweep that was killed goes on where it stopped, when it is run again: its folder holds the journal
-of the trials (trial_study.py) and their run folders. Left out: one trial (run_trial.py), what
-follows from them (summary.py).
+of the trials (trial_study.py) and their run folders. Left out: one trial (run_trial.py), processes
+for several (trial_worker.py), what follows from them (summary.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,20 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tunesmith.advise.sweep import summary
-from tunesmith.advise.sweep.run_trial import TrialRunner
+from tunesmith.advise.sweep.run_trial import TrialRecorder, TrialRunner, list_eval_tasks
 from tunesmith.advise.sweep.trial_study import TrialStudy
+from tunesmith.advise.sweep.trial_worker import (
+    TrialWorker,
+    WorkerSettings,
+    open_workers,
+    wait_for_news,
+)
 from tunesmith.advise.sweep.winner import measure_winner, write_winner
 from tunesmith.core.atomic import make_dirs, refuse_links, write_file
 from tunesmith.core.errors import GateError, InputError, Interrupted
 from tunesmith.core.events import TrainStep
 from tunesmith.core.json_io import dump_json, read_json
+from tunesmith.core.ranks import refuse_processes
 from tunesmith.core.sealed_json import seal_json
 from tunesmith.core.sweep_record import (
     SWEEP_FILE,
@@ -36,6 +44,7 @@ from tunesmith.core.sweep_record import (
     SweepRecord,
     SweepStart,
     TrialEnd,
+    TrialEvent,
     TrialSpec,
     TrialStart,
     refuse_other_sweep_format,
@@ -48,6 +57,7 @@ from tunesmith.recipe.sweep import SweepConfig
 from tunesmith.session.inputs import RunInputs, make_plan
 from tunesmith.session.provenance import hash_weight_files
 from tunesmith.train.run import check_run
+from tunesmith.train.signals import GracefulStop
 
 IDENTITY_FILE = "settings.json"  # what the trials depend on, written before the first
 LOCK_FILE = ".lock"
@@ -58,15 +68,24 @@ RESUME_FIX = "continue with the same command"
 
 
 def run_sweep(
-    inputs: RunInputs, folder: Path, *, minutes: float = math.inf, allow_code: bool = False
+    inputs: RunInputs,
+    folder: Path,
+    *,
+    minutes: float = math.inf,
+    gpus: int | None = None,
+    allow_code: bool = False,
 ) -> Iterator[SweepEvent]:
     """Run the trials that fit in the minutes, select on eval_data, measure the winner on test_data.
 
+    gpus: trials that run at once, each in a process with a GPU of its own, or a share of the cores
+    where there is no GPU; their events are TrialEvents. None runs one at a time in this process.
     Raises InputError for a recipe without sweep, eval_data or test_data, for the folder of another
     sweep, and for minutes in which not even the first trial ends; GateError if every trial fails.
     """
     deadline = time.monotonic() + 60 * minutes
     sweep = refuse_unusable(inputs, minutes)
+    if gpus is not None:
+        refuse_processes(gpus)
     test_rows = inputs.datasets["test_data"]
     trial_inputs = _build_trial_inputs(inputs)
     plan = make_plan(trial_inputs)
@@ -81,17 +100,25 @@ def run_sweep(
             higher_is_better=metric not in LOWER_IS_BETTER,
             sampler_seed=inputs.recipe.seed,
         )
-        trials = _Trials(TrialRunner(trial_inputs, folder, study, metric, allow_code), deadline)
+        recorder = TrialRecorder(folder, study, metric, list_eval_tasks(trial_inputs))
         yield SweepStart(
             str(folder),
             plan.model.name,
             metric,
             study.num_configurations,
             study.seeds,
-            trials.count_finished(),
+            sum(trial.state.is_finished() for trial in study.list_trials()),
         )
-        yield from trials.run_all()
-        yield _summarize(inputs, trials.runner, plan, test_rows)
+        if gpus is None:
+            runner = TrialRunner(trial_inputs, folder, allow_code)
+            yield from _Trials(recorder, deadline, [runner]).run_all()
+        else:
+            settings = WorkerSettings(
+                trial_inputs.recipe, folder, inputs.now, allow_code, num_workers=gpus
+            )
+            with open_workers(settings) as workers:
+                yield from _Trials(recorder, deadline, workers).run_at_once()
+        yield _summarize(inputs, recorder, plan, test_rows, allow_code=allow_code)
 
 
 def refuse_unusable(inputs: RunInputs, minutes: float) -> SweepConfig:
@@ -198,38 +225,84 @@ def _check_identity(folder: Path, identity: Json) -> None:
 # ---------------------------------------------------------------- trials
 
 
-class _Trials:
-    """The trials of a sweep, until a deadline."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _RunningTrial:
+    number: int
+    runner: TrialRunner | TrialWorker
+    events: Generator[SweepEvent | None]
 
-    def __init__(self, runner: TrialRunner, deadline: float) -> None:
-        self.runner = runner
-        self.study = runner.study
+
+class _Trials:
+    """The trials of a sweep, until a deadline. Each runner runs one at a time."""
+
+    def __init__(
+        self,
+        recorder: TrialRecorder,
+        deadline: float,
+        runners: Sequence[TrialRunner | TrialWorker],
+    ) -> None:
+        self.recorder = recorder
+        self.study = recorder.study
         self.deadline = deadline
         self.minutes = (deadline - time.monotonic()) / 60
-
-    def count_finished(self) -> int:
-        return sum(trial.state.is_finished() for trial in self.study.list_trials())
+        self.runners = runners
+        self.running: list[_RunningTrial] = []
 
     def run_all(self) -> Iterator[SweepEvent]:
-        """Run trials while one more fits in the remaining time."""
-        while self._has_time() and (spec := self.study.start_next()):
-            yield from self._run_trial(spec)
+        """Run trials in this process while one more fits in the remaining time."""
+        while self._start_trials():
+            with closing(self.running[0].events):  # a caller may stop in the middle
+                yield from self._read_news()
+
+    def run_at_once(self) -> Iterator[SweepEvent]:
+        """Run trials in the workers while one more fits in the remaining time."""
+        with GracefulStop(RESUME_FIX) as stop:
+            while num_started := self._start_trials():
+                yield from self._read_news()
+                if len(self.running) == num_started:
+                    busy = [each.runner for each in self.running]
+                    wait_for_news([each for each in busy if isinstance(each, TrialWorker)], stop)
+
+    def _start_trials(self) -> int:
+        """Give each idle runner a trial; return how many trials run."""
+        busy = [trial.runner for trial in self.running]
+        for runner in [runner for runner in self.runners if runner not in busy]:
+            numbers = [trial.number for trial in self.running]
+            spec = self.study.start_next(numbers) if self._has_time() else None
+            if spec is not None:
+                events = self._run_trial(spec, runner)
+                self.running.append(_RunningTrial(spec.number, runner, events))
+        return len(self.running)
+
+    def _read_news(self) -> Iterator[SweepEvent]:
+        """Yield the events that are there; forget the trials that have ended."""
+        for trial in list(self.running):
+            for event in trial.events:
+                if event is None:
+                    break
+                yield event
+            else:
+                self.running.remove(trial)
 
     def _has_time(self) -> bool:
         seconds = self._list_seconds()
         remaining = self.deadline - time.monotonic()
         return not seconds or max(seconds) <= remaining
 
-    def _run_trial(self, spec: TrialSpec) -> Iterator[SweepEvent]:
+    def _run_trial(
+        self, spec: TrialSpec, runner: TrialRunner | TrialWorker
+    ) -> Generator[SweepEvent | None]:
         is_first = not self._list_seconds()
         start = time.monotonic()
         yield TrialStart(spec, self._count_max_trials())
-        events = self.runner.run(spec)
         step_seconds: list[float] = []
         try:
-            with closing(events):
+            with closing(self.recorder.record(spec, runner.start_trial(spec))) as events:
                 for event in events:
-                    yield event
+                    if event is None or isinstance(runner, TrialRunner):
+                        yield event
+                    else:
+                        yield TrialEvent(spec.number, event)
                     if isinstance(event, TrainStep):
                         step_seconds.append(event.seconds)
                     if is_first:
@@ -238,10 +311,14 @@ class _Trials:
             error.fix = RESUME_FIX
             raise
         trial = self.study.list_trials()[spec.number]
-        record = summary.build_trial(self.runner.folder, trial)
-        remaining = self._count_max_trials() - self.count_finished()
+        record = summary.build_trial(self.recorder.folder, trial)
+        remaining = self._count_max_trials() - self._count_finished()
         seconds = self._list_seconds() or [time.monotonic() - start]
-        yield TrialEnd(record, remaining, remaining * sum(seconds) / len(seconds))
+        mean = sum(seconds) / len(seconds)
+        yield TrialEnd(record, remaining, remaining * mean / len(self.runners))
+
+    def _count_finished(self) -> int:
+        return sum(trial.state.is_finished() for trial in self.study.list_trials())
 
     def _refuse_small_budget(
         self, spec: TrialSpec, start: float, step_seconds: list[float]
@@ -250,7 +327,7 @@ class _Trials:
         if math.isinf(self.minutes):
             return
         now = time.monotonic()
-        steps = self.runner.read_planned_steps(spec)
+        steps = self.recorder.read_planned_steps(spec)
         mean = sum(step_seconds) / max(1, len(step_seconds))
         expected_seconds = now - start + mean * (steps - len(step_seconds))
         is_judged = len(step_seconds) >= JUDGED_STEPS and start + expected_seconds > self.deadline
@@ -266,7 +343,7 @@ class _Trials:
         seconds: list[float] = []
         for trial in self.study.list_trials():
             if trial.state.name == "COMPLETE":
-                seconds.append(summary.build_trial(self.runner.folder, trial).seconds)
+                seconds.append(summary.build_trial(self.recorder.folder, trial).seconds)
         return seconds
 
     def _count_max_trials(self) -> int:
@@ -285,12 +362,16 @@ class _Trials:
 # ---------------------------------------------------------------- result
 
 
-def _summarize(inputs: RunInputs, runner: TrialRunner, plan: Plan, test_rows: Any) -> SweepRecord:
+def _summarize(
+    inputs: RunInputs, recorder: TrialRecorder, plan: Plan, test_rows: Any, *, allow_code: bool
+) -> SweepRecord:
     """Select the winner, measure it on test_data, and write sweep.json and winner.yaml."""
-    folder = runner.folder
-    sweep = runner.study.sweep
-    trials = tuple(summary.build_trial(folder, trial) for trial in runner.study.list_trials())
-    measured = summary.MeasuredTrials.read(folder, trials, runner.metric, runner.eval_tasks)
+    folder = recorder.folder
+    study = recorder.study
+    sweep = study.sweep
+    metric = recorder.metric
+    trials = tuple(summary.build_trial(folder, trial) for trial in study.list_trials())
+    measured = summary.MeasuredTrials.read(folder, trials, metric, recorder.eval_tasks)
     configurations, winner = summary.build_configurations(measured)
     if winner is None and trials and all(trial.state == "failed" for trial in trials):
         raise GateError(f"every trial failed; the first: {trials[0].reason}", where=str(folder))
@@ -298,14 +379,14 @@ def _summarize(inputs: RunInputs, runner: TrialRunner, plan: Plan, test_rows: An
         version=__version__,
         format=SWEEP_FORMAT,
         model=plan.model.name,
-        metric=runner.metric,
-        higher_is_better=runner.metric not in LOWER_IS_BETTER,
+        metric=metric,
+        higher_is_better=metric not in LOWER_IS_BETTER,
         search=sweep.search,
         pruner=sweep.pruner,
-        seeds=runner.study.seeds,
-        planned_configurations=runner.study.num_configurations,
+        seeds=study.seeds,
+        planned_configurations=study.num_configurations,
         rows=len(next(iter(measured.values.values())).ids) if measured.values else 0,
-        base_value=summary.read_base_value(folder, runner.metric, runner.eval_tasks),
+        base_value=summary.read_base_value(folder, metric, recorder.eval_tasks),
         trials=trials,
         configurations=tuple(configurations),
         effects=(),
@@ -318,7 +399,7 @@ def _summarize(inputs: RunInputs, runner: TrialRunner, plan: Plan, test_rows: An
     )
     if winner is not None:
         number = summary.choose_trial(measured, winner)
-        test, test_reads = measure_winner(folder, number, test_rows, allow_code=runner.allow_code)
+        test, test_reads = measure_winner(folder, number, test_rows, allow_code=allow_code)
         trial = trials[number]
         spec = TrialSpec(number, winner, trial.seed, trial.settings)
         write_winner(folder, inputs.recipe, spec)

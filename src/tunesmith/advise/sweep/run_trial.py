@@ -1,11 +1,12 @@
 """One trial of a sweep: an ordinary run in a folder of its own, which may stop early.
 
-    TrialRunner(...).run(spec) -> events        trains, or goes on where a killed process stopped
+    events = TrialRunner(...).start_trial(spec)    trains, or goes on where a killed process stopped
+    TrialRecorder(...).record(spec, events)        judges each evaluation, and writes the journal
 
 A trial is planned and trained as any run, with `test_data: none`, and measured on eval_data. It
 shares the rows of the sweep, and of earlier trials the measures before training and, if only the
 schedule differs, the checks of preflight. A trial that fails is recorded with its reason. Left out:
-which trial is next (trial_study.py).
+which trial is next (trial_study.py), and trials in processes of their own (trial_worker.py).
 """
 
 from __future__ import annotations
@@ -58,91 +59,37 @@ MACHINE_FACTS = ("device", "device_name", "has_bf16_matmul", "compiler", "versio
 
 @dataclasses.dataclass(frozen=True)
 class TrialRunner:
-    """`inputs` are those of the sweep, without test_data."""
+    """Runs trials in this process. `inputs` are those of the sweep, without test_data."""
 
     inputs: RunInputs
     folder: Path
-    study: TrialStudy
-    metric: str
     allow_code: bool = False
 
-    @property
-    def eval_tasks(self) -> tuple[str, ...]:
-        """The tasks of scores that are of eval_data as a whole."""
-        return list_eval_tasks(self.inputs)
-
-    def run(self, spec: TrialSpec) -> Generator[Event]:
-        """Run the trial to its end and record it. Raises Interrupted after a signal."""
-        try:
-            yield from self._run_events(spec)
-        except (InputError, GateError, MachineError) as error:
-            where = f"{error.where}: " if error.where else ""
-            self.study.finish(spec.number, "failed", reason=f"{where}{error.message}")
-
-    def plan_trial(self, spec: TrialSpec) -> tuple[Plan, RunInputs]:
-        """Plan a trial as the run that it is. Raises InputError for settings that contradict."""
+    def start_trial(self, spec: TrialSpec) -> Generator[Event]:
+        """Yield the events to come, of a new run or of one to resume. Raises the run's errors, and
+        Interrupted after a signal."""
         path = find_trial_folder(self.folder, spec.number)
-        recipe = make_trial_recipe(
-            self.inputs.recipe, spec, test_data=NO_TEST_DATA, output_dir=str(path)
-        )
-        trial_inputs = dataclasses.replace(self.inputs, recipe=recipe, output_dir=path)
-        return make_plan(trial_inputs), trial_inputs
-
-    def read_planned_steps(self, spec: TrialSpec) -> int:
-        """Return the steps of a trial that has begun, 0 before its plan is written."""
-        path = find_trial_folder(self.folder, spec.number)
-        return read_run_plan(path).steps if is_run(path) else 0
-
-    def _run_events(self, spec: TrialSpec) -> Generator[Event]:
-        path = find_trial_folder(self.folder, spec.number)
-        if not (path / RECORD_FILE).exists():
-            events, plan = self._start(spec, path)
-            for event in read_events(path) if is_run(path) else ():
-                if self._is_stopped_by(spec, event, plan.steps):
-                    return
-            with closing(events):
-                for event in events:
-                    yield event
-                    if self._is_stopped_by(spec, event, plan.steps):
-                        return
-        measured = read_eval_values(path / EVAL_AFTER_FILE, self.metric, self.eval_tasks)
-        if measured is None or not all(map(math.isfinite, measured.values)):
-            raise GateError(f"{self.metric} is not finite after training")
-        record = read_run_record(path)
-        reason = ""
-        if record.selected_step is not None and record.selected_step < record.steps:
-            reason = f"checkpoint of step {record.selected_step}"
-        self.study.finish(spec.number, "complete", compute_score(measured).value, reason)
-
-    def _start(self, spec: TrialSpec, path: Path) -> tuple[Any, Plan]:
-        """Return the events to come, of a new run or of one to resume."""
         if is_run(path):
             if failure := read_failure(path):
                 raise GateError(failure)
-            return run.resume(path, allow_code=self.allow_code), read_run_plan(path)
-        plan, trial_inputs = self.plan_trial(spec)
-        events = run.train(
+            yield from run.resume(path, allow_code=self.allow_code)
+            return
+        plan, trial_inputs = self._plan_trial(spec, path)
+        yield from run.train(
             plan,
             trial_inputs,
             allow_code=self.allow_code,
             before=self._find_base_results(plan, spec.number),
             preflight=self._find_preflight(plan, spec.number),
         )
-        return events, plan
 
-    def _is_stopped_by(self, spec: TrialSpec, event: Event, steps: int) -> bool:
-        """Record an evaluation, and stop the trial if it is hopeless."""
-        if not isinstance(event, Score) or event.task not in self.eval_tasks or event.step == 0:
-            return False
-        if event.metric != self.metric or not math.isfinite(event.value):
-            return False  # the guard's to judge
-        percent = 100 * event.step // steps
-        self.study.add_value(spec.number, percent, event.value)
-        if event.step == steps or not self.study.is_hopeless(spec.number):
-            return False
-        reason = f"{self.study.sweep.pruner} pruner, at {percent}% of the steps"
-        self.study.finish(spec.number, "pruned", reason=reason)
-        return True
+    def _plan_trial(self, spec: TrialSpec, path: Path) -> tuple[Plan, RunInputs]:
+        """Plan a trial as the run that it is. Raises InputError for settings that contradict."""
+        recipe = make_trial_recipe(
+            self.inputs.recipe, spec, test_data=NO_TEST_DATA, output_dir=str(path)
+        )
+        trial_inputs = dataclasses.replace(self.inputs, recipe=recipe, output_dir=path)
+        return make_plan(trial_inputs), trial_inputs
 
     def _find_base_results(self, plan: Plan, number: int) -> EvalResults | None:
         """Return the measures before training of the first trial with the same base."""
@@ -165,6 +112,68 @@ class TrialRunner:
                 evidence = f"{len(checks)} checks are those of {path.name}, which starts the same"
                 return (CheckResult("preflight", "ok", evidence, num_checked=len(checks)), *checks)
         return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialRecorder:
+    """Writes trials into the journal. `eval_tasks` are those of scores that are of eval_data as a
+    whole."""
+
+    folder: Path
+    study: TrialStudy
+    metric: str
+    eval_tasks: tuple[str, ...]
+
+    def record(self, spec: TrialSpec, events: Generator[Event | None]) -> Generator[Event | None]:
+        """Yield the events of a trial, which stops early if it is hopeless, and record its end. A
+        failure is recorded with its reason; Interrupted is raised."""
+        try:
+            with closing(events):
+                yield from self._judge_events(spec, events)
+        except (InputError, GateError, MachineError) as error:
+            where = f"{error.where}: " if error.where else ""
+            self.study.finish(spec.number, "failed", reason=f"{where}{error.message}")
+
+    def read_planned_steps(self, spec: TrialSpec) -> int:
+        """Return the steps of a trial that has begun, 0 before its plan is written."""
+        path = find_trial_folder(self.folder, spec.number)
+        return read_run_plan(path).steps if is_run(path) else 0
+
+    def _judge_events(
+        self, spec: TrialSpec, events: Generator[Event | None]
+    ) -> Generator[Event | None]:
+        path = find_trial_folder(self.folder, spec.number)
+        if not (path / RECORD_FILE).exists():
+            for event in read_events(path) if is_run(path) else ():
+                if self._is_stopped_by(spec, event):
+                    return
+            for event in events:
+                yield event
+                if event is not None and self._is_stopped_by(spec, event):
+                    return
+        measured = read_eval_values(path / EVAL_AFTER_FILE, self.metric, self.eval_tasks)
+        if measured is None or not all(map(math.isfinite, measured.values)):
+            raise GateError(f"{self.metric} is not finite after training")
+        record = read_run_record(path)
+        reason = ""
+        if record.selected_step is not None and record.selected_step < record.steps:
+            reason = f"checkpoint of step {record.selected_step}"
+        self.study.finish(spec.number, "complete", compute_score(measured).value, reason)
+
+    def _is_stopped_by(self, spec: TrialSpec, event: Event) -> bool:
+        """Record an evaluation, and stop the trial if it is hopeless."""
+        if not isinstance(event, Score) or event.task not in self.eval_tasks or event.step == 0:
+            return False
+        if event.metric != self.metric or not math.isfinite(event.value):
+            return False  # the guard's to judge
+        steps = self.read_planned_steps(spec)
+        percent = 100 * event.step // steps
+        self.study.add_value(spec.number, percent, event.value)
+        if event.step == steps or not self.study.is_hopeless(spec.number):
+            return False
+        reason = f"{self.study.sweep.pruner} pruner, at {percent}% of the steps"
+        self.study.finish(spec.number, "pruned", reason=reason)
+        return True
 
 
 def has_same_start(first: Plan, second: Plan) -> bool:

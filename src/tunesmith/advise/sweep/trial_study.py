@@ -11,14 +11,15 @@ Only trials of the first seed are stopped early, so that means over seeds are of
 
 What comes next and what stops are functions of the journal alone: samplers and pruners of Optuna
 are asked in a fresh study in memory, seeded by the number of the trial. So a sweep that was killed
-goes on as an uninterrupted one. Left out: running a trial (run_trial.py).
+goes on as an uninterrupted one. Where trials run at once, an earlier trial counts with what it has
+measured by then. Left out: running a trial (run_trial.py).
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,11 +113,13 @@ class TrialStudy:
 
     # ------------------------------------------------------------ next
 
-    def start_next(self) -> TrialSpec | None:
-        """Return the trial that was interrupted, or else a new one; None if all were tried."""
+    def start_next(self, running: Collection[int] = ()) -> TrialSpec | None:
+        """Return a trial that was interrupted, or else a new one; None if all were tried.
+
+        running: the numbers of trials that run now. When they end, there may be more."""
         trials = self.list_trials()
         for trial in trials:
-            if trial.state == TrialState.RUNNING:
+            if trial.state == TrialState.RUNNING and trial.number not in running:
                 return make_spec(trial)
         spec = self._choose_next(trials)
         if spec is not None:
@@ -187,7 +190,7 @@ class TrialStudy:
             _replay(study, earlier)
             if earlier.state == TrialState.COMPLETE:
                 study.tell(earlier.number, earlier.value)
-            else:
+            elif earlier.state.is_finished():
                 study.tell(earlier.number, state=earlier.state)
         return _replay(study, trial)
 

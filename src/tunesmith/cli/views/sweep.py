@@ -23,6 +23,7 @@ from tunesmith.core.sweep_record import (
     SweepRecord,
     SweepStart,
     TrialEnd,
+    TrialEvent,
     TrialStart,
 )
 from tunesmith.evaluate.results import format_comparison
@@ -33,14 +34,18 @@ VERDICT_STYLES = {"better": "bold green", "worse": "dim"}
 
 def report_sweep(events: Iterable[SweepEvent]) -> SweepRecord:
     """Print the progress of a sweep on stderr; write the page and return the record at its end."""
-    is_training = False  # the scores after it repeat those of a checkpoint
+    trained: set[int] = set()  # trials whose further scores repeat those of a checkpoint
+    number = 0
     for event in events:
         if isinstance(event, SweepRecord):
             _write_page(Path(event.folder))
             return event
-        if isinstance(event, (TrialStart, TrainingEnd)):
-            is_training = isinstance(event, TrialStart)
-        if not isinstance(event, Score) or is_training:
+        if isinstance(event, (TrialStart, TrialEvent)):
+            number = event.number
+        run_event = event.event if isinstance(event, TrialEvent) else event
+        if isinstance(run_event, TrainingEnd):
+            trained.add(number)
+        if not isinstance(run_event, Score) or number not in trained:
             write_stderr(format_event(event))
     raise AssertionError("a sweep ends with its record")
 
@@ -60,6 +65,9 @@ def format_event(event: SweepEvent) -> str:
         return f"{head}: {format_value(spec.settings)}, seed {spec.seed}\n"
     if isinstance(event, TrialEnd):
         return f"{format_trial_end(event)}\n"
+    if isinstance(event, TrialEvent):
+        line = format_event(event.event)
+        return line and f"  trial {event.number + 1},{line[1:]}"
     if isinstance(event, Score) and event.task.partition(":")[0] == EVAL_TASK and event.step:
         return f"  step {event.step}: {event.task} {event.metric} {event.value:.4f}\n"
     return ""
@@ -70,7 +78,8 @@ def format_trial_end(event: TrialEnd) -> str:
     outcome = trial.reason
     if trial.value is not None:
         outcome = f"{trial.value:.4f} on eval_data" + f" ({trial.reason})" * bool(trial.reason)
-    line = f"  {trial.state}: {outcome}, {trial.steps} of {trial.planned_steps} steps"
+    line = f"  trial {trial.number + 1} {trial.state}: {outcome}, "
+    line += f"{trial.steps} of {trial.planned_steps} steps"
     if event.remaining_trials:
         duration = format_duration(event.remaining_seconds)
         line += f"; at most {event.remaining_trials} more, {duration}"

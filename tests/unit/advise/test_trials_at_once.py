@@ -1,0 +1,291 @@
+"""A sweep whose trials run at once: the same runs, and nothing is lost when a process ends."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tiny_sweeps import make_sweep_recipe, sweep
+from tunesmith.advise.sweep import trial_worker
+from tunesmith.advise.sweep.run_sweep import run_sweep
+from tunesmith.advise.sweep.trial_worker import (
+    TrialWorker,
+    WorkerSettings,
+    list_variables,
+    open_workers,
+)
+from tunesmith.core import ranks
+from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.events import Score, TrainStep
+from tunesmith.core.hardware import count_cores
+from tunesmith.core.sweep_record import (
+    SweepEvent,
+    SweepRecord,
+    TrialEnd,
+    TrialEvent,
+    TrialSpec,
+    TrialStart,
+    read_sweep,
+)
+from tunesmith.recipe.load import dump_recipe
+from tunesmith.recipe.schema import Recipe
+from tunesmith.session import inputs
+
+ALL_TRIALS = {"learning_rate": [0.0001, 0.01], "seeds": 2, "pruner": "none"}
+needs_two_cores = pytest.mark.skipif(count_cores() < 2, reason="one core")
+
+
+def read_results(record: SweepRecord) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+    """Return what each trial measured and the bytes of its adapter, by settings and seed: which
+    trial has which number depends on which ends first."""
+    results: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    for trial in record.trials:
+        adapter = Path(record.folder) / trial.folder / "adapter" / "adapter_model.safetensors"
+        key = (trial.settings["learning_rate"], trial.seed)
+        results[key] = (trial.state, trial.value, trial.curve, adapter.read_bytes())
+    return results
+
+
+def describe_winner(record: SweepRecord) -> tuple[Any, ...]:
+    assert record.winner is not None
+    return record.configurations[record.winner].settings, record.test
+
+
+def list_worker_processes(process: psutil.Process) -> list[psutil.Process]:
+    """Return the workers of a sweep, in the order in which they were started."""
+    children = sorted(process.children(), key=lambda child: child.create_time())
+    return [child for child in children if trial_worker.__name__ in " ".join(child.cmdline())]
+
+
+def load_settings(recipe: Recipe, folder: Path, num_workers: int) -> WorkerSettings:
+    loaded = inputs.load_inputs(recipe)
+    return WorkerSettings(recipe, folder, loaded.now, allow_code=False, num_workers=num_workers)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> SweepRecord:
+    """All trials, one after the other."""
+    folder = tmp_path_factory.mktemp("straight")
+    return sweep(make_sweep_recipe(tiny_folder, folder, ALL_TRIALS), folder / "sweep")
+
+
+@needs_two_cores
+def test_trials_at_once_are_the_same_runs(
+    straight: SweepRecord, tiny_folder: Path, tmp_path: Path
+) -> None:
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, ALL_TRIALS)
+    events: list[SweepEvent] = list(
+        run_sweep(inputs.load_inputs(recipe), tmp_path / "sweep", gpus=2)
+    )
+    record = events[-1]
+    assert isinstance(record, SweepRecord)
+    assert read_results(record) == read_results(straight)
+    assert describe_winner(record) == describe_winner(straight)
+    starts = [index for index, event in enumerate(events) if isinstance(event, TrialStart)]
+    ends = [index for index, event in enumerate(events) if isinstance(event, TrialEnd)]
+    assert len(starts) == len(ends) == 4
+    assert starts[1] < ends[0], "two run at once"
+    of_runs = events[starts[0] + 1 : ends[-1]]
+    assert not [event for event in of_runs if isinstance(event, Score | TrainStep)]
+    own = [event for event in of_runs if isinstance(event, TrialEvent)]
+    for number in range(4):
+        steps = [
+            each.event.step
+            for each in own
+            if each.number == number and isinstance(each.event, TrainStep)
+        ]
+        assert steps == [1, 2, 3, 4]
+    assert not list_worker_processes(psutil.Process())
+
+
+@pytest.mark.slow
+@needs_two_cores
+def test_a_trial_whose_process_is_killed_is_told_and_the_others_go_on(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, ALL_TRIALS)
+    events = run_sweep(inputs.load_inputs(recipe), tmp_path / "sweep", gpus=2)
+    killed = None
+    record = None
+    for event in events:
+        if killed is None and isinstance(event, TrialEvent):
+            killed = event.number
+            list_worker_processes(psutil.Process())[killed].kill()
+        record = event
+    assert isinstance(record, SweepRecord)
+    failed = [trial for trial in record.trials if trial.state == "failed"]
+    assert [trial.number for trial in failed] == [killed]
+    assert failed[0].reason == "the process of the trial was ended by signal 9"
+    assert record.count_trials("complete") >= 2
+    assert record.winner is not None
+
+
+def test_a_hopeless_trial_stops_at_its_score_and_its_process_takes_the_next(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    recipe = make_sweep_recipe(tiny_folder, tmp_path)
+    recipe = recipe.model_copy(update={"sweep": None})
+    with open_workers(load_settings(recipe, tmp_path / "sweep", 1)) as workers:
+        (worker,) = workers
+        for number in range(2):
+            spec = TrialSpec(number, number, 1, {"learning_rate": 0.001 * (number + 1)})
+            events = worker.start_trial(spec)
+            steps: list[int] = []
+            for event in events:
+                if isinstance(event, TrainStep):
+                    steps.append(event.step)
+                if isinstance(event, Score) and event.step == 2:
+                    break
+            events.close()
+            assert steps == [1, 2]
+            assert not worker.is_busy
+            logged = (tmp_path / "sweep" / f"trial-{number:03d}" / "events.jsonl").read_text()
+            assert '"step": 3' not in logged
+
+
+def test_an_error_of_a_trial_keeps_its_kind_place_and_fix(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    recipe = make_sweep_recipe(tiny_folder, tmp_path).model_copy(update={"sweep": None})
+    settings = load_settings(recipe, tmp_path / "sweep", 1)
+    (tmp_path / "train.jsonl").unlink()
+    with open_workers(settings) as workers, pytest.raises(InputError) as raised:
+        list(workers[0].start_trial(TrialSpec(0, 0, 1, {})))
+    assert "train.jsonl" in str(raised.value)
+    assert raised.value.fix
+
+
+def test_a_worker_that_ended_is_started_again(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = make_sweep_recipe(tiny_folder, tmp_path).model_copy(update={"sweep": None})
+    with open_workers(load_settings(recipe, tmp_path / "sweep", 1)) as workers:
+        (worker,) = workers
+        events = worker.start_trial(TrialSpec(0, 0, 1, {}))
+        next(events)
+        worker.process.kill()
+        with pytest.raises(MachineError, match="was ended by signal 9"):
+            list(events)
+        steps = [event for event in worker.start_trial(TrialSpec(1, 1, 1, {})) if event]
+    assert any(isinstance(event, TrainStep) for event in steps)
+
+
+# ---------------------------------------------------------------- killed
+
+SWEEP_PROGRAM = """\
+import sys
+from tunesmith import api
+from tunesmith.core.errors import TunesmithError
+try:
+    for event in api.tune_sweep(sys.argv[1], gpus=2):
+        print(type(getattr(event, "event", event)).__name__, flush=True)
+except TunesmithError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+def start_sweep(recipe: Recipe, folder: Path) -> subprocess.Popen[str]:
+    file = folder / "recipe.yaml"
+    file.write_text(dump_recipe(recipe.model_copy(update={"output_dir": folder / "sweep"})))
+    command = [sys.executable, "-c", SWEEP_PROGRAM, str(file)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == "TrainStep\n":
+            return
+    raise AssertionError("it ended before the first step")
+
+
+def are_gone(processes: list[psutil.Process]) -> bool:
+    deadline = time.monotonic() + 60
+    while any(each.is_running() and each.status() != "zombie" for each in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.slow
+@needs_two_cores
+@pytest.mark.skipif(sys.platform != "linux", reason="a worker ends with its parent on Linux")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_that_is_stopped_leaves_no_process_and_ends_with_the_same_results(
+    number: signal.Signals, straight: SweepRecord, tiny_folder: Path, tmp_path: Path
+) -> None:
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, ALL_TRIALS)
+    with start_sweep(recipe, tmp_path) as process:
+        wait_for_step(process)
+        workers = list_worker_processes(psutil.Process(process.pid))
+        assert len(workers) == 2
+        process.send_signal(number)
+        assert process.stdout is not None
+        process.stdout.read()
+        assert process.stderr is not None
+        errors = process.stderr.read()
+    assert are_gone(workers)
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + number
+        assert "fix: continue with the same command" in errors
+    record = sweep(recipe, tmp_path / "sweep", gpus=2)
+    assert read_results(record) == read_results(straight)
+    assert read_sweep(tmp_path / "sweep") == record
+
+
+# ---------------------------------------------------------------- devices
+
+
+@pytest.fixture
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.mark.usefixtures("_no_variables")
+def test_a_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial_worker, "count_gpus", lambda: 4)
+    assert list_variables(2, 3) == {"CUDA_VISIBLE_DEVICES": "2"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,5,7")
+    assert list_variables(2, 3) == {"CUDA_VISIBLE_DEVICES": "5"}
+
+
+@pytest.mark.usefixtures("_no_variables")
+def test_without_a_gpu_a_worker_has_its_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trial_worker, "count_gpus", lambda: 0)
+    monkeypatch.setattr(trial_worker, "count_cores", lambda: 8)
+    assert list_variables(1, 3) == {"OMP_NUM_THREADS": "2"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert list_variables(1, 3) == {"OMP_NUM_THREADS": "1"}
+
+
+def test_more_trials_than_gpus_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    recipe = make_sweep_recipe(tiny_folder, tmp_path)
+    monkeypatch.setattr(ranks, "count_gpus", lambda: 2)
+    with pytest.raises(InputError, match="3 GPUs requested, but this machine has 2 GPUs"):
+        sweep(recipe, tmp_path / "sweep", gpus=3)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_worker_is_started_with_its_variables(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    recipe = make_sweep_recipe(tiny_folder, tmp_path).model_copy(update={"sweep": None})
+    settings = load_settings(recipe, tmp_path / "sweep", 2)
+    monkeypatch.setattr(trial_worker, "list_variables", lambda *_: {"TUNESMITH_TEST": "here"})
+    worker = TrialWorker(settings, 1)
+    try:
+        assert psutil.Process(worker.process.pid).environ()["TUNESMITH_TEST"] == "here"
+    finally:
+        worker.stop()
