@@ -58,7 +58,7 @@ NUM_COLD = 64
 NUM_WARM = 16  # that fit in the memory for adapters
 COLD_TOKENS = 24
 LONG_PROMPT = 4000
-REPLACED = ("a0", "a1")
+REPLACED = ("first", "second")
 REPLACED_TOKENS = 24
 NUM_REGISTERED = 1000
 NUM_FLOODED = 200
@@ -208,8 +208,16 @@ def print_changes(lab: Lab) -> None:
     fast = compute_quantile(without, 0.95)
     print(f"L4 an adapter added while {CLIENTS} clients ask the base, p95 of {NUM_ADDED}:")
     print(f"   without golden run {fast * 1000:.0f} ms, with it {slow * 1000:.0f} ms")
+    print_replacements(lab, client, put)
+    client.close()
+
+
+def print_replacements(lab: Lab, client: httpx.Client, put: Callable[[str, str], float]) -> None:
+    """Replace an adapter while clients ask it; judge of which one each answer is."""
     sources: dict[str, str] = {}
-    for source in REPLACED:
+    for seed, source in enumerate(REPLACED):
+        size = 0.5 if lab.dtype == "fp32" else 0.05  # so large that their answers differ
+        save_toy_adapter(lab.folder / source, lab.base, seed=seed, size=size, lora_r=RANK)
         put("swap", source)
         sources[client.get("/admin/models/swap").json()["tunesmith"]["digest"][:12]] = source
     chat = Chat("swap", REPLACED_TOKENS, lab.end_ids, has_ids=True)
@@ -235,7 +243,8 @@ def print_changes(lab: Lab) -> None:
     )
     print(f"{max(same_gaps):.2f} nats below its adapter's first choice;")
     print(f"   by the other adapter, {num_apart} of {len(other_gaps)} answers are told apart")
-    client.close()
+    if num_apart < len(other_gaps) / 2:
+        print("   so nothing was judged: most answers could be of either adapter")
 
 
 def measure_worst_choice(client: httpx.Client, lab: Lab, timing: Timing) -> float:

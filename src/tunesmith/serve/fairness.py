@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 PROMPT_WEIGHT = 1.0  # of a token of a prompt
@@ -49,7 +50,15 @@ class FairQueue(Generic[T]):
 
     def pop(self) -> T:
         """Return the next job: the first of the client with the smallest counter."""
-        client = min(self._waiting, key=lambda waiting: self._counters[waiting])
+        return self._pop_from(self._waiting)
+
+    def pop_first(self) -> T | None:
+        """Return the next job of the clients that have no running one, None if they all have."""
+        idle = [client for client in self._waiting if client not in self._running]
+        return self._pop_from(idle) if idle else None
+
+    def _pop_from(self, clients: Iterable[Client]) -> T:
+        client = min(clients, key=lambda waiting: self._counters[waiting])
         job = self._waiting[client].popleft()
         if not self._waiting[client]:
             del self._waiting[client]

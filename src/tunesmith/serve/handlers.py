@@ -145,8 +145,9 @@ async def answer(
     server = get_server(request)
     model = chosen.model
     num_answers = len(prompts) * (body.n or 1)
-    server.engine.scheduler.check_capacity(num_answers)
-    jobs = await make_jobs(body, prompts, model, get_key(request), server.grammars)
+    key = get_key(request)
+    server.engine.scheduler.check_capacity(num_answers, (key.id, model.name))
+    jobs = await make_jobs(body, prompts, model, key, server.grammars)
     lease = await acquire(server, chosen)
     record = get_record(request)
     generation = Generation(server.engine, model, lease, jobs, answer_format, record)

@@ -1,13 +1,15 @@
 """The engine thread: it owns the batch, and nothing else touches rows, stored keys or the bank.
 
-    scheduler = Scheduler(batch, slots=32, limits=..., metrics=...);  scheduler.start(loop)
+    scheduler = Scheduler(batch, limits=..., metrics=...);  scheduler.start(loop)
     scheduler.submit(jobs);  update = await jobs[0].outbox.get()
 
 In: jobs from the event loop, by a queue of commands that are run between two steps. Out: after each
 step one call into the event loop with what all rows gained. Nothing is locked. A job waits in a
-FairQueue until the batch has a row for it. A background job runs only while no client's job does or
-waits, and gets an error as soon as one comes. If the thread dies, every job of a client gets an
-error and `has_died` is set. Left out: HTTP (app.py), which adapters are loaded (registry.py)."""
+FairQueue until the batch has a row for it; a few further rows are for clients that have none, so
+that they do not wait for whole answers of others. A background job runs only while no client's job
+does or waits, and gets an error as soon as one comes. If the thread dies, every job of a client
+gets an error and `has_died` is set. Left out: HTTP (app.py), which adapters are loaded
+(registry.py)."""
 
 from __future__ import annotations
 
@@ -94,14 +96,12 @@ class LoopState:
 class Scheduler:
     """Jobs in, updates out. Methods are of the event loop unless they say otherwise."""
 
-    def __init__(
-        self, batch: DecodeBatch, *, slots: int, limits: Limits, metrics: ServerMetrics
-    ) -> None:
+    def __init__(self, batch: DecodeBatch, *, limits: Limits, metrics: ServerMetrics) -> None:
         self.has_died = asyncio.Event()
         self._has_ended = asyncio.Event()
         self.is_draining = False
         self._batch = batch
-        self._slots = slots
+        self._slots = limits.rows
         self._limits = limits
         self._metrics = metrics
         self._state = LoopState()
@@ -127,8 +127,8 @@ class Scheduler:
     def num_active(self) -> int:
         return len(self._state.waiting) + len(self._state.running)
 
-    def check_capacity(self, num_jobs: int) -> None:
-        """Raise RequestError if the server takes no more jobs now."""
+    def check_capacity(self, num_jobs: int, client: Client) -> None:
+        """Raise RequestError if the server takes no more jobs of the client now."""
         if not self.is_alive:
             raise RequestError(503, "the engine has stopped", code="engine_stopped")
         if self.is_draining:
@@ -136,18 +136,24 @@ class Scheduler:
             seconds = max(1, round(self._limits.drain))
             raise RequestError(503, message, code="server_shutdown", retry_seconds=seconds)
         capacity = self._slots + self._limits.waiting
+        is_first = self._limits.reserved_rows >= num_jobs and not self._has_jobs(client)
+        if is_first:
+            capacity += self._limits.reserved_rows
         is_full = self.num_active + num_jobs > capacity
         # while rows are free, nobody waits for the answers of others
-        has_to_wait = self.num_active + num_jobs > self._slots
+        has_to_wait = self.num_active + num_jobs > self._slots and not is_first
         is_slow = has_to_wait and self._state.backlog.estimate_seconds() > self._limits.wait
         if self.num_active and (is_full or is_slow):
             seconds = self._state.backlog.compute_retry_seconds()
             message = f"{self.num_active} answers are unfinished; try again in {seconds} s"
             raise RequestError(429, message, code="queue_full", retry_seconds=seconds)
 
+    def _has_jobs(self, client: Client) -> bool:
+        return any(job.client == client for job in (*self._state.waiting, *self._state.running))
+
     def submit(self, jobs: Sequence[AnswerJob]) -> None:
-        """Queue jobs. Raises RequestError as `check_capacity`."""
-        self.check_capacity(len(jobs))
+        """Queue jobs of one client. Raises RequestError as `check_capacity`."""
+        self.check_capacity(len(jobs), jobs[0].client)
         for job in jobs:
             answer_tokens = min(job.request.max_new_tokens, self._state.mean_answer_tokens)
             expected_tokens = job.prompt_tokens + answer_tokens
@@ -317,13 +323,22 @@ class Scheduler:
             self._end_row(job.row)
 
     def _admit(self) -> None:
-        while len(self._queue) and len(self._rows) < self._slots:
-            job = self._queue.pop()
+        while (job := self._pop_job()) is not None:
             self._queue.charge(job.client, prompt_tokens=job.prompt_tokens)
             if not self._start_row(job):
                 self._queue.end(job.client)
         if all(job.is_background for job in self._rows.values()):
             self._admit_background()
+
+    def _pop_job(self) -> AnswerJob | None:
+        """Return the next job that there is a row for: beyond the rows for all, of a client that
+        has none."""
+        num_rows = len(self._rows)
+        if num_rows < self._slots:
+            return self._queue.pop() if len(self._queue) else None
+        if num_rows < self._slots + self._limits.reserved_rows:
+            return self._queue.pop_first()
+        return None
 
     def _admit_background(self) -> None:
         """Let background jobs start. No client waits: a free slot would be a client's."""

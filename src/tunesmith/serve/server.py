@@ -140,7 +140,7 @@ def load_batch(base: BaseSource, dtype: str, settings: ServeSettings) -> DecodeB
     model.network.eval()
     return DecodeBatch(
         model,
-        slots=settings.limits.rows,
+        slots=settings.limits.rows + settings.limits.reserved_rows,
         decode=base.renderer.decode,
         end_ids=base.renderer.end_ids,
         cache_bytes=settings.limits.keys_and_values,
@@ -290,9 +290,7 @@ def build_server(prepared: PreparedServer) -> Server:
     """Put the parts together; the engine thread is not started."""
     settings = prepared.settings
     metrics = ServerMetrics()
-    scheduler = Scheduler(
-        prepared.batch, slots=settings.limits.rows, limits=settings.limits, metrics=metrics
-    )
+    scheduler = Scheduler(prepared.batch, limits=settings.limits, metrics=metrics)
     registry = Registry(
         prepared.base,
         prepared.batch.model,

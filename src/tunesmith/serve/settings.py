@@ -32,6 +32,7 @@ MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 BASE_NAME = "base"  # under which the base model itself is served
 SECONDS = re.compile(r"(\d+(?:\.\d+)?) ?(s|m|h)?")
 SECOND_UNITS = {"s": 1, "m": 60, "h": 3600}
+RESERVED_SHARE = 8  # one row of so many more is for clients that have none
 YAML_SUFFIXES = (".yaml", ".yml")
 
 
@@ -68,6 +69,12 @@ class Limits(Settings):
     request: Seconds = 120.0  # 504 after
     body: Bytes = 10**6
     drain: Seconds = 30.0  # for running answers after SIGTERM
+
+    @property
+    def reserved_rows(self) -> int:
+        """Rows beyond `rows` for clients that have none, so that they do not wait for an answer of
+        others to end."""
+        return max(1, self.rows // RESERVED_SHARE)
 
 
 class ModelSource(Settings):

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tiny_server import LiveServer, make_settings, serving, wait_for
+from tunesmith.core.types import GenerationRequest
+from tunesmith.serve.errors import RequestError
 from tunesmith.serve.fairness import ANSWER_WEIGHT, Backlog, FairQueue
+from tunesmith.serve.scheduler import AnswerJob, AnswerUpdate
 
 FLOOD = ("flood", "json")
 QUIET = ("quiet", "json")
 THIRD = ("third", "base")
+NO_END = ((257, -100.0), (258, -100.0))
 
 
 def test_a_flood_does_not_delay_another_client() -> None:
@@ -99,3 +107,101 @@ def test_the_backlog_is_in_seconds() -> None:
     for _ in range(1000):
         backlog.note_step(200, 0.5)
     assert backlog.estimate_seconds() == pytest.approx(500 / 400, rel=0.01)
+
+
+def test_beyond_the_rows_for_all_a_client_without_any_is_next() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for number in range(3):
+        queue.add(FLOOD, f"flood {number}")
+    assert queue.pop() == "flood 0"
+    assert queue.pop_first() is None
+    queue.add(QUIET, "quiet 0")
+    queue.add(QUIET, "quiet 1")
+    queue.add(THIRD, "third")
+    queue.charge(QUIET, prompt_tokens=5)
+    assert queue.pop_first() == "third"
+    assert queue.pop_first() == "quiet 0"
+    assert queue.pop_first() is None
+    queue.end(QUIET)
+    assert queue.pop_first() == "quiet 1"
+    assert len(queue) == 2
+
+
+# ---------------------------------------------------------------- rows for who has none
+
+
+class EndOrder:
+    """An outbox that notes when its job ends."""
+
+    def __init__(self, name: str, ended: list[str]) -> None:
+        self.name = name
+        self.ended = ended
+
+    def put_nowait(self, update: AnswerUpdate) -> None:
+        if update.finish_reason:
+            self.ended.append(self.name)
+
+
+def make_job(client: tuple[str, str], num_tokens: int, ended: list[str]) -> AnswerJob:
+    request = GenerationRequest((1, 2, 3), num_tokens, logit_bias=NO_END)
+    return AnswerJob(request, client, EndOrder(client[0], ended))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def narrow(writer: Path) -> Iterator[LiveServer]:
+    limits = {"rows": 2, "waiting": 6}
+    with serving(make_settings({}, base=str(writer), limits=limits)) as live:
+        yield live
+
+
+def test_a_client_without_rows_does_not_wait_for_an_answer_of_others(narrow: LiveServer) -> None:
+    """Its three tokens end before the 100 tokens of the first of six long answers."""
+    scheduler = narrow.server.engine.scheduler
+    ended: list[str] = []
+    go_on = threading.Event()
+    scheduler.put_command(lambda: go_on.wait(60))
+    for _ in range(6):
+        narrow.call(scheduler.submit, [make_job(FLOOD, 100, ended)])
+    narrow.call(scheduler.submit, [make_job(QUIET, 3, ended)])
+    narrow.call(scheduler.submit, [make_job(THIRD, 3, ended)])
+    go_on.set()
+    wait_for(lambda: len(ended) == 8)
+    assert ended == ["quiet", "third", *["flood"] * 6]
+
+
+def test_a_full_queue_of_one_client_refuses_that_client_alone(narrow: LiveServer) -> None:
+    scheduler = narrow.server.engine.scheduler
+    ended: list[str] = []
+    go_on = threading.Event()
+    scheduler.put_command(lambda: go_on.wait(60))
+    try:
+        for _ in range(8):
+            narrow.call(scheduler.submit, [make_job(FLOOD, 3, ended)])
+        for client, num_jobs in ((FLOOD, 1), (QUIET, 2)):
+            with pytest.raises(RequestError, match="8 answers are unfinished"):
+                narrow.call(scheduler.check_capacity, num_jobs, client)
+        narrow.call(scheduler.submit, [make_job(QUIET, 3, ended)])
+        with pytest.raises(RequestError, match="9 answers are unfinished"):
+            narrow.call(scheduler.check_capacity, 1, THIRD)
+    finally:
+        go_on.set()
+    wait_for(lambda: len(ended) == 9)
+
+
+def test_a_slow_queue_of_others_refuses_no_client_without_jobs(
+    narrow: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backlog, "estimate_seconds", lambda _self: 3600.0)
+    scheduler = narrow.server.engine.scheduler
+    ended: list[str] = []
+    go_on = threading.Event()
+    scheduler.put_command(lambda: go_on.wait(60))
+    try:
+        for _ in range(2):
+            narrow.call(scheduler.submit, [make_job(FLOOD, 3, ended)])
+        with pytest.raises(RequestError, match="2 answers are unfinished"):
+            narrow.call(scheduler.check_capacity, 1, FLOOD)
+        narrow.call(scheduler.submit, [make_job(QUIET, 3, ended)])
+    finally:
+        go_on.set()
+    wait_for(lambda: len(ended) == 3)
