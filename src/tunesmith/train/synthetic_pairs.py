@@ -12,6 +12,7 @@ again as the longest chosen one, whatever `max_length` is, which was decided bef
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.json_io import read_file
-from tunesmith.core.run_dir import RunFolder
+from tunesmith.core.run_dir import RunFolder, read_all_events
 from tunesmith.core.types import Example, Json
 from tunesmith.data.dataset import Dataset
 from tunesmith.evaluate.constraint_violations import find_matches
@@ -27,6 +28,8 @@ from tunesmith.evaluate.generate_until import build_prompts, compute_max_new_tok
 from tunesmith.session.session import Session
 
 PAIRS_FILE = "synthetic_pairs.jsonl"
+KIND = "synthetic pairs"
+HASH = "sha256 "
 
 
 def add_synthetic_pairs(
@@ -35,11 +38,30 @@ def add_synthetic_pairs(
     """Return the session with pairs for rows that have no rejected answer, and their count.
 
     Call it before any weight changes; later attempts read the file. Raise GateError if there is no
-    pair at all."""
+    pair at all, InputError if the file has changed since an earlier attempt."""
     unpaired, _ = _select_unpaired(session.rows)
     if unpaired and not (folder.path / PAIRS_FILE).exists():
         folder.write_text(PAIRS_FILE, _generate_pairs(session, unpaired))
-    return read_synthetic_pairs(session, folder.path)
+    session, results = read_synthetic_pairs(session, folder.path)
+    _refuse_changed_pairs(folder, results)
+    return session, results
+
+
+def _refuse_changed_pairs(folder: RunFolder, results: tuple[CheckResult, ...]) -> None:
+    """Raise InputError if an earlier attempt has recorded another hash of the pairs."""
+    events = [logged.event for logged in read_all_events(folder.path)]
+    recorded = [
+        event.evidence
+        for event in events
+        if isinstance(event, CheckResult) and event.kind == KIND and HASH in event.evidence
+    ]
+    if recorded and results and recorded[0] != results[0].evidence:
+        raise InputError(
+            "changed since this run began to train on it",
+            where=str(folder.path / PAIRS_FILE),
+            fix="restore it from a copy of the run folder, or remove it: the base model answers "
+            "again; other pairs are the `data` of another run",
+        )
 
 
 def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[CheckResult, ...]]:
@@ -55,6 +77,7 @@ def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[C
         f"{len(pair_by_row):,} of {len(unpaired):,} answers of the base model violate a "
         f"constraint: {PAIRS_FILE}"
     )
+    digest = hashlib.sha256((path / PAIRS_FILE).read_bytes()).hexdigest()
     if not pair_by_row and not num_paired:
         raise GateError(
             f"{evidence}; there is no rejected answer to train against",
@@ -65,11 +88,12 @@ def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[C
     batch_size = session.plan.config.batch_size
     assert batch_size is not None, "pairs have rows, which stage: cpt has not"
     mean_pairs = batch_size * share_paired
+    evidence += f", {HASH}{digest[:12]}"
     evidence += f"; a step of batch_size {batch_size} has {mean_pairs:.1f} pairs on average"
     dataset = dataclasses.replace(dataset, synthetic=pair_by_row)
     datasets = {**session.inputs.datasets, "data": dataset}
     inputs = dataclasses.replace(session.inputs, datasets=datasets)
-    result = CheckResult("synthetic pairs", "ok" if share_paired >= 0.5 else "warn", evidence)
+    result = CheckResult(KIND, "ok" if share_paired >= 0.5 else "warn", evidence)
     return dataclasses.replace(session, inputs=inputs), (result,)
 
 

@@ -1,6 +1,7 @@
 """Pairs whose worse side is the base model's own bad answer: made once, kept, counted, and trained
 on."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,10 @@ def test_the_base_models_bad_answers_become_worse_sides(model: Path, tmp_path: P
     ]
     assert [line["chosen"][0]["content"] for line in made] == [f"me {n}" for n in range(4)]
     assert all("an AI" in line["rejected"][0]["content"] for line in made)
+    digest = hashlib.sha256((tmp_path / "run" / PAIRS_FILE).read_bytes()).hexdigest()
     evidence = (
-        f"4 of 8 answers of the base model violate a constraint: {PAIRS_FILE}; "
-        "a step of batch_size 2 has 1.0 pairs on average"
+        f"4 of 8 answers of the base model violate a constraint: {PAIRS_FILE}, "
+        f"sha256 {digest[:12]}; a step of batch_size 2 has 1.0 pairs on average"
     )
     assert list_pair_verdicts(events) == [("ok", evidence)]
     actual = {(item.task, item.metric): item for item in read_record(tmp_path / "run").comparisons}
@@ -148,6 +150,19 @@ def test_a_damaged_file_of_pairs_is_refused_by_its_line(model: Path, tmp_path: P
         file.write_text(damaged)
         with pytest.raises(InputError, match=rf"{PAIRS_FILE}:{problem}"):
             list(run.resume(tmp_path / "run"))
+
+
+def test_pairs_that_changed_since_training_began_are_refused(model: Path, tmp_path: Path) -> None:
+    """A removed pair, or one whose answer was corrected, is of another run."""
+    run_until_saved(run.train(plan_recipe(make_recipe(model, tmp_path))), 2)
+    file = tmp_path / "run" / PAIRS_FILE
+    text = file.read_text()
+    for changed in (text.split("\n", 1)[1], text.replace("an AI", "an AL", 1)):
+        file.write_text(changed)
+        with pytest.raises(InputError, match=f"{PAIRS_FILE}: changed since this run began"):
+            list(run.resume(tmp_path / "run"))
+    file.write_text(text)
+    list(run.resume(tmp_path / "run"))
 
 
 def test_a_better_side_that_breaks_a_constraint_is_left_out(model: Path, tmp_path: Path) -> None:
