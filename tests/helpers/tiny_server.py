@@ -149,6 +149,24 @@ def serving(settings: ServeSettings) -> Iterator[LiveServer]:
         assert not thread.is_alive()
 
 
+@contextmanager
+def pausing_engine(live: LiveServer) -> Iterator[None]:
+    """Let the engine wait between two steps inside the block, while requests come and go."""
+    is_waiting = threading.Event()
+    go_on = threading.Event()
+
+    def wait() -> None:
+        is_waiting.set()
+        go_on.wait()
+
+    live.server.engine.scheduler.put_command(wait)
+    try:
+        assert is_waiting.wait(START_SECONDS)
+        yield
+    finally:
+        go_on.set()
+
+
 def make_chat(model: str, text: str = "hello", **more: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": text}], **more}
 

@@ -11,8 +11,8 @@ import random
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,12 +26,15 @@ from starlette.applications import Starlette
 from uvicorn.server import ServerState
 
 from tiny_server import (
+    START_SECONDS,
     LiveServer,
     make_chat,
     make_settings,
+    pausing_engine,
     read_events,
     read_metric,
     serving,
+    wait_for,
 )
 from tunesmith.serve import server as serve_server
 from tunesmith.serve import streams
@@ -46,17 +49,10 @@ LONG: dict[str, Any] = {"max_tokens": 250, "logit_bias": NO_END}
 @pytest.fixture
 def narrow(writer: Path, adapters: dict[str, Path]) -> Iterator[LiveServer]:
     """Return a server with two rows and three places to wait."""
-    limits = {"rows": 2, "waiting": 3, "wait": "1h", "request": "20s"}
+    limits = {"rows": 2, "waiting": 3, "wait": "1h", "request": "1h"}
     models = {"small": adapters["small"], "large": adapters["large"]}
     with serving(make_settings(models, base=str(writer), limits=limits)) as server:
         yield server
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
 
 
 def count_active(live: LiveServer) -> int:
@@ -86,23 +82,27 @@ def test_a_client_that_leaves_frees_its_rows(is_stream: bool, narrow: LiveServer
     )
     connection = socket.create_connection((host, int(port)))
     connection.sendall(head.encode() + body)
-    wait_until(lambda: count_rows(narrow) == 2)
+    wait_for(lambda: count_rows(narrow) == 2)
     connection.close()
-    wait_until(lambda: count_active(narrow) == 0)
+    wait_for(lambda: count_active(narrow) == 0)
     assert count_rows(narrow) == 0
     registry = narrow.server.engine.registry
     assert all(resident.num_leases == 0 for resident in registry._residents.values())
 
 
 def test_a_client_that_leaves_while_it_waits(narrow: LiveServer) -> None:
-    with ThreadPoolExecutor(2) as pool, narrow.client() as http:
-        running = [pool.submit(http.post, CHAT, json=make_chat("base", **LONG)) for _ in range(2)]
-        wait_until(lambda: count_active(narrow) == 2)
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{narrow.url}{CHAT}", json=make_chat("base", **LONG), timeout=0.05)
-        wait_until(lambda: count_active(narrow) <= 2)
+    state = narrow.server.engine.scheduler._state
+    with ThreadPoolExecutor(2) as pool:
+        with pausing_engine(narrow):  # both begin at once
+            running = [pool.submit(post_long, narrow) for _ in range(2)]
+            wait_for(lambda: count_active(narrow) == 2)
+        wait_for(lambda: len(state.running) == 2)
+        with pausing_engine(narrow):
+            with pytest.raises(httpx.ReadTimeout):
+                post_long(narrow, timeout=httpx.Timeout(START_SECONDS, read=0.5))
+            wait_for(lambda: count_active(narrow) == 2)
         assert [row.result().status_code for row in running] == [200, 200]
-    wait_until(lambda: count_active(narrow) == 0)
+    wait_for(lambda: count_active(narrow) == 0)
 
 
 def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_a_connection_without_a_request_is_closed(
 ) -> None:
     monkeypatch.setattr(serve_server, "HEAD_SECONDS", 0.3)
     host, port = narrow.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=START_SECONDS) as connection:
         if has_asked:
             connection.sendall(f"GET /health HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
             assert connection.recv(10_000).startswith(b"HTTP/1.1 200")
@@ -242,11 +242,11 @@ def test_a_stream_that_cannot_begin_holds_nothing(
     registry = unbuffered.server.engine.registry
     stream = make_chat("small", stream=True, **LONG)
     with answering_nobody(unbuffered, LARGE, stream) as connection:
-        wait_until(lambda: any(r.num_leases for r in registry._residents.values()), 60)
+        wait_for(lambda: any(r.num_leases for r in registry._residents.values()))
         if is_left:
             connection.close()
-        wait_until(lambda: not any(r.num_leases for r in registry._residents.values()), 60)
-    wait_until(lambda: count_rows(unbuffered) == 0)
+        wait_for(lambda: not any(r.num_leases for r in registry._residents.values()))
+    wait_for(lambda: count_rows(unbuffered) == 0)
 
 
 def test_an_answer_that_is_not_read_is_thrown_away(
@@ -254,7 +254,7 @@ def test_an_answer_that_is_not_read_is_thrown_away(
 ) -> None:
     monkeypatch.setattr(serve_server, "HEAD_SECONDS", 0.5)
     with answering_nobody(unbuffered, LARGE) as connection:
-        wait_until(lambda: read_metric(unbuffered, "requests_total", code="200") == 1, 60)
+        wait_for(lambda: read_metric(unbuffered, "requests_total", code="200") == 1)
         connection.settimeout(60)
         time.sleep(3)
         num_bytes = 0
@@ -329,15 +329,13 @@ def test_the_loop_goes_on_while_an_answer_is_written(
 
 
 def test_a_full_queue_is_429_with_a_time(narrow: LiveServer) -> None:
-    def post(_: int) -> httpx.Response:
-        with narrow.client() as http:
-            return http.post(CHAT, json=make_chat("base", **LONG))
-
     with ThreadPoolExecutor(12) as pool:
-        responses = list(pool.map(post, range(12)))
+        with pausing_engine(narrow):
+            posted = [pool.submit(post_long, narrow) for _ in range(12)]
+            wait_for(lambda: count_active(narrow) + count_done(posted) == 12)
+        responses = [future.result() for future in posted]
     statuses = sorted(response.status_code for response in responses)
-    assert set(statuses) == {200, 429}
-    assert statuses.count(200) >= 5  # two rows and three places
+    assert statuses == [200] * 5 + [429] * 7  # two rows and three places
     for response in responses:
         if response.status_code == 429:
             assert int(response.headers["retry-after"]) >= 1
@@ -348,22 +346,27 @@ def test_a_full_queue_is_429_with_a_time(narrow: LiveServer) -> None:
 
 
 def test_many_refusals_leave_nothing_behind(narrow: LiveServer) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        blockers = [pool.submit(post_long, narrow) for _ in range(5)]
-        wait_until(lambda: count_active(narrow) == 5)
-        with narrow.client() as http:
-            for _ in range(30):
-                response = http.post(CHAT, json=make_chat("base", n=4, **LONG))
-                assert response.status_code in (200, 429)
+    with ThreadPoolExecutor(5) as pool:
+        with pausing_engine(narrow):
+            blockers = [pool.submit(post_long, narrow) for _ in range(5)]
+            wait_for(lambda: count_active(narrow) == 5)
+            with narrow.client() as http:
+                for _ in range(30):
+                    response = http.post(CHAT, json=make_chat("base", n=4, **LONG))
+                    assert response.status_code == 429
         for blocker in blockers:
             assert blocker.result().status_code == 200
-    wait_until(lambda: count_active(narrow) == 0)
+    wait_for(lambda: count_active(narrow) == 0)
     assert count_rows(narrow) == 0
 
 
-def post_long(live: LiveServer) -> httpx.Response:
+def post_long(live: LiveServer, **more: Any) -> httpx.Response:
     with live.client() as http:
-        return http.post(CHAT, json=make_chat("base", **LONG))
+        return http.post(CHAT, json=make_chat("base", **LONG), **more)
+
+
+def count_done(futures: Sequence[Future[Any]]) -> int:
+    return sum(future.done() for future in futures)
 
 
 def test_a_request_has_a_deadline(writer: Path) -> None:
@@ -377,7 +380,7 @@ def test_a_request_has_a_deadline(writer: Path) -> None:
         last = json.loads(read_events(streamed.text.splitlines())[-1])
         assert last["error"]["code"] == "timeout"
         assert "[DONE]" not in streamed.text
-        wait_until(lambda: count_rows(live) == 0)
+        wait_for(lambda: count_rows(live) == 0)
 
 
 # ---------------------------------------------------------------- what breaks
@@ -425,10 +428,10 @@ def test_a_dead_engine_is_seen_at_once(narrow: LiveServer) -> None:
     with narrow.client() as http:
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(http.post, CHAT, json=make_chat("base", **LONG))
-            wait_until(lambda: count_active(narrow) == 1)
+            wait_for(lambda: count_active(narrow) == 1)
             scheduler.put_command(die)
             assert running.result().status_code == 503
-        wait_until(lambda: not scheduler.is_alive)
+        wait_for(lambda: not scheduler.is_alive)
         assert http.get("/health").status_code == 500
         assert http.get("/ready").status_code == 503
         response = http.post(CHAT, json=make_chat("base"))
@@ -439,14 +442,15 @@ def test_a_dead_engine_is_seen_at_once(narrow: LiveServer) -> None:
 
 def test_a_drain_takes_nothing_new_and_finishes_what_runs(narrow: LiveServer) -> None:
     with narrow.client() as http, ThreadPoolExecutor(1) as pool:
-        running = pool.submit(http.post, CHAT, json=make_chat("base", **LONG))
-        wait_until(lambda: count_active(narrow) == 1)
-        assert http.post("/admin/drain", json={}).json() == {"active": 1}
-        refused = http.post(CHAT, json=make_chat("base"))
-        assert refused.status_code == 503
-        assert int(refused.headers["retry-after"]) >= 1
-        assert http.get("/ready").json() == {"state": "draining"}
-        assert http.get("/health").status_code == 200
+        with pausing_engine(narrow):
+            running = pool.submit(post_long, narrow)
+            wait_for(lambda: count_active(narrow) == 1)
+            assert http.post("/admin/drain", json={}).json() == {"active": 1}
+            refused = http.post(CHAT, json=make_chat("base"))
+            assert refused.status_code == 503
+            assert int(refused.headers["retry-after"]) >= 1
+            assert http.get("/ready").json() == {"state": "draining"}
+            assert http.get("/health").status_code == 200
         assert running.result().status_code == 200
 
 
@@ -456,7 +460,7 @@ def test_a_stopped_server_tells_streams_why(writer: Path) -> None:
 
     def read(url: str) -> None:
         body = make_chat("base", stream=True, **LONG)
-        with httpx.stream("POST", f"{url}{CHAT}", json=body, timeout=30) as response:
+        with httpx.stream("POST", f"{url}{CHAT}", json=body, timeout=START_SECONDS) as response:
             for line in response.iter_lines():
                 lines.append(line)
                 started.set()
@@ -464,8 +468,8 @@ def test_a_stopped_server_tells_streams_why(writer: Path) -> None:
     with serving(make_settings({}, base=str(writer))) as live:
         thread = threading.Thread(target=read, args=(live.url,))
         thread.start()
-        assert started.wait(10)
-    thread.join(10)
+        assert started.wait(START_SECONDS)
+    thread.join(START_SECONDS)
     last = json.loads(read_events(lines)[-1])
     assert last["error"]["code"] == "server_shutdown"
 
@@ -501,8 +505,11 @@ def test_a_slow_rate_refuses_only_who_would_wait(writer: Path) -> None:
             responses = list(pool.map(lambda _: post_long(live), range(8)))
         assert [response.status_code for response in responses] == [200] * 8
         with ThreadPoolExecutor(24) as pool:
-            responses = list(pool.map(lambda _: post_long(live), range(24)))
-        assert {response.status_code for response in responses} == {200, 429}
+            with pausing_engine(live):
+                posted = [pool.submit(post_long, live) for _ in range(24)]
+                wait_for(lambda: count_active(live) + count_done(posted) == 24)
+            statuses = sorted(future.result().status_code for future in posted)
+        assert statuses == [200] * 8 + [429] * 16
 
 
 def test_clocks_that_jump_end_no_request(

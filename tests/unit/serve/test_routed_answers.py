@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny_server import (
     LiveServer,
     make_chat,
     make_settings,
+    pausing_engine,
     read_events,
     read_metric,
     serving,
@@ -24,7 +26,7 @@ from tiny_server import (
 )
 from tunesmith.core.types import GenerationRequest
 from tunesmith.serve.keys import add_key
-from tunesmith.serve.scheduler import AnswerJob, AnswerUpdate
+from tunesmith.serve.scheduler import AnswerJob, AnswerUpdate, StepReport
 
 CHAT = "/v1/chat/completions"
 
@@ -206,9 +208,13 @@ def test_streams_and_completions_have_shadows_too(
 # ---------------------------------------------------------------- nobody waits for a shadow
 
 
+BACKGROUND_TOKENS = 480
+
+
 def submit_background(live: LiveServer) -> AnswerJob:
-    """Queue a job of 150 tokens that nobody waits for."""
-    request = GenerationRequest((1, 2, 3), 150, logit_bias=((257, -100.0), (258, -100.0)))
+    """Queue a long job that nobody waits for."""
+    no_end = ((257, -100.0), (258, -100.0))
+    request = GenerationRequest((1, 2, 3), BACKGROUND_TOKENS, logit_bias=no_end)
     job = AnswerJob(request, ("nobody", "base"), asyncio.Queue())
     live.call(live.server.engine.scheduler.submit_background, job)
     return job
@@ -221,33 +227,45 @@ def drain(job: AnswerJob) -> list[AnswerUpdate]:
 def test_a_request_ends_what_runs_in_the_background(
     routed: LiveServer, secrets: dict[str, str]
 ) -> None:
+    scheduler = routed.server.engine.scheduler
     job = submit_background(routed)
     wait_for(lambda: job.outbox.qsize() > 1)
-    assert routed.server.engine.scheduler.num_active == 0  # it takes nobody's place
-    with connect(routed, secrets["boss"]) as http:
-        chat(http, "base")
+    with connect(routed, secrets["boss"]) as http, ThreadPoolExecutor(1) as pool:
+        with pausing_engine(routed):
+            num_before = routed.call(job.outbox.qsize)
+            assert scheduler.num_active == 0  # it takes nobody's place
+            answer = pool.submit(chat, http, "base")
+            wait_for(lambda: scheduler.num_active == 1)
+        answer.result()
     updates = drain(job)
     assert updates[-1].error_code == "interrupted"
-    assert 1 < len(updates) < 100
+    assert len(updates) == num_before + 1 < BACKGROUND_TOKENS
 
 
 def test_the_background_waits_while_a_client_is_answered(
-    routed: LiveServer, secrets: dict[str, str]
+    routed: LiveServer, secrets: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = {"max_tokens": 40, "logit_bias": {"257": -100, "258": -100}, "stream": True}
-    with (
-        connect(routed, secrets["boss"]) as http,
-        http.stream("POST", CHAT, json=make_chat("base", **long)) as stream,
-    ):
-        lines = stream.iter_lines()
-        next(lines)
-        job = submit_background(routed)
-        for _ in range(20):
-            next(lines)
-            assert job.outbox.empty()
-        for _ in lines:
-            pass
+    scheduler = routed.server.engine.scheduler
+    handle_report = scheduler._handle_report
+    reports: list[StepReport] = []
+
+    def note_report(report: StepReport) -> None:
+        reports.append(report)
+        handle_report(report)
+
+    monkeypatch.setattr(scheduler, "_handle_report", note_report)
+    long: Any = {"max_tokens": 40, "logit_bias": {"257": -100, "258": -100}}
+    with connect(routed, secrets["boss"]) as http, ThreadPoolExecutor(1) as pool:
+        with pausing_engine(routed):
+            answer = pool.submit(chat, http, "base", **long)
+            wait_for(lambda: scheduler.num_active == 1)
+            job = submit_background(routed)
+        answer.result()
     wait_for(lambda: job.outbox.qsize() > 1)  # its turn has come
-    routed.call(routed.server.engine.scheduler.cancel, job)
+    routed.call(scheduler.cancel, job)
     num_updates = len(drain(job))
-    assert num_updates < 150
+    assert num_updates < BACKGROUND_TOKENS
+    own = [n for n, report in enumerate(reports) if job in dict(report.updates)]
+    of_the_client = [n for n, report in enumerate(reports) if not report.is_background]
+    assert len(of_the_client) >= 40
+    assert of_the_client[-1] < own[0]
