@@ -123,6 +123,7 @@ def test_a_conversation_goes_on_with_the_result(client: openai.OpenAI) -> None:
     first = client.chat.completions.create(
         model="tools", messages=[{"role": "user", "content": "weather?"}], tools=TOOLS,
         tool_choice={"type": "function", "function": {"name": "get_weather"}}, max_tokens=150,
+        seed=3,
     )  # fmt: skip
     message = first.choices[0].message
     call = (message.tool_calls or [])[0]
