@@ -12,19 +12,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.json_io import dump_json, measure_depth
 from tunesmith.core.types import Json
-from tunesmith.model.generation.grammar import Grammar
+from tunesmith.model.generation.grammar import Grammar, load_tokenizer
 from tunesmith.serve.errors import RequestError, from_tunesmith_error
 from tunesmith.serve.registry import ServedModel
 
 MAX_GRAMMARS = 64
 MAX_SCHEMA_BYTES = 100_000
 MAX_SCHEMA_DEPTH = 64
-COMPILE_SECONDS = 2.0
+COMPILE_SECONDS = 2.0  # beside the loading of the tokenizer
 PARAM = "response_format"
 
 
@@ -51,14 +51,13 @@ class GrammarCache:
         return grammar
 
     async def _compile_in_time(self, schema: Json | str, model: ServedModel) -> Grammar:
-        if self._num_compiling >= 2:
-            message = "two schemas are being compiled; try again"
-            raise RequestError(429, message, code="schemas_busy", param=PARAM, retry_seconds=1)
-        self._num_compiling += 1
-        task = self._workers.submit(make_grammar, schema, model)
-        loop = asyncio.get_running_loop()
-        task.add_done_callback(lambda _: loop.call_soon_threadsafe(self._note_end))
+        base = model.base
         try:
+            # once for each tokenizer, and no fault of the schema: seconds, where others compute
+            await asyncio.to_thread(
+                load_tokenizer, base.path, base.vocab_size, model.renderer.end_ids
+            )
+            task = self._start_compiling(schema, model)
             return await asyncio.wait_for(asyncio.wrap_future(task), COMPILE_SECONDS)
         except TimeoutError:
             message = f"the schema is not compiled after {COMPILE_SECONDS:g} s; simplify it"
@@ -68,6 +67,16 @@ class GrammarCache:
             raise RequestError(400, error.message, code=code, param=PARAM) from None
         except MachineError as error:
             raise from_tunesmith_error(error, param=PARAM) from None
+
+    def _start_compiling(self, schema: Json | str, model: ServedModel) -> Future[Grammar]:
+        if self._num_compiling >= 2:
+            message = "two schemas are being compiled; try again"
+            raise RequestError(429, message, code="schemas_busy", param=PARAM, retry_seconds=1)
+        self._num_compiling += 1
+        task = self._workers.submit(make_grammar, schema, model)
+        loop = asyncio.get_running_loop()
+        task.add_done_callback(lambda _: loop.call_soon_threadsafe(self._note_end))
+        return task
 
     def _note_end(self) -> None:
         self._num_compiling -= 1

@@ -45,18 +45,13 @@ class Grammar:
         Parts of the schema that a grammar cannot express are left to the model and are in
         `warnings`; with `is_strict` they are an error that names them. Raises MachineError without
         llguidance, InputError for an unsupported schema."""
-        try:
-            from llguidance import LLMatcher
-        except ImportError:
-            message = "answers that follow a schema need llguidance"
-            fix = "pip install 'tunesmith[constrained]'"
-            raise MachineError(message, where="response_schema", fix=fix) from None
+        LLMatcher = import_llguidance().LLMatcher
         if isinstance(schema, str):
             grammar = LLMatcher.grammar_from_lark(schema)
         else:
             options = _make_options(schema, is_strict=is_strict)
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
-        tokenizer = _load_tokenizer(folder, vocab_size, tuple(end_ids))
+        tokenizer = load_tokenizer(folder, vocab_size, tuple(end_ids))
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
         self._vocab_size = vocab_size
         self._end_ids = [token for token in end_ids if token < vocab_size]
@@ -113,9 +108,20 @@ class SchemaAnswer:
 
 
 @functools.lru_cache(maxsize=8)
-def _load_tokenizer(folder: Path, vocab_size: int, end_ids: tuple[int, ...]) -> Any:
-    """Return llguidance's view of a tokenizer, which takes longer to build than most grammars."""
-    from llguidance import LLTokenizer
-
+def load_tokenizer(folder: Path, vocab_size: int, end_ids: tuple[int, ...]) -> Any:
+    """Return llguidance's view of a tokenizer, which takes longer to build than most grammars.
+    Raises MachineError without llguidance."""
     tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    return LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(end_ids))
+    make_tokenizer = import_llguidance().LLTokenizer
+    return make_tokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(end_ids))
+
+
+def import_llguidance() -> Any:
+    """Return the grammar engine. Raises MachineError without it."""
+    try:
+        import llguidance
+    except ImportError:
+        message = "answers that follow a schema need llguidance"
+        fix = "pip install 'tunesmith[constrained]'"
+        raise MachineError(message, where="response_schema", fix=fix) from None
+    return llguidance
