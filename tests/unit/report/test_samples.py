@@ -38,6 +38,6 @@ def test_long_texts_take_no_longer_than_their_length() -> None:
     words = [f"w{number}" for number in range(20 * MAX_DIFF_WORDS)]
     text = " ".join(words)
     other = " ".join(["first", *words[:0:-1], "last"])
-    start = time.perf_counter()
+    start = time.process_time()
     assert "".join(mark_differences(text, other)) == text
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from tokenizers import Regex, Tokenizer
 from tokenizers.pre_tokenizers import Split
@@ -235,7 +236,10 @@ def test_a_process_without_its_parent_ends(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, str(script), str(data)], stdout=subprocess.PIPE) as done:
         assert done.stdout is not None
         pid = int(done.stdout.readline())
-        time.sleep(0.5)
+        encoder = psutil.Process(pid)
+        started = encoder.cpu_times().user
+        while encoder.cpu_times().user < started + 0.2:  # then the pattern runs
+            time.sleep(0.01)
         done.kill()
     assert is_alive(pid)
     deadline = time.monotonic() + 300
