@@ -127,9 +127,9 @@ class LiveClient:
         seconds = self._timeout_seconds
         with self._transport_errors(where), _deadline(connection, seconds):
             connection.request(method, target, data, headers)
-            response = connection.getresponse()
-            content = _read_content(response, where)
-            return response.status, _read_wait(response), content
+            with connection.getresponse() as response:  # which holds the socket, too
+                content = _read_content(response, where)
+                return response.status, _read_wait(response), content
 
     def _connect(self) -> HTTPConnection:
         host = self._parts.hostname or ""
@@ -214,21 +214,29 @@ def _check_key(key: str) -> str:
 
 @contextmanager
 def _deadline(connection: HTTPConnection, seconds: float) -> Iterator[None]:
-    """End an exchange after some seconds, however slowly its bytes come: a socket's own timeout
-    starts again with each of them. Raises TimeoutError."""
+    """Connect, and end an exchange after some seconds, however slowly its bytes come: a socket's
+    own timeout starts again with each of them. Raises TimeoutError, also where what came until then
+    could be a whole reply, or one that the server has cut."""
     expired = threading.Event()
+    connected: list[socket.socket] = []
 
     def cut() -> None:
         expired.set()
-        with suppress(OSError, AttributeError):  # not connected yet, or closed already
-            connection.sock.shutdown(socket.SHUT_RDWR)
+        for opened in connected:
+            with suppress(OSError):  # closed already
+                opened.shutdown(socket.SHUT_RDWR)
 
     timer = threading.Timer(seconds, cut)
     timer.daemon = True
     timer.start()
     try:
-        yield
-    except (OSError, HTTPException):
+        connection.connect()
+        connected.append(connection.sock)  # a reply without a length takes it from the connection
+        if not expired.is_set():
+            yield
+        if expired.is_set():
+            raise TimeoutError
+    except (OSError, HTTPException, TunesmithError):
         if expired.is_set():
             raise TimeoutError from None
         raise
