@@ -43,11 +43,11 @@ def compute_wilson_interval(successes: float, n: int) -> tuple[float, float]:
     """Return the score interval of a rate (Wilson 1927): within [0, 1], and not empty at 0 of n."""
     rate = successes / n
     shrink = 1 + Z**2 / n
-    centre = (rate + Z**2 / (2 * n)) / shrink
+    center = (rate + Z**2 / (2 * n)) / shrink
     half = Z * math.sqrt(rate * (1 - rate) / n + Z**2 / (4 * n**2)) / shrink
     # The ends are exactly 0 and 1, without rounding errors.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == n else centre + half
+    low = 0.0 if successes == 0 else center - half
+    high = 1.0 if successes == n else center + half
     return low, high
 
 

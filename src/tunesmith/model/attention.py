@@ -163,7 +163,7 @@ def reference_attention(
 
 
 def _iter_equal_lengths(layout: PackLayout) -> Iterator[tuple[int, int]]:
-    """Yield (count, length) of neighbouring segments of equal length."""
+    """Yield (count, length) of neighboring segments of equal length."""
     for length, group in itertools.groupby(layout.lengths):
         yield len(list(group)), length
 
@@ -171,7 +171,7 @@ def _iter_equal_lengths(layout: PackLayout) -> Iterator[tuple[int, int]]:
 def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, config: AttentionConfig
 ) -> Tensor:
-    """Attend per document with torch's fused causal attention, one call for neighbours of equal
+    """Attend per document with torch's fused causal attention, one call for neighbors of equal
     length.
 
     There is no T x T mask, so the work is the sum of the L^2 / 2. On the CPU, bf16 inputs are

@@ -240,7 +240,7 @@ def choose_window(x_RI: Tensor, begin: int, end: int) -> tuple[slice, slice]:
     """Return the rows to multiply for those from `begin` to `end`, and where these are in them.
 
     oneDNN compiles a bf16 product for each number of rows, which takes 2 ms and memory that is not
-    returned. So on a CPU the rows of neighbours fill it up to one of a few numbers."""
+    returned. So on a CPU the rows of neighbors fill it up to one of a few numbers."""
     count = end - begin
     if x_RI.dtype != torch.bfloat16 or x_RI.device.type != "cpu":
         return slice(begin, end), slice(0, count)

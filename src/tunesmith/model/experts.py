@@ -50,7 +50,7 @@ class ExpertLora(nn.Module):
     """Trainable A_e [r, I] and B_e [O, r] of one stack of matrices. `scale` 0 gives the base model.
 
     The parameters have the shapes of PEFT's files: A [E r, I] expert by expert, B [O, r E] with the
-    expert as the fastest index. Initialised as PEFT does: A ~ U(-1/sqrt(I), 1/sqrt(I)), B = 0."""
+    expert as the fastest index. Initialized as PEFT does: A ~ U(-1/sqrt(I), 1/sqrt(I)), B = 0."""
 
     def __init__(
         self,

@@ -295,7 +295,7 @@ def _draw_series(frame: Frame, series: Series) -> SeriesShape:
 
 
 def _draw_notes(series: Series, dots: Sequence[DotShape]) -> tuple[Label, ...]:
-    """Return labels that stay inside of the drawing and do not overlap their neighbours."""
+    """Return labels that stay inside of the drawing and do not overlap their neighbors."""
     notes: list[Label] = []
     for point, dot in zip(series.points, dots, strict=True):
         if not point.note:

@@ -1,4 +1,4 @@
-"""What neighbours answer: against a plain count over all pairs."""
+"""What neighbors answer: against a plain count over all pairs."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from tunesmith.data import neighbors as neighbors_module
 from tunesmith.data.neighbors import build_word_vectors, find_neighbors, normalize_rows
 
 
-def test_neighbours_are_those_of_a_plain_search_in_pieces_too(monkeypatch):
+def test_neighbors_are_those_of_a_plain_search_in_pieces_too(monkeypatch):
     random = np.random.default_rng(0)
     questions, answers = (normalize_rows(random.normal(size=(23, 8))) for _ in range(2))
     among = np.array([row for row in range(23) if row % 7])

@@ -100,7 +100,7 @@ def test_of_the_best_rows_those_are_kept_that_differ(opened):
     assert reasons == dict.fromkeys((1, 2, 3), "similar to rows.jsonl:1, which is selected")
 
 
-def test_a_row_that_its_neighbours_contradict_is_left_out(opened):
+def test_a_row_that_its_neighbors_contradict_is_left_out(opened):
     rows = [(f"is a lemon sour when it is number {i}", "yes it is") for i in range(6)]
     rows += [("is a lemon sour when it is number 9", "no never"), ("who sings", "a lark")]
     questions, answers = (build_word_vectors([row[side] for row in rows]) for side in (0, 1))

@@ -24,7 +24,7 @@ from tunesmith.model.kernels import ops
 
 Attention = Callable[[Tensor, Tensor, Tensor, PackLayout, AttentionConfig], Tensor]
 
-# One token, neighbours of equal length, primes, and both sides of the C kernel's blocks of 6, 16,
+# One token, neighbors of equal length, primes, and both sides of the C kernel's blocks of 6, 16,
 # 64 and 96 tokens; with a window the last one starts at its second block.
 LENGTHS = [
     (1,),
@@ -278,7 +278,7 @@ def test_kernel_keeps_large_scores_apart() -> None:
 
 
 @needs_kernel
-def test_kernel_does_not_depend_on_its_neighbours_or_threads() -> None:
+def test_kernel_does_not_depend_on_its_neighbors_or_threads() -> None:
     rule, inputs = (
         RULES["window of a block"],
         random_inputs(130 + 41 + 9, (6, 2, 64), torch.bfloat16),

@@ -137,7 +137,7 @@ def test_before_torch_2_10_there_is_no_grouped_product(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 63, 130, 200])
 def test_products_of_bf16_have_few_numbers_of_rows(count: int) -> None:
-    """Each number is compiled. The rows of neighbours that fill it up are computed for nothing."""
+    """Each number is compiled. The rows of neighbors that fill it up are computed for nothing."""
     x_RI = torch.zeros(200, 8, dtype=torch.bfloat16)
     for begin in {0, (200 - count) // 2, 200 - count}:
         window, rows = choose_window(x_RI, begin, begin + count)

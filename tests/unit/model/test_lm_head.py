@@ -151,7 +151,7 @@ def test_a_nan_is_seen_in_the_loss() -> None:
         assert total.isnan()
         assert losses.isnan().nonzero().flatten().tolist() == [3]
         assert gradient[3].isnan().any(), (
-            "its neighbours may have actual too, as the matrix product has it"
+            "its neighbors may have actual too, as the matrix product has it"
         )
 
 

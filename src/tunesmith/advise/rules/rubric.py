@@ -23,7 +23,7 @@ APPROACHES: tuple[Approach, ...] = (
     "preference",
 )
 TRAINING_APPROACHES: tuple[Approach, ...] = ("cpt", "sft", "preference")
-# published: in the sources named; extrapolated: from them to this case; ours: a judgement, or a
+# published: in the sources named; extrapolated: from them to this case; ours: a judgment, or a
 # measurement that the source names
 RuleConfidence = Literal["published", "extrapolated", "ours"]
 

@@ -108,8 +108,8 @@ class TrackedText:
         return controls
 
     def _is_in_word(self, start: int, end: int) -> bool:
-        neighbours = self.plain[start - 1 : start] + self.plain[end : end + 1]
-        return any(char.isalnum() or char == "_" for char in neighbours)
+        neighbors = self.plain[start - 1 : start] + self.plain[end : end + 1]
+        return any(char.isalnum() or char == "_" for char in neighbors)
 
     def iter_plain_spans(self, cut: int = -1) -> Iterator[tuple[int, int, bool]]:
         """Yield (start, end, is_continuation) of each run of plain text between control tokens.

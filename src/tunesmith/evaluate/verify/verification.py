@@ -6,7 +6,7 @@ Each check says how many items it compared, and a check that compared too few sa
 ok. A greedy answer may differ where two tokens are as good as equal: other kernels round in another
 way. Where a server gives log-probabilities, a difference counts if it prefers its own token by more
 than MAX_TIE_NATS. Left out: the items (recorded_items.py), HTTP (server_client.py), and any
-judgement of whether the run is good (run_verdict.py)."""
+judgment of whether the run is good (run_verdict.py)."""
 
 from __future__ import annotations
 

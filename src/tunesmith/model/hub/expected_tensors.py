@@ -31,7 +31,7 @@ NORMS_PER_LAYER = {
     "cohere": 1, "cohere2": 1, "gemma2": 4, "gemma3_text": 4, "glm4": 4, "olmo": 0,
 }
 # fmt: on
-# q and k are normalised per head, or over all heads
+# q and k are normalized per head, or over all heads
 HEAD_QK_NORM_TYPES = {"apertus", "exaone4", "gemma3_text", "hunyuan_v1_dense", "qwen3"}
 FULL_QK_NORM_TYPES = {"olmo2", "olmo3"}
 QKV_BIAS_TYPES = {"glm", "glm4", "qwen2", "seed_oss"}  # unless the config turns the bias off

@@ -81,7 +81,7 @@ static void across(const bf16 *rows, long padded, long width, uint32_t *out) {
             out[t / TILE * TILE * width / 2 + p * TILE + t % TILE] = pairs[t * (width / 2) + p];
 }
 
-/* Pairs of neighbouring rows, width across: out[row / 2][d]. For products over the rows. */
+/* Pairs of neighboring rows, width across: out[row / 2][d]. For products over the rows. */
 static void along(const bf16 *rows, long padded, long width, uint32_t *out) {
     for (long t = 0; t < padded; t += 2)
         for (long d = 0; d < width; d++)

@@ -58,7 +58,7 @@ INLINE __m512 score(const bf16 *query, const bf16 *keys, long width) {
     return sum_each(sums);
 }
 
-/* Turn raw scores of keys begin..end, of which first..length are visible, into weights; returns their normaliser, in
+/* Turn raw scores of keys begin..end, of which first..length are visible, into weights; returns their normalizer, in
  * which the sink (to base 2) takes its share. */
 static float weigh(float *scores, long begin, long first, long length, float scale, float sink) {
     __m512 top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale * (float)M_LOG2E);

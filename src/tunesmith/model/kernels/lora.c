@@ -150,7 +150,7 @@ static void add_outer(const bf16 *y, const bf16 *z, float *gradient, long first,
                       long blocks, float scale) {
     long padded = padded_width(width);
     for (long v = 0; v < blocks; v++) {
-        pair left[TILE / 2][LANES]; /* of z: pairs of neighbouring rows */
+        pair left[TILE / 2][LANES]; /* of z: pairs of neighboring rows */
         for (long row = first; row < last; row += 2) {
             const __m256i *from = (const __m256i *)(z + (v * rows + row) * LANES);
             __m512i odd = row + 1 < last ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(from + 1)) : _mm512_setzero_si512();

@@ -3,7 +3,7 @@
  *
  * y [rows, outputs] = x m, plus a bias or what y holds. m [inputs, outputs] lies in memory as it is (COLUMNS_LAST),
  * transposed (COLUMNS_FIRST), or in blocks that `pack_weight` has made once (PACKED): for LANES columns, pairs of
- * neighbouring inputs [inputs / 2][LANES]. The first two are brought into such blocks strip by strip, in memory that
+ * neighboring inputs [inputs / 2][LANES]. The first two are brought into such blocks strip by strip, in memory that
  * stays in the cache while all rows are multiplied with it.
  *
  * Each sum is fp32, goes through the inputs in order, and is rounded once, with the bias: a row's result depends neither
