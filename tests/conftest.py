@@ -23,9 +23,10 @@ FULL_ANSWER_TOKENS = memory_budget.MIN_COMPLETE_TOKENS
 QUICK_ANSWER_TOKENS = 64
 NEEDED_BYTES = 4 * 2**30  # several times what the quick tests leave
 
-# An example may be slow because the machine is busy.
-hypothesis.settings.register_profile("no deadline", deadline=None)
-hypothesis.settings.load_profile("no deadline")
+# An example may be slow because the machine is busy. Examples are drawn the same way every time, so
+# that a test fails for a change and not by chance; `--hypothesis-profile default` draws others.
+hypothesis.settings.register_profile("the same examples", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("the same examples")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -70,6 +71,14 @@ def full_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 def _interruptible() -> None:
     """Restore SIGINT, which shells ignore in background processes."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_runs_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let the fixtures of modules, which come before those of a test, plan without them, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_history, "HISTORY_FILE", str(tmp_path_factory.mktemp("past") / "runs"))
+        yield
 
 
 @pytest.fixture(autouse=True)
