@@ -227,6 +227,7 @@ def collect_outcome(training: TrainingLoop) -> tuple[list[str], bytes]:
 def fail_in_a_step(ranks: Ranks) -> str:
     """Let rank 0 fail while rank 1 waits for its gradients; return what rank 1 says."""
     core_ranks.END_SECONDS = 1.0  # which nobody hears
+    core_ranks.PULSE_SECONDS = core_ranks.PATIENCE.total_seconds()  # the step notices it
     training = make_loop(ranks, "rows")
     if not ranks.is_main:
         try:

@@ -23,6 +23,7 @@ from tiny_runs import make_tiny_recipe
 from tunesmith.advise.measured.run_arm import ArmResult
 from tunesmith.api import read_recipe
 from tunesmith.cli.launch import lockstep, main_rank
+from tunesmith.core import ranks as core_ranks
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.events import CheckpointSaved, Event, TrainStep
 from tunesmith.core.json_io import dump_json
@@ -44,6 +45,8 @@ def train_run(model: str, folder: str, changes: dict[str, Any], stop: dict[str, 
     `stop` may be {"signal": step} of rank 1, {"signal_in_answers": step} of rank 0 in the
     evaluation after the step, or {"kill": step, "rank": rank}."""
     torch.set_num_threads(1)
+    if "kill" in stop:  # the step of the other rank notices it, not the pulse, which may be earlier
+        core_ranks.PULSE_SECONDS = core_ranks.PATIENCE.total_seconds()
     recipe = make_tiny_recipe(Path(model), Path(folder), **changes)
 
     def start(ranks: Ranks) -> Any:

@@ -1,6 +1,5 @@
 """What goes wrong on one rank of several reaches all of them in the same step."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from rank_runs import start_with_recipes
 from tunesmith.core.ranks import SINGLE_PROCESS
 
 pytestmark = pytest.mark.multi
-MAX_HANG_SECONDS = 120  # with the start of the ranks
 Results = dict[str, list[Any]]
 
 
@@ -57,18 +55,14 @@ def test_all_ranks_halve_their_packs_when_one_is_out_of_memory(results: Results)
 
 
 def test_a_bug_in_the_middle_of_a_step_of_rank_0_leaves_no_rank_waiting() -> None:
-    started = time.monotonic()
     main, other = run_processes(call_on_rank, 2, fail_in_a_step)
     assert main.startswith("Traceback")
     assert main.endswith("ValueError: a bug\n")
     assert other.startswith("another rank has ended")
-    assert time.monotonic() - started < MAX_HANG_SECONDS
 
 
 def test_a_rank_without_a_sign_of_life_ends_the_others() -> None:
-    started = time.monotonic()
     assert run_processes(wait_for_silent_rank, 2) == [None, "awake"], "rank 0 has ended itself"
-    assert time.monotonic() - started < MAX_HANG_SECONDS
 
 
 def test_a_rank_that_is_stopped_while_groups_form_ends_the_others(tmp_path: Path) -> None:
