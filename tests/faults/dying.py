@@ -357,19 +357,20 @@ def times(folder: Path, _mode: int, num_runs: int = 20, dtype: str = "fp32") -> 
     files |= {"dtype": dtype}
     began = time.perf_counter()
     straight = child(lambda: whole_run(model, folder / "straight", files))[1]
-    early, chance, kills = (
-        0.7 * (time.perf_counter() - began),
-        random.Random(0),
-        0,
-    )  # on a machine less busy by then too
+    early = 0.7 * (time.perf_counter() - began)
+    chance = random.Random(0)
+    kills = 0
     outcomes: Counter[str] = Counter()
     for number in range(num_runs):
         place = folder / f"run-{number}"
         for work in (whole_run, resume_or_begin):
-            kills += killed(
-                lambda work=work, place=place: work(model, place, files),
-                after=chance.uniform(0, early),
+            after = chance.uniform(0, early)
+            was_killed = killed(
+                lambda work=work, place=place: work(model, place, files), after=after
             )
+            kills += was_killed
+            if work is whole_run and not was_killed:  # the machine is less busy by now
+                early = 0.7 * after
         outcomes[child(lambda place=place: resume_or_begin(model, place, files))[1]] += 1
     return {"straight": straight, "kills": kills, "outcomes": outcomes}
 
