@@ -46,6 +46,7 @@ from tiny_server import (
 from tunesmith.core.types import GenerationRequest, Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.evaluate.verify.verification import MAX_TIE_NATS
+from tunesmith.model.cache_blocks import BLOCK_TOKENS
 from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE
 from tunesmith.serve.settings import BASE_NAME
 from tunesmith.session.provenance import PROVENANCE_FILE
@@ -432,14 +433,23 @@ def print_soak(lab: Lab, minutes: float) -> None:
     count = max(1, int(rate * minutes * 60))
     ask_at_rate(lab.url, chats[:CLIENTS], rate)  # warm
     memory = read_resident_bytes()
+    cached = read_cached_bytes(lab)
     descriptors = len(os.listdir("/proc/self/fd"))
     counted = read_metric(lab.live, "tokens_total", kind="answer")
     timings = ask_at_rate(lab.url, lab.make_chats(lab.adapters, count), rate)
-    grown = read_resident_bytes() / memory - 1
+    grown = read_resident_bytes() - memory
+    filled = read_cached_bytes(lab) - cached  # up to limits.keys_and_values, and no further
     opened = len(os.listdir("/proc/self/fd")) - descriptors
     received = sum(timing.num_tokens for timing in timings)
     counted = read_metric(lab.live, "tokens_total", kind="answer") - counted
     failed = sum(timing.status != 200 for timing in timings)
     print(f"L8 {minutes:g} minutes at 80%, {count} requests:")
     print(f"   {failed} failed; {received} tokens received, {counted:.0f} counted")
-    print(f"   memory {grown:+.1%}, descriptors {opened:+d}")
+    print(f"   memory {grown / memory:+.1%}, {filled / memory:+.1%} of it the cache that fills up,")
+    print(f"   else {(grown - filled) / memory:+.1%}; descriptors {opened:+d}")
+
+
+def read_cached_bytes(lab: Lab) -> int:
+    """Return the bytes of the blocks of keys and values that were used since the start."""
+    batch = lab.live.server.engine.scheduler._batch
+    return batch.cache.pool._num_used * BLOCK_TOKENS * batch.model.cache_bytes_per_token

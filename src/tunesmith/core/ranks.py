@@ -460,6 +460,8 @@ def refuse_processes(num_processes: int) -> None:
     if is_distributed():
         message = f"--gpus starts processes, but {WORLD_VARIABLE} says that this is one of several"
         raise InputError(message, where="command line", fix="leave --gpus out under torchrun")
+    if num_processes < 1:
+        raise InputError("must be 1 or more", where="--gpus", fix="leave it out")
     num_gpus = count_gpus()
     if num_gpus and num_processes > num_gpus:
         gpus = format_count(num_gpus, "GPU")

@@ -136,7 +136,7 @@ class Scheduler:
             seconds = max(1, round(self._limits.drain))
             raise RequestError(503, message, code="server_shutdown", retry_seconds=seconds)
         capacity = self._slots + self._limits.waiting
-        is_first = self._limits.reserved_rows >= num_jobs and not self._has_jobs(client)
+        is_first = self._has_reserved_row(num_jobs, client)
         if is_first:
             capacity += self._limits.reserved_rows
         is_full = self.num_active + num_jobs > capacity
@@ -148,8 +148,14 @@ class Scheduler:
             message = f"{self.num_active} answers are unfinished; try again in {seconds} s"
             raise RequestError(429, message, code="queue_full", retry_seconds=seconds)
 
-    def _has_jobs(self, client: Client) -> bool:
-        return any(job.client == client for job in (*self._state.waiting, *self._state.running))
+    def _has_reserved_row(self, num_jobs: int, client: Client) -> bool:
+        """Return whether a client without jobs gets rows beyond those for all: fewer others wait
+        for them than there are."""
+        running = {job.client for job in self._state.running}
+        if client in running or any(job.client == client for job in self._state.waiting):
+            return False
+        num_before = sum(job.client not in running for job in self._state.waiting)
+        return num_before + num_jobs <= self._limits.reserved_rows
 
     def submit(self, jobs: Sequence[AnswerJob]) -> None:
         """Queue jobs of one client. Raises RequestError as `check_capacity`."""

@@ -73,8 +73,8 @@ class Limits(Settings):
     @property
     def reserved_rows(self) -> int:
         """Rows beyond `rows` for clients that have none, so that they do not wait for an answer of
-        others to end."""
-        return max(1, self.rows // RESERVED_SHARE)
+        others to end; none below eight rows."""
+        return self.rows // RESERVED_SHARE
 
 
 class ModelSource(Settings):

@@ -75,30 +75,38 @@ def _select_eval_scores(scores: Sequence[Score], metrics: Collection[str]) -> li
 def select_best(eval_points: Sequence[EvalPoint], margin: float) -> EvalPoint | None:
     """Return the best evaluation: within the margin, unless one beyond it is twice as good.
 
-    Each evaluation is compared with the best one before it, so that the best is the newest or was
-    the best before: its checkpoint exists."""
+    The best is the newest evaluation or was the best before it, so that its checkpoint exists."""
     best: EvalPoint | None = None
-    for count, point in enumerate(eval_points, start=1):
-        if best is None or _is_better(point, best, eval_points[:count], margin):
+    points_by_side: dict[bool, list[EvalPoint]] = {True: [], False: []}
+    best_by_side: dict[bool, EvalPoint] = {}
+    for point in eval_points:
+        is_within = point.is_within(margin)
+        points_by_side[is_within].append(point)
+        if not _is_better(point, best_by_side.get(is_within), points_by_side[is_within]):
+            continue
+        best_by_side[is_within] = point
+        within = best_by_side.get(True)
+        if is_within:
+            is_next = best is None or best.is_within(margin) or not is_twice_as_good(best, point)
+        else:
+            is_next = within is None or is_twice_as_good(point, within)
+        if is_next:
             best = point
     return best
 
 
-def _is_better(point: EvalPoint, best: EvalPoint, seen: Sequence[EvalPoint], margin: float) -> bool:
-    """seen: the evaluations up to `point`. Those of one side of the margin are tied if they differ
-    by one item from the best answers there, and then the lower loss is better."""
-    if point.is_within(margin) != best.is_within(margin):
-        if point.is_within(margin):
-            return not _is_twice_as_good(best, point)
-        return _is_twice_as_good(point, best)
-    peers = [each for each in seen if each.is_within(margin) == point.is_within(margin)]
-    tied_metric = max(each.metric for each in peers) - point.item_weight
+def _is_better(point: EvalPoint, best: EvalPoint | None, seen: Sequence[EvalPoint]) -> bool:
+    """seen: the evaluations on the same side of the margin, up to `point`. Those are tied that
+    differ by one item from the best answers, and then the lower loss is better."""
+    if best is None:
+        return True
+    tied_metric = max(each.metric for each in seen) - point.item_weight
     if point.metric < tied_metric:
         return False
     return best.metric < tied_metric or point.loss < best.loss
 
 
-def _is_twice_as_good(over: EvalPoint, within: EvalPoint) -> bool:
+def is_twice_as_good(over: EvalPoint, within: EvalPoint) -> bool:
     """Return whether a checkpoint is worth its forgetting: with twice the graded answers of the one
     within the margin, or half its held-out loss and answers that are no worse."""
     gain = over.metric - within.metric

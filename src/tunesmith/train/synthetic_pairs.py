@@ -33,7 +33,7 @@ HASH = "sha256 "
 
 
 def add_synthetic_pairs(
-    session: Session, folder: RunFolder
+    session: Session, folder: RunFolder, *, allow_changes: bool = False
 ) -> tuple[Session, tuple[CheckResult, ...]]:
     """Return the session with pairs for rows that have no rejected answer, and their count.
 
@@ -43,25 +43,31 @@ def add_synthetic_pairs(
     if unpaired and not (folder.path / PAIRS_FILE).exists():
         folder.write_text(PAIRS_FILE, _generate_pairs(session, unpaired))
     session, results = read_synthetic_pairs(session, folder.path)
-    _refuse_changed_pairs(folder, results)
+    if results and not allow_changes:
+        _refuse_changed_pairs(folder)
     return session, results
 
 
-def _refuse_changed_pairs(folder: RunFolder, results: tuple[CheckResult, ...]) -> None:
+def _refuse_changed_pairs(folder: RunFolder) -> None:
     """Raise InputError if an earlier attempt has recorded another hash of the pairs."""
+    file = folder.path / PAIRS_FILE
     events = [logged.event for logged in read_all_events(folder.path)]
     recorded = [
         event.evidence
         for event in events
         if isinstance(event, CheckResult) and event.kind == KIND and HASH in event.evidence
     ]
-    if recorded and results and recorded[0] != results[0].evidence:
+    if recorded and _describe_hash(file) not in recorded[0]:
         raise InputError(
             "changed since this run began to train on it",
-            where=str(folder.path / PAIRS_FILE),
-            fix="restore it from a copy of the run folder, or remove it: the base model answers "
-            "again; other pairs are the `data` of another run",
+            where=str(file),
+            fix="restore it from a copy of the run folder; to train on other pairs, start a run "
+            "with them as `data`",
         )
+
+
+def _describe_hash(file: Path) -> str:
+    return f"{HASH}{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
 
 
 def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[CheckResult, ...]]:
@@ -77,7 +83,6 @@ def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[C
         f"{len(pair_by_row):,} of {len(unpaired):,} answers of the base model violate a "
         f"constraint: {PAIRS_FILE}"
     )
-    digest = hashlib.sha256((path / PAIRS_FILE).read_bytes()).hexdigest()
     if not pair_by_row and not num_paired:
         raise GateError(
             f"{evidence}; there is no rejected answer to train against",
@@ -88,7 +93,7 @@ def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[C
     batch_size = session.plan.config.batch_size
     assert batch_size is not None, "pairs have rows, which stage: cpt has not"
     mean_pairs = batch_size * share_paired
-    evidence += f", {HASH}{digest[:12]}"
+    evidence += f", {_describe_hash(path / PAIRS_FILE)}"
     evidence += f"; a step of batch_size {batch_size} has {mean_pairs:.1f} pairs on average"
     dataset = dataclasses.replace(dataset, synthetic=pair_by_row)
     datasets = {**session.inputs.datasets, "data": dataset}

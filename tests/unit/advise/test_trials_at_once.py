@@ -1,5 +1,7 @@
 """A sweep whose trials run at once: the same runs, and nothing is lost when a process ends."""
 
+import dataclasses
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,13 +16,14 @@ from tiny_sweeps import make_sweep_recipe, sweep
 from tunesmith.advise.sweep import trial_worker
 from tunesmith.advise.sweep.run_sweep import run_sweep
 from tunesmith.advise.sweep.trial_worker import (
+    Problem,
     TrialWorker,
     WorkerSettings,
     list_variables,
     open_workers,
 )
 from tunesmith.core import ranks
-from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError
 from tunesmith.core.events import Score, TrainStep
 from tunesmith.core.hardware import count_cores
 from tunesmith.core.sweep_record import (
@@ -32,6 +35,7 @@ from tunesmith.core.sweep_record import (
     TrialStart,
     read_sweep,
 )
+from tunesmith.data.readers.invalid_row import InvalidRow
 from tunesmith.recipe.load import dump_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
@@ -63,8 +67,8 @@ def list_worker_processes(process: psutil.Process) -> list[psutil.Process]:
 
 
 def load_settings(recipe: Recipe, folder: Path, num_workers: int) -> WorkerSettings:
-    loaded = inputs.load_inputs(recipe)
-    return WorkerSettings(recipe, folder, loaded.now, allow_code=False, num_workers=num_workers)
+    loaded = inputs.load_inputs(recipe.model_copy(update={"sweep": None}))
+    return WorkerSettings.from_inputs(loaded, folder, allow_code=False, num_workers=num_workers)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +124,10 @@ def test_a_trial_whose_process_is_killed_is_told_and_the_others_go_on(
     assert isinstance(record, SweepRecord)
     failed = [trial for trial in record.trials if trial.state == "failed"]
     assert [trial.number for trial in failed] == [killed]
-    assert failed[0].reason == "the process of the trial was ended by signal 9"
+    assert failed[0].reason == (
+        "--gpus: its process was ended by signal 9 during the trial: memory may have run out, use "
+        "fewer --gpus"
+    )
     assert record.count_trials("complete") >= 2
     assert record.winner is not None
 
@@ -129,7 +136,6 @@ def test_a_hopeless_trial_stops_at_its_score_and_its_process_takes_the_next(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     recipe = make_sweep_recipe(tiny_folder, tmp_path)
-    recipe = recipe.model_copy(update={"sweep": None})
     with open_workers(load_settings(recipe, tmp_path / "sweep", 1)) as workers:
         (worker,) = workers
         for number in range(2):
@@ -148,20 +154,57 @@ def test_a_hopeless_trial_stops_at_its_score_and_its_process_takes_the_next(
             assert '"step": 3' not in logged
 
 
-def test_an_error_of_a_trial_keeps_its_kind_place_and_fix(
+def test_an_error_of_a_trial_keeps_its_kind_place_and_fix() -> None:
+    for error in (
+        InputError("bad", where="x.jsonl:3", fix="mend it"),
+        GateError("diverged", where="step 3"),
+        MachineError("full"),
+    ):
+        sent = pickle.loads(pickle.dumps(Problem.from_error(error))).to_error()
+        assert type(sent) is type(error)
+        assert str(sent) == str(error)
+    stopped = Interrupted("stopped by SIGTERM")
+    stopped.exit_code = 143
+    assert Problem.from_error(stopped).to_error().exit_code == 143
+    sent = Problem.from_error(InvalidRow("empty text", "bad row")).to_error()
+    assert isinstance(sent, InputError)
+
+
+@pytest.mark.parametrize("change", ["removed", "changed"])
+def test_a_worker_that_finds_other_rows_ends_the_sweep_and_fails_no_trial(
+    change: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    settings = load_settings(make_sweep_recipe(tiny_folder, tmp_path), tmp_path / "sweep", 1)
+    rows = tmp_path / "train.jsonl"
+    expected = "data: changed since the sweep was started"
+    if change == "removed":
+        rows.unlink()
+        expected = r"train\.jsonl"
+    else:
+        rows.write_text(rows.read_text().replace("1", "2"))
+    with pytest.raises(InputError, match=expected), open_workers(settings):
+        pass
+    assert not (tmp_path / "sweep").exists()
+
+
+@needs_two_cores
+def test_a_model_that_fits_once_but_not_twice_is_refused_before_the_first_trial(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    recipe = make_sweep_recipe(tiny_folder, tmp_path).model_copy(update={"sweep": None})
-    settings = load_settings(recipe, tmp_path / "sweep", 1)
-    (tmp_path / "train.jsonl").unlink()
-    with open_workers(settings) as workers, pytest.raises(InputError) as raised:
-        list(workers[0].start_trial(TrialSpec(0, 0, 1, {})))
-    assert "train.jsonl" in str(raised.value)
-    assert raised.value.fix
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, ALL_TRIALS)
+    loaded = inputs.load_inputs(recipe)
+    plan = inputs.make_plan(loaded)
+    machine = dataclasses.replace(
+        loaded.machine, available_bytes=int(plan.memory_bytes["peak"] * 1.5)
+    )
+    loaded = dataclasses.replace(loaded, machine=machine)
+    with pytest.raises(MachineError):
+        list(run_sweep(loaded, tmp_path / "sweep", gpus=2))
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_worker_that_ended_is_started_again(tiny_folder: Path, tmp_path: Path) -> None:
-    recipe = make_sweep_recipe(tiny_folder, tmp_path).model_copy(update={"sweep": None})
+    recipe = make_sweep_recipe(tiny_folder, tmp_path)
     with open_workers(load_settings(recipe, tmp_path / "sweep", 1)) as workers:
         (worker,) = workers
         events = worker.start_trial(TrialSpec(0, 0, 1, {}))
@@ -169,6 +212,7 @@ def test_a_worker_that_ended_is_started_again(tiny_folder: Path, tmp_path: Path)
         worker.process.kill()
         with pytest.raises(MachineError, match="was ended by signal 9"):
             list(events)
+        worker.restart_if_ended()
         steps = [event for event in worker.start_trial(TrialSpec(1, 1, 1, {})) if event]
     assert any(isinstance(event, TrainStep) for event in steps)
 
@@ -252,9 +296,10 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_no_variables")
 def test_a_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial_worker, "count_gpus", lambda: 4)
-    assert list_variables(2, 3) == {"CUDA_VISIBLE_DEVICES": "2"}
+    monkeypatch.setattr(trial_worker, "count_cores", lambda: 16)
+    assert list_variables(2, 4) == {"CUDA_VISIBLE_DEVICES": "2", "OMP_NUM_THREADS": "4"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,5,7")
-    assert list_variables(2, 3) == {"CUDA_VISIBLE_DEVICES": "5"}
+    assert list_variables(2, 4)["CUDA_VISIBLE_DEVICES"] == "5"
 
 
 @pytest.mark.usefixtures("_no_variables")
@@ -281,8 +326,7 @@ def test_more_trials_than_gpus_are_refused(
 def test_a_worker_is_started_with_its_variables(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    recipe = make_sweep_recipe(tiny_folder, tmp_path).model_copy(update={"sweep": None})
-    settings = load_settings(recipe, tmp_path / "sweep", 2)
+    settings = load_settings(make_sweep_recipe(tiny_folder, tmp_path), tmp_path / "sweep", 2)
     monkeypatch.setattr(trial_worker, "list_variables", lambda *_: {"TUNESMITH_TEST": "here"})
     worker = TrialWorker(settings, 1)
     try:

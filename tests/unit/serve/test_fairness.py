@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -149,59 +150,72 @@ def make_job(client: tuple[str, str], num_tokens: int, ended: list[str]) -> Answ
 
 @pytest.fixture(scope="module")
 def narrow(writer: Path) -> Iterator[LiveServer]:
-    limits = {"rows": 2, "waiting": 6}
+    """A server with eight rows, one more for who has none, and a queue of six."""
+    limits = {"rows": 8, "waiting": 6}
     with serving(make_settings({}, base=str(writer), limits=limits)) as live:
         yield live
 
 
+@contextmanager
+def holding(live: LiveServer) -> Iterator[None]:
+    """Let the engine wait between two steps; inside, all rows are of answers that have begun."""
+    go_on = threading.Event()
+    live.server.engine.scheduler.put_command(lambda: go_on.wait(60))
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+def fill_rows(live: LiveServer, num_tokens: int, ended: list[str]) -> None:
+    """Let one client have all rows, and wait until each has given a token."""
+    scheduler = live.server.engine.scheduler
+    for _ in range(8):
+        live.call(scheduler.submit, [make_job(FLOOD, num_tokens, ended)])
+    wait_for(lambda: len(scheduler._state.running) == 8)
+
+
 def test_a_client_without_rows_does_not_wait_for_an_answer_of_others(narrow: LiveServer) -> None:
-    """Its three tokens end before the 100 tokens of the first of six long answers."""
+    """Its three tokens end before the 100 tokens of any of 14 long answers."""
     scheduler = narrow.server.engine.scheduler
     ended: list[str] = []
-    go_on = threading.Event()
-    scheduler.put_command(lambda: go_on.wait(60))
-    for _ in range(6):
-        narrow.call(scheduler.submit, [make_job(FLOOD, 100, ended)])
-    narrow.call(scheduler.submit, [make_job(QUIET, 3, ended)])
-    narrow.call(scheduler.submit, [make_job(THIRD, 3, ended)])
-    go_on.set()
-    wait_for(lambda: len(ended) == 8)
-    assert ended == ["quiet", "third", *["flood"] * 6]
+    with holding(narrow):
+        for _ in range(14):
+            narrow.call(scheduler.submit, [make_job(FLOOD, 100, ended)])
+        narrow.call(scheduler._enqueue, make_job(QUIET, 3, ended))
+        narrow.call(scheduler._enqueue, make_job(THIRD, 3, ended))
+    wait_for(lambda: len(ended) == 16)
+    assert ended == ["quiet", "third", *["flood"] * 14]
 
 
 def test_a_full_queue_of_one_client_refuses_that_client_alone(narrow: LiveServer) -> None:
     scheduler = narrow.server.engine.scheduler
     ended: list[str] = []
-    go_on = threading.Event()
-    scheduler.put_command(lambda: go_on.wait(60))
-    try:
-        for _ in range(8):
+    fill_rows(narrow, 150, ended)
+    with holding(narrow):
+        for _ in range(6):
             narrow.call(scheduler.submit, [make_job(FLOOD, 3, ended)])
         for client, num_jobs in ((FLOOD, 1), (QUIET, 2)):
-            with pytest.raises(RequestError, match="8 answers are unfinished"):
+            with pytest.raises(RequestError, match="14 answers are unfinished"):
                 narrow.call(scheduler.check_capacity, num_jobs, client)
         narrow.call(scheduler.submit, [make_job(QUIET, 3, ended)])
-        with pytest.raises(RequestError, match="9 answers are unfinished"):
+        with pytest.raises(RequestError, match="15 answers are unfinished"):
             narrow.call(scheduler.check_capacity, 1, THIRD)
-    finally:
-        go_on.set()
-    wait_for(lambda: len(ended) == 9)
+    wait_for(lambda: len(ended) == 15)
 
 
-def test_a_slow_queue_of_others_refuses_no_client_without_jobs(
+def test_a_slow_queue_of_others_refuses_no_client_that_has_a_reserved_row(
     narrow: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Those who come after it wait for it, and are refused."""
     monkeypatch.setattr(Backlog, "estimate_seconds", lambda _self: 3600.0)
     scheduler = narrow.server.engine.scheduler
     ended: list[str] = []
-    go_on = threading.Event()
-    scheduler.put_command(lambda: go_on.wait(60))
-    try:
-        for _ in range(2):
-            narrow.call(scheduler.submit, [make_job(FLOOD, 3, ended)])
-        with pytest.raises(RequestError, match="2 answers are unfinished"):
+    fill_rows(narrow, 150, ended)
+    with holding(narrow):
+        with pytest.raises(RequestError, match="8 answers are unfinished"):
             narrow.call(scheduler.check_capacity, 1, FLOOD)
         narrow.call(scheduler.submit, [make_job(QUIET, 3, ended)])
-    finally:
-        go_on.set()
-    wait_for(lambda: len(ended) == 3)
+        with pytest.raises(RequestError, match="9 answers are unfinished"):
+            narrow.call(scheduler.check_capacity, 1, THIRD)
+    wait_for(lambda: len(ended) == 9)

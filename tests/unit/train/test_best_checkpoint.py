@@ -11,6 +11,7 @@ from tunesmith.core.events import Score
 from tunesmith.train.best_checkpoint import (
     EvalPoint,
     describe_choice,
+    is_twice_as_good,
     select_best,
     should_stop_early,
 )
@@ -108,6 +109,36 @@ def test_the_best_is_the_newest_or_was_the_best_before() -> None:
             best = select_best(points, 0.02)
             assert best in (previous, point)
             previous = best
+
+
+def test_the_choice_is_no_cycle() -> None:
+    """One within the margin is not taken for being nearly as good as one beyond it, if another
+    within it is better."""
+    first = EvalPoint(10, 0.60, 0.40, 0.05, forgotten=0.01)
+    over = EvalPoint(20, 0.30, 0.42, 0.05, forgotten=0.03)
+    worse = EvalPoint(30, 0.59, 0.22, 0.05, forgotten=0.01)
+    assert select_best([first, over, worse], 0.02) is over
+    over = EvalPoint(20, 0.50, 0.80, 0.05, forgotten=0.03)
+    tied = EvalPoint(30, 0.45, 0.76, 0.05, forgotten=0.03)  # not twice as good as the first
+    assert select_best([first, over, tied], 0.02) is over
+
+
+def test_in_random_runs_what_is_beyond_the_margin_is_twice_as_good() -> None:
+    """And what is within it is the best there, or tied with it."""
+    rng = random.Random(1)
+    for _ in range(2000):
+        points = [
+            EvalPoint(step, rng.random(), rng.randint(0, 6) / 6, 1 / 6, rng.choice([0.01, 0.03]))
+            for step in range(6)
+        ]
+        best = select_best(points, 0.02)
+        assert best is not None
+        within = [point for point in points if point.is_within(0.02)]
+        if best.is_within(0.02):
+            assert best.metric >= max(point.metric for point in within) - best.item_weight - 1e-9
+        else:
+            earlier = select_best([point for point in within if point.step < best.step], 0.02)
+            assert earlier is None or is_twice_as_good(best, earlier)
 
 
 def test_loss_that_falls_step_by_step_does_not_pull_answers_down() -> None:

@@ -28,6 +28,8 @@ from tunesmith.advise.sweep.trial_worker import (
     TrialWorker,
     WorkerSettings,
     open_workers,
+    share_machine,
+    stop_trials,
     wait_for_news,
 )
 from tunesmith.advise.sweep.winner import measure_winner, write_winner
@@ -84,10 +86,11 @@ def run_sweep(
     """
     deadline = time.monotonic() + 60 * minutes
     sweep = refuse_unusable(inputs, minutes)
-    if gpus is not None:
-        refuse_processes(gpus)
     test_rows = inputs.datasets["test_data"]
     trial_inputs = _build_trial_inputs(inputs)
+    if gpus is not None:
+        refuse_processes(gpus)
+        trial_inputs = share_machine(trial_inputs, gpus)
     plan = make_plan(trial_inputs)
     check_run(plan, trial_inputs, allow_code=allow_code)  # refuses what every trial would
     metric = choose_metric(sweep, plan)
@@ -113,11 +116,11 @@ def run_sweep(
             runner = TrialRunner(trial_inputs, folder, allow_code)
             yield from _Trials(recorder, deadline, [runner]).run_all()
         else:
-            settings = WorkerSettings(
-                trial_inputs.recipe, folder, inputs.now, allow_code, num_workers=gpus
+            settings = WorkerSettings.from_inputs(
+                trial_inputs, folder, allow_code=allow_code, num_workers=gpus
             )
             with open_workers(settings) as workers:
-                yield from _Trials(recorder, deadline, workers).run_at_once()
+                yield from _Trials(recorder, deadline, workers).run_at_once(workers)
         yield _summarize(inputs, recorder, plan, test_rows, allow_code=allow_code)
 
 
@@ -254,19 +257,28 @@ class _Trials:
             with closing(self.running[0].events):  # a caller may stop in the middle
                 yield from self._read_news()
 
-    def run_at_once(self) -> Iterator[SweepEvent]:
-        """Run trials in the workers while one more fits in the remaining time."""
+    def run_at_once(self, workers: Sequence[TrialWorker]) -> Iterator[SweepEvent]:
+        """Run trials in the workers while one more fits in the remaining time. Raises Interrupted
+        after a signal, once each trial has saved a checkpoint."""
         with GracefulStop(RESUME_FIX) as stop:
-            while num_started := self._start_trials():
-                yield from self._read_news()
-                if len(self.running) == num_started:
-                    busy = [each.runner for each in self.running]
-                    wait_for_news([each for each in busy if isinstance(each, TrialWorker)], stop)
+            try:
+                while num_started := self._start_trials():
+                    yield from self._read_news()
+                    while len(self.running) == num_started:
+                        wait_for_news([each for each in workers if each.is_busy], stop)
+                        stop.raise_if_requested()
+                        yield from self._read_news()
+                stop.raise_if_requested()
+            except Interrupted:
+                stop_trials(workers)
+                raise
 
     def _start_trials(self) -> int:
         """Give each idle runner a trial; return how many trials run."""
         busy = [trial.runner for trial in self.running]
         for runner in [runner for runner in self.runners if runner not in busy]:
+            if isinstance(runner, TrialWorker):
+                runner.restart_if_ended()
             numbers = [trial.number for trial in self.running]
             spec = self.study.start_next(numbers) if self._has_time() else None
             if spec is not None:
@@ -285,6 +297,8 @@ class _Trials:
                 self.running.remove(trial)
 
     def _has_time(self) -> bool:
+        if math.isinf(self.deadline):
+            return True
         seconds = self._list_seconds()
         remaining = self.deadline - time.monotonic()
         return not seconds or max(seconds) <= remaining
@@ -323,14 +337,18 @@ class _Trials:
     def _refuse_small_budget(
         self, spec: TrialSpec, start: float, step_seconds: list[float]
     ) -> None:
-        """Raise InputError if the first trial does not end in the minutes."""
-        if math.isinf(self.minutes):
+        """Raise InputError if the first trial does not end in the minutes. Of several that run at
+        once, the first to end counts."""
+        if math.isinf(self.minutes) or any(
+            trial.state.name == "COMPLETE" for trial in self.study.list_trials()
+        ):
             return
         now = time.monotonic()
         steps = self.recorder.read_planned_steps(spec)
         mean = sum(step_seconds) / max(1, len(step_seconds))
         expected_seconds = now - start + mean * (steps - len(step_seconds))
         is_judged = len(step_seconds) >= JUDGED_STEPS and start + expected_seconds > self.deadline
+        is_judged = is_judged and len(self.runners) == 1
         if is_judged or now > self.deadline:
             raise InputError(
                 f"too few for one trial, which takes about {expected_seconds / 60:.1f} minutes",

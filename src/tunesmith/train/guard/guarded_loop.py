@@ -467,12 +467,23 @@ class GuardedTraining:
         try:
             path = self.context.folder.find_checkpoint(best.step)
         except InputError as error:
-            evidence = f"step {best.step} was the best, but {error.message}: using the last step"
-            yield CheckResult("best", "warn", evidence, self.final_step)
+            evidence = f"step {best.step} was the best, but {error.message}"
+            best = self._select_saved()
+            used = "the last step" if best is None else f"step {best.step}"
+            yield CheckResult("best", "warn", f"{evidence}: using {used}", self.final_step)
+            if best is not None:
+                self.loop.restore(self.context.folder.find_checkpoint(best.step))
             return
         self.loop.restore(path)
         evidence = f"using step {best.step}: {reason}"
         yield CheckResult("best", "ok", evidence, self.final_step)
+
+    def _select_saved(self) -> EvalPoint | None:
+        """Return the best evaluation that has a checkpoint, None if that is the last step."""
+        steps = {*self.context.folder.list_saved_steps(), self.final_step}
+        saved = [point for point in self.eval_points if point.step in steps]
+        best = select_best(saved, self.forgetting_margin)
+        return None if best is None or best.step == self.final_step else best
 
 
 def _select_events(events: Sequence[Event], last_step: int) -> list[Event]:
