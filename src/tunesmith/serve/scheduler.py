@@ -201,8 +201,10 @@ class Scheduler:
 
         self._commands.put(run)
         ended = asyncio.ensure_future(self._has_ended.wait())
-        await asyncio.wait({result, ended}, return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
+        try:
+            await asyncio.wait({result, ended}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
         if not result.done():
             raise RequestError(503, "the engine has stopped", code="engine_stopped")
         return result.result()
