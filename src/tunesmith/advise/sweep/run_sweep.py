@@ -110,7 +110,7 @@ def run_sweep(
             metric,
             study.num_configurations,
             study.seeds,
-            sum(trial.state.is_finished() for trial in study.list_trials()),
+            study.count_finished(),
         )
         if gpus is None:
             runner = TrialRunner(trial_inputs, folder, allow_code)
@@ -326,13 +326,10 @@ class _Trials:
             raise
         trial = self.study.list_trials()[spec.number]
         record = summary.build_trial(self.recorder.folder, trial)
-        remaining = self._count_max_trials() - self._count_finished()
+        remaining = self._count_max_trials() - self.study.count_finished()
         seconds = self._list_seconds() or [time.monotonic() - start]
         mean = sum(seconds) / len(seconds)
         yield TrialEnd(record, remaining, remaining * mean / len(self.runners))
-
-    def _count_finished(self) -> int:
-        return sum(trial.state.is_finished() for trial in self.study.list_trials())
 
     def _refuse_small_budget(
         self, spec: TrialSpec, start: float, step_seconds: list[float]
@@ -347,9 +344,8 @@ class _Trials:
         steps = self.recorder.read_planned_steps(spec)
         mean = sum(step_seconds) / max(1, len(step_seconds))
         expected_seconds = now - start + mean * (steps - len(step_seconds))
-        is_judged = len(step_seconds) >= JUDGED_STEPS and start + expected_seconds > self.deadline
-        is_judged = is_judged and len(self.runners) == 1
-        if is_judged or now > self.deadline:
+        is_judged = len(step_seconds) >= JUDGED_STEPS and len(self.runners) == 1
+        if now > self.deadline or (is_judged and start + expected_seconds > self.deadline):
             raise InputError(
                 f"too few for one trial, which takes about {expected_seconds / 60:.1f} minutes",
                 where="--minutes",

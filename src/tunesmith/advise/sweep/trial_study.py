@@ -111,6 +111,9 @@ class TrialStudy:
     def list_trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
 
+    def count_finished(self) -> int:
+        return sum(trial.state.is_finished() for trial in self.list_trials())
+
     # ------------------------------------------------------------ next
 
     def start_next(self, running: Collection[int] = ()) -> TrialSpec | None:

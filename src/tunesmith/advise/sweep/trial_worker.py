@@ -7,8 +7,8 @@
 The sweep's own process starts the workers, reads their events and writes the journal. A worker
 loads the inputs once, writes the run folders of its trials, and ends with its parent. It waits
 after each score until the sweep has judged it. A worker that cannot load ends the sweep: that is no
-failure of a trial. Left out: which trial is next (run_sweep.py), and
-which stops early (run_trial.py).
+failure of a trial. Left out: which trial is next (run_sweep.py), and which stops early
+(run_trial.py).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when it
 
 @dataclasses.dataclass(frozen=True)
 class WorkerSettings:
-    """What a worker needs to load the inputs of the sweep, and to see that they are the same."""
+    """Tell a worker what to load, and let it see that it is what the sweep has loaded."""
 
     recipe: Recipe  # without test_data
     folder: Path  # of the sweep
@@ -93,8 +93,8 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class TrialNews:
-    """What a worker sends: an event, or the end of a trial, and why it failed. The first says that
-    the worker has loaded its inputs, or why it has not."""
+    """Carry an event from a worker, or the end of a trial and why it failed. The first news says
+    that the worker has loaded its inputs, or why it has not."""
 
     event: Event | None = None
     problem: Problem | None = None
