@@ -6,7 +6,8 @@ Weights are random, with the sizes of the model's layers and the built-in model'
 are rendered with its tokenizer. The rows are those of benchmarks.vs_trl. Padding is the only
 correct way of TRL on a CPU, where transformers cannot keep packed documents apart. Each side runs
 in its own process, in turns; prints tokens per second, peak memory and their ratios to each setting
-of TRL, and which one is its fastest. LAYERS is 8 unless given, of 24, so that TRL fits in a few
+of TRL, and which one is its fastest. tunesmith takes 8 rows per step, as its plan decides, and 2,
+for the memory of a step that small. LAYERS is 8 unless given, of 24, so that TRL fits in a few
 gigabytes.
 """
 
@@ -20,17 +21,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 from benchmarks.vs_trl.job import run_module, write_documents
-from benchmarks.vs_trl.prepare import Size, prepare
-from benchmarks.vs_trl.speed import (
-    GROUPED,
-    Setting,
-    run_trl,
-    run_tunesmith,
-    take_median,
-    tokens_per_second,
-)
+from benchmarks.vs_trl.prepare import OUR_BATCH, Size, prepare
+from benchmarks.vs_trl.speed import GROUPED, Setting, run_trl, run_tunesmith, take_median
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tunesmith.core.types import Json
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
 
@@ -61,6 +56,7 @@ SIZE = Size(
     gemm_seconds=0,
     loss_steps=0,
 )
+OUR_BATCHES = (OUR_BATCH, 2)  # rows per step
 # the fastest number formats of vs_trl, in bf16 throughout; one row at a time has no padding, and
 # rows grouped by length have little
 SETTINGS = (
@@ -91,30 +87,36 @@ def main(layers: int) -> None:
         bench = replace(bench, spec=read_spec(model), size=SIZE)
         write_documents(bench.documents_file, bench.documents)
         run_module("benchmarks.vs_trl.tunesmith_side", "start", bench.model, bench.job.adapter)
-        ours = [run_tunesmith(bench)]
-        theirs = [[run_trl(bench, setting)] for setting in SETTINGS]
-        for _ in range(SIZE.rounds - 1):
-            ours.append(run_tunesmith(bench))
+        ours: list[list[Json]] = [[] for _ in OUR_BATCHES]
+        theirs: list[list[Json]] = [[] for _ in SETTINGS]
+        for _ in range(SIZE.rounds):
+            for batch, runs in zip(OUR_BATCHES, ours, strict=True):
+                runs.append(run_tunesmith(bench, batch))
             for setting, runs in zip(SETTINGS, theirs, strict=True):
                 runs.append(run_trl(bench, setting))
         report(ours, theirs)
 
 
-def report(ours: list, theirs: list) -> None:
-    print("| | tokens/s | peak memory | tunesmith's speed | tunesmith's memory |")
-    print("|---|---|---|---|---|")
-    speed = take_median(ours)["tokens_per_second"]
-    peak = max(run["peak_bytes"] for run in ours)
-    print(f"| tunesmith, packed | {speed:.0f} | {peak / 1e9:.2f} GB | | |")
-    best = max(theirs, key=lambda runs: tokens_per_second(take_median(runs)))
+def report(ours: list[list[Json]], theirs: list[list[Json]]) -> None:
+    """Print a row per setting; the ratios are those of tunesmith, per number of its rows."""
+    names = [f"{kind}, {batch} rows" for batch in OUR_BATCHES for kind in ("speed", "memory")]
+    print(f"| | tokens/s | peak memory | {' | '.join(names)} |")
+    print("|---" * (3 + len(names)) + "|")
+    empty = " |" * (1 + len(names))
+    measured = [measure(runs) for runs in ours]
+    for batch, (speed, peak) in zip(OUR_BATCHES, measured, strict=True):
+        print(f"| tunesmith, {batch} rows, packed | {speed:.0f} | {peak / 1e9:.2f} GB{empty}")
+    fastest = max(theirs, key=lambda runs: measure(runs)[0])
     for runs in theirs:
-        other = take_median(runs)
-        other_peak = max(run["peak_bytes"] for run in runs)
-        print(
-            f"| TRL, {other['name']}{', its fastest' if runs is best else ''} "
-            f"| {other['tokens_per_second']:.0f} | {other_peak / 1e9:.2f} GB "
-            f"| {speed / other['tokens_per_second']:.2f}x | {peak / other_peak:.2f}x |"
-        )
+        other_speed, other_peak = measure(runs)
+        name = f"TRL, {runs[0]['name']}{', its fastest' if runs is fastest else ''}"
+        ratios = [f"{s / other_speed:.2f}x | {p / other_peak:.2f}x" for s, p in measured]
+        print(f"| {name} | {other_speed:.0f} | {other_peak / 1e9:.2f} GB | {' | '.join(ratios)} |")
+
+
+def measure(runs: list[Json]) -> tuple[float, int]:
+    """Return the median of tokens per second, and the highest peak in bytes."""
+    return take_median(runs)["tokens_per_second"], max(run["peak_bytes"] for run in runs)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from statistics import median
 
 from benchmarks.data.rows import group_by_length
 from benchmarks.vs_trl.job import Job, Outcome, run_job, write_documents
-from benchmarks.vs_trl.prepare import Bench, log
+from benchmarks.vs_trl.prepare import OUR_BATCH, Bench, log
 
 from tunesmith.core.types import Document, Json, ModelSpec
 from tunesmith.data.packing import compute_saved_share
@@ -123,9 +123,11 @@ def make_tunesmith_options(documents: Sequence[Document], batch: int) -> Json:
     }
 
 
-def run_tunesmith(bench: Bench) -> Json:
-    options = make_tunesmith_options(bench.documents, bench.job.batch_size)
-    return run_timed_job(OURS, replace(bench.job, options=options), "tunesmith", bench.spec)
+def run_tunesmith(bench: Bench, batch: int = OUR_BATCH) -> Json:
+    options = make_tunesmith_options(bench.documents, batch)
+    steps = bench.size.rows // batch
+    job = replace(bench.job, batch_size=batch, steps=steps, options=options)
+    return run_timed_job(OURS, job, "tunesmith", bench.spec)
 
 
 def run_trl(bench: Bench, setting: Setting) -> Json:
