@@ -18,7 +18,7 @@ from tunesmith.core.types import Comparison, Json
 
 SWEEP_FILE = "sweep.json"
 WINNER_FILE = "winner.yaml"  # the recipe with the winner's values
-SWEEP_FORMAT = 1
+SWEEP_FORMAT = 2
 TrialState = Literal["complete", "pruned", "failed", "unfinished"]
 
 
@@ -36,7 +36,7 @@ class TrialRecord:
     curve: tuple[tuple[int, float], ...] = ()
     steps: int = 0
     planned_steps: int = 0
-    seconds: float = 0.0  # of training
+    seconds: float = 0.0  # from its first event to its last, without pauses between attempts
     reason: str = ""  # why it failed or stopped early, or the checkpoint that the value is of
 
 
@@ -52,23 +52,25 @@ class ConfigurationRecord:
     high: float | None = None
     seed_values: tuple[float, ...] = ()
     comparison: Comparison | None = None  # before: the winner, after: this one
-    p_value: float | None = None  # Holm-adjusted over all configurations compared
+    p_value: float | None = None  # Holm-adjusted over all pairs of configurations
     verdict: str = ""
 
 
 @dataclass(frozen=True)
 class LevelEffect:
-    """A value of a key against its best value, over the pairs that differ in this key alone.
+    """A value of a key against the winner's, over the pairs of trials that differ in it alone.
+    A value whose trials all stopped early has no pairs and no difference.
 
-    Of a range: the rank correlation of the value with the metric over all trials, `level` is ""."""
+    Of a range: the rank correlation of the value with the metric, `level` is "", and `pairs` are
+    the configurations that reached the end."""
 
     key: str
     level: str
     best_level: str
     pairs: int
-    difference: float
-    low: float
-    high: float
+    difference: float | None
+    low: float | None
+    high: float | None
     verdict: str
 
 

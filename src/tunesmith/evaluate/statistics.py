@@ -232,13 +232,22 @@ def compute_mcnemar_p(gains: int, losses: int) -> float:
     return min(1.0, 2 * tail / 2**changed)
 
 
-def adjust_p_values(p_values: Sequence[float]) -> tuple[float, ...]:
-    """Return p-values adjusted for multiple comparisons (Holm 1979), in the order given."""
+def count_pairs(size: int) -> int:
+    return size * (size - 1) // 2
+
+
+def adjust_p_values(p_values: Sequence[float], num_tests: int | None = None) -> tuple[float, ...]:
+    """Return p-values adjusted for multiple comparisons (Holm 1979), in the order given.
+
+    num_tests: if these were chosen by the same data, the number that they were chosen from, such as
+    all pairs for the comparisons with the best. Those not given count as larger than these, which
+    can only raise the result."""
+    num_tests = max(len(p_values), num_tests or 0)
     adjusted = [0.0] * len(p_values)
     running_max = 0.0
     ascending = sorted(range(len(p_values)), key=lambda index: p_values[index])
     for rank, index in enumerate(ascending):
-        running_max = max(running_max, min(1.0, (len(p_values) - rank) * p_values[index]))
+        running_max = max(running_max, min(1.0, (num_tests - rank) * p_values[index]))
         adjusted[index] = running_max
     return tuple(adjusted)
 
@@ -299,14 +308,19 @@ def judge_comparison(comparison: Comparison) -> str:
     return "better" if (low > 0) == comparison.higher_is_better else "worse"
 
 
-def judge_comparisons(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
-    """Return the verdict on each comparison, marked where it does not survive Holm correction."""
-    adjusted_p = adjust_p_values([compute_p_value(comparison) for comparison in comparisons])
+def judge_comparisons(
+    comparisons: Sequence[Comparison], num_tests: int | None = None
+) -> tuple[str, ...]:
+    """Return the verdict on each comparison, marked where it does not survive Holm correction for
+    these, or for the `num_tests` that they were chosen from."""
+    num_tests = max(len(comparisons), num_tests or 0)
+    p_values = [compute_p_value(comparison) for comparison in comparisons]
+    adjusted_p = adjust_p_values(p_values, num_tests)
     verdicts: list[str] = []
     for comparison, p in zip(comparisons, adjusted_p, strict=True):
         verdict = judge_comparison(comparison)
         if verdict in ("better", "worse") and p >= ALPHA:
-            verdict += f", but not after Holm correction ({len(comparisons)} comparisons)"
+            verdict += f", but not after Holm correction ({num_tests} comparisons)"
         verdicts.append(verdict)
     return tuple(verdicts)
 

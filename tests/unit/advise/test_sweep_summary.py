@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fake_runs
@@ -16,11 +17,12 @@ from tunesmith.advise.sweep.summary import (
     list_effects,
     list_forgetting,
 )
-from tunesmith.core.sweep_record import SweepRecord, TrialRecord, TrialState
+from tunesmith.core.sweep_record import SWEEP_FORMAT, SweepRecord, TrialRecord, TrialState
 from tunesmith.evaluate.results import MetricValues
 from tunesmith.recipe.sweep import SweepConfig
 
 RATES = (0.001, 0.002, 0.003)
+NUM_NULL_SWEEPS = 60
 Trial = tuple[int, int, float | None]  # configuration, seed, loss; None: failed
 
 
@@ -54,7 +56,7 @@ def make_record(
     configurations, winner = build_configurations(measured)
     return SweepRecord(
         version="",
-        format=1,
+        format=SWEEP_FORMAT,
         model="tiny",
         metric="loss",
         higher_is_better=False,
@@ -135,7 +137,31 @@ def test_effects_are_corrected_together() -> None:
         verdicts.append({effect.level: effect.verdict for effect in effects})
     assert verdicts[0] == {"0.002": "worse"}
     assert len(verdicts[1]) == 7
-    assert verdicts[1]["0.002"] == "worse, but not after Holm correction (7 comparisons)"
+    assert verdicts[1]["0.002"] == "worse, but not after Holm correction (28 comparisons)"
+
+
+def test_choosing_the_best_of_many_shows_no_difference_where_there_is_none() -> None:
+    """Compared with the best of equal ones, some are worse by chance: 24 comparisons would be
+    corrected too little."""
+    rng = np.random.default_rng(0)
+    shown = 0
+    for _ in range(NUM_NULL_SWEEPS):
+        measured = measure_trials([(index, 0, 0.0) for index in range(24)], rates=range(24))
+        for number, values in measured.values.items():
+            items = tuple(rng.normal(size=len(values.ids)))
+            measured.values[number] = replace(values, values=items)
+        configurations, _ = build_configurations(measured)
+        shown += any(configuration.verdict == "worse" for configuration in configurations)
+    assert shown / NUM_NULL_SWEEPS < 0.1
+
+
+def test_seeds_of_a_configuration_are_no_further_evidence() -> None:
+    """Three configurations with three seeds are three values of the range, not nine."""
+    space: dict[str, Any] = {"learning_rate": {"min": 0.001, "max": 0.01}}
+    sweep = SweepConfig.model_validate({**space, "search": "random", "trials": 3, "seeds": 3})
+    trials = [(index, seed, 1.0 + index) for seed in range(3) for index in range(3)]
+    (effect,) = list_effects(sweep, measure_trials(trials), winner=0)
+    assert (effect.pairs, effect.verdict) == (3, "too few items to tell")
 
 
 def test_a_metric_that_never_changes_is_correlated_with_nothing() -> None:

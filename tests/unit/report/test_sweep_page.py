@@ -17,6 +17,7 @@ from tunesmith.core.events import Score, TrainingEnd
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.sweep_record import (
     SWEEP_FILE,
+    SWEEP_FORMAT,
     SweepRecord,
     TrialEnd,
     TrialRecord,
@@ -76,7 +77,7 @@ def make_record(reason: str = "median pruner, at 50% of the steps") -> SweepReco
     test = compare_measurements(make_values(1.4, "test"), make_values(0.52, "test"), step=60)
     return SweepRecord(
         version=__version__,
-        format=1,
+        format=SWEEP_FORMAT,
         model="tiny",
         metric="loss",
         higher_is_better=False,
@@ -160,7 +161,9 @@ def test_levels_are_compared_with_all_else_equal() -> None:
     slow = effects["learning_rate", "0.0003"]
     assert (slow.best_level, slow.pairs, slow.verdict) == ("0.001", 4, "worse")
     assert slow.difference == pytest.approx(0.4 - 0.004)
-    assert ("learning_rate", "0.003") not in effects, "none of its trials reached the end"
+    fast = effects["learning_rate", "0.003"]
+    assert (fast.pairs, fast.difference) == (0, None), "none of its trials reached the end"
+    assert fast.verdict == "not compared: 1 of 2 trials stopped early"
     rank = effects["lora_r", "64"]
     assert (rank.best_level, rank.pairs) == ("8", 4)
     assert rank.difference == pytest.approx(0.002)

@@ -1,17 +1,19 @@
 """From finished trials to a SweepRecord: the winner, what differs from it, and what mattered.
 
 The winner is the configuration with the best mean on eval_data over the seeds that all have run
-with. The others are compared with it item by item, over the seeds that both have, and corrected
-together (Holm). Its own value on eval_data is the best of several, so it is no result: test_data is
-(winner.py). Left out: running trials.
+with. The others are compared with it item by item, over the seeds that both have, and corrected for
+all pairs (Holm): the winner was chosen by the same items. Its own value on eval_data is the best of
+several, so it is no result: test_data is (winner.py). Left out: running trials.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -42,17 +44,20 @@ from tunesmith.core.types import Comparison, Json, Plan
 from tunesmith.evaluate.results import MetricValues, compare_measurements, compute_score
 from tunesmith.evaluate.run_verdict import describe_cost, get_general
 from tunesmith.evaluate.statistics import (
+    ALPHA,
     MIN_ITEMS,
     NO_DIFFERENCE,
     TOO_FEW_ITEMS,
+    Z,
     adjust_p_values,
     compute_p_value,
+    count_pairs,
     judge_comparisons,
 )
 from tunesmith.recipe.sweep import SweepConfig, ValueRange
 
-MIN_CORRELATED_TRIALS = 8
-RESAMPLES = 1000
+MIN_CORRELATED = 8  # configurations
+MAX_CORRELATION = 1 - 1e-12  # Fisher's z of 1 is infinite
 MAX_NAMED = 3  # configurations that a note names
 STATE_NAMES: dict[optuna.trial.TrialState, TrialState] = {
     STATES["complete"]: "complete",
@@ -161,8 +166,10 @@ def build_configurations(measured: MeasuredTrials) -> tuple[list[ConfigurationRe
         return list(records.values()), None
     others = [r for r in records.values() if r.trials and r.number != winner]
     comparisons = [compare_configurations(measured, winner, record.number) for record in others]
-    adjusted = adjust_p_values([compute_p_value(comparison) for comparison in comparisons])
-    verdicts = judge_comparisons(comparisons)
+    num_pairs = count_pairs(len(others) + 1)  # any of them might have been the winner
+    p_values = [compute_p_value(comparison) for comparison in comparisons]
+    adjusted = adjust_p_values(p_values, num_pairs)
+    verdicts = judge_comparisons(comparisons, num_pairs)
     for record, comparison, p_value, verdict in zip(
         others, comparisons, adjusted, verdicts, strict=True
     ):
@@ -213,8 +220,9 @@ def compare_configurations(measured: MeasuredTrials, first: int, second: int) ->
 def list_effects(
     sweep: SweepConfig, measured: MeasuredTrials, winner: int
 ) -> Iterator[LevelEffect]:
-    """Yield the effect of each listed value against the winner's value of its key, corrected
-    together (Holm), then the correlation of each range."""
+    """Yield the effect of each listed value against the winner's value of its key, corrected for
+    all pairs of values (Holm), the values whose trials all stopped early, and the correlation of
+    each range."""
     settings = {
         trial.configuration: trial.settings
         for trial in measured.trials
@@ -222,19 +230,34 @@ def list_effects(
     }
     levels: list[tuple[str, Any, int]] = []  # key, value, pairs
     comparisons: list[Comparison] = []
+    stopped: list[LevelEffect] = []
     for key, values in sweep.space.items():
+        best = settings[winner][key]
         for level in () if isinstance(values, ValueRange) else values:
-            if pairs := _list_pairs(key, level, settings[winner][key], settings, measured):
+            if pairs := _list_pairs(key, level, best, settings, measured):
                 levels.append((key, level, len(pairs)))
                 comparisons.append(_compare_pairs(measured, pairs))
-    verdicts = judge_comparisons(comparisons)
+            elif num_stopped := _count_stopped(key, level, measured):
+                verdict = f"not compared: {num_stopped} stopped early"
+                words = (key, format_value(level), format_value(best))
+                stopped.append(LevelEffect(*words, 0, None, None, None, verdict))
+    counts = Counter(key for key, _, _ in levels)
+    num_pairs = sum(count_pairs(count + 1) for count in counts.values())
+    verdicts = judge_comparisons(comparisons, num_pairs)
     for (key, level, count), change, verdict in zip(levels, comparisons, verdicts, strict=True):
         best = format_value(settings[winner][key])
         interval = (change.difference, change.low, change.high)
         yield LevelEffect(key, format_value(level), best, count, *interval, verdict)
-    for key, values in sweep.space.items():
-        if isinstance(values, ValueRange):
-            yield _compute_correlation(key, measured)
+    yield from stopped
+    ranges = [key for key, values in sweep.space.items() if isinstance(values, ValueRange)]
+    yield from _list_correlations(ranges, measured)
+
+
+def _count_stopped(key: str, level: Any, measured: MeasuredTrials) -> str:
+    """Return how many of the trials with a value stopped early, "" if none did."""
+    states = [trial.state for trial in measured.trials if trial.settings[key] == level]
+    count = states.count("pruned")
+    return f"{count} of {format_count(len(states), 'trial')}" if count else ""
 
 
 def _list_pairs(
@@ -268,23 +291,37 @@ def _pair_seeds(measured: MeasuredTrials, first: int, second: int) -> list[tuple
     return [(first_seeds[seed], second_seeds[seed]) for seed in first_seeds if seed in second_seeds]
 
 
-def _compute_correlation(key: str, measured: MeasuredTrials) -> LevelEffect:
-    """Return the rank correlation (Spearman) of a key's value with the metric over the trials, and
-    its percentile bootstrap interval; 0 in [-1, 1] where the metric is the same in all trials."""
-    complete = [trial for trial in measured.trials if trial.value is not None]
-    pairs_N2 = np.array([[trial.settings[key], trial.value] for trial in complete], dtype=float)
-    count = len(complete)
-    if count < MIN_CORRELATED_TRIALS:
-        return LevelEffect(key, "", "", count, 0.0, -1.0, 1.0, TOO_FEW_ITEMS)
-    correlation = _compute_spearman(pairs_N2)
+def _list_correlations(keys: Sequence[str], measured: MeasuredTrials) -> Iterator[LevelEffect]:
+    """Yield the rank correlation (Spearman) of each key's value with the metric over the complete
+    configurations, corrected together (Holm)."""
+    settings: dict[int, Json] = {}
+    values: dict[int, list[float]] = {}  # one list a configuration: seeds are no further evidence
+    for trial in measured.trials:
+        if trial.value is not None:
+            settings[trial.configuration] = trial.settings
+            values.setdefault(trial.configuration, []).append(trial.value)
+    means = {configuration: fmean(by_seed) for configuration, by_seed in values.items()}
+    count = len(means)
+    pairs = {key: [(settings[number][key], mean) for number, mean in means.items()] for key in keys}
+    results = {key: _compute_correlation(np.array(pairs[key], dtype=float)) for key in keys}
+    adjusted = adjust_p_values([p_value for *_, p_value in results.values()])
+    for (key, (*interval, _)), p_value in zip(results.items(), adjusted, strict=True):
+        verdict = "correlated" if p_value < ALPHA else NO_DIFFERENCE
+        verdict = TOO_FEW_ITEMS if count < MIN_CORRELATED else verdict
+        yield LevelEffect(key, "", "", count, *interval, verdict)
+
+
+def _compute_correlation(pairs_N2: np.ndarray) -> tuple[float, float, float, float]:
+    """Return Spearman's correlation, its 95% interval and p by Fisher's z, with the variance of
+    Bonett and Wright (2000); (0, -1, 1, 1) for too few pairs and where one value never changes."""
+    count = len(pairs_N2)
+    correlation = _compute_spearman(pairs_N2) if count >= MIN_CORRELATED else math.nan
     if math.isnan(correlation):
-        return LevelEffect(key, "", "", count, 0.0, -1.0, 1.0, NO_DIFFERENCE)
-    rng = np.random.default_rng(0)
-    draws_RN = rng.integers(count, size=(RESAMPLES, count))
-    resampled = [_compute_spearman(pairs_N2[rows]) for rows in draws_RN]
-    low, high = (float(bound) for bound in np.nanquantile(resampled, [0.025, 0.975]))
-    verdict = NO_DIFFERENCE if low <= 0 <= high else "correlated"
-    return LevelEffect(key, "", "", count, correlation, low, high, verdict)
+        return 0.0, -1.0, 1.0, 1.0
+    z = math.atanh(max(-MAX_CORRELATION, min(MAX_CORRELATION, correlation)))
+    error = math.sqrt((1 + correlation**2 / 2) / (count - 3))
+    low, high = (math.tanh(z + sign * Z * error) for sign in (-1, 1))
+    return correlation, low, high, math.erfc(abs(z) / error / math.sqrt(2))
 
 
 def _compute_spearman(pairs_N2: np.ndarray) -> float:

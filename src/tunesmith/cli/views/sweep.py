@@ -161,7 +161,9 @@ def _render_effects(record: SweepRecord) -> Table:
     columns = ("key", "value", "winner's", "pairs", "difference", "")
     table = make_table(title, *columns, numbers=("value", "winner's", "pairs"))
     for effect in record.effects:
-        interval = f"{effect.difference:+.3f} \\[{effect.low:+.3f}, {effect.high:+.3f}]"
+        interval = ""
+        if effect.difference is not None:
+            interval = f"{effect.difference:+.3f} \\[{effect.low:+.3f}, {effect.high:+.3f}]"
         level = effect.level or "rank correlation"
         table.add_row(
             effect.key, level, effect.best_level, str(effect.pairs), interval, effect.verdict
