@@ -69,7 +69,7 @@ def load_quantized(
             layer = QuantizedLinear(tensor, linears[path].bias, dtype)
             replace_module(network, path, layer)
         else:
-            put_tensor(network, name, tensor.to(pick_dtype(network, name, dtype)))
+            put_tensor(network, name, tensor.to(pick_dtype(network, name, dtype, stored)))
     return finish_network(network, folder, device)
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import read_json_object
 from tunesmith.model.adapters import find_lora_layers
 from tunesmith.model.expert_adapters import (
     ExpertLoraTensors,
@@ -61,6 +62,7 @@ from tunesmith.model.layer_shards import cut_piece, get_complete_shape
 from tunesmith.model.new_embeddings import collect_new_rows
 from tunesmith.model.safetensors_io import find_nonfinite, write_tensors
 from tunesmith.model.target_modules import HEAD, find_embedding, is_transposed_linear
+from tunesmith.model.text_network import pick_saved_dtype
 from tunesmith.model.trained_modules import get_trained_modules
 from tunesmith.model.weight_shards import gather_parents
 
@@ -512,16 +514,18 @@ def _add_adapter_output(
 
 
 def save_model(network: nn.Module, folder: Path, base: Path, dtype: torch.dtype) -> None:
-    """Write all weights in `dtype` under their stock names, and the base's config.json. Those of a
-    multimodal base that were not loaded are copied."""
+    """Write all weights in `dtype`, those of `pick_saved_dtype` in fp32, under their stock names,
+    and the base's config.json. Those of a multimodal base that were not loaded are copied."""
     folder.mkdir(parents=True, exist_ok=True)
     stored_names = _list_stored_names(base) if find_tensor_prefix(network) else {}
+    text_tensors = read_text_tensors(base)
     tensors: dict[str, Tensor] = {}
     for name, parameter in network.named_parameters():
         gather_parents(network, name)
         stored_name = stored_names.get(name, name)
-        is_shared = parameter.dtype == dtype  # with a layer that the next one may replace
-        weight = parameter.detach().to("cpu", dtype, copy=is_shared)
+        weight_dtype = pick_saved_dtype(network, name, dtype, text_tensors.parameters)
+        is_shared = parameter.dtype == weight_dtype  # with a layer that the next one may replace
+        weight = parameter.detach().to("cpu", weight_dtype, copy=is_shared)
         if is_transposed_linear(name):
             weight = weight.t()
         tensors[stored_name] = weight.contiguous()
@@ -530,7 +534,7 @@ def save_model(network: nn.Module, folder: Path, base: Path, dtype: torch.dtype)
         if name in state:
             tensors[stored_names.get(name, name)] = buffer.cpu().contiguous()
     if stored_names:
-        for name, header in read_text_tensors(base).omitted.items():
+        for name, header in text_tensors.omitted.items():
             with safe_open(header.file, "pt") as file:
                 tensors[name] = file.get_tensor(name)
     write_tensors(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -584,10 +588,7 @@ def save_serving_files(
             template_file = folder / "chat_template.jinja"
         template_file.parent.mkdir(exist_ok=True)
         template_file.write_text(source, encoding="utf-8", newline="")
-    generation: dict[str, Any] = {}
-    generation_file = base / "generation_config.json"
-    if generation_file.is_file():
-        generation = json.loads(generation_file.read_text(encoding="utf-8"))
+    generation = read_json_object(base / "generation_config.json", is_optional=True)
     generation["eos_token_id"] = list(end_ids)
     _write_json(folder / "generation_config.json", generation)
 

@@ -129,8 +129,11 @@ def load_text_network(
     """Load the text class in `dtype`; with `shards`, each layer is sharded once this rank's rows of
     it are loaded. Raises InputError for NaN or infinite values."""
     network = build_empty_network(folder, dtype)
-    part_rows = {} if shards is None else _find_part_rows(network, dtype, shards)
-    for name, stored in iter_by_layer(network, list_stored_parameters(network, folder), shards):
+    listed = list_stored_parameters(network, folder)
+    part_rows = {}
+    if shards is not None:
+        part_rows = _find_part_rows(network, dtype, shards, dict(listed))
+    for name, stored in iter_by_layer(network, listed, shards):
         if stored.headers[0].dtype == MXFP4_DTYPE:
             set_packed_experts(network, name, stored, dtype, device)
             continue
@@ -138,12 +141,15 @@ def load_text_network(
             tensor = _read_rows(name, stored, part_rows[name], folder, device)
         else:
             tensor = read_finite_parameter(name, stored, folder, device)
-        put_tensor(network, name, tensor.to(pick_dtype(network, name, dtype)))
+        put_tensor(network, name, tensor.to(pick_dtype(network, name, dtype, stored)))
     return finish_network(network, folder, device)
 
 
 def _find_part_rows(
-    network: PreTrainedModel, dtype: torch.dtype, shards: WeightShards
+    network: PreTrainedModel,
+    dtype: torch.dtype,
+    shards: WeightShards,
+    stored: Mapping[str, StoredParameter],
 ) -> dict[str, range]:
     """Return which rows of each parameter of the layers this rank keeps."""
     decoder: Any = network.base_model
@@ -152,7 +158,8 @@ def _find_part_rows(
     for number, layer in enumerate(decoder.layers):
         sizes: dict[str, tuple[int, int]] = {}
         for name, parameter in layer.named_parameters(prefix=f"{prefix}.{number}"):
-            row_bytes = pick_dtype(network, name, dtype).itemsize * parameter[0].numel()
+            row_dtype = pick_dtype(network, name, dtype, stored[name])
+            row_bytes = row_dtype.itemsize * parameter[0].numel()
             sizes[name] = (len(parameter), row_bytes)
         part_rows |= shards.find_part_rows(sizes)
     return part_rows
@@ -249,13 +256,37 @@ def read_finite_parameter(
     return tensor
 
 
-def pick_dtype(network: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a parameter: transformers keeps a few in fp32, such as the biases of
-    routers and some decays."""
+def pick_dtype(
+    network: PreTrainedModel, name: str, dtype: torch.dtype, stored: StoredParameter
+) -> torch.dtype:
+    """Return the dtype of a parameter: some stay in fp32. transformers keeps the biases of routers
+    and a few others so; decays and norms of recurrent layers stay as they are stored, since serving
+    engines do not round them."""
     wide = network._keep_in_fp32_modules_strict or ()
     is_wide = any(f".{part}." in f".{name}." for part in wide)
     is_wide |= network.get_parameter_or_buffer(name).dtype == torch.float32
+    is_wide |= is_wide_recurrent(network, name, stored)
     return torch.float32 if is_wide and dtype in NARROW_DTYPES else dtype
+
+
+def pick_saved_dtype(
+    network: nn.Module, name: str, dtype: torch.dtype, parameters: Mapping[str, StoredParameter]
+) -> torch.dtype:
+    """Return the dtype of a trained parameter in files: `dtype`, but fp32 for what recurrent layers
+    of the base have in fp32."""
+    stored = find_stored(parameters, name)
+    is_wide = stored is not None and is_wide_recurrent(network, name, stored)
+    return torch.promote_types(dtype, torch.float32) if is_wide else dtype
+
+
+def is_wide_recurrent(network: nn.Module, name: str, stored: StoredParameter) -> bool:
+    """Return whether a decay, a norm or another vector of a recurrent layer is stored in fp32."""
+    path, _, _ = name.rpartition(".")
+    module = network.get_submodule(path)
+    mixer = network.get_submodule(path.rpartition(".")[0])  # of a norm
+    is_recurrent = hasattr(module, "A_log") or hasattr(mixer, "A_log")
+    is_projection = isinstance(module, nn.Conv1d | nn.Linear)
+    return stored.headers[0].dtype == "F32" and is_recurrent and not is_projection
 
 
 def put_tensor(network: PreTrainedModel, name: str, tensor: Tensor) -> None:
