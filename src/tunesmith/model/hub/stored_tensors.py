@@ -35,6 +35,10 @@ PREFIXES = (
     ("language_model.", "model."),
     ("lm_head.", "lm_head."),
 )
+# Types of text classes whose checkpoints may have these names: transformers saves them so when it
+# has loaded them from the whole model.
+PREFIXED_TEXT_TYPES = {"qwen3_5_text", "qwen3_5_moe_text"}
+REPEATED_PREFIX = "language_model.language_model."
 GRANITE_WORDS = (
     (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
     (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
@@ -154,6 +158,8 @@ class TensorNaming:
             name = replacement + name.removeprefix(prefix)
         elif name.startswith(PREDICTING_PREFIXES) or OLD_BUFFER.fullmatch(name):
             return None
+        elif self.text_type in PREFIXED_TEXT_TYPES and name.startswith(TEXT_PREFIX):
+            name = f"model.{name.removeprefix(TEXT_PREFIX)}"
         for word, replacement in WORDS.get(self.text_type, ()):
             name = name.replace(word, replacement)
         if self.text_type == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
@@ -197,6 +203,7 @@ def read_text_tensors(folder: Path) -> TextTensors:
     single: dict[str, TensorHeader] = {}
     omitted: dict[str, TensorHeader] = {}
     for file_name, header in headers.items():
+        _refuse_repeated_prefix(file_name, folder)
         name = naming.name_parameter(file_name)
         if name is None:
             omitted[file_name] = header
@@ -209,6 +216,17 @@ def read_text_tensors(folder: Path) -> TextTensors:
         message = f"the weights have no text part: no tensor's name starts with {TEXT_PREFIX}"
         raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
     return TextTensors(_group_tensors(single, naming, folder), omitted)
+
+
+def _refuse_repeated_prefix(name: str, folder: Path) -> None:
+    """Raise InputError for the names that some versions of transformers wrote."""
+    if REPEATED_PREFIX in name:
+        message = f"the names of the weights repeat language_model: {name:.200}"
+        fix = (
+            "they are from transformers 5.5.0 to 5.5.3: load the model with that version, and call "
+            "save_pretrained with a later one; or use the model that it was made from"
+        )
+        raise InputError(message, where=str(folder), fix=fix)
 
 
 def has_uniform_layers(folder: Path) -> bool:
