@@ -66,11 +66,13 @@ CONVOLUTION = re.compile(r"(.*\.)[qkv](_conv1d\.weight)")
 # Tables that are computed today, in checkpoints of the first families.
 OLD_BUFFER = re.compile(r".*\.(rotary_emb\.inv_freq|(attention|attn)\.(masked_)?bias)")
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+KEYS_AND_VALUES = re.compile(r".*\.self_attn\.[kv]_(proj|norm)\..*")
 TRANSPOSED_TYPES = {"qwen3_vl_moe"}  # files hold their fused experts [E, I, O], the class does not
 TRANSPOSED_STACKS = {"gpt_oss"}  # text types whose class has [E, I, O], as its files do
 PREDICTING_PREFIXES = ("mtp.", "model.mtp_")  # of what predicts further tokens
 # their layers beyond the last one do
 PREDICTING_TYPES = {"deepseek_v3", "glm4_moe", "glm4_moe_lite"}
+SHARING_TYPES = {"gemma4_text", "gemma4_unified_text"}
 SAMPLE_BYTES = 2**16
 DOWNLOAD_FIX = "download the model again"
 
@@ -141,6 +143,8 @@ class TensorNaming:
     text_type: str = ""
     num_layers: int | None = None  # config.json leaves it to transformers' default
     hidden_size: int | None = None
+    # the last layers, which take keys and values of others; files of Gemma 4 have weights for them
+    num_sharing_layers: int = 0
     is_transposed: bool = False
 
     @property
@@ -165,9 +169,15 @@ class TensorNaming:
         if self.text_type == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
             name = f"transformer.{name}"  # files of the decoder alone, as its first ones are
         layer = LAYER.match(name)
-        if layer is None or self.num_layers is None or self.text_type not in PREDICTING_TYPES:
-            return name
-        return None if int(layer[1]) >= self.num_layers else name
+        return None if layer is not None and self._is_unused(name, int(layer[1])) else name
+
+    def _is_unused(self, name: str, layer: int) -> bool:
+        """Return whether no module of this layer has the parameter."""
+        if self.num_layers is None:
+            return False
+        if KEYS_AND_VALUES.fullmatch(name) and self.num_sharing_layers:
+            return layer >= self.num_layers - self.num_sharing_layers
+        return self.text_type in PREDICTING_TYPES and layer >= self.num_layers
 
 
 PLAIN_NAMING = TensorNaming()  # as in the text class
@@ -181,12 +191,15 @@ def read_naming(config: Json) -> TensorNaming:
     if is_multimodal and isinstance(config.get("text_config"), dict):
         text = config["text_config"]
     sizes: dict[str, int | None] = {}
-    for key in ("num_hidden_layers", "hidden_size"):
+    for key in ("num_hidden_layers", "hidden_size", "num_kv_shared_layers"):
         sizes[key] = text[key] if type(text.get(key)) is int else None
+    text_type = find_text_type(config)
+    num_sharing_layers = sizes["num_kv_shared_layers"] if text_type in SHARING_TYPES else 0
     return TensorNaming(
         is_multimodal=is_multimodal,
-        text_type=find_text_type(config),
+        text_type=text_type,
         num_layers=sizes["num_hidden_layers"],
+        num_sharing_layers=num_sharing_layers or 0,
         is_transposed=model_type in TRANSPOSED_TYPES,
         hidden_size=sizes["hidden_size"],
     )
@@ -223,8 +236,8 @@ def _refuse_repeated_prefix(name: str, folder: Path) -> None:
     if REPEATED_PREFIX in name:
         message = f"the names of the weights repeat language_model: {name:.200}"
         fix = (
-            "they are from transformers 5.5.0 to 5.5.3: load the model with that version, and call "
-            "save_pretrained with a later one; or use the model that it was made from"
+            "transformers 5.5.0 to 5.5.3 save Qwen3.5 so: write language_model once in each name, "
+            "or use the model that it was made from"
         )
         raise InputError(message, where=str(folder), fix=fix)
 

@@ -105,4 +105,4 @@ def test_repeated_prefixes_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="repeat language_model") as caught:
         read_text_tensors(tmp_path)
     assert "download" not in caught.value.fix
-    assert "save_pretrained" in caught.value.fix
+    assert "language_model once in each name" in caught.value.fix

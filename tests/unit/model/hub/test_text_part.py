@@ -1,6 +1,7 @@
 """Text parts of multimodal checkpoints: what is loaded, what is left out, and what is written."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,9 @@ TEXT_CLASSES = {
     "qwen3_vl": ("qwen3", "Qwen3ForCausalLM"),
 }
 IDS = torch.randint(3, 80, (1, 21), generator=torch.Generator().manual_seed(5))
+UNUSED = re.compile(
+    r"model\.language_model\.layers\.[23]\.self_attn\.(k_proj|v_proj|k_norm)\.weight"
+)
 SETTINGS = LORA | {"lora_target_modules": ["q_proj", "down_proj"]}
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
@@ -64,6 +68,8 @@ def folder(model_type: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name.endswith("layer_scalar"):
             buffer.fill_(0.7)
     whole.save_pretrained(folder)
+    if model_type == "gemma4":
+        rewrite(folder, add_shared_keys)
     return folder
 
 
@@ -91,9 +97,24 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
+def add_shared_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with keys and values of the two layers that take those of others:
+    published files of Gemma 4 E2B and E4B have them, and no module does."""
+    unused: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for layer in (0, 1):
+            prefix = f"model.language_model.layers.{layer}.self_attn"
+            if name.startswith(prefix) and name.split(".")[5] in ("k_proj", "v_proj", "k_norm"):
+                unused[name.replace(f"layers.{layer}", f"layers.{layer + 2}")] = tensor + 0.5
+    assert len(unused) == 6
+    return tensors | unused
+
+
 def strip_prefix(name: str) -> str:
     """Return the name of a tensor of the text part in the text class, empty for others. Files of
     gemma3 and mistral3 have older names."""
+    if UNUSED.fullmatch(name):
+        return ""
     for prefix in ("model.language_model.", "language_model.model."):
         if name.startswith(prefix):
             return f"model.{name.removeprefix(prefix)}"
@@ -382,6 +403,24 @@ def test_an_adapter_of_another_class_is_refused(gemma3: Path, tmp_path: Path) ->
     save_file(tensors | {name: text[name].clone()}, file)
     with pytest.raises(InputError, match="under two names"):
         read_adapter(tmp_path / "adapter", gemma3)
+
+
+def test_an_adapter_of_unused_keys_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    AutoModelForImageTextToText.from_config(CONFIGS["gemma4"]).save_pretrained(base)
+    rewrite(base, add_shared_keys)
+    settings = LORA | {"lora_target_modules": ["k_proj"]}
+    network: Any = load_network(base, torch.float32)
+    METHODS["lora"](network, settings)
+    save_adapter(network, tmp_path, settings, base)
+    assert read_adapter(tmp_path, base).target_modules == ("k_proj",)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    unused = {n.replace("rs.0", "rs.2"): t.clone() for n, t in tensors.items() if "rs.0" in n}
+    save_file(tensors | unused, file)
+    with pytest.raises(InputError, match=r"layers\.2\.self_attn\.k_proj"):
+        read_adapter(tmp_path, base)
 
 
 def test_a_trained_text_part_runs_packed(folder: Path) -> None:
