@@ -6,7 +6,7 @@
     verify_dir(path) -> ""      the problem of a folder, by the sizes and hashes in its manifest
 
 Everything is written next to its target, so that the last step is a rename within one file system.
-An OSError becomes a MachineError that says how much disk space is needed. Links are never followed:
+An OSError becomes a DiskError that says how much disk space is needed. Links are never followed:
 a folder of a stranger may hold one that leads to a file of the user. Temporary names are random
 and created exclusively; `open_unlinked` opens the few files that are written in place.
 """
@@ -28,8 +28,8 @@ from typing import IO, Any
 from tunesmith.core.errors import (
     DENIED_ERRNOS,
     MACHINE_ERRNOS,
+    DiskError,
     InputError,
-    MachineError,
     to_machine_error,
 )
 from tunesmith.core.formatting import format_bytes
@@ -44,7 +44,7 @@ TRASH_PREFIX = ".trash-"
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file atomically. Raises MachineError if the disk refuses."""
+    """Write a file atomically. Raises DiskError if the disk refuses."""
     with atomic_file(path, len(content)) as file:
         file.write(content)
 
@@ -53,7 +53,7 @@ def write_file(path: Path, content: bytes) -> None:
 def atomic_file(path: Path, needed_bytes: int = 0) -> Generator[IO[bytes]]:
     """Yield a file to fill, which then replaces `path`; a link there is replaced, not followed.
 
-    On any error the old file stays. Raises MachineError if the disk refuses."""
+    On any error the old file stays. Raises DiskError if the disk refuses."""
     temporary = path.parent / _make_temp_name(TEMP_PREFIX, path.name)
     with disk_errors(path, needed_bytes):
         try:
@@ -115,7 +115,7 @@ def atomic_dir(
 
     An existing folder is replaced. On any error the new folder is removed and the old one stays.
     `needed_bytes`, if known, is checked against the free disk space first; `key` is the setting
-    that chose the path. Raises MachineError if the disk refuses."""
+    that chose the path. Raises DiskError if the disk refuses."""
     temporary = path.parent / _make_temp_name(TEMP_PREFIX, path.name)
     with disk_errors(path, needed_bytes, key):
         make_dirs(path.parent)
@@ -219,7 +219,7 @@ def require_disk_space(folder: Path, needed_bytes: int, key: str = "output_dir")
 
 @contextmanager
 def disk_errors(path: Path, needed_bytes: int = 0, key: str = "output_dir") -> Generator[None]:
-    """Turn an OSError into a MachineError."""
+    """Turn an OSError into a DiskError."""
     try:
         yield
     except OSError as error:
@@ -232,16 +232,16 @@ def disk_errors(path: Path, needed_bytes: int = 0, key: str = "output_dir") -> G
         if error.errno in MACHINE_ERRNOS and error.errno not in DENIED_ERRNOS:
             raise to_machine_error(error, "cannot be written", path) from error
         fix = f"choose another {key}, or make it writable"
-        raise MachineError(
+        raise DiskError(
             f"cannot be written: {error.strerror or error}", where=str(path), fix=fix
         ) from error
 
 
 def raise_if_lockless(error: OSError, path: Path, key: str) -> None:
-    """Raise MachineError if a lock was refused because the file system has none, or because its
+    """Raise DiskError if a lock was refused because the file system has none, or because its
     server gives none (NFS). Without it, two processes could write the same files."""
     if error.errno in (ENOLCK, ENOSYS, EOPNOTSUPP):
-        raise MachineError(
+        raise DiskError(
             f"this file system gives no file locks: {error.strerror}",
             where=str(path),
             fix=f"set {key} to a local disk, or mount it with locks (NFS: run rpc.statd, or "
@@ -249,10 +249,10 @@ def raise_if_lockless(error: OSError, path: Path, key: str) -> None:
         ) from error
 
 
-def _make_disk_full_error(path: Path, needed_bytes: int, free_bytes: int, key: str) -> MachineError:
+def _make_disk_full_error(path: Path, needed_bytes: int, free_bytes: int, key: str) -> DiskError:
     needed = f"{format_bytes(needed_bytes)} ({needed_bytes} bytes)" if needed_bytes else "more"
     free = f"{format_bytes(free_bytes)} ({free_bytes} bytes)"
-    return MachineError(
+    return DiskError(
         f"no space left on the disk: {needed} needed, {free} free",
         where=str(path),
         fix=f"free some disk space, or set {key} to another disk",

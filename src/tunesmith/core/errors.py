@@ -2,7 +2,8 @@
 
     TunesmithError
     |- InputError      2   the user's input: recipe, data, model folder
-    |- MachineError    3   the machine: memory, disk, permissions, network
+    |- MachineError    3   the machine: memory, network
+    |  `- DiskError    3   its disk and the permissions there
     |- GateError       4   a gate failed: preflight, guard, repeated NaN, parity
     `- Interrupted   130   stopped by a signal; the run can be resumed (143 for SIGTERM)
 
@@ -89,6 +90,10 @@ class MachineError(TunesmithError):
     exit_code = 3
 
 
+class DiskError(MachineError):
+    """The disk, its rights, or a limit on files: every other run here would meet it, too."""
+
+
 class GateError(TunesmithError):
     exit_code = 4
 
@@ -97,11 +102,11 @@ class Interrupted(TunesmithError):
     exit_code = 130
 
 
-def to_machine_error(error: OSError, message: str, where: object = "") -> MachineError:
+def to_machine_error(error: OSError, message: str, where: object = "") -> DiskError:
     """Convert an error of a disk, a mount or the memory, with what helps against it."""
     fix = OTHER_FIXES.get(error.errno or 0, DISK_FIX)
     text = f"{message}: {error.strerror or error}"
-    return MachineError(text, where=str(where or error.filename or ""), fix=fix)
+    return DiskError(text, where=str(where or error.filename or ""), fix=fix)
 
 
 def to_path_error(error: OSError) -> InputError:

@@ -122,6 +122,11 @@ class SweepRecord:
         return sum(trial.state == state for trial in self.trials)
 
 
+def name_trial(number: int) -> str:
+    """Return the name of a trial, which is that of its folder."""
+    return f"trial-{number:03d}"
+
+
 def read_sweep(folder: Path) -> SweepRecord:
     """Read the record of a finished sweep. Raises InputError for a folder that is no sweep, or one
     of another version."""
@@ -191,7 +196,7 @@ class TrialEvent:
 class TrialEnd:
     trial: TrialRecord
     remaining_trials: int  # at most
-    remaining_seconds: float
+    remaining_seconds: float | None  # None while no trial has shown how long one takes
 
 
 SweepEvent = SweepStart | TrialStart | Event | TrialEvent | TrialEnd | SweepRecord

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.errors import DiskError, InputError, MachineError
 from tunesmith.core.formatting import format_count
 from tunesmith.core.types import (
     DataReport,
@@ -351,8 +351,8 @@ def _estimate_disk(recipe: Recipe, context: RuleContext, data: Mapping[str, Data
 
 
 def refuse_if_too_large(plan: Plan) -> None:
-    """Raise MachineError if memory or disk is too small, and InputError if the plan is for GPUs as
-    this version cannot use them, before anything is loaded."""
+    """Raise MachineError if memory is too small, DiskError if the disk is, and InputError if the
+    plan is for GPUs as this version cannot use them, before anything is loaded."""
     if plan.mesh is not None and plan.mesh.missing:
         fix = "set max_grad_norm: 1, which keeps all gradients"
         if plan.mesh.mesh.shard > 1:
@@ -377,7 +377,7 @@ def refuse_if_too_large(plan: Plan) -> None:
             f"with more memory{larger}",
         )
     if plan.disk_bytes > plan.machine.disk_free_bytes:
-        raise MachineError(
+        raise DiskError(
             f"the run folder needs up to {plan.disk_bytes:,} bytes, but "
             f"{plan.machine.disk_free_bytes:,} are free",
             where=plan.config.output_dir,

@@ -241,4 +241,4 @@ def _build_curve_chart(record: SweepRecord) -> LineChart | None:
 def _build_curve(trial: TrialRecord, record: SweepRecord) -> Series:
     points = tuple(Point(percent, value) for percent, value in trial.curve)
     style = "main" if trial.number == record.winner_trial else "faint"
-    return Series(f"trial {trial.number}", points, style, has_dots=True)
+    return Series(trial.folder, points, style, has_dots=True)

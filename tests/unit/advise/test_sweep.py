@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,11 @@ from tiny_runs import (
     write_rows,
 )
 from tiny_sweeps import make_sweep_recipe, sweep
+from tunesmith.advise.sweep import run_trial
 from tunesmith.advise.sweep.run_sweep import run_sweep
-from tunesmith.advise.sweep.run_trial import has_same_start, list_eval_tasks
-from tunesmith.core.errors import GateError, InputError
-from tunesmith.core.events import CheckResult, Score
+from tunesmith.advise.sweep.run_trial import TrialRunner, has_same_start, list_eval_tasks
+from tunesmith.core.errors import DiskError, GateError, InputError
+from tunesmith.core.events import CheckResult, Event, Score, TrainStep
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import (
     EVAL_BEFORE_FILE,
@@ -34,14 +38,17 @@ from tunesmith.core.run_dir import (
     read_run_record,
 )
 from tunesmith.core.sealed_json import read_sealed_json
-from tunesmith.core.sweep_record import SweepRecord, SweepStart, TrialEnd, read_sweep
+from tunesmith.core.sweep_record import SweepRecord, SweepStart, TrialEnd, TrialSpec, read_sweep
 from tunesmith.evaluate import measure
 from tunesmith.recipe.load import dump_recipe, load_recipe
 from tunesmith.recipe.schema import Recipe
-from tunesmith.session import inputs
+from tunesmith.session import fingerprint, inputs
 from tunesmith.session.session import Session
 from tunesmith.train import run
 from tunesmith.train.preflight import run_preflight
+
+
+SEED_FAILED_FIRST = 2  # of the order of a grid of two methods and two ranks
 
 
 def build_table(record: SweepRecord) -> str:
@@ -371,7 +378,7 @@ def test_another_recipe_and_another_version_are_refused(
     identity = Path(finished.folder) / "settings.json"
     (folder / "settings.json").write_bytes(identity.read_bytes())
     recipe = make_sweep_recipe(tiny_folder, Path(finished.folder).parent, weight_decay=0.5)
-    with pytest.raises(InputError, match="a sweep with other settings: weight_decay"):
+    with pytest.raises(InputError, match=r"with other settings: recipe.weight_decay: none -> 0.5"):
         sweep(recipe, folder)
     settings = {**read_json(identity), "format": 99}
     (folder / "settings.json").write_text(json.dumps(settings))
@@ -382,6 +389,113 @@ def test_another_recipe_and_another_version_are_refused(
     (other / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"not empty and is not a sweep: notes\.txt"):
         sweep(recipe, other)
+
+
+@pytest.mark.parametrize("changed", ["metric", "general text", "version"])
+def test_trials_of_other_files_or_another_version_do_not_compare(
+    changed: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a trial is measured by, or with, is as much a part of a sweep as its recipe."""
+    metric = tmp_path / "m.py"
+    metric.write_text("def score(prediction, reference, row):\n    return 1.0\n")
+    general = write_rows(tmp_path / "general.jsonl", [{"text": "a b c"}] * 6)
+    recipe = make_sweep_recipe(
+        tiny_folder, tmp_path, metrics=[f"{metric}:score"], retention_data=str(general)
+    )
+    events = run_sweep(inputs.load_inputs(recipe), tmp_path / "sweep", allow_code=True)
+    assert isinstance(next(events), SweepStart)
+    events.close()  # type: ignore[attr-defined]
+    if changed == "metric":
+        metric.write_text(metric.read_text().replace("1.0", "0.0"))
+        expected = r"data\.metrics\.m\.py: sha256"
+    elif changed == "general text":
+        write_rows(general, [{"text": "d e f"}] * 6)
+        expected = r"data\.retention_data: sha256"
+    else:
+        monkeypatch.setattr(fingerprint, "__version__", "99.0")
+        expected = r"tunesmith: .* -> 99\.0"
+    with pytest.raises(InputError, match=f"a sweep with other settings: {expected}"):
+        sweep(recipe, tmp_path / "sweep", allow_code=True)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"recipe": {}}', '{"format": 2}'])
+def test_a_damaged_record_of_the_settings_is_refused(
+    content: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "settings.json").write_text(content)
+    with pytest.raises(InputError):
+        sweep(make_sweep_recipe(tiny_folder, tmp_path), tmp_path / "sweep")
+
+
+def test_a_sweep_of_a_dated_template_goes_on_after_midnight(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %B %Y') }}" + template.read_text())
+    recipe = make_sweep_recipe(model, tmp_path, {"lora_r": [2, 4]})
+    evening = datetime(2026, 5, 1, 23, 50)
+    events = run_sweep(inputs.load_inputs(recipe, now=evening), tmp_path / "sweep")
+    for event in events:
+        if isinstance(event, TrialEnd):
+            break
+    events.close()  # type: ignore[attr-defined]
+    morning = inputs.load_inputs(recipe, now=datetime(2026, 5, 2, 8))
+    *_, record = run_sweep(morning, tmp_path / "sweep")
+    assert isinstance(record, SweepRecord)
+    assert record.count_trials("complete") == 2
+    second = read_run_plan(tmp_path / "sweep" / "trial-001")
+    assert second.config.now.startswith("2026-05-01"), "all trials saw the same prompts"
+
+
+def test_a_full_disk_ends_the_sweep_and_fails_no_trial(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, {"lora_r": [2, 4]})
+    with monkeypatch.context() as patched:
+        patched.setattr(run_trial, "read_free_disk", lambda _: 10)
+        with pytest.raises(DiskError, match="the run folder needs up to"):
+            sweep(recipe, tmp_path / "sweep")
+    record = sweep(recipe, tmp_path / "sweep")
+    assert record.count_trials("complete") == 2
+
+
+def test_a_continued_first_trial_is_judged_by_the_steps_to_come(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 6 s a step, two minutes are too few for 40 steps, and enough for the last ten."""
+    start_trial = TrialRunner.start_trial
+
+    def report_slow_steps(runner: TrialRunner, spec: TrialSpec) -> Iterator[Event]:
+        for event in start_trial(runner, spec):
+            is_step = isinstance(event, TrainStep)
+            yield dataclasses.replace(event, seconds=6.0) if is_step else event
+
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, {"lora_r": [2]}, max_steps=40, save_steps=10)
+    events = run_sweep(inputs.load_inputs(recipe), tmp_path / "sweep")
+    for event in events:
+        if isinstance(event, TrainStep) and event.step == 31:
+            break
+    events.close()  # type: ignore[attr-defined]
+    monkeypatch.setattr(TrialRunner, "start_trial", report_slow_steps)
+    with pytest.raises(InputError, match=r"takes about 3\.\d minutes"):
+        sweep(recipe, tmp_path / "other", minutes=2)
+    record = sweep(recipe, tmp_path / "sweep", minutes=2)
+    assert record.count_trials("complete") == 1
+
+
+def test_the_rest_is_predicted_within_the_minutes(tiny_folder: Path, tmp_path: Path) -> None:
+    """And not at all by a trial that failed at once."""
+    values = {"method": ["full", "lora"], "lora_r": [2, 4]}
+    recipe = make_sweep_recipe(tiny_folder, tmp_path, values, lora_r="auto", seed=SEED_FAILED_FIRST)
+    events = run_sweep(inputs.load_inputs(recipe), tmp_path / "sweep", minutes=10)
+    ends = [event for event in events if isinstance(event, TrialEnd)]
+    first = [end.trial.state for end in ends].index("complete")
+    assert first > 0
+    assert all(end.remaining_seconds is None for end in ends[:first])
+    assert all(0 <= (end.remaining_seconds or 0) <= 600 for end in ends[first:])
 
 
 # ---------------------------------------------------------------- killed

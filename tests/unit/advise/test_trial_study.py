@@ -42,7 +42,8 @@ def run_all(study: TrialStudy, *, actions: float = math.inf) -> None:
         if actions < 0:
             raise Killed
 
-    while spec := study.start_next():
+    while spec := study.choose_next():
+        study.start(spec)
         act()
         for percent in (25, 50, 75, 100):
             study.add_value(spec.number, percent, compute_loss(spec.settings, spec.seed, percent))
@@ -143,7 +144,8 @@ def test_tpe_follows_the_values_and_random_search_does_not(
     for name, sign in (("low", 1), ("high", -1)):
         (tmp_path / name).mkdir()
         study = open_study(tmp_path / name, values)
-        while spec := study.start_next():
+        while spec := study.choose_next():
+            study.start(spec)
             study.finish(spec.number, "complete", sign * spec.settings["learning_rate"])
         rates.append([trial.params["learning_rate"] for trial in study.list_trials()])
     assert rates[0][:3] == rates[1][:3], "the first are random"
@@ -159,7 +161,9 @@ def test_a_search_ends_when_every_combination_was_tried(tmp_path: Path) -> None:
 
 def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
     study = open_study(tmp_path, {"lora_r": [8]})
-    study.start_next()
+    spec = study.choose_next()
+    assert spec is not None
+    study.start(spec)
     journal = tmp_path / JOURNAL_FILE
     lines = journal.read_bytes().split(b"\n")
     journal.write_bytes(b"\n".join([lines[0], b"{not json}", *lines[1:]]))
@@ -173,7 +177,8 @@ def test_trials_at_once_are_all_combinations_with_every_seed(pruner: str, tmp_pa
     study = open_study(tmp_path, {**GRID, "pruner": pruner})
     running: dict[int, list[int]] = {}  # number -> percents to come
     for turn in range(1000):
-        while len(running) < 3 and (spec := study.start_next(running)):
+        while len(running) < 3 and (spec := study.choose_next(running)):
+            study.start(spec)
             assert spec.number not in running
             running[spec.number] = [25, 50, 75, 100]
         if not running:
@@ -189,7 +194,7 @@ def test_trials_at_once_are_all_combinations_with_every_seed(pruner: str, tmp_pa
         else:
             continue
         del running[number]
-    assert study.start_next() is None
+    assert study.choose_next() is None
     specs = [make_spec(trial) for trial in study.list_trials()]
     assert sorted(spec.configuration for spec in specs if spec.seed == 0) == list(range(12))
     complete = {

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tunesmith.advise.sweep.trial_worker import (
     open_workers,
 )
 from tunesmith.core import ranks
-from tunesmith.core.errors import GateError, InputError, Interrupted, MachineError
+from tunesmith.core.errors import DiskError, GateError, InputError, Interrupted, MachineError
 from tunesmith.core.events import Score, TrainStep
 from tunesmith.core.hardware import count_cores
 from tunesmith.core.sweep_record import (
@@ -158,7 +159,8 @@ def test_an_error_of_a_trial_keeps_its_kind_place_and_fix() -> None:
     for error in (
         InputError("bad", where="x.jsonl:3", fix="mend it"),
         GateError("diverged", where="step 3"),
-        MachineError("full"),
+        MachineError("too slow"),
+        DiskError("full", fix="free some disk space"),
     ):
         sent = pickle.loads(pickle.dumps(Problem.from_error(error))).to_error()
         assert type(sent) is type(error)
@@ -333,3 +335,29 @@ def test_a_worker_is_started_with_its_variables(
         assert psutil.Process(worker.process.pid).environ()["TUNESMITH_TEST"] == "here"
     finally:
         worker.stop()
+
+
+def test_a_worker_does_not_control_the_terminal() -> None:
+    """Its stderr is that of the sweep: warnings, log records and tracebacks quote configs."""
+    program = (
+        "import logging, warnings\n"
+        f"from {trial_worker.__name__} import main\n"
+        "import sys\n"
+        f"worker = sys.modules[{trial_worker.__name__!r}]\n"
+        "def fail(*_):\n"
+        "    logging.getLogger('some.library').warning('log \\x1b[2J')\n"
+        "    warnings.warn('warning \\x1b[2J')\n"
+        "    raise ValueError('error \\x1b[2J')\n"
+        "worker.load_runner = fail\n"
+        "main()\n"
+    )
+    connection, child_end = Pipe()
+    with connection, child_end:
+        connection.send((None, 0))
+        handle = child_end.fileno()
+        command = [sys.executable, "-P", "-c", program, str(handle)]
+        done = subprocess.run(command, pass_fds=[handle], stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert b"\x1b" not in done.stderr
+    for word in (b"log", b"warning", b"ValueError: error"):
+        assert word + b" \\u{1b}[2J" in done.stderr

@@ -199,9 +199,9 @@ def test_scores_after_training_are_not_printed_again(
     ]
     assert report_sweep(events) == record
     assert capsys.readouterr().err.splitlines() == [
-        "trial 1 of at most 12: learning_rate 0.0003, lora_r 8, seed 0",
+        "trial-000, 1 of at most 12: learning_rate 0.0003, lora_r 8, seed 0",
         "  step 60: eval loss 0.9000",
-        "  trial 1 complete: 0.9000 on eval_data, 60 of 60 steps",
+        "  trial-000 complete: 0.9000 on eval_data, 60 of 60 steps",
         f"report: {tmp_path / 'sweep.html'}",
     ]
 

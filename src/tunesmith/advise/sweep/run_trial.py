@@ -5,8 +5,9 @@
 
 A trial is planned and trained as any run, with `test_data: none`, and measured on eval_data. It
 shares the rows of the sweep, and of earlier trials the measures before training and, if only the
-schedule differs, the checks of preflight. A trial that fails is recorded with its reason. Left out:
-which trial is next (trial_study.py), and trials in processes of their own (trial_worker.py).
+schedule differs, the checks of preflight. A trial that fails is recorded with its reason; a disk
+that fails ends the sweep. Left out: which trial is next (trial_study.py), and trials in processes
+of their own (trial_worker.py).
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.advise.sweep.trial_study import TrialStudy
-from tunesmith.core.errors import GateError, InputError, MachineError
+from tunesmith.core.errors import DiskError, GateError, InputError, MachineError
 from tunesmith.core.events import EVAL_TASK, CheckResult, Event, Score
+from tunesmith.core.hardware import read_free_disk
 from tunesmith.core.json_io import parse_as
 from tunesmith.core.run_dir import (
     EVAL_AFTER_FILE,
@@ -34,7 +36,7 @@ from tunesmith.core.run_dir import (
     read_run_record,
 )
 from tunesmith.core.sealed_json import read_sealed_as, read_sealed_json
-from tunesmith.core.sweep_record import TrialSpec
+from tunesmith.core.sweep_record import TrialSpec, name_trial
 from tunesmith.core.types import Json, Plan, PlanConfig
 from tunesmith.evaluate.results import EvalResults, MetricValues, compute_score
 from tunesmith.recipe.fields import NO_TEST_DATA
@@ -88,7 +90,12 @@ class TrialRunner:
         recipe = make_trial_recipe(
             self.inputs.recipe, spec, test_data=NO_TEST_DATA, output_dir=str(path)
         )
-        trial_inputs = dataclasses.replace(self.inputs, recipe=recipe, output_dir=path)
+        machine = dataclasses.replace(
+            self.inputs.machine, disk_free_bytes=read_free_disk(self.folder)
+        )
+        trial_inputs = dataclasses.replace(
+            self.inputs, recipe=recipe, output_dir=path, machine=machine
+        )
         return make_plan(trial_inputs), trial_inputs
 
     def _find_base_results(self, plan: Plan, number: int) -> EvalResults | None:
@@ -126,10 +133,13 @@ class TrialRecorder:
 
     def record(self, spec: TrialSpec, events: Generator[Event | None]) -> Generator[Event | None]:
         """Yield the events of a trial, which stops early if it is hopeless, and record its end. A
-        failure is recorded with its reason; Interrupted is raised."""
+        failure is recorded with its reason. Interrupted is raised, and so is DiskError: it is
+        no fault of the settings, and the trial can go on when it is mended."""
         try:
             with closing(events):
                 yield from self._judge_events(spec, events)
+        except DiskError:
+            raise
         except (InputError, GateError, MachineError) as error:
             where = f"{error.where}: " if error.where else ""
             self.study.finish(spec.number, "failed", reason=f"{where}{error.message}")
@@ -204,7 +214,7 @@ def make_trial_recipe(recipe: Recipe, spec: TrialSpec, **changes: Any) -> Recipe
 
 
 def find_trial_folder(folder: Path, number: int) -> Path:
-    return folder / f"trial-{number:03d}"
+    return folder / name_trial(number)
 
 
 def list_eval_tasks(inputs: RunInputs) -> tuple[str, ...]:

@@ -305,10 +305,10 @@ def _list_correlations(keys: Sequence[str], measured: MeasuredTrials) -> Iterato
     pairs = {key: [(settings[number][key], mean) for number, mean in means.items()] for key in keys}
     results = {key: _compute_correlation(np.array(pairs[key], dtype=float)) for key in keys}
     adjusted = adjust_p_values([p_value for *_, p_value in results.values()])
-    for (key, (*interval, _)), p_value in zip(results.items(), adjusted, strict=True):
+    for (key, (correlation, low, high, _)), p_value in zip(results.items(), adjusted, strict=True):
         verdict = "correlated" if p_value < ALPHA else NO_DIFFERENCE
         verdict = TOO_FEW_ITEMS if count < MIN_CORRELATED else verdict
-        yield LevelEffect(key, "", "", count, *interval, verdict)
+        yield LevelEffect(key, "", "", count, correlation, low, high, verdict)
 
 
 def _compute_correlation(pairs_N2: np.ndarray) -> tuple[float, float, float, float]:

@@ -1,7 +1,8 @@
 """The trials of a sweep in Optuna's journal, a file: which is next, and which stops early.
 
     study = TrialStudy.open(folder, sweep, seeds, ...)
-    while trial := study.start_next(): ...          a trial that was interrupted comes first
+    while spec := study.choose_next(): ...          a trial that was interrupted comes first
+        study.start(spec)
     study.add_value(number, percent, value)         an evaluation
     study.is_hopeless(number)                       should it stop early?
     study.finish(number, "complete", value)
@@ -116,7 +117,7 @@ class TrialStudy:
 
     # ------------------------------------------------------------ next
 
-    def start_next(self, running: Collection[int] = ()) -> TrialSpec | None:
+    def choose_next(self, running: Collection[int] = ()) -> TrialSpec | None:
         """Return a trial that was interrupted, or else a new one; None if all were tried.
 
         running: the numbers of trials that run now. When they end, there may be more."""
@@ -124,8 +125,11 @@ class TrialStudy:
         for trial in trials:
             if trial.state == TrialState.RUNNING and trial.number not in running:
                 return make_spec(trial)
-        spec = self._choose_next(trials)
-        if spec is not None:
+        return self._choose_new(trials)
+
+    def start(self, spec: TrialSpec) -> None:
+        """Record a new trial; one that was interrupted is recorded already."""
+        if spec.number == len(self.list_trials()):
             template = optuna.trial.create_trial(
                 state=TrialState.RUNNING,
                 params=spec.settings,
@@ -133,9 +137,8 @@ class TrialStudy:
                 user_attrs={"configuration": spec.configuration, "seed": spec.seed},
             )
             self._study.add_trial(template)
-        return spec
 
-    def _choose_next(self, trials: Sequence[FrozenTrial]) -> TrialSpec | None:
+    def _choose_new(self, trials: Sequence[FrozenTrial]) -> TrialSpec | None:
         first = [trial for trial in trials if make_spec(trial).seed == self.seeds[0]]
         if len(first) < self.num_configurations:
             settings = self._propose(first)

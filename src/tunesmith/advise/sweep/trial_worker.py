@@ -29,10 +29,17 @@ from types import FrameType
 import psutil
 
 from tunesmith.advise.sweep.run_trial import TrialRunner
-from tunesmith.core.errors import InputError, Interrupted, MachineError, TunesmithError
+from tunesmith.core.errors import (
+    DiskError,
+    GateError,
+    InputError,
+    Interrupted,
+    MachineError,
+    TunesmithError,
+)
 from tunesmith.core.events import Event, Score
 from tunesmith.core.hardware import count_cores, count_gpus
-from tunesmith.core.ranks import PROBLEMS, THREADS_VARIABLE
+from tunesmith.core.ranks import THREADS_VARIABLE
 from tunesmith.core.sweep_record import TrialSpec
 from tunesmith.core.types import Machine
 from tunesmith.recipe.schema import Recipe
@@ -43,6 +50,7 @@ DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 EXIT_TERMINATED = 128 + signal.SIGTERM
 END_SECONDS = 30  # for a worker to end after its last trial
 POLL_SECONDS = 1.0  # a signal waits as long
+PROBLEM_KINDS = (InputError, DiskError, MachineError, GateError, Interrupted, TunesmithError)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
@@ -73,8 +81,9 @@ class WorkerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """An error as a worker sends it."""
+    """An error as a worker sends it: some kinds cannot be pickled."""
 
+    kind: type[TunesmithError]
     exit_code: int
     message: str
     where: str
@@ -82,11 +91,11 @@ class Problem:
 
     @classmethod
     def from_error(cls, error: TunesmithError) -> Problem:
-        return cls(error.exit_code, error.message, error.where, error.fix)
+        kind = next(kind for kind in PROBLEM_KINDS if isinstance(error, kind))
+        return cls(kind, error.exit_code, error.message, error.where, error.fix)
 
     def to_error(self) -> TunesmithError:
-        kind = PROBLEMS.get(self.exit_code, Interrupted)
-        error = kind(self.message, where=self.where, fix=self.fix)
+        error = self.kind(self.message, where=self.where, fix=self.fix)
         error.exit_code = self.exit_code
         return error
 
@@ -98,6 +107,12 @@ class TrialNews:
 
     event: Event | None = None
     problem: Problem | None = None
+
+
+def make_interrupted() -> Interrupted:
+    error = Interrupted("stopped by SIGTERM")
+    error.exit_code = EXIT_TERMINATED
+    return error
 
 
 def share_machine(inputs: RunInputs, num_workers: int) -> RunInputs:
@@ -188,7 +203,7 @@ class TrialWorker:
             self.is_busy = False
             code = self.process.wait()
             if code in (-signal.SIGTERM, EXIT_TERMINATED):
-                raise Problem(EXIT_TERMINATED, "stopped by SIGTERM", "", "").to_error() from None
+                raise make_interrupted() from None
             end = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
             hint = ": memory may have run out, use fewer --gpus" * (code == -signal.SIGKILL)
             raise MachineError(f"its process {end} {when}{hint}", where="--gpus") from None

@@ -25,6 +25,7 @@ from tunesmith.core.sweep_record import (
     TrialEnd,
     TrialEvent,
     TrialStart,
+    name_trial,
 )
 from tunesmith.evaluate.results import format_comparison
 from tunesmith.evaluate.statistics import format_p
@@ -61,13 +62,13 @@ def format_event(event: SweepEvent) -> str:
         return line
     if isinstance(event, TrialStart):
         spec = event.spec
-        head = f"trial {spec.number + 1} of at most {event.max_trials}"
+        head = f"{name_trial(spec.number)}, {spec.number + 1} of at most {event.max_trials}"
         return f"{head}: {format_value(spec.settings)}, seed {spec.seed}\n"
     if isinstance(event, TrialEnd):
         return f"{format_trial_end(event)}\n"
     if isinstance(event, TrialEvent):
         line = format_event(event.event)
-        return line and f"  trial {event.number + 1},{line[1:]}"
+        return line and f"  {name_trial(event.number)},{line[1:]}"
     if isinstance(event, Score) and event.task.partition(":")[0] == EVAL_TASK and event.step:
         return f"  step {event.step}: {event.task} {event.metric} {event.value:.4f}\n"
     return ""
@@ -78,11 +79,12 @@ def format_trial_end(event: TrialEnd) -> str:
     outcome = trial.reason
     if trial.value is not None:
         outcome = f"{trial.value:.4f} on eval_data" + f" ({trial.reason})" * bool(trial.reason)
-    line = f"  trial {trial.number + 1} {trial.state}: {outcome}, "
+    line = f"  {trial.folder} {trial.state}: {outcome}, "
     line += f"{trial.steps} of {trial.planned_steps} steps"
     if event.remaining_trials:
-        duration = format_duration(event.remaining_seconds)
-        line += f"; at most {event.remaining_trials} more, {duration}"
+        line += f"; at most {event.remaining_trials} more"
+        if event.remaining_seconds is not None:
+            line += f", {format_duration(event.remaining_seconds)}"
     return line
 
 

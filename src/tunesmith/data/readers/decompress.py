@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tunesmith.core.atomic import disk_errors, require_disk_space
-from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.errors import DiskError, InputError
 
 MAX_GROWTH = 200  # decompressed over compressed size; text reaches about 10
 UNCHECKED_BYTES = 64 * 2**20  # any file may decompress to this size
@@ -47,7 +47,7 @@ class TempCopy:
         weakref.finalize(self, self._file.close)
 
     def write(self, content: bytes) -> None:
-        """Append bytes. Raises InputError over the size limit, MachineError if the disk is full."""
+        """Append bytes. Raises InputError over the size limit, DiskError if the disk is full."""
         size = self._file.tell() + len(content)
         if size > self._max_bytes:
             raise InputError(
@@ -82,10 +82,10 @@ class TempCopy:
         try:
             with disk_errors(self._folder):
                 yield
-        except MachineError as error:
+        except DiskError as error:
             message = f"{error.message}, for a temporary copy of {self._source}"
             fix = "free disk space, or set TMPDIR to a folder on another disk"
-            raise MachineError(message, where=error.where, fix=fix) from error
+            raise DiskError(message, where=error.where, fix=fix) from error
 
 
 def gunzip(path: Path) -> TempCopy:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from tunesmith.core.errors import InputError, MachineError, raise_if_machine_failed, read_errors
+from tunesmith.core.errors import DiskError, InputError, raise_if_machine_failed, read_errors
 from tunesmith.core.hub_names import is_hub_path
 
 _URL = re.compile(r"(?:^|/)([a-z][a-z0-9+]+):/+(.+)")  # pathlib collapses the second slash
@@ -60,7 +60,7 @@ def get_stamp(status: os.stat_result) -> tuple[int, int]:
 
 def check_path(path: Path) -> os.stat_result:
     """Return the status of a readable file or folder. Raises InputError for anything else, and
-    MachineError without permission."""
+    DiskError without permission."""
     where = str(path)
     try:
         status = path.stat()
@@ -73,7 +73,7 @@ def check_path(path: Path) -> os.stat_result:
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise InputError("not a regular file", where=where, fix="copy the data into a file first")
     if not os.access(path, os.R_OK):
-        raise MachineError("no permission to read this", where=where, fix=f"chmod u+r {path}")
+        raise DiskError("no permission to read this", where=where, fix=f"chmod u+r {path}")
     return status
 
 
