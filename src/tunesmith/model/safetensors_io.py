@@ -95,5 +95,7 @@ def find_nonfinite(tensors: Mapping[str, Tensor]) -> str:
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether a non-empty tensor has no NaN or infinite value."""
+    if tensor.itemsize == 1:
+        tensor = tensor.float()  # aminmax knows no FP8
     low, high = tensor.detach().aminmax()  # both are NaN if a value is
     return bool(low.isfinite() & high.isfinite())  # one read of a GPU

@@ -60,7 +60,7 @@ from tunesmith.model.hub.validate import (
 )
 from tunesmith.model.layer_shards import cut_piece, get_complete_shape
 from tunesmith.model.new_embeddings import collect_new_rows
-from tunesmith.model.safetensors_io import find_nonfinite, write_tensors
+from tunesmith.model.safetensors_io import find_nonfinite, read_tensor, write_tensors
 from tunesmith.model.target_modules import HEAD, find_embedding, is_transposed_linear
 from tunesmith.model.text_network import pick_saved_dtype
 from tunesmith.model.trained_modules import get_trained_modules
@@ -535,6 +535,9 @@ def save_model(network: nn.Module, folder: Path, base: Path, dtype: torch.dtype)
             tensors[stored_names.get(name, name)] = buffer.cpu().contiguous()
     if stored_names:
         for name, header in text_tensors.omitted.items():
+            if header.scales is not None:  # in FP8, which the saved config does not say
+                tensors[name] = read_tensor(header).to(dtype)
+                continue
             with safe_open(header.file, "pt") as file:
                 tensors[name] = file.get_tensor(name)
     write_tensors(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -11,14 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GptOssConfig,
     LlamaConfig,
     PreTrainedConfig,
     Qwen3MoeConfig,
 )
 
+from text_part_configs import make_multimodal_configs
 from tiny_models import SIZES
 from tunesmith.core.errors import InputError
+from tunesmith.model.adapters import METHODS
 from tunesmith.model.causal_lm import compute_stock_logits, load_network
 from tunesmith.model.hub.packed_tensors import find_packing
 from tunesmith.model.hub.spec import read_spec
@@ -29,6 +32,7 @@ from tunesmith.model.packed_formats import (
     widen_mxfp4,
 )
 from tunesmith.model.packed_weights import measure_rounding
+from tunesmith.model.save import save_model
 
 BLOCK = [16, 16]
 WIDTHS: dict[str, Any] = SIZES | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -206,6 +210,54 @@ def test_an_fp8_checkpoint_is_read_and_its_rounding_measured(
     in_fp32 = measure_rounding(folder, torch.float32)
     assert in_fp32 is not None
     assert in_fp32.mean_relative_error == 0
+
+
+def write_whole_fp8(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """Write a whole Qwen3.5 with linears in FP8: of its text part, of a tower, and of the layer for
+    further tokens. Return the folder, and what the files stand for."""
+    torch.manual_seed(0)
+    whole: Any = AutoModelForImageTextToText.from_config(
+        make_multimodal_configs()["qwen3_5"], dtype=torch.bfloat16
+    )
+    for parameter in whole.parameters():
+        parameter.data.normal_(0, 0.1)
+    whole.save_pretrained(folder)
+    wide = load_file(folder / "model.safetensors")
+    wide["mtp.layers.0.self_attn.q_proj.weight"] = torch.randn(64, 48).bfloat16()
+    wide["mtp.norm.weight"] = torch.randn(48).bfloat16()
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in wide.items():
+        is_linear = name.endswith(("_proj.weight", "linear_fc1.weight", "in_proj_qkv.weight"))
+        tensors[name] = tensor
+        if is_linear and tensor.ndim == 2:
+            packed, scales = pack_fp8(tensor, BLOCK)
+            scales = scales.bfloat16()
+            tensors |= {name: packed, f"{name}_scale_inv": scales}
+            wide[name] = widen_fp8(packed, scales, (BLOCK[0], BLOCK[1])).bfloat16()
+    packed_names = {name for name in wide if f"{name}_scale_inv" in tensors}
+    assert {name.split(".")[1] for name in packed_names} == {"language_model", "visual", "layers"}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": BLOCK}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, wide
+
+
+def test_a_trained_fp8_model_is_saved_wide_with_all_its_parts(tmp_path: Path) -> None:
+    """Towers and layers for further tokens in FP8, too: the saved config says that nothing is."""
+    base, wide = write_whole_fp8(tmp_path / "base")
+    network = load_network(base, torch.bfloat16)
+    METHODS["full"](network, {})
+    save_model(network, tmp_path / "saved", base, torch.bfloat16)
+    saved = load_file(tmp_path / "saved/model.safetensors")
+    assert saved.keys() == wide.keys()
+    for name, tensor in wide.items():
+        assert torch.equal(saved[name], tensor), name
+    assert "quantization_config" not in json.loads((tmp_path / "saved/config.json").read_text())
+    _, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
+    assert not info["missing_keys"]
 
 
 def drop_scales(tensors: dict[str, Tensor], name: str) -> None:
