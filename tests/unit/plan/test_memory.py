@@ -165,7 +165,7 @@ def make_spec(config: PreTrainedConfig) -> ModelSpec:
         block_parameters=block_parameters,
         active_parameters=block_parameters,
         layer_mixers=("attention",) * config.num_hidden_layers,
-        parts=measure_parts(make_headers(network), config.model_type, config.hidden_size),
+        parts=measure_parts(make_headers(network), config.model_type),
     )
 
 

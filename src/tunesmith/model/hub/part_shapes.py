@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.model_spec import NormShape, PartShape, RecurrentShape
+from tunesmith.model.hub.stored_tensors import TRANSPOSED_STACKS
 from tunesmith.model.hub.validate import TensorHeader
 from tunesmith.model.target_modules import (
     ATTENTION,
@@ -30,7 +30,7 @@ from tunesmith.model.target_modules import (
 # linears and stacked experts whose output has the hidden size; the others read the hidden states
 OUTPUT_LINEARS = {
     *("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2"),
-    *("w2", "output_linear", "dense_4h_to_h"),
+    *("w2", "output_linear", "dense_4h_to_h", "fc2_latent_proj"),
 }
 
 # norms of each head, whose weights are shared by the heads
@@ -63,7 +63,6 @@ SILU_NAMES = ("silu", "swish")
 def measure_parts(
     headers: Mapping[str, TensorHeader],
     model_type: str,
-    hidden_size: int,
     num_experts_per_token: int = 0,
 ) -> dict[str, PartShape]:
     """Return part of the layers -> its shape. Routers belong to none; linears that PEFT could not
@@ -78,7 +77,7 @@ def measure_parts(
         if layer is None or part == ROUTER or not (is_linear or is_stack):
             continue
         if is_stack:
-            shape = _measure_experts(path, tensor.shape, hidden_size, num_experts_per_token)
+            shape = _measure_experts(path, tensor.shape, model_type, num_experts_per_token)
         else:
             shape = _measure_linear(path, tensor.shape, model_type)
         values = shape.inner_outputs + shape.inner_inputs
@@ -113,16 +112,20 @@ def _measure_linear(path: str, shape: tuple[int, ...], model_type: str) -> PartS
 
 
 def _measure_experts(
-    path: str, shape: tuple[int, ...], hidden_size: int, num_experts_per_token: int
+    path: str, shape: tuple[int, ...], model_type: str, num_experts_per_token: int
 ) -> PartShape:
     """Measure the stacked experts of a layer, [E, O, I] or [E, I, O]."""
-    num_experts = shape[0]
-    expert_width = prod(shape[1:]) // hidden_size
-    width = num_experts * expert_width
-    token_width = num_experts_per_token * expert_width
-    if path.rpartition(".")[2] in OUTPUT_LINEARS:
-        return PartShape({}, width, num_experts * hidden_size, 0, token_width)
-    return PartShape({}, num_experts * hidden_size, width, token_width, 0)
+    num_experts, outputs, inputs = shape
+    if model_type in TRANSPOSED_STACKS:
+        outputs, inputs = inputs, outputs
+    is_output = path.rpartition(".")[2] in OUTPUT_LINEARS
+    return PartShape(
+        layer_values={},
+        inputs=num_experts * inputs,
+        outputs=num_experts * outputs,
+        inner_outputs=0 if is_output else num_experts_per_token * outputs,
+        inner_inputs=num_experts_per_token * inputs if is_output else 0,
+    )
 
 
 def measure_norms(headers: Mapping[str, TensorHeader], model_type: str) -> NormShape:

@@ -1,15 +1,26 @@
 """The widths that the plan computes with are those of the networks."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
-from transformers import CohereConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, CohereConfig, PreTrainedModel
 
 from layer_shapes import make_headers
 from quick_families import leave_others_to_slow
-from tiny_models import CONFIGS, LORA, SIZES, make_tiny_network
+from tiny_models import (
+    CONFIGS,
+    LORA,
+    SIZES,
+    compute_step_gradients,
+    make_tiny_documents,
+    make_tiny_network,
+)
 from tunesmith.core.model_spec import PartShape
 from tunesmith.model.adapters import METHODS, find_linears, get_trainable_parameters
+from tunesmith.model.causal_lm import wrap_model
 from tunesmith.model.hub.families import count_experts, count_experts_per_token
 from tunesmith.model.hub.part_shapes import measure_norms, measure_parts
 from tunesmith.model.hub.text_class import build_network
@@ -20,7 +31,7 @@ def measure_network(network: PreTrainedModel) -> dict[str, PartShape]:
     config = network.config
     sizes = config.to_dict()
     num_chosen = count_experts_per_token(sizes) if count_experts(sizes) else 0
-    return measure_parts(make_headers(network), config.model_type, config.hidden_size, num_chosen)
+    return measure_parts(make_headers(network), config.model_type, num_chosen)
 
 
 @pytest.mark.parametrize("family", leave_others_to_slow(CONFIGS))
@@ -69,6 +80,26 @@ def test_a_token_meets_few_experts() -> None:
     shapes = {"up_proj": (8, 24, 48), "down_proj": (8, 48, 24), "gate_up_proj": (8, 48, 48)}
     layer = nn.ParameterDict({name: torch.zeros(shape) for name, shape in shapes.items()})
     network = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"experts": layer})])})
-    part = measure_parts(make_headers(network), "qwen3_moe", 48, 2)["experts"]
+    part = measure_parts(make_headers(network), "qwen3_moe", 2)["experts"]
     values = {0: 2 * (48 + 24) + 2 * 24}
     assert part == PartShape(values, 8 * (48 + 24 + 48), 8 * (24 + 48 + 48), 2 * (24 + 48), 2 * 24)
+
+
+def test_experts_may_read_a_projection_of_the_hidden_states() -> None:
+    """Those of Nemotron 3 Super and Ultra do, by moe_latent_size."""
+    config: Any = copy.deepcopy(CONFIGS["nemotron_h-experts"])
+    config.moe_latent_size = 20
+    network: Any = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    shape = measure_network(network)["experts"]
+    up = network.model.layers[2].mixer.experts.up_proj
+    num_experts, width, num_inputs = up.shape
+    assert num_inputs == 20
+    num_layers = len(shape.layer_values)
+    assert (shape.inner_outputs, shape.inner_inputs) == (2 * width * num_layers,) * 2
+    METHODS["lora"](network, LORA | {"lora_r": 3, "lora_target_modules": "experts"})
+    num_trained = sum(p.numel() for p in get_trainable_parameters(network).values())
+    assert num_trained == 3 * (shape.inputs + shape.outputs)
+    assert shape.inputs == shape.outputs == num_layers * num_experts * (20 + width)
+    model = wrap_model(network, torch.float32)
+    _, gradients = compute_step_gradients(model, make_tiny_documents(), 40)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
