@@ -289,6 +289,32 @@ def test_wrong_fp8_scales_are_refused(
 # ---------------------------------------------------------------- refused by name
 
 
+def test_fp8_of_other_tools_is_refused_by_name(tmp_path: Path) -> None:
+    """AutoFP8 writes the same quant_method with other scales."""
+    network = make_network(LLAMA)
+    tensors = dict(network.state_dict())
+    name = "model.layers.0.mlp.up_proj"
+    packed, scale = pack_fp8(tensors[f"{name}.weight"], None)
+    tensors |= {f"{name}.weight": packed, f"{name}.weight_scale": scale.float().reshape(())}
+    tensors[f"{name}.input_scale"] = torch.ones(())
+    quantization = {"quant_method": "fp8", "activation_scheme": "static"}
+    with pytest.raises(InputError, match=r"weight_scale: .*AutoFP8") as caught:
+        read_spec(write_checkpoint(tmp_path, network, tensors, quantization))
+    assert "unquantized" in caught.value.fix
+
+
+def test_stacked_fp8_is_refused_by_name(tmp_path: Path) -> None:
+    network = make_network(QWEN3_MOE)
+    tensors = dict(network.state_dict())
+    name = "model.layers.0.mlp.experts.down_proj"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.ones(4, 4, 3)
+    quantization = {"quant_method": "fp8", "weight_block_size": BLOCK}
+    with pytest.raises(InputError, match="supported for matrices") as caught:
+        read_spec(write_checkpoint(tmp_path, network, tensors, quantization))
+    assert "unquantized" in caught.value.fix
+
+
 @pytest.mark.parametrize(
     "method", ["awq", "gptq", "bitsandbytes", "compressed-tensors", "fbgemm_fp8", None]
 )

@@ -26,9 +26,11 @@ MXFP4_TYPES = ("gpt_oss",)
 BYTES_PER_GROUP = 16  # of MXFP4: 32 weights
 EXPERT_STACKS = (".experts.gate_up_proj", ".experts.down_proj")
 FP8_SCALE = "_scale_inv"
+OTHER_FP8_SCALE = "_scale"
 ACTIVATION_SCALES = (".activation_scale", ".input_scale", ".k_scale", ".v_scale")
 MAX_BLOCK = 2**16
 DOWNLOAD_FIX = "download the model again"
+UNQUANTIZED_FIX = "use the unquantized model; QLoRA quantizes it while loading"
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,7 @@ def find_packing(config: Mapping[str, Any], model_type: str, where: str) -> Pack
     message = f"the weights are already quantized ({name})"
     if method == MXFP4:
         message += f": {name} is supported for {', '.join(MXFP4_TYPES)} only"
-    fix = "use the unquantized model; QLoRA quantizes it while loading"
-    raise InputError(message, where=where, fix=fix)
+    raise InputError(message, where=where, fix=UNQUANTIZED_FIX)
 
 
 def _read_block(value: Any, where: str) -> tuple[int, int] | None:
@@ -118,6 +119,7 @@ def _attach_fp8(
     where: str,
 ) -> TensorHeader:
     header = headers[name]
+    _refuse_other_fp8(name, headers, where)
     scales = headers.get(f"{name}{FP8_SCALE}")
     if scales is None:
         message = f"the weights have no {name}{FP8_SCALE}, the scales of an FP8 matrix"
@@ -126,8 +128,7 @@ def _attach_fp8(
     if block is not None:
         pairs = zip(header.shape, block, strict=False)
         expected = [tuple(-(-size // step) for size, step in pairs)]
-    is_matrix = len(header.shape) == 2
-    if not is_matrix or scales.shape not in expected or scales.dtype not in ("F32", "BF16"):
+    if scales.shape not in expected or scales.dtype not in ("F32", "BF16"):
         kind = "one number" if block is None else f"one per block of {block[0]} x {block[1]}"
         message = (
             f"the scales of {name} {list(header.shape)} are {scales.dtype} {list(scales.shape)}, "
@@ -135,6 +136,21 @@ def _attach_fp8(
         )
         raise InputError(message, where=where, fix=DOWNLOAD_FIX)
     return replace(header, scales=scales, block=block)
+
+
+def _refuse_other_fp8(name: str, headers: Mapping[str, TensorHeader], where: str) -> None:
+    """Raise InputError for the FP8 of other tools, which a config may call by the same name."""
+    if f"{name}{OTHER_FP8_SCALE}" in headers:
+        message = (
+            f"the weights hold {name}{OTHER_FP8_SCALE}, as AutoFP8 and vLLM quantize; of FP8 only "
+            "matrices with weight_scale_inv are supported"
+        )
+        raise InputError(message, where=where, fix=UNQUANTIZED_FIX)
+    if len(headers[name].shape) != 2:
+        message = (
+            f"{name} is FP8 of shape {list(headers[name].shape)}; FP8 is supported for matrices"
+        )
+        raise InputError(message, where=where, fix=UNQUANTIZED_FIX)
 
 
 def _attach_mxfp4(name: str, headers: Mapping[str, TensorHeader], where: str) -> TensorHeader:
