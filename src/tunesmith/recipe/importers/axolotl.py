@@ -36,6 +36,19 @@ SAME_KEYS = key_map.SAME_KEYS | {
     "peft_use_dora": "use_dora",
 }
 DATA_KEYS = {"pretraining_dataset": "data", "datasets": "data", "test_datasets": "eval_data"}
+# by loss: the fields of our `loss`, and their keys
+LOSS_KEYS: dict[str, dict[str, str]] = {
+    "dpo": {"nll_coefficient": "rpo_alpha"},
+    "orpo": {},
+    "simpo": {"gamma": "simpo_gamma", "nll_coefficient": "cpo_alpha"},
+    "kto": {
+        "desirable_weight": "kto_desirable_weight",
+        "undesirable_weight": "kto_undesirable_weight",
+    },
+}
+BETA_KEYS = ("rl_beta", "orpo_alpha")  # of any loss; the first that is set
+NLL_DEFAULTS = {"dpo": 0.0, "simpo": 1.0}  # SimPO runs in TRL's CPOTrainer, with its cpo_alpha
+ORPO_REASON = "the NLL term of ORPO covers the answer; in Axolotl it covers the prompt, too"
 UNSUPPORTED_STAGES = ("reward_model", "process_reward_model")
 OVERLONG_VALUES = {"drop": "drop", "truncate": "truncate", "raise": "refuse"}
 
@@ -94,17 +107,7 @@ def translate(draft: RecipeDraft) -> None:
     key_map.translate_saving(draft)
     key_map.translate_output_dir(draft)
     if preference:
-        beta = "orpo_alpha" if preference == "orpo" else "rl_beta"
-        key_map.translate_preference(
-            draft,
-            preference,
-            "rl",
-            beta=beta,
-            gamma="simpo_gamma",
-            nll_coefficient="rpo_alpha",
-            desirable_weight="kto_desirable_weight",
-            undesirable_weight="kto_undesirable_weight",
-        )
+        _translate_preference(draft, preference)
     elif pretraining:
         key_map.translate_pretraining(draft, "pretraining_dataset")
     key_map.translate_trained_text(draft, "train_on_inputs")
@@ -129,6 +132,17 @@ def _translate_method(draft: RecipeDraft) -> None:
     key_map.translate_target_modules(draft, "lora_target_modules", all_linear_names=("all-linear",))
     if draft.pop_value("lora_target_linear") and "lora_target_modules" not in draft.values:
         draft.set_value("lora_target_modules", "all-linear", "lora_target_linear")
+
+
+def _translate_preference(draft: RecipeDraft, loss: Any) -> None:
+    set_keys = [key for key in BETA_KEYS if draft.remaining.get(key) is not None]
+    beta = set_keys[0] if set_keys else BETA_KEYS[0]
+    for key in set_keys[1:]:
+        draft.skip_key(key, draft.pop_value(key), f"{beta} is used", is_important=False)
+    loss_keys = {name: {"beta": beta, **keys} for name, keys in LOSS_KEYS.items()}
+    key_map.translate_preference(draft, loss, "rl", loss_keys, NLL_DEFAULTS)
+    if loss == "orpo":
+        draft.skip_key("rl orpo", None, ORPO_REASON)
 
 
 def _translate_overlong(draft: RecipeDraft) -> None:

@@ -5,6 +5,7 @@ reason. Keys of a single tool are in that tool's file."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from tunesmith.core.hub_names import FILE_SUFFIXES, is_hub_id
@@ -20,14 +21,6 @@ SAME_KEYS = dict(zip(SHARED_KEYS, SHARED_KEYS, strict=True)) | {"full_determinis
 HUB_DATASET_REASON = "not a local file: save its rows in the file that the recipe names"
 SCHEDULES = get_args(ScheduleName)
 LOSS_NAMES = {"sigmoid": "dpo", "dpo": "dpo", "orpo": "orpo", "simpo": "simpo", "kto": "kto"}
-# loss -> the fields of our `loss` that it reads besides name and beta
-LOSS_FIELDS = {
-    "dpo": ("nll_coefficient",),
-    "orpo": ("nll_coefficient",),
-    "simpo": ("gamma", "nll_coefficient"),
-    "kto": ("desirable_weight", "undesirable_weight"),
-}
-ORPO_REASON = "the NLL term of ORPO covers the answer; in TRL it covers the prompt, too"
 DTYPE_REASON = "supported number formats: bf16, fp16 and fp32"
 DTYPES = {
     "bf16": "bf16",
@@ -76,8 +69,17 @@ def translate_lora(draft: RecipeDraft, source: str, *, is_4bit: bool = False) ->
     draft.set_value("method", "qlora" if is_4bit else "lora", source)
 
 
-def translate_preference(draft: RecipeDraft, loss: Any, source: str, **loss_keys: str) -> None:
-    """Translate preference training; `loss_keys` map the keys of our `loss` to theirs."""
+def translate_preference(
+    draft: RecipeDraft,
+    loss: Any,
+    source: str,
+    loss_keys: Mapping[str, Mapping[str, str]],
+    nll_defaults: Mapping[str, float],
+) -> None:
+    """Translate preference training.
+
+    `loss_keys` map, by loss, the fields of our `loss` to their keys; `nll_defaults` are the
+    coefficients of a config that sets none, of the losses whose term is not part of them."""
     if loss not in LOSS_NAMES:
         message = f"{source}: {loss} is not supported: use dpo, orpo, simpo or kto"
         raise draft.make_error(source, message)
@@ -85,27 +87,34 @@ def translate_preference(draft: RecipeDraft, loss: Any, source: str, **loss_keys
     name = LOSS_NAMES[loss]
     loss_config: dict[str, Any] = {"name": name}
     sources = [source]
-    for recipe_key, config_key in loss_keys.items():
-        value = draft.pop_value(config_key)
-        if value is None:
-            continue
-        if recipe_key != "beta" and recipe_key not in LOSS_FIELDS[name]:
-            draft.skip_key(config_key, value, f"{name} does not read it", is_important=False)
-            continue
-        loss_config[recipe_key] = value
-        sources.append(config_key)
-    if name in ("dpo", "simpo") and "nll_coefficient" not in loss_config:
-        loss_config["nll_coefficient"] = 0.0
-        sources.append(f"no {loss_keys['nll_coefficient']}")
-    if name == "orpo":
-        draft.skip_key(f"{source} orpo", None, ORPO_REASON)
+    for recipe_key, config_key in loss_keys[name].items():
+        value = draft.pop_number(config_key)
+        if value is not None:
+            loss_config[recipe_key] = value
+            sources.append(config_key)
+    if name in nll_defaults and "nll_coefficient" not in loss_config:
+        loss_config["nll_coefficient"] = nll_defaults[name]
+        sources.append(f"no {loss_keys[name]['nll_coefficient']}")
     value = loss_config if len(loss_config) > 1 else name
     draft.set_value("loss", value, ", ".join(sources))
+    _skip_other_losses(draft, name, loss_keys)
     smoothing = draft.pop_number("dpo_label_smoothing")
-    if smoothing and name in ("dpo", "simpo"):
+    if smoothing and name == "dpo":
         draft.set_value("label_smoothing", smoothing, "dpo_label_smoothing")
     elif smoothing:
         draft.skip_key("dpo_label_smoothing", smoothing, f"{name} does not read it")
+
+
+def _skip_other_losses(
+    draft: RecipeDraft, name: str, loss_keys: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Skip the keys that only other losses have here."""
+    for keys in loss_keys.values():
+        for recipe_key, config_key in keys.items():
+            if (value := draft.pop_number(config_key)) is not None:
+                reason = f"{name} has no {recipe_key} here"
+                is_important = recipe_key == "nll_coefficient"
+                draft.skip_key(config_key, value, reason, is_important=is_important)
 
 
 def translate_pretraining(draft: RecipeDraft, source: str) -> None:

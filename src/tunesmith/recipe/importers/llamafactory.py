@@ -33,6 +33,19 @@ SIGNATURE_KEYS = frozenset(
     ]
 )
 SAME_KEYS = key_map.SAME_KEYS | {"lora_rank": "lora_r", "cutoff_len": "max_length"}
+# by loss: the fields of our `loss`, and their keys
+LOSS_KEYS = {
+    "dpo": {"beta": "pref_beta", "nll_coefficient": "pref_ftx"},
+    "orpo": {"beta": "pref_beta", "nll_coefficient": "pref_ftx"},
+    "simpo": {"beta": "pref_beta", "gamma": "simpo_gamma", "nll_coefficient": "pref_ftx"},
+    "kto": {
+        "beta": "pref_beta",
+        "desirable_weight": "kto_chosen_weight",
+        "undesirable_weight": "kto_rejected_weight",
+    },
+}
+NLL_DEFAULTS = {"dpo": 0.0, "simpo": 0.0}
+NLL_REASON = "its NLL is a mean over tokens here; in LLaMA-Factory a mean over answers"
 # their columns of an alpaca row -> ours
 ALPACA_COLUMNS = {
     "prompt": "instruction",
@@ -66,8 +79,7 @@ def translate(draft: RecipeDraft) -> None:
         )
     key_map.translate_model(draft, "model_name_or_path")
     draft.rename_keys(SAME_KEYS)
-    if "max_length" in draft.values:
-        draft.set_value("on_overlong", "truncate", "LLaMA-Factory truncates at cutoff_len")
+    draft.set_value("on_overlong", "truncate", "LLaMA-Factory truncates at cutoff_len")
     _translate_method(draft)
     key_map.translate_target_modules(draft, "lora_target", all_linear_names=("all",))
     key_map.translate_adapter(draft, "adapter_name_or_path")
@@ -85,25 +97,8 @@ def translate(draft: RecipeDraft) -> None:
     key_map.translate_precision(draft)
     key_map.translate_saving(draft)
     key_map.translate_output_dir(draft)
-    if stage == "dpo":
-        loss = draft.pop_scalar("pref_loss") or "sigmoid"
-        key_map.translate_preference(
-            draft,
-            loss,
-            "pref_loss",
-            beta="pref_beta",
-            gamma="simpo_gamma",
-            nll_coefficient="pref_ftx",
-        )
-    elif stage == "kto":
-        key_map.translate_preference(
-            draft,
-            "kto",
-            "stage",
-            beta="pref_beta",
-            desirable_weight="kto_chosen_weight",
-            undesirable_weight="kto_rejected_weight",
-        )
+    if stage in ("dpo", "kto"):
+        _translate_preference(draft, stage)
     elif stage == "pt":
         key_map.translate_pretraining(draft, "stage")
     key_map.translate_trained_text(draft, "train_on_prompt")
@@ -118,6 +113,19 @@ def _translate_method(draft: RecipeDraft) -> None:
         draft.set_value("method", method, "finetuning_type")
     else:
         draft.skip_key("finetuning_type", method, "supported methods: lora, full")
+
+
+def _translate_preference(draft: RecipeDraft, stage: str) -> None:
+    """Translate the loss; ORPO has an NLL term of its own, to which pref_ftx is added."""
+    loss, source = "kto", "stage"
+    if stage == "dpo":
+        loss, source = draft.pop_scalar("pref_loss") or "sigmoid", "pref_loss"
+    share = draft.pop_number("pref_ftx")
+    if share is not None:
+        draft.remaining["pref_ftx"] = share + (loss == "orpo")
+    key_map.translate_preference(draft, loss, source, LOSS_KEYS, NLL_DEFAULTS)
+    if loss == "orpo" or (share and loss != "kto"):
+        draft.skip_key(f"{source} {loss}", None, NLL_REASON, is_important=False)
 
 
 # ---------------------------------------------------------------- data sets

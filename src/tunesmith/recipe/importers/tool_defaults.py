@@ -10,6 +10,7 @@ import re
 from collections.abc import Container
 from typing import Any
 
+from tunesmith.core.types import Json
 from tunesmith.recipe.importers.draft import RecipeDraft
 
 # Keys that are on, or not empty, unless a config turns them off.
@@ -79,7 +80,12 @@ SILENT_DEFAULTS: dict[str, dict[str, str]] = {
         "seed": "seed 42",
     },
 }
-SILENT_BETA = {"Axolotl": "rl_beta 0.1", "LLaMA-Factory": "pref_beta 0.1"}
+# tool -> the same for the fields of our `loss`
+SILENT_LOSS_DEFAULTS: dict[str, dict[str, str]] = {
+    "TRL": {},
+    "Axolotl": {"beta": "rl_beta 0.1"},
+    "LLaMA-Factory": {"beta": "pref_beta 0.1", "gamma": "simpo_gamma 0.5"},
+}
 SECRET_KEY = re.compile("token$|api_key|secret|password")
 NO_EFFECT = "nothing in the recipe follows from it"
 
@@ -112,5 +118,10 @@ def report_silent_defaults(draft: RecipeDraft, tool: str) -> None:
         if key not in draft.values and not is_adapter_key and not is_unused:
             draft.skip_key(text, None, reason, is_important=False)
     loss = draft.values.get("loss")
-    if loss is not None and tool in SILENT_BETA and not (isinstance(loss, dict) and "beta" in loss):
-        draft.skip_key(SILENT_BETA[tool], None, reason, is_important=False)
+    if loss is None:
+        return
+    loss_config: Json = loss if isinstance(loss, dict) else {"name": loss}
+    for key, text in SILENT_LOSS_DEFAULTS[tool].items():
+        is_unused = key == "gamma" and loss_config["name"] != "simpo"
+        if key not in loss_config and not is_unused:
+            draft.skip_key(text, None, reason, is_important=False)

@@ -31,7 +31,7 @@ SAME_KEYS = key_map.SAME_KEYS | {"max_length": "max_length", "max_seq_length": "
 def translate(draft: RecipeDraft) -> None:
     key_map.translate_model(draft, "model_name_or_path")
     draft.rename_keys(SAME_KEYS)
-    if "max_length" in draft.values:
+    if draft.document.values.get("max_length", True) is not None:
         draft.set_value("on_overlong", "truncate", "TRL truncates rows over max_length")
     adapter = draft.pop_value("use_peft")
     if adapter:

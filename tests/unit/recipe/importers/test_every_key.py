@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tunesmith.core.errors import InputError
+from tunesmith.recipe.importers.axolotl import NLL_DEFAULTS
 from tunesmith.recipe.importers.convert import Translation, translate
 from tunesmith.recipe.importers.tool_defaults import ON_BY_DEFAULT, SILENT_DEFAULTS
 
@@ -131,6 +132,20 @@ LLAMAFACTORY_KEYS: Config = {
     "rope_scaling": "linear",
     "freeze_trainable_layers": 3,
 }
+LOSS_KEYS: Config = {
+    "rl_beta": 0.7,
+    "orpo_alpha": 0.7,
+    "rpo_alpha": 0.7,
+    "cpo_alpha": 0.7,
+    "simpo_gamma": 0.7,
+    "pref_beta": 0.7,
+    "pref_ftx": 0.7,
+    "kto_desirable_weight": 2.0,
+    "kto_undesirable_weight": 2.0,
+    "kto_chosen_weight": 2.0,
+    "kto_rejected_weight": 2.0,
+    "dpo_label_smoothing": 0.1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +216,14 @@ def test_no_key_of_llamafactory_is_silent(key: str) -> None:
     assert not is_silent(LLAMAFACTORY, key, LLAMAFACTORY_KEYS[key])
 
 
+@pytest.mark.parametrize("loss", ["dpo", "orpo", "simpo", "kto"])
+@pytest.mark.parametrize("key", LOSS_KEYS)
+def test_no_key_of_a_preference_loss_is_silent(loss: str, key: str) -> None:
+    assert not is_silent(AXOLOTL | {"rl": loss}, key, LOSS_KEYS[key])
+    stage = {"stage": "kto"} if loss == "kto" else {"stage": "dpo", "pref_loss": loss}
+    assert not is_silent(LLAMAFACTORY | stage, key, LOSS_KEYS[key])
+
+
 @pytest.mark.parametrize(
     ("config", "tool"), [(TRL, "TRL"), (AXOLOTL, "Axolotl"), (LLAMAFACTORY, "LLaMA-Factory")]
 )
@@ -240,11 +263,59 @@ def test_roles_of_axolotl() -> None:
     assert any("roles_to_train" in entry.key for entry in translation.untranslated)
 
 
-def test_a_coefficient_that_the_tool_does_not_have_is_zero() -> None:
-    loss = translate_config(AXOLOTL | {"rl": "dpo", "rl_beta": 0.05}).values["loss"]
-    assert loss == {"name": "dpo", "beta": 0.05, "nll_coefficient": 0.0}
+@pytest.mark.parametrize(
+    ("keys", "loss"),
+    [
+        ({"rl": "dpo", "rl_beta": 0.05}, {"beta": 0.05, "nll_coefficient": 0.0}),
+        ({"rl": "dpo", "rpo_alpha": 0.5, "cpo_alpha": 0.3}, {"nll_coefficient": 0.5}),
+        ({"rl": "dpo", "orpo_alpha": 0.3}, {"beta": 0.3, "nll_coefficient": 0.0}),
+        ({"rl": "simpo"}, {"nll_coefficient": 1.0}),
+        ({"rl": "simpo", "cpo_alpha": 0.5, "rpo_alpha": 0.3}, {"nll_coefficient": 0.5}),
+        ({"rl": "simpo", "cpo_alpha": 0}, {"nll_coefficient": 0}),
+        ({"rl": "orpo", "rl_beta": 0.3, "orpo_alpha": 0.2, "rpo_alpha": 0.5}, {"beta": 0.3}),
+    ],
+)
+def test_coefficients_of_axolotl(keys: Config, loss: Config) -> None:
+    assert translate_config(AXOLOTL | keys).values["loss"] == {"name": keys["rl"], **loss}
+
+
+@pytest.mark.parametrize(
+    ("keys", "loss"),
+    [
+        ({}, {"name": "dpo", "nll_coefficient": 0.0}),
+        ({"pref_loss": "simpo", "pref_ftx": 0.5}, {"name": "simpo", "nll_coefficient": 0.5}),
+        ({"pref_loss": "orpo"}, "orpo"),
+        ({"pref_loss": "orpo", "pref_ftx": 0.5}, {"name": "orpo", "nll_coefficient": 1.5}),
+        ({"stage": "kto", "pref_ftx": 0.5}, "kto"),
+    ],
+)
+def test_coefficients_of_llamafactory(keys: Config, loss: object) -> None:
+    assert translate_config(LLAMAFACTORY | {"stage": "dpo"} | keys).values["loss"] == loss
+
+
+def test_what_a_coefficient_covers_is_said() -> None:
     translation = translate_config(AXOLOTL | {"rl": "orpo"})
     assert any("covers the prompt, too" in entry.reason for entry in translation.untranslated)
+    keys = {"stage": "dpo", "pref_loss": "orpo"}
+    translation = translate_config(LLAMAFACTORY | keys)
+    assert any("a mean over answers" in entry.reason for entry in translation.untranslated)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_coefficient_that_axolotl_leaves_out_is_that_of_trl() -> None:
+    from trl.experimental.cpo import CPOConfig
+
+    assert NLL_DEFAULTS["simpo"] == CPOConfig.cpo_alpha
+
+
+@pytest.mark.parametrize("length", [{}, {"max_length": 77}, {"cutoff_len": 77}])
+def test_longer_rows_are_truncated_as_there(length: Config) -> None:
+    config = LLAMAFACTORY if "cutoff_len" in length else TRL
+    assert translate_config(config | length).values["on_overlong"] == "truncate"
+    without = {key: value for key, value in LLAMAFACTORY.items() if key != "cutoff_len"}
+    assert translate_config(without).values["on_overlong"] == "truncate"
+    assert "on_overlong" not in translate_config(TRL | {"max_length": None}).values
 
 
 def test_kto() -> None:
@@ -279,3 +350,5 @@ def test_determinism(config: Config) -> None:
 def test_label_smoothing_of_pairs() -> None:
     values = translate_config(AXOLOTL | {"rl": "dpo", "dpo_label_smoothing": 0.1}).values
     assert values["label_smoothing"] == 0.1
+    values = translate_config(AXOLOTL | {"rl": "simpo", "dpo_label_smoothing": 0.1}).values
+    assert "label_smoothing" not in values

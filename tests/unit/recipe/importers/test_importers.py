@@ -435,7 +435,8 @@ def test_preferences_of_llamafactory(theirs: str, ours: str) -> None:
     translation = changed(LLAMAFACTORY, *lines, without=["stage", "dataset", "eval_dataset"]).values
     margin = {"gamma": 0.7} if ours == "simpo" else {}
     assert translation["stage"] == "preference"
-    assert translation["loss"] == {"name": ours, "beta": 0.2, "nll_coefficient": 0.5} | margin
+    share = 1.5 if ours == "orpo" else 0.5  # added to ORPO's own
+    assert translation["loss"] == {"name": ours, "beta": 0.2, "nll_coefficient": share} | margin
     assert translation["data"][0]["format"] == "preference"
 
 
