@@ -8,7 +8,7 @@ from typing import Any
 from tunesmith.core.types import Json
 from tunesmith.recipe.fields import wrap_list
 from tunesmith.recipe.importers import key_map
-from tunesmith.recipe.importers.draft import RecipeDraft, describe_format
+from tunesmith.recipe.importers.draft import RecipeDraft, check_kinds, describe_format
 
 SIGNATURE_KEYS = frozenset(
     [
@@ -61,6 +61,19 @@ ROLE_NAMES = {
     "gpt": "assistant",
     "tool": "tool",
 }
+_TEXT_KEYS = (
+    "path split revision name text_column field field_messages field_prompt field_chosen "
+    "field_rejected message_field_role message_field_content"
+)
+ENTRY_KINDS = dict.fromkeys(_TEXT_KEYS.split(), ("a text",)) | {
+    "data_files": ("a text", "a list of texts"),
+    "type": ("a text", "a mapping"),
+    "roles": ("a mapping",),
+    "roles_to_train": ("a text", "a list of texts"),
+    "message_property_mappings": ("a mapping to texts",),
+}
+TYPE_COLUMNS = ("instruction", "input", "output", "system")
+TYPE_KINDS = {f"field_{column}": ("a text",) for column in TYPE_COLUMNS}
 SUPPORTED_ROLES = {"system", "user", "human", "assistant", "gpt", "tool"}
 # Keys of a data set that change nothing with these values; None: with any value.
 DEFAULT_VALUES = {
@@ -155,10 +168,10 @@ def _translate_overlong(draft: RecipeDraft) -> None:
 
 
 def _translate_template(draft: RecipeDraft) -> None:
-    file = draft.pop_scalar("chat_template_jinja")
+    file = draft.pop_text("chat_template_jinja")
     if file is not None:
         draft.pop_value("chat_template")
-        draft.remaining["chat_template"] = str(file)
+        draft.remaining["chat_template"] = file
     key_map.translate_chat_template(draft, "chat_template", default_names=("tokenizer_default",))
 
 
@@ -172,7 +185,12 @@ def _build_sources(draft: RecipeDraft, key: str, entries: Any, *, pairs: bool) -
         raise draft.make_error(key, f"{key}: expected a list of mappings, each with a path")
     sources: list[Json] = []
     for index, entry in enumerate(entries):
-        sources += _build_entry_sources(draft, f"{key}[{index}]", dict(entry), pairs)
+        name = f"{key}[{index}]"
+        where = f"{draft.document.format_location((key, index))}: {name}"
+        check_kinds(entry, ENTRY_KINDS, where)
+        if isinstance(entry.get("type"), dict):
+            check_kinds(entry["type"], TYPE_KINDS, f"{where}.type")
+        sources += _build_entry_sources(draft, name, dict(entry), pairs)
     return sources
 
 
@@ -220,7 +238,7 @@ def _report_unsupported(draft: RecipeDraft, name: str, entry: Json) -> None:
     if isinstance(roles, dict):
         role_names: set[str] = set()
         for names in roles.values():
-            role_names.update(map(str, names or ()))
+            role_names.update(map(str, wrap_list(names or ())))
         if not role_names <= SUPPORTED_ROLES:
             reason = f"supported roles: {', '.join(sorted(SUPPORTED_ROLES))}"
             draft.skip_key(f"{name}.roles", roles, reason)
@@ -297,10 +315,7 @@ def _parse_messages(draft: RecipeDraft, name: str, base: str, entry: Json) -> Js
 
 def _parse_custom_type(draft: RecipeDraft, name: str, kind: Json) -> Json:
     """Return the columns of a custom type; sentences around them are not supported."""
-    columns = {
-        column: kind.pop(f"field_{column}", None)
-        for column in ("instruction", "input", "output", "system")
-    }
+    columns = {column: kind.pop(f"field_{column}", None) for column in TYPE_COLUMNS}
     for key, value in kind.items():
         if value and value not in ("{instruction}", "{instruction} {input}", "{system}"):
             draft.skip_key(f"{name}.type.{key}", value, WORDING_REASON)

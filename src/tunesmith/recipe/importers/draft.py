@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.types import Json
 from tunesmith.recipe.yaml_lines import YamlMapping
 
 MAX_NUMBER = 10**12
@@ -68,6 +69,25 @@ class RecipeDraft:
             raise self.make_error(key, f"expected one value, found a {type(value).__name__}")
         return value
 
+    def pop_text(self, key: str) -> str | None:
+        """Take a text as it is written, or None. Raises InputError for anything else."""
+        value = self.remaining.pop(key, None)
+        if value is not None and not is_text(value):
+            raise self.make_error(key, f"expected a text, found {value!r:.60}")
+        return None if value is None else str(value)
+
+    def pop_texts(self, key: str) -> list[str]:
+        """Take a list of texts, or one text with commas; none for an empty value or false. Raises
+        InputError for anything else."""
+        value = self.remaining.pop(key, None)
+        if value is None or value is False:
+            return []
+        texts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(is_text(text) for text in texts):
+            raise self.make_error(key, f"expected a list of texts, found {value!r:.60}")
+        stripped_texts = [str(text).strip() for text in texts]
+        return [text for text in stripped_texts if text]
+
     def set_value(self, recipe_key: str, value: Any, source: str) -> None:
         """Set one of our keys. Raises InputError if it already has another value."""
         earlier_value = self.values.get(recipe_key, value)
@@ -101,6 +121,52 @@ class RecipeDraft:
             if path.exists():
                 return Path(os.path.relpath(path, self.recipe_path.absolute().parent)).as_posix()
         return None
+
+
+def is_text(value: Any) -> bool:
+    """Return whether a value is a text, or a number that YAML has made of one."""
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) < MAX_NUMBER
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(is_text(item) for item in value)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_text_mapping(value: Any) -> bool:
+    return _is_mapping(value) and all(item is None or is_text(item) for item in value.values())
+
+
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "a text": is_text,
+    "a number": _is_number,
+    "true or false": _is_switch,
+    "a list of texts": _is_texts,
+    "a mapping": _is_mapping,
+    "a mapping to texts": _is_text_mapping,
+}
+
+
+def check_kinds(mapping: Json, kinds: Mapping[str, tuple[str, ...]], where: str) -> None:
+    """Raise InputError for a value that is none of the KINDS of its key. `where` is the place of
+    the mapping."""
+    for key, names in kinds.items():
+        value = mapping.get(key)
+        if value is not None and not any(KINDS[name](value) for name in names):
+            message = f"{key}: expected {' or '.join(names)}, found {value!r:.60}"
+            raise InputError(message, where=where)
 
 
 def describe_format(row_format: str, columns: Mapping[str, Any]) -> dict[str, Any]:

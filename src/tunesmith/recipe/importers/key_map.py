@@ -44,10 +44,10 @@ def make_hub_source(name: str, **keys: Any) -> Json | None:
 
 def translate_model(draft: RecipeDraft, key: str) -> None:
     """Translate the model: a local folder if it exists, else the name."""
-    name = draft.pop_scalar(key)
+    name = draft.pop_text(key)
     if name is None:
         raise draft.make_error(key, f"{key} is missing")
-    draft.set_value("model", draft.find_path(str(name)) or str(name), key)
+    draft.set_value("model", draft.find_path(name) or name, key)
 
 
 def translate_lora(draft: RecipeDraft, source: str, *, is_4bit: bool = False) -> None:
@@ -123,6 +123,8 @@ def translate_pretraining(draft: RecipeDraft, source: str) -> None:
     rows = draft.values.pop("batch_size", None)
     note = draft.notes.pop("batch_size", "")
     length = draft.values.get("max_length")
+    if length is not None and not isinstance(length, (int, float)):
+        raise draft.make_error(draft.notes["max_length"], f"expected a number, found {length!r}")
     if rows and length:
         tokens_note = f"{note}, {int(length):,} tokens each"
         draft.set_value("batch_tokens", int(rows * length), tokens_note)
@@ -134,10 +136,10 @@ def translate_pretraining(draft: RecipeDraft, source: str) -> None:
 
 def translate_adapter(draft: RecipeDraft, key: str) -> None:
     """Translate the adapter to continue training, which must be a local folder."""
-    name = draft.pop_scalar(key)
+    name = draft.pop_text(key)
     if name is None:
         return
-    if path := draft.find_path(str(name)):
+    if path := draft.find_path(name):
         draft.set_value("adapter_from", path, key)
     else:
         draft.skip_key(key, name, "no such folder: set adapter_from")
@@ -148,20 +150,17 @@ def translate_new_tokens(draft: RecipeDraft, key: str, module_keys: tuple[str, .
 
     Other tools train the full embedding and head for them, listed under `module_keys`; here their
     new rows are trained, so those keys are not needed."""
-    value = draft.pop_value(key)
-    if not value:
+    texts = draft.pop_texts(key)
+    if not texts:
         return
-    texts = value.split(",") if isinstance(value, str) else value
-    draft.set_value("add_tokens", [str(text).strip() for text in texts], key)
+    draft.set_value("add_tokens", texts, key)
     for module_key in module_keys:
-        modules = draft.remaining.get(module_key)
-        names = modules.split(",") if isinstance(modules, str) else modules
-        if isinstance(names, list) and {str(name).strip() for name in names} <= {
-            "embed_tokens",
-            "lm_head",
-        }:
+        modules = draft.pop_texts(module_key)
+        if modules and set(modules) <= {"embed_tokens", "lm_head"}:
             reason = "the new tokens' rows are trained and saved without it"
-            draft.skip_key(module_key, draft.pop_value(module_key), reason, is_important=False)
+            draft.skip_key(module_key, modules, reason, is_important=False)
+        elif modules:
+            draft.remaining[module_key] = modules
 
 
 def translate_eval_split(draft: RecipeDraft, key: str) -> None:
@@ -313,38 +312,35 @@ def translate_saving(draft: RecipeDraft) -> None:
 
 def translate_output_dir(draft: RecipeDraft) -> None:
     """Translate the output folder, unless it exists: a run folder must be new."""
-    value: Any = draft.pop_scalar("output_dir")
+    value = draft.pop_text("output_dir")
     if value is None:
         return
-    if draft.find_path(str(value)):
+    if draft.find_path(value):
         draft.skip_key(
             "output_dir", value, "it exists; a run folder must be new", is_important=False
         )
     else:
-        draft.set_value("output_dir", str(value), "output_dir")
+        draft.set_value("output_dir", value, "output_dir")
 
 
 def translate_target_modules(
     draft: RecipeDraft, key: str, *, all_linear_names: tuple[str, ...]
 ) -> None:
     """Translate a list, a regular expression for full paths, or their name for all linears."""
-    value = draft.pop_value(key)
-    if isinstance(value, str) and value not in all_linear_names:
-        if set(value) & set("^$*\\|("):
-            draft.set_value("lora_target_modules", value, key)
-            return
-        value = [name.strip() for name in value.split(",")]
-    if value:
-        modules = value if isinstance(value, list) else "all-linear"
-        draft.set_value("lora_target_modules", modules, key)
+    pattern = draft.remaining.get(key)
+    if isinstance(pattern, str) and set(pattern) & set("^$*\\|("):
+        draft.set_value("lora_target_modules", draft.pop_text(key), key)
+        return
+    names = draft.pop_texts(key)
+    if names:
+        is_all = len(names) == 1 and names[0] in all_linear_names
+        draft.set_value("lora_target_modules", "all-linear" if is_all else names, key)
 
 
 def translate_modules_to_save(draft: RecipeDraft, key: str) -> None:
     """Translate the modules that are trained in full beside an adapter."""
-    value = draft.pop_value(key)
-    names = value.split(",") if isinstance(value, str) else value
-    if isinstance(names, list) and names:
-        draft.set_value("modules_to_save", [str(name).strip() for name in names], key)
+    if names := draft.pop_texts(key):
+        draft.set_value("modules_to_save", names, key)
 
 
 def translate_chat_template(draft: RecipeDraft, key: str, default_names: tuple[str, ...]) -> None:

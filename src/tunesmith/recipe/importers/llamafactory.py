@@ -9,7 +9,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
 from tunesmith.core.types import Json
 from tunesmith.recipe.importers import key_map
-from tunesmith.recipe.importers.draft import RecipeDraft, describe_format
+from tunesmith.recipe.importers.draft import RecipeDraft, check_kinds, describe_format
 
 SIGNATURE_KEYS = frozenset(
     [
@@ -53,6 +53,18 @@ ALPACA_COLUMNS = {
     "response": "output",
     "system": "system",
     "history": "history",
+}
+# kinds of the values in dataset_info.json
+ENTRY_KINDS = {
+    "file_name": ("a text",),
+    "hf_hub_url": ("a text",),
+    "subset": ("a text",),
+    "split": ("a text",),
+    "formatting": ("a text",),
+    "ranking": ("true or false",),
+    "num_samples": ("a number",),
+    "columns": ("a mapping to texts",),
+    "tags": ("a mapping to texts",),
 }
 SHAREGPT_TAGS = {
     "role_tag": "from",
@@ -132,16 +144,15 @@ def _translate_preference(draft: RecipeDraft, stage: str) -> None:
 
 
 def _translate_datasets(draft: RecipeDraft, stage: str) -> None:
-    folder = str(draft.pop_scalar("dataset_dir") or "data")
+    folder = draft.pop_text("dataset_dir") or "data"
     max_samples = draft.pop_number("max_samples")
     for key, recipe_key in (("dataset", "data"), ("eval_dataset", "eval_data")):
-        names = draft.pop_value(key)
-        if names is None:
+        names = draft.pop_texts(key)
+        if not names:
             continue
-        names = names if isinstance(names, list) else str(names).split(",")
         sources: list[Json] = []
         for name in names:
-            sources.append(_build_source(draft, str(name).strip(), folder, max_samples, stage))
+            sources.append(_build_source(draft, name, folder, max_samples, stage))
         note = f"{key}, max_samples" if max_samples else key
         draft.set_value(recipe_key, sources, note)
 
@@ -192,6 +203,8 @@ def _read_entry(file: Path | None, name: str) -> Json | None:
     entry = content.get(name) if isinstance(content, dict) else None
     if entry is not None and not isinstance(entry, dict):
         raise InputError(f"{name}: expected a mapping", where=str(file))
+    if entry is not None:
+        check_kinds(entry, ENTRY_KINDS, f"{file}: {name}")
     return entry
 
 

@@ -71,19 +71,19 @@ def _translate_trained_text(draft: RecipeDraft) -> None:
 
 
 def _translate_data(draft: RecipeDraft) -> None:
-    name = draft.pop_scalar("dataset_name")
+    name = draft.pop_text("dataset_name")
     if name is None:
         return
-    config = draft.pop_scalar("dataset_config")
-    splits = {"data": draft.pop_scalar("dataset_train_split")}
-    splits["eval_data"] = draft.pop_scalar("dataset_test_split")
-    path = draft.find_path(str(name))
+    config = draft.pop_text("dataset_config")
+    splits = {"data": draft.pop_text("dataset_train_split")}
+    splits["eval_data"] = draft.pop_text("dataset_test_split")
+    path = draft.find_path(name)
     for key, split in splits.items():
-        source = key_map.make_hub_source(str(name), config=config, split=split)
+        source = key_map.make_hub_source(name, config=config, split=split)
         if path is None and source is not None and (split or key == "data"):
             draft.set_value(key, [source], "dataset_name")
     if path is None and "data" not in draft.values:
         draft.skip_key("dataset_name", name, key_map.HUB_DATASET_REASON)
-        path = f"{Path(str(name)).name}.jsonl"
+        path = f"{Path(name).name}.jsonl"
     if path is not None:
         draft.set_value("data", [{"path": path}], "dataset_name")
