@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from tiny_export import save_model
 from tiny_runs import build_sum_rows, write_rows
+from tunesmith.export.request import TARGET_TYPES
+from tunesmith.export.server_files import ENGINES
 from tunesmith.recipe import demo
 
 RECIPE = """\
@@ -43,10 +45,11 @@ COMMANDS = [
     "eval run",
     "compare base run",
     "report run",
-    "export run --to peft --out exported-peft",
-    "export run --to merged --out exported-merged",
-    "export run --to gguf --out exported-gguf",
-    "export run --to ollama --out exported-ollama",
+]
+EXPORTS = [
+    *(("peft", ""), ("merged", "")),
+    *((target, kind) for target in ("gguf", "ollama") for kind in TARGET_TYPES[target]),
+    *((engine, "") for engine in ENGINES),
 ]
 
 
@@ -57,14 +60,20 @@ def main() -> None:
     write_rows(folder / "eval.jsonl", build_sum_rows(100, 10))
     write_rows(folder / "test.jsonl", build_sum_rows(200, 10))
     (folder / "recipe.yaml").write_text(RECIPE)
-    for command in COMMANDS:
+    for command in (*COMMANDS, *map(format_export, EXPORTS)):
         run_command(command, folder)
     run_command("chat run", folder, text="1 and 1\n")
     stop_training(folder)
     run_command("resume stopped", folder)
     copy_demo(folder / "demo")
     run_command("train recipe.yaml --max-steps 2", folder / "demo")
-    print(f"{len(COMMANDS) + 3} passed, 0 failed")
+    print(f"{len(COMMANDS) + len(EXPORTS) + 3} passed, 0 failed")
+
+
+def format_export(target_and_type: tuple[str, str]) -> str:
+    target, kind = target_and_type
+    options = f" --type {kind}" if kind else ""
+    return f"export run --to {target}{options} --out exported-{target}-{kind}"
 
 
 def copy_demo(folder: Path) -> None:
