@@ -43,6 +43,7 @@ WORLD_VARIABLE = "WORLD_SIZE"
 VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MAX_PORT = 65_535
 RESTART_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
+SAFE_PATH_VARIABLE = "PYTHONSAFEPATH"
 LAUNCH_FIX = (
     "start the ranks with torchrun, which sets it: "
     "torchrun --standalone --nproc-per-node 2 -m tunesmith train recipe.yaml"
@@ -419,6 +420,8 @@ def run_torchrun(num_processes: int, words: Sequence[str]) -> int:
 
     # It reports each process that fails, in lines of its own code; rank 0 has explained that.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # It starts `python -m tunesmith` without -P, which would run a tunesmith.py of this folder.
+    os.environ[SAFE_PATH_VARIABLE] = "1"
     options = ["--standalone", f"--nproc-per-node={num_processes}", "-m", "tunesmith"]
     try:
         run(parse_args([*options, *words]))

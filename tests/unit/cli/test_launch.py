@@ -1,6 +1,7 @@
 import logging
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +58,20 @@ def _unchanged_process() -> Iterator[None]:
 def test_torchrun_starts_each_process(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_torchrun(2, ["--version"]) == 0
     assert capfd.readouterr().out.count(__version__) == 2
+
+
+@pytest.mark.usefixtures("_unchanged_process")
+@pytest.mark.parametrize("name", ["tunesmith.py", "tunesmith/__init__.py", "torch.py"])
+def test_no_rank_runs_code_of_the_working_directory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    planted = tmp_path / name
+    planted.parent.mkdir(exist_ok=True)
+    planted.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    assert run_torchrun(1, ["--version"]) == 0
+    assert __version__ in capfd.readouterr().out
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.usefixtures("_unchanged_process")
