@@ -5,6 +5,7 @@ computes, and with keys that other families have.
     list_rotations(...)       ten kinds of rotation, for each kind of layers"""
 
 from collections.abc import Iterator
+from math import inf
 from typing import Any
 
 Values = dict[str, Any]
@@ -22,6 +23,10 @@ IGNORED_KEYS = {
     *("time_step_floor", "rescale_prenorm_residual", "num_logits_to_keep", "pretraining_tp"),
 }
 ROTATION_KEY = "rope_parameters"
+# the last two scale the queries of Ministral 3
+KEPT_ROTATION_KEYS = {
+    *("partial_rotary_factor", "llama_4_scaling_beta", "original_max_position_embeddings")
+}
 WORDS = {
     "softmax": "sigmoid",
     "sigmoid": "softmax",
@@ -91,7 +96,7 @@ def _list_others(key: str, value: Any) -> Iterator[Any]:
         yield from (1, None)
     elif isinstance(value, int):
         # norms of one value and MLPs of one are rounding
-        yield from (2 * value,) if key.endswith(("size", "dim")) else (1, 2 * value)
+        yield from (2 * value,) if key.endswith(("size", "dim", "rank")) else (1, 2 * value)
     elif isinstance(value, str):
         yield from ("gelu", "relu2", "silu") if "act" in key else ()
         if value in WORDS:
@@ -106,6 +111,8 @@ def _list_other_lists(value: list[Any]) -> Iterator[list[Any]]:
     """Yield lists with other words or numbers, one for each layer."""
     yield value[::-1]
     for word in dict.fromkeys(map(str, value)):
+        if word == str(inf):  # a limit that is none
+            continue
         (first, *_) = (x for x in value if str(x) == word)
         yield [first] * len(value)
     if all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
@@ -140,7 +147,7 @@ def list_rotations(values: Values, rotation: Values) -> list[Values]:
     width = width or values["hidden_size"] // values["num_attention_heads"]
     half = int(width * rotation.get("partial_rotary_factor", 1)) // 2
     plain: Values = {"rope_type": "default", "rope_theta": rotation.get("rope_theta", 10_000.0)}
-    kept = plain | {key: rotation[key] for key in ("partial_rotary_factor",) if key in rotation}
+    kept = plain | {key: rotation[key] for key in KEPT_ROTATION_KEYS if key in rotation}
     scaled = kept | {"factor": 4.0, "original_max_position_embeddings": 64}
     return [
         kept | {"rope_theta": 50.0},

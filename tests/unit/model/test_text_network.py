@@ -79,7 +79,7 @@ def test_recurrent_values_stay_as_stored(folder: Path, dtype: torch.dtype) -> No
             assert torch.equal(tensor, wide[name]), name
         elif name.endswith("proj.weight") and ".experts" not in name:
             assert tensor.dtype == dtype
-    assert checked >= 4
+    assert checked >= 3  # A_log, dt_bias and a norm or D, of each recurrent layer
     assert network.dtype == dtype
 
 

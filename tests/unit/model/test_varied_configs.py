@@ -34,14 +34,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.rope_scaling. is deprecated:FutureWarning"),
 ]
 FAMILIES = (
-    *("apertus", "arcee", "bitnet", "cwm", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gpt2"),
-    *("gpt_neox", "granite_swa", "helium", "iquestcoder", "jais2", "lfm2", "nemotron_h"),
-    *("nemotron_h-experts", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "phi", "qwen3_next"),
-    *("qwen3_next-experts", "starcoder2"),
+    *("apertus", "arcee", "bitnet", "cwm", "deepseek_v3", "ernie4_5", "ernie4_5_moe", "falcon_h1"),
+    *("gemma4", "glm", "glm4", "glm4_moe_lite", "gpt2", "gpt_neox", "gpt_oss", "granite_swa"),
+    *("helium", "iquestcoder", "jais2", "lfm2", "ministral3", "mixtral", "nemotron_h"),
+    *("nemotron_h-experts", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "phi", "qwen3_5"),
+    *("qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_next-experts", "starcoder2"),
 )
 # transformers computes norms, routers and recurrences in fp32
 TOLERANCE, DELTA_TOLERANCE = 5e-5, 1e-3
-DELTA_FAMILIES = ("qwen3_next", "olmo_hybrid")
+DELTA_FAMILIES = ("qwen3_5", "qwen3_next", "olmo_hybrid")
 LOSS_TOLERANCE = 1e-6
 DOCUMENTS = make_tiny_documents((5, 17, 1, 45, 13))
 # of all gradients together: a smaller one is compared relative to this
@@ -178,4 +179,5 @@ def test_each_value_is_computed_as_in_transformers_or_refused(family: str, tmp_p
         if not is_equal:
             wrong[label] = outcome
     assert wrong == {}
-    assert num_equal > 0.7 * len(variants)
+    # transformers cannot compute some rotations, and values without others that go with them
+    assert num_equal > 0.6 * len(variants)
