@@ -19,6 +19,7 @@ from tunesmith.core.events import GenerationSample, Score
 from tunesmith.core.formatting import format_count
 from tunesmith.core.types import Comparison
 from tunesmith.evaluate.statistics import (
+    compute_constant_interval,
     compute_detectable_difference,
     compute_mcnemar_p,
     compute_mean_interval,
@@ -115,6 +116,8 @@ def compare_measurements(before: MetricValues, after: MetricValues, *, step: int
         bounds = [_find_bounds(before), _find_bounds(after)]
         is_graded = all(high == 1 for _, high in bounds)
         low, high = _compute_interval(change, (-1.0, 1.0) if is_graded else UNBOUNDED)
+        if low == high:
+            low, high = compute_constant_interval(low, len(changes))
     return Comparison(
         task=before.task,
         metric=before.metric,

@@ -89,6 +89,16 @@ def compute_padded_interval(
     return max(bounds[0], mean - half), min(bounds[1], mean + half)
 
 
+def compute_constant_interval(difference: float, n: int) -> tuple[float, float]:
+    """Return the interval of the mean of n equal differences, which show no spread: Student's, as
+    wide as its p is that of the sign test, 2 / 2**n. It excludes 0 from 6 on."""
+    if not difference or n > MAX_DEGREES:
+        return difference, difference
+    statistic = _find_t(n - 1, 2.0 ** (1 - n))
+    half = abs(difference) * compute_t_quantile(n - 1) / statistic
+    return difference - half, difference + half
+
+
 @dataclass(frozen=True)
 class _Moments:
     """Estimated moments of a sample mean; `degrees` of freedom of its variance."""
@@ -197,8 +207,13 @@ def compute_t_quantile(degrees: float) -> float:
     """Return the 97.5% quantile of Student's t; `degrees` of freedom are at least 1."""
     if degrees > MAX_DEGREES:
         return Z
+    return _find_t(degrees, ALPHA)
+
+
+def _find_t(degrees: float, p: float) -> float:
+    """Return the value that Student's t exceeds, on either side, with the probability `p`."""
     angles, tails = _compute_t_tails(degrees)
-    angle = float(np.interp(ALPHA / 2, tails[::-1], angles[::-1]))
+    angle = float(np.interp(p / 2, tails[::-1], angles[::-1]))
     return math.sqrt(degrees) * math.tan(angle)
 
 

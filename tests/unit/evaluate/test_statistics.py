@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tunesmith.evaluate.results import MetricValues, compare_measurements
 from tunesmith.evaluate.statistics import (
     Z,
     adjust_p_values,
+    compute_constant_interval,
     compute_detectable_difference,
     compute_mcnemar_p,
     compute_mean_interval,
@@ -370,3 +372,23 @@ def test_the_robust_sd_equals_scipys_scaled_mad() -> None:
 )
 def test_p_values_have_two_digits_down_to_a_thousandth(p_value: float, text: str) -> None:
     assert format_p(p_value) == text
+
+
+@pytest.mark.parametrize("n", [2, 5, 6, 20, 500])
+@pytest.mark.parametrize("shift", [1.0, -3.0])
+def test_equal_differences_are_as_certain_as_their_signs(shift: float, n: int) -> None:
+    """A score in whole numbers that moves by the same on every item shows no spread."""
+    ids = tuple(map(str, range(n)))
+    before = MetricValues("test", "m", ids, (4.0,) * n)
+    comparison = compare_measurements(before, replace(before, values=(4.0 + shift,) * n))
+    assert compute_p_value(comparison) == pytest.approx(2 / 2**n, rel=1e-3)
+    verdict = "better" if shift > 0 else "worse"
+    expected = {2: "too few items to tell", 5: "no difference shown"}.get(n, verdict)
+    assert judge_comparison(comparison) == expected
+    assert comparison.low < shift < comparison.high
+    assert comparison.low + comparison.high == pytest.approx(2 * shift)
+
+
+def test_no_difference_at_all_has_no_width() -> None:
+    assert compute_constant_interval(0.0, 5) == (0.0, 0.0)
+    assert compute_constant_interval(1.0, 10**6) == (1.0, 1.0)
