@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import numbers
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from tunesmith.core.errors import InputError, raise_if_machine_failed
 from tunesmith.core.types import Json, Plan
 
 T = TypeVar("T")
+MAX_FILE_BYTES = 2**28  # of a file that is read as a whole
 MAX_TEXT_VALUES = 100_000  # of JSON in a text: answers, arguments of tool calls
 JSON_TEXT = r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)'  # closed, or up to the end
 _JSON_VALUE = re.compile(JSON_TEXT + r"|[\[{]", re.DOTALL)
@@ -118,12 +120,17 @@ def read_json(path: Path, *, key: str = "", fix: str = "", max_values: int | Non
         raise InputError(describe_json_error(error), where=where, fix=fix) from None
 
 
-def read_file(path: Path, *, where: str = "", fix: str = "") -> bytes:
-    """Return the content of a file. Raises InputError if it is missing or no file, MachineError if
-    the disk fails."""
+def read_file(
+    path: Path, *, where: str = "", fix: str = "", max_bytes: int | None = MAX_FILE_BYTES
+) -> bytes:
+    """Return the content of a file. Raises InputError if it is missing, no file or larger than
+    `max_bytes`, MachineError if the disk fails."""
     where = where or str(path)
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size  # 0 of a pipe
+            limit = -1 if max_bytes is None else min(size or max_bytes, max_bytes) + 1
+            content = file.read(limit)
     except FileNotFoundError:
         raise InputError("no such file", where=where, fix=fix or "check the path") from None
     except OSError as error:
@@ -131,6 +138,9 @@ def read_file(path: Path, *, where: str = "", fix: str = "") -> bytes:
         raise InputError(f"cannot be read: {error.strerror}", where=where, fix=fix) from None
     except ValueError as error:  # a NUL in the path
         raise InputError(f"cannot be read: {error}", where=where, fix=fix) from None
+    if max_bytes is not None and len(content) > max_bytes:
+        raise InputError(f"more than {max_bytes:,} bytes", where=where, fix=fix)
+    return content
 
 
 def describe_json_error(error: ValueError | RecursionError) -> str:

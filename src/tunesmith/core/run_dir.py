@@ -539,7 +539,8 @@ def read_all_events(path: Path) -> list[LoggedEvent]:
     An unfinished last line is left out: it was cut off by a kill, or is just being written. Raises
     InputError with file:line for a broken line."""
     file = path / EVENTS_FILE
-    lines = read_file(file, fix=RESTORE_FIX).split(b"\n")[:-1] if file.exists() else []
+    content = read_file(file, fix=RESTORE_FIX, max_bytes=None) if file.exists() else b""
+    lines = content.split(b"\n")[:-1]
     events: list[LoggedEvent] = []
     for line_number, line in enumerate(lines, start=1):
         try:

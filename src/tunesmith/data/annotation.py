@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from jsonschema import Draft202012Validator
 
 from tunesmith.core.atomic import write_file
-from tunesmith.core.errors import InputError, raise_if_machine_failed
-from tunesmith.core.json_io import describe_json_error, dump_json
+from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import dump_json, read_json
 from tunesmith.core.types import Json
 from tunesmith.data.checks.text_stats import extract_row_texts
 from tunesmith.data.dataset import Dataset
@@ -33,6 +33,7 @@ from tunesmith.data.sampler import permute_rows
 
 VERDICT_FIELD = "verdict"  # the question that reviewers answer
 ROW_KEY = "row"
+MAX_VALUES = 2_000_000  # of an export: 100 per task of 20,000
 
 
 @dataclass(frozen=True)
@@ -120,16 +121,9 @@ def _refuse_existing(path: Path) -> None:
 
 
 def _read_tasks(path: Path) -> list[Json]:
-    where = str(path)
-    try:
-        tasks = json.loads(path.read_bytes())
-    except OSError as error:
-        raise_if_machine_failed(error, where)
-        raise InputError(f"cannot be read: {error.strerror}", where=where) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(describe_json_error(error), where=where) from error
+    tasks = read_json(path, max_values=MAX_VALUES)
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
-        raise InputError("not a JSON array of objects", where=where, fix="export as JSON")
+        raise InputError("not a JSON array of objects", where=str(path), fix="export as JSON")
     return tasks
 
 

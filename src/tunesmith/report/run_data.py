@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tunesmith.core.events import Event, GenerationSample, TrainStep
+from tunesmith.core.json_io import read_file
 from tunesmith.core.run_dir import (
     EVAL_AFTER_FILE,
     EVAL_BEFORE_FILE,
@@ -123,7 +124,7 @@ def _load_stage(path: Path, name: str, plan: Plan) -> StageData:
         plan=plan,
         events=tuple(read_events(path)),
         fingerprint=read_sealed_json(fingerprint) if fingerprint.is_file() else {},
-        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
+        recipe=read_file(recipe).decode(errors="replace") if recipe.is_file() else "",
         record=_load_record(path),
         failure=read_failure(path),
     )

@@ -24,7 +24,7 @@ from weakref import WeakValueDictionary
 
 from tunesmith.core.atomic import MANIFEST, hash_file, read_manifest, verify_dir
 from tunesmith.core.errors import GateError, InputError
-from tunesmith.core.json_io import dump_json, read_json_object
+from tunesmith.core.json_io import dump_json, read_file, read_json_object
 from tunesmith.core.run_dir import ADAPTER_DIR, find_weights_dir, read_failure, read_run_plan
 from tunesmith.core.types import Json, Plan, require
 from tunesmith.data.chat_template.renderer import Renderer
@@ -264,7 +264,7 @@ def _hash_shapes(folder: Path) -> str:
         header = weights.read(min(num_bytes, MAX_HEADER_BYTES))
     digest = hashlib.sha256(f"{num_bytes} {file.stat().st_size} ".encode())
     digest.update(hashlib.sha256(header).digest())
-    digest.update((folder / ADAPTER_CONFIG_FILE).read_bytes())
+    digest.update(read_file(folder / ADAPTER_CONFIG_FILE))
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ import yaml
 
 from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import iter_leaves, read_json, to_jsonable
+from tunesmith.core.json_io import iter_leaves, read_file, read_json, to_jsonable
 from tunesmith.core.types import Json, Machine, Plan, __version__
 from tunesmith.model.hub.base_config import encode_special_floats
 from tunesmith.model.kernels.build import Kernels, load_kernels
@@ -112,7 +112,7 @@ def read_recipe(file: Path) -> Json:
     """Read the recipe of a run folder. Raises InputError if it was edited and is broken."""
     fix = "restore the file as the run wrote it"
     try:
-        recipe = load_yaml(file.read_text(encoding="utf-8"))
+        recipe = load_yaml(read_file(file, fix=fix).decode())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"not valid YAML: {error}", where=str(file), fix=fix) from error
     if not isinstance(recipe, dict):

@@ -33,6 +33,7 @@ from tunesmith.evaluate.scale_choice import describe_tradeoff
 from tunesmith.evaluate.statistics import judge_comparisons
 
 CARD_FILE = "README.md"
+MAX_METADATA_CHARS = 2**16  # the block at the start of a base's card; the rest is not read
 CARD_SETTINGS = (
     "lora_r",
     "lora_alpha",
@@ -147,7 +148,8 @@ def find_license(model: ModelSpec) -> str:
     """Return the license that the base model's card or origin states, else nothing."""
     file = model.path / CARD_FILE
     if file.is_file():
-        text = file.read_text("utf-8", errors="replace")
+        with file.open(encoding="utf-8", errors="replace") as card:
+            text = card.read(MAX_METADATA_CHARS)
         metadata = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
         pattern = r"^license: *[\"']?([a-z0-9][a-z0-9.-]*)[\"']? *$"
         stated = re.search(pattern, metadata[1], flags=re.MULTILINE) if metadata else None

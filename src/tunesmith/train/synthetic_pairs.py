@@ -105,7 +105,7 @@ def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[C
 def _iter_pairs(file: Path, rows: Container[int]) -> Iterator[tuple[int, str]]:
     """Yield (row, rejected answer) of each line. Raises InputError for a damaged one."""
     fix = "remove the file: the base model answers again"
-    lines = read_file(file, fix=fix).split(b"\n")
+    lines = read_file(file, fix=fix, max_bytes=None).split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):
         pair = _parse_pair(line, rows)
         if pair is None:

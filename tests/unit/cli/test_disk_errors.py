@@ -82,14 +82,14 @@ def test_a_json_file_on_a_failing_disk_is_exit_code_3(
     tunesmith: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    read_bytes = Path.read_bytes
+    open_file = Path.open
 
-    def fail(path: Path) -> bytes:
+    def fail(path: Path, *arguments: Any, **options: Any) -> Any:
         if path.name == "config.json":
             raise OSError(errno.EIO, "it broke")
-        return read_bytes(path)
+        return open_file(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "open", fail)
     code, _, stderr = tunesmith("doctor", "--model", str(tiny_folder))
     assert code == 3
     assert "config.json: cannot be read: it broke" in stderr

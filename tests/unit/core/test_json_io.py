@@ -16,6 +16,7 @@ from tunesmith.core.json_io import (
     has_more_values,
     measure_depth,
     parse_as,
+    read_file,
     read_json,
     to_jsonable,
 )
@@ -171,6 +172,20 @@ def test_broken_files_say_where(tmp_path: Path, content: bytes, message: str) ->
         read_json(tmp_path / "none.json")
     with pytest.raises(InputError, match="cannot be read: embedded null byte"):
         read_json(tmp_path / "a\0.json")
+
+
+def test_a_file_is_read_up_to_a_size(tmp_path: Path) -> None:
+    file = tmp_path / "sparse.json"
+    with file.open("wb") as stream:
+        stream.truncate(2**40)
+    for path in (file, Path("/dev/zero")):
+        with pytest.raises(InputError, match="more than 268,435,456 bytes"):
+            read_json(path)
+    file.write_bytes(b"12345")
+    assert read_file(file, max_bytes=5) == b"12345"
+    assert read_file(file, max_bytes=None) == b"12345"
+    with pytest.raises(InputError, match="more than 4 bytes"):
+        read_file(file, max_bytes=4)
 
 
 @pytest.mark.parametrize(

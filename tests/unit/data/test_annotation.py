@@ -164,6 +164,17 @@ def test_what_is_no_export_is_refused(export, what, tmp_path):
     assert not (tmp_path / "golden.jsonl").exists()
 
 
+def test_an_export_without_end_is_refused(tmp_path):
+    file = tmp_path / "export.json"
+    with file.open("wb") as stream:
+        stream.truncate(2**40)
+    with pytest.raises(InputError, match="more than 268,435,456 bytes"):
+        import_reviews(file, tmp_path / "golden.jsonl")
+    file.write_text("[" + "[]," * 1_000_000 + "[]]")
+    with pytest.raises(InputError, match="more than 2,000,000 commas"):
+        import_reviews(file, tmp_path / "golden.jsonl")
+
+
 def test_reviewers_who_disagree_and_unknown_verdicts_are_told(opened, tmp_path):
     write_tasks(opened(ROWS[:1]), "label-studio", tmp_path / "tasks.json")
     for answers, what in (

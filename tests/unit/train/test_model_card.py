@@ -73,6 +73,9 @@ def test_base_and_license_are_named_only_if_known(tmp_path: Path) -> None:
         "---\nlanguage: en\nlicense: apache-2.0\n---\nMIT in the text"
     )
     assert read_metadata(render_for(hub_model))["license"] == "apache-2.0"
+    with (snapshot / "README.md").open("ab") as file:
+        file.truncate(2**40)
+    assert read_metadata(render_for(hub_model))["license"] == "apache-2.0", "read from its start"
     builtin_model = replace(fake_runs.MODEL, origin="SmolLM2 (Apache-2.0), from a wheel")
     assert read_metadata(render_for(builtin_model))["license"] == "apache-2.0"
     assert "base_model" not in read_metadata(render_for(builtin_model))

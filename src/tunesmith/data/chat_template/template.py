@@ -19,8 +19,8 @@ from typing import Any
 from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import SecurityError
 
-from tunesmith.core.errors import InputError, raise_if_machine_failed
-from tunesmith.core.json_io import read_json_object
+from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import read_file, read_json_object
 from tunesmith.data.chat_template.jinja_env import PlainEnvironment
 from tunesmith.data.chat_template.sandbox_limits import CostTransformer, LimitedEnvironment
 from tunesmith.data.chat_template.tracked_env import TrackedEnvironment
@@ -46,6 +46,7 @@ TEMPLATE_ERRORS = (
     ValueError,
 )
 MAX_SOURCE = 100_000  # characters; the largest real templates have 20,000
+MAX_SOURCE_BYTES = 4 * MAX_SOURCE
 MAX_NODES = 30_000  # of the syntax tree
 MAX_PARTS = 300  # macros and blocks; branches of one condition; terms of one comparison
 
@@ -228,10 +229,10 @@ def _read_config_templates(entry: Any, folder: Path) -> Iterator[tuple[str, str]
 
 
 def _read_source(path: Path) -> str:
+    content = read_file(path, max_bytes=MAX_SOURCE_BYTES)
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise_if_machine_failed(error, path)
+        return content.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
         raise InputError(f"the chat template cannot be read: {error}", where=str(path)) from error
 
 

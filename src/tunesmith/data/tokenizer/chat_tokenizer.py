@@ -26,7 +26,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import read_json_object
+from tunesmith.core.json_io import read_file, read_json_object
 from tunesmith.core.types import Json, NewToken
 from tunesmith.data.tokenizer.guarded_tokenizer import GuardedTokenizer, list_unknown_patterns
 from tunesmith.data.tokenizer.pieces import (
@@ -191,7 +191,7 @@ class ChatTokenizer:
             )
             raise InputError(message, where=str(folder / "generation_config.json"))
         special_tokens = _read_special_tokens(folder, config)
-        tokenizer_json = path.read_bytes()
+        tokenizer_json = read_file(path)
         try:
             with TokenizerErrors(*UNUSABLE_ERRORS):
                 tokenizer_json = append_tokens(tokenizer_json, new_tokens)

@@ -254,8 +254,14 @@ def test_templates_are_found_where_models_keep_them(tmp_path: Path) -> None:
     template_file = tmp_path / "mine.jinja"
     template_file.write_text("mine")
     assert find_templates(tmp_path, template_file, NOW)["default"].source == "mine"
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="no such file"):
         find_templates(tmp_path, tmp_path / "missing.jinja", NOW)
+    template_file.write_bytes(b"mine\r\n")
+    assert find_templates(tmp_path, template_file, NOW)["default"].source == "mine\n"
+    with template_file.open("wb") as stream:
+        stream.truncate(2**40)
+    with pytest.raises(InputError, match="more than 400,000 bytes"):
+        find_templates(tmp_path, template_file, NOW)
 
 
 @pytest.mark.parametrize(
