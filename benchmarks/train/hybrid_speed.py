@@ -6,9 +6,9 @@ Weights are random, with the sizes of the model's layers and the built-in model'
 are rendered with its tokenizer. The rows are those of benchmarks.vs_trl. Padding is the only
 correct way of TRL on a CPU, where transformers cannot keep packed documents apart. Each side runs
 in its own process, in turns; prints tokens per second, peak memory and their ratios to each setting
-of TRL, and which one is its fastest. tunesmith takes 8 rows per step, as its plan decides, and 2,
-for the memory of a step that small. LAYERS is 8 unless given, of 24, so that TRL fits in a few
-gigabytes.
+of TRL, and which one is its fastest. tunesmith takes 8 rows per step, as its plan decides, and 4
+and 2, for the memory of steps that small. LAYERS is 8 unless given, of 24, so that TRL fits in a
+few gigabytes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SIZE = Size(
     gemm_seconds=0,
     loss_steps=0,
 )
-OUR_BATCHES = (OUR_BATCH, 2)  # rows per step
+OUR_BATCHES = (OUR_BATCH, 4, 2)  # rows per step
 # the fastest number formats of vs_trl, in bf16 throughout; one row at a time has no padding, and
 # rows grouped by length have little
 SETTINGS = (
