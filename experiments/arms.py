@@ -99,10 +99,14 @@ class ArmRun:
     failure: str = ""
 
 
+class ArmError(Exception):
+    """The process of an arm ended without a result: its recipe, the machine or a bug."""
+
+
 def run_arm(job: ArmJob) -> ArmRun:
     """Return the result of a job, which is stored beside its folder and not measured again.
 
-    Raises RuntimeError if its process fails."""
+    Raises ArmError if its process fails."""
     has_same_settings = job.settings_file.exists() and read_json(job.settings_file) == job.settings
     if not has_same_settings:
         shutil.rmtree(job.folder, ignore_errors=True)
@@ -116,7 +120,7 @@ def run_arm(job: ArmJob) -> ArmRun:
         process.start()
         process.join()
         if process.exitcode:
-            raise RuntimeError(f"{job.folder}: the process ended with {process.exitcode}")
+            raise ArmError(f"{job.folder}: its process ended with {process.exitcode}, see above")
     return parse_as(ArmRun, read_json(job.result_file), where=str(job.result_file))
 
 

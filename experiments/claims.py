@@ -2,15 +2,17 @@
 
     judge_claims(experiments, results) -> a ClaimVerdict per claim, in the order of the experiments
 
-Values are paired by item after averaging over the seeds that both arms have. The statistics are
-those of `tunesmith compare`: its interval, its p-value, Holm's correction. All claims count in it,
-those not run as well, with p = 1: another experiment that runs can decide an open claim, and
-reopens none. A claim holds only if every seed alone has its sign. Left out: the page (page.py).
+Values are paired by item after averaging over the seeds that both arms have; a side without
+randomness has every seed of the other. The statistics are those of `tunesmith compare`: its
+interval, its p-value, Holm's correction. All claims count in it, those not run as well, with p = 1:
+another experiment that runs can decide an open claim, and reopens none. A claim holds only if every
+seed alone has its sign. Two sides whose items are all equal, and an arm that ran again on a changed
+product, decide nothing and are no guess that hit. Left out: the page (page.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,7 +25,14 @@ from tunesmith.evaluate.pairing import pair_measurements
 from tunesmith.evaluate.results import EvalResults, MetricValues, compare_measurements
 from tunesmith.evaluate.statistics import ALPHA, MIN_ITEMS, adjust_p_values, compute_p_value
 
-Verdict = Literal["holds", "does not hold", "not decidable at this size", "not run yet"]
+Verdict = Literal[
+    "holds",
+    "does not hold",
+    "not decidable at this size",
+    "nothing changed",
+    "rerun after a change of the product",
+    "not run yet",
+]
 Results = Mapping[str, Mapping[int, ArmRun]]  # arm -> seed -> its run
 
 
@@ -38,6 +47,7 @@ class Evidence:
     p_value: float
     is_as_claimed: bool
     is_clear: bool  # whether the interval lies on one side, and each seed on the same
+    is_unchanged: bool  # whether each item has the same value on both sides
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class ClaimVerdict:
     adjusted_p: float = 1.0
     note: str = ""  # why there is no evidence
     num_seeds: int = 1  # that the experiment gives both arms
+    rerun: str = ""  # what an arm gave before the product was changed
 
     @property
     def lacks_seeds(self) -> bool:
@@ -55,10 +66,12 @@ class ClaimVerdict:
         return self.evidence is not None and len(self.evidence.seed_differences) < self.num_seeds
 
     @property
-    def is_in_guess(self) -> bool:
-        """Whether the measured difference is where the guess put it."""
+    def is_in_guess(self) -> bool | None:
+        """Whether the measured difference is where the guess put it; None if it tests no guess."""
+        if self.evidence is None or self.rerun or self.verdict == "nothing changed":
+            return None
         low, high = self.claim.guess
-        return self.evidence is not None and low <= self.evidence.comparison.difference <= high
+        return low <= self.evidence.comparison.difference <= high
 
 
 def judge_claims(
@@ -68,52 +81,75 @@ def judge_claims(
     pending: list[tuple[str, ClaimVerdict]] = []
     for experiment in experiments:
         for claim in experiment.claims:
-            gathered = _gather(claim, results.get(experiment.name, {}))
-            num_seeds = _count_seeds(experiment, claim)
+            gathered = _gather(experiment, claim, results.get(experiment.name, {}))
+            declared = [
+                experiment.arms[strip_seed_suffix(side)].seeds
+                for side in (claim.arm, claim.against)
+            ]
+            num_seeds = len(_list_shared_seeds(experiment, claim, declared))
             pending.append((experiment.name, replace(gathered, num_seeds=num_seeds)))
     p_values = [each.evidence.p_value if each.evidence else 1.0 for _, each in pending]
     verdicts: dict[str, list[ClaimVerdict]] = {experiment.name: [] for experiment in experiments}
     for (name, each), adjusted_p in zip(pending, adjust_p_values(p_values), strict=True):
         verdict = each.verdict
         if each.evidence is not None:
-            verdict = _decide(each.evidence, adjusted_p)
+            verdict = _decide(each, each.evidence, adjusted_p)
         verdicts[name].append(replace(each, verdict=verdict, adjusted_p=adjusted_p))
     return verdicts
 
 
-def _count_seeds(experiment: Experiment, claim: Claim) -> int:
-    arm, against = (
-        experiment.arms[strip_seed_suffix(side)].seeds for side in (claim.arm, claim.against)
-    )
-    return len(set(arm) & set(against))
+def _list_shared_seeds(
+    experiment: Experiment, claim: Claim, seeds: Sequence[Collection[int]]
+) -> list[int]:
+    """Return the seeds of the pairs, of those that the arm and the one against it have.
+
+    A side without randomness has every seed of the other."""
+    arm, against = seeds
+    if not arm or not against:
+        return []
+    if not experiment.has_randomness(claim.against):
+        return sorted(arm)
+    if not experiment.has_randomness(claim.arm):
+        return sorted(against)
+    return sorted(set(arm) & set(against))
 
 
-def _decide(evidence: Evidence, adjusted_p: float) -> Verdict:
+def _decide(each: ClaimVerdict, evidence: Evidence, adjusted_p: float) -> Verdict:
+    if each.rerun:
+        return "rerun after a change of the product"
+    if evidence.is_unchanged and each.claim.expect != "equal":
+        return "nothing changed"
     if not evidence.is_clear or adjusted_p >= ALPHA:
         return "not decidable at this size"
     return "holds" if evidence.is_as_claimed else "does not hold"
 
 
-def _gather(claim: Claim, results: Results) -> ClaimVerdict:
+def _gather(experiment: Experiment, claim: Claim, results: Results) -> ClaimVerdict:
     """Return the claim with its evidence, or with the reason why it has none."""
     sides = (claim.arm, claim.against)
     runs = [results.get(strip_seed_suffix(side), {}) for side in sides]
-    seeds = sorted(runs[0].keys() & runs[1].keys())
+    seeds = _list_shared_seeds(experiment, claim, [each.keys() for each in runs])
     if not seeds:
         return ClaimVerdict(claim, "not run yet")
-    for side, side_runs in zip(sides, runs, strict=True):
-        for seed in seeds:
-            if failure := side_runs[seed].failure:
-                note = f"{side} ended early: {failure}"
+    pairs: list[tuple[MetricValues, MetricValues]] = []
+    for seed in seeds:
+        arm, against = (_select_run(side_runs, seed) for side_runs in runs)
+        for side, run in zip(sides, (arm, against), strict=True):
+            if run.failure:
+                note = f"{side} ended early: {run.failure}"
                 return ClaimVerdict(claim, "not decidable at this size", note=note)
-    pairs = [
-        _select_pair(
-            _get_values(claim, claim.against, runs[1][seed]),
-            _get_values(claim, claim.arm, runs[0][seed]),
+        first, second = (
+            _get_values(claim, claim.against, against),
+            _get_values(claim, claim.arm, arm),
         )
-        for seed in seeds
-    ]
-    return ClaimVerdict(claim, "not run yet", compute_evidence(claim, pairs))
+        pairs.append(_select_pair(first, second))
+    evidence = compute_evidence(claim, pairs)
+    return ClaimVerdict(claim, "not run yet", evidence, rerun=experiment.find_reruns(claim))
+
+
+def _select_run(runs: Mapping[int, ArmRun], seed: int) -> ArmRun:
+    """Return the run of a seed; of a side without randomness, any."""
+    return runs[seed] if seed in runs else runs[min(runs)]
 
 
 def _get_values(claim: Claim, side: str, run: ArmRun) -> MetricValues:
@@ -148,7 +184,12 @@ def compute_evidence(claim: Claim, pairs: Sequence[tuple[MetricValues, MetricVal
         is_one_sided = high < 0
     signs = {_compute_slack(claim, difference) > 0 for difference in seed_differences}
     is_clear = is_one_sided and signs == {is_as_claimed} and comparison.after.n >= MIN_ITEMS
-    return Evidence(comparison, seed_differences, p_value, is_as_claimed, is_clear)
+    is_unchanged = all(
+        dict(zip(first.ids, first.values, strict=True))
+        == dict(zip(second.ids, second.values, strict=True))
+        for first, second in pairs
+    )
+    return Evidence(comparison, seed_differences, p_value, is_as_claimed, is_clear, is_unchanged)
 
 
 def _compare(pairs: Sequence[tuple[MetricValues, MetricValues]]) -> Comparison:

@@ -43,6 +43,11 @@ class Answering(_Frozen):
     is_constrained: bool = False
     examples: int = 0
 
+    @property
+    def has_randomness(self) -> bool:
+        """Whether a seed draws anything: rows to train on or to show."""
+        return self.examples > 0 or self.shots > 0
+
 
 class Arm(_Frozen):
     """One way to train or to answer. `recipe` changes the recipe of the experiment."""
@@ -51,6 +56,8 @@ class Arm(_Frozen):
     seeds: tuple[int, ...] = (0,)
     answering: Answering | None = None
     documents: str = ""  # of the passages
+    # what it gave before a change of the product, after which it ran again: no test of its guess
+    rerun: str = ""
 
 
 class Claim(_Frozen):
@@ -92,7 +99,7 @@ class Experiment(_Frozen):
     guide: str = ""  # what the guide says, if it is a claim of the guide
     about: str  # what was done, on which data
     earlier: str = ""  # what was measured before, without a guess; its links begin in docs/results
-    later: str = ""  # what limits the result, as was seen after it ran
+    later: str = ""  # what limits the result, or was changed, after it was seen
     order: int  # of running: evidence per minute
     minutes: float  # expected, on two idle cores
     settings: tuple[str, ...] = ()  # of the plan, whose rules it tests
@@ -112,6 +119,24 @@ class Experiment(_Frozen):
     @property
     def folder(self) -> Path:
         return EXPERIMENTS / self.name
+
+    def list_sides(self) -> set[str]:
+        """Return what claims read: an arm, or an arm before training."""
+        return {side for claim in self.claims for side in (claim.arm, claim.against)}
+
+    def has_randomness(self, side: str) -> bool:
+        """Whether a side of a claim depends on the seed. The model before training does not, nor do
+        its answers to prompts without drawn rows, which are greedy."""
+        if side.endswith(UNTRAINED):
+            return False
+        answering = self.arms[side].answering
+        return answering is None or answering.has_randomness
+
+    def find_reruns(self, claim: Claim) -> str:
+        """Return what the arms of a claim gave before they ran again on a changed product."""
+        sides = (claim.arm, claim.against)
+        arms = (self.arms[side] for side in sides if not side.endswith(UNTRAINED))
+        return "; ".join(arm.rerun for arm in arms if arm.rerun)
 
 
 def load_experiments(root: Path = EXPERIMENTS) -> list[Experiment]:

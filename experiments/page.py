@@ -9,12 +9,13 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.claims import ClaimVerdict
-from experiments.definitions import Experiment, Plot
+from experiments.definitions import UNTRAINED, Experiment, Plot
 
 from tunesmith.advise.data_ablation import average_measurements
 from tunesmith.core.atomic import write_file
@@ -33,15 +34,23 @@ a guess that was committed before it ran. `make evidence` writes this page and i
 guide" is common advice on fine-tuning, in our words; E1 to E12 only number the experiments, and
 *own* is one about tunesmith itself.
 
-A difference is paired by item after averaging over seeds, with a 95% CI. p is corrected over all
-{claims} claims (Holm); those not run count with p = 1. A claim *holds* or *does not hold* if the
-interval lies on one side, the corrected p is below 0.05 and each seed alone has the same sign; else
-it is *not decidable at this size*. While seeds are missing, a verdict says how many it has. A guess
-is a *hit* if the measured difference lies inside.
+- A difference is paired by item after averaging over seeds, with a 95% CI. An untrained side that
+  draws no rows answers the same with every seed, so it is paired with all seeds of the other side
+  (since 1 December 2026; before, with its own seed 0 alone. No verdict changed).
+- p is corrected over all {claims} claims (Holm); those not run count with p = 1.
+- A claim *holds* or *does not hold* if the interval lies on one side, the corrected p is below 0.05
+  and each seed alone has the same sign; else it is *not decidable at this size*. *Nothing changed*:
+  every item has the same value on both sides.
+- A guess is a *hit* if the measured difference lies inside.
+- *Rerun after a change of the product*: the first result led to the change, so the new one tests no
+  guess. It counts neither as a claim that holds nor as a hit.
 
 A result for a model of 135M parameters shows a mechanism, and no value for a larger model.
-Intervals are over items: they do not cover seed-to-seed variation, and many arms have one seed.
-Measured minutes are by the clock, whatever else the machine computes.
+Intervals are over items: they do not cover seed-to-seed variation, and many claims have one seed.
+Other programs ran on the same machine, so minutes, which are by the clock, say nothing about speed.
+
+Less was done than planned: one model size instead of two; 26 rows against 260 in E5, not 1,000
+against 10,000; in E8 ranks on one task, a format. Some arms have no result and are named.
 """
 COLUMNS = 100
 WIDTH = 640  # of a plot, in pixels
@@ -67,15 +76,21 @@ def write_page(
 def _format_summary(
     experiments: Sequence[Experiment], verdicts: Mapping[str, Sequence[ClaimVerdict]]
 ) -> Iterator[str]:
-    counts = Counter(each.verdict for each in _flatten(verdicts))
+    flat = list(_flatten(verdicts))
+    counts = Counter(each.verdict for each in flat)
+    guesses = Counter(_describe_guess(each) for each in flat)
     yield "## All claims\n"
-    yield ", ".join(f"{verdict}: {count}" for verdict, count in counts.most_common()) + ".\n"
-    yield "| | claim | guess | measured difference [95% CI] | p | verdict |"
-    yield "|---|---|---|---|---|---|"
+    totals = ", ".join(f"{verdict}: {count}" for verdict, count in counts.most_common())
+    hits = f"Guesses: {guesses['guess hit']} hit, {guesses['guess missed']} missed."
+    yield wrap_lines(f"{totals}. {hits}") + "\n"
+    yield "| | claim | guess | measured difference [95% CI] | p | seeds | verdict |"
+    yield "|---|---|---|---|---|---|---|"
     for experiment in experiments:
         for each in verdicts[experiment.name]:
             link = f"[{experiment.rule}](#{_make_anchor(experiment)})"
-            cells = [link, each.claim.text, *_format_claim(each)]
+            guess, measured, p, verdict = _format_claim(each)
+            seeds = str(len(each.evidence.seed_differences)) if each.evidence else ""
+            cells = [link, each.claim.text, guess, measured, p, seeds, verdict]
             yield "| " + " | ".join(cells) + " |"
     yield ""
 
@@ -94,10 +109,17 @@ def _format_claim(each: ClaimVerdict) -> Iterator[str]:
         return
     comparison = each.evidence.comparison
     interval = f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]"
-    yield f"{interval}, guess {'hit' if each.is_in_guess else 'missed'}"
+    yield ", ".join(filter(None, (interval, _describe_guess(each))))
     yield format_p(each.adjusted_p).removeprefix("p ").removeprefix("= ")
     seeds = f", {len(each.evidence.seed_differences)} of {each.num_seeds} seeds"
-    yield f"**{each.verdict}**" + (seeds if each.lacks_seeds else "")
+    rerun = f": {each.rerun}" if each.rerun else ""
+    yield f"**{each.verdict}**" + (seeds if each.lacks_seeds else "") + rerun
+
+
+def _describe_guess(each: ClaimVerdict) -> str:
+    if each.is_in_guess is None:
+        return ""
+    return "guess hit" if each.is_in_guess else "guess missed"
 
 
 def wrap_lines(text: str, indent: str = "") -> str:
@@ -141,6 +163,9 @@ def _format_experiment(
         f"{command}, {expected}. {len(stored)} of {num_runs} runs took {minutes:.0f} minutes, on "
         f"{dates}, {devices}, tunesmith {versions}."
     )
+    missing = _list_missing_arms(experiment, stored)
+    if missing:
+        text += f" Without a result so far: {', '.join(missing)}."
     yield wrap_lines(text) + "\n"
     for each in verdicts[experiment.name]:
         yield wrap_lines(f"- {each.claim.text} {_describe_claim(each)}", indent="  ")
@@ -171,42 +196,69 @@ def _describe_claim(each: ClaimVerdict) -> str:
 # ---------------------------------------------------------------- arms
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A line of the table of arms, and of its plots."""
+
+    label: str
+    runs: Sequence[StoredRun]
+    is_before: bool = False  # whether it shows the model before training
+
+
+def _list_rows(experiment: Experiment, stored: Sequence[StoredRun]) -> Iterator[_Row]:
+    """Yield the model before training, and each arm with a result as the claims read it."""
+    yield _Row("before training", stored[:1], is_before=True)
+    sides = experiment.list_sides()
+    for arm in experiment.arms:
+        runs = [each for each in stored if each.arm == arm]
+        if runs and arm not in sides and arm + UNTRAINED in sides:
+            yield _Row(arm + UNTRAINED, runs, is_before=True)
+        elif runs:
+            yield _Row(arm, runs)
+
+
+def _list_missing_arms(experiment: Experiment, stored: Sequence[StoredRun]) -> list[str]:
+    finished = {each.arm for each in stored}
+    return [f"`{arm}`" for arm in experiment.arms if arm not in finished]
+
+
 def _format_arms(experiment: Experiment, stored: Sequence[StoredRun]) -> Iterator[str]:
     """Yield a table of the arms: plotted metrics, means over seeds with their intervals."""
     labels = [plot.label for plot in experiment.plots]
     has_steps = any(each.run.steps for each in stored)
-    columns = ["steps", "tokens", "tokens/s", "peak GB"] if has_steps else []
+    columns = ["steps", "tokens", "peak GB"] if has_steps else []
     names = ["arm", "seeds", *labels, *columns, "minutes"]
     yield "| " + " | ".join(names) + " |"
     yield "|" + "---|" * len(names)
-    for arm in experiment.arms:
-        runs = [each for each in stored if each.arm == arm]
-        if not runs:
-            continue
-        scores = [_find_score(runs, plot) for plot in experiment.plots]
-        first = runs[0].run
-        sizes = [
-            f"{first.steps}",
-            f"{first.tokens:,}",
-            f"{first.tokens_per_second:.0f}",
-            f"{max(each.run.peak_gigabytes for each in runs):.2f}",
-        ]
-        cells = [arm, str(len(runs)), *(_format_score(score) for score in scores)]
-        cells += sizes if has_steps else []
-        minutes = sum(each.run.minutes for each in runs)
-        failure = f" ({first.failure})" if first.failure else ""
-        yield "| " + " | ".join([*cells, f"{minutes:.1f}{failure}"]) + " |"
+    for row in _list_rows(experiment, stored):
+        scores = [_find_score(row, plot) for plot in experiment.plots]
+        if row.is_before and not any(scores):
+            continue  # arms that only answer measure nothing before
+        values = [_format_score(score) for score in scores]
+        sizes = [""] * (len(columns) + 1) if row.is_before else _format_sizes(row, has_steps)
+        seeds = "" if row.is_before else str(len(row.runs))
+        yield "| " + " | ".join([row.label, seeds, *values, *sizes]) + " |"
     yield ""
+
+
+def _format_sizes(row: _Row, has_steps: bool) -> Iterator[str]:
+    first = row.runs[0].run
+    if has_steps:
+        yield f"{first.steps}"
+        yield f"{first.tokens:,}"
+        yield f"{max(each.run.peak_gigabytes for each in row.runs):.2f}"
+    failure = f" ({first.failure})" if first.failure else ""
+    yield f"{sum(each.run.minutes for each in row.runs):.1f}{failure}"
 
 
 def _format_score(score: Score | None) -> str:
     return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]" if score else ""
 
 
-def _find_score(runs: Sequence[StoredRun], plot: Plot, *, is_before: bool = False) -> Score | None:
+def _find_score(row: _Row, plot: Plot) -> Score | None:
     measured: list[MetricValues] = []
-    for each in runs:
-        for values in each.run.before if is_before else each.run.after:
+    for each in row.runs:
+        for values in each.run.before if row.is_before else each.run.after:
             if (values.task, values.metric) == (plot.task, plot.metric):
                 measured.append(values)
     return compute_score(average_measurements(measured)) if measured else None
@@ -217,11 +269,9 @@ def list_points(
 ) -> list[tuple[str, Score]]:
     """Return (label, score) of the model before training and of each arm."""
     points: list[tuple[str, Score]] = []
-    if before := _find_score(stored[:1], plot, is_before=True):
-        points.append(("before training", before))
-    for arm in experiment.arms:
-        if score := _find_score([each for each in stored if each.arm == arm], plot):
-            points.append((arm, score))
+    for row in _list_rows(experiment, stored):
+        if score := _find_score(row, plot):
+            points.append((row.label, score))
     return points
 
 

@@ -4,8 +4,9 @@
 
 Each arm is trained once per seed, in the order of evidence per minute; `experiments/NAME/
 results.json` grows as arms end, and an arm that it has with the same settings does not run again.
-A killed run continues where it was. `docs/results/evidence.md` is written after each experiment
-that changed. `--quick` runs two steps of a two-layer model in `build/evidence-quick/` and leaves
+A killed run continues where it was. An arm whose process fails is told and has no result; the
+others run, and the exit code is 1. `docs/results/evidence.md` is written after each experiment that
+changed. `--quick` runs two steps of a two-layer model in `build/evidence-quick/` and leaves
 results and page alone.
 """
 
@@ -18,13 +19,14 @@ import inspect
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from experiments.arms import ArmJob, ArmRun, run_arm
+from experiments.arms import ArmError, ArmJob, ArmRun, run_arm
 from experiments.claims import Results, judge_claims
 from experiments.definitions import (
     BUILD_FILE,
@@ -67,7 +69,10 @@ class StoredRun:
 def run_experiments(
     experiments: Sequence[Experiment], work: Path, results_root: Path, *, deadline: float
 ) -> Iterator[Experiment]:
-    """Run what has no result; yield each experiment after it changed. Stop at the deadline."""
+    """Run what has no result; yield each experiment after it changed. Stop at the deadline.
+
+    Raises ArmError at the end if arms failed."""
+    failed: list[str] = []
     for experiment in experiments:
         file = results_root / experiment.name / RESULTS_FILE
         stored = load_results(file)
@@ -76,7 +81,12 @@ def run_experiments(
             if time.monotonic() > deadline:
                 break
             print(f"{experiment.name}: {name}, seed {seed} ...", flush=True)
-            run = run_arm(make_job(experiment, name, arm, seed, work))
+            try:
+                run = run_arm(make_job(experiment, name, arm, seed, work))
+            except ArmError as error:
+                print(f"    {error}", flush=True)
+                failed.append(f"{experiment.name}: {name}, seed {seed}")
+                continue
             print(f"    {run.minutes:g} minutes {run.failure}", flush=True)
             settings = make_settings(experiment, arm, seed)
             stored = [each for each in stored if (each.arm, each.seed) != (name, seed)]
@@ -86,6 +96,8 @@ def run_experiments(
             has_changed = True
         if has_changed:
             yield experiment
+    if failed:
+        raise ArmError(f"{format_count(len(failed), 'arm')} failed: {'; '.join(failed)}")
 
 
 def list_missing(
@@ -193,20 +205,28 @@ def main() -> None:
     chosen = [experiment for experiment in experiments if experiment.name in args.only]
     deadline = time.monotonic() + 60 * args.minutes
     os.chdir(ROOT)
-    if args.quick:
-        shutil.rmtree(QUICK_WORK, ignore_errors=True)
-        model = save_short_model(QUICK_WORK / "model")
-        texts = save_general_texts(QUICK_WORK / "general.jsonl")
-        short = [shorten_experiment(experiment, model, texts) for experiment in chosen]
-        root = QUICK_WORK / "results"
-        for _ in run_experiments(short, QUICK_WORK, root, deadline=deadline):
-            update_page(short, root, QUICK_WORK / "evidence.md")
-        return
-    if not args.page:
-        root = ROOT / "experiments"
-        for _ in run_experiments(chosen, WORK, root, deadline=deadline):
-            update_page(experiments, root, PAGE)
-    update_page(experiments, ROOT / "experiments", PAGE)
+    try:
+        if args.quick:
+            _run_quick(chosen, deadline)
+        elif not args.page:
+            root = ROOT / "experiments"
+            for _ in run_experiments(chosen, WORK, root, deadline=deadline):
+                update_page(experiments, root, PAGE)
+    except ArmError as error:
+        sys.exit(str(error))
+    finally:
+        if not args.quick:
+            update_page(experiments, ROOT / "experiments", PAGE)
+
+
+def _run_quick(chosen: Sequence[Experiment], deadline: float) -> None:
+    shutil.rmtree(QUICK_WORK, ignore_errors=True)
+    model = save_short_model(QUICK_WORK / "model")
+    texts = save_general_texts(QUICK_WORK / "general.jsonl")
+    short = [shorten_experiment(experiment, model, texts) for experiment in chosen]
+    root = QUICK_WORK / "results"
+    for _ in run_experiments(short, QUICK_WORK, root, deadline=deadline):
+        update_page(short, root, QUICK_WORK / "evidence.md")
 
 
 if __name__ == "__main__":

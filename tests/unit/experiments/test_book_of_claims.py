@@ -17,7 +17,7 @@ from experiment_modules import import_module
 from fake_runs import make_step
 from tiny_runs import build_sum_rows, run_until_saved, save_model_folder, write_rows
 from tunesmith.api import load_inputs, plan, train
-from tunesmith.core.json_io import dump_json
+from tunesmith.core.json_io import dump_json, parse_as
 from tunesmith.core.run_dir import read_all_events
 from tunesmith.core.types import PlanConfig
 from tunesmith.data.readers.sources import open_source
@@ -77,7 +77,9 @@ def judge(claim: Any, results: Any) -> str:
         ("higher", 0, 0.5, "holds"),
         ("higher", 0, -0.5, "does not hold"),
         ("higher", 0.6, 0.5, "does not hold"),
-        ("higher", 0, 0.0, "not decidable at this size"),
+        ("higher", 0, 0.0, "nothing changed"),
+        ("lower", 0, 0.0, "nothing changed"),
+        ("equal", 0.1, 0.0, "holds"),
         ("lower", 0, -0.5, "holds"),
         ("lower", 0, 0.5, "does not hold"),
         ("equal", 0.1, 0.01, "holds"),
@@ -167,6 +169,107 @@ def test_a_verdict_says_how_many_seeds_it_has() -> None:
     assert list(page._format_claim(verdict))[-1] == "**holds**"
 
 
+def test_a_result_that_changed_nothing_is_no_hit() -> None:
+    """Two runs with the same bits are inside a guess that reaches 0, and tell nothing about it."""
+    same = {"a": {0: make_run(1.0)}, "b": {0: make_run(1.0)}}
+    (verdict,) = claims.judge_claims([make_experiment()], {"tried": same})["tried"]
+    assert verdict.is_in_guess is None
+    cells = list(page._format_claim(verdict))
+    assert "guess" not in cells[1]
+    assert cells[-1] == "**nothing changed**"
+    # of an equality, no difference is what was guessed
+    equal = make_experiment(make_claim(expect="equal", margin=0.1))
+    (verdict,) = claims.judge_claims([equal], {"tried": same})["tried"]
+    assert verdict.is_in_guess
+    # and a mean of 0 over items that differ decides nothing
+    (verdict,) = claims.judge_claims(
+        [make_experiment()], {"tried": measure_differences((0.5, -0.5) * 10)}
+    )["tried"]
+    assert (verdict.verdict, verdict.is_in_guess) == ("not decidable at this size", True)
+
+
+def test_a_rerun_after_a_change_of_the_product_counts_for_nothing() -> None:
+    """Neither as a claim that holds nor as a guess that hit."""
+    rerun = {"a": {}, "b": {"rerun": "at first, b was as low as a"}}
+    experiment = make_experiment(make_claim(guess=(0.0, 2.0)), arms=rerun)
+    results = {"tried": {"a": {0: make_run(1.0)}, "b": {0: make_run(2.0)}}}
+    verdicts = claims.judge_claims([experiment], results)
+    (verdict,) = verdicts["tried"]
+    assert (verdict.verdict, verdict.is_in_guess) == ("rerun after a change of the product", None)
+    assert verdict.evidence is not None
+    summary = "\n".join(page._format_summary([experiment], verdicts))
+    assert "holds" not in summary
+    assert "guess hit" not in summary
+    assert "Guesses: 0 hit, 0 missed." in summary
+    assert "**rerun after a change of the product**: at first, b was as low as a" in summary
+    # without a result, nothing was rerun
+    (verdict,) = claims.judge_claims([experiment], {})["tried"]
+    assert verdict.verdict == "not run yet"
+
+
+@pytest.mark.parametrize("answering", [{}, {"passages": 1}, {"is_constrained": True}])
+def test_an_untrained_side_without_randomness_meets_every_seed(answering: Any) -> None:
+    fixed = {"a": {"answering": answering}, "b": {"seeds": [0, 1, 2]}}
+    results = {"a": {0: make_run(1.0)}, "b": {n: make_run(2.0 + n) for n in range(3)}}
+    for claim in (make_claim(), make_claim(arm="a", against="b", expect="lower")):
+        experiment = make_experiment(claim, arms=fixed)
+        (verdict,) = claims.judge_claims([experiment], {"tried": results})["tried"]
+        assert (verdict.num_seeds, verdict.lacks_seeds) == (3, False)
+        assert [abs(each) for each in verdict.evidence.seed_differences] == pytest.approx([1, 2, 3])
+
+
+@pytest.mark.parametrize("answering", [{"shots": 4}, {"examples": 10}, None])
+def test_other_arms_meet_the_seeds_that_they_have(answering: Any) -> None:
+    drawn = {"a": {"answering": answering}, "b": {"seeds": [0, 1, 2]}}
+    results = {"a": {0: make_run(1.0)}, "b": {n: make_run(2.0 + n) for n in range(3)}}
+    (verdict,) = claims.judge_claims([make_experiment(arms=drawn)], {"tried": results})["tried"]
+    assert verdict.evidence.seed_differences == pytest.approx((1.0,))
+
+
+def train_from(before: float, after: float) -> Any:
+    return dataclasses.replace(make_run(after), steps=3, before=make_run(before).after)
+
+
+def test_the_model_before_training_meets_every_seed() -> None:
+    claim = make_claim(arm="b", against="a before")
+    results = {"a": {0: train_from(1.0, 5.0)}, "b": {n: train_from(3.0, 2.0 + n) for n in range(3)}}
+    experiment = make_experiment(claim, arms={"a": {}, "b": {"seeds": [0, 1, 2]}})
+    (verdict,) = claims.judge_claims([experiment], {"tried": results})["tried"]
+    assert verdict.evidence.seed_differences == pytest.approx((1, 2, 3))
+
+
+def stamp(arm: str, seed: int, measured: Any) -> Any:
+    return run.StoredRun(arm, seed, {}, "0.1.0", "2026-12-01", "a processor", measured)
+
+
+def test_tables_have_the_values_that_claims_read() -> None:
+    """An arm that claims read before training alone is shown before training, in the plot too."""
+    claim = make_claim(arm="b", against="a before")
+    experiment = make_experiment(claim, arms={"a": {}, "b": {}, "c": {}})
+    stored = [stamp("b", 0, train_from(3.0, 2.0)), stamp("a", 0, train_from(1.0, 5.0))]
+    head, _, *rows = page._format_arms(experiment, stored)
+    assert [re.findall(r"[^|\[\]]+", row)[:3] for row in rows[:-1]] == [
+        [" before training ", "  ", " 3.000 "],
+        [" a before ", "  ", " 1.000 "],
+        [" b ", " 1 ", " 2.000 "],
+    ]
+    labels = [label for label, _ in page.list_points(experiment, stored, experiment.plots[0])]
+    assert labels == ["before training", "a before", "b"]
+    # the clock of a busy machine is no result
+    assert "tokens/s" not in head
+
+
+def test_the_page_names_arms_without_a_result(tmp_path: Path) -> None:
+    experiment = make_experiment(arms={"a": {}, "b": {}, "c": {}, "d": {}})
+    stored = {"tried": [stamp("a", 0, make_run(1.0)), stamp("b", 0, make_run(2.0))]}
+    results = {"tried": run.group_runs(stored["tried"])}
+    verdicts = claims.judge_claims([experiment], results)
+    page.write_page(tmp_path / "evidence.md", [experiment], stored, verdicts)
+    text = (tmp_path / "evidence.md").read_text()
+    assert "Without a result so far: `c`, `d`." in text
+    assert "| 1 | **holds** |" in text  # the seeds beside the verdict
+
+
 def test_every_experiment_is_complete(tmp_path: Path) -> None:
     """Each has rows for its recipes, a guess for each claim, and a place in the order."""
     experiments = definitions.load_experiments()
@@ -217,19 +320,67 @@ def read_committed(*words: str) -> str:
     return done.stdout
 
 
+def read_first_definition(name: str) -> Any:
+    """Return the experiment of the commit before the one that first added a result; None if it has
+    none. A results file that was deleted has been added more than once."""
+    added = read_committed(
+        "log", "--diff-filter=A", "--format=%H", "--", f"{name}/{run.RESULTS_FILE}"
+    ).split()
+    if not added and not (definitions.EXPERIMENTS / name / run.RESULTS_FILE).exists():
+        return None
+    before = f"{added[-1]}~1" if added else "HEAD"
+    text = read_committed("show", f"{before}:./{name}/{definitions.DEFINITION_FILE}")
+    return definitions.Experiment.model_validate({"name": name, **tomllib.loads(text)})
+
+
 def test_guesses_are_older_than_results() -> None:
     """Claims are those of the commit before the one that added the first result."""
     for experiment in definitions.load_experiments():
-        results = f"{experiment.name}/{run.RESULTS_FILE}"
-        if not (definitions.EXPERIMENTS / results).exists():
+        if committed := read_first_definition(experiment.name):
+            assert committed.claims == experiment.claims, experiment.name
+
+
+def test_changes_after_the_first_result_are_told() -> None:
+    """A recipe, an arm or a seed that was changed after a result was seen."""
+    changed: list[str] = []
+    for experiment in definitions.load_experiments():
+        committed = read_first_definition(experiment.name)
+        if committed is None:
             continue
-        added = read_committed("log", "--diff-filter=A", "--format=%H", "--", results).split()
-        before = f"{added[0]}~1" if added else "HEAD"
-        text = read_committed("show", f"{before}:./{experiment.name}/experiment.toml")
-        committed = definitions.Experiment.model_validate(
-            {"name": experiment.name, **tomllib.loads(text)}
-        )
-        assert committed.claims == experiment.claims, experiment.name
+        arms_now = {
+            name: arm.model_copy(update={"rerun": ""}) for name, arm in experiment.arms.items()
+        }
+        if (committed.recipe, committed.arms) != (experiment.recipe, arms_now):
+            changed.append(experiment.name)
+            assert experiment.later, experiment.name
+    assert changed == ["learning_rate", "constrained_decoding"]
+
+
+def test_replaced_results_are_told() -> None:
+    """An arm of the same recipe with another result: the product has changed in between."""
+    for experiment in definitions.load_experiments():
+        file = f"{experiment.name}/{run.RESULTS_FILE}"
+        current = collect_values(run.load_results(definitions.EXPERIMENTS / file))
+        commits = read_committed("log", "--diff-filter=AM", "--format=%H", "--", file).split()
+        for commit in commits[1:]:
+            text = read_committed("show", f"{commit}:./{file}")
+            stored = parse_as(list[run.StoredRun], json.loads(text), where=commit)
+            for key, values in collect_values(stored).items():
+                name = key[0]
+                if current.get(key, values) != values:
+                    assert experiment.arms[name].rerun, (experiment.name, name)
+
+
+def collect_values(stored: Any) -> dict[tuple[str, str], Any]:
+    """Return the values of each arm and settings, without those of the clock."""
+    return {
+        (each.arm, json.dumps(each.settings, sort_keys=True)): [
+            (values.task, values.metric, values.ids, values.values)
+            for values in each.run.after
+            if values.task != arms.RUN_TASK
+        ]
+        for each in stored
+    }
 
 
 def test_rules_cite_decided_experiments() -> None:
@@ -238,11 +389,13 @@ def test_rules_cite_decided_experiments() -> None:
     collected = run.collect_results(experiments, definitions.EXPERIMENTS)
     results = {name: run.group_runs(stored) for name, stored in collected.items()}
     verdicts = claims.judge_claims(experiments, results)
-    cited = set(re.findall(r"experiments/(\w+)", (PLAN / "rules.py").read_text()))
-    assert cited
+    decided = {"holds", "does not hold", "rerun after a change of the product"}
+    files = [*PLAN.glob("*.py"), PLAN.parent / "advise" / "rules" / "rubric.py"]
+    cited = set(re.findall(r"experiments/(\w+)", "\n".join(file.read_text() for file in files)))
+    assert cited >= {"facts", "guard_collapse", "rank"}
     for name in cited:
-        assert by_name[name].settings, name
-        assert {each.verdict for each in verdicts[name]} & {"holds", "does not hold"}, name
+        assert by_name[name].settings or name == "facts", name
+        assert {each.verdict for each in verdicts[name]} & decided, name
 
 
 def test_the_page_is_that_of_the_results(tmp_path: Path) -> None:
@@ -305,6 +458,24 @@ def test_arms_run_once_and_again_when_their_settings_change(
     text = (tmp_path / "evidence.md").read_text()
     assert "| [E0](#e0-tried) | b is higher | +0 to +1 |" in text
     assert (tmp_path / "evidence" / "tried.svg").read_text().count("<circle") == 3
+
+
+def test_an_arm_that_fails_is_told_and_the_others_run(
+    tiny_experiment: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as one whose recipe names rows that do not exist; it has no result and may run again."""
+    wrong = definitions.Arm(recipe={"data": str(tmp_path / "no-such-rows.jsonl")})
+    arms_by_name = {"wrong": wrong, "b": tiny_experiment.arms["b"]}
+    experiment = tiny_experiment.model_copy(update={"arms": arms_by_name})
+    other = experiment.model_copy(update={"name": "other"})
+    running = run.run_experiments(
+        [experiment, other], tmp_path / "work", tmp_path, deadline=time.monotonic() + 1000
+    )
+    assert [next(running).name, next(running).name] == ["tried", "other"]
+    with pytest.raises(arms.ArmError, match="2 arms failed: tried: wrong, seed 0; other: wrong"):
+        next(running)
+    assert [each.arm for each in run.load_results(tmp_path / "tried" / run.RESULTS_FILE)] == ["b"]
+    assert "its process ended with 1" in capsys.readouterr().out
 
 
 def test_arms_share_the_measures_before_training(tiny_experiment: Any, tmp_path: Path) -> None:
