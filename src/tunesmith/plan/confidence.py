@@ -52,7 +52,8 @@ def judge_confidence(key: str, plan_value: PlanValue, context: RuleContext) -> C
         return "extrapolated"
     if key in MEASURED_SETTINGS:
         return "measured here"
-    return "published" if plan_value.source not in ("", "ours") else ""
+    is_ours = plan_value.source.startswith(("ours", "experiments/"))
+    return "published" if plan_value.source and not is_ours else ""
 
 
 def _is_extrapolated(context: RuleContext, plan_value: PlanValue) -> bool:
@@ -65,13 +66,24 @@ def _method(context: RuleContext, plan_value: PlanValue) -> str:
     del context
     usual = "LoRA or QLoRA in production, full fine-tuning for foundation models"
     if plan_value.value != "full":
-        return f"{usual}: followed"
-    return f"{usual}; full fine-tuning forgets more on code (Biderman 2024)"
+        return (
+            f"{usual}: followed. At 135M, LoRA forgot .116 bits per byte less than full "
+            "fine-tuning at 2.5e-4 (experiments/peft_and_full), but not less than at 5e-5 "
+            "(experiments/learning_rate, one seed)"
+        )
+    return (
+        f"{usual}; full fine-tuning forgets more on code (Biderman 2024). At 135M it did at 2.5e-4 "
+        "(experiments/peft_and_full), not at 5e-5 (experiments/learning_rate, one seed)"
+    )
 
 
 def _learning_rate(context: RuleContext, plan_value: PlanValue) -> str:
     if context.stage == "cpt":
-        return "a tenth of the original rate, against forgetting: followed, a tenth of the peak"
+        return (
+            "a tenth of the original rate, against forgetting: followed, a tenth of the peak. At "
+            "the peak, 135M lost .867 bits per byte more of general text "
+            "(experiments/continued_pretraining_rate, one seed)"
+        )
     if context.stage == "preference":
         return "none on preference pairs"
     usual = "1e-5 to 5e-5"
@@ -79,12 +91,15 @@ def _learning_rate(context: RuleContext, plan_value: PlanValue) -> str:
         return f"{usual}: followed"
     if context["method"] == "full":
         return (
-            f"{usual}: right from about 3B parameters on. SmolLM2-135M and 360M were tuned at 1e-3 "
-            "(batch 128), so 5e-5 is far below the best rate of so small a model"
+            f"{usual}: right from about 3B parameters on; below, the batch decides. With 2 rows "
+            "per step, 135M ended .047 nats lower at 5e-5 than at 2.5e-4 "
+            "(experiments/learning_rate, one seed); with 128 rows, SmolLM2-135M and 360M were "
+            "tuned at 1e-3"
         )
     return (
         f"{usual}: right for full fine-tuning. With LoRA 4e-5 costs .025 nats per token at 8B, "
-        ".046 at 3B and .059 at 1B (tinker cookbook's sweep, Tulu 3)"
+        ".046 at 3B and .059 at 1B (tinker cookbook's sweep, Tulu 3); at 135M with 2 rows per step "
+        "5e-5 ends .170 above 1e-3 (experiments/learning_rate)"
     )
 
 
@@ -99,7 +114,10 @@ def _lora_r(context: RuleContext, plan_value: PlanValue) -> str:
     extra_parameters = (64 - rank) * count_lora_parameters(model, 1, targets)
     effect = "these rows may be worth it"
     if tokens < REASONING_TOKENS:
-        effect = f"{tokens:,} supervised tokens do not need it"
+        effect = (
+            f"whether {tokens:,} supervised tokens need it is undecided: on 80 rows of a format it "
+            "ended .013 nats below rank 8 (experiments/rank)"
+        )
     return (
         f"{usual}. Rank 64 takes {16 * extra_parameters / 1e6:,.0f} MB more; {effect}. From rank 4 "
         "to 128 the loss falls by .009 nats at 8B and .040 at 1B, from a rate of 4e-5 to 3e-4 by "
@@ -111,14 +129,21 @@ def _pack_length(context: RuleContext, plan_value: PlanValue) -> str:
     del context
     is_usual = plan_value.value in (4096, 8192)
     effect = "followed" if is_usual else "a document is longer than that"
-    return f"4k or 8k, with masks between the examples: {effect}"
+    return (
+        f"4k or 8k, with masks between the examples: {effect}. Packs of 512 and 4,096 tokens gave "
+        "the same loss within .002 nats (experiments/gradient_accumulation); without masks it was "
+        ".012 higher, undecided (experiments/packing_mask)"
+    )
 
 
 def _rehearsal_ratio(context: RuleContext, plan_value: PlanValue) -> str:
     del context
     usual = "5 to 10% of the original data"
     if 0.05 <= plan_value.value <= 0.1:
-        return f"{usual}: followed"
+        return (
+            f"{usual}: followed. At 135M, 5% saved .040 bits per byte of general text and changed "
+            "the domain by less than .02 (experiments/rehearsal)"
+        )
     if plan_value.value < 0.05:
         return (
             f"{usual}; style changes a model little, and 1% already prevents most forgetting "

@@ -12,7 +12,7 @@ from tunesmith.core.types import DataReport, PlanValue
 from tunesmith.plan.rules import RuleContext, make_rule_value, make_user_value
 from tunesmith.recipe.fields import RehearsalConfig
 
-SOURCE = "Ibrahim 2024, table 2; Bethune 2025"
+SOURCE = "Ibrahim 2024, table 2; Bethune 2025; experiments/rehearsal"
 DECREASE_THRESHOLD = 0.25  # of the margin: below it, an adaptive ratio halves
 MIN_RATIO = 0.01  # already prevents most forgetting
 MAX_RATIO = 0.5

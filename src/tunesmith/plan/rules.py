@@ -153,7 +153,7 @@ def method(context: RuleContext) -> PlanValue:
         )
         return make_rule_value("qlora", reason, "Dettmers 2023")
     reason = "the base stays as it is, and one base serves many adapters"
-    return make_rule_value("lora", reason, "Hu 2021, Biderman 2024")
+    return make_rule_value("lora", reason, "Hu 2021, Biderman 2024; experiments/peft_and_full")
 
 
 def optim(context: RuleContext) -> PlanValue:
@@ -206,7 +206,8 @@ def pack_length(context: RuleContext) -> PlanValue:
     """4k tokens on a CPU (8% faster than 2k, whose matmuls have half the rows), 8k on a GPU."""
     target = 4096 if context.machine.device == "cpu" else 8192
     reason = "affects speed, never results: documents of a pack do not see each other"
-    return make_rule_value(max(target, context["max_length"]), reason)
+    value = max(target, context["max_length"])
+    return make_rule_value(value, reason, "experiments/gradient_accumulation")
 
 
 def num_train_epochs(context: RuleContext) -> PlanValue:
@@ -269,7 +270,7 @@ def lora_r(context: RuleContext) -> PlanValue:
     needed_rank = tokens / (2 * max(1, count_lora_parameters(context.model, 1, targets)))
     power_of_two = 1 << max(0, math.ceil(math.log2(max(1.0, needed_rank))))
     reason = f"{tokens:,} supervised tokens need rank {math.ceil(needed_rank)}; 16 is the minimum"
-    source = "Schulman 2025; the usual advice is 8 for style, 64-256 for complex reasoning"
+    source = "Schulman 2025; experiments/rank"
     return make_rule_value(min(256, max(16, power_of_two)), reason, source)
 
 
@@ -304,7 +305,10 @@ def learning_rate(context: RuleContext) -> PlanValue:
     power = get_width_power(context.model.model_type)
     batch_factor = compute_batch_factor(context["batch_size"])
     rate = 5e-5 * (2000 / hidden_size) ** power * batch_factor
-    reason = "the usual 1e-5 to 5e-5 is for full fine-tuning from about 3B parameters on"
+    reason = (
+        "5e-5 at a hidden size of 2000 and 128 rows per step; higher for narrower models, lower "
+        "for fewer rows"
+    )
     if context["method"] != "full":
         factor = 10 if context.steps >= 100 else 15
         max_rate = 3e-3 if context.model.parameters < 5e8 else 1e-3
@@ -315,7 +319,7 @@ def learning_rate(context: RuleContext) -> PlanValue:
     if context["batch_size"] < SMALLEST_SCALED_BATCH:
         rows = format_count(context["batch_size"], "row")
         reason += f"; a batch of {rows} counts as one of {SMALLEST_SCALED_BATCH}"
-    source = "Schulman 2025, the tinker cookbook's sweep, and experiments/learning_rate"
+    source = "Schulman 2025, the tinker cookbook's sweep; experiments/learning_rate"
     return make_rule_value(float(f"{rate:.2g}"), reason, source)
 
 

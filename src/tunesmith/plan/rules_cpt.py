@@ -111,7 +111,10 @@ def learning_rate(context: RuleContext) -> PlanValue:
         reason = f"{tokens:,} tokens: re-warmed to the peak of pretraining, with rehearsal"
         return make_rule_value(peak, reason, f"{source}; Ibrahim 2024")
     reason = f"a tenth of {peak:g}, the peak of its pretraining{note}"
-    source = f"{source}; Ibrahim 2024: least forgetting at a tenth"
+    source = (
+        f"{source}; Ibrahim 2024: least forgetting at a tenth; "
+        "experiments/continued_pretraining_rate"
+    )
     return make_rule_value(float(f"{peak / 10:.2g}"), reason, source)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from experiment_modules import import_module
 from tunesmith.core.json_io import parse_as, to_jsonable
 from tunesmith.core.types import Plan, PlanValue
 from tunesmith.plan.build import build_plan
@@ -24,6 +25,11 @@ from tunesmith.plan.rules import Measures, RuleContext, make_rule_value
 from tunesmith.plan.rules_cpt import UNKNOWN_PEAK
 from tunesmith.recipe.schema import Recipe
 
+claims = import_module("experiments.claims")
+definitions = import_module("experiments.definitions")
+run = import_module("experiments.run")
+
+DECIDED = {"holds", "does not hold", "rerun after a change of the product"}
 LARGE = {"hidden_size": 4096, "parameters": 8 * 10**9}
 
 
@@ -68,14 +74,14 @@ def test_every_value_of_a_plan_says_how_sure_it_is(plan: Callable[..., Plan]) ->
     [
         ("learning_rate", 2e-5, {}, LARGE, "1e-5 to 5e-5: followed"),
         ("learning_rate", 3e-4, {}, LARGE, "costs .025 nats per token at 8B"),
-        ("learning_rate", 1e-3, {"method": "full"}, {}, "right from about 3B parameters"),
+        ("learning_rate", 1e-3, {"method": "full"}, {}, "With 2 rows per step, 135M ended .047"),
         ("lora_r", 128, {}, LARGE, "64 to 256 for complex reasoning: followed"),
         (
             "lora_r",
             16,
             {},
             {},
-            "Rank 64 takes 234 MB more; 60,000 supervised tokens do not need it",
+            "Rank 64 takes 234 MB more; whether 60,000 supervised tokens need it is undecided",
         ),
         ("lora_r", 16, {}, {"supervised_tokens": 3 * 10**7}, "these rows may be worth it"),
         ("pack_length", 8192, {}, {}, "followed"),
@@ -98,6 +104,36 @@ def test_the_usual_advice_is_compared(
         advice
         in add_evidence({key: make_rule_value(value, "why", "source")}, facts)[key].common_advice
     )
+
+
+def test_a_plan_cites_the_experiments_on_its_settings(plan: Callable[..., Plan]) -> None:
+    """Each decided experiment, at each setting that it declares, in the source or beside the usual
+    advice."""
+    experiments = definitions.load_experiments()
+    collected = run.collect_results(experiments, definitions.EXPERIMENTS)
+    results = {name: run.group_runs(stored) for name, stored in collected.items()}
+    verdicts = claims.judge_claims(experiments, results)
+    num_cited = 0
+    for experiment in experiments:
+        if not {each.verdict for each in verdicts[experiment.name]} & DECIDED:
+            continue
+        for setting in experiment.settings:
+            wishes: dict[str, Any] = {"stage": experiment.recipe.get("stage", "sft")}
+            if setting == "rehearsal_ratio":
+                wishes["rehearsal"] = {"data": "general.jsonl"}
+            chosen = plan(**wishes).settings[setting]
+            text = chosen.source + chosen.common_advice
+            assert f"experiments/{experiment.name}" in text, (setting, text)
+            num_cited += 1
+    assert num_cited >= 9
+
+
+def test_own_experiments_are_not_publications(make_context: Callable[..., RuleContext]) -> None:
+    for source in ("ours", "ours; experiments/guard_collapse: 0.2", "experiments/rank: .013", ""):
+        chosen = {"pack_length": make_rule_value(4096, "why", source)}
+        assert add_evidence(chosen, make_context())["pack_length"].confidence == ""
+    chosen = {"pack_length": make_rule_value(4096, "why", "Hu 2021; experiments/rank: .013")}
+    assert add_evidence(chosen, make_context())["pack_length"].confidence == "published"
 
 
 def test_rates_are_published_from_where_their_formula_was_fitted(
