@@ -1,5 +1,5 @@
-"""Only cli/output.py writes to a stream of the terminal, since it makes control characters
-visible."""
+"""Only cli/output.py and core/library_output.py write to a stream of the terminal, since they make
+control characters visible."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ WRITERS = {
 ALLOWED = {
     "cli/output.py": {"sys.stdout.write", "sys.stderr.write"},
     "cli/app.py": {"sys.stdout.write", "typer.echo"},  # the schema, --version and --help
+    "core/library_output.py": {"sys.stderr.write"},  # escaped tracebacks
     "core/run_dir.py": {"os.write"},  # files
     "data/tokenizer/encode_worker.py": {"sys.stdout.write"},  # a pipe to the process that began it
     "evaluate/answer_cache.py": {"os.write"},

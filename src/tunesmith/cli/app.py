@@ -57,7 +57,6 @@ from tunesmith.cli.help import (
 )
 from tunesmith.cli.launch import GpusOption, check_processes, launch, list_flags, main_rank
 from tunesmith.cli.output import (
-    escape_library_output,
     hide_download_bars,
     print_result,
     write_stderr,
@@ -70,6 +69,7 @@ from tunesmith.core.errors import (
     to_machine_error,
     to_path_error,
 )
+from tunesmith.core.library_output import escape_library_output
 from tunesmith.core.ranks import is_distributed
 from tunesmith.core.run_dir import require_run
 from tunesmith.core.types import Plan
@@ -512,8 +512,8 @@ def _print_group_help(context: typer.Context) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit with its code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    sys.excepthook = explain_bug
     escape_library_output()
+    sys.excepthook = explain_bug
     if arguments is None:
         gc.freeze()  # what was imported; core/program_start.py has stopped the collector
         gc.enable()

@@ -3,18 +3,16 @@
     print_result(value, view, as_json=False)    one JSON object, or `rich` views
     write_stderr("warning: ...\\n")              a message
     TerminalConsole(stderr=True)                what progress is printed with
-    escape_library_output()                     log records and warnings of libraries
 
 Text of a model, row, recipe or file name may hold terminal escapes: all of these make control
-characters visible (`core/formatting.py`). Nothing else in cli/ writes text of a stranger.
+characters visible (`core/formatting.py`). Nothing else in cli/ writes text of a stranger. Left out:
+what libraries write (core/library_output.py).
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -113,29 +111,3 @@ def hide_download_bars() -> None:
     """Keep the progress bars of huggingface_hub out of logs: they are drawn for a terminal."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-class _EscapedRecord(logging.LogRecord):
-    def getMessage(self) -> str:
-        return escape_controls(super().getMessage())
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Escape the traceback too, which a formatter stores here as text."""
-        is_traceback = name == "exc_text" and isinstance(value, str)
-        super().__setattr__(name, escape_controls(value) if is_traceback else value)
-
-
-def escape_library_output() -> None:
-    """Escape the log records and warnings of all libraries; they quote configs and file names."""
-    logging.setLogRecordFactory(_EscapedRecord)
-    warnings.formatwarning = _format_warning
-
-
-def _format_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    line: str | None = None,  # noqa: ARG001 - the signature of the standard library
-) -> str:
-    return escape_controls(f"{filename}:{lineno}: {category.__name__}: {message}\n")

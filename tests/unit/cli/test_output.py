@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import unicodedata
 import warnings
 from pathlib import Path
@@ -20,7 +21,6 @@ from rich.text import Text
 from tunesmith.cli import app
 from tunesmith.cli.output import (
     TerminalConsole,
-    escape_library_output,
     escape_markup,
     hide_download_bars,
     print_result,
@@ -30,6 +30,7 @@ from tunesmith.cli.progress import Progress, measuring
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckpointSaved, CheckResult, GenerationSample, Score, StageStart
 from tunesmith.core.formatting import escape_controls
+from tunesmith.core.library_output import escape_library_output
 from tunesmith.core.progress_log import logger
 
 HOSTILE = (
@@ -159,6 +160,8 @@ def test_libraries_do_not_control_the_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     factory = logging.getLogRecordFactory()
     try:
         escape_library_output()
@@ -171,6 +174,9 @@ def test_libraries_do_not_control_the_terminal(
         except ValueError:
             library.exception("cannot read")
         library.removeHandler(handler)
+        thread = threading.Thread(target=int, args=(HOSTILE,))
+        thread.start()
+        thread.join()
         assert not find_hidden(warnings.formatwarning(HOSTILE, UserWarning, HOSTILE, 1))
     finally:
         logging.setLogRecordFactory(factory)
@@ -178,6 +184,7 @@ def test_libraries_do_not_control_the_terminal(
     assert not find_hidden(output)
     assert f"unknown key {VISIBLE}" in output
     assert f"\nValueError: {VISIBLE}" in output, "the traceback is shown, and is harmless"
+    assert "invalid literal for int()" in output
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

@@ -39,6 +39,7 @@ from tunesmith.core.errors import (
 )
 from tunesmith.core.events import Event, Score
 from tunesmith.core.hardware import count_cores, count_gpus
+from tunesmith.core.library_output import escape_library_output
 from tunesmith.core.ranks import THREADS_VARIABLE
 from tunesmith.core.sweep_record import TrialSpec
 from tunesmith.core.types import Machine
@@ -292,6 +293,7 @@ def list_variables(index: int, num_workers: int) -> dict[str, str]:
 
 def main() -> None:
     """Run the trials that the sweep sends over a connection, until it closes it."""
+    escape_library_output()  # stderr is that of the sweep
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     process = _WorkerProcess()
