@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from tunesmith.advise.lr_finder import limit_items, select_eval_items
 from tunesmith.core.atomic import read_manifest
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import TrainStep
+from tunesmith.core.json_io import describe_json_error, parse_as
 from tunesmith.core.types import Comparison, Document, Plan, require
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.selection import ROLE, sample_rows
@@ -42,6 +44,17 @@ from tunesmith.train.loop import TrainingLoop
 STEPS = 30
 HELD_OUT_TOKENS = 16_000
 ALL_ROWS = "all"
+AGAIN_FIX = "run `tunesmith data curate` again"
+_FileName = Literal["selected", "random", "longest"]
+
+
+@dataclass(frozen=True)
+class _ScoreLine:
+    """What is read of a line of scores.jsonl."""
+
+    id: str
+    files: tuple[_FileName, ...]
+    perplexity: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,21 +149,31 @@ def read_subsets(inputs: RunInputs, folder: Path) -> dict[str, np.ndarray]:
     data = inputs.datasets[ROLE]
     if read_manifest(folder).get("source") != data.fingerprint:
         message = "the folder was made from other rows"
-        raise InputError(message, where=str(folder), fix="run `tunesmith data curate` again")
-    subsets: dict[str, list[int]] = {SELECTED: [], "random": [], "longest": [], ALL_ROWS: []}
+        raise InputError(message, where=str(folder), fix=AGAIN_FIX)
+    subsets: dict[str, list[int]] = {name: [] for name in (*get_args(_FileName), ALL_ROWS)}
     rows_by_id = {data.get_id(row): row for row in range(len(data))}
-    for line in (folder / SCORES_FILE).read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        row = rows_by_id.get(record["id"])
+    for where, line in _iter_score_lines(folder / SCORES_FILE):
+        row = rows_by_id.get(line.id)
         if row is None:
-            where = str(folder / SCORES_FILE)
-            fix = "run `tunesmith data curate` again"
-            raise InputError(f"{record['id']} is not in the data", where=where, fix=fix)
-        for name in record["files"]:
+            raise InputError(f"{line.id:.80} is not in the data", where=where, fix=AGAIN_FIX)
+        for name in line.files:
             subsets[name].append(row)
-        if record["perplexity"] is not None:
+        if line.perplexity is not None:
             subsets[ALL_ROWS].append(row)
     return {name: np.array(rows, dtype=np.int64) for name, rows in subsets.items()}
+
+
+def _iter_score_lines(file: Path) -> Iterator[tuple[str, _ScoreLine]]:
+    """Yield (file:line, its values). Raises InputError for a damaged line."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{file}:{number}"
+            try:
+                content = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                message = describe_json_error(error)
+                raise InputError(message, where=where, fix=AGAIN_FIX) from None
+            yield where, parse_as(_ScoreLine, content, where=where, fix=AGAIN_FIX)
 
 
 def _make_document_loader(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import read_json
+from tunesmith.core.json_io import read_json_object
 from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.run_dir import find_weights_dir, read_run_plan
 from tunesmith.core.types import Plan, PlanValue
@@ -165,9 +165,9 @@ def _build_recipe(name: str, run: Path | None, spec: EvalSpec) -> Recipe:
         settings["metrics"] = list(spec.metrics)
     if not is_adapter_dir(Path(name)):
         return Recipe.model_validate(settings | {"model": name})
-    adapter_config = read_json(Path(name) / ADAPTER_CONFIG_FILE)
+    adapter_config = read_json_object(Path(name) / ADAPTER_CONFIG_FILE)
     base = settings.get("model") or adapter_config.get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         fix = "compare it with a run of its base model"
         raise InputError("the adapter does not name its base model", where=name, fix=fix)
     return Recipe.model_validate(settings | {"model": base, "adapter_from": name})

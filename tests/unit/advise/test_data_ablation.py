@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,36 @@ def test_it_needs_held_out_rows_and_the_same_data(
     monkeypatch.setattr(data_ablation, "read_manifest", lambda _: {"source": "other rows"})
     with pytest.raises(InputError, match="made from other rows"):
         next(tunesmith.data_ablate(run_inputs, folder=write_curated(tmp_path / "golden")))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("5", "not a _ScoreLine"),
+        ('{"id": "many.jsonl:1"', "not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"id": 5, "files": [], "perplexity": null}', "id: "),
+        ('{"id": "many.jsonl:1", "files": ["others"], "perplexity": null}', "files.0: "),
+        ('{"id": "many.jsonl:1", "files": []}', "perplexity: "),
+        ('{"id": "many.jsonl:99", "files": [], "perplexity": 2}', "many.jsonl:99 is not in"),
+        ("\udcff", "is not UTF-8"),
+    ],
+)
+def test_a_damaged_line_of_scores_is_refused(
+    line: str,
+    message: str,
+    run_inputs: inputs.RunInputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = write_curated(tmp_path / "golden")
+    file = folder / "scores.jsonl"
+    file.write_bytes(file.read_bytes() + line.encode(errors="surrogateescape") + b"\n")
+    source = run_inputs.datasets["data"].fingerprint
+    monkeypatch.setattr(data_ablation, "read_manifest", lambda _: {"source": source})
+    with pytest.raises(InputError, match=re.escape(message)) as refusal:
+        data_ablation.read_subsets(run_inputs, folder)
+    assert refusal.value.where == f"{file}:31"
 
 
 def make_run(name: str, seed: int, *values: float) -> SubsetRun:

@@ -18,7 +18,8 @@ from tunesmith.cli import app
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.sealed_json import read_sealed_json
-from tunesmith.evaluate.model_ref import parse_model_ref
+from tunesmith.evaluate.compare_models import EvalSpec, evaluate_before_after
+from tunesmith.evaluate.model_ref import ModelRef, parse_model_ref
 from tunesmith.evaluate.pairing import pair_measurements
 from tunesmith.evaluate.regression_gate import build_gates
 from tunesmith.evaluate.results import EvalResults, MetricValues
@@ -314,3 +315,11 @@ def test_a_failing_gate_exits_with_4(
     assert judged["test loss"] is False, "three rows are too few"
     assert "failed: " in err
     assert "general text bits_per_byte" in err
+
+
+@pytest.mark.parametrize("config", ["[]", "5", "{}", '{"base_model_name_or_path": 5}', "{"])
+def test_an_adapter_of_another_kind_is_refused(config: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(config)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"not a JSON object|does not name its base|not valid"):
+        evaluate_before_after(ModelRef(str(tmp_path)), EvalSpec(tmp_path / "rows.jsonl"))
