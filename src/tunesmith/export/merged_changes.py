@@ -1,21 +1,22 @@
 """Check that every matrix of an export has its part of what training changed.
 
     sample_changes(base network, changes, dtype) -> SampledChange, ... before the export is loaded
-    find_lost_changes(samples, exported network) -> LostChange, ...
+    check_changes(samples, exported network) -> ChangeCheck
 
 A mean KL is of all matrices together: one that lost its adapter may move the answers less than
 rounding does. So a few rows of each matrix are compared with the base's. The slope of their
 difference over the trained change is 1 if the change is there, 0 without it, 0.5 at half the scale,
 and near 0 if another layer's adapter was merged. Rounding to 4 or 8 bits adds noise, which the
 standard error counts. Where weights are rounded to 16 bits, so is the expected change: one of less
-than half a unit is lost in a correct export, too. A change of 0, of an expert that no token chose,
-cannot be lost.
+than half a unit is lost in a correct export, too. Where rounding hides a lost change, the parameter
+is counted as unchecked. A change of 0, of an expert that no token chose, cannot be lost.
 The change is computed from the adapter's tensors here, not by the code that merges.
 Legend: K sampled rows, O outputs, I inputs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -57,6 +58,16 @@ class LostChange:
     share: float
 
 
+@dataclass(frozen=True)
+class ChangeCheck:
+    """The parameters that lack a part of their change, each once; how many training changed, and in
+    how many of them a lost change could not be told from rounding."""
+
+    lost: tuple[LostChange, ...]
+    changed: int
+    unchecked: int
+
+
 def sample_changes(
     network: nn.Module, changes: WeightDeltas, dtype: torch.dtype | None
 ) -> tuple[SampledChange, ...]:
@@ -76,11 +87,10 @@ def sample_changes(
     return tuple(replace(sample, dtype=dtype) for sample in samples if sample.change_KI.any())
 
 
-def find_lost_changes(
-    samples: Sequence[SampledChange], network: nn.Module
-) -> tuple[LostChange, ...]:
-    """Return the parameters of an export that lack a part of their change, each once."""
+def check_changes(samples: Sequence[SampledChange], network: nn.Module) -> ChangeCheck:
+    """Compare the parameters of an export with the base and with what training added."""
     lost: dict[str, LostChange] = {}
+    checked: set[str] = set()
     for sample in samples:
         exported_KI = _get_rows(network, sample.key, sample.expert)[sample.rows_K].float().cpu()
         slopes = [_measure_slope(sample, exported_KI, None)]
@@ -88,7 +98,10 @@ def find_lost_changes(
             slopes.append(_measure_slope(sample, exported_KI, sample.dtype))
         if not any(abs(share - 1) <= tolerance for share, tolerance in slopes):
             lost.setdefault(sample.key, LostChange(sample.key, slopes[0][0]))
-    return tuple(lost.values())
+        if all(tolerance < 1 for _, tolerance in slopes):
+            checked.add(sample.key)
+    changed = {sample.key for sample in samples}
+    return ChangeCheck(tuple(lost.values()), len(changed), len(changed - checked))
 
 
 def _get_rows(network: nn.Module, key: str, expert: int | None) -> Tensor:
@@ -149,7 +162,7 @@ def _measure_slope(
     difference = (exported_KI.double() - base_KI.double()).flatten()
     energy = float(change @ change)
     if not energy:
-        return float(not bool(difference.any())), MAX_SHARE_ERROR
+        return (0.0, MAX_SHARE_ERROR) if difference.any() else (1.0, math.inf)
     slope = float(difference @ change) / energy
     residual = difference - slope * change
     standard_error = float((residual @ residual / len(residual) / energy).sqrt())

@@ -31,7 +31,7 @@ from tunesmith.data.packing import count_input_tokens
 from tunesmith.export.merged_changes import (
     LostChange,
     SampledChange,
-    find_lost_changes,
+    check_changes,
     sample_changes,
 )
 from tunesmith.export.source_run import SourceRun
@@ -117,9 +117,10 @@ class ExportJob:
 class Parity:
     """How far an export is from its run.
 
-    KL(run || export) in nats at `positions`; `trained_kl` is the mean of KL(run || base), None
-    without an adapter. `same_prompts` of `rendered_prompts` have the same ids, `same_answers` of
-    `prompts` the same greedy tokens. `lost`: parameters without all of what training changed.
+    KL(run || export) in nats at `positions`; `trained_kl` is the mean of KL(run || base).
+    `same_prompts` of `rendered_prompts` have the same ids, `same_answers` of `prompts` the same
+    greedy tokens. `lost`: parameters without all of what training changed; in `unchecked` of the
+    `changed` ones rounding hides the change.
     """
 
     prompts: int
@@ -133,6 +134,8 @@ class Parity:
     top1_agreement: float
     max_logit_difference: float
     lost: tuple[LostChange, ...] = ()
+    changed: int = 0
+    unchecked: int = 0
 
 
 @dataclass(frozen=True)
@@ -226,15 +229,21 @@ def _build_example(run: SourceRun, rows: Dataset, index: int) -> ParityExample |
 def compute_live_outputs(job: ExportJob) -> ParityOutputs:
     """Return the run's outputs in our engine. The model is freed when this returns."""
     changes = _sample_changes(job)
+    base_logits = () if job.run.loras else _compute_untrained_logits(job)
     model = job.run.load_live_model()
     logits = _compute_engine_logits(model, job.examples, "the run")
-    trained_kl = None
     if job.run.loras:
         with scaled_adapter(model.network, 0):
             base_logits = _compute_engine_logits(model, job.examples, "its base")
-        trained_kl = compute_mean_kl(logits, base_logits)
+    trained_kl = compute_mean_kl(logits, base_logits)
     greedy = _generate_greedy(model, job, job.run.renderer.end_ids)
     return ParityOutputs(logits, greedy, trained_kl, changes)
+
+
+def _compute_untrained_logits(job: ExportJob) -> tuple[Tensor, ...]:
+    """Return the logits of the base of a fully trained model, which is freed when this returns."""
+    model = wrap_model(job.run.load_untrained_network(), torch.float32)
+    return _compute_engine_logits(model, job.examples, "its base")
 
 
 def _sample_changes(job: ExportJob) -> tuple[SampledChange, ...]:
@@ -313,6 +322,7 @@ def compare_outputs(
         num_agreements += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         max_difference = max(max_difference, float((ours - theirs).abs().max()))
     expected_ids = [example.rendered_ids for example in job.chat_examples]
+    changes = check_changes(live_outputs.changes, reloaded.network)
     return Parity(
         prompts=len(job.examples),
         rendered_prompts=len(expected_ids),
@@ -324,7 +334,9 @@ def compare_outputs(
         trained_kl=live_outputs.trained_kl,
         top1_agreement=num_agreements / len(kl_S),
         max_logit_difference=max_difference,
-        lost=find_lost_changes(live_outputs.changes, reloaded.network),
+        lost=changes.lost,
+        changed=changes.changed,
+        unchecked=changes.unchecked,
     )
 
 

@@ -67,6 +67,7 @@ class SourceRun:
     path: Path
     plan: Plan
     recipe: Recipe
+    base_dir: Path  # the weights that training started from
     model_spec: ModelSpec
     saved_dir: Path  # adapter/ or model/, with the files that serving needs
     loras: Mapping[str, AnyLora]
@@ -121,6 +122,12 @@ class SourceRun:
         if self.quantized_paths and not is_original:
             roundtrip_network(network)
         init_new_rows(network, self.renderer.tokenizer.new_tokens if self.token_rows else ())
+        return network
+
+    def load_untrained_network(self) -> Network:
+        """Return what training of all weights started from, in fp32."""
+        network = load_network(self.base_dir, torch.float32)
+        init_new_rows(network, self.renderer.tokenizer.new_tokens)
         return network
 
     def load_live_model(self) -> PackedCausalLM:
@@ -180,6 +187,7 @@ def open_source_run(path: Path) -> SourceRun:
         path=path,
         plan=plan,
         recipe=recipe,
+        base_dir=base_dir,
         model_spec=replace(model_spec, vocab_size=vocab_size),
         saved_dir=saved_dir,
         loras=read_loras(saved_dir, base_dir) if is_adapter else {},

@@ -1,5 +1,6 @@
 """An export whose merge lost a part of the adapter fails, however little that moves the answers."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from tiny_export import judge_export, make_export_job, save_run
 from tunesmith.core.errors import GateError
-from tunesmith.export.merged_changes import MAX_ROWS, find_lost_changes, sample_changes
+from tunesmith.export.merged_changes import MAX_ROWS, check_changes, sample_changes
 from tunesmith.export.parity import (
     ParityOutputs,
     compare_outputs,
@@ -118,7 +119,7 @@ def test_a_q8_export_loses_nothing_of_an_adapter_that_changes_nothing(
     form = TARGETS["gguf"]["q8_0"]
     form.write(job)
     samples = compute_live_outputs(job).changes
-    assert find_lost_changes(samples, form.reload(job).network) == ()
+    assert check_changes(samples, form.reload(job).network).lost == ()
     assert {sample.key for sample in live.changes} - {sample.key for sample in samples} == {name}
 
 
@@ -161,9 +162,9 @@ def test_each_kind_of_change_is_there_or_lost(changes: Mapping[str, WeightDelta]
     network = Layers().requires_grad_(False)
     samples = sample_changes(network, changes, None)
     assert all(len(sample.rows_K) <= MAX_ROWS for sample in samples)
-    assert {lost.key for lost in find_lost_changes(samples, network)} == set(changes)
+    assert {lost.key for lost in check_changes(samples, network).lost} == set(changes)
     merge_into_network(network, changes)  # type: ignore[arg-type]
-    assert find_lost_changes(samples, network) == ()
+    assert check_changes(samples, network).lost == ()
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
@@ -179,7 +180,7 @@ def test_square_matrices_are_read_as_the_module_stores_them(is_lost: bool) -> No
     for expert in range(6):
         change_OI = 0.1 * delta.b_EOR[expert] @ delta.a_ERI[expert]
         experts.down_proj[expert] += change_OI if is_lost else change_OI.t()
-    lost = find_lost_changes(samples, network)
+    lost = check_changes(samples, network).lost
     assert [item.key for item in lost] == ["mlp.experts"] * is_lost
 
 
@@ -208,11 +209,11 @@ def test_nothing_is_lost_of_a_change_that_cannot_be_seen(
     merge_into_network(network, changes)  # type: ignore[arg-type]
     for parameter in network.parameters():
         round_to_steps(parameter)
-    assert find_lost_changes(samples, network) == ()
+    assert check_changes(samples, network).lost == ()
     for name, parameter in network.named_parameters():
         parameter.copy_(base[name])
         round_to_steps(parameter)
-    assert [lost.key for lost in find_lost_changes(samples, network)] == ["mlp.experts"]
+    assert [lost.key for lost in check_changes(samples, network).lost] == ["mlp.experts"]
 
 
 def round_to_steps(weight: Tensor) -> None:
@@ -234,5 +235,49 @@ def test_eight_bits_hide_no_loss(is_lost: bool) -> None:
     if not is_lost:
         merge_into_network(network, {"linear": lora})  # type: ignore[arg-type]
     round_to_steps(weight)
-    lost = find_lost_changes(samples, network)
+    lost = check_changes(samples, network).lost
     assert [item.key for item in lost] == ["linear"] * is_lost
+
+
+@pytest.mark.parametrize(("factor", "unchecked"), [(1e-2, 0), (1e-6, 1)])
+def test_a_change_that_eight_bits_hide_is_counted(factor: float, unchecked: int) -> None:
+    torch.manual_seed(0)
+    network = Layers().requires_grad_(False)
+    lora = LoraTensors(torch.randn(2, 32), factor * torch.randn(48, 2), 1.0)
+    samples = sample_changes(network, {"linear": lora}, None)
+    merge_into_network(network, {"linear": lora})  # type: ignore[arg-type]
+    round_to_steps(network.linear.weight)
+    check = check_changes(samples, network)
+    assert (check.lost, check.changed, check.unchecked) == ((), 1, unchecked)
+
+
+def test_a_change_that_16_bits_leave_nothing_of_is_counted() -> None:
+    torch.manual_seed(0)
+    network = Layers().requires_grad_(False)
+    lora = LoraTensors(torch.randn(2, 32), 1e-7 * torch.randn(48, 2), 1.0)
+    network.linear.weight.copy_(network.linear.weight.bfloat16())
+    samples = sample_changes(network, {"linear": lora}, torch.bfloat16)
+    merge_into_network(network, {"linear": lora})  # type: ignore[arg-type]
+    network.linear.weight.copy_(network.linear.weight.bfloat16())
+    assert check_changes(samples, network).unchecked == 1
+
+
+@pytest.mark.parametrize(("target", "kind"), [("merged", ""), ("gguf", "q8_0"), ("gguf", "bf16")])
+def test_a_fully_trained_model_that_lost_its_training_fails(
+    target: str, kind: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    changes = {"method": "full", "lora_r": "auto", "learning_rate": 1e-3}
+    run = save_run(tmp_path / "run", tiny_llama, **changes)
+    job = make_export_job(run, tmp_path / "job", kind)
+    live = compute_live_outputs(job)
+    TARGETS[target][kind].write(job)
+    judge_export(job, target, live)
+    lost = make_export_job(run, tmp_path / "lost", kind)
+    weights = lost.run.base_dir / "model.safetensors"
+    saved_dir = shutil.copytree(lost.run.saved_dir, tmp_path / "saved")
+    shutil.copy(weights, saved_dir)
+    spec = replace(lost.run.model_spec, path=saved_dir)
+    lost = replace(lost, run=replace(lost.run, saved_dir=saved_dir, model_spec=spec))
+    TARGETS[target][kind].write(lost)
+    with pytest.raises(GateError, match="it loses what training changed"):
+        judge_export(lost, target, live)

@@ -303,6 +303,11 @@ def render_export(export: ExportResult) -> RenderableType:
     parts.append(kl_text)
     if parity.trained_kl and parity.mean_kl > MAX_ROUNDING_SHARE * parity.trained_kl:
         parts.append(ROUNDING_WARNING)
+    if parity.unchecked:
+        parts.append(
+            f"{parity.unchecked} of {parity.changed} trained parameters changed less than the "
+            "format rounds: for them only the KL was compared"
+        )
     parts.append(
         f"top-1 agreement {parity.top1_agreement:.1%} over {parity.positions} tokens, "
         f"largest logit difference {parity.max_logit_difference:.2g}"
