@@ -139,7 +139,7 @@ def test_a_collapse_shows_in_losses_and_gradients(
 
 
 def make_trial(rate: float, loss: float, collapsed: str = "") -> LRTrial:
-    values = (loss - 0.02, loss + 0.01, loss + 0.01, loss - 0.01, loss + 0.01)
+    values = tuple(loss * factor for factor in (0.98, 1.01, 1.01, 0.99, 1.01))
     measured = MetricValues("eval", "loss", tuple("abcde"), values, higher_is_better=False)
     return LRTrial(rate, () if rate == 0 else (2.0, loss), measured, collapsed)
 
