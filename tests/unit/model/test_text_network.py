@@ -15,9 +15,11 @@ from text_part_configs import make_multimodal_configs
 from tiny_models import collate_documents, make_stock_network, make_tiny_documents
 from tunesmith.model.adapters import METHODS
 from tunesmith.model.causal_lm import compute_cached_logits, load_network, wrap_model
+from tunesmith.model.layer_shards import LayerShard
 from tunesmith.model.merge import write_merged_weights
 from tunesmith.model.quantization import load_quantized
 from tunesmith.model.save import save_model
+from tunesmith.model.weight_shards import WeightShards, list_frozen
 
 RECURRENT = re.compile(
     r".*\.(A_log|dt_bias|D|o_norm\.weight|(linear_attn|mamba|mixer)\.norm\.weight)"
@@ -89,6 +91,31 @@ def test_recurrent_values_stay_beside_4_bits(folder: Path) -> None:
     for name, tensor in load_quantized(folder, torch.bfloat16).state_dict().items():
         if is_recurrent(name):
             assert torch.equal(tensor, wide[name]), name
+
+
+class LoneRank:
+    """One of two ranks that never meet: enough to load a part."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def form_groups(self, size: int) -> None:
+        assert size == 2
+
+
+def test_recurrent_values_stay_in_the_parts_of_ranks(folder: Path) -> None:
+    parts: list[list[Tensor]] = []
+    for rank in (0, 1):
+        ranks: Any = LoneRank(rank)
+        shards = WeightShards(ranks, 2)
+        load_network(folder, torch.bfloat16, shards=shards)
+        parts.append([layer.part_B for layer in shards.layers])
+    network: Any = load_network(folder, torch.bfloat16)
+    for number, layer in enumerate(network.base_model.layers):
+        ranks = LoneRank(0)
+        complete = LayerShard(list(list_frozen(layer)), ranks, 1).part_B
+        joined = torch.cat([part[number] for part in parts])
+        assert torch.equal(joined[: len(complete)], complete)
 
 
 @torch.no_grad()
