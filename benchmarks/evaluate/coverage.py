@@ -4,7 +4,8 @@
 
 Items are drawn from distributions with a known mean, and an interval is made of each sample. `null`
 is the share of samples without a true difference that get a verdict, better or worse; `width` is
-that of the intervals, relative to Student's t."""
+that of the intervals, relative to Student's t. `by token` are means over all tokens of texts whose
+lengths are lognormal; `3 tasks` have as many items each. `exponent` is that of a learning curve."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tunesmith.advise.measured.learning_curve import MIN_CURVE_ITEMS, fit_curve
 from tunesmith.evaluate.results import MetricValues, compare_measurements
 from tunesmith.evaluate.statistics import (
     compute_mean_interval,
@@ -44,6 +46,27 @@ PAIRS = {  # shares of gained and lost items
     "gained 10%, lost 0%": (0.1, 0.0),
 }
 WIDTHS = ("normal", "exponential, 2", "lognormal, 6.2")
+LENGTH_SPREAD = (
+    0.8  # of the logarithm of the tokens; the longest of 100 texts has 6 times the median
+)
+# loss per token of a text, as a function of its relative length, and the power that it falls with
+LOSSES: dict[str, tuple[Callable[[np.random.Generator, np.ndarray], np.ndarray], float]] = {
+    "by token, normal": (lambda r, length: 1 + r.normal(size=length.shape), 0.0),
+    "by token, exponential": (lambda r, length: r.exponential(size=length.shape), 0.0),
+    "by token, long texts vary less": (
+        lambda r, length: 1 + r.normal(size=length.shape) / np.sqrt(length),
+        0.0,
+    ),
+    "by token, long texts have less": (
+        lambda r, length: r.gamma(2.0, 0.5, length.shape) * length**-0.3,
+        0.3,
+    ),
+}
+TASK_SPREADS = (1.0, 2.0, 4.0)
+TASKS = {"3 tasks, normal": "normal", "3 tasks, exponential": "exponential, 2"}
+CURVE = (2.0, 0.5, 0.1)  # error = c + a * examples ** -b
+CURVE_SIZES = (50, 100, 200, 400)
+CURVE_TRIALS = 100
 RATES = {"rate 10%": 0.1, "rate 50%": 0.5, "rate 80%": 0.8}
 
 
@@ -65,6 +88,53 @@ def measure_width(name: str, n: int, trials: int) -> float:
         error = float(values.std(ddof=1)) / math.sqrt(n)
         ratios.append((high - low) / (2 * compute_t_quantile(n - 1) * error))
     return float(np.median(ratios))
+
+
+def measure_losses(name: str, n: int, trials: int) -> float:
+    """Return the coverage of the mean over tokens: the texts are sampled, their lengths too."""
+    draw, power = LOSSES[name]
+    random = np.random.default_rng(n)
+    # E[length ** (1 - power)] / E[length]
+    truth = math.exp(((1 - power) ** 2 - 1) * LENGTH_SPREAD**2 / 2)
+    hits = 0
+    for length in random.lognormal(0, LENGTH_SPREAD, (trials, n)):
+        low, high = compute_mean_interval(draw(random, length), length, [np.arange(n)])
+        hits += low <= truth <= high
+    return hits / trials
+
+
+def measure_tasks(name: str, n: int, trials: int) -> float:
+    """Return the coverage of the mean over tasks with n items each and different spreads."""
+    draw, mean = DRAWS[TASKS[name]]
+    count = len(TASK_SPREADS)
+    truth = mean * sum(TASK_SPREADS) / count
+    groups = np.split(np.arange(count * n), count)
+    hits = 0
+    for values in draw(np.random.default_rng(n), (trials, count * n)):
+        scaled = values * np.repeat(TASK_SPREADS, n)
+        low, high = compute_mean_interval(scaled, np.ones(count * n), groups)
+        hits += low <= truth <= high
+    return hits / trials
+
+
+def measure_exponent(n: int, trials: int) -> float:
+    """Return the coverage of a learning curve's exponent: an item is right from some size on, but
+    for one in five answers, which is a matter of luck."""
+    a, b, c = CURVE
+    errors_K = c + a * np.array(CURVE_SIZES) ** -b
+    random = np.random.default_rng(n)
+    hits = 0
+    for _ in range(trials):
+        difficulty_N = random.random(n)
+        scores: dict[int, list[np.ndarray]] = {}
+        for size, error in zip(CURVE_SIZES, errors_K, strict=True):
+            is_luck_N = random.random(n) < 0.2
+            drawn_N = np.where(is_luck_N, random.random(n), difficulty_N)
+            scores[size] = [(drawn_N > error).astype(float)]
+        curve = fit_curve(scores)
+        assert curve is not None
+        hits += curve.b_low <= b <= curve.b_high
+    return hits / trials
 
 
 def measure_pairs(name: str, n: int, trials: int) -> float:
@@ -101,10 +171,18 @@ def count_null_verdicts(is_rate: bool, n: int, trials: int) -> float:
 def build_table(trials: int) -> str:
     head = ["items", *map(str, SIZES)]
     rows = [head, ["---"] * len(head)]
-    measures = ((DRAWS, measure_values), (PAIRS, measure_pairs), (RATES, measure_rates))
-    for names, measure in measures:
+    measures = (
+        (DRAWS, measure_values, trials),
+        (LOSSES, measure_losses, trials // 2),
+        (TASKS, measure_tasks, trials // 2),
+        (PAIRS, measure_pairs, trials),
+        (RATES, measure_rates, trials),
+    )
+    for names, measure, count in measures:
         for name in names:
-            rows.append([name, *(f"{measure(name, n, trials):.1%}" for n in SIZES)])
+            rows.append([name, *(f"{measure(name, n, count):.1%}" for n in SIZES)])
+    shares = {n: measure_exponent(n, CURVE_TRIALS) for n in SIZES if n >= MIN_CURVE_ITEMS}
+    rows.append(["exponent", *(f"{shares[n]:.0%}" if n in shares else "-" for n in SIZES)])
     for name in WIDTHS:
         ratios = [measure_width(name, n, trials) for n in SIZES]
         rows.append([f"width: {name}", *(f"x{ratio:.2f}" for ratio in ratios)])
