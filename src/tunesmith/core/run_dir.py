@@ -540,9 +540,8 @@ def read_all_events(path: Path) -> list[LoggedEvent]:
     InputError with file:line for a broken line."""
     file = path / EVENTS_FILE
     content = read_file(file, fix=RESTORE_FIX, max_bytes=None) if file.exists() else b""
-    lines = content.split(b"\n")[:-1]
     events: list[LoggedEvent] = []
-    for line_number, line in enumerate(lines, start=1):
+    for line_number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             events.append(parse_event(line))
         except ValueError as error:

@@ -47,7 +47,6 @@ from tunesmith.session.session import Session
 from tunesmith.train import run
 from tunesmith.train.preflight import run_preflight
 
-
 SEED_FAILED_FIRST = 2  # of the order of a grid of two methods and two ranks
 
 

@@ -302,8 +302,10 @@ def _list_correlations(keys: Sequence[str], measured: MeasuredTrials) -> Iterato
             values.setdefault(trial.configuration, []).append(trial.value)
     means = {configuration: fmean(by_seed) for configuration, by_seed in values.items()}
     count = len(means)
-    pairs = {key: [(settings[number][key], mean) for number, mean in means.items()] for key in keys}
-    results = {key: _compute_correlation(np.array(pairs[key], dtype=float)) for key in keys}
+    results: dict[str, tuple[float, float, float, float]] = {}
+    for key in keys:
+        pairs = [(settings[number][key], mean) for number, mean in means.items()]
+        results[key] = _compute_correlation(np.array(pairs, dtype=float))
     adjusted = adjust_p_values([p_value for *_, p_value in results.values()])
     for (key, (correlation, low, high, _)), p_value in zip(results.items(), adjusted, strict=True):
         verdict = "correlated" if p_value < ALPHA else NO_DIFFERENCE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,8 @@ def _translate_method(draft: RecipeDraft) -> None:
 
 def _translate_preference(draft: RecipeDraft, stage: str) -> None:
     """Translate the loss; ORPO has an NLL term of its own, to which pref_ftx is added."""
-    loss, source = "kto", "stage"
-    if stage == "dpo":
-        loss, source = draft.pop_scalar("pref_loss") or "sigmoid", "pref_loss"
+    source = "pref_loss" if stage == "dpo" else "stage"
+    loss = draft.pop_scalar("pref_loss") or "sigmoid" if stage == "dpo" else "kto"
     share = draft.pop_number("pref_ftx")
     if share is not None:
         draft.remaining["pref_ftx"] = share + (loss == "orpo")
@@ -193,7 +193,7 @@ def _find_info_file(draft: RecipeDraft, folder: str) -> Path | None:
         "data/dataset_info.json",
     ):
         for base in (Path.cwd(), draft.config_path.absolute().parent):
-            if (base / relative_path).is_file():
+            if os.path.isfile(base / relative_path):
                 return base / relative_path
     return None
 
