@@ -118,7 +118,7 @@ class RecipeDraft:
         search_dirs = (*folders, Path.cwd(), self.config_path.absolute().parent)
         for folder in search_dirs:
             path = folder / os.path.expanduser(text)
-            if path.exists():
+            if os.path.exists(path):  # also for a text that can be no path
                 return Path(os.path.relpath(path, self.recipe_path.absolute().parent)).as_posix()
         return None
 
