@@ -126,11 +126,11 @@ def measure_exponent(n: int, trials: int) -> float:
     hits = 0
     for _ in range(trials):
         difficulty_N = random.random(n)
-        scores: dict[int, list[np.ndarray]] = {}
+        scores: dict[int, list[list[float]]] = {}
         for size, error in zip(CURVE_SIZES, errors_K, strict=True):
             is_luck_N = random.random(n) < 0.2
             drawn_N = np.where(is_luck_N, random.random(n), difficulty_N)
-            scores[size] = [(drawn_N > error).astype(float)]
+            scores[size] = [(drawn_N > error).astype(float).tolist()]
         curve = fit_curve(scores)
         assert curve is not None
         hits += curve.b_low <= b <= curve.b_high
