@@ -4,7 +4,7 @@
 
 Each arm is trained once per seed, in the order of evidence per minute; `experiments/NAME/
 results.json` grows as arms end, and an arm that it has with the same settings does not run again.
-A killed run continues where it was. An arm whose process fails is told and has no result; the
+A killed run continues where it was. An arm whose process fails is reported and has no result; the
 others run, and the exit code is 1. `docs/results/evidence.md` is written after each experiment that
 changed. `--quick` runs two steps of a two-layer model in `build/evidence-quick/` and leaves
 results and page alone.

@@ -1,5 +1,5 @@
-"""No file of a stranger is read whole without a limit: `core/json_io.read_file` has one. The other
-reads are of the package's own files, or after a look at the size."""
+"""No `read_text` or `read_bytes` reads a stranger's file whole: `core/json_io.read_file` has a
+limit. The other calls are on the package's own files, or after a look at the size."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ MAX_FLAGS = 10
 SMALL_FILES = {
     "core/sampling.py",  # for verbs that load no torch
     "cli/views/verification.py",  # of a single verb
-    "core/library_output.py",  # of each process that has a terminal
     "core/progress_log.py",
     "data/checks/language_id.py",
     "data/tokenizer/eos.py",

@@ -102,11 +102,12 @@ class Interrupted(TunesmithError):
     exit_code = 130
 
 
-def to_machine_error(error: OSError, message: str, where: object = "") -> DiskError:
+def to_machine_error(error: OSError, message: str, where: object = "") -> MachineError:
     """Convert an error of a disk, a mount or the memory, with what helps against it."""
     fix = OTHER_FIXES.get(error.errno or 0, DISK_FIX)
     text = f"{message}: {error.strerror or error}"
-    return DiskError(text, where=str(where or error.filename or ""), fix=fix)
+    kind = MachineError if error.errno == ENOMEM else DiskError
+    return kind(text, where=str(where or error.filename or ""), fix=fix)
 
 
 def to_path_error(error: OSError) -> InputError:

@@ -55,4 +55,6 @@ def _write_traceback(
 
 def _write_thread_traceback(args: threading.ExceptHookArgs) -> None:
     if args.exc_type is not SystemExit:
+        name = args.thread.name if args.thread else "unknown"
+        sys.stderr.write(escape_controls(f"Exception in thread {name}:\n"))
         _write_traceback(args.exc_type, args.exc_value, args.exc_traceback)

@@ -59,7 +59,7 @@ class ConfigurationRecord:
 @dataclass(frozen=True)
 class LevelEffect:
     """A value of a key against the winner's, over the pairs of trials that differ in it alone.
-    A value whose trials all stopped early has no pairs and no difference.
+    A value of which no trial reached its end has no pairs and no difference.
 
     Of a range: the rank correlation of the value with the metric, `level` is "", and `pairs` are
     the configurations that reached the end."""

@@ -121,7 +121,7 @@ def _refuse_existing(path: Path) -> None:
 
 
 def _read_tasks(path: Path) -> list[Json]:
-    tasks = read_json(path, max_values=MAX_VALUES)
+    tasks = read_json(path, fix="export the tasks in parts", max_values=MAX_VALUES)
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise InputError("not a JSON array of objects", where=str(path), fix="export as JSON")
     return tasks

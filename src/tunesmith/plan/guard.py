@@ -42,7 +42,7 @@ def decide_guard(guard: GuardConfig, context: RuleContext) -> dict[str, PlanValu
 
     collapse = "roll back to the last good checkpoint, then halve the rate or skip the bad rows"
     forgetting = "reported only: how much forgetting is acceptable is the user's decision"
-    collapse_source = "ours; experiments/guard_collapse: .23 instead of 4.82 nats, on a rerun"
+    collapse_source = "ours; experiments/guard_collapse: a loss of .23 instead of 4.82 (rerun)"
     margin = "bits per byte of general text: 0.05 nats per token, the usual limit of forgetting"
     patience = "evaluations on eval_data without improvement before the run stops"
     probe_steps = choose(guard.probe_steps, decide_probe_steps(context))

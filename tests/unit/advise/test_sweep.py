@@ -455,8 +455,9 @@ def test_a_full_disk_ends_the_sweep_and_fails_no_trial(
     recipe = make_sweep_recipe(tiny_folder, tmp_path, {"lora_r": [2, 4]})
     with monkeypatch.context() as patched:
         patched.setattr(run_trial, "read_free_disk", lambda _: 10)
-        with pytest.raises(DiskError, match="the run folder needs up to"):
+        with pytest.raises(DiskError, match="the run folder needs up to") as refusal:
             sweep(recipe, tmp_path / "sweep")
+        assert refusal.value.fix.endswith("another disk, then continue with the same command")
     record = sweep(recipe, tmp_path / "sweep")
     assert record.count_trials("complete") == 2
 

@@ -1,14 +1,16 @@
 """The journal of trials: what is next and what stops follows from it alone, wherever it was cut."""
 
+import errno
 import math
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.storages.journal import JournalFileBackend
 
 from tunesmith.advise.sweep.trial_study import JOURNAL_FILE, TrialStudy, make_spec
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import DiskError, InputError
 from tunesmith.recipe.sweep import SweepConfig
 
 RATES = [3e-4, 1e-3, 3e-3, 1e-2, 1e-5, 3e-5]
@@ -169,6 +171,25 @@ def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
     journal.write_bytes(b"\n".join([lines[0], b"{not json}", *lines[1:]]))
     with pytest.raises(InputError, match="the journal of the trials is damaged"):
         open_study(tmp_path, {"lora_r": [8]})
+
+
+@pytest.mark.parametrize("action", ["start", "add_value", "finish"])
+def test_a_journal_on_a_full_disk_is_no_bug(
+    action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = open_study(tmp_path, {"lora_r": [8, 16]})
+    spec = study.choose_next()
+    assert spec is not None
+    if action != "start":
+        study.start(spec)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(JournalFileBackend, "append_logs", refuse)
+    arguments = {"start": (spec,), "add_value": (0, 25, 1.0), "finish": (0, "failed")}[action]
+    with pytest.raises(DiskError, match="no space left"):
+        getattr(study, action)(*arguments)
 
 
 @pytest.mark.parametrize("pruner", ["none", "median", "halving"])

@@ -1,11 +1,13 @@
 """A sweep whose trials run at once: the same runs, and nothing is lost when a process ends."""
 
 import dataclasses
+import errno
 import pickle
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,18 @@ import pytest
 from tiny_sweeps import make_sweep_recipe, sweep
 from tunesmith.advise.sweep import trial_worker
 from tunesmith.advise.sweep.run_sweep import run_sweep
+from tunesmith.advise.sweep.run_trial import TrialRunner
 from tunesmith.advise.sweep.trial_worker import (
     Problem,
     TrialWorker,
     WorkerSettings,
+    _WorkerProcess,
     list_variables,
     open_workers,
 )
 from tunesmith.core import ranks
 from tunesmith.core.errors import DiskError, GateError, InputError, Interrupted, MachineError
-from tunesmith.core.events import Score, TrainStep
+from tunesmith.core.events import Event, Score, TrainStep
 from tunesmith.core.hardware import count_cores
 from tunesmith.core.sweep_record import (
     SweepEvent,
@@ -170,6 +174,19 @@ def test_an_error_of_a_trial_keeps_its_kind_place_and_fix() -> None:
     assert Problem.from_error(stopped).to_error().exit_code == 143
     sent = Problem.from_error(InvalidRow("empty text", "bad row")).to_error()
     assert isinstance(sent, InputError)
+
+
+def test_an_error_of_the_disk_in_a_trial_is_no_end_of_its_process() -> None:
+    class FullDisk(TrialRunner):
+        def start_trial(self, spec: TrialSpec) -> Generator[Event]:  # noqa: ARG002
+            raise OSError(errno.ENOSPC, "No space left on device")
+            yield
+
+    runner = object.__new__(FullDisk)
+    spec = TrialSpec(0, 0, 0, {})
+    news = _WorkerProcess().run_trial(runner, spec, Pipe()[0])
+    assert news.problem is not None
+    assert isinstance(news.problem.to_error(), DiskError)
 
 
 @pytest.mark.parametrize("change", ["removed", "changed"])

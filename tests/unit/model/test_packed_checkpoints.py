@@ -310,7 +310,7 @@ def test_stacked_fp8_is_refused_by_name(tmp_path: Path) -> None:
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     tensors[f"{name}_scale_inv"] = torch.ones(4, 4, 3)
     quantization = {"quant_method": "fp8", "weight_block_size": BLOCK}
-    with pytest.raises(InputError, match="supported for matrices") as caught:
+    with pytest.raises(InputError, match="supported for matrices only") as caught:
         read_spec(write_checkpoint(tmp_path, network, tensors, quantization))
     assert "unquantized" in caught.value.fix
 

@@ -164,6 +164,7 @@ def test_levels_are_compared_with_all_else_equal() -> None:
     fast = effects["learning_rate", "0.003"]
     assert (fast.pairs, fast.difference) == (0, None), "none of its trials reached the end"
     assert fast.verdict == "not compared: 1 of 2 trials stopped early"
+    assert ("lora_r", "8") not in effects, "the winner's, though one of its trials stopped early"
     rank = effects["lora_r", "64"]
     assert (rank.best_level, rank.pairs) == ("8", 4)
     assert rank.difference == pytest.approx(0.002)

@@ -159,9 +159,9 @@ def reject_training_facts(requirements: Requirements) -> RuleResult | None:
         return None
     explanation = (
         "learning new facts teaches hallucination: accuracy fell from 37.5% with early stopping to "
-        "25.8% at convergence. Weights do learn them: a 135M model answered .58 of 60 after one "
-        "wording of each and .63 after ten, by retrieval .28, as the passage held the answer for "
-        ".45. What it then makes up elsewhere was not measured"
+        "25.8% at convergence. Weights do learn them: a 135M model answered 58% of 60 questions "
+        "after one wording of each fact and 63% after ten; retrieval answered 28%, since its "
+        "passage held only 45% of the answers. What it then makes up elsewhere was not measured"
     )
     source = "Gekhman 2024, experiments/facts"
     return RuleResult(("facts",), explanation, source, "published", ruled_out=TRAINING_APPROACHES)

@@ -134,6 +134,9 @@ class Trials:
         except Interrupted as error:
             error.fix = RESUME_FIX
             raise
+        except DiskError as error:
+            error.fix = f"{error.fix.partition(', then ')[0]}, then {RESUME_FIX}"
+            raise
         trial = self.study.list_trials()[spec.number]
         record = summary.build_trial(self.recorder.folder, trial)
         yield TrialEnd(record, *self._predict_rest(record))

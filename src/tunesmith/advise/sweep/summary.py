@@ -234,6 +234,8 @@ def list_effects(
     for key, values in sweep.space.items():
         best = settings[winner][key]
         for level in () if isinstance(values, ValueRange) else values:
+            if level == best:
+                continue
             if pairs := _list_pairs(key, level, best, settings, measured):
                 levels.append((key, level, len(pairs)))
                 comparisons.append(_compare_pairs(measured, pairs))
@@ -254,9 +256,10 @@ def list_effects(
 
 
 def _count_stopped(key: str, level: Any, measured: MeasuredTrials) -> str:
-    """Return how many of the trials with a value stopped early, "" if none did."""
+    """Return how many of the trials with a value stopped early, "" if none did, or if one reached
+    its end."""
     states = [trial.state for trial in measured.trials if trial.settings[key] == level]
-    count = states.count("pruned")
+    count = 0 if "complete" in states else states.count("pruned")
     return f"{count} of {format_count(len(states), 'trial')}" if count else ""
 
 
@@ -265,8 +268,6 @@ def _list_pairs(
 ) -> list[tuple[int, int]]:
     """Return the pairs of trials that differ in the key alone: the best value, and this one."""
     pairs: list[tuple[int, int]] = []
-    if level == best:
-        return pairs
     for first, first_settings in settings.items():
         for second, second_settings in settings.items():
             is_pair = first_settings[key] == best and second_settings == {

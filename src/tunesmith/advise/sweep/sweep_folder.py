@@ -97,7 +97,7 @@ def check_identity(folder: Path, identity: Json) -> None:
         message = f"holds a sweep with other settings: {'; '.join(changes[:MAX_NAMED])}"
         if more := len(changes[MAX_NAMED:]):
             message += f", and {format_count(more, 'other change')}"
-        fix = "choose another output_dir, or go back to its settings"
+        fix = "restore what has changed, or choose another output_dir"
         raise InputError(message, where=str(folder), fix=fix)
 
 

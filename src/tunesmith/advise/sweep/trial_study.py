@@ -35,6 +35,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from tunesmith.core.atomic import disk_errors
 from tunesmith.core.errors import InputError
 from tunesmith.core.sweep_record import TrialSpec
 from tunesmith.core.types import Json
@@ -63,6 +64,7 @@ class TrialStudy:
         sweep: SweepConfig,
         seeds: Sequence[int],
         sampler_seed: int,
+        file: Path,
     ) -> None:
         self.sweep = sweep
         self.seeds = tuple(seeds)
@@ -72,6 +74,7 @@ class TrialStudy:
         }
         self.grid = list_grid(sweep, sampler_seed) if sweep.search == "grid" else None
         self._study = study
+        self._file = file  # the journal
 
     @classmethod
     def open(
@@ -100,7 +103,7 @@ class TrialStudy:
         except (ValueError, KeyError, TypeError) as error:
             message = f"the journal of the trials is damaged: {error}"
             raise InputError(message, where=str(file), fix="use another output_dir") from error
-        return cls(study, sweep, seeds, sampler_seed)
+        return cls(study, sweep, seeds, sampler_seed, file)
 
     @property
     def num_configurations(self) -> int:
@@ -136,7 +139,8 @@ class TrialStudy:
                 distributions=self.distributions,
                 user_attrs={"configuration": spec.configuration, "seed": spec.seed},
             )
-            self._study.add_trial(template)
+            with disk_errors(self._file):
+                self._study.add_trial(template)
 
     def _choose_new(self, trials: Sequence[FrozenTrial]) -> TrialSpec | None:
         first = [trial for trial in trials if make_spec(trial).seed == self.seeds[0]]
@@ -181,7 +185,8 @@ class TrialStudy:
         """Record an evaluation at this percent of the steps; a repeated one changes nothing."""
         trial = self.list_trials()[number]
         if percent not in trial.intermediate_values:
-            self._reopen(trial).report(value, percent)
+            with disk_errors(self._file):
+                self._reopen(trial).report(value, percent)
 
     def is_hopeless(self, number: int) -> bool:
         """Return whether the pruner stops the trial at its last evaluation."""
@@ -207,8 +212,9 @@ class TrialStudy:
         value: float | None = None,
         reason: str = "",
     ) -> None:
-        self._reopen(self.list_trials()[number]).set_user_attr("reason", reason)
-        self._study.tell(number, value, state=STATES[state])
+        with disk_errors(self._file):
+            self._reopen(self.list_trials()[number]).set_user_attr("reason", reason)
+            self._study.tell(number, value, state=STATES[state])
 
     def _reopen(self, trial: FrozenTrial) -> optuna.Trial:
         """Return the handle of a trial of the journal, which Optuna gives to its first process."""

@@ -7,7 +7,7 @@
 The sweep's own process starts the workers, reads their events and writes the journal. A worker
 loads the inputs once, writes the run folders of its trials, and ends with its parent. It waits
 after each score until the sweep has judged it. A worker that cannot load ends the sweep: that is no
-failure of a trial. Left out: which trial is next (run_sweep.py), and which stops early
+failure of a trial. Left out: which trial is next (trial_study.py), and which stops early
 (run_trial.py).
 """
 
@@ -30,12 +30,14 @@ import psutil
 
 from tunesmith.advise.sweep.run_trial import TrialRunner
 from tunesmith.core.errors import (
+    MACHINE_ERRNOS,
     DiskError,
     GateError,
     InputError,
     Interrupted,
     MachineError,
     TunesmithError,
+    to_machine_error,
 )
 from tunesmith.core.events import Event, Score
 from tunesmith.core.hardware import count_cores, count_gpus
@@ -333,6 +335,11 @@ class _WorkerProcess:
                         break
         except TunesmithError as error:
             return TrialNews(problem=Problem.from_error(error))
+        except OSError as error:
+            if error.errno not in MACHINE_ERRNOS:
+                raise
+            problem = Problem.from_error(to_machine_error(error, "cannot access a file"))
+            return TrialNews(problem=problem)
         finally:
             self.is_training = False
         return TrialNews()

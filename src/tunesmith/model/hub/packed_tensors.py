@@ -142,14 +142,13 @@ def _refuse_other_fp8(name: str, headers: Mapping[str, TensorHeader], where: str
     """Raise InputError for the FP8 of other tools, which a config may call by the same name."""
     if f"{name}{OTHER_FP8_SCALE}" in headers:
         message = (
-            f"the weights hold {name}{OTHER_FP8_SCALE}, as AutoFP8 and vLLM quantize; of FP8 only "
-            "matrices with weight_scale_inv are supported"
+            f"the weights hold {name}{OTHER_FP8_SCALE}, as AutoFP8 and vLLM quantize; FP8 is "
+            "supported only for matrices with weight_scale_inv"
         )
         raise InputError(message, where=where, fix=UNQUANTIZED_FIX)
     if len(headers[name].shape) != 2:
-        message = (
-            f"{name} is FP8 of shape {list(headers[name].shape)}; FP8 is supported for matrices"
-        )
+        shape = list(headers[name].shape)
+        message = f"{name} is FP8 of shape {shape}; FP8 is supported for matrices only"
         raise InputError(message, where=where, fix=UNQUANTIZED_FIX)
 
 

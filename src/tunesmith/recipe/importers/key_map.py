@@ -112,7 +112,7 @@ def _skip_other_losses(
     for keys in loss_keys.values():
         for recipe_key, config_key in keys.items():
             if (value := draft.pop_number(config_key)) is not None:
-                reason = f"{name} has no {recipe_key} here"
+                reason = f"{name} does not read it"
                 is_important = recipe_key == "nll_coefficient"
                 draft.skip_key(config_key, value, reason, is_important=is_important)
 
