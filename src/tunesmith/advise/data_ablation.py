@@ -50,7 +50,7 @@ _FileName = Literal["selected", "random", "longest"]
 
 @dataclass(frozen=True)
 class _ScoreLine:
-    """What is read of a line of scores.jsonl."""
+    """Hold what is read of a line of scores.jsonl."""
 
     id: str
     files: tuple[_FileName, ...]

@@ -107,6 +107,8 @@ class Trials:
     def _has_time(self, spec: TrialSpec) -> bool:
         """Return whether a trial would end in the minutes if it were as slow as the slowest. The
         first may start: it is judged by its steps."""
+        if math.isinf(self.deadline):
+            return True
         speeds = self._list_speeds()
         remaining = self.deadline - time.monotonic()
         return not speeds or max(speeds) * get_length(spec) <= remaining
