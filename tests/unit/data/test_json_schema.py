@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
 
+from processor_time import check_seconds
 from tunesmith.core.errors import InputError
 from tunesmith.data.json_schema import find_violation, make_validator
 
@@ -62,10 +62,12 @@ def test_unique_items_are_compared_in_linear_time() -> None:
     schema = {"$schema": DRAFT_7, "items": {"anyOf": [{"type": "object"}, {"$ref": "#"}]}}
     validator = make_validator(schema | {"uniqueItems": True})
     items = [{"number": number} for number in range(20_000)]
-    start = time.process_time()
-    assert find_violation([items], validator) == ""
-    assert find_violation([[*items, items[0]]], validator)
-    assert time.process_time() - start < 5
+
+    def compare() -> None:
+        assert find_violation([items], validator) == ""
+        assert find_violation([[*items, items[0]]], validator)
+
+    check_seconds(compare, limit=5)
 
 
 def test_a_schema_is_refused_with_the_path_of_what_is_wrong() -> None:
