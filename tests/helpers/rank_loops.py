@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import torch
 from torch import distributed
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from tiny_loop import SETTINGS, make_step_documents, select_steps
 from tiny_models import continue_document, make_tiny_document, make_tiny_model
@@ -29,6 +30,7 @@ from tunesmith.train.losses import LossNormalizer
 
 STEPS = 20
 KINDS = ("rows", "prefixes", "pairs", "full", "accumulated")
+SHORT_SILENCE = timedelta(seconds=3)  # of a running pulse; a start may take longer
 LONG_DOCUMENT = 90  # tokens: more than all others of its step together
 
 
@@ -246,14 +248,15 @@ def fail_in_a_step(ranks: Ranks) -> str:
 
 def wait_for_silent_rank() -> str:
     """Wait on rank 0 for rank 1, which gives no sign of life until the process of rank 0 ends."""
-    core_ranks.SILENCE = timedelta(seconds=3)
     core_ranks.PULSE_SECONDS = 0.2
     with core_ranks.open_ranks() as ranks:
+        assert ranks.pulse
+        if ranks.is_main:
+            _set_pg_timeout(SHORT_SILENCE, ranks.pulse.group)
         pid, _ = ranks.gather(os.getpid())
         if ranks.is_main:
             ranks.gather(None)
             return "heard of rank 1"
-        assert ranks.pulse
         ranks.pulse.stop(has_goodbye=False)
         while psutil.pid_exists(pid):
             time.sleep(0.05)
@@ -263,22 +266,23 @@ def wait_for_silent_rank() -> str:
 def stop_while_groups_form(folder: str) -> str:
     """Let the process of rank 1 be stopped before the last group is formed, and killed when that of
     rank 0 has ended."""
-    core_ranks.SILENCE = timedelta(seconds=3)
     core_ranks.PULSE_SECONDS = 0.2
-    core_ranks.PATIENCE = timedelta(seconds=30)
+    core_ranks.PATIENCE = timedelta(minutes=5)
     rank = os.environ["RANK"]
     (Path(folder) / rank).write_text(str(os.getpid()))
     new_group = distributed.new_group
 
     def stop(*args: Any, **kwargs: Any) -> Any:
-        if kwargs["timeout"] == core_ranks.PATIENCE:
+        if kwargs["timeout"] == core_ranks.PATIENCE and rank == "1":
             script = 'while kill -0 "$(cat 0)"; do sleep 0.1; done; kill -KILL "$(cat 1)"'
             subprocess.Popen(["sh", "-c", script], cwd=folder, stderr=subprocess.DEVNULL)
             os.kill(os.getpid(), signal.SIGSTOP)
-        return new_group(*args, **kwargs)
+        group = new_group(*args, **kwargs)
+        if kwargs["timeout"] == core_ranks.SILENCE and rank == "0":
+            _set_pg_timeout(SHORT_SILENCE, group)
+        return group
 
-    if rank == "1":
-        distributed.new_group = stop
+    distributed.new_group = stop
     with core_ranks.open_ranks():
         return "connected"
 

@@ -24,7 +24,9 @@ from tunesmith.serve.registry import ServedModel
 MAX_GRAMMARS = 64
 MAX_SCHEMA_BYTES = 100_000
 MAX_SCHEMA_DEPTH = 64
-COMPILE_SECONDS = 2.0  # beside the loading of the tokenizer
+# Beside the loading of the tokenizer: hundreds of times what a common schema takes, so that none is
+# called complex for a busy machine.
+COMPILE_SECONDS = 10.0
 PARAM = "response_format"
 
 

@@ -51,7 +51,7 @@ def test_a_signal_drains_and_a_second_one_ends(writer: Path, tmp_path: Path) -> 
     with run_serve("--base", str(writer), "--dtype", "fp32", home=tmp_path) as (process, url, key):
         headers = {"authorization": f"Bearer {key}"}
         assert key.startswith("tsk_")
-        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", timeout=LIMIT_SECONDS).status_code == 401
         body = make_chat("base", stream=True, max_tokens=400, logit_bias=NO_END)
         path = f"{url}/v1/chat/completions"
         with httpx.stream(

@@ -24,7 +24,7 @@ from tunesmith.data.chat_template.template import ChatTemplate
 from tunesmith.data.tokenizer.chat_tokenizer import TOO_LONG_FIX, ChatTokenizer
 
 MAX_TRIES = 200
-MAX_SECONDS = 2.0  # of all tries: one alone can take as long as a template may
+MAX_SECONDS = 2.0  # of a processor, of all tries: one alone can take as long as a template may
 MAX_VALUES = 24  # single settings that are also tried in pairs
 OPENING: Json = {"role": "user", "content": "Hello"}
 USER_FIRST_FIX = "put a user message first, or drop the row"
@@ -99,7 +99,7 @@ class RowAdvisor:
         if not self._is_try_allowed(settings):
             return False
         self.num_tries += 1
-        started = time.monotonic()
+        started = time.thread_time()
         tokenizer = copy(self.tokenizer)
         tokenizer.controls = dict(tokenizer.controls)  # a probe may demote some
         try:
@@ -107,7 +107,7 @@ class RowAdvisor:
         except InputError:
             return False
         finally:
-            self.seconds += time.monotonic() - started
+            self.seconds += time.thread_time() - started
 
     def _is_try_allowed(self, settings: Json) -> bool:
         """Return whether there is time for a try, and a number for one that has helped no row."""

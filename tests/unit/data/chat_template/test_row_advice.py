@@ -137,7 +137,7 @@ def test_tries_are_bounded_for_all_rows_together(
     monkeypatch.setattr(advisor_class, "_try_render", count)
     if limit == "MAX_SECONDS":
         ticks = iter(range(10**9))
-        monkeypatch.setattr(time, "monotonic", lambda: next(ticks) * 0.03)
+        monkeypatch.setattr(time, "thread_time", lambda: next(ticks) * 0.03)
     rows = [replace(make_example(user("a"), assistant("b")), id=f"rows:{i}") for i in range(30)]
     assert all(row.error for row in renderer.render_rows(rows))
     assert sum(tries) <= (7 if limit == "MAX_TRIES" else 2)

@@ -24,7 +24,7 @@ SILENCE = 60.0  # seconds, longer than anybody waits
 PATH = "/chat/completions"
 
 
-def ask(url: str, *, key: str = "", seconds: float = 5.0) -> Any:
+def ask(url: str, *, key: str = "", seconds: float = SILENCE) -> Any:
     return LiveClient(url, key, timeout_seconds=seconds).request_json(PATH, {"model": MODEL})
 
 
