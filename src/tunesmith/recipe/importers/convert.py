@@ -15,6 +15,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.recipe.importers import axolotl, llamafactory, trl
 from tunesmith.recipe.importers.draft import RecipeDraft, UntranslatedKey
+from tunesmith.recipe.importers.switches import read_switches
 from tunesmith.recipe.importers.tool_defaults import (
     ON_BY_DEFAULT,
     report_silent_defaults,
@@ -48,6 +49,7 @@ def translate(config: Path, recipe: Path, overrides: Json | None = None) -> Tran
     for key, line in document.duplicates:
         raise InputError(f"'{key}' is repeated", where=f"{config}:{line}", fix="keep one")
     tool, reason = detect_tool(document)
+    document = read_switches(document, tool)
     draft = RecipeDraft(document, config, recipe, dict(document.values))
     overrides = overrides or {}
     if "data" in overrides:

@@ -1,0 +1,92 @@
+"""Switches that a config writes as a text mean what the other tool reads, or are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer_configs import write_config
+from tunesmith.core.errors import InputError
+from tunesmith.recipe.importers.convert import Translation, translate
+from tunesmith.recipe.importers.switches import SWITCHES
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "Axolotl": {
+        "base_model": "org/base",
+        "adapter": "lora",
+        "datasets": [{"path": "rows.jsonl", "type": "chat_template"}],
+    },
+    "TRL": {"model_name_or_path": "org/base", "dataset_name": "rows.jsonl", "use_peft": True},
+    "LLaMA-Factory": {"model_name_or_path": "org/base", "dataset": "rows", "cutoff_len": 64},
+}
+TEXTS = {
+    True: ("true", "True", "yes", "1"),
+    False: ("false", "FALSE", "no", "off", "0"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def translate_config(tool: str, key: str, value: object) -> Translation:
+    text = yaml.safe_dump(CONFIGS[tool] | {key: value})
+    translation = translate(write_config(Path.cwd(), text), Path.cwd() / "recipe.yaml")
+    assert translation.tool == tool
+    return translation
+
+
+def describe(tool: str, key: str, value: object) -> tuple[Any, ...] | str:
+    try:
+        translation = translate_config(tool, key, value)
+    except InputError as error:
+        return error.message
+    return translation.values, translation.untranslated
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+@pytest.mark.parametrize(
+    ("tool", "key"), [(tool, key) for tool in ("Axolotl", "TRL") for key in SWITCHES[tool]]
+)
+def test_a_quoted_switch_is_what_the_tool_reads(tool: str, key: str, is_on: bool) -> None:
+    plain = describe(tool, key, is_on)
+    for text in TEXTS[is_on]:
+        if (tool, text) != ("TRL", "off"):
+            assert describe(tool, key, text) == plain, text
+    assert describe(tool, key, int(is_on)) == plain
+
+
+def test_prompts_are_not_trained_for_the_text_false() -> None:
+    assert "train_on" not in translate_config("Axolotl", "train_on_inputs", "false").values
+    assert translate_config("Axolotl", "train_on_inputs", "true").values["train_on"] == "all"
+    assert translate_config("TRL", "use_peft", "false").values["method"] == "full"
+    assert translate_config("TRL", "completion_only_loss", "false").values["train_on"] == "all"
+
+
+@pytest.mark.parametrize(
+    ("tool", "key", "value"),
+    [
+        *(("LLaMA-Factory", key, "false") for key in SWITCHES["LLaMA-Factory"]),
+        ("LLaMA-Factory", "train_on_prompt", "true"),
+        ("TRL", "use_peft", "off"),
+        ("TRL", "use_peft", "auto"),
+        ("Axolotl", "train_on_inputs", "perhaps"),
+        ("Axolotl", "train_on_inputs", 2),
+        ("Axolotl", "train_on_inputs", [True]),
+    ],
+)
+def test_what_the_tool_reads_as_no_switch_is_refused(tool: str, key: str, value: object) -> None:
+    with pytest.raises(InputError, match=f"{key}: expected true or false, found") as caught:
+        translate_config(tool, key, value)
+    assert "config.yml:" in caught.value.where
+    assert "without quotes" in caught.value.fix
+    assert ("any text is true" in caught.value.fix) == (tool == "LLaMA-Factory")
+
+
+@pytest.mark.parametrize("tool", CONFIGS)
+def test_a_precision_may_be_auto(tool: str) -> None:
+    assert "dtype" not in translate_config(tool, "bf16", "auto").values
