@@ -3,7 +3,8 @@
     TunesmithError
     |- InputError      2   the user's input: recipe, data, model folder
     |- MachineError    3   the machine: memory, network
-    |  `- DiskError    3   its disk and the permissions there
+    |  `- SharedMachineError  3   what every other run here would meet, too: too many open files
+    |     `- DiskError        3   its disk and the permissions there
     |- GateError       4   a gate failed: preflight, guard, repeated NaN, parity
     `- Interrupted   130   stopped by a signal; the run can be resumed (143 for SIGTERM)
 
@@ -90,8 +91,12 @@ class MachineError(TunesmithError):
     exit_code = 3
 
 
-class DiskError(MachineError):
-    """The disk, its rights, or a limit on files: every other run here would meet it, too."""
+class SharedMachineError(MachineError):
+    """Every other run here would meet it, too, as a limit on open files: a sweep stops."""
+
+
+class DiskError(SharedMachineError):
+    """The disk, or the permissions there."""
 
 
 class GateError(TunesmithError):
@@ -102,11 +107,19 @@ class Interrupted(TunesmithError):
     exit_code = 130
 
 
+# errno of what is no matter of the disk
+OTHER_KINDS: dict[int, type[MachineError]] = {
+    ENOMEM: MachineError,  # a smaller run may fit
+    EMFILE: SharedMachineError,
+    ENFILE: SharedMachineError,
+}
+
+
 def to_machine_error(error: OSError, message: str, where: object = "") -> MachineError:
     """Convert an error of a disk, a mount or the memory, with what helps against it."""
     fix = OTHER_FIXES.get(error.errno or 0, DISK_FIX)
     text = f"{message}: {error.strerror or error}"
-    kind = MachineError if error.errno == ENOMEM else DiskError
+    kind = OTHER_KINDS.get(error.errno or 0, DiskError)
     return kind(text, where=str(where or error.filename or ""), fix=fix)
 
 

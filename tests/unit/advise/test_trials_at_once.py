@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import pickle
 import signal
 import subprocess
@@ -28,7 +29,14 @@ from tunesmith.advise.sweep.trial_worker import (
     open_workers,
 )
 from tunesmith.core import ranks
-from tunesmith.core.errors import DiskError, GateError, InputError, Interrupted, MachineError
+from tunesmith.core.errors import (
+    DiskError,
+    GateError,
+    InputError,
+    Interrupted,
+    MachineError,
+    SharedMachineError,
+)
 from tunesmith.core.events import Event, Score, TrainStep
 from tunesmith.core.hardware import count_cores
 from tunesmith.core.sweep_record import (
@@ -164,6 +172,7 @@ def test_an_error_of_a_trial_keeps_its_kind_place_and_fix() -> None:
         InputError("bad", where="x.jsonl:3", fix="mend it"),
         GateError("diverged", where="step 3"),
         MachineError("too slow"),
+        SharedMachineError("too many open files", fix="ulimit -n"),
         DiskError("full", fix="free some disk space"),
     ):
         sent = pickle.loads(pickle.dumps(Problem.from_error(error))).to_error()
@@ -176,17 +185,22 @@ def test_an_error_of_a_trial_keeps_its_kind_place_and_fix() -> None:
     assert isinstance(sent, InputError)
 
 
-def test_an_error_of_the_disk_in_a_trial_is_no_end_of_its_process() -> None:
-    class FullDisk(TrialRunner):
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, DiskError), (errno.EMFILE, SharedMachineError)]
+)
+def test_an_error_that_every_trial_would_meet_is_no_end_of_its_process(
+    number: int, kind: type[MachineError]
+) -> None:
+    class FailingMachine(TrialRunner):
         def start_trial(self, spec: TrialSpec) -> Generator[Event]:  # noqa: ARG002
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, os.strerror(number))
             yield
 
-    runner = object.__new__(FullDisk)
+    runner = object.__new__(FailingMachine)
     spec = TrialSpec(0, 0, 0, {})
     news = _WorkerProcess().run_trial(runner, spec, Pipe()[0])
     assert news.problem is not None
-    assert isinstance(news.problem.to_error(), DiskError)
+    assert type(news.problem.to_error()) is kind
 
 
 @pytest.mark.parametrize("change", ["removed", "changed"])

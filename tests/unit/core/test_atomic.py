@@ -22,7 +22,7 @@ from tunesmith.core.atomic import (
     verify_dir,
     write_file,
 )
-from tunesmith.core.errors import MachineError
+from tunesmith.core.errors import DiskError, MachineError
 from tunesmith.core.formatting import format_bytes
 from tunesmith.core.json_io import read_json
 
@@ -281,6 +281,7 @@ def test_sizes_for_people() -> None:
         (errno.EIO, "check the disk and its connection"),
         (errno.ESTALE, "check the disk and its connection"),
         (errno.EMFILE, "ulimit -n"),
+        (errno.ENFILE, "close other programs"),
         (errno.ENOMEM, "the memory is full"),
         (errno.EROFS, "choose another output_dir"),
         (errno.EACCES, "make it writable"),
@@ -296,3 +297,5 @@ def test_each_error_of_a_disk_says_what_helps_against_it(
     ):
         raise OSError(number, os.strerror(number))
     assert fix in caught.value.fix
+    is_of_disk = number not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    assert isinstance(caught.value, DiskError) == is_of_disk

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.advise.sweep.trial_study import TrialStudy
-from tunesmith.core.errors import DiskError, GateError, InputError, MachineError
+from tunesmith.core.errors import GateError, InputError, MachineError, SharedMachineError
 from tunesmith.core.events import EVAL_TASK, CheckResult, Event, Score
 from tunesmith.core.hardware import read_free_disk
 from tunesmith.core.json_io import parse_as
@@ -133,12 +133,12 @@ class TrialRecorder:
 
     def record(self, spec: TrialSpec, events: Generator[Event | None]) -> Generator[Event | None]:
         """Yield the events of a trial, which stops early if it is hopeless, and record its end. A
-        failure is recorded with its reason. Interrupted is raised, and so is DiskError: it is
-        no fault of the settings, and the trial can go on when it is mended."""
+        failure is recorded with its reason. Interrupted is raised, and so is SharedMachineError: it
+        is no fault of the settings, and the trial can go on when it is mended."""
         try:
             with closing(events):
                 yield from self._judge_events(spec, events)
-        except DiskError:
+        except SharedMachineError:
             raise
         except (InputError, GateError, MachineError) as error:
             where = f"{error.where}: " if error.where else ""

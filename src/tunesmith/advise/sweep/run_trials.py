@@ -18,7 +18,7 @@ from contextlib import closing
 from tunesmith.advise.sweep import summary
 from tunesmith.advise.sweep.run_trial import TrialRecorder, TrialRunner
 from tunesmith.advise.sweep.trial_worker import TrialWorker, stop_trials, wait_for_news
-from tunesmith.core.errors import DiskError, InputError, Interrupted
+from tunesmith.core.errors import InputError, Interrupted, SharedMachineError
 from tunesmith.core.events import TrainStep
 from tunesmith.core.sweep_record import (
     SweepEvent,
@@ -76,7 +76,7 @@ class Trials:
                         stop.raise_if_requested()
                         yield from self._read_news()
                 stop.raise_if_requested()
-            except (Interrupted, DiskError):
+            except (Interrupted, SharedMachineError):
                 stop_trials(workers)
                 raise
 
@@ -136,7 +136,7 @@ class Trials:
         except Interrupted as error:
             error.fix = RESUME_FIX
             raise
-        except DiskError as error:
+        except SharedMachineError as error:
             error.fix = f"{error.fix.partition(', then ')[0]}, then {RESUME_FIX}"
             raise
         trial = self.study.list_trials()[spec.number]

@@ -36,6 +36,7 @@ from tunesmith.core.errors import (
     InputError,
     Interrupted,
     MachineError,
+    SharedMachineError,
     TunesmithError,
     to_machine_error,
 )
@@ -53,7 +54,10 @@ DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 EXIT_TERMINATED = 128 + signal.SIGTERM
 END_SECONDS = 30  # for a worker to end after its last trial
 POLL_SECONDS = 1.0  # a signal waits as long
-PROBLEM_KINDS = (InputError, DiskError, MachineError, GateError, Interrupted, TunesmithError)
+PROBLEM_KINDS = (
+    *(InputError, DiskError, SharedMachineError, MachineError),
+    *(GateError, Interrupted, TunesmithError),
+)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
