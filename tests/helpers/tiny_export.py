@@ -22,7 +22,7 @@ from transformers import (
 from tiny_runs import make_chat_row, make_tiny_recipe, train, write_rows
 from tunesmith.export.parity import (
     ExportJob,
-    ParityOutputs,
+    LiveOutputs,
     compare_outputs,
     compute_export_outputs,
     refuse_mismatch,
@@ -165,7 +165,7 @@ def make_export_job(path: Path, folder: Path, kind: str = "") -> ExportJob:
     return ExportJob(run, folder, kind, select_examples(run))
 
 
-def judge_export(job: ExportJob, target: str, live: ParityOutputs) -> None:
+def judge_export(job: ExportJob, target: str, live: LiveOutputs) -> None:
     """Raise GateError if an export differs from the run, whose outputs are `live`."""
     form = TARGETS[target][job.export_type]
     reread = form.reload(job)

@@ -1,7 +1,7 @@
 """Check that an export behaves as its run: same prompts, same distributions, same answers.
 
     select_examples -> ParityExamples
-    compute_live_outputs, compute_export_outputs -> ParityOutputs
+    compute_live_outputs -> LiveOutputs; compute_export_outputs -> ParityOutputs
     compare_outputs -> Parity; refuse_mismatch -> GateError
 
 Both sides compute in fp32, the run in our engine and the export in transformers, so any difference
@@ -68,12 +68,17 @@ class ParityExample:
 
 @dataclass(frozen=True, eq=False)
 class ParityOutputs:
-    """Outputs of one side: logits [S, V] and a greedy answer per example. Of the run also the mean
-    KL to its base, and rows of what training changed."""
+    """Outputs of one side: logits [S, V] and a greedy answer per example."""
 
     logits: tuple[Tensor, ...]
     greedy: tuple[tuple[int, ...], ...]
-    trained_kl: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LiveOutputs(ParityOutputs):
+    """Outputs of the run, with the mean KL to its base and rows of what training changed."""
+
+    trained_kl: float
     changes: tuple[SampledChange, ...] = ()
 
 
@@ -130,7 +135,7 @@ class Parity:
     positions: int
     mean_kl: float
     max_kl: float
-    trained_kl: float | None
+    trained_kl: float
     top1_agreement: float
     max_logit_difference: float
     lost: tuple[LostChange, ...] = ()
@@ -226,7 +231,7 @@ def _build_example(run: SourceRun, rows: Dataset, index: int) -> ParityExample |
 # ---------------------------------------------------------------- the two sides
 
 
-def compute_live_outputs(job: ExportJob) -> ParityOutputs:
+def compute_live_outputs(job: ExportJob) -> LiveOutputs:
     """Return the run's outputs in our engine. The model is freed when this returns."""
     changes = _sample_changes(job)
     base_logits = () if job.run.loras else _compute_untrained_logits(job)
@@ -237,7 +242,7 @@ def compute_live_outputs(job: ExportJob) -> ParityOutputs:
             base_logits = _compute_engine_logits(model, job.examples, "its base")
     trained_kl = compute_mean_kl(logits, base_logits)
     greedy = _generate_greedy(model, job, job.run.renderer.end_ids)
-    return ParityOutputs(logits, greedy, trained_kl, changes)
+    return LiveOutputs(logits, greedy, trained_kl, changes)
 
 
 def _compute_untrained_logits(job: ExportJob) -> tuple[Tensor, ...]:
@@ -310,7 +315,7 @@ def _generate_greedy(
 
 def compare_outputs(
     job: ExportJob,
-    live_outputs: ParityOutputs,
+    live_outputs: LiveOutputs,
     export_outputs: ParityOutputs,
     reloaded: ReloadedExport,
 ) -> Parity:
@@ -397,9 +402,7 @@ def refuse_mismatch(
 def _list_losses(parity: Parity) -> list[str]:
     """Return what the export lost of what training changed."""
     losses: list[str] = []
-    if parity.trained_kl is not None and parity.mean_kl > max(
-        NUMERIC_KL, MAX_LOST_SHARE * parity.trained_kl
-    ):
+    if parity.mean_kl > max(NUMERIC_KL, MAX_LOST_SHARE * parity.trained_kl):
         kl = f"{parity.mean_kl:.2g} of {parity.trained_kl:.2g}"
         losses.append(f"it loses what training changed: a mean KL of {kl}")
     if parity.lost:

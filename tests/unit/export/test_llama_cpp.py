@@ -19,6 +19,7 @@ from tunesmith.export.gguf.write import ADAPTER_FILE, get_model_path, write_gguf
 from tunesmith.export.parity import (
     MAX_NEW_TOKENS,
     ExportJob,
+    LiveOutputs,
     Parity,
     ParityOutputs,
     ReloadedExport,
@@ -103,7 +104,7 @@ def rendered(model: Any, job: ExportJob) -> list[tuple[int, ...]]:
     return [tuple(model.tokenize(text.encode(), add_bos=False, special=True)) for text in texts]
 
 
-def parity(model: Any, job: ExportJob, live: ParityOutputs) -> Parity:
+def parity(model: Any, job: ExportJob, live: LiveOutputs) -> Parity:
     reread = ReloadedExport(job.run.load_base_network(), rendered(model, job), (model.token_eos(),))
     return compare_outputs(job, live, answers(model, job), reread)
 
@@ -158,7 +159,7 @@ def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def real_live(real_run: Path, tmp_path_factory: pytest.TempPathFactory) -> ParityOutputs:
+def real_live(real_run: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveOutputs:
     return compute_live_outputs(make_export_job(real_run, tmp_path_factory.mktemp("live")))
 
 
@@ -173,7 +174,7 @@ def test_smollm2_answers_there_as_here(
     mean_kl: float,
     agreement: float,
     real_run: Path,
-    real_live: ParityOutputs,
+    real_live: LiveOutputs,
     tmp_path: Path,
 ) -> None:
     made = export_run(real_run, "ollama", kind=kind, out=tmp_path / "ollama")
@@ -188,7 +189,7 @@ def test_smollm2_answers_there_as_here(
 
 
 def test_the_adapter_of_smollm2_beside_its_base(
-    llama_cpp: Any, real_run: Path, real_live: ParityOutputs, tmp_path: Path
+    llama_cpp: Any, real_run: Path, real_live: LiveOutputs, tmp_path: Path
 ) -> None:
     export_run(real_run, "gguf", kind="lora", out=tmp_path / "lora")
     job = make_export_job(real_run, tmp_path / "base", "f16")

@@ -14,7 +14,7 @@ from tiny_export import judge_export, make_export_job, save_run
 from tunesmith.core.errors import GateError
 from tunesmith.export.merged_changes import MAX_ROWS, check_changes, sample_changes
 from tunesmith.export.parity import (
-    ParityOutputs,
+    LiveOutputs,
     compare_outputs,
     compute_export_outputs,
     compute_live_outputs,
@@ -33,7 +33,7 @@ def little_trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def live(little_trained: Path, tmp_path_factory: pytest.TempPathFactory) -> ParityOutputs:
+def live(little_trained: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveOutputs:
     return compute_live_outputs(make_export_job(little_trained, tmp_path_factory.mktemp("live")))
 
 
@@ -71,7 +71,7 @@ LOSSES: dict[str, Callable[[Weights, Weights], Weights]] = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_merge_that_lost_a_part_of_the_adapter_fails(
-    name: str, little_trained: Path, live: ParityOutputs, tmp_path: Path
+    name: str, little_trained: Path, live: LiveOutputs, tmp_path: Path
 ) -> None:
     job = make_export_job(little_trained, tmp_path)
     TARGETS["merged"][""].write(job)
@@ -108,7 +108,7 @@ def test_a_sound_export_fails_for_no_rate(
 
 @pytest.mark.parametrize("factor", [0, 1e-30, 1e-12])
 def test_a_q8_export_loses_nothing_of_an_adapter_that_changes_nothing(
-    factor: float, little_trained: Path, live: ParityOutputs, tmp_path: Path
+    factor: float, little_trained: Path, live: LiveOutputs, tmp_path: Path
 ) -> None:
     job = make_export_job(little_trained, tmp_path, "q8_0")
     name = next(path for path in job.run.loras if path.endswith("layers.1.mlp.up_proj"))

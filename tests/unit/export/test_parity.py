@@ -22,6 +22,7 @@ from tunesmith.export.export import export_run
 from tunesmith.export.gguf.write import ADAPTER_FILE, get_model_path
 from tunesmith.export.parity import (
     ExportJob,
+    LiveOutputs,
     ParityOutputs,
     ReloadedExport,
     compare_outputs,
@@ -37,7 +38,7 @@ from tunesmith.train import run
 
 
 @pytest.fixture(scope="module")
-def live(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> ParityOutputs:
+def live(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveOutputs:
     return compute_live_outputs(make_export_job(finished, tmp_path_factory.mktemp("live")))
 
 
@@ -219,7 +220,7 @@ def base_of(job: ExportJob, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_a_corrupted_export_fails(
-    name: str, finished: Path, live: ParityOutputs, tmp_path: Path
+    name: str, finished: Path, live: LiveOutputs, tmp_path: Path
 ) -> None:
     target, kind, corrupt, message = CORRUPTIONS[name]
     job = make_export_job(finished, tmp_path, kind)
@@ -229,9 +230,7 @@ def test_a_corrupted_export_fails(
         judge_export(job, target, live)
 
 
-def test_what_is_said_when_all_is_wrong(
-    finished: Path, live: ParityOutputs, tmp_path: Path
-) -> None:
+def test_what_is_said_when_all_is_wrong(finished: Path, live: LiveOutputs, tmp_path: Path) -> None:
     job = make_export_job(finished, tmp_path, "f16")
     form = TARGETS["gguf"]["f16"]
     form.write(job)
@@ -260,7 +259,7 @@ def lose_adapter(job: ExportJob) -> None:
 
 @pytest.mark.parametrize("step", [1.0, 0.05])
 def test_a_merge_without_its_adapter_fails_however_little_was_trained(
-    step: float, finished: Path, live: ParityOutputs, tmp_path: Path
+    step: float, finished: Path, live: LiveOutputs, tmp_path: Path
 ) -> None:
     job = make_export_job(finished, tmp_path)
     form = TARGETS["merged"][""]
@@ -270,7 +269,7 @@ def test_a_merge_without_its_adapter_fails_however_little_was_trained(
     base = compute_export_outputs(job, reread)
     pairs = zip(base.logits, live.logits, strict=True)
     logits = tuple(b + step * (ours - b) for b, ours in pairs)
-    short = ParityOutputs(logits, live.greedy, compute_mean_kl(logits, base.logits))
+    short = LiveOutputs(logits, live.greedy, compute_mean_kl(logits, base.logits))
     parity = compare_outputs(job, short, base, reread)
     with pytest.raises(GateError, match="it loses what training changed"):
         refuse_mismatch(form.tolerance, parity, job, reread)
@@ -279,7 +278,7 @@ def test_a_merge_without_its_adapter_fails_however_little_was_trained(
 
 @pytest.mark.parametrize(("share", "fails"), [(0.2, False), (0.3, True), (1.0, True)])
 def test_the_tolerance_is_relative_to_what_training_changed(
-    share: float, fails: bool, finished: Path, live: ParityOutputs, tmp_path: Path
+    share: float, fails: bool, finished: Path, live: LiveOutputs, tmp_path: Path
 ) -> None:
     job = make_export_job(finished, tmp_path)
     form = TARGETS["merged"][""]
@@ -306,7 +305,7 @@ def test_an_export_that_loses_much_of_what_training_changed_says_so(
         assert ("loses much of what training changed" in capsys.readouterr().out) is is_warned
 
 
-def test_parity_of_a_run_with_itself(finished: Path, live: ParityOutputs, tmp_path: Path) -> None:
+def test_parity_of_a_run_with_itself(finished: Path, live: LiveOutputs, tmp_path: Path) -> None:
     job = make_export_job(finished, tmp_path)
     reread = ReloadedExport(
         job.run.load_base_network(),
@@ -329,7 +328,7 @@ def test_parity_of_a_run_with_itself(finished: Path, live: ParityOutputs, tmp_pa
     assert base.same_answers < 4
 
 
-def test_kl_against_torch(finished: Path, live: ParityOutputs, tmp_path: Path) -> None:
+def test_kl_against_torch(finished: Path, live: LiveOutputs, tmp_path: Path) -> None:
     job = make_export_job(finished, tmp_path)
     other = ParityOutputs(
         tuple(logits + torch.randn_like(logits) for logits in live.logits), live.greedy

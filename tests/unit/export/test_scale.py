@@ -84,8 +84,6 @@ def test_every_target_is_the_run_at_that_scale(
     full = export_run(finished, target, kind=kind, out=tmp_path / "whole")
     half = export_run(finished, target, kind=kind, scale=0.5, out=tmp_path / "half")
     assert half.parity.mean_kl < (1e-2 if target == "merged" else 1e-4)
-    assert half.parity.trained_kl is not None
-    assert full.parity.trained_kl is not None
     assert half.parity.trained_kl < 0.7 * full.parity.trained_kl, "half of it moves the model less"
     assert (full.scale, half.scale) == (1, 0.5)
     sealed = read_manifest(tmp_path / "half")

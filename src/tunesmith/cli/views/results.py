@@ -297,10 +297,10 @@ def render_export(export: ExportResult) -> RenderableType:
         f"{parity.same_prompts} of {parity.rendered_prompts} prompts render to the same tokens, "
         f"{parity.same_answers} of {parity.prompts} greedy answers are identical"
     )
-    kl_text = f"KL to the run: mean {parity.mean_kl:.1e}, max {parity.max_kl:.1e} nats/token"
-    if parity.trained_kl is not None:
-        kl_text += f" (training caused {parity.trained_kl:.1e})"
-    parts.append(kl_text)
+    parts.append(
+        f"KL to the run: mean {parity.mean_kl:.1e}, max {parity.max_kl:.1e} nats/token "
+        f"(training caused {parity.trained_kl:.1e})"
+    )
     if parity.trained_kl and parity.mean_kl > MAX_ROUNDING_SHARE * parity.trained_kl:
         parts.append(ROUNDING_WARNING)
     if parity.unchecked:
