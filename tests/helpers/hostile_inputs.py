@@ -37,7 +37,7 @@ from tunesmith.data.chat_template.tracked_str import make_origin
 from tunesmith.model.hub.validate import check_folder
 from tunesmith.recipe.load import load_recipe
 
-MAX_SECONDS = int(os.environ.get("HOSTILE_SECONDS", "60"))
+MAX_SECONDS = int(os.environ.get("HOSTILE_SECONDS", "600"))
 DOUBLE = (
     "{% set ns = namespace(s=messages[0].content ~ 'x') %}"
     "{% for i in range(TIMES) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"

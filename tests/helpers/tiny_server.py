@@ -29,7 +29,7 @@ from tunesmith.serve.settings import ServeSettings, check_settings
 from tunesmith.session.provenance import build_provenance, hash_weight_files, write_provenance
 from tunesmith.session.witness import record_answers
 
-START_SECONDS = 60
+START_SECONDS = 300  # of a hang
 
 
 def save_toy_adapter(

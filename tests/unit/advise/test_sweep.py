@@ -480,7 +480,7 @@ def test_a_continued_first_trial_is_judged_by_the_steps_to_come(
             break
     events.close()  # type: ignore[attr-defined]
     monkeypatch.setattr(TrialRunner, "start_trial", report_slow_steps)
-    with pytest.raises(InputError, match=r"takes about 3\.\d minutes"):
+    with pytest.raises(InputError, match=r"takes about [3-9]\.\d minutes"):
         sweep(recipe, tmp_path / "other", minutes=2)
     record = sweep(recipe, tmp_path / "sweep", minutes=2)
     assert record.count_trials("complete") == 1
