@@ -66,7 +66,7 @@ TASK_SPREADS = (1.0, 2.0, 4.0)
 TASKS = {"3 tasks, normal": "normal", "3 tasks, exponential": "exponential, 2"}
 CURVE = (2.0, 0.5, 0.1)  # error = c + a * examples ** -b
 CURVE_SIZES = (50, 100, 200, 400)
-CURVE_TRIALS = 100
+CURVE_TRIALS = 400
 RATES = {"rate 10%": 0.1, "rate 50%": 0.5, "rate 80%": 0.8}
 
 
@@ -193,10 +193,12 @@ def build_table(trials: int) -> str:
 
 
 def replace_table(page: str, table: str) -> str:
-    """Return the page with its only table replaced."""
-    lines = page.splitlines(keepends=True)
-    rows = [number for number, line in enumerate(lines) if line.startswith("|")]
-    return "".join([*lines[: rows[0]], table, *lines[rows[-1] + 1 :]])
+    """Return the page with its first table replaced."""
+    before, rule, rest = page.partition("| items |")
+    _, end, after = rest.partition("|\n\n")
+    assert rule, "the page has no table of intervals"
+    assert end, "its table does not end"
+    return f"{before}{table}\n{after}"
 
 
 def main() -> None:

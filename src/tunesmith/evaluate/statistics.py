@@ -101,12 +101,13 @@ def compute_constant_interval(difference: float, n: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Moments:
-    """Estimated moments of a sample mean; `degrees` of freedom of its variance."""
+    """Estimated moments of the mean of `size` items; `degrees` of freedom of its variance."""
 
     mean: float
     variance: float
     third: float
     degrees: float
+    size: int
 
 
 def compute_mean_interval(
@@ -126,10 +127,12 @@ def compute_mean_interval(
     if variance <= (1e-12 * float(np.abs(values).max())) ** 2:
         return mean, mean
     # Welch and Satterthwaite
-    inverse = sum((part.variance / count**2) ** 2 / part.degrees for part in parts)
-    degrees = variance**2 / inverse
+    shares = [part.variance / count**2 / variance for part in parts]
+    degrees = 1 / sum(share**2 / part.degrees for share, part in zip(shares, parts, strict=True))
+    size = 1 + 1 / sum(
+        share**2 / max(1, part.size - 1) for share, part in zip(shares, parts, strict=True)
+    )
     third = sum(part.third for part in parts) / count**3
-    size = degrees + 1
     # The sample skewness of few items is too small.
     skewness = third / variance**1.5 * (1 + SKEWNESS_CORRECTION / size)
     scarcity = min(1.0, MIN_ITEMS / size)
@@ -145,11 +148,34 @@ def _estimate_moments(values: np.ndarray, weights: np.ndarray) -> _Moments:
     shares = weights / weights.sum()
     mean = float(shares @ values)
     deviations = shares * (values - mean)
-    size = 1 / float(shares @ shares)  # the number of items of equal weight
-    variance = float((deviations**2 / np.maximum(1 - shares, 1e-9)).sum())
-    correction = size**2 / ((size - 1) * (size - 2)) if size >= 3 - 1e-9 else 0.0
+    factors = 1 / np.maximum(1 - shares, 1e-9)
+    variance = float((factors * deviations**2).sum())
+    equal = 1 / float(shares @ shares)  # the number of items of equal weight
+    correction = equal**2 / ((equal - 1) * (equal - 2)) if equal >= 3 - 1e-9 else 0.0
     third = correction * float((deviations**3).sum())
-    return _Moments(mean, variance, third, max(1.0, size - 1))
+    degrees = _estimate_degrees(shares, factors * shares**2)
+    return _Moments(mean, variance, third, degrees, int(np.count_nonzero(shares)))
+
+
+def _estimate_degrees(shares: np.ndarray, factors: np.ndarray) -> float:
+    """Return the degrees of freedom of a variance that is the sum of factors * residuals^2, by
+    Bell and McCaffrey (2002): Satterthwaite's, for normal items of equal variance. A few long
+    texts among short ones leave fewer than their number suggests.
+
+    The covariance of two residuals is square_sum - shares_i - shares_j, and 1 more for i = j."""
+    if shares.max() > 0.99:
+        return 1.0  # the limit, which rounding would miss
+    square_sum = float(shares @ shares)
+    variances = 1 - 2 * shares + square_sum
+    moments = [float(factors @ shares**power) for power in range(3)]
+    crossed = (
+        (square_sum * moments[0]) ** 2
+        + 2 * moments[0] * moments[2]
+        - 4 * square_sum * moments[0] * moments[1]
+        + 2 * moments[1] ** 2
+    )
+    squares = float(factors**2 @ (variances**2 - (variances - 1) ** 2)) + crossed
+    return max(1.0, float(factors @ variances) ** 2 / squares)
 
 
 def _invert_hall(quantile: float, skewness: float) -> float:

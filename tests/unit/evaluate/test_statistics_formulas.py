@@ -62,12 +62,37 @@ def test_moments_of_unequal_weights() -> None:
     assert moments.variance == pytest.approx(expected)
     third = sum(w**3 * (v - mean) ** 3 for w, v in zip(shares, values, strict=True))
     assert moments.third == pytest.approx(third * size**2 / ((size - 1) * (size - 2)))
-    assert moments.degrees == pytest.approx(size - 1)
+    assert moments.size == len(values)
     few = _estimate_moments(values[:3], np.array([1.0, 1.0, 4.0]))
     assert few.third == 0.0  # as of two items
     alone = _estimate_moments(values[:2], np.array([1.0, 1e-20]))
     assert (alone.mean, alone.degrees) == (pytest.approx(1.0), 1.0)
     assert math.isfinite(alone.variance)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [[1, 1, 1, 1, 1, 1], [3, 1, 4, 1, 5, 9, 2, 6], [1, 60], [1, 2, 500, 3], [40, 50, 1, 1, 1, 0]],
+)
+def test_degrees_of_freedom_of_a_weighted_mean_are_bell_and_mccaffreys(weights: list[int]) -> None:
+    """With matrices: the variance is x' A x, of independent x of equal variance."""
+    shares = np.array(weights, float) / sum(weights)
+    residuals = np.eye(len(shares)) - np.outer(np.ones(len(shares)), shares)
+    form = residuals.T @ np.diag(shares**2 / (1 - shares)) @ residuals
+    expected = np.trace(form) ** 2 / np.trace(form @ form)
+    moments = _estimate_moments(np.arange(len(shares), dtype=float), np.array(weights, float))
+    assert moments.degrees == pytest.approx(expected, rel=1e-6)
+    assert moments.size == np.count_nonzero(weights)
+
+
+def test_one_text_with_nearly_all_tokens_leaves_one_degree_of_freedom() -> None:
+    degrees = [
+        _estimate_moments(np.arange(6.0), np.array([length, 1.0, 1.0, 1.0, 1.0, 1.0])).degrees
+        for length in (1e1, 1e2, 4.9e2, 5.1e2, 1e4, 1e9)
+    ]
+    assert degrees == sorted(degrees, reverse=True)
+    assert degrees[-3:] == [1.0, 1.0, 1.0]
+    assert degrees[-4] == pytest.approx(1.0, abs=0.01)
 
 
 def solve_hall(quantile: float, skewness: float) -> float:
