@@ -216,7 +216,7 @@ def test_a_state_that_goes_on_into_the_next_document_is_refused(
 # ---------------------------------------------------------------- generation
 
 
-# In fp32 two computations differ by rounding (stock beside fp64: 7e-6); in fp64 some norms remain fp32.
+# Two computations in fp32 (stock beside fp64: 7e-6); in fp64, some norms remain in fp32.
 TOKEN_BOUNDS = {torch.float32: 1.5e-5, torch.float64: 1e-7}
 
 
