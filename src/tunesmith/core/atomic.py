@@ -14,7 +14,6 @@ and created exclusively; `open_unlinked` opens the few files that are written in
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -23,7 +22,7 @@ from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from errno import EDQUOT, EFBIG, ELOOP, ENOLCK, ENOSPC, ENOSYS, EOPNOTSUPP
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from tunesmith.core.errors import (
     DENIED_ERRNOS,
@@ -32,6 +31,7 @@ from tunesmith.core.errors import (
     InputError,
     to_machine_error,
 )
+from tunesmith.core.finite_json import load_finite_json
 from tunesmith.core.formatting import format_bytes
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import Json
@@ -41,6 +41,14 @@ HASH_KEY = "sha256"
 # names that a killed process leaves behind
 TEMP_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
+RESTORE_FOLDER_FIX = "restore the folder from a copy, or make it again"
+
+
+class SealedFile(NamedTuple):
+    """A file as the manifest of its folder lists it."""
+
+    num_bytes: int
+    sha256: str
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -133,11 +141,10 @@ def verify_dir(folder: Path, *, should_hash: bool = True, unread: Collection[str
     """Return the problem of a sealed folder, "" if there is none. Without `should_hash`, and of the
     files `unread`, only sizes are compared."""
     try:
-        files = read_manifest(folder)["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (InputError, KeyError, TypeError, AttributeError):
+        files = read_sealed_files(folder)
+    except InputError:
         return f"{MANIFEST} is missing or broken"
-    for name, (num_bytes, sha256) in expected.items():
+    for name, (num_bytes, sha256) in files.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
@@ -153,7 +160,8 @@ def read_manifest(folder: Path) -> Json:
     exactly as written, OSError if the disk fails."""
     try:
         content = (folder / MANIFEST).read_bytes()
-        sealed = {key: value for key, value in json.loads(content).items() if key != HASH_KEY}
+        stored = load_finite_json(content)
+        sealed = {key: value for key, value in stored.items() if key != HASH_KEY}
         if _encode_manifest(sealed) == content:
             return sealed
     except OSError as error:
@@ -161,7 +169,19 @@ def read_manifest(folder: Path) -> Json:
             raise
     except (ValueError, AttributeError, RecursionError):
         pass
-    raise InputError("missing or broken", where=str(folder / MANIFEST))
+    raise InputError("missing or broken", where=str(folder / MANIFEST), fix=RESTORE_FOLDER_FIX)
+
+
+def read_sealed_files(folder: Path) -> dict[str, SealedFile]:
+    """Return the files of a sealed folder by their names. Raises InputError unless the manifest is
+    exactly as written."""
+    try:
+        entries = read_manifest(folder)["files"].items()
+        return {name: SealedFile(entry["bytes"], str(entry["sha256"])) for name, entry in entries}
+    except (KeyError, TypeError, AttributeError):
+        message = "it lists no files with their sizes and hashes"
+        where = str(folder / MANIFEST)
+        raise InputError(message, where=where, fix=RESTORE_FOLDER_FIX) from None
 
 
 def make_dirs(path: Path) -> None:

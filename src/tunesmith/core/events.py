@@ -15,6 +15,8 @@ from typing import Any, Literal, cast
 
 from pydantic import TypeAdapter, ValidationError
 
+from tunesmith.core.finite_json import load_finite_json
+
 CHECKSUM_KEY = "crc32"  # of a line of events.jsonl: that of its other fields
 GENERAL_TASK = "general text"  # the task of scores on retention_data
 DATA_CHECK = "data check"  # the kind of results that are about rows, not about steps
@@ -185,13 +187,13 @@ def compute_checksum(fields: dict[str, Any]) -> str:
 def parse_event(line: bytes) -> LoggedEvent:
     """Return the event of a line of events.jsonl. Raises ValueError for any other text."""
     try:
-        content = json.loads(line)
+        content = load_finite_json(line)
     except RecursionError:
         raise ValueError("not an event: nested too deeply") from None
     fields = cast("dict[str, Any]", content) if isinstance(content, dict) else {}
     if CHECKSUM_KEY in fields and fields.pop(CHECKSUM_KEY) != compute_checksum(fields):
         raise ValueError("changed since it was written: its checksum does not match")
-    if fields.get("type") not in EVENT_TYPES:
+    if str(fields.get("type")) not in EVENT_TYPES:
         raise ValueError("not an event: it has no known type")
     try:
         event = _make_adapter(fields["type"]).validate_python(fields)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pydantic import model_validator
+
 MAX_GROUPS = 30  # of a table; the worst ones
 MAX_GROUP_ROWS = 20  # row ids of a group or a shortcut
 
@@ -123,6 +125,14 @@ class ErrorAnalysis:
     high: float
     mean_before: float | None
     tables: tuple[ErrorTable, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_changes(self) -> ErrorAnalysis:
+        """Refuse a stored analysis with a part of what is known of the answers before."""
+        changes = (self.right_before, self.fixed, self.broken)
+        if any(change is None for change in changes) and changes != (None, None, None):
+            raise ValueError("right_before, fixed and broken are known together")
+        return self
     confusions: tuple[Confusion, ...] = ()
     shortcuts: tuple[Shortcut, ...] = ()
     suspects: tuple[Shortcut, ...] = ()  # constants that too few rows can show

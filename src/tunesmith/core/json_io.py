@@ -25,6 +25,7 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from tunesmith.core.errors import InputError, raise_if_machine_failed
+from tunesmith.core.finite_json import load_finite_json
 from tunesmith.core.types import Json, Plan
 
 T = TypeVar("T")
@@ -102,18 +103,25 @@ def _make_adapter(cls: type[T]) -> TypeAdapter[T]:
     return TypeAdapter(cls)  # takes milliseconds, and every reply of a server is parsed
 
 
-def read_json(path: Path, *, key: str = "", fix: str = "", max_values: int | None = None) -> Any:
+def read_json(
+    path: Path,
+    *,
+    key: str = "",
+    fix: str = "",
+    max_values: int | None = None,
+    is_ours: bool = False,
+) -> Any:
     """Read a JSON file. Raises InputError with file:line:column if it is missing or broken, or has
     more than `max_values` commas and brackets: a value takes up to 200 bytes.
 
-    `key` is the setting that named the file."""
+    `key` is the setting that named the file. One that `is_ours` has finite numbers only."""
     where = f"{key}: {path}" if key else str(path)
     content = read_file(path, where=where, fix=fix)
     if max_values is not None and count_json_marks(content) > max_values:
         message = f"more than {max_values:,} commas and brackets"
         raise InputError(message, where=where, fix=fix)
     try:
-        return json.loads(content)
+        return load_finite_json(content) if is_ours else json.loads(content)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError):
             where = f"{where}:{error.lineno}:{error.colno}"
@@ -158,13 +166,18 @@ def describe_json_error(error: ValueError | RecursionError) -> str:
 
 
 def read_json_object(
-    path: Path, *, is_optional: bool = False, fix: str = "", max_values: int | None = None
+    path: Path,
+    *,
+    is_optional: bool = False,
+    fix: str = "",
+    max_values: int | None = None,
+    is_ours: bool = False,
 ) -> Json:
     """Read a JSON file with an object; one that is missing is empty if `is_optional`. Raises
     InputError for anything else."""
     if is_optional and not path.is_file():
         return {}
-    content = read_json(path, fix=fix, max_values=max_values)
+    content = read_json(path, fix=fix, max_values=max_values, is_ours=is_ours)
     if not isinstance(content, dict):
         raise InputError("not a JSON object", where=str(path), fix=fix)
     return cast("Json", content)

@@ -431,9 +431,12 @@ def read_plan_json(file: Path) -> Json:
     """Read a file that holds a Plan or a StagedPlan. Raises InputError if it is missing, broken or
     of another format."""
     content = read_sealed_json(file)
-    plans: Any = content.get("plans")
-    first: Any = cast("list[Any]", plans)[0] if isinstance(plans, list) and plans else content
-    refuse_other_format(first, file)
+    plans: Any = content.get("plans", [])
+    is_list = isinstance(plans, list)
+    for plan in (is_list and plans) or [content]:
+        refuse_other_format(plan, file)
+    if not is_list:
+        refuse_other_format(None, file)
     return content
 
 
@@ -508,7 +511,7 @@ def read_events(path: Path) -> list[Event]:
 def read_rollbacks(path: Path) -> tuple[Rollback, ...]:
     """Return the rollbacks of a run folder, in order. Raises InputError for a damaged file."""
     file = path / ROLLBACKS_FILE
-    content: Any = read_json(file, fix=RESTORE_FIX) if file.exists() else []
+    content: Any = read_json(file, fix=RESTORE_FIX, is_ours=True) if file.exists() else []
     if isinstance(content, dict):  # earlier versions wrote the list alone
         content = remove_seal(cast("Json", content), file).get("rollbacks")
     return parse_as(tuple[Rollback, ...], content, where=str(file), fix=RESTORE_FIX)

@@ -38,7 +38,7 @@ def seal_json(value: Any) -> bytes:
 def read_sealed_json(path: Path) -> Json:
     """Read a JSON object that `seal_json` wrote, or one without a seal. Raises InputError if it is
     missing, broken, or not as it was written."""
-    return remove_seal(read_json_object(path, fix=RESTORE_FIX), path)
+    return remove_seal(read_json_object(path, fix=RESTORE_FIX, is_ours=True), path)
 
 
 def read_sealed_as(cls: type[T], path: Path) -> T:

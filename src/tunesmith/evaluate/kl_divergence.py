@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tunesmith.core.progress_log import log_progress
@@ -38,7 +37,7 @@ from tunesmith.model.adapters import scaled_adapter
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.kernels import ops
 from tunesmith.model.lm_head import CHUNK_TARGETS
-from tunesmith.model.safetensors_io import write_tensors
+from tunesmith.model.safetensors_io import load_tensors, write_tensors
 
 HEAD_FILE = "head.safetensors"
 
@@ -111,10 +110,10 @@ class CachedStates:
         """Read what `save_files` wrote under each name."""
         head = None
         if (folder / HEAD_FILE).exists():
-            head = load_file(folder / HEAD_FILE)["head"].to(device)
+            head = load_tensors(folder / HEAD_FILE)["head"].to(device)
         cached: list[CachedStates] = []
         for name in names:
-            tensors = load_file(folder / f"{name}.safetensors")
+            tensors = load_tensors(folder / f"{name}.safetensors")
             cached.append(cls(tuple(tensors[key] for key in sorted(tensors)), head))
         return cached
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from pydantic import model_validator
 
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import GenerationSample, Score
@@ -51,6 +52,16 @@ class MetricValues:
     groups: tuple[str, ...] = ()
     higher_is_better: bool = True
     truncated: tuple[bool, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> MetricValues:
+        """Refuse a stored measurement whose lists are not of the same items."""
+        if len(self.ids) != len(self.values):
+            raise ValueError(f"{len(self.ids)} ids and {len(self.values)} values")
+        for values in (self.weights, self.groups, self.truncated):
+            if values and len(values) != len(self.ids):
+                raise ValueError(f"{len(self.ids)} ids, and {len(values)} of another list")
+        return self
 
     @property
     def is_binary(self) -> bool:
@@ -147,9 +158,14 @@ def compare_results(
 ) -> tuple[Comparison, ...]:
     """Compare every metric of `before` with the same metric of `after`.
 
-    KL to the base is measured only after training, and is not compared (compute_kl_scores).
+    KL to the base is measured only after training, and is not compared (compute_kl_scores). Raises
+    InputError for a metric that `after` lacks: the results are of other items.
     """
     after_by_metric = {(m.task, m.metric): m for m in after.measurements}
+    for m in before.measurements:
+        if (m.task, m.metric) not in after_by_metric:
+            message = f"{m.task}: {m.metric} was measured before training, and not after"
+            raise InputError(message, fix="restore the recipe and the run folder as they were")
     return tuple(
         compare_measurements(m, after_by_metric[m.task, m.metric], step=step)
         for m in before.measurements

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.core.atomic import atomic_dir, read_manifest
+from tunesmith.core.atomic import atomic_dir, read_sealed_files
 from tunesmith.core.errors import GateError, InputError, MachineError
 from tunesmith.core.formatting import format_bytes
 from tunesmith.core.hardware import measure_machine
@@ -112,8 +112,8 @@ def export_run(
         export_format.write(job)
         parity = _verify_export(job, export_format)
     files = tuple(
-        ExportedFile(name, entry["bytes"], entry["sha256"])
-        for name, entry in read_manifest(output_path)["files"].items()
+        ExportedFile(name, file.num_bytes, file.sha256)
+        for name, file in read_sealed_files(output_path).items()
     )
     return ExportResult(target, kind, str(output_path), files, parity, merge_base, run.scale)
 

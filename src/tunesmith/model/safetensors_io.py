@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tunesmith.core.errors import GateError
+from tunesmith.core.errors import GateError, InputError
 from tunesmith.model.hub.stored_tensors import StoredParameter
 from tunesmith.model.hub.validate import TensorHeader
 from tunesmith.model.packed_formats import widen_fp8
@@ -50,6 +50,17 @@ def write_tensors(
         raise
     # safetensors makes files private to their owner; follow the folder instead
     file.chmod(file.parent.stat().st_mode & 0o666)
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file that `write_tensors` wrote, mapped from it. Raise InputError for
+    one that is damaged."""
+    try:
+        return load_file(file)
+    except (SafetensorError, FileNotFoundError) as error:
+        message = f"not a safetensors file: {error}"
+        fix = "restore the file from a copy"
+        raise InputError(message, where=str(file), fix=fix) from None
 
 
 def read_tensor(header: TensorHeader) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from tunesmith.core.errors import InputError
@@ -60,7 +60,7 @@ from tunesmith.model.hub.validate import (
 )
 from tunesmith.model.layer_shards import cut_piece, get_complete_shape
 from tunesmith.model.new_embeddings import collect_new_rows
-from tunesmith.model.safetensors_io import find_nonfinite, read_tensor, write_tensors
+from tunesmith.model.safetensors_io import find_nonfinite, load_tensors, read_tensor, write_tensors
 from tunesmith.model.target_modules import HEAD, find_embedding, is_transposed_linear
 from tunesmith.model.text_network import pick_saved_dtype
 from tunesmith.model.trained_modules import get_trained_modules
@@ -281,7 +281,7 @@ def load_weights(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str,
     """
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob(STATE_FILES)):
-        tensors |= load_file(file)  # mapped: of a piece, only its part is read
+        tensors |= load_tensors(file)  # mapped: of a piece, only its part is read
     stored = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
     if stored != parameters.keys() or any(
         tensors[f"weight.{name}"].shape != get_complete_shape(parameter)
@@ -299,7 +299,7 @@ def load_weights(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str,
 def read_adapter_tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of an adapter under PEFT's names on the text class, in the order of the
     file's header. They are mapped from the file. Raise InputError for NaN or infinite values."""
-    return _name_tensors(load_file(file), list(read_header(file)), file)
+    return _name_tensors(load_tensors(file), list(read_header(file)), file)
 
 
 def copy_adapter_tensors(adapter: AdapterFolder) -> dict[str, Tensor]:

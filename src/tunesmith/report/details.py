@@ -9,14 +9,13 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from tunesmith.core.atomic import MANIFEST
+from tunesmith.core.atomic import MANIFEST, read_sealed_files
 from tunesmith.core.events import GENERAL_TASK, TrainStep
 from tunesmith.core.formatting import format_bytes, format_count, format_duration
-from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import RECIPE_FILE
-from tunesmith.core.types import DataReport, Finding, Json, Plan
+from tunesmith.core.types import DataReport, Finding, Plan
 from tunesmith.report.data_checks import CheckView, list_checks
-from tunesmith.report.run_data import ReportData, StageData
+from tunesmith.report.run_data import InputHashes, ReportData, StageData
 from tunesmith.report.summary import find_weights_file
 
 
@@ -202,7 +201,7 @@ class ProvenanceView:
 def build_provenance(run: ReportData) -> list[ProvenanceView]:
     views: list[ProvenanceView] = []
     for stage in run.stages:
-        hashes = (*_list_input_hashes(stage.fingerprint), *_list_weight_hashes(stage))
+        hashes = (*_list_input_hashes(stage.input_hashes), *_list_weight_hashes(stage))
         views.append(ProvenanceView(stage, tuple(_list_provenance(stage)), hashes))
     return views
 
@@ -227,24 +226,18 @@ def _describe_model(plan: Plan) -> str:
     return f"{size}: {plan.model.origin}" if plan.model.origin else size
 
 
-def _list_input_hashes(fingerprint: Json) -> list[tuple[str, str]]:
+def _list_input_hashes(inputs: InputHashes) -> list[tuple[str, str]]:
     """Return name and sha256 of everything that the run depends on."""
-    hashes: list[tuple[str, str]] = []
-    for name, digest in fingerprint.get("base_sha256", {}).items():
-        hashes.append((f"base {name}", digest))
-    for name in ("tokenizer", "renderer"):
-        if name in fingerprint:
-            hashes.append((name, fingerprint[name]))
-    for name, digest in fingerprint.get("templates", {}).items():
-        hashes.append((f"chat template {name}", digest))
-    for role, digest in fingerprint.get("data", {}).items():
-        hashes.append((f"rows of {role}", digest))
-    return hashes
+    parts = {"tokenizer": inputs.tokenizer, "renderer": inputs.renderer}
+    hashes = [(f"base {name}", digest) for name, digest in inputs.base_sha256.items()]
+    hashes += [(name, digest) for name, digest in parts.items() if digest]
+    hashes += [(f"chat template {name}", digest) for name, digest in inputs.templates.items()]
+    return hashes + [(f"rows of {role}", digest) for role, digest in inputs.data.items()]
 
 
 def _list_weight_hashes(stage: StageData) -> list[tuple[str, str]]:
     weights = find_weights_file(stage.record) if stage.record else None
     if weights is None or not (weights.parent / MANIFEST).is_file():
         return []
-    files = read_json(weights.parent / MANIFEST).get("files", {})
-    return [(f"{weights.parent.name}/{name}", entry["sha256"]) for name, entry in files.items()]
+    files = read_sealed_files(weights.parent)
+    return [(f"{weights.parent.name}/{name}", file.sha256) for name, file in files.items()]

@@ -7,7 +7,7 @@ that is in progress, interrupted or stopped by a failed check has a page, too.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,8 +28,8 @@ from tunesmith.core.run_dir import (
     read_run_record,
     require_run,
 )
-from tunesmith.core.sealed_json import read_sealed_as, read_sealed_json
-from tunesmith.core.types import Json, Plan, RunRecord
+from tunesmith.core.sealed_json import read_sealed_as
+from tunesmith.core.types import Plan, RunRecord
 from tunesmith.evaluate.custom_metric import format_metric_name
 from tunesmith.evaluate.results import EvalResults, MetricValues
 from tunesmith.plan.stages import read_staged_plan
@@ -37,6 +37,18 @@ from tunesmith.plan.stages import read_staged_plan
 E = TypeVar("E", bound=Event)
 Grades = dict[str, tuple[float, float, bool]]  # metric -> before, after, higher is better
 SamplePair = tuple[GenerationSample, GenerationSample]  # before, after
+
+
+@dataclass(frozen=True)
+class InputHashes:
+    """The hashes in fingerprint.json: of the files of the base model, of its tokenizer and chat
+    templates, and of the rows of each role."""
+
+    base_sha256: dict[str, str] = field(default_factory=dict[str, str])
+    tokenizer: str = ""
+    renderer: str = ""
+    templates: dict[str, str] = field(default_factory=dict[str, str])
+    data: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +59,7 @@ class StageData:
     path: Path
     plan: Plan
     events: tuple[Event, ...]
-    fingerprint: Json
+    input_hashes: InputHashes
     recipe: str
     record: RunRecord | None
     failure: str
@@ -117,13 +129,13 @@ def load_report_data(path: Path) -> ReportData:
 
 def _load_stage(path: Path, name: str, plan: Plan) -> StageData:
     recipe = path / RECIPE_FILE
-    fingerprint = path / FINGERPRINT_FILE
+    hashes = path / FINGERPRINT_FILE
     return StageData(
         name=name,
         path=path,
         plan=plan,
         events=tuple(read_events(path)),
-        fingerprint=read_sealed_json(fingerprint) if fingerprint.is_file() else {},
+        input_hashes=read_sealed_as(InputHashes, hashes) if hashes.is_file() else InputHashes(),
         recipe=read_file(recipe).decode(errors="replace") if recipe.is_file() else "",
         record=_load_record(path),
         failure=read_failure(path),

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from weakref import WeakValueDictionary
 
-from tunesmith.core.atomic import MANIFEST, hash_file, read_manifest, verify_dir
+from tunesmith.core.atomic import MANIFEST, hash_file, read_sealed_files, verify_dir
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.json_io import dump_json, read_file, read_json_object
 from tunesmith.core.run_dir import ADAPTER_DIR, find_weights_dir, read_failure, read_run_plan
@@ -392,7 +392,7 @@ def _write_checkpoint_adapter(checkpoint: Path, plan: Plan, base: BaseSource) ->
     recipe = rebuild_recipe(plan.recipe)
     renderer = build_renderer(recipe, base.path, base.now, base.vocab_size)
     check_checkpoint(checkpoint, base.path, renderer, base.weights_sha256)
-    state = read_manifest(checkpoint)["files"][STATE_FILE]["sha256"]
+    state = read_sealed_files(checkpoint)[STATE_FILE].sha256
     name = hashlib.sha256(f"{checkpoint} {state}".encode()).hexdigest()
     folder = Path(base.scratch.name) / name
     if (folder / PROVENANCE_FILE).is_file():  # is written last

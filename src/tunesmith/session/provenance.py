@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunesmith.core.atomic import hash_file, read_manifest
+from tunesmith.core.atomic import MANIFEST, RESTORE_FOLDER_FIX, hash_file, read_manifest
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import dump_json, parse_as
 from tunesmith.core.types import Json, __version__
@@ -70,6 +70,16 @@ class GoldenAnswer:
     answer_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     base_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointInputs:
+    """What the manifest of a checkpoint says of the base model and the rendering."""
+
+    base: str
+    base_sha256: dict[str, str]
+    config: Json
+    renderer: str
 
 
 @dataclass(frozen=True)
@@ -221,18 +231,20 @@ def check_checkpoint(
     """Raise InputError if a checkpoint belongs to another base, tokenizer or template.
 
     `base_sha256` is as in `check_provenance`."""
-    stored = read_manifest(checkpoint)
+    where = str(checkpoint / MANIFEST)
+    manifest = read_manifest(checkpoint)
+    stored = parse_as(CheckpointInputs, manifest, where=where, fix=RESTORE_FOLDER_FIX)
     hashes = hash_weight_files(base) if base_sha256 is None else base_sha256
-    differences = list(_iter_changed_hashes("base weights", stored["base_sha256"], hashes))
+    differences = list(_iter_changed_hashes("base weights", stored.base_sha256, hashes))
     config = select_forward_keys(read_model_json(base / "config.json"))
-    for change in list_config_changes(select_forward_keys(stored["config"]), config):
+    for change in list_config_changes(select_forward_keys(stored.config), config):
         differences.append(f"base config.json {change}")
-    if stored["renderer"] != renderer.fingerprint:
-        change = _describe_change("tokenizer or template", stored["renderer"], renderer.fingerprint)
+    if stored.renderer != renderer.fingerprint:
+        change = _describe_change("tokenizer or template", stored.renderer, renderer.fingerprint)
         differences.append(change)
     if differences:
         message = "the checkpoint was trained with other inputs:\n  " + "\n  ".join(differences)
-        fix = f"restore the base model ({stored['base']}) as it was"
+        fix = f"restore the base model ({stored.base}) as it was"
         raise InputError(message, where=str(checkpoint), fix=fix)
 
 

@@ -23,6 +23,7 @@ import torch
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import format_count
 from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
+from tunesmith.core.sealed_json import RESTORE_FIX
 from tunesmith.core.types import Document, Example, Plan, PlanValue, require
 from tunesmith.data.chat_template.message_spans import is_training_answers, weigh_messages
 from tunesmith.data.chat_template.render_notes import CONTROL_LIKE_TEXT
@@ -124,15 +125,25 @@ class Session:
         mismatched = build_mismatched(documents, self.plan.config.max_length)
         if not self.mismatched_logps:
             return mismatched
-        pairs = zip(mismatched, self.mismatched_logps[step], strict=True)
-        return [dataclasses.replace(document, reference_logp=value) for document, value in pairs]
+        return _add_logps(mismatched, self.mismatched_logps.get(step, ()))
 
     def _load_row_documents(self, row: int) -> Sequence[Document]:
         documents = self.rows.render_documents(row)
         if not self.reference_logps or not documents:
             return documents
-        pairs = zip(documents, self.reference_logps[row], strict=True)
-        return [dataclasses.replace(document, reference_logp=value) for document, value in pairs]
+        return _add_logps(documents, self.reference_logps.get(row, ()))
+
+
+def _add_logps(documents: Sequence[Document], logps: Sequence[float]) -> Sequence[Document]:
+    """Return documents with their log-probabilities before training. Raise InputError for those of
+    other rows, as a changed file of the run has them."""
+    if len(documents) != len(logps):
+        message = f"{len(logps)} log-probabilities are stored for its {len(documents)} documents"
+        fix = f"{RESTORE_FIX}, or start a new run"
+        where = documents[0].id if documents else ""
+        raise InputError(message, where=where, fix=fix)
+    pairs = zip(documents, logps, strict=True)
+    return [dataclasses.replace(document, reference_logp=value) for document, value in pairs]
 
 
 def open_session(

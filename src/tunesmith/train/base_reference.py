@@ -15,10 +15,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from tunesmith.core.atomic import atomic_dir, remove_folder
+from tunesmith.core.atomic import atomic_dir, remove_folder, verify_dir
 from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.run_dir import EVAL_BEFORE_FILE, RunFolder
-from tunesmith.core.sealed_json import read_sealed_as, read_sealed_json
+from tunesmith.core.sealed_json import read_sealed_as
 from tunesmith.core.types import Document, Json, Plan
 from tunesmith.data.sampler import StepSampler
 from tunesmith.evaluate.answer_cache import open_answer_cache
@@ -42,6 +42,7 @@ REFERENCE_FILE = "reference.json"  # row -> log-probabilities of its documents b
 MISMATCHED_FILE = "mismatched.json"  # step -> those of KTO's mismatched documents
 BATCH_ROWS = 64
 STATES_DIR = "base_states"
+_Logps = dict[int, tuple[float, ...]]  # of documents, by row or step
 STATE_NAMES = {GENERAL_TASK: "general", "test": "answers"}
 # A fresh adapter that is switched off leaves the base model.
 ADAPTER_DISABLED: BaseReferences = {GENERAL_TASK: AdapterDisabled(), "test": AdapterDisabled()}
@@ -63,7 +64,7 @@ def load_base_references(folder: RunFolder, session: Session, items: EvalItems) 
     if can_disable_adapter(session.plan, session.inputs):
         return ADAPTER_DISABLED
     states_dir = folder.path / STATES_DIR
-    if not states_dir.exists():
+    if verify_dir(states_dir):  # missing, or damaged: they are computed again
         _cache_base_states(states_dir, session, items)
     states = CachedStates.load_files(states_dir, STATE_NAMES.values(), session.model.device)
     return dict(zip(STATE_NAMES, states, strict=True))
@@ -122,13 +123,11 @@ def read_references(session: Session, path: Path) -> Session:
     """Return the session with the log-probabilities that `add_references` wrote."""
     if not _needs_references(session.plan):
         return session
-    stored = read_sealed_json(path / REFERENCE_FILE)
-    logps = {int(row): values for row, values in stored.items()}
+    logps = read_sealed_as(_Logps, path / REFERENCE_FILE)
     session = dataclasses.replace(session, reference_logps=logps)
     if session.plan.config.loss != "kto":
         return session
-    stored = read_sealed_json(path / MISMATCHED_FILE)
-    mismatched_logps = {int(step): values for step, values in stored.items()}
+    mismatched_logps = read_sealed_as(_Logps, path / MISMATCHED_FILE)
     return dataclasses.replace(session, mismatched_logps=mismatched_logps)
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
-from tunesmith.model.layer_shards import TrainedShard, cut_piece
+from tunesmith.core.errors import InputError
+from tunesmith.core.json_io import parse_as, read_json_object
+from tunesmith.model.layer_shards import TrainedShard, cut_piece, get_complete_shape
 from tunesmith.model.safetensors_io import write_tensors
 from tunesmith.model.save import load_weights, name_state_file
 from tunesmith.train.optimizer import MOMENTS, get_moments, restore_moments
@@ -23,6 +27,15 @@ from tunesmith.train.optimizer import MOMENTS, get_moments, restore_moments
 TRAINER_STATE_FILE = "trainer_state.json"
 WEIGHT = "weight"
 PIECE_MOMENTS = ("exp_avg", "exp_avg_sq")  # those in 8 bits cannot be cut
+STATES_IN_8_BITS = ("state1", "state2")
+RESTORE_CHECKPOINT_FIX = "restore the checkpoint from a copy, or remove it to use an older one"
+
+
+@dataclass(frozen=True)
+class Updates:
+    """How often the weights of a checkpoint were updated."""
+
+    updates: NonNegativeInt
 
 
 def write_state(
@@ -76,17 +89,33 @@ def read_state(
 ) -> dict[str, Any]:
     """Restore weights and moments; return the position.
 
-    Raise InputError if the folder belongs to another run."""
+    Raise InputError if the folder belongs to another run, or lacks moments."""
+    file = folder / TRAINER_STATE_FILE
+    position = read_json_object(file, fix=RESTORE_CHECKPOINT_FIX, is_ours=True)
+    updates = parse_as(Updates, position, where=str(file), fix=RESTORE_CHECKPOINT_FIX).updates
     tensors = load_weights(folder, parameters)
-    position = json.loads((folder / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
     for name, parameter in parameters.items():
-        if not position["updates"]:
+        if not updates:
             optimizer.state.pop(parameter, None)
             continue
-        moments = {
-            moment: cut_piece(parameter, tensors[f"{moment}.{name}"])
-            for moment in MOMENTS
-            if f"{moment}.{name}" in tensors
-        }
-        restore_moments(optimizer, parameter, moments, position["updates"])
+        moments = _select_moments(tensors, name, parameter, folder)
+        if moments:
+            restore_moments(optimizer, parameter, moments, updates)
+        else:  # a weight that no step has updated
+            optimizer.state.pop(parameter, None)
     return position
+
+
+def _select_moments(
+    tensors: Mapping[str, Tensor], name: str, parameter: nn.Parameter, folder: Path
+) -> dict[str, Tensor]:
+    """Return the moments of a weight. Raise InputError if one is missing, or of another shape."""
+    moments = {
+        moment: tensors[f"{moment}.{name}"] for moment in MOMENTS if f"{moment}.{name}" in tensors
+    }
+    for pair in (PIECE_MOMENTS, STATES_IN_8_BITS):
+        shapes = [moments[moment].shape for moment in pair if moment in moments]
+        if shapes not in ([], 2 * [get_complete_shape(parameter)]):
+            message = f"the moments of {name} are incomplete, or of another shape"
+            raise InputError(message, where=str(folder), fix=RESTORE_CHECKPOINT_FIX)
+    return {moment: cut_piece(parameter, tensor) for moment, tensor in moments.items()}

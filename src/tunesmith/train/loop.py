@@ -18,10 +18,12 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from tunesmith.core.errors import GateError, MachineError
@@ -43,7 +45,13 @@ from tunesmith.model.new_embeddings import collect_new_rows
 from tunesmith.model.safetensors_io import find_nonfinite
 from tunesmith.model.weight_shards import join_ranks
 from tunesmith.train.all_reduce import StepShare, check_replicas, sum_step
-from tunesmith.train.checkpoint import iter_state, read_state, write_state
+from tunesmith.train.checkpoint import (
+    RESTORE_CHECKPOINT_FIX,
+    TRAINER_STATE_FILE,
+    iter_state,
+    read_state,
+    write_state,
+)
 from tunesmith.train.kto import measure_kl, split_mismatched
 from tunesmith.train.loss_scale import SCALE_KIND, LossScale
 from tunesmith.train.losses import LossConfig, LossNormalizer, compute_step_terms
@@ -67,6 +75,18 @@ COLLECT = "collect"
 # Attributes in trainer_state.json, next to the rollbacks.
 POSITION_FIELDS = ("step", "seconds", "bad_steps", "pack_length", "ratios")
 MAX_BAD_STEPS = 3  # consecutive non-finite steps that end a run
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """The position of a checkpoint: what a loop goes on with besides weights and moments."""
+
+    step: NonNegativeInt
+    seconds: float
+    bad_steps: NonNegativeInt
+    pack_length: PositiveInt
+    ratios: tuple[tuple[int, float], ...]
+    rollbacks: tuple[Rollback, ...]
 
 
 def build_loss_config(config: PlanConfig) -> LossConfig:
@@ -233,15 +253,16 @@ class TrainingLoop:
         """Restore the state that `save` wrote, on any number of ranks; the next event is of the
         step after it."""
         self.ranks.send(RESTORE, folder=str(folder.absolute()))
-        position = read_state(folder, self.parameters, self.optimizer)
+        stored = read_state(folder, self.parameters, self.optimizer)
+        file = folder / TRAINER_STATE_FILE
+        parse = partial(parse_as, where=str(file), fix=RESTORE_CHECKPOINT_FIX)
+        position = parse(TrainerState, stored)
         if self.shards is not None:
             self.shards.release()  # the layers with the weights before
-        for name in POSITION_FIELDS:
-            setattr(self, name, position[name])
-        self.ratios = tuple((step, ratio) for step, ratio in position["ratios"])
-        self.rollbacks = parse_as(tuple[Rollback, ...], position["rollbacks"])
+        for name in (*POSITION_FIELDS, "rollbacks"):
+            setattr(self, name, getattr(position, name))
         if self.loss_scale is not None:
-            self.loss_scale = LossScale(**position["loss_scale"])
+            self.loss_scale = parse(LossScale, stored.get("loss_scale"))
         if self.step:  # so that a probe of this step measures its update
             set_learning_rate(self.optimizer, self._compute_learning_rate(self.step - 1))
         self._measure_pieces()

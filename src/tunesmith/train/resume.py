@@ -124,7 +124,7 @@ def find_interrupted_run(plan: Plan | StagedPlan, since: float) -> Path | None:
         if started < since:  # perhaps of another version, which is not read
             continue
         content = read_plan_json(file)
-        stored = [stage_plan["recipe"] for stage_plan in content.get("plans", [content])]
+        stored = [stage_plan.get("recipe") for stage_plan in content.get("plans", [content])]
         if stored == recipes:
             matches.append((started, folder))
     return max(matches)[1] if matches else None

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from damages import FORGED_VALUES, REMOVED, cut
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.model.save import STATE_FILE
 from tunesmith.train.checkpoint import TRAINER_STATE_FILE, read_state, write_state
@@ -91,3 +92,50 @@ def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
     others = {"layer.c": parameters["layer.a"]}
     with pytest.raises(InputError):
         read_state(tmp_path, others, make_optimizer(others.values(), weight_decay=0.0))
+
+
+@pytest.mark.parametrize("damage", ["missing moment", "other shape", "cut", "no file"])
+def test_a_state_whose_tensors_are_damaged_is_refused(damage: str, tmp_path: Path) -> None:
+    parameters, optimizer = make_trained()
+    write_state(tmp_path, parameters, optimizer, POSITION)
+    file = tmp_path / STATE_FILE
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    if damage == "missing moment":
+        del tensors["exp_avg_sq.layer.a"]
+    tensors["exp_avg.layer.b"] = torch.zeros(5 if damage != "other shape" else 6)
+    save_file(tensors, file)
+    if damage == "cut":
+        cut(file)
+    if damage == "no file":
+        file.unlink()
+    with pytest.raises(InputError):
+        read_state(tmp_path, *make_trained(seed=1))
+
+
+def test_a_weight_that_was_never_updated_has_no_moments_again(tmp_path: Path) -> None:
+    parameters, optimizer = make_trained()
+    del optimizer.state[parameters["layer.b"]]
+    write_state(tmp_path, parameters, optimizer, POSITION)
+    others, other_optimizer = make_trained(seed=1)
+    read_state(tmp_path, others, other_optimizer)
+    assert get_moments(other_optimizer, others["layer.b"]) == {}
+    update(parameters, optimizer)
+    update(others, other_optimizer)
+    assert all(torch.equal(parameters[name], others[name]) for name in parameters)
+
+
+@pytest.mark.parametrize("value", FORGED_VALUES)
+def test_a_number_of_updates_of_another_type_is_refused(value: str, tmp_path: Path) -> None:
+    parameters, optimizer = make_trained()
+    write_state(tmp_path, parameters, optimizer, POSITION)
+    file = tmp_path / TRAINER_STATE_FILE
+    position = json.loads(file.read_text()) | {"updates": FORGED_VALUES[value]}
+    file.write_text(json.dumps({k: v for k, v in position.items() if v is not REMOVED}))
+    with pytest.raises(InputError) as caught:
+        read_state(tmp_path, *make_trained(seed=1))
+    assert TRAINER_STATE_FILE in caught.value.where
+    assert "restore the checkpoint" in caught.value.fix
+    for content in (b"", b"null", b"[]", b"{}", b"\xff", b"3"):
+        file.write_bytes(content)
+        with pytest.raises(InputError):
+            read_state(tmp_path, *make_trained(seed=1))

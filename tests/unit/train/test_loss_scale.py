@@ -1,5 +1,6 @@
 """Training in fp16: the scale of the loss, steps that overflow, and a resumed run."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,17 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from damages import FORGED_VALUES, REMOVED
 from plan_configs import make_config
 from tiny_models import compute_max_difference, make_tiny_documents, make_tiny_model
 from tiny_runs import select_steps
-from tunesmith.core.errors import GateError
+from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.types import Document
 from tunesmith.train import loss_scale
-from tunesmith.train.loop import TrainingLoop
+from tunesmith.train.checkpoint import TRAINER_STATE_FILE
+from tunesmith.train.loop import POSITION_FIELDS, TrainingLoop
 from tunesmith.train.loss_scale import LossScale
 
 OVERFLOWING = 2.0**24
+# of the forged values, those that a position may have
+VALID_VALUES = {"seconds": -1, "ratios": [], "rollbacks": [], "loss_scale": {}}
 
 
 def load_documents(step: int) -> Sequence[Document]:
@@ -169,3 +174,20 @@ def test_a_resumed_run_has_the_same_scale_and_the_same_bits(
     expected = get_weights(straight)
     for name, weight in get_weights(second).items():
         assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize("key", [*POSITION_FIELDS, "rollbacks", "loss_scale"])
+def test_a_position_of_another_type_is_refused(key: str, tmp_path: Path) -> None:
+    first = make_loop()
+    next(first)
+    first.save(tmp_path)
+    file = tmp_path / TRAINER_STATE_FILE
+    position = json.loads(file.read_text())
+    for value in FORGED_VALUES.values():
+        if key in VALID_VALUES and value == VALID_VALUES[key]:
+            continue
+        forged = position | {key: value}
+        file.write_text(json.dumps({k: v for k, v in forged.items() if v is not REMOVED}))
+        with pytest.raises(InputError) as caught:
+            make_loop().restore(tmp_path)
+        assert TRAINER_STATE_FILE in caught.value.where

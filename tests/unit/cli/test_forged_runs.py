@@ -1,0 +1,102 @@
+"""A value of a file of a run, replaced by one of another type with a seal that fits, is the user's
+error in words, or no matter, and no bug."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from damages import FORGED_VALUES, forge
+from tiny_runs import make_tiny_recipe, train, write_eval_files
+
+Keys = tuple[str | int, ...]
+Run = Callable[..., tuple[int, str, str]]
+REPORTED: list[tuple[str, Keys]] = [
+    ("fingerprint.json", ("base_sha256",)),
+    ("fingerprint.json", ("base_sha256", "model.safetensors")),
+    ("fingerprint.json", ("tokenizer",)),
+    ("fingerprint.json", ("templates",)),
+    ("fingerprint.json", ("data",)),
+    ("plan.json", ("memory_bytes", "weights")),
+    ("plan.json", ("phase_bytes",)),
+    ("plan.json", ("recipe",)),
+    ("record.json", ("total_seconds",)),
+    ("record.json", ("comparisons", 0, "after", "value")),
+    ("record.json", ("errors", "broken")),
+    ("eval_before.json", ("measurements", 0, "ids")),
+    ("eval_after.json", ("measurements", 0, "ids", 0)),
+    ("eval_after.json", ("measurements", 0, "values", 0)),
+    ("events.jsonl", ("step", "type")),
+    ("events.jsonl", ("step", "attempt")),
+    ("events.jsonl", ("step", "time")),
+    ("events.jsonl", ("step", "step")),
+    ("events.jsonl", ("step", "loss")),
+    ("events.jsonl", ("step", "peak_bytes")),
+    ("adapter/manifest.json", ("files",)),
+    ("adapter/manifest.json", ("files", "adapter_model.safetensors")),
+    ("adapter/manifest.json", ("files", "adapter_model.safetensors", "sha256")),
+]
+CHECKPOINT = "checkpoints/step-2"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("forged")
+    files = write_eval_files(folder)
+    train(make_tiny_recipe(tiny_folder, folder, save_steps=1, metrics=["exact_match"], **files))
+    return folder / "run"
+
+
+def check(outcome: tuple[int, str, str], where: object) -> int:
+    code, _, error = outcome
+    assert code in (0, 2), (where, error)
+    assert (code == 2) == ("error: " in error), (where, error)
+    return code
+
+
+@pytest.mark.parametrize("value", FORGED_VALUES)
+def test_a_report_of_forged_values_is_refused_or_made(
+    value: str, run: Path, tmp_path: Path, tunesmith: Run
+) -> None:
+    codes: list[int] = []
+    for name, keys in REPORTED:
+        copy = shutil.copytree(run, tmp_path / "run")
+        forge(copy / name, keys, FORGED_VALUES[value])
+        codes.append(check(tunesmith("report", str(copy)), (name, keys)))
+        shutil.rmtree(copy)
+    assert 2 in codes
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("base_sha256",), []),
+        (("config",), None),
+        (("renderer",), {}),
+        (("base",), [{}]),
+        (("files",), None),
+        (("files", "state.safetensors", "sha256"), None),
+    ],
+)
+def test_a_checkpoint_with_a_forged_manifest_is_refused(
+    keys: Keys, value: object, run: Path, tmp_path: Path, tunesmith: Run
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    forge(copy / CHECKPOINT / "manifest.json", keys, value)
+    assert check(tunesmith("eval", str(copy / CHECKPOINT)), keys) == 2
+
+
+@pytest.mark.parametrize("key", ["updates", "ratios", "step"])
+def test_a_run_with_a_forged_position_is_not_resumed(
+    key: str, run: Path, tmp_path: Path, tunesmith: Run
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "record.json").unlink()
+    forge(copy / CHECKPOINT / "trainer_state.json", (key,), "x")
+    code, _, error = tunesmith("resume", str(copy))
+    assert (code, "Traceback" in error) == (2, False), error
+    assert f"{CHECKPOINT}/trainer_state.json" in error
+    assert "fix: restore the checkpoint" in error
