@@ -38,7 +38,6 @@ OWN = {  # of the package, the machine, or what this run has written
     "serve/feedback.py": 1,
     "session/doctor.py": 2,
     "session/run_list.py": 2,
-    "train/checkpoint.py": 1,
     "train/model_card.py": 1,
     "train/synthetic_pairs.py": 1,
 }

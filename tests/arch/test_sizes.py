@@ -19,6 +19,7 @@ MAX_FLAGS = 10
 SMALL_FILES = {
     "core/sampling.py",  # for verbs that load no torch
     "cli/views/verification.py",  # of a single verb
+    "core/finite_json.py",  # below events.py and json_io.py, which both need it
     "core/progress_log.py",
     "data/checks/language_id.py",
     "data/tokenizer/eos.py",

@@ -33,4 +33,4 @@ def _parse_int(text: str) -> int:
 
 
 def _refuse(text: str) -> NoReturn:
-    raise ValueError(f"{text:.20} is no finite number")
+    raise ValueError(f"{text:.20} is not a finite number")

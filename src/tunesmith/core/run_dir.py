@@ -431,12 +431,9 @@ def read_plan_json(file: Path) -> Json:
     """Read a file that holds a Plan or a StagedPlan. Raises InputError if it is missing, broken or
     of another format."""
     content = read_sealed_json(file)
-    plans: Any = content.get("plans", [])
-    is_list = isinstance(plans, list)
-    for plan in (is_list and plans) or [content]:
+    plans: Any = content.get("plans") or [content]
+    for plan in cast("list[Any]", plans if isinstance(plans, list) else [content, None]):
         refuse_other_format(plan, file)
-    if not is_list:
-        refuse_other_format(None, file)
     return content
 
 

@@ -29,6 +29,7 @@ from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE
 from tunesmith.model.save import load_weights
 from tunesmith.recipe.fields import DataSource
+from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.session.hub_data import fetch_sources
@@ -160,17 +161,17 @@ def _build_recipe(name: str, run: Path | None, spec: EvalSpec) -> Recipe:
         for key in EVAL_SETTINGS:
             if run_recipe.get(key) not in (None, "auto", []):
                 settings[key] = run_recipe[key]
-        settings["model"] = run_recipe["model"]
+        settings["model"] = run_recipe.get("model")
     if spec.metrics:
         settings["metrics"] = list(spec.metrics)
     if not is_adapter_dir(Path(name)):
-        return Recipe.model_validate(settings | {"model": name})
+        return rebuild_recipe(settings | {"model": name})
     adapter_config = read_json_object(Path(name) / ADAPTER_CONFIG_FILE)
     base = settings.get("model") or adapter_config.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         fix = "compare it with a run of its base model"
         raise InputError("the adapter does not name its base model", where=name, fix=fix)
-    return Recipe.model_validate(settings | {"model": base, "adapter_from": name})
+    return rebuild_recipe(settings | {"model": base, "adapter_from": name})
 
 
 def _apply_spec(plan: Plan, run_inputs: RunInputs, spec: EvalSpec) -> tuple[Plan, RunInputs]:

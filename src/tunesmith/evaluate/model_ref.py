@@ -202,7 +202,7 @@ def load_answers(path: Path, run: Path) -> EvalResults:
     answers = _read_answers(path, samples_by_id)
     plan = read_run_plan(run)
     schema_path = plan.recipe.get("response_schema")
-    schema = read_json(Path(schema_path)) if schema_path else None
+    schema = read_json(Path(str(schema_path))) if schema_path else None
     samples = [
         replace(samples_by_id[item_id], answer=answer) for item_id, answer in answers.items()
     ]

@@ -175,7 +175,7 @@ def find_base_name(ref: str) -> str:
     """Return the base that an adapter names: that of its run, or of its folder."""
     run = _find_run(ref)
     if run is not None:
-        return read_run_plan(run).recipe["model"]
+        return str(rebuild_recipe(read_run_plan(run).recipe).model)
     folder = _find_adapter(ref)
     provenance = read_provenance(folder)
     if provenance is not None:
@@ -322,7 +322,7 @@ def _find_variables(provenance: Provenance | None, plan: Plan | None) -> Json:
     """Return the variables of the chat template; files of earlier versions do not hold them."""
     if provenance is not None and provenance.variables is not None:
         return provenance.variables
-    return plan.recipe["chat_template_kwargs"] if plan is not None else {}
+    return rebuild_recipe(plan.recipe).chat_template_kwargs if plan is not None else {}
 
 
 # ---------------------------------------------------------------- runs and folders

@@ -239,7 +239,7 @@ def _run_stages(
         if index > 0 and plan.config.between_stages == CONTINUE_ADAPTER:
             previous_dir = stage_dirs[index - 1]
             overrides["adapter_from"] = str(previous_dir.absolute())
-            overrides["model"] = read_run_plan(previous_dir).recipe["model"]
+            overrides["model"] = rebuild_recipe(read_run_plan(previous_dir).recipe).model
         elif index > 0:
             model_dir, results = _merge_stage_model(stage_dirs[index - 1], merge_model)
             for result in results:
@@ -332,8 +332,8 @@ def _measure_stages(
         run_inputs = reload_inputs(plan, stage_dir)
         items = build_eval_items(plan, run_inputs, allow_code=allow_code)
         # The same general text is measured once, with the last stage that names it.
-        later_sources = [later.recipe["retention_data"] for later in plans[index + 1 :]]
-        if plan.recipe["retention_data"] in later_sources:
+        later_sources = [later.recipe.get("retention_data") for later in plans[index + 1 :]]
+        if plan.recipe.get("retention_data") in later_sources:
             items = dataclasses.replace(items, general_texts=())
         stage_inputs.append(run_inputs)
         stage_items.append(items)

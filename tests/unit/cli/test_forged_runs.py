@@ -89,6 +89,17 @@ def test_a_checkpoint_with_a_forged_manifest_is_refused(
     assert check(tunesmith("eval", str(copy / CHECKPOINT)), keys) == 2
 
 
+@pytest.mark.parametrize("key", ["model", "metrics", "test_data"])
+def test_another_model_is_not_compared_with_a_forged_recipe(
+    key: str, run: Path, tiny_folder: Path, tmp_path: Path, tunesmith: Run
+) -> None:
+    for value in FORGED_VALUES.values():
+        copy = shutil.copytree(run, tmp_path / "run")
+        forge(copy / "plan.json", ("recipe", key), value)
+        check(tunesmith("compare", str(tiny_folder), str(copy)), (key, value))
+        shutil.rmtree(copy)
+
+
 @pytest.mark.parametrize("key", ["updates", "ratios", "step"])
 def test_a_run_with_a_forged_position_is_not_resumed(
     key: str, run: Path, tmp_path: Path, tunesmith: Run

@@ -30,7 +30,7 @@ def test_floats_have_the_same_bits() -> None:
     "text", ["NaN", "[1, Infinity]", '{"a": -Infinity}', "1e999", "[-1e400]", "1" * 400, "9" * 5000]
 )
 def test_a_number_that_no_float_holds_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no finite number") as caught:
+    with pytest.raises(ValueError, match="is not a finite number") as caught:
         load_finite_json(text)
     assert describe_json_error(caught.value).startswith("not valid JSON: ")
 
