@@ -172,7 +172,7 @@ def test_fault_23_the_command_says_how_to_go_on(
     number: signal.Signals, code: int, tmp_path: Path
 ) -> None:
     model = save_model_folder(tmp_path / "model")
-    wish = make_tiny_recipe(model, tmp_path, num_train_epochs=400, max_steps=400, save_steps=1000)
+    wish = make_tiny_recipe(model, tmp_path, num_train_epochs=4000, max_steps=4000, save_steps=9000)
     flags = [
         f"--{key}={value}"
         for key, value in wish.model_dump(mode="json", exclude_unset=True).items()
@@ -186,8 +186,9 @@ def test_fault_23_the_command_says_how_to_go_on(
     ) as process:
         assert process.stderr is not None
         messages = ""
-        while "step 8/400" not in messages:
+        while "step 80/4000" not in messages:
             messages = process.stderr.readline()
+            assert messages, "the process ended before that step"
         process.send_signal(number)
         rest = process.stderr.read()
     assert process.returncode == code
@@ -196,4 +197,4 @@ def test_fault_23_the_command_says_how_to_go_on(
     checkpoints = (tmp_path / "run" / "checkpoints").iterdir()
     start, saved = sorted(int(path.name.removeprefix("step-")) for path in checkpoints)
     assert start == 0
-    assert saved >= 8
+    assert saved >= 80
