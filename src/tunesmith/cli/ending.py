@@ -89,8 +89,14 @@ def to_input_error(usage: Any) -> InputError:
 
 def exit_with_error(error: TunesmithError, *, as_json: bool) -> NoReturn:
     if as_json:
+        # The kinds that scripts tell apart: not the narrower ones of MachineError.
+        kinds = (kind for kind in type(error).__mro__ if TunesmithError in kind.__bases__)
         output = ErrorOutput(
-            type(error).__name__, error.message, error.where, error.fix, error.exit_code
+            next(kinds, TunesmithError).__name__,
+            error.message,
+            error.where,
+            error.fix,
+            error.exit_code,
         )
         with suppress(OSError):  # stdout may be what failed
             print_result({"error": output}, as_json=True)

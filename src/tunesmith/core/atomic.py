@@ -239,7 +239,7 @@ def require_disk_space(folder: Path, needed_bytes: int, key: str = "output_dir")
 
 @contextmanager
 def disk_errors(path: Path, needed_bytes: int = 0, key: str = "output_dir") -> Generator[None]:
-    """Turn an OSError into a DiskError."""
+    """Turn an OSError into a MachineError, mostly a DiskError."""
     try:
         yield
     except OSError as error:

@@ -92,7 +92,7 @@ class MachineError(TunesmithError):
 
 
 class SharedMachineError(MachineError):
-    """Every other run here would meet it, too, as a limit on open files: a sweep stops."""
+    """Any other run here would fail in the same way, as with too many open files: sweeps stop."""
 
 
 class DiskError(SharedMachineError):

@@ -125,19 +125,19 @@ class ErrorAnalysis:
     high: float
     mean_before: float | None
     tables: tuple[ErrorTable, ...] = ()
-
-    @model_validator(mode="after")
-    def _check_changes(self) -> ErrorAnalysis:
-        """Refuse a stored analysis with a part of what is known of the answers before."""
-        changes = (self.right_before, self.fixed, self.broken)
-        if any(change is None for change in changes) and changes != (None, None, None):
-            raise ValueError("right_before, fixed and broken are known together")
-        return self
     confusions: tuple[Confusion, ...] = ()
     shortcuts: tuple[Shortcut, ...] = ()
     suspects: tuple[Shortcut, ...] = ()  # constants that too few rows can show
     checked: tuple[ShortcutKind, ...] = ()  # shortcuts that were looked for
     training: TrainingValues | None = None
+
+    @model_validator(mode="after")
+    def _check_changes(self) -> ErrorAnalysis:
+        """Refuse a stored analysis that tells a part of the changes only."""
+        changes = (self.right_before, self.fixed, self.broken)
+        if any(change is None for change in changes) and changes != (None, None, None):
+            raise ValueError("right_before, fixed and broken must be set together")
+        return self
 
     def get_table(self, by: str) -> ErrorTable | None:
         return next((table for table in self.tables if table.by == by), None)

@@ -2,8 +2,9 @@
 
     load_finite_json(bytes) -> the same as json.loads
 
-Python reads NaN, Infinity and numbers of any length. None of them is ever written (json_io.py), so
-that a file with one is damaged or forged, and every reader may compute with what it finds.
+Python reads NaN, Infinity and integers of any length. json_io.py writes no such float, and nothing
+here has such an integer, so that a file with one is damaged or forged, and every reader may compute
+with what it finds.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ MAX_DIGITS = 300  # of an integer that a float can hold
 
 
 def load_finite_json(content: str | bytes) -> Any:
-    """Decode JSON. Raises ValueError for what is none and for a number that is not finite,
-    RecursionError for one that is nested too deeply."""
+    """Decode JSON. Raises ValueError for anything else and for a number that no float can hold,
+    RecursionError if it is nested too deeply."""
     return json.loads(
         content, parse_constant=_refuse, parse_float=_parse_float, parse_int=_parse_int
     )
@@ -29,7 +30,9 @@ def _parse_float(text: str) -> float:
 
 
 def _parse_int(text: str) -> int:
-    return int(text) if len(text) <= MAX_DIGITS else _refuse(text)
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"an integer has more than {MAX_DIGITS} digits")
+    return int(text)
 
 
 def _refuse(text: str) -> NoReturn:

@@ -431,8 +431,8 @@ def read_plan_json(file: Path) -> Json:
     """Read a file that holds a Plan or a StagedPlan. Raises InputError if it is missing, broken or
     of another format."""
     content = read_sealed_json(file)
-    plans: Any = content.get("plans") or [content]
-    for plan in cast("list[Any]", plans if isinstance(plans, list) else [content, None]):
+    plans: Any = content.get("plans", [content])
+    for plan in cast("list[Any]", plans if isinstance(plans, list) and plans else [None]):
         refuse_other_format(plan, file)
     return content
 

@@ -57,10 +57,11 @@ class MetricValues:
     def _check_lengths(self) -> MetricValues:
         """Refuse a stored measurement whose lists are not of the same items."""
         if len(self.ids) != len(self.values):
-            raise ValueError(f"{len(self.ids)} ids and {len(self.values)} values")
-        for values in (self.weights, self.groups, self.truncated):
-            if values and len(values) != len(self.ids):
-                raise ValueError(f"{len(self.ids)} ids, and {len(values)} of another list")
+            raise ValueError(f"ids: {len(self.ids)}, values: {len(self.values)}")
+        for name in ("weights", "groups", "truncated"):
+            count = len(getattr(self, name))
+            if count not in (0, len(self.ids)):
+                raise ValueError(f"ids: {len(self.ids)}, {name}: {count}")
         return self
 
     @property

@@ -54,13 +54,14 @@ def write_tensors(
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a file that `write_tensors` wrote, mapped from it. Raise InputError for
-    one that is damaged."""
+    one that is missing or damaged."""
     try:
         return load_file(file)
-    except (SafetensorError, FileNotFoundError) as error:
+    except FileNotFoundError:
+        message = "no such file"
+    except SafetensorError as error:
         message = f"not a safetensors file: {error}"
-        fix = "restore the file from a copy"
-        raise InputError(message, where=str(file), fix=fix) from None
+    raise InputError(message, where=str(file), fix="restore the file from a copy")
 
 
 def read_tensor(header: TensorHeader) -> Tensor:

@@ -135,10 +135,11 @@ class Session:
 
 
 def _add_logps(documents: Sequence[Document], logps: Sequence[float]) -> Sequence[Document]:
-    """Return documents with their log-probabilities before training. Raise InputError for those of
-    other rows, as a changed file of the run has them."""
+    """Return documents with their log-probabilities before training. Raise InputError for another
+    number of them, as a changed file of the run has."""
     if len(documents) != len(logps):
-        message = f"{len(logps)} log-probabilities are stored for its {len(documents)} documents"
+        counts = f"stored log-probabilities: {len(logps)}, documents: {len(documents)}"
+        message = f"{counts}; reference.json or mismatched.json of the run has changed"
         fix = f"{RESTORE_FIX}, or start a new run"
         where = documents[0].id if documents else ""
         raise InputError(message, where=where, fix=fix)

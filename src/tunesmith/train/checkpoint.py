@@ -28,6 +28,7 @@ TRAINER_STATE_FILE = "trainer_state.json"
 WEIGHT = "weight"
 PIECE_MOMENTS = ("exp_avg", "exp_avg_sq")  # those in 8 bits cannot be cut
 STATES_IN_8_BITS = ("state1", "state2")
+SCALES_OF_8_BITS = ("absmax1", "absmax2")
 RESTORE_CHECKPOINT_FIX = "restore the checkpoint from a copy, or remove it to use an older one"
 
 
@@ -113,9 +114,12 @@ def _select_moments(
     moments = {
         moment: tensors[f"{moment}.{name}"] for moment in MOMENTS if f"{moment}.{name}" in tensors
     }
+    has_8_bits = any(moment.dtype == torch.uint8 for moment in moments.values())
+    is_complete = [scale in moments for scale in SCALES_OF_8_BITS] == 2 * [has_8_bits]
     for pair in (PIECE_MOMENTS, STATES_IN_8_BITS):
         shapes = [moments[moment].shape for moment in pair if moment in moments]
-        if shapes not in ([], 2 * [get_complete_shape(parameter)]):
-            message = f"the moments of {name} are incomplete, or of another shape"
-            raise InputError(message, where=str(folder), fix=RESTORE_CHECKPOINT_FIX)
+        is_complete = is_complete and shapes in ([], 2 * [get_complete_shape(parameter)])
+    if not is_complete:
+        message = f"the moments of {name} are incomplete, or of another shape"
+        raise InputError(message, where=str(folder), fix=RESTORE_CHECKPOINT_FIX)
     return {moment: cut_piece(parameter, tensor) for moment, tensor in moments.items()}

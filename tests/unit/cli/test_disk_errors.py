@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import io
+import json
 import os
 import re
 import subprocess
@@ -36,7 +37,7 @@ def test_a_full_disk_under_stdout_is_exit_code_3(words: tuple[str, ...], tmp_pat
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOMEM])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE])
 def test_a_failing_disk_is_exit_code_3(
     number: int, tunesmith: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,9 +45,10 @@ def test_a_failing_disk_is_exit_code_3(
         raise OSError(number, "it broke", "weights")
 
     monkeypatch.setattr(api, "doctor", fail)
-    code, _, stderr = tunesmith("doctor")
+    code, stdout, stderr = tunesmith("doctor", "--json")
     assert code == 3
     assert "weights: cannot access a file: it broke" in stderr
+    assert json.loads(stdout)["error"]["kind"] == "MachineError"
 
 
 @pytest.mark.parametrize(

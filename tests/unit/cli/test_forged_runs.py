@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from damages import FORGED_VALUES, forge
-from tiny_runs import make_tiny_recipe, train, write_eval_files
+from tiny_runs import make_tiny_recipe, plan_recipe, run_until_saved, train, write_eval_files
+from tunesmith.api import read_record
+from tunesmith.train.run import train as start_training
 
 Keys = tuple[str | int, ...]
 Run = Callable[..., tuple[int, str, str]]
@@ -93,11 +95,13 @@ def test_a_checkpoint_with_a_forged_manifest_is_refused(
 def test_another_model_is_not_compared_with_a_forged_recipe(
     key: str, run: Path, tiny_folder: Path, tmp_path: Path, tunesmith: Run
 ) -> None:
+    codes: list[int] = []
     for value in FORGED_VALUES.values():
         copy = shutil.copytree(run, tmp_path / "run")
         forge(copy / "plan.json", ("recipe", key), value)
-        check(tunesmith("compare", str(tiny_folder), str(copy)), (key, value))
+        codes.append(check(tunesmith("compare", str(tiny_folder), str(copy)), (key, value)))
         shutil.rmtree(copy)
+    assert 2 in codes
 
 
 @pytest.mark.parametrize("key", ["updates", "ratios", "step"])
@@ -111,3 +115,26 @@ def test_a_run_with_a_forged_position_is_not_resumed(
     assert (code, "Traceback" in error) == (2, False), error
     assert f"{CHECKPOINT}/trainer_state.json" in error
     assert "fix: restore the checkpoint" in error
+
+
+@pytest.mark.parametrize("damage", ["one byte", "no manifest"])
+def test_damaged_states_of_the_base_are_computed_again(
+    damage: str, tiny_folder: Path, tmp_path: Path, tunesmith: Run
+) -> None:
+    files = write_eval_files(tmp_path)
+    changed = {"method": "full", "lora_r": "auto", "save_steps": 1, **files}
+    train(make_tiny_recipe(tiny_folder, tmp_path / "straight", **changed))
+    recipe = make_tiny_recipe(tiny_folder, tmp_path / "killed", **changed)
+    run_until_saved(start_training(plan_recipe(recipe)), step=1)
+    states = tmp_path / "killed" / "run" / "base_states"
+    file = next(states.glob("*.safetensors"))
+    if damage == "one byte":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 64
+        file.write_bytes(content)
+    else:
+        (states / "manifest.json").unlink()
+    assert tunesmith("resume", str(states.parent))[0] == 0
+    scores = [read_record(tmp_path / name / "run").kl_scores for name in ("straight", "killed")]
+    assert scores[0]
+    assert scores[0] == scores[1]

@@ -152,8 +152,10 @@ def test_only_a_run_folder_can_be_opened(tmp_path: Path) -> None:
             f"run folder format {RUN_FORMAT + 1} is not supported",
         ),
         ([], "not a JSON object"),
-        ({"plans": []}, "run folder format 1 is not supported"),
-        ({"plans": {"format": RUN_FORMAT}}, "run folder format 1 is not supported"),
+        *(
+            ({"format": RUN_FORMAT, "plans": plans}, "not a plan")
+            for plans in (None, 0, "", [], {})
+        ),
         ({"plans": [3]}, "not a plan"),
         ({"plans": [{"format": 1}]}, "run folder format 1 is not supported"),
     ],

@@ -139,3 +139,19 @@ def test_a_number_of_updates_of_another_type_is_refused(value: str, tmp_path: Pa
         file.write_bytes(content)
         with pytest.raises(InputError):
             read_state(tmp_path, *make_trained(seed=1))
+
+
+@pytest.mark.parametrize("scales", [(), ("absmax1",), ("absmax2",)])
+def test_moments_in_8_bits_without_their_scales_are_refused(
+    scales: tuple[str, ...], tmp_path: Path
+) -> None:
+    parameters, optimizer = make_trained()
+    write_state(tmp_path, parameters, optimizer, POSITION)
+    tensors = load_file(tmp_path / STATE_FILE)
+    for number, name in ((1, "exp_avg"), (2, "exp_avg_sq")):
+        moment = tensors.pop(f"{name}.layer.a")
+        tensors[f"state{number}.layer.a"] = torch.zeros(moment.shape, dtype=torch.uint8)
+    tensors |= {f"{scale}.layer.a": torch.ones(1) for scale in scales}
+    save_file(tensors, tmp_path / STATE_FILE)
+    with pytest.raises(InputError, match=r"the moments of layer\.a are incomplete"):
+        read_state(tmp_path, *make_trained())

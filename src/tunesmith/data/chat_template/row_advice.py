@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
+from time import monotonic, thread_time
 from typing import Any
 
 from tunesmith.core.errors import InputError
@@ -24,7 +24,9 @@ from tunesmith.data.chat_template.template import ChatTemplate
 from tunesmith.data.tokenizer.chat_tokenizer import TOO_LONG_FIX, ChatTokenizer
 
 MAX_TRIES = 200
-MAX_SECONDS = 2.0  # of a processor, of all tries: one alone can take as long as a template may
+# Of all tries; one alone can take as long as a template may.
+MAX_SECONDS = 2.0  # of this thread's processor time
+MAX_CLOCK_SECONDS = 10.0  # an unknown tokenizer runs in another process
 MAX_VALUES = 24  # single settings that are also tried in pairs
 OPENING: Json = {"role": "user", "content": "Hello"}
 USER_FIRST_FIX = "put a user message first, or drop the row"
@@ -49,6 +51,7 @@ class RowAdvisor:
         self.does_question_help = False  # a user message first made a row train
         self.num_tries = 0
         self.seconds = 0.0
+        self.clock_seconds = 0.0
 
     def suggest_fix(self, example: Example, error: InputError) -> InputError:
         """Return the error with a fix that was tried, or unchanged."""
@@ -99,7 +102,8 @@ class RowAdvisor:
         if not self._is_try_allowed(settings):
             return False
         self.num_tries += 1
-        started = time.thread_time()
+        started = thread_time()
+        clock_started = monotonic()
         tokenizer = copy(self.tokenizer)
         tokenizer.controls = dict(tokenizer.controls)  # a probe may demote some
         try:
@@ -107,12 +111,14 @@ class RowAdvisor:
         except InputError:
             return False
         finally:
-            self.seconds += time.thread_time() - started
+            self.seconds += thread_time() - started
+            self.clock_seconds += monotonic() - clock_started
 
     def _is_try_allowed(self, settings: Json) -> bool:
         """Return whether there is time for a try, and a number for one that has helped no row."""
         is_helpful = not settings or settings in self.helpful
-        return self.seconds < MAX_SECONDS and (is_helpful or self.num_tries < MAX_TRIES)
+        has_time = self.seconds < MAX_SECONDS and self.clock_seconds < MAX_CLOCK_SECONDS
+        return has_time and (is_helpful or self.num_tries < MAX_TRIES)
 
 
 def _find_first_turn(example: Example) -> int:

@@ -89,9 +89,8 @@ DEFAULT_VALUES = {
 
 def translate(draft: RecipeDraft) -> None:
     for key in UNSUPPORTED_STAGES:
-        if value := draft.remaining.get(key):
-            text = value if isinstance(value, str) else "..."
-            raise draft.make_error(key, f"{key}: {text} is not supported")
+        if draft.remaining.get(key):
+            raise draft.make_error(key, f"{key} is not supported")
     if draft.remaining.get("val_set_size") and draft.remaining.get("test_datasets"):
         raise draft.make_error(
             "val_set_size", "val_set_size and test_datasets contradict each other: keep one"

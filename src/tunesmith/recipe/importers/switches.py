@@ -14,8 +14,8 @@ from tunesmith.core.errors import InputError
 from tunesmith.recipe.yaml_lines import YamlMapping
 
 _SHARED_KEYS = (
-    "use_rslora use_dora full_determinism load_in_4bit bf16 fp16 bfloat16 float16 pure_bf16 "
-    "float32 double_quantization use_bnb_nested_quant bnb_4bit_use_double_quant"
+    "use_rslora use_dora full_determinism load_in_4bit load_in_8bit bf16 fp16 bfloat16 float16 "
+    "pure_bf16 float32 double_quantization use_bnb_nested_quant bnb_4bit_use_double_quant"
 )
 _TOOL_KEYS = {
     "LLaMA-Factory": "train_on_prompt",
@@ -26,7 +26,8 @@ _TOOL_KEYS = {
     "TRL": "use_peft assistant_only_loss completion_only_loss",
 }
 SWITCHES = {tool: f"{_SHARED_KEYS} {keys}".split() for tool, keys in _TOOL_KEYS.items()}
-NAMED_KEYS = ("bf16",)  # which may be `auto`, too
+# What `bf16` may be besides: Axolotl's `full` trains as true does, and also evaluates in bf16.
+PRECISIONS: dict[str, dict[str, Any]] = {"Axolotl": {"auto": "auto", "full": True}}
 _ARGPARSE_TEXTS: dict[str, bool] = {
     **dict.fromkeys(("yes", "true", "t", "y", "1"), True),
     **dict.fromkeys(("no", "false", "f", "n", "0"), False),
@@ -44,7 +45,10 @@ def read_switches(document: YamlMapping, tool: str) -> YamlMapping:
     values = dict(document.values)
     for key in SWITCHES[tool]:
         value = values.get(key)
-        if value not in (None, "") and not (key in NAMED_KEYS and value == "auto"):
+        names = PRECISIONS.get(tool, {}) if key == "bf16" else {}
+        if isinstance(value, str) and value in names:
+            values[key] = names[value]
+        elif value not in (None, ""):
             values[key] = _parse_switch(document, key, value, tool)
     return replace(document, values=values)
 
@@ -55,8 +59,8 @@ def _parse_switch(document: YamlMapping, key: str, value: Any, tool: str) -> boo
         return TEXTS[tool][value.lower()]
     if isinstance(value, (bool, int)) and value in (False, True):
         return bool(value)
-    fix = "write true or false, without quotes"
+    fix = "write true or false"
     if is_text and not TEXTS[tool]:
-        fix += f": to {tool}, any text is true"
+        fix += f", without quotes: to {tool}, any text is true"
     message = f"{key}: expected true or false, found {value!r:.60}"
     raise InputError(message, where=document.format_location((key,)), fix=fix)

@@ -1,6 +1,5 @@
 """Refusals of conversations name what would make them train, found by trying."""
 
-import time
 from dataclasses import replace
 from datetime import datetime
 from importlib.resources import files
@@ -117,9 +116,16 @@ def test_real_templates_name_their_setting(name: str, tmp_path: Path) -> None:
     assert fix == f"set chat_template_kwargs: {{enable_thinking: {value}}}"
 
 
-@pytest.mark.parametrize(("limit", "value"), [("MAX_TRIES", 7), ("MAX_SECONDS", 0.05)])
+@pytest.mark.parametrize(
+    ("limit", "value", "clock"),
+    [
+        ("MAX_TRIES", 7, ""),
+        ("MAX_SECONDS", 0.05, "thread_time"),
+        ("MAX_CLOCK_SECONDS", 0.05, "monotonic"),
+    ],
+)
 def test_tries_are_bounded_for_all_rows_together(
-    limit: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str, value: float, clock: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(row_advice, limit, value)
     condition = "brief or not brief or a or b or c or d or e"
@@ -135,9 +141,9 @@ def test_tries_are_bounded_for_all_rows_together(
         return result
 
     monkeypatch.setattr(advisor_class, "_try_render", count)
-    if limit == "MAX_SECONDS":
+    if clock:
         ticks = iter(range(10**9))
-        monkeypatch.setattr(time, "thread_time", lambda: next(ticks) * 0.03)
+        monkeypatch.setattr(row_advice, clock, lambda: next(ticks) * 0.03)
     rows = [replace(make_example(user("a"), assistant("b")), id=f"rows:{i}") for i in range(30)]
     assert all(row.error for row in renderer.render_rows(rows))
     assert sum(tries) <= (7 if limit == "MAX_TRIES" else 2)

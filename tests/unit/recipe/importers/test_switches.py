@@ -74,6 +74,9 @@ def test_prompts_are_not_trained_for_the_text_false() -> None:
         ("LLaMA-Factory", "train_on_prompt", "true"),
         ("TRL", "use_peft", "off"),
         ("TRL", "use_peft", "auto"),
+        ("TRL", "bf16", "auto"),
+        ("LLaMA-Factory", "bf16", "auto"),
+        ("Axolotl", "fp16", "full"),
         ("Axolotl", "train_on_inputs", "perhaps"),
         ("Axolotl", "train_on_inputs", 2),
         ("Axolotl", "train_on_inputs", [True]),
@@ -83,10 +86,11 @@ def test_what_the_tool_reads_as_no_switch_is_refused(tool: str, key: str, value:
     with pytest.raises(InputError, match=f"{key}: expected true or false, found") as caught:
         translate_config(tool, key, value)
     assert "config.yml:" in caught.value.where
-    assert "without quotes" in caught.value.fix
-    assert ("any text is true" in caught.value.fix) == (tool == "LLaMA-Factory")
+    assert "write true or false" in caught.value.fix
+    has_quotes = "without quotes: to LLaMA-Factory, any text is true" in caught.value.fix
+    assert has_quotes == (tool == "LLaMA-Factory")
 
 
-@pytest.mark.parametrize("tool", CONFIGS)
-def test_a_precision_may_be_auto(tool: str) -> None:
-    assert "dtype" not in translate_config(tool, "bf16", "auto").values
+def test_bf16_of_axolotl_may_be_auto_or_full() -> None:
+    assert "dtype" not in translate_config("Axolotl", "bf16", "auto").values
+    assert describe("Axolotl", "bf16", "full") == describe("Axolotl", "bf16", True)
