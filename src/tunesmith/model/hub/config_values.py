@@ -50,6 +50,11 @@ NESTED_ROTATION_TYPES = (
 )
 LAYER_BASE_TYPES = ("granite_swa", "granitemoe_swa")
 ROTATION_KEYS = ("rope_parameters", "rope_scaling")
+# of transformers: those of all models, and the names that some give them
+ROPE_TYPES = (
+    *("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"),
+    *("su", "mrope", "ntk_alpha"),
+)
 CONFIG_FIX = "download config.json again"
 
 
@@ -146,9 +151,15 @@ def _check_nested_rotation(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_rotation(text: Mapping[str, Any], text_type: str, head_dim: int, where: str) -> None:
-    """Raise InputError for heads whose values do not come in pairs, which is what a rotation turns.
+    """Raise InputError for a rotation that transformers does not know, and for heads whose values
+    do not come in pairs, which is what a rotation turns.
 
     transformers takes a head of one value for one of two."""
+    for rope_type in _list_rope_types(text):
+        if rope_type not in ROPE_TYPES:
+            message = f"rope_type {rope_type!r:.60} is unknown"
+            fix = f"correct it (known: {', '.join(ROPE_TYPES)}), or {CONFIG_FIX}"
+            raise InputError(message, where=where, fix=fix)
     is_unrotated = text_type in UNROTATED_TYPES or text.get("position_embedding_type") == "nope"
     depends_on_length = not {"dynamic", "longrope"}.isdisjoint(_list_rope_types(text))
     if text_type in FIXED_ROTATION_TYPES and depends_on_length:

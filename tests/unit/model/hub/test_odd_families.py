@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from quick_families import leave_others_to_slow
 from tiny_models import CONFIGS
 from tunesmith.core.errors import InputError
-from tunesmith.model.hub.config_values import check_rotation
+from tunesmith.model.hub.config_values import ROPE_TYPES, check_rotation
 from tunesmith.model.hub.spec import read_spec
 from tunesmith.model.text_network import check_weight_shapes
 
@@ -228,6 +229,24 @@ def test_rotations_that_cannot_be_chosen_by_document_are_refused(
     with pytest.raises(InputError, match=rf"{family} with a rotation that depends on") as caught:
         read_spec(tmp_path)
     assert "rope_type" in caught.value.fix
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_an_unknown_rotation_is_refused_by_its_name(key: str) -> None:
+    """transformers says KeyError when it builds the network, long after the plan."""
+    for name in ROPE_TYPES:
+        check_rotation({"rope_parameters": {key: name}}, "llama", 16, "config.json")
+    for text in (
+        {"rope_scaling": {key: "spiral"}},
+        {"rope_parameters": {"full_attention": {key: "spiral"}}},
+    ):
+        with pytest.raises(InputError, match="rope_type 'spiral' is unknown") as caught:
+            check_rotation(text, "llama", 16, "config.json")
+        assert "known: default, linear, dynamic" in caught.value.fix
+
+
+def test_the_known_rotations_are_those_of_transformers() -> None:
+    assert set(ROPE_INIT_FUNCTIONS) | {"default"} <= set(ROPE_TYPES)
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
