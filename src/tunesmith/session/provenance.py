@@ -74,7 +74,7 @@ class GoldenAnswer:
 
 @dataclass(frozen=True)
 class CheckpointInputs:
-    """What the manifest of a checkpoint says of the base model and the rendering."""
+    """Hold what the manifest of a checkpoint says of the base model and the rendering."""
 
     base: str
     base_sha256: dict[str, str]

@@ -73,7 +73,6 @@ RESTORE = "restore"
 COMPARE = "compare"
 COLLECT = "collect"
 # Attributes in trainer_state.json, next to the rollbacks.
-POSITION_FIELDS = ("step", "seconds", "bad_steps", "pack_length", "ratios")
 MAX_BAD_STEPS = 3  # consecutive non-finite steps that end a run
 
 
@@ -87,6 +86,9 @@ class TrainerState:
     pack_length: PositiveInt
     ratios: tuple[tuple[int, float], ...]
     rollbacks: tuple[Rollback, ...]
+
+
+POSITION_FIELDS = tuple(field.name for field in dataclasses.fields(TrainerState))
 
 
 def build_loss_config(config: PlanConfig) -> LossConfig:
@@ -227,8 +229,8 @@ class TrainingLoop:
 
         Raise MachineError if the weights of the ranks differ, GateError if one is not finite."""
         self.compare_ranks()
-        position = {name: getattr(self, name) for name in POSITION_FIELDS}
-        position["rollbacks"] = [dataclasses.asdict(rollback) for rollback in self.rollbacks]
+        state = TrainerState(**{name: getattr(self, name) for name in POSITION_FIELDS})
+        position = dataclasses.asdict(state)
         if self.loss_scale is not None:
             position["loss_scale"] = dataclasses.asdict(self.loss_scale)
         if self.shards is not None:
@@ -259,7 +261,7 @@ class TrainingLoop:
         position = parse(TrainerState, stored)
         if self.shards is not None:
             self.shards.release()  # the layers with the weights before
-        for name in (*POSITION_FIELDS, "rollbacks"):
+        for name in POSITION_FIELDS:
             setattr(self, name, getattr(position, name))
         if self.loss_scale is not None:
             self.loss_scale = parse(LossScale, stored.get("loss_scale"))

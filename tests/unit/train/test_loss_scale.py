@@ -176,7 +176,7 @@ def test_a_resumed_run_has_the_same_scale_and_the_same_bits(
         assert torch.equal(weight, expected[name]), name
 
 
-@pytest.mark.parametrize("key", [*POSITION_FIELDS, "rollbacks", "loss_scale"])
+@pytest.mark.parametrize("key", [*POSITION_FIELDS, "loss_scale"])
 def test_a_position_of_another_type_is_refused(key: str, tmp_path: Path) -> None:
     first = make_loop()
     next(first)

@@ -50,7 +50,7 @@ NESTED_ROTATION_TYPES = (
 )
 LAYER_BASE_TYPES = ("granite_swa", "granitemoe_swa")
 ROTATION_KEYS = ("rope_parameters", "rope_scaling")
-# of transformers: those of all models, and the names that some give them
+# transformers' names for all models, then those that single models have for them
 ROPE_TYPES = (
     *("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"),
     *("su", "mrope", "ntk_alpha"),
@@ -155,13 +155,14 @@ def check_rotation(text: Mapping[str, Any], text_type: str, head_dim: int, where
     do not come in pairs, which is what a rotation turns.
 
     transformers takes a head of one value for one of two."""
-    for rope_type in _list_rope_types(text):
+    rope_types = _list_rope_types(text)
+    for rope_type in rope_types:
         if rope_type not in ROPE_TYPES:
             message = f"rope_type {rope_type!r:.60} is unknown"
             fix = f"correct it (known: {', '.join(ROPE_TYPES)}), or {CONFIG_FIX}"
             raise InputError(message, where=where, fix=fix)
     is_unrotated = text_type in UNROTATED_TYPES or text.get("position_embedding_type") == "nope"
-    depends_on_length = not {"dynamic", "longrope"}.isdisjoint(_list_rope_types(text))
+    depends_on_length = not {"dynamic", "longrope"}.isdisjoint(rope_types)
     if text_type in FIXED_ROTATION_TYPES and depends_on_length:
         message = f"{text_type} with a rotation that depends on the length is not supported"
         raise InputError(message, where=where, fix="set another rope_type, or use another model")
