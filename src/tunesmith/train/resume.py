@@ -102,7 +102,7 @@ def prepare_resume(
         events.append(CheckResult("rounding", "warn", evidence, step))
     for problem in skipped:
         events.append(CheckResult("checkpoint", "warn", f"skipped {problem}", step))
-    position = "from the start: there is no checkpoint yet"
+    position = f"from the start: there is no {'intact ' if skipped else ''}checkpoint"
     if checkpoint_dir is not None:
         position = f"from checkpoints/{checkpoint_dir.name}"
     events.append(CheckResult("resume", "ok", position, step))

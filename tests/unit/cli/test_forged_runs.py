@@ -12,6 +12,8 @@ import pytest
 from damages import FORGED_VALUES, forge
 from tiny_runs import make_tiny_recipe, plan_recipe, run_until_saved, train, write_eval_files
 from tunesmith.api import read_record
+from tunesmith.core.events import CheckResult
+from tunesmith.core.run_dir import read_events
 from tunesmith.train.run import train as start_training
 
 Keys = tuple[str | int, ...]
@@ -115,6 +117,19 @@ def test_a_run_with_a_forged_position_is_not_resumed(
     assert (code, "Traceback" in error) == (2, False), error
     assert f"{CHECKPOINT}/trainer_state.json" in error
     assert "fix: restore the checkpoint" in error
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_starts_anew_and_says_why(
+    run: Path, tmp_path: Path, tunesmith: Run
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "record.json").unlink()
+    for manifest in copy.glob("checkpoints/*/manifest.json"):
+        manifest.write_text("{}")
+    assert tunesmith("resume", str(copy))[0] == 0
+    checks = [event for event in read_events(copy) if isinstance(event, CheckResult)]
+    told = [check.evidence for check in checks if check.kind == "resume"]
+    assert told == ["from the start: there is no intact checkpoint"]
 
 
 @pytest.mark.parametrize("damage", ["one byte", "no manifest"])

@@ -50,11 +50,9 @@ NESTED_ROTATION_TYPES = (
 )
 LAYER_BASE_TYPES = ("granite_swa", "granitemoe_swa")
 ROTATION_KEYS = ("rope_parameters", "rope_scaling")
-# transformers' names for all models, then those that single models have for them
-ROPE_TYPES = (
-    *("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"),
-    *("su", "mrope", "ntk_alpha"),
-)
+# transformers' names, and an older one that it reads for one type of model
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+OLDER_ROPE_TYPES = {"phi3": ("su",)}
 CONFIG_FIX = "download config.json again"
 
 
@@ -156,10 +154,11 @@ def check_rotation(text: Mapping[str, Any], text_type: str, head_dim: int, where
 
     transformers takes a head of one value for one of two."""
     rope_types = _list_rope_types(text)
+    known_types = (*ROPE_TYPES, *OLDER_ROPE_TYPES.get(text_type, ()))
     for rope_type in rope_types:
-        if rope_type not in ROPE_TYPES:
+        if rope_type not in known_types:
             message = f"rope_type {rope_type!r:.60} is unknown"
-            fix = f"correct it (known: {', '.join(ROPE_TYPES)}), or {CONFIG_FIX}"
+            fix = f"correct it (known: {', '.join(known_types)}), or {CONFIG_FIX}"
             raise InputError(message, where=where, fix=fix)
     is_unrotated = text_type in UNROTATED_TYPES or text.get("position_embedding_type") == "nope"
     depends_on_length = not {"dynamic", "longrope"}.isdisjoint(rope_types)

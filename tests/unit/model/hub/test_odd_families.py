@@ -245,6 +245,13 @@ def test_an_unknown_rotation_is_refused_by_its_name(key: str) -> None:
         assert "known: default, linear, dynamic" in caught.value.fix
 
 
+def test_the_older_name_of_longrope_is_known_for_phi3_only() -> None:
+    text = {"rope_scaling": {"type": "su"}}
+    check_rotation(text, "phi3", 16, "config.json")
+    with pytest.raises(InputError, match="rope_type 'su' is unknown"):
+        check_rotation(text, "llama", 16, "config.json")
+
+
 def test_the_known_rotations_are_those_of_transformers() -> None:
     assert set(ROPE_INIT_FUNCTIONS) | {"default"} <= set(ROPE_TYPES)
 
