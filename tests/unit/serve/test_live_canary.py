@@ -87,14 +87,19 @@ def add_answers(live: LiveServer, num_answers: int, *, is_canary: bool, **checks
 
 
 def read_audit(settings: ServeSettings) -> list[Any]:
+    """Return the audit lines, which a thread of the server writes soon after its start."""
     assert settings.state_dir is not None
-    lines = (settings.state_dir / EVENTS_FILE).read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    file = settings.state_dir / EVENTS_FILE
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def read_status(http: httpx.Client) -> tuple[str, float]:
     canary = http.get(ROUTE).json()["canary"]
     return canary["status"], canary["share"]
+
+
+def count_answers(http: httpx.Client) -> int:
+    return http.get(ROUTE).json()["canary"]["answers"]
 
 
 def test_harm_takes_the_canary_away_and_a_restart_does_not_bring_it_back(
@@ -104,6 +109,7 @@ def test_harm_takes_the_canary_away_and_a_restart_does_not_bring_it_back(
     with connecting(settings) as (live, http):
         assert http.get(ROUTE).json()["arms"] == {"base": 1, "dora": 99}
         assert ask(http).json()["model"] == "dora"
+        wait_for(lambda: count_answers(http) == 1)  # judged, which would be a decision later
         add_answers(live, 100, is_canary=False, cut=False, failed=False)
         add_answers(live, 60, is_canary=True, cut=True, failed=False)
         assert read_status(http) == ("running", 99)
@@ -147,9 +153,9 @@ def test_counts_survive_a_restart(settings: ServeSettings) -> None:
     with connecting(settings) as (live, http):
         add_answers(live, 7, is_canary=True, cut=True)
         ask(http)
-        wait_for(lambda: http.get(ROUTE).json()["canary"]["answers"] == 8)
+        wait_for(lambda: count_answers(http) == 8)
     with connecting(settings) as (_, http):
-        assert http.get(ROUTE).json()["canary"]["answers"] == 8
+        assert count_answers(http) == 8
 
 
 def test_an_admin_decides_and_is_named(settings: ServeSettings) -> None:
