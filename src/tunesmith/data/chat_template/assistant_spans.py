@@ -17,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import CharSpan, Example
@@ -43,6 +44,7 @@ MAX_TRACKED_RENDERS = 80_000  # trained turns x messages, where each is rendered
 MAX_RUN_CHARS = 1_000_000
 SPLIT_FIX = "split the row, or set `train: false` on some answers"
 TOOL_CALLS_FIX = "set a `chat_template` that writes tool calls, or drop such rows"
+END_FIX = "set a `chat_template` that writes it only after an answer"
 PREFIX_FIX = "set a `chat_template` that starts each answer with its generation prompt"
 
 
@@ -99,6 +101,7 @@ def find_assistant_spans(
             if not span.has_end_token and answer_tail is not None:
                 span = _cut_next_turn(chat, tokenizer, span, answer_tail)
             _check_origins(chat, span)
+            _refuse_inner_end(chat, span, end_ids)
             spans.append(span)
             num_chars += len(span.text.plain)
             if full_text is None or not span.is_served_in(full_text):
@@ -138,6 +141,7 @@ def find_spans_in_full(
             start = len(prompt)
             spans.append(AssistantSpan(message_index, weight, full_text, start, answer_end, True))
             _check_origins(chat, spans[-1])
+            _refuse_inner_end(chat, spans[-1], end_ids)
             num_chars += len(rendered)
             _refuse_many_chars(num_chars, MAX_RENDERED_CHARS, weights)
     return tuple(spans)
@@ -333,6 +337,28 @@ def _check_origins(chat: Conversation, span: AssistantSpan) -> None:
         raise InputError(
             "the chat template does not write the tool calls of an answer", fix=TOOL_CALLS_FIX
         )
+
+
+def _refuse_inner_end(
+    chat: Conversation, span: AssistantSpan, end_ids: Sequence[Iterable[int]]
+) -> None:
+    """Raise InputError if text of the answer follows a token that ends answers: a model stops
+    there, and is never asked for the rest."""
+    ids = set(chain.from_iterable(end_ids))
+    first = bisect_left(span.text.controls, span.start, key=lambda match: match.start)
+    last = bisect_right(span.text.controls, span.end, key=lambda match: match.token_end)
+    for match in span.text.controls[first:last]:
+        if match.control.id not in ids:
+            continue
+        origins = span.text.get_origins(match.token_end, span.end)
+        if span.message_index in map(get_message_index, origins):
+            has_calls = bool(chat.messages[span.message_index].get("tool_calls"))
+            message = (
+                f"the chat template writes the end token {match.control.text!r} inside an answer:"
+                " a model stops there"
+            )
+            fix = "drop the text beside the tool calls, or " if has_calls else ""
+            raise InputError(message, fix=f"{fix}{END_FIX}")
 
 
 # ---------------------------------------------------------------- tokens

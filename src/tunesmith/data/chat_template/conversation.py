@@ -51,6 +51,8 @@ class TemplateQuirks:
     needs_content_parts: bool = False  # content as [{"type": "text", "text": ...}]
     can_render_dict_args: bool = True  # tool-call arguments as an object
     can_render_text_args: bool = True  # tool-call arguments as JSON text
+    has_all_calls: bool = True  # not only one of several tool calls
+    has_arguments: bool = True  # of tool calls, in any form
 
 
 class TemplateVariables:
@@ -104,6 +106,7 @@ class Conversation:
         """Raises InputError for a role that the template does not support."""
         self.template = template
         self.variables = variables
+        self.quirks = quirks
         self.messages: list[Json] = []
         for message in messages:
             self.messages.append(_normalize_message(self._map_developer_role(message), quirks))

@@ -4,21 +4,32 @@ A note has the same words for every row, so that the data check can count its ro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
-from tunesmith.data.chat_template.assistant_spans import AssistantSpan, make_unrendered_error
+from tunesmith.data.chat_template.assistant_spans import (
+    TOOL_CALLS_FIX,
+    AssistantSpan,
+    make_unrendered_error,
+)
 from tunesmith.data.chat_template.conversation import Conversation
 from tunesmith.data.chat_template.encode import TrackedText
-from tunesmith.data.chat_template.tracked_str import TOOLS, make_origin
+from tunesmith.data.chat_template.tracked_str import (
+    TOOLS,
+    get_message_index,
+    make_origin,
+)
 
 CONTROL_LIKE_TEXT = "text that looks like a control token is encoded as plain text"
 STRUCTURAL = "structural tokens (such as <think>) in an answer are kept as tokens"
 NO_TOOLS = "the chat template leaves out the tools"
 NO_SYSTEM = "the chat template leaves out a system message"
 NO_THINKING = "the chat template leaves out the thinking of an answer"
+NO_CALLS = "the chat template leaves out the tool calls of an earlier turn"
 NO_CONTENT = "the chat template leaves out the text next to a tool call"
+PART_LOST = "the chat template leaves out a part of a message"
 SERVED_PROMPT = "the chat template changes a prompt that an answer follows: the served one is used"
 PER_TURN = "one document per assistant turn: the chat template rewrites earlier turns"
 BOUNDARY = "prompt and answer are encoded separately: the tokenizer would merge across them"
@@ -28,15 +39,34 @@ END_TOKEN_APPENDED = "the chat template writes no end token after an answer: one
 
 def check_render(chat: Conversation, text: TrackedText, plain_text: str, count: int) -> None:
     """Raise InputError unless the render of the first `count` messages equals `plain_text`, the
-    render by plain Jinja, and holds something of every user and tool message."""
+    render by plain Jinja, and holds something of every user and tool message, and all tool calls if
+    it holds any."""
     if plain_text != text.plain:
         raise InputError(
             "the tracked render differs from plain Jinja's", fix="please report this chat template"
         )
     for i, message in enumerate(chat.messages[:count]):
+        _refuse_lost_calls(chat, i, message)
         is_optional = message["role"] in ("system", "assistant")
         if not is_optional and _is_omitted(i, message, text):
             raise make_unrendered_error(chat, i)
+
+
+def _refuse_lost_calls(chat: Conversation, index: int, message: Json) -> None:
+    """Raise InputError for tool calls of which the template writes only a part."""
+    calls = message.get("tool_calls") or ()
+    problem = ""
+    if len(calls) > 1 and not chat.quirks.has_all_calls:
+        problem = "writes only one of several tool calls"
+    elif not chat.quirks.has_arguments and any(map(_has_arguments, calls)):
+        problem = "leaves out the arguments of tool calls"
+    if problem:
+        message_name = f"message {index + 1}"
+        raise InputError(f"the chat template {problem} ({message_name})", fix=TOOL_CALLS_FIX)
+
+
+def _has_arguments(call: Json) -> bool:
+    return call.get("function", call).get("arguments") not in (None, {}, "", "{}")
 
 
 def collect_render_notes(
@@ -54,7 +84,9 @@ def collect_render_notes(
         NO_TOOLS: chat.tools is not None and TOOLS not in text.origins,
         NO_SYSTEM: any(chat.messages[i]["role"] == "system" for i in omitted),
         NO_THINKING: any(_is_thinking_dropped(chat, span) for span in spans),
+        NO_CALLS: any(_lacks_calls(i, chat.messages[i], text) for i in range(count)),
         NO_CONTENT: any(span.message_index in omitted for span in spans),
+        PART_LOST: _loses_part(chat, text, spans, count),
         SERVED_PROMPT: any(span.splice_start is not None for span in spans),
     }
     return [note for note, is_present in notes.items() if is_present]
@@ -62,12 +94,56 @@ def collect_render_notes(
 
 def _is_omitted(index: int, message: Json, text: TrackedText) -> bool:
     """Return whether a message has content and none of it is in the text."""
-    content = message.get("content")
+    has_content = bool(_get_content(message).strip())
+    return has_content and make_origin(index, "content") not in text.origins
+
+
+def _get_content(message: Json) -> str:
+    content = message.get("content") or ""
     if isinstance(content, list):
         texts = [str(part.get("text", "")) for part in content if isinstance(part, dict)]
         content = "".join(texts)
-    has_content = bool(content) and bool(str(content).strip())
-    return has_content and make_origin(index, "content") not in text.origins
+    return str(content)
+
+
+def _lacks_calls(index: int, message: Json, text: TrackedText) -> bool:
+    has_calls = bool(message.get("tool_calls"))
+    return has_calls and make_origin(index, "tool_calls") not in text.origins
+
+
+def _loses_part(
+    chat: Conversation, text: TrackedText, spans: Sequence[AssistantSpan], count: int
+) -> bool:
+    """Return whether only a part of the content of a message is in the text. White space does not
+    count, nor do earlier answers, of which templates cut the thinking."""
+    num_chars: Counter[int] = Counter()
+    for start, end, origin in text.origin_spans:
+        num_chars[origin] += end - start
+    answers = {span.message_index for span in spans if not _is_thinking_dropped(chat, span)}
+    for i, message in enumerate(chat.messages[:count]):
+        num_written = num_chars[make_origin(i, "content")]
+        is_checked = i in answers or message["role"] != "assistant"
+        content = _get_content(message)
+        has_fewer_chars = 0 < num_written < len(content.strip())
+        if is_checked and has_fewer_chars and _is_cut(i, "".join(content.split()), text):
+            return True
+    return False
+
+
+def _is_cut(index: int, content: str, text: TrackedText) -> bool:
+    """Return whether a message has fewer characters in a text than its `content`, without white
+    space, and the template did not write the rest, such as the tags around thinking."""
+    num_written = 0
+    turn_start, turn_end = 0, len(text.plain)
+    for start, end, origin in text.origin_spans:
+        if get_message_index(origin) == index:
+            num_written += len("".join(text.plain[start:end].split()))
+        elif get_message_index(origin) >= 0 and num_written == 0:
+            turn_start = end
+        elif get_message_index(origin) >= 0:
+            turn_end = min(turn_end, start)
+    turn = "".join(text.plain[turn_start:turn_end].split())
+    return num_written < len(content) and content not in turn
 
 
 def _is_thinking_dropped(chat: Conversation, span: AssistantSpan) -> bool:

@@ -33,6 +33,7 @@ QUESTION = "7310562481"
 ANSWER = "9604827153"
 NEXT_QUESTION = "5829174036"
 TOOL_NAME = "zq_search"
+OTHER_TOOL_NAME = "zq_fetch"
 ARG_KEY = "zq_key"
 ARG_VALUE = "zqvalue"
 SYSTEM_TEXT = "Zqsystem"
@@ -95,13 +96,12 @@ def probe_template(
     return TemplateProtocol(quirks, tuple(end_ids), answer_tail)
 
 
-def _make_tool_call(arguments: Any) -> Json:
-    call = {
-        "id": "call_1",
-        "type": "function",
-        "function": {"name": TOOL_NAME, "arguments": arguments},
-    }
-    return {"role": "assistant", "content": "", "tool_calls": [call]}
+def _make_tool_call(arguments: Any, *names: str) -> Json:
+    calls: list[Json] = []
+    for i, name in enumerate(names or (TOOL_NAME,), start=1):
+        function = {"name": name, "arguments": arguments}
+        calls.append({"id": f"call_{i}", "type": "function", "function": function})
+    return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class _QuirkProber(_Prober):
     def probe_quirks(self) -> TemplateQuirks:
         quirks = TemplateQuirks(needs_content_parts=True)
         part_prober = _QuirkProber(self.template, self.tokenizer, self.variables, quirks)
-        needs_parts = not self.can_render() and part_prober.can_render()
+        needs_parts = not self.can_render() and part_prober.can_render_parts()
         prober = part_prober if needs_parts else self
         arguments = {ARG_KEY: ARG_VALUE}
         dict_text = prober.render_plain([USER, _make_tool_call(arguments)])
@@ -266,15 +266,28 @@ class _QuirkProber(_Prober):
         json_text = prober.render_plain([USER, _make_tool_call(arguments_text)])
         is_python_repr = f"'{ARG_KEY}'" in dict_text
         has_arguments = ARG_KEY in dict_text and ARG_VALUE in dict_text
+        can_render_dict_args = has_arguments and not is_python_repr
+        pair_arguments = arguments if can_render_dict_args else arguments_text
+        pair = _make_tool_call(pair_arguments, TOOL_NAME, OTHER_TOOL_NAME)
+        pair_text = prober.render_plain([USER, pair])
+        call_texts = dict_text + json_text
         return TemplateQuirks(
             needs_parts,
-            can_render_dict_args=has_arguments and not is_python_repr,
+            can_render_dict_args=can_render_dict_args,
             can_render_text_args=arguments_text in json_text,
+            has_all_calls=(TOOL_NAME in pair_text) == (OTHER_TOOL_NAME in pair_text),
+            has_arguments=TOOL_NAME not in call_texts or ARG_VALUE in call_texts,
         )
 
     def can_render(self) -> bool:
         text = self.render_plain([USER, ASSISTANT])
         return QUESTION in text and ANSWER in text
+
+    def can_render_parts(self) -> bool:
+        """Return whether content as parts is written as text, not as a list."""
+        text = self.render_plain([USER, ASSISTANT])
+        is_list = f"'text': '{QUESTION}'" in text or f'"text": "{QUESTION}"' in text
+        return QUESTION in text and ANSWER in text and not is_list
 
 
 def _find_ids(rendered: TrackedText, first_text: str, last_text: str) -> set[int]:
