@@ -177,5 +177,6 @@ class KeyRing:
         version = (status.st_ino, status.st_mtime_ns, status.st_size)
         if version != self._version:
             self._keys = ()
+            self._version = None
             self._keys = read_keys(self.path)
             self._version = version

@@ -94,6 +94,19 @@ def test_a_removed_key_stops_working_in_a_running_server(tmp_path: Path) -> None
     assert ring.find(f"Bearer {other}") is None
 
 
+def test_a_file_that_comes_back_lets_its_keys_in(tmp_path: Path) -> None:
+    """Moved back, it has the inode, the size and the times that it had."""
+    path = tmp_path / "keys.json"
+    secret, _ = add_key(path, "ci")
+    ring = KeyRing(path)
+    path.rename(tmp_path / "away")
+    path.write_text("{}")
+    with pytest.raises(InputError):
+        ring.find(f"Bearer {secret}")
+    (tmp_path / "away").rename(path)
+    assert ring.find(f"Bearer {secret}") is not None
+
+
 def test_names_and_scopes_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     add_key(path, "ci")
