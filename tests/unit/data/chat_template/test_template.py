@@ -349,7 +349,8 @@ def test_signals_and_memory_errors_are_no_fault_of_a_template(
     assert template.render_plain({"messages": MESSAGES}), "the next render is not locked out"
 
 
-def render_without_end(template: ChatTemplate) -> None:
+def render_until_a_signal(template: ChatTemplate) -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0.02)
     while True:
         with suppress(InputError):
             template.render({"messages": MESSAGES})
@@ -364,9 +365,8 @@ def test_a_signal_during_a_render_stops_it() -> None:
     )
     previous = signal.signal(signal.SIGALRM, stop)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.02)
         with pytest.raises(Interrupted):
-            render_without_end(template)
+            render_until_a_signal(template)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
