@@ -281,3 +281,25 @@ def test_a_fully_trained_model_that_lost_its_training_fails(
     TARGETS[target][kind].write(lost)
     with pytest.raises(GateError, match="it loses what training changed"):
         judge_export(lost, target, live)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 0.97, 1.03, 1.1, 2.0])
+def test_a_share_of_a_change_is_measured_on_rows_from_end_to_end(share: float) -> None:
+    """A share off by less than 5% is none that a merge loses."""
+    torch.manual_seed(0)
+    network = Layers().requires_grad_(False)
+    changes = make_changes()
+    samples = sample_changes(network, changes, None)
+    rows = {(sample.key, sample.expert): sample.rows_K.tolist() for sample in samples}
+    assert rows["linear", None] == [round(row) for row in torch.linspace(0, 47, 16).tolist()]
+    assert [expert for key, expert in rows if key == "mlp.experts"] == [0, 2, 3, 5]
+    assert rows["embedding", None] == [45, 46, 47, 48, 49]
+    base = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    merge_into_network(network, changes)  # type: ignore[arg-type]
+    for name, parameter in network.named_parameters():
+        parameter.copy_(torch.lerp(base[name], parameter, share))
+    check = check_changes(samples, network)
+    assert (check.changed, check.unchecked) == (4, 0)
+    is_lost = abs(share - 1) > 0.05
+    assert [lost.key for lost in check.lost] == list(changes) * is_lost
+    assert [lost.share for lost in check.lost] == pytest.approx([share] * 4 * is_lost, abs=1e-3)
