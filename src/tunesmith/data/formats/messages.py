@@ -44,6 +44,8 @@ def read_turns(
     if not isinstance(messages, list) or not messages:
         problem = f"`{key}` is empty" if messages == [] else f"`{key}` is not a list of messages"
         fix = 'write [{"role": ..., "content": ...}, ...]'
+        if isinstance(messages, str):
+            fix += ", not as text, so not in CSV: use JSONL or Parquet"
         raise InvalidRow("not messages", problem, where=where, fix=fix)
     if len(messages) > MAX_MESSAGES:
         problem = f"`{key}` has {len(messages):,} messages, more than {MAX_MESSAGES:,}"

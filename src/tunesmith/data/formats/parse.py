@@ -222,7 +222,8 @@ def _read_choices(row: Row) -> tuple[str, ...]:
 def parse_pair(row: Row, format: str, has_template: bool) -> Example:
     """Parse both sides of a preference row: the chosen one, with the other as its `rejected`.
 
-    Raises InvalidRow for equal sides, InputError for a format without pairs."""
+    Raises InvalidRow for equal sides and for different prompts, InputError for a format without
+    pairs."""
     if format not in SIDE_READERS:
         message = f"a `{format}` row has no rejected answer"
         fix = "use rows with `chosen` and `rejected`, or remove `stage: preference`"
@@ -233,7 +234,22 @@ def parse_pair(row: Row, format: str, has_template: bool) -> Example:
         message = "the chosen and the rejected answer are equal"
         fix = "correct one of them, or remove the row"
         raise InvalidRow("equal sides", message, where=row.id, fix=fix)
+    _check_prompts(row, chosen.messages, rejected.messages)
     return dataclasses.replace(chosen, rejected=rejected)
+
+
+def _check_prompts(row: Row, chosen: Sequence[Json], rejected: Sequence[Json]) -> None:
+    """Raise InvalidRow unless the first messages in which two conversations differ are answers."""
+    problem = "one side of the pair continues the other" if chosen else ""
+    for i, messages in enumerate(zip(chosen, rejected, strict=False), start=1):
+        if messages[0] != messages[1]:
+            roles = [message["role"] for message in messages]
+            is_prompt = roles != ["assistant", "assistant"]
+            problem = f"the two sides differ before an answer, in message {i}" if is_prompt else ""
+            break
+    if problem:
+        fix = "write two answers to the same prompt, or remove the row"
+        raise InvalidRow("different prompts", problem, where=row.id, fix=fix)
 
 
 def parse_labelled(row: Row, format: str, has_template: bool) -> Example:
@@ -250,6 +266,8 @@ def parse_labelled(row: Row, format: str, has_template: bool) -> Example:
             f"`{LABEL_KEY}` is {label!r:.40}" if LABEL_KEY in row.data else "there is no label"
         )
         fix = "set `label` to true for a desirable answer and to false for an undesirable one"
+        if isinstance(label, str):
+            fix += "; not as text, so not in CSV: use JSONL or Parquet"
         raise InvalidRow("no label", problem, where=row.id, fix=fix)
     return dataclasses.replace(example, label=bool(label))
 

@@ -40,7 +40,7 @@ UNNEEDED_KEYS = (
         "preprocessing_* overwrite_cache *_num_workers *_num_proc *_processes "
         "dataset_prepared_path dataloader_* tokenized_path cache_dir remove_unused_columns "
         "dataset_keep_in_memory streaming* buffer_size data_shared_file_system "
-        "skip_prepare_dataset dataset_shard_*",
+        "skip_prepare_dataset",
         "rows are read from their file when they are needed",
     ),
     ("overwrite_output_dir", "a run folder is never overwritten"),
@@ -105,6 +105,7 @@ UNSUPPORTED_KEYS = (
     ),
     ("plugins custom_* trainer_cls", "external code is not run"),
     ("dataset_exact_deduplication", "`tunesmith data check` counts duplicates; none is removed"),
+    ("dataset_shard_*", "a shard is a part of the rows: write it to a file of its own"),
     ("rope_scaling", "set it in the model's config.json"),
 )
 

@@ -10,6 +10,8 @@ from tunesmith.core.types import Row
 from tunesmith.data.formats.parse import (
     detect_format,
     find_unused_keys,
+    parse_labelled,
+    parse_pair,
     parse_row,
     read_openai_preference,
     read_side,
@@ -377,3 +379,56 @@ def test_without_a_template_the_model_is_to_blame_not_the_row(format, data):
     with pytest.raises(InputError, match="need a chat template") as caught:
         parse_row(row(**data), format, False)
     assert not isinstance(caught.value, InvalidRow)
+
+
+def turns(*contents):
+    """Return turns of the user and the assistant, alternating."""
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"chosen": turns("x", "a"), "rejected": turns("y", "b")}, "in message 1"),
+        ({"chosen": turns("x", "a", "y", "c"), "rejected": turns("x", "a", "z", "c")}, "message 3"),
+        ({"chosen": turns("x", "a", "y", "c"), "rejected": turns("x", "a")}, "continues the other"),
+        (
+            {"prompt": "x", "chosen": turns("x", "a")[1:],
+             "rejected": [{"role": "system", "content": "s"}, *turns("x", "b")[1:]]},
+            "in message 2",
+        ),
+        (
+            {"chosen": [{"role": "system", "content": "s"}, *turns("x", "a")],
+             "rejected": turns("x", "b")},
+            "in message 1",
+        ),
+    ],
+)  # fmt: skip
+def test_the_sides_of_a_pair_have_the_same_prompt(data, problem):
+    with pytest.raises(InvalidRow, match=problem) as caught:
+        parse_pair(Row("train.jsonl:7", data), "preference", True)
+    assert caught.value.reason == "different prompts"
+    assert caught.value.fix
+
+
+def test_a_trajectory_may_differ_from_its_first_answer_on():
+    data = {"chosen": turns("x", "a", "y", "c"), "rejected": turns("x", "b", "z", "d")}
+    example = parse_pair(Row("train.jsonl:7", data), "preference", True)
+    assert example.rejected is not None
+    assert example.turn_weights == example.rejected.turn_weights == (0, 1, 0, 1)
+
+
+@pytest.mark.parametrize("label", ["true", "False", "1", ""])
+def test_a_label_as_text_is_refused_with_what_csv_cannot_hold(label):
+    row = Row("train.csv:7", {"prompt": "a", "completion": "b", "label": label})
+    with pytest.raises(InvalidRow, match="`label` is") as caught:
+        parse_labelled(row, "completion", True)
+    assert "not in CSV: use JSONL" in caught.value.fix
+
+
+def test_messages_as_text_are_refused_with_what_csv_cannot_hold():
+    row = Row("train.csv:7", {"messages": json.dumps(turns("x", "a"))})
+    with pytest.raises(InvalidRow, match="not a list of messages") as caught:
+        parse_row(row, "messages", True)
+    assert "not in CSV: use JSONL" in caught.value.fix

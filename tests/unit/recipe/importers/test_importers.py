@@ -218,7 +218,7 @@ def test_without_an_adapter_all_weights_are_trained() -> None:
     assert "trains no adapter" in untranslated_by_key(translation)["lora_r"].reason
 
 
-@pytest.mark.parametrize("key", ["relora", "frobnicate"])
+@pytest.mark.parametrize("key", ["relora", "frobnicate", "dataset_shard_num"])
 def test_keys_that_may_change_the_training_come_first(key: str) -> None:
     assert untranslated_by_key(changed(AXOLOTL, f"{key}: true"))[key].is_important
     assert key not in untranslated_by_key(changed(AXOLOTL, f"{key}: false"))
