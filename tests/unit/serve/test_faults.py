@@ -476,8 +476,11 @@ def test_a_stopped_server_tells_streams_why(writer: Path) -> None:
 
     with serving(make_settings({}, base=str(writer))) as live:
         thread = threading.Thread(target=read, args=(live.url,))
-        thread.start()
-        assert started.wait(START_SECONDS)
+        with pausing_engine(live):
+            thread.start()
+            assert started.wait(START_SECONDS)
+            live.loop.call_soon_threadsafe(live.stop.set)
+            wait_for(lambda: live.server.engine.scheduler.is_draining)
     thread.join(START_SECONDS)
     last = json.loads(read_events(lines)[-1])
     assert last["error"]["code"] == "server_shutdown"

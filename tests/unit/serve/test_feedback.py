@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from full_disk import file_limit
-from tiny_server import LiveServer, make_chat, make_settings, serving
+from tiny_server import LiveServer, make_chat, make_settings, pausing_engine, serving
 from tunesmith import api
 from tunesmith.core.errors import InputError
 from tunesmith.serve import feedback
@@ -156,9 +156,9 @@ def test_a_stream_is_kept_whole(kept: LiveServer, keys: dict[str, str], folder: 
     assert read_rows(folder / "feedback.jsonl")[-1]["messages"][-1]["content"] == answer
 
 
-def test_a_stream_that_its_client_leaves_is_not_kept(ada: httpx.Client) -> None:
+def test_a_stream_that_its_client_leaves_is_not_kept(kept: LiveServer, ada: httpx.Client) -> None:
     body = make_chat("small", stream=True, max_tokens=300, **LONG)
-    with ada.stream("POST", CHAT, json=body) as response:
+    with pausing_engine(kept), ada.stream("POST", CHAT, json=body) as response:
         request_id = response.headers["x-request-id"]
         next(response.iter_lines())
     assert review(ada, request_id).status_code == 404
