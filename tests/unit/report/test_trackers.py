@@ -155,6 +155,7 @@ def test_weights_and_biases_needs_no_network(
 ) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")  # its own process has 30 s to start
     run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record())
     export_run(run, "wandb")
     (file,) = run.glob("wandb/offline-run-*/run-*.wandb")

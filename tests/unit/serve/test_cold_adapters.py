@@ -34,7 +34,7 @@ CHAT = "/v1/chat/completions"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 RECORD = "tunesmith.json"
-WAIT_SECONDS = 60
+WAIT_SECONDS = 300  # of a hang
 
 
 def ask(live: LiveServer, model: str, **more: Any) -> httpx.Response:

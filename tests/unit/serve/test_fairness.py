@@ -160,7 +160,7 @@ def narrow(writer: Path) -> Iterator[LiveServer]:
 def holding(live: LiveServer) -> Iterator[None]:
     """Let the engine wait between two steps; inside, all rows are of answers that have begun."""
     go_on = threading.Event()
-    live.server.engine.scheduler.put_command(lambda: go_on.wait(60))
+    live.server.engine.scheduler.put_command(go_on.wait)
     try:
         yield
     finally:
@@ -191,7 +191,7 @@ def test_a_client_without_rows_does_not_wait_for_an_answer_of_others(narrow: Liv
 def test_a_full_queue_of_one_client_refuses_that_client_alone(narrow: LiveServer) -> None:
     scheduler = narrow.server.engine.scheduler
     ended: list[str] = []
-    fill_rows(narrow, 150, ended)
+    fill_rows(narrow, 400, ended)
     with holding(narrow):
         for _ in range(6):
             narrow.call(scheduler.submit, [make_job(FLOOD, 3, ended)])
@@ -211,7 +211,7 @@ def test_a_slow_queue_of_others_refuses_no_client_that_has_a_reserved_row(
     monkeypatch.setattr(Backlog, "estimate_seconds", lambda _self: 3600.0)
     scheduler = narrow.server.engine.scheduler
     ended: list[str] = []
-    fill_rows(narrow, 150, ended)
+    fill_rows(narrow, 400, ended)
     with holding(narrow):
         with pytest.raises(RequestError, match="8 answers are unfinished"):
             narrow.call(scheduler.check_capacity, 1, FLOOD)
