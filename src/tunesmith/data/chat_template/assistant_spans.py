@@ -357,7 +357,7 @@ def _refuse_inner_end(
                 f"the chat template writes the end token {match.control.text!r} inside an answer:"
                 " a model stops there"
             )
-            fix = "drop the text beside the tool calls, or " if has_calls else ""
+            fix = "drop the text next to the tool calls, or " if has_calls else ""
             raise InputError(message, fix=f"{fix}{END_FIX}")
 
 

@@ -56,13 +56,14 @@ def _refuse_lost_calls(chat: Conversation, index: int, message: Json) -> None:
     """Raise InputError for tool calls of which the template writes only a part."""
     calls = message.get("tool_calls") or ()
     problem = ""
+    fix = TOOL_CALLS_FIX
     if len(calls) > 1 and not chat.quirks.has_all_calls:
         problem = "writes only one of several tool calls"
+        fix = f"put each call into a message of its own, followed by its result; or {fix}"
     elif not chat.quirks.has_arguments and any(map(_has_arguments, calls)):
         problem = "leaves out the arguments of tool calls"
     if problem:
-        message_name = f"message {index + 1}"
-        raise InputError(f"the chat template {problem} ({message_name})", fix=TOOL_CALLS_FIX)
+        raise InputError(f"the chat template {problem} (message {index + 1})", fix=fix)
 
 
 def _has_arguments(call: Json) -> bool:
@@ -84,9 +85,9 @@ def collect_render_notes(
         NO_TOOLS: chat.tools is not None and TOOLS not in text.origins,
         NO_SYSTEM: any(chat.messages[i]["role"] == "system" for i in omitted),
         NO_THINKING: any(_is_thinking_dropped(chat, span) for span in spans),
-        NO_CALLS: any(_lacks_calls(i, chat.messages[i], text) for i in range(count)),
+        NO_CALLS: any(_has_unwritten_calls(i, chat.messages[i], text) for i in range(count)),
         NO_CONTENT: any(span.message_index in omitted for span in spans),
-        PART_LOST: _loses_part(chat, text, spans, count),
+        PART_LOST: _is_part_lost(chat, text, spans, count),
         SERVED_PROMPT: any(span.splice_start is not None for span in spans),
     }
     return [note for note, is_present in notes.items() if is_present]
@@ -106,12 +107,12 @@ def _get_content(message: Json) -> str:
     return str(content)
 
 
-def _lacks_calls(index: int, message: Json, text: TrackedText) -> bool:
+def _has_unwritten_calls(index: int, message: Json, text: TrackedText) -> bool:
     has_calls = bool(message.get("tool_calls"))
     return has_calls and make_origin(index, "tool_calls") not in text.origins
 
 
-def _loses_part(
+def _is_part_lost(
     chat: Conversation, text: TrackedText, spans: Sequence[AssistantSpan], count: int
 ) -> bool:
     """Return whether only a part of the content of a message is in the text. White space does not
@@ -134,7 +135,8 @@ def _is_cut(index: int, content: str, text: TrackedText) -> bool:
     """Return whether a message has fewer characters in a text than its `content`, without white
     space, and the template did not write the rest, such as the tags around thinking."""
     num_written = 0
-    turn_start, turn_end = 0, len(text.plain)
+    turn_start = 0
+    turn_end = len(text.plain)
     for start, end, origin in text.origin_spans:
         if get_message_index(origin) == index:
             num_written += len("".join(text.plain[start:end].split()))

@@ -154,11 +154,11 @@ def check_rotation(text: Mapping[str, Any], text_type: str, head_dim: int, where
 
     transformers takes a head of one value for one of two."""
     rope_types = _list_rope_types(text)
-    known_types = (*ROPE_TYPES, *OLDER_ROPE_TYPES.get(text_type, ()))
+    valid_types = (*ROPE_TYPES, *OLDER_ROPE_TYPES.get(text_type, ()))
     for rope_type in rope_types:
-        if rope_type not in known_types:
+        if rope_type not in valid_types:
             message = f"rope_type {rope_type!r:.60} is unknown"
-            fix = f"correct it (known: {', '.join(known_types)}), or {CONFIG_FIX}"
+            fix = f"correct it (known: {', '.join(valid_types)}), or {CONFIG_FIX}"
             raise InputError(message, where=where, fix=fix)
     is_unrotated = text_type in UNROTATED_TYPES or text.get("position_embedding_type") == "nope"
     depends_on_length = not {"dynamic", "longrope"}.isdisjoint(rope_types)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from toy_chat import write_model_folder
+from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document, Example, Json
 from tunesmith.data.chat_template.renderer import Renderer
 
@@ -77,6 +78,28 @@ def test_a_call_ends_in_call(tmp_path: Path) -> None:
     assert trained == (
         ' to=functions.get<|channel|>commentary json<|message|>{"city": "Rome"}<|call|>'
     )
+
+
+def test_several_calls_are_refused_until_each_has_its_message(tmp_path: Path) -> None:
+    """The template writes the first of them, and the results of all."""
+    renderer = make_renderer(tmp_path)
+    calls: list[Json] = []
+    for city in ("Rome", "Oslo"):
+        function = {"name": "get", "arguments": {"city": city}}
+        calls.append({"type": "function", "function": function})
+    result: Json = {"role": "tool", "name": "get", "content": "21"}
+    both: Json = {"role": "assistant", "content": "", "tool_calls": calls}
+    apart: list[Json] = []
+    for call in calls:
+        apart += [{"role": "assistant", "content": "", "tool_calls": [call]}, result]
+    together = (TURNS[0], both, result, result, TURNS[1])
+    with pytest.raises(InputError, match="only one of several tool calls") as caught:
+        renderer.render(Example("row:1", messages=together, turn_weights=(0, 1, 0, 0, 1)))
+    assert "each call into a message of its own" in caught.value.fix
+    messages = (TURNS[0], *apart, TURNS[1])
+    row = renderer.render(Example("row:1", messages=messages, turn_weights=(0, 1, 0, 1, 0, 1)))
+    text = renderer.decode(row.documents[-1].tokens_L)
+    assert text.count('{"city": "') == 2
 
 
 def test_the_date_of_the_system_turn_is_the_plans(tmp_path: Path) -> None:
