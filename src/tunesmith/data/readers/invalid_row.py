@@ -24,7 +24,8 @@ Reason = Literal[
     # content of the row
     "missing key", "not messages", "too many messages", "unknown role", "null content", "not text",
     "empty text", "empty answer", "no answer at the end", "nothing trained", "wrong weight",
-    "wrong tool call", "wrong tools", "contradiction", "equal sides", "no label",
+    "wrong tool call", "wrong tools", "contradiction", "equal sides",
+    "different prompts", "no label",
     "wrong mark", "nothing bad",
     # a constraint of the recipe: the row is excluded, which is not an error
     "never",
