@@ -171,6 +171,20 @@ def test_a_loss_in_a_pack_differs_by_rounding_at_most(
     assert "use another attention backend" in refused.value.fix
 
 
+def test_a_loss_of_nearly_nothing_may_differ_by_a_few_times_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of rows that the model knows by heart: there, rounding is larger than the loss."""
+    model, samples = prepare_model()
+    right = preflight.measure_target_losses
+    monkeypatch.setattr(preflight, "measure_target_losses", lambda *args: 0 * right(*args) + 1e-9)
+    raise_packed_losses(monkeypatch, 9)
+    assert preflight.check_packed_loss(ModelUnderTest(model), samples).level == "ok"
+    raise_packed_losses(monkeypatch, 20)
+    with pytest.raises(GateError, match="packed loss"):
+        preflight.check_packed_loss(ModelUnderTest(model), samples)
+
+
 def test_a_loss_with_a_shared_prefix_differs_by_rounding_at_most(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
