@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
@@ -121,31 +122,47 @@ def _is_part_lost(
     for start, end, origin in text.origin_spans:
         num_chars[origin] += end - start
     answers = {span.message_index for span in spans if not _is_thinking_dropped(chat, span)}
+    shortened: dict[int, str] = {}
     for i, message in enumerate(chat.messages[:count]):
-        num_written = num_chars[make_origin(i, "content")]
-        is_checked = i in answers or message["role"] != "assistant"
         content = _get_content(message)
-        has_fewer_chars = 0 < num_written < len(content.strip())
-        if is_checked and has_fewer_chars and _is_cut(i, "".join(content.split()), text):
-            return True
-    return False
+        is_checked = i in answers or message["role"] != "assistant"
+        if is_checked and 0 < num_chars[make_origin(i, "content")] < len(content.strip()):
+            shortened[i] = "".join(content.split())
+    turns = _find_turns(text) if shortened else {}
+    return any(turns[i].is_cut(content, text.plain) for i, content in shortened.items())
 
 
-def _is_cut(index: int, content: str, text: TrackedText) -> bool:
-    """Return whether a message has fewer characters in a text than its `content`, without white
-    space, and the template did not write the rest, such as the tags around thinking."""
-    num_written = 0
-    turn_start = 0
-    turn_end = len(text.plain)
+@dataclass
+class _Turn:
+    """What a text has of a message, and where: between what it has of the ones beside it."""
+
+    start: int
+    end: int
+    num_written: int = 0  # characters of the message, without white space
+
+    def is_cut(self, content: str, plain: str) -> bool:
+        """Return whether a part of the content, without white space, was written neither from the
+        message nor by the template, which may write the tags around thinking itself."""
+        written = "".join(plain[self.start : self.end].split())
+        return self.num_written < len(content) and content not in written
+
+
+def _find_turns(text: TrackedText) -> dict[int, _Turn]:
+    """Return the turn of each message that the text has, in one pass."""
+    turns: dict[int, _Turn] = {}
+    last_index = -1
+    last_end = 0
     for start, end, origin in text.origin_spans:
-        if get_message_index(origin) == index:
-            num_written += len("".join(text.plain[start:end].split()))
-        elif get_message_index(origin) >= 0 and num_written == 0:
-            turn_start = end
-        elif get_message_index(origin) >= 0:
-            turn_end = min(turn_end, start)
-    turn = "".join(text.plain[turn_start:turn_end].split())
-    return num_written < len(content) and content not in turn
+        index = get_message_index(origin)
+        if index < 0:
+            continue
+        if index != last_index and last_index >= 0:
+            turns[last_index].end = min(turns[last_index].end, start)
+        turn = turns.setdefault(index, _Turn(last_end, len(text.plain)))
+        turn.num_written += len("".join(text.plain[start:end].split()))
+        last_index = index
+        last_end = end
+    return turns
 
 
 def _is_thinking_dropped(chat: Conversation, span: AssistantSpan) -> bool:
