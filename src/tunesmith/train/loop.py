@@ -72,7 +72,6 @@ STEP = "step"
 RESTORE = "restore"
 COMPARE = "compare"
 COLLECT = "collect"
-# Attributes in trainer_state.json, next to the rollbacks.
 MAX_BAD_STEPS = 3  # consecutive non-finite steps that end a run
 
 

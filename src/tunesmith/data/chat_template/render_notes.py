@@ -134,7 +134,7 @@ def _is_part_lost(
 
 @dataclass
 class _Turn:
-    """What a text has of a message, and where: between what it has of the ones beside it."""
+    """Hold where a text has a message, between its neighbors, and how much of it."""
 
     start: int
     end: int
