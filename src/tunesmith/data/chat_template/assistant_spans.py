@@ -21,7 +21,7 @@ from itertools import chain
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import CharSpan, Example
-from tunesmith.data.chat_template.conversation import Conversation
+from tunesmith.data.chat_template.conversation import SPLIT_FIX, Conversation
 from tunesmith.data.chat_template.encode import EncodedText, TrackedText
 from tunesmith.data.chat_template.tracked_str import (
     FIELDS,
@@ -42,7 +42,6 @@ MAX_TRACKED_RENDERS = 80_000  # trained turns x messages, where each is rendered
 # of different runs of plain text in the documents of a row, besides one of them: a tokenizer with
 # the template's control tokens encodes each turn once, one without them each document as a whole
 MAX_RUN_CHARS = 1_000_000
-SPLIT_FIX = "split the row, or set `train: false` on some answers"
 TOOL_CALLS_FIX = "set a `chat_template` that writes tool calls, or drop such rows"
 END_FIX = "set a `chat_template` that writes it only after an answer"
 PREFIX_FIX = "set a `chat_template` that starts each answer with its generation prompt"

@@ -25,7 +25,8 @@ from tunesmith.core.json_io import (
     measure_depth,
 )
 from tunesmith.core.types import Json
-from tunesmith.data.chat_template.template import ChatTemplate
+from tunesmith.data.chat_template.sandbox_limits import MAX_WORK
+from tunesmith.data.chat_template.template import ChatTemplate, RowWork
 from tunesmith.data.chat_template.tracked_str import (
     TEMPLATE,
     TOOLS,
@@ -37,6 +38,9 @@ from tunesmith.data.chat_template.tracked_str import (
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 TEMPLATE_KWARGS_KEY = "chat_template_kwargs"  # the recipe's key
+TRACKED_COST = 2  # a unit of work takes twice as long in a render with origins
+MAX_ROW_WORK = 4 * MAX_WORK  # of all renders of a row: some 2 s
+SPLIT_FIX = "split the row, or set `train: false` on some answers"
 MAX_CALL_DEPTH = 100  # of arguments in JSON text; those of an object are bounded with its row
 _FIELD_BY_KEY = {"content": "content", "tool_calls": "tool_calls"} | dict.fromkeys(
     REASONING_KEYS, "reasoning"
@@ -114,6 +118,7 @@ class Conversation:
         self.assistant_indices = frozenset(
             i for i, message in enumerate(self.messages) if message.get("role") == "assistant"
         )
+        self._work = RowWork()
         self._tracked_messages = [
             self._track_message(i, message) for i, message in enumerate(self.messages)
         ]
@@ -128,12 +133,24 @@ class Conversation:
         """Render the first `count` messages. Raises InputError if the template refuses them."""
         messages = self._tracked_messages[:count]
         context = _build_context(messages, self._tracked_tools, add_generation_prompt)
-        return self.template.render(self.variables.tracked | context)
+        text = self.template.render(self.variables.tracked | context, self._work)
+        self._check_work()
+        return text
 
     def render_plain(self, count: int, *, add_generation_prompt: bool = False) -> str:
         """Render the first `count` messages with plain Jinja, as inference engines do."""
         context = _build_context(self.messages[:count], self.tools, add_generation_prompt)
-        return self.template.render_plain(self.variables.plain | context)
+        text = self.template.render_plain(self.variables.plain | context, self._work)
+        self._check_work()
+        return text
+
+    def _check_work(self) -> None:
+        if self._work.plain + TRACKED_COST * self._work.tracked > MAX_ROW_WORK:
+            message = (
+                f"the {len(self.messages):,} messages are too much work for the chat template,"
+                " which renders each trained turn with all messages before it"
+            )
+            raise InputError(message, fix=SPLIT_FIX)
 
     @cached_property
     def full_plain_text(self) -> str:

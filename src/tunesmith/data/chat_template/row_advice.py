@@ -19,7 +19,11 @@ from typing import Any
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Example, Json
-from tunesmith.data.chat_template.conversation import TEMPLATE_KWARGS_KEY, list_settable_names
+from tunesmith.data.chat_template.conversation import (
+    SPLIT_FIX,
+    TEMPLATE_KWARGS_KEY,
+    list_settable_names,
+)
 from tunesmith.data.chat_template.template import ChatTemplate
 from tunesmith.data.tokenizer.chat_tokenizer import TOO_LONG_FIX, ChatTokenizer
 
@@ -56,7 +60,9 @@ class RowAdvisor:
     def suggest_fix(self, example: Example, error: InputError) -> InputError:
         """Return the error with a fix that was tried, or unchanged."""
         is_chat = example.text is None and bool(self.templates)
-        has_fix = error.fix == TOO_LONG_FIX or error.fix.startswith("put a user message first")
+        has_fix = error.fix in (TOO_LONG_FIX, SPLIT_FIX) or error.fix.startswith(
+            "put a user message first"
+        )
         if not is_chat or has_fix:
             return error
         if self._needs_question(example):

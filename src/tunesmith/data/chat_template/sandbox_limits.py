@@ -68,6 +68,8 @@ _CLOSED_ATTRIBUTES = {
     bytes: set(dir(bytes)),
 }
 _DICT_ATTRIBUTES = frozenset(dir(dict))
+FORMAT_METHODS = ("format", "format_map")
+_MISSING = object()
 
 
 class NoConstantFolding(CodeGenerator):
@@ -95,7 +97,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.filters = {name: _make_refusal(f"the filter {name!r}") for name in FILTERS}
         for name, function in filters.items():
             self.filters[name] = self._guard_filter(name, function)
-        self.filters["tick"] = self._charge_value
+        self.filters["tick"] = self.charge
         self.filters["walk"] = self._charge_operand
         self.filters["read"] = self._charge_read
         self.filters["sum"] = self._sum_values
@@ -204,9 +206,6 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
         return run_test
 
-    def _charge_value(self, value: Any) -> Any:
-        return self.charge(value)
-
     def _sum_values(self, values: Iterable[Any], attribute: Any = None, start: Any = 0) -> Any:
         if attribute is not None:
             raise UntrackedTextError("sum with an attribute")
@@ -254,6 +253,11 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         # a field of a message, looked up faster than by jinja
         if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        # once found safe, nothing but the value is looked up
+        if (type(obj), attribute) in self._safe_attributes:
+            value = getattr(obj, attribute, _MISSING)
+            if value is not _MISSING:
+                return value
         return super().getattr(self._refuse_function(obj), attribute)
 
     def _refuse_function(self, obj: Any) -> Any:
@@ -273,11 +277,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             for kind, closed_names in _CLOSED_ATTRIBUTES.items():
                 if isinstance(obj, kind) and attr in closed_names:
                     raise UntrackedTextError(f"{kind.__name__}.{attr}")
-            self._safe_attributes.add(key)
+            # global functions stay closed, and `format` depends on the value
+            if type(obj) not in self.function_types and attr not in FORMAT_METHODS:
+                self._safe_attributes.add(key)
         return True
 
     def wrap_str_format(self, value: Any) -> None:
-        if getattr(value, "__name__", "") in ("format", "format_map"):
+        if getattr(value, "__name__", "") in FORMAT_METHODS:
             raise UntrackedTextError(f"str.{value.__name__}")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +50,14 @@ MAX_SOURCE = 100_000  # characters; the largest real templates have 20,000
 MAX_SOURCE_BYTES = 4 * MAX_SOURCE
 MAX_NODES = 30_000  # of the syntax tree
 MAX_PARTS = 300  # macros and blocks; branches of one condition; terms of one comparison
+
+
+@dataclass
+class RowWork:
+    """The work of all renders of a row, as `LimitedEnvironment` counts it."""
+
+    plain: int = 0
+    tracked: int = 0
 
 
 class ChatTemplate:
@@ -91,22 +100,29 @@ class ChatTemplate:
             self._plain_environment, self.source, CostTransformer()
         )
 
-    def render(self, variables: Mapping[str, Any]) -> TrackedStr:
-        """Render tracked text. Raises InputError with the template's line; the caller adds the
-        row."""
+    def render(self, variables: Mapping[str, Any], row_work: RowWork | None = None) -> TrackedStr:
+        """Render tracked text and count its work for the row. Raises InputError with the template's
+        line; the caller adds the row."""
+        environment = self._tracked_environment
         with self._lock, self._explained_errors(self._tracked_template):
-            self._tracked_environment.start_budget()
+            environment.start_budget()
             context = self._tracked_template.new_context(dict(variables))
-            pieces = self._tracked_template.root_render_func(context)
-            return self._tracked_environment.concat_output(pieces)
+            text = environment.concat_output(self._tracked_template.root_render_func(context))
+            if row_work is not None:
+                row_work.tracked += environment.work
+            return text
 
-    def render_plain(self, variables: Mapping[str, Any]) -> str:
+    def render_plain(self, variables: Mapping[str, Any], row_work: RowWork | None = None) -> str:
         """Render the same with plain Jinja, under a budget of the same size."""
+        environment = self._plain_environment
         with self._lock, self._explained_errors(self._plain_template):
-            self._plain_environment.start_budget()
+            environment.start_budget()
             context = self._plain_template.new_context(dict(variables))
             pieces = self._plain_template.root_render_func(context)
-            return "".join(self._plain_environment.limit_output(pieces))
+            text = "".join(environment.limit_output(pieces))
+            if row_work is not None:
+                row_work.plain += environment.work
+            return text
 
     @contextmanager
     def _explained_errors(self, template: Template) -> Iterator[None]:

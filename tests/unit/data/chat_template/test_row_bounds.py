@@ -1,0 +1,125 @@
+"""How many trained turns, characters and units of work a row may have."""
+
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from toy_chat import (
+    assistant,
+    make_example,
+    make_newline_bpe,
+    mark_trained_text,
+    user,
+    write_model_folder,
+)
+from tunesmith.core.errors import InputError
+from tunesmith.core.types import Json
+from tunesmith.data.chat_template import assistant_spans
+from tunesmith.data.chat_template.conversation import SPLIT_FIX
+from tunesmith.data.chat_template.renderer import Renderer
+
+NOW = datetime(2026, 3, 4)
+
+
+def test_a_trace_of_400_messages_renders(tmp_path: Path) -> None:
+    renderer = Renderer.from_folder(write_model_folder(tmp_path), now=NOW)
+    turns = [turn for i in range(200) for turn in (user(f"do {i}"), assistant(f"did {i}"))]
+    (document,) = renderer.render(make_example(*turns)).documents
+    trained = mark_trained_text(renderer, document)
+    assert trained.count("⟦did") == 200
+
+
+def make_long_turns(start: str = "") -> list[Json]:
+    """Ten questions and answers of a thousand characters; each answer begins with `start`."""
+    pair = user("a" * 1_000), assistant(start + "b" * 1_000)
+    return [*pair] * 10
+
+
+def check_document_limit(renderer: Renderer, turns: list[Json]) -> None:
+    """Eight turns fit into the limit of their documents, and ten do not."""
+    assert len(renderer.render(make_example(*turns[:16])).documents) == 8
+    with pytest.raises(InputError, match="over 100,000 characters"):
+        renderer.render(make_example(*turns))
+
+
+def test_the_characters_of_all_turns_are_limited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few turns of long messages are as much work as many short ones."""
+    monkeypatch.setattr(assistant_spans, "MAX_RENDERED_CHARS", 100_000)
+    renderer = Renderer.from_folder(write_model_folder(tmp_path), now=NOW)
+    turns = make_long_turns()
+    assert renderer.render(make_example(*turns[:16])).documents
+    with pytest.raises(InputError, match="over 100,000 characters") as refusal:
+        renderer.render(make_example(*turns))
+    assert refusal.value.fix
+
+
+def test_a_document_a_turn_has_fewer_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are all encoded, and all trained."""
+    monkeypatch.setattr(assistant_spans, "MAX_TURN_CHARS", 100_000)
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}"
+    template += "{% if loop.last %} {% endif %}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    folder = write_model_folder(tmp_path, template)
+    renderer = Renderer.from_folder(folder, now=NOW)
+    check_document_limit(renderer, make_long_turns())
+
+
+def test_turns_that_would_merge_with_their_prompts_have_fewer_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are found in the render of all messages, and then encoded one by one."""
+    monkeypatch.setattr(assistant_spans, "MAX_TURN_CHARS", 100_000)
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, base=make_newline_bpe()), now=NOW)
+    check_document_limit(renderer, make_long_turns("\n"))
+
+
+def test_documents_without_control_tokens_have_fewer_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is encoded as a whole; one document alone, however long, is not refused."""
+    monkeypatch.setattr(assistant_spans, "MAX_RUN_CHARS", 30_000)
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, template), now=NOW)
+    turns = make_long_turns()
+    assert len(renderer.render(make_example(*turns[:10])).documents) == 5
+    with pytest.raises(InputError, match=r"10 trained turns .* over 30,000 characters to encode"):
+        renderer.render(make_example(*turns))
+    long_turns = user("a" * 50_000), assistant("b" * 50_000)
+    assert len(renderer.render(make_example(*long_turns)).documents) == 1
+    monkeypatch.setattr(assistant_spans, "MAX_TRACKED_RENDERS", 49)
+    with pytest.raises(InputError, match="5 trained turns of 10 messages"):
+        renderer.render(make_example(*turns[:10]))
+
+
+def test_all_renders_of_a_row_have_one_budget(tmp_path: Path) -> None:
+    """A template that loops often takes rows with few trained turns, and refuses many of them."""
+    template = "{% for m in messages %}{% for _ in range(300) %}{% endfor %}"
+    template += "{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, template), now=NOW)
+    turns = [user("a"), assistant("b")] * 100
+    last_trained = (0.0,) * 199 + (1.0,)
+    assert len(renderer.render(make_example(*turns, weights=last_trained)).documents) == 1
+    with pytest.raises(InputError, match="the 200 messages are too much work") as caught:
+        renderer.render(make_example(*turns))
+    assert caught.value.fix == SPLIT_FIX, "no other fix was tried, which would take as long again"
+    assert len(renderer.render(make_example(*turns[:20])).documents) == 1, "each row has its own"
+
+
+def test_turns_of_one_document_may_have_more_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the template ends each render with more than the next turn begins with."""
+    monkeypatch.setattr(assistant_spans, "MAX_TURN_CHARS", 10_000)
+    turns = make_long_turns()
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    template += "{{ '<|im_start|>' if add_generation_prompt else '<|endoftext|>' }}"
+    folder = write_model_folder(tmp_path, template)
+    renderer = Renderer.from_folder(folder, now=NOW)
+    assert len(renderer.render(make_example(*turns)).documents) == 1
