@@ -220,7 +220,7 @@ def choose_packed_documents(documents: Sequence[Document]) -> tuple[Document, ..
 
 
 def choose_sharing_documents(candidates: Sequence[Document]) -> tuple[Document, ...]:
-    """Choose the three or two shortest documents that share a prefix and diverge.
+    """Choose the three shortest documents, or two, of which two share a prefix and diverge.
 
     If no two do, a document and a copy with another ending; none if all are too short to share
     anything."""

@@ -92,6 +92,8 @@ def translate(draft: RecipeDraft) -> None:
         )
     key_map.translate_model(draft, "model_name_or_path")
     draft.rename_keys(SAME_KEYS)
+    if draft.remaining.get("do_train") is False:
+        draft.skip_key("do_train", draft.pop_value("do_train"), "a recipe is always trained")
     draft.set_value("on_overlong", "truncate", "LLaMA-Factory truncates at cutoff_len")
     _translate_method(draft)
     key_map.translate_target_modules(draft, "lora_target", all_linear_names=("all",))

@@ -38,7 +38,8 @@ UNNEEDED_KEYS = (
     ),
     (
         "preprocessing_* overwrite_cache *_num_workers *_num_proc *_processes "
-        "dataset_prepared_path dataloader_* tokenized_path cache_dir remove_unused_columns "
+        "dataset_prepared_path dataloader_pin_memory dataloader_prefetch_factor "
+        "dataloader_persistent_workers cache_dir remove_unused_columns "
         "dataset_keep_in_memory streaming* buffer_size data_shared_file_system "
         "skip_prepare_dataset",
         "rows are read from their file when they are needed",
@@ -104,6 +105,8 @@ UNSUPPORTED_KEYS = (
         "AdamW with its usual betas, and a plain schedule",
     ),
     ("plugins custom_* trainer_cls", "external code is not run"),
+    ("dataloader_drop_last", "the last batch of an epoch is trained, too"),
+    ("tokenized_path", "the rows saved there are not read: set train_data to their files"),
     ("dataset_exact_deduplication", "`tunesmith data check` counts duplicates; none is removed"),
     ("dataset_shard_*", "a shard is a part of the rows: write it to a file of its own"),
     ("rope_scaling", "set it in the model's config.json"),

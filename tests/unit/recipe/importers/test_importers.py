@@ -218,10 +218,19 @@ def test_without_an_adapter_all_weights_are_trained() -> None:
     assert "trains no adapter" in untranslated_by_key(translation)["lora_r"].reason
 
 
-@pytest.mark.parametrize("key", ["relora", "frobnicate", "dataset_shard_num"])
+@pytest.mark.parametrize(
+    "key",
+    ["relora", "frobnicate", "dataset_shard_num", "dataloader_drop_last", "tokenized_path"],
+)
 def test_keys_that_may_change_the_training_come_first(key: str) -> None:
     assert untranslated_by_key(changed(AXOLOTL, f"{key}: true"))[key].is_important
     assert key not in untranslated_by_key(changed(AXOLOTL, f"{key}: false"))
+
+
+def test_a_config_that_only_evaluates_is_said_to_train_now() -> None:
+    translation = changed(LLAMAFACTORY, "do_train: false", without=["do_train"])
+    assert untranslated_by_key(translation)["do_train"].is_important
+    assert not untranslated_by_key(translated(LLAMAFACTORY))["do_train"].is_important
 
 
 def test_a_pattern_of_layers_stays_a_pattern() -> None:
