@@ -167,8 +167,8 @@ def _iter_flags(example: Example, prepared: PreparedRow) -> Iterable[str]:
     if prepared.is_answer_too_long:
         yield "answer too long"
     roles = {message["role"] for message in example.messages}
-    if example.messages and not roles & {"system", "developer"}:
-        yield "no system"
+    if example.messages:
+        yield "system" if roles & {"system", "developer"} else "no system"
     user_texts = [each["content"] for each in example.messages if each["role"] == "user"]
     if not all(text.strip() for text in user_texts):
         yield "empty prompt"

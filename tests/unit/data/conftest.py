@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document, Example
 from tunesmith.data.chat_template.renderer import RenderedRow
 
@@ -45,6 +46,8 @@ class Words:
                 [0.0] * (1 + len(before)) + [1.0] * (len(after) + 1),
             )
         for message, weight in zip(example.messages, example.turn_weights, strict=True):
+            if "unrenderable" in message["content"]:
+                return RenderedRow(example, error=InputError("not rendered", where=example.id))
             words = self.encode_text(message["content"])
             tokens += [START, *self.encode_text(message["role"]), *words, END]
             weights += [0.0, 0.0, *[weight] * (len(words) + 1)]

@@ -5,7 +5,7 @@ They use the scan of the data set (`length_stats.py`): all rows, or a sample of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jsonschema.protocols import Validator
 
@@ -167,17 +167,20 @@ def check_render_notes(context: CheckContext) -> Iterator[Finding]:
 
 def check_system_turns(context: CheckContext) -> Iterator[Finding]:
     """A mix of rows with and without a system message; served prompts are mostly of one kind."""
-    without_ids = set(context.scan.flagged.get("no system", []))
-    ids = [context.dataset.get_id(row) for row in context.scan.rows_R.tolist()]
-    if not 0 < len(without_ids) < len(ids):
+    with_ids = context.scan.flagged.get("system", [])
+    without_ids = context.scan.flagged.get("no system", [])
+    if not with_ids or not without_ids:
         return
-    if 2 * len(without_ids) <= len(ids):  # the minority is named
-        minority = [row_id for row_id in ids if row_id in without_ids]
-        predicate = "have no system message, the others have one"
+    if len(without_ids) <= len(with_ids):  # the minority is named
+        predicate = f"have no system message, {_count_having(with_ids)} one"
+        yield make_finding(context, "system_turns", without_ids, predicate, "warn")
     else:
-        minority = [row_id for row_id in ids if row_id not in without_ids]
-        predicate = "have a system message, the others have none"
-    yield make_finding(context, "system_turns", minority, predicate, "warn")
+        predicate = f"have a system message, {_count_having(without_ids)} none"
+        yield make_finding(context, "system_turns", with_ids, predicate, "warn")
+
+
+def _count_having(ids: Sequence[str]) -> str:
+    return f"{len(ids):,} {'has' if len(ids) == 1 else 'have'}"
 
 
 def check_empty_prompts(context: CheckContext) -> Iterator[Finding]:

@@ -106,7 +106,7 @@ UNSUPPORTED_KEYS = (
     ),
     ("plugins custom_* trainer_cls", "external code is not run"),
     ("dataloader_drop_last", "the last batch of an epoch is trained, too"),
-    ("tokenized_path", "the rows saved there are not read: set train_data to their files"),
+    ("tokenized_path", "the rows saved there are not read: set `data` to their files"),
     ("dataset_exact_deduplication", "`tunesmith data check` counts duplicates; none is removed"),
     ("dataset_shard_*", "a shard is a part of the rows: write it to a file of its own"),
     ("rope_scaling", "set it in the model's config.json"),

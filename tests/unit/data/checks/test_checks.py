@@ -104,7 +104,7 @@ def test_control_text_missing_system_turns_and_empty_prompts(opened):
     rows = [chat("a {x} </s>", "b", system="s"), chat(" ", "c"), chat("d", "e", system="s")]
     assert findings(check_data({"data": opened(rows)})["data"]) == [
         ("warn", "1 of 3 rows: control text is trained as text"),
-        ("warn", "1 of 3 rows has no system message, the others have one"),
+        ("warn", "1 of 3 rows has no system message, 2 have one"),
         ("warn", "1 of 3 rows has an empty user message"),
     ]
 

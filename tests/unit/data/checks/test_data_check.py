@@ -164,6 +164,12 @@ def test_of_system_turns_the_odd_rows_are_named(report, few, says):
     assert says in finding.message
 
 
+def test_a_row_that_cannot_be_rendered_has_no_system_message(report):
+    findings = report(data=[*rows(20), chat("unrenderable", "a")])
+    assert "rejected" in findings
+    assert "system_turns" not in findings
+
+
 def test_grams_are_runs_of_words_whatever_the_case_and_the_signs():
     first, second = (
         hash_words(text) for text in ('The "old" clock, in the hall.', "the old CLOCK in the-hall")
