@@ -220,7 +220,8 @@ def check_unused_keys(context: CheckContext) -> Iterator[Finding]:
     dataset = context.dataset
     keys: dict[str, str] = {}
     negative_ids: list[str] = []
-    for row in context.scan.rows_R[:MAX_DETECTION_ROWS].tolist():
+    first_rows = context.scan.rows_R[:MAX_DETECTION_ROWS].tolist()
+    for row in first_rows:
         row_data = dataset.read_row(row)
         for key in find_unused_keys(
             row_data, dataset.get_part(row).format, has_labels=dataset.has_labels
@@ -230,7 +231,7 @@ def check_unused_keys(context: CheckContext) -> Iterator[Finding]:
                 negative_ids.append(dataset.get_id(row))
     if negative_ids and dataset.is_trained:
         message = (
-            f"{len(negative_ids)} of the first {MAX_DETECTION_ROWS} rows have `label: false` (a bad"
+            f"{len(negative_ids)} of the first {len(first_rows)} rows have `label: false` (a bad"
             " answer in KTO) and are trained like the others"
         )
         fix = 'drop them, or mark them `"negative": true` and set `never:`'

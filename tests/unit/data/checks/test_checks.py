@@ -164,7 +164,7 @@ def test_rows_that_kto_marks_as_bad_are_told(opened):
     rows = [chat(f"ask {i}", f"say {i}", label=i % 4 > 0) for i in range(8)]
     (level, message), _ = findings(check_data({"data": opened(rows)})["data"], "unused")
     assert level == "warn"
-    assert "2 of the first 20 rows have `label: false`" in message
+    assert "2 of the first 8 rows have `label: false`" in message
     assert "label: false" not in repr(
         check_data({"data": opened([chat("a", "b", label="false")] * 3)})["data"].findings
     )
