@@ -2,9 +2,10 @@
 
     '{"a": {"b": true}, "c": [1, 2]}' -> {"a.b": "true", "c": "[1, 2]"}
 
-A list is one value, and so is what lies deeper than MAX_DEPTH. Names and values are strangers'
-texts of any length: long ones are cut and end in a digest, so that different ones stay different.
-Left out: what the values mean (evaluate/error_analysis.py, checks/lopsided_fields.py)."""
+A list is one value, and so is what lies deeper than MAX_DEPTH. Values are equal where the metric
+`field_f1` finds them equal: plain values of a list in any order, 1 and 1.0. Names and values are
+strangers' texts of any length: long ones are cut and end in a digest, so that different ones stay
+different. Left out: what values mean (evaluate/error_analysis.py, checks/lopsided_fields.py)."""
 
 from __future__ import annotations
 
@@ -50,13 +51,24 @@ def _collect_fields(value: dict[str, Any], prefix: str, depth: int, into: dict[s
         if isinstance(item, dict) and item and depth < MAX_DEPTH:
             _collect_fields(cast("dict[str, Any]", item), f"{name}.", depth + 1, into)
             continue
-        text = json.dumps(item, sort_keys=True, ensure_ascii=False)
+        text = json.dumps(_normalize_value(item), sort_keys=True, ensure_ascii=False)
         name = shorten(name, MAX_NAME_CHARS)
         if len(into) < MAX_FIELDS:
             into[name] = shorten(text, MAX_VALUE_CHARS)
         else:
             rest = f"{into.get(OTHER_FIELDS, '')}{name}={text};"
             into[OTHER_FIELDS] = _hash_text(rest)
+
+
+def _normalize_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        items = cast("dict[str, Any]", value).items()
+        return {key: _normalize_value(item) for key, item in items}
+    if isinstance(value, list):
+        values = [_normalize_value(item) for item in cast("list[Any]", value)]
+        has_order = any(isinstance(item, (dict, list)) for item in values)
+        return values if has_order else sorted(values, key=json.dumps)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def format_field_name(key: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 from tunesmith.core.events import GenerationSample
 from tunesmith.core.evidence import Shortcut
 from tunesmith.data.answer_values import MAX_FIELDS, split_fields
+from tunesmith.evaluate.json_metrics import field_f1
 from tunesmith.evaluate.shortcuts import (
     SHORTCUT_LIMITS,
     build_answer_items,
@@ -187,6 +188,30 @@ def test_names_with_dots_are_no_paths() -> None:
         "a.b": "2",
         "c": '[1, {"d": 3}]',
     }
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "is_equal"),
+    [
+        ('["y", "x", "x"]', '["x", "y", "x"]', True),
+        ('["y", "x", "x"]', '["y", "x"]', False),
+        ("[1, true]", "[true, 1.0]", True),
+        ("1", "true", False),
+        ("-0.0", "0", True),
+        ("1e400", "1e400", True),
+        ("0.5", "0.50", True),
+        ('[{"a": [2, 1]}, 3]', '[{"a": [1, 2]}, 3.0]', True),
+        ('[{"a": 1}, {"a": 2}]', '[{"a": 2}, {"a": 1}]', False),
+        ('[["a", 1], []]', '[[1, "a"], []]', True),
+        ('{"b": {"c": {"d": {"e": [null, ""]}}}}', '{"b": {"c": {"d": {"e": ["", null]}}}}', True),
+    ],
+)
+def test_values_are_equal_where_the_metric_finds_them_equal(
+    answer: str, expected: str, is_equal: bool
+) -> None:
+    texts = f'{{"a": {answer}}}', f'{{"a": {expected}}}'
+    assert (split_fields(texts[0]) == split_fields(texts[1])) is is_equal
+    assert (field_f1(*texts, None) == 1.0) is is_equal
 
 
 @pytest.mark.parametrize(
