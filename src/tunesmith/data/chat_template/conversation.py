@@ -26,7 +26,7 @@ from tunesmith.core.json_io import (
 )
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.sandbox_limits import MAX_WORK
-from tunesmith.data.chat_template.template import ChatTemplate, RowWork
+from tunesmith.data.chat_template.template import ChatTemplate, RowSteps
 from tunesmith.data.chat_template.tracked_str import (
     TEMPLATE,
     TOOLS,
@@ -38,8 +38,9 @@ from tunesmith.data.chat_template.tracked_str import (
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 TEMPLATE_KWARGS_KEY = "chat_template_kwargs"  # the recipe's key
-TRACKED_COST = 2  # a unit of work takes twice as long in a render with origins
-MAX_ROW_WORK = 4 * MAX_WORK  # of all renders of a row: some 2 s
+TRACKED_COST = 2  # a step takes twice as long in a render with origins
+# Of all renders of a row: some 2 or 3 s. Their characters have bounds of their own.
+MAX_ROW_STEPS = 6 * MAX_WORK
 SPLIT_FIX = "split the row, or set `train: false` on some answers"
 MAX_CALL_DEPTH = 100  # of arguments in JSON text; those of an object are bounded with its row
 _FIELD_BY_KEY = {"content": "content", "tool_calls": "tool_calls"} | dict.fromkeys(
@@ -118,7 +119,7 @@ class Conversation:
         self.assistant_indices = frozenset(
             i for i, message in enumerate(self.messages) if message.get("role") == "assistant"
         )
-        self._work = RowWork()
+        self._steps = RowSteps()
         self._tracked_messages = [
             self._track_message(i, message) for i, message in enumerate(self.messages)
         ]
@@ -133,19 +134,19 @@ class Conversation:
         """Render the first `count` messages. Raises InputError if the template refuses them."""
         messages = self._tracked_messages[:count]
         context = _build_context(messages, self._tracked_tools, add_generation_prompt)
-        text = self.template.render(self.variables.tracked | context, self._work)
-        self._check_work()
+        text = self.template.render(self.variables.tracked | context, self._steps)
+        self._check_steps()
         return text
 
     def render_plain(self, count: int, *, add_generation_prompt: bool = False) -> str:
         """Render the first `count` messages with plain Jinja, as inference engines do."""
         context = _build_context(self.messages[:count], self.tools, add_generation_prompt)
-        text = self.template.render_plain(self.variables.plain | context, self._work)
-        self._check_work()
+        text = self.template.render_plain(self.variables.plain | context, self._steps)
+        self._check_steps()
         return text
 
-    def _check_work(self) -> None:
-        if self._work.plain + TRACKED_COST * self._work.tracked > MAX_ROW_WORK:
+    def _check_steps(self) -> None:
+        if self._steps.plain + TRACKED_COST * self._steps.tracked > MAX_ROW_STEPS:
             message = (
                 f"the {len(self.messages):,} messages are too much work for the chat template,"
                 " which renders each trained turn with all messages before it"

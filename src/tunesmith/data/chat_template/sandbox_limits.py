@@ -111,8 +111,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def start_budget(self) -> None:
         self.work = 0
+        self.char_work = 0  # the part of it that is for characters
         self.next_check = 0
         self.deadline = time.thread_time() + MAX_SECONDS
+
+    @property
+    def num_steps(self) -> int:
+        """Loop turns, calls and list items, without the work for characters."""
+        return self.work - self.char_work
 
     def tick(self, work: int = 1) -> None:
         self.work += work
@@ -130,7 +136,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         """Charge for the size of a new value and return it, so that a render holds a bounded
         amount."""
         if isinstance(value, str):
-            self.work += 1 + len(value) // CHARS_PER_TICK
+            char_work = len(value) // CHARS_PER_TICK
+            self.work += 1 + char_work
+            self.char_work += char_work
         elif isinstance(value, CONTAINERS):
             self.work += 1 + len(value)
         else:
@@ -147,6 +155,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
                 item = todo.pop()
                 children = [*item, *item.values()] if isinstance(item, dict) else item
                 num_chars = sum(len(child) for child in children if isinstance(child, str))
+                self.char_work += num_chars // CHARS_PER_TICK
                 self.tick(1 + len(children) + num_chars // CHARS_PER_TICK)
                 todo += [child for child in children if isinstance(child, CONTAINERS)]
         return value
@@ -158,6 +167,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         """Charge for a text that is compared or searched, as often as it is, and return the
         value."""
         if isinstance(value, str):
+            self.char_work += len(value) // READ_CHARS_PER_TICK
             self.tick(len(value) // READ_CHARS_PER_TICK)
         return value
 

@@ -53,8 +53,8 @@ MAX_PARTS = 300  # macros and blocks; branches of one condition; terms of one co
 
 
 @dataclass
-class RowWork:
-    """The work of all renders of a row, as `LimitedEnvironment` counts it."""
+class RowSteps:
+    """The steps of all renders of a row, as `LimitedEnvironment` counts them."""
 
     plain: int = 0
     tracked: int = 0
@@ -100,19 +100,19 @@ class ChatTemplate:
             self._plain_environment, self.source, CostTransformer()
         )
 
-    def render(self, variables: Mapping[str, Any], row_work: RowWork | None = None) -> TrackedStr:
-        """Render tracked text and count its work for the row. Raises InputError with the template's
-        line; the caller adds the row."""
+    def render(self, variables: Mapping[str, Any], row_steps: RowSteps | None = None) -> TrackedStr:
+        """Render tracked text and count its steps in those of the row. Raises InputError with the
+        template's line; the caller adds the row."""
         environment = self._tracked_environment
         with self._lock, self._explained_errors(self._tracked_template):
             environment.start_budget()
             context = self._tracked_template.new_context(dict(variables))
             text = environment.concat_output(self._tracked_template.root_render_func(context))
-            if row_work is not None:
-                row_work.tracked += environment.work
+            if row_steps is not None:
+                row_steps.tracked += environment.num_steps
             return text
 
-    def render_plain(self, variables: Mapping[str, Any], row_work: RowWork | None = None) -> str:
+    def render_plain(self, variables: Mapping[str, Any], row_steps: RowSteps | None = None) -> str:
         """Render the same with plain Jinja, under a budget of the same size."""
         environment = self._plain_environment
         with self._lock, self._explained_errors(self._plain_template):
@@ -120,8 +120,8 @@ class ChatTemplate:
             context = self._plain_template.new_context(dict(variables))
             pieces = self._plain_template.root_render_func(context)
             text = "".join(environment.limit_output(pieces))
-            if row_work is not None:
-                row_work.plain += environment.work
+            if row_steps is not None:
+                row_steps.plain += environment.num_steps
             return text
 
     @contextmanager

@@ -15,7 +15,7 @@ from toy_chat import (
 )
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
-from tunesmith.data.chat_template import assistant_spans
+from tunesmith.data.chat_template import assistant_spans, conversation
 from tunesmith.data.chat_template.conversation import SPLIT_FIX
 from tunesmith.data.chat_template.renderer import Renderer
 
@@ -110,6 +110,17 @@ def test_all_renders_of_a_row_have_one_budget(tmp_path: Path) -> None:
         renderer.render(make_example(*turns))
     assert caught.value.fix == SPLIT_FIX, "no other fix was tried, which would take as long again"
     assert len(renderer.render(make_example(*turns[:20])).documents) == 1, "each row has its own"
+
+
+def test_characters_are_no_steps_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have bounds of their own; each costs little."""
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.content | trim + '<|im_end|>' }}"
+    template += "{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, template), now=NOW)
+    monkeypatch.setattr(conversation, "MAX_ROW_STEPS", 3_000)
+    assert renderer.render(make_example(*make_long_turns())).documents
+    with pytest.raises(InputError, match="too much work"):
+        renderer.render(make_example(*make_long_turns() * 3))
 
 
 def test_turns_of_one_document_may_have_more_characters(
