@@ -148,8 +148,8 @@ class Conversation:
     def _check_steps(self) -> None:
         if self._steps.plain + TRACKED_COST * self._steps.tracked > MAX_ROW_STEPS:
             message = (
-                f"the {len(self.messages):,} messages are too much work for the chat template,"
-                " which renders each trained turn with all messages before it"
+                f"rendering each trained turn of the {len(self.messages):,} messages with all"
+                " messages before it is too much work for the chat template"
             )
             raise InputError(message, fix=SPLIT_FIX)
 
