@@ -1,30 +1,22 @@
-"""A file ends where an idea ends: none is long, and none is tiny unless something swaps it."""
+"""Each package is inside its budget (budgets.toml); no function is long."""
 
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+
+from benchmarks.size import measure_files
 
 import tunesmith
 
 PACKAGE = Path(tunesmith.__file__).parent
-MAX_FILE_LINES = 600
-MIN_FILE_LINES = 60
+TESTS = Path(__file__).parents[1]
+BUDGETS = tomllib.loads((TESTS.parent / "budgets.toml").read_text())
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
 MAX_FLAGS = 10
-
-# Small on purpose: many import it and it has no neighbor, or it stands for an optional library.
-SMALL_FILES = {
-    "core/sampling.py",  # for verbs that load no torch
-    "cli/views/verification.py",  # of a single verb
-    "core/finite_json.py",  # below events.py and json_io.py, which both need it
-    "core/progress_log.py",
-    "data/checks/language_id.py",
-    "data/tokenizer/eos.py",
-    "train/neftune.py",  # on or off as a whole
-}
 
 
 def iter_functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -33,21 +25,24 @@ def iter_functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDe
             yield node
 
 
-def count_lines(path: Path) -> int:
-    return len(path.read_text().splitlines())
+def count_folder(folder: Path) -> int:
+    return sum(path.read_text().count("\n") for path in folder.rglob("*.py"))
 
 
-def test_no_file_is_long() -> None:
-    files = [*PACKAGE.rglob("*.py"), *Path(__file__).parents[1].rglob("*.py")]
-    assert {str(path) for path in files if count_lines(path) > MAX_FILE_LINES} == set()
+def test_every_package_is_inside_its_budget() -> None:
+    folders = {init.parent for init in PACKAGE.glob("*/__init__.py")}
+    lines = {folder.name: count_folder(folder) for folder in folders}
+    assert lines.keys() == BUDGETS["lines"].keys() == BUDGETS["goal"].keys()
+    assert {name: n for name, n in lines.items() if n > BUDGETS["lines"][name]} == {}
 
 
-def test_no_file_is_tiny_unless_something_swaps_it() -> None:
-    files = [path for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")]
-    tiny = {
-        path.relative_to(PACKAGE).as_posix() for path in files if count_lines(path) < MIN_FILE_LINES
-    }
-    assert tiny == SMALL_FILES
+def test_code_is_not_dense() -> None:
+    _, _, statements, _, nodes = measure_files(list(PACKAGE.rglob("*.py")))
+    assert nodes / statements <= BUDGETS["max_nodes_per_statement"]
+
+
+def test_tests_are_no_longer_than_the_code() -> None:
+    assert count_folder(TESTS) <= BUDGETS["max_test_lines_per_line"] * count_folder(PACKAGE)
 
 
 def test_no_function_is_long_or_takes_many_parameters() -> None:
