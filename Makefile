@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow multi effects evidence evidence-quick llama mutation check bench docs size format clean
+.PHONY: demo test slow promises multi effects evidence evidence-quick llama mutation check bench docs size format clean
 
 demo: $(BIN)/tunesmith  ## the whole story on the embedded example
 	$(BIN)/tunesmith demo
@@ -18,6 +18,9 @@ test: $(BIN)/pytest  ## the tests, without the real model; of model families, on
 
 slow: $(BIN)/pytest  ## the tests that need the real SmolLM2-135M-Instruct, one seed per effect, and the other families
 	OMP_NUM_THREADS=1 $(PYTEST) -m 'slow and not more_seeds'
+
+promises: $(BIN)/pytest  ## the slow tests of what README promises, which CI runs
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'slow and promise and not more_seeds'
 
 multi: $(BIN)/pytest  ## runs on two and three processes over gloo
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m multi tests/multi

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.promise
+
 SCRIPT = Path(__file__).with_name("dying_export.py")
 ALL = ("peft", "merged", "gguf-q8_0", "gguf-lora", "ollama-f16")
 Dying = Callable[..., dict[str, dict[str, Any]]]

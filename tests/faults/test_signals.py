@@ -167,6 +167,7 @@ def test_fault_23_a_signal_outside_of_steps_is_obeyed_at_once(
 
 
 @pytest.mark.slow
+@pytest.mark.promise
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_fault_23_the_command_says_how_to_go_on(
     number: signal.Signals, code: int, tmp_path: Path

@@ -10,6 +10,8 @@ import pytest
 
 from experiment_modules import import_module
 
+pytestmark = pytest.mark.promise
+
 ROOT = Path(__file__).parents[2]
 
 

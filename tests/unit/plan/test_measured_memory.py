@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.promise
+
 ROOT = Path(__file__).parents[3]
 KINDS = ("llama", "delta", "conv", "mamba2", "experts", "between")
 TOLERANCE = 0.15

@@ -37,6 +37,7 @@ playwright.expect.set_options(timeout=WAIT_SECONDS * 1000)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 
 pytestmark = [
+    pytest.mark.promise,
     pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed"),
     # of the browser's driver

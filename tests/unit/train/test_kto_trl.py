@@ -17,7 +17,7 @@ from tunesmith.session import inputs
 from tunesmith.train.kto import measure_kl, measure_logps
 from tunesmith.train.losses import LossConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.promise, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 ROWS: list[dict[str, Any]] = [
     {
         "prompt": [{"role": "user", "content": f"{n} and {n}"}],

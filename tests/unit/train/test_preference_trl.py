@@ -23,7 +23,7 @@ from tunesmith.train.losses import (
     simpo_loss,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.promise, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 def pad_documents(documents: list[Document]) -> dict[str, Tensor]:

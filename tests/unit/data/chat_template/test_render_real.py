@@ -21,6 +21,8 @@ from tunesmith.core.types import Example, Json
 from tunesmith.data.chat_template.render_notes import BOUNDARY, CONTROL_LIKE_TEXT
 from tunesmith.data.chat_template.renderer import Renderer
 
+pytestmark = pytest.mark.promise
+
 GOLDEN = Path(__file__).parents[3] / "golden"
 FULL = os.environ.get("TUNESMITH_TOKENIZERS", "")
 ROWS = int(os.environ.get("TUNESMITH_TOKENIZER_ROWS", "300"))

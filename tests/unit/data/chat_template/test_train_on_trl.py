@@ -14,7 +14,7 @@ from tunesmith.core.types import Json, Row
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.formats.parse import parse_row
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.promise, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 ROWS: dict[str, list[Json]] = {
     "messages": [
         {"messages": [user("one"), assistant("two")]},

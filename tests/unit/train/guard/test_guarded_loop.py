@@ -128,6 +128,7 @@ def test_probes_say_what_the_model_says_and_change_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.promise
 def test_full_fine_tuning_has_no_base_to_read_answers_with(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -376,6 +377,7 @@ def test_without_anything_good_to_go_back_to_it_stops(trained_model: Path, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.promise
 def test_stop_and_warn_and_off_are_obeyed(trained_model: Path, tmp_path: Path) -> None:
     with pytest.raises(GateError, match="loss rise"):
         train(make_corrupted_recipe(trained_model, tmp_path / "stop", guard={"collapse": "stop"}))
@@ -392,6 +394,7 @@ def test_stop_and_warn_and_off_are_obeyed(trained_model: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.promise
 def test_it_goes_back_three_times_and_no_more(trained_model: Path, tmp_path: Path) -> None:
     """Far too high a rate: each time with half of what it was."""
     files = write_eval_files(tmp_path)
@@ -415,6 +418,7 @@ def test_it_goes_back_three_times_and_no_more(trained_model: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.promise
 def test_what_forgets_is_rehearsed_more(trained_model: Path, tmp_path: Path) -> None:
     """It knows answers like those of its own rows, and is trained to say something else."""
     known_texts = [{"text": json.dumps({"sum": n * n + n})} for n in range(30, 38)]
@@ -503,6 +507,7 @@ def test_a_warning_at_an_evaluated_step_adds_no_evaluation() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.promise
 def test_patience_ends_a_run_that_gets_no_better_also_when_it_is_resumed(
     trained_model: Path, tmp_path: Path
 ) -> None:
