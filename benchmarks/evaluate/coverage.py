@@ -20,7 +20,7 @@ from tunesmith.advise.measured.learning_curve import MIN_CURVE_ITEMS, fit_curve
 from tunesmith.evaluate.results import MetricValues, compare_measurements
 from tunesmith.evaluate.statistics import (
     compute_mean_interval,
-    compute_paired_rate_interval,
+    compute_padded_interval,
     compute_t_quantile,
     compute_wilson_interval,
     judge_comparison,
@@ -141,8 +141,9 @@ def measure_pairs(name: str, n: int, trials: int) -> float:
     gained, lost = PAIRS[name]
     shares = [gained, lost, max(0.0, 1 - gained - lost)]
     hits = 0
-    for gains, losses, _ in np.random.default_rng(n).multinomial(n, shares, trials).tolist():
-        low, high = compute_paired_rate_interval(gains, losses, n)
+    for counts in np.random.default_rng(n).multinomial(n, shares, trials):
+        changes = np.repeat([1.0, -1.0, 0.0], counts)
+        low, high = compute_padded_interval(changes, [np.arange(n)], (-1.0, 1.0))
         hits += low - 1e-9 <= gained - lost <= high + 1e-9
     return hits / trials
 

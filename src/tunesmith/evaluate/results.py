@@ -25,7 +25,6 @@ from tunesmith.evaluate.statistics import (
     compute_mcnemar_p,
     compute_mean_interval,
     compute_padded_interval,
-    compute_paired_rate_interval,
     compute_wilson_interval,
     judge_comparison,
 )
@@ -120,16 +119,13 @@ def compare_measurements(before: MetricValues, after: MetricValues, *, step: int
     if before.is_binary and after.is_binary:
         gains = changes.count(1.0)
         losses = changes.count(-1.0)
-        low, high = compute_paired_rate_interval(gains, losses, len(changes))
         improved, worsened = (gains, losses) if before.higher_is_better else (losses, gains)
         p_value = compute_mcnemar_p(gains, losses)
-    else:
-        _refuse_single_item(change)
-        bounds = [_find_bounds(before), _find_bounds(after)]
-        is_graded = all(high == 1 for _, high in bounds)
-        low, high = _compute_interval(change, (-1.0, 1.0) if is_graded else UNBOUNDED)
-        if low == high:
-            low, high = compute_constant_interval(low, len(changes))
+    _refuse_single_item(change)
+    is_graded = _find_bounds(before)[1] == _find_bounds(after)[1] == 1
+    low, high = _compute_interval(change, (-1.0, 1.0) if is_graded else UNBOUNDED)
+    if low == high:
+        low, high = compute_constant_interval(low, len(changes))
     return Comparison(
         task=before.task,
         metric=before.metric,

@@ -14,7 +14,6 @@ In: AnswerItems, TrainingAnswers. Out: Shortcuts. Left out: why an answer is wro
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from tunesmith.core.events import GenerationSample
 from tunesmith.core.evidence import MAX_GROUP_ROWS, Shortcut, ShortcutKind
 from tunesmith.data.answer_values import ANSWER, normalize_answer, split_fields
 from tunesmith.data.checks.ngrams import hash_unique_ngrams, hash_words
-from tunesmith.evaluate.statistics import adjust_p_values
+from tunesmith.evaluate.statistics import adjust_p_values, compute_excess_p
 from tunesmith.evaluate.training_answers import PHRASE_WORDS, TrainingAnswers
 
 SHORTCUT_LIMITS: dict[str, float] = {
@@ -306,22 +305,6 @@ def _measure_phrase_share(phrases: np.ndarray, sorted_phrases: np.ndarray) -> fl
         return 0.0
     places = np.searchsorted(sorted_phrases, phrases).clip(max=len(sorted_phrases) - 1)
     return float((sorted_phrases[places] == phrases).mean())
-
-
-# ---------------------------------------------------------------- test
-
-
-def compute_excess_p(gains: int, losses: int) -> float:
-    """Return the one-sided exact p of McNemar's test: that of so many `gains` or more, if gains and
-    losses were equally likely."""
-    changed = gains + losses
-    if not changed:
-        return 1.0
-    if changed > 1000:  # a normal approximation: the sum has too many terms
-        z = (gains - losses - 1) / math.sqrt(changed)
-        return 0.5 * math.erfc(z / math.sqrt(2))
-    tail = sum(math.comb(changed, k) for k in range(gains, changed + 1))
-    return tail / 2**changed
 
 
 def _list_fields(items: Sequence[AnswerItem]) -> list[str]:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from statistics import median
 
 import numpy as np
+from scipy.special import bdtr, stdtr, stdtrit
 
 from tunesmith.core.events import Score
 from tunesmith.core.types import Comparison
@@ -30,7 +30,6 @@ MIN_SEQUENCE = 30  # values from which a confidence sequence holds
 SKEWNESS_CORRECTION = 3.0  # divided by the number of items
 FAR_END_FACTOR = 2.2  # at MIN_ITEMS; falls with their power of 2.5
 LOST_DEGREES = 1.5  # at MIN_ITEMS; falls with their power of 6
-MAX_DEGREES = 10_000  # beyond, t and normal quantiles agree to 4 digits
 NO_DIFFERENCE = "no difference shown"
 TOO_FEW_ITEMS = "too few items to tell"
 PADDING = 2  # values at either bound; with one, 5% of the runs of a rate of 0.9 are not covered
@@ -51,27 +50,15 @@ def compute_wilson_interval(successes: float, n: int) -> tuple[float, float]:
     return low, high
 
 
-def compute_paired_rate_interval(gains: int, losses: int, n: int) -> tuple[float, float]:
-    """Return the interval of (gains - losses) / n over n pairs of 0/1 values.
-
-    Bonett and Price (2012): a Wald interval with one more pair of either kind. Unlike a bootstrap,
-    it is not empty when all pairs agree, or when all differ in the same way. The quantile is that
-    of t: with the normal one, few pairs that nearly all differ are covered in 88%.
-    """
-    gain = (gains + 1) / (n + 2)
-    loss = (losses + 1) / (n + 2)
-    quantile = compute_t_quantile(n + 1)
-    half = quantile * math.sqrt((gain + loss - (gain - loss) ** 2) / (n + 2))
-    return max(-1.0, gain - loss - half), min(1.0, gain - loss + half)
-
-
 def compute_padded_interval(
     values: np.ndarray, groups: Sequence[np.ndarray], bounds: tuple[float, float]
 ) -> tuple[float, float]:
     """Return an interval of the mean over groups of the group means of bounded values.
 
     One more value at either bound, spread over the groups, keeps equal values from looking certain.
-    For differences of paired rates in one group, this is Bonett and Price's interval.
+    For differences of paired rates in one group this is the interval of Bonett and Price (2012):
+    Wald's with one more pair of either kind. The quantile is that of t: with the normal one, few
+    pairs that nearly all differ are covered in 88%.
     """
     count = len(groups)
     total = sum(len(rows) for rows in groups)
@@ -92,9 +79,7 @@ def compute_padded_interval(
 def compute_constant_interval(difference: float, n: int) -> tuple[float, float]:
     """Return the interval of the mean of n equal differences, which show no spread: Student's, as
     wide as its p is that of the sign test, 2 / 2**n. It excludes 0 from 6 on."""
-    if not difference or n > MAX_DEGREES:
-        return difference, difference
-    statistic = _find_t(n - 1, 2.0 ** (1 - n))
+    statistic = -float(stdtrit(n - 1, 2.0**-n))  # infinite for more than 1,074 items
     half = abs(difference) * compute_t_quantile(n - 1) / statistic
     return difference - half, difference + half
 
@@ -228,49 +213,23 @@ def compute_confidence_sequence(
     return np.maximum(bounds[0], mean_N - half_N), np.minimum(bounds[1], mean_N + half_N)
 
 
-@lru_cache(maxsize=1024)
 def compute_t_quantile(degrees: float) -> float:
     """Return the 97.5% quantile of Student's t; `degrees` of freedom are at least 1."""
-    if degrees > MAX_DEGREES:
-        return Z
-    return _find_t(degrees, ALPHA)
-
-
-def _find_t(degrees: float, p: float) -> float:
-    """Return the value that Student's t exceeds, on either side, with the probability `p`."""
-    angles, tails = _compute_t_tails(degrees)
-    angle = float(np.interp(p / 2, tails[::-1], angles[::-1]))
-    return math.sqrt(degrees) * math.tan(angle)
-
-
-def compute_t_p(statistic: float, degrees: float) -> float:
-    """Return the two-sided p of a Student's t with at least 1 degree of freedom."""
-    if degrees > MAX_DEGREES:
-        return math.erfc(abs(statistic) / math.sqrt(2))
-    angles, tails = _compute_t_tails(degrees)
-    return 2 * float(np.interp(math.atan(abs(statistic) / math.sqrt(degrees)), angles, tails))
-
-
-@lru_cache(maxsize=8)  # 0.6 MB each
-def _compute_t_tails(degrees: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return angles from 0 and the areas beyond them: with x = sqrt(degrees) tan(angle), the
-    density of Student's t is cos(angle)^(degrees - 1)."""
-    angles = np.linspace(0, math.pi / 2, 40_001)
-    density = np.cos(angles) ** (degrees - 1)
-    slices = (density[1:] + density[:-1]) / 2
-    tails = np.append(np.cumsum(slices[::-1])[::-1], 0.0)  # from the end: far tails stay exact
-    return angles, tails / tails[0] / 2
+    return float(stdtrit(degrees, 1 - ALPHA / 2))
 
 
 # ---------------------------------------------------------------- tests
 
 
+def compute_excess_p(gains: int, losses: int) -> float:
+    """Return the one-sided exact p of McNemar's test (1947): that of so many `gains` or more, if
+    gains and losses were equally likely."""
+    return float(bdtr(losses, gains + losses, 0.5))
+
+
 def compute_mcnemar_p(gains: int, losses: int) -> float:
-    """Return the exact two-sided p of McNemar's test (1947): the binomial test of the items that
-    changed."""
-    changed = gains + losses
-    tail = sum(math.comb(changed, k) for k in range(min(gains, losses) + 1))
-    return min(1.0, 2 * tail / 2**changed)
+    """Return the exact two-sided p of McNemar's test: the binomial test of the changed items."""
+    return min(1.0, 2 * compute_excess_p(max(gains, losses), min(gains, losses)))
 
 
 def count_pairs(size: int) -> int:
@@ -324,7 +283,8 @@ def compute_p_value(comparison: Comparison) -> float:
     if half <= 0:
         return 1.0 if difference == 0 else 0.0
     degrees = max(1, comparison.after.n - 1)
-    return compute_t_p(difference / half * compute_t_quantile(degrees), degrees)
+    statistic = abs(difference) / half * compute_t_quantile(degrees)
+    return 2 * float(stdtr(degrees, -statistic))
 
 
 # ---------------------------------------------------------------- verdicts

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.evaluate.results import (
@@ -16,7 +17,6 @@ from tunesmith.evaluate.results import (
     split_by_task,
 )
 from tunesmith.evaluate.statistics import (
-    compute_paired_rate_interval,
     compute_wilson_interval,
     judge_comparison,
 )
@@ -99,7 +99,9 @@ def test_rates_are_compared_by_gains_and_losses() -> None:
         measured([0] * 30 + [1] * 10), measured([1] * 25 + [0] * 6 + [1] * 9)
     )
     assert result.difference == pytest.approx(24 / 40)
-    assert (result.low, result.high) == compute_paired_rate_interval(25, 1, 40)
+    gain, loss = 26 / 42, 2 / 42  # Bonett and Price
+    half = stats.t.ppf(0.975, 41) * math.sqrt((gain + loss - (gain - loss) ** 2) / 42)
+    assert (result.low, result.high) == pytest.approx((gain - loss - half, gain - loss + half))
     assert judge_comparison(result) == "better"
 
 
