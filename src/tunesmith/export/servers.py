@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,7 @@ from tunesmith.export.per_expert import (
 )
 from tunesmith.export.request import LLAMA_SERVER, PER_EXPERT, choose_server_path
 from tunesmith.export.server_files import (
-    ADAPTERS_DIR,
     ENGINES,
-    GENERATION_DIR,
-    MODEL_DIR,
-    TEMPLATE_FILE,
     VLLM_RANKS,
     Deployment,
     ServedAdapter,
@@ -48,8 +44,6 @@ from tunesmith.session.provenance import hash_weight_files
 from tunesmith.train.model_card import find_hub_name
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
-VLLM = "vllm"
 GENERATION_FILE = "generation_config.json"
 
 
@@ -95,9 +89,10 @@ def export_servers(
     output_path = choose_server_path(paths, target, out)
     names = _choose_names(paths)
     runs = [open_source_run(path) for path in paths]
-    if target == LLAMA_SERVER:
-        _refuse_several(runs)
-    else:
+    if target == LLAMA_SERVER and len(runs) > 1:
+        message = "llama-server cannot select an adapter by model name: one run per server"
+        raise InputError(message, where="--to llama-server", fix="export each run by itself")
+    if target != LLAMA_SERVER:
         for run in runs:
             _refuse_unsupported(run, target)
         _refuse_differences(runs)
@@ -110,16 +105,16 @@ def export_servers(
     with atomic_dir(output_path, metadata=metadata, key="--out") as folder:
         for name, path, run in zip(names, paths, runs, strict=True):
             if target == LLAMA_SERVER:
-                result = export_run(path, "gguf", kind=kind, scale=scale, out=folder / MODEL_DIR)
+                result = export_run(path, "gguf", kind=kind, scale=scale, out=folder / "model")
                 deployment = replace(deployment, model_file=f"model-{result.type}.gguf")
             else:
                 form = PER_EXPERT if has_expert_adapters(run) else None
-                adapter_dir = folder / ADAPTERS_DIR / name
+                adapter_dir = folder / "adapters" / name
                 result = export_run(path, "peft", kind=form, scale=scale, out=adapter_dir)
             exported.append(ExportedRun(name, str(path), result.parity))
         if target != LLAMA_SERVER:
             _write_shared_files(folder, runs[0], names[0])
-        for file, text in build_server_files(ENGINES[target], deployment).items():
+        for file, text in build_server_files(target, deployment).items():
             (folder / file).write_text(text, encoding="utf-8")
             if file.endswith(".sh"):
                 (folder / file).chmod(0o755)
@@ -143,58 +138,40 @@ def _choose_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _refuse_several(runs: Sequence[SourceRun]) -> None:
-    if len(runs) > 1:
-        message = "llama-server cannot select an adapter by model name: one run per server"
-        raise InputError(message, where="--to llama-server", fix="export each run by itself")
-
-
 def _refuse_unsupported(run: SourceRun, target: str) -> None:
-    """Raise InputError for a run that no engine serves as an adapter."""
-    where = str(run.path)
-    if not run.loras:
-        message = "this run trained all weights: there is no adapter to serve"
-        raise InputError(message, where=where, fix=MERGE_FIX)
-    title = ENGINES[target].title
-    if run.quantized_paths:
-        message = f"it was trained on a 4-bit base, but {title} would add its adapter to another"
-        raise InputError(message, where=where, fix=f"{MERGE_FIX}; --base chooses the base")
-    if run.token_rows:
-        message = f"{title} does not support adapters with embeddings of added tokens"
-        raise InputError(message, where=where, fix=MERGE_FIX)
-    if run.modules:
-        modules = f"modules_to_save ({', '.join(run.modules):.80})"
-        message = f"{title} does not support adapters with {modules}"
-        raise InputError(message, where=where, fix=MERGE_FIX)
-    _refuse_adapter(run, target)
-    if target in ("kserve", "ray") and run.recipe.chat_template_kwargs:
-        message = f"{title} gives its template no chat_template_kwargs"
-        raise InputError(message, where=where, fix="export it with --to vllm or sglang")
-    if target == "ray" and isinstance(run.recipe.chat_template, Path):
-        message = "the run has a chat template of its own, but Ray renders that of the base"
-        raise InputError(message, where=where, fix="export it with --to vllm or sglang")
-
-
-def _refuse_adapter(run: SourceRun, target: str) -> None:
-    """Raise InputError for an adapter that this engine would not apply as it was trained."""
-    where = str(run.path)
-    title = ENGINES[target].title
+    """Raise InputError for a run that this engine would not serve as it was trained."""
+    for is_beyond, lack, fix in _list_limits(run, target):
+        if is_beyond:
+            message = f"{ENGINES[target]} {lack}"
+            raise InputError(message, where=str(run.path), fix=fix)
     if has_expert_adapters(run):
-        if target != VLLM:
-            message = f"adapters of experts are written for vLLM alone, not for {title}"
-            raise InputError(message, where=where, fix=f"use --to vllm, or {MERGE_FIX}")
         refuse_stacked_experts(run)
+
+
+def _list_limits(run: SourceRun, target: str) -> Iterator[tuple[bool, str, str]]:
+    """Yield (whether the run is beyond a limit, what the engine does not do, the way out)."""
+    yield not run.loras, "needs an adapter, but this run trained all weights", MERGE_FIX
+    qlora_fix = f"{MERGE_FIX}; --base chooses the base"
+    yield bool(run.quantized_paths), "does not load the 4-bit base of this adapter", qlora_fix
+    tokens = "does not support adapters with embeddings of added tokens"
+    yield bool(run.token_rows), tokens, MERGE_FIX
+    modules = f"does not support adapters with modules_to_save ({', '.join(run.modules):.80})"
+    yield bool(run.modules), modules, MERGE_FIX
+    experts = has_expert_adapters(run) and target != "vllm"
+    yield experts, "does not support adapters of experts", f"use --to vllm, or {MERGE_FIX}"
     linears = select_linear_loras(run.loras).values()
-    if any(lora.magnitude_O is not None for lora in linears):
-        message = f"{title} does not support DoRA adapters"
-        raise InputError(message, where=where, fix=MERGE_FIX)
+    has_dora = any(lora.magnitude_O is not None for lora in linears)
+    yield has_dora, "does not support DoRA adapters", MERGE_FIX
     config = read_model_json(run.saved_dir / ADAPTER_CONFIG_FILE)
-    if patterns := [key for key in PATTERN_KEYS if config.get(key)]:
-        message = f"{title} gives all layers one rank and one alpha, but has no {patterns[0]}"
-        raise InputError(message, where=where, fix=MERGE_FIX)
-    if _get_max_rank(run) > VLLM_RANKS[-1]:
-        message = f"rank {_get_max_rank(run)} is above {VLLM_RANKS[-1]}, the largest of {title}"
-        raise InputError(message, where=where, fix=MERGE_FIX)
+    for key in ("rank_pattern", "alpha_pattern"):
+        yield bool(config.get(key)), f"gives all layers one rank and alpha: no {key}", MERGE_FIX
+    rank = _get_max_rank(run)
+    yield rank > VLLM_RANKS[-1], f"takes ranks up to {VLLM_RANKS[-1]}, not rank {rank}", MERGE_FIX
+    other_server = "export it with --to vllm or sglang"
+    variables = target in ("kserve", "ray") and bool(run.recipe.chat_template_kwargs)
+    yield variables, "gives its template no chat_template_kwargs", other_server
+    template = target == "ray" and isinstance(run.recipe.chat_template, Path)
+    yield template, "renders the base's chat template, but this run has another", other_server
 
 
 def _refuse_differences(runs: Sequence[SourceRun]) -> None:
@@ -245,10 +222,10 @@ def _write_shared_files(folder: Path, run: SourceRun, name: str) -> None:
     if run.renderer.has_template:
         source = run.renderer.templates["default"].source
         text = bind_variables(source, run.recipe.chat_template_kwargs, where=str(run.path))
-        (folder / TEMPLATE_FILE).write_text(text, encoding="utf-8")
-    (folder / GENERATION_DIR).mkdir()
-    generation_file = folder / ADAPTERS_DIR / name / GENERATION_FILE
-    shutil.copyfile(generation_file, folder / GENERATION_DIR / GENERATION_FILE)
+        (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    (folder / "generation").mkdir()
+    generation_file = folder / "adapters" / name / GENERATION_FILE
+    shutil.copyfile(generation_file, folder / "generation" / GENERATION_FILE)
 
 
 def bind_variables(template: str, variables: dict[str, Any], *, where: str) -> str:
