@@ -42,8 +42,8 @@ CALLS = {
         "__import__",
     ),
 }
-# The report's own templates, which no model and no user can add to.
-ALLOWED = {"report/html.py": ["Environment"]}
+# Templates of the report and of start files, which no model and no user can add to.
+ALLOWED = {"report/html.py": ["Environment"], "export/server_files.py": ["Environment"]}
 SWITCHES = {
     "trust_remote_code": False,
     "use_safetensors": True,
