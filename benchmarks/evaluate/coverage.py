@@ -5,7 +5,7 @@
 Items are drawn from distributions with a known mean, and an interval is made of each sample. `null`
 is the share of samples without a true difference that get a verdict, better or worse; `width` is
 that of the intervals, relative to Student's t. `by token` are means over all tokens of texts whose
-lengths are lognormal; `3 tasks` have as many items each. `exponent` is that of a learning curve."""
+lengths are lognormal; `3 tasks` have as many items each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tunesmith.advise.measured.learning_curve import MIN_CURVE_ITEMS, fit_curve
 from tunesmith.evaluate.results import MetricValues, compare_measurements
 from tunesmith.evaluate.statistics import (
     compute_mean_interval,
@@ -64,9 +63,6 @@ LOSSES: dict[str, tuple[Callable[[np.random.Generator, np.ndarray], np.ndarray],
 }
 TASK_SPREADS = (1.0, 2.0, 4.0)
 TASKS = {"3 tasks, normal": "normal", "3 tasks, exponential": "exponential, 2"}
-CURVE = (2.0, 0.5, 0.1)  # error = c + a * examples ** -b
-CURVE_SIZES = (50, 100, 200, 400)
-CURVE_TRIALS = 400
 RATES = {"rate 10%": 0.1, "rate 50%": 0.5, "rate 80%": 0.8}
 
 
@@ -117,26 +113,6 @@ def measure_tasks(name: str, n: int, trials: int) -> float:
     return hits / trials
 
 
-def measure_exponent(n: int, trials: int) -> float:
-    """Return the coverage of a learning curve's exponent: an item is right from some size on, but
-    for one in five answers, which is a matter of luck."""
-    a, b, c = CURVE
-    errors_K = c + a * np.array(CURVE_SIZES) ** -b
-    random = np.random.default_rng(n)
-    hits = 0
-    for _ in range(trials):
-        difficulty_N = random.random(n)
-        scores: dict[int, list[list[float]]] = {}
-        for size, error in zip(CURVE_SIZES, errors_K, strict=True):
-            is_luck_N = random.random(n) < 0.2
-            drawn_N = np.where(is_luck_N, random.random(n), difficulty_N)
-            scores[size] = [(drawn_N > error).astype(float).tolist()]
-        curve = fit_curve(scores)
-        assert curve is not None
-        hits += curve.b_low <= b <= curve.b_high
-    return hits / trials
-
-
 def measure_pairs(name: str, n: int, trials: int) -> float:
     gained, lost = PAIRS[name]
     shares = [gained, lost, max(0.0, 1 - gained - lost)]
@@ -182,8 +158,6 @@ def build_table(trials: int) -> str:
     for names, measure, count in measures:
         for name in names:
             rows.append([name, *(f"{measure(name, n, count):.1%}" for n in SIZES)])
-    shares = {n: measure_exponent(n, CURVE_TRIALS) for n in SIZES if n >= MIN_CURVE_ITEMS}
-    rows.append(["exponent", *(f"{shares[n]:.0%}" if n in shares else "-" for n in SIZES)])
     for name in WIDTHS:
         ratios = [measure_width(name, n, trials) for n in SIZES]
         rows.append([f"width: {name}", *(f"x{ratio:.2f}" for ratio in ratios)])

@@ -34,7 +34,6 @@ OWN = {  # of the package, the machine, or what this run has written
     "export/ollama.py": 1,
     "model/kernels/build.py": 4,
     "report/page.py": 2,
-    "report/sweep_page.py": 2,
     "serve/feedback.py": 1,
     "session/doctor.py": 2,
     "session/run_list.py": 2,

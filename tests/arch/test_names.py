@@ -19,7 +19,7 @@ BENCHMARKS = TESTS.parent / "benchmarks"
 # Words without content: they name nothing, alone or as a part of a name.
 EMPTY_WORDS = set("found one told known said kept left own asked whole place given".split())  # noqa: SIM905
 
-CHARTS = {"svg_charts.py", "lr_plot.py"}  # where left is a direction
+CHARTS = {"svg_charts.py"}  # where left is a direction
 
 # What libraries dictate.
 DICTATED = {

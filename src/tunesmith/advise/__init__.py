@@ -2,7 +2,7 @@
 
 rules/              advice from facts, without a model: questionnaire, rubric, advice
 measured/           advice from an experiment on the user's items: experiment.py is read first
-lr_finder.py        short runs at a few learning rates; lr_plot.py draws them
+lr_finder.py        short runs at a few learning rates
 curate.py           select a small set of good rows with the base model
 data_ablation.py    short runs on the selected rows and on the baselines
 """

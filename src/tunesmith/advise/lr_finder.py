@@ -5,8 +5,8 @@
 
 A rate collapses when a loss is not finite or rises by a fifth above its minimum, its gradient is
 ten times the median, or its held-out loss is not finite or worse than the untrained model's. Higher
-rates are not tried. `test_data` is not read. Left out: plotting (lr_plot.py), and what a longer run
-would prefer, which is often a slightly lower rate.
+rates are not tried. `test_data` is not read. Left out: what a longer run would prefer, which is
+often a slightly lower rate.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ loads before a verb needs it. Verbs on data are in data.py. Left out: parsing ar
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,7 +39,6 @@ from tunesmith.core.events import Event
 from tunesmith.core.hub_names import make_hub_path
 from tunesmith.core.ranks import SINGLE_PROCESS, Ranks, read_launch_time
 from tunesmith.core.sampling import SamplingParams, check_sampling
-from tunesmith.core.sweep_record import SWEEP_FILE
 from tunesmith.core.types import Json, Plan, RunRecord
 from tunesmith.plan.stages import StagedPlan, require_single_stage
 
@@ -472,14 +470,9 @@ def read_verdict(path: AnyPath) -> RunVerdict:
 
 
 def write_report(path: AnyPath, out: AnyPath | None = None) -> Path:
-    """Write the HTML report of a run, finished or not, to `out` or RUN/report.html; of a finished
-    sweep, to SWEEP/sweep.html.
+    """Write the HTML report of a run, finished or not, to `out` or RUN/report.html.
 
     Raises InputError if `path` is not a run folder, or is damaged."""
-    if os.path.isfile(Path(path) / SWEEP_FILE):  # Path raises for a name that is too long
-        from tunesmith.report.sweep_page import write_sweep_page
-
-        return write_sweep_page(Path(path), None if out is None else Path(out))
     from tunesmith.report.page import write_report
 
     return write_report(Path(path), None if out is None else Path(out))

@@ -294,9 +294,6 @@ def _refuse_unusable_rows(plan: Plan | StagedPlan, inputs: api.AnyInputs) -> Non
 def tune_lr(
     args: RecipeArgs = None,
     steps: Annotated[int, typer.Option(metavar="N", min=10, help="Steps per learning rate.")] = 40,
-    out: Annotated[Path, typer.Option(metavar="FILE.svg", help="Plot to write.")] = Path(
-        "learning-rates.svg"
-    ),
     as_json: AsJson = False,
 ) -> None:
     """Pick a learning rate from five short runs."""
@@ -304,7 +301,7 @@ def tune_lr(
     from tunesmith.cli.views.lr_finder import report_lr_result
 
     for result in api.tune_lr(recipe, steps=steps):
-        if (view := report_lr_result(result, out)) is not None:
+        if (view := report_lr_result(result)) is not None:
             print_result(result, view, as_json=as_json)
 
 

@@ -2,7 +2,7 @@
 its events.
 
 A configuration is one combination of the swept values; a trial is a run of it with one seed. Left
-out: making it (advise/sweep/), and showing it (report/sweep_page.py, cli/views/sweep.py)."""
+out: making it (advise/sweep/), and showing it (cli/views/sweep.py)."""
 
 from __future__ import annotations
 

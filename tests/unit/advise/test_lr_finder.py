@@ -2,11 +2,9 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
@@ -25,8 +23,7 @@ from tunesmith.advise.lr_finder import (
     summarize_trials,
     try_rates,
 )
-from tunesmith.advise.lr_plot import render_bar, render_svg
-from tunesmith.cli.views.lr_finder import format_trial
+from tunesmith.cli.views.lr_finder import format_trial, render_bar
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import TrainStep
 from tunesmith.core.json_io import parse_as, to_jsonable
@@ -190,24 +187,9 @@ def test_edges_ties_and_a_total_collapse_are_caveats(plan: Plan) -> None:
     assert "every rate collapsed" in none.caveats[0]
 
 
-def test_the_plot_is_self_contained(plan: Plan) -> None:
+def test_bars_show_the_gain_over_the_untrained_model(plan: Plan) -> None:
     result = summarize_trials(
         plan,
         [make_trial(0, 2.0), make_trial(1e-4, 1.5), make_trial(1e-3, 1.0), make_trial(1e-2, 2.5)],
     )
-    root = ElementTree.fromstring(render_svg(result))
-    texts = [element.text for element in root.iter() if element.tag.endswith("text")]
-    assert {"0.0001", "0.001", "0.01", "1.500", "1.000", "✕", "chosen: 0.001"} <= set(texts)
-    dots = [element for element in root.iter() if element.tag.endswith("circle")]
-    heights = [float(dot.attrib["cy"]) for dot in dots]
-    assert heights == sorted(heights), "a lower loss is drawn lower"
-    assert not re.search(r"script|href|http(?!://www.w3.org/2000/svg)", render_svg(result))
     assert [len(render_bar(point, result)) for point in result.points] == [13, 32, 0]
-    nothing = summarize_trials(
-        plan,
-        [
-            make_trial(0, 2.0),
-            dataclasses.replace(make_trial(1e-4, 1.0, "not finite"), held_out=None),
-        ],
-    )
-    assert "every rate collapsed" in render_svg(nothing)

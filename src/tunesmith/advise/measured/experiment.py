@@ -26,7 +26,6 @@ from tunesmith.advise.measured.knowledge_check import (
     check_knowledge,
     explain_no_facts,
 )
-from tunesmith.advise.measured.learning_curve import LearningCurve, fit_curve
 from tunesmith.advise.measured.prompting import get_question
 from tunesmith.advise.measured.retrieval import RECALL_CUTOFFS, PassageIndex
 from tunesmith.advise.measured.run_arm import (
@@ -103,7 +102,6 @@ class MeasuredAdvice:
     training_rows: int
     decision: Decision
     rows: tuple[ArmRow, ...]
-    learning_curve: LearningCurve | None
     knowledge: KnowledgeResult | None
     knowledge_skip_reason: str
     recall: dict[int, Score]  # of the answer in the first k passages, by k
@@ -382,7 +380,6 @@ def _build_advice(
         training_rows=len(runner.rows),
         decision=make_decision(rows, config.target, skipped_arms),
         rows=rows,
-        learning_curve=_fit_learning_curve(experiment.results, grader, config.target),
         knowledge=experiment.knowledge,
         knowledge_skip_reason=experiment.knowledge_skip_reason,
         recall=_measure_recall(runner),
@@ -392,17 +389,6 @@ def _build_advice(
         minutes=seconds / 60,
         folder=str(config.folder),
     )
-
-
-def _fit_learning_curve(
-    results: Sequence[ArmResult], grader: ArmGrader, target: float | None
-) -> LearningCurve | None:
-    """Fit trainings without passages, since those with passages learn something else."""
-    scores: dict[int, list[Sequence[float]]] = {}
-    for result in results:
-        if result.arm.examples and not result.arm.passages:
-            scores.setdefault(result.arm.examples, []).append(grader.grade_items(result))
-    return fit_curve(scores, target)
 
 
 def _measure_recall(runner: ArmRunner) -> dict[int, Score]:

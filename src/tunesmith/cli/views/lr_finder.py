@@ -1,28 +1,27 @@
-"""Views of `tune lr`: a line per learning rate as it ends, then the table and the SVG plot."""
+"""Views of `tune lr`: a line per learning rate as it ends, then the table."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from tunesmith.advise.lr_finder import LRFinderResult, LRPoint, LRTrial
-from tunesmith.advise.lr_plot import render_bar, render_svg
 from tunesmith.cli.output import escape_markup, write_stderr
 from tunesmith.cli.progress import format_interval
 from tunesmith.cli.views import make_table
-from tunesmith.core.atomic import write_file
 from tunesmith.evaluate.results import compute_score
 
+BAR_WIDTH = 32  # characters
 
-def report_lr_result(result: LRTrial | LRFinderResult, svg_path: Path) -> RenderableType | None:
-    """Print a trial on stderr; for the final result write the plot and return the table."""
+
+def report_lr_result(result: LRTrial | LRFinderResult) -> RenderableType | None:
+    """Print a trial on stderr; return the table of the final result."""
     if isinstance(result, LRTrial):
         write_stderr(f"{format_trial(result)}\n")
         return None
-    write_file(svg_path, render_svg(result).encode())
-    return render_lr_table(result, svg_path)
+    return render_lr_table(result)
 
 
 def format_trial(trial: LRTrial) -> str:
@@ -32,7 +31,7 @@ def format_trial(trial: LRTrial) -> str:
     return f"{name}: held-out loss {loss}{collapse}"
 
 
-def render_lr_table(result: LRFinderResult, svg_path: Path) -> RenderableType:
+def render_lr_table(result: LRFinderResult) -> RenderableType:
     """Show the held-out loss per learning rate, and the one chosen."""
     title = f"Held-out {result.metric} after {result.steps} steps, {result.rows} rows (95% CI)"
     columns = ("rate", "loss", "log(loss before training / loss)", "")
@@ -53,7 +52,18 @@ def render_lr_table(result: LRFinderResult, svg_path: Path) -> RenderableType:
     if result.chosen_rate is not None:
         chosen = f"learning_rate: {result.chosen_rate:g}"
         lines.append(f"{chosen} (the plan had {result.planned_rate:g})")
-    return Group(table, *lines, escape_markup(f"plot: {svg_path}"))
+    return Group(table, *lines)
+
+
+def render_bar(point: LRPoint, result: LRFinderResult) -> str:
+    """Return a bar of the log ratio of the untrained loss to this one; the best fills the width."""
+    losses = [each.loss for each in result.points if each.loss and not each.collapse_reason]
+    if not losses or not point.loss or point.collapse_reason:
+        return ""
+    best_gain = math.log(result.base_loss / min(losses))
+    if best_gain <= 0:
+        return ""
+    return "█" * max(0, round(BAR_WIDTH * math.log(result.base_loss / point.loss) / best_gain))
 
 
 def _format_loss(point: LRPoint) -> str:

@@ -10,7 +10,6 @@ from rich.text import Text
 
 from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
 from tunesmith.advise.measured.knowledge_check import LEVELS, KnowledgeResult
-from tunesmith.advise.measured.learning_curve import LearningCurve
 from tunesmith.advise.measured.run_arm import ArmResult
 from tunesmith.advise.measured.verdict import ArmRow, Decision
 from tunesmith.cli.output import escape_markup, write_stderr
@@ -126,8 +125,6 @@ def _iter_notes(advice: MeasuredAdvice) -> Iterator[str]:
     if advice.recall:
         recalls = [f"{score.value:.2f} of top {cutoff}" for cutoff, score in advice.recall.items()]
         yield f"retrieval recall of the answer: {', '.join(recalls)}"
-    if advice.learning_curve is not None:
-        yield _format_learning_curve(advice.learning_curve, advice.metric)
     if advice.knowledge is not None:
         yield _format_knowledge(advice.knowledge)
         if advice.knowledge.low > 0.5:
@@ -156,22 +153,6 @@ def _format_skipped(advice: MeasuredAdvice) -> str:
     if num_variants:
         parts.append(f"{num_variants} other prompt wordings and row samples")
     return f"skipped: {'; '.join(parts)}"
-
-
-def _format_learning_curve(curve: LearningCurve, metric: str) -> str:
-    formula = "it does not fall"
-    if curve.b > 0:
-        formula = f"1 - {metric} = {curve.c:.3f} + {curve.a:.2f} * n^-{curve.b:.2f}"
-    text = f"learning curve over {', '.join(map(str, curve.sizes))} examples: {formula}"
-    if curve.refusal:
-        return f"{text}; not extrapolated: {curve.refusal}"
-    text += f", b in [{curve.b_low:.2f}, {curve.b_high:.2f}]"
-    if curve.needed_examples is None:
-        return text
-    high = curve.needed_examples_high
-    upper_bound = "no upper bound" if high is None else f"{high:,}"
-    interval = f"[{curve.needed_examples_low:,}, {upper_bound}]"
-    return f"{text}; {curve.target:g} takes about {curve.needed_examples:,} examples {interval}"
 
 
 def _format_knowledge(knowledge: KnowledgeResult) -> str:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith import api
 from tunesmith.cli.output import escape_markup, write_stderr
 from tunesmith.cli.progress import format_duration
 from tunesmith.cli.views import make_table
@@ -34,12 +32,11 @@ VERDICT_STYLES = {"better": "bold green", "worse": "dim"}
 
 
 def report_sweep(events: Iterable[SweepEvent]) -> SweepRecord:
-    """Print the progress of a sweep on stderr; write the page and return the record at its end."""
+    """Print the progress of a sweep on stderr; return the record at its end."""
     trained: set[int] = set()  # trials whose further scores repeat those of a checkpoint
     number = 0
     for event in events:
         if isinstance(event, SweepRecord):
-            _write_page(Path(event.folder))
             return event
         if isinstance(event, (TrialStart, TrialEvent)):
             number = event.number
@@ -86,13 +83,6 @@ def format_trial_end(event: TrialEnd) -> str:
         if event.remaining_seconds is not None:
             line += f", {format_duration(event.remaining_seconds)}"
     return line
-
-
-def _write_page(folder: Path) -> None:
-    """Write the page of the sweep, if the report package is installed."""
-    if find_spec("tunesmith.report") is None:
-        return
-    write_stderr(f"report: {api.write_report(folder)}\n")
 
 
 def render_sweep(record: SweepRecord) -> RenderableType:
