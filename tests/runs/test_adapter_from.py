@@ -101,17 +101,6 @@ def test_what_the_adapter_decides_is_in_the_plan(tiny_folder: Path, tmp_path: Pa
     assert "there is no hash of the weights" in plan.warnings[0]
 
 
-def test_a_plan_for_several_gpus_keeps_the_method_of_the_adapter(
-    tiny_folder: Path, tmp_path: Path
-) -> None:
-    peft_adapter(tiny_folder, tmp_path / "theirs")
-    wish = make_tiny_recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **LEFT)
-    plan = inputs.make_plan(inputs.load_inputs(wish).with_machine("4xh100", None))
-    assert plan.mesh is not None
-    ways = [(option.target, option.method) for option in plan.mesh.options]
-    assert ways == [("h100", "lora"), ("2xh100", "lora")]
-
-
 @pytest.mark.parametrize(
     ("wish", "message"),
     [

@@ -2,13 +2,10 @@
 
     Machine      the hardware and software, measured or of a target
     Mesh         which GPUs hold a copy of the weights together, and which share a document
-    MeshStep     the predicted time of a step by part, and the tokens per second
-    MeshOption   the same recipe on other GPUs or with another method
-    MeshPlan     all of them, with the reasons
-    DryRun       what a step on several processes was counted to take, beside the prediction
+    MeshPlan     the mesh of a target, and whether several of its GPUs pay
+    DryRun       what a step on several processes was counted to take
 
-Plain values only. Left out: measuring (hardware.py), deciding (plan/mesh.py) and predicting
-(plan/mesh_time.py)."""
+Plain values only. Left out: measuring (hardware.py) and deciding (plan/mesh.py)."""
 
 from __future__ import annotations
 
@@ -73,70 +70,21 @@ SINGLE_GPU = Mesh()
 
 
 @dataclass(frozen=True)
-class MeshChoice:
-    """A number of the mesh, and why it is so."""
-
-    name: str
-    value: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class MeshStep:
-    """The predicted time of an optimizer step, in seconds. Pairs are bounds: at the high and at the
-    low end of the published shares of the bf16 rate."""
-
-    tokens: int  # of all GPUs
-    gpu_tokens: int  # of the GPU that has most
-    compute_seconds: tuple[float, float]  # of the GPU that has most
-    gather_seconds: float  # of sharded weights
-    exchange_seconds: float  # between the GPUs that share a document
-    reduce_seconds: float  # sum of the gradients
-    seconds: tuple[float, float]
-    busy_share: float  # of the step in which the GPUs compute, on average
-
-    @property
-    def tokens_per_second(self) -> tuple[float, float]:
-        """Tokens per second of all GPUs: the lower and the upper bound."""
-        return self.tokens / self.seconds[1], self.tokens / self.seconds[0]
-
-
-@dataclass(frozen=True)
-class BatchAdvice:
-    """The batch that would keep the GPUs busy, and what follows from it."""
-
-    batch_size: int  # rows, or tokens in continued pretraining; 0: no batch of this data does
-    learning_rate: float
-    steps: int
-    busy_share: float
-    # where the learning rate comes from; as in plans of runs that do not say it
-    rate_reason: str = "grown with the square root of the batch"
-
-
-@dataclass(frozen=True)
 class MeshOption:
-    """The same recipe on other GPUs, or with another method."""
+    """The plan on one GPU of the target, or on all."""
 
-    target: str  # 4xh100
-    method: str
+    target: str  # 8xh100
     gradient_checkpointing: str
-    mesh: Mesh
     peak_bytes: int  # of a GPU
     has_enough_memory: bool
-    tokens_per_second: tuple[float, float]
-    missing: str  # what this version lacks to run it; empty if it runs
+    seconds: tuple[float, ...] = ()  # of training: the lower and the upper bound
 
 
 @dataclass(frozen=True)
 class MeshPlan:
-    """The mesh of a plan with its reasons, its time, and what else there is."""
+    """The mesh of a target, and one of its GPUs compared with all."""
 
     mesh: Mesh
-    choices: tuple[MeshChoice, ...]
-    step: MeshStep
-    batch: BatchAdvice | None  # None if the batch of the plan keeps the GPUs busy
-    missing: str  # what this version lacks to run it; empty if it runs
-    command: str  # that starts it; on each node, if there are several
     options: tuple[MeshOption, ...] = ()
 
 
@@ -161,6 +109,5 @@ class DryRun:
     weight_bytes: int  # before the first step
     peak_bytes: int  # of weights, optimizer and activations together
     planned_rank_tokens: int  # of a step with long rows
-    planned_messages: tuple[RankMessages, ...]
     planned_weight_bytes: int
     planned_peak_bytes: int  # without the process, the device's libraries and fragmentation

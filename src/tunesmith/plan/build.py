@@ -33,7 +33,7 @@ from tunesmith.plan.memory import (
     count_max_checkpoints,
     estimate_disk_bytes,
 )
-from tunesmith.plan.mesh import MIN_STEPS, choose_mesh, decide_context, describe_mesh
+from tunesmith.plan.mesh import MIN_STEPS, choose_mesh, decide_sharing, describe_mesh
 from tunesmith.plan.mixture import scale_report
 from tunesmith.plan.new_tokens import decide_new_rows
 from tunesmith.plan.objective import (
@@ -51,12 +51,12 @@ from tunesmith.plan.rules import (
     make_user_value,
 )
 from tunesmith.plan.rules_cpt import CPT_RULES, SMALL_CORPUS_TOKENS
-from tunesmith.plan.sharding import decide_shard
 from tunesmith.plan.step_memory import (
     MEMORY_MARGIN,
     collect_footprint,
     decide_checkpointing,
     estimate_phases,
+    estimate_savings,
     estimate_step_memory,
     has_enough_memory,
 )
@@ -149,7 +149,7 @@ def build_plan(
         warnings=tuple(_collect_warnings(context, data)),
         disk_bytes=_estimate_disk(recipe, context, data),
         phase_bytes=estimate_phases(context),
-        prefix_savings=context.prefix_savings if context["share_prefixes"] else 0.0,
+        prefix_savings=estimate_savings(context),
         mesh=describe_mesh(context),
     )
 
@@ -191,14 +191,11 @@ def _apply_features(context: RuleContext, recipe: Recipe, data: Mapping[str, Dat
 
 
 def _fit_memory(context: RuleContext, recipe: Recipe) -> RuleContext:
-    """Decide which GPUs share weights and documents, and what is recomputed; return the context
+    """Decide what is recomputed on the GPUs that share weights and documents; return the context
     with that mesh."""
     policy = recipe.gradient_checkpointing
     context = dataclasses.replace(context, mesh=choose_mesh(context, recipe))
-    context.settings["context_parallel_size"] = decide_context(
-        context, recipe.context_parallel_size
-    )
-    context.settings["dp_shard_size"] = decide_shard(context, recipe.dp_shard_size)
+    context.settings.update(decide_sharing(context, recipe))
     context.settings["gradient_checkpointing"] = decide_checkpointing(context, policy)
     return context
 
@@ -351,15 +348,8 @@ def _estimate_disk(recipe: Recipe, context: RuleContext, data: Mapping[str, Data
 
 
 def refuse_if_too_large(plan: Plan) -> None:
-    """Raise MachineError if memory is too small, DiskError if the disk is, and InputError if the
-    plan is for GPUs as this version cannot use them, before anything is loaded."""
-    if plan.mesh is not None and plan.mesh.missing:
-        fix = "set max_grad_norm: 1, which keeps all gradients"
-        if plan.mesh.mesh.shard > 1:
-            fix = "use a method or a pack_length with which a step fits on one GPU: "
-            fix += "`tunesmith plan --target` lists those that do"
-        message = f"this plan needs {plan.mesh.missing}, which this version cannot run"
-        raise InputError(message, where="plan", fix=fix)
+    """Raise MachineError if memory is too small, and DiskError if the disk is, before anything is
+    loaded."""
     needed = plan.memory_bytes["peak"] * MEMORY_MARGIN
     free = plan.machine.available_bytes
     if not has_enough_memory(plan):

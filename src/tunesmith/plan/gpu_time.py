@@ -3,18 +3,32 @@
 In: a plan for a preset, and the preset's data sheet. Out: a range for the steps, and the time with
 start, preflight and evaluation. Products take the published share of the bf16 rate; below that, a
 step takes the time to launch its kernels, and a token of an answer the time to read the weights.
-The constants are assumptions, not measured on a GPU. Left out: what this machine measures
-(train/time_estimate.py)."""
+Several GPUs divide the rows of a step, and then wait for what they send. The constants are
+assumptions, not measured on a GPU. Left out: what this machine measures (train/time_estimate.py),
+overlap of computing and sending, and the exchanges of GPUs that share a document."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
+from tunesmith.core.mesh import SINGLE_GPU, Mesh
 from tunesmith.core.types import DataReport, ModelSpec, Plan
-from tunesmith.plan.flops import MFU_RANGE, compute_token_flops, estimate_seconds
+from tunesmith.plan.activations import ALL_LINEAR
+from tunesmith.plan.flops import (
+    MFU_RANGE,
+    compute_token_flops,
+    count_computed_tokens,
+    estimate_seconds,
+)
 from tunesmith.plan.hardware_presets import HardwarePreset
-from tunesmith.plan.memory import GENERAL_TEXT_TOKENS
+from tunesmith.plan.memory import (
+    GENERAL_TEXT_TOKENS,
+    MASTER_BYTES,
+    compute_frozen_bytes,
+    count_lora_parameters,
+    get_dtype_bytes,
+)
 from tunesmith.plan.memory_budget import MAX_BATCH_ROWS
 
 IMPORT_SECONDS = 12.0  # Python, torch, transformers and the CUDA context
@@ -24,15 +38,18 @@ LAUNCH_SECONDS = 8e-6  # per kernel
 FORWARD_LAUNCHES = 25
 PREFLIGHT_TOKENS = 6000  # as in train/time_estimate.py
 PREFLIGHT_FORWARDS = 12
+GRADIENT_BYTES = 4  # gradients are summed in fp32
+GATHERS = 2  # of sharded weights in a pack: forward and backward
 
 
 def estimate_gpu_time(plan: Plan, preset: HardwarePreset) -> Plan:
     """Return the plan with the time of its steps, as a range, and that of the run at most."""
-    if plan.mesh is not None and plan.mesh.mesh.num_gpus > 1:
-        seconds = tuple(plan.steps * value for value in plan.mesh.step.seconds)
-    else:
-        floor = 3 * compute_launch_seconds(plan.model) * plan.steps
-        seconds = tuple(value + floor for value in estimate_seconds(plan, preset.flops))
+    mesh = SINGLE_GPU if plan.mesh is None else plan.mesh.mesh
+    share = _compute_largest_share(plan, mesh)
+    floor = plan.steps * (
+        3 * compute_launch_seconds(plan.model) + _estimate_sending(plan, preset, mesh, share)
+    )
+    seconds = tuple(share * value + floor for value in estimate_seconds(plan, preset.flops))
     low, high = (f"{100 * share:.0f}%" for share in MFU_RANGE)
     return dataclasses.replace(
         plan,
@@ -40,6 +57,41 @@ def estimate_gpu_time(plan: Plan, preset: HardwarePreset) -> Plan:
         seconds_source=f"at {low} to {high} of its bf16 rate, published for well-tuned runs",
         total_seconds=seconds[-1] + _estimate_other_seconds(plan, preset),
     )
+
+
+def _compute_largest_share(plan: Plan, mesh: Mesh) -> float:
+    """Return the share of a step that the busiest GPU computes: a row is not divided."""
+    if mesh.document_groups == 1:
+        return 1 / mesh.context
+    row_tokens = plan.data["data"].length_percentiles.get("p90", 1)
+    if plan.config.stage == "cpt":
+        row_tokens = plan.config.max_length
+    elif plan.config.stage == "preference":
+        row_tokens *= 2
+    step_tokens = max(1.0, count_computed_tokens(plan) / plan.steps)
+    return min(1.0, max(1 / mesh.document_groups, row_tokens / step_tokens)) / mesh.context
+
+
+def _estimate_sending(plan: Plan, preset: HardwarePreset, mesh: Mesh, share: float) -> float:
+    """Return the seconds of a step in which GPUs sum gradients and gather sharded weights."""
+    if mesh.num_gpus == 1:
+        return 0.0
+    model = plan.model
+    config = plan.config
+    if config.method == "full":
+        num_trained = model.parameters
+        weight_bytes = float(MASTER_BYTES * model.block_parameters)
+    else:
+        targets = config.lora_target_modules or ALL_LINEAR
+        num_trained = count_lora_parameters(model, config.lora_r or 0, targets)
+        dtype_bytes = get_dtype_bytes(config.dtype)
+        rest_bytes = (model.parameters - model.block_parameters) * dtype_bytes
+        weight_bytes = compute_frozen_bytes(model, config.method, dtype_bytes) - rest_bytes
+    moved_bytes = 2 * GRADIENT_BYTES * num_trained  # an all-reduce sends and receives
+    tokens = share * mesh.context * count_computed_tokens(plan) / plan.steps
+    packs = math.ceil(tokens / config.pack_length)
+    moved_bytes += GATHERS * packs * weight_bytes * (mesh.shard - 1) / mesh.shard
+    return moved_bytes / (preset.network if mesh.num_nodes > 1 else preset.link)
 
 
 def compute_launch_seconds(model: ModelSpec) -> float:

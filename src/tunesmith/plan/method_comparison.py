@@ -29,7 +29,6 @@ class MethodEstimate:
     free_bytes: int
     has_enough_memory: bool
     fits_on: str  # the smallest preset with enough memory, if this machine has too little
-    missing: str  # what this version lacks to use a target's GPUs in this way; empty if it runs
     multiple: float  # peak relative to the 16-bit weights
     usual_multiple: str
     flops: float
@@ -79,7 +78,6 @@ def estimate_method(plan: Plan, count_parameters: CountFn = count_nothing) -> Me
         free_bytes=plan.machine.available_bytes,
         has_enough_memory=has_enough_memory(plan),
         fits_on=plan.fits_on,
-        missing="" if plan.mesh is None else plan.mesh.missing,
         multiple=compute_multiple(plan.model, peak),
         usual_multiple=USUAL_MULTIPLES[config.method],
         flops=estimate_run_flops(plan),

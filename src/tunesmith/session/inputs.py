@@ -23,7 +23,7 @@ from tunesmith.core.formatting import format_bytes, format_count
 from tunesmith.core.hardware import measure_machine
 from tunesmith.core.hub_names import COMMIT, pin_model_name, remove_commit, split_revision
 from tunesmith.core.json_io import read_json
-from tunesmith.core.mesh import MeshOption, MeshPlan
+from tunesmith.core.mesh import MeshPlan
 from tunesmith.core.run_dir import SELF_REHEARSAL_FILE, pick_run_folder
 from tunesmith.core.types import DataReport, Document, Json, Machine, ModelSpec, Plan, PlanValue
 from tunesmith.data.chat_template.renderer import Renderer
@@ -53,7 +53,7 @@ from tunesmith.model.target_modules import list_linear_paths, select_targets
 from tunesmith.plan.build import build_plan
 from tunesmith.plan.gpu_time import estimate_gpu_time
 from tunesmith.plan.hardware_presets import choose_machine, list_machines, match_preset
-from tunesmith.plan.mesh import count_gpus, list_fewer_gpus, make_option
+from tunesmith.plan.mesh import make_option, select_single_gpu
 from tunesmith.plan.mixture import decide_mixture
 from tunesmith.plan.new_tokens import decide_new_tokens
 from tunesmith.plan.rules import Measures, SavedShareFn, assume_no_savings
@@ -400,13 +400,11 @@ def make_planner(
             select_targets(layers, targets, inputs.model.model_type)  # refuses unknown layers
         refuse_contradicting_modules(plan, layers)
         refuse_expert_settings(plan, layers)
-        can_change_method = "method" not in fixed and plan.config.method != "full"
-        build = partial(build_plan, **plan_kwargs)
         return dataclasses.replace(
             plan,
             warnings=(*input_warnings, *plan.warnings),
             fits_on="" if has_enough_memory(plan) else find_preset_with_memory(recipe),
-            mesh=_add_mesh_options(plan, recipe, build, can_change_method=can_change_method),
+            mesh=compare_with_single_gpu(plan, recipe),
         )
 
     def find_preset_with_memory(recipe: Recipe) -> str:
@@ -416,26 +414,15 @@ def make_planner(
                 return f"{name} ({format_bytes(machine.memory_bytes)})"
         return NO_PRESET
 
+    def compare_with_single_gpu(plan: Plan, recipe: Recipe) -> MeshPlan | None:
+        if plan.mesh is None or plan.mesh.mesh.num_gpus == 1:
+            return plan.mesh
+        recipe = recipe.model_copy(update={"method": plan.config.method, **ANY_MESH})
+        machine = select_single_gpu(plan.machine)
+        alone = _add_time_estimate(build_plan(recipe, machine=machine, **plan_kwargs))
+        return dataclasses.replace(plan.mesh, options=(make_option(alone), make_option(plan)))
+
     return plan_recipe
-
-
-def _add_mesh_options(
-    plan: Plan, recipe: Recipe, build: Callable[..., Plan], *, can_change_method: bool
-) -> MeshPlan | None:
-    """Return the mesh of a plan for several GPUs with what else there is: fewer of them, and the
-    other kind of adapter."""
-    if plan.mesh is None or count_gpus(plan.machine) == 1:
-        return plan.mesh
-    method = plan.config.method
-    fewer = recipe.model_copy(update={"method": method, **ANY_MESH})
-    wishes = [(machine, fewer) for machine in list_fewer_gpus(plan.machine)]
-    if can_change_method:
-        other = recipe.model_copy(update={"method": "lora" if method == "qlora" else "qlora"})
-        wishes.append((plan.machine, other))
-    options: list[MeshOption] = []
-    for machine, other_recipe in wishes:
-        options.append(make_option(build(other_recipe, machine=machine)))
-    return dataclasses.replace(plan.mesh, options=tuple(options))
 
 
 def _add_time_estimate(plan: Plan) -> Plan:

@@ -1,7 +1,7 @@
 """Steps of a run on N ranks, in one process and without their memory: `plan --dry-run N`.
 
-In: a plan and its inputs. Out: what rank 0 sends in a step, its peak memory by count, and what the
-plan predicts for both.
+In: a plan and its inputs. Out: what rank 0 sends in a step, and its peak memory, counted and as the
+plan predicts it.
 
 The code is that of training. The process group answers at once and sends nothing; tensors are fake:
 they have shapes and storages of a size, and no values. Where the code reads a number, it gets a
@@ -34,19 +34,11 @@ from tunesmith.data.packing import count_computed_tokens
 from tunesmith.model.frozen_weight import NF4_BLOCK
 from tunesmith.model.quantization import roundtrip_nf4
 from tunesmith.model.weight_shards import WeightShards, join_ranks
-from tunesmith.plan.memory import count_trained_parameters, get_dtype_bytes
-from tunesmith.plan.memory_gpu import compute_gathered_bytes
-from tunesmith.plan.mesh_time import (
-    GRADIENT_BYTES,
-    MASTER_BYTES,
-    count_exchanged_bytes,
-    count_layer_passes,
-)
+from tunesmith.plan.memory import MASTER_BYTES, count_trained_parameters
 from tunesmith.plan.rules import RuleContext
 from tunesmith.plan.step_memory import collect_footprint, estimate_packs, estimate_step_memory
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import open_truncated_session
-from tunesmith.train.all_reduce import BUCKET_NUMEL
 from tunesmith.train.loop import TrainingLoop
 from tunesmith.train.run import refuse_on_ranks
 
@@ -147,15 +139,8 @@ def simulate_step(plan: Plan, inputs: RunInputs, num_ranks: int) -> DryRun:
     """Take steps of a plan as rank 0 of `num_ranks`. Raise InputError for a plan that these ranks
     cannot run."""
     with _pretend_ranks(num_ranks) as ranks:
-        _refuse_plan(plan, ranks)
+        refuse_on_ranks(plan, ranks, is_new=True)
         return _count_step(plan, inputs, ranks)
-
-
-def _refuse_plan(plan: Plan, ranks: Ranks) -> None:
-    if plan.mesh is not None and plan.mesh.missing:
-        message = f"this plan needs {plan.mesh.missing}, which this version cannot run"
-        raise InputError(message, where="--dry-run", fix="use a target on which a step fits")
-    refuse_on_ranks(plan, ranks, is_new=True)
 
 
 @contextmanager
@@ -200,7 +185,7 @@ def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
         messages.append(RankMessages(name, calls, record.num_bytes[name]))
     context = _build_context(plan, ranks.world)
     planned = estimate_step_memory(context)
-    trained_bytes = GRADIENT_BYTES * count_trained_parameters(
+    trained_bytes = MASTER_BYTES * count_trained_parameters(
         context.model, **collect_footprint(context)
     )
     if plan.config.method == "full":
@@ -214,7 +199,6 @@ def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
         weight_bytes=weight_bytes,
         peak_bytes=record.peak_bytes,
         planned_rank_tokens=estimate_packs(context).step,
-        planned_messages=_predict_messages(context, rank_tokens, len(packs)),
         planned_weight_bytes=planned["weights"] + trained_bytes,  # those in fp32, too
         planned_peak_bytes=planned["peak"] - sum(planned.get(name, 0) for name in OTHER_PARTS),
     )
@@ -244,51 +228,6 @@ def _build_context(plan: Plan, num_ranks: int) -> RuleContext:
             context=plan.config.context_parallel_size,
         ),
     )
-
-
-def _predict_messages(
-    context: RuleContext, rank_tokens: int, num_packs: int
-) -> tuple[RankMessages, ...]:
-    """Return the messages that plan/mesh_time.py counts the time of."""
-    num_trained = count_trained_parameters(context.model, **collect_footprint(context))
-    mesh = context.mesh
-    calls = math.ceil(num_trained / BUCKET_NUMEL)
-    gradients = RankMessages("allreduce", calls, GRADIENT_BYTES * num_trained)
-    messages = [gradients]
-    if mesh.shard > 1:
-        messages = _predict_gathers(context, num_packs)
-        if context["method"] != "full":
-            messages.append(gradients)
-        else:  # summed over copies, and the words of a step
-            num_pieces = num_trained // mesh.shard if mesh.replicate > 1 else 0
-            calls = 1 + math.ceil(num_pieces / BUCKET_NUMEL)
-            messages.append(RankMessages("allreduce", calls, GRADIENT_BYTES * num_pieces))
-    if mesh.context > 1:
-        calls = 2 * num_packs * count_layer_passes(context)
-        num_bytes = count_exchanged_bytes(context, rank_tokens)
-        messages.append(RankMessages("alltoall_base", calls, num_bytes))
-    return tuple(messages)
-
-
-def _predict_gathers(context: RuleContext, num_packs: int) -> list[RankMessages]:
-    """Return what a rank sends of its weights, and of the gradients of all. The last layer of a
-    forward is that with which the backward begins."""
-    model = context.model
-    shard = context.mesh.shard
-    gathers = num_packs * (2 * model.num_layers - 1)
-    rest = model.parameters - model.block_parameters
-    if context["method"] != "full":
-        dtype_bytes = get_dtype_bytes(context["dtype"])
-        layer_bytes = compute_gathered_bytes(model, context["method"], dtype_bytes)
-        return [RankMessages("allgather_base", gathers, gathers * layer_bytes // shard)]
-    layer_bytes = MASTER_BYTES * model.block_parameters // model.num_layers
-    gathered_bytes = (gathers * layer_bytes + MASTER_BYTES * rest) // shard
-    num_summed = num_packs * model.num_layers
-    summed_bytes = num_summed * layer_bytes + MASTER_BYTES * rest
-    return [
-        RankMessages("allgather_base", gathers + 2, gathered_bytes),  # all else, and the norm
-        RankMessages("reduce_scatter_base", num_summed + 1, summed_bytes),
-    ]
 
 
 def _iter_tensors(value: Any) -> Iterator[Tensor]:

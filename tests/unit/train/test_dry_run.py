@@ -9,8 +9,7 @@ import pytest
 from tiny_runs import build_sum_rows, make_tiny_recipe, save_model_folder, write_rows
 from tunesmith.cli import app
 from tunesmith.core.errors import InputError
-from tunesmith.core.mesh import DryRun, RankMessages
-from tunesmith.plan.mesh_time import GRADIENT_BYTES
+from tunesmith.core.mesh import DryRun
 from tunesmith.session import inputs
 from tunesmith.train.dry_run import simulate_step
 
@@ -32,58 +31,44 @@ def count(
     return simulate_step(inputs.make_plan(run_inputs), run_inputs, num_ranks)
 
 
-def get_messages(messages: tuple[RankMessages, ...]) -> dict[str, tuple[int, int]]:
-    return {message.operation: (message.calls, message.num_bytes) for message in messages}
+def get_messages(dry_run: DryRun) -> dict[str, tuple[int, int]]:
+    return {message.operation: (message.calls, message.num_bytes) for message in dry_run.messages}
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "bf16"}, FULL])
 def test_one_sum_of_gradients_is_sent(model: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     dry_run = count(model, tmp_path, 8, **changes)
-    (name, (calls, num_bytes)) = get_messages(dry_run.messages).popitem()
-    planned_calls, planned_bytes = get_messages(dry_run.planned_messages)["allreduce"]
-    assert (name, calls, len(dry_run.messages)) == ("allreduce", planned_calls, 1)
-    words = (num_bytes - planned_bytes) / GRADIENT_BYTES
-    assert 8 < words < 60, "loss, counts, and a word for each rank and parameter"
+    assert [(name, calls) for name, (calls, _) in get_messages(dry_run).items()] == [
+        ("allreduce", 1)
+    ]
     assert dry_run.weight_bytes == pytest.approx(dry_run.planned_weight_bytes, rel=0.01)
     assert dry_run.peak_bytes > dry_run.weight_bytes
     assert dry_run.rank_tokens < dry_run.step_tokens / 6
 
 
-@pytest.mark.parametrize("policy", ["none", "full"])
-def test_ranks_that_share_documents_send_what_is_planned(
-    model: Path, tmp_path: Path, policy: str
+@pytest.mark.parametrize(("policy", "calls"), [("none", 8), ("full", 10)])
+def test_ranks_that_share_documents_exchange_them_around_attention(
+    model: Path, tmp_path: Path, policy: str, calls: int
 ) -> None:
+    """Twice for each of two layers, forward and backward; the last one is not recomputed."""
     changes = {"gradient_checkpointing": policy, "max_length": 128}
-    alone = count(model, tmp_path, 2, **changes)
     shared = count(model, tmp_path, 2, context_parallel_size=2, **changes)
-    sent, planned = (
-        get_messages(messages)["alltoall_base"]
-        for messages in (shared.messages, shared.planned_messages)
-    )
-    assert sent[0] == planned[0]
-    assert sent[1] == pytest.approx(planned[1], rel=0.005), "up to one token"
-    assert sent[0] == {"none": 8, "full": 10}[policy], "the last layer is not recomputed"
-    assert "alltoall_base" not in get_messages(alone.messages)
+    assert get_messages(shared)["alltoall_base"][0] == calls
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": "full"}, FULL])
-@pytest.mark.parametrize("shard", [2, 4])
-def test_ranks_that_hold_weights_together_send_and_hold_what_is_planned(
+@pytest.mark.parametrize(
+    ("shard", "changes"), [(2, {"gradient_checkpointing": "full"}), (4, {}), (2, FULL), (4, FULL)]
+)
+def test_ranks_that_hold_weights_together_gather_each_layer_once_in_a_pass(
     model: Path, tmp_path: Path, changes: dict[str, Any], shard: int
 ) -> None:
+    """The last layer of a forward is that with which the backward begins."""
     how: dict[str, Any] = {"dtype": "bf16", "optim": "adamw", **changes}
     dry_run = count(model, tmp_path, 4, target="4xh100", dp_shard_size=shard, **how)
-    sent = get_messages(dry_run.messages)
-    planned = get_messages(dry_run.planned_messages)
-    assert sent.keys() == planned.keys()
-    gathers, gathered_bytes = planned["allgather_base"]
-    assert sent["allgather_base"] == (gathers, pytest.approx(gathered_bytes, rel=0.02))
-    if "method" in changes:
-        calls, summed_bytes = planned["reduce_scatter_base"]
-        assert sent["reduce_scatter_base"] == (calls, pytest.approx(summed_bytes, rel=0.02))
-    assert sent["allreduce"][0] == planned["allreduce"][0]
-    words = (sent["allreduce"][1] - planned["allreduce"][1]) / GRADIENT_BYTES
-    assert 4 < words < 60, "loss, counts, and a word for each rank and parameter"
+    calls = {name: calls for name, (calls, _) in get_messages(dry_run).items()}
+    is_full = "method" in changes
+    assert calls["allgather_base"] == 3 + 2 * is_full, "with all else, and the norm"
+    assert calls.get("reduce_scatter_base", 0) == 3 * is_full
     assert dry_run.weight_bytes == pytest.approx(dry_run.planned_weight_bytes, rel=0.02)
 
 
@@ -120,12 +105,6 @@ def test_weights_in_4_bits_are_counted(large: Path, tmp_path: Path, shard: int) 
     }
     dry_run = count(large, tmp_path, 8, target="8xh100", **how)
     assert dry_run.weight_bytes == pytest.approx(dry_run.planned_weight_bytes, rel=0.02)
-    sent = get_messages(dry_run.messages)
-    planned = get_messages(dry_run.planned_messages)
-    assert sent.keys() == planned.keys()
-    if shard > 1:
-        calls, num_bytes = planned["allgather_base"]
-        assert sent["allgather_base"] == (calls, pytest.approx(num_bytes, rel=0.02))
     assert dry_run.planned_peak_bytes == pytest.approx(dry_run.peak_bytes, rel=0.1)
 
 

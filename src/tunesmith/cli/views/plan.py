@@ -205,7 +205,7 @@ def render_method_estimates(estimates: Sequence[MethodEstimate]) -> RenderableTy
 
 def _format_fit(estimate: MethodEstimate) -> str:
     if estimate.has_enough_memory:
-        return f"fits; not in this version: {estimate.missing}" if estimate.missing else "fits"
+        return "fits"
     return f"does not fit; the smallest GPU that fits: {estimate.fits_on}"
 
 
