@@ -57,13 +57,16 @@ def test_a_verb_without_its_extra_says_what_to_install(tmp_path: Path) -> None:
     """The plain package has none of these libraries."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: m\ndata: d.jsonl\nsweep: {lora_r: [8, 16]}\n")
-    program = "import sys\nsys.modules |= dict.fromkeys(('optuna', 'starlette', 'uvicorn'))\n"
+    libraries = ("optuna", "starlette", "uvicorn", "httpx")
+    program = f"import sys\nsys.modules |= dict.fromkeys({libraries})\n"
     program += verb("tune", "sweep", str(recipe), code=2) + "\n"
-    program += verb("serve", str(tmp_path), code=2)
+    program += verb("serve", str(tmp_path), code=2) + "\n"
+    program += verb("verify", str(tmp_path), "--url", "http://localhost/v1", code=2)
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "pip install 'tunesmith[sweep]'" in done.stderr
     assert "pip install 'tunesmith[serve]'" in done.stderr
+    assert "pip install 'tunesmith[verify]'" in done.stderr
 
 
 MODULES_OF_RESULTS = (

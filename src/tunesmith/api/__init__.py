@@ -508,6 +508,9 @@ def verify(
     `url` is that of an OpenAI-compatible API, such as http://localhost:8000/v1. `model` may be left
     out for a server with one. `key` is sent as a bearer token. Raises InputError for a run without
     recorded answers, and MachineError for a server that cannot be reached or fails."""
+    if find_spec("httpx") is None:
+        message = "asking a server needs httpx, which is not installed"
+        raise InputError(message, where="verify", fix="pip install 'tunesmith[verify]'")
     from tunesmith.evaluate.verify.server_client import LiveClient, choose_model
     from tunesmith.evaluate.verify.verification import verify_run
 

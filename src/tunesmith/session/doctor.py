@@ -37,6 +37,7 @@ EXTRAS = {
     "constrained": (("llguidance",), "answers that follow a JSON schema"),
     "serve": (("starlette", "uvicorn", "prometheus-client", "llguidance"), "tunesmith serve"),
     "sweep": (("optuna",), "tunesmith tune sweep"),
+    "verify": (("httpx",), "tunesmith verify"),
     "tensorboard": (("tensorboardX",), "--track tensorboard"),
     "wandb": (("wandb",), "--track wandb"),
 }

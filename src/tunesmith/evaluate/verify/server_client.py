@@ -6,22 +6,22 @@
 
 Nothing that a server sends is trusted: replies have a limit in bytes and seconds, redirects are
 refused, proxies are not used, and every field that is read is validated. The key is sent and
-appears nowhere else. Left out: what is asked, and what the answers mean (verification.py)."""
+appears nowhere else. HTTP is httpx's, of the extra `verify`. Left out: what is asked, and what the
+answers mean (verification.py)."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-import socket
 import ssl
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any, cast
-from urllib.parse import SplitResult, urlsplit
+
+import httpx
 
 from tunesmith.core.errors import InputError, MachineError, TunesmithError
 from tunesmith.core.json_io import dump_json, parse_as
@@ -29,13 +29,13 @@ from tunesmith.core.types import Json, __version__
 
 REQUEST_SECONDS = 120.0  # for one reply, all of it
 MAX_REPLY_BYTES = 64 * 2**20  # log-probabilities of a long prompt take a few
-READ_BYTES = 2**16
 MAX_RETRIES = 8  # of a request that a busy server puts off
 MAX_WAIT_SECONDS = 60.0
 BUSY_STATUSES = (429, 503)
 MAX_QUOTED_CHARS = 300
 MAX_LISTED_MODELS = 5
 OPENAI_FIX = "name the address that ends in /v1 of an OpenAI-compatible server"
+LOG_FIX = "see the log of the server, and whether it is overloaded"
 
 
 @contextmanager
@@ -68,16 +68,18 @@ class LiveClient:
 
     def __init__(self, url: str, key: str = "", *, timeout_seconds: float = REQUEST_SECONDS):
         """Raises InputError for a URL or key that cannot be one."""
-        self._parts = _split_url(url)
+        self._base = _parse_url(url)
         self.url = url.rstrip("/")
         self._key = _check_key(key)
         self._timeout_seconds = timeout_seconds
+        is_encrypted = self._base.scheme == "https"
+        self._tls = ssl.create_default_context() if is_encrypted else False
 
     def list_models(self) -> tuple[str, ...] | None:
         """Return the names of the models, None for a server without a list. Raises what
         `request_json` raises."""
         try:
-            reply = self._request("GET", "/models")
+            reply = self._request("GET", self._resolve("/models"))
         except RefusedRequest:
             return None
         models = parse_as(_ModelList, reply, where=f"{self.url}/models").data
@@ -88,81 +90,80 @@ class LiveClient:
 
         Raises RefusedRequest for a request that the server does not take, InputError for a wrong
         key or a server of another kind, MachineError for one that cannot be reached or fails."""
-        return self._request("POST", path, body, is_below_url=is_below_url)
+        return self._request("POST", self._resolve(path, is_below_url), body)
 
     def fetch(self, path: str) -> tuple[int, bytes]:
         """Return the status and content of GET URL/path, whatever they are. Raises InputError or
         MachineError for a server that cannot be reached."""
-        target = self._parts.path.rstrip("/") + path
-        status, _, content = self._send("GET", target, None, self.url + path)
+        status, _, content = self._send("GET", self._resolve(path), None)
         return status, content
 
-    def _request(
-        self, method: str, path: str, body: Json | None = None, *, is_below_url: bool = True
-    ) -> Json:
-        prefix = self._parts.path.rstrip("/") if is_below_url else ""
-        where = self.url + path if is_below_url else path
-        status, wait_seconds, content = self._send(method, prefix + path, body, where)
+    def _resolve(self, path: str, is_below_url: bool = True) -> httpx.URL:
+        prefix = self._base.path.rstrip("/") if is_below_url else ""
+        return self._base.copy_with(path=prefix + path)
+
+    def _request(self, method: str, url: httpx.URL, body: Json | None = None) -> Json:
+        status, wait_seconds, content = self._send(method, url, body)
         for attempt in range(MAX_RETRIES):
             if status not in BUSY_STATUSES:
                 break
             time.sleep(min(MAX_WAIT_SECONDS, 2**attempt if wait_seconds is None else wait_seconds))
-            status, wait_seconds, content = self._send(method, prefix + path, body, where)
+            status, wait_seconds, content = self._send(method, url, body)
         if status != 200:
-            raise self._make_error(status, content, where)
-        return _parse_object(content, where)
+            raise self._make_error(status, content, str(url))
+        return _parse_object(content, str(url))
 
     def _send(
-        self, method: str, target: str, body: Json | None, where: str
+        self, method: str, url: httpx.URL, body: Json | None
     ) -> tuple[int, float | None, bytes]:
         """Return the status, the seconds that a busy server asks to wait, and the content."""
-        headers = {"Accept": "application/json", "User-Agent": f"tunesmith/{__version__}"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        data = None
-        if body is not None:
-            data = dump_json(body)
-            headers["Content-Type"] = "application/json"
-        connection = self._connect()
-        seconds = self._timeout_seconds
-        with self._transport_errors(where), _deadline(connection, seconds):
-            connection.request(method, target, data, headers)
-            with connection.getresponse() as response:  # which holds the socket, too
-                content = _read_content(response, where)
-                return response.status, _read_wait(response), content
-
-    def _connect(self) -> HTTPConnection:
-        host = self._parts.hostname or ""
-        port = self._parts.port
-        if self._parts.scheme == "https":
-            context = ssl.create_default_context()
-            return HTTPSConnection(host, port, timeout=self._timeout_seconds, context=context)
-        return HTTPConnection(host, port, timeout=self._timeout_seconds)
-
-    @contextmanager
-    def _transport_errors(self, where: str) -> Iterator[None]:
+        data = None if body is None else dump_json(body)
+        request = httpx.Request(method, url, headers=self._build_headers(), content=data)
+        where = str(url)
         try:
-            yield
+            return asyncio.run(self._exchange(request))
         except TimeoutError:
             message = f"no complete reply within {self._timeout_seconds:g} s"
-            fix = "see what the server is doing, and whether it is overloaded"
-            raise MachineError(message, where=where, fix=fix) from None
-        except ssl.SSLCertVerificationError as error:
-            message = f"its certificate is not trusted: {error.verify_message}"
-            fix = "name the host of the certificate; SSL_CERT_FILE adds an authority"
-            raise InputError(message, where=where, fix=fix) from None
-        except ConnectionRefusedError:
+            raise MachineError(message, where=where, fix=LOG_FIX) from None
+        except httpx.ConnectError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                fix = "name the host of the certificate; SSL_CERT_FILE adds an authority"
+                message = "its certificate is not trusted"
+                raise InputError(f"{message}: {error}", where=where, fix=fix) from None
             fix = "start the server, or correct the URL"
-            raise MachineError("nothing answers there", where=where, fix=fix) from None
-        except socket.gaierror:
-            message = f"there is no host {self._parts.hostname!r:.80}"
-            raise MachineError(message, where=where, fix="correct the URL") from None
-        except HTTPException as error:
-            message = f"the reply is no HTTP, or ends early ({type(error).__name__})"
-            raise MachineError(message, where=where, fix="see the log of the server") from None
-        except OSError as error:
-            message = f"the connection failed: {error.strerror or type(error).__name__}"
-            raise MachineError(message, where=where, fix="see the log of the server") from None
+            raise MachineError(f"nothing answers there: {error}", where=where, fix=fix) from None
+        except httpx.TransportError as error:
+            message = f"no complete HTTP reply: {error or type(error).__name__}"
+            raise MachineError(message, where=where, fix=LOG_FIX) from None
+
+    def _build_headers(self) -> dict[str, str]:
+        headers = {
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",  # a small reply cannot become a huge one
+            "Content-Type": "application/json",
+            "User-Agent": f"tunesmith/{__version__}",
+        }
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        return headers
+
+    async def _exchange(self, request: httpx.Request) -> tuple[int, float | None, bytes]:
+        """One deadline is for all of it, however slowly the bytes come: a timeout of httpx starts
+        again with each of them."""
+        content = bytearray()
+        async with (
+            asyncio.timeout(self._timeout_seconds),
+            httpx.AsyncClient(verify=self._tls, trust_env=False, timeout=None) as client,
+        ):
+            response = await client.send(request, stream=True)
+            async for part in response.aiter_raw():
+                content += part
+                if len(content) > MAX_REPLY_BYTES:
+                    message = f"the reply is longer than {MAX_REPLY_BYTES // 2**20} MiB"
+                    raise MachineError(message, where=str(request.url), fix=OPENAI_FIX)
+        seconds = response.headers.get("Retry-After", "")
+        wait_seconds = float(seconds) if seconds.isdecimal() else None
+        return response.status_code, wait_seconds, bytes(content)
 
     def _make_error(self, status: int, content: bytes, where: str) -> TunesmithError:
         """Return the error of a status that is not 200."""
@@ -186,22 +187,22 @@ class LiveClient:
         return InputError(message, where=where, fix=OPENAI_FIX)
 
 
-def _split_url(url: str) -> SplitResult:
-    """Return the parts of a URL. Raises InputError; a URL with a password is never quoted."""
+def _parse_url(url: str) -> httpx.URL:
+    """Return the URL of a server. Raises InputError; one with a password is never quoted."""
     where = "--url"
     fix = "write it as http://localhost:8000/v1"
     try:
-        parts = urlsplit(url)
-        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
         raise InputError("not a URL", where=where, fix=fix) from None
-    if "@" in parts.netloc:
+    if parsed.userinfo:
         fix = "leave it out; --key-env names the variable that holds a key"
         raise InputError("the URL holds a user or password", where=where, fix=fix)
-    is_plain = url.isascii() and url.isprintable() and " " not in url
-    if not is_valid or not is_plain or parts.query or parts.fragment:
+    is_server = parsed.scheme in ("http", "https") and bool(parsed.host)
+    has_port = parsed.port is None or 0 < parsed.port < 2**16
+    if not is_server or not has_port or " " in url or parsed.query or parsed.fragment:
         raise InputError(f"not the URL of a server: {url!r:.100}", where=where, fix=fix)
-    return parts
+    return parsed
 
 
 def _check_key(key: str) -> str:
@@ -210,61 +211,6 @@ def _check_key(key: str) -> str:
         message = "the key has white space, control characters or characters beyond ASCII"
         raise InputError(message, where="--key-env", fix="set the variable to the key alone")
     return key
-
-
-@contextmanager
-def _deadline(connection: HTTPConnection, seconds: float) -> Iterator[None]:
-    """Connect, and end an exchange after some seconds, however slowly its bytes come: a socket's
-    own timeout starts again with each of them. Raises TimeoutError, also where what came until then
-    could be a whole reply, or one that the server has cut."""
-    expired = threading.Event()
-    connected: list[socket.socket] = []
-
-    def cut() -> None:
-        expired.set()
-        for opened in connected:
-            with suppress(OSError):  # closed already
-                opened.shutdown(socket.SHUT_RDWR)
-
-    timer = threading.Timer(seconds, cut)
-    timer.daemon = True
-    timer.start()
-    try:
-        connection.connect()
-        connected.append(connection.sock)  # a reply without a length takes it from the connection
-        if not expired.is_set():
-            yield
-        if expired.is_set():
-            raise TimeoutError
-    except (OSError, HTTPException, TunesmithError):
-        if expired.is_set():
-            raise TimeoutError from None
-        raise
-    finally:
-        timer.cancel()
-        connection.close()
-
-
-def _read_content(response: HTTPResponse, where: str) -> bytes:
-    """Return the content. Raises MachineError if it is too long or ends early."""
-    parts: list[bytes] = []
-    size = 0
-    while part := response.read1(READ_BYTES):
-        parts.append(part)
-        size += len(part)
-        if size > MAX_REPLY_BYTES:
-            message = f"the reply is longer than {MAX_REPLY_BYTES // 2**20} MiB"
-            raise MachineError(message, where=where, fix=OPENAI_FIX)
-    announced = response.getheader("Content-Length", "")
-    if announced.isdecimal() and size < int(announced):
-        message = f"the reply ends after {size} of {announced:.20} bytes"
-        raise MachineError(message, where=where, fix="see the log of the server")
-    return b"".join(parts)
-
-
-def _read_wait(response: HTTPResponse) -> float | None:
-    seconds = response.getheader("Retry-After", "")
-    return float(seconds) if seconds.isdecimal() else None
 
 
 def _parse_object(content: bytes, where: str) -> Json:

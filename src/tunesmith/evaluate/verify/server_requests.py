@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.json_io import parse_as
@@ -25,7 +24,6 @@ from tunesmith.evaluate.verify.recorded_items import RecordedItem, RecordedRun
 from tunesmith.evaluate.verify.served_calls import CallReader, ServedCall
 from tunesmith.evaluate.verify.server_client import LiveClient, RefusedRequest, open_request_pool
 
-T = TypeVar("T")
 CHAT_PATH = "/chat/completions"
 TEXT_PATH = "/completions"
 TOKENIZE_PATH = "/tokenize"  # of the host, beside /v1
@@ -59,8 +57,9 @@ class _ChosenToken(_Alternative):
 
 
 @dataclass(frozen=True)
-class _TokenLogprobs:
-    content: tuple[_ChosenToken, ...] | None = None
+class _Logprobs:
+    content: tuple[_ChosenToken, ...] | None = None  # of a chat
+    token_logprobs: tuple[float | None, ...] | None = None  # of a text
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,19 @@ class _Message:
 
 
 @dataclass(frozen=True)
-class _ChatChoice:
-    message: _Message
+class _PromptLogprob:
+    logprob: float | None = None
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Of a chat, which has a message, or of a text."""
+
+    message: _Message | None = None
+    text: str | None = None
     finish_reason: str | None = None
-    logprobs: _TokenLogprobs | None = None
+    logprobs: _Logprobs | None = None
+    prompt_logprobs: tuple[dict[str, _PromptLogprob] | None, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,52 +91,10 @@ class _Usage:
 
 
 @dataclass(frozen=True)
-class _ChatReply:
-    choices: tuple[_ChatChoice, ...]
+class _Reply:
+    choices: tuple[_Choice, ...]
     usage: _Usage | None = None
     prompt_token_ids: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class _TextChoice:
-    text: str
-    finish_reason: str | None = None
-
-
-@dataclass(frozen=True)
-class _TextReply:
-    choices: tuple[_TextChoice, ...]
-    usage: _Usage | None = None
-
-
-@dataclass(frozen=True)
-class _EchoLogprobs:
-    token_logprobs: tuple[float | None, ...]
-
-
-@dataclass(frozen=True)
-class _EchoChoice:
-    logprobs: _EchoLogprobs
-
-
-@dataclass(frozen=True)
-class _EchoReply:
-    choices: tuple[_EchoChoice, ...]
-
-
-@dataclass(frozen=True)
-class _Logprob:
-    logprob: float | None = None
-
-
-@dataclass(frozen=True)
-class _PromptChoice:
-    prompt_logprobs: tuple[dict[str, _Logprob] | None, ...]
-
-
-@dataclass(frozen=True)
-class _PromptReply:
-    choices: tuple[_PromptChoice, ...]
 
 
 @dataclass(frozen=True)
@@ -241,70 +207,57 @@ def _is_accepted(client: LiveClient, options: RequestOptions, item: RecordedItem
 
 def ask(client: LiveClient, options: RequestOptions, item: RecordedItem) -> LiveAnswer:
     """Return the greedy answer to an item. Raises what `LiveClient.request_json` raises."""
-    body: Json = {
-        "model": options.model,
-        "temperature": 0,
-        "max_tokens": options.max_new_tokens,
-    }
-    if not item.messages:
-        return _ask_text(client, {**body, "prompt": item.prompt_text})
-    body |= {**options.fields, **options.template_fields, "messages": list(item.messages)}
-    if item.tools:
-        body["tools"] = list(item.tools)
-    reply = _parse(_ChatReply, client, CHAT_PATH, body)
-    choice = _get_first(reply.choices, client.url + CHAT_PATH)
-    usage = reply.usage or _Usage()
-    logprobs = choice.logprobs or _TokenLogprobs()
+    if item.messages:
+        path = CHAT_PATH
+        body = _build_chat(options, item) | options.fields
+    else:
+        path = TEXT_PATH
+        body = {"model": options.model, "prompt": item.prompt_text}
+    body |= {"temperature": 0, "max_tokens": options.max_new_tokens}
+    reply, choice = _request(client, path, body)
+    message = choice.message or _Message(choice.text)
+    text = message.content or ""
+    if (choice.message if item.messages else choice.text) is None:
+        raise InputError("the reply has no answer", where=client.url + path)
     prompt_ids = reply.prompt_token_ids or ()
     if not prompt_ids and options.can_tokenize:
         prompt_ids = _tokenize(client, options, item)
-    text = choice.message.content or ""
     if options.calls is not None:
-        text = options.calls.restore(item, text, choice.message.tool_calls or ())
+        text = options.calls.restore(item, text, message.tool_calls or ())
+    usage = reply.usage or _Usage()
     return LiveAnswer(
         text=text,
         finish_reason=choice.finish_reason or "",
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         prompt_ids=prompt_ids,
-        tokens=logprobs.content or (),
+        tokens=(choice.logprobs or _Logprobs()).content or (),
         end_texts=options.end_texts,
     )
 
 
-def _ask_text(client: LiveClient, body: Json) -> LiveAnswer:
-    reply = _parse(_TextReply, client, TEXT_PATH, body)
-    choice = _get_first(reply.choices, client.url + TEXT_PATH)
-    usage = reply.usage or _Usage()
-    return LiveAnswer(
-        choice.text, choice.finish_reason or "", usage.prompt_tokens, usage.completion_tokens
-    )
+def _build_chat(options: RequestOptions, item: RecordedItem) -> Json:
+    body: Json = {"model": options.model, "messages": list(item.messages)}
+    if item.tools:
+        body["tools"] = list(item.tools)
+    return body | options.template_fields
 
 
-def _parse(cls: type[T], client: LiveClient, path: str, body: Json) -> T:
-    return parse_as(cls, client.request_json(path, body), where=client.url + path)
-
-
-def _get_first(choices: Sequence[T], where: str) -> T:
-    if not choices:
+def _request(client: LiveClient, path: str, body: Json) -> tuple[_Reply, _Choice]:
+    """Return the reply and its first choice."""
+    where = client.url + path
+    reply = parse_as(_Reply, client.request_json(path, body), where=where)
+    if not reply.choices:
         raise InputError("the reply has no choices", where=where)
-    return choices[0]
+    return reply, reply.choices[0]
 
 
 def _tokenize(client: LiveClient, options: RequestOptions, item: RecordedItem) -> tuple[int, ...]:
     """Return the ids of a prompt as vLLM's /tokenize gives them; empty for another server."""
-    body: Json = {
-        "model": options.model,
-        "messages": list(item.messages),
-        "add_generation_prompt": True,
-        **options.template_fields,
-    }
-    if item.tools:
-        body["tools"] = list(item.tools)
+    body = _build_chat(options, item) | {"add_generation_prompt": True}
     try:
-        return parse_as(
-            _Tokens, client.request_json(TOKENIZE_PATH, body, is_below_url=False)
-        ).tokens
+        reply = client.request_json(TOKENIZE_PATH, body, is_below_url=False)
+        return parse_as(_Tokens, reply).tokens
     except (InputError, MachineError):
         return ()
 
@@ -312,7 +265,8 @@ def _tokenize(client: LiveClient, options: RequestOptions, item: RecordedItem) -
 # ---------------------------------------------------------------- probabilities
 
 
-ScoreFn = Callable[[LiveClient, str, Sequence[int]], tuple[float | None, ...]]
+Logprobs = tuple[float | None, ...]  # of each token
+ScoreFn = Callable[[LiveClient, str, Sequence[int]], Logprobs]
 
 
 def score_documents(
@@ -365,23 +319,21 @@ def _compute_loss(
     return nats / num_targets if num_targets else None
 
 
-def _score_by_echo(client: LiveClient, model: str, ids: Sequence[int]) -> tuple[float | None, ...]:
-    body: Json = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0}
-    reply = _parse(_EchoReply, client, TEXT_PATH, {**body, "echo": True, "logprobs": 1})
-    return _get_first(reply.choices, client.url + TEXT_PATH).logprobs.token_logprobs
+def _score_by_echo(client: LiveClient, model: str, ids: Sequence[int]) -> Logprobs:
+    _, choice = _request(client, TEXT_PATH, _build_scoring(model, ids, echo=True, logprobs=1))
+    return (choice.logprobs or _Logprobs()).token_logprobs or ()
 
 
-def _score_by_prompt(
-    client: LiveClient, model: str, ids: Sequence[int]
-) -> tuple[float | None, ...]:
-    body: Json = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0}
-    reply = _parse(_PromptReply, client, TEXT_PATH, {**body, "prompt_logprobs": 0})
-    listed = _get_first(reply.choices, client.url + TEXT_PATH).prompt_logprobs
+def _score_by_prompt(client: LiveClient, model: str, ids: Sequence[int]) -> Logprobs:
+    _, choice = _request(client, TEXT_PATH, _build_scoring(model, ids, prompt_logprobs=0))
     logprobs: list[float | None] = []
-    for token, entry in zip(ids, listed, strict=False):
-        logprob = (entry or {}).get(str(token))
-        logprobs.append(None if logprob is None else logprob.logprob)
+    for token, entry in zip(ids, choice.prompt_logprobs or (), strict=False):
+        logprobs.append((entry or {}).get(str(token), _PromptLogprob()).logprob)
     return tuple(logprobs)
+
+
+def _build_scoring(model: str, ids: Sequence[int], **fields: int) -> Json:
+    return {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0, **fields}
 
 
 SCORERS: tuple[ScoreFn, ...] = (_score_by_echo, _score_by_prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import socket
@@ -41,7 +42,12 @@ def ask(url: str, *, key: str = "", seconds: float = SILENCE) -> Any:
         (Fault(content=b"<html>hello</html>"), InputError, "the reply is not JSON"),
         (Fault(content=b"[1, 2]"), InputError, "not a JSON object"),
         (Fault(content=b"[" * 10**5), InputError, "the reply is not JSON"),
-        (Fault(content=b'{"a": 1', is_cut=True), MachineError, "ends after 7 of 24 bytes"),
+        (
+            Fault(headers={"Content-Encoding": "gzip"}, content=gzip.compress(b"{}")),
+            InputError,
+            "JSON",
+        ),
+        (Fault(content=b'{"a": 1', is_cut=True), MachineError, "received 7 bytes, expected 24"),
     ],
     ids=lambda value: None if isinstance(value, Fault | type) else str(value)[:24],
 )
