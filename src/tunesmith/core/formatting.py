@@ -137,3 +137,9 @@ def format_rows(finding: Finding) -> str:
     remaining = len(finding.rows) - MAX_ROW_IDS
     more = f" and {remaining:,} more" if remaining > 0 else ""
     return ", ".join(finding.rows[:MAX_ROW_IDS]) + more
+
+
+def count_common(first: str | bytes, second: str | bytes) -> int:
+    """Return how many characters or bytes two texts share from the start."""
+    shortest = min(len(first), len(second))
+    return next((i for i in range(shortest) if first[i] != second[i]), shortest)

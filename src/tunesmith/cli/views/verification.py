@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tunesmith.cli.output import escape_markup, format_single_line
 from tunesmith.cli.views import make_table
-from tunesmith.evaluate.verify.server_requests import count_common
+from tunesmith.core.formatting import count_common
 
 if TYPE_CHECKING:
     from tunesmith.evaluate.verify.verification import AnswerPair, LiveVerification

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from tunesmith.core.errors import InputError, MachineError
+from tunesmith.core.formatting import count_common
 from tunesmith.core.json_io import parse_as
 from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Document, Json
@@ -103,12 +104,6 @@ class _Tokens:
 
 
 # ---------------------------------------------------------------- answers
-
-
-def count_common(first: str | bytes, second: str | bytes) -> int:
-    """Return how many characters or bytes two texts share from the start."""
-    shortest = min(len(first), len(second))
-    return next((i for i in range(shortest) if first[i] != second[i]), shortest)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from tunesmith.core.formatting import count_common
 from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import Comparison
 from tunesmith.evaluate.metrics import grade_answer, parse_metric_arg
@@ -42,7 +43,6 @@ from tunesmith.evaluate.verify.server_requests import (
     LiveAnswer,
     RequestOptions,
     ask,
-    count_common,
     find_options,
     score_documents,
 )
