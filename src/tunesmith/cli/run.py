@@ -60,7 +60,6 @@ def demo(
         preview = api.data_show(inputs, rows=NUM_PREVIEW_ROWS)
         print_result(None, render_data(run_plan.data), *preview, as_json=False)
         print_result(None, render_plan(run_plan), as_json=False)
-    _tell_skipped_checks(run_plan, inputs)
     events = api.train(run_plan, inputs)
     run_dir = Path(run_plan.config.output_dir)
     _show_run(events, run_dir, run_plan.steps, track=track, as_json=as_json)
@@ -87,7 +86,6 @@ def train(
             events = api.resume(run_dir, allow_code=allow_code, ranks=ranks)
         else:
             _warn_of_plan(run_plan)
-            _tell_skipped_checks(run_plan, inputs)
             events = api.train(run_plan, inputs, allow_code=allow_code, ranks=ranks)
         _show_run(events, run_dir, run_plan.steps, track=track, as_json=as_json)
 
@@ -211,17 +209,6 @@ def _warn_of_plan(plan: Plan | StagedPlan) -> None:
         stage = f"stage {number}, {stage_plan.config.stage}: " if len(plans) > 1 else ""
         for warning in stage_plan.warnings:
             write_stderr(f"warning: {stage}{warning}\n")
-
-
-def _tell_skipped_checks(plan: Plan | StagedPlan, inputs: api.AnyInputs) -> None:
-    """Say which data checks a run leaves out, once."""
-    from tunesmith.train.full_data_check import explain_skipped_check
-
-    plans = plan.plans if isinstance(plan, StagedPlan) else (plan,)
-    stages = inputs if isinstance(inputs, tuple) else (inputs,)
-    reasons = map(explain_skipped_check, plans, stages)
-    if reason := next(filter(None, reasons), ""):
-        write_stderr(f"note: {reason}\n")
 
 
 def _show_run(

@@ -1,20 +1,21 @@
-"""The documents that preflight checks: a few real ones, and packs of them.
+"""What preflight checks: the model, a few real documents, and packs of them.
 
-In: documents of the first rows. Out: PreflightSamples, and batches. Left out: the checks
-(train/preflight.py).
-"""
+In: documents of the first rows. Out: PreflightSamples, a Subject, and batches. Left out: the checks
+(train/preflight.py)."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from tunesmith.core.events import CheckResult
 from tunesmith.core.types import Batch, Document, Example, PackLayout
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.collate import Device, collate
@@ -22,6 +23,7 @@ from tunesmith.data.packing import count_input_tokens, pack_step
 from tunesmith.data.prefix_sharing import group_by_prefix
 from tunesmith.model.causal_lm import (
     Network,
+    PackedCausalLM,
     compute_cached_logits,
     compute_stock_logits,
     has_attention_layer,
@@ -42,6 +44,7 @@ MIN_CHECKED_CHARS = 12  # of an untrained message that must not be among the tar
 MAX_CHECKED_POSITIONS = 64  # per document, for which logits are compared
 ORACLE_TOKENS = 32  # of the document on which the stock model is compared with itself
 NO_ORACLE = "every document has one token"
+REPORT_FIX = "please report this"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +113,53 @@ class PreflightSamples:
     is_adapted: bool = False  # training starts from an adapter
     oracle: OracleLogits | str = NO_ORACLE  # or why nothing was compared
     rounding: Rounding | None = None  # of FP8 weights
+
+
+Corruption = Callable[[Batch], Batch]
+
+
+def leave_unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+@dataclass(eq=False)
+class Subject:
+    """The model under test and its samples. `corrupt` is what an injected fault does to batches.
+
+    `logit_error` is the largest difference from transformers that the check of logits accepted, and
+    `block_result` that of the blocks, which the check of logits may need. Hidden states are kept,
+    since several checks need the same documents."""
+
+    model: PackedCausalLM
+    samples: PreflightSamples
+    corrupt: Corruption = leave_unchanged
+    logit_error: float = 0.0
+    block_result: CheckResult | None = None
+    hidden_cache: dict[bytes, tuple[Tensor, Tensor]] = field(
+        default_factory=dict[bytes, tuple[Tensor, Tensor]]
+    )
+
+    def with_corrupt_batches(self, corrupt: Corruption) -> Subject:
+        return dataclasses.replace(self, corrupt=corrupt, block_result=None)
+
+    def with_samples(self, **changes: Any) -> Subject:
+        return dataclasses.replace(self, samples=dataclasses.replace(self.samples, **changes))
+
+    def compute_unpacked(self, document: Document, positions_S: Tensor) -> Tensor:
+        """Return hidden states [S, H] of a document that is alone in its pack.
+
+        `positions_S` must be targets or checked positions of the document."""
+        key = document.tokens_L.tobytes() + document.weights_L.tobytes()
+        if key not in self.hidden_cache:
+            device = self.model.device
+            batch = pack_documents([document], device)
+            target_positions = np.flatnonzero(document.weights_L) - 1
+            positions = np.union1d(target_positions, choose_positions(document))
+            positions_P = torch.from_numpy(positions).to(device)
+            batch = dataclasses.replace(batch, positions_S=positions_P)
+            self.hidden_cache[key] = (positions_P, self.model.compute_hidden(batch))
+        positions_P, hidden_PH = self.hidden_cache[key]
+        return hidden_PH[torch.searchsorted(positions_P, positions_S)]
 
 
 def build_role_mask(

@@ -15,7 +15,7 @@ documents (session/preflight_probe.py)."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ import torch
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.formatting import format_count
-from tunesmith.core.types import Batch, Document, Pack
+from tunesmith.core.types import Document, Pack
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import count_input_tokens, pack_step
 from tunesmith.data.prefix_sharing import build_segments
@@ -39,11 +39,13 @@ from tunesmith.model.layers import MIXERS
 from tunesmith.model.stock_network import StockNetwork
 from tunesmith.session.preflight_probe import (
     ISOLATION_TOKENS,
-    PreflightSamples,
+    REPORT_FIX,
+    Corruption,
+    Subject,
     choose_packed_documents,
+    leave_unchanged,
     truncate,
 )
-from tunesmith.train.preflight_tokens import REPORT_FIX
 
 # Largest difference of a token in a correct block in fp32, relative to the norm of its output. The
 # worst of the families of the tests, random networks, was 3e-6, that of SmolLM2 3e-7.
@@ -61,17 +63,23 @@ GRADIENT_KIND = "gradients match transformers"
 GRADIENT_TOLERANCE = {torch.bfloat16: 0.25, torch.float16: 0.1}
 
 
-def compare_blocks(
-    model: PackedCausalLM, samples: PreflightSamples, corrupt: Callable[[Batch], Batch]
-) -> CheckResult:
-    """Check every block, the sums between them, the embedding and the head, in fp32."""
+def check_blocks(subject: Subject) -> CheckResult:
+    """Check every block, the sums between them, the embedding and the head, in fp32; once."""
+    if subject.block_result is None:
+        subject.block_result = _compare_blocks(subject)
+    return subject.block_result
+
+
+def _compare_blocks(subject: Subject) -> CheckResult:
+    model = subject.model
+    samples = subject.samples
     stock = samples.stock
     if stock is None:
         return CheckResult.from_items(KIND, 0, "", if_none=NO_STOCK_MODULES)
     _refuse_changed_weights(model, stock, is_adapted=samples.is_adapted)
     wide_dtype = torch.promote_types(model.dtype, torch.float32)
     documents = choose_packed_documents(samples.documents)
-    packs = [build_compared_pack(model, documents, corrupt=corrupt)]
+    packs = [build_compared_pack(model, documents, corrupt=subject.corrupt)]
     if samples.sharing_documents:
         packs.append(build_compared_pack(model, samples.sharing_documents, should_share=True))
     differences: list[Difference] = []
@@ -128,9 +136,11 @@ def _describe_choices(differences: Sequence[Difference]) -> str:
     return f", router decisions equal at {num_equal:,}/{num_choices:,}" if num_choices else ""
 
 
-def compare_backward(model: PackedCausalLM, samples: PreflightSamples) -> CheckResult:
+def check_gradients(subject: Subject) -> CheckResult:
     """Check the gradients of the input and the adapters of each kind of layer, on the beginnings of
     two documents in a pack, in fp32 and in the model's dtype."""
+    model = subject.model
+    samples = subject.samples
     stock = samples.stock
     if stock is None:
         return CheckResult.from_items(GRADIENT_KIND, 0, "", if_none=NO_STOCK_MODULES)
@@ -164,7 +174,7 @@ def build_compared_pack(
     documents: Sequence[Document],
     *,
     should_share: bool = False,
-    corrupt: Callable[[Batch], Batch] = lambda batch: batch,
+    corrupt: Corruption = leave_unchanged,
 ) -> ComparedPack:
     """Return one pack of documents, and where in them each of its tokens is."""
     (pack,) = pack_step(
@@ -218,3 +228,7 @@ def _refuse_choices(difference: Difference) -> None:
             where="preflight",
             fix=BLOCK_FIX,
         )
+
+
+def explain_missing_modules(subject: Subject) -> str:
+    return "" if subject.samples.stock else NO_STOCK_MODULES

@@ -1,32 +1,34 @@
 """Preflight checks of tokens: what is supervised, where texts end, and what transformers encodes.
 
-In: PreflightSamples. Out: a CheckResult per check, with the number of items that it compared; a
-check of nothing is a warning. Left out: checks that run the model (preflight.py)."""
+In: a Subject, of which only the samples are read. Out: a CheckResult per check, with the number of
+items that it compared; a check of nothing is a warning. Left out: checks that run the model
+(preflight_forward.py)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.formatting import format_count
+from tunesmith.core.types import require
 from tunesmith.session.preflight_probe import (
     BANNED_SUFFIX,
     CHAINED_SUFFIX,
+    REPORT_FIX,
     TRUNCATED_SUFFIX,
-    PreflightSamples,
     RoleMask,
+    Subject,
 )
 
-REPORT_FIX = "please report this"
 NO_TEXTS = "no text of the data can be compared as a whole"
 
 
-def check_supervised_tokens(samples: PreflightSamples) -> CheckResult:
+def check_supervised_tokens(subject: Subject) -> CheckResult:
     """Check that every document has a supervised token, and never its first."""
+    samples = subject.samples
     num_supervised = 0
     for document in samples.documents:
         if not document.weights_L.any() or document.weights_L[0]:
@@ -43,8 +45,9 @@ def check_supervised_tokens(samples: PreflightSamples) -> CheckResult:
     )
 
 
-def check_eos_supervised(samples: PreflightSamples) -> CheckResult:
+def check_eos_supervised(subject: Subject) -> CheckResult:
     """Check that the last supervised token of every document is an end token."""
+    samples = subject.samples
     no_end = (CHAINED_SUFFIX, TRUNCATED_SUFFIX, BANNED_SUFFIX)
     documents = [document for document in samples.documents if not document.id.endswith(no_end)]
     if not samples.has_trained_answers:
@@ -72,8 +75,9 @@ def check_eos_supervised(samples: PreflightSamples) -> CheckResult:
     )
 
 
-def check_token_ids(samples: PreflightSamples) -> CheckResult:
+def check_token_ids(subject: Subject) -> CheckResult:
     """Check that token ids, leading BOS included, equal those of apply_chat_template."""
+    samples = subject.samples
     num_rows = len(samples.token_id_checks)
     num_prompts = 0
     for row_id, is_equal, is_full_row in samples.token_id_checks:
@@ -96,14 +100,15 @@ def check_token_ids(samples: PreflightSamples) -> CheckResult:
     )
 
 
-def check_text_eos(samples: PreflightSamples) -> CheckResult:
+def check_text_eos(subject: Subject) -> CheckResult:
     """Check that EOS ends every text, occurs nowhere else, and is supervised."""
-    texts = samples.texts or ()
+    texts = subject.samples.texts or ()
+    end_ids = subject.samples.end_ids
     for text in texts:
-        is_eos = [token in samples.end_ids for token in text.document.tokens_L[1:].tolist()]
+        is_eos = [token in end_ids for token in text.document.tokens_L[1:].tolist()]
         ends_once = sum(is_eos) == 1 and is_eos[-1]
         last = text.windows[-1]
-        is_supervised = last.weights_L[-1] and int(last.tokens_L[-1]) in samples.end_ids
+        is_supervised = last.weights_L[-1] and int(last.tokens_L[-1]) in end_ids
         if not ends_once or not is_supervised:
             raise GateError(
                 "EOS does not end the text, or is not supervised",
@@ -114,9 +119,9 @@ def check_text_eos(samples: PreflightSamples) -> CheckResult:
     return CheckResult.from_items("EOS between documents", len(texts), evidence, if_none=NO_TEXTS)
 
 
-def check_window_coverage(samples: PreflightSamples) -> CheckResult:
+def check_window_coverage(subject: Subject) -> CheckResult:
     """Check that the windows' targets are the text's tokens in order, each once, but the first."""
-    texts = samples.texts or ()
+    texts = subject.samples.texts or ()
     num_windows = 0
     num_targets = 0
     for text in texts:
@@ -137,14 +142,14 @@ def check_window_coverage(samples: PreflightSamples) -> CheckResult:
     )
 
 
-def check_role_masks(samples: PreflightSamples) -> CheckResult:
+def check_role_masks(subject: Subject) -> CheckResult:
     """Check that the decoded targets hold the messages of the trained roles, and no other.
 
     It compares the texts of the rows with the decoded tokens, and uses none of the spans of the
     renderer."""
     num_messages = 0
     num_skipped = 0
-    for mask in samples.role_masks or ():
+    for mask in subject.samples.role_masks or ():
         if mask.missing_targets:
             raise _make_mask_error(mask, f"{mask.missing_targets} tokens are not targets")
         for content in mask.trained:
@@ -170,14 +175,29 @@ def _make_mask_error(mask: RoleMask, message: str) -> GateError:
     return GateError(message, where=f"preflight: {mask.row_id}", fix=REPORT_FIX)
 
 
-def swap_role_masks(samples: PreflightSamples) -> PreflightSamples:
-    """Return samples whose targets are what is not trained."""
-    masks = tuple(mask.swap() for mask in samples.role_masks or ())
-    return dataclasses.replace(samples, role_masks=masks)
+def swap_role_masks(subject: Subject) -> Subject:
+    """Let the targets be what is not trained."""
+    masks = tuple(mask.swap() for mask in subject.samples.role_masks or ())
+    return subject.with_samples(role_masks=masks)
 
 
-TokenCheck = Callable[[PreflightSamples], CheckResult]
+def explain_equal_masks(subject: Subject) -> str:
+    masks = subject.samples.role_masks or ()
+    if any(mask.has_distinct_targets for mask in masks):
+        return ""
+    return "no trained message differs from all other text"
 
 
-ROW_CHECKS: tuple[TokenCheck, ...] = (check_eos_supervised, check_token_ids)
-TEXT_CHECKS: tuple[TokenCheck, ...] = (check_text_eos, check_window_coverage)
+def drop_target(subject: Subject) -> Subject:
+    """Remove the last target of the first window."""
+    first_text, *others = require(subject.samples.texts)
+    first_window, *windows = first_text.windows
+    weights_L = first_window.weights_L.copy()
+    weights_L[-1] = 0
+    corrupted_window = dataclasses.replace(first_window, weights_L=weights_L)
+    corrupted = dataclasses.replace(first_text, windows=(corrupted_window, *windows))
+    return subject.with_samples(texts=(corrupted, *others))
+
+
+def explain_missing_text(subject: Subject) -> str:
+    return "" if subject.samples.texts else "there is no text"

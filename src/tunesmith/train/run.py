@@ -79,7 +79,6 @@ from tunesmith.session.session import Session, open_session
 from tunesmith.session.witness import record_answers
 from tunesmith.train import base_reference
 from tunesmith.train.follow import BEGIN, check_ranks, start_ranks
-from tunesmith.train.full_data_check import check_all_texts
 from tunesmith.train.guard.guarded_loop import GuardedTraining, RunContext
 from tunesmith.train.model_card import write_card
 from tunesmith.train.preflight import run_preflight
@@ -123,10 +122,9 @@ def train(
     is_patient = ranks.world > 1
     with GracefulStop(resume_hint, is_patient=is_patient) as stop, RunFolder.create(path) as folder:
         with stop.immediate(), machine_errors():
-            plan, data_results = check_all_texts(plan, run_inputs)
             plan, run_inputs, first_events = add_self_rehearsal(plan, run_inputs, folder, ranks)
             fingerprint = build_fingerprint(plan, run_inputs, plan.recipe)
-            first_events = (*check_kernels(plan, run_inputs), *data_results, *first_events)
+            first_events = (*check_kernels(plan, run_inputs), *first_events)
         state = ResumeState(fingerprint, first_events=first_events)
         folder.write_json(FINGERPRINT_FILE, fingerprint)
         write_rejected_rows(path / REJECTED_FILE, run_inputs.datasets, plan.data)

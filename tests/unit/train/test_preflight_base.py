@@ -19,10 +19,15 @@ from tiny_models import make_tiny_document, make_tiny_network
 from tunesmith.core.errors import GateError
 from tunesmith.model.causal_lm import compute_stock_logits
 from tunesmith.model.packed_weights import Rounding
-from tunesmith.session.preflight_probe import NO_ORACLE, ORACLE_TOKENS, compute_oracle_logits
+from tunesmith.session.preflight_probe import (
+    NO_ORACLE,
+    ORACLE_TOKENS,
+    Subject,
+    compute_oracle_logits,
+)
 from tunesmith.train.preflight import run_preflight
-from tunesmith.train.preflight_base import (
-    KIND,
+from tunesmith.train.preflight_forward import (
+    ORACLE_KIND,
     ORACLE_TOLERANCE,
     break_oracle,
     check_oracle,
@@ -60,35 +65,37 @@ def test_a_reference_that_is_wrong_without_a_cache_is_refused(
 
 @pytest.mark.parametrize("dtype", ORACLE_TOLERANCE, ids=str)
 def test_a_lost_token_is_noticed(dtype: torch.dtype) -> None:
-    _, samples = prepare_model("llama-64", dtype)
-    assert check_oracle(samples, dtype).level == "ok"
-    assert explain_unbreakable(samples.oracle, dtype) == ""
+    subject = Subject(*prepare_model("llama-64", dtype))
+    assert check_oracle(subject).level == "ok"
+    assert explain_unbreakable(subject) == ""
     with pytest.raises(GateError, match="with and without its KV cache differ by"):
-        check_oracle(break_oracle(samples), dtype)
-    assert not isinstance(samples.oracle, str)
-    not_a_number = samples.oracle.cached_PV * float("nan")
-    broken = dataclasses.replace(samples.oracle, cached_PV=not_a_number)
+        check_oracle(break_oracle(subject))
+    oracle = subject.samples.oracle
+    assert not isinstance(oracle, str)
+    broken = dataclasses.replace(oracle, cached_PV=oracle.cached_PV * float("nan"))
     with pytest.raises(GateError, match="nan"):
-        check_oracle(dataclasses.replace(samples, oracle=broken), dtype)
+        check_oracle(subject.with_samples(oracle=broken))
 
 
 def test_a_base_that_computes_nan_is_no_fault_of_transformers() -> None:
     """As with a rope_theta of NaN in config.json, which transformers loads."""
-    _, samples = prepare_model("llama-64", torch.float32)
-    assert not isinstance(samples.oracle, str)
-    not_a_number = samples.oracle.plain_PV * float("nan")
-    broken = dataclasses.replace(samples.oracle, plain_PV=not_a_number, cached_PV=not_a_number)
+    subject = Subject(*prepare_model("llama-64"))
+    oracle = subject.samples.oracle
+    assert not isinstance(oracle, str)
+    not_a_number = oracle.plain_PV * float("nan")
+    broken = dataclasses.replace(oracle, plain_PV=not_a_number, cached_PV=not_a_number)
     with pytest.raises(GateError, match="base model computes NaN") as caught:
-        check_oracle(dataclasses.replace(samples, oracle=broken), torch.float32)
+        check_oracle(subject.with_samples(oracle=broken))
     assert "config.json" in caught.value.fix
 
 
 def test_equal_logits_cannot_be_told_apart() -> None:
-    _, samples = prepare_model()
-    assert not isinstance(samples.oracle, str)
-    first = samples.oracle.plain_PV[:1].expand(2, -1)
-    alike = dataclasses.replace(samples.oracle, plain_PV=first, cached_PV=first)
-    assert "similar logits" in explain_unbreakable(alike, torch.float32)
+    subject = Subject(*prepare_model())
+    oracle = subject.samples.oracle
+    assert not isinstance(oracle, str)
+    first = oracle.plain_PV[:1].expand(2, -1)
+    alike = dataclasses.replace(oracle, plain_PV=first, cached_PV=first)
+    assert "similar logits" in explain_unbreakable(subject.with_samples(oracle=alike))
 
 
 def test_the_shortest_document_of_two_tokens_is_compared_up_to_a_limit() -> None:
@@ -136,7 +143,7 @@ def test_a_model_without_attention_is_not_compared(
     monkeypatch.setitem(tiny_models.CONFIGS, family, config)
     model, samples = prepare_model(family)
     results = run_preflight(model, samples)
-    (oracle,) = [result for result in results if result.kind == KIND]
+    (oracle,) = [result for result in results if result.kind == ORACLE_KIND]
     assert (oracle.level, oracle.num_checked) == ("warn", 0)
     assert "needs an attention layer" in oracle.evidence
     assert "not injected: cache that loses a token" in results[-1].evidence

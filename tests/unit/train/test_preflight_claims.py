@@ -21,11 +21,12 @@ from tunesmith.session.preflight_probe import (
     NO_ORACLE,
     TRUNCATED_SUFFIX,
     PreflightSamples,
+    Subject,
     TokenIdCheck,
     WindowedText,
 )
-from tunesmith.train import preflight, preflight_base, preflight_tokens
-from tunesmith.train.preflight import run_preflight
+from tunesmith.train import preflight_blocks, preflight_forward, preflight_tokens
+from tunesmith.train.preflight import CHECKS, run_preflight
 
 MAX_TARGETS = 7
 
@@ -72,8 +73,8 @@ def test_every_check_says_how_many_items_it_compared(
         assert result.level == "ok"
         if result.kind != "prefix-shared loss = unshared loss":  # there, input minus computed
             assert str(result.num_checked) in result.evidence.replace(",", ""), result
-    checks = preflight_tokens.ROW_CHECKS if texts is None else preflight_tokens.TEXT_CHECKS
-    assert len(results) == 2 + len(preflight.FORWARD_CHECKS) + len(checks) + 4
+    subject = Subject(*prepare_sharing_model()).with_samples(texts=texts)
+    assert len(results) == 1 + sum(check.applies(subject) for check in CHECKS)
 
 
 def rename(documents: tuple[Document, ...], suffix: str) -> tuple[Document, ...]:
@@ -119,16 +120,15 @@ def test_one_document_has_no_other_to_attend_to() -> None:
     alone = dataclasses.replace(
         samples, documents=samples.documents[:1], reference_logits=samples.reference_logits[:1]
     )
-    subject = preflight.ModelUnderTest(model)
-    result = preflight.check_document_isolation(subject, alone)
+    result = preflight_forward.check_document_isolation(Subject(model, alone))
     assert (result.level, result.num_checked) == ("warn", 0)
-    nothing = PreflightSamples((), (), frozenset())
-    assert preflight.check_logits(subject, nothing).level == "warn"
-    assert preflight.check_labels(subject, nothing).level == "warn"
+    nothing = Subject(model, PreflightSamples((), (), frozenset()))
+    assert preflight_forward.check_logits(nothing).level == "warn"
+    assert preflight_forward.check_labels(nothing).level == "warn"
     assert preflight_tokens.check_supervised_tokens(nothing).level == "warn"
 
 
-@pytest.mark.parametrize("module", [preflight, preflight_base, preflight_tokens])
+@pytest.mark.parametrize("module", [preflight_forward, preflight_blocks, preflight_tokens])
 def test_no_check_states_ok_by_itself(module: Any) -> None:
     """A check builds its result from the number of its items."""
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
@@ -136,7 +136,7 @@ def test_no_check_states_ok_by_itself(module: Any) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CheckResult":
             levels += [arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)]
-    assert set(levels) <= {"warn"}
+    assert not levels
 
 
 def test_flat_logits_cannot_show_shifted_labels(monkeypatch: pytest.MonkeyPatch) -> None:

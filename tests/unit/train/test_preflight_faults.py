@@ -3,7 +3,7 @@ every family that can have them, in bf16 and in fp32; families without a fault p
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,9 @@ from tunesmith.model.layers import Mlp
 from tunesmith.model.mixers.convolution import ShortConvolution
 from tunesmith.model.mixers.gated_delta import GatedDeltaNet
 from tunesmith.model.mixers.mamba2 import Mamba2Mixer
+from tunesmith.session.preflight_probe import Subject
 from tunesmith.train.preflight import run_preflight
-from tunesmith.train.preflight_blocks import TOKEN_TOLERANCE, compare_blocks
+from tunesmith.train.preflight_blocks import TOKEN_TOLERANCE, check_blocks
 
 LONG = make_tiny_documents((9, 330))  # the fault of the rotation begins at token 300
 Fault = Callable[[PackedCausalLM, pytest.MonkeyPatch], None]
@@ -165,11 +166,20 @@ FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {
     "window one too short": (move_window(-1), ("mistral", "gemma2", "gemma4-experts")),
 }
 REFUSAL = "is off by|to other experts|changed before the first step"
-CASES = [(fault, family) for fault, (_, families) in FAULTS.items() for family in families]
+PRECISIONS = (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize(("fault", "family"), CASES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def list_cases() -> Iterator[Any]:
+    """Yield each fault with a family in both precisions in turn; the others are slow."""
+    for number, (fault, (_, families)) in enumerate(FAULTS.items()):
+        for place, family in enumerate(families):
+            for dtype in PRECISIONS:
+                is_quick = place == 0 and dtype == PRECISIONS[number % 2]
+                marks = () if is_quick else pytest.mark.slow
+                yield pytest.param(fault, family, dtype, marks=marks)
+
+
+@pytest.mark.parametrize(("fault", "family", "dtype"), list(list_cases()))
 def test_a_fault_is_refused(
     fault: str, family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +187,7 @@ def test_a_fault_is_refused(
     inject, _ = FAULTS[fault]
     inject(model, monkeypatch)
     with torch.no_grad(), pytest.raises(GateError, match=REFUSAL):
-        compare_blocks(model, samples, lambda batch: batch)
+        check_blocks(Subject(model, samples))
 
 
 @pytest.mark.parametrize("family", leave_others_to_slow(CONFIGS))
@@ -185,7 +195,7 @@ def test_no_family_is_refused_in_bf16(family: str) -> None:
     """With room: the tolerance is 30 times what differs."""
     model, samples = prepare_model(family, torch.bfloat16)
     with torch.no_grad():
-        evidence = compare_blocks(model, samples, lambda batch: batch).evidence
+        evidence = check_blocks(Subject(model, samples)).evidence
     worst = re.search(r"differ by (\S+) at most", evidence)
     assert worst is not None
     assert 10 * float(worst[1]) < TOKEN_TOLERANCE[torch.float32]

@@ -17,7 +17,8 @@ from tunesmith.model.lora import LoraLinear
 from tunesmith.model.mixers.convolution import ShortConvolution
 from tunesmith.model.mixers.gated_delta import GatedDeltaNet
 from tunesmith.model.mixers.mamba2 import Mamba2Mixer
-from tunesmith.train.preflight_blocks import compare_backward, compare_blocks
+from tunesmith.session.preflight_probe import Subject
+from tunesmith.train.preflight_blocks import check_blocks, check_gradients
 
 BLOCKS = [
     (Attention, "llama"),
@@ -47,7 +48,9 @@ class WrongGradient(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(("block", "family"), BLOCKS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str
+)
 def test_a_wrong_backward_is_refused(
     block: type[Any], family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,9 +65,9 @@ def test_a_wrong_backward_is_refused(
 
     monkeypatch.setattr(block, "forward", compute)
     with torch.no_grad(), pytest.raises(GateError, match=r"the gradient of layers\.\d+ is off by"):
-        compare_backward(model, samples)
+        check_gradients(Subject(model, samples))
     with torch.no_grad():
-        assert compare_blocks(model, samples, lambda batch: batch).level == "ok"
+        assert check_blocks(Subject(model, samples)).level == "ok"
 
 
 def test_a_wrong_gradient_of_an_adapter_stops_the_run() -> None:
@@ -81,7 +84,7 @@ def test_a_wrong_gradient_of_an_adapter_stops_the_run() -> None:
 def test_no_family_is_refused(family: str) -> None:
     model, samples = prepare_model(family, torch.bfloat16)
     with torch.no_grad():
-        result = compare_backward(model, samples)
+        result = check_gradients(Subject(model, samples))
     assert result.level == "ok"
     is_amplifying = family in HYBRID_CONFIGS or family in EXPERT_FAMILIES
     assert float(result.evidence.rpartition(" by ")[2][:-1]) < (12 if is_amplifying else 5)

@@ -10,33 +10,26 @@ import torch
 from preflight_models import prepare_model, prepare_sharing_model
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult
-from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.compare_layers import Difference
-from tunesmith.session.preflight_probe import OracleLogits, PreflightSamples
-from tunesmith.train import (
-    preflight,
-    preflight_base,
-    preflight_blocks,
-    preflight_isolation,
-    preflight_rotation,
-)
-from tunesmith.train.preflight_base import check_oracle, compare_logits, explain_unbreakable
+from tunesmith.session.preflight_probe import OracleLogits, Subject
+from tunesmith.train import preflight_blocks, preflight_forward
 from tunesmith.train.preflight_blocks import (
     build_compared_pack,
     can_amplify_rounding,
-    compare_backward,
-    compare_blocks,
+    check_blocks,
+    check_gradients,
 )
+from tunesmith.train.preflight_forward import check_oracle, compare_logits, explain_unbreakable
 
 PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TABLES = {
-    "logits": preflight.LOGIT_TOLERANCE,
-    "losses": preflight.LOSS_TOLERANCE,
-    "shared losses": preflight.SHARED_TOLERANCE,
-    "nats of a token": preflight.TOKEN_TOLERANCE_NATS,
-    "oracle": preflight_base.ORACLE_TOLERANCE,
-    "hidden states": preflight_isolation.HIDDEN_TOLERANCE,
-    "hidden states with experts": preflight_isolation.ROUTED_TOLERANCE,
+    "logits": preflight_forward.LOGIT_TOLERANCE,
+    "losses": preflight_forward.LOSS_TOLERANCE,
+    "shared losses": preflight_forward.SHARED_TOLERANCE,
+    "nats of a token": preflight_forward.TOKEN_TOLERANCE_NATS,
+    "oracle": preflight_forward.ORACLE_TOLERANCE,
+    "hidden states": preflight_forward.HIDDEN_TOLERANCE,
+    "hidden states with experts": preflight_forward.ROUTED_TOLERANCE,
     "a token of a block": preflight_blocks.TOKEN_TOLERANCE,
     "a block": preflight_blocks.BLOCK_TOLERANCE,
     "gradients": preflight_blocks.GRADIENT_TOLERANCE,
@@ -52,7 +45,7 @@ def test_limits_follow_the_precision_and_are_far_from_a_lost_part(name: str) -> 
     assert limits[-1] < 0.5
     exact = [dtype for dtype in PRECISIONS[:2] if dtype in TABLES[name]]
     assert all(TABLES[name][dtype] <= 1e-3 for dtype in exact)
-    assert 0 < preflight_rotation.ROTATION_TOLERANCE <= 1e-3
+    assert 0 < preflight_forward.ROTATION_TOLERANCE <= 1e-3
 
 
 def test_logits_are_compared_without_their_mean() -> None:
@@ -74,18 +67,18 @@ def make_oracle(change: float, rounding: float) -> OracleLogits:
 
 
 def test_the_oracle_may_differ_by_rounding() -> None:
-    _, samples = prepare_model()
-    limit = preflight_base.ORACLE_TOLERANCE[torch.float16]
-    close = dataclasses.replace(samples, oracle=make_oracle(0.5, 0.9 * limit))
-    result = check_oracle(close, torch.float16)
+    subject = Subject(*prepare_model(dtype=torch.float16))
+    limit = preflight_forward.ORACLE_TOLERANCE[torch.float16]
+    close = subject.with_samples(oracle=make_oracle(0.5, 0.9 * limit))
+    result = check_oracle(close)
     assert (result.level, result.num_checked) == ("ok", 2)
     assert result.evidence == (
         "relative difference 4.50% at 2 positions, the last one from the cache; "
         "document of 5 tokens"
     )
-    far = dataclasses.replace(samples, oracle=make_oracle(0.5, 1.1 * limit))
+    far = subject.with_samples(oracle=make_oracle(0.5, 1.1 * limit))
     with pytest.raises(GateError, match=r"differ by 5\.5% of their norm") as refused:
-        check_oracle(far, torch.float16)
+        check_oracle(far)
     assert refused.value.where == "preflight: rows:1"
 
 
@@ -98,10 +91,11 @@ def test_a_lost_token_shows_if_it_changes_more_than_rounding(
 ) -> None:
     """In fp16, whose limit is 0.05 of the norm of both tokens, twice the rounding is added: that of
     the fault, and that of the logits which it repeats."""
-    oracle = make_oracle(change, rounding)
+    subject = Subject(*prepare_model(dtype=torch.float16))
+    subject = subject.with_samples(oracle=make_oracle(change, rounding))
     size = change / math.sqrt(1 + (1 - change) ** 2)
     assert (size > 0.05 + 2 * rounding) == is_noticed
-    reason = explain_unbreakable(oracle, torch.float16)
+    reason = explain_unbreakable(subject)
     assert reason == ("" if is_noticed else "the last two tokens have similar logits")
 
 
@@ -116,27 +110,23 @@ def set_differences(monkeypatch: pytest.MonkeyPatch, *differences: Difference) -
     monkeypatch.setattr(preflight_blocks, "compare_gradients", compare)
 
 
-def compare_blocks_alone(model: PackedCausalLM, samples: PreflightSamples) -> CheckResult:
-    return compare_blocks(model, samples, lambda batch: batch)
-
-
-@pytest.mark.parametrize("compare", [compare_blocks_alone, compare_backward])
+@pytest.mark.parametrize("compare", [check_blocks, check_gradients])
 @pytest.mark.parametrize("error", [1.1e-4, math.nan])
 def test_no_part_of_fp32_is_off_by_more_than_rounding(
-    compare: Callable[[PackedCausalLM, PreflightSamples], CheckResult],
+    compare: Callable[[Subject], CheckResult],
     error: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, samples = prepare_model()
     close = Difference("layers.0.mlp", 0.9e-4, 0.5)
     set_differences(monkeypatch, close, Difference("layers.1.mlp", 2e-5, 0.5))
-    result = compare(model, samples)
+    result = compare(Subject(model, samples))
     assert (result.level, result.num_checked) == ("ok", 2)
     assert "differ by 9.0e-05 at most" in result.evidence
     assert "bfloat16" not in result.evidence
     set_differences(monkeypatch, close, Difference("layers.1.mlp", error, 0.0))
     with pytest.raises(GateError, match=r"layers\.1\.mlp is off by"):
-        compare(model, samples)
+        compare(Subject(model, samples))
 
 
 @pytest.mark.parametrize("is_backward", [False, True])
@@ -151,8 +141,8 @@ def test_a_block_of_bf16_is_compared_as_a_whole(
             monkeypatch, Difference("a", 1e-5, error), Difference("b", 1e-6, 0.5 * error)
         )
         if is_backward:
-            return compare_backward(model, samples).evidence
-        return compare_blocks(model, samples, lambda batch: batch).evidence
+            return check_gradients(Subject(model, samples)).evidence
+        return check_blocks(Subject(model, samples)).evidence
 
     words = f"; in bfloat16 by {0.9 * limit:.1%}" if is_backward else "; in bfloat16 by 2.70%"
     assert compare(0.9 * limit).endswith(words)
@@ -174,9 +164,9 @@ def test_a_router_may_decide_a_few_ties_otherwise(
     if is_refused:
         message = f"layers.0.mlp sends {num_other} of {num_choices} tokens to other experts"
         with pytest.raises(GateError, match=message):
-            compare_blocks(model, samples, lambda batch: batch)
+            check_blocks(Subject(model, samples))
         return
-    evidence = compare_blocks(model, samples, lambda batch: batch).evidence
+    evidence = check_blocks(Subject(model, samples)).evidence
     equal = 1000 + num_choices - num_other
     assert f"router decisions equal at {equal:,}/{1000 + num_choices:,}" in evidence
 
@@ -185,17 +175,14 @@ def test_layers_and_adapters_are_counted_apart(monkeypatch: pytest.MonkeyPatch) 
     model, samples = prepare_model()
     adapter = Difference("layers.0.mlp.up_proj", 1e-6, 0.0, is_adapter=True)
     set_differences(monkeypatch, Difference("layers.0", 1e-6, 0.0), adapter, adapter)
-    evidence = compare_backward(model, samples).evidence
+    evidence = check_gradients(Subject(model, samples)).evidence
     assert evidence.startswith("3 gradients (1 of 2 layers, 2 adapters) in float32, ")
 
 
 def test_without_modules_of_transformers_there_is_nothing_to_compare() -> None:
     model, samples = prepare_model()
-    nothing = dataclasses.replace(samples, stock=None)
-    for result in (
-        compare_blocks(model, nothing, lambda batch: batch),
-        compare_backward(model, nothing),
-    ):
+    nothing = Subject(model, dataclasses.replace(samples, stock=None))
+    for result in (check_blocks(nothing), check_gradients(nothing)):
         assert result.level == "warn"
         assert "modules were not kept" in result.evidence
 

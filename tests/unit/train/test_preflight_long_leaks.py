@@ -14,7 +14,7 @@ from tunesmith.model import layers
 from tunesmith.model.mixers import chunks, convolution, gated_delta, scan
 from tunesmith.session.preflight_probe import ISOLATION_TOKENS
 from tunesmith.train.preflight import run_preflight
-from tunesmith.train.preflight_isolation import FEW_TOKENS, GROUP_TOKENS, compare_hidden
+from tunesmith.train.preflight_forward import FEW_TOKENS, GROUP_TOKENS, compare_hidden
 
 ROWS = (100, 130, 160, 250)
 REFUSALS = ("hidden states in a pack differ", "packed loss", "is off by")
@@ -39,8 +39,15 @@ def leak_layout(function: Callable[..., Tensor], place: int) -> Callable[..., Te
     return leak
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("family", ["lfm2", "granitemoehybrid", "olmo_hybrid", "qwen3_5"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("lfm2", torch.bfloat16),
+        ("granitemoehybrid", torch.float32),
+        ("olmo_hybrid", torch.bfloat16),
+        ("qwen3_5", torch.float32),
+    ],
+)
 def test_a_state_that_continues_in_the_next_document_is_refused(
     family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,7 +59,7 @@ def test_a_state_that_continues_in_the_next_document_is_refused(
     assert any(text in refusal for text in REFUSALS)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "granite", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_moe"])
 def test_attention_to_the_document_before_is_refused(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,8 +93,14 @@ def run_backward_across(gradient: Tensor, weight: Tensor, _edges: object) -> Ten
 convolve_backward = convolution.convolve_backward
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("family", ["lfm2", "granitemoehybrid", "qwen3_5"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("lfm2", torch.bfloat16),
+        ("granitemoehybrid", torch.float32),
+        ("qwen3_5", torch.bfloat16),
+    ],
+)
 def test_a_gradient_that_crosses_documents_is_refused(
     family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

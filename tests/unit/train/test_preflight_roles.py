@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from tunesmith.core.events import CheckResult
 from tunesmith.core.types import Document, Example, Json
 from tunesmith.data.chat_template.message_spans import weigh_messages
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.session.preflight_probe import PreflightSamples, RoleMask, build_role_mask
+from tunesmith.session.preflight_probe import PreflightSamples, RoleMask, Subject, build_role_mask
 from tunesmith.train.preflight_tokens import (
     check_eos_supervised,
     check_role_masks,
@@ -36,8 +36,9 @@ def renderer(tmp_path: Path) -> Renderer:
     return Renderer.from_folder(write_model_folder(tmp_path), now=datetime(2026, 3, 4))
 
 
-def make_samples(*masks: RoleMask, documents: tuple[Document, ...] = ()) -> PreflightSamples:
-    return PreflightSamples(documents, (), frozenset(), role_masks=masks)
+def make_subject(*masks: RoleMask, documents: tuple[Document, ...] = ()) -> Subject:
+    samples = PreflightSamples(documents, (), frozenset(), role_masks=masks)
+    return Subject(cast("Any", None), samples)
 
 
 def build_mask(
@@ -74,14 +75,14 @@ def drop_last(weights_L: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("train_on", ["all", ("user",), ("system", "assistant")])
 def test_masks_of_the_renderer_pass_and_others_do_not(renderer: Renderer, train_on: Any) -> None:
-    result = check_role_masks(make_samples(build_mask(renderer, train_on, keep)))
+    result = check_role_masks(make_subject(build_mask(renderer, train_on, keep)))
     assert result.level == "ok"
     assert "3 messages" in result.evidence
-    swapped = swap_role_masks(make_samples(build_mask(renderer, train_on, keep)))
+    swapped = swap_role_masks(make_subject(build_mask(renderer, train_on, keep)))
     with pytest.raises(GateError, match="a trained message is not a target"):
         check_role_masks(swapped)
     with pytest.raises(GateError, match=r"not a target|not targets"):
-        check_role_masks(make_samples(build_mask(renderer, train_on, drop_half)))
+        check_role_masks(make_subject(build_mask(renderer, train_on, drop_half)))
 
 
 QUESTION = "weather in Paris tomorrow"
@@ -122,9 +123,9 @@ def test_answers_that_quote_untrained_messages_pass(name: str, tmp_path: Path) -
     )
     example = make_example(*QUOTES[name])
     mask = build_mask(renderer, ("assistant",), keep, example)
-    check_role_masks(make_samples(mask))
+    check_role_masks(make_subject(mask))
     assert mask.skipped >= 1
-    evidence = check_role_masks(make_samples(mask, build_mask(renderer, "all", keep))).evidence
+    evidence = check_role_masks(make_subject(mask, build_mask(renderer, "all", keep))).evidence
     assert f"{mask.skipped} cannot be compared" in evidence
 
 
@@ -135,38 +136,36 @@ def test_rows_with_tool_calls_are_still_compared(tmp_path: Path) -> None:
     call = assistant("", tool_calls=[make_tool_call(query="Paris")])
     example = make_example(user(QUESTION), call, user("and the day after?"), assistant("it rains"))
     mask = build_mask(renderer, ("assistant",), keep, example)
-    assert check_role_masks(make_samples(mask)).level == "ok"
+    assert check_role_masks(make_subject(mask)).level == "ok"
     assert mask.untrained == ("weatherinParistomorrow", "andthedayafter?")
     leaked = build_mask(renderer, ("assistant",), train_everything, example)
     with pytest.raises(GateError, match="an untrained message is a target"):
-        check_role_masks(make_samples(leaked))
+        check_role_masks(make_subject(leaked))
 
 
 def test_text_of_other_roles_is_refused(renderer: Renderer) -> None:
     mask = build_mask(renderer, ("user",), train_everything)
     with pytest.raises(GateError, match="an untrained message is a target"):
-        check_role_masks(make_samples(mask))
+        check_role_masks(make_subject(mask))
 
 
 def test_a_single_missing_target_is_refused_if_all_is_trained(renderer: Renderer) -> None:
     with pytest.raises(GateError, match="1 tokens are not targets"):
-        check_role_masks(make_samples(build_mask(renderer, "all", drop_last)))
+        check_role_masks(make_subject(build_mask(renderer, "all", drop_last)))
 
 
 def test_nothing_to_compare_is_a_warning() -> None:
-    assert check_role_masks(make_samples()).level == "warn"
+    assert check_role_masks(make_subject()).level == "warn"
 
 
 def test_the_end_of_an_answer_may_be_followed_by_trained_text(renderer: Renderer) -> None:
     (document,) = renderer.train_on("all").render(EXAMPLE).documents
-    samples = dataclasses.replace(
-        make_samples(documents=(document,)), end_ids=frozenset(renderer.end_ids)
-    )
-    assert check_eos_supervised(samples).level == "ok"
+    subject = make_subject(documents=(document,)).with_samples(end_ids=frozenset(renderer.end_ids))
+    assert check_eos_supervised(subject).level == "ok"
     with pytest.raises(GateError, match="not an end token"):
-        check_eos_supervised(dataclasses.replace(samples, role_masks=None))
+        check_eos_supervised(subject.with_samples(role_masks=None))
     with pytest.raises(GateError, match="not an end token"):
-        check_eos_supervised(dataclasses.replace(samples, end_ids=frozenset({-1})))
+        check_eos_supervised(subject.with_samples(end_ids=frozenset({-1})))
 
 
 def test_a_run_says_what_it_checked(tiny_folder: Path, tmp_path: Path) -> None:
