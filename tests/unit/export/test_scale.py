@@ -5,7 +5,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -54,14 +53,17 @@ def logits_of_peft(
     return compute_example_logits(PeftModel.from_pretrained(network, adapter).eval(), witnesses)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "method", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"]
-)
+@pytest.fixture(scope="module")
+def rslora_run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("rslora-run"), tiny_llama, use_rslora=True)
+
+
+@pytest.mark.parametrize("name", ["finished", "dora_run", "rslora_run"])
 def test_peft_says_what_our_evaluation_says(
-    method: dict[str, Any], tiny_llama: Path, tmp_path: Path
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    run = save_run(tmp_path, tiny_llama, **method)
-    made = export_run(run, "peft", scale=0.3)
+    run: Path = request.getfixturevalue(name)
+    made = export_run(run, "peft", scale=0.3, out=tmp_path / "out")
     witnesses = select_examples(open_source_run(run))
     ours, full = (our_logits(run, witnesses, scale) for scale in (0.3, 1))
     torch.testing.assert_close(
@@ -179,9 +181,8 @@ def test_what_is_no_scale(
 
 
 def test_a_model_whose_weights_were_all_trained_has_no_adapter_to_scale(
-    tiny_llama: Path, tmp_path: Path
+    fully_trained: Path,
 ) -> None:
-    run = save_run(tmp_path, tiny_llama, method="full", lora_r="auto", learning_rate=1e-3)
     with pytest.raises(InputError, match="there is no adapter to scale") as refusal:
-        export_run(run, "merged", scale=0.5)
+        export_run(fully_trained, "merged", scale=0.5)
     assert refusal.value.fix == "leave --scale out"

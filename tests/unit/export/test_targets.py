@@ -147,19 +147,20 @@ def test_it_is_a_model_for_the_next_run(
         assert float((logits - live).abs().max()) < difference
 
 
-def test_dora_is_in_the_weights_or_beside_them(tiny_llama: Path, tmp_path: Path) -> None:
-    path = save_run(tmp_path, tiny_llama, use_dora=True)
-    merged, peft, gguf = (export_run(path, *words) for words in (("merged",), ("peft",), ("gguf",)))
+def test_dora_is_in_the_weights_or_beside_them(dora_run: Path, tmp_path: Path) -> None:
+    merged, peft, gguf = (
+        export_run(dora_run, target, out=tmp_path / target) for target in ("merged", "peft", "gguf")
+    )
     assert peft.parity.mean_kl < 1e-9 < merged.parity.mean_kl
     assert gguf.parity.trained_kl > 100 * max(merged.parity.mean_kl, gguf.parity.mean_kl)
     with pytest.raises(InputError, match="cannot hold DoRA magnitudes") as refusal:
-        export_run(path, "gguf", kind="lora")
+        export_run(dora_run, "gguf", kind="lora")
     assert "merged" in refusal.value.fix
-    assert not (path / "export" / "gguf-lora").exists()
+    assert not (dora_run / "export").exists()
 
 
-def test_no_gguf_adapter_holds_experts(tiny_llama: Path, tmp_path: Path) -> None:
-    run = open_source_run(save_run(tmp_path, tiny_llama))
+def test_no_gguf_adapter_holds_experts(finished: Path) -> None:
+    run = open_source_run(finished)
     loras = {"experts": ExpertLoraTensors(torch.ones(2, 1, 3), torch.ones(2, 4, 1), 1.0)}
     _, gguf = find_format("gguf", "lora")
     _refuse_unsupported(run, gguf)
@@ -309,20 +310,17 @@ def test_a_changed_adapter(run_copy: Path) -> None:
         export_run(run_copy, "merged")
 
 
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [
+def test_a_changed_base(tmp_path: Path) -> None:
+    path = save_run(tmp_path / "work", save_model(tmp_path / "model"))
+    for file, message in (
         ("model.safetensors", "base weights model.safetensors: sha256"),
         ("chat_template.jinja", "chat template default: sha256"),
-    ],
-)
-def test_a_changed_base(tmp_path: Path, file: str, message: str) -> None:
-    path = save_run(tmp_path / "work", save_model(tmp_path / "model"))
-    with (tmp_path / "model" / file).open("r+b") as stream:
-        stream.seek(-1 if file.endswith(".safetensors") else 0, os.SEEK_END)
-        stream.write(b" ")  # the last byte of a weight, or one more of the template
-    with pytest.raises(InputError, match=message):
-        export_run(path, "merged")
+    ):
+        with (tmp_path / "model" / file).open("r+b") as stream:
+            stream.seek(-1 if file.endswith(".safetensors") else 0, os.SEEK_END)
+            stream.write(b" ")  # the last byte of a weight, or one more of the template
+        with pytest.raises(InputError, match=message):
+            export_run(path, "merged")
 
 
 def test_data_that_are_gone(run_copy: Path, tmp_path: Path) -> None:
@@ -343,19 +341,17 @@ def test_a_machine_without_memory(finished: Path, monkeypatch: pytest.MonkeyPatc
 # ---------------------------------------------------------------- all weights trained
 
 
-def test_a_fully_trained_model(tiny_llama: Path, tmp_path: Path) -> None:
-    path = save_run(tmp_path / "work", tiny_llama, method="full", lora_r="auto", learning_rate=1e-3)
-    merged = export_run(path, "merged")
+def test_a_fully_trained_model(fully_trained: Path, tmp_path: Path) -> None:
+    merged = export_run(fully_trained, "merged", out=tmp_path / "merged")
     assert merged.parity.mean_kl < 1e-9
     assert merged.parity.trained_kl > 1e-3
     for name in ("model.safetensors", "config.json"):
-        assert (Path(merged.path) / name).read_bytes()[-1000:] == (
-            path / "model" / name
-        ).read_bytes()[-1000:]
-    assert export_run(path, "gguf").parity.same_answers == 4
+        trained = (fully_trained / "model" / name).read_bytes()
+        assert (Path(merged.path) / name).read_bytes()[-1000:] == trained[-1000:]
+    assert export_run(fully_trained, "gguf", out=tmp_path / "gguf").parity.same_answers == 4
     for target, kind in (("peft", None), ("gguf", "lora")):
         with pytest.raises(InputError, match="trained all weights: there is no adapter"):
-            export_run(path, target, kind=kind)
+            export_run(fully_trained, target, kind=kind)
 
 
 def test_the_run_is_as_it_was(finished: Path, exports: dict[str, ExportResult]) -> None:
@@ -365,7 +361,7 @@ def test_the_run_is_as_it_was(finished: Path, exports: dict[str, ExportResult]) 
     assert os.listdir(finished)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-wide"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("llama-wide", marks=pytest.mark.slow)])
 def test_new_tokens_are_in_every_file(family: str, tmp_path: Path) -> None:
     """Seven of them, for five spare rows; a GGUF holds no adapter of rows."""
     tokens = [f"[t{n}]" for n in range(7)]

@@ -159,6 +159,7 @@ def test_what_fp8_loses_is_said() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_reference_calls_no_kernels_of_other_packages() -> None:
     """transformers calls those of flash-linear-attention and others wherever they are installed, on
     a CPU too."""
