@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from pairs import list_pairs
 from tiny_models import make_tiny_network
 from tunesmith.core.types import GenerationRequest
 from tunesmith.model.generation.sampling import (
@@ -145,11 +146,17 @@ def apply_processors(
     return torch.softmax(processors(context, logits_BV.clone()), dim=-1)
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
-@pytest.mark.parametrize("top_k", [0, 1, 7, 40, 10**6])
-@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.35, 1e-6])
-@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.5, 1.0])
-@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.7])
+TEMPERATURES = (0.3, 1.0, 1.7)
+TOP_KS = (0, 1, 7, 40, 10**6)
+TOP_PS = (1.0, 0.9, 0.35, 1e-6)
+MIN_PS = (0.0, 0.05, 0.5, 1.0)
+PENALTIES = (1.0, 1.3, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p", "penalty"),
+    list_pairs(TEMPERATURES, TOP_KS, TOP_PS, MIN_PS, PENALTIES),
+)
 def test_the_distribution_is_that_of_transformers(
     network: PreTrainedModel,
     temperature: float,
