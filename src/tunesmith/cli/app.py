@@ -54,6 +54,8 @@ from tunesmith.cli.help import (
     VerbGroup,
     find_panel,
     format_examples,
+    option,
+    switch,
 )
 from tunesmith.cli.launch import GpusOption, check_processes, launch, list_flags, main_rank
 from tunesmith.cli.output import (
@@ -75,19 +77,10 @@ from tunesmith.core.run_dir import require_run
 from tunesmith.core.types import Plan
 from tunesmith.plan.stages import StagedPlan
 
-HubRepoName = Annotated[
-    str | None,
-    typer.Option(metavar="OWNER/NAME", help="With --to hub: repository.", show_default=False),
-]
+HubRepoName = Annotated[str | None, option("OWNER/NAME", "With --to hub: repository.")]
 DryRunOption = Annotated[
     int | None,
-    typer.Option(
-        "--dry-run",
-        metavar="N",
-        min=2,
-        help="Simulate one step on N ranks: communication and memory.",
-        show_default=False,
-    ),
+    option("N", "Simulate one step on N ranks: communication and memory.", "--dry-run", min=2),
 ]
 
 
@@ -100,27 +93,12 @@ def init(
     ),
     from_config: Annotated[
         Path | None,
-        typer.Option(
-            "--from",
-            metavar="CONFIG.yaml",
-            help="Translate a LLaMA-Factory, Axolotl or TRL config.",
-            show_default=False,
-        ),
+        option("CONFIG.yaml", "Translate a LLaMA-Factory, Axolotl or TRL config.", "--from"),
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Base model: hub id, folder, GGUF file or built-in name.",
-            show_default=False,
-        ),
+        str | None, option("MODEL", "Base model: hub id, folder, GGUF file or built-in name.")
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH", help="Training data; train.jsonl by default.", show_default=False
-        ),
-    ] = None,
+    data: Annotated[str | None, option("PATH", "Training data; train.jsonl by default.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a commented recipe, or translate another config."""
@@ -135,12 +113,7 @@ def init(
 
 
 def doctor(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL", help="Fetch this model and check what fits.", show_default=False
-        ),
-    ] = None,
+    model: Annotated[str | None, option("MODEL", "Fetch this model and check what fits.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check hardware, packages and which methods fit."""
@@ -152,31 +125,12 @@ def doctor(
 
 def advise(  # noqa: PLR0913 - every option is a flag
     args: AdviseArgs = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Measure on the recipe's eval_data.")
-    ] = False,
-    documents: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="Texts for retrieval.", show_default=False),
-    ] = None,
-    minutes: Annotated[
-        float, typer.Option(metavar="N", help="Minutes for --measure; rerun to continue.")
-    ] = (10.0),
-    target: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SCORE", help="Score that is good enough, 0 to 1.", show_default=False
-        ),
-    ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            metavar="METRIC", help="Metric used to choose the winner.", show_default=False
-        ),
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Folder for measured results.")
-    ] = Path("runs/advise"),
+    measure: Annotated[bool, switch("--measure", "Measure on the recipe's eval_data.")] = False,
+    documents: Annotated[Path | None, option("PATH", "Texts for retrieval.")] = None,
+    minutes: Annotated[float, option("N", "Minutes for --measure; rerun to continue.")] = (10.0),
+    target: Annotated[float | None, option("SCORE", "Score that is good enough, 0 to 1.")] = None,
+    metric: Annotated[str | None, option("METRIC", "Metric used to choose the winner.")] = None,
+    out: Annotated[Path, option("FOLDER", "Folder for measured results.")] = Path("runs/advise"),
     gpus: GpusOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -215,31 +169,18 @@ def advise(  # noqa: PLR0913 - every option is a flag
 def plan(  # noqa: PLR0913 - every option is a flag
     args: RecipeArgs = None,
     target: Annotated[
-        str | None,
-        typer.Option(
-            metavar="GPU",
-            help="Plan for these GPUs: h100, 8xh100 or 4x8xh100.",
-            show_default=False,
-        ),
+        str | None, option("GPU", "Plan for these GPUs: h100, 8xh100 or 4x8xh100.")
     ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Plan for this much memory: 24GB.", show_default=False),
-    ] = None,
+    memory: Annotated[str | None, option("SIZE", "Plan for this much memory: 24GB.")] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Compare full fine-tuning, LoRA and QLoRA.")
+        bool, switch("--compare", "Compare full fine-tuning, LoRA and QLoRA.")
     ] = False,
     benchmark: Annotated[
-        bool, typer.Option("--benchmark", help="Time a few real steps (about 10 s).")
+        bool, switch("--benchmark", "Time a few real steps (about 10 s).")
     ] = False,
     dry_run: DryRunOption = None,
-    why: Annotated[
-        str | None,
-        typer.Option(metavar="KEY", help="Explain one setting.", show_default=False),
-    ] = None,
-    show_all: Annotated[
-        bool, typer.Option("--all", help="Show all settings, with full reasons.")
-    ] = False,
+    why: Annotated[str | None, option("KEY", "Explain one setting.")] = None,
+    show_all: Annotated[bool, switch("--all", "Show all settings, with full reasons.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the settings with their reasons, memory and time."""
@@ -293,7 +234,7 @@ def _refuse_unusable_rows(plan: Plan | StagedPlan, inputs: api.AnyInputs) -> Non
 
 def tune_lr(
     args: RecipeArgs = None,
-    steps: Annotated[int, typer.Option(metavar="N", min=10, help="Steps per learning rate.")] = 40,
+    steps: Annotated[int, option("N", "Steps per learning rate.", min=10)] = 40,
     as_json: AsJson = False,
 ) -> None:
     """Pick a learning rate from five short runs."""
@@ -308,17 +249,9 @@ def tune_lr(
 def tune_sweep(
     args: RecipeArgs = None,
     minutes: Annotated[
-        float | None,
-        typer.Option(
-            metavar="N", help="Minutes; starts no trial that would end later.", show_default=False
-        ),
+        float | None, option("N", "Minutes; starts no trial that would end later.")
     ] = None,
-    gpus: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Run N trials at once, one per GPU.", show_default=False
-        ),
-    ] = None,
+    gpus: Annotated[int | None, option("N", "Run N trials at once, one per GPU.", min=1)] = None,
     allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -336,40 +269,23 @@ def tune_sweep(
 def export(  # noqa: PLR0913 - every option is a flag
     folders: RunArgs,
     to: Annotated[
-        str,
-        typer.Option(
-            metavar="TARGET",
-            help="peft, merged, gguf, ollama, hub or a server such as vllm.",
-            show_default=False,
-        ),
+        str, option("TARGET", "peft, merged, gguf, ollama, hub or a server such as vllm.")
     ],
     type: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="GGUF type: f16, q8_0, bf16, f32; lora: adapter only.",
-            show_default=False,
-        ),
+        str | None, option("TYPE", "GGUF type: f16, q8_0, bf16, f32; lora: adapter only.")
     ] = None,
     base: Annotated[
-        str, typer.Option(metavar="BASE", help="QLoRA merge base: original, dequantized or auto.")
+        str, option("BASE", "QLoRA merge base: original, dequantized or auto.")
     ] = "auto",
-    scale: Annotated[
-        float, typer.Option(metavar="X", help="Adapter scale; 1 is as trained.")
-    ] = 1.0,
+    scale: Annotated[float, option("X", "Adapter scale; 1 is as trained.")] = 1.0,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="New folder; RUN/export/TARGET by default.", show_default=False
-        ),
+        Path | None, option("FOLDER", "New folder; RUN/export/TARGET by default.")
     ] = None,
     repo: HubRepoName = None,
     public: Annotated[
-        bool, typer.Option("--public", help="With --to hub: publish it; private by default.")
+        bool, switch("--public", "With --to hub: publish it; private by default.")
     ] = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="With --to hub: upload without asking.")
-    ] = False,
+    yes: Annotated[bool, switch("--yes", "With --to hub: upload without asking.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Export runs and check each against its run's answers."""
@@ -492,7 +408,7 @@ def build_app(first_word: str = "") -> typer.Typer:
 
 def _print_version_or_help(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[bool, switch("--version", "Print the version.")] = False,
 ) -> None:
     """Decide on, plan, run and measure LLM fine-tuning."""
     if version:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.help import complete_runs
+from tunesmith.cli.help import complete_runs, switch
 from tunesmith.cli.output import write_stderr
 from tunesmith.core.errors import InputError
 
@@ -54,9 +54,9 @@ RunArgs = Annotated[
         show_default=False,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+AsJson = Annotated[bool, switch("--json", "Print the result as JSON.")]
 AllowCode = Annotated[
-    bool, typer.Option("--allow-code", help="Allow metrics from Python files (FILE.py:FUNCTION).")
+    bool, switch("--allow-code", "Allow metrics from Python files (FILE.py:FUNCTION).")
 ]
 
 DEFAULT_RECIPE = Path("recipe.yaml")

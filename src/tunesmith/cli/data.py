@@ -13,25 +13,18 @@ import typer
 
 from tunesmith import api
 from tunesmith.cli.args import AsJson, RecipeArgs, parse_recipe_args
+from tunesmith.cli.help import option, switch
 from tunesmith.cli.output import print_result
 from tunesmith.core.formatting import format_count
 from tunesmith.plan.stages import require_single_stage
 
 # --to is the former name of --out.
-OutputFolder = Annotated[
-    Path,
-    typer.Option(
-        "--out", "--to", metavar="FOLDER", help="Output folder; must be new.", show_default=False
-    ),
-]
+OutputFolder = Annotated[Path, option("FOLDER", "Output folder; must be new.", "--out", "--to")]
 
 
 def data_check(
     args: RecipeArgs = None,
-    rejected: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write invalid rows to this file.", show_default=False),
-    ] = None,
+    rejected: Annotated[Path | None, option("FILE", "Write invalid rows to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check all data; exit with 2 if a run would refuse it."""
@@ -53,8 +46,8 @@ def data_check(
 
 def data_show(
     args: RecipeArgs = None,
-    rows: Annotated[int, typer.Option(metavar="N", min=1, help="Number of rows.")] = 3,
-    ids: Annotated[bool, typer.Option("--ids", help="Print token ids too.")] = False,
+    rows: Annotated[int, option("N", "Number of rows.", min=1)] = 3,
+    ids: Annotated[bool, switch("--ids", "Print token ids too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show rows as the model sees them, trained tokens in color."""
@@ -63,23 +56,20 @@ def data_show(
 
 
 def data_curate(  # noqa: PLR0913 - every option is a flag
-    keep: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Number of rows to keep.", show_default=False)
-    ],
+    keep: Annotated[int, option("N", "Number of rows to keep.", min=1)],
     out: OutputFolder,
     args: RecipeArgs = None,
     similarity: Annotated[
-        str,
-        typer.Option(metavar="BY", help="Similarity for diversity: hidden `states` or `words`."),
+        str, option("BY", "Similarity for diversity: hidden `states` or `words`.")
     ] = "states",
     allow_personal: Annotated[
-        bool, typer.Option("--allow-personal", help="Also select rows with personal data.")
+        bool, switch("--allow-personal", "Also select rows with personal data.")
     ] = False,
     ablate: Annotated[
-        bool, typer.Option("--ablate", help="Train briefly on each subset and compare.")
+        bool, switch("--ablate", "Train briefly on each subset and compare.")
     ] = False,
-    steps: Annotated[int, typer.Option(metavar="N", min=5, help="Steps per --ablate run.")] = 30,
-    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Seeds per --ablate subset.")] = 1,
+    steps: Annotated[int, option("N", "Steps per --ablate run.", min=5)] = 30,
+    seeds: Annotated[int, option("N", "Seeds per --ablate subset.", min=1)] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Select the most useful rows by base-model scores."""
@@ -116,18 +106,8 @@ def data_lock(args: RecipeArgs = None, as_json: AsJson = False) -> None:
 
 
 def data_export_reviews(
-    tool: Annotated[
-        str,
-        typer.Option(
-            metavar="TOOL", help="Review tool: label-studio or argilla.", show_default=False
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", "--to", metavar="FILE.json", help="Task file to write.", show_default=False
-        ),
-    ],
+    tool: Annotated[str, option("TOOL", "Review tool: label-studio or argilla.")],
+    out: Annotated[Path, option("FILE.json", "Task file to write.", "--out", "--to")],
     args: RecipeArgs = None,
     as_json: AsJson = False,
 ) -> None:
@@ -140,16 +120,8 @@ def data_import_reviews(
     path: Annotated[
         Path, typer.Argument(metavar="EXPORT.json", help="JSON export of the review tool.")
     ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", "--to", metavar="FILE.jsonl", help="File to write.", show_default=False
-        ),
-    ],
-    date: Annotated[
-        str | None,
-        typer.Option(metavar="DATE", help="Date for reviews without one.", show_default=False),
-    ] = None,
+    out: Annotated[Path, option("FILE.jsonl", "File to write.", "--out", "--to")],
+    date: Annotated[str | None, option("DATE", "Date for reviews without one.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read reviews from a Label Studio or Argilla export."""
@@ -164,23 +136,11 @@ def data_import_reviews(
 def data_split(
     out: OutputFolder,
     args: RecipeArgs = None,
-    eval_share: Annotated[
-        float, typer.Option(metavar="X", help="Fraction of rows for eval.jsonl.")
-    ] = 0.1,
-    test_share: Annotated[
-        float, typer.Option(metavar="X", help="Fraction of rows for test.jsonl.")
-    ] = 0.1,
-    group: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KEY", help="Keep rows with the same value together.", show_default=False
-        ),
-    ] = None,
+    eval_share: Annotated[float, option("X", "Fraction of rows for eval.jsonl.")] = 0.1,
+    test_share: Annotated[float, option("X", "Fraction of rows for test.jsonl.")] = 0.1,
+    group: Annotated[str | None, option("KEY", "Keep rows with the same value together.")] = None,
     stratify: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KEY", help="Stratify by this key instead of the label.", show_default=False
-        ),
+        str | None, option("KEY", "Stratify by this key instead of the label.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

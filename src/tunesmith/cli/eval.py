@@ -11,7 +11,7 @@ import typer
 
 from tunesmith import api
 from tunesmith.cli.args import AllowCode, AsJson, RunArg, read_questions
-from tunesmith.cli.help import complete_runs
+from tunesmith.cli.help import complete_runs, option, switch
 from tunesmith.cli.launch import GpusOption, launch, list_flags, lockstep
 from tunesmith.cli.output import print_result
 from tunesmith.core.errors import GateError, InputError
@@ -34,21 +34,12 @@ def evaluate(
         ),
     ],
     data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Evaluate on this file, not the run's rows.",
-            show_default=False,
-        ),
+        Path | None, option("FILE", "Evaluate on this file, not the run's rows.")
     ] = None,
     metrics: Annotated[
-        str | None,
-        typer.Option(metavar="LIST", help="Metrics instead of the run's: 'chrf, numeric: 0.1'."),
+        str | None, option("LIST", "Metrics instead of the run's: 'chrf, numeric: 0.1'.")
     ] = None,
-    gate: Annotated[
-        bool,
-        typer.Option("--gate", help="Exit with code 4 if a gate fails."),
-    ] = False,
+    gate: Annotated[bool, switch("--gate", "Exit with code 4 if a gate fails.")] = False,
     allow_code: AllowCode = False,
     gpus: GpusOption = None,
     as_json: AsJson = False,
@@ -95,8 +86,7 @@ def _show_report(report: EvalReport, target: str, *, gate: bool, as_json: bool) 
 
 def compare(
     a: Annotated[
-        str,
-        typer.Argument(metavar="A", help="An eval TARGET, `base`, or a JSONL file of answers."),
+        str, typer.Argument(metavar="A", help="An eval TARGET, `base`, or a JSONL file of answers.")
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="Like A; differences are B minus A.")],
     allow_code: AllowCode = False,
@@ -114,32 +104,26 @@ def compare(
 def chat(  # noqa: PLR0913 - every option of sampling is a flag
     folder: RunArg,
     system: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="System message; that of the training rows by default.",
-            show_default=False,
-        ),
+        str | None, option("TEXT", "System message; that of the training rows by default.")
     ] = None,
     temperature: Annotated[
-        float, typer.Option(metavar="X", help="Sample at this temperature; 0 is greedy.")
+        float, option("X", "Sample at this temperature; 0 is greedy.")
     ] = GREEDY.temperature,
     top_p: Annotated[
-        float,
-        typer.Option(metavar="X", help="Nucleus sampling: top tokens with this total probability."),
+        float, option("X", "Nucleus sampling: top tokens with this total probability.")
     ] = GREEDY.top_p,
     top_k: Annotated[
-        int, typer.Option(metavar="N", help="Sample from the N likeliest tokens; 0: all.")
+        int, option("N", "Sample from the N likeliest tokens; 0: all.")
     ] = GREEDY.top_k,
     min_p: Annotated[
-        float, typer.Option(metavar="X", help="Minimum probability relative to the top token.")
+        float, option("X", "Minimum probability relative to the top token.")
     ] = GREEDY.min_p,
     repetition_penalty: Annotated[
-        float, typer.Option(metavar="X", help="Penalty on repeated tokens; 1 is off.")
+        float, option("X", "Penalty on repeated tokens; 1 is off.")
     ] = GREEDY.repetition_penalty,
-    seed: Annotated[int, typer.Option(metavar="N", help="Sampling seed.")] = GREEDY.seed,
+    seed: Annotated[int, option("N", "Sampling seed.")] = GREEDY.seed,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Maximum tokens to generate.")
+        int, option("N", "Maximum tokens to generate.")
     ] = GREEDY.max_new_tokens,
     as_json: AsJson = False,
 ) -> None:
@@ -159,29 +143,12 @@ def chat(  # noqa: PLR0913 - every option of sampling is a flag
 
 def verify(
     folder: RunArg,
-    url: Annotated[
-        str,
-        typer.Option(
-            metavar="URL",
-            help="OpenAI-compatible API: http://localhost:8000/v1.",
-            show_default=False,
-        ),
-    ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Model to ask; the only one by default.", show_default=False
-        ),
-    ] = None,
+    url: Annotated[str, option("URL", "OpenAI-compatible API: http://localhost:8000/v1.")],
+    model: Annotated[str | None, option("NAME", "Model to ask; the only one by default.")] = None,
     key_env: Annotated[
-        str | None,
-        typer.Option(
-            metavar="VARIABLE",
-            help="Environment variable that holds the API key.",
-            show_default=False,
-        ),
+        str | None, option("VARIABLE", "Environment variable that holds the API key.")
     ] = None,
-    items: Annotated[int, typer.Option(metavar="N", help="Test rows to ask, at most.")] = 64,
+    items: Annotated[int, option("N", "Test rows to ask, at most.")] = 64,
     as_json: AsJson = False,
 ) -> None:
     """Check that a server gives a run's answers; exit 4 if not."""

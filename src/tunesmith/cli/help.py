@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tunesmith.core.run_dir import RUNS_ROOT, is_run, list_folders
@@ -110,6 +111,16 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "keys remove": ("tunesmith keys remove ci",),
     "schema": ("tunesmith schema > recipe.schema.json",),
 }
+
+
+def option(metavar: str, help: str, *names: str, **settings: Any) -> Any:
+    """Declare a flag with a value."""
+    return typer.Option(*names, metavar=metavar, help=help, **settings)
+
+
+def switch(name: str, help: str) -> Any:
+    """Declare a flag without a value."""
+    return typer.Option(name, help=help)
 
 
 def find_panel(name: str) -> str | None:

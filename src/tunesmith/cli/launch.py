@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from tunesmith.cli.help import option
 from tunesmith.cli.output import write_stderr
 from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.core.formatting import format_count
@@ -32,14 +31,7 @@ if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe, Stages
 
 GpusOption = Annotated[
-    int | None,
-    typer.Option(
-        "--gpus",
-        metavar="N",
-        min=1,
-        help="Start N processes under torchrun, one per GPU.",
-        show_default=False,
-    ),
+    int | None, option("N", "Start N processes under torchrun, one per GPU.", "--gpus", min=1)
 ]
 
 

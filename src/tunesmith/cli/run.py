@@ -22,6 +22,7 @@ from tunesmith.cli.args import (
     RunArg,
     parse_recipe_args,
 )
+from tunesmith.cli.help import option, switch
 from tunesmith.cli.launch import GpusOption, launch, list_flags, main_rank
 from tunesmith.cli.output import TerminalConsole, print_result, write_stderr
 from tunesmith.core.errors import GateError, InputError, TunesmithError
@@ -33,18 +34,12 @@ from tunesmith.plan.stages import StagedPlan
 WATCH_SECONDS = 1.0  # between two readings of the folders
 MAX_SHOWN_RUNS = 100  # without --all
 
-TrackOption = Annotated[
-    str | None,
-    typer.Option(metavar="TRACKER", help="Also log to tensorboard or wandb.", show_default=False),
-]
+TrackOption = Annotated[str | None, option("TRACKER", "Also log to tensorboard or wandb.")]
 
 
 def demo(
     output_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Run folder; runs/demo-N by default.", show_default=False
-        ),
+        Path | None, option("FOLDER", "Run folder; runs/demo-N by default.")
     ] = None,
     track: TrackOption = None,
     as_json: AsJson = False,
@@ -93,16 +88,10 @@ def train(
 def resume(
     folder: RunArg,
     allow_changes: Annotated[
-        bool,
-        typer.Option("--allow-changes", help="Resume with changed data, model or libraries."),
+        bool, switch("--allow-changes", "Resume with changed data, model or libraries.")
     ] = False,
     checkpoint: Annotated[
-        int | None,
-        typer.Option(
-            metavar="STEP",
-            help="Checkpoint step; default: newest valid.",
-            show_default=False,
-        ),
+        int | None, option("STEP", "Checkpoint step; default: newest valid.")
     ] = None,
     allow_code: AllowCode = False,
     track: TrackOption = None,
@@ -127,12 +116,7 @@ def resume(
 
 def report(
     folder: RunArg,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Output; RUN/report.html by default.", show_default=False
-        ),
-    ] = None,
+    out: Annotated[Path | None, option("FILE", "Output; RUN/report.html by default.")] = None,
     track: TrackOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -154,13 +138,10 @@ def report(
 
 def list_runs(
     folders: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="FOLDER", help="Where to look; runs/ by default."),
+        list[Path] | None, typer.Argument(metavar="FOLDER", help="Where to look; runs/ by default.")
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Update until Ctrl-C.")] = False,
-    show_all: Annotated[
-        bool, typer.Option("--all", help="Show all runs, not the newest 100.")
-    ] = False,
+    watch: Annotated[bool, switch("--watch", "Update until Ctrl-C.")] = False,
+    show_all: Annotated[bool, switch("--all", "Show all runs, not the newest 100.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List runs with state, score, memory and age."""

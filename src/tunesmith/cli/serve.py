@@ -17,34 +17,19 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cli.args import AsJson
-from tunesmith.cli.help import complete_runs
+from tunesmith.cli.help import complete_runs, option, switch
 from tunesmith.cli.output import TerminalConsole, escape_markup, print_result, write_stderr
 from tunesmith.core.errors import InputError, MachineError
 
 WATCH_SECONDS = 2.0
 
-KeysFile = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Key file; ~/.config/tunesmith/keys.json.",
-        show_default=False,
-    ),
-]
+KeysFile = Annotated[Path | None, option("FILE", "Key file; ~/.config/tunesmith/keys.json.")]
 
 ModelsFolder = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FOLDER",
-        help="Folder from which PUT /admin/models may load runs.",
-        show_default=False,
-    ),
+    Path | None, option("FOLDER", "Folder from which PUT /admin/models may load runs.")
 ]
 
-WatchedUrl = Annotated[
-    str | None,
-    typer.Option(metavar="URL", help="Watch a running server instead.", show_default=False),
-]
+WatchedUrl = Annotated[str | None, option("URL", "Watch a running server instead.")]
 
 SourcesArg = Annotated[
     list[str] | None,
@@ -59,32 +44,19 @@ SourcesArg = Annotated[
 
 def serve(  # noqa: PLR0913 - every option is a flag
     sources: SourcesArg = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL", help="Base model; that of the runs by default.", show_default=False
-        ),
-    ] = None,
-    host: Annotated[
-        str | None,
-        typer.Option(metavar="HOST", help="Address; 127.0.0.1 by default.", show_default=False),
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(metavar="N", help="Port; 8000 by default.", show_default=False)
-    ] = None,
+    base: Annotated[str | None, option("MODEL", "Base model; that of the runs by default.")] = None,
+    host: Annotated[str | None, option("HOST", "Address; 127.0.0.1 by default.")] = None,
+    port: Annotated[int | None, option("N", "Port; 8000 by default.")] = None,
     models_dir: ModelsFolder = None,
     keys: KeysFile = None,
     no_auth: Annotated[
-        bool, typer.Option("--no-auth", help="Serve without keys, on this machine only.")
+        bool, switch("--no-auth", "Serve without keys, on this machine only.")
     ] = False,
     open_metrics: Annotated[
-        bool, typer.Option("--open-metrics", help="Serve /metrics and /ready without a key.")
+        bool, switch("--open-metrics", "Serve /metrics and /ready without a key.")
     ] = False,
     dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE", help="bf16, fp16 or fp32; the run's by default.", show_default=False
-        ),
+        str | None, option("TYPE", "bf16, fp16 or fp32; the run's by default.")
     ] = None,
     watch: WatchedUrl = None,
 ) -> None:
@@ -181,12 +153,9 @@ def _log_to_stderr() -> None:
 def add_key(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the key, for the log.")],
     scope: Annotated[
-        str, typer.Option(metavar="SCOPE", help="infer, feedback, metrics or admin; with commas.")
+        str, option("SCOPE", "infer, feedback, metrics or admin; with commas.")
     ] = "infer",
-    models: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="Only these models, with commas.", show_default=False),
-    ] = None,
+    models: Annotated[str | None, option("NAMES", "Only these models, with commas.")] = None,
     keys: KeysFile = None,
     as_json: AsJson = False,
 ) -> None:

@@ -23,93 +23,15 @@ from tunesmith.recipe.fields import (
     RehearsalConfig,
 )
 from tunesmith.recipe.objectives import PairLoss, SchedulerKwargs
+from tunesmith.recipe.schema import NAMES
 from tunesmith.recipe.sweep import SweepConfig, ValueRange
 
 MAX_SHOWN_CHARS = 80  # of a key or value
 
-# Keys of other tools -> what to do instead.
-REPLACEMENT_ROWS = (
-    (
-        "micro_batch_size per_device_train_batch_size gradient_accumulation_steps",
-        "set batch_size, the data rows per optimizer step (micro batch x accumulation x devices)",
-    ),
-    (
-        "dataset datasets dataset_name train_file",
-        "set data, a path or a list of {path, format, columns, ...}",
-    ),
-    (
-        "packing sample_packing neat_packing",
-        "leave it out: documents are always packed, without cross-document attention",
-    ),
-    (
-        "assistant_only_loss completion_only_loss train_on_inputs train_on_prompt",
-        "set train_on: answers, all, or a list of roles",
-    ),
-    (
-        "mask_history",
-        'set "train": false on the messages that are not trained',
-    ),
-    (
-        "desirable_weight undesirable_weight kto_desirable_weight kto_undesirable_weight "
-        "kto_chosen_weight kto_rejected_weight",
-        "set loss: {name: kto, desirable_weight: ..., undesirable_weight: ...}",
-    ),
-    ("bf16 fp16 tf32 torch_dtype", "set dtype: bf16, fp16 or fp32"),
-    ("attn_implementation flash_attn flash_attention", "leave it out, or set attention"),
-    (
-        "deepspeed fsdp fsdp_config",
-        "leave it out: `train --gpus N` or torchrun starts processes, and dp_shard_size divides "
-        "the weights",
-    ),
-    ("warmup_steps", "set warmup_ratio, the fraction of steps"),
-    (
-        "load_in_4bit quantization_bit quantization",
-        "set method: qlora, which keeps frozen weights in 4 bits",
-    ),
-    ("load_in_8bit", "8-bit weights are not supported; set method: qlora for 4 bits"),
-    ("lora_target_linear", "set lora_target_modules: all-linear"),
-    ("trust_remote_code", "leave it out: code from a model folder is never run"),
-    ("rl", "set stage: preference and loss: dpo, orpo, simpo or kto"),
-    ("dpo_label_smoothing", "set label_smoothing, with stage: preference"),
-    ("beta pref_beta rl_beta", "set loss: {beta: ...}"),
-    ("gamma simpo_gamma", "set loss: {name: simpo, gamma: ...}"),
-    ("nll_coefficient pref_ftx rpo_alpha", "set loss: {nll_coefficient: ...}"),
-    ("resume_from_checkpoint", "run `tunesmith resume RUN`"),
-    (
-        "report_to logging_steps logging_strategy",
-        "leave it out: every step is in events.jsonl",
-    ),
-    (
-        "eval_strategy evaluation_strategy save_strategy",
-        "leave it out, or set eval_steps and save_steps",
-    ),
-    (
-        "load_best_model_at_end metric_for_best_model greater_is_better",
-        "leave it out: the checkpoint that is best on eval_data is used",
-    ),
-    ("save_total_limit", "leave it out: the newest two checkpoints and the best are retained"),
-    (
-        "max_new_tokens generation_max_length generation_max_new_tokens",
-        "leave it out: the longest expected answer sets the limit",
-    ),
-    ("push_to_hub hub_model_id", "run `tunesmith export RUN --to hub`"),
-)
-REPLACEMENTS = {key: advice for keys, advice in REPLACEMENT_ROWS for key in keys.split()}
-PREFERENCE_STAGES = ("dpo", "orpo", "simpo", "kto")
-REINFORCEMENT_STAGES = ("grpo", "ppo", "rlhf", "rloo", "reward", "rm")
-VALUE_REPLACEMENTS = {
-    ("method", "dora"): "set use_dora: true, which works with lora and qlora",
-    ("stage", "pretrain"): "set stage: cpt",
-    ("stage", "finetune"): "set stage: sft",
+REPLACEMENTS: dict[str, str] = {
+    key: row["do"] for row in NAMES["replacements"] for key in row["keys"].split()
 }
-for _name in PREFERENCE_STAGES:
-    VALUE_REPLACEMENTS["stage", _name] = f"set stage: preference and loss: {_name}"
-for _name in REINFORCEMENT_STAGES:
-    VALUE_REPLACEMENTS["stage", _name] = (
-        "reward models and reinforcement learning are not supported; for pairs of answers set "
-        "stage: preference"
-    )
-
+VALUE_REPLACEMENTS: dict[str, dict[str, str]] = NAMES["value_replacements"]
 MAX_NAMED_FIELDS = 5
 MAPPINGS: tuple[type[BaseModel], ...] = (
     Constraint,
@@ -190,8 +112,8 @@ def describe_error(
 ) -> str:
     """Describe an error at `location`; `raw_key` and `value` are the recipe key as written."""
     key = location[0]
-    if isinstance(value, str) and (key, value) in VALUE_REPLACEMENTS:
-        advice = VALUE_REPLACEMENTS[str(key), value]
+    advice = VALUE_REPLACEMENTS.get(str(key), {}).get(value) if isinstance(value, str) else None
+    if advice is not None:
         return f"{raw_key}: '{value}' is not a value here: {advice}"
     schemas = [recipe_schema]
     for part in location:

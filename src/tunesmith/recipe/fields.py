@@ -45,6 +45,11 @@ HUB_SOURCE_KEYS = ("revision", "config", "split", "data_files")
 UNEXPECTED_VALUE = "unexpected_value"
 
 
+def setting(default: Any, description: str) -> Any:
+    """Declare a key with its default."""
+    return Field(default=default, description=description)
+
+
 # ---------------------------------------------------------------- normalizing values
 
 
@@ -343,8 +348,8 @@ class PromptForm(BaseModel):
     prompt: Annotated[str, AfterValidator(_check_prompt)] = Field(
         description="The question, with {column} for a row's value; {{ and }} are braces."
     )
-    shots: Annotated[int, Field(ge=0, le=32), BeforeValidator(reject_bool)] = Field(
-        default=0, description="Number of other training rows shown first as examples."
+    shots: Annotated[int, Field(ge=0, le=32), BeforeValidator(reject_bool)] = setting(
+        0, "Number of other training rows shown first as examples."
     )
 
 
@@ -370,38 +375,33 @@ class DataSource(BaseModel):
         "sharegpt",
         "alpaca",
         "text",
-    ] = Field(default="auto", description="Format of its rows; auto detects it.")
+    ] = setting("auto", "Format of its rows; auto detects it.")
     columns: dict[str, str] = Field(
         default_factory=dict[str, str],
         description="Columns by role: {prompt: question, completion: answer}.",
     )
-    weight: Annotated[float, Field(gt=0, le=1000), BeforeValidator(reject_bool)] = Field(
-        default=1.0, description="Factor on the loss of its rows."
+    weight: Annotated[float, Field(gt=0, le=1000), BeforeValidator(reject_bool)] = setting(
+        1.0, "Factor on the loss of its rows."
     )
-    max_examples: Count | None = Field(default=None, description="Read only this many rows.")
-    name: Annotated[str, AfterValidator(_check_name)] = Field(
-        default="", description="Task of its rows; scores and tokens are counted per task."
+    max_examples: Count | None = setting(None, "Read only this many rows.")
+    name: Annotated[str, AfterValidator(_check_name)] = setting(
+        "", "Task of its rows; scores and tokens are counted per task."
     )
     prompts: Annotated[
         tuple[PromptForm, ...],
         BeforeValidator(
             _parse_prompt_forms, json_schema_input_type=str | PromptForm | list[str | PromptForm]
         ),
-    ] = Field(
-        default=(),
-        description="Ways to ask for a row's `completion`; a hash of the row picks one.",
-    )
-    revision: Name | None = Field(
-        default=None, description="Branch, tag or commit of a data set of the hub."
-    )
-    config: Name | None = Field(default=None, description="Config (subset) of it.")
-    split: Name | None = Field(
-        default=None, description="Split of it; by default train, validation or test by the key."
+    ] = setting((), "Ways to ask for a row's `completion`; a hash of the row picks one.")
+    revision: Name | None = setting(None, "Branch, tag or commit of a data set of the hub.")
+    config: Name | None = setting(None, "Config (subset) of it.")
+    split: Name | None = setting(
+        None, "Split of it; by default train, validation or test by the key."
     )
     data_files: Annotated[
         tuple[Name, ...],
         BeforeValidator(split_tokens, json_schema_input_type=str | list[str]),
-    ] = Field(default=(), description="Files or patterns of it, instead of config and split.")
+    ] = setting((), "Files or patterns of it, instead of config and split.")
 
     @model_validator(mode="after")
     def _check_hub_keys(self) -> DataSource:
@@ -459,13 +459,11 @@ class RehearsalConfig(BaseModel):
         Auto
         | Literal["adaptive"]
         | Annotated[float, Field(ge=0, le=0.9), BeforeValidator(reject_bool)]
-    ) = Field(
-        default="auto",
-        description="Fraction of all tokens; adaptive starts at auto and follows retention_data.",
+    ) = setting(
+        "auto", "Fraction of all tokens; adaptive starts at auto and follows retention_data."
     )
-    shift: Literal["style", "domain", "language"] = Field(
-        default="domain",
-        description="How new the data is (language: also code); decides ratio: auto.",
+    shift: Literal["style", "domain", "language"] = setting(
+        "domain", "How new the data is (language: also code); decides ratio: auto."
     )
 
     @property
@@ -479,12 +477,8 @@ class MixtureConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    temperature: Positive = Field(
-        default=1.0, description="1 is proportional to rows; higher is more uniform."
-    )
-    limit: Count | None = Field(
-        default=None, description="A task counts as having at most this many rows."
-    )
+    temperature: Positive = setting(1.0, "1 is proportional to rows; higher is more uniform.")
+    limit: Count | None = setting(None, "A task counts as having at most this many rows.")
 
 
 # ---------------------------------------------------------------- constraints
@@ -495,17 +489,17 @@ class Constraint(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    match: Annotated[str, AfterValidator(_check_pattern)] = Field(
-        default="", description="Regular expression that no answer may match anywhere."
+    match: Annotated[str, AfterValidator(_check_pattern)] = setting(
+        "", "Regular expression that no answer may match anywhere."
     )
-    text: str = Field(default="", description="Instead of match: a literal text.")
-    check: Annotated[str, AfterValidator(_check_checker)] = Field(
-        default="", description=f"Instead of match: a checker, {', '.join(CHECKERS)}."
+    text: str = setting("", "Instead of match: a literal text.")
+    check: Annotated[str, AfterValidator(_check_checker)] = setting(
+        "", f"Instead of match: a checker, {', '.join(CHECKERS)}."
     )
-    name: str = Field(default="", description="Name in counts and metrics; else the pattern.")
-    mode: Literal["filter", "ban", "pair"] = Field(
-        default="filter",
-        description="filter drops violating answers, ban trains away from the match, pair makes "
+    name: str = setting("", "Name in counts and metrics; else the pattern.")
+    mode: Literal["filter", "ban", "pair"] = setting(
+        "filter",
+        "filter drops violating answers, ban trains away from the match, pair makes "
         "them (or the base model's) the rejected side, with stage: preference.",
     )
 
@@ -576,20 +570,12 @@ class GuardConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    collapse: GuardAction = Field(
-        default="auto", description="If answers repeat, break or turn into noise."
-    )
-    forgetting: GuardAction = Field(
-        default="auto", description="If retention_data loses more than the margin."
-    )
-    margin: Auto | Positive = Field(
-        default="auto", description="Allowed loss on retention_data, in bits per byte."
-    )
-    patience: Auto | Count = Field(
-        default="auto", description="Evaluations without improvement before stopping."
-    )
-    probe_steps: Auto | Count = Field(
-        default="auto", description="Steps between generation probes; auto: 5% of the time."
+    collapse: GuardAction = setting("auto", "If answers repeat, break or turn into noise.")
+    forgetting: GuardAction = setting("auto", "If retention_data loses more than the margin.")
+    margin: Auto | Positive = setting("auto", "Allowed loss on retention_data, in bits per byte.")
+    patience: Auto | Count = setting("auto", "Evaluations without improvement before stopping.")
+    probe_steps: Auto | Count = setting(
+        "auto", "Steps between generation probes; auto: 5% of the time."
     )
 
 

@@ -17,6 +17,7 @@ from tunesmith.recipe.fields import (
     Positive,
     Share,
     accept_names,
+    setting,
     wrap_list,
 )
 
@@ -59,23 +60,21 @@ class PairLoss(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Auto | LossName = Field(
-        default="auto",
-        description="dpo, orpo and simpo take pairs, kto single answers with a label; dpo and kto "
+    name: Auto | LossName = setting(
+        "auto",
+        "dpo, orpo and simpo take pairs, kto single answers with a label; dpo and kto "
         "use a reference model.",
     )
-    beta: Auto | Positive = Field(
-        default="auto", description="Strength of the preference term; lambda of ORPO."
+    beta: Auto | Positive = setting("auto", "Strength of the preference term; lambda of ORPO.")
+    gamma: Auto | NotNegative = setting("auto", "Target margin of SimPO.")
+    nll_coefficient: Auto | NotNegative = setting(
+        "auto", "Coefficient of the SFT loss on chosen answers."
     )
-    gamma: Auto | NotNegative = Field(default="auto", description="Target margin of SimPO.")
-    nll_coefficient: Auto | NotNegative = Field(
-        default="auto", description="Coefficient of the SFT loss on chosen answers."
+    desirable_weight: Auto | NotNegative = setting(
+        "auto", "Factor of KTO on the loss of desirable answers."
     )
-    desirable_weight: Auto | NotNegative = Field(
-        default="auto", description="Factor of KTO on the loss of desirable answers."
-    )
-    undesirable_weight: Auto | NotNegative = Field(
-        default="auto", description="Factor of KTO on the loss of undesirable answers."
+    undesirable_weight: Auto | NotNegative = setting(
+        "auto", "Factor of KTO on the loss of undesirable answers."
     )
 
 
@@ -115,19 +114,14 @@ class SchedulerKwargs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_decay_steps: Auto | Count = Field(
-        default="auto", description="Last steps of warmup_stable_decay; auto: a tenth of the run."
+    num_decay_steps: Auto | Count = setting(
+        "auto", "Last steps of warmup_stable_decay; auto: a tenth of the run."
     )
-    decay_type: DecayType = Field(
-        default="cosine", description="Shape of the decay of warmup_stable_decay."
-    )
-    min_lr_ratio: Share = Field(
-        default=0.0,
-        description="Fraction of the peak at both ends of warmup_stable_decay.",
-    )
-    timescale: Auto | Count = Field(
-        default="auto",
-        description="Steps after which inverse_sqrt has fallen to 0.71; auto: those of the "
+    decay_type: DecayType = setting("cosine", "Shape of the decay of warmup_stable_decay.")
+    min_lr_ratio: Share = setting(0.0, "Fraction of the peak at both ends of warmup_stable_decay.")
+    timescale: Auto | Count = setting(
+        "auto",
+        "Steps after which inverse_sqrt has fallen to 0.71; auto: those of the "
         "warm-up, else 10,000.",
     )
 

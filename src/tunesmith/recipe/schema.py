@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -54,6 +55,7 @@ from tunesmith.recipe.fields import (
     Template,
     TemplateValue,
     reject_bool,
+    setting,
 )
 from tunesmith.recipe.metric_limits import GateLimits
 from tunesmith.recipe.objectives import (
@@ -98,181 +100,141 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Name = Field(description="Base model: a hub id, folder, GGUF file or built-in name.")
-    method: Auto | Literal["lora", "qlora", "full"] = Field(
-        default="auto", description="lora, qlora (4-bit base) or full."
+    method: Auto | Literal["lora", "qlora", "full"] = setting(
+        "auto", "lora, qlora (4-bit base) or full."
     )
-    adapter_from: FilePath | None = Field(
-        default=None, description="Continue training this adapter: a PEFT folder or a run."
+    adapter_from: FilePath | None = setting(
+        None, "Continue training this adapter: a PEFT folder or a run."
     )
-    stage: Stage = Field(
-        default="sft", description="sft: answers; cpt: plain text; preference: pairs."
-    )
+    stage: Stage = setting("sft", "sft: answers; cpt: plain text; preference: pairs.")
 
     data: Sources = Field(
         min_length=1,
         description="Training rows: a path, hf://org/name, or a list of {path, format, ...}.",
     )
-    eval_data: Sources = Field(
-        default=(), description="Held-out rows that select checkpoints and settings."
+    eval_data: Sources = setting((), "Held-out rows that select checkpoints and settings.")
+    eval_split: Annotated[float, Field(gt=0, lt=1), BeforeValidator(reject_bool)] | None = setting(
+        None, "Instead of eval_data: fraction of data held out by hash."
     )
-    eval_split: Annotated[float, Field(gt=0, lt=1), BeforeValidator(reject_bool)] | None = Field(
-        default=None, description="Instead of eval_data: fraction of data held out by hash."
+    test_data: Sources = setting(
+        (), "Rows for the final evaluation; default: half of the held-out rows."
     )
-    test_data: Sources = Field(
-        default=(), description="Rows for the final evaluation; default: half of the held-out rows."
+    retention_data: FilePath | None = setting(
+        None, "General text; its bits per byte measure forgetting."
     )
-    retention_data: FilePath | None = Field(
-        default=None, description="General text; its bits per byte measure forgetting."
+    rehearsal: RehearsalConfig | None = setting(
+        None, "General rows against forgetting: {data, ratio, shift}."
     )
-    rehearsal: RehearsalConfig | None = Field(
-        default=None, description="General rows against forgetting: {data, ratio, shift}."
+    mixture: MixtureConfig | None = setting(
+        None, "Proportions of the tasks of data: {temperature, limit}."
     )
-    mixture: MixtureConfig | None = Field(
-        default=None, description="Proportions of the tasks of data: {temperature, limit}."
+    never: Constraints = setting(
+        (), "Forbidden in answers: patterns, checkers or {match, mode, ...}."
     )
-    never: Constraints = Field(
-        default=(), description="Forbidden in answers: patterns, checkers or {match, mode, ...}."
+    max_examples: Count | None = setting(None, "Train on the first rows only, at most this many.")
+    skip_invalid: bool = setting(False, "Skip invalid rows instead of stopping; all are counted.")
+    chat_template: Auto | Literal["none"] | Template = setting(
+        "auto", "auto: the model's own; none: plain text; or a .jinja file."
     )
-    max_examples: Count | None = Field(
-        default=None, description="Train on the first rows only, at most this many."
+    chat_template_kwargs: dict[Name, TemplateValue] = setting(
+        {}, "Template variables: {enable_thinking: false}."
     )
-    skip_invalid: bool = Field(
-        default=False, description="Skip invalid rows instead of stopping; all are counted."
+    add_tokens: NewTokens = setting((), "New tokens; their embedding and head rows are trained.")
+    response_schema: FilePath | None = setting(None, "JSON schema of a correct answer.")
+
+    train_on: TrainOn = setting(
+        "answers", "Trained text: answers, all, or the messages of these roles."
     )
-    chat_template: Auto | Literal["none"] | Template = Field(
-        default="auto", description="auto: the model's own; none: plain text; or a .jinja file."
+    max_length: Auto | Count = setting("auto", "Maximum document length in tokens.")
+    on_overlong: Literal["drop", "truncate", "refuse"] = setting(
+        "drop", "What to do with longer documents: drop, truncate or refuse."
     )
-    chat_template_kwargs: dict[Name, TemplateValue] = Field(
-        default={}, description="Template variables: {enable_thinking: false}."
+    pack_length: Auto | Count = setting("auto", "Tokens per pack; changes speed, not results.")
+    share_prefixes: Auto | bool = setting(
+        "auto", "Compute shared prefixes once; changes speed, not results."
     )
-    add_tokens: NewTokens = Field(
-        default=(), description="New tokens; their embedding and head rows are trained."
+    batch_size: Auto | Count = setting("auto", "Data rows per optimizer step.")
+    batch_tokens: Auto | Count = setting("auto", "Tokens per optimizer step, with stage: cpt.")
+    num_train_epochs: Auto | Annotated[Positive, Field(le=1_000_000)] = setting(
+        "auto", "Passes over the data."
     )
-    response_schema: FilePath | None = Field(
-        default=None, description="JSON schema of a correct answer."
+    max_steps: Count | None = setting(None, "Optimizer steps; overrides num_train_epochs.")
+
+    learning_rate: Auto | Annotated[float, Field(gt=0, le=1), BeforeValidator(reject_bool)] = (
+        setting("auto", "Peak learning rate.")
+    )
+    lr_scheduler_type: Auto | ScheduleName = setting(
+        "auto", "Shape of the learning rate after warm-up."
+    )
+    lr_scheduler_kwargs: SchedulerKwargsField = setting(
+        SchedulerKwargs(), "Arguments of inverse_sqrt and warmup_stable_decay."
+    )
+    warmup_ratio: Auto | Share = setting("auto", "Fraction of steps in warm-up.")
+    optim: Auto | Optimizer = setting("auto", "AdamW, with moments in fp32 or in 8 bits.")
+    weight_decay: Auto | Share = setting("auto", "AdamW weight decay; applied to matrices only.")
+    max_grad_norm: Auto | NotNegative = setting("auto", "Gradient clipping; 0 turns it off.")
+
+    loss: PairLossField = setting(
+        PairLoss(), "Preference loss: dpo, orpo, simpo, kto, or {name, beta, gamma, ...}."
+    )
+    label_smoothing: Share = setting(
+        0.0, "Share of each label that goes to all tokens, or to the rejected."
+    )
+    neftune_noise_alpha: NotNegative | None = setting(
+        None, "NEFTune: uniform noise on embeddings during training."
     )
 
-    train_on: TrainOn = Field(
-        default="answers", description="Trained text: answers, all, or the messages of these roles."
+    lora_r: Auto | Count = setting("auto", "LoRA rank.")
+    lora_alpha: Auto | Positive = setting(
+        "auto", "LoRA scale is alpha / rank, or alpha / sqrt(rank) in rsLoRA."
     )
-    max_length: Auto | Count = Field(
-        default="auto", description="Maximum document length in tokens."
-    )
-    on_overlong: Literal["drop", "truncate", "refuse"] = Field(
-        default="drop", description="What to do with longer documents: drop, truncate or refuse."
-    )
-    pack_length: Auto | Count = Field(
-        default="auto", description="Tokens per pack; changes speed, not results."
-    )
-    share_prefixes: Auto | bool = Field(
-        default="auto", description="Compute shared prefixes once; changes speed, not results."
-    )
-    batch_size: Auto | Count = Field(default="auto", description="Data rows per optimizer step.")
-    batch_tokens: Auto | Count = Field(
-        default="auto", description="Tokens per optimizer step, with stage: cpt."
-    )
-    num_train_epochs: Auto | Annotated[Positive, Field(le=1_000_000)] = Field(
-        default="auto", description="Passes over the data."
-    )
-    max_steps: Count | None = Field(
-        default=None, description="Optimizer steps; overrides num_train_epochs."
-    )
-
-    learning_rate: Auto | Annotated[float, Field(gt=0, le=1), BeforeValidator(reject_bool)] = Field(
-        default="auto", description="Peak learning rate."
-    )
-    lr_scheduler_type: Auto | ScheduleName = Field(
-        default="auto", description="Shape of the learning rate after warm-up."
-    )
-    lr_scheduler_kwargs: SchedulerKwargsField = Field(
-        default=SchedulerKwargs(), description="Arguments of inverse_sqrt and warmup_stable_decay."
-    )
-    warmup_ratio: Auto | Share = Field(default="auto", description="Fraction of steps in warm-up.")
-    optim: Auto | Optimizer = Field(
-        default="auto", description="AdamW, with moments in fp32 or in 8 bits."
-    )
-    weight_decay: Auto | Share = Field(
-        default="auto", description="AdamW weight decay; applied to matrices only."
-    )
-    max_grad_norm: Auto | NotNegative = Field(
-        default="auto", description="Gradient clipping; 0 turns it off."
-    )
-
-    loss: PairLossField = Field(
-        default=PairLoss(),
-        description="Preference loss: dpo, orpo, simpo, kto, or {name, beta, gamma, ...}.",
-    )
-    label_smoothing: Share = Field(
-        default=0.0, description="Share of each label that goes to all tokens, or to the rejected."
-    )
-    neftune_noise_alpha: NotNegative | None = Field(
-        default=None, description="NEFTune: uniform noise on embeddings during training."
-    )
-
-    lora_r: Auto | Count = Field(default="auto", description="LoRA rank.")
-    lora_alpha: Auto | Positive = Field(
-        default="auto", description="LoRA scale is alpha / rank, or alpha / sqrt(rank) in rsLoRA."
-    )
-    lora_dropout: Auto | Share = Field(
-        default="auto", description="Dropout on the inputs of the adapter."
-    )
+    lora_dropout: Auto | Share = setting("auto", "Dropout on the inputs of the adapter.")
     lora_target_modules: (
         Auto
         | Literal["all-linear", "attention", "mlp", "recurrent", "experts"]
         | Regex
         | Annotated[tuple[Name, ...], Field(min_length=1)]
-    ) = Field(default="auto", description="Layers with an adapter; names such as q_proj.")
-    use_rslora: Auto | bool = Field(
-        default="auto", description="Scale by alpha / sqrt(rank), for high ranks."
-    )
-    use_dora: Auto | bool = Field(
-        default="auto", description="DoRA: also train the magnitude of each weight row."
-    )
-    modules_to_save: Auto | ModuleNames = Field(
-        default="auto",
-        description="Modules trained in full with the adapter: embed_tokens, lm_head, norm.",
+    ) = setting("auto", "Layers with an adapter; names such as q_proj.")
+    use_rslora: Auto | bool = setting("auto", "Scale by alpha / sqrt(rank), for high ranks.")
+    use_dora: Auto | bool = setting("auto", "DoRA: also train the magnitude of each weight row.")
+    modules_to_save: Auto | ModuleNames = setting(
+        "auto", "Modules trained in full with the adapter: embed_tokens, lm_head, norm."
     )
 
-    dtype: Auto | Literal["bf16", "fp16", "fp32"] = Field(
-        default="auto", description="Number format of frozen weights and matrix products."
+    dtype: Auto | Literal["bf16", "fp16", "fp32"] = setting(
+        "auto", "Number format of frozen weights and matrix products."
     )
-    attention: Auto | Attention = Field(
-        default="auto", description="Attention backend; auto picks the fastest verified one."
+    attention: Auto | Attention = setting(
+        "auto", "Attention backend; auto picks the fastest verified one."
     )
-    gradient_checkpointing: Auto | GradientCheckpointing = Field(
-        default="auto",
-        description="Activations recomputed in backward: none, selective or full; true is full.",
+    gradient_checkpointing: Auto | GradientCheckpointing = setting(
+        "auto", "Activations recomputed in backward: none, selective or full; true is full."
     )
-    deterministic: Auto | bool = Field(
-        default="auto", description="Use deterministic algorithms: reruns are bitwise equal."
+    deterministic: Auto | bool = setting(
+        "auto", "Use deterministic algorithms: reruns are bitwise equal."
     )
-    context_parallel_size: Auto | Count = Field(
-        default="auto", description="Ranks that split each document (context parallelism)."
+    context_parallel_size: Auto | Count = setting(
+        "auto", "Ranks that split each document (context parallelism)."
     )
-    dp_shard_size: Auto | Count = Field(
-        default="auto", description="Ranks that shard one copy of the weights (as FSDP)."
+    dp_shard_size: Auto | Count = setting(
+        "auto", "Ranks that shard one copy of the weights (as FSDP)."
     )
-    metrics: Auto | Metrics = Field(
-        default="auto", description="Metrics of the before/after; see docs/reference/metrics.md."
+    metrics: Auto | Metrics = setting(
+        "auto", "Metrics of the before/after; see docs/reference/metrics.md."
     )
-    gates: GateLimits = Field(
-        default={}, description='Limits for release, by metric: {exact_match: ">= 0.8"}.'
+    gates: GateLimits = setting({}, 'Limits for release, by metric: {exact_match: ">= 0.8"}.')
+    guard: GuardField = setting(
+        GuardConfig(), "Reaction to collapse: {collapse, forgetting, ...}, or off."
     )
-    guard: GuardField = Field(
-        default=GuardConfig(),
-        description="Reaction to collapse: {collapse, forgetting, ...}, or off.",
+    save_steps: Auto | Count = setting("auto", "Steps between checkpoints.")
+    eval_steps: Auto | Count = setting("auto", "Steps between evaluations.")
+    sweep: Annotated[SweepConfig | None, AfterValidator(_parse_swept_values)] = setting(
+        None, "Values to try with `tunesmith tune sweep`: {key: [values], ...}."
     )
-    save_steps: Auto | Count = Field(default="auto", description="Steps between checkpoints.")
-    eval_steps: Auto | Count = Field(default="auto", description="Steps between evaluations.")
-    sweep: Annotated[SweepConfig | None, AfterValidator(_parse_swept_values)] = Field(
-        default=None, description="Values to try with `tunesmith tune sweep`: {key: [values], ...}."
+    seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(reject_bool)] = setting(
+        0, "Seed of row order, adapter initialization and sampling."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(reject_bool)] = Field(
-        default=0, description="Seed of row order, adapter initialization and sampling."
-    )
-    output_dir: Auto | FilePath = Field(
-        default="auto", description="Run folder; must be new or empty."
-    )
+    output_dir: Auto | FilePath = setting("auto", "Run folder; must be new or empty.")
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Recipe:
@@ -299,47 +261,11 @@ RUN_LEVEL_KEYS = ("model", "adapter_from", "stage", "output_dir")  # the same fo
 SOURCE_KEYS = ("data", "eval_data", "test_data")
 FILE_KEYS = (*SOURCE_KEYS, "retention_data")
 
-ALIASES = {
-    # former names
-    "template": "chat_template",
-    "schema": "response_schema",
-    "skip_bad": "skip_invalid",
-    "overlong": "on_overlong",
-    "activations": "gradient_checkpointing",
-    "context": "context_parallel_size",
-    "shard": "dp_shard_size",
-    # names of other tools
-    "model_name_or_path": "model",
-    "base_model": "model",
-    "finetuning_type": "method",
-    "adapter": "method",
-    "eval_dataset": "eval_data",
-    "val_size": "eval_split",
-    "val_set_size": "eval_split",
-    "max_samples": "max_examples",
-    "new_special_tokens": "add_tokens",
-    "tokens": "add_tokens",
-    "cutoff_len": "max_length",
-    "sequence_len": "max_length",
-    "max_seq_length": "max_length",
-    "num_epochs": "num_train_epochs",
-    "epochs": "num_train_epochs",
-    "lr": "learning_rate",
-    "lr_scheduler": "lr_scheduler_type",
-    "optimizer": "optim",
-    "gradient_clipping": "max_grad_norm",
-    "pref_loss": "loss",
-    "roles_to_train": "train_on",
-    "label_smoothing_factor": "label_smoothing",
-    "noisy_embedding_alpha": "neftune_noise_alpha",
-    "lora_rank": "lora_r",
-    "lora_target": "lora_target_modules",
-    "peft_use_dora": "use_dora",
-    "peft_use_rslora": "use_rslora",
-    "lora_modules_to_save": "modules_to_save",
-    "additional_target": "modules_to_save",
+# Other names of keys and values, and what to do instead of those that a recipe does not have.
+NAMES: Json = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
+ALIASES: dict[str, str] = {
+    alias: key for key, aliases in NAMES["aliases"].items() for alias in aliases.split()
 }
-
 UNUSED_FULL_KEYS = ("use_rslora", "use_dora", "modules_to_save", "adapter_from")
 UNUSED_CPT_KEYS = {
     "batch_size": "set batch_tokens",

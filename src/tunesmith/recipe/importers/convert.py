@@ -1,32 +1,68 @@
 """Translating a config of another tool into a recipe.
 
 In: a YAML file of LLaMA-Factory, Axolotl or TRL, and the future path of the recipe, to which its
-paths are relative. Out: a Translation with the values of a valid recipe. Keys missing in the config
-are left to our rules, not to the other tool's defaults. Left out: writing the recipe
-(template.py)."""
+paths are relative. Out: a Translation with the values of a valid recipe. keys.yaml says what each
+key becomes. Keys missing in the config are left to our rules, not to the other tool's defaults.
+Left out: writing the recipe (template.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Container
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
-from tunesmith.recipe.importers import axolotl, llamafactory, trl
+from tunesmith.recipe.importers import data_sets, key_map
 from tunesmith.recipe.importers.draft import RecipeDraft, UntranslatedKey
-from tunesmith.recipe.importers.switches import read_switches
-from tunesmith.recipe.importers.tool_defaults import (
-    ON_BY_DEFAULT,
-    report_silent_defaults,
-    report_unused_keys,
-)
-from tunesmith.recipe.importers.unsupported import skip_remaining_keys
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import KEYS
 from tunesmith.recipe.yaml_lines import YamlMapping, read_yaml
 
+TABLE: Json = yaml.safe_load(Path(__file__).with_name("keys.yaml").read_text())
+TOOLS: dict[str, Json] = TABLE["tools"]
 DATA_KEYS = ("dataset", "datasets", "pretraining_dataset", "dataset_name")
+SECRET_PATTERN = re.compile("token$|api_key|secret|password")
+OFF_VALUES = (None, False, "", 0, [], {})
+CONVERSIONS: dict[str, Callable[..., None]] = {
+    "adapter": key_map.translate_adapter,
+    "axolotl_data": data_sets.translate_axolotl_data,
+    "axolotl_stage": key_map.translate_axolotl_stage,
+    "batch_size": key_map.translate_batch_size,
+    "chat_template": key_map.translate_chat_template,
+    "check_stage": key_map.check_stage,
+    "eval_split": key_map.translate_eval_split,
+    "evaluate_only": key_map.translate_evaluate_only,
+    "llamafactory_data": data_sets.translate_llamafactory_data,
+    "llamafactory_stage": key_map.translate_llamafactory_stage,
+    "method": key_map.translate_method,
+    "model": key_map.translate_model,
+    "modules_to_save": key_map.translate_modules_to_save,
+    "new_tokens": key_map.translate_new_tokens,
+    "objective": key_map.translate_objective,
+    "optimizer": key_map.translate_optimizer,
+    "output_dir": key_map.translate_output_dir,
+    "overlong": key_map.translate_overlong,
+    "overlong_default": key_map.set_overlong_default,
+    "pad_token": key_map.skip_pad_token,
+    "precision": key_map.translate_precision,
+    "refuse_both": key_map.refuse_both,
+    "refuse_stage": key_map.refuse_stage,
+    "rename": key_map.rename,
+    "saving": key_map.translate_saving,
+    "schedule": key_map.translate_schedule,
+    "steps": key_map.translate_steps,
+    "target_linear": key_map.translate_target_linear,
+    "target_modules": key_map.translate_target_modules,
+    "trained_switches": key_map.translate_trained_switches,
+    "trained_text": key_map.translate_trained_text,
+    "trl_data": data_sets.translate_trl_data,
+}
 
 
 @dataclass(frozen=True)
@@ -49,20 +85,24 @@ def translate(config: Path, recipe: Path, overrides: Json | None = None) -> Tran
     for key, line in document.duplicates:
         raise InputError(f"'{key}' is repeated", where=f"{config}:{line}", fix="keep one")
     tool, reason = detect_tool(document)
-    document = read_switches(document, tool)
+    document = _read_switches(document, tool)
     draft = RecipeDraft(document, config, recipe, dict(document.values))
     overrides = overrides or {}
-    if "data" in overrides:
-        for key in DATA_KEYS:
-            draft.pop_value(key)
-    TOOLS[tool][1](draft)
-    skip_remaining_keys(draft, ON_BY_DEFAULT[tool])
-    report_unused_keys(draft, tool, DATA_KEYS if "data" in overrides else ())
+    unread_keys = DATA_KEYS if "data" in overrides else ()
+    for key in unread_keys:
+        draft.pop_value(key)
+    for row in TOOLS[tool]["rows"]:
+        arguments = {name: value for name, value in row.items() if name not in ("do", "methods")}
+        if draft.values.get("method") in row.get("methods", (draft.values.get("method"),)):
+            CONVERSIONS[row["do"]](draft, **arguments)
+    on_by_default = f"{TABLE['on_by_default']} {TOOLS[tool]['on_by_default']}".split()
+    _skip_remaining_keys(draft, on_by_default)
+    _report_unused_keys(draft, on_by_default, unread_keys)
     for key, value in overrides.items():
         draft.values[key] = value
         draft.notes[key] = "set by you"
     _drop_adapter_keys(draft)
-    report_silent_defaults(draft, tool)
+    _report_silent_defaults(draft, tool)
     _validate_recipe(draft, tool)
     untranslated = sorted(draft.untranslated, key=lambda entry: not entry.is_important)
     return Translation(tool, reason, draft.values, draft.notes, tuple(untranslated))
@@ -76,8 +116,9 @@ def detect_tool(document: YamlMapping) -> tuple[str, str]:
         fix = "run `tunesmith plan` on it"
         raise InputError("this is already a tunesmith recipe", where=document.name, fix=fix)
     keys_by_tool: dict[str, list[str]] = {}
-    for tool, (signature_keys, _) in TOOLS.items():
-        keys_by_tool[tool] = [key for key in keys if key in signature_keys]
+    for tool, rules in TOOLS.items():
+        signature = set(rules["signature"].split())
+        keys_by_tool[tool] = [key for key in keys if key in signature]
     first, second, *_ = sorted(keys_by_tool, key=lambda tool: -len(keys_by_tool[tool]))
     if not keys_by_tool[first]:
         raise InputError(
@@ -90,6 +131,103 @@ def detect_tool(document: YamlMapping) -> tuple[str, str]:
         message = f"equally many keys of two tools: {' and '.join(names)}"
         raise InputError(message, where=document.name, fix="remove those of one tool")
     return first, f"it has {', '.join(keys_by_tool[first][:4])}"
+
+
+def list_switches(tool: str) -> list[str]:
+    """Return the keys that a tool reads as true or false."""
+    return f"{TABLE['switches']} {TOOLS[tool]['switches']}".split()
+
+
+def _read_switches(document: YamlMapping, tool: str) -> YamlMapping:
+    """Return a config with its switches as true and false. Raises InputError for a value that the
+    tool does not read as a switch.
+
+    Axolotl's pydantic and TRL's argparse turn a text into true or false; to LLaMA-Factory any text,
+    "false" too, is true: it is refused, since whoever wrote it did not mean that."""
+    values = dict(document.values)
+    texts: Json = TOOLS[tool]["switch_texts"] | TOOLS[tool].get("more_texts", {})
+    for key in list_switches(tool):
+        value = values.get(key)
+        names: Json = TOOLS[tool].get("bf16", {}) if key == "bf16" else {}
+        is_text = isinstance(value, str)
+        if value in (None, ""):
+            continue
+        if is_text and value in names:
+            values[key] = names[value]
+        elif is_text and value.lower() in texts:
+            values[key] = texts[value.lower()]
+        elif isinstance(value, (bool, int)) and value in (False, True):
+            values[key] = bool(value)
+        else:
+            fix = "write true or false"
+            if is_text and not texts:
+                fix += f", without quotes: to {tool}, any text is true"
+            message = f"{key}: expected true or false, found {value!r:.60}"
+            raise InputError(message, where=document.format_location((key,)), fix=fix)
+    return replace(document, values=values)
+
+
+# ---------------------------------------------------------------- keys that no row takes
+
+
+def _skip_remaining_keys(draft: RecipeDraft, on_by_default: Container[str]) -> None:
+    """Record a reason for every key that no row has taken; secrets are not repeated.
+
+    A key that is off asks for nothing, unless it is on by default."""
+    for key, value in list(draft.remaining.items()):
+        draft.pop_value(key)
+        if value in OFF_VALUES and key not in on_by_default:
+            continue
+        if _is_match(key, TABLE["secrets"]):
+            value = "..."
+        if reason := _find_reason(key, TABLE["unneeded"]):
+            draft.skip_unneeded(key, value, reason)
+        else:
+            reason = _find_reason(key, TABLE["unsupported"]) or "a recipe has no such key"
+            draft.skip_key(key, value, reason)
+
+
+def _find_reason(key: str, rows: list[dict[str, str]]) -> str:
+    return next((row["reason"] for row in rows if _is_match(key, row["keys"])), "")
+
+
+def _is_match(key: str, patterns: str) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns.split())
+
+
+def _report_unused_keys(
+    draft: RecipeDraft, on_by_default: Container[str], unread_keys: Container[str]
+) -> None:
+    """Record every key that neither a note nor another entry names: its value is the same here, or
+    a rule decides. Keys that are off, as they are by default, and `unread_keys` ask for nothing."""
+    texts = [*draft.notes.values(), *(entry.key for entry in draft.untranslated)]
+    named = {word for text in texts for word in re.findall(r"\w+", text)}
+    for key, value in draft.document.values.items():
+        is_off = value in OFF_VALUES and key not in on_by_default
+        if key in named or key in unread_keys or is_off or SECRET_PATTERN.search(key):
+            continue
+        draft.skip_unneeded(key, value, "nothing in the recipe follows from it")
+
+
+def _report_silent_defaults(draft: RecipeDraft, tool: str) -> None:
+    """Record the tool's defaults for what the config leaves out and a rule decides otherwise."""
+    reason = f"defaults of {tool} that the config leaves out; here a rule decides"
+    for key, text in TOOLS[tool]["defaults"].items():
+        is_adapter_key = key.startswith("lora_") and draft.values.get("method") == "full"
+        is_unused = key == "train_on" and draft.values.get("stage", "sft") != "sft"
+        if key not in draft.values and not is_adapter_key and not is_unused:
+            draft.skip_unneeded(text, None, reason)
+    loss: Any = draft.values.get("loss")
+    if loss is None:
+        return
+    loss_config: Json = loss if isinstance(loss, dict) else {"name": loss}
+    for key, text in TOOLS[tool]["loss_defaults"].items():
+        is_unused = key == "gamma" and loss_config["name"] != "simpo"
+        if key not in loss_config and not is_unused:
+            draft.skip_unneeded(text, None, reason)
+
+
+# ---------------------------------------------------------------- the recipe
 
 
 def _drop_adapter_keys(draft: RecipeDraft) -> None:
@@ -113,10 +251,3 @@ def _validate_recipe(draft: RecipeDraft, tool: str) -> None:
     except InputError as error:
         message = f"a value of the {tool} config is not valid here: {error.message}"
         raise InputError(message, where=where) from None
-
-
-TOOLS: dict[str, tuple[frozenset[str], Callable[[RecipeDraft], None]]] = {
-    "LLaMA-Factory": (llamafactory.SIGNATURE_KEYS, llamafactory.translate),
-    "Axolotl": (axolotl.SIGNATURE_KEYS, axolotl.translate),
-    "TRL": (trl.SIGNATURE_KEYS, trl.translate),
-}

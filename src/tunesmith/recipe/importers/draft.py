@@ -1,14 +1,14 @@
 """A recipe being translated from another tool's config.
 
-In: the config file, and the future path of the recipe. The importers take keys from the draft and
-set ours, or skip a key with a reason. Out: recipe values, and `UntranslatedKey` entries. Left out:
-the meaning of keys (key_map.py and a file per tool)."""
+The importers take keys from the draft and set ours, or skip a key with a reason. Out: recipe
+values, and `UntranslatedKey` entries. Left out: the meaning of keys (keys.yaml, key_map.py and
+data_sets.py)."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ class RecipeDraft:
     document: YamlMapping
     config_path: Path
     recipe_path: Path
-    remaining: dict[str, Any]
-    values: dict[str, Any] = field(default_factory=dict[str, Any])
+    remaining: Json
+    values: Json = field(default_factory=dict[str, Any])
     notes: dict[str, str] = field(default_factory=dict[str, str])
     untranslated: list[UntranslatedKey] = field(default_factory=list[UntranslatedKey])
 
@@ -55,10 +55,7 @@ class RecipeDraft:
     def pop_number(self, key: str) -> Any:
         """Take a number, or None. Raises InputError for anything else, and beyond MAX_NUMBER."""
         value = self.pop_value(key)
-        if value is None:
-            return None
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not abs(value) < MAX_NUMBER:
+        if value is not None and not is_number(value):
             raise self.make_error(key, f"expected a number, found {value!r}")
         return value
 
@@ -83,10 +80,9 @@ class RecipeDraft:
         if value is None or value is False:
             return []
         texts = value.split(",") if isinstance(value, str) else value
-        if not isinstance(texts, list) or not all(is_text(text) for text in texts):
+        if not is_texts(texts):
             raise self.make_error(key, f"expected a list of texts, found {value!r:.60}")
-        stripped_texts = [str(text).strip() for text in texts]
-        return [text for text in stripped_texts if text]
+        return [text for text in (str(item).strip() for item in texts) if text]
 
     def set_value(self, recipe_key: str, value: Any, source: str) -> None:
         """Set one of our keys. Raises InputError if it already has another value."""
@@ -98,15 +94,11 @@ class RecipeDraft:
         self.values[recipe_key] = value
         self.notes[recipe_key] = source
 
-    def rename_keys(self, names: Mapping[str, str]) -> None:
-        """Translate keys with the same meaning, theirs -> ours."""
-        for config_key, recipe_key in names.items():
-            value = self.pop_value(config_key)
-            if value is not None:
-                self.set_value(recipe_key, value, config_key)
-
     def skip_key(self, key: str, value: Any, reason: str, *, is_important: bool = True) -> None:
         self.untranslated.append(UntranslatedKey(key, value, reason, is_important))
+
+    def skip_unneeded(self, key: str, value: Any, reason: str) -> None:
+        self.skip_key(key, value, reason, is_important=False)
 
     def make_error(self, key: str, message: str) -> InputError:
         return InputError(message, where=self.document.format_location((key,)))
@@ -115,8 +107,7 @@ class RecipeDraft:
         """Return an existing path relative to the recipe, or None.
 
         Paths in a config are relative to where the tool was run."""
-        search_dirs = (*folders, Path.cwd(), self.config_path.absolute().parent)
-        for folder in search_dirs:
+        for folder in (*folders, Path.cwd(), self.config_path.absolute().parent):
             path = folder / os.path.expanduser(text)
             if os.path.exists(path):  # also for a text that can be no path
                 return Path(os.path.relpath(path, self.recipe_path.absolute().parent)).as_posix()
@@ -128,51 +119,13 @@ def is_text(value: Any) -> bool:
     return isinstance(value, (str, int, float)) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and abs(value) < MAX_NUMBER
+def is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_text, value))
 
 
-def _is_switch(value: Any) -> bool:
-    return isinstance(value, bool)
+def is_number(value: Any) -> bool:
+    return is_text(value) and not isinstance(value, str) and abs(value) < MAX_NUMBER
 
 
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(is_text(item) for item in value)
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_text_mapping(value: Any) -> bool:
-    return _is_mapping(value) and all(item is None or is_text(item) for item in value.values())
-
-
-KINDS: dict[str, Callable[[Any], bool]] = {
-    "a text": is_text,
-    "a number": _is_number,
-    "true or false": _is_switch,
-    "a list of texts": _is_texts,
-    "a mapping": _is_mapping,
-    "a mapping to texts": _is_text_mapping,
-}
-
-
-def check_kinds(mapping: Json, kinds: Mapping[str, tuple[str, ...]], where: str) -> None:
-    """Raise InputError for a value that is none of the KINDS of its key. `where` is the place of
-    the mapping."""
-    for key, names in kinds.items():
-        value = mapping.get(key)
-        if value is not None and not any(KINDS[name](value) for name in names):
-            message = f"{key}: expected {' or '.join(names)}, found {value!r:.60}"
-            raise InputError(message, where=where)
-
-
-def describe_format(row_format: str, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe a row format, with the columns (ours -> theirs) whose names differ."""
-    renamed: dict[str, str] = {}
-    for column, config_column in columns.items():
-        if config_column and config_column != column:
-            renamed[column] = str(config_column)
-    return {"format": row_format} | ({"columns": renamed} if renamed else {})
+def is_text_mapping(values: Iterable[Any]) -> bool:
+    return all(value is None or is_text(value) for value in values)

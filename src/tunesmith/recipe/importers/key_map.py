@@ -1,45 +1,40 @@
-"""Keys that LLaMA-Factory, Axolotl and TRL share, since all three build on transformers' Trainer.
+"""What keys of other tools become: the conversions that rows of keys.yaml name.
 
-Each function takes the keys of one topic from the draft and sets ours, or skips them with a
-reason. Keys of a single tool are in that tool's file."""
+Each takes the keys of one topic from the draft and sets ours, or skips them with a reason. Left
+out: data sets (data_sets.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, get_args
 
-from tunesmith.core.hub_names import FILE_SUFFIXES, is_hub_id
 from tunesmith.core.types import Json
 from tunesmith.recipe.importers.draft import RecipeDraft
 from tunesmith.recipe.objectives import SCHEDULE_FIELDS, ScheduleName
 
-SHARED_KEYS = (
-    *("learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "seed"),
-    *("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
-)
-SAME_KEYS = dict(zip(SHARED_KEYS, SHARED_KEYS, strict=True)) | {"full_determinism": "deterministic"}
-HUB_DATASET_REASON = "not a local file: save its rows in the file that the recipe names"
 SCHEDULES = get_args(ScheduleName)
 LOSS_NAMES = {"sigmoid": "dpo", "dpo": "dpo", "orpo": "orpo", "simpo": "simpo", "kto": "kto"}
-DTYPE_REASON = "supported number formats: bf16, fp16 and fp32"
-DTYPES = {
-    "bf16": "bf16",
-    "bfloat16": "bf16",
-    "fp16": "fp16",
-    "float16": "fp16",
-    "fp32": "fp32",
-    "float32": "fp32",
-    "float": "fp32",
-}
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float": "fp32"}
+DTYPES |= {name: name for name in ("bf16", "fp16", "fp32")}
+ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+OVERLONG_VALUES = {"drop": "drop", "truncate": "truncate", "raise": "refuse"}
+ORPO_REASON = "the NLL term of ORPO covers the answer; in Axolotl it covers the prompt, too"
+NLL_REASON = "its NLL is a mean over tokens here; in LLaMA-Factory a mean over answers"
 
 
-def make_hub_source(name: str, **keys: Any) -> Json | None:
-    """Return the source of a data set of the hub, None for a name that is none.
+def rename(draft: RecipeDraft, same: str, names: dict[str, str]) -> None:
+    """Translate keys with the same meaning, those of `same` also with the same name."""
+    for config_key, recipe_key in ({key: key for key in same.split()} | names).items():
+        value = draft.pop_value(config_key)
+        if value is not None:
+            draft.set_value(recipe_key, value, config_key)
 
-    `keys` are revision, config, split and data_files; those that are not set are left out."""
-    if not is_hub_id(name) or name.endswith(FILE_SUFFIXES):
-        return None
-    return {"path": f"hf://{name}"} | {key: value for key, value in keys.items() if value}
+
+def refuse_both(draft: RecipeDraft, first: str, second: str) -> None:
+    if draft.remaining.get(first) and draft.remaining.get(second):
+        raise draft.make_error(first, f"{first} and {second} contradict each other: keep one")
+
+
+# ---------------------------------------------------------------- model and method
 
 
 def translate_model(draft: RecipeDraft, key: str) -> None:
@@ -50,7 +45,22 @@ def translate_model(draft: RecipeDraft, key: str) -> None:
     draft.set_value("model", draft.find_path(name) or name, key)
 
 
-def translate_lora(draft: RecipeDraft, source: str, *, is_4bit: bool = False) -> None:
+def translate_method(
+    draft: RecipeDraft, key: str, names: Json, default: str, reason: str, note: str = ""
+) -> None:
+    """Translate the method; a config without the key has the `default`, for which `note` is the
+    source."""
+    value = draft.pop_scalar(key)
+    method = default if value in (None, "") else names.get(value)
+    if method is None:
+        draft.skip_key(key, value, reason)
+    elif method == "full":
+        draft.set_value("method", "full", note or key)
+    else:
+        _translate_lora(draft, key, is_4bit=method == "qlora")
+
+
+def _translate_lora(draft: RecipeDraft, source: str, *, is_4bit: bool) -> None:
     """Translate LoRA; 4-bit weights of any kind become NF4 with double quantization."""
     if draft.remaining.get("load_in_4bit") or draft.remaining.get("quantization_bit") == 4:
         is_4bit = True
@@ -65,73 +75,8 @@ def translate_lora(draft: RecipeDraft, source: str, *, is_4bit: bool = False) ->
                 draft.skip_key(key, value, "4-bit weights are always NF4 of bitsandbytes")
         for key in ("double_quantization", "use_bnb_nested_quant", "bnb_4bit_use_double_quant"):
             if draft.pop_value(key) is False:
-                draft.skip_key(key, False, "always on", is_important=False)
+                draft.skip_unneeded(key, False, "always on")
     draft.set_value("method", "qlora" if is_4bit else "lora", source)
-
-
-def translate_preference(
-    draft: RecipeDraft,
-    loss: Any,
-    source: str,
-    loss_keys: Mapping[str, Mapping[str, str]],
-    nll_defaults: Mapping[str, float],
-) -> None:
-    """Translate preference training.
-
-    `loss_keys` map, by loss, the fields of our `loss` to their keys; `nll_defaults` are the
-    coefficients of a config that sets none, of the losses whose term is not part of them."""
-    if loss not in LOSS_NAMES:
-        message = f"{source}: {loss} is not supported: use dpo, orpo, simpo or kto"
-        raise draft.make_error(source, message)
-    draft.set_value("stage", "preference", source)
-    name = LOSS_NAMES[loss]
-    loss_config: dict[str, Any] = {"name": name}
-    sources = [source]
-    for recipe_key, config_key in loss_keys[name].items():
-        value = draft.pop_number(config_key)
-        if value is not None:
-            loss_config[recipe_key] = value
-            sources.append(config_key)
-    if name in nll_defaults and "nll_coefficient" not in loss_config:
-        loss_config["nll_coefficient"] = nll_defaults[name]
-        sources.append(f"no {loss_keys[name]['nll_coefficient']}")
-    value = loss_config if len(loss_config) > 1 else name
-    draft.set_value("loss", value, ", ".join(sources))
-    _skip_other_losses(draft, name, loss_keys)
-    smoothing = draft.pop_number("dpo_label_smoothing")
-    if smoothing and name == "dpo":
-        draft.set_value("label_smoothing", smoothing, "dpo_label_smoothing")
-    elif smoothing:
-        draft.skip_key("dpo_label_smoothing", smoothing, f"{name} does not read it")
-
-
-def _skip_other_losses(
-    draft: RecipeDraft, name: str, loss_keys: Mapping[str, Mapping[str, str]]
-) -> None:
-    """Skip the keys that only other losses have here."""
-    for keys in loss_keys.values():
-        for recipe_key, config_key in keys.items():
-            if (value := draft.pop_number(config_key)) is not None:
-                reason = f"{name} does not read it"
-                is_important = recipe_key == "nll_coefficient"
-                draft.skip_key(config_key, value, reason, is_important=is_important)
-
-
-def translate_pretraining(draft: RecipeDraft, source: str) -> None:
-    """Translate continued pretraining: a step of packed rows becomes a number of tokens."""
-    draft.set_value("stage", "cpt", source)
-    rows = draft.values.pop("batch_size", None)
-    note = draft.notes.pop("batch_size", "")
-    length = draft.values.get("max_length")
-    if length is not None and not isinstance(length, (int, float)):
-        raise draft.make_error(draft.notes["max_length"], f"expected a number, found {length!r}")
-    if rows and length:
-        tokens_note = f"{note}, {int(length):,} tokens each"
-        draft.set_value("batch_tokens", int(rows * length), tokens_note)
-    elif rows:
-        draft.skip_key("batch_size", rows, "a step counts tokens: set batch_tokens")
-    draft.values.pop("on_overlong", None)
-    draft.notes.pop("on_overlong", None)
 
 
 def translate_adapter(draft: RecipeDraft, key: str) -> None:
@@ -145,22 +90,84 @@ def translate_adapter(draft: RecipeDraft, key: str) -> None:
         draft.skip_key(key, name, "no such folder: set adapter_from")
 
 
-def translate_new_tokens(draft: RecipeDraft, key: str, module_keys: tuple[str, ...]) -> None:
+def translate_target_modules(draft: RecipeDraft, key: str, all_linear: str) -> None:
+    """Translate a list, a regular expression for full paths, or their name for all linears."""
+    pattern = draft.remaining.get(key)
+    if isinstance(pattern, str) and set(pattern) & set("^$*\\|("):
+        draft.set_value("lora_target_modules", draft.pop_text(key), key)
+    elif names := draft.pop_texts(key):
+        value = "all-linear" if names == [all_linear] else names
+        draft.set_value("lora_target_modules", value, key)
+
+
+def translate_target_linear(draft: RecipeDraft, key: str) -> None:
+    if draft.pop_value(key) and "lora_target_modules" not in draft.values:
+        draft.set_value("lora_target_modules", "all-linear", key)
+
+
+def translate_modules_to_save(draft: RecipeDraft, key: str) -> None:
+    """Translate the modules that are trained in full beside an adapter."""
+    if names := draft.pop_texts(key):
+        draft.set_value("modules_to_save", names, key)
+
+
+def translate_new_tokens(draft: RecipeDraft, key: str, module_key: str) -> None:
     """Translate new tokens.
 
-    Other tools train the full embedding and head for them, listed under `module_keys`; here their
-    new rows are trained, so those keys are not needed."""
+    Other tools train the full embedding and head for them, listed under `module_key`; here their
+    new rows are trained, so that key is not needed."""
     texts = draft.pop_texts(key)
     if not texts:
         return
     draft.set_value("add_tokens", texts, key)
-    for module_key in module_keys:
-        modules = draft.pop_texts(module_key)
-        if modules and set(modules) <= {"embed_tokens", "lm_head"}:
-            reason = "the new tokens' rows are trained and saved without it"
-            draft.skip_key(module_key, modules, reason, is_important=False)
-        elif modules:
-            draft.remaining[module_key] = modules
+    modules = draft.pop_texts(module_key)
+    if modules and set(modules) <= {"embed_tokens", "lm_head"}:
+        reason = "the new tokens' rows are trained and saved without it"
+        draft.skip_unneeded(module_key, modules, reason)
+    elif modules:
+        draft.remaining[module_key] = modules
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+def translate_evaluate_only(draft: RecipeDraft, key: str) -> None:
+    if draft.remaining.get(key) is False:
+        draft.skip_key(key, draft.pop_value(key), "a recipe is always trained")
+
+
+def translate_trained_text(draft: RecipeDraft, key: str) -> None:
+    """Translate a switch that trains prompts, too."""
+    if draft.pop_value(key):
+        draft.set_value("train_on", "all", key)
+
+
+def translate_trained_switches(draft: RecipeDraft) -> None:
+    """Translate TRL's switches of the mask; with assistant_only_loss, completion_only_loss has
+    nothing left to decide."""
+    assistant = draft.pop_value("assistant_only_loss")
+    completion = draft.pop_value("completion_only_loss")
+    if assistant:
+        draft.set_value("train_on", "answers", "assistant_only_loss")
+    elif assistant is False:
+        draft.set_value("train_on", "all", "assistant_only_loss")
+    elif completion is False:
+        draft.set_value("train_on", "all", "completion_only_loss")
+    elif completion:
+        draft.set_value("train_on", "answers", "completion_only_loss")
+
+
+def set_overlong_default(draft: RecipeDraft, note: str, unless_null: str = "") -> None:
+    if draft.document.values.get(unless_null, True) is not None:
+        draft.set_value("on_overlong", "truncate", note)
+
+
+def translate_overlong(draft: RecipeDraft, key: str) -> None:
+    strategy = draft.pop_scalar(key)
+    if strategy in OVERLONG_VALUES:
+        draft.set_value("on_overlong", OVERLONG_VALUES[strategy], key)
+    elif strategy is not None:
+        draft.skip_key(key, strategy, "set on_overlong: drop, truncate or refuse")
 
 
 def translate_eval_split(draft: RecipeDraft, key: str) -> None:
@@ -172,16 +179,41 @@ def translate_eval_split(draft: RecipeDraft, key: str) -> None:
         draft.skip_key(key, value, "must be a fraction: set eval_split, or eval_data")
 
 
-def translate_batch_size(draft: RecipeDraft, micro_key: str, micro_default: int) -> None:
+def translate_chat_template(
+    draft: RecipeDraft, key: str, file_key: str = "", default: str | None = None
+) -> None:
+    """Translate a .jinja file; instead of the tool's built-in templates the model's is used."""
+    value = draft.pop_scalar(key)
+    file = draft.pop_text(file_key)
+    value = value if file is None else file
+    if value is None or value == default:
+        return
+    if isinstance(value, str) and value.endswith(".jinja") and (path := draft.find_path(value)):
+        draft.set_value("chat_template", path, key)
+    else:
+        reason = "the model's own chat template is used; see `tunesmith data show`"
+        draft.skip_key(key, value, reason)
+
+
+def skip_pad_token(draft: RecipeDraft, key: str) -> None:
+    tokens = draft.remaining.get(key)
+    if isinstance(tokens, dict) and tokens.keys() == {"pad_token"}:
+        draft.skip_unneeded(key, draft.pop_value(key), "there is no padding")
+
+
+# ---------------------------------------------------------------- steps and optimizer
+
+
+def translate_batch_size(draft: RecipeDraft, key: str, default: int) -> None:
     """Translate rows per step: micro batch size x gradient accumulation, on one device."""
     accumulation_key = "gradient_accumulation_steps"
-    micro = draft.pop_number(micro_key)
+    micro = draft.pop_number(key)
     accumulation = draft.pop_number(accumulation_key)
     if micro is None and accumulation is None:
         return
-    micro = micro or micro_default
+    micro = micro or default
     accumulation = accumulation or 1
-    source = f"{micro_key} {micro} x {accumulation_key} {accumulation}, on one device"
+    source = f"{key} {micro} x {accumulation_key} {accumulation}, on one device"
     draft.set_value("batch_size", int(micro * accumulation), source)
 
 
@@ -214,19 +246,53 @@ def translate_schedule(draft: RecipeDraft, key: str) -> None:
         draft.skip_key(key, value, f"supported schedules: {', '.join(SCHEDULES)}")
     if value == "constant" and (warmup := draft.values.pop("warmup_ratio", None)):
         draft.skip_key(draft.notes.pop("warmup_ratio"), warmup, "a constant rate has no warm-up")
-    kwargs = draft.pop_value("lr_scheduler_kwargs")
+    kwargs = draft.pop_value("lr_scheduler_kwargs") or {}
     if not isinstance(kwargs, dict):
-        if kwargs:
-            draft.skip_key("lr_scheduler_kwargs", kwargs, "expected a mapping")
+        draft.skip_key("lr_scheduler_kwargs", kwargs, "expected a mapping")
         return
     fields = SCHEDULE_FIELDS.get(str(value), ())
     supported = {name: argument for name, argument in kwargs.items() if name in fields}
     if supported:
         draft.set_value("lr_scheduler_kwargs", supported, "lr_scheduler_kwargs")
-    for name, argument in kwargs.items():
-        if name not in supported:
-            reason = f"supported with {value}: {', '.join(fields) or 'none'}"
-            draft.skip_key(f"lr_scheduler_kwargs.{name}", argument, reason)
+    for name in kwargs.keys() - supported.keys():
+        reason = f"supported with {value}: {', '.join(fields) or 'none'}"
+        draft.skip_key(f"lr_scheduler_kwargs.{name}", kwargs[name], reason)
+
+
+def translate_optimizer(draft: RecipeDraft, key: str) -> None:
+    value = draft.pop_scalar(key)
+    if value is None or value in ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"):
+        return
+    if value in ADAMW_8BIT:
+        draft.set_value("optim", "adamw_8bit", key)
+    elif "adamw" in str(value):
+        draft.skip_unneeded(key, value, "AdamW with fp32 moments is used")
+    else:
+        reason = "the optimizer is AdamW; another one needs another learning rate"
+        draft.skip_key(key, value, reason)
+
+
+def translate_precision(draft: RecipeDraft, dtype_keys: list[str]) -> None:
+    """Translate the number format; `auto` and false leave it to the rule.
+
+    `dtype_keys` hold a format's name; other keys are switches."""
+    fp16_keys = [key for key in ("fp16", "float16") if draft.pop_scalar(key)]
+    requested: Json = {}
+    for key in ("bf16", "bfloat16", "pure_bf16", "float32", *dtype_keys):
+        value = draft.pop_scalar(key)
+        if value not in (None, False, "auto", ""):
+            requested[key] = value
+    if fp16_keys and requested:
+        names = f"{fp16_keys[0]} and {next(iter(requested))}"
+        raise draft.make_error(fp16_keys[0], f"{names} contradict each other: keep one")
+    for key, value in requested.items():
+        name = value if key in dtype_keys else key.removeprefix("pure_")
+        if name in DTYPES:
+            draft.set_value("dtype", DTYPES[name], key)
+        else:
+            draft.skip_key(key, value, "supported number formats: bf16, fp16 and fp32")
+    for key in fp16_keys:
+        draft.set_value("dtype", "fp16", key)
 
 
 def translate_objective(draft: RecipeDraft) -> None:
@@ -241,49 +307,6 @@ def translate_objective(draft: RecipeDraft) -> None:
             draft.set_value("neftune_noise_alpha", value, key)
 
 
-def translate_trained_text(draft: RecipeDraft, key: str) -> None:
-    """Translate a switch that trains prompts, too."""
-    value = draft.pop_value(key)
-    if value:
-        draft.set_value("train_on", "all", key)
-
-
-def translate_optimizer(draft: RecipeDraft, key: str) -> None:
-    value = draft.pop_scalar(key)
-    if value is None or value in ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"):
-        return
-    if value in ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"):
-        draft.set_value("optim", "adamw_8bit", key)
-    elif "adamw" in str(value):
-        draft.skip_key(key, value, "AdamW with fp32 moments is used", is_important=False)
-    else:
-        reason = "the optimizer is AdamW; another one needs another learning rate"
-        draft.skip_key(key, value, reason)
-
-
-def translate_precision(draft: RecipeDraft, *dtype_keys: str) -> None:
-    """Translate the number format; `auto` and false leave it to the rule.
-
-    `dtype_keys` hold a format's name; other keys are switches."""
-    fp16_keys = [key for key in ("fp16", "float16") if draft.pop_scalar(key)]
-    requested: dict[str, Any] = {}
-    for key in ("bf16", "bfloat16", "pure_bf16", "float32", *dtype_keys):
-        value = draft.pop_scalar(key)
-        if value not in (None, False, "auto", ""):
-            requested[key] = value
-    if fp16_keys and requested:
-        names = f"{fp16_keys[0]} and {next(iter(requested))}"
-        raise draft.make_error(fp16_keys[0], f"{names} contradict each other: keep one")
-    for key, value in requested.items():
-        name = value if key in dtype_keys else key.removeprefix("pure_")
-        if name in DTYPES:
-            draft.set_value("dtype", DTYPES[name], key)
-        else:
-            draft.skip_key(key, value, DTYPE_REASON)
-    for key in fp16_keys:
-        draft.set_value("dtype", "fp16", key)
-
-
 def translate_saving(draft: RecipeDraft) -> None:
     """Translate numbers of steps; fractions of the run and epochs have no counterpart."""
     strategies = [draft.remaining.get(key) for key in ("eval_strategy", "evaluation_strategy")]
@@ -296,60 +319,123 @@ def translate_saving(draft: RecipeDraft) -> None:
             draft.set_value(key, int(value), key)
         else:
             reason = f"must be a number of steps; {key} is decided by a rule"
-            draft.skip_key(key, value, reason, is_important=False)
-    for key in (
-        "save_strategy",
-        "eval_strategy",
-        "evaluation_strategy",
-        "saves_per_epoch",
-        "evals_per_epoch",
-    ):
+            draft.skip_unneeded(key, value, reason)
+    strategy_keys = ("save_strategy", "eval_strategy", "evaluation_strategy")
+    for key in (*strategy_keys, "saves_per_epoch", "evals_per_epoch"):
         value = draft.pop_value(key)
         if value not in (None, False, "no", "steps"):
             steps_key = "save_steps" if key.startswith("save") else "eval_steps"
-            draft.skip_key(key, value, f"set {steps_key}, a number of steps", is_important=False)
+            draft.skip_unneeded(key, value, f"set {steps_key}, a number of steps")
 
 
 def translate_output_dir(draft: RecipeDraft) -> None:
     """Translate the output folder, unless it exists: a run folder must be new."""
     value = draft.pop_text("output_dir")
-    if value is None:
-        return
-    if draft.find_path(value):
-        draft.skip_key(
-            "output_dir", value, "it exists; a run folder must be new", is_important=False
-        )
-    else:
+    if value is not None and draft.find_path(value):
+        draft.skip_unneeded("output_dir", value, "it exists; a run folder must be new")
+    elif value is not None:
         draft.set_value("output_dir", value, "output_dir")
 
 
-def translate_target_modules(
-    draft: RecipeDraft, key: str, *, all_linear_names: tuple[str, ...]
+# ---------------------------------------------------------------- stages
+
+
+def check_stage(draft: RecipeDraft, key: str) -> None:
+    stage = draft.pop_scalar(key) or "sft"
+    if stage not in ("sft", "dpo", "kto", "pt"):
+        message = f"stage: {stage} is not supported: use sft, dpo, kto or pt"
+        raise draft.make_error(key, message)
+
+
+def refuse_stage(draft: RecipeDraft, key: str) -> None:
+    if draft.remaining.get(key):
+        raise draft.make_error(key, f"{key} is not supported")
+
+
+def translate_axolotl_stage(
+    draft: RecipeDraft, losses: Json, nll_defaults: Json, beta_keys: list[str]
 ) -> None:
-    """Translate a list, a regular expression for full paths, or their name for all linears."""
-    pattern = draft.remaining.get(key)
-    if isinstance(pattern, str) and set(pattern) & set("^$*\\|("):
-        draft.set_value("lora_target_modules", draft.pop_text(key), key)
+    loss = draft.pop_scalar("rl")
+    if not loss:
+        if draft.notes.get("data") == "pretraining_dataset":
+            _translate_pretraining(draft, "pretraining_dataset")
         return
-    names = draft.pop_texts(key)
-    if names:
-        is_all = len(names) == 1 and names[0] in all_linear_names
-        draft.set_value("lora_target_modules", "all-linear" if is_all else names, key)
+    set_keys = [key for key in beta_keys if draft.remaining.get(key) is not None]
+    beta = set_keys[0] if set_keys else beta_keys[0]
+    for key in set_keys[1:]:
+        draft.skip_unneeded(key, draft.pop_value(key), f"{beta} is used")
+    loss_keys = {name: {"beta": beta, **keys} for name, keys in losses.items()}
+    _translate_preference(draft, loss, "rl", loss_keys, nll_defaults)
+    if loss == "orpo":
+        draft.skip_key("rl orpo", None, ORPO_REASON)
 
 
-def translate_modules_to_save(draft: RecipeDraft, key: str) -> None:
-    """Translate the modules that are trained in full beside an adapter."""
-    if names := draft.pop_texts(key):
-        draft.set_value("modules_to_save", names, key)
-
-
-def translate_chat_template(draft: RecipeDraft, key: str, default_names: tuple[str, ...]) -> None:
-    """Translate a .jinja file; instead of the tool's built-in templates the model's is used."""
-    value = draft.pop_scalar(key)
-    if value is None or value in default_names:
+def translate_llamafactory_stage(draft: RecipeDraft, losses: Json, nll_defaults: Json) -> None:
+    """Translate the stage; ORPO has an NLL term of its own, to which pref_ftx is added."""
+    stage = draft.document.values.get("stage")
+    if stage == "pt":
+        _translate_pretraining(draft, "stage")
+    if stage not in ("dpo", "kto"):
         return
-    if isinstance(value, str) and value.endswith(".jinja") and (path := draft.find_path(value)):
-        draft.set_value("chat_template", path, key)
-    else:
-        reason = "the model's own chat template is used; see `tunesmith data show`"
-        draft.skip_key(key, value, reason)
+    source = "pref_loss" if stage == "dpo" else "stage"
+    loss = draft.pop_scalar("pref_loss") or "sigmoid" if stage == "dpo" else "kto"
+    share = draft.pop_number("pref_ftx")
+    if share is not None:
+        draft.remaining["pref_ftx"] = share + (loss == "orpo")
+    _translate_preference(draft, loss, source, losses, nll_defaults)
+    if loss == "orpo" or (share and loss != "kto"):
+        draft.skip_unneeded(f"{source} {loss}", None, NLL_REASON)
+
+
+def _translate_preference(
+    draft: RecipeDraft, loss: Any, source: str, loss_keys: Json, nll_defaults: Json
+) -> None:
+    """Translate preference training.
+
+    `loss_keys` map, by loss, the fields of our `loss` to their keys; `nll_defaults` are the
+    coefficients of a config that sets none, of the losses whose term is not part of them."""
+    if loss not in LOSS_NAMES:
+        message = f"{source}: {loss} is not supported: use dpo, orpo, simpo or kto"
+        raise draft.make_error(source, message)
+    draft.set_value("stage", "preference", source)
+    name = LOSS_NAMES[loss]
+    loss_config: Json = {"name": name}
+    sources = [source]
+    for recipe_key, config_key in loss_keys[name].items():
+        value = draft.pop_number(config_key)
+        if value is not None:
+            loss_config[recipe_key] = value
+            sources.append(config_key)
+    if name in nll_defaults and "nll_coefficient" not in loss_config:
+        loss_config["nll_coefficient"] = nll_defaults[name]
+        sources.append(f"no {loss_keys[name]['nll_coefficient']}")
+    value = loss_config if len(loss_config) > 1 else name
+    draft.set_value("loss", value, ", ".join(sources))
+    unread = {their: ours for keys in loss_keys.values() for ours, their in keys.items()}
+    smoothing = draft.pop_number("dpo_label_smoothing")
+    for config_key, recipe_key in unread.items():
+        if (value := draft.pop_number(config_key)) is not None:
+            is_important = recipe_key == "nll_coefficient"
+            reason = f"{name} does not read it"
+            draft.skip_key(config_key, value, reason, is_important=is_important)
+    if smoothing and name == "dpo":
+        draft.set_value("label_smoothing", smoothing, "dpo_label_smoothing")
+    elif smoothing:
+        draft.skip_key("dpo_label_smoothing", smoothing, f"{name} does not read it")
+
+
+def _translate_pretraining(draft: RecipeDraft, source: str) -> None:
+    """Translate continued pretraining: a step of packed rows becomes a number of tokens."""
+    draft.set_value("stage", "cpt", source)
+    rows = draft.values.pop("batch_size", None)
+    note = draft.notes.pop("batch_size", "")
+    length = draft.values.get("max_length")
+    if length is not None and not isinstance(length, (int, float)):
+        raise draft.make_error(draft.notes["max_length"], f"expected a number, found {length!r}")
+    if rows and length:
+        tokens_note = f"{note}, {int(length):,} tokens each"
+        draft.set_value("batch_tokens", int(rows * length), tokens_note)
+    elif rows:
+        draft.skip_key("batch_size", rows, "a step counts tokens: set batch_tokens")
+    draft.values.pop("on_overlong", None)
+    draft.notes.pop("on_overlong", None)

@@ -11,9 +11,7 @@ import pytest
 import yaml
 
 from tunesmith.core.errors import InputError
-from tunesmith.recipe.importers.axolotl import NLL_DEFAULTS
-from tunesmith.recipe.importers.convert import Translation, translate
-from tunesmith.recipe.importers.tool_defaults import ON_BY_DEFAULT, SILENT_DEFAULTS
+from tunesmith.recipe.importers.convert import TABLE, TOOLS, Translation, translate
 
 Config = dict[str, Any]
 TRL: Config = {
@@ -203,25 +201,23 @@ def test_no_key_of_trl_is_silent() -> None:
         silent += [(key, default, value) for value in values if is_silent(TRL, key, value)]
     assert silent == []
     on = {key for key, default in fields.items() if default and key not in TRL}
-    assert on - {"learning_rate"} <= ON_BY_DEFAULT["TRL"]
+    assert on - {"learning_rate"} <= set(
+        f"{TABLE['on_by_default']} {TOOLS['TRL']['on_by_default']}".split()
+    )
 
 
-@pytest.mark.parametrize("key", AXOLOTL_KEYS)
-def test_no_key_of_axolotl_is_silent(key: str) -> None:
-    assert not is_silent(AXOLOTL, key, AXOLOTL_KEYS[key])
-
-
-@pytest.mark.parametrize("key", LLAMAFACTORY_KEYS)
-def test_no_key_of_llamafactory_is_silent(key: str) -> None:
-    assert not is_silent(LLAMAFACTORY, key, LLAMAFACTORY_KEYS[key])
+@pytest.mark.parametrize(
+    ("config", "keys"), [(AXOLOTL, AXOLOTL_KEYS), (LLAMAFACTORY, LLAMAFACTORY_KEYS)]
+)
+def test_no_key_is_silent(config: Config, keys: Config) -> None:
+    assert [key for key, value in keys.items() if is_silent(config, key, value)] == []
 
 
 @pytest.mark.parametrize("loss", ["dpo", "orpo", "simpo", "kto"])
-@pytest.mark.parametrize("key", LOSS_KEYS)
-def test_no_key_of_a_preference_loss_is_silent(loss: str, key: str) -> None:
-    assert not is_silent(AXOLOTL | {"rl": loss}, key, LOSS_KEYS[key])
+def test_no_key_of_a_preference_loss_is_silent(loss: str) -> None:
     stage = {"stage": "kto"} if loss == "kto" else {"stage": "dpo", "pref_loss": loss}
-    assert not is_silent(LLAMAFACTORY | stage, key, LOSS_KEYS[key])
+    for config in (AXOLOTL | {"rl": loss}, LLAMAFACTORY | stage):
+        assert [key for key, value in LOSS_KEYS.items() if is_silent(config, key, value)] == []
 
 
 @pytest.mark.parametrize(
@@ -230,7 +226,7 @@ def test_no_key_of_a_preference_loss_is_silent(loss: str, key: str) -> None:
 def test_defaults_that_a_config_leaves_out_are_said(config: Config, tool: str) -> None:
     translation = translate_config(config)
     lines = {entry.key for entry in translation.untranslated}
-    for key, text in SILENT_DEFAULTS[tool].items():
+    for key, text in TOOLS[tool]["defaults"].items():
         assert (text in lines) == (key not in translation.values), key
 
 
@@ -306,7 +302,8 @@ def test_what_a_coefficient_covers_is_said() -> None:
 def test_a_coefficient_that_axolotl_leaves_out_is_that_of_trl() -> None:
     from trl.experimental.cpo import CPOConfig
 
-    assert NLL_DEFAULTS["simpo"] == CPOConfig.cpo_alpha
+    (row,) = [row for row in TOOLS["Axolotl"]["rows"] if row["do"] == "axolotl_stage"]
+    assert row["nll_defaults"]["simpo"] == CPOConfig.cpo_alpha
 
 
 @pytest.mark.parametrize("length", [{}, {"max_length": 77}, {"cutoff_len": 77}])

@@ -492,7 +492,7 @@ def test_continued_pretraining_counts_tokens(tool: str) -> None:
 
 KEYS = sorted(
     {
-        *(key for signs, _ in TOOLS.values() for key in signs),
+        *(key for rules in TOOLS.values() for key in rules["signature"].split()),
         *yaml.safe_load(AXOLOTL + LLAMAFACTORY),
     }
 )

@@ -17,8 +17,8 @@ import yaml
 
 from trainer_configs import AXOLOTL, LLAMAFACTORY, TRL, write_config, write_datasets
 from tunesmith.core.errors import InputError
-from tunesmith.recipe.importers import axolotl, convert, key_map, llamafactory, trl
-from tunesmith.recipe.importers.convert import Translation, translate
+from tunesmith.recipe.importers import convert, data_sets, key_map
+from tunesmith.recipe.importers.convert import TOOLS, Translation, translate
 
 WRONG_VALUES = (
     *(5, 1.5, True, "many", "", "x" * 5000, "\0", [], {}),
@@ -47,6 +47,15 @@ def list_words(*modules: ModuleType) -> list[str]:
                 if all(re.fullmatch("[a-z][a-z0-9_]*", word) for word in found):
                     words.update(found)
     return sorted(words)
+
+
+def list_row_words(value: Any) -> set[str]:
+    """Return every word in the rows of a tool that may be a key."""
+    if isinstance(value, dict):
+        return set().union(*map(list_row_words, [*value, *value.values()]))
+    if isinstance(value, list):
+        return set().union(*map(list_row_words, value))
+    return set(value.split()) if isinstance(value, str) else set()
 
 
 def place_in_entry(key: str, value: Any) -> Iterator[dict[str, Any]]:
@@ -82,23 +91,26 @@ def is_refused(config: dict[str, Any]) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("text", "module"), [(AXOLOTL, axolotl), (LLAMAFACTORY, llamafactory), (TRL, trl)]
+    ("text", "tool"), [(AXOLOTL, "Axolotl"), (LLAMAFACTORY, "LLaMA-Factory"), (TRL, "TRL")]
 )
-def test_wrong_values_of_every_key_are_translated_or_refused(text: str, module: ModuleType) -> None:
+def test_wrong_values_of_every_key_are_translated_or_refused(text: str, tool: str) -> None:
     write_datasets(Path.cwd())
     config = yaml.safe_load(text)
-    keys = list_words(module, key_map, convert)
-    assert {"tokens", "new_special_tokens", "lora_r", "datasets", "dataset"} & set(keys)
-    for key in keys:
+    rows = TOOLS[tool]["rows"]
+    keys = {*list_words(data_sets, key_map, convert), *list_row_words(rows)}
+    (renamed,) = [row for row in rows if row["do"] == "rename"]
+    assert {"tokens", "new_special_tokens", "lora_r", "datasets", "dataset"} & keys
+    for key in sorted(keys):
         refused = [is_refused(config | {key: value}) for value in WRONG_VALUES]
-        assert not (key in module.SAME_KEYS and not any(refused)), key
+        is_renamed = key in renamed["names"] or key in renamed["same"].split()
+        assert any(refused) or not is_renamed, key
 
 
 @pytest.mark.slow
 def test_wrong_values_in_data_sets_of_axolotl() -> None:
     config = yaml.safe_load(AXOLOTL)
     num_refused = 0
-    for key in list_words(axolotl):
+    for key in list_words(data_sets):
         for value in WRONG_VALUES:
             for changes in place_in_entry(key, value):
                 num_refused += is_refused(config | changes)
@@ -111,7 +123,7 @@ def test_wrong_values_in_dataset_info() -> None:
     file = Path.cwd() / "sets" / "dataset_info.json"
     file.parent.mkdir()
     num_refused = 0
-    for key in list_words(llamafactory):
+    for key in list_words(data_sets):
         for value in WRONG_VALUES:
             for entry in place_in_info(key, value):
                 file.write_text(json.dumps({"odd": entry}))
