@@ -36,6 +36,7 @@ from tunesmith.model.hub.spec import read_spec
 from tunesmith.model.lora import QuantizedLinear
 from tunesmith.plan.flops import compute_target_flops, compute_token_flops
 from tunesmith.plan.hardware_presets import HARDWARE_PRESETS
+from tunesmith.plan.memory import Footprint
 from tunesmith.plan.memory_gpu import estimate_gpu_memory
 from tunesmith.train.loop import TrainingLoop
 
@@ -75,13 +76,10 @@ def make_model(work: Work, policy: str) -> PackedCausalLM:
 def predict_bytes(spec: ModelSpec, work: Work, policy: str) -> int:
     parts = estimate_gpu_memory(
         spec,
+        Footprint(work.method, "bf16", rank=RANK, gradient_checkpointing=policy),
         pack_tokens=work.pack_tokens,
-        method=work.method,
-        dtype="bf16",
-        rank=RANK,
-        gradient_checkpointing=policy,
     )
-    return parts["peak"] - parts["context"]
+    return parts.peak - parts.context
 
 
 def choose_policy(spec: ModelSpec, work: Work) -> tuple[str, int]:

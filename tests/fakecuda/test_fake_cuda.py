@@ -31,6 +31,7 @@ from shared_folder import lock_shared_folder
 from tiny_models import EXPERT_FAMILIES
 from tunesmith.model.hub.families import TEXT_FAMILIES
 from tunesmith.model.merged_attention import is_merging_cheaper
+from tunesmith.plan.memory import Footprint, MemoryParts
 from tunesmith.plan.memory_gpu import estimate_gpu_memory
 
 FOLDER = Path(__file__).parent
@@ -268,15 +269,12 @@ def test_merging_keeps_no_keys_for_each_answer(results: Results) -> None:
 # ---------------------------------------------------------------- what a plan predicts
 
 
-def predict(model: str, num_layers: int, policy: str, folder: Path) -> dict[str, int]:
+def predict(model: str, num_layers: int, policy: str, folder: Path) -> MemoryParts:
     large = LARGE_MODELS[model]
     return estimate_gpu_memory(
         large.describe(num_layers, folder),
+        Footprint("lora", "bf16", rank=RANK, gradient_checkpointing=policy),
         pack_tokens=large.num_tokens,
-        method="lora",
-        dtype="bf16",
-        rank=RANK,
-        gradient_checkpointing=policy,
     )
 
 
@@ -292,15 +290,15 @@ def test_the_plan_predicts_the_peak(
 ) -> None:
     """Without the CUDA context and the fragments, which nothing here has."""
     parts = predict(model, LARGE_MODELS[model].num_layers, policy, tmp_path)
-    predicted = parts["peak"] - parts["context"] - parts["fragments"]
+    predicted = parts.peak - parts.context - parts.fragments
     counted = extend(results, model, policy, "peak_bytes")
     assert (1 - MAX_MISSING.get(model, 0)) * counted <= predicted <= 1.1 * counted
-    assert counted <= parts["peak"]
+    assert counted <= parts.peak
 
 
 @needs_triton
 @pytest.mark.parametrize("model", LARGE_MODELS)
 def test_the_plan_counts_what_a_layer_saves(results: Results, model: str, tmp_path: Path) -> None:
-    fewer, more = (predict(model, n, "none", tmp_path)["activations"] for n in (FEWER, MORE))
+    fewer, more = (predict(model, n, "none", tmp_path).activations for n in (FEWER, MORE))
     counted = count_layer(results, model, "none", "saved_bytes")
     assert more - fewer == pytest.approx(counted, rel=0.02)

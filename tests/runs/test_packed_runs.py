@@ -19,7 +19,7 @@ from tunesmith.export.export import export_run
 from tunesmith.model.merge import refuse_packed_merge
 from tunesmith.model.packed_formats import widen_mxfp4
 from tunesmith.model.save import LoraTensors
-from tunesmith.plan.memory import MXFP4_BYTES, estimate_fixed_memory
+from tunesmith.plan.memory import MXFP4_BYTES, Footprint, estimate_fixed_memory
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
@@ -79,8 +79,8 @@ def test_an_adapter_of_a_packed_gpt_oss_is_proven_and_loads_in_peft(tmp_path: Pa
     num_packed = sum(p.numel() for n, p in wide.named_parameters() if n.endswith("_proj"))
     num_other = sum(parameter.numel() for parameter in wide.parameters()) - num_packed
     assert plan.model.packed_parameters == num_packed
-    memory = estimate_fixed_memory(plan.model, layouts=1, method="lora", dtype="fp32", rank=2)
-    assert memory["weights"] == int(num_packed * MXFP4_BYTES) + 4 * num_other
+    memory = estimate_fixed_memory(plan.model, Footprint("lora", "fp32", rank=2), layouts=1)
+    assert memory.weights == int(num_packed * MXFP4_BYTES) + 4 * num_other
     checks = {event.kind: event for event in train(recipe) if isinstance(event, CheckResult)}
     assert checks["logits match transformers"].level == "ok"
     assert checks["transformers with its cache = without"].level == "ok"

@@ -112,12 +112,11 @@ def build_plan(
     fixed = fixed or {}
     epoch_report = scale_report(data["data"], fixed.get("mixture"))
     has_answers = "test_data" in data and recipe.stage != "cpt"  # before and after training
-    settings: dict[str, PlanValue] = {}
     context = RuleContext(
         machine=machine,
         model=model,
         data=epoch_report,
-        settings=settings,
+        settings={},
         has_schema=recipe.response_schema is not None,
         max_steps=recipe.max_steps,
         stage=recipe.stage,
@@ -126,16 +125,16 @@ def build_plan(
         has_evaluation=bool({"eval_data", "test_data"} & data.keys() or recipe.retention_data),
         has_constraints=bool(recipe.never),
     )
-    settings |= decide_objective(recipe, context)
-    _apply_rules(context, recipe_values, fixed)
+    context = context.with_settings(decide_objective(recipe, context))
+    context = _apply_rules(context, recipe_values, fixed)
     _check_gates(context, recipe)
-    settings |= {key: plan_value for key, plan_value in fixed.items() if key not in RULES}
-    _apply_features(context, recipe, data)
+    context = context.with_settings({key: fixed[key] for key in fixed if key not in RULES})
+    context = _apply_features(context, recipe, data)
     context = _fit_memory(context, recipe)
-    settings |= _decide_without_rules(recipe, recipe_values, output_dir, now)
+    context = context.with_settings(_decide_without_rules(recipe, recipe_values, output_dir, now))
     _check_lengths(context)
     _check_libraries(context)
-    config, reasons = split_settings(add_evidence(settings, context))
+    config, reasons = split_settings(add_evidence(context.settings, context))
     return Plan(
         recipe=recipe.model_dump(mode="json"),
         config=config,
@@ -145,7 +144,7 @@ def build_plan(
         data=dict(data),
         steps=context.steps,
         tokens_per_epoch=epoch_report.tokens,
-        memory_bytes=estimate_step_memory(context),
+        memory_bytes=estimate_step_memory(context).to_dict(),
         warnings=tuple(_collect_warnings(context, data)),
         disk_bytes=_estimate_disk(recipe, context, data),
         phase_bytes=estimate_phases(context),
@@ -156,9 +155,8 @@ def build_plan(
 
 def _apply_rules(
     context: RuleContext, recipe_values: Mapping[str, Any], fixed: Mapping[str, PlanValue]
-) -> None:
-    """Add a setting for each rule of the stage to `context.settings`, in the order of the rules."""
-    settings = context.settings
+) -> RuleContext:
+    """Return the context with a setting for each rule of the stage, in the order of the rules."""
     rules = CPT_RULES if context.stage == "cpt" else RULES
     for key, apply_rule in rules.items():
         if key in ADAPTER_KEYS and context["method"] == "full":
@@ -170,34 +168,38 @@ def _apply_rules(
         # settings that only change speed are not keys of the recipe
         recipe_value = recipe_values.get(key, "auto")
         if key in fixed:
-            settings[key] = _check_fixed_value(key, recipe_value, fixed[key])
+            setting = _check_fixed_value(key, recipe_value, fixed[key])
         elif recipe_value == "auto":
-            settings[key] = apply_rule(context)
+            setting = apply_rule(context)
         else:
-            settings[key] = make_user_value(recipe_value)
+            setting = make_user_value(recipe_value)
+        context = context.with_settings({key: setting})
         if key in BATCH_SETTINGS and (extended := context.extend_epochs()):
-            settings["num_train_epochs"] = extended
-    settings["num_train_epochs"] = context.explain_max_steps()
+            context = context.with_settings({"num_train_epochs": extended})
+    return context.with_settings({"num_train_epochs": context.explain_max_steps()})
 
 
-def _apply_features(context: RuleContext, recipe: Recipe, data: Mapping[str, DataReport]) -> None:
-    """Add the settings of features that a recipe may ask for, which read those of the rules."""
-    settings = context.settings
-    settings |= _decide_constraints(recipe.never, data["data"])
-    settings |= decide_scheduler_kwargs(recipe.lr_scheduler_kwargs, context)
-    settings |= decide_guard(recipe.guard, context)
-    settings |= decide_rehearsal(recipe.rehearsal, context, data.get("rehearsal"))
-    settings |= decide_new_rows(settings.get("add_tokens"), context)
+def _apply_features(
+    context: RuleContext, recipe: Recipe, data: Mapping[str, DataReport]
+) -> RuleContext:
+    """Return the context with the settings of features that a recipe may ask for, which read those
+    of the rules."""
+    context = context.with_settings(_decide_constraints(recipe.never, data["data"]))
+    scheduler_kwargs = decide_scheduler_kwargs(recipe.lr_scheduler_kwargs, context)
+    context = context.with_settings(scheduler_kwargs)
+    context = context.with_settings(decide_guard(recipe.guard, context))
+    rehearsal = decide_rehearsal(recipe.rehearsal, context, data.get("rehearsal"))
+    context = context.with_settings(rehearsal)
+    return context.with_settings(decide_new_rows(context.settings.get("add_tokens"), context))
 
 
 def _fit_memory(context: RuleContext, recipe: Recipe) -> RuleContext:
     """Decide what is recomputed on the GPUs that share weights and documents; return the context
     with that mesh."""
-    policy = recipe.gradient_checkpointing
     context = dataclasses.replace(context, mesh=choose_mesh(context, recipe))
-    context.settings.update(decide_sharing(context, recipe))
-    context.settings["gradient_checkpointing"] = decide_checkpointing(context, policy)
-    return context
+    context = context.with_settings(decide_sharing(context, recipe))
+    policy = decide_checkpointing(context, recipe.gradient_checkpointing)
+    return context.with_settings({"gradient_checkpointing": policy})
 
 
 def _collect_recipe_values(recipe: Recipe) -> dict[str, Any]:
@@ -341,9 +343,9 @@ def _estimate_disk(recipe: Recipe, context: RuleContext, data: Mapping[str, Data
             cached_tokens += data["test_data"].supervised_tokens
     return estimate_disk_bytes(
         context.model,
+        collect_footprint(context),
         checkpoints=checkpoints,
         cached_tokens=cached_tokens,
-        **collect_footprint(context),
     )
 
 

@@ -24,6 +24,7 @@ from tunesmith.plan.flops import (
 from tunesmith.plan.hardware_presets import HardwarePreset
 from tunesmith.plan.memory import (
     GENERAL_TEXT_TOKENS,
+    GRADIENT_BYTES,
     MASTER_BYTES,
     compute_frozen_bytes,
     count_lora_parameters,
@@ -38,7 +39,6 @@ LAUNCH_SECONDS = 8e-6  # per kernel
 FORWARD_LAUNCHES = 25
 PREFLIGHT_TOKENS = 6000  # as in train/time_estimate.py
 PREFLIGHT_FORWARDS = 12
-GRADIENT_BYTES = 4  # gradients are summed in fp32
 GATHERS = 2  # of sharded weights in a pack: forward and backward
 
 

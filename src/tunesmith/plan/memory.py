@@ -6,7 +6,9 @@ saves for its backward (activations.py), and a correction from earlier runs
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, NotRequired, TypedDict, Unpack
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from tunesmith.core.model_spec import ModelSpec, PartShape
 from tunesmith.plan.activations import (
@@ -31,13 +33,16 @@ FRAGMENTATION_SHARE = 0.2
 # what evaluation keeps through the run and leaves in the heap
 EVALUATION_BYTES = 60_000_000
 CHUNK_TARGETS = 128  # targets whose logits are computed at once
+MAX_HEAD_COPY_BYTES = 2**29  # of the second copy of the head, as in model/lm_head.py
 MASTER_BYTES = 4  # of a trained weight
+GRADIENT_BYTES = 4
 # 4 bits per weight, one byte per block of 64, 4 bytes per 256 blocks
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 MXFP4_BYTES = 0.5 + 1 / 32  # 4 bits per weight, one byte per group of 32
 RETAINED_CHECKPOINTS = 2  # as core/run_dir.py keeps them
 GENERAL_TEXT_TOKENS = 100_000  # of retention_data that are measured, at most
 Method = Literal["lora", "qlora", "full"]
+PART_NAMES = {"nccl": "NCCL", "cache": "KV cache"}  # in plan.json
 
 
 def count_lora_parameters(spec: ModelSpec, rank: int, targets: Targets = ALL_LINEAR) -> int:
@@ -80,86 +85,134 @@ def compute_cache_bytes(spec: ModelSpec, cache: CacheSize, dtype_bytes: int) -> 
     return cache.tokens * token_bytes + cache.rows * row_bytes
 
 
-class ModelFootprint(TypedDict):
+@dataclass(frozen=True)
+class Footprint:
     """The settings that decide what a run takes apart from its packs."""
 
     method: Method
     dtype: str
-    rank: int
-    targets: NotRequired[Targets]  # of the adapter; all linears
-    dora: NotRequired[bool]
-    new_rows: NotRequired[int]  # trained rows of new tokens, in embedding and head
-    module_parameters: NotRequired[int]  # of modules trained in full beside the adapter
-    optim: NotRequired[str]
-    gradient_checkpointing: NotRequired[str]
-    step_in_backward: NotRequired[bool]  # keeps only the gradient of the largest tensor
+    rank: int = 0  # of the adapter
+    targets: Targets = ALL_LINEAR
+    use_dora: bool = False
+    new_rows: int = 0  # trained rows of new tokens, in embedding and head
+    module_parameters: int = 0  # of modules trained in full beside the adapter
+    optim: str = "adamw"
+    gradient_checkpointing: str = "none"
+    step_in_backward: bool = False  # keeps only the gradient of the largest tensor
+
+    @property
+    def dtype_bytes(self) -> int:
+        return get_dtype_bytes(self.dtype)
+
+    @property
+    def moment_bytes(self) -> float:
+        """Bytes of Adam's two moments per trained weight."""
+        return 2 * (1 + 4 / 256) if self.optim == "adamw_8bit" else 8
+
+    @property
+    def activation_settings(self) -> ActivationSettings:
+        """What decides the activations. Full fine-tuning reads the inputs of all linears."""
+        return ActivationSettings(
+            self.dtype_bytes, self.targets, self.use_dora, checkpointing=self.gradient_checkpointing
+        )
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """The bytes of one device at the peak of a run, by component."""
+
+    process: int = 0
+    context: int = 0  # CUDA and its libraries
+    nccl: int = 0
+    weights: int = 0  # frozen, and low-precision copies of trained ones
+    widened: int = 0  # dequantized
+    gathered: int = 0  # of sharded weights, and the gradients that are not yet summed
+    trained: int = 0  # with gradients and moments
+    update: int = 0  # temporaries of the optimizer
+    kernels: int = 0
+    evaluation: int = 0
+    activations: int = 0
+    head: int = 0  # logits
+    fragments: int = 0
+    cache: int = 0  # of answers: what it takes beyond a step
+
+    @property
+    def step(self) -> int:
+        """What a step holds, and answers do not."""
+        return self.activations + self.head + self.fragments
+
+    @property
+    def peak(self) -> int:
+        return sum(vars(self).values())
+
+    @property
+    def fixed(self) -> int:
+        """What is there between two steps."""
+        return self.peak - self.step - self.cache
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the components that a plan stores, and "peak"."""
+        parts = {PART_NAMES.get(name, name): size for name, size in vars(self).items() if size}
+        return parts | {"peak": self.peak}
 
 
 def estimate_peak_memory(
     spec: ModelSpec,
+    run: Footprint,
     *,
     pack_tokens: int,
     packs: int = 1,
     layouts: int = 1,
     has_evaluation: bool = True,
-    **footprint: Unpack[ModelFootprint],
-) -> dict[str, int]:
-    """Return bytes by component, with "peak".
+    cache: CacheSize = NO_CACHE,
+) -> MemoryParts:
+    """Return the bytes on a CPU.
 
     `packs` is the number of packs in the run, each of a different size; `layouts` how many copies
     of the frozen matrices are kept (model/frozen_weight.py). 4-bit weights and 8-bit moments are
     dequantized one at a time."""
-    is_bf16 = footprint["dtype"] == "bf16"
-    dtype_bytes = get_dtype_bytes(footprint["dtype"])
-    saved = estimate_activation_bytes(spec, pack_tokens, collect_settings(**footprint))
+    saved = estimate_activation_bytes(spec, pack_tokens, run.activation_settings)
     # fp32 matmuls are not oneDNN's, and their loss has temporaries
+    is_bf16 = run.dtype == "bf16"
     kernel_bytes = KERNEL_BYTES * min(packs, MAX_KERNEL_SIZES)
     kernel_bytes += EXPERT_KERNEL_BYTES * bool(spec.num_experts)
-    logit_bytes = CHUNK_TARGETS * spec.vocab_size * dtype_bytes
-    parts = {
-        "process": PROCESS_BYTES,
-        **estimate_fixed_memory(spec, layouts=layouts, **footprint),
-        "activations": saved,
-        "fragments": int(saved * FRAGMENTATION_SHARE),
-        "kernels": kernel_bytes if is_bf16 else 0,
-        "evaluation": EVALUATION_BYTES if has_evaluation else 0,
-        "head": logit_bytes if is_bf16 else 4 * logit_bytes,
-    }
-    return parts | {"peak": sum(parts.values())}
-
-
-def collect_settings(**footprint: Unpack[ModelFootprint]) -> ActivationSettings:
-    """Return what decides the activations. Full fine-tuning reads the inputs of all linears."""
-    return ActivationSettings(
-        dtype_bytes=get_dtype_bytes(footprint["dtype"]),
-        targets=footprint.get("targets", ALL_LINEAR),
-        use_dora=footprint.get("dora", False),
-        checkpointing=footprint.get("gradient_checkpointing", "none"),
+    logit_bytes = CHUNK_TARGETS * spec.vocab_size * run.dtype_bytes
+    parts = dataclasses.replace(
+        estimate_fixed_memory(spec, run, layouts=layouts),
+        process=PROCESS_BYTES,
+        activations=saved,
+        fragments=int(saved * FRAGMENTATION_SHARE),
+        kernels=kernel_bytes if is_bf16 else 0,
+        evaluation=EVALUATION_BYTES if has_evaluation else 0,
+        head=logit_bytes if is_bf16 else 4 * logit_bytes,
     )
+    # memory holds either the activations of a step or the KV cache of the answers
+    cache_bytes = compute_cache_bytes(spec, cache, run.dtype_bytes)
+    head_bytes = spec.vocab_size * spec.hidden_size * 2
+    if cache.rows and is_bf16 and head_bytes <= MAX_HEAD_COPY_BYTES:
+        cache_bytes += head_bytes
+    return dataclasses.replace(parts, cache=max(0, cache_bytes - parts.step))
 
 
-def estimate_fixed_memory(
-    spec: ModelSpec, *, layouts: int, **footprint: Unpack[ModelFootprint]
-) -> dict[str, int]:
-    """Return the bytes by component that do not depend on the packs."""
-    method = footprint["method"]
-    dtype_bytes = get_dtype_bytes(footprint["dtype"])
+def estimate_fixed_memory(spec: ModelSpec, run: Footprint, *, layouts: int) -> MemoryParts:
+    """Return the bytes of weights, gradients and moments, which do not depend on the packs."""
     # adapted layers alone have a second copy, and experts are not among them
-    block_bytes = (spec.block_parameters - spec.expert_parameters) * dtype_bytes
+    block_bytes = (spec.block_parameters - spec.expert_parameters) * run.dtype_bytes
     weight_bytes = (layouts - 1) * block_bytes
-    if method != "full":
-        weight_bytes += compute_frozen_bytes(spec, method, dtype_bytes)
-    elif dtype_bytes == 2:  # bf16 copies of the fp32 master weights
+    if run.method != "full":
+        weight_bytes += compute_frozen_bytes(spec, run.method, run.dtype_bytes)
+    elif run.dtype_bytes == 2:  # bf16 copies of the fp32 master weights
         weight_bytes += block_bytes
-    dequantized_bytes = 2 * spec.hidden_size * spec.intermediate_size * dtype_bytes
-    state_bytes = 4 + compute_moment_bytes(**footprint)  # master weight and moments
-    trained_bytes = int(count_trained_parameters(spec, **footprint) * state_bytes)
-    return {
-        "weights": weight_bytes,
-        "widened": dequantized_bytes if method == "qlora" or spec.packed_parameters else 0,
-        "trained": trained_bytes + _estimate_gradient_bytes(spec, **footprint),
-        "update": _estimate_update_bytes(spec, **footprint),
-    }
+    dequantized_bytes = 2 * spec.hidden_size * spec.intermediate_size * run.dtype_bytes
+    num_trained = count_trained_parameters(spec, run)
+    num_gradients = spec.vocab_size * spec.hidden_size if run.step_in_backward else num_trained
+    state_bytes = int(num_trained * (MASTER_BYTES + run.moment_bytes))
+    return MemoryParts(
+        weights=weight_bytes,
+        widened=dequantized_bytes if run.method == "qlora" or spec.packed_parameters else 0,
+        trained=state_bytes + GRADIENT_BYTES * num_gradients,
+        update=_estimate_update_bytes(spec, run),
+    )
 
 
 def get_dtype_bytes(dtype: str) -> int:
@@ -176,59 +229,37 @@ def compute_frozen_bytes(spec: ModelSpec, method: str, dtype_bytes: int) -> int:
     return rest_bytes + int(wide_parameters * weight_bytes + packed_bytes)
 
 
-def count_trained_parameters(spec: ModelSpec, **footprint: Unpack[ModelFootprint]) -> int:
-    if footprint["method"] == "full":
+def count_trained_parameters(spec: ModelSpec, run: Footprint) -> int:
+    if run.method == "full":
         return spec.parameters
-    targets = footprint.get("targets", ALL_LINEAR)
-    num_trained = count_lora_parameters(spec, footprint["rank"], targets)
-    num_trained += footprint.get("new_rows", 0) * spec.hidden_size
-    num_trained += footprint.get("module_parameters", 0)
-    if footprint.get("dora"):
-        num_trained += count_dora_magnitudes(spec, targets)
-    return num_trained
+    num_trained = count_lora_parameters(spec, run.rank, run.targets)
+    num_trained += run.new_rows * spec.hidden_size + run.module_parameters
+    return num_trained + count_dora_magnitudes(spec, run.targets) * run.use_dora
 
 
-def _estimate_gradient_bytes(spec: ModelSpec, **footprint: Unpack[ModelFootprint]) -> int:
-    """Return the bytes of gradients in fp32."""
-    if footprint.get("step_in_backward"):
-        return 4 * spec.vocab_size * spec.hidden_size
-    return 4 * count_trained_parameters(spec, **footprint)
-
-
-def compute_moment_bytes(**footprint: Unpack[ModelFootprint]) -> float:
-    """Return the bytes of Adam's two moments per trained weight."""
-    return 2 * (1 + 4 / 256) if footprint.get("optim") == "adamw_8bit" else 8
-
-
-def _estimate_update_bytes(spec: ModelSpec, **footprint: Unpack[ModelFootprint]) -> int:
+def _estimate_update_bytes(spec: ModelSpec, run: Footprint) -> int:
     """Return the bytes of dequantized moments and temporaries of the largest tensors."""
-    largest = spec.vocab_size * spec.hidden_size if footprint["method"] == "full" else 0
-    update = 4 * 4 * largest if footprint.get("optim") == "adamw_8bit" else 0
     matrix = spec.vocab_size * spec.hidden_size
-    has_trained_matrix = footprint.get("module_parameters", 0) >= matrix
+    has_wide_moments = run.method == "full" and run.optim == "adamw_8bit"
     # measured: the gradient of an embedding or a head is summed through three fp32 copies
-    return update + (3 * 4 * matrix if has_trained_matrix else 0)
+    has_trained_matrix = run.module_parameters >= matrix
+    return 4 * 4 * matrix * has_wide_moments + 3 * 4 * matrix * has_trained_matrix
 
 
 # ---------------------------------------------------------------- disk
 
 
 def estimate_disk_bytes(
-    spec: ModelSpec,
-    *,
-    checkpoints: int,
-    cached_tokens: int = 0,
-    **footprint: Unpack[ModelFootprint],
+    spec: ModelSpec, run: Footprint, *, checkpoints: int, cached_tokens: int = 0
 ) -> int:
     """Return the bytes of the run folder at its largest.
 
     A checkpoint has each trained weight in fp32 and its moments. The final weights are smaller, and
     written when no checkpoint is. Events, results and tokenizer files, a few megabytes, are left
-    out. See `count_max_checkpoints` and `estimate_base_states_bytes`."""
-    state_bytes = 4 + compute_moment_bytes(**footprint)
-    checkpoint_bytes = int(count_trained_parameters(spec, **footprint) * state_bytes)
-    base_states_bytes = estimate_base_states_bytes(spec, cached_tokens, **footprint)
-    return checkpoints * checkpoint_bytes + base_states_bytes
+    out. See `count_max_checkpoints` and `_estimate_base_states_bytes`."""
+    state_bytes = MASTER_BYTES + run.moment_bytes
+    checkpoint_bytes = int(count_trained_parameters(spec, run) * state_bytes)
+    return checkpoints * checkpoint_bytes + _estimate_base_states_bytes(spec, run, cached_tokens)
 
 
 def count_max_checkpoints(*, steps: int, save_steps: int, eval_steps: int | None) -> int:
@@ -243,14 +274,10 @@ def count_max_checkpoints(*, steps: int, save_steps: int, eval_steps: int | None
     return min(RETAINED_CHECKPOINTS + 1 + bool(eval_steps) + 1, written)
 
 
-def estimate_base_states_bytes(
-    spec: ModelSpec, tokens: int, **footprint: Unpack[ModelFootprint]
-) -> int:
+def _estimate_base_states_bytes(spec: ModelSpec, run: Footprint, tokens: int) -> int:
     """Return the bytes of the base's final hidden states on the evaluated tokens, and of its head
     if it is trained. They are kept when no switch brings the base back."""
     if not tokens:
         return 0
-    dtype_bytes = get_dtype_bytes(footprint["dtype"])
-    has_trained_head = footprint["method"] == "full" or footprint.get("new_rows")
-    head_rows = spec.vocab_size if has_trained_head else 0
-    return (tokens + head_rows) * dtype_bytes * spec.hidden_size
+    head_rows = spec.vocab_size if run.method == "full" or run.new_rows else 0
+    return (tokens + head_rows) * run.dtype_bytes * spec.hidden_size

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from tunesmith.core.mesh import SINGLE_GPU, Mesh
 from tunesmith.core.types import Machine, ModelSpec
-from tunesmith.plan.hardware_presets import find_missing_for_triton
 from tunesmith.plan.memory import (
     CacheSize,
+    MemoryParts,
     compute_cache_bytes,
-    estimate_peak_memory,
     get_dtype_bytes,
 )
-from tunesmith.plan.memory_gpu import estimate_gpu_memory
 
 MIN_COMPLETE_TOKENS = 256  # the default of lm-eval's max_gen_toks
 # by these, an answer longer than expected is wrong wherever it ends, or none is graded
@@ -28,62 +24,9 @@ LENGTH_INDEPENDENT_METRICS = ("exact_match", "normalized_match", "multiple_choic
 # answers generated at once, and the largest KV cache, as in model/generation/engine.py
 MAX_BATCH_ROWS = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
-MAX_HEAD_COPY_BYTES = 2**29  # of the second copy of the head, as in model/lm_head.py
 BLOCK_TOKENS = 64  # rows of the cache grow to a multiple of this, as in model/cache_blocks.py
-FIXED_PARTS = (
-    "process",
-    "context",
-    "weights",
-    "widened",
-    "gathered",
-    "NCCL",
-    "trained",
-    "update",
-    "kernels",
-    "evaluation",
-)
 # the usual rule of thumb, relative to the size of the model
 USUAL_MULTIPLES = {"full": "x4 to x12", "lora": "x1.5", "qlora": "x1.5"}
-
-
-def estimate_memory(
-    spec: ModelSpec,
-    machine: Machine,
-    *,
-    pack_tokens: int,
-    packs: int,
-    layouts: int,
-    cache: CacheSize,
-    has_evaluation: bool,
-    mesh: Mesh = SINGLE_GPU,
-    **footprint: Any,
-) -> dict[str, int]:
-    """Return bytes by component, with "peak", of one device."""
-    if machine.device == "cuda":
-        return estimate_gpu_memory(
-            spec,
-            pack_tokens=pack_tokens,
-            cache=cache,
-            has_triton=not find_missing_for_triton(machine),
-            mesh=mesh,
-            **footprint,
-        )
-    parts = estimate_peak_memory(
-        spec,
-        pack_tokens=pack_tokens,
-        packs=packs,
-        layouts=layouts,
-        has_evaluation=has_evaluation,
-        **footprint,
-    )
-    # memory holds either the activations of a step or the KV cache of the answers
-    cache_bytes = compute_cache_bytes(spec, cache, get_dtype_bytes(footprint["dtype"]))
-    head_bytes = spec.vocab_size * spec.hidden_size * 2
-    if cache.rows and footprint["dtype"] == "bf16" and head_bytes <= MAX_HEAD_COPY_BYTES:
-        cache_bytes += head_bytes
-    step_bytes = parts["activations"] + parts["head"] + parts["fragments"]
-    answer_bytes = max(0, cache_bytes - step_bytes)
-    return parts | {"KV cache": answer_bytes, "peak": parts["peak"] + answer_bytes}
 
 
 def apply_memory_factor(parts: dict[str, int], factor: float) -> dict[str, int]:
@@ -133,24 +76,18 @@ def estimate_cache(
 
 
 def estimate_phase_bytes(
-    parts: dict[str, int],
-    longest_row_parts: dict[str, int],
-    spec: ModelSpec,
-    *,
-    cache: CacheSize,
-    dtype: str,
+    parts: MemoryParts, longest_row: MemoryParts, spec: ModelSpec, *, cache: CacheSize, dtype: str
 ) -> dict[str, int]:
     """Return the peak memory of a step, of the longest row alone, and of generating answers.
 
-    `parts` and `longest_row_parts` are the components of the two packs."""
+    `parts` and `longest_row` are those of the two packs."""
     phase_bytes = {
-        "step": parts["peak"] - parts.get("KV cache", 0),
-        "longest row": longest_row_parts["peak"] - longest_row_parts.get("KV cache", 0),
+        "step": parts.peak - parts.cache,
+        "longest row": longest_row.peak - longest_row.cache,
     }
     if cache.rows:
-        fixed_bytes = sum(parts.get(name, 0) for name in FIXED_PARTS)
         cache_bytes = compute_cache_bytes(spec, cache, get_dtype_bytes(dtype))
-        phase_bytes["generation"] = fixed_bytes + cache_bytes
+        phase_bytes["generation"] = parts.fixed + cache_bytes
     return phase_bytes
 
 

@@ -1,6 +1,6 @@
 """What a run takes in the memory of a GPU at its peak, by component.
 
-In: the shape of the model and the settings of the plan. Out: bytes by component, with "peak". The
+In: the shape of the model and the settings of the plan. Out: bytes by component. The
 activations are those of plan/activations.py, and counted on a GPU that is not there
 (tests/fakecuda). On several GPUs, bytes are those of one: its shard of the weights, and the layers
 that are gathered at once. Left out: offloading, paged optimizers.
@@ -8,7 +8,7 @@ that are gathered at once. Left out: offloading, paged optimizers.
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 from tunesmith.core.mesh import SINGLE_GPU, Mesh
 from tunesmith.core.types import ModelSpec
@@ -20,14 +20,15 @@ from tunesmith.plan.activations import (
 )
 from tunesmith.plan.memory import (
     CHUNK_TARGETS,
+    GRADIENT_BYTES,
     MASTER_BYTES,
     NO_CACHE,
     CacheSize,
-    collect_settings,
+    Footprint,
+    MemoryParts,
     compute_cache_bytes,
     compute_frozen_bytes,
     estimate_fixed_memory,
-    get_dtype_bytes,
 )
 
 LOGIT_BYTES = 12  # three fp32 copies of each logit
@@ -40,73 +41,73 @@ NCCL_BYTES = 10**9  # channels of NCCL and the contexts of other GPUs: assumed, 
 
 def estimate_gpu_memory(
     spec: ModelSpec,
+    run: Footprint,
     *,
     pack_tokens: int,
     cache: CacheSize = NO_CACHE,
     has_triton: bool = True,
     mesh: Mesh = SINGLE_GPU,
-    **footprint: Any,
-) -> dict[str, int]:
-    """Return bytes by component, of one GPU of the mesh, which has `pack_tokens` of a pack.
+) -> MemoryParts:
+    """Return the bytes of one GPU of the mesh, which has `pack_tokens` of a pack.
 
     `cache` is there while answers are generated, between steps. `has_triton` says whether our
     kernels run, or plain torch."""
-    dtype_bytes = get_dtype_bytes(footprint["dtype"])
-    parts = {"context": CONTEXT_BYTES, **estimate_fixed_memory(spec, layouts=1, **footprint)}
+    parts = estimate_fixed_memory(spec, run, layouts=1)
     if mesh.shard > 1:
-        parts |= _estimate_sharded(spec, mesh.shard, parts, **footprint)
-    if mesh.num_gpus > 1:
-        parts["NCCL"] = NCCL_BYTES
-    norm_bytes = dtype_bytes if has_triton else 4
-    settings = collect_settings(**footprint)._replace(norm_bytes=norm_bytes, is_gpu=True)
+        parts = _shard_parts(spec, run, mesh.shard, parts)
+    norm_bytes = run.dtype_bytes if has_triton else 4
+    settings = run.activation_settings._replace(norm_bytes=norm_bytes, is_gpu=True)
     saved, temporary = _estimate_activations(spec, settings)
     head = LOGIT_BYTES * min(pack_tokens, CHUNK_TARGETS) * spec.vocab_size
     if has_triton:  # which writes the gradients of the logits in their place
-        head = dtype_bytes * min(pack_tokens, TRITON_CHUNK_TARGETS) * spec.vocab_size
+        head = run.dtype_bytes * min(pack_tokens, TRITON_CHUNK_TARGETS) * spec.vocab_size
     # the backward of the head is over before that of the layers begins
-    parts["activations"] = pack_tokens * saved + max(pack_tokens * temporary - head, 0)
-    parts["head"] = head
-    parts["fragments"] = int(FRAGMENTATION_SHARE * (parts["activations"] + head))
-    step_bytes = parts["activations"] + parts["head"] + parts["fragments"]
+    activations = pack_tokens * saved + max(pack_tokens * temporary - head, 0)
+    parts = dataclasses.replace(
+        parts,
+        context=CONTEXT_BYTES,
+        nccl=NCCL_BYTES if mesh.num_gpus > 1 else 0,
+        activations=activations,
+        head=head,
+        fragments=int(FRAGMENTATION_SHARE * (activations + head)),
+    )
     # memory holds either the activations of a step or the KV cache of the answers
-    parts["KV cache"] = max(0, compute_cache_bytes(spec, cache, dtype_bytes) - step_bytes)
-    return parts | {"peak": sum(parts.values())}
+    cache_bytes = compute_cache_bytes(spec, cache, run.dtype_bytes)
+    return dataclasses.replace(parts, cache=max(0, cache_bytes - parts.step))
 
 
-def _estimate_sharded(
-    spec: ModelSpec, shard: int, fixed_parts: dict[str, int], **footprint: Any
-) -> dict[str, int]:
-    """Return the components that change when `shard` GPUs hold the weights of the layers once.
+def _shard_parts(spec: ModelSpec, run: Footprint, shard: int, parts: MemoryParts) -> MemoryParts:
+    """Return the components of a GPU when `shard` GPUs hold the weights of the layers once.
 
     Adapters, and the embeddings and head below them, stay whole on each GPU. In full fine-tuning
     everything is sharded and gathered in fp32, matrices also in the dtype of the products.
     Gradients of a layer stay until the next one computes, those of the rest until the end."""
-    dtype_bytes = get_dtype_bytes(footprint["dtype"])
-    method: str = footprint["method"]
     rest_parameters = spec.parameters - spec.block_parameters
-    gathered = GATHERED_LAYERS * compute_gathered_bytes(spec, method, dtype_bytes)
-    if method == "full":
-        copy_bytes = dtype_bytes if dtype_bytes < MASTER_BYTES else 0
+    gathered = GATHERED_LAYERS * _compute_gathered_bytes(spec, run)
+    if run.method == "full":
+        copy_bytes = run.dtype_bytes if run.dtype_bytes < MASTER_BYTES else 0
         gathered += rest_parameters * MASTER_BYTES + spec.head_parameters * copy_bytes
         layer_parameters = spec.block_parameters // spec.num_layers
-        return {
-            "weights": 0,
-            "trained": fixed_parts["trained"] // shard,
-            "update": fixed_parts["update"] // shard,
-            "gathered": gathered + MASTER_BYTES * (layer_parameters + rest_parameters),
-        }
-    rest_bytes = rest_parameters * dtype_bytes
-    block_bytes = compute_frozen_bytes(spec, method, dtype_bytes) - rest_bytes
-    return {"weights": rest_bytes + block_bytes // shard, "gathered": gathered}
+        return dataclasses.replace(
+            parts,
+            weights=0,
+            trained=parts.trained // shard,
+            update=parts.update // shard,
+            gathered=gathered + GRADIENT_BYTES * (layer_parameters + rest_parameters),
+        )
+    rest_bytes = rest_parameters * run.dtype_bytes
+    block_bytes = compute_frozen_bytes(spec, run.method, run.dtype_bytes) - rest_bytes
+    return dataclasses.replace(parts, weights=rest_bytes + block_bytes // shard, gathered=gathered)
 
 
-def compute_gathered_bytes(spec: ModelSpec, method: str, dtype_bytes: int) -> int:
+def _compute_gathered_bytes(spec: ModelSpec, run: Footprint) -> int:
     """Return the bytes of a layer while it is gathered."""
-    if method == "full":
-        copy_bytes = dtype_bytes if dtype_bytes < MASTER_BYTES else 0
+    if run.method == "full":
+        copy_bytes = run.dtype_bytes if run.dtype_bytes < MASTER_BYTES else 0
         return spec.block_parameters // spec.num_layers * (MASTER_BYTES + copy_bytes)
-    rest_bytes = (spec.parameters - spec.block_parameters) * dtype_bytes
-    return (compute_frozen_bytes(spec, method, dtype_bytes) - rest_bytes) // spec.num_layers
+    rest_bytes = (spec.parameters - spec.block_parameters) * run.dtype_bytes
+    frozen_bytes = compute_frozen_bytes(spec, run.method, run.dtype_bytes)
+    return (frozen_bytes - rest_bytes) // spec.num_layers
 
 
 def _estimate_activations(spec: ModelSpec, settings: ActivationSettings) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tunesmith.core.types import Plan
 from tunesmith.plan.activations import ALL_LINEAR
 from tunesmith.plan.flops import estimate_run_flops
-from tunesmith.plan.memory import count_trained_parameters, get_dtype_bytes
+from tunesmith.plan.memory import Footprint, count_trained_parameters, get_dtype_bytes
 from tunesmith.plan.memory_budget import USUAL_MULTIPLES, compute_multiple
 from tunesmith.plan.rules import CountFn, count_nothing
 from tunesmith.plan.step_memory import has_enough_memory
@@ -60,15 +60,15 @@ def estimate_methods(
 def estimate_method(plan: Plan, count_parameters: CountFn = count_nothing) -> MethodEstimate:
     config = plan.config
     peak = plan.memory_bytes["peak"]
-    num_trained = count_trained_parameters(
-        plan.model,
-        method=config.method,
-        dtype=config.dtype,
+    run = Footprint(
+        config.method,
+        config.dtype,
         rank=config.lora_r or 0,
         targets=config.lora_target_modules or ALL_LINEAR,
-        dora=config.use_dora or False,
+        use_dora=config.use_dora or False,
         module_parameters=count_parameters(config.modules_to_save or ()),
     )
+    num_trained = count_trained_parameters(plan.model, run)
     result_dtype = config.dtype if config.method == "full" else "fp32"
     return MethodEstimate(
         method=config.method,

@@ -8,7 +8,7 @@ optima.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,12 +48,12 @@ NO_MEASURES = Measures()
 
 @dataclass(frozen=True)
 class RuleContext:
-    """The inputs of a rule."""
+    """The inputs of a rule. `with_settings` returns those of the next one."""
 
     machine: Machine
     model: ModelSpec
     data: DataReport
-    settings: dict[str, PlanValue]  # decided so far
+    settings: Mapping[str, PlanValue]  # decided so far
     has_schema: bool
     max_steps: int | None
     stage: str = "sft"
@@ -69,6 +69,10 @@ class RuleContext:
 
     def __contains__(self, key: str) -> bool:
         return key in self.settings
+
+    def with_settings(self, settings: Mapping[str, PlanValue]) -> RuleContext:
+        """Return the context with more settings decided, or other ones."""
+        return replace(self, settings={**self.settings, **settings})
 
     @property
     def steps(self) -> int:

@@ -6,19 +6,19 @@ component, of one device. Left out: the components themselves (memory.py, memory
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from tunesmith.core.types import Plan, PlanValue
-from tunesmith.plan.activations import ALL_LINEAR
-from tunesmith.plan.memory import CacheSize
+from tunesmith.plan.hardware_presets import find_missing_for_triton
+from tunesmith.plan.memory import CacheSize, Footprint, MemoryParts, estimate_peak_memory
 from tunesmith.plan.memory_budget import (
     estimate_cache,
-    estimate_memory,
     estimate_phase_bytes,
     needs_complete_answers,
 )
+from tunesmith.plan.memory_gpu import estimate_gpu_memory
 from tunesmith.plan.new_tokens import count_trained_rows
 from tunesmith.plan.rehearsal import MAX_RATIO
 from tunesmith.plan.rules import RuleContext, make_rule_value, make_user_value
@@ -79,22 +79,32 @@ def estimate_savings(context: RuleContext) -> float:
     return context.measures.saved_share(rows, context["pack_length"])
 
 
-def estimate_step_memory(context: RuleContext) -> dict[str, int]:
+def estimate_step_memory(context: RuleContext) -> MemoryParts:
     sizes = estimate_packs(context)
     return _estimate_pack_memory(context, sizes.step, sizes.packs)
 
 
-def _estimate_pack_memory(context: RuleContext, pack_tokens: int, packs: int) -> dict[str, int]:
-    return estimate_memory(
+def _estimate_pack_memory(context: RuleContext, pack_tokens: int, packs: int) -> MemoryParts:
+    cache = _estimate_answer_cache(context)
+    run = collect_footprint(context)
+    machine = context.machine
+    if machine.device == "cuda":
+        return estimate_gpu_memory(
+            context.model,
+            run,
+            pack_tokens=pack_tokens,
+            cache=cache,
+            has_triton=not find_missing_for_triton(machine),
+            mesh=context.mesh,
+        )
+    return estimate_peak_memory(
         context.model,
-        context.machine,
-        has_evaluation=context.has_evaluation,
+        run,
         pack_tokens=pack_tokens,
         packs=packs,
         layouts=2 if context["weight_layout"] == "blocked" else 1,
-        cache=_estimate_answer_cache(context),
-        mesh=context.mesh,
-        **collect_footprint(context),
+        has_evaluation=context.has_evaluation,
+        cache=cache,
     )
 
 
@@ -136,8 +146,8 @@ def decide_checkpointing(context: RuleContext, recipe_value: str) -> PlanValue:
         return make_user_value(recipe_value)
     free = context.machine.available_bytes
     for policy, reason in CHECKPOINTING_POLICIES.items():
-        context.settings["gradient_checkpointing"] = make_rule_value(policy, reason)
-        needed_bytes = estimate_needed_bytes(context)
+        decision = {"gradient_checkpointing": make_rule_value(policy, reason)}
+        needed_bytes = estimate_step_memory(context.with_settings(decision)).peak * MEMORY_MARGIN
         if needed_bytes <= free or policy == "full":
             memory = f"{needed_bytes / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
             where = " on each GPU" if context.mesh.num_gpus > 1 else ""
@@ -146,30 +156,27 @@ def decide_checkpointing(context: RuleContext, recipe_value: str) -> PlanValue:
     raise AssertionError("the last policy is always taken")
 
 
-def estimate_needed_bytes(context: RuleContext) -> float:
-    """Return the bytes that must be free for a step."""
-    return estimate_step_memory(context)["peak"] * MEMORY_MARGIN
-
-
 def has_enough_memory(plan: Plan) -> bool:
     """Return whether the run fits in the free memory of its machine, with a margin."""
     return plan.memory_bytes["peak"] * MEMORY_MARGIN <= plan.machine.available_bytes
 
 
-def collect_footprint(context: RuleContext) -> dict[str, Any]:
+def collect_footprint(context: RuleContext) -> Footprint:
     """Return the settings that decide how much memory the weights and their optimizer take."""
-    is_full = context["method"] == "full"
-    return {
-        "method": context["method"],
-        "dtype": context["dtype"],
-        "optim": context["optim"],
-        "gradient_checkpointing": context["gradient_checkpointing"],
-        "step_in_backward": context["step_in_backward"],
-        "rank": 0 if is_full else context["lora_r"],
-        "targets": ALL_LINEAR if is_full else context["lora_target_modules"],
-        "dora": False if is_full else context["use_dora"],
-        "new_rows": count_trained_rows(context.settings),
-        "module_parameters": (
-            0 if is_full else context.measures.count_parameters(context["modules_to_save"])
-        ),
-    }
+    run = Footprint(
+        method=context["method"],
+        dtype=context["dtype"],
+        optim=context["optim"],
+        gradient_checkpointing=context["gradient_checkpointing"],
+        step_in_backward=context["step_in_backward"],
+        new_rows=count_trained_rows(context.settings),
+    )
+    if run.method == "full":
+        return run
+    return dataclasses.replace(
+        run,
+        rank=context["lora_r"],
+        targets=context["lora_target_modules"],
+        use_dora=context["use_dora"],
+        module_parameters=context.measures.count_parameters(context["modules_to_save"]),
+    )

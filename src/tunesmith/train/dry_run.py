@@ -12,6 +12,7 @@ CUDA and of NCCL, and the words of 8 bytes by which ranks agree."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 from collections import Counter
@@ -42,8 +43,6 @@ from tunesmith.session.session import open_truncated_session
 from tunesmith.train.loop import TrainingLoop
 from tunesmith.train.run import refuse_on_ranks
 
-# of a prediction, which no tensor of a step holds
-OTHER_PARTS = ("process", "context", "NCCL", "kernels", "fragments", "KV cache", "evaluation")
 READ = torch.ops.aten._local_scalar_dense.default
 
 
@@ -185,9 +184,12 @@ def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
         messages.append(RankMessages(name, calls, record.num_bytes[name]))
     context = _build_context(plan, ranks.world)
     planned = estimate_step_memory(context)
-    trained_bytes = MASTER_BYTES * count_trained_parameters(
-        context.model, **collect_footprint(context)
+    # without what no tensor of a step holds
+    tensors = dataclasses.replace(
+        planned, process=0, context=0, nccl=0, kernels=0, fragments=0, evaluation=0
     )
+    num_trained = count_trained_parameters(context.model, collect_footprint(context))
+    trained_bytes = MASTER_BYTES * num_trained
     if plan.config.method == "full":
         trained_bytes //= context.mesh.shard
     return DryRun(
@@ -199,8 +201,8 @@ def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
         weight_bytes=weight_bytes,
         peak_bytes=record.peak_bytes,
         planned_rank_tokens=estimate_packs(context).step,
-        planned_weight_bytes=planned["weights"] + trained_bytes,  # those in fp32, too
-        planned_peak_bytes=planned["peak"] - sum(planned.get(name, 0) for name in OTHER_PARTS),
+        planned_weight_bytes=planned.weights + trained_bytes,  # those in fp32, too
+        planned_peak_bytes=tensors.peak - tensors.cache,
     )
 
 

@@ -196,7 +196,7 @@ def test_memory_follows_what_a_step_holds(plan: Planner) -> None:
 
 def test_what_measuring_leaves_behind_counts_where_something_is_measured(plan: Planner) -> None:
     bare = plan().memory_bytes
-    assert bare["evaluation"] == 0
+    assert "evaluation" not in bare
     for roles, wishes in (
         ({"test_data": {}}, {}),
         ({"eval_data": {}}, {}),

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tiny_runs import build_sum_rows, make_tiny_recipe, plan_recipe, write_eval_files, write_rows
 from tunesmith.core.events import CheckpointSaved
 from tunesmith.core.run_dir import RunFolder
-from tunesmith.plan.memory import count_max_checkpoints, estimate_disk_bytes
+from tunesmith.plan.memory import Footprint, count_max_checkpoints, estimate_disk_bytes
 from tunesmith.plan.rules import RuleContext
 from tunesmith.train import run
 
@@ -18,19 +17,15 @@ def test_checkpoints_of_all_trained_weights_and_of_the_base_what_no_switch_bring
     make_context: Callable[..., RuleContext],
 ) -> None:
     spec = make_context().model
-    lora: dict[str, Any] = {"method": "lora", "dtype": "bf16", "rank": 16}
-    assert estimate_disk_bytes(spec, checkpoints=5, **lora) == 5 * 16 * 305_280 * 12
-    full: dict[str, Any] = {"method": "full", "dtype": "bf16", "rank": 0}
-    assert estimate_disk_bytes(spec, checkpoints=2, **full) == 2 * spec.parameters * 12
-    states = (
-        estimate_disk_bytes(spec, checkpoints=2, cached_tokens=1000, **full)
-        - 2 * spec.parameters * 12
-    )
+    lora = Footprint("lora", "bf16", rank=16)
+    assert estimate_disk_bytes(spec, lora, checkpoints=5) == 5 * 16 * 305_280 * 12
+    full = Footprint("full", "bf16")
+    assert estimate_disk_bytes(spec, full, checkpoints=2) == 2 * spec.parameters * 12
+    states = estimate_disk_bytes(spec, full, checkpoints=0, cached_tokens=1000)
     assert states == 576 * 2 * (1000 + spec.vocab_size)
-    assert estimate_disk_bytes(spec, checkpoints=0, cached_tokens=1000, **lora) == 576 * 2 * 1000, (
-        "its head is the base's"
-    )
-    small = estimate_disk_bytes(spec, checkpoints=1, optim="adamw_8bit", **full)
+    states = estimate_disk_bytes(spec, lora, checkpoints=0, cached_tokens=1000)
+    assert states == 576 * 2 * 1000, "its head is the base's"
+    small = estimate_disk_bytes(spec, Footprint("full", "bf16", optim="adamw_8bit"), checkpoints=1)
     assert small == pytest.approx(spec.parameters * (4 + 2 * 260 / 256), abs=1)
 
 

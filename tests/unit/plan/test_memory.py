@@ -23,15 +23,23 @@ from tunesmith.plan.activations import REPLACED_MLP_TYPES, REPLACED_NORM_TYPES
 from tunesmith.plan.memory import (
     EXPERT_KERNEL_BYTES,
     CacheSize,
+    Footprint,
+    MemoryParts,
     compute_cache_bytes,
     count_dora_magnitudes,
     count_lora_parameters,
     estimate_peak_memory,
 )
-from tunesmith.plan.memory_budget import estimate_memory
 from tunesmith.plan.rules import RuleContext
 
-SETTINGS: dict[str, Any] = {"method": "lora", "dtype": "bf16", "rank": 16, "pack_tokens": 2048}
+FULL: dict[str, Any] = {"method": "full"}
+
+
+def estimate(
+    spec: ModelSpec, *, pack_tokens: int = 2048, packs: int = 1, **changed: Any
+) -> MemoryParts:
+    run = Footprint(**({"method": "lora", "dtype": "bf16", "rank": 16} | changed))
+    return estimate_peak_memory(spec, run, pack_tokens=pack_tokens, packs=packs)
 
 
 @pytest.fixture
@@ -39,28 +47,19 @@ def spec(make_context: Callable[..., RuleContext]) -> ModelSpec:
     return make_context().model
 
 
-def test_an_adapter_of_smollm2_has_305_thousand_parameters_a_rank(spec: ModelSpec) -> None:
-    assert count_lora_parameters(spec, 1) == 305_280
-    assert count_lora_parameters(spec, 16) == 16 * 305_280
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_components_add_up(method: str, dtype: str, spec: ModelSpec) -> None:
-    parts = estimate_peak_memory(spec, **(SETTINGS | {"method": method, "dtype": dtype}))
-    assert all(value >= 0 for value in parts.values())
-    assert parts.pop("peak") == sum(parts.values())
-
-
-def test_weights_are_counted_once(spec: ModelSpec) -> None:
-    def bytes_of(**changed: Any) -> tuple[int, int]:
-        parts = estimate_peak_memory(spec, **(SETTINGS | changed))
-        return parts["weights"], parts["trained"]
-
-    assert bytes_of() == (2 * spec.parameters, 16 * count_lora_parameters(spec, 16))
-    assert bytes_of(dtype="fp32") == (4 * spec.parameters, 16 * count_lora_parameters(spec, 16))
-    assert bytes_of(method="full", dtype="fp32") == (0, 16 * spec.parameters)
-    assert bytes_of(method="full") == (2 * spec.block_parameters, 16 * spec.parameters)
+def test_weights_are_counted_once_and_components_add_up(spec: ModelSpec) -> None:
+    adapter_bytes = 16 * 16 * 305_280  # 305 thousand parameters a rank
+    wanted = {
+        ("lora", "bf16"): (2 * spec.parameters, adapter_bytes),
+        ("lora", "fp32"): (4 * spec.parameters, adapter_bytes),
+        ("full", "fp32"): (0, 16 * spec.parameters),
+        ("full", "bf16"): (2 * spec.block_parameters, 16 * spec.parameters),
+    }
+    for (method, dtype), sizes in wanted.items():
+        parts = estimate(spec, method=method, dtype=dtype)
+        assert (parts.weights, parts.trained) == sizes
+        stored = parts.to_dict()
+        assert stored.pop("peak") == sum(stored.values()) == parts.fixed + parts.step
 
 
 @pytest.mark.parametrize(
@@ -68,31 +67,17 @@ def test_weights_are_counted_once(spec: ModelSpec) -> None:
     [
         ("activations", {"pack_tokens": 4096}, 2),
         ("trained", {"rank": 64}, 4),
-        ("weights", {"rank": 64}, 1),
-        ("weights", {"pack_tokens": 4096}, 1),
+        ("weights", {"rank": 64, "pack_tokens": 4096}, 1),
+        ("head", {"pack_tokens": 8192}, 1),
     ],
 )
 def test_each_component_grows_with_its_own_cause(
     component: str, changed: dict[str, Any], factor: float, spec: ModelSpec
 ) -> None:
     before, after = (
-        estimate_peak_memory(spec, **SETTINGS),
-        estimate_peak_memory(spec, **(SETTINGS | changed)),
+        getattr(parts, component) for parts in (estimate(spec), estimate(spec, **changed))
     )
-    assert after[component] == pytest.approx(factor * before[component])
-
-
-def test_the_head_never_holds_all_logits(spec: ModelSpec) -> None:
-    wide = dataclasses.replace(spec, vocab_size=2 * spec.vocab_size)
-    long = SETTINGS | {"pack_tokens": 8192}
-    assert (
-        estimate_peak_memory(wide, **SETTINGS)["head"]
-        == 2 * estimate_peak_memory(spec, **SETTINGS)["head"]
-    )
-    assert (
-        estimate_peak_memory(spec, **long)["head"] == estimate_peak_memory(spec, **SETTINGS)["head"]
-    )
-    assert estimate_peak_memory(spec, **long)["head"] < 8192 * spec.vocab_size
+    assert after == pytest.approx(factor * before)
 
 
 def test_what_is_computed_anew_is_not_kept(spec: ModelSpec) -> None:
@@ -102,19 +87,21 @@ def test_what_is_computed_anew_is_not_kept(spec: ModelSpec) -> None:
     tables = 2 * 64  # cosines and sines, in fp32
     wanted = {"none": 30 * layer, "selective": 30 * (layer - mlp), "full": 30 * h + layer}
     for policy, values in wanted.items():
-        saved = estimate_peak_memory(spec, **SETTINGS, gradient_checkpointing=policy)["activations"]
+        saved = estimate(spec, gradient_checkpointing=policy).activations
         assert saved == 2048 * 2 * (values + tables + 6 * 1536)
 
 
-def test_a_family_with_more_norms_keeps_their_inputs(spec: ModelSpec) -> None:
-    def values(norms: NormShape) -> float:
-        described = describe_layers(spec, norms=norms)
-        return estimate_peak_memory(described, **SETTINGS)["activations"] / (2048 * 2 * 30)
+def count_values(described: ModelSpec) -> float:
+    """Return the values that a layer keeps of a token."""
+    return estimate(described).activations / (2048 * 2 * 30)
 
+
+def test_a_family_with_more_norms_keeps_their_inputs(spec: ModelSpec) -> None:
     heads, outputs = 576 + 192, 2 * 576
-    plain = values(NormShape(60))
-    assert round(values(NormShape(60, 30 * heads)) - plain) == heads
-    assert round(values(NormShape(120)) - plain) == outputs
+    plain = count_values(describe_layers(spec, norms=NormShape(60)))
+    with_heads = count_values(describe_layers(spec, norms=NormShape(60, 30 * heads)))
+    assert round(with_heads - plain) == heads
+    assert round(count_values(describe_layers(spec, norms=NormShape(120))) - plain) == outputs
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "arcee", "apertus", "bitnet"])
@@ -136,8 +123,7 @@ def test_an_adapter_of_some_parts_has_their_parameters(spec: ModelSpec) -> None:
     assert both == attention + mlp == count_lora_parameters(spec, 2)
     assert count_lora_parameters(spec, 2, ["q_proj"]) == both, "names count as all linears"
     assert count_dora_magnitudes(spec, "attention") == 30 * (576 + 2 * 192 + 576)
-    settings = SETTINGS | {"targets": "attention"}
-    assert estimate_peak_memory(spec, **settings)["trained"] == 16 * 8 * attention
+    assert estimate(spec, targets="attention").trained == 16 * 8 * attention
 
 
 def make_spec(config: PreTrainedConfig) -> ModelSpec:
@@ -170,14 +156,11 @@ def make_spec(config: PreTrainedConfig) -> ModelSpec:
 
 
 def test_ungated_mlps_and_stock_modules_keep_other_values(spec: ModelSpec) -> None:
-    def values(described: ModelSpec) -> float:
-        return estimate_peak_memory(described, **SETTINGS)["activations"] / (2048 * 2 * 30)
-
     ungated = describe_layers(spec, mlp_inputs=1)
-    assert round(values(spec) - values(ungated)) == 1536
+    assert round(count_values(spec) - count_values(ungated)) == 1536
     stock = dataclasses.replace(spec, model_type="cwm")
     more = 2 * 576 + 2 * 1536  # norms in fp32, activation and product
-    assert round(values(stock) - values(spec)) == more
+    assert round(count_values(stock) - count_values(spec)) == more
 
 
 @pytest.mark.parametrize("family", leave_others_to_slow(CONFIGS))
@@ -193,64 +176,43 @@ def test_the_plan_knows_which_modules_are_ours(family: str) -> None:
 
 def test_each_size_of_a_pack_leaves_code_up_to_a_bound(spec: ModelSpec) -> None:
     """Products in fp32 are another library's."""
-    few, many, more = (
-        estimate_peak_memory(spec, **SETTINGS, packs=packs)["kernels"] for packs in (2, 100, 10_000)
-    )
+    few, many, more = (estimate(spec, packs=packs).kernels for packs in (2, 100, 10_000))
     assert (many, more) == (50 * few, many)
     sparse = dataclasses.replace(spec, num_experts=8)
-    of_experts = estimate_peak_memory(sparse, **SETTINGS, packs=2)["kernels"] - few
-    assert of_experts == EXPERT_KERNEL_BYTES
-    assert estimate_peak_memory(spec, **(SETTINGS | {"dtype": "fp32"}), packs=100)["kernels"] == 0
+    assert estimate(sparse, packs=2).kernels - few == EXPERT_KERNEL_BYTES
+    assert estimate(spec, packs=100, dtype="fp32").kernels == 0
 
 
 def test_moments_in_8_bits_take_a_quarter(spec: ModelSpec) -> None:
-    full = SETTINGS | {"method": "full"}
-    wide, small = (
-        estimate_peak_memory(spec, **full),
-        estimate_peak_memory(spec, **full, optim="adamw_8bit"),
-    )
-    assert wide["trained"] - small["trained"] == pytest.approx(
-        spec.parameters * (8 - 2 * 260 / 256)
-    )
-    assert (wide["update"], small["update"]) == (0, 16 * spec.vocab_size * spec.hidden_size)
-    assert small["peak"] < wide["peak"]
+    wide, small = estimate(spec, **FULL), estimate(spec, **FULL, optim="adamw_8bit")
+    saved_bytes = spec.parameters * (8 - 2 * 260 / 256)
+    assert wide.trained - small.trained == pytest.approx(saved_bytes)
+    assert (wide.update, small.update) == (0, 16 * spec.vocab_size * spec.hidden_size)
+    assert small.peak < wide.peak
 
 
 def test_a_step_in_the_backward_keeps_the_gradient_of_one_tensor(spec: ModelSpec) -> None:
-    full = SETTINGS | {"method": "full"}
-    with_gradients, without = (
-        estimate_peak_memory(spec, **full),
-        estimate_peak_memory(spec, **full, step_in_backward=True),
-    )
+    without = estimate(spec, **FULL, step_in_backward=True)
     largest = spec.vocab_size * spec.hidden_size
-    assert with_gradients["trained"] - without["trained"] == 4 * (spec.parameters - largest)
+    assert estimate(spec, **FULL).trained - without.trained == 4 * (spec.parameters - largest)
 
 
 def test_4_bit_weights_take_a_quarter_and_the_ends_stay_wide(spec: ModelSpec) -> None:
-    plain, small = (
-        estimate_peak_memory(spec, **SETTINGS),
-        estimate_peak_memory(spec, **(SETTINGS | {"method": "qlora"})),
-    )
+    plain, small = estimate(spec), estimate(spec, method="qlora")
     ends = 2 * (spec.parameters - spec.block_parameters)
-    assert small["weights"] - ends == pytest.approx(0.258 * (plain["weights"] - ends), rel=1e-3)
-    assert small["widened"] == 2 * 2 * spec.hidden_size * spec.intermediate_size
-    assert plain["widened"] == 0
-    same = ("trained", "activations", "head")
-    assert {key: small[key] for key in same} == {key: plain[key] for key in same}
+    assert small.weights - ends == pytest.approx(0.258 * (plain.weights - ends), rel=1e-3)
+    widened = 2 * 2 * spec.hidden_size * spec.intermediate_size
+    assert small == dataclasses.replace(plain, weights=small.weights, widened=widened)
 
 
-def test_answers_written_side_by_side_count_where_they_take_more_than_a_step(
-    make_context: Callable[..., RuleContext],
-) -> None:
-    spec, machine = make_context().model, make_context().machine
-    held = {**SETTINGS, "packs": 1, "layouts": 1, "has_evaluation": False}
+def test_answers_count_where_they_take_more_than_a_step(spec: ModelSpec) -> None:
+    run = Footprint("lora", "bf16", rank=16)
     few, many = (
-        estimate_memory(spec, machine, **held, cache=CacheSize(1, tokens))
+        estimate_peak_memory(spec, run, pack_tokens=2048, cache=CacheSize(1, tokens))
         for tokens in (1000, 100_000)
     )
-    assert few["KV cache"] == 0
-    step_bytes = sum(many[part] for part in ("activations", "head", "fragments"))
+    assert few.cache == 0
     head_bytes = spec.vocab_size * spec.hidden_size * 2  # generation has a second copy
     cache_bytes = compute_cache_bytes(spec, CacheSize(1, 100_000), 2)
-    assert many["KV cache"] == cache_bytes + head_bytes - step_bytes > 0
-    assert many["peak"] - few["peak"] == many["KV cache"]
+    assert many.cache == cache_bytes + head_bytes - many.step > 0
+    assert many.peak - few.peak == many.cache

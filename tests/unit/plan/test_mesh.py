@@ -65,7 +65,7 @@ def test_full_fine_tuning_holds_a_shard_of_everything_and_moments_in_fp32(plan: 
     made = plan(LLAMA_8B, "8xh100", method="full", dp_shard_size=8)
     assert made.config.optim == "adamw"
     parts = made.memory_bytes
-    assert parts["weights"] == 0, "16-bit copies exist where they are gathered"
+    assert "weights" not in parts, "16-bit copies exist where they are gathered"
     assert parts["trained"] == pytest.approx(16 * made.model.parameters / 8, rel=1e-6)
 
 

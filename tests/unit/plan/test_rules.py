@@ -178,7 +178,7 @@ def test_every_rule_gives_a_reason_that_fits_on_a_screen(make_context: Make) -> 
     facts = make_context()
     for key, decide_by_rule in RULES.items():
         choice = decide_by_rule(facts)
-        facts.settings[key] = choice
+        facts = facts.with_settings({key: choice})
         assert choice.decided_by in ("rule", "checkpoint")
         assert 10 < len(choice.reason) < 160, key
 
