@@ -16,7 +16,6 @@ import pytest
 from tunesmith.advise.rules.questionnaire import QUESTIONS
 from tunesmith.cli import app
 from tunesmith.core import run_dir
-from tunesmith.evaluate.answer_cache import ANSWERS_FILE
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import ALIASES, KEYS
 from tunesmith.report.page import REPORT_FILE
@@ -151,7 +150,6 @@ FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
 DATA_FILE = re.compile(r"`([^`\s*<>]+\.(?:jsonl?|html|yaml))`")
 PLACEHOLDER = re.compile(r"[A-Z]+")
 RUN_FILES = {value for name, value in vars(run_dir).items() if name.endswith(("_FILE", "_DIR"))} | {
-    ANSWERS_FILE,
     REPORT_FILE,
     REFERENCE_FILE,
     PAIRS_FILE,

@@ -20,14 +20,13 @@ from tunesmith.core.atomic import (
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.run_dir import RunFolder
 from tunesmith.data.rejects import write_rejected_rows
-from tunesmith.evaluate.answer_cache import ANSWERS_FILE, AnswerCache, _AppendFile
 from tunesmith.report.trackers import RunTracker
 
 RUN_FILES = sorted(
     {
         *run_dir.STARTUP_FILES,
         *(value for key, value in vars(run_dir).items() if key.endswith(("_FILE", "_DIR"))),
-        *(".tmp-rejected.jsonl", ".tmp-rejected.jsonl-1-ab", ".trash-x", ANSWERS_FILE),
+        *(".tmp-rejected.jsonl", ".tmp-rejected.jsonl-1-ab", ".trash-x"),
     }
 )
 PLANTS: dict[str, Callable[[Path, Path], None]] = {
@@ -139,15 +138,6 @@ def test_removal_removes_the_link_alone(tmp_path: Path, victim: Path) -> None:
     remove_leftovers(tmp_path)
     remove_folder(tmp_path / "step-1")
     assert [entry.name for entry in tmp_path.iterdir()] == ["home"]
-    require_unharmed(victim)
-
-
-@pytest.mark.parametrize("plant", ["symbolic", "dangling", "relative"])
-def test_answers_are_not_appended_to_a_link(plant: str, tmp_path: Path, victim: Path) -> None:
-    cache = AnswerCache(tmp_path / ANSWERS_FILE, "hash")
-    PLANTS[plant](cache.file, victim)
-    with pytest.raises(InputError, match="symbolic link"):
-        _AppendFile(cache.file)
     require_unharmed(victim)
 
 

@@ -144,7 +144,7 @@ def test_every_file_of_the_run_folder_is_there(finished: Path) -> None:
             "checkpoints",
             "adapter",
         ),
-        *("eval_after.json", "fingerprint.json", "record.json", "answers.jsonl"),
+        *("eval_after.json", "fingerprint.json", "record.json"),
     }
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"step-0", "step-2"}
     assert verify_dir(finished / "checkpoints" / "step-2") == ""

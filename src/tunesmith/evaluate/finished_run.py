@@ -13,13 +13,10 @@ from pathlib import Path
 from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.sampling import MAX_SEED, SamplingParams, check_sampling
 from tunesmith.core.types import GenerationRequest, Json
-from tunesmith.evaluate.answer_cache import open_answer_cache
 from tunesmith.evaluate.error_analysis import Evaluation, evaluate_results
 from tunesmith.evaluate.items import build_eval_items
 from tunesmith.evaluate.measure import measure_items
 from tunesmith.model.generation.engine import stream_answer
-from tunesmith.session import inputs
-from tunesmith.session.fingerprint import build_fingerprint
 from tunesmith.session.reopen import load_trained_session, reopen_session, starting_model
 from tunesmith.session.session import Session
 
@@ -34,13 +31,9 @@ def evaluate_run(
     session.model.ranks = ranks
     plan = session.plan
     items = build_eval_items(plan, session.inputs, allow_code=allow_code)
-    fingerprint = build_fingerprint(plan, session.inputs, plan.recipe)
-    after_cache = open_answer_cache(path, fingerprint, path / "adapter")
-    after = measure_items(session, items, step=plan.steps, cache=after_cache)
-    starting_adapter = inputs.load_starting_adapter(plan, session.inputs.model.path)
-    before_cache = open_answer_cache(path, fingerprint, starting_adapter)
+    after = measure_items(session, items, step=plan.steps)
     with starting_model(session, plan):
-        before = measure_items(session, items, step=0, cache=before_cache)
+        before = measure_items(session, items, step=0)
     return evaluate_results(before, after, plan, session.inputs)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 from tunesmith.core.events import EVAL_TASK, GENERAL_TASK, GenerationSample, Score
 from tunesmith.core.types import Document, GenerationOutput
 from tunesmith.data.sampler import LABELLED_SIDES
-from tunesmith.evaluate.answer_cache import AnswerCache, generate_cached
 from tunesmith.evaluate.constraint_violations import ELICITING, measure_bad_logp, measure_violations
 from tunesmith.evaluate.general_text import (
     GeneralText,
@@ -44,6 +43,7 @@ from tunesmith.evaluate.results import (
     compute_score,
     split_by_task,
 )
+from tunesmith.evaluate.shared_items import generate_all
 from tunesmith.evaluate.shortcuts import build_answer_items, has_suspect
 from tunesmith.plan.memory_budget import needs_complete_answers
 from tunesmith.session.session import Session
@@ -59,12 +59,10 @@ def measure_items(
     *,
     step: int,
     base_references: BaseReferences = NO_BASE_REFERENCES,
-    cache: AnswerCache | None = None,
 ) -> EvalResults:
     """Evaluate everything there are items for.
 
     base_references: the model that training started from; without them, KL is not measured.
-    cache: generated answers are read from it and added to it.
     """
     session.model.network.eval()
     should_grade = bool(
@@ -74,7 +72,7 @@ def measure_items(
     prompts = (*items.prompts, *items.eliciting_prompts) if should_grade else tuple(shown)
     if should_grade:
         shown += items.eliciting_prompts[:1]
-    outputs = generate_answers(session, prompts, cache=cache)
+    outputs = generate_answers(session, prompts)
     measurements = grade_answers(session, prompts, outputs)
     samples = build_samples(prompts, [output.text for output in outputs], step=step)
     test_base = base_references.get("test")
@@ -188,8 +186,6 @@ def generate_answers(
     session: Session,
     prompts: Sequence[EvalPrompt],
     bad_words_ids: tuple[tuple[int, ...], ...] = (),
-    *,
-    cache: AnswerCache | None = None,
 ) -> list[GenerationOutput]:
     """Return greedy answers. `bad_words_ids`: token sequences that no answer may contain."""
     if not prompts:
@@ -200,9 +196,7 @@ def generate_answers(
     )
     max_new_tokens = compute_max_new_tokens(prompts, needs_end=needs_end)
     requests = build_requests(prompts, max_new_tokens, bad_words_ids)
-    return generate_cached(
-        session.model, requests, decode=renderer.decode, end_ids=renderer.end_ids, cache=cache
-    )
+    return generate_all(session.model, requests, decode=renderer.decode, end_ids=renderer.end_ids)
 
 
 def grade_answers(

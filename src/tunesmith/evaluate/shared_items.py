@@ -26,6 +26,7 @@ import torch
 from tunesmith.core.errors import GateError, InputError, MachineError
 from tunesmith.core.hardware import release_memory
 from tunesmith.core.json_io import dump_json, parse_as
+from tunesmith.core.progress_log import log_progress
 from tunesmith.core.ranks import Ranks
 from tunesmith.core.types import (
     Batch,
@@ -197,6 +198,19 @@ def generate_shared(
     scales = get_adapter_scales(model.network)
     ranks.send(GENERATE, requests=list(requests), end_ids=sorted(end_ids), scales=scales)
     yield from generate_share(model, requests, decode=decode, end_ids=end_ids)
+
+
+def generate_all(
+    model: PackedCausalLM,
+    requests: Sequence[GenerationRequest],
+    *,
+    decode: DecodeFn,
+    end_ids: Collection[int],
+) -> list[GenerationOutput]:
+    """Return the output of each request, in their order, and log the progress."""
+    answers = generate_shared(model, requests, decode=decode, end_ids=end_ids)
+    outputs = dict(log_progress(answers, len(requests), "answers"))
+    return [outputs[index] for index in range(len(requests))]
 
 
 def generate_share(

@@ -19,9 +19,8 @@ from tunesmith.core.atomic import atomic_dir, remove_folder, verify_dir
 from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.run_dir import EVAL_BEFORE_FILE, RunFolder
 from tunesmith.core.sealed_json import read_sealed_as
-from tunesmith.core.types import Document, Json, Plan
+from tunesmith.core.types import Document, Plan
 from tunesmith.data.sampler import StepSampler
-from tunesmith.evaluate.answer_cache import open_answer_cache
 from tunesmith.evaluate.general_text import split_texts
 from tunesmith.evaluate.items import EvalItems
 from tunesmith.evaluate.kl_divergence import AdapterDisabled, CachedStates, cache_states
@@ -48,13 +47,10 @@ STATE_NAMES = {GENERAL_TASK: "general", "test": "answers"}
 ADAPTER_DISABLED: BaseReferences = {GENERAL_TASK: AdapterDisabled(), "test": AdapterDisabled()}
 
 
-def measure_before_training(
-    folder: RunFolder, session: Session, items: EvalItems, fingerprint: Json
-) -> EvalResults:
+def measure_before_training(folder: RunFolder, session: Session, items: EvalItems) -> EvalResults:
     """Return the metrics before training, measured once per run."""
     if not (folder.path / EVAL_BEFORE_FILE).exists():
-        cache = open_answer_cache(folder.path, fingerprint, session.inputs.adapter)
-        results = measure_items(session, items, step=0, cache=cache)
+        results = measure_items(session, items, step=0)
         folder.write_json(EVAL_BEFORE_FILE, results)
     return read_sealed_as(EvalResults, folder.path / EVAL_BEFORE_FILE)
 

@@ -53,7 +53,6 @@ from tunesmith.core.types import Comparison, Json, Plan, RunRecord, ScalePoint, 
 from tunesmith.data.rejects import refuse_unusable_rows, write_rejected_rows
 from tunesmith.data.tokenizer.tokenizer_json import append_tokens
 from tunesmith.evaluate.adapter_scaling import measure_scale_curve
-from tunesmith.evaluate.answer_cache import open_answer_cache
 from tunesmith.evaluate.error_analysis import analyze_run_errors
 from tunesmith.evaluate.items import EvalItems, build_eval_items
 from tunesmith.evaluate.loglikelihood import check_likelihood_displacement
@@ -243,7 +242,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
 
     # Measure before, while the weights are those of the start.
     with context.stop.immediate(), machine_errors():
-        before = base_reference.measure_before_training(folder, session, items, fingerprint)
+        before = base_reference.measure_before_training(folder, session, items)
         references = base_reference.load_base_references(folder, session, items)
         has_changes = context.resume_state.has_changes
         session, pair_results = add_synthetic_pairs(session, folder, allow_changes=has_changes)
@@ -259,10 +258,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
         step = training.final_step
         weights_dir = _save_weights(context, session, schema)
         with context.stop.immediate(), machine_errors():
-            cache = open_answer_cache(folder.path, fingerprint, weights_dir)
-            after = measure_items(
-                session, items, step=step, base_references=references, cache=cache
-            )
+            after = measure_items(session, items, step=step, base_references=references)
             scales = measure_scale_curve(session, items, step=step, before=before, after=after)
     except Interrupted:
         if training.loop.step > training.saved_step:

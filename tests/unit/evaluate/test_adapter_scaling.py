@@ -18,7 +18,7 @@ from tiny_runs import (
 )
 from tunesmith.core.events import GENERAL_TASK, Score
 from tunesmith.core.types import RunRecord, ScalePoint
-from tunesmith.evaluate import adapter_scaling, answer_cache
+from tunesmith.evaluate import adapter_scaling, shared_items
 from tunesmith.evaluate.adapter_scaling import ADAPTER_SCALES
 from tunesmith.evaluate.items import build_eval_items
 from tunesmith.evaluate.measure import measure_general_text
@@ -149,9 +149,9 @@ def test_a_killed_run_measures_what_a_straight_one_measures(
         "metrics": ["exact_match"],
     }
     prompts: list[list[tuple[int, ...]]] = []
-    generate = answer_cache.generate_shared
+    generate = shared_items.generate_shared
     monkeypatch.setattr(
-        answer_cache,
+        shared_items,
         "generate_shared",
         lambda model, requests, **rest: (
             prompts.append([item.tokens for item in requests]) or generate(model, requests, **rest)
@@ -170,25 +170,6 @@ def test_a_killed_run_measures_what_a_straight_one_measures(
     assert prompts.count(tested) == 1, "after only"
     resumed = tunesmith.read_record(tmp_path / "killed" / "run")
     assert (resumed.kl_scores, resumed.scales) == (straight.kl_scores, straight.scales)
-
-
-def test_eval_of_a_run_takes_its_answers_from_the_folder(
-    writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record = record_of(writer, tmp_path, metrics=["exact_match"])
-    prompts: list[int] = []
-    generate = answer_cache.generate_shared
-    monkeypatch.setattr(
-        answer_cache,
-        "generate_shared",
-        lambda model, requests, **rest: (
-            prompts.append(len(requests)) or generate(model, requests, **rest)
-        ),
-    )
-    assert [
-        c.after.value for c in tunesmith.evaluate(tmp_path / "run").comparisons
-    ] == pytest.approx([c.after.value for c in record.comparisons], rel=1e-6)
-    assert sum(prompts) == 0
 
 
 # ---------------------------------------------------------------- what is offered

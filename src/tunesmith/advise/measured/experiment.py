@@ -58,7 +58,6 @@ from tunesmith.core.events import Score
 from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.types import Json, Plan
-from tunesmith.evaluate.answer_cache import ANSWERS_FILE, AnswerCache
 from tunesmith.evaluate.generate_until import build_prompts, check_prompts
 from tunesmith.evaluate.metrics import METRICS, split_metric
 from tunesmith.evaluate.statistics import compute_wilson_interval
@@ -142,7 +141,7 @@ def advise_measured(
     items = select_items(inputs)
     check_prompts(build_prompts(items, inputs.renderer), metrics, inputs.response_schema)
     store = ResultStore(config.folder, _build_fingerprint(plan, inputs, passages))
-    runner = ArmRunner.from_plan(plan, inputs, items, passages, store.answer_cache)
+    runner = ArmRunner.from_plan(plan, inputs, items, passages)
     start_measuring(runner.model, plan, config.ranks)
     runner, timings = _limit_items(runner, store, config.minutes)
     options = ArmOptions(
@@ -230,12 +229,6 @@ class ResultStore:
         make_dirs(folder)
         refuse_links(folder)
         remove_leftovers(folder)
-
-    @property
-    def answer_cache(self) -> AnswerCache:
-        """Single answers of the untrained model, those of unfinished arms included."""
-        digest = hashlib.sha256(dump_json(self.fingerprint)).hexdigest()
-        return AnswerCache(self.folder / ANSWERS_FILE, digest)
 
     def get(self, key: Any, result_type: type[T]) -> T | None:
         """Return None for a result that is missing, truncated or of another version."""

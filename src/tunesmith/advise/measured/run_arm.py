@@ -33,13 +33,13 @@ from tunesmith.core.types import (
 )
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.sampler import StepSampler, permute_rows
-from tunesmith.evaluate.answer_cache import AnswerCache, generate_cached
 from tunesmith.evaluate.generate_until import (
     EvalPrompt,
     build_prompts,
     compute_max_new_tokens,
     iter_answers,
 )
+from tunesmith.evaluate.shared_items import generate_all
 from tunesmith.model.adapters import copy_weights, restore_weights
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.grammar import Grammar
@@ -78,10 +78,7 @@ class ArmResult:
 
 @dataclass(frozen=True, eq=False)
 class ArmRunner:
-    """A model, its training rows, and the held-out items to answer.
-
-    The cache holds answers of the untrained model only.
-    """
+    """A model, its training rows, and the held-out items to answer."""
 
     plan: Plan
     inputs: RunInputs
@@ -89,7 +86,6 @@ class ArmRunner:
     rows: Dataset
     items: tuple[Example, ...]
     passages: PassageIndex | None
-    answer_cache: AnswerCache | None = None
 
     @classmethod
     def from_plan(
@@ -98,12 +94,11 @@ class ArmRunner:
         inputs: RunInputs,
         items: Sequence[Example],
         passages: PassageIndex | None,
-        answer_cache: AnswerCache | None = None,
     ) -> ArmRunner:
         config = plan.config
         rows = inputs.datasets["data"].with_max_length(config.max_length, config.on_overlong)
         model = load_starting_model(plan, inputs)
-        return cls(plan, inputs, model, rows, tuple(items), passages, answer_cache)
+        return cls(plan, inputs, model, rows, tuple(items), passages)
 
     @cached_property
     def start_weights(self) -> dict:
@@ -258,19 +253,16 @@ def _generate_answers(runner: ArmRunner, questions: Sequence[EvalPrompt], arm: A
     requests = [
         GenerationRequest(question.prompt_ids, runner.max_answer_tokens) for question in questions
     ]
-    outputs = answer_requests(runner, requests, is_trained=bool(arm.examples))
+    outputs = answer_requests(runner, requests)
     return [output.text for output in outputs]
 
 
 def answer_requests(
-    runner: ArmRunner, requests: Sequence[GenerationRequest], *, is_trained: bool = False
+    runner: ArmRunner, requests: Sequence[GenerationRequest]
 ) -> list[GenerationOutput]:
-    """Generate with the model as it is now; answers of the untrained model are cached."""
+    """Generate with the model as it is now."""
     renderer = runner.inputs.renderer
-    cache = None if is_trained else runner.answer_cache
-    return generate_cached(
-        runner.model, requests, decode=renderer.decode, end_ids=renderer.end_ids, cache=cache
-    )
+    return generate_all(runner.model, requests, decode=renderer.decode, end_ids=renderer.end_ids)
 
 
 def _train_arm(runner: ArmRunner, arm: Arm) -> float:

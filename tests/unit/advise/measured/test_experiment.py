@@ -126,22 +126,6 @@ def test_an_interrupted_experiment_continues_to_a_decision(writer: Path, tmp_pat
     assert other != zero_shot
 
 
-def test_a_killed_arm_keeps_its_answers(writer: Path, tmp_path: Path) -> None:
-    options = {"minutes": 0.001, "folder": tmp_path / "store"}
-    _, zero_shot, _ = advise_measured(make_recipe(writer, tmp_path), **options)
-    answers = (tmp_path / "store" / "answers.jsonl").read_bytes()
-    assert len(answers.splitlines()) == 20
-    for file in (tmp_path / "store").glob("*.json"):
-        if b'"prompt_tokens"' in file.read_bytes() and b'"speed"' not in file.read_bytes():
-            file.unlink()  # as if the arm had not finished
-    _, repeated, _ = advise_measured(make_recipe(writer, tmp_path), **options)
-    assert repeated != zero_shot, "it is timed again"
-    assert repeated.answers == zero_shot.answers  # type: ignore[union-attr]
-    assert (tmp_path / "store" / "answers.jsonl").read_bytes() == answers, (
-        "nothing was generated again"
-    )
-
-
 def test_every_kind_of_arm_has_its_prompt(writer: Path, tmp_path: Path) -> None:
     (tmp_path / "docs.txt").write_text(
         "\n\n".join(f"{n} and {n * n} make {n + n * n}. " * 5 for n in range(100, 105))
