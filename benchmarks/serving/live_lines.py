@@ -35,14 +35,7 @@ from benchmarks.serving.clients import (
 
 sys.path.append(str(Path(__file__).parents[2] / "tests" / "helpers"))
 
-from tiny_server import (
-    LiveServer,
-    make_settings,
-    read_metric,
-    save_toy_adapter,
-    serving,
-    wait_for,
-)
+from tiny_server import LiveServer, make_settings, read_metric, save_toy_adapter, serving, wait_for
 from tunesmith.core.types import GenerationRequest, Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.evaluate.verify.verification import MAX_TIE_NATS
@@ -82,7 +75,7 @@ class Lab:
 
     @property
     def renderer(self) -> Renderer:
-        return self.live.server.engine.registry.base.renderer
+        return self.live.server.registry.base.renderer
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -160,7 +153,7 @@ def print_latencies(lab: Lab) -> None:
 def print_arrival(lab: Lab) -> None:
     """W6: a long prompt arrives while all clients are answered."""
     chats = lab.make_chats([BASE_NAME], CLIENTS)
-    context_length = lab.live.server.engine.registry.base.context_length
+    context_length = lab.live.server.registry.base.context_length
     prompt = [7] * min(LONG_PROMPT, context_length // 2)
     body = {"model": BASE_NAME, "prompt": prompt, "max_tokens": 1}
 
@@ -311,7 +304,7 @@ def print_registered(lab: Lab) -> None:
 def print_cold(lab: Lab) -> None:
     """W3: more adapters than fit in memory, against all in memory: 64 asked for by Zipf's law, and
     twice as many as fit asked for alike. They share files, and differ in their factor."""
-    registry = lab.live.server.engine.registry
+    registry = lab.live.server.registry
     num_bytes = registry.count_bytes() // ADAPTERS
     names: list[str] = []
     models: dict[str, object] = {}
@@ -356,7 +349,7 @@ def print_overhead(lab: Lab) -> None:
     """L6: processor time for a token over HTTP, against the engine's batch alone. The thread of
     the event loop does HTTP, events, logs and metrics; what else the server takes over the batch is
     that the engine's threads wait for each other while clients have their cores."""
-    scheduler = lab.live.server.engine.scheduler
+    scheduler = lab.live.server.scheduler
     bodies: list[Json] = [chat.to_body() for chat in lab.make_chats([BASE_NAME], CLIENTS)]
     biases = tuple((end, -100.0) for end in lab.end_ids)
     prompts = [lab.renderer.encode_prompt(body["messages"]) for body in bodies]
@@ -404,7 +397,7 @@ def print_fairness(lab: Lab) -> None:
     ends = [str(end) for end in lab.end_ids]
     words = [lab.url, BASE_NAME, str(lab.num_tokens), *ends, "--flood", str(NUM_FLOODED)]
     command = [sys.executable, "-m", "benchmarks.serving.clients", *words]
-    limits = lab.live.server.engine.scheduler._limits
+    limits = lab.live.server.scheduler._limits
     with subprocess.Popen(command, stdin=subprocess.PIPE) as flood:
         wait_for(lambda: read_metric(lab.live, "waiting") > NUM_FLOODED // 2)
         beside, beside_steps = ask_counting_steps(lab, quiet)
@@ -451,5 +444,5 @@ def print_soak(lab: Lab, minutes: float) -> None:
 
 def read_cached_bytes(lab: Lab) -> int:
     """Return the bytes of the blocks of keys and values that were used since the start."""
-    batch = lab.live.server.engine.scheduler._batch
+    batch = lab.live.server.scheduler._batch
     return batch.cache.pool._num_used * BLOCK_TOKENS * batch.model.cache_bytes_per_token

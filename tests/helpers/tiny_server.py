@@ -24,7 +24,7 @@ from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
 from tunesmith.model.hub.validate import read_model_json
 from tunesmith.model.save import save_adapter, save_serving_files
 from tunesmith.serve import server as serve_server
-from tunesmith.serve.handlers import Server
+from tunesmith.serve.exchange import Server
 from tunesmith.serve.settings import ServeSettings, check_settings
 from tunesmith.session.provenance import build_provenance, hash_weight_files, write_provenance
 from tunesmith.session.witness import record_answers
@@ -120,15 +120,15 @@ def serving(settings: ServeSettings) -> Iterator[LiveServer]:
         url = prepared.url.removesuffix("/v1")
         live = LiveServer(url, server, asyncio.get_running_loop(), prepared.new_key)
         running.append(live)
-        server.engine.scheduler.start(live.loop)
-        await serve_server.load_models(server.engine.registry, prepared.models)
+        server.scheduler.start(live.loop)
+        await serve_server.load_models(server.registry, prepared.models)
         web = serve_server.make_web_server(server, prepared)
         serving_task = asyncio.ensure_future(web.serve(sockets=[prepared.socket]))
         while not web.started:
             await asyncio.sleep(0.01)
         started.set()
         await live.stop.wait()
-        await server.engine.scheduler.stop()
+        await server.scheduler.stop()
         web.should_exit = True
         await serving_task
         await server.routes.close()
@@ -159,7 +159,7 @@ def pausing_engine(live: LiveServer) -> Iterator[None]:
         is_waiting.set()
         go_on.wait()
 
-    live.server.engine.scheduler.put_command(wait)
+    live.server.scheduler.put_command(wait)
     try:
         assert is_waiting.wait(START_SECONDS)
         yield
@@ -179,7 +179,7 @@ def read_events(lines: Sequence[str]) -> list[str]:
 def read_metric(live: LiveServer, name: str, **labels: str) -> float:
     """Return the sum of a metric over the series with these labels."""
     total = 0.0
-    for family in live.server.engine.metrics.registry.collect():
+    for family in live.server.metrics.registry.collect():
         for sample in family.samples:
             if sample.name == f"tunesmith_{name}" and labels.items() <= sample.labels.items():
                 total += sample.value

@@ -104,7 +104,6 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "tunesmith serve runs/run-1",
         "tunesmith serve runs/run-1@0.5 runs/run-2 --port 9000",
         "tunesmith serve serve.yaml",
-        "tunesmith serve --watch http://127.0.0.1:8000",
     ),
     "keys add": ("tunesmith keys add ci", "tunesmith keys add ops --scope metrics,admin"),
     "keys list": ("tunesmith keys list",),

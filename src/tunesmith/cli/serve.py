@@ -6,9 +6,7 @@ loads no web server. Left out: what a request does (serve/)."""
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,10 +16,8 @@ import typer
 
 from tunesmith.cli.args import AsJson
 from tunesmith.cli.help import complete_runs, option, switch
-from tunesmith.cli.output import TerminalConsole, escape_markup, print_result, write_stderr
-from tunesmith.core.errors import InputError, MachineError
-
-WATCH_SECONDS = 2.0
+from tunesmith.cli.output import print_result, write_stderr
+from tunesmith.core.errors import InputError
 
 KeysFile = Annotated[Path | None, option("FILE", "Key file; ~/.config/tunesmith/keys.json.")]
 
@@ -29,7 +25,9 @@ ModelsFolder = Annotated[
     Path | None, option("FOLDER", "Folder from which PUT /admin/models may load runs.")
 ]
 
-WatchedUrl = Annotated[str | None, option("URL", "Watch a running server instead.")]
+WatchedUrl = Annotated[
+    str | None, typer.Option(metavar="URL", help="Not supported any more.", hidden=True)
+]
 
 SourcesArg = Annotated[
     list[str] | None,
@@ -62,8 +60,8 @@ def serve(  # noqa: PLR0913 - every option is a flag
 ) -> None:
     """Serve runs on one base through an OpenAI-compatible API."""
     if watch is not None:
-        _watch_server(watch, sources)
-        return
+        fix = f"read {watch.rstrip('/')}/metrics, for example with Prometheus"
+        raise InputError("a running server is no longer shown here", where="--watch", fix=fix)
     settings_flags: dict[str, Any] = {
         "base": base,
         "host": host,
@@ -96,37 +94,6 @@ def _serve_until_signal(sources: Sequence[str], settings_flags: Mapping[str, Any
         write_stderr(f"API key, shown once: {prepared.new_key}\n")
     with prepared.base.scratch:
         return asyncio.run(run_server(prepared))
-
-
-def _watch_server(url: str, sources: list[str] | None) -> None:
-    """Show a running server until Ctrl-C. If the server goes away, say so and try again."""
-    console = TerminalConsole()
-    if sources:
-        fix = "leave the runs out"
-        raise InputError("a running server is watched, not started", where="--watch", fix=fix)
-    if not console.is_terminal:
-        fix = "read /metrics, which programs understand"
-        raise InputError("--watch needs a terminal", where="command line", fix=fix)
-    _require_extra()
-    from rich.console import Group
-    from rich.live import Live
-
-    from tunesmith.cli.views.server import render_activity
-    from tunesmith.serve.watch import KEY_VARIABLE, ServerMonitor
-
-    monitor = ServerMonitor(url, os.environ.get(KEY_VARIABLE, ""))
-    activity = monitor.read()  # the first error ends it
-    problem = ""
-    with Live(console=console, screen=True, auto_refresh=False) as live:
-        while True:
-            view = render_activity(monitor.url, activity, max_models=max(3, console.height // 2))
-            live.update(Group(f"[bold red]{escape_markup(problem)}[/]", view), refresh=True)
-            time.sleep(WATCH_SECONDS)
-            try:
-                activity = monitor.read()
-                problem = ""
-            except MachineError as error:
-                problem = f"{error.message}; this is what it did last"
 
 
 def _require_extra() -> None:

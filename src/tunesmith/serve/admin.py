@@ -20,10 +20,10 @@ from starlette.responses import JSONResponse, Response
 from tunesmith.core.errors import InputError, TunesmithError
 from tunesmith.serve.bodies import CanaryBody, ModelBody, read_body
 from tunesmith.serve.errors import NO_STORE, RequestError, format_problem, from_tunesmith_error
-from tunesmith.serve.handlers import Server, describe_model, get_key, get_server
+from tunesmith.serve.exchange import Server, get_key, get_server
+from tunesmith.serve.handlers import describe_model
 from tunesmith.serve.middleware import BODY_FIELD
 from tunesmith.serve.registry import ServedModel
-from tunesmith.serve.routes import Route
 from tunesmith.serve.settings import check_name
 from tunesmith.serve.sources import open_adapter
 
@@ -62,7 +62,7 @@ def _get_name(request: Request) -> str:
 
 async def get_admin_model(request: Request) -> JSONResponse:
     """Return one model with its digest as ETag."""
-    model = get_server(request).engine.registry.find(request.path_params["model"], get_key(request))
+    model = get_server(request).registry.find(request.path_params["model"], get_key(request))
     headers = {**NO_STORE, "etag": f'"{model.digest}"'}
     return JSONResponse(describe_model(request, model), headers=headers)
 
@@ -72,10 +72,10 @@ async def put_model(request: Request) -> JSONResponse:
     name = _get_name(request)
     body = read_body(request.scope[BODY_FIELD], ModelBody)
     server = get_server(request)
-    if server.routes.table.get(name) is not None:
+    if server.routes.get(name) is not None:
         message = f"{name} is the name of a route"
         raise RequestError(HTTPStatus.CONFLICT, message, code="name_taken", param="model")
-    registry = server.engine.registry
+    registry = server.registry
     registry.check_match(name, request.headers.get("if-match"))
     folder = find_folder(server.models_dir, body.source)
     model = await open_model(server, name, folder, body)
@@ -92,7 +92,7 @@ async def put_model(request: Request) -> JSONResponse:
 async def open_model(server: Server, name: str, folder: Path, body: ModelBody) -> ServedModel:
     """Open an adapter folder as a model. Raises RequestError 409 for what the base cannot serve; it
     names the folder as the request does."""
-    base = server.engine.registry.base
+    base = server.registry.base
     try:
         source = await asyncio.to_thread(
             open_adapter, str(folder), base, is_unproven_allowed=body.unproven
@@ -119,48 +119,41 @@ async def delete_model(request: Request) -> Response:
     """Remove a name; requests that use its adapter end as they began."""
     name = _get_name(request)
     server = get_server(request)
-    if routes := server.routes.table.list_users(name):
+    if routes := server.routes.list_users(name):
         message = f"{name} is used by the routes {', '.join(routes)}"
         raise RequestError(HTTPStatus.CONFLICT, message, code="model_in_use", param="model")
-    registry = server.engine.registry
+    registry = server.registry
     registry.check_match(name, request.headers.get("if-match"))
     registry.remove(name)
     return Response(status_code=HTTPStatus.NO_CONTENT, headers=NO_STORE)
 
 
-def find_route(request: Request) -> Route:
-    """Return the route in the path. Raises RequestError 404."""
-    name = request.path_params["route"]
-    route = get_server(request).routes.table.get(name)
-    if route is None:
-        raise RequestError(404, f"there is no route {name!r:.100}", code="route_not_found")
-    return route
-
-
 async def list_routes(request: Request) -> JSONResponse:
     """List the routes with what their canaries have counted."""
-    routes = [route.describe() for route in get_server(request).routes.table]
+    routes = [route.describe() for route in get_server(request).routes]
     return JSONResponse({"object": "list", "data": routes}, headers=NO_STORE)
 
 
-async def get_route(request: Request) -> JSONResponse:
-    """Return one route with what its canary has counted."""
-    return JSONResponse(find_route(request).describe(), headers=NO_STORE)
-
-
 async def put_route(request: Request) -> JSONResponse:
-    """Start, roll back or promote the canary of a route."""
-    route = find_route(request)
+    """Start or roll back the canary of a route."""
+    name = request.path_params["route"]
+    table = get_server(request).routes
+    route = table.get(name)
+    if route is None:
+        raise RequestError(404, f"there is no route {name!r:.100}", code="route_not_found")
     body = read_body(request.scope[BODY_FIELD], CanaryBody)
     if route.canary is None:
         message = f"{route.name} has no canary; serve.yaml gives it one"
         raise RequestError(HTTPStatus.CONFLICT, message, code="no_canary", param="route")
-    get_server(request).routes.set_canary(route, body.canary, get_key(request).name)
+    if body.canary == "start":
+        table.start_canary(route)
+    else:
+        table.roll_back(route, f"set by {get_key(request).name}")
     return JSONResponse(route.describe(), headers=NO_STORE)
 
 
 async def start_drain(request: Request) -> JSONResponse:
     """Take no new requests; those that run go on."""
-    scheduler = get_server(request).engine.scheduler
+    scheduler = get_server(request).scheduler
     scheduler.is_draining = True
     return JSONResponse({"active": scheduler.num_active}, headers=NO_STORE)

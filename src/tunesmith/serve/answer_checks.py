@@ -20,7 +20,6 @@ from tunesmith.serve.registry import ServedModel
 
 MAX_REPETITION = 0.5  # of the 4-grams of tokens; JSON of one form repeats up to a third
 FAILED = "failed"  # the check of an answer that was not completed
-THUMBS_DOWN = "thumbs_down"  # the check of feedback
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,9 @@ from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp
 
 from tunesmith.serve import admin, handlers
-from tunesmith.serve.bodies import (
-    CanaryBody,
-    ChatBody,
-    CompletionBody,
-    FeedbackBody,
-    ModelBody,
-)
+from tunesmith.serve.bodies import CanaryBody, ChatBody, CompletionBody, FeedbackBody, ModelBody
 from tunesmith.serve.errors import NO_STORE, RequestError, make_error_body
+from tunesmith.serve.exchange import Server
 from tunesmith.serve.keys import KeyRing, Scope
 from tunesmith.serve.middleware import AccessMiddleware, AccessRules, list_hosts
 from tunesmith.serve.openapi import build_openapi
@@ -69,7 +64,6 @@ ROUTES: tuple[Endpoint, ...] = (
     Endpoint("PUT", "/admin/models/{model}", admin.put_model, "admin", ModelBody),
     Endpoint("DELETE", "/admin/models/{model}", admin.delete_model, "admin", success=204),
     Endpoint("GET", "/admin/routes", admin.list_routes, "admin"),
-    Endpoint("GET", "/admin/routes/{route}", admin.get_route, "admin"),
     Endpoint("PUT", "/admin/routes/{route}", admin.put_route, "admin", CanaryBody),
     Endpoint("POST", "/admin/drain", admin.start_drain, "admin"),
 )
@@ -88,7 +82,7 @@ def find_scope(path: str) -> Scope | None:
     return "infer"
 
 
-def build_app(server: handlers.Server, settings: ServeSettings, keys: KeyRing) -> ASGIApp:
+def build_app(server: Server, settings: ServeSettings, keys: KeyRing) -> ASGIApp:
     """Return the guarded application."""
     app = Starlette(
         routes=_list_routes(),
@@ -112,7 +106,7 @@ def build_app(server: handlers.Server, settings: ServeSettings, keys: KeyRing) -
         body_bytes=settings.limits.body,
         find_scope=find_needed_scope,
     )
-    return AccessMiddleware(app, rules, server.engine.metrics)
+    return AccessMiddleware(app, rules, server.metrics)
 
 
 def _list_routes() -> list[Route]:

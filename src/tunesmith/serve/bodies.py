@@ -304,7 +304,7 @@ class ModelBody(_Body):
 class CanaryBody(_Body):
     """An admin's decision on the canary of a route, whatever was counted."""
 
-    canary: Literal["start", "roll_back", "promote"]
+    canary: Literal["start", "roll_back"]
 
 
 class FeedbackBody(_Body):

@@ -51,8 +51,6 @@ class KeptChat:
     messages: tuple[Json, ...]
     answer: str
     time: float  # in seconds, of a clock that only the caller knows
-    route: str = ""  # that has chosen the model
-    user: str = ""  # who keeps it
     has_feedback: bool = False
 
     @property

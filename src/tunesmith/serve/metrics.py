@@ -17,6 +17,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from tunesmith.serve.access_log import AccessRecord
+
 MAX_HISTOGRAM_MODELS = 50
 OTHER_MODELS = "other"
 FIRST_TOKEN_BUCKETS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30, 60)
@@ -50,7 +52,15 @@ class ServerMetrics:
         self.refused = add_counter("refused", "Requests refused before a model saw them.", ("why",))
         self.cut_answers = add_counter("cut_answers", "Answers not completed.", ("model",))
         self.feedback = add_counter("feedback", "Verdicts of people.", ("model", "verdict"))
-        self.routes = RouteMetrics(self.registry)
+        arm = ("route", "model")
+        self.route_share = add_gauge("route_share", "Percent of a route's requests.", arm)
+        self.route_answers = add_counter("route_answers", "Answers by a route.", arm)
+        self.route_checks = add_counter(
+            "route_checks", "Checks of answers: ok or bad.", (*arm, "check", "result")
+        )
+        self.canaries_rolled_back = add_counter(
+            "canaries_rolled_back", "Canaries that were taken away.", ("route",)
+        )
         self.running = add_gauge("running", "Answers being made.")
         self.waiting = add_gauge("waiting", "Answers waiting for a row.")
         self.is_resident = add_gauge("adapter_resident", "1: in memory.", ("model",))
@@ -82,30 +92,21 @@ class ServerMetrics:
             self._histogram_models.add(model)
         return model
 
+    def count_answers(self, record: AccessRecord, num_answers: int) -> None:
+        """Count the tokens of a request, and its times if it has a first token."""
+        self.tokens.labels(record.model, "prompt").inc(record.prompt_tokens)
+        self.tokens.labels(record.model, "cached").inc(record.cached_tokens)
+        self.tokens.labels(record.model, "answer").inc(record.answer_tokens)
+        label = self.name_histogram(record.model)
+        self.request_time.labels(label).observe(record.seconds)
+        first_seconds = record.first_token_seconds
+        if first_seconds is None:
+            return
+        self.first_token.labels(label).observe(first_seconds)
+        num_later = record.answer_tokens - num_answers
+        if num_later > 0:
+            per_answer = num_later / num_answers
+            self.token_gap.labels(label).observe((record.seconds - first_seconds) / per_answer)
+
     def render(self) -> bytes:
         return generate_latest(self.registry)
-
-
-class RouteMetrics:
-    """The metrics of routes."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        arm = ("route", "model")
-        checked = (*arm, "check", "result")  # ok or bad
-
-        def add_counter(name: str, text: str, labels: tuple[str, ...]) -> Counter:
-            return Counter(f"tunesmith_{name}", text, labels, registry=registry)
-
-        self.share = Gauge(
-            "tunesmith_route_share", "Percent of a route's requests.", arm, registry=registry
-        )
-        self.answers = add_counter("route_answers", "Answers by a route.", arm)
-        self.checks = add_counter("route_checks", "Checks of answers.", checked)
-        self.canary_events = add_counter("canary_events", "Decisions.", ("route", "event"))
-        self.shadow_answers = add_counter(
-            "shadow_answers", "same, different, dropped or failed.", (*arm, "result")
-        )
-        self.shadow_checks = add_counter("shadow_checks", "Checks of shadows.", checked)
-        self.shadow_tokens = add_counter(
-            "shadow_tokens", "Tokens of compared answers.", (*arm, "side")
-        )

@@ -1,31 +1,34 @@
-"""Names that stand for several models, and which of them answers a request.
+"""Names that stand for several models: which of them answers a request, and what its answers say.
 
-    table = RouteTable(routes);  route = table.find("prod", key);  route.choose_arm("user ada")
+    table = RouteTable(routes, registry, metrics);  route = table.find("prod", key)
+    model = table.choose_model(route, "user ada");  table.note_answers(...)
 
-In: the settings of routes and a unit: a user, an API key, or a request. Out: the name of a model.
-The same unit gets the same arm while the shares stay, on every server with the same settings, and
-a share that grows only takes units from others. Left out: what the answers say about an arm
-(route_judge.py), the table of HTTP paths (app.py)."""
+In: the settings of routes and a unit: a user, an API key, or a request. Out: a model. The same unit
+gets the same arm while the shares stay, on every server with the same settings, and a share that
+grows only takes units from others. Answers are checked on a worker, after the client has them, and
+counted in the metrics and for the canary; no content is kept. Left out: the statistic of a canary
+(canary.py), the table of HTTP paths (app.py)."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
+from tunesmith.serve.answer_checks import FAILED, CheckedAnswer, build_rules, check_answer
 from tunesmith.serve.canary import Canary
 from tunesmith.serve.keys import ApiKey
+from tunesmith.serve.metrics import ServerMetrics
+from tunesmith.serve.registry import Registry, ServedModel
 from tunesmith.serve.route_settings import RouteSettings
-from tunesmith.serve.route_state import describe_canary
 
-
-def compute_position(*names: str) -> float:
-    """Return a number in (0, 1) that looks random and is always the same for the same names."""
-    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).digest()
-    return (int.from_bytes(digest[:8]) + 0.5) / 2**64
+logger = logging.getLogger("tunesmith.serve")
 
 
 def choose_arm(route: str, shares: Mapping[str, float], unit: str) -> str:
@@ -35,7 +38,10 @@ def choose_arm(route: str, shares: Mapping[str, float], unit: str) -> str:
     times: dict[str, float] = {}
     for arm, share in shares.items():
         if share > 0:
-            times[arm] = -math.log(compute_position(route, arm, unit)) / share
+            names = "\n".join([route, arm, unit])
+            digest = hashlib.sha256(names.encode(errors="surrogateescape")).digest()
+            position = (int.from_bytes(digest[:8]) + 0.5) / 2**64  # in (0, 1)
+            times[arm] = -math.log(position) / share
     return min(times, key=lambda arm: times[arm])
 
 
@@ -45,8 +51,12 @@ class Route:
 
     name: str
     settings: RouteSettings
-    canary: Canary | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    canary: Canary | None = None
+
+    def __post_init__(self) -> None:
+        if self.settings.canary is not None:
+            self.canary = Canary(self.settings.canary)
 
     @property
     def stable(self) -> str:
@@ -70,31 +80,29 @@ class Route:
     def choose_arm(self, unit: str) -> str:
         return choose_arm(self.name, self.shares, unit)
 
-    def should_shadow(self, model: str, request_id: str) -> bool:
-        """Return whether the shadow answers a request that `model` has answered."""
-        shadow = self.settings.shadow
-        if shadow is None or shadow.model == model:
-            return False
-        return 100 * compute_position(self.name, "shadow", request_id) < shadow.share
-
     def describe(self) -> Json:
         """Return the route as the admin API shows it."""
-        shadow = self.settings.shadow
         return {
             "id": self.name,
             "object": "route",
             "arms": self.shares,
             "sticky": self.settings.sticky,
-            "shadow": None if shadow is None else {"model": shadow.model, "share": shadow.share},
-            "canary": None if self.canary is None else describe_canary(self.canary),
+            "canary": None if self.canary is None else self.canary.describe(),
         }
 
 
 class RouteTable:
-    """All routes of a server."""
+    """All routes of a server. All state belongs to the event loop."""
 
-    def __init__(self, routes: Sequence[Route] = ()) -> None:
-        self._routes = {route.name: route for route in routes}
+    def __init__(
+        self, settings: Mapping[str, RouteSettings], registry: Registry, metrics: ServerMetrics
+    ) -> None:
+        self._routes = {name: Route(name, route) for name, route in settings.items()}
+        self._registry = registry
+        self._metrics = metrics
+        self._judging: set[asyncio.Task[None]] = set()
+        for route in self:
+            self._show_shares(route)
 
     def __iter__(self) -> Iterator[Route]:
         return iter(self._routes.values())
@@ -110,7 +118,88 @@ class RouteTable:
         """Return the names of the routes that use a model."""
         names: list[str] = []
         for route in self:
-            models = {name for _, name in route.settings.list_models()}
-            if model in models:
+            if model in [name for _, name in route.settings.list_models()]:
                 names.append(route.name)
         return names
+
+    def choose_model(self, route: Route, unit: str) -> ServedModel:
+        """Return the model that answers a unit. Raises RequestError 503 for one out of service; a
+        canary is rolled back then, and the stable model answers."""
+        if route.canary is not None:
+            canary = self._registry.get(route.canary.settings.model)
+            stable = self._registry.get(route.stable)
+            route.canary.follow_versions(canary.version, stable.version)
+        model = self._registry.get(route.choose_arm(unit))
+        if model.name != route.stable and not self._registry.is_in_service(model):
+            self.roll_back(route, f"{model.name} gives NaN or infinite numbers")
+            model = self._registry.get(route.choose_arm(unit))
+        self._registry.check_in_service(model)
+        return model
+
+    def roll_back(self, route: Route, reason: str) -> None:
+        """Take a canary away at once."""
+        if route.canary is not None and not route.canary.reason:
+            route.canary.reason = reason
+            self._report_end(route)
+
+    def start_canary(self, route: Route) -> None:
+        """Let a canary answer again."""
+        if route.canary is not None:
+            route.canary.start()
+            self._show_shares(route)
+
+    def note_answers(
+        self, route: Route, model: ServedModel, answers: Sequence[CheckedAnswer], *, user: str
+    ) -> None:
+        """Judge the answers of a request, soon; none if it failed."""
+        task = asyncio.ensure_future(self._judge(route, model, answers, user))
+        self._judging.add(task)
+        task.add_done_callback(self._judging.discard)
+
+    async def _judge(
+        self, route: Route, model: ServedModel, answers: Sequence[CheckedAnswer], user: str
+    ) -> None:
+        candidate = None
+        if route.canary is not None:
+            candidate = self._registry.get(route.canary.settings.model)
+        rules = build_rules(self._registry.get(route.stable), candidate)
+        self._metrics.route_answers.labels(route.name, model.name).inc(max(1, len(answers)))
+        try:
+            checks = [await asyncio.to_thread(check_answer, answer, rules) for answer in answers]
+        except InputError as error:  # a pattern of a run is too slow
+            logger.error("an answer was not judged: %s", error)
+            return
+        for answer_checks in checks or [{FAILED: True}]:
+            for check, is_bad in answer_checks.items():
+                result = "bad" if is_bad else "ok"
+                self._metrics.route_checks.labels(route.name, model.name, check, result).inc()
+            self._count(route, model, answer_checks, user)
+
+    def _count(
+        self, route: Route, model: ServedModel, checks: Mapping[str, bool], user: str
+    ) -> None:
+        canary = route.canary
+        if canary is None or not canary.is_counted(model.version):
+            return
+        is_bad = any(checks.get(check, False) for check in canary.settings.watch)
+        canary.add_answer(is_bad, is_canary=model.name != route.stable, user=user)
+        if canary.judge():
+            self._report_end(route)
+
+    def _report_end(self, route: Route) -> None:
+        """Say that a canary was rolled back: in the log and the metrics."""
+        assert route.canary is not None
+        names = (route.canary.settings.model, route.name)
+        logger.warning("canary %s of %s rolled back: %s", *names, route.canary.reason)
+        self._metrics.canaries_rolled_back.labels(route.name).inc()
+        self._show_shares(route)
+
+    def _show_shares(self, route: Route) -> None:
+        for model, share in route.shares.items():
+            self._metrics.route_share.labels(route.name, model).set(share)
+
+    async def close(self) -> None:
+        """Stop judging."""
+        for task in self._judging:
+            task.cancel()
+        await asyncio.gather(*self._judging, return_exceptions=True)

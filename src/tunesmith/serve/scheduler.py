@@ -6,17 +6,14 @@
 In: jobs from the event loop, by a queue of commands that are run between two steps. Out: after each
 step one call into the event loop with what all rows gained. Nothing is locked. A job waits in a
 FairQueue until the batch has a row for it; a few further rows are for clients that have none, so
-that they do not wait for whole answers of others. A background job runs only while no client's job
-does or waits, and gets an error as soon as one comes. If the thread dies, every job of a client
-gets an error and `has_died` is set. Left out: HTTP (app.py), which adapters are loaded
-(registry.py)."""
+that they do not wait for whole answers of others. If the thread dies, every job gets an error and
+`has_died` is set. Left out: HTTP (app.py), which adapters are loaded (registry.py)."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -34,8 +31,6 @@ from tunesmith.serve.settings import Limits
 T = TypeVar("T")
 FIRST_ANSWER_TOKENS = 128.0  # expected of an answer before any has ended
 ANSWER_SHARE = 0.05  # of each answer in the mean length of answers
-BACKGROUND_ROWS = 4
-INTERRUPTED = "interrupted"  # the error of a background job that has made room
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,6 @@ class AnswerJob:
     outbox: asyncio.Queue[AnswerUpdate]
     index: int = 0
     grammar: AnswerGrammar | None = None
-    is_background: bool = False
     # of the engine thread
     row: RunningRequest | None = None
     num_sent: int = 0
@@ -80,7 +74,6 @@ class StepReport:
     updates: tuple[tuple[AnswerJob, AnswerUpdate], ...]
     seconds: float
     num_rows: int
-    is_background: bool = False  # of background jobs alone: no client was served
 
 
 @dataclass
@@ -107,7 +100,6 @@ class Scheduler:
         self._state = LoopState()
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._queue: FairQueue[AnswerJob] = FairQueue()
-        self._background: deque[AnswerJob] = deque()
         self._rows: dict[RunningRequest, AnswerJob] = {}
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -168,13 +160,6 @@ class Scheduler:
             self._commands.put(lambda job=job: self._enqueue(job))
         self._show_counts()
 
-    def submit_background(self, job: AnswerJob) -> None:
-        """Queue a job that nobody waits for. Raises RequestError if the server is stopping."""
-        if self.is_draining or not self.is_alive:
-            raise RequestError(503, "the server is shutting down", code="server_shutdown")
-        job.is_background = True
-        self._commands.put(lambda: self._enqueue_background(job))
-
     def cancel(self, job: AnswerJob) -> None:
         """End a job wherever it is; it gets no further update."""
         job.is_cancelled = True
@@ -225,11 +210,9 @@ class Scheduler:
             if job.is_cancelled:
                 continue
             job.outbox.put_nowait(update)
-            if update.finish_reason and not job.is_background:
+            if update.finish_reason:
                 self._forget(job)
                 self._note_length(job)
-        if report.is_background:
-            return
         self._state.backlog.note_step(num_tokens, report.seconds)
         self._metrics.step_time.observe(report.seconds)
         self._metrics.step_rows.observe(report.num_rows)
@@ -290,7 +273,7 @@ class Scheduler:
 
     def _run_commands(self) -> None:
         """Run all commands; wait for one if there is nothing else to do."""
-        if not self._rows and not len(self._queue) and not self._background:
+        if not self._rows and not len(self._queue):
             self._commands.get()()
         while not self._commands.empty():
             self._commands.get()()
@@ -300,31 +283,15 @@ class Scheduler:
 
     def _enqueue(self, job: AnswerJob) -> None:
         if not job.is_cancelled:
-            self._stop_background()
             self._queue.add(job.client, job)
-
-    def _enqueue_background(self, job: AnswerJob) -> None:
-        if not job.is_cancelled:
-            self._background.append(job)
-
-    def _stop_background(self) -> None:
-        """End the rows of background jobs, so that the next step is the clients'."""
-        for row, job in list(self._rows.items()):
-            if job.is_background:
-                self._batch.cancel(row)
-                self._end_row(row)
-                self._fail(job, "a client's request came", INTERRUPTED)
 
     def _fail(self, job: AnswerJob, error: str, code: str) -> None:
         update = AnswerUpdate(job.index, finish_reason="error", error=error, error_code=code)
-        report = StepReport(((job, update),), 0.0, 0, is_background=job.is_background)
+        report = StepReport(((job, update),), 0.0, 0)
         self._call_loop(self._handle_report, report)
 
     def _drop(self, job: AnswerJob) -> None:
-        if job.row is None and job.is_background:
-            if job in self._background:
-                self._background.remove(job)
-        elif job.row is None:
+        if job.row is None:
             self._queue.remove(job.client, job)
         elif job.row in self._rows:
             self._batch.cancel(job.row)
@@ -335,8 +302,6 @@ class Scheduler:
             self._queue.charge(job.client, prompt_tokens=job.prompt_tokens)
             if not self._start_row(job):
                 self._queue.end(job.client)
-        if all(job.is_background for job in self._rows.values()):
-            self._admit_background()
 
     def _pop_job(self) -> AnswerJob | None:
         """Return the next job that there is a row for: beyond the rows for all, of a client that
@@ -347,11 +312,6 @@ class Scheduler:
         if num_rows < self._slots + self._limits.reserved_rows:
             return self._queue.pop_first()
         return None
-
-    def _admit_background(self) -> None:
-        """Let background jobs start. No client waits: a free slot would be a client's."""
-        while self._background and len(self._rows) < min(BACKGROUND_ROWS, self._slots):
-            self._start_row(self._background.popleft())
 
     def _start_row(self, job: AnswerJob) -> bool:
         """Put a job into the batch; return whether the batch takes it."""
@@ -366,24 +326,20 @@ class Scheduler:
     def _step(self) -> None:
         started = time.perf_counter()
         num_rows = len(self._rows)
-        is_background = all(job.is_background for job in self._rows.values())
         updates: list[tuple[AnswerJob, AnswerUpdate]] = []
         for row in self._batch.step():
             job = self._rows[row]
             update = _describe_gain(job, row)
-            if not is_background:
-                self._queue.charge(job.client, answer_tokens=len(update.tokens))
+            self._queue.charge(job.client, answer_tokens=len(update.tokens))
             updates.append((job, update))
             if row.finish_reason:
                 self._end_row(row)
-        seconds = time.perf_counter() - started
-        report = StepReport(tuple(updates), seconds, num_rows, is_background)
+        report = StepReport(tuple(updates), time.perf_counter() - started, num_rows)
         self._call_loop(self._handle_report, report)
 
     def _end_row(self, row: RunningRequest) -> None:
         job = self._rows.pop(row)
-        if not job.is_background:
-            self._queue.end(job.client)
+        self._queue.end(job.client)
 
 
 def _describe_gain(job: AnswerJob, row: RunningRequest) -> AnswerUpdate:

@@ -29,28 +29,16 @@ from tunesmith.model.adapter_bank import AdapterBank
 from tunesmith.model.causal_lm import DTYPES, load_network, wrap_model
 from tunesmith.model.generation.engine import DecodeBatch
 from tunesmith.serve.app import build_app
-from tunesmith.serve.canary import Canary, CanaryState
 from tunesmith.serve.errors import RequestError
+from tunesmith.serve.exchange import Server
 from tunesmith.serve.feedback import FeedbackStore
-from tunesmith.serve.generation import AnswerEngine
-from tunesmith.serve.grammars import GrammarCache
-from tunesmith.serve.handlers import Server
 from tunesmith.serve.keys import KeyRing, add_key, find_keys_file, read_keys
 from tunesmith.serve.metrics import ServerMetrics
 from tunesmith.serve.registry import Registry, ServedModel
-from tunesmith.serve.route_judge import RouteJudge
-from tunesmith.serve.route_state import RouteStore
-from tunesmith.serve.routes import Route, RouteTable
+from tunesmith.serve.routes import RouteTable
 from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.settings import BASE_NAME, ModelSource, ServeSettings
-from tunesmith.serve.shadow import Shadow
-from tunesmith.serve.sources import (
-    BaseSource,
-    find_base_name,
-    find_dtype,
-    open_adapter,
-    open_base,
-)
+from tunesmith.serve.sources import BaseSource, find_base_name, find_dtype, open_adapter, open_base
 
 FIRST_KEY = "first"  # made at the first start on this machine
 CUT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -76,8 +64,6 @@ class PreparedServer:
     batch: DecodeBatch
     dtype: str
     feedback: FeedbackStore | None
-    store: RouteStore | None
-    routes: tuple[Route, ...]
 
     @property
     def url(self) -> str:
@@ -93,44 +79,16 @@ def prepare_server(settings: ServeSettings) -> PreparedServer:
         on_error.callback(listener.close)
         folder = settings.keep_content
         feedback = None if folder is None else FeedbackStore(folder)
-        store = None if settings.state_dir is None else RouteStore(settings.state_dir)
-        if store is not None:
-            on_error.callback(store.close)
         base = open_base(_choose_base(settings), datetime.now().replace(microsecond=0))
         on_error.callback(base.scratch.cleanup)
         models = [_open_model(name, source, base) for name, source in settings.models.items()]
-        routes = open_routes(settings, store)
         dtype = _choose_dtype(settings)
         batch = load_batch(base, dtype, settings)
         on_error.pop_all()
     settings = settings.model_copy(update={"port": listener.getsockname()[1]})
     return PreparedServer(
-        settings,
-        listener,
-        keys,
-        new_key,
-        base,
-        tuple(models),
-        batch,
-        dtype,
-        feedback,
-        store,
-        routes,
+        settings, listener, keys, new_key, base, tuple(models), batch, dtype, feedback
     )
-
-
-def open_routes(settings: ServeSettings, store: RouteStore | None) -> tuple[Route, ...]:
-    """Return the routes, with canaries where they were when the server stopped."""
-    states = {} if store is None else store.read()
-    routes: list[Route] = []
-    for name, route in settings.routes.items():
-        canary = None
-        if route.canary is not None:
-            has_pairs = route.shadow is not None and route.shadow.model == route.canary.model
-            state = states.get(name, CanaryState(canary="", stable=""))  # of no content
-            canary = Canary(route.canary, state, has_pairs=has_pairs)
-        routes.append(Route(name, route, canary))
-    return tuple(routes)
 
 
 def load_batch(base: BaseSource, dtype: str, settings: ServeSettings) -> DecodeBatch:
@@ -250,11 +208,7 @@ class TimedProtocol(H11Protocol):
         self.loop.call_later(HEAD_SECONDS, self._close_if_quiet, was_idle, was_stuck, *last)
 
     def _close_if_quiet(
-        self,
-        was_idle: bool,
-        was_stuck: bool,
-        last: RequestResponseCycle | None,
-        last_unsent: int,
+        self, was_idle: bool, was_stuck: bool, last: RequestResponseCycle | None, last_unsent: int
     ) -> None:
         num_unsent = self.transport.get_write_buffer_size()
         is_stuck = bool(num_unsent) and num_unsent == last_unsent
@@ -301,25 +255,29 @@ def build_server(prepared: PreparedServer) -> Server:
     )
     for model in prepared.models:
         registry.register(model)
-    engine = AnswerEngine(scheduler, registry, metrics, settings.limits.request)
-    grammars = GrammarCache()
-    judge = RouteJudge(
-        RouteTable(prepared.routes), engine, Shadow(engine, grammars), prepared.store
+    return Server(
+        scheduler,
+        registry,
+        metrics,
+        RouteTable(settings.routes, registry, metrics),
+        prepared.dtype,
+        settings.limits.request,
+        models_dir=settings.models_dir,
+        feedback=prepared.feedback,
     )
-    return Server(engine, grammars, judge, prepared.dtype, settings.models_dir, prepared.feedback)
 
 
 async def run_server(prepared: PreparedServer) -> int:
     """Serve until a signal or the death of the engine. Returns the exit code."""
     loop = asyncio.get_running_loop()
     server = build_server(prepared)
-    scheduler = server.engine.scheduler
+    scheduler = server.scheduler
     signals = StopSignals(loop)
     scheduler.start(loop)
-    await load_models(server.engine.registry, prepared.models)
+    await load_models(server.registry, prepared.models)
     web = make_web_server(server, prepared)
     serving = asyncio.ensure_future(web.serve(sockets=[prepared.socket]))
-    routes = [route.name for route in prepared.routes]
+    routes = list(prepared.settings.routes)
     names = ", ".join([*routes, *(model.name for model in prepared.models), BASE_NAME])
     logger.info("serving %s at %s", names, prepared.url)
     await _wait_for_any(signals.first, scheduler.has_died)

@@ -20,13 +20,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import suggest_name
 from tunesmith.plan.hardware_presets import parse_size
 from tunesmith.recipe.yaml_lines import YamlMapping, read_yaml
-from tunesmith.serve.route_settings import (
-    CanarySettings,
-    CheckMargins,
-    RouteSettings,
-    Settings,
-    ShadowSettings,
-)
+from tunesmith.serve.route_settings import CanarySettings, RouteSettings, Settings
 
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 BASE_NAME = "base"  # under which the base model itself is served
@@ -34,6 +28,12 @@ SECONDS = re.compile(r"(\d+(?:\.\d+)?) ?(s|m|h)?")
 SECOND_UNITS = {"s": 1, "m": 60, "h": 3600}
 RESERVED_SHARE = 8  # one row of so many more is for clients that have none
 YAML_SUFFIXES = (".yaml", ".yml")
+REMOVED_KEYS = {
+    "shadow": "mirror requests in your gateway",
+    "steps": "set `share`; to raise it, change serve.yaml and start the server again",
+    "at_least": "GET /admin/routes shows how many answers were counted, and their interval",
+    "state_dir": "leave it out: what a canary has counted ends with the server",
+}
 
 
 def _parse_bytes(value: Any) -> Any:
@@ -95,7 +95,6 @@ class ServeSettings(Settings):
     base: str | None = None  # the base of the models, if left out
     models_dir: Path | None = None  # below which PUT finds adapters
     keep_content: Path | None = None  # where feedback is written; without it, nothing is kept
-    state_dir: Path | None = None  # where canaries keep what they have decided
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     hosts: tuple[str, ...] = ()  # further values of the Host header
@@ -167,15 +166,6 @@ def check_route(name: str, route: RouteSettings, settings: ServeSettings) -> Non
             names = [*settings.models, BASE_NAME]
             fix = suggest_name(model, names, f"models: {', '.join(names)}")
             raise InputError(f"there is no model {model!r:.80}", where=f"{where}.{key}", fix=fix)
-    if route.canary is None:
-        return
-    if settings.state_dir is None:
-        message = "a canary needs a folder for what it has decided"
-        raise InputError(message, where=f"{where}.canary", fix="set state_dir: FOLDER")
-    if route.canary.watch.thumbs_down is not None and settings.keep_content is None:
-        message = "without keep_content there is no feedback to count"
-        fix = "set keep_content: FOLDER, or leave thumbs_down out"
-        raise InputError(message, where=f"{where}.canary.watch.thumbs_down", fix=fix)
 
 
 def name_source(source: str) -> str:
@@ -215,7 +205,7 @@ def _locate(mapping: YamlMapping, folder: Path) -> dict[str, Any]:
                 fields["from"] = str(folder / fields["from"])
             located[str(name)] = fields
         values["models"] = located
-    for key in ("models_dir", "keys", "keep_content", "state_dir"):
+    for key in ("models_dir", "keys", "keep_content"):
         if isinstance(values.get(key), str):
             values[key] = folder / Path(values[key]).expanduser()
     base = values.get("base")
@@ -236,14 +226,16 @@ def _explain(error: ValidationError, mapping: YamlMapping) -> InputError:
         fields = _find_parent(path).model_fields
         names = [field.alias or name for name, field in fields.items()]
         fix = suggest_name(str(path[-1]), names, f"keys: {', '.join(names)}")
+        if path[-1] in REMOVED_KEYS:
+            message = f"{key}: not supported any more"
+            fix = REMOVED_KEYS[str(path[-1])]
+    if path[-1] == "watch" and detail["type"] == "tuple_type":
+        fix = "list the checks, and give them one `margin`: watch: [cut, looped], margin: 0.05"
     return InputError(message, where=mapping.format_location(path), fix=fix)
 
 
 def _find_parent(path: Sequence[str | int]) -> type[Settings]:
     """Return the class that has the last key of a path."""
-    if path[0] == "routes" and len(path) > 3:
-        inner = {"shadow": ShadowSettings, "canary": CanarySettings, "watch": CheckMargins}
-        return inner[str(path[-2])]
-    if path[0] == "routes" and len(path) == 3:
-        return RouteSettings
+    if path[0] == "routes" and len(path) > 2:
+        return RouteSettings if len(path) == 3 else CanarySettings
     return {1: ServeSettings, 2: Limits, 3: ModelSource}[len(path)]

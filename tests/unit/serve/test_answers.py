@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tiny_server import LiveServer, make_chat, read_events
-from tunesmith.serve.handlers import Server
+from tunesmith.serve.exchange import Server
 
 NO_END = {"257": -100, "258": -100}  # the end tokens of the toy model
 
@@ -24,7 +24,7 @@ def client(live: LiveServer) -> Iterator[openai.OpenAI]:
 
 def count_prompt(live: LiveServer, text: str, model: str = "base") -> int:
     server: Server = live.server
-    served = server.engine.registry.get(model)
+    served = server.registry.get(model)
     return len(served.renderer.encode_prompt([{"role": "user", "content": text}]))
 
 
@@ -75,7 +75,7 @@ def get_prompt(client: openai.OpenAI, model: str, messages: Any) -> list[int]:
 
 def check_prompt(client: openai.OpenAI, live: LiveServer, messages: Any, text: str) -> None:
     """Check that the prompt of `plain` is what its template makes of messages, with a text."""
-    renderer = live.server.engine.registry.get("plain").renderer
+    renderer = live.server.registry.get("plain").renderer
     assert tuple(get_prompt(client, "plain", messages)) == renderer.encode_prompt(messages)
     assert text in renderer.render_text(messages)
 

@@ -257,7 +257,7 @@ def test_an_adapter_is_not_dropped_while_it_answers(
                 if line.startswith("data: {"):
                     tokens += json.loads(line[6:])["choices"][0].get("token_ids", [])
         assert tokens == undisturbed
-        wait_for(lambda: not live.server.engine.scheduler.num_active)
+        wait_for(lambda: not live.server.scheduler.num_active)
         assert get_ids(ask(live, "a1")) == alone[1]
         assert get_ids(ask(live, "a0")) == alone[0]
 
@@ -274,8 +274,8 @@ def test_a_name_changes_while_its_adapter_is_loaded(
     no name points to is dropped."""
     settings = make_settings({"name": pair[0]}, base=str(writer), models_dir=pair[0].parent)
     with serving(settings) as live, ThreadPoolExecutor(8) as pool, live.client() as http:
-        registry = live.server.engine.registry
-        scheduler = live.server.engine.scheduler
+        registry = live.server.registry
+        scheduler = live.server.scheduler
         digest = http.get("/v1/models/name").json()["root"]
         go_on = threading.Event()
         scheduler.put_command(lambda: go_on.wait(WAIT_SECONDS))  # the load waits to be scored

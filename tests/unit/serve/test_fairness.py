@@ -160,7 +160,7 @@ def narrow(writer: Path) -> Iterator[LiveServer]:
 def holding(live: LiveServer) -> Iterator[None]:
     """Let the engine wait between two steps; inside, all rows are of answers that have begun."""
     go_on = threading.Event()
-    live.server.engine.scheduler.put_command(go_on.wait)
+    live.server.scheduler.put_command(go_on.wait)
     try:
         yield
     finally:
@@ -169,7 +169,7 @@ def holding(live: LiveServer) -> Iterator[None]:
 
 def fill_rows(live: LiveServer, num_tokens: int, ended: list[str]) -> None:
     """Let one client have all rows, and wait until each has given a token."""
-    scheduler = live.server.engine.scheduler
+    scheduler = live.server.scheduler
     for _ in range(8):
         live.call(scheduler.submit, [make_job(FLOOD, num_tokens, ended)])
     wait_for(lambda: len(scheduler._state.running) == 8)
@@ -177,7 +177,7 @@ def fill_rows(live: LiveServer, num_tokens: int, ended: list[str]) -> None:
 
 def test_a_client_without_rows_does_not_wait_for_an_answer_of_others(narrow: LiveServer) -> None:
     """Its three tokens end before the 100 tokens of any of 14 long answers."""
-    scheduler = narrow.server.engine.scheduler
+    scheduler = narrow.server.scheduler
     ended: list[str] = []
     with holding(narrow):
         for _ in range(14):
@@ -189,7 +189,7 @@ def test_a_client_without_rows_does_not_wait_for_an_answer_of_others(narrow: Liv
 
 
 def test_a_full_queue_of_one_client_refuses_that_client_alone(narrow: LiveServer) -> None:
-    scheduler = narrow.server.engine.scheduler
+    scheduler = narrow.server.scheduler
     ended: list[str] = []
     fill_rows(narrow, 400, ended)
     with holding(narrow):
@@ -209,7 +209,7 @@ def test_a_slow_queue_of_others_refuses_no_client_that_has_a_reserved_row(
 ) -> None:
     """Those who come after it wait for it, and are refused."""
     monkeypatch.setattr(Backlog, "estimate_seconds", lambda _self: 3600.0)
-    scheduler = narrow.server.engine.scheduler
+    scheduler = narrow.server.scheduler
     ended: list[str] = []
     fill_rows(narrow, 400, ended)
     with holding(narrow):

@@ -57,7 +57,7 @@ def narrow(writer: Path, adapters: dict[str, Path]) -> Iterator[LiveServer]:
 
 
 def count_active(live: LiveServer) -> int:
-    return live.server.engine.scheduler.num_active
+    return live.server.scheduler.num_active
 
 
 def count_rows(live: LiveServer) -> int:
@@ -65,7 +65,7 @@ def count_rows(live: LiveServer) -> int:
 
 
 async def _count_rows(live: LiveServer) -> int:
-    scheduler = live.server.engine.scheduler
+    scheduler = live.server.scheduler
     batch = scheduler._batch
     return await scheduler.run_between_steps(lambda: len(batch.rows) + len(batch.waiting))
 
@@ -87,12 +87,12 @@ def test_a_client_that_leaves_frees_its_rows(is_stream: bool, narrow: LiveServer
     connection.close()
     wait_for(lambda: count_active(narrow) == 0)
     assert count_rows(narrow) == 0
-    registry = narrow.server.engine.registry
+    registry = narrow.server.registry
     assert all(resident.num_leases == 0 for resident in registry._residents.values())
 
 
 def test_a_client_that_leaves_while_it_waits(narrow: LiveServer) -> None:
-    state = narrow.server.engine.scheduler._state
+    state = narrow.server.scheduler._state
     with ThreadPoolExecutor(2) as pool:
         with pausing_engine(narrow):  # both begin at once
             running = [pool.submit(post_long, narrow) for _ in range(2)]
@@ -240,7 +240,7 @@ def test_a_stream_that_cannot_begin_holds_nothing(
     """Its response waits for an earlier one on the connection that the client does not read."""
     if not is_left:
         monkeypatch.setattr(streams, "WRITE_SECONDS", 0.1)
-    registry = unbuffered.server.engine.registry
+    registry = unbuffered.server.registry
     stream = make_chat("small", stream=True, **LONG)
     with answering_nobody(unbuffered, LARGE, stream) as connection:
         wait_for(lambda: any(r.num_leases for r in registry._residents.values()))
@@ -350,7 +350,7 @@ def test_a_full_queue_is_429_with_a_time(narrow: LiveServer) -> None:
             assert int(response.headers["retry-after"]) >= 1
             assert response.json()["error"]["code"] == "queue_full"
     assert count_active(narrow) == 0
-    state = narrow.server.engine.scheduler._state
+    state = narrow.server.scheduler._state
     assert state.backlog.waiting_tokens == 0
 
 
@@ -397,7 +397,7 @@ def test_a_request_has_a_deadline(writer: Path) -> None:
 
 def break_adapter(live: LiveServer, name: str) -> None:
     """Turn the numbers of a published adapter in memory to NaN."""
-    registry = live.server.engine.registry
+    registry = live.server.registry
     adapter = registry._bank._adapters[registry._models[name].digest]
     num_broken = 0
     for factors in adapter._factors.values():
@@ -429,7 +429,7 @@ def test_a_broken_adapter_fails_alone_and_is_taken_out_of_service(narrow: LiveSe
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_engine_is_seen_at_once(narrow: LiveServer) -> None:
-    scheduler = narrow.server.engine.scheduler
+    scheduler = narrow.server.scheduler
 
     def die() -> None:
         raise ZeroDivisionError("on purpose")
@@ -480,7 +480,7 @@ def test_a_stopped_server_tells_streams_why(writer: Path) -> None:
             thread.start()
             assert started.wait(START_SECONDS)
             live.loop.call_soon_threadsafe(live.stop.set)
-            wait_for(lambda: live.server.engine.scheduler.is_draining)
+            wait_for(lambda: live.server.scheduler.is_draining)
     thread.join(START_SECONDS)
     last = json.loads(read_events(lines)[-1])
     assert last["error"]["code"] == "server_shutdown"

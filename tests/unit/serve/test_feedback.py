@@ -308,7 +308,7 @@ def test_the_ring_forgets_by_number_size_and_age(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_metrics_count_verdicts(ada: httpx.Client, kept: LiveServer) -> None:
-    counter = kept.server.engine.metrics.feedback.labels("small", "bad")
+    counter = kept.server.metrics.feedback.labels("small", "bad")
     before = counter._value.get()
     assert review(ada, ask(ada)[0], "bad", corrected="no").status_code == 201
     assert review(ada, ask(ada)[0], "good").status_code == 201

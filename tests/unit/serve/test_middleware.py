@@ -129,7 +129,7 @@ def test_a_path_that_looks_like_another_needs_its_scope(
         response = send(guarded, method, path + end, secrets["user"], body)
         assert response.status_code in (403, 404), (path + end, response.text)
         assert send(guarded, method, path + end, "", body).status_code == 401
-    assert not guarded.server.engine.scheduler.is_draining
+    assert not guarded.server.scheduler.is_draining
 
 
 def test_models_of_others_are_not_there(guarded: LiveServer, secrets: dict[str, str]) -> None:

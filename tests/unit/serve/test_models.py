@@ -22,14 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tiny_runs import save_writer_folder
-from tiny_server import (
-    LiveServer,
-    make_chat,
-    make_settings,
-    read_metric,
-    save_toy_adapter,
-    serving,
-)
+from tiny_server import LiveServer, make_chat, make_settings, read_metric, save_toy_adapter, serving
 from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
@@ -220,12 +213,12 @@ def test_a_stream_keeps_its_adapter_while_the_name_changes(
     assert "".join(texts) == expected
     assert version.startswith("json@1#")
     assert get_ids(chat(changing, "json")) == get_ids(chat(live, "large"))
-    bank = changing.server.engine.registry._bank
+    bank = changing.server.registry._bank
     assert changing.call(_count_adapters, changing, bank) == 1  # the old one is gone
 
 
 async def _count_adapters(live: LiveServer, bank: Any) -> int:
-    return await live.server.engine.scheduler.run_between_steps(lambda: len(bank.keys))
+    return await live.server.scheduler.run_between_steps(lambda: len(bank.keys))
 
 
 def test_the_same_name_with_new_weights_answers_anew(
@@ -454,7 +447,7 @@ def test_cold_adapters_are_loaded_once_and_dropped_by_last_use(
         make_settings(models, base=str(writer), limits={"adapters": 3 * num_bytes})
     ) as live:
         alone = {name: get_ids(chat(live, name)) for name in models}
-        registry = live.server.engine.registry
+        registry = live.server.registry
         assert registry.count_bytes() <= 3 * num_bytes
         with ThreadPoolExecutor(12) as pool:
             answers = list(pool.map(lambda n: (n, try_chat(live, f"a{n % 6}")), range(36)))

@@ -1,13 +1,11 @@
-"""Routes of a live server: arms, shadows that nobody waits for, and canaries that go and come."""
+"""Routes of a live server: arms, and canaries that go and come."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,12 @@ from tiny_server import (
     LiveServer,
     make_chat,
     make_settings,
-    pausing_engine,
     read_events,
     read_metric,
     serving,
     wait_for,
 )
-from tunesmith.core.types import GenerationRequest
 from tunesmith.serve.keys import add_key
-from tunesmith.serve.scheduler import AnswerJob, AnswerUpdate, StepReport
 
 CHAT = "/v1/chat/completions"
 
@@ -44,15 +39,13 @@ def secrets(keys_file: Path) -> dict[str, str]:
 def routed(
     writer: Path, adapters: dict[str, Path], keys_file: Path, secrets: dict[str, str]
 ) -> Iterator[LiveServer]:
-    """Return a server with an A/B route and one with a shadow."""
+    """Return a server with an A/B route and one with a canary."""
     assert secrets
     models = {name: {"from": str(adapters[name])} for name in ("small", "large", "dora")}
     routes = {
         "ab": {"arms": {"small": 50, "large": 50}},
-        "watched": {"arms": {"base": 100}, "shadow": {"model": "dora", "share": 100}},
-        "same": {"arms": {"small": 100}, "shadow": {"model": "small-again", "share": 100}},
+        "prod": {"arms": {"base": 100}, "canary": {"model": "dora", "share": 50}},
     }
-    models["small-again"] = models["small"]
     settings = make_settings(models, base=str(writer), keys=keys_file, routes=routes)
     with serving(settings) as server:
         yield server
@@ -130,142 +123,77 @@ def test_names_and_models_of_routes_are_not_changed(
     with connect(routed, secrets["boss"]) as http:
         taken = http.put("/admin/models/ab", json={"from": "x"})
         used = http.request("DELETE", "/admin/models/large")
-        no_canary = http.put("/admin/routes/ab", json={"canary": "promote"})
-        missing = http.get("/admin/routes/nothing")
+        no_canary = http.put("/admin/routes/ab", json={"canary": "start"})
+        missing = http.put("/admin/routes/nothing", json={"canary": "start"})
         wrong = http.put("/admin/routes/ab", json={"canary": "stop"})
         listed = http.get("/admin/routes").json()["data"]
-        assert http.get("/admin/routes/ab").json() == listed[0]
     assert (taken.status_code, taken.json()["error"]["code"]) == (409, "name_taken")
     assert (used.status_code, used.json()["error"]["code"]) == (409, "model_in_use")
     assert (no_canary.status_code, no_canary.json()["error"]["code"]) == (409, "no_canary")
     assert missing.status_code == 404
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "canary")
-    assert [route["id"] for route in listed] == ["ab", "watched", "same"]
-    assert listed[1]["shadow"] == {"model": "dora", "share": 100}
+    assert [route["id"] for route in listed] == ["ab", "prod"]
 
 
-# ---------------------------------------------------------------- shadow
+# ---------------------------------------------------------------- canary
 
 
-def test_a_shadow_is_compared_and_changes_nothing(
-    routed: LiveServer, secrets: dict[str, str], caplog: pytest.LogCaptureFixture
-) -> None:
-    def count(route: str) -> float:
-        return read_metric(routed, "shadow_answers_total", route=route)
+def add_answers(live: LiveServer, *, canary_bad: bool, num_answers: int = 60) -> None:
+    """Count answers that no client has asked for, without a decision."""
+    route = live.server.routes.get("prod")
+    assert route is not None
+    assert route.canary is not None
+    for _ in range(num_answers):
+        live.call(lambda: route.canary.add_answer(False, is_canary=False))
+        live.call(lambda: route.canary.add_answer(canary_bad, is_canary=True))
 
-    caplog.set_level(logging.DEBUG, "tunesmith")
+
+@pytest.fixture
+def boss(routed: LiveServer, secrets: dict[str, str]) -> Iterator[httpx.Client]:
     with connect(routed, secrets["boss"]) as http:
-        for number in range(3):
-            text = f"secret question {number}"
-            watched = chat(http, "watched", text, temperature=0).json()
-            assert watched["model"] == "base"
-            assert watched["choices"] == chat(http, "base", text, temperature=0).json()["choices"]
-            wait_for(lambda number=number: count("watched") == number + 1)
-        chat(http, "same", seed=5)  # the copy draws the same numbers
-        wait_for(lambda: count("same") == 1)
-    assert read_metric(routed, "shadow_answers_total", route="watched", result="different") == 3
-    assert read_metric(routed, "shadow_answers_total", route="same", result="same") == 1
-    cut = {"route": "watched", "model": "dora", "check": "cut", "result": "bad"}
-    assert read_metric(routed, "shadow_checks_total", **cut) == 3
-    assert read_metric(routed, "shadow_tokens_total", route="watched", side="shadow") == 18
-    assert read_metric(routed, "running") == read_metric(routed, "waiting") == 0
-    assert "secret" not in caplog.text
-    # the tokens of shadows are nobody's
-    assert read_metric(routed, "tokens_total", model="dora") == 0
+        assert http.put("/admin/routes/prod", json={"canary": "start"}).status_code == 200
+        yield http
 
 
-def test_a_shadow_makes_room_and_begins_again(routed: LiveServer, secrets: dict[str, str]) -> None:
-    def count(name: str, **labels: str) -> float:
-        return read_metric(routed, name, **labels)
-
-    long = {"logit_bias": {"257": -100, "258": -100}, "temperature": 0, "seed": 1}
-    before = count("shadow_answers_total", route="watched")
-    rows = count("step_rows_sum")
-    steps = count("step_rows_count")
-    with connect(routed, secrets["boss"]) as http:
-        for _ in range(12):  # each finds the shadows of those before
-            chat(http, "watched", **long)
-        wait_for(lambda: count("shadow_answers_total", route="watched") == before + 12)
-    assert count("shadow_answers_total", route="watched", result="dropped") == 0
-    # one client at a time, and nobody else in its steps
-    assert count("step_rows_count") - steps >= 12 * 6
-    assert count("step_rows_sum") - rows == count("step_rows_count") - steps
+def read_canary(http: httpx.Client) -> Any:
+    (route,) = [r for r in http.get("/admin/routes").json()["data"] if r["id"] == "prod"]
+    return route["canary"]
 
 
-def test_streams_and_completions_have_shadows_too(
-    routed: LiveServer, secrets: dict[str, str]
+def test_harm_takes_the_canary_away(
+    routed: LiveServer, boss: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = read_metric(routed, "shadow_answers_total", route="watched")
-    with connect(routed, secrets["boss"]) as http:
-        body = {"model": "watched", "prompt": "abc", "max_tokens": 4}
-        assert http.post("/v1/completions", json=body).json()["model"] == "base"
-        stream = chat(http, "watched", stream=True)
-        assert read_events(stream.text.splitlines())[-1] == "[DONE]"
-        chat(http, "watched", n=2)  # several answers have none
-        wait_for(lambda: read_metric(routed, "shadow_answers_total", route="watched") == before + 2)
+    users = [f"user-{number}" for number in range(16)]
+    answered = {user: chat(boss, "prod", user=user).json()["model"] for user in users}
+    assert set(answered.values()) == {"base", "dora"}
+    wait_for(lambda: sum(count for _, count in read_canary(boss)["bad"].values()) == 16)
+    chat(boss, "prod", user=users[0])
+    add_answers(routed, canary_bad=True)
+    assert read_canary(boss)["share"] == 50
+    for number in range(4):  # one more answer, and the decision
+        chat(boss, "prod", user=f"new-{number}")
+    wait_for(lambda: read_canary(boss)["share"] == 0)
+    assert chat(boss, "prod", user="dora").json()["model"] == "base"
+    assert read_metric(routed, "canaries_rolled_back_total", route="prod") == 1
+    assert read_metric(routed, "route_share", route="prod", model="dora") == 0
+    assert "canary dora of prod rolled back: [+" in caplog.text
 
 
-# ---------------------------------------------------------------- nobody waits for a shadow
+def test_an_admin_decides_and_is_named(boss: httpx.Client) -> None:
+    response = boss.put("/admin/routes/prod", json={"canary": "roll_back"})
+    assert response.json()["canary"]["rolled_back"] == "set by boss"
+    assert read_canary(boss)["share"] == 0
+    boss.put("/admin/routes/prod", json={"canary": "start"})
+    assert read_canary(boss)["share"] == 50
 
 
-BACKGROUND_TOKENS = 480
-
-
-def submit_background(live: LiveServer) -> AnswerJob:
-    """Queue a long job that nobody waits for."""
-    no_end = ((257, -100.0), (258, -100.0))
-    request = GenerationRequest((1, 2, 3), BACKGROUND_TOKENS, logit_bias=no_end)
-    job = AnswerJob(request, ("nobody", "base"), asyncio.Queue())
-    live.call(live.server.engine.scheduler.submit_background, job)
-    return job
-
-
-def drain(job: AnswerJob) -> list[AnswerUpdate]:
-    return [job.outbox.get_nowait() for _ in range(job.outbox.qsize())]
-
-
-def test_a_request_ends_what_runs_in_the_background(
-    routed: LiveServer, secrets: dict[str, str]
+def test_a_canary_out_of_service_is_rolled_back_at_once(
+    routed: LiveServer, boss: httpx.Client
 ) -> None:
-    scheduler = routed.server.engine.scheduler
-    job = submit_background(routed)
-    wait_for(lambda: job.outbox.qsize() > 1)
-    with connect(routed, secrets["boss"]) as http, ThreadPoolExecutor(1) as pool:
-        with pausing_engine(routed):
-            num_before = routed.call(job.outbox.qsize)
-            assert scheduler.num_active == 0  # it takes nobody's place
-            answer = pool.submit(chat, http, "base")
-            wait_for(lambda: scheduler.num_active == 1)
-        answer.result()
-    updates = drain(job)
-    assert updates[-1].error_code == "interrupted"
-    assert len(updates) == num_before + 1 < BACKGROUND_TOKENS
-
-
-def test_the_background_waits_while_a_client_is_answered(
-    routed: LiveServer, secrets: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scheduler = routed.server.engine.scheduler
-    handle_report = scheduler._handle_report
-    reports: list[StepReport] = []
-
-    def note_report(report: StepReport) -> None:
-        reports.append(report)
-        handle_report(report)
-
-    monkeypatch.setattr(scheduler, "_handle_report", note_report)
-    long: Any = {"max_tokens": 40, "logit_bias": {"257": -100, "258": -100}}
-    with connect(routed, secrets["boss"]) as http, ThreadPoolExecutor(1) as pool:
-        with pausing_engine(routed):
-            answer = pool.submit(chat, http, "base", **long)
-            wait_for(lambda: scheduler.num_active == 1)
-            job = submit_background(routed)
-        answer.result()
-    wait_for(lambda: job.outbox.qsize() > 1)  # its turn has come
-    routed.call(scheduler.cancel, job)
-    num_updates = len(drain(job))
-    assert num_updates < BACKGROUND_TOKENS
-    own = [n for n, report in enumerate(reports) if job in dict(report.updates)]
-    of_the_client = [n for n, report in enumerate(reports) if not report.is_background]
-    assert len(of_the_client) >= 40
-    assert of_the_client[-1] < own[0]
+    registry = routed.server.registry
+    for _ in range(3):  # as answers of NaN do
+        routed.call(lambda: registry.note_answer(registry.get("dora"), is_finite=False))
+    for number in range(20):  # no client sees an error
+        assert chat(boss, "prod", user=f"user-{number}").json()["model"] == "base"
+    assert "NaN" in read_canary(boss)["rolled_back"]
+    routed.call(lambda: registry.note_answer(registry.get("dora"), is_finite=True))

@@ -8,7 +8,7 @@ import pytest
 
 from tunesmith.serve.keys import ApiKey, hash_key
 from tunesmith.serve.route_settings import RouteSettings
-from tunesmith.serve.routes import Route, RouteTable, choose_arm
+from tunesmith.serve.routes import Route, choose_arm
 
 UNITS = [f"user {number}" for number in range(20_000)]
 
@@ -71,20 +71,3 @@ def test_a_unit_is_a_user_a_key_or_a_request() -> None:
     assert sticky.name_unit(ada.id, bob, "req-1") != sticky.name_unit(None, ada, "req-1")
     by_request = make_route(sticky="request")
     assert by_request.name_unit("u1", ada, "req-1") != by_request.name_unit("u1", ada, "req-2")
-
-
-def test_a_share_of_the_requests_has_a_shadow() -> None:
-    route = make_route(shadow={"model": "new", "share": 20})
-    shadowed = [route.should_shadow("old", unit) for unit in UNITS]
-    assert abs(sum(shadowed) / len(UNITS) - 0.2) < 0.01
-    assert not any(route.should_shadow("new", unit) for unit in UNITS)  # it has answered itself
-    assert not make_route().should_shadow("old", "req-1")
-
-
-def test_a_key_for_the_route_needs_none_for_its_arms() -> None:
-    table = RouteTable([make_route()])
-    assert table.find("prod", make_key("ada", "prod")) is not None
-    assert table.find("prod", make_key("bob", "old")) is None
-    assert table.find("old", make_key("ada")) is None
-    assert table.list_users("new") == ["prod"]
-    assert table.list_users("other") == []

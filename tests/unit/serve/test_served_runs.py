@@ -99,7 +99,7 @@ def test_the_runs_schema_is_the_default_of_a_constrained_model(trained: LiveServ
 
 
 def test_a_route_checks_what_the_run_has_promised(trained: LiveServer) -> None:
-    registry = trained.server.engine.registry
+    registry = trained.server.registry
     rules = build_rules(registry.get("free"), registry.get("early"))
     assert rules.schema == SCHEMA
     assert [constraint.match for constraint in rules.constraints] == ["[QXZ]{9}"]  # once
@@ -140,7 +140,7 @@ def test_a_schema_to_follow_is_part_of_the_fingerprint(trained: LiveServer) -> N
 def test_a_checkpoint_that_is_served_again_leaves_the_first_as_it_is(
     trained: LiveServer, run: Path
 ) -> None:
-    base = trained.server.engine.registry.base
+    base = trained.server.registry.base
     first, second = (open_adapter(str(run / "checkpoints" / "step-3"), base) for _ in range(2))
     first.check_unchanged()
     assert first.digest == second.digest
@@ -150,7 +150,7 @@ def test_a_record_without_a_hash_leaves_the_weights_to_the_manifest(
     trained: LiveServer, run: Path, tmp_path: Path
 ) -> None:
     """That of an earlier version: nothing else would compare them with what the run wrote."""
-    base = trained.server.engine.registry.base
+    base = trained.server.registry.base
     adapter = shutil.copytree(run, tmp_path / "copy") / "adapter"
     record = read_json(adapter / "tunesmith.json") | {"weights_sha256": "", "golden_answers": []}
     (adapter / "tunesmith.json").write_text(json.dumps(record))
@@ -167,8 +167,7 @@ def test_a_record_without_a_hash_leaves_the_weights_to_the_manifest(
 
 
 @pytest.mark.parametrize(
-    ("ref", "message"),
-    [("/checkpoints/step-99", "no such checkpoint"), ("@7", "invalid scale")],
+    ("ref", "message"), [("/checkpoints/step-99", "no such checkpoint"), ("@7", "invalid scale")]
 )
 def test_what_a_run_does_not_have(ref: str, message: str, run: Path, tmp_path: Path) -> None:
     settings = read_settings([f"{run}{ref}"], port=0, keys=tmp_path / "keys.json")

@@ -97,7 +97,7 @@ class ServerMachine(RuleBasedStateMachine):
 
     @property
     def scheduler(self) -> Any:
-        return self.lab.live.server.engine.scheduler
+        return self.lab.live.server.scheduler
 
     @rule(
         name=some.sampled_from(NAMES),
@@ -166,7 +166,7 @@ class ServerMachine(RuleBasedStateMachine):
 
     @invariant()
     def check_memory(self) -> None:
-        registry = self.lab.live.server.engine.registry
+        registry = self.lab.live.server.registry
         assert registry.count_bytes() <= ROOM * self.lab.num_bytes + 10
         leases = sum(resident.num_leases for resident in registry._residents.values())
         assert leases <= MAX_STREAMS * 2  # those that just left, too
@@ -175,7 +175,7 @@ class ServerMachine(RuleBasedStateMachine):
         self.scheduler.is_draining = False
         while self.streams:
             self.finish(0)
-        registry = self.lab.live.server.engine.registry
+        registry = self.lab.live.server.registry
         wait_for(lambda: self.scheduler.num_active == 0)
         wait_for(lambda: not any(r.num_leases for r in list(registry._residents.values())))
         for name in list(self.models):

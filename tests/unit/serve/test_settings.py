@@ -105,16 +105,13 @@ ROUTED = "models: {a: runs/a, b: runs/b}\n"
 def test_routes(tmp_path: Path) -> None:
     text = (
         "routes:\n  ab: {arms: {a: 90, b: 10}, sticky: request}\n"
-        "  prod: {arms: {a: 100}, shadow: {model: b, share: 10}, canary: {model: b}}\n"
-        "state_dir: state\n"
+        "  prod: {arms: {a: 100}, canary: {model: b, watch: [cut]}}\n"
     )
     settings = read_settings([write_yaml(tmp_path, ROUTED + text)])
     assert settings.routes["ab"].arms == {"a": 90, "b": 10}
-    assert settings.state_dir == tmp_path / "state"
     canary = settings.routes["prod"].canary
     assert canary is not None
-    assert canary.watch.named == {"cut": 0.05, "looped": 0.05, "failed": 0.02}
-    assert canary.steps[-1] == 100
+    assert (canary.share, canary.watch, canary.margin) == (5, ("cut",), 0.05)
 
 
 @pytest.mark.parametrize(
@@ -128,37 +125,35 @@ def test_routes(tmp_path: Path) -> None:
         ("base: {arms: {b: 100}}", r"routes.base: 'base' cannot be the name"),
         ("../x: {arms: {b: 100}}", r"cannot be the name"),
         ("prod: {arms: {a: 100}, armz: 1}", r"serve.yaml:3: routes.prod.armz: unknown key"),
-        (
-            "prod: {arms: {a: 100}, shadow: {model: c, share: 5}}",
-            "routes.prod.shadow.model: there is no model 'c'",
-        ),
-        (
-            "prod: {arms: {a: 100}, shadow: {model: b, shar: 5}}",
-            "serve.yaml:3: routes.prod.shadow.shar.*: ",
-        ),
-        ("prod: {arms: {a: 100}, canary: {model: b}}", "routes.prod.canary: .*a folder"),
+        ("prod: {arms: {a: 100}, canary: {model: c}}", "routes.prod.canary.model: there is no"),
         (
             "prod: {arms: {a: 100}, canary: {model: a}}",
             "serve.yaml:3: routes.prod: .*one arm, which is another model",
         ),
         (
-            "prod: {arms: {a: 100}, canary: {model: b, steps: [5, 5, 100]}}",
-            "routes.prod.canary: steps are shares in percent that grow",
+            "prod: {arms: {a: 100}, canary: {model: b, marg: 0.1}}",
+            "serve.yaml:3: routes.prod.canary.marg: unknown key",
         ),
-        (
-            "prod: {arms: {a: 100}, canary: {model: b, steps: [0, 100]}}",
-            "routes.prod: a canary that starts at 0 needs a shadow",
-        ),
-        (
-            "prod: {arms: {a: 100}, canary: {model: b, watch: {cutt: 0.1}}}",
-            "serve.yaml:3: routes.prod.canary.watch.cutt: unknown key",
-        ),
-        (
-            "prod: {arms: {a: 100}, canary: {model: b, watch: {thumbs_down: 0.1}}}\nstate_dir: x",
-            "routes.prod.canary.watch.thumbs_down: without keep_content",
-        ),
+        ("prod: {arms: {a: 100}, canary: {model: b, watch: [cutt]}}", "canary.watch.0: .*'cut'"),
     ],
 )
 def test_a_wrong_route_is_told_by_its_key(route: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         read_settings([write_yaml(tmp_path, f"{ROUTED}routes:\n  {route}")])
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("routes: {prod: {arms: {a: 100}, shadow: {model: b, share: 5}}}", "mirror requests"),
+        ("routes: {prod: {arms: {a: 100}, canary: {model: b, steps: [5, 100]}}}", "`share`"),
+        ("routes: {prod: {arms: {a: 100}, canary: {model: b, at_least: 9}}}", "GET /admin/routes"),
+        ("routes: {prod: {arms: {a: 100}, canary: {model: b, watch: {cut: 0.1}}}}", "`margin`"),
+        ("state_dir: x", "leave it out"),
+    ],
+)
+def test_a_key_that_went_is_refused_with_what_to_use(text: str, fix: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        read_settings([write_yaml(tmp_path, f"{ROUTED}{text}")])
+    assert error.value.where.endswith("serve.yaml:2")
+    assert fix in error.value.fix

@@ -19,8 +19,8 @@ from tunesmith.core.types import Json
 from tunesmith.data.chat_template.call_forms import ObjectForm
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.chat_template.tool_syntax import ToolSyntax, learn_tool_syntax
+from tunesmith.serve.exchange import Answer
 from tunesmith.serve.formats import AnswerHead
-from tunesmith.serve.generation import Answer
 from tunesmith.serve.scheduler import AnswerUpdate
 from tunesmith.serve.tool_calls import CallUpdate, ToolCallReader, ToolChatFormat
 from tunesmith.serve.tool_requests import OfferedTools
