@@ -27,7 +27,7 @@ from tunesmith.serve.keys import ApiKey
 from tunesmith.serve.metrics import ServerMetrics
 from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.settings import BASE_NAME
-from tunesmith.serve.sources import AdapterSource, BaseSource, ClaimedFile
+from tunesmith.serve.sources import AdapterSource, BaseSource
 from tunesmith.session.witness import (
     WitnessCheck,
     check_recorded_weights,
@@ -37,7 +37,6 @@ from tunesmith.session.witness import (
 
 MAX_SCALE = 2.0
 MAX_BROKEN_ANSWERS = 3  # in a row, before a model is taken out of service
-FileIdentity = tuple[str, ClaimedFile, ClaimedFile]  # digest and files of an adapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +128,6 @@ class Registry:
         self._models: dict[str, ServedModel] = {BASE_NAME: ServedModel(BASE_NAME, base)}
         self._residents: dict[str, Resident] = {}
         self._loads: dict[AdapterSource, asyncio.Task[None]] = {}
-        self._verified: set[FileIdentity] = set()  # whose files are those of their digest
         self._removals: set[str] = set()  # digests that the engine thread has yet to remove
         self._load_lock = asyncio.Lock()  # one at a time, so that the budget holds
         self._broken: dict[str, int] = {}  # digest -> answers in a row without finite numbers
@@ -185,7 +183,7 @@ class Registry:
             return Lease(self, "")
         source = model.source
         digest = source.digest
-        while digest not in self._residents or _identify_file(source) not in self._verified:
+        while digest not in self._residents:
             await self._load_once(source)
         resident = self._residents[digest]
         resident.num_leases += 1
@@ -215,21 +213,14 @@ class Registry:
             raise RequestError(503, message, code="model_not_loaded", param="model") from None
 
     async def _load(self, source: AdapterSource) -> None:
-        def load() -> int:
-            source.check_before_load()
-            return self._bank.load(source.digest, source.folder)
-
         async with self._load_lock:
-            if source.digest in self._residents:  # of another folder, which this one claims to be
-                await asyncio.to_thread(source.check_unchanged)
-                self._verified.add(_identify_file(source))
+            if source.digest in self._residents:  # from another folder with the same content
                 return
             self._make_room(source.folder.weights_path.stat().st_size)
             if source.digest in self._removals:  # that still wait for the end of a step
                 await self._scheduler.run_between_steps(lambda: None)
-            num_bytes = await asyncio.to_thread(load)
+            num_bytes = await asyncio.to_thread(self._bank.load, source.digest, source.folder)
             await self._check_witness(source)
-            self._verified.add(_identify_file(source))
             self._residents[source.digest] = Resident(num_bytes, last_used=time.monotonic())
         self._metrics.adapter_loads.labels("ok").inc()
         self._show_residents()
@@ -264,12 +255,9 @@ class Registry:
         return judge_witness(golden_answers, measured)
 
     def get_witness(self, model: ServedModel) -> str:
-        """Return proven, unproven or indistinct; empty for an adapter not loaded yet, or whose own
-        files were not compared yet with those that are."""
+        """Return proven, unproven or indistinct; empty for an adapter not loaded yet."""
         if model.source is None:
             return "proven"
-        if _identify_file(model.source) not in self._verified:
-            return ""
         check = self._witnesses.get(model.digest)
         return check.status if check is not None else ""
 
@@ -353,11 +341,6 @@ class Registry:
         resident = self._residents.get(old.digest)
         if resident is not None and not resident.num_leases:
             self._drop(old.digest)
-
-
-def _identify_file(source: AdapterSource) -> FileIdentity:
-    """Return what the names of one run have in common, and no other folder."""
-    return source.digest, source.weights, source.tokenizer
 
 
 def _parse_scale(text: str) -> float:

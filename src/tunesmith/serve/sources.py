@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +23,7 @@ from weakref import WeakValueDictionary
 
 from tunesmith.core.atomic import MANIFEST, hash_file, read_sealed_files, verify_dir
 from tunesmith.core.errors import GateError, InputError
-from tunesmith.core.json_io import dump_json, read_file, read_json_object
+from tunesmith.core.json_io import dump_json, read_json_object
 from tunesmith.core.run_dir import ADAPTER_DIR, find_weights_dir, read_failure, read_run_plan
 from tunesmith.core.types import Json, Plan, require
 from tunesmith.data.chat_template.renderer import Renderer
@@ -33,7 +32,6 @@ from tunesmith.model.adapters import METHODS, get_trainable_parameters
 from tunesmith.model.causal_lm import DTYPES, load_network
 from tunesmith.model.hub.adapter_config import (
     ADAPTER_CONFIG_FILE,
-    ADAPTER_WEIGHTS_FILE,
     AdapterFolder,
     read_adapter,
 )
@@ -41,7 +39,6 @@ from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
 from tunesmith.model.hub.stored_tensors import read_parameter_headers
 from tunesmith.model.hub.validate import (
-    MAX_HEADER_BYTES,
     TensorHeader,
     check_files,
     read_model_json,
@@ -62,36 +59,8 @@ from tunesmith.session.provenance import (
     write_provenance,
 )
 
-FileKey = tuple[int, int, int]  # inode, size, time of change
 TOKENIZER_FILE = "tokenizer.json"
 NO_ANSWERS: Json = {"schema": None, "weights_sha256": "", "golden_answers": []}
-
-
-@dataclass(frozen=True)
-class ClaimedFile:
-    """A file whose content the record of its adapter claims: it is read when the adapter is loaded.
-    `key` is its state when the adapter was opened."""
-
-    path: Path
-    key: FileKey
-    sha256: str
-
-    def check_state(self) -> None:
-        """Raise InputError if the file was replaced since the adapter was opened."""
-        try:
-            is_same = read_file_key(self.path) == self.key
-        except OSError:
-            is_same = False
-        if not is_same:
-            message = f"{self.path.name} has changed since it was published"
-            raise InputError(message, fix="publish the adapter again")
-
-    def check_content(self) -> None:
-        """Raise InputError if the file was replaced, or is not that of the record."""
-        self.check_state()
-        if hash_file(self.path) != self.sha256:
-            message = f"{self.path.name} is not that of the record in tunesmith.json"
-            raise InputError(message, fix="restore the files, or train again")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +77,6 @@ class BaseSource:
     scratch: TemporaryDirectory[str]  # for adapters that are written from checkpoints
     # what many adapters have in common is checked once
     renderers: WeakValueDictionary[str, Renderer] = field(default_factory=WeakValueDictionary)
-    tokenizers: dict[str, str] = field(default_factory=dict[str, str])  # claim -> sha256
-    shapes: dict[str, AdapterFolder] = field(default_factory=dict[str, AdapterFolder])
     checked_records: set[str] = field(default_factory=set[str])  # of adapters that belong to it
 
     @cached_property
@@ -134,24 +101,7 @@ class AdapterSource:
     scale: float
     schema: Json | None  # response_schema of its run
     provenance: Provenance | None  # None for weights of other tools
-    weights: ClaimedFile
-    tokenizer: ClaimedFile
     constraints: tuple[Constraint, ...] = ()  # `never` of its run
-
-    def check_unchanged(self) -> None:
-        """Raise InputError if a file is not the one that the digest stands for."""
-        self.weights.check_content()
-        self.tokenizer.check_content()
-
-    def check_before_load(self) -> None:
-        """Do the same without reading the weights, whose hash is compared as they are loaded."""
-        self.weights.check_state()
-        self.tokenizer.check_content()
-
-
-def read_file_key(path: Path) -> FileKey:
-    status = os.stat(path)
-    return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def open_base(name: str, now: datetime) -> BaseSource:
@@ -210,17 +160,14 @@ def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = Fals
         if run is not None:
             _refuse_unfinished(run, folder)
     provenance = read_provenance(folder)
-    adapter = _read_weights(folder, provenance, base)
+    check_files(folder)
+    adapter = read_adapter(folder, base.path, base_headers=base.headers)
     if provenance is None and not is_unproven_allowed:
         message = "there is no tunesmith.json, so nothing shows that it belongs to this base"
         raise InputError(message, where=ref, fix="set unproven: true to serve it all the same")
-    weights = ClaimedFile(adapter.weights_path, read_file_key(adapter.weights_path), adapter.sha256)
     has_tokenizer = (folder / TOKENIZER_FILE).is_file()
     variables = _find_variables(provenance, plan)
-    claim = "" if provenance is None else provenance.renderer
-    renderer, tokenizer = _open_renderer(
-        folder if has_tokenizer else base.path, base, variables, claim
-    )
+    renderer = _open_renderer(folder if has_tokenizer else base.path, base, variables)
     if provenance is not None:
         _check_record(folder, renderer, base)
     return AdapterSource(
@@ -231,80 +178,26 @@ def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = Fals
         scale=model_ref.scale,
         schema=provenance.schema if provenance is not None else None,
         provenance=provenance,
-        weights=weights,
-        tokenizer=tokenizer,
         constraints=() if plan is None else tuple(rebuild_recipe(plan.recipe).never),
     )
 
 
-def _read_weights(folder: Path, provenance: Provenance | None, base: BaseSource) -> AdapterFolder:
-    """Read what an adapter's files say of its weights, without the weights if their hash is
-    recorded. Those with the same config and header fit the base as the first of them does."""
-    check_files(folder)
-    recorded_sha256 = "" if provenance is None else provenance.weights_sha256
-    key = _hash_shapes(folder)
-    first = base.shapes.get(key)
-    if first is None:
-        base.shapes[key] = first = read_adapter(
-            folder, base.path, weights_sha256=recorded_sha256, base_headers=base.headers
-        )
-        return first
-    sha256 = recorded_sha256 or hash_file(folder / ADAPTER_WEIGHTS_FILE)
-    return replace(first, path=folder, sha256=sha256)
-
-
-def _hash_shapes(folder: Path) -> str:
-    """Return a hash of an adapter's config, of the header of its weights and of their size; empty
-    if there are no weights."""
-    file = folder / ADAPTER_WEIGHTS_FILE
-    if not file.is_file():
-        return ""
-    with file.open("rb") as weights:
-        num_bytes = int.from_bytes(weights.read(8), "little")
-        header = weights.read(min(num_bytes, MAX_HEADER_BYTES))
-    digest = hashlib.sha256(f"{num_bytes} {file.stat().st_size} ".encode())
-    digest.update(hashlib.sha256(header).digest())
-    digest.update(read_file(folder / ADAPTER_CONFIG_FILE))
-    return digest.hexdigest()
-
-
-def _open_renderer(
-    folder: Path, base: BaseSource, variables: Json, claim: str
-) -> tuple[Renderer, ClaimedFile]:
+def _open_renderer(folder: Path, base: BaseSource, variables: Json) -> Renderer:
     """Load the tokenizer and template of an adapter. Adapters with the same files share them: they
-    are most of the time that opening one takes.
-
-    Where the record of an adapter claims a fingerprint that is known, beside the same small files,
-    its tokenizer is not read, but compared when the adapter is loaded."""
-    file = folder / TOKENIZER_FILE
-    file_key = read_file_key(file)
-    small_files = _hash_small_files(folder, variables)
-    claim_key = f"{small_files} {file_key[1]} {claim}"
-    renderer = base.renderers.get(claim_key)
-    if renderer is not None:
-        return renderer, ClaimedFile(file, file_key, base.tokenizers[claim_key])
-    sha256 = hash_file(file)
-    key = f"{small_files} {sha256}"
+    are most of the time that opening one takes."""
+    identity: list[Any] = [variables]
+    for file in sorted(folder.rglob("*")):
+        is_other = file.name in (ADAPTER_CONFIG_FILE, PROVENANCE_FILE, MANIFEST)
+        if file.suffix in (".json", ".jinja") and not is_other and file.is_file():
+            identity.append([file.relative_to(folder).as_posix(), hash_file(file)])
+    key = hashlib.sha256(dump_json(identity)).hexdigest()
     renderer = base.renderers.get(key)
     if renderer is None:
         renderer = Renderer.from_folder(
             folder, now=base.now, variables=variables, embedding_rows=base.vocab_size
         )
         base.renderers[key] = renderer
-    if claim == renderer.fingerprint:
-        base.tokenizers[claim_key] = sha256  # before others can find the renderer
-        base.renderers[claim_key] = renderer
-    return renderer, ClaimedFile(file, file_key, sha256)
-
-
-def _hash_small_files(folder: Path, variables: Json) -> str:
-    """Return a hash of the files that a renderer is made of, but for the tokenizer."""
-    identity: list[Any] = [variables]
-    for file in sorted(folder.rglob("*")):
-        is_other = file.name in (ADAPTER_CONFIG_FILE, PROVENANCE_FILE, MANIFEST, TOKENIZER_FILE)
-        if file.suffix in (".json", ".jinja") and not is_other and file.is_file():
-            identity.append([file.relative_to(folder).as_posix(), hash_file(file)])
-    return hashlib.sha256(dump_json(identity)).hexdigest()
+    return renderer
 
 
 def _check_record(folder: Path, renderer: Renderer, base: BaseSource) -> None:
@@ -363,19 +256,9 @@ def _refuse_unfinished(run: Path, folder: Path) -> None:
     if not folder.is_dir():
         fix = f"finish it: tunesmith resume {run}"
         raise InputError("this run has no adapter yet", where=str(run), fix=fix)
-    problem = verify_dir(folder, unread=(ADAPTER_WEIGHTS_FILE, TOKENIZER_FILE))
-    if not problem and not _has_recorded_hash(folder):
-        problem = verify_dir(folder)
-    if problem:
+    if problem := verify_dir(folder):
         message = f"not as the run wrote it: {problem}"
         raise InputError(message, where=str(folder), fix="restore the files")
-
-
-def _has_recorded_hash(folder: Path) -> bool:
-    """Whether the record has the hash of the weights, which is compared when they are loaded; that
-    of an earlier version has none."""
-    provenance = read_provenance(folder)
-    return provenance is not None and bool(provenance.weights_sha256)
 
 
 def _write_checkpoint_adapter(checkpoint: Path, plan: Plan, base: BaseSource) -> Path:

@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx
 import pytest
-from safetensors.torch import load_file, save_file
 
 from tiny_server import (
     LiveServer,
@@ -25,7 +24,6 @@ from tiny_server import (
     serving,
     wait_for,
 )
-from tunesmith.core.atomic import hash_file
 from tunesmith.serve import server as serve_server
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "return_token_ids": True}
@@ -99,28 +97,14 @@ def replace_weights_and_record(folder: Path, other: Path) -> None:
     shutil.copy(other / RECORD, folder / RECORD)
 
 
-def replace_folder(folder: Path, other: Path) -> None:
-    folder.rename(folder.with_name("away"))
-    shutil.copytree(other, folder)
-
-
 def cut_weights(folder: Path, _other: Path) -> None:
     os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size // 2)
-
-
-def empty_weights(folder: Path, _other: Path) -> None:
-    (folder / WEIGHTS).write_bytes(b"")
 
 
 def flip_a_bit(folder: Path, _other: Path) -> None:
     content = bytearray((folder / WEIGHTS).read_bytes())
     content[-2] ^= 64
     write_unseen(folder / WEIGHTS, bytes(content))
-
-
-def change_tokenizer_unseen(folder: Path, _other: Path) -> None:
-    file = folder / "tokenizer.json"
-    write_unseen(file, file.read_bytes().replace(b'"id"', b'"iD"', 1))
 
 
 def link_weights(folder: Path, other: Path) -> None:
@@ -132,23 +116,14 @@ def delete_folder(folder: Path, _other: Path) -> None:
     shutil.rmtree(folder)
 
 
-def put_a_folder_there(folder: Path, _other: Path) -> None:
-    (folder / WEIGHTS).unlink()
-    (folder / WEIGHTS).mkdir()
-
-
 CHANGES = (
     replace_weights,
     replace_weights_unseen,
     replace_weights_and_record,
-    replace_folder,
     cut_weights,
-    empty_weights,
     flip_a_bit,
-    change_tokenizer_unseen,
     link_weights,
     delete_folder,
-    put_a_folder_there,
 )
 
 
@@ -190,36 +165,10 @@ def test_what_was_read_at_the_start_stays_as_it_was(
 
 
 @pytest.mark.usefixtures("_nothing_is_loaded_at_start")
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_weights_of_other_shapes_are_refused(
-    dtype: str, writer: Path, pair: tuple[Path, Path], tmp_path: Path
-) -> None:
-    """The record claims weights that come after the headers were read: their hash is right, their
-    shapes are not."""
-    folder = copy_adapter(pair[0], tmp_path / "claimed")
-    right = (folder / WEIGHTS).read_bytes()
-    tensors = load_file(folder / WEIGHTS)
-    name = next(name for name in sorted(tensors) if "lora_A" in name)
-    tensors[name] = tensors[name].t().contiguous()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    wrong = (folder / WEIGHTS).read_bytes()
-    record = json.loads((folder / RECORD).read_text())
-    record["weights_sha256"] = hash_file(folder / WEIGHTS)
-    (folder / RECORD).write_text(json.dumps(record))
-    (folder / WEIGHTS).write_bytes(right)
-    with serving(make_settings({"claimed": folder}, base=str(writer), dtype=dtype)) as live:
-        write_unseen(folder / WEIGHTS, wrong)
-        response = ask(live, "claimed")
-        assert response.status_code == 503, response.text
-        assert "has tensors of shapes" in response.json()["error"]["message"]
-        assert ask(live, "base").status_code == 200
-
-
-@pytest.mark.usefixtures("_nothing_is_loaded_at_start")
 def test_two_folders_that_claim_one_content_are_loaded_at_once(
     writer: Path, pair: tuple[Path, Path], alone: list[list[int]], tmp_path: Path
 ) -> None:
-    """Both have the digest of the right one: it answers, and the other never does."""
+    """The record of one is that of the other: it never answers."""
     wrong = copy_adapter(pair[0], tmp_path / "wrong")
     replace_weights(wrong, pair[1])
     settings = make_settings({"wrong": wrong, "right": pair[0]}, base=str(writer))
@@ -266,7 +215,7 @@ def test_an_adapter_is_not_dropped_while_it_answers(
 
 
 @pytest.mark.usefixtures("_nothing_is_loaded_at_start")
-@pytest.mark.parametrize("changes", ["delete", "put", "delete put", "put delete", "put put"])
+@pytest.mark.parametrize("changes", ["put", "delete put", "put delete"])
 def test_a_name_changes_while_its_adapter_is_loaded(
     changes: str, writer: Path, pair: tuple[Path, Path], alone: list[list[int]]
 ) -> None:

@@ -75,7 +75,7 @@ def test_a_removed_job_is_not_served() -> None:
     assert queue.counters == {}
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_backlogged_clients_differ_by_one_job_at_most(seed: int) -> None:
     """The bound of the paper: counters of clients with waiting jobs differ by no more than the
     largest job that was charged at once, here with one row at a time."""

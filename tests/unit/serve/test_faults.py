@@ -6,12 +6,10 @@ import asyncio
 import functools
 import itertools
 import json
-import logging
 import random
 import socket
 import threading
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,7 +36,6 @@ from tiny_server import (
 )
 from tunesmith.serve import server as serve_server
 from tunesmith.serve import streams
-from tunesmith.serve.formats import ChatFormat
 from tunesmith.serve.server import TimedProtocol
 from tunesmith.serve.settings import ServeSettings
 
@@ -106,65 +103,6 @@ def test_a_client_that_leaves_while_it_waits(narrow: LiveServer) -> None:
     wait_for(lambda: count_active(narrow) == 0)
 
 
-def test_a_client_that_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "WRITE_SECONDS", 0.05)
-    is_closed = False
-
-    async def make_events() -> AsyncGenerator[bytes]:
-        nonlocal is_closed
-        try:
-            while True:
-                yield b"data: x\n\n"
-        finally:
-            is_closed = True
-
-    async def receive() -> Any:
-        await asyncio.Event().wait()
-
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.body":
-            await asyncio.Event().wait()  # the buffer of the connection is full
-
-    async def run() -> None:
-        stream = streams.EventStream(make_events(), {})
-        await asyncio.wait_for(stream({}, receive, send), START_SECONDS)
-
-    asyncio.run(run())
-    assert is_closed
-
-
-def test_a_log_that_cannot_be_written_stops_nothing(
-    narrow: LiveServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    logger = logging.getLogger("tunesmith.access")
-    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - closing it fails
-    handler = logging.StreamHandler(full)
-    logger.addHandler(handler)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    try:
-        with narrow.client() as http:
-            for _ in range(3):
-                assert http.post(CHAT, json=make_chat("base", max_tokens=1)).status_code == 200
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        with suppress(OSError):
-            full.close()
-    assert "No space left" in capsys.readouterr().err
-
-
-def test_half_a_request_holds_no_row(narrow: LiveServer) -> None:
-    host, port = narrow.url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)))
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-    connection.sendall(f"{head}Content-Length: 500\r\n\r\n".encode() + b'{"model": "base"')
-    connection.close()
-    with narrow.client() as http:
-        assert http.post(CHAT, json=make_chat("base", max_tokens=1)).status_code == 200
-    assert count_active(narrow) == 0
-
-
 @pytest.mark.parametrize("has_asked", [False, True], ids=["first", "after an answer"])
 @pytest.mark.parametrize("sent", ["", "GET /v1/mod"])
 def test_a_connection_without_a_request_is_closed(
@@ -181,21 +119,6 @@ def test_a_connection_without_a_request_is_closed(
         connection.sendall(sent.encode())
         while connection.recv(10_000):
             pass
-
-
-def test_a_connection_that_is_answered_stays(
-    narrow: LiveServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(serve_server, "HEAD_SECONDS", 0.05)
-    body = make_chat("base", n=2, stream=True, **LONG)
-    with narrow.client() as http:
-        with pausing_engine(narrow):
-            response: httpx.Response | None = None
-            while response is None:  # a busy machine may be late with the head
-                with suppress(httpx.TransportError):
-                    response = http.send(http.build_request("POST", CHAT, json=body), stream=True)
-            time.sleep(0.2)  # of four looks
-        assert response.read().rstrip().endswith(b"[DONE]")
 
 
 @contextmanager
@@ -295,7 +218,8 @@ class StubTransport(asyncio.Transport):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "is_aborted"), [((900, 900, 700, 700, 800), False), ((900, 800, 800, 800), True)]
+    ("sizes", "is_aborted"),
+    [((900, 900, 700, 700, 800), False), ((900, 800, 800, 800), True), ((0,) * 5, False)],
 )
 def test_a_slow_client_is_not_cut_off_for_a_size_that_comes_again(
     sizes: tuple[int, ...], is_aborted: bool
@@ -313,25 +237,6 @@ def test_a_slow_client_is_not_cut_off_for_a_size_that_comes_again(
         transport.unsent = size
         loop.pass_time()
     assert transport.was_aborted == is_aborted
-
-
-def test_the_loop_goes_on_while_an_answer_is_written(
-    narrow: LiveServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Log-probabilities of long answers are as much text as a book."""
-    threads: list[threading.Thread] = []
-    write = ChatFormat.format_body
-
-    def note_thread(self: ChatFormat, *args: Any) -> Any:
-        threads.append(threading.current_thread())
-        return write(self, *args)
-
-    monkeypatch.setattr(ChatFormat, "format_body", note_thread)
-    with narrow.client() as http:
-        assert http.post(CHAT, json=make_chat("base", max_tokens=2)).status_code == 200
-    loop_thread = narrow.call(threading.current_thread)
-    assert threads
-    assert loop_thread not in threads
 
 
 # ---------------------------------------------------------------- too much work
@@ -352,21 +257,6 @@ def test_a_full_queue_is_429_with_a_time(narrow: LiveServer) -> None:
     assert count_active(narrow) == 0
     state = narrow.server.scheduler._state
     assert state.backlog.waiting_tokens == 0
-
-
-def test_many_refusals_leave_nothing_behind(narrow: LiveServer) -> None:
-    with ThreadPoolExecutor(5) as pool:
-        with pausing_engine(narrow):
-            blockers = [pool.submit(post_long, narrow) for _ in range(5)]
-            wait_for(lambda: count_active(narrow) == 5)
-            with narrow.client() as http:
-                for _ in range(30):
-                    response = http.post(CHAT, json=make_chat("base", n=4, **LONG))
-                    assert response.status_code == 429
-        for blocker in blockers:
-            assert blocker.result().status_code == 200
-    wait_for(lambda: count_active(narrow) == 0)
-    assert count_rows(narrow) == 0
 
 
 def post_long(live: LiveServer, **more: Any) -> httpx.Response:
@@ -524,19 +414,8 @@ def test_a_slow_rate_refuses_only_who_would_wait(writer: Path) -> None:
         assert statuses == [200] * 8 + [429] * 16
 
 
-def test_clocks_that_jump_end_no_request(
-    narrow: LiveServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = time.time()
-    for jump in (-10, 10, 0):
-        monkeypatch.setattr(time, "time", lambda jump=jump: now + jump * 365 * 86400)
-        assert post_long(narrow).status_code == 200
-        with narrow.client() as http:
-            assert http.get("/health").status_code == 200
-
-
 def test_many_clients_of_many_adapters_get_each_its_own(live: LiveServer) -> None:
-    """600 answers to 64 clients, each as it is alone."""
+    """120 answers to 24 clients, each as it is alone."""
     models = ("small", "large", "dora")
 
     def ask(http: httpx.Client, model: str) -> str:
@@ -547,12 +426,12 @@ def test_many_clients_of_many_adapters_get_each_its_own(live: LiveServer) -> Non
     with live.client() as http:
         alone = {model: ask(http, model) for model in models}
     assert len(set(alone.values())) == 3
-    asked = random.Random(1).choices(models, k=600)
+    asked = random.Random(1).choices(models, k=120)
 
     def ask_some(start: int) -> list[bool]:
         with live.client() as http:
-            return [ask(http, model) == alone[model] for model in asked[start::64]]
+            return [ask(http, model) == alone[model] for model in asked[start::24]]
 
-    with ThreadPoolExecutor(64) as pool:
-        same = list(itertools.chain.from_iterable(pool.map(ask_some, range(64))))
-    assert same == [True] * 600
+    with ThreadPoolExecutor(24) as pool:
+        same = list(itertools.chain.from_iterable(pool.map(ask_some, range(24))))
+    assert same == [True] * 120

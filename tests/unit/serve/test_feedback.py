@@ -18,7 +18,7 @@ from tunesmith import api
 from tunesmith.core.errors import InputError
 from tunesmith.serve import feedback
 from tunesmith.serve.errors import RequestError
-from tunesmith.serve.feedback import KEEP_SECONDS, ChatRing, FeedbackStore, KeptChat
+from tunesmith.serve.feedback import KEEP_SECONDS, ChatRing, KeptChat
 from tunesmith.serve.keys import add_key, make_anonymous_key
 
 CHAT = "/v1/chat/completions"
@@ -273,12 +273,6 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "kept").touch()
-    with pytest.raises(InputError, match="not a folder"):
-        FeedbackStore(tmp_path / "kept")
-
-
 # ---------------------------------------------------------------- the ring
 
 
@@ -305,12 +299,3 @@ def test_the_ring_forgets_by_number_size_and_age(monkeypatch: pytest.MonkeyPatch
     for number in range(4):
         ring.add(make_kept(number, text="x" * 49))  # 50 with the answer
     assert len(ring) == 2
-
-
-def test_the_metrics_count_verdicts(ada: httpx.Client, kept: LiveServer) -> None:
-    counter = kept.server.metrics.feedback.labels("small", "bad")
-    before = counter._value.get()
-    assert review(ada, ask(ada)[0], "bad", corrected="no").status_code == 201
-    assert review(ada, ask(ada)[0], "good").status_code == 201
-    assert review(ada, "req-1", "bad").status_code == 404
-    assert counter._value.get() == before + 1

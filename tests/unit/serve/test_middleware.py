@@ -71,13 +71,13 @@ def test_every_route_needs_a_key(endpoint: Any, key: str, guarded: LiveServer) -
         assert response.headers["www-authenticate"] == "Bearer"
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/v1", "/v1/nothing", "/admin", "/health/x", "//"])
-@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "PUT", "TRACE"])
+@pytest.mark.parametrize("path", ["/", "/v1/nothing", "/admin", "//"])
+@pytest.mark.parametrize("method", ["GET", "POST", "TRACE"])
 def test_paths_that_are_not_there_say_nothing(
     path: str, method: str, guarded: LiveServer, secrets: dict[str, str]
 ) -> None:
     assert send(guarded, method, path).status_code == 401
-    body = {} if method in ("POST", "PUT", "OPTIONS", "TRACE") else None
+    body = {} if method in ("POST", "TRACE") else None
     assert send(guarded, method, path, secrets["user"], body).status_code in (404, 405)
 
 

@@ -4,10 +4,8 @@ weights than it says."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -234,7 +232,7 @@ def test_the_same_name_with_new_weights_answers_anew(
     assert put(changing, "json", "small").status_code == 200
     with changing.client() as http:
         assert http.get("/v1/models/json").json()["root"] != first
-    answers = [get_ids(chat(changing, "json", text)) for _ in range(12)]
+    answers = [get_ids(chat(changing, "json", text)) for _ in range(4)]
     assert all(answer == answers[0] for answer in answers)
     assert answers[0] != old
 
@@ -258,9 +256,6 @@ def spoil(folder: Path, kind: str, tmp_path: Path) -> None:
     elif kind == "tokenizer":
         file = path / "tokenizer.json"
         file.write_text(file.read_text().replace("<|text|>", "<|other|>"))
-    elif kind == "tokenizer of the same size":  # is read when the adapter is loaded
-        file = path / "tokenizer.json"
-        file.write_text(file.read_text().replace("<|text|>", "<|texx|>"))
     elif kind == "cut":
         file = path / WEIGHTS
         file.write_bytes(file.read_bytes()[:-100])
@@ -309,7 +304,6 @@ KINDS = (
     "base",
     "template",
     "tokenizer",
-    "tokenizer of the same size",
     "no weights",
     "NaN",
     "shape",
@@ -413,27 +407,6 @@ def test_only_folders_inside_are_taken(tmp_path: Path, adapters: dict[str, Path]
         find_folder(None, "runs/one")
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path, writer: Path) -> None:
-    base = open_base(str(writer), datetime.now())
-    with base.scratch, pytest.raises(InputError):
-        open_adapter(str(tmp_path / "nothing"), base)
-
-
-def test_a_file_that_is_too_large_is_not_read(
-    tmp_path: Path, adapters: dict[str, Path], writer: Path
-) -> None:
-    folder = tmp_path / "large"
-    shutil.copytree(adapters["small"], folder)
-    os.truncate(folder / "adapter_config.json", 100 * 2**20)
-    base = open_base(str(writer), datetime.now())
-    tracemalloc.start()
-    with base.scratch, pytest.raises(InputError, match="bytes, more than"):
-        open_adapter(str(folder), base)
-    _, peak_bytes = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak_bytes < 50 * 2**20
-
-
 # ---------------------------------------------------------------- memory
 
 
@@ -470,47 +443,6 @@ def try_chat(live: LiveServer, model: str) -> Any:
         assert response.json()["error"]["code"] == "adapters_full"
         return None
     return response.json()
-
-
-def test_a_cold_adapter_whose_file_was_replaced_is_not_served(writer: Path, tmp_path: Path) -> None:
-    paths = [save_toy_adapter(tmp_path / f"a{n}", writer, seed=n) for n in range(2)]
-    num_bytes = (paths[0] / WEIGHTS).stat().st_size
-    models = {path.name: path for path in paths}
-    with serving(make_settings(models, base=str(writer), limits={"adapters": num_bytes})) as live:
-        warm = get_ids(chat(live, "a0"))  # resident: its file is not read again
-        shutil.copy(paths[1] / WEIGHTS, paths[0] / WEIGHTS)
-        assert get_ids(chat(live, "a0")) == warm
-        chat(live, "a1")
-        with live.client() as http:
-            response = http.post("/v1/chat/completions", json=make_chat("a0"))
-        assert response.status_code == 503
-        message = response.json()["error"]["message"]
-        assert f"a0 cannot be loaded: {WEIGHTS} has changed since" in message
-        (paths[0] / WEIGHTS).unlink()
-        with live.client() as http:
-            assert http.post("/v1/chat/completions", json=make_chat("a0")).status_code == 503
-
-
-def test_weights_are_read_when_they_are_first_used(writer: Path, tmp_path: Path) -> None:
-    """A folder whose record names other weights, those of a resident adapter, is never served."""
-    right = save_toy_adapter(tmp_path / "right", writer)
-    wrong = tmp_path / "wrong"
-    shutil.copytree(right, wrong)
-    tensors = load_file(wrong / WEIGHTS)
-    save_file({n: 0.9 * t for n, t in tensors.items()}, wrong / WEIGHTS, metadata={"format": "pt"})
-    settings = make_settings({"right": right, "wrong": wrong}, base=str(writer))
-    with serving(settings) as live:
-        before = get_ids(chat(live, "right"))
-        with live.client() as http:
-            listed = {model["id"]: model for model in http.get("/v1/models").json()["data"]}
-        assert listed["right"]["tunesmith"]["witness"] == "proven"
-        assert listed["wrong"]["tunesmith"]["witness"] is None, "what its record says is no proof"
-        for _ in "12":
-            with live.client() as http:
-                response = http.post("/v1/chat/completions", json=make_chat("wrong"))
-            assert response.status_code == 503, response.text
-            assert "not that of the record" in response.json()["error"]["message"]
-        assert get_ids(chat(live, "right")) == before
 
 
 def test_a_start_loads_pinned_adapters_and_a_few_others(

@@ -39,9 +39,9 @@ def post(live: LiveServer, schema: Any, **more: Any) -> httpx.Response:
 
 
 def test_answers_are_valid_or_say_that_they_are_cut(live: LiveServer) -> None:
-    """200 answers, four to a request."""
+    """40 answers, four to a request."""
     num_complete = 0
-    for seed in range(0, 200, 4):
+    for seed in range(0, 40, 4):
         response = post(live, SCHEMA, seed=seed, temperature=1.5, n=4)
         assert response.status_code == 200
         choices = response.json()["choices"]
@@ -52,7 +52,7 @@ def test_answers_are_valid_or_say_that_they_are_cut(live: LiveServer) -> None:
             if choice["finish_reason"] == "stop":
                 jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
                 num_complete += 1
-    assert 50 <= num_complete < 200
+    assert 10 <= num_complete < 40
 
 
 def test_json_object(live: LiveServer) -> None:

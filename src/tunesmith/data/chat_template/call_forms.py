@@ -175,11 +175,6 @@ class PartsForm:
             properties if isinstance(properties, dict) else {},
         )
 
-    def is_read_as(self, text: str, value: Any, schema: Any) -> bool:
-        """Return whether a text in place of a value is read as this value."""
-        parsed = _read_literal(text, 0) if self.quote else (_convert_value(text, schema), len(text))
-        return parsed is not None and json.dumps(parsed) == json.dumps((value, len(text)))
-
     def _read_arguments(
         self, name: str, text: str, position: int, properties: Json
     ) -> tuple[ToolCall, int] | None:
