@@ -353,29 +353,6 @@ def test_a_drain_takes_nothing_new_and_finishes_what_runs(narrow: LiveServer) ->
         assert running.result().status_code == 200
 
 
-def test_a_stopped_server_tells_streams_why(writer: Path) -> None:
-    lines: list[str] = []
-    started = threading.Event()
-
-    def read(url: str) -> None:
-        body = make_chat("base", stream=True, **LONG)
-        with httpx.stream("POST", f"{url}{CHAT}", json=body, timeout=START_SECONDS) as response:
-            for line in response.iter_lines():
-                lines.append(line)
-                started.set()
-
-    with serving(make_settings({}, base=str(writer))) as live:
-        thread = threading.Thread(target=read, args=(live.url,))
-        with pausing_engine(live):
-            thread.start()
-            assert started.wait(START_SECONDS)
-            live.loop.call_soon_threadsafe(live.stop.set)
-            wait_for(lambda: live.server.scheduler.is_draining)
-    thread.join(START_SECONDS)
-    last = json.loads(read_events(lines)[-1])
-    assert last["error"]["code"] == "server_shutdown"
-
-
 def test_every_token_is_accounted(live: LiveServer) -> None:
     def read_counts() -> dict[str, float]:
         with live.client() as http:
@@ -397,21 +374,6 @@ def test_every_token_is_accounted(live: LiveServer) -> None:
     after = read_counts()
     for kind, count in usage.items():
         assert after[kind] - before.get(kind, 0) == count
-
-
-def test_a_slow_rate_refuses_only_who_would_wait(writer: Path) -> None:
-    """With free rows a request is taken, however long the estimate is."""
-    limits = {"rows": 8, "wait": 0.001}
-    with serving(make_settings({}, base=str(writer), limits=limits)) as live:
-        with ThreadPoolExecutor(8) as pool:
-            responses = list(pool.map(lambda _: post_long(live), range(8)))
-        assert [response.status_code for response in responses] == [200] * 8
-        with ThreadPoolExecutor(24) as pool:
-            with pausing_engine(live):
-                posted = [pool.submit(post_long, live) for _ in range(24)]
-                wait_for(lambda: count_active(live) + count_done(posted) == 24)
-            statuses = sorted(future.result().status_code for future in posted)
-        assert statuses == [200] * 8 + [429] * 16
 
 
 def test_many_clients_of_many_adapters_get_each_its_own(live: LiveServer) -> None:

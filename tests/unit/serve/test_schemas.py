@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import jsonschema
-import llguidance
 import pytest
 
-from tiny_server import START_SECONDS, LiveServer, make_chat
-from tunesmith.model.generation.grammar import Grammar, load_tokenizer
-from tunesmith.serve import grammars
+from tiny_server import LiveServer, make_chat
+from tunesmith.model.generation.grammar import Grammar
 from tunesmith.serve.grammars import GrammarCache
 from tunesmith.serve.registry import ServedModel
 from tunesmith.serve.sources import open_base
@@ -104,25 +101,6 @@ def test_a_grammar_ends_with_the_models_own_end_tokens(writer: Path, tmp_path: P
     assert grammars[0] is not grammars[1]
 
 
-def test_a_tokenizer_that_loads_slowly_is_no_fault_of_the_schema(
-    writer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A large one takes seconds on a busy machine."""
-    make_tokenizer = llguidance.LLTokenizer
-
-    def make_slowly(*args: Any, **settings: Any) -> Any:
-        time.sleep(grammars.COMPILE_SECONDS + 0.5)
-        monkeypatch.setattr(grammars, "COMPILE_SECONDS", START_SECONDS)
-        return make_tokenizer(*args, **settings)
-
-    load_tokenizer.cache_clear()
-    monkeypatch.setattr(grammars, "COMPILE_SECONDS", 0.1)
-    monkeypatch.setattr(llguidance, "LLTokenizer", make_slowly)
-    base = open_base(str(writer), datetime.now())
-    with base.scratch:
-        assert asyncio.run(GrammarCache().compile(SCHEMA, ServedModel("base", base)))
-
-
 def nest(depth: int) -> Any:
     schema: Any = {"type": "integer"}
     for _ in range(depth):
@@ -161,14 +139,6 @@ def test_a_bad_pattern_harms_nobody(pattern: str, live: LiveServer) -> None:
     assert response.status_code in (200, 400)
     with live.client() as http:
         assert http.post(CHAT, json=make_chat("base", max_tokens=1)).status_code == 200
-
-
-def test_recursion_is_compiled_or_refused(live: LiveServer) -> None:
-    schema = {
-        "$defs": {"node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}}},
-        "$ref": "#/$defs/node",
-    }
-    assert post(live, schema, max_tokens=8).status_code in (200, 400)
 
 
 @pytest.mark.parametrize(
