@@ -36,8 +36,12 @@ from tunesmith.model.causal_lm import load_network, wrap_model
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.quantization import find_quantized_weights, load_quantized
 from tunesmith.train.losses import sft_loss
-from tunesmith.train.optimizer import get_moments, make_optimizer, step_optimizer
-from tunesmith.train.optimizer_in_backward import OptimizerInBackward
+from tunesmith.train.optimizer import (
+    OptimizerInBackward,
+    get_moments,
+    make_optimizer,
+    step_optimizer,
+)
 
 CASES = {
     "lora": {},

@@ -38,7 +38,7 @@ OWN = {  # of the package, the machine, or what this run has written
     "session/doctor.py": 2,
     "session/run_list.py": 2,
     "train/model_card.py": 1,
-    "train/synthetic_pairs.py": 1,
+    "train/generated_rows.py": 1,
 }
 
 

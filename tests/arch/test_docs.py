@@ -20,7 +20,7 @@ from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import ALIASES, KEYS
 from tunesmith.report.page import REPORT_FILE
 from tunesmith.train.base_reference import REFERENCE_FILE
-from tunesmith.train.synthetic_pairs import PAIRS_FILE
+from tunesmith.train.generated_rows import PAIRS_FILE
 
 ROOT = Path(__file__).parents[2]
 OPTION_FLAGS = {"show_all": "--all"}  # where a flag has not the name of its parameter

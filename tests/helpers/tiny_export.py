@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from tiny_runs import make_chat_row, make_tiny_recipe, train, write_rows
+from tunesmith.export.export import TARGETS
 from tunesmith.export.parity import (
     ExportJob,
     LiveOutputs,
@@ -29,7 +30,6 @@ from tunesmith.export.parity import (
     select_examples,
 )
 from tunesmith.export.source_run import SourceRun, open_source_run
-from tunesmith.export.targets import TARGETS
 from tunesmith.model.gguf.tokenizer import PRE_TOKENIZERS
 
 SYSTEM = "You are small."

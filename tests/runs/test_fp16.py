@@ -17,7 +17,7 @@ from tiny_runs import (
 from tunesmith.core.events import CheckResult
 from tunesmith.core.json_io import read_json
 from tunesmith.train import run
-from tunesmith.train.loss_scale import LossScale
+from tunesmith.train.optimizer import LossScale
 
 
 def test_a_run_in_fp16_passes_preflight_and_resumes_bitwise(

@@ -33,8 +33,8 @@ from tunesmith.recipe.load import dump_recipe, load_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.session.session import load_starting_model
-from tunesmith.train import run, self_rehearsal
-from tunesmith.train.self_rehearsal import generate_rows
+from tunesmith.train import generated_rows, run
+from tunesmith.train.generated_rows import generate_rows
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_a_run_goes_on_with_the_rows_that_it_has(
     run_until_saved(run.train(plan_recipe(broken)), step=2)
     assert rows_of(tmp_path) == rows_of(straight[0]), "the same seed, the same rows"
     # nothing is written a second time
-    monkeypatch.setattr(self_rehearsal, "load_starting_model", None)
+    monkeypatch.setattr(generated_rows, "load_starting_model", None)
     list(run.resume(tmp_path / "run"))
     assert (
         read_adapter_bytes(broken)
@@ -182,7 +182,7 @@ def test_a_loop_is_seen_in_its_tokens() -> None:
 
 def test_rows_are_kept_once_and_none_that_is_measured(writer: Path, tmp_path: Path) -> None:
     files = write_eval_files(tmp_path)
-    judge = self_rehearsal._RowFilter(inputs.load_inputs(wish(writer, tmp_path, **files)))
+    judge = generated_rows._RowFilter(inputs.load_inputs(wish(writer, tmp_path, **files)))
     fresh, measured = build_sum_rows(300, 1)[0], build_sum_rows(200, 1)[0]
     assert [judge.find_problem(row) for row in (fresh, fresh, measured)] == [
         "",
@@ -197,7 +197,7 @@ def test_rows_are_kept_once_and_none_that_is_measured(writer: Path, tmp_path: Pa
 def test_a_model_that_ends_nothing_is_told(
     writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(self_rehearsal, "MAX_QUESTION_TOKENS", 1)
+    monkeypatch.setattr(generated_rows, "MAX_QUESTION_TOKENS", 1)
     with pytest.raises(InputError, match=r"none of \d+ generated rows is usable: .*\d+ unfinished"):
         train(wish(writer, tmp_path))
     assert not (tmp_path / "run" / "plan.json").exists()

@@ -1,13 +1,18 @@
 """Export a finished run to another format, verified against the run before the folder appears.
 
-In: a run folder and a target of TARGETS (targets.py). Out: ExportResult.
-Left out: writing the formats (hf.py, gguf/, ollama.py) and comparing outputs (parity.py).
-"""
+In: a run folder and a target of TARGETS. Out: ExportResult. A new target is two functions, a line
+in TARGETS and one in request.py; those for servers of other projects are in server_files.py. The
+tolerances follow from measurements (docs/guides/export.md). Left out: writing the formats (hf.py,
+gguf/, ollama.py) and comparing outputs (parity.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from tunesmith.core.atomic import atomic_dir, read_sealed_files
 from tunesmith.core.errors import GateError, InputError, MachineError
@@ -15,27 +20,96 @@ from tunesmith.core.formatting import format_bytes
 from tunesmith.core.hardware import measure_machine
 from tunesmith.core.types import Json, __version__
 from tunesmith.evaluate.scale_choice import MAX_SCALE
-from tunesmith.export.gguf.write import reload_gguf, write_lora
-from tunesmith.export.merge_base import MergeBase, choose_base
-from tunesmith.export.ollama import reload_ollama
+from tunesmith.export.gguf.write import reload_gguf, reload_lora, write_gguf, write_lora
+from tunesmith.export.hf import (
+    reload_merged,
+    reload_peft,
+    write_hub,
+    write_merged_folder,
+    write_peft,
+)
+from tunesmith.export.ollama import reload_ollama, write_ollama
 from tunesmith.export.parity import (
+    BaseKind,
     ExportJob,
     Parity,
+    ParityExample,
+    ReloadedExport,
+    Tolerance,
     compare_outputs,
+    compute_example_logits,
     compute_export_outputs,
+    compute_live_logits,
     compute_live_outputs,
+    compute_mean_kl,
     refuse_mismatch,
     select_examples,
 )
 from tunesmith.export.per_expert import (
     has_expert_adapters,
     refuse_stacked_experts,
+    reload_per_expert,
     write_per_expert,
 )
-from tunesmith.export.request import choose_output_path
+from tunesmith.export.request import PER_EXPERT, choose_output_path, choose_type
 from tunesmith.export.source_run import SourceRun, open_source_run
-from tunesmith.export.targets import ExportFormat, find_format
+from tunesmith.model.merge import merge_into_network
 from tunesmith.model.save import select_linear_loras
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """How to write an export and read it back as another program would.
+
+    bytes_per_weight: size of a model weight; 0 for the adapter alone, None for the base's dtype.
+    """
+
+    write: Callable[[ExportJob], None]
+    reload: Callable[[ExportJob], ReloadedExport]
+    tolerance: Tolerance
+    bytes_per_weight: float | None = 0
+
+
+def find_format(target: str, export_type: str | None) -> tuple[str, ExportFormat]:
+    """Return the export type and its format; without a type, the target's first one.
+
+    Raises InputError for an unknown target or type.
+    """
+    chosen = choose_type(target, export_type)
+    return chosen, TARGETS[target][chosen]
+
+
+EXACT_TOLERANCE = Tolerance(mean_kl=1e-6, max_kl=1e-4)
+FP16_TOLERANCE = Tolerance(mean_kl=1e-4, max_kl=1e-2)
+Q8_TOLERANCE = Tolerance(mean_kl=1e-2, max_kl=0.5)
+# bf16 keeps eight significant bits of a weight, no more than Q8_0 does.
+BF16_TOLERANCE = Q8_TOLERANCE
+
+GGUF_TYPES = {
+    "f16": (FP16_TOLERANCE, 2),
+    "q8_0": (Q8_TOLERANCE, 34 / 32),
+    "bf16": (BF16_TOLERANCE, 2),
+    "f32": (EXACT_TOLERANCE, 4),
+}
+
+TARGETS: dict[str, dict[str, ExportFormat]] = {
+    "peft": {
+        "": ExportFormat(write_peft, reload_peft, EXACT_TOLERANCE),
+        PER_EXPERT: ExportFormat(write_per_expert, reload_per_expert, EXACT_TOLERANCE),
+    },
+    "merged": {"": ExportFormat(write_merged_folder, reload_merged, BF16_TOLERANCE, None)},
+    "gguf": {
+        kind: ExportFormat(write_gguf, reload_gguf, tolerance, width)
+        for kind, (tolerance, width) in GGUF_TYPES.items()
+    }
+    | {"lora": ExportFormat(write_lora, reload_lora, EXACT_TOLERANCE)},
+    "ollama": {
+        kind: ExportFormat(write_ollama, reload_ollama, tolerance, width)
+        for kind, (tolerance, width) in GGUF_TYPES.items()
+    },
+    "hub": {"": ExportFormat(write_hub, reload_peft, EXACT_TOLERANCE)},
+}
+
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -211,3 +285,58 @@ def _verify_export(job: ExportJob, export_format: ExportFormat) -> Parity:
     parity = compare_outputs(job, live_outputs, export_outputs, reloaded)
     refuse_mismatch(export_format.tolerance, parity, job, reloaded)
     return parity
+
+
+# ---------------------------------------------------------------- the base that is merged into
+
+
+BASES: tuple[BaseKind, ...] = ("dequantized", "original")
+
+
+@dataclass(frozen=True)
+class MergeBase:
+    """The base, and the mean KL to the run in nats of the adapter merged into each one, rounded to
+    the base's dtype; empty where there is no choice."""
+
+    base: BaseKind
+    mean_kl: Mapping[str, float]
+
+
+def choose_base(
+    run: SourceRun, examples: Sequence[ParityExample], requested: str, *, is_merged: bool
+) -> MergeBase:
+    """Return the requested base, or for `auto` the one that is closer to the run: the original
+    weights rarely are, since an adapter also compensates quantization errors.
+
+    is_merged: the export contains more than the adapter. Raises InputError for an unknown base, and
+    for a choice without effect.
+    """
+    where = "--base"
+    if requested not in (*BASES, "auto"):
+        fix = f"use one of {', '.join(BASES)}, auto"
+        raise InputError(f"unknown base {requested!r}", where=where, fix=fix)
+    if is_merged and run.quantized_paths:
+        run_logits = compute_live_logits(run, examples)
+        kl_by_base: dict[str, float] = {}
+        for base in BASES:
+            merged_logits = _compute_merged_logits(run, examples, base)
+            kl_by_base[base] = compute_mean_kl(run_logits, merged_logits)
+        chosen = min(BASES, key=lambda base: (base != requested, kl_by_base[base]))
+        return MergeBase(chosen, kl_by_base)
+    if requested != "auto":
+        reason = "only the adapter is exported"
+        if is_merged:
+            reason = "this run's base was not quantized to 4 bits"
+        raise InputError(f"no base to choose: {reason}", where=where, fix="leave --base out")
+    return MergeBase("original", {})
+
+
+def _compute_merged_logits(
+    run: SourceRun, examples: Sequence[ParityExample], base: BaseKind
+) -> tuple[Tensor, ...]:
+    network = run.load_base_network(is_original=base == "original")
+    merge_into_network(network, run.changes)
+    dtype: torch.dtype = getattr(torch, run.model_spec.dtype)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    return compute_example_logits(network, examples)

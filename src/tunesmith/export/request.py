@@ -6,7 +6,7 @@ tokenizer already say no.
     choose_output_path(run, target, type, ...)  the new folder
 
 In: the words of the user and a run folder. Out: nothing, the type or the folder. Left out: how a
-target is written (targets.py), and everything that needs weights (export.py)."""
+target is written and all that needs weights (export.py)."""
 
 from __future__ import annotations
 

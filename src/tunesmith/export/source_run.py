@@ -2,7 +2,7 @@
 
 In: a run folder. Out: a SourceRun, checked: the run is finished, its files are unchanged, and so is
 the base that it was trained on. Only the adapter's weights are in memory.
-Left out: what it is exported to (targets.py).
+Left out: what it is exported to (export.py).
 """
 
 from __future__ import annotations

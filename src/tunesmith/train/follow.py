@@ -44,9 +44,9 @@ from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session, open_session
 from tunesmith.train.base_reference import read_references
 from tunesmith.train.follow_measuring import SOURCE_CHANGE, START, MeasuringFollower
+from tunesmith.train.generated_rows import read_synthetic_pairs
 from tunesmith.train.loop import COLLECT, COMPARE, RESTORE, STEP, TrainingLoop
 from tunesmith.train.signals import GracefulStop
-from tunesmith.train.synthetic_pairs import read_synthetic_pairs
 
 RUN = "run"
 OPEN = "open"

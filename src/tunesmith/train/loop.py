@@ -53,17 +53,18 @@ from tunesmith.train.checkpoint import (
     write_state,
 )
 from tunesmith.train.kto import measure_kl, split_mismatched
-from tunesmith.train.loss_scale import SCALE_KIND, LossScale
 from tunesmith.train.losses import LossConfig, LossNormalizer, compute_step_terms
 from tunesmith.train.neftune import add_embedding_noise
 from tunesmith.train.optimizer import (
+    SCALE_KIND,
+    LossScale,
+    OptimizerInBackward,
     clip_gradients,
     compute_learning_rate,
     make_optimizer,
     set_learning_rate,
     step_optimizer,
 )
-from tunesmith.train.optimizer_in_backward import OptimizerInBackward
 from tunesmith.train.update_norms import sum_update_ratios
 
 # What rank 0 tells the others: take the step, restore the checkpoint, compare the weights, send

@@ -5,13 +5,17 @@ The learning rate is a pure function of the step, so no scheduler state is saved
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith.core.errors import GateError, MachineError
 from tunesmith.model.frozen_weight import import_bitsandbytes
+from tunesmith.model.machine_errors import OutOfMemory, machine_errors
 
 ScheduleKwargs = Mapping[str, Any]  # PlanConfig.lr_scheduler_kwargs
 NO_KWARGS: ScheduleKwargs = {}
@@ -218,3 +222,113 @@ def step_optimizer(
     # must notice (Fp32MasterLinear).
     for parameter in updated:
         torch.autograd.graph.increment_version(parameter)
+
+
+# ---------------------------------------------------------------- fp16
+
+
+SCALE_KIND = "loss scale"  # of the events of repeated steps
+INITIAL_SCALE = 65536.0  # as in torch's GradScaler
+GROWTH_STEPS = 2000
+MAX_SCALE = 2.0**24
+MIN_SCALE = 1.0  # below, gradients overflow without any scale
+
+
+@dataclass
+class LossScale:
+    """The factor by which a loss in fp16 is multiplied before its backward.
+
+    fp16 ends at 65,504 and has no values below 6e-8, to which most gradients of activations would
+    be rounded. A scale lifts them (Micikevicius et al. 2018, section 3.2). It is a power of two, so
+    it rounds nothing itself. A step whose gradients overflow is repeated with half the scale: no
+    row is lost, unlike with torch's GradScaler, which leaves such steps out. `finite_steps` counts
+    the updates since it last changed, `overflows` how often a step was repeated."""
+
+    value: float = INITIAL_SCALE
+    finite_steps: int = 0
+    overflows: int = 0
+
+    @classmethod
+    def from_dtype(cls, dtype: torch.dtype) -> LossScale | None:
+        """Return a scale for fp16, None for other dtypes."""
+        return cls() if dtype == torch.float16 else None
+
+    @torch.no_grad()
+    def remove_from_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Divide the gradients by the scale."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, 1 / self.value)  # pyright: ignore[reportPrivateImportUsage]
+
+    def count_update(self) -> None:
+        """Count an update whose gradients were finite; double the scale when it is due."""
+        self.finite_steps += 1
+        if self.finite_steps >= GROWTH_STEPS:
+            self.value = min(2 * self.value, MAX_SCALE)
+            self.finite_steps = 0
+
+    def halve(self) -> bool:
+        """Halve the scale after gradients overflowed; return False if they do without a scale."""
+        if self.value <= MIN_SCALE:
+            return False
+        self.value /= 2
+        self.finite_steps = 0
+        self.overflows += 1
+        return True
+
+
+# ---------------------------------------------------------------- steps in the backward
+
+
+class OptimizerInBackward:
+    """Hooks that update weights in the backward pass; `grad_norm` is that of the last one."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        self.optimizer = optimizer
+        self.parameters = parameters
+        self.grad_norm = 0.0
+
+    @contextmanager
+    def updating(self, step: int, learning_rate: float) -> Iterator[None]:
+        """Update weights in the backward pass inside this context.
+
+        Raise GateError for a non-finite gradient and MachineError when out of memory: by then some
+        weights are those of the next step."""
+        squared_norm = 0.0
+
+        def apply_gradient(name: str, parameter: nn.Parameter) -> None:
+            nonlocal squared_norm
+            assert parameter.grad is not None
+            squared_norm += float(torch.linalg.vector_norm(parameter.grad)) ** 2
+            if not math.isfinite(squared_norm):
+                raise GateError(
+                    f"the gradient of {name} is not finite, but other weights are already updated",
+                    where=f"step {step}",
+                    fix="resume from the newest checkpoint; with max_grad_norm > 0 such a step is "
+                    "skipped",
+                )
+            # Only this parameter has a gradient now.
+            step_optimizer(self.optimizer, learning_rate)
+            parameter.grad = None
+
+        handles = [
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, name=name: apply_gradient(name, p)
+            )
+            for name, parameter in self.parameters.items()
+        ]
+        try:
+            with machine_errors():
+                yield
+        except OutOfMemory as error:
+            raise MachineError(
+                f"{error.message}, in the middle of an update",
+                where=f"step {step}",
+                fix="resume from the newest checkpoint with a smaller pack_length; with "
+                "max_grad_norm > 0 such a step is retried with smaller packs",
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.grad_norm = math.sqrt(squared_norm)

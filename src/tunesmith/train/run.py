@@ -78,6 +78,7 @@ from tunesmith.session.session import Session, open_session
 from tunesmith.session.witness import record_answers
 from tunesmith.train import base_reference
 from tunesmith.train.follow import BEGIN, check_ranks, start_ranks
+from tunesmith.train.generated_rows import add_self_rehearsal, add_synthetic_pairs
 from tunesmith.train.guard.guarded_loop import GuardedTraining, RunContext
 from tunesmith.train.model_card import write_card
 from tunesmith.train.preflight import run_preflight
@@ -87,9 +88,7 @@ from tunesmith.train.resume import (
     prepare_resume,
     read_input_changes,
 )
-from tunesmith.train.self_rehearsal import add_self_rehearsal
 from tunesmith.train.signals import GracefulStop
-from tunesmith.train.synthetic_pairs import add_synthetic_pairs
 
 # ---------------------------------------------------------------- two ways to begin
 

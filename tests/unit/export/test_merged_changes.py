@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tiny_export import judge_export, make_export_job, save_run
 from tunesmith.core.errors import GateError
+from tunesmith.export.export import TARGETS
 from tunesmith.export.merged_changes import MAX_ROWS, check_changes, sample_changes
 from tunesmith.export.parity import (
     LiveOutputs,
@@ -19,7 +20,6 @@ from tunesmith.export.parity import (
     compute_export_outputs,
     compute_live_outputs,
 )
-from tunesmith.export.targets import TARGETS
 from tunesmith.model.expert_adapters import ExpertLoraTensors
 from tunesmith.model.merge import WeightDelta, merge_into_network
 from tunesmith.model.save import LoraTensors, ModuleTensor, TokenRowTensors

@@ -18,7 +18,7 @@ from tiny_export import CHATML, judge_export, make_export_job, save_model, save_
 from tiny_runs import make_chat_row, make_tiny_recipe, write_rows
 from tunesmith.cli.views.results import render_export
 from tunesmith.core.errors import GateError, TunesmithError
-from tunesmith.export.export import export_run
+from tunesmith.export.export import TARGETS, export_run
 from tunesmith.export.gguf.write import ADAPTER_FILE, get_model_path
 from tunesmith.export.parity import (
     ExportJob,
@@ -31,7 +31,6 @@ from tunesmith.export.parity import (
     compute_mean_kl,
     refuse_mismatch,
 )
-from tunesmith.export.targets import TARGETS
 from tunesmith.model.gguf.reader import read_gguf
 from tunesmith.session import inputs
 from tunesmith.train import run

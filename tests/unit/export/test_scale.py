@@ -20,11 +20,10 @@ from tunesmith.core.atomic import read_manifest, verify_dir
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.types import Pack
 from tunesmith.data.collate import collate
-from tunesmith.export.export import export_run
+from tunesmith.export.export import TARGETS, export_run
 from tunesmith.export.hf import _copy_files
 from tunesmith.export.parity import ParityExample, compute_example_logits, select_examples
 from tunesmith.export.source_run import open_source_run
-from tunesmith.export.targets import TARGETS
 from tunesmith.model.adapters import scaled_adapter
 from tunesmith.model.gguf.reader import read_gguf
 from tunesmith.model.hub.adapter_config import read_adapter

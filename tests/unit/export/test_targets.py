@@ -19,12 +19,17 @@ from tunesmith.core.errors import GateError, InputError, MachineError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.run_dir import RunFolder
 from tunesmith.core.sealed_json import read_sealed_json
-from tunesmith.export.export import ExportResult, _refuse_unsupported, export_run
+from tunesmith.export.export import (
+    TARGETS,
+    ExportResult,
+    _refuse_unsupported,
+    export_run,
+    find_format,
+)
 from tunesmith.export.hf import write_merged_folder
 from tunesmith.export.parity import ExportJob, Tolerance, compute_live_outputs
 from tunesmith.export.request import TARGET_TYPES
 from tunesmith.export.source_run import open_source_run
-from tunesmith.export.targets import TARGETS, find_format
 from tunesmith.model.causal_lm import compute_stock_logits, load_network
 from tunesmith.model.expert_adapters import ExpertLoraTensors
 from tunesmith.model.gguf.reader import read_gguf

@@ -29,8 +29,7 @@ from tunesmith.core.events import TrainStep
 from tunesmith.core.types import Document
 from tunesmith.model.adapters import find_lora_layers, get_trainable_parameters
 from tunesmith.train.loop import TrainingLoop
-from tunesmith.train.loss_scale import LossScale
-from tunesmith.train.optimizer import make_optimizer, step_optimizer
+from tunesmith.train.optimizer import LossScale, make_optimizer, step_optimizer
 
 
 def train(family: str, *, steps: int = 1, **settings: Any) -> dict[str, Tensor]:

@@ -17,10 +17,10 @@ from tiny_runs import select_steps
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.types import Document
-from tunesmith.train import loss_scale
+from tunesmith.train import optimizer
 from tunesmith.train.checkpoint import TRAINER_STATE_FILE
 from tunesmith.train.loop import POSITION_FIELDS, TrainingLoop
-from tunesmith.train.loss_scale import LossScale
+from tunesmith.train.optimizer import LossScale
 
 OVERFLOWING = 2.0**24
 # of the forged values, those that a position may have
@@ -53,16 +53,16 @@ def list_checks(events: Sequence[Event]) -> list[CheckResult]:
 def test_a_scale_grows_after_finite_steps_and_halves_when_gradients_overflow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loss_scale, "GROWTH_STEPS", 3)
+    monkeypatch.setattr(optimizer, "GROWTH_STEPS", 3)
     scale = LossScale(8.0)
     for expected in (8.0, 8.0, 16.0, 16.0):
         scale.count_update()
         assert scale.value == expected
     assert scale.halve()
     assert (scale.value, scale.finite_steps, scale.overflows) == (8.0, 0, 1)
-    scale = LossScale(loss_scale.MAX_SCALE, finite_steps=2)
+    scale = LossScale(optimizer.MAX_SCALE, finite_steps=2)
     scale.count_update()
-    assert scale.value == loss_scale.MAX_SCALE
+    assert scale.value == optimizer.MAX_SCALE
     scale = LossScale(1.0)
     assert not scale.halve()
     assert (scale.value, scale.overflows) == (1.0, 0)
@@ -158,7 +158,7 @@ def test_a_resumed_run_has_the_same_scale_and_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scale overflows in step 1, and doubles in steps 3 and 6."""
-    monkeypatch.setattr(loss_scale, "GROWTH_STEPS", 3)
+    monkeypatch.setattr(optimizer, "GROWTH_STEPS", 3)
     straight = make_loop(scale=OVERFLOWING)
     list(straight)
     first = make_loop(scale=OVERFLOWING)

@@ -28,7 +28,7 @@ from tunesmith.core.types import Json
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.train import run
-from tunesmith.train.synthetic_pairs import PAIRS_FILE
+from tunesmith.train.generated_rows import PAIRS_FILE
 
 PHRASE = {"match": "an AI", "name": "ai", "mode": "pair"}
 

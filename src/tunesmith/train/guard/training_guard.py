@@ -24,8 +24,7 @@ from tunesmith.core.events import (
     TrainStep,
 )
 from tunesmith.core.types import Plan
-from tunesmith.train.guard.detectors import DETECTORS, Family, can_judge_answers
-from tunesmith.train.guard.history import GuardHistory
+from tunesmith.train.guard.detectors import DETECTORS, Family, GuardHistory, can_judge_answers
 
 # The kind of the verdict that closes an evaluation; other verdicts carry their detector's name.
 GUARD_KIND = "guard"

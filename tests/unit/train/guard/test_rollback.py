@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tunesmith.core.types import Document
-from tunesmith.train.guard.rollback import find_outliers
+from tunesmith.train.guard.guarded_loop import find_outliers
 
 LEARNT = [0.01, 0.02, 0.03, 0.02, 0.01, 0.02, 0.03, 0.02]
 

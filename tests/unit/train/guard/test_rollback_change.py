@@ -17,7 +17,7 @@ from tunesmith.core.events import CheckResult, Rollback
 from tunesmith.core.types import Document
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.plan.rehearsal import compute_next_ratio
-from tunesmith.train.guard.rollback import build_rollback, find_outliers
+from tunesmith.train.guard.guarded_loop import build_rollback, find_outliers
 
 
 def make_training(*changes: tuple[int, float]) -> Any:

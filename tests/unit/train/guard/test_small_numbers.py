@@ -6,8 +6,7 @@ import pytest
 from tunesmith.core.events import PROBE_TASK, Score, TrainStep
 from tunesmith.evaluate.results import MetricValues, compute_score
 from tunesmith.evaluate.statistics import MIN_ITEMS, is_shown_above
-from tunesmith.train.guard.detectors import forgetting, overfitting
-from tunesmith.train.guard.history import GuardHistory
+from tunesmith.train.guard.detectors import GuardHistory, forgetting, overfitting
 
 MARGIN = 0.02
 TRIALS = 4000
