@@ -61,10 +61,8 @@ def run_training(
 # ---------------------------------------------------------------- packing is speed, not trajectory
 
 
-def test_twenty_steps_packed_equal_twenty_steps_unpacked() -> None:
-    (packed, ours), (alone, theirs) = (
-        run_training(num_steps=20, pack_length=length) for length in (10**6, 1)
-    )
+def test_packed_steps_equal_unpacked_steps() -> None:
+    (packed, ours), (alone, theirs) = (run_training(pack_length=length) for length in (10**6, 1))
     for item, other in zip(select_steps(packed), select_steps(alone), strict=True):
         assert item.loss == pytest.approx(other.loss, rel=1e-5)
         assert item.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
@@ -80,11 +78,9 @@ def make_branching_documents(step: int) -> Sequence[Document]:
     return [continue_document(*tail, index) for index, tail in enumerate(tails)]
 
 
-def test_twenty_steps_shared_equal_twenty_steps_not_shared() -> None:
+def test_steps_with_shared_prefixes_equal_steps_without() -> None:
     runs = [
-        run_training(
-            make_branching_documents, num_steps=20, pack_length=length, share_prefixes=length > 1
-        )
+        run_training(make_branching_documents, pack_length=length, share_prefixes=length > 1)
         for length in (10**6, 80, 1)
     ]
     (_, ours), (_, halved), (alone, theirs) = runs
@@ -317,7 +313,9 @@ def test_a_good_step_in_between_starts_the_count_again() -> None:
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str
+)
 def test_a_poisoned_model_never_trains(dtype: torch.dtype) -> None:
     """A NaN in any one weight of the base reaches the loss, through every kernel on the way."""
     names = (

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from preflight_models import get_refusal, prepare_model
 from quick_families import leave_others_to_slow
-from tiny_models import ATTENTION_CONFIGS, CONFIGS, TEXT_PART_CONFIGS, make_tiny_documents
+from tiny_models import (
+    ATTENTION_CONFIGS,
+    CONFIGS,
+    EXPERT_FAMILIES,
+    HYBRID_CONFIGS,
+    TEXT_PART_CONFIGS,
+    make_tiny_documents,
+)
 from tunesmith.core.errors import GateError
 from tunesmith.model import causal_lm, layers
 from tunesmith.model.causal_lm import PackedCausalLM
@@ -24,7 +31,7 @@ from tunesmith.model.mixers.gated_delta import GatedDeltaNet
 from tunesmith.model.mixers.mamba2 import Mamba2Mixer
 from tunesmith.session.preflight_probe import Subject
 from tunesmith.train.preflight import run_preflight
-from tunesmith.train.preflight_blocks import TOKEN_TOLERANCE, check_blocks
+from tunesmith.train.preflight_blocks import TOKEN_TOLERANCE, check_blocks, check_gradients
 
 LONG = make_tiny_documents((9, 330))  # the fault of the rotation begins at token 300
 Fault = Callable[[PackedCausalLM, pytest.MonkeyPatch], None]
@@ -192,13 +199,16 @@ def test_a_fault_is_refused(
 
 @pytest.mark.parametrize("family", leave_others_to_slow(CONFIGS))
 def test_no_family_is_refused_in_bf16(family: str) -> None:
-    """With room: the tolerance is 30 times what differs."""
-    model, samples = prepare_model(family, torch.bfloat16)
+    """With room: the tolerance of blocks is 30 times what differs."""
+    subject = Subject(*prepare_model(family, torch.bfloat16))
     with torch.no_grad():
-        evidence = check_blocks(Subject(model, samples)).evidence
+        evidence = check_blocks(subject).evidence
+        gradients = check_gradients(subject)
     worst = re.search(r"differ by (\S+) at most", evidence)
     assert worst is not None
     assert 10 * float(worst[1]) < TOKEN_TOLERANCE[torch.float32]
+    is_amplifying = family in HYBRID_CONFIGS or family in EXPERT_FAMILIES
+    assert float(gradients.evidence.rpartition(" by ")[2][:-1]) < (12 if is_amplifying else 5)
 
 
 @pytest.mark.parametrize("family", leave_others_to_slow([*TEXT_PART_CONFIGS, *ATTENTION_CONFIGS]))

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from preflight_models import get_refusal, prepare_model
-from quick_families import leave_others_to_slow
-from tiny_models import CONFIGS, EXPERT_FAMILIES, HYBRID_CONFIGS
 from tunesmith.core.errors import GateError
 from tunesmith.model.experts import Experts
 from tunesmith.model.layers import Attention, Mlp
@@ -78,13 +76,3 @@ def test_a_wrong_gradient_of_an_adapter_stops_the_run() -> None:
     layer.lora_B.register_hook(lambda gradient: gradient * 1.5)
     name = "the gradient of layers.1.self_attn.o_proj is off by"
     assert get_refusal(model, samples).startswith(name)
-
-
-@pytest.mark.parametrize("family", leave_others_to_slow(CONFIGS))
-def test_no_family_is_refused(family: str) -> None:
-    model, samples = prepare_model(family, torch.bfloat16)
-    with torch.no_grad():
-        result = check_gradients(Subject(model, samples))
-    assert result.level == "ok"
-    is_amplifying = family in HYBRID_CONFIGS or family in EXPERT_FAMILIES
-    assert float(result.evidence.rpartition(" by ")[2][:-1]) < (12 if is_amplifying else 5)

@@ -9,7 +9,7 @@ from tunesmith.evaluate.statistics import MIN_ITEMS, is_shown_above
 from tunesmith.train.guard.detectors import GuardHistory, forgetting, overfitting
 
 MARGIN = 0.02
-TRIALS = 4000
+TRIALS = 1500
 
 
 def measure(name: str, values: np.ndarray, step: int = 0) -> Score:
@@ -19,7 +19,7 @@ def measure(name: str, values: np.ndarray, step: int = 0) -> Score:
     return compute_score(metric, step=step)
 
 
-@pytest.mark.parametrize("count", [5, 6, 7, 8])
+@pytest.mark.parametrize("count", [5, 8])
 def test_a_loss_at_the_margin_seldom_alarms(count: int) -> None:
     """One-sided, a 95% interval alarms in 2.5% of cases where the true loss is the margin."""
     random = np.random.default_rng(count)
