@@ -55,7 +55,10 @@ def random_weights(architecture: str, *, tied: bool = True) -> dict[str, np.ndar
             shapes[f"{block}.mlp.{name}_proj.weight"] = shape
         for name in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"{block}.{name}.weight"] = (HIDDEN,)
-        if architecture == "qwen3":
+        if architecture == "gemma3":
+            for name in ("pre_feedforward", "post_feedforward"):
+                shapes[f"{block}.{name}_layernorm.weight"] = (HIDDEN,)
+        if architecture in ("qwen3", "gemma3"):
             shapes |= {f"{block}.self_attn.{name}_norm.weight": (HEAD_DIM,) for name in "qk"}
     return {
         name: (random.integers(-16, 17, shape) / 16).astype(np.float32)
@@ -63,7 +66,25 @@ def random_weights(architecture: str, *, tied: bool = True) -> dict[str, np.ndar
     }
 
 
+def make_gemma3_tokens() -> dict[str, Any]:
+    """Return a SentencePiece vocabulary: control tokens, bytes, pieces, and a token of the user."""
+    tokens = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += ["h", "e", "\u2581", "he", "  ", "\u2581he", "<think>"]
+    return {
+        "gemma3.attention.sliding_window": 8,
+        "gemma3.attention.key_length": HEAD_DIM,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * len(tokens),
+        "tokenizer.ggml.token_type": [3] * 3 + [6] * 256 + [1] * 6 + [4],
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+
+
 def make_metadata(architecture: str) -> dict[str, Any]:
+    others = make_gemma3_tokens() if architecture == "gemma3" else {}
     return {
         f"{architecture}.context_length": 128,
         f"{architecture}.embedding_length": HIDDEN,
@@ -85,6 +106,7 @@ def make_metadata(architecture: str) -> dict[str, Any]:
         "tokenizer.ggml.padding_token_id": 2,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": TEMPLATE,
+        **others,
     }
 
 
@@ -114,6 +136,8 @@ def write_gguf(
             values = (
                 values.reshape(heads, 2, HEAD_DIM // 2, HIDDEN).swapaxes(1, 2).reshape(values.shape)
             )
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            values = values + 1
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None
         kind = gguf.GGMLQuantizationType[quantize if values.ndim > 1 else "F32"]

@@ -1,80 +1,36 @@
 """Convert a GGUF file to a folder that plain transformers loads: bf16 safetensors, config and
 tokenizer.
 
-In: one .gguf file of a dense Llama, Qwen2 or Qwen3 architecture. Out: config.json,
+In: one .gguf file of a dense Llama, Qwen2, Qwen3 or Gemma 3 text model. Out: config.json,
 generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json and
 chat_template.jinja. The weights are dequantized and rounded to bf16: numbers measured on a model
-from a Q4_1 file describe that model, not the original. Left out: mixtures of experts, SentencePiece
-vocabularies, and writing GGUF (export/gguf)."""
+from a Q4_1 file describe that model, not the original. Names and shapes come from the network that
+transformers builds from the config, and llama.cpp's names for its parameters. transformers' own
+reader of GGUF gives equal weights, but holds the model in fp32, and its configs lack the head size
+of Qwen3 and the rope scaling of Llama 3. Left out: mixtures of experts, and writing GGUF
+(export/gguf)."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import MODEL_ARCH, get_tensor_name_map
 
 from tunesmith.core.errors import InputError
 from tunesmith.model.gguf.reader import GgufFile, TensorInfo, read_gguf, read_tensor
 from tunesmith.model.gguf.tokenizer import find_special_id, write_tokenizer
-from tunesmith.model.hub.validate import read_model_json
+from tunesmith.model.hub.text_class import list_expected_headers
+from tunesmith.model.hub.validate import TensorHeader, read_model_json
 
-BLOCK_TENSOR = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
-ROTATED_TENSOR = re.compile(r"\.attn_[qk]\.(weight|bias)")
+ROTATED_WEIGHTS = (".q_proj.weight", ".q_proj.bias", ".k_proj.weight", ".k_proj.bias")
 USE_SAFETENSORS_FIX = "use the model's safetensors folder"
 CHUNK_VALUES = 2**23  # values in memory at a time
-BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-DENSE_MLP = ("ffn_gate", "ffn_up", "ffn_down")
-EXPERT_NAMES = {  # all experts in one tensor
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.gate_proj",
-    "ffn_up_exps": "mlp.experts.up_proj",
-    "ffn_down_exps": "mlp.experts.down_proj",
-}
-LFM2_NAMES = {
-    "attn_norm": "operator_norm",
-    "ffn_norm": "ffn_norm",
-    "ffn_gate": "feed_forward.w1",
-    "ffn_up": "feed_forward.w3",
-    "ffn_down": "feed_forward.w2",
-}
-LFM2_ATTENTION = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.out_proj",
-    "attn_q_norm": "self_attn.q_layernorm",
-    "attn_k_norm": "self_attn.k_layernorm",
-}
-LFM2_CONVOLUTION = {
-    "shortconv.conv": "conv.conv",
-    "shortconv.in_proj": "conv.in_proj",
-    "shortconv.out_proj": "conv.out_proj",
-}
-QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "token_embd_norm.weight": "model.embedding_norm.weight",  # the final norm of LFM2
-    "output.weight": "lm_head.weight",
-}
 # Llama 3 stores its rope scaling as a tensor; it becomes a part of config.json
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -83,14 +39,15 @@ ROPE_FACTORS = "rope_freqs.weight"
 class GgufArchitecture:
     """The transformers classes of a GGUF architecture.
 
-    `has_interleaved_qk`: rows of q and k are stored interleaved. `is_written_only`: an export is
-    read back, but no file is converted to a base. `pre_tokenizer`: the only
-    pre-tokenizer that transformers' tokenizer class for this model type supports, whatever
-    tokenizer.json says; empty if it loads that file unchanged."""
+    `has_interleaved_qk`: rows of q and k are stored interleaved. `has_shifted_norms`: norms are
+    stored plus 1. `is_written_only`: an export is read back, but no file is converted to a base.
+    `pre_tokenizer`: the only pre-tokenizer that transformers' tokenizer class for this model type
+    supports, whatever tokenizer.json says; empty if it loads that file unchanged."""
 
     model_type: str
     class_name: str
     has_interleaved_qk: bool = False
+    has_shifted_norms: bool = False
     pre_tokenizer: str = ""
     is_written_only: bool = False
 
@@ -105,27 +62,19 @@ def convert(source: Path, folder: Path) -> None:
     if architecture.is_written_only:
         message = f"a GGUF of {architecture.model_type} cannot be converted to a base"
         raise InputError(message, where=str(source), fix=USE_SAFETENSORS_FIX)
-    names = write_settings(file, folder)
-    head_rows = 0
-    if architecture.has_interleaved_qk:
-        head_rows = read_model_json(folder / "config.json")["head_dim"]
-    _write_weights(file, names, folder / "model.safetensors", head_rows)
+    write_settings(file, folder)
+    names = _match_tensors(file, list_expected_headers(folder))
+    _write_weights(file, names, folder)
 
 
-def write_settings(file: GgufFile, folder: Path) -> dict[str, str]:
+def write_settings(file: GgufFile, folder: Path) -> None:
     """Write everything but the weights: config, generation config, tokenizer, chat template.
 
-    Returns GGUF -> transformers names of the tensors. Raises the errors of `convert`."""
+    Raises the errors of `convert`."""
     config = _build_config(file, _read_architecture(file))
-    names: dict[str, str] = {}
-    for tensor in file.tensors:
-        if tensor.name != ROPE_FACTORS:
-            names[tensor.name] = _map_name(file, tensor)
-    _check_names(file, set(names.values()), config)
     write_tokenizer(file, folder)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", _build_generation_config(file))
-    return names
 
 
 def estimate_bytes(source: Path) -> int:
@@ -165,12 +114,16 @@ def _build_config(file: GgufFile, architecture: GgufArchitecture) -> dict[str, A
     hidden_size = file.get_count(f"{prefix}.embedding_length")
     head_dim = file.get_count(f"{prefix}.attention.key_length", hidden_size // heads or 1)
     rms_norm_eps = file.require(f"{prefix}.attention.layer_norm_rms_epsilon", float)
+    num_layers = file.get_count(f"{prefix}.block_count")
+    if num_layers > len(file.tensors):
+        message = f"{prefix}.block_count is {num_layers:,}, but there are {len(names):,} tensors"
+        raise InputError(message, where=str(file.path), fix="use a valid GGUF file")
     config = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
         "hidden_size": hidden_size,
         "intermediate_size": file.get_count(f"{prefix}.feed_forward_length"),
-        "num_hidden_layers": file.get_count(f"{prefix}.block_count"),
+        "num_hidden_layers": num_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": _count_kv_heads(file, prefix, heads),
         "head_dim": head_dim,
@@ -204,7 +157,28 @@ def _build_config(file: GgufFile, architecture: GgufArchitecture) -> dict[str, A
             "block_auto_adjust_ff_dim": False,
             "layer_types": _read_lfm2_layers(file),
         }
+    if prefix == GEMMA3:
+        config |= _describe_gemma3(file, config)
     return config
+
+
+def _describe_gemma3(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    """Return what Gemma 3 adds: layers with a window, which have a rotation of their own."""
+    del config["hidden_act"]  # the class knows another key, and its value
+    sliding_theta = _shorten_float(file.get(f"{GEMMA3}.rope.freq_base_swa", float, 10000.0))
+    # as in llama.cpp, of the 27B
+    is_largest = config["num_hidden_layers"] == 62
+    heads = config["num_attention_heads"]
+    return {
+        "sliding_window": file.get_count(f"{GEMMA3}.attention.sliding_window"),
+        "query_pre_attn_scalar": (
+            config["hidden_size"] // heads if is_largest else config["head_dim"]
+        ),
+        "rope_parameters": {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": sliding_theta},
+        },
+    }
 
 
 def _count_kv_heads(file: GgufFile, prefix: str, heads: int) -> int:
@@ -313,65 +287,39 @@ def _find_special_ids(file: GgufFile) -> dict[str, Any]:
     return {key: index for key, index in ids.items() if index is not None}
 
 
-def _map_name(file: GgufFile, tensor: TensorInfo) -> str:
-    if tensor.name in TOP_NAMES:
-        return TOP_NAMES[tensor.name]
-    match = BLOCK_TENSOR.fullmatch(tensor.name)
-    architecture = file.require("general.architecture", str)
-    names = BLOCK_NAMES | EXPERT_NAMES
-    if architecture == LFM2:
-        names = LFM2_NAMES | LFM2_ATTENTION | LFM2_CONVOLUTION
-    if not match or match[2] not in names:
-        message = f"the tensor {tensor.name} is unknown"
-        raise InputError(message, where=str(file.path), fix=USE_SAFETENSORS_FIX)
-    return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"
-
-
-def _check_names(file: GgufFile, names: set[str], config: dict[str, Any]) -> None:
-    """Require exactly the tensors that transformers creates for `config`; it would fill a missing
-    one with random numbers."""
-    final_norm = "embedding_norm" if config["model_type"] == "lfm2" else "norm"
-    expected = {"model.embed_tokens.weight", f"model.{final_norm}.weight"}
-    if not config["tie_word_embeddings"]:
-        expected.add("lm_head.weight")
-    for layer in range(config["num_hidden_layers"]):
-        suffixes = _list_suffixes(config, layer)
-        expected.update(f"model.layers.{layer}.{suffix}" for suffix in suffixes)
+def _match_tensors(file: GgufFile, expected: Mapping[str, TensorHeader]) -> dict[str, str]:
+    """Return GGUF -> transformers name. Require exactly the parameters of the network, in its
+    shapes."""
     where = str(file.path)
-    if missing := expected - names:
+    names = _name_tensors(file, expected)
+    stored = {tensor.name: tensor for tensor in file.tensors if tensor.name != ROPE_FACTORS}
+    if missing := names.keys() - stored.keys():
         message = f"tensors are missing: {len(missing)}, first {min(missing)}"
         raise InputError(message, where=where, fix=USE_SAFETENSORS_FIX)
-    if unexpected := names - expected:
+    if unexpected := stored.keys() - names.keys():
         message = f"tensors are not part of the model: {len(unexpected)}, first {min(unexpected)}"
         raise InputError(message, where=where, fix=USE_SAFETENSORS_FIX)
+    for gguf_name, name in names.items():
+        shape = stored[gguf_name].shape
+        if shape != expected[name].shape:
+            message = f"{gguf_name} is {list(shape)}, the config says {list(expected[name].shape)}"
+            raise InputError(message, where=where, fix=USE_SAFETENSORS_FIX)
+    return names
 
 
-def _list_suffixes(config: dict[str, Any], layer: int) -> list[str]:
-    """Return the ends of the names of a layer's tensors."""
-    model_type = config["model_type"]
-    if model_type == "lfm2":
-        is_attention = config["layer_types"][layer] == "full_attention"
-        mixer = LFM2_ATTENTION if is_attention else LFM2_CONVOLUTION
-        return [f"{path}.weight" for path in (LFM2_NAMES | mixer).values()]
-    paths = [path for name, path in BLOCK_NAMES.items() if name not in DENSE_MLP]
-    mlp = EXPERT_NAMES if model_type == "qwen3_moe" else {n: BLOCK_NAMES[n] for n in DENSE_MLP}
-    suffixes: list[str] = []
-    for path in (*paths, *mlp.values()):
-        if path not in QK_NORMS or model_type in ("qwen3", "qwen3_moe"):
-            suffixes.append(f"{path}.weight")
-    biased: list[str] = []
-    if model_type == "qwen2":
-        biased += ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-    elif config["attention_bias"]:
-        biased += ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
-    if config.get("mlp_bias"):
-        biased += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    return suffixes + [f"{path}.bias" for path in biased]
+def _name_tensors(file: GgufFile, expected: Iterable[str]) -> dict[str, str]:
+    """Return llama.cpp's name of each parameter -> its name in transformers."""
+    architecture = file.require("general.architecture", str)
+    num_layers = file.get_count(f"{architecture}.block_count")
+    name_map = get_tensor_name_map(MODEL_ARCH[architecture.upper()], num_layers)
+    names: dict[str, str] = {}
+    for name in expected:
+        names[str(name_map.get_name(name, try_suffixes=(".weight", ".bias")))] = name
+    return names
 
 
-def _write_weights(file: GgufFile, names: dict[str, str], path: Path, head_rows: int) -> None:
-    """Write model.safetensors. `head_rows`: rows of a head in the q and k matrices if they must be
-    reordered, else 0."""
+def _write_weights(file: GgufFile, names: dict[str, str], folder: Path) -> None:
+    """Write model.safetensors, in the order of the file."""
     tensors = [tensor for tensor in file.tensors if tensor.name in names]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -385,20 +333,22 @@ def _write_weights(file: GgufFile, names: dict[str, str], path: Path, head_rows:
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as output:
+    head_rows = read_model_json(folder / "config.json")["head_dim"]
+    with (folder / "model.safetensors").open("wb") as output:
         output.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            permuted_rows = head_rows if ROTATED_TENSOR.search(tensor.name) else 0
-            for values in _iter_values(file, tensor, permuted_rows):
+            for values in _iter_values(file, tensor, names[tensor.name], head_rows):
                 output.write(_to_bfloat16(values).tobytes())
 
 
-def _iter_values(file: GgufFile, tensor: TensorInfo, head_rows: int) -> Iterator[np.ndarray]:
-    """Yield the tensor in transformers' layout, some heads or rows at a time."""
-    row_unit = head_rows or 1
-    if tensor.shape[0] % row_unit:
-        message = f"the rows of the tensor {tensor.name} are not a multiple of the head size"
-        raise InputError(message, where=str(file.path))
+def _iter_values(
+    file: GgufFile, tensor: TensorInfo, name: str, head_rows: int
+) -> Iterator[np.ndarray]:
+    """Yield a parameter in transformers' layout, some heads or rows at a time."""
+    architecture = _read_architecture(file)
+    is_permuted = architecture.has_interleaved_qk and name.endswith(ROTATED_WEIGHTS)
+    is_shifted = architecture.has_shifted_norms and name.endswith("norm.weight")
+    row_unit = head_rows if is_permuted else 1
     step = max(1, CHUNK_VALUES // (row_unit * prod(tensor.shape[1:]))) * row_unit
     num_rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
     for first in range(0, num_rows, step):
@@ -406,7 +356,9 @@ def _iter_values(file: GgufFile, tensor: TensorInfo, head_rows: int) -> Iterator
         if not np.isfinite(values).all():
             message = f"the tensor {tensor.name} holds NaN or infinite values"
             raise InputError(message, where=str(file.path))
-        yield reverse_permute(values, head_rows) if head_rows else values
+        if is_permuted:
+            values = reverse_permute(values, head_rows)
+        yield values - 1 if is_shifted else values
 
 
 def reverse_permute(values: np.ndarray, head_rows: int) -> np.ndarray:
@@ -434,10 +386,12 @@ END_TOKENS = ("eos", "eot", "eom")
 
 QWEN3_MOE = "qwen3moe"
 LFM2 = "lfm2"
+GEMMA3 = "gemma3"
 ARCHITECTURES = {
     "llama": GgufArchitecture("llama", "LlamaForCausalLM", has_interleaved_qk=True),
     "qwen2": GgufArchitecture("qwen2", "Qwen2ForCausalLM", pre_tokenizer="qwen2"),
     "qwen3": GgufArchitecture("qwen3", "Qwen3ForCausalLM"),
     QWEN3_MOE: GgufArchitecture("qwen3_moe", "Qwen3MoeForCausalLM", is_written_only=True),
+    GEMMA3: GgufArchitecture("gemma3_text", "Gemma3ForCausalLM", has_shifted_norms=True),
     LFM2: GgufArchitecture("lfm2", "Lfm2ForCausalLM", is_written_only=True),
 }

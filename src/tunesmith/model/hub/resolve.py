@@ -40,7 +40,6 @@ from tunesmith.core.hub_repo import (
     read_repo,
     read_stored_repo,
 )
-from tunesmith.model.gguf import convert
 from tunesmith.model.hub.built_in import (
     BUILT_IN_MODELS,
     CACHE_FIX,
@@ -172,6 +171,10 @@ def _load_or_convert(
 def _convert_to_cache(
     folder: Path, fetch: Callable[[Path], Path], *, origin: str, notify: ProgressCallback
 ) -> None:
+    from tunesmith.model.gguf import (
+        convert,
+    )  # loads torch, which a model in the cache does not need
+
     manifest = {"origin": origin, "converter": CONVERTER_VERSION}
     with TemporaryDirectory(dir=folder.parent, prefix=f".fetch-{folder.name}-") as scratch:
         source = fetch(Path(scratch))

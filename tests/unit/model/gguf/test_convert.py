@@ -14,6 +14,8 @@ from tunesmith.core.errors import InputError
 from tunesmith.model.gguf.convert import convert, estimate_bytes
 from tunesmith.model.hub.validate import check_folder
 
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3"]
+
 
 def converted(source: Path) -> Path:
     folder = source.parent / "converted"
@@ -22,7 +24,7 @@ def converted(source: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_come_back_as_they_were(make_gguf, architecture: str, tied: bool) -> None:
     source = make_gguf(architecture, tied=tied)
@@ -40,12 +42,13 @@ def test_weights_come_back_as_they_were(make_gguf, architecture: str, tied: bool
     assert written <= estimate_bytes(source)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_equal_those_of_the_transformers_gguf_loader(make_gguf, architecture: str) -> None:
     source = make_gguf(architecture, quantize="Q8_0")
     ours = AutoModelForCausalLM.from_pretrained(converted(source), dtype=torch.float32)
     config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
     config.head_dim = HEAD_DIM  # which transformers does not read for Qwen3
+    config.query_pre_attn_scalar = HEAD_DIM  # nor this for Gemma 3
     stock = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, config=config, dtype=torch.float32
     )
@@ -96,6 +99,19 @@ def test_transformers_takes_the_tokenizer_as_it_stands(make_gguf, architecture: 
     assert tokenizer.tokenize(text)[0] == ("Ċ" if cut == "qwen2" else "ĊĠĠĠĠ")
 
 
+def test_gemma3_has_the_ids_of_transformers_and_its_windows(make_gguf) -> None:
+    source = make_gguf("gemma3")
+    folder = converted(source)
+    ours = AutoTokenizer.from_pretrained(folder)
+    stock = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    for text in ("he  he\n", "<|im_start|>he é<think>", "   12 x"):
+        assert ours(text)["input_ids"] == stock(text)["input_ids"]
+    config = AutoConfig.from_pretrained(folder)
+    assert config.sliding_window == 8
+    bases = {kind: rope["rope_theta"] for kind, rope in config.rope_parameters.items()}
+    assert bases == {"full_attention": 100000.0, "sliding_attention": 10000.0}
+
+
 def test_llama3_rope_divisors_become_a_config(tmp_path: Path) -> None:
     theta, factor = 500000.0, 8.0
     config = {
@@ -134,7 +150,7 @@ def llama3(folder: Path, factors: np.ndarray, theta: float) -> Path:
     [
         (
             {"extra": {"blk.0.attn_q.bias": np.ones(64, np.float32)}},
-            "tensors are missing: 7, first .*k_proj.bias",
+            "tensors are missing: 7, first blk.0.attn_k.bias",
         ),
         (
             {"extra": {"blk.1.ffn_up.bias": np.ones(96, np.float32)}},
@@ -149,17 +165,22 @@ def llama3(folder: Path, factors: np.ndarray, theta: float) -> Path:
         ({"llama__expert_count": 8}, "mixture of experts"),
         ({"llama__rope__scaling__type": "yarn"}, "scaling 'yarn'"),
         ({"llama__rope__dimension_count": 8}, "8 of 16"),
-        ({"llama__block_count": 3}, "tensors are missing: 9, first model.layers.2.input"),
+        ({"llama__block_count": 3}, "tensors are missing: 9, first blk.2.attn_k"),
         ({"tokenizer__ggml__tokens": ["a"] * 300}, "300 tokens but 266 rows"),
         (
             {"llama__attention__layer_norm_rms_epsilon": float("nan")},
             "epsilon is 'nan', not a valid float",
         ),
+        ({"llama__block_count": 10**6}, "block_count is 1,000,000, but there are"),
+        (
+            {"llama__feed_forward_length": 95},
+            r"ffn_gate.weight is \[96, 64\], the config says",
+        ),
         ({"llama__feed_forward_length": None}, "no llama.feed_forward_length"),
         ({"tokenizer__ggml__eos_token_id": 10**6}, "eos_token_id 1000000 is outside"),
         (
             {"extra": {"blk.0.ssm_in.weight": np.ones((2, 2), np.float32)}},
-            "tensor blk.0.ssm_in.weight is unknown",
+            "not part of the model: 1, first blk.0.ssm_in",
         ),
         ({"bad": "model.layers.1.mlp.up_proj.weight"}, "blk.1.ffn_up.weight holds NaN"),
     ],
