@@ -6,7 +6,6 @@ from pathlib import Path
 from torch import nn
 
 from tunesmith.core.model_spec import ModelSpec, NormShape, PartShape
-from tunesmith.model.hub.expected_tensors import HEAD_QK_NORM_TYPES
 from tunesmith.model.hub.validate import TensorHeader
 
 
@@ -39,7 +38,7 @@ def describe_layers(
         inner_outputs=layers * mlp_inputs * mlp,
         inner_inputs=layers * mlp,
     )
-    has_inner_norms = spec.model_type in HEAD_QK_NORM_TYPES
+    has_inner_norms = spec.model_type in ("gemma3_text", "qwen3")
     parameters = layers * hidden * (2 * q + 2 * kv + (mlp_inputs + 1) * mlp)
     return dataclasses.replace(
         spec,

@@ -19,7 +19,6 @@ from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.run_dir import find_weights_dir
 from tunesmith.model.hub.adapter_names import PREFIX, name_in_text_class, rename_tensors
-from tunesmith.model.hub.expected_tensors import has_tied_head
 from tunesmith.model.hub.expert_names import (
     INNER,
     is_expert_path,
@@ -365,8 +364,8 @@ def _check_modules(
     parameters = dict(zip(list_parameter_names(base), base.values(), strict=True))
     embedding_name = find_embedding([*parameters])
     head = parameters.get(f"{HEAD}.weight")
-    is_tied = has_tied_head(base_config, str(base_config.get("model_type")))
-    if is_tied and head is not None:
+    is_tied = head is None
+    if head is not None and base_config.get("tie_word_embeddings") is not False:
         is_tied = has_equal_values(head, parameters[embedding_name])
     if is_tied:
         parameters[f"{HEAD}.weight"] = parameters[embedding_name]

@@ -2,10 +2,10 @@
 
 In: a folder that passed `validate.check_folder`. Out: the spec, from config.json and the
 safetensors headers, or from config.json alone if there are no weights. No weight is read.
-transformers is imported only for families whose layers differ from each other, since their shapes
-and defaults are in its code. A model that tunesmith cannot train exactly is refused by name: layers
-that carry state from token to token (packing would leak it), inputs other than text without a text
-part, and model types without a proven equivalence."""
+transformers is imported for families whose layers differ from each other, and for shapes without
+weights: both are in its code. A model that tunesmith cannot train exactly is refused by name:
+layers that carry state from token to token (packing would leak it), inputs other than text without
+a text part, and model types without a proven equivalence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from typing import Any
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json, ModelSpec
 from tunesmith.model.hub.config_values import check_config_values, check_rotation
-from tunesmith.model.hub.expected_tensors import HEAD_DIMS, ModelDimensions, build_expected_headers
 from tunesmith.model.hub.families import (
     ATTENTION,
     CAPACITY_KEYS,
@@ -72,8 +71,12 @@ OTHER_INPUTS = (
 # fmt: on
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 MAX_SIZE = 2**24
-MAX_SIZE_BY_KEY = {"num_hidden_layers": 4096}
+MAX_SIZE_BY_KEY = {"num_hidden_layers": 512}
 MAX_PARAMETERS = 10**13
+UNIFORM_SIZES = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"),
+    *("vocab_size", "max_position_embeddings"),
+)
 SPECIAL_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 USED_SPECIAL_IDS = {
     "config.json": ("pad_token_id",),  # by transformers' embedding
@@ -246,42 +249,16 @@ def _load_headers(config: _ModelConfig) -> tuple[dict[str, TensorHeader], int]:
         headers = {name: stored.get_header() for name, stored in tensors.parameters.items()}
         omitted_bytes = sum(tensor.end - tensor.begin for tensor in tensors.omitted.values())
         return headers, omitted_bytes
-    if config.family.is_uniform:
-        return _build_uniform_headers(config), 0
+    if config.family.is_uniform:  # transformers would take its default, which is of another model
+        sizes = _ConfigSizes(config.content, config.where)
+        for key in UNIFORM_SIZES:
+            sizes.require(key)
     from tunesmith.model.hub.text_class import list_expected_headers
 
     packing = find_packing(config.content, config.text_type, config.where)
     headers = pack_expected_headers(list_expected_headers(path), packing)
     _refuse_absurd_size(headers, config)
     return headers, 0
-
-
-def _build_uniform_headers(config: _ModelConfig) -> dict[str, TensorHeader]:
-    content = config.content
-    model_type = config.text_type
-    where = config.where
-    sizes = _ConfigSizes(content, where)
-    hidden_size = sizes.require("hidden_size")
-    heads = sizes.require("num_attention_heads")
-    has_head_dim = content.get("head_dim") is not None or model_type in HEAD_DIMS
-    if not has_head_dim and hidden_size % heads:
-        message = (
-            f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}, "
-            "and there is no head_dim"
-        )
-        raise InputError(message, where=where, fix="correct one of them, or add head_dim")
-    dimensions = ModelDimensions(
-        num_layers=sizes.require("num_hidden_layers"),
-        hidden_size=hidden_size,
-        num_heads=heads,
-        num_kv_heads=sizes.get("num_key_value_heads", heads),
-        head_dim=sizes.get("head_dim", HEAD_DIMS.get(model_type, hidden_size // heads)),
-        intermediate_size=sizes.require("intermediate_size"),
-        vocab_size=sizes.require("vocab_size"),
-    )
-    headers = build_expected_headers(content, model_type, dimensions, config.path / "config.json")
-    _refuse_absurd_size(headers, config)
-    return headers
 
 
 def _refuse_absurd_size(headers: Mapping[str, TensorHeader], config: _ModelConfig) -> None:

@@ -5,11 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunesmith.core.errors import InputError
-from tunesmith.model.hub.families import UNIFORM_CLASSES
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_model_headers, read_spec
 from tunesmith.model.target_modules import list_linear_paths
@@ -26,17 +23,6 @@ LLAMA_70B = {
     "max_position_embeddings": 131072,
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
-}
-SIZES = {
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 5000,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
 }
 
 
@@ -62,26 +48,6 @@ def test_a_70b_model_is_described_without_its_weights(tmp_path: Path) -> None:
         resolve_model(str(folder))
 
 
-@pytest.mark.parametrize("model_type", UNIFORM_CLASSES)
-def test_the_promise_is_what_transformers_makes(model_type: str, tmp_path: Path) -> None:
-    """Linear layers are equal by name and shape, the parameter count within a thousandth."""
-    config = AutoConfig.for_model(model_type, **SIZES)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    folder_of(
-        tmp_path,
-        **{**dict.fromkeys(LLAMA_70B), **config.to_dict(), "architectures": [type(model).__name__]},
-    )
-    made = {
-        name: tuple(module.weight.shape)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in name
-    }
-    headers = read_model_headers(tmp_path)
-    assert {path: headers[f"{path}.weight"].shape for path in list_linear_paths(headers)} == made
-    assert read_spec(tmp_path).parameters == pytest.approx(model.num_parameters(), rel=1e-3)
-
-
 @pytest.mark.parametrize(
     ("changed", "message", "key"),
     [
@@ -100,11 +66,6 @@ def test_the_promise_is_what_transformers_makes(model_type: str, tmp_path: Path)
             {"max_position_embeddings": None},
             "config.json has no max_position_embeddings",
             "max_position_embeddings",
-        ),
-        (
-            {"num_attention_heads": 60},
-            "8192 is not a multiple of num_attention_heads 60",
-            "add head_dim",
         ),
         ({"num_key_value_heads": 7}, "64 heads cannot share 7 key and value heads", ""),
         (
