@@ -28,7 +28,7 @@ SAFE_FLAGS = {"-P", "-I"}
 PIPES = "multiprocessing.connection"  # starts nothing
 USES_WORKING_DIRECTORY = {
     "evaluate/custom_metric.py",  # the user's own code, after --allow-code
-    "advise/sweep/trial_worker.py",  # the files of the recipe
+    "advise/sweep/trial_process.py",  # the files of the recipe
 }
 
 

@@ -8,8 +8,8 @@ import pytest
 from tiny_recipe_runs import Lab
 from tiny_runs import build_sum_rows, make_tiny_recipe
 from tunesmith import api
+from tunesmith.advise.sweep.records import SweepRecord
 from tunesmith.core.errors import InputError
-from tunesmith.core.sweep_record import SweepRecord
 
 
 def metrics(lab: Lab) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tiny_runs import build_sum_rows, make_tiny_recipe, write_rows
+from tunesmith.advise.sweep.records import SweepRecord
 from tunesmith.advise.sweep.run_sweep import run_sweep
-from tunesmith.core.sweep_record import SweepRecord
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 

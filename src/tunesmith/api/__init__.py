@@ -88,10 +88,10 @@ if TYPE_CHECKING:
     from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
     from tunesmith.advise.measured.run_arm import ArmResult
     from tunesmith.advise.rules.advice import Advice
+    from tunesmith.advise.sweep.records import SweepEvent
     from tunesmith.api.inputs import AnyInputs
     from tunesmith.core.evidence import RunVerdict
     from tunesmith.core.mesh import DryRun
-    from tunesmith.core.sweep_record import SweepEvent
     from tunesmith.evaluate.model_ref import ModelComparison
     from tunesmith.evaluate.regression_gate import EvalReport
     from tunesmith.evaluate.verify.verification import LiveVerification
@@ -294,11 +294,11 @@ def tune_sweep(
 ) -> Iterator[SweepEvent]:
     """Run the trials of the recipe's `sweep`; select on eval_data, test the winner once.
 
-    Yields a SweepStart, for each trial a TrialStart, the events of its run and a TrialEnd, and the
-    SweepRecord last. `output_dir`, runs/sweep by default, holds the trials; a folder with the same
-    sweep is continued. With `gpus`, as many trials run at once, each in a process with a GPU of its
-    own (without a GPU: with its share of the cores), and their events are TrialEvents. Raises
-    InputError for a recipe that cannot be swept, GateError if every trial fails."""
+    Yields a SweepStart, for each trial a TrialStart, its TrialScores and a TrialEnd, and the
+    SweepRecord last. `output_dir`, runs/sweep by default, holds the trials, each of which is a
+    `tunesmith train` process; a folder with the same sweep is continued. With `gpus`, as many
+    trials run at once, each with a GPU of its own (without a GPU: with its share of the cores).
+    Raises InputError for a recipe that cannot be swept, GateError if every trial fails."""
     if find_spec("optuna") is None:
         message = "sweeps need Optuna, which is not installed"
         raise InputError(message, where="tune sweep", fix="pip install 'tunesmith[sweep]'")

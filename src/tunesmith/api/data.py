@@ -117,27 +117,24 @@ def data_lock(recipe: RecipeLike = None, **changes: Any) -> GoldenLock:
     return write_lock(open_training_rows(require_single_stage(read_recipe(recipe, **changes))))
 
 
-def data_export_reviews(
-    recipe: RecipeLike = None, *, tool: str, to: AnyPath, **changes: Any
-) -> int:
-    """Write the rows of `data` as tasks for human review; return their number.
-
-    `tool` is "label-studio" or "argilla"; `to` is the file to import there."""
-    from tunesmith.data.annotation import write_tasks
+def data_export_reviews(recipe: RecipeLike = None, *, to: AnyPath, **changes: Any) -> int:
+    """Write the rows of `data` as CSV with columns for a review; return their number."""
+    from tunesmith.data.annotation import write_reviews
     from tunesmith.session.inputs import open_training_rows
 
-    return write_tasks(
-        open_training_rows(require_single_stage(read_recipe(recipe, **changes))), tool, Path(to)
-    )
+    rows = open_training_rows(require_single_stage(read_recipe(recipe, **changes)))
+    return write_reviews(rows, Path(to))
 
 
-def data_import_reviews(path: AnyPath, *, to: AnyPath, date: str | None = None) -> ReviewImport:
-    """Read a JSON export of Label Studio or Argilla into a file of reviewed rows for `data_lock`.
+def data_import_reviews(
+    path: AnyPath, *, to: AnyPath, reviewer: str = "", date: str = ""
+) -> ReviewImport:
+    """Write the rows of a reviewed table to a file for `data_lock`.
 
-    `date` is used for reviews without one, such as Argilla's."""
+    `reviewer` and `date` are used for rows that name none."""
     from tunesmith.data.annotation import import_reviews
 
-    return import_reviews(Path(path), Path(to), date)
+    return import_reviews(Path(path), Path(to), reviewer=reviewer, day=date)
 
 
 def data_split(

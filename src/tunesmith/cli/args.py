@@ -72,6 +72,7 @@ OLD_FLAGS = {
     "--calibrate": "use --benchmark",
     "--allow-drift": "use --allow-changes",
     "--from-step": "use --checkpoint",
+    "--tool": "use --out FILE.csv: annotation tools and spreadsheets import and export CSV",
     "--recovery": "run experiments/relearning/relearning.py from a checkout of the repository",
     "--baselines": "run experiments/constraint_baselines/constraint_baselines.py from a checkout "
     "of the repository",

@@ -106,28 +106,28 @@ def data_lock(args: RecipeArgs = None, as_json: AsJson = False) -> None:
 
 
 def data_export_reviews(
-    tool: Annotated[str, option("TOOL", "Review tool: label-studio or argilla.")],
-    out: Annotated[Path, option("FILE.json", "Task file to write.", "--out", "--to")],
+    out: Annotated[Path, option("FILE.csv", "Table to write.", "--out", "--to")],
     args: RecipeArgs = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write rows as review tasks for Label Studio or Argilla."""
-    rows = api.data_export_reviews(parse_recipe_args(args), tool=tool, to=out)
+    """Write rows as CSV, with columns for a review."""
+    rows = api.data_export_reviews(parse_recipe_args(args), to=out)
     print_result({"rows": rows, "path": str(out)}, f"{rows:,} rows in {out}", as_json=as_json)
 
 
 def data_import_reviews(
     path: Annotated[
-        Path, typer.Argument(metavar="EXPORT.json", help="JSON export of the review tool.")
+        Path, typer.Argument(metavar="FILE.csv", help="Table of export-reviews, with verdicts.")
     ],
     out: Annotated[Path, option("FILE.jsonl", "File to write.", "--out", "--to")],
-    date: Annotated[str | None, option("DATE", "Date for reviews without one.")] = None,
+    reviewer: Annotated[str, option("NAME", "Reviewer of rows that name none.")] = "",
+    date: Annotated[str, option("DATE", "Date of rows that have none.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Read reviews from a Label Studio or Argilla export."""
-    reviewed = api.data_import_reviews(path, to=out, date=date)
+    """Read the verdicts of a reviewed table."""
+    reviewed = api.data_import_reviews(path, to=out, reviewer=reviewer, date=date)
     verdicts = ", ".join(f"{rows:,} {verdict}" for verdict, rows in reviewed.verdicts.items())
-    text = f"{reviewed.rows:,} reviewed rows from {reviewed.tool} in {reviewed.path}: {verdicts}"
+    text = f"{reviewed.rows:,} reviewed rows in {reviewed.path}: {verdicts}"
     if reviewed.unanswered_rows:
         text += f"; {reviewed.unanswered_rows:,} without a verdict skipped"
     print_result(reviewed, text, as_json=as_json)

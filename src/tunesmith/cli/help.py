@@ -55,10 +55,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "tunesmith data curate recipe.yaml --keep 1000 --out curated --ablate",
     ),
     "data lock": ("tunesmith data lock recipe.yaml",),
-    "data export-reviews": (
-        "tunesmith data export-reviews recipe.yaml --tool argilla --out tasks.json",
-    ),
-    "data import-reviews": ("tunesmith data import-reviews export.json --out golden.jsonl",),
+    "data export-reviews": ("tunesmith data export-reviews recipe.yaml --out reviews.csv",),
+    "data import-reviews": ("tunesmith data import-reviews reviews.csv --out golden.jsonl",),
     "data split": (
         "tunesmith data split recipe.yaml --out parts",
         "tunesmith data split recipe.yaml --out parts --group customer",

@@ -25,16 +25,16 @@ from tunesmith.core.formatting import suggest_name
 from tunesmith.core.types import Json
 from tunesmith.recipe.fields import Auto, Count, Name, reject_bool
 
-# Settings of training. Everything else would change what trials share or are compared on: the
-# model, the rows, their rendering, and the measures.
+# Settings of training and how many rows there are. Everything else would change what trials are
+# compared on: the model, rendering, and the measures.
 SWEPT_KEYS = (
     *("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm"),
     *("optim", "num_train_epochs", "max_steps", "batch_size", "batch_tokens", "method"),
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),
-    *("label_smoothing", "neftune_noise_alpha"),
+    *("label_smoothing", "neftune_noise_alpha", "max_examples"),
 )
 # Of these, a range has whole numbers.
-INTEGER_KEYS = ("max_steps", "batch_size", "batch_tokens", "lora_r")
+INTEGER_KEYS = ("max_steps", "batch_size", "batch_tokens", "lora_r", "max_examples")
 RANGE_KEYS = (
     *INTEGER_KEYS,
     *("learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm", "num_train_epochs"),

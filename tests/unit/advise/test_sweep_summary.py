@@ -1,23 +1,20 @@
-"""What follows from the trials of a sweep: the winner, verdicts, effects and caveats."""
+"""What follows from the trials of a sweep: the winner, verdicts and caveats."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import fake_runs
+from tunesmith.advise.sweep.records import SweepRecord, TrialRecord, TrialState
 from tunesmith.advise.sweep.summary import (
     MeasuredTrials,
     build_configurations,
     list_caveats,
-    list_effects,
     list_forgetting,
 )
-from tunesmith.core.sweep_record import SWEEP_FORMAT, SweepRecord, TrialRecord, TrialState
 from tunesmith.evaluate.results import MetricValues
 from tunesmith.recipe.sweep import SweepConfig
 
@@ -55,8 +52,6 @@ def make_record(
 ) -> SweepRecord:
     configurations, winner = build_configurations(measured)
     return SweepRecord(
-        version="",
-        format=SWEEP_FORMAT,
         model="tiny",
         metric="loss",
         higher_is_better=False,
@@ -68,7 +63,6 @@ def make_record(
         base_value=None,
         trials=measured.trials,
         configurations=tuple(configurations),
-        effects=(),
         winner=winner,
         winner_trial=0,
         test=(),
@@ -124,22 +118,6 @@ def test_too_few_rows_get_no_verdict_and_no_p(num_rows: int, is_judged: bool) ->
     assert "one seed" in list_notes(measured, 1, num_rows)
 
 
-def test_effects_are_corrected_together() -> None:
-    """A difference that is significant alone is marked beside ones that are not."""
-    rates = tuple(0.001 * (index + 1) for index in range(8))
-    pair = [(0, 0, 1.0), (1, 0, 1.27)]
-    trials = [*pair, *((index, 0, 1.0) for index in range(2, 8))]
-    verdicts: list[dict[str, str]] = []
-    for chosen in (pair, trials):
-        sweep = SweepConfig.model_validate({"learning_rate": rates[: len(chosen)]})
-        measured = measure_trials(chosen, rates=rates)
-        effects = list_effects(sweep, measured, winner=0)
-        verdicts.append({effect.level: effect.verdict for effect in effects})
-    assert verdicts[0] == {"0.002": "worse"}
-    assert len(verdicts[1]) == 7
-    assert verdicts[1]["0.002"] == "worse, but not after Holm correction (28 comparisons)"
-
-
 def test_choosing_the_best_of_many_shows_no_difference_where_there_is_none() -> None:
     """Compared with the best of equal ones, some are worse by chance: 24 comparisons would be
     corrected too little."""
@@ -153,26 +131,3 @@ def test_choosing_the_best_of_many_shows_no_difference_where_there_is_none() -> 
         configurations, _ = build_configurations(measured)
         shown += any(configuration.verdict == "worse" for configuration in configurations)
     assert shown / NUM_NULL_SWEEPS < 0.1
-
-
-def test_seeds_of_a_configuration_are_no_further_evidence() -> None:
-    """Three configurations with three seeds are three values of the range, not nine."""
-    space: dict[str, Any] = {"learning_rate": {"min": 0.001, "max": 0.01}}
-    sweep = SweepConfig.model_validate({**space, "search": "random", "trials": 3, "seeds": 3})
-    trials = [(index, seed, 1.0 + index) for seed in range(3) for index in range(3)]
-    (effect,) = list_effects(sweep, measure_trials(trials), winner=0)
-    assert (effect.pairs, effect.verdict) == (3, "too few items to tell")
-
-
-def test_a_metric_that_never_changes_is_correlated_with_nothing() -> None:
-    rates = tuple(0.001 * (index + 1) for index in range(9))
-    space: dict[str, Any] = {"learning_rate": {"min": 0.001, "max": 0.01}}
-    sweep = SweepConfig.model_validate({**space, "search": "random", "trials": 9})
-    same = measure_trials([(index, 0, 1.0) for index in range(9)], rates=rates)
-    (effect,) = list_effects(sweep, same, winner=0)
-    assert effect.verdict == "no difference shown"
-    assert (effect.difference, effect.low, effect.high) == (0.0, -1.0, 1.0)
-    rising = measure_trials([(index, 0, 1.0 + index) for index in range(9)], rates=rates)
-    (effect,) = list_effects(sweep, rising, winner=0)
-    assert effect.verdict == "correlated"
-    assert math.isclose(effect.difference, 1.0)

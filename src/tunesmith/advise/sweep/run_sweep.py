@@ -1,13 +1,12 @@
-"""A sweep: trials over the values of a recipe's `sweep`, one after the other or, with `gpus`, one
-per GPU at a time; read this first.
+"""A sweep: trials over the values of a recipe's `sweep`, one after the other or, with `gpus`,
+several at once; read this first.
 
-    inputs, folder -> SweepStart, (TrialStart, the events of the run, TrialEnd) ..., SweepRecord
+    inputs, folder -> SweepStart, (TrialStart, TrialScore ..., TrialEnd) ..., SweepRecord
 
 Trials select on eval_data and never see test_data: the winner is measured on it once, at the end.
-A sweep that was killed goes on where it stopped, when it is run again: its folder (sweep_folder.py)
-holds the journal of the trials (trial_study.py) and their run folders. Left out: trials until the
-minutes are up (run_trials.py), one trial (run_trial.py), processes for several (trial_worker.py),
-what follows from them (summary.py).
+The folder holds Optuna's journal (trial_study.py) and the run folders of the trials
+(trial_process.py), so that a sweep that was killed goes on when it is run again. Left out: the
+folder's own files (sweep_folder.py), and what follows from the trials (summary.py).
 """
 
 from __future__ import annotations
@@ -17,42 +16,41 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tunesmith.advise.sweep import summary
-from tunesmith.advise.sweep.run_trial import TrialRecorder, TrialRunner, list_eval_tasks
-from tunesmith.advise.sweep.run_trials import Trials
-from tunesmith.advise.sweep.sweep_folder import (
-    build_identity,
-    check_identity,
-    lock_folder,
-    restore_day,
-)
-from tunesmith.advise.sweep.trial_study import TrialStudy
-from tunesmith.advise.sweep.trial_worker import WorkerSettings, open_workers, share_machine
-from tunesmith.advise.sweep.winner import measure_winner, write_winner
-from tunesmith.core.atomic import write_file
-from tunesmith.core.errors import GateError, InputError
-from tunesmith.core.ranks import refuse_processes
-from tunesmith.core.sealed_json import seal_json
-from tunesmith.core.sweep_record import (
-    SWEEP_FILE,
-    SWEEP_FORMAT,
+from tunesmith.advise.sweep.records import (
     SweepEvent,
-    SweepRecord,
     SweepStart,
+    TrialEnd,
+    TrialRecord,
+    TrialScore,
     TrialSpec,
+    TrialStart,
 )
-from tunesmith.core.types import Plan, __version__
+from tunesmith.advise.sweep.sweep_folder import build_identity, check_identity, lock_folder
+from tunesmith.advise.sweep.trial_process import Share, TrialProcess, make_trial_recipe
+from tunesmith.advise.sweep.trial_study import TrialStudy
+from tunesmith.core.errors import InputError, Interrupted, MachineError
+from tunesmith.core.events import EVAL_TASK
+from tunesmith.core.hardware import read_free_disk
+from tunesmith.core.ranks import refuse_processes
+from tunesmith.core.run_dir import EVAL_AFTER_FILE, read_run_record
+from tunesmith.core.types import Plan
 from tunesmith.evaluate.custom_metric import format_metric_name
+from tunesmith.evaluate.results import compute_score
+from tunesmith.plan.build import refuse_if_too_large
 from tunesmith.recipe.fields import NO_TEST_DATA
 from tunesmith.recipe.schema import Recipe
 from tunesmith.recipe.sweep import SweepConfig
 from tunesmith.session.inputs import RunInputs, make_plan
 from tunesmith.train.run import check_run
+from tunesmith.train.signals import GracefulStop
 
 STAGE_METRICS = {"sft": "loss", "cpt": "bits_per_byte", "preference": "preference_accuracy"}
 LOWER_IS_BETTER = ("loss", "bits_per_byte")
+LENGTH_KEYS = ("max_steps", "num_train_epochs")  # a trial takes as long as they say
+POLL_SECONDS = 0.2
+RESUME_FIX = "continue with the same command"
 
 
 def run_sweep(
@@ -65,19 +63,15 @@ def run_sweep(
 ) -> Iterator[SweepEvent]:
     """Run the trials that fit in the minutes, select on eval_data, measure the winner on test_data.
 
-    gpus: trials that run at once, each in a process with a GPU of its own, or a share of the cores
-    where there is no GPU; their events are TrialEvents. None runs one at a time in this process.
-    Raises InputError for a recipe without sweep, eval_data or test_data, for the folder of another
-    sweep, and for minutes in which not even the first trial ends; GateError if every trial fails.
+    gpus: trials that run at once, each with a GPU of its own, or a share of the cores where there
+    is no GPU. Raises InputError for a recipe without sweep, eval_data or test_data, for the folder
+    of another sweep, and for minutes in which no trial ends; GateError if every trial fails.
     """
     deadline = time.monotonic() + 60 * minutes
     sweep = refuse_unusable(inputs, minutes)
-    inputs = restore_day(inputs, folder)
-    test_rows = inputs.datasets["test_data"]
-    trial_inputs = _build_trial_inputs(inputs)
-    if gpus is not None:
-        refuse_processes(gpus)
-        trial_inputs = share_machine(trial_inputs, gpus)
+    num_processes = gpus or 1
+    refuse_processes(num_processes)
+    trial_inputs = _build_trial_inputs(inputs, num_processes)
     plan = make_plan(trial_inputs)
     check_run(plan, trial_inputs, allow_code=allow_code)  # refuses what every trial would
     metric = choose_metric(sweep, plan)
@@ -90,7 +84,6 @@ def run_sweep(
             higher_is_better=metric not in LOWER_IS_BETTER,
             sampler_seed=inputs.recipe.seed,
         )
-        recorder = TrialRecorder(folder, study, metric, list_eval_tasks(trial_inputs))
         yield SweepStart(
             str(folder),
             plan.model.name,
@@ -99,16 +92,12 @@ def run_sweep(
             study.seeds,
             study.count_finished(),
         )
-        if gpus is None:
-            runner = TrialRunner(trial_inputs, folder, allow_code)
-            yield from Trials(recorder, deadline, [runner]).run_all()
-        else:
-            settings = WorkerSettings.from_inputs(
-                trial_inputs, folder, allow_code=allow_code, num_workers=gpus
-            )
-            with open_workers(settings) as workers:
-                yield from Trials(recorder, deadline, workers).run_at_once(workers)
-        yield _summarize(inputs, recorder, plan, test_rows, allow_code=allow_code)
+        eval_tasks = list_eval_tasks(trial_inputs)
+        runner = _TrialRunner(
+            folder, study, trial_inputs.recipe, plan, metric, eval_tasks, deadline, allow_code
+        )
+        yield from runner.run_trials(num_processes)
+        yield summary.summarize(study, metric, eval_tasks, inputs, folder, allow_code=allow_code)
 
 
 def refuse_unusable(inputs: RunInputs, minutes: float) -> SweepConfig:
@@ -144,67 +133,196 @@ def choose_metric(sweep: SweepConfig, plan: Plan) -> str:
     return sweep.metric
 
 
-def _build_trial_inputs(inputs: RunInputs) -> RunInputs:
-    """Return the inputs without test_data and sweep."""
+def _build_trial_inputs(inputs: RunInputs, num_processes: int) -> RunInputs:
+    """Return the inputs without test_data and sweep, and a process's share of a CPU."""
     datasets = {role: rows for role, rows in inputs.datasets.items() if role != "test_data"}
     values = inputs.recipe.model_dump(mode="json", exclude_unset=True)
     values |= {"test_data": NO_TEST_DATA, "sweep": None}
     recipe = Recipe.model_validate(values)
-    return dataclasses.replace(inputs, recipe=recipe, datasets=datasets)
-
-
-# ---------------------------------------------------------------- result
-
-
-def _summarize(
-    inputs: RunInputs, recorder: TrialRecorder, plan: Plan, test_rows: Any, *, allow_code: bool
-) -> SweepRecord:
-    """Select the winner, measure it on test_data, and write sweep.json and winner.yaml."""
-    folder = recorder.folder
-    study = recorder.study
-    sweep = study.sweep
-    metric = recorder.metric
-    trials = tuple(summary.build_trial(folder, trial) for trial in study.list_trials())
-    measured = summary.MeasuredTrials.read(folder, trials, metric, recorder.eval_tasks)
-    configurations, winner = summary.build_configurations(measured)
-    if winner is None and trials and all(trial.state == "failed" for trial in trials):
-        raise GateError(f"every trial failed; the first: {trials[0].reason}", where=str(folder))
-    record = SweepRecord(
-        version=__version__,
-        format=SWEEP_FORMAT,
-        model=plan.model.name,
-        metric=metric,
-        higher_is_better=metric not in LOWER_IS_BETTER,
-        search=sweep.search,
-        pruner=sweep.pruner,
-        seeds=study.seeds,
-        planned_configurations=study.num_configurations,
-        rows=len(next(iter(measured.values.values())).ids) if measured.values else 0,
-        base_value=summary.read_base_value(folder, metric, recorder.eval_tasks),
-        trials=trials,
-        configurations=tuple(configurations),
-        effects=(),
-        winner=winner,
-        winner_trial=None,
-        test=(),
-        test_reads=0,
-        caveats=(),
-        folder=str(folder),
-    )
-    if winner is not None:
-        number = summary.choose_trial(measured, winner)
-        test, test_reads = measure_winner(folder, number, test_rows, allow_code=allow_code)
-        trial = trials[number]
-        spec = TrialSpec(number, winner, trial.seed, trial.settings)
-        write_winner(folder, inputs.recipe, spec)
-        record = dataclasses.replace(
-            record,
-            effects=tuple(summary.list_effects(sweep, measured, winner)),
-            winner_trial=number,
-            test=test,
-            test_reads=test_reads,
+    machine = inputs.machine
+    if machine.device == "cpu":
+        machine = dataclasses.replace(
+            machine,
+            cores=max(1, machine.cores // num_processes),
+            available_bytes=machine.available_bytes // num_processes,
         )
-    caveats = (*summary.list_caveats(record, sweep), *summary.list_forgetting(record))
-    record = dataclasses.replace(record, caveats=caveats)
-    write_file(folder / SWEEP_FILE, seal_json(record))
-    return record
+    return dataclasses.replace(inputs, recipe=recipe, datasets=datasets, machine=machine)
+
+
+def list_eval_tasks(inputs: RunInputs) -> tuple[str, ...]:
+    """Return the tasks of scores that are of eval_data as a whole: of named tasks, the mean of
+    those that are trained, or of all if none is."""
+    names = list(inputs.datasets["eval_data"].tasks)
+    if not names:
+        return (EVAL_TASK,)
+    trained = [name for name in names if name in inputs.datasets["data"].tasks]
+    if len(trained) > 1:
+        return (f"{EVAL_TASK}: mean of tasks",)
+    if len(trained) == 1:
+        return (f"{EVAL_TASK}: {trained[0]}",)
+    if len(names) > 1:
+        return (f"{EVAL_TASK}: mean of held-out tasks",)
+    return (f"{EVAL_TASK}: {names[0]} (held out)",)
+
+
+# ---------------------------------------------------------------- trials
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrialRunner:
+    """Starts trials, judges their evaluations and writes the journal."""
+
+    folder: Path
+    study: TrialStudy
+    recipe: Recipe
+    plan: Plan  # of the recipe without its sweep
+    metric: str
+    eval_tasks: tuple[str, ...]
+    deadline: float
+    allow_code: bool
+
+    def run_trials(self, num_processes: int) -> Iterator[SweepEvent]:
+        """Run trials while one more fits in the remaining time. Raises Interrupted after a signal,
+        once each trial has saved a checkpoint."""
+        running: dict[int, TrialProcess] = {}
+        with GracefulStop(RESUME_FIX) as stop:
+            try:
+                while True:
+                    for index in range(num_processes):
+                        if index not in running:
+                            share = Share(index, num_processes)
+                            yield from self._start_next(running, share)
+                    if not running:
+                        break
+                    time.sleep(POLL_SECONDS)
+                    stop.raise_if_requested()
+                    self._refuse_few_minutes()
+                    for index in list(running):
+                        yield from self._check_trial(running, index)
+            except (Interrupted, InputError, MachineError):
+                for process in running.values():
+                    process.request_stop()
+                for process in running.values():
+                    process.stop()
+                raise
+            finally:  # a caller may stop in the middle
+                for process in running.values():
+                    process.kill()
+
+    def _start_next(self, running: dict[int, TrialProcess], share: Share) -> Iterator[SweepEvent]:
+        """Start a trial, if there is one and time for it; of those that contradict the recipe,
+        record why."""
+        while True:
+            numbers = [process.spec.number for process in running.values()]
+            spec = self.study.choose_next(numbers)
+            if spec is None or not self._has_time(spec):
+                return
+            self._refuse_full_disk()
+            self.study.start(spec)
+            yield TrialStart(spec, self.study.count_max_trials())
+            path = str(self.folder / spec.name)
+            try:
+                recipe = make_trial_recipe(
+                    self.recipe, spec, test_data=NO_TEST_DATA, output_dir=path
+                )
+            except InputError as error:
+                yield self._fail(spec, f"{error.where}: {error.message}")
+                continue
+            running[share.index] = TrialProcess(
+                self.folder, spec, recipe, share=share, allow_code=self.allow_code
+            )
+            return
+
+    def _check_trial(self, running: dict[int, TrialProcess], index: int) -> Iterator[SweepEvent]:
+        """Judge the evaluations of a trial; end one that is hopeless, and record its end."""
+        process = running[index]
+        spec = process.spec
+        has_ended = process.has_ended()  # before the events are read, so that none is missed
+        for score in process.list_scores():
+            if not self._is_judged(score.task, score.metric, score.value, score.step):
+                continue
+            percent = 100 * score.step // process.steps
+            if percent in process.judged:
+                continue
+            process.judged.add(percent)
+            yield TrialScore(spec, score)
+            self.study.add_value(spec.number, percent, score.value)
+            if score.step < process.steps and self.study.is_hopeless(spec.number):
+                process.kill()
+                del running[index]
+                reason = f"{self.study.sweep.pruner} pruner, at {percent}% of the steps"
+                self.study.finish(spec.number, "pruned", reason=reason)
+                yield TrialEnd(self._read_trial(spec))
+                return
+        if has_ended:
+            del running[index]
+            yield self._record_end(process)
+
+    def _is_judged(self, task: str, metric: str, value: float, step: int) -> bool:
+        """Return whether a score is one of eval_data during training; one that is not finite is the
+        guard's to judge."""
+        is_selecting = metric == self.metric and task in self.eval_tasks
+        return is_selecting and step > 0 and math.isfinite(value)
+
+    def _record_end(self, process: TrialProcess) -> TrialEnd:
+        spec = process.spec
+        if process.was_interrupted():
+            raise Interrupted(f"{spec.name} was stopped by a signal", fix=RESUME_FIX)
+        if not process.is_complete:
+            self._refuse_full_disk()
+            return self._fail(spec, process.read_problem())
+        file = process.path / EVAL_AFTER_FILE
+        measured = summary.read_eval_values(file, self.metric, self.eval_tasks)
+        if measured is None or not all(map(math.isfinite, measured.values)):
+            return self._fail(spec, f"{self.metric} is not finite after training")
+        record = read_run_record(process.path)
+        reason = ""
+        if record.selected_step is not None and record.selected_step < record.steps:
+            reason = f"checkpoint of step {record.selected_step}"
+        self.study.finish(spec.number, "complete", compute_score(measured).value, reason)
+        return TrialEnd(self._read_trial(spec))
+
+    def _fail(self, spec: TrialSpec, reason: str) -> TrialEnd:
+        self.study.finish(spec.number, "failed", reason=reason)
+        return TrialEnd(self._read_trial(spec))
+
+    def _read_trial(self, spec: TrialSpec) -> TrialRecord:
+        return summary.build_trial(self.folder, self.study.list_trials()[spec.number])
+
+    def _refuse_full_disk(self) -> None:
+        """Raise DiskError if the next trial does not fit: all that follow would fail."""
+        machine = dataclasses.replace(
+            self.plan.machine, disk_free_bytes=read_free_disk(self.folder)
+        )
+        try:
+            refuse_if_too_large(dataclasses.replace(self.plan, machine=machine))
+        except MachineError as error:
+            error.fix = f"{error.fix}, then {RESUME_FIX}"
+            raise
+
+    # ------------------------------------------------------------ time
+
+    def _list_speeds(self) -> list[float]:
+        """Return the seconds of each trial that reached its end, per unit of its length."""
+        trials = [t for t in self.study.list_trials() if t.state.name == "COMPLETE"]
+        records = [summary.build_trial(self.folder, trial) for trial in trials]
+        return [record.seconds / get_length(record) for record in records]
+
+    def _has_time(self, spec: TrialSpec) -> bool:
+        """Return whether a trial would end in the minutes if it were as slow as the slowest."""
+        if math.isinf(self.deadline):
+            return True
+        remaining = self.deadline - time.monotonic()
+        speeds = self._list_speeds()
+        return not speeds or max(speeds) * get_length(spec) <= remaining
+
+    def _refuse_few_minutes(self) -> None:
+        """Raise InputError if no trial has ended when the minutes are up."""
+        if time.monotonic() > self.deadline and not self._list_speeds():
+            fix = f"allow more, or fewer steps; {RESUME_FIX}"
+            raise InputError("too few for one trial", where="--minutes", fix=fix)
+
+
+def get_length(trial: TrialSpec | TrialRecord) -> float:
+    """Return the steps or epochs of a trial if they are swept, else 1."""
+    return next((float(trial.settings[key]) for key in LENGTH_KEYS if key in trial.settings), 1.0)

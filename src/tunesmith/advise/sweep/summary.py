@@ -1,30 +1,37 @@
-"""From finished trials to a SweepRecord: the winner, what differs from it, and what mattered.
+"""From finished trials to a SweepRecord: the winner, what differs from it, and its test.
 
 The winner is the configuration with the best mean on eval_data over the seeds that all have run
 with. The others are compared with it item by item, over the seeds that both have, and corrected for
 all pairs (Holm): the winner was chosen by the same items. Its own value on eval_data is the best of
-several, so it is no result: test_data is (winner.py). Left out: running trials.
+several, so it is no result: test_data is, which is read once for a winner. All winners that were
+measured on it are counted, since only the first interval is of unseen rows. Left out: running
+trials.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
-import numpy as np
 import optuna
 from optuna.trial import FrozenTrial
 
 from tunesmith.advise.data_ablation import average_measurements
-from tunesmith.advise.sweep.run_trial import find_trial_folder, read_eval_values
-from tunesmith.advise.sweep.trial_study import STATES, make_spec
+from tunesmith.advise.sweep.records import (
+    ConfigurationRecord,
+    SweepRecord,
+    TrialRecord,
+    TrialSpec,
+    TrialState,
+)
+from tunesmith.advise.sweep.trial_process import make_trial_recipe
+from tunesmith.advise.sweep.trial_study import STATES, TrialStudy, make_spec
+from tunesmith.core.atomic import write_file
+from tunesmith.core.errors import GateError
 from tunesmith.core.events import TrainStep
-from tunesmith.core.formatting import format_count, format_value
+from tunesmith.core.formatting import format_count
+from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.run_dir import (
     EVAL_AFTER_FILE,
     EVAL_BEFORE_FILE,
@@ -33,31 +40,39 @@ from tunesmith.core.run_dir import (
     read_run_plan,
     read_run_record,
 )
-from tunesmith.core.sweep_record import (
-    ConfigurationRecord,
-    LevelEffect,
-    SweepRecord,
-    TrialRecord,
-    TrialState,
+from tunesmith.core.sealed_json import read_sealed_as
+from tunesmith.core.types import Comparison, Plan
+from tunesmith.data.dataset import Dataset
+from tunesmith.evaluate.items import build_eval_items
+from tunesmith.evaluate.measure import measure_items
+from tunesmith.evaluate.results import (
+    EvalResults,
+    MetricValues,
+    compare_measurements,
+    compare_results,
+    compute_score,
 )
-from tunesmith.core.types import Comparison, Json, Plan
-from tunesmith.evaluate.results import MetricValues, compare_measurements, compute_score
 from tunesmith.evaluate.run_verdict import describe_cost, get_general
 from tunesmith.evaluate.statistics import (
-    ALPHA,
     MIN_ITEMS,
-    NO_DIFFERENCE,
     TOO_FEW_ITEMS,
-    Z,
     adjust_p_values,
     compute_p_value,
     count_pairs,
     judge_comparisons,
 )
+from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.machine_errors import machine_errors
+from tunesmith.recipe.load import dump_recipe
+from tunesmith.recipe.schema import Recipe
 from tunesmith.recipe.sweep import SweepConfig, ValueRange
+from tunesmith.session.inputs import RunInputs, load_starting_adapter
+from tunesmith.session.reopen import load_plan_and_inputs, load_trained_model
+from tunesmith.session.session import load_starting_model, open_eval_session
+from tunesmith.train.signals import GracefulStop
 
-MIN_CORRELATED = 8  # configurations
-MAX_CORRELATION = 1 - 1e-12  # Fisher's z of 1 is infinite
+TEST_FILE = "test.json"
+WINNER_FILE = "winner.yaml"  # the recipe with the winner's values
 MAX_NAMED = 3  # configurations that a note names
 STATE_NAMES: dict[optuna.trial.TrialState, TrialState] = {
     STATES["complete"]: "complete",
@@ -66,10 +81,58 @@ STATE_NAMES: dict[optuna.trial.TrialState, TrialState] = {
 }
 
 
+def summarize(
+    study: TrialStudy,
+    metric: str,
+    tasks: Sequence[str],
+    inputs: RunInputs,
+    folder: Path,
+    *,
+    allow_code: bool = False,
+) -> SweepRecord:
+    """Select the winner, measure it on test_data, and write its recipe. Raises GateError if every
+    trial failed."""
+    trials = tuple(build_trial(folder, trial) for trial in study.list_trials())
+    measured = MeasuredTrials.read(folder, trials, metric, tasks)
+    configurations, winner = build_configurations(measured)
+    if winner is None and trials and all(trial.state == "failed" for trial in trials):
+        raise GateError(f"every trial failed; the first: {trials[0].reason}", where=str(folder))
+    record = SweepRecord(
+        model=inputs.model.name,
+        metric=metric,
+        higher_is_better=study.higher_is_better,
+        search=study.sweep.search,
+        pruner=study.sweep.pruner,
+        seeds=study.seeds,
+        planned_configurations=study.num_configurations,
+        rows=len(next(iter(measured.values.values())).ids) if measured.values else 0,
+        base_value=read_base_value(folder, metric, tasks),
+        trials=trials,
+        configurations=tuple(configurations),
+        winner=winner,
+        winner_trial=None,
+        test=(),
+        test_reads=0,
+        caveats=(),
+        folder=str(folder),
+    )
+    if winner is not None:
+        number = choose_trial(measured, winner)
+        test_rows = inputs.datasets["test_data"]
+        test, reads = measure_winner(folder, trials[number], test_rows, allow_code=allow_code)
+        write_winner(folder, inputs.recipe, trials[number])
+        record = replace(record, winner_trial=number, test=test, test_reads=reads)
+    caveats = (*list_caveats(record, study.sweep), *list_forgetting(record))
+    return replace(record, caveats=caveats)
+
+
+# ---------------------------------------------------------------- trials
+
+
 def build_trial(folder: Path, trial: FrozenTrial) -> TrialRecord:
     """Return a trial with what its folder says about it."""
     spec = make_spec(trial)
-    path = find_trial_folder(folder, trial.number)
+    path = folder / spec.name
     steps = planned_steps = 0
     seconds = 0.0
     if is_run(path):
@@ -115,7 +178,7 @@ class MeasuredTrials:
     ) -> MeasuredTrials:
         values: dict[int, MetricValues] = {}
         for trial in trials:
-            file = find_trial_folder(folder, trial.number) / EVAL_AFTER_FILE
+            file = folder / trial.folder / EVAL_AFTER_FILE
             if trial.state == "complete" and (measured := read_eval_values(file, metric, tasks)):
                 values[trial.number] = measured
         return cls(tuple(trials), values)
@@ -211,135 +274,67 @@ def choose_trial(measured: MeasuredTrials, configuration: int) -> int:
 
 def compare_configurations(measured: MeasuredTrials, first: int, second: int) -> Comparison:
     """Return `second` minus `first`, paired by item, over the seeds that both have."""
-    return _compare_pairs(measured, _pair_seeds(measured, first, second))
-
-
-# ---------------------------------------------------------------- what mattered
-
-
-def list_effects(
-    sweep: SweepConfig, measured: MeasuredTrials, winner: int
-) -> Iterator[LevelEffect]:
-    """Yield the effect of each listed value against the winner's value of its key, corrected for
-    all pairs of values (Holm), the values whose trials all stopped early, and the correlation of
-    each range."""
-    settings = {
-        trial.configuration: trial.settings
-        for trial in measured.trials
-        if trial.number in measured.values
-    }
-    levels: list[tuple[str, Any, int]] = []  # key, value, pairs
-    comparisons: list[Comparison] = []
-    stopped: list[LevelEffect] = []
-    for key, values in sweep.space.items():
-        best = settings[winner][key]
-        for level in () if isinstance(values, ValueRange) else values:
-            if level == best:
-                continue
-            if pairs := _list_pairs(key, level, best, settings, measured):
-                levels.append((key, level, len(pairs)))
-                comparisons.append(_compare_pairs(measured, pairs))
-            elif num_stopped := _count_stopped(key, level, measured):
-                verdict = f"not compared: {num_stopped} stopped early"
-                words = (key, format_value(level), format_value(best))
-                stopped.append(LevelEffect(*words, 0, None, None, None, verdict))
-    counts = Counter(key for key, _, _ in levels)
-    num_pairs = sum(count_pairs(count + 1) for count in counts.values())
-    verdicts = judge_comparisons(comparisons, num_pairs)
-    for (key, level, count), change, verdict in zip(levels, comparisons, verdicts, strict=True):
-        best = format_value(settings[winner][key])
-        interval = (change.difference, change.low, change.high)
-        yield LevelEffect(key, format_value(level), best, count, *interval, verdict)
-    yield from stopped
-    ranges = [key for key, values in sweep.space.items() if isinstance(values, ValueRange)]
-    yield from _list_correlations(ranges, measured)
-
-
-def _count_stopped(key: str, level: Any, measured: MeasuredTrials) -> str:
-    """Return how many of the trials with a value stopped early, "" if none did, or if one reached
-    its end."""
-    states = [trial.state for trial in measured.trials if trial.settings[key] == level]
-    count = 0 if "complete" in states else states.count("pruned")
-    return f"{count} of {format_count(len(states), 'trial')}" if count else ""
-
-
-def _list_pairs(
-    key: str, level: Any, best: Any, settings: Mapping[int, Json], measured: MeasuredTrials
-) -> list[tuple[int, int]]:
-    """Return the pairs of trials that differ in the key alone: the best value, and this one."""
-    pairs: list[tuple[int, int]] = []
-    for first, first_settings in settings.items():
-        for second, second_settings in settings.items():
-            is_pair = first_settings[key] == best and second_settings == {
-                **first_settings,
-                key: level,
-            }
-            if is_pair:
-                pairs += _pair_seeds(measured, first, second)
-    return pairs
-
-
-def _compare_pairs(measured: MeasuredTrials, pairs: Sequence[tuple[int, int]]) -> Comparison:
+    first_seeds = measured.list_seeds(first)
+    second_seeds = measured.list_seeds(second)
+    shared = [seed for seed in first_seeds if seed in second_seeds]
     return compare_measurements(
-        measured.average([first for first, _ in pairs]),
-        measured.average([second for _, second in pairs]),
+        measured.average([first_seeds[seed] for seed in shared]),
+        measured.average([second_seeds[seed] for seed in shared]),
     )
 
 
-def _pair_seeds(measured: MeasuredTrials, first: int, second: int) -> list[tuple[int, int]]:
-    first_seeds = measured.list_seeds(first)
-    second_seeds = measured.list_seeds(second)
-    return [(first_seeds[seed], second_seeds[seed]) for seed in first_seeds if seed in second_seeds]
+# ---------------------------------------------------------------- the winner on test_data
 
 
-def _list_correlations(keys: Sequence[str], measured: MeasuredTrials) -> Iterator[LevelEffect]:
-    """Yield the rank correlation (Spearman) of each key's value with the metric over the complete
-    configurations, corrected together (Holm)."""
-    settings: dict[int, Json] = {}
-    values: dict[int, list[float]] = {}  # one list a configuration: seeds are no further evidence
-    for trial in measured.trials:
-        if trial.value is not None:
-            settings[trial.configuration] = trial.settings
-            values.setdefault(trial.configuration, []).append(trial.value)
-    means = {configuration: fmean(by_seed) for configuration, by_seed in values.items()}
-    count = len(means)
-    results: dict[str, tuple[float, float, float, float]] = {}
-    for key in keys:
-        pairs = [(settings[number][key], mean) for number, mean in means.items()]
-        results[key] = _compute_correlation(np.array(pairs, dtype=float))
-    adjusted = adjust_p_values([p_value for *_, p_value in results.values()])
-    for (key, (correlation, low, high, _)), p_value in zip(results.items(), adjusted, strict=True):
-        verdict = "correlated" if p_value < ALPHA else NO_DIFFERENCE
-        verdict = TOO_FEW_ITEMS if count < MIN_CORRELATED else verdict
-        yield LevelEffect(key, "", "", count, correlation, low, high, verdict)
+@dataclass(frozen=True)
+class WinnerTest:
+    """The winner's trial and its results on test_data."""
+
+    trial: int
+    comparisons: tuple[Comparison, ...]
 
 
-def _compute_correlation(pairs_N2: np.ndarray) -> tuple[float, float, float, float]:
-    """Return Spearman's correlation, its 95% interval and p by Fisher's z, with the variance of
-    Bonett and Wright (2000); (0, -1, 1, 1) for too few pairs and where one value never changes."""
-    count = len(pairs_N2)
-    correlation = _compute_spearman(pairs_N2) if count >= MIN_CORRELATED else math.nan
-    if math.isnan(correlation):
-        return 0.0, -1.0, 1.0, 1.0
-    z = math.atanh(max(-MAX_CORRELATION, min(MAX_CORRELATION, correlation)))
-    error = math.sqrt((1 + correlation**2 / 2) / (count - 3))
-    low, high = (math.tanh(z + sign * Z * error) for sign in (-1, 1))
-    return correlation, low, high, math.erfc(abs(z) / error / math.sqrt(2))
+def measure_winner(
+    folder: Path, trial: TrialRecord, test_rows: Dataset, *, allow_code: bool = False
+) -> tuple[tuple[Comparison, ...], int]:
+    """Return before and after on test_data, and how many winners were measured on it by now."""
+    file = folder / TEST_FILE
+    measured: list[WinnerTest] = []
+    if file.exists():
+        measured = list(parse_as(tuple[WinnerTest, ...], read_json(file), where=str(file)))
+    for measurement in measured:
+        if measurement.trial == trial.number:
+            return measurement.comparisons, len(measured)
+    with GracefulStop("continue with the same command") as stop, stop.immediate():
+        comparisons = _measure_test(folder / trial.folder, test_rows, allow_code=allow_code)
+    measured.append(WinnerTest(trial.number, comparisons))
+    write_file(file, dump_json(tuple(measured)))
+    return comparisons, len(measured)
 
 
-def _compute_spearman(pairs_N2: np.ndarray) -> float:
-    """Return the correlation of ranks, NaN where one of both is constant."""
-    ranks = [_rank(pairs_N2[:, 0]), _rank(pairs_N2[:, 1])]
-    deviations = [values - values.mean() for values in ranks]
-    spread = float(np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum()))
-    return float(deviations[0] @ deviations[1]) / spread if spread else float("nan")
+def _measure_test(path: Path, test_rows: Dataset, *, allow_code: bool) -> tuple[Comparison, ...]:
+    plan, run_inputs = load_plan_and_inputs(path)
+    datasets = {**run_inputs.datasets, "test_data": test_rows}
+    eval_inputs = replace(run_inputs, datasets=datasets)
+    items = build_eval_items(plan, eval_inputs, allow_code=allow_code)
+
+    def measure(model: PackedCausalLM, step: int) -> EvalResults:
+        return measure_items(open_eval_session(plan, eval_inputs, model), items, step=step)
+
+    with machine_errors():
+        adapter = load_starting_adapter(plan, run_inputs.model.path)
+        start = replace(run_inputs, adapter=adapter)
+        before = measure(load_starting_model(plan, start), 0)
+        after = measure(load_trained_model(path, plan, run_inputs), plan.steps)
+    return compare_results(before, after, step=plan.steps)
 
 
-def _rank(values_N: np.ndarray) -> np.ndarray:
-    """Return ranks, tied values with the mean of theirs."""
-    smaller_N = (values_N[:, None] > values_N[None, :]).sum(axis=1)
-    equal_N = (values_N[:, None] == values_N[None, :]).sum(axis=1)
-    return smaller_N + (equal_N - 1) / 2
+def write_winner(folder: Path, recipe: Recipe, trial: TrialRecord) -> None:
+    """Write the recipe with the winner's values and seed, without its sweep."""
+    spec = TrialSpec(trial.number, trial.configuration, trial.seed, trial.settings)
+    winner = make_trial_recipe(recipe, spec, output_dir="auto")
+    head = f"# The winner of the sweep in {folder.name}, trained as {trial.folder}.\n"
+    write_file(folder / WINNER_FILE, (head + dump_recipe(winner)).encode())
 
 
 # ---------------------------------------------------------------- caveats
@@ -438,7 +433,7 @@ def list_forgetting(record: SweepRecord) -> Iterator[str]:
 
 
 def _read_comparisons(record: SweepRecord, trial: int) -> tuple[tuple[Comparison, ...], Plan]:
-    run_record = read_run_record(find_trial_folder(Path(record.folder), trial))
+    run_record = read_run_record(Path(record.folder) / record.trials[trial].folder)
     return run_record.comparisons, run_record.plan
 
 
@@ -453,4 +448,13 @@ def read_base_value(folder: Path, metric: str, tasks: Sequence[str]) -> float | 
         if (path / EVAL_BEFORE_FILE).exists():
             measured = read_eval_values(path / EVAL_BEFORE_FILE, metric, tasks)
             return None if measured is None else compute_score(measured).value
+    return None
+
+
+def read_eval_values(file: Path, metric: str, tasks: Sequence[str]) -> MetricValues | None:
+    """Return the values of a metric on eval_data, item by item, from a file of results."""
+    results = read_sealed_as(EvalResults, file)
+    for measurement in results.measurements:
+        if measurement.metric == metric and measurement.task in tasks:
+            return measurement
     return None

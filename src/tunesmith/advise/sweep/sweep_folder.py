@@ -1,6 +1,5 @@
 """The folder of a sweep: one process at a time, and one sweep.
 
-    inputs = restore_day(inputs, folder)           the day of the first attempt, for dated templates
     with lock_folder(folder):
         check_identity(folder, build_identity(plan, inputs, metric))
 
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,16 +20,15 @@ from tunesmith.core.atomic import make_dirs, refuse_links, write_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import format_count
 from tunesmith.core.json_io import dump_json, parse_as, read_json
-from tunesmith.core.sweep_record import SWEEP_FORMAT, refuse_other_sweep_format
 from tunesmith.core.types import Json, Plan
 from tunesmith.session.fingerprint import build_fingerprint, list_changes
-from tunesmith.session.inputs import RunInputs, load_inputs
+from tunesmith.session.inputs import RunInputs
 
 IDENTITY_FILE = "settings.json"
 LOCK_FILE = ".lock"
 # Of the fingerprint: a trial has a recipe and a plan of its own, and may go on elsewhere.
 TRIAL_FIELDS = ("base", "recipe", "plan", "machine")
-DAY_FIELD = "now"  # when the sweep began: what a dated template renders
+SWEEP_FORMAT = 3
 MAX_NAMED = 3  # changes
 
 
@@ -52,19 +49,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def restore_day(inputs: RunInputs, folder: Path) -> RunInputs:
-    """Return the inputs as of the day on which the sweep in the folder began, if the template
-    writes the date: a sweep may go on after midnight."""
-    file = folder / IDENTITY_FILE
-    if not inputs.renderer.has_date or not file.is_file():
-        return inputs
-    stored = _read_identity(file)
-    began = parse_as(datetime, stored.get(DAY_FIELD), where=str(file))
-    if began.date() == inputs.now.date():
-        return inputs
-    return load_inputs(inputs.recipe, now=began, output_dir=inputs.output_dir)
-
-
 def build_identity(plan: Plan, inputs: RunInputs, metric: str) -> Json:
     """Return everything that trials and their comparison depend on; `plan` is that of the recipe
     without its sweep. More trials of a search are the same sweep, and so is another folder."""
@@ -79,7 +63,6 @@ def build_identity(plan: Plan, inputs: RunInputs, metric: str) -> Json:
         "dtype": plan.config.dtype,
         "recipe": recipe,
         "metric": metric,
-        DAY_FIELD: inputs.now.isoformat(),
     }
 
 
@@ -92,17 +75,14 @@ def check_identity(folder: Path, identity: Json) -> None:
             raise InputError(message, where=str(folder), fix="choose another output_dir")
         write_file(file, dump_json(identity))
         return
-    stored = {**_read_identity(file), DAY_FIELD: identity[DAY_FIELD]}
+    stored = parse_as(Json, read_json(file), where=str(file))
+    if stored.get("format") != SWEEP_FORMAT:
+        message = f"sweep format {stored.get('format')!r:.20} is not supported"
+        fix = "use the version that wrote it, or another output_dir"
+        raise InputError(message, where=str(file), fix=fix)
     if changes := list_changes(stored, identity):
         message = f"holds a sweep with other settings: {'; '.join(changes[:MAX_NAMED])}"
         if more := len(changes[MAX_NAMED:]):
             message += f", and {format_count(more, 'other change')}"
         fix = "restore what has changed, or choose another output_dir"
         raise InputError(message, where=str(folder), fix=fix)
-
-
-def _read_identity(file: Path) -> Json:
-    """Raises InputError for a file that is no record of a sweep, or one of another version."""
-    stored = parse_as(Json, read_json(file), where=str(file))
-    refuse_other_sweep_format(stored, file)
-    return stored

@@ -10,10 +10,10 @@
 Every configuration runs with the first seed; those that reach their end run with the other seeds.
 Only trials of the first seed are stopped early, so that means over seeds are of the same seeds.
 
-What comes next and what stops are functions of the journal alone: samplers and pruners of Optuna
-are asked in a fresh study in memory, seeded by the number of the trial. So a sweep that was killed
-goes on as an uninterrupted one. Where trials run at once, an earlier trial counts with what it has
-measured by then. Left out: running a trial (run_trial.py).
+What comes next is a function of the journal alone: a sampler is asked in a fresh study in memory,
+seeded by the number of the trial. So a sweep that was killed goes on as an uninterrupted one. Where
+trials run at once, another counts with what it has measured by then. Left out: running a trial
+(trial_process.py).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from tunesmith.advise.sweep.records import TrialSpec
 from tunesmith.core.atomic import disk_errors
 from tunesmith.core.errors import InputError
-from tunesmith.core.sweep_record import TrialSpec
 from tunesmith.core.types import Json
 from tunesmith.recipe.sweep import INTEGER_KEYS, SweepConfig, SweptValues, ValueRange
 
@@ -98,12 +98,17 @@ class TrialStudy:
                 storage=JournalStorage(JournalFileBackend(str(file))),
                 study_name=STUDY_NAME,
                 direction="maximize" if higher_is_better else "minimize",
+                pruner=_make_pruner(sweep.pruner),
                 load_if_exists=True,
             )
         except (ValueError, KeyError, TypeError) as error:
             message = f"the journal of the trials is damaged: {error}"
             raise InputError(message, where=str(file), fix="use another output_dir") from error
         return cls(study, sweep, seeds, sampler_seed, file)
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self._study.direction == optuna.study.StudyDirection.MAXIMIZE
 
     @property
     def num_configurations(self) -> int:
@@ -117,6 +122,14 @@ class TrialStudy:
 
     def count_finished(self) -> int:
         return sum(trial.state.is_finished() for trial in self.list_trials())
+
+    def count_max_trials(self) -> int:
+        """Return the trials there will be if none that is to come fails or stops early."""
+        ended = (TrialState.PRUNED, TrialState.FAIL)
+        first = [t for t in self.list_trials() if make_spec(t).seed == self.seeds[0]]
+        num_ended = sum(trial.state in ended for trial in first)
+        num_later = (self.num_configurations - num_ended) * (len(self.seeds) - 1)
+        return self.num_configurations + num_later
 
     # ------------------------------------------------------------ next
 
@@ -190,20 +203,11 @@ class TrialStudy:
 
     def is_hopeless(self, number: int) -> bool:
         """Return whether the pruner stops the trial at its last evaluation."""
-        trials = self.list_trials()
-        trial = trials[number]
-        if self.sweep.pruner == "none" or make_spec(trial).seed != self.seeds[0]:
+        trial = self.list_trials()[number]
+        if make_spec(trial).seed != self.seeds[0]:
             return False
-        study = optuna.create_study(
-            direction=self._study.direction, pruner=_make_pruner(self.sweep.pruner)
-        )
-        for earlier in trials[:number]:
-            _replay(study, earlier)
-            if earlier.state == TrialState.COMPLETE:
-                study.tell(earlier.number, earlier.value)
-            elif earlier.state.is_finished():
-                study.tell(earlier.number, state=earlier.state)
-        return _replay(study, trial)
+        with disk_errors(self._file):
+            return self._reopen(trial).should_prune()
 
     def finish(
         self,
@@ -221,17 +225,9 @@ class TrialStudy:
         return optuna.Trial(self._study, trial._trial_id)
 
 
-def _replay(study: optuna.Study, recorded: FrozenTrial) -> bool:
-    """Repeat the evaluations of a trial in a study; return whether the last one stops it."""
-    trial = study.ask()
-    is_stopped = False
-    for percent, value in sorted(recorded.intermediate_values.items()):
-        trial.report(value, percent)
-        is_stopped = trial.should_prune()
-    return is_stopped
-
-
 def _make_pruner(name: str) -> optuna.pruners.BasePruner:
+    if name == "none":
+        return optuna.pruners.NopPruner()
     if name == "halving":
         return optuna.pruners.SuccessiveHalvingPruner(
             min_resource=MIN_PRUNED_PERCENT, reduction_factor=2

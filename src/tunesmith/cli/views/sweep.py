@@ -1,4 +1,4 @@
-"""Views of `tune sweep`: a line per evaluation and trial, then configurations and effects."""
+"""Views of `tune sweep`: a line per evaluation and trial, then the configurations."""
 
 from __future__ import annotations
 
@@ -9,22 +9,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.output import escape_markup, write_stderr
-from tunesmith.cli.progress import format_duration
-from tunesmith.cli.views import make_table
-from tunesmith.core.events import EVAL_TASK, Score, TrainingEnd
-from tunesmith.core.formatting import format_count, format_value
-from tunesmith.core.sweep_record import (
-    WINNER_FILE,
+from tunesmith.advise.sweep.records import (
     ConfigurationRecord,
     SweepEvent,
     SweepRecord,
     SweepStart,
-    TrialEnd,
-    TrialEvent,
+    TrialRecord,
+    TrialScore,
     TrialStart,
-    name_trial,
 )
+from tunesmith.cli.output import escape_markup, write_stderr
+from tunesmith.cli.views import make_table
+from tunesmith.core.formatting import format_count, format_value
 from tunesmith.evaluate.results import format_comparison
 from tunesmith.evaluate.statistics import format_p
 
@@ -33,65 +29,45 @@ VERDICT_STYLES = {"better": "bold green", "worse": "dim"}
 
 def report_sweep(events: Iterable[SweepEvent]) -> SweepRecord:
     """Print the progress of a sweep on stderr; return the record at its end."""
-    trained: set[int] = set()  # trials whose further scores repeat those of a checkpoint
-    number = 0
     for event in events:
         if isinstance(event, SweepRecord):
             return event
-        if isinstance(event, (TrialStart, TrialEvent)):
-            number = event.number
-        run_event = event.event if isinstance(event, TrialEvent) else event
-        if isinstance(run_event, TrainingEnd):
-            trained.add(number)
-        if not isinstance(run_event, Score) or number not in trained:
-            write_stderr(format_event(event))
+        write_stderr(f"{format_event(event)}\n")
     raise AssertionError("a sweep ends with its record")
 
 
 def format_event(event: SweepEvent) -> str:
-    """Return the line of an event, or the lines; "" for one without news."""
+    """Return the line of an event."""
     if isinstance(event, SweepStart):
         seeds = format_count(len(event.seeds), "seed")
         configurations = format_count(event.configurations, "configuration")
-        line = f"sweep in {event.folder}: {configurations}, {seeds}, by {event.metric}\n"
-        if event.finished_trials:
-            line += f"{format_count(event.finished_trials, 'trial')} done before\n"
-        return line
+        done = f", {event.finished_trials} trials done before" if event.finished_trials else ""
+        return f"sweep in {event.folder}: {configurations}, {seeds}, by {event.metric}{done}"
     if isinstance(event, TrialStart):
         spec = event.spec
-        head = f"{name_trial(spec.number)}, {spec.number + 1} of at most {event.max_trials}"
-        return f"{head}: {format_value(spec.settings)}, seed {spec.seed}\n"
-    if isinstance(event, TrialEnd):
-        return f"{format_trial_end(event)}\n"
-    if isinstance(event, TrialEvent):
-        line = format_event(event.event)
-        return line and f"  {name_trial(event.number)},{line[1:]}"
-    if isinstance(event, Score) and event.task.partition(":")[0] == EVAL_TASK and event.step:
-        return f"  step {event.step}: {event.task} {event.metric} {event.value:.4f}\n"
-    return ""
+        head = f"{spec.name}, {spec.number + 1} of at most {event.max_trials}"
+        return f"{head}: {format_value(spec.settings)}, seed {spec.seed}"
+    if isinstance(event, TrialScore):
+        score = event.score
+        value = f"{score.task} {score.metric} {score.value:.4f}"
+        return f"  {event.spec.name}, step {score.step}: {value}"
+    assert not isinstance(event, SweepRecord)
+    return format_trial_end(event.trial)
 
 
-def format_trial_end(event: TrialEnd) -> str:
-    trial = event.trial
+def format_trial_end(trial: TrialRecord) -> str:
     outcome = trial.reason
     if trial.value is not None:
         outcome = f"{trial.value:.4f} on eval_data" + f" ({trial.reason})" * bool(trial.reason)
-    line = f"  {trial.folder} {trial.state}: {outcome}, "
-    line += f"{trial.steps} of {trial.planned_steps} steps"
-    if event.remaining_trials:
-        line += f"; at most {event.remaining_trials} more"
-        if event.remaining_seconds is not None:
-            line += f", {format_duration(event.remaining_seconds)}"
-    return line
+    steps = f"{trial.steps} of {trial.planned_steps} steps"
+    return f"  {trial.folder} {trial.state}: {outcome}, {steps}"
 
 
 def render_sweep(record: SweepRecord) -> RenderableType:
-    """Show the configurations, the best first, what mattered, and the winner on test_data."""
+    """Show the configurations, the best first, and the winner on test_data."""
     parts: list[RenderableType] = [_render_configurations(record)]
-    if record.effects:
-        parts.append(_render_effects(record))
     if record.winner_trial is not None:
-        trial = record.get_trial(record.winner_trial)
+        trial = record.trials[record.winner_trial]
         name = format_value(trial.settings)
         num_seeds = len(record.configurations[trial.configuration].trials)
         if num_seeds > 1:
@@ -102,8 +78,8 @@ def render_sweep(record: SweepRecord) -> RenderableType:
     parts += [f"[yellow]note[/] {escape_markup(caveat)}" for caveat in record.caveats]
     if record.winner_trial is not None:
         folder = Path(record.folder)
-        run = folder / record.get_trial(record.winner_trial).folder
-        parts.append(escape_markup(f"run: {run}; recipe: {folder / WINNER_FILE}"))
+        run = folder / record.trials[record.winner_trial].folder
+        parts.append(escape_markup(f"run: {run}; recipe: {folder / 'winner.yaml'}"))
     return Group(*parts)
 
 
@@ -145,19 +121,3 @@ def describe_outcome(record: SweepRecord, configuration: ConfigurationRecord) ->
     if configuration.p_value is not None:
         text += f", {format_p(configuration.p_value)}"
     return Text(text, VERDICT_STYLES.get(configuration.verdict, ""))
-
-
-def _render_effects(record: SweepRecord) -> Table:
-    """Show each value against the winner's value of its key, all else equal."""
-    title = f"What mattered: {record.metric} minus that of the winner's value, all else equal"
-    columns = ("key", "value", "winner's", "pairs", "difference", "")
-    table = make_table(title, *columns, numbers=("value", "winner's", "pairs"))
-    for effect in record.effects:
-        interval = ""
-        if effect.difference is not None:
-            interval = f"{effect.difference:+.3f} \\[{effect.low:+.3f}, {effect.high:+.3f}]"
-        level = effect.level or "rank correlation"
-        table.add_row(
-            effect.key, level, effect.best_level, str(effect.pairs), interval, effect.verdict
-        )
-    return table
