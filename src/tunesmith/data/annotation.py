@@ -57,12 +57,12 @@ def write_reviews(dataset: Dataset, path: Path) -> int:
         texts = extract_row_texts(dataset.read_example(index))
         shown = ("\n\n".join(texts.texts[:-1]), texts.answer)
         review = row.pop(REVIEW_KEY, None)
-        known = review if isinstance(review, dict) else {}
+        earlier = review if isinstance(review, dict) else {}
         writer.writerow(
             [
                 dataset.get_id(index),
                 *(f"'{each}" if each.startswith(FORMULA_SIGNS) else each for each in shown),
-                *(known.get(field, "") for field in REVIEW_FIELDS),
+                *(earlier.get(field, "") for field in REVIEW_FIELDS),
                 json.dumps(row, ensure_ascii=False),
             ]
         )
