@@ -305,7 +305,7 @@ def test_a_trial_has_a_gpu_of_its_own_or_its_share_of_the_cores(
     assert Share(1, 3).list_variables() == {"OMP_NUM_THREADS": "5"}
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     assert Share(1, 2).list_cores() == [1, 3]
-    assert Share().list_cores() == []
+    assert (Share().list_cores(), Share().list_variables()) == ([], {})
 
 
 def test_more_trials_than_gpus_are_refused(

@@ -18,14 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tunesmith.advise.measured.arms import Arm, ArmOptions, build_arms
-from tunesmith.advise.measured.knowledge_check import (
-    MAX_ROWS,
-    NUM_SAMPLES,
-    NUM_SHOT_SETS,
-    KnowledgeResult,
-    check_knowledge,
-    explain_no_facts,
-)
 from tunesmith.advise.measured.prompting import get_question
 from tunesmith.advise.measured.retrieval import RECALL_CUTOFFS, PassageIndex
 from tunesmith.advise.measured.run_arm import (
@@ -36,7 +28,6 @@ from tunesmith.advise.measured.run_arm import (
     select_items,
 )
 from tunesmith.advise.measured.time_budget import (
-    ANSWER_MARGIN,
     TokenTimings,
     count_fitting_items,
     count_train_tokens,
@@ -66,8 +57,6 @@ from tunesmith.session.inputs import RunInputs
 from tunesmith.session.provenance import hash_weight_files
 from tunesmith.train.follow_measuring import start_measuring
 
-KNOWLEDGE_TIME_SHARE = 0.1  # of the minutes
-MIN_KNOWLEDGE_ROWS = 10  # fewer training rows are not checked
 MAX_POOL_ROWS = 400  # training rows that may be shown or trained on
 # recipe keys that do not change an answer
 IGNORED_SETTINGS = ("output_dir", "metrics", "eval_steps", "save_steps", "guard")
@@ -101,8 +90,6 @@ class MeasuredAdvice:
     training_rows: int
     decision: Decision
     rows: tuple[ArmRow, ...]
-    knowledge: KnowledgeResult | None
-    knowledge_skip_reason: str
     recall: dict[int, Score]  # of the answer in the first k passages, by k
     skipped: tuple[SkippedArm, ...]
     unenforced: tuple[str, ...]  # parts of the schema that the grammar does not enforce
@@ -152,9 +139,7 @@ def advise_measured(
     experiment = _Experiment(runner, store, timings, start + 60 * config.minutes)
     arms = build_arms(options)
     yield experiment.describe_start(arms, len(items))
-    yield from experiment.run_arms(arms[:1])
-    experiment.measure_knowledge()
-    yield from experiment.run_arms(arms[1:])
+    yield from experiment.run_arms(arms)
     yield _build_advice(experiment, metrics, len(items), config, time.perf_counter() - start)
 
 
@@ -266,8 +251,6 @@ class _Experiment:
         # measured over estimated seconds of the last arms: a busy machine changes speed
         self.time_ratio = 1.0
         self.skipped: list[SkippedArm] = []
-        self.knowledge: KnowledgeResult | None = None
-        self.knowledge_skip_reason = explain_no_facts(runner)
 
     def describe_start(self, arms: Sequence[Arm], available_items: int) -> ExperimentStart:
         missing = [arm for arm in arms if self._load_result(arm) is None]
@@ -319,29 +302,6 @@ class _Experiment:
             self.time_ratio *= ratio**0.5
         return result
 
-    def measure_knowledge(self) -> None:
-        """Check prior knowledge on as many rows as its share of the time allows."""
-        if self.knowledge_skip_reason:
-            return
-        self.knowledge = self.store.get("knowledge", KnowledgeResult)
-        if self.knowledge is not None:
-            return
-        timings = self.timings
-        answer_seconds = ANSWER_MARGIN * timings.answer_tokens * timings.decode_seconds
-        prompt_seconds = timings.row_tokens * timings.prefill_seconds
-        num_answers = NUM_SHOT_SETS * (1 + NUM_SAMPLES)
-        row_seconds = self.time_ratio * num_answers * (prompt_seconds + answer_seconds)
-        available_seconds = KNOWLEDGE_TIME_SHARE * (self.deadline - time.perf_counter())
-        num_rows = min(MAX_ROWS, int(available_seconds / max(row_seconds, 1e-9)))
-        if num_rows < MIN_KNOWLEDGE_ROWS:
-            seconds = MIN_KNOWLEDGE_ROWS * row_seconds
-            self.knowledge_skip_reason = (
-                f"{MIN_KNOWLEDGE_ROWS} rows would take {seconds:.0f} s, over a tenth of the time"
-            )
-            return
-        self.knowledge = check_knowledge(self.runner, num_rows)
-        self.store.put("knowledge", self.knowledge)
-
     def _estimate_seconds(self, arm: Arm) -> float:
         return self.time_ratio * estimate_seconds(self.runner, self.timings, arm)
 
@@ -373,8 +333,6 @@ def _build_advice(
         training_rows=len(runner.rows),
         decision=make_decision(rows, config.target, skipped_arms),
         rows=rows,
-        knowledge=experiment.knowledge,
-        knowledge_skip_reason=experiment.knowledge_skip_reason,
         recall=_measure_recall(runner),
         skipped=tuple(experiment.skipped),
         unenforced=runner.grammar.warnings if is_constrained else (),

@@ -253,16 +253,9 @@ def _generate_answers(runner: ArmRunner, questions: Sequence[EvalPrompt], arm: A
     requests = [
         GenerationRequest(question.prompt_ids, runner.max_answer_tokens) for question in questions
     ]
-    outputs = answer_requests(runner, requests)
-    return [output.text for output in outputs]
-
-
-def answer_requests(
-    runner: ArmRunner, requests: Sequence[GenerationRequest]
-) -> list[GenerationOutput]:
-    """Generate with the model as it is now."""
     renderer = runner.inputs.renderer
-    return generate_all(runner.model, requests, decode=renderer.decode, end_ids=renderer.end_ids)
+    outputs = generate_all(runner.model, requests, decode=renderer.decode, end_ids=renderer.end_ids)
+    return [output.text for output in outputs]
 
 
 def _train_arm(runner: ArmRunner, arm: Arm) -> float:

@@ -46,7 +46,10 @@ class Share:
     count: int = 1
 
     def list_variables(self) -> dict[str, str]:
-        """Return the environment variables that give a process its GPU and its threads."""
+        """Return the environment variables that give a process its GPU and its threads; none to a
+        process that has the machine to itself, as `tunesmith train` has."""
+        if self.count == 1:
+            return {}
         threads = os.environ.get(THREADS_VARIABLE, str(max(1, count_cores() // self.count)))
         variables = {THREADS_VARIABLE: threads}
         if count_gpus():

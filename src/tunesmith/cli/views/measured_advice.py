@@ -9,17 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
-from tunesmith.advise.measured.knowledge_check import LEVELS, KnowledgeResult
 from tunesmith.advise.measured.run_arm import ArmResult
 from tunesmith.advise.measured.verdict import ArmRow, Decision
 from tunesmith.cli.output import escape_markup, write_stderr
 from tunesmith.cli.progress import format_duration, format_interval
 from tunesmith.cli.views import make_table
 
-NEW_FACTS_WARNING = (
-    "most training answers are unknown to the model: fine-tuning on them encourages hallucination "
-    "(Gekhman 2024)"
-)
 HEADLINES = {
     "prompt": "Don't fine-tune: prompting is enough",
     "constrained decoding": "Don't fine-tune: constrained decoding is enough",
@@ -125,13 +120,6 @@ def _iter_notes(advice: MeasuredAdvice) -> Iterator[str]:
     if advice.recall:
         recalls = [f"{score.value:.2f} of top {cutoff}" for cutoff, score in advice.recall.items()]
         yield f"retrieval recall of the answer: {', '.join(recalls)}"
-    if advice.knowledge is not None:
-        yield _format_knowledge(advice.knowledge)
-        if advice.knowledge.low > 0.5:
-            advises_sft = advice.decision.conclusion == "sft"
-            yield NEW_FACTS_WARNING + (": use retrieval, or stop early" if advises_sft else "")
-    elif advice.recall:
-        yield f"prior knowledge was not checked: {advice.knowledge_skip_reason}"
     for warning in advice.unenforced:
         yield f"not enforced by the grammar: {warning}"
     if advice.skipped:
@@ -153,13 +141,3 @@ def _format_skipped(advice: MeasuredAdvice) -> str:
     if num_variants:
         parts.append(f"{num_variants} other prompt wordings and row samples")
     return f"skipped: {'; '.join(parts)}"
-
-
-def _format_knowledge(knowledge: KnowledgeResult) -> str:
-    counts = ", ".join(f"{knowledge.counts[level]} {level}" for level in LEVELS)
-    share = f"{knowledge.unknown_share:.2f} [{knowledge.low:.2f}, {knowledge.high:.2f}]"
-    samples = f"greedy and {knowledge.num_samples} sampled answers"
-    return (
-        f"prior knowledge of {knowledge.rows} training answers: {counts}; unknown {share} "
-        f"({knowledge.shot_sets} prompts, each with {samples})"
-    )

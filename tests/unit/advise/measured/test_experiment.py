@@ -13,7 +13,6 @@ from rich.console import Console
 
 from tiny_runs import (
     build_sum_rows,
-    make_chat_row,
     make_tiny_recipe,
     save_writer_folder,
     write_rows,
@@ -21,7 +20,6 @@ from tiny_runs import (
 from tunesmith import advise_measured
 from tunesmith.advise.measured.arms import Arm
 from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
-from tunesmith.advise.measured.knowledge_check import check_knowledge, explain_no_facts
 from tunesmith.advise.measured.retrieval import PassageIndex, open_passages
 from tunesmith.advise.measured.run_arm import (
     ArmResult,
@@ -194,25 +192,6 @@ def test_the_minutes_limit_items_and_arms(writer: Path, tmp_path: Path) -> None:
     assert estimate_seconds(runner, timings, Arm(examples=25)) > estimate_seconds(
         runner, timings, Arm(is_constrained=True)
     )
-
-
-def test_prior_knowledge_is_counted(writer: Path, tmp_path: Path) -> None:
-    facts = [make_chat_row(f"what is {n}?", f"w{n}") for n in range(30)]
-    runner = make_runner(writer, tmp_path, data=str(write_rows(tmp_path / "facts.jsonl", facts)))
-    assert explain_no_facts(runner) == ""
-    knowledge = check_knowledge(runner, 12)
-    assert (knowledge.rows, knowledge.counts) == (
-        12,
-        {"highly": 0, "maybe": 0, "weakly": 0, "unknown": 12},
-    )
-    assert (knowledge.unknown_share, knowledge.high) == (1.0, 1.0)
-    assert 0.7 < knowledge.low < 0.8
-    labels = [make_chat_row(f"what is {n}?", "ab"[n % 2]) for n in range(30)]
-    runner = make_runner(writer, tmp_path, data=str(write_rows(tmp_path / "labels.jsonl", labels)))
-    assert explain_no_facts(runner) == "many answers repeat, like labels"
-    long = [make_chat_row(f"what is {n}?", f"{n} " * 20) for n in range(30)]
-    runner = make_runner(writer, tmp_path, data=str(write_rows(tmp_path / "long.jsonl", long)))
-    assert explain_no_facts(runner) == "half of the answers have more than 12 words"
 
 
 def test_the_view_shows_the_decision(
