@@ -31,7 +31,7 @@ def split_fields(text: str) -> dict[str, str] | None:
     if has_more_values(text, MAX_TEXT_VALUES):
         return None
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=refuse_constant)
         if not isinstance(value, dict) or not value:
             return None
         fields: dict[str, str] = {}
@@ -41,7 +41,8 @@ def split_fields(text: str) -> dict[str, str] | None:
     return fields
 
 
-def _refuse_constant(constant: str) -> None:
+def refuse_constant(constant: str) -> None:
+    """Refuse NaN and infinities, which Python's json would accept."""
     raise ValueError(f"{constant} is not JSON")
 
 
@@ -51,7 +52,7 @@ def _collect_fields(value: dict[str, Any], prefix: str, depth: int, into: dict[s
         if isinstance(item, dict) and item and depth < MAX_DEPTH:
             _collect_fields(cast("dict[str, Any]", item), f"{name}.", depth + 1, into)
             continue
-        text = json.dumps(_normalize_value(item), sort_keys=True, ensure_ascii=False)
+        text = json.dumps(normalize_value(item), sort_keys=True, ensure_ascii=False)
         name = shorten(name, MAX_NAME_CHARS)
         if len(into) < MAX_FIELDS:
             into[name] = shorten(text, MAX_VALUE_CHARS)
@@ -60,12 +61,13 @@ def _collect_fields(value: dict[str, Any], prefix: str, depth: int, into: dict[s
             into[OTHER_FIELDS] = _hash_text(rest)
 
 
-def _normalize_value(value: Any) -> Any:
+def normalize_value(value: Any) -> Any:
+    """Return a JSON value in one form: plain values of a list in order, 1.0 as 1."""
     if isinstance(value, dict):
         items = cast("dict[str, Any]", value).items()
-        return {key: _normalize_value(item) for key, item in items}
+        return {key: normalize_value(item) for key, item in items}
     if isinstance(value, list):
-        values = [_normalize_value(item) for item in cast("list[Any]", value)]
+        values = [normalize_value(item) for item in cast("list[Any]", value)]
         has_order = any(isinstance(item, (dict, list)) for item in values)
         return values if has_order else sorted(values, key=json.dumps)
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,4 +1,4 @@
-"""What is still wrong: errors by field, value, task, length and rarity.
+"""What is still wrong: errors by form, field, expected value and task.
 
     analyze_errors(before, after, training) -> ErrorAnalysis
 
@@ -14,11 +14,9 @@ or None where no answer was graded. Left out: what to conclude (run_verdict.py),
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from tunesmith.core.evidence import (
     MAX_GROUP_ROWS,
@@ -29,7 +27,6 @@ from tunesmith.core.evidence import (
     ErrorTable,
     TrainingValues,
 )
-from tunesmith.core.formatting import format_count
 from tunesmith.core.types import Comparison, Plan
 from tunesmith.data.answer_values import ANSWER, MAX_NAME_CHARS, shorten
 from tunesmith.evaluate.custom_metric import format_metric_name
@@ -73,12 +70,7 @@ STRICTNESS = (
     "schema_valid",
     "json_valid",
 )
-NUM_BINS = 4  # of lengths: quartiles
-MIN_BIN_ITEMS = 5
 ITEMS_PER_CATEGORY = 8  # expected of a field with few values, on average at least
-# Upper ends of the bins of rarity: share of the training rows with the expected value.
-RARITY_BINS = ((0.0, "in no training row"), (0.01, "up to 1%"), (0.1, "1% to 10%"))
-COMMON_BIN = "over 10%"
 NOT_AN_OBJECT = "not a JSON object"
 
 
@@ -269,11 +261,9 @@ def _build_group(
     )
 
 
-def _build_table(by: str, groups: Iterable[ErrorGroup], *, is_ordered: bool = False) -> ErrorTable:
-    """Return a table, the most errors first unless the groups have an order of their own."""
-    rows = list(groups)
-    if not is_ordered:
-        rows.sort(key=lambda group: (-group.wrong, -group.error, group.name))
+def _build_table(by: str, groups: Iterable[ErrorGroup]) -> ErrorTable:
+    """Return a table, the most errors first."""
+    rows = sorted(groups, key=lambda group: (-group.wrong, -group.error, group.name))
     return ErrorTable(by, tuple(rows[:MAX_GROUPS]), max(0, len(rows) - MAX_GROUPS))
 
 
@@ -286,10 +276,6 @@ def _build_tables(items: Sequence[_Item], values: TrainingValues | None) -> list
         tables.append(_group_by_field(answered))
     tables.append(_group_by_value(answered, values))
     tables.append(_group_by_task(items))
-    for by, measure in (("prompt_length", _measure_prompt), ("answer_length", _measure_answer)):
-        tables.append(_group_by_length(by, answered, measure))
-    if values is not None:
-        tables.append(_group_by_rarity(answered, values))
     return tables
 
 
@@ -377,63 +363,6 @@ def _group_by_task(items: Sequence[_Item]) -> ErrorTable:
             members.setdefault(item.task, []).append(member)
     groups = [_build_group(task, group) for task, group in members.items()]
     return _build_table("task", groups if len(groups) > 1 else [])
-
-
-def _measure_prompt(item: AnswerItem) -> int:
-    return len(item.sample.prompt)
-
-
-def _measure_answer(item: AnswerItem) -> int:
-    return len(item.sample.expected)
-
-
-def _group_by_length(
-    by: str, items: Sequence[_Item], measure: Callable[[AnswerItem], int]
-) -> ErrorTable:
-    """Errors by quartiles of a length in characters; none if the bins were too small."""
-    if len(items) < NUM_BINS * MIN_BIN_ITEMS:
-        return ErrorTable(by, ())
-    lengths = np.array([measure(_require_answers(item)) for item in items])
-    ends = np.unique(np.quantile(lengths, np.arange(1, NUM_BINS) / NUM_BINS))
-    bins = np.searchsorted(ends, lengths, side="left")
-    groups: list[ErrorGroup] = []
-    for index in np.unique(bins).tolist():
-        is_inside = bins == index
-        low = int(lengths[is_inside].min())
-        high = int(lengths[is_inside].max())
-        members: list[_Member] = []
-        for item, is_member in zip(items, is_inside.tolist(), strict=True):
-            if is_member:
-                members.append(_Member(item.id, item.value, item.value_before))
-        end = format_count(high, "character")
-        name = f"{low:,} to {end}" if low < high else end
-        groups.append(_build_group(name, members))
-    return _build_table(by, groups if len(groups) > 1 else [], is_ordered=True)
-
-
-def _group_by_rarity(items: Sequence[_Item], training: TrainingValues) -> ErrorTable:
-    """Errors by how rare the expected answer is: the share of training rows with its rarest value
-    among the fields with few values."""
-    members: dict[str, list[_Member]] = {}
-    for item in items:
-        shares: list[float] = []
-        for name, value in _require_answers(item).expected_values.items():
-            counts = training.counts.get(name)
-            if counts:
-                shares.append(counts.get(value, 0) / sum(counts.values()))
-        if shares:
-            member = _Member(item.id, item.value, item.value_before)
-            members.setdefault(_name_rarity(min(shares)), []).append(member)
-    names = [name for _, name in RARITY_BINS] + [COMMON_BIN]
-    groups = [_build_group(name, members[name]) for name in names if name in members]
-    return _build_table("rarity", groups if len(groups) > 1 else [], is_ordered=True)
-
-
-def _name_rarity(share: float) -> str:
-    for limit, name in RARITY_BINS:
-        if share <= limit:
-            return name
-    return COMMON_BIN
 
 
 def _count_confusions(

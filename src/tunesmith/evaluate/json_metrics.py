@@ -14,6 +14,7 @@ from typing import Any
 
 from jsonschema.protocols import Validator
 
+from tunesmith.data.answer_values import normalize_value, refuse_constant
 from tunesmith.data.json_schema import find_violation, make_validator
 
 
@@ -61,21 +62,17 @@ NOT_JSON = object()  # not None, which is the value of null
 
 
 def _parse_json(text: str) -> Any:
-    """Return the JSON value of a text, or NOT_JSON. Strict: Python would accept NaN."""
+    """Return the JSON value of a text, or NOT_JSON."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         return NOT_JSON
 
 
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
 def _iter_fields(
     value: Any, path: tuple[str | int, ...] = ()
-) -> Iterator[tuple[tuple[str | int, ...], str, Any]]:
-    """Yield (path, type, value) of every leaf. The type separates true from 1, equal in Python."""
+) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Yield (path, value as JSON) of every leaf."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from _iter_fields(item, (*path, key))
@@ -83,7 +80,5 @@ def _iter_fields(
         has_order = any(isinstance(item, dict | list) for item in value)
         for index, item in enumerate(value):
             yield from _iter_fields(item, (*path, index if has_order else ANY_INDEX))
-    elif isinstance(value, bool | dict | list):
-        yield path, type(value).__name__, str(value)
     else:
-        yield path, "", value
+        yield path, json.dumps(normalize_value(value))

@@ -16,21 +16,10 @@ TITLES = {
     "field": "By field",
     "expected_value": "By expected value",
     "task": "By task",
-    "prompt_length": "By length of the prompt",
-    "answer_length": "By length of the expected answer",
-    "rarity": "By how often the training rows have the expected value",
     "format": "By form of the answer",
 }
 # The first of these with a wrong answer is shown open.
-OPEN_TABLES = (
-    "field",
-    "format",
-    "expected_value",
-    "task",
-    "rarity",
-    "prompt_length",
-    "answer_length",
-)
+OPEN_TABLES = ("field", "format", "expected_value", "task")
 BAR_WIDTH = 120  # pixels
 
 

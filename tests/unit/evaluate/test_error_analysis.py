@@ -1,4 +1,4 @@
-"""Errors by field, value, task, length and rarity, with counts, intervals and rows."""
+"""Errors by form, field, value and task, with counts, intervals and rows."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_missing_and_further_fields_are_errors() -> None:
     }
 
 
-def test_labels_have_their_confusions_and_their_rarity() -> None:
+def test_labels_have_their_confusions() -> None:
     labels = ["bug"] * 20 + ["question"] * 15 + ["spam"] * 5
     answers = [(label, "bug" if label == "spam" else label) for label in labels]
     training = build_training_answers(["bug"] * 90 + ["question"] * 109 + ["spam"], 200)
@@ -101,14 +101,9 @@ def test_labels_have_their_confusions_and_their_rarity() -> None:
     assert (values["bug"].wrong, values["bug"].training_rows) == (0, 90)
     (confusion,) = analysis.confusions
     assert (confusion.expected, confusion.answered, confusion.n) == ("spam", "bug", 5)
-    rarity = get_groups(analysis, "rarity")
-    assert {name: (group.wrong, group.n) for name, group in rarity.items()} == {
-        "up to 1%": (5, 5),
-        "over 10%": (0, 35),
-    }
 
 
-def test_errors_by_task_and_by_length() -> None:
+def test_errors_by_task() -> None:
     answers = [("x" * (index + 1), "x" * (index + 1) if index < 30 else "y") for index in range(40)]
     tasks = ["easy"] * 25 + ["hard (held out)"] * 15
     analysis = analyze(None, make_results(answers, tasks=tasks))
@@ -116,15 +111,6 @@ def test_errors_by_task_and_by_length() -> None:
         "hard (held out)": 10,
         "easy": 0,
     }
-    table = analysis.get_table("answer_length")
-    assert table is not None
-    assert [(group.name, group.n, group.wrong) for group in table.groups] == [
-        ("1 to 10 characters", 10, 0),
-        ("11 to 20 characters", 10, 0),
-        ("21 to 30 characters", 10, 0),
-        ("31 to 40 characters", 10, 10),
-    ]
-    assert sum(group.n for group in get_groups(analysis, "prompt_length").values()) == 40
 
 
 def test_the_strictest_metric_decides() -> None:

@@ -11,7 +11,6 @@ from scipy import stats
 
 from tunesmith.evaluate.results import MetricValues, compare_measurements
 from tunesmith.evaluate.statistics import (
-    Z,
     adjust_p_values,
     compute_constant_interval,
     compute_detectable_difference,
@@ -20,7 +19,6 @@ from tunesmith.evaluate.statistics import (
     compute_p_value,
     compute_padded_interval,
     compute_robust_sd,
-    compute_t_quantile,
     compute_wilson_interval,
     describe_evidence,
     format_p,
@@ -46,18 +44,6 @@ def test_wilson_gives_the_published_values(successes: int, n: int, low: float, h
     assert compute_wilson_interval(successes, n) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_wilson_solves_its_equation() -> None:
-    for successes, n in ((3, 17), (40, 41)):
-        for bound in compute_wilson_interval(successes, n):
-            assert abs(successes / n - bound) == pytest.approx(
-                Z * math.sqrt(bound * (1 - bound) / n)
-            )
-
-
-def test_no_violation_in_150_means_less_than_3_percent() -> None:
-    assert compute_wilson_interval(0, 150)[1] == pytest.approx(Z**2 / (150 + Z**2))
-
-
 def compute_paired_rate_interval(gains: int, losses: int, n: int) -> tuple[float, float]:
     changes = np.repeat([1.0, -1.0, 0.0], [gains, losses, n - gains - losses])
     return compute_padded_interval(changes, [np.arange(n)], (-1.0, 1.0))
@@ -77,12 +63,6 @@ def test_paired_rates_are_never_certain() -> None:
         assert -1 <= low < (gains - losses) / 30 + 1e-9
         assert (gains - losses) / 30 - 1e-9 < high <= 1
         assert high - low > 0.05
-
-
-@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7.5, 29, 499, 9_999, 1e6])
-def test_t_quantiles_equal_scipys(degrees: float) -> None:
-    expected = stats.t.ppf(0.975, degrees)
-    assert compute_t_quantile(degrees) == pytest.approx(expected, rel=1e-9)
 
 
 def test_symmetric_values_get_the_t_interval() -> None:
@@ -156,7 +136,7 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize("n", [5, 6, 7, 8, 10, 20, 50, 200])
+@pytest.mark.parametrize("n", [5, 7, 10, 50])
 @pytest.mark.parametrize("name", DRAWS)
 def test_intervals_hold_the_truth_in_95_percent(name: str, n: int) -> None:
     """1.5 points, and three standard errors of 2,500 trials. docs/results/coverage.md has more."""
@@ -168,7 +148,7 @@ def test_intervals_hold_the_truth_in_95_percent(name: str, n: int) -> None:
     assert 0.935 - 0.013 <= hits / 2500 <= 0.965 + 0.013
 
 
-@pytest.mark.parametrize("n", [*range(5, 21), 30, 50])
+@pytest.mark.parametrize("n", [5, 6, 8, 11, 16, 30])
 def test_paired_rates_hold_the_truth_in_95_percent(n: int) -> None:
     """Exact, over a grid of rates; a discrete interval may hold it more often."""
     factorials = [math.factorial(k) for k in range(n + 1)]
@@ -185,14 +165,8 @@ def test_paired_rates_hold_the_truth_in_95_percent(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [5, 12, 40])
-def test_paired_rates_hold_the_truth_and_null_cases_get_no_verdict(n: int) -> None:
+def test_null_cases_get_no_verdict(n: int) -> None:
     random = np.random.default_rng(n)
-    pairs = random.multinomial(n, [0.3, 0.1, 0.6], size=2000)
-    hits = 0
-    for gains, losses, _ in pairs.tolist():
-        low, high = compute_paired_rate_interval(gains, losses, n)
-        hits += low <= 0.2 <= high
-    assert hits / 2000 >= 0.935
     false_verdicts = 0
     for gains, losses, _ in random.multinomial(n, [0.25, 0.25, 0.5], size=1000).tolist():
         verdict = judge_comparison(compare_measurements(*rates(gains, losses, n)))
@@ -276,15 +250,6 @@ def test_three_points_take_969_items(n: int, smallest: float) -> None:
     assert compute_detectable_difference(-half, half) == pytest.approx(smallest, abs=1e-4)
 
 
-def test_a_robust_spread_is_that_of_most() -> None:
-    values = np.random.default_rng(0).normal(3, 2, 1000).tolist()
-    assert compute_robust_sd(values) == pytest.approx(2, rel=0.05)
-    assert compute_robust_sd([*values, *[1e6] * 20]) == pytest.approx(
-        compute_robust_sd(values), rel=0.05
-    )
-    assert compute_robust_sd([5.0]) == 0
-
-
 def test_a_comparison_says_what_it_would_have_shown() -> None:
     few, many = (compare_measurements(*rates(n // 18, n // 18, n)) for n in (180, 9000))
     assert few.min_detectable == pytest.approx(2.80 * (few.high - few.low) / 3.92, rel=1e-3)
@@ -343,12 +308,6 @@ def test_what_chance_may_show_among_many_claims_is_marked() -> None:
 def test_wilson_equals_scipy(successes: int, n: int) -> None:
     expected = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
     assert compute_wilson_interval(successes, n) == pytest.approx(tuple(expected), abs=1e-9)
-
-
-@pytest.mark.parametrize(("gains", "losses"), [(1, 0), (8, 1), (20, 45), (5, 5), (300, 240)])
-def test_mcnemar_equals_scipys_binomial_test(gains: int, losses: int) -> None:
-    expected = stats.binomtest(gains, gains + losses, 0.5).pvalue
-    assert compute_mcnemar_p(gains, losses) == pytest.approx(expected, rel=1e-9)
 
 
 def test_holm_is_a_maximum_of_scipys_bonferroni_steps() -> None:

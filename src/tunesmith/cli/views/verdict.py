@@ -35,9 +35,6 @@ TITLES = {
     "field": "Errors by field",
     "expected_value": "Errors by expected value",
     "task": "Errors by task",
-    "prompt_length": "Errors by prompt length",
-    "answer_length": "Errors by length of the expected answer",
-    "rarity": "Errors by share of training rows with the expected value",
 }
 
 
@@ -110,9 +107,8 @@ def _has_errors(table: ErrorTable) -> bool:
 
 
 def _render_table(table: ErrorTable, names: tuple[str, str]) -> RenderableType:
-    """Show the groups of a table; of those by the number of errors, only groups that have some."""
-    is_ordered = table.by in ("prompt_length", "answer_length", "rarity")
-    groups = [group for group in table.groups if is_ordered or group.wrong]
+    """Show the groups of a table that have errors."""
+    groups = [group for group in table.groups if group.wrong]
     columns = ["", "wrong", "of", "error", "95% CI"]
     has_before = any(group.wrong_before is not None for group in groups)
     has_only_here = any(group.only_here for group in groups)
