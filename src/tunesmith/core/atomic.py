@@ -31,9 +31,8 @@ from tunesmith.core.errors import (
     InputError,
     to_machine_error,
 )
-from tunesmith.core.finite_json import load_finite_json
 from tunesmith.core.formatting import format_bytes
-from tunesmith.core.json_io import dump_json
+from tunesmith.core.json_io import dump_json, load_finite_json
 from tunesmith.core.types import Json
 
 MANIFEST = "manifest.json"

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from tunesmith.core.finite_json import load_finite_json
+from tunesmith.core.json_io import load_finite_json
 
 CHECKSUM_KEY = "crc32"  # of a line of events.jsonl: that of its other fields
 GENERAL_TASK = "general text"  # the task of scores on retention_data

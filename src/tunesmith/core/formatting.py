@@ -9,8 +9,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-from tunesmith.core.types import Finding, Json, Plan
-
 MAX_ROW_IDS = 5
 HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate, separators
 # line breaks and tabs, and the joiners that emoji and several scripts need
@@ -62,19 +60,12 @@ def hide_folders(text: str, paths: Iterable[str | Path], *quotes: Callable[[str]
     return text
 
 
-def list_paths(plan: Plan) -> list[str]:
-    """Return the paths that a plan names: the model, the data and what else its recipe has."""
-    paths = [str(plan.model.path), plan.config.output_dir]
-    paths += [report.path for report in plan.data.values()]
-    return [*paths, *iter_paths(plan.recipe)]
-
-
 def iter_paths(value: Any) -> Iterator[str]:
     """Yield the absolute paths in a value of JSON or YAML."""
     if isinstance(value, str) and value.startswith(("/", "~/")):
         yield value
     elif isinstance(value, dict):
-        for item in cast("Json", value).values():
+        for item in cast("dict[str, Any]", value).values():
             yield from iter_paths(item)
     elif isinstance(value, (list, tuple)):
         for item in cast("list[Any]", value):
@@ -125,18 +116,18 @@ def format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, dict):
-        items = cast("Json", value).items()
+        items = cast("dict[str, Any]", value).items()
         return ", ".join(f"{name} {format_value(item)}" for name, item in items)
     if isinstance(value, (list, tuple)):
         return ", ".join(format_value(item) for item in value) or "-"
     return str(value)
 
 
-def format_rows(finding: Finding) -> str:
+def format_rows(rows: Sequence[str]) -> str:
     """Format the first row ids of a finding; --json has all of them."""
-    remaining = len(finding.rows) - MAX_ROW_IDS
+    remaining = len(rows) - MAX_ROW_IDS
     more = f" and {remaining:,} more" if remaining > 0 else ""
-    return ", ".join(finding.rows[:MAX_ROW_IDS]) + more
+    return ", ".join(rows[:MAX_ROW_IDS]) + more
 
 
 def count_common(first: str | bytes, second: str | bytes) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from tunesmith.core.types import Machine
+from tunesmith.core.mesh import Machine
 
 PACKAGES = (
     "tunesmith",

@@ -20,19 +20,26 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, Protocol, TypeVar, cast, runtime_checkable
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from tunesmith.core.errors import InputError, raise_if_machine_failed
-from tunesmith.core.finite_json import load_finite_json
-from tunesmith.core.types import Json, Plan
 
 T = TypeVar("T")
+Json = dict[str, Any]
 MAX_FILE_BYTES = 2**28  # of a file that is read as a whole
 MAX_TEXT_VALUES = 100_000  # of JSON in a text: answers, arguments of tool calls
 JSON_TEXT = r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)'  # closed, or up to the end
 _JSON_VALUE = re.compile(JSON_TEXT + r"|[\[{]", re.DOTALL)
+MAX_DIGITS = 300  # of an integer that a float can hold
+
+
+@runtime_checkable
+class HasJsonForm(Protocol):
+    """An object with a JSON form of its own, such as a plan."""
+
+    def to_json(self) -> Json: ...
 
 
 def to_jsonable(value: Any, path: str = "value") -> Any:
@@ -63,7 +70,7 @@ def to_jsonable(value: Any, path: str = "value") -> Any:
 
 
 def _get_fields(value: Any) -> Mapping[Any, Any] | None:
-    if isinstance(value, Plan):
+    if isinstance(value, HasJsonForm):
         return value.to_json()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -149,6 +156,32 @@ def read_file(
     if max_bytes is not None and len(content) > max_bytes:
         raise InputError(f"more than {max_bytes:,} bytes", where=where, fix=fix)
     return content
+
+
+def load_finite_json(content: str | bytes) -> Any:
+    """Decode JSON that tunesmith wrote. Raises ValueError for anything else and for a number that
+    no float can hold, RecursionError if it is nested too deeply.
+
+    Python reads NaN, Infinity and integers of any length. A file with one of them is damaged or
+    forged, and readers compute with what they find."""
+    return json.loads(
+        content, parse_constant=_refuse, parse_float=_parse_float, parse_int=_parse_int
+    )
+
+
+def _parse_float(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text)
+
+
+def _parse_int(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"an integer has more than {MAX_DIGITS} digits")
+    return int(text)
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(f"{text:.20} is not a finite number")
 
 
 def describe_json_error(error: ValueError | RecursionError) -> str:

@@ -17,6 +17,8 @@ from pydantic import model_validator
 
 from tunesmith.core.events import CheckResult, GenerationSample, Rollback, Score
 from tunesmith.core.evidence import ErrorAnalysis, RunVerdict
+from tunesmith.core.formatting import iter_paths
+from tunesmith.core.json_io import Json
 from tunesmith.core.mesh import Machine, MeshPlan
 from tunesmith.core.model_spec import ModelSpec
 
@@ -32,7 +34,6 @@ RUN_FORMAT = 3  # of plan.json and its run folder; raised when older files would
 # settings of plans of this format that an older version wrote
 RENAMED_SETTINGS = {"context": "context_parallel_size", "shard": "dp_shard_size"}
 
-Json = dict[str, Any]
 T = TypeVar("T")
 # of a document: "" is trained on, a banned one is trained away from; of a mismatched one only the
 # log-probability is measured
@@ -274,6 +275,12 @@ class Plan:
         if self.config.mixture is not None:
             return sum(self.config.mixture.values())
         return self.data["data"].rows
+
+    def list_paths(self) -> list[str]:
+        """Return the paths that the plan names: the model, the data and what its recipe has."""
+        paths = [str(self.model.path), self.config.output_dir]
+        paths += [report.path for report in self.data.values()]
+        return [*paths, *iter_paths(self.recipe)]
 
     def to_json(self) -> Json:
         """Return the fields as they are written, `settings` in place of `config` and `reasons`."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tunesmith.core.atomic import MANIFEST
-from tunesmith.core.formatting import hide_folders, list_paths
+from tunesmith.core.formatting import hide_folders
 from tunesmith.core.hub_names import COMMIT, split_revision
 from tunesmith.core.json_io import dump_json, read_json_object
 from tunesmith.export.parity import ExportJob, ReloadedExport
@@ -51,7 +51,7 @@ def write_hub(job: ExportJob) -> None:
     config_file = job.folder / ADAPTER_CONFIG_FILE
     config = read_json_object(config_file)
     config_file.write_bytes(dump_json({**config, **_name_base(job.run)}, indent=2))
-    paths = list_paths(job.run.plan)
+    paths = job.run.plan.list_paths()
     for name in (ADAPTER_CONFIG_FILE, PROVENANCE, CARD_FILE):
         file = job.folder / name
         if file.is_file():

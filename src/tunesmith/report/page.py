@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import InputError
-from tunesmith.core.formatting import hide_folders, list_paths
+from tunesmith.core.formatting import hide_folders
 from tunesmith.core.run_dir import require_run
 from tunesmith.core.types import __version__
 from tunesmith.report.details import build_cost, build_data, build_provenance, build_reproduction
@@ -98,7 +98,7 @@ def render_page(run: ReportData) -> str:
     )
     paths = [run.path]
     for stage in run.stages:
-        paths += map(Path, list_paths(stage.plan))
+        paths += map(Path, stage.plan.list_paths())
     return hide_folders(page, paths, lambda path: str(escape(path)))
 
 

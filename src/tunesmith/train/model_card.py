@@ -25,7 +25,6 @@ from tunesmith.core.formatting import (
     format_duration,
     format_value,
     hide_folders,
-    list_paths,
 )
 from tunesmith.core.hub_names import is_hub_path
 from tunesmith.core.types import Json, ModelSpec, Plan, RunRecord, ScalePoint
@@ -122,7 +121,7 @@ def render_card(record: RunRecord, fingerprint: Json, stages: Sequence[str] = ()
         *_render_provenance(fingerprint),
     ]
     card = str(ModelCard("\n\n".join(blocks) + "\n"))
-    paths = [*list_paths(plan), record.adapter]
+    paths = [*plan.list_paths(), record.adapter]
     return hide_folders(card, paths, escape_markdown)
 
 

@@ -72,7 +72,7 @@ def _build_findings_table(findings: Sequence[Finding]) -> Table:
     for finding in findings:
         text = Text(finding.message)
         if finding.rows:
-            text.append(f" ({format_rows(finding)})", "dim")
+            text.append(f" ({format_rows(finding.rows)})", "dim")
         if finding.fix:
             text.append(f"\n{finding.fix}")
         style = LEVEL_STYLES[finding.level]
