@@ -13,7 +13,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from tunesmith.advise.rules.questionnaire import QUESTIONS
+from tunesmith.advise.rules.facts import FACTS
 from tunesmith.cli import app
 from tunesmith.core import run_dir
 from tunesmith.recipe.load import load_recipe
@@ -157,7 +157,7 @@ RUN_FILES = {value for name, value in vars(run_dir).items() if name.endswith(("_
 }
 COMMON_FLAGS = {"help", "version", "key"}  # --key value stands for any
 RECIPE_FLAGS = {name.replace("_", "-") for name in (*KEYS, *ALIASES)}
-FACT_FLAGS = {name.replace("_", "-") for name in QUESTIONS}
+FACT_FLAGS = {name.replace("_", "-") for name in FACTS}
 SCRIPTS = [
     file.read_text()
     for folder in ("src", "benchmarks", "experiments", "docs")

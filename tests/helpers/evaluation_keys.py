@@ -8,7 +8,7 @@ import pytest
 from tiny_recipe_runs import Lab
 from tiny_runs import build_sum_rows, make_tiny_recipe
 from tunesmith import api
-from tunesmith.advise.sweep.records import SweepRecord
+from tunesmith.advise.sweep.records import SweepStart
 from tunesmith.core.errors import InputError
 
 
@@ -43,6 +43,7 @@ def sweep(lab: Lab) -> None:
     for ranks in ([2], [4, 8]):
         folder = lab.folder / str(ranks)
         recipe = make_tiny_recipe(lab.model, folder, **held_out, sweep={"lora_r": ranks})
-        *_, record = api.tune_sweep(recipe)
-        assert isinstance(record, SweepRecord)
-        assert [trial.settings["lora_r"] for trial in record.trials] == ranks
+        events = api.tune_sweep(recipe, output_dir=folder / "sweep")
+        start = next(events)
+        assert isinstance(start, SweepStart)
+        assert start.configurations == len(ranks)

@@ -179,23 +179,11 @@ def _format_choices(choices: Sequence[str]) -> str:
 
 
 def parse_advise_args(args: Sequence[str] | None) -> tuple[Path | None, dict[str, Any]]:
-    """Parse facts from the flags; without any, ask for them if stdin is a terminal."""
-    from tunesmith.advise.rules import questionnaire
+    """Parse facts from the flags."""
+    from tunesmith.advise.rules import facts
 
-    path, flags = parse_flags(args, questionnaire.needs_value)
-    if path or flags or not sys.stdin.isatty():
-        return path, {f"--{key}": value for key, value in flags.items()}
-    return None, questionnaire.ask_questions(
-        _ask_question, lambda problem: write_stderr(f"  {problem}\n")
-    )
-
-
-def _ask_question(question: str) -> str:
-    write_stderr(f"{question}\n> ")
-    line = sys.stdin.readline()
-    if not line:
-        raise typer.Abort
-    return line
+    path, flags = parse_flags(args, facts.needs_value)
+    return path, {f"--{key}": value for key, value in flags.items()}
 
 
 def read_questions() -> Iterator[str]:

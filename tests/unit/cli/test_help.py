@@ -9,7 +9,7 @@ import pytest
 from typer.main import get_command
 
 from fake_runs import write_run
-from tunesmith.advise.rules.questionnaire import QUESTIONS
+from tunesmith.advise.rules.facts import FACTS
 from tunesmith.cli import app
 from tunesmith.cli.help import (
     COMMON_KEYS,
@@ -44,7 +44,7 @@ def test_an_example_is_a_line_that_its_verb_accepts(verb: str, line: str) -> Non
         for word in context.params.get("args") or ()
         if word.startswith("--")
     ]
-    names = QUESTIONS if verb == "advise" else Recipe.model_fields
+    names = FACTS if verb == "advise" else Recipe.model_fields
     assert set(flags) <= names.keys()
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.advise.rules.questionnaire import (
+from tunesmith.advise.rules.facts import (
     NEEDS,
     PROMPT_QUALITIES,
     Need,
     Requirements,
-    select_questions,
+    select_facts,
 )
 from tunesmith.advise.rules.rubric import (
     APPROACHES,
@@ -95,7 +95,7 @@ def advise(requirements: Requirements, recipe: Path | None = None) -> Advice:
         recommendations.append(
             Recommendation(approach, needs, approach_reasons, next_step, command)
         )
-    facts = select_questions(requirements.need)
+    facts = select_facts(requirements.need)
     return Advice(
         verdict=choose_verdict(approaches_by_need),
         recommendations=tuple(recommendations),
@@ -238,7 +238,7 @@ def _find_counterfactuals(requirements: Requirements) -> Iterator[Counterfactual
 
 def _iter_alternatives(requirements: Requirements) -> Iterator[tuple[str, Any, str]]:
     """Yield a fact, another value for it, and that value in words."""
-    for name in select_questions(requirements.need):
+    for name in select_facts(requirements.need):
         for value, label in ALTERNATIVES.get(name, {}).items():
             yield name, value, label
     for name, threshold, needs in THRESHOLDS:

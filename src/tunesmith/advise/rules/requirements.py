@@ -3,7 +3,7 @@
     read_requirements(path, arguments) -> Requirements
 
 Rows of the hub are downloaded to be counted, unless they are in its cache. Left out: the facts
-themselves (questionnaire.py), and what follows from them (rubric.py).
+themselves (facts.py), and what follows from them (rubric.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.advise.rules.questionnaire import NEEDS, Requirements, parse_facts
+from tunesmith.advise.rules.facts import NEEDS, Requirements, parse_facts
 from tunesmith.core.errors import InputError
 from tunesmith.data.readers.sources import Source, open_source
 from tunesmith.data.readers.text_folder import TextFolder

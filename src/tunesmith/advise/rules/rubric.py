@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from tunesmith.advise.rules.questionnaire import NEEDS, Need, Requirements
+from tunesmith.advise.rules.facts import NEEDS, Need, Requirements
 
 Approach = Literal["prompt", "constrained decoding", "retrieval", "cpt", "sft", "preference"]
 APPROACHES: tuple[Approach, ...] = (

@@ -13,7 +13,7 @@ import pytest
 
 from tunesmith.advise.rules import rubric
 from tunesmith.advise.rules.advice import Advice, advise, apply_rules
-from tunesmith.advise.rules.questionnaire import NEEDS, QUESTIONS, Need, Requirements
+from tunesmith.advise.rules.facts import FACTS, NEEDS, Need, Requirements
 from tunesmith.advise.rules.rubric import (
     APPROACHES,
     RULES,
@@ -148,7 +148,7 @@ def test_every_fact_can_change_the_advice() -> None:
         conditions = list_changes(*need, **case_facts)
         changing.update(text.partition(":")[0].replace(" ", "_") for text in conditions)
     assert changing == facts
-    assert set(QUESTIONS) == facts | {"need"}
+    assert set(FACTS) == facts | {"need"}
 
 
 def list_combinations() -> Iterator[tuple[tuple[Need, ...], str | None, int | None]]:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import tunesmith
 from tiny_runs import build_sum_rows, write_rows
-from tunesmith.advise.rules.questionnaire import Requirements, ask_questions
+from tunesmith.advise.rules.facts import Requirements
 from tunesmith.advise.rules.requirements import read_requirements
 from tunesmith.cli import app
 from tunesmith.cli.views.advice import render_advice
@@ -149,30 +149,7 @@ def test_several_stages_are_summed(tmp_path: Path) -> None:
     assert (requirements.raw_text, requirements.examples) == (700, 60)
 
 
-# ---------------------------------------------------------------- questions
-
-
-def test_only_relevant_questions_are_asked_and_invalid_answers_repeated() -> None:
-    lines = iter(["", "tome", "tone", "300", "-1", "", "close", "no"])
-    questions: list[str] = []
-    errors: list[str] = []
-    facts = ask_questions(lambda text: questions.append(text) or next(lines), errors.append)
-    assert facts == {"need": ("tone",), "examples": 300, "prompt": "close", "private": False}
-    assert read_requirements(None, facts) == Requirements(
-        ("tone",), examples=300, prompt="close", private=False
-    )
-    assert [error.partition(";")[0] for error in errors] == [
-        "no need is named",
-        "unknown need 'tome'",
-        "-1 is negative",
-    ]
-    assert len(questions) == 8
-    assert not any("change" in question or "month" in question for question in questions)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+# ---------------------------------------------------------------- the command line
 
 
 def run(*arguments: str) -> int:
@@ -188,18 +165,9 @@ def restore_excepthook() -> Iterator[None]:
     sys.excepthook = original
 
 
-def test_the_command_line_asks_on_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "stdin", Terminal("facts\nweekly\n2MB\n\n\n\nno\n"))
-    assert run("--json") == 0
-    out, err = capsys.readouterr()
-    assert [step["approach"] for step in json.loads(out)["recommendations"]] == ["retrieval"]
-    assert "How often do the facts change?" in err
-    monkeypatch.setattr(sys, "stdin", Terminal("facts\n"))
-    assert run() == 130
-    monkeypatch.setattr(sys, "stdin", io.StringIO("facts\n"))
+def test_without_facts_the_missing_one_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
+    assert "'need' is missing" in capsys.readouterr().err
 
 
 def test_the_command_line_agrees_with_python(

@@ -1,8 +1,8 @@
-"""The facts that advice is based on: how to ask for each and how to parse its value.
+"""The facts that advice is based on, and how to parse the value of each.
 
-    ask_questions(read_line, report_error) -> values, parse_facts(mapping, locate) -> values
+    parse_facts(mapping, locate) -> values
 
-QUESTIONS lists them. An unknown fact is None and counts as absent. Left out: reading them from
+FACTS lists them. An unknown fact is None and counts as absent. Left out: reading them from
 files and recipes (requirements.py), and what follows from them (rubric.py).
 """
 
@@ -50,10 +50,9 @@ class Requirements:
 
 
 @dataclass(frozen=True)
-class FormQuestion:
-    """A question about a fact; `needs` are those for which it matters."""
+class Fact:
+    """How a fact is parsed, and the needs for which it matters."""
 
-    text: str
     parse: Callable[[Any], Any]
     needs: tuple[Need, ...] = NEEDS
 
@@ -63,14 +62,14 @@ def parse_facts(mapping: Mapping[str, Any], locate: Callable[[str], str]) -> dic
     values: dict[str, Any] = {}
     for key, value in mapping.items():
         name = key.lstrip("-").replace("-", "_")
-        if name not in QUESTIONS:
-            raise InputError(_describe_unknown("fact", name, QUESTIONS), where=locate(key))
+        if name not in FACTS:
+            raise InputError(_describe_unknown("fact", name, FACTS), where=locate(key))
         if name in values:
             raise InputError(f"duplicate fact '{name}'", where=locate(key), fix="keep one")
         if value is None:
             continue
         try:
-            values[name] = QUESTIONS[name].parse(value)
+            values[name] = FACTS[name].parse(value)
         except ValueError as error:
             raise InputError(str(error), where=locate(key)) from None
     return values
@@ -145,69 +144,27 @@ def _describe_unknown(
     return f"unknown {kind} {word!r:.60}; {hint}"
 
 
-# ---------------------------------------------------------------- questions
+# ---------------------------------------------------------------- facts
 
-QUESTIONS: dict[str, FormQuestion] = {
-    "need": FormQuestion(
-        f"What does the model lack? {', '.join(NEEDS)}; several separated by commas", _parse_needs
-    ),
-    "facts_change": FormQuestion(
-        f"How often do the facts change? {', '.join(CHANGE_FREQUENCIES)}",
-        _make_choice_parser(CHANGE_FREQUENCIES),
-        ("facts",),
-    ),
-    "raw_text": FormQuestion(
-        "How much raw text do you have, in that language or with those facts? 300KB, 20MB",
-        _parse_bytes,
-        ("facts", "domain"),
-    ),
-    "paraphrases": FormQuestion(
-        "How many wordings of each fact are in the examples?", _parse_count, ("facts",)
-    ),
-    "examples": FormQuestion("How many questions with correct answers do you have?", _parse_count),
-    "pairs": FormQuestion(
-        "How many questions with a chosen and a rejected answer do you have?",
-        _parse_count,
-        ("tone", "skill"),
-    ),
-    "prompt": FormQuestion(
-        f"How good is the best prompt so far? {', '.join(PROMPT_QUALITIES)}",
-        _make_choice_parser(PROMPT_QUALITIES),
-    ),
-    "requests_month": FormQuestion("How many requests per month?", _parse_count, ("latency",)),
-    "private": FormQuestion(
-        "Is the text confidential to some users of the model? yes, no", _parse_bool
-    ),
+FACTS: dict[str, Fact] = {
+    "need": Fact(_parse_needs),
+    "facts_change": Fact(_make_choice_parser(CHANGE_FREQUENCIES), ("facts",)),
+    "raw_text": Fact(_parse_bytes, ("facts", "domain")),
+    "paraphrases": Fact(_parse_count, ("facts",)),
+    "examples": Fact(_parse_count),
+    "pairs": Fact(_parse_count, ("tone", "skill")),
+    "prompt": Fact(_make_choice_parser(PROMPT_QUALITIES)),
+    "requests_month": Fact(_parse_count, ("latency",)),
+    "private": Fact(_parse_bool),
 }
 
 
-def select_questions(needs: tuple[Need, ...]) -> list[str]:
+def select_facts(needs: tuple[Need, ...]) -> list[str]:
     """Return the names of the facts that matter for these needs."""
-    return [name for name, question in QUESTIONS.items() if set(question.needs) & set(needs)]
-
-
-def ask_questions(
-    read_line: Callable[[str], str], report_error: Callable[[str], None]
-) -> dict[str, Any]:
-    """Ask for each fact in turn; an empty line leaves it unknown, except for the need.
-
-    `read_line` shows a question and returns a line; `report_error` shows why a line is invalid.
-    """
-    values: dict[str, Any] = {}
-    for name, question in QUESTIONS.items():
-        while name in ("need", *select_questions(values.get("need", ()))):
-            line = read_line(question.text).strip()
-            if not line and name != "need":
-                break
-            try:
-                values[name] = question.parse(line)
-                break
-            except ValueError as error:
-                report_error(str(error))
-    return values
+    return [name for name, fact in FACTS.items() if set(fact.needs) & set(needs)]
 
 
 def needs_value(flag: str) -> bool:
     """Return whether a flag is a fact that is not yes or no."""
-    question = QUESTIONS.get(flag.replace("-", "_"))
-    return question is not None and question.parse is not _parse_bool
+    fact = FACTS.get(flag.replace("-", "_"))
+    return fact is not None and fact.parse is not _parse_bool
