@@ -20,12 +20,6 @@ ASSUMED_VERSION = "assumed"  # version of a library that a target is assumed to 
 MIN_GPU_TORCH = "2.8"  # from here on, its operators of flash attention are those that are called
 
 
-# what collectives reach of a link's rate in one direction: assumed, not measured here
-NVLINK_SHARE = 0.78
-PCIE_SHARE = 0.69
-NETWORK_SHARE = 0.8
-
-
 @dataclass(frozen=True)
 class HardwarePreset:
     """A GPU and its data sheet. Links are bytes per second and GPU, as collectives reach them."""
@@ -34,72 +28,54 @@ class HardwarePreset:
     memory_bytes: int
     flops: float  # dense bf16 operations per second
     bandwidth: float  # bytes per second
-    source: str
     link: float  # between the GPUs of a node
     network: float  # between nodes
     link_source: str
 
 
-@dataclass(frozen=True)
-class _Links:
-    """How the machines with a kind of card are usually wired."""
-
-    link: float
-    network: float
-    source: str
-
-
-def _make_links(
-    gigabytes_per_second: float, share: float, network_gigabits: float, source: str
-) -> _Links:
-    network = NETWORK_SHARE * network_gigabits * 1e9 / 8
-    return _Links(share * gigabytes_per_second * 1e9, network, source)
-
-
-# data sheets count NVLink in both directions
-NVLINK_3 = _make_links(300, NVLINK_SHARE, 200, "NVLink 3, 600 GB/s; DGX A100: 200 Gb/s per GPU")
-NVLINK_4 = _make_links(450, NVLINK_SHARE, 400, "NVLink 4, 900 GB/s; DGX H100: 400 Gb/s per GPU")
-NVLINK_5 = _make_links(900, NVLINK_SHARE, 400, "NVLink 5, 1.8 TB/s; DGX B200: 400 Gb/s per GPU")
-PCIE_4 = _make_links(32, PCIE_SHARE, 25, "PCIe 4.0 x16; 25 Gb/s per GPU between nodes is assumed")
-PCIE_5 = _make_links(64, PCIE_SHARE, 25, "PCIe 5.0 x16; 25 Gb/s per GPU between nodes is assumed")
+# how the machines with a kind of card are usually wired: GB/s in one direction inside a node (data
+# sheets count NVLink in both), Gb/s between nodes, and the shares that collectives reach, which are
+# assumed
+NETWORK_SHARE = 0.8
+LINKS = {
+    "NVLink 3": (300, 0.78, 200, "NVLink 3, 600 GB/s; DGX A100: 200 Gb/s per GPU"),
+    "NVLink 4": (450, 0.78, 400, "NVLink 4, 900 GB/s; DGX H100: 400 Gb/s per GPU"),
+    "NVLink 5": (900, 0.78, 400, "NVLink 5, 1.8 TB/s; DGX B200: 400 Gb/s per GPU"),
+    "PCIe 4": (32, 0.69, 25, "PCIe 4.0 x16; 25 Gb/s per GPU between nodes is assumed"),
+    "PCIe 5": (64, 0.69, 25, "PCIe 5.0 x16; 25 Gb/s per GPU between nodes is assumed"),
+}
+# name -> title, GB, bf16 TFLOP/s, GB/s, links: data sheets of NVIDIA; white papers of GA102 (3090),
+# Ada (4090) and RTX Blackwell (5090)
+DATA_SHEETS = {
+    "l4": ("NVIDIA L4", 24, 121, 300, "PCIe 4"),
+    "rtx3090": ("GeForce RTX 3090", 24, 71, 936, "PCIe 4"),
+    "rtx4090": ("GeForce RTX 4090", 24, 165.2, 1008, "PCIe 4"),
+    "rtx5090": ("GeForce RTX 5090", 32, 209.5, 1792, "PCIe 5"),
+    "a100-40gb": ("A100 40GB SXM", 40, 312, 1555, "NVLink 3"),
+    "l40s": ("NVIDIA L40S", 48, 362, 864, "PCIe 4"),
+    "a100-80gb": ("A100 80GB SXM", 80, 312, 2039, "NVLink 3"),
+    "h100": ("H100 80GB SXM", 80, 989, 3350, "NVLink 4"),
+    "h200": ("H200 SXM", 141, 989, 4800, "NVLink 4"),
+    "b200": ("B200 SXM", 180, 2250, 8000, "NVLink 5"),
+}
 
 
 def _make_preset(
-    title: str,
-    gigabytes: int,
-    teraflops: float,
-    gigabytes_per_second: float,
-    source: str,
-    links: _Links,
+    title: str, gigabytes: int, teraflops: float, bandwidth: float, links: str
 ) -> HardwarePreset:
+    link, share, network, source = LINKS[links]
     return HardwarePreset(
         title=title,
         memory_bytes=gigabytes * 10**9,
         flops=teraflops * 1e12,
-        bandwidth=gigabytes_per_second * 1e9,
-        source=source,
-        link=links.link,
-        network=links.network,
-        link_source=links.source,
+        bandwidth=bandwidth * 1e9,
+        link=share * link * 1e9,
+        network=NETWORK_SHARE * network * 1e9 / 8,
+        link_source=source,
     )
 
 
-HARDWARE_PRESETS = {
-    "l4": _make_preset("NVIDIA L4", 24, 121, 300, "NVIDIA L4 data sheet", PCIE_4),
-    "rtx3090": _make_preset(
-        "GeForce RTX 3090", 24, 71, 936, "NVIDIA Ampere GA102 white paper", PCIE_4
-    ),
-    "rtx4090": _make_preset("GeForce RTX 4090", 24, 165.2, 1008, "NVIDIA Ada white paper", PCIE_4),
-    "rtx5090": _make_preset(
-        "GeForce RTX 5090", 32, 209.5, 1792, "NVIDIA RTX Blackwell white paper", PCIE_5
-    ),
-    "a100-40gb": _make_preset("A100 40GB SXM", 40, 312, 1555, "NVIDIA A100 data sheet", NVLINK_3),
-    "l40s": _make_preset("NVIDIA L40S", 48, 362, 864, "NVIDIA L40S data sheet", PCIE_4),
-    "a100-80gb": _make_preset("A100 80GB SXM", 80, 312, 2039, "NVIDIA A100 data sheet", NVLINK_3),
-    "h100": _make_preset("H100 80GB SXM", 80, 989, 3350, "NVIDIA H100 data sheet", NVLINK_4),
-    "h200": _make_preset("H200 SXM", 141, 989, 4800, "NVIDIA H200 data sheet", NVLINK_4),
-    "b200": _make_preset("B200 SXM", 180, 2250, 8000, "NVIDIA HGX B200 data sheet", NVLINK_5),
-}
+HARDWARE_PRESETS = {name: _make_preset(*row) for name, row in DATA_SHEETS.items()}
 PRESET_NAMES = {preset.title: name for name, preset in HARDWARE_PRESETS.items()}
 SIZE_PATTERN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 UNIT_PREFIXES = " KMGT"

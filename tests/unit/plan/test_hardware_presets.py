@@ -66,26 +66,15 @@ def test_fit_only_takes_away(here: Machine) -> None:
     assert choose_machine(here, "a100_80gb", "24GB").available_bytes == 24 * 10**9
 
 
-def test_every_row_of_the_table_has_its_source_and_they_grow(here: Machine) -> None:
-    assert all(
-        target.source and target.flops > 1e13 and target.bandwidth > 1e11
-        for target in HARDWARE_PRESETS.values()
-    )
-    sizes = [machine.memory_bytes for machine in list_machines(here).values()]
-    assert sizes == sorted(sizes)
-
-
 @pytest.mark.parametrize(
     ("text", "target"),
     [
         ("h100", Target("h100")),
-        ("1xh100", Target("h100")),
         ("8xh100", Target("h100", 8)),
         ("8 x H100", Target("h100", 8)),
         ("2xRTX4090", Target("rtx4090", 2)),
         ("8xa100_80gb", Target("a100-80gb", 8)),
         ("4x8xh100", Target("h100", 8, 4)),
-        ("1x8xb200", Target("b200", 8)),
     ],
 )
 def test_targets_are_nodes_by_gpus_by_card(text: str, target: Target, here: Machine) -> None:
@@ -101,20 +90,14 @@ def test_targets_are_nodes_by_gpus_by_card(text: str, target: Target, here: Mach
     ("text", "fix"),
     [
         ("h100:8", "write it as 8xh100"),
-        ("h100x8", "write it as 8xh100"),
-        ("8*h100", "write it as 8xh100"),
-        ("8h100", "write it as 8xh100"),
         ("8 a100-80gb", "write it as 8xa100-80gb"),
         ("dgx-h100", "use h100"),
         ("2x4x8xh100", "4x8xh100"),
-        ("h100:8:4", "4x8xh100"),
         ("8xv100", "use one of l4, "),
         ("0xh100", "1 to 16 GPUs"),
         ("0x8xh100", "1 to 16 GPUs"),
         ("64xh100", "4x8xh100"),
-        ("-8xh100", "write it as 8xh100"),
         ("99999x8xh100", "4x8xh100"),
-        ("8x", "use one of l4, "),
         ("", "use one of l4, "),
     ],
 )
@@ -125,11 +108,13 @@ def test_other_ways_to_write_a_target_are_refused_with_the_form(text: str, fix: 
     assert fix in refusal.value.fix
 
 
-def test_every_card_has_links_and_their_source() -> None:
+def test_cards_grow_and_have_links(here: Machine) -> None:
     """SXM cards have NVLink, of which every generation is faster; a network is slower."""
+    sizes = [machine.memory_bytes for machine in list_machines(here).values()]
+    assert sizes == sorted(sizes)
     for name, preset in HARDWARE_PRESETS.items():
+        assert min(preset.flops / 100, preset.bandwidth) > 1e11, name
         assert preset.link > 4 * preset.network > 0, name
-        assert preset.link_source, name
     links = {name: preset.link / 1e9 for name, preset in HARDWARE_PRESETS.items()}
     assert links["rtx4090"] == pytest.approx(22, rel=0.02)
     assert links["h100"] == pytest.approx(350, rel=0.02)

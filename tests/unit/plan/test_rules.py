@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -70,11 +71,9 @@ def test_learning_rate_is_bounded_and_says_when_it_is_extrapolated(make_context:
     assert "extrapolated" not in rules.learning_rate(make_context(hidden_size=2000)).reason
 
 
-@pytest.mark.parametrize(
-    ("rows", "epochs"), [(1, 3), (1999, 3), (2000, 2), (49_999, 2), (50_000, 1)]
-)
-def test_epochs_follow_the_rows(rows: int, epochs: int, make_context: Make) -> None:
-    assert rules.num_train_epochs(make_context(rows=rows)).value == epochs
+def test_epochs_follow_the_rows(make_context: Make) -> None:
+    for rows, epochs in {1: 3, 1999: 3, 2000: 2, 49_999: 2, 50_000: 1}.items():
+        assert rules.num_train_epochs(make_context(rows=rows)).value == epochs
 
 
 @pytest.mark.parametrize(
@@ -94,34 +93,23 @@ def test_batches_shrink_until_a_run_has_a_hundred_steps(
     assert rules.batch_size(make_context(method=method, rows=rows)).value == size
 
 
-@pytest.mark.parametrize(
-    ("trained_tokens", "rank"),
-    [
-        (1, 16),
-        (2 * 305_280 * 16, 16),
-        (2 * 305_280 * 16 + 1, 32),
-        (2 * 305_280 * 100, 128),
-        (10**12, 256),
-    ],
-)
-def test_rank_holds_what_is_to_be_learned(
-    trained_tokens: int, rank: int, make_context: Make
-) -> None:
-    assert rules.lora_r(make_context(supervised_tokens=trained_tokens)).value == rank
+def test_rank_holds_what_is_to_be_learned(make_context: Make) -> None:
+    per_rank = 2 * 305_280
+    ranks = {1: 16, 16 * per_rank: 16, 16 * per_rank + 1: 32, 100 * per_rank: 128, 10**12: 256}
+    for tokens, rank in ranks.items():
+        assert rules.lora_r(make_context(supervised_tokens=tokens)).value == rank
 
 
-@pytest.mark.parametrize(("rank", "stabilised"), [(16, False), (64, False), (128, True)])
-def test_rank_stabilising_starts_above_64(rank: int, stabilised: bool, make_context: Make) -> None:
-    assert rules.use_rslora(make_context(lora_r=rank)).value is stabilised
-    assert rules.lora_alpha(make_context(lora_r=rank)).value == 32
+def test_rank_stabilising_starts_above_64(make_context: Make) -> None:
+    for rank, is_stabilized in {16: False, 64: False, 128: True}.items():
+        assert rules.use_rslora(make_context(lora_r=rank)).value is is_stabilized
+        assert rules.lora_alpha(make_context(lora_r=rank)).value == 32
 
 
-@pytest.mark.parametrize(
-    ("steps", "ratio"),
-    [(1, 0), (4, 0), (5, 0.1), (10, 0.1), (100, 0.1), (200, 0.05), (333, 0.03), (10_000, 0.03)],
-)
-def test_warm_up_is_ten_steps_within_bounds(steps: int, ratio: float, make_context: Make) -> None:
-    assert rules.warmup_ratio(make_context(rows=steps, batch_size=1)).value == ratio
+def test_warm_up_is_ten_steps_within_bounds(make_context: Make) -> None:
+    ratios = {1: 0, 4: 0, 5: 0.1, 10: 0.1, 100: 0.1, 200: 0.05, 333: 0.03, 10_000: 0.03}
+    for steps, ratio in ratios.items():
+        assert rules.warmup_ratio(make_context(rows=steps, batch_size=1)).value == ratio
 
 
 def test_documents_are_not_cut_unless_the_model_reads_less(make_context: Make) -> None:
@@ -155,23 +143,21 @@ def test_metrics_follow_the_schema(make_context: Make) -> None:
     assert rules.metrics(make_context(has_schema=True)).value[:2] == ("json_valid", "schema_valid")
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, 160, 1001])
-def test_a_run_is_looked_at_four_times(rows: int, make_context: Make) -> None:
-    facts = make_context(rows=rows, batch_size=1)
-    every = rules.eval_steps(facts).value
-    assert every == rules.save_steps(facts).value >= 1
-    assert facts.steps // every <= 4
+def test_a_run_is_looked_at_four_times(make_context: Make) -> None:
+    for rows in (1, 4, 5, 160, 1001):
+        facts = make_context(rows=rows, batch_size=1)
+        every = rules.eval_steps(facts).value
+        assert every == rules.save_steps(facts).value >= 1
+        assert facts.steps // every <= 4
 
 
-@pytest.mark.parametrize("rows", [1, 7, 10, 33])
-@pytest.mark.parametrize("epochs", [0.01, 0.25, 0.5, 1, 1.5, 2.95])
-@pytest.mark.parametrize("size", [1, 2, 5, 64])
-@pytest.mark.parametrize("max_steps", [None, 1, 9])
-def test_a_plan_and_its_schedule_count_the_same_steps(
-    rows: int, epochs: float, size: int, max_steps: int | None, make_context: Make
-) -> None:
-    facts = make_context(rows=rows, num_train_epochs=epochs, batch_size=size, max_steps=max_steps)
-    assert facts.steps == StepSampler(rows, size, epochs, seed=0, max_steps=max_steps).total_steps
+def test_a_plan_and_its_schedule_count_the_same_steps(make_context: Make) -> None:
+    """In each of 288 combinations, which take no time."""
+    epochs = (0.01, 0.25, 0.5, 1, 1.5, 2.95)
+    for rows, passes, size, limit in product((1, 7, 10, 33), epochs, (1, 2, 5, 64), (None, 1, 9)):
+        facts = make_context(rows=rows, num_train_epochs=passes, batch_size=size, max_steps=limit)
+        schedule = StepSampler(rows, size, passes, seed=0, max_steps=limit)
+        assert facts.steps == schedule.total_steps, (rows, passes, size, limit)
 
 
 def test_every_rule_gives_a_reason_that_fits_on_a_screen(make_context: Make) -> None:
