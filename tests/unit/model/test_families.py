@@ -67,14 +67,22 @@ WIDE_FAMILIES = (
 ROUTING_BIASES = ("e_score_correction_bias", "expert_bias")  # what a router counts, not learns
 # experts are frozen, or have an adapter
 EXPERT_METHODS = ("lora", "experts")
+# by default full training on one family of each kind of mixer: its packs are those of LoRA
+QUICK_FULL = ("llama", "gpt2", "qwen3_5", "lfm2", "nemotron_h")
 CASES = [
     (family, method)
     for family in CONFIGS
     for method in (EXPERT_METHODS if family in EXPERT_FAMILIES else METHODS)
 ]
+QUICK_CASES = [case for case in CASES if case[1] != "full" or case[0] in QUICK_FULL]
+SLOW_CASES = [
+    pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in QUICK_CASES
+]
 
 
-@pytest.fixture(scope="module", params=leave_others_to_slow(CASES), ids="-".join)
+@pytest.fixture(
+    scope="module", params=[*leave_others_to_slow(QUICK_CASES), *SLOW_CASES], ids="-".join
+)
 def case(request: pytest.FixtureRequest) -> tuple[PackedCausalLM, float]:
     """Return a model in fp64 and the tolerance of two exact computations: stock norms compute in
     fp32."""

@@ -9,7 +9,6 @@ a text part, and model types without a proven equivalence."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,8 +89,6 @@ MLP_OUTPUTS = (
 )
 PER_LAYER_EMBEDDING = "embed_tokens_per_layer"  # of Gemma 4
 PER_LAYER_TYPES = ("gemma4", "gemma4_text")
-# the part of a tensor's name after the prefix that the model type adds
-TENSOR_SUFFIX = re.compile(rf"({'|'.join((EMBEDDING, *EMBEDDINGS.values()))}|layers\.\d+)\..*")
 # any config may have labels for a classifier, and transformers makes a name for each
 MAX_LABELS = 10_000
 # of what transformers makes a list when it reads a config, or a module for each
@@ -468,8 +465,8 @@ def _read_origin(path: Path) -> str:
 def _check_sizes(
     spec: ModelSpec, headers: Mapping[str, TensorHeader], config: _ModelConfig
 ) -> None:
-    """Raise InputError for weights that do not have the sizes of the config. The shapes of other
-    layers than uniform ones are compared when the weights are loaded (text_network.py)."""
+    """Raise InputError for weights of other layers or tokens than the config's. The shapes of the
+    layers are compared when the weights are loaded (text_network.py)."""
     where = config.where
     if spec.num_heads % spec.num_kv_heads:
         message = f"{spec.num_heads} heads cannot share {spec.num_kv_heads} key and value heads"
@@ -479,30 +476,17 @@ def _check_sizes(
             f"config.json has {spec.num_layers:,} layers, the weights {len(headers):,} tensors"
         )
         raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
-    embedding = EMBEDDINGS.get(config.text_type, EMBEDDING)
-    expected = {f"{embedding}.weight": (spec.vocab_size, spec.hidden_size)}
-    if config.family.is_uniform:
-        o_proj_shape = (spec.hidden_size, spec.num_heads * spec.head_dim)
-        down_proj_shape = (spec.hidden_size, spec.intermediate_size)
-        for layer in range(spec.num_layers):
-            expected[f"layers.{layer}.self_attn.o_proj.weight"] = o_proj_shape
-            expected[f"layers.{layer}.mlp.down_proj.weight"] = down_proj_shape
-    by_suffix: dict[str, TensorHeader] = {}
-    for name, tensor in headers.items():
+    for name in headers:
         layer = find_layer(name)
         if layer is not None and layer.number == spec.num_layers:
             message = f"config.json has {spec.num_layers} layers but the weights have {name}"
             raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
-        if match := TENSOR_SUFFIX.search(name):
-            by_suffix[match[0]] = tensor
-    for suffix, shape in expected.items():
-        tensor = by_suffix.get(suffix) or _find_tensor(headers, suffix, spec.path)
-        if tensor.shape != shape:
-            actual_shape = list(tensor.shape)
-            message = (
-                f"the tensor {suffix} has shape {actual_shape}, config.json says {list(shape)}"
-            )
-            raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
+    name = f"{EMBEDDINGS.get(config.text_type, EMBEDDING)}.weight"
+    shape = _find_tensor(headers, name, spec.path).shape
+    expected = (spec.vocab_size, spec.hidden_size)
+    if shape != expected:
+        message = f"the tensor {name} has shape {list(shape)}, config.json says {list(expected)}"
+        raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
 
 
 def _refuse_empty_matrices(headers: Mapping[str, TensorHeader], where: str) -> None:

@@ -44,6 +44,7 @@ MAX_BYTES_BY_SUFFIX = {
 MAX_HEADER_BYTES = 4 * 2**20  # enough for thirty thousand tensors; the format allows 100 MB
 MAX_RANK = 8  # numbers in a shape
 MAX_NAME_CHARS = 255  # of a file
+MAX_PATH_CHARS = 300  # of a key in an error
 # fmt: off
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1,
@@ -312,18 +313,17 @@ def _make_missing_weights_error(folder: Path) -> InputError:
 
 
 def _check_code(path: Path, content: Json, code_reference: re.Pattern[str] | None) -> None:
-    for key_path, value in _walk_json(content):
-        key = key_path.key
+    for key, key_path, value in _walk_json(content):
         where = f"{path}:{key_path}"
         if key == LAYER_SIZES_KEY and _is_head_sizes(value):
             continue
+        if key == TRUST_KEY and value:
+            raise InputError("the model requires trust_remote_code", where=where, fix=CODE_FIX)
         # Older versions of transformers wrote `_attn_implementation_autoset: true`; a boolean
         # names no code.
         if CODE_KEY.fullmatch(key) and value is not None and not isinstance(value, bool):
             reason, fix = OTHER_REASONS.get(key, (OTHER_CODE, CODE_FIX))
             raise InputError(f"the key {key} {reason} ({str(value)[:80]})", where=where, fix=fix)
-        if key == TRUST_KEY and value:
-            raise InputError("the model requires trust_remote_code", where=where, fix=CODE_FIX)
         if not isinstance(value, str):
             continue
         if code_reference and code_reference.fullmatch(value):
@@ -362,39 +362,24 @@ def _check_tokenizer_class(folder: Path) -> None:
         raise InputError(message, where=f"{path}:tokenizer_class", fix=fix)
 
 
-@dataclass(frozen=True)
-class _JsonPath:
-    """The path of a value in JSON, written out only when an error names it: each item of a long
-    list under a long key would hold a copy."""
-
-    key: str = ""  # the last one; items of a list have that of their list
-    parent: _JsonPath | None = None
-    index: int | None = None
-
-    def __str__(self) -> str:
-        parts: list[str] = []
-        path = self
-        while path.parent is not None:
-            parts.append(f".{path.key[:200]}" if path.index is None else f"[{path.index}]")
-            path = path.parent
-        return "".join(reversed(parts)).lstrip(".")
-
-
-def _walk_json(content: dict[str, Any]) -> Iterator[tuple[_JsonPath, Any]]:
-    """Yield (path, value) of every mapping, list and text of nested JSON, and of every value whose
-    key may lead to code."""
-    pending: list[tuple[_JsonPath, Any]] = [(_JsonPath(), content)]
-    is_code_key: dict[str, bool] = {}
+def _walk_json(content: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yield (key, path, value) of every mapping, list and text of nested JSON, and of every value
+    whose key may lead to code. Items of a list have the key of their list."""
+    pending: list[tuple[str, str, Any]] = [("", "", content)]
     while pending:
-        path, value = pending.pop()
-        yield path, value
+        key, path, value = pending.pop()
+        yield key, path.lstrip("."), value
         if isinstance(value, dict):
             for name, inner in value.items():
-                if name not in is_code_key:
-                    is_code_key[name] = bool(CODE_KEY.fullmatch(name)) or name == TRUST_KEY
-                if is_code_key[name] or isinstance(inner, (str, dict, list)):
-                    pending.append((_JsonPath(name, path), inner))
+                may_lead_to_code = name == TRUST_KEY or CODE_KEY.fullmatch(name)
+                if may_lead_to_code or isinstance(inner, (str, dict, list)):
+                    pending.append((name, _extend_path(path, f".{name}"), inner))
         elif isinstance(value, list):
             for index, inner in enumerate(value):
                 if isinstance(inner, (str, dict, list)):
-                    pending.append((_JsonPath(path.key, path, index), inner))
+                    pending.append((key, _extend_path(path, f"[{index}]"), inner))
+
+
+def _extend_path(path: str, part: str) -> str:
+    """Return a bounded path: each item of a long list under a long key has a copy."""
+    return f"{path}{part[:MAX_PATH_CHARS]}"[-MAX_PATH_CHARS:]
