@@ -42,7 +42,7 @@ from tunesmith.evaluate.verify.verification import MAX_TIE_NATS
 from tunesmith.model.cache_blocks import BLOCK_TOKENS
 from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE
 from tunesmith.serve.settings import BASE_NAME
-from tunesmith.session.provenance import PROVENANCE_FILE
+from tunesmith.session.identity import PROVENANCE_FILE
 
 ADAPTERS = 8
 RANK = 16

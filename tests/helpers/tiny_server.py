@@ -26,7 +26,7 @@ from tunesmith.model.save import save_adapter, save_serving_files
 from tunesmith.serve import server as serve_server
 from tunesmith.serve.exchange import Server
 from tunesmith.serve.settings import ServeSettings, check_settings
-from tunesmith.session.provenance import build_provenance, hash_weight_files, write_provenance
+from tunesmith.session.identity import build_provenance, hash_weight_files, write_provenance
 from tunesmith.session.witness import record_answers
 
 START_SECONDS = 300  # of a hang

@@ -32,7 +32,7 @@ from tunesmith.core.json_io import read_json
 from tunesmith.evaluate import finished_run
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
-from tunesmith.session.provenance import read_provenance
+from tunesmith.session.identity import read_provenance
 from tunesmith.session.session import open_session
 from tunesmith.train import run
 from tunesmith.train.preflight import run_preflight

@@ -51,7 +51,7 @@ from tunesmith.model.adapter_bank import AdapterBank
 from tunesmith.model.causal_lm import load_network, wrap_model
 from tunesmith.model.hub.adapter_config import read_adapter
 from tunesmith.session import inputs
-from tunesmith.session.provenance import read_provenance
+from tunesmith.session.identity import read_provenance
 from tunesmith.session.witness import check_witness
 from tunesmith.train import run
 

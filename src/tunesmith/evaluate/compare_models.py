@@ -33,8 +33,8 @@ from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.session.hub_data import fetch_sources
+from tunesmith.session.identity import check_checkpoint
 from tunesmith.session.inputs import RunInputs, get_row_kind
-from tunesmith.session.provenance import check_checkpoint
 from tunesmith.session.reopen import load_plan_and_inputs, load_trained_model
 from tunesmith.session.session import load_starting_model, open_eval_session
 

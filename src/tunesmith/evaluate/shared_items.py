@@ -44,7 +44,7 @@ from tunesmith.model.generation.engine import DecodeFn, generate
 from tunesmith.model.generation.grammar import Grammar
 from tunesmith.model.machine_errors import OutOfMemory, machine_errors
 from tunesmith.model.weight_shards import join_ranks
-from tunesmith.session.fingerprint import hash_source
+from tunesmith.session.identity import hash_source
 
 T = TypeVar("T")
 S = TypeVar("S", bound="tuple[Any, ...]")

@@ -30,8 +30,8 @@ from tunesmith.model.merge import (
 )
 from tunesmith.model.reference_load import encode_stock_prompts
 from tunesmith.model.save import rescale_adapter, save_config
-from tunesmith.session.provenance import PROVENANCE_FILE as PROVENANCE
-from tunesmith.session.provenance import drop_golden_answers
+from tunesmith.session.identity import PROVENANCE_FILE as PROVENANCE
+from tunesmith.session.identity import drop_golden_answers
 from tunesmith.train.model_card import CARD_FILE, find_hub_name, note_scale
 
 

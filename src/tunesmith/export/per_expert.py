@@ -40,7 +40,7 @@ from tunesmith.model.hub.validate import read_headers, read_model_json
 from tunesmith.model.merge import merge_into_network
 from tunesmith.model.safetensors_io import write_tensors
 from tunesmith.model.save import LoraTensors
-from tunesmith.session.provenance import drop_golden_answers
+from tunesmith.session.identity import drop_golden_answers
 
 LORA_A = ".lora_A.weight"
 LORA_B = ".lora_B.weight"

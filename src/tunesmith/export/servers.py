@@ -40,7 +40,7 @@ from tunesmith.export.source_run import SourceRun, open_source_run
 from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE
 from tunesmith.model.hub.validate import read_model_json
 from tunesmith.model.save import LoraTensors, select_linear_loras
-from tunesmith.session.provenance import hash_weight_files
+from tunesmith.session.identity import hash_weight_files
 from tunesmith.train.model_card import find_hub_name
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")

@@ -51,8 +51,8 @@ from tunesmith.model.save import (
 from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Recipe, select_sources
 from tunesmith.session.hub_data import fetch_sources
+from tunesmith.session.identity import check_provenance
 from tunesmith.session.inputs import build_renderer
-from tunesmith.session.provenance import check_provenance
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,8 +47,7 @@ from tunesmith.model.save import STATE_FILE, load_weights, save_adapter, save_se
 from tunesmith.recipe.fields import Constraint
 from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.serve.settings import name_source
-from tunesmith.session.inputs import build_renderer, read_response_schema
-from tunesmith.session.provenance import (
+from tunesmith.session.identity import (
     PROVENANCE_FILE,
     Provenance,
     build_provenance,
@@ -58,6 +57,7 @@ from tunesmith.session.provenance import (
     read_provenance,
     write_provenance,
 )
+from tunesmith.session.inputs import build_renderer, read_response_schema
 
 TOKENIZER_FILE = "tokenizer.json"
 NO_ANSWERS: Json = {"schema": None, "weights_sha256": "", "golden_answers": []}

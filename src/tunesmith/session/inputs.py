@@ -70,7 +70,7 @@ from tunesmith.session.adapter_settings import (
     refuse_expert_settings,
 )
 from tunesmith.session.hub_data import fetch_sources, pin_hub_data
-from tunesmith.session.provenance import check_provenance, read_provenance
+from tunesmith.session.identity import check_provenance, read_provenance
 from tunesmith.session.run_history import apply_past_runs
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -30,8 +30,8 @@ from tunesmith.model.causal_lm import DTYPES, PackedCausalLM, load_network, wrap
 from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
 from tunesmith.model.save import load_adapter
 from tunesmith.session import inputs
+from tunesmith.session.identity import check_provenance
 from tunesmith.session.inputs import RunInputs
-from tunesmith.session.provenance import check_provenance
 from tunesmith.session.session import Session, load_starting_model, open_eval_session, open_session
 
 

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -480,13 +479,16 @@ def _check_token_ids(
     ):
         return None
 
+    template = inputs.recipe.chat_template
+    source = template.read_text(encoding="utf-8") if isinstance(template, Path) else None
+
     def count_equal_ids(ours_L: np.ndarray, count: int, *, is_prompt: bool) -> int | None:
         """Return how many ids were compared; None if one differs."""
         ids = encode_stock_conversation(
             inputs.model.path,
             inputs.renderer.normalize_messages(example.messages[:count], example.tools),
             example.tools,
-            _read_template(inputs.recipe.chat_template),
+            source,
             inputs.recipe.chat_template_kwargs,
             inputs.recipe.add_tokens,
             add_generation_prompt=is_prompt,
@@ -563,7 +565,3 @@ def _compute_reference_logits(
         )
         for document in documents
     )
-
-
-def _read_template(template: Any) -> str | None:
-    return template.read_text(encoding="utf-8") if isinstance(template, Path) else None

@@ -32,7 +32,7 @@ from tunesmith.model.adapters import scaled_adapter
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import generate
 from tunesmith.model.hub.adapter_config import AdapterFolder
-from tunesmith.session.provenance import GoldenAnswer, Provenance
+from tunesmith.session.identity import GoldenAnswer, Provenance
 
 ANSWER_TOKENS = 16
 # of the mean log-probability in nats; between bf16 and fp32 it differs by 0.003 (SmolLM2-135M)

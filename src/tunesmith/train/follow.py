@@ -34,7 +34,7 @@ from tunesmith.core.types import Json, Plan
 from tunesmith.model.machine_errors import machine_errors
 from tunesmith.model.weight_shards import GATHER, count_sharing_ranks
 from tunesmith.session import inputs
-from tunesmith.session.fingerprint import (
+from tunesmith.session.identity import (
     ROUNDING_PREFIX,
     build_fingerprint,
     hash_source,

@@ -39,7 +39,7 @@ from tunesmith.model.adapters import (
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import DecodeFn
 from tunesmith.session import inputs
-from tunesmith.session.fingerprint import hash_source
+from tunesmith.session.identity import hash_source
 from tunesmith.session.session import load_starting_model
 
 START = "start"

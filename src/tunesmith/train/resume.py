@@ -35,7 +35,7 @@ from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.core.types import Json, Plan, rename_settings
 from tunesmith.model.kernels.build import describe_reference
 from tunesmith.plan.stages import StagedPlan
-from tunesmith.session.fingerprint import (
+from tunesmith.session.identity import (
     ROUNDING_PREFIX,
     build_fingerprint,
     get_kernels,

@@ -15,7 +15,7 @@ from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json, Plan
 from tunesmith.session import inputs
-from tunesmith.session.fingerprint import (
+from tunesmith.session.identity import (
     build_fingerprint,
     get_kernels,
     hash_source,

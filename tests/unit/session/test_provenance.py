@@ -15,7 +15,7 @@ from toy_chat import CHATML, write_model_folder
 from tunesmith.core.atomic import atomic_dir
 from tunesmith.core.errors import InputError
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.session.provenance import (
+from tunesmith.session.identity import (
     PROVENANCE_FILE,
     SAMPLE_TEXT,
     SAMPLE_TOOL,
@@ -246,8 +246,8 @@ def test_files_of_another_format_are_refused(
         ({"base_sha256": {"a.safetensors": "0" * 64}}, "base weights a.safetensors: sha256 0000"),
         ({"config": CONFIG | {"rope_theta": 5.0}}, "base config.json rope"),
         ({"config": CONFIG | {"use_cache": False}}, ""),
-        ({"renderer": "0" * 64}, "tokenizer or template: sha256 000000000000 -> "),
-        ({"renderer": "g" * 64}, "tokenizer or template: sha256 gggggggggggg -> "),
+        ({"renderer": "0" * 64}, "names of special tokens: sha256 000000000000 -> "),
+        ({"renderer": "g" * 64}, "names of special tokens: sha256 gggggggggggg -> "),
     ],
 )
 def test_a_checkpoint_names_what_has_changed(
@@ -257,7 +257,10 @@ def test_a_checkpoint_names_what_has_changed(
         "base": "tiny",
         "base_sha256": hash_weight_files(base),
         "config": CONFIG,
+        "tokenizer": renderer.tokenizer.sha256,
+        "templates": build(base, renderer).template_sha256,
         "renderer": renderer.fingerprint,
+        "end_ids": renderer.end_ids,
     }
     checkpoint = tmp_path / "checkpoint"
     with atomic_dir(checkpoint, metadata=stored | changed):

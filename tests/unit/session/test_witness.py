@@ -21,7 +21,7 @@ from tunesmith.model.causal_lm import PackedCausalLM, load_network, wrap_model
 from tunesmith.model.hub.adapter_config import read_adapter
 from tunesmith.model.hub.validate import read_model_json
 from tunesmith.model.save import load_adapter, save_adapter, save_serving_files
-from tunesmith.session.provenance import (
+from tunesmith.session.identity import (
     Provenance,
     build_provenance,
     check_provenance,

@@ -53,8 +53,8 @@ from tunesmith.evaluate.generate_until import build_prompts, check_prompts
 from tunesmith.evaluate.metrics import METRICS, split_metric
 from tunesmith.evaluate.statistics import compute_wilson_interval
 from tunesmith.model.hub.base_config import encode_special_floats
+from tunesmith.session.identity import hash_weight_files
 from tunesmith.session.inputs import RunInputs
-from tunesmith.session.provenance import hash_weight_files
 from tunesmith.train.follow_measuring import start_measuring
 
 MAX_POOL_ROWS = 400  # training rows that may be shown or trained on
