@@ -16,11 +16,13 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist works
 test: $(BIN)/pytest  ## the tests, without the real model; of model families, one of each kind of layer
 	OMP_NUM_THREADS=1 $(PYTEST)
 
-slow: $(BIN)/pytest  ## the tests that need the real SmolLM2-135M-Instruct, one seed per effect, and the other families
-	OMP_NUM_THREADS=1 $(PYTEST) -m 'slow and not more_seeds'
-
-promises: $(BIN)/pytest  ## the slow tests of what README promises, which CI runs
+# Long tests on tiny models, then those of the real one.
+promises: $(BIN)/pytest  ## long tests of what README promises, which CI runs
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'promise and not slow'
 	OMP_NUM_THREADS=1 $(PYTEST) -m 'slow and promise and not more_seeds'
+
+slow: $(BIN)/pytest  ## all other long tests, for the night: further families, one seed per effect
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'slow and not promise and not more_seeds'
 
 multi: $(BIN)/pytest  ## runs on two and three processes over gloo
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m multi tests/multi

@@ -1,4 +1,4 @@
-"""Cases in place of a product: every two values of different parameters meet in at least one case."""
+"""Cases in place of a product: every two values of two parameters meet in at least one case."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pairs import list_pairs
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import PackLayout
 from tunesmith.model.attention import (
@@ -53,6 +54,13 @@ RULES = {
     "window and soft cap": AttentionConfig(scale=0.5, window=7, softcap=2.0),
 }
 HEADS = [(4, 4, 8), (6, 2, 8), (3, 1, 16)]  # query heads, key heads, head size
+
+
+BLIND_CASES = list_pairs(
+    ["reference", "sdpa", "dense_mask", "cpu_kernel"],
+    list(RULES.values()),
+    [torch.float64, torch.bfloat16],
+)
 
 
 def layout_of(lengths: tuple[int, ...]) -> PackLayout:
@@ -120,12 +128,11 @@ ATTENTIONS: dict[str, Attention] = {
 }
 
 
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
-def test_equals_reference_in_fp64(
-    attention: Attention, rule: AttentionConfig, heads: tuple[int, int, int]
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "rule_name", "heads"), list_pairs(list(ATTENTIONS), list(RULES), HEADS)
+)
+def test_equals_reference_in_fp64(name: str, rule_name: str, heads: tuple[int, int, int]) -> None:
+    attention, rule = ATTENTIONS[name], RULES[rule_name]
     for layout in LAYOUTS:
         inputs = random_inputs(layout.num_tokens, heads)
         ours, expected = (
@@ -170,9 +177,7 @@ def test_reference_is_softmax_written_out() -> None:
             torch.testing.assert_close(out[token, head], expected)
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("name", ["reference", "sdpa", "dense_mask", "cpu_kernel"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "rule", "dtype"), BLIND_CASES)
 def test_documents_are_blind(name: str, rule: AttentionConfig, dtype: torch.dtype) -> None:
     """Changing other documents leaves outputs bitwise equal; their gradient is exactly zero."""
     layout = layout_of((70, 20, 20, 1))
@@ -217,9 +222,7 @@ def test_reference_of_a_forest_is_each_document_alone() -> None:
         torch.testing.assert_close(actual, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("name", ["reference", "sdpa", "dense_mask", "cpu_kernel"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "rule", "dtype"), BLIND_CASES)
 def test_branches_are_blind(name: str, rule: AttentionConfig, dtype: torch.dtype) -> None:
     """A branch and its gradients depend, bitwise, only on the segments that it continues."""
     layout = PackLayout((0, 37, 60, 90), (37, 23, 30, 12), (-1, 0, 0, -1))
