@@ -7,18 +7,27 @@ In: bad or not, of answers in the order they ended. Out: the interval of one num
 rate of bad answers minus the stable one's. Judged after every answer: the bounds hold however often
 one looks (`compute_confidence_sequence`), so a canary within its margin is rolled back in at most a
 share of 5% of all cases. This takes answers as independent, which those of one user are not: users
-who keep a model count once. Left out: who gets which model (routes.py)."""
+who keep a model count once. The checks of an answer see collapse and form, not whether a fact is
+right: feedback of people sees that. Left out: who gets which model (routes.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tunesmith.core.types import Json
+from tunesmith.evaluate.constraint_violations import find_matches
+from tunesmith.evaluate.degeneration import compute_repetition
+from tunesmith.evaluate.json_metrics import schema_valid
 from tunesmith.evaluate.statistics import MIN_SEQUENCE, compute_confidence_sequence
-from tunesmith.serve.route_settings import CanarySettings
+from tunesmith.recipe.fields import Constraint
+from tunesmith.serve.registry import ServedModel
+from tunesmith.serve.settings import CanarySettings
 
+MAX_REPETITION = 0.5  # of the 4-grams of tokens; JSON of one form repeats up to a third
+FAILED = "failed"  # the check of an answer that was not completed
 MAX_USERS = 200_000  # counted for one canary
 
 
@@ -122,3 +131,58 @@ def _bound_rate(tally: Tally) -> tuple[np.ndarray, np.ndarray]:
     """Return the interval of a rate that holds at every look."""
     bad = np.asarray(tally.bad)  # the squares of zeros and ones are themselves
     return compute_confidence_sequence(np.asarray(tally.count), bad, bad, (0, 1))
+
+
+# ---------------------------------------------------------------- bad answers
+
+
+@dataclass(frozen=True)
+class CheckRules:
+    """The rules that the answers of a route have to meet, whichever model gives them."""
+
+    schema: Json | None = None  # for requests without a grammar
+    constraints: tuple[Constraint, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckedAnswer:
+    """An answer to check. `has_grammar`: a schema was enforced, which a cut answer breaks."""
+
+    text: str
+    tokens: Sequence[int]
+    finish_reason: str  # end, stop or length
+    has_grammar: bool = False
+
+
+def build_rules(stable: ServedModel, candidate: ServedModel | None) -> CheckRules:
+    """Return the schema that clients rely on today, and what either run must never say."""
+    constraints = list(_list_constraints(stable))
+    if candidate is not None:
+        new = _list_constraints(candidate)
+        constraints += [constraint for constraint in new if constraint not in constraints]
+    schema = None if stable.source is None else stable.source.schema
+    return CheckRules(schema, tuple(constraints))
+
+
+def _list_constraints(model: ServedModel) -> tuple[Constraint, ...]:
+    return () if model.source is None else model.source.constraints
+
+
+def check_answer(answer: CheckedAnswer, rules: CheckRules) -> dict[str, bool]:
+    """Return check -> whether the answer is bad. Slow patterns take seconds: runs on a worker.
+
+    Raises InputError for a pattern of a run that takes too long."""
+    checks = {
+        "cut": answer.finish_reason == "length",
+        "looped": compute_repetition(answer.tokens) > MAX_REPETITION,
+        FAILED: False,
+    }
+    if answer.has_grammar:
+        checks["schema_invalid"] = answer.finish_reason != "end"
+    elif rules.schema is not None:
+        checks["schema_invalid"] = not schema_valid(answer.text, "", rules.schema)
+    if rules.constraints:
+        checks["violated"] = any(
+            find_matches(constraint, answer.text, "an answer") for constraint in rules.constraints
+        )
+    return checks

@@ -23,8 +23,8 @@ from starlette.types import ASGIApp
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import Json, TokenLogprobs, __version__
 from tunesmith.serve.access_log import RECORD_FIELD, AccessRecord
-from tunesmith.serve.answer_checks import CheckedAnswer
 from tunesmith.serve.bodies import ChatBody, CompletionBody
+from tunesmith.serve.canary import CheckedAnswer
 from tunesmith.serve.errors import NO_STORE, RequestError
 from tunesmith.serve.feedback import FeedbackStore, KeptChat, list_messages
 from tunesmith.serve.formats import AnswerFormat, AnswerHead, format_usage

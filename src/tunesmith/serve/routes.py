@@ -21,12 +21,11 @@ from dataclasses import dataclass, field
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
-from tunesmith.serve.answer_checks import FAILED, CheckedAnswer, build_rules, check_answer
-from tunesmith.serve.canary import Canary
+from tunesmith.serve.canary import FAILED, Canary, CheckedAnswer, build_rules, check_answer
 from tunesmith.serve.keys import ApiKey
 from tunesmith.serve.metrics import ServerMetrics
 from tunesmith.serve.registry import Registry, ServedModel
-from tunesmith.serve.route_settings import RouteSettings
+from tunesmith.serve.settings import RouteSettings
 
 logger = logging.getLogger("tunesmith.serve")
 

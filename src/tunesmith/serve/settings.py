@@ -10,17 +10,23 @@ are (sources.py)."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import suggest_name
 from tunesmith.plan.hardware_presets import parse_size
 from tunesmith.recipe.yaml_lines import YamlMapping, read_yaml
-from tunesmith.serve.route_settings import CanarySettings, RouteSettings, Settings
 
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 BASE_NAME = "base"  # under which the base model itself is served
@@ -56,6 +62,14 @@ def _parse_seconds(value: Any) -> Any:
 
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(gt=0)]
 Seconds = Annotated[float, BeforeValidator(_parse_seconds), Field(gt=0, le=86_400)]
+Percent = Annotated[float, Field(gt=0, le=100)]
+Check = Literal["cut", "looped", "failed", "schema_invalid", "violated"]
+
+
+class Settings(BaseModel):
+    """Values of serve.yaml: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Limits(Settings):
@@ -85,6 +99,42 @@ class ModelSource(Settings):
     pin: bool = False  # stays in memory
     scales: bool = False  # NAME@SCALE is allowed
     unproven: bool = False  # serve an adapter that holds nothing to check it by
+
+
+class CanarySettings(Settings):
+    """A new model that answers a share of the requests, until it answers worse.
+
+    margin: 0.05 allows it a rate of bad answers that is 5 percentage points above the stable
+    model's. An answer is bad if one of the checks of `watch` fails."""
+
+    model: str
+    share: Percent = 5.0
+    watch: Annotated[tuple[Check, ...], Field(min_length=1)] = ("cut", "looped", "failed")
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+
+class RouteSettings(Settings):
+    """A name for several models. `arms`: model -> share in percent."""
+
+    arms: Annotated[dict[str, Percent], Field(min_length=1)]
+    sticky: Literal["user", "request"] = "user"  # who keeps an arm
+    canary: CanarySettings | None = None
+
+    @model_validator(mode="after")
+    def _check_arms(self) -> RouteSettings:
+        total = sum(self.arms.values())
+        if abs(total - 100) > 1e-6:
+            raise ValueError(f"the shares of the arms sum to {total:g}, not to 100")
+        if self.canary is not None and (len(self.arms) > 1 or self.canary.model in self.arms):
+            raise ValueError("a route with a canary has one arm, which is another model")
+        return self
+
+    def list_models(self) -> Iterator[tuple[str, str]]:
+        """Yield (key, model) of everything that this route uses."""
+        for model in self.arms:
+            yield f"arms.{model}", model
+        if self.canary is not None:
+            yield "canary.model", self.canary.model
 
 
 class ServeSettings(Settings):

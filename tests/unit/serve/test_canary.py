@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 
 from tunesmith.recipe.fields import Constraint
-from tunesmith.serve.answer_checks import CheckedAnswer, CheckRules, check_answer
-from tunesmith.serve.canary import Canary, Tally, bound_difference
-from tunesmith.serve.route_settings import CanarySettings
+from tunesmith.serve.canary import (
+    Canary,
+    CheckedAnswer,
+    CheckRules,
+    Tally,
+    bound_difference,
+    check_answer,
+)
+from tunesmith.serve.settings import CanarySettings
 
 
 def make_canary() -> Canary:

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from tunesmith.serve.keys import ApiKey, hash_key
-from tunesmith.serve.route_settings import RouteSettings
 from tunesmith.serve.routes import Route, choose_arm
+from tunesmith.serve.settings import RouteSettings
 
 UNITS = [f"user {number}" for number in range(20_000)]
 
