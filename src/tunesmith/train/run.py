@@ -104,15 +104,13 @@ def train(
     allow_code: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
     before: EvalResults | None = None,
-    preflight: Sequence[CheckResult] = (),
 ) -> Iterator[Event]:
     """Start a run in the plan's output_dir and yield its events.
 
     `run_inputs` are what the plan was made from; without them they are loaded again. Of several
     `ranks` this is rank 0; the others `follow`. `before` are the metrics before training, if
-    another run has measured them on this model and items; `preflight` are its checks, if another
-    run has made them on this model with the same rows and adapter. Raise InputError or MachineError
-    before anything is loaded when the run cannot fit, be measured or be written; GateError when
+    another run has measured them on this model and items. Raise InputError or MachineError before
+    anything is loaded when the run cannot fit, be measured or be written; GateError when
     preflight or the guard refuses; Interrupted after a signal."""
     path = Path(plan.config.output_dir)
     refuse_on_ranks(plan, ranks, is_new=True)
@@ -135,7 +133,7 @@ def train(
         if before is not None:
             folder.write_json(EVAL_BEFORE_FILE, before)
         _write_run_metadata(folder, plan)
-        context = RunContext(folder, plan, run_inputs, items, state, stop, ranks, tuple(preflight))
+        context = RunContext(folder, plan, run_inputs, items, state, stop, ranks)
         yield from _persist_events(folder, _run_events(context))
 
 
@@ -289,9 +287,9 @@ def _run_events(context: RunContext) -> Generator[Event]:
 
 
 def _prove(context: RunContext) -> tuple[Session, Sequence[CheckResult]]:
-    """Open the session and check it on rows of the run, or take the checks of another run."""
+    """Open the session and check it on rows of the run."""
     session = _open_on_ranks(context)
-    results = context.preflight or run_preflight(session.model, session.samples)
+    results = run_preflight(session.model, session.samples)
     context.folder.write_json(PREFLIGHT_FILE, {"checks": results})
     return session, results
 
@@ -300,9 +298,7 @@ def _open_on_ranks(context: RunContext) -> Session:
     """Open the session, whose model computes on these ranks; with sharded weights all ranks open
     it together, or none."""
     try:
-        session = open_session(
-            context.plan, context.inputs, context.ranks, with_samples=not context.preflight
-        )
+        session = open_session(context.plan, context.inputs, context.ranks)
     except RankFailed:
         check_ranks(context.ranks)
         raise

@@ -76,7 +76,6 @@ class RunContext:
     resume_state: ResumeState
     stop: GracefulStop
     ranks: Ranks = SINGLE_PROCESS
-    preflight: tuple[CheckResult, ...] = ()  # of another run with the same model, rows and adapter
 
 
 class GuardedTraining:
