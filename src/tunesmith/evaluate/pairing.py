@@ -9,13 +9,14 @@ name are not confused.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from tunesmith.core.events import GENERAL_TASK
 from tunesmith.evaluate.results import RETENTION_DATA, EvalResults, MetricValues, select_items
 
 MetricPair = tuple[MetricValues, MetricValues]
+ItemKey = tuple[str, int]  # content digest or id, number of earlier items with the same
 
 
 def pair_measurements(
@@ -65,8 +66,8 @@ def map_shared_samples(first: EvalResults, second: EvalResults) -> dict[str, str
     return {row: first_ids[key] for row, key in second_keys.items() if key in first_ids}
 
 
-def _index_rows(results: EvalResults, has_digests: bool) -> dict[str, tuple[str, int]]:
-    """Return id of a test row -> (content digest or id, number of earlier rows with the same)."""
+def _index_rows(results: EvalResults, has_digests: bool) -> dict[str, ItemKey]:
+    """Return the key of each test row."""
     digests: dict[str, str] = {}
     for role, rows in results.digests.items():
         if has_digests and role.endswith("test_data"):
@@ -75,11 +76,16 @@ def _index_rows(results: EvalResults, has_digests: bool) -> dict[str, tuple[str,
     for measurement in results.measurements:
         if measurement.task != GENERAL_TASK:
             ids |= dict.fromkeys(measurement.ids)
+    return dict(zip(ids, _make_keys(ids, digests), strict=True))
+
+
+def _make_keys(ids: Iterable[str], digests: Mapping[str, str]) -> list[ItemKey]:
+    """Return the key of each item: equal contents are told apart by their order."""
     counts: Counter[str] = Counter()
-    keys: dict[str, tuple[str, int]] = {}
-    for row in ids:
-        digest = digests.get(row, row)
-        keys[row] = (digest, counts[digest])
+    keys: list[ItemKey] = []
+    for item in ids:
+        digest = digests.get(item, item)
+        keys.append((digest, counts[digest]))
         counts[digest] += 1
     return keys
 
@@ -95,16 +101,9 @@ def _find_problem(first: MetricValues, second: MetricValues) -> str:
 
 def _index_items(
     measurement: MetricValues, digests_by_role: Mapping[str, Mapping[str, str]]
-) -> dict[tuple[str, int], int]:
-    """Return (content digest or id, number of earlier items with the same) -> item index."""
+) -> dict[ItemKey, int]:
     digests = _find_task_digests(measurement.task, digests_by_role)
-    counts: Counter[str] = Counter()
-    index_by_key: dict[tuple[str, int], int] = {}
-    for index, item in enumerate(measurement.ids):
-        digest = digests.get(item, item)
-        index_by_key[digest, counts[digest]] = index
-        counts[digest] += 1
-    return index_by_key
+    return {key: index for index, key in enumerate(_make_keys(measurement.ids, digests))}
 
 
 def _find_task_digests(

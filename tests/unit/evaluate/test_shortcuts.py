@@ -163,13 +163,13 @@ def test_labels_of_the_training_rows_are_no_copies() -> None:
 
 def test_hostile_names_and_values_are_bounded() -> None:
     escape = "\x1b[2J\u202e"
-    row = {f"{escape}{'x' * 500}{index}": escape * 50 for index in range(3_000)}
+    row = {f"{escape}{'x' * 500}{index}": escape * 50 for index in range(600)}
     fields = split_fields(json.dumps(row))
     assert fields is not None
     assert len(fields) == MAX_FIELDS + 1
     assert all(len(name) <= 70 and len(value) <= 70 for name, value in fields.items())
     assert len(set(fields)) == len(fields)
-    samples = make_samples(10, lambda _: row, lambda _: row)
+    samples = make_samples(6, lambda _: row, lambda _: row)
     assert detect(samples) == []
 
 
