@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiny_runs import make_tiny_recipe, read_adapter_bytes, select_steps, train, write_rows
+from tiny_runs import (
+    make_tiny_recipe,
+    plan_recipe,
+    read_adapter_bytes,
+    select_steps,
+    train,
+    write_rows,
+)
 from tunesmith.core.events import Event, Score, TrainStep
+from tunesmith.core.types import Plan
 from tunesmith.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The run of the tiny recipe as it is, which all cases share."""
+
+    steps: list[TrainStep]
+    adapter: bytes
 
 
 class Lab:
     """Run the tiny recipe with changed keys, each time in a new folder; `last` is the latest."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, model: Path, folder: Path, baseline: Baseline | None = None) -> None:
         self.model = model
         self.folder = folder
+        self.baseline = baseline or Baseline([], b"")
         self.runs = 0
         self.last: Recipe
+
+    def run_baseline(self) -> Baseline:
+        steps = self.steps()
+        return Baseline(steps, read_adapter_bytes(self.last))
+
+    def plan(self, **changed: Any) -> Plan:
+        """Plan a run without training."""
+        self.runs += 1
+        self.last = make_tiny_recipe(self.model, self.folder / str(self.runs), **changed)
+        return plan_recipe(self.last)
 
     def events(self, **changed: Any) -> list[Event]:
         self.runs += 1

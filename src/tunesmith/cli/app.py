@@ -49,7 +49,6 @@ from tunesmith.cli.ending import (
     unwind_on_signals,
 )
 from tunesmith.cli.help import (
-    RecipeCommand,
     VerbCommand,
     VerbGroup,
     find_panel,
@@ -396,7 +395,7 @@ def build_app(first_word: str = "") -> typer.Typer:
         has_args = "args" in inspect.signature(verb).parameters
         (groups[group[0]] if group else app).command(
             last,
-            cls=RecipeCommand if has_args else VerbCommand,
+            cls=VerbCommand,
             context_settings={"ignore_unknown_options": has_args},
             epilog=format_examples(name, has_recipe=has_args and name != "advise"),
             rich_help_panel=None if group else find_panel(name),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.help import complete_runs, switch
+from tunesmith.cli.help import switch
 from tunesmith.cli.output import write_stderr
 from tunesmith.core.errors import InputError
 
@@ -41,16 +41,13 @@ AdviseArgs = Annotated[
 ]
 RunArg = Annotated[
     Path,
-    typer.Argument(
-        metavar="RUN", help="Run folder.", autocompletion=complete_runs, show_default=False
-    ),
+    typer.Argument(metavar="RUN", help="Run folder.", show_default=False),
 ]
 RunArgs = Annotated[
     list[Path],
     typer.Argument(
         metavar="RUN ...",
         help="Run folder; several for a server.",
-        autocompletion=complete_runs,
         show_default=False,
     ),
 ]

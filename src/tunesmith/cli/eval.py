@@ -11,7 +11,7 @@ import typer
 
 from tunesmith import api
 from tunesmith.cli.args import AllowCode, AsJson, RunArg, read_questions
-from tunesmith.cli.help import complete_runs, option, switch
+from tunesmith.cli.help import option, switch
 from tunesmith.cli.launch import GpusOption, launch, list_flags, lockstep
 from tunesmith.cli.output import print_result
 from tunesmith.core.errors import GateError, InputError
@@ -28,7 +28,6 @@ def evaluate(
         str,
         typer.Argument(
             metavar="TARGET",
-            autocompletion=complete_runs,
             help="RUN, RUN@0.5, RUN/checkpoints/step-N, adapter or model.",
             show_default=False,
         ),

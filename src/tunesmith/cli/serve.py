@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cli.args import AsJson
-from tunesmith.cli.help import complete_runs, option, switch
+from tunesmith.cli.help import option, switch
 from tunesmith.cli.output import print_result, write_stderr
 from tunesmith.core.errors import InputError
 
@@ -33,7 +33,6 @@ SourcesArg = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="RUN | serve.yaml",
-        autocompletion=complete_runs,
         help="RUN, RUN@0.5, adapter folders, or a settings file.",
         show_default=False,
     ),

@@ -32,6 +32,10 @@ from tunesmith.evaluate.statistics import (
 RETENTION_DATA = "retention_data"
 UNBOUNDED = (-math.inf, math.inf)
 MAX_NAMED_ITEMS = 3
+DISTANCE_METRICS = {  # metrics that compare a model with its base, in words
+    "kl": "KL(base ‖ tuned), nats/token",
+    "top1_agreement": "top-1 agreement with base",
+}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from shlex import quote
 
+from tunesmith.core.document import TextTable
 from tunesmith.core.types import ScalePoint
 
 MIN_GAIN_SHARE = 0.9  # least share of the best gain that a recommended scale keeps
@@ -77,6 +78,34 @@ def describe_recommendation(points: Sequence[ScalePoint]) -> str:
     if compute_forgetting_share(points, best) is None:
         reason = "nothing was forgotten"
     return f"scale 1, the adapter as trained, is best: {reason}"
+
+
+def tabulate_scales(points: Sequence[ScalePoint]) -> TextTable:
+    """Return gain and forgetting by adapter scale, as shares of those at scale 1."""
+    loss = points[0].eval_loss
+    columns = ("scale", f"{loss.task} {loss.metric}", "gain", "general bits/byte", "forgetting", "")
+    recommended = recommend_scale(points)
+    rows: list[tuple[str, ...]] = []
+    for point in points:
+        general = point.general_text
+        forgetting = compute_forgetting_share(points, point)
+        # a share says nothing where almost nothing is forgotten at scale 1
+        is_gain = forgetting is not None and forgetting < -1
+        rows.append(
+            (
+                f"{point.scale:g}",
+                f"{point.eval_loss.value:.4f}",
+                _format_share(compute_gain_share(points, point)),
+                "-" if general is None else f"{general.value:.4f}",
+                "none" if is_gain else _format_share(forgetting),
+                "recommended" if point is recommended else "",
+            )
+        )
+    return TextTable("Adapter-scale trade-off", columns, tuple(rows))
+
+
+def _format_share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def build_commands(points: Sequence[ScalePoint], run: str) -> tuple[str, ...]:

@@ -45,6 +45,12 @@ HUB_SOURCE_KEYS = ("revision", "config", "split", "data_files")
 UNEXPECTED_VALUE = "unexpected_value"
 
 
+class RecipeMapping(BaseModel):
+    """A mapping inside of a recipe, or the recipe: frozen, and without other keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
 def setting(default: Any, description: str) -> Any:
     """Declare a key with its default."""
     return Field(default=default, description=description)
@@ -81,9 +87,8 @@ def _check_path(value: Any) -> Any:
 
 
 def _parse_sources(value: Any) -> Any:
-    if value is None:
-        return ()
-    return [{"path": item} if isinstance(item, (str, Path)) else item for item in wrap_list(value)]
+    items = wrap_list(() if value is None else value)
+    return [{"path": item} if isinstance(item, (str, Path)) else item for item in items]
 
 
 def _parse_rehearsal_sources(value: Any) -> Any:
@@ -122,12 +127,8 @@ def _parse_metric(item: Any) -> Any:
 
 
 def _parse_constraints(value: Any) -> Any:
-    if value is None:
-        return ()
-    items: list[Any] = []
-    for item in wrap_list(value):
-        items.append({_guess_matcher_key(item): item} if isinstance(item, str) else item)
-    return items
+    items = wrap_list(() if value is None else value)
+    return [{_guess_matcher_key(item): item} if isinstance(item, str) else item for item in items]
 
 
 def _guess_matcher_key(text: str) -> str:
@@ -146,9 +147,8 @@ def split_tokens(value: Any) -> Any:
 
 
 def _parse_prompt_forms(value: Any) -> Any:
-    if value is None:
-        return ()
-    return [{"prompt": item} if isinstance(item, str) else item for item in wrap_list(value)]
+    items = wrap_list(() if value is None else value)
+    return [{"prompt": item} if isinstance(item, str) else item for item in items]
 
 
 def _parse_guard(value: Any) -> Any:
@@ -325,25 +325,20 @@ Metrics = Annotated[
         }
     ),
 ]
-ModuleNames = Annotated[
-    tuple[Name, ...],
-    AfterValidator(_check_distinct),
-    BeforeValidator(split_tokens, json_schema_input_type=str | list[str]),
-]
+SplitTokens = BeforeValidator(split_tokens, json_schema_input_type=str | list[str])
+ModuleNames = Annotated[tuple[Name, ...], AfterValidator(_check_distinct), SplitTokens]
 NewTokens = Annotated[
     tuple[Annotated[str, AfterValidator(_check_token)], ...],
     AfterValidator(_check_distinct),
-    BeforeValidator(split_tokens, json_schema_input_type=str | list[str]),
+    SplitTokens,
 ]
 
 
 # ---------------------------------------------------------------- data sources
 
 
-class PromptForm(BaseModel):
+class PromptForm(RecipeMapping):
     """One way to ask for the completion of a row."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: Annotated[str, AfterValidator(_check_prompt)] = Field(
         description="The question, with {column} for a row's value; {{ and }} are braces."
@@ -358,10 +353,8 @@ def make_task_name(path: Path) -> str:
     return path.name.partition(".")[0]
 
 
-class DataSource(BaseModel):
+class DataSource(RecipeMapping):
     """One data file of the recipe, or one data set of the hub."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: SourcePath = Field(
         description="The file, a folder of .txt and .md files, or hf://org/name of the hub."
@@ -398,10 +391,9 @@ class DataSource(BaseModel):
     split: Name | None = setting(
         None, "Split of it; by default train, validation or test by the key."
     )
-    data_files: Annotated[
-        tuple[Name, ...],
-        BeforeValidator(split_tokens, json_schema_input_type=str | list[str]),
-    ] = setting((), "Files or patterns of it, instead of config and split.")
+    data_files: Annotated[tuple[Name, ...], SplitTokens] = setting(
+        (), "Files or patterns of it, instead of config and split."
+    )
 
     @model_validator(mode="after")
     def _check_hub_keys(self) -> DataSource:
@@ -446,10 +438,8 @@ Sources = Annotated[
 ]
 
 
-class RehearsalConfig(BaseModel):
+class RehearsalConfig(RecipeMapping):
     """General rows mixed into training to reduce forgetting."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: Annotated[Sources, BeforeValidator(_parse_rehearsal_sources)] = Field(
         min_length=1,
@@ -472,10 +462,8 @@ class RehearsalConfig(BaseModel):
         return self.data == (DataSource(path=Path(SELF_GENERATED)),)
 
 
-class MixtureConfig(BaseModel):
+class MixtureConfig(RecipeMapping):
     """Proportions of the tasks in an epoch."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     temperature: Positive = setting(1.0, "1 is proportional to rows; higher is more uniform.")
     limit: Count | None = setting(None, "A task counts as having at most this many rows.")
@@ -484,10 +472,8 @@ class MixtureConfig(BaseModel):
 # ---------------------------------------------------------------- constraints
 
 
-class Constraint(BaseModel):
+class Constraint(RecipeMapping):
     """A pattern, a text or a checker that no answer may match."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     match: Annotated[str, AfterValidator(_check_pattern)] = setting(
         "", "Regular expression that no answer may match anywhere."
@@ -565,10 +551,8 @@ GuardAction = (
 )
 
 
-class GuardConfig(BaseModel):
+class GuardConfig(RecipeMapping):
     """Reactions to collapse and forgetting during training."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     collapse: GuardAction = setting("auto", "If answers repeat, break or turn into noise.")
     forgetting: GuardAction = setting("auto", "If retention_data loses more than the margin.")

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from tunesmith.recipe.fields import (
     Auto,
     Count,
     NotNegative,
     Positive,
+    RecipeMapping,
     Share,
     accept_names,
     setting,
@@ -55,10 +56,8 @@ SINGLE_LOSS_FIELDS = {"gamma": "simpo", "desirable_weight": "kto", "undesirable_
 SMOOTHED_LOSSES = ("auto", "dpo", "simpo")
 
 
-class PairLoss(BaseModel):
+class PairLoss(RecipeMapping):
     """The loss of preference rows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Auto | LossName = setting(
         "auto",
@@ -109,10 +108,8 @@ SCHEDULE_FIELDS = {
 }
 
 
-class SchedulerKwargs(BaseModel):
+class SchedulerKwargs(RecipeMapping):
     """Arguments of single schedules, named as in transformers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_decay_steps: Auto | Count = setting(
         "auto", "Last steps of warmup_stable_decay; auto: a tenth of the run."

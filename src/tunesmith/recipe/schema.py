@@ -17,9 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
@@ -47,6 +45,7 @@ from tunesmith.recipe.fields import (
     NotNegative,
     Optimizer,
     Positive,
+    RecipeMapping,
     Regex,
     RehearsalConfig,
     Share,
@@ -94,10 +93,8 @@ def _parse_swept_list(key: str, values: Sequence[Scalar]) -> tuple[Scalar, ...]:
     return tuple(parsed)
 
 
-class Recipe(BaseModel):
+class Recipe(RecipeMapping):
     """One fine-tuning run. Only `model` and `data` are required."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Name = Field(description="Base model: a hub id, folder, GGUF file or built-in name.")
     method: Auto | Literal["lora", "qlora", "full"] = setting(

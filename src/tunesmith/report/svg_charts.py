@@ -26,13 +26,12 @@ MARK_SIGNS = {"saved": "▾", "warn": "◆", "rollback": "↺", "stop": "■", "
 
 @dataclass(frozen=True)
 class Point:
-    """A value with its interval `low` to `high`; `note` labels it where x alone does not."""
+    """A value with its interval `low` to `high`."""
 
     x: float
     y: float
     low: float | None = None
     high: float | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ class Series:
     points: tuple[Point, ...]
     style: str = "main"  # main | faint | base: the classes of page.css
     has_dots: bool = False
-    filled: tuple[int, ...] | None = None  # indices of the filled dots; None: all
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,6 @@ class DotShape:
     x: float
     y: float
     title: str  # that the pointer shows
-    is_filled: bool = True
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,6 @@ class SeriesShape:
     line: str
     dots: tuple[DotShape, ...]
     dot_radius: float
-    notes: tuple[Label, ...]
 
 
 @dataclass(frozen=True)
@@ -278,10 +274,9 @@ def _draw_series(frame: Frame, series: Series) -> SeriesShape:
         upper.append(f"{x},{high}")
         lower.append(f"{x},{low}")
     dots: list[DotShape] = []
-    for index, point in enumerate(series.points):
-        is_filled = series.filled is None or index in series.filled
-        title = f"{point.note or f'{point.x:g}'}: {', '.join(_format_cells(point, True))}"
-        dots.append(DotShape(frame.scale_x(point.x), frame.scale_y(point.y), title, is_filled))
+    for point in series.points:
+        title = f"{point.x:g}: {', '.join(_format_cells(point, True))}"
+        dots.append(DotShape(frame.scale_x(point.x), frame.scale_y(point.y), title))
     return SeriesShape(
         name=series.name,
         style=series.style,
@@ -290,23 +285,7 @@ def _draw_series(frame: Frame, series: Series) -> SeriesShape:
         line=" ".join(f"{dot.x},{dot.y}" for dot in dots),
         dots=tuple(dots) if is_sparse or len(dots) <= 30 else (),
         dot_radius=4 if is_sparse else 2.5,
-        notes=_draw_notes(series, dots),
     )
-
-
-def _draw_notes(series: Series, dots: Sequence[DotShape]) -> tuple[Label, ...]:
-    """Return labels that stay inside of the drawing and do not overlap their neighbors."""
-    notes: list[Label] = []
-    for point, dot in zip(series.points, dots, strict=True):
-        if not point.note:
-            continue
-        is_right = dot.x > WIDTH - RIGHT - 60
-        y = max(TOP, dot.y - 9)
-        if any(abs(dot.x - note.x) < 60 and abs(y - note.y) < 13 for note in notes):
-            y = dot.y + 18
-        anchor = "end" if is_right else "start"
-        notes.append(Label(dot.x - 6 if is_right else dot.x + 6, y, point.note, anchor))
-    return tuple(notes)
 
 
 def _build_table(
@@ -320,8 +299,7 @@ def _build_table(
     rows: list[tuple[str, ...]] = []
     for x in sorted(set().union(*points_by_x)):
         points = [column.get(x) for column in points_by_x]
-        notes = [f", {point.note}" for point in points if point and point.note]
-        cells = [f"{x:g}{''.join(notes)}"]
+        cells = [f"{x:g}"]
         for line, point in zip(series, points, strict=True):
             cells += _format_cells(point, _has_interval(line))
         rows.append(tuple(cells))

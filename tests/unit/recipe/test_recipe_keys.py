@@ -13,7 +13,7 @@ from safetensors.torch import load
 import compute_keys
 import evaluation_keys
 import objective_keys
-from tiny_recipe_runs import Lab
+from tiny_recipe_runs import Baseline, Lab
 from tiny_runs import (
     build_sum_rows,
     make_chat_row,
@@ -38,13 +38,14 @@ TEMPLATE = (
 WITHOUT_ANSWERS: dict[str, Any] = {"metrics": ["bits_per_byte"]}  # generating them takes longest
 
 
+@pytest.fixture(scope="module")
+def baseline(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Baseline:
+    return Lab(tiny_folder, tmp_path_factory.mktemp("baseline")).run_baseline()
+
+
 @pytest.fixture
-def lab(tiny_folder: Path, tmp_path: Path) -> Lab:
-    return Lab(tiny_folder, tmp_path)
-
-
-def rates(steps: list[TrainStep]) -> list[float]:
-    return [step.learning_rate for step in steps]
+def lab(tiny_folder: Path, tmp_path: Path, baseline: Baseline) -> Lab:
+    return Lab(tiny_folder, tmp_path, baseline)
 
 
 def losses(steps: list[TrainStep]) -> list[float]:
@@ -52,14 +53,15 @@ def losses(steps: list[TrainStep]) -> list[float]:
 
 
 def changes_the_adapter(lab: Lab, key: str, value: Any, **both: Any) -> None:
-    assert lab.adapter(**both) != lab.adapter(**both, **{key: value})
+    unchanged = lab.adapter(**both) if both else lab.baseline.adapter
+    assert unchanged != lab.adapter(**both, **{key: value})
 
 
 # ---------------------------------------------------------------- what is trained
 
 
 def model(lab: Lab) -> None:
-    first = lab.steps()
+    first = lab.baseline.steps
     lab.model = save_model_folder(lab.folder / "other", seed=1)
     assert lab.steps()[0].loss != first[0].loss
 
@@ -88,11 +90,10 @@ def stage(lab: Lab) -> None:
         "max_length": 8,
         "batch_size": "auto",
     }
-    for name in ("cpt", "pt"):
-        (step,) = lab.steps(**texts, stage=name, batch_tokens=20)
-        assert step.supervised_tokens == len("onethree"), (
-            "with an end of the text each, and without the first"
-        )
+    (step,) = lab.steps(**texts, stage="pt", batch_tokens=20)  # an alias of cpt
+    assert step.supervised_tokens == len("onethree"), (
+        "with an end of the text each, and without the first"
+    )
     with pytest.raises(ValidationError, match="stage"):
         lab.events(stage="rlhf")
 
@@ -114,21 +115,14 @@ def loss(lab: Lab) -> None:
     assert len(set(results.values())) == 3
     with pytest.raises(ValidationError, match="loss has no effect without stage: preference"):
         lab.events(loss="dpo")
-    first, four = (
-        lab.steps(**pairs, loss={"name": "simpo", "beta": beta})[0].loss for beta in (0.5, 4)
-    )
-    assert first != four
-    low, high = (
-        lab.steps(**pairs, loss={"name": "simpo", "gamma": gamma})[0].loss for gamma in (0, 3)
-    )
-    assert low < high, "a margin is harder to reach"
+    assert lab.steps(**pairs, loss={"name": "simpo", "beta": 4})[0].loss != results["simpo"]
+    margin = lab.steps(**pairs, loss={"name": "simpo", "gamma": 9})[0].loss
+    assert results["simpo"] < margin, "a margin is harder to reach"
     with pytest.raises(ValidationError, match="gamma has no effect with orpo"):
         lab.events(**pairs, loss={"name": "orpo", "gamma": 1})
-    none, some, more = (
-        lab.steps(**pairs, loss={"nll_coefficient": value})[0].loss for value in (0, 1, 2)
-    )
-    assert none == pytest.approx(0.6931, abs=1e-4), "a fresh adapter: log 2 and nothing else"
-    assert more - some == pytest.approx(some - none, rel=1e-4)
+    some, more = (lab.steps(**pairs, loss={"nll_coefficient": value})[0].loss for value in (1, 2))
+    log_2 = 0.693147  # of a fresh adapter
+    assert more - some == pytest.approx(some - log_2, rel=1e-4)
 
 
 # ---------------------------------------------------------------- on what
@@ -172,7 +166,7 @@ def data(lab: Lab) -> None:
 
 
 def eval_data(lab: Lab) -> None:
-    assert ("eval", "loss") not in lab.scores()
+    assert "eval_data" not in lab.plan().data
     files = write_eval_files(lab.folder)
     assert (
         lab.scores(eval_data=files["eval_data"], test_data=files["test_data"])["eval", "loss"].n
@@ -182,15 +176,15 @@ def eval_data(lab: Lab) -> None:
 
 def eval_split(lab: Lab) -> None:
     rows = lab.rows(build_sum_rows(1, 40))
-    assert len(lab.steps(data=rows, batch_size=1)) == 40
+    assert lab.plan(data=rows, batch_size=1).steps == 40
     events = lab.events(data=rows, batch_size=1, eval_split=0.5)
     held_out = {event.task: event.n for event in events if isinstance(event, Score)}
     assert min(held_out.values()) >= 2
     assert len(select_steps(events)) + held_out["eval"] + held_out["test"] == 40
 
 
-def test_data(lab: Lab) -> None:
-    assert ("test", "loss") not in lab.scores()
+def held_out_data(lab: Lab) -> None:
+    assert "test_data" not in lab.plan().data
     assert lab.scores(test_data=lab.rows(build_sum_rows(90, 4)))["test", "exact_match"].n == 4
     scores = lab.scores(eval_data=lab.rows(build_sum_rows(90, 4)), test_data="none")
     assert ("test", "loss") not in scores
@@ -214,7 +208,7 @@ def rehearsal(lab: Lab) -> None:
             / sum(step.tokens for step in steps)
         ]
 
-    assert not any(step.task_tokens for step in lab.steps())
+    assert not any(step.task_tokens for step in lab.baseline.steps)
     results = [
         shares(data=texts, **options)[0]
         for options in ({}, {"ratio": 0.5}, {"shift": "language"}, {"shift": "style"})
@@ -248,8 +242,10 @@ def never(lab: Lab) -> None:
             make_chat_row("less", "I am an AI too"),
         ]
     )
-    plain, cut = (lab.steps(data=rows, never=never) for never in ([], [{"match": "an AI"}]))
-    assert [len(plain), len(cut)] == [4, 3]
+    assert [lab.plan(data=rows, never=never).steps for never in ([], [{"match": "an AI"}])] == [
+        4,
+        3,
+    ]
     stored, banned = (
         lab.adapter(data=rows, never=[{"match": "an AI", "mode": mode}])
         for mode in ("filter", "ban")
@@ -262,14 +258,14 @@ def never(lab: Lab) -> None:
 
 
 def max_examples(lab: Lab) -> None:
-    assert [len(lab.steps(max_examples=count)) for count in (None, 2)] == [3, 1]
+    assert [lab.plan(max_examples=count).steps for count in (None, 2)] == [3, 1]
 
 
 def skip_invalid(lab: Lab) -> None:
     rows = lab.rows([*build_sum_rows(1, 6), make_chat_row("question", " ")])
     with pytest.raises(InputError, match="1 of 7 rows cannot be used: 1 empty answer"):
         lab.events(data=rows)
-    assert len(lab.steps(data=rows, skip_invalid=True)) == 3
+    assert lab.plan(data=rows, skip_invalid=True).steps == 3
 
 
 def chat_template(lab: Lab) -> None:
@@ -321,8 +317,8 @@ def response_schema(lab: Lab) -> None:
 
 
 def max_length(lab: Lab) -> None:
-    unlimited, short = lab.steps(), lab.steps(max_length=45, skip_invalid=True)
-    assert sum(step.tokens for step in unlimited) > sum(step.tokens for step in short) > 0
+    short = lab.steps(max_length=45, skip_invalid=True)
+    assert sum(step.tokens for step in lab.baseline.steps) > sum(step.tokens for step in short) > 0
 
 
 def on_overlong(lab: Lab) -> None:
@@ -354,19 +350,16 @@ def share_prefixes(lab: Lab) -> None:
     rows = lab.rows(
         [make_chat_row(f"{n} and {n}", f"{2 * n}", "Add the two numbers.") for n in range(1, 7)]
     )
-    plain, shared, auto = (
-        lab.steps(data=rows, share_prefixes=value) for value in (False, True, "auto")
-    )
+    plain, shared = (lab.steps(data=rows, share_prefixes=value) for value in (False, True))
     assert losses(shared) == pytest.approx(losses(plain), rel=1e-4)
     assert not any(step.shared_tokens for step in plain)
     assert all(step.shared_tokens > len("Add the two numbers.") for step in shared)
-    assert losses(auto) == losses(shared)
     with pytest.raises(ValidationError, match="share_prefixes contradicts lora_dropout"):
         lab.events(share_prefixes=True, lora_dropout=0.1)
 
 
 def batch_size(lab: Lab) -> None:
-    assert [len(lab.steps(batch_size=size)) for size in (1, 4)] == [6, 2]
+    assert [lab.plan(batch_size=size).steps for size in (1, 4)] == [6, 2]
 
 
 def batch_tokens(lab: Lab) -> None:
@@ -374,30 +367,27 @@ def batch_tokens(lab: Lab) -> None:
         "data": lab.rows([{"text": f"text number {n}"} for n in range(10, 30)]),
         "batch_size": "auto",
     }
-    results = [
-        lab.steps(**texts, stage="cpt", max_length=20, batch_tokens=count) for count in (100, 150)
-    ]
-    assert [len(steps) for steps in results] == [3, 2]
-    assert results[0][0].tokens < results[1][0].tokens
+    cpt = texts | {"stage": "cpt", "max_length": 20}
+    assert [lab.plan(**cpt, batch_tokens=count).steps for count in (100, 150)] == [3, 2]
     with pytest.raises(ValidationError, match="batch_tokens has no effect without stage: cpt"):
         lab.events(batch_tokens=100)
 
 
 def num_train_epochs(lab: Lab) -> None:
-    assert [len(lab.steps(num_train_epochs=epochs)) for epochs in (0.4, 2)] == [1, 6]
+    assert [lab.plan(num_train_epochs=epochs).steps for epochs in (0.4, 2)] == [1, 6]
 
 
 def max_steps(lab: Lab) -> None:
-    assert [len(lab.steps(max_steps=steps, num_train_epochs=9)) for steps in (1, 4)] == [1, 4]
-    assert len(lab.steps(max_steps=8, num_train_epochs=1)) == 8, "it wins over fewer epochs, too"
+    assert len(lab.steps(max_steps=1, num_train_epochs=9)) == 1
+    assert lab.plan(max_steps=8, num_train_epochs=1).steps == 8, "it wins over fewer epochs, too"
 
 
 # ---------------------------------------------------------------- the optimizer
 
 
 def learning_rate(lab: Lab) -> None:
-    assert rates(lab.steps(learning_rate=0.003))[0] == 0.003
-    assert rates(lab.steps(learning_rate=0.006))[0] == 0.006
+    assert lab.baseline.steps[0].learning_rate == 0.01
+    assert lab.steps(learning_rate=0.006)[0].learning_rate == 0.006
 
 
 def optim(lab: Lab) -> None:
@@ -422,18 +412,14 @@ def max_grad_norm(lab: Lab) -> None:
     changes_the_adapter(lab, "max_grad_norm", 1e-8)
     full = {"method": "full", "lora_r": "auto"}
     for norm in (0, 1):
-        lab.events(**full, max_grad_norm=norm)
-        assert read_json(lab.output / "plan.json")["settings"]["step_in_backward"]["value"] is (
-            norm == 0
-        )
+        assert lab.plan(**full, max_grad_norm=norm).config.step_in_backward is (norm == 0)
 
 
 # ---------------------------------------------------------------- the adapter
 
 
 def lora_r(lab: Lab) -> None:
-    sizes = [len(lab.adapter(lora_r=rank)) for rank in (2, 4)]
-    assert sizes[0] < sizes[1]
+    assert len(lab.baseline.adapter) != len(lab.adapter(lora_r=4))
     assert read_json(lab.output / "adapter" / "adapter_config.json")["r"] == 4
 
 
@@ -450,8 +436,8 @@ def lora_target_modules(lab: Lab) -> None:
     assert set(finished_run.reopen_session(lab.output).model.network.state_dict()) & {
         "model.layers.0.self_attn.q_proj.lora_A"
     }
-    assert len(read_adapter_bytes(lab.last)) < len(lab.adapter())
-    for modules, layers in (("attention", 8), ("mlp", 6), (r".*\.1\..*_proj", 7)):
+    assert len(read_adapter_bytes(lab.last)) < len(lab.baseline.adapter)
+    for modules, layers in (("mlp", 6), (r".*\.1\..*_proj", 7)):
         assert len(load(lab.adapter(lora_target_modules=modules))) == 2 * layers
     with pytest.raises(InputError, match="no linear layer is called q_prj"):
         lab.events(lora_target_modules=["q_prj"])
@@ -492,7 +478,6 @@ def guard(lab: Lab) -> None:
         events = lab.events(**files, learning_rate=0.5, guard=options)
         return {event.step for event in events if getattr(event, "metric", "") == "repetition"}
 
-    assert probed(collapse="warn", probe_steps=2) == {0, 2}
     assert probed(collapse="warn", probe_steps=1) == {0, 1, 2, 3}
     assert probed(collapse="off", forgetting="off", probe_steps=1) == set()
     with pytest.raises(GateError, match="already rolled back 3 times"):
@@ -517,7 +502,7 @@ def save_steps(lab: Lab) -> None:
             if isinstance(event, CheckpointSaved)
         ]
 
-    assert (saved(1), saved(2), saved(9)) == ([1, 2], [2], [])
+    assert (saved(1), saved(2)) == ([1, 2], [2])
 
 
 def eval_steps(lab: Lab) -> None:
@@ -531,12 +516,11 @@ def eval_steps(lab: Lab) -> None:
             if isinstance(event, Score) and (event.task, event.metric) == ("eval", "loss")
         ]
 
-    assert (looked(1), looked(2), looked(9)) == ([1, 2, 3], [2, 3], [])
+    assert (looked(1), looked(2)) == ([1, 2, 3], [2, 3])
 
 
 def seed(lab: Lab) -> None:
-    first, same, other = (lab.steps(seed=number) for number in (1, 1, 2))
-    assert losses(first) == losses(same)
+    first, other = (lab.steps(seed=number) for number in (1, 2))
     assert [step.tokens for step in first] != [step.tokens for step in other], (
         "another order of rows"
     )
@@ -561,6 +545,7 @@ CASES: dict[str, Callable[[Lab], None]] = {
     )
     if inspect.isfunction(case) and list(inspect.signature(case).parameters) == ["lab"]
 }
+CASES["test_data"] = held_out_data  # under its name, pytest would take it for a test
 
 
 @pytest.mark.parametrize("key", list(KEYS))

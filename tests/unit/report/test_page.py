@@ -12,6 +12,7 @@ import pytest
 
 import fake_runs
 from tunesmith import api
+from tunesmith.cli.views import render_table
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult, GenerationSample, Score
 from tunesmith.core.evidence import (
@@ -28,6 +29,7 @@ from tunesmith.core.json_io import to_jsonable
 from tunesmith.core.run_dir import EVAL_AFTER_FILE, EVAL_BEFORE_FILE
 from tunesmith.core.types import Comparison, PlanValue
 from tunesmith.evaluate.results import EvalResults, MetricValues
+from tunesmith.evaluate.scale_choice import tabulate_scales
 from tunesmith.report.page import render_page, write_report
 from tunesmith.report.run_data import load_report_data
 from tunesmith.report.samples import (
@@ -207,10 +209,10 @@ def test_scales_trade_gain_for_forgetting(tmp_path: Path) -> None:
     record = fake_runs.make_record(scales=fake_runs.make_scales(), kl_scores=kl_scores)
     text = read_text(fake_runs.write_run(tmp_path / "run", record=record))
     assert "Adapter-scale trade-off" in text
-    assert "0, × 0 0 0 to 0" in text  # % of the gain, scale, bits per byte lost in pairs
-    assert "100, × 1 0.1 0.09 to 0.11" in text
-    assert "From 2.000 without the adapter to 1.000 with all of it" in text
-    assert "KL(base ‖ tuned), nats per token 40 0.310 0.200 to 0.400" in text
+    shown = render_table(tabulate_scales(record.scales))
+    for column in shown.columns:  # the table of the terminal
+        assert all(str(cell) in text for cell in column.cells)
+    assert "KL(base ‖ tuned), nats/token 40 0.310 0.200 to 0.400" in text
     plain = fake_runs.write_run(tmp_path / "plain", record=fake_runs.make_record())
     assert "Adapter-scale trade-off" not in read_text(plain)
 

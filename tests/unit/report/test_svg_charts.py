@@ -11,7 +11,6 @@ import pytest
 from tunesmith.report.html import render_template
 from tunesmith.report.svg_charts import (
     MAX_POINTS,
-    WIDTH,
     Axes,
     Frame,
     Mark,
@@ -148,14 +147,3 @@ def test_a_limit_is_a_line_within_the_drawing() -> None:
     beyond = build_line_chart("beyond", replace(axes, limit=7), [Series("lost", (Point(0, 0),))])
     assert beyond.limit is not None
     assert beyond.top <= beyond.limit.y <= beyond.plot_bottom
-
-
-def test_notes_stay_inside_and_apart() -> None:
-    points = tuple(Point(99 + n / 100, n / 50, note=f"× {n}") for n in range(3))
-    series = Series("lost", (Point(0, 0, note="× 0"), *points), has_dots=True, filled=(1,))
-    (shape,) = build_line_chart("notes", AXES, [series]).series
-    assert [dot.is_filled for dot in shape.dots] == [False, True, False, False]
-    for note in shape.notes:
-        width = 8 * len(note.text)
-        left = note.x - width if note.anchor == "end" else note.x
-        assert 0 <= left <= left + width <= WIDTH

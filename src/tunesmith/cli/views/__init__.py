@@ -7,6 +7,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
+
+from tunesmith.core.document import TextTable
 
 
 def make_table(title: str, *columns: str, numbers: Sequence[str] = ()) -> Table:
@@ -16,4 +19,12 @@ def make_table(title: str, *columns: str, numbers: Sequence[str] = ()) -> Table:
     )
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return table
+
+
+def render_table(content: TextTable) -> Table:
+    """Show a table of a result."""
+    table = make_table(content.title, *content.columns, numbers=content.columns[:-1])
+    for row in content.rows:
+        table.add_row(*map(Text, row))
     return table

@@ -13,18 +13,16 @@ from rich.text import Text
 
 from tunesmith.cli.output import escape_markup, format_single_line
 from tunesmith.cli.progress import format_interval
-from tunesmith.cli.views import make_table
+from tunesmith.cli.views import make_table, render_table
 from tunesmith.cli.views.verdict import cut_middle, render_errors, render_verdict
 from tunesmith.core.events import GENERAL_TASK, GenerationSample, Score
 from tunesmith.core.formatting import format_bytes, format_duration
 from tunesmith.core.types import Comparison, RunRecord, ScalePoint
-from tunesmith.evaluate.results import describe_truncation
+from tunesmith.evaluate.results import DISTANCE_METRICS, describe_truncation
 from tunesmith.evaluate.scale_choice import (
     build_commands,
-    compute_forgetting_share,
-    compute_gain_share,
     describe_recommendation,
-    recommend_scale,
+    tabulate_scales,
 )
 from tunesmith.evaluate.statistics import describe_evidence, judge_comparisons
 
@@ -36,10 +34,6 @@ if TYPE_CHECKING:
 
 NO_RESULTS_NOTE = "[yellow]no before/after[/]: the recipe has neither test_data nor retention_data"
 SCALE_COMMAND_LABELS = ("verify the recommended scale on test_data", "export it")
-METRIC_NAMES = {
-    "kl": "KL(base ‖ tuned), nats/token",
-    "top1_agreement": "top-1 agreement with base",
-}
 VERDICT_STYLES = {"better": "bold green", "worse": "bold red"}
 DISTANCE_WORDS = {"better": "closer to base", "worse": "further from base"}
 LOWER_IS_BETTER = "↓"
@@ -130,7 +124,7 @@ def _name_metric(comparison: Comparison) -> str:
 def _render_verdict(comparison: Comparison, verdict: str) -> Text:
     """Name a verdict. To move from the base is what training is for: except on general text, that
     is neither better nor worse."""
-    if comparison.metric in METRIC_NAMES and comparison.task != GENERAL_TASK:
+    if comparison.metric in DISTANCE_METRICS and comparison.task != GENERAL_TASK:
         return Text(DISTANCE_WORDS.get(verdict, verdict), "dim")
     return Text(verdict, VERDICT_STYLES.get(verdict, "dim"))
 
@@ -241,36 +235,14 @@ def format_kl_scores(kl_scores: Sequence[Score]) -> list[str]:
     """Format how far the model moved from its base, one line per score."""
     lines: list[str] = []
     for score in kl_scores:
-        name = escape_markup(f"{score.task}: {METRIC_NAMES.get(score.metric, score.metric)}")
+        name = escape_markup(f"{score.task}: {DISTANCE_METRICS.get(score.metric, score.metric)}")
         lines.append(f"{name} {format_interval(score.value, score.low, score.high)}")
     return lines
 
 
 def render_scales(points: Sequence[ScalePoint]) -> RenderableType:
-    """Show gain and forgetting per adapter scale, as shares of those at scale 1."""
-    loss = points[0].eval_loss
-    columns = ("scale", f"{loss.task} {loss.metric}", "gain", "general bits/byte", "forgetting")
-    table = make_table("Adapter-scale trade-off", *columns, "", numbers=columns)
-    recommended = recommend_scale(points)
-    for point in points:
-        table.add_row(
-            f"{point.scale:g}",
-            f"{point.eval_loss.value:.4f}",
-            _format_share(compute_gain_share(points, point)),
-            "-" if point.general_text is None else f"{point.general_text.value:.4f}",
-            _format_forgetting(compute_forgetting_share(points, point)),
-            Text("recommended", "bold green") if point is recommended else "",
-        )
-    return Group(table, describe_recommendation(points))
-
-
-def _format_forgetting(share: float | None) -> str:
-    """Format a share of the forgetting at scale 1, which says nothing where that is nearly zero."""
-    return "none" if share is not None and share < -1 else _format_share(share)
-
-
-def _format_share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
+    """Show gain and forgetting by adapter scale, and the recommended one."""
+    return Group(render_table(tabulate_scales(points)), describe_recommendation(points))
 
 
 # ---------------------------------------------------------------- exports
