@@ -26,7 +26,11 @@ from tunesmith.model.hub.validate import read_headers
 from tunesmith.model.merge import iter_merged_tensors
 from tunesmith.model.reference_load import load_config_dict
 
-FAMILIES = ["llama", "llama-wide", "llama-bias", "qwen2", "qwen3"]
+OTHERS = ("llama", "qwen2")  # of test_targets.py; with the biases of llama-bias
+FAMILIES = [
+    *("llama-wide", "llama-bias", "qwen3"),
+    *(pytest.param(family, marks=pytest.mark.slow) for family in OTHERS),
+]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
