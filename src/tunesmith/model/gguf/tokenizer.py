@@ -25,7 +25,9 @@ from tokenizers import (
     processors,
 )
 from tokenizers.models import BPE
-from transformers.integrations.gguf import convert_gguf_tokenizer
+from transformers.integrations.gguf import (
+    convert_gguf_tokenizer,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from tunesmith.core.errors import InputError
 from tunesmith.model.gguf.reader import GgufFile
