@@ -19,7 +19,6 @@ from pathlib import Path
 from experiments.definitions import Answering
 
 from tunesmith import api
-from tunesmith.advise.sweep.run_trial import has_same_base
 from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult, TrainStep
@@ -43,6 +42,8 @@ from tunesmith.train import run
 SETTINGS_SUFFIX = ".settings.json"
 RUN_TASK = "run"  # of the values that a run has of its steps
 SECONDS_PER_TOKEN = "microseconds_per_token"
+# of a plan: what the measures before training depend on
+BASE_SETTINGS = ("dtype", "attention", "pack_length", "share_prefixes", "metrics")
 WARMUP_STEPS = 2  # whose time is that of the first touch of memory
 # Keys of a recipe that the measures before training do not depend on.
 TRAINING_KEYS = {
@@ -178,9 +179,17 @@ def _find_base_results(job: ArmJob, plan: Plan) -> EvalResults | None:
     for file in sorted(job.folder.parent.glob(f"*/{EVAL_BEFORE_FILE}")):
         other = read_json(file.parent.with_name(file.parent.name + SETTINGS_SUFFIX))
         is_same = _select_base_settings(other) == _select_base_settings(job.settings)
-        if is_same and has_same_base(read_run_plan(file.parent), plan):
+        if is_same and _has_same_base(read_run_plan(file.parent), plan):
             return parse_as(EvalResults, read_json(file), where=str(file))
     return None
+
+
+def _has_same_base(first: Plan, second: Plan) -> bool:
+    """Return whether two plans on the same model and items measure the same before training."""
+    is_quantized = {plan.config.method == "qlora" for plan in (first, second)}
+    return len(is_quantized) == 1 and all(
+        getattr(first.config, key) == getattr(second.config, key) for key in BASE_SETTINGS
+    )
 
 
 def _select_base_settings(settings: Json) -> Json:
