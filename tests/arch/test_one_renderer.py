@@ -1,4 +1,4 @@
-"""Chat templates of strangers are compiled in one file, in environments with a budget, and rendered
+"""Chat templates of strangers are compiled in one file, in sandboxed environments, and rendered
 nowhere else."""
 
 from __future__ import annotations
@@ -21,19 +21,15 @@ ENVIRONMENTS = {
     for name, found in vars(module).items()
     if isinstance(found, type) and issubclass(found, (jinja2.Environment, jinja2.Template))
 }
-OURS = {"LimitedEnvironment", "TrackedEnvironment", "PlainEnvironment"}
+OURS = {"SandboxEnvironment", "TrackedEnvironment", "PlainEnvironment"}
 MAKING = {"from_string", "get_template", "select_template", "overlay", "apply_chat_template"}
 ALLOWED = {
-    (
-        "data/chat_template/sandbox_limits.py",
-        "ImmutableSandboxedEnvironment",
-    ),  # the base of our two
-    ("data/chat_template/jinja_env.py", "LimitedEnvironment"),
-    ("data/chat_template/tracked_env.py", "LimitedEnvironment"),
-    ("data/chat_template/template.py", "LimitedEnvironment"),  # a type
-    ("data/chat_template/template.py", "Template"),
-    ("data/chat_template/template.py", "TrackedEnvironment"),
-    ("data/chat_template/template.py", "PlainEnvironment"),
+    ("data/chat_template/sandbox.py", "ImmutableSandboxedEnvironment"),  # the base of our two
+    ("data/chat_template/tracked_env.py", "SandboxEnvironment"),
+    ("data/chat_template/compiled_template.py", "SandboxEnvironment"),  # a type
+    ("data/chat_template/compiled_template.py", "Template"),
+    ("data/chat_template/compiled_template.py", "TrackedEnvironment"),
+    ("data/chat_template/compiled_template.py", "PlainEnvironment"),
     ("model/causal_lm.py", "apply_chat_template"),  # the second opinion: transformers' own render
     ("model/reference_load.py", "apply_chat_template"),
     ("report/html.py", "Environment"),  # our own templates, never a stranger's
@@ -82,11 +78,10 @@ def test_a_second_one_would_be_noticed(line: str) -> None:
     assert list(uses(line))
 
 
-def test_the_two_environments_are_sandboxed_and_paid_for() -> None:
-    from tunesmith.data.chat_template.jinja_env import PlainEnvironment
-    from tunesmith.data.chat_template.sandbox_limits import LimitedEnvironment
+def test_the_two_environments_are_sandboxed() -> None:
+    from tunesmith.data.chat_template.sandbox import PlainEnvironment, SandboxEnvironment
     from tunesmith.data.chat_template.tracked_env import TrackedEnvironment
 
-    assert issubclass(LimitedEnvironment, jinja2.sandbox.ImmutableSandboxedEnvironment)
-    assert issubclass(TrackedEnvironment, LimitedEnvironment)
-    assert issubclass(PlainEnvironment, LimitedEnvironment)
+    assert issubclass(SandboxEnvironment, jinja2.sandbox.ImmutableSandboxedEnvironment)
+    assert issubclass(TrackedEnvironment, SandboxEnvironment)
+    assert issubclass(PlainEnvironment, SandboxEnvironment)

@@ -27,7 +27,6 @@ OS_STARTERS = ("exec", "spawn", "posix_spawn", "system", "popen", "fork", "start
 SAFE_FLAGS = {"-P", "-I"}
 PIPES = "multiprocessing.connection"  # starts nothing
 USES_WORKING_DIRECTORY = {
-    "evaluate/custom_metric.py",  # the user's own code, after --allow-code
     "advise/sweep/trial_process.py",  # the files of the recipe
 }
 

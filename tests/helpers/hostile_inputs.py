@@ -30,146 +30,12 @@ from toy_chat import CHATML, make_byte_bpe, write_model_folder
 from tunesmith import api
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.types import Json
-from tunesmith.data.chat_template.conversation import track_value
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.chat_template.template import ChatTemplate
-from tunesmith.data.chat_template.tracked_str import make_origin
 from tunesmith.model.hub.validate import check_folder
 from tunesmith.recipe.load import load_recipe
 
 MAX_SECONDS = int(os.environ.get("HOSTILE_SECONDS", "600"))
-DOUBLE = (
-    "{% set ns = namespace(s=messages[0].content ~ 'x') %}"
-    "{% for i in range(TIMES) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
-)
-LONG_TEXT = (
-    "{% set ns = namespace(s='ab') %}"
-    "{% for i in range(19) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
-)
-HUGE = (
-    "{% set b = ('f' * 200000)|int(0, 16) %}{% set s = 'f' * 200000 %}"
-    "{% set a = (s ~ s ~ s ~ s ~ s ~ s ~ s ~ s)|int(0, 16) %}"
-)
-
-
 # ---------------------------------------------------------------- templates
-
-
-def render_template(source: str, _: Path) -> Call:
-    """Render a template in both environments."""
-    messages: list[Json] = [
-        {"role": "user", "content": "a question"},
-        {"role": "assistant", "content": "yes"},
-    ]
-    tracked = [
-        track_value(message, make_origin(i, "content")) for i, message in enumerate(messages)
-    ]
-
-    def render() -> None:
-        template = ChatTemplate(source, now=NOW)
-        template.render({"messages": tracked, "tools": None})
-        template.render_plain({"messages": messages, "tools": None})
-
-    return render
-
-
-def make_template(source: str) -> Callable[[Path], Call]:
-    return partial(render_template, source)
-
-
-def double_text(expression: str, times: int = 15) -> Callable[[Path], Call]:
-    """Make a template of an expression about `ns.s`, a text of many short runs."""
-    return make_template(DOUBLE.replace("TIMES", str(times)) + "{{ " + expression + " }}")
-
-
-TEMPLATES: dict[str, Callable[[Path], Call]] = {
-    "split a text of many runs": double_text("ns.s.split('x')|length"),
-    "reverse a text of many runs": double_text("ns.s[::-1]|length"),
-    "every second character": double_text("ns.s[::2]|length"),
-    "indent a text of many runs": double_text("(ns.s|replace('x', '\\n'))|indent|length"),
-    "lines of a text of many runs": double_text("(ns.s|replace('x', '\\n')).splitlines()|length"),
-    "characters of a text of many runs": double_text("(ns.s|list)|length"),
-    "indices of a text of many runs": double_text(
-        "'' }}{% for i in range(100000) %}{% set x = ns.s[i] %}{% endfor %}{{ ''"
-    ),
-    "partitions of a text of many runs": double_text(
-        "'' }}{% for i in range(20000) %}{% set x = ns.s.partition('qx') %}{% endfor %}{{ ''"
-    ),
-    "a text of a million runs": double_text("ns.s|length", 21),
-    "replace in a text of many runs": double_text("ns.s.replace('x', 'y')|length"),
-    "join a text of many runs": double_text("ns.s|join(messages[0].content)|length"),
-    "quotient of huge numbers": make_template(HUGE + "{{ (a // b) > 0 }}"),
-    "ratio of huge numbers": make_template(HUGE + "{{ (a / b) > 0 }}"),
-    "divisibleby of huge numbers": make_template(HUGE + "{{ a is divisibleby(b) }}"),
-    "a huge literal": make_template(
-        "{% set a = 0x" + "f" * 180_000 + " %}{% for i in range(100000) %}"
-        "{% set b = a // 0x" + "f" * 9_000 + " %}{% endfor %}"
-    ),
-    "a huge number printed": make_template(HUGE + "{{ s|int(0, 16) }}"),
-    "huge numbers in many bases": make_template(
-        "{% set s = '1' * 900000 %}{% for b in range(2, 36) %}{% set x = s|int(0, b) %}{% endfor %}"
-    ),
-    "rfind of a long text": make_template(
-        "{% set s = 'a' * 900000 %}{{ s.rfind('a' * 400000 ~ 'b' ~ 'a' * 40000) }}"
-    ),
-    "find of a long text": make_template(
-        "{% set s = 'a' * 900000 %}{{ s.find('a' * 400000 ~ 'b' ~ 'a' * 40000) }}"
-    ),
-    "rsplit by a long text": make_template(
-        "{% set s = 'a' * 900000 %}{{ s.rsplit('b' ~ 'a' * 400000)|length }}"
-    ),
-    "rpartition by a long text": make_template(
-        "{% set s = 'a' * 900000 %}{{ s.rpartition('b' ~ 'a' * 400000)|length }}"
-    ),
-    "count of a long text": make_template(
-        "{% set s = 'a' * 900000 %}{{ s.count('a' * 400000 ~ 'b' ~ 'a' * 40000) }}"
-    ),
-    "strip many characters": make_template(
-        "{% set s = 'a' * 900000 %}{{ s.strip('b' * 900000 ~ 'a')|length }}"
-    ),
-    "trim many characters": make_template(
-        "{% set s = 'a' * 900000 %}{{ s|trim('b' * 900000 ~ 'a')|length }}"
-    ),
-    "many directives": make_template(
-        "{% set t = (('a',) * 400000) %}{{ (('%s' * 400000) % t)|length }}"
-    ),
-    "word count of a long text": make_template("{{ ('a ' * 900000)|wordcount }}"),
-    "title of a long text": make_template("{{ ('a-' * 900000)|title|length }}"),
-    "compare long texts": make_template(
-        LONG_TEXT + "{% set t = ns.s ~ 'x' %}{% set u = ns.s ~ 'y' %}"
-        "{% for i in range(50000) %}{{ t == u }}{% endfor %}"
-    ),
-    "search long texts": make_template(
-        LONG_TEXT + "{% for i in range(20000) %}{{ 'ba' * 30 ~ 'c' in ns.s }}{% endfor %}"
-    ),
-    "search long texts for a literal": make_template(
-        LONG_TEXT + "{% for i in range(90000) %}{{ 'abab|' in ns.s }}{% endfor %}"
-    ),
-    "sort long texts": make_template("{{ ((['a' * 900000 ~ 'b'] * 1000)|sort)|length }}"),
-    "unique long texts": make_template("{{ ((['a' * 900000 ~ 'b'] * 1000)|unique|list)|length }}"),
-    "startswith many prefixes": make_template("{{ ('a' * 900000).startswith(('b',) * 900000) }}"),
-    "translate a long text": make_template("{{ ('a' * 900000).translate({97: 'b' * 1000}) }}"),
-    "a json of a long text": make_template("{{ ('\\n' * 900000)|tojson|length }}"),
-    "a regular expression of urlize": make_template("{{ ('http://' * 100000)|urlize }}"),
-    "break outside a loop": make_template("{% break %}"),
-    "a keyword twice": make_template("{{ dict(a=1, a=2) }}"),
-    "a parameter twice": make_template("{% macro m(a, a) %}{% endmacro %}"),
-    "a dunder keyword": make_template("{{ dict(__debug__=1) }}"),
-    "21 nested loops": make_template("{% for a in [1] %}" * 21 + "{% endfor %}" * 21),
-    "101 nested conditions": make_template("{% if 1 %}" * 101 + "{% endif %}" * 101),
-    "deep parentheses": make_template("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"),
-    "many unary operators": make_template("{{ " + "- " * 50000 + "1 }}"),
-    "many filters": make_template("{{ 'a'" + "|trim" * 30000 + " }}"),
-    "many comparisons": make_template("{{ 1" + " < 1" * 30000 + " }}"),
-    "a long chain of attributes": make_template("{{ messages" + ".a" * 50000 + " }}"),
-    "many elifs": make_template("{% if 0 %}" + "{% elif 0 %}" * 15000 + "{% endif %}"),
-    "many blocks": make_template(
-        "".join(f"{{% block b{i} %}}{{% endblock %}}" for i in range(5000))
-    ),
-    "many macros": make_template(
-        "".join(f"{{% macro m{i}() %}}{{% endmacro %}}" for i in range(4000))
-    ),
-}
 
 
 def read_config_template(value: Any, folder: Path) -> Call:
@@ -470,7 +336,7 @@ CONFIGS: dict[str, Callable[[Path], Call]] = {
 }  # fmt: skip
 
 CASES: dict[str, Callable[[Path], Call]] = {
-    **TEMPLATES, **CHAT_TEMPLATES, **TOKENIZERS, **MODELS, **RECIPES, **CONFIGS,
+    **CHAT_TEMPLATES, **TOKENIZERS, **MODELS, **RECIPES, **CONFIGS,
     **hostile_rows.CASES, **hostile_volumes.CASES,
 }  # fmt: skip
 

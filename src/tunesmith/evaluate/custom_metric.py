@@ -1,36 +1,28 @@
 """Run a user-defined metric: a function `score(answer, expected) -> number` in a Python file.
 
 In: "my_metrics.py:score" and pairs of texts. Out: a finite number per pair.
-The function runs in its own process (custom_metric_worker.py), which is killed afterwards, and only
-with --allow-code. An exception, a timeout or anything but a finite number is an InputError that
-names the item. There is no sandbox: the code may do whatever the user may do, and a daemon that it
-starts in a session of its own goes on; nothing waits for it.
+The function runs in its own process (`data/guarded_process.py`), which is killed afterwards, and
+only with --allow-code. An exception, a timeout or anything but a finite number is an InputError
+that names the item. There is no sandbox and no limit of memory: the code may do whatever the user
+may do, and a daemon that it starts in a session of its own goes on; nothing waits for it.
 """
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import math
-import os
-import queue
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tunesmith.core.errors import InputError
+from tunesmith.data.guarded_process import ChildError, GuardedProcess
 from tunesmith.recipe.fields import parse_custom_metric
 
-ANSWER_SECONDS = 10.0  # per answer
+ANSWER_SECONDS = 10.0  # per answer, of a processor and of waiting
 LOADING_SECONDS = 60.0  # for the file and its imports
-CLOSING_SECONDS = 0.5  # for the pipe
-MAX_LINE_BYTES = 2**16
-WORKER_SCRIPT = Path(__file__).with_name("custom_metric_worker.py")
 
 
 def format_metric_name(metric: str) -> str:
@@ -65,74 +57,67 @@ def score_answers(
     assert custom_metric is not None
     file, function = custom_metric
     name = format_metric_name(metric)
-    with tempfile.TemporaryDirectory() as folder:
-        pairs_file = Path(folder) / "pairs.json"
-        pairs_file.write_text(json.dumps(pairs), encoding="utf-8")
-        script = str(WORKER_SCRIPT)
-        command = [sys.executable, "-P", script, str(file), function, str(pairs_file)]
-        with _run_worker(command) as replies:
-            # The first reply says that the file is loaded.
-            _parse_reply(next(replies), name, str(file))
-            return tuple(_parse_reply(next(replies), name, item) for item in ids)
-
-
-@contextmanager
-def _run_worker(command: Sequence[str]) -> Generator[Iterator[dict[str, Any]]]:
-    """Yield the replies of the process; kill it and its children at the end of the block."""
-    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    assert process.stdout is not None
-    # The thread closes the pipe, at its end: a daemon of the metric may hold it open for long.
-    reader = threading.Thread(target=_enqueue_lines, args=(process.stdout, lines), daemon=True)
-    reader.start()
-    try:
-        yield _iter_replies(lines)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        reader.join(timeout=CLOSING_SECONDS)
-
-
-def _enqueue_lines(stream: IO[bytes], lines: queue.SimpleQueue[bytes]) -> None:
-    """Pass lines on until the pipe is closed, each cut at MAX_LINE_BYTES."""
-    with stream:
-        while line := stream.readline(MAX_LINE_BYTES):
-            lines.put(line)
-    lines.put(b"")
-
-
-def _iter_replies(lines: queue.SimpleQueue[bytes]) -> Iterator[dict[str, Any]]:
-    """Yield the replies; an error for a timeout, and for the end of the process."""
+    values: list[float] = []
+    where = str(file)
     seconds = LOADING_SECONDS
-    while True:
-        try:
-            line = lines.get(timeout=seconds)
-        except queue.Empty:
-            yield {"error": f"takes over {seconds:g} seconds"}
-            return
-        yield _read_reply(line) if line else {"error": "ended its process"}
-        seconds = ANSWER_SECONDS
-
-
-def _read_reply(line: bytes) -> dict[str, Any]:
-    """Return a reply of the worker; an error for a line that the metric's own code wrote there."""
+    job = "tunesmith.evaluate.custom_metric:load_metric"
+    payload = [str(file.absolute()), function]
     try:
-        content: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        content = None
-    reply: dict[str, Any] = content if isinstance(content, dict) and len(content) == 1 else {}
-    value: Any = reply.get("value")
-    has_value = isinstance(value, (int, float)) and math.isfinite(value)
-    if has_value or isinstance(reply.get("error"), str):
-        return reply
-    return {"error": f"writes lines of its own where the values go: {line[:80]!r}"}
-
-
-def _parse_reply(reply: dict[str, Any], name: str, where: str) -> float:
-    if "error" in reply:
+        with closing(GuardedProcess(job, payload, load_seconds=seconds, cwd=Path.cwd())) as child:
+            seconds = ANSWER_SECONDS
+            for item, pair in zip(ids, pairs, strict=True):
+                where = item
+                values.append(child.ask(pair, seconds=seconds, max_wait=0))
+    except ChildError as error:
         fix = "correct the function: it takes two strings, and returns a finite number"
-        raise InputError(f"{name} {reply['error']}", where=where, fix=fix)
-    return reply["value"]
+        problem = _describe(error, file, seconds)
+        raise InputError(f"{name} {problem}", where=where, fix=fix) from error
+    return tuple(values)
+
+
+def _describe(error: ChildError, file: Path, seconds: float) -> str:
+    """Return what went wrong; an exception with the last line of the user's file in it."""
+    details = error.details
+    if error.kind in ("time", "wait"):
+        return f"takes over {seconds:g} seconds"
+    if error.kind == "ended":
+        return "ended its process"
+    if error.kind == "garbled":
+        return f"writes lines of its own where the values go: {details['message']}"
+    if details["type"] == NotFiniteError.__name__:
+        return details["message"]
+    message = f"raised {details['type']}: {details['message']}"[:300]
+    lines = [line for name, line in details["frames"] if name == str(file.absolute())]
+    return f"{message} ({file.name}:{lines[-1]})" if lines else message
+
+
+# ---------------------------------------------------------------- the child
+
+
+class NotFiniteError(ValueError):
+    """A function that returned something else than a finite number."""
+
+
+def load_metric(file_and_function: Sequence[str]) -> Callable[[Sequence[str]], float]:
+    """Return the job of the child: the value of a pair."""
+    path = Path(file_and_function[0])
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    score: Callable[[str, str], Any] = getattr(module, file_and_function[1])
+    return lambda pair: _make_number(score(*pair))
+
+
+def _make_number(value: Any) -> float:
+    """Return a finite number (also a bool or a NumPy scalar) as a float."""
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise NotFiniteError(f"returned {value!r:.60}, which is not a finite number")
+    return number

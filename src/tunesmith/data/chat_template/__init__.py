@@ -7,12 +7,11 @@ guessing afterwards. Five steps, one module each:
     1. conversation.py      Messages are normalized as transformers does (thinking under both of its
                             keys, tool-call arguments as the template expects them), and every
                             string becomes a `TrackedStr`: text plus the message it comes from.
-    2. template.py          The chat template renders them in a sandbox. `tracked_str.py` and
-                            `tracked_env.py` replace the operations that make or print text
-                            (`+`, `trim`, `join`, `tojson`, ...). `jinja_env.py` renders the same
-                            messages with plain Jinja: the two texts must be equal, or the row is
-                            refused. `sandbox_limits.py` and `sandbox_checks.py` bound what a
-                            hostile template can compute.
+    2. template.py          The chat template renders them in a sandbox (`sandbox.py`).
+                            `tracked_str.py` and `tracked_env.py` replace the operations that make
+                            or print text (`+`, `trim`, `join`, `tojson`, ...). Plain Jinja renders
+                            the same messages: the two texts must be equal, or the row is refused.
+                            A template that is not well known does so in a guarded process.
     3. assistant_spans.py   The characters of each trained answer: from the end of the generation
                             prompt through the end token. `template_probe.py` renders made-up
                             messages once per template to learn which token that is.

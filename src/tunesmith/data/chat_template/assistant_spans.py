@@ -21,8 +21,9 @@ from itertools import chain
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import CharSpan, Example
-from tunesmith.data.chat_template.conversation import SPLIT_FIX, Conversation
+from tunesmith.data.chat_template.conversation import Conversation
 from tunesmith.data.chat_template.encode import EncodedText, TrackedText
+from tunesmith.data.chat_template.template import SPLIT_FIX
 from tunesmith.data.chat_template.tracked_str import (
     FIELDS,
     TOOLS,

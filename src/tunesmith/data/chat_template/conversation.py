@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,27 +25,18 @@ from tunesmith.core.json_io import (
     measure_depth,
 )
 from tunesmith.core.types import Json
-from tunesmith.data.chat_template.sandbox_limits import MAX_WORK
-from tunesmith.data.chat_template.template import ChatTemplate, RowSteps
-from tunesmith.data.chat_template.tracked_str import (
-    TEMPLATE,
-    TOOLS,
-    TrackedStr,
-    make_origin,
-    track_str,
+from tunesmith.data.chat_template.compiled_template import (
+    REASONING_KEYS,
+    TemplateInput,
+    TemplateVariables,
+    build_context,
 )
+from tunesmith.data.chat_template.template import ChatTemplate
+from tunesmith.data.chat_template.tracked_str import TrackedStr
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 TEMPLATE_KWARGS_KEY = "chat_template_kwargs"  # the recipe's key
-TRACKED_COST = 2  # a step takes twice as long in a render with origins
-# Of all renders of a row: some 2 or 3 s. Their characters have bounds of their own.
-MAX_ROW_STEPS = 6 * MAX_WORK
-SPLIT_FIX = "split the row, or set `train: false` on some answers"
 MAX_CALL_DEPTH = 100  # of arguments in JSON text; those of an object are bounded with its row
-_FIELD_BY_KEY = {"content": "content", "tool_calls": "tool_calls"} | dict.fromkeys(
-    REASONING_KEYS, "reasoning"
-)
 _WORD = re.compile(r"[A-Za-z][\w-]*")
 
 
@@ -60,20 +51,11 @@ class TemplateQuirks:
     has_arguments: bool = True  # of tool calls, in any form
 
 
-class TemplateVariables:
-    """Variables of a template besides the conversation: special tokens and the user's settings.
-    Their text counts as the template's."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.plain = dict(values)
-        self.tracked = track_value(self.plain, TEMPLATE)
-
-
 def list_settable_names(
     templates: Iterable[ChatTemplate], special_token_names: Iterable[str]
 ) -> list[str]:
     """Return the variables of templates that a user may set."""
-    reserved = {*_build_context([], None, False), *special_token_names}
+    reserved = {*build_context([], None, False), *special_token_names}
     names: set[str] = set()
     for template in templates:
         names |= template.undeclared_variables - reserved
@@ -84,7 +66,7 @@ def refuse_unused_kwargs(
     names: Iterable[str], templates: Iterable[ChatTemplate], special_token_names: Iterable[str]
 ) -> None:
     """Raise InputError for a variable in `names` that no template uses, or that is reserved."""
-    reserved = {*_build_context([], None, False), *special_token_names}
+    reserved = {*build_context([], None, False), *special_token_names}
     used_names = list_settable_names(templates, special_token_names)
     for name in names:
         if name in reserved:
@@ -110,7 +92,6 @@ class Conversation:
     ) -> None:
         """Raises InputError for a role that the template does not support."""
         self.template = template
-        self.variables = variables
         self.quirks = quirks
         self.messages: list[Json] = []
         for message in messages:
@@ -119,10 +100,9 @@ class Conversation:
         self.assistant_indices = frozenset(
             i for i, message in enumerate(self.messages) if message.get("role") == "assistant"
         )
-        self._steps = RowSteps()
-        self._tracked_messages = [
-            self._track_message(i, message) for i, message in enumerate(self.messages)
-        ]
+        for message in self.messages:
+            self._check_role(message.get("role"))
+        self._input = TemplateInput(self.messages, self.tools, variables)
 
     def _map_developer_role(self, message: Json) -> Json:
         """Rename OpenAI's developer role to system, unless the template supports it."""
@@ -132,74 +112,25 @@ class Conversation:
 
     def render(self, count: int, *, add_generation_prompt: bool = False) -> TrackedStr:
         """Render the first `count` messages. Raises InputError if the template refuses them."""
-        messages = self._tracked_messages[:count]
-        context = _build_context(messages, self._tracked_tools, add_generation_prompt)
-        text = self.template.render(self.variables.tracked | context, self._steps)
-        self._check_steps()
-        return text
+        return self.template.render(self._input, count, has_prompt=add_generation_prompt)
 
     def render_plain(self, count: int, *, add_generation_prompt: bool = False) -> str:
         """Render the first `count` messages with plain Jinja, as inference engines do."""
-        context = _build_context(self.messages[:count], self.tools, add_generation_prompt)
-        text = self.template.render_plain(self.variables.plain | context, self._steps)
-        self._check_steps()
-        return text
-
-    def _check_steps(self) -> None:
-        if self._steps.plain + TRACKED_COST * self._steps.tracked > MAX_ROW_STEPS:
-            message = (
-                f"rendering each trained turn of the {len(self.messages):,} messages with all"
-                " messages before it is too much work for the chat template"
-            )
-            raise InputError(message, fix=SPLIT_FIX)
+        return self.template.render_plain(self._input, count, has_prompt=add_generation_prompt)
 
     @cached_property
     def full_plain_text(self) -> str:
         return self.render_plain(len(self.messages))
 
-    @cached_property
-    def _tracked_tools(self) -> list[Any] | None:
-        return None if self.tools is None else track_value(self.tools, TOOLS)
-
-    def _track_message(self, index: int, message: Json) -> dict[TrackedStr, Any]:
-        tracked: dict[TrackedStr, Any] = {}
-        for key, value in message.items():
-            origin = make_origin(index, _FIELD_BY_KEY.get(key, "other"))
-            tracked[track_str(key, origin)] = track_value(value, origin)
-        tracked[track_str("role")] = track_str(self._check_role(message.get("role")))
-        return tracked
-
-    def _check_role(self, role: Any) -> str:
+    def _check_role(self, role: Any) -> None:
         if isinstance(role, str):
             is_literal = role in self.template.literals and _WORD.fullmatch(role)
             if role in ROLES or is_literal:
-                return role
+                return
         raise InputError(
             f"the chat template does not support the role {role!r}",
             fix=f"use one of {', '.join(sorted(ROLES))}",
         )
-
-
-def _build_context(
-    messages: list[Any], tools: list[Any] | None, add_generation_prompt: bool
-) -> dict[str, Any]:
-    return {
-        "messages": messages,
-        "tools": tools,
-        "documents": None,
-        "add_generation_prompt": add_generation_prompt,
-    }
-
-
-def track_value(value: Any, origin: int) -> Any:
-    """Return a JSON value with all its strings, keys included, tracked to one origin."""
-    if isinstance(value, str):
-        return track_str(value, origin)
-    if isinstance(value, dict):
-        return {track_str(key, origin): track_value(inner, origin) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [track_value(inner, origin) for inner in value]
-    return value
 
 
 def _normalize_message(message: Json, quirks: TemplateQuirks) -> Json:

@@ -19,12 +19,8 @@ from typing import Any
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Example, Json
-from tunesmith.data.chat_template.conversation import (
-    SPLIT_FIX,
-    TEMPLATE_KWARGS_KEY,
-    list_settable_names,
-)
-from tunesmith.data.chat_template.template import ChatTemplate
+from tunesmith.data.chat_template.conversation import TEMPLATE_KWARGS_KEY, list_settable_names
+from tunesmith.data.chat_template.template import SPLIT_FIX, ChatTemplate
 from tunesmith.data.tokenizer.chat_tokenizer import TOO_LONG_FIX, ChatTokenizer
 
 MAX_TRIES = 200

@@ -1,63 +1,38 @@
-"""A compiled chat template: messages in, tracked text out.
+"""A chat template: a conversation in, tracked text out.
 
-    ChatTemplate(source).render(variables)       -> TrackedStr
-    ChatTemplate(source).render_plain(variables) -> str, by plain Jinja as inference engines render
+    ChatTemplate(source, now).render(chat, count)       -> TrackedStr
+    ChatTemplate(source, now).render_plain(chat, count) -> str, by plain Jinja
+    find_templates(folder, override, now)               -> the templates of a model folder
 
-The syntax tree is rewritten so that string literals are tracked and all work is charged to a budget
-(`sandbox_limits.py`). Both renders must give the same text, and neither runs without a budget."""
+Templates of well-known models (`popular_templates.txt`) run here. Any other is never even parsed
+here: it compiles and renders in a guarded process, whose processor time and memory are limited far
+above what honest rows take. What exceeds them is refused, not waited for."""
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
 from datetime import datetime
+from functools import cache
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes
-from jinja2.exceptions import SecurityError
-
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.json_io import read_file, read_json_object
-from tunesmith.data.chat_template.jinja_env import PlainEnvironment
-from tunesmith.data.chat_template.sandbox_limits import CostTransformer, LimitedEnvironment
-from tunesmith.data.chat_template.tracked_env import TrackedEnvironment
-from tunesmith.data.chat_template.tracked_str import (
-    RenderLimitError,
-    TrackedStr,
-    UntrackedTextError,
-    track_str,
-)
+from tunesmith.core.types import Json
+from tunesmith.data.chat_template.compiled_template import CompiledTemplate, TemplateInput
+from tunesmith.data.chat_template.tracked_str import TrackedStr
+from tunesmith.data.guarded_process import ChildError, GuardedProcess
 
-# What a template of a stranger can raise while it is compiled or rendered. Signals (Interrupted)
-# and MemoryError are none of it, and pass.
-TEMPLATE_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    SyntaxError,
-    TemplateError,
-    TypeError,
-    ValueError,
-)
 MAX_SOURCE = 100_000  # characters; the largest real templates have 20,000
 MAX_SOURCE_BYTES = 4 * MAX_SOURCE
-MAX_NODES = 30_000  # of the syntax tree
-MAX_PARTS = 300  # macros and blocks; branches of one condition; terms of one comparison
-
-
-@dataclass
-class RowSteps:
-    """The steps of all renders of a row, as `LimitedEnvironment` counts them."""
-
-    plain: int = 0
-    tracked: int = 0
+MAX_SECONDS = 60.0  # of processor time, of a row: honest ones take milliseconds on any machine
+MAX_CHILD_BYTES = 2**30
+HASH_FILE = Path(__file__).with_name("popular_templates.txt")
+SPLIT_FIX = "split the row, or set `train: false` on some answers"
+LIMIT_FIX = "check the template: no chat needs that much work; or set another `chat_template`"
 
 
 class ChatTemplate:
@@ -71,135 +46,122 @@ class ChatTemplate:
             raise InputError(f"the chat template has more than {MAX_SOURCE} characters", where=name)
         self.source = source
         self.name = name
-        self._lock = threading.Lock()  # the budget of a render is state of the environment
-        self._tracked_environment = TrackedEnvironment(now)
-        self._plain_environment = PlainEnvironment(now)
+        self._failure: InputError | None = None
+        self._identity: Json = {"source": source, "now": now.isoformat(), "name": name}
+        self._compiled: CompiledTemplate | None = None
+        if is_popular(source):
+            self._compiled = CompiledTemplate(source, now=now, name=name)
+            facts = self._compiled.facts
+        else:
+            facts = self._ask({})
+        self.literals = frozenset(facts["literals"])
+        self.undeclared_variables = frozenset(facts["names"])
+        self.compared_values = {key: frozenset(texts) for key, texts in facts["compared"].items()}
+
+    def render(self, chat: TemplateInput, count: int, *, has_prompt: bool = False) -> TrackedStr:
+        """Render the first `count` messages to tracked text, with the generation prompt if
+        `has_prompt`. Raises InputError with the template's line; the caller adds the row."""
+        if self._compiled is None:
+            reply = self._ask_render(chat, count, has_prompt, is_plain=False)
+            return TrackedStr(reply["text"], tuple(reply["runs"]))
+        started = time.thread_time()
+        text = self._compiled.render(chat.build_tracked_context(count, has_prompt=has_prompt))
+        self._charge_seconds(chat, time.thread_time() - started)
+        return text
+
+    def render_plain(self, chat: TemplateInput, count: int, *, has_prompt: bool = False) -> str:
+        """Render the same with plain Jinja."""
+        if self._compiled is None:
+            return self._ask_render(chat, count, has_prompt, is_plain=True)["text"]
+        started = time.thread_time()
+        text = self._compiled.render_plain(chat.build_context(count, has_prompt=has_prompt))
+        self._charge_seconds(chat, time.thread_time() - started)
+        return text
+
+    def _charge_seconds(self, chat: TemplateInput, seconds: float) -> None:
+        """Add a render to the time of its row. Raises InputError for a row that takes too long."""
+        chat.seconds += seconds
+        if chat.seconds > MAX_SECONDS:
+            message = (
+                f"rendering each trained turn of the {len(chat.messages):,} messages with all"
+                f" messages before it takes over {MAX_SECONDS:g} seconds of a processor"
+            )
+            raise InputError(message, fix=SPLIT_FIX)
+
+    def _ask_render(
+        self, chat: TemplateInput, count: int, has_prompt: bool, *, is_plain: bool
+    ) -> Json:
+        request = {
+            "messages": chat.messages[:count],
+            "tools": chat.tools,
+            "variables": chat.variables.plain,
+            "count": count,
+            "has_prompt": has_prompt,
+            "is_plain": is_plain,
+        }
+        reply = self._ask(request)
+        self._charge_seconds(chat, reply["seconds"])
+        return reply
+
+    def _ask(self, request: Json) -> Json:
+        """Ask the guarded process. A template that once exceeded its limits is not asked again, so
+        that a data set is refused as fast as a row."""
+        if self._failure is not None:
+            raise self._failure
         try:
-            self._compile()
-        except TemplateSyntaxError as error:
-            message = f"the chat template is not valid Jinja: {error.message}"
-            raise InputError(message, where=f"{name}:{error.lineno}") from error
-        except TEMPLATE_ERRORS as error:
-            message = f"the chat template cannot be compiled: {_explain_error(error)}"
-            fix = "check the template for `break` outside loops, names used twice, deep nesting"
-            raise InputError(message, where=name, fix=fix) from error
+            return _get_process().ask(self._identity | request)
+        except ChildError as error:
+            self._refuse(error)
 
-    def _compile(self) -> None:
-        tree = self._plain_environment.parse(self.source)
-        _check_size(tree)
-        constants = [node.value for node in tree.find_all(nodes.Const)]
-        literals = {value for value in constants if isinstance(value, str)}
-        literals |= {node.data for node in tree.find_all(nodes.TemplateData)}
-        self.literals = frozenset(literals)
-        self.compared_values = _find_compared_values(tree)  # first: `meta` folds constants
-        names = meta.find_undeclared_variables(tree) - set(self._plain_environment.globals)
-        self.undeclared_variables = frozenset(names)
-        tracking = _TrackingTransformer(self._tracked_environment)
-        self._tracked_template = _compile_template(self._tracked_environment, self.source, tracking)
-        self._plain_template = _compile_template(
-            self._plain_environment, self.source, CostTransformer()
-        )
-
-    def render(self, variables: Mapping[str, Any], row_steps: RowSteps | None = None) -> TrackedStr:
-        """Render tracked text and count its steps in those of the row. Raises InputError with the
-        template's line; the caller adds the row."""
-        environment = self._tracked_environment
-        with self._lock, self._explained_errors(self._tracked_template):
-            environment.start_budget()
-            context = self._tracked_template.new_context(dict(variables))
-            text = environment.concat_output(self._tracked_template.root_render_func(context))
-            if row_steps is not None:
-                row_steps.tracked += environment.num_steps
-            return text
-
-    def render_plain(self, variables: Mapping[str, Any], row_steps: RowSteps | None = None) -> str:
-        """Render the same with plain Jinja, under a budget of the same size."""
-        environment = self._plain_environment
-        with self._lock, self._explained_errors(self._plain_template):
-            environment.start_budget()
-            context = self._plain_template.new_context(dict(variables))
-            pieces = self._plain_template.root_render_func(context)
-            text = "".join(environment.limit_output(pieces))
-            if row_steps is not None:
-                row_steps.plain += environment.num_steps
-            return text
-
-    @contextmanager
-    def _explained_errors(self, template: Template) -> Iterator[None]:
-        try:
-            yield
-        except TEMPLATE_ERRORS as error:
-            line = _find_template_line(error.__traceback__, template)
-            location = f"{self.name}, line {line}: " if line else f"{self.name}: "
-            # an f-string, since `+` refuses to mix plain text with the template's tracked message
-            message = f"{location}{_explain_error(error)}"
-            raise InputError(message, fix=_suggest_fix(error)) from error
+    def _refuse(self, error: ChildError) -> NoReturn:
+        details = error.details
+        if error.kind == "wait":
+            message = "the process of the chat template got too little time"
+            raise MachineError(message, fix="stop other programs") from error
+        if error.kind == "raised" and details["type"] == "InputError":
+            raise InputError(details["message"], where=details["where"], fix=details["fix"])
+        problem = f"takes over {MAX_SECONDS:g} seconds of a processor"
+        if error.kind == "raised" and details["type"] != "MemoryError":
+            problem = f"fails: {details['type']}: {details['message']:.300}"
+        elif error.kind != "time":
+            problem = "needs too much memory"
+        self._failure = InputError(f"{self.name}: a render {problem}", fix=LIMIT_FIX)
+        raise self._failure from error
 
 
-def _check_size(tree: nodes.Template) -> None:
-    """Raise RenderLimitError for a syntax tree that would take long to compile."""
-    num_nodes = num_functions = 0
-    todo: list[nodes.Node] = [tree]
-    while todo:
-        node = todo.pop()
-        num_nodes += 1
-        num_functions += isinstance(node, (nodes.Macro, nodes.Block))
-        num_branches = len(node.elif_) if isinstance(node, nodes.If) else 0
-        num_terms = len(node.ops) if isinstance(node, nodes.Compare) else 0
-        if max(num_functions, num_branches, num_terms) > MAX_PARTS:
-            parts = "macros and blocks, branches of a condition or terms of a comparison"
-            raise RenderLimitError(f"more than {MAX_PARTS} {parts}")
-        if num_nodes > MAX_NODES:
-            raise RenderLimitError(f"more than {MAX_NODES} expressions")
-        todo += node.iter_child_nodes()
+class _TemplateProcess:
+    """The guarded process of all unknown templates, started anew after it ended."""
+
+    def __init__(self) -> None:
+        self._child: GuardedProcess | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, request: Json) -> Json:
+        with self._lock:
+            if self._child is None or self._child.failure is not None:
+                job = "tunesmith.data.chat_template.compiled_template:start_templates"
+                self._child = GuardedProcess(
+                    job, None, load_seconds=MAX_SECONDS, max_bytes=MAX_CHILD_BYTES
+                )
+            child = self._child
+        return child.ask(request, seconds=MAX_SECONDS)
 
 
-def _find_compared_values(tree: nodes.Template) -> dict[str, frozenset[str]]:
-    values: dict[str, frozenset[str]] = {}
-    for node in tree.find_all(nodes.Compare):
-        names = {name.name for name in node.find_all(nodes.Name)}
-        constants = [constant.value for constant in node.find_all(nodes.Const)]
-        texts = frozenset(value for value in constants if isinstance(value, str))
-        for name in names:
-            values[name] = values.get(name, frozenset()) | texts
-    return values
+@cache
+def _get_process() -> _TemplateProcess:
+    return _TemplateProcess()
 
 
-def _compile_template(
-    environment: LimitedEnvironment, source: str, transformer: CostTransformer
-) -> Template:
-    tree = transformer.visit(environment.parse(source))
-    tree.set_environment(environment)
-    code = environment.compile(tree)
-    return Template.from_code(environment, code, environment.make_globals(None))
+@cache
+def _load_popular_hashes() -> frozenset[str]:
+    lines = HASH_FILE.read_text("utf-8").splitlines()
+    return frozenset(line.split()[0] for line in lines if line and not line.startswith("#"))
 
 
-def _explain_error(error: BaseException) -> str:
-    if isinstance(error, RecursionError):
-        return "infinite recursion"
-    if isinstance(error, SyntaxError):  # Python's own; its location is that of compiled code
-        return error.msg
-    return str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-
-
-def _suggest_fix(error: BaseException) -> str:
-    if isinstance(error, (UntrackedTextError, SecurityError)):
-        return "write this part of the template with +, ~, trim, replace, join, split or tojson"
-    if isinstance(error, RenderLimitError):
-        return "check the template: no chat needs that much work"
-    return "change the row to what the template expects, or set another `chat_template`"
-
-
-def _find_template_line(trace: TracebackType | None, template: Template) -> int:
-    """Return the template line of an error, from the innermost frame of compiled template code, or
-    0."""
-    line = 0
-    while trace is not None:
-        is_compiled_code = trace.tb_frame.f_globals.get("__jinja_template__") is template
-        if is_compiled_code and trace.tb_lineno is not None:  # None at a few instructions
-            line = template.get_corresponding_lineno(trace.tb_lineno)
-        trace = trace.tb_next
-    return line
+def is_popular(source: str) -> bool:
+    """Return whether a template is one of a well-known model, which runs in this process."""
+    digest = hashlib.sha256(source.rstrip().encode(errors="surrogatepass")).hexdigest()
+    return digest in _load_popular_hashes()
 
 
 def find_templates(folder: Path, override: Path | None, now: datetime) -> dict[str, ChatTemplate]:
@@ -250,29 +212,3 @@ def _read_source(path: Path) -> str:
         return content.decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise InputError(f"the chat template cannot be read: {error}", where=str(path)) from error
-
-
-class _TrackingTransformer(CostTransformer):
-    """Replace string literals by tracked text, unless they are only looked up or compared."""
-
-    def __init__(self, environment: TrackedEnvironment) -> None:
-        self.environment = environment
-        self.num_literals = 0
-
-    def visit_Const(self, node: nodes.Const) -> nodes.Expr:
-        if not isinstance(node.value, str):
-            return node
-        self.num_literals += 1
-        name = f"text_{self.num_literals}"
-        setattr(self.environment, name, track_str(node.value))
-        return nodes.EnvironmentAttribute(name, lineno=node.lineno)
-
-    def visit_Output(self, node: nodes.Output) -> nodes.Node:
-        parts: list[nodes.Expr] = []
-        for part in node.nodes:
-            if isinstance(part, nodes.Const):
-                parts.append(nodes.TemplateData(str(part.value), lineno=part.lineno))
-            else:
-                parts.append(self.visit(part))
-        node.nodes = parts
-        return node

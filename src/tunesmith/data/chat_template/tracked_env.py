@@ -1,83 +1,137 @@
 """The Jinja environment of tracked renders: tracked versions of all that makes or prints text.
 
-What has no tracked version is refused by name when a render reaches it. `sandbox_limits.py` bounds
-the cost of everything here."""
+    TrackedEnvironment(now)       renders tracked strings
+    TrackingTransformer(env)      rewrites a syntax tree: literals are tracked, `+` and `~` chains
+                                  become one filter call each
+
+What has no tracked version is refused by name when a render reaches it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any
 
+from jinja2 import TemplateSyntaxError, nodes
 from jinja2.filters import FILTERS, do_title
+from jinja2.visitor import NodeTransformer
 
-from tunesmith.data.chat_template.jinja_env import (
-    dump_plain_json,
-    format_date,
-    get_jinja_globals,
-    get_jinja_settings,
-)
-from tunesmith.data.chat_template.sandbox_checks import DIRECTIVE, add_terms, check_directives
-from tunesmith.data.chat_template.sandbox_limits import (
+from tunesmith.data.chat_template.sandbox import (
     ALLOWED_FILTERS,
-    CHARS_PER_TICK,
-    LimitedEnvironment,
+    SandboxEnvironment,
+    dump_plain_json,
 )
 from tunesmith.data.chat_template.tracked_str import (
     TrackedStr,
     UntrackedTextError,
     concat,
-    count_runs,
     find_shared_origin,
     remap,
     stringify,
     track_str,
 )
 
+MAX_INDENT = 64
+DIRECTIVE = re.compile(r"%(.)?", re.DOTALL)
 _MISSING = object()
 
 
-class TrackedEnvironment(LimitedEnvironment):
-    def __init__(self, now: datetime) -> None:
-        functions = get_jinja_globals()
-        functions["strftime_now"] = lambda date_format: track_str(format_date(now, date_format))
-        super().__init__(_FILTERS, functions, finalize=stringify, **get_jinja_settings())
-        self.concat = self._concat
+class TrackedEnvironment(SandboxEnvironment):
+    intercepted_binops = frozenset({"%"})
 
-    def charge(self, value: Any) -> Any:
-        if type(value) is TrackedStr:
-            self.work += count_runs(value) // CHARS_PER_TICK
-        return super().charge(value)
+    def __init__(self, now: datetime) -> None:
+        def strftime(date_format: str) -> TrackedStr:
+            return track_str(now.strftime(date_format))
+
+        super().__init__(_FILTERS, strftime, finalize=stringify)
+        self.concat = self.concat_output
 
     def concat_output(self, pieces: Iterable[str]) -> TrackedStr:
         """Join output: expressions print tracked text, plain pieces are the template's text."""
         tracked: list[TrackedStr] = []
-        for piece in self.limit_output(pieces):
+        for piece in pieces:
             tracked.append(piece if type(piece) is TrackedStr else track_str(piece))
         return concat(tracked)
 
-    def _concat(self, pieces: Iterable[str]) -> TrackedStr:
-        return self.charge(self.concat_output(pieces))
-
-    def apply_binop(self, operator: str, first: Any, second: Any) -> Any:
-        """Apply `*`, `%` or `**`; `+` and `~` are filters, which take a whole chain at once."""
-        if operator == "%" and isinstance(first, str):
+    def call_binop(self, *args: Any, **_: Any) -> Any:
+        """Apply `%`, the only intercepted operator."""
+        first, second = args[2:]
+        if isinstance(first, str):
             return _format_percent(stringify(first), second)
-        return super().apply_binop(operator, first, second)
+        return first % second
+
+
+class TrackingTransformer(NodeTransformer):
+    """Replace string literals by tracked text, unless they are only looked up or compared."""
+
+    def __init__(self, environment: TrackedEnvironment) -> None:
+        self.environment = environment
+        self.num_literals = 0
+
+    def visit_Const(self, node: nodes.Const) -> nodes.Expr:
+        if not isinstance(node.value, str):
+            return node
+        self.num_literals += 1
+        name = f"text_{self.num_literals}"
+        setattr(self.environment, name, track_str(node.value))
+        return nodes.EnvironmentAttribute(name, lineno=node.lineno)
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+        parts: list[nodes.Expr] = []
+        for part in node.nodes:
+            if isinstance(part, nodes.Const):
+                parts.append(nodes.TemplateData(str(part.value), lineno=part.lineno))
+            else:
+                parts.append(self.visit(part))
+        node.nodes = parts
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+        node.node = self.visit(node.node)
+        if not isinstance(node.arg, nodes.Const):  # a literal key is only looked up
+            node.arg = self.visit(node.arg)
+        return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Expr:
+        for operand in [node, *node.ops]:
+            if not isinstance(operand.expr, nodes.Const):
+                operand.expr = self.visit(operand.expr)
+        return node
+
+    def visit_Add(self, node: nodes.Add) -> nodes.Expr:
+        terms: list[nodes.Expr] = []
+        first_term: nodes.Expr = node
+        while isinstance(first_term, nodes.Add):
+            terms.append(first_term.right)
+            first_term = first_term.left
+        return self._make_chain("+", [first_term, *reversed(terms)], node.lineno)
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
+        return self._make_chain("~", node.nodes, node.lineno)
+
+    def visit_ScopedEvalContextModifier(self, node: nodes.ScopedEvalContextModifier) -> nodes.Node:
+        # what it prints would pass for the template's own text
+        raise TemplateSyntaxError("autoescape is not supported in chat templates", node.lineno)
+
+    def _make_chain(self, name: str, terms: list[nodes.Expr], line: int) -> nodes.Expr:
+        chain = nodes.List([self.visit(term) for term in terms], lineno=line)
+        return nodes.Filter(chain, name, [], [], None, None, lineno=line)
 
 
 # ---------------------------------------------------------------- operators
 
 
 def _format_percent(pattern: TrackedStr, values: Any) -> TrackedStr:
-    """Format %s and %%; other directives are refused."""
-    check_directives(pattern)
+    """Format %s and %%; other directives are refused, since they have widths."""
     arguments = iter(values if isinstance(values, tuple) else (values,))
     pieces: list[str] = []
     position = 0
     for match in DIRECTIVE.finditer(pattern):
         pieces.append(pattern[position : match.start()])
         position = match.end()
+        if match[1] not in ("s", "%"):
+            raise UntrackedTextError(f"{match[0]} in a % format")
         if match[1] == "%":
             pieces.append(pattern[position - 1])
             continue
@@ -93,7 +147,10 @@ def _format_percent(pattern: TrackedStr, values: Any) -> TrackedStr:
 def _add_tracked(values: list[Any]) -> Any:
     if all(type(value) is TrackedStr for value in values):
         return concat(values)
-    return add_terms(values)
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
 
 
 # ---------------------------------------------------------------- filters
@@ -112,6 +169,8 @@ def _replace_tracked(text: Any, old: str, new: str, count: int | None = None) ->
 def _indent_tracked(
     text: Any, width: int = 4, first: bool = False, blank: bool = False
 ) -> TrackedStr:
+    if not isinstance(width, int) or width > MAX_INDENT:
+        raise UntrackedTextError(f"indent by a text or by more than {MAX_INDENT}")
     margin = track_str(" " * width)
     newline = track_str("\n")
     lines: list[TrackedStr] = []

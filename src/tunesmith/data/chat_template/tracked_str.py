@@ -21,9 +21,6 @@ TEMPLATE = 0
 VALUE = 1
 TOOLS = 2
 FIELDS = ("content", "reasoning", "tool_calls", "other")
-MAX_CHARS = 10_000_000  # per text that a template makes
-MAX_ITEMS = 250_000  # per list or structure that a template makes
-MAX_RUNS = 250_000  # of different origins in one text
 
 Runs = tuple[int, ...]
 
@@ -33,10 +30,6 @@ class UntrackedTextError(TemplateError):
 
     def __init__(self, construct: str) -> None:
         super().__init__(f"{construct} is not supported: it hides which message a text comes from")
-
-
-class RenderLimitError(TemplateError):
-    """A template that makes more text, items or work than any chat needs."""
 
 
 def make_origin(message: int, field: str) -> int:
@@ -77,14 +70,8 @@ class TrackedStr(str):
 
     def __mul__(self, times: SupportsIndex) -> TrackedStr:
         times = max(0, times.__index__())
-        if len(self) * times > MAX_CHARS:
-            raise RenderLimitError(f"a text repeated {times} times")
         runs = self._runs
-        if len(runs) == 2:
-            runs = (runs[0] * times, runs[1])
-        else:
-            _check_runs(len(runs) * times)
-            runs = runs * times
+        runs = (runs[0] * times, runs[1]) if len(runs) == 2 else runs * times
         return TrackedStr(str.__mul__(self, times), runs)
 
     def __rmul__(self, times: SupportsIndex) -> TrackedStr:
@@ -150,8 +137,6 @@ class TrackedStr(str):
         return TrackedStr(str.__getitem__(self, key), tuple(chain.from_iterable(spans)))
 
     def __iter__(self) -> Iterator[TrackedStr]:
-        if len(self) > MAX_ITEMS:
-            raise RenderLimitError(f"a loop over {len(self)} characters")
         return (self._slice(index, index + 1) for index in range(len(self)))
 
     def lstrip(self, chars: str | None = None, /) -> TrackedStr:
@@ -183,8 +168,6 @@ class TrackedStr(str):
         return [line._slice(0, len(bare)) for line, bare in bare_lines]
 
     def _track_parts(self, texts: list[str], separator: str | None) -> list[TrackedStr]:
-        if len(texts) > MAX_ITEMS:
-            raise RenderLimitError(f"a text split into {len(texts)} parts")
         pieces: list[TrackedStr] = []
         position = 0
         for text in texts:
@@ -236,18 +219,13 @@ def track_str(text: str, origin: int = TEMPLATE) -> TrackedStr:
 def concat(pieces: Sequence[str]) -> TrackedStr:
     """Join tracked texts without a separator."""
     runs: list[int] = []
-    size = 0
     for piece in pieces:
         if type(piece) is TrackedStr:
-            size += len(piece)
-            if size > MAX_CHARS:
-                raise RenderLimitError(f"a text of more than {MAX_CHARS} characters")
             piece_runs = piece._runs
             if runs and piece_runs and runs[-1] == piece_runs[1]:
                 runs[-2] += piece_runs[0]
                 piece_runs = piece_runs[2:]
             runs += piece_runs
-            _check_runs(len(runs))
         elif not _is_empty(piece):
             raise TypeError(f"expected a text, got {type(piece).__name__}")
     return TrackedStr("".join(pieces), tuple(runs))
@@ -269,8 +247,7 @@ def stringify(value: Any) -> TrackedStr:
         return value
     if isinstance(value, str):
         return require_tracked(value)
-    origin = find_shared_origin(value)  # first, since it bounds the size
-    return track_str(str(value), origin)
+    return track_str(str(value), find_shared_origin(value))
 
 
 def find_shared_origin(value: Any) -> int:
@@ -278,22 +255,16 @@ def find_shared_origin(value: Any) -> int:
     several."""
     origins: set[int] = set()
     stack = [value]
-    num_items = num_chars = 0
     while stack:
         item = stack.pop()
-        num_items += 1
         if isinstance(item, str):
             origins.update(require_tracked(item)._runs[1::2])
-            num_chars += len(item)
         elif isinstance(item, dict):
             stack += [*item, *item.values()]
         elif isinstance(item, (list, tuple)):
             stack += item
         elif not isinstance(item, (int, float, type(None), Undefined)):
             raise UntrackedTextError(f"a {type(item).__name__} as text")
-        if num_items + len(stack) > MAX_ITEMS or num_chars > MAX_CHARS:
-            limits = f"{MAX_ITEMS} parts or {MAX_CHARS} characters"
-            raise RenderLimitError(f"a structure of more than {limits}")
     writers = origins - {TEMPLATE}
     if not origins or len(writers) > 1:
         return VALUE
@@ -329,14 +300,9 @@ def iter_spans(text: TrackedStr) -> Iterator[tuple[int, int, int]]:
         yield start, end, current
 
 
-def _check_runs(num_numbers: int) -> None:
-    """Raise RenderLimitError for too many runs, each of two numbers."""
-    if num_numbers > 2 * MAX_RUNS:
-        raise RenderLimitError(f"a text of more than {MAX_RUNS} parts of different origin")
-
-
-def count_runs(text: TrackedStr) -> int:
-    return len(text._runs) // 2
+def get_runs(text: TrackedStr) -> Runs:
+    """Return (length, origin, ...), from which `TrackedStr(text, runs)` makes the text again."""
+    return text._runs
 
 
 def _is_empty(value: object) -> bool:

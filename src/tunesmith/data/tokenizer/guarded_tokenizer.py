@@ -1,49 +1,36 @@
-"""A tokenizer whose regular expressions are a stranger's: it encodes in a process with limits.
+"""A tokenizer whose regular expressions are a stranger's: it encodes in a guarded process.
 
     list_unknown_patterns(component) -> the regular expressions that no known tokenizer has
     GuardedTokenizer(data)           -> what ChatTokenizer needs of tokenizers.Tokenizer
+    load_tokenizer(tokenizer_json)   the job of the process
 
 A pattern can take cubic time or fill the memory, and the library cannot be interrupted. The process
-(`encode_worker.py`) tries the tokenizer first. One that is too slow once is refused from then on;
-its clock starts when the process has loaded the file, and counts the process's own processor time,
-so that a busy machine refuses no tokenizer. Threads take turns. Here a copy without patterns
-answers what needs none: the vocabulary and decoding."""
+tries the tokenizer first. One that is too slow once is refused from then on. Here a copy without
+patterns answers what needs none: the vocabulary and decoding."""
 
 from __future__ import annotations
 
 import json
 import os
-import selectors
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import tokenizers
 from tokenizers import Tokenizer
 
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.types import Json
+from tunesmith.data.guarded_process import ChildError, GuardedProcess
 
 MAX_SECONDS = 5.0  # of processor time per request, the first of which tries the tokenizer
-MAX_WAIT_SECONDS = 120.0  # longer, for a process that gets little of a processor
-MAX_START_SECONDS = 60.0  # until the interpreter has imported the library
 MIN_LOAD_SPEED = 2**19  # bytes of tokenizer.json per second
+MAX_BYTES = 2**30  # of memory, beside what the file itself needs
+BYTES_PER_CHAR = 20  # of tokenizer.json, in memory
 MAX_THREADS = 8  # each thread of the library takes address space, which is limited
-MAX_STDERR_CHARS = 500
-READY_LINE = b"ready\n"
 MAX_REQUEST_CHARS = 2**18
-WORKER_SCRIPT = Path(__file__).with_name("encode_worker.py")
+PROBES = ("x", " ", "\n", "1", "x ", "x\n", "x1", ".", "é", "x.")  # slow on bad patterns
+PROBE_REPEATS = 500
 PATTERN_STEPS = ("normalizer", "pre_tokenizer")
-LIBRARY_FOLDER = str(Path(str(tokenizers.__file__)).parent.parent)
-START_FIX = "run tunesmith by a Python interpreter that can import tokenizers"
 UNKNOWN_FIX = "do not use this model, or simplify the patterns in its tokenizer.json"
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 CASED_LETTERS = (
@@ -120,20 +107,21 @@ class GuardedTokenizer:
             raise InputError(message, fix=UNKNOWN_FIX)
         plain_data = data | dict.fromkeys(PATTERN_STEPS)
         self._plain_tokenizer = Tokenizer.from_str(json.dumps(plain_data))
-        self._problem = ""
-        self._subject = "the tokenizer"
-        self._lock = threading.Lock()
-        tokenizer_json = json.dumps(data).encode() + b"\n"
+        tokenizer_json = json.dumps(data)
+        self._threads = min(MAX_THREADS, os.cpu_count() or 1)
         load_seconds = MAX_SECONDS + len(tokenizer_json) / MIN_LOAD_SPEED
-        self._process = _start_process(load_seconds)
-        weakref.finalize(self, _end_process, self._process)
         try:
-            self._request(tokenizer_json, "when it is loaded", load_seconds)
-            self._subject = "a regular expression of the tokenizer"
-            self._answer({"probe": True}, "when it is tried")
-        except InputError:
-            _end_process(self._process)
-            raise
+            self._child = GuardedProcess(
+                "tunesmith.data.tokenizer.guarded_tokenizer:load_tokenizer",
+                tokenizer_json,
+                load_seconds=load_seconds,
+                max_bytes=MAX_BYTES + BYTES_PER_CHAR * len(tokenizer_json),
+                threads=self._threads,
+            )
+        except ChildError as error:
+            raise _explain_failure(error, "when it is loaded", load_seconds) from error
+        probes = [probe * PROBE_REPEATS for probe in PROBES]
+        self._answer({"texts": probes, "special": False}, "when it is tried")
 
     # ---- what runs patterns
 
@@ -151,14 +139,14 @@ class GuardedTokenizer:
                 request = {"texts": batch, "special": add_special_tokens}
                 where = f"on a text of {sum(map(len, batch)):,} characters"
                 reply = self._answer(request, where)
-                encodings += [_Encoding(ids) for ids in reply["ids"]]
+                encodings += [_Encoding(ids) for ids in reply]
                 batch = []
             if text is not None:
                 batch.append(text)
         return encodings
 
     def normalize_str(self, text: str) -> str:
-        return self._answer({"normalize": text}, f"on {len(text):,} characters")["text"]
+        return self._answer({"normalize": text}, f"on {len(text):,} characters")
 
     @property
     def normalizer(self) -> GuardedTokenizer:
@@ -177,114 +165,43 @@ class GuardedTokenizer:
 
     # ---- the process
 
-    def _answer(self, request: Json, where: str) -> Json:
-        line = json.dumps(request | {"seconds": MAX_SECONDS}).encode() + b"\n"
-        return self._request(line, where, MAX_SECONDS)
-
-    def _request(self, request: bytes, where: str, seconds: float) -> Json:
-        """Send a line and return the reply. Raises InputError if the library refuses it or takes
-        too long, and from then on."""
-        with self._lock:  # a reply belongs to the request before it
-            if self._problem:
-                raise InputError(self._problem, fix=UNKNOWN_FIX)
-            try:
-                line = self._send_request(request, seconds)
-            except BaseException:  # Ctrl-C, too: the reply would answer the next request
-                self._problem = "the tokenizer's process was interrupted"
-                _end_process(self._process)
-                raise
-            if line is None:  # other programs have the processors
-                self._problem = "the tokenizer's process got too little time"
-                _end_process(self._process)
-                raise MachineError(f"{self._problem} {where}", fix="stop other programs")
-            if not line and self._process.wait() == -signal.SIGPROF:
-                self._problem = f"{self._subject} takes over {seconds:.3g} seconds {where}"
-            elif not line:
-                self._problem = f"{self._subject} needs too much memory {where}"
-            if self._problem:
-                _end_process(self._process)
-                raise InputError(self._problem, fix=UNKNOWN_FIX)
-        reply = json.loads(line or b"")
-        if "error" in reply:
-            message = f"the tokenizers library cannot use this tokenizer: {reply['error'][:300]}"
-            raise InputError(message, fix="download the model again")
-        return reply
-
-    def _send_request(self, request: bytes, seconds: float) -> bytes | None:
-        """Return the reply to a request, b"" if the process ends, None if it takes too long."""
-        assert self._process.stdin is not None
-        deadline = time.monotonic() + seconds + MAX_WAIT_SECONDS
+    def _answer(self, request: Json, where: str) -> Any:
+        threads = max(1, min(self._threads, len(request.get("texts", ()))))
         try:
-            self._process.stdin.write(request)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return b""
-        return _read_line(self._process, deadline)
+            return self._child.ask(request, seconds=MAX_SECONDS, threads=threads)
+        except ChildError as error:
+            raise _explain_failure(error, where, MAX_SECONDS) from error
 
 
-# ---------------------------------------------------------------- the process
+def _explain_failure(error: ChildError, where: str, seconds: float) -> InputError | MachineError:
+    if error.kind == "wait":
+        message = f"the tokenizer's process got too little time {where}"
+        return MachineError(message, fix="stop other programs")
+    is_raised = error.kind == "raised"
+    if is_raised and error.details["type"] != "MemoryError":
+        reason = error.details["message"]
+        message = f"the tokenizers library cannot use this tokenizer: {reason:.300}"
+        return InputError(message, fix="download the model again")
+    if error.kind == "time":
+        message = f"a regular expression of the tokenizer takes over {seconds:.3g} seconds {where}"
+    else:
+        message = f"a regular expression of the tokenizer needs too much memory {where}"
+    return InputError(message, fix=UNKNOWN_FIX)
 
 
-def _start_process(load_seconds: float) -> subprocess.Popen[bytes]:
-    """Start the process and wait until it has imported the library. Raises MachineError."""
-    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as stderr:
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-I", str(WORKER_SCRIPT), LIBRARY_FOLDER, str(load_seconds)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                cwd=scratch,
-                env={**os.environ, "RAYON_NUM_THREADS": str(num_threads)},
-                start_new_session=True,  # Ctrl-C is for this process, which ends the other
-            )
-        except OSError as error:
-            message = f"the tokenizer's process cannot start: {error}"
-            raise MachineError(message, fix=START_FIX) from error
-        try:
-            line = _read_line(process, time.monotonic() + MAX_START_SECONDS)
-        except BaseException:  # Ctrl-C, too: nobody else would end the process
-            _end_process(process)
-            raise
-        if line == READY_LINE:
-            return process
-        _end_process(process)
-        raise MachineError(_describe_start(process, line, stderr), fix=START_FIX)
+def load_tokenizer(tokenizer_json: str) -> Callable[[Json], Any]:
+    """Return the job of the process: ids of texts, or a normalized text."""
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.encode_special_tokens = True
 
+    def answer(request: Json) -> Any:
+        if "normalize" in request:
+            normalizer = tokenizer.normalizer
+            text = request["normalize"]
+            return text if normalizer is None else normalizer.normalize_str(text)
+        encodings = tokenizer.encode_batch_fast(
+            request["texts"], add_special_tokens=request["special"]
+        )
+        return [encoding.ids for encoding in encodings]
 
-def _describe_start(process: subprocess.Popen[bytes], line: bytes | None, stderr: BinaryIO) -> str:
-    """Return why a process did not become ready, with the end of what it wrote."""
-    reason = f"it ended with status {process.returncode}"
-    if line is None:
-        reason = f"it was not ready within {MAX_START_SECONDS:g} seconds"
-    elif line:
-        reason = "sys.executable is no Python interpreter"
-    stderr.seek(0)
-    written = stderr.read().decode(errors="replace").strip()[-MAX_STDERR_CHARS:]
-    return f"the tokenizer's process did not start: {reason}" + (f": {written}" if written else "")
-
-
-def _read_line(process: subprocess.Popen[bytes], deadline: float) -> bytes | None:
-    """Return the next line of a process, b"" if it ends, None if it takes too long."""
-    assert process.stdout is not None
-    reply = bytearray()
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while not reply.endswith(b"\n"):
-            remaining = deadline - time.monotonic()
-            if remaining <= 0 or not selector.select(remaining):
-                return None
-            part = os.read(process.stdout.fileno(), 2**20)
-            if not part:
-                return b""
-            reply += part
-    return bytes(reply)
-
-
-def _end_process(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            stream.close()
+    return answer

@@ -9,13 +9,12 @@ import pytest
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
+from tunesmith.data.chat_template.compiled_template import REASONING_KEYS, TemplateVariables
 from tunesmith.data.chat_template.conversation import (
     MAX_CALL_DEPTH,
-    REASONING_KEYS,
     ROLES,
     Conversation,
     TemplateQuirks,
-    TemplateVariables,
     list_settable_names,
     refuse_unused_kwargs,
 )

@@ -1,85 +1,40 @@
-"""Templates of strangers, in both environments: tests 17 and 18 of the list of faults."""
+"""Templates of strangers: no way to Python, and nothing that hangs or fills the memory."""
 
-import resource
+import json
+import signal
 import time
-from collections.abc import Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from tunesmith.core.errors import InputError
-from tunesmith.data.chat_template.conversation import track_value
-from tunesmith.data.chat_template.template import ChatTemplate
-from tunesmith.data.chat_template.tracked_str import make_origin
+from tunesmith.core.errors import InputError, Interrupted
+from tunesmith.data.chat_template import template as module
+from tunesmith.data.chat_template.compiled_template import (
+    CompiledTemplate,
+    TemplateInput,
+    TemplateVariables,
+)
+from tunesmith.data.chat_template.template import ChatTemplate, is_popular
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 MESSAGES: list[dict[str, Any]] = [
     {"role": "user", "content": "a question"},
     {"role": "assistant", "content": "yes"},
 ]
+CHAT = TemplateInput(MESSAGES, None, TemplateVariables({}))
 TWICE = (
-    "{% set ns = namespace(x=[], y=[]) %}"
-    "{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}"
+    "{% set ns = namespace(x=[]) %}"
+    "{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
 )
-TUPLE = (
-    "{% set ns = namespace(x=(1,)) %}"
-    "{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}{% endfor %}"
+DOUBLE = (
+    "{% set ns = namespace(s=messages[0].content ~ 'x') %}"
+    "{% for i in range(15) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
 )
-BIG = "{% set big = 'a' * 19999 %}"
-
-
-@pytest.fixture(autouse=True)
-def _little_memory() -> Iterator[None]:
-    """No render may need a gigabyte more than there was before."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-@pytest.fixture(autouse=True, params=["a fiftieth", pytest.param("real", marks=pytest.mark.slow)])
-def _budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limits work at any size; at a fiftieth they are tested in seconds."""
-    if request.param != "real":
-        for name in (
-            "sandbox_limits.MAX_WORK",
-            "sandbox_checks.MAX_ITEMS",
-            "tracked_str.MAX_ITEMS",
-        ):
-            monkeypatch.setattr(f"tunesmith.data.chat_template.{name}", 20_000)
-        for name in (
-            "sandbox_limits.MAX_CHARS",
-            "sandbox_checks.MAX_CHARS",
-            "tracked_str.MAX_CHARS",
-        ):
-            monkeypatch.setattr(f"tunesmith.data.chat_template.{name}", 200_000)
-
-
-def outcomes(source: str) -> list[str]:
-    """What tracked and plain render print; the words of the InputError where they do not."""
-    template = ChatTemplate(source, now=NOW)
-    tracked = [
-        track_value(message, make_origin(i, "content")) for i, message in enumerate(MESSAGES)
-    ]
-    texts: list[str] = []
-    for render, messages in ((template.render, tracked), (template.render_plain, MESSAGES)):
-        started = time.thread_time()
-        try:
-            texts.append(
-                render({"messages": messages, "tools": None, "add_generation_prompt": False})
-            )
-        except InputError as error:
-            texts.append(f"refused: {error.message}")
-        seconds = time.thread_time() - started  # ten, and what a collection of garbage takes
-        assert seconds < 30, render
-    return texts
-
-
-def refused(source: str) -> bool:
-    return all(text.startswith("refused: ") for text in outcomes(source))
+GROWS = "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = GROW %}{% endfor %}"
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
 @pytest.mark.parametrize(
@@ -123,223 +78,144 @@ def refused(source: str) -> bool:
     ],
 )  # fmt: skip
 def test_fault_17_no_template_reaches_python(source: str) -> None:
-    assert all(
-        text == "" or text.startswith("refused: chat template, line 1: ")
-        for text in outcomes(source)
-    )
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ 'a' * 10**9 }}",
-        "{{ 10**9 * 'a' }}",
-        "{{ [0] * 10**9 }}",
-        "{{ [[0] * 99999] * 99999 * 99 }}",
-        "{{ 9 ** (9 ** 9) }}",
-        "{{ 10 ** 10000000000 }}",
-        "{{ 'a' ~ 'b' * 999999 * 999 }}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}"
-        "{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}"
-        "{% endfor %}",
-        "{% set ns = namespace(x=['a']) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}"
-        "{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
-        "{% set ns.x = ns.x | replace('a', 'aa') %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
-        "{% set ns.x = ns.x.replace('a', 'aa') %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
-        "{% set ns.x = ns.x.join([ns.x] * 9) %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
-        "{% set ns.x = [ns.x, ns.x] | join %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
-        "{% set ns.x = '%s%s' % (ns.x, ns.x) %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
-        "{% set ns.x = '%s%s'|format(ns.x, ns.x) %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x %}{{ ns.x * 2 }}"
-        "{% endset %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
-        "{% set ns.x = [ns.x, ns.x] | tojson %}{% endfor %}",
-        "{% set ns = namespace(x='a') %}{% for i in range(60) %}"
-        "{% set ns.x = [ns.x, ns.x] | string %}{% endfor %}",
-        "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns = namespace(x='a') %}"
-        "{% for i in range(60) %}{% set ns.x = f(ns.x) %}{% endfor %}",
-        BIG + "{{ big.replace('a', big) }}",
-        BIG + "{{ big | replace('a', big) }}",
-        BIG + "{{ big.replace('', big) }}",
-        BIG + "{{ big.join([big] * 19999) }}",
-        BIG + "{{ ([big] * 19999) | join(big) }}",
-        BIG + "{{ ([big] * 19999) | tojson }}",
-        BIG + "{{ [big] * 19999 }}",
-        BIG + "{{ ([big] * 19999) | string }}",
-        BIG + "{{ ([big] * 19999) ~ '' }}",
-        BIG + "{{ '%s' % [[big] * 19999] }}",
-        BIG + "{% for i in range(999) %}{{ big }}{% endfor %}",
-        BIG + "{% for i in range(99999) %}{% set x = big.split('a') %}{% endfor %}",
-        BIG + "{% for i in range(99999) %}{% set x = big | list %}{% endfor %}",
-        BIG + "{% for i in range(99999) %}{% set x = big | upper %}{% endfor %}",
-        BIG + "{% for i in range(99999) %}{% set x = big[::-1] %}{% endfor %}",
-        BIG + "{{ big | indent(64) | indent(64) }}"
-        "{% for i in range(99999) %}{{ big | trim }}{% endfor %}",
-        "{{ messages | tojson(indent=1000000000) }}",
-        "{{ 'a\nb' | indent(1000000000) }}",
-        "{{ 'a\nb' | indent('a' * 999999) }}",
-        "{{ '%1000000000d' % 1 }}",
-        "{{ '%1000000000s' | format('a') }}",
-        "{{ '%*d' % (1000000000, 1) }}",
-        "{{ 'a'.ljust(1000000000) }}{{ 'a'.zfill(1000000000) }}",
-        "{{ 'a'.center(1000000000) }}",
-        "{{ ('\t' * 999999).expandtabs(1000000) }}",
-        "{{ (5).to_bytes(1000000000, 'big') }}",
-        "{{ strftime_now('%1000000000d') }}",
-        "{{ strftime_now('%A' * 999) }}",
-        "{{ range(1000000000) | list }}",
-        "{{ ([range(99999) | list] * 99999) | sum(start=[]) }}",
-        "{{ ([range(99999) | list] * 99999) | map('list') | list | length }}",
-        "{{ ([range(99999) | list] * 9999) | map('sum') | list | length }}",
-        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = l[:] %}"
-        "{% endfor %}",
-        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = l + l %}"
-        "{% endfor %}",
-        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = l | sort %}"
-        "{% endfor %}",
-        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = i in l %}"
-        "{% endfor %}",
-        "{% set l = range(99999) | list %}{% for i in range(99999) %}"
-        "{% set x = l.index(99998) %}{% endfor %}",
-        "{% set l = range(99999) | list %}{% for i in range(99999) %}{% set x = i is in l %}"
-        "{% endfor %}",
-        "{% set l = range(99999) | list %}{{ l | select('in', l) | list }}",
-        "{{ 'a' | wordwrap(1) }}",
-        "{{ ('a' * 999999) | batch(1) | list }}",
-        "{{ 'a' | center(1000000000) }}",
-    ],
-)  # fmt: skip
-def test_fault_18_nothing_fills_the_memory(source: str) -> None:
-    assert refused(source)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
-        "{% for i in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
-        "{% macro f() %}{{ caller() }}{% endmacro %}{% call f() %}{% call f() %}{{ f() }}"
-        "{% endcall %}{% endcall %}",
-        "{% set ns = namespace(f=none) %}{% macro f() %}{{ ns.f() }}{% endmacro %}"
-        "{% set ns.f = f %}{{ f() }}",
-        "{% block a %}{{ self.a() }}{% endblock %}",
-        TWICE + "{{ ns.x == ns.y }}",
-        TWICE + "{{ ns.x != ns.y }}",
-        TWICE + "{{ ns.x < ns.y }}",
-        TWICE + "{{ ns.x in [ns.y] }}",
-        TWICE + "{{ 1 == 1 == ns.x == ns.y }}",
-        TWICE + "{{ ns.x is eq(ns.y) }}",
-        TWICE + "{{ ns.x is in([ns.y]) }}",
-        TWICE + "{{ ns.x is lower }}",
-        TWICE + "{{ [ns.x] | select('eq', ns.y) | list }}",
-        TWICE + "{{ [ns.x, ns.y] | sort }}",
-        TWICE + "{{ [ns.x, ns.y] | max }}",
-        TWICE + "{{ [ns.x, ns.y] | map('max') | list }}",
-        TWICE + "{{ [{'a': ns.x}, {'a': ns.y}] | groupby('a') }}",
-        TWICE + "{{ [{'a': ns.x}, {'a': ns.y}] | sort(attribute='a') }}",
-        TWICE + "{{ [{'a': ns.x}, {'a': ns.y}] | selectattr('a', 'eq', ns.y) | list }}",
-        TWICE + "{{ {'a': ns.x, 'b': ns.y} | dictsort(by='value') }}",
-        TWICE + "{{ [ns.x].index(ns.y) }}",
-        TWICE + "{{ [ns.x].count(ns.y) }}",
-        TWICE + "{{ [ns.x] | unique | list }}",
-        TWICE + "{{ ns.x }}",
-        TWICE + "{{ ns.x | string }}",
-        TWICE + "{{ ns.x | tojson }}",
-        TWICE + "{{ ns.x | trim }}",
-        TWICE + "{{ ns.x | upper }}",
-        TWICE + "{{ ns.x | wordcount }}",
-        TWICE + "{{ ns.x ~ 'a' }}",
-        TWICE + "{{ [ns.x] | join }}",
-        TWICE + "{{ '%s' % [ns.x] }}",
-        TWICE + "{{ '%s' | format(ns.x) }}",
-        TWICE + "{% for m in messages %}"
-        "{{ loop.changed(ns.x) }}{{ loop.changed(ns.y) }}{% endfor %}",
-        TWICE + "{{ raise_exception(ns.x) }}",
-        TWICE + "{{ ns.x | replace('a', 'b') }}",
-        TWICE + "{{ ns.x | int }}",
-        TWICE + "{{ cycler(ns.x, ns.y).next() == cycler(ns.y).next() }}",
-        TUPLE + "{{ {ns.x: 1} }}",
-        TUPLE + "{{ {}[ns.x] }}",
-        TUPLE + "{{ {}.get(ns.x) }}",
-        TUPLE + "{{ dict([(ns.x, 1)]) }}",
-        TUPLE + "{{ dict.fromkeys([ns.x]) }}",
-        TUPLE + "{{ [ns.x] | unique | list }}",
-        TUPLE + "{{ ns.x in {} }}",
-        TUPLE + "{{ [ns.x] | map('default', 1) | unique | list }}",
-        "{{ raise_exception('not this row') }}",
-        "{{ 1 / 0 }}",
-        "{{ 1 // 0 }}",
-        "{{ 1e308 * 10 ** 400 }}",
-    ],
-)  # fmt: skip
-def test_fault_18_nothing_takes_long(source: str) -> None:
-    assert refused(source)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% if (messages[0].content | trim) is sameas messages[0].content %}BOMB{% endif %}",
-        "{% if 'tick' is not filter %}BOMB{% endif %}",
-        "{% if dict.items is defined %}BOMB{% endif %}",
-        "{% if ''.center is defined %}BOMB{% endif %}",
-        "{% if lipsum is callable and ('a' | e) is string %}BOMB{% endif %}",
-        "{% if add_generation_prompt is false and messages[0].content.format is defined %}"
-        "BOMB{% endif %}",
-        "{% if messages[0].content is escaped or (messages[0].content | safe) is escaped %}"
-        "BOMB{% endif %}",
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize(
-    "bomb",
-    [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{{ 'a' * 10**9 }}",
-        TWICE + "{{ ns.x == ns.y }}",
-    ],
-)
-def test_fault_18_telling_the_two_environments_apart_is_of_no_use(source: str, bomb: str) -> None:
-    """A bomb that goes off in the plain render only is paid for there as well."""
-    assert all(len(text) < 200 for text in outcomes(source.replace("BOMB", bomb)))
-
-
-def test_fault_18_hostile_syntax_ends_soon() -> None:
-    started = time.thread_time()
-    for source in (
-        "{{ " + "(" * 3000 + " }}",
-        "{{ " + "[" * 90_000 + " }}",
-        "{% if a %}" * 3000,
-        "{{ " + "not " * 50_000 + "a }}",
-        "{{ " + "-" * 100_000 + "1 }}",
-        "{{ a" + ".a" * 90_000 + " }}",
-        "{{ a" + "|trim" * 30_000 + " }}",
-        "{{ 1" + " + 1" * 45_000 + " }}",
-        "{{ 1" + " * 1" * 45_000 + " }}",
-        "{{ 'a'" + " ~ 'a'" * 30_000 + " }}",
-        "{{ a" + " and a" * 30_000 + " }}",
-        "{{ a" + " if a else a" * 15_000 + " }}",
-        "{% for i in a %}" * 2000 + "{% endfor %}" * 2000,
-        "{% set " + ",".join(["a"] * 60_000) + " = b %}",
-        "{{ 9" + "9" * 150_000 + " }}",
-        "{{ '\ud800' }}",
-        "\ud800",
-        "{% raw %}" * 10_000,
-        "{#" * 90_000,
-        "{{ '" + "\\x" * 90_000 + "' }}",
-        "{% set __class__ = 1 %}{{ __class__ }}",
-    ):
+    """In the sandbox itself: the process around it is no part of that promise."""
+    texts: list[str] = []
+    for is_tracked in (True, False):
         try:
-            ChatTemplate(source, now=NOW).render({"messages": [], "a": "a", "b": []})
-        except InputError:
-            continue
-    assert time.thread_time() - started < 60
+            template = CompiledTemplate(source, now=NOW)
+            if is_tracked:
+                texts.append(template.render(CHAT.build_tracked_context(2, has_prompt=False)))
+            else:
+                texts.append(template.render_plain(CHAT.build_context(2, has_prompt=False)))
+        except InputError as error:
+            texts.append(error.message)
+    assert all(text == "" or text.startswith("chat template, line 1: ") for text in texts)
+
+
+HOSTILE = [
+    "{{ 'a' * 10**10 }}",
+    "{{ [[0] * 99999] * 99999 * 99 }}",
+    "{{ 9 ** (9 ** 9) }}",
+    GROWS.replace("GROW", "ns.x + ns.x"),
+    GROWS.replace("GROW", "ns.x ~ ns.x"),
+    GROWS.replace("GROW", "ns.x | replace('a', 'aa')"),
+    GROWS.replace("GROW", "'%s%s' % (ns.x, ns.x)"),
+    GROWS.replace("GROW", "[ns.x, ns.x] | tojson"),
+    "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}" + GROWS.replace("GROW", "f(ns.x)"),
+    "{{ 'a' * 20_000_000 }}",
+    "{{ messages | tojson(indent=10000000000) }}",
+    "{{ ([range(99999) | list] * 99999) | sum(start=[]) }}",
+    LOOPS,
+    "{% for i in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% block a %}{{ self.a() }}{% endblock %}",
+    TWICE + "{{ ns.x }}",
+    TWICE + "{{ ns.x == [ns.x] }}{{ ns.x | tojson }}",
+    TWICE + "{{ [ns.x, [ns.x]] | sort }}{{ ns.x | join }}",
+    DOUBLE + "{% for i in range(99999) %}{% set x = ns.s[::-1].split('x') %}{% endfor %}",
+    "{% set s = 'a' * 9000000 %}{{ s.rfind('a' * 4000000 ~ 'b' ~ 'a' * 400000) }}" + LOOPS,
+    "{% if (messages[0].content | trim) is sameas messages[0].content %}" + LOOPS + "{% endif %}",
+    "{% if ''.center is defined %}{{ 'a' * 10**10 }}{% endif %}",
+    "{{ " + "(" * 3000 + " }}",
+    "{{ " + "not " * 20_000 + "a }}",
+    "{{ a" + ".a" * 30_000 + " }}",
+    "{{ 1" + " + 1" * 24_000 + " }}",
+    "{% for i in a %}" * 2000 + "{% endfor %}" * 2000,
+    "{% set " + ",".join(["a"] * 40_000) + " = b %}",
+    "{{ 9" + "9" * 90_000 + " }}",
+    "\ud800{% break %}",
+    "{{ dict(a=1, a=2) }}",
+    "{% autoescape true %}{{ messages[0].content }}{% endautoescape %}",
+]
+
+
+def render_both(source: str) -> None:
+    template = ChatTemplate(source, now=NOW)
+    template.render(CHAT, 2)
+    template.render_plain(CHAT, 2)
+
+
+@pytest.mark.parametrize("source", HOSTILE, ids=range(len(HOSTILE)))
+def test_fault_18_a_hostile_template_is_refused_soon(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some have a way to tell the tracked render from the plain one, and wait for the latter."""
+    monkeypatch.setattr(module, "MAX_SECONDS", 0.4)
+    started = time.thread_time()
+    with pytest.raises(InputError) as refusal:
+        render_both(source)
+    assert len(refusal.value.message) < 2_500
+    assert time.thread_time() - started < 1
+
+
+# ---------------------------------------------------------------- the process
+
+
+def test_a_template_over_its_limit_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_SECONDS", 0.5)
+    template = ChatTemplate("{{ messages | length }}" + LOOPS, now=NOW, name="theirs.jinja")
+    with pytest.raises(
+        InputError, match=r"theirs\.jinja: a render takes over 0\.5 seconds"
+    ) as first:
+        template.render(CHAT, 2)
+    started = time.monotonic()
+    with pytest.raises(InputError) as second:
+        template.render_plain(CHAT, 1)
+    assert time.monotonic() - started < 0.1
+    assert second.value is first.value
+    assert first.value.fix
+    assert ChatTemplate("{{ messages[1].role }}!", now=NOW).render(CHAT, 2) == "assistant!"
+
+
+def test_a_render_that_fails_leaves_the_next_one_alone() -> None:
+    template = ChatTemplate(
+        "{% for i in range(20) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+        "{{ 1 // (messages | length - 1) }}",
+        now=NOW,
+    )
+    seconds = CHAT.seconds
+    with pytest.raises(InputError, match="line 1: ZeroDivisionError"):
+        template.render(CHAT, 1)
+    assert template.render(CHAT, 2) == "1"
+    assert CHAT.seconds > seconds, "the row pays for its time in the process"
+
+
+def find_child() -> psutil.Process:
+    """The process of the templates that this one has started."""
+    children = psutil.Process().children()
+    return next(child for child in children if any("start_templates" in a for a in child.cmdline()))
+
+
+def test_a_killed_process_refuses_one_template_only() -> None:
+    template = ChatTemplate("{{ messages[0].role }}?", now=NOW)
+    find_child().kill()
+    with pytest.raises(InputError, match="too much memory"):
+        template.render(CHAT, 2)
+    assert ChatTemplate("{{ messages[0].role }}?", now=NOW).render(CHAT, 2) == "user?"
+
+
+def test_an_interrupt_during_a_render_ends_the_process() -> None:
+    def stop(_number: int, _frame: object) -> None:
+        raise Interrupted("stopped by SIGALRM")
+
+    template = ChatTemplate(LOOPS + "{{ messages[0].role }}", now=NOW)
+    child = find_child()
+    previous = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(Interrupted):
+            template.render(CHAT, 2)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert ChatTemplate("{{ messages[0].role }}.", now=NOW).render(CHAT, 2) == "user."
+
+
+def test_only_popular_templates_render_here() -> None:
+    source = Path(__file__).parents[3] / "golden" / "chat_qwen3.json"
+    template = json.loads(source.read_text())["template"]
+    assert is_popular(template)
+    assert is_popular(template + "\n")
+    assert not is_popular(template + "{{ 1 }}")
+    assert not is_popular("")

@@ -1,4 +1,4 @@
-"""How many trained turns, characters and steps a row may have."""
+"""How many trained turns and characters a row may have."""
 
 from datetime import datetime
 from pathlib import Path
@@ -15,8 +15,7 @@ from toy_chat import (
 )
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
-from tunesmith.data.chat_template import assistant_spans, conversation
-from tunesmith.data.chat_template.conversation import SPLIT_FIX
+from tunesmith.data.chat_template import assistant_spans, template
 from tunesmith.data.chat_template.renderer import Renderer
 
 NOW = datetime(2026, 3, 4)
@@ -61,10 +60,10 @@ def test_a_document_a_turn_has_fewer_characters(
 ) -> None:
     """They are all encoded, and all trained."""
     monkeypatch.setattr(assistant_spans, "MAX_TURN_CHARS", 100_000)
-    template = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}"
-    template += "{% if loop.last %} {% endif %}{% endfor %}"
-    template += "{% if add_generation_prompt %}<|im_start|>{% endif %}"
-    folder = write_model_folder(tmp_path, template)
+    source = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}"
+    source += "{% if loop.last %} {% endif %}{% endfor %}"
+    source += "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    folder = write_model_folder(tmp_path, source)
     renderer = Renderer.from_folder(folder, now=NOW)
     check_document_limit(renderer, make_long_turns())
 
@@ -83,9 +82,9 @@ def test_documents_without_control_tokens_have_fewer_characters(
 ) -> None:
     """Each is encoded as a whole; one document alone, however long, is not refused."""
     monkeypatch.setattr(assistant_spans, "MAX_RUN_CHARS", 30_000)
-    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
-    renderer = Renderer.from_folder(write_model_folder(tmp_path, template), now=NOW)
+    source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    source += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    renderer = Renderer.from_folder(write_model_folder(tmp_path, source), now=NOW)
     turns = make_long_turns()
     assert len(renderer.render(make_example(*turns[:10])).documents) == 5
     with pytest.raises(InputError, match=r"10 trained turns .* over 30,000 characters to encode"):
@@ -97,30 +96,16 @@ def test_documents_without_control_tokens_have_fewer_characters(
         renderer.render(make_example(*turns[:10]))
 
 
-def test_all_renders_of_a_row_have_one_budget(tmp_path: Path) -> None:
-    """A template that loops often takes rows with few trained turns, and refuses many of them."""
-    template = "{% for m in messages %}{% for _ in range(300) %}{% endfor %}"
-    template += "{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
-    template += "{% if add_generation_prompt %}<|im_start|>{% endif %}"
-    renderer = Renderer.from_folder(write_model_folder(tmp_path, template), now=NOW)
-    turns = [user("a"), assistant("b")] * 100
-    last_trained = (0.0,) * 199 + (1.0,)
-    assert len(renderer.render(make_example(*turns, weights=last_trained)).documents) == 1
-    with pytest.raises(InputError, match=r"of the 200 messages .* is too much work") as caught:
+def test_all_renders_of_a_row_have_one_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = Renderer.from_folder(write_model_folder(tmp_path), now=NOW)
+    turns = [user("a"), assistant("b")] * 20
+    assert renderer.render(make_example(*turns)).documents
+    monkeypatch.setattr(template, "MAX_SECONDS", 0.0)
+    with pytest.raises(InputError, match=r"of the 40 messages .* takes over 0 s") as caught:
         renderer.render(make_example(*turns))
-    assert caught.value.fix == SPLIT_FIX, "no other fix was tried, which would take as long again"
-    assert len(renderer.render(make_example(*turns[:20])).documents) == 1, "each row has its own"
-
-
-def test_characters_are_no_steps_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They have bounds of their own; each costs little."""
-    template = "{% for m in messages %}{{ '<|im_start|>' + m.content | trim + '<|im_end|>' }}"
-    template += "{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
-    renderer = Renderer.from_folder(write_model_folder(tmp_path, template), now=NOW)
-    monkeypatch.setattr(conversation, "MAX_ROW_STEPS", 3_000)
-    assert renderer.render(make_example(*make_long_turns())).documents
-    with pytest.raises(InputError, match="too much work"):
-        renderer.render(make_example(*make_long_turns() * 3))
+    assert caught.value.fix == template.SPLIT_FIX, "no other fix was tried"
 
 
 def test_turns_of_one_document_may_have_more_characters(
@@ -129,8 +114,8 @@ def test_turns_of_one_document_may_have_more_characters(
     """Also where the template ends each render with more than the next turn begins with."""
     monkeypatch.setattr(assistant_spans, "MAX_TURN_CHARS", 10_000)
     turns = make_long_turns()
-    template = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
-    template += "{{ '<|im_start|>' if add_generation_prompt else '<|endoftext|>' }}"
-    folder = write_model_folder(tmp_path, template)
+    source = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    source += "{{ '<|im_start|>' if add_generation_prompt else '<|endoftext|>' }}"
+    folder = write_model_folder(tmp_path, source)
     renderer = Renderer.from_folder(folder, now=NOW)
     assert len(renderer.render(make_example(*turns)).documents) == 1

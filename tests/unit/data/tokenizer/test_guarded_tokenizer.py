@@ -18,6 +18,7 @@ from processor_time import check_seconds
 from toy_chat import write_model_folder
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.types import Json
+from tunesmith.data import guarded_process
 from tunesmith.data.tokenizer import guarded_tokenizer
 from tunesmith.data.tokenizer.guarded_tokenizer import (
     COMMON_PATTERNS,
@@ -187,11 +188,11 @@ def test_a_process_that_waits_for_a_processor_is_not_too_slow(
     """Stopped, it takes no processor time: as on a machine that runs other programs."""
     guarded = GuardedTokenizer(make_data(tmp_path))
     monkeypatch.setattr(guarded_tokenizer, "MAX_SECONDS", 0.2)
-    os.kill(guarded._process.pid, signal.SIGSTOP)
+    os.kill(guarded._child.pid, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         encoding = pool.submit(guarded.encode, "some text")
         time.sleep(0.5)
-        os.kill(guarded._process.pid, signal.SIGCONT)
+        os.kill(guarded._child.pid, signal.SIGCONT)
         assert encoding.result().ids
 
 
@@ -200,8 +201,8 @@ def test_a_process_that_gets_no_processor_is_the_fault_of_the_machine(
 ) -> None:
     guarded = GuardedTokenizer(make_data(tmp_path))
     monkeypatch.setattr(guarded_tokenizer, "MAX_SECONDS", 0.1)
-    monkeypatch.setattr(guarded_tokenizer, "MAX_WAIT_SECONDS", 0.1)
-    os.kill(guarded._process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(guarded_process, "MAX_WAIT_SECONDS", 0.1)
+    os.kill(guarded._child.pid, signal.SIGSTOP)
     with pytest.raises(MachineError, match="got too little time"):
         guarded.encode("some text")
 
@@ -230,7 +231,7 @@ def test_a_process_without_its_parent_ends(tmp_path: Path) -> None:
         "guarded_tokenizer.MAX_SECONDS = 6.0\n"  # in which this process may be late
         "data = json.loads(Path(sys.argv[1]).read_text())\n"
         "guarded = guarded_tokenizer.GuardedTokenizer(data)\n"
-        "print(guarded._process.pid, flush=True)\n"
+        "print(guarded._child.pid, flush=True)\n"
         "guarded.encode('q' * 200_000)\n"
     )
     with subprocess.Popen([sys.executable, str(script), str(data)], stdout=subprocess.PIPE) as done:
