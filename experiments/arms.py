@@ -45,6 +45,8 @@ SECONDS_PER_TOKEN = "microseconds_per_token"
 # of a plan: what the measures before training depend on
 BASE_SETTINGS = ("dtype", "attention", "pack_length", "share_prefixes", "metrics")
 WARMUP_STEPS = 2  # whose time is that of the first touch of memory
+# Settings of a plan that the measures before training depend on, of those that an arm may change.
+BASE_SETTINGS = ("dtype", "attention", "pack_length", "share_prefixes", "metrics")
 # Keys of a recipe that the measures before training do not depend on.
 TRAINING_KEYS = {
     "batch_size",
@@ -172,6 +174,14 @@ def _finish_run(job: ArmJob) -> None:
         events = run.train(plan, inputs, before=_find_base_results(job, plan))
     for _ in events:
         pass
+
+
+def has_same_base(first: Plan, second: Plan) -> bool:
+    """Return whether two plans on the same model and items measure the same before training."""
+    is_quantized = {plan.config.method == "qlora" for plan in (first, second)}
+    return len(is_quantized) == 1 and all(
+        getattr(first.config, key) == getattr(second.config, key) for key in BASE_SETTINGS
+    )
 
 
 def _find_base_results(job: ArmJob, plan: Plan) -> EvalResults | None:
