@@ -30,6 +30,7 @@ FORMS = (Row, Example, Conversation, TrackedText, EncodedText, AssistantSpan, Re
 PACKED_FORMS = (Pack, Batch)
 # What runs inside Jinja while the template does, and the types themselves.
 INSIDE_TEMPLATE = {
+    "data/chat_template/compiled_template.py",
     "data/chat_template/sandbox.py",
     "data/chat_template/tracked_env.py",
     "data/chat_template/tracked_str.py",
