@@ -15,7 +15,7 @@ from tunesmith.core.events import CheckResult, Event
 from tunesmith.core.json_io import read_json
 from tunesmith.model.kernels import build
 from tunesmith.model.kernels.build import Kernels
-from tunesmith.session import identity
+from tunesmith.session import fingerprint
 from tunesmith.train import run
 
 pytestmark = pytest.mark.skipif(build.load_library() is None, reason="needs a C compiler")
@@ -29,7 +29,7 @@ def select_checks(events: Iterable[Event], kind: str) -> list[CheckResult]:
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> None:
     """As in a process that loads these."""
-    for module in (build, identity):
+    for module in (build, fingerprint):
         monkeypatch.setattr(module, "load_kernels", lambda: kernels)
 
 

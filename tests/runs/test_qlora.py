@@ -25,7 +25,7 @@ from tunesmith.core.json_io import read_json
 from tunesmith.evaluate import finished_run
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
-from tunesmith.session.identity import build_fingerprint
+from tunesmith.session.fingerprint import build_fingerprint
 from tunesmith.train import run
 
 

@@ -1,51 +1,38 @@
 """What a run and its weights are, by content: one identity, compared wherever weights are loaded.
 
     identify(name, base, renderer) -> Identity        base weights and config, tokenizer, templates
-    build_fingerprint(plan, inputs, recipe) -> Json   fingerprint.json, and every manifest
     list_changes(stored, current) -> ["data.data: sha256 0c5e... -> 91d2...", ...]
     check_provenance(folder, base, renderer, now)     InputError for weights of another identity
 
-A fingerprint adds all else that the bytes of a run depend on: recipe, plan, rows, kernels and
-libraries. Another processor, or another compiler of the same kernels, only rounds differently, so
-these fields have a prefix of their own. A provenance (`tunesmith.json` beside trained weights) adds
-conversations with their token ids, since another version of a library may give others, and of an
-adapter a few answers (witness.py). They are invented: an adapter is shared, and its training rows
-should not be. Left out: what to do about a change (train/resume.py)."""
+A fingerprint (fingerprint.py) adds all else that the bytes of a run depend on. A provenance
+(`tunesmith.json` beside trained weights) adds conversations with their token ids, since another
+version of a library may give others, and of an adapter a few answers (witness.py). They are
+invented: an adapter is shared, and its training rows should not be. Left out: what to do about a
+change (train/resume.py)."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-import torch
 import yaml
 
 from tunesmith.core.atomic import MANIFEST, RESTORE_FOLDER_FIX, hash_file, read_manifest
 from tunesmith.core.errors import InputError
-from tunesmith.core.json_io import dump_json, iter_leaves, parse_as, read_file, to_jsonable
-from tunesmith.core.types import Json, Machine, Plan, __version__
+from tunesmith.core.json_io import dump_json, iter_leaves, parse_as, read_file
+from tunesmith.core.types import Json, __version__
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.model.hub.base_config import (
-    encode_special_floats,
     list_config_changes,
     select_forward_keys,
 )
 from tunesmith.model.hub.validate import read_model_json
-from tunesmith.model.kernels.build import Kernels, load_kernels
-from tunesmith.recipe.fields import parse_custom_metric
 from tunesmith.recipe.yaml_lines import load_yaml
 
-if TYPE_CHECKING:
-    from tunesmith.session.inputs import RunInputs
-
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")  # they determine tokens or numbers
-GPU_LIBRARIES = ("triton", "fla-core")  # whose kernels run there
-QUANTIZATION_LIBRARY = "bitsandbytes"  # in runs with 4-bit weights or 8-bit moments
 ROUNDING_PREFIX = "machine."  # fields that only change the last bits
 PACKAGE_DIR = Path(__file__).parents[1]
 SOURCE_SUFFIXES = (".py", ".c", ".h")
@@ -163,56 +150,6 @@ def hash_source(folder: Path = PACKAGE_DIR) -> str:
         if path.suffix in SOURCE_SUFFIXES:
             digest.update(f"{path.relative_to(folder)} {hash_file(path)}\n".encode())
     return digest.hexdigest()
-
-
-def build_fingerprint(
-    plan: Plan,
-    inputs: RunInputs,
-    recipe: Json,
-    base_sha256: dict[str, str] | None = None,
-) -> Json:
-    """Return the fingerprint of a run; `recipe` is that of the run folder."""
-    is_quantized = plan.config.method == "qlora" or plan.config.optim == "adamw_8bit"
-    libraries = (*LIBRARIES, QUANTIZATION_LIBRARY) if is_quantized else LIBRARIES
-    if inputs.machine.device == "cuda":
-        libraries += GPU_LIBRARIES
-    files = {role: dataset.fingerprint for role, dataset in inputs.datasets.items()}
-    for role, path in (
-        ("retention_data", inputs.recipe.retention_data),
-        ("response_schema", inputs.recipe.response_schema),
-    ):
-        if path is not None and path.is_file():
-            files[role] = hash_file(path)
-    for metric in plan.config.metrics:
-        parsed = parse_custom_metric(metric)
-        if parsed is not None and parsed[0].is_file():
-            files[f"metrics.{parsed[0].name}"] = hash_file(parsed[0])
-    if inputs.adapter is not None:
-        files["adapter_from"] = inputs.adapter.sha256
-    kernels = get_kernels(plan, inputs.machine)
-    identity = identify(inputs.model.name, inputs.model.path, inputs.renderer, base_sha256)
-    return to_jsonable(
-        {
-            "tunesmith": __version__,
-            **dataclasses.asdict(identity),
-            "config": encode_special_floats(identity.config),
-            "data": files,
-            "recipe": recipe,
-            "plan": plan.values | {"steps": plan.steps},
-            "versions": {name: inputs.machine.versions.get(name) for name in libraries},
-            "kernels": kernels.describe() if kernels else "not used",
-            "machine": {
-                "device": inputs.machine.device_name,
-                "threads": torch.get_num_threads(),
-                "kernels": kernels.sha256 if kernels else "",
-            },
-        }
-    )
-
-
-def get_kernels(plan: Plan, machine: Machine) -> Kernels | None:
-    """Return the C kernels of a run, None if it has no bf16 tensors on the CPU."""
-    return load_kernels() if plan.config.dtype == "bf16" and machine.device == "cpu" else None
 
 
 def read_recipe(file: Path) -> Json:

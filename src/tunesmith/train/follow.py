@@ -34,12 +34,8 @@ from tunesmith.core.types import Json, Plan
 from tunesmith.model.machine_errors import machine_errors
 from tunesmith.model.weight_shards import GATHER, count_sharing_ranks
 from tunesmith.session import inputs
-from tunesmith.session.identity import (
-    ROUNDING_PREFIX,
-    build_fingerprint,
-    hash_source,
-    list_changes,
-)
+from tunesmith.session.fingerprint import build_fingerprint
+from tunesmith.session.identity import ROUNDING_PREFIX, hash_source, list_changes
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session, open_session
 from tunesmith.train.base_reference import read_references

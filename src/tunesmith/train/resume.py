@@ -35,13 +35,8 @@ from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.core.types import Json, Plan, rename_settings
 from tunesmith.model.kernels.build import describe_reference
 from tunesmith.plan.stages import StagedPlan
-from tunesmith.session.identity import (
-    ROUNDING_PREFIX,
-    build_fingerprint,
-    get_kernels,
-    list_changes,
-    read_recipe,
-)
+from tunesmith.session.fingerprint import build_fingerprint, get_kernels
+from tunesmith.session.identity import ROUNDING_PREFIX, list_changes, read_recipe
 from tunesmith.session.inputs import RunInputs
 
 CHANGED_INPUT = "changed input"  # the kind of the warnings that name what has changed

@@ -71,12 +71,8 @@ from tunesmith.model.save import save_adapter, save_model, save_serving_files
 from tunesmith.model.saved_adapter import check_saved_adapter
 from tunesmith.plan.build import refuse_if_too_large
 from tunesmith.session import inputs
-from tunesmith.session.identity import (
-    GoldenAnswer,
-    build_fingerprint,
-    build_provenance,
-    write_provenance,
-)
+from tunesmith.session.fingerprint import build_fingerprint
+from tunesmith.session.identity import GoldenAnswer, build_provenance, write_provenance
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session, open_session
 from tunesmith.session.witness import record_answers

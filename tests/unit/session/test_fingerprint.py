@@ -15,13 +15,8 @@ from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json, Plan
 from tunesmith.session import inputs
-from tunesmith.session.identity import (
-    build_fingerprint,
-    get_kernels,
-    hash_source,
-    list_changes,
-    read_recipe,
-)
+from tunesmith.session.fingerprint import build_fingerprint, get_kernels
+from tunesmith.session.identity import hash_source, list_changes, read_recipe
 from tunesmith.session.inputs import RunInputs
 
 NOW = datetime(2026, 2, 3)

@@ -21,7 +21,8 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import format_count
 from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.types import Json, Plan
-from tunesmith.session.identity import build_fingerprint, list_changes
+from tunesmith.session.fingerprint import build_fingerprint
+from tunesmith.session.identity import list_changes
 from tunesmith.session.inputs import RunInputs
 
 IDENTITY_FILE = "settings.json"

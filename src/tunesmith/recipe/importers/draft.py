@@ -82,7 +82,8 @@ class RecipeDraft:
         texts = value.split(",") if isinstance(value, str) else value
         if not is_texts(texts):
             raise self.make_error(key, f"expected a list of texts, found {value!r:.60}")
-        return [text for text in (str(item).strip() for item in texts) if text]
+        stripped = [str(item).strip() for item in texts]
+        return [text for text in stripped if text]
 
     def set_value(self, recipe_key: str, value: Any, source: str) -> None:
         """Set one of our keys. Raises InputError if it already has another value."""
