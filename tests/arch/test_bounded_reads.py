@@ -51,6 +51,7 @@ def find_reads(source: str) -> Iterator[str]:
             yield f"line {function.lineno}: {function.attr}"
 
 
+@pytest.mark.promise
 def test_no_file_is_read_whole_without_a_limit() -> None:
     counts: Counter[str] = Counter()
     for path in PACKAGE.rglob("*.py"):

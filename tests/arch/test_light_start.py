@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fake_runs
 from tunesmith.core.json_io import to_jsonable
 from tunesmith.evaluate.results import EvalResults, MetricValues
@@ -96,6 +98,7 @@ for module in {MODULES_OF_RESULTS}:
     assert not loaded_by(program) & LIBRARIES_OF_MODELS
 
 
+@pytest.mark.promise
 def test_compare_and_report_load_no_model_library(tmp_path: Path) -> None:
     runs: list[str] = []
     for name, values in (("a", [0, 1] * 5), ("b", [1, 1] * 5)):
@@ -149,6 +152,7 @@ def make_values(values: list[int]) -> MetricValues:
     return MetricValues("test", "exact_match", ids, tuple(map(float, values)))
 
 
+@pytest.mark.promise
 def test_asking_a_server_loads_no_torch() -> None:
     """The tokenizer and the rows of a run are on this side, its model is on the other."""
     imports = "import tunesmith.evaluate.verify.verification"

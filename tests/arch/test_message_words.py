@@ -51,6 +51,7 @@ def find_former_flags(source: str) -> list[str]:
     return [text for _, text in iter_texts(source) if " " in text and FORMER_FLAG.search(text)]
 
 
+@pytest.mark.promise
 def test_messages_name_the_flags_of_today() -> None:
     breaches = {str(path): find_former_flags(path.read_text()) for path in PACKAGE.rglob("*.py")}
     assert {path: texts for path, texts in breaches.items() if texts} == {}
@@ -58,6 +59,7 @@ def test_messages_name_the_flags_of_today() -> None:
     assert not find_former_flags('fix = f"use --to {target}, or --to merged"')
 
 
+@pytest.mark.promise
 def test_no_message_has_private_idiom() -> None:
     breaches = {str(path): find_idiom(path.read_text()) for path in PACKAGE.rglob("*.py")}
     assert {path: words for path, words in breaches.items() if words} == {}

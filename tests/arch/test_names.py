@@ -63,6 +63,7 @@ def sources() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+@pytest.mark.promise
 def test_no_name_is_an_empty_word() -> None:
     files = [path for path in sources() if path.name not in CHARTS]
     breaches = {
@@ -71,6 +72,7 @@ def test_no_name_is_an_empty_word() -> None:
     assert {path: names for path, names in breaches.items() if names} == {}
 
 
+@pytest.mark.promise
 def test_a_class_name_occurs_once() -> None:
     names = Counter(
         node.name

@@ -70,6 +70,7 @@ def breaches(source: str) -> Iterator[str]:
                     yield f"{word.arg}={ast.unparse(word.value)}"
 
 
+@pytest.mark.promise
 def test_no_file_opens_a_pickle_or_runs_what_it_reads() -> None:
     sources = {
         path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")

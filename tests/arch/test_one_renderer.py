@@ -53,6 +53,7 @@ def uses(source: str) -> Iterator[str]:
             yield node.attr
 
 
+@pytest.mark.promise
 def test_one_file_makes_environments() -> None:
     found = {
         (path.relative_to(PACKAGE).as_posix(), name)

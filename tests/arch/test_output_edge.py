@@ -33,6 +33,7 @@ def find_writers(source: str) -> Iterator[str]:
             yield name
 
 
+@pytest.mark.promise
 def test_only_the_edge_writes_to_the_terminal() -> None:
     writers: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):

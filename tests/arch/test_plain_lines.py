@@ -42,6 +42,7 @@ def is_swap(target: ast.Tuple, value: ast.Tuple) -> bool:
     return targets == sorted(ast.unparse(element) for element in value.elts)
 
 
+@pytest.mark.promise
 def test_no_comprehension_holds_another() -> None:
     breaches = {
         str(path): nested_comprehensions(path.read_text()) for path in PACKAGE.rglob("*.py")
@@ -49,6 +50,7 @@ def test_no_comprehension_holds_another() -> None:
     assert {path: lines for path, lines in breaches.items() if lines} == {}
 
 
+@pytest.mark.promise
 def test_an_assignment_is_one_thought() -> None:
     breaches = {str(path): tuple_assignments(path.read_text()) for path in PACKAGE.rglob("*.py")}
     assert {path: lines for path, lines in breaches.items() if lines} == {}

@@ -4,6 +4,8 @@ import ast
 import dataclasses
 from pathlib import Path
 
+import pytest
+
 from tunesmith.core.types import PlanConfig
 
 SOURCE = Path(__file__).parents[2] / "src" / "tunesmith"
@@ -30,6 +32,7 @@ def is_subscript_of(node: ast.AST, name: str) -> bool:
     )
 
 
+@pytest.mark.promise
 def test_every_setting_is_read_by_the_run() -> None:
     read: set[str] = set()
     for node in parse_files("[!p]*/**/*.py"):

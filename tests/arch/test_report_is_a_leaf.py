@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import tunesmith
 
 PACKAGE = Path(tunesmith.__file__).parent
@@ -28,6 +30,7 @@ def imports_report(path: Path) -> bool:
     return any(name.startswith("tunesmith.report") for name in names)
 
 
+@pytest.mark.promise
 def test_only_its_face_imports_report() -> None:
     others = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "report"]
     assert {
@@ -46,6 +49,7 @@ def test_it_loads_no_model_library() -> None:
     assert done.stdout.split() == []
 
 
+@pytest.mark.promise
 def test_the_package_works_without_it(tmp_path: Path) -> None:
     """Every other module can be imported, and a run that ends without a page says nothing of
     one."""

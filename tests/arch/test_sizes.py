@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from benchmarks.size import measure_files
 
 import tunesmith
@@ -36,6 +37,7 @@ def test_every_package_is_inside_its_budget() -> None:
     assert {name: n for name, n in lines.items() if n > BUDGETS["lines"][name]} == {}
 
 
+@pytest.mark.promise
 def test_code_is_not_dense() -> None:
     _, _, statements, _, nodes = measure_files(list(PACKAGE.rglob("*.py")))
     assert nodes / statements <= BUDGETS["max_nodes_per_statement"]
@@ -45,6 +47,7 @@ def test_tests_are_no_longer_than_the_code() -> None:
     assert count_folder(TESTS) <= BUDGETS["max_test_lines_per_line"] * count_folder(PACKAGE)
 
 
+@pytest.mark.promise
 def test_no_function_is_long_or_takes_many_parameters() -> None:
     breaches: list[str] = []
     for path in PACKAGE.rglob("*.py"):

@@ -98,6 +98,7 @@ def count_executables(source: str) -> tuple[int, int]:
     return num_uses, words.count("sys.executable")
 
 
+@pytest.mark.promise
 def test_no_subprocess_runs_code_of_the_working_directory() -> None:
     problems: list[str] = []
     for path in sorted(PACKAGE.rglob("*.py")):

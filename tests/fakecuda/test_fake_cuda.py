@@ -34,6 +34,9 @@ from tunesmith.model.merged_attention import is_merging_cheaper
 from tunesmith.plan.memory import Footprint, MemoryParts
 from tunesmith.plan.memory_gpu import estimate_gpu_memory
 
+pytestmark = pytest.mark.promise
+
+
 FOLDER = Path(__file__).parent
 CHECKPOINT_CASES = ("resume", "rollback")
 RANK_CASES = {"eight ranks": "sft", "eight ranks, full": "full"}  # and the same in one process

@@ -47,6 +47,7 @@ def half_precision(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, byte
     return folder / "interrupted" / "run", adapter.read_bytes()
 
 
+@pytest.mark.promise
 def test_a_bf16_run_is_not_continued_with_other_kernels(
     half_precision: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +74,7 @@ def test_a_bf16_run_is_not_continued_with_other_kernels(
     assert (path / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
 
 
+@pytest.mark.promise
 def test_a_run_without_kernels_says_so_and_fp32_needs_none(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

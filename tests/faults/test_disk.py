@@ -19,6 +19,7 @@ from tunesmith.core.run_dir import EVENTS_FILE, read_events
 from tunesmith.train import run
 
 
+@pytest.mark.promise
 def test_fault_25_a_checkpoint_that_does_not_fit_says_how_much_it_needs(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -149,6 +150,7 @@ def read_lines(folder: Path) -> list[TrainStep]:
     return [event for event in read_events(folder) if isinstance(event, TrainStep)]
 
 
+@pytest.mark.promise
 def test_fault_33_no_checkpoint_is_newer_than_the_events_before_it(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,6 +249,7 @@ def test_fault_30_a_run_that_stands_on_something_else_is_refused_field_by_field(
     assert len(fields) == len(set(fields)) <= 2
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("what", ["test data", "plan", "weights"])
 def test_fault_30_what_is_allowed_to_differ_is_in_the_record(what: str, tmp_path: Path) -> None:
     model = save_model_folder(tmp_path / "model")
@@ -322,6 +323,7 @@ def test_fault_31_the_order_of_rows_is_a_function_of_seed_epoch_and_index() -> N
     ] == [row for rows in expected for row in rows]
 
 
+@pytest.mark.promise
 def test_fault_31_another_pack_length_sees_the_same_rows(tiny_folder: Path, tmp_path: Path) -> None:
     """Also when it changes in the middle of a run."""
     seen: dict[str, list[TrainStep]] = {}

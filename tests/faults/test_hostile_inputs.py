@@ -14,6 +14,9 @@ import hostile_inputs
 from shared_folder import lock_shared_folder
 from tunesmith.core.types import Json
 
+pytestmark = pytest.mark.promise
+
+
 MAX_SECONDS = 2.0
 MAX_REFUSAL_SECONDS = 15.0  # of a render that its clock ends
 MAX_MEGABYTES = 200

@@ -291,6 +291,7 @@ def test_fault_29_a_single_row_that_does_not_fit_is_the_machines_fault() -> None
         list(stream_answer(narrow, request, decode=spell, end_ids=()))
 
 
+@pytest.mark.promise
 def test_fault_29_what_measuring_cannot_hold_does_not_touch_training(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def followed(events: Callable[[], object], folder: Path) -> GateError:
     return stop.value
 
 
+@pytest.mark.promise
 def test_fault_27_three_steps_in_a_row_that_are_no_number_fail_the_run(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ def read_checkpoints(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+@pytest.mark.promise
 def test_a_disk_that_fails_while_resuming_loses_nothing(
     interrupted: tuple[Path, bytes], tmp_path: Path, tunesmith: Callable[..., Any]
 ) -> None:

@@ -135,6 +135,7 @@ def recipes_explored(cases: int, seconds: float) -> Counter[str]:
     return seen
 
 
+@pytest.mark.promise
 def test_any_recipe_is_understood_or_refused() -> None:
     seen = recipes_explored(250, 60)
     assert seen.keys() == {"refused", "understood"}

@@ -260,11 +260,13 @@ def files_explored(cases: int, seconds: float, renderer: Renderer) -> Counter[st
 # ---------------------------------------------------------------- tests
 
 
+@pytest.mark.promise
 def test_any_rows_are_documents_or_refused(renderer: Renderer) -> None:
     seen = rows_explored(150, 60, renderer)
     assert min(seen["trained"], seen["refused"]) > 5
 
 
+@pytest.mark.promise
 def test_any_damage_to_a_file_is_read_or_refused(renderer: Renderer) -> None:
     seen = files_explored(150, 60, renderer)
     assert min(seen["trained"], seen["refused"]) > 5

@@ -87,6 +87,7 @@ def at_forward(number: int, act: Callable[[], None], patch: pytest.MonkeyPatch) 
     return forwards
 
 
+@pytest.mark.promise
 def test_fault_23_a_signal_between_two_packs_of_a_step(
     tiny_folder: Path, straight: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +103,7 @@ def test_fault_23_a_signal_between_two_packs_of_a_step(
     assert actual == straight
 
 
+@pytest.mark.promise
 def test_fault_23_a_second_signal_does_not_wait_for_the_step(
     tiny_folder: Path, straight: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +126,7 @@ def test_fault_23_a_second_signal_does_not_wait_for_the_step(
     assert went_on(tmp_path / "run")[1] == straight
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     "stage",
     [

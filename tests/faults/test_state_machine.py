@@ -203,5 +203,6 @@ def sequences_explored(cases: int, seconds: float, *, steps: int, size: int = 10
     return seen
 
 
+@pytest.mark.promise
 def test_fault_22_any_sequence_of_step_save_crash_and_resume_is_the_straight_run() -> None:
     assert sequences_explored(8, 60, steps=20, size=8)["sequences"] >= 8

@@ -37,9 +37,10 @@ from tunesmith.session.session import open_session
 from tunesmith.train import run
 from tunesmith.train.preflight import run_preflight
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
-)  # PEFT's
+pytestmark = [
+    pytest.mark.promise,
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
 LEFT = {"lora_r": "auto"}  # the tiny recipe wishes for rank 2
 
 

@@ -27,6 +27,9 @@ from tunesmith.plan.rehearsal import compute_next_ratio
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import run
 
+pytestmark = pytest.mark.promise
+
+
 # What rows in ASCII unlearn.
 TEXTS: list[Json] = [{"text": f"{chr(0x3041 + n)}ぁい" + "うえお" * (1 + n % 4)} for n in range(20)]
 GENERAL: list[Json] = [{"text": "おえういあ" * n} for n in (2, 3)]

@@ -34,9 +34,10 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.train import run, stages
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
-)  # PEFT's
+pytestmark = [
+    pytest.mark.promise,
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
 TOKENS = ["[sum]", "<n>"]
 IDS = {"[sum]": 259, "<n>": 260}
 

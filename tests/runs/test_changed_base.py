@@ -18,6 +18,8 @@ from tunesmith.core.types import Json, Plan
 from tunesmith.recipe.schema import Recipe
 from tunesmith.report.trackers import export_run
 
+pytestmark = pytest.mark.promise
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Recipe:

@@ -26,6 +26,9 @@ from tunesmith.core.types import Json
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import run
 
+pytestmark = pytest.mark.promise
+
+
 baselines = load_experiment("constraint_baselines")
 
 BAD = [

@@ -30,6 +30,8 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.train import run
 
+pytestmark = pytest.mark.promise
+
 
 def texts(first: int, count: int) -> list[Json]:
     return [

@@ -20,6 +20,7 @@ from tunesmith.train import run
 from tunesmith.train.optimizer import LossScale
 
 
+@pytest.mark.promise
 def test_a_run_in_fp16_passes_preflight_and_resumes_bitwise(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

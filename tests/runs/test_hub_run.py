@@ -39,6 +39,7 @@ def encode(first: int, count: int) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in build_sum_rows(first, count)).encode()
 
 
+@pytest.mark.promise
 def test_a_resumed_run_reads_the_same_commit_without_network(
     hub: HubServer, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +113,7 @@ def test_one_limit_for_all_files_of_a_source(
     assert hub.requests
 
 
+@pytest.mark.promise
 @pytest.mark.usefixtures("hub")
 def test_a_run_is_evaluated_on_rows_of_the_hub(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

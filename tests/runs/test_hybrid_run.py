@@ -28,6 +28,7 @@ VOCABULARY = {
 }
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("family", ["qwen3_5", "falcon_h1", "lfm2"])
 def test_a_hybrid_is_trained(family: str, tmp_path: Path) -> None:
     folder = save_model_folder(tmp_path / "model")

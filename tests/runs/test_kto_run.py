@@ -84,6 +84,7 @@ def test_what_is_measured_moves(tiny_folder: Path, tmp_path: Path) -> None:
     assert desirable[-1] - desirable[0] > undesirable[-1] - undesirable[0]
 
 
+@pytest.mark.promise
 def test_weights_change_the_run(tiny_folder: Path, tmp_path: Path) -> None:
     losses: list[tuple[float, ...]] = []
     for number, more in enumerate(({}, {"desirable_weight": 3.0}, {"undesirable_weight": 0.0})):
@@ -118,6 +119,7 @@ def test_one_row_per_step_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
         plan_recipe(wish(tiny_folder, tmp_path, batch_size=1))
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_resumed_run_is_the_same(method: str, tiny_folder: Path, tmp_path: Path) -> None:
     more = {"method": method, "save_steps": 1} | ({"lora_r": "auto"} if method == "full" else {})

@@ -37,6 +37,7 @@ from tunesmith.session import inputs
 from tunesmith.train import run
 
 pytestmark = [
+    pytest.mark.promise,
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning"),
 ]  # PEFT's

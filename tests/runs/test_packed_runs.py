@@ -72,6 +72,7 @@ def save_gpt_oss(folder: Path) -> tuple[Path, Any]:
     return folder, network
 
 
+@pytest.mark.promise
 def test_an_adapter_of_a_packed_gpt_oss_is_proven_and_loads_in_peft(tmp_path: Path) -> None:
     folder, wide = save_gpt_oss(tmp_path / "model")
     recipe = make_tiny_recipe(folder, tmp_path)

@@ -12,6 +12,7 @@ MODEL_TYPES = (
 )
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_plain_packing_leaks_and_ours_does_not(
     model_type: str, capsys: pytest.CaptureFixture[str]

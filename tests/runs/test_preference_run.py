@@ -27,6 +27,8 @@ from tunesmith.session import inputs
 from tunesmith.train import run
 from tunesmith.train.base_reference import REFERENCE_FILE
 
+pytestmark = pytest.mark.promise
+
 
 def pair(number: int) -> Json:
     return {

@@ -18,6 +18,8 @@ from tunesmith.session.session import open_session
 from tunesmith.train.preflight import run_preflight
 from tunesmith.train.stages import load_stage_inputs, make_staged_plan
 
+pytestmark = pytest.mark.promise
+
 
 def write_texts(path: Path, lengths: list[int]) -> str:
     """Texts of one token per byte, and EOS."""

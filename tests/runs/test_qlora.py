@@ -28,6 +28,8 @@ from tunesmith.session import inputs
 from tunesmith.session.fingerprint import build_fingerprint
 from tunesmith.train import run
 
+pytestmark = pytest.mark.promise
+
 
 def qlora(model: Path, folder: Path, **changed: Any) -> Recipe:
     return make_tiny_recipe(model, folder, method="qlora", **changed)

@@ -21,6 +21,9 @@ from tunesmith.recipe.load import read_recipe
 from tunesmith.recipe.schema import Recipe, Stages
 from tunesmith.train import stages
 
+pytestmark = pytest.mark.promise
+
+
 FOLDER = Path(__file__).parents[2] / "recipes"
 STAGES = FOLDER / "stages.yaml"
 SERVE = FOLDER / "serve.yaml"  # of tests/unit/serve/test_settings.py

@@ -40,6 +40,7 @@ def rehearsed(events: Sequence[Event]) -> list[int]:
     return [step.task_tokens.get("rehearsal", 0) for step in select_steps(events)]
 
 
+@pytest.mark.promise
 def test_no_row_of_the_data_is_lost_and_the_share_is_said(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -63,6 +64,7 @@ def test_no_row_of_the_data_is_lost_and_the_share_is_said(
     assert record.plan.data.keys() == {"data", "rehearsal"}
 
 
+@pytest.mark.promise
 def test_a_run_goes_on_to_the_same_bytes_with_the_same_rehearsal(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -19,6 +19,9 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.train.best_checkpoint import EvalPoint, select_best
 from tunesmith.train.guard import guarded_loop
 
+pytestmark = pytest.mark.promise
+
+
 BOTH_ROLES = "the beginnings of a few of them limited which checkpoint could be chosen"
 
 

@@ -36,6 +36,8 @@ from tunesmith.session.session import load_starting_model
 from tunesmith.train import generated_rows, run
 from tunesmith.train.generated_rows import generate_rows
 
+pytestmark = pytest.mark.promise
+
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:

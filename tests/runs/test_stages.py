@@ -27,6 +27,9 @@ from tunesmith.plan.stages import StagedPlan, read_staged_plan
 from tunesmith.recipe.schema import Stages
 from tunesmith.train import stages
 
+pytestmark = pytest.mark.promise
+
+
 WEIGHTS = Path("adapter", "adapter_model.safetensors")
 
 

@@ -27,6 +27,8 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.train import run
 
+pytestmark = pytest.mark.promise
+
 
 def echoes(first: int, count: int) -> list[Json]:
     return [make_chat_row(f"say {n}", f"{n}") for n in range(first, first + count)]

@@ -28,9 +28,10 @@ from tunesmith.export.export import export_run
 from tunesmith.model.causal_lm import load_network
 from tunesmith.session.doctor import diagnose
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
-)  # PEFT's
+pytestmark = [
+    pytest.mark.promise,
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
 WHOLE_CONFIGS = make_multimodal_configs() | make_multimodal_expert_configs()
 TOWER = re.compile("tower|projector|visual")
 IDS = torch.randint(3, 90, (1, 21), generator=torch.Generator().manual_seed(5))

@@ -110,6 +110,7 @@ def test_special_ids_of_the_configs(
     assert refuse(tunesmith, write_recipe(model, tmp_path), "plan")
 
 
+@pytest.mark.promise
 def test_end_ids_of_config_json_are_not_used(
     tiny_folder: Path, tmp_path: Path, tunesmith: RunCli
 ) -> None:

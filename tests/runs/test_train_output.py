@@ -14,6 +14,8 @@ from tunesmith.cli.app import main
 from tunesmith.evaluate.measure import measure_items
 from tunesmith.train import run as train_run
 
+pytestmark = pytest.mark.promise
+
 
 @pytest.fixture(autouse=True)
 def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

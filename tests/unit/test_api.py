@@ -23,6 +23,9 @@ from tunesmith.core.json_io import dump_json, to_jsonable
 from tunesmith.recipe.load import read_recipe
 from tunesmith.recipe.schema import Recipe
 
+pytestmark = pytest.mark.promise
+
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 

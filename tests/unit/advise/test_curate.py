@@ -84,6 +84,7 @@ def test_the_last_answer_of_a_conversation_is_scored() -> None:
     assert document.weights_L.tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
 
 
+@pytest.mark.promise
 def test_the_files_hold_unchanged_rows_and_a_score_for_every_row(
     run_inputs: RunInputs, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def write_curated(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.promise
 def test_every_subset_starts_from_the_same_weights_and_is_trained_on_its_rows(
     run_inputs: inputs.RunInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

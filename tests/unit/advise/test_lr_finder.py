@@ -41,6 +41,7 @@ def make_inputs(tiny_folder: Path, tmp_path: Path, **changed: Any) -> tuple[Plan
     return inputs.make_plan(run_inputs), run_inputs
 
 
+@pytest.mark.promise
 def test_every_rate_starts_from_the_same_weights(tiny_folder: Path, tmp_path: Path) -> None:
     plan, run_inputs = make_inputs(tiny_folder, tmp_path)
     untrained, *trials = try_rates(plan, run_inputs, steps=10)
@@ -73,6 +74,7 @@ def test_it_needs_held_out_rows_and_no_pairs(tiny_folder: Path, tmp_path: Path) 
         next(try_rates(dataclasses.replace(plan, config=pair_config), run_inputs))
 
 
+@pytest.mark.promise
 def test_texts_are_compared_by_bits_per_byte(tiny_folder: Path, tmp_path: Path) -> None:
     rows = [{"text": f"a text of some words, number {n}. " * 4} for n in range(38)]
     names = ("data", "eval_data", "test_data")

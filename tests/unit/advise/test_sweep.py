@@ -31,6 +31,9 @@ from tunesmith.recipe.load import dump_recipe, load_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 
+pytestmark = pytest.mark.promise
+
+
 # Tried in the order of the list with seed 0; the second is hopeless at once.
 SWEEP = {"learning_rate": [0.01, 0.00001], "seeds": [1], "pruner": "halving"}
 AT_ONCE = {"learning_rate": [0.01, 0.0001], "pruner": "none"}

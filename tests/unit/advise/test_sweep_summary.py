@@ -118,6 +118,7 @@ def test_too_few_rows_get_no_verdict_and_no_p(num_rows: int, is_judged: bool) ->
     assert "one seed" in list_notes(measured, 1, num_rows)
 
 
+@pytest.mark.promise
 def test_choosing_the_best_of_many_shows_no_difference_where_there_is_none() -> None:
     """Compared with the best of equal ones, some are worse by chance: 24 comparisons would be
     corrected too little."""

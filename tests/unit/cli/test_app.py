@@ -444,6 +444,7 @@ def test_a_plan_is_one_object_with_every_reason(
         assert tunesmith(*words, *wrong)[0] == 2
 
 
+@pytest.mark.promise
 def test_rates_are_tried(
     tunesmith: Callable[..., CliResult], tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -471,6 +472,7 @@ def test_rates_are_tried(
     assert (code, "no held-out rows" in err) == (2, True)
 
 
+@pytest.mark.promise
 def test_a_run_from_words_to_answers(
     tunesmith: Callable[..., CliResult],
     tiny_folder: Path,

@@ -16,6 +16,9 @@ from tunesmith.core.events import CheckResult
 from tunesmith.core.run_dir import read_events
 from tunesmith.train.run import train as start_training
 
+pytestmark = pytest.mark.promise
+
+
 Keys = tuple[str | int, ...]
 Run = Callable[..., tuple[int, str, str]]
 REPORTED: list[tuple[str, Keys]] = [

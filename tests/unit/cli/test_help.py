@@ -24,6 +24,7 @@ def test_every_verb_has_examples_and_a_heading() -> None:
     assert sorted(names) == sorted({verb.split()[0] for verb in app.VERBS})
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     ("verb", "rest"), [(verb, rest) for verb, lines in EXAMPLES.items() for rest in lines]
 )

@@ -54,12 +54,14 @@ def _unchanged_process() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.mark.promise
 @pytest.mark.usefixtures("_unchanged_process")
 def test_torchrun_starts_each_process(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_torchrun(2, ["--version"]) == 0
     assert capfd.readouterr().out.count(__version__) == 2
 
 
+@pytest.mark.promise
 @pytest.mark.usefixtures("_unchanged_process")
 @pytest.mark.parametrize("name", ["tunesmith.py", "tunesmith/__init__.py", "torch.py"])
 def test_no_rank_runs_code_of_the_working_directory(
@@ -74,6 +76,7 @@ def test_no_rank_runs_code_of_the_working_directory(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.promise
 @pytest.mark.usefixtures("_unchanged_process")
 def test_torchrun_returns_the_exit_code_of_a_process_that_failed(
     capfd: pytest.CaptureFixture[str],

@@ -206,6 +206,7 @@ def test_every_failing_call_leaves_the_old_or_the_new_folder(
     assert outcomes.count("old") > 8
 
 
+@pytest.mark.promise
 def test_a_kill_at_any_call_leaves_a_whole_folder_or_none(tmp_path: Path) -> None:
     """The gap between the two renames of a replacement may leave none: the checkpoint before it is
     taken then."""

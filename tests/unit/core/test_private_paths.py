@@ -52,6 +52,7 @@ def test_folders_are_hidden_as_the_text_writes_them() -> None:
     assert hide_folders(text, [path], html.escape) == "<b>x</b>"
 
 
+@pytest.mark.promise
 def test_what_is_shared_of_a_run_names_no_folder_of_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,7 @@ documents = st.lists(
 )
 
 
+@pytest.mark.promise
 @given(documents, st.integers(1, 64))
 def test_every_target_is_predicted_by_the_token_before_it_in_its_own_document(drawn, pack_length):
     named = [Document(str(i), d.tokens_L, d.weights_L) for i, d in enumerate(drawn)]

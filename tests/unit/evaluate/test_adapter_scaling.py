@@ -36,6 +36,8 @@ from tunesmith.session import inputs
 from tunesmith.session.reopen import reopen_session
 from tunesmith.train import run
 
+pytestmark = pytest.mark.promise
+
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -167,6 +167,7 @@ def test_all_right_and_all_wrong() -> None:
     assert get_groups(wrong, "format")["not a JSON object"].wrong == 40
 
 
+@pytest.mark.promise
 def test_hostile_fields_labels_and_tasks_keep_an_analysis_small() -> None:
     evil = "\x1b[31m\u202e" + "A" * 200
     row = {f"{evil}{index}": f"{evil}{index}" for index in range(1_500)}

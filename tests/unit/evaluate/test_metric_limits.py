@@ -269,6 +269,7 @@ def test_the_plan_refuses_what_is_not_measured(tiny_folder: Path, tmp_path: Path
         plan_recipe(recipe)
 
 
+@pytest.mark.promise
 def test_train_and_eval_exit_with_4_if_a_limit_is_not_held(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

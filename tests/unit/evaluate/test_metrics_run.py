@@ -22,6 +22,7 @@ def write_metric(folder: Path) -> str:
     return f"{folder}/mine.py:score"
 
 
+@pytest.mark.promise
 def test_every_kind_of_metric_is_measured_before_and_after(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -62,6 +63,7 @@ def test_a_metric_of_likelihood_alone_answers_no_more_than_is_shown(
     assert comparison.metric == "loss"
 
 
+@pytest.mark.promise
 def test_own_code_is_asked_for_each_time(tiny_folder: Path, tmp_path: Path) -> None:
     test = write_rows(tmp_path / "test.jsonl", build_sum_rows(200, 2))
     wish = make_tiny_recipe(

@@ -42,6 +42,7 @@ def measures(compared: tunesmith.Comparison | object) -> dict[tuple[str, str], f
     return {(entry.task, entry.metric): entry.difference for entry in compared.comparisons}  # type: ignore[attr-defined]
 
 
+@pytest.mark.promise
 def test_finished_runs_are_compared_by_their_files_in_a_moment(runs: tuple[Path, Path]) -> None:
     program = (
         "import sys, time, tunesmith\nbegan = time.perf_counter()\n"
@@ -73,6 +74,7 @@ def test_the_change_is_that_of_the_items(runs: tuple[Path, Path]) -> None:
     )
 
 
+@pytest.mark.promise
 def test_sides_that_no_file_holds_are_measured(
     runs: tuple[Path, Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -227,6 +229,7 @@ def test_what_cannot_be_paired_is_said() -> None:
 # ---------------------------------------------------------------- eval and gates
 
 
+@pytest.mark.promise
 def test_eval_measures_other_rows_and_other_models(
     runs: tuple[Path, Path], tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -256,6 +259,7 @@ def test_eval_measures_other_rows_and_other_models(
         tunesmith.evaluate(tiny_folder)
 
 
+@pytest.mark.promise
 def test_a_run_that_trained_all_weights_is_measured_again_and_asked(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model_folder(tmp_path_factory.mktemp("relearning") / "model")
 
 
+@pytest.mark.promise
 def test_each_domain_is_compared_alone_and_after_others(base_model: Path, tmp_path: Path) -> None:
     files = write_eval_files(tmp_path)
     train(make_tiny_recipe(base_model, tmp_path, **files, num_train_epochs=4, learning_rate=0.1))

@@ -130,6 +130,7 @@ def test_plans_of_both_kinds_of_metrics_differ(tiny_folder: Path, tmp_path: Path
     assert predict_answers(metrics=["exact_match"], never=["sorry"]) > exact
 
 
+@pytest.mark.promise
 def test_a_run_counts_truncated_answers_in_every_output(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

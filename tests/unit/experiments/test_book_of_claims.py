@@ -26,6 +26,9 @@ from tunesmith.evaluate.results import MetricValues
 from tunesmith.recipe.fields import NO_TEST_DATA
 from tunesmith.recipe.load import read_recipe
 
+pytestmark = pytest.mark.promise
+
+
 arms = import_module("experiments.arms")
 claims = import_module("experiments.claims")
 definitions = import_module("experiments.definitions")

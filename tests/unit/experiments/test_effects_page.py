@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from experiment_modules import import_module
 
 iter_rows = import_module("benchmarks.effects").iter_rows
@@ -18,6 +20,7 @@ def test_loss_falls(method, seed, record_property):
 """
 
 
+@pytest.mark.promise
 def test_the_report_of_a_test_run_becomes_rows_of_a_page(tmp_path: Path) -> None:
     file = tmp_path / "test_measuring.py"
     file.write_text(MEASURING_TEST)

@@ -123,6 +123,7 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "check the network" in caught.value.fix, "and not to download anything"
 
 
+@pytest.mark.promise
 def test_an_upload_that_fails_and_one_that_arrives_damaged(
     server: HubServer, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ def narrow(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_run(tmp_path_factory.mktemp("narrow"), tiny_llama, method="qlora")
 
 
+@pytest.mark.promise
 def test_the_live_model_is_the_one_that_was_trained(narrow: Path, tmp_path: Path) -> None:
     job = make_export_job(narrow, tmp_path)
     bench = finished_run.reopen_session(narrow)

@@ -69,6 +69,7 @@ LOSSES: dict[str, Callable[[Weights, Weights], Weights]] = {
 }
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_merge_that_lost_a_part_of_the_adapter_fails(
     name: str, little_trained: Path, live: LiveOutputs, tmp_path: Path
@@ -97,6 +98,7 @@ def barely_trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
 FORMS = [("merged", ""), ("peft", ""), *(("gguf", kind) for kind in TARGETS["gguf"])]
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(("target", "kind"), FORMS)
 def test_a_sound_export_of_a_tiny_change_is_complete(
     target: str, kind: str, barely_trained: Path, tmp_path: Path

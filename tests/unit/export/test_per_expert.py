@@ -43,6 +43,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_run(tmp_path_factory.mktemp("run"), base, lora_target_modules=targets, lora_r=4)
 
 
+@pytest.mark.promise
 def test_vllm_gets_the_matrices_of_each_expert(run: Path, base: Path, tmp_path: Path) -> None:
     result = export_servers([run], "vllm", scale=0.5, out=tmp_path / "out")
     parity = result.runs[0].parity

@@ -57,6 +57,7 @@ def rslora_run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return save_run(tmp_path_factory.mktemp("rslora-run"), tiny_llama, use_rslora=True)
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("name", ["finished", "dora_run", "rslora_run"])
 def test_peft_says_what_our_evaluation_says(
     name: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -94,6 +95,7 @@ def test_every_target_is_the_run_at_that_scale(
         assert read_gguf(file).metadata["general.name"].endswith("run@0.5")
 
 
+@pytest.mark.promise
 def test_rows_of_new_tokens_go_part_of_the_way(tmp_path: Path) -> None:
     tokens = [f"[t{n}]" for n in range(3)]
     rows = [make_chat_row(f"{' '.join(tokens)} {n}", f"[t{n % 3}]{n}") for n in range(12)]
@@ -121,6 +123,7 @@ def test_rows_of_new_tokens_go_part_of_the_way(tmp_path: Path) -> None:
     assert not torch.allclose(began, end)
 
 
+@pytest.mark.promise
 def test_card_and_config_and_manifest_say_the_scale(tiny_llama: Path, tmp_path: Path) -> None:
     run = save_run(tmp_path, tiny_llama, **write_eval_files(tmp_path / "files"))
     made = Path(export_run(run, "peft", scale=0.5).path)

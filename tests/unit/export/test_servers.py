@@ -132,6 +132,7 @@ def test_vllm_gets_the_smallest_rank_that_holds_all(rank: int, chosen: int) -> N
 # ---------------------------------------------------------------- real runs
 
 
+@pytest.mark.promise
 def test_a_run_becomes_a_folder_that_vllm_starts_from(finished: Path, tmp_path: Path) -> None:
     other = tmp_path / "second"
     shutil.copytree(finished, other)

@@ -70,6 +70,7 @@ SERVING = {
 }
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_in_each_folder(name: str, exports: dict[str, ExportResult]) -> None:
     made = exports[name]
@@ -152,6 +153,7 @@ def test_it_is_a_model_for_the_next_run(
         assert float((logits - live).abs().max()) < difference
 
 
+@pytest.mark.promise
 def test_dora_is_in_the_weights_or_beside_them(dora_run: Path, tmp_path: Path) -> None:
     merged, peft, gguf = (
         export_run(dora_run, target, out=tmp_path / target) for target in ("merged", "peft", "gguf")
@@ -346,6 +348,7 @@ def test_a_machine_without_memory(finished: Path, monkeypatch: pytest.MonkeyPatc
 # ---------------------------------------------------------------- all weights trained
 
 
+@pytest.mark.promise
 def test_a_fully_trained_model(fully_trained: Path, tmp_path: Path) -> None:
     merged = export_run(fully_trained, "merged", out=tmp_path / "merged")
     assert merged.parity.mean_kl < 1e-9
@@ -366,6 +369,7 @@ def test_the_run_is_as_it_was(finished: Path, exports: dict[str, ExportResult]) 
     assert os.listdir(finished)
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("family", ["llama", pytest.param("llama-wide", marks=pytest.mark.slow)])
 def test_new_tokens_are_in_every_file(family: str, tmp_path: Path) -> None:
     """Seven of them, for five spare rows; a GGUF holds no adapter of rows."""

@@ -150,6 +150,7 @@ def test_it_is_chosen_where_it_moves_fewer_bytes(
     assert is_merging_cheaper(layout, *heads, window) == expected
 
 
+@pytest.mark.promise
 def test_attention_of_a_pack_makes_the_choice() -> None:
     """The other way differs in the last bits."""
     for layout, chosen, other in (

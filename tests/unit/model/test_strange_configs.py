@@ -35,9 +35,10 @@ from tunesmith.model.stock_network import StockNetwork
 from tunesmith.train.losses import sum_weights
 from tunesmith.train.preflight_blocks import build_compared_pack
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
-)
+pytestmark = [
+    pytest.mark.promise,
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
 DOCUMENTS = make_tiny_documents((9, 20, 40))
 QUANTIZED = (
     *("qwen3_5", "lfm2", "granitemoehybrid", "falcon_h1", "nemotron_h", "olmo_hybrid"),

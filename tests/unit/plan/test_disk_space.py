@@ -55,6 +55,7 @@ def test_a_run_folder_keeps_four_while_a_fifth_is_written(tmp_path: Path) -> Non
     assert held == count_max_checkpoints(steps=100, save_steps=1, eval_steps=1) == 5
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_real_run_holds_no_more_than_its_plan_says(
     method: str, tiny_folder: Path, tmp_path: Path

@@ -410,6 +410,7 @@ VALUE = st.recursive(
 )
 
 
+@pytest.mark.promise
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     values=st.dictionaries(KEY, VALUE, max_size=6),

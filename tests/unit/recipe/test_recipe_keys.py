@@ -30,6 +30,9 @@ from tunesmith.model.hub.validate import read_header
 from tunesmith.recipe.schema import KEYS
 from tunesmith.session import inputs
 
+pytestmark = pytest.mark.promise
+
+
 TEMPLATE = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] + m['content'] + '<|end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"

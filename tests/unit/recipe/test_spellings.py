@@ -17,6 +17,9 @@ from tunesmith.evaluate.regression_gate import parse_metrics
 from tunesmith.recipe.load import load_recipe, read_recipe
 from tunesmith.recipe.schema import ALIASES, KEYS, Recipe
 
+pytestmark = pytest.mark.promise
+
+
 PREFERENCE = {"stage": "preference"}
 # key -> spellings of one value, and the keys that it needs
 SPELLINGS: dict[str, tuple[list[Any], dict[str, Any]]] = {

@@ -127,6 +127,7 @@ CHANGES = (
 )
 
 
+@pytest.mark.promise
 @pytest.mark.usefixtures("_nothing_is_loaded_at_start")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_files_that_change_before_the_first_use_are_refused(
@@ -183,6 +184,7 @@ def test_two_folders_that_claim_one_content_are_loaded_at_once(
 # ---------------------------------------------------------------- memory
 
 
+@pytest.mark.promise
 @pytest.mark.usefixtures("_nothing_is_loaded_at_start")
 def test_an_adapter_is_not_dropped_while_it_answers(
     writer: Path, pair: tuple[Path, Path], alone: list[list[int]]

@@ -175,6 +175,7 @@ def fill_rows(live: LiveServer, num_tokens: int, ended: list[str]) -> None:
     wait_for(lambda: len(scheduler._state.running) == 8)
 
 
+@pytest.mark.promise
 def test_a_client_without_rows_does_not_wait_for_an_answer_of_others(narrow: LiveServer) -> None:
     """Its three tokens end before the 100 tokens of any of 14 long answers."""
     scheduler = narrow.server.scheduler
@@ -188,6 +189,7 @@ def test_a_client_without_rows_does_not_wait_for_an_answer_of_others(narrow: Liv
     assert ended == ["quiet", "third", *["flood"] * 14]
 
 
+@pytest.mark.promise
 def test_a_full_queue_of_one_client_refuses_that_client_alone(narrow: LiveServer) -> None:
     scheduler = narrow.server.scheduler
     ended: list[str] = []
@@ -204,6 +206,7 @@ def test_a_full_queue_of_one_client_refuses_that_client_alone(narrow: LiveServer
     wait_for(lambda: len(ended) == 15)
 
 
+@pytest.mark.promise
 def test_a_slow_queue_of_others_refuses_no_client_that_has_a_reserved_row(
     narrow: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

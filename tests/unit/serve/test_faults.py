@@ -39,6 +39,9 @@ from tunesmith.serve import streams
 from tunesmith.serve.server import TimedProtocol
 from tunesmith.serve.settings import ServeSettings
 
+pytestmark = pytest.mark.promise
+
+
 NO_END = {"257": -100, "258": -100}
 CHAT = "/v1/chat/completions"
 LONG: dict[str, Any] = {"max_tokens": 250, "logit_bias": NO_END}

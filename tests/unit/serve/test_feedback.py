@@ -79,6 +79,7 @@ def review(http: httpx.Client, request_id: str, verdict: str = "good", **more: A
 # ---------------------------------------------------------------- from serving to training
 
 
+@pytest.mark.promise
 def test_the_files_go_through_lock_check_and_plan_unedited(
     ada: httpx.Client, folder: Path, writer: Path, tmp_path: Path
 ) -> None:

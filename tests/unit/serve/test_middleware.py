@@ -200,6 +200,7 @@ def test_no_path_is_redirected(guarded: LiveServer, secrets: dict[str, str]) -> 
         assert http.post(f"{CHAT}/", json=make_chat("base")).status_code == 404
 
 
+@pytest.mark.promise
 def test_bodies_are_bounded(guarded: LiveServer, secrets: dict[str, str]) -> None:
     headers = {"authorization": f"Bearer {secrets['user']}", "content-type": "application/json"}
 

@@ -30,6 +30,9 @@ from tunesmith.serve.admin import find_folder
 from tunesmith.serve.errors import RequestError
 from tunesmith.serve.sources import open_adapter, open_base
 
+pytestmark = pytest.mark.promise
+
+
 NO_END = {"257": -100, "258": -100}
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "return_token_ids": True}
 WEIGHTS = "adapter_model.safetensors"

@@ -14,6 +14,9 @@ from tiny_server import LiveServer, make_settings, serving
 from tunesmith.serve.app import ROUTES
 from tunesmith.serve.openapi import build_openapi
 
+pytestmark = pytest.mark.promise
+
+
 SCHEMA = schemathesis.openapi.from_dict(build_openapi(ROUTES))
 
 

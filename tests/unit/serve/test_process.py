@@ -18,6 +18,9 @@ import pytest
 
 from tiny_server import make_chat
 
+pytestmark = pytest.mark.promise
+
+
 NO_END = {"257": -100, "258": -100}
 LIMIT_SECONDS = 300  # of a hang
 

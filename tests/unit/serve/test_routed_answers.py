@@ -64,6 +64,7 @@ def chat(http: httpx.Client, model: str, text: str = "hello", **more: Any) -> ht
 # ---------------------------------------------------------------- A/B
 
 
+@pytest.mark.promise
 def test_a_user_keeps_an_arm_and_the_answer_names_it(
     routed: LiveServer, secrets: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,6 +161,7 @@ def read_canary(http: httpx.Client) -> Any:
     return route["canary"]
 
 
+@pytest.mark.promise
 def test_harm_takes_the_canary_away(
     routed: LiveServer, boss: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -187,6 +189,7 @@ def test_an_admin_decides_and_is_named(boss: httpx.Client) -> None:
     assert read_canary(boss)["share"] == 50
 
 
+@pytest.mark.promise
 def test_a_canary_out_of_service_is_rolled_back_at_once(
     routed: LiveServer, boss: httpx.Client
 ) -> None:

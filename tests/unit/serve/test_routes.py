@@ -35,6 +35,7 @@ def test_shares_hold(shares: dict[str, float]) -> None:
         assert abs(counts[arm] / len(UNITS) - share / 100) < 0.01
 
 
+@pytest.mark.promise
 def test_a_growing_share_only_takes() -> None:
     before = assign(a=95, b=5)
     for share in (25, 50, 99, 100):

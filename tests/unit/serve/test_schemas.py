@@ -35,6 +35,7 @@ def post(live: LiveServer, schema: Any, **more: Any) -> httpx.Response:
         return http.post(CHAT, json=body)
 
 
+@pytest.mark.promise
 def test_answers_are_valid_or_say_that_they_are_cut(live: LiveServer) -> None:
     """40 answers, four to a request."""
     num_complete = 0
@@ -133,6 +134,7 @@ def test_what_cannot_be_enforced_is_400(schema: Any, word: str, live: LiveServer
         assert http.post(CHAT, json=make_chat("base", max_tokens=1)).status_code == 200
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("pattern", ["(a|a)*b", "(.*a){25}", "^(a+)+$"])
 def test_a_bad_pattern_harms_nobody(pattern: str, live: LiveServer) -> None:
     response = post(live, {"type": "string", "pattern": pattern}, max_tokens=8)

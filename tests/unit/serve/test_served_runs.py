@@ -68,6 +68,7 @@ def answer_items(live: LiveServer, model: str, run: Path) -> list[str]:
     return answers
 
 
+@pytest.mark.promise
 def test_a_run_is_proven_and_found_by_its_own_base(trained: LiveServer) -> None:
     with trained.client() as http:
         models = {model["id"]: model for model in http.get("/v1/models").json()["data"]}
@@ -80,6 +81,7 @@ def test_a_run_is_proven_and_found_by_its_own_base(trained: LiveServer) -> None:
     assert models["json"]["tunesmith"]["schema"]
 
 
+@pytest.mark.promise
 def test_the_runs_schema_is_the_default_of_a_constrained_model(trained: LiveServer) -> None:
     num_complete = 0
     with trained.client() as http:

@@ -79,6 +79,7 @@ def post(live: LiveServer, model: str = "tools", **more: Any) -> httpx.Response:
 # ---------------------------------------------------------------- calls that have to be made
 
 
+@pytest.mark.promise
 def test_a_required_call_follows_the_schema_of_its_tool(client: openai.OpenAI) -> None:
     names: set[str] = set()
     for seed in range(4):

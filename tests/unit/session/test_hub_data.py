@@ -155,6 +155,7 @@ def test_cached_files_are_not_asked_for_again(hub: HubServer) -> None:
     assert downloads == 3  # the README and two files
 
 
+@pytest.mark.promise
 def test_a_download_that_is_cut_goes_on(hub: HubServer) -> None:
     add_rows(hub)
     pinned, _ = pin_hub_data(make_recipe())

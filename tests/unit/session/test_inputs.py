@@ -142,6 +142,7 @@ def test_a_role_of_one_row_is_refused_by_name(role: str, tiny_folder: Path, tmp_
         inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path, **files))
 
 
+@pytest.mark.promise
 def test_facts_of_a_plan_are_found_again(tiny_folder: Path, tmp_path: Path) -> None:
     run_inputs = inputs.load_inputs(
         make_tiny_recipe(tiny_folder, tmp_path, **write_eval_files(tmp_path), seed=5), now=MOMENT

@@ -13,6 +13,9 @@ from tunesmith.core.mesh import DryRun
 from tunesmith.session import inputs
 from tunesmith.train.dry_run import simulate_step
 
+pytestmark = pytest.mark.promise
+
+
 FULL: dict[str, Any] = {"method": "full", "lora_r": "auto"}
 
 

@@ -61,6 +61,7 @@ def make_deep_network(num_layers: int) -> PreTrainedModel:
     return network.eval().requires_grad_(False)
 
 
+@pytest.mark.promise
 def test_a_dense_network_that_amplifies_rounding_is_proven_by_its_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

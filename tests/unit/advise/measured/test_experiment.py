@@ -41,6 +41,9 @@ from tunesmith.core.json_io import to_jsonable
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 
+pytestmark = pytest.mark.promise
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"sum": {"enum": [1, 2]}},

@@ -67,6 +67,7 @@ def list_templates() -> list[str]:
 # ---------------------------------------------------------------- real templates
 
 
+@pytest.mark.promise
 def test_the_templates_of_trl(tmp_path: Path) -> None:
     learned: list[str] = []
     for name in list_templates():

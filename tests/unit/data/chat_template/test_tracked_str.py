@@ -66,6 +66,7 @@ def test_trimming_keeps_the_origins(text: TrackedStr, chars: str | None) -> None
         assert pairs(cut) == pairs(text)[start : start + len(cut)] or not cut
 
 
+@pytest.mark.promise
 @given(texts, st.sampled_from([None, " ", "ab", "\n", "a"]), st.integers(-1, 3))
 def test_splitting_keeps_the_origins(text: TrackedStr, sep: str | None, most: int) -> None:
     for name in ("split", "rsplit"):

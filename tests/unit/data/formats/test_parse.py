@@ -163,6 +163,7 @@ any_row = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.promise
 @given(any_row, st.sampled_from(list(FORMATS)), st.booleans())
 def test_any_row_is_an_example_or_a_clear_error(data, format, has_template):
     example, problem = None, None

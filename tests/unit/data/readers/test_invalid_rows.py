@@ -196,6 +196,7 @@ def test_fault_01_rows_that_cannot_be_rendered_are_bad_rows_too(
     assert check_data({"data": skipping})["data"].findings[0].level == "warn"
 
 
+@pytest.mark.promise
 def test_fault_01_any_number_of_bad_rows_takes_no_memory(
     write: Write, words: Any, tmp_path: Path
 ) -> None:

@@ -343,6 +343,7 @@ def test_fault_11_a_random_table_of_sentencepiece_is_an_input_error(
     assert "panicked" not in capfd.readouterr().err
 
 
+@pytest.mark.promise
 def test_fault_11_nested_added_tokens_are_matched_at_any_depth(tmp_path: Path) -> None:
     path = write_model_folder(tmp_path)
     file = path / "tokenizer.json"

@@ -162,6 +162,7 @@ def test_the_library_is_that_of_this_process(
     assert GuardedTokenizer(make_data(tmp_path)).encode("some text").ids
 
 
+@pytest.mark.promise
 def test_starting_and_loading_are_no_part_of_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +174,7 @@ def test_starting_and_loading_are_no_part_of_the_limit(
     assert GuardedTokenizer(make_data(tmp_path)).encode("some text").ids
 
 
+@pytest.mark.promise
 def test_a_large_file_has_longer_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial of the patterns keeps its limit."""
     data = make_data(tmp_path)
@@ -207,6 +209,7 @@ def test_a_process_that_gets_no_processor_is_the_fault_of_the_machine(
         guarded.encode("some text")
 
 
+@pytest.mark.promise
 def test_a_slow_pattern_is_refused_when_it_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +221,7 @@ def test_a_slow_pattern_is_refused_when_it_is_tried(
 # ---------------------------------------------------------------- the end
 
 
+@pytest.mark.promise
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_a_process_without_its_parent_ends(tmp_path: Path) -> None:
     """The parent is killed while a pattern runs: nobody is there to end the process."""

@@ -62,6 +62,7 @@ def verify(run: Path, url: str, model: str) -> LiveVerification:
     return verify_run(run, LiveClient(f"{url}/v1"), model, num_items=NUM_ITEMS)
 
 
+@pytest.mark.promise
 def test_a_server_that_parses_calls_is_the_run(run: Path) -> None:
     recorded = load_recorded_run(run, NUM_ITEMS)
     called = [item for item in recorded.items if item.after.endswith('"}}')]

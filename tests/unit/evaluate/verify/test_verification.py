@@ -33,6 +33,9 @@ from tunesmith.evaluate.verify.verification import (
     verify_run,
 )
 
+pytestmark = pytest.mark.promise
+
+
 NUM_ITEMS = 12
 OTHER_END = 258
 

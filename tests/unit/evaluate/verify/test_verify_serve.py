@@ -38,6 +38,7 @@ def failed(result: LiveVerification) -> set[str]:
     return {check.name for check in result.checks if check.status == "failed"}
 
 
+@pytest.mark.promise
 def test_the_server_is_the_run_at_its_scale_alone(run: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
     shutil.copytree(run, half)

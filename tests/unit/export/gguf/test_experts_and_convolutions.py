@@ -32,6 +32,7 @@ def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return written
 
 
+@pytest.mark.promise
 def test_transformers_computes_what_the_run_does(job: ExportJob) -> None:
     base = job.run.model_spec.path
     merged = load_network(base, torch.float32)

@@ -84,6 +84,7 @@ def test_the_common_prefix_is_the_longest() -> None:
     assert engine.find_common_prefix([(1,), (2,)]) == ()
 
 
+@pytest.mark.promise
 def test_sampled_answers_do_not_depend_on_the_batch(
     model: PackedCausalLM, prompts: Prompts, spell: Spell
 ) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from tokenizers import Tokenizer, decoders
@@ -36,6 +37,7 @@ def test_pieces_join_to_the_text_and_hold_no_half_character(text: str) -> None:
     assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
 
 
+@pytest.mark.promise
 @settings(deadline=None)
 @given(some.text("ab ", min_size=1, max_size=80), some.lists(some.text("ab ", min_size=1)))
 def test_the_first_stop_string_ends_the_text_wherever_it_is(text: str, stops: list[str]) -> None:

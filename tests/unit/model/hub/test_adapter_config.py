@@ -128,6 +128,7 @@ def test_a_run_folder_stands_for_its_adapter(adapter: Path, base: Path, tmp_path
 # ---------------------------------------------------------------- what is refused
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     ("key", "value"),
     [

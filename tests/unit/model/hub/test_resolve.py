@@ -77,6 +77,7 @@ def test_a_failed_conversion_leaves_nothing(make_gguf) -> None:
     assert names_in_cache() == []
 
 
+@pytest.mark.promise
 def test_two_processes_make_the_same_folder(make_gguf) -> None:
     command = [
         sys.executable,

@@ -267,6 +267,7 @@ print(ops.is_supported(x), ops.has_attention())
 """
 
 
+@pytest.mark.promise
 def test_without_a_compiler_the_reference_is_used(tmp_path: Path) -> None:
     environment = os.environ | {
         "CC": "no-such-compiler",
@@ -293,6 +294,7 @@ def test_a_compiler_that_fails_is_as_good_as_none(
     assert not any((tmp_path / "kernels").iterdir())
 
 
+@pytest.mark.promise
 @needs_kernels
 def test_two_may_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads stand in for processes: the folder sees no difference."""

@@ -228,6 +228,7 @@ def test_nothing_is_launched_for_no_rows() -> None:
 # ---------------------------------------------------------------- for GPUs
 
 
+@pytest.mark.promise
 @needs_triton
 @pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter does not compile")
 @pytest.mark.parametrize(

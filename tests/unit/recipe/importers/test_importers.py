@@ -509,6 +509,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.promise
 @settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

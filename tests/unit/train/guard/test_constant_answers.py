@@ -91,6 +91,7 @@ def test_a_resumed_run_reads_the_answers_again() -> None:
     assert _select_events(events, 5) == [sample]
 
 
+@pytest.mark.promise
 def test_more_rows_are_answered_where_a_constant_is_suspected(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from tunesmith.train import run
 from tunesmith.train.guard import guarded_loop
 
 
+@pytest.mark.promise
 def test_it_goes_back_to_the_start_at_the_first_evaluation(
     trained_model: Path, tmp_path: Path
 ) -> None:
@@ -36,6 +37,7 @@ def test_it_goes_back_to_the_start_at_the_first_evaluation(
     assert [(one.kind, one.step, one.to) for one in rollbacks] == [("answers unlearned", 4, 0)] * 3
 
 
+@pytest.mark.promise
 def test_values_that_are_not_finite_at_an_evaluation_go_back(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,9 @@ from tunesmith.train.guard.guarded_loop import _select_events
 from tunesmith.train.guard.probes import PROMPT_ROLES, build_prompt_set
 from tunesmith.train.guard.training_guard import GUARD_KIND
 
+pytestmark = pytest.mark.promise
+
+
 NOISE = "\u00ff\u00fe\u00fd" * 20
 
 
