@@ -92,6 +92,12 @@ def armed(folder: Path, call: int, mode: int) -> None:
     SHIM.faulty_arm(os.fsencode(folder.resolve()), ctypes.c_long(call), mode)
 
 
+def final_name(path: Path) -> str:
+    """Return the name that a temporary file (.tmp-NAME-PID-RANDOM) will have."""
+    match = re.fullmatch(r"\.tmp-(.+)-\d+-[0-9a-f]+", path.name)
+    return match[1] if match else path.name
+
+
 def tidied(folder: Path, *, has_times: bool = True) -> str:
     """What opening the folder makes of it, as a digest: the folder's own name does not count, nor
     do the times of events, and without `has_times` no other, so that two runs can be compared."""
@@ -106,7 +112,7 @@ def tidied(folder: Path, *, has_times: bool = True) -> str:
         if path.name == "events.jsonl":
             events = [json.loads(line) for line in path.read_bytes().splitlines()]
             parts.append([(event["type"], event["step"], event["attempt"]) for event in events])
-        elif path.is_file() and path.name not in (OTHER_FILES if has_times else TIMED_FILES):
+        elif path.is_file() and final_name(path) not in (OTHER_FILES if has_times else TIMED_FILES):
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             parts.append((name.partition(".tmp-")[0], digest))
         else:
