@@ -208,61 +208,43 @@ def rewritten(
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
+A_SHAPE = (4, 48)
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "tensor", "message"),
     [
+        (f"{Q}.lora_B.weight", np.ones((5, 4), np.float32), r"lora_B.weight is F32 \[5, 4\]"),
+        (f"{Q}.lora_A.weight", np.ones(A_SHAPE), "is F64"),
+        (f"{Q}.lora_B.weight", None, "q_proj has no lora_B"),
+        (f"{Q}.lora_magnitude_vector", np.ones(64, np.float32), "has a magnitude, but use_dora"),
+        (f"{Q}.lora_magnitude_vector", np.ones(63, np.float32), r"vector is F32 \[63\]"),
+        (f"{Q}.lora_E", np.ones(64, np.float32), "not part of a LoRA"),
+        ("base_model.model.lm_head.lora_A.weight", np.ones(A_SHAPE), "has lm_head, which is not"),
+        (f"{Q.replace('q_proj', 'z_proj')}.lora_A.weight", np.ones(A_SHAPE), "z_proj"),
         (
-            lambda w: w | {f"{Q}.lora_B.weight": np.ones((5, 4), np.float32)},
-            r"lora_B.weight is F32 \[5, 4\]",
+            f"{Q.replace('self_attn.q_proj', 'input_layernorm')}.lora_A.weight",
+            np.ones(A_SHAPE),
+            "input_layernorm, which is not a linear layer",
         ),
-        (
-            lambda w: w | {f"{Q}.lora_A.weight": w[f"{Q}.lora_A.weight"].astype(np.float64)},
-            "is F64",
-        ),
-        (
-            lambda w: {k: v for k, v in w.items() if k != f"{Q}.lora_B.weight"},
-            r"q_proj has no lora_B",
-        ),
-        (
-            lambda w: w | {f"{Q}.lora_magnitude_vector": np.ones(64, np.float32)},
-            "has a magnitude, but use_dora is not",
-        ),
-        (
-            lambda w: w | {f"{Q}.lora_magnitude_vector": np.ones(63, np.float32)},
-            r"lora_magnitude_vector is F32 \[63\]",
-        ),
-        (lambda w: w | {f"{Q}.lora_E": np.ones(64, np.float32)}, "not part of a LoRA"),
-        (
-            lambda w: w | {"base_model.model.lm_head.lora_A.weight": np.ones((4, 48), np.float32)},
-            "has lm_head, which is not a linear layer",
-        ),
-        (
-            lambda w: (
-                w | {Q.replace("q_proj", "z_proj") + ".lora_A.weight": np.ones((4, 48), np.float32)}
-            ),
-            "z_proj",
-        ),
-        (
-            lambda w: (
-                w
-                | {
-                    Q.replace("self_attn.q_proj", "input_layernorm") + ".lora_A.weight": np.ones(
-                        (4, 48)
-                    )
-                }
-            ),
-            "norm",
-        ),
-        (lambda w: w | {"../../etc/passwd": np.ones(1)}, "not part of a LoRA"),
-        (lambda _: {}, "holds no weights"),
+        ("../../etc/passwd", np.ones(1), "not part of a LoRA"),
     ],
 )
 def test_fault_20_weights_that_do_not_fit_the_base_are_named(
-    adapter: Path, base: Path, change: Callable[..., Any], message: str
+    adapter: Path, base: Path, name: str, tensor: np.ndarray | None, message: str
 ) -> None:
+    def change(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        changed = weights | {name: tensor}
+        return {key: value for key, value in changed.items() if value is not None}
+
     with pytest.raises(InputError, match=message) as caught:
         read_adapter(rewritten(adapter, change), base)
     assert caught.value.where.endswith("adapter_model.safetensors")
+
+
+def test_an_adapter_without_weights_is_refused(adapter: Path, base: Path) -> None:
+    with pytest.raises(InputError, match="holds no weights"):
+        read_adapter(rewritten(adapter, lambda _: {}), base)
 
 
 def test_the_fix_of_another_dtype_is_no_other_base(adapter: Path, base: Path) -> None:
