@@ -74,7 +74,6 @@ __all__ = [
     "read_verdict",
     "resume",
     "schema",
-    "simulate_step",
     "split_by_stage",
     "train",
     "tune_lr",
@@ -91,7 +90,6 @@ if TYPE_CHECKING:
     from tunesmith.advise.sweep.records import SweepEvent
     from tunesmith.api.inputs import AnyInputs
     from tunesmith.core.evidence import RunVerdict
-    from tunesmith.core.mesh import DryRun
     from tunesmith.evaluate.model_ref import ModelComparison
     from tunesmith.evaluate.regression_gate import EvalReport
     from tunesmith.evaluate.verify.verification import LiveVerification
@@ -215,26 +213,6 @@ def plan(
     # Built first, so that a setup that cannot be measured is refused before anything is timed.
     eval_cost = EvalCostEstimate(run_plan, single_inputs)
     return add_run_seconds(calibrate_plan(run_plan, single_inputs), eval_cost)
-
-
-def simulate_step(
-    recipe: RecipeLike | AnyInputs = None,
-    num_ranks: int = 2,
-    *,
-    target: str | None = None,
-    memory: str | None = None,
-    **changes: Any,
-) -> DryRun:
-    """Take a step of the real code as rank 0 of `num_ranks`, in a process group that sends nothing
-    and with tensors that hold nothing; return what it sends and its peak memory, counted.
-
-    Raises InputError for a plan that these ranks cannot run."""
-    from tunesmith.session.inputs import make_plan
-    from tunesmith.train import dry_run
-
-    inputs = require_single_stage(load_inputs(recipe, needs_weights=False, **changes))
-    inputs = inputs.with_machine(target, memory)
-    return dry_run.simulate_step(make_plan(inputs), inputs, num_ranks)
 
 
 def compare_methods(

@@ -77,11 +77,6 @@ from tunesmith.core.types import Plan
 from tunesmith.plan.stages import StagedPlan
 
 HubRepoName = Annotated[str | None, option("OWNER/NAME", "With --to hub: repository.")]
-DryRunOption = Annotated[
-    int | None,
-    option("N", "Simulate one step on N ranks: communication and memory.", "--dry-run", min=2),
-]
-
 
 # ---------------------------------------------------------------- verbs
 
@@ -165,7 +160,7 @@ def advise(  # noqa: PLR0913 - every option is a flag
     print_result(advice, render_advice(advice), as_json=as_json)
 
 
-def plan(  # noqa: PLR0913 - every option is a flag
+def plan(
     args: RecipeArgs = None,
     target: Annotated[
         str | None, option("GPU", "Plan for these GPUs: h100, 8xh100 or 4x8xh100.")
@@ -177,7 +172,6 @@ def plan(  # noqa: PLR0913 - every option is a flag
     benchmark: Annotated[
         bool, switch("--benchmark", "Time a few real steps (about 10 s).")
     ] = False,
-    dry_run: DryRunOption = None,
     why: Annotated[str | None, option("KEY", "Explain one setting.")] = None,
     show_all: Annotated[bool, switch("--all", "Show all settings, with full reasons.")] = False,
     as_json: AsJson = False,
@@ -186,18 +180,14 @@ def plan(  # noqa: PLR0913 - every option is a flag
     recipe = parse_recipe_args(args)
     from tunesmith.cli.views.plan import render_method_estimates, render_plan, render_setting
 
-    views = {"--compare": compare, "--dry-run": dry_run is not None, "--why": why is not None}
-    views["--all"] = show_all
-    if compare or dry_run is not None:  # --why may explain a setting that is measured
+    views = {"--compare": compare, "--why": why is not None, "--all": show_all}
+    if compare:  # --why may explain a setting that is measured
         views["--benchmark"] = benchmark
     chosen = [flag for flag, is_chosen in views.items() if is_chosen]
     if len(chosen) > 1:
         message = f"{' and '.join(chosen)} cannot be combined"
         raise InputError(message, where="command line", fix="pass one of them")
     inputs = api.load_inputs(recipe, needs_weights=False)
-    if dry_run is not None:
-        _show_dry_run(inputs, dry_run, target, memory, as_json=as_json)
-        return
     if compare:
         _refuse_unusable_rows(api.plan(inputs), inputs)
         methods = api.compare_methods(inputs, target=target, memory=memory)
@@ -209,15 +199,6 @@ def plan(  # noqa: PLR0913 - every option is a flag
         render_plan(run_plan, show_all=show_all) if why is None else render_setting(run_plan, why)
     )
     print_result(run_plan, view, as_json=as_json)
-
-
-def _show_dry_run(
-    inputs: api.AnyInputs, num_ranks: int, target: str | None, memory: str | None, *, as_json: bool
-) -> None:
-    from tunesmith.cli.views.mesh import render_dry_run
-
-    counted = api.simulate_step(inputs, num_ranks, target=target, memory=memory)
-    print_result(counted, render_dry_run(counted), as_json=as_json)
 
 
 def _refuse_unusable_rows(plan: Plan | StagedPlan, inputs: api.AnyInputs) -> None:

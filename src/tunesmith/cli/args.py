@@ -69,6 +69,7 @@ OLD_FLAGS = {
     "--calibrate": "use --benchmark",
     "--allow-drift": "use --allow-changes",
     "--from-step": "use --checkpoint",
+    "--dry-run": "use --target 8xh100, which predicts the memory of each GPU",
     "--tool": "use --out FILE.csv: annotation tools and spreadsheets import and export CSV",
     "--recovery": "run experiments/relearning/relearning.py from a checkout of the repository",
     "--baselines": "run experiments/constraint_baselines/constraint_baselines.py from a checkout "

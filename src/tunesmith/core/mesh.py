@@ -3,7 +3,6 @@
     Machine      the hardware and software, measured or of a target
     Mesh         which GPUs hold a copy of the weights together, and which share a document
     MeshPlan     the mesh of a target, and whether several of its GPUs pay
-    DryRun       what a step on several processes was counted to take
 
 Plain values only. Left out: measuring (hardware.py) and deciding (plan/mesh.py)."""
 
@@ -86,28 +85,3 @@ class MeshPlan:
 
     mesh: Mesh
     options: tuple[MeshOption, ...] = ()
-
-
-@dataclass(frozen=True)
-class RankMessages:
-    """The messages that a rank sends in a step with one collective operation."""
-
-    operation: str  # allreduce, alltoall_base: the names of torch
-    calls: int
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """A step of rank 0 of `num_ranks`. Bytes are counted; those that are `planned`, predicted."""
-
-    num_ranks: int
-    context: int  # ranks that share each document
-    step_tokens: int  # of all ranks
-    rank_tokens: int  # of this one, computed
-    messages: tuple[RankMessages, ...]
-    weight_bytes: int  # before the first step
-    peak_bytes: int  # of weights, optimizer and activations together
-    planned_rank_tokens: int  # of a step with long rows
-    planned_weight_bytes: int
-    planned_peak_bytes: int  # without the process, the device's libraries and fragmentation

@@ -23,7 +23,7 @@ from tunesmith.core.ranks import Ranks
 from tunesmith.model.weight_shards import WeightShards
 
 BUCKET_NUMEL = 2**28  # fp32 numbers of one message
-FULL = 2.0  # of a rank without memory; not 1, which a dry run reads everywhere
+FULL = 2.0  # of a rank without memory; not 1, which fake tensors read as everywhere
 CHECKSUM_NUMEL = 2**24  # of one sum, which takes 16 bytes for each
 
 

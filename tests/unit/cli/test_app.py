@@ -144,10 +144,6 @@ def test_a_flag_without_its_value_is_refused(
     ("flags", "names"),
     [
         (["--compare", "--why", "lora_r"], "--compare and --why"),
-        (["--dry-run", "2", "--why", "lora_r"], "--dry-run and --why"),
-        (["--compare", "--dry-run", "2"], "--compare and --dry-run"),
-        (["--dry-run", "2", "--benchmark"], "--dry-run and --benchmark"),
-        (["--dry-run", "2", "--all"], "--dry-run and --all"),
         (["--compare", "--benchmark"], "--compare and --benchmark"),
     ],
 )

@@ -1,4 +1,4 @@
-"""View of a plan for several GPUs: memory by part, whether they pay, and the dry run of a step."""
+"""View of a plan for several GPUs: memory by part, and whether they pay."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from tunesmith.cli.views import make_table
-from tunesmith.core.formatting import format_bytes, format_count, format_duration_range
-from tunesmith.core.mesh import DryRun, MeshOption, MeshPlan
+from tunesmith.core.formatting import format_bytes, format_duration_range
+from tunesmith.core.mesh import MeshOption, MeshPlan
 from tunesmith.core.types import Plan
 from tunesmith.plan.mesh import build_command
 
@@ -50,35 +50,4 @@ def _format_option(option: MeshOption) -> tuple[str | Text, ...]:
         format_bytes(option.peak_bytes),
         "fits" if fits else Text("does not fit", "red"),
         format_duration_range(option.seconds) if fits and option.seconds else "-",
-    )
-
-
-# ---------------------------------------------------------------- a step without its memory
-
-
-def render_dry_run(dry_run: DryRun) -> RenderableType:
-    """Show what rank 0 sends, and what it holds, counted and predicted."""
-    title = f"One step of rank 0 of {dry_run.num_ranks}"
-    table = make_table(title, "", "counted", "planned", numbers=("counted", "planned"))
-    for message in dry_run.messages:
-        sent = f"{format_count(message.calls, 'call')}, {format_bytes(message.num_bytes)}"
-        table.add_row(message.operation, sent, "")
-    sizes = {
-        "weights": (dry_run.weight_bytes, dry_run.planned_weight_bytes),
-        "peak": (dry_run.peak_bytes, dry_run.planned_peak_bytes),
-    }
-    for name, pair in sizes.items():
-        table.add_row(name, *map(format_bytes, pair))
-    tokens = (dry_run.rank_tokens, dry_run.planned_rank_tokens)
-    table.add_row("tokens of this rank", *(f"{count:,}" for count in tokens))
-    return Group(table, _explain_dry_run(dry_run))
-
-
-def _explain_dry_run(dry_run: DryRun) -> str:
-    groups = f" {dry_run.context} ranks share each document." if dry_run.context > 1 else ""
-    return (
-        f"The step has {dry_run.step_tokens:,} tokens; the plan is for steps of long rows.{groups} "
-        "Nothing was computed or sent: tensors have sizes and no values, and operations are those "
-        "of plain torch, which keeps more than our kernels. Neither column has the process, CUDA, "
-        "NCCL or fragmentation."
     )

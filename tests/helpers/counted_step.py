@@ -1,4 +1,4 @@
-"""Steps of a run on N ranks, in one process and without their memory: `plan --dry-run N`.
+"""Steps of a run on N ranks, in one process and without their memory.
 
 In: a plan and its inputs. Out: what rank 0 sends in a step, and its peak memory, counted and as the
 plan predicts it.
@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult, TrainStep
-from tunesmith.core.mesh import DryRun, Mesh, RankMessages
+from tunesmith.core.mesh import Mesh
 from tunesmith.core.ranks import Ranks
 from tunesmith.core.types import Plan, PlanValue
 from tunesmith.data.packing import count_computed_tokens
@@ -37,13 +37,26 @@ from tunesmith.model.quantization import roundtrip_nf4
 from tunesmith.model.weight_shards import WeightShards, join_ranks
 from tunesmith.plan.memory import MASTER_BYTES, count_trained_parameters
 from tunesmith.plan.rules import RuleContext
-from tunesmith.plan.step_memory import collect_footprint, estimate_packs, estimate_step_memory
+from tunesmith.plan.step_memory import collect_footprint, estimate_step_memory
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import open_truncated_session
 from tunesmith.train.loop import TrainingLoop
 from tunesmith.train.run import refuse_on_ranks
 
 READ = torch.ops.aten._local_scalar_dense.default
+
+
+@dataclass(frozen=True)
+class CountedStep:
+    """A step of rank 0. Bytes are counted; those that are `planned`, predicted."""
+
+    messages: dict[str, tuple[int, int]]  # torch's name of a collective -> calls, bytes sent
+    step_tokens: int  # of all ranks
+    rank_tokens: int  # of this one, computed
+    weight_bytes: int  # before the first step
+    peak_bytes: int  # of weights, optimizer and activations together
+    planned_weight_bytes: int
+    planned_peak_bytes: int  # without the process, the device's libraries and fragmentation
 
 
 class PretendedRanks(Ranks):
@@ -134,7 +147,7 @@ def _make_stand_in(dtype: torch.dtype) -> float | int | bool:
     return 1.0 if dtype.is_floating_point else 1
 
 
-def simulate_step(plan: Plan, inputs: RunInputs, num_ranks: int) -> DryRun:
+def count_step(plan: Plan, inputs: RunInputs, num_ranks: int) -> CountedStep:
     """Take steps of a plan as rank 0 of `num_ranks`. Raise InputError for a plan that these ranks
     cannot run."""
     with _pretend_ranks(num_ranks) as ranks:
@@ -153,7 +166,7 @@ def _pretend_ranks(num_ranks: int) -> Iterator[Ranks]:
         distributed.destroy_process_group()
 
 
-def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
+def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> CountedStep:
     plain = PlanValue("plain", "rule", "blocked weights are not tensors of a known size")
     sdpa = PlanValue("sdpa", "rule", "the attention of plain torch")
     plan = plan.with_settings(weight_layout=plain, attention=sdpa)
@@ -179,9 +192,7 @@ def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
     rank_tokens = math.ceil(
         sum(map(count_computed_tokens, packs)) / plan.config.context_parallel_size
     )
-    messages: list[RankMessages] = []
-    for name, calls in sorted(record.calls.items()):
-        messages.append(RankMessages(name, calls, record.num_bytes[name]))
+    messages = {name: (calls, record.num_bytes[name]) for name, calls in record.calls.items()}
     context = _build_context(plan, ranks.world)
     planned = estimate_step_memory(context)
     # without what no tensor of a step holds
@@ -192,15 +203,12 @@ def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
     trained_bytes = MASTER_BYTES * num_trained
     if plan.config.method == "full":
         trained_bytes //= context.mesh.shard
-    return DryRun(
-        num_ranks=ranks.world,
-        context=plan.config.context_parallel_size,
+    return CountedStep(
+        messages=messages,
         step_tokens=event.tokens,
         rank_tokens=rank_tokens,
-        messages=tuple(messages),
         weight_bytes=weight_bytes,
         peak_bytes=record.peak_bytes,
-        planned_rank_tokens=estimate_packs(context).step,
         planned_weight_bytes=planned.weights + trained_bytes,  # those in fp32, too
         planned_peak_bytes=tensors.peak - tensors.cache,
     )
@@ -209,7 +217,7 @@ def _count_step(plan: Plan, inputs: RunInputs, ranks: Ranks) -> DryRun:
 def _take_step(training: TrainingLoop) -> TrainStep:
     event = next(training)
     if isinstance(event, CheckResult):
-        raise InputError(event.evidence, where="--dry-run", fix="this is a bug: please report it")
+        raise InputError(event.evidence, where="--dry-run", fix="report it")
     assert isinstance(event, TrainStep)
     return event
 

@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 
+from counted_step import CountedStep, count_step
 from tiny_runs import build_sum_rows, make_tiny_recipe, save_model_folder, write_rows
-from tunesmith.cli import app
 from tunesmith.core.errors import InputError
-from tunesmith.core.mesh import DryRun
 from tunesmith.session import inputs
-from tunesmith.train.dry_run import simulate_step
 
 pytestmark = pytest.mark.promise
 
@@ -26,27 +24,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def count(
     model: Path, folder: Path, num_ranks: int, target: str | None = None, **changes: Any
-) -> DryRun:
+) -> CountedStep:
     rows = write_rows(folder / "rows.jsonl", build_sum_rows(1, 32))
     how = {"data": str(rows), "batch_size": 16} | changes
     recipe = make_tiny_recipe(model, folder / "x", **how)
     run_inputs = inputs.load_inputs(recipe, needs_weights=False).with_machine(target, None)
-    return simulate_step(inputs.make_plan(run_inputs), run_inputs, num_ranks)
-
-
-def get_messages(dry_run: DryRun) -> dict[str, tuple[int, int]]:
-    return {message.operation: (message.calls, message.num_bytes) for message in dry_run.messages}
+    return count_step(inputs.make_plan(run_inputs), run_inputs, num_ranks)
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "bf16"}, FULL])
 def test_one_sum_of_gradients_is_sent(model: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    dry_run = count(model, tmp_path, 8, **changes)
-    assert [(name, calls) for name, (calls, _) in get_messages(dry_run).items()] == [
-        ("allreduce", 1)
-    ]
-    assert dry_run.weight_bytes == pytest.approx(dry_run.planned_weight_bytes, rel=0.01)
-    assert dry_run.peak_bytes > dry_run.weight_bytes
-    assert dry_run.rank_tokens < dry_run.step_tokens / 6
+    counted = count(model, tmp_path, 8, **changes)
+    assert [(name, calls) for name, (calls, _) in counted.messages.items()] == [("allreduce", 1)]
+    assert counted.weight_bytes == pytest.approx(counted.planned_weight_bytes, rel=0.01)
+    assert counted.peak_bytes > counted.weight_bytes
+    assert counted.rank_tokens < counted.step_tokens / 6
 
 
 @pytest.mark.parametrize(("policy", "calls"), [("none", 8), ("full", 10)])
@@ -56,7 +48,7 @@ def test_ranks_that_share_documents_exchange_them_around_attention(
     """Twice for each of two layers, forward and backward; the last one is not recomputed."""
     changes = {"gradient_checkpointing": policy, "max_length": 128}
     shared = count(model, tmp_path, 2, context_parallel_size=2, **changes)
-    assert get_messages(shared)["alltoall_base"][0] == calls
+    assert shared.messages["alltoall_base"][0] == calls
 
 
 @pytest.mark.parametrize(
@@ -67,12 +59,12 @@ def test_ranks_that_hold_weights_together_gather_each_layer_once_in_a_pass(
 ) -> None:
     """The last layer of a forward is that with which the backward begins."""
     how: dict[str, Any] = {"dtype": "bf16", "optim": "adamw", **changes}
-    dry_run = count(model, tmp_path, 4, target="4xh100", dp_shard_size=shard, **how)
-    calls = {name: calls for name, (calls, _) in get_messages(dry_run).items()}
+    counted = count(model, tmp_path, 4, target="4xh100", dp_shard_size=shard, **how)
+    calls = {name: calls for name, (calls, _) in counted.messages.items()}
     is_full = "method" in changes
     assert calls["allgather_base"] == 3 + 2 * is_full, "with all else, and the norm"
     assert calls.get("reduce_scatter_base", 0) == 3 * is_full
-    assert dry_run.weight_bytes == pytest.approx(dry_run.planned_weight_bytes, rel=0.02)
+    assert counted.weight_bytes == pytest.approx(counted.planned_weight_bytes, rel=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +86,8 @@ def test_the_peak_of_8_ranks_is_within_10_percent_of_the_plan(
     large: Path, tmp_path: Path, changes: dict[str, Any], tolerance: float
 ) -> None:
     how: dict[str, Any] = {"dtype": "bf16", "dp_shard_size": 8, "gradient_checkpointing": "full"}
-    dry_run = count(large, tmp_path, 8, target="8xh100", batch_size=8, **how, **changes)
-    assert dry_run.planned_peak_bytes == pytest.approx(dry_run.peak_bytes, rel=tolerance)
+    counted = count(large, tmp_path, 8, target="8xh100", batch_size=8, **how, **changes)
+    assert counted.planned_peak_bytes == pytest.approx(counted.peak_bytes, rel=tolerance)
 
 
 @pytest.mark.parametrize("shard", [1, 8])
@@ -106,9 +98,9 @@ def test_weights_in_4_bits_are_counted(large: Path, tmp_path: Path, shard: int) 
         "dp_shard_size": shard,
         "batch_size": 8,
     }
-    dry_run = count(large, tmp_path, 8, target="8xh100", **how)
-    assert dry_run.weight_bytes == pytest.approx(dry_run.planned_weight_bytes, rel=0.02)
-    assert dry_run.planned_peak_bytes == pytest.approx(dry_run.peak_bytes, rel=0.1)
+    counted = count(large, tmp_path, 8, target="8xh100", **how)
+    assert counted.weight_bytes == pytest.approx(counted.planned_weight_bytes, rel=0.02)
+    assert counted.planned_peak_bytes == pytest.approx(counted.peak_bytes, rel=0.1)
 
 
 def test_the_memory_of_a_rank_falls_with_their_number(model: Path, tmp_path: Path) -> None:
@@ -131,20 +123,3 @@ def test_what_it_cannot_count_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=problem):
         count(model, tmp_path, num_ranks, **changes)
-
-
-def test_the_command_prints_both_columns(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", build_sum_rows(1, 32))
-    words = ["plan", "--model", str(model), "--data", str(rows), "--dry-run", "4"]
-    with pytest.raises(SystemExit) as ended:
-        app.main(words)
-    assert not ended.value.code
-    text = capsys.readouterr().out
-    assert "One step of rank 0 of 4" in text
-    assert "allreduce" in text
-    assert "Nothing was computed or sent" in text
-    with pytest.raises(SystemExit):
-        app.main([*words, "--json"])
-    assert json.loads(capsys.readouterr().out)["num_ranks"] == 4
