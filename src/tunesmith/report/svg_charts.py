@@ -33,13 +33,25 @@ class Point:
     low: float | None = None
     high: float | None = None
 
+    @property
+    def interval(self) -> tuple[float, ...]:
+        return () if self.low is None or self.high is None else (self.low, self.high)
+
 
 @dataclass(frozen=True)
 class Series:
     name: str
     points: tuple[Point, ...]
-    style: str = "main"  # main | faint | base: the classes of page.css
-    has_dots: bool = False
+    style: str = "main"  # main | faint: the classes of page.css
+
+    @property
+    def has_interval(self) -> bool:
+        return any(point.interval for point in self.points)
+
+    def format_cells(self, point: Point) -> list[str]:
+        """Return the value and, if the series has intervals, that of the point."""
+        interval = " to ".join(f"{value:.4g}" for value in point.interval)
+        return [f"{point.y:.4g}", interval][: 1 + self.has_interval]
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,14 @@ class Mark:
     x: float
     kind: str
     text: str
+
+    @property
+    def sign(self) -> str:
+        return MARK_SIGNS[self.kind]
+
+    @property
+    def title(self) -> str:
+        return f"step {self.x:g}: {self.text}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +91,12 @@ class Frame:
     x_range: tuple[float, float]
     y_ticks: tuple[float, ...]
     is_log: bool = False
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    top: int = TOP
+    bottom: int = HEIGHT - BOTTOM
 
     @property
     def x_ticks(self) -> tuple[float, ...]:
@@ -79,7 +105,7 @@ class Frame:
 
     def scale_x(self, value: float) -> float:
         low, high = self.x_range
-        return round(LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT), 2)
+        return round(self.left + (value - low) / (high - low) * (self.right - self.left), 2)
 
     def scale_y(self, value: float) -> float:
         low = self.y_ticks[0]
@@ -89,7 +115,7 @@ class Frame:
             fraction = math.log(value / low) / math.log(high / low)
         else:
             fraction = (value - low) / (high - low)
-        return round(HEIGHT - BOTTOM - fraction * (HEIGHT - TOP - BOTTOM), 2)
+        return round(self.bottom - fraction * (self.bottom - self.top), 2)
 
 
 def compute_ticks(low: float, high: float, max_ticks: int = 6) -> tuple[float, ...]:
@@ -118,124 +144,69 @@ def compute_log_ticks(low: float, high: float) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class Label:
-    """Text in a drawing; `anchor` is SVG's text-anchor."""
-
-    x: float
-    y: float
-    text: str
-    anchor: str = "start"
-
-
-@dataclass(frozen=True)
-class DotShape:
-    x: float
-    y: float
-    title: str  # that the pointer shows
-
-
-@dataclass(frozen=True)
-class SeriesShape:
-    """A series in pixels: `band` and `line` are lists of SVG points, `bars` are paths."""
-
-    name: str
-    style: str
-    band: str
-    bars: tuple[str, ...]
-    line: str
-    dots: tuple[DotShape, ...]
-    dot_radius: float
-
-
-@dataclass(frozen=True)
-class MarkShape:
-    x: float
-    kind: str
-    sign: str
-    title: str
-
-
-@dataclass(frozen=True)
 class LineChart:
-    """Everything that chart.html.jinja draws: shapes in pixels, and the numbers as a table."""
+    """What chart.html.jinja draws: series and marks in a frame, and their numbers as a table."""
 
     id: str
     axes: Axes
-    grid_ys: tuple[float, ...]
-    ticks: tuple[Label, ...]
-    names: tuple[Label, ...]
-    marks: tuple[MarkShape, ...]
-    series: tuple[SeriesShape, ...]
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    frame: Frame
+    series: tuple[Series, ...]
+    marks: tuple[Mark, ...]
     is_thinned: bool
-    limit: Label | None = None  # at the left end of the red line
-    has_legend: bool = True  # where there are several series
-    width: int = WIDTH
-    height: int = HEIGHT
-    top: int = TOP
-    plot_left: int = LEFT
-    plot_right: int = WIDTH - RIGHT
-    plot_bottom: int = HEIGHT - BOTTOM
     max_points: int = MAX_POINTS
+
+    @property
+    def columns(self) -> list[str]:
+        columns = [self.axes.x]
+        for line in self.series:
+            columns += [line.name, "95% interval"] if line.has_interval else [line.name]
+        return columns
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """A row for each x, with a cell for each series, and one for its interval if any."""
+        cells_by_x: list[dict[float, list[str]]] = []
+        for line in self.series:
+            cells_by_x.append({point.x: line.format_cells(point) for point in line.points})
+        rows: list[list[str]] = []
+        for x in sorted(set().union(*cells_by_x)):
+            rows.append([f"{x:g}"])
+            for line, cells in zip(self.series, cells_by_x, strict=True):
+                rows[-1] += cells.get(x, [""] * (1 + line.has_interval))
+        return rows
 
 
 def build_line_chart(
     chart_id: str, axes: Axes, series: Sequence[Series], marks: Sequence[Mark] = ()
 ) -> LineChart:
     """Lay out a chart. `chart_id` is unique on the page; at least one series has points."""
-    drawn: list[Series] = []
-    is_thinned = False
-    for line in series:
-        if line.points:
-            drawn.append(replace(line, points=thin_points(line.points)))
-            is_thinned = is_thinned or len(line.points) > MAX_POINTS
-    points = [point for line in drawn for point in line.points]
-    y_values: list[float] = []
-    for point in points:
-        y_values += [value for value in (point.y, point.low, point.high) if value is not None]
-    x_values = [*axes.span, *(point.x for point in points), *(mark.x for mark in marks)]
-    if axes.limit is not None:
-        y_values.append(axes.limit)
+    drawn = [replace(line, points=thin_points(line.points)) for line in series if line.points]
+    x_values = [*axes.span, *(mark.x for mark in marks)]
+    y_values = [] if axes.limit is None else [axes.limit]
+    for line in drawn:
+        for point in line.points:
+            x_values.append(point.x)
+            y_values += [value for value in (point.y, *point.interval) if value is not None]
     is_log = axes.is_log and min(y_values) > 0
-    frame = Frame(_find_range(x_values), _choose_ticks(axes, y_values, is_log), is_log)
-    columns, rows = _build_table(axes, drawn)
     return LineChart(
         id=chart_id,
         axes=axes,
-        grid_ys=tuple(frame.scale_y(y) for y in frame.y_ticks),
-        ticks=_draw_ticks(frame),
-        names=(
-            Label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, axes.x, "middle"),
-            Label(4, 14, axes.y),
-        ),
-        marks=tuple(_draw_mark(frame, mark) for mark in marks),
-        series=tuple(_draw_series(frame, line) for line in drawn),
-        columns=columns,
-        rows=rows,
-        is_thinned=is_thinned,
-        limit=_draw_limit(frame, axes),
+        frame=Frame(_find_range(x_values), _choose_ticks(axes, y_values, is_log), is_log),
+        series=tuple(drawn),
+        marks=tuple(marks),
+        is_thinned=any(len(line.points) > MAX_POINTS for line in series),
     )
 
 
 def _choose_ticks(axes: Axes, y_values: Sequence[float], is_log: bool) -> tuple[float, ...]:
-    low = min(y_values)
-    high = max(y_values)
+    low, high = min(y_values), max(y_values)
     if axes.y_ticks and axes.y_ticks[0] <= low and high <= axes.y_ticks[-1]:
         return axes.y_ticks
     return compute_log_ticks(low, high) if is_log else compute_ticks(low, high, 5)
 
 
-def _draw_limit(frame: Frame, axes: Axes) -> Label | None:
-    if axes.limit is None:
-        return None
-    name = f"{axes.limit_name} {axes.limit:g}"
-    return Label(LEFT + 4, frame.scale_y(axes.limit), name)
-
-
 def _find_range(values: Sequence[float]) -> tuple[float, float]:
-    low = min(values)
-    high = max(values)
+    low, high = min(values), max(values)
     return (low, high) if low < high else (low - 1, high + 1)
 
 
@@ -244,80 +215,6 @@ def thin_points(points: Sequence[Point]) -> tuple[Point, ...]:
     stride = -(-len(points) // MAX_POINTS)
     first = (len(points) - 1) % stride if points else 0
     return tuple(points[first::stride])
-
-
-def _draw_ticks(frame: Frame) -> tuple[Label, ...]:
-    y_labels = [Label(LEFT - 8, frame.scale_y(y) + 4, f"{y:g}", "end") for y in frame.y_ticks]
-    bottom = HEIGHT - BOTTOM + 18
-    x_labels = [Label(frame.scale_x(x), bottom, f"{x:g}", "middle") for x in frame.x_ticks]
-    return (*y_labels, *x_labels)
-
-
-def _draw_mark(frame: Frame, mark: Mark) -> MarkShape:
-    title = f"step {mark.x:g}: {mark.text}"
-    return MarkShape(frame.scale_x(mark.x), mark.kind, MARK_SIGNS[mark.kind], title)
-
-
-def _draw_series(frame: Frame, series: Series) -> SeriesShape:
-    """Few points get bars for their intervals; a longer series gets a band."""
-    is_sparse = series.has_dots or len(series.points) == 1
-    upper: list[str] = []
-    lower: list[str] = []
-    bars: list[str] = []
-    for point in series.points:
-        if point.low is None or point.high is None:
-            continue
-        x = frame.scale_x(point.x)
-        low = frame.scale_y(point.low)
-        high = frame.scale_y(point.high)
-        bars.append(f"M{x} {low}V{high}")
-        upper.append(f"{x},{high}")
-        lower.append(f"{x},{low}")
-    dots: list[DotShape] = []
-    for point in series.points:
-        title = f"{point.x:g}: {', '.join(_format_cells(point, True))}"
-        dots.append(DotShape(frame.scale_x(point.x), frame.scale_y(point.y), title))
-    return SeriesShape(
-        name=series.name,
-        style=series.style,
-        band="" if is_sparse else " ".join([*upper, *reversed(lower)]),
-        bars=tuple(bars) if is_sparse else (),
-        line=" ".join(f"{dot.x},{dot.y}" for dot in dots),
-        dots=tuple(dots) if is_sparse or len(dots) <= 30 else (),
-        dot_radius=4 if is_sparse else 2.5,
-    )
-
-
-def _build_table(
-    axes: Axes, series: Sequence[Series]
-) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Return the head and the rows: a column for each series, and one for its interval if any."""
-    columns = [axes.x]
-    points_by_x: list[dict[float, Point]] = []
-    for line in series:
-        points_by_x.append({point.x: point for point in line.points})
-    rows: list[tuple[str, ...]] = []
-    for x in sorted(set().union(*points_by_x)):
-        points = [column.get(x) for column in points_by_x]
-        cells = [f"{x:g}"]
-        for line, point in zip(series, points, strict=True):
-            cells += _format_cells(point, _has_interval(line))
-        rows.append(tuple(cells))
-    for line in series:
-        columns += [line.name, "95% interval"] if _has_interval(line) else [line.name]
-    return tuple(columns), tuple(rows)
-
-
-def _has_interval(series: Series) -> bool:
-    return any(point.low is not None for point in series.points)
-
-
-def _format_cells(point: Point | None, has_interval: bool) -> list[str]:
-    cells = [f"{point.y:.4g}" if point else ""]
-    if has_interval:
-        is_bounded = point and point.low is not None and point.high is not None
-        cells.append(f"{point.low:.4g} to {point.high:.4g}" if point and is_bounded else "")
-    return cells
 
 
 # ---------------------------------------------------------------- intervals in a table
