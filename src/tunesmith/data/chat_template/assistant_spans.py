@@ -37,15 +37,13 @@ from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 
 TokenSpan = tuple[int, int, float]  # first token, one past the last, loss weight
 MAX_MESSAGE_RENDERS = 500_000  # trained turns x messages of a row: 1,000 messages that alternate
-MAX_RENDERED_CHARS = 200_000_000  # of a row, each trained turn with all before it
-MAX_TURN_CHARS = 10_000_000  # the same, where each is encoded as a document
-MAX_TRACKED_RENDERS = 80_000  # trained turns x messages, where each is rendered with origins
-# of different runs of plain text in the documents of a row, besides one of them: a tokenizer with
-# the template's control tokens encodes each turn once, one without them each document as a whole
-MAX_RUN_CHARS = 1_000_000
+MAX_TURN_CHARS = 10_000_000  # of a row of which each trained turn is encoded as a document
 TOOL_CALLS_FIX = "set a `chat_template` that writes tool calls, or drop such rows"
 END_FIX = "set a `chat_template` that writes it only after an answer"
-PREFIX_FIX = "set a `chat_template` that starts each answer with its generation prompt"
+PREFIX_FIX = (
+    "set a `chat_template` that starts each answer with its generation prompt, or set"
+    " `chat_template_kwargs` such as {enable_thinking: false}"
+)
 
 
 @dataclass(frozen=True)
@@ -90,11 +88,10 @@ def find_assistant_spans(
     preferred set first; `answer_tail` is the text between an answer and the next turn, which the
     template always begins; `full_text` is the render of all messages, if the template has one.
     Raises InputError for an answer that the template does not write."""
-    _refuse_many_renders(chat, weights, MAX_TRACKED_RENDERS)
+    _refuse_many_renders(chat, weights)
     spans: list[AssistantSpan] = []
-    runs: set[str] = set()
     num_chars = 0
-    max_chars = MAX_RENDERED_CHARS  # as long as all turns are in one document
+    is_joined = full_text is not None  # all turns are in one document
     for message_index, weight in enumerate(weights):
         if weight > 0:
             span = _find_span(chat, tokenizer, message_index, weight, end_ids)
@@ -104,10 +101,9 @@ def find_assistant_spans(
             _refuse_inner_end(chat, span, end_ids)
             spans.append(span)
             num_chars += len(span.text.plain)
-            if full_text is None or not span.is_served_in(full_text):
-                max_chars = MAX_TURN_CHARS
-                _add_runs(runs, span.text, weights)
-            _refuse_many_chars(num_chars, max_chars, weights)
+            is_joined = is_joined and full_text is not None and span.is_served_in(full_text)
+            if not is_joined:
+                _refuse_many_chars(num_chars, weights)
     return tuple(spans)
 
 
@@ -119,12 +115,11 @@ def find_spans_in_full(
 ) -> tuple[AssistantSpan, ...] | None:
     """Return the spans of `find_assistant_spans` in the render of all messages; None unless it
     starts with the prompt and with the render up to the answer of each trained turn."""
-    _refuse_many_renders(chat, weights, MAX_MESSAGE_RENDERS)
+    _refuse_many_renders(chat, weights)
     content_ends: dict[int, int] = {}  # message index -> end of the last text that it wrote
     for _, end, origin in full_text.origin_spans:
         content_ends[get_message_index(origin)] = end
     spans: list[AssistantSpan] = []
-    num_chars = 0
     for message_index, weight in enumerate(weights):
         if weight > 0:
             prompt = chat.render_plain(message_index, add_generation_prompt=True)
@@ -142,8 +137,6 @@ def find_spans_in_full(
             spans.append(AssistantSpan(message_index, weight, full_text, start, answer_end, True))
             _check_origins(chat, spans[-1])
             _refuse_inner_end(chat, spans[-1], end_ids)
-            num_chars += len(rendered)
-            _refuse_many_chars(num_chars, MAX_RENDERED_CHARS, weights)
     return tuple(spans)
 
 
@@ -154,47 +147,32 @@ def render_turns(
     encoded as a document. Raises InputError if they are too long."""
     weights = [span.weight for span in spans]
     turns: list[AssistantSpan] = []
-    runs: set[str] = set()
     num_chars = 0
     for span in spans:
         rendered = chat.render(span.message_index + 1)
         num_chars += len(rendered)
-        _refuse_many_chars(num_chars, MAX_TURN_CHARS, weights)
+        _refuse_many_chars(num_chars, weights)
         text = TrackedText(rendered, tokenizer, chat.assistant_indices)
-        _add_runs(runs, text, weights)
         turns.append(replace(span, text=text))
     return tuple(turns)
 
 
-def _refuse_many_renders(chat: Conversation, weights: Sequence[float], max_renders: int) -> None:
+def _refuse_many_renders(chat: Conversation, weights: Sequence[float]) -> None:
     num_trained = sum(weight > 0 for weight in weights)
-    if num_trained * len(chat.messages) > max_renders:
+    if num_trained * len(chat.messages) > MAX_MESSAGE_RENDERS:
         message = (
             f"{num_trained:,} trained turns of {len(chat.messages):,} messages: each is rendered"
-            f" with all messages before it, and their product is over {max_renders:,}"
+            f" with all messages before it, and their product is over {MAX_MESSAGE_RENDERS:,}"
         )
         raise InputError(message, fix=SPLIT_FIX)
 
 
-def _add_runs(runs: set[str], text: TrackedText, weights: Sequence[float]) -> None:
-    """Add the plain text of a document that is encoded for it. Raises InputError for too much."""
-    runs |= {run for run, _ in text.iter_runs()}
-    num_chars = sum(map(len, runs)) - len(text.plain)
-    if num_chars > MAX_RUN_CHARS:
-        num_trained = sum(weight > 0 for weight in weights)
-        message = (
-            f"each of {num_trained:,} trained turns is a document, in which few turns are separated"
-            f" by control tokens of the tokenizer: over {MAX_RUN_CHARS:,} characters to encode"
-        )
-        raise InputError(message, fix=SPLIT_FIX)
-
-
-def _refuse_many_chars(num_chars: int, max_chars: int, weights: Sequence[float]) -> None:
-    if num_chars > max_chars:
+def _refuse_many_chars(num_chars: int, weights: Sequence[float]) -> None:
+    if num_chars > MAX_TURN_CHARS:
         num_trained = sum(weight > 0 for weight in weights)
         message = (
             f"the renders of {num_trained:,} trained turns, each with all messages before it,"
-            f" have over {max_chars:,} characters"
+            f" have over {MAX_TURN_CHARS:,} characters"
         )
         raise InputError(message, fix=SPLIT_FIX)
 

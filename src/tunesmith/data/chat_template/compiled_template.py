@@ -125,8 +125,7 @@ def build_context(messages: list[Any], tools: list[Any] | None, has_prompt: bool
 
 
 class CompiledTemplate:
-    """`facts` are all strings in the template ("literals"), the names it looks up ("names"), and
-    the strings that it compares each name with ("compared")."""
+    """`facts` are all strings in the template ("literals") and the names it looks up ("names")."""
 
     def __init__(self, source: str, *, now: datetime, name: str = "chat template") -> None:
         """Compile a template. `now` is the date that it sees. Raises InputError if it is not valid
@@ -149,13 +148,8 @@ class CompiledTemplate:
         constants = [node.value for node in tree.find_all(nodes.Const)]
         literals = {value for value in constants if isinstance(value, str)}
         literals |= {node.data for node in tree.find_all(nodes.TemplateData)}
-        compared = _find_compared_values(tree)  # first: `meta` folds constants
         names = meta.find_undeclared_variables(tree) - set(self._plain_environment.globals)
-        self.facts: Json = {
-            "literals": sorted(literals),
-            "names": sorted(names),
-            "compared": compared,
-        }
+        self.facts: Json = {"literals": sorted(literals), "names": sorted(names)}
         tree = self._plain_environment.parse(source)
         self._plain_template = _compile_tree(self._plain_environment, tree)
         tracking = TrackingTransformer(self._tracked_environment)
@@ -192,17 +186,6 @@ def _compile_tree(environment: SandboxEnvironment, tree: nodes.Template) -> Temp
     tree.set_environment(environment)
     code = environment.compile(tree)
     return Template.from_code(environment, code, environment.make_globals(None))
-
-
-def _find_compared_values(tree: nodes.Template) -> dict[str, list[str]]:
-    values: dict[str, set[str]] = {}
-    for node in tree.find_all(nodes.Compare):
-        names = {name.name for name in node.find_all(nodes.Name)}
-        constants = [constant.value for constant in node.find_all(nodes.Const)]
-        texts = {value for value in constants if isinstance(value, str)}
-        for name in names:
-            values[name] = values.get(name, set()) | texts
-    return {name: sorted(texts) for name, texts in values.items()}
 
 
 def _explain_error(error: BaseException) -> str:

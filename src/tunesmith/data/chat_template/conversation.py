@@ -51,23 +51,12 @@ class TemplateQuirks:
     has_arguments: bool = True  # of tool calls, in any form
 
 
-def list_settable_names(
-    templates: Iterable[ChatTemplate], special_token_names: Iterable[str]
-) -> list[str]:
-    """Return the variables of templates that a user may set."""
-    reserved = {*build_context([], None, False), *special_token_names}
-    names: set[str] = set()
-    for template in templates:
-        names |= template.undeclared_variables - reserved
-    return sorted(names)
-
-
 def refuse_unused_kwargs(
     names: Iterable[str], templates: Iterable[ChatTemplate], special_token_names: Iterable[str]
 ) -> None:
     """Raise InputError for a variable in `names` that no template uses, or that is reserved."""
     reserved = {*build_context([], None, False), *special_token_names}
-    used_names = list_settable_names(templates, special_token_names)
+    used_names = sorted(set().union(*(each.undeclared_variables for each in templates)) - reserved)
     for name in names:
         if name in reserved:
             message = f"{name} cannot be set: it comes from the rows or the tokenizer"

@@ -57,7 +57,6 @@ from tunesmith.data.chat_template.render_notes import (
     check_render,
     collect_render_notes,
 )
-from tunesmith.data.chat_template.row_advice import RowAdvisor
 from tunesmith.data.chat_template.template import ChatTemplate, find_templates
 from tunesmith.data.chat_template.template_probe import TemplateProtocol, probe_template
 from tunesmith.data.chat_template.tracked_str import make_origin, track_str
@@ -117,9 +116,6 @@ class Renderer:
         refuse_unused_kwargs(variables or {}, self.templates.values(), tokenizer.special_tokens)
         self.variables = dict(variables or {})
         self._variables = TemplateVariables({**tokenizer.special_tokens, **(variables or {})})
-        self._advisor: RowAdvisor | None = RowAdvisor(
-            tokenizer, self.templates, variables or {}, self._can_render
-        )
         self._protocols: dict[str, TemplateProtocol] = {}
         end_ids: list[int] = []
         for name, template in self.templates.items():
@@ -281,8 +277,6 @@ class Renderer:
                 notes += side_notes
         except InputError as error:
             located = InputError(error.message, where=draft.example.id, fix=error.fix)
-            if self._advisor is not None:
-                located = self._advisor.suggest_fix(draft.example, located)
             return RenderedRow(example, error=located)
         if example.label is not None:
             return _label_sides(example, sides, notes)
@@ -292,14 +286,6 @@ class Renderer:
             return RenderedRow(example, _make_pair(*sides), tuple(notes))
         except InputError as error:
             return RenderedRow(example, error=error)
-
-    def _can_render(
-        self, tokenizer: ChatTokenizer, variables: Mapping[str, Any], example: Example
-    ) -> bool:
-        """Return whether an example renders with other variables."""
-        renderer = Renderer(tokenizer, self.templates, variables)
-        renderer._advisor = None
-        return renderer.render_rows([example])[0].error is None
 
     def _encode_draft(self, draft: _Draft) -> tuple[tuple[Document, ...], list[str]]:
         """Return the documents and notes of one side."""

@@ -36,8 +36,7 @@ LIMIT_FIX = "check the template: no chat needs that much work; or set another `c
 
 
 class ChatTemplate:
-    """`literals` are all strings in the template, `undeclared_variables` the names it looks up, and
-    `compared_values` the strings that it compares each name with."""
+    """`literals` are all strings in the template, `undeclared_variables` the names it looks up."""
 
     def __init__(self, source: str, *, now: datetime, name: str = "chat template") -> None:
         """Compile a template. `now` is the date that it sees. Raises InputError if it is not valid
@@ -56,7 +55,6 @@ class ChatTemplate:
             facts = self._ask({})
         self.literals = frozenset(facts["literals"])
         self.undeclared_variables = frozenset(facts["names"])
-        self.compared_values = {key: frozenset(texts) for key, texts in facts["compared"].items()}
 
     def render(self, chat: TemplateInput, count: int, *, has_prompt: bool = False) -> TrackedStr:
         """Render the first `count` messages to tracked text, with the generation prompt if

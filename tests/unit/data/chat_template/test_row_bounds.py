@@ -42,19 +42,6 @@ def check_document_limit(renderer: Renderer, turns: list[Json]) -> None:
         renderer.render(make_example(*turns))
 
 
-def test_the_characters_of_all_turns_are_limited(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Few turns of long messages are as much work as many short ones."""
-    monkeypatch.setattr(assistant_spans, "MAX_RENDERED_CHARS", 100_000)
-    renderer = Renderer.from_folder(write_model_folder(tmp_path), now=NOW)
-    turns = make_long_turns()
-    assert renderer.render(make_example(*turns[:16])).documents
-    with pytest.raises(InputError, match="over 100,000 characters") as refusal:
-        renderer.render(make_example(*turns))
-    assert refusal.value.fix
-
-
 def test_a_document_a_turn_has_fewer_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,23 +64,16 @@ def test_turns_that_would_merge_with_their_prompts_have_fewer_characters(
     check_document_limit(renderer, make_long_turns("\n"))
 
 
-def test_documents_without_control_tokens_have_fewer_characters(
+def test_trained_turns_times_messages_are_limited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is encoded as a whole; one document alone, however long, is not refused."""
-    monkeypatch.setattr(assistant_spans, "MAX_RUN_CHARS", 30_000)
-    source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    source += "{% if add_generation_prompt %}[assistant]{% endif %}"
-    renderer = Renderer.from_folder(write_model_folder(tmp_path, source), now=NOW)
+    monkeypatch.setattr(assistant_spans, "MAX_MESSAGE_RENDERS", 50)
+    renderer = Renderer.from_folder(write_model_folder(tmp_path), now=NOW)
     turns = make_long_turns()
-    assert len(renderer.render(make_example(*turns[:10])).documents) == 5
-    with pytest.raises(InputError, match=r"10 trained turns .* over 30,000 characters to encode"):
-        renderer.render(make_example(*turns))
-    long_turns = user("a" * 50_000), assistant("b" * 50_000)
-    assert len(renderer.render(make_example(*long_turns)).documents) == 1
-    monkeypatch.setattr(assistant_spans, "MAX_TRACKED_RENDERS", 49)
-    with pytest.raises(InputError, match="5 trained turns of 10 messages"):
-        renderer.render(make_example(*turns[:10]))
+    assert renderer.render(make_example(*turns[:10])).documents
+    with pytest.raises(InputError, match="6 trained turns of 12 messages") as refusal:
+        renderer.render(make_example(*turns[:12]))
+    assert refusal.value.fix == template.SPLIT_FIX
 
 
 def test_all_renders_of_a_row_have_one_time(
@@ -105,7 +85,7 @@ def test_all_renders_of_a_row_have_one_time(
     monkeypatch.setattr(template, "MAX_SECONDS", 0.0)
     with pytest.raises(InputError, match=r"of the 40 messages .* takes over 0 s") as caught:
         renderer.render(make_example(*turns))
-    assert caught.value.fix == template.SPLIT_FIX, "no other fix was tried"
+    assert caught.value.fix == template.SPLIT_FIX
 
 
 def test_turns_of_one_document_may_have_more_characters(
