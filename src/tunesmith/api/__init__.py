@@ -15,24 +15,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.api.data import (
-    data_ablate,
-    data_check,
-    data_curate,
-    data_export_reviews,
-    data_import_reviews,
-    data_lock,
-    data_show,
-    data_split,
-)
-from tunesmith.api.inputs import (
-    AnyPath,
-    load_demo_inputs,
-    load_inputs,
-    read_plan,
-    read_recipe,
-    split_by_stage,
-)
+from tunesmith.api.data import data_ablate as data_ablate
+from tunesmith.api.data import data_check as data_check
+from tunesmith.api.data import data_curate as data_curate
+from tunesmith.api.data import data_export_reviews as data_export_reviews
+from tunesmith.api.data import data_import_reviews as data_import_reviews
+from tunesmith.api.data import data_lock as data_lock
+from tunesmith.api.data import data_show as data_show
+from tunesmith.api.data import data_split as data_split
+from tunesmith.api.inputs import AnyPath
+from tunesmith.api.inputs import load_demo_inputs as load_demo_inputs
+from tunesmith.api.inputs import load_inputs as load_inputs
+from tunesmith.api.inputs import read_plan as read_plan
+from tunesmith.api.inputs import read_recipe as read_recipe
+from tunesmith.api.inputs import split_by_stage as split_by_stage
 from tunesmith.core import run_dir
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Event
@@ -42,53 +38,13 @@ from tunesmith.core.sampling import SamplingParams, check_sampling
 from tunesmith.core.types import Json, Plan, RunRecord
 from tunesmith.plan.stages import StagedPlan, require_single_stage
 
-__all__ = [
-    "AnyInputs",
-    "advise",
-    "advise_measured",
-    "chat",
-    "compare",
-    "compare_methods",
-    "data_ablate",
-    "data_check",
-    "data_curate",
-    "data_export_reviews",
-    "data_import_reviews",
-    "data_lock",
-    "data_show",
-    "data_split",
-    "demo",
-    "doctor",
-    "evaluate",
-    "export",
-    "export_servers",
-    "init",
-    "list_runs",
-    "load_demo_inputs",
-    "load_inputs",
-    "plan",
-    "push_to_hub",
-    "read_plan",
-    "read_recipe",
-    "read_record",
-    "read_verdict",
-    "resume",
-    "schema",
-    "split_by_stage",
-    "train",
-    "tune_lr",
-    "tune_sweep",
-    "verify",
-    "write_report",
-]
-
 if TYPE_CHECKING:
     from tunesmith.advise.lr_finder import LRFinderResult, LRTrial
     from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
     from tunesmith.advise.measured.run_arm import ArmResult
     from tunesmith.advise.rules.advice import Advice
     from tunesmith.advise.sweep.records import SweepEvent
-    from tunesmith.api.inputs import AnyInputs
+    from tunesmith.api.inputs import AnyInputs as AnyInputs
     from tunesmith.core.evidence import RunVerdict
     from tunesmith.evaluate.model_ref import ModelComparison
     from tunesmith.evaluate.regression_gate import EvalReport

@@ -2,9 +2,8 @@
 
     gates: {exact_match: ">= 0.8", general text/bits_per_byte: "<= 1.2"}
 
-In: the mapping as written. Out: MetricLimits; one that all values of its metric hold, or none, is
-refused. A name is a metric, for every task that has it, or TASK/METRIC. Left out: judging them
-(evaluate/regression_gate.py).
+In: the mapping as written. Out: MetricLimits; a grade in percent is refused. A name is a metric,
+for every task that has it, or TASK/METRIC. Left out: judging them (evaluate/regression_gate.py).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
@@ -41,17 +40,9 @@ LIKELIHOOD_METRICS = {
     ),
 }
 BAD_LOGP = "bad_logp"
-# the least and the greatest value of metrics that are no grades
-RANGES = {
-    "loss": (0.0, math.inf),
-    "bits_per_byte": (0.0, math.inf),
-    "margin": (-math.inf, math.inf),
-    **dict.fromkeys(("chosen_logp", "rejected_logp", BAD_LOGP), (-math.inf, 0.0)),
-    **dict.fromkeys(("desirable_logp", "undesirable_logp"), (-math.inf, 0.0)),
-}
 LOWER_IS_BETTER = ("loss", "bits_per_byte", "rejected_logp", "undesirable_logp", BAD_LOGP)
-GRADE_RANGE = (0.0, 1.0)
-ANY_NUMBER = (-math.inf, math.inf)
+# these are no grades, which lie from 0 to 1
+UNBOUNDED_METRICS = (*LOWER_IS_BETTER, "margin", "chosen_logp", "desirable_logp")
 
 
 @dataclass(frozen=True)
@@ -99,60 +90,33 @@ def _parse_limit(name: str, text: str) -> MetricLimit:
 def refuse_useless_limits(
     gates: Mapping[str, str], *, stage: str, metrics: Iterable[str], constraints: Iterable[str]
 ) -> None:
-    """Raise InputError for a limit on a metric that a run does not measure, and for one that no
-    value of its metric holds, or every value.
+    """Raise InputError for a limit on a metric that a run does not measure, and for one of a grade
+    in percent.
 
     constraints: the names of those in `never`."""
-    ranges = dict(_find_range(metric) for metric in metrics)
+    measured = [*map(_get_result_name, metrics), *LIKELIHOOD_METRICS[stage]]
     for constraint in constraints:
-        names = (f"breaks {constraint}", f"says {constraint}", BAD_LOGP)
-        ranges |= {name: RANGES.get(name, GRADE_RANGE) for name in names}
-    ranges |= {name: RANGES.get(name, GRADE_RANGE) for name in LIKELIHOOD_METRICS[stage]}
+        measured += [f"breaks {constraint}", f"says {constraint}", BAD_LOGP]
     for limit in parse_limits(gates):
         name = limit.name.replace("/", " ")
-        matching = [metric for metric in ranges if name == metric or name.endswith(f" {metric}")]
+        matching = [metric for metric in measured if f" {name}".endswith(f" {metric}")]
         if not matching:
-            listed = ", ".join(ranges)
-            fix = suggest_name(limit.name.rsplit("/", 1)[-1], ranges, default=f"use {listed}")
+            listed = ", ".join(measured)
+            fix = suggest_name(limit.name.rsplit("/", 1)[-1], measured, default=f"use {listed}")
             message = f"{limit.name!r:.60} is not measured by this run"
             raise InputError(message, where=SETTING, fix=f"{fix}; metrics are named in `metrics`")
-        _refuse_empty_limit(limit, ranges[max(matching, key=len)])
+        metric = max(matching, key=len)
+        is_grade = ".py:" not in metric and metric not in UNBOUNDED_METRICS
+        if is_grade and not 0 <= limit.limit <= 1:
+            meant = f"{limit.comparator} {limit.limit / 100:g}"
+            message = f"{limit.name:.60} lies from 0 to 1, so {limit.limit:g} decides nothing"
+            raise InputError(message, where=SETTING, fix=f'write {limit.name}: "{meant}"')
 
 
-def _find_range(metric: str) -> tuple[str, tuple[float, float]]:
-    """Return the name of a metric in results, and the range of its values. A function is named
-    without its folder, and returns any number."""
+def _get_result_name(metric: str) -> str:
+    """Return the name of a metric in results: a function is named without its folder."""
     custom_metric = parse_custom_metric(metric)
-    if custom_metric is not None:
-        return f"{custom_metric[0].name}:{custom_metric[1]}", ANY_NUMBER
-    return metric, RANGES.get(metric, GRADE_RANGE)
-
-
-def _refuse_empty_limit(limit: MetricLimit, bounds: tuple[float, float]) -> None:
-    """Raise InputError for a limit that all values within the bounds hold, or none."""
-    verdict = _find_only_verdict(limit, bounds)
-    if verdict is None:
-        return
-    low, high = bounds
-    if math.isinf(high):
-        described = f"is at least {low:g}"
-    else:
-        described = f"is at most {high:g}" if math.isinf(low) else f"lies from {low:g} to {high:g}"
-    fix = f"set a limit that some values hold and others do not, such as {EXAMPLE}"
-    fraction = replace(limit, limit=limit.limit / 100)
-    is_percent = bounds == GRADE_RANGE and abs(limit.limit) > 1
-    if is_percent and _find_only_verdict(fraction, bounds) is None:
-        fix = f'write {limit.name}: "{limit.comparator} {fraction.limit:g}"'
-    message = f"{limit.name:.60} {described}: `{limit.comparator} {limit.limit:g}` {verdict}"
-    raise InputError(message, where=SETTING, fix=fix)
-
-
-def _find_only_verdict(limit: MetricLimit, bounds: tuple[float, float]) -> str | None:
-    """Return the verdict on all values within the bounds, None if it depends on the value."""
-    worst, best = bounds if limit.is_least else bounds[::-1]
-    if not limit.is_met_by(best):
-        return "can never be held"
-    return "always holds, which checks nothing" if limit.is_met_by(worst) else None
+    return metric if custom_metric is None else f"{custom_metric[0].name}:{custom_metric[1]}"
 
 
 def list_reversed_limits(gates: Mapping[str, str]) -> list[str]:

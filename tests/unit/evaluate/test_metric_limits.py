@@ -19,7 +19,6 @@ from tiny_runs import (
 from tunesmith.cli.app import main
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Score
-from tunesmith.evaluate import metrics as evaluate_metrics
 from tunesmith.evaluate.regression_gate import build_limit_gates
 from tunesmith.recipe.metric_limits import (
     list_reversed_limits,
@@ -161,91 +160,24 @@ def test_the_plan_warns_about_a_reversed_limit(tmp_path: Path) -> None:
     assert [w for w in plan_recipe(recipe).warnings if w.startswith("gates: loss >= 0.8 passes")]
 
 
-METRICS = (
-    *("exact_match", "normalized_match", "contains: Hi", "regex: a+", "numeric: 0.1"),
-    *("token_f1", "rouge_l", "chrf", "json_valid", "schema_valid", "field_f1"),
-    *("multiple_choice", "bits_per_byte", "m.py:score"),
-)
-GRADES = (*METRICS[:12], "preference_accuracy", "breaks ai", "says ai")
-LOGPS = ("chosen_logp", "rejected_logp", "desirable_logp", "undesirable_logp", "bad_logp")
+@pytest.mark.parametrize("name", ["exact_match", "test/chrf", "preference_accuracy", "breaks ai"])
+def test_a_grade_lies_from_0_to_1(name: str) -> None:
+    def refuse(name: str, text: str) -> None:
+        metrics = ("exact_match", "chrf", "m.py:score")
+        refuse_useless_limits(
+            {name: text}, stage="preference", metrics=metrics, constraints=["ai", "ai margin"]
+        )
 
-
-def refuse(name: str, text: str) -> None:
-    refuse_useless_limits(
-        {name: text}, stage="preference", metrics=METRICS, constraints=["ai", "ai margin"]
-    )
-
-
-def test_the_table_of_grades_has_every_metric() -> None:
-    names = {metric.split(": ")[0] for metric in METRICS if ".py" not in metric}
-    assert names == {*evaluate_metrics.METRICS, *evaluate_metrics.LIKELIHOODS}
-
-
-@pytest.mark.parametrize(
-    ("text", "problem", "meant"),
-    [
-        (">= 80", "can never be held", ">= 0.8"),
-        ("> 80.5", "can never be held", "> 0.805"),
-        (">= 100", "can never be held", ">= 1"),
-        ("> 1", "can never be held", ""),
-        ("< 0", "can never be held", ""),
-        ("<= -0.1", "can never be held", ""),
-        (">= 0", "always holds", ""),
-        ("> -1", "always holds", ""),
-        ("<= 1", "always holds", ""),
-        ("< 5", "always holds", "< 0.05"),
-        (">= 1000", "can never be held", ""),
-    ],
-)
-def test_a_limit_that_decides_nothing_is_refused_with_what_was_meant(
-    text: str, problem: str, meant: str
-) -> None:
-    with pytest.raises(InputError, match=f"lies from 0 to 1: `{text}` {problem}") as refused:
-        refuse("exact_match", text)
-    expected = f'write exact_match: "{meant}"' if meant else "some values hold and others do not"
-    assert expected in refused.value.fix
-
-
-def test_every_grade_lies_from_0_to_1() -> None:
-    for name in (*GRADES, "test/exact_match", "breaks ai margin"):
-        with pytest.raises(InputError, match="lies from 0 to 1") as refused:
-            refuse(name, ">= 80")
-        assert refused.value.fix == f'write {name}: ">= 0.8"'
-    for name in GRADES:
-        for text in (">= 1", "> 0", "<= 0", "< 1", ">= 0.8", "<= 0.05"):
+    for text in (">= 1", "<= 0", "> 0.8"):
+        refuse(name, text)
+    for text in (">= 80", "< -0.1"):
+        with pytest.raises(InputError, match="lies from 0 to 1"):
             refuse(name, text)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "problem"),
-    [
-        ("loss", "< 0", "is at least 0: `< 0` can never be held"),
-        ("bits_per_byte", "<= -1", "is at least 0: `<= -1` can never be held"),
-        ("general text/bits_per_byte", ">= 0", "is at least 0: `>= 0` always holds"),
-        *((name, "<= 0", "is at most 0: `<= 0` always holds") for name in LOGPS),
-        *((name, ">= 2", "is at most 0: `>= 2` can never be held") for name in LOGPS),
-    ],
-)
-def test_limits_of_losses_and_log_probabilities_are_refused(
-    name: str, text: str, problem: str
-) -> None:
-    with pytest.raises(InputError, match=problem):
-        refuse(name, text)
-
-
-@pytest.mark.parametrize(
-    ("name", "texts"),
-    [
-        ("loss", [">= 80", "<= 1.2", "<= 0"]),
-        ("bits_per_byte", ["<= 80", "<= 0.9"]),
-        ("margin", ["> 0", "<= -80", ">= 80"]),
-        ("m.py:score", [">= 80", "< 0", ">= 0"]),
-        *((name, [">= -2", "< -80", ">= 0", "< 0"]) for name in LOGPS),
-    ],
-)
-def test_limits_of_metrics_with_other_ranges_are_accepted(name: str, texts: list[str]) -> None:
-    for text in texts:
-        refuse(name, text)
+    with pytest.raises(InputError, match="lies from 0 to 1"):
+        refuse("breaks ai margin", ">= 80")
+    for metric in ("loss", "margin", "bits_per_byte", "rejected_logp", "bad_logp", "m.py:score"):
+        refuse(metric, ">= 80")
+        refuse(metric, "< -2")
 
 
 def test_two_names_of_a_metric_cannot_both_have_a_limit() -> None:
