@@ -19,10 +19,14 @@ from typing import Literal
 from experiments.arms import ArmRun
 from experiments.definitions import UNTRAINED, Claim, Experiment, strip_seed_suffix
 
-from tunesmith.advise.data_ablation import average_measurements
 from tunesmith.core.types import Comparison
 from tunesmith.evaluate.pairing import pair_measurements
-from tunesmith.evaluate.results import EvalResults, MetricValues, compare_measurements
+from tunesmith.evaluate.results import (
+    EvalResults,
+    MetricValues,
+    average_measurements,
+    compare_measurements,
+)
 from tunesmith.evaluate.statistics import ALPHA, MIN_ITEMS, adjust_p_values, compute_p_value
 
 Verdict = Literal[

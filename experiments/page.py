@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 from experiments.claims import ClaimVerdict
 from experiments.definitions import UNTRAINED, Experiment, Plot
 
-from tunesmith.advise.data_ablation import average_measurements
 from tunesmith.core.atomic import write_file
 from tunesmith.core.events import Score
-from tunesmith.evaluate.results import MetricValues, compute_score
+from tunesmith.evaluate.results import MetricValues, average_measurements, compute_score
 from tunesmith.evaluate.statistics import format_p
 
 if TYPE_CHECKING:

@@ -39,10 +39,10 @@ from tunesmith.core.types import Json, Plan, RunRecord
 from tunesmith.plan.stages import StagedPlan, require_single_stage
 
 if TYPE_CHECKING:
-    from tunesmith.advise.lr_finder import LRFinderResult, LRTrial
     from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
     from tunesmith.advise.measured.run_arm import ArmResult
     from tunesmith.advise.rules.advice import Advice
+    from tunesmith.advise.short_runs import ShortRun, ShortRunTable
     from tunesmith.advise.sweep.records import SweepEvent
     from tunesmith.api.inputs import AnyInputs as AnyInputs
     from tunesmith.core.evidence import RunVerdict
@@ -199,23 +199,19 @@ def compare_methods(
 
 def tune_lr(
     recipe: RecipeLike | AnyInputs = None, *, steps: int = 40, **changes: Any
-) -> Iterator[LRTrial | LRFinderResult]:
+) -> Iterator[ShortRun | ShortRunTable]:
     """Train briefly at learning rates around the plan's; pick one by held-out loss.
 
-    Yields each LRTrial as it ends, then the LRFinderResult. Nothing is written. Raises InputError
+    Yields each ShortRun as it ends, then the ShortRunTable. Nothing is written. Raises InputError
     without eval_data or eval_split, and for preference pairs."""
-    from tunesmith.advise.lr_finder import summarize_trials, try_rates
+    from tunesmith.advise.lr_finder import find_learning_rate
     from tunesmith.plan.build import refuse_if_too_large
     from tunesmith.session.inputs import make_plan
 
     inputs = require_single_stage(load_inputs(recipe, **changes))
     base_plan = make_plan(inputs)
     refuse_if_too_large(base_plan)
-    trials: list[LRTrial] = []
-    for trial in try_rates(base_plan, inputs, steps=steps):
-        trials.append(trial)
-        yield trial
-    yield summarize_trials(base_plan, trials)
+    yield from find_learning_rate(base_plan, inputs, steps=steps)
 
 
 def tune_sweep(

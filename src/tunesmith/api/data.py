@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.api.inputs import AnyPath, load_inputs, read_recipe, split_by_stage
 from tunesmith.core.atomic import write_file
 from tunesmith.core.json_io import dump_json
-from tunesmith.core.types import DataReport
+from tunesmith.core.types import DataReport, Plan
 from tunesmith.plan.stages import require_single_stage
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from tunesmith.advise.curate import CurationResult
-    from tunesmith.advise.data_ablation import AblationResult, SubsetRun
+    from tunesmith.advise.short_runs import ShortRun, ShortRunTable
     from tunesmith.api.inputs import AnyInputs
     from tunesmith.data.annotation import ReviewImport
     from tunesmith.data.dataset import Dataset
     from tunesmith.data.golden_set import GoldenLock
     from tunesmith.data.split import SplitResult
     from tunesmith.recipe.load import RecipeLike
+    from tunesmith.session.inputs import RunInputs
 
 
 def data_check(
@@ -89,22 +90,32 @@ def data_ablate(
     steps: int = 30,
     seeds: int = 1,
     **changes: Any,
-) -> Iterator[SubsetRun | AblationResult]:
+) -> Iterator[ShortRun | ShortRunTable]:
     """Train briefly on each subset in a folder of `data_curate`, and on all rows.
 
-    Yields each SubsetRun as it ends, then the AblationResult, which is also written to the folder.
+    Yields each ShortRun as it ends, then the ShortRunTable, which is also written to the folder.
     Raises InputError without held-out rows."""
-    from tunesmith.advise.data_ablation import plan_ablation, summarize_ablation, train_subsets
+    from tunesmith.advise.data_ablation import train_subsets
+    from tunesmith.advise.short_runs import ShortRunTable
 
     inputs = require_single_stage(load_inputs(recipe, **changes))
     plan = plan_ablation(inputs)
-    runs: list[SubsetRun] = []
-    for run in train_subsets(plan, inputs, Path(folder), steps=steps, seeds=seeds):
-        runs.append(run)
-        yield run
-    ablation = summarize_ablation(plan, runs, steps)
-    write_file(Path(folder) / "ablation.json", dump_json(ablation, indent=1))
-    yield ablation
+    for result in train_subsets(plan, inputs, Path(folder), steps=steps, seeds=seeds):
+        if isinstance(result, ShortRunTable):
+            write_file(Path(folder) / "ablation.json", dump_json(result, indent=1))
+        yield result
+
+
+def plan_ablation(inputs: RunInputs) -> Plan:
+    """Plan the short runs, raising what they would before any row is scored."""
+    from tunesmith.advise.short_runs import select_held_out
+    from tunesmith.plan.build import refuse_if_too_large
+    from tunesmith.session.inputs import make_plan
+
+    plan = make_plan(inputs)
+    select_held_out(plan, inputs)
+    refuse_if_too_large(plan)
+    return plan
 
 
 def data_lock(recipe: RecipeLike = None, **changes: Any) -> GoldenLock:

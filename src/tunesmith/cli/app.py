@@ -219,11 +219,10 @@ def tune_lr(
 ) -> None:
     """Pick a learning rate from five short runs."""
     recipe = parse_recipe_args(args)
-    from tunesmith.cli.views.lr_finder import report_lr_result
+    from tunesmith.cli.views.short_runs import render_short_runs, report_short_runs
 
-    for result in api.tune_lr(recipe, steps=steps):
-        if (view := report_lr_result(result)) is not None:
-            print_result(result, view, as_json=as_json)
+    table = report_short_runs(api.tune_lr(recipe, steps=steps), "rate")
+    print_result(table, render_short_runs(table, "rate"), as_json=as_json)
 
 
 def tune_sweep(

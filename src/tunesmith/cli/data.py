@@ -74,11 +74,11 @@ def data_curate(  # noqa: PLR0913 - every option is a flag
 ) -> None:
     """Select the most useful rows by base-model scores."""
     inputs = api.load_inputs(parse_recipe_args(args))
-    from tunesmith.cli.views.curate import render_ablation, render_curation, report_subset_runs
+    from tunesmith.cli.views.curate import render_curation
     from tunesmith.core.json_io import to_jsonable
 
     if ablate:
-        from tunesmith.advise.data_ablation import plan_ablation
+        from tunesmith.api.data import plan_ablation
 
         plan_ablation(require_single_stage(inputs))
     curated = api.data_curate(
@@ -89,9 +89,12 @@ def data_curate(  # noqa: PLR0913 - every option is a flag
         return
     if not as_json:
         print_result(curated, render_curation(curated), as_json=False)
-    ablation = report_subset_runs(api.data_ablate(inputs, folder=out, steps=steps, seeds=seeds))
-    output = {**to_jsonable(curated), "ablation": ablation}
-    print_result(output, render_ablation(ablation), as_json=as_json)
+    from tunesmith.cli.views.short_runs import render_short_runs, report_short_runs
+
+    runs = api.data_ablate(inputs, folder=out, steps=steps, seeds=seeds)
+    table = report_short_runs(runs, "trained on")
+    output = {**to_jsonable(curated), "ablation": table}
+    print_result(output, render_short_runs(table, "trained on"), as_json=as_json)
 
 
 def data_lock(args: RecipeArgs = None, as_json: AsJson = False) -> None:

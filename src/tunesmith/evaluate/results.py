@@ -146,6 +146,12 @@ def compare_measurements(before: MetricValues, after: MetricValues, *, step: int
     )
 
 
+def average_measurements(measurements: Sequence[MetricValues]) -> MetricValues:
+    """Average measurements of one metric on the same items, item by item."""
+    values = np.mean([measurement.values for measurement in measurements], axis=0)
+    return replace(measurements[0], values=tuple(values.tolist()))
+
+
 def select_sample_pairs(
     before: EvalResults, after: EvalResults
 ) -> tuple[tuple[GenerationSample, GenerationSample], ...]:

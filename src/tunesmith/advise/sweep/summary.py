@@ -17,7 +17,6 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial
 
-from tunesmith.advise.data_ablation import average_measurements
 from tunesmith.advise.sweep.records import (
     ConfigurationRecord,
     SweepRecord,
@@ -48,6 +47,7 @@ from tunesmith.evaluate.measure import measure_items
 from tunesmith.evaluate.results import (
     EvalResults,
     MetricValues,
+    average_measurements,
     compare_measurements,
     compare_results,
     compute_score,

@@ -1,0 +1,251 @@
+"""Short runs: one start for every run, a choice on held-out rows, and collapses."""
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import tunesmith
+from tiny_runs import build_sum_rows, make_tiny_recipe, write_eval_files, write_rows
+from tunesmith.advise import data_ablation
+from tunesmith.advise.lr_finder import choose_rate, find_learning_rate
+from tunesmith.advise.short_runs import ShortRun, ShortRuns, ShortRunTable, build_table
+from tunesmith.cli.views.short_runs import render_short_runs, report_short_runs
+from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.json_io import parse_as, read_json, to_jsonable
+from tunesmith.core.types import Plan
+from tunesmith.evaluate.results import MetricValues
+from tunesmith.session import inputs
+
+
+def make_inputs(tiny_folder: Path, tmp_path: Path, **changed: Any) -> tuple[Plan, inputs.RunInputs]:
+    rows = write_rows(tmp_path / "many.jsonl", build_sum_rows(1, 30))
+    files = write_eval_files(tmp_path / "held out")
+    held_out = {role: files[role] for role in ("eval_data", "test_data")}
+    values = {"data": str(rows), "batch_size": 2, "learning_rate": 0.01, **held_out}
+    run_inputs = inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path, **(values | changed)))
+    return inputs.make_plan(run_inputs), run_inputs
+
+
+@pytest.fixture(scope="module")
+def plan_and_inputs(
+    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Plan, inputs.RunInputs]:
+    return make_inputs(tiny_folder, tmp_path_factory.mktemp("short"))
+
+
+@pytest.fixture
+def plan(plan_and_inputs: tuple[Plan, inputs.RunInputs]) -> Plan:
+    return plan_and_inputs[0]
+
+
+@pytest.fixture
+def run_inputs(plan_and_inputs: tuple[Plan, inputs.RunInputs]) -> inputs.RunInputs:
+    return plan_and_inputs[1]
+
+
+def render(table: ShortRunTable, subject: str = "rate") -> str:
+    console = Console(width=160, file=io.StringIO(), record=True)
+    console.print(render_short_runs(table, subject))
+    return console.export_text()
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_every_run_starts_from_the_same_weights(plan: Plan, run_inputs: inputs.RunInputs) -> None:
+    *runs, table = find_learning_rate(plan, run_inputs, steps=3)
+    assert isinstance(table, ShortRunTable)
+    names = ["0.001", "0.0032", "0.01", "0.032", "0.1"]
+    assert [row.name for row in table.rows] == names[: len(table.rows)]
+    assert [run.name for run in runs if isinstance(run, ShortRun)] == ["", *names[: len(runs) - 1]]
+    assert (table.metric, table.items, table.steps) == ("loss", 3, 3)
+    assert parse_as(ShortRunTable, to_jsonable(table)) == table
+    short = ShortRuns(plan, run_inputs)
+    again = [short.train("", plan.config, short.session.load_documents, 3) for _ in range(2)]
+    assert again[0].loss == again[1].loss == table.rows[2].loss
+
+
+def test_held_out_rows_are_needed_and_no_pairs(tiny_folder: Path, tmp_path: Path) -> None:
+    plan, run_inputs = make_inputs(tiny_folder, tmp_path, eval_data=(), test_data=())
+    for runs in (
+        find_learning_rate(plan, run_inputs),
+        tunesmith.data_ablate(run_inputs, folder=tmp_path),
+    ):
+        with pytest.raises(InputError, match="no held-out rows") as refusal:
+            next(runs)
+        assert "--eval-split" in refusal.value.fix
+    with pytest.raises(InputError, match="does not measure preference accuracy"):
+        next(find_learning_rate(make_preference(plan), run_inputs))
+
+
+def make_preference(plan: Plan) -> Plan:
+    stage = plan.settings["stage"]
+    return plan.with_settings(stage=type(stage)("preference", stage.decided_by, stage.reason))
+
+
+@pytest.mark.promise
+def test_texts_are_compared_by_bits_per_byte(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"a text of some words, number {n}. " * 4} for n in range(38)]
+    names = ("data", "eval_data", "test_data")
+    parts = dict(zip(names, (rows[:30], rows[30:34], rows[34:]), strict=True))
+    files = {
+        name: str(write_rows(tmp_path / f"{name}.jsonl", part)) for name, part in parts.items()
+    }
+    changed = {"stage": "cpt", "batch_size": "auto", "batch_tokens": 512, **files}
+    *_, table = find_learning_rate(*make_inputs(tiny_folder, tmp_path, **changed), steps=3)
+    assert isinstance(table, ShortRunTable)
+    assert table.metric == "bits_per_byte"
+
+
+def test_a_rate_whose_held_out_loss_overflows_has_collapsed(
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its only step was sound, and the results of the rates before it stay."""
+    changes = {"lora_r": 1, "lora_alpha": 10**19, "learning_rate": 1.0}
+    plan, run_inputs = make_inputs(tiny_folder, tmp_path, **changes)
+    table = report_short_runs(find_learning_rate(plan, run_inputs, steps=1), "rate")
+    assert table.rows[-1].problem
+    assert table.reference != table.rows[-1].name
+    assert "before training: held-out loss" in capsys.readouterr().err
+    assert "collapsed" in render(table)
+    folder = write_curated(tmp_path / "golden")
+    source = run_inputs.datasets["data"].fingerprint
+    monkeypatch.setattr(data_ablation, "read_manifest", lambda _: {"source": source})
+    with pytest.raises(GateError, match="non-finite") as refusal:
+        list(data_ablation.train_subsets(plan, run_inputs, folder, steps=2))
+    assert "tune lr" in refusal.value.fix
+
+
+# ---------------------------------------------------------------- subsets
+
+
+def write_curated(folder: Path) -> Path:
+    """Write what `data curate` writes, in short."""
+    folder.mkdir()
+    subsets = {"selected": range(1, 7), "random": range(4, 10), "longest": (30,)}
+    lines: list[str] = []
+    for row in range(1, 31):
+        files = [name for name, rows in subsets.items() if row in rows]
+        perplexity = None if row == 29 else 2.0
+        line = {"id": f"many.jsonl:{row}", "files": files, "perplexity": perplexity}
+        lines.append(json.dumps(line) + "\n")
+    (folder / "scores.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def curated(run_inputs: inputs.RunInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    source = run_inputs.datasets["data"].fingerprint
+    monkeypatch.setattr(data_ablation, "read_manifest", lambda _: {"source": source})
+    return write_curated(tmp_path / "golden")
+
+
+def test_every_subset_is_trained_on_its_rows_with_every_seed(
+    run_inputs: inputs.RunInputs, curated: Path
+) -> None:
+    *runs, table = tunesmith.data_ablate(run_inputs, folder=curated, steps=2, seeds=2)
+    trained = [(run.name, run.seed, run.rows) for run in runs if isinstance(run, ShortRun)]
+    subsets = (("selected", 6), ("random", 6), ("longest", 1), ("all", 29))
+    expected = [(name, seed, rows) for seed in (0, 1) for name, rows in subsets]
+    assert trained == [("", 0, 0), *expected]
+    assert parse_as(ShortRunTable, read_json(curated / "ablation.json")) == table
+    assert isinstance(table, ShortRunTable)
+    assert (table.reference, len({row.loss for row in table.rows})) == ("selected", 4)
+    text = render(table, "trained on")
+    assert "2 seeds" in text
+    assert "reference" in text
+
+
+def test_a_folder_of_other_rows_is_refused(
+    run_inputs: inputs.RunInputs, curated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_ablation, "read_manifest", lambda _: {"source": "other rows"})
+    with pytest.raises(InputError, match="made from other rows"):
+        next(tunesmith.data_ablate(run_inputs, folder=curated))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "many.jsonl:1"', "JSON"),
+        ('{"id": 5, "files": [], "perplexity": null}', "id: "),
+        ('{"id": "many.jsonl:1", "files": ["others"], "perplexity": null}', "files.0: "),
+        ('{"id": "many.jsonl:1", "files": []}', "perplexity: "),
+        ('{"id": "many.jsonl:99", "files": [], "perplexity": 2}', "many.jsonl:99 is not in"),
+        ("\udcff", "UTF-8"),
+    ],
+)
+def test_a_damaged_line_of_scores_is_refused(
+    line: str, message: str, run_inputs: inputs.RunInputs, curated: Path
+) -> None:
+    file = curated / "scores.jsonl"
+    file.write_bytes(file.read_bytes() + line.encode(errors="surrogateescape") + b"\n")
+    with pytest.raises(InputError, match=re.escape(message)) as refusal:
+        data_ablation.read_subsets(run_inputs, curated)
+    assert "scores.jsonl:31" in refusal.value.where
+
+
+# ---------------------------------------------------------------- tables
+
+
+def make_run(name: str, *values: float, problem: str = "", seed: int = 0) -> ShortRun:
+    ids = tuple("abcdef"[: len(values)])
+    held_out = MetricValues("eval", "loss", ids, values, higher_is_better=False)
+    return ShortRun(name, held_out, problem, seed)
+
+
+BASE = make_run("", 3, 3, 3, 3, 3)
+
+
+def test_the_lowest_held_out_loss_is_chosen(plan: Plan) -> None:
+    low = make_run("0.0001", 1.5, 1.6, 1.4, 1.5, 1.5)
+    middle = make_run("0.001", 1.0, 1.1, 0.9, 1.0, 1.05)
+    worse = make_run("0.01", 0.5, 0.5, 0.5, 0.5, 0.5, problem="non-finite loss")
+    table = choose_rate(plan, BASE, [low, middle, worse], 3)
+    assert (table.base_loss, table.reference) == (pytest.approx(3), "0.001")
+    assert [row.verdict for row in table.rows] == ["worse", "", ""]
+    assert table.rows[0].comparison is not None
+    assert table.rows[0].comparison.difference == pytest.approx(0.49)
+    assert table.notes[0].startswith("the model collapses at 0.01")
+    assert "chosen" in render(table)
+    highest = choose_rate(plan, BASE, [low, middle], 3)
+    assert "a higher one may be better" in highest.notes[0]
+    lowest = choose_rate(plan, BASE, [middle, low], 3)
+    assert "a lower one may be better" in lowest.notes[0]
+    none = choose_rate(plan, BASE, [worse], 3)
+    assert none.reference is None
+    assert "every rate collapsed" in none.notes[0]
+
+
+def test_subsets_are_compared_with_the_selection(plan: Plan) -> None:
+    runs = [
+        make_run("selected", 1.0, 1.1, 1.2, 1.3, 1.2),
+        make_run("random", 2.0, 2.1, 2.3, 2.3, 2.3),
+        make_run("longest", 0.5, 0.7, 0.7, 0.8, 0.7),
+        make_run("all", 1.4, 0.7, 1.1, 1.4, 1.2),
+    ]
+    table = build_table(plan, BASE, runs, "selected", 5)
+    verdicts = [row.verdict for row in table.rows]
+    assert verdicts == ["", "worse", "better", "no difference shown"]
+
+
+def test_seeds_are_averaged_by_item_and_their_differences_are_reported(plan: Plan) -> None:
+    runs = [
+        make_run("selected", 1, 1, 1, 1.1, 1),
+        make_run("random", 2, 2, 2, 2.2, 2),
+        make_run("selected", 3, 3, 3, 3, 3, seed=1),
+        make_run("random", 2.5, 2.5, 2.5, 2.5, 2.5, seed=1),
+    ]
+    table = build_table(plan, BASE, runs, "selected", 5)
+    random = table.rows[1]
+    assert (table.seeds, random.loss) == (2, pytest.approx(2.27))
+    assert random.seed_differences == (pytest.approx(1.02), pytest.approx(-0.5))
+    assert "+1.020 -0.500" in render(table)
