@@ -32,8 +32,8 @@ from tunesmith.model.hub.adapter_config import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     PREFIX,
+    name_in_text_class,
 )
-from tunesmith.model.hub.adapter_names import name_in_text_class
 from tunesmith.model.hub.expert_names import OUTPUT_STACK
 from tunesmith.model.hub.stored_tensors import EXPERT, read_naming
 from tunesmith.model.hub.validate import read_headers, read_model_json

@@ -41,8 +41,9 @@ from tunesmith.model.hub.adapter_config import (
     PREFIX,
     TOKEN_ROWS_SUFFIX,
     AdapterFolder,
+    name_in_text_class,
+    name_on_checkpoint,
 )
-from tunesmith.model.hub.adapter_names import name_in_text_class, name_on_checkpoint
 from tunesmith.model.hub.expert_names import (
     is_expert_path,
     is_target_parameter,

@@ -153,7 +153,7 @@ EXPERTS = f"{PATH}.experts"
     [
         (
             {f"{EXPERTS}.lora_A.weight": None, f"{EXPERTS}.lora_B.weight": None},
-            "one of its two stacks",
+            r"no \S+\.experts\.lora_A\.weight, which",
         ),
         ({f"{EXPERTS}.lora_A.weight": torch.zeros(4, 24)}, r"it must be \[32, 24\]"),
         (

@@ -370,13 +370,10 @@ def test_rows_from_peft_are_read(tmp_path: Path) -> None:
         ({"embed_tokens": [97, True]}, "not consecutive token ids"),
         ("embed_tokens", "not consecutive token ids"),
         ({"q_proj": [97, 98]}, "not consecutive token ids"),
-        ({"embed_tokens": [97, 98]}, "but the weights have rows for lm_head, model.embed_tokens"),
-        ({"embed_tokens": [97, 98], "lm_head": [98, 99]}, "but the weights have rows for"),
-        (None, "but the weights have rows for"),
-        (
-            {"embed_tokens": [97], "lm_head": [97]},
-            r"the rows for \S+ are F32 \[2, 48\], which does not fit the base",
-        ),
+        ({"embed_tokens": [97, 98], "lm_head": [98, 99]}, "not consecutive token ids"),
+        ({"embed_tokens": [97, 98]}, r"lm_head\.token_adapter\S+ is not part of a LoRA"),
+        (None, r"token_adapter\S+ is not part of a LoRA"),
+        ({"embed_tokens": [97], "lm_head": [97]}, r"is F32 \[2, 48\].*must be \[1, 48\]"),
     ],
 )
 def test_rows_that_are_not_what_the_config_says_are_refused(

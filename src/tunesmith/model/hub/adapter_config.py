@@ -10,15 +10,14 @@ supported, is refused by name. Left out: the weights (save.py), the match with t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.run_dir import find_weights_dir
-from tunesmith.model.hub.adapter_names import PREFIX, name_in_text_class, rename_tensors
 from tunesmith.model.hub.expert_names import (
     INNER,
     is_expert_path,
@@ -26,7 +25,11 @@ from tunesmith.model.hub.expert_names import (
     list_stack_names,
 )
 from tunesmith.model.hub.families import get_tensor_prefix
-from tunesmith.model.hub.stored_tensors import has_equal_values, read_parameter_headers
+from tunesmith.model.hub.stored_tensors import (
+    PREFIXES,
+    has_equal_values,
+    read_parameter_headers,
+)
 from tunesmith.model.hub.validate import TensorHeader, check_files, read_header, read_model_json
 from tunesmith.model.target_modules import (
     EMBEDDING,
@@ -43,16 +46,27 @@ from tunesmith.model.target_modules import (
     match_saved_parameters,
 )
 
+T = TypeVar("T")
+
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_PICKLE_FILE = "adapter_model.bin"
 MAX_RANK = 4096
 DTYPES = ("F32", "F16", "BF16")
+PREFIX = "base_model.model."  # of all names that PEFT writes
+TEXT_CLASS_PREFIX = "model."
+# what an adapter of the text class may change
+TEXT_MODULES = (
+    "model.layers.",
+    "model.embed_tokens",
+    "model.norm.",
+    "model.per_layer_",
+    "lm_head.",
+)
 MAGNITUDE = "lora_magnitude_vector"
 # the rows themselves, despite PEFT's name
 TOKEN_ROWS_SUFFIX = "token_adapter.trainable_tokens_delta"
 LORA_KEY = re.compile(re.escape(PREFIX) + rf"([\w.]+)\.(lora_A\.weight|lora_B\.weight|{MAGNITUDE})")
-EMBEDDING_MODULES = (EMBEDDING, HEAD)
 RANK_PATTERN = "rank_pattern"
 ALPHA_PATTERN = "alpha_pattern"
 MAX_PATTERNS = 10_000
@@ -89,7 +103,10 @@ USED_KEYS = {
 UNSUPPORTED_FIX = "use a plain LoRA adapter, made with the defaults of PEFT's LoraConfig"
 COPY_FIX = "copy the adapter folder again"
 MERGE_FIX = "merge it with PEFT's merge_and_unload, save the model, and set model: to its folder"
+SAVE_FIX = "save it again with save_pretrained(..., save_embedding_layers=False), or merge it"
 BASE_FIX = "set model: to the adapter's base model"
+TEXT_FIX = "use an adapter of the text part alone, or merge this one with PEFT and train the result"
+MODEL_FIX = "set model: to the multimodal checkpoint that the adapter was trained on"
 
 
 @dataclass(frozen=True)
@@ -130,65 +147,118 @@ def compute_scaling(rank: int, alpha: float, *, use_rslora: bool) -> float:
 
 
 def read_adapter(
-    folder: Path,
-    base: Path,
-    *,
-    weights_sha256: str = "",
-    base_headers: Mapping[str, TensorHeader] | None = None,
+    folder: Path, base: Path, *, base_headers: Mapping[str, TensorHeader] | None = None
 ) -> AdapterFolder:
     """Read the adapter in `folder`, or in its `adapter/` if it is a run folder.
 
-    weights_sha256: the recorded hash of the weights, for a caller that compares it when it loads
-    them; their bytes are not read then. base_headers: those of `base`, if they were read already.
-    Raise InputError unless the adapter fits the base."""
-    folder = find_weights_dir(folder)
-    path = folder / "adapter" if (folder / "plan.json").is_file() else folder
+    base_headers: those of `base`, if they were read already. Raise InputError unless the adapter
+    fits the base."""
+    path = _find_adapter(folder)
     config_file = path / ADAPTER_CONFIG_FILE
     weights_file = path / ADAPTER_WEIGHTS_FILE
-    if not config_file.is_file():
-        fix = f"give a folder with {ADAPTER_CONFIG_FILE} and {ADAPTER_WEIGHTS_FILE}"
-        if path != folder:
-            fix = f"finish the run: tunesmith resume {folder}"
-        raise InputError("there is no adapter in this folder", where=str(path), fix=fix)
-    check_files(path)
     config = read_model_json(config_file)
     rank, alpha = _check_config(config, str(config_file))
     if not weights_file.is_file():
         raise _make_missing_weights_error(path)
     if base_headers is None:
         base_headers = read_parameter_headers(base)
+    parameters = dict(zip(list_parameter_names(base_headers), base_headers.values(), strict=True))
     base_config = read_model_json(base / "config.json")
-    use_dora = bool(config.get("use_dora"))
-    stored_headers = read_header(weights_file)
-    named_headers = rename_tensors(stored_headers, get_tensor_prefix(base_config), weights_file)
-    headers = _split_headers(named_headers, config, base_headers, weights_file)
-    new_token_ids = _check_token_rows(
-        headers.rows, base_headers, config.get("trainable_token_indices"), path
-    )
-    saved_parameters = _check_modules(
-        headers.modules, config, base_headers, base_config, weights_file
-    )
+    stored = read_header(weights_file)
+    tensors = rename_tensors(stored, get_tensor_prefix(base_config), weights_file)
     # the patterns are those of PEFT, for the names in the file
-    layers = _list_lora_paths(stored_headers)
+    layers = _list_lora_paths(stored)
     ranks = _read_pattern(config, RANK_PATTERN, layers, str(config_file))
     alphas = _read_pattern(config, ALPHA_PATTERN, layers, str(config_file))
-    paths = _check_weights(headers.loras, base_headers, rank, ranks, weights_file)
-    _check_complete(headers.loras, paths, weights_file, use_dora=use_dora)
+    paths = _list_lora_paths(tensors)
+    use_dora = bool(config.get("use_dora"))
+    new_token_ids, row_shapes = _read_token_rows(config, parameters, str(config_file))
+    saved = _read_modules(config, parameters, base_config, tensors, weights_file)
+    expected = {**saved.shapes, **row_shapes}
+    for layer in paths:
+        for stack, (num_experts, outputs, inputs) in _find_stacks(parameters, layer, weights_file):
+            sum_ranks = num_experts * ranks.get(stack, rank)
+            expected[f"{PREFIX}{stack}.lora_A.weight"] = (sum_ranks, inputs)
+            expected[f"{PREFIX}{stack}.lora_B.weight"] = (outputs, sum_ranks)
+            if use_dora:
+                expected[f"{PREFIX}{stack}.{MAGNITUDE}"] = (outputs,)
+    _compare_tensors(tensors, expected, weights_file)
+    if not paths:
+        raise InputError("the adapter holds no weights", where=str(weights_file), fix=COPY_FIX)
     return AdapterFolder(
         path=path,
         rank=rank,
         alpha=alpha,
         use_rslora=bool(config.get("use_rslora")),
         use_dora=use_dora,
-        target_modules=_summarize_targets(paths, base_headers, headers.modules),
+        target_modules=_summarize_targets(paths, parameters, saved.shapes),
         base_name=str(config.get("base_model_name_or_path") or ""),
-        sha256=weights_sha256 or hash_file(weights_file),
+        sha256=hash_file(weights_file),
         new_token_ids=new_token_ids,
         rank_pattern={path: int(ranks[path]) for path in paths if ranks.get(path, rank) != rank},
         alpha_pattern={path: alphas[path] for path in paths if alphas.get(path, alpha) != alpha},
-        saved_parameters=saved_parameters,
-        saved_modules=_summarize_modules(saved_parameters, base_headers),
+        saved_parameters=saved.trained,
+        saved_modules=_summarize_modules(saved.trained, parameters),
     )
+
+
+def _find_adapter(folder: Path) -> Path:
+    """Return the folder of the adapter. Raise InputError if there is none, or for unsafe files."""
+    folder = find_weights_dir(folder)
+    path = folder / "adapter" if (folder / "plan.json").is_file() else folder
+    if not (path / ADAPTER_CONFIG_FILE).is_file():
+        fix = f"give a folder with {ADAPTER_CONFIG_FILE} and {ADAPTER_WEIGHTS_FILE}"
+        if path != folder:
+            fix = f"finish the run: tunesmith resume {folder}"
+        raise InputError("there is no adapter in this folder", where=str(path), fix=fix)
+    check_files(path)
+    return path
+
+
+# ---------------------------------------------------------------- names
+
+
+def name_on_checkpoint(path: str, tensor_prefix: str) -> str:
+    """Return a path of the text class on the whole model; the same without a prefix, and for the
+    head, which both have in one place."""
+    if not tensor_prefix or not path.startswith(TEXT_CLASS_PREFIX):
+        return path
+    return tensor_prefix + path.removeprefix(TEXT_CLASS_PREFIX)
+
+
+def name_in_text_class(path: str) -> str:
+    """Return a path of the whole model in the text class, whichever version of transformers has
+    named it; others unchanged."""
+    inner_path = f"{path}."
+    for prefix, replacement in PREFIXES:
+        if inner_path.startswith(prefix):
+            return (replacement + inner_path.removeprefix(prefix)).removesuffix(".")
+    return path
+
+
+def rename_tensors(tensors: Mapping[str, T], tensor_prefix: str, file: Path) -> dict[str, T]:
+    """Return the tensors of an adapter under PEFT's names on the text class. Raise InputError for
+    those of a multimodal model on a base that is none, for those of a tower, and for two with one
+    name."""
+    renamed: dict[str, T] = {}
+    for stored_name, tensor in tensors.items():
+        path = stored_name.removeprefix(PREFIX)
+        text_path = name_in_text_class(path)
+        if text_path != path and not tensor_prefix:
+            message = f"the adapter is for a multimodal model, but the base is not: {path:.200}"
+            raise InputError(message, where=str(file), fix=MODEL_FIX)
+        if tensor_prefix and not text_path.startswith(TEXT_MODULES):
+            message = f"the adapter changes {path:.200}, which is not in the text part"
+            raise InputError(message, where=str(file), fix=TEXT_FIX)
+        name = f"{PREFIX}{text_path}" if path != stored_name else stored_name
+        if name in renamed:
+            message = f"the adapter holds {text_path:.200} under two names"
+            raise InputError(message, where=str(file), fix=COPY_FIX)
+        renamed[name] = tensor
+    return renamed
+
+
+# ---------------------------------------------------------------- adapter_config.json
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> tuple[int, float]:
@@ -293,119 +363,148 @@ def _make_missing_weights_error(path: Path) -> InputError:
     return InputError(message, where=str(path), fix=COPY_FIX)
 
 
+# ---------------------------------------------------------------- weights
+
+
+def _compare_tensors(
+    stored: Mapping[str, TensorHeader], expected: Mapping[str, tuple[int, ...]], file: Path
+) -> None:
+    """Raise InputError unless the file holds the expected tensors, and no others."""
+    for name, tensor in stored.items():
+        if name not in expected:
+            message = (
+                f"the tensor {name:.200} is not part of a LoRA adapter as {ADAPTER_CONFIG_FILE} "
+                "describes it"
+            )
+            raise InputError(message, where=str(file), fix=SAVE_FIX)
+        if tensor.shape != expected[name] or tensor.dtype not in DTYPES:
+            message = (
+                f"the tensor {name} is {tensor.dtype} {list(tensor.shape)}; on this base it must "
+                f"be {list(expected[name])} in {', '.join(DTYPES)}"
+            )
+            fix = BASE_FIX if tensor.shape != expected[name] else "save it in one of these dtypes"
+            raise InputError(message, where=str(file), fix=fix)
+    if missing := sorted(expected.keys() - stored.keys()):
+        message = f"the adapter has no {missing[0]}, which {ADAPTER_CONFIG_FILE} requires"
+        raise InputError(message, where=str(file), fix=COPY_FIX)
+
+
+def _list_lora_paths(headers: Mapping[str, TensorHeader]) -> list[str]:
+    paths: dict[str, None] = {}
+    for name in headers:
+        if match := LORA_KEY.fullmatch(name):
+            paths[match.group(1)] = None
+    return list(paths)
+
+
+def _find_stacks(
+    base: Mapping[str, TensorHeader], path: str, file: Path
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Return PEFT's path and [experts, outputs, inputs] of a linear, which has one expert, or of
+    both stacks that an adapter of experts has."""
+    stacks: dict[str, tuple[int, ...]] = {path: ()}
+    if is_expert_path(path):
+        module = path.removesuffix(f".{INNER}")
+        stacks = {name: _find_stack(base, name) for name in (module, f"{module}.{INNER}")}
+    else:
+        layer = base.get(f"{path}.weight")
+        if layer is not None and len(layer.shape) == 2 and path != HEAD:
+            stacks[path] = (1, *layer.shape)
+    if () in stacks.values():
+        message = f"the adapter has {path}, which is not a linear layer of the base's decoder"
+        raise InputError(message, where=str(file), fix=BASE_FIX)
+    if find_part(path) == ROUTER:
+        message = f"the adapter changes the router {path}, which stays frozen here"
+        raise InputError(message, where=str(file), fix=MERGE_FIX)
+    return list(stacks.items())
+
+
+def _find_stack(base: Mapping[str, TensorHeader], path: str) -> tuple[int, ...]:
+    """Return experts, outputs and inputs of the stack at PEFT's path, () without one."""
+    names = [name for name in list_stack_names(path) if name in base]
+    if not names or len(base[names[0]].shape) != 3:
+        return ()
+    num_experts, outputs, inputs = base[names[0]].shape
+    bias = base.get(f"{list_stack_names(path)[0]}_bias")
+    if bias is not None and bias.shape[1] != outputs:  # gpt-oss stores [E, I, O]
+        outputs, inputs = inputs, outputs
+    return num_experts, outputs, inputs
+
+
+def _read_token_rows(
+    config: Mapping[str, Any], base: Mapping[str, TensorHeader], where: str
+) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+    """Return the new tokens that the adapter has rows for, and the shapes of these rows. In PEFT's
+    config a list means the embedding alone."""
+    indices = config.get("trainable_token_indices") or {}
+    ids_by_module = indices if isinstance(indices, dict) else {EMBEDDING: indices}
+    ids = next(iter(ids_by_module.values()), ())
+    is_same_for_all = all(module_ids == ids for module_ids in ids_by_module.values())
+    if not (_is_consecutive(ids) and is_same_for_all) or ids_by_module.keys() - {EMBEDDING, HEAD}:
+        message = f"trainable_token_indices is {indices!r:.80}, not consecutive token ids"
+        raise InputError(message, where=where, fix=MERGE_FIX)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module in ids_by_module:
+        name = find_embedding([*base]) if module == EMBEDDING else f"{HEAD}.weight"
+        if name not in base:
+            message = f"trainable_token_indices names {module}, which the base model lacks"
+            raise InputError(message, where=where, fix=BASE_FIX)
+        path = name.removesuffix(".weight")
+        shapes[f"{PREFIX}{path}.{TOKEN_ROWS_SUFFIX}"] = (len(ids), *base[name].shape[1:])
+    return tuple(ids), shapes
+
+
+def _is_consecutive(ids: Any) -> bool:
+    if not isinstance(ids, (list, tuple)):
+        return False
+    if not all(type(index) is int and index >= 0 for index in ids):
+        return False
+    return not ids or list(ids) == list(range(ids[0], ids[0] + len(ids)))
+
+
 @dataclass(frozen=True)
-class _AdapterHeaders:
-    """The tensors of an adapter by name: of linears, of rows of tokens, and of whole modules, whose
-    names have no prefix."""
+class _SavedModules:
+    """Name in the file -> shape of what `modules_to_save` names, and the parameters among them that
+    were `trained` in full, without a head that is the embedding."""
 
-    loras: Mapping[str, TensorHeader]
-    rows: Mapping[str, TensorHeader]
-    modules: Mapping[str, TensorHeader]
+    shapes: Mapping[str, tuple[int, ...]]
+    trained: tuple[str, ...]
 
 
-def _split_headers(
-    headers: Mapping[str, TensorHeader],
+def _read_modules(
     config: Mapping[str, Any],
     base: Mapping[str, TensorHeader],
+    base_config: Mapping[str, Any],
+    stored: Mapping[str, TensorHeader],
     file: Path,
-) -> _AdapterHeaders:
-    """Sort the tensors. Raises InputError for one that belongs to no layer or module."""
-    modules = _read_saved_names(config, str(file.parent / ADAPTER_CONFIG_FILE))
-    loras: dict[str, TensorHeader] = {}
-    rows: dict[str, TensorHeader] = {}
-    saved: dict[str, TensorHeader] = {}
-    for name, header in headers.items():
-        path = name.removeprefix(PREFIX)
-        if name.endswith(TOKEN_ROWS_SUFFIX):
-            rows[name] = header
-        elif LORA_KEY.fullmatch(name):
-            loras[name] = header
-        elif name.startswith(PREFIX) and match_saved_parameters([path], modules):
-            saved[path] = header
-        else:
-            raise _make_tensor_error(name, path, base, file)
-    return _AdapterHeaders(loras, rows, saved)
-
-
-def _read_saved_names(config: Mapping[str, Any], where: str) -> list[str]:
+) -> _SavedModules:
     names = config.get(SAVED_MODULES_KEY) or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         message = f"{SAVED_MODULES_KEY} is {names!r:.80}, not a list of module names"
-        raise _make_config_error(message, where)
-    return [name_in_text_class(name) for name in names]
-
-
-def _make_tensor_error(
-    name: str, path: str, base: Mapping[str, TensorHeader], file: Path
-) -> InputError:
-    message = f"the tensor {name[:200]} is not part of a LoRA adapter"
-    fix = "use an adapter on linear layers"
-    if path in list_parameter_names(base) or path == f"{HEAD}.weight":
-        message = (
-            f"the tensor {name[:200]} replaces weights of the base model, but {SAVED_MODULES_KEY} "
-            f"in {ADAPTER_CONFIG_FILE} does not name it"
-        )
-        fix = "save it again with save_pretrained(..., save_embedding_layers=False), or merge it"
-    return InputError(message, where=str(file), fix=fix)
-
-
-def _check_modules(
-    saved: Mapping[str, TensorHeader],
-    config: Mapping[str, Any],
-    base: Mapping[str, TensorHeader],
-    base_config: dict[str, Any],
-    file: Path,
-) -> tuple[str, ...]:
-    """Return the parameters that were trained in full. Each must have the shape of the base's, and
-    none may be missing."""
-    modules = _read_saved_names(config, str(file.parent / ADAPTER_CONFIG_FILE))
-    if not modules:
-        return ()
-    parameters = dict(zip(list_parameter_names(base), base.values(), strict=True))
-    embedding_name = find_embedding([*parameters])
-    head = parameters.get(f"{HEAD}.weight")
-    is_tied = head is None
-    if head is not None and base_config.get("tie_word_embeddings") is not False:
-        is_tied = has_equal_values(head, parameters[embedding_name])
-    if is_tied:
-        parameters[f"{HEAD}.weight"] = parameters[embedding_name]
-    for name in match_saved_parameters(list(parameters), modules):
-        if name not in saved:
-            message = f"{SAVED_MODULES_KEY} names {name}, which the weights lack"
-            where = str(file.parent / ADAPTER_CONFIG_FILE)
-            raise InputError(message, where=where, fix=COPY_FIX)
-    _refuse_untrainable(saved, file)
-    for name, tensor in saved.items():
-        expected = parameters.get(name)
-        if expected is None or tensor.shape != expected.shape or tensor.dtype not in DTYPES:
-            shape = "no such tensor" if expected is None else f"{list(expected.shape)}"
-            message = (
-                f"{name} of {SAVED_MODULES_KEY} is {tensor.dtype} {list(tensor.shape)}, but the "
-                f"base model has {shape}"
-            )
-            raise InputError(message, where=str(file), fix=BASE_FIX)
-    if is_tied:
-        _refuse_untied(saved, embedding_name, file)
-    return tuple(name for name in saved if not (is_tied and name == f"{HEAD}.weight"))
-
-
-def _refuse_untrainable(saved: Iterable[str], file: Path) -> None:
-    """Raise InputError for a bias of the head, and for a linear that is stored transposed."""
+        raise _make_config_error(message, str(file.parent / ADAPTER_CONFIG_FILE))
+    modules = [name_in_text_class(name) for name in names]
+    head = f"{HEAD}.weight"
+    embedding = find_embedding([*base])
+    is_tied = head not in base
+    if not is_tied and base_config.get("tie_word_embeddings") is not False:
+        is_tied = has_equal_values(base[head], base[embedding])
+    parameters = {**base, head: base[embedding]} if is_tied else base
+    saved = match_saved_parameters(list(parameters), modules)
     for name in saved:
         if name == f"{HEAD}.bias" or is_transposed_linear(name):
             message = f"{SAVED_MODULES_KEY} has {name}, which cannot be trained here"
             raise InputError(message, where=str(file), fix=MERGE_FIX)
+    if is_tied and {embedding, head} & {*saved}:
+        _refuse_untied(stored, [name for name in (embedding, head) if name in saved], file)
+    trained = tuple(name for name in saved if not (is_tied and name == head))
+    return _SavedModules({f"{PREFIX}{name}": parameters[name].shape for name in saved}, trained)
 
 
-def _refuse_untied(saved: Mapping[str, TensorHeader], embedding_name: str, file: Path) -> None:
+def _refuse_untied(stored: Mapping[str, TensorHeader], names: Sequence[str], file: Path) -> None:
     """Raise InputError if an adapter of a model with a tied head has another head than embedding:
     PEFT trains a copy of each module that it saves."""
-    names = {embedding_name, f"{HEAD}.weight"} & saved.keys()
-    if not names:
-        return
-    if len(names) == 2 and _read_bytes(saved[embedding_name]) == _read_bytes(
-        saved[f"{HEAD}.weight"]
-    ):
+    matrices = [_read_bytes(stored[f"{PREFIX}{n}"]) for n in names if f"{PREFIX}{n}" in stored]
+    if len(matrices) == 2 and matrices[0] == matrices[1]:
         return
     message = (
         f"the base model's {HEAD} and {EMBEDDING} are one matrix, but this adapter has a different "
@@ -425,164 +524,19 @@ def _read_bytes(header: TensorHeader) -> bytes:
         return file.read(header.end - header.begin)
 
 
-def _list_lora_paths(headers: Mapping[str, TensorHeader]) -> list[str]:
-    paths: dict[str, None] = {}
-    for name in headers:
-        if match := LORA_KEY.fullmatch(name):
-            paths[match.group(1)] = None
-    return list(paths)
-
-
-def _check_token_rows(
-    row_headers: Mapping[str, TensorHeader],
-    base: Mapping[str, TensorHeader],
-    token_indices: Any,
-    folder: Path,
-) -> tuple[int, ...]:
-    """Return the new tokens that the adapter has rows for. In PEFT's config a list means the
-    embedding alone."""
-    where = str(folder / ADAPTER_CONFIG_FILE)
-    ids_by_module = token_indices or {}
-    if not isinstance(ids_by_module, dict):
-        ids_by_module = {EMBEDDING_MODULES[0]: token_indices}
-    ids = next(iter(ids_by_module.values()), ())
-    if not _is_consecutive(ids) or set(ids_by_module) - {*EMBEDDING_MODULES}:
-        message = f"trainable_token_indices is {token_indices!r:.80}, not consecutive token ids"
-        raise InputError(message, where=where, fix=MERGE_FIX)
-    tensors_by_path: dict[str, TensorHeader] = {}
-    for name, tensor in row_headers.items():
-        path = name.removeprefix(PREFIX).removesuffix(f".{TOKEN_ROWS_SUFFIX}")
-        tensors_by_path[path] = tensor
-    modules = {path.rpartition(".")[2] for path in tensors_by_path}
-    is_same_for_all = all(module_ids == ids for module_ids in ids_by_module.values())
-    if modules != set(ids_by_module) or not is_same_for_all:
-        message = (
-            f"trainable_token_indices is {token_indices!r:.80}, "
-            f"but the weights have rows for {', '.join(tensors_by_path) or 'no module'}"
-        )
-        raise InputError(message, where=where, fix=COPY_FIX)
-    for path, tensor in tensors_by_path.items():
-        matrix = _find_base_tensor(base, path)
-        is_match = matrix is not None and tensor.shape == (len(ids), *matrix.shape[1:])
-        if not is_match or tensor.dtype not in DTYPES:
-            message = (
-                f"the rows for {path} are {tensor.dtype} {list(tensor.shape)}, "
-                "which does not fit the base model"
-            )
-            raise InputError(message, where=str(folder / ADAPTER_WEIGHTS_FILE), fix=BASE_FIX)
-    return tuple(ids)
-
-
-def _is_consecutive(ids: Any) -> bool:
-    if not isinstance(ids, (list, tuple)):
-        return False
-    if not all(type(index) is int and index >= 0 for index in ids):
-        return False
-    return not ids or list(ids) == list(range(ids[0], ids[0] + len(ids)))
-
-
-def _check_weights(
-    adapter: Mapping[str, TensorHeader],
-    base: Mapping[str, TensorHeader],
-    default_rank: int,
-    ranks: Mapping[str, int],
-    file: Path,
-) -> list[str]:
-    """Return the adapted modules. Every tensor must have the shape that its layer in the base
-    requires."""
-    paths: dict[str, None] = {}
-    for name, tensor in adapter.items():
-        match = LORA_KEY.fullmatch(name)
-        assert match is not None
-        path, part = match.groups()
-        rank = ranks.get(path, default_rank)
-        shapes = _find_shapes(base, path, rank)
-        if shapes is None or part not in shapes:
-            message = f"the adapter has {path}, which is not a linear layer of the base's decoder"
-            raise InputError(message, where=str(file), fix=BASE_FIX)
-        if find_part(path) == ROUTER:
-            message = f"the adapter changes the router {path}, which stays frozen here"
-            raise InputError(message, where=str(file), fix=MERGE_FIX)
-        expected_shape = shapes[part]
-        if tensor.shape != expected_shape or tensor.dtype not in DTYPES:
-            message = (
-                f"the tensor {name} is {tensor.dtype} {list(tensor.shape)}; with r {rank} on this "
-                f"base it must be {list(expected_shape)} in {', '.join(DTYPES)}"
-            )
-            fix = BASE_FIX if tensor.shape != expected_shape else "save it in one of these dtypes"
-            raise InputError(message, where=str(file), fix=fix)
-        paths[path] = None
-    if not paths:
-        raise InputError("the adapter holds no weights", where=str(file), fix=COPY_FIX)
-    return list(paths)
-
-
-def _find_shapes(
-    base: Mapping[str, TensorHeader], path: str, rank: int
-) -> dict[str, tuple[int, ...]] | None:
-    """Return part -> shape of an adapter of a linear, or of a stack of experts at PEFT's path."""
-    if is_expert_path(path):
-        stacks = [base[name] for name in list_stack_names(path) if name in base]
-        if not stacks or len(stacks[0].shape) != 3:
-            return None
-        num_experts, outputs, inputs = stacks[0].shape
-        bias = base.get(f"{list_stack_names(path)[0]}_bias")
-        if bias is not None and bias.shape[1] != outputs:  # gpt-oss stores [E, I, O]
-            outputs, inputs = inputs, outputs
-        ranks = num_experts * rank
-        return {"lora_A.weight": (ranks, inputs), "lora_B.weight": (outputs, ranks)}
-    layer = _find_base_tensor(base, path)
-    if layer is None or len(layer.shape) != 2 or path == HEAD:
-        return None
-    outputs, inputs = layer.shape
-    return {
-        "lora_A.weight": (rank, inputs),
-        "lora_B.weight": (outputs, rank),
-        MAGNITUDE: (outputs,),
-    }
-
-
-def _check_complete(
-    adapter: Mapping[str, TensorHeader], paths: list[str], file: Path, *, use_dora: bool
-) -> None:
-    """Check that each module has both halves, and a magnitude exactly if the config says DoRA; and
-    that both stacks of experts have an adapter, or none."""
-    for path in paths:
-        if is_expert_path(path):
-            module = path.removesuffix(f".{INNER}")
-            if not {module, f"{module}.{INNER}"} <= set(paths):
-                message = f"{module} has an adapter of one of its two stacks"
-                raise InputError(message, where=str(file), fix=MERGE_FIX)
-        for part in ("lora_A", "lora_B"):
-            if f"{PREFIX}{path}.{part}.weight" not in adapter:
-                raise InputError(f"{path} has no {part}", where=str(file), fix=COPY_FIX)
-        has_magnitude = f"{PREFIX}{path}.{MAGNITUDE}" in adapter
-        if use_dora and not has_magnitude:
-            message = f"{path} has no {MAGNITUDE}, which use_dora requires"
-            raise InputError(message, where=str(file), fix=COPY_FIX)
-        if has_magnitude and not use_dora:
-            message = f"{path} has a magnitude, but use_dora is not true in {ADAPTER_CONFIG_FILE}"
-            raise InputError(message, where=str(file), fix=COPY_FIX)
-
-
-def _find_base_tensor(base: Mapping[str, TensorHeader], path: str) -> TensorHeader | None:
-    return base.get(f"{path}.weight") or base.get(f"{path.removeprefix('model.')}.weight")
-
-
 def _summarize_modules(saved: Sequence[str], base: Mapping[str, TensorHeader]) -> tuple[str, ...]:
     """Return the shortest form: names such as norm, or full paths where others end in the name."""
-    parameters = list_parameter_names(base)
     modules: set[str] = set()
     for parameter in saved:
         path = parameter.rpartition(".")[0]
         name = path.rpartition(".")[2]
-        is_unique = set(match_saved_parameters(parameters, [name])) <= set(saved)
+        is_unique = set(match_saved_parameters(list(base), [name])) <= set(saved)
         modules.add(name if is_unique else path)
     return tuple(sorted(modules))
 
 
 def _summarize_targets(
-    paths: list[str], base: Mapping[str, TensorHeader], modules: Mapping[str, TensorHeader]
+    paths: list[str], base: Mapping[str, TensorHeader], saved: Mapping[str, Any]
 ) -> str | tuple[str, ...]:
     """Return the shortest form: all-linear, names such as q_proj, or full paths. Linears that are
     trained in full have no adapter."""
@@ -590,7 +544,7 @@ def _summarize_targets(
     names = {path.rpartition(".")[2] for path in paths}
     base_names: list[str] = []
     for path in list_linear_paths(base):
-        is_saved = f"{path}.weight" in modules or f"model.{path}.weight" in modules
+        is_saved = f"{PREFIX}{path}.weight" in saved
         is_omitted = find_part(path) == EXPERTS and EXPERTS not in names
         base_names += [] if is_saved or is_omitted else [path.rpartition(".")[2]]
     if sum(name in names for name in base_names) > len(paths):

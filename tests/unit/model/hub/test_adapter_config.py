@@ -92,9 +92,7 @@ def test_pefts_dora_is_understood(tmp_path: Path, base: Path) -> None:
     folder = peft_adapter(tmp_path / "a", use_dora=True)
     assert read_adapter(folder, base).use_dora
     rewritten(folder, lambda w: {k: v for k, v in w.items() if k != f"{Q}.lora_magnitude_vector"})
-    with pytest.raises(
-        InputError, match="q_proj has no lora_magnitude_vector, which use_dora requires"
-    ):
+    with pytest.raises(InputError, match=r"no \S+q_proj\.lora_magnitude_vector"):
         read_adapter(folder, base)
 
 
@@ -144,13 +142,12 @@ def test_a_run_folder_stands_for_its_adapter(adapter: Path, base: Path, tmp_path
         ("alpha_pattern", {r"((\w+\.?)*\w*)*!": 8}),
         ("modules_to_save", "lm_head"),
         ("modules_to_save", [1]),
-        ("modules_to_save", ["lm_head"]),
         ("megatron_config", {"x": 1}),
         ("megatron_core", "os"),
         ("auto_mapping", {"parent_library": "os", "base_model_class": "system"}),
         ("auto_mapping", "os"),
         ("layer_replication", [[0, 2], [1, 2]]),
-        ("trainable_token_indices", [1]),
+        ("trainable_token_indices", [2, 1]),
         ("alora_invocation_tokens", [1]),
         ("bias", "lora_only"),
         ("peft_type", "IA3"),
@@ -176,7 +173,9 @@ def test_fault_20_a_key_that_changes_the_maths_is_refused_by_name(
         ({"r": 0}, "r is 0"),
         ({"r": True}, "r is True"),
         ({"r": "4"}, "r is '4'"),
-        ({"r": 8}, r"lora_A.weight is F32 \[4, 48\]; with r 8 on this base it must be \[8, 48\]"),
+        ({"r": 8}, r"lora_A.weight is F32 \[4, 48\]; on this base it must be \[8, 48\]"),
+        ({"modules_to_save": ["lm_head"]}, r"no \S+lm_head\.weight, which adapter_config"),
+        ({"trainable_token_indices": [1]}, r"no \S+embed_tokens\.token_adapter"),
         ({"lora_alpha": -1}, "lora_alpha is -1"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"lora_alpha": None}, "lora_alpha is None"),
@@ -216,9 +215,8 @@ A_SHAPE = (4, 48)
     [
         (f"{Q}.lora_B.weight", np.ones((5, 4), np.float32), r"lora_B.weight is F32 \[5, 4\]"),
         (f"{Q}.lora_A.weight", np.ones(A_SHAPE), "is F64"),
-        (f"{Q}.lora_B.weight", None, "q_proj has no lora_B"),
-        (f"{Q}.lora_magnitude_vector", np.ones(64, np.float32), "has a magnitude, but use_dora"),
-        (f"{Q}.lora_magnitude_vector", np.ones(63, np.float32), r"vector is F32 \[63\]"),
+        (f"{Q}.lora_B.weight", None, r"no \S+q_proj\.lora_B\.weight, which"),
+        (f"{Q}.lora_magnitude_vector", np.ones(64, np.float32), "not part of a LoRA"),
         (f"{Q}.lora_E", np.ones(64, np.float32), "not part of a LoRA"),
         ("base_model.model.lm_head.lora_A.weight", np.ones(A_SHAPE), "has lm_head, which is not"),
         (f"{Q.replace('q_proj', 'z_proj')}.lora_A.weight", np.ones(A_SHAPE), "z_proj"),
