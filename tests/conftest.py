@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import torch
 from tiny_runs import save_model_folder
 from tunesmith.cli import app
 from tunesmith.plan import memory_budget
-from tunesmith.session import run_history
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
 SHARED_MEMORY = "/dev/shm"
@@ -71,23 +69,6 @@ def full_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 def _interruptible() -> None:
     """Restore SIGINT, which shells ignore in background processes."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _no_runs_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let the fixtures of modules, which come before those of a test, plan without them, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_history, "HISTORY_FILE", str(tmp_path_factory.mktemp("past") / "runs"))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_past_runs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Plan without the runs of the user and of other tests, whose speed would be the estimate."""
-    folder = tmp_path_factory.getbasetemp() / "past-runs"
-    monkeypatch.setattr(run_history, "HISTORY_FILE", str(folder / uuid.uuid4().hex))
 
 
 @pytest.fixture(autouse=True)

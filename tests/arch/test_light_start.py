@@ -82,7 +82,6 @@ MODULES_OF_RESULTS = (
     "tunesmith.evaluate.regression_gate",
     "tunesmith.report.page",
     "tunesmith.report.trackers",
-    "tunesmith.session.run_history",
 )
 
 

@@ -11,8 +11,8 @@ from tunesmith.core.types import PlanConfig
 SOURCE = Path(__file__).parents[2] / "src" / "tunesmith"
 SETTINGS = {field.name for field in dataclasses.fields(PlanConfig)}
 # Settings that only report what something else has decided: the recipe (chat_template, never), the
-# tokenizer (separator), and the memory estimate (memory_factor).
-REPORTED_ONLY = {"chat_template", "never", "separator", "memory_factor"}
+# tokenizer (separator).
+REPORTED_ONLY = {"chat_template", "never", "separator"}
 
 
 def parse_files(*patterns: str) -> list[ast.AST]:
@@ -48,7 +48,6 @@ def test_every_setting_is_decided() -> None:
         "plan/*.py",
         "session/inputs.py",
         "session/adapter_settings.py",
-        "session/run_history.py",
         "train/stages.py",
     )
     decided: set[str] = set()

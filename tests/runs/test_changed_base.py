@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-import yaml
 
 import tunesmith
 from tiny_runs import make_tiny_recipe, plan_recipe, save_model_folder, train, write_eval_files
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
 from tunesmith.core.sealed_json import read_sealed_json
-from tunesmith.core.types import Json, Plan
+from tunesmith.core.types import Plan
 from tunesmith.recipe.schema import Recipe
 from tunesmith.report.trackers import export_run
 
@@ -91,8 +90,6 @@ def test_the_same_config_in_other_words_is_accepted(trained: Recipe) -> None:
 
 # ---------------------------------------------------------------- older folders
 
-FORMER_NAMES = {"context_parallel_size": "context", "dp_shard_size": "shard"}
-
 
 @pytest.fixture
 def older(trained: Recipe, tmp_path: Path) -> Path:
@@ -114,7 +111,7 @@ def older(trained: Recipe, tmp_path: Path) -> Path:
 
 def make_older_provenance(file: Path) -> None:
     provenance = read_json(file)
-    for key in ("format", "base_config"):
+    for key in ("format", "config"):
         del provenance[key]
     prompts = provenance.pop("reference_prompts")
     provenance["golden"] = [prompt | {"ids": prompt.pop("token_ids")} for prompt in prompts]
@@ -158,38 +155,6 @@ def test_an_older_run_of_stages_says_that_it_is_older(
         OPENERS[opener](staged)
 
 
-@pytest.fixture
-def former_names(trained: Recipe, tmp_path: Path) -> Path:
-    """A finished run whose settings have the names that they had first: context and shard."""
-    run = Path(shutil.copytree(get_run(trained), tmp_path / "run"))
-    shutil.copytree(get_run(trained).parent / "model", tmp_path / "model")
-    for name in ("plan.json", "record.json", "fingerprint.json"):
-        content = use_former_names(read_sealed_json(run / name))
-        (run / name).write_text(json.dumps(content))
-    recipe = run / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(use_former_names(yaml.safe_load(recipe.read_text()))))
-    return run
-
-
-def use_former_names(content: Json) -> Json:
-    return {
-        FORMER_NAMES.get(key, key): use_former_names(value) if isinstance(value, dict) else value
-        for key, value in content.items()
-    }
-
-
-@pytest.mark.parametrize("opener", ["chat", "export merged", "report", "adapter_from"])
-def test_settings_with_former_names_are_read(opener: str, former_names: Path) -> None:
-    assert '"shard"' in (former_names / "record.json").read_text()
-    OPENERS[opener](former_names)
-
-
-def test_a_run_with_former_names_of_settings_is_resumed(former_names: Path) -> None:
-    (former_names / "record.json").unlink()  # as if it had been killed before
-    exhaust(tunesmith.resume(former_names))
-    assert tunesmith.read_record(former_names).plan.config.dp_shard_size == 1
-
-
 def test_an_older_adapter_folder_says_what_to_do(trained: Recipe, tmp_path: Path) -> None:
     model = get_run(trained).parent / "model"
     adapter = Path(shutil.copytree(get_run(trained) / "adapter", tmp_path / "adapter"))
@@ -203,7 +168,7 @@ def test_an_older_adapter_folder_says_what_to_do(trained: Recipe, tmp_path: Path
     assert any("no hash of the weights" in warning for warning in plan_recipe(recipe).warnings)
 
 
-@pytest.mark.parametrize("number", [1, 3, "2", None, [], 2.5])
+@pytest.mark.parametrize("number", [2, 4, "3", None, [], 3.5])
 def test_provenance_of_another_format_is_refused(
     number: object, trained: Recipe, tmp_path: Path
 ) -> None:

@@ -27,7 +27,7 @@ from tunesmith.cli.launch import GpusOption, launch, list_flags, main_rank
 from tunesmith.cli.output import TerminalConsole, print_result, write_stderr
 from tunesmith.core.errors import GateError, InputError, TunesmithError
 from tunesmith.core.events import Event
-from tunesmith.core.run_dir import RUNS_ROOT, is_run, is_staged
+from tunesmith.core.run_dir import RUNS_ROOT, is_run
 from tunesmith.core.types import Plan
 from tunesmith.plan.stages import StagedPlan
 
@@ -200,7 +200,6 @@ def _show_run(
     from tunesmith.cli.views.results import render_gates, render_run_record
     from tunesmith.evaluate.regression_gate import build_limit_gates
     from tunesmith.recipe.metric_limits import parse_limits
-    from tunesmith.session.run_history import save_past_run
 
     with _tracking(folder, track) as send_event, Progress(steps) as progress:
         try:
@@ -211,8 +210,6 @@ def _show_run(
             write_page(folder)
             raise
     record = api.read_record(folder)
-    if not is_staged(folder):  # totals over stages do not predict a single plan
-        save_past_run(record, is_peak_exclusive=track is None)
     limits = parse_limits(record.plan.recipe.get("gates") or {})
     gates = build_limit_gates([comparison.after for comparison in record.comparisons], limits)
     views = [render_gates(gates)] if gates else []

@@ -12,11 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
-
-from pydantic import model_validator
-
-MAX_LAYERS = 100_000  # that a stored plan may count
 
 
 @dataclass(frozen=True)
@@ -37,20 +32,6 @@ class PartShape:
     def layers(self) -> int:
         """How many layers have this part."""
         return len(self.layer_values)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_layer_count(cls, fields: Any) -> Any:
-        """Read a plan of an older version, which has the number of layers and counts them alike."""
-        if not isinstance(fields, dict) or "layers" not in fields:
-            return cast("Any", fields)
-        others = dict(cast("dict[str, Any]", fields))
-        layers = others.pop("layers")
-        inner = [others.get("inner_outputs"), others.get("inner_inputs")]
-        if not all(type(value) is int for value in (layers, *inner)) or layers > MAX_LAYERS:
-            raise ValueError("layers: not a number of layers")  # which pydantic reports
-        values = sum(cast("list[int]", inner)) // max(1, layers)
-        return others | {"layer_values": dict.fromkeys(range(layers), values)}
 
 
 @dataclass(frozen=True)

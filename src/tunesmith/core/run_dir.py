@@ -50,8 +50,8 @@ from tunesmith.core.events import (
     get_event_type,
     parse_event,
 )
-from tunesmith.core.json_io import dump_json, parse_as, read_file, read_json, to_jsonable
-from tunesmith.core.sealed_json import RESTORE_FIX, read_sealed_json, remove_seal, seal_json
+from tunesmith.core.json_io import dump_json, parse_as, read_file, to_jsonable
+from tunesmith.core.sealed_json import RESTORE_FIX, read_sealed_json, seal_json
 from tunesmith.core.types import RUN_FORMAT, Json, Plan, RunRecord
 
 if TYPE_CHECKING:
@@ -508,10 +508,10 @@ def read_events(path: Path) -> list[Event]:
 def read_rollbacks(path: Path) -> tuple[Rollback, ...]:
     """Return the rollbacks of a run folder, in order. Raises InputError for a damaged file."""
     file = path / ROLLBACKS_FILE
-    content: Any = read_json(file, fix=RESTORE_FIX, is_ours=True) if file.exists() else []
-    if isinstance(content, dict):  # earlier versions wrote the list alone
-        content = remove_seal(cast("Json", content), file).get("rollbacks")
-    return parse_as(tuple[Rollback, ...], content, where=str(file), fix=RESTORE_FIX)
+    if not file.exists():
+        return ()
+    rollbacks = read_sealed_json(file).get("rollbacks")
+    return parse_as(tuple[Rollback, ...], rollbacks, where=str(file), fix=RESTORE_FIX)
 
 
 def _drop_discarded(

@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-RUN_FORMAT = 3  # of plan.json and its run folder; raised when older files would be misread
-# settings of plans of this format that an older version wrote
-RENAMED_SETTINGS = {"context": "context_parallel_size", "shard": "dp_shard_size"}
+RUN_FORMAT = 4  # of plan.json and its run folder; raised when older files would be misread
 
 T = TypeVar("T")
 # of a document: "" is trained on, a banned one is trained away from; of a mismatched one only the
@@ -185,7 +183,6 @@ class PlanConfig:
     stage: Literal["sft", "cpt", "preference"]
     output_dir: str
     now: str  # ISO 8601; the date that chat templates see
-    memory_factor: int | float | None = None  # correction of the memory estimate by a past run
 
 
 def require(setting: T | None) -> T:
@@ -299,17 +296,8 @@ class Plan:
             fields = cast("Json", fields)
             settings = _check_settings(fields["settings"])
             config = {key: setting["value"] for key, setting in settings.items()}
-            recipe = rename_settings(fields.get("recipe"))
-            return fields | {"config": config, "reasons": settings, "recipe": recipe}
+            return fields | {"config": config, "reasons": settings}
         return cast("Any", fields)
-
-
-def rename_settings(values: Any) -> Any:
-    """Return the settings or the recipe of a stored plan under the names of today."""
-    if not isinstance(values, dict):
-        return values
-    items = cast("Json", values).items()
-    return {RENAMED_SETTINGS.get(key, key): value for key, value in items}
 
 
 def _check_settings(settings: Any) -> dict[str, Json]:
@@ -317,7 +305,6 @@ def _check_settings(settings: Any) -> dict[str, Json]:
     if not isinstance(settings, dict):
         raise ValueError("settings: not a mapping")  # which pydantic reports
     names = {field.name for field in dataclasses.fields(PlanConfig)}
-    settings = rename_settings(settings)
     for key, setting in cast("dict[str, Any]", settings).items():
         if key not in names:
             raise ValueError(f"settings: unknown setting {key!r}")

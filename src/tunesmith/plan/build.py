@@ -358,9 +358,6 @@ def refuse_if_too_large(plan: Plan) -> None:
         larger = f", such as {plan.fits_on}" if plan.fits_on else ""
         if plan.machine.num_gpus > 1 and plan.config.dp_shard_size == 1:
             larger += "; more GPUs help if they hold the weights together: --dp-shard-size"
-        if "memory_factor" in plan.reasons:
-            factor = plan.config.memory_factor
-            larger += f"; the need is corrected by {factor}: {plan.reasons['memory_factor'].reason}"
         raise MachineError(
             f"the run needs about {needed / 1e9:.1f} GB of memory with a margin of "
             f"{MEMORY_MARGIN - 1:.0%}, but {free / 1e9:.1f} GB are free",

@@ -1,8 +1,7 @@
 """What a run takes in main memory at its peak, by component, and on disk.
 
 In: the shape of the model and the settings of the plan. Out: bytes. Left out: what the forward
-saves for its backward (activations.py), and a correction from earlier runs
-(session/run_history.py)."""
+saves for its backward (activations.py)."""
 
 from __future__ import annotations
 

@@ -29,14 +29,6 @@ BLOCK_TOKENS = 64  # rows of the cache grow to a multiple of this, as in model/c
 USUAL_MULTIPLES = {"full": "x4 to x12", "lora": "x1.5", "qlora": "x1.5"}
 
 
-def apply_memory_factor(parts: dict[str, int], factor: float) -> dict[str, int]:
-    """Return the components corrected by the ratio of measured to predicted memory."""
-    if factor == 1:
-        return parts
-    correction = int(parts["peak"] * (factor - 1))
-    return parts | {"correction": correction, "peak": parts["peak"] + correction}
-
-
 def needs_complete_answers(metrics: Sequence[str], *, has_constraints: bool) -> bool:
     """Return whether the end of an answer may change a grade when it is longer than expected.
 

@@ -166,7 +166,7 @@ def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = Fals
         message = "there is no tunesmith.json, so nothing shows that it belongs to this base"
         raise InputError(message, where=ref, fix="set unproven: true to serve it all the same")
     has_tokenizer = (folder / TOKENIZER_FILE).is_file()
-    variables = _find_variables(provenance, plan)
+    variables = {} if provenance is None else provenance.variables
     renderer = _open_renderer(folder if has_tokenizer else base.path, base, variables)
     if provenance is not None:
         _check_record(folder, renderer, base)
@@ -209,13 +209,6 @@ def _check_record(folder: Path, renderer: Renderer, base: BaseSource) -> None:
     if key not in base.checked_records:
         check_provenance(folder, base.path, renderer, base.now.isoformat(), base.weights_sha256)
         base.checked_records.add(key)
-
-
-def _find_variables(provenance: Provenance | None, plan: Plan | None) -> Json:
-    """Return the variables of the chat template; files of earlier versions do not hold them."""
-    if provenance is not None and provenance.variables is not None:
-        return provenance.variables
-    return rebuild_recipe(plan.recipe).chat_template_kwargs if plan is not None else {}
 
 
 # ---------------------------------------------------------------- runs and folders

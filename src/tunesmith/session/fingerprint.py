@@ -14,7 +14,6 @@ import torch
 from tunesmith.core.atomic import hash_file
 from tunesmith.core.json_io import to_jsonable
 from tunesmith.core.types import Json, Machine, Plan, __version__
-from tunesmith.model.hub.base_config import encode_special_floats
 from tunesmith.model.kernels.build import Kernels, load_kernels
 from tunesmith.recipe.fields import parse_custom_metric
 from tunesmith.session.identity import identify
@@ -55,7 +54,6 @@ def build_fingerprint(
         {
             "tunesmith": __version__,
             **dataclasses.asdict(identity),
-            "config": encode_special_floats(identity.config),
             "data": files,
             "recipe": recipe,
             "plan": plan.values | {"steps": plan.steps},

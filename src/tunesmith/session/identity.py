@@ -26,10 +26,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import dump_json, iter_leaves, parse_as, read_file
 from tunesmith.core.types import Json, __version__
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.model.hub.base_config import (
-    list_config_changes,
-    select_forward_keys,
-)
+from tunesmith.model.hub.base_config import list_config_changes, select_forward_keys
 from tunesmith.model.hub.validate import read_model_json
 from tunesmith.recipe.yaml_lines import load_yaml
 
@@ -37,7 +34,7 @@ ROUNDING_PREFIX = "machine."  # fields that only change the last bits
 PACKAGE_DIR = Path(__file__).parents[1]
 SOURCE_SUFFIXES = (".py", ".c", ".h")
 PROVENANCE_FILE = "tunesmith.json"
-PROVENANCE_FORMAT = 2  # raised when older files would be misread; the first had no number
+PROVENANCE_FORMAT = 3  # raised when older files would be misread; the first had no number
 SAMPLE_TEXT = "Größe  12,345\tof the <|im_end|> 日本 🤗\n\n  no more"
 SAMPLE_TOOL = {
     "name": "look_up",
@@ -65,7 +62,8 @@ SAMPLE_PROMPTS: tuple[tuple[Json, ...], ...] = (
 @dataclass(frozen=True)
 class Identity:
     """What weights belong to. `renderer` is a hash over everything that rendering depends on, named
-    special tokens included. The keys are those of a fingerprint."""
+    special tokens included; `config` has the keys that change the forward. A fingerprint, a
+    checkpoint and a provenance have these keys, too."""
 
     base: str
     base_sha256: dict[str, str]
@@ -78,8 +76,7 @@ class Identity:
     def list_changes(self, current: Identity) -> list[str]:
         """Describe what of this identity is another one now, but for its name."""
         changes = list(_iter_changed_hashes("base weights", self.base_sha256, current.base_sha256))
-        config = select_forward_keys(self.config)
-        for change in list_config_changes(config, select_forward_keys(current.config)):
+        for change in list_config_changes(self.config, current.config):
             changes.append(f"base config.json {change}")
         changes += _iter_changed_hashes("chat template", self.templates, current.templates)
         if self.tokenizer != current.tokenizer:
@@ -112,7 +109,7 @@ def build_identity(
     return Identity(
         base=name,
         base_sha256=base_sha256,
-        config=config,
+        config=select_forward_keys(config),
         tokenizer=renderer.tokenizer.sha256,
         templates=templates,
         renderer=renderer.fingerprint,
@@ -213,39 +210,19 @@ class GoldenAnswer:
 
 
 @dataclass(frozen=True)
-class Provenance:
+class Provenance(Identity):
     """The identity of weights as a file of their folder. `now` is the date that templates render.
-    `variables` are chat_template_kwargs, None in a file that was written without them; `schema` is
-    response_schema, `weights_sha256` the hash of the adapter's weights that gave the golden
-    answers."""
+    `variables` are chat_template_kwargs, `schema` is response_schema, and `weights_sha256` the hash
+    of the adapter's weights that gave the golden answers."""
 
     format: int
     tunesmith: str
-    base: str
-    base_sha256: dict[str, str]
-    base_config: Json
-    tokenizer_sha256: str
-    template_sha256: dict[str, str]
-    renderer: str
-    end_ids: tuple[int, ...]
     now: str
     reference_prompts: tuple[ReferencePrompt, ...]
-    variables: Json | None = None
+    variables: Json
     schema: Json | None = None
     weights_sha256: str = ""
     golden_answers: tuple[GoldenAnswer, ...] = ()
-
-    @property
-    def identity(self) -> Identity:
-        return Identity(
-            base=self.base,
-            base_sha256=self.base_sha256,
-            config=self.base_config,
-            tokenizer=self.tokenizer_sha256,
-            templates=self.template_sha256,
-            renderer=self.renderer,
-            end_ids=self.end_ids,
-        )
 
 
 def build_provenance(
@@ -270,15 +247,9 @@ def build_provenance(
             reference_prompts.append(ReferencePrompt(messages, tools, token_ids))
     identity = build_identity(name, base_sha256, config, renderer)
     return Provenance(
+        **vars(identity),
         format=PROVENANCE_FORMAT,
         tunesmith=__version__,
-        base=name,
-        base_sha256=base_sha256,
-        base_config=select_forward_keys(config),
-        tokenizer_sha256=identity.tokenizer,
-        template_sha256=identity.templates,
-        renderer=identity.renderer,
-        end_ids=identity.end_ids,
         now=now,
         reference_prompts=tuple(reference_prompts),
         variables=renderer.variables,
@@ -320,7 +291,7 @@ def read_provenance(folder: Path) -> Provenance | None:
     content = read_model_json(path)
     file_format = content.get("format")
     if file_format != PROVENANCE_FORMAT:
-        age = "an older tunesmith" if file_format in (None, 1) else "another tunesmith"
+        age = "an older tunesmith" if file_format in (None, 1, 2) else "another tunesmith"
         number = "it has no format number" if file_format is None else f"format {file_format!r:.20}"
         raise InputError(
             f"written by {age}: {number}; this version reads format {PROVENANCE_FORMAT}",
@@ -347,11 +318,11 @@ def check_provenance(
         return
     current = identify(stored.base, base, renderer, base_sha256)
     differences: list[str] = []
-    identity = stored.identity
-    if stored.variables not in (None, renderer.variables):  # which the renderer's hash is of, too
+    comparable: Identity = stored
+    if stored.variables != renderer.variables:  # which the renderer's hash is of, too
         differences.append(f"chat_template_kwargs: {stored.variables} -> {renderer.variables}")
-        identity = replace(identity, renderer=current.renderer)
-    differences += identity.list_changes(current)
+        comparable = replace(stored, renderer=current.renderer)
+    differences += comparable.list_changes(current)
     differences += _iter_changed_prompts(stored, renderer, now)
     if differences:
         message = "the weights were trained with other inputs:\n  " + "\n  ".join(differences)

@@ -71,7 +71,6 @@ from tunesmith.session.adapter_settings import (
 )
 from tunesmith.session.hub_data import fetch_sources, pin_hub_data
 from tunesmith.session.identity import check_provenance, read_provenance
-from tunesmith.session.run_history import apply_past_runs
 
 TOKENIZER_FILE = "tokenizer.json"
 HELD_OUT_ROLES = ("eval_data", "test_data")
@@ -394,7 +393,7 @@ def make_planner(
 
     def plan_recipe(recipe: Recipe, machine: Machine) -> Plan:
         plan = build_plan(recipe, machine=machine, **plan_kwargs)
-        plan = _add_time_estimate(apply_past_runs(plan))
+        plan = _add_time_estimate(plan)
         if plan.config.lora_target_modules is not None:
             targets = plan.config.lora_target_modules
             select_targets(layers, targets, inputs.model.model_type)  # refuses unknown layers

@@ -32,7 +32,7 @@ from tunesmith.core.run_dir import (
     read_plan_json,
 )
 from tunesmith.core.sealed_json import read_sealed_json
-from tunesmith.core.types import Json, Plan, rename_settings
+from tunesmith.core.types import Json, Plan
 from tunesmith.model.kernels.build import describe_reference
 from tunesmith.plan.stages import StagedPlan
 from tunesmith.session.fingerprint import build_fingerprint, get_kernels
@@ -66,7 +66,6 @@ def prepare_resume(
     checkpoint of step `checkpoint`."""
     fingerprint = build_fingerprint(plan, inputs, read_recipe(folder.path / RECIPE_FILE))
     stored = read_sealed_json(folder.path / FINGERPRINT_FILE)
-    stored["plan"] = rename_settings(stored.get("plan"))
     changes: list[str] = []
     roundings: list[str] = []
     for change in list_changes(stored, fingerprint):

@@ -1,6 +1,5 @@
 """What is known of a GPU, and why one is not used. No GPU is needed: torch's answers are given."""
 
-import dataclasses
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +13,9 @@ from tunesmith.core import hardware
 from tunesmith.core.errors import InputError
 from tunesmith.core.hardware import measure_machine, read_peak_bytes
 from tunesmith.core.ranks import Ranks
-from tunesmith.core.types import Machine
 from tunesmith.model import attention, causal_lm
 from tunesmith.plan.hardware_presets import find_missing_for_triton
 from tunesmith.session.doctor import _check_gpu, _check_versions
-from tunesmith.session.run_history import make_run_key
 
 GB = 10**9
 
@@ -353,19 +350,3 @@ def test_sums_on_a_gpu_are_not_rounded_on_their_way() -> None:
     assert causal_lm.DTYPES["bf16"] == torch.bfloat16
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
-
-
-def test_runs_on_a_cpu_and_on_a_gpu_are_not_alike() -> None:
-    machine = Machine("cpu", "a name", 2, 2**34, 2**33, 2**36, has_bf16_matmul=True, compiler=None)
-    model = SimpleNamespace(model_type="llama", num_layers=2, hidden_size=8)
-    config = SimpleNamespace(method="lora", dtype="bf16")
-    keys: set[str] = set()
-    for changes in ({}, {"device": "cuda"}, {"device": "cuda", "memory_bytes": 2**35}):
-        plan: Any = SimpleNamespace(
-            machine=dataclasses.replace(machine, **changes),
-            model=model,
-            config=config,
-            memory_bytes={},
-        )
-        keys.add(make_run_key(plan))
-    assert len(keys) == 3

@@ -23,7 +23,6 @@ from tunesmith.core.json_io import (
     read_json,
     to_jsonable,
 )
-from tunesmith.core.model_spec import PartShape
 from tunesmith.core.types import (
     DataReport,
     Finding,
@@ -105,19 +104,6 @@ def test_a_plan_survives_the_way_through_a_file(tmp_path: Path) -> None:
     assert again == PLAN
     assert again.config.lora_r == 16
     assert again.recipe["response_schema"] == "s.json"
-
-
-def test_a_plan_with_the_former_names_of_settings_is_the_same_plan() -> None:
-    plan = PLAN.with_settings(
-        context_parallel_size=PlanValue(2, "user", "recipe"),
-        dp_shard_size=PlanValue(4, "user", "recipe"),
-    )
-    older = to_jsonable(plan)
-    for key, former in (("context_parallel_size", "context"), ("dp_shard_size", "shard")):
-        for values in (older["recipe"], older["settings"]):
-            values[former] = values.pop(key)
-    assert to_jsonable(plan) != older
-    assert parse_as(Plan, older) == plan
 
 
 def test_numpy_numbers_and_paths_become_plain() -> None:
@@ -216,19 +202,6 @@ def test_depth_counts_objects_and_arrays(text: str, depth: int) -> None:
 def test_values_are_counted_without_being_decoded(text: str, count: int) -> None:
     assert has_more_values(text, count - 1)
     assert not has_more_values(text, count)
-
-
-def test_shapes_that_an_older_version_wrote_are_read() -> None:
-    shape = PartShape({0: 40, 1: 40}, inputs=30, outputs=60, inner_outputs=50, inner_inputs=30)
-    older = to_jsonable(shape)
-    del older["layer_values"]
-    assert parse_as(PartShape, older | {"layers": 2}) == shape
-    with pytest.raises(InputError, match="layer_values"):
-        parse_as(PartShape, older)
-    damaged = [{"layers": layers} for layers in (None, "2", 10**12, 1.5)]
-    for change in [*damaged, {"layers": 2, "inner_inputs": None}]:
-        with pytest.raises(InputError, match="not a number of layers"):
-            parse_as(PartShape, older | change)
 
 
 # ---------------------------------------------------------------- finite numbers

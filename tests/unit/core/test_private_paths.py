@@ -10,7 +10,6 @@ import pytest
 from tiny_runs import make_tiny_recipe, save_model_folder, train, write_eval_files
 from tunesmith import api
 from tunesmith.core.formatting import hide_folders
-from tunesmith.session.run_history import save_past_run
 
 
 @pytest.mark.parametrize(
@@ -63,7 +62,6 @@ def test_what_is_shared_of_a_run_names_no_folder_of_the_user(
     for name in ("one", "two"):
         files = write_eval_files(home / "files")
         train(make_tiny_recipe(model, home / name, **files))
-        save_past_run(api.read_record(home / name / "run"))
     run = home / "two" / "run"
     page = api.write_report(run).read_text()
     card = (run / "adapter" / "README.md").read_text()

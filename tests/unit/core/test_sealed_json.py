@@ -130,17 +130,14 @@ def test_a_changed_number_of_an_event_is_refused_with_its_line(tmp_path: Path) -
     assert len(read_all_events(run)) == len(lines)
 
 
-def test_rollbacks_are_sealed_and_earlier_lists_are_read(tmp_path: Path) -> None:
+def test_rollbacks_are_sealed(tmp_path: Path) -> None:
     rollback = Rollback(step=4, to=2, kind="collapse", evidence="", change="", lr_factor=0.5)
     with RunFolder.create(tmp_path / "run") as folder:
         folder.record_rollback(rollback)
     file = tmp_path / "run" / ROLLBACKS_FILE
-    (stored,) = read_rollbacks(tmp_path / "run")
+    assert [back.lr_factor for back in read_rollbacks(tmp_path / "run")] == [0.5]
     content = json.loads(file.read_bytes())
     content["rollbacks"][0]["lr_factor"] = 1.0
     write_raw(file, content)
     with pytest.raises(InputError, match="changed since tunesmith wrote it"):
         read_rollbacks(tmp_path / "run")
-    content["rollbacks"][0]["lr_factor"] = 0.5
-    write_raw(file, content["rollbacks"])
-    assert read_rollbacks(tmp_path / "run") == (stored,)

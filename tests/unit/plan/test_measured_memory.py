@@ -1,5 +1,5 @@
 """The planned peak of each kind of layer beside attention, and of dense models, is within 15% of
-that of a run in a process of its own; what earlier runs corrected is left out."""
+that of a run in a process of its own."""
 
 import os
 from pathlib import Path

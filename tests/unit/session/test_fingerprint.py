@@ -14,6 +14,7 @@ from tiny_runs import make_tiny_recipe, save_model_folder, write_eval_files
 from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json, Plan
+from tunesmith.model.hub.base_config import select_forward_keys
 from tunesmith.session import inputs
 from tunesmith.session.fingerprint import build_fingerprint, get_kernels
 from tunesmith.session.identity import hash_source, list_changes, read_recipe
@@ -54,7 +55,8 @@ def test_a_fingerprint_holds_the_inputs(run_inputs: RunInputs, model: Path) -> N
     assert fingerprint["base_sha256"] == {
         "model.safetensors": hash_file(model / "model.safetensors")
     }
-    assert fingerprint["config"] == json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text())
+    assert fingerprint["config"] == select_forward_keys(config)
     assert fingerprint["tokenizer"] == run_inputs.renderer.tokenizer.sha256
     assert fingerprint["renderer"] == run_inputs.renderer.fingerprint
     assert fingerprint["templates"].keys() == {"default"}

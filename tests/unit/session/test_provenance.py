@@ -74,10 +74,10 @@ def test_a_provenance_holds_what_the_weights_depend_on(base: Path, renderer: Ren
     provenance = build(base, renderer)
     assert list(provenance.base_sha256) == ["a.safetensors", "b.safetensors"]
     assert len(set(provenance.base_sha256.values())) == 2
-    assert provenance.base_config == {k: v for k, v in CONFIG.items() if k != "use_cache"}
+    assert provenance.config == {k: v for k, v in CONFIG.items() if k != "use_cache"}
     assert provenance.end_ids == renderer.end_ids != ()
-    assert provenance.tokenizer_sha256 == renderer.tokenizer.sha256
-    assert provenance.template_sha256.keys() == {"default"}
+    assert provenance.tokenizer == renderer.tokenizer.sha256
+    assert provenance.templates.keys() == {"default"}
     text, *chats = provenance.reference_prompts
     assert text.messages == ()
     assert list(text.token_ids) == renderer.encode_text(SAMPLE_TEXT)
@@ -139,9 +139,9 @@ def test_a_config_may_hold_infinities(base: Path, renderer: Renderer, tmp_path: 
         ("base_sha256", lambda v: {**v, "a.safetensors": "0" * 64}, "base weights a.safetensors: "),
         ("base_sha256", lambda v: {**v, "c.safetensors": "0" * 64}, "base weights c.safetensors: "),
         ("base_sha256", lambda v: {"a.safetensors": v["a.safetensors"]}, "base weights b.safeten"),
-        ("base_config", lambda v: {**v, "rope_theta": 5.0}, "base config.json rope"),
-        ("template_sha256", lambda _: {"default": "0" * 64}, "chat template default: sha256 0000"),
-        ("tokenizer_sha256", lambda _: "0" * 64, "tokenizer: sha256 000000000000 -> "),
+        ("config", lambda v: {**v, "rope_theta": 5.0}, "base config.json rope"),
+        ("templates", lambda _: {"default": "0" * 64}, "chat template default: sha256 0000"),
+        ("tokenizer", lambda _: "0" * 64, "tokenizer: sha256 000000000000 -> "),
         ("renderer", lambda _: "0" * 64, "names of special tokens: sha256 000000000000 -> "),
         ("end_ids", lambda v: v[:-1], "end tokens: ["),
         ("end_ids", lambda v: (*v, 3), "end tokens: ["),
@@ -167,17 +167,17 @@ def test_a_change_shows_twelve_digits_of_both_hashes(
     base: Path, renderer: Renderer, tmp_path: Path
 ) -> None:
     provenance = build(base, renderer)
-    folder = store(tmp_path / "adapter", provenance, tokenizer_sha256="0" * 64)
+    folder = store(tmp_path / "adapter", provenance, tokenizer="0" * 64)
     current = renderer.tokenizer.sha256[:12]
     assert list_problems(folder, base, renderer) == [f"tokenizer: sha256 {'0' * 12} -> {current}"]
 
 
-@pytest.mark.parametrize("other", ["tokenizer_sha256", "template_sha256"])
+@pytest.mark.parametrize("other", ["tokenizer", "templates"])
 def test_special_tokens_are_named_only_where_nothing_else_explains_them(
     other: str, base: Path, renderer: Renderer, tmp_path: Path
 ) -> None:
     provenance = build(base, renderer)
-    values = {"tokenizer_sha256": "0" * 64, "template_sha256": {"default": "0" * 64}}
+    values = {"tokenizer": "0" * 64, "templates": {"default": "0" * 64}}
     folder = store(tmp_path / "adapter", provenance, renderer="0" * 64, **{other: values[other]})
     problems = list_problems(folder, base, renderer)
     assert [problem.split(":")[0] for problem in problems] in (
@@ -218,8 +218,8 @@ def test_another_date_explains_other_ids_where_a_template_prints_it(
     ("number", "words"),
     [
         (None, "an older tunesmith: it has no format number"),
-        (1, "an older tunesmith: format 1"),
-        (3, "another tunesmith: format 3"),
+        (2, "an older tunesmith: format 2"),
+        (4, "another tunesmith: format 4"),
         ("x" * 50, "another tunesmith: format 'xxxxxxxxxxxxxxxxxxx;"),
     ],
 )
@@ -233,7 +233,7 @@ def test_files_of_another_format_are_refused(
     with pytest.raises(InputError) as caught:
         read_provenance(folder)
     assert words.removesuffix(";") in caught.value.message
-    assert caught.value.message.endswith("; this version reads format 2")
+    assert caught.value.message.endswith("; this version reads format 3")
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -258,7 +258,7 @@ def test_a_checkpoint_names_what_has_changed(
         "base_sha256": hash_weight_files(base),
         "config": CONFIG,
         "tokenizer": renderer.tokenizer.sha256,
-        "templates": build(base, renderer).template_sha256,
+        "templates": build(base, renderer).templates,
         "renderer": renderer.fingerprint,
         "end_ids": renderer.end_ids,
     }

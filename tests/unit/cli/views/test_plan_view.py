@@ -134,9 +134,7 @@ def test_methods_are_shown_side_by_side() -> None:
     fast = dataclasses.replace(estimate, seconds=(59.4, 18_420.0))
     assert "59 s to 5 h 7 min" in render_text(render_method_estimates([fast]))
     forecast = dataclasses.replace(fast, seconds=(59.0,))
-    assert "59 s" in render_text(render_method_estimates([forecast])), (
-        "one value after earlier runs"
-    )
+    assert "59 s" in render_text(render_method_estimates([forecast])), "one value if measured"
 
 
 def test_a_diagnosis_shows_what_is_missing_and_what_fits() -> None:
