@@ -4,7 +4,7 @@
 
 An Arm says how each item is prompted and what is trained before; it holds plain values, so it is
 the key of its result on disk. Arms that differ only in shot layout and seed share a row of the
-table. Left out: running them (run_arm.py) and which fit in the time (time_budget.py).
+table. Left out: running them (run_arm.py) and which fit in the time (experiment.py).
 """
 
 from __future__ import annotations

@@ -27,14 +27,6 @@ from tunesmith.advise.measured.run_arm import (
     sample_examples,
     select_items,
 )
-from tunesmith.advise.measured.time_budget import (
-    TokenTimings,
-    count_fitting_items,
-    count_train_tokens,
-    estimate_seconds,
-    measure_timings,
-    split_by_budget,
-)
 from tunesmith.advise.measured.verdict import (
     ArmGrader,
     ArmRow,
@@ -58,21 +50,22 @@ from tunesmith.session.inputs import RunInputs
 from tunesmith.train.follow_measuring import start_measuring
 
 MAX_POOL_ROWS = 400  # training rows that may be shown or trained on
+MIN_ITEMS = 20
+ITEM_TIME_SHARE = 0.03  # of the minutes, for one zero-shot arm
 # recipe keys that do not change an answer
 IGNORED_SETTINGS = ("output_dir", "metrics", "eval_steps", "save_steps", "guard")
 
 
 @dataclass(frozen=True)
 class ExperimentStart:
-    """The arms that will run, and those that do not fit in the minutes."""
+    """The arms that run while the minutes last."""
 
     model: str
     items: int
     available_items: int
     test_rows: int  # held out as test_data, where the recipe names none
-    seconds: float  # estimate for the arms without a stored result
     arms: tuple[Arm, ...]
-    skipped: tuple[Arm, ...]
+    minutes: float
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,7 @@ class ExperimentConfig:
 class ArmSpeed:
     """Stored once per folder, so that a continued experiment uses the same items."""
 
-    timings: TokenTimings
+    item_seconds: float  # zero-shot
     items: int
 
 
@@ -130,15 +123,22 @@ def advise_measured(
     store = ResultStore(config.folder, _build_fingerprint(plan, inputs, passages))
     runner = ArmRunner.from_plan(plan, inputs, items, passages)
     start_measuring(runner.model, plan, config.ranks)
-    runner, timings = _limit_items(runner, store, config.minutes)
+    runner, item_seconds = _limit_items(runner, store, config.minutes)
     options = ArmOptions(
         rows=len(sample_examples(runner.rows, 0, MAX_POOL_ROWS)),
         has_documents=passages is not None,
         has_schema=inputs.response_schema is not None,
     )
-    experiment = _Experiment(runner, store, timings, start + 60 * config.minutes)
+    experiment = _Experiment(runner, store, item_seconds, start + 60 * config.minutes)
     arms = build_arms(options)
-    yield experiment.describe_start(arms, len(items))
+    yield ExperimentStart(
+        model=plan.model.name,
+        items=len(runner.items),
+        available_items=len(items),
+        test_rows=0 if inputs.recipe.test_data else len(inputs.datasets["test_data"]),
+        arms=tuple(arms),
+        minutes=config.minutes,
+    )
     yield from experiment.run_arms(arms)
     yield _build_advice(experiment, metrics, len(items), config, time.perf_counter() - start)
 
@@ -180,16 +180,17 @@ def _build_fingerprint(plan: Plan, inputs: RunInputs, passages: PassageIndex | N
     }
 
 
-def _limit_items(
-    runner: ArmRunner, store: ResultStore, minutes: float
-) -> tuple[ArmRunner, TokenTimings]:
-    """Return a runner with as many items as the minutes allow, and its speed."""
+def _limit_items(runner: ArmRunner, store: ResultStore, minutes: float) -> tuple[ArmRunner, float]:
+    """Return a runner with as many items as zero-shot answers in its share of the minutes, and its
+    seconds per item."""
     speed = store.get("speed", ArmSpeed)
     if speed is None:
-        timings = measure_timings(runner)
-        speed = ArmSpeed(timings, count_fitting_items(runner, timings, 60 * minutes))
+        first = dataclasses.replace(runner, items=runner.items[:MIN_ITEMS])
+        item_seconds = run_arm(first, Arm()).total_seconds / len(first.items)
+        num_fitting = int(ITEM_TIME_SHARE * 60 * minutes / item_seconds)
+        speed = ArmSpeed(item_seconds, min(len(runner.items), max(MIN_ITEMS, num_fitting)))
         store.put("speed", speed)
-    return dataclasses.replace(runner, items=runner.items[: speed.items]), speed.timings
+    return dataclasses.replace(runner, items=runner.items[: speed.items]), speed.item_seconds
 
 
 # ---------------------------------------------------------------- stored results
@@ -237,35 +238,19 @@ class ResultStore:
 
 
 class _Experiment:
-    """The results so far, and the clock."""
+    """The results so far, and the clock. An arm is expected to be as slow as the slowest so far."""
 
     def __init__(
-        self, runner: ArmRunner, store: ResultStore, timings: TokenTimings, deadline: float
+        self, runner: ArmRunner, store: ResultStore, item_seconds: float, deadline: float
     ) -> None:
         self.runner = runner
         self.store = store
-        self.timings = timings
         self.deadline = deadline
         self.item_ids = [example.id for example in runner.items]
         self.results: list[ArmResult] = []
-        # measured over estimated seconds of the last arms: a busy machine changes speed
-        self.time_ratio = 1.0
         self.skipped: list[SkippedArm] = []
-
-    def describe_start(self, arms: Sequence[Arm], available_items: int) -> ExperimentStart:
-        missing = [arm for arm in arms if self._load_result(arm) is None]
-        remaining_seconds = self.deadline - time.perf_counter()
-        fitting, skipped = split_by_budget(missing, remaining_seconds, self._estimate_seconds)
-        inputs = self.runner.inputs
-        return ExperimentStart(
-            model=self.runner.plan.model.name,
-            items=len(self.item_ids),
-            available_items=available_items,
-            test_rows=0 if inputs.recipe.test_data else len(inputs.datasets["test_data"]),
-            seconds=sum(self._estimate_seconds(arm) for arm in fitting),
-            arms=tuple(arm for arm in arms if arm not in skipped),
-            skipped=tuple(skipped),
-        )
+        # Until one was trained on, a row counts as an item that is answered in each epoch.
+        self.row_seconds = item_seconds * runner.plan.config.num_train_epochs
 
     def run_arms(self, arms: Sequence[Arm]) -> Iterator[ArmResult]:
         """Yield each result as it ends; arms that do not fit in the remaining time are skipped."""
@@ -292,18 +277,15 @@ class _Experiment:
             self.skipped.append(SkippedArm(arm, error.message))
             return None
         self.store.put(self._build_key(arm), result)
-        if arm.examples:
-            tokens = self.time_ratio * count_train_tokens(self.runner, self.timings, arm)
-            train_seconds = result.train_seconds / max(tokens, 1e-9)
-            self.timings = dataclasses.replace(self.timings, train_seconds=train_seconds)
-        else:
-            # the square root goes half of the way, in logarithms
-            ratio = result.total_seconds / max(self._estimate_seconds(arm), 1e-9)
-            self.time_ratio *= ratio**0.5
         return result
 
     def _estimate_seconds(self, arm: Arm) -> float:
-        return self.time_ratio * estimate_seconds(self.runner, self.timings, arm)
+        answering = [result.total_seconds - result.train_seconds for result in self.results]
+        training = [
+            each.train_seconds / each.arm.examples for each in self.results if each.arm.examples
+        ]
+        row_seconds = max(training, default=self.row_seconds)
+        return max(answering, default=0.0) + arm.examples * row_seconds
 
     def _load_result(self, arm: Arm) -> ArmResult | None:
         return self.store.get(self._build_key(arm), ArmResult)

@@ -12,7 +12,7 @@ from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
 from tunesmith.advise.measured.run_arm import ArmResult
 from tunesmith.advise.measured.verdict import ArmRow, Decision
 from tunesmith.cli.output import escape_markup, write_stderr
-from tunesmith.cli.progress import format_duration, format_interval
+from tunesmith.cli.progress import format_interval
 from tunesmith.cli.views import make_table
 
 HEADLINES = {
@@ -37,10 +37,9 @@ def report_experiment(event: ExperimentStart | ArmResult | MeasuredAdvice) -> Re
 
 def _format_start(start: ExperimentStart) -> str:
     test = f" ({start.test_rows} rows held out as test_data)" if start.test_rows else ""
-    skipped = f"; {len(start.skipped)} do not fit in the time" if start.skipped else ""
     return (
         f"{start.model}: {start.items} of {start.available_items} items{test}, "
-        f"{len(start.arms)} arms, about {format_duration(start.seconds)} in total{skipped}"
+        f"up to {len(start.arms)} arms in {start.minutes:g} minutes"
     )
 
 
