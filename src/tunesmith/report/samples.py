@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any, Literal, cast
@@ -357,50 +356,22 @@ def indent_json(text: str) -> str:
 # ---------------------------------------------------------------- word by word
 
 
-def mark_differences(text: str, other: str) -> list[str]:
+def mark_similar(text: str, other: str) -> list[str]:
     """Split a text into pieces that are, in turn, in the other text and not in it.
 
-    mark_differences("a b c", "a c") -> ["a ", "b ", "c"]; joined, the pieces are the text.
-    """
+    mark_similar("a b c", "a c") -> ["a ", "b ", "c"]; joined, the pieces are the text. A long text,
+    or one that has little in common with the other, is one piece."""
     words = WORD_PATTERN.findall(text)
-    other_words = WORD_PATTERN.findall(other)
-    if words == other_words:
+    others = WORD_PATTERN.findall(other)
+    if max(len(words), len(others)) > MAX_DIFF_WORDS:
         return [text]
     pieces = [""]
-    for is_common, run in _find_runs(words, other_words):
-        if is_common != (len(pieces) % 2 == 1):
+    for kind, first, last, _, _ in SequenceMatcher(
+        None, words, others, autojunk=False
+    ).get_opcodes():
+        is_marked = kind in ("delete", "replace")
+        if is_marked != (len(pieces) % 2 == 0):
             pieces.append("")
-        pieces[-1] += "".join(run)
-    return pieces
-
-
-def mark_similar(text: str, other: str) -> list[str]:
-    """Mark what differs, unless nearly everything does: then nothing is marked."""
-    pieces = mark_differences(text, other)
+        pieces[-1] += "".join(words[first:last])
     num_common = sum(len(piece.strip()) for piece in pieces[::2])
     return pieces if num_common >= MIN_SIMILARITY * len(text.strip()) else [text]
-
-
-def _find_runs(words: Sequence[str], others: Sequence[str]) -> list[tuple[bool, Sequence[str]]]:
-    """Return runs of `words` in order, each with whether it is in both texts."""
-    start = _count_common_words(words, others)
-    end = _count_common_words(words[start:][::-1], others[start:][::-1])
-    inner = words[start : len(words) - end]
-    other_inner = others[start : len(others) - end]
-    runs: list[tuple[bool, Sequence[str]]] = [(True, words[:start])]
-    if max(len(inner), len(other_inner)) > MAX_DIFF_WORDS:
-        runs.append((False, inner))
-    else:
-        matcher = SequenceMatcher(None, inner, other_inner, autojunk=False)
-        for kind, first, last, _, _ in matcher.get_opcodes():
-            runs.append((kind == "equal", inner[first:last]))
-    runs.append((True, words[len(words) - end :]))
-    return [run for run in runs if run[1]]
-
-
-def _count_common_words(words: Sequence[str], others: Sequence[str]) -> int:
-    """Return the length of the common start."""
-    for index, (word, other) in enumerate(zip(words, others, strict=False)):
-        if word != other:
-            return index
-    return min(len(words), len(others))

@@ -31,7 +31,6 @@ from tunesmith.report.samples import (
     build_sample_diffs,
     build_samples,
     indent_json,
-    mark_similar,
 )
 from tunesmith.report.summary import build_summary
 from tunesmith.report.svg_charts import LineChart
@@ -204,13 +203,6 @@ def test_a_list_is_broken_into_lines_and_a_key_twice_is_left_alone() -> None:
     assert indent_json('[1,{"a":2}]') == '[\n  1,\n  {\n    "a": 2\n  }\n]'
     for text in ('{"a":1,"a":2}', "[1e999]", "[" * 50_000, "{no", "plain"):
         assert indent_json(text) == text
-
-
-def test_texts_with_little_in_common_are_not_marked() -> None:
-    assert mark_similar("the sum is five", "the sum is 5") == ["the sum is ", "five"]
-    text = "one two three four five six"
-    assert mark_similar(text, "seven eight nine six") == [text]
-    assert mark_similar("", "x") == [""]
 
 
 def test_the_messages_before_the_prompt_are_folded(tmp_path: Path) -> None:
