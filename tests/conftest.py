@@ -13,11 +13,11 @@ import torch
 
 from tiny_runs import save_model_folder
 from tunesmith.cli import app
-from tunesmith.plan import memory_budget
+from tunesmith.plan import memory
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
 SHARED_MEMORY = "/dev/shm"
-FULL_ANSWER_TOKENS = memory_budget.MIN_COMPLETE_TOKENS
+FULL_ANSWER_TOKENS = memory.MIN_COMPLETE_TOKENS
 QUICK_ANSWER_TOKENS = 64
 NEEDED_BYTES = 4 * 2**30  # several times what the quick tests leave
 
@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     than 64."""
     if "not slow" not in config.option.markexpr and config.option.markexpr != "multi":
         return
-    memory_budget.MIN_COMPLETE_TOKENS = QUICK_ANSWER_TOKENS
+    memory.MIN_COMPLETE_TOKENS = QUICK_ANSWER_TOKENS
     if os.path.isdir(SHARED_MEMORY):
         has_room = shutil.disk_usage(SHARED_MEMORY).free > NEEDED_BYTES
         can_execute = not os.statvfs(SHARED_MEMORY).f_flag & os.ST_NOEXEC  # compiled kernels
@@ -62,7 +62,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def full_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give answers the room that they have outside of quick tests."""
-    monkeypatch.setattr(memory_budget, "MIN_COMPLETE_TOKENS", FULL_ANSWER_TOKENS)
+    monkeypatch.setattr(memory, "MIN_COMPLETE_TOKENS", FULL_ANSWER_TOKENS)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -36,8 +36,7 @@ from tunesmith.model.hub.spec import read_spec
 from tunesmith.model.lora import QuantizedLinear
 from tunesmith.plan.flops import compute_target_flops, compute_token_flops
 from tunesmith.plan.hardware_presets import HARDWARE_PRESETS
-from tunesmith.plan.memory import Footprint
-from tunesmith.plan.memory_gpu import estimate_gpu_memory
+from tunesmith.plan.memory import Footprint, estimate_gpu_memory
 from tunesmith.train.loop import TrainingLoop
 
 SETTINGS = LORA | {"lora_r": RANK, "lora_alpha": ALPHA}

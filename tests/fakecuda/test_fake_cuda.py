@@ -31,8 +31,7 @@ from shared_folder import lock_shared_folder
 from tiny_models import EXPERT_FAMILIES
 from tunesmith.model.hub.families import TEXT_FAMILIES
 from tunesmith.model.merged_attention import is_merging_cheaper
-from tunesmith.plan.memory import Footprint, MemoryParts
-from tunesmith.plan.memory_gpu import estimate_gpu_memory
+from tunesmith.plan.memory import Footprint, MemoryParts, estimate_gpu_memory
 
 pytestmark = pytest.mark.promise
 

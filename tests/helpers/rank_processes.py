@@ -11,7 +11,7 @@ from typing import Any
 from torch.distributed import TCPStore
 
 from tunesmith.core.ranks import Ranks, open_ranks
-from tunesmith.plan import memory_budget
+from tunesmith.plan import memory
 
 SECONDS = 600  # after which a rank hangs, also on a busy machine
 
@@ -54,7 +54,7 @@ def run_processes(main: Callable[..., Any], world: int, *args: Any) -> list[Any]
             "MASTER_PORT": str(store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
-        answer_tokens = memory_budget.MIN_COMPLETE_TOKENS  # which conftest.py may have cut
+        answer_tokens = memory.MIN_COMPLETE_TOKENS  # which conftest.py may have cut
         work = (writer, variables, answer_tokens, main, args)
         process = context.Process(target=_start, args=work, daemon=True)
         process.start()
@@ -84,7 +84,7 @@ def _start(
     args: Sequence[Any],
 ) -> None:
     os.environ.update(variables)
-    memory_budget.MIN_COMPLETE_TOKENS = answer_tokens
+    memory.MIN_COMPLETE_TOKENS = answer_tokens
     import torch
 
     torch.set_num_threads(1)

@@ -24,7 +24,7 @@ from tunesmith.data.json_schema import make_validator
 from tunesmith.evaluate.custom_metric import format_metric_name, score_answers
 from tunesmith.evaluate.metrics import LIKELIHOODS, grade_answer, parse_metric_arg
 from tunesmith.evaluate.results import MetricValues
-from tunesmith.plan.memory_budget import compute_answer_limit
+from tunesmith.plan.memory import compute_answer_limit
 from tunesmith.recipe.fields import parse_custom_metric
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _format_messages(messages: Sequence[Json]) -> str:
 
 
 def compute_max_new_tokens(prompts: Sequence[EvalPrompt], *, needs_end: bool) -> int:
-    """Return the limit of every answer, by the longest expected one (plan/memory_budget.py)."""
+    """Return the limit of every answer, by the longest expected one (plan/memory.py)."""
     longest = max(prompt.num_expected_tokens for prompt in prompts)
     return compute_answer_limit(longest, needs_end=needs_end)
 

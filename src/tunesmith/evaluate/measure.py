@@ -45,7 +45,7 @@ from tunesmith.evaluate.results import (
 )
 from tunesmith.evaluate.shared_items import generate_all
 from tunesmith.evaluate.shortcuts import build_answer_items, has_suspect
-from tunesmith.plan.memory_budget import needs_complete_answers
+from tunesmith.plan.memory import needs_complete_answers
 from tunesmith.session.session import Session
 
 BaseReferences = Mapping[str, BaseReference]  # by task

@@ -26,11 +26,11 @@ from tunesmith.plan.memory import (
     GENERAL_TEXT_TOKENS,
     GRADIENT_BYTES,
     MASTER_BYTES,
+    MAX_BATCH_ROWS,
     compute_frozen_bytes,
     count_lora_parameters,
     get_dtype_bytes,
 )
-from tunesmith.plan.memory_budget import MAX_BATCH_ROWS
 
 IMPORT_SECONDS = 12.0  # Python, torch, transformers and the CUDA context
 READ_BYTES_PER_SECOND = 1e9  # of the weight files

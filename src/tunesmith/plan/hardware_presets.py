@@ -124,9 +124,8 @@ def parse_target(text: str) -> Target:
     words = text.lower().replace("_", "-").replace(" ", "")
     match = TARGET_PATTERN.fullmatch(words)
     if match is None or match[3] not in HARDWARE_PRESETS:
-        raise InputError(
-            f"unknown machine: {text!r:.80}", where="--target", fix=_suggest_target(words)
-        )
+        fix = f"use one of {', '.join(HARDWARE_PRESETS)}; {TARGET_FORMS}"
+        raise InputError(f"unknown machine: {text!r:.80}", where="--target", fix=fix)
     num_nodes = int(match[1] or 1)
     num_gpus = int(match[2] or 1)
     if not (1 <= num_gpus <= MAX_GPUS_PER_NODE and num_nodes):
@@ -136,20 +135,6 @@ def parse_target(text: str) -> Target:
             fix=f"a node has 1 to {MAX_GPUS_PER_NODE} GPUs: {TARGET_FORMS}",
         )
     return Target(match[3], num_gpus, num_nodes)
-
-
-def _suggest_target(words: str) -> str:
-    """Say how a target is written, with the card and the number of GPUs if the text has them."""
-    names = [name for name in HARDWARE_PRESETS if re.search(rf"{name}(?!\d)", words)]
-    if not names:
-        return f"use one of {', '.join(HARDWARE_PRESETS)}; {TARGET_FORMS}"
-    name = max(names, key=len)
-    numbers = re.findall(r"\d+", words.replace(name, " ", 1))
-    if len(numbers) == 1:
-        return f"write it as {Target(name, int(numbers[0]))}; for several nodes, as 4x8x{name}"
-    if not numbers:
-        return f"use {name}, or one of {', '.join(HARDWARE_PRESETS)}; {TARGET_FORMS}"
-    return TARGET_FORMS
 
 
 def match_preset(machine: Machine) -> HardwarePreset | None:

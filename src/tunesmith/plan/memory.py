@@ -1,20 +1,28 @@
-"""What a run takes in main memory at its peak, by component, and on disk.
+"""What a run takes in memory at its peak, by component and by phase, and on disk.
 
-In: the shape of the model and the settings of the plan. Out: bytes. Left out: what the forward
-saves for its backward (activations.py)."""
+In: the shape of the model, the machine and the settings of the plan. Out: bytes. On several GPUs,
+they are those of one: its shard of the weights, and the layers that are gathered at once. Left out:
+what the forward saves for its backward (activations.py, counted by tests/fakecuda on a GPU that is
+not there), and offloading."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from tunesmith.core.mesh import SINGLE_GPU, Machine, Mesh
 from tunesmith.core.model_spec import ModelSpec, PartShape
 from tunesmith.plan.activations import (
     ALL_LINEAR,
     EXPERTS,
     ActivationSettings,
     Targets,
+    compute_saved_bytes,
+    compute_temporary_bytes,
+    count_recomputed_values,
     estimate_activation_bytes,
 )
 
@@ -243,6 +251,171 @@ def _estimate_update_bytes(spec: ModelSpec, run: Footprint) -> int:
     # measured: the gradient of an embedding or a head is summed through three fp32 copies
     has_trained_matrix = run.module_parameters >= matrix
     return 4 * 4 * matrix * has_wide_moments + 3 * 4 * matrix * has_trained_matrix
+
+
+# ---------------------------------------------------------------- a GPU
+
+LOGIT_BYTES = 12  # three fp32 copies of each logit
+TRITON_CHUNK_TARGETS = 2048  # as in model/lm_head.py
+GATHERED_LAYERS = 2  # that which computes, and the next, or one that only another rank needs
+CONTEXT_BYTES = 2**29  # CUDA and its libraries: .14 GiB on a T4, .5 on large cards
+GPU_FRAGMENTATION_SHARE = 0.1  # of a step's temporary memory; 5 to 15% published
+NCCL_BYTES = 10**9  # channels of NCCL and the contexts of other GPUs: assumed, not measured
+
+
+def estimate_gpu_memory(
+    spec: ModelSpec,
+    run: Footprint,
+    *,
+    pack_tokens: int,
+    cache: CacheSize = NO_CACHE,
+    has_triton: bool = True,
+    mesh: Mesh = SINGLE_GPU,
+) -> MemoryParts:
+    """Return the bytes of one GPU of the mesh, which has `pack_tokens` of a pack.
+
+    `cache` is there while answers are generated, between steps. `has_triton` says whether our
+    kernels run, or plain torch."""
+    parts = estimate_fixed_memory(spec, run, layouts=1)
+    if mesh.shard > 1:
+        parts = _shard_parts(spec, run, mesh.shard, parts)
+    norm_bytes = run.dtype_bytes if has_triton else 4
+    settings = run.activation_settings._replace(norm_bytes=norm_bytes, is_gpu=True)
+    saved, temporary = _estimate_activations(spec, settings)
+    head = LOGIT_BYTES * min(pack_tokens, CHUNK_TARGETS) * spec.vocab_size
+    if has_triton:  # which writes the gradients of the logits in their place
+        head = run.dtype_bytes * min(pack_tokens, TRITON_CHUNK_TARGETS) * spec.vocab_size
+    # the backward of the head is over before that of the layers begins
+    activations = pack_tokens * saved + max(pack_tokens * temporary - head, 0)
+    parts = dataclasses.replace(
+        parts,
+        context=CONTEXT_BYTES,
+        nccl=NCCL_BYTES if mesh.num_gpus > 1 else 0,
+        activations=activations,
+        head=head,
+        fragments=int(GPU_FRAGMENTATION_SHARE * (activations + head)),
+    )
+    # memory holds either the activations of a step or the KV cache of the answers
+    cache_bytes = compute_cache_bytes(spec, cache, run.dtype_bytes)
+    return dataclasses.replace(parts, cache=max(0, cache_bytes - parts.step))
+
+
+def _shard_parts(spec: ModelSpec, run: Footprint, shard: int, parts: MemoryParts) -> MemoryParts:
+    """Return the components of a GPU when `shard` GPUs hold the weights of the layers once.
+
+    Adapters, and the embeddings and head below them, stay whole on each GPU. In full fine-tuning
+    everything is sharded and gathered in fp32, matrices also in the dtype of the products.
+    Gradients of a layer stay until the next one computes, those of the rest until the end."""
+    rest_parameters = spec.parameters - spec.block_parameters
+    gathered = GATHERED_LAYERS * _compute_gathered_bytes(spec, run)
+    if run.method == "full":
+        copy_bytes = run.dtype_bytes if run.dtype_bytes < MASTER_BYTES else 0
+        gathered += rest_parameters * MASTER_BYTES + spec.head_parameters * copy_bytes
+        layer_parameters = spec.block_parameters // spec.num_layers
+        return dataclasses.replace(
+            parts,
+            weights=0,
+            trained=parts.trained // shard,
+            update=parts.update // shard,
+            gathered=gathered + GRADIENT_BYTES * (layer_parameters + rest_parameters),
+        )
+    rest_bytes = rest_parameters * run.dtype_bytes
+    block_bytes = compute_frozen_bytes(spec, run.method, run.dtype_bytes) - rest_bytes
+    return dataclasses.replace(parts, weights=rest_bytes + block_bytes // shard, gathered=gathered)
+
+
+def _compute_gathered_bytes(spec: ModelSpec, run: Footprint) -> int:
+    """Return the bytes of a layer while it is gathered."""
+    if run.method == "full":
+        copy_bytes = run.dtype_bytes if run.dtype_bytes < MASTER_BYTES else 0
+        return spec.block_parameters // spec.num_layers * (MASTER_BYTES + copy_bytes)
+    rest_bytes = (spec.parameters - spec.block_parameters) * run.dtype_bytes
+    frozen_bytes = compute_frozen_bytes(spec, run.method, run.dtype_bytes)
+    return (frozen_bytes - rest_bytes) // spec.num_layers
+
+
+def _estimate_activations(spec: ModelSpec, settings: ActivationSettings) -> tuple[int, int]:
+    """Return the bytes per token that our layers save for the backward pass, and the most that one
+    of them computes with. Of recomputed layers, the activations of one are in memory: at first
+    of the last, which is not recomputed and gone when the others are."""
+    saved = compute_saved_bytes(spec, settings)
+    temporary = compute_temporary_bytes(spec, settings.dtype_bytes)
+    if settings.checkpointing == "selective":
+        recomputed_bytes = count_recomputed_values(spec) * settings.dtype_bytes
+        temporary += recomputed_bytes // spec.num_layers
+    return saved, temporary
+
+
+# ---------------------------------------------------------------- answers and phases
+
+MIN_COMPLETE_TOKENS = 256  # the default of lm-eval's max_gen_toks
+# by these, an answer longer than expected is wrong wherever it ends, or none is graded
+LENGTH_INDEPENDENT_METRICS = ("exact_match", "normalized_match", "multiple_choice", "bits_per_byte")
+# answers generated at once, and the largest KV cache, as in model/generation/engine.py
+MAX_BATCH_ROWS = {"cpu": 64, "cuda": 256}
+CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
+BLOCK_TOKENS = 64  # rows of the cache grow to a multiple of this, as in model/cache_blocks.py
+# the usual rule of thumb, relative to the size of the model
+USUAL_MULTIPLES = {"full": "x4 to x12", "lora": "x1.5", "qlora": "x1.5"}
+
+
+def needs_complete_answers(metrics: Sequence[str], *, has_constraints: bool) -> bool:
+    """Return whether the end of an answer may change a grade when it is longer than expected.
+
+    A constraint may be violated late."""
+    return has_constraints or not set(metrics) <= set(LENGTH_INDEPENDENT_METRICS)
+
+
+def compute_answer_limit(expected_tokens: float, *, needs_end: bool) -> int:
+    """Return the new tokens that an answer may have, given those of the longest expected answer.
+
+    needs_end: answers longer than expected need room to end, or their grades say nothing."""
+    limit = math.ceil(1.5 * expected_tokens) + 16
+    return max(limit, MIN_COMPLETE_TOKENS) if needs_end else limit
+
+
+def estimate_cache(
+    spec: ModelSpec,
+    machine: Machine,
+    *,
+    num_prompts: int,
+    longest: int,
+    answer_share: float,
+    needs_end: bool,
+    dtype: str,
+) -> CacheSize:
+    """Return what the KV cache has room for while answers are generated.
+
+    `answer_share` is the fraction of a row's tokens that are its answer; see
+    `compute_answer_limit` for `needs_end`. All rows have the room of the longest one."""
+    answer_tokens = answer_share * longest
+    limit = compute_answer_limit(answer_tokens, needs_end=needs_end)
+    row_tokens = min(int(longest - answer_tokens) + limit, max(longest, spec.context_length))
+    row_bytes = compute_cache_bytes(spec, CacheSize(1, row_tokens), get_dtype_bytes(dtype))
+    fitting_rows = max(1, CACHE_BYTES[machine.device] // max(1, row_bytes))
+    rows = min(MAX_BATCH_ROWS[machine.device], num_prompts, fitting_rows)
+    return CacheSize(rows, rows * math.ceil(row_tokens / BLOCK_TOKENS) * BLOCK_TOKENS)
+
+
+def estimate_phase_bytes(
+    parts: MemoryParts, longest_row: MemoryParts, spec: ModelSpec, *, cache: CacheSize, dtype: str
+) -> dict[str, int]:
+    """Return the peak memory of a step, of the longest row alone, and of generating answers.
+
+    `parts` and `longest_row` are those of the two packs."""
+    phase_bytes = {
+        "step": parts.peak - parts.cache,
+        "longest row": longest_row.peak - longest_row.cache,
+    }
+    if cache.rows:
+        cache_bytes = compute_cache_bytes(spec, cache, get_dtype_bytes(dtype))
+        phase_bytes["generation"] = parts.fixed + cache_bytes
+    return phase_bytes
+
+
+def compute_multiple(spec: ModelSpec, peak_bytes: int) -> float:
+    """Return a peak relative to the size of the 16-bit weights."""
+    return peak_bytes / (2 * spec.parameters)
 
 
 # ---------------------------------------------------------------- disk

@@ -12,8 +12,13 @@ from dataclasses import dataclass
 from tunesmith.core.types import Plan
 from tunesmith.plan.activations import ALL_LINEAR
 from tunesmith.plan.flops import estimate_run_flops
-from tunesmith.plan.memory import Footprint, count_trained_parameters, get_dtype_bytes
-from tunesmith.plan.memory_budget import USUAL_MULTIPLES, compute_multiple
+from tunesmith.plan.memory import (
+    USUAL_MULTIPLES,
+    Footprint,
+    compute_multiple,
+    count_trained_parameters,
+    get_dtype_bytes,
+)
 from tunesmith.plan.rules import CountFn, count_nothing
 from tunesmith.plan.step_memory import has_enough_memory
 

@@ -1,7 +1,7 @@
 """The memory of a step, of the run's phases, and what is recomputed in the backward pass.
 
 In: the settings that are decided so far (RuleContext), and the mesh of GPUs. Out: bytes by
-component, of one device. Left out: the components themselves (memory.py, memory_gpu.py) and disk
+component, of one device. Left out: the components themselves (memory.py) and disk
 (build.py)."""
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from dataclasses import dataclass
 
 from tunesmith.core.types import Plan, PlanValue
 from tunesmith.plan.hardware_presets import find_missing_for_triton
-from tunesmith.plan.memory import CacheSize, Footprint, MemoryParts, estimate_peak_memory
-from tunesmith.plan.memory_budget import (
+from tunesmith.plan.memory import (
+    CacheSize,
+    Footprint,
+    MemoryParts,
     estimate_cache,
+    estimate_gpu_memory,
+    estimate_peak_memory,
     estimate_phase_bytes,
     needs_complete_answers,
 )
-from tunesmith.plan.memory_gpu import estimate_gpu_memory
 from tunesmith.plan.new_tokens import count_trained_rows
 from tunesmith.plan.rehearsal import MAX_RATIO
 from tunesmith.plan.rules import RuleContext, make_rule_value, make_user_value

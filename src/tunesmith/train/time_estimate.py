@@ -25,7 +25,7 @@ from tunesmith.plan.flops import (
     estimate_run_flops,
 )
 from tunesmith.plan.guard import count_probe_tokens, has_guard
-from tunesmith.plan.memory_budget import needs_complete_answers
+from tunesmith.plan.memory import needs_complete_answers
 from tunesmith.recipe.fields import parse_custom_metric
 from tunesmith.session.inputs import RunInputs
 from tunesmith.train.base_reference import can_disable_adapter

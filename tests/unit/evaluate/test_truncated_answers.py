@@ -23,7 +23,7 @@ from tunesmith.evaluate.results import (
     describe_truncation,
     select_items,
 )
-from tunesmith.plan.memory_budget import (
+from tunesmith.plan.memory import (
     LENGTH_INDEPENDENT_METRICS,
     compute_answer_limit,
     estimate_cache,

@@ -12,9 +12,9 @@ from tunesmith.plan.memory import (
     CacheSize,
     Footprint,
     compute_cache_bytes,
+    estimate_gpu_memory,
     estimate_peak_memory,
 )
-from tunesmith.plan.memory_gpu import estimate_gpu_memory
 
 RUN = Footprint("lora", "bf16", rank=16)
 

@@ -44,7 +44,7 @@ from tunesmith.model.adapters import copy_weights, restore_weights
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.grammar import Grammar
 from tunesmith.plan.build import build_plan
-from tunesmith.plan.memory_budget import needs_complete_answers
+from tunesmith.plan.memory import needs_complete_answers
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import load_starting_model
 from tunesmith.train.follow_measuring import send_weights

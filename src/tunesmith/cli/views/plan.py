@@ -24,7 +24,7 @@ from tunesmith.core.formatting import (
 )
 from tunesmith.core.types import ModelSpec, Plan, PlanValue
 from tunesmith.plan.hardware_presets import match_preset
-from tunesmith.plan.memory_budget import USUAL_MULTIPLES, compute_multiple
+from tunesmith.plan.memory import USUAL_MULTIPLES, compute_multiple
 from tunesmith.plan.stages import StagedPlan
 from tunesmith.recipe.schema import ALIASES
 

@@ -34,7 +34,7 @@ from tunesmith.evaluate.generate_until import EvalPrompt, build_prompts, compute
 from tunesmith.evaluate.metrics import METRICS, split_metric
 from tunesmith.evaluate.model_ref import load_results
 from tunesmith.evaluate.results import EvalResults, MetricValues
-from tunesmith.plan.memory_budget import needs_complete_answers
+from tunesmith.plan.memory import needs_complete_answers
 from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session.identity import read_provenance
