@@ -86,9 +86,14 @@ def _check_path(value: Any) -> Any:
     return value
 
 
-def _parse_sources(value: Any) -> Any:
-    items = wrap_list(() if value is None else value)
-    return [{"path": item} if isinstance(item, (str, Path)) else item for item in items]
+def accept_texts(key: str) -> Callable[[Any], Any]:
+    """Make a parser of a list of mappings, in which a text is the value of one key."""
+
+    def wrap_texts(value: Any) -> Any:
+        items = wrap_list(() if value is None else value)
+        return [{key: item} if isinstance(item, (str, Path)) else item for item in items]
+
+    return wrap_texts
 
 
 def _parse_rehearsal_sources(value: Any) -> Any:
@@ -144,11 +149,6 @@ def split_tokens(value: Any) -> Any:
     if value is None:
         return ()
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
-def _parse_prompt_forms(value: Any) -> Any:
-    items = wrap_list(() if value is None else value)
-    return [{"prompt": item} if isinstance(item, str) else item for item in items]
 
 
 def _parse_guard(value: Any) -> Any:
@@ -383,7 +383,7 @@ class DataSource(RecipeMapping):
     prompts: Annotated[
         tuple[PromptForm, ...],
         BeforeValidator(
-            _parse_prompt_forms, json_schema_input_type=str | PromptForm | list[str | PromptForm]
+            accept_texts("prompt"), json_schema_input_type=str | PromptForm | list[str | PromptForm]
         ),
     ] = setting((), "Ways to ask for a row's `completion`; a hash of the row picks one.")
     revision: Name | None = setting(None, "Branch, tag or commit of a data set of the hub.")
@@ -433,7 +433,7 @@ class DataSource(RecipeMapping):
 Sources = Annotated[
     tuple[DataSource, ...],
     BeforeValidator(
-        _parse_sources, json_schema_input_type=Path | DataSource | list[Path | DataSource]
+        accept_texts("path"), json_schema_input_type=Path | DataSource | list[Path | DataSource]
     ),
 ]
 

@@ -5,7 +5,7 @@ they are. Left out: the other keys (schema.py) and values that are "auto" (plan/
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -22,7 +22,8 @@ from tunesmith.recipe.fields import (
     wrap_list,
 )
 
-Problems = list[tuple[str, str]]  # (key, message)
+Problem = tuple[str, str]  # key, message
+Problems = list[Problem]
 
 # ---------------------------------------------------------------- trained text
 
@@ -138,57 +139,45 @@ SchedulerKwargsField = Annotated[
 # ---------------------------------------------------------------- contradictions
 
 
-def find_objective_contradictions(settings: Mapping[str, Any]) -> Problems:
-    """Return (key, message) for keys of the objective that contradict each other or have no
+def find_objective_contradictions(settings: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield (key, message) for keys of the objective that contradict each other or have no
     effect. Takes validated values."""
-    problems: Problems = []
     stage = settings.get("stage", "sft")
     if settings.get("train_on", "answers") != "answers" and stage == "cpt":
-        message = "train_on has no effect with stage: cpt, which trains every token"
-        problems.append(("train_on", message))
+        yield "train_on", "train_on has no effect with stage: cpt, which trains every token"
     if settings.get("train_on", "answers") != "answers" and stage == "preference":
         message = "train_on has no effect with stage: preference, which compares answers"
-        problems.append(("train_on", message))
+        yield "train_on", message
     if settings.get("share_prefixes") is True and settings.get("neftune_noise_alpha"):
         message = "share_prefixes contradicts neftune_noise_alpha: noise is drawn per document"
-        problems.append(("share_prefixes", message))
-    problems += _find_schedule_contradictions(settings)
-    return problems
-
-
-def _find_schedule_contradictions(settings: Mapping[str, Any]) -> Problems:
-    problems: Problems = []
+        yield "share_prefixes", message
     schedule = settings.get("lr_scheduler_type")
     if schedule == "constant" and settings.get("warmup_ratio"):
         message = "constant has no warm-up; set lr_scheduler_type: constant_with_warmup"
-        problems.append(("warmup_ratio", message))
+        yield "warmup_ratio", message
     defaults = SchedulerKwargs()
     for field, value in vars(settings.get("lr_scheduler_kwargs", defaults)).items():
         if value == getattr(defaults, field) or field in SCHEDULE_FIELDS.get(str(schedule), ()):
             continue
         owner = next(name for name, fields in SCHEDULE_FIELDS.items() if field in fields)
         message = f"{field} has no effect without lr_scheduler_type: {owner}"
-        problems.append(("lr_scheduler_kwargs", message))
-    return problems
+        yield "lr_scheduler_kwargs", message
 
 
-def find_loss_contradictions(settings: Mapping[str, Any]) -> Problems:
-    """Return (key, message) for settings of preference losses that have no effect."""
-    problems: Problems = []
+def find_loss_contradictions(settings: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield (key, message) for settings of preference losses that have no effect."""
     loss: PairLoss = settings.get("loss", PairLoss())
     name = loss.name
     for field, owner in SINGLE_LOSS_FIELDS.items():
         if getattr(loss, field) == "auto" or name == owner:
             continue
         if name == "auto":
-            message = f"loss: {field} has no effect with dpo; add name: {owner}"
+            yield "loss", f"loss: {field} has no effect with dpo; add name: {owner}"
         else:
-            message = f"loss: {field} has no effect with {name}, only with {owner}"
-        problems.append(("loss", message))
+            yield "loss", f"loss: {field} has no effect with {name}, only with {owner}"
     if settings.get("label_smoothing") and name not in SMOOTHED_LOSSES:
         message = f"label_smoothing has no effect with {name}, only with dpo and simpo"
-        problems.append(("label_smoothing", message))
+        yield "label_smoothing", message
     if settings.get("label_smoothing", 0) >= 0.5:
         message = "label_smoothing must be below 0.5 with pairs: half of all labels are wrong then"
-        problems.append(("label_smoothing", message))
-    return problems
+        yield "label_smoothing", message

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -60,6 +60,7 @@ from tunesmith.recipe.metric_limits import GateLimits
 from tunesmith.recipe.objectives import (
     PairLoss,
     PairLossField,
+    Problem,
     Problems,
     ScheduleName,
     SchedulerKwargs,
@@ -303,87 +304,77 @@ def find_contradictions(values: Mapping[str, Any], invalid_keys: Sequence[str] =
     Takes validated values, with absolute paths, and the keys whose value is invalid: a rule may
     depend on the presence of these."""
     settings = {key: value for key, value in values.items() if value not in (None, "auto", (), [])}
-    keys = (*settings, *invalid_keys)
-    problems: Problems = []
+    return [
+        *_find_plain_contradictions(settings, (*settings, *invalid_keys)),
+        *find_objective_contradictions(settings),
+        *_find_stage_contradictions(settings),
+        *_find_task_contradictions(settings),
+        *_find_shared_files(settings),
+        *_find_sweep_problems(settings),
+    ]
+
+
+def _find_plain_contradictions(
+    settings: Mapping[str, Any], keys: Sequence[str]
+) -> Iterator[Problem]:
     if "eval_data" in keys and "eval_split" in keys:
-        problems.append(("eval_split", "eval_data and eval_split contradict each other: keep one"))
+        yield "eval_split", "eval_data and eval_split contradict each other: keep one"
     if settings.get("method") == "full":
         for key in keys:
             if key.startswith("lora_") or key in UNUSED_FULL_KEYS:
-                message = f"{key} has no effect with method: full, which trains no adapter"
-                problems.append((key, message))
-    problems += _find_row_contradictions(settings)
+                yield key, f"{key} has no effect with method: full, which trains no adapter"
+    modules: tuple[str, ...] = settings.get("modules_to_save", ())
+    is_embedding = any(matrix.endswith(modules) for matrix in ("embed_tokens", "lm_head"))
+    if settings.get("add_tokens") and is_embedding:
+        message = (
+            "modules_to_save: embed_tokens and lm_head contradict add_tokens, which trains and "
+            "saves the rows of the new tokens; leave them out"
+        )
+        yield "modules_to_save", message
     if settings.get("chat_template") == "none" and settings.get("chat_template_kwargs"):
         message = "chat_template_kwargs has no effect with chat_template: none"
-        problems.append(("chat_template_kwargs", message))
+        yield "chat_template_kwargs", message
     if settings.get("share_prefixes") is True and settings.get("lora_dropout"):
         message = "share_prefixes contradicts lora_dropout, which is drawn per document"
-        problems.append(("share_prefixes", message))
-    problems += find_objective_contradictions(settings)
-    problems += _find_stage_contradictions(settings)
+        yield "share_prefixes", message
     rehearsal: RehearsalConfig | None = settings.get("rehearsal")
     is_adaptive = rehearsal is not None and rehearsal.ratio == "adaptive"
     if is_adaptive and "retention_data" not in keys:
-        message = "rehearsal: ratio: adaptive needs retention_data, which it follows"
-        problems.append(("rehearsal", message))
-    problems += _find_task_contradictions(settings)
-    problems += _find_shared_files(settings)
-    problems += _find_sweep_problems(settings)
+        yield "rehearsal", "rehearsal: ratio: adaptive needs retention_data, which it follows"
     max_length = settings.get("max_length")
     pack_length = settings.get("pack_length")
     if max_length and pack_length and max_length > pack_length:
-        message = (
-            f"pack_length {pack_length} is below max_length {max_length}: "
-            "a document must fit in a pack"
-        )
-        problems.append(("pack_length", message))
-    return problems
+        message = f"pack_length {pack_length} is below max_length {max_length}"
+        yield "pack_length", f"{message}: a document must fit in a pack"
 
 
-def _find_row_contradictions(settings: Mapping[str, Any]) -> Problems:
-    """Check that the rows of new tokens and the modules to save are not the same weights."""
-    modules: tuple[str, ...] = settings.get("modules_to_save", ())
-    matrices = ("embed_tokens", "lm_head")
-    is_embedding = any(matrix.endswith(modules) for matrix in matrices)
-    if not settings.get("add_tokens") or not is_embedding:
-        return []
-    message = (
-        "modules_to_save: embed_tokens and lm_head contradict add_tokens, which trains and saves "
-        "the rows of the new tokens; leave them out"
-    )
-    return [("modules_to_save", message)]
-
-
-def _find_stage_contradictions(settings: Mapping[str, Any]) -> Problems:
+def _find_stage_contradictions(settings: Mapping[str, Any]) -> Iterator[Problem]:
     stage = settings.get("stage", "sft")
-    problems: Problems = []
     if stage != "cpt" and "batch_tokens" in settings:
         message = "batch_tokens has no effect without stage: cpt; set batch_size"
-        problems.append(("batch_tokens", message))
+        yield "batch_tokens", message
     if stage == "cpt":
         for key, reason in UNUSED_CPT_KEYS.items():
             if settings.get(key, False) not in (False, "drop"):
-                problems.append((key, f"{key} has no effect with stage: cpt; {reason}"))
+                yield key, f"{key} has no effect with stage: cpt; {reason}"
     modes = {constraint.mode for constraint in settings.get("never", ())}
     if stage != "sft" and "ban" in modes:
         message = f"never: mode ban has no effect with stage: {stage}; use mode: filter"
-        problems.append(("never", message))
+        yield "never", message
     if stage != "preference" and "pair" in modes:
         message = f"never: mode pair has no effect with stage: {stage}; use stage: preference"
-        problems.append(("never", message))
+        yield "never", message
     if stage == "preference":
-        problems += find_loss_contradictions(settings)
+        yield from find_loss_contradictions(settings)
         if "rehearsal" in settings:
             message = "rehearsal has no effect with stage: preference, which trains on pairs"
-            problems.append(("rehearsal", message))
+            yield "rehearsal", message
     elif settings.get("loss", PairLoss()) != PairLoss():
-        problems.append(("loss", "loss has no effect without stage: preference"))
-    return problems
+        yield "loss", "loss has no effect without stage: preference"
 
 
-def _find_task_contradictions(settings: Mapping[str, Any]) -> Problems:
+def _find_task_contradictions(settings: Mapping[str, Any]) -> Iterator[Problem]:
     """Check task names. Sources have tasks if any source is named, or if tasks are mixed."""
-    problems: Problems = []
     tasks: dict[str, list[str]] = {}
     named_keys: list[str] = []
     for key in SOURCE_KEYS:
@@ -393,18 +384,16 @@ def _find_task_contradictions(settings: Mapping[str, Any]) -> Problems:
             named_keys.append(key)
     if named_keys and settings.get("stage") == "cpt":
         message = f"{named_keys[0]}: name and prompts have no effect with stage: cpt"
-        problems.append((named_keys[0], message))
+        yield named_keys[0], message
     if not named_keys and "mixture" not in settings:
-        return problems
+        return
     for key, names in tasks.items():
         for name, count in Counter(names).items():
             if name and count > 1:
-                message = f"{key} has the task '{name}' twice: rename one source"
-                problems.append((key, message))
+                yield key, f"{key} has the task '{name}' twice: rename one source"
         if "rehearsal" in settings and "rehearsal" in names:
             message = f"{key}: the name 'rehearsal' is reserved for rehearsal rows: use another"
-            problems.append((key, message))
-    return problems
+            yield key, message
 
 
 def _find_sweep_problems(settings: Mapping[str, Any]) -> Problems:
@@ -413,35 +402,30 @@ def _find_sweep_problems(settings: Mapping[str, Any]) -> Problems:
     if sweep is None:
         return []
     others = {key: value for key, value in settings.items() if key != "sweep"}
-    fixed_messages = {message for _, message in find_contradictions(others)}
-    problems: Problems = []
+    fixed_problems = find_contradictions(others)
+    messages: dict[str, None] = {}  # ordered, without duplicates
     for key, values in sweep.space.items():
         bounds = (values.min, values.max) if isinstance(values, ValueRange) else values
         for value in bounds:
             valid = validate_keys({key: value})
             if key not in valid or valid[key] == "auto":
-                problems.append(("sweep", f"sweep: {key}: {value!r} is not a value of {key}"))
+                messages[f"{key}: {value!r} is not a value of {key}"] = None
                 continue
-            for _, message in find_contradictions(others | valid):
-                if message not in fixed_messages:
-                    problems.append(("sweep", f"sweep: {message}"))
-    return list(dict.fromkeys(problems))
+            for problem in find_contradictions(others | valid):
+                if problem not in fixed_problems:
+                    messages[problem[1]] = None
+    return [("sweep", f"sweep: {message}") for message in messages]
 
 
-def _find_shared_files(settings: Mapping[str, Any]) -> Problems:
-    problems: Problems = []
+def _find_shared_files(settings: Mapping[str, Any]) -> Iterator[Problem]:
     paths_by_key: dict[str, set[str]] = {}
     for key in (*FILE_KEYS, "rehearsal"):
         paths = _collect_paths(settings.get(key, ()))
         for earlier_key, earlier_paths in paths_by_key.items():
             if shared_paths := paths & earlier_paths:
-                message = (
-                    f"{key} and {earlier_key} name the same file, {min(shared_paths)}: "
-                    "a score on it shows nothing"
-                )
-                problems.append((key, message))
+                message = f"{key} and {earlier_key} name the same file, {min(shared_paths)}"
+                yield key, f"{message}: a score on it shows nothing"
         paths_by_key[key] = paths
-    return problems
 
 
 def _collect_paths(value: RehearsalConfig | tuple[DataSource, ...] | Path) -> set[str]:
