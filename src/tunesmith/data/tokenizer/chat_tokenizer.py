@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_file, read_json_object
 from tunesmith.core.types import Json, NewToken
-from tunesmith.data.tokenizer.guarded_tokenizer import GuardedTokenizer, list_unknown_patterns
+from tunesmith.data.tokenizer.guarded_tokenizer import GuardedTokenizer, needs_guard
 from tunesmith.data.tokenizer.pieces import (
     MAX_PIECE_CHARS,
     estimate_growth,
@@ -122,6 +122,8 @@ class ChatTokenizer:
         ordinary_texts = {token.text for token in new_tokens if token.is_ordinary}
         # for text at the start of a document, after control tokens, and after other plain text
         self._start_tokenizer, vocabulary = _make_plain_tokenizer(data, non_special, ordinary_texts)
+        with TokenizerErrors():  # over some steps the library panics: better now than in a run
+            self._start_tokenizer.encode("some text")
         self._rest_tokenizer = _make_variant(data, self._start_tokenizer, should_keep_prefix=True)
         self._continuation_tokenizer = _make_variant(
             data, self._rest_tokenizer, should_keep_prefix=False
@@ -474,9 +476,10 @@ def _make_plain_tokenizer(
 
 
 def _load_tokenizer(data: Json) -> AnyTokenizer:
-    """Load a tokenizer; one with unknown regular expressions encodes in another process."""
+    """Load a tokenizer; one with unknown regular expressions or tables encodes in another
+    process."""
     with TokenizerErrors():
-        if list_unknown_patterns([data.get(name) for name in PATTERN_COMPONENTS]):
+        if needs_guard([data.get(name) for name in PATTERN_COMPONENTS]):
             return GuardedTokenizer(data)
         tokenizer = Tokenizer.from_str(json.dumps(data))
     tokenizer.encode_special_tokens = True

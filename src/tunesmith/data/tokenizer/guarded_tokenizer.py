@@ -1,10 +1,12 @@
-"""A tokenizer whose regular expressions are a stranger's: it encodes in a guarded process.
+"""A tokenizer whose regular expressions or tables are a stranger's: it runs in a guarded process.
 
+    needs_guard(components)          -> whether a tokenizer has any
     list_unknown_patterns(component) -> the regular expressions that no known tokenizer has
     GuardedTokenizer(data)           -> what ChatTokenizer needs of tokenizers.Tokenizer
     load_tokenizer(tokenizer_json)   the job of the process
 
-A pattern can take cubic time or fill the memory, and the library cannot be interrupted. The process
+A pattern can take cubic time or fill the memory, and the library cannot be interrupted. It follows
+a table of SentencePiece (`precompiled_charsmap`) without looking where that leads. The process
 tries the tokenizer first. One that is too slow once is refused from then on. Here a copy without
 patterns answers what needs none: the vocabulary and decoding."""
 
@@ -21,6 +23,7 @@ from tokenizers import Tokenizer
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.types import Json
 from tunesmith.data.guarded_process import ChildError, GuardedProcess
+from tunesmith.data.tokenizer.tokenizer_json import iter_steps
 
 MAX_SECONDS = 5.0  # of processor time per request, the first of which tries the tokenizer
 MIN_LOAD_SPEED = 2**19  # bytes of tokenizer.json per second
@@ -71,6 +74,12 @@ COMMON_PATTERNS = frozenset({
     # BLOOM
     r" ?[^(\s|[.,!?…。，、।۔،])]+",
 })  # fmt: skip
+
+
+def needs_guard(components: list[Any]) -> bool:
+    """Return whether a normalizer, pre-tokenizer or decoder must not run in this process."""
+    has_table = any("precompiled_charsmap" in step for step in iter_steps({"steps": components}))
+    return has_table or bool(list_unknown_patterns(components))
 
 
 def list_unknown_patterns(component: Any) -> list[str]:
@@ -185,7 +194,7 @@ def _explain_failure(error: ChildError, where: str, seconds: float) -> InputErro
     if error.kind == "time":
         message = f"a regular expression of the tokenizer takes over {seconds:.3g} seconds {where}"
     else:
-        message = f"a regular expression of the tokenizer needs too much memory {where}"
+        message = f"the tokenizer needs too much memory {where}"
     return InputError(message, fix=UNKNOWN_FIX)
 
 

@@ -26,7 +26,7 @@ CUT_BYTES = MAX_PIECE_BYTES // 2  # after which it ends at the next space
 BLOCK_CHARS = 2**12  # normalized at once to measure them
 # Normalization forms, and the others that make text longer -> bytes for one of theirs, at most
 UNICODE_GROWTH = {
-    **dict.fromkeys(("NFKC", "NFKD"), 18),
+    **dict.fromkeys(("NFKC", "NFKD", "Precompiled"), 18),
     **dict.fromkeys(("NFC", "NFD"), 4),
     "BertNormalizer": 12,
     "Lowercase": 2,

@@ -330,8 +330,8 @@ def test_fault_11_a_random_table_of_sentencepiece_is_an_input_error(
     path = write_model_folder(tmp_path)
     file = path / "tokenizer.json"
     draw = random.Random(0)
-    for size in (8, 40, 400):
-        for _ in range(20):
+    for size in (8, 400):
+        for _ in range(2):
             raw = (4 * (size // 8)).to_bytes(4, "little") + draw.randbytes(size)
             table = {
                 "type": "Precompiled", "precompiled_charsmap": base64.b64encode(raw).decode(),
