@@ -85,11 +85,11 @@ def schema() -> Json:
     return build_recipe_schema()
 
 
-def doctor(model: str | None = None) -> Diagnosis:
-    """Check this machine: hardware, libraries, and which methods fit `model`, which is fetched."""
+def doctor() -> Diagnosis:
+    """Check this machine: hardware and libraries."""
     from tunesmith.session.doctor import diagnose
 
-    return diagnose(model)
+    return diagnose()
 
 
 def advise(path: AnyPath | None = None, **answers: Any) -> Advice:

@@ -106,14 +106,11 @@ def init(
     print_result(result, f"wrote {result.recipe} and {result.schema}", as_json=as_json)
 
 
-def doctor(
-    model: Annotated[str | None, option("MODEL", "Fetch this model and check what fits.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Check hardware, packages and which methods fit."""
+def doctor(as_json: AsJson = False) -> None:
+    """Check hardware and packages."""
     from tunesmith.cli.views.plan import render_diagnosis
 
-    diagnosis = api.doctor(model)
+    diagnosis = api.doctor()
     print_result(diagnosis, render_diagnosis(diagnosis), as_json=as_json)
 
 

@@ -76,6 +76,7 @@ OLD_FLAGS = {
     "of the repository",
 }
 OLD_VERBS: dict[tuple[str, ...], str] = {
+    ("doctor", "--model"): "tunesmith plan",
     ("data", "review"): "tunesmith data export-reviews",
     ("data", "reviewed"): "tunesmith data import-reviews",
 }

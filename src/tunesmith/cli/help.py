@@ -27,7 +27,7 @@ PANELS = {
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "demo": ("", "--output-dir runs/first"),
     "init": ("--model Qwen/Qwen3-0.6B --data train.jsonl", "--from axolotl.yml"),
-    "doctor": ("", "--model Qwen/Qwen3-8B"),
+    "doctor": ("", "--json"),
     "advise": ("--need format --examples 800", "recipe.yaml --measure --minutes 20"),
     "data check": (
         "recipe.yaml",

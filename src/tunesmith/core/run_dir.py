@@ -19,9 +19,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -79,8 +78,7 @@ OWNER_FILE = ".lock.pid"  # the process that holds the lock
 # files that a process leaves if it is killed before it has a plan
 STARTUP_FILES = (LOCK_FILE, OWNER_FILE, FINGERPRINT_FILE, REJECTED_FILE, SELF_REHEARSAL_FILE)
 RUNS_ROOT = Path("runs")  # the default parent of run folders
-MAX_SUGGESTIONS = 3
-MAX_PATH_PARTS = 50  # of a path whose nearest name is looked for
+RUN_FIX = "name a run folder: `tunesmith runs` lists them"
 EVENT_FIX = f"{RESTORE_FIX}, or remove the line: checkpoints do not depend on it"
 FAILED_CHECK = "failed"  # kind of the CheckResult that ends a run which a gate has stopped
 
@@ -362,54 +360,11 @@ def is_staged(path: Path | str) -> bool:
 def require_run(path: Path) -> None:
     """Raise InputError if the folder is not a run, or has another format."""
     if not os.path.exists(path):
-        raise InputError("no such run folder", where=str(path), fix=suggest_run(path))
+        raise InputError("no such run folder", where=str(path), fix=RUN_FIX)
     if not is_run(path):
         message = f"not a run folder: there is no {PLAN_FILE}"
-        raise InputError(message, where=str(path), fix=suggest_run(path))
+        raise InputError(message, where=str(path), fix=RUN_FIX)
     read_plan_json(path / (STAGES_FILE if is_staged(path) else PLAN_FILE))
-
-
-def suggest_run(path: Path) -> str:
-    """Return a fix for a path that is no run: the run with the closest name, or those there are."""
-    nearest = find_nearest_folders(path)
-    if len(path.parts) == 1:
-        nearest += find_nearest_folders(RUNS_ROOT / path)
-    if close := next(filter(is_run, nearest), None):
-        return f"did you mean {close}?"
-    if runs := list_nearby_runs(path):
-        return f"use one of the runs here: {join_first(map(str, runs))}"
-    return "name a run folder, as `tunesmith train` creates it"
-
-
-def list_nearby_runs(path: Path) -> list[Path]:
-    """Return the runs in a folder, else beside it, else in runs/: the last changed first."""
-    for folder in (path, path.parent, RUNS_ROOT):
-        siblings = sorted(list_folders(folder), key=_read_mtime, reverse=True)
-        if runs := list(filter(is_run, siblings)):
-            return runs
-    return []
-
-
-def join_first(names: Iterable[str]) -> str:
-    """Join the first names; ", ..." stands for the others."""
-    first = list(names)
-    return ", ".join(first[:MAX_SUGGESTIONS]) + (", ..." if len(first) > MAX_SUGGESTIONS else "")
-
-
-def find_nearest_folders(path: Path) -> list[Path]:
-    """Return the folders with a similar path, part by part; the folder itself if it exists."""
-    if os.path.isdir(path):  # unlike Path.is_dir, it accepts names that no file can have
-        return [path]
-    if path == path.parent or len(path.parts) > MAX_PATH_PARTS:
-        return []
-    matches: list[Path] = []
-    for parent in find_nearest_folders(path.parent):
-        folders_by_name = {folder.name: folder for folder in list_folders(parent)}
-        names = [path.name]
-        if path.name not in folders_by_name:
-            names = get_close_matches(path.name, folders_by_name, n=MAX_SUGGESTIONS)
-        matches += [folders_by_name[name] for name in names]
-    return matches
 
 
 def list_folders(path: Path) -> list[Path]:
@@ -418,13 +373,6 @@ def list_folders(path: Path) -> list[Path]:
         return [child for child in path.iterdir() if child.is_dir()]
     except (OSError, ValueError):  # also a name that no file can have
         return []
-
-
-def _read_mtime(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0  # removed, or a broken link
 
 
 def read_plan_json(file: Path) -> Json:

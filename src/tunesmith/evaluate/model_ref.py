@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 
 from tunesmith.core.errors import InputError, raise_if_machine_failed
@@ -23,17 +22,12 @@ from tunesmith.core.run_dir import (
     ADAPTER_DIR,
     EVAL_AFTER_FILE,
     EVAL_BEFORE_FILE,
-    MAX_SUGGESTIONS,
     MODEL_DIR,
     RECORD_FILE,
-    RUNS_ROOT,
-    find_nearest_folders,
+    RUN_FIX,
     find_weights_dir,
     is_run,
     is_staged,
-    join_first,
-    list_folders,
-    list_nearby_runs,
     read_failure,
     read_run_plan,
     read_run_record,
@@ -123,23 +117,13 @@ def _parse_ref(name: str) -> ModelRef:
 
 def _refuse_unknown(name: str) -> None:
     """Raise InputError for a path that does not exist. A hub id looks like one, and passes unless
-    it resembles a run."""
+    its first part is a folder."""
     path = Path(SCALE_SUFFIX.sub("", name)).expanduser()
     if path.exists() or name in BUILT_IN_MODELS:
         return
-    nearest = find_nearest_folders(path)
-    folders = [*nearest, *list_folders(path.parent)]
-    if is_hub_id(name) and not any(is_run(folder) for folder in folders):
+    if is_hub_id(name) and not path.parent.is_dir():
         return
-    suggestions = [str(folder) for folder in nearest]
-    if len(path.parts) == 1:
-        suggestions += [str(folder) for folder in find_nearest_folders(RUNS_ROOT / path)]
-        suggestions += get_close_matches(name.lower(), BUILT_IN_MODELS, n=1, cutoff=0.5)
-    fix = f"built-in models: {', '.join(BUILT_IN_MODELS)}"
-    if runs := list_nearby_runs(path):
-        fix = f"runs here: {join_first(map(str, runs))}; {fix}"
-    if suggestions:
-        fix = f"did you mean {' or '.join(suggestions[:MAX_SUGGESTIONS])}?"
+    fix = f"{RUN_FIX}; built-in models: {', '.join(BUILT_IN_MODELS)}"
     raise InputError("no such run folder, model folder or built-in model", where=name, fix=fix)
 
 

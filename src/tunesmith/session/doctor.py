@@ -1,8 +1,7 @@
-"""`tunesmith doctor`: what this machine has, lacks and can train.
+"""`tunesmith doctor`: what this machine has and lacks.
 
-In: the folder in which runs would be written, and a model if one is named. Out: a Diagnosis. Memory
-is a rough estimate for a pack of 2,048 tokens, good enough to tell "easily" from "never"; the plan
-of a run predicts its own. Left out: printing (cli/views/plan.py).
+In: the folder in which runs would be written. Out: a Diagnosis. Left out: what a model needs
+(`tunesmith plan --compare`), printing (cli/views/plan.py).
 """
 
 from __future__ import annotations
@@ -17,13 +16,9 @@ from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import MachineError
 from tunesmith.core.formatting import format_bytes
 from tunesmith.core.hardware import find_existing_parent, measure_machine, parse_version
-from tunesmith.core.types import Machine, ModelSpec
+from tunesmith.core.types import Machine
 from tunesmith.model.hub.built_in import find_cache_dir
-from tunesmith.model.hub.resolve import resolve_model
-from tunesmith.model.hub.spec import read_spec
-from tunesmith.plan.activations import ActivationSettings, estimate_activation_bytes
 from tunesmith.plan.hardware_presets import MIN_GPU_TORCH, find_missing_for_triton
-from tunesmith.plan.memory import compute_frozen_bytes, count_lora_parameters
 
 # in older versions, loading a model can run code from it: CVE-2026-4372 (transformers),
 # CVE-2025-32434 (torch); the classes of model/hub/families.py are those of transformers 5.24
@@ -43,9 +38,6 @@ EXTRAS = {
 }
 MODULES = {"fla-core": "fla"}  # of packages with another name
 MIN_FREE_DISK_BYTES = 2 * 10**9
-PACK_TOKENS = 2048
-RUNTIME_BYTES = 700 * 10**6  # of Python, torch and transformers
-LORA_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -60,33 +52,18 @@ class MachineCheck:
 
 
 @dataclass(frozen=True)
-class MemoryFit:
-    """A rough estimate of a method's memory, and whether that much is free now."""
-
-    method: str
-    needed_bytes: int
-    has_enough_memory: bool
-    missing: str = ""  # a package that the method needs
-
-
-@dataclass(frozen=True)
 class Diagnosis:
     machine: Machine
     checks: tuple[MachineCheck, ...]
     cache_dir: Path
-    model: ModelSpec | None = None
-    memory_fits: tuple[MemoryFit, ...] = ()
 
     @property
     def is_ok(self) -> bool:
         return all(check.is_ok for check in self.checks if check.is_required)
 
 
-def diagnose(model: str | None = None, *, folder: Path = Path()) -> Diagnosis:
-    """Check the machine, and `model` if one is named.
-
-    `folder` is where runs would be written. Raises InputError or MachineError if the model is not
-    available."""
+def diagnose(folder: Path = Path()) -> Diagnosis:
+    """Check the machine; `folder` is where runs would be written."""
     machine = measure_machine(folder)
     checks = [
         *_check_versions(machine),
@@ -97,16 +74,7 @@ def diagnose(model: str | None = None, *, folder: Path = Path()) -> Diagnosis:
         _check_writable(folder),
         *_check_extras(),
     ]
-    if model is None:
-        return Diagnosis(machine, tuple(checks), find_cache_dir())
-    spec = read_spec(resolve_model(model), name=model)
-    checks += [_check_tokenizer(spec), _check_chat_template(spec)]
-    fits: list[MemoryFit] = []
-    for method, estimate_bytes in MEMORY_ESTIMATORS.items():
-        if method == "full" and spec.num_experts:
-            continue  # refused: the experts of a layer stay frozen
-        fits.append(_estimate_fit(machine, method, estimate_bytes(spec)))
-    return Diagnosis(machine, tuple(checks), find_cache_dir(), spec, tuple(fits))
+    return Diagnosis(machine, tuple(checks), find_cache_dir())
 
 
 def _check_versions(machine: Machine) -> list[MachineCheck]:
@@ -214,57 +182,3 @@ def _check_writable(folder: Path) -> MachineCheck:
         fix = f"make {directory} writable"
         return MachineCheck("write, fsync, rename", False, error.message, fix=fix)
     return MachineCheck("write, fsync, rename", is_ok, str(directory))
-
-
-def _check_tokenizer(spec: ModelSpec) -> MachineCheck:
-    is_ok = (spec.path / "tokenizer.json").is_file()
-    return MachineCheck("tokenizer", is_ok, "tokenizer.json" if is_ok else "no tokenizer.json")
-
-
-def _check_chat_template(spec: ModelSpec) -> MachineCheck:
-    config = spec.path / "tokenizer_config.json"
-    is_ok = (spec.path / "chat_template.jinja").is_file()
-    if not is_ok and config.is_file():
-        is_ok = b'"chat_template"' in config.read_bytes()
-    value = "found" if is_ok else "none"
-    fix = "set chat_template in the recipe, or train on prompt/completion or plain text"
-    return MachineCheck("chat template", is_ok, value, is_required=False, fix="" if is_ok else fix)
-
-
-def _estimate_fit(machine: Machine, method: str, needed_bytes: int) -> MemoryFit:
-    is_missing = method == "qlora" and find_spec("bitsandbytes") is None
-    missing = "bitsandbytes" if is_missing else ""
-    return MemoryFit(method, needed_bytes, needed_bytes <= machine.available_bytes, missing)
-
-
-def _estimate_activation_bytes(spec: ModelSpec) -> int:
-    """Return the bytes saved for the backward pass in bf16, and one chunk of logits."""
-    logit_bytes = 512 * spec.vocab_size * 4 * 2  # with their gradient
-    return estimate_activation_bytes(spec, PACK_TOKENS, ActivationSettings(2)) + logit_bytes
-
-
-def _estimate_lora_bytes(spec: ModelSpec) -> int:
-    """Return the bytes of bf16 weights, and of rank-16 adapters on all linear layers with fp32
-    gradients and two moments."""
-    adapter_bytes = 16 * count_lora_parameters(spec, LORA_RANK)
-    weight_bytes = compute_frozen_bytes(spec, "lora", 2)
-    return RUNTIME_BYTES + weight_bytes + adapter_bytes + _estimate_activation_bytes(spec)
-
-
-def _estimate_qlora_bytes(spec: ModelSpec) -> int:
-    """Return the bytes of LoRA with 4-bit decoder matrices, one of them dequantized."""
-    dequantized_bytes = 2 * spec.hidden_size * spec.intermediate_size
-    saved_bytes = compute_frozen_bytes(spec, "lora", 2) - compute_frozen_bytes(spec, "qlora", 2)
-    return _estimate_lora_bytes(spec) - saved_bytes + dequantized_bytes
-
-
-def _estimate_full_bytes(spec: ModelSpec) -> int:
-    """Return the bytes of bf16 weights and gradients, fp32 master weights and two moments."""
-    return RUNTIME_BYTES + (2 + 2 + 4 + 8) * spec.parameters + _estimate_activation_bytes(spec)
-
-
-MEMORY_ESTIMATORS = {
-    "lora": _estimate_lora_bytes,
-    "qlora": _estimate_qlora_bytes,
-    "full": _estimate_full_bytes,
-}

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from tiny_runs import build_sum_rows, write_rows
 from tunesmith import api
 from tunesmith.core.errors import MachineError
 from tunesmith.data.readers.sources import Source, open_source
@@ -81,9 +82,11 @@ def test_a_file_that_cannot_be_read_is_no_bug(
 
 def test_a_json_file_on_a_failing_disk_is_exit_code_3(
     tiny_folder: Path,
+    tmp_path: Path,
     tunesmith: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", build_sum_rows(1, 4))
     open_file = Path.open
 
     def fail(path: Path, *arguments: Any, **options: Any) -> Any:
@@ -92,7 +95,7 @@ def test_a_json_file_on_a_failing_disk_is_exit_code_3(
         return open_file(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", fail)
-    code, _, stderr = tunesmith("doctor", "--model", str(tiny_folder))
+    code, _, stderr = tunesmith("plan", "--model", str(tiny_folder), "--data", str(rows))
     assert code == 3
     assert "config.json: cannot be read: it broke" in stderr
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from fake_runs import PLAN, make_events, make_record, make_step, write_run, writ
 from tunesmith.core.errors import InputError
 from tunesmith.core.run_dir import (
     EVENTS_FILE,
-    MAX_SUGGESTIONS,
     OWNER_FILE,
     PLAN_FILE,
     RECORD_FILE,
@@ -22,7 +20,6 @@ from tunesmith.core.run_dir import (
     read_run_plan,
     read_run_record,
     require_run,
-    suggest_run,
 )
 
 
@@ -100,30 +97,7 @@ def test_the_closest_run_is_suggested(tmp_path: Path) -> None:
     write_run(tmp_path / "first-run")
     with pytest.raises(InputError, match="no such run folder") as caught:
         require_run(tmp_path / "frst-run")
-    assert caught.value.fix == f"did you mean {tmp_path / 'first-run'}?"
-
-
-@pytest.mark.parametrize("extra", [0, 1])
-def test_the_latest_runs_are_suggested(extra: int, tmp_path: Path) -> None:
-    names = [chr(ord("a") + number) * 4 for number in range(MAX_SUGGESTIONS + extra)]
-    for number, name in enumerate(names):
-        write_run(tmp_path / name)
-        os.utime(tmp_path / name, (number, number))
-    (tmp_path / "no-run").mkdir()
-    latest = [str(tmp_path / name) for name in reversed(names)][:MAX_SUGGESTIONS]
-    ending = ", ..." if extra else ""
-    assert suggest_run(tmp_path) == f"use one of the runs here: {', '.join(latest)}{ending}"
-    beside = f"use one of the runs here: {', '.join(latest)}{ending}"
-    assert suggest_run(tmp_path / "no-run") == beside
-
-
-def test_runs_are_looked_for_in_their_usual_folder_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert suggest_run(Path("x")) == "name a run folder, as `tunesmith train` creates it"
-    write_run(tmp_path / "runs" / "first")
-    assert suggest_run(Path("x")) == "use one of the runs here: runs/first"
+    assert "tunesmith runs" in caught.value.fix
 
 
 def test_a_lock_without_an_owner_is_one_of_somebody(tmp_path: Path) -> None:
@@ -137,13 +111,3 @@ def test_events_of_a_run_come_back(tmp_path: Path) -> None:
     events = make_events()
     run = write_run(tmp_path / "a", events=events)
     assert read_last_events(run, max_bytes=10**6) == events
-
-
-def test_a_bare_name_is_looked_for_among_the_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    RunFolder.create(tmp_path / "runs" / "invoices").write_json("plan.json", {})
-    with pytest.raises(InputError) as caught:
-        require_run(Path("invoice"))
-    assert caught.value.fix == "did you mean runs/invoices?"

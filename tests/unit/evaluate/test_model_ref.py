@@ -156,25 +156,12 @@ def at_work(runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("runs/demo-2", "did you mean runs/demo-1?"),
-        ("rusn/demo-1", "did you mean runs/demo-1?"),
-        ("demo-1", "did you mean runs/demo-1?"),
-        ("runs/demo@0.5", "did you mean runs/demo-1?"),
-        ("runs/demo-1/checkpoint/step-2", "did you mean runs/demo-1/checkpoints/step-2?"),
-        ("./nothing/here", "runs here: runs/demo-1; built-in models: smollm2-135m-instruct"),
-        ("/nowhere/at/all", "runs here: runs/demo-1; built-in models: smollm2-135m-instruct"),
-        ("runs/else", "runs here: runs/demo-1; built-in models: smollm2-135m-instruct"),
-        ("smollm2-135m", "did you mean smollm2-135m-instruct?"),
-    ],
-)
+@pytest.mark.parametrize("name", ["runs/demo-2", "runs/demo@0.5", "./nothing/here", "smollm2-135m"])
 @pytest.mark.parametrize(
     "words", [("eval", "NAME"), ("compare", "NAME", "base"), ("compare", "runs/demo-1", "NAME")]
 )
-def test_a_name_of_nothing_is_said_with_what_is_near(
-    words: tuple[str, ...], name: str, meant: str, at_work: Path, capsys: pytest.CaptureFixture[str]
+def test_a_name_of_nothing_is_refused(
+    words: tuple[str, ...], name: str, at_work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert at_work.is_dir()
     with pytest.raises(SystemExit) as ended:
@@ -182,14 +169,12 @@ def test_a_name_of_nothing_is_said_with_what_is_near(
     assert ended.value.code == 2
     output = capsys.readouterr().err
     assert f"error: {name}: no such run folder, model folder or built-in model\n" in output
-    assert f"fix: {meant}" in output
+    assert "fix: name a run folder: `tunesmith runs` lists them; built-in models: " in output
 
 
 def test_an_id_on_the_hub_is_left_to_the_hub(at_work: Path) -> None:
-    """Also where folders are called alike, unless they are runs."""
-    (at_work / "owner" / "model-3.1").mkdir(parents=True)
-    for name in ("owner/model-3.2", "somebody/model"):
-        assert parse_model_ref(name).run_dir is None
+    assert at_work.is_dir()
+    assert parse_model_ref("somebody/model").run_dir is None
     with pytest.raises(InputError, match="invalid path: File name too long"):
         parse_model_ref("x" * 300)
 

@@ -235,7 +235,7 @@ ESTIMATE_ROWS: dict[str, Callable[[MethodEstimate], str]] = {
 
 
 def render_diagnosis(diagnosis: Diagnosis) -> RenderableType:
-    """Show the machine, what was checked on it, and what fits."""
+    """Show the machine and what was checked on it."""
     machine = diagnosis.machine
     memory = f"{format_bytes(machine.available_bytes)} of {format_bytes(machine.memory_bytes)}"
     cores = format_count(machine.cores, "core")
@@ -247,19 +247,7 @@ def render_diagnosis(diagnosis: Diagnosis) -> RenderableType:
     for check in diagnosis.checks:
         fix = "" if check.is_ok or not check.fix else f"\n{check.fix}"
         table.add_row(_format_mark(check), check.name, escape_markup(f"{check.value}{fix}"))
-    parts: list[RenderableType] = [escape_markup(head), table]
-    if model := diagnosis.model:
-        size = f"{model.parameters / 1e6:.0f}M parameters"
-        parts.append(escape_markup(f"model {model.name}: {size} in {model.path}"))
-        if model.omitted_bytes:
-            parts.append(describe_text_part(model))
-    for fit in diagnosis.memory_fits:
-        verdict = "[green]fits[/]" if fit.has_enough_memory else "[red]does not fit[/]"
-        line = f"{fit.method}: about {format_bytes(fit.needed_bytes)}, {verdict}"
-        if fit.missing:
-            line += f"; [yellow]needs {fit.missing}, which is not installed[/]"
-        parts.append(line)
-    return Group(*parts)
+    return Group(escape_markup(head), table)
 
 
 def _format_mark(check: MachineCheck) -> Text:
