@@ -115,7 +115,8 @@ def build_verb_table() -> list[str]:
 
 
 def build_help_pages() -> list[str]:
-    """The help of every verb: its usage, and a table of its arguments and options."""
+    """The help of every verb: its usage, and a table of its arguments and options but --json, which
+    the head of the page explains once."""
     lines: list[str] = []
     for name, verb in VERBS.items():
         lines += [f"## tunesmith {name}", "", *_build_help_page(name, verb), ""]
@@ -127,6 +128,8 @@ def _build_help_page(name: str, verb: Callable[..., None]) -> list[str]:
     rows: list[str] = []
     hints = get_type_hints(verb, include_extras=True)
     for key, parameter in inspect.signature(verb).parameters.items():
+        if key == "as_json":
+            continue
         hint, info = get_args(hints[key])
         is_required = parameter.default is parameter.empty
         default = "required" if is_required else _format_default(parameter.default)
@@ -149,7 +152,8 @@ def _build_help_page(name: str, verb: Callable[..., None]) -> list[str]:
         rows.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
     head = ["| argument or option | takes | if left out | meaning |", "|---|---|---|---|"]
     summary = (inspect.getdoc(verb) or "").split("\n\n")[0].replace("\n", " ")
-    return [summary, "", "```", " ".join([*usage, "[OPTIONS]"]), "```", "", *head, *rows]
+    text = f"`{' '.join([*usage, '[OPTIONS]'])}`: {summary[0].lower()}{summary[1:]}"
+    return [text, "", *head, *rows] if rows else [text]
 
 
 def build_family_table() -> list[str]:
