@@ -32,7 +32,6 @@ from tunesmith.model.attention import AttentionConfig, attend
 from tunesmith.model.bank_linear import RowAdapters
 from tunesmith.model.experts import freeze_routing
 from tunesmith.model.frozen_weight import BlockedWeight, has_onednn_bf16, limit_onednn_cache
-from tunesmith.model.hub.config_values import CAPPED_HEAD_TYPES
 from tunesmith.model.hub.stored_tensors import has_uniform_layers
 from tunesmith.model.hub.text_class import LOAD_ERRORS, transformers_errors, use_torch_code
 from tunesmith.model.kernels import ops
@@ -73,6 +72,10 @@ HEAD_FACTORS = {
     **dict.fromkeys(("granitemoe", "granitemoe_swa"), ("logits_scaling", -1)),
     **dict.fromkeys(("granitemoehybrid", "granitemoeshared"), ("logits_scaling", -1)),
 }
+# types that cap logits
+CAPPED_HEAD_TYPES = (
+    *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "nanochat", "vaultgemma"),
+)
 RunLayers = Callable[[Tensor], Tensor | None]
 Network = PreTrainedModel  # for other packages, which do not import transformers
 # our attention; transformers builds no mask for a name without a mask function

@@ -55,8 +55,6 @@ from tunesmith.model.hub.stored_tensors import (
 )
 from tunesmith.model.hub.validate import TensorHeader, has_weights, read_headers, read_model_json
 from tunesmith.model.target_modules import (
-    EMBEDDING,
-    EMBEDDINGS,
     RECURRENT,
     find_embedding,
     find_layer,
@@ -127,15 +125,16 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
     hidden_size = sizes.require("hidden_size")
     num_layers = sizes.require("num_hidden_layers")
     headers, omitted_bytes = _load_headers(config)
-    blocks = _count_block_parameters(headers)
-    experts = _count_expert_parameters(headers)
+    blocks = {name: tensor for name, tensor in headers.items() if _is_block(name, tensor)}
+    block_parameters = _count_parameters(blocks)
+    experts = _count_parameters({name: blocks[name] for name in blocks if ".experts." in name})
     # a config can have a number of experts though all layers are dense
     num_experts = count_experts(config.text) if experts else 0
     num_experts_per_token = count_experts_per_token(config.text) if num_experts else 0
     layer_mixers = find_layer_mixers(config.text, config.family, config.where)
     num_kv_heads = sizes.get("num_key_value_heads", heads)
     head_dim = _find_head_dim(config, headers, sizes)
-    check_rotation(config.text, config.text_type, head_dim, config.where)
+    check_rotation(config.text, config.text_type, config.where)
     num_attention_layers = sum("attention" in mixer for mixer in layer_mixers)
     spec = ModelSpec(
         name=name or path.name,
@@ -155,9 +154,13 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
         parameters=_count_parameters(headers),
         dtype=_find_dtype(headers, path),
         origin=_read_origin(path),
-        block_parameters=blocks,
-        packed_parameters=_count_packed_parameters(headers),
-        active_parameters=blocks - experts + experts * num_experts_per_token // (num_experts or 1),
+        block_parameters=block_parameters,
+        packed_parameters=_count_parameters(
+            {name: tensor for name, tensor in headers.items() if tensor.dtype == MXFP4_DTYPE}
+        ),
+        active_parameters=block_parameters
+        - experts
+        + experts * num_experts_per_token // (num_experts or 1),
         layer_mixers=layer_mixers,
         num_experts=num_experts,
         num_experts_per_token=num_experts_per_token,
@@ -168,10 +171,7 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
         cache_values=count_cache_values(headers, num_attention_layers, num_kv_heads * head_dim),
         recurrent=find_recurrent_shape(config.text, layer_mixers, config.where),
     )
-    _refuse_empty_matrices(headers, config.where)
-    _check_expert_counts(headers, spec, config.where)
-    _check_sizes(spec, headers, config)
-    _check_layer_words(spec, config.where)
+    _check_layers(spec, headers, config.where)
     _check_token_ids(spec, config.text)
     return spec
 
@@ -269,28 +269,10 @@ def _count_parameters(headers: Mapping[str, TensorHeader]) -> int:
     return sum(prod(tensor.shape) for tensor in headers.values())
 
 
-def _count_block_parameters(headers: Mapping[str, TensorHeader]) -> int:
-    """Count the parameters of the matrices in the layers."""
-    return sum(prod(tensor.shape) for name, tensor in headers.items() if _is_block(name, tensor))
-
-
-def _count_expert_parameters(headers: Mapping[str, TensorHeader]) -> int:
-    """Count those of the matrices of routed experts."""
-    total = 0
-    for name, tensor in headers.items():
-        if _is_block(name, tensor) and ".experts." in name:
-            total += prod(tensor.shape)
-    return total
-
-
 def _find_per_layer_rows(headers: Mapping[str, TensorHeader]) -> int:
     """Return the rows of the embedding that all layers read beside their inputs, 0 without one."""
     tables = [tensor for name, tensor in headers.items() if PER_LAYER_EMBEDDING in name]
     return tables[0].shape[0] if tables else 0
-
-
-def _count_packed_parameters(headers: Mapping[str, TensorHeader]) -> int:
-    return sum(prod(tensor.shape) for tensor in headers.values() if tensor.dtype == MXFP4_DTYPE)
 
 
 def _is_block(name: str, tensor: TensorHeader) -> bool:
@@ -462,65 +444,32 @@ def _read_origin(path: Path) -> str:
     return str(read_model_json(manifest).get("origin", "")) if manifest.is_file() else ""
 
 
-def _check_sizes(
-    spec: ModelSpec, headers: Mapping[str, TensorHeader], config: _ModelConfig
-) -> None:
-    """Raise InputError for weights of other layers or tokens than the config's. The shapes of the
-    layers are compared when the weights are loaded (text_network.py)."""
-    where = config.where
+def _check_layers(spec: ModelSpec, headers: Mapping[str, TensorHeader], where: str) -> None:
+    """Raise InputError for weights of other layers than the config's, whose plan would be that of
+    another model. All shapes are compared when the weights are loaded (text_network.py)."""
     if spec.num_heads % spec.num_kv_heads:
         message = f"{spec.num_heads} heads cannot share {spec.num_kv_heads} key and value heads"
         raise InputError(message, where=where, fix=DOWNLOAD_CONFIG_FIX)
-    if spec.num_layers > len(headers):
-        message = (
-            f"config.json has {spec.num_layers:,} layers, the weights {len(headers):,} tensors"
-        )
-        raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
-    for name in headers:
-        layer = find_layer(name)
-        if layer is not None and layer.number == spec.num_layers:
-            message = f"config.json has {spec.num_layers} layers but the weights have {name}"
-            raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
-    name = f"{EMBEDDINGS.get(config.text_type, EMBEDDING)}.weight"
-    shape = _find_tensor(headers, name, spec.path).shape
-    expected = (spec.vocab_size, spec.hidden_size)
-    if shape != expected:
-        message = f"the tensor {name} has shape {list(shape)}, config.json says {list(expected)}"
-        raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
-
-
-def _refuse_empty_matrices(headers: Mapping[str, TensorHeader], where: str) -> None:
+    if spec.num_experts_per_token > spec.num_experts:
+        message = f"each token goes to {spec.num_experts_per_token} experts of {spec.num_experts}"
+        raise InputError(message, where=where, fix=DOWNLOAD_CONFIG_FIX)
     for name, tensor in headers.items():
         if len(tensor.shape) > 1 and 0 in tensor.shape:
             message = f"the tensor {name} holds no values: its shape is {list(tensor.shape)}"
             raise InputError(message, where=where, fix="choose a model without sizes of 0")
-
-
-def _check_expert_counts(headers: Mapping[str, TensorHeader], spec: ModelSpec, where: str) -> None:
-    """Raise InputError for a layer that has not as many experts as config.json says, or fewer than
-    each token goes to."""
-    num_experts = spec.num_experts
-    if spec.num_experts_per_token > num_experts:
-        message = f"each token goes to {spec.num_experts_per_token} experts of {num_experts}"
-        raise InputError(message, where=where, fix=DOWNLOAD_CONFIG_FIX)
-    for name, tensor in headers.items():
-        is_stack = ".experts." in name and len(tensor.shape) == 3
-        if is_stack and tensor.shape[0] != num_experts:
-            message = f"{name} holds {tensor.shape[0]} experts, config.json says {num_experts}"
+        layer = find_layer(name)
+        if layer is not None and layer.number == spec.num_layers:
+            message = f"config.json has {spec.num_layers} layers but the weights have {name}"
             raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
-
-
-def _check_layer_words(spec: ModelSpec, where: str) -> None:
-    """Raise InputError unless as many layers have the weights of a mixer as config.json says.
-    Without layer_types it may say nothing, and transformers' default is for another model."""
-    counts = {
-        ATTENTION: sum(ATTENTION in mixer for mixer in spec.layer_mixers),
-        RECURRENT: sum(mixer not in (ATTENTION, NO_MIXER) for mixer in spec.layer_mixers),
+    # without layer_types transformers' default may be of another model
+    words = {
+        ATTENTION: [mixer for mixer in spec.layer_mixers if ATTENTION in mixer],
+        RECURRENT: [mixer for mixer in spec.layer_mixers if mixer not in (ATTENTION, NO_MIXER)],
     }
-    for part, expected in counts.items():
+    for part, layers in words.items():
         actual = spec.parts[part].layers if part in spec.parts else 0
-        if actual != expected:
-            message = f"config.json says {expected} {part} layers, the weights have {actual}"
+        if actual != len(layers):
+            message = f"config.json says {len(layers)} {part} layers, the weights have {actual}"
             fix = "add layer_types to config.json, or download it again"
             raise InputError(message, where=where, fix=fix)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -72,15 +71,6 @@ def test_layers_that_the_config_calls_otherwise_are_refused(family: str, tmp_pat
         read_spec(folder)
 
 
-@pytest.mark.parametrize("family", ["llama", "olmo2", "qwen3"])
-def test_a_window_that_a_type_ignores_is_no_reason_to_refuse_it(
-    family: str, tmp_path: Path
-) -> None:
-    folder = save_changed(family, tmp_path)
-    edit_config(folder, sliding_window=0, layer_types=None)
-    assert read_spec(folder).model_type == family
-
-
 PLAIN = {"rope_type": "default", "rope_theta": 100.0}
 DYNAMIC = PLAIN | {"rope_type": "dynamic", "factor": 4.0}
 PARTS = {"sliding_attention": PLAIN, "full_attention": PLAIN | {"rope_theta": 5000.0}}
@@ -101,29 +91,20 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
         (name, {"sliding_window": None}, "sliding_window is null", "full_attention")
         for name in ("gemma2", "gpt_oss", "granite_swa", "mellum")
     ),
-    # its masks have no window, flash attention would have one
-    ("olmoe", {"sliding_window": 6}, "olmoe has a sliding_window of 6, which trans", "null"),
     # transformers divides by it, and all logits are equal
     *(("gemma2", {f"{k}_logit_softcapping": 0.0}, "is 0.0: nothing", "null") for k in CAPPED),
     ("gemma4", {"final_logit_softcapping": 0.0}, "is 0.0: nothing is left", "null"),
     ("nanochat", {"final_logit_softcapping": 0.0}, "is 0.0: nothing is left", "null"),
     *(
-        (name, WINDOWS | {"use_sliding_window": False}, "is off", "use_sliding_window")
+        (name, WINDOWS | {"use_sliding_window": False}, "is off", "full_attention")
         for name in ("qwen2_moe", "qwen2", "qwen3", "smollm3")
     ),
     *((name, {key: -1}, f"{key} is -1, less than 0", f"correct {key}") for name, key in SIZES),
-    *((name, {"head_dim": 3}, "head_dim is 3, but a rot", "") for name in ("llama", "qwen3_moe")),
-    ("qwen3", {"head_dim": 1}, "head_dim is 1, but a rotation turns", "correct head_dim"),
-    ("deepseek_v3", {"qk_rope_head_dim": 3}, "qk_rope_head_dim is 3, but a rotation", "correct"),
     # complex, or modules of their own, whose frequencies a pack would share
     *(
         (name, {"rope_parameters": DYNAMIC}, f"{name} with a rotation that depends", "rope_type")
         for name in ("deepseek_v2", "granite_swa", "granitemoe_swa")
     ),
-    # transformers takes the parts for parameters, and fails on what is missing
-    ("granite_swa", {"rope_parameters": PARTS}, "alike, but rope_parameters", "layer_rope_theta"),
-    ("cwm", {"rope_parameters": PARTS}, "alike, but rope_parameters has parts", "one rotation"),
-    ("qwen2", {"rope_parameters": ..., "rope_scaling": PARTS}, "alike, but rope_scaling", ""),
     ("qwen3_5", {"linear_num_key_heads": 3}, "4 heads .* cannot share 3 keys", ""),
     ("qwen3_moe", {"num_experts_per_tok": 20}, "each token goes to 20 experts of 8", ""),
     ("gemma4-experts", {"top_k_experts": 20}, "each token goes to 20 experts of 6", ""),
@@ -148,10 +129,10 @@ def test_a_config_of_rare_values_is_refused_by_name(
     assert caught.value.fix
 
 
-@pytest.mark.parametrize("family", ["gemma2", "olmoe", "nanochat"])
+@pytest.mark.parametrize("family", ["gemma2", "mixtral", "nanochat"])
 def test_null_is_no_window_and_no_cap(family: str, tmp_path: Path) -> None:
     folder = save_changed(family, tmp_path)
-    key = "sliding_window" if family == "olmoe" else "final_logit_softcapping"
+    key = "sliding_window" if family == "mixtral" else "final_logit_softcapping"
     edit_config(folder, **{key: None})
     assert read_spec(folder).model_type == family
 
@@ -159,29 +140,29 @@ def test_null_is_no_window_and_no_cap(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
 def test_a_rotation_by_length_is_refused_of_one_kind_of_layers_too(key: str) -> None:
     with pytest.raises(InputError, match="deepseek_v2 with a rotation that depends on"):
-        check_rotation({key: STRANGE_PARTS}, "deepseek_v2", 16, "config.json")
-    check_rotation({key: PARTS}, "deepseek_v2", 16, "config.json")
+        check_rotation({key: STRANGE_PARTS}, "deepseek_v2", "config.json")
+    check_rotation({key: PARTS}, "deepseek_v2", "config.json")
 
 
 @pytest.mark.parametrize("key", ["rope_type", "type"])
 def test_an_unknown_rotation_is_refused_by_its_name(key: str) -> None:
     """transformers says KeyError when it builds the network, long after the plan."""
     for name in ROPE_TYPES:
-        check_rotation({"rope_parameters": {key: name}}, "llama", 16, "config.json")
+        check_rotation({"rope_parameters": {key: name}}, "llama", "config.json")
     for text in (
         {"rope_scaling": {key: "spiral"}},
         {"rope_parameters": {"full_attention": {key: "spiral"}}},
     ):
         with pytest.raises(InputError, match="rope_type 'spiral' is unknown") as caught:
-            check_rotation(text, "llama", 16, "config.json")
+            check_rotation(text, "llama", "config.json")
         assert "known: default, linear, dynamic" in caught.value.fix
 
 
 def test_the_older_name_of_longrope_is_known_for_phi3_only() -> None:
     text = {"rope_scaling": {"type": "su"}}
-    check_rotation(text, "phi3", 16, "config.json")
+    check_rotation(text, "phi3", "config.json")
     with pytest.raises(InputError, match="rope_type 'su' is unknown"):
-        check_rotation(text, "llama", 16, "config.json")
+        check_rotation(text, "llama", "config.json")
 
 
 def test_the_known_rotations_are_those_of_transformers() -> None:
@@ -195,20 +176,6 @@ def test_types_that_rotate_their_layers_otherwise_have_a_rotation_for_each_kind(
     config = CONFIGS[family].to_dict()
     assert set(config["rope_parameters"]) <= {"sliding_attention", "full_attention"}
     assert read_spec(save_changed(family, tmp_path)).num_layers
-
-
-def test_a_part_that_is_rotated_in_one_type_of_layers_may_be_of_an_odd_head() -> None:
-    partial = {"full_attention": {"rope_type": "default", "partial_rotary_factor": 0.5}}
-    check_rotation({"rope_parameters": partial}, "llama", 15, "config.json")
-    with pytest.raises(InputError, match="head_dim is 15, but a rotation turns"):
-        check_rotation({"rope_parameters": {"full_attention": {}}}, "llama", 15, "config.json")
-
-
-def test_heads_that_are_not_rotated_may_have_an_odd_size(tmp_path: Path) -> None:
-    gpt2 = save_changed("gpt2", tmp_path / "gpt2", n_embd=36, n_head=4)
-    assert read_spec(gpt2).model_type == "gpt2"
-    nemotron = save_changed("nemotron_h", tmp_path / "nemotron_h", head_dim=5)
-    assert read_spec(nemotron).model_type == "nemotron_h"
 
 
 @pytest.mark.parametrize("name", ["InternLM3ForCausalLM", "LlamaForCausalLM"])
@@ -255,16 +222,6 @@ def test_attention_alone_may_have_another_activation(tmp_path: Path) -> None:
     layers = ["full_attention"] * 3
     qwen = save_changed("qwen3_5", tmp_path / "qwen", hidden_act="gelu", layer_types=layers)
     assert read_spec(qwen).model_type.startswith("qwen3_5")
-
-
-def test_a_layer_with_too_few_experts_is_refused_while_planning(tmp_path: Path) -> None:
-    folder = save_changed("qwen3_moe", tmp_path)
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    kept = {name: tensor for name, tensor in tensors.items() if "1.mlp.experts.7." not in name}
-    save_file(kept, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"layers\.1\..*holds 7 experts, config\.json says 8"):
-        read_spec(folder)
 
 
 def test_shared_keys_need_no_embeddings_in_a_model_without_them(tmp_path: Path) -> None:
