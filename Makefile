@@ -21,7 +21,7 @@ promises: $(BIN)/pytest  ## long tests of what README promises, which CI runs
 	OMP_NUM_THREADS=1 $(PYTEST) -m 'promise and not slow'
 	OMP_NUM_THREADS=1 $(PYTEST) -m 'slow and promise and not more_seeds'
 
-slow: $(BIN)/pytest  ## all other long tests, for the night: further families, one seed per effect
+slow: $(BIN)/pytest  ## all other long tests, for the night: one seed of each effect, further families
 	OMP_NUM_THREADS=1 $(PYTEST) -m 'slow and not promise and not more_seeds'
 
 multi: $(BIN)/pytest  ## runs on two and three processes over gloo

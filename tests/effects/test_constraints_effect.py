@@ -9,8 +9,6 @@ from tiny_runs import train
 from tunesmith.api import read_record
 from tunesmith.recipe.schema import Recipe
 
-pytestmark = pytest.mark.promise
-
 ROWS = Path(__file__).parents[2] / "recipes" / "data" / "constraints"
 
 

@@ -11,8 +11,6 @@ from tunesmith.api import read_record
 from tunesmith.core.types import Json
 from tunesmith.recipe.schema import Recipe
 
-pytestmark = pytest.mark.promise
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)

@@ -12,8 +12,6 @@ from tiny_runs import train
 from tunesmith.api import read_record
 from tunesmith.recipe.load import read_recipe
 
-pytestmark = pytest.mark.promise
-
 RECIPE = Path(__file__).parents[2] / "recipes" / "instruction.yaml"
 
 

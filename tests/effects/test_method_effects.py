@@ -13,8 +13,6 @@ from tunesmith.core.types import Comparison, Json
 from tunesmith.recipe.demo import DEMO_RECIPE
 from tunesmith.recipe.schema import Recipe
 
-pytestmark = pytest.mark.promise
-
 METHODS: dict[str, Json] = {
     "qlora": {"method": "qlora"},
     "dora": {"use_dora": True},

@@ -17,8 +17,6 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.train import run
 
-pytestmark = pytest.mark.promise
-
 DEMO = Path(tunesmith.__file__).parent / "recipe" / "demo"
 
 

@@ -15,8 +15,6 @@ from tunesmith.recipe.load import read_recipe
 from tunesmith.recipe.schema import Stages
 from tunesmith.train import stages
 
-pytestmark = pytest.mark.promise
-
 DEMO = Path(tunesmith.__file__).parent / "recipe" / "demo"
 
 

@@ -10,8 +10,6 @@ import pytest
 
 from experiment_modules import import_module
 
-pytestmark = pytest.mark.promise
-
 ROOT = Path(__file__).parents[2]
 
 
