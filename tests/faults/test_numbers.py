@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import tunesmith
 from plan_configs import make_config
 from tiny_models import make_tiny_document, make_tiny_model
 from tiny_runs import make_tiny_recipe, read_adapter_bytes, select_steps, train, write_eval_files
@@ -22,9 +23,9 @@ from tunesmith.core.events import CheckResult, Event, TrainStep
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import RunFolder, read_all_events, read_events, read_failure
 from tunesmith.core.types import RUN_FORMAT, Batch
-from tunesmith.evaluate import finished_run
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.safetensors_io import find_nonfinite, write_tensors
+from tunesmith.session.reopen import load_trained_session
 from tunesmith.train import run
 from tunesmith.train.loop import TrainingLoop
 
@@ -88,9 +89,9 @@ def test_fault_27_three_steps_in_a_row_that_are_no_number_fail_the_run(
     assert find_nonfinite(load_file(checkpoint / "state.safetensors")) == ""
 
     for use in (
-        finished_run.reopen_session,
-        finished_run.evaluate_run,
-        lambda path: next(finished_run.chat(path, ["hello"])),
+        load_trained_session,
+        tunesmith.evaluate,
+        lambda path: next(tunesmith.chat(path, ["hello"])),
     ):
         with pytest.raises(GateError, match="this run failed: 3 consecutive non-finite steps"):
             use(folder)
@@ -153,7 +154,7 @@ def test_fault_27_a_gate_that_says_no_after_training_fails_the_run_too(
     with pytest.raises(GateError):
         train(wish)
     with pytest.raises(GateError, match="this run failed: the model's logits"):
-        finished_run.reopen_session(tmp_path / "run")
+        load_trained_session(tmp_path / "run")
 
 
 # ---------------------------------------------------------------- nothing of it is written

@@ -11,7 +11,7 @@ from tiny_recipe_runs import Lab
 from tiny_runs import make_tiny_recipe, plan_recipe, save_model_folder
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
-from tunesmith.evaluate import finished_run
+from tunesmith.session.reopen import load_trained_session
 
 
 def dtype(lab: Lab) -> None:
@@ -24,7 +24,7 @@ def attention(lab: Lab) -> None:
     expected = [step.loss for step in lab.steps(attention="reference")]
     losses = [step.loss for step in lab.steps(attention="dense_mask")]
     assert losses == pytest.approx(expected, rel=1e-4)
-    assert finished_run.reopen_session(lab.output).model.backend == "dense_mask"
+    assert load_trained_session(lab.output).model.backend == "dense_mask"
     with pytest.raises(ValidationError, match="attention"):
         lab.events(attention="flash")
 
@@ -38,7 +38,7 @@ def gradient_checkpointing(lab: Lab) -> None:
     assert len(adapters) == 1, "the same gradients, to the bit"
     assert planned == sorted(planned, reverse=True)
     assert len(set(planned)) == 3
-    layers = finished_run.reopen_session(lab.output).model.decoder.layers
+    layers = load_trained_session(lab.output).model.decoder.layers
     assert [getattr(layer, "gradient_checkpointing", False) for layer in layers] == [True, False]
     assert lab.plan(gradient_checkpointing=True).config.gradient_checkpointing == "full"
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+import tunesmith
 from tiny_runs import (
     build_sum_rows,
     make_chat_row,
@@ -29,10 +30,10 @@ from tiny_runs import (
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckResult, Score
 from tunesmith.core.json_io import read_json
-from tunesmith.evaluate import finished_run
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.session.identity import read_provenance
+from tunesmith.session.reopen import load_trained_session
 from tunesmith.session.session import open_session
 from tunesmith.train import run
 from tunesmith.train.preflight import run_preflight
@@ -228,7 +229,7 @@ def test_before_is_the_model_that_training_starts_from(
     )
     of_base = next(e for e in base if isinstance(e, Score) and (e.metric, e.step) == ("loss", 0))
     assert before.value < of_base.value - 0.3
-    again = {c.metric: c for c in finished_run.evaluate_run(Path(str(wish.output_dir))).comparisons}
+    again = {c.metric: c for c in tunesmith.evaluate(Path(str(wish.output_dir))).comparisons}
     assert again["loss"].before.value == pytest.approx(before.value, rel=1e-6)
 
 
@@ -337,9 +338,9 @@ def test_a_finished_run_answers_without_the_adapter_it_started_from(
     peft_adapter(tiny_folder, tmp_path / "theirs")
     train(make_tiny_recipe(tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), **LEFT))
     shutil.rmtree(tmp_path / "theirs")
-    assert isinstance(next(finished_run.chat(tmp_path / "run", ["1 and 1"])), str)
+    assert isinstance(next(tunesmith.chat(tmp_path / "run", ["1 and 1"])), str)
     with pytest.raises(InputError, match="no adapter in this folder"):
-        finished_run.evaluate_run(tmp_path / "run")
+        tunesmith.evaluate(tmp_path / "run")
 
 
 # ---------------------------------------------------------------- what it belongs to
@@ -414,17 +415,17 @@ def test_an_adapter_folder_says_what_it_belongs_to(first: Recipe, tiny_folder: P
 def test_reopening_says_what_differs(tiny_folder: Path, tmp_path: Path) -> None:
     wish = make_tiny_recipe(shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path)
     train(wish)
-    assert next(finished_run.chat(tmp_path / "run", ["1 and 1"])) is not None
+    assert next(tunesmith.chat(tmp_path / "run", ["1 and 1"])) is not None
     config = tmp_path / "model" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token": "<|start|>"}))
     with pytest.raises(InputError, match="names of special tokens: sha256"):
-        finished_run.reopen_session(tmp_path / "run")
+        load_trained_session(tmp_path / "run")
     template = tmp_path / "model" / "chat_template.jinja"
     template.write_text(template.read_text() + "{# more #}")
     save_model_folder(tmp_path / "model2", seed=3)
     shutil.copy(tmp_path / "model2" / "model.safetensors", tmp_path / "model" / "model.safetensors")
     with pytest.raises(InputError) as caught:
-        finished_run.reopen_session(tmp_path / "run")
+        load_trained_session(tmp_path / "run")
     lines = caught.value.message.splitlines()[1:]
     assert [line.split(":")[0].strip() for line in lines] == [
         "base weights model.safetensors",
@@ -442,7 +443,7 @@ def test_reference_prompts_detect_another_tokenization_by_the_same_files(
     content["reference_prompts"][1]["token_ids"][5] += 1
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"not as the run wrote it: tunesmith\.json"):
-        finished_run.reopen_session(tmp_path / "copy")
+        load_trained_session(tmp_path / "copy")
     (tmp_path / "copy" / "adapter" / "manifest.json").unlink()
     with pytest.raises(
         InputError, match=r"reference prompt 2: \d+ tokens -> \d+, different from token 6 on"

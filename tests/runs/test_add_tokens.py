@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import tunesmith
 from tiny_runs import (
     make_chat_row,
     make_tiny_recipe,
@@ -27,11 +28,11 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.types import Json, Pack
 from tunesmith.data.collate import collate
-from tunesmith.evaluate import finished_run
 from tunesmith.export.export import export_run
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
+from tunesmith.session.reopen import load_trained_session
 from tunesmith.train import run, stages
 
 pytestmark = [
@@ -172,7 +173,7 @@ def test_peft_answers_as_the_run_does(first: Recipe, model: Path) -> None:
     if base.config.vocab_size < len(AutoTokenizer.from_pretrained(adapter)):
         base.resize_token_embeddings(261)
     theirs: Any = PeftModel.from_pretrained(base, adapter).eval()
-    bench = finished_run.reopen_session(location(first))
+    bench = load_trained_session(location(first))
     document = bench.rows.render_documents(0)[0]
     tokens = document.tokens_L.tolist()
     batch = collate(Pack((document,)))
@@ -195,7 +196,7 @@ def test_before_is_the_base_with_the_tokens_as_they_started(first: Recipe) -> No
         json.loads(line) for line in (location(first) / "events.jsonl").read_text().splitlines()
     ]
     before = {e["metric"]: e["value"] for e in events if e["type"] == "score" and e["step"] == 0}
-    again = {item.metric: item for item in finished_run.evaluate_run(location(first)).comparisons}
+    again = {item.metric: item for item in tunesmith.evaluate(location(first)).comparisons}
     assert again["loss"].before.value == pytest.approx(before["loss"], rel=1e-6)
     assert again["loss"].after.value < again["loss"].before.value - 0.1
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+import tunesmith
 from tiny_runs import (
     build_sum_rows,
     make_tiny_recipe,
@@ -25,7 +26,6 @@ from tunesmith.api import read_record
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult, Event, Score
 from tunesmith.core.types import Json
-from tunesmith.evaluate import finished_run
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.train import run
@@ -96,7 +96,7 @@ def test_texts_are_measured_in_bits_per_byte_before_after_and_on_the_way(
         if isinstance(item, Score) and 0 < item.step < len(select_steps(events))
     )
     assert looks["eval"] == looks["general text"] == (len(select_steps(events)) - 1) // 5
-    again = {item.task: item for item in finished_run.evaluate_run(tmp_path / "run").comparisons}
+    again = {item.task: item for item in tunesmith.evaluate(tmp_path / "run").comparisons}
     assert again["test"].after.value == pytest.approx(actual["test"].after.value)
 
 

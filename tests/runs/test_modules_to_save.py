@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import tunesmith
 from tiny_export import save_model, save_run
 from tiny_runs import (
     build_sum_rows,
@@ -28,12 +29,12 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.types import Json, Pack
 from tunesmith.data.collate import collate
-from tunesmith.evaluate import finished_run
 from tunesmith.evaluate.compare_models import EvalSpec, evaluate_before_after
 from tunesmith.evaluate.model_ref import parse_model_ref
 from tunesmith.export.export import export_run
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
+from tunesmith.session.reopen import load_trained_session
 from tunesmith.train import run
 
 pytestmark = [
@@ -131,7 +132,7 @@ def assert_equal_to_peft(path: Path, base: Path) -> None:
     network: Any = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), path / "adapter"
     ).eval()
-    session = finished_run.reopen_session(path)
+    session = load_trained_session(path)
     document = session.rows.render_documents(0)[0]
     batch = collate(Pack((document,)))
     with torch.no_grad():
@@ -162,7 +163,7 @@ def test_it_is_measured_against_the_base(first: Recipe) -> None:
     path = location(first)
     record = json.loads((path / "record.json").read_text())
     before = {item["metric"]: item["before"]["value"] for item in record["comparisons"]}
-    again = {item.metric: item for item in finished_run.evaluate_run(path).comparisons}
+    again = {item.metric: item for item in tunesmith.evaluate(path).comparisons}
     assert again["loss"].before.value == pytest.approx(before["loss"], rel=1e-6)
     assert again["loss"].after.value < again["loss"].before.value - 0.1
     scales = {point["scale"]: point["eval_loss"]["value"] for point in record["scales"]}

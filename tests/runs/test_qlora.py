@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import tunesmith
 from tiny_runs import (
     build_sum_rows,
     make_chat_row,
@@ -22,10 +23,10 @@ from tiny_runs import (
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.json_io import read_json
-from tunesmith.evaluate import finished_run
 from tunesmith.recipe.schema import Recipe
 from tunesmith.session import inputs
 from tunesmith.session.fingerprint import build_fingerprint
+from tunesmith.session.reopen import load_trained_session
 from tunesmith.train import run
 
 pytestmark = pytest.mark.promise
@@ -51,10 +52,10 @@ def test_a_run_is_proven_trains_and_is_reopened(
     assert steps[-1].loss < steps[0].loss
     first, again = (
         read_json(tmp_path / "run" / "record.json")["comparisons"],
-        finished_run.evaluate_run(tmp_path / "run").comparisons,
+        tunesmith.evaluate(tmp_path / "run").comparisons,
     )
     assert [c["after"]["value"] for c in first] == [c.after.value for c in again]
-    assert len(list(finished_run.chat(tmp_path / "run", ["1 and 1"]))) == 1
+    assert len(list(tunesmith.chat(tmp_path / "run", ["1 and 1"]))) == 1
 
 
 def test_the_base_is_another_than_that_of_lora(tiny_folder: Path, tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_without_bitsandbytes_a_run_is_not_reopened(
     train(qlora(tiny_folder, tmp_path))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(InputError, match=r"pip install 'tunesmith\[qlora\]'"):
-        finished_run.reopen_session(tmp_path / "run")
+        load_trained_session(tmp_path / "run")
 
 
 def test_another_bitsandbytes_is_another_run(tiny_folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import tunesmith
 from tiny_models import collate_documents
 from tiny_runs import (
     END,
@@ -45,13 +46,13 @@ from tunesmith.core.events import (
 from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.sampling import SamplingParams, check_sampling
 from tunesmith.core.types import Document, RunRecord
-from tunesmith.evaluate import finished_run
 from tunesmith.evaluate.results import EvalResults, compare_results
 from tunesmith.model.adapter_bank import AdapterBank
 from tunesmith.model.causal_lm import load_network, wrap_model
 from tunesmith.model.hub.adapter_config import read_adapter
 from tunesmith.session import inputs
 from tunesmith.session.identity import read_provenance
+from tunesmith.session.reopen import load_trained_session
 from tunesmith.session.witness import check_witness
 from tunesmith.train import run
 
@@ -82,7 +83,7 @@ def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def our_logits(path: Path) -> torch.Tensor:
     """Of a finished run's model, through our own layers."""
-    model = finished_run.reopen_session(path).model
+    model = load_trained_session(path).model
     with torch.no_grad():
         return model.head.compute_logits(model.compute_hidden(collate_documents([DOCUMENT])))
 
@@ -255,7 +256,7 @@ def test_the_adapter_says_how_it_is_served_and_what_it_belongs_to(
 
 def test_evaluating_again_finds_what_the_record_says(finished: Path) -> None:
     record = parse_as(RunRecord, read_json(finished / "record.json"))
-    again = finished_run.evaluate_run(finished).comparisons
+    again = tunesmith.evaluate(finished).comparisons
     for then, now in zip(record.comparisons, again, strict=True):
         assert (then.task, then.metric) == (now.task, now.metric)
         assert now.before.value == pytest.approx(then.before.value, abs=1e-6)
@@ -286,12 +287,12 @@ def test_what_was_learned_by_heart_is_said_in_chat_and_scored(
         event for event in train(wish) if isinstance(event, Score) and event.metric == "field_f1"
     ]
     assert [score.value for score in scores] == [0, 1]
-    assert next(finished_run.chat(tmp_path / "run", ["red"])) == '{"a": 1}'
-    assert next(finished_run.chat(tmp_path / "run", ["blue"])) == '{"b": 22}'
+    assert next(tunesmith.chat(tmp_path / "run", ["red"])) == '{"a": 1}'
+    assert next(tunesmith.chat(tmp_path / "run", ["blue"])) == '{"b": 22}'
 
 
 def test_a_chat_is_one_conversation(finished: Path) -> None:
-    chatting = finished_run.chat(finished, ["3 and 9", "and now something else" * 30])
+    chatting = tunesmith.chat(finished, ["3 and 9", "and now something else" * 30])
     next(chatting)
     with pytest.raises(InputError, match="fills the context"):
         next(chatting)
@@ -302,7 +303,7 @@ def test_a_chat_samples_as_its_options_say(finished: Path) -> None:
 
     def answers(system: str | None = None, **options: Any) -> list[str]:
         sampling = SamplingParams(max_new_tokens=12, **options)
-        return list(finished_run.chat(finished, ["3 and 9", "more"], sampling, system=system))
+        return list(tunesmith.chat(finished, ["3 and 9", "more"], sampling, system=system))
 
     greedy = answers()
     assert answers(temperature=0.0) == greedy
@@ -542,6 +543,6 @@ def test_reopening_needs_a_finished_adapter(tiny_folder: Path, tmp_path: Path) -
     wish = make_tiny_recipe(tiny_folder, tmp_path, save_steps=1)
     run_until_saved(run.train(plan_recipe(wish)), step=1)
     with pytest.raises(InputError, match="no adapter yet"):
-        finished_run.reopen_session(tmp_path / "run")
+        load_trained_session(tmp_path / "run")
     with pytest.raises(InputError, match="no such run folder"):
-        finished_run.evaluate_run(tmp_path / "nowhere")
+        tunesmith.evaluate(tmp_path / "nowhere")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import tunesmith
 from tiny_runs import (
     build_sum_rows,
     make_chat_row,
@@ -21,7 +22,6 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckpointSaved, CheckResult, Event, StageStart
 from tunesmith.core.json_io import read_json
 from tunesmith.core.types import Json
-from tunesmith.evaluate import finished_run
 from tunesmith.export.export import export_run
 from tunesmith.plan.stages import StagedPlan, read_staged_plan
 from tunesmith.recipe.schema import Stages
@@ -202,7 +202,7 @@ def test_what_comes_after_a_run_takes_the_last_stage(
     straight: tuple[Path, list[Event]], tmp_path: Path
 ) -> None:
     folder = straight[0]
-    assert isinstance(next(finished_run.chat(folder, ["1 and 1"])), str)
+    assert isinstance(next(tunesmith.chat(folder, ["1 and 1"])), str)
     assert export_run(folder, "peft", out=tmp_path / "peft").path == str(tmp_path / "peft")
     assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
     by_default = folder / "export" / "peft"  # of the run, not in the folder of its last stage
@@ -345,7 +345,7 @@ def test_a_merged_run_is_measured_from_the_base(merged: Any) -> None:
     assert (general.before.value, general.after.value) == pytest.approx(
         (base["general text", "bits_per_byte"], end["general text", "bits_per_byte"]), rel=1e-4
     )
-    assert isinstance(next(finished_run.chat(folder, ["1 and 1"])), str)
+    assert isinstance(next(tunesmith.chat(folder, ["1 and 1"])), str)
 
 
 @pytest.mark.parametrize(("stage", "saved"), [(2, None), (2, 2)])

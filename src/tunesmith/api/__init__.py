@@ -348,21 +348,17 @@ def evaluate(
     ref = parse_model_ref(str(target))  # a wrong name is refused before torch is loaded
     if ref.run_dir is not None and ref.checkpoint_dir is None:
         refuse_untrained(ref.run_dir)
-    from tunesmith.evaluate import compare_models, finished_run
+    from tunesmith.evaluate import compare_models
     from tunesmith.evaluate.regression_gate import EvalReport, parse_metrics
     from tunesmith.train import stages
 
     data_path = None if data is None else Path(make_hub_path(str(data), Path()) or data)
     spec = compare_models.EvalSpec(data_path, parse_metrics(metrics), allow_code, ranks)
     is_default = spec.data is None and not spec.metrics
-    if is_default and ref.results_file == run_dir.EVAL_AFTER_FILE and ref.run_dir is not None:
-        if run_dir.is_staged(ref.run_dir):
-            evaluation = stages.evaluate_stages(ref.run_dir, allow_code=allow_code, ranks=ranks)
-            return EvalReport.from_evaluation(evaluation, ref.run_dir)
-        # A full fine-tune loads the base and the tuned model one after the other, further below.
-        if run_dir.read_run_plan(ref.run_dir).config.method != "full":
-            evaluation = finished_run.evaluate_run(ref.run_dir, allow_code=allow_code, ranks=ranks)
-            return EvalReport.from_evaluation(evaluation, ref.run_dir)
+    is_after = ref.results_file == run_dir.EVAL_AFTER_FILE
+    if is_default and is_after and ref.run_dir is not None and run_dir.is_staged(ref.run_dir):
+        evaluation = stages.evaluate_stages(ref.run_dir, allow_code=allow_code, ranks=ranks)
+        return EvalReport.from_evaluation(evaluation, ref.run_dir)
     if ref.run_dir is None and not compare_models.is_adapter_dir(Path(ref.name)):
         results = compare_models.evaluate_model(ref, ref, spec)
         return EvalReport.from_results(results, spec.metrics)
@@ -424,10 +420,10 @@ def chat(
     from tunesmith.evaluate.model_ref import refuse_untrained
 
     refuse_untrained(Path(path))
-    from tunesmith.evaluate import finished_run
+    from tunesmith.evaluate import chat as chatting
 
     turns = [questions] if isinstance(questions, str) else questions
-    return finished_run.chat(Path(path), turns, sampling, system=system)
+    return chatting.chat(Path(path), turns, sampling, system=system)
 
 
 def verify(

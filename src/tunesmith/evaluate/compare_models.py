@@ -86,12 +86,11 @@ def evaluate_before_after(model_ref: ModelRef, spec: EvalSpec) -> Evaluation:
     if model_ref.run_dir is not None:
         plan, run_inputs = load_plan_and_inputs(model_ref.run_dir)
         start = inputs.load_starting_adapter(plan, run_inputs.model.path)
+        # One model in memory at a time; the trained one first, which may be missing or changed.
+        after = _evaluate_trained(model_ref, plan, run_inputs, spec)
         base_model = load_starting_model(plan, dataclasses.replace(run_inputs, adapter=start))
         eval_plan, eval_inputs = _apply_spec(plan, run_inputs, spec)
         before = _evaluate(eval_plan, eval_inputs, base_model, spec)
-        # One model in memory at a time.
-        del base_model
-        after = _evaluate_trained(model_ref, plan, run_inputs, spec)
         return evaluate_results(before, after, eval_plan, run_inputs)
     if not is_adapter_dir(Path(model_ref.name)):
         fix = "compare it with another model: tunesmith compare A B"

@@ -1,7 +1,7 @@
 """Load the trained model of a finished run, and check it.
 
-    reopen_session(run) -> Session      with its adapter loaded
-    load_trained_model(...)             the model alone, of any method
+    load_trained_session(run) -> Session    of any method
+    load_trained_model(...)                 the model alone
 
 The weights must be as the run wrote them, and belong to the base that is there now. Left out: what
 is done with them.
@@ -10,8 +10,6 @@ is done with them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tunesmith.core.atomic import verify_dir
@@ -25,35 +23,18 @@ from tunesmith.core.run_dir import (
     require_run,
 )
 from tunesmith.core.types import Plan
-from tunesmith.model.adapters import scaled_adapter
 from tunesmith.model.causal_lm import DTYPES, PackedCausalLM, load_network, wrap_model
 from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
 from tunesmith.model.save import load_adapter
 from tunesmith.session import inputs
 from tunesmith.session.identity import check_provenance
 from tunesmith.session.inputs import RunInputs
-from tunesmith.session.session import Session, load_starting_model, open_eval_session, open_session
-
-
-def reopen_session(path: Path) -> Session:
-    """Open the session of a finished run with its adapter loaded. Raises InputError if the adapter
-    or its inputs have changed."""
-    path = find_weights_dir(path)
-    require_run(path)
-    plan = read_run_plan(path)
-    if plan.config.method == "full":
-        message = "this run trained all weights, but this command needs an adapter"
-        raise InputError(message, where=str(path), fix=f"evaluate it: tunesmith eval {path}")
-    inputs = reload_inputs(plan, path)
-    adapter = _find_trained_weights(path, plan, inputs)
-    session = open_session(plan, inputs, with_samples=False)
-    load_adapter(session.model.network, adapter / ADAPTER_WEIGHTS_FILE)
-    return session
+from tunesmith.session.session import Session, load_starting_model, open_eval_session
 
 
 def load_trained_session(path: Path) -> Session:
-    """Open the trained model of a finished run with the rows of the run. Raises as
-    `reopen_session`."""
+    """Open the trained model of a finished run with the rows of the run. Raises InputError if the
+    weights or their inputs have changed."""
     plan, inputs = load_plan_and_inputs(path)
     return open_eval_session(plan, inputs, load_trained_model(find_weights_dir(path), plan, inputs))
 
@@ -74,7 +55,7 @@ def reload_inputs(plan: Plan, path: Path) -> RunInputs:
 
 
 def load_trained_model(path: Path, plan: Plan, inputs: RunInputs) -> PackedCausalLM:
-    """Load the trained model of a finished run. Raises as `reopen_session`."""
+    """Load the trained model of a finished run. Raises as `load_trained_session`."""
     weights_dir = _find_trained_weights(path, plan, inputs)
     if plan.config.method == "full":
         dtype = DTYPES[plan.config.dtype]
@@ -98,14 +79,3 @@ def _find_trained_weights(path: Path, plan: Plan, inputs: RunInputs) -> Path:
         raise InputError(message, where=str(weights_dir), fix="restore the files")
     check_provenance(weights_dir, inputs.model.path, inputs.renderer, plan.config.now)
     return weights_dir
-
-
-@contextmanager
-def starting_model(session: Session, plan: Plan) -> Iterator[None]:
-    """Turn the model of a session into the one that training started from: the base, or the base
-    with `adapter_from`."""
-    adapter = inputs.load_starting_adapter(plan, session.inputs.model.path)
-    if adapter is not None:
-        load_adapter(session.model.network, adapter.weights_path)
-    with scaled_adapter(session.model.network, 0 if adapter is None else 1):
-        yield

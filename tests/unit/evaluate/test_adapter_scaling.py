@@ -33,7 +33,7 @@ from tunesmith.evaluate.scale_choice import (
 )
 from tunesmith.model.adapters import scaled_adapter
 from tunesmith.session import inputs
-from tunesmith.session.reopen import reopen_session
+from tunesmith.session.reopen import load_trained_session
 from tunesmith.train import run
 
 pytestmark = pytest.mark.promise
@@ -90,7 +90,7 @@ def test_the_ends_of_the_curve_are_those_of_a_measure(
     files["retention_data"] = str(write_rows(tmp_path / "more.jsonl", texts))
     train(make_tiny_recipe(writer, tmp_path, **files, num_train_epochs=4))
     curve = tunesmith.read_record(tmp_path / "run").scales
-    bench = reopen_session(tmp_path / "run")
+    bench = load_trained_session(tmp_path / "run")
     items = adapter_scaling.select_curve_items(bench, build_eval_items(bench.plan, bench.inputs))
     assert (
         1 < len(items.general_texts) < len(build_eval_items(bench.plan, bench.inputs).general_texts)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import tunesmith
 from tiny_runs import build_sum_rows, make_tiny_recipe, plan_recipe, run_until_saved, write_rows
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import Score
-from tunesmith.evaluate import finished_run
 from tunesmith.train import run
 
 CUSTOM = "def score(answer, expected):\n    return len(answer) > 0\n"
@@ -59,7 +59,7 @@ def test_a_metric_of_likelihood_alone_answers_no_more_than_is_shown(
     )
     scores = [event for event in run.train(plan_recipe(wish)) if isinstance(event, Score)]
     assert {score.metric for score in scores if not score.step} == {"loss", "bits_per_byte"}
-    (comparison, *_) = finished_run.evaluate_run(tmp_path / "run").comparisons
+    (comparison, *_) = tunesmith.evaluate(tmp_path / "run").comparisons
     assert comparison.metric == "loss"
 
 
@@ -83,9 +83,9 @@ def test_own_code_is_asked_for_each_time(tiny_folder: Path, tmp_path: Path) -> N
     (tmp_path / "mine.py").write_text(CUSTOM)
     list(run.resume(folder, allow_code=True))
     with refused:
-        finished_run.evaluate_run(folder)
+        tunesmith.evaluate(folder)
     assert "mine.py:score" in {
-        item.metric for item in finished_run.evaluate_run(folder, allow_code=True).comparisons
+        item.metric for item in tunesmith.evaluate(folder, allow_code=True).comparisons
     }
 
 

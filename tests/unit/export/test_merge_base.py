@@ -11,11 +11,11 @@ from tiny_export import make_export_job, save_run
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.types import Pack
 from tunesmith.data.collate import collate
-from tunesmith.evaluate import finished_run
 from tunesmith.export.export import export_run
 from tunesmith.export.hf import write_merged_folder
 from tunesmith.export.parity import compute_live_logits, compute_mean_kl
 from tunesmith.model.quantization import roundtrip_nf4
+from tunesmith.session.reopen import load_trained_session
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -29,7 +29,7 @@ def narrow(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.promise
 def test_the_live_model_is_the_one_that_was_trained(narrow: Path, tmp_path: Path) -> None:
     job = make_export_job(narrow, tmp_path)
-    bench = finished_run.reopen_session(narrow)
+    bench = load_trained_session(narrow)
     batches = [collate(Pack((witness.document,)), "cpu") for witness in job.examples]
     with torch.no_grad():
         trained = tuple(

@@ -27,7 +27,7 @@ from tunesmith.export.source_run import open_source_run
 from tunesmith.model.adapters import scaled_adapter
 from tunesmith.model.gguf.reader import read_gguf
 from tunesmith.model.hub.adapter_config import read_adapter
-from tunesmith.session.reopen import reopen_session
+from tunesmith.session.reopen import load_trained_session
 from tunesmith.train.model_card import CARD_FILE
 
 pytestmark = pytest.mark.filterwarnings(
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 def our_logits(run: Path, witnesses: Sequence[ParityExample], scale: float) -> tuple[Tensor, ...]:
     """What the model that is evaluated says, at the places of the witnesses."""
-    model = reopen_session(run).model
+    model = load_trained_session(run).model
     model.network.eval()
     with torch.no_grad(), scaled_adapter(model.network, scale):
         batches = [collate(Pack((witness.document,)), model.device) for witness in witnesses]

@@ -25,10 +25,10 @@ from tiny_runs import (
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckpointSaved, Score, TrainStep
 from tunesmith.core.json_io import read_json
-from tunesmith.evaluate import finished_run
 from tunesmith.model.hub.validate import read_header
 from tunesmith.recipe.schema import KEYS
 from tunesmith.session import inputs
+from tunesmith.session.reopen import load_trained_session
 
 pytestmark = pytest.mark.promise
 
@@ -436,7 +436,7 @@ def lora_dropout(lab: Lab) -> None:
 
 def lora_target_modules(lab: Lab) -> None:
     lab.events(lora_target_modules=["q_proj", "layers.1.mlp.up_proj"])
-    assert set(finished_run.reopen_session(lab.output).model.network.state_dict()) & {
+    assert set(load_trained_session(lab.output).model.network.state_dict()) & {
         "model.layers.0.self_attn.q_proj.lora_A"
     }
     assert len(read_adapter_bytes(lab.last)) < len(lab.baseline.adapter)

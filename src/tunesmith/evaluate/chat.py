@@ -1,7 +1,6 @@
-"""Evaluate a finished run again, and chat with it.
+"""Chat with the trained model of a finished run.
 
-In: a run folder. Out: before/after comparisons, or answers.
-Left out: exporting it (export/export.py), comparing other models (compare_models.py).
+In: a run folder, questions. Out: answers. Left out: serving it (serve/).
 """
 
 from __future__ import annotations
@@ -10,31 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.sampling import MAX_SEED, SamplingParams, check_sampling
 from tunesmith.core.types import GenerationRequest, Json
-from tunesmith.evaluate.error_analysis import Evaluation, evaluate_results
-from tunesmith.evaluate.items import build_eval_items
-from tunesmith.evaluate.measure import measure_items
 from tunesmith.model.generation.engine import stream_answer
-from tunesmith.session.reopen import load_trained_session, reopen_session, starting_model
+from tunesmith.session.reopen import load_trained_session
 from tunesmith.session.session import Session
 
 GREEDY = SamplingParams()
-
-
-def evaluate_run(
-    path: Path, *, allow_code: bool = False, ranks: Ranks = SINGLE_PROCESS
-) -> Evaluation:
-    """Measure a finished adapter run and its starting model again, on the run's own items."""
-    session = reopen_session(path)
-    session.model.ranks = ranks
-    plan = session.plan
-    items = build_eval_items(plan, session.inputs, allow_code=allow_code)
-    after = measure_items(session, items, step=plan.steps)
-    with starting_model(session, plan):
-        before = measure_items(session, items, step=0)
-    return evaluate_results(before, after, plan, session.inputs)
 
 
 def chat(
