@@ -45,6 +45,7 @@ BLOCK = re.compile(r"(<!-- (\$|table:) (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTA
 LINES = re.compile(r" \| lines ([\d, -]+)$")
 WIDTH = PIPE_WIDTH
 FAMILIES_PAGE = ROOT / "docs" / "results" / "families.md"
+MEASURED_COLUMNS = 5  # of its table
 LAYER_NAMES = {
     "attention": "attention",
     "delta": "gated delta rule",
@@ -157,21 +158,19 @@ def _build_help_page(name: str, verb: Callable[..., None]) -> list[str]:
 
 
 def build_family_table() -> list[str]:
-    """Every model type, the token mixers of its layers, and what `benchmarks.train.families`
-    measured for its text part."""
-    measured = _read_measured_families()
-    lines = [
-        "| `model_type` | class in transformers | layers | gradients | packed | generation |",
-        "|---|---|---|---|---|---|",
-    ]
+    """Every model type by the layers that it may have, with a mark for those that
+    `benchmarks.train.families` has not measured."""
+    measured = _read_measured_types()
+    types: dict[str, list[str]] = {}
     for model_type, family in FAMILIES.items():
         layers = [LAYER_NAMES[mixer] for mixer in sorted(family.mixers)]
         if family.has_experts:
             layers.append("experts")
-        name = f"{family.causal_class}, text part" if family.tensor_prefix else family.causal_class
-        errors = measured.get(family.text_type or model_type, ["preflight only", "", ""])
-        lines.append(f"| `{model_type}` | {name} | {', '.join(layers)} | {' | '.join(errors)} |")
-    return lines
+        mark = "" if (family.text_type or model_type) in measured else " (preflight only)"
+        part = " (text part)" if family.tensor_prefix else ""
+        types.setdefault(", ".join(layers), []).append(f"`{model_type}`{part}{mark}")
+    lines = ["| layers | `model_type` |", "|---|---|"]
+    return lines + [f"| {layers} | {', '.join(names)} |" for layers, names in types.items()]
 
 
 def build_refused_table() -> list[str]:
@@ -204,18 +203,10 @@ def build_gpu_table() -> list[str]:
     return lines
 
 
-def _read_measured_families() -> dict[str, list[str]]:
-    """The errors of each model type in docs/results/families.md; of several configs, the largest of
-    each."""
-    measured: dict[str, list[str]] = {}
-    for line in FAMILIES_PAGE.read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) != 5 or not re.fullmatch(r"\de[+-]\d\d", cells[-1]):
-            continue
-        model_type, _, *errors = cells
-        others = measured.get(model_type, errors)
-        measured[model_type] = [max(pair, key=float) for pair in zip(errors, others, strict=True)]
-    return measured
+def _read_measured_types() -> set[str]:
+    """The model types in the table of docs/results/families.md."""
+    rows = [line.strip("|").split("|") for line in FAMILIES_PAGE.read_text().splitlines()]
+    return {cells[0].strip() for cells in rows if len(cells) == MEASURED_COLUMNS}
 
 
 def _format_type(hint: Any) -> str:
