@@ -50,10 +50,9 @@ from tunesmith.model.hub.part_shapes import (
 )
 from tunesmith.model.hub.stored_tensors import (
     has_equal_values,
-    has_uniform_layers,
     read_text_tensors,
 )
-from tunesmith.model.hub.validate import TensorHeader, has_weights, read_headers, read_model_json
+from tunesmith.model.hub.validate import TensorHeader, has_weights, read_model_json
 from tunesmith.model.target_modules import (
     RECURRENT,
     find_embedding,
@@ -239,8 +238,6 @@ def _find_head_dim(
 def _load_headers(config: _ModelConfig) -> tuple[dict[str, TensorHeader], int]:
     """Return the header of each parameter, and the bytes of the tensors that are left out."""
     path = config.path
-    if has_weights(path) and has_uniform_layers(path):
-        return read_headers(path), 0
     if has_weights(path):
         tensors = read_text_tensors(path)
         headers = {name: stored.get_header() for name, stored in tensors.parameters.items()}

@@ -11,6 +11,7 @@ and experts are one tensor or one per expert. Left out: whether a parameter is m
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -38,7 +39,6 @@ PREFIXES = (
 # Types of text classes whose checkpoints may have these names: transformers saves them so when it
 # has loaded them from the whole model.
 PREFIXED_TEXT_TYPES = {"qwen3_5_text", "qwen3_5_moe_text"}
-REPEATED_PREFIX = "language_model.language_model."
 GRANITE_WORDS = (
     (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
     (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
@@ -216,7 +216,6 @@ def read_text_tensors(folder: Path) -> TextTensors:
     single: dict[str, TensorHeader] = {}
     omitted: dict[str, TensorHeader] = {}
     for file_name, header in headers.items():
-        _refuse_repeated_prefix(file_name, folder)
         name = naming.name_parameter(file_name)
         if name is None:
             omitted[file_name] = header
@@ -231,17 +230,6 @@ def read_text_tensors(folder: Path) -> TextTensors:
     return TextTensors(_group_tensors(single, naming, folder), omitted)
 
 
-def _refuse_repeated_prefix(name: str, folder: Path) -> None:
-    """Raise InputError for the names that some versions of transformers wrote."""
-    if REPEATED_PREFIX in name:
-        message = f"the names of the weights repeat language_model: {name:.200}"
-        fix = (
-            "transformers 5.5.0 to 5.5.3 save Qwen3.5 so: write language_model once in each name, "
-            "or use the model that it was made from"
-        )
-        raise InputError(message, where=str(folder), fix=fix)
-
-
 def has_uniform_layers(folder: Path) -> bool:
     """Return whether all layers are alike and the files hold parameters as transformers does: under
     their names, and not packed."""
@@ -254,8 +242,6 @@ def has_uniform_layers(folder: Path) -> bool:
 
 def read_parameter_headers(folder: Path) -> dict[str, TensorHeader]:
     """Return one header for each parameter in the weights of a folder."""
-    if has_uniform_layers(folder):
-        return read_headers(folder)
     parameters = read_text_tensors(folder).parameters
     return {name: stored.get_header() for name, stored in parameters.items()}
 
@@ -287,10 +273,10 @@ def _group_tensors(
         if match := EXPERT.fullmatch(name):
             experts[match[1]][int(match[2]), match[3]] = header
         elif match := CONVOLUTION.fullmatch(name):
-            parts = [single.get(f"{match[1]}{part}{match[2]}") for part in "qkv"]
-            headers = tuple(part for part in parts if part is not None)
-            _refuse_different_parts(f"{match[1]}conv1d.weight", headers, folder)
-            parameters[f"{match[1]}conv1d.weight"] = StoredParameter(headers)
+            names = [f"{match[1]}{part}{match[2]}" for part in "qkv"]
+            parts = {name: single[name] for name in names if name in single}
+            _refuse_differences(parts, folder, first_dimension=1)
+            parameters[f"{match[1]}conv1d.weight"] = StoredParameter(tuple(parts.values()))
         else:
             is_transposed = is_stored_transposed(name, header, naming)
             parameters[name] = StoredParameter((header,), is_transposed=is_transposed)
@@ -303,14 +289,17 @@ def _group_tensors(
     return parameters
 
 
-def _refuse_different_parts(name: str, headers: tuple[TensorHeader, ...], folder: Path) -> None:
+def _refuse_differences(
+    parts: Mapping[str, TensorHeader], folder: Path, *, first_dimension: int = 0
+) -> None:
     """Raise InputError for parts that cannot be one tensor."""
-    first = headers[0]
-    for header in headers[1:]:
-        if (header.dtype, header.shape[1:]) != (first.dtype, first.shape[1:]):
+    first_name, first = next(iter(parts.items()))
+    expected = (first.dtype, first.shape[first_dimension:])
+    for name, header in parts.items():
+        if (header.dtype, header.shape[first_dimension:]) != expected:
             message = (
-                f"the parts of {name} differ: {header.dtype} {list(header.shape)}, and "
-                f"{first.dtype} {list(first.shape)}"
+                f"the parts of a parameter differ: {name} is {header.dtype} {list(header.shape)}, "
+                f"{first_name} {first.dtype} {list(first.shape)}"
             )
             raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
 
@@ -342,25 +331,13 @@ def _stack_experts(
     num_experts = 1 + max(index for index, _ in matrices)
     parameters: dict[str, StoredParameter] = {}
     for parameter, pieces in groups.items():
-        headers: list[TensorHeader] = []
-        for expert in range(num_experts):
-            for piece in pieces:
-                header = matrices.get((expert, piece))
-                if header is None:
-                    message = f"the weights have no {path}.{expert}.{piece}.weight"
-                    raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
-                if headers and header.shape != headers[0].shape:
-                    message = (
-                        f"the experts have two shapes: {path}.{expert}.{piece} is "
-                        f"{list(header.shape)}, the first one {list(headers[0].shape)}"
-                    )
-                    raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
-                if headers and header.dtype != headers[0].dtype:
-                    message = (
-                        f"the experts have two dtypes: {path}.{expert}.{piece} is {header.dtype}, "
-                        f"the first one {headers[0].dtype}"
-                    )
-                    raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
-                headers.append(header)
-        parameters[f"{path}.{parameter}"] = StoredParameter(tuple(headers), num_experts)
+        headers: dict[str, TensorHeader] = {}
+        for expert, piece in itertools.product(range(num_experts), pieces):
+            name = f"{path}.{expert}.{piece}.weight"
+            if (expert, piece) not in matrices:
+                message = f"the weights have no {name}"
+                raise InputError(message, where=str(folder), fix=DOWNLOAD_FIX)
+            headers[name] = matrices[expert, piece]
+        _refuse_differences(headers, folder)
+        parameters[f"{path}.{parameter}"] = StoredParameter(tuple(headers.values()), num_experts)
     return parameters

@@ -65,21 +65,6 @@ CODE_FIX = (
     "remove the key if transformers supports this model type natively; "
     "tunesmith never runs code from a model"
 )
-OTHER_CODE = "makes transformers load other code"
-# those of CODE_KEY that are refused for another reason -> (reason, fix)
-OTHER_REASONS = {
-    "per_layer_config": (
-        "gives layers sizes of their own, and only models whose layers are alike are supported",
-        "use a model whose layers have the same sizes",
-    ),
-    "compression_config": (
-        "describes compressed weights, which are not supported",
-        "use the uncompressed model",
-    ),
-    "init_inputs": ("passes arguments to the tokenizer's constructor", "remove the key"),
-    "configuration_files": ("makes transformers read another file", "remove the key"),
-    "fast_tokenizer_files": ("makes transformers read another file", "remove the key"),
-}
 LAYER_SIZES_KEY = "per_layer_config"
 HEAD_SIZE_KEYS = {"head_dim", "num_key_value_heads"}
 LFS_POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in place of large files
@@ -322,8 +307,11 @@ def _check_code(path: Path, content: Json, code_reference: re.Pattern[str] | Non
         # Older versions of transformers wrote `_attn_implementation_autoset: true`; a boolean
         # names no code.
         if CODE_KEY.fullmatch(key) and value is not None and not isinstance(value, bool):
-            reason, fix = OTHER_REASONS.get(key, (OTHER_CODE, CODE_FIX))
-            raise InputError(f"the key {key} {reason} ({str(value)[:80]})", where=where, fix=fix)
+            message = (
+                f"the key {key} makes transformers load other code, files or layers than the "
+                f"config describes ({str(value)[:80]})"
+            )
+            raise InputError(message, where=where, fix=CODE_FIX)
         if not isinstance(value, str):
             continue
         if code_reference and code_reference.fullmatch(value):
@@ -363,23 +351,15 @@ def _check_tokenizer_class(folder: Path) -> None:
 
 
 def _walk_json(content: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yield (key, path, value) of every mapping, list and text of nested JSON, and of every value
-    whose key may lead to code. Items of a list have the key of their list."""
+    """Yield (key, path, value) of every value of nested JSON. Items of a list have the key of their
+    list. Paths are bounded: each item of a long list under a long key has a copy."""
     pending: list[tuple[str, str, Any]] = [("", "", content)]
     while pending:
         key, path, value = pending.pop()
         yield key, path.lstrip("."), value
         if isinstance(value, dict):
             for name, inner in value.items():
-                may_lead_to_code = name == TRUST_KEY or CODE_KEY.fullmatch(name)
-                if may_lead_to_code or isinstance(inner, (str, dict, list)):
-                    pending.append((name, _extend_path(path, f".{name}"), inner))
+                pending.append((name, f"{path}.{name[:MAX_PATH_CHARS]}"[-MAX_PATH_CHARS:], inner))
         elif isinstance(value, list):
             for index, inner in enumerate(value):
-                if isinstance(inner, (str, dict, list)):
-                    pending.append((key, _extend_path(path, f"[{index}]"), inner))
-
-
-def _extend_path(path: str, part: str) -> str:
-    """Return a bounded path: each item of a long list under a long key has a copy."""
-    return f"{path}{part[:MAX_PATH_CHARS]}"[-MAX_PATH_CHARS:]
+                pending.append((key, f"{path}[{index}]"[-MAX_PATH_CHARS:], inner))

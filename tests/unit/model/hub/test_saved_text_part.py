@@ -7,18 +7,16 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from text_part_configs import make_multimodal_configs, make_multimodal_expert_configs
 from tiny_models import LORA
-from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import METHODS, get_trainable_parameters
 from tunesmith.model.causal_lm import load_network
 from tunesmith.model.hub.adapter_config import read_adapter
 from tunesmith.model.hub.spec import read_spec
-from tunesmith.model.hub.stored_tensors import read_text_tensors
 from tunesmith.model.merge import read_loras, write_merged_weights
 from tunesmith.model.save import save_adapter, save_model
 
@@ -93,16 +91,3 @@ def test_a_trained_model_loads_in_transformers(folder: Path, tmp_path: Path) -> 
     network.model.norm.weight.data += 0.5
     save_model(network, tmp_path, folder, torch.float32)
     assert torch.equal(compute_logits(load_stock(tmp_path)), compute_logits(network))
-
-
-def test_repeated_prefixes_are_named(folder: Path, tmp_path: Path) -> None:
-    """transformers 5.5.0 to 5.5.3 saved Qwen3.5 so."""
-    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    repeated = "model.language_model.language_model.language_model."
-    tensors = load_file(folder / WEIGHTS)
-    renamed = {name.replace(PREFIX, repeated): tensor for name, tensor in tensors.items()}
-    save_file(renamed, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(InputError, match="repeat language_model") as caught:
-        read_text_tensors(tmp_path)
-    assert "download" not in caught.value.fix
-    assert "language_model once in each name" in caught.value.fix

@@ -137,12 +137,12 @@ def test_fault_16_code_that_transformers_has_itself_is_left_out_and_never_runs(
         (
             "config.json",
             {"per_layer_config": {"0": {"hidden_size": 9}}},
-            "the key per_layer_config gives layers sizes of their own",
+            "the key per_layer_config makes",
         ),
         (
             "config.json",
             {"compression_config": {"format": "x"}},
-            "the key compression_config describes compressed weights",
+            "the key compression_config makes",
         ),
         (
             "config.json",
