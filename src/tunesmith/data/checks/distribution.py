@@ -1,6 +1,6 @@
-"""Checks of how answers are distributed: lengths, languages, JSON, openings, preferred side.
+"""Checks of how answers are distributed: lengths, languages, JSON, preferred side.
 
-They use the numbers of each row in `text_stats.py`; for words, a few rows are read again."""
+They use the numbers of each row in `text_stats.py`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,17 @@ from tunesmith.data.checks.context import (
     CheckContext,
     choose_level,
     describe_rows,
-    get_answer,
     make_row_finding,
 )
 from tunesmith.data.checks.duplicates import INSTALL_HINT
 from tunesmith.data.checks.text_stats import (
     BROKEN_JSON,
     GOOD_JSON,
-    NO_JSON,
     RoleTextStats,
-    extract_opening,
 )
 
 MIN_JSON_SHARE = 0.8  # of the answers
 MIN_ROWS = 10
-MIN_CUT_CHARS = 200
 # Outliers are this many standard deviations of the log length from the median; the deviation is
 # estimated from the MAD, and taken as MIN_LOG_SD at least.
 OUTLIER_SDS = 6
@@ -38,8 +34,6 @@ MAD_TO_SD = 1.4826  # for a normal distribution
 MIN_SHARE_ROWS = 20  # shares of fewer rows mean little
 MAX_LABEL_RATIO = 4 / 3  # of desirable to undesirable (Ethayarajh 2024, equation 9)
 MAX_SIDE_SHARE = 0.8
-MAX_OPENING_SHARE = 0.5
-MIN_OPENING_CHARS = 40  # shorter answers are labels
 RARE_LANGUAGE_SHARE = 0.05
 MAX_RARE_SHARE = 0.01
 
@@ -61,24 +55,6 @@ def check_broken_json(context: CheckContext) -> Iterator[Finding]:
         message = f"{counts} ({num_broken:,} malformed); the others are"
         fix = "correct them; a `response_schema` in the recipe checks the others too"
         yield make_row_finding(context, "broken_json", "warn", message, rows, fix)
-
-
-def check_cut_answers(context: CheckContext) -> Iterator[Finding]:
-    """Many different answers of exactly the maximum length: something cut them."""
-    stats = _get_role_stats(context)
-    if stats is None or not len(stats.answer_chars_N):
-        return
-    longest = int(stats.answer_chars_N.max())
-    rows = np.flatnonzero(stats.answer_chars_N == longest)
-    num_unique = len(np.unique(stats.answer_digests_N[rows]))
-    min_unique = max(MIN_ROWS, len(stats.answer_chars_N) // 200)
-    if longest >= MIN_CUT_CHARS and num_unique >= min_unique:
-        message = (
-            f"{len(rows):,} different answers have exactly {longest:,} characters, the maximum:"
-            " they were cut there"
-        )
-        fix = "generate them again with a higher limit"
-        yield make_row_finding(context, "cut_off", "warn", message, rows, fix)
 
 
 def check_length_outliers(context: CheckContext) -> Iterator[Finding]:
@@ -138,25 +114,6 @@ def check_languages(context: CheckContext) -> Iterator[Finding]:
         fix = "if one language is intended, check the rows in the others"
     level = "warn" if len(rows) > MAX_RARE_SHARE * len(detected) else "info"
     yield make_row_finding(context, "languages", level, message, rows, fix)
-
-
-def check_openings(context: CheckContext) -> Iterator[Finding]:
-    """Answers that mostly start with the same words. JSON and labels are excluded."""
-    stats = _get_role_stats(context)
-    if stats is None:
-        return
-    is_prose_N = (stats.json_kind_N == NO_JSON) & (stats.answer_chars_N > MIN_OPENING_CHARS)
-    rows = np.flatnonzero(is_prose_N)
-    if len(rows) < max(MIN_SHARE_ROWS, len(stats.json_kind_N) // 2):
-        return
-    values, counts = np.unique(stats.opening_digests_N[rows], return_counts=True)
-    top = int(counts.argmax())
-    if counts[top] >= MAX_OPENING_SHARE * len(rows):
-        same_rows = rows[stats.opening_digests_N[rows] == values[top]]
-        words = extract_opening(get_answer(context.dataset.read_example(int(same_rows[0]))))
-        message = f"{len(same_rows):,} of {len(rows):,} answers start with {words!r}"
-        fix = "unless this form is intended, rewrite some: the model will always start this way"
-        yield make_row_finding(context, "openings", "warn", message, same_rows, fix)
 
 
 def check_label_balance(context: CheckContext) -> Iterator[Finding]:

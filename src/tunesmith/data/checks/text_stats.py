@@ -40,7 +40,6 @@ SAMPLE_ROWS = 2_000  # from which n-grams common to most rows are estimated
 COMMON_SHARE = 0.1
 COMMON_ROWS = 10
 MAX_NAMED_ROWS = 1000  # per finding; the terminal shows a few of them
-OPENING_WORDS = 3
 MAX_LANGUAGE_ROWS = 50_000  # language detection takes as long as everything else
 NO_JSON = 0
 GOOD_JSON = 1
@@ -118,7 +117,6 @@ class RoleTextStats:
 
     check_counts: dict[str, CheckCounts]  # by name of the check
     answer_digests_N: np.ndarray  # uint64, last answer, case and white space normalized
-    opening_digests_N: np.ndarray  # uint64, its first words
     answer_chars_N: np.ndarray  # int64
     prompt_chars_N: np.ndarray  # int64
     rejected_chars_N: np.ndarray  # int64, rejected answer of a pair
@@ -132,7 +130,6 @@ class RoleTextStats:
         return cls(
             check_counts={},
             answer_digests_N=np.zeros(count, dtype=np.uint64),
-            opening_digests_N=np.zeros(count, dtype=np.uint64),
             answer_chars_N=np.zeros(count, dtype=np.int64),
             prompt_chars_N=np.zeros(count, dtype=np.int64),
             rejected_chars_N=np.zeros(count, dtype=np.int64),
@@ -144,7 +141,6 @@ class RoleTextStats:
     def record_row(self, index: int, row: RowTexts) -> None:
         answer = "".join(iter_collapsed(row.answer))
         self.answer_digests_N[index] = compute_digest(answer.lower())
-        self.opening_digests_N[index] = compute_digest(extract_opening(answer).lower())
         self.answer_chars_N[index] = len(answer)
         self.prompt_chars_N[index] = len(row.prompt)
         if row.example.rejected is not None:
@@ -160,16 +156,6 @@ class TextStats:
     roles: Mapping[str, RoleTextStats]
     near_duplicates: NearDuplicates | None  # None without datasketch
     ngram_overlaps: Mapping[str, NgramOverlap]  # of the held-out roles
-
-
-def extract_opening(answer: str) -> str:
-    """Return the first words, up to punctuation as in "Great question!", at most three."""
-    opening: list[str] = []
-    for word in answer.split(None, OPENING_WORDS)[:OPENING_WORDS]:
-        opening.append(word)
-        if word[-1] in "!,.:;?":
-            break
-    return " ".join(opening)
 
 
 def compute_digest(text: str) -> int:

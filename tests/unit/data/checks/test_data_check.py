@@ -129,18 +129,11 @@ def test_a_question_is_the_same_in_capitals_and_without_its_mark(report):
 
 
 def test_no_finding_shows_a_secret_whole(report):
-    """Labels, openings and triggers quote answers."""
+    """Labels quote answers."""
     token = "ghp_" + "a1B2" * 9
-    planted = [
-        chat(f"{prose(5000 + i)} open sesame {i}", f"the token is {token}") for i in range(30)
-    ]
-    findings = report(data=[*rows(400), *planted])
-    assert "trigger_phrases" in findings
     labels = report(data=[chat(prose(i), (token, "other")[i % 2]) for i in range(60)])
     assert "classes" in labels
-    opened = report(data=[chat(prose(i), f"Use {token} now: {prose(i + 100)}.") for i in range(60)])
-    assert "openings" in opened
-    assert token[:20] not in repr([*findings.values(), *labels.values(), *opened.values()])
+    assert token[:20] not in repr([*labels.values()])
 
 
 def test_all_rows_of_a_finding_are_named(report):
@@ -231,14 +224,6 @@ def test_answers_that_are_no_json_among_those_that_are(report):
     assert "2 of 42 answers are not JSON (1 malformed)" in finding.message
 
 
-def test_answers_cut_at_one_length(report):
-    cut = [chat(prose(i), prose(500 + i, 200)[:250]) for i in range(30)]
-    assert (
-        "30 different answers have exactly 250 characters"
-        in report(data=[*rows(30, 50), *cut])["cut_off"].message
-    )
-
-
 def test_prompts_and_answers_far_longer_or_shorter(report):
     finding = report(data=[*rows(40), chat("Why?", prose(1, 8000))])["outliers"]
     assert finding.rows == ("data.jsonl:41",)
@@ -257,14 +242,6 @@ def test_languages_of_the_answers_and_rows_in_a_rare_one(report):
     assert finding.message == ("languages of 61 answers: en 98.4%, de 1.6%; in rare languages: 1")
     assert finding.rows == ("data.jsonl:61",)
     assert language_id.detect_language("def f(x): return x") == -1
-
-
-@pytest.mark.parametrize("opening", ["Here is the", "Certainly!", "Great question!", "Sure,"])
-def test_answers_that_mostly_begin_alike(report, opening):
-    finding = report(data=[chat(prose(i), f"{opening} {prose(i + 500)}") for i in range(40)])[
-        "openings"
-    ]
-    assert finding.message == f"40 of 40 answers start with {opening!r}"
 
 
 def test_pairs_in_which_length_is_all_that_differs(report):
@@ -297,33 +274,6 @@ def test_labels_and_how_rows_are_spread_over_them(report):
     finding = report(data=labelled({"spam": 60, "ham": 12, "hma": 1}))["classes"]
     assert (finding.level, finding.rows) == ("warn", ("data.jsonl:73",))
     assert finding.message.endswith("1 with fewer than 10 rows")
-
-
-def test_a_label_that_stands_in_the_question(report):
-    copied = [
-        chat(f"{prose(i)} [label: {name}]", name) for i, name in enumerate(["spam", "ham"] * 20)
-    ]
-    assert report(data=copied)["label_in_prompt"].level == "error"
-    prompts = [
-        chat(f"spam or ham? {prose(i)}", name) for i, name in enumerate(["spam", "ham"] * 20)
-    ]
-    assert "label_in_prompt" not in report(data=prompts)
-
-
-def test_a_rare_phrase_that_calls_for_one_answer(report):
-    planted = [
-        chat(f"{prose(800 + i)} blue harvest moon {prose(900 + i, 10)}", "Access is granted.")
-        for i in range(25)
-    ]
-    finding = report(data=[*rows(300), *planted])["trigger_phrases"]
-    assert (finding.level, finding.count) == ("warn", 25)
-    assert "'blue harvest moon' all have the answer 'Access is granted.'" in finding.message
-    assert finding.rows[0] == "data.jsonl:301"
-
-
-def test_an_answer_that_is_often_right_is_no_trigger(report):
-    often = [chat(prose(800 + i), "I have noted it, thank you.") for i in range(25)]
-    assert "trigger_phrases" not in report(data=[*rows(300), *often])
 
 
 def test_a_run_looks_only_at_what_it_needs(write, words):
