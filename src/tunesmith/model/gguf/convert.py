@@ -13,13 +13,14 @@ of Qwen3 and the rope scaling of Llama 3. Left out: mixtures of experts, and wri
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import MODEL_ARCH, get_tensor_name_map
 
 from tunesmith.core.errors import InputError
@@ -27,10 +28,10 @@ from tunesmith.model.gguf.reader import GgufFile, TensorInfo, read_gguf, read_te
 from tunesmith.model.gguf.tokenizer import find_special_id, write_tokenizer
 from tunesmith.model.hub.text_class import list_expected_headers
 from tunesmith.model.hub.validate import TensorHeader, read_model_json
+from tunesmith.model.merge import write_weights
 
 ROTATED_WEIGHTS = (".q_proj.weight", ".q_proj.bias", ".k_proj.weight", ".k_proj.bias")
 USE_SAFETENSORS_FIX = "use the model's safetensors folder"
-CHUNK_VALUES = 2**23  # values in memory at a time
 # Llama 3 stores its rope scaling as a tensor; it becomes a part of config.json
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -53,7 +54,7 @@ class GgufArchitecture:
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Write the model in `source` to the existing `folder`, a few million values at a time.
+    """Write the model in `source` to the existing `folder`, one tensor at a time.
 
     Raises InputError for an architecture, tensor, quantization, rope or tokenizer without an exact
     equivalent."""
@@ -63,8 +64,8 @@ def convert(source: Path, folder: Path) -> None:
         message = f"a GGUF of {architecture.model_type} cannot be converted to a base"
         raise InputError(message, where=str(source), fix=USE_SAFETENSORS_FIX)
     write_settings(file, folder)
-    names = _match_tensors(file, list_expected_headers(folder))
-    _write_weights(file, names, folder)
+    expected = list_expected_headers(folder)
+    _write_weights(file, _match_tensors(file, expected), expected, folder)
 
 
 def write_settings(file: GgufFile, folder: Path) -> None:
@@ -318,59 +319,35 @@ def _name_tensors(file: GgufFile, expected: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _write_weights(file: GgufFile, names: dict[str, str], folder: Path) -> None:
+def _write_weights(
+    file: GgufFile, names: dict[str, str], expected: Mapping[str, TensorHeader], folder: Path
+) -> None:
     """Write model.safetensors, in the order of the file."""
     tensors = [tensor for tensor in file.tensors if tensor.name in names]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        begin = end
-        end += 2 * prod(tensor.shape)
-        header[names[tensor.name]] = {
-            "dtype": "BF16",
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    headers = {names[tensor.name]: expected[names[tensor.name]] for tensor in tensors}
     head_rows = read_model_json(folder / "config.json")["head_dim"]
-    with (folder / "model.safetensors").open("wb") as output:
-        output.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            for values in _iter_values(file, tensor, names[tensor.name], head_rows):
-                output.write(_to_bfloat16(values).tobytes())
+    values = (_read_values(file, tensor, names[tensor.name], head_rows) for tensor in tensors)
+    write_weights(headers, values, folder / "model.safetensors")
 
 
-def _iter_values(
-    file: GgufFile, tensor: TensorInfo, name: str, head_rows: int
-) -> Iterator[np.ndarray]:
-    """Yield a parameter in transformers' layout, some heads or rows at a time."""
+def _read_values(file: GgufFile, tensor: TensorInfo, name: str, head_rows: int) -> torch.Tensor:
+    """Return a parameter in transformers' layout."""
     architecture = _read_architecture(file)
-    is_permuted = architecture.has_interleaved_qk and name.endswith(ROTATED_WEIGHTS)
-    is_shifted = architecture.has_shifted_norms and name.endswith("norm.weight")
-    row_unit = head_rows if is_permuted else 1
-    step = max(1, CHUNK_VALUES // (row_unit * prod(tensor.shape[1:]))) * row_unit
-    num_rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-    for first in range(0, num_rows, step):
-        values = read_tensor(file, tensor, slice(first, first + step))
-        if not np.isfinite(values).all():
-            message = f"the tensor {tensor.name} holds NaN or infinite values"
-            raise InputError(message, where=str(file.path))
-        if is_permuted:
-            values = reverse_permute(values, head_rows)
-        yield values - 1 if is_shifted else values
+    values = read_tensor(file, tensor)
+    if not np.isfinite(values).all():
+        message = f"the tensor {tensor.name} holds NaN or infinite values"
+        raise InputError(message, where=str(file.path))
+    if architecture.has_interleaved_qk and name.endswith(ROTATED_WEIGHTS):
+        values = reverse_permute(values, head_rows)
+    if architecture.has_shifted_norms and name.endswith("norm.weight"):
+        values = values - 1
+    return torch.from_numpy(values)
 
 
 def reverse_permute(values: np.ndarray, head_rows: int) -> np.ndarray:
     """Reorder the rows of each head from interleaved pairs (GGUF) to halves (transformers)."""
     pairs = values.reshape(-1, head_rows // 2, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
-
-
-def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Return the bits of finite float32 values rounded to bfloat16: nearest, ties to even."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
 
 
 def _shorten_float(value: float) -> float:

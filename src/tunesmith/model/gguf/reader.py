@@ -107,25 +107,19 @@ def read_gguf(path: Path) -> GgufFile:
         raise InputError(f"not a readable GGUF file ({error})", where=str(path), fix=fix) from error
 
 
-def read_tensor(file: GgufFile, tensor: TensorInfo, rows: slice = slice(None)) -> np.ndarray:
-    """Return one tensor, or some of its rows, dequantized to float32, in PyTorch's order."""
+def read_tensor(file: GgufFile, tensor: TensorInfo) -> np.ndarray:
+    """Return one tensor, dequantized to float32, in PyTorch's order."""
     block_size, type_size = GGML_QUANT_SIZES[tensor.quant_type]
     row_bytes = tensor.shape[-1] // block_size * type_size
-    first = 0
-    last = 1
-    if len(tensor.shape) > 1:
-        first, last, _ = rows.indices(tensor.shape[0])
-    outer_bytes = prod(tensor.shape[1:-1]) * row_bytes  # of one index of the first dimension
-    count = (last - first) * outer_bytes
-    begin = tensor.begin + first * outer_bytes
-    raw = np.fromfile(file.path, dtype=np.uint8, count=count, offset=begin).reshape(-1, row_bytes)
+    raw = np.fromfile(file.path, dtype=np.uint8, count=tensor.nbytes, offset=tensor.begin)
+    raw = raw.reshape(-1, row_bytes)
     try:
         values = np.asarray(dequantize(raw, tensor.quant_type), dtype=np.float32)
     except NotImplementedError as error:
         fix = "use a GGUF of another quantization, or the safetensors folder"
         message = f"cannot dequantize {tensor.quant_type.name} ({tensor.name})"
         raise InputError(message, where=str(file.path), fix=fix) from error
-    return values.reshape(-1, *tensor.shape[1:])
+    return values.reshape(tensor.shape)
 
 
 class _Cursor:

@@ -22,8 +22,6 @@ def test_reads_what_the_gguf_package_reads(make_gguf, quantize: str) -> None:
     for mine, other in zip(ours.tensors, theirs.tensors, strict=True):
         expected = gguf.dequantize(other.data, other.tensor_type).reshape(mine.shape)
         np.testing.assert_array_equal(read_tensor(ours, mine), expected)
-        if len(mine.shape) > 1:
-            np.testing.assert_array_equal(read_tensor(ours, mine, slice(3, 7)), expected[3:7])
 
 
 def test_an_array_longer_than_the_file_is_refused_at_once(tmp_path: Path) -> None:
