@@ -4,15 +4,18 @@
 
 A route is a line in `ROUTES`: path, method, handler, the scope that a key needs, the class of its
 body. The guard, the OpenAPI document and the tests read the same table, so that a route that is not
-in it does not exist. Left out: starting and stopping (server.py)."""
+in it does not exist. schemathesis reads the document: a body that it allows and the server dies of
+is a failing test. Left out: starting and stopping (server.py)."""
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -20,14 +23,34 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp
 
-from tunesmith.serve import admin, handlers
+from tunesmith.core.types import Json, __version__
+from tunesmith.serve import handlers
 from tunesmith.serve.bodies import CanaryBody, ChatBody, CompletionBody, FeedbackBody, ModelBody
 from tunesmith.serve.errors import NO_STORE, RequestError, make_error_body
 from tunesmith.serve.exchange import Server
 from tunesmith.serve.keys import KeyRing, Scope
 from tunesmith.serve.middleware import AccessMiddleware, AccessRules, list_hosts
-from tunesmith.serve.openapi import build_openapi
 from tunesmith.serve.settings import ServeSettings
+
+REF_TEMPLATE = "#/components/schemas/{model}"
+ERROR_SCHEMA: Json = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+BODY_ERRORS = (400, 408, 413, 415, 429, 503, 504)
+KEY_ERRORS = (401, 403, 404, 421)
 
 
 @dataclass(frozen=True)
@@ -40,6 +63,50 @@ class Endpoint:
     scope: Scope | None
     body: type[BaseModel] | None = None
     success: int = 200
+
+
+def build_openapi(endpoints: Sequence[Endpoint]) -> Json:
+    """Return the document."""
+    bodies = [endpoint.body for endpoint in endpoints if endpoint.body is not None]
+    references, definitions = models_json_schema(
+        [(body, "validation") for body in bodies], by_alias=True, ref_template=REF_TEMPLATE
+    )
+    paths: Json = {}
+    for endpoint in endpoints:
+        operation = _describe(endpoint)
+        if endpoint.body is not None:
+            schema = references[(endpoint.body, "validation")]
+            content = {"application/json": {"schema": schema}}
+            operation["requestBody"] = {"required": True, "content": content}
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "tunesmith serve", "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": {**definitions.get("$defs", {}), "Error": ERROR_SCHEMA},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _describe(endpoint: Endpoint) -> Json:
+    summary = (inspect.getdoc(endpoint.handler) or "").split("\n")[0]
+    responses: Json = {str(endpoint.success): {"description": "what was asked for"}}
+    errors = [*KEY_ERRORS, *(BODY_ERRORS if endpoint.body is not None else ())]
+    reference = {"$ref": REF_TEMPLATE.format(model="Error")}
+    for status in errors:
+        content = {"application/json": {"schema": reference}}
+        responses.setdefault(str(status), {"description": "an error", "content": content})
+    operation: Json = {"summary": summary, "responses": responses}
+    if endpoint.scope is not None:
+        operation["security"] = [{"key": []}]
+    names = re.findall(r"\{(\w+)\}", endpoint.path)
+    operation["parameters"] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in names
+    ]
+    return operation
 
 
 async def get_openapi(_request: Request) -> JSONResponse:
@@ -60,12 +127,12 @@ ROUTES: tuple[Endpoint, ...] = (
     Endpoint(
         "POST", "/v1/feedback", handlers.create_feedback, "feedback", FeedbackBody, success=201
     ),
-    Endpoint("GET", "/admin/models/{model}", admin.get_admin_model, "admin"),
-    Endpoint("PUT", "/admin/models/{model}", admin.put_model, "admin", ModelBody),
-    Endpoint("DELETE", "/admin/models/{model}", admin.delete_model, "admin", success=204),
-    Endpoint("GET", "/admin/routes", admin.list_routes, "admin"),
-    Endpoint("PUT", "/admin/routes/{route}", admin.put_route, "admin", CanaryBody),
-    Endpoint("POST", "/admin/drain", admin.start_drain, "admin"),
+    Endpoint("GET", "/admin/models/{model}", handlers.get_admin_model, "admin"),
+    Endpoint("PUT", "/admin/models/{model}", handlers.put_model, "admin", ModelBody),
+    Endpoint("DELETE", "/admin/models/{model}", handlers.delete_model, "admin", success=204),
+    Endpoint("GET", "/admin/routes", handlers.list_routes, "admin"),
+    Endpoint("PUT", "/admin/routes/{route}", handlers.put_route, "admin", CanaryBody),
+    Endpoint("POST", "/admin/drain", handlers.start_drain, "admin"),
 )
 PATH_SCOPES: tuple[tuple[re.Pattern[str], Scope | None], ...] = tuple(
     (compile_path(route.path)[0], route.scope) for route in ROUTES

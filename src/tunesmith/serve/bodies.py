@@ -4,7 +4,7 @@
 
 Strict: an unknown or unsupported field, a duplicate key, NaN and a number written as text are
 refused, since a field that is silently ignored changes answers. The OpenAPI document is made from
-the same classes (openapi.py). Left out: what a request becomes (requests.py)."""
+the same classes (app.py). Left out: what a request becomes (exchange.py)."""
 
 from __future__ import annotations
 

@@ -1,12 +1,22 @@
-"""Prometheus metrics of a server.
+"""What a server tells its operator: a line of JSON for every request, and Prometheus metrics.
 
+    record = AccessRecord("req-...", "POST", "/v1/models");  ...;  write_record(record)
     metrics = ServerMetrics();  metrics.running.set(3);  metrics.render() -> text
 
-In: what the scheduler and the handlers report. Out: the text of /metrics. Counters carry the name
-of the model; histograms the names of the first MAX_HISTOGRAM_MODELS, "other" beyond, so that a
-thousand adapters do not make thirty thousand series. Left out: content of any request."""
+In: what the guard, the handlers and the scheduler report. Out: lines of the logger
+`tunesmith.access`, which the command line sends to stderr, and the text of /metrics. Counters carry
+the name of the model; histograms the names of the first MAX_HISTOGRAM_MODELS, "other" beyond, so
+that a thousand adapters do not make thirty thousand series. Left out: prompts, answers, keys, user
+fields and query strings, which are never part of either."""
 
 from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -17,14 +27,79 @@ from prometheus_client import (
     generate_latest,
 )
 
-from tunesmith.serve.access_log import AccessRecord
+RECORD_FIELD = "tunesmith.record"  # in the ASGI scope
+MAX_PATH_CHARS = 120
 
+logger = logging.getLogger("tunesmith.access")
 MAX_HISTOGRAM_MODELS = 50
 OTHER_MODELS = "other"
 FIRST_TOKEN_BUCKETS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30, 60)
 TOKEN_BUCKETS = (0.01, 0.02, 0.04, 0.06, 0.09, 0.13, 0.25, 0.5, 1, 3)
 REQUEST_BUCKETS = (0.1, 0.3, 1, 3, 6, 12, 30, 60, 120, 300)
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass
+class AccessRecord:
+    """A request, as far as it is known; the fields of the model stay empty where none was asked."""
+
+    id: str
+    method: str
+    path: str
+    key: str = ""  # the name of the API key
+    model: str = ""
+    version: str = ""  # name, scale and digest of the model
+    route: str = ""  # that has chosen the model
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    answer_tokens: int = 0
+    finish_reasons: tuple[str, ...] = ()
+    is_schema_valid: bool | None = None  # None without a schema
+    status: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None  # as `started`
+    has_disconnected: bool = False  # the client, before the end
+
+    def note_first_token(self) -> None:
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        return None if self.first_token is None else self.first_token - self.started
+
+    def to_line(self) -> Mapping[str, Any]:
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "id": self.id,
+            "method": self.method,
+            "path": self.path[:MAX_PATH_CHARS],
+            "status": self.status,
+            "key": self.key,
+            "ms": round(1000 * self.seconds),
+        }
+        if self.route:
+            line["route"] = self.route
+        if self.model:
+            line["model"] = self.version
+            line["tokens"] = [self.prompt_tokens, self.cached_tokens, self.answer_tokens]
+            line["finish"] = list(self.finish_reasons)
+            if self.first_token_seconds is not None:
+                line["first_ms"] = round(1000 * self.first_token_seconds)
+            if self.is_schema_valid is not None:
+                line["schema_valid"] = self.is_schema_valid
+        if self.has_disconnected:
+            line["disconnected"] = True
+        return line
+
+
+def write_record(record: AccessRecord) -> None:
+    """Write the line; characters beyond ASCII are escaped."""
+    logger.info(json.dumps(record.to_line()))
 
 
 class ServerMetrics:

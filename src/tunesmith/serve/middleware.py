@@ -17,11 +17,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunesmith.core.errors import InputError
-from tunesmith.serve.access_log import RECORD_FIELD, AccessRecord, write_record
 from tunesmith.serve.errors import RequestError
 from tunesmith.serve.keys import ApiKey, KeyRing
 from tunesmith.serve.keys import Scope as KeyScope
-from tunesmith.serve.metrics import ServerMetrics
+from tunesmith.serve.metrics import RECORD_FIELD, AccessRecord, ServerMetrics, write_record
 
 BODY_SECONDS = 30  # for the whole body
 SAFE_METHODS = ("GET", "HEAD")

@@ -7,7 +7,7 @@ In: opened sources. Out: models by name, and leases on their adapters. A request
 until it ends, so a replaced adapter answers what it has begun and is dropped after that. Adapters
 are loaded when they are asked for, once for all that wait, and dropped by last use beyond the
 memory budget. All state belongs to the event loop; packing runs on a worker, dropping between two
-steps of the engine. Left out: opening folders (sources.py), HTTP (admin.py)."""
+steps of the engine. Left out: opening folders (sources.py), HTTP (handlers.py)."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tunesmith.recipe.fields import Constraint
-from tunesmith.serve.canary import (
+from tunesmith.serve.routes import (
     Canary,
     CheckedAnswer,
     CheckRules,

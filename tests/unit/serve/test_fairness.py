@@ -13,8 +13,7 @@ import pytest
 from tiny_server import LiveServer, make_settings, serving, wait_for
 from tunesmith.core.types import GenerationRequest
 from tunesmith.serve.errors import RequestError
-from tunesmith.serve.fairness import ANSWER_WEIGHT, Backlog, FairQueue
-from tunesmith.serve.scheduler import AnswerJob, AnswerUpdate
+from tunesmith.serve.scheduler import ANSWER_WEIGHT, AnswerJob, AnswerUpdate, Backlog, FairQueue
 
 FLOOD = ("flood", "json")
 QUIET = ("quiet", "json")

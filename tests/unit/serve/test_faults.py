@@ -34,8 +34,8 @@ from tiny_server import (
     serving,
     wait_for,
 )
+from tunesmith.serve import formats
 from tunesmith.serve import server as serve_server
-from tunesmith.serve import streams
 from tunesmith.serve.server import TimedProtocol
 from tunesmith.serve.settings import ServeSettings
 
@@ -165,7 +165,7 @@ def test_a_stream_that_cannot_begin_holds_nothing(
 ) -> None:
     """Its response waits for an earlier one on the connection that the client does not read."""
     if not is_left:
-        monkeypatch.setattr(streams, "WRITE_SECONDS", 0.1)
+        monkeypatch.setattr(formats, "WRITE_SECONDS", 0.1)
     registry = unbuffered.server.registry
     stream = make_chat("small", stream=True, **LONG)
     with answering_nobody(unbuffered, LARGE, stream) as connection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import os
 import stat
 from pathlib import Path
@@ -28,6 +29,28 @@ def test_a_key_is_found_by_its_secret_alone(tmp_path: Path) -> None:
     for wrong in ("", secret, f"Basic {secret}", f"Bearer {secret[:-1]}", f"Bearer {secret}x"):
         assert ring.find(wrong) is None
     assert ring.find(f"Bearer {key.sha256}") is None
+
+
+def test_how_much_of_a_key_is_right_changes_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashes are compared, whole, with all keys: there is nothing that a clock could tell."""
+    path = tmp_path / "keys.json"
+    secret, _ = add_key(path, "a")
+    add_key(path, "b")
+    ring = KeyRing(path)
+    compared: list[tuple[int, int]] = []
+    compare = hmac.compare_digest
+
+    def note(first: str, second: str) -> bool:
+        compared.append((len(first), len(second)))
+        return compare(first, second)
+
+    monkeypatch.setattr(hmac, "compare_digest", note)
+    for attempt in [secret, "x", secret[:8], secret[:-1] + "!"]:
+        compared.clear()
+        assert (ring.find(f"Bearer {attempt}") is None) == (attempt != secret)
+        assert compared == [(64, 64)] * 2
 
 
 def test_the_file_holds_no_secret_and_is_private(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.serve import server as serve_server
-from tunesmith.serve.admin import find_folder
 from tunesmith.serve.errors import RequestError
+from tunesmith.serve.handlers import find_folder
 from tunesmith.serve.sources import open_adapter, open_base
 
 pytestmark = pytest.mark.promise

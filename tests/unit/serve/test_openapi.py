@@ -11,8 +11,7 @@ import pytest
 import schemathesis
 
 from tiny_server import LiveServer, make_settings, serving
-from tunesmith.serve.app import ROUTES
-from tunesmith.serve.openapi import build_openapi
+from tunesmith.serve.app import ROUTES, build_openapi
 
 pytestmark = pytest.mark.promise
 

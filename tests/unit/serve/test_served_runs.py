@@ -18,7 +18,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json
 from tunesmith.evaluate.compare_models import EvalSpec, evaluate_model
 from tunesmith.evaluate.model_ref import parse_model_ref
-from tunesmith.serve.canary import CheckRules, build_rules
+from tunesmith.serve.routes import CheckRules, build_rules
 from tunesmith.serve.server import prepare_server
 from tunesmith.serve.settings import read_settings
 from tunesmith.serve.sources import open_adapter
