@@ -43,7 +43,7 @@ CALLS = {
     ),
 }
 # Templates of the report and of start files, which no model and no user can add to.
-ALLOWED = {"report/html.py": ["Environment"], "export/server_files.py": ["Environment"]}
+ALLOWED = {"report/html.py": ["Environment"], "export/servers.py": ["Environment"]}
 SWITCHES = {
     "trust_remote_code": False,
     "use_safetensors": True,

@@ -34,8 +34,8 @@ ALLOWED = {
     ("model/reference_load.py", "apply_chat_template"),
     ("report/html.py", "Environment"),  # our own templates, never a stranger's
     ("report/html.py", "get_template"),
-    ("export/server_files.py", "Environment"),
-    ("export/server_files.py", "get_template"),
+    ("export/servers.py", "Environment"),
+    ("export/servers.py", "get_template"),
 }
 
 

@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from tiny_export import save_model
 from tiny_runs import build_sum_rows, write_rows
-from tunesmith.export.request import TARGET_TYPES
-from tunesmith.export.server_files import ENGINES
+from tunesmith.export.request import ENGINES, TARGET_TYPES
 from tunesmith.recipe import demo
 
 RECIPE = """\

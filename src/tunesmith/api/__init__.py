@@ -506,9 +506,9 @@ def push_to_hub(
     A new repository is private unless `public`. Raises what `export` raises, and InputError
     without a token or the right to write."""
     run_dir.require_run(Path(path))
-    from tunesmith.export.hub_target import check_target
+    from tunesmith.export.request import check_target
 
     target = check_target(repo, is_public=public)
-    from tunesmith.export.hub import export_to_hub
+    from tunesmith.export.export import export_to_hub
 
     return export_to_hub(Path(path), target, scale=scale)

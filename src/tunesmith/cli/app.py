@@ -266,7 +266,7 @@ def export(  # noqa: PLR0913 - every option is a flag
 ) -> None:
     """Export runs and check each against its run's answers."""
     from tunesmith.cli.views.results import render_export, render_server_export
-    from tunesmith.export.server_files import ENGINES
+    from tunesmith.export.request import ENGINES
 
     base_flag: dict[str, object] = {"--base": None if base == "auto" else base}
     hub_flags: dict[str, object] = {"--repo": repo, "--public": public or None}
@@ -305,7 +305,7 @@ def _refuse_unused(flags: dict[str, object], condition: str) -> None:
 def _confirm_upload(folder: Path, repo: str | None, *, is_public: bool, is_confirmed: bool) -> None:
     """Ask before an adapter leaves the machine. Raises InputError where nobody can be asked."""
     require_run(folder)
-    from tunesmith.export.hub_target import check_target
+    from tunesmith.export.request import check_target
 
     if not is_confirmed and not sys.stdin.isatty():
         message = "the upload needs confirmation, but stdin is not a terminal"

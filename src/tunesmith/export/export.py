@@ -1,32 +1,42 @@
 """Export a finished run to another format, verified against the run before the folder appears.
 
-In: a run folder and a target of TARGETS. Out: ExportResult. A new target is two functions, a line
-in TARGETS and one in request.py; those for servers of other projects are in server_files.py. The
+In: a run folder and a target of TARGETS. Out: ExportResult. What goes to the hub is one commit,
+after the gate, that names no folder of this machine; then the hub is asked for the hash of each
+file. A new target is two functions, a line in TARGETS and one in request.py. The
 tolerances follow from measurements (docs/guides/export.md). Left out: writing the formats (hf.py,
 gguf/, ollama.py) and comparing outputs (parity.py)."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from huggingface_hub import CommitOperationAdd, HfApi
 from torch import Tensor
 
-from tunesmith.core.atomic import atomic_dir, read_sealed_files
+from tunesmith.core.atomic import MANIFEST, atomic_dir, read_sealed_files
 from tunesmith.core.errors import GateError, InputError, MachineError
 from tunesmith.core.formatting import format_bytes
 from tunesmith.core.hardware import measure_machine
+from tunesmith.core.hub_names import SHOWN_COMMIT_CHARS
+from tunesmith.core.hub_repo import HubRef, hub_errors, request_files
 from tunesmith.core.types import Json, __version__
 from tunesmith.evaluate.scale_choice import MAX_SCALE
 from tunesmith.export.gguf.write import reload_gguf, reload_lora, write_gguf, write_lora
 from tunesmith.export.hf import (
+    has_expert_adapters,
+    refuse_stacked_experts,
     reload_merged,
     reload_peft,
+    reload_per_expert,
     write_hub,
     write_merged_folder,
     write_peft,
+    write_per_expert,
 )
 from tunesmith.export.ollama import reload_ollama, write_ollama
 from tunesmith.export.parity import (
@@ -45,13 +55,7 @@ from tunesmith.export.parity import (
     refuse_mismatch,
     select_examples,
 )
-from tunesmith.export.per_expert import (
-    has_expert_adapters,
-    refuse_stacked_experts,
-    reload_per_expert,
-    write_per_expert,
-)
-from tunesmith.export.request import PER_EXPERT, choose_output_path, choose_type
+from tunesmith.export.request import PER_EXPERT, WHERE, HubTarget, choose_output_path, choose_type
 from tunesmith.export.source_run import SourceRun, open_source_run
 from tunesmith.model.merge import merge_into_network
 from tunesmith.model.save import select_linear_loras
@@ -68,15 +72,6 @@ class ExportFormat:
     reload: Callable[[ExportJob], ReloadedExport]
     tolerance: Tolerance
     bytes_per_weight: float | None = 0
-
-
-def find_format(target: str, export_type: str | None) -> tuple[str, ExportFormat]:
-    """Return the export type and its format; without a type, the target's first one.
-
-    Raises InputError for an unknown target or type.
-    """
-    chosen = choose_type(target, export_type)
-    return chosen, TARGETS[target][chosen]
 
 
 EXACT_TOLERANCE = Tolerance(mean_kl=1e-6, max_kl=1e-4)
@@ -167,7 +162,8 @@ def export_run(
         MachineError: verifying the export does not fit in memory.
         GateError: the export does not behave as the run does; nothing is written.
     """
-    kind, export_format = find_format(target, kind)
+    kind = choose_type(target, kind)
+    export_format = TARGETS[target][kind]
     run = _scale_run(open_source_run(path), scale)
     output_path = choose_output_path(path, target, kind, scale=run.scale, out=out)
     _refuse_unsupported(run, export_format)
@@ -340,3 +336,42 @@ def _compute_merged_logits(
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype).float()
     return compute_example_logits(network, examples)
+
+
+def export_to_hub(run: Path, target: HubTarget, *, scale: float = 1.0) -> ExportResult:
+    """Export the adapter of a run to a temporary folder, verify it as any export, and upload it.
+
+    Raises what `export_run` raises; InputError for a token without the right to write, MachineError
+    for an upload that fails."""
+    with TemporaryDirectory(prefix="tunesmith-hub-") as scratch:
+        folder = Path(scratch) / "adapter"
+        result = export_run(run, "hub", scale=scale, out=folder)
+        upload = _upload_folder(folder, target)
+    return dataclasses.replace(result, path="", upload=upload)
+
+
+def _upload_folder(folder: Path, target: HubTarget) -> Upload:
+    """Create the repository if it is new, and commit all files of a folder at once."""
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    api = HfApi()
+    with hub_errors(HubRef("model", target.repo, where=WHERE), is_upload=True):
+        if target.is_new:
+            api.create_repo(target.repo, private=not target.is_public)
+        commit = api.create_commit(
+            target.repo,
+            [CommitOperationAdd(name, path) for name, path in files.items()],
+            commit_message=f"Adapter trained and verified by tunesmith {__version__}",
+        )
+        uploaded = request_files(HubRef("model", target.repo, commit.oid, WHERE))
+    uploaded_by_name = {file.name: file for file in uploaded}
+    for name, path in files.items():
+        if name in uploaded_by_name and uploaded_by_name[name].has_content_of(path):
+            continue
+        message = f"the hub does not hold {name} as it was uploaded"
+        fix = f"check commit {commit.oid[:SHOWN_COMMIT_CHARS]} of {target.repo}, and export again"
+        raise MachineError(message, where=WHERE, fix=fix)
+    return Upload(str(commit.commit_url), commit.oid, target.is_public, len(files))

@@ -4,38 +4,35 @@
 
 The adapters are exported and verified as by `--to peft` (llama-server: one GGUF, as by `--to
 gguf`); beside them are the files that start the server, `verify.sh` and `LIMITS.md`. What an engine
-cannot hold is refused by name before anything is written. Left out: the texts (server_files.py),
-and running the server."""
+cannot hold is refused by name before anything is written. The files are the rendered ones of
+server_templates/TARGET/: a start script and a compose file, or a manifest. None of these engines
+runs here, hence `verify.sh`. Left out: running the server."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from tunesmith.core.atomic import atomic_dir
 from tunesmith.core.errors import InputError
 from tunesmith.core.hub_names import COMMIT, split_revision
 from tunesmith.core.types import __version__
 from tunesmith.export.export import export_run
-from tunesmith.export.parity import Parity
-from tunesmith.export.per_expert import (
+from tunesmith.export.hf import (
     MERGE_FIX,
     has_expert_adapters,
     refuse_stacked_experts,
 )
-from tunesmith.export.request import LLAMA_SERVER, PER_EXPERT, choose_server_path
-from tunesmith.export.server_files import (
-    ENGINES,
-    VLLM_RANKS,
-    Deployment,
-    ServedAdapter,
-    build_server_files,
-)
+from tunesmith.export.parity import Parity
+from tunesmith.export.request import ENGINES, LLAMA_SERVER, PER_EXPERT, choose_server_path
 from tunesmith.export.source_run import SourceRun, open_source_run
 from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE
 from tunesmith.model.hub.validate import read_model_json
@@ -43,8 +40,67 @@ from tunesmith.model.save import LoraTensors, select_linear_loras
 from tunesmith.session.identity import hash_weight_files
 from tunesmith.train.model_card import find_hub_name
 
+TEMPLATES = Path(__file__).parent / "server_templates"
+MAX_LORAS_IN_BATCH = 16
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 GENERATION_FILE = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """A run and the name that requests use for it."""
+
+    name: str
+    run_path: str
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The base and the adapters of a server. `hub_name` is empty for a base that is not on the hub;
+    `base` names it for people. `model_file` is the GGUF of llama-server."""
+
+    adapters: tuple[ServedAdapter, ...]
+    base: str
+    hub_name: str
+    revision: str
+    dtype: str
+    context_length: int
+    max_rank: int
+    end_ids: tuple[int, ...]
+    has_template: bool = True
+    model_file: str = ""
+
+    @property
+    def max_loras(self) -> int:
+        return min(len(self.adapters), MAX_LORAS_IN_BATCH)
+
+    @property
+    def vllm_rank(self) -> int:
+        """The smallest rank that vLLM offers and that holds every adapter."""
+        return next(rank for rank in VLLM_RANKS if rank >= self.max_rank)
+
+    @property
+    def shell_base(self) -> str:
+        """The base without what a shell reads inside ${...:?...}."""
+        return "".join(char for char in self.base if char.isalnum() or char in " ._/@-")
+
+
+def build_server_files(target: str, deployment: Deployment) -> dict[str, str]:
+    """Return every text of an export by its name."""
+    environment = Environment(
+        loader=FileSystemLoader([TEMPLATES / target, TEMPLATES]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["quote"] = shlex.quote
+    names = [path.name for path in sorted((TEMPLATES / target).iterdir())]
+    texts: dict[str, str] = {}
+    for name in [*names, "verify.sh"]:
+        values = {"target": target, "deployment": deployment}
+        texts[name] = environment.get_template(name).render(values)
+    return texts
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,6 @@ def use(
             base = open_base(str(tiny_llama), datetime(2026, 1, 1))
             try:
                 source = open_adapter(str(run), base)
-                source.weights.check_content()
-                source.tokenizer.check_content()
             except TunesmithError as error:
                 return error.exit_code, "", str(error)
             finally:

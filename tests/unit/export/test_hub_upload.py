@@ -12,8 +12,8 @@ import hub_server
 from hub_server import TOKEN, Fault, HubServer
 from tunesmith.core.errors import GateError, InputError, MachineError
 from tunesmith.export import export
-from tunesmith.export.hub import export_to_hub
-from tunesmith.export.hub_target import check_target
+from tunesmith.export.export import export_to_hub
+from tunesmith.export.request import check_target
 
 REPO = "me/my-adapter"
 # huggingface_hub calls its HTTP client in a way that the client has deprecated

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from tiny_export import judge_export, make_export_job, save_run
 from tunesmith.core.errors import GateError
 from tunesmith.export.export import TARGETS
-from tunesmith.export.merged_changes import MAX_ROWS, check_changes, sample_changes
 from tunesmith.export.parity import (
+    MAX_ROWS,
     LiveOutputs,
+    check_changes,
     compare_outputs,
     compute_export_outputs,
     compute_live_outputs,
+    sample_changes,
 )
 from tunesmith.model.expert_adapters import ExpertLoraTensors
 from tunesmith.model.merge import WeightDelta, merge_into_network

@@ -17,7 +17,7 @@ from tiny_models import make_tiny_network
 from tunesmith.cli import app
 from tunesmith.core.errors import InputError
 from tunesmith.export.export import export_run
-from tunesmith.export.per_expert import name_experts
+from tunesmith.export.hf import name_experts
 from tunesmith.export.servers import export_servers
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT reads the property

@@ -18,17 +18,15 @@ from tunesmith.cli import app
 from tunesmith.core.atomic import verify_dir
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
-from tunesmith.export.server_files import (
+from tunesmith.export.servers import (
     ENGINES,
     VLLM_RANKS,
     Deployment,
     ServedAdapter,
-    build_server_files,
-)
-from tunesmith.export.servers import (
     _refuse_differences,
     _refuse_unsupported,
     bind_variables,
+    build_server_files,
     export_servers,
 )
 from tunesmith.export.source_run import SourceRun, open_source_run

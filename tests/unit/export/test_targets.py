@@ -24,7 +24,6 @@ from tunesmith.export.export import (
     ExportResult,
     _refuse_unsupported,
     export_run,
-    find_format,
 )
 from tunesmith.export.hf import write_merged_folder
 from tunesmith.export.parity import ExportJob, Tolerance, compute_live_outputs
@@ -169,7 +168,7 @@ def test_dora_is_in_the_weights_or_beside_them(dora_run: Path, tmp_path: Path) -
 def test_no_gguf_adapter_holds_experts(finished: Path) -> None:
     run = open_source_run(finished)
     loras = {"experts": ExpertLoraTensors(torch.ones(2, 1, 3), torch.ones(2, 4, 1), 1.0)}
-    _, gguf = find_format("gguf", "lora")
+    gguf = TARGETS["gguf"]["lora"]
     _refuse_unsupported(run, gguf)
     with pytest.raises(InputError, match="cannot hold adapters of experts"):
         _refuse_unsupported(dataclasses.replace(run, loras=loras), gguf)

@@ -11,7 +11,7 @@ import httpx
 
 from tiny_server import LiveServer, make_chat, make_settings, save_toy_adapter, serving, wait_for
 
-LONG = {"temperature": 0, "max_tokens": 150, "logit_bias": {"257": -100, "258": -100}}
+LONG = {"temperature": 0, "max_tokens": 30, "logit_bias": {"257": -100, "258": -100}}
 
 
 def _read_text(response: httpx.Response) -> str:

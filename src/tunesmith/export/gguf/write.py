@@ -6,21 +6,278 @@ base. Read back by transformers' own GGUF reader, with tokenizer and template fr
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import closing
+from itertools import chain
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from tunesmith.export.gguf.metadata import build_architecture, build_vocabulary
-from tunesmith.export.gguf.weights import read_adapter, write_adapter, write_model
+import numpy as np
+import torch
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    TensorNameMap,
+    get_tensor_name_map,
+    quantize,
+)
+from torch import Tensor
+
+from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.types import Json, ModelSpec
+from tunesmith.export.gguf.metadata import build_architecture, build_vocabulary, find_architecture
 from tunesmith.export.parity import ExportJob, ReloadedExport
-from tunesmith.model.gguf.convert import write_settings
-from tunesmith.model.gguf.reader import read_gguf
+from tunesmith.model.gguf.convert import (
+    ARCHITECTURES,
+    ROPE_FACTORS,
+    reverse_permute,
+    write_settings,
+)
+from tunesmith.model.gguf.reader import read_gguf, read_tensor
 from tunesmith.model.gguf.tokenizer import find_special_id
-from tunesmith.model.merge import merge_into_network
+from tunesmith.model.hub.validate import TensorHeader, read_headers
+from tunesmith.model.merge import (
+    WeightDeltas,
+    iter_merged_tensors,
+    merge_headers,
+    merge_into_network,
+    refuse_packed_merge,
+)
 from tunesmith.model.reference_load import encode_stock_prompts, load_config_dict, load_gguf
-from tunesmith.model.save import select_linear_loras
+from tunesmith.model.save import LoraTensors, select_linear_loras
 
+TENSOR_TYPES = {name.lower(): GGMLQuantizationType[name] for name in ("F16", "Q8_0", "BF16", "F32")}
+QUANTIZATION_VERSION = 2  # of the block formats
+TensorSlot = tuple[str, tuple[int, ...], GGMLQuantizationType]  # name, shape, type in the file
+EXPERT_NAME = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(.+)")  # layer, expert, matrix
+CONV_NAME = ".conv.conv.weight"  # of LFM2: [H, 1, K], in a GGUF [H, K]
 ADAPTER_FILE = "adapter.gguf"
 BASE_NAME_KEY = "general.base_model.0.name"
+
+
+def write_model(
+    file: Path,
+    model_spec: ModelSpec,
+    changes: WeightDeltas,
+    metadata: Json,
+    rope_factors: np.ndarray | None,
+    export_type: str,
+    dequantized_paths: Collection[str] = (),
+) -> None:
+    """Write the weights of a model with the adapter merged in.
+
+    dequantized_paths: matrices that are quantized to 4 bits and back before merging. Raises
+    GateError for values that the type cannot represent.
+    """
+    refuse_packed_merge(model_spec.path, changes)
+    headers = dict(read_headers(model_spec.path))
+    if model_spec.tie_word_embeddings:
+        headers.pop("lm_head.weight", None)
+    headers = _sort_experts(merge_headers(headers, changes))
+    name_map = _build_name_map(model_spec)
+    tensor_type = TENSOR_TYPES[export_type]
+    slots: dict[str, TensorSlot] = {}
+    num_parts = Counter(_name_stack(name) for name in headers)
+    for name, header in headers.items():
+        stack = _name_stack(name)
+        shape = header.shape if stack == name else (num_parts[stack], *header.shape)
+        if name.endswith(CONV_NAME):
+            shape = (shape[0], shape[2])
+        gguf_name = _map_name(name_map, stack, model_spec)
+        slots[name] = (gguf_name, shape, _choose_type(stack, shape, tensor_type))
+    extra: list[tuple[TensorSlot, np.ndarray]] = []
+    if rope_factors is not None:
+        extra.append(((ROPE_FACTORS, rope_factors.shape, TENSOR_TYPES["f32"]), rope_factors))
+    weights = (
+        (slots[name], _interleave_halves(name, tensor, model_spec))
+        for name, tensor in iter_merged_tensors(headers, changes, dequantized_paths)
+    )
+    file_type = LlamaFileType.ALL_F32
+    if export_type != "f32":
+        file_type = LlamaFileType[f"MOSTLY_{export_type.upper()}"]
+    general = {
+        "general.type": "model",
+        "general.file_type": int(file_type),
+        "general.quantization_version": QUANTIZATION_VERSION,
+    }
+    # a slot of all experts of a layer once
+    all_slots = [*(slot for slot, _ in extra), *dict.fromkeys(slots.values())]
+    _write_gguf(file, model_spec, general | metadata, all_slots, chain(extra, weights))
+
+
+def write_adapter(
+    file: Path, model_spec: ModelSpec, loras: Mapping[str, LoraTensors], metadata: Json
+) -> None:
+    """Write the adapter alone in fp32. llama.cpp scales it by alpha / rank, rsLoRA included.
+
+    A file has a single alpha: where layers differ, B takes the rest of the scale."""
+    name_map = _build_name_map(model_spec)
+    alphas = [lora.scale * lora.a_RI.shape[0] for lora in loras.values()]
+    file_alpha = alphas[0]
+    tensors: list[tuple[TensorSlot, np.ndarray]] = []
+    for (path, lora), alpha in zip(loras.items(), alphas, strict=True):
+        name = f"{path}.weight"
+        gguf_name = _map_name(name_map, name, model_spec)
+        a_RI = lora.a_RI.numpy()
+        scaled_OR = lora.b_OR if math.isclose(alpha, file_alpha) else lora.b_OR * alpha / file_alpha
+        b_OR = _interleave_halves(name, scaled_OR, model_spec)
+        for letter, values in (("a", a_RI), ("b", b_OR)):
+            slot = (f"{gguf_name}.lora_{letter}", values.shape, TENSOR_TYPES["f32"])
+            tensors.append((slot, values))
+    general = {
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(file_alpha),
+    }
+    _write_gguf(file, model_spec, general | metadata, [slot for slot, _ in tensors], tensors)
+
+
+def read_adapter(file: Path, model_spec: ModelSpec) -> dict[str, LoraTensors]:
+    """Read what `write_adapter` wrote: path of a linear layer -> its LoRA tensors."""
+    source = read_gguf(file)
+    name_map = _build_name_map(model_spec)
+    tensors_by_name = {tensor.name: tensor for tensor in source.tensors}
+    loras: dict[str, LoraTensors] = {}
+    for name in read_headers(model_spec.path):
+        gguf_name = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
+        if f"{gguf_name}.lora_a" not in tensors_by_name:
+            continue
+        a_RI = read_tensor(source, tensors_by_name[f"{gguf_name}.lora_a"])
+        b_OR = read_tensor(source, tensors_by_name[f"{gguf_name}.lora_b"])
+        if _is_rotated(name, model_spec):
+            b_OR = reverse_permute(b_OR, model_spec.head_dim)
+        scale = source.require("adapter.lora.alpha", float) / len(a_RI)
+        a_tensor = torch.from_numpy(a_RI)
+        b_tensor = torch.from_numpy(b_OR.copy())
+        loras[name.removesuffix(".weight")] = LoraTensors(a_tensor, b_tensor, scale)
+    return loras
+
+
+# ---------------------------------------------------------------- names, order, bytes
+
+
+def _build_name_map(model_spec: ModelSpec) -> TensorNameMap:
+    architecture = MODEL_ARCH[find_architecture(model_spec).upper()]
+    return get_tensor_name_map(architecture, model_spec.num_layers)
+
+
+def _name_stack(name: str) -> str:
+    """Return the name of the tensor that a matrix is stored in: all experts of a layer share it."""
+    match = EXPERT_NAME.fullmatch(name)
+    return f"{match[1]}.{match[3]}" if match else name
+
+
+def _sort_experts(headers: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    """Order the matrices of experts by their tensor, then by number. Raise InputError for experts
+    that are stored in one tensor."""
+    stacks: dict[str, list[tuple[int, str]]] = {}
+    for name, header in headers.items():
+        if ".mlp.experts." in name and len(header.shape) == 3:
+            message = f"the experts in {name} are stored in one tensor"
+            fix = "export to merged or peft, which keep the model's own files"
+            raise InputError(message, where=str(header.file), fix=fix)
+        match = EXPERT_NAME.fullmatch(name)
+        stacks.setdefault(_name_stack(name), []).append((int(match[2]) if match else 0, name))
+    return {name: headers[name] for parts in stacks.values() for _, name in sorted(parts)}
+
+
+def _map_name(name_map: TensorNameMap, name: str, model_spec: ModelSpec) -> str:
+    gguf_name = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
+    if gguf_name is None:
+        message = f"a GGUF of {model_spec.model_type} has no name for the tensor {name}"
+        raise InputError(message, where=str(model_spec.path), fix="export to merged")
+    return gguf_name
+
+
+def _is_rotated(name: str, model_spec: ModelSpec) -> bool:
+    is_qk = ".q_proj." in name or ".k_proj." in name
+    return is_qk and ARCHITECTURES[find_architecture(model_spec)].has_interleaved_qk
+
+
+def _interleave_halves(name: str, tensor: Tensor, model_spec: ModelSpec) -> np.ndarray:
+    """Return the values; rows of q and k in GGUF's order, the halves of each head interleaved."""
+    values = tensor.numpy()
+    if not _is_rotated(name, model_spec):
+        return values
+    pairs = values.reshape(-1, 2, model_spec.head_dim // 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
+def _choose_type(
+    name: str, shape: tuple[int, ...], tensor_type: GGMLQuantizationType
+) -> GGMLQuantizationType:
+    """Return the type of a tensor. llama.cpp reads vectors, routers and convolutions in fp32."""
+    if len(shape) == 1 or name.endswith((".mlp.gate.weight", CONV_NAME)):
+        return TENSOR_TYPES["f32"]
+    return TENSOR_TYPES["f16"] if shape[-1] % GGML_QUANT_SIZES[tensor_type][0] else tensor_type
+
+
+def _write_gguf(
+    file: Path,
+    model_spec: ModelSpec,
+    metadata: Json,
+    slots: Iterable[TensorSlot],
+    tensors: Iterable[tuple[TensorSlot, np.ndarray]],
+) -> None:
+    """Write a GGUF file. `tensors` are in the order of `slots`."""
+    with closing(GGUFWriter(file, find_architecture(model_spec))) as writer:
+        for key, value in metadata.items():
+            _add_metadata(writer, key, value)
+        for name, shape, tensor_type in slots:
+            block_size, block_bytes = GGML_QUANT_SIZES[tensor_type]
+            num_bytes = prod(shape) // block_size * block_bytes
+            writer.add_tensor_info(
+                name, shape, np.dtype(np.float32), num_bytes, raw_dtype=tensor_type
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        stream = writer.fout[0]
+        writer.write_padding(stream, stream.tell())
+        num_written = 0
+        for (name, shape, tensor_type), values in tensors:
+            data = _quantize_tensor(name, values, tensor_type)
+            # Not numpy's tofile, which hides the errno of a full disk.
+            stream.write(data.data.cast("B"))
+            num_written += data.nbytes
+            block_size, block_bytes = GGML_QUANT_SIZES[tensor_type]
+            if num_written == prod(shape) // block_size * block_bytes:  # experts come one by one
+                writer.write_padding(stream, num_written)
+                num_written = 0
+
+
+def _quantize_tensor(
+    name: str, values: np.ndarray, tensor_type: GGMLQuantizationType
+) -> np.ndarray:
+    max_values = {TENSOR_TYPES["f16"]: 65504.0, TENSOR_TYPES["q8_0"]: 65504.0 * 127}
+    if np.abs(values).max(initial=0) > max_values.get(tensor_type, np.inf):
+        message = f"{name} has values that {tensor_type.name} cannot represent"
+        raise GateError(message, fix="nothing was written; use --type bf16")
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    return np.ascontiguousarray(quantize(values, tensor_type))
+
+
+def _add_metadata(writer: GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)
 
 
 def get_model_path(job: ExportJob) -> Path:

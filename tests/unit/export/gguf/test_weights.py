@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from tiny_export import make_export_job, save_model, save_run
 from tunesmith.core.errors import GateError
-from tunesmith.export.gguf.weights import read_adapter
 from tunesmith.export.gguf.write import (
     ADAPTER_FILE,
     get_model_path,
+    read_adapter,
     reload_gguf,
     write_gguf,
     write_lora,
