@@ -49,7 +49,7 @@ from tunesmith.serve.middleware import KEY_FIELD
 from tunesmith.serve.registry import Lease, Registry, ServedModel
 from tunesmith.serve.routes import CheckedAnswer, Route, RouteTable
 from tunesmith.serve.scheduler import AnswerJob, AnswerUpdate, Scheduler
-from tunesmith.serve.tools import build_tool_grammar, list_tools, to_template_message
+from tunesmith.serve.tool_calls import build_tool_grammar, list_tools, to_template_message
 
 DEFAULT_TEMPERATURE = 1.0  # of OpenAI's API
 DEFAULT_CHAT_TOKENS = 1024

@@ -28,7 +28,7 @@ from tunesmith.data.readers.decode import SourceLocation, decode_json
 from tunesmith.serve.bodies import ChatMessage, FeedbackBody
 from tunesmith.serve.errors import RequestError
 from tunesmith.serve.keys import ApiKey
-from tunesmith.serve.tools import to_template_message
+from tunesmith.serve.tool_calls import to_template_message
 
 FEEDBACK_FILE = "feedback.jsonl"
 PAIRS_FILE = "pairs.jsonl"

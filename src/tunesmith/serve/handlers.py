@@ -43,7 +43,7 @@ from tunesmith.serve.registry import ServedModel
 from tunesmith.serve.routes import Route
 from tunesmith.serve.settings import BASE_NAME, check_name
 from tunesmith.serve.sources import open_adapter
-from tunesmith.serve.tools import ToolChatFormat, find_tools
+from tunesmith.serve.tool_calls import ToolChatFormat, find_tools
 
 # ---------------------------------------------------------------- answers
 ID_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)

@@ -17,7 +17,7 @@ from tunesmith.data.chat_template.call_forms import ToolCall
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.chat_template.tool_syntax import ToolSyntax, learn_tool_syntax
 from tunesmith.model.generation.grammar import Grammar
-from tunesmith.serve.tools import describe_calls
+from tunesmith.serve.tool_calls import describe_calls
 
 VOCAB_SIZE = 512
 CONTROLS = {  # of each template: those around a call, and others that its text has

@@ -22,7 +22,7 @@ from tunesmith.data.chat_template.tool_syntax import ToolSyntax, learn_tool_synt
 from tunesmith.serve.exchange import Answer
 from tunesmith.serve.formats import AnswerHead
 from tunesmith.serve.scheduler import AnswerUpdate
-from tunesmith.serve.tools import CallUpdate, OfferedTools, ToolCallReader, ToolChatFormat
+from tunesmith.serve.tool_calls import CallUpdate, OfferedTools, ToolCallReader, ToolChatFormat
 
 CHAT = "/v1/chat/completions"
 TEMPLATE = (

@@ -5,7 +5,7 @@
 Made-up calls are rendered, and the text around their names and arguments is the syntax: there is no
 table of models. A template is learned only if what it renders is read back as the same calls: with
 nested arguments, without any, with several calls, and with other content. Left out: reading an
-answer while it grows (serve/tools.py), enforcing a call (serve/tools.py)."""
+answer while it grows (serve/tool_calls.py), enforcing a call (serve/tool_calls.py)."""
 
 from __future__ import annotations
 
