@@ -4,7 +4,7 @@
     TrackingTransformer(env)      rewrites a syntax tree: literals are tracked, `+` and `~` chains
                                   become one filter call each
 
-What has no tracked version is refused by name when a render reaches it."""
+What has no tracked version makes text of unknown origin, which is refused."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateSyntaxError, nodes
-from jinja2.filters import FILTERS, do_title
+from jinja2.filters import do_title
 from jinja2.visitor import NodeTransformer
 
 from tunesmith.data.chat_template.sandbox import (
-    ALLOWED_FILTERS,
+    FORMAT_METHODS,
     SandboxEnvironment,
     dump_plain_json,
 )
@@ -53,6 +53,10 @@ class TrackedEnvironment(SandboxEnvironment):
         for piece in pieces:
             tracked.append(piece if type(piece) is TrackedStr else track_str(piece))
         return concat(tracked)
+
+    def wrap_str_format(self, value: Any) -> None:
+        if getattr(value, "__name__", "") in FORMAT_METHODS:
+            raise UntrackedTextError(f"str.{value.__name__}")
 
     def call_binop(self, *args: Any, **_: Any) -> Any:
         """Apply `%`, the only intercepted operator."""
@@ -185,9 +189,9 @@ def _dump_tracked_json(value: Any, *args: Any, **settings: Any) -> TrackedStr:
     return track_str(dump_plain_json(value, *args, **settings), find_shared_origin(value))
 
 
-# Filters that make text are replaced. The other allowed ones return what they were given, a number
-# or an iterator.
-_FILTERS: dict[str, Callable[..., Any]] = {name: FILTERS[name] for name in ALLOWED_FILTERS} | {
+# The usual filters that make text. What another one makes has no origin, and is refused where it is
+# printed.
+_FILTERS: dict[str, Callable[..., Any]] = {
     "+": _add_tracked,
     "~": lambda values: concat([stringify(value) for value in values]),
     "list": list,
