@@ -36,7 +36,7 @@ from tunesmith.core.types import Json, Plan
 from tunesmith.evaluate.model_ref import load_results
 from tunesmith.evaluate.results import EvalResults, MetricValues
 from tunesmith.plan.stages import require_single_stage
-from tunesmith.session.inputs import make_plan
+from tunesmith.session.planner import make_plan
 from tunesmith.train import run
 
 SETTINGS_SUFFIX = ".settings.json"

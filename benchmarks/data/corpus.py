@@ -172,7 +172,7 @@ def print_steps(events: Iterable[Event], name: str, start: float) -> None:
 def run_child(model: Path, corpus: Path, output: Path) -> None:
     """Train the run `straight` to its end, then `killed`, which the parent kills; or resume it."""
     from tunesmith.recipe.schema import Recipe
-    from tunesmith.session import inputs
+    from tunesmith.session import inputs, planner
     from tunesmith.train import run
 
     start = time.perf_counter()
@@ -182,12 +182,12 @@ def run_child(model: Path, corpus: Path, output: Path) -> None:
         return
     recipe = Recipe.model_validate(make_recipe(model, corpus, output / "straight"))
     run_inputs = inputs.load_inputs(recipe)
-    tokens = inputs.build_data_reports(run_inputs)["data"].tokens
+    tokens = planner.build_data_reports(run_inputs)["data"].tokens
     print_line("read", start, windows=len(run_inputs.corpus or ()), tokens=tokens)
-    print_steps(run.train(inputs.make_plan(run_inputs), run_inputs), "straight", start)
+    print_steps(run.train(planner.make_plan(run_inputs), run_inputs), "straight", start)
     killed_recipe = recipe.model_copy(update={"output_dir": killed_dir})
     run_inputs = dataclasses.replace(run_inputs, output_dir=killed_dir, recipe=killed_recipe)
-    print_steps(run.train(inputs.make_plan(run_inputs), run_inputs), "killed", start)
+    print_steps(run.train(planner.make_plan(run_inputs), run_inputs), "killed", start)
 
 
 def follow_child(command: list[str]) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from tunesmith.evaluate.general_text import sample_texts
 from tunesmith.evaluate.items import EvalItems, build_eval_items
 from tunesmith.evaluate.measure import measure_items
 from tunesmith.model.adapters import get_trainable_parameters
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.session.session import Session, open_session
 from tunesmith.train.base_reference import ADAPTER_DISABLED
 
@@ -49,7 +49,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         run_inputs = api.load_demo_inputs(f"{folder}/run")
         assert isinstance(run_inputs, inputs.RunInputs)
-        plan = inputs.make_plan(run_inputs)
+        plan = planner.make_plan(run_inputs)
         session = open_session(plan, run_inputs)
     items = build_eval_items(plan, run_inputs)
     items = items if options.all else limit_items(items, session, options.items, options.general)

@@ -35,7 +35,7 @@ from tunesmith.model.adapters import scale_adapter
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import generate
 from tunesmith.recipe.demo import DEMO_RECIPE
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.session.session import load_starting_model
 
 Answers = list[tuple[int, ...]]
@@ -113,7 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     run_inputs = api.load_inputs(DEMO_RECIPE, output_dir="runs/unused")
     assert isinstance(run_inputs, inputs.RunInputs)
-    renderer, plan = run_inputs.renderer, inputs.make_plan(run_inputs)
+    renderer, plan = run_inputs.renderer, planner.make_plan(run_inputs)
     prompts = [
         prompt.prompt_ids for prompt in build_prompts(load_test_prompts(run_inputs), renderer)
     ][: options.prompts]

@@ -35,11 +35,11 @@ def answer_jobs() -> None:
     from tunesmith.model.adapters import scale_adapter
     from tunesmith.model.generation.engine import generate
     from tunesmith.recipe.demo import DEMO_RECIPE
-    from tunesmith.session import inputs
+    from tunesmith.session import planner
     from tunesmith.session.session import load_starting_model
 
     run_inputs = api.load_inputs(DEMO_RECIPE, output_dir="runs/unused")
-    model = load_starting_model(inputs.make_plan(run_inputs), run_inputs)
+    model = load_starting_model(planner.make_plan(run_inputs), run_inputs)
     scale_adapter(model.network, 0)
     model.network.eval()
     renderer = run_inputs.renderer

@@ -31,7 +31,7 @@ from tunesmith.evaluate.items import load_general_texts
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.recipe.demo import DEMO_RECIPE
 from tunesmith.recipe.schema import Recipe
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.session.session import open_session
 from tunesmith.train.guard.probes import GenerationProbe, build_prompt_set
 from tunesmith.train.guard.training_guard import TrainingGuard
@@ -189,7 +189,7 @@ def run_case(
     with TemporaryDirectory() as name:
         folder = Path(name)
         run_inputs = inputs.load_inputs(make_recipe(case, folder, seed, steps, every))
-        rate = min(1.0, case.times * inputs.make_plan(run_inputs).config.learning_rate)
+        rate = min(1.0, case.times * planner.make_plan(run_inputs).config.learning_rate)
         run_inputs = inputs.load_inputs(
             make_recipe(case, folder, seed, steps, every, learning_rate=rate)
         )
@@ -199,7 +199,7 @@ def run_case(
 def collect_alarms(
     case: Case, run_inputs: inputs.RunInputs, every: int, keep: Callable[[Event], None]
 ) -> list[CheckResult]:
-    plan = inputs.make_plan(run_inputs)
+    plan = planner.make_plan(run_inputs)
     session = open_session(plan, run_inputs)
     chosen = build_prompt_set(plan, run_inputs, load_general_texts(run_inputs))
     assert chosen is not None

@@ -21,7 +21,7 @@ from tunesmith import api
 from tunesmith.core.events import TrainStep
 from tunesmith.evaluate.items import load_general_texts
 from tunesmith.recipe.demo import DEMO_RECIPE
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.session.session import open_session
 from tunesmith.train.guard.probes import GenerationProbe, build_prompt_set
 from tunesmith.train.loop import TrainingLoop
@@ -46,7 +46,7 @@ def main() -> None:
             args.recipe, output_dir=f"{folder}/run", guard={"probe_steps": 1}
         )
         assert isinstance(run_inputs, inputs.RunInputs)
-        plan = inputs.make_plan(run_inputs)
+        plan = planner.make_plan(run_inputs)
         session = open_session(plan, run_inputs)
     texts, training = (
         load_general_texts(run_inputs),

@@ -46,7 +46,7 @@ def test_every_setting_is_read_by_the_run() -> None:
 def test_every_setting_is_decided() -> None:
     files = (
         "plan/*.py",
-        "session/inputs.py",
+        "session/planner.py",
         "session/adapter_settings.py",
         "train/stages.py",
     )

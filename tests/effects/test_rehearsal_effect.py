@@ -14,7 +14,7 @@ from tunesmith.core.types import Comparison, Json
 from tunesmith.evaluate.model_ref import load_results
 from tunesmith.evaluate.results import EvalResults
 from tunesmith.recipe.schema import Recipe
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.train import run
 
 DEMO = Path(tunesmith.__file__).parent / "recipe" / "demo"
@@ -42,7 +42,7 @@ def test_less_is_forgotten(seed: int, tmp_path: Path, record: Record) -> None:
     ):
         recipe = Recipe.model_validate(same | size | more | {"output_dir": str(tmp_path / name)})
         run_inputs = inputs.load_inputs(recipe)
-        list(run.train(inputs.make_plan(run_inputs), run_inputs, before=before))
+        list(run.train(planner.make_plan(run_inputs), run_inputs, before=before))
         before = load_results(tmp_path / name, EVAL_BEFORE_FILE)
         (changes[name],) = read_record(tmp_path / name).comparisons
     without, rehearsed = changes["without"], changes["with"]

@@ -30,7 +30,7 @@ from tunesmith.core.json_io import dump_json
 from tunesmith.core.ranks import Ranks, open_ranks
 from tunesmith.core.run_dir import read_all_events
 from tunesmith.evaluate import shared_items
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.train import follow as follow_module
 from tunesmith.train import run
 from tunesmith.train.follow import follow
@@ -51,7 +51,7 @@ def train_run(model: str, folder: str, changes: dict[str, Any], stop: dict[str, 
 
     def start(ranks: Ranks) -> Any:
         run_inputs = inputs.load_inputs(recipe)
-        return run.train(inputs.make_plan(run_inputs), run_inputs, ranks=ranks)
+        return run.train(planner.make_plan(run_inputs), run_inputs, ranks=ranks)
 
     return _act(start, Path(folder), stop)
 
@@ -93,7 +93,7 @@ def train_jobs(jobs: Sequence[Job]) -> list[str]:
         for job in jobs:
             recipe = make_tiny_recipe(Path(job.model), job.folder, **job.changes)
             run_inputs = inputs.load_inputs(recipe)
-            events = run.train(inputs.make_plan(run_inputs), run_inputs, ranks=ranks)
+            events = run.train(planner.make_plan(run_inputs), run_inputs, ranks=ranks)
             steps.append(_consume(_copy_first_checkpoint(events, job), job.folder, {}))
     return steps
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from tunesmith.core.events import Event, TrainStep
 from tunesmith.core.types import Json, Plan
 from tunesmith.recipe.schema import Recipe
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.train import run
 
 TURNS = (
@@ -155,12 +155,12 @@ def write_eval_files(folder: Path) -> dict[str, str]:
 
 
 def plan_recipe(recipe: Recipe) -> Plan:
-    return inputs.make_plan(inputs.load_inputs(recipe))
+    return planner.make_plan(inputs.load_inputs(recipe))
 
 
 def train(recipe: Recipe) -> list[Event]:
     run_inputs = inputs.load_inputs(recipe)
-    return list(run.train(inputs.make_plan(run_inputs), run_inputs))
+    return list(run.train(planner.make_plan(run_inputs), run_inputs))
 
 
 def select_steps(events: Sequence[Event]) -> list[TrainStep]:

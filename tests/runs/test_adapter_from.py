@@ -31,7 +31,7 @@ from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckResult, Score
 from tunesmith.core.json_io import read_json
 from tunesmith.recipe.schema import Recipe
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.session.identity import read_provenance
 from tunesmith.session.reopen import load_trained_session
 from tunesmith.session.session import open_session
@@ -192,7 +192,7 @@ def test_the_start_is_proven_with_the_adapter_on(
         tiny_folder, tmp_path, data=new_rows(tmp_path), adapter_from=first.output_dir
     )
     run_inputs = inputs.load_inputs(wish)
-    bench = open_session(inputs.make_plan(run_inputs), run_inputs)
+    bench = open_session(planner.make_plan(run_inputs), run_inputs)
     assert "at most 0.0" in next(
         v.evidence
         for v in run_preflight(bench.model, bench.samples)
@@ -277,7 +277,7 @@ def test_one_step_from_pefts_adapter_is_pefts_step(
         **LEFT,
     )
     run_inputs = inputs.load_inputs(wish)
-    plan = inputs.make_plan(run_inputs)
+    plan = planner.make_plan(run_inputs)
     expected = their_step(network, open_session(plan, run_inputs).load_documents(1), plan)
     events = list(run.train(plan, run_inputs))
     assert len(select_steps(events)) == 1
@@ -311,7 +311,7 @@ def test_a_continued_run_resumes_bitwise(first: Recipe, tiny_folder: Path, tmp_p
     ]
     train(wishes[0])
     run_inputs = inputs.load_inputs(wishes[1])
-    run_until_saved(iter(run.train(inputs.make_plan(run_inputs), run_inputs)), 2)
+    run_until_saved(iter(run.train(planner.make_plan(run_inputs), run_inputs)), 2)
     list(run.resume(tmp_path / "broken" / "run"))
     assert read_adapter_bytes(wishes[0]) == read_adapter_bytes(wishes[1])
 
@@ -322,7 +322,7 @@ def test_a_changed_start_is_noticed(tiny_folder: Path, tmp_path: Path) -> None:
         tiny_folder, tmp_path, adapter_from=str(tmp_path / "theirs"), save_steps=1, **LEFT
     )
     run_inputs = inputs.load_inputs(wish)
-    plan = inputs.make_plan(run_inputs)
+    plan = planner.make_plan(run_inputs)
     run_until_saved(iter(run.train(plan, run_inputs)), 1)
     file = tmp_path / "theirs" / "adapter_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)

@@ -21,7 +21,7 @@ from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.json_io import read_json
 from tunesmith.core.run_dir import read_run_record
 from tunesmith.recipe.load import load_recipe, read_recipe
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.session.run_list import summarize_run
 from tunesmith.train import run
 
@@ -51,7 +51,7 @@ def test_a_resumed_run_reads_the_same_commit_without_network(
         Path("org/tiny"), tmp_path / "hub", data="hf://org/rows", save_steps=1
     )
     run_inputs = inputs.load_inputs(recipe)
-    plan = inputs.make_plan(run_inputs)
+    plan = planner.make_plan(run_inputs)
     rows = hub.repos["dataset", "org/rows"].refs["main"]
     weights = hub.repos["model", "org/tiny"].refs["main"]
     assert plan.model.name == "org/tiny"
@@ -78,10 +78,10 @@ def test_the_plan_says_that_the_hub_was_not_reached(
     hub: HubServer, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_tiny_recipe(tiny_folder, tmp_path, data="hf://org/rows")
-    first = inputs.make_plan(inputs.load_inputs(recipe))
+    first = planner.make_plan(inputs.load_inputs(recipe))
     assert not any("hub" in warning for warning in first.warnings)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    second = inputs.make_plan(inputs.load_inputs(recipe))
+    second = planner.make_plan(inputs.load_inputs(recipe))
     assert any("the hub cannot be reached" in warning for warning in second.warnings)
     assert second.data == first.data
     assert hub.requests
@@ -91,7 +91,7 @@ def test_a_plan_needs_no_weights_and_says_that_a_run_downloads_them(
     hub: HubServer, tmp_path: Path
 ) -> None:
     recipe = make_tiny_recipe(Path("org/tiny"), tmp_path, data="hf://org/rows")
-    plan = inputs.make_plan(inputs.load_inputs(recipe, needs_weights=False))
+    plan = planner.make_plan(inputs.load_inputs(recipe, needs_weights=False))
     assert "model: the weights of org/tiny are downloaded when a run starts" in plan.warnings
     assert not any("model.safetensors" in request for request in hub.requests)
 

@@ -33,7 +33,7 @@ from tunesmith.evaluate.compare_models import EvalSpec, evaluate_before_after
 from tunesmith.evaluate.model_ref import parse_model_ref
 from tunesmith.export.export import export_run
 from tunesmith.recipe.schema import Recipe
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.session.reopen import load_trained_session
 from tunesmith.train import run
 
@@ -153,7 +153,7 @@ def test_peft_answers_as_the_run_does(first: Recipe, model: Path) -> None:
 def test_a_resumed_run_has_the_same_bytes(first: Recipe, model: Path, tmp_path: Path) -> None:
     recipe = wish(model, tmp_path, save_steps=1)
     run_inputs = inputs.load_inputs(recipe)
-    run_until_saved(run.train(inputs.make_plan(run_inputs), run_inputs), 1)
+    run_until_saved(run.train(planner.make_plan(run_inputs), run_inputs), 1)
     list(run.resume(location(recipe)))
     assert read_adapter_bytes(recipe) == read_adapter_bytes(first)
 

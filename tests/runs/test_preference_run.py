@@ -23,7 +23,7 @@ from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.core.types import Json
 from tunesmith.data.dataset import PAIR_TOO_LONG
 from tunesmith.recipe.schema import Recipe
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.train import run
 from tunesmith.train.base_reference import REFERENCE_FILE
 
@@ -177,4 +177,4 @@ def test_a_pair_with_one_long_side_is_left_out_whole(tiny_folder: Path, tmp_path
     data = str(write_rows(tmp_path / "long.jsonl", rows))
     run_inputs = inputs.load_inputs(wish(tiny_folder, tmp_path, data=data, max_length=80))
     assert [len(run_inputs.datasets["data"].render_documents(i)) for i in range(4)] == [2, 0, 2, 2]
-    assert inputs.build_data_reports(run_inputs)["data"].dropped == {PAIR_TOO_LONG: 1}
+    assert planner.build_data_reports(run_inputs)["data"].dropped == {PAIR_TOO_LONG: 1}

@@ -13,7 +13,8 @@ from tunesmith.core.run_dir import read_run_record
 from tunesmith.core.types import Json
 from tunesmith.recipe.schema import Stages
 from tunesmith.session import session
-from tunesmith.session.inputs import load_inputs, make_plan
+from tunesmith.session.inputs import load_inputs
+from tunesmith.session.planner import make_plan
 from tunesmith.session.session import open_session
 from tunesmith.train.preflight import run_preflight
 from tunesmith.train.stages import load_stage_inputs, make_staged_plan

@@ -24,7 +24,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.json_io import read_json
 from tunesmith.recipe.schema import Recipe
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.session.fingerprint import build_fingerprint
 from tunesmith.session.reopen import load_trained_session
 from tunesmith.train import run
@@ -73,7 +73,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tiny_folder: Path, tmp_
     train(straight)
     broken = qlora(tiny_folder, tmp_path / "broken", save_steps=1)
     run_inputs = inputs.load_inputs(broken)
-    run_until_saved(run.train(inputs.make_plan(run_inputs), run_inputs), 1)
+    run_until_saved(run.train(planner.make_plan(run_inputs), run_inputs), 1)
     assert select_steps(list(run.resume(tmp_path / "broken" / "run")))[0].step == 2
     assert read_adapter_bytes(broken) == read_adapter_bytes(straight)
 
@@ -98,7 +98,7 @@ def test_without_bitsandbytes_a_plan_names_the_extra(tiny_folder: Path, tmp_path
         run_inputs, machine=dataclasses.replace(run_inputs.machine, versions=versions)
     )
     with pytest.raises(InputError, match=r"pip install 'tunesmith\[qlora\]'"):
-        inputs.make_plan(run_inputs)
+        planner.make_plan(run_inputs)
     assert not (tmp_path / "run").exists()
 
 

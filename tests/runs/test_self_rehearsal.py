@@ -30,7 +30,7 @@ from tunesmith.core.types import Json
 from tunesmith.evaluate.degeneration import compute_repetition
 from tunesmith.recipe.load import dump_recipe, load_recipe
 from tunesmith.recipe.schema import Recipe
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.session.reopen import load_plan_and_inputs
 from tunesmith.session.session import load_starting_model
 from tunesmith.train import generated_rows, run
@@ -168,7 +168,7 @@ def test_a_seed_decides_what_is_written(writer: Path, tmp_path: Path) -> None:
     actual = []
     for seed in (0, 1):
         run_inputs = inputs.load_inputs(wish(writer, tmp_path / str(seed), seed=seed))
-        plan = inputs.make_plan(run_inputs)
+        plan = planner.make_plan(run_inputs)
         actual.append(generate_rows(load_starting_model(plan, run_inputs), plan, run_inputs)[0])
     assert not [row for row in actual[0] if row in actual[1]]
 

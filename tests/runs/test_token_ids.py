@@ -8,7 +8,7 @@ import pytest
 from tiny_runs import make_chat_row, make_tiny_recipe, write_rows
 from tunesmith.core.errors import GateError
 from tunesmith.core.types import Json
-from tunesmith.session import inputs, session
+from tunesmith.session import inputs, planner, session
 from tunesmith.session.session import open_session
 from tunesmith.train.preflight import run_preflight
 
@@ -49,7 +49,7 @@ def compared(
             model, folder, data=data, chat_template=str(folder / "template.jinja"), **changed
         )
     )
-    bench = open_session(inputs.make_plan(run_inputs), run_inputs)
+    bench = open_session(planner.make_plan(run_inputs), run_inputs)
     verdicts = {verdict.kind: verdict for verdict in run_preflight(bench.model, bench.samples)}
     return [actual.is_full_row for actual in bench.samples.token_id_checks], verdicts[
         "token ids match apply_chat_template"

@@ -125,7 +125,7 @@ def advise_measured(
     from tunesmith.advise.measured.experiment import ExperimentConfig, advise_measured
     from tunesmith.advise.measured.retrieval import open_passages
     from tunesmith.plan.build import refuse_if_too_large
-    from tunesmith.session.inputs import make_plan
+    from tunesmith.session.planner import make_plan
 
     passages = None if documents is None else open_passages(Path(documents))
     inputs = require_single_stage(load_inputs(recipe, **changes))
@@ -150,7 +150,7 @@ def plan(
     are loaded, and the model may be a config.json alone. Nothing is written. Raises InputError for
     a contradictory recipe."""
     from tunesmith.evaluate.metrics import refuse_invalid_metrics
-    from tunesmith.session.inputs import make_plan
+    from tunesmith.session.planner import make_plan
 
     inputs = load_inputs(recipe, needs_weights=False, **changes)
     for stage_inputs in split_by_stage(inputs).values():
@@ -182,7 +182,7 @@ def compare_methods(
     from tunesmith.plan.hardware_presets import assume_bitsandbytes
     from tunesmith.plan.method_comparison import estimate_methods
     from tunesmith.session.adapter_settings import count_module_parameters
-    from tunesmith.session.inputs import make_planner
+    from tunesmith.session.planner import make_planner
 
     inputs = require_single_stage(load_inputs(recipe, needs_weights=False, **changes))
     inputs = inputs.with_machine(target, memory)
@@ -206,7 +206,7 @@ def tune_lr(
     without eval_data or eval_split, and for preference pairs."""
     from tunesmith.advise.lr_finder import find_learning_rate
     from tunesmith.plan.build import refuse_if_too_large
-    from tunesmith.session.inputs import make_plan
+    from tunesmith.session.planner import make_plan
 
     inputs = require_single_stage(load_inputs(recipe, **changes))
     base_plan = make_plan(inputs)

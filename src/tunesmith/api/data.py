@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.inputs import AnyPath, load_inputs, read_recipe, split_by_stage
 from tunesmith.core.atomic import write_file
+from tunesmith.core.formatting import format_count
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import DataReport, Plan
 from tunesmith.plan.stages import require_single_stage
@@ -34,7 +35,7 @@ def data_check(
     Invalid rows are counted, and written to `rejected`, a new file or one written by an earlier
     check. Raises InputError if no row is valid."""
     from tunesmith.data.rejects import refuse_foreign_file, write_rejected_rows
-    from tunesmith.session.inputs import build_data_reports
+    from tunesmith.session.planner import build_data_reports
 
     if rejected is not None:
         refuse_foreign_file(Path(rejected))
@@ -54,11 +55,19 @@ def data_show(
     recipe: RecipeLike | AnyInputs = None, *, rows: int = 3, ids: bool = False, **changes: Any
 ) -> list[Text]:
     """Return the first training rows as the model sees them, supervised tokens highlighted."""
-    from tunesmith.session.inputs import show_rows
+    from rich.text import Text
+
+    from tunesmith.data.preview import render_preview
 
     texts: list[Text] = []
     for inputs in split_by_stage(load_inputs(recipe, **changes)).values():
-        texts += show_rows(inputs, rows=rows, should_show_ids=ids)
+        dataset = inputs.datasets["data"]
+        for index in range(min(rows, len(dataset))):
+            row = dataset.render_row(index)[1]
+            texts += render_preview(row, inputs.renderer, should_show_ids=ids)
+        if num_rejected := dataset.rejected_rows.counts.total():
+            rejected = format_count(num_rejected, "row")
+            texts.append(Text(f"{rejected} cannot be used: run `tunesmith data check`", "yellow"))
     return texts
 
 
@@ -110,7 +119,7 @@ def plan_ablation(inputs: RunInputs) -> Plan:
     """Plan the short runs, raising what they would before any row is scored."""
     from tunesmith.advise.short_runs import select_held_out
     from tunesmith.plan.build import refuse_if_too_large
-    from tunesmith.session.inputs import make_plan
+    from tunesmith.session.planner import make_plan
 
     plan = make_plan(inputs)
     select_held_out(plan, inputs)
@@ -123,17 +132,17 @@ def data_lock(recipe: RecipeLike = None, **changes: Any) -> GoldenLock:
 
     From then on no run trains on its rows, and none measures with it after it has changed."""
     from tunesmith.data.golden_set import write_lock
-    from tunesmith.session.inputs import open_training_rows
+    from tunesmith.session.inputs import load_training_rows
 
-    return write_lock(open_training_rows(require_single_stage(read_recipe(recipe, **changes))))
+    return write_lock(load_training_rows(require_single_stage(read_recipe(recipe, **changes))))
 
 
 def data_export_reviews(recipe: RecipeLike = None, *, to: AnyPath, **changes: Any) -> int:
     """Write the rows of `data` as CSV with columns for a review; return their number."""
     from tunesmith.data.annotation import write_reviews
-    from tunesmith.session.inputs import open_training_rows
+    from tunesmith.session.inputs import load_training_rows
 
-    rows = open_training_rows(require_single_stage(read_recipe(recipe, **changes)))
+    rows = load_training_rows(require_single_stage(read_recipe(recipe, **changes)))
     return write_reviews(rows, Path(to))
 
 
@@ -163,11 +172,11 @@ def data_split(
     Near duplicates, rows with the same prompt and rows with the same value of the key `group` stay
     together. Labels, or values of the key `stratify`, are split in equal shares."""
     from tunesmith.data.split import split_by_group
-    from tunesmith.session.inputs import open_training_rows
+    from tunesmith.session.inputs import load_training_rows
 
     loaded_recipe = require_single_stage(read_recipe(recipe, **changes))
     return split_by_group(
-        open_training_rows(loaded_recipe),
+        load_training_rows(loaded_recipe),
         Path(to),
         eval_share=eval_share,
         test_share=test_share,

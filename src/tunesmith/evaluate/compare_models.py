@@ -31,10 +31,11 @@ from tunesmith.model.save import load_weights
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Recipe
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
+from tunesmith.session.datasets import get_row_kind
 from tunesmith.session.hub_data import fetch_sources
 from tunesmith.session.identity import check_checkpoint
-from tunesmith.session.inputs import RunInputs, get_row_kind
+from tunesmith.session.inputs import RunInputs
 from tunesmith.session.reopen import load_plan_and_inputs, load_trained_model
 from tunesmith.session.session import load_starting_model, open_eval_session
 
@@ -112,7 +113,7 @@ def is_adapter_dir(path: Path) -> bool:
 
 def _build_plan(recipe: Recipe) -> tuple[Plan, RunInputs]:
     run_inputs = inputs.load_inputs(recipe, now=datetime.now(), output_dir=Path("runs"))
-    return inputs.make_plan(run_inputs), run_inputs
+    return planner.make_plan(run_inputs), run_inputs
 
 
 def _evaluate_trained(

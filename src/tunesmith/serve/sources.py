@@ -47,6 +47,7 @@ from tunesmith.model.save import STATE_FILE, load_weights, save_adapter, save_se
 from tunesmith.recipe.fields import Constraint
 from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.serve.settings import name_source
+from tunesmith.session.datasets import read_response_schema
 from tunesmith.session.identity import (
     PROVENANCE_FILE,
     Provenance,
@@ -57,7 +58,7 @@ from tunesmith.session.identity import (
     read_provenance,
     write_provenance,
 )
-from tunesmith.session.inputs import build_renderer, read_response_schema
+from tunesmith.session.inputs import build_renderer
 
 TOKENIZER_FILE = "tokenizer.json"
 NO_ANSWERS: Json = {"schema": None, "weights_sha256": "", "golden_answers": []}

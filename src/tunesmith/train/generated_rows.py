@@ -56,7 +56,8 @@ from tunesmith.evaluate.shared_items import generate_shared
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import find_common_prefix
 from tunesmith.recipe.fields import DataSource
-from tunesmith.session.inputs import RunInputs, open_eval_datasets
+from tunesmith.session.datasets import open_eval_datasets
+from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session, load_starting_model
 from tunesmith.train.follow_measuring import start_measuring
 

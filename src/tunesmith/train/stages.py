@@ -59,7 +59,7 @@ from tunesmith.plan.build import is_compatible, normalize
 from tunesmith.plan.stages import StagedPlan, read_staged_plan
 from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Stages
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.reopen import load_trained_model, reload_inputs
 from tunesmith.session.session import load_starting_model, open_eval_session
@@ -104,7 +104,7 @@ def make_staged_plan(stage_inputs: Sequence[RunInputs]) -> StagedPlan:
     plans: list[Plan] = []
     for run_inputs in stage_inputs:
         inherited = _inherit_values(plans[-1], run_inputs) if plans else None
-        plan = inputs.make_plan(run_inputs, inherited)
+        plan = planner.make_plan(run_inputs, inherited)
         if plan.config.dp_shard_size > 1:
             message = "several stages cannot be used with sharded weights"
             raise InputError(
@@ -143,7 +143,7 @@ def _explain_merge(previous_plan: Plan, next_inputs: RunInputs, name: str) -> st
         previous = getattr(previous_plan.config, key)
         if is_compatible(requested, previous):
             continue
-        if key == TARGET_MODULES_KEY and inputs.has_same_layers(next_inputs, requested, previous):
+        if key == TARGET_MODULES_KEY and planner.has_same_layers(next_inputs, requested, previous):
             continue
         return (
             f"{key} is {normalize(requested)} here and {normalize(previous)} in the adapter of "
@@ -292,7 +292,7 @@ def _prepare_stage(plan: Plan, stage_dir: Path, overrides: Json) -> tuple[Plan, 
     run_inputs = inputs.load_inputs(recipe, now=now, output_dir=stage_dir)
     inputs.refuse_changed_rows(plan, run_inputs)
     inherited = {BETWEEN_KEY: plan.settings[BETWEEN_KEY]} if overrides else None
-    return inputs.make_plan(run_inputs, inherited), run_inputs
+    return planner.make_plan(run_inputs, inherited), run_inputs
 
 
 # ---------------------------------------------------------------- after a run

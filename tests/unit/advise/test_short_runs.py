@@ -19,7 +19,7 @@ from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.json_io import parse_as, read_json, to_jsonable
 from tunesmith.core.types import Plan
 from tunesmith.evaluate.results import MetricValues
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 
 
 def make_inputs(tiny_folder: Path, tmp_path: Path, **changed: Any) -> tuple[Plan, inputs.RunInputs]:
@@ -28,7 +28,7 @@ def make_inputs(tiny_folder: Path, tmp_path: Path, **changed: Any) -> tuple[Plan
     held_out = {role: files[role] for role in ("eval_data", "test_data")}
     values = {"data": str(rows), "batch_size": 2, "learning_rate": 0.01, **held_out}
     run_inputs = inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path, **(values | changed)))
-    return inputs.make_plan(run_inputs), run_inputs
+    return planner.make_plan(run_inputs), run_inputs
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from tunesmith.evaluate.scale_choice import (
     recommend_scale,
 )
 from tunesmith.model.adapters import scaled_adapter
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.session.reopen import load_trained_session
 from tunesmith.train import run
 
@@ -166,7 +166,7 @@ def test_a_killed_run_measures_what_a_straight_one_measures(
         writer, tmp_path / "killed", **write_eval_files(tmp_path / "killed"), **changed
     )
     run_inputs = inputs.load_inputs(wish)
-    run_until_saved(iter(run.train(inputs.make_plan(run_inputs), run_inputs)), 2)
+    run_until_saved(iter(run.train(planner.make_plan(run_inputs), run_inputs)), 2)
     prompts.clear()
     list(run.resume(tmp_path / "killed" / "run"))
     assert prompts.count(tested) == 1, "after only"

@@ -32,7 +32,7 @@ from tunesmith.export.parity import (
     refuse_mismatch,
 )
 from tunesmith.model.gguf.reader import read_gguf
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.train import run
 
 
@@ -372,7 +372,7 @@ def test_what_others_rightly_render_otherwise(template: str, question: str, tmp_
     model = save_model(tmp_path / "model", template=template)
     wish = make_tiny_recipe(model, tmp_path, data=data, learning_rate=0.03)
     run_inputs = inputs.load_inputs(wish, now=datetime(2020, 2, 2))
-    list(run.train(inputs.make_plan(run_inputs), run_inputs))
+    list(run.train(planner.make_plan(run_inputs), run_inputs))
     job = make_export_job(tmp_path / "run", tmp_path / "export")
     assert all(
         witness.rendered_ids and witness.rendered_ids != witness.prompt

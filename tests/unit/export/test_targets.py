@@ -32,7 +32,7 @@ from tunesmith.export.source_run import open_source_run
 from tunesmith.model.causal_lm import compute_stock_logits, load_network
 from tunesmith.model.expert_adapters import ExpertLoraTensors
 from tunesmith.model.gguf.reader import read_gguf
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 
 END = "<|im_end|>"
 
@@ -143,7 +143,7 @@ def test_it_is_a_model_for_the_next_run(
     for witness in job.examples:
         assert run_inputs.renderer.encode_prompt(witness.messages) == witness.rendered_ids
     assert run_inputs.renderer.end_ids == job.run.renderer.end_ids
-    assert inputs.make_plan(run_inputs).config.method == "lora"
+    assert planner.make_plan(run_inputs).config.method == "lora"
     network = load_network(run_inputs.model.path, torch.float32)
     for witness, live in zip(job.examples, compute_live_outputs(job).logits, strict=True):
         logits = compute_stock_logits(

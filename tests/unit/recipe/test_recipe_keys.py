@@ -27,7 +27,7 @@ from tunesmith.core.events import CheckpointSaved, Score, TrainStep
 from tunesmith.core.json_io import read_json
 from tunesmith.model.hub.validate import read_header
 from tunesmith.recipe.schema import KEYS
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.session.reopen import load_trained_session
 
 pytestmark = pytest.mark.promise
@@ -254,7 +254,7 @@ def never(lab: Lab) -> None:
         for mode in ("filter", "ban")
     )
     assert stored != banned
-    plan = inputs.make_plan(inputs.load_inputs(lab.last))
+    plan = planner.make_plan(inputs.load_inputs(lab.last))
     assert plan.config.never == ("an AI (ban)",)
     with pytest.raises(ValidationError, match="mode ban has no effect with stage: preference"):
         lab.events(data=choices(lab), stage="preference", never=[{"match": "a", "mode": "ban"}])

@@ -15,7 +15,7 @@ from tunesmith.core.atomic import hash_file
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json, Plan
 from tunesmith.model.hub.base_config import select_forward_keys
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.session.fingerprint import build_fingerprint, get_kernels
 from tunesmith.session.identity import hash_source, list_changes, read_recipe
 from tunesmith.session.inputs import RunInputs
@@ -35,7 +35,7 @@ def load(model: Path, folder: Path, **changed: Any) -> RunInputs:
 
 
 def build(run_inputs: RunInputs, **changed: Any) -> Json:
-    plan = inputs.make_plan(run_inputs)
+    plan = planner.make_plan(run_inputs)
     return build_fingerprint(change_plan(plan, **changed), run_inputs, RECIPE)
 
 
@@ -50,7 +50,7 @@ def run_inputs(model: Path, tmp_path: Path) -> RunInputs:
 
 def test_a_fingerprint_holds_the_inputs(run_inputs: RunInputs, model: Path) -> None:
     fingerprint = build(run_inputs)
-    plan = inputs.make_plan(run_inputs)
+    plan = planner.make_plan(run_inputs)
     assert fingerprint["base"] == str(model)
     assert fingerprint["base_sha256"] == {
         "model.safetensors": hash_file(model / "model.safetensors")
@@ -118,7 +118,7 @@ def test_kernels_are_used_in_bf16_on_the_cpu(
     dtype: str, device: str, has_kernels: bool, run_inputs: RunInputs
 ) -> None:
     machine = dataclasses.replace(run_inputs.machine, device=device)  # type: ignore[arg-type]
-    plan = change_plan(inputs.make_plan(run_inputs), dtype=dtype)
+    plan = change_plan(planner.make_plan(run_inputs), dtype=dtype)
     assert (get_kernels(plan, machine) is not None) == has_kernels
 
 
@@ -126,7 +126,7 @@ def test_kernels_are_part_of_the_fingerprint(run_inputs: RunInputs) -> None:
     machine = dataclasses.replace(run_inputs.machine, device="cpu")
     run_inputs = dataclasses.replace(run_inputs, machine=machine)
     fingerprint = build(run_inputs, dtype="bf16")
-    kernels = get_kernels(change_plan(inputs.make_plan(run_inputs), dtype="bf16"), machine)
+    kernels = get_kernels(change_plan(planner.make_plan(run_inputs), dtype="bf16"), machine)
     assert kernels is not None
     assert fingerprint["kernels"] == kernels.describe()
     assert fingerprint["machine"]["kernels"] == kernels.sha256 != ""

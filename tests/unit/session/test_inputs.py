@@ -26,7 +26,7 @@ from tunesmith.core.json_io import dump_json, parse_as
 from tunesmith.core.types import Plan
 from tunesmith.data.dataset import Dataset
 from tunesmith.plan.build import refuse_if_too_large
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 
 MOMENT = datetime(2026, 2, 3, 4, 5, 6, 789)
 
@@ -147,7 +147,7 @@ def test_facts_of_a_plan_are_found_again(tiny_folder: Path, tmp_path: Path) -> N
     run_inputs = inputs.load_inputs(
         make_tiny_recipe(tiny_folder, tmp_path, **write_eval_files(tmp_path), seed=5), now=MOMENT
     )
-    plan = parse_as(Plan, json.loads(dump_json(inputs.make_plan(run_inputs))))
+    plan = parse_as(Plan, json.loads(dump_json(planner.make_plan(run_inputs))))
     again = inputs.reload_inputs(plan)
     assert (again.recipe, again.model, again.output_dir) == (
         run_inputs.recipe,
@@ -159,14 +159,14 @@ def test_facts_of_a_plan_are_found_again(tiny_folder: Path, tmp_path: Path) -> N
     assert {role: d.fingerprint for role, d in again.datasets.items()} == {
         role: d.fingerprint for role, d in run_inputs.datasets.items()
     }
-    assert inputs.make_plan(again).reasons.keys() == plan.reasons.keys()
-    assert [inputs.make_plan(again).values[key] for key in plan.reasons] == [
-        inputs.make_plan(run_inputs).values[key] for key in plan.reasons
+    assert planner.make_plan(again).reasons.keys() == plan.reasons.keys()
+    assert [planner.make_plan(again).values[key] for key in plan.reasons] == [
+        planner.make_plan(run_inputs).values[key] for key in plan.reasons
     ]
 
 
 def test_a_changed_file_is_named_with_what_it_was(tiny_folder: Path, tmp_path: Path) -> None:
-    plan = inputs.make_plan(inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path)))
+    plan = planner.make_plan(inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path)))
     write_rows(tmp_path / "train.jsonl", build_sum_rows(2, 6))
     with pytest.raises(
         InputError, match=rf"data: .*train\.jsonl: .*{plan.data['data'].fingerprint[:12]}"
@@ -222,7 +222,7 @@ def test_a_broken_schema_is_named(
         make_tiny_recipe(tiny_folder, tmp_path, response_schema=str(path))
     )
     with pytest.raises(InputError, match=rf"response_schema: .*s\.json(:1:2)?: {message}"):
-        inputs.make_plan(run_inputs)
+        planner.make_plan(run_inputs)
 
 
 def test_a_plan_needs_no_weights_and_a_run_does(
@@ -231,8 +231,8 @@ def test_a_plan_needs_no_weights_and_a_run_does(
     alone = tmp_path / "alone"
     shutil.copytree(tiny_folder, alone, ignore=shutil.ignore_patterns("*.safetensors"))
     wish = make_tiny_recipe(alone, tmp_path)
-    made = inputs.make_plan(inputs.load_inputs(wish, needs_weights=False))
-    full_plan = inputs.make_plan(inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path)))
+    made = planner.make_plan(inputs.load_inputs(wish, needs_weights=False))
+    full_plan = planner.make_plan(inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path)))
     assert (made.memory_bytes, made.steps, made.tokens_per_epoch) == (
         full_plan.memory_bytes,
         full_plan.steps,
@@ -243,7 +243,7 @@ def test_a_plan_needs_no_weights_and_a_run_does(
         inputs.load_inputs(wish)
     monkeypatch.setattr(inputs, "FALLBACK_TOKENIZER", str(tiny_folder))
     (alone / "tokenizer.json").unlink()
-    counted = inputs.make_plan(inputs.load_inputs(wish, needs_weights=False))
+    counted = planner.make_plan(inputs.load_inputs(wish, needs_weights=False))
     assert counted.tokens_per_epoch == full_plan.tokens_per_epoch
     assert any("counted with the tokenizer of" in warning for warning in counted.warnings)
 
@@ -252,7 +252,7 @@ def test_a_plan_needs_no_weights_and_a_run_does(
 def test_a_plan_for_several_gpus_is_compared_with_one(tmp_path: Path, wish: dict[str, int]) -> None:
     model = save_model_folder(tmp_path / "model", num_kv_heads=2)
     run_inputs = inputs.load_inputs(make_tiny_recipe(model, tmp_path, **wish))
-    plan = inputs.make_plan(run_inputs.with_machine("8xh100", None))
+    plan = planner.make_plan(run_inputs.with_machine("8xh100", None))
     assert plan.mesh is not None
     assert (plan.mesh.mesh.shard, plan.mesh.mesh.context) == (
         wish.get("dp_shard_size", 1),
@@ -261,7 +261,7 @@ def test_a_plan_for_several_gpus_is_compared_with_one(tmp_path: Path, wish: dict
     one, all_gpus = plan.mesh.options
     assert (one.target, all_gpus.target) == ("h100", "8xh100")
     assert (all_gpus.seconds, all_gpus.peak_bytes) == (plan.seconds, plan.memory_bytes["peak"])
-    too_large = inputs.make_plan(run_inputs.with_machine("8xh100", "0.2GB"))
+    too_large = planner.make_plan(run_inputs.with_machine("8xh100", "0.2GB"))
     assert too_large.fits_on
 
 
@@ -270,9 +270,9 @@ def test_a_plan_that_does_not_fit_names_the_smallest_machine_that_would_do(
 ) -> None:
     run_inputs = inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path))
     small = dataclasses.replace(run_inputs.machine, available_bytes=10**6)
-    plan = inputs.make_plan(dataclasses.replace(run_inputs, machine=small))
+    plan = planner.make_plan(dataclasses.replace(run_inputs, machine=small))
     assert plan.fits_on == "l4 (24.0 GB)"
     with pytest.raises(MachineError) as refusal:
         refuse_if_too_large(plan)
     assert "such as l4 (24.0 GB)" in refusal.value.fix
-    assert inputs.make_plan(run_inputs).fits_on == ""
+    assert planner.make_plan(run_inputs).fits_on == ""

@@ -14,7 +14,7 @@ from tunesmith.core.types import Document
 from tunesmith.model.causal_lm import load_network
 from tunesmith.model.quantization import build_truncated_network
 from tunesmith.plan.flops import count_computed_tokens
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.train import calibrate
 from tunesmith.train.calibrate import choose_depth
 from tunesmith.train.time_estimate import EvalCostEstimate, add_run_seconds
@@ -37,7 +37,7 @@ def test_a_plan_gets_its_time_without_weights(
         alone, tmp_path, method=method, lora_r="auto", lora_target_modules="auto"
     )
     run_inputs = inputs.load_inputs(wish, needs_weights=False)
-    plan = inputs.make_plan(run_inputs)
+    plan = planner.make_plan(run_inputs)
     timed = calibrate.calibrate_plan(plan, run_inputs)
     assert timed.seconds[0] > 0
     assert "of 1 and 2 of 2 layers" in timed.seconds_source
@@ -56,7 +56,7 @@ def test_a_step_is_its_layers_and_the_rest(
     run_inputs = inputs.load_inputs(
         make_tiny_recipe(tiny_folder, tmp_path, lora_target_modules=["layers.1.mlp.up_proj"])
     )
-    plan = inputs.make_plan(run_inputs)
+    plan = planner.make_plan(run_inputs)
     actual = calibrate.measure_calibration(plan, run_inputs)
     assert actual.compute_token_seconds(4) == pytest.approx(
         actual.other_seconds + 4 * actual.layer_seconds
@@ -69,7 +69,7 @@ def test_a_step_is_its_layers_and_the_rest(
 def test_large_steps_are_cut_and_pairs_stay_together(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = inputs.make_plan(inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path)))
+    plan = planner.make_plan(inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path)))
     monkeypatch.setattr(calibrate, "MAX_STEP_FLOPS", 1)  # 256 tokens
     some = torch.zeros(200, dtype=torch.int32).numpy()
     sides: list[Any] = ["chosen", "rejected"] * 3
@@ -91,7 +91,7 @@ def test_another_machine_cannot_be_measured_and_what_does_not_fit_neither(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     run_inputs = inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path))
-    plan = inputs.make_plan(run_inputs)
+    plan = planner.make_plan(run_inputs)
     with pytest.raises(InputError, match="only the CPU of this machine"):
         calibrate.measure_calibration(
             dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, device="cuda")),

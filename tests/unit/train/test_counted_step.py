@@ -9,7 +9,7 @@ import pytest
 from counted_step import CountedStep, count_step
 from tiny_runs import build_sum_rows, make_tiny_recipe, save_model_folder, write_rows
 from tunesmith.core.errors import InputError
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 
 pytestmark = pytest.mark.promise
 
@@ -29,7 +29,7 @@ def count(
     how = {"data": str(rows), "batch_size": 16} | changes
     recipe = make_tiny_recipe(model, folder / "x", **how)
     run_inputs = inputs.load_inputs(recipe, needs_weights=False).with_machine(target, None)
-    return count_step(inputs.make_plan(run_inputs), run_inputs, num_ranks)
+    return count_step(planner.make_plan(run_inputs), run_inputs, num_ranks)
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "bf16"}, FULL])

@@ -9,7 +9,7 @@ import pytest
 
 from tiny_runs import build_sum_rows, make_tiny_recipe, write_rows
 from tunesmith.evaluate.adapter_scaling import ADAPTER_SCALES
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.train.time_estimate import LOAD_SECONDS, EvalCostEstimate, add_run_seconds
 
 
@@ -23,12 +23,12 @@ def load_run_inputs(folder: Path, scratch: Path, **wish: Any) -> inputs.RunInput
 
 def estimate_cost(folder: Path, scratch: Path, **wish: Any) -> EvalCostEstimate:
     run_inputs = load_run_inputs(folder, scratch, **wish)
-    return EvalCostEstimate(inputs.make_plan(run_inputs), run_inputs)
+    return EvalCostEstimate(planner.make_plan(run_inputs), run_inputs)
 
 
 def estimate_seconds(folder: Path, scratch: Path, **wish: Any) -> float:
     run_inputs = load_run_inputs(folder, scratch, **wish)
-    plan = dataclasses.replace(inputs.make_plan(run_inputs), seconds=(100.0,))
+    plan = dataclasses.replace(planner.make_plan(run_inputs), seconds=(100.0,))
     return add_run_seconds(plan, EvalCostEstimate(plan, run_inputs)).total_seconds
 
 

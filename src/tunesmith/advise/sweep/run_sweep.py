@@ -42,7 +42,8 @@ from tunesmith.plan.build import refuse_if_too_large
 from tunesmith.recipe.fields import NO_TEST_DATA
 from tunesmith.recipe.schema import Recipe
 from tunesmith.recipe.sweep import SweepConfig
-from tunesmith.session.inputs import RunInputs, make_plan
+from tunesmith.session.inputs import RunInputs
+from tunesmith.session.planner import make_plan
 from tunesmith.train.run import check_run
 from tunesmith.train.signals import GracefulStop
 

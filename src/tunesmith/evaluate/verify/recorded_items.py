@@ -37,8 +37,9 @@ from tunesmith.evaluate.results import EvalResults, MetricValues
 from tunesmith.plan.memory import needs_complete_answers
 from tunesmith.recipe.load import rebuild_recipe
 from tunesmith.recipe.schema import Recipe
+from tunesmith.session.datasets import open_datasets, read_response_schema
 from tunesmith.session.identity import read_provenance
-from tunesmith.session.inputs import build_renderer, open_datasets, read_response_schema
+from tunesmith.session.inputs import build_renderer
 
 LOSS = "loss"
 TEST = "test"

@@ -33,7 +33,7 @@ from tunesmith.cli.views.measured_advice import report_experiment
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import to_jsonable
 from tunesmith.recipe.schema import Recipe
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 
 pytestmark = pytest.mark.promise
 
@@ -77,7 +77,7 @@ def make_runner(
     model: Path, folder: Path, passages: PassageIndex | None = None, **changed: Any
 ) -> ArmRunner:
     run_inputs = inputs.load_inputs(make_recipe(model, folder, **changed))
-    plan = inputs.make_plan(run_inputs)
+    plan = planner.make_plan(run_inputs)
     return ArmRunner.from_plan(plan, run_inputs, select_items(run_inputs), passages)
 
 

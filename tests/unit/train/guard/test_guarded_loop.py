@@ -41,7 +41,7 @@ from tunesmith.core.run_dir import read_events, read_rollbacks
 from tunesmith.core.types import RunRecord
 from tunesmith.data.sampler import permute_rows
 from tunesmith.recipe.schema import Recipe
-from tunesmith.session import inputs
+from tunesmith.session import inputs, planner
 from tunesmith.train import run
 from tunesmith.train.guard.guarded_loop import _select_events
 from tunesmith.train.guard.probes import PROMPT_ROLES, build_prompt_set
@@ -162,8 +162,8 @@ def test_prompts_are_never_of_test_data_and_never_one_alone(
 
     def get_prompt_files(**custom: str) -> set[str]:
         run_inputs = inputs.load_inputs(make_tiny_recipe(tiny_folder, tmp_path, **custom))
-        texts = run.build_eval_items(inputs.make_plan(run_inputs), run_inputs).general_texts
-        actual = build_prompt_set(inputs.make_plan(run_inputs), run_inputs, texts)
+        texts = run.build_eval_items(planner.make_plan(run_inputs), run_inputs).general_texts
+        actual = build_prompt_set(planner.make_plan(run_inputs), run_inputs, texts)
         return (
             {probe.question.id.partition(":")[0] for probe in actual.prompts} if actual else set()
         )
