@@ -24,8 +24,7 @@ ENVIRONMENTS = {
 OURS = {"SandboxEnvironment", "TrackedEnvironment", "PlainEnvironment"}
 MAKING = {"from_string", "get_template", "select_template", "overlay", "apply_chat_template"}
 ALLOWED = {
-    ("data/chat_template/sandbox.py", "ImmutableSandboxedEnvironment"),  # the base of our two
-    ("data/chat_template/tracked_env.py", "SandboxEnvironment"),
+    ("data/chat_template/sandbox.py", "ImmutableSandboxedEnvironment"),  # the base of ours
     ("data/chat_template/compiled_template.py", "SandboxEnvironment"),  # a type
     ("data/chat_template/compiled_template.py", "Template"),
     ("data/chat_template/compiled_template.py", "TrackedEnvironment"),
@@ -70,7 +69,7 @@ def test_one_file_makes_environments() -> None:
         "from jinja2.sandbox import SandboxedEnvironment as Safe",
         "from jinja2.nativetypes import NativeEnvironment",
         "import jinja2.sandbox as js",
-        "from tunesmith.data.chat_template.tracked_env import TrackedEnvironment",
+        "from tunesmith.data.chat_template.sandbox import TrackedEnvironment",
         "environment.from_string(source)",
         "tokenizer.apply_chat_template(messages)",
     ],
@@ -80,8 +79,11 @@ def test_a_second_one_would_be_noticed(line: str) -> None:
 
 
 def test_the_two_environments_are_sandboxed() -> None:
-    from tunesmith.data.chat_template.sandbox import PlainEnvironment, SandboxEnvironment
-    from tunesmith.data.chat_template.tracked_env import TrackedEnvironment
+    from tunesmith.data.chat_template.sandbox import (
+        PlainEnvironment,
+        SandboxEnvironment,
+        TrackedEnvironment,
+    )
 
     assert issubclass(SandboxEnvironment, jinja2.sandbox.ImmutableSandboxedEnvironment)
     assert issubclass(TrackedEnvironment, SandboxEnvironment)

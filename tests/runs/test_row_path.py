@@ -32,7 +32,6 @@ PACKED_FORMS = (Pack, Batch)
 INSIDE_TEMPLATE = {
     "data/chat_template/compiled_template.py",
     "data/chat_template/sandbox.py",
-    "data/chat_template/tracked_env.py",
     "data/chat_template/tracked_str.py",
     "core/types.py",
 }

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from tunesmith.advise.curate import CurationResult
     from tunesmith.advise.short_runs import ShortRun, ShortRunTable
     from tunesmith.api.inputs import AnyInputs
-    from tunesmith.data.annotation import ReviewImport
     from tunesmith.data.dataset import Dataset
-    from tunesmith.data.golden_set import GoldenLock
+    from tunesmith.data.golden_set import GoldenLock, ReviewImport
     from tunesmith.data.split import SplitResult
     from tunesmith.recipe.load import RecipeLike
     from tunesmith.session.inputs import RunInputs
@@ -139,7 +138,7 @@ def data_lock(recipe: RecipeLike = None, **changes: Any) -> GoldenLock:
 
 def data_export_reviews(recipe: RecipeLike = None, *, to: AnyPath, **changes: Any) -> int:
     """Write the rows of `data` as CSV with columns for a review; return their number."""
-    from tunesmith.data.annotation import write_reviews
+    from tunesmith.data.golden_set import write_reviews
     from tunesmith.session.inputs import load_training_rows
 
     rows = load_training_rows(require_single_stage(read_recipe(recipe, **changes)))
@@ -152,7 +151,7 @@ def data_import_reviews(
     """Write the rows of a reviewed table to a file for `data_lock`.
 
     `reviewer` and `date` are used for rows that name none."""
-    from tunesmith.data.annotation import import_reviews
+    from tunesmith.data.golden_set import import_reviews
 
     return import_reviews(Path(path), Path(to), reviewer=reviewer, day=date)
 

@@ -1,7 +1,6 @@
 """Data files to packed token batches. A row passes through these files, in this order:
 
-    file      readers/local_file.py      check that the path is a readable file
-              readers/decompress.py      unpack .gz (readers/parquet.py: .parquet)
+    file      readers/local_file.py      check the path, unpack .gz (readers/parquet.py: .parquet)
     rows      readers/sources.py         open a file as rows (readers/text_folder.py: a folder)
               readers/row_index.py       locate each row: line, CSV record, array element
               readers/decode.py          decode the bytes of one row, strictly
@@ -21,5 +20,5 @@
     batch     collate.py                 tensors; the only file here that imports torch
 
 From there train/loop.py takes a batch to the loss. The other files work on whole data sets: checks/
-(audit), length_stats.py, rejects.py, leakage.py, split.py, selection.py, neighbors.py, hashing.py,
-golden_set.py, annotation.py, preview.py."""
+(audit), length_stats.py, rejects.py, split.py, selection.py, neighbors.py, hashing.py,
+golden_set.py, preview.py."""

@@ -5,7 +5,7 @@
 A list is one value, and so is what lies deeper than MAX_DEPTH. Values are equal where the metric
 `field_f1` finds them equal: plain values of a list in any order, 1 and 1.0. Names and values are
 strangers' texts of any length: long ones are cut and end in a digest, so that different ones stay
-different. Left out: what values mean (evaluate/error_analysis.py, checks/lopsided_fields.py)."""
+different. Left out: what values mean (evaluate/error_analysis.py, checks/labels.py)."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ from tunesmith.core.types import Document
 from tunesmith.data.chat_template.render_notes import CONTROL_LIKE_TEXT
 from tunesmith.data.dataset import NOT_RENDERED, Dataset
 from tunesmith.data.length_stats import DatasetScan, iter_batches
-from tunesmith.data.readers.decompress import TempCopy
 from tunesmith.data.readers.invalid_row import InvalidRow, RejectedRows
+from tunesmith.data.readers.local_file import TempCopy
 from tunesmith.data.sampler import CyclicSampler, RatioChanges, iter_ratio_segments, prefetch
 
 TOKEN_BYTES = 4

@@ -7,7 +7,7 @@ up to half a row. The documents of a step are a pure function of the step, the s
 of the ratio so far; there is no state. Each pass takes every row once, in its own order. A long
 text gives one window per pass, and the next window in the next pass. The tokens of a row are
 estimated from its bytes, which are known without rendering it. Left out: the ratio
-(plan/rehearsal.py), and leakage of held-out rows (leakage.py)."""
+(plan/rehearsal.py), and leakage of held-out rows (golden_set.py)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import DataReport, Json
 from tunesmith.data.dataset import NOT_RENDERED, Dataset, DataSourceReader
-from tunesmith.data.leakage import refuse_test_leakage
+from tunesmith.data.golden_set import refuse_test_leakage
 from tunesmith.data.length_stats import find_rare_rows, select_scan_rows
 from tunesmith.data.readers.invalid_row import MAX_SHOWN_ROWS, InvalidRow, RejectedRows
 

@@ -16,8 +16,11 @@ from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.constraints import ConstraintSet
 from tunesmith.data.dataset import Dataset, RowKind, open_dataset
 from tunesmith.data.formats.few_shot import add_shots
-from tunesmith.data.golden_set import refuse_locked_rows
-from tunesmith.data.leakage import refuse_rehearsal_leakage, refuse_task_leakage
+from tunesmith.data.golden_set import (
+    refuse_locked_rows,
+    refuse_rehearsal_leakage,
+    refuse_task_leakage,
+)
 from tunesmith.data.split import split_by_hash
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.schema import Recipe, select_sources

@@ -24,7 +24,7 @@ from tunesmith.core.formatting import format_count
 from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.sealed_json import RESTORE_FIX
 from tunesmith.core.types import Document, Example, Plan, PlanValue, require
-from tunesmith.data.chat_template.message_spans import is_training_answers, weigh_messages
+from tunesmith.data.chat_template.assistant_spans import is_training_answers, weigh_messages
 from tunesmith.data.chat_template.render_notes import CONTROL_LIKE_TEXT
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.dataset import Dataset

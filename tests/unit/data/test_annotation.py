@@ -7,9 +7,8 @@ import json
 import pytest
 
 from tunesmith.core.errors import InputError
-from tunesmith.data.annotation import import_reviews, write_reviews
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.golden_set import write_lock
+from tunesmith.data.golden_set import import_reviews, write_lock, write_reviews
 from tunesmith.recipe.fields import DataSource
 
 ROWS = [

@@ -4,8 +4,12 @@ import pytest
 
 from tunesmith.core.errors import InputError
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.golden_set import get_lock_path, refuse_locked_rows, write_lock
-from tunesmith.data.leakage import refuse_test_leakage
+from tunesmith.data.golden_set import (
+    get_lock_path,
+    refuse_locked_rows,
+    refuse_test_leakage,
+    write_lock,
+)
 from tunesmith.recipe.fields import DataSource
 
 TRAINED = ("data", "rehearsal")

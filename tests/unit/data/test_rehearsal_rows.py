@@ -12,7 +12,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.dataset import Dataset, open_dataset
-from tunesmith.data.leakage import refuse_rehearsal_leakage
+from tunesmith.data.golden_set import refuse_rehearsal_leakage
 from tunesmith.data.rehearsal import RehearsalSampler
 from tunesmith.recipe.fields import DataSource
 

@@ -14,7 +14,7 @@ from toy_chat import assistant, make_example, make_tool_call, user, write_model_
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.types import Document, Example, Json
-from tunesmith.data.chat_template.message_spans import weigh_messages
+from tunesmith.data.chat_template.assistant_spans import weigh_messages
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.session.preflight_probe import PreflightSamples, RoleMask, Subject, build_role_mask
 from tunesmith.train.preflight_tokens import (

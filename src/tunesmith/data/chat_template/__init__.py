@@ -8,7 +8,7 @@ guessing afterwards. Five steps, one module each:
                             keys, tool-call arguments as the template expects them), and every
                             string becomes a `TrackedStr`: text plus the message it comes from.
     2. template.py          The chat template renders them in a sandbox (`sandbox.py`).
-                            `tracked_str.py` and `tracked_env.py` replace the operations that make
+                            `tracked_str.py` and `sandbox.py` replace the operations that make
                             or print text (`+`, `trim`, `join`, `tojson`, ...). Plain Jinja renders
                             the same messages: the two texts must be equal, or the row is refused.
                             A template that is not well known does so in a guarded process.

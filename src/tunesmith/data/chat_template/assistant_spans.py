@@ -2,6 +2,7 @@
 
     Conversation, turn weights -> find_assistant_spans -> AssistantSpan of each trained turn
     AssistantSpan, EncodedText -> find_token_spans     -> (first token, end, weight)
+    Conversation, EncodedText, weights -> find_message_spans -> the same for messages of other roles
 
 An answer starts where its generation prompt ends, so the prompt must be a prefix of the text. Some
 templates write the prompt differently once an answer follows (Mistral's put the system message in
@@ -15,12 +16,12 @@ writes it, `find_spans_in_full` finds the same spans there, from one tracked ren
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import CharSpan, Example
+from tunesmith.core.types import CharSpan, Example, RowWeight
 from tunesmith.data.chat_template.conversation import Conversation
 from tunesmith.data.chat_template.encode import EncodedText, TrackedText
 from tunesmith.data.chat_template.template import SPLIT_FIX
@@ -377,3 +378,86 @@ def snap_to_token(encoded: EncodedText, character: int, limit: int, step: int) -
     while encoded.count_tokens_before(character) is None and character != limit:
         character += step
     return encoded.get_token_index(character)
+
+
+# ---------------------------------------------------------------- messages of other roles
+
+# A message is trained from the first token with any of its text through the end token that closes
+# it: the first control token that ends answers, if the template writes it before the next message;
+# where there is none (`[/INST]`), through its last token. Its header is not trained.
+
+TrainedRoles = str | tuple[str, ...]  # "answers", "all" or roles
+ROLE_NAMES = {"developer": "system"}
+
+
+def is_training_answers(train_on: TrainedRoles) -> bool:
+    """Return whether the answers of the assistant are among the trained text."""
+    return train_on in ("answers", "all") or "assistant" in _list_roles(train_on)
+
+
+def _list_roles(train_on: TrainedRoles) -> tuple[str, ...]:
+    return (train_on,) if isinstance(train_on, str) else train_on
+
+
+def weigh_messages(example: Example, train_on: TrainedRoles) -> tuple[float, ...]:
+    """Return the weight of each message: that of the row if it sets one, else 1 if its role is
+    trained."""
+    weights: list[float] = []
+    trained_roles = _list_roles(train_on)
+    for message, weight in zip(example.messages, example.turn_weights, strict=True):
+        role = str(message["role"])
+        is_trained = train_on == "all" or ROLE_NAMES.get(role, role) in trained_roles
+        is_set = isinstance(weight, RowWeight)
+        weights.append(weight if is_trained and is_set else float(is_trained))
+    return tuple(weights)
+
+
+def find_message_spans(
+    encoded: EncodedText, weights: Mapping[int, float], end_ids: Container[int]
+) -> list[TokenSpan]:
+    """Return the token span of each message in `weights` (message index -> weight) that the
+    template writes; the first token of a text is never a target."""
+    bounds = find_message_bounds(encoded.text)
+    spans: list[TokenSpan] = []
+    for index, weight in weights.items():
+        if index not in bounds:
+            continue
+        start, content_end = bounds[index]
+        next_start = min(
+            (first for first, _ in bounds.values() if first >= content_end),
+            default=len(encoded.text.plain),
+        )
+        end = _find_end(encoded.text, content_end, next_start, end_ids)
+        first_token = snap_to_token(encoded, start, 0, -1)
+        last_token = snap_to_token(encoded, end, len(encoded.text.plain), 1)
+        spans.append((max(1, first_token), last_token, weight))
+    return spans
+
+
+def find_message_bounds(text: TrackedText) -> dict[int, tuple[int, int]]:
+    """Return the first and one past the last character of each message that is written."""
+    bounds: dict[int, tuple[int, int]] = {}
+    for start, end, origin in text.origin_spans:
+        index = get_message_index(origin)
+        if index >= 0:
+            bounds[index] = (bounds.get(index, (start, end))[0], end)
+    return bounds
+
+
+def select_messages(
+    weights: Sequence[float], messages: range, roles: Sequence[str]
+) -> dict[int, float]:
+    """Return the weights of the messages of this range that are no answers."""
+    selected: dict[int, float] = {}
+    for index in messages:
+        if weights[index] and roles[index] != "assistant":
+            selected[index] = weights[index]
+    return selected
+
+
+def _find_end(text: TrackedText, content_end: int, limit: int, end_ids: Container[int]) -> int:
+    """Return the end of the token that closes a message, or the end of its text."""
+    for match in text.controls:
+        if content_end <= match.start and match.token_end <= limit and match.control.id in end_ids:
+            return match.token_end
+    return content_end

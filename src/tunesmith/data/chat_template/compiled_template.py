@@ -22,8 +22,12 @@ from jinja2.exceptions import SecurityError
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
-from tunesmith.data.chat_template.sandbox import PlainEnvironment, SandboxEnvironment
-from tunesmith.data.chat_template.tracked_env import TrackedEnvironment, TrackingTransformer
+from tunesmith.data.chat_template.sandbox import (
+    PlainEnvironment,
+    SandboxEnvironment,
+    TrackedEnvironment,
+    TrackingTransformer,
+)
 from tunesmith.data.chat_template.tracked_str import (
     TEMPLATE,
     TOOLS,

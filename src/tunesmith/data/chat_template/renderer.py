@@ -29,11 +29,15 @@ from tunesmith.core.types import Document, Example, Json, RowWeight
 from tunesmith.data.chat_template.assistant_spans import (
     AssistantSpan,
     TokenSpan,
+    TrainedRoles,
     find_assistant_spans,
     find_banned_token_spans,
+    find_message_spans,
     find_spans_in_full,
     find_token_spans,
     render_turns,
+    select_messages,
+    weigh_messages,
 )
 from tunesmith.data.chat_template.conversation import (
     Conversation,
@@ -41,12 +45,6 @@ from tunesmith.data.chat_template.conversation import (
     refuse_unused_kwargs,
 )
 from tunesmith.data.chat_template.encode import EncodedText, TrackedText, encode
-from tunesmith.data.chat_template.message_spans import (
-    TrainedRoles,
-    find_message_spans,
-    select_messages,
-    weigh_messages,
-)
 from tunesmith.data.chat_template.render_notes import (
     BOUNDARY,
     CONTROL_LIKE_TEXT,

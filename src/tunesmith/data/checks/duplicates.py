@@ -19,7 +19,7 @@ from tunesmith.data.checks.context import (
     make_row_finding,
 )
 from tunesmith.data.checks.minhash import MIN_JACCARD, SHINGLE_WORDS
-from tunesmith.data.checks.ngram_overlap import MIN_COPY_SHARE, NGRAM_WORDS
+from tunesmith.data.checks.ngrams import MIN_COPY_SHARE, NGRAM_WORDS
 from tunesmith.data.checks.text_stats import MAX_NAMED_ROWS
 from tunesmith.data.dataset import Dataset
 

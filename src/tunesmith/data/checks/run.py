@@ -17,7 +17,6 @@ from tunesmith.data.checks import (
     distribution,
     duplicates,
     labels,
-    lopsided_fields,
     rendered,
     row_checks,
 )
@@ -165,6 +164,6 @@ DATASET_CHECKS = {
     "length_bias": distribution.check_length_bias,
     "label_balance": distribution.check_label_balance,
     "classes": labels.check_classes,
-    "lopsided": lopsided_fields.check_lopsided_fields,
+    "lopsided": labels.check_lopsided_fields,
     "unused": rendered.check_unused_keys,
 }

@@ -27,8 +27,14 @@ from tunesmith.data.checks.minhash import (
     NearDuplicates,
     find_near_duplicates,
 )
-from tunesmith.data.checks.ngram_overlap import NGRAM_WORDS, NgramIndex, NgramOverlap
-from tunesmith.data.checks.ngrams import exclude_values, hash_unique_ngrams, hash_words
+from tunesmith.data.checks.ngrams import (
+    NGRAM_WORDS,
+    NgramIndex,
+    NgramOverlap,
+    exclude_values,
+    hash_unique_ngrams,
+    hash_words,
+)
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.hashing import iter_collapsed
 from tunesmith.data.rehearsal import REHEARSAL_ROLE as REHEARSAL

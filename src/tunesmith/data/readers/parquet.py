@@ -17,7 +17,7 @@ from typing import Any
 
 from tunesmith.core.errors import InputError, raise_if_machine_failed
 from tunesmith.core.types import Json
-from tunesmith.data.readers.decompress import CHUNK_BYTES, TempCopy
+from tunesmith.data.readers.local_file import CHUNK_BYTES, TempCopy
 
 BATCH_ROWS = 256  # decoded at a time
 

@@ -4,7 +4,7 @@
 
 `open_source` scans the bytes once and stores a few numbers per row, so any row can be read later in
 any order without holding the file in memory. The suffix names the container: `row_index.py` locates
-its rows and `decode.py` decodes their bytes. Compressed files are unpacked first (`decompress.py`,
+its rows and `decode.py` decodes their bytes. Compressed files are unpacked first (`local_file.py`,
 `parquet.py`); a folder of texts reads like a file (`text_folder.py`). Left out: the meaning of the
 columns (formats/parse.py)."""
 
@@ -29,9 +29,8 @@ from tunesmith.data.readers.decode import (
     decode_text,
     read_header,
 )
-from tunesmith.data.readers.decompress import gunzip
 from tunesmith.data.readers.invalid_row import InvalidRow
-from tunesmith.data.readers.local_file import FileBytes, check_path, get_stamp
+from tunesmith.data.readers.local_file import FileBytes, check_path, get_stamp, gunzip
 from tunesmith.data.readers.parquet import unpack_parquet
 from tunesmith.data.readers.row_index import (
     BYTE_ORDER_MARK,

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from tunesmith.data.checks import language_id, minhash, ngram_overlap
+from tunesmith.data.checks import language_id, minhash, ngrams
 from tunesmith.data.checks.ngrams import exclude_values, hash_ngrams, hash_unique_ngrams, hash_words
 from tunesmith.data.checks.run import check_data
 from tunesmith.data.dataset import open_dataset
@@ -93,8 +93,8 @@ def test_a_long_passage_in_common_is_told_and_less_than_thirteen_words_is_not(re
 def test_shares_of_passages_stay_right_when_only_some_are_kept(monkeypatch):
     texts = [[hash_words(prose(i, 2000))] for i in range(4)]
     for most in (2**24, 1000):
-        monkeypatch.setattr(ngram_overlap, "MAX_NGRAMS", most)
-        passages = ngram_overlap.NgramIndex(texts, np.empty(0, np.uint64))
+        monkeypatch.setattr(ngrams, "MAX_NGRAMS", most)
+        passages = ngrams.NgramIndex(texts, np.empty(0, np.uint64))
         passages.mark_trained([texts[1][0], texts[2][0][:1000]])
         share_N = passages.compute_overlap(np.empty(0, np.uint64)).share_N
         assert share_N.tolist()[::3] == [0, 0]

@@ -17,7 +17,7 @@ from decimal import Decimal
 import pytest
 
 from tunesmith.core.errors import InputError, MachineError
-from tunesmith.data.readers import decompress
+from tunesmith.data.readers import local_file
 from tunesmith.data.readers.invalid_row import InvalidRow
 from tunesmith.data.readers.sources import open_source
 
@@ -174,7 +174,7 @@ def test_values_of_a_table_are_the_strings_that_stand_there(write):
 
 
 def test_what_packs_too_well_is_a_bomb(write, monkeypatch):
-    monkeypatch.setattr(decompress, "UNCHECKED_BYTES", 100_000)
+    monkeypatch.setattr(local_file, "UNCHECKED_BYTES", 100_000)
     path = write(gzip.compress(b'{"text": "' + b"a" * 5_000_000 + b'"}'), "x.jsonl.gz")
     assert path.stat().st_size < 6000
     with pytest.raises(InputError, match="decompresses to more than 200 times its size"):
@@ -230,8 +230,8 @@ def test_what_is_no_text_is_named_with_what_to_do(raw, kind, fix, name, write):
 
 
 def test_a_full_disk_is_the_machines_error_and_says_how_to_go_on(write, monkeypatch):
-    monkeypatch.setattr(decompress, "DISK_CHECK_BYTES", 10)
-    monkeypatch.setattr(decompress, "MIN_FREE_BYTES", 2**60)
+    monkeypatch.setattr(local_file, "DISK_CHECK_BYTES", 10)
+    monkeypatch.setattr(local_file, "MIN_FREE_BYTES", 2**60)
     with pytest.raises(
         MachineError, match=r"no space left .* a temporary copy of .*x\.jsonl\.gz\n  fix: .*TMPDIR"
     ):

@@ -9,7 +9,7 @@ import pytest
 
 from tiny_runs import make_tiny_recipe, plan_recipe
 from tunesmith.core.errors import InputError
-from tunesmith.data.readers import decompress
+from tunesmith.data.readers import local_file
 from tunesmith.data.readers.sources import open_source
 
 Write = Callable[..., Path]
@@ -68,12 +68,12 @@ def test_fault_14_links_to_folders_and_pipes_in_a_folder_of_texts(tmp_path: Path
 def test_fault_14_a_gzip_bomb_is_refused_on_the_way(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decompress, "UNCHECKED_BYTES", 2**20)
+    monkeypatch.setattr(local_file, "UNCHECKED_BYTES", 2**20)
     path = write(gzip.compress(bytes(30 * 2**20)), "x.jsonl.gz")
     written: list[int] = []
-    stock = decompress.TempCopy.write
+    stock = local_file.TempCopy.write
     monkeypatch.setattr(
-        decompress.TempCopy,
+        local_file.TempCopy,
         "write",
         lambda self, raw: (written.append(len(raw)), stock(self, raw)),
     )
