@@ -208,25 +208,18 @@ def find_layer_mixers(config: Mapping[str, Any], family: Family, where: str) -> 
     `NO_MIXER`. Raise InputError for layers that no mixer of this family knows, or that `READY`
     lacks."""
     layers = config.get("layer_types") or [ATTENTION] * config["num_hidden_layers"]
-    words = refuse_unknown_layers(layers, str(config["model_type"]), family, where)
-    if len(words) != config["num_hidden_layers"]:
-        message = f"{config['num_hidden_layers']} layers, but {len(words)} layer_types"
-        raise InputError(message, where=where, fix="download config.json again")
-    meanings = _list_layer_words(family)
-    return tuple(meanings[word] for word in words)
-
-
-def refuse_unknown_layers(layers: Any, model_type: str, family: Family, where: str) -> list[str]:
-    """Return `layer_types` as words. Raise InputError for one that no mixer of this family
-    knows."""
     words = list(map(str, layers)) if isinstance(layers, list) else [str(layers)]
-    if unknown := sorted(set(words) - _list_layer_words(family).keys()):
+    meanings = _list_layer_words(family)
+    if unknown := sorted(set(words) - meanings.keys()):
         message = (
-            f"{model_type} has layers of type {', '.join(unknown)[:200]}: "
+            f"{config['model_type']} has layers of type {', '.join(unknown)[:200]}: "
             "packed documents would leak through them"
         )
         raise InputError(message, where=where, fix=FAMILY_FIX)
-    return words
+    if len(words) != config["num_hidden_layers"]:
+        message = f"{config['num_hidden_layers']} layers, but {len(words)} layer_types"
+        raise InputError(message, where=where, fix="download config.json again")
+    return tuple(meanings[word] for word in words)
 
 
 def _list_layer_words(family: Family) -> dict[str, str]:

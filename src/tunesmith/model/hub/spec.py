@@ -35,7 +35,6 @@ from tunesmith.model.hub.families import (
     count_experts_per_token,
     find_layer_mixers,
     find_text_type,
-    refuse_unknown_layers,
 )
 from tunesmith.model.hub.packed_tensors import (
     MXFP4_DTYPE,
@@ -86,12 +85,10 @@ MLP_OUTPUTS = (
 )
 PER_LAYER_EMBEDDING = "embed_tokens_per_layer"  # of Gemma 4
 PER_LAYER_TYPES = ("gemma4", "gemma4_text")
-# any config may have labels for a classifier, and transformers makes a name for each
-MAX_LABELS = 10_000
 # of what transformers makes a list when it reads a config, or a module for each
 MAX_COUNTS = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "depth", "n_layer", "n_layers"), 512),
-    "num_labels": MAX_LABELS,
+    "num_labels": 10_000,  # of a classifier, which any config may have
 }
 DOWNLOAD_CONFIG_FIX = "download config.json again"
 DOWNLOAD_MODEL_FIX = "download the model again"
@@ -189,19 +186,10 @@ def _read_config(path: Path) -> _ModelConfig:
     text_type = find_text_type(content)
     text = content
     if not family.is_uniform:
-        _check_nested_counts(content, where)
-        _check_written_layers(content, family, where)
         from tunesmith.model.hub.text_class import read_text_config
 
         text = read_text_config(path)
     return _ModelConfig(path, content, family, text_type, text)
-
-
-def _check_written_layers(content: Json, family: Family, where: str) -> None:
-    """Raise InputError for layers that no mixer knows, before transformers refuses their words."""
-    text = content["text_config"] if family.tensor_prefix else content
-    if layers := text.get("layer_types"):
-        refuse_unknown_layers(layers, str(content["model_type"]), family, where)
 
 
 def _check_nested_counts(content: Json, where: str) -> None:
@@ -337,10 +325,7 @@ def _check_model_type(config: Json, where: str) -> Family:
         reason = reason or f"the model type {model_type!r} is not supported"
         raise InputError(reason, where=where, fix=FAMILY_FIX)
     check_config_values(config, where)
-    labels = config.get("num_labels")
-    if labels is not None and not (isinstance(labels, int) and 0 <= labels <= MAX_LABELS):
-        message = f"num_labels is {labels!r:.80}, not a number up to {MAX_LABELS:,}"
-        raise InputError(message, where=where, fix="remove it")
+    _check_nested_counts(config, where)
     find_packing(config, model_type, where)
     return family
 
@@ -450,6 +435,12 @@ def _check_layers(spec: ModelSpec, headers: Mapping[str, TensorHeader], where: s
     if spec.num_experts_per_token > spec.num_experts:
         message = f"each token goes to {spec.num_experts_per_token} experts of {spec.num_experts}"
         raise InputError(message, where=where, fix=DOWNLOAD_CONFIG_FIX)
+    embedding = find_embedding([*headers])
+    shape = headers[embedding].shape if embedding else ()
+    if shape != (spec.vocab_size, spec.hidden_size):
+        expected = [spec.vocab_size, spec.hidden_size]
+        message = f"the embedding {embedding} has shape {list(shape)}, config.json says {expected}"
+        raise InputError(message, where=where, fix=DOWNLOAD_MODEL_FIX)
     for name, tensor in headers.items():
         if len(tensor.shape) > 1 and 0 in tensor.shape:
             message = f"the tensor {name} holds no values: its shape is {list(tensor.shape)}"

@@ -80,7 +80,10 @@ WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_wind
 NO_WINDOW = "sliding_window is 0: no token would see"
 # family, changes of config.json, what the error says, a word of its fix
 REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
-    *((name, STRANGE_LAYERS, "layers.* retention:", "") for name in ("qwen3_5", "lfm2")),
+    *(
+        (name, STRANGE_LAYERS, "transformers cannot load.*layer_types", "")
+        for name in ("qwen3_5", "lfm2")
+    ),
     ("qwen3_5", {"hidden_act": "gelu"}, "hidden_act is 'gelu', but recurrent", "silu"),
     ("nemotron_h", {"mamba_hidden_act": "gelu"}, "mamba_hidden_act is 'gelu', but rec", "silu"),
     # transformers then attends to all tokens alike, or fails

@@ -120,6 +120,7 @@ def test_dtype_and_origin(model_folder: Path) -> None:
         ({"num_hidden_layers": 1}, r"1 layers but the weights have model\.layers\.1\."),
         ({"hidden_size": "576"}, "hidden_size is 576, not an integer"),
         ({"hidden_size": True}, "hidden_size is True"),
+        ({"vocab_size": 100}, r"has shape \[266, 64\], config.json says \[100, 64\]"),
         ({"num_key_value_heads": 3}, "4 heads cannot share 3"),
         ({"tie_word_embeddings": False}, r"no lm_head\.weight"),
     ],

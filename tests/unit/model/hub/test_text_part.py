@@ -363,7 +363,7 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
             lambda c: c["text_config"].update(layer_types=["full_attention", "chunked_attention"]),
             "layers of type chunked_attention",
         ),
-        (lambda c: c["text_config"].update(hidden_size=40), r"embed_tokens\.weight has shape"),
+        (lambda c: c["text_config"].update(hidden_size=40), "the embedding .* has shape"),
     ],
 )
 def test_other_configs_are_refused_by_name(
