@@ -40,7 +40,6 @@ OWN = {  # of the package, the machine, or what this run has written
     "session/doctor.py": 1,
     "session/run_list.py": 2,
     "train/model_card.py": 1,
-    "train/generated_rows.py": 1,
 }
 
 

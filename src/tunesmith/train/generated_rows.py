@@ -1,6 +1,6 @@
 """Rows that the base model generates before training: rejected answers, and rehearsal rows.
 
-    add_synthetic_pairs(session, folder)              synthetic_pairs.jsonl: rows without a rejected
+    add_synthetic_pairs(session, folder)              synthetic_pairs.json: rows without a rejected
                                                       answer get the base's own, where it is bad
     add_self_rehearsal(plan, inputs, folder, ranks)   rehearsal.jsonl: `data: self-generated`
 
@@ -19,19 +19,18 @@ Sources: self-synthesized rehearsal, Huang 2024 (SSR); questions from a bare tem
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tunesmith.core.atomic import write_file
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import CheckResult
-from tunesmith.core.json_io import dump_json, read_file
+from tunesmith.core.json_io import dump_json
 from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
-from tunesmith.core.run_dir import SELF_REHEARSAL_FILE, RunFolder, read_all_events
+from tunesmith.core.run_dir import SELF_REHEARSAL_FILE, RunFolder
+from tunesmith.core.sealed_json import RESTORE_FIX, read_sealed_as
 from tunesmith.core.types import (
     Example,
     GenerationOutput,
@@ -61,47 +60,21 @@ from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session, load_starting_model
 from tunesmith.train.follow_measuring import start_measuring
 
-PAIRS_FILE = "synthetic_pairs.jsonl"
+PAIRS_FILE = "synthetic_pairs.json"  # row -> the base model's answer
 KIND = "synthetic pairs"
-HASH = "sha256 "
 
 
 def add_synthetic_pairs(
-    session: Session, folder: RunFolder, *, allow_changes: bool = False
+    session: Session, folder: RunFolder
 ) -> tuple[Session, tuple[CheckResult, ...]]:
     """Return the session with pairs for rows that have no rejected answer, and their count.
 
     Call it before any weight changes; later attempts read the file. Raise GateError if there is no
-    pair at all, InputError if the file has changed since an earlier attempt."""
+    pair at all."""
     unpaired, _ = _select_unpaired(session.rows)
     if unpaired and not (folder.path / PAIRS_FILE).exists():
-        folder.write_text(PAIRS_FILE, _generate_pairs(session, unpaired))
-    session, results = read_synthetic_pairs(session, folder.path)
-    if results and not allow_changes:
-        _refuse_changed_pairs(folder)
-    return session, results
-
-
-def _refuse_changed_pairs(folder: RunFolder) -> None:
-    """Raise InputError if an earlier attempt has recorded another hash of the pairs."""
-    file = folder.path / PAIRS_FILE
-    events = [logged.event for logged in read_all_events(folder.path)]
-    recorded = [
-        event.evidence
-        for event in events
-        if isinstance(event, CheckResult) and event.kind == KIND and HASH in event.evidence
-    ]
-    if recorded and _describe_hash(file) not in recorded[0]:
-        raise InputError(
-            "changed since this run began to train on it",
-            where=str(file),
-            fix="restore it from a copy of the run folder; to train on other pairs, start a run "
-            "with them as `data`",
-        )
-
-
-def _describe_hash(file: Path) -> str:
-    return f"{HASH}{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+        folder.write_json(PAIRS_FILE, _generate_rejected(session, unpaired))
+    return read_synthetic_pairs(session, folder.path)
 
 
 def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[CheckResult, ...]]:
@@ -111,7 +84,10 @@ def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[C
     if not unpaired:
         return session, ()
     pair_by_row: dict[int, Example] = {}
-    for row, answer in _iter_pairs(path / PAIRS_FILE, unpaired):
+    for row, answer in read_sealed_as(dict[int, str], path / PAIRS_FILE).items():
+        if row not in unpaired:
+            message = f"row {row} of the data has no pair to make"
+            raise InputError(message, where=str(path / PAIRS_FILE), fix=RESTORE_FIX)
         pair_by_row[row] = _build_pair(unpaired[row], answer)
     evidence = (
         f"{len(pair_by_row):,} of {len(unpaired):,} answers of the base model violate a "
@@ -127,38 +103,12 @@ def read_synthetic_pairs(session: Session, path: Path) -> tuple[Session, tuple[C
     batch_size = session.plan.config.batch_size
     assert batch_size is not None, "pairs have rows, which stage: cpt has not"
     mean_pairs = batch_size * share_paired
-    evidence += f", {_describe_hash(path / PAIRS_FILE)}"
     evidence += f"; a step of batch_size {batch_size} has {mean_pairs:.1f} pairs on average"
     dataset = dataclasses.replace(dataset, synthetic=pair_by_row)
     datasets = {**session.inputs.datasets, "data": dataset}
     inputs = dataclasses.replace(session.inputs, datasets=datasets)
     result = CheckResult(KIND, "ok" if share_paired >= 0.5 else "warn", evidence)
     return dataclasses.replace(session, inputs=inputs), (result,)
-
-
-def _iter_pairs(file: Path, rows: Container[int]) -> Iterator[tuple[int, str]]:
-    """Yield (row, rejected answer) of each line. Raises InputError for a damaged one."""
-    fix = "remove the file: the base model answers again"
-    lines = read_file(file, fix=fix, max_bytes=None).split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):
-        pair = _parse_pair(line, rows)
-        if pair is None:
-            raise InputError("not a pair of these rows", where=f"{file}:{number}", fix=fix)
-        yield pair
-    if lines[-1]:
-        raise InputError("the last line is cut", where=f"{file}:{len(lines)}", fix=fix)
-
-
-def _parse_pair(line: bytes, rows: Container[int]) -> tuple[int, str] | None:
-    """Return (row, rejected answer), None for a damaged line."""
-    try:
-        record = json.loads(line)
-        row = record["row"]
-        rejected = record["rejected"]
-        answer = rejected if isinstance(rejected, str) else rejected[0]["content"]
-        return (row, answer) if row in rows and isinstance(answer, str) else None
-    except (ValueError, RecursionError, LookupError, TypeError):
-        return None
 
 
 def _select_unpaired(dataset: Dataset) -> tuple[dict[int, Example], int]:
@@ -179,21 +129,21 @@ def _select_unpaired(dataset: Dataset) -> tuple[dict[int, Example], int]:
     return unpaired, num_paired
 
 
-def _generate_pairs(session: Session, unpaired: dict[int, Example]) -> str:
-    """Return the pairs as JSON lines."""
+def _generate_rejected(session: Session, unpaired: dict[int, Example]) -> dict[int, str]:
+    """Return row -> answer of the base model, where it violates a constraint."""
     constraints = [c for c in session.inputs.recipe.never if c.mode == "pair"]
     session.model.network.eval()
     rows = list(unpaired)
     prompts = build_prompts(list(unpaired.values()), session.renderer)
     max_new_tokens = compute_max_new_tokens(prompts, needs_end=False)
     outputs = iter_answers(session.model, prompts, session.renderer, max_new_tokens=max_new_tokens)
-    lines: list[str] = []
+    rejected: dict[int, str] = {}
     for index, output in sorted(outputs, key=lambda pair: pair[0]):
         row = rows[index]
-        example = unpaired[row]
-        if any(find_matches(constraint, output.text, example.id) for constraint in constraints):
-            lines.append(_format_pair(row, _build_pair(example, output.text)))
-    return "".join(lines)
+        row_id = unpaired[row].id
+        if any(find_matches(constraint, output.text, row_id) for constraint in constraints):
+            rejected[row] = output.text
+    return rejected
 
 
 def _build_pair(example: Example, answer: str) -> Example:
@@ -212,17 +162,6 @@ def _build_pair(example: Example, answer: str) -> Example:
     rejected_turn = {"role": "assistant", "content": answer}
     rejected = dataclasses.replace(chosen, messages=(*prompt, rejected_turn))
     return dataclasses.replace(chosen, rejected=rejected)
-
-
-def _format_pair(row: int, pair: Example) -> str:
-    """Return a preference row as a JSON line, with the number of the row that it belongs to."""
-    assert pair.rejected is not None
-    sides: Json = {"prompt": pair.prompt, "chosen": pair.text, "rejected": pair.rejected.text}
-    if pair.text is None:
-        *prompt, chosen = pair.messages
-        sides = {"prompt": prompt, "chosen": [chosen], "rejected": [pair.rejected.messages[-1]]}
-    tools = {"tools": list(pair.tools)} if pair.tools else {}
-    return json.dumps({"row": row, "id": pair.id, **sides, **tools}, ensure_ascii=False) + "\n"
 
 
 # ---------------------------------------------------------------- rehearsal rows

@@ -241,8 +241,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
     with context.stop.immediate(), machine_errors():
         before = base_reference.measure_before_training(folder, session, items)
         references = base_reference.load_base_references(folder, session, items)
-        has_changes = context.resume_state.has_changes
-        session, pair_results = add_synthetic_pairs(session, folder, allow_changes=has_changes)
+        session, pair_results = add_synthetic_pairs(session, folder)
         session = base_reference.add_references(session, folder)
     yield from (*before.iter_scores(step=0), *pair_results)
 
