@@ -42,7 +42,7 @@ CHECK_GROUPS = (
     CheckGroup("Keys and passwords", ("secrets",), True),
     CheckGroup("Personal data", ("personal",), True),
     CheckGroup("Languages", ("languages",), True),
-    CheckGroup("Broken or cut answers", ("broken_json", "unfinished"), True),
+    CheckGroup("Broken or cut answers", ("broken_json", "cut_off", "unfinished"), True),
     CheckGroup("Empty answers, refusals and loops", (
         "empty_answers", "refusals", "apologies", "disclaimers", "loops", "echoes_prompt",
     ), True),
@@ -50,6 +50,7 @@ CHECK_GROUPS = (
         "chat_markers", "placeholders", "invisible_chars",
     ), True),
     CheckGroup("Balance of labels and fields", ("classes", "lopsided"), True),
+    CheckGroup("Labels in the prompt", ("label_in_prompt",), True),
     CheckGroup("Lengths of answers", ("lengths", "outliers", "length_bias"), True),
 )  # fmt: skip
 

@@ -26,6 +26,7 @@ from tunesmith.data.checks.text_stats import (
 
 MIN_JSON_SHARE = 0.8  # of the answers
 MIN_ROWS = 10
+MIN_CUT_CHARS = 200
 # Outliers are this many standard deviations of the log length from the median; the deviation is
 # estimated from the MAD, and taken as MIN_LOG_SD at least.
 OUTLIER_SDS = 6
@@ -55,6 +56,24 @@ def check_broken_json(context: CheckContext) -> Iterator[Finding]:
         message = f"{counts} ({num_broken:,} malformed); the others are"
         fix = "correct them; a `response_schema` in the recipe checks the others too"
         yield make_row_finding(context, "broken_json", "warn", message, rows, fix)
+
+
+def check_cut_answers(context: CheckContext) -> Iterator[Finding]:
+    """Many different answers of exactly the maximum length: something cut them."""
+    stats = _get_role_stats(context)
+    if stats is None or not len(stats.answer_chars_N):
+        return
+    longest = int(stats.answer_chars_N.max())
+    rows = np.flatnonzero(stats.answer_chars_N == longest)
+    num_unique = len(np.unique(stats.answer_digests_N[rows]))
+    min_unique = max(MIN_ROWS, len(stats.answer_chars_N) // 200)
+    if longest >= MIN_CUT_CHARS and num_unique >= min_unique:
+        message = (
+            f"{len(rows):,} different answers have exactly {longest:,} characters, the maximum:"
+            " they were cut there"
+        )
+        fix = "generate them again with a higher limit"
+        yield make_row_finding(context, "cut_off", "warn", message, rows, fix)
 
 
 def check_length_outliers(context: CheckContext) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Checks of the balance of answers: labels, and fields of JSON answers.
+"""Checks of answers that are labels, and of fields of JSON answers.
 
 Rows are a classification if most answers are short and occur at least MIN_LABEL_ROWS times. Where
 one value of a field is so frequent that a constant would score well, training rewards it."""
@@ -17,7 +17,9 @@ from tunesmith.data.checks.context import (
     Level,
     get_answer,
     list_row_ids,
+    make_row_finding,
 )
+from tunesmith.data.checks.ngrams import hash_words
 from tunesmith.data.checks.pii import mask_secrets
 from tunesmith.data.checks.text_stats import (
     RoleTextStats,
@@ -33,11 +35,21 @@ MAX_LABEL_CHARS = 80  # median
 SHOWN_LABELS = 8
 MAX_MAJORITY_SHARE = 0.8
 MIN_CLASS_ROWS = 10
+# A label is copied if it is in this share of prompts, and other labels are in fewer than that.
+MIN_COPIED_SHARE = 0.9
+MAX_OTHER_SHARE = 0.2
+SAMPLE_ROWS = 500  # read again
+
+
+def find_labels(context: CheckContext) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return (first row of each label, rows of each label), most frequent first, or None if the
+    answers are not labels."""
+    if context.text_stats is None:
+        return None
+    return _find_labels(context.dataset, context.text_stats.roles[context.role])
 
 
 def _find_labels(dataset: Dataset, stats: RoleTextStats) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return (first row of each label, rows of each label), most frequent first, or None if the
-    answers are not labels."""
     if len(dataset) < 2 * MIN_LABEL_ROWS or all(part.format == "text" for part in dataset.parts):
         return None
     _, first_K, counts_K = np.unique(stats.answer_digests_N, return_index=True, return_counts=True)
@@ -69,9 +81,7 @@ def read_masked_label(dataset: Dataset, row: int, max_chars: int) -> str:
 
 def check_classes(context: CheckContext) -> Iterator[Finding]:
     """Class balance: a majority label, and labels with few rows."""
-    if context.text_stats is None:
-        return
-    labels = _find_labels(context.dataset, context.text_stats.roles[context.role])
+    labels = find_labels(context)
     if labels is None:
         return
     first_K, counts_K = labels
@@ -149,3 +159,35 @@ def _find_lopsided(counts: ValueCounts) -> list[tuple[float, str, str]]:
 def _has_other_value(context: CheckContext, row: int, name: str, value: str) -> bool:
     fields = split_fields(get_answer(context.dataset.read_example(row))) or {}
     return name in fields and fields[name] != value
+
+
+def check_label_in_prompt(context: CheckContext) -> Iterator[Finding]:
+    """Prompts that contain their label but no other, so that only copying is learned."""
+    label_groups = find_labels(context)
+    if label_groups is None or len(label_groups[0]) < 2:
+        return
+    dataset = context.dataset
+    labels = {tuple(hash_words(read_label(dataset, int(row))).tolist()) for row in label_groups[0]}
+    label_lengths = {len(label) for label in labels}
+    copied_rows: list[int] = []
+    other_share = 0.0
+    sample = permute_rows(0, 0, len(dataset))[:SAMPLE_ROWS].tolist()
+    for index in sample:
+        row = extract_row_texts(dataset.read_example(index))
+        words = hash_words("\n".join(row.texts[:-1])).tolist()
+        ngrams: set[tuple[int, ...]] = set()
+        for n in label_lengths:
+            ngrams.update(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+        answer_label = tuple(hash_words(row.answer).tolist())
+        if answer_label in ngrams:
+            copied_rows.append(index)
+        other_share += len((labels - {answer_label}) & ngrams) / (len(labels) - 1)
+    is_copied = len(copied_rows) > MIN_COPIED_SHARE * len(sample)
+    if is_copied and other_share < MAX_OTHER_SHARE * len(sample):
+        message = (
+            f"the prompt contains the label, and no other, in {len(copied_rows):,} of"
+            f" {len(sample):,} sampled rows"
+        )
+        fix = "remove it from the prompts: the model learns to copy a label that it will not get"
+        rows = np.sort(copied_rows)
+        yield make_row_finding(context, "label_in_prompt", "error", message, rows, fix)

@@ -159,11 +159,13 @@ DATASET_CHECKS = {
     "answers": rendered.check_schema,
     "row_checks": row_checks.check_rows,
     "broken_json": distribution.check_broken_json,
+    "cut_off": distribution.check_cut_answers,
     "outliers": distribution.check_length_outliers,
     "languages": distribution.check_languages,
     "length_bias": distribution.check_length_bias,
     "label_balance": distribution.check_label_balance,
     "classes": labels.check_classes,
     "lopsided": labels.check_lopsided_fields,
+    "label_in_prompt": labels.check_label_in_prompt,
     "unused": rendered.check_unused_keys,
 }

@@ -224,6 +224,14 @@ def test_answers_that_are_no_json_among_those_that_are(report):
     assert "2 of 42 answers are not JSON (1 malformed)" in finding.message
 
 
+def test_answers_cut_at_one_length(report):
+    cut = [chat(prose(i), prose(500 + i, 200)[:250]) for i in range(30)]
+    assert (
+        "30 different answers have exactly 250 characters"
+        in report(data=[*rows(30, 50), *cut])["cut_off"].message
+    )
+
+
 def test_prompts_and_answers_far_longer_or_shorter(report):
     finding = report(data=[*rows(40), chat("Why?", prose(1, 8000))])["outliers"]
     assert finding.rows == ("data.jsonl:41",)
@@ -274,6 +282,17 @@ def test_labels_and_how_rows_are_spread_over_them(report):
     finding = report(data=labelled({"spam": 60, "ham": 12, "hma": 1}))["classes"]
     assert (finding.level, finding.rows) == ("warn", ("data.jsonl:73",))
     assert finding.message.endswith("1 with fewer than 10 rows")
+
+
+def test_a_label_that_stands_in_the_question(report):
+    copied = [
+        chat(f"{prose(i)} [label: {name}]", name) for i, name in enumerate(["spam", "ham"] * 20)
+    ]
+    assert report(data=copied)["label_in_prompt"].level == "error"
+    prompts = [
+        chat(f"spam or ham? {prose(i)}", name) for i, name in enumerate(["spam", "ham"] * 20)
+    ]
+    assert "label_in_prompt" not in report(data=prompts)
 
 
 def test_a_run_looks_only_at_what_it_needs(write, words):
