@@ -26,8 +26,9 @@ from tunesmith.evaluate.generate_until import EvalPrompt, build_prompts
 from tunesmith.evaluate.items import build_eval_items, load_test_prompts
 from tunesmith.evaluate.measure import generate_answers, grade_answers
 from tunesmith.evaluate.results import EvalResults, compare_results, format_comparison
+from tunesmith.model.adapters import scaled_adapter
 from tunesmith.recipe.fields import Constraint
-from tunesmith.session.reopen import reopen_session, starting_model
+from tunesmith.session.reopen import load_trained_session
 from tunesmith.session.session import Session
 
 MAX_QUOTES = 3  # per rule
@@ -43,7 +44,7 @@ def compare_baselines(
 
     Raises InputError for a run without constraints or without prompts.
     """
-    session = reopen_session(run_dir)
+    session = load_trained_session(run_dir)
     items = build_eval_items(session.plan, session.inputs, allow_code=allow_code)
     if not session.inputs.recipe.never or not items.prompts:
         message = "constraint baselines need constraints and prompts in `test_data`"
@@ -52,7 +53,7 @@ def compare_baselines(
     session.model.network.eval()
     prompts = (*items.prompts, *items.eliciting_prompts)
     trained = _grade(session, prompts, generate_answers(session, prompts))
-    with starting_model(session, session.plan):
+    with scaled_adapter(session.model.network, 0):  # the base
         session.model.network.eval()
         answers = _generate_baselines(session, prompts, items.eliciting_prompts)
         baselines = {name: _grade(session, prompts, outputs) for name, outputs in answers.items()}

@@ -34,8 +34,9 @@ from tunesmith.evaluate.results import (
     format_comparison,
 )
 from tunesmith.evaluate.statistics import judge_comparison
+from tunesmith.model.adapters import scaled_adapter
 from tunesmith.model.causal_lm import PackedCausalLM
-from tunesmith.session.reopen import reopen_session, starting_model
+from tunesmith.session.reopen import load_trained_session
 from tunesmith.session.session import Session
 
 NUM_SHOTS = 2
@@ -46,14 +47,14 @@ def compare_relearning(run_dir: Path) -> tuple[Comparison, ...]:
 
     Raises InputError for a run without general text.
     """
-    session = reopen_session(run_dir)
+    session = load_trained_session(run_dir)
     texts = load_general_texts(session.inputs)
     if not texts:
         message = "relearning needs general text, and this run has none"
         fix = "add `retention_data` to the recipe and train again"
         raise InputError(message, where=str(run_dir), fix=fix)
     after = _measure_domains(session, texts)
-    with starting_model(session, session.plan):
+    with scaled_adapter(session.model.network, 0):  # the base
         before = _measure_domains(session, texts)
     return compare_results(before, after, step=session.plan.steps)
 
