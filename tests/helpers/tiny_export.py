@@ -30,7 +30,7 @@ from tunesmith.export.parity import (
     select_examples,
 )
 from tunesmith.export.source_run import SourceRun, open_source_run
-from tunesmith.model.gguf.tokenizer import PRE_TOKENIZERS
+from tunesmith.model.gguf.tokenizer import set_pre_tokenizer
 
 SYSTEM = "You are small."
 CHATML = (
@@ -105,7 +105,7 @@ def save_tokenizer(path: Path, cut: str, *, template: str = CHATML) -> int:
         token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in MERGES)])
     }
     tokenizer = Tokenizer(BPE(vocabulary, MERGES, ignore_merges=cut == "llama-bpe"))
-    PRE_TOKENIZERS[cut](tokenizer)
+    set_pre_tokenizer(tokenizer, cut)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
         [AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>", "<|text|>")]

@@ -232,16 +232,11 @@ def rescale_adapter(
             tensors[name] = matrix_rows.rows_KH.contiguous()
     for module_tensor in modules.values():
         tensors[module_tensor.stored_name] = module_tensor.tensor.contiguous()
-        if find_embedding([module_tensor.stored_name]) and HEAD not in modules:
-            _copy_to_tied_head(tensors, module_tensor)
+        is_tied = find_embedding([module_tensor.stored_name]) and HEAD not in modules
+        if is_tied and (head := f"{PREFIX}{HEAD}.weight") in tensors:
+            tensors[head] = module_tensor.tensor.clone()
     stored_tensors = {stored_names[name]: tensor for name, tensor in tensors.items()}
     write_tensors(stored_tensors, weights_file, metadata={"format": "pt"})
-
-
-def _copy_to_tied_head(tensors: dict[str, Tensor], embedding: ModuleTensor) -> None:
-    name = f"{PREFIX}{HEAD}.weight"
-    if name in tensors:
-        tensors[name] = embedding.tensor.clone()
 
 
 def _scale_alpha(alpha: float, factor: float) -> float:

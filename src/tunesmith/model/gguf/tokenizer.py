@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def build_tokenizer(file: GgufFile) -> Tokenizer:
         message = f"unknown pre-tokenizer {name!r} (tokenizer.ggml.pre); supported: {supported}"
         raise InputError(message, where=str(file.path), fix=USE_SAFETENSORS_FIX)
     tokenizer = Tokenizer(_build_bpe(file, ignore_merges=name == "llama-bpe"))
-    PRE_TOKENIZERS[name](tokenizer)
+    set_pre_tokenizer(tokenizer, name)
     tokenizer.decoder = decoders.ByteLevel()
     for token, token_type in _list_tokens(file):
         if token_type == CONTROL_TYPE:
@@ -209,34 +208,23 @@ def _build_config(file: GgufFile) -> dict[str, Any]:
 # ---------------------------------------------------------------- how text is split before merging
 
 
-def _set_byte_level(tokenizer: Tokenizer) -> None:
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-
-
-def _set_single_digits(tokenizer: Tokenizer) -> None:
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-
-
-def _set_llama3_split(tokenizer: Tokenizer) -> None:
-    _set_regex_split(tokenizer, LLAMA3_SPLIT)
-
-
-def _set_qwen2_split(tokenizer: Tokenizer) -> None:
-    _set_regex_split(tokenizer, QWEN2_SPLIT)
-    tokenizer.normalizer = normalizers.NFC()
-
-
-def _set_regex_split(tokenizer: Tokenizer, pattern: str) -> None:
+def _split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    return pre_tokenizers.Sequence([split, byte_level])
 
 
-PRE_TOKENIZERS: dict[str, Callable[[Tokenizer], None]] = {
-    "gpt-2": _set_byte_level,
-    "smollm": _set_single_digits,
-    "llama-bpe": _set_llama3_split,
-    "qwen2": _set_qwen2_split,
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+PRE_TOKENIZERS = {
+    "gpt-2": BYTE_LEVEL,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL]),
+    "llama-bpe": _split_by(LLAMA3_SPLIT),
+    "qwen2": _split_by(QWEN2_SPLIT),
 }
+
+
+def set_pre_tokenizer(tokenizer: Tokenizer, name: str) -> None:
+    """Let a tokenizer split text as `tokenizer.ggml.pre` says."""
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[name]
+    if name == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()

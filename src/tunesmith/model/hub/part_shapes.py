@@ -76,10 +76,7 @@ def measure_parts(
         is_stack = part == EXPERTS and len(tensor.shape) == 3
         if layer is None or part == ROUTER or not (is_linear or is_stack):
             continue
-        if is_stack:
-            shape = _measure_experts(path, tensor.shape, model_type, num_experts_per_token)
-        else:
-            shape = _measure_linear(path, tensor.shape, model_type)
+        shape = _measure_matrices(path, tensor.shape, model_type, num_experts_per_token)
         values = shape.inner_outputs + shape.inner_inputs
         shapes[part].append(replace(shape, layer_values={layer.number: values}))
     return {part: _sum_shapes(shapes[part]) for part in shapes}
@@ -98,33 +95,23 @@ def _sum_shapes(shapes: Sequence[PartShape]) -> PartShape:
     )
 
 
-def _measure_linear(path: str, shape: tuple[int, ...], model_type: str) -> PartShape:
-    outputs, inputs = shape
-    is_output = path.rpartition(".")[2] in OUTPUT_LINEARS
-    can_adapt = has_adapter_format(path, model_type)
-    return PartShape(
-        layer_values={},
-        inputs=inputs if can_adapt else 0,
-        outputs=outputs if can_adapt else 0,
-        inner_outputs=0 if is_output else outputs,
-        inner_inputs=inputs if is_output else 0,
-    )
-
-
-def _measure_experts(
+def _measure_matrices(
     path: str, shape: tuple[int, ...], model_type: str, num_experts_per_token: int
 ) -> PartShape:
-    """Measure the stacked experts of a layer, [E, O, I] or [E, I, O]."""
-    num_experts, outputs, inputs = shape
-    if model_type in TRANSPOSED_STACKS:
+    """Measure a linear [O, I], or the stacked experts of a layer, [E, O, I] or [E, I, O]."""
+    is_stack = len(shape) == 3
+    count, outputs, inputs = shape if is_stack else (1, *shape)
+    if is_stack and model_type in TRANSPOSED_STACKS:
         outputs, inputs = inputs, outputs
     is_output = path.rpartition(".")[2] in OUTPUT_LINEARS
+    can_adapt = is_stack or has_adapter_format(path, model_type)
+    active = num_experts_per_token if is_stack else 1
     return PartShape(
         layer_values={},
-        inputs=num_experts * inputs,
-        outputs=num_experts * outputs,
-        inner_outputs=0 if is_output else num_experts_per_token * outputs,
-        inner_inputs=num_experts_per_token * inputs if is_output else 0,
+        inputs=count * inputs if can_adapt else 0,
+        outputs=count * outputs if can_adapt else 0,
+        inner_outputs=0 if is_output else active * outputs,
+        inner_inputs=active * inputs if is_output else 0,
     )
 
 

@@ -17,11 +17,16 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
-from tunesmith.model.hub.families import FAMILIES, TEXT_PREFIX, find_text_type
+from tunesmith.model.hub.families import (
+    FAMILIES,
+    TEXT_PREFIX,
+    find_text_type,
+    get_tensor_prefix,
+    get_text_config,
+)
 from tunesmith.model.hub.packed_tensors import MXFP4_DTYPE, attach_scales, find_packing
 from tunesmith.model.hub.validate import TensorHeader, read_headers, read_model_json
 from tunesmith.model.target_modules import is_transposed_linear
@@ -185,22 +190,18 @@ PLAIN_NAMING = TensorNaming()  # as in the text class
 
 def read_naming(config: Json) -> TensorNaming:
     """Return how the checkpoint of this config.json names its tensors."""
-    model_type = str(config.get("model_type"))
-    is_multimodal = model_type in FAMILIES and bool(FAMILIES[model_type].tensor_prefix)
-    text: dict[str, Any] = config
-    if is_multimodal and isinstance(config.get("text_config"), dict):
-        text = config["text_config"]
+    text = get_text_config(config)
     sizes: dict[str, int | None] = {}
     for key in ("num_hidden_layers", "hidden_size", "num_kv_shared_layers"):
         sizes[key] = text[key] if type(text.get(key)) is int else None
     text_type = find_text_type(config)
     num_sharing_layers = sizes["num_kv_shared_layers"] if text_type in SHARING_TYPES else 0
     return TensorNaming(
-        is_multimodal=is_multimodal,
+        is_multimodal=bool(get_tensor_prefix(config)),
         text_type=text_type,
         num_layers=sizes["num_hidden_layers"],
         num_sharing_layers=num_sharing_layers or 0,
-        is_transposed=model_type in TRANSPOSED_TYPES,
+        is_transposed=config.get("model_type") in TRANSPOSED_TYPES,
         hidden_size=sizes["hidden_size"],
     )
 

@@ -40,19 +40,8 @@ def test_the_cut_is_found_by_what_it_does(tmp_path: Path, cut: str) -> None:
 
 def test_the_probe_tells_all_known_cuts_apart() -> None:
     cuts = set()
-    for cut in PRE_TOKENIZERS.values():
-        tokenizer = Tokenizer.from_str(
-            json.dumps(
-                {
-                    "version": "1.0",
-                    "added_tokens": [],
-                    "model": {"type": "BPE", "vocab": {}, "merges": []},
-                }
-            )
-        )
-        cut(tokenizer)
-        assert tokenizer.pre_tokenizer is not None
-        cuts.add(tuple(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(PROBE_TEXT)))
+    for pre_tokenizer in PRE_TOKENIZERS.values():
+        cuts.add(tuple(piece for piece, _ in pre_tokenizer.pre_tokenize_str(PROBE_TEXT)))
     assert len(cuts) == len(PRE_TOKENIZERS)
 
 
