@@ -39,8 +39,8 @@ from tiny_server import LiveServer, make_settings, read_metric, save_toy_adapter
 from tunesmith.core.types import GenerationRequest, Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.evaluate.verify.verification import MAX_TIE_NATS
-from tunesmith.model.cache_blocks import BLOCK_TOKENS
 from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE
+from tunesmith.model.paged_cache import BLOCK_TOKENS
 from tunesmith.serve.settings import BASE_NAME
 from tunesmith.session.identity import PROVENANCE_FILE
 

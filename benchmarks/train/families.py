@@ -27,9 +27,8 @@ sys.path.append(str(ROOT / "tests" / "helpers"))
 
 import tiny_models  # noqa: E402
 from tunesmith.core.types import Document  # noqa: E402
-from tunesmith.model.cache_blocks import count_blocks  # noqa: E402
 from tunesmith.model.causal_lm import compute_stock_logits, wrap_model  # noqa: E402
-from tunesmith.model.paged_cache import PagedKVCache  # noqa: E402
+from tunesmith.model.paged_cache import PagedKVCache, count_blocks  # noqa: E402
 from tunesmith.train.losses import sum_weights  # noqa: E402
 
 PAGE = ROOT / "docs" / "results" / "families.md"

@@ -62,11 +62,10 @@ from tunesmith.evaluate.kl_divergence import AdapterDisabled, cache_states, comp
 from tunesmith.evaluate.loglikelihood import compute_mean_states, compute_nll
 from tunesmith.model.adapters import METHODS
 from tunesmith.model.causal_lm import compute_stock_logits, load_network, wrap_model
-from tunesmith.model.flash_attention import attend_gathered
+from tunesmith.model.flash_attention import attend_gathered, attend_merged
 from tunesmith.model.generation.engine import generate
 from tunesmith.model.hub.families import TEXT_FAMILIES
 from tunesmith.model.kernels import ops
-from tunesmith.model.merged_attention import attend_merged
 from tunesmith.model.quantization import load_quantized
 from tunesmith.model.save import STATE_FILE
 from tunesmith.session.preflight_probe import (

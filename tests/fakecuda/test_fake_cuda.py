@@ -29,8 +29,8 @@ from large_models import (
 )
 from shared_folder import lock_shared_folder
 from tiny_models import EXPERT_FAMILIES
+from tunesmith.model.flash_attention import is_merging_cheaper
 from tunesmith.model.hub.families import TEXT_FAMILIES
-from tunesmith.model.merged_attention import is_merging_cheaper
 from tunesmith.plan.memory import Footprint, MemoryParts, estimate_gpu_memory
 
 pytestmark = pytest.mark.promise

@@ -23,7 +23,7 @@ from tunesmith.model.causal_lm import (
     get_sliding_window,
     wrap_model,
 )
-from tunesmith.model.stock_network import StockNetwork
+from tunesmith.model.compare_layers import StockNetwork
 from tunesmith.session.preflight_probe import (
     PreflightSamples,
     TokenIdCheck,

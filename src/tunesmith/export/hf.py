@@ -26,7 +26,7 @@ from tunesmith.core.types import Json
 from tunesmith.export.parity import ExportJob, ReloadedExport
 from tunesmith.export.source_run import SourceRun
 from tunesmith.model.causal_lm import Network, load_network
-from tunesmith.model.expert_adapters import (
+from tunesmith.model.experts import (
     GATED_PARTS,
     ExpertLoraTensors,
     split_into_experts,

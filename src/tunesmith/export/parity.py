@@ -31,7 +31,7 @@ from tunesmith.data.packing import count_input_tokens
 from tunesmith.export.source_run import SourceRun
 from tunesmith.model.adapters import scaled_adapter
 from tunesmith.model.causal_lm import Network, PackedCausalLM, compute_stock_logits, wrap_model
-from tunesmith.model.expert_adapters import ExpertLoraTensors, has_transposed_stacks
+from tunesmith.model.experts import ExpertLoraTensors, has_transposed_stacks
 from tunesmith.model.generation.engine import generate
 from tunesmith.model.merge import WeightDeltas
 from tunesmith.model.reference_load import encode_stock_prompts

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.model.causal_lm import Network
-from tunesmith.model.expert_adapters import (
+from tunesmith.model.experts import (
     ExpertLoraTensors,
     find_expert_delta,
     has_transposed_stacks,

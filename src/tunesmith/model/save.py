@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import read_json_object
 from tunesmith.model.adapters import find_lora_layers
-from tunesmith.model.expert_adapters import (
+from tunesmith.model.experts import (
     ExpertLoraTensors,
     adapted_experts,
     find_expert_loras,
+    find_experts,
     list_target_parameters,
 )
-from tunesmith.model.experts import find_experts
 from tunesmith.model.hub.adapter_config import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,

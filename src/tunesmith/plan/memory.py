@@ -354,7 +354,7 @@ LENGTH_INDEPENDENT_METRICS = ("exact_match", "normalized_match", "multiple_choic
 # answers generated at once, and the largest KV cache, as in model/generation/engine.py
 MAX_BATCH_ROWS = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}
-BLOCK_TOKENS = 64  # rows of the cache grow to a multiple of this, as in model/cache_blocks.py
+BLOCK_TOKENS = 64  # rows of the cache grow to a multiple of this, as in model/paged_cache.py
 # the usual rule of thumb, relative to the size of the model
 USUAL_MULTIPLES = {"full": "x4 to x12", "lora": "x1.5", "qlora": "x1.5"}
 

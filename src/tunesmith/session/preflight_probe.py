@@ -28,9 +28,9 @@ from tunesmith.model.causal_lm import (
     compute_stock_logits,
     has_attention_layer,
 )
+from tunesmith.model.compare_layers import StockNetwork
 from tunesmith.model.packed_weights import Rounding
 from tunesmith.model.rotary import get_shortest_limit
-from tunesmith.model.stock_network import StockNetwork
 
 MAX_PACKED_DOCUMENTS = 3  # enough to see a leak or shifted labels, in seconds
 # tokens of each document in the isolation check; not a whole block of a kernel

@@ -45,11 +45,11 @@ from tunesmith.model.causal_lm import (
     load_network,
     wrap_model,
 )
+from tunesmith.model.compare_layers import StockNetwork
 from tunesmith.model.new_embeddings import init_new_rows
 from tunesmith.model.packed_weights import measure_rounding
 from tunesmith.model.quantization import build_truncated_network, load_quantized
 from tunesmith.model.save import load_adapter, stock_with_adapter
-from tunesmith.model.stock_network import StockNetwork
 from tunesmith.model.target_modules import has_only_words, match_saved_parameters
 from tunesmith.model.weight_shards import WeightShards, count_sharing_ranks, join_ranks
 from tunesmith.session.inputs import RunInputs

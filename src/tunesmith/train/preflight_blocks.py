@@ -31,12 +31,12 @@ from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.compare_layers import (
     ComparedPack,
     Difference,
+    StockNetwork,
     compare_gradients,
     compare_layers,
 )
 from tunesmith.model.experts import Experts
 from tunesmith.model.layers import MIXERS
-from tunesmith.model.stock_network import StockNetwork
 from tunesmith.session.preflight_probe import (
     ISOLATION_TOKENS,
     REPORT_FIX,

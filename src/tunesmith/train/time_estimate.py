@@ -16,8 +16,8 @@ from tunesmith.evaluate.adapter_scaling import ADAPTER_SCALES, MAX_TOKENS
 from tunesmith.evaluate.general_text import GeneralText
 from tunesmith.evaluate.generate_until import EvalPrompt, compute_max_new_tokens
 from tunesmith.evaluate.items import build_eval_items
-from tunesmith.model.cache_blocks import BLOCK_TOKENS
 from tunesmith.model.generation.engine import MAX_BATCH_ROWS, find_common_prefix
+from tunesmith.model.paged_cache import BLOCK_TOKENS
 from tunesmith.plan.activations import ALL_LINEAR
 from tunesmith.plan.flops import (
     count_active_lora_parameters,

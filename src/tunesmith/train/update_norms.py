@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from tunesmith.core.ranks import Ranks
 from tunesmith.model.adapters import find_lora_layers, get_trainable_parameters
-from tunesmith.model.expert_adapters import find_expert_loras
-from tunesmith.model.experts import ExpertLora, split_experts
+from tunesmith.model.compare_layers import read_weight
+from tunesmith.model.experts import ExpertLora, find_expert_loras, split_experts
 from tunesmith.model.lora import LoraLinear
-from tunesmith.model.stock_network import read_weight
 from tunesmith.train.optimizer import compute_last_update
 
 MIN_NORM = 1e-12

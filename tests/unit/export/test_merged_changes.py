@@ -22,7 +22,7 @@ from tunesmith.export.parity import (
     compute_live_outputs,
     sample_changes,
 )
-from tunesmith.model.expert_adapters import ExpertLoraTensors
+from tunesmith.model.experts import ExpertLoraTensors
 from tunesmith.model.merge import WeightDelta, merge_into_network
 from tunesmith.model.save import LoraTensors, ModuleTensor, TokenRowTensors
 

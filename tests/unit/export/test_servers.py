@@ -30,7 +30,7 @@ from tunesmith.export.servers import (
     export_servers,
 )
 from tunesmith.export.source_run import SourceRun, open_source_run
-from tunesmith.model.expert_adapters import ExpertLoraTensors
+from tunesmith.model.experts import ExpertLoraTensors
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "servers"
 DEPLOYMENT = Deployment(

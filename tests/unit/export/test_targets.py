@@ -30,7 +30,7 @@ from tunesmith.export.parity import ExportJob, Tolerance, compute_live_outputs
 from tunesmith.export.request import TARGET_TYPES
 from tunesmith.export.source_run import open_source_run
 from tunesmith.model.causal_lm import compute_stock_logits, load_network
-from tunesmith.model.expert_adapters import ExpertLoraTensors
+from tunesmith.model.experts import ExpertLoraTensors
 from tunesmith.model.gguf.reader import read_gguf
 from tunesmith.session import inputs, planner
 

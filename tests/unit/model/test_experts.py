@@ -35,11 +35,6 @@ from tunesmith.model.adapters import (
     scaled_adapter,
 )
 from tunesmith.model.causal_lm import wrap_model
-from tunesmith.model.expert_adapters import (
-    ExpertLoraTensors,
-    find_expert_loras,
-    split_into_experts,
-)
 from tunesmith.model.expert_weights import (
     DenseExpertWeight,
     ExpertGroups,
@@ -50,7 +45,15 @@ from tunesmith.model.expert_weights import (
     multiply_groups,
     multiply_groups_backward,
 )
-from tunesmith.model.experts import Experts, find_experts, list_stacks, split_experts
+from tunesmith.model.experts import (
+    ExpertLoraTensors,
+    Experts,
+    find_expert_loras,
+    find_experts,
+    list_stacks,
+    split_experts,
+    split_into_experts,
+)
 from tunesmith.model.save import collect_adapter_tensors, load_adapter, save_adapter
 from tunesmith.train.update_norms import compute_adapter_ratios, compute_weight_norms
 

@@ -8,13 +8,14 @@ from torch import Tensor
 from flash_on_cpu import differentiate, flash_on_cpu, layout_of, make_inputs
 from tunesmith.core.types import PackLayout
 from tunesmith.model.attention import BACKENDS, AttentionConfig
-from tunesmith.model.flash_attention import attend_flash, attend_gathered
-from tunesmith.model.kernels import ops
-from tunesmith.model.merged_attention import (
+from tunesmith.model.flash_attention import (
+    attend_flash,
+    attend_gathered,
     attend_merged,
     build_merged_offsets,
     is_merging_cheaper,
 )
+from tunesmith.model.kernels import ops
 
 CPU = torch.device("cpu")
 LAYOUTS = {

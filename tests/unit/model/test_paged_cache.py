@@ -9,9 +9,15 @@ from torch import nn
 from tiny_models import make_tiny_model
 from tunesmith.core.types import PackLayout
 from tunesmith.model.attention import AttentionConfig, apply_rotary_qk, reference_attention
-from tunesmith.model.cache_blocks import BLOCK_TOKENS, BlockContent, extend_contents
 from tunesmith.model.kernels import ops
-from tunesmith.model.paged_cache import CacheRow, PagedKVCache, _gather_rows
+from tunesmith.model.paged_cache import (
+    BLOCK_TOKENS,
+    BlockContent,
+    CacheRow,
+    PagedKVCache,
+    _gather_rows,
+    extend_contents,
+)
 
 HEADS, GROUPS, SIZE = 6, 2, 8
 CONFIGS = {

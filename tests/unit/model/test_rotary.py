@@ -28,10 +28,10 @@ from tunesmith.core.types import Document, GenerationRequest
 from tunesmith.data.collate import collate
 from tunesmith.data.packing import pack_step
 from tunesmith.evaluate.loglikelihood import compute_nll
-from tunesmith.model.cache_blocks import BLOCK_TOKENS
 from tunesmith.model.causal_lm import PackedCausalLM, compute_stock_logits, wrap_model
 from tunesmith.model.generation.engine import generate
 from tunesmith.model.lm_head import measure_target_losses
+from tunesmith.model.paged_cache import BLOCK_TOKENS
 
 LENGTHS = (5, LIMIT - 1, LIMIT, LIMIT + 1, 90, 17, 70)
 

@@ -27,11 +27,10 @@ from tunesmith.model.causal_lm import (
     load_network,
     wrap_model,
 )
-from tunesmith.model.compare_layers import compare_layers
+from tunesmith.model.compare_layers import StockNetwork, compare_layers
 from tunesmith.model.hub.spec import read_spec
 from tunesmith.model.quantization import load_quantized
 from tunesmith.model.save import save_adapter
-from tunesmith.model.stock_network import StockNetwork
 from tunesmith.train.losses import sum_weights
 from tunesmith.train.preflight_blocks import build_compared_pack
 

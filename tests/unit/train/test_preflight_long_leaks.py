@@ -11,7 +11,7 @@ from preflight_models import get_refusal, prepare_model
 from tiny_models import make_tiny_documents
 from tunesmith.core.types import PackLayout
 from tunesmith.model import layers
-from tunesmith.model.mixers import chunks, convolution, gated_delta, scan
+from tunesmith.model.mixers import convolution, gated_delta, recurrence, scan
 from tunesmith.session.preflight_probe import ISOLATION_TOKENS
 from tunesmith.train.preflight import run_preflight
 from tunesmith.train.preflight_forward import FEW_TOKENS, GROUP_TOKENS, compare_hidden
@@ -86,7 +86,7 @@ def test_the_worst_group_of_tokens_counts() -> None:
 def run_backward_across(gradient: Tensor, weight: Tensor, _edges: object) -> Tensor:
     """The gradient of a convolution as if the pack were one document."""
     whole = PackLayout((0,), (len(gradient),))
-    whole_edges = chunks.find_edges(whole, weight.shape[1], gradient.device)
+    whole_edges = recurrence.find_edges(whole, weight.shape[1], gradient.device)
     return convolve_backward(gradient, weight, whole_edges)
 
 

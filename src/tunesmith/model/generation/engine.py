@@ -23,12 +23,6 @@ from torch import Tensor
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.hardware import read_free_gpu_bytes, release_memory
 from tunesmith.core.types import GenerationOutput, GenerationRequest
-from tunesmith.model.cache_blocks import (
-    BLOCK_TOKENS,
-    MIN_COPIED_TOKENS,
-    count_blocks,
-    count_common,
-)
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.decode_layers import build_decode_layers
 from tunesmith.model.generation.grammar import Grammar
@@ -40,7 +34,14 @@ from tunesmith.model.generation.sampling import (
     sample_tokens,
 )
 from tunesmith.model.machine_errors import OutOfMemory, machine_errors
-from tunesmith.model.paged_cache import CacheRow, PagedKVCache
+from tunesmith.model.paged_cache import (
+    BLOCK_TOKENS,
+    MIN_COPIED_TOKENS,
+    CacheRow,
+    PagedKVCache,
+    count_blocks,
+    count_common,
+)
 
 if TYPE_CHECKING:
     from tunesmith.model.adapter_bank import AdapterBank

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.types import GenerationOutput, GenerationRequest, TokenLogprobs
-from tunesmith.model.cache_blocks import BlockContent, extend_contents, make_origin_key
-from tunesmith.model.paged_cache import CacheRow
+from tunesmith.model.paged_cache import BlockContent, CacheRow, extend_contents, make_origin_key
 from tunesmith.model.rotary import RotationKey
 
 DecodeFn = Callable[[Sequence[int]], str]

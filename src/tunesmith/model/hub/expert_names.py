@@ -8,7 +8,7 @@ the inputs with one more word:
     <experts>.lora_A.weight                        <experts>.lora_B.weight     of down_proj
 
 A lies expert by expert, B with the expert as the fastest index. Loads no torch. Left out: the
-tensors (expert_adapters.py). Legend: E experts, O outputs, I inputs, r rank."""
+tensors (model/experts.py). Legend: E experts, O outputs, I inputs, r rank."""
 
 from __future__ import annotations
 

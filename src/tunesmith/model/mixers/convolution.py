@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.types import PackLayout
 from tunesmith.model.lora import project
-from tunesmith.model.mixers.chunks import Edges, find_edges, find_tails
+from tunesmith.model.mixers.recurrence import Edges, find_edges, find_tails
 from tunesmith.model.paged_cache import PagedKVCache
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tunesmith.core.hardware import parse_version, upload
 from tunesmith.core.types import PackLayout
-from tunesmith.model.flash_operators import accumulate_lengths
+from tunesmith.model.flash_attention import accumulate_lengths
 from tunesmith.model.kernels.scan import ScanHeads
 
 DTYPES = (torch.bfloat16, torch.float16)

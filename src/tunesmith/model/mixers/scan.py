@@ -25,14 +25,21 @@ from tunesmith.core.types import PackLayout
 from tunesmith.model.kernels import scan as kernels
 from tunesmith.model.kernels.scan import ScanHeads
 from tunesmith.model.mixers import fla_rule
-from tunesmith.model.mixers.chunks import ChunkedLayout, cut_chunks, find_edges, list_taps
 from tunesmith.model.mixers.convolution import (
     compute_weight_grad,
     continue_convolution,
     convolve,
     convolve_backward,
 )
-from tunesmith.model.mixers.recurrence import run_chunks, run_chunks_backward, step_rows
+from tunesmith.model.mixers.recurrence import (
+    ChunkedLayout,
+    cut_chunks,
+    find_edges,
+    list_taps,
+    run_chunks,
+    run_chunks_backward,
+    step_rows,
+)
 
 CHUNK_SIZE = 32
 # of what the backward recomputes at once: fewer heads for more tokens

@@ -11,11 +11,11 @@ from tiny_models import LORA, make_tiny_model, make_tiny_network
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import GenerationRequest
 from tunesmith.model.adapter_bank import AdapterBank
-from tunesmith.model.cache_blocks import BLOCK_TOKENS
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import DecodeBatch, generate
 from tunesmith.model.generation.running_request import RunningRequest
 from tunesmith.model.hub.adapter_config import read_adapter
+from tunesmith.model.paged_cache import BLOCK_TOKENS
 from tunesmith.model.save import save_adapter
 
 Spell = Callable[[Sequence[int]], str]

@@ -13,10 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tiny_models import VOCABULARY, make_tiny_model
 from tunesmith.core.types import GenerationRequest
-from tunesmith.model.cache_blocks import BLOCK_TOKENS
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.engine import CHUNK_TOKENS, DecodeBatch
 from tunesmith.model.generation.running_request import RunningRequest
+from tunesmith.model.paged_cache import BLOCK_TOKENS
 
 NUM_BLOCKS = 5
 SLOTS = 3

@@ -13,11 +13,11 @@ from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.types import GenerationOutput, GenerationRequest
 from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 from tunesmith.model.adapters import scaled_adapter
-from tunesmith.model.cache_blocks import BLOCK_TOKENS
 from tunesmith.model.causal_lm import PackedCausalLM, load_network, wrap_model
 from tunesmith.model.generation import engine
 from tunesmith.model.generation.engine import generate, stream_answer
 from tunesmith.model.hub.resolve import resolve_model
+from tunesmith.model.paged_cache import BLOCK_TOKENS
 
 Spell = Callable[[Sequence[int]], str]
 Prompts = list[tuple[int, ...]]

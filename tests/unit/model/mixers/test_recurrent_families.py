@@ -25,13 +25,12 @@ from tiny_models import (
     make_tiny_network,
 )
 from tunesmith.core.types import PackLayout
-from tunesmith.model.cache_blocks import BLOCK_TOKENS
 from tunesmith.model.causal_lm import PackedCausalLM, load_network, wrap_model
 from tunesmith.model.hub.spec import read_spec
 from tunesmith.model.layers import MIXER_CLASSES, MIXERS
 from tunesmith.model.mixers import convolution, gated_delta
 from tunesmith.model.mixers.scan import ScanInputs, ScanShape
-from tunesmith.model.paged_cache import CacheRow, PagedKVCache
+from tunesmith.model.paged_cache import BLOCK_TOKENS, CacheRow, PagedKVCache
 from tunesmith.model.save import save_adapter
 from tunesmith.train.preflight import run_preflight
 

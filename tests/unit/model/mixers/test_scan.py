@@ -14,8 +14,8 @@ from torch import Tensor
 from scan_reference import make_inputs, make_layout, run_path, run_reference
 from tunesmith.core.types import PackLayout
 from tunesmith.model.mixers import scan
-from tunesmith.model.mixers.chunks import cut_chunks, find_edges, find_tails
 from tunesmith.model.mixers.convolution import continue_convolution, convolve_pack
+from tunesmith.model.mixers.recurrence import cut_chunks, find_edges, find_tails
 from tunesmith.model.mixers.scan import ScanInputs, ScanShape, continue_rows, scan_pack
 
 DELTA = ScanShape(2, 3, key_size=4, value_size=5, is_delta_rule=True, chunk_size=4)

@@ -24,7 +24,7 @@ from tiny_models import CONFIGS
 from tunesmith.core.types import PackLayout
 from tunesmith.model.kernels import scan as kernels
 from tunesmith.model.mixers import scan
-from tunesmith.model.mixers.chunks import list_taps
+from tunesmith.model.mixers.recurrence import list_taps
 from tunesmith.model.mixers.scan import ScanInputs, ScanShape, scan_pack
 from tunesmith.train.preflight import run_preflight
 
