@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from tunesmith.core.errors import InputError
+from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.json_io import read_json_object
 from tunesmith.model.adapters import find_lora_layers
 from tunesmith.model.experts import (
@@ -37,10 +38,13 @@ from tunesmith.model.experts import (
 from tunesmith.model.hub.adapter_config import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
+    ALPHA_PATTERN,
     MAGNITUDE,
     PREFIX,
+    RANK_PATTERN,
     TOKEN_ROWS_SUFFIX,
     AdapterFolder,
+    compute_scaling,
     name_in_text_class,
     name_on_checkpoint,
 )
@@ -70,6 +74,8 @@ from tunesmith.model.weight_shards import gather_parents
 # Trained weights and optimizer moments of a checkpoint; of sharded weights, each layer has a file.
 STATE_FILE = "state.safetensors"
 STATE_FILES = "state*.safetensors"
+MAX_SCALE_ERROR = 1e-6  # relative: rounding of a division and a root
+UNEQUAL_FIX = "no adapter was written; please report this"
 SERVING_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     # of the towers of a multimodal base
@@ -321,6 +327,45 @@ def _name_tensors(
     for name in names:
         tensors[PREFIX + name_in_text_class(name.removeprefix(PREFIX))] = stored[name]
     return tensors
+
+
+# ---------------------------------------------------------------- the saved against the trained
+
+
+def check_saved_adapter(network: nn.Module, folder: Path) -> None:
+    """Raise GateError unless the files in `folder` are the adapter of `network`, at its scale.
+
+    The scores of a run are those of the network in memory, and whoever serves the adapter reads the
+    files. Whether other libraries read them in the same way is another check (export/parity.py)."""
+    _check_scales(network, folder)
+    expected = collect_adapter_tensors(network)
+    stored = read_adapter_tensors(folder / ADAPTER_WEIGHTS_FILE)
+    if names := sorted(expected.keys() ^ stored.keys()):
+        raise GateError(
+            f"the saved adapter differs in {names[0]}", where="adapter", fix=UNEQUAL_FIX
+        )
+    for name, tensor in expected.items():
+        if not torch.equal(stored[name], tensor):
+            message = f"the saved adapter has another {name} than the trained one"
+            raise GateError(message, where="adapter", fix=UNEQUAL_FIX)
+
+
+def _check_scales(network: nn.Module, folder: Path) -> None:
+    """Compare the scale of each adapted layer with that of adapter_config.json. Layers that a
+    pattern of it may name are left out."""
+    config = read_model_json(folder / ADAPTER_CONFIG_FILE)
+    if config.get(RANK_PATTERN) or config.get(ALPHA_PATTERN):
+        return
+    scale = compute_scaling(
+        config["r"], config["lora_alpha"], use_rslora=bool(config.get("use_rslora"))
+    )
+    for path, layer in find_lora_layers(network).items():
+        if not math.isclose(layer.scale, scale, rel_tol=MAX_SCALE_ERROR):
+            message = (
+                f"{path} was trained and measured with an adapter scale of {layer.scale:g}, but "
+                f"{ADAPTER_CONFIG_FILE} says {scale:g}"
+            )
+            raise GateError(message, where="adapter", fix=UNEQUAL_FIX)
 
 
 # ---------------------------------------------------------------- adapter tensors by path

@@ -67,8 +67,12 @@ from tunesmith.evaluate.run_verdict import judge_run
 from tunesmith.model.adapters import get_trainable_parameters
 from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
 from tunesmith.model.machine_errors import machine_errors
-from tunesmith.model.save import save_adapter, save_model, save_serving_files
-from tunesmith.model.saved_adapter import check_saved_adapter
+from tunesmith.model.save import (
+    check_saved_adapter,
+    save_adapter,
+    save_model,
+    save_serving_files,
+)
 from tunesmith.plan.build import refuse_if_too_large
 from tunesmith.session import inputs
 from tunesmith.session.fingerprint import build_fingerprint

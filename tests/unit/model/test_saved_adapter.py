@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import LORA, make_tiny_model
 from tunesmith.core.errors import GateError
 from tunesmith.model.adapters import find_lora_layers
-from tunesmith.model.save import save_adapter
-from tunesmith.model.saved_adapter import check_saved_adapter
+from tunesmith.model.save import check_saved_adapter, save_adapter
 
 
 @pytest.mark.parametrize(
