@@ -26,7 +26,7 @@ from tunesmith.core.hub_names import SHOWN_COMMIT_CHARS
 from tunesmith.core.hub_repo import HubRef, hub_errors, request_files
 from tunesmith.core.types import Json, __version__
 from tunesmith.evaluate.scale_choice import MAX_SCALE
-from tunesmith.export.gguf.write import reload_gguf, reload_lora, write_gguf, write_lora
+from tunesmith.export.gguf import reload_gguf, reload_lora, write_gguf, write_lora
 from tunesmith.export.hf import (
     has_expert_adapters,
     refuse_stacked_experts,

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.export.gguf.write import get_model_path, reload_gguf, write_gguf
+from tunesmith.export.gguf import get_model_path, reload_gguf, write_gguf
 from tunesmith.export.parity import ExportJob, ReloadedExport
 
 MIN_OLLAMA_VERSION = "0.17.1"  # older ones read GGUF files out of bounds (CVE-2026-7482)

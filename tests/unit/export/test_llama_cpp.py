@@ -15,7 +15,7 @@ from llama_cpp_build import install_llama_cpp
 from tiny_export import make_export_job, save_model, save_run
 from tiny_runs import train
 from tunesmith.export.export import export_run
-from tunesmith.export.gguf.write import ADAPTER_FILE, get_model_path, write_gguf, write_lora
+from tunesmith.export.gguf import ADAPTER_FILE, get_model_path, write_gguf, write_lora
 from tunesmith.export.parity import (
     MAX_NEW_TOKENS,
     ExportJob,

@@ -19,7 +19,7 @@ from tiny_export import make_export_job, save_model
 from tiny_runs import make_chat_row
 from transformers_server import COLORS, train_on_rows
 from tunesmith import api
-from tunesmith.export.gguf.write import get_model_path, write_gguf
+from tunesmith.export.gguf import get_model_path, write_gguf
 from tunesmith.export.servers import export_servers
 
 pytestmark = pytest.mark.slow

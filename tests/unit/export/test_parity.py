@@ -19,7 +19,7 @@ from tiny_runs import make_chat_row, make_tiny_recipe, write_rows
 from tunesmith.cli.views.results import render_export
 from tunesmith.core.errors import GateError, TunesmithError
 from tunesmith.export.export import TARGETS, export_run
-from tunesmith.export.gguf.write import ADAPTER_FILE, get_model_path
+from tunesmith.export.gguf import ADAPTER_FILE, get_model_path
 from tunesmith.export.parity import (
     ExportJob,
     LiveOutputs,

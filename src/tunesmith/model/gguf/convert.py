@@ -8,7 +8,7 @@ from a Q4_1 file describe that model, not the original. Names and shapes come fr
 transformers builds from the config, and llama.cpp's names for its parameters. transformers' own
 reader of GGUF gives equal weights, but holds the model in fp32, and its configs lack the head size
 of Qwen3 and the rope scaling of Llama 3. Left out: mixtures of experts, and writing GGUF
-(export/gguf)."""
+(export/gguf.py)."""
 
 from __future__ import annotations
 

@@ -10,8 +10,7 @@ import torch
 
 from tiny_export import make_export_job, save_model, save_run
 from tunesmith.core.errors import InputError
-from tunesmith.export.gguf.metadata import build_architecture
-from tunesmith.export.gguf.write import get_model_path, reload_gguf, write_gguf
+from tunesmith.export.gguf import build_architecture, get_model_path, reload_gguf, write_gguf
 from tunesmith.export.parity import ExportJob
 from tunesmith.model.causal_lm import compute_stock_logits, load_network
 from tunesmith.model.gguf.convert import convert

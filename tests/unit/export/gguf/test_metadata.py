@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from tiny_export import CHATML, SYSTEM, make_export_job, save_model, save_tokenizer
 from tunesmith.core.errors import InputError
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.export.gguf.metadata import PROBE_TEXT, build_architecture, build_vocabulary
+from tunesmith.export.gguf import PROBE_TEXT, build_architecture, build_vocabulary
 from tunesmith.export.source_run import SourceRun
 from tunesmith.model.gguf.reader import GgufFile
 from tunesmith.model.gguf.tokenizer import PRE_TOKENIZERS, build_tokenizer, find_special_token

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tiny_export import make_export_job, save_model, save_run
 from tunesmith.core.errors import GateError
-from tunesmith.export.gguf.write import (
+from tunesmith.export.gguf import (
     ADAPTER_FILE,
     get_model_path,
     read_adapter,
