@@ -41,6 +41,7 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+BiasedToken = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 TokenPrompt = Annotated[list[TokenId], Field(min_length=1)]
 
 B = TypeVar("B", bound=BaseModel)
@@ -165,7 +166,7 @@ class SamplingBody(_Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
+    logit_bias: Annotated[dict[BiasedToken, Bias], Field(max_length=MAX_BIASES)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     response_format: ResponseFormat | None = None
     user: Annotated[str, Field(max_length=256)] | None = None
@@ -187,15 +188,6 @@ class SamplingBody(_Body):
     def should_send_usage(self) -> bool:
         """Whether a stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
-
-    def list_biases(self) -> tuple[tuple[int, float], ...]:
-        """Return (token, bias). Raises RequestError for a key that is no token id."""
-        biases: list[tuple[int, float]] = []
-        for key, bias in (self.logit_bias or {}).items():
-            if not key.isascii() or not key.isdecimal() or len(key) > 9:
-                raise RequestError(400, "a key is not a token id", param="logit_bias")
-            biases.append((int(key), bias))
-        return tuple(biases)
 
 
 class ChatBody(SamplingBody):

@@ -181,7 +181,7 @@ def find_schema(body: SamplingBody, model: ServedModel) -> Json | None:
 
 def list_biases(body: SamplingBody, model: ServedModel) -> tuple[tuple[int, float], ...]:
     """Return (token, bias). Raises RequestError for a token that the model does not have."""
-    biases = body.list_biases()
+    biases = tuple((int(token), bias) for token, bias in (body.logit_bias or {}).items())
     for token, _ in biases:
         if token >= model.base.vocab_size:
             message = f"token {token} is not one of the model's {model.base.vocab_size}"
