@@ -34,20 +34,18 @@ CONVERSIONS: dict[str, Callable[..., None]] = {
     "axolotl_data": data_sets.translate_axolotl_data,
     "axolotl_stage": key_map.translate_axolotl_stage,
     "batch_size": key_map.translate_batch_size,
+    "choose": key_map.choose_value,
     "chat_template": key_map.translate_chat_template,
     "check_stage": key_map.check_stage,
     "eval_split": key_map.translate_eval_split,
-    "evaluate_only": key_map.translate_evaluate_only,
     "llamafactory_data": data_sets.translate_llamafactory_data,
     "llamafactory_stage": key_map.translate_llamafactory_stage,
     "method": key_map.translate_method,
     "model": key_map.translate_model,
     "modules_to_save": key_map.translate_modules_to_save,
     "new_tokens": key_map.translate_new_tokens,
-    "objective": key_map.translate_objective,
     "optimizer": key_map.translate_optimizer,
     "output_dir": key_map.translate_output_dir,
-    "overlong": key_map.translate_overlong,
     "overlong_default": key_map.set_overlong_default,
     "pad_token": key_map.skip_pad_token,
     "precision": key_map.translate_precision,
@@ -56,11 +54,10 @@ CONVERSIONS: dict[str, Callable[..., None]] = {
     "rename": key_map.rename,
     "saving": key_map.translate_saving,
     "schedule": key_map.translate_schedule,
+    "smoothing": key_map.translate_smoothing,
     "steps": key_map.translate_steps,
-    "target_linear": key_map.translate_target_linear,
     "target_modules": key_map.translate_target_modules,
     "trained_switches": key_map.translate_trained_switches,
-    "trained_text": key_map.translate_trained_text,
     "trl_data": data_sets.translate_trl_data,
 }
 
@@ -86,7 +83,7 @@ def translate(config: Path, recipe: Path, overrides: Json | None = None) -> Tran
         raise InputError(f"'{key}' is repeated", where=f"{config}:{line}", fix="keep one")
     tool, reason = detect_tool(document)
     document = _read_switches(document, tool)
-    draft = RecipeDraft(document, config, recipe, dict(document.values))
+    draft = RecipeDraft(document, config, recipe)
     overrides = overrides or {}
     unread_keys = DATA_KEYS if "data" in overrides else ()
     for key in unread_keys:

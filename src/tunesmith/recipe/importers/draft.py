@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,14 @@ class UntranslatedKey:
     is_important: bool = True
 
 
-@dataclass
-class RecipeDraft:
-    """The state of a translation: `remaining` has their keys, `values` and `notes` have ours.
+class ConfigKeys:
+    """The keys of a config or of a mapping in it, each taken once as a value of one kind.
 
-    A note says where the value comes from."""
+    Raises InputError, with the place that `locate` gives, for a value of another kind."""
 
-    document: YamlMapping
-    config_path: Path
-    recipe_path: Path
-    remaining: Json
-    values: Json = field(default_factory=dict[str, Any])
-    notes: dict[str, str] = field(default_factory=dict[str, str])
-    untranslated: list[UntranslatedKey] = field(default_factory=list[UntranslatedKey])
+    def __init__(self, values: Json, locate: Callable[[str], str]) -> None:
+        self.remaining = values
+        self.locate = locate
 
     def pop_value(self, key: str) -> Any:
         """Take the value of a key, or None; a text such as 1e-4, to YAML no number, becomes one."""
@@ -53,37 +48,61 @@ class RecipeDraft:
         return value
 
     def pop_number(self, key: str) -> Any:
-        """Take a number, or None. Raises InputError for anything else, and beyond MAX_NUMBER."""
+        """Take a number up to MAX_NUMBER, or None."""
         value = self.pop_value(key)
         if value is not None and not is_number(value):
-            raise self.make_error(key, f"expected a number, found {value!r}")
+            raise self.make_error(key, f"expected a number, found {value!r:.60}")
         return value
 
     def pop_scalar(self, key: str) -> Any:
-        """Take a plain value, or None. Raises InputError for a list or a mapping."""
+        """Take a plain value, or None."""
         value = self.pop_value(key)
         if isinstance(value, (list, dict)):
             raise self.make_error(key, f"expected one value, found a {type(value).__name__}")
         return value
 
     def pop_text(self, key: str) -> str | None:
-        """Take a text as it is written, or None. Raises InputError for anything else."""
+        """Take a text as it is written, or None."""
         value = self.remaining.pop(key, None)
         if value is not None and not is_text(value):
             raise self.make_error(key, f"expected a text, found {value!r:.60}")
         return None if value is None else str(value)
 
     def pop_texts(self, key: str) -> list[str]:
-        """Take a list of texts, or one text with commas; none for an empty value or false. Raises
-        InputError for anything else."""
+        """Take a list of texts, or one text with commas; none for an empty value or false."""
         value = self.remaining.pop(key, None)
         if value is None or value is False:
             return []
         texts = value.split(",") if isinstance(value, str) else value
-        if not is_texts(texts):
+        if not (isinstance(texts, list) and all(map(is_text, texts))):
             raise self.make_error(key, f"expected a list of texts, found {value!r:.60}")
         stripped = [str(item).strip() for item in texts]
         return [text for text in stripped if text]
+
+    def pop_text_mapping(self, key: str) -> Json:
+        """Take a mapping to texts; an empty one for nothing."""
+        value = self.remaining.pop(key, None) or {}
+        if not isinstance(value, dict) or not all(t is None or is_text(t) for t in value.values()):
+            raise self.make_error(key, f"expected a mapping to texts, found {value!r:.60}")
+        return value
+
+    def make_error(self, key: str, message: str) -> InputError:
+        return InputError(message, where=self.locate(key))
+
+
+class RecipeDraft(ConfigKeys):
+    """The state of a translation: `remaining` has their keys, `values` and `notes` have ours.
+
+    A note says where the value comes from."""
+
+    def __init__(self, document: YamlMapping, config_path: Path, recipe_path: Path) -> None:
+        super().__init__(dict(document.values), lambda key: document.format_location((key,)))
+        self.document = document
+        self.config_path = config_path
+        self.recipe_path = recipe_path
+        self.values: Json = {}
+        self.notes: dict[str, str] = {}
+        self.untranslated: list[UntranslatedKey] = []
 
     def set_value(self, recipe_key: str, value: Any, source: str) -> None:
         """Set one of our keys. Raises InputError if it already has another value."""
@@ -101,9 +120,6 @@ class RecipeDraft:
     def skip_unneeded(self, key: str, value: Any, reason: str) -> None:
         self.skip_key(key, value, reason, is_important=False)
 
-    def make_error(self, key: str, message: str) -> InputError:
-        return InputError(message, where=self.document.format_location((key,)))
-
     def find_path(self, text: str, *folders: Path) -> str | None:
         """Return an existing path relative to the recipe, or None.
 
@@ -120,13 +136,5 @@ def is_text(value: Any) -> bool:
     return isinstance(value, (str, int, float)) and not isinstance(value, bool)
 
 
-def is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(is_text, value))
-
-
 def is_number(value: Any) -> bool:
     return is_text(value) and not isinstance(value, str) and abs(value) < MAX_NUMBER
-
-
-def is_text_mapping(values: Iterable[Any]) -> bool:
-    return all(value is None or is_text(value) for value in values)

@@ -16,7 +16,6 @@ LOSS_NAMES = {"sigmoid": "dpo", "dpo": "dpo", "orpo": "orpo", "simpo": "simpo", 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float": "fp32"}
 DTYPES |= {name: name for name in ("bf16", "fp16", "fp32")}
 ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
-OVERLONG_VALUES = {"drop": "drop", "truncate": "truncate", "raise": "refuse"}
 ORPO_REASON = "the NLL term of ORPO covers the answer; in Axolotl it covers the prompt, too"
 NLL_REASON = "its NLL is a mean over tokens here; in LLaMA-Factory a mean over answers"
 
@@ -27,6 +26,17 @@ def rename(draft: RecipeDraft, same: str, names: dict[str, str]) -> None:
         value = draft.pop_value(config_key)
         if value is not None:
             draft.set_value(recipe_key, value, config_key)
+
+
+def choose_value(
+    draft: RecipeDraft, key: str, to: str, values: dict[Any, Any], reason: str = ""
+) -> None:
+    """Translate a key with few values; null is the default of a recipe, and others are skipped."""
+    value = draft.pop_scalar(key)
+    if value is not None and value not in values:
+        draft.skip_key(key, value, reason)
+    elif (choice := values.get(value)) is not None and to not in draft.values:
+        draft.set_value(to, choice, key)
 
 
 def refuse_both(draft: RecipeDraft, first: str, second: str) -> None:
@@ -100,11 +110,6 @@ def translate_target_modules(draft: RecipeDraft, key: str, all_linear: str) -> N
         draft.set_value("lora_target_modules", value, key)
 
 
-def translate_target_linear(draft: RecipeDraft, key: str) -> None:
-    if draft.pop_value(key) and "lora_target_modules" not in draft.values:
-        draft.set_value("lora_target_modules", "all-linear", key)
-
-
 def translate_modules_to_save(draft: RecipeDraft, key: str) -> None:
     """Translate the modules that are trained in full beside an adapter."""
     if names := draft.pop_texts(key):
@@ -131,17 +136,6 @@ def translate_new_tokens(draft: RecipeDraft, key: str, module_key: str) -> None:
 # ---------------------------------------------------------------- what is trained
 
 
-def translate_evaluate_only(draft: RecipeDraft, key: str) -> None:
-    if draft.remaining.get(key) is False:
-        draft.skip_key(key, draft.pop_value(key), "a recipe is always trained")
-
-
-def translate_trained_text(draft: RecipeDraft, key: str) -> None:
-    """Translate a switch that trains prompts, too."""
-    if draft.pop_value(key):
-        draft.set_value("train_on", "all", key)
-
-
 def translate_trained_switches(draft: RecipeDraft) -> None:
     """Translate TRL's switches of the mask; with assistant_only_loss, completion_only_loss has
     nothing left to decide."""
@@ -160,14 +154,6 @@ def translate_trained_switches(draft: RecipeDraft) -> None:
 def set_overlong_default(draft: RecipeDraft, note: str, unless_null: str = "") -> None:
     if draft.document.values.get(unless_null, True) is not None:
         draft.set_value("on_overlong", "truncate", note)
-
-
-def translate_overlong(draft: RecipeDraft, key: str) -> None:
-    strategy = draft.pop_scalar(key)
-    if strategy in OVERLONG_VALUES:
-        draft.set_value("on_overlong", OVERLONG_VALUES[strategy], key)
-    elif strategy is not None:
-        draft.skip_key(key, strategy, "set on_overlong: drop, truncate or refuse")
 
 
 def translate_eval_split(draft: RecipeDraft, key: str) -> None:
@@ -295,16 +281,12 @@ def translate_precision(draft: RecipeDraft, dtype_keys: list[str]) -> None:
         draft.set_value("dtype", "fp16", key)
 
 
-def translate_objective(draft: RecipeDraft) -> None:
-    """Translate label smoothing and noise on embeddings."""
+def translate_smoothing(draft: RecipeDraft) -> None:
     for key in ("label_smoothing_factor", "label_smoothing"):
         if (value := draft.pop_number(key)) and draft.values.get("stage", "sft") != "preference":
             draft.set_value("label_smoothing", value, key)
         elif value:
             draft.skip_key(key, value, "pairs are smoothed by dpo_label_smoothing")
-    for key in ("neftune_noise_alpha", "noisy_embedding_alpha"):
-        if value := draft.pop_number(key):
-            draft.set_value("neftune_noise_alpha", value, key)
 
 
 def translate_saving(draft: RecipeDraft) -> None:

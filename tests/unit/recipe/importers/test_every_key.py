@@ -252,11 +252,8 @@ def test_trained_text(config: Config, keys: Config, expected: str) -> None:
 def test_roles_of_axolotl() -> None:
     datasets = [{"path": "rows.jsonl", "type": "chat_template", "roles_to_train": ["gpt", "human"]}]
     translation = translate_config(AXOLOTL | {"datasets": datasets})
-    assert translation.values["train_on"] == ["assistant", "user"]
-    datasets[0]["roles_to_train"] = ["narrator"]
-    translation = translate_config(AXOLOTL | {"datasets": datasets})
-    assert "train_on" not in translation.values
-    assert any("roles_to_train" in entry.key for entry in translation.untranslated)
+    (entry,) = [entry for entry in translation.untranslated if "roles_to_train" in entry.key]
+    assert "set train_on" in entry.reason
 
 
 @pytest.mark.parametrize(

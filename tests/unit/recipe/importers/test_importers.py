@@ -422,16 +422,6 @@ def test_what_cannot_be_translated_is_refused_by_line(text: str, where: str, mes
     assert raised.value.where.endswith(where)
 
 
-def test_preferences_need_their_stage() -> None:
-    write_datasets(Path.cwd())
-    with pytest.raises(
-        InputError, match="pairs has preference pairs, which need stage: dpo, not sft"
-    ):
-        changed(LLAMAFACTORY, "dataset: pairs", without=["dataset"])
-    with pytest.raises(InputError, match="has no preference pairs"):
-        changed(LLAMAFACTORY, "stage: dpo", without=["stage"])
-
-
 PAIR_LINES = ("stage: dpo", "dataset: pairs", "pref_beta: 0.2", "pref_ftx: 0.5")
 
 

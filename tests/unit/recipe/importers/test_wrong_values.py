@@ -139,12 +139,8 @@ def test_wrong_values_in_dataset_info() -> None:
         (AXOLOTL + "lora_modules_to_save: {a: 1}\n", "expected a list of texts, found {'a': 1}"),
         (LLAMAFACTORY + "new_special_tokens: true\n", "expected a list of texts, found True"),
         (
-            "base_model: a\ndatasets: [{path: x, roles: [user]}]\n",
-            "roles: expected a mapping, found ['user']",
-        ),
-        (
-            "base_model: a\ndatasets: [{path: x, field_messages: [a]}]\n",
-            "field_messages: expected a text, found ['a']",
+            "base_model: a\ndatasets: [{path: x, type: sharegpt, field_messages: [a]}]\n",
+            "expected a text, found ['a']",
         ),
         ("base_model: a\npretraining_dataset: {path: c}\nsequence_len: [5]\n", "found [5]"),
     ],
@@ -158,10 +154,10 @@ def test_values_of_another_kind_are_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"num_samples": "many"}, "num_samples: expected a number, found 'many'"),
-        ({"columns": ["a"]}, "columns: expected a mapping to texts, found ['a']"),
-        ({"columns": {"prompt": ["a"]}}, "columns: expected a mapping to texts"),
-        ({"tags": "x"}, "tags: expected a mapping to texts, found 'x'"),
+        ({"num_samples": "many"}, "expected a number, found 'many'"),
+        ({"columns": ["a"]}, "expected a mapping to texts, found ['a']"),
+        ({"columns": {"prompt": ["a"]}}, "expected a mapping to texts"),
+        ({"tags": "x"}, "expected a mapping to texts, found 'x'"),
     ],
 )
 def test_entries_of_another_kind_are_refused(entry: dict[str, Any], message: str) -> None:
@@ -170,7 +166,7 @@ def test_entries_of_another_kind_are_refused(entry: dict[str, Any], message: str
     file.write_text(json.dumps({"tickets": INFO | entry}))
     with pytest.raises(InputError, match=re.escape(message)) as raised:
         translated(LLAMAFACTORY)
-    assert raised.value.where.endswith("dataset_info.json: tickets")
+    assert raised.value.where.endswith(f"dataset_info.json: tickets: {next(iter(entry))}")
 
 
 def test_names_of_digits_stay_texts() -> None:
