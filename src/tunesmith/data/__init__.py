@@ -1,6 +1,6 @@
 """Data files to packed token batches. A row passes through these files, in this order:
 
-    file      readers/local_file.py      check the path, unpack .gz (readers/parquet.py: .parquet)
+    file      readers/local_file.py      check the path, unpack .gz and .parquet
     rows      readers/sources.py         open a file as rows (readers/text_folder.py: a folder)
               readers/row_index.py       locate each row: line, CSV record, array element
               readers/decode.py          decode the bytes of one row, strictly

@@ -2,6 +2,7 @@
 
     Dataset of texts -> open_corpus -> PretrainingCorpus -> read_window(i)
     tokens per step -> WindowSampler -> windows of a step
+    tokenizer -> find_separator -> the token that ended each document when a model was pretrained
 
 Every text is encoded once, in parts, into a temporary file. So the numbers of tokens and of steps
 are exact, a window is one read, and memory holds only a few numbers per text. A text ends in the
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from tunesmith.data.length_stats import DatasetScan, iter_batches
 from tunesmith.data.readers.invalid_row import InvalidRow, RejectedRows
 from tunesmith.data.readers.local_file import TempCopy
 from tunesmith.data.sampler import CyclicSampler, RatioChanges, iter_ratio_segments, prefetch
+from tunesmith.data.tokenizer.chat_tokenizer import ChatTokenizer
 
 TOKEN_BYTES = 4
 DENSE = "no white space"  # flag of rows with a very long run without white space
@@ -242,3 +244,40 @@ class WindowSampler:
         segments = iter_ratio_segments(step, self.rehearsal_ratio, ratio_changes)
         due_tokens = sum(steps * self.step_tokens * (1 - ratio) for steps, ratio in segments)
         return due_tokens if ratio_changes else min(self.total_tokens, due_tokens)
+
+
+# ---------------------------------------------------------------- the token between documents
+
+# The EOS token of a chat model ends answers and was set later; the separator is still in the
+# vocabulary under its old name. So it is the first of the usual names that is a control token, else
+# the EOS token.
+
+# GPT-2 and NeoX, OLMo, Phi, Qwen, SmolLM, StarCoder; Llama 3, Granite; Gemma; Llama 2, Mistral;
+# DeepSeek.
+SEPARATOR_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "<｜end▁of▁sentence｜>")
+
+
+class SeparatorToken(NamedTuple):
+    id: int
+    text: str
+    reason: str
+
+
+def find_separator(tokenizer: ChatTokenizer) -> SeparatorToken:
+    """Return the separator. Raises InputError for a tokenizer without one."""
+    eos = tokenizer.special_tokens.get("eos_token", "")
+    for name in SEPARATOR_TOKENS:
+        if name in tokenizer.controls:
+            eos_note = f"the EOS token, {eos}, ends answers" if eos else "no EOS token is set"
+            if name == eos:
+                eos_note = "the EOS token"
+            reason = f"usual document separator; {eos_note}"
+            return SeparatorToken(tokenizer.controls[name].id, name, reason)
+    if tokenizer.eos_id is None:
+        raise InputError(
+            "the tokenizer has no token that ends a document",
+            where="tokenizer",
+            fix="set eos_token in its tokenizer_config.json",
+        )
+    reason = f"the EOS token; it has none of {', '.join(SEPARATOR_TOKENS)}"
+    return SeparatorToken(tokenizer.eos_id, eos, reason)

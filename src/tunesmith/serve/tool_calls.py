@@ -21,9 +21,15 @@ from dataclasses import dataclass
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
-from tunesmith.data.chat_template.call_forms import CallForm, NamedForm, ObjectForm, ToolCall
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.chat_template.tool_syntax import ToolSyntax, learn_tool_syntax
+from tunesmith.data.chat_template.tool_syntax import (
+    CallForm,
+    NamedForm,
+    ObjectForm,
+    ToolCall,
+    ToolSyntax,
+    learn_tool_syntax,
+)
 from tunesmith.model.generation.grammar import embed_schema
 from tunesmith.serve.bodies import ChatBody, ChatMessage, NamedTool, parse_json
 from tunesmith.serve.errors import RequestError
@@ -56,10 +62,8 @@ def to_template_message(message: ChatMessage) -> Json:
             content[key] = value
     calls: list[Json] = []
     for call in message.tool_calls or ():
-        function = {
-            "name": call.function.name,
-            "arguments": _parse_arguments(call.function.arguments),
-        }
+        arguments = _parse_arguments(call.function.arguments)
+        function = {"name": call.function.name, "arguments": arguments}
         calls.append({"id": call.id, "type": "function", "function": function})
     return {**content, "tool_calls": calls} if calls else content
 

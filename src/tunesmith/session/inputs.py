@@ -19,12 +19,11 @@ from tunesmith.core.run_dir import SELF_REHEARSAL_FILE, pick_run_folder
 from tunesmith.core.types import Json, Machine, ModelSpec, Plan
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.pretraining import PretrainingCorpus, open_corpus
+from tunesmith.data.pretraining import PretrainingCorpus, find_separator, open_corpus
 from tunesmith.data.tokenizer.added_tokens import (
     refuse_existing_tokens,
     refuse_other_tokens,
 )
-from tunesmith.data.tokenizer.eos import find_separator
 from tunesmith.model.hub.adapter_config import AdapterFolder, read_adapter
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec

@@ -24,11 +24,11 @@ from tunesmith.core.types import (
 from tunesmith.data.checks.run import check_data
 from tunesmith.data.length_stats import iter_documents, render_first_documents
 from tunesmith.data.packing import compute_saved_share
+from tunesmith.data.pretraining import find_separator
 from tunesmith.data.sampler import TaskMixture, permute_rows
 from tunesmith.data.tokenizer.added_tokens import (
     refuse_unused_tokens,
 )
-from tunesmith.data.tokenizer.eos import find_separator
 from tunesmith.model.hub.spec import read_model_headers
 from tunesmith.model.target_modules import (
     list_linear_paths,

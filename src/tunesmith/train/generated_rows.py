@@ -46,8 +46,8 @@ from tunesmith.data.constraints import ConstraintSet
 from tunesmith.data.dataset import Dataset, open_dataset
 from tunesmith.data.formats.parse import parse_row
 from tunesmith.data.hashing import hash_example
+from tunesmith.data.pretraining import find_separator
 from tunesmith.data.readers.decode import SourceLocation, decode_json
-from tunesmith.data.tokenizer.eos import find_separator
 from tunesmith.evaluate.constraint_violations import find_matches
 from tunesmith.evaluate.degeneration import compute_repetition
 from tunesmith.evaluate.generate_until import build_prompts, compute_max_new_tokens, iter_answers

@@ -22,11 +22,11 @@ from tunesmith.data.pretraining import (
     WindowSampler,
     count_windows,
     cut_window,
+    find_separator,
     find_window,
     open_corpus,
 )
 from tunesmith.data.tokenizer import chat_tokenizer as tokenizer_module
-from tunesmith.data.tokenizer.eos import find_separator
 from tunesmith.data.tokenizer.pieces import split_text
 from tunesmith.recipe.fields import DataSource
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tunesmith.data.tokenizer.eos import SEPARATOR_TOKENS
+from tunesmith.data.pretraining import SEPARATOR_TOKENS
 from tunesmith.plan import rules_cpt
 from tunesmith.plan.rules import RULES, RuleContext
 from tunesmith.plan.rules_cpt import CPT_RULES, PEAK_LEARNING_RATES, UNKNOWN_PEAK

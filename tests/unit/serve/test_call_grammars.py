@@ -13,9 +13,8 @@ import pytest
 from toy_chat import write_model_folder
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
-from tunesmith.data.chat_template.call_forms import ToolCall
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.chat_template.tool_syntax import ToolSyntax, learn_tool_syntax
+from tunesmith.data.chat_template.tool_syntax import ToolCall, ToolSyntax, learn_tool_syntax
 from tunesmith.model.generation.grammar import Grammar
 from tunesmith.serve.tool_calls import describe_calls
 

@@ -16,9 +16,8 @@ import pytest
 from tiny_server import LiveServer, make_chat, make_settings, save_toy_adapter, serving
 from toy_chat import write_model_folder
 from tunesmith.core.types import Json
-from tunesmith.data.chat_template.call_forms import ObjectForm
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.chat_template.tool_syntax import ToolSyntax, learn_tool_syntax
+from tunesmith.data.chat_template.tool_syntax import ObjectForm, ToolSyntax, learn_tool_syntax
 from tunesmith.serve.exchange import Answer
 from tunesmith.serve.formats import AnswerHead
 from tunesmith.serve.scheduler import AnswerUpdate

@@ -4,9 +4,9 @@
 
 `open_source` scans the bytes once and stores a few numbers per row, so any row can be read later in
 any order without holding the file in memory. The suffix names the container: `row_index.py` locates
-its rows and `decode.py` decodes their bytes. Compressed files are unpacked first (`local_file.py`,
-`parquet.py`); a folder of texts reads like a file (`text_folder.py`). Left out: the meaning of the
-columns (formats/parse.py)."""
+its rows and `decode.py` decodes their bytes. Compressed files are unpacked first (`local_file.py`);
+a folder of texts reads like a file (`text_folder.py`). Left out: the meaning of the columns
+(formats/parse.py)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,13 @@ from tunesmith.data.readers.decode import (
     read_header,
 )
 from tunesmith.data.readers.invalid_row import InvalidRow
-from tunesmith.data.readers.local_file import FileBytes, check_path, get_stamp, gunzip
-from tunesmith.data.readers.parquet import unpack_parquet
+from tunesmith.data.readers.local_file import (
+    FileBytes,
+    check_path,
+    get_stamp,
+    gunzip,
+    unpack_parquet,
+)
 from tunesmith.data.readers.row_index import (
     BYTE_ORDER_MARK,
     CHUNK_BYTES,

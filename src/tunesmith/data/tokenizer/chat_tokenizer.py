@@ -31,6 +31,7 @@ from tunesmith.core.types import Json, NewToken
 from tunesmith.data.tokenizer.guarded_tokenizer import GuardedTokenizer, needs_guard
 from tunesmith.data.tokenizer.pieces import (
     MAX_PIECE_CHARS,
+    WordEncoder,
     estimate_growth,
     split_grown_text,
     split_text,
@@ -43,7 +44,6 @@ from tunesmith.data.tokenizer.tokenizer_json import (
     check_added_tokens,
     parse_tokenizer,
 )
-from tunesmith.data.tokenizer.word_cache import WordEncoder
 
 SPECIAL_TOKEN_NAMES = (
     "bos_token",

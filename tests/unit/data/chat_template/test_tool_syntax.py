@@ -12,9 +12,8 @@ import pytest
 
 from toy_chat import CHATML, CHATML_TOKENS, write_model_folder
 from tunesmith.core.errors import InputError
-from tunesmith.data.chat_template.call_forms import ToolCall
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.data.chat_template.tool_syntax import ToolSyntax, learn_tool_syntax
+from tunesmith.data.chat_template.tool_syntax import ToolCall, ToolSyntax, learn_tool_syntax
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 CONTROL = re.compile(r"<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|</?[a-z_]+>|<\|[a-z_]+>|<[a-z_]+\|>")

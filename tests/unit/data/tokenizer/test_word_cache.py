@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from tunesmith.data.tokenizer import word_cache as module
-from tunesmith.data.tokenizer.word_cache import WordEncoder
+from tunesmith.data.tokenizer import pieces as module
+from tunesmith.data.tokenizer.pieces import WordEncoder
 
 TEXT = (
     "the cat's 12 hats, isn't it?  a  b\n\n\tfor x in (1, 2):\n        return f(x)  "
