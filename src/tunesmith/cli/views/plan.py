@@ -1,4 +1,4 @@
-"""Views of `plan` and `doctor`: settings, their reasons, method estimates, the machine."""
+"""Views of `plan` and `doctor`: settings, their reasons, methods, GPUs, the machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rich.text import Text
 
 from tunesmith.cli.output import escape_markup, format_single_line
 from tunesmith.cli.views import make_table
-from tunesmith.cli.views.mesh import render_mesh
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import (
     format_bytes,
@@ -22,9 +21,11 @@ from tunesmith.core.formatting import (
     format_value,
     suggest_name,
 )
+from tunesmith.core.mesh import MeshOption, MeshPlan
 from tunesmith.core.types import ModelSpec, Plan, PlanValue
 from tunesmith.plan.hardware_presets import match_preset
 from tunesmith.plan.memory import USUAL_MULTIPLES, compute_multiple
+from tunesmith.plan.mesh import build_command
 from tunesmith.plan.stages import StagedPlan
 from tunesmith.recipe.schema import ALIASES
 
@@ -41,6 +42,15 @@ USUAL_USER_SETTINGS = ("output_dir", "seed", "stage")  # shown with --all only
 MAX_LINES = 12  # of a plan, without --all, warnings and the GPUs of a target
 MAX_VALUE_CHARS = 24
 SOURCE_LABELS = {"user": "user", "rule": "rule", "checkpoint": "the model's files"}
+
+PART_LABELS = {
+    "context": "CUDA",
+    "widened": "dequantized",
+    "trained": "trained weights, gradients and moments",
+    "head": "logits",
+    "fragments": "fragmentation",
+}
+ACTIVATIONS = {"none": "kept", "selective": "MLPs recomputed", "full": "recomputed"}
 
 
 def render_plan(plan: Plan | StagedPlan, *, show_all: bool = False) -> RenderableType:
@@ -167,6 +177,38 @@ def _format_memory(plan: Plan, *, show_all: bool) -> list[str]:
     if plan.fits_on:
         lines.append(f"[bold red]does not fit[/]: the smallest GPU that fits is {plan.fits_on}")
     return lines
+
+
+def render_mesh(plan: Plan, mesh_plan: MeshPlan) -> RenderableType:
+    """Show one GPU of the target beside all, the memory of a GPU by part, and the command."""
+    headings = ("GPUs", "activations", "memory of a GPU", "", "time of training")
+    table = make_table("One GPU and all", *headings)
+    for option in mesh_plan.options:
+        table.add_row(*_format_option(option))
+    where = " on each node" if mesh_plan.mesh.num_nodes > 1 else ""
+    return Group(
+        table,
+        f"memory of a GPU: {_format_parts(plan.memory_bytes)}",
+        f"start{where}: {build_command(mesh_plan.mesh)}",
+    )
+
+
+def _format_parts(memory_bytes: dict[str, int]) -> str:
+    """Format the components, the largest first."""
+    parts = {name: num_bytes for name, num_bytes in memory_bytes.items() if name != "peak"}
+    names = sorted((name for name in parts if parts[name]), key=lambda name: -parts[name])
+    return ", ".join(f"{PART_LABELS.get(name, name)} {format_bytes(parts[name])}" for name in names)
+
+
+def _format_option(option: MeshOption) -> tuple[str | Text, ...]:
+    fits = option.has_enough_memory
+    return (
+        option.target,
+        ACTIVATIONS[option.gradient_checkpointing],
+        format_bytes(option.peak_bytes),
+        "fits" if fits else Text("does not fit", "red"),
+        format_duration_range(option.seconds) if fits and option.seconds else "-",
+    )
 
 
 def render_setting(plan: Plan | StagedPlan, key: str) -> RenderableType:
