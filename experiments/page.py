@@ -34,8 +34,7 @@ guide" is common advice on fine-tuning, in our words; E1 to E12 only number the 
 *own* is one about tunesmith itself.
 
 - A difference is paired by item after averaging over seeds, with a 95% CI. An untrained side that
-  draws no rows answers the same with every seed, so it is paired with all seeds of the other side
-  (since 1 December 2026; before, with its own seed 0 alone. No verdict changed).
+  draws no rows answers the same with every seed, so it is paired with all seeds of the other side.
 - p is corrected over all {claims} claims (Holm); those not run count with p = 1.
 - A claim *holds* or *does not hold* if the interval lies on one side, the corrected p is below 0.05
   and each seed alone has the same sign; else it is *not decidable at this size*. *Nothing changed*:
@@ -51,7 +50,7 @@ Other programs ran on the same machine, so minutes, which are by the clock, say 
 Less was done than planned: one model size instead of two; 26 rows against 260 in E5, not 1,000
 against 10,000; in E8 ranks on one task, a format. Some arms have no result and are named.
 """
-COLUMNS = 100
+COLUMNS = 120
 WIDTH = 640  # of a plot, in pixels
 LABEL_WIDTH = 190
 ROW_HEIGHT = 22
@@ -166,8 +165,10 @@ def _format_experiment(
     if missing:
         text += f" Without a result so far: {', '.join(missing)}."
     yield wrap_lines(text) + "\n"
+    yield "| claim | difference | by seed |"
+    yield "|---|---|---|"
     for each in verdicts[experiment.name]:
-        yield wrap_lines(f"- {each.claim.text} {_describe_claim(each)}", indent="  ")
+        yield f"| {each.claim.text} | {_describe_difference(each)} | {_list_seeds(each)} |"
     yield ""
     if experiment.later:
         yield wrap_lines(f"Seen afterwards: {experiment.later}") + "\n"
@@ -179,17 +180,17 @@ def _format_experiment(
             yield f"![{plot.label}, by arm](evidence/{name})\n"
 
 
-def _describe_claim(each: ClaimVerdict) -> str:
-    difference = f"`{each.claim.arm}` minus `{each.claim.against}`, {each.claim.metric}"
-    if each.evidence is None:
-        note = f" ({each.note})" if each.note else ""
-        return f"{difference}: **{each.verdict}**{note}."
-    seeds = ", ".join(f"{value:+.3f}" for value in each.evidence.seed_differences)
-    _, measured, p, verdict = _format_claim(each)
-    comparison = each.evidence.comparison
-    items = f"{comparison.after.n} items, by seed {seeds}"
+def _describe_difference(each: ClaimVerdict) -> str:
+    """Name what the claim compares; value and verdict are in the table of all claims."""
     margin = f", margin {each.claim.margin:g}" if each.claim.margin else ""
-    return f"{difference}: {measured}, {items}{margin}, corrected p {p}: {verdict}."
+    items = f", {each.evidence.comparison.after.n} items" if each.evidence else ""
+    return f"`{each.claim.arm}` minus `{each.claim.against}`, {each.claim.metric}{items}{margin}"
+
+
+def _list_seeds(each: ClaimVerdict) -> str:
+    if each.evidence is None:
+        return each.verdict
+    return ", ".join(f"{value:+.3f}" for value in each.evidence.seed_differences)
 
 
 # ---------------------------------------------------------------- arms

@@ -199,15 +199,16 @@ def build_line_chart(
 
 
 def _choose_ticks(axes: Axes, y_values: Sequence[float], is_log: bool) -> tuple[float, ...]:
-    low, high = min(y_values), max(y_values)
+    low = min(y_values)
+    high = max(y_values)
     if axes.y_ticks and axes.y_ticks[0] <= low and high <= axes.y_ticks[-1]:
         return axes.y_ticks
     return compute_log_ticks(low, high) if is_log else compute_ticks(low, high, 5)
 
 
 def _find_range(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    return (low, high) if low < high else (low - 1, high + 1)
+    low = min(values)
+    return (low, max(values)) if low < max(values) else (low - 1, low + 1)
 
 
 def thin_points(points: Sequence[Point]) -> tuple[Point, ...]:

@@ -463,7 +463,7 @@ def test_rates_are_tried(
         True,
         True,
     ), err
-    assert "95% CI" in out
+    assert "95% CI" in " ".join(out.split())
     code, _, err = tunesmith(*words)
     assert (code, "no held-out rows" in err) == (2, True)
 
