@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from optuna.storages.journal import JournalFileBackend
 
+from tunesmith.advise.sweep.sweep_folder import lock_folder
 from tunesmith.advise.sweep.trial_study import JOURNAL_FILE, TrialStudy, make_spec
 from tunesmith.core.errors import DiskError, InputError
 from tunesmith.recipe.sweep import SweepConfig
@@ -190,6 +191,23 @@ def test_a_journal_on_a_full_disk_is_no_bug(
     arguments = {"start": (spec,), "add_value": (0, 25, 1.0), "finish": (0, "failed")}[action]
     with pytest.raises(DiskError, match="no space left"):
         getattr(study, action)(*arguments)
+
+
+def test_a_process_killed_while_it_wrote_does_not_lock_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal's lock stays in the folder then."""
+    study = open_study(tmp_path, {"lora_r": [8, 16]})
+    spec = study.choose_next()
+    assert spec is not None
+    monkeypatch.setattr("os.unlink", lambda *_: (_ for _ in ()).throw(Killed()))
+    monkeypatch.setattr("os.rename", lambda *_: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        study.start(spec)
+    monkeypatch.undo()
+    assert (tmp_path / f"{JOURNAL_FILE}.lock").exists()
+    with lock_folder(tmp_path):
+        assert open_study(tmp_path, {"lora_r": [8, 16]}).choose_next() == spec
 
 
 @pytest.mark.parametrize("pruner", ["none", "median", "halving"])

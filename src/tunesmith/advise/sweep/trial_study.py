@@ -32,7 +32,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from tunesmith.advise.sweep.records import TrialSpec
@@ -93,9 +93,11 @@ class TrialStudy:
         file.with_name(f"{JOURNAL_FILE}.lock").unlink(missing_ok=True)  # of a killed process
         if file.exists():
             _cut_torn_line(file)
+        # Optuna's default lock is a symbolic link, and a folder that holds one is refused.
+        lock = JournalFileOpenLock(str(file))
         try:
             study = optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(file))),
+                storage=JournalStorage(JournalFileBackend(str(file), lock_obj=lock)),
                 study_name=STUDY_NAME,
                 direction="maximize" if higher_is_better else "minimize",
                 pruner=_make_pruner(sweep.pruner),
