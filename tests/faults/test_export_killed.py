@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.promise
-
 SCRIPT = Path(__file__).with_name("dying_export.py")
 ALL = ("peft", "merged", "gguf-q8_0", "gguf-lora", "ollama-f16")
 Dying = Callable[..., dict[str, dict[str, Any]]]
@@ -53,6 +51,7 @@ def check_full_disk(actual: dict[str, dict[str, Any]]) -> None:
         assert set(result["endings"]) == {"1 nothing no space left on the disk", "0 whole"}, target
 
 
+@pytest.mark.promise
 @pytest.mark.slow
 def test_fault_34_an_export_killed_here_and_there(dying_export: Dying) -> None:
     actual = dying_export("die", 5, "merged", "gguf-lora")
@@ -60,6 +59,7 @@ def test_fault_34_an_export_killed_here_and_there(dying_export: Dying) -> None:
     check_deaths(actual)
 
 
+@pytest.mark.promise
 @pytest.mark.slow
 def test_fault_34_an_export_killed_at_any_call(dying_export: Dying) -> None:
     """Also with half of each write done. What stands there is looked at while one export goes

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.promise
-
 Dying = Callable[..., dict[str, Any]]
 
 
@@ -20,6 +18,7 @@ def saves(dying: Dying, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return dying("save", tmp_path_factory.mktemp("saves"), "die", "tear", "full")
 
 
+@pytest.mark.promise
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["die", "tear"])
 def test_fault_22_a_save_killed_at_any_call_resumes_to_the_same_bytes(
@@ -32,6 +31,7 @@ def test_fault_22_a_save_killed_at_any_call_resumes_to_the_same_bytes(
     assert set(actual["outcomes"]) == {f"step-{step} {actual['straight']}" for step in (2, 3)}
 
 
+@pytest.mark.promise
 @pytest.mark.slow
 def test_fault_25_a_disk_that_fills_up_at_any_call_of_a_save_leaves_the_one_before(
     saves: dict[str, Any],
@@ -76,6 +76,7 @@ def test_fault_25_a_whole_run_on_a_disk_that_fills_up(dying: Dying, tmp_path: Pa
     )
 
 
+@pytest.mark.promise
 @pytest.mark.slow
 def test_fault_22_twenty_runs_killed_at_random_times(dying: Dying, tmp_path: Path) -> None:
     """Each is killed twice: as a new run, and while it is resumed."""
