@@ -277,3 +277,10 @@ tone`, `tunesmith init --from x.yml`; see `RUN/checkpoints/step-1`, `record.json
 def test_the_page_of_the_run_folder_lists_every_file() -> None:
     page = (DOCS / "reference" / "run-folder.md").read_text()
     assert {name for name in RUN_FILES if f"`{name}" not in page} == set()
+
+
+def test_nobody_is_told_to_install_a_name_that_anybody_may_take() -> None:
+    """The package is on no index: it is installed from its folder."""
+    files = [*(ROOT / "src").rglob("*.py"), *DOCS.rglob("*.md"), *(ROOT / "recipes").rglob("*.*")]
+    named = [str(f) for f in files if re.search(r"install '?tunesmith\b", f.read_text())]
+    assert named == []

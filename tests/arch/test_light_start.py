@@ -66,9 +66,9 @@ def test_a_verb_without_its_extra_says_what_to_install(tmp_path: Path) -> None:
     program += verb("verify", str(tmp_path), "--url", "http://localhost/v1", code=2)
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "pip install 'tunesmith[sweep]'" in done.stderr
-    assert "pip install 'tunesmith[serve]'" in done.stderr
-    assert "pip install 'tunesmith[verify]'" in done.stderr
+    assert "pip install '.[sweep]' in tunesmith's folder" in done.stderr
+    assert "pip install '.[serve]' in tunesmith's folder" in done.stderr
+    assert "pip install '.[verify]' in tunesmith's folder" in done.stderr
 
 
 MODULES_OF_RESULTS = (

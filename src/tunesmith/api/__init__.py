@@ -231,7 +231,9 @@ def tune_sweep(
     Raises InputError for a recipe that cannot be swept, GateError if every trial fails."""
     if find_spec("optuna") is None:
         message = "sweeps need Optuna, which is not installed"
-        raise InputError(message, where="tune sweep", fix="pip install 'tunesmith[sweep]'")
+        raise InputError(
+            message, where="tune sweep", fix="pip install '.[sweep]' in tunesmith's folder"
+        )
     from tunesmith.advise.sweep.run_sweep import run_sweep
 
     inputs = require_single_stage(load_inputs(recipe, **changes))
@@ -436,7 +438,9 @@ def verify(
     recorded answers, and MachineError for a server that cannot be reached or fails."""
     if find_spec("httpx") is None:
         message = "asking a server needs httpx, which is not installed"
-        raise InputError(message, where="verify", fix="pip install 'tunesmith[verify]'")
+        raise InputError(
+            message, where="verify", fix="pip install '.[verify]' in tunesmith's folder"
+        )
     from tunesmith.evaluate.verify.server_client import LiveClient, choose_model
     from tunesmith.evaluate.verify.verification import verify_run
 

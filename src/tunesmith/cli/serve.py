@@ -100,7 +100,9 @@ def _require_extra() -> None:
     for library in ("starlette", "uvicorn", "prometheus_client"):
         if find_spec(library) is None:
             message = f"serving needs {library}, which is not installed"
-            raise InputError(message, where="serve", fix="pip install 'tunesmith[serve]'")
+            raise InputError(
+                message, where="serve", fix="pip install '.[serve]' in tunesmith's folder"
+            )
 
 
 def _log_to_stderr() -> None:

@@ -188,7 +188,7 @@ def import_bitsandbytes() -> ModuleType:
         import bitsandbytes.functional
     except ImportError as error:
         message = f"4-bit weights and 8-bit optimizers need bitsandbytes ({error})"
-        raise InputError(message, fix="pip install 'tunesmith[qlora]'") from error
+        raise InputError(message, fix="pip install '.[qlora]' in tunesmith's folder") from error
     return library
 
 

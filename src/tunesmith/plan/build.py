@@ -323,7 +323,7 @@ def _check_libraries(context: RuleContext) -> None:
             raise InputError(
                 f"{feature} need bitsandbytes, which is not installed",
                 where=f"{key}: {value}",
-                fix=f"pip install 'tunesmith[qlora]', or use {key}: {alternative}",
+                fix=f"pip install '.[qlora]' in tunesmith's folder, or use {key}: {alternative}",
             )
 
 

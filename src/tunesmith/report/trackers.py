@@ -126,8 +126,8 @@ class RunTracker:
             raise InputError(
                 f"{tracker_name} needs {package}, which is not installed",
                 where="--track",
-                fix=f"pip install 'tunesmith[{tracker_name}]', or leave --track out and export "
-                "the finished run with `tunesmith report RUN --track`",
+                fix=f"pip install '.[{tracker_name}]' in tunesmith's folder, or leave --track out "
+                "and export the finished run with `tunesmith report RUN --track`",
             )
         self.problem = ""
         # read before the run goes on, so that no event is sent twice

@@ -124,7 +124,7 @@ def _check_extras() -> list[MachineCheck]:
     for extra, (packages, purpose) in EXTRAS.items():
         missing = [name for name in packages if find_spec(_get_module(name)) is None]
         value = f"{', '.join(missing)} not installed" if missing else ", ".join(packages)
-        fix = f"pip install 'tunesmith[{extra}]' for {purpose}" if missing else ""
+        fix = f"pip install '.[{extra}]' in tunesmith's folder for {purpose}" if missing else ""
         checks.append(MachineCheck(f"extra {extra}", not missing, value, False, fix))
     return checks
 

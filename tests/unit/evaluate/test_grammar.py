@@ -132,4 +132,4 @@ def test_no_grammar_and_no_library_are_told(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(MachineError) as refusal:
         grammar_of(folder)
-    assert refusal.value.fix == "pip install 'tunesmith[constrained]'"
+    assert refusal.value.fix == "pip install '.[constrained]' in tunesmith's folder"

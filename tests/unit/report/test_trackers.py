@@ -142,7 +142,7 @@ def test_missing_and_unknown_trackers(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == "wandb" else name)
     with pytest.raises(InputError, match="wandb needs wandb, which is not installed") as caught:
         RunTracker(run, "wandb")
-    assert "pip install 'tunesmith[wandb]'" in caught.value.fix
+    assert "pip install '.[wandb]' in tunesmith's folder" in caught.value.fix
     with pytest.raises(InputError, match="not installed"):
         export_run(run, "wandb")
     with pytest.raises(InputError, match="not a run folder"):

@@ -59,7 +59,10 @@ def test_extras_that_are_missing_are_named_with_what_needs_them(
     diagnosis = diagnose(tmp_path)
     failed = {check.name: check for check in diagnosis.checks if check.name.startswith("extra")}
     assert failed["extra qlora"].value == "bitsandbytes not installed"
-    assert "pip install 'tunesmith[qlora]' for method: qlora" in failed["extra qlora"].fix
+    assert (
+        "pip install '.[qlora]' in tunesmith's folder for method: qlora"
+        in failed["extra qlora"].fix
+    )
     assert not failed["extra parquet"].is_ok
     assert failed["extra fla"].value == "fla-core not installed"
     assert failed["extra audit"].is_ok

@@ -98,6 +98,7 @@ def render_split(split: SplitResult) -> RenderableType:
         )
     if not split.has_near_check:
         parts.append(
-            "[yellow]near duplicates were not checked[/]: pip install 'tunesmith\\[audit]'"
+            "[yellow]near duplicates were not checked[/]: pip install '.\\[audit]' in "
+            "tunesmith's folder"
         )
     return Group(*parts, escape_markup(split.path))

@@ -23,7 +23,7 @@ from tunesmith.data.checks.ngrams import MIN_COPY_SHARE, NGRAM_WORDS
 from tunesmith.data.checks.text_stats import MAX_NAMED_ROWS
 from tunesmith.data.dataset import Dataset
 
-INSTALL_HINT = "pip install 'tunesmith[audit]'"
+INSTALL_HINT = "pip install '.[audit]' in tunesmith's folder"
 
 
 def check_duplicates(context: CheckContext) -> Iterator[Finding]:

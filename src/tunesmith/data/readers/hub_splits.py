@@ -265,7 +265,7 @@ def _refuse_unreadable(files: Sequence[str], where: str) -> None:
         fix = f"name those of one type: data_files: '*{suffixes[0]}'"
         raise InputError(message, where=where, fix=fix)
     if suffixes == [".parquet"] and find_spec("pyarrow") is None:
-        fix = "pip install 'tunesmith[parquet]', or use a data set of .jsonl files"
+        fix = "pip install '.[parquet]' in tunesmith's folder, or use a data set of .jsonl files"
         raise InputError("reading Parquet files needs pyarrow", where=where, fix=fix)
 
 

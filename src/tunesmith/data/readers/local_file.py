@@ -212,7 +212,7 @@ def unpack_parquet(path: Path) -> TempCopy:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
-        fix = "pip install 'tunesmith[parquet]', or convert the file to .jsonl"
+        fix = "pip install '.[parquet]' in tunesmith's folder, or convert the file to .jsonl"
         raise InputError("reading Parquet files needs pyarrow", where=where, fix=fix) from None
     temp_copy = TempCopy(path)
     try:

@@ -122,6 +122,6 @@ def import_llguidance() -> Any:
         import llguidance
     except ImportError:
         message = "answers that follow a schema need llguidance"
-        fix = "pip install 'tunesmith[constrained]'"
+        fix = "pip install '.[constrained]' in tunesmith's folder"
         raise MachineError(message, where="response_schema", fix=fix) from None
     return llguidance

@@ -40,5 +40,5 @@ def test_a_split_shows_files_strata_and_what_was_not_done() -> None:
     assert "train.jsonl 1,200 900" in lines
     assert "[billing] 700 90" in lines
     assert "3 rows skipped: `tunesmith data check` says why" in lines
-    assert "near duplicates were not checked: pip install 'tunesmith[audit]'" in lines
+    assert "near duplicates were not checked: pip install '.[audit]' in tunesmith's folder" in lines
     assert lines[-1] == "parts"

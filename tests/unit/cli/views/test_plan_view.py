@@ -149,7 +149,7 @@ def test_a_diagnosis_shows_what_is_missing() -> None:
 
 def test_a_fix_of_doctor_stands_below_what_it_mends() -> None:
     """In a column of its own, both were broken into pillars at 80 columns."""
-    fix = "pip install 'tunesmith[fla]' for gated delta layers on an NVIDIA GPU"
+    fix = "pip install '.[fla]' for gated delta layers on an NVIDIA GPU"
     check = MachineCheck("extra fla", False, "fla-core not installed", is_required=False, fix=fix)
     diagnosis = Diagnosis(MACHINE, (check,), Path("/cache"))
     lines = render_text(render_diagnosis(diagnosis), width=100).splitlines()

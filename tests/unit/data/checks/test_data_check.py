@@ -109,7 +109,7 @@ def test_without_datasketch_the_rest_is_said(report, monkeypatch):
         data=[*rows(40), chat("q", "As an AI, no."), chat(prose(6) + " indeed", prose(7))]
     )
     assert findings["near_duplicates"].message.endswith("datasketch is not installed")
-    assert findings["near_duplicates"].fix == "pip install 'tunesmith[audit]'"
+    assert findings["near_duplicates"].fix == "pip install '.[audit]' in tunesmith's folder"
     assert findings["disclaimers"].count == 1
 
 
