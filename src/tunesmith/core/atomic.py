@@ -60,7 +60,9 @@ def write_file(path: Path, content: bytes) -> None:
 def atomic_file(path: Path, needed_bytes: int = 0) -> Generator[IO[bytes]]:
     """Yield a file to fill, which then replaces `path`; a link there is replaced, not followed.
 
-    On any error the old file stays. Raises DiskError if the disk refuses."""
+    On any error the old file stays. Raises DiskError if the disk refuses, and InputError for a
+    device, a pipe or a socket, or a link to one: a file in its place would break the machine."""
+    _refuse_special_file(path)
     temporary = path.parent / _make_temp_name(TEMP_PREFIX, path.name)
     with disk_errors(path, needed_bytes):
         try:
@@ -72,6 +74,15 @@ def atomic_file(path: Path, needed_bytes: int = 0) -> Generator[IO[bytes]]:
         finally:
             temporary.unlink(missing_ok=True)
         fsync_path(path.parent)
+
+
+def _refuse_special_file(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # nothing is there, or the disk says why not
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError("not a regular file", where=str(path), fix="name a file to write to")
 
 
 def open_unlinked(path: Path, flags: int) -> int:

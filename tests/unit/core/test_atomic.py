@@ -22,7 +22,7 @@ from tunesmith.core.atomic import (
     verify_dir,
     write_file,
 )
-from tunesmith.core.errors import DiskError, MachineError
+from tunesmith.core.errors import DiskError, InputError, MachineError
 from tunesmith.core.formatting import format_bytes
 from tunesmith.core.json_io import read_json
 
@@ -62,6 +62,21 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     write_file(tmp_path / "a.json", b"new")
     assert (tmp_path / "a.json").read_bytes() == b"new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device"])
+def test_what_is_no_file_is_never_replaced(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/null")
+    before = path.lstat()
+    with pytest.raises(InputError, match="not a regular file") as refusal:
+        write_file(path, b"new")
+    assert refusal.value.where == str(path)
+    assert path.lstat() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_a_folder_is_sealed_with_its_facts_sizes_and_hashes(tmp_path: Path) -> None:
