@@ -54,6 +54,12 @@ class Score:
     n: int  # items
     step: int  # optimizer steps before it
     truncated: int = 0  # answers that reached the limit of new tokens
+    groups: int = 0  # of items that are not independent; 0 if all items are
+
+    @property
+    def independent(self) -> int:
+        """The number of items, or groups of items, that are independent of each other."""
+        return self.groups or self.n
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def _select_metric(
     by_metric: dict[str, list[MetricValues]] = {}
     for measurement in results.measurements:
         # A mean of tasks has the items of the tasks again.
-        if measurement.ids and not measurement.groups and _is_test(measurement.task):
+        if measurement.ids and not measurement.strata and _is_test(measurement.task):
             by_metric.setdefault(measurement.metric, []).append(measurement)
     for name in STRICTNESS:
         for metric, parts in by_metric.items():
@@ -196,7 +196,7 @@ def _build_items(
     ids_before = map_shared_samples(before, after) if before else {}
     values_before: dict[str, float] = {}
     for measurement in before.measurements if before else ():
-        if measurement.metric == metric and not measurement.groups and _is_test(measurement.task):
+        if measurement.metric == metric and not measurement.strata and _is_test(measurement.task):
             values_before |= dict(zip(measurement.ids, measurement.values, strict=True))
     answers = {item.sample.id: item for item in build_answer_items(after.samples)}
     answers_before: dict[str, AnswerItem] = {}

@@ -150,7 +150,7 @@ def _judge_all(comparisons: Sequence[Comparison]) -> list[JudgedComparison]:
     not even all of them, fixed, would be significant: five have p = 0.06, before any correction."""
     judged: list[JudgedComparison] = []
     for comparison, verdict in zip(comparisons, judge_comparisons(comparisons), strict=True):
-        n = comparison.after.n
+        n = comparison.after.independent
         can_show = len(comparisons) * compute_mcnemar_p(n, 0) < ALPHA
         is_too_small = comparison.p_value is not None and not can_show
         is_shown = verdict in ("better", "worse")

@@ -134,7 +134,7 @@ def test_the_strictest_metric_decides() -> None:
 
 def test_general_text_and_means_of_tasks_are_no_test_rows() -> None:
     mean = MetricValues(
-        "test: mean of tasks", "exact_match", ("t:0", "t:1"), (0.0, 0.0), groups=("a", "b")
+        "test: mean of tasks", "exact_match", ("t:0", "t:1"), (0.0, 0.0), strata=("a", "b")
     )
     general = MetricValues("general text", "exact_match", ("g:0", "g:1"), (0.0, 0.0))
     assert analyze_errors(None, EvalResults((mean, general))) is None
