@@ -47,7 +47,10 @@ def pair_measurements(
         if problem := _find_problem(first_common, second_common):
             notes.append(f"{name}: not compared, {problem}")
             continue
-        renamed = replace(second_common, ids=first_common.ids, strata=first_common.strata)
+        groups = first_common.groups or second_common.groups
+        first_common = replace(first_common, groups=groups)
+        strata = first_common.strata
+        renamed = replace(second_common, ids=first_common.ids, strata=strata, groups=groups)
         pairs.append((first_common, renamed))
     second_only = [f"{task} {metric}" for task, metric in second_by_metric]
     if first_only:

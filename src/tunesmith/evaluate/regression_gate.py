@@ -129,7 +129,7 @@ def _judge_limit(score: Score, limit: MetricLimit) -> Gate:
     elif limit.is_met_by(score.value) and not limit.is_met_by(worst):
         verdict = "held, but the interval reaches beyond the limit"
     value = f"{score.value:.4f} [{score.low:.4f}, {score.high:.4f}]"
-    message = f"{value}, n = {score.n}, {limit.comparator} {limit.limit:g}: {verdict}"
+    message = f"{value}, n = {score.size}, {limit.comparator} {limit.limit:g}: {verdict}"
     is_passed = limit.is_met_by(score.value) and score.independent >= MIN_ITEMS
     return Gate(f"{score.task} {score.metric} limit", is_passed, worst, limit.limit, message)
 
@@ -165,7 +165,7 @@ def _judge_gate(comparison: Comparison, margin: float, *, is_loss_allowed: bool 
     change = f"{comparison.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
     is_general = comparison.task == GENERAL_TASK
     limit = f"bits per byte, at most {margin:+g}" if is_general else f"at most {margin:.2g} worse"
-    message = f"{change}, n = {comparison.after.n}, {limit}: {verdict}"
+    message = f"{change}, n = {comparison.after.size}, {limit}: {verdict}"
     return Gate(f"{comparison.task} {comparison.metric}", is_passed, bound, margin, message)
 
 

@@ -221,7 +221,7 @@ def format_comparison(comparison: Comparison) -> str:
     c = comparison
     values = f"{c.task}, {c.metric}: {c.before.value:.3f} -> {c.after.value:.3f}"
     change = f"difference {c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]"
-    return f"{values}, {change}, n = {c.after.n}: {judge_comparison(c)}"
+    return f"{values}, {change}, n = {c.after.size}: {judge_comparison(c)}"
 
 
 def select_items(measurement: MetricValues, indices: Sequence[int]) -> MetricValues:
