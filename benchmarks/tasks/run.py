@@ -5,10 +5,10 @@
 
 Each task: the default run, step 1 of what its report says to do next, then step 1 of that. In:
 folders of `benchmarks.tasks.build`. Out: results/NAME.json, and docs/results/tasks.md after each
-run; the run folders are in build/tasks/NAME/runs/. What has a result does not run again, and no run
-starts after M minutes. With --rates, only the guard is looked at: runs at other learning rates,
-which it should not stop. With --collapse, runs that it should: 30 times the rate, answers of other
-rows, one row again and again.
+run, the default runs of all tasks first; run folders are in build/tasks/NAME/runs/. What has a
+result does not run again, and no run starts after M minutes. With --rates, only the guard is looked
+at: runs at other learning rates, which it should not stop. With --collapse, runs that it should: 30
+times the rate, answers of other rows, one row again and again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import date
 from fractions import Fraction
 from pathlib import Path
@@ -201,28 +201,33 @@ def list_guard_arms(name: str, args: argparse.Namespace) -> Iterator[str]:
         yield from COLLAPSES if has_answers else (COLLAPSES[0], COLLAPSES[2])
 
 
-def run_task(name: str, args: argparse.Namespace, end: float) -> None:
-    """Run what has no result yet, and store each result at once."""
+def run_guard_arms(name: str, args: argparse.Namespace, end: float) -> None:
+    result = read_result(name)
+    done = {each["arm"] for each in result["guard"]}
+    for arm in list_guard_arms(name, args):
+        if arm not in done and time.monotonic() < end:
+            result["guard"].append(run_guard(OUT / name, arm))
+            store(result)
+
+
+def run_next_arm(name: str, index: int, end: float) -> None:
+    """Run an arm if the one before has a result and this one has none."""
+    result = read_result(name)
+    if len(result["arms"]) == index and time.monotonic() < end:
+        arm = run_arm(OUT / name, result["arms"])
+        if arm is not None:
+            result["arms"].append(arm)
+            store(result)
+
+
+def read_result(name: str) -> Result:
     file = RESULTS / f"{name}.json"
-    result: Result = read_json(file) if file.exists() else {"task": name, "arms": [], "guard": []}
-    folder = OUT / name
-    if args.rates or args.collapse:
-        done = {each["arm"] for each in result["guard"]}
-        for arm in list_guard_arms(name, args):
-            if arm not in done and time.monotonic() < end:
-                result["guard"].append(run_guard(folder, arm))
-                store(file, result)
-        return
-    while len(result["arms"]) < len(ARMS) and time.monotonic() < end:
-        arm = run_arm(folder, result["arms"])
-        if arm is None:
-            break
-        result["arms"].append(arm)
-        store(file, result)
+    return read_json(file) if file.exists() else {"task": name, "arms": [], "guard": []}
 
 
-def store(file: Path, result: Result) -> None:
+def store(result: Result) -> None:
     RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{result['task']}.json"
     file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_page(PAGE, read_results())
     last = (result["arms"] + result["guard"])[-1]
@@ -232,8 +237,8 @@ def store(file: Path, result: Result) -> None:
 
 
 def read_results() -> list[Result]:
-    files: Iterable[Path] = (RESULTS / f"{name}.json" for name in TASKS)
-    return [read_json(file) for file in files if file.exists()]
+    results = map(read_result, TASKS)
+    return [result for result in results if result["arms"] or result["guard"]]
 
 
 def main() -> None:
@@ -245,8 +250,13 @@ def main() -> None:
     parser.add_argument("--page", action="store_true")
     args = parser.parse_args()
     end = time.monotonic() + 60 * args.minutes
-    for name in [] if args.page else args.only:
-        run_task(name, args, end)
+    if args.rates or args.collapse:
+        for name in args.only:
+            run_guard_arms(name, args, end)
+    elif not args.page:
+        for index in range(len(ARMS)):
+            for name in args.only:
+                run_next_arm(name, index, end)
     write_page(PAGE, read_results())
 
 
