@@ -105,7 +105,8 @@ def title_pages(folder: Path) -> Rows:
     """Give the first paragraph of a man page; ask for the line that describes it."""
     for page in read_pages(*(folder / f"{name}/usr/share/man" for name in MANUALS)):
         start = strip_roff(page.sections.get("DESCRIPTION", "")).partition("\n\n")[0]
-        if 120 <= len(start) <= 500 and 15 <= len(page.title) <= 80 and "\n" not in page.title:
+        is_plain = not start.startswith("Note") and "\n" not in page.title
+        if is_plain and 120 <= len(start) <= 500 and 15 <= len(page.title) <= 80:
             yield page.name, ask(f"{start}\n\nIn one line, what is this about?", page.title)
 
 
