@@ -79,6 +79,7 @@ def prepare_network(
         stock,
         frozenset({END}),
         (TokenIdCheck("rows:1", True),),
+        folder_end_ids=frozenset({END}),
         oracle=oracle,
         stock=stock_network,
     )

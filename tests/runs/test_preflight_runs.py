@@ -108,7 +108,10 @@ def test_rows_that_share_nothing_leave_prefix_sharing_unchecked(
     )
     assert results["prefix-shared loss = unshared loss"].level == "warn"
     skipped = results["negative controls"].evidence.partition("not injected: ")[2]
-    assert skipped.startswith("cache that loses a token (every document has one token), branch")
+    assert skipped.startswith(
+        "cache that loses a token (every document has one token), another end"
+    )
+    assert "branch that attends to its sibling" in skipped
 
 
 def test_constraints(tiny_folder: Path, tmp_path: Path) -> None:

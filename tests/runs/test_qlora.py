@@ -97,7 +97,7 @@ def test_without_bitsandbytes_a_plan_names_the_extra(tiny_folder: Path, tmp_path
     run_inputs = dataclasses.replace(
         run_inputs, machine=dataclasses.replace(run_inputs.machine, versions=versions)
     )
-    with pytest.raises(InputError, match=r"pip install 'tunesmith\[qlora\]'"):
+    with pytest.raises(InputError, match=r"pip install '\.\[qlora\]'"):
         planner.make_plan(run_inputs)
     assert not (tmp_path / "run").exists()
 
@@ -107,7 +107,7 @@ def test_without_bitsandbytes_a_run_is_not_reopened(
 ) -> None:
     train(qlora(tiny_folder, tmp_path))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(InputError, match=r"pip install 'tunesmith\[qlora\]'"):
+    with pytest.raises(InputError, match=r"pip install '\.\[qlora\]'"):
         load_trained_session(tmp_path / "run")
 
 

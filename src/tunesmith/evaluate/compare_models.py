@@ -50,7 +50,6 @@ EVAL_SETTINGS = (
     "stage",
     "metrics",
     "response_schema",
-    "group",
     "skip_invalid",
     "seed",
     "max_length",

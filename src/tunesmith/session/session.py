@@ -390,6 +390,8 @@ def _choose_samples(
         documents,
         _compute_reference_logits(network, documents),
         end_ids=frozenset(inputs.renderer.end_ids),
+        folder_end_ids=frozenset(inputs.renderer.tokenizer.end_ids),
+        end_texts={token: inputs.renderer.decode([token]) for token in inputs.renderer.end_ids},
         token_id_checks=tuple(id_checks),
         sharing_documents=(
             choose_sharing_documents(candidates) if plan.config.share_prefixes else None

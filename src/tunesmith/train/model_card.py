@@ -213,7 +213,7 @@ def _render_results(record: RunRecord) -> list[str]:
         rows.append(
             (
                 metric if comparison.higher_is_better else f"{metric} (lower is better)",
-                comparison.after.size,
+                str(comparison.after.n),
                 f"{comparison.before.value:.3f}",
                 f"{comparison.after.value:.3f}",
                 f"{comparison.difference:+.3f} {interval}",

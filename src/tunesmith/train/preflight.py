@@ -112,7 +112,13 @@ CHECKS = (
         forward.explain_equal_rotation,
         applies=forward.has_rotary,
     ),
-    Check(tokens.check_eos_supervised, applies=_has_rows),
+    Check(
+        tokens.check_eos_supervised,
+        "another end token",
+        tokens.swap_end,
+        tokens.explain_short_answers,
+        applies=_has_rows,
+    ),
     Check(tokens.check_token_ids, applies=_has_rows),
     Check(tokens.check_text_eos, applies=_has_texts),
     Check(

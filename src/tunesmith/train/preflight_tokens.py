@@ -7,22 +7,27 @@ items that it compared; a check of nothing is a warning. Left out: checks that r
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from tunesmith.core.errors import GateError
 from tunesmith.core.events import CheckResult
 from tunesmith.core.formatting import format_count
-from tunesmith.core.types import require
+from tunesmith.core.types import Document, require
 from tunesmith.session.preflight_probe import (
     BANNED_SUFFIX,
     CHAINED_SUFFIX,
     REPORT_FIX,
     TRUNCATED_SUFFIX,
+    PreflightSamples,
     RoleMask,
     Subject,
 )
 
+TOKENS_AFTER_END = (
+    3  # in which a template may write another end: `<|END_TEXT|><|END_OF_TURN_TOKEN|>`
+)
 NO_TEXTS = "no text of the data can be compared as a whole"
 
 
@@ -46,19 +51,22 @@ def check_supervised_tokens(subject: Subject) -> CheckResult:
 
 
 def check_eos_supervised(subject: Subject) -> CheckResult:
-    """Check that the last supervised token of every document is an end token."""
+    """Check that the last supervised token of every document is an end token, by the model folder:
+    no end of its generation_config or tokenizer is written inside an answer that ends in another
+    token, or right after it."""
     samples = subject.samples
-    no_end = (CHAINED_SUFFIX, TRUNCATED_SUFFIX, BANNED_SUFFIX)
-    documents = [document for document in samples.documents if not document.id.endswith(no_end)]
-    if not samples.has_trained_answers:
-        documents = []
-    for document in documents:
-        targets = document.tokens_L[np.flatnonzero(document.weights_L)].tolist()
-        last = targets[-1]
-        # text of the template may follow the last answer, if it is trained
-        is_ended = last in samples.end_ids
+    num_answers = 0
+    unnamed: dict[str, None] = {}
+    for document, start, end in _iter_answers(samples):
+        num_answers += 1
+        tokens = document.tokens_L.tolist()
+        last = tokens[end - 1]
         if samples.role_masks is not None:
+            # text of the template may follow the last answer, if it is trained
+            targets = document.tokens_L[document.weights_L > 0].tolist()
             is_ended = not samples.end_ids.isdisjoint(targets)
+        else:
+            is_ended = last in samples.end_ids
         if not is_ended:
             raise GateError(
                 f"the last supervised token is {last}, not an end token: "
@@ -67,12 +75,81 @@ def check_eos_supervised(subject: Subject) -> CheckResult:
                 fix="use on_overlong: drop instead of truncate, "
                 "or a chat template that closes its answers",
             )
-    return CheckResult.from_items(
+        if samples.role_masks is None and last not in samples.folder_end_ids:
+            nearby = tokens[start : end + TOKENS_AFTER_END]
+            _refuse_other_end(document.id, last, nearby, samples)
+            unnamed[_name_end(last, samples)] = None
+    evidence = f"{num_answers} answers end with EOS"
+    if unnamed:
+        ends = ", ".join(sorted(_name_end(token, samples) for token in samples.folder_end_ids))
+        evidence += (
+            f"; the model folder names {ends or 'none'} as the end, not {', '.join(unnamed)}: only "
+            "the adapter's generation_config does, so a server that reads the base's does not stop"
+        )
+    result = CheckResult.from_items(
         "EOS is supervised",
-        len(documents),
-        f"{len(documents)} answers end with EOS",
+        num_answers,
+        evidence,
         if_none="all documents are truncated, parts of a text or trained away from (never)",
     )
+    return dataclasses.replace(result, level="warn") if unnamed else result
+
+
+def _refuse_other_end(
+    row_id: str, last: int, nearby: Sequence[int], samples: PreflightSamples
+) -> None:
+    for token in nearby:
+        if token in samples.folder_end_ids:
+            raise GateError(
+                f"answers are trained to end in {_name_end(last, samples)}, but the model folder "
+                f"ends them in {_name_end(token, samples)}, which the chat template writes there: "
+                "servers stop at the latter",
+                where=f"preflight: {row_id}",
+                fix="set a `chat_template` that ends answers in one of both, or correct "
+                "eos_token_id in generation_config.json",
+            )
+
+
+def _iter_answers(samples: PreflightSamples) -> Iterator[tuple[Document, int, int]]:
+    """Yield (document, first token, end) of the last whole answer that each document trains."""
+    for document in samples.documents if samples.has_trained_answers else ():
+        if document.id.endswith((CHAINED_SUFFIX, TRUNCATED_SUFFIX, BANNED_SUFFIX)):
+            continue
+        is_target_L = document.weights_L > 0
+        end = int(np.flatnonzero(is_target_L)[-1]) + 1
+        others = np.flatnonzero(~is_target_L[:end])
+        yield document, int(others[-1]) + 1 if len(others) else 0, end
+
+
+def _name_end(token: int, samples: PreflightSamples) -> str:
+    return samples.end_texts.get(token, f"token {token}")
+
+
+def swap_end(subject: Subject) -> Subject:
+    """Choose the token before the end of each answer for it, where the model folder names the
+    end."""
+    samples = subject.samples
+    swapped: dict[str, Document] = {}
+    folder_ends: set[int] = set()
+    chosen: set[int] = set()
+    for document, start, end in _iter_answers(samples):
+        if end - start > 1:
+            weights_L = document.weights_L.copy()
+            weights_L[end - 1] = 0
+            swapped[document.id] = dataclasses.replace(document, weights_L=weights_L)
+            folder_ends.add(int(document.tokens_L[end - 1]))
+            chosen.add(int(document.tokens_L[end - 2]))
+    return subject.with_samples(
+        documents=tuple(swapped.get(document.id, document) for document in samples.documents),
+        folder_end_ids=frozenset(folder_ends),
+        end_ids=samples.end_ids | chosen,
+        role_masks=None,
+    )
+
+
+def explain_short_answers(subject: Subject) -> str:
+    is_longer = any(end - start > 1 for _, start, end in _iter_answers(subject.samples))
+    return "" if is_longer else "no whole answer has two tokens"
 
 
 def check_token_ids(subject: Subject) -> CheckResult:

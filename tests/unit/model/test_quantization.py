@@ -199,7 +199,7 @@ def test_without_bitsandbytes_the_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(InputError, match=r"pip install 'tunesmith\[qlora\]'"):
+    with pytest.raises(InputError, match=r"pip install '\.\[qlora\]'"):
         import_bitsandbytes()
     with pytest.raises(InputError, match="need bitsandbytes"):
         load_quantized(tiny_folder, torch.float32)

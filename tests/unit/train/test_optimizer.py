@@ -141,7 +141,7 @@ def test_moments_in_8_bits_follow_those_in_fp32_in_a_quarter_of_the_bytes() -> N
 
 def test_moments_in_8_bits_need_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(InputError, match=r"pip install 'tunesmith\[qlora\]'"):
+    with pytest.raises(InputError, match=r"pip install '\.\[qlora\]'"):
         make_optimizer(parameters([0.0]), weight_decay=0, kind="adamw_8bit")
 
 

@@ -87,8 +87,8 @@ def empty_samples() -> list[tuple[str, dict[str, Any], str, int]]:
     cut = {"documents": rename(samples.documents, TRUNCATED_SUFFIX)}
     chained = {"documents": rename(samples.documents, CHAINED_SUFFIX)}
     return [
-        ("EOS is supervised", cut, "truncated", 0),
-        ("EOS is supervised", chained, "parts of a text", 0),
+        ("EOS is supervised", cut, "truncated", 1),
+        ("EOS is supervised", chained, "parts of a text", 1),
         ("token ids match apply_chat_template", {"token_id_checks": ()}, "plain text", 0),
         ("prefix-shared loss = unshared loss", {"sharing_documents": ()}, "share a prefix", 1),
         ("EOS between documents", {"texts": ()}, "no text of the data", 1),

@@ -70,7 +70,7 @@ def test_a_dense_network_that_amplifies_rounding_is_proven_by_its_blocks(
     evidence = {result.kind: result.evidence for result in run_preflight(model, samples)}
     logits = evidence["logits match transformers"]
     assert float(logits.split("%")[0].rpartition(" ")[2]) > 6
-    assert evidence["negative controls"].startswith("3 of 4 injected faults detected")
+    assert evidence["negative controls"].startswith("4 of 5 injected faults detected")
     monkeypatch.setitem(BACKENDS, "broken", attend_across)
     model.backend = "broken"
     assert "layers.0.self_attn is off by" in get_refusal(model, samples)

@@ -23,6 +23,8 @@ from tunesmith.train.preflight_tokens import (
     check_text_eos,
     check_token_ids,
     check_window_coverage,
+    explain_short_answers,
+    swap_end,
     swap_role_masks,
 )
 
@@ -36,7 +38,8 @@ def make_document(tokens: list[int], weights: list[float], id: str = "rows:1") -
 
 def make_subject(*documents: Document, **others: object) -> Subject:
     """Samples without a model, which checks of tokens do not need."""
-    samples = PreflightSamples(documents, (), frozenset({END}), **others)  # type: ignore[arg-type]
+    values = {"end_ids": frozenset({END}), "folder_end_ids": frozenset({END}), **others}
+    samples = PreflightSamples(documents, (), **values)  # type: ignore[arg-type]
     return Subject(cast("Any", None), samples)
 
 
@@ -82,6 +85,50 @@ def test_an_answer_ends_with_its_last_target() -> None:
     with pytest.raises(GateError, match="last supervised token is 4") as refused:
         check_eos_supervised(make_subject(ended, open_end))
     assert refused.value.where == "preflight: rows:9"
+
+
+EOS = 7
+ENDS = {"folder_end_ids": frozenset({EOS}), "end_texts": {END: "<end>", EOS: "<eos>"}}
+BOTH = ENDS | {"end_ids": frozenset({END, EOS})}
+
+
+def test_answers_end_where_the_model_folder_says() -> None:
+    ended = make_document([3, 4, EOS, 5], [0, 1, 1, 0])
+    subject = make_subject(ended, ended, **BOTH)
+    result = check_eos_supervised(subject)
+    assert (result.level, result.num_checked) == ("ok", 2)
+    assert explain_short_answers(subject) == ""
+    with pytest.raises(GateError, match="token 4, but the model folder ends them in <eos>"):
+        check_eos_supervised(swap_end(subject))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "weights"),
+    [
+        ([3, 4, END, EOS], [0, 1, 1, 0]),  # `<|END_TEXT|><|END_OF_TURN_TOKEN|>`
+        ([3, 4, END, 8, EOS], [0, 1, 1, 0, 0]),
+        ([3, 4, EOS, END], [0, 1, 1, 1]),  # through the next header
+    ],
+    ids=["behind", "after a line", "inside"],
+)
+def test_another_end_than_the_folders_is_refused(tokens: list[int], weights: list[float]) -> None:
+    wrong = make_document(tokens, weights, "rows:9")
+    with pytest.raises(
+        GateError, match="end in <end>, but the model folder ends them in <eos>"
+    ) as e:
+        check_eos_supervised(make_subject(wrong, **BOTH))
+    assert e.value.where == "preflight: rows:9"
+
+
+def test_an_end_that_the_folder_does_not_name_is_a_warning() -> None:
+    subject = make_subject(make_document([3, 4, END, 8], [0, 1, 1, 0]), **BOTH)
+    result = check_eos_supervised(subject)
+    assert (result.level, result.num_checked) == ("warn", 1)
+    assert "<end>" in result.evidence
+    assert "names <eos> as the end, not <end>" in result.evidence
+    with pytest.raises(GateError, match="ends them in <end>"):
+        check_eos_supervised(swap_end(make_subject(make_document([3, 4, END], [0, 1, 1]), **BOTH)))
+    assert explain_short_answers(make_subject(make_document([3, END], [0, 1]), **BOTH)) != ""
 
 
 @pytest.mark.parametrize("is_trained", [False, True])

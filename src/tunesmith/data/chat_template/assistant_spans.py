@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import CharSpan, Example, RowWeight
+from tunesmith.core.types import CharSpan, Example, Json, RowWeight
 from tunesmith.data.chat_template.conversation import Conversation
 from tunesmith.data.chat_template.encode import EncodedText, TrackedText
 from tunesmith.data.chat_template.template import SPLIT_FIX
@@ -43,7 +43,7 @@ TOOL_CALLS_FIX = "set a `chat_template` that writes tool calls, or drop such row
 END_FIX = "set a `chat_template` that writes it only after an answer"
 PREFIX_FIX = (
     "set a `chat_template` that starts each answer with its generation prompt, or set"
-    " `chat_template_kwargs` such as {enable_thinking: false}"
+    " `chat_template_kwargs` such as {enable_thinking: false} and let the server send the same"
 )
 
 
@@ -190,8 +190,7 @@ def _find_span(
     splice_start = None
     if not get_plain_text(rendered).startswith(prompt):
         tracked_prompt = chat.render(message_index, add_generation_prompt=True)
-        header = _find_answer_header(chat, message_index, prompt)
-        splice_start = _find_answer_start(tracked_prompt, rendered, message_index, header)
+        splice_start = _find_answer_start(chat, tokenizer, message_index, tracked_prompt, rendered)
         rendered = tracked_prompt + rendered[splice_start:]
     text = TrackedText(rendered, tokenizer, chat.assistant_indices)
 
@@ -254,11 +253,16 @@ def make_unrendered_error(chat: Conversation, message_index: int) -> InputError:
 
 
 def _find_answer_start(
-    prompt: TrackedStr, rendered: TrackedStr, message_index: int, header: str
+    chat: Conversation,
+    tokenizer: ChatTokenizer,
+    message_index: int,
+    prompt: TrackedStr,
+    rendered: TrackedStr,
 ) -> int:
     """Return the character of `rendered` at which the answer starts: after the generation prompt
     that follows the previous message, or after its part that only a generation prompt adds, the
-    `header`. Raises InputError if neither follows there."""
+    header, or where the generation prompt goes on with thinking. Raises InputError if none of these
+    follows there."""
     message_start = len(rendered)
     for start, _, origin in iter_spans(rendered):
         if get_message_index(origin) == message_index:
@@ -272,12 +276,50 @@ def _find_answer_start(
         if generation_prompt.strip() and prefix.startswith(generation_prompt):
             return previous_end + len(generation_prompt)
         # Hermes closes a last tool result differently; the answer's own header is the same
+        header = _find_answer_header(chat, message_index, get_plain_text(prompt))
         header_start = prefix.rfind(header) if header.strip() else -1
         if header_start >= 0:
             return previous_end + header_start + len(header)
+        message = chat.messages[message_index]
+        start = _find_start_without_thinking(generation_prompt, prefix, tokenizer)
+        answer = get_plain_text(rendered)[previous_end + start :]
+        if _is_served_thinking(generation_prompt, start, tokenizer, answer, message):
+            return previous_end + start
     raise InputError(
         _describe_mismatch(get_plain_text(prompt), get_plain_text(rendered)), fix=PREFIX_FIX
     )
+
+
+def _find_start_without_thinking(
+    generation_prompt: str, prefix: str, tokenizer: ChatTokenizer
+) -> int:
+    """Return the character at which the two differ, or where the control token starts in which
+    they do."""
+    num_shared = count_common_prefix(generation_prompt, prefix)
+    for match in tokenizer.pattern.finditer(generation_prompt):
+        if match.start() <= num_shared < match.end():
+            return match.start()
+    return num_shared
+
+
+def _is_served_thinking(
+    generation_prompt: str, start: int, tokenizer: ChatTokenizer, answer: str, message: Json
+) -> bool:
+    """Return whether the generation prompt differs from the render of an answer, from `start` on,
+    by thinking alone: an empty block (Gemma 4), one that it opens (DeepSeek R1, QwQ) and that an
+    answer without reasoning does not close, or white space in it (Nemotron prompts with `<think>`
+    and a newline, and writes `<think></think>`)."""
+    controls = list(tokenizer.pattern.finditer(generation_prompt))
+    thinking = [match for match in controls if match.start() >= start]
+    if not thinking:
+        is_space = not generation_prompt[start:].strip()
+        return is_space and any(match.end() == start for match in controls)
+    opener = thinking[0][0]
+    if generation_prompt[start : thinking[0].start()].strip() or opener in answer:
+        return False
+    is_open = len(thinking) == 1
+    has_reasoning = "reasoning_content" in message or opener in str(message.get("content"))
+    return not (is_open and has_reasoning)
 
 
 def _find_answer_header(chat: Conversation, message_index: int, prompt: str) -> str:
@@ -296,13 +338,19 @@ def _find_last_message(text: TrackedStr) -> tuple[int, int]:
 
 
 def _describe_mismatch(prompt: str, answer: str) -> str:
-    length = 0
-    while length < min(len(prompt), len(answer)) and prompt[length] == answer[length]:
-        length += 1
+    length = count_common_prefix(prompt, answer)
     before = prompt[:length][-20:]
     expected = before + prompt[length:][:40]
     actual = before + answer[length:][:40]
     return f"the chat template prompts for an answer with {expected!r}, but writes it as {actual!r}"
+
+
+def count_common_prefix(first: str, second: str) -> int:
+    """Return how many characters two texts share from the start."""
+    count = 0
+    while count < min(len(first), len(second)) and first[count] == second[count]:
+        count += 1
+    return count
 
 
 def _check_origins(chat: Conversation, span: AssistantSpan) -> None:

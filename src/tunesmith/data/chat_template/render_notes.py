@@ -22,6 +22,7 @@ from tunesmith.data.chat_template.tracked_str import (
     get_message_index,
     make_origin,
 )
+from tunesmith.data.tokenizer.chat_tokenizer import get_partner
 
 CONTROL_LIKE_TEXT = "text that looks like a control token is encoded as plain text"
 STRUCTURAL = "structural tokens (such as <think>) in an answer are kept as tokens"
@@ -32,6 +33,7 @@ NO_CALLS = "the chat template leaves out the tool calls of an earlier turn"
 NO_CONTENT = "the chat template leaves out the text next to a tool call"
 PART_LOST = "the chat template leaves out a part of a message"
 SERVED_PROMPT = "the chat template changes a prompt that an answer follows: the served one is used"
+OPEN_THINKING = "the served prompt opens a block of thinking that the answer does not close"
 PER_TURN = "one document per assistant turn: the chat template rewrites earlier turns"
 BOUNDARY = "prompt and answer are encoded separately: the tokenizer would merge across them"
 CUT_OFF = "messages after the last trained answer are cut: they change how it is rendered"
@@ -90,8 +92,21 @@ def collect_render_notes(
         NO_CONTENT: any(span.message_index in omitted for span in spans),
         PART_LOST: _is_part_lost(chat, text, spans, count),
         SERVED_PROMPT: any(span.splice_start is not None for span in spans),
+        OPEN_THINKING: any(map(_is_in_thinking, spans)),
     }
     return [note for note, is_present in notes.items() if is_present]
+
+
+def _is_in_thinking(span: AssistantSpan) -> bool:
+    """Return whether the prompt of a spliced answer ends in a tag that nothing closes."""
+    before = [match for match in span.text.controls if match.end <= span.start][-2:]
+    if span.splice_start is None or not before:
+        return False
+    last = before[-1]
+    partner = get_partner(last.control.text)
+    is_at_end = not span.text.plain[last.end : span.start].strip()
+    is_closed = before[0].control.text == partner or partner in span.text.plain[span.start :]
+    return bool(partner) and is_at_end and not is_closed
 
 
 def _is_omitted(index: int, message: Json, text: TrackedText) -> bool:

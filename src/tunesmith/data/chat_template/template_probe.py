@@ -5,7 +5,8 @@
 The end token is a control token that the template writes after an answer whether or not another
 message follows (`<|im_end|>`; not Phi-3's closing `<|endoftext|>`), and before anything of the next
 turn: its header, which some templates always write, a separator, a reminder. If the two renders
-have none in common, it is the first after a last answer (`<|return|>`). Some templates write none.
+have none in common, it is the first after a last answer (`<|return|>`). Of several, it is one that
+the model folder names as an end. Some templates write none.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
+from tunesmith.data.chat_template.assistant_spans import count_common_prefix
 from tunesmith.data.chat_template.conversation import (
     Conversation,
     TemplateQuirks,
@@ -40,6 +42,7 @@ SYSTEM_TEXT = "Zqsystem"
 SYSTEM: Json = {"role": "system", "content": SYSTEM_TEXT}
 USER: Json = {"role": "user", "content": QUESTION}
 ASSISTANT: Json = {"role": "assistant", "content": ANSWER}
+REASONED: Json = {**ASSISTANT, "reasoning_content": "3162095748", "thinking": "3162095748"}
 NEXT_USER: Json = {"role": "user", "content": NEXT_QUESTION}
 TOOL_RESULT: Json = {
     "role": "tool",
@@ -84,7 +87,9 @@ def probe_template(
     call = _make_tool_call({ARG_KEY: ARG_VALUE})
     if not quirks.can_render_dict_args:
         call = _make_tool_call(json.dumps({ARG_KEY: ARG_VALUE}))
-    end_control = prober.choose_end(prober.list_closing([USER, ASSISTANT], NEXT_USER, ANSWER))
+    closing = prober.list_closing([USER, ASSISTANT], NEXT_USER, ANSWER)
+    thinking_closing = prober.list_closing([USER, REASONED], NEXT_USER, ANSWER)
+    end_control = prober.choose_end(closing, thinking_closing)
     call_closing = prober.list_closing([USER, call], TOOL_RESULT, ARG_VALUE)
     call_end = call_closing[-1] if call_closing else None
     if end_control in call_closing:
@@ -112,13 +117,16 @@ class _Prober:
     quirks: TemplateQuirks
 
     def render_tracked(self, messages: Sequence[Json]) -> TrackedText | None:
-        """Render messages, or return None if the template cannot."""
-        tools = [TOOL] if any("tool_calls" in message for message in messages) else []
-        try:
-            chat = Conversation(self.template, messages, tools, self.variables, self.quirks)
-            return TrackedText(chat.render(len(messages)), self.tokenizer, chat.assistant_indices)
-        except InputError:
-            return None
+        """Render messages, or return None if the template cannot. Some render only with tools."""
+        has_calls = any("tool_calls" in message for message in messages)
+        for tools in ([TOOL],) if has_calls else ([], [TOOL]):
+            try:
+                chat = Conversation(self.template, messages, tools, self.variables, self.quirks)
+                text = chat.render(len(messages))
+            except InputError:
+                continue
+            return TrackedText(text, self.tokenizer, chat.assistant_indices)
+        return None
 
     def render_plain(self, messages: Sequence[Json]) -> str:
         rendered = self.render_tracked(messages)
@@ -218,14 +226,20 @@ class _Prober:
                 closing.append(match)
         return closing
 
-    def choose_end(self, closing: Sequence[ControlToken]) -> ControlToken | None:
-        """Return the first token that closes questions too, else the first that the model folder
-        names as an end, else the first: a separator or a reminder comes after it."""
-        for ids in (self.user_closing_ids - self.opener_ids, self.tokenizer.end_ids):
-            for control in closing:
-                if control.id in ids:
-                    return control
-        return closing[0] if closing else None
+    def choose_end(
+        self, closing: Sequence[ControlToken], thinking_closing: Sequence[ControlToken]
+    ) -> ControlToken | None:
+        """Return the first token that the model folder names as an end, after an answer or else
+        after one with reasoning (Unsloth's gpt-oss ends the others by `<|end|>`, as its reasoning).
+        Without such a token, the first that closes questions too, else the first: a separator or a
+        reminder comes after it."""
+        for control in (*closing, *thinking_closing):
+            if control.id in self.tokenizer.end_ids:
+                return control
+        question_ids = self.user_closing_ids - self.opener_ids
+        return next(
+            (each for each in closing if each.id in question_ids), next(iter(closing), None)
+        )
 
     def find_answer_tail(self) -> str | None:
         """Return the text between an answer and the next turn, or None if the template begins no
@@ -313,11 +327,3 @@ def _find_opening_ids(rendered: TrackedText, end: int) -> set[int]:
         opening_ids.append(match.control.id)
         position = match.end
     return set(opening_ids)
-
-
-def count_common_prefix(first: str, second: str) -> int:
-    """Return how many characters two texts share from the start."""
-    count = 0
-    while count < min(len(first), len(second)) and first[count] == second[count]:
-        count += 1
-    return count

@@ -212,7 +212,7 @@ class ChatTokenizer:
         """Make structural tokens control tokens, with their partners: an answer must not write
         tokens that mark turns."""
         for control in controls:
-            for text in (control.text, _get_partner(control.text)):
+            for text in (control.text, get_partner(control.text)):
                 if text in self.controls:
                     self.controls[text] = replace(self.controls[text], is_structural=False)
 
@@ -520,7 +520,7 @@ def _make_control(token: Json, non_special: set[str], new_texts: Container[str])
     """Build a control token. A token of the recipe (`new_texts`) is structural without a partner:
     the template writes it."""
     text = token["content"]
-    is_structural = text in new_texts or (text in non_special and _get_partner(text) in non_special)
+    is_structural = text in new_texts or (text in non_special and get_partner(text) in non_special)
     flags = {key: bool(token.get(key)) for key in FLAGS}
     return ControlToken(token["id"], text, is_structural, **flags)
 
@@ -530,7 +530,7 @@ def _get_tag_name(text: str) -> str:
     return (match[2] or match[4] or match[7]) if match else ""
 
 
-def _get_partner(text: str) -> str:
+def get_partner(text: str) -> str:
     """Return `</x>` for `<x>`, `<x|>` for `<|x>`, `[/X]` for `[X]`, and back; "" if not a tag."""
     match = _TAG.fullmatch(text)
     if match is None:

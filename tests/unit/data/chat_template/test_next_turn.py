@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from toy_chat import assistant, render_marked, user, write_model_folder
+from toy_chat import (
+    assistant,
+    make_example,
+    mark_trained_text,
+    render_marked,
+    user,
+    write_model_folder,
+)
 from tunesmith.core.errors import InputError
 from tunesmith.data.chat_template.renderer import Renderer
 
@@ -43,7 +50,6 @@ ALWAYS = {
     "separator_after_all": loop(TURN + "<|sep|>\n", last=asked(PROMPT)),
     "separator_and_header": loop(TURN + "<|sep|>\n", last=PROMPT),
     "bos_again": "<|bos|>" + loop(TURN, "<|bos|>", asked(PROMPT)),
-    "eos_behind_it": loop(TURN, "<|eos|>", asked(PROMPT)),
     "reminder": loop(TURN, "<|start|>system\nBe kind.<|end|>", asked(PROMPT)),
     "reminder_of_other_tokens": loop(TAGGED, "<|system|>Be kind.<|end|>", asked("<|assistant|>")),
     "date": loop(TURN, "\nToday is {{ strftime_now('%d %b') }}.<|sep|>", asked(PROMPT)),
@@ -64,6 +70,39 @@ def test_the_end_token_stands_before_anything_of_the_next_turn(name: str, tmp_pa
     trained = "".join(render_marked(renderer, *turns))
     pieces = [part.split("⟧")[0] for part in trained.split("⟦")[1:]]
     assert pieces == ["eins<|end|>", "zwei<|end|>"]
+
+
+def test_an_end_that_the_model_folder_names_comes_before_all_others(tmp_path: Path) -> None:
+    """As Cohere's `<|END_TEXT|><|END_OF_TURN_TOKEN|>`: servers stop at the second only."""
+    template = loop(TURN, "<|eos|>", asked(PROMPT))
+    model = write_model_folder(tmp_path, template, TOKENS, eos_token="<|eos|>")
+    renderer = Renderer.from_folder(model, now=NOW)
+    assert renderer.decode(renderer.end_ids) == "<|eos|>"
+    [trained] = render_marked(renderer, user("one"), assistant("eins"))
+    assert trained.endswith("⟦eins<|end|><|eos|>⟧")
+
+
+def test_a_template_that_renders_only_with_tools_has_its_end(tmp_path: Path) -> None:
+    """As Cohere's `tool_use`: after the last answer the next header is written."""
+    template = "{{ tools[0].function.name }}" + ALWAYS["header"]
+    model = write_model_folder(tmp_path, template, TOKENS, eos_token="<|eos|>")
+    renderer = Renderer.from_folder(model, now=NOW)
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    row = make_example(user("one"), assistant("eins"), tools=(tool,))
+    [document] = renderer.render(row).documents
+    assert "⟦eins<|end|>⟧" in mark_trained_text(renderer, document)
+
+
+def test_an_end_that_only_reasoning_shows_is_found(tmp_path: Path) -> None:
+    """As Unsloth's gpt-oss: plain answers end as reasoning does, which is no end."""
+    reasoned = "{{ m.thinking + '<|end|>' + m.content + '<|eos|>' }}"
+    plain = "{{ m.content + '<|end|>' }}"
+    turn = "{% if m.thinking %}" + reasoned + "{% else %}" + plain + "{% endif %}"
+    model = write_model_folder(tmp_path, loop(turn), TOKENS, eos_token="<|eos|>")
+    renderer = Renderer.from_folder(model, now=NOW)
+    assert renderer.decode(renderer.end_ids) == "<|eos|>"
+    [trained] = render_marked(renderer, user("a"), assistant("b", reasoning_content="c"))
+    assert trained == "a<|end|>⟦c<|end|>b<|eos|>⟧"
 
 
 @pytest.mark.parametrize("ends", [["<|eos|>"], ["<|end|>", "<|eos|>"], ["<|end|>"]])

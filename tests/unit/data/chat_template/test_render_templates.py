@@ -53,18 +53,15 @@ ENDS = {
 }
 FORCED_THINKING = "prompts for an answer with"
 NO_CALLS = r"does not write message 3|does not write the tool calls"
-# What is refused though transformers renders it. Templates that begin every answer with thinking
-# cannot ask for one without, and the other way round; `enable_thinking` changes that for some.
+# What is refused though transformers renders it: thinking that the template drops, or that follows
+# an empty block of it in the prompt.
 REFUSED = {
-    "deepseek_r1_distill": ("*", FORCED_THINKING),
-    "deepseek_r1_distill_training": ("* -thinking_in_text", FORCED_THINKING),
-    "deepseekv3": ("*", FORCED_THINKING),
-    "deepseekv3_training": ("*", FORCED_THINKING),
+    "deepseek_r1_distill": ("thinking thinking_in_text tools", f"{FORCED_THINKING}|{NO_CALLS}"),
+    "deepseek_r1_distill_training": ("thinking tools", f"{FORCED_THINKING}|{NO_CALLS}"),
+    "deepseekv3": ("thinking thinking_in_text", FORCED_THINKING),
+    "deepseekv3_training": ("thinking thinking_in_text", FORCED_THINKING),
     "qwen3_5_nothink": ("thinking thinking_in_text", FORCED_THINKING),
     "qwen3_5_nothink_training": ("thinking thinking_in_text", FORCED_THINKING),
-} | {
-    name: ("* -thinking -thinking_in_text", FORCED_THINKING)
-    for name in TEMPLATES if name.startswith("nemotron")
 } | {
     name: ("tools", NO_CALLS)
     for name in TEMPLATES
@@ -84,6 +81,10 @@ CALL = {
     "id": "call_1",
     "type": "function",
     "function": {"name": "get_weather", "arguments": {"city": "Rome", "days": 3}},
+}
+TEXT_CALL = {
+    **CALL,
+    "function": {"name": "get_weather", "arguments": '{"city": "Rome", "days": 3}'},
 }
 TOOL: Json = {
     "type": "function",
@@ -139,6 +140,10 @@ class Oracle:
             self.messages = [
                 {**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages
             ]
+        if name == "deepseekv3":  # it writes arguments that are text
+            self.messages = [
+                {**m, "tool_calls": [TEXT_CALL]} if m.get("tool_calls") else m for m in messages
+            ]
         self.trained = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
     def text(self, count: int, *, prompt: bool = False) -> str:
@@ -152,10 +157,23 @@ class Oracle:
             self.messages[:count], tools=self.tools or None, **more
         )
 
+    def served_text(self, turn: int) -> str:
+        """The prompt as it is served, and what the template writes from where it leaves it."""
+        prompt, text = self.text(turn, prompt=True), self.text(turn + 1)
+        end = next(
+            (i for i, pair in enumerate(zip(prompt, text, strict=False)) if len(set(pair)) > 1),
+            len(prompt),
+        )
+        shared = re.sub(r"<[^<>]*$", "", prompt[:end])
+        return prompt + text[len(shared) :]
+
+    def served_ids(self, turn: int) -> list[int]:
+        return self.tokenizer(self.served_text(turn), add_special_tokens=False)["input_ids"]
+
     def answer(self, turn: int) -> str:
         """From the end of the prompt through the last end token; to the end of the text if there is
         none."""
-        answer = self.text(turn + 1).removeprefix(self.text(turn, prompt=True))
+        answer = self.served_text(turn).removeprefix(self.text(turn, prompt=True))
         end = self.ends[-1] if "tool_calls" in self.messages[turn] else self.ends[0]
         return answer[: answer.rindex(end) + len(end)] if end else answer
 
@@ -194,7 +212,7 @@ def check(
         not appended and len(documents) == 1 and ids[0] == oracle.ids(len(oracle.messages))
     )
     if not is_full_render:
-        assert ids == [oracle.ids(turn + 1) for turn in trained], "ids"
+        assert ids == [oracle.served_ids(turn) for turn in trained], "ids"
     trained_spans = [span for document in documents for span in spans(renderer, document)]
     assert trained_spans == [
         (oracle.text(turn, prompt=True), oracle.answer(turn) + end) for turn in trained

@@ -308,9 +308,7 @@ def test_a_parquet_file_of_another_kind_is_refused(write):
 
 def test_without_pyarrow_the_extra_is_named(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(
-        InputError, match=r"needs pyarrow\n  fix: pip install 'tunesmith\[parquet\]'"
-    ):
+    with pytest.raises(InputError, match=r"needs pyarrow\n  fix: pip install '\.\[parquet\]'"):
         open_source(write(b"PAR1", "x.parquet"))
 
 
