@@ -119,7 +119,7 @@ def measure_pairs(name: str, n: int, trials: int) -> float:
     hits = 0
     for counts in np.random.default_rng(n).multinomial(n, shares, trials):
         changes = np.repeat([1.0, -1.0, 0.0], counts)
-        low, high = compute_padded_interval(changes, [np.arange(n)], (-1.0, 1.0))
+        low, high = compute_padded_interval(changes, np.ones(n), [np.arange(n)], (-1.0, 1.0))
         hits += low - 1e-9 <= gained - lost <= high + 1e-9
     return hits / trials
 

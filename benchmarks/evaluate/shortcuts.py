@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from tunesmith.core.events import GenerationSample
+from tunesmith.core.evidence import TrainingValues
 from tunesmith.core.types import Json
 from tunesmith.evaluate.shortcuts import (
     AnswerItem,
@@ -25,7 +26,7 @@ from tunesmith.evaluate.shortcuts import (
     find_shortcuts,
     find_suspects,
 )
-from tunesmith.evaluate.training_answers import TrainingAnswers, build_training_answers
+from tunesmith.evaluate.training_answers import build_training_values
 
 SIZES = (16, 64, 80, 400)
 ACCURACIES = (0.3, 0.6, 0.9)
@@ -152,7 +153,7 @@ def pick_value(
 
 
 def detect_kinds(
-    items: Sequence[Item], answers: Sequence[Answer], training: TrainingAnswers
+    items: Sequence[Item], answers: Sequence[Answer], training: TrainingValues
 ) -> set[tuple[str, str]]:
     """Return (kind, field) of the shortcuts in these answers."""
     shortcuts, _ = find_shortcuts(pair_items(items, answers), training)
@@ -167,9 +168,9 @@ def pair_items(items: Sequence[Item], answers: Sequence[Answer]) -> list[AnswerI
     return build_answer_items(samples)
 
 
-def read_training(task: str, chance: random.Random) -> tuple[list[Answer], TrainingAnswers]:
+def read_training(task: str, chance: random.Random) -> tuple[list[Answer], TrainingValues]:
     answers = [TASKS[task](chance)[1] for _ in range(TRAINING_ROWS)]
-    return answers, build_training_answers(map(format_answer, answers), TRAINING_ROWS)
+    return answers, build_training_values(map(format_answer, answers), TRAINING_ROWS)
 
 
 def count_false_alarms(task: str, size: int, repeats: int, seed: int) -> tuple[int, int]:
@@ -256,22 +257,19 @@ def count_constants_noticed(
     return noticed, repeats
 
 
-def count_copies(task: str, source: str, size: int, repeats: int, seed: int) -> tuple[int, int]:
-    """Return (times that answers which copy a text were detected, times)."""
+def count_copies(task: str, size: int, repeats: int, seed: int) -> tuple[int, int]:
+    """Return (times that answers which copy the prompt were detected, times)."""
     detected = 0
     for repeat in range(repeats):
-        chance = random.Random(f"{task} {source} {size} {repeat} {seed}")
-        rows, training = read_training(task, chance)
+        chance = random.Random(f"{task} prompt {size} {repeat} {seed}")
+        _, training = read_training(task, chance)
         items = [TASKS[task](chance) for _ in range(size)]
         answers = answer_items(items, 0.9, False, chance)
         copied: list[Answer] = []
         for (prompt, _), answer in zip(items, answers, strict=True):
-            text: Answer = chance.choice(rows)
-            if source == "prompt":
-                text = " ".join(prompt.split()[:12])
+            text: Answer = " ".join(prompt.split()[:12])
             copied.append(text if chance.random() < 0.5 else answer)
-        kind = "copied from the prompt" if source == "prompt" else "copied from training rows"
-        detected += (kind, "") in detect_kinds(items, copied, training)
+        detected += ("copied from the prompt", "") in detect_kinds(items, copied, training)
     return detected, repeats
 
 
@@ -305,14 +303,9 @@ def main() -> None:
         rows.append((f"{task}: {name or 'the answer'}", counts))
     print_table("injected constant: detected or suspected", rows)
     rows = []
-    for task, source in (
-        ("texts", "prompt"),
-        ("names", "prompt"),
-        ("texts", "training rows"),
-        ("names", "training rows"),
-    ):
-        counts = [count_copies(task, source, size, *counting) for size in SIZES]
-        rows.append((f"{task}: half copied from {source}", counts))
+    for task in ("texts", "names"):
+        counts = [count_copies(task, size, *counting) for size in SIZES]
+        rows.append((f"{task}: half copied from prompt", counts))
     print_table("injected copies", rows)
 
 

@@ -22,6 +22,7 @@ FROZEN = [
         "chat_template_kwargs",
         "add_tokens",
         "response_schema",
+        "group",
     ),
     "train_on",
     *("max_length", "on_overlong", "pack_length", "share_prefixes", "batch_size", "batch_tokens"),

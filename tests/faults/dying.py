@@ -48,7 +48,10 @@ OFF, DIE, TEAR, FULL, WATCH = range(len(MODES))
 SHIM = ctypes.CDLL(None)
 WATCHER = ctypes.CFUNCTYPE(None, ctypes.c_long, ctypes.c_int, ctypes.c_int)
 STEPS = 5
-OTHER_FILES = (".lock", ".lock.pid", "plan.json", "fingerprint.json", "data.json", "recipe.yaml")
+OTHER_FILES = (
+    *(".lock", ".lock.pid", "plan.json", "fingerprint.json", "data.json", "recipe.yaml"),
+    "resolved.yaml",
+)
 TIMED_FILES = (
     *OTHER_FILES,
     "README.md",

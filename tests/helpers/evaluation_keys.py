@@ -10,6 +10,7 @@ from tiny_runs import build_sum_rows, make_tiny_recipe
 from tunesmith import api
 from tunesmith.advise.sweep.records import SweepStart
 from tunesmith.core.errors import InputError
+from tunesmith.core.types import RunRecord
 
 
 def metrics(lab: Lab) -> None:
@@ -28,6 +29,23 @@ def gates(lab: Lab) -> None:
         lab.events(test_data=test, gates={"exact_match": limit})
         results = {gate.name: gate.passed for gate in api.evaluate(lab.output).check_gates()}
         assert results["test exact_match limit"] == is_held
+
+
+def group(lab: Lab) -> None:
+    """Seven pairs of rows count as seven, by a key or by their ids; a row without it is refused."""
+    rows = [
+        row | {"author": i // 2, "id": f"chapter-{i // 2}/{i % 2}"}
+        for i, row in enumerate(build_sum_rows(90, 14))
+    ]
+    for setting, groups in (("author", 7), ("auto", 7), ("none", 0)):
+        test = lab.rows(rows)
+        events = lab.events(test_data=test, group=setting)
+        record = next(event for event in events if isinstance(event, RunRecord))
+        assert {entry.after.groups for entry in record.comparisons} == {groups}
+        assert {entry.after.n for entry in record.comparisons} == {14}
+    with pytest.raises(InputError, match="the row has no key `writer`") as refusal:
+        lab.events(test_data=lab.rows(rows), group="writer")
+    assert refusal.value.where.endswith(":1")
 
 
 def sweep(lab: Lab) -> None:

@@ -54,6 +54,17 @@ class Score:
     n: int  # items
     step: int  # optimizer steps before it
     truncated: int = 0  # answers that reached the limit of new tokens
+    groups: int = 0  # of items that are not independent; 0 if all items are
+
+    @property
+    def size(self) -> str:
+        """The number of items, and of their groups: `80`, or `80 in 20 groups`."""
+        return f"{self.n} in {self.groups} groups" if self.groups else f"{self.n}"
+
+    @property
+    def independent(self) -> int:
+        """The number of items, or groups of items, that are independent of each other."""
+        return self.groups or self.n
 
 
 @dataclass(frozen=True)

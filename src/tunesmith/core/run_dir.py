@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
 PLAN_FILE = "plan.json"
 RECIPE_FILE = "recipe.yaml"
+RESOLVED_FILE = "resolved.yaml"  # the recipe with every value that the plan resolved
 EVENTS_FILE = "events.jsonl"
 FINGERPRINT_FILE = "fingerprint.json"  # hashes of everything that the run depends on
 CHECKPOINTS_DIR = "checkpoints"

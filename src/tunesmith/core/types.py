@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-RUN_FORMAT = 4  # of plan.json and its run folder; raised when older files would be misread
+RUN_FORMAT = 5  # of plan.json and its run folder; raised when older files would be misread
 
 T = TypeVar("T")
 # of a document: "" is trained on, a banned one is trained away from; of a mismatched one only the
@@ -540,7 +540,7 @@ class Comparison:
     higher_is_better: bool
     improved: int | None = None  # items, for metrics that are right or wrong
     worsened: int | None = None
-    p_value: float | None = None  # exact McNemar test
+    p_value: float | None = None  # exact: sign flips, of right and wrong items McNemar's
     min_detectable: float | None = None  # smallest difference detected with a power of 80%
 
 

@@ -86,6 +86,7 @@ class SplitResult:
     strata: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     has_near_check: bool = True  # near duplicates were searched
     skipped_rows: int = 0  # rows that cannot be used, or break a constraint
+    group: str | None = None  # the key whose equal values stay together; runs find it by themselves
 
 
 def split_by_group(
@@ -123,11 +124,12 @@ def split_by_group(
         path=str(path),
         rows={split: len(rows_K) for split, rows_K in rows.items()},
         groups={split: len(np.unique(group_N[rows_K])) for split, rows_K in rows.items()},
+        group=group,
         strata=_count_strata(strata_N, split_N) if len(set(strata_N)) > 1 else {},
         has_near_check=stats.near_duplicates is not None,
         skipped_rows=dataset.rejected_rows.counts.total() + dataset.violations.counts.total(),
     )
-    manifest = {"source": dataset.fingerprint, "seed": seed, "rows": result.rows}
+    manifest = {"source": dataset.fingerprint, "seed": seed, "rows": result.rows, "group": group}
     with atomic_dir(path, metadata=manifest, key="--to") as folder:
         for split, rows_K in rows.items():
             with (folder / f"{split}.jsonl").open("wb") as file:
@@ -161,12 +163,12 @@ def group_rows(dataset: Dataset, stats: TextStats, key: str | None) -> np.ndarra
         for row, _, first in stats.near_duplicates.iter_matches(ROLE):
             groups.union(first, row)
     if key is not None:
-        digests = [compute_digest(value) for value in _iter_values(dataset, key)]
+        digests = [compute_digest(value) for value in iter_values(dataset, key)]
         groups.union_equal(np.array(digests, dtype=np.uint64))
     return groups.find_roots()
 
 
-def _iter_values(dataset: Dataset, key: str) -> Iterator[str]:
+def iter_values(dataset: Dataset, key: str) -> Iterator[str]:
     """Yield the value of a key in every row, as JSON."""
     for index in range(len(dataset)):
         row = dataset.get_part(index).source.read_row(dataset.row_N[index])
@@ -180,7 +182,7 @@ def _iter_values(dataset: Dataset, key: str) -> Iterator[str]:
 def _compute_strata(dataset: Dataset, stats: TextStats, key: str | None) -> list[str]:
     """Return the stratum of each row: the value of the key, or its label if answers are labels."""
     if key is not None:
-        return [value.strip('"') for value in _iter_values(dataset, key)]
+        return [value.strip('"') for value in iter_values(dataset, key)]
     label_names = build_label_map(dataset, stats.roles[ROLE])
     if not label_names:
         return [""] * len(dataset)

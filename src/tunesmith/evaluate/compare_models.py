@@ -50,6 +50,7 @@ EVAL_SETTINGS = (
     "stage",
     "metrics",
     "response_schema",
+    "group",
     "skip_invalid",
     "seed",
     "max_length",

@@ -47,8 +47,7 @@ from tunesmith.evaluate.shortcuts import (
 from tunesmith.evaluate.statistics import compute_wilson_interval
 from tunesmith.evaluate.training_answers import (
     MAX_CATEGORIES,
-    TrainingAnswers,
-    read_training_answers,
+    read_training_values,
 )
 
 if TYPE_CHECKING:
@@ -115,14 +114,14 @@ def analyze_run_errors(
     """Analyze the answers of a run's model with what its training rows answer."""
     training = None
     if after.samples and "data" in inputs.datasets:
-        training = read_training_answers(inputs.datasets["data"])
+        training = read_training_values(inputs.datasets["data"])
     return analyze_errors(before, after, training, graded_metrics=plan.config.metrics)
 
 
 def analyze_errors(
     before: EvalResults | None,
     after: EvalResults,
-    training: TrainingAnswers | None = None,
+    training: TrainingValues | None = None,
     *,
     graded_metrics: Iterable[str] = (),
 ) -> ErrorAnalysis | None:
@@ -137,11 +136,11 @@ def analyze_errors(
     items = _build_items(metric, parts, before, after)
     answer_items = [item.answers for item in items if item.answers is not None]
     shortcuts, checked = find_shortcuts(answer_items, training)
-    values = training.values if training else None
     values_before = [item.value_before for item in items]
     pairs = [(item.value_before, item.value) for item in items if item.value_before is not None]
     has_before = bool(items) and None not in values_before
-    mean, low, high = _summarize_values([item.value for item in items])
+    groups = tuple(group for part in parts for group in part.groups)
+    mean, low, high = _summarize_values([item.value for item in items], groups)
     return ErrorAnalysis(
         metric=metric,
         is_binary={item.value for item in items} <= {0.0, 1.0},
@@ -154,12 +153,12 @@ def analyze_errors(
         low=low,
         high=high,
         mean_before=sum(value for value, _ in pairs) / len(pairs) if has_before else None,
-        tables=tuple(table for table in _build_tables(items, values) if table.groups),
-        confusions=_count_confusions(answer_items, values),
+        tables=tuple(table for table in _build_tables(items, training) if table.groups),
+        confusions=_count_confusions(answer_items, training),
         shortcuts=shortcuts,
         suspects=find_suspects(answer_items, training),
         checked=checked,
-        training=values,
+        training=training,
     )
 
 
@@ -170,7 +169,7 @@ def _select_metric(
     by_metric: dict[str, list[MetricValues]] = {}
     for measurement in results.measurements:
         # A mean of tasks has the items of the tasks again.
-        if measurement.ids and not measurement.groups and _is_test(measurement.task):
+        if measurement.ids and not measurement.strata and _is_test(measurement.task):
             by_metric.setdefault(measurement.metric, []).append(measurement)
     for name in STRICTNESS:
         for metric, parts in by_metric.items():
@@ -196,7 +195,7 @@ def _build_items(
     ids_before = map_shared_samples(before, after) if before else {}
     values_before: dict[str, float] = {}
     for measurement in before.measurements if before else ():
-        if measurement.metric == metric and not measurement.groups and _is_test(measurement.task):
+        if measurement.metric == metric and not measurement.strata and _is_test(measurement.task):
             values_before |= dict(zip(measurement.ids, measurement.values, strict=True))
     answers = {item.sample.id: item for item in build_answer_items(after.samples)}
     answers_before: dict[str, AnswerItem] = {}
@@ -226,15 +225,16 @@ class _Member:
     is_only_error: bool = False
 
 
-def _summarize_values(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean with its 95% interval: Wilson's for 0 and 1, all of 0 to 1 for one item."""
+def _summarize_values(
+    values: Sequence[float], groups: tuple[str, ...] = ()
+) -> tuple[float, float, float]:
+    """Return the mean with its 95% interval; of a single item, all of 0 to 1 or Wilson's."""
     mean = sum(values) / len(values)
-    if set(values) <= {0.0, 1.0}:
-        return mean, *compute_wilson_interval(sum(values), len(values))
     if len(values) < 2:
-        return mean, 0.0, 1.0
+        is_rate = mean in (0.0, 1.0)
+        return mean, *(compute_wilson_interval(mean, 1) if is_rate else (0.0, 1.0))
     ids = tuple(map(str, range(len(values))))
-    score = compute_score(MetricValues("", "", ids, tuple(values)))
+    score = compute_score(MetricValues("", "", ids, tuple(values), groups=groups))
     return mean, score.low, score.high
 
 

@@ -115,7 +115,7 @@ def measure_bits_and_kl(
     totals = {text_index: sum_results(results) for text_index, results in parts.items()}
     nats = {text_index: total.nats for text_index, total in totals.items()}
     bits = _build_bits_measurement(texts, nats, GENERAL_TASK)
-    return bits, *build_kl_measurements(GENERAL_TASK, bits.ids, list(totals.values()), bits.groups)
+    return bits, *build_kl_measurements(GENERAL_TASK, bits.ids, list(totals.values()), bits.strata)
 
 
 def split_texts(
@@ -141,7 +141,7 @@ def _build_bits_measurement(
         metric=BITS_PER_BYTE,
         ids=tuple(text.id for text in measured),
         values=values,
-        groups=tuple(text.domain for text in measured),
+        strata=tuple(text.domain for text in measured),
         higher_is_better=False,
     )
 

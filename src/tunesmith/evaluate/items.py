@@ -23,6 +23,7 @@ from tunesmith.evaluate.multiple_choice import build_choices
 from tunesmith.evaluate.results import RETENTION_DATA
 from tunesmith.plan.memory import GENERAL_TEXT_TOKENS
 from tunesmith.session.inputs import RunInputs
+from tunesmith.session.row_groups import map_groups
 
 # Generating 16 answers during training takes about as long as the held-out loss of 60 rows.
 MAX_SELECTION_PROMPTS = 16
@@ -58,6 +59,8 @@ class EvalItems:
     row_tasks: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     # Role -> row id -> digest of its content.
     digests: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
+    # Role -> row id -> its group: rows of one are not independent.
+    row_groups: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     # Prompt id -> one document per label, the correct one first.
     choices: dict[str, tuple[Document, ...]] = field(
         default_factory=dict[str, tuple[Document, ...]]
@@ -87,6 +90,8 @@ def build_eval_items(plan: Plan, inputs: RunInputs, *, allow_code: bool = False)
     """
     refuse_code(plan.config.metrics, allow_code=allow_code)
     general_texts = load_general_texts(inputs)
+    held_out = inputs.datasets.keys() & {"eval_data", "test_data"}
+    row_groups = {role: map_groups(inputs.datasets[role], inputs.recipe.group) for role in held_out}
     digests = _compute_digests(inputs, general_texts)
     is_adaptive = plan.config.rehearsal_margin is not None
     if inputs.corpus is not None:
@@ -100,6 +105,7 @@ def build_eval_items(plan: Plan, inputs: RunInputs, *, allow_code: bool = False)
             held_out_texts=held_out_texts,
             should_track_general=is_adaptive or has_both,
             digests=digests,
+            row_groups=row_groups,
         )
     eval_prompts = _build_eval_prompts(plan, inputs)
     examples = load_test_prompts(inputs)
@@ -127,6 +133,7 @@ def build_eval_items(plan: Plan, inputs: RunInputs, *, allow_code: bool = False)
         should_track_general=is_adaptive,
         row_tasks={role: _map_row_tasks(inputs, role, documents[role]) for role in documents},
         digests=digests,
+        row_groups=row_groups,
         choices=choices,
     )
 

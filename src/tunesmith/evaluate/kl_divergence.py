@@ -190,14 +190,14 @@ KL_SCORER = Scorer("kl", KLResult, partial(_compute_pack_kl, AdapterDisabled()),
 
 
 def build_kl_measurements(
-    task: str, ids: Sequence[str], results: Sequence[KLResult], groups: Sequence[str] = ()
+    task: str, ids: Sequence[str], results: Sequence[KLResult], strata: Sequence[str] = ()
 ) -> tuple[MetricValues, MetricValues]:
     """Return `kl` in nats/token and `top1_agreement` per item, weighted by tokens in a group."""
     weights = tuple(float(result.tokens) for result in results)
     kls = tuple(result.kl / result.tokens for result in results)
     agreements = tuple(result.top1_matches / result.tokens for result in results)
-    kl = MetricValues(task, "kl", tuple(ids), kls, weights, tuple(groups), higher_is_better=False)
-    agreement = MetricValues(task, "top1_agreement", tuple(ids), agreements, weights, tuple(groups))
+    kl = MetricValues(task, "kl", tuple(ids), kls, weights, tuple(strata), higher_is_better=False)
+    agreement = MetricValues(task, "top1_agreement", tuple(ids), agreements, weights, tuple(strata))
     return kl, agreement
 
 

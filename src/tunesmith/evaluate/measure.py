@@ -97,7 +97,21 @@ def measure_items(
                 window=compute_text_window(session),
             )
     shown_ids = tuple(prompt.id for prompt in shown)
-    return EvalResults(tuple(measurements), samples, items.digests, shown_ids)
+    grouped = _set_groups(items, measurements)
+    return EvalResults(grouped, samples, items.digests, shown_ids)
+
+
+def _set_groups(items: EvalItems, measurements: Iterable[MetricValues]) -> tuple[MetricValues, ...]:
+    """Return the measurements with the groups of their rows; texts have none."""
+    grouped: list[MetricValues] = []
+    for measurement in measurements:
+        is_eval = measurement.task.partition(":")[0].split()[0] == EVAL_TASK
+        row_groups = items.row_groups.get("eval_data" if is_eval else "test_data", {})
+        if row_groups and measurement.task != GENERAL_TASK:
+            groups = tuple(row_groups[row] for row in measurement.ids)
+            measurement = dataclasses.replace(measurement, groups=groups)
+        grouped.append(measurement)
+    return tuple(grouped)
 
 
 def measure_eval_loss(session: Session, items: EvalItems) -> MetricValues:
@@ -105,8 +119,10 @@ def measure_eval_loss(session: Session, items: EvalItems) -> MetricValues:
     text."""
     session.model.network.eval()
     if "eval_data" in items.held_out_texts:
-        return _measure_texts(session, items.held_out_texts["eval_data"], "eval")
-    return next(_measure_likelihoods(session, items.eval_documents, "eval"))
+        loss = _measure_texts(session, items.held_out_texts["eval_data"], "eval")
+    else:
+        loss = next(_measure_likelihoods(session, items.eval_documents, "eval"))
+    return _set_groups(items, [loss])[0]
 
 
 def eval_during_training(
@@ -118,7 +134,7 @@ def eval_during_training(
     should_confirm: answer further rows if the answers seem to have a constant; they get no score.
     """
     session.model.network.eval()
-    for measurement in _measure_eval_likelihoods(session, items):
+    for measurement in _set_groups(items, _measure_eval_likelihoods(session, items)):
         yield compute_score(measurement, step=step)
     measurements, outputs = _grade_selection(session, items)
     samples: tuple[GenerationSample, ...] = ()
@@ -130,7 +146,8 @@ def eval_during_training(
             samples += _build_eval_samples(items.confirmation_prompts, further, step)
     if items.should_track_general:
         measurements.append(measure_general_text(session, items.general_texts))
-    yield from (compute_score(measurement, step=step) for measurement in measurements)
+    for measurement in _set_groups(items, measurements):
+        yield compute_score(measurement, step=step)
     yield from samples
 
 

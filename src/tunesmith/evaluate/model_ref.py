@@ -42,7 +42,6 @@ from tunesmith.evaluate.pairing import pair_measurements
 from tunesmith.evaluate.results import EvalResults, MetricValues, compare_measurements
 from tunesmith.evaluate.scale_choice import MAX_SCALE
 from tunesmith.evaluate.statistics import adjust_p_values, compute_p_value
-from tunesmith.evaluate.training_answers import TrainingAnswers
 from tunesmith.model.hub.built_in import BUILT_IN_MODELS
 
 BASE_NAME = "base"
@@ -256,8 +255,7 @@ def _analyze_second(results: Sequence[EvalResults], run: Path) -> ErrorAnalysis 
     training = None
     if (run / RECORD_FILE).is_file():
         stored = read_run_record(run).errors
-        if stored is not None and stored.training is not None:
-            training = TrainingAnswers(stored.training, is_complete=False)
+        training = stored.training if stored else None
     first, second = results
     metrics = read_run_plan(find_weights_dir(run)).config.metrics
     return analyze_errors(first, second, training, graded_metrics=metrics)

@@ -17,7 +17,7 @@ from shlex import quote
 from tunesmith.core.events import EVAL_TASK, GENERAL_TASK
 from tunesmith.core.evidence import ErrorAnalysis, NextStep, Shortcut, VerdictName
 from tunesmith.core.formatting import format_count
-from tunesmith.core.run_dir import RECIPE_FILE, is_staged
+from tunesmith.core.run_dir import RECIPE_FILE, RESOLVED_FILE, is_staged
 from tunesmith.core.types import Comparison, PlanConfig, RunRecord
 from tunesmith.data.answer_values import LOPSIDED_SHARE
 from tunesmith.evaluate.metrics import BITS_PER_BYTE, FORM_METRICS, split_metric
@@ -51,6 +51,11 @@ class Facts:
     @property
     def recipe(self) -> str:
         return quote(str(self.run / RECIPE_FILE))
+
+    @property
+    def resolved(self) -> str:
+        """The recipe in which a step changes one value, and no other follows."""
+        return quote(str(self.run / RESOLVED_FILE))
 
     @property
     def config(self) -> PlanConfig:
@@ -115,7 +120,9 @@ class Facts:
     def build_training(self, reason: str, flags: str, suffix: str) -> NextStep:
         """Return the step that trains the same recipe with other settings."""
         output_dir = quote(f"{self.run}-{suffix}")
-        return NextStep(reason, f"tunesmith train {self.recipe} {flags} --output-dir {output_dir}")
+        return NextStep(
+            reason, f"tunesmith train {self.resolved} {flags} --output-dir {output_dir}"
+        )
 
     def build_split(self, reason: str) -> NextStep:
         folder = quote(f"{self.run}-split")
@@ -130,7 +137,8 @@ def list_next_steps(record: RunRecord, run: Path, verdict: VerdictName) -> tuple
     steps: dict[str, NextStep] = {}
     for rule in RULES:
         for step in rule(facts):
-            if has_recipe or facts.recipe not in step.command:
+            names_recipe = facts.recipe in step.command or facts.resolved in step.command
+            if has_recipe or not names_recipe:
                 steps.setdefault(step.command, step)
     return tuple(steps.values())[:MAX_STEPS]
 
@@ -254,7 +262,7 @@ def suggest_tests(facts: Facts) -> Iterator[NextStep]:
     if is_poor and facts.has_eval_data and facts.config.loss is None:
         rate = facts.config.learning_rate
         reason = f"measure five learning rates around {rate:g}"
-        yield NextStep(reason, f"tunesmith tune lr {facts.recipe}")
+        yield NextStep(reason, f"tunesmith tune lr {facts.resolved}")
 
 
 def suggest_use(facts: Facts) -> Iterator[NextStep]:

@@ -47,7 +47,10 @@ def pair_measurements(
         if problem := _find_problem(first_common, second_common):
             notes.append(f"{name}: not compared, {problem}")
             continue
-        renamed = replace(second_common, ids=first_common.ids, groups=first_common.groups)
+        groups = first_common.groups or second_common.groups
+        first_common = replace(first_common, groups=groups)
+        strata = first_common.strata
+        renamed = replace(second_common, ids=first_common.ids, strata=strata, groups=groups)
         pairs.append((first_common, renamed))
     second_only = [f"{task} {metric}" for task, metric in second_by_metric]
     if first_only:
@@ -91,8 +94,8 @@ def _make_keys(ids: Iterable[str], digests: Mapping[str, str]) -> list[ItemKey]:
 
 
 def _find_problem(first: MetricValues, second: MetricValues) -> str:
-    group_sizes = Counter(first.groups or ("",) * len(first.ids))
-    if min(group_sizes.values(), default=0) < 2:
+    sizes = Counter(first.strata or ("",) * len(first.ids))
+    if min(sizes.values(), default=0) < 2:
         return "fewer than two items are common"
     if first.weights != second.weights:
         return "the tokenizers differ, so the items have other weights: compare bits_per_byte"

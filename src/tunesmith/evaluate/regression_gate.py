@@ -124,19 +124,19 @@ def build_limit_gates(scores: Sequence[Score], limits: Sequence[MetricLimit]) ->
 def _judge_limit(score: Score, limit: MetricLimit) -> Gate:
     worst = score.low if limit.is_least else score.high
     verdict = "held" if limit.is_met_by(score.value) else "not held"
-    if score.n < MIN_ITEMS:
+    if score.independent < MIN_ITEMS:
         verdict = TOO_FEW_ITEMS
     elif limit.is_met_by(score.value) and not limit.is_met_by(worst):
         verdict = "held, but the interval reaches beyond the limit"
     value = f"{score.value:.4f} [{score.low:.4f}, {score.high:.4f}]"
-    message = f"{value}, n = {score.n}, {limit.comparator} {limit.limit:g}: {verdict}"
-    is_passed = limit.is_met_by(score.value) and score.n >= MIN_ITEMS
+    message = f"{value}, n = {score.size}, {limit.comparator} {limit.limit:g}: {verdict}"
+    is_passed = limit.is_met_by(score.value) and score.independent >= MIN_ITEMS
     return Gate(f"{score.task} {score.metric} limit", is_passed, worst, limit.limit, message)
 
 
 def _choose_margin(comparison: Comparison) -> float:
     values = (comparison.before, comparison.after)
-    is_rate = comparison.p_value is not None
+    is_rate = comparison.improved is not None
     is_within = all(score.low >= 0 and score.high <= 1 for score in values)
     if is_rate or (is_within and comparison.higher_is_better):
         return GRADE_MARGIN
@@ -154,7 +154,8 @@ def _judge_gate(comparison: Comparison, margin: float, *, is_loss_allowed: bool 
     least_loss = -high if comparison.higher_is_better else low
     verdict = judge_comparison(comparison)
     is_significant = verdict == "worse" and not is_loss_allowed
-    if comparison.after.n < MIN_ITEMS or (least_loss <= margin < worst_loss and not is_significant):
+    has_few = comparison.after.independent < MIN_ITEMS
+    if has_few or (least_loss <= margin < worst_loss and not is_significant):
         verdict = TOO_FEW_ITEMS
     elif least_loss > margin:
         verdict = "worse"
@@ -164,7 +165,7 @@ def _judge_gate(comparison: Comparison, margin: float, *, is_loss_allowed: bool 
     change = f"{comparison.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
     is_general = comparison.task == GENERAL_TASK
     limit = f"bits per byte, at most {margin:+g}" if is_general else f"at most {margin:.2g} worse"
-    message = f"{change}, n = {comparison.after.n}, {limit}: {verdict}"
+    message = f"{change}, n = {comparison.after.size}, {limit}: {verdict}"
     return Gate(f"{comparison.task} {comparison.metric}", is_passed, bound, margin, message)
 
 

@@ -22,9 +22,9 @@ from tunesmith.core.types import Comparison
 from tunesmith.evaluate.statistics import (
     compute_constant_interval,
     compute_detectable_difference,
-    compute_mcnemar_p,
     compute_mean_interval,
     compute_padded_interval,
+    compute_sign_flip_p,
     compute_wilson_interval,
     judge_comparison,
 )
@@ -43,7 +43,8 @@ class MetricValues:
     """One metric on the items of one task.
 
     weights: weights of the mean, such as tokens per document; empty for equal weights.
-    groups: the group of each item; the result is the mean of the group means. Empty for one group.
+    strata: the task of each item; the result is the mean of the tasks' means. Empty for one task.
+    groups: the group of each item; items of one are not independent. Empty if all items are.
     truncated: whether each item's answer reached the limit of new tokens; empty without answers.
     """
 
@@ -52,6 +53,7 @@ class MetricValues:
     ids: tuple[str, ...]
     values: tuple[float, ...]
     weights: tuple[float, ...] = ()
+    strata: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     higher_is_better: bool = True
     truncated: tuple[bool, ...] = ()
@@ -61,7 +63,7 @@ class MetricValues:
         """Refuse a stored measurement whose lists are not of the same items."""
         if len(self.ids) != len(self.values):
             raise ValueError(f"ids: {len(self.ids)}, values: {len(self.values)}")
-        for name in ("weights", "groups", "truncated"):
+        for name in ("weights", "strata", "groups", "truncated"):
             count = len(getattr(self, name))
             if count not in (0, len(self.ids)):
                 raise ValueError(f"ids: {len(self.ids)}, {name}: {count}")
@@ -69,7 +71,7 @@ class MetricValues:
 
     @property
     def is_binary(self) -> bool:
-        return not self.weights and not self.groups and set(self.values) <= {0.0, 1.0}
+        return not self.weights and not self.strata and set(self.values) <= {0.0, 1.0}
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,16 @@ def compute_score(measurement: MetricValues, *, step: int = 0) -> Score:
     """
     _refuse_single_item(measurement)
     _refuse_nonfinite(measurement)
-    if measurement.is_binary:
+    if measurement.is_binary and not count_groups(measurement):
         low, high = compute_wilson_interval(sum(measurement.values), len(measurement.values))
     else:
         low, high = _compute_interval(measurement, _find_bounds(measurement))
     value = _compute_mean(measurement)
     n = len(measurement.values)
     truncated = sum(measurement.truncated)
-    return Score(measurement.task, measurement.metric, value, low, high, n, step, truncated)
+    groups = count_groups(measurement)
+    name = (measurement.task, measurement.metric)
+    return Score(*name, value, low, high, n, step, truncated, groups)
 
 
 def compare_measurements(before: MetricValues, after: MetricValues, *, step: int = 0) -> Comparison:
@@ -124,9 +128,10 @@ def compare_measurements(before: MetricValues, after: MetricValues, *, step: int
         gains = changes.count(1.0)
         losses = changes.count(-1.0)
         improved, worsened = (gains, losses) if before.higher_is_better else (losses, gains)
-        p_value = compute_mcnemar_p(gains, losses)
     _refuse_single_item(change)
     is_graded = _find_bounds(before)[1] == _find_bounds(after)[1] == 1
+    if is_graded and not before.weights:
+        p_value = _compute_exact_p(change)
     low, high = _compute_interval(change, (-1.0, 1.0) if is_graded else UNBOUNDED)
     if low == high:
         low, high = compute_constant_interval(low, len(changes))
@@ -144,6 +149,13 @@ def compare_measurements(before: MetricValues, after: MetricValues, *, step: int
         p_value=p_value,
         min_detectable=compute_detectable_difference(low, high),
     )
+
+
+def _compute_exact_p(change: MetricValues) -> float | None:
+    """Return the p of all signs that the changes of the items, or groups, might have had."""
+    values, weights, strata = _to_arrays(change)
+    terms = np.concatenate([values[rows] * weights[rows] / weights[rows].sum() for rows in strata])
+    return compute_sign_flip_p(terms)
 
 
 def average_measurements(measurements: Sequence[MetricValues]) -> MetricValues:
@@ -209,12 +221,13 @@ def format_comparison(comparison: Comparison) -> str:
     c = comparison
     values = f"{c.task}, {c.metric}: {c.before.value:.3f} -> {c.after.value:.3f}"
     change = f"difference {c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]"
-    return f"{values}, {change}, n = {c.after.n}: {judge_comparison(c)}"
+    return f"{values}, {change}, n = {c.after.size}: {judge_comparison(c)}"
 
 
 def select_items(measurement: MetricValues, indices: Sequence[int]) -> MetricValues:
     """Return the measurement of the items with these indices, in this order."""
     weights = measurement.weights
+    strata = measurement.strata
     groups = measurement.groups
     truncated = measurement.truncated
     return replace(
@@ -222,6 +235,7 @@ def select_items(measurement: MetricValues, indices: Sequence[int]) -> MetricVal
         ids=tuple(measurement.ids[index] for index in indices),
         values=tuple(measurement.values[index] for index in indices),
         weights=tuple(weights[index] for index in indices) if weights else (),
+        strata=tuple(strata[index] for index in indices) if strata else (),
         groups=tuple(groups[index] for index in indices) if groups else (),
         truncated=tuple(truncated[index] for index in indices) if truncated else (),
     )
@@ -260,13 +274,13 @@ def _split_tasks(
     if len(names) > 1:
         indices = [i for i, item in enumerate(measurement.ids) if tasks[item] in names]
         part = select_items(measurement, indices)
-        groups = tuple(tasks[item] for item in part.ids)
-        yield replace(part, task=f"{measurement.task}: {mean_label}", groups=groups)
+        strata = tuple(tasks[item] for item in part.ids)
+        yield replace(part, task=f"{measurement.task}: {mean_label}", strata=strata)
 
 
 def _compute_mean(measurement: MetricValues) -> float:
-    values, weights, groups = _to_arrays(measurement)
-    return float(np.mean([np.average(values[rows], weights=weights[rows]) for rows in groups]))
+    values, weights, strata = _to_arrays(replace(measurement, groups=()))
+    return float(np.mean([np.average(values[rows], weights=weights[rows]) for rows in strata]))
 
 
 def _find_bounds(measurement: MetricValues) -> tuple[float, float]:
@@ -285,32 +299,65 @@ def _compute_interval(
 ) -> tuple[float, float]:
     """Return the interval of the mean, within the bounds of the values.
 
-    Unweighted grades that are all right or wrong, or all equal, are treated as rates.
+    Rates, grades of groups, grades that are all equal and differences of which most are 0 get the
+    interval that is padded with one more value at either bound; of differences, of their size.
     """
-    values, weights, groups = _to_arrays(measurement)
+    values, weights, strata = _to_arrays(measurement)
     if bounds[1] == 1 and not measurement.weights:
-        is_constant = all(np.ptp(values[rows]) == 0 for rows in groups)
-        if is_constant or set(measurement.values) <= {-1.0, 0.0, 1.0}:
-            return compute_padded_interval(values, groups, bounds)
-    low, high = compute_mean_interval(values, weights, groups)
+        is_constant = all(np.ptp(values[rows]) == 0 for rows in strata)
+        changed = np.flatnonzero(values)
+        is_sparse = bounds[0] < 0 and 2 * len(changed) < len(values)
+        is_rate = set(measurement.values) <= {-1.0, 0.0, 1.0}
+        ends = bounds
+        if bounds[0] < 0 and len(changed) and not is_constant:
+            size = math.sqrt(np.average(values[changed] ** 2, weights=weights[changed]))
+            ends = (-size, size)
+        if is_constant or is_rate or is_sparse or count_groups(measurement):
+            low, high = compute_padded_interval(values, weights, strata, ends)
+            return max(bounds[0], low), min(bounds[1], high)
+    low, high = compute_mean_interval(values, weights, strata)
     return max(bounds[0], low), min(bounds[1], high)
 
 
 def _to_arrays(measurement: MetricValues) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Return the values, the weights, and the item indices of each group."""
-    n = len(measurement.values)
-    names = np.array(measurement.groups or ("",) * n)
-    groups = [np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())]
-    return np.array(measurement.values), np.array(measurement.weights or (1.0,) * n), groups
+    """Return values, weights, and the indices of each stratum: of the items, or of the groups, with
+    their means and summed weights (the ratio estimator, Cochran 1977)."""
+    values = np.array(measurement.values)
+    n = len(values)
+    weights = np.array(measurement.weights or (1.0,) * n)
+    names = measurement.strata or ("",) * n
+    if count_groups(measurement) > 1:
+        units = list(zip(names, measurement.groups, strict=True))
+        index_by_unit = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
+        unit_N = np.array([index_by_unit[unit] for unit in units])
+        sums = np.bincount(unit_N, weights * values)
+        weights = np.bincount(unit_N, weights)
+        values = sums / np.maximum(weights, 1e-300)
+        names = tuple(stratum for stratum, _ in index_by_unit)
+    strata = [
+        np.flatnonzero([name == stratum for name in names]) for stratum in dict.fromkeys(names)
+    ]
+    return values, weights, strata
+
+
+def count_groups(measurement: MetricValues) -> int:
+    """Return how many groups a measurement has: the fewest of a stratum, since one with a single
+    group has no interval of groups. 0 if each item is alone."""
+    if not measurement.groups:
+        return 0
+    names = measurement.strata or ("",) * len(measurement.groups)
+    units = set(zip(names, measurement.groups, strict=True))
+    sizes = Counter(stratum for stratum, _ in units)
+    return min(sizes.values()) if len(units) < len(measurement.groups) else 0
 
 
 def _refuse_single_item(measurement: MetricValues) -> None:
-    group_sizes = Counter(measurement.groups or ("",) * len(measurement.values))
-    for group, count in group_sizes.items():
+    sizes = Counter(measurement.strata or ("",) * len(measurement.values))
+    for stratum, count in sizes.items():
         if count < 2:
             subject = f"{measurement.task} has only 1 item"
-            if group:
-                subject += f" in the group {group!r}"
+            if stratum:
+                subject += f" of {stratum!r}"
             fix = "evaluate on at least two items, better a hundred"
             raise InputError(f"{subject}: an interval needs two", fix=fix)
     if not measurement.values:
@@ -342,7 +389,7 @@ def _align_items(before: MetricValues, after: MetricValues) -> MetricValues:
         message = f"before and after were not evaluated on the same items: {mismatched_ids[0]}"
         raise InputError(message, where=before.task)
     aligned = select_items(after, [index_by_id[item] for item in before.ids])
-    if (before.weights, before.groups) != (aligned.weights, aligned.groups):
-        message = "the items have different weights or groups before and after"
+    if (before.weights, before.strata) != (aligned.weights, aligned.strata):
+        message = "the items have different weights or tasks before and after"
         raise InputError(message, where=before.task)
     return aligned

@@ -150,7 +150,7 @@ def _judge_all(comparisons: Sequence[Comparison]) -> list[JudgedComparison]:
     not even all of them, fixed, would be significant: five have p = 0.06, before any correction."""
     judged: list[JudgedComparison] = []
     for comparison, verdict in zip(comparisons, judge_comparisons(comparisons), strict=True):
-        n = comparison.after.n
+        n = comparison.after.independent
         can_show = len(comparisons) * compute_mcnemar_p(n, 0) < ALPHA
         is_too_small = comparison.p_value is not None and not can_show
         is_shown = verdict in ("better", "worse")
@@ -324,12 +324,14 @@ def _find_level_problem(
         return f"{name} shows the form of the answers, not whether they are right"
     if not _can_be_right(errors):
         return f"{errors.metric} has no value above which an answer is right: set one in `gates`"
-    return _find_share_problem(errors.right, errors.n)
+    has_groups = errors.is_binary and any(each.after.groups for each, _ in deciding)
+    low = errors.low if has_groups else None
+    return _find_share_problem(errors.right, errors.n, low)
 
 
-def _find_share_problem(right: int, n: int) -> str:
+def _find_share_problem(right: int, n: int, low: float | None = None) -> str:
     """Return why so many right answers are too few for a model that is ready; empty if not."""
-    low, _ = compute_wilson_interval(right, n)
+    low = compute_wilson_interval(right, n)[0] if low is None else low
     share = right / n
     min_share = VERDICT_LIMITS["ready: right answers"]
     min_low = VERDICT_LIMITS["ready: lower end"]

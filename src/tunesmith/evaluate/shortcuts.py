@@ -8,7 +8,7 @@ compares how often answers have a property with how often the expected answers h
 (exact one-sided McNemar test, Holm-corrected over the fields): what expected answers do as well is
 no shortcut, whatever the task. All thresholds are in SHORTCUT_LIMITS.
 
-In: AnswerItems, TrainingAnswers. Out: Shortcuts. Left out: why an answer is wrong otherwise
+In: AnswerItems, TrainingValues. Out: Shortcuts. Left out: why an answer is wrong otherwise
 (error_analysis.py), when to look (error_analysis.py, train/guard/detectors.py).
 """
 
@@ -22,11 +22,10 @@ from functools import cached_property
 import numpy as np
 
 from tunesmith.core.events import GenerationSample
-from tunesmith.core.evidence import MAX_GROUP_ROWS, Shortcut, ShortcutKind
+from tunesmith.core.evidence import MAX_GROUP_ROWS, Shortcut, ShortcutKind, TrainingValues
 from tunesmith.data.answer_values import ANSWER, normalize_answer, split_fields
 from tunesmith.data.checks.ngrams import hash_unique_ngrams, hash_words
 from tunesmith.evaluate.statistics import adjust_p_values, compute_excess_p
-from tunesmith.evaluate.training_answers import PHRASE_WORDS, TrainingAnswers
 
 SHORTCUT_LIMITS: dict[str, float] = {
     # one-sided p of all detectors, after Holm correction
@@ -37,9 +36,6 @@ SHORTCUT_LIMITS: dict[str, float] = {
     "constant: wrong share": 0.90,
     # share of the answers that are copied where the expected answer is not
     "copied: share": 0.10,
-    # share of the expected answers that are in training rows, above which copies mean nothing:
-    # the answers are few
-    "copied from training rows: expected share": 0.05,
     # share of an answer's phrases of 8 words that are in the other text
     "copied: phrase share": 0.80,
     # characters of a prompt that an answer may repeat, and of an answer that may be a copy
@@ -47,6 +43,8 @@ SHORTCUT_LIMITS: dict[str, float] = {
 }
 SUSPECT_P = 0.25  # uncorrected: two rows that expect another value; more answers are worth it
 MAX_SHORTCUTS = 20
+CHECKED_KINDS: tuple[ShortcutKind, ...] = ("constant", "copied from the prompt")
+PHRASE_WORDS = 8
 MAX_COMPARED_CHARS = 20_000  # of a text
 
 
@@ -81,23 +79,19 @@ def build_answer_items(samples: Sequence[GenerationSample]) -> list[AnswerItem]:
 
 
 def find_shortcuts(
-    items: Sequence[AnswerItem], training: TrainingAnswers | None
+    items: Sequence[AnswerItem], training: TrainingValues | None
 ) -> tuple[tuple[Shortcut, ...], tuple[ShortcutKind, ...]]:
     """Return the shortcuts, and the kinds that were looked for."""
     if not items:
         return (), ()
-    checked: list[ShortcutKind] = ["constant", "copied from the prompt"]
     constants = find_constants(items)
     copies = _find_prompt_copies(items)
     if training is not None:
         constants = [_add_training_rows(shortcut, training) for shortcut in constants]
-    if training is not None and training.is_complete:
-        checked.append("copied from training rows")
-        copies += _find_training_copies(items, training)
     names = {(shortcut.field, "constant") for shortcut in constants}
     # An answer that is always the same is not copied from each prompt.
     copies = [copy for copy in copies if (copy.field, "constant") not in names]
-    return (*constants, *copies)[:MAX_SHORTCUTS], tuple(checked)
+    return (*constants, *copies)[:MAX_SHORTCUTS], CHECKED_KINDS
 
 
 # ---------------------------------------------------------------- constants
@@ -114,7 +108,7 @@ def has_suspect(items: Sequence[AnswerItem]) -> bool:
 
 
 def find_suspects(
-    items: Sequence[AnswerItem], training: TrainingAnswers | None
+    items: Sequence[AnswerItem], training: TrainingValues | None
 ) -> tuple[Shortcut, ...]:
     """Return what may be a constant, where too few rows expect another value to show it.
 
@@ -172,8 +166,8 @@ def _count_constant(items: Sequence[AnswerItem], name: str) -> tuple[Shortcut, f
     return shortcut, p_value
 
 
-def _add_training_rows(shortcut: Shortcut, training: TrainingAnswers) -> Shortcut:
-    values = training.values.counts.get(shortcut.field)
+def _add_training_rows(shortcut: Shortcut, training: TrainingValues) -> Shortcut:
+    values = training.counts.get(shortcut.field)
     if values is None:
         return shortcut
     total = sum(values.values())
@@ -194,48 +188,26 @@ def _find_prompt_copies(items: Sequence[AnswerItem]) -> list[Shortcut]:
         def is_copied(index: int, text: str) -> bool:
             return _is_copied(text, prompts[index], phrases[index])
 
-        candidates.append(_count_copies(items, ANSWER, "copied from the prompt", is_copied))
+        candidates.append(_count_copies(items, ANSWER, is_copied))
     else:
 
         def is_contained(index: int, text: str) -> bool:
             return _has_value(prompts[index], text)
 
         for name in _list_fields(items):
-            counted = _count_copies(items, name, "copied from the prompt", is_contained)
+            counted = _count_copies(items, name, is_contained)
             candidates.append(counted)
     return _select_significant([each for each in candidates if each is not None])
-
-
-def _find_training_copies(items: Sequence[AnswerItem], training: TrainingAnswers) -> list[Shortcut]:
-    """Return whether answers repeat training rows more often than expected answers do."""
-
-    def is_copied(_: int, text: str) -> bool:
-        if normalize_answer(text) in training.answers:
-            return True
-        if items[0].is_structured:  # objects share their keys, and often more
-            return False
-        return (
-            _measure_phrase_share(_hash_phrases(_fold(text)), training.phrases)
-            >= (SHORTCUT_LIMITS["copied: phrase share"])
-        )
-
-    counted = _count_copies(items, ANSWER, "copied from training rows", is_copied)
-    limit = SHORTCUT_LIMITS["copied from training rows: expected share"]
-    if counted is None or counted[0].expected > limit * counted[0].n:
-        return []
-    return _select_significant([counted])
 
 
 def _count_copies(
     items: Sequence[AnswerItem],
     name: str,
-    kind: ShortcutKind,
     is_copied: Callable[[int, str], bool],
 ) -> tuple[Shortcut, float] | None:
     """Return the copied answers with the p-value of their excess over expected ones."""
     n = count = num_expected = missed = 0
     wrong_rows: list[str] = []
-    wrong_texts: set[str] = set()
     for index, item in enumerate(items):
         texts = _get_texts(item, name)
         if texts is None:
@@ -248,14 +220,12 @@ def _count_copies(
         missed += is_expected_copied and not is_answer_copied
         if is_answer_copied and not is_expected_copied:
             wrong_rows.append(item.sample.id)
-            wrong_texts.add(normalize_answer(texts[1]))
     if not n:
         return None
-    # One training answer again and again is a frequent answer, and no copy of rows.
-    num_copies = len(wrong_rows if kind == "copied from the prompt" else wrong_texts)
-    has_enough = num_copies >= SHORTCUT_LIMITS["copied: share"] * n
+    has_enough = len(wrong_rows) >= SHORTCUT_LIMITS["copied: share"] * n
     p_value = compute_excess_p(len(wrong_rows), missed) if has_enough else 1.0
     rows = tuple(wrong_rows[:MAX_GROUP_ROWS])
+    kind: ShortcutKind = "copied from the prompt"
     return Shortcut(kind, name, "", n, count, num_expected, 1.0, rows=rows), p_value
 
 

@@ -23,15 +23,20 @@ from tunesmith.core.types import Comparison
 Z = 1.959963984540054  # 97.5% quantile of the standard normal distribution
 Z_POWER = 0.8416212335729143  # its 80% quantile
 ALPHA = 0.05
-MIN_ITEMS = 5  # fewer items get an interval, but no verdict
+MIN_ITEMS = 6  # independent ones; fewer get no verdict: of five pairs, the exact p is 0.06 or more
 MIN_SEQUENCE = 30  # values from which a confidence sequence holds
 # Few items show neither the tail nor the variance of a skewed distribution. These numbers bring the
-# coverage of normal and skewed items to 95% +- 1.5 from MIN_ITEMS on (docs/results/coverage.md).
+# coverage of normal and skewed items to 95% +- 1.5 from FEW_ITEMS on (docs/results/coverage.md).
+FEW_ITEMS = 5
 SKEWNESS_CORRECTION = 3.0  # divided by the number of items
-FAR_END_FACTOR = 2.2  # at MIN_ITEMS; falls with their power of 2.5
-LOST_DEGREES = 1.5  # at MIN_ITEMS; falls with their power of 6
+FAR_END_FACTOR = 2.2  # at FEW_ITEMS; falls with their power of 2.5
+LOST_DEGREES = 1.5  # at FEW_ITEMS; falls with their power of 6
 NO_DIFFERENCE = "no difference shown"
 TOO_FEW_ITEMS = "too few items to tell"
+SAME = 1e-9  # changes below it are rounding
+MAX_ENUMERATED = 16  # changed items whose signs are all tried
+MAX_STEP_PARTS = 12  # of the smallest change, that all changes may be multiples of
+MAX_SUM_STEPS = 20_000
 PADDING = 2  # values at either bound; with one, 5% of the runs of a rate of 0.9 are not covered
 
 
@@ -51,29 +56,39 @@ def compute_wilson_interval(successes: float, n: int) -> tuple[float, float]:
 
 
 def compute_padded_interval(
-    values: np.ndarray, groups: Sequence[np.ndarray], bounds: tuple[float, float]
+    values: np.ndarray,
+    weights: np.ndarray,
+    strata: Sequence[np.ndarray],
+    bounds: tuple[float, float],
 ) -> tuple[float, float]:
-    """Return an interval of the mean over groups of the group means of bounded values.
+    """Return an interval of the mean over strata of the weighted means of bounded values.
 
-    One more value at either bound, spread over the groups, keeps equal values from looking certain.
-    For differences of paired rates in one group this is the interval of Bonett and Price (2012):
-    Wald's with one more pair of either kind. The quantile is that of t: with the normal one, few
-    pairs that nearly all differ are covered in 88%.
+    One more value at either bound, spread over the strata, keeps equal values from looking certain;
+    its weight is the mean weight that an item finds in its group. For differences of paired rates
+    in one stratum this is the interval of Bonett and Price (2012): Wald's with one more pair of
+    either kind. The quantile is that of t: with the normal one, few pairs that nearly all differ
+    are covered in 88%.
     """
-    count = len(groups)
-    total = sum(len(rows) for rows in groups)
-    squares = bounds[0] ** 2 + bounds[1] ** 2
+    count = len(strata)
+    total = sum(len(rows) for rows in strata)
     mean = variance = 0.0
-    for rows in groups:
+    degrees = 1.0 + count
+    for rows in strata:
         share = len(rows) / total
-        size = len(rows) + 2 * share
-        group_mean = (float(values[rows].sum()) + share * sum(bounds)) / size
-        square_sum = float((values[rows] ** 2).sum()) + share * squares
-        mean += group_mean / count
-        degrees = size - (1 - 1 / count)  # of many groups, each loses one
-        variance += max(0.0, square_sum / size - group_mean**2) / degrees / count**2
-    half = compute_t_quantile(total + 1) * math.sqrt(variance)
-    return max(bounds[0], mean - half), min(bounds[1], mean + half)
+        unit = float(weights[rows] @ weights[rows] / weights[rows].sum())
+        padded = np.append(values[rows], bounds)
+        parts = np.append(weights[rows], (share * unit, share * unit))
+        size = parts.sum()
+        stratum_mean = float(parts @ padded / size)
+        squares = np.append(weights[rows] ** 2, (share * unit**2, share * unit**2))
+        num = len(rows) + 2 * share
+        correction = num / (num - (1 - 1 / count))  # of many strata, each loses a degree
+        spread = float(squares @ (padded - stratum_mean) ** 2) / size**2
+        mean += stratum_mean / count
+        variance += correction * spread / count**2
+        degrees += _estimate_degrees_of(weights[rows])
+    half = compute_t_quantile(degrees) * math.sqrt(variance)
+    return mean - half, mean + half
 
 
 def compute_constant_interval(difference: float, n: int) -> tuple[float, float]:
@@ -96,15 +111,15 @@ class _Moments:
 
 
 def compute_mean_interval(
-    values: np.ndarray, weights: np.ndarray, groups: Sequence[np.ndarray]
+    values: np.ndarray, weights: np.ndarray, strata: Sequence[np.ndarray]
 ) -> tuple[float, float]:
-    """Return the interval of the mean over groups of each group's weighted mean.
+    """Return the interval of the mean over strata of each stratum's weighted mean.
 
     A t interval whose ends follow the skewness of the items, by Hall's transformation (1992): the
     end on the long tail's side is that end or, with few items, beyond it; the other lies halfway
-    between t's and Hall's. `groups` are arrays of item indices.
+    between t's and Hall's. `strata` are arrays of item indices.
     """
-    parts = [_estimate_moments(values[rows], weights[rows]) for rows in groups]
+    parts = [_estimate_moments(values[rows], weights[rows]) for rows in strata]
     count = len(parts)
     mean = sum(part.mean for part in parts) / count
     variance = sum(part.variance for part in parts) / count**2
@@ -120,7 +135,7 @@ def compute_mean_interval(
     third = sum(part.third for part in parts) / count**3
     # The sample skewness of few items is too small.
     skewness = third / variance**1.5 * (1 + SKEWNESS_CORRECTION / size)
-    scarcity = min(1.0, MIN_ITEMS / size)
+    scarcity = min(1.0, FEW_ITEMS / size)
     quantile = compute_t_quantile(max(1.0, degrees - LOST_DEGREES * scarcity**6))
     error = math.sqrt(variance)
     low = -_combine_ends(quantile, _invert_hall(quantile, skewness), scarcity)
@@ -140,6 +155,11 @@ def _estimate_moments(values: np.ndarray, weights: np.ndarray) -> _Moments:
     third = correction * float((deviations**3).sum())
     degrees = _estimate_degrees(shares, factors * shares**2)
     return _Moments(mean, variance, third, degrees, int(np.count_nonzero(shares)))
+
+
+def _estimate_degrees_of(weights: np.ndarray) -> float:
+    shares = weights / weights.sum()
+    return _estimate_degrees(shares, shares**2 / np.maximum(1 - shares, 1e-9))
 
 
 def _estimate_degrees(shares: np.ndarray, factors: np.ndarray) -> float:
@@ -175,7 +195,7 @@ def _invert_hall(quantile: float, skewness: float) -> float:
 def _combine_ends(t_end: float, hall_end: float, scarcity: float) -> float:
     """Return Hall's end, or farther, where it is the farther one; else the middle of both.
 
-    scarcity: 1 for MIN_ITEMS items, towards 0 for many."""
+    scarcity: 1 for FEW_ITEMS items, towards 0 for many."""
     distance = hall_end - t_end
     if distance >= 0:
         return t_end + (1 + FAR_END_FACTOR * scarcity**2.5) * distance
@@ -232,6 +252,43 @@ def compute_mcnemar_p(gains: int, losses: int) -> float:
     return min(1.0, 2 * compute_excess_p(max(gains, losses), min(gains, losses)))
 
 
+def compute_sign_flip_p(changes: np.ndarray) -> float | None:
+    """Return the exact two-sided p of a sum whose terms might as well have the other sign (Fisher
+    1935); of changes of +-1 it is McNemar's.
+
+    Counted over all signs, or over all sums if the changes are multiples of a step that is not too
+    fine; None where both are too many, and the interval holds by itself."""
+    sizes = np.abs(changes[np.abs(changes) > SAME])
+    if len(sizes) == 0:
+        return 1.0
+    steps = [sizes.min() / part for part in range(1, MAX_STEP_PARTS + 1)]
+    for step in steps:
+        counts = np.rint(sizes / step)
+        is_multiple = bool(np.all(np.abs(sizes - counts * step) < SAME * counts))
+        if is_multiple and counts.sum() <= MAX_SUM_STEPS:
+            sums = _convolve_signs(counts.astype(int))
+            reached = round(abs(float(changes.sum())) / step)
+            # the sum is at index sum(counts) + sum, in single steps
+            return min(1.0, 2 * float(sums[len(sums) // 2 + reached :].sum())) if reached else 1.0
+    if len(sizes) > MAX_ENUMERATED:
+        return None
+    sums = np.zeros(1)
+    for size in sizes.tolist():
+        sums = np.concatenate([sums + size, sums - size])
+    return float(np.mean(np.abs(sums) >= abs(float(changes.sum())) - SAME * len(sizes)))
+
+
+def _convolve_signs(counts: np.ndarray) -> np.ndarray:
+    """Return the probability of each sum of +-counts, from the least to the largest."""
+    sums = np.ones(1)
+    for count in counts.tolist():
+        longer = np.zeros(len(sums) + 2 * count)
+        longer[: len(sums)] += sums / 2
+        longer[2 * count :] += sums / 2
+        sums = longer
+    return sums
+
+
 def count_pairs(size: int) -> int:
     return size * (size - 1) // 2
 
@@ -270,7 +327,7 @@ def compute_detectable_difference(low: float, high: float) -> float:
 
 
 def compute_p_value(comparison: Comparison) -> float:
-    """Return McNemar's exact p for 0/1 items, else that of the interval with Student's tail.
+    """Return the exact p of grades, else that of the interval with Student's tail.
 
     The end towards 0 counts: p is below 0.05 if the interval excludes 0. A normal tail would be too
     thin for Holm's correction, which reads it far out: of simulated differences of 5 items around
@@ -282,7 +339,7 @@ def compute_p_value(comparison: Comparison) -> float:
     half = difference - comparison.low if difference > 0 else comparison.high - difference
     if half <= 0:
         return 1.0 if difference == 0 else 0.0
-    degrees = max(1, comparison.after.n - 1)
+    degrees = max(1, comparison.after.independent - 1)
     statistic = abs(difference) / half * compute_t_quantile(degrees)
     return 2 * float(stdtr(degrees, -statistic))
 
@@ -292,7 +349,7 @@ def compute_p_value(comparison: Comparison) -> float:
 
 def is_shown_above(score: Score, limit: float) -> bool:
     """Return whether a score lies above a limit with its whole interval, and on enough items."""
-    return score.n >= MIN_ITEMS and score.low > limit
+    return score.independent >= MIN_ITEMS and score.low > limit
 
 
 def judge_comparison(comparison: Comparison) -> str:
@@ -300,7 +357,7 @@ def judge_comparison(comparison: Comparison) -> str:
 
     Fewer than MIN_ITEMS items get neither.
     """
-    if comparison.after.n < MIN_ITEMS:
+    if comparison.after.independent < MIN_ITEMS:
         return TOO_FEW_ITEMS
     low = comparison.low
     high = comparison.high
@@ -329,12 +386,16 @@ def judge_comparisons(
 def describe_evidence(comparison: Comparison) -> str:
     """Return the counts and p behind a verdict, and what a null result could have shown."""
     parts: list[str] = []
+    after = comparison.after
+    if comparison.improved is not None:
+        parts.append(f"{comparison.improved} fixed, {comparison.worsened} broken")
     if comparison.p_value is not None:
-        counts = f"{comparison.improved} fixed, {comparison.worsened} broken"
-        parts.append(f"{counts}; McNemar {format_p(comparison.p_value)}")
+        is_mcnemar = comparison.improved is not None and not after.groups
+        parts.append(f"{'McNemar' if is_mcnemar else 'sign-flip'} {format_p(comparison.p_value)}")
     verdict = judge_comparison(comparison)
     if verdict == TOO_FEW_ITEMS:
-        parts.append(f"{comparison.after.n} of at least {MIN_ITEMS}")
+        unit = " groups" if after.groups else ""
+        parts.append(f"{after.independent} of at least {MIN_ITEMS}{unit}")
     if verdict == NO_DIFFERENCE and comparison.min_detectable:
         parts.append(f"minimum detectable difference {comparison.min_detectable:.2g}")
     return "; ".join(parts)

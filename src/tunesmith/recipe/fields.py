@@ -558,8 +558,8 @@ class GuardConfig(RecipeMapping):
     forgetting: GuardAction = setting("auto", "If retention_data loses more than the margin.")
     margin: Auto | Positive = setting("auto", "Allowed loss on retention_data, in bits per byte.")
     patience: Auto | Count = setting("auto", "Evaluations without improvement before stopping.")
-    probe_steps: Auto | Count = setting(
-        "auto", "Steps between generation probes; auto: 5% of the time."
+    probe_steps: Auto | Annotated[int, Field(ge=0), BeforeValidator(reject_bool)] = setting(
+        "auto", "Steps between generation probes; auto: 5% of the time; 0: none."
     )
 
 

@@ -139,6 +139,9 @@ class Recipe(RecipeMapping):
     )
     add_tokens: NewTokens = setting((), "New tokens; their embedding and head rows are trained.")
     response_schema: FilePath | None = setting(None, "JSON schema of a correct answer.")
+    group: Auto | Literal["none"] | Name = setting(
+        "auto", "Row key whose rows are not independent: package, author; auto: by ids."
+    )
 
     train_on: TrainOn = setting(
         "answers", "Trained text: answers, all, or the messages of these roles."

@@ -24,7 +24,6 @@ from tunesmith.evaluate.statistics import (
     NO_DIFFERENCE,
     TOO_FEW_ITEMS,
     describe_evidence,
-    format_p,
     judge_comparisons,
 )
 from tunesmith.report.data_checks import list_overlaps
@@ -98,17 +97,9 @@ def build_claims(record: RunRecord) -> tuple[Claim, ...]:
     verdicts = judge_comparisons(record.comparisons)
     for comparison, verdict in zip(record.comparisons, verdicts, strict=True):
         outcome = OUTCOMES.get(verdict, "doubtful")
-        claims.append(Claim(comparison, outcome, verdict, _describe_evidence(comparison)))
+        evidence = describe_evidence(comparison).replace("; McNemar ", ", ")
+        claims.append(Claim(comparison, outcome, verdict, evidence))
     return tuple(claims)
-
-
-def _describe_evidence(comparison: Comparison) -> str:
-    """Return how many answers were fixed and broken; for other metrics, as the terminal does."""
-    if comparison.p_value is None:
-        return describe_evidence(comparison)
-    counts = f"{comparison.improved} fixed, {comparison.worsened} broken"
-    rest = describe_evidence(comparison).partition("; ")[2].partition("; ")[2]
-    return "; ".join(filter(None, [f"{counts}, {format_p(comparison.p_value)}", rest]))
 
 
 def build_summary(run: ReportData) -> Summary:

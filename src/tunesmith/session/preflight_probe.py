@@ -42,6 +42,7 @@ TRUNCATED_SUFFIX = ", truncated"  # of the id of a document without its end
 BANNED_SUFFIX = ", banned"  # of the id of a document that only trains away from its answer
 MIN_CHECKED_CHARS = 12  # of an untrained message that must not be among the targets
 MAX_CHECKED_POSITIONS = 64  # per document, for which logits are compared
+MAX_CHECKED_TARGETS = 16  # of these, that predict a target, if the others do not
 ORACLE_TOKENS = 32  # of the document on which the stock model is compared with itself
 NO_ORACLE = "every document has one token"
 REPORT_FIX = "please report this"
@@ -331,9 +332,13 @@ def _target_last_token(id: str, tokens_L: np.ndarray) -> Document:
 
 
 def choose_positions(document: Document) -> list[int]:
-    """Return evenly spaced positions of the input tokens, with the first and the last."""
-    spaced = np.linspace(0, count_input_tokens(document) - 1, MAX_CHECKED_POSITIONS)
-    return np.unique(spaced.astype(int)).tolist()
+    """Return evenly spaced positions of the input tokens, with the first and the last, and of those
+    that predict a target, of which a short answer has few."""
+    num_inputs = count_input_tokens(document)
+    spaced = np.linspace(0, num_inputs - 1, MAX_CHECKED_POSITIONS).astype(int)
+    predicting = np.flatnonzero(document.weights_L[1 : num_inputs + 1])
+    chosen = np.linspace(0, len(predicting) - 1, min(len(predicting), MAX_CHECKED_TARGETS))
+    return np.union1d(spaced, predicting[chosen.astype(int)]).tolist()
 
 
 def _chain_documents(documents: Sequence[Document], tokens: int) -> Document:

@@ -213,7 +213,7 @@ def _render_results(record: RunRecord) -> list[str]:
         rows.append(
             (
                 metric if comparison.higher_is_better else f"{metric} (lower is better)",
-                str(comparison.after.n),
+                comparison.after.size,
                 f"{comparison.before.value:.3f}",
                 f"{comparison.after.value:.3f}",
                 f"{comparison.difference:+.3f} {interval}",

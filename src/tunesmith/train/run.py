@@ -42,6 +42,7 @@ from tunesmith.core.run_dir import (
     RECIPE_FILE,
     RECORD_FILE,
     REJECTED_FILE,
+    RESOLVED_FILE,
     RunFolder,
     find_parent_run,
     is_free,
@@ -74,6 +75,7 @@ from tunesmith.model.save import (
     save_serving_files,
 )
 from tunesmith.plan.build import refuse_if_too_large
+from tunesmith.plan.resolved import resolve_recipe
 from tunesmith.session import inputs
 from tunesmith.session.fingerprint import build_fingerprint
 from tunesmith.session.identity import GoldenAnswer, build_provenance, write_provenance
@@ -355,12 +357,13 @@ def _persist_events(folder: RunFolder, events: Generator[Event]) -> Iterator[Eve
 
 
 def _write_run_metadata(folder: RunFolder, plan: Plan) -> None:
-    """Write recipe.yaml, unless it is there, and data.json.
+    """Write recipe.yaml and resolved.yaml, unless they are there, and data.json.
 
-    An attempt that was killed may have left no recipe.yaml."""
-    if not (folder.path / RECIPE_FILE).exists():
-        text = yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True)
-        folder.write_text(RECIPE_FILE, text)
+    An attempt that was killed may have left neither."""
+    for name, recipe in ((RECIPE_FILE, plan.recipe), (RESOLVED_FILE, resolve_recipe(plan))):
+        if not (folder.path / name).exists():
+            text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+            folder.write_text(name, text)
     folder.write_text("data.json", dump_json(plan.data, indent=2).decode())
 
 

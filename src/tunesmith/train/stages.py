@@ -52,7 +52,7 @@ from tunesmith.evaluate.results import (
     select_sample_pairs,
 )
 from tunesmith.evaluate.run_verdict import judge_run
-from tunesmith.evaluate.training_answers import TrainingAnswers, merge_values
+from tunesmith.evaluate.training_answers import merge_values
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.machine_errors import machine_errors
 from tunesmith.plan.build import is_compatible, normalize
@@ -315,9 +315,8 @@ def _analyze_errors(
     """Analyze the errors on the test rows of all stages, with the values of all training rows."""
     values = [record.errors.training for record in records if record.errors]
     merged = merge_values([each for each in values if each is not None])
-    training = TrainingAnswers(merged, is_complete=False)
     metrics = [metric for plan in staged.plans for metric in plan.config.metrics]
-    return analyze_errors(before, after, training, graded_metrics=metrics)
+    return analyze_errors(before, after, merged, graded_metrics=metrics)
 
 
 def _measure_stages(

@@ -202,13 +202,13 @@ def make_run(name: str, *values: float, problem: str = "", seed: int = 0) -> Sho
     return ShortRun(name, held_out, problem, seed)
 
 
-BASE = make_run("", 3, 3, 3, 3, 3)
+BASE = make_run("", 3, 3, 3, 3, 3, 3)
 
 
 def test_the_lowest_held_out_loss_is_chosen(plan: Plan) -> None:
-    low = make_run("0.0001", 1.5, 1.6, 1.4, 1.5, 1.5)
-    middle = make_run("0.001", 1.0, 1.1, 0.9, 1.0, 1.05)
-    worse = make_run("0.01", 0.5, 0.5, 0.5, 0.5, 0.5, problem="non-finite loss")
+    low = make_run("0.0001", 1.5, 1.6, 1.4, 1.5, 1.5, 1.5)
+    middle = make_run("0.001", 1.0, 1.1, 0.9, 1.0, 1.05, 1.01)
+    worse = make_run("0.01", 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, problem="non-finite loss")
     table = choose_rate(plan, BASE, [low, middle, worse], 3)
     assert (table.base_loss, table.reference) == (pytest.approx(3), "0.001")
     assert [row.verdict for row in table.rows] == ["worse", "", ""]
@@ -227,10 +227,10 @@ def test_the_lowest_held_out_loss_is_chosen(plan: Plan) -> None:
 
 def test_subsets_are_compared_with_the_selection(plan: Plan) -> None:
     runs = [
-        make_run("selected", 1.0, 1.1, 1.2, 1.3, 1.2),
-        make_run("random", 2.0, 2.1, 2.3, 2.3, 2.3),
-        make_run("longest", 0.5, 0.7, 0.7, 0.8, 0.7),
-        make_run("all", 1.4, 0.7, 1.1, 1.4, 1.2),
+        make_run("selected", 1.0, 1.1, 1.2, 1.3, 1.2, 1.2),
+        make_run("random", 2.0, 2.1, 2.3, 2.3, 2.3, 2.3),
+        make_run("longest", 0.5, 0.7, 0.7, 0.8, 0.7, 0.7),
+        make_run("all", 1.4, 0.7, 1.1, 1.4, 1.2, 1.2),
     ]
     table = build_table(plan, BASE, runs, "selected", 5)
     verdicts = [row.verdict for row in table.rows]

@@ -106,7 +106,7 @@ def test_a_configuration_that_failed_with_a_seed_comes_after_the_others() -> Non
     assert "loss of the winner by seed: 2.092, 2.292; the intervals do not cover" in notes
 
 
-@pytest.mark.parametrize(("num_rows", "is_judged"), [(4, False), (5, True)])
+@pytest.mark.parametrize(("num_rows", "is_judged"), [(5, False), (6, True)])
 def test_too_few_rows_get_no_verdict_and_no_p(num_rows: int, is_judged: bool) -> None:
     measured = measure_trials([(0, 0, 3.0), (1, 0, 1.0)], num_rows=num_rows)
     (other, _), _ = build_configurations(measured)

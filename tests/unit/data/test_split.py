@@ -8,6 +8,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.data.dataset import open_dataset
 from tunesmith.data.split import is_in_split, split_by_group, split_by_hash
 from tunesmith.recipe.fields import DataSource
+from tunesmith.session.row_groups import map_groups
 
 WORDS = [f"{a}{b}{c}" for a in "bdfglmn" for b in "aeiou" for c in "krstv"]
 
@@ -194,3 +195,34 @@ def test_a_split_that_leaves_a_side_empty_is_refused(write, words):
     for rows, fraction in ((["a", "a"], 0.5), (["a", "b"], 0.0), (["a", "b"], 1.0), (["a"], 0.5)):
         with pytest.raises(InputError, match="empty"):
             split_by_hash(open_rows(write, words, rows), fraction)
+
+
+def test_a_run_on_split_files_finds_the_key_that_was_kept_together(words, write, tmp_path) -> None:
+    rows = [chat(prose(i), prose(100 + i), author=i // 3) for i in range(60)]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    whole = open_dataset([DataSource(path=write(content, "rows.jsonl"))], words)
+    for key, num_groups in (("author", 4), (None, 0)):
+        folder = tmp_path / f"parts of {key}"
+        split_by_group(whole, folder, eval_share=0.2, test_share=0.2, group=key)
+        test = open_dataset([DataSource(path=folder / "test.jsonl")], words)
+        groups = map_groups(test, "auto")
+        assert len(set(groups.values())) == num_groups
+        assert list(groups) == ([test.get_id(row) for row in range(len(test))] if key else [])
+
+
+@pytest.mark.parametrize(
+    ("ids", "num_groups"),
+    [
+        ([f"pkg{i % 8}-{i}" for i in range(40)], 8),
+        ([f"doc{i % 8}/part:{i}" for i in range(40)], 8),
+        ([f"row-{i}" for i in range(40)], 0),  # plain numbers
+        ([f"kind{i % 3}-{i}" for i in range(40)], 0),  # three kinds of rows
+        ([f"pkg{i}-1" for i in range(40)], 0),  # each its own
+        ([f"pkg{i % 8}-{i}" for i in range(39)] + ["other"], 0),
+    ],
+)
+def test_groups_by_ids_need_a_plain_form(words, write, ids: list[str], num_groups: int) -> None:
+    lines = [json.dumps(chat(prose(i), "yes", id=name)) + "\n" for i, name in enumerate(ids)]
+    dataset = open_dataset([DataSource(path=write("".join(lines), "rows.jsonl"))], words)
+    assert len(set(map_groups(dataset, "auto").values())) == num_groups
+    assert map_groups(dataset, "none") == {}

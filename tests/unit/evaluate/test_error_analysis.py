@@ -13,7 +13,7 @@ from tunesmith.core.json_io import dump_json, parse_as
 from tunesmith.evaluate.error_analysis import analyze_errors
 from tunesmith.evaluate.results import EvalResults, MetricValues
 from tunesmith.evaluate.statistics import compute_wilson_interval
-from tunesmith.evaluate.training_answers import build_training_answers
+from tunesmith.evaluate.training_answers import build_training_values
 
 Answers = Sequence[tuple[str, str]]  # expected, answered
 
@@ -93,7 +93,7 @@ def test_missing_and_further_fields_are_errors() -> None:
 def test_labels_have_their_confusions() -> None:
     labels = ["bug"] * 20 + ["question"] * 15 + ["spam"] * 5
     answers = [(label, "bug" if label == "spam" else label) for label in labels]
-    training = build_training_answers(["bug"] * 90 + ["question"] * 109 + ["spam"], 200)
+    training = build_training_values(["bug"] * 90 + ["question"] * 109 + ["spam"], 200)
     analysis = analyze_errors(None, make_results(answers), training)
     assert analysis is not None
     values = get_groups(analysis, "expected_value")
@@ -134,7 +134,7 @@ def test_the_strictest_metric_decides() -> None:
 
 def test_general_text_and_means_of_tasks_are_no_test_rows() -> None:
     mean = MetricValues(
-        "test: mean of tasks", "exact_match", ("t:0", "t:1"), (0.0, 0.0), groups=("a", "b")
+        "test: mean of tasks", "exact_match", ("t:0", "t:1"), (0.0, 0.0), strata=("a", "b")
     )
     general = MetricValues("general text", "exact_match", ("g:0", "g:1"), (0.0, 0.0))
     assert analyze_errors(None, EvalResults((mean, general))) is None
@@ -184,7 +184,7 @@ def test_hostile_fields_labels_and_tasks_keep_an_analysis_small() -> None:
 
 
 def test_an_analysis_is_read_back_from_a_record() -> None:
-    training = build_training_answers([make_object(i) for i in range(90)], 90)
+    training = build_training_values([make_object(i) for i in range(90)], 90)
     answers = [(make_object(i), make_object(i, flag=False)) for i in range(60)]
     analysis = analyze_errors(make_results(answers), make_results(answers), training)
     assert analysis is not None

@@ -61,7 +61,7 @@ def test_the_change_is_that_of_the_items(runs: tuple[Path, Path]) -> None:
     assert result.notes == ()
     first, second = (parse_as(EvalResults, read_json(run / "eval_after.json")) for run in runs)
     for entry, other in zip(first.measurements, second.measurements, strict=True):
-        if not (entry.weights or entry.groups):
+        if not (entry.weights or entry.strata):
             change = sum(other.values) / len(other.values) - sum(entry.values) / len(entry.values)
             assert measures(result)[entry.task, entry.metric] == pytest.approx(change)
     stored = read_json(runs[0] / "record.json")["comparisons"]

@@ -25,9 +25,9 @@ def test_next_steps_follow_from_what_was_measured() -> None:
     epochs = plan.config.num_train_epochs * 2
     assert [step.command for step in improving.next_steps] == [
         "tunesmith data check 'runs/a b/recipe.yaml'",
-        f"tunesmith train 'runs/a b/recipe.yaml' --num-train-epochs {epochs:g} "
+        f"tunesmith train 'runs/a b/resolved.yaml' --num-train-epochs {epochs:g} "
         f"--output-dir 'runs/a b-{epochs:g}-epochs'",
-        "tunesmith tune lr 'runs/a b/recipe.yaml'",
+        "tunesmith tune lr 'runs/a b/resolved.yaml'",
     ]
     assert improving.next_steps[0].reason == (
         "add training rows where flag is not false: 9 of 90 now"
@@ -96,7 +96,7 @@ def test_smaller_steps_are_for_short_runs_of_batches_that_still_improve() -> Non
         "flag is not learned yet"
     )
     assert smaller.command == (
-        "tunesmith train 'runs/a b/recipe.yaml' --batch-size 2 --output-dir 'runs/a b-batch-2'"
+        "tunesmith train 'runs/a b/resolved.yaml' --batch-size 2 --output-dir 'runs/a b-batch-2'"
     )
     assert longer.reason == "train longer: eval_data was best at the last step, after 1 epoch"
     for steps, batch_size, selected_step in (
@@ -127,7 +127,7 @@ def test_a_run_that_max_steps_ended_is_told_to_train_longer_first() -> None:
     longer, rates, _ = list_commands_of_max_steps(2, 2, num_train_epochs="auto")
     assert longer == (
         "train longer: max_steps ended the run after 2 steps, and eval_data was best at the last: "
-        "tunesmith train 'runs/a b/recipe.yaml' --max-steps 100 --output-dir 'runs/a b-longer'"
+        "tunesmith train 'runs/a b/resolved.yaml' --max-steps 100 --output-dir 'runs/a b-longer'"
     )
     assert "tune lr" in rates
     assert (
@@ -144,7 +144,7 @@ def test_a_run_that_max_steps_ended_is_told_to_train_longer_first() -> None:
 
 def test_next_steps_are_commands_that_parse(tmp_path: Path) -> None:
     (tmp_path / "a b").mkdir()
-    (tmp_path / "a b" / "recipe.yaml").write_text("model: m\ndata: d.jsonl\n")
+    (tmp_path / "a b" / "resolved.yaml").write_text("model: m\ndata: d.jsonl\n")
     record = fake_runs.make_record()
     plan = replace(record.plan, data=record.plan.data | {"eval_data": record.plan.data["data"]})
     for errors, change in ((make_errors(35), 0.4), (make_errors(1, before=9), -0.4), (None, 0.0)):

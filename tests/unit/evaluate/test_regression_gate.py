@@ -177,21 +177,21 @@ def test_a_loss_up_to_the_margin_is_allowed_in_general_text(
     assert result.message.startswith(f"{(low + high) / 2:+.4f} [{low:+.4f}, {high:+.4f}], n = 80, ")
 
 
-@pytest.mark.parametrize(("n", "is_enough"), [(4, False), (5, True)])
-def test_a_gate_needs_five_items(n: int, is_enough: bool) -> None:
+@pytest.mark.parametrize(("n", "is_enough"), [(5, False), (6, True)])
+def test_a_gate_needs_six_items(n: int, is_enough: bool) -> None:
     comparison = make_bits(-0.01, 0.01)
     after = dataclasses.replace(comparison.after, n=n)
     assert judge(dataclasses.replace(comparison, after=after)).passed == is_enough
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "before", "higher_is_better", "p_value", "margin"),
+    ("low", "high", "before", "higher_is_better", "improved", "margin"),
     [
         (0.0, 1.0, 0.5, True, None, 0.1),  # a grade
         (-0.01, 1.0, 0.5, True, None, 0.05),
         (0.0, 1.01, 0.5, True, None, 0.05),
         (0.0, 1.0, 0.5, False, None, 0.05),  # a loss, or an error
-        (0.0, 1.0, 0.5, False, 0.5, 0.1),  # a rate
+        (0.0, 1.0, 0.5, False, 3, 0.1),  # a rate
         (-4.0, 1.0, -3.0, True, None, 0.3),
     ],
 )
@@ -200,11 +200,11 @@ def test_grades_have_ten_points_and_other_values_a_tenth(
     high: float,
     before: float,
     higher_is_better: bool,
-    p_value: float | None,
+    improved: int | None,
     margin: float,
 ) -> None:
     comparison = make_comparison(
-        "score", before, before + 7, 0.0, higher_is_better=higher_is_better, p_value=p_value
+        "score", before, before + 7, 0.0, higher_is_better=higher_is_better, improved=improved
     )
     for side in ("before", "after"):
         score = dataclasses.replace(comparison.before, low=low, high=high)
@@ -235,9 +235,9 @@ def test_a_metric_of_any_task_is_gated_and_described_as_one(task: str) -> None:
 
 @pytest.mark.parametrize(
     ("n", "passed", "verdict"),
-    [(4, False, "too few items to tell"), (5, True, "held"), (6, True, "held")],
+    [(5, False, "too few items to tell"), (6, True, "held")],
 )
-def test_a_limit_needs_five_items(n: int, passed: bool, verdict: str) -> None:
+def test_a_limit_needs_six_items(n: int, passed: bool, verdict: str) -> None:
     score = Score("test", "chrf", 0.9, 0.85, 0.95, n, 3)
     (result,) = build_limit_gates([score], parse_limits({"chrf": ">= 0.8"}))
     assert (result.passed, result.bound) == (passed, 0.85)

@@ -46,17 +46,17 @@ def test_other_values_get_a_t_interval() -> None:
     assert (result.low, result.high) != compute_wilson_interval(17.5, 40)
 
 
-def test_weights_count_within_the_mean_and_groups_count_alike() -> None:
+def test_weights_count_within_the_mean_and_tasks_count_alike() -> None:
     assert compute_score(measured([1, 4], weights=(3.0, 1.0))).value == pytest.approx(1.75)
-    grouped = measured([1, 1, 1, 1, 5, 5], groups=("web",) * 4 + ("code",) * 2)
+    grouped = measured([1, 1, 1, 1, 5, 5], strata=("web",) * 4 + ("code",) * 2)
     assert compute_score(grouped).value == pytest.approx(3.0)
-    both = measured([1, 4, 5, 5], weights=(3.0, 1.0, 1.0, 1.0), groups=("a", "a", "b", "b"))
+    both = measured([1, 4, 5, 5], weights=(3.0, 1.0, 1.0, 1.0), strata=("a", "a", "b", "b"))
     assert compute_score(both).value == pytest.approx((1.75 + 5) / 2)
 
 
 @pytest.mark.parametrize(
     "too_few",
-    [measured([]), measured([0.5]), measured([1, 2, 3], groups=("a", "a", "b"))],
+    [measured([]), measured([0.5]), measured([1, 2, 3], strata=("a", "a", "b"))],
     ids=["none", "one", "group"],
 )
 def test_too_few_items_are_refused(too_few: MetricValues) -> None:
@@ -80,7 +80,7 @@ def test_the_difference_is_paired() -> None:
 
 def test_the_order_of_the_items_does_not_matter() -> None:
     before = measured(
-        [0.1, 0.5, 0.9, 0.3], weights=(1.0, 2.0, 3.0, 4.0), groups=("a", "b", "a", "b")
+        [0.1, 0.5, 0.9, 0.3], weights=(1.0, 2.0, 3.0, 4.0), strata=("a", "b", "a", "b")
     )
     after = replace(before, values=(0.2, 0.7, 0.9, 0.1))
     order = (2, 0, 3, 1)
@@ -88,7 +88,7 @@ def test_the_order_of_the_items_does_not_matter() -> None:
         after,
         **{
             key: tuple(getattr(after, key)[i] for i in order)
-            for key in ("ids", "values", "weights", "groups")
+            for key in ("ids", "values", "weights", "strata")
         },
     )
     assert compare_measurements(before, shuffled) == compare_measurements(before, after)
@@ -106,7 +106,7 @@ def test_rates_are_compared_by_gains_and_losses() -> None:
 
 
 def test_equal_answers_show_no_difference() -> None:
-    for values in ([1, 0, 1, 1, 0], [0.5, 0.25, 0.1, 0.9, 0.3]):
+    for values in ([1, 0, 1, 1, 0, 0], [0.5, 0.25, 0.1, 0.9, 0.3, 0.4]):
         result = compare_measurements(measured(values), measured(values))
         assert result.difference == 0
         assert judge_comparison(result) == "no difference shown"
@@ -140,8 +140,8 @@ def test_equal_grades_stay_uncertain() -> None:
     assert same.low < 0 < same.high
     breaks = compute_score(measured([0] * 8 + [1] * 2, higher_is_better=False))
     assert (breaks.low, breaks.high) == compute_wilson_interval(2, 10)
-    groups = ("a",) * 5 + ("b",) * 5
-    right = compute_score(measured([0] * 10, groups=groups, higher_is_better=False))
+    tasks = ("a",) * 5 + ("b",) * 5
+    right = compute_score(measured([0] * 10, strata=tasks, higher_is_better=False))
     assert right.low == 0 < right.high, "none of ten rows breaks it: the rate need not be 0"
 
 

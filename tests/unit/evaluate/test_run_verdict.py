@@ -367,7 +367,7 @@ def test_five_right_or_wrong_answers_are_too_few_to_tell() -> None:
     five = replace(all_fixed, after=replace(all_fixed.after, n=5))
     assert judge(make_errors(5, 5), five).name == "not measured"
     graded = replace(five, p_value=None)
-    assert judge(make_errors(5, 5), graded).name == "useful, not ready"
+    assert judge(make_errors(5, 5), graded).name == "not measured"
     all_fixed = replace(all_fixed, p_value=compute_mcnemar_p(6, 0))
     six = replace(all_fixed, after=replace(all_fixed.after, n=6))
     assert judge(make_errors(6, 6), six).name == "useful, not ready"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tunesmith.evaluate.results import MetricValues, compare_measurements
+from tunesmith.evaluate.results import MetricValues, compare_measurements, compute_score
 from tunesmith.evaluate.statistics import (
     adjust_p_values,
     compute_constant_interval,
@@ -19,6 +19,7 @@ from tunesmith.evaluate.statistics import (
     compute_p_value,
     compute_padded_interval,
     compute_robust_sd,
+    compute_sign_flip_p,
     compute_wilson_interval,
     describe_evidence,
     format_p,
@@ -46,7 +47,11 @@ def test_wilson_gives_the_published_values(successes: int, n: int, low: float, h
 
 def compute_paired_rate_interval(gains: int, losses: int, n: int) -> tuple[float, float]:
     changes = np.repeat([1.0, -1.0, 0.0], [gains, losses, n - gains - losses])
-    return compute_padded_interval(changes, [np.arange(n)], (-1.0, 1.0))
+    return clip(compute_padded_interval(*everything(changes), (-1.0, 1.0)))
+
+
+def clip(ends: tuple[float, float]) -> tuple[float, float]:
+    return max(-1.0, ends[0]), min(1.0, ends[1])
 
 
 def test_paired_rates_follow_the_formula() -> None:
@@ -120,9 +125,9 @@ def test_the_variance_is_that_within_groups() -> None:
     assert compute_mean_interval(values, np.ones(100), groups) == pytest.approx((3.0, 3.0))
 
 
-def test_many_small_groups_of_rates_are_not_pulled_to_the_middle() -> None:
-    groups = [np.arange(5 * i, 5 * i + 5) for i in range(20)]
-    low, high = compute_padded_interval(np.ones(100), groups, (-1.0, 1.0))
+def test_many_small_tasks_of_rates_are_not_pulled_to_the_middle() -> None:
+    tasks = [np.arange(5 * i, 5 * i + 5) for i in range(20)]
+    low, high = clip(compute_padded_interval(np.ones(100), np.ones(100), tasks, (-1.0, 1.0)))
     assert low > 0.9
     assert high == 1
 
@@ -164,7 +169,7 @@ def test_paired_rates_hold_the_truth_in_95_percent(n: int) -> None:
         assert coverage >= 0.929, (gain, loss)
 
 
-@pytest.mark.parametrize("n", [5, 12, 40])
+@pytest.mark.parametrize("n", [6, 12, 40])
 def test_null_cases_get_no_verdict(n: int) -> None:
     random = np.random.default_rng(n)
     false_verdicts = 0
@@ -174,16 +179,16 @@ def test_null_cases_get_no_verdict(n: int) -> None:
     assert false_verdicts / 1000 <= 0.065
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
-def test_fewer_than_five_items_get_no_verdict(n: int) -> None:
+@pytest.mark.parametrize("n", [2, 4, 5])
+def test_fewer_than_six_items_get_no_verdict(n: int) -> None:
     values = [0.2 + 0.001 * i for i in range(n)]
     for shift in (10.0, -10.0):
         before = measured(values)
         result = compare_measurements(before, measured([value + shift for value in values]))
         assert judge_comparison(result) == "too few items to tell"
         assert judge_comparisons([result]) == ("too few items to tell",)
-        assert describe_evidence(result) == f"{n} of at least 5"
-    clear = compare_measurements(measured([*range(5)]), measured([i + 9 + i / 9 for i in range(5)]))
+        assert describe_evidence(result) == f"{n} of at least 6"
+    clear = compare_measurements(measured([*range(6)]), measured([i + 9 + i / 9 for i in range(6)]))
     assert judge_comparisons([clear]) == ("better",)
 
 
@@ -276,13 +281,72 @@ def test_values_that_are_no_rate_have_no_counts() -> None:
     result = compare_measurements(
         measured([0.5, 0.25, 0.1, 0.9, 0.2]), measured([0.6, 0.3, 0.1, 0.9, 0.2])
     )
-    assert (result.improved, result.worsened, result.p_value) == (None, None, None)
-    assert 0 < compute_p_value(result) < 1
-    assert describe_evidence(result).startswith("minimum detectable difference ")
+    assert (result.improved, result.worsened, result.p_value) == (None, None, 0.5)
+    assert describe_evidence(result) == "sign-flip p = 0.5; 5 of at least 6"
+    losses = compare_measurements(measured([2, 3, 4, 3, 5, 2]), measured([1, 3, 5, 2, 3, 2]))
+    assert losses.p_value is None
+    assert 0 < compute_p_value(losses) < 1
+    assert describe_evidence(losses).startswith("minimum detectable difference ")
+
+
+def test_three_fields_of_sixty_rows_show_no_difference() -> None:
+    before = measured([1 / 3] * 60)
+    result = compare_measurements(before, measured([2 / 3] * 3 + [1 / 3] * 57))
+    assert result.p_value == pytest.approx(0.25)
+    assert result.low < 0 < result.high
+    assert judge_comparison(result) == "no difference shown"
+
+
+@pytest.mark.parametrize("num_changes", [7, 40])
+def test_the_sign_flip_p_is_that_of_all_signs(num_changes: int) -> None:
+    """Enumerated, or counted by sums: of sevenths, by random signs."""
+    random = np.random.default_rng(num_changes)
+    changes = random.integers(-3, 5, num_changes) / 7
+    signs = random.choice([-1, 1], (200_000, num_changes))
+    reached = np.abs(signs @ changes) >= abs(changes.sum()) - 1e-9
+    assert compute_sign_flip_p(changes) == pytest.approx(reached.mean(), abs=0.005)
+    uneven = changes * (1 + random.random(num_changes) / 1e3)
+    assert (compute_sign_flip_p(uneven) is None) == (num_changes == 40)
+
+
+GROUPS = tuple(f"package {i // 4}" for i in range(80))
+
+
+def test_items_of_one_group_count_once() -> None:
+    """Twenty packages whose four rows change together are twenty pairs, not eighty."""
+    signs = np.random.default_rng(0).choice([0, 1], 20)
+    before, after = measured([0] * 80, groups=GROUPS), measured(np.repeat(signs, 4), groups=GROUPS)
+    result = compare_measurements(before, after)
+    alone = compare_measurements(measured([0] * 20), measured(signs))
+    assert (result.low, result.high) == pytest.approx((alone.low, alone.high))
+    assert (result.p_value, result.improved) == (alone.p_value, 4 * sum(signs))
+    assert (result.after.n, result.after.groups, result.after.independent) == (80, 20, 20)
+    losses = np.random.default_rng(1).normal(5, 1, 20)
+    score = compute_score(measured(np.repeat(losses, 4), groups=GROUPS))
+    single = compute_score(measured(losses))
+    assert (score.low, score.high) == pytest.approx((single.low, single.high))
+
+
+@pytest.mark.parametrize("values", [[0, 1, 1, 1, 0, 1, 1, 1], [0.5, 2, 3, 9, 4, 1, 7, 3]])
+def test_groups_of_single_items_are_no_groups(values: list[float]) -> None:
+    names = tuple("abcdefgh")
+    assert compute_score(measured(values, groups=names)) == compute_score(measured(values))
+    changed = [1, *values[1:]]
+    pairs = [(measured(values, **g), measured(changed, **g)) for g in ({"groups": names}, {})]
+    assert compare_measurements(*pairs[0]) == compare_measurements(*pairs[1])
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 5])
+def test_few_groups_get_no_verdict(num_groups: int) -> None:
+    groups = tuple(f"author {i % num_groups}" for i in range(60))
+    before, after = measured([0] * 60, groups=groups), measured([1] * 60, groups=groups)
+    result = compare_measurements(before, after)
+    assert judge_comparison(result) == "too few items to tell"
+    assert f"{num_groups} of at least 6 groups" in describe_evidence(result)
 
 
 def test_an_interval_without_zero_is_no_difference_where_the_exact_p_says_so() -> None:
-    result = compare_measurements(*rates(5, 0, 5))
+    result = compare_measurements(*rates(5, 0, 6))
     assert (result.low > 0, result.p_value) == (True, 0.0625)
     assert judge_comparison(result) == "no difference shown"
 
@@ -350,7 +414,7 @@ def test_equal_differences_are_as_certain_as_their_signs(shift: float, n: int) -
     comparison = compare_measurements(before, replace(before, values=(4.0 + shift,) * n))
     assert compute_p_value(comparison) == pytest.approx(2 / 2**n, rel=1e-9)
     verdict = "better" if shift > 0 else "worse"
-    expected = {2: "too few items to tell", 5: "no difference shown"}.get(n, verdict)
+    expected = verdict if n > 5 else "too few items to tell"
     assert judge_comparison(comparison) == expected
     assert comparison.low < shift < comparison.high
     assert comparison.low + comparison.high == pytest.approx(2 * shift)

@@ -483,6 +483,7 @@ def guard(lab: Lab) -> None:
 
     assert probed(collapse="warn", probe_steps=1) == {0, 1, 2, 3}
     assert probed(collapse="off", forgetting="off", probe_steps=1) == set()
+    assert probed(collapse="warn", probe_steps=0) == set()
     with pytest.raises(GateError, match="already rolled back 3 times"):
         lab.events(
             **files, learning_rate=0.5, save_steps=9, guard={"probe_steps": 1, "forgetting": "off"}

@@ -76,10 +76,17 @@ def test_positions_are_inputs_and_spread_evenly() -> None:
     assert choose_positions(make_tiny_document(MAX_CHECKED_POSITIONS)) == list(
         range(MAX_CHECKED_POSITIONS)
     )
-    positions = choose_positions(make_tiny_document(1000))
+    positions = choose_positions(make_tiny_document(1000, first_target=1000))
     assert positions[0] == 0
     assert positions[-1] == 999
     assert set(np.diff(positions)) <= {15, 16}
+
+
+def test_positions_that_predict_a_short_answer_are_all_checked() -> None:
+    document = make_tiny_document(1000, first_target=996)
+    document.weights_L[996:] = 1
+
+    assert choose_positions(document)[-5:] == [995, 996, 997, 998, 999]
 
 
 def test_a_truncated_document_ends_with_its_only_target() -> None:

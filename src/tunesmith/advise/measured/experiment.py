@@ -47,6 +47,7 @@ from tunesmith.evaluate.statistics import compute_wilson_interval
 from tunesmith.model.hub.base_config import encode_special_floats
 from tunesmith.session.identity import hash_weight_files
 from tunesmith.session.inputs import RunInputs
+from tunesmith.session.row_groups import map_groups
 from tunesmith.train.follow_measuring import start_measuring
 
 MAX_POOL_ROWS = 400  # training rows that may be shown or trained on
@@ -303,7 +304,9 @@ def _build_advice(
 ) -> MeasuredAdvice:
     runner = experiment.runner
     questions = build_prompts(runner.items, runner.inputs.renderer)
-    grader = ArmGrader(questions, metrics[0], metrics, runner.inputs.response_schema)
+    row_groups = map_groups(runner.inputs.datasets["eval_data"], runner.inputs.recipe.group)
+    groups = tuple(row_groups[question.id] for question in questions) if row_groups else ()
+    grader = ArmGrader(questions, metrics[0], metrics, runner.inputs.response_schema, groups)
     rows = build_table(experiment.results, grader)
     skipped_arms = [skipped.arm for skipped in experiment.skipped]
     is_constrained = any(result.arm.is_constrained for result in experiment.results)

@@ -85,6 +85,7 @@ class ArmGrader:
     metric: str
     metrics: tuple[str, ...]
     schema: Json | None
+    groups: tuple[str, ...] = ()  # of the questions, where some are not independent
 
     def grade_items(self, result: ArmResult, metric: str = "") -> tuple[float, ...]:
         metric = metric or self.metric
@@ -98,7 +99,8 @@ class ArmGrader:
         """Return the mean over results, by item."""
         values = np.mean([self.grade_items(result, metric) for result in results], axis=0)
         ids = tuple(question.id for question in self.questions)
-        return MetricValues("items", metric or self.metric, ids, tuple(values.tolist()))
+        name = metric or self.metric
+        return MetricValues("items", name, ids, tuple(values.tolist()), groups=self.groups)
 
 
 def build_table(results: Sequence[ArmResult], grader: ArmGrader) -> tuple[ArmRow, ...]:
@@ -172,7 +174,7 @@ def make_decision(
 ) -> Decision:
     """Decide from the rows of build_table; `skipped` are the arms that did not fit in the time."""
     best = next(row for row in rows if not row.difference)
-    is_too_few = best.score.n < MIN_ITEMS
+    is_too_few = best.score.independent < MIN_ITEMS
     chosen = best if is_too_few else next(row for row in rows if row.may_be_best)
     detectable = _compute_detectable_difference(chosen, rows)
     conclusion = _draw_conclusion(chosen, best, target)

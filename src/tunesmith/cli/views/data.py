@@ -92,6 +92,9 @@ def render_split(split: SplitResult) -> RenderableType:
             cells = [f"{counts[side]:,}" for side in split.rows]
             strata.add_row(format_single_line(name, MAX_NAME_CHARS), *cells)
         parts.append(strata)
+    if split.group:
+        note = f"a run on these files counts each {split.group} once (`group` of the recipe)"
+        parts.append(escape_markup(note))
     if split.skipped_rows:
         parts.append(
             f"[yellow]{split.skipped_rows:,} rows skipped[/]: `tunesmith data check` says why"

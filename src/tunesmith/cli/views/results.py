@@ -93,6 +93,7 @@ class ComparisonTable:
         verdicts = judge_comparisons(self.comparisons)
         notes: dict[str, None] = {}
         for comparison, verdict in zip(self.comparisons, verdicts, strict=True):
+            after = comparison.after
             verdict, _, doubt = verdict.partition(", but ")
             rendered = _render_verdict(comparison, verdict)
             if doubt:  # a table has no room for it
@@ -100,7 +101,7 @@ class ComparisonTable:
                 notes[f"{DOUBTFUL} {doubt}"] = None
             cells: list[RenderableType] = [
                 Text(_name_metric(comparison)),
-                str(comparison.after.n),
+                f"{after.n}/{after.groups}" if after.groups else str(after.n),
                 f"{comparison.before.value:.3f}",
                 f"{comparison.after.value:.3f}",
                 format_interval(comparison.difference, comparison.low, comparison.high),
@@ -108,6 +109,8 @@ class ComparisonTable:
             ]
             evidence = [escape_markup(describe_evidence(comparison))] if has_evidence else []
             table.add_row(*cells, *evidence)
+        if any(comparison.after.groups for comparison in self.comparisons):
+            notes["n: items/groups; the items of a group are not independent"] = None
         if not all(comparison.higher_is_better for comparison in self.comparisons):
             notes[f"{LOWER_IS_BETTER} lower is better"] = None
         table.caption = "\n".join(notes) or None

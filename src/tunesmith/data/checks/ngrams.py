@@ -118,8 +118,16 @@ class NgramIndex:
         self.is_trained_Q = np.zeros(len(self.grams_Q), dtype=bool)
 
     def _extract_ngrams(self, texts: Iterable[np.ndarray]) -> np.ndarray:
-        long_texts = [words for words in texts if len(words) >= NGRAM_WORDS]
-        return exclude_values(hash_unique_ngrams(long_texts, NGRAM_WORDS), self.common)
+        """Return the n-grams without a word of a common one: beside twelve words of an instruction,
+        one more is no passage."""
+        grams = [np.empty(0, dtype=np.uint64)]
+        for words_W in texts:
+            if len(words_W) >= NGRAM_WORDS:
+                grams_G = hash_ngrams(words_W, NGRAM_WORDS)
+                is_common_G = np.isin(grams_G, self.common)
+                near_G = np.convolve(is_common_G, np.ones(2 * NGRAM_WORDS - 1))[NGRAM_WORDS - 1 :]
+                grams.append(grams_G[near_G[: len(grams_G)] == 0])
+        return sort_unique(np.concatenate(grams))
 
     def _subsample(self, grams: np.ndarray) -> np.ndarray:
         return grams if self.sampling_modulus == 1 else grams[grams % self.sampling_modulus == 0]

@@ -246,7 +246,7 @@ def _select_evenly(items: tuple[RecordedItem, ...], count: int) -> tuple[Recorde
 def _is_test(measurement: MetricValues) -> bool:
     """Return whether it is of test rows and not a mean over tasks."""
     is_test = measurement.task == TEST or measurement.task.startswith(f"{TEST}:")
-    return is_test and not measurement.groups
+    return is_test and not measurement.strata
 
 
 def _map_values(results: EvalResults, metric: str) -> dict[str, float]:
@@ -261,7 +261,7 @@ def _map_values(results: EvalResults, metric: str) -> dict[str, float]:
 def _find_cut_ids(results: EvalResults) -> set[str]:
     cut_ids: set[str] = set()
     for measurement in results.measurements:
-        if measurement.truncated and not measurement.groups:
+        if measurement.truncated and not measurement.strata:
             pairs = zip(measurement.ids, measurement.truncated, strict=True)
             cut_ids |= {item for item, is_cut in pairs if is_cut}
     return cut_ids

@@ -361,7 +361,7 @@ class GenerationProbe:
             text_ids,
             tuple(lost_bits),
             weights=(1.0,) * len(texts),  # before training all are 0, which is no rate
-            groups=tuple(text.domain for text in texts),
+            strata=tuple(text.domain for text in texts),
             higher_is_better=False,
         )
         return [*measurements, forgotten]

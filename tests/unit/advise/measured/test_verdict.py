@@ -185,7 +185,7 @@ def test_few_items_are_a_caveat() -> None:
     assert not [line for line in decide(make_result(Arm(), 3))[1].caveats if "few" in line]
 
 
-@pytest.mark.parametrize("items", [2, 3, 4])
+@pytest.mark.parametrize("items", [2, 4, 5])
 def test_a_handful_of_items_decides_nothing(items: int) -> None:
     """Even where each item speaks for training, and where prompts and training are equal."""
     for before, after in ((0, items), (items - 1, items), (items, items)):
@@ -197,16 +197,16 @@ def test_a_handful_of_items_decides_nothing(items: int) -> None:
         best = rows[0] if before == after else rows[1]
         assert (decision.conclusion, decision.chosen, decision.best) == ("undecided", best, best)
         assert decision.caveats[0] == (
-            f"{items} items are too few for any conclusion: measure at least 5"
+            f"{items} items are too few for any conclusion: measure at least 6"
         )
         assert not [line for line in decision.caveats if "items are few" in line]
     target_missed = decide(make_result(Arm(), 0, items), items=items, target=0.9)[1]
     assert target_missed.conclusion == "undecided"
 
 
-def test_five_items_conclude() -> None:
-    arms = (make_result(Arm(), 0, 5), make_result(Arm(shots=2), 5, 5))
-    assert decide(*arms, items=5)[1].conclusion == "prompt"
+def test_six_items_conclude() -> None:
+    arms = (make_result(Arm(), 0, 6), make_result(Arm(shots=2), 6, 6))
+    assert decide(*arms, items=6)[1].conclusion == "prompt"
 
 
 def test_single_trainings_and_shorter_prompts_are_reported() -> None:

@@ -90,6 +90,13 @@ def test_a_long_passage_in_common_is_told_and_less_than_thirteen_words_is_not(re
     assert (finding.level, finding.count, finding.rows) == ("info", 1, ("test_data.jsonl:1",))
 
 
+def test_an_instruction_and_one_more_word_are_no_passage(report):
+    instruction = prose(1, 80)
+    train = [chat(f"{instruction} zzz{i % 30} {prose(2 * i, 20)}", "yes.") for i in range(60)]
+    held_out = [chat(f"{instruction} zzz{i} {prose(200 + i, 20)}", "yes.") for i in range(20)]
+    assert "ngram_overlap" not in report(data=train, test_data=held_out)
+
+
 def test_shares_of_passages_stay_right_when_only_some_are_kept(monkeypatch):
     texts = [[hash_words(prose(i, 2000))] for i in range(4)]
     for most in (2**24, 1000):

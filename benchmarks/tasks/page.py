@@ -1,0 +1,120 @@
+"""Write docs/results/tasks.md from the results of the tasks.
+
+    write_page(path, results)
+
+The page has three tables: what each step of the advice did, the guard at other rates, the guard on
+runs that should collapse. Left out: the runs (run.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tasks.make import TASKS
+
+Result = dict[str, Any]
+UNGRADED = ("loss", "bits_per_byte", "json_valid", "schema_valid", "empty")  # never deciding alone
+INTRO = """# Foreign tasks: does following the advice help?
+
+Ten tasks that no rule was tuned for, built from packages of Debian (`python -m
+benchmarks.tasks.build`; [code](../../benchmarks/tasks/make.py)), each with what a first user
+writes: model, data, test data. On each: the default run, then step 1 of what its report says to do
+next, then step 1 of that (`python -m benchmarks.tasks.run`). Further tasks are held back, and
+decide whether a change of a rule helps. SmolLM2-135M-Instruct, two CPU cores; rows are divided by
+group.
+
+"""
+TASK_HEAD = "| task | kind | license | rows | metric |"
+ARM_HEAD = "| task | run | metric | before | after | against the run before | verdict | min |"
+GUARD_HEAD = "| task | run | exit | rollbacks | first cause | min |"
+
+
+def write_page(path: Path, results: list[Result]) -> None:
+    parts = [INTRO, "## Tasks\n\n", write_table(TASK_HEAD, iter_task_cells())]
+    parts += ["\n## Runs\n\n", *_count(results), write_table(ARM_HEAD, iter_arm_cells(results))]
+    steps = [step for result in results for step in iter_steps(result)]
+    parts += ["\n## Steps\n\n", *(steps or ["No step has run yet.\n"])]
+    guard = list(iter_guard_cells(results))
+    if guard:
+        parts += ["\n## Guard\n\n", write_table(GUARD_HEAD, iter(guard))]
+    path.write_text("".join(parts), encoding="utf-8")
+
+
+def write_table(head: str, rows: Iterator[tuple[str, ...]]) -> str:
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join(lines) + "\n"
+
+
+def iter_task_cells() -> Iterator[tuple[str, ...]]:
+    for name, task in TASKS.items():
+        yield name, task.kind, task.licence, f"{task.train} + {task.test}", task.metric
+
+
+# ---------------------------------------------------------------- runs
+
+
+def choose_metric(arm: Result) -> Result | None:
+    """Return the graded metric of a run: the first of the test rows, else of likelihood."""
+    tested = [each for each in arm.get("scores", ()) if each["metric"].startswith("test ")]
+    graded = [each for each in tested if each["metric"].split()[1] not in UNGRADED]
+    return next(iter(graded or tested), None)
+
+
+def list_changes(arm: Result) -> list[Result]:
+    """Return what `compare` says of a step's graded metrics."""
+    changes = [each for each in arm.get("against", ()) if each["metric"].startswith("test ")]
+    graded = [each for each in changes if each["metric"].split()[1] not in UNGRADED]
+    return graded or changes
+
+
+def is_worse(arm: Result) -> bool:
+    return any(change["verdict"] == "worse" for change in list_changes(arm))
+
+
+def iter_arm_cells(results: list[Result]) -> Iterator[tuple[str, ...]]:
+    for result in results:
+        for arm in result["arms"]:
+            score, change = choose_metric(arm), next(iter(list_changes(arm)), None)
+            verdict = arm.get("verdict", f"exit {arm['exit']}")
+            yield (
+                result["task"],
+                arm["arm"],
+                score["metric"].partition(" ")[2] if score else "",
+                f"{score['before']:.3f}" if score else "",
+                f"{score['after']:.3f}" if score else "",
+                f"{describe(change)}, {change['verdict']}" if change else "",
+                verdict if not arm["exit"] else f"{verdict} (exit {arm['exit']})",
+                f"{arm['minutes']:.0f}",
+            )
+
+
+def describe(change: Result) -> str:
+    return f"{change['difference']:+.3f} [{change['low']:.3f}, {change['high']:.3f}]"
+
+
+def iter_steps(result: Result) -> Iterator[str]:
+    for arm in result["arms"][1:]:
+        yield f"- {result['task']}, {arm['arm']}: {arm['reason']}\n  `{arm['command']}`\n"
+        if arm.get("forecast"):
+            yield f"  forecast: {arm['forecast']}\n"
+
+
+def _count(results: list[Result]) -> Iterator[str]:
+    steps = [arm for result in results for arm in result["arms"][1:]]
+    worse = sum(map(is_worse, steps))
+    yield f"{len(results)} of {len(TASKS)} tasks have run, with {len(steps)} steps of advice; "
+    yield f"{worse} made a graded metric significantly worse by `tunesmith compare`.\n\n"
+
+
+# ---------------------------------------------------------------- guard
+
+
+def iter_guard_cells(results: list[Result]) -> Iterator[tuple[str, ...]]:
+    for result in results:
+        for arm in result["guard"]:
+            causes = arm["rollbacks"] or arm["alarms"] or [""]
+            cells = (str(arm["exit"]), str(len(arm["rollbacks"])), causes[0][:90])
+            yield result["task"], arm["arm"], *cells, f"{arm['minutes']:.0f}"
