@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow promises multi effects evidence evidence-quick llama mutation check bench docs size format clean
+.PHONY: demo test slow promises multi effects evidence evidence-quick tasks llama mutation check bench docs size format clean
 
 demo: $(BIN)/tunesmith  ## the whole story on the embedded example
 	$(BIN)/tunesmith demo
@@ -37,6 +37,10 @@ evidence: $(BIN)/pytest  ## which claims of guides hold? runs what has no result
 
 evidence-quick: $(BIN)/pytest  ## two steps of each experiment with a two-layer model
 	$(BIN)/python -m experiments.run --quick $(if $(ONLY),--only $(ONLY))
+
+tasks: $(BIN)/pytest  ## does following the advice help on ten foreign tasks? runs what has no result; ONLY=NAME
+	$(BIN)/python -m benchmarks.tasks.build
+	nice -n 15 $(BIN)/python -m benchmarks.tasks.run $(if $(ONLY),--only $(ONLY)) $(TASKS)
 
 llama: $(BIN)/pytest  ## exports in llama.cpp, compiled the first time; `make slow` has them too from then on
 	TUNESMITH_BUILD_LLAMA=1 $(BIN)/pytest -m slow tests/unit/export/test_llama_cpp.py tests/unit/export/test_llama_server.py

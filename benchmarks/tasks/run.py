@@ -51,6 +51,12 @@ def call(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True)
 
 
+def shorten(output: str) -> str:
+    """Return the end of an output without the lines of single steps and of passed checks."""
+    lines = (line for line in output.splitlines() if not line.startswith(("step ", "ok  ")))
+    return "\n".join(lines)[-6000:]
+
+
 def call_for_json(folder: Path, *args: str) -> Any:
     """Return what a command prints as JSON. Raises RuntimeError with its errors."""
     done = call(folder, *args, "--json")
@@ -67,7 +73,8 @@ def run_arm(folder: Path, arms: list[Result]) -> Result | None:
     if not arms:
         step = {"reason": "", "command": "tunesmith train recipe.yaml --output-dir runs/default"}
     else:
-        steps = arms[-1].get("next", [])
+        run = arms[-1].get("run")  # whose report a later version may have other advice in
+        steps = call_for_json(folder, "report", run)["verdict"]["next_steps"] if run else []
         if not steps:
             return None
         step = steps[0]
@@ -82,7 +89,8 @@ def run_arm(folder: Path, arms: list[Result]) -> Result | None:
         "exit": done.returncode,
         "minutes": round((time.monotonic() - start) / 60, 1),
         "date": date.today().isoformat(),
-        "output": (done.stdout + done.stderr)[-6000:],
+        "output": shorten(done.stdout),
+        "errors": shorten(done.stderr),
     }
     run = args[args.index("--output-dir") + 1] if "--output-dir" in args else ""
     if run:
@@ -163,9 +171,9 @@ def run_guard(folder: Path, arm: str) -> Result:
     start = time.monotonic()
     done = call(folder, "train", "guard.yaml", "--output-dir", run, *flags)
     minutes = round((time.monotonic() - start) / 60, 1)
-    output = (done.stdout + done.stderr)[-3000:]
     guard = read_guard(folder / run)
-    return {"arm": arm, "exit": done.returncode, "minutes": minutes, "output": output, **guard}
+    errors = shorten(done.stderr)
+    return {"arm": arm, "exit": done.returncode, "minutes": minutes, "errors": errors, **guard}
 
 
 def spoil(folder: Path, arm: str) -> None:
