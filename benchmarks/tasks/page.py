@@ -27,7 +27,9 @@ group.
 
 """
 TASK_HEAD = "| task | kind | license | rows | metric |"
-ARM_HEAD = "| task | run | metric | before | after | against the run before | verdict | min |"
+ARM_HEAD = (
+    "| task | run | metric | before | after | forecast | change by the step | verdict | min |"
+)
 GUARD_HEAD = "| task | run | exit | rollbacks | first cause | min |"
 
 
@@ -74,19 +76,28 @@ def is_worse(arm: Result) -> bool:
     return any(change["verdict"] == "worse" for change in list_changes(arm))
 
 
+def has_covered(arm: Result) -> bool | None:
+    """Return whether the change of a step is in its forecast; None without one of them."""
+    changes = {each["metric"]: each["difference"] for each in arm.get("against", ())}
+    if arm.get("low") is None or arm["metric"] not in changes:
+        return None
+    return arm["low"] <= changes[arm["metric"]] <= arm["high"]
+
+
 def iter_arm_cells(results: list[Result]) -> Iterator[tuple[str, ...]]:
     for result in results:
         for arm in result["arms"]:
             score, change = choose_metric(arm), next(iter(list_changes(arm)), None)
-            verdict = arm.get("verdict", f"exit {arm['exit']}")
+            verdict = arm.get("verdict", "")
             yield (
                 result["task"],
                 arm["arm"],
                 score["metric"].partition(" ")[2] if score else "",
                 f"{score['before']:.3f}" if score else "",
                 f"{score['after']:.3f}" if score else "",
+                f"{arm['low']:+.3f} to {arm['high']:+.3f}" if arm.get("low") is not None else "",
                 f"{describe(change)}, {change['verdict']}" if change else "",
-                verdict if not arm["exit"] else f"{verdict} (exit {arm['exit']})",
+                f"{verdict} (exit {arm['exit']})" if arm["exit"] else verdict,
                 f"{arm['minutes']:.0f}",
             )
 
@@ -98,15 +109,14 @@ def describe(change: Result) -> str:
 def iter_steps(result: Result) -> Iterator[str]:
     for arm in result["arms"][1:]:
         yield f"- {result['task']}, {arm['arm']}: {arm['reason']}\n  `{arm['command']}`\n"
-        if arm.get("forecast"):
-            yield f"  forecast: {arm['forecast']}\n"
 
 
 def _count(results: list[Result]) -> Iterator[str]:
     steps = [arm for result in results for arm in result["arms"][1:]]
-    worse = sum(map(is_worse, steps))
-    yield f"{len(results)} of {len(TASKS)} tasks have run, with {len(steps)} steps of advice; "
-    yield f"{worse} made a graded metric significantly worse by `tunesmith compare`.\n\n"
+    covered = [each for each in map(has_covered, steps) if each is not None]
+    yield f"{len(results)} of {len(TASKS)} tasks have run, with {len(steps)} steps of advice: "
+    yield f"{sum(map(is_worse, steps))} made a graded metric significantly worse by `tunesmith "
+    yield f"compare`; {sum(covered)} of {len(covered)} forecasts held the change.\n\n"
 
 
 # ---------------------------------------------------------------- guard
