@@ -114,6 +114,7 @@ def make_tiny_recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
         "lora_r": 2,
         "dtype": "fp32",
         "attention": "sdpa",
+        "retention_data": "none",
     }
     return Recipe.model_validate(values | changed)
 

@@ -157,7 +157,7 @@ def load_general_texts(inputs: RunInputs) -> tuple[GeneralText, ...]:
 
     Raises InputError for a domain with fewer than two texts to evaluate.
     """
-    path = inputs.recipe.retention_data
+    path = inputs.recipe.general_texts
     if path is None:
         return ()
     source = open_source(path)

@@ -77,8 +77,8 @@ def refuse_invalid_metrics(inputs: RunInputs) -> None:
     """Raise InputError for an invalid metric of the recipe, even without rows to evaluate, and for
     a missing file of general text."""
     recipe = inputs.recipe
-    if recipe.retention_data is not None:
-        check_path(recipe.retention_data)
+    if recipe.general_texts is not None:
+        check_path(recipe.general_texts)
     if recipe.metrics == "auto":
         return
     for metric in recipe.metrics:

@@ -12,8 +12,8 @@
     useful, not ready   better, but something speaks against using it: see `reasons`
     ready               better, right often enough, within the limit, no shortcut, nothing worse
 
-What was not measured is not within the limit: without retention_data a run is never ready, unless
-the recipe says that forgetting does not matter, `guard: {forgetting: off}`.
+What was not measured is not within the limit: with retention_data: none a run is never ready,
+unless the recipe says that forgetting does not matter, `guard: {forgetting: off}`.
 
 "Right often enough" is VERDICT_LIMITS, or the recipe's `gates` if they name the deciding metric.
 The deciding metric is that of the error analysis, else a likelihood of the test rows. All numbers
@@ -76,8 +76,8 @@ MAX_WRONG_GROUPS = 3
 MAX_SUSPECTS = 2
 MIN_TRUNCATED_SHARE = 0.1  # of the answers, to be a reason
 FORGETTING_UNKNOWN = (
-    "forgetting was not measured: set retention_data, or guard: {forgetting: off} if it does not "
-    "matter"
+    "forgetting was not measured (retention_data: none): use built-in, or guard: {forgetting: off} "
+    "if it does not matter"
 )
 MEAN_OF_TASKS = re.compile(r"test: mean of (held-out )?tasks$")
 RIGHT_WORDS = {
@@ -458,7 +458,7 @@ def describe_cost(comparisons: Sequence[Comparison], plan: Plan) -> str:
     """Return what general text lost, in times of the plan's limit."""
     general = get_general(comparisons)
     if general is None:
-        return "Forgetting is not measured: the recipe has no retention_data"
+        return "Forgetting is not measured: retention_data is none"
     margin = plan.config.forgetting_margin
     reason = plan.reasons.get("forgetting_margin")
     owner = "your limit" if reason is not None and reason.decided_by == "user" else "the limit"

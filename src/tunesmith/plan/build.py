@@ -122,7 +122,7 @@ def build_plan(
         stage=recipe.stage,
         measures=measures,
         num_eval_prompts=data["test_data"].rows if has_answers else 0,
-        has_evaluation=bool({"eval_data", "test_data"} & data.keys() or recipe.retention_data),
+        has_evaluation=bool({"eval_data", "test_data"} & data.keys() or recipe.general_texts),
         has_constraints=bool(recipe.never),
     )
     context = context.with_settings(decide_objective(recipe, context))
@@ -337,7 +337,7 @@ def _estimate_disk(recipe: Recipe, context: RuleContext, data: Mapping[str, Data
     cached_tokens = 0
     # without a base to switch back to, what it computed is kept in a file
     if context["method"] == "full" or "adapter_sha256" in context:
-        if recipe.retention_data is not None:
+        if recipe.general_texts is not None:
             cached_tokens += GENERAL_TEXT_TOKENS
         if "test_data" in data and context.stage != "cpt":
             cached_tokens += data["test_data"].supervised_tokens

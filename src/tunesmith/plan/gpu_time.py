@@ -23,6 +23,7 @@ from tunesmith.plan.flops import (
 )
 from tunesmith.plan.hardware_presets import HardwarePreset
 from tunesmith.plan.memory import (
+    BUILT_IN_TOKENS,
     GENERAL_TEXT_TOKENS,
     GRADIENT_BYTES,
     MASTER_BYTES,
@@ -31,6 +32,7 @@ from tunesmith.plan.memory import (
     count_lora_parameters,
     get_dtype_bytes,
 )
+from tunesmith.recipe.fields import BUILT_IN, NO_DATA
 
 IMPORT_SECONDS = 12.0  # Python, torch, transformers and the CUDA context
 READ_BYTES_PER_SECOND = 1e9  # of the weight files
@@ -106,8 +108,9 @@ def _estimate_other_seconds(plan: Plan, preset: HardwarePreset) -> float:
     token_seconds = forward_flops / preset.flops / MFU_RANGE[0]
     tokens = PREFLIGHT_TOKENS
     forwards = PREFLIGHT_FORWARDS
-    if plan.recipe.get("retention_data"):
-        tokens += 3 * GENERAL_TEXT_TOKENS  # before, after, and once more for the divergence
+    if (source := plan.recipe.get("retention_data")) not in (None, NO_DATA):
+        general_tokens = BUILT_IN_TOKENS if source == BUILT_IN else GENERAL_TEXT_TOKENS
+        tokens += 3 * general_tokens  # before, after, and once more for the divergence
     decode_seconds = 0.0
     if test := plan.data.get("test_data"):
         tokens += 3 * test.tokens

@@ -47,6 +47,7 @@ GRADIENT_BYTES = 4
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 MXFP4_BYTES = 0.5 + 1 / 32  # 4 bits per weight, one byte per group of 32
 RETAINED_CHECKPOINTS = 2  # as core/run_dir.py keeps them
+BUILT_IN_TOKENS = 17_000  # of the general texts that ship
 GENERAL_TEXT_TOKENS = 100_000  # of retention_data that are measured, at most
 Method = Literal["lora", "qlora", "full"]
 PART_NAMES = {"nccl": "NCCL", "cache": "KV cache"}  # in plan.json

@@ -36,7 +36,8 @@ MAX_TOKEN_CHARS = 200
 MAX_PATTERN_CHARS = 10_000
 SELF_CALL = re.compile(r"\(\?(?:R|[+-]?\d+|&\w+|P>\w+)\)")
 SELF_GENERATED = "self-generated"  # in place of a path: rehearsal rows that the model writes
-NO_TEST_DATA = "none"  # in place of a path: no final measurement
+NO_DATA = "none"  # in place of a path: nothing is measured
+BUILT_IN = "built-in"  # in place of a path: the general texts that ship
 MATCHER_KEYS = ("match", "text", "check")
 FORMER_METRICS = {"normalised_match": "normalized_match"}
 HUB_SOURCE_KEYS = ("revision", "config", "split", "data_files")
@@ -264,6 +265,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(re
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(reject_bool)]
 Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(reject_bool)]
 FilePath = Annotated[Path, BeforeValidator(_check_path)]
+GeneralTexts = Annotated[
+    Literal["built-in", "none"] | FilePath,
+    BeforeValidator(lambda value: NO_DATA if value in (None, [], ()) else value),
+]
 SourcePath = Annotated[
     Path,
     BeforeValidator(_check_path),

@@ -32,7 +32,13 @@ from tunesmith.recipe.explain import (
     locate_error,
     normalize_key,
 )
-from tunesmith.recipe.fields import NO_TEST_DATA, is_self_generated, parse_custom_metric, wrap_list
+from tunesmith.recipe.fields import (
+    BUILT_IN,
+    NO_DATA,
+    is_self_generated,
+    parse_custom_metric,
+    wrap_list,
+)
 from tunesmith.recipe.schema import (
     ALIASES,
     KEYS,
@@ -338,16 +344,14 @@ def _resolve_paths(key: str, value: Any, folder: Path) -> Any:
             return cast("Any", value)
         return {**cast("Json", value), "data": _resolve_paths("data", data, folder)}
     if key == "test_data" and _is_no_test(value):
-        return NO_TEST_DATA
+        return NO_DATA
     if key in SOURCE_KEYS:
         items = wrap_list(cast("Any", value))
         sources = [_resolve_source(item, folder) for item in items]
         return sources if isinstance(value, list) else sources[0]
-    if key == "retention_data" and isinstance(value, str) and make_hub_path(value, folder):
-        message = f"there is no file {value!r:.200}, and data sets of the hub are not read here"
-        fix = "download it and name the file; data, eval_data and test_data take names of the hub"
-        raise InputError(message, where=key, fix=fix)
-    if key in ("retention_data", "response_schema", "adapter_from"):
+    if key == "retention_data":
+        return _resolve_general_texts(value, folder)
+    if key in ("response_schema", "adapter_from"):
         return _resolve_path(value, folder)
     if key == "chat_template" and value not in ("auto", "none"):
         return _resolve_path(value, folder)
@@ -357,6 +361,17 @@ def _resolve_paths(key: str, value: Any, folder: Path) -> Any:
         path = _resolve_path(value, folder)
         return path if os.path.exists(path) else value
     return value
+
+
+def _resolve_general_texts(value: Any, folder: Path) -> Any:
+    """Raises InputError for a name of the hub."""
+    if value in (BUILT_IN, NO_DATA):
+        return value
+    if isinstance(value, str) and make_hub_path(value, folder):
+        message = f"there is no file {value!r:.200}, and data sets of the hub are not read here"
+        fix = "download it and name the file; data, eval_data and test_data take names of the hub"
+        raise InputError(message, where="retention_data", fix=fix)
+    return _resolve_path(value, folder)
 
 
 def _resolve_metric_path(value: Any, folder: Path) -> Any:
@@ -369,7 +384,7 @@ def _is_no_test(value: Any) -> bool:
     """Return whether test_data is none, also as a stored recipe has it: a source of that path."""
     first, *others = wrap_list(value) or [None]
     path = cast("Json", first).get("path") if isinstance(first, dict) else first
-    return not others and path == NO_TEST_DATA
+    return not others and path == NO_DATA
 
 
 def _resolve_source(value: Any, folder: Path) -> Any:
@@ -429,7 +444,8 @@ def _find_field(flag: str) -> FieldInfo | None:
 def rebuild_recipe(values: Mapping[str, Any]) -> Recipe:
     """Rebuild the recipe stored in a plan. Raises InputError if another version wrote it."""
     try:
-        return Recipe.model_validate({k: v for k, v in values.items() if v is not None})
+        keys = {k for k, value in values.items() if value is not None or k == "retention_data"}
+        return Recipe.model_validate({key: values[key] for key in keys})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

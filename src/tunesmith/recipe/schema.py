@@ -26,14 +26,17 @@ from pydantic import (
 
 from tunesmith.core.hub_names import format_path
 from tunesmith.core.types import Json
+from tunesmith.recipe.demo import GENERAL_TEXTS
 from tunesmith.recipe.fields import (
-    NO_TEST_DATA,
+    BUILT_IN,
+    NO_DATA,
     Attention,
     Auto,
     Constraints,
     Count,
     DataSource,
     FilePath,
+    GeneralTexts,
     GradientCheckpointing,
     GuardConfig,
     GuardField,
@@ -117,8 +120,8 @@ class Recipe(RecipeMapping):
     test_data: Sources = setting(
         (), "Rows for the final evaluation; default: half of the held-out rows."
     )
-    retention_data: FilePath | None = setting(
-        None, "General text; its bits per byte measure forgetting."
+    retention_data: GeneralTexts = setting(
+        BUILT_IN, "General text; its bits per byte measure forgetting."
     )
     rehearsal: RehearsalConfig | None = setting(
         None, "General rows against forgetting: {data, ratio, shift}."
@@ -247,7 +250,14 @@ class Recipe(RecipeMapping):
     @property
     def has_no_test(self) -> bool:
         """Whether nothing is held out for a final result: before and after are of eval_data."""
-        return self.test_data == (DataSource(path=Path(NO_TEST_DATA)),)
+        return self.test_data == (DataSource(path=Path(NO_DATA)),)
+
+    @property
+    def general_texts(self) -> Path | None:
+        """The file of retention_data; None if forgetting is not measured."""
+        if self.retention_data == NO_DATA:
+            return None
+        return GENERAL_TEXTS if self.retention_data == BUILT_IN else Path(self.retention_data)
 
 
 @dataclass(frozen=True)
@@ -342,7 +352,7 @@ def _find_plain_contradictions(
         yield "share_prefixes", message
     rehearsal: RehearsalConfig | None = settings.get("rehearsal")
     is_adaptive = rehearsal is not None and rehearsal.ratio == "adaptive"
-    if is_adaptive and "retention_data" not in keys:
+    if is_adaptive and settings.get("retention_data") == NO_DATA:
         yield "rehearsal", "rehearsal: ratio: adaptive needs retention_data, which it follows"
     max_length = settings.get("max_length")
     pack_length = settings.get("pack_length")
@@ -423,17 +433,20 @@ def _find_sweep_problems(settings: Mapping[str, Any]) -> Problems:
 def _find_shared_files(settings: Mapping[str, Any]) -> Iterator[Problem]:
     paths_by_key: dict[str, set[str]] = {}
     for key in (*FILE_KEYS, "rehearsal"):
-        paths = _collect_paths(settings.get(key, ()))
+        paths = _collect_paths(settings.get(key, BUILT_IN if key == "retention_data" else ()))
         for earlier_key, earlier_paths in paths_by_key.items():
             if shared_paths := paths & earlier_paths:
                 message = f"{key} and {earlier_key} name the same file, {min(shared_paths)}"
-                yield key, f"{message}: a score on it shows nothing"
+                setting = key if key in settings else earlier_key
+                yield setting, f"{message}: a score on it shows nothing"
         paths_by_key[key] = paths
 
 
-def _collect_paths(value: RehearsalConfig | tuple[DataSource, ...] | Path) -> set[str]:
+def _collect_paths(value: RehearsalConfig | tuple[DataSource, ...] | Path | str) -> set[str]:
     """Return the files of a key. Those of the hub are known once a plan has named them."""
     sources = value.data if isinstance(value, RehearsalConfig) else value
+    if isinstance(sources, str):
+        sources = GENERAL_TEXTS if sources == BUILT_IN else ()
     if isinstance(sources, Path):
         return {os.path.normpath(sources)}
     paths: set[str] = set()

@@ -14,6 +14,7 @@ from tunesmith.core.events import GENERAL_TASK, TrainStep
 from tunesmith.core.formatting import format_bytes, format_count, format_duration
 from tunesmith.core.run_dir import RECIPE_FILE
 from tunesmith.core.types import DataReport, Finding, Plan
+from tunesmith.recipe.fields import NO_DATA
 from tunesmith.report.data_checks import CheckView, list_checks
 from tunesmith.report.run_data import InputHashes, ReportData, StageData
 from tunesmith.report.summary import find_weights_file
@@ -91,7 +92,7 @@ def build_data(run: ReportData) -> list[DataView]:
 def _describe_retention(stage: StageData) -> str:
     """Return the file of the general texts and how many were measured; empty without any."""
     source = stage.plan.recipe.get("retention_data")
-    if not source:
+    if source in (None, NO_DATA):
         return ""
     name = str(source).rpartition("/")[2]
     comparisons = stage.record.comparisons if stage.record else ()

@@ -199,7 +199,7 @@ def _describe_significance(claims: Sequence[Claim]) -> str:
 def _list_costs(record: RunRecord, *, has_general: bool) -> list[str]:
     lines: list[str] = []
     if not has_general:
-        lines.append("Forgetting was not measured: the recipe names no retention_data.")
+        lines.append("Forgetting was not measured: retention_data is none.")
     duration = format_duration(record.train_seconds)
     steps = f"{record.steps:,} steps, {record.tokens:,} tokens"
     line = f"{duration} of training: {steps}."

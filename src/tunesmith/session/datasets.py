@@ -126,8 +126,8 @@ def open_eval_datasets(
 ) -> dict[str, Dataset]:
     """Return the datasets that a run is evaluated on, retention_data included."""
     datasets = {role: open_roles[role] for role in HELD_OUT_ROLES if role in open_roles}
-    if recipe.retention_data is not None:
-        source = DataSource(path=recipe.retention_data, format="text")
+    if recipe.general_texts is not None:
+        source = DataSource(path=recipe.general_texts, format="text")
         datasets["retention_data"] = open_dataset([source], renderer)
     return datasets
 

@@ -37,7 +37,7 @@ def build_fingerprint(
         libraries += GPU_LIBRARIES
     files = {role: dataset.fingerprint for role, dataset in inputs.datasets.items()}
     for role, path in (
-        ("retention_data", inputs.recipe.retention_data),
+        ("retention_data", inputs.recipe.general_texts),
         ("response_schema", inputs.recipe.response_schema),
     ):
         if path is not None and path.is_file():

@@ -80,14 +80,14 @@ def test_a_limit_that_the_user_set_is_theirs() -> None:
 def test_what_was_not_measured_is_not_ready_unless_the_user_does_not_care() -> None:
     verdict = judge(make_errors(80), make_change(0.6))
     assert verdict.name == "useful, not ready"
-    assert verdict.reasons[0].startswith("forgetting was not measured: set retention_data")
+    assert verdict.reasons[0].startswith("forgetting was not measured (retention_data: none)")
     plan = fake_runs.make_record().plan
     off = replace(plan.settings["guard_forgetting"], value="off", decided_by="user")
     unconcerned = judge(
         make_errors(80), make_change(0.6), plan=plan.with_settings(guard_forgetting=off)
     )
     assert unconcerned.name == "ready"
-    assert unconcerned.cost == "Forgetting is not measured: the recipe has no retention_data"
+    assert unconcerned.cost == "Forgetting is not measured: retention_data is none"
     measured = judge(make_errors(80), make_change(0.6), make_general(0.05), plan=plan)
     assert measured.name == "useful, not ready"
 

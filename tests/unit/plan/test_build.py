@@ -195,14 +195,14 @@ def test_memory_follows_what_a_step_holds(plan: Planner) -> None:
 
 
 def test_what_measuring_leaves_behind_counts_where_something_is_measured(plan: Planner) -> None:
-    bare = plan().memory_bytes
+    bare = plan({"retention_data": "none"}).memory_bytes
     assert "evaluation" not in bare
     for roles, wishes in (
         ({"test_data": {}}, {}),
         ({"eval_data": {}}, {}),
         ({}, {"retention_data": "general.jsonl"}),
     ):
-        held = plan(wishes, roles=roles).memory_bytes
+        held = plan({"retention_data": "none"} | wishes, roles=roles).memory_bytes
         assert held["peak"] - bare["peak"] == held["evaluation"] == EVALUATION_BYTES > 0
 
 

@@ -195,7 +195,8 @@ def held_out_data(lab: Lab) -> None:
 
 
 def retention_data(lab: Lab) -> None:
-    assert ("general text", "bits_per_byte") not in lab.scores()
+    assert ("general text", "bits_per_byte") not in lab.scores(retention_data="none")
+    assert lab.scores(retention_data="built-in")["general text", "bits_per_byte"].n == 80
     texts = lab.rows([{"text": "some text"}, {"text": "and more"}])
     assert lab.scores(retention_data=texts)["general text", "bits_per_byte"].n == 2
 

@@ -31,7 +31,7 @@ SPELLINGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "eval_data": (["b.jsonl", ["b.jsonl"], {"path": "b.jsonl", "weight": "1"}], {}),
     "eval_split": ([0.1, "0.1", "1e-1"], {}),
     "test_data": (["b.jsonl", [{"path": "b.jsonl"}]], {}),
-    "retention_data": (["b.txt"], {}),
+    "retention_data": (["none", [], None], {}),
     "rehearsal": (
         [{"data": "b.jsonl", "ratio": 0.1}, {"data": ["b.jsonl"], "ratio": "0.1"}],
         {"retention_data": "c.txt"},

@@ -39,7 +39,7 @@ from tunesmith.core.types import Plan
 from tunesmith.evaluate.custom_metric import format_metric_name
 from tunesmith.evaluate.results import compute_score
 from tunesmith.plan.build import refuse_if_too_large
-from tunesmith.recipe.fields import NO_TEST_DATA
+from tunesmith.recipe.fields import NO_DATA
 from tunesmith.recipe.schema import Recipe
 from tunesmith.recipe.sweep import SweepConfig
 from tunesmith.session.inputs import RunInputs
@@ -138,7 +138,7 @@ def _build_trial_inputs(inputs: RunInputs, num_processes: int) -> RunInputs:
     """Return the inputs without test_data and sweep, and a process's share of a CPU."""
     datasets = {role: rows for role, rows in inputs.datasets.items() if role != "test_data"}
     values = inputs.recipe.model_dump(mode="json", exclude_unset=True)
-    values |= {"test_data": NO_TEST_DATA, "sweep": None}
+    values |= {"test_data": NO_DATA, "sweep": None}
     recipe = Recipe.model_validate(values)
     machine = inputs.machine
     if machine.device == "cpu":
@@ -223,9 +223,7 @@ class _TrialRunner:
             yield TrialStart(spec, self.study.count_max_trials())
             path = str(self.folder / spec.name)
             try:
-                recipe = make_trial_recipe(
-                    self.recipe, spec, test_data=NO_TEST_DATA, output_dir=path
-                )
+                recipe = make_trial_recipe(self.recipe, spec, test_data=NO_DATA, output_dir=path)
             except InputError as error:
                 yield self._fail(spec, f"{error.where}: {error.message}")
                 continue
