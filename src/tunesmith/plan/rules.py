@@ -238,7 +238,7 @@ def batch_size(context: RuleContext) -> PlanValue:
     rows = context.data.rows * context["num_train_epochs"]
     while size > 4 and rows / size < 100:
         size //= 2
-    reason = "16 rows for LoRA, 32 for full fine-tuning; fewer if the run has under 100 steps"
+    reason = "16 (32 in full fine-tuning), halved down to 4 until the run has 100 steps"
     source = "Schulman 2025; experiments/packing_mask: a quarter of the steps cost 0.16 nats"
     return make_rule_value(size, reason, source)
 
@@ -273,7 +273,8 @@ def lora_r(context: RuleContext) -> PlanValue:
     targets = context["lora_target_modules"]
     needed_rank = tokens / (2 * max(1, count_lora_parameters(context.model, 1, targets)))
     power_of_two = 1 << max(0, math.ceil(math.log2(max(1.0, needed_rank))))
-    reason = f"{tokens:,} supervised tokens need rank {math.ceil(needed_rank)}; 16 is the minimum"
+    fitting = f"{tokens:,} supervised tokens fit into rank {math.ceil(needed_rank)}"
+    reason = f"{fitting}; 16 is the least that we use"
     source = "Schulman 2025; experiments/rank"
     return make_rule_value(min(256, max(16, power_of_two)), reason, source)
 

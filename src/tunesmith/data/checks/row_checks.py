@@ -299,7 +299,8 @@ ROW_CHECKS: dict[str, RowCheck] = {
         "remove them, or re-decode the source", True,
     ),
     "echoes_prompt": RowCheck(
-        find_echoed_prompt, "have an answer that repeats the prompt", None, "drop the rows"
+        find_echoed_prompt, "have an answer that repeats the prompt", None,
+        "drop the rows, unless answers are passages of the prompt",
     ),
     "loops": RowCheck(find_loops, "have a repetitive answer", None, "drop the rows"),
     "secrets": RowCheck(

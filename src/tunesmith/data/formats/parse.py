@@ -95,10 +95,9 @@ def get_note(format: str, has_pairs: bool) -> str:
 
 
 def find_unused_keys(row: Row, format: str, *, has_labels: bool = False) -> list[str]:
-    """Return the keys of a row that nothing reads."""
-    used_keys = FORMATS[format].used_keys | {NEGATIVE_KEY, REVIEW_KEY, SERVED_KEY, CHOICES_KEY}
-    if has_labels:
-        used_keys |= {LABEL_KEY}
+    """Return the keys of a row that nothing reads. An `id` may show groups (row_groups.py)."""
+    used_keys = FORMATS[format].used_keys | {"id", NEGATIVE_KEY, REVIEW_KEY, SERVED_KEY}
+    used_keys |= {CHOICES_KEY, LABEL_KEY} if has_labels else {CHOICES_KEY}
     return [key for key in row.data if key not in used_keys]
 
 

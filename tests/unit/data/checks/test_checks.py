@@ -110,10 +110,11 @@ def test_control_text_missing_system_turns_and_empty_prompts(opened):
 
 
 def test_keys_that_nothing_reads_are_named(opened):
-    report = check_data({"data": opened([chat("a", "b", id=1), chat("c", "d", weight=2)])})["data"]
+    rows = [chat("a", "b", id=1, note="x"), chat("c", "d", weight=2)]
+    report = check_data({"data": opened(rows)})["data"]
     assert findings(report) == [
         ("warn", "not used: `weight` of a row; the row is trained anyway"),
-        ("info", "not used: `id`"),
+        ("info", "not used: `note`"),
     ]
 
 
