@@ -56,6 +56,8 @@ CONVERSIONS: dict[str, Callable[..., None]] = {
     "schedule": key_map.translate_schedule,
     "smoothing": key_map.translate_smoothing,
     "steps": key_map.translate_steps,
+    "template_kwargs": key_map.translate_template_kwargs,
+    "train_on_prompt": key_map.translate_train_on_prompt,
     "target_modules": key_map.translate_target_modules,
     "trained_switches": key_map.translate_trained_switches,
     "trl_data": data_sets.translate_trl_data,
@@ -211,8 +213,7 @@ def _report_silent_defaults(draft: RecipeDraft, tool: str) -> None:
     reason = f"defaults of {tool} that the config leaves out; here a rule decides"
     for key, text in TOOLS[tool]["defaults"].items():
         is_adapter_key = key.startswith("lora_") and draft.values.get("method") == "full"
-        is_unused = key == "train_on" and draft.values.get("stage", "sft") != "sft"
-        if key not in draft.values and not is_adapter_key and not is_unused:
+        if key not in draft.values and not is_adapter_key:
             draft.skip_unneeded(text, None, reason)
     loss: Any = draft.values.get("loss")
     if loss is None:

@@ -1,7 +1,7 @@
 """What data sets of other tools become: sources of a recipe, with the format of their rows.
 
 Axolotl lists its data sets with the type of their rows; LLaMA-Factory describes them in
-dataset_info.json; TRL has a single one. Left out: all other keys (key_map.py)."""
+dataset_info.json; TRL names one, or a mixture. Left out: all other keys (key_map.py)."""
 
 from __future__ import annotations
 
@@ -67,23 +67,48 @@ def _make_hub_source(name: str, **keys: Any) -> Json | None:
 
 
 def translate_trl_data(draft: RecipeDraft) -> None:
-    name = draft.pop_text("dataset_name")
-    if name is None:
-        return
-    config = draft.pop_text("dataset_config")
-    splits = {"data": draft.pop_text("dataset_train_split")}
-    splits["eval_data"] = draft.pop_text("dataset_test_split")
-    path = draft.find_path(name)
-    if path is not None:
-        draft.set_value("data", [{"path": path}], "dataset_name")
-        return
-    for key, split in splits.items():
-        source = _make_hub_source(name, config=config, split=split)
-        if source is not None and (split or key == "data"):
-            draft.set_value(key, [source], "dataset_name")
-    if "data" not in draft.values:
-        draft.skip_key("dataset_name", name, HUB_REASON)
-        draft.set_value("data", [{"path": f"{Path(name).name}.jsonl"}], "dataset_name")
+    """Translate the data set, or the list of them in `datasets`, in `dataset_mixture` (a mapping
+    with such a list) or in `dataset_mixer` (name -> share)."""
+    test_split = draft.pop_text("dataset_test_split")
+    if name := draft.pop_text("dataset_name"):
+        entry = {"path": name, "name": draft.pop_text("dataset_config")}
+        entry["split"] = draft.pop_text("dataset_train_split")
+        source = _make_trl_source(draft, "dataset_name", entry)
+        draft.set_value("data", [source], "dataset_name")
+        if test_split and source["path"].startswith("hf:"):
+            draft.set_value("eval_data", [{**source, "split": test_split}], "dataset_name")
+    mixture = draft.remaining.get("dataset_mixture")
+    if isinstance(mixture, dict):
+        draft.remaining["dataset_mixture"] = mixture.get("datasets")
+        draft.remaining["test_split_size"] = mixture.get("test_split_size")
+    for key in ("datasets", "dataset_mixture", "dataset_mixer"):
+        entries = draft.pop_value(key) or []
+        if isinstance(entries, dict):
+            entries = [{"path": name, "weight": share} for name, share in entries.items()]
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise draft.make_error(key, f"{key}: expected a list of mappings, each with a path")
+        if entries:
+            draft.set_value("data", [_make_trl_source(draft, key, e) for e in entries], key)
+
+
+def _make_trl_source(draft: RecipeDraft, key: str, entry: Json) -> Json:
+    """Return the source of a data set of TRL, or of the Alignment Handbook, whose keys differ."""
+    keys = ConfigKeys(dict(entry), partial("{}: {}".format, draft.document.format_location((key,))))
+    name = keys.pop_text("path") or keys.pop_text("id") or ""
+    config = keys.pop_text("name") or keys.pop_text("config")
+    split = keys.pop_text("split")
+    files = keys.pop_texts("data_files")
+    keys.pop_value("columns")  # the others are not read here, either
+    if keys.remaining.get("weight") in (1, None):
+        keys.pop_value("weight")
+    for other, value in keys.remaining.items():
+        draft.skip_key(f"{key}.{other} of {name}", value, "set max_examples, a number of rows")
+    if path := draft.find_path(name):
+        return {"path": path}
+    if source := _make_hub_source(name, config=config, split=split, data_files=files):
+        return source
+    draft.skip_key(key, name, HUB_REASON)
+    return {"path": f"{Path(name).name}.jsonl"}
 
 
 # ---------------------------------------------------------------- Axolotl

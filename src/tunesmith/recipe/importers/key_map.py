@@ -52,6 +52,10 @@ def translate_model(draft: RecipeDraft, key: str) -> None:
     name = draft.pop_text(key)
     if name is None:
         raise draft.make_error(key, f"{key} is missing")
+    revision = draft.pop_text("model_revision")
+    if revision not in (None, "main") and not draft.find_path(name):
+        name = f"{name}@{revision}"
+        key = f"{key}, model_revision"
     draft.set_value("model", draft.find_path(name) or name, key)
 
 
@@ -138,7 +142,7 @@ def translate_new_tokens(draft: RecipeDraft, key: str, module_key: str) -> None:
 
 def translate_trained_switches(draft: RecipeDraft) -> None:
     """Translate TRL's switches of the mask; with assistant_only_loss, completion_only_loss has
-    nothing left to decide."""
+    nothing left to decide. Without both, TRL trains the prompts of conversations, too."""
     assistant = draft.pop_value("assistant_only_loss")
     completion = draft.pop_value("completion_only_loss")
     if assistant:
@@ -149,6 +153,28 @@ def translate_trained_switches(draft: RecipeDraft) -> None:
         draft.set_value("train_on", "all", "completion_only_loss")
     elif completion:
         draft.set_value("train_on", "answers", "completion_only_loss")
+    else:
+        reason = "TRL trains prompts of conversations unless it is true; set train_on: all for that"
+        draft.skip_key("assistant_only_loss", False, reason)
+
+
+def translate_train_on_prompt(draft: RecipeDraft) -> None:
+    """Translate LLaMA-Factory's switch of the mask, which pairs do not read."""
+    if draft.pop_value("train_on_prompt") and draft.values.get("stage") == "preference":
+        draft.skip_unneeded("train_on_prompt", True, "pairs compare answers")
+    elif draft.document.values.get("train_on_prompt"):
+        draft.set_value("train_on", "all", "train_on_prompt")
+
+
+def translate_template_kwargs(draft: RecipeDraft, key: str) -> None:
+    """Translate variables of the chat template: a mapping, or one of them by its name."""
+    value = draft.pop_value(key)
+    if value is not None and key != "chat_template_kwargs":
+        value = {key: value}
+    if not isinstance(value or {}, dict):
+        raise draft.make_error(key, f"{key}: expected a mapping, found {value!r:.60}")
+    if value:
+        draft.set_value("chat_template_kwargs", value, key)
 
 
 def set_overlong_default(draft: RecipeDraft, note: str, unless_null: str = "") -> None:

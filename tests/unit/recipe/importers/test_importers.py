@@ -144,7 +144,57 @@ def test_trl() -> None:
         "batch_size": 16,
         "dtype": "bf16",
     }
-    assert [entry.key for entry in translation.untranslated if entry.is_important] == []
+    lost = [entry for entry in translation.untranslated if entry.is_important]
+    assert [entry.key for entry in lost] == ["assistant_only_loss"]
+    assert "TRL trains prompts" in lost[0].reason
+
+
+@pytest.mark.parametrize(
+    ("lines", "data", "eval_split"),
+    [
+        ("datasets: [{path: org/a, name: en}, {path: org/b, split: new}]",
+         [{"path": "hf://org/a", "config": "en"}, {"path": "hf://org/b", "split": "new"}], None),
+        ("dataset_mixture:\n  test_split_size: 0.02\n  seed: 0\n  datasets:\n"
+         "  - {id: org/a, config: en, split: new, columns: [messages], weight: 1.0}",
+         [{"path": "hf://org/a", "config": "en", "split": "new"}], 0.02),
+        ("dataset_mixer: {org/a: 1.0, org/b: 0.5}",
+         [{"path": "hf://org/a"}, {"path": "hf://org/b"}], None),
+        ("datasets: [{path: mine.jsonl}]\ntest_split_size: 0.1", [{"path": "mine.jsonl"}], 0.1),
+    ],
+    ids=["datasets", "dataset_mixture", "dataset_mixer", "a file"],
+)  # fmt: skip
+def test_mixtures_of_trl(lines: str, data: list[dict[str, str]], eval_split: float | None) -> None:
+    Path("mine.jsonl").touch()
+    translation = changed(TRL, lines, without=["dataset_name"])
+    assert translation.values["data"] == data
+    assert translation.values.get("eval_split") == eval_split
+    lost = {entry.key for entry in translation.untranslated if entry.is_important}
+    shares = {"dataset_mixer.weight of org/b"} if "0.5" in lines else set()
+    assert lost == {"assistant_only_loss"} | shares
+
+
+@pytest.mark.parametrize(
+    "lines", ["dataset_mixture: [org/a]", "datasets: org/a", "datasets: [{path: [org/a]}]"]
+)
+def test_a_mixture_of_another_form_is_refused_by_its_line(lines: str) -> None:
+    with pytest.raises(InputError, match=r"dataset|path") as refusal:
+        changed(TRL, lines, without=["dataset_name"])
+    assert re.search(r"yml:\d+", refusal.value.where)
+
+
+def test_variables_of_the_template_and_a_revision_are_kept() -> None:
+    lines = "chat_template_kwargs: {enable_thinking: false}\nmodel_revision: v1.0"
+    values = changed(TRL, lines).values
+    assert values["chat_template_kwargs"] == {"enable_thinking": False}
+    assert values["model"] == "org/base-0.5b@v1.0"
+    values = changed(LLAMAFACTORY, "enable_thinking: false").values
+    assert values["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_pairs_have_no_use_for_trained_prompts() -> None:
+    translation = changed(LLAMAFACTORY, "train_on_prompt: true", "stage: dpo", without=["stage"])
+    assert "train_on" not in translation.values
+    assert not untranslated_by_key(translation)["train_on_prompt"].is_important
 
 
 def test_trl_splits_of_a_data_set_of_the_hub() -> None:
