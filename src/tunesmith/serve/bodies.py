@@ -13,7 +13,7 @@ from collections import Counter
 from math import isfinite
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tunesmith.core.json_io import describe_json_error, measure_depth
 from tunesmith.core.sampling import MAX_SEED
@@ -119,15 +119,6 @@ class Tool(_Body):
     function: FunctionTool
 
 
-class NamedFunction(_Body):
-    name: ToolName
-
-
-class NamedTool(_Body):
-    type: Literal["function"]
-    function: NamedFunction
-
-
 class StreamOptions(_Body):
     include_usage: bool = False
 
@@ -198,7 +189,7 @@ class ChatBody(SamplingBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
@@ -206,11 +197,17 @@ class ChatBody(SamplingBody):
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise ValueError("two tools have the same name")
-        if self.tools is None and self.tool_choice not in (None, "none"):
+        if self.tools is None and self.tool_choice == "auto":
             raise ValueError("tool_choice needs tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError("tool_choice names a function that is not among the tools")
         return self
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _refuse_forced_call(cls, choice: Any) -> Any:
+        if choice == "required" or isinstance(choice, dict):
+            fix = "send tool_choice: auto, or response_format with a json_schema"
+            raise ValueError(f"no call is forced; {fix}")
+        return choice
 
     @model_validator(mode="after")
     def _check_pairs(self) -> ChatBody:

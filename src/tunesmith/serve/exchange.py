@@ -49,7 +49,7 @@ from tunesmith.serve.middleware import KEY_FIELD
 from tunesmith.serve.registry import Lease, Registry, ServedModel
 from tunesmith.serve.routes import CheckedAnswer, Route, RouteTable
 from tunesmith.serve.scheduler import AnswerJob, AnswerUpdate, Scheduler
-from tunesmith.serve.tool_calls import build_tool_grammar, list_tools, to_template_message
+from tunesmith.serve.tool_calls import list_tools, to_template_message
 
 DEFAULT_TEMPERATURE = 1.0  # of OpenAI's API
 DEFAULT_CHAT_TOKENS = 1024
@@ -152,8 +152,6 @@ async def make_jobs(
 ) -> list[AnswerJob]:
     """Return a job for each answer: `n` for each prompt, with seeds that follow each other."""
     schema = find_schema(body, model)
-    if isinstance(body, ChatBody) and body.active_tools:
-        schema = await asyncio.to_thread(build_tool_grammar, body, model) or schema
     grammar = None if schema is None else await grammars.compile(schema, model)
     biases = list_biases(body, model)
     seed = secrets.randbelow(MAX_SEED) if body.seed is None else body.seed % MAX_SEED

@@ -39,9 +39,8 @@ class GrammarCache:
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="grammar")
         self._num_compiling = 0
 
-    async def compile(self, schema: Json | str, model: ServedModel) -> Grammar:
-        """Return the grammar of a schema, or of a grammar's text, for a model's tokenizer. Raises
-        RequestError."""
+    async def compile(self, schema: Json, model: ServedModel) -> Grammar:
+        """Return the grammar of a schema for a model's tokenizer. Raises RequestError."""
         key = (check_schema(schema), model.renderer.fingerprint, model.renderer.end_ids)
         grammar = self._grammars.get(key)
         if grammar is None:
@@ -52,7 +51,7 @@ class GrammarCache:
         self._grammars.move_to_end(key)
         return grammar
 
-    async def _compile_in_time(self, schema: Json | str, model: ServedModel) -> Grammar:
+    async def _compile_in_time(self, schema: Json, model: ServedModel) -> Grammar:
         base = model.base
         try:
             # once for each tokenizer, and no fault of the schema: seconds, where others compute
@@ -70,7 +69,7 @@ class GrammarCache:
         except MachineError as error:
             raise from_tunesmith_error(error, param=PARAM) from None
 
-    def _start_compiling(self, schema: Json | str, model: ServedModel) -> Future[Grammar]:
+    def _start_compiling(self, schema: Json, model: ServedModel) -> Future[Grammar]:
         if self._num_compiling >= 2:
             message = "two schemas are being compiled; try again"
             raise RequestError(429, message, code="schemas_busy", param=PARAM, retry_seconds=1)
@@ -84,7 +83,7 @@ class GrammarCache:
         self._num_compiling -= 1
 
 
-def make_grammar(schema: Json | str, model: ServedModel) -> Grammar:
+def make_grammar(schema: Json, model: ServedModel) -> Grammar:
     """Compile a schema for a model. Raises InputError for what cannot be enforced, by its name."""
     return Grammar(
         schema,
@@ -95,7 +94,7 @@ def make_grammar(schema: Json | str, model: ServedModel) -> Grammar:
     )
 
 
-def check_schema(schema: Json | str) -> str:
+def check_schema(schema: Json) -> str:
     """Return the sha256 of a schema. Raises RequestError for one that is too large or too deep."""
     if measure_depth(schema) > MAX_SCHEMA_DEPTH:
         message = f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep"

@@ -1,13 +1,12 @@
-"""The tools of a request: what the template gets, and what can be enforced.
+"""The tools of a request: what the template gets, and the calls of an answer.
 
     find_tools(body, model) -> OfferedTools, or RequestError 400
-    build_tool_grammar(body, model) -> the text of a grammar (llguidance's Lark), for a forced call
     ToolChatFormat(head, tools)     the format of a chat whose request has tools
 
 Strict: tools are refused for a template whose calls cannot be read back, and so is whatever an
-answer could break: `strict` without a forced call, one call at most, a schema beside tools. A call
-is sent when it is complete, never a part of one, and what only looks like a call is content. A
-stream and a body say the same, as one reader makes both. Left out: the syntax of calls
+answer could break: `strict` arguments, one call at most, a schema beside tools. A call is sent when
+it is complete, never a part of one, and what only looks like a call is content. A stream and a
+body say the same, as one reader makes both. Left out: the syntax of calls
 (data/chat_template/tool_syntax.py)."""
 
 from __future__ import annotations
@@ -23,22 +22,17 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.chat_template.tool_syntax import (
-    CallForm,
-    NamedForm,
     ObjectForm,
     ToolCall,
     ToolSyntax,
     learn_tool_syntax,
 )
-from tunesmith.model.generation.grammar import embed_schema
-from tunesmith.serve.bodies import ChatBody, ChatMessage, NamedTool, parse_json
+from tunesmith.serve.bodies import ChatBody, ChatMessage, parse_json
 from tunesmith.serve.errors import RequestError
 from tunesmith.serve.formats import FINISH_REASONS, Answer, AnswerHead, ChatFormat
-from tunesmith.serve.grammars import check_schema
 from tunesmith.serve.registry import ServedModel
 from tunesmith.serve.scheduler import AnswerUpdate
 
-SPACE = '" "?'  # in a grammar
 ANY_ARGUMENTS: Json = {"type": "object"}
 ID_CHARS = 9  # letters and digits, as Mistral's templates want them
 TOOL_CALLS = "tool_calls"
@@ -46,12 +40,10 @@ TOOL_CALLS = "tool_calls"
 
 @dataclass(frozen=True)
 class OfferedTools:
-    """The tools that an answer may call: name -> schema of the arguments. `is_forced`: it has to
-    call one of them."""
+    """The tools that an answer may call: name -> schema of the arguments."""
 
     syntax: ToolSyntax
     schemas: Mapping[str, Json]
-    is_forced: bool
 
 
 def to_template_message(message: ChatMessage) -> Json:
@@ -96,13 +88,9 @@ def find_tools(body: ChatBody, model: ServedModel) -> OfferedTools:
     if isinstance(syntax := _learn_once(model.renderer), str):
         message = f"this model has no tools: {syntax}"
         raise RequestError(400, message, code="tools_not_supported", param="tools")
-    is_forced = body.tool_choice not in (None, "auto")
-    _refuse_unenforceable(body, model, syntax, is_forced=is_forced)
-    if isinstance(body.tool_choice, NamedTool):
-        name = body.tool_choice.function.name
-        tools = [tool for tool in tools if tool.function.name == name]
+    _refuse_unenforceable(body, model, syntax)
     schemas = {tool.function.name: tool.function.parameters or ANY_ARGUMENTS for tool in tools}
-    return OfferedTools(syntax, schemas, is_forced)
+    return OfferedTools(syntax, schemas)
 
 
 @functools.lru_cache(maxsize=64)
@@ -114,93 +102,20 @@ def _learn_once(renderer: Renderer) -> ToolSyntax | str:
         return error.message
 
 
-def _refuse_unenforceable(
-    body: ChatBody, model: ServedModel, syntax: ToolSyntax, *, is_forced: bool
-) -> None:
+def _refuse_unenforceable(body: ChatBody, model: ServedModel, syntax: ToolSyntax) -> None:
     """Raise RequestError 400 for a promise that an answer could break."""
     wanted = body.response_format
     if (wanted is not None and wanted.type != "text") or (wanted is None and model.schema):
         message = "an answer cannot follow a schema and call tools; send tool_choice: none"
         raise RequestError(400, message, code="tools_not_supported", param="response_format")
-    if is_forced:
-        return
     for index, tool in enumerate(body.active_tools):
         if tool.function.strict:
-            message = "strict arguments need tool_choice: required, or a named function"
+            message = "arguments are not enforced; leave strict out and check them"
             param = f"tools[{index}].function.strict"
             raise RequestError(400, message, code="tools_not_supported", param=param)
     if body.parallel_tool_calls is False and syntax.separator is not None:
-        message = "one call at most needs tool_choice: required, or a named function"
+        message = "this template may write several calls; leave parallel_tool_calls out"
         raise RequestError(400, message, code="tools_not_supported", param="parallel_tool_calls")
-
-
-# ---------------------------------------------------------------- a call that has to be made
-
-
-def build_tool_grammar(body: ChatBody, model: ServedModel) -> str | None:
-    """Return the grammar of one call with arguments by their schema, None if none has to be made.
-    Raises RequestError 400 for calls that no grammar enforces."""
-    tools = find_tools(body, model)
-    if not tools.is_forced:
-        return None
-    for schema in tools.schemas.values():
-        check_schema(schema)
-    try:
-        return describe_calls(tools.syntax, tools.schemas, model.renderer)
-    except InputError as error:
-        message = f"tool_choice cannot be enforced: {error.message}"
-        raise RequestError(400, message, code="tools_not_supported", param="tool_choice") from None
-
-
-def describe_calls(syntax: ToolSyntax, schemas: Mapping[str, Json], renderer: Renderer) -> str:
-    """Return the grammar of one call of one of the tools (name -> schema of the arguments).
-
-    Raises InputError for a template or a schema that no grammar holds."""
-    if syntax.forced_opening is None:
-        raise InputError("the chat template does not continue a prompt with a call")
-    calls: list[str] = []
-    for name, schema in schemas.items():
-        kind = schema.get("type", "object")
-        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-            raise InputError(f"the parameters of {name} must be of type object")
-        arguments = embed_schema({**schema, "type": "object"})
-        calls.append(_describe_call(syntax.form, name, arguments, renderer))
-    opening = _quote(syntax.forced_opening, renderer)
-    closing = _quote(syntax.closing.rstrip(), renderer)
-    return f"start: {opening} ({' | '.join(calls)}) {closing}"
-
-
-def _describe_call(form: CallForm, name: str, arguments: str, renderer: Renderer) -> str:
-    """Return the term of a call."""
-    if isinstance(form, NamedForm):
-        return f"{_quote(name + form.between, renderer)} {arguments}"
-    if not isinstance(form, ObjectForm) or form.is_text or form.wrapper:
-        raise InputError("the chat template does not write arguments as an object")
-    if set(form.keys) != {form.name_key, form.arguments_key}:
-        raise InputError("the chat template writes more than name and arguments")
-    parts: list[str] = []
-    for key in form.keys:
-        value = _quote_plain(json.dumps(name)) if key == form.name_key else arguments
-        parts.append(f'{_quote_plain(json.dumps(key))} {SPACE} ":" {SPACE} {value}')
-    inside = f' {SPACE} "," {SPACE} '.join(parts)
-    return f'"{{" {SPACE} {inside} {SPACE} "}}"'
-
-
-def _quote(text: str, renderer: Renderer) -> str:
-    """Return a text of the template as terms, with its control tokens by id."""
-    terms: list[str] = []
-    position = 0
-    tokenizer = renderer.tokenizer
-    for match in tokenizer.pattern.finditer(text):
-        terms.append(_quote_plain(text[position : match.start()]))
-        terms.append(f"<[{tokenizer.controls[match[0]].id}]>")
-        position = match.end()
-    terms.append(_quote_plain(text[position:]))
-    return " ".join(filter(None, terms))
-
-
-def _quote_plain(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False) if text else ""
 
 
 @dataclass(frozen=True)
@@ -227,7 +142,7 @@ class ToolCallReader:
         if answer is None:
             end = len(self._text) if is_end else self._find_settled_end()
             return CallUpdate(self._take_content(self._text[:end]))
-        content = "" if self._tools.is_forced else answer.content
+        content = answer.content
         if is_end:
             content += answer.rest  # after the calls: nothing is lost
         calls = answer.calls[self.num_calls :]
@@ -242,8 +157,6 @@ class ToolCallReader:
 
     def _find_settled_end(self) -> int:
         """Return where the text ends that cannot become a call, or the space before one."""
-        if self._tools.is_forced:
-            return 0
         word = self._tools.syntax.first_word
         if not word:
             start = self._text.lstrip()[:1]

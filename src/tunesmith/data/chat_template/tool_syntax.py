@@ -6,7 +6,7 @@
 Made-up calls are rendered, and the text around their names and arguments is the syntax: there is no
 table of models. A template is learned only if what it renders is read back as the same calls: with
 nested arguments, without any, with several calls, and with other content. Left out: reading an
-answer while it grows (serve/tool_calls.py), enforcing a call (serve/tool_calls.py)."""
+answer while it grows (serve/tool_calls.py)."""
 
 from __future__ import annotations
 
@@ -72,14 +72,12 @@ class ToolSyntax:
     """The texts around the calls of an answer.
 
     `opening` is before the first, `separator` between two (None: one call per answer), `closing`
-    after the last. `forced_opening` is all that the template writes between a prompt and a call;
-    None if a call is no continuation of a prompt."""
+    after the last."""
 
     form: CallForm
     opening: str
     separator: str | None
     closing: str
-    forced_opening: str | None = None
 
     @property
     def first_word(self) -> str:
@@ -160,8 +158,7 @@ class _SyntaxProber:
             raise InputError("the form of the chat template's tool calls is not known")
         form, start, end = form_span
         opening = self.find_opening(form, text_1[:start])
-        forced = text_1[:start] if self.is_continuation((FIRST,)) else None
-        return self.find_separator(ToolSyntax(form, opening, None, text_1[end:], forced))
+        return self.find_separator(ToolSyntax(form, opening, None, text_1[end:]))
 
     def find_opening(self, form: CallForm, before: str) -> str:
         """Return the text before a call: what follows other content, if the template writes it."""
@@ -215,10 +212,6 @@ class _SyntaxProber:
         ends = filter(None, (self.renderer.decode([token]) for token in self.renderer.end_ids))
         positions = [end for text in ends if (end := answer.find(text, max(last, 0))) >= 0]
         return answer[: min(positions, default=len(answer))]
-
-    def is_continuation(self, arguments: Sequence[Json]) -> bool:
-        prompt, full = self.render_texts(arguments, "")
-        return full.startswith(prompt)
 
     def render_texts(self, arguments: Sequence[Json], content: str) -> tuple[str, str]:
         calls: list[Json] = []
@@ -297,11 +290,10 @@ class CallForm(Protocol):
 class ObjectForm:
     """An object that holds both, perhaps inside another (`wrapper`).
 
-    `keys` are all keys in their order; `is_text`: the arguments are JSON in a string."""
+    `is_text`: the arguments are JSON in a string."""
 
     name_key: str
     arguments_key: str
-    keys: tuple[str, ...]
     wrapper: str = ""
     is_text: bool = False
 
@@ -349,7 +341,7 @@ def _match_object(content: Json, wrapper: str, name: str, arguments: Json) -> Ob
     arguments_key = plain_key or text_key
     if name_key is None or arguments_key is None:
         return None
-    return ObjectForm(name_key, arguments_key, tuple(content), wrapper, plain_key is None)
+    return ObjectForm(name_key, arguments_key, wrapper, plain_key is None)
 
 
 # ---------------------------------------------------------------- NAME {...}

@@ -32,25 +32,21 @@ class Grammar:
 
     def __init__(
         self,
-        schema: Json | str,
+        schema: Json,
         folder: Path,
         *,
         vocab_size: int,
         end_ids: Sequence[int],
         is_strict: bool = False,
     ) -> None:
-        """Compile `schema` for the tokenizer in `folder` and a model with `vocab_size` logits. A
-        text is a grammar in llguidance's Lark, with schemas of `embed_schema` in it.
+        """Compile `schema` for the tokenizer in `folder` and a model with `vocab_size` logits.
 
         Parts of the schema that a grammar cannot express are left to the model and are in
         `warnings`; with `is_strict` they are an error that names them. Raises MachineError without
         llguidance, InputError for an unsupported schema."""
         LLMatcher = import_llguidance().LLMatcher
-        if isinstance(schema, str):
-            grammar = LLMatcher.grammar_from_lark(schema)
-        else:
-            options = _make_options(schema, is_strict=is_strict)
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+        options = _make_options(schema, is_strict=is_strict)
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
         tokenizer = load_tokenizer(folder, vocab_size, tuple(end_ids))
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
         self._vocab_size = vocab_size
@@ -64,13 +60,6 @@ class Grammar:
     def start_answer(self) -> SchemaAnswer:
         """Return the grammar of one answer."""
         return SchemaAnswer(self._matcher.deep_copy(), self._vocab_size, self._end_ids)
-
-
-def embed_schema(schema: Json) -> str:
-    """Return a strict schema as a term of a grammar's text. Raises InputError for one that sets
-    options."""
-    options = _make_options(schema, is_strict=True)
-    return f"%json {json.dumps({OPTIONS_KEYWORD: options, **schema})}"
 
 
 def _make_options(schema: Json, *, is_strict: bool) -> Any:
