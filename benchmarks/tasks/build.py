@@ -88,7 +88,7 @@ def describe(folder: Path) -> str:
     return f"| {' | '.join((*cells, ' + '.join(counts), ' + '.join(groups), task.metric))} |"
 
 
-HEAD = "| task | kind | Debian packages | license | rows | groups | metric |\n" + "|---" * 7 + "|\n"
+HEAD = "| task | kind | packages | license | rows | groups | metric |\n" + "|---" * 7 + "|\n"
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     TASKS[name].make(folder) -> (group, row), ...
 
 A group is what rows have in common that a split must keep together: a source package, a page, a
-headword, a chapter. Rows have the columns that a first user would write, in various formats.
+headword, a section. Rows have the columns that a first user would write, in various formats.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ Rows = Iterator[tuple[str, Row]]
 TOOLS = (
     "Answer with one call as JSON. Tools: find_packages(interface, use, works_with, language), "
     "show_package(package, field), install(package, recommends)."
+)
+PACKAGE_QUESTIONS = (
+    ("How large is {} once it is installed?", "field", "installed_size"),
+    ("Who looks after the package {}?", "field", "maintainer"),
+    ("Please put {} on this machine, but without the recommended extras.", "recommends", False),
 )
 SECTIONS = ("games", "sound", "fonts", "net", "text", "science", "admin", "graphics")
 
@@ -137,16 +142,9 @@ def call_tools(folder: Path) -> Rows:
         name, order = record["Package"], pick(record["Package"], 6)
         if facets.get("role") != "program" or not {"interface", "use"} <= set(facets):
             continue
-        if order == 0:
-            question = f"How large is {name} once it is installed?"
-            arguments = {"package": name, "field": "installed_size"}
-        elif order == 1:
-            question = f"Who looks after the package {name}?"
-            arguments = {"package": name, "field": "maintainer"}
-        elif order == 2:
-            question = f"Please put {name} on this machine, but without the recommended extras."
-            arguments = {"package": name, "recommends": False}
-        else:
+        question, field, value = (*PACKAGE_QUESTIONS, ("", "", ""))[min(order, 3)]
+        question, arguments = question.format(name), {"package": name, field: value}
+        if order > 2:
             question, arguments = _ask_for_program(facets, order)
         tool = ("show_package", "show_package", "install", *["find_packages"] * 3)[order]
         answer = json.dumps({"name": tool, "arguments": arguments})
@@ -206,13 +204,14 @@ def simplify_entries(folder: Path) -> Rows:
 
 
 def read_policy(folder: Path) -> Rows:
-    """Continue pretraining on a manual, in passages; a chapter is a group."""
+    """Continue pretraining on a manual, in passages; a section such as 9.1 is a group."""
     text = read_text(folder / "debian-policy/usr/share/doc/debian-policy/policy.txt.gz")
     for part in re.split(r"\n\n\n(?=(?:\d+\.)+ )", text)[1:]:
         title, _, body = part.partition("\n")
+        section = ".".join(title.split(" ")[0].split(".")[:2])
         for passage in _join_paragraphs(re.split(r"\n\n+", body), 900):
             if len(passage) > 200:
-                yield f"chapter-{title.split('.')[0]}", {"text": f"{title}\n\n{passage}"}
+                yield section, {"text": f"{title}\n\n{passage}"}
 
 
 def _join_paragraphs(paragraphs: list[str], most: int) -> Iterator[str]:
@@ -276,7 +275,7 @@ TASKS = {
     "entries": Task(simplify_entries, "rewriting", ("dict-gcide",), "GPL-2+", "exact match",
                     train=240),
     "policy": Task(read_policy, "continued pretraining", ("debian-policy",), "GPL-2+",
-                   "bits per byte", train=240, test=80, per_group=60, recipe="stage: cpt\n"),
+                   "bits per byte", train=240, test=80, per_group=8, recipe="stage: cpt\n"),
     "jargon": Task(prefer_definitions, "preference", ("dict-jargon",), "public domain",
                    "preference accuracy", train=240, test=80, recipe="stage: preference\n"),
     "colors": Task(label_by_hash, "cannot be learned", ("wordnet-base",), "WordNet-3.0",

@@ -1,9 +1,7 @@
 """Write docs/results/tasks.md from the results of the tasks.
 
-    write_page(path, results)
-
-The page has three tables: what each step of the advice did, the guard at other rates, the guard on
-runs that should collapse. Left out: the runs (run.py).
+The page has the tasks, what each step of the advice did, and the guard at other rates and on runs
+that should collapse. Left out: the runs (run.py).
 """
 
 from __future__ import annotations
@@ -26,15 +24,12 @@ decide whether a change of a rule helps. SmolLM2-135M-Instruct, two CPU cores; r
 group.
 
 """
-TASK_HEAD = "| task | kind | license | rows | metric |"
-ARM_HEAD = (
-    "| task | run | metric | before | after | forecast | change by the step | verdict | min |"
-)
+ARM_HEAD = "| task | run | metric | before | after | forecast | change | verdict | min |"
 GUARD_HEAD = "| task | run | exit | rollbacks | first cause | min |"
 
 
-def write_page(path: Path, results: list[Result]) -> None:
-    parts = [INTRO, "## Tasks\n\n", write_table(TASK_HEAD, iter_task_cells())]
+def write_page(path: Path, tasks: str, results: list[Result]) -> None:
+    parts = [INTRO, "## Tasks\n\n", tasks]
     parts += ["\n## Runs\n\n", *_count(results), write_table(ARM_HEAD, iter_arm_cells(results))]
     steps = [step for result in results for step in iter_steps(result)]
     parts += ["\n## Steps\n\n", *(steps or ["No step has run yet.\n"])]
@@ -48,11 +43,6 @@ def write_table(head: str, rows: Iterator[tuple[str, ...]]) -> str:
     lines = [head, "|---" * (head.count("|") - 1) + "|"]
     lines += [f"| {' | '.join(cells)} |" for cells in rows]
     return "\n".join(lines) + "\n"
-
-
-def iter_task_cells() -> Iterator[tuple[str, ...]]:
-    for name, task in TASKS.items():
-        yield name, task.kind, task.licence, f"{task.train} + {task.test}", task.metric
 
 
 # ---------------------------------------------------------------- runs

@@ -1,14 +1,14 @@
 """Follow the advice of tunesmith on the ten tasks, as a first user would, and write the page.
 
-    python -m benchmarks.tasks.run [--only NAME ...] [--minutes M] [--page]
+    python -m benchmarks.tasks.run [--only NAME ...] [--minutes M]
     python -m benchmarks.tasks.run --rates 1/3,1,3 | --collapse [--only NAME ...] [--minutes M]
 
 Each task: the default run, step 1 of what its report says to do next, then step 1 of that. In:
 folders of `benchmarks.tasks.build`. Out: results/NAME.json, and docs/results/tasks.md after each
 run, the default runs of all tasks first; run folders are in build/tasks/NAME/runs/. What has a
-result does not run again, and no run starts after M minutes. With --rates, only the guard is looked
-at: runs at other learning rates, which it should not stop. With --collapse, runs that it should: 30
-times the rate, answers of other rows, one row again and again.
+result does not run again, and no run starts after M minutes (0: only the page). With --rates, only
+the guard is looked at: runs at other learning rates, which it should not stop. With --collapse,
+runs that it should: 30 times the rate, answers of other rows, one row again and again.
 """
 
 from __future__ import annotations
@@ -182,20 +182,17 @@ def spoil(folder: Path, arm: str) -> None:
     if arm == "one row":
         rows = [{**rows[0], "id": row["id"]} for row in rows]
     else:
-        answers = [row.get("completion") or row.get("output") for row in rows]
-        answers = [
-            a or row.get("messages", [None])[-1] for a, row in zip(answers, rows, strict=True)
-        ]
-        random.Random(0).shuffle(answers)
-        rows = [_set_answer(row, answer) for row, answer in zip(rows, answers, strict=True)]
+        others = random.Random(0).sample(rows, len(rows))
+        rows = [_take_answer(row, other) for row, other in zip(rows, others, strict=True)]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (folder / "spoiled.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _set_answer(row: Result, answer: Any) -> Result:
+def _take_answer(row: Result, other: Result) -> Result:
     if "messages" in row:
-        return {**row, "messages": [*row["messages"][:-1], answer]}
-    return {**row, "completion" if "completion" in row else "output": answer}
+        return {**row, "messages": [*row["messages"][:-1], other["messages"][-1]]}
+    key = "completion" if "completion" in row else "output"
+    return {**row, key: other[key]}
 
 
 # ---------------------------------------------------------------- all
@@ -205,15 +202,15 @@ def list_guard_arms(name: str, args: argparse.Namespace) -> Iterator[str]:
     for factor in filter(None, args.rates.split(",")):
         yield f"rate x {factor}"
     if args.collapse:
-        has_answers = TASKS[name].recipe == ""  # plain text and pairs have none to exchange
-        yield from COLLAPSES if has_answers else (COLLAPSES[0], COLLAPSES[2])
+        # plain text and pairs have no answers to exchange
+        yield from COLLAPSES[:: 2 if TASKS[name].recipe else 1]
 
 
 def run_guard_arms(name: str, args: argparse.Namespace, end: float) -> None:
     result = read_result(name)
-    done = {each["arm"] for each in result["guard"]}
     for arm in list_guard_arms(name, args):
-        if arm not in done and time.monotonic() < end:
+        is_done = any(each["arm"] == arm for each in result["guard"])
+        if not is_done and time.monotonic() < end:
             result["guard"].append(run_guard(OUT / name, arm))
             store(result)
 
@@ -237,16 +234,17 @@ def store(result: Result) -> None:
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{result['task']}.json"
     file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_page(PAGE, read_results())
+    write()
     last = (result["arms"] + result["guard"])[-1]
     print(
         f"{result['task']}, {last['arm']}: exit {last['exit']}, {last['minutes']} min", flush=True
     )
 
 
-def read_results() -> list[Result]:
+def write() -> None:
     results = map(read_result, TASKS)
-    return [result for result in results if result["arms"] or result["guard"]]
+    has_run = [result for result in results if result["arms"] or result["guard"]]
+    write_page(PAGE, (OUT / "table.md").read_text("utf-8"), has_run)
 
 
 def main() -> None:
@@ -255,17 +253,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--rates", default="")
     parser.add_argument("--collapse", action="store_true")
-    parser.add_argument("--page", action="store_true")
     args = parser.parse_args()
     end = time.monotonic() + 60 * args.minutes
     if args.rates or args.collapse:
         for name in args.only:
             run_guard_arms(name, args, end)
-    elif not args.page:
+    else:
         for index in range(len(ARMS)):
             for name in args.only:
                 run_next_arm(name, index, end)
-    write_page(PAGE, read_results())
+    write()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from benchmarks.tasks.build import build
 from benchmarks.tasks.make import SECTIONS, TASKS, extract_fields, label_by_hash
+from benchmarks.tasks.page import write_page
+from benchmarks.tasks.run import spoil
 from benchmarks.tasks.sources import INDEX, strip_roff
 
 
@@ -39,6 +41,10 @@ strtok, strtok_r \- extract tokens from strings
 """
 
 
+def read_rows(file: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
 def test_a_task_has_no_group_in_two_files_and_the_same_bytes_again(packages: Path, tmp_path: Path):
     task = replace(TASKS["sections"], train=16, test=6, per_group=2, per_label=3)
 
@@ -47,7 +53,7 @@ def test_a_task_has_no_group_in_two_files_and_the_same_bytes_again(packages: Pat
 
     groups: list[set[str]] = []
     for name, count in (("train.jsonl", 16), ("test.jsonl", 6)):
-        rows = [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
+        rows = read_rows(folder / name)
         assert len(rows) == count
         assert (folder / name).read_bytes() == (again / name).read_bytes()
         groups.append({row["id"].partition("/")[0] for row in rows})
@@ -99,3 +105,35 @@ def test_roff_becomes_text():
     assert strip_roff('.\\" a comment\nThe\n.BR strtok ()\nfunction \\fIbreaks\\fP.\n.P\nNext') == (
         "The strtok() function breaks.\n\nNext"
     )
+
+
+def test_the_page_counts_harm_and_forecasts_that_held(tmp_path: Path):
+    change = {"metric": "test exact_match", "difference": -0.2, "low": -0.3, "high": -0.1}
+    score = {"metric": "test exact_match", "before": 0.0, "after": 0.9, "n": 100}
+    default = {"arm": "default", "exit": 0, "minutes": 5.0, "scores": [score], "verdict": "ready"}
+    step = {**default, "arm": "step 1", "reason": "train longer", "command": "tunesmith train r"}
+    step |= {"metric": "test exact_match", "low": -0.05, "high": 0.1}
+    step["against"] = [{**change, "verdict": "worse"}]
+    page = tmp_path / "tasks.md"
+
+    write_page(page, "| tasks |\n", [{"task": "tools", "arms": [default, step], "guard": []}])
+
+    text = page.read_text("utf-8")
+    assert "1 steps of advice: 1 made a graded metric significantly worse" in text
+    assert "0 of 1 forecasts held the change" in text
+    assert "| -0.050 to +0.100 | -0.200 [-0.300, -0.100], worse |" in text
+
+
+def test_spoiled_rows_have_the_answers_of_other_rows(tmp_path: Path):
+    rows = [{"id": f"a/{i}", "prompt": f"p{i}", "completion": f"c{i}"} for i in range(9)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    spoil(tmp_path, "shuffled answers")
+    shuffled = read_rows(tmp_path / "spoiled.jsonl")
+    spoil(tmp_path, "one row")
+    repeated = read_rows(tmp_path / "spoiled.jsonl")
+
+    assert [row["prompt"] for row in shuffled] == [row["prompt"] for row in rows]
+    assert sorted(row["completion"] for row in shuffled) == [f"c{i}" for i in range(9)]
+    assert shuffled != rows
+    assert {row["prompt"] for row in repeated} == {"p0"}
