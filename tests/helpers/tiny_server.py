@@ -19,7 +19,7 @@ from tiny_models import LORA
 from tunesmith.core.atomic import hash_file
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.model.adapters import add_lora, get_trainable_parameters
-from tunesmith.model.causal_lm import load_network, wrap_model
+from tunesmith.model.causal_lm import load_network
 from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
 from tunesmith.model.hub.validate import read_model_json
 from tunesmith.model.save import save_adapter, save_serving_files
@@ -27,7 +27,6 @@ from tunesmith.serve import server as serve_server
 from tunesmith.serve.exchange import Server
 from tunesmith.serve.settings import ServeSettings, check_settings
 from tunesmith.session.identity import build_provenance, hash_weight_files, write_provenance
-from tunesmith.session.witness import record_answers
 
 START_SECONDS = 300  # of a hang
 
@@ -54,7 +53,6 @@ def save_toy_adapter(
     renderer = Renderer.from_folder(base, template=template, now=now)
     sources = {name: chat_template.source for name, chat_template in renderer.templates.items()}
     save_adapter(network, path, merged, base)
-    golden_answers = record_answers(wrap_model(network, torch.float32), renderer)
     save_serving_files(path, base, templates=sources, end_ids=renderer.end_ids)
     config = read_model_json(base / "config.json")
     hashes = hash_weight_files(base)
@@ -66,7 +64,6 @@ def save_toy_adapter(
         now.isoformat(),
         schema=schema,
         weights_sha256=hash_file(path / ADAPTER_WEIGHTS_FILE),
-        golden_answers=golden_answers,
     )
     write_provenance(path, provenance)
     return path

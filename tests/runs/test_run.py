@@ -47,13 +47,10 @@ from tunesmith.core.json_io import parse_as, read_json
 from tunesmith.core.sampling import SamplingParams, check_sampling
 from tunesmith.core.types import Document, RunRecord
 from tunesmith.evaluate.results import EvalResults, compare_results
-from tunesmith.model.adapter_bank import AdapterBank
-from tunesmith.model.causal_lm import load_network, wrap_model
 from tunesmith.model.hub.adapter_config import read_adapter
 from tunesmith.session import inputs
 from tunesmith.session.identity import read_provenance
 from tunesmith.session.reopen import load_trained_session
-from tunesmith.session.witness import check_witness
 from tunesmith.train import run
 
 TOKENS_L = np.frombuffer(b"<3 and 9> {sum}", np.uint8).astype(np.int32)
@@ -244,14 +241,7 @@ def test_the_adapter_says_how_it_is_served_and_what_it_belongs_to(
     )
     provenance = read_provenance(adapter)
     assert provenance is not None
-    assert len(provenance.golden_answers) == 5
-    model = wrap_model(load_network(tiny_folder, torch.float32), torch.float32)
-    bank = AdapterBank(model)
-    bank.load("run", read_adapter(adapter, tiny_folder))
-    check = check_witness(
-        model, read_adapter(adapter, tiny_folder), provenance, bank=bank, key="run"
-    )
-    assert check.status == "proven", check.evidence
+    assert provenance.weights_sha256 == read_adapter(adapter, tiny_folder).sha256
 
 
 def test_evaluating_again_finds_what_the_record_says(finished: Path) -> None:
@@ -360,7 +350,7 @@ def test_a_run_left_after_a_checkpoint_goes_on_to_the_same_adapter(
     assert read_adapter_bytes(broken) == read_adapter_bytes(straight)
     assert isinstance(straight.output_dir, Path)
     provenances = [read_provenance(r.output_dir / "adapter") for r in (straight, broken)]
-    assert provenances[0].golden_answers == provenances[1].golden_answers != ()
+    assert provenances[0].weights_sha256 == provenances[1].weights_sha256 != ""
     record = parse_as(RunRecord, read_json(broken.output_dir / "record.json"))
     assert record.steps == 3
 

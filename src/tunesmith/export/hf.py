@@ -51,7 +51,7 @@ from tunesmith.model.reference_load import encode_stock_prompts
 from tunesmith.model.safetensors_io import write_tensors
 from tunesmith.model.save import LoraTensors, rescale_adapter, save_config
 from tunesmith.session.identity import PROVENANCE_FILE as PROVENANCE
-from tunesmith.session.identity import drop_golden_answers
+from tunesmith.session.identity import update_weights_hash
 from tunesmith.train.model_card import CARD_FILE, find_hub_name, note_scale
 
 LORA_A = ".lora_A.weight"
@@ -66,7 +66,7 @@ def write_peft(job: ExportJob) -> None:
     _copy_files(job)
     if job.run.scale != 1:
         rescale_adapter(job.folder, job.run.scale, job.run.token_rows, job.run.modules)
-        drop_golden_answers(job.folder)  # they are of scale 1
+        update_weights_hash(job.folder, job.folder / ADAPTER_WEIGHTS_FILE)
         note_scale(job.folder, job.run.scale, job.run.scale_points)
 
 
@@ -195,7 +195,7 @@ def write_per_expert(job: ExportJob) -> None:
     modules = [name.removesuffix(LORA_A) for name in renamed if name.endswith(LORA_A)]
     config["target_modules"] = sorted({module.rpartition(".")[2] for module in modules})
     (job.folder / ADAPTER_CONFIG_FILE).write_bytes(dump_json(config, indent=2))
-    drop_golden_answers(job.folder)  # they name the hash of the stacked file
+    update_weights_hash(job.folder, file)
 
 
 def reload_per_expert(job: ExportJob) -> ReloadedExport:

@@ -254,8 +254,6 @@ def start_exchange(request: Request, body: ChatBody | CompletionBody) -> Exchang
         user = unit if route.settings.sticky == "user" else ""
     record.model = model.name
     record.version = model.version
-    if server.registry.get_witness(model) == "unproven":
-        server.metrics.unproven.labels(model.name).inc()
     return Exchange(request, server, key, record, body, model, route, user)
 
 

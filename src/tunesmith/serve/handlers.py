@@ -103,7 +103,7 @@ def describe_model(request: Request, model: ServedModel) -> Json:
             "digest": model.digest,
             "scale": model.scale,
             "run": None if source is None else source.label,
-            "witness": registry.get_witness(model) or None,
+            "unproven": source is not None and source.provenance is None,
             "resident": registry.is_resident(model),
             "schema": model.schema is not None,
         },

@@ -142,7 +142,6 @@ class ServerMetrics:
         self.adapter_bytes = add_gauge("adapter_bytes", "Bytes of all resident adapters.")
         self.adapter_loads = add_counter("adapter_loads", "Adapters loaded.", ("result",))
         self.adapter_evictions = add_counter("evictions", "Adapters dropped from memory.")
-        self.unproven = add_counter("unproven_requests", "Requests to unproven models.", ("model",))
         self.first_token = add_histogram(
             "time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN_BUCKETS
         )

@@ -12,7 +12,6 @@ steps of the engine. Left out: opening folders (sources.py), HTTP (handlers.py).
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -21,19 +20,12 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.model.adapter_bank import AdapterBank
-from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.serve.errors import RequestError
 from tunesmith.serve.keys import ApiKey
 from tunesmith.serve.metrics import ServerMetrics
 from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.settings import BASE_NAME
 from tunesmith.serve.sources import AdapterSource, BaseSource
-from tunesmith.session.witness import (
-    WitnessCheck,
-    check_recorded_weights,
-    judge_witness,
-    score_answer,
-)
 
 MAX_SCALE = 2.0
 MAX_BROKEN_ANSWERS = 3  # in a row, before a model is taken out of service
@@ -112,7 +104,6 @@ class Registry:
     def __init__(
         self,
         base: BaseSource,
-        model: PackedCausalLM,
         bank: AdapterBank,
         scheduler: Scheduler,
         metrics: ServerMetrics,
@@ -120,7 +111,6 @@ class Registry:
         budget_bytes: int,
     ) -> None:
         self.base = base
-        self._model = model
         self._bank = bank
         self._scheduler = scheduler
         self._metrics = metrics
@@ -131,7 +121,6 @@ class Registry:
         self._removals: set[str] = set()  # digests that the engine thread has yet to remove
         self._load_lock = asyncio.Lock()  # one at a time, so that the budget holds
         self._broken: dict[str, int] = {}  # digest -> answers in a row without finite numbers
-        self._witnesses: dict[str, WitnessCheck] = {}  # digest -> whether it is what it claims
 
     # ---- names
 
@@ -220,46 +209,9 @@ class Registry:
             if source.digest in self._removals:  # that still wait for the end of a step
                 await self._scheduler.run_between_steps(lambda: None)
             num_bytes = await asyncio.to_thread(self._bank.load, source.digest, source.folder)
-            await self._check_witness(source)
             self._residents[source.digest] = Resident(num_bytes, last_used=time.monotonic())
         self._metrics.adapter_loads.labels("ok").inc()
         self._show_residents()
-
-    async def _check_witness(self, source: AdapterSource) -> None:
-        """Score the recorded answers of an adapter in the live engine, between the steps of others,
-        the first time that it is loaded. Raises InputError if it answers as another model."""
-        if source.digest in self._witnesses:
-            return
-        check = check_recorded_weights(source.folder, source.provenance)
-        if check is None:
-            check = await self._measure_witness(source)
-        if check.status == "refused":
-            self._remove_from_bank(source.digest)
-            raise InputError(f"it does not answer as recorded: {check.evidence}")
-        self._witnesses[source.digest] = check
-
-    async def _measure_witness(self, source: AdapterSource) -> WitnessCheck:
-        provenance = source.provenance
-        golden_answers = provenance.golden_answers if provenance is not None else ()
-        measured: list[tuple[float, ...]] = []
-        for golden in golden_answers:
-            score = functools.partial(
-                score_answer,
-                self._model,
-                golden.prompt_ids,
-                golden.answer_ids,
-                bank=self._bank,
-                key=source.digest,
-            )
-            measured.append(await self._scheduler.run_between_steps(score))
-        return judge_witness(golden_answers, measured)
-
-    def get_witness(self, model: ServedModel) -> str:
-        """Return proven, unproven or indistinct; empty for an adapter not loaded yet."""
-        if model.source is None:
-            return "proven"
-        check = self._witnesses.get(model.digest)
-        return check.status if check is not None else ""
 
     def _make_room(self, num_bytes: int) -> None:
         """Drop adapters by last use until `num_bytes` fit. Raises RequestError if they cannot."""

@@ -247,7 +247,6 @@ def build_server(prepared: PreparedServer) -> Server:
     scheduler = Scheduler(prepared.batch, limits=settings.limits, metrics=metrics)
     registry = Registry(
         prepared.base,
-        prepared.batch.model,
         require(prepared.batch.bank),
         scheduler,
         metrics,

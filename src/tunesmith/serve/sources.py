@@ -61,7 +61,7 @@ from tunesmith.session.identity import (
 from tunesmith.session.inputs import build_renderer
 
 TOKENIZER_FILE = "tokenizer.json"
-NO_ANSWERS: Json = {"schema": None, "weights_sha256": "", "golden_answers": []}
+OWN_FIELDS: Json = {"schema": None, "weights_sha256": ""}
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +170,7 @@ def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = Fals
     variables = {} if provenance is None else provenance.variables
     renderer = _open_renderer(folder if has_tokenizer else base.path, base, variables)
     if provenance is not None:
+        _refuse_other_weights(adapter, provenance)
         _check_record(folder, renderer, base)
     return AdapterSource(
         label=name_source(ref),
@@ -201,10 +202,19 @@ def _open_renderer(folder: Path, base: BaseSource, variables: Json) -> Renderer:
     return renderer
 
 
+def _refuse_other_weights(adapter: AdapterFolder, provenance: Provenance) -> None:
+    """Raise InputError unless the weights are those of the record; a checkpoint's has no hash."""
+    recorded = provenance.weights_sha256
+    if recorded not in ("", adapter.sha256):
+        message = f"its weights are not those recorded: sha256 {recorded[:12]} -> "
+        fix = "copy the adapter folder again"
+        raise InputError(f"{message}{adapter.sha256[:12]}", where=str(adapter.path), fix=fix)
+
+
 def _check_record(folder: Path, renderer: Renderer, base: BaseSource) -> None:
     """Check the record of an adapter against the base, once for all that have the same but for
-    their own answers: its prompts are rendered again. Raises InputError."""
-    common = read_json_object(folder / PROVENANCE_FILE) | NO_ANSWERS
+    schema and weights: its prompts are rendered again. Raises InputError."""
+    common = read_json_object(folder / PROVENANCE_FILE) | OWN_FIELDS
     record = json.dumps(common, sort_keys=True)
     key = hashlib.sha256(f"{renderer.fingerprint} {record}".encode()).hexdigest()
     if key not in base.checked_records:

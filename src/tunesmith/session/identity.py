@@ -6,7 +6,7 @@
 
 A fingerprint (fingerprint.py) adds all else that the bytes of a run depend on. A provenance
 (`tunesmith.json` beside trained weights) adds conversations with their token ids, since another
-version of a library may give others, and of an adapter a few answers (witness.py). They are
+version of a library may give others, and the hash of an adapter's weights. The conversations are
 invented: an adapter is shared, and its training rows should not be. Left out: what to do about a
 change (train/resume.py)."""
 
@@ -34,7 +34,7 @@ ROUNDING_PREFIX = "machine."  # fields that only change the last bits
 PACKAGE_DIR = Path(__file__).parents[1]
 SOURCE_SUFFIXES = (".py", ".c", ".h")
 PROVENANCE_FILE = "tunesmith.json"
-PROVENANCE_FORMAT = 3  # raised when older files would be misread; the first had no number
+PROVENANCE_FORMAT = 4  # raised when older files would be misread; the first had no number
 SAMPLE_TEXT = "Größe  12,345\tof the <|im_end|> 日本 🤗\n\n  no more"
 SAMPLE_TOOL = {
     "name": "look_up",
@@ -198,22 +198,10 @@ class ReferencePrompt:
 
 
 @dataclass(frozen=True)
-class GoldenAnswer:
-    """The greedy answer of an adapter to an invented prompt, and the log-probability of each of its
-    tokens with the adapter and without it, in nats."""
-
-    messages: tuple[Json, ...]
-    prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    base_logprobs: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Provenance(Identity):
     """The identity of weights as a file of their folder. `now` is the date that templates render.
     `variables` are chat_template_kwargs, `schema` is response_schema, and `weights_sha256` the hash
-    of the adapter's weights that gave the golden answers."""
+    of the adapter's weights."""
 
     format: int
     tunesmith: str
@@ -222,7 +210,6 @@ class Provenance(Identity):
     variables: Json
     schema: Json | None = None
     weights_sha256: str = ""
-    golden_answers: tuple[GoldenAnswer, ...] = ()
 
 
 def build_provenance(
@@ -234,11 +221,9 @@ def build_provenance(
     *,
     schema: Json | None = None,
     weights_sha256: str = "",
-    golden_answers: tuple[GoldenAnswer, ...] = (),
 ) -> Provenance:
     """Build the provenance of weights trained on the base called `name`; `base_sha256` comes from
-    `hash_weight_files`, `config` from its config.json, `golden_answers` of an adapter from
-    `record_answers`."""
+    `hash_weight_files`, `config` from its config.json."""
     reference_prompts: list[ReferencePrompt] = []
     for messages in ((), *SAMPLE_PROMPTS):
         has_tool_result = bool(messages) and messages[-1]["role"] == "tool"
@@ -255,7 +240,6 @@ def build_provenance(
         variables=renderer.variables,
         schema=schema,
         weights_sha256=weights_sha256,
-        golden_answers=golden_answers,
     )
 
 
@@ -275,11 +259,11 @@ def write_provenance(folder: Path, provenance: Provenance) -> None:
     (folder / PROVENANCE_FILE).write_bytes(dump_json(provenance, indent=2))
 
 
-def drop_golden_answers(folder: Path) -> None:
-    """Remove the recorded answers of an adapter whose weights are about to change."""
+def update_weights_hash(folder: Path, weights: Path) -> None:
+    """Write the hash of an adapter's weights anew, after an export has changed them."""
     provenance = read_provenance(folder)
-    if provenance is not None and provenance.golden_answers:
-        write_provenance(folder, replace(provenance, weights_sha256="", golden_answers=()))
+    if provenance is not None:
+        write_provenance(folder, replace(provenance, weights_sha256=hash_file(weights)))
 
 
 def read_provenance(folder: Path) -> Provenance | None:
@@ -291,7 +275,7 @@ def read_provenance(folder: Path) -> Provenance | None:
     content = read_model_json(path)
     file_format = content.get("format")
     if file_format != PROVENANCE_FORMAT:
-        age = "an older tunesmith" if file_format in (None, 1, 2) else "another tunesmith"
+        age = "an older tunesmith" if file_format in (None, 1, 2, 3) else "another tunesmith"
         number = "it has no format number" if file_format is None else f"format {file_format!r:.20}"
         raise InputError(
             f"written by {age}: {number}; this version reads format {PROVENANCE_FORMAT}",

@@ -78,10 +78,9 @@ from tunesmith.plan.build import refuse_if_too_large
 from tunesmith.plan.resolved import resolve_recipe
 from tunesmith.session import inputs
 from tunesmith.session.fingerprint import build_fingerprint
-from tunesmith.session.identity import GoldenAnswer, build_provenance, write_provenance
+from tunesmith.session.identity import build_provenance, write_provenance
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session, open_session
-from tunesmith.session.witness import record_answers
 from tunesmith.train import base_reference
 from tunesmith.train.follow import BEGIN, check_ranks, start_ranks
 from tunesmith.train.generated_rows import add_self_rehearsal, add_synthetic_pairs
@@ -376,10 +375,6 @@ def _save_weights(context: RunContext, session: Session, schema: Json | None) ->
     fingerprint = context.resume_state.fingerprint
     has_adapter = plan.config.method != "full"
     weights_sha256 = ""
-    golden_answers: tuple[GoldenAnswer, ...] = ()
-    if has_adapter:
-        with context.stop.immediate(), machine_errors():
-            golden_answers = record_answers(session.model, renderer)
     target = context.folder.path / (ADAPTER_DIR if has_adapter else MODEL_DIR)
     trained = get_trainable_parameters(network).values()
     needed_bytes = sum(p.numel() * p.element_size() for p in trained)
@@ -409,7 +404,6 @@ def _save_weights(context: RunContext, session: Session, schema: Json | None) ->
             plan.config.now,
             schema=schema,
             weights_sha256=weights_sha256,
-            golden_answers=golden_answers,
         )
         write_provenance(scratch, provenance)
     return target

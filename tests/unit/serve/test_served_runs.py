@@ -72,12 +72,11 @@ def answer_items(live: LiveServer, model: str, run: Path) -> list[str]:
 def test_a_run_is_proven_and_found_by_its_own_base(trained: LiveServer) -> None:
     with trained.client() as http:
         models = {model["id"]: model for model in http.get("/v1/models").json()["data"]}
-    assert models["free"]["tunesmith"]["witness"] == "proven"
+    assert models["free"]["tunesmith"]["unproven"] is False
     assert models["free"]["tunesmith"]["run"] == "run"
     assert models["half"]["root"] == models["free"]["root"]
     assert models["half"]["tunesmith"]["scale"] == 0.5
     assert models["early"]["root"] != models["free"]["root"]
-    assert models["early"]["tunesmith"]["witness"] == "unproven"
     assert models["json"]["tunesmith"]["schema"]
 
 

@@ -2,6 +2,7 @@
 named, and nothing else is."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -19,14 +20,13 @@ from tunesmith.session.identity import (
     PROVENANCE_FILE,
     SAMPLE_TEXT,
     SAMPLE_TOOL,
-    GoldenAnswer,
     Provenance,
     build_provenance,
     check_checkpoint,
     check_provenance,
-    drop_golden_answers,
     hash_weight_files,
     read_provenance,
+    update_weights_hash,
     write_provenance,
 )
 
@@ -87,18 +87,18 @@ def test_a_provenance_holds_what_the_weights_depend_on(base: Path, renderer: Ren
         assert prompt.token_ids == renderer.encode_prompt(prompt.messages, prompt.tools)
 
 
-def test_a_rescaled_adapter_loses_its_answers_and_nothing_else(
+def test_weights_that_an_export_changes_get_their_hash(
     base: Path, renderer: Renderer, tmp_path: Path
 ) -> None:
     provenance = build(base, renderer)
-    golden = GoldenAnswer(({"role": "user", "content": "?"},), (1, 2), (3,), (-0.5,), (-2.0,))
-    folder = store(tmp_path / "a", provenance, golden_answers=(golden,), weights_sha256="ab")
-    stored = read_provenance(folder)
-    assert stored is not None
-    assert stored.golden_answers == (golden,)
-    drop_golden_answers(folder)
-    assert read_provenance(folder) == provenance
-    drop_golden_answers(tmp_path / "base")  # weights of other tools have none
+    folder = store(tmp_path / "a", provenance, weights_sha256="ab")
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(b"x")
+    update_weights_hash(folder, weights)
+    assert read_provenance(folder) == dataclasses.replace(
+        provenance, weights_sha256=hashlib.sha256(b"x").hexdigest()
+    )
+    update_weights_hash(tmp_path / "base", weights)  # weights of other tools have no record
 
 
 def test_prompts_that_a_template_refuses_are_left_out(base: Path) -> None:
@@ -218,8 +218,8 @@ def test_another_date_explains_other_ids_where_a_template_prints_it(
     ("number", "words"),
     [
         (None, "an older tunesmith: it has no format number"),
-        (2, "an older tunesmith: format 2"),
-        (4, "another tunesmith: format 4"),
+        (3, "an older tunesmith: format 3"),
+        (5, "another tunesmith: format 5"),
         ("x" * 50, "another tunesmith: format 'xxxxxxxxxxxxxxxxxxx;"),
     ],
 )
@@ -233,7 +233,7 @@ def test_files_of_another_format_are_refused(
     with pytest.raises(InputError) as caught:
         read_provenance(folder)
     assert words.removesuffix(";") in caught.value.message
-    assert caught.value.message.endswith("; this version reads format 3")
+    assert caught.value.message.endswith("; this version reads format 4")
 
 
 # ---------------------------------------------------------------- checkpoints
