@@ -257,22 +257,6 @@ def count_constants_noticed(
     return noticed, repeats
 
 
-def count_copies(task: str, size: int, repeats: int, seed: int) -> tuple[int, int]:
-    """Return (times that answers which copy the prompt were detected, times)."""
-    detected = 0
-    for repeat in range(repeats):
-        chance = random.Random(f"{task} prompt {size} {repeat} {seed}")
-        _, training = read_training(task, chance)
-        items = [TASKS[task](chance) for _ in range(size)]
-        answers = answer_items(items, 0.9, False, chance)
-        copied: list[Answer] = []
-        for (prompt, _), answer in zip(items, answers, strict=True):
-            text: Answer = " ".join(prompt.split()[:12])
-            copied.append(text if chance.random() < 0.5 else answer)
-        detected += ("copied from the prompt", "") in detect_kinds(items, copied, training)
-    return detected, repeats
-
-
 def print_table(title: str, rows: Sequence[tuple[str, list[tuple[int, int]]]]) -> None:
     print(f"\n| {title} | {' | '.join(f'n = {size}' for size in SIZES)} |")
     print(f"|---|{'---|' * len(SIZES)}")
@@ -302,11 +286,6 @@ def main() -> None:
         counts = [count_constants_noticed(task, name, size, *counting) for size in SIZES]
         rows.append((f"{task}: {name or 'the answer'}", counts))
     print_table("injected constant: detected or suspected", rows)
-    rows = []
-    for task in ("texts", "names"):
-        counts = [count_copies(task, size, *counting) for size in SIZES]
-        rows.append((f"{task}: half copied from prompt", counts))
-    print_table("injected copies", rows)
 
 
 if __name__ == "__main__":

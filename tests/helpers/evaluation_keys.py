@@ -58,10 +58,10 @@ def sweep(lab: Lab) -> None:
         "metrics": ["bits_per_byte"],
         "max_steps": 1,
     }
-    for ranks in ([2], [4, 8]):
-        folder = lab.folder / str(ranks)
-        recipe = make_tiny_recipe(lab.model, folder, **held_out, sweep={"lora_r": ranks})
+    for swept, count in (({"lora_r": [2]}, 1), ({"lora_r": [4, 8]}, 2), ({"seeds": 3}, 1)):
+        folder = lab.folder / str(swept)
+        recipe = make_tiny_recipe(lab.model, folder, **held_out, sweep=swept)
         events = api.tune_sweep(recipe, output_dir=folder / "sweep")
         start = next(events)
         assert isinstance(start, SweepStart)
-        assert start.configurations == len(ranks)
+        assert start.configurations == count

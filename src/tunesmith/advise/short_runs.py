@@ -28,6 +28,7 @@ from tunesmith.evaluate.results import (
     compare_measurements,
     compute_score,
 )
+from tunesmith.evaluate.seed_noise import SeedSpread, add_seed_noise, compute_spread
 from tunesmith.evaluate.statistics import judge_comparison
 from tunesmith.model.adapters import copy_weights, restore_weights
 from tunesmith.session.inputs import RunInputs
@@ -158,6 +159,8 @@ def build_table(
     for run in trained:
         by_name.setdefault(run.name, []).append(run)
     reference_runs = by_name.get(reference or "", [])
+    losses = [[run.loss for run in runs if run.held_out] for runs in by_name.values()]
+    spread = compute_spread(losses)
     return ShortRunTable(
         metric=untrained.held_out.metric,
         steps=steps,
@@ -166,12 +169,14 @@ def build_table(
         items=base_score.n,
         base_loss=base_score.value,
         reference=reference,
-        rows=tuple(_build_row(runs, reference_runs) for runs in by_name.values()),
+        rows=tuple(_build_row(runs, reference_runs, spread) for runs in by_name.values()),
         notes=tuple(notes),
     )
 
 
-def _build_row(runs: Sequence[ShortRun], reference_runs: Sequence[ShortRun]) -> ShortRunRow:
+def _build_row(
+    runs: Sequence[ShortRun], reference_runs: Sequence[ShortRun], spread: SeedSpread | None
+) -> ShortRunRow:
     row = ShortRunRow(
         name=runs[0].name,
         rows=runs[0].rows,
@@ -193,11 +198,10 @@ def _build_row(runs: Sequence[ShortRun], reference_runs: Sequence[ShortRun]) -> 
         return row
     reference = _list_measured(reference_runs)
     by_seed = [compare_measurements(*pair) for pair in zip(reference, measured, strict=True)]
-    return dataclasses.replace(
-        row,
-        comparison=compare_measurements(average_measurements(reference), mean),
-        seed_differences=tuple(comparison.difference for comparison in by_seed),
-    )
+    differences = tuple(comparison.difference for comparison in by_seed)
+    comparison = compare_measurements(average_measurements(reference), mean)
+    comparison = add_seed_noise(comparison, spread, (len(reference), len(measured)))
+    return dataclasses.replace(row, comparison=comparison, seed_differences=differences)
 
 
 def _list_measured(runs: Sequence[ShortRun]) -> list[MetricValues]:

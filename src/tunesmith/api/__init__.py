@@ -386,8 +386,7 @@ def compare(a: AnyPath, b: AnyPath, *, allow_code: bool = False) -> ModelCompari
         spec = EvalSpec(allow_code=allow_code)
         first_results = first_results or evaluate_model(first, second, spec)
         second_results = second_results or evaluate_model(second, first, spec)
-    run = second.run_dir or first.run_dir
-    return compare_models([first.name, second.name], [first_results, second_results], run)
+    return compare_models([first, second], [first_results, second_results])
 
 
 def read_verdict(path: AnyPath) -> RunVerdict:

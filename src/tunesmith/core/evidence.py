@@ -16,7 +16,7 @@ MAX_GROUPS = 30  # of a table; the worst ones
 MAX_GROUP_ROWS = 20  # row ids of a group or a shortcut
 
 VerdictName = Literal["ready", "useful, not ready", "no effect", "harmful", "not measured"]
-ShortcutKind = Literal["constant", "copied from the prompt"]
+ShortcutKind = Literal["constant"]
 
 
 @dataclass(frozen=True)

@@ -542,6 +542,18 @@ class Comparison:
     worsened: int | None = None
     p_value: float | None = None  # exact: sign flips, of right and wrong items McNemar's
     min_detectable: float | None = None  # smallest difference detected with a power of 80%
+    # Of two trained models, the interval with the variance between seeds, and the degrees of
+    # freedom of that; without degrees it is a usual one, and the verdict open.
+    seed_low: float | None = None
+    seed_high: float | None = None
+    seed_degrees: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The interval that decides: with the seeds' variance, where seeds were measured."""
+        if self.seed_low is None or self.seed_high is None or self.seed_degrees is None:
+            return self.low, self.high
+        return self.seed_low, self.seed_high
 
 
 @dataclass(frozen=True)

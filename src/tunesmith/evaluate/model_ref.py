@@ -9,7 +9,7 @@ Left out: models that no file has results of (compare_models.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from tunesmith.evaluate.metrics import METRICS, grade_answer, parse_metric_arg, 
 from tunesmith.evaluate.pairing import pair_measurements
 from tunesmith.evaluate.results import EvalResults, MetricValues, compare_measurements
 from tunesmith.evaluate.scale_choice import MAX_SCALE
+from tunesmith.evaluate.seed_noise import SeedSpread, add_seed_noise, read_spreads
 from tunesmith.evaluate.statistics import adjust_p_values, compute_p_value
 from tunesmith.model.hub.built_in import BUILT_IN_MODELS
 
@@ -229,26 +230,46 @@ def _read_answers(path: Path, samples_by_id: dict[str, GenerationSample]) -> dic
 # ---------------------------------------------------------------- comparing
 
 
-def compare_models(
-    names: Sequence[str], results: Sequence[EvalResults], run: Path | None = None
-) -> ModelComparison:
-    """Compare the second model with the first, and analyze its errors.
-
-    run: a folder of either model, for its metrics and the values of its training rows. Raises
-    InputError without a common metric.
+def compare_models(refs: Sequence[ModelRef], results: Sequence[EvalResults]) -> ModelComparison:
+    """Compare the second model with the first, and analyze its errors. Between two runs, seeds
+    count. Raises InputError without a common metric.
     """
+    names = [ref.name for ref in refs]
+    run = refs[1].run_dir or refs[0].run_dir
     pairs, notes = pair_measurements(*results)
     if not pairs:
         missing = "\n  ".join(notes) or "nothing was measured of either"
         message = f"the models have no metric in common:\n  {missing}"
         fix = "compare runs with the same test_data or retention_data"
         raise InputError(message, where=" and ".join(names), fix=fix)
-    comparisons = tuple(compare_measurements(first, second) for first, second in pairs)
+    comparisons = [compare_measurements(first, second) for first, second in pairs]
+    if trained := _list_trained_apart(refs):
+        spreads = read_spreads(trained)
+        comparisons = [add_seed_noise(each, spreads.get(each.metric)) for each in comparisons]
+        notes.append(_describe_seeds(comparisons, spreads))
     p_values = [compute_p_value(comparison) for comparison in comparisons]
     first, second = names
     errors = None if run is None else _analyze_second(results, run)
     adjusted_p = adjust_p_values(p_values)
-    return ModelComparison(first, second, comparisons, adjusted_p, tuple(notes), errors)
+    return ModelComparison(first, second, tuple(comparisons), adjusted_p, tuple(notes), errors)
+
+
+def _list_trained_apart(refs: Sequence[ModelRef]) -> list[Path]:
+    """Return the folders of two trainings; empty if either model is a base, a file of answers, or
+    of the same run."""
+    runs = [ref.run_dir for ref in refs if ref.run_dir is not None and ref.scale != 0]
+    is_apart = len({run.resolve() for run in runs}) == 2
+    return runs if is_apart and not any(map(is_staged, runs)) else []
+
+
+def _describe_seeds(comparisons: Sequence[Comparison], spreads: Mapping[str, SeedSpread]) -> str:
+    """Return where the variance between seeds is from, which two runs cannot show."""
+    measured = [spreads[each.metric] for each in comparisons if each.metric in spreads]
+    if measured:
+        seeds = max(spread.degrees for spread in measured) + 1
+        return f"intervals are for other seeds, too: by {seeds} runs here that differ in the seed"
+    fix = "measure it here: `tunesmith tune sweep` with sweep: {seeds: 3}"
+    return f"one seed each: another seed might give another difference; {fix}"
 
 
 def _analyze_second(results: Sequence[EvalResults], run: Path) -> ErrorAnalysis | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -147,6 +147,8 @@ def _judge_gate(comparison: Comparison, margin: float, *, is_loss_allowed: bool 
     """Return the gate of a metric that may get worse by at most `margin`.
 
     With `is_loss_allowed`, a significant loss within the margin passes."""
+    # A gate is on these very weights: other seeds do not matter.
+    comparison = replace(comparison, seed_low=None)
     low = comparison.low
     high = comparison.high
     bound = low if comparison.higher_is_better else high

@@ -220,7 +220,8 @@ def format_comparison(comparison: Comparison) -> str:
     """Return one line with both values, the difference, its interval, n and the verdict."""
     c = comparison
     values = f"{c.task}, {c.metric}: {c.before.value:.3f} -> {c.after.value:.3f}"
-    change = f"difference {c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]"
+    low, high = c.interval
+    change = f"difference {c.difference:+.3f} [{low:+.3f}, {high:+.3f}]"
     return f"{values}, {change}, n = {c.after.size}: {judge_comparison(c)}"
 
 

@@ -239,7 +239,7 @@ def _list_reasons(
     reasons: list[str] = []
     if errors is not None:
         for shortcut in errors.shortcuts:
-            label = "constant" if shortcut.kind == "constant" else "copied"
+            label = shortcut.kind
             reasons.append(f"{label}: {shortcut.description}")
     for comparison, verdict in judged:
         if verdict == "worse" and comparison.task != GENERAL_TASK:

@@ -1,4 +1,4 @@
-"""Detect answers that follow something else than the question: constants and copies.
+"""Detect answers that follow something else than the question: constant answers.
 
     find_shortcuts(items, training) -> Shortcuts
     find_suspects(items, training) -> Shortcuts that too few rows can show
@@ -15,16 +15,13 @@ In: AnswerItems, TrainingValues. Out: Shortcuts. Left out: why an answer is wron
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-
-import numpy as np
 
 from tunesmith.core.events import GenerationSample
 from tunesmith.core.evidence import MAX_GROUP_ROWS, Shortcut, ShortcutKind, TrainingValues
 from tunesmith.data.answer_values import ANSWER, normalize_answer, split_fields
-from tunesmith.data.checks.ngrams import hash_unique_ngrams, hash_words
 from tunesmith.evaluate.statistics import adjust_p_values, compute_excess_p
 
 SHORTCUT_LIMITS: dict[str, float] = {
@@ -34,18 +31,9 @@ SHORTCUT_LIMITS: dict[str, float] = {
     "constant: answered share": 0.90,
     # share of the constant among answers to items that expect something else
     "constant: wrong share": 0.90,
-    # share of the answers that are copied where the expected answer is not
-    "copied: share": 0.10,
-    # share of an answer's phrases of 8 words that are in the other text
-    "copied: phrase share": 0.80,
-    # characters of a prompt that an answer may repeat, and of an answer that may be a copy
-    "copied: characters": 4,
 }
 SUSPECT_P = 0.25  # uncorrected: two rows that expect another value; more answers are worth it
 MAX_SHORTCUTS = 20
-CHECKED_KINDS: tuple[ShortcutKind, ...] = ("constant", "copied from the prompt")
-PHRASE_WORDS = 8
-MAX_COMPARED_CHARS = 20_000  # of a text
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +73,9 @@ def find_shortcuts(
     if not items:
         return (), ()
     constants = find_constants(items)
-    copies = _find_prompt_copies(items)
     if training is not None:
         constants = [_add_training_rows(shortcut, training) for shortcut in constants]
-    names = {(shortcut.field, "constant") for shortcut in constants}
-    # An answer that is always the same is not copied from each prompt.
-    copies = [copy for copy in copies if (copy.field, "constant") not in names]
-    return (*constants, *copies)[:MAX_SHORTCUTS], CHECKED_KINDS
+    return tuple(constants[:MAX_SHORTCUTS]), ("constant",)
 
 
 # ---------------------------------------------------------------- constants
@@ -173,108 +157,6 @@ def _add_training_rows(shortcut: Shortcut, training: TrainingValues) -> Shortcut
     total = sum(values.values())
     others = total - values.get(shortcut.value, 0)
     return replace(shortcut, training_rows=others, total_rows=total)
-
-
-# ---------------------------------------------------------------- copies
-
-
-def _find_prompt_copies(items: Sequence[AnswerItem]) -> list[Shortcut]:
-    """Return the fields whose answers are taken from the prompt more often than expected ones."""
-    prompts = [_fold(item.sample.prompt) for item in items]
-    phrases = [_hash_phrases(prompt) for prompt in prompts]
-    candidates: list[tuple[Shortcut, float] | None] = []
-    if not items[0].is_structured:
-
-        def is_copied(index: int, text: str) -> bool:
-            return _is_copied(text, prompts[index], phrases[index])
-
-        candidates.append(_count_copies(items, ANSWER, is_copied))
-    else:
-
-        def is_contained(index: int, text: str) -> bool:
-            return _has_value(prompts[index], text)
-
-        for name in _list_fields(items):
-            counted = _count_copies(items, name, is_contained)
-            candidates.append(counted)
-    return _select_significant([each for each in candidates if each is not None])
-
-
-def _count_copies(
-    items: Sequence[AnswerItem],
-    name: str,
-    is_copied: Callable[[int, str], bool],
-) -> tuple[Shortcut, float] | None:
-    """Return the copied answers with the p-value of their excess over expected ones."""
-    n = count = num_expected = missed = 0
-    wrong_rows: list[str] = []
-    for index, item in enumerate(items):
-        texts = _get_texts(item, name)
-        if texts is None:
-            continue
-        n += 1
-        is_expected_copied = is_copied(index, texts[0])
-        is_answer_copied = is_copied(index, texts[1])
-        num_expected += is_expected_copied
-        count += is_answer_copied
-        missed += is_expected_copied and not is_answer_copied
-        if is_answer_copied and not is_expected_copied:
-            wrong_rows.append(item.sample.id)
-    if not n:
-        return None
-    has_enough = len(wrong_rows) >= SHORTCUT_LIMITS["copied: share"] * n
-    p_value = compute_excess_p(len(wrong_rows), missed) if has_enough else 1.0
-    rows = tuple(wrong_rows[:MAX_GROUP_ROWS])
-    kind: ShortcutKind = "copied from the prompt"
-    return Shortcut(kind, name, "", n, count, num_expected, 1.0, rows=rows), p_value
-
-
-def _get_texts(item: AnswerItem, name: str) -> tuple[str, str] | None:
-    """Return the expected and the answered text; None if either lacks the field."""
-    if name == ANSWER:
-        return item.sample.expected, item.sample.answer
-    answered = item.answered_values
-    if answered is None or name not in answered or name not in item.expected_values:
-        return None
-    return item.expected_values[name], answered[name]
-
-
-def _fold(text: str) -> str:
-    return " ".join(text[:MAX_COMPARED_CHARS].split()).casefold()
-
-
-def _has_value(folded_prompt: str, value: str) -> bool:
-    """Return whether a prompt has a string or number of some length."""
-    text = _fold(value.strip('"'))
-    is_value = value[:1] == '"' or value[:1].isdigit()
-    return is_value and len(text) >= SHORTCUT_LIMITS["copied: characters"] and text in folded_prompt
-
-
-def _is_copied(text: str, folded_prompt: str, prompt_phrases: np.ndarray) -> bool:
-    """Return whether an answer is a part of the prompt, repeats it, or shares most phrases."""
-    answer = _fold(text)
-    min_chars = SHORTCUT_LIMITS["copied: characters"]
-    if len(answer) >= min_chars and answer in folded_prompt:
-        return True
-    if len(folded_prompt) >= min_chars and folded_prompt in answer:
-        return True
-    share = _measure_phrase_share(_hash_phrases(answer), prompt_phrases)
-    return share >= SHORTCUT_LIMITS["copied: phrase share"]
-
-
-def _hash_phrases(text: str) -> np.ndarray:
-    """Return the phrases of a text, none for one of fewer words."""
-    words_W = hash_words(text)
-    if len(words_W) < PHRASE_WORDS:
-        return np.empty(0, dtype=np.uint64)
-    return hash_unique_ngrams([words_W], PHRASE_WORDS)
-
-
-def _measure_phrase_share(phrases: np.ndarray, sorted_phrases: np.ndarray) -> float:
-    if not len(phrases) or not len(sorted_phrases):
-        return 0.0
-    places = np.searchsorted(sorted_phrases, phrases).clip(max=len(sorted_phrases) - 1)
-    return float((sorted_phrases[places] == phrases).mean())
 
 
 def _list_fields(items: Sequence[AnswerItem]) -> list[str]:

@@ -33,10 +33,10 @@ FAR_END_FACTOR = 2.2  # at FEW_ITEMS; falls with their power of 2.5
 LOST_DEGREES = 1.5  # at FEW_ITEMS; falls with their power of 6
 NO_DIFFERENCE = "no difference shown"
 TOO_FEW_ITEMS = "too few items to tell"
+SEEDS_UNKNOWN = "seed noise unknown"  # one seed each: items alone would say better or worse
 SAME = 1e-9  # changes below it are rounding
-MAX_ENUMERATED = 16  # changed items whose signs are all tried
-MAX_STEP_PARTS = 12  # of the smallest change, that all changes may be multiples of
-MAX_SUM_STEPS = 20_000
+SUM_DIGITS = 9  # with which sums of changes are the same
+MAX_SUMS = 2**16  # of 16 changes of different sizes, or of any number on a common step
 PADDING = 2  # values at either bound; with one, 5% of the runs of a rate of 0.9 are not covered
 
 
@@ -254,39 +254,20 @@ def compute_mcnemar_p(gains: int, losses: int) -> float:
 
 def compute_sign_flip_p(changes: np.ndarray) -> float | None:
     """Return the exact two-sided p of a sum whose terms might as well have the other sign (Fisher
-    1935); of changes of +-1 it is McNemar's.
-
-    Counted over all signs, or over all sums if the changes are multiples of a step that is not too
-    fine; None where both are too many, and the interval holds by itself."""
-    sizes = np.abs(changes[np.abs(changes) > SAME])
-    if len(sizes) == 0:
-        return 1.0
-    steps = [sizes.min() / part for part in range(1, MAX_STEP_PARTS + 1)]
-    for step in steps:
-        counts = np.rint(sizes / step)
-        is_multiple = bool(np.all(np.abs(sizes - counts * step) < SAME * counts))
-        if is_multiple and counts.sum() <= MAX_SUM_STEPS:
-            sums = _convolve_signs(counts.astype(int))
-            reached = round(abs(float(changes.sum())) / step)
-            # the sum is at index sum(counts) + sum, in single steps
-            return min(1.0, 2 * float(sums[len(sums) // 2 + reached :].sum())) if reached else 1.0
-    if len(sizes) > MAX_ENUMERATED:
-        return None
+    1935); of changes of +-1 it is McNemar's. None if there are too many sums: the interval holds
+    by itself."""
+    sizes = np.abs(changes)
+    largest = float(sizes.max(initial=0.0))
     sums = np.zeros(1)
-    for size in sizes.tolist():
-        sums = np.concatenate([sums + size, sums - size])
-    return float(np.mean(np.abs(sums) >= abs(float(changes.sum())) - SAME * len(sizes)))
-
-
-def _convolve_signs(counts: np.ndarray) -> np.ndarray:
-    """Return the probability of each sum of +-counts, from the least to the largest."""
-    sums = np.ones(1)
-    for count in counts.tolist():
-        longer = np.zeros(len(sums) + 2 * count)
-        longer[: len(sums)] += sums / 2
-        longer[2 * count :] += sums / 2
-        sums = longer
-    return sums
+    shares = np.ones(1)
+    for size in sizes[sizes > SAME * largest] / (largest or 1.0):
+        both = np.concatenate([sums + size, sums - size]).round(SUM_DIGITS)
+        sums, index_S = np.unique(both, return_inverse=True)
+        shares = np.bincount(index_S, np.tile(shares / 2, 2))
+        if len(sums) > MAX_SUMS:
+            return None
+    is_reached_S = np.abs(sums) >= abs(float(changes.sum())) / (largest or 1.0) - 1e-6
+    return min(1.0, float(shares[is_reached_S].sum()))
 
 
 def count_pairs(size: int) -> int:
@@ -333,15 +314,20 @@ def compute_p_value(comparison: Comparison) -> float:
     thin for Holm's correction, which reads it far out: of simulated differences of 5 items around
     0, it puts 1.0% below 0.05 / 32.
     """
-    if comparison.p_value is not None:
-        return comparison.p_value
+    exact = comparison.p_value or 0.0
     difference = comparison.difference
-    half = difference - comparison.low if difference > 0 else comparison.high - difference
+    low, high = comparison.low, comparison.high
+    degrees = max(1.0, comparison.after.independent - 1)
+    if comparison.seed_low is not None and comparison.seed_high is not None:
+        low, high = comparison.seed_low, comparison.seed_high
+        degrees = comparison.seed_degrees or degrees
+    elif comparison.p_value is not None:
+        return exact
+    half = difference - low if difference > 0 else high - difference
     if half <= 0:
         return 1.0 if difference == 0 else 0.0
-    degrees = max(1, comparison.after.independent - 1)
     statistic = abs(difference) / half * compute_t_quantile(degrees)
-    return 2 * float(stdtr(degrees, -statistic))
+    return max(exact, 2 * float(stdtr(degrees, -statistic)))
 
 
 # ---------------------------------------------------------------- verdicts
@@ -359,10 +345,11 @@ def judge_comparison(comparison: Comparison) -> str:
     """
     if comparison.after.independent < MIN_ITEMS:
         return TOO_FEW_ITEMS
-    low = comparison.low
-    high = comparison.high
+    low, high = comparison.interval
     if low <= 0 <= high or (comparison.p_value is not None and comparison.p_value >= ALPHA):
         return NO_DIFFERENCE
+    if comparison.seed_low is not None and comparison.seed_degrees is None:
+        return SEEDS_UNKNOWN
     return "better" if (low > 0) == comparison.higher_is_better else "worse"
 
 
@@ -396,6 +383,9 @@ def describe_evidence(comparison: Comparison) -> str:
     if verdict == TOO_FEW_ITEMS:
         unit = " groups" if after.groups else ""
         parts.append(f"{after.independent} of at least {MIN_ITEMS}{unit}")
+    if verdict == SEEDS_UNKNOWN:
+        ends = f"[{comparison.seed_low:+.3f}, {comparison.seed_high:+.3f}]"
+        parts.append(f"{ends} with what seeds usually add")
     if verdict == NO_DIFFERENCE and comparison.min_detectable:
         parts.append(f"minimum detectable difference {comparison.min_detectable:.2g}")
     return "; ".join(parts)

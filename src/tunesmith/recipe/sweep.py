@@ -2,6 +2,7 @@
 
     sweep: {learning_rate: [1e-4, 3e-4, 1e-3], lora_r: [8, 64], seeds: 3}
     sweep: {learning_rate: {min: 1e-5, max: 1e-2, log: true}, search: tpe, trials: 12}
+    sweep: {seeds: 3}    measures what seeds alone change
 
 In: a value as YAML holds it. Out: SweepConfig. Left out: reading each value as one of its key
 (schema.py), and the trials themselves (advise/sweep/)."""
@@ -90,8 +91,10 @@ class SweepConfig(BaseModel):
         for key in swept:
             _check_key(str(key))
             _check_values(str(key), settings[key])
-        if not swept:
-            raise ValueError(f"no key varies: list values of one of {', '.join(SWEPT_KEYS)}")
+        seeds = settings.get("seeds", 1)
+        if not swept and (seeds == 1 or (isinstance(seeds, (list, tuple)) and len(seeds) == 1)):
+            keys = ", ".join(SWEPT_KEYS)
+            raise ValueError(f"no key varies: list values of one of {keys}; or set seeds, as 3")
         ranges = [key for key in swept if isinstance(settings[key], dict)]
         search = settings.get("search", "grid")
         if search == "grid":
@@ -99,6 +102,8 @@ class SweepConfig(BaseModel):
                 raise ValueError(f"{ranges[0]} is a range: list values, or set search and trials")
             if settings.get("trials") is not None:
                 raise ValueError("trials has no effect with search: grid, which tries them all")
+        elif not swept:
+            raise ValueError(f"search: {search} has no key to vary: leave it out with seeds alone")
         elif search in ("random", "tpe") and settings.get("trials") is None:
             raise ValueError(f"search: {search} needs trials, the number to try")
         return values

@@ -60,7 +60,7 @@ class ErrorsView:
     open_table: TableView | None
     tables: tuple[TableView, ...]
     confusions: tuple[Confusion, ...]
-    red_lines: tuple[str, ...]  # constants, shown or suspected, and copied answers
+    red_lines: tuple[str, ...]  # constants, shown or suspected
 
     @property
     def wrong(self) -> int:
@@ -79,11 +79,7 @@ class ErrorsView:
     def absent(self) -> str:
         """The shortcuts that were looked for and are not there."""
         kinds = {shortcut.kind for shortcut in self.analysis.shortcuts}
-        return ", ".join(
-            "constant answers" if kind == "constant" else f"answers {kind}"
-            for kind in self.analysis.checked
-            if kind not in kinds
-        )
+        return ", ".join(f"{kind} answers" for kind in self.analysis.checked if kind not in kinds)
 
 
 def build_errors(run: ReportData) -> ErrorsView | None:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def test_the_lowest_held_out_loss_is_chosen(plan: Plan) -> None:
     worse = make_run("0.01", 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, problem="non-finite loss")
     table = choose_rate(plan, BASE, [low, middle, worse], 3)
     assert (table.base_loss, table.reference) == (pytest.approx(3), "0.001")
-    assert [row.verdict for row in table.rows] == ["worse", "", ""]
+    assert [row.verdict for row in table.rows] == ["seed noise unknown", "", ""]
     assert table.rows[0].comparison is not None
     assert table.rows[0].comparison.difference == pytest.approx(0.49)
     assert table.notes[0].startswith("the model collapses at 0.01")
@@ -234,7 +235,11 @@ def test_subsets_are_compared_with_the_selection(plan: Plan) -> None:
     ]
     table = build_table(plan, BASE, runs, "selected", 5)
     verdicts = [row.verdict for row in table.rows]
-    assert verdicts == ["", "worse", "better", "no difference shown"]
+    unknown = "seed noise unknown"
+    assert verdicts == ["", unknown, unknown, "no difference shown"]
+    again = [replace(run, seed=1) for run in runs]
+    seeds = build_table(plan, BASE, [*runs, *again], "selected", 5)
+    assert [row.verdict for row in seeds.rows] == ["", "worse", "better", "no difference shown"]
 
 
 def test_seeds_are_averaged_by_item_and_their_differences_are_reported(plan: Plan) -> None:

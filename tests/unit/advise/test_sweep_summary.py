@@ -103,19 +103,33 @@ def test_a_configuration_that_failed_with_a_seed_comes_after_the_others() -> Non
     notes = list_notes(measured, 2)
     assert "1 trial failed" in notes
     assert "not all ran" not in notes
-    assert "loss of the winner by seed: 2.092, 2.292; the intervals do not cover" in notes
+    assert "loss of the winner by seed: 2.092, 2.292; two runs differ by 2.5 by chance" in notes
+
+
+def test_one_seed_of_each_shows_no_difference() -> None:
+    """However far apart; with three seeds that hardly differ it is shown."""
+    one = measure_trials([(0, 0, 3.0), (1, 0, 1.0)])
+    (other, _), _ = build_configurations(one)
+    assert (other.verdict, other.p_value) == ("seed noise unknown", None)
+    assert "one seed: no difference is shown by it alone" in list_notes(one, 1)
+    near = [(c, s, 3.0 - 2 * c + 0.01 * s) for s in range(3) for c in range(2)]
+    (other, _), _ = build_configurations(measure_trials(near))
+    assert other.verdict == "worse"
+    far = [(c, s, 3.0 - 0.2 * c + 0.5 * s) for s in range(3) for c in range(2)]
+    (other, _), _ = build_configurations(measure_trials(far))
+    assert other.verdict == "no difference shown"
 
 
 @pytest.mark.parametrize(("num_rows", "is_judged"), [(5, False), (6, True)])
 def test_too_few_rows_get_no_verdict_and_no_p(num_rows: int, is_judged: bool) -> None:
-    measured = measure_trials([(0, 0, 3.0), (1, 0, 1.0)], num_rows=num_rows)
+    trials = [(0, 0, 3.0), (1, 0, 1.0), (0, 1, 3.01), (1, 1, 1.01), (0, 2, 3.02), (1, 2, 1.02)]
+    measured = measure_trials(trials, num_rows=num_rows)
     (other, _), _ = build_configurations(measured)
     assert (other.verdict == "worse") == is_judged
     assert (other.p_value is not None) == is_judged
     assert (
         "are too few to compare configurations" in list_notes(measured, 1, num_rows)
     ) != is_judged
-    assert "one seed" in list_notes(measured, 1, num_rows)
 
 
 @pytest.mark.promise

@@ -15,14 +15,17 @@ import pytest
 import tunesmith
 from tiny_runs import build_sum_rows, make_tiny_recipe, train, write_eval_files, write_rows
 from tunesmith.cli import app
+from tunesmith.cli.views.results import render_model_comparison
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import parse_as, read_json
-from tunesmith.core.sealed_json import read_sealed_json
+from tunesmith.core.sealed_json import read_sealed_json, seal_json
+from tunesmith.core.types import RunRecord
 from tunesmith.evaluate.compare_models import EvalSpec, evaluate_before_after
 from tunesmith.evaluate.model_ref import ModelRef, parse_model_ref
 from tunesmith.evaluate.pairing import pair_measurements
 from tunesmith.evaluate.regression_gate import build_gates
 from tunesmith.evaluate.results import EvalResults, MetricValues
+from view_samples import render_text
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,9 @@ def test_finished_runs_are_compared_by_their_files_in_a_moment(runs: tuple[Path,
 
 def test_the_change_is_that_of_the_items(runs: tuple[Path, Path]) -> None:
     result = tunesmith.compare(*runs)
-    assert result.notes == ()
+    assert [note.partition(":")[0] for note in result.notes] == [
+        "intervals are for other seeds, too"
+    ]
     first, second = (parse_as(EvalResults, read_json(run / "eval_after.json")) for run in runs)
     for entry, other in zip(first.measurements, second.measurements, strict=True):
         if not (entry.weights or entry.strata):
@@ -71,6 +76,31 @@ def test_the_change_is_that_of_the_items(runs: tuple[Path, Path]) -> None:
     assert measures(tunesmith.compare(f"{runs[0]}@0", f"{runs[0]}@1")) == measures(
         tunesmith.compare("base", runs[0])
     )
+
+
+def change_settings(run: Path, **changed: object) -> None:
+    record = parse_as(RunRecord, read_sealed_json(run / "record.json"))
+    recipe = {**record.plan.recipe, **changed}
+    record = replace(record, plan=replace(record.plan, recipe=recipe))
+    (run / "record.json").write_bytes(seal_json(record))
+
+
+def test_runs_side_by_side_that_differ_in_the_seed_measure_its_noise(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    a, b = (shutil.copytree(run, tmp_path / run.parent.name) for run in runs)
+    result = tunesmith.compare(a, b)
+    assert result.notes == (
+        "intervals are for other seeds, too: by 2 runs here that differ in the seed",
+    )
+    assert {entry.seed_degrees for entry in result.comparisons} == {1}
+    same = tunesmith.compare(f"{a}@0.5", a)
+    assert {entry.seed_low for entry in same.comparisons} == {None}
+    change_settings(b, lora_r=7)
+    alone = tunesmith.compare(a, b)
+    assert {entry.seed_degrees for entry in alone.comparisons} == {None}
+    assert "one seed each" in alone.notes[-1]
+    assert "one seed each" in render_text(render_model_comparison(alone))
 
 
 @pytest.mark.promise

@@ -106,41 +106,11 @@ def test_answers_that_are_no_objects_do_not_hide_a_constant() -> None:
     assert (shortcut.field, shortcut.n) == ("urgent", 60)
 
 
-def test_answers_copied_from_the_prompt() -> None:
-    samples = make_samples(
-        40, lambda index: f"the answer {index * 7}", lambda index: f"number {index}"
-    )
-    (shortcut,) = detect(samples)
-    assert (shortcut.kind, shortcut.count, shortcut.expected) == ("copied from the prompt", 40, 0)
-    echo = make_samples(
-        40, lambda index: f"{index * 7}", lambda index: f"question number {index} is hard"
-    )
-    assert [each.kind for each in detect(echo)] == ["copied from the prompt"]
-
-
 def test_an_extract_of_the_prompt_is_no_shortcut_where_it_is_expected() -> None:
     samples = make_samples(40, lambda index: f"number {index}", lambda _: "question number")
     assert [each.kind for each in detect(samples)] == ["constant"]
     right = make_samples(40, lambda index: f"number {index}", lambda index: f"number {index}")
     assert detect(right) == []
-
-
-def test_a_field_that_is_copied_from_the_prompt() -> None:
-    samples = make_samples(
-        40,
-        lambda index: {"date": f"2020-01-{index:02}", "id": index},
-        lambda index: {"date": f"number {index}", "id": index},
-    )
-    (shortcut,) = detect(samples)
-    assert (shortcut.kind, shortcut.field) == ("copied from the prompt", "date")
-
-
-def test_labels_of_the_training_rows_are_no_copies() -> None:
-    training = build_training_values(["yes", "no"] * 50, 100)
-    samples = make_samples(
-        80, lambda index: ["yes", "no"][index % 2], lambda index: ["yes", "no"][index % 3 % 2]
-    )
-    assert detect(samples, training) == []
 
 
 def test_hostile_names_and_values_are_bounded() -> None:

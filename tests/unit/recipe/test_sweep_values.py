@@ -73,7 +73,8 @@ RANDOM = "search: random, trials: 4"
         (f"{{optim: {{min: 2, max: 8}}, {RANDOM}}}", "no range of numbers; list its values"),
         ("{learning_rates: [1e-3]}", "did you mean learning_rate?"),
         ("{seed: [1, 2]}", "seed is swept by seeds"),
-        ("{seeds: 3}", "no key varies"),
+        ("{seeds: 1}", "no key varies"),
+        ("{seeds: [7]}", "no key varies"),
     ],
 )
 def test_a_sweep_is_refused_with_its_line(text: str, message: str, tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ trials.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -53,11 +55,14 @@ from tunesmith.evaluate.results import (
     compute_score,
 )
 from tunesmith.evaluate.run_verdict import describe_cost, get_general
+from tunesmith.evaluate.seed_noise import SeedSpread, add_seed_noise, compute_spread
 from tunesmith.evaluate.statistics import (
     MIN_ITEMS,
+    SEEDS_UNKNOWN,
     TOO_FEW_ITEMS,
     adjust_p_values,
     compute_p_value,
+    compute_t_quantile,
     count_pairs,
     judge_comparisons,
 )
@@ -228,7 +233,9 @@ def build_configurations(measured: MeasuredTrials) -> tuple[list[ConfigurationRe
     if winner is None:
         return list(records.values()), None
     others = [r for r in records.values() if r.trials and r.number != winner]
-    comparisons = [compare_configurations(measured, winner, record.number) for record in others]
+    spread = compute_spread([each.seed_values for each in records.values()])
+    compare = partial(compare_configurations, measured, spread, winner)
+    comparisons = [compare(each.number) for each in others]
     num_pairs = count_pairs(len(others) + 1)  # any of them might have been the winner
     p_values = [compute_p_value(comparison) for comparison in comparisons]
     adjusted = adjust_p_values(p_values, num_pairs)
@@ -239,7 +246,7 @@ def build_configurations(measured: MeasuredTrials) -> tuple[list[ConfigurationRe
         records[record.number] = replace(
             record,
             comparison=comparison,
-            p_value=None if verdict == TOO_FEW_ITEMS else p_value,
+            p_value=None if verdict in (TOO_FEW_ITEMS, SEEDS_UNKNOWN) else p_value,
             verdict=verdict,
         )
     return list(records.values()), winner
@@ -272,15 +279,19 @@ def choose_trial(measured: MeasuredTrials, configuration: int) -> int:
     return min(numbers, key=lambda number: sign * compute_score(measured.values[number]).value)
 
 
-def compare_configurations(measured: MeasuredTrials, first: int, second: int) -> Comparison:
-    """Return `second` minus `first`, paired by item, over the seeds that both have."""
+def compare_configurations(
+    measured: MeasuredTrials, spread: SeedSpread | None, first: int, second: int
+) -> Comparison:
+    """Return `second` minus `first`, paired by item, over the seeds that both have; with what the
+    seeds of the sweep add to its variance, or else seeds usually."""
     first_seeds = measured.list_seeds(first)
     second_seeds = measured.list_seeds(second)
     shared = [seed for seed in first_seeds if seed in second_seeds]
-    return compare_measurements(
+    comparison = compare_measurements(
         measured.average([first_seeds[seed] for seed in shared]),
         measured.average([second_seeds[seed] for seed in shared]),
     )
+    return add_seed_noise(comparison, spread, (len(shared), len(shared)))
 
 
 # ---------------------------------------------------------------- the winner on test_data
@@ -359,22 +370,17 @@ def list_caveats(record: SweepRecord, sweep: SweepConfig) -> Iterator[str]:
     yield from _list_edges(sweep, winner)
     compared = sum(bool(each.trials) for each in record.configurations)
     if compared > 1:
-        yield (
-            f"the winner was selected among {compared} on eval_data, so its {record.metric} there "
-            "is optimistic; that on test_data is not"
-        )
+        selection = f"the winner was selected among {compared} on eval_data"
+        yield f"{selection}: its {record.metric} there is optimistic; that on test_data is not"
     if record.test_reads > 1:
-        yield (
-            f"test_data was read for {record.test_reads} winners of this sweep, so it is no longer "
-            "unseen"
-        )
+        yield f"test_data was read for {record.test_reads} winners, so it is no longer unseen"
 
 
 def _list_limits(record: SweepRecord, winner: ConfigurationRecord) -> Iterator[str]:
     """Yield what the rows and the seeds are too few to show."""
     if record.rows < MIN_ITEMS:
-        rows = format_count(record.rows, "row")
-        yield f"{rows} of eval_data are too few to compare configurations: use at least {MIN_ITEMS}"
+        rows = f"{record.rows} rows of eval_data"
+        yield f"{rows} are too few to compare configurations: use at least {MIN_ITEMS}"
     similar = [each for each in record.configurations if is_similar(each)]
     if similar:
         names = ", ".join(str(each.number) for each in similar)
@@ -385,14 +391,13 @@ def _list_limits(record: SweepRecord, winner: ConfigurationRecord) -> Iterator[s
     complete = [each.number for each in record.configurations if each.trials]
     if any((number, seed) not in ended for number in complete for seed in record.seeds):
         yield "not all ran with every seed: the winner is the best over the seeds that all have"
-    if len(winner.trials) == 1:
-        yield "one seed: the intervals do not cover seed-to-seed variation"
-    else:
-        values = ", ".join(f"{value:.3f}" for value in winner.seed_values)
-        yield (
-            f"{record.metric} of the winner by seed: {values}; the intervals do not cover "
-            "seed-to-seed variation"
-        )
+    spread = compute_spread([each.seed_values for each in record.configurations])
+    if spread is None:
+        yield "one seed: no difference is shown by it alone; set seeds: 3"
+        return
+    values = ", ".join(f"{value:.3f}" for value in winner.seed_values)
+    chance = f"{compute_t_quantile(spread.degrees) * spread.sd * math.sqrt(2):.2g} by chance"
+    yield f"{record.metric} of the winner by seed: {values}; two runs differ by {chance}"
 
 
 def is_similar(configuration: ConfigurationRecord) -> bool:

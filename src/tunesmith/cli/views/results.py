@@ -104,7 +104,7 @@ class ComparisonTable:
                 f"{after.n}/{after.groups}" if after.groups else str(after.n),
                 f"{comparison.before.value:.3f}",
                 f"{comparison.after.value:.3f}",
-                format_interval(comparison.difference, comparison.low, comparison.high),
+                format_interval(comparison.difference, *comparison.interval),
                 rendered,
             ]
             evidence = [escape_markup(describe_evidence(comparison))] if has_evidence else []

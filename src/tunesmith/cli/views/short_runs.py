@@ -56,7 +56,8 @@ def _format_difference(row: ShortRunRow) -> str:
     comparison = row.comparison
     if comparison is None:
         return ""
-    return f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]"
+    low, high = comparison.interval
+    return f"{comparison.difference:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _format_verdict(row: ShortRunRow, table: ShortRunTable) -> Text:

@@ -108,7 +108,8 @@ def _format_difference(configuration: ConfigurationRecord) -> str:
     comparison = configuration.comparison
     if comparison is None:
         return ""
-    return f"{comparison.difference:+.3f} \\[{comparison.low:+.3f}, {comparison.high:+.3f}]"
+    low, high = comparison.interval
+    return f"{comparison.difference:+.3f} \\[{low:+.3f}, {high:+.3f}]"
 
 
 def describe_outcome(record: SweepRecord, configuration: ConfigurationRecord) -> Text:

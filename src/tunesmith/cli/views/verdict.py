@@ -82,7 +82,7 @@ def render_errors(
     """Show what is wrong with the answers, table by table, and shortcuts first."""
     parts: list[RenderableType] = [Text(_describe_counts(errors, names))]
     for shortcut in errors.shortcuts:
-        label = "constant" if shortcut.kind == "constant" else "copied"
+        label = shortcut.kind
         line = f"{label}: {shortcut.description} ({', '.join(shortcut.rows[:MAX_ROW_IDS])})"
         parts.append(_pad_line(line, 0, "bold yellow"))
     parts += [_pad_line(suspect.suspicion, 0, "yellow") for suspect in errors.suspects]
