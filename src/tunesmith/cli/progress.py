@@ -31,7 +31,7 @@ from tunesmith.core.events import (
     TrainingEnd,
     TrainStep,
 )
-from tunesmith.core.formatting import escape_controls, format_bytes
+from tunesmith.core.formatting import escape_controls, format_bytes, format_count
 from tunesmith.core.progress_log import logger
 
 SPEED_WINDOW = 20  # steps of the average
@@ -169,8 +169,8 @@ def format_event(
         case CheckpointSaved():
             return f"saved {escape_markup(event.path)}"
         case TrainingEnd():
-            duration = format_duration(event.seconds)
-            return f"{event.reason} after {event.step} steps, {duration} of training"
+            steps, duration = format_count(event.step, "step"), format_duration(event.seconds)
+            return f"{event.reason} after {steps}, {duration} of training"
         case StageStart():
             head = f"[bold]stage {event.step} of {event.num_stages}[/] {escape_markup(event.name)}"
             return f"{head}: {event.steps} steps, in {escape_markup(event.path)}"

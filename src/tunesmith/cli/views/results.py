@@ -16,7 +16,7 @@ from tunesmith.cli.progress import format_interval
 from tunesmith.cli.views import make_table, render_table
 from tunesmith.cli.views.verdict import cut_middle, render_errors, render_verdict
 from tunesmith.core.events import GENERAL_TASK, GenerationSample, Score
-from tunesmith.core.formatting import format_bytes, format_duration
+from tunesmith.core.formatting import format_bytes, format_count, format_duration
 from tunesmith.core.types import Comparison, RunRecord, ScalePoint
 from tunesmith.evaluate.results import DISTANCE_METRICS, describe_truncation
 from tunesmith.evaluate.scale_choice import (
@@ -170,8 +170,8 @@ def render_run_record(record: RunRecord) -> RenderableType:
     if record.shared_tokens:
         parts.append(format_shared_prefixes(record))
     speed = record.tokens / max(record.train_seconds, 1e-9)
-    duration = format_duration(record.train_seconds)
-    parts.append(f"{record.steps} steps, {speed:,.0f} tokens/s: {duration} of training")
+    steps, duration = format_count(record.steps, "step"), format_duration(record.train_seconds)
+    parts.append(f"{steps}, {speed:,.0f} tokens/s: {duration} of training")
     if record.total_seconds:
         total = format_duration(record.total_seconds)
         parts[-1] = f"{parts[-1]}, {total} with loading, preflight and evaluation"
