@@ -6,7 +6,7 @@ that should collapse. Left out: the runs (run.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ group.
 
 """
 ARM_HEAD = "| task | run | metric | before | after | forecast | change | verdict | min |"
+CHANGE = "{difference:+.3f} [{low:.3f}, {high:.3f}], {verdict}"
 GUARD_HEAD = "| task | run | exit | rollbacks | first cause | min |"
 
 
@@ -48,22 +49,15 @@ def write_table(head: str, rows: Iterator[tuple[str, ...]]) -> str:
 # ---------------------------------------------------------------- runs
 
 
-def choose_metric(arm: Result) -> Result | None:
-    """Return the graded metric of a run: the first of the test rows, else of likelihood."""
-    tested = [each for each in arm.get("scores", ()) if each["metric"].startswith("test ")]
+def select_graded(measures: Sequence[Result]) -> list[Result]:
+    """Return those of the test rows that grade answers, else those of likelihood."""
+    tested = [each for each in measures if each["metric"].startswith("test ")]
     graded = [each for each in tested if each["metric"].split()[1] not in UNGRADED]
-    return next(iter(graded or tested), None)
-
-
-def list_changes(arm: Result) -> list[Result]:
-    """Return what `compare` says of a step's graded metrics."""
-    changes = [each for each in arm.get("against", ()) if each["metric"].startswith("test ")]
-    graded = [each for each in changes if each["metric"].split()[1] not in UNGRADED]
-    return graded or changes
+    return graded or tested
 
 
 def is_worse(arm: Result) -> bool:
-    return any(change["verdict"] == "worse" for change in list_changes(arm))
+    return any(change["verdict"] == "worse" for change in select_graded(arm.get("against", ())))
 
 
 def has_covered(arm: Result) -> bool | None:
@@ -77,7 +71,8 @@ def has_covered(arm: Result) -> bool | None:
 def iter_arm_cells(results: list[Result]) -> Iterator[tuple[str, ...]]:
     for result in results:
         for arm in result["arms"]:
-            score, change = choose_metric(arm), next(iter(list_changes(arm)), None)
+            score = next(iter(select_graded(arm.get("scores", ()))), None)
+            change = next(iter(select_graded(arm.get("against", ()))), None)
             verdict = arm.get("verdict", "")
             yield (
                 result["task"],
@@ -86,14 +81,10 @@ def iter_arm_cells(results: list[Result]) -> Iterator[tuple[str, ...]]:
                 f"{score['before']:.3f}" if score else "",
                 f"{score['after']:.3f}" if score else "",
                 f"{arm['low']:+.3f} to {arm['high']:+.3f}" if arm.get("low") is not None else "",
-                f"{describe(change)}, {change['verdict']}" if change else "",
+                CHANGE.format(**change) if change else "",
                 f"{verdict} (exit {arm['exit']})" if arm["exit"] else verdict,
                 f"{arm['minutes']:.0f}",
             )
-
-
-def describe(change: Result) -> str:
-    return f"{change['difference']:+.3f} [{change['low']:.3f}, {change['high']:.3f}]"
 
 
 def iter_steps(result: Result) -> Iterator[str]:

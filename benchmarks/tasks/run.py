@@ -18,6 +18,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -68,19 +69,25 @@ def call_for_json(folder: Path, *args: str) -> Any:
 # ---------------------------------------------------------------- advice
 
 
-def run_arm(folder: Path, arms: list[Result]) -> Result | None:
-    """Run the default, or what the last run says to do next; None if it says nothing to run."""
+def choose_step(folder: Path, arms: list[Result]) -> Result | None:
+    """Return the default, or what the last run's report says now; None if that is no run."""
     if not arms:
-        step = {"reason": "", "command": "tunesmith train recipe.yaml --output-dir runs/default"}
-    else:
-        run = arms[-1].get("run")  # whose report a later version may have other advice in
-        steps = call_for_json(folder, "report", run)["verdict"]["next_steps"] if run else []
-        if not steps:
-            return None
-        step = steps[0]
+        return {"reason": "", "command": "tunesmith train recipe.yaml --output-dir runs/default"}
+    run = arms[-1].get("run")
+    if run and not (folder / run).exists():
+        print(f"{folder / run} is gone: to start anew, delete results/{folder.name}.json")
+    if not run or not (folder / run).exists():
+        return None
+    return next(iter(call_for_json(folder, "report", run)["verdict"]["next_steps"]), None)
+
+
+def run_arm(folder: Path, step: Result, arms: list[Result]) -> Result:
     program, *args = shlex.split(step["command"])
     if program != "tunesmith":
         raise RuntimeError(f"not a command of tunesmith: {step['command']}")
+    run = args[args.index("--output-dir") + 1] if "--output-dir" in args else ""
+    if run:  # of an attempt that was killed
+        shutil.rmtree(folder / run, ignore_errors=True)
     start = time.monotonic()
     done = call(folder, *args)
     result = {
@@ -92,7 +99,6 @@ def run_arm(folder: Path, arms: list[Result]) -> Result | None:
         "output": shorten(done.stdout),
         "errors": shorten(done.stderr),
     }
-    run = args[args.index("--output-dir") + 1] if "--output-dir" in args else ""
     if run:
         result |= read_run(folder, run)
         last = next((each["run"] for each in reversed(arms) if each.get("scores")), "")
@@ -167,6 +173,7 @@ def run_guard(folder: Path, arm: str) -> Result:
         recipe = recipe.replace("data: train.jsonl", "data: spoiled.jsonl", 1)
     (folder / "guard.yaml").write_text(recipe, encoding="utf-8")
     run = "runs/" + arm.replace(" ", "-").replace("/", "-")
+    shutil.rmtree(folder / run, ignore_errors=True)
     flags = [] if kind != "rate" else ["--learning-rate", f"{rate * float(Fraction(factor)):.3g}"]
     start = time.monotonic()
     done = call(folder, "train", "guard.yaml", "--output-dir", run, *flags)
@@ -219,9 +226,9 @@ def run_next_arm(name: str, index: int, end: float) -> None:
     """Run an arm if the one before has a result and this one has none."""
     result = read_result(name)
     if len(result["arms"]) == index and time.monotonic() < end:
-        arm = run_arm(OUT / name, result["arms"])
-        if arm is not None:
-            result["arms"].append(arm)
+        step = choose_step(OUT / name, result["arms"])
+        if step is not None:
+            result["arms"].append(run_arm(OUT / name, step, result["arms"]))
             store(result)
 
 
