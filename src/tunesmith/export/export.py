@@ -29,14 +29,11 @@ from tunesmith.evaluate.scale_choice import MAX_SCALE
 from tunesmith.export.gguf import reload_gguf, reload_lora, write_gguf, write_lora
 from tunesmith.export.hf import (
     has_expert_adapters,
-    refuse_stacked_experts,
     reload_merged,
     reload_peft,
-    reload_per_expert,
     write_hub,
     write_merged_folder,
     write_peft,
-    write_per_expert,
 )
 from tunesmith.export.ollama import reload_ollama, write_ollama
 from tunesmith.export.parity import (
@@ -55,7 +52,7 @@ from tunesmith.export.parity import (
     refuse_mismatch,
     select_examples,
 )
-from tunesmith.export.request import PER_EXPERT, WHERE, HubTarget, choose_output_path, choose_type
+from tunesmith.export.request import WHERE, HubTarget, choose_output_path, choose_type
 from tunesmith.export.source_run import SourceRun, open_source_run
 from tunesmith.model.merge import merge_into_network
 from tunesmith.model.save import select_linear_loras
@@ -88,10 +85,7 @@ GGUF_TYPES = {
 }
 
 TARGETS: dict[str, dict[str, ExportFormat]] = {
-    "peft": {
-        "": ExportFormat(write_peft, reload_peft, EXACT_TOLERANCE),
-        PER_EXPERT: ExportFormat(write_per_expert, reload_per_expert, EXACT_TOLERANCE),
-    },
+    "peft": {"": ExportFormat(write_peft, reload_peft, EXACT_TOLERANCE)},
     "merged": {"": ExportFormat(write_merged_folder, reload_merged, BF16_TOLERANCE, None)},
     "gguf": {
         kind: ExportFormat(write_gguf, reload_gguf, tolerance, width)
@@ -152,7 +146,7 @@ def export_run(
     """Export a run, read the result back as other programs do, and compare its answers.
 
     Args:
-        kind: the type of a GGUF, or `per-expert` of PEFT; None for the target's first.
+        kind: the type of a GGUF; None for the target's first.
         base: the weights that an adapter trained on 4-bit weights is merged into.
         scale: factor on the adapter.
         out: the new folder; None for RUN/export/TARGET.
@@ -215,8 +209,6 @@ def _refuse_unsupported(run: SourceRun, export_format: ExportFormat) -> None:
     if export_format.bytes_per_weight == 0 and not run.loras:
         message = "this run trained all weights: there is no adapter"
         raise InputError(message, where=where, fix="export to merged or gguf")
-    if export_format.write is write_per_expert:
-        refuse_stacked_experts(run)
     if export_format.write is not write_lora:
         return
     fix = "export to merged, or to gguf with another --type"

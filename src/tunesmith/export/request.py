@@ -26,12 +26,12 @@ from tunesmith.core.run_dir import ADAPTER_DIR, MODEL_DIR, find_weights_dir
 from tunesmith.core.types import Json
 from tunesmith.model.hub.validate import read_model_json
 
-PER_EXPERT = "per-expert"
 LORA = "lora"
+REMOVED_TYPES = {"per-expert": "use --to merged: no server reads adapters of experts"}
 LLAMA_SERVER = "llama-server"  # the only server that takes a type: that of its GGUF
 MODEL_TYPES = ("f16", "q8_0", "bf16", "f32")  # of a GGUF of the whole model
 TARGET_TYPES: dict[str, tuple[str, ...]] = {  # "" is the only form, or the usual one
-    "peft": ("", PER_EXPERT),
+    "peft": ("",),
     "merged": ("",),
     "gguf": (*MODEL_TYPES, LORA),
     "ollama": MODEL_TYPES,
@@ -65,6 +65,7 @@ def _choose(types: tuple[str, ...], target: str, export_type: str | None) -> str
     if chosen not in types:
         names = [name for name in types if name]
         fix = f"use one of {', '.join(names)}" if names else "leave --type out"
+        fix = REMOVED_TYPES.get(chosen, fix)
         raise InputError(f"{target} has no type {chosen!r}", where="--type", fix=fix)
     return chosen
 

@@ -26,13 +26,9 @@ from tunesmith.core.errors import InputError
 from tunesmith.core.hub_names import COMMIT, split_revision
 from tunesmith.core.types import __version__
 from tunesmith.export.export import export_run
-from tunesmith.export.hf import (
-    MERGE_FIX,
-    has_expert_adapters,
-    refuse_stacked_experts,
-)
+from tunesmith.export.hf import MERGE_FIX, has_expert_adapters
 from tunesmith.export.parity import Parity
-from tunesmith.export.request import ENGINES, LLAMA_SERVER, PER_EXPERT, choose_server_path
+from tunesmith.export.request import ENGINES, LLAMA_SERVER, choose_server_path
 from tunesmith.export.source_run import SourceRun, open_source_run
 from tunesmith.model.hub.adapter_config import ADAPTER_CONFIG_FILE
 from tunesmith.model.hub.validate import read_model_json
@@ -159,14 +155,13 @@ def export_servers(
     metadata = {"tunesmith": __version__, "target": target}
     exported: list[ExportedRun] = []
     with atomic_dir(output_path, metadata=metadata, key="--out") as folder:
-        for name, path, run in zip(names, paths, runs, strict=True):
+        for name, path in zip(names, paths, strict=True):
             if target == LLAMA_SERVER:
                 result = export_run(path, "gguf", kind=kind, scale=scale, out=folder / "model")
                 deployment = replace(deployment, model_file=f"model-{result.type}.gguf")
             else:
-                form = PER_EXPERT if has_expert_adapters(run) else None
                 adapter_dir = folder / "adapters" / name
-                result = export_run(path, "peft", kind=form, scale=scale, out=adapter_dir)
+                result = export_run(path, "peft", scale=scale, out=adapter_dir)
             exported.append(ExportedRun(name, str(path), result.parity))
         if target != LLAMA_SERVER:
             _write_shared_files(folder, runs[0], names[0])
@@ -200,8 +195,6 @@ def _refuse_unsupported(run: SourceRun, target: str) -> None:
         if is_beyond:
             message = f"{ENGINES[target]} {lack}"
             raise InputError(message, where=str(run.path), fix=fix)
-    if has_expert_adapters(run):
-        refuse_stacked_experts(run)
 
 
 def _list_limits(run: SourceRun, target: str) -> Iterator[tuple[bool, str, str]]:
@@ -213,8 +206,8 @@ def _list_limits(run: SourceRun, target: str) -> Iterator[tuple[bool, str, str]]
     yield bool(run.token_rows), tokens, MERGE_FIX
     modules = f"does not support adapters with modules_to_save ({', '.join(run.modules):.80})"
     yield bool(run.modules), modules, MERGE_FIX
-    experts = has_expert_adapters(run) and target != "vllm"
-    yield experts, "does not support adapters of experts", f"use --to vllm, or {MERGE_FIX}"
+    experts = "does not read adapters of experts as PEFT writes them"
+    yield has_expert_adapters(run), experts, MERGE_FIX
     linears = select_linear_loras(run.loras).values()
     has_dora = any(lora.magnitude_O is not None for lora in linears)
     yield has_dora, "does not support DoRA adapters", MERGE_FIX

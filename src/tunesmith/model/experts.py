@@ -473,28 +473,3 @@ def _adapt_weight(weight: Any, delta: ExpertLoraTensors, *, is_transposed: bool)
     matrices = [weight.get_matrix(expert) for expert in range(weight.shape[0])]
     stacked = torch.stack(matrices)
     return StackedMatrices(delta.merge_into(stacked.float()).to(stacked))
-
-
-def split_into_experts(tensors: Mapping[str, Tensor], num_experts: int) -> dict[str, Tensor]:
-    """Return an adapter of gated experts with two matrices for each matrix of each expert,
-    <experts>.N.{gate_proj,up_proj,down_proj}.lora_{A,B}.weight.
-
-    Gate and up share the A of their stack; each has its rows of B. Other tensors are unchanged."""
-    split: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        path, _, part = name.removesuffix(".weight").rpartition(".")
-        if not is_expert_path(path):
-            split[name] = tensor
-        elif part == "lora_A":
-            a_ERI, b_EOR = split_experts(tensor, tensors[f"{path}.lora_B.weight"], num_experts)
-            experts_path = path.removesuffix(f".{INNER}")
-            words = (OUTPUT_STACK,)
-            if path != experts_path:
-                words = GATED_PARTS
-            for expert in range(num_experts):
-                rows = b_EOR[expert].chunk(len(words))
-                for word, rows_OR in zip(words, rows, strict=True):
-                    prefix = f"{experts_path}.{expert}.{word}"
-                    split[f"{prefix}.lora_A.weight"] = a_ERI[expert].clone()
-                    split[f"{prefix}.lora_B.weight"] = rows_OR.contiguous()
-    return split

@@ -265,6 +265,7 @@ def test_no_room_on_the_disk_is_said_first(
             "gguf has no type 'q4_k_m'\n  fix: use one of f16, q8_0, bf16, f32, lora",
         ),
         ("merged", "f16", "merged has no type 'f16'\n  fix: leave --type out"),
+        ("peft", "per-expert", "peft has no type 'per-expert'\n  fix: use --to merged"),
         ("ollama", "lora", "ollama has no type 'lora'"),
     ],
 )

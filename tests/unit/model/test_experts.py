@@ -46,13 +46,11 @@ from tunesmith.model.expert_weights import (
     multiply_groups_backward,
 )
 from tunesmith.model.experts import (
-    ExpertLoraTensors,
     Experts,
     find_expert_loras,
     find_experts,
     list_stacks,
     split_experts,
-    split_into_experts,
 )
 from tunesmith.model.save import collect_adapter_tensors, load_adapter, save_adapter
 from tunesmith.train.update_norms import compute_adapter_ratios, compute_weight_norms
@@ -332,28 +330,6 @@ def test_scale_zero_is_the_base_model() -> None:
     assert not torch.allclose(compute_our_logits(model), expected)
     with scaled_adapter(model.network, 0.0):
         assert torch.equal(compute_our_logits(model), expected)
-
-
-def test_each_expert_is_a_pair_of_matrices_for_vllm() -> None:
-    model = make_tiny_model("qwen3_moe", **EXPERTS)
-    tensors = collect_adapter_tensors(model.network)
-    split = split_into_experts(tensors, num_experts=8)
-    others = [name for name in tensors if ".experts." not in name]
-    assert len(split) == len(others) + 2 * 8 * 3 * 2
-    assert all(tensor.ndim == 2 for tensor in split.values())
-    prefix = "base_model.model.model.layers.1.mlp.experts"
-    stack = ExpertLoraTensors.from_peft(
-        tensors[f"{prefix}.base_layer.lora_A.weight"],
-        tensors[f"{prefix}.base_layer.lora_B.weight"],
-        num_experts=8,
-        scale=1.0,
-    )
-    delta_EOI = stack.merge_into(torch.zeros(8, 48, 48))
-    for part, rows in (("gate_proj", slice(24)), ("up_proj", slice(24, 48))):
-        lora_A = split[f"{prefix}.3.{part}.lora_A.weight"]
-        lora_B = split[f"{prefix}.3.{part}.lora_B.weight"]
-        torch.testing.assert_close(lora_B @ lora_A, delta_EOI[3, rows])
-    assert split[f"{prefix}.7.down_proj.lora_B.weight"].shape == (48, 4)
 
 
 # ---------------------------------------------------------------- 4 bits
