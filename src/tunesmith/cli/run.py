@@ -199,6 +199,7 @@ def _show_run(
     from tunesmith.cli.progress import Progress
     from tunesmith.cli.views.results import render_gates, render_run_record
     from tunesmith.evaluate.regression_gate import build_limit_gates
+    from tunesmith.evaluate.run_verdict import describe_end, is_collapsed
     from tunesmith.recipe.metric_limits import parse_limits
 
     with _tracking(folder, track) as send_event, Progress(steps) as progress:
@@ -215,6 +216,11 @@ def _show_run(
     views = [render_gates(gates)] if gates else []
     print_result(record, render_run_record(record), *views, as_json=as_json)
     write_page(folder)
+    if is_collapsed(record):
+        fix = "train with a lower learning_rate; what was measured is in the report"
+        raise GateError(
+            f"{describe_end(record)}; it is no better than before", where=str(folder), fix=fix
+        )
     if failed := [gate.name for gate in gates if not gate.passed]:
         raise GateError(f"failed: {', '.join(failed)}", where=str(folder))
 

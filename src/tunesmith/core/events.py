@@ -119,6 +119,7 @@ class Rollback:
     rows: tuple[str, ...] = ()  # that are skipped
     rehearsal_ratio: float | None = None
     attempt: int = 1  # that ended here; its events after `to` do not count
+    is_end: bool = False  # of the training, with the weights of step `to`
 
     @property
     def check_result(self) -> CheckResult:

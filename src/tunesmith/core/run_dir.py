@@ -44,6 +44,7 @@ from tunesmith.core.events import (
     Event,
     LoggedEvent,
     Rollback,
+    Score,
     TrainStep,
     compute_checksum,
     get_event_type,
@@ -443,15 +444,21 @@ def read_events(path: Path) -> list[Event]:
     Events that a rollback discarded are left out, and the results that announce rollbacks are kept.
     Raises InputError with file:line for a broken line."""
     events = _drop_discarded(read_all_events(path), read_rollbacks(path))
-    last_attempts: dict[tuple[type[Event], int], int] = {}
+    last_attempts: dict[tuple[type[Event], str, int], int] = {}
     for logged in events:
-        last_attempts[type(logged.event), logged.event.step] = logged.attempt
+        last_attempts[_get_kind(logged.event)] = logged.attempt
     latest: list[Event] = []
     for logged in events:
-        last_attempt = last_attempts[type(logged.event), logged.event.step]
-        if logged.attempt == last_attempt or _is_rollback(logged.event):
+        is_last = logged.attempt == last_attempts[_get_kind(logged.event)]
+        if is_last or _is_rollback(logged.event):
             latest.append(logged.event)
     return sorted(latest, key=lambda event: event.step)
+
+
+def _get_kind(event: Event) -> tuple[type[Event], str, int]:
+    """Return what a later attempt replaces as one. Test rows are measured with the weights of a
+    step that an earlier attempt may have evaluated."""
+    return type(event), event.task if isinstance(event, Score) else "", event.step
 
 
 def read_rollbacks(path: Path) -> tuple[Rollback, ...]:

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import unicodedata
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-
-MIN_BYTES = 40  # of a shorter text, zlib's header is most of the output
 
 
 def compute_repetition(tokens: Sequence[int]) -> float:
@@ -46,15 +43,6 @@ def flag_identical_answers(answers: Sequence[str]) -> list[float]:
     """Return 1 for the most frequent answer if it occurs more than once, else 0."""
     common, count = Counter(answer.strip() for answer in answers).most_common(1)[0]
     return [float(count > 1 and answer.strip() == common) for answer in answers]
-
-
-def compute_compression_ratio(text: str) -> float:
-    """Return zlib's compressed size over the text's size; below 0.25 the text loops.
-
-    1 for a text under MIN_BYTES.
-    """
-    raw = text.encode()
-    return min(1.0, len(zlib.compress(raw, 9)) / len(raw)) if len(raw) >= MIN_BYTES else 1.0
 
 
 def find_scripts(texts: Iterable[str]) -> set[str]:

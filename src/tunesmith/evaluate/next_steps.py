@@ -95,8 +95,17 @@ class Facts:
 
     @property
     def is_still_improving(self) -> bool:
-        """Whether eval_data was best at the last step."""
-        return self.has_eval_data and self.record.selected_step == self.record.steps
+        """Whether eval_data was best at the last step, which the guard did not end."""
+        return (
+            self.has_eval_data
+            and not self.was_ended
+            and self.record.selected_step == self.record.steps
+        )
+
+    @property
+    def was_ended(self) -> bool:
+        """Whether the guard ended training."""
+        return bool(self.record.rollbacks) and self.record.rollbacks[-1].is_end
 
     @property
     def was_all_right(self) -> bool:
@@ -218,7 +227,9 @@ def suggest_max_steps(facts: Facts) -> Iterator[NextStep]:
 
 
 def suggest_half_rate(facts: Facts) -> Iterator[NextStep]:
-    if facts.verdict == "harmful":
+    if facts.was_ended:
+        yield build_half_rate(facts, "let training end: ")
+    elif facts.verdict == "harmful":
         yield build_half_rate(facts, "")
 
 

@@ -114,6 +114,25 @@ def judge_run(record: RunRecord, run: Path) -> RunVerdict:
     )
 
 
+def describe_end(record: RunRecord) -> str:
+    """Return why and where the guard ended training; empty if it did not."""
+    if not record.rollbacks or not record.rollbacks[-1].is_end:
+        return ""
+    end = record.rollbacks[-1]
+    return (
+        f"the guard ended training at step {end.step} of {record.plan.steps} "
+        f"({end.kind}: {end.evidence}); what is measured is step {end.to}"
+    )
+
+
+def is_collapsed(record: RunRecord) -> bool:
+    """Return whether the guard ended training and nothing that it kept is better than the start."""
+    if not describe_end(record):
+        return False
+    has_worse = record.verdict is not None and record.verdict.name in ("no effect", "harmful")
+    return has_worse or record.selected_step == 0
+
+
 def read_verdict(run: Path) -> RunVerdict:
     """Return the verdict on a run folder; that of its record, if there is one.
 
@@ -236,7 +255,7 @@ def _list_reasons(
 ) -> list[str]:
     """Return what speaks against using the model, the worst first."""
     errors = record.errors
-    reasons: list[str] = []
+    reasons = [end] if (end := describe_end(record)) else []
     if errors is not None:
         for shortcut in errors.shortcuts:
             label = shortcut.kind

@@ -256,7 +256,7 @@ def _run_events(context: RunContext) -> Generator[Event]:
         for event in training.run_events():
             yield event
             context.stop.raise_if_requested(elsewhere=context.ranks.has_signal)
-        step = training.final_step
+        step = training.loop.step  # of the weights that are measured
         weights_dir = _save_weights(context, session, schema)
         with context.stop.immediate(), machine_errors():
             after = measure_items(session, items, step=step, base_references=references)
@@ -441,7 +441,7 @@ def _build_record(
         samples=select_sample_pairs(before, after),
         shared_tokens=sum(event.shared_tokens for event in steps),
         input_changes=read_input_changes(folder.path),
-        kl_scores=compute_kl_scores(before, after, step=training.final_step),
+        kl_scores=compute_kl_scores(before, after, step=training.loop.step),
         rollbacks=folder.load_rollbacks(),
         scales=scales,
         selected_step=training.loop.step,

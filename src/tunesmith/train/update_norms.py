@@ -1,4 +1,4 @@
-"""Norms of adapters and updates, relative to the weights that they modify.
+"""Norms of updates, relative to the weights that they modify.
 
 In: a network with our layers, and its optimizer. Out: a ratio per layer. Low-rank products are
 measured through their small factors, ||U V||^2 = sum of (U'U) * (V V'), so no matrix of the size of
@@ -34,17 +34,6 @@ def compute_weight_norms(network: nn.Module) -> dict[str, float]:
         matrices = (lora.frozen.get_matrix(expert) for expert in range(lora.num_experts))
         norms[path] = math.hypot(*(float(matrix.float().norm()) for matrix in matrices))
     return norms
-
-
-@torch.no_grad()
-def compute_adapter_ratios(network: nn.Module, base_norms: dict[str, float]) -> dict[str, float]:
-    """Return ||scale B A|| / ||W|| of each adapted layer."""
-    ratios: dict[str, float] = {}
-    for path, layer in _find_layers(network).items():
-        factor_B, factor_A = _split_factors(layer, layer.lora_B, layer.lora_A)
-        norm = abs(layer.scale) * compute_product_norm(factor_B, factor_A)
-        ratios[path] = norm / max(base_norms[path], MIN_NORM)
-    return ratios
 
 
 def _find_layers(network: nn.Module) -> dict[str, AdaptedLayer]:

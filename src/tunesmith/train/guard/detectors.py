@@ -116,8 +116,6 @@ THRESHOLDS: dict[str, float] = {
     "EOS likelihood drop": 1.0,
     # times the lower mean length of base model and expected answers
     "short answers": 0.25,
-    # compressed size / size; also half of the base model's
-    "repetition (zlib)": 0.25,
     # nats per token under the base model, over its own answers and the expected ones
     "gibberish": 1.50,
     # share of letters in scripts of neither prompts nor expected answers, over the base model's
@@ -128,16 +126,10 @@ THRESHOLDS: dict[str, float] = {
     "invalid JSON": 0.50,
     # share of answers that violate a constraint, over the base model's
     "constraint": 0.25,
-    # times the base model's entropy of the next token
-    "entropy collapse": 0.30,
-    # fraction of the way from the base model's entropy to that of a uniform distribution
-    "entropy blow-up": 0.50,
     # nats per token of KL(base || tuned) on text that is not trained
     "high KL": 1.00,
     # one step's change / weight norm
     "large update": 0.01,
-    # ||scale B A|| / ||W||
-    "adapter too large": 0.50,
     # share of the planned steps before which no answer is called constant: a label is learned by
     # answering its most frequent value first; the test is that of evaluate/shortcuts.py
     "constant answer": 0.33,
@@ -356,17 +348,6 @@ def short_answers(history: GuardHistory) -> str:
     return ""
 
 
-def zlib_repetition(history: GuardHistory) -> str:
-    """Detect answers that compress too well."""
-    current = history.get_latest("compressed")
-    if current is None:
-        return ""
-    base = history.get_baseline("compressed")
-    if current < min(THRESHOLDS["repetition (zlib)"], base / 2):
-        return f"answers compress to {current:.0%} of their size, base model {base:.0%}"
-    return ""
-
-
 def gibberish(history: GuardHistory) -> str:
     """Detect answers that are unlikely under the base model."""
     current = history.get_latest("base_loss")
@@ -417,29 +398,6 @@ def constraint_violations(history: GuardHistory) -> str:
     return "; ".join(violations)
 
 
-def entropy_collapse(history: GuardHistory) -> str:
-    """Detect a next-token distribution that became too peaked."""
-    current = history.get_latest("entropy")
-    if current is None:
-        return ""
-    base = history.get_baseline("entropy")
-    if current < THRESHOLDS["entropy collapse"] * base:
-        return f"next-token entropy {current:.2f} nats, base model {base:.2f}"
-    return ""
-
-
-def entropy_blowup(history: GuardHistory) -> str:
-    """Detect a next-token distribution that approaches a uniform one."""
-    current = history.get_latest("entropy")
-    if current is None or not history.vocab_size:
-        return ""
-    base = history.get_baseline("entropy")
-    highest = math.log(history.vocab_size)
-    if current > base + THRESHOLDS["entropy blow-up"] * (highest - base):
-        return f"next-token entropy {current:.2f} nats, at most {highest:.2f} are possible"
-    return ""
-
-
 def high_kl(history: GuardHistory) -> str:
     """Detect a model far from its base on text that is not trained."""
     current = history.get_latest("kl")
@@ -468,14 +426,6 @@ def large_update(history: GuardHistory) -> str:
     current = history.get_latest("update_ratio")
     if current is not None and current > THRESHOLDS["large update"]:
         return f"one step changes weights by {current:.2%} of their norm"
-    return ""
-
-
-def adapter_too_large(history: GuardHistory) -> str:
-    """Detect adapters that are large compared with the weights they modify."""
-    current = history.get_latest("adapter_share")
-    if current is not None and current > THRESHOLDS["adapter too large"]:
-        return f"the adapter's norm is {current:.0%} of the weights' norm"
     return ""
 
 
@@ -519,16 +469,12 @@ DETECTORS: dict[str, Detector] = {
     "missing EOS": Detector(missing_eos, "collapse"),
     "EOS likelihood drop": Detector(eos_likelihood_drop, "watch"),
     "short answers": Detector(short_answers, "collapse"),
-    "repetition (zlib)": Detector(zlib_repetition, "collapse"),
     "gibberish": Detector(gibberish, "collapse"),
     "unexpected language": Detector(unexpected_language, "collapse"),
     "invalid JSON": Detector(invalid_json, "collapse"),
     "constraint": Detector(constraint_violations, "watch"),
-    "entropy collapse": Detector(entropy_collapse, "collapse"),
-    "entropy blow-up": Detector(entropy_blowup, "collapse"),
     "high KL": Detector(high_kl, "collapse"),
     "forgetting": Detector(forgetting, "forgetting"),
     "large update": Detector(large_update, "watch"),
-    "adapter too large": Detector(adapter_too_large, "watch"),
     "constant answer": Detector(constant_answers, "watch", "answers"),
 }

@@ -4,8 +4,8 @@
 
 After a step, whatever is due is measured: eval_data, generation probes, general text. The guard
 judges, and only then is a checkpoint saved, so no checkpoint holds a state that was just rejected.
-A rollback restores the newest good checkpoint and changes something. In the end the weights of the
-best checkpoint are restored.
+A rollback restores the newest good checkpoint and changes something; the last one ends the run. In
+the end the weights of the best checkpoint are restored.
 
 Every decision follows from events. A resumed run replays the events of its folder and judges the
 step of its checkpoint again, so it decides what an uninterrupted run decides.
@@ -124,7 +124,7 @@ class GuardedTraining:
     def run_events(self) -> Iterator[Event]:
         """Train to the end and yield every event.
 
-        Raise GateError when the guard stops the run, or when it cannot roll back."""
+        Raise GateError when the guard ends the run and nothing good was saved."""
         yield from self._start()
         for event in self._iter_loop_events():
             verdicts: list[CheckResult] = []
@@ -177,6 +177,8 @@ class GuardedTraining:
         elif self._can_roll_back_to_start():
             self.save_checkpoint()
         self.loop.set_rollbacks(rollbacks)
+        if rollbacks and rollbacks[-1].is_end and rollbacks[-1].to == self.loop.step:
+            self.loop.stop()  # what is left is to measure
         recorded = self.context.folder.load_events()
         events = _select_events(recorded, self.loop.step)
         for event in events:
@@ -239,10 +241,11 @@ class GuardedTraining:
 
     def _judge_non_finite(self, error: GateError) -> CheckResult:
         """Return the verdict on values that are not finite. Raise the error without a checkpoint to
-        roll back to."""
-        if self.plan.config.guard_collapse != "rollback" or self._find_good_step() is None:
+        go back to."""
+        if self._find_good_step() is None:
             raise error
-        return CheckResult("non-finite", "rollback", error.message, self.loop.step)
+        level = "rollback" if self.plan.config.guard_collapse == "rollback" else "stop"
+        return CheckResult("non-finite", level, error.message, self.loop.step)
 
     def _is_anything_due(self) -> bool:
         return self._is_eval_due() or self._is_probe_due()
@@ -366,11 +369,11 @@ class GuardedTraining:
     # ------------------------------------------------------------ checkpoints
 
     def _can_roll_back_to_start(self) -> bool:
-        """Return whether the guard may roll back before there is another checkpoint. One of all
-        weights takes three times their bytes: such a run ends instead."""
+        """Return whether the guard may go back before there is another checkpoint. One of all
+        weights takes three times their bytes: such a run fails instead."""
         config = self.plan.config
         reactions = {config.guard_collapse, config.guard_forgetting}
-        return "rollback" in reactions and config.method != "full"
+        return bool(reactions & {"rollback", "stop"}) and config.method != "full"
 
     def _stop_early(self) -> None:
         patience = self.plan.config.patience
@@ -415,38 +418,52 @@ class GuardedTraining:
     def _find_good_step(self) -> int | None:
         """Return the newest checkpoint that the guard passed.
 
-        If the run went back to that one before, return the one before it."""
+        If the run went back to that one before, return the one before it, but never give up the
+        best so far."""
         candidates = [
             step
             for step in self.context.folder.list_saved_steps()
             if step <= self.guard.last_good_step
         ]
         tried_steps = {rollback.to for rollback in self.loop.rollbacks}
-        if len(candidates) > 1 and candidates[0] in tried_steps:
+        best_step = self._find_end_step()
+        if len(candidates) > 1 and candidates[0] in tried_steps and candidates[0] != best_step:
             return candidates[1]
         return candidates[0] if candidates else None
 
+    def _find_end_step(self) -> int | None:
+        """Return the step of the best checkpoint that the guard passed, None if none of them was
+        evaluated."""
+        saved_steps = self.context.folder.list_saved_steps()
+        good_points: list[EvalPoint] = []
+        for point in self.eval_points:
+            if point.step <= self.guard.last_good_step and point.step in saved_steps:
+                good_points.append(point)
+        best = select_best(good_points, self.forgetting_margin)
+        return None if best is None else best.step
+
     def _roll_back(self, verdict: CheckResult) -> Iterator[Event]:
-        """Restore a good checkpoint and change something; raise GateError if that is impossible."""
+        """Restore a good checkpoint and change something, or end the run with the best one; raise
+        GateError without any."""
         loop = self.loop
         folder = self.context.folder
         failed_step = loop.step
-        where = f"step {failed_step}"
-        message = f"{verdict.kind}: {verdict.evidence}"
-        if verdict.level == "stop":
-            yield verdict
-            raise GateError(message, where=where, fix=ROLLBACK_FIX)
         good_step = self._find_good_step()
         if good_step is None:
-            message += "; there is no good checkpoint to roll back to"
-            raise GateError(message, where=where, fix=f"{ROLLBACK_FIX}, or {NO_CHECKPOINT_FIX}")
-        if len(loop.rollbacks) >= MAX_ROLLBACKS:
-            message += f"; already rolled back {MAX_ROLLBACKS} times"
-            raise GateError(message, where=where, fix=ROLLBACK_FIX)
+            message = f"{verdict.kind}: {verdict.evidence}; no good checkpoint was saved before it"
+            fix = f"{ROLLBACK_FIX}, or {NO_CHECKPOINT_FIX}"
+            raise GateError(message, where=f"step {failed_step}", fix=fix)
+        is_end = verdict.level == "stop" or len(loop.rollbacks) >= MAX_ROLLBACKS
+        if is_end:
+            good_step = self._find_end_step() or good_step
         loop.restore(folder.find_checkpoint(good_step))
         loop.set_rollbacks(folder.load_rollbacks())
-        with machine_errors():
-            rollback = build_rollback(self.session, loop, verdict, failed_step)
+        if is_end:
+            rollback = build_end(verdict, failed_step, good_step)
+            loop.stop()
+        else:
+            with machine_errors():
+                rollback = build_rollback(self.session, loop, verdict, failed_step)
         loop.set_rollbacks(folder.record_rollback(rollback))
         self.saved_step = good_step
         self._replay([event for event in self.history if event.step <= good_step])
@@ -504,6 +521,8 @@ def _select_events(events: Sequence[Event], last_step: int) -> list[Event]:
 
 
 LR_FACTOR = 0.5
+# What rows can cause: of drift in answers or general text they are not the cause.
+ROW_KINDS = {"loss rise", "loss above start", "loss spike", "gradient spike", "non-finite"}
 # A suspect row's loss exceeds the median by so many robust standard deviations, and is twice it.
 OUTLIER_SDS = 6.0
 # And by so many nats per token: once rows are learned, the hardest correct ones have several times
@@ -514,12 +533,26 @@ MAX_DOCUMENTS = 512
 MAX_SHOWN_ROWS = 5
 
 
+def build_end(verdict: CheckResult, failed_step: int, best_step: int) -> Rollback:
+    """Return the rollback that ends a run: training did not get past `failed_step`."""
+    weights = "the weights before training" if best_step == 0 else "its weights are the result"
+    return Rollback(
+        step=failed_step,
+        to=best_step,
+        kind=verdict.kind,
+        evidence=verdict.evidence,
+        change=f"training ends there: {weights}",
+        is_end=True,
+    )
+
+
 def build_rollback(
     session: Session, training: TrainingLoop, verdict: CheckResult, failed_step: int
 ) -> Rollback:
     """Return the rollback from `failed_step` to the step that `training` was restored to, with the
-    first of three changes that applies: after forgetting, with rehearsal data, more of it; without
-    a few rows whose loss is far above the others' under the good model; half the learning rate."""
+    first of three changes that applies: more rehearsal data after forgetting; after a loss that
+    rose, without a few rows whose loss is far above the others' under the good model; half the
+    learning rate."""
     rollback = Rollback(
         step=failed_step, to=training.step, kind=verdict.kind, evidence=verdict.evidence, change=""
     )
@@ -532,7 +565,8 @@ def build_rollback(
         ratio = compute_next_ratio(ratio, 1.0, 0.0)
         change = f"continuing with {ratio:.0%} rehearsal"
         return dataclasses.replace(rollback, change=change, rehearsal_ratio=ratio)
-    rows = () if is_forgetting else _find_suspect_rows(session, training, failed_step)
+    is_of_rows = verdict.kind in ROW_KINDS
+    rows = _find_suspect_rows(session, training, failed_step) if is_of_rows else ()
     if rows:
         noun = "row" if len(rows) == 1 else "rows"
         change = f"continuing without {len(rows)} {noun}: {', '.join(rows[:MAX_SHOWN_ROWS])}"

@@ -29,7 +29,6 @@ from tunesmith.data.dataset import Dataset
 from tunesmith.data.sampler import permute_rows
 from tunesmith.evaluate.constraint_violations import find_matches
 from tunesmith.evaluate.degeneration import (
-    compute_compression_ratio,
     compute_foreign_share,
     compute_repetition,
     count_distinct_bigrams,
@@ -48,7 +47,6 @@ from tunesmith.plan.guard import PROBE_NEW_TOKENS
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session
 from tunesmith.train.update_norms import (
-    compute_adapter_ratios,
     compute_update_ratios,
     compute_weight_norms,
 )
@@ -222,8 +220,6 @@ class GenerationProbe:
         ]
         if self.has_adapter:
             measurements.append(self._measure_base_loss(answers))
-            ratios = compute_adapter_ratios(model.network, self.base_norms)
-            measurements.append(_build_layer_metric("adapter_share", ratios))
         ratios = dict(update_ratios or {})
         ratios = ratios or compute_update_ratios(model.network, optimizer, self.base_norms)
         measurements.append(_build_layer_metric("update_ratio", ratios))
@@ -281,7 +277,6 @@ class GenerationProbe:
         scripts = find_scripts(prompt_texts) | {"LATIN"}
         metrics: dict[str, Sequence[float]] = {
             "repetition": [compute_repetition(answer) for answer in tokens],
-            "compressed": [compute_compression_ratio(text) for text in texts],
             "foreign": [compute_foreign_share(text, scripts) for text in texts],
         }
         if language_id.is_installed():

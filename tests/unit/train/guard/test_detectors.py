@@ -22,7 +22,6 @@ HEALTHY = {
     "same_answer": 0.0,
     "end_rate": 0.25,
     "length": 28.0,
-    "compressed": 0.9,
     "base_loss": 0.6,
     "foreign": 0.0,
     "language": 0.0,
@@ -34,7 +33,6 @@ HEALTHY = {
     "entropy": 2.0,
     "kl": 0.0,
     "forgotten": 0.0,
-    "adapter_share": 0.0,
     "update_ratio": 0.001,
 }
 
@@ -99,18 +97,14 @@ def test_forgetting_is_what_exceeds_the_margin_of_the_plan(
         ("low distinct-2", {"distinct": 0.2}),
         ("identical answers", {"same_answer": 0.75}),
         ("short answers", {"length": 2.0}),
-        ("repetition (zlib)", {"compressed": 0.2}),
         ("gibberish", {"base_loss": 3.0}),
         ("unexpected language", {"foreign": 0.5}),
         ("unexpected language", {"language": 0.75}),
         ("invalid JSON", {"json": -0.1}),
         ("constraint", {"breaks sorry": 0.5}),
-        ("entropy collapse", {"entropy": 0.3}),
-        ("entropy blow-up", {"entropy": 5.5}),
         ("high KL", {"kl": 1.5}),
         ("forgetting", {"forgotten": 0.05}),
         ("large update", {"update_ratio": 0.02}),
-        ("adapter too large", {"adapter_share": 0.7}),
         ("EOS likelihood drop", {"answer_loss": 1.1, "end_loss": 2.0}),
     ],
 )
@@ -221,17 +215,13 @@ LIMITS = [
     ("distinct", "low distinct-2", 0.5 * 0.6, -1),
     ("same_answer", "identical answers", 0.1 + 0.5, 1),
     ("length", "short answers", 0.25 * 20, -1),
-    ("compressed", "repetition (zlib)", 0.25, -1),
     ("base_loss", "gibberish", 1.2 + 1.5, 1),
     ("foreign", "unexpected language", 0.25, 1),
     ("language", "unexpected language", 0.5, 1),
     ("json", "invalid JSON", 0.0, -1),
     ("breaks sorry", "constraint", 0.25, 1),
-    ("entropy", "entropy collapse", 0.3 * 2, -1),
-    ("entropy", "entropy blow-up", 2 + (math.log(1000) - 2) / 2, 1),
     ("kl", "high KL", 1.0, 1),
     ("update_ratio", "large update", 0.01, 1),
-    ("adapter_share", "adapter too large", 0.5, 1),
     ("end_loss", "EOS likelihood drop", 0.5 + 1.0, 1),
 ]
 
@@ -257,7 +247,6 @@ def start_from(expected: dict[str, float], base: dict[str, float]) -> TrainingGu
     ("metric", "expected", "base", "limit", "sign"),
     [
         ("repetition", None, 0.10, 0.25, 1),
-        ("compressed", None, 0.30, 0.15, -1),
         ("end_rate", 0.8, 0.9, 0.3, -1),
         ("end_rate", 0.9, 0.7, 0.2, -1),
         ("end_rate", None, 0.9, 0.4, -1),
@@ -496,7 +485,7 @@ def test_watching_is_off_where_all_is(collapse: str, forgetting: str, watch: str
     assert guard.levels == {"collapse": collapse, "forgetting": forgetting, "watch": watch}
     assert guard.history.vocab_size == PLAN.model.vocab_size
     run_probe(guard, 0)
-    fired = run_probe(guard, 10, repetition=0.9, forgotten=0.9, adapter_share=0.9)
+    fired = run_probe(guard, 10, repetition=0.9, forgotten=0.9, update_ratio=0.9)
     off = {"collapse": collapse, "forgetting": forgetting, "watch": watch}
     assert {DETECTORS[verdict.kind].family for verdict in fired} == {
         family for family, level in off.items() if level != "off"

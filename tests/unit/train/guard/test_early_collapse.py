@@ -8,8 +8,9 @@ import pytest
 
 from tiny_runs import build_sum_rows, make_tiny_recipe, plan_recipe, train, write_rows
 from tunesmith.core.errors import GateError
-from tunesmith.core.events import Event
-from tunesmith.core.run_dir import read_rollbacks
+from tunesmith.core.events import Event, TrainStep
+from tunesmith.core.run_dir import read_rollbacks, read_run_record
+from tunesmith.evaluate.run_verdict import is_collapsed
 from tunesmith.train import run
 from tunesmith.train.guard import guarded_loop
 
@@ -31,10 +32,17 @@ def test_it_goes_back_to_the_start_at_the_first_evaluation(
     )
     plan = plan_recipe(recipe)
     assert plan.config.probe_steps == 0
-    with pytest.raises(GateError, match=r"answers unlearned: .* already rolled back 3 times"):
-        list(run.train(plan))
+    list(run.train(plan))
     rollbacks = read_rollbacks(tmp_path / "run")
-    assert [(one.kind, one.step, one.to) for one in rollbacks] == [("answers unlearned", 4, 0)] * 3
+    assert [(one.kind, one.step, one.to) for one in rollbacks] == [("answers unlearned", 4, 0)] * 4
+    assert [one.is_end for one in rollbacks] == [False] * 3 + [True]
+    record = read_run_record(tmp_path / "run")
+    assert record.selected_step == 0
+    assert is_collapsed(record), "it is the model before training"
+
+    (tmp_path / "run" / "record.json").unlink()  # as if it was killed before its end
+    assert not any(isinstance(event, TrainStep) for event in run.resume(tmp_path / "run"))
+    assert read_run_record(tmp_path / "run").rollbacks == rollbacks
 
 
 @pytest.mark.promise

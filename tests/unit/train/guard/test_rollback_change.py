@@ -131,7 +131,9 @@ def test_rows_of_the_failed_steps_that_stand_out_are_skipped(model: PackedCausal
     assert (rollback.lr_factor, rollback.step, rollback.to) == (1.0, 30, 20)
     known = Rollback(25, 10, "loss spike", "", "", rows=("21:0",))
     assert build(session, [known]).change == "continuing without 1 row: 30:0"
-    assert build(session, kind="unknown detector").rows == ("21:0", "30:0")
+    for drift in ("high KL", "repetition", "gibberish"):
+        drifted = build(session, kind=drift)
+        assert (drifted.rows, drifted.lr_factor) == ((), 0.5), "its rows are not the cause"
     assert build(make_steps(model, {})).rows == ()
     assert build(make_steps(model, {})).lr_factor == 0.5
 
