@@ -286,7 +286,6 @@ class ModelBody(_Body):
     scale: Annotated[float, Field(ge=0, le=2)] = 1.0
     constrain: bool = False  # the run's schema is the default response_format
     pin: bool = False  # stays in memory
-    scales: bool = False  # NAME@SCALE is allowed
     unproven: bool = False  # serve weights that hold nothing to check them by
 
 

@@ -247,7 +247,6 @@ async def open_model(server: Server, name: str, folder: Path, body: ModelBody) -
             scale=body.scale,
             is_constrained=body.constrain,
             is_pinned=body.pin,
-            can_scale=body.scales,
         )
     except (TunesmithError, OSError) as error:
         message = "its files cannot be read"  # they change while they are opened

@@ -1,7 +1,7 @@
 """Which models there are: a name is a pointer, an adapter is its content.
 
     registry.register(model);  registry.remove("json")
-    registry.find("json@0.5", key) -> ServedModel;  lease = await registry.acquire(model)
+    registry.find("json", key) -> ServedModel;  lease = await registry.acquire(model)
 
 In: opened sources. Out: models by name, and leases on their adapters. A request holds its lease
 until it ends, so a replaced adapter answers what it has begun and is dropped after that. Adapters
@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
@@ -27,7 +27,6 @@ from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.settings import BASE_NAME
 from tunesmith.serve.sources import AdapterSource, BaseSource
 
-MAX_SCALE = 2.0
 MAX_BROKEN_ANSWERS = 3  # in a row, before a model is taken out of service
 
 
@@ -41,7 +40,6 @@ class ServedModel:
     scale: float = 1.0
     is_constrained: bool = False
     is_pinned: bool = False
-    can_scale: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -131,20 +129,16 @@ class Registry:
                 yield model
 
     def find(self, name: str, key: ApiKey) -> ServedModel:
-        """Return the model that a request names, with the scale of NAME@SCALE. Raises RequestError
-        404 for one that is not there, or that the key may not know of."""
-        plain, separator, scale_text = name.partition("@")
-        if plain not in self._models or not key.can_use_model(plain):
+        """Return the model that a request names. Raises RequestError 404 for one that is not there,
+        or that the key may not know of."""
+        if name not in self._models or not key.can_use_model(name):
             message = f"there is no model {name!r:.100}"
+            if "@" in name:
+                message += "; a scale gets a name by serve.yaml or PUT /admin/models"
             raise RequestError(404, message, code="model_not_found", param="model")
-        model = self._models[plain]
+        model = self._models[name]
         self.check_in_service(model)
-        if not separator:
-            return model
-        if not model.can_scale:
-            message = f"{plain} has one scale; its server can set scales: true"
-            raise RequestError(404, message, code="model_not_found", param="model")
-        return replace(model, scale=_parse_scale(scale_text))
+        return model
 
     def get(self, name: str) -> ServedModel:
         """Return a model that is there, whoever may use it by its name."""
@@ -293,11 +287,3 @@ class Registry:
         resident = self._residents.get(old.digest)
         if resident is not None and not resident.num_leases:
             self._drop(old.digest)
-
-
-def _parse_scale(text: str) -> float:
-    is_number = text.isascii() and text.replace(".", "", 1).isdecimal() and len(text) <= 8
-    if not is_number or float(text) > MAX_SCALE:
-        message = f"a scale is a number from 0 to {MAX_SCALE:g}"
-        raise RequestError(404, message, code="model_not_found", param="model")
-    return float(text)

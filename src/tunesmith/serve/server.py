@@ -176,7 +176,6 @@ def _open_model(name: str, source: ModelSource, base: BaseSource) -> ServedModel
         scale=adapter.scale,
         is_constrained=source.constrain,
         is_pinned=source.pin,
-        can_scale=source.scales,
     )
 
 

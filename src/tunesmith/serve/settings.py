@@ -38,6 +38,7 @@ REMOVED_KEYS = {
     "shadow": "mirror requests in your gateway",
     "steps": "set `share`; to raise it, change serve.yaml and start the server again",
     "at_least": "GET /admin/routes shows how many answers were counted, and their interval",
+    "scales": "give each scale a name: {from: RUN@0.5}",
     "state_dir": "leave it out: what a canary has counted ends with the server",
 }
 
@@ -97,7 +98,6 @@ class ModelSource(Settings):
     source: Annotated[str, Field(alias="from", min_length=1)]
     constrain: bool = False  # the run's response_schema is the default response_format
     pin: bool = False  # stays in memory
-    scales: bool = False  # NAME@SCALE is allowed
     unproven: bool = False  # serve an adapter that holds nothing to check it by
 
 

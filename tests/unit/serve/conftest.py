@@ -45,7 +45,9 @@ def adapters(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 @pytest.fixture(scope="session")
 def live(writer: Path, adapters: dict[str, Path]) -> Iterator[LiveServer]:
     """Return a server of all adapters without keys; tests must not change its models."""
-    models = {name: {"from": str(path), "scales": True} for name, path in adapters.items()}
+    models = {name: str(path) for name, path in adapters.items()}
+    models |= {f"{name}-half": f"{adapters[name]}@0.5" for name in ("small", "dora")}
+    models["large-zero"] = f"{adapters['large']}@0"
     with serving(make_settings(models, base=str(writer))) as server:
         yield server
 

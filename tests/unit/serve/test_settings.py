@@ -14,7 +14,7 @@ YAML = """
 base: smollm2-135m-instruct
 models:
   json: runs/demo-1@0.75
-  json-next: {from: runs/demo-2, constrain: true, pin: true, scales: true}
+  json-next: {from: runs/demo-2, constrain: true, pin: true}
 limits: {adapters: 256MB, keys_and_values: 1GB, rows: 16, wait: 30s, request: 2m, body: 2MB}
 models_dir: runs
 """
