@@ -165,7 +165,7 @@ def read_guard(run: Path) -> Result:
 
 def run_guard(folder: Path, arm: str) -> Result:
     """Train without test rows, with a changed rate or spoiled rows, and see what the guard does."""
-    rate = call_for_json(folder, "plan", "recipe.yaml")["config"]["learning_rate"]
+    settings = call_for_json(folder, "plan", "recipe.yaml")["settings"]
     kind, _, factor = arm.partition(" x ")
     recipe = (folder / "recipe.yaml").read_text("utf-8").replace("test_data: test.jsonl\n", "")
     if arm in COLLAPSES[1:]:
@@ -174,13 +174,15 @@ def run_guard(folder: Path, arm: str) -> Result:
     (folder / "guard.yaml").write_text(recipe, encoding="utf-8")
     run = "runs/" + arm.replace(" ", "-").replace("/", "-")
     shutil.rmtree(folder / run, ignore_errors=True)
-    flags = [] if kind != "rate" else ["--learning-rate", f"{rate * float(Fraction(factor)):.3g}"]
+    flags: list[str] = []
+    if kind == "rate":
+        rate = settings["learning_rate"]["value"] * float(Fraction(factor))
+        flags = ["--learning-rate", f"{rate:.3g}"]
     start = time.monotonic()
     done = call(folder, "train", "guard.yaml", "--output-dir", run, *flags)
     minutes = round((time.monotonic() - start) / 60, 1)
-    guard = read_guard(folder / run)
-    errors = shorten(done.stderr)
-    return {"arm": arm, "exit": done.returncode, "minutes": minutes, "errors": errors, **guard}
+    result = {"arm": arm, "exit": done.returncode, "minutes": minutes}
+    return {**result, "errors": shorten(done.stderr), **read_guard(folder / run)}
 
 
 def spoil(folder: Path, arm: str) -> None:

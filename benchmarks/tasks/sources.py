@@ -4,7 +4,7 @@
     read_records(folder)      the index of all packages
     read_page(path) -> Page   a man page: its name, its line of description, its sections
 
-Packages are fetched once into a cache; the same versions give the same bytes.
+Packages are fetched once; the same versions give the same bytes.
 """
 
 from __future__ import annotations
@@ -32,10 +32,8 @@ def fetch(names: tuple[str, ...], folder: Path) -> None:
             continue
         folder.mkdir(parents=True, exist_ok=True)
         if name == INDEX:
-            records = subprocess.run(
-                ["apt-cache", "dumpavail"], check=True, capture_output=True
-            ).stdout
-            (folder / name).write_bytes(records)
+            records = subprocess.run(["apt-cache", "dumpavail"], check=True, capture_output=True)
+            (folder / name).write_bytes(records.stdout)
             continue
         with TemporaryDirectory(dir=folder) as scratch:
             subprocess.run(
