@@ -2,7 +2,6 @@
 model, whose rounding is said."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ def test_an_adapter_of_a_packed_gpt_oss_is_proven_and_loads_in_peft(tmp_path: Pa
         refuse_packed_merge(folder, {"model.layers.0.mlp.experts": LoraTensors(*[base[0]] * 2, 1)})
 
 
-def test_what_an_fp8_base_loses_is_said_before_the_first_step(tmp_path: Path) -> None:
+def test_an_fp8_base_is_trained_and_not_merged(tmp_path: Path) -> None:
     folder = save_model_folder(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
@@ -112,13 +111,7 @@ def test_what_an_fp8_base_loses_is_said_before_the_first_step(tmp_path: Path) ->
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     rewrite_config(folder, quantization_config={"quant_method": "fp8"})
     recipe = make_tiny_recipe(folder, tmp_path, dtype="bf16", attention="auto")
-    checks = {event.kind: event for event in train(recipe) if isinstance(event, CheckResult)}
-    said = re.fullmatch(
-        r"rounded to bfloat16, mean relative error (0\.\d\d)%; measured on 7 of 14 matrices",
-        checks["FP8 weights"].evidence,
-    )
-    assert said is not None
-    assert 0.05 < float(said[1]) < 0.3
+    list(train(recipe))
     run_dir = tmp_path / "run"
     with pytest.raises(InputError, match="weights are in fp8, and merged ones"):
         export_run(run_dir, "merged", out=tmp_path / "merged")

@@ -7,7 +7,7 @@
 An FP8 value (4 significant bits) times an fp32 scale has more bits than bf16 holds. MXFP4 (OCP
 Microscaling Formats 1.0, section 5), 4.25 bits per weight, loses nothing in bf16: a byte holds two
 weights, the lower half first, each a sign and one of eight magnitudes, and 32 weights share a
-scale, a power of two. Left out: reading files (packed_weights.py, hub/packed_tensors.py). Legend: E
+scale, a power of two. Left out: reading files (safetensors_io.py, hub/packed_tensors.py). Legend: E
 experts, O outputs, I inputs, G = I / 32."""
 
 from __future__ import annotations

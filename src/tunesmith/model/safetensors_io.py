@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tunesmith.core.errors import GateError, InputError
+from tunesmith.model.hub.packed_tensors import MXFP4_DTYPE
 from tunesmith.model.hub.stored_tensors import StoredParameter
 from tunesmith.model.hub.validate import TensorHeader
-from tunesmith.model.packed_formats import widen_fp8
+from tunesmith.model.packed_formats import MAX_SCALE, Mxfp4ExpertWeight, widen_fp8
 
 DTYPES = {
     "F64": torch.float64,
@@ -111,3 +113,16 @@ def is_finite(tensor: Tensor) -> bool:
         tensor = tensor.float()  # aminmax knows no FP8
     low, high = tensor.detach().aminmax()  # both are NaN if a value is
     return bool(low.isfinite() & high.isfinite())  # one read of a GPU
+
+
+def read_mxfp4_experts(header: TensorHeader, dtype: torch.dtype, device: str) -> Mxfp4ExpertWeight:
+    """Read experts that are widened to `dtype` when they are used. Raises InputError for a scale
+    that means NaN, or that makes weights infinite."""
+    assert header.dtype == MXFP4_DTYPE
+    assert header.scales is not None
+    blocks = replace(header, dtype="U8", shape=(*header.scales.shape, -1), scales=None)
+    scales = read_tensor(header.scales)
+    if int(scales.max()) > MAX_SCALE:
+        message = f"an MXFP4 scale is {int(scales.max())}: its weights are NaN or infinite"
+        raise InputError(message, where=str(header.file), fix="download the model again")
+    return Mxfp4ExpertWeight(read_tensor(blocks).to(device), scales.to(device), dtype)

@@ -32,8 +32,12 @@ from tunesmith.model.hub.text_class import (
     transformers_errors,
     use_torch_code,
 )
-from tunesmith.model.packed_weights import read_mxfp4_experts
-from tunesmith.model.safetensors_io import DTYPES, find_nonfinite, read_parameter
+from tunesmith.model.safetensors_io import (
+    DTYPES,
+    find_nonfinite,
+    read_mxfp4_experts,
+    read_parameter,
+)
 from tunesmith.model.target_modules import find_layer
 from tunesmith.model.weight_shards import WeightShards
 

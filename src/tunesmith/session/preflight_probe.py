@@ -29,7 +29,6 @@ from tunesmith.model.causal_lm import (
     has_attention_layer,
 )
 from tunesmith.model.compare_layers import StockNetwork
-from tunesmith.model.packed_weights import Rounding
 from tunesmith.model.rotary import get_shortest_limit
 
 MAX_PACKED_DOCUMENTS = 3  # enough to see a leak or shifted labels, in seconds
@@ -113,7 +112,6 @@ class PreflightSamples:
     stock: StockNetwork | None = None  # to compare blocks with
     is_adapted: bool = False  # training starts from an adapter
     oracle: OracleLogits | str = NO_ORACLE  # or why nothing was compared
-    rounding: Rounding | None = None  # of FP8 weights
     folder_end_ids: frozenset[int] = frozenset()  # ends by generation_config and tokenizer
     end_texts: Mapping[int, str] = field(default_factory=dict[int, str])  # of all end tokens
 

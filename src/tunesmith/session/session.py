@@ -47,7 +47,6 @@ from tunesmith.model.causal_lm import (
 )
 from tunesmith.model.compare_layers import StockNetwork
 from tunesmith.model.new_embeddings import init_new_rows
-from tunesmith.model.packed_weights import measure_rounding
 from tunesmith.model.quantization import build_truncated_network, load_quantized
 from tunesmith.model.save import load_adapter, stock_with_adapter
 from tunesmith.model.target_modules import has_only_words, match_saved_parameters
@@ -198,7 +197,6 @@ def _prepare_samples(
         samples = dataclasses.replace(
             samples,
             oracle=compute_oracle_logits(network, samples.documents),
-            rounding=measure_rounding(inputs.model.path, DTYPES[plan.config.dtype]),
         )
     return dataclasses.replace(samples, stock=StockNetwork(network), is_adapted=adapter is not None)
 

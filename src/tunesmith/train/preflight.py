@@ -95,7 +95,6 @@ CHECKS = (
         forward.break_oracle,
         forward.explain_unbreakable,
     ),
-    Check(forward.describe_rounding, applies=lambda subject: subject.samples.rounding is not None),
     Check(forward.check_logits),
     Check(
         forward.check_labels,

@@ -163,19 +163,6 @@ def explain_unbreakable(subject: Subject) -> str:
     return "" if is_noticed else "the last two tokens have similar logits"
 
 
-def describe_rounding(subject: Subject) -> CheckResult:
-    """Say what the weights of an FP8 checkpoint lose in the dtype of the model."""
-    rounding = require(subject.samples.rounding)
-    evidence = (
-        f"rounded to {rounding.dtype_name}, mean relative error "
-        f"{rounding.mean_relative_error:.2%}; measured on {rounding.num_measured} of "
-        f"{rounding.num_matrices} matrices"
-    )
-    return CheckResult.from_items(
-        "FP8 weights", rounding.num_measured, evidence, if_none="there is no FP8 matrix"
-    )
-
-
 def has_quantized_weights(subject: Subject) -> bool:
     network = subject.model.network
     return subject.samples.is_quantized or bool(find_quantized_weights(network))

@@ -31,7 +31,6 @@ from tunesmith.model.packed_formats import (
     widen_fp8,
     widen_mxfp4,
 )
-from tunesmith.model.packed_weights import measure_rounding
 from tunesmith.model.save import save_model
 
 BLOCK = [16, 16]
@@ -107,7 +106,6 @@ def test_a_gpt_oss_checkpoint_stays_packed_and_computes_the_wide_model(tmp_path:
     spec = read_spec(folder)
     assert spec.parameters == sum(parameter.numel() for parameter in wide.parameters())
     assert (spec.num_experts, spec.dtype) == (4, "bfloat16")
-    assert measure_rounding(folder, torch.bfloat16) is None
     (folder / "model.safetensors").unlink()
     expected = read_spec(folder)  # a plan before the download
     assert expected.packed_parameters == spec.packed_parameters > 0
@@ -194,7 +192,7 @@ def write_fp8(folder: Path, config: PreTrainedConfig, block: list[int] | None) -
 
 @pytest.mark.parametrize("block", [BLOCK, [40, 24], None], ids=str)
 @pytest.mark.parametrize("config", [LLAMA, QWEN3_MOE], ids=["llama", "qwen3_moe"])
-def test_an_fp8_checkpoint_is_read_and_its_rounding_measured(
+def test_an_fp8_checkpoint_is_read(
     config: PreTrainedConfig, block: list[int] | None, tmp_path: Path
 ) -> None:
     folder, wide = write_fp8(tmp_path, config, block)
@@ -202,14 +200,6 @@ def test_an_fp8_checkpoint_is_read_and_its_rounding_measured(
     spec = read_spec(folder)
     assert spec.parameters == sum(parameter.numel() for parameter in wide.parameters())
     assert spec.dtype == "bfloat16"
-    rounding = measure_rounding(folder, torch.bfloat16)
-    assert rounding is not None
-    # half a unit in the last of 8 bits, on average over all mantissas
-    assert 5e-4 < rounding.mean_relative_error < 2.5e-3
-    assert rounding.num_matrices >= rounding.num_measured == 7 or rounding.num_measured == 8
-    in_fp32 = measure_rounding(folder, torch.float32)
-    assert in_fp32 is not None
-    assert in_fp32.mean_relative_error == 0
 
 
 def write_whole_fp8(folder: Path) -> tuple[Path, dict[str, Tensor]]:

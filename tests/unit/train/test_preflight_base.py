@@ -18,7 +18,6 @@ from preflight_models import get_refusal, prepare_model
 from tiny_models import make_tiny_document, make_tiny_network
 from tunesmith.core.errors import GateError
 from tunesmith.model.causal_lm import compute_stock_logits
-from tunesmith.model.packed_weights import Rounding
 from tunesmith.session.preflight_probe import (
     NO_ORACLE,
     ORACLE_TOKENS,
@@ -147,16 +146,6 @@ def test_a_model_without_attention_is_not_compared(
     assert (oracle.level, oracle.num_checked) == ("warn", 0)
     assert "needs an attention layer" in oracle.evidence
     assert "not injected: cache that loses a token" in results[-1].evidence
-
-
-def test_what_fp8_loses_is_said() -> None:
-    model, samples = prepare_model()
-    rounding = Rounding("bfloat16", 0.00171, 8, 224)
-    results = run_preflight(model, dataclasses.replace(samples, rounding=rounding))
-    (said,) = [result for result in results if result.kind == "FP8 weights"]
-    assert said.evidence == (
-        "rounded to bfloat16, mean relative error 0.17%; measured on 8 of 224 matrices"
-    )
 
 
 @pytest.mark.slow
